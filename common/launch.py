@@ -1,0 +1,61 @@
+"""Start a script on every process that the environment asks for: `python -m common.launch script.py args...`
+
+One process: the script runs here. Several (NPROC_PER_NODE x NNODES > 1): torchrun's elastic launcher. ACCELERATE_CONFIG
+set: accelerate's launcher with that yaml. A process that ends with a user error ends the launch with its exit status.
+"""
+import os
+import runpy
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+from common.errors import UserError, run
+
+CONFIGS = Path(__file__).parent / "accelerate"
+
+
+def main(script: str, *arguments: str):
+    processes, nodes = int(os.environ.get("NPROC_PER_NODE", 1)), int(os.environ.get("NNODES", 1))
+    rank = os.environ.get("NODE_RANK", "0")
+    address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "29500")
+    config = os.environ.get("ACCELERATE_CONFIG", "")
+    if config:
+        path = CONFIGS / f"{config}.yaml" if (CONFIGS / f"{config}.yaml").is_file() else Path(config)
+        if not path.is_file():
+            known = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.yaml")))
+            raise UserError(f"ACCELERATE_CONFIG={config}: no such file, and none of {known}")
+        if "deepspeed_config" in path.read_text() and find_spec("deepspeed") is None:
+            raise UserError(f"{path} needs DeepSpeed, which is not installed; `pip install deepspeed`, or use ACCELERATE_CONFIG=fsdp2")
+        from accelerate.commands.launch import launch_command, launch_command_parser
+
+        options = ["--config_file", str(path), "--num_processes", str(processes * nodes), "--num_machines", str(nodes),
+                   "--machine_rank", rank, "--main_process_ip", address, "--main_process_port", port]
+        start(lambda: launch_command(launch_command_parser().parse_args([*options, script, *arguments])))
+    elif processes * nodes > 1:
+        from torch.distributed.run import main as torchrun
+
+        place = ["--standalone"] if nodes == 1 else [f"--nnodes={nodes}", f"--node_rank={rank}", f"--master_addr={address}", f"--master_port={port}"]
+        start(lambda: torchrun([*place, f"--nproc_per_node={processes}", script, *arguments]))
+    else:
+        sys.argv = [script, *arguments]
+        sys.path[0] = str(Path(script).resolve().parent)
+        runpy.run_path(script, run_name="__main__")
+
+
+def start(launcher):
+    """Run a launcher; when a process of it failed, leave with that process's exit status instead of a traceback."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    try:
+        launcher()
+    except ChildFailedError as error:
+        sys.exit(min(abs(failure.exitcode) for failure in error.failures.values()) or 1)
+    except SignalException as error:                      # the processes have saved themselves
+        sys.exit(128 + error.sigval)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit("usage: python -m common.launch script.py [arguments]")
+    run(main, *sys.argv[1:])

@@ -1,0 +1,190 @@
+"""One run: its directory, seeds, log, progress bar, and how it stops.
+
+    out/config.json   arguments, package versions, commit, number of processes
+    out/log.jsonl     one line per logged step; the same numbers under out/tb/ for TensorBoard
+"""
+import fcntl
+import json
+import math
+import os
+import platform
+import random
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from common.checkpoint import atomic_write, find_resume
+from common.errors import Interrupted, UserError
+
+OURS = ("config.json", "log.jsonl", "metrics.json", "tb", "checkpoints", "figures", "last", "best", "run.lock")
+_locks = {}                                               # open files: a lock lives as long as its file
+
+
+def open_run(out, args, accelerator, resume: bool = False, overwrite: bool = False) -> Path:
+    """Make, lock and describe the run directory `out`; every process calls this once, after checking its inputs.
+
+    A directory that holds a run is refused unless `resume` (go on with it) or `overwrite` (delete it) is given, one
+    that holds anything else always; so is one that another process is writing to. args: the argparse namespace.
+    """
+    out = Path(out)
+    if accelerator.is_main_process:
+        present = sorted(p.name for p in out.iterdir() if p.name != "run.lock") if out.is_dir() else []
+        if present and "config.json" not in present:
+            raise UserError(f"{out} holds {present[0]} but no run; choose an empty folder with --out")
+        if present and not (resume or overwrite):
+            raise UserError(f"{out} already holds a run; add --resume to go on with it or --overwrite to start again")
+        if resume and not present:
+            raise UserError(f"{out} holds no run to resume; leave out --resume to start one")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            _lock(out)
+        except OSError as error:
+            raise UserError(f"{out}: cannot write there ({error.strerror}); choose another folder with --out") from error
+        if overwrite and not resume:
+            for name in OURS[:-1]:
+                path = out / name
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+        arguments = {k: v if isinstance(v, (int, float, bool, list, type(None))) else str(v) for k, v in vars(args).items()}
+        if resume:
+            before = json.loads((out / "config.json").read_text())["arguments"]
+            for name in sorted(arguments.keys() - {"resume", "overwrite"}):
+                if before.get(name) != arguments[name]:
+                    print(f"resuming with {name} = {arguments[name]} (was {before.get(name)})")
+        config = {
+            "arguments": arguments,
+            "command": shlex.join(sys.argv),
+            "commit": _commit(),
+            "processes": accelerator.num_processes,
+            "versions": {"python": platform.python_version(), **{p: version(p) for p in ("torch", "transformers", "accelerate")}},
+        }
+        atomic_write(out / "config.json", json.dumps(config, indent=1, ensure_ascii=False))
+    accelerator.wait_for_everyone()
+    return out
+
+
+def _lock(out: Path):
+    """Hold out/run.lock until this process ends. A POSIX lock: `kill -9` frees it and loader workers do not keep it."""
+    file = open(out / "run.lock", "a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        raise UserError(f"{out} is in use by process {file.read().strip() or '?'}; wait for it or choose another --out") from None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    _locks[out.resolve()] = file
+
+
+def _commit() -> str:
+    """Commit of this checkout, "" outside git."""
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    return git.stdout.strip()
+
+
+def seed_everything(seed: int, rank: int = 0):
+    """Seed Python, numpy and torch. Same `seed` everywhere for the weights; add the rank for masks and dropout."""
+    random.seed(seed + rank)
+    np.random.seed((seed + rank) % 2**32)
+    torch.manual_seed(seed + rank)
+
+
+def describe(model) -> str:
+    """Parameter counts: `1,234,567 parameters, 34,567 trained`."""
+    total = sum(p.numel() for p in model.parameters())
+    return f"{total:,} parameters, {sum(p.numel() for p in model.parameters() if p.requires_grad):,} trained"
+
+
+def progress(iterable=None, accelerator=None, **options):
+    """tqdm on the main process and on a terminal only; elsewhere it just iterates."""
+    quiet = accelerator is not None and not accelerator.is_main_process
+    return tqdm(iterable, disable=True if quiet else None, dynamic_ncols=True, **options)
+
+
+class Log:
+    """Numbers of a run: one printed line, one line of log.jsonl and TensorBoard scalars per call, main process only.
+
+    total: last step, for `step 400/20000` and the progress bar. resume_step: lines after it are dropped from an existing
+    log.jsonl, because the resumed run will write them again.
+    """
+
+    def __init__(self, out, accelerator, total: int | None = None, resume_step: int = 0):
+        self.path, self.total, self.active = Path(out) / "log.jsonl", total, accelerator.is_main_process
+        self.bar = progress(accelerator=accelerator, total=total, initial=resume_step, unit="step")
+        if self.active:
+            from torch.utils.tensorboard import SummaryWriter      # a second of import that --help need not wait for
+            if self.path.exists():
+                whole = [line for line in self.path.read_text().splitlines() if line.endswith("}")]
+                atomic_write(self.path, "".join(line + "\n" for line in whole if json.loads(line)["step"] <= resume_step))
+            self.board = SummaryWriter(str(Path(out) / "tb"), purge_step=resume_step + 1)
+
+    def log(self, step: int, **numbers):
+        """numbers: floats (nan allowed) or tensors of one element; printed in the order given."""
+        if not self.active:
+            return
+        numbers = {k: float(v) for k, v in numbers.items()}
+        self.bar.update(step - self.bar.n)
+        head = f"step {step}" + (f"/{self.total}" if self.total else "")
+        tqdm.write(" | ".join([head, *(f"{k} {v:.1e}" if k == "lr" else f"{k} {v:.4g}" for k, v in numbers.items())]))
+        with open(self.path, "a") as file:                # JSON has no nan or inf
+            file.write(json.dumps({"step": step, **{k: v if math.isfinite(v) else None for k, v in numbers.items()}}) + "\n")
+        for name, value in numbers.items():
+            self.board.add_scalar(name, value, step)
+
+    def close(self):
+        self.bar.close()
+        if self.active:
+            self.board.close()
+
+
+class StopSignal:
+    """Turns Ctrl-C and SIGTERM into a question that the loop asks after each step: `if stop(): save; stop.leave(path)`.
+
+    Create it before the first loader worker starts. A second Ctrl-C ends the process at once.
+    """
+
+    def __init__(self, accelerator):
+        self.accelerator, self.signum, self.pid = accelerator, 0, os.getpid()
+        signal.signal(signal.SIGINT, self._handle)
+        signal.signal(signal.SIGTERM, self._handle)
+
+    def _handle(self, signum, frame):
+        if os.getpid() != self.pid:                       # a loader worker: Ctrl-C is the parent's business
+            if signum == signal.SIGTERM:
+                os._exit(128 + signum)
+            return
+        if self.signum and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signum = signum
+        print(f"{signal.Signals(signum).name}: saving after this step ...", file=sys.stderr, flush=True)
+
+    def __call__(self) -> bool:
+        """True on every process once any process has been asked to stop."""
+        if self.accelerator.num_processes > 1:            # signals reach the processes at different steps
+            flag = torch.tensor(float(self.signum), device=self.accelerator.device)
+            most = int(self.accelerator.gather(flag[None]).max())
+            self.signum = self.signum or most
+        return bool(self.signum)
+
+    def leave(self, saved):
+        """Raise Interrupted: where it is saved and how to resume."""
+        command = shlex.join(a for a in sys.argv if a not in ("--resume", "--overwrite"))
+        raise Interrupted(f"stopped; saved {saved}; to go on, run again with --resume: {command} --resume", self.signum)
+
+
+def check_finite(loss: torch.Tensor, step: int, names, out):
+    """Raise UserError when `loss` (scalar) is nan or inf, naming the step, the batch's files and where to resume."""
+    if torch.isfinite(loss):
+        return
+    names = [str(n) for n in names]
+    files = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    raise UserError(f"loss is {loss.item()} at step {step}; batch: {files}; last good checkpoint: {find_resume(out) or 'none'}; "
+                    "look at these inputs or lower --lr, then run again with --resume")

@@ -1,0 +1,105 @@
+"""Run the projects one beside the other and show what came out (started by run_all.sh).
+
+For each project: <project>/run_builtin.sh, which makes the data, trains, runs the controls and tests. A project that
+fails does not stop the others. pruning works on dia_pangu's model and so starts after it.
+"""
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from pathlib import Path
+
+from common.errors import UserError, run
+from common.summary import collect, table, write_summary
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECTS = ("dia_pangu", "cwt_mae", "em_mllm", "flmm", "pruning")      # dia_pangu first: pruning waits for it
+AFTER = {"pruning": "dia_pangu"}
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(prog="run_all.sh", description="Train and test the projects; table, runs/summary.json and runs/summary.html at the end.")
+    parser.add_argument("projects", nargs="*", metavar="project", help=f"any of {', '.join(PROJECTS)} (default: all that are here)")
+    parser.add_argument("--smoke", action="store_true", help="smallest sizes, about 2 minutes on 4 cores: shows that everything runs, not how well")
+    parser.add_argument("--jobs", type=int, default=0, help="projects side by side (default: as many as cores); the cores are shared out between them")
+    return parser.parse_args()
+
+
+def run_project(name: str, threads: int, smoke: bool, runs: Path) -> dict:
+    """Run one project's run_builtin.sh to its end; returns name, status, seconds, peak_mb (largest process) and rows."""
+    log = runs / name / "run_all.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(runs / name / "results", ignore_errors=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "RUNS": str(runs), "SMOKE": "1" if smoke else ""}
+    print(f"{name}: started, log {log}", flush=True)
+    start = time.monotonic()
+    with open(log, "w") as file:
+        process = subprocess.Popen(["bash", str(ROOT / name / "run_builtin.sh")], env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        running[name] = process
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    seconds = time.monotonic() - start
+    state = "ok" if process.returncode == 0 else f"failed with exit status {process.returncode}"
+    print(f"{name}: {state} after {seconds:.0f} s", flush=True)
+    return {"name": name, "status": state, "seconds": seconds, "peak_mb": usage.ru_maxrss / 1024, "rows": collect(runs, name), "log": log}
+
+
+running: dict[str, subprocess.Popen] = {}
+
+
+def stop(signum, frame):
+    """Ctrl-C and SIGTERM reach every project, which saves itself and says in its log how to resume."""
+    for process in running.values():
+        if process.returncode is None:
+            os.killpg(process.pid, signal.SIGTERM)
+    print(f"stopped; the logs are {', '.join(f'runs/{n}/run_all.log' for n in running)}; run the same command to start again", file=sys.stderr)
+    os._exit(128 + signum)
+
+
+def main(args):
+    here = [p for p in PROJECTS if (ROOT / p / "run_builtin.sh").is_file()]
+    unknown = [p for p in args.projects if p not in here]
+    if unknown:
+        raise UserError(f"{unknown[0]}: no such project; choose from {', '.join(here)}")
+    data_root = os.environ.get("DATA_ROOT")
+    if data_root and not Path(data_root).is_dir():
+        raise UserError(f"DATA_ROOT={data_root}: no such folder; give the folder that holds ecg/, rf/, grounding/, ct/, ctrg/")
+    names = [p for p in here if not args.projects or p in args.projects]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    jobs = min(args.jobs or cores, len(names))
+    if jobs < 1:
+        raise UserError(f"--jobs {args.jobs}: must be at least 1")
+    threads = max(1, cores // jobs)
+    runs = Path(os.environ["RUNS"])
+    runs.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    start, waiting, pending, done = time.monotonic(), list(names), {}, []
+    with ThreadPoolExecutor(jobs) as pool:
+        while waiting or pending:
+            finished = {d["name"] for d in done}
+            for name in [n for n in waiting if AFTER.get(n) not in names or AFTER[n] in finished][:jobs - len(pending)]:
+                waiting.remove(name)
+                pending[pool.submit(run_project, name, threads, args.smoke, runs)] = name
+            ready, _ = wait(pending, return_when=FIRST_COMPLETED)
+            for future in ready:
+                del pending[future]
+                done.append(future.result())
+    done.sort(key=lambda d: PROJECTS.index(d["name"]))
+    about = (f"{'smoke run (numbers mean nothing)' if args.smoke else 'full run'} on {'real data from ' + data_root if data_root else 'built-in data'}, "
+             f"{time.strftime('%Y-%m-%d %H:%M')}, {cores} cores, {jobs} side by side, {time.monotonic() - start:.0f} s in all")
+    write_summary(runs, done, about)
+    print("\n" + table(done) + f"\n\n{about}\n{runs / 'summary.html'}")
+    failed = [d for d in done if d["status"] != "ok"]
+    for project in failed:
+        tail = project["log"].read_text(errors="replace").strip().splitlines()[-3:]
+        print(f"{project['name']} {project['status']}: {' / '.join(tail)}", file=sys.stderr)
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    run(main, parse_args())

@@ -1,0 +1,112 @@
+"""Vision encoder, disease prototypes and memory, and the embedding table that mixes words with volumes.
+
+Upstream: src/Model/my_embedding_layer.py (Dia-LLaMA, arXiv 2403.16386). Same state-dict keys. Differences: rows are
+looked up (upstream multiplies a one-hot matrix with a copy of the table), finding features come from one matmul, and
+several volumes per sample are averaged.
+"""
+import torch
+from einops import rearrange
+from torch import nn
+from torch.nn import functional as F
+
+from dia_pangu.src.Model.helpers import PerceiverResampler
+from dia_pangu.src.Model.vit_3d import ViT
+
+NUM_FINDINGS = 14
+MIN_TEMP = 0.01  # the learned temperature is unconstrained upstream and may reach 0 or change its sign
+
+
+def lookup(weight: torch.Tensor, extra: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Rows of [weight; extra[b]] for ids (B, N): weight (V, E) is shared, extra (B, M, E) belongs to the sample.
+
+    Bit-equal to one_hot(ids) @ table, without the (N, V) matrix. Raises ValueError for an id beyond V + M.
+    """
+    vocabulary = weight.shape[0]
+    outside = ids - vocabulary
+    if bool((outside >= extra.shape[1]).any()):
+        raise ValueError(f"text_input: id {int(ids.max())} has no row; the table holds {vocabulary} words and "
+                         f"{extra.shape[1]} image rows (2 + perceiver_num per volume)")
+    words = F.embedding(ids.clamp(max=vocabulary - 1), weight)
+    index = outside.clamp(min=0)[..., None].expand(-1, -1, extra.shape[2])
+    return torch.where((outside >= 0)[..., None], extra.gather(1, index), words)
+
+
+class MyEmbedding(nn.Module):
+    """Embeds a prompt that mentions CT volumes, and compares the volumes with disease prototypes.
+
+    num_embeddings, embedding_dim: size V x E of the word table, replaced by the language model's own Parameter.
+    perceiver_num: visual tokens per volume. vis_dim: ViT width. n_tok: patch tokens of one volume, which the prototypes
+    fix: with the defaults 256 x 256 x 64 voxels. mem: width of the memory vectors. vit and perceiver: overrides
+    of the published sizes, keywords of ViT and PerceiverResampler.
+    """
+
+    def __init__(self, num_embeddings: int = 153376, embedding_dim: int = 4096, perceiver_num: int = 32,
+                 vis_dim: int = 768, patch_size: int = 32, frame_patch_size: int = 4, n_tok: int = 1024,
+                 mem: int | None = None, vit: dict | None = None, perceiver: dict | None = None):
+        super().__init__()
+        mem = mem or vis_dim
+        self.n_tok, self.perceiver_num = n_tok, perceiver_num
+        self.weight = nn.Parameter(torch.randn(num_embeddings, embedding_dim))
+        self.figure_token_weight = nn.Parameter(torch.randn(2, embedding_dim))  # <image> and </image>
+        self.prototype = nn.Parameter(torch.randn(NUM_FINDINGS, n_tok))
+        # Never used, never trained, present in every published checkpoint.
+        self.group_cls_head = nn.ModuleList(nn.Linear(vis_dim, 2) for _ in range(NUM_FINDINGS)).requires_grad_(False)
+        self.proj = nn.Linear(vis_dim, mem)
+        self.pos_sample_memory = nn.Parameter(torch.randn(NUM_FINDINGS, 1, mem))
+        self.neg_sample_memory = nn.Parameter(torch.randn(NUM_FINDINGS, 1, mem))
+        self.temp = nn.Parameter(torch.tensor(0.07))
+        self.vision_encoder = ViT(**{"image_size": 512, "frames": 512, "image_patch_size": patch_size,
+                                     "frame_patch_size": frame_patch_size, "dim": vis_dim, "depth": 12, "heads": 8,
+                                     "mlp_dim": 2048, "dropout": 0.1, "emb_dropout": 0.1, **(vit or {})})
+        self.perceiver = PerceiverResampler(**{"dim": vis_dim, "num_latents": perceiver_num, **(perceiver or {})})
+        self.fc = nn.Linear(vis_dim, embedding_dim)
+
+    def encode(self, vision_x: torch.Tensor) -> torch.Tensor:
+        """Volumes (B, S, 3, H, W, D) in [0, 1] to patch tokens (B, S, n_tok, vis_dim)."""
+        if vision_x.ndim != 6:
+            raise ValueError(f"vision_x: shape {tuple(vision_x.shape)}, expected (batch, volumes, 3, H, W, D)")
+        h, w, d = self.vision_encoder.grid(vision_x.shape)
+        if h * w * d != self.n_tok:
+            raise ValueError(f"vision_x: {h}x{w}x{d} = {h * w * d} patches, but the prototypes are made for "
+                             f"{self.n_tok}; resize the volume to the trained size")
+        tokens, _ = self.vision_encoder(vision_x.flatten(0, 1))
+        return rearrange(tokens, "(b s) v d -> b s v d", b=vision_x.shape[0])
+
+    def finding_features(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens (B, S, n_tok, vis_dim) pooled by each prototype's weights, mean over volumes: (B, 14, vis_dim)."""
+        return (self.prototype.softmax(-1) @ tokens).mean(1)
+
+    def similarity(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Cosine of every finding's feature with its positive and negative memory: (B, 14, 2)."""
+        z = F.normalize(self.proj(self.finding_features(tokens)), dim=-1)
+        memory = F.normalize(torch.cat((self.pos_sample_memory, self.neg_sample_memory), dim=1), dim=-1)  # (14, 2, mem)
+        return torch.einsum("bcd,ckd->bck", z, memory)
+
+    def probability(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Share of the positive memory in the softmax that the contrastive loss trains: (B, 14)."""
+        return (self.similarity(tokens) / self.temp.clamp(min=MIN_TEMP)).softmax(-1)[..., 0]
+
+    def visual_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Patch tokens (B, S, n_tok, vis_dim) to (B, S * perceiver_num, embedding_dim)."""
+        return self.fc(self.perceiver(tokens[:, :, None])).flatten(1, 2)
+
+    def forward(self, vision_x=None, cls_labels=None, text_input=None, key_words_query=None, mode=None, tokens=None):
+        """vision_x (B, S, 3, H, W, D), or tokens (B, S, n_tok, vis_dim) from `encode` to spare the second ViT pass.
+
+        text_input: (B, N) ids; V, V+1 are <image>, </image>, V+2+j is visual token j. cls_labels: (B, 14), 1 = present.
+        mode 'cls': similarities (B, 14, 2). mode 'train': embeddings (B, N, E) and sim (B * 14, 2), own memory
+        first, divided by the temperature; the contrastive loss is its cross entropy with target 0. None: embeddings.
+        key_words_query is accepted and unused, as upstream.
+        """
+        if tokens is None:
+            tokens = self.encode(vision_x)
+        if mode == "cls":
+            return self.similarity(tokens)
+        visual = self.visual_tokens(tokens)
+        extra = torch.cat((self.figure_token_weight.expand(len(visual), -1, -1), visual), dim=1)
+        embeds = lookup(self.weight, extra.to(self.weight.dtype), text_input)
+        if mode != "train":
+            return embeds
+        sim = self.similarity(tokens)
+        own_first = torch.where(cls_labels.bool()[..., None], sim, sim.flip(-1))
+        return embeds, (own_first / self.temp.clamp(min=MIN_TEMP)).flatten(0, 1)

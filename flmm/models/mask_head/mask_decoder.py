@@ -1,0 +1,121 @@
+"""Mask head of F-LMM (arXiv 2406.05821): a small UNet that turns attention maps into mask logits.
+
+Upstream: flmm/models/mask_head/mask_decoder.py (UNetHead on mmseg's UNet); state-dict keys are the same, mmseg is not needed.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class ConvModule(nn.Module):
+    """conv (no bias) -> GroupNorm -> ReLU, named as mmcv names them: `conv`, `gn`."""
+
+    def __init__(self, in_channels, out_channels, kernel_size, num_groups, stride=1, dilation=1):
+        super().__init__()
+        padding = dilation * (kernel_size // 2)
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, bias=False)
+        self.gn = nn.GroupNorm(num_groups, out_channels)
+
+    def forward(self, x):
+        return F.relu(self.gn(self.conv(x)))
+
+
+class BasicConvBlock(nn.Module):
+    """`num_convs` 3x3 ConvModules; only the first one has the stride, only the others the dilation."""
+
+    def __init__(self, in_channels, out_channels, num_convs, num_groups, stride=1, dilation=1):
+        super().__init__()
+        self.convs = nn.Sequential(*[
+            ConvModule(in_channels if i == 0 else out_channels, out_channels, 3, num_groups,
+                       stride=stride if i == 0 else 1, dilation=1 if i == 0 else dilation)
+            for i in range(num_convs)])
+
+    def forward(self, x):
+        return self.convs(x)
+
+
+class InterpConv(nn.Module):
+    """Bilinear x2 in float32, then a 1x1 ConvModule; index 1 of `interp_upsample` as in mmseg."""
+
+    def __init__(self, in_channels, out_channels, num_groups, upsample=True):
+        super().__init__()
+        self.upsample = upsample
+        self.interp_upsample = nn.Sequential(nn.Identity(), ConvModule(in_channels, out_channels, 1, num_groups))
+
+    def forward(self, x):
+        if self.upsample:
+            x = F.interpolate(x.float(), scale_factor=2, mode="bilinear", align_corners=False).to(x.dtype)
+        return self.interp_upsample(x)
+
+
+class UpConvBlock(nn.Module):
+    def __init__(self, in_channels, out_channels, num_convs, num_groups, dilation, upsample):
+        super().__init__()
+        self.conv_block = BasicConvBlock(2 * out_channels, out_channels, num_convs, num_groups, dilation=dilation)
+        self.upsample = InterpConv(in_channels, out_channels, num_groups, upsample)
+
+    def forward(self, skip, x):
+        return self.conv_block(torch.cat([skip, self.upsample(x)], dim=1))
+
+
+class UNetHead(nn.Module):
+    """UNet over per-phrase attention maps.
+
+    x: (n, in_channels, h, w), every value in [0, 1] when `normalize_input`; n phrases, in_channels = layers * heads.
+    Returns logits (n, 1, h', w'); h', w' = floor(side * s), s = max(1, upsample_input / longer side).
+    Raises ValueError for another channel count (a head of another base) or for values outside [0, 1].
+    Defaults are the values of every published configuration.
+    """
+
+    def __init__(self, in_channels, normalize_input=True, upsample_input=64, base_channels=64, num_stages=4,
+                 strides=(1, 1, 1, 1), enc_num_convs=(2, 2, 2, 2), dec_num_convs=(2, 2, 2),
+                 downsamples=(True, True, True), enc_dilations=(1, 1, 1, 1), dec_dilations=(1, 1, 1), num_groups=1):
+        super().__init__()
+        self.in_channels, self.normalize_input, self.upsample_input = in_channels, normalize_input, upsample_input
+        self.multiple = 1   # sides must divide by the product of all reductions
+        for stride in strides:
+            self.multiple *= stride
+        self.multiple *= 2 ** sum(downsamples)
+        self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList()
+        channels = in_channels
+        for i in range(num_stages):
+            width = base_channels * 2**i
+            stage = nn.Sequential()
+            if i > 0:
+                if downsamples[i - 1]:
+                    stage.append(nn.MaxPool2d(2))
+                upsample = strides[i] != 1 or downsamples[i - 1]
+                self.decoder.append(UpConvBlock(2 * width // 2, width // 2, dec_num_convs[i - 1], num_groups,
+                                                dec_dilations[i - 1], upsample))
+            stage.append(BasicConvBlock(channels, width, enc_num_convs[i], num_groups, strides[i], enc_dilations[i]))
+            self.encoder.append(stage)
+            channels = width
+        self.conv_seg = nn.Conv2d(base_channels, 1, 1)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, x):
+        if x.shape[1] != self.in_channels:
+            raise ValueError(f"mask head takes {self.in_channels} channels, the attention has {x.shape[1]}: "
+                             "this head belongs to another base model")
+        if self.normalize_input:
+            if x.numel() and not (0 <= x.min() and x.max() <= 1):
+                raise ValueError("attention maps must lie in [0, 1]")
+            x = x / x.sum(dim=(-2, -1), keepdim=True).clamp(min=1e-12)
+        if self.upsample_input is not None:
+            # scale_factor, not size: for sides that do not divide, the sample positions differ
+            scale = max(1.0, self.upsample_input / max(x.shape[-2:]))
+            x = F.interpolate(x.float(), scale_factor=scale, mode="bilinear").to(x.dtype)
+        h, w = x.shape[-2:]
+        x = F.pad(x, (0, -w % self.multiple, 0, -h % self.multiple))
+        skips = []
+        for stage in self.encoder:
+            x = stage(x)
+            skips.append(x)
+        for i in reversed(range(len(self.decoder))):
+            x = self.decoder[i](skips[i], x)
+        return self.conv_seg(x[..., :h, :w])

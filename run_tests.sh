@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Set up the environment if needed, then run the tests: bash run_tests.sh [pytest arguments]
+# GOLDEN_DIR and DATA_ROOT name the reference tensors and the real data; by default they are looked for beside this folder.
+set -euo pipefail
+ENV_EXTRA=requirements-dev.txt source "$(dirname "${BASH_SOURCE[0]}")/common/env.sh"
+if [ -n "${GOLDEN_DIR:-}" ]; then export GOLDEN_DIR=$(realpath -m "$GOLDEN_DIR"); fi
+here=$PWD
+cd "$ROOT"
+paths=()
+for argument in "$@"; do                                  # a test path given from another folder still means that file
+  if [ ! -e "$argument" ] && [ -e "$here/${argument%%::*}" ]; then argument=$here/$argument; fi
+  paths+=("$argument")
+done
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}              # one core each: pytest-xdist fills the others
+exec "$PYTHON" -m pytest -n "${PYTEST_WORKERS:-$(nproc)}" ${paths[@]+"${paths[@]}"}
