@@ -4,6 +4,9 @@ import os
 import signal
 import sys
 
+# How gloo and NCCL say that another process of the run has gone.
+LOST = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
+
 
 class UserError(Exception):
     """Something the user can mend. The message is one line: which file or field, what is wrong, what to do."""
@@ -20,8 +23,8 @@ class Interrupted(Exception):
 def run(main, *args):
     """Call `main(*args)` and turn what a user can act on into one line and an exit status.
 
-    UserError and a full disk: 2. Interrupted, Ctrl-C: 128 + signal number, as a shell reports it. Every other
-    exception is a defect of ours and keeps its traceback.
+    UserError and a full disk: 2. Interrupted, Ctrl-C: 128 + signal number, as a shell reports it. A process that lost
+    the others because one of them ended: 75. Every other exception is a defect of ours and keeps its traceback.
     """
     try:
         main(*args)
@@ -34,6 +37,10 @@ def run(main, *args):
     except BrokenPipeError:                               # `... | head`: the reader left, nothing to report
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
+    except RuntimeError as error:
+        if os.environ.get("WORLD_SIZE", "1") == "1" or not any(text in str(error) for text in LOST):
+            raise
+        leave("lost the other processes; the first error above says why", 75)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise

@@ -19,6 +19,8 @@ def main(script: str, *arguments: str):
     rank = os.environ.get("NODE_RANK", "0")
     address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "29500")
     config = os.environ.get("ACCELERATE_CONFIG", "")
+    if processes > 1:                                     # share the cores out instead of one thread for each process
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     if config:
         path = CONFIGS / f"{config}.yaml" if (CONFIGS / f"{config}.yaml").is_file() else Path(config)
         if not path.is_file():
@@ -50,7 +52,8 @@ def start(launcher):
     try:
         launcher()
     except ChildFailedError as error:
-        sys.exit(min(abs(failure.exitcode) for failure in error.failures.values()) or 1)
+        codes = [failure.exitcode for failure in error.failures.values()]
+        sys.exit(min((code for code in codes if code > 0), default=1))
     except SignalException as error:                      # the processes have saved themselves
         sys.exit(128 + error.sigval)
 

@@ -19,12 +19,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from common.checkpoint import atomic_write, find_resume
 from common.errors import Interrupted, UserError
 
-OURS = ("config.json", "log.jsonl", "metrics.json", "tb", "checkpoints", "figures", "last", "best", "run.lock")
+OURS = ("config.json", "log.jsonl", "metrics.json", "tb", "checkpoints", "figures", "last", "best")
 _locks = {}                                               # open files: a lock lives as long as its file
 
 
@@ -35,39 +36,53 @@ def open_run(out, args, accelerator, resume: bool = False, overwrite: bool = Fal
     that holds anything else always; so is one that another process is writing to. args: the argparse namespace.
     """
     out = Path(out)
-    if accelerator.is_main_process:
-        present = sorted(p.name for p in out.iterdir() if p.name != "run.lock") if out.is_dir() else []
-        if present and "config.json" not in present:
-            raise UserError(f"{out} holds {present[0]} but no run; choose an empty folder with --out")
-        if present and not (resume or overwrite):
-            raise UserError(f"{out} already holds a run; add --resume to go on with it or --overwrite to start again")
-        if resume and not present:
-            raise UserError(f"{out} holds no run to resume; leave out --resume to start one")
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            _lock(out)
-        except OSError as error:
-            raise UserError(f"{out}: cannot write there ({error.strerror}); choose another folder with --out") from error
-        if overwrite and not resume:
-            for name in OURS[:-1]:
-                path = out / name
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
-        arguments = {k: v if isinstance(v, (int, float, bool, list, type(None))) else str(v) for k, v in vars(args).items()}
-        if resume:
-            before = json.loads((out / "config.json").read_text())["arguments"]
-            for name in sorted(arguments.keys() - {"resume", "overwrite"}):
-                if before.get(name) != arguments[name]:
-                    print(f"resuming with {name} = {arguments[name]} (was {before.get(name)})")
-        config = {
-            "arguments": arguments,
-            "command": shlex.join(sys.argv),
-            "commit": _commit(),
-            "processes": accelerator.num_processes,
-            "versions": {"python": platform.python_version(), **{p: version(p) for p in ("torch", "transformers", "accelerate")}},
-        }
-        atomic_write(out / "config.json", json.dumps(config, indent=1, ensure_ascii=False))
-    accelerator.wait_for_everyone()
+    on_main(accelerator, lambda: _open(out, args, accelerator.num_processes, resume, overwrite))
     return out
+
+
+def on_main(accelerator, function):
+    """Run `function()` on the main process while the others wait; its UserError ends all of them, told once."""
+    error = None
+    if accelerator.is_main_process:
+        try:
+            function()
+        except UserError as caught:
+            error = caught
+    if broadcast_object_list([error is not None])[0]:
+        raise error or SystemExit(2)
+
+
+def _open(out: Path, args, processes: int, resume: bool, overwrite: bool):
+    present = sorted(p.name for p in out.iterdir() if p.name != "run.lock") if out.is_dir() else []
+    if present and "config.json" not in present:
+        raise UserError(f"{out} holds {present[0]} but no run; choose an empty folder with --out")
+    if present and not (resume or overwrite):
+        raise UserError(f"{out} already holds a run; add --resume to go on with it or --overwrite to start again")
+    if resume and not present:
+        raise UserError(f"{out} holds no run to resume; leave out --resume to start one")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        _lock(out)
+    except OSError as error:
+        raise UserError(f"{out}: cannot write there ({error.strerror}); choose another folder with --out") from error
+    if overwrite and not resume:
+        for name in OURS:
+            path = out / name
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+    arguments = {k: v if isinstance(v, (int, float, bool, list, type(None))) else str(v) for k, v in vars(args).items()}
+    if resume:
+        before = json.loads((out / "config.json").read_text())["arguments"]
+        for name in sorted(arguments.keys() - {"resume", "overwrite"}):
+            if before.get(name) != arguments[name]:
+                print(f"resuming with {name} = {arguments[name]} (was {before.get(name)})")
+    config = {
+        "arguments": arguments,
+        "command": shlex.join(sys.argv),
+        "commit": _commit(),
+        "processes": processes,
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in ("torch", "transformers", "accelerate")}},
+    }
+    atomic_write(out / "config.json", json.dumps(config, indent=1, ensure_ascii=False, default=str))
 
 
 def _lock(out: Path):
@@ -86,8 +101,10 @@ def _lock(out: Path):
 
 def _commit() -> str:
     """Commit of this checkout, "" outside git."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    return git.stdout.strip()
+    try:
+        return subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, text=True, stderr=subprocess.DEVNULL).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def seed_everything(seed: int, rank: int = 0):
@@ -148,23 +165,20 @@ class Log:
 class StopSignal:
     """Turns Ctrl-C and SIGTERM into a question that the loop asks after each step: `if stop(): save; stop.leave(path)`.
 
-    Create it before the first loader worker starts. A second Ctrl-C ends the process at once.
+    Give loaders `worker_init_fn=loader_worker`. A second Ctrl-C ends the process at once.
     """
 
     def __init__(self, accelerator):
-        self.accelerator, self.signum, self.pid = accelerator, 0, os.getpid()
+        self.accelerator, self.signum = accelerator, 0
         signal.signal(signal.SIGINT, self._handle)
         signal.signal(signal.SIGTERM, self._handle)
 
     def _handle(self, signum, frame):
-        if os.getpid() != self.pid:                       # a loader worker: Ctrl-C is the parent's business
-            if signum == signal.SIGTERM:
-                os._exit(128 + signum)
-            return
         if self.signum and signum == signal.SIGINT:
             raise KeyboardInterrupt
         self.signum = signum
-        print(f"{signal.Signals(signum).name}: saving after this step ...", file=sys.stderr, flush=True)
+        if self.accelerator.is_main_process:
+            print(f"{signal.Signals(signum).name}: saving after this step ...", file=sys.stderr, flush=True)
 
     def __call__(self) -> bool:
         """True on every process once any process has been asked to stop."""
@@ -175,9 +189,17 @@ class StopSignal:
         return bool(self.signum)
 
     def leave(self, saved):
-        """Raise Interrupted: where it is saved and how to resume."""
-        command = shlex.join(a for a in sys.argv if a not in ("--resume", "--overwrite"))
-        raise Interrupted(f"stopped; saved {saved}; to go on, run again with --resume: {command} --resume", self.signum)
+        """End the run: the main process raises Interrupted saying where it is saved and how to resume."""
+        if not self.accelerator.is_main_process:
+            sys.exit(128 + self.signum)
+        raise Interrupted(f"stopped; saved {saved}; run the same command with --resume to go on", self.signum)
+
+
+def loader_worker(worker_id: int):
+    """`worker_init_fn` of every DataLoader: a stop signal sent to the whole process group must not take the workers
+    from a parent that still finishes its step. The alarm ends a worker that outlives its parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda signum, frame: signal.alarm(30))
 
 
 def check_finite(loss: torch.Tensor, step: int, names, out):
