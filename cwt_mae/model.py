@@ -1,0 +1,565 @@
+"""CWT-MAE-RoPE: a masked autoencoder of wavelet images of one-dimensional signals.
+
+    signal (B, L) -> Ricker wavelet images (B, 3, scales, L) -> patches -> transformer encoder on the visible ones
+    -> transformer decoder on all -> hidden patches of the image, and the signal itself
+
+Names, shapes and state-dict keys follow the public repository Dryilv/Wearable-Foundation-Model (file model.py, stage of
+2026-01-21); the wavelet front end follows Mobile-Sensing-and-UbiComp-Laboratory/NormWear, the masking
+facebookresearch/mae (He et al. 2022), the position encoding RoFormer (Su et al. 2021).
+
+Upstream's numerics had accidents (README.md, "Differences from upstream"). They are mended by default; `legacy=True`
+keeps them, for weights that were trained with them.
+
+This file imports torch alone. `from cwt_mae.model import cwt_wrap` is a batched, differentiable wavelet transform for
+any device that needs nothing else from here.
+"""
+import functools
+import math
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# ---- front end: Ricker filter bank ------------------------------------------------------------------------------------
+
+
+def create_ricker_wavelets(points: int, scales: torch.Tensor) -> torch.Tensor:
+    """Ricker ("Mexican hat") kernels of unit L2 norm: scales (S,), in samples -> (S, 1, points), dtype of `scales`.
+
+    psi_a(t) = 2 / (sqrt(3 a) pi^(1/4) + 1e-6) * (1 - t^2/a^2) * exp(-t^2 / 2a^2), t centred on the middle of the kernel:
+    between two samples if `points` is even.
+    """
+    t = torch.arange(points, dtype=torch.float64, device=scales.device) - (points - 1) / 2
+    a = scales.double()[:, None]
+    kernels = 2 / (torch.sqrt(3 * a) * math.pi**0.25 + 1e-6) * (1 - (t / a) ** 2) * torch.exp(-((t / a) ** 2) / 2)
+    return kernels[:, None].to(scales.dtype)
+
+
+def _kernel_points(largest: float, length: int, legacy: bool) -> int:
+    """Taps of every kernel of a bank: five widths of the largest scale to each side of the centre.
+
+    Legacy: upstream's rule in Python floats. 10 * 63.1 in float32 is just below 631, so it gives 630 taps, and all images
+    are half a sample late; other scale counts are not, and a short signal cuts the kernels to its own length.
+    """
+    if not legacy:
+        return 2 * int(5 * largest + 1e-3) + 1
+    points = min(10 * largest, length)
+    return int(points + 1 if points % 2 == 0 else points)
+
+
+@functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)                              # a bank made for inference serves training too
+def _spectra(scales: tuple, points: int, n: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Fourier transforms (S, 2F) of the kernels centred on sample 0, F = n // 2 + 1.
+
+    A symmetric kernel has a real transform. Each value stands there twice, for the real and the imaginary part of the
+    signal's transform seen as 2F floats: a product of floats costs a quarter of a complex one.
+    """
+    kernels = create_ricker_wavelets(points, torch.tensor(scales, dtype=torch.float64))[:, 0]
+    angle = torch.arange(n // 2 + 1, dtype=torch.float64) * (math.pi * (points - 1) / n)
+    spectra = torch.fft.rfft(kernels, n) * torch.polar(torch.ones_like(angle), angle)
+    return spectra.real.repeat_interleave(2, dim=1).to(device, dtype)
+
+
+def _extend(x: torch.Tensor, margin: int, padding: str, lengths: torch.Tensor) -> torch.Tensor:
+    """x (B, L), valid up to lengths (B, 1) -> (B, L + 2 margin), continued on both sides of the valid part."""
+    t = torch.arange(-margin, x.shape[1] + margin, device=x.device)[None]
+    last = lengths - 1
+    inside = t.clamp(min=0).minimum(last)
+    if padding == "zero":
+        return x.gather(1, inside) * ((t >= 0) & (t <= last))
+    if padding == "replicate":
+        return x.gather(1, inside)
+    if padding != "reflect":
+        raise ValueError(f"padding={padding!r}: use zero, reflect or replicate")
+    period = (2 * last).clamp(min=1)                      # the signal forth and back again, as often as the margin needs
+    return x.gather(1, torch.minimum(t % period, period - t % period))
+
+
+def _fft_length(points: int) -> int:
+    """The smallest fast transform length that holds `points` samples."""
+    return min(m << max(0, math.ceil(math.log2(points / m))) for m in (1, 3))
+
+
+def _filter_bank(rows, scales, points, length, lengths, normalize):
+    """Correlate rows (R, length + points - 1 or more) with the bank -> (R, S, length)."""
+    n = _fft_length(rows.shape[1])
+    bank = _spectra(tuple(scales.tolist()), points, n, rows.dtype, rows.device)
+    spectrum = torch.fft.rfft(rows, n)
+    if points % 2 == 0:                                   # the centre lies between two samples
+        angle = torch.arange(n // 2 + 1, dtype=torch.float64, device=rows.device) * (-math.pi / n)
+        spectrum = spectrum * torch.polar(torch.ones_like(angle), angle).to(spectrum.dtype)
+    images = torch.view_as_real(spectrum).flatten(1)[:, None] * bank                            # (R, S, 2F)
+    images = torch.fft.irfft(torch.view_as_complex(images.unflatten(-1, (-1, 2))), n)[..., points // 2:][..., :length]
+    valid = (torch.arange(length, device=rows.device) < lengths)[:, None]                       # (R, 1, L)
+    images = images * valid
+    if normalize:
+        count = lengths[:, :, None] * len(scales)
+        images = (images - images.sum((1, 2), keepdim=True) / count) * valid
+        variance = images.square().sum((1, 2), keepdim=True) / (count - 1)
+        images = images / variance.clamp(min=1e-10).sqrt()
+    return images
+
+
+def cwt_ricker(x: torch.Tensor, scales: torch.Tensor, legacy: bool = False, padding: str = "reflect") -> torch.Tensor:
+    """Ricker wavelet transform: x (B, L), scales (S,) ascending, in samples -> (B, S, L) float32 (float64 for float64 x).
+
+    Kernels are odd and of fixed length, and the signal continues by `padding`. Legacy: zeros, and upstream's kernel length.
+    """
+    x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    points = _kernel_points(float(scales[-1]), x.shape[1], legacy)
+    lengths = torch.full((len(x), 1), x.shape[1], device=x.device)
+    rows = _extend(x, points // 2, "zero" if legacy else padding, lengths)
+    return _filter_bank(rows, scales, points, x.shape[1], lengths, normalize=False)
+
+
+@torch.compiler.disable
+def cwt_wrap(x: torch.Tensor, num_scales: int = 64, lowest_scale: float = 0.1, step: float = 1.0, legacy: bool = False, *,
+             padding: str | None = None, log_scales: bool = False, lengths: torch.Tensor | None = None,
+             normalize: bool = False) -> torch.Tensor:
+    """Wavelet images of a signal, its first and its second difference: x (B, L) -> (B, 3, num_scales, L).
+
+    Scales, in samples: lowest_scale + step * (0 .. num_scales - 1), or as many between the same ends in equal ratios
+    (`log_scales`). Float32, also under autocast (float64 for float64 x). Differentiable in x.
+
+    padding: how the signal, less its mean, goes on beyond its ends: "reflect" (default), "replicate" or "zero".
+    lengths (B,): valid samples of each row; the rest is ignored, and zero in the images.
+    normalize: each image to mean 0 and (unbiased) deviation 1 over scale and valid time.
+    legacy: upstream's numbers: a transform with an even or cut kernel (`_kernel_points`), zeros beyond the ends of a signal
+    whose mean was left in, and a backward difference half a sample off the second one.
+    """
+    if x.ndim != 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, samples)")
+    x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    length, padding = x.shape[1], padding or ("zero" if legacy else "reflect")
+    lengths = torch.full((len(x),), length, device=x.device) if lengths is None else lengths.to(x.device)
+    lengths = lengths[:, None]
+    scales = torch.arange(num_scales) * step + lowest_scale
+    if log_scales:
+        scales = torch.logspace(math.log10(lowest_scale), math.log10(scales[-1]), num_scales)
+    points = _kernel_points(float(scales[-1]), length, legacy)
+    half = points // 2
+    if legacy:
+        edge = _extend(x, 1, "replicate", lengths)
+        before, now, after = edge[:, :-2], edge[:, 1:-1], edge[:, 2:]
+        channels = torch.stack([now, now - before, after - 2 * now + before], 1)
+        rows = _extend(channels.flatten(0, 1), half, padding, lengths.repeat_interleave(3, 0))
+    else:
+        valid = torch.arange(length, device=x.device) < lengths
+        x = x - (x * valid).sum(1, keepdim=True) / lengths
+        x = _extend(x, half + 1, padding, lengths)
+        before, now, after = x[:, :-2], x[:, 1:-1], x[:, 2:]
+        rows = torch.stack([now, (after - before) / 2, (after - now) - (now - before)], 1).flatten(0, 1)
+    images = _filter_bank(rows, scales, points, length, lengths.repeat_interleave(3, 0), normalize)
+    return images.unflatten(0, (-1, 3))
+
+
+# ---- parts of the transformer -----------------------------------------------------------------------------------------
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotary position tables, computed from the position ids in float32 at every call (Su et al. 2021).
+
+    Nothing is cached: any position is allowed, no device is asked for a maximum, and `.half()` cannot spoil the angles.
+    `inv_freq` is kept as a buffer for upstream's state-dict key. Legacy: tables rounded to bfloat16.
+    """
+
+    def __init__(self, dim: int, legacy: bool = False):
+        super().__init__()
+        self.dim, self.legacy = dim, legacy
+        self.register_buffer("inv_freq", self.frequencies(None))
+
+    def frequencies(self, device) -> torch.Tensor:
+        return 1.0 / (10000 ** (torch.arange(0, self.dim, 2, device=device).float() / self.dim))
+
+    def forward(self, pos_ids: torch.Tensor):
+        """pos_ids (B, n) -> cos, sin, each (B, n, 1, dim) float32."""
+        angle = pos_ids[..., None].float() * self.frequencies(pos_ids.device)
+        angle = torch.cat([angle, angle], dim=-1)[:, :, None]
+        cos, sin = angle.cos(), angle.sin()
+        return (cos.bfloat16().float(), sin.bfloat16().float()) if self.legacy else (cos, sin)
+
+
+def apply_rotary_pos_emb(q, k, cos, sin):
+    """Rotate q and k (B, n, heads, dim) by the tables (B, n, 1, dim); the halves of dim are the two coordinates."""
+    def rotate(x):
+        first, second = x.chunk(2, dim=-1)
+        return x * cos + torch.cat([-second, first], dim=-1) * sin
+    return rotate(q), rotate(k)
+
+
+class TensorizedLinear(nn.Module):
+    """Linear layer of low rank: y = u(v(x)), rank = max(32, int(min(in, out) * rank_ratio)).
+
+    Smaller than a dense layer below rank in * out / (in + out) only; the floor of 32 makes small layers larger.
+    """
+
+    def __init__(self, in_features: int, out_features: int, rank_ratio: float = 0.5, bias: bool = True):
+        super().__init__()
+        self.rank = max(32, int(min(in_features, out_features) * rank_ratio))
+        self.v = nn.Linear(in_features, self.rank, bias=False)
+        self.u = nn.Linear(self.rank, out_features, bias=bias)
+        init_weights(self)
+
+    def forward(self, x):
+        return self.u(self.v(x))
+
+
+class DecomposedPatchEmbed(nn.Module):
+    """Cut images (B, C, S, L) into patches of `patch_size` (scales, samples) -> (B, N, D), all times of a row first."""
+
+    def __init__(self, img_size=(64, 3000), patch_size=(4, 50), in_chans: int = 3, embed_dim: int = 768, norm_layer=None):
+        super().__init__()
+        self.img_size, self.patch_size = tuple(img_size), tuple(patch_size)
+        self.grid_size = (img_size[0] // patch_size[0], img_size[1] // patch_size[1])
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=self.patch_size, stride=self.patch_size)
+        self.norm = norm_layer(embed_dim) if norm_layer else nn.Identity()
+
+    def forward(self, imgs):
+        return self.norm(self.proj(imgs).flatten(2).transpose(1, 2))
+
+
+class RoPEAttention(nn.Module):
+    """Multi-head attention with rotary positions: x (B, n, D) -> (B, n, D).
+
+    attn_mask: (B, n) bool, True = may be attended to.
+    """
+
+    def __init__(self, dim: int, num_heads: int = 8, qkv_bias: bool = False, attn_drop: float = 0.0, proj_drop: float = 0.0):
+        super().__init__()
+        if dim % (2 * num_heads):
+            raise ValueError(f"width {dim} does not give {num_heads} heads of an even size; change the width or the heads")
+        self.num_heads, self.attn_drop = num_heads, attn_drop
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x, rope_cos=None, rope_sin=None, attn_mask=None):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)                  # (B, n, heads, head dim)
+        if rope_cos is not None:
+            q, k = (t.to(v.dtype) for t in apply_rotary_pos_emb(q, k, rope_cos, rope_sin))
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+            attn_mask=None if attn_mask is None else attn_mask[:, None, None],
+            dropout_p=self.attn_drop if self.training else 0.0)
+        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block with a dense MLP."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, qkv_bias: bool = False, drop: float = 0.0,
+                 attn_drop: float = 0.0, norm_layer=nn.LayerNorm, linear=nn.Linear):
+        super().__init__()
+        hidden = int(dim * mlp_ratio)
+        self.norm1 = norm_layer(dim)
+        self.attn = RoPEAttention(dim, num_heads, qkv_bias, attn_drop, drop)
+        self.norm2 = norm_layer(dim)
+        self.mlp = nn.Sequential(linear(dim, hidden), nn.GELU(), nn.Dropout(drop), linear(hidden, dim), nn.Dropout(drop))
+
+    def forward(self, x, rope_cos=None, rope_sin=None, attn_mask=None):
+        x = x + self.attn(self.norm1(x), rope_cos, rope_sin, attn_mask)
+        return x + self.mlp(self.norm2(x))
+
+
+class TensorizedBlock(Block):
+    """Pre-norm transformer block whose MLP is of low rank (`TensorizedLinear`)."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, qkv_bias: bool = False, drop: float = 0.0,
+                 attn_drop: float = 0.0, rank_ratio: float = 0.5, norm_layer=nn.LayerNorm):
+        super().__init__(dim, num_heads, mlp_ratio, qkv_bias, drop, attn_drop, norm_layer,
+                         linear=functools.partial(TensorizedLinear, rank_ratio=rank_ratio))
+
+
+def init_weights(module: nn.Module):
+    """Xavier-uniform Linear weights with zero bias, LayerNorm 1 and 0, Xavier-uniform convolutions, in all of `module`."""
+    for part in module.modules():
+        if isinstance(part, (nn.Linear, nn.Conv1d, nn.Conv2d)):
+            nn.init.xavier_uniform_(part.weight)
+        if isinstance(part, nn.Linear) and part.bias is not None:
+            nn.init.zeros_(part.bias)
+        if isinstance(part, nn.LayerNorm):
+            nn.init.ones_(part.weight)
+            nn.init.zeros_(part.bias)
+
+
+# ---- the model --------------------------------------------------------------------------------------------------------
+
+
+class CWT_Encoder(nn.Module):
+    """Front end and encoder: what pre-training and every later use share. The same keys as in `CWT_MAE_RoPE`.
+
+    signal_len, patch_size_time: samples. cwt_scales, patch_size_freq: scales. Both pairs must divide.
+    fs: sampling rate in Hz of the signals that the model was trained on, for the record.
+    legacy: upstream's numerics in the wavelet images, in the rotary tables and positions, and in the count of kept patches.
+    padding, lowest_scale, scale_step, log_scales: see `cwt_wrap`.
+    rope_stride: a patch in row h and column w of the grid has rotary position 1 + h * rope_stride + w. Default 0, time
+    alone; in legacy the grid's width, upstream's flattened index. Give an upstream model the width that it was trained with
+    to keep its relative positions at another signal length.
+    patch_norm: LayerNorm after the patch embedding (which takes the amplitude away).
+    raw_patches: add an embedding of the plain signal under each patch, with a learned gain.
+
+    `config` holds all of these as plain values: CWT_MAE_RoPE(**config) builds the same model.
+    """
+
+    def __init__(self, signal_len: int = 3000, cwt_scales: int = 64, patch_size_time: int = 50, patch_size_freq: int = 4,
+                 embed_dim: int = 768, depth: int = 12, num_heads: int = 12, mlp_rank_ratio: float = 0.5,
+                 fs: float | None = None, legacy: bool = False, padding: str | None = None, lowest_scale: float = 0.1,
+                 scale_step: float = 1.0, log_scales: bool = False, rope_stride: int | None = None,
+                 patch_norm: bool = True, raw_patches: bool = False):
+        config = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
+        super().__init__()
+        if signal_len % patch_size_time:
+            raise ValueError(f"signal_len {signal_len} is not a multiple of patch_size_time {patch_size_time}; "
+                             f"use {max(1, round(signal_len / patch_size_time)) * patch_size_time} samples or another patch")
+        if cwt_scales % patch_size_freq:
+            raise ValueError(f"cwt_scales {cwt_scales} is not a multiple of patch_size_freq {patch_size_freq}")
+        self.config = config
+        self.legacy, self.signal_len, self.cwt_scales = legacy, signal_len, cwt_scales
+        self.patch_size_time, self.patch_size_freq = patch_size_time, patch_size_freq
+        self.patch_embed = DecomposedPatchEmbed((cwt_scales, signal_len), (patch_size_freq, patch_size_time), 3, embed_dim,
+                                                norm_layer=nn.LayerNorm if patch_norm else None)
+        self.grid_size, self.num_patches = self.patch_embed.grid_size, self.patch_embed.num_patches
+        self.rope_stride = rope_stride if rope_stride is not None else self.grid_size[1] if legacy else 0
+        self.rope_encoder = RotaryEmbedding(embed_dim // num_heads, legacy)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, self.num_patches + 1, embed_dim))
+        self.blocks = nn.ModuleList(TensorizedBlock(embed_dim, num_heads, rank_ratio=mlp_rank_ratio) for _ in range(depth))
+        self.norm = nn.LayerNorm(embed_dim)
+        if raw_patches:
+            self.raw_embed = nn.Conv1d(1, embed_dim, patch_size_time, stride=patch_size_time)
+            self.raw_gain = nn.Parameter(torch.tensor(0.1))
+        self.init_tokens()
+
+    def init_tokens(self):
+        """Tokens and position tables normal with deviation 0.02, the rest as `init_weights` says."""
+        init_weights(self)
+        for name, parameter in self.named_parameters(recurse=False):
+            if name != "raw_gain":
+                nn.init.normal_(parameter, std=0.02)
+
+    @torch.compiler.disable
+    def images(self, x: torch.Tensor, lengths: torch.Tensor | None = None):
+        """x (B, L) or (B, 1, L), L up to signal_len -> images (B, 3, S, signal_len), signal (B, signal_len), lengths or None.
+
+        The images are normalised; the signal has mean 0 and deviation 1 over its valid part and is 0 behind it. A shorter
+        signal counts as padded at its end.
+        """
+        x = self.checked(x)
+        if x.shape[1] < self.signal_len:
+            lengths = torch.full((len(x),), x.shape[1], device=x.device) if lengths is None else lengths
+            x = F.pad(x, (0, self.signal_len - x.shape[1]))
+        if lengths is not None:
+            lengths = lengths.to(x.device)
+            if x.device.type == "cpu" and not ((lengths > 1) & (lengths <= self.signal_len)).all():
+                raise ValueError(f"lengths {lengths.tolist()}: each must lie in 2 .. {self.signal_len} samples")
+        config = self.config
+        imgs = cwt_wrap(x, self.cwt_scales, config["lowest_scale"], config["scale_step"], self.legacy,
+                        padding=config["padding"], log_scales=config["log_scales"], lengths=lengths, normalize=True)
+        valid = self.valid_samples(lengths, x)
+        count = valid.sum(1, keepdim=True)
+        x = (x - (x * valid).sum(1, keepdim=True) / count) * valid
+        x = x / (x.square().sum(1, keepdim=True) / (count - 1)).sqrt().clamp(min=1e-5)
+        return imgs, x, lengths
+
+    def checked(self, x: torch.Tensor) -> torch.Tensor:
+        """x as (B, L) floats, or a ValueError that says what is wrong with it."""
+        if x.ndim == 3 and x.shape[1] == 1:
+            x = x[:, 0]
+        if x.ndim != 2:
+            raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, samples) or (batch, 1, samples): one channel")
+        if not 2 <= x.shape[1] <= self.signal_len:
+            raise ValueError(f"x has {x.shape[1]} samples, the model takes 2 .. {self.signal_len}; "
+                             "cut longer records into windows (dataset.py) or build the model with another signal_len")
+        if x.device.type == "cpu" and not torch.isfinite(x).all():   # on an accelerator the question would stall its queue
+            raise ValueError(f"x holds NaN or infinite values in rows {(~torch.isfinite(x)).any(1).nonzero().flatten().tolist()}")
+        return x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+    def valid_samples(self, lengths, x):
+        """(B, L) bool: samples that are signal, not padding."""
+        time = torch.arange(x.shape[-1], device=x.device)
+        return time.expand(len(x), -1) < (x.shape[-1] if lengths is None else lengths[:, None])
+
+    def valid_patches(self, lengths):
+        """(B, N) bool: patches that hold at least one valid sample; None if all do by construction."""
+        if lengths is None:
+            return None
+        starts = torch.arange(self.grid_size[1], device=lengths.device) * self.patch_size_time
+        return (starts < lengths[:, None]).repeat(1, self.grid_size[0])
+
+    def rope_ids(self, device) -> torch.Tensor:
+        """(1, N + 1) rotary positions: class token 0, then the patches row by row."""
+        rows, columns = (torch.arange(size, device=device) for size in self.grid_size)
+        return F.pad((1 + rows[:, None] * self.rope_stride + columns).flatten(), (1, 0))[None]
+
+    def forward_encoder(self, imgs, x=None, valid=None, ids_keep=None, slots=None):
+        """Encode patches of imgs (B, 3, S, L): all of them, or those of ids_keep (B, K) -> (B, 1 + N or K, D).
+
+        x: signal as `images` gives it, for raw_patches. valid (B, N) / slots (B, K): bool, patches that may be attended to.
+        """
+        tokens = self.patch_embed(imgs)
+        if hasattr(self, "raw_embed"):
+            raw = self.raw_embed(x[:, None].to(imgs.dtype)).transpose(1, 2)                     # (B, W, D)
+            tokens = tokens + self.raw_gain * raw.repeat(1, self.grid_size[0], 1)
+        tokens = tokens + self.pos_embed[:, 1:]
+        pos_ids, mask = self.rope_ids(tokens.device), valid
+        if ids_keep is not None:
+            tokens = tokens.gather(1, ids_keep[..., None].expand(-1, -1, tokens.shape[-1]))
+            pos_ids = F.pad(pos_ids[0, 1:][ids_keep], (1, 0))
+            mask = slots
+        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)
+        tokens = torch.cat([cls_token, tokens], dim=1)
+        cos, sin = self.rope_encoder(pos_ids)
+        if mask is not None:
+            mask = F.pad(mask, (1, 0), value=True)
+        for block in self.blocks:
+            tokens = block(tokens, cos, sin, mask)
+        return self.norm(tokens)
+
+
+class CWT_MAE_RoPE(CWT_Encoder):
+    """Masked autoencoder of wavelet images: `loss, pred_spec, pred_time, imgs = model(x)`.
+
+    mask_ratio: share of patches hidden from the encoder. time_loss_weight: weight of the signal's loss beside the image's.
+    column_masking: hide all scales of a time column together, so that nothing can be read off a neighbouring row.
+    masked_time_loss: weigh the signal's squared error by the hidden share of its column (upstream: the whole signal).
+    channel_weights: weights of the three images (signal, first and second difference) in the image loss.
+    **encoder: see `CWT_Encoder`. Default sizes have 95,618,954 parameters.
+    """
+
+    def __init__(self, decoder_embed_dim: int = 512, decoder_depth: int = 8, decoder_num_heads: int = 16,
+                 mask_ratio: float = 0.75, time_loss_weight: float = 1.0, column_masking: bool = False,
+                 masked_time_loss: bool = False, channel_weights=(1.0, 1.0, 1.0), **encoder):
+        own = {key: value for key, value in locals().items() if key not in ("self", "__class__", "encoder")}
+        super().__init__(**encoder)
+        if not 0 <= mask_ratio < 1:
+            raise ValueError(f"mask_ratio {mask_ratio} is outside 0 <= ratio < 1")
+        self.config |= own | {"channel_weights": list(channel_weights)}
+        self.mask_ratio, self.time_loss_weight = mask_ratio, time_loss_weight
+        self.column_masking, self.masked_time_loss, self.channel_weights = column_masking, masked_time_loss, channel_weights
+        self.patch_pixels = 3 * self.patch_size_freq * self.patch_size_time
+        width = decoder_embed_dim
+        self.rope_decoder = RotaryEmbedding(width // decoder_num_heads, self.legacy)
+        self.decoder_embed = nn.Linear(self.config["embed_dim"], width)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, width))
+        self.decoder_pos_embed = nn.Parameter(torch.empty(1, self.num_patches + 1, width))
+        self.decoder_blocks = nn.ModuleList(Block(width, decoder_num_heads) for _ in range(decoder_depth))
+        self.decoder_norm = nn.LayerNorm(width)
+        self.decoder_pred_spec = nn.Linear(width, self.patch_pixels)
+        self.time_reducer = nn.Sequential(nn.Conv2d(width, width, kernel_size=(self.grid_size[0], 1)), nn.GELU())
+        self.time_pred = nn.Linear(width, self.patch_size_time)
+        self.init_tokens()
+
+    def random_masking(self, noise: torch.Tensor, valid=None):
+        """Choose the visible patches: those of lowest noise (B, N), padding last.
+
+        Returns mask (B, N) float, 1 = hidden; ids_restore (B, N); ids_keep (B, K); and slots (B, K) bool, None if all
+        True: False where a record has too few patches for its place among the visible (padding keeps the ratio).
+        """
+        keep = 1 - self.mask_ratio
+        height, width = self.grid_size
+        if self.column_masking:                           # one draw for a column; the stable sort keeps its rows together
+            noise = noise[:, :width].repeat(1, height)
+        unit = height if self.column_masking else 1
+        if valid is not None:
+            noise = noise.masked_fill(~valid, math.inf)
+        if self.legacy:                                   # the float product loses a patch at ratios .8 and .9
+            len_keep = int(self.num_patches // unit * keep) * unit
+        else:
+            len_keep = max(1, round(self.num_patches // unit * keep)) * unit
+        ids_shuffle = noise.argsort(dim=1, stable=True)
+        ids_restore = ids_shuffle.argsort(dim=1)
+        ids_keep, slots, count = ids_shuffle[:, :len_keep], None, len_keep
+        if valid is not None:
+            count = ((valid.sum(1, keepdim=True) // unit * keep).round().clamp(min=1) * unit).clamp(max=len_keep)
+            slots = torch.arange(len_keep, device=noise.device) < count
+        mask = (ids_restore >= count).float()
+        return mask, ids_restore, ids_keep, slots
+
+    def forward_decoder(self, latent, ids_restore, valid=None, slots=None):
+        """latent (B, 1 + K, D) -> features of all patches (B, N, E)."""
+        tokens = self.decoder_embed(latent)
+        visible = tokens[:, 1:]
+        mask_token = self.mask_token.to(tokens.dtype)
+        if slots is not None:
+            visible = torch.where(slots[..., None], visible, mask_token)
+        hidden = mask_token.expand(len(tokens), ids_restore.shape[1] - visible.shape[1], -1)
+        patches = torch.cat([visible, hidden], dim=1)
+        patches = patches.gather(1, ids_restore[..., None].expand(-1, -1, tokens.shape[-1]))
+        tokens = torch.cat([tokens[:, :1], patches], dim=1) + self.decoder_pos_embed
+        cos, sin = self.rope_decoder(self.rope_ids(tokens.device))
+        mask = None if valid is None else F.pad(valid, (1, 0), value=True)
+        for block in self.decoder_blocks:
+            tokens = block(tokens, cos, sin, mask)
+        return self.decoder_norm(tokens)[:, 1:]
+
+    def predict_time(self, features):
+        """Decoder features (B, N, E) -> signal (B, signal_len)."""
+        grid = features.transpose(1, 2).unflatten(2, self.grid_size)                            # (B, E, H, W)
+        columns = self.time_reducer(grid)[:, :, 0].transpose(1, 2)                              # (B, W, E)
+        return self.time_pred(columns).flatten(1)
+
+    def patchify(self, imgs):
+        """(B, C, S, L) -> (B, N, C * p_f * p_t), each patch in the order channel, scale, time."""
+        b, c, _, _ = imgs.shape
+        (h, w), p, q = self.grid_size, self.patch_size_freq, self.patch_size_time
+        return imgs.reshape(b, c, h, p, w, q).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w, c * p * q)
+
+    def unpatchify(self, patches):
+        """The inverse of `patchify`."""
+        (h, w), p, q = self.grid_size, self.patch_size_freq, self.patch_size_time
+        return patches.reshape(len(patches), h, w, -1, p, q).permute(0, 3, 1, 4, 2, 5).flatten(2, 3).flatten(3)
+
+    def forward_loss_spec(self, imgs, pred, mask, valid=None):
+        """Mean squared error of the hidden patches; valid (B, L) bool leaves padding out."""
+        weights = torch.tensor(self.channel_weights, device=imgs.device).view(1, 3, 1, 1)
+        weights = weights.expand(1, 3, self.cwt_scales, self.signal_len)
+        if valid is not None:
+            weights = weights * valid[:, None, None]
+        weights = self.patchify(weights)
+        error = (pred.float() - self.patchify(imgs)).square()
+        loss = (error * weights).sum(-1) / weights.sum(-1).clamp(min=1e-6)                      # (B, N)
+        mask = mask * (weights.sum(-1) > 0)
+        return (loss * mask).sum() / (mask.sum() + 1e-6)
+
+    def forward_loss_time(self, x, pred, mask, valid=None):
+        """Mean squared error of the normalised signal x (B, L)."""
+        weights = torch.ones_like(x) if valid is None else valid.float()
+        if self.masked_time_loss:
+            hidden = mask.unflatten(1, self.grid_size).mean(1)                                  # (B, W) hidden share
+            weights = weights * hidden.repeat_interleave(self.patch_size_time, dim=1)
+        return ((pred.float() - x).square() * weights).sum() / weights.sum().clamp(min=1e-6)
+
+    def forward_losses(self, x, noise=None, lengths=None) -> dict:
+        """x (B, L) or (B, 1, L), in any unit -> loss, loss_spec, loss_time, mask (B, N) with 1 = hidden,
+        pred_spec (B, N, 3 * p_f * p_t), pred_time (B, L), imgs (B, 3, S, L), signal (B, L) normalised.
+
+        noise (B, N) in [0, 1): fixes the masks; drawn here if absent. lengths (B,): valid samples of each record; padding is
+        left out of statistics, attention and losses.
+        """
+        imgs, signal, lengths = self.images(x, lengths)
+        valid = self.valid_patches(lengths)
+        samples = None if lengths is None else self.valid_samples(lengths, signal)
+        if self.mask_ratio == 0:
+            latent = self.forward_encoder(imgs, signal, valid)
+            slots, ids_restore = valid, torch.arange(self.num_patches, device=imgs.device).expand(len(imgs), -1)
+            mask = torch.zeros(ids_restore.shape, device=imgs.device)
+        else:
+            if noise is None:
+                noise = torch.rand(len(imgs), self.num_patches, device=imgs.device)
+            mask, ids_restore, ids_keep, slots = self.random_masking(noise.to(imgs.device), valid)
+            latent = self.forward_encoder(imgs, signal, valid, ids_keep, slots)
+        features = self.forward_decoder(latent, ids_restore, valid, slots)
+        pred_spec, pred_time = self.decoder_pred_spec(features), self.predict_time(features)
+        loss_spec = self.forward_loss_spec(imgs, pred_spec, mask, samples)
+        loss_time = self.forward_loss_time(signal, pred_time, mask, samples)
+        return {"loss": loss_spec + self.time_loss_weight * loss_time, "loss_spec": loss_spec, "loss_time": loss_time,
+                "mask": mask, "pred_spec": pred_spec, "pred_time": pred_time, "imgs": imgs, "signal": signal}
+
+    def forward(self, x, noise=None, lengths=None, details: bool = False):
+        """(loss, pred_spec, pred_time, imgs), as upstream; with `details` the dictionary of `forward_losses` (a training loop
+        calls the model through its wrapper, which knows `forward` alone)."""
+        out = self.forward_losses(x, noise, lengths)
+        return out if details else (out["loss"], out["pred_spec"], out["pred_time"], out["imgs"])
