@@ -38,14 +38,12 @@ class BasicConvBlock(nn.Module):
 class InterpConv(nn.Module):
     """Bilinear x2 in float32, then a 1x1 ConvModule; index 1 of `interp_upsample` as in mmseg."""
 
-    def __init__(self, in_channels, out_channels, num_groups, upsample=True):
+    def __init__(self, in_channels, out_channels, num_groups):
         super().__init__()
-        self.upsample = upsample
         self.interp_upsample = nn.Sequential(nn.Identity(), ConvModule(in_channels, out_channels, 1, num_groups))
 
     def forward(self, x):
-        if self.upsample:
-            x = F.interpolate(x.float(), scale_factor=2, mode="bilinear", align_corners=False).to(x.dtype)
+        x = F.interpolate(x.float(), scale_factor=2, mode="bilinear", align_corners=False).to(x.dtype)
         return self.interp_upsample(x)
 
 
@@ -53,7 +51,8 @@ class UpConvBlock(nn.Module):
     def __init__(self, in_channels, out_channels, num_convs, num_groups, dilation, upsample):
         super().__init__()
         self.conv_block = BasicConvBlock(2 * out_channels, out_channels, num_convs, num_groups, dilation=dilation)
-        self.upsample = InterpConv(in_channels, out_channels, num_groups, upsample)
+        self.upsample = InterpConv(in_channels, out_channels, num_groups) if upsample else \
+            ConvModule(in_channels, out_channels, 1, num_groups)
 
     def forward(self, skip, x):
         return self.conv_block(torch.cat([skip, self.upsample(x)], dim=1))
@@ -73,20 +72,17 @@ class UNetHead(nn.Module):
                  downsamples=(True, True, True), enc_dilations=(1, 1, 1, 1), dec_dilations=(1, 1, 1), num_groups=1):
         super().__init__()
         self.in_channels, self.normalize_input, self.upsample_input = in_channels, normalize_input, upsample_input
-        self.multiple = 1   # sides must divide by the product of all reductions
-        for stride in strides:
-            self.multiple *= stride
-        self.multiple *= 2 ** sum(downsamples)
+        self.multiple = 2 ** (num_stages - 1)   # upstream pads to this, whatever is really down-sampled
         self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList()
         channels = in_channels
         for i in range(num_stages):
             width = base_channels * 2**i
             stage = nn.Sequential()
             if i > 0:
-                if downsamples[i - 1]:
+                if strides[i] == 1 and downsamples[i - 1]:
                     stage.append(nn.MaxPool2d(2))
                 upsample = strides[i] != 1 or downsamples[i - 1]
-                self.decoder.append(UpConvBlock(2 * width // 2, width // 2, dec_num_convs[i - 1], num_groups,
+                self.decoder.append(UpConvBlock(width, width // 2, dec_num_convs[i - 1], num_groups,
                                                 dec_dilations[i - 1], upsample))
             stage.append(BasicConvBlock(channels, width, enc_num_convs[i], num_groups, strides[i], enc_dilations[i]))
             self.encoder.append(stage)

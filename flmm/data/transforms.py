@@ -1,0 +1,167 @@
+"""Pictures in, tensors and geometry out: one processor per base family, and loading a picture whatever its mode.
+
+Upstream: flmm/datasets/{llava_processors,llava_next_processors,pad2square_processor,qwen_image_processor}.py and
+deepseek_vl's VLMImageProcessor. Each processor is called with an RGB PIL image and returns
+    {"pixel_values", ..., "meta_data": {"padding": {before_height, after_height, before_width, after_width},
+     "image_shape": {height, width} unpadded, "padded_shape": {height, width}}}
+Sizes are truncated where upstream truncates: transformers' own DeepSeek processor rounds, and gives other sizes for half
+of all pictures.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from common.errors import UserError
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+def load_image(path, size=None):
+    """Read any picture as upright RGB. size: (width, height) of the annotation, for pictures annotated before rotation.
+
+    Grey, palette, CMYK and 16-bit pictures are converted, transparency is laid on white.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such picture")
+    try:
+        stored = Image.open(path)
+        stored.load()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: not a readable picture ({error})") from error
+    image = ImageOps.exif_transpose(stored)
+    if size is not None and image.size != tuple(size) and stored.size == tuple(size):
+        image = stored
+    return to_rgb(image)
+
+
+def to_rgb(image):
+    """PIL image of any mode -> RGB."""
+    if image.mode.startswith("I") or image.mode == "F":   # 16 or 32 bit: PIL would clip to 255 instead of scaling
+        values = np.asarray(image, np.float32)
+        low, high = float(values.min()), float(values.max())
+        image = Image.fromarray(((values - low) * (255 / max(high - low, 1e-12))).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _meta(unpadded, padded, before):
+    (h, w), (ph, pw), (top, left) = unpadded, padded, before
+    return {"padding": {"before_height": top, "after_height": ph - h - top, "before_width": left,
+                        "after_width": pw - w - left},
+            "image_shape": {"height": h, "width": w}, "padded_shape": {"height": ph, "width": pw}}
+
+
+def _normalise(pixels, mean, std):
+    """(h, w, 3) uint8 -> (3, h, w) float32."""
+    x = torch.from_numpy(np.array(pixels)).permute(2, 0, 1).float() / 255
+    return (x - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+
+
+def pad_to_square(image, mean):
+    """Centre a PIL image on a square of the (rounded-down) mean colour; returns the square and (top, left)."""
+    side = max(image.size)
+    left, top = (side - image.width) // 2, (side - image.height) // 2
+    square = Image.new("RGB", (side, side), tuple(int(m * 255) for m in mean))
+    square.paste(image, (left, top))
+    return square, (top, left)
+
+
+class LlavaImageProcessor:
+    """Long side to `size`, bicubic, no crop, mean-colour padding to a square. min_size: least short side (DeepSeek: 14)."""
+
+    def __init__(self, size=336, mean=CLIP_MEAN, std=CLIP_STD, min_size=1):
+        self.size, self.mean, self.std, self.min_size = size, mean, std, min_size
+
+    def target(self, h, w):
+        """Upstream's LLaVA arithmetic: short * size / long in one division, truncated."""
+        short = max(int(min(h, w) * self.size / max(h, w)), self.min_size)
+        return (self.size, short) if h >= w else (short, self.size)
+
+    def __call__(self, image):
+        h, w = self.target(image.height, image.width)
+        square, before = pad_to_square(image.resize((w, h), Image.BICUBIC), self.mean)
+        return {"pixel_values": _normalise(square, self.mean, self.std), "image_sizes": (image.height, image.width),
+                "meta_data": _meta((h, w), (self.size, self.size), before)}
+
+
+class DeepseekImageProcessor(LlavaImageProcessor):
+    """DeepSeek-VL: `max(int(side / long * size), 14)`; hybrid bases also get the picture at `high_res` pixels."""
+
+    def __init__(self, size=384, mean=CLIP_MEAN, std=CLIP_STD, min_size=14, high_res=None):
+        super().__init__(size, mean, std, min_size)
+        self.high_res = high_res
+
+    def target(self, h, w):
+        return tuple(max(int(side / max(h, w) * self.size), self.min_size) for side in (h, w))
+
+    def __call__(self, image):
+        out = super().__call__(image)
+        if self.high_res:
+            high = DeepseekImageProcessor(self.high_res, self.mean, self.std, self.min_size)
+            h, w = high.target(image.height, image.width)
+            square, _ = pad_to_square(image.resize((w, h), Image.BICUBIC), self.mean)
+            out["high_res_pixel_values"] = _normalise(square, self.mean, self.std)
+            # the hybrid tower reduces the padded square itself, so its low-resolution half must not be cut anew
+            out["pixel_values"] = _normalise(square.resize((self.size, self.size), Image.BICUBIC), self.mean, self.std)
+            out["meta_data"] = _meta((h, w), square.size, ((square.height - h) // 2, (square.width - w) // 2))
+        return out
+
+
+class LlavaNextImageProcessor:
+    """transformers' own anyres processor, plus where the picture lies on the tiled canvas."""
+
+    def __init__(self, size=336, pinpoints=((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)),
+                 mean=CLIP_MEAN, std=CLIP_STD):
+        from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+        self.size, self.pinpoints = size, [list(p) for p in pinpoints]
+        self.processor = LlavaNextImageProcessorPil(
+            size={"shortest_edge": size}, crop_size={"height": size, "width": size}, image_grid_pinpoints=self.pinpoints,
+            image_mean=list(mean), image_std=list(std))
+
+    def __call__(self, image):
+        from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
+        out = self.processor(image, return_tensors="pt")
+        canvas = select_best_resolution((image.height, image.width), self.pinpoints)
+        h, w = get_patch_output_size(np.empty((image.height, image.width, 3), np.uint8), canvas, input_data_format="channels_last")
+        meta = _meta((h, w), canvas, ((canvas[0] - h) // 2, (canvas[1] - w) // 2))
+        meta["grid_shape"] = {"height": canvas[0] // self.size, "width": canvas[1] // self.size}
+        meta["ori_shape"] = {"height": image.height, "width": image.width}
+        return {"pixel_values": out["pixel_values"][0], "image_sizes": (image.height, image.width), "meta_data": meta}
+
+
+class QwenImageProcessor:
+    """transformers' Qwen2-VL processor; nothing is padded, so the picture fills the grid."""
+
+    def __init__(self, **options):
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+        self.processor = Qwen2VLImageProcessorPil(**options)
+
+    def __call__(self, image):
+        try:
+            out = self.processor(image, return_tensors="pt")
+        except ValueError as error:
+            raise UserError(f"picture of {image.width} x {image.height} pixels: {error}; crop it") from error
+        h, w = (int(side) * self.processor.patch_size for side in out["image_grid_thw"][0, 1:])
+        meta = _meta((h, w), (h, w), (0, 0))
+        meta["scale_factor"] = (h / image.height, w / image.width)
+        meta["original_shape"] = {"height": image.height, "width": image.width}
+        return {"pixel_values": out["pixel_values"], "image_grid_thw": out["image_grid_thw"],
+                "image_sizes": (image.height, image.width), "meta_data": meta}
+
+
+class Pad2Square:
+    """The picture itself on a mean-colour square, uint8 (h, w, 3): the first step of MGM bases."""
+
+    def __init__(self, mean=CLIP_MEAN):
+        self.mean = mean
+
+    def __call__(self, image):
+        square, before = pad_to_square(image, self.mean)
+        return {"pixel_values": torch.from_numpy(np.array(square)), "image_sizes": (image.height, image.width),
+                "meta_data": _meta((image.height, image.width), (square.height, square.width), before)}

@@ -1,0 +1,75 @@
+"""Attention rows without attention matrices: SDPA for the model, and beside it only what F-LMM reads.
+
+`output_attentions=True` keeps layers x heads x S x S numbers; the mask head reads the rows of the phrase tokens and the
+columns of the image tokens. `rows_attention` computes exactly these, merges them per phrase and drops the rest.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "flmm_rows"   # the attention implementation to set on the text part of a base
+
+
+def merge_rows(rows, phrase_of_row, merge="mean"):
+    """rows (H, R, N), phrase_of_row (R,) with values 0..n-1 -> (H, n, N): mean or max over the rows of each phrase."""
+    count = int(phrase_of_row.max()) + 1
+    parts = [rows[:, phrase_of_row == k] for k in range(count)]
+    if empty := [k for k, part in enumerate(parts) if not part.shape[1]]:
+        raise ValueError(f"phrase {empty[0]} has no token")
+    return torch.stack([part.mean(1) if merge == "mean" else part.amax(1) for part in parts], dim=1)
+
+
+@dataclass
+class AttentionRows:
+    """What to keep of one forward pass, and what was kept.
+
+    rows, phrases, columns: one LongTensor per sample of the batch: token positions of the phrase tokens (R,), phrase
+    number of each (R,), token positions of the image (N,). maps: after the pass one list per layer with one (H, n, N)
+    float32 tensor per sample.
+    """
+
+    rows: list
+    phrases: list
+    columns: list
+    merge: str = "mean"
+    maps: list = field(default_factory=list)
+
+    def record(self, query, key, attention_mask, scaling):
+        """query (B, H, Q, D), key (B, KV, K, D), attention_mask (B or 1, 1, Q, K) bool, additive or None = causal."""
+        heads, kv_heads = query.shape[1], key.shape[1]
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        layer = []
+        for b, (rows, phrases, columns) in enumerate(zip(self.rows, self.phrases, self.columns)):
+            # grouped heads: (KV, groups * R, D) against the KV keys, so that no key is repeated
+            q = query[b][:, rows].reshape(kv_heads, -1, query.shape[-1])
+            scores = (q @ key[b].transpose(1, 2)).view(heads, len(rows), -1).float() * scaling
+            if attention_mask is None:
+                last = rows + key.shape[2] - query.shape[2]   # cached tokens come before the query's
+                allowed = torch.arange(key.shape[2], device=rows.device) <= last[:, None]
+                scores = scores.masked_fill(~allowed, float("-inf"))
+            else:
+                mask = attention_mask[b % len(attention_mask)][:, rows, : key.shape[2]]
+                scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+            # softmax over all columns, but only the image's are ever normalised and kept
+            exponents = scores - scores.amax(-1, keepdim=True)
+            exponents = exponents.exp_()
+            kept = exponents[..., columns] / exponents.sum(-1, keepdim=True)
+            layer.append(merge_rows(kept, phrases, self.merge))
+        self.maps.append(layer)
+
+
+def rows_attention(module, query, key, value, attention_mask, attention_rows: AttentionRows = None, scaling=None, **kwargs):
+    """Attention function of transformers 5: SDPA, plus `attention_rows.record` where `model(..., attention_rows=)` is given."""
+    kwargs.pop("output_attentions", None)   # SDPA would warn about it
+    output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if attention_rows is not None:
+        attention_rows.record(query, key, attention_mask, scaling)
+    return output, None
+
+
+AttentionInterface.register(NAME, rows_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)   # without it no mask is built at all

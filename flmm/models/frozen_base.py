@@ -1,0 +1,214 @@
+"""What every frozen base shares: load it, build its inputs, run it once, keep attention rows and hidden states.
+
+A new base is a subclass with five short answers (see the README for a worked example):
+    build_inputs  the extra model inputs (pictures, grids) of a batch
+    image_tokens  how many tokens one picture becomes
+    grid          the shape of its attention map
+    to_grid       attention over the image columns -> maps (n, channels, gh, gw)
+    unpad         whether the padded border must be cut from the mask
+The base never trains: no gradient, always in eval mode, not a parameter of anything that is saved.
+"""
+
+import torch
+from transformers import AutoConfig, AutoTokenizer
+from transformers.image_processing_base import ImageProcessingMixin
+
+import transformers
+from common.errors import UserError
+from flmm.models.attention_rows import NAME, AttentionRows, merge_rows
+
+TEMPLATES = {   # INSTRUCTION only: upstream never adds the system text, nor a newline before the answer
+    "vicuna": "USER: {input} ASSISTANT:",
+    "mistral": "[INST] {input} [/INST]",
+    "deepseek": "User: {input}\n\nAssistant:",
+    "internlm2": "<|im_start|>user\n{input}<|im_end|>\n<|im_start|>assistant\n",
+    "gemma": "<start_of_turn>user\n{input}<end_of_turn>\n<start_of_turn>model\n",
+    "llama3": "<|start_header_id|>user<|end_header_id|>\n\n{input}<|eot_id|>"
+              "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    "qwen": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{input}<|im_end|>\n"
+            "<|im_start|>assistant\n",   # the chat template of Qwen2.5-VL with one user turn
+    "plain": "{input}",
+}
+QUESTION = "Please give me a description of the image."
+
+
+class FrozenBase:
+    """A multimodal LLM that is read, never changed.
+
+    model: the transformers class named by `architecture`. merge: "mean" or "max" over the rows of a phrase.
+    attention: "rows" (SDPA plus the rows needed) or "eager" (full matrices, for exact comparison with upstream).
+    """
+
+    architecture = None     # transformers class
+    image_text = None       # how one picture is written in the prompt; exactly one image token in it
+    template = None         # key of TEMPLATES
+    maps_per_head = 1       # channels = layers * heads * maps_per_head
+    unpad = True
+
+    def __init__(self, model, tokenizer=None, image_processor=None, merge="mean", attention="rows", template=None,
+                 question=QUESTION):
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer, self.image_processor, self.merge, self.attention = tokenizer, image_processor, merge, attention
+        self.template, self.question = template or self.template, question
+        self.image_token_id = model.config.image_token_id
+        text = model.config.text_config
+        self.num_layers, self.num_heads, self.hidden_size = text.num_hidden_layers, text.num_attention_heads, text.hidden_size
+        self.channels = self.num_layers * self.num_heads * self.maps_per_head
+        implementation = {"rows": NAME, "eager": "eager"}[attention]
+        model.set_attn_implementation({"text_config": implementation, "vision_config": "sdpa"})
+
+    # ---- loading
+
+    @classmethod
+    def load(cls, path, dtype="auto", random_seed=None, trust_remote_code=False, load_in_4bit=False, device_map=None, **options):
+        """Base, tokenizer and image processor from a folder or hub name. random_seed: random weights, the control."""
+        architecture = getattr(transformers, cls.architecture, None)
+        if architecture is None:
+            raise UserError(f"transformers {transformers.__version__} has no {cls.architecture}; install a newer one")
+        try:
+            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+            if config.architectures and config.architectures[0] != cls.architecture:
+                raise UserError(f"{path}: holds a {config.architectures[0]}, this configuration needs a {cls.architecture}")
+            if random_seed is not None:
+                torch.manual_seed(random_seed)
+                model = architecture._from_config(config)
+            else:
+                extra = {}
+                if load_in_4bit:
+                    extra["quantization_config"] = transformers.BitsAndBytesConfig(
+                        load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+                model = architecture.from_pretrained(path, dtype=dtype, device_map=device_map, **extra)
+        except (OSError, ImportError, ValueError) as error:
+            raise UserError(f"base {path}: {str(error).splitlines()[0]}") from error
+        try:
+            preprocessing, _ = ImageProcessingMixin.get_image_processor_dict(path)
+        except OSError:
+            preprocessing = {}   # the family's published defaults
+        return cls(model, tokenizer, cls.make_processor(model.config, preprocessing), **options)
+
+    @staticmethod
+    def make_processor(config, preprocessing):
+        """Image processor of the family. preprocessing: the content of preprocessor_config.json, may be empty."""
+        raise NotImplementedError
+
+    def to(self, device):
+        if getattr(self.model, "hf_device_map", None) is None:   # a spread-out base stays where it is
+            self.model.to(device)
+        return self
+
+    @property
+    def device(self):
+        return self.model.get_input_embeddings().weight.device
+
+    # ---- inputs
+
+    def encode_prompt(self, text=None):
+        """Token ids of the instruction with one image token. text: the user's words, default the training question."""
+        user = self.image_text + (self.question if text is None else text)
+        ids = self.tokenizer(TEMPLATES[self.template].format(input=user)).input_ids
+        if ids.count(self.image_token_id) < 1:
+            raise UserError(f"the tokenizer does not know the image token of {self.image_text!r} (id {self.image_token_id})")
+        return ids
+
+    def image_tokens(self, sample):
+        """Number of image tokens that the picture of `sample` becomes."""
+        gh, gw = self.grid(sample)
+        return gh * gw
+
+    def grid(self, sample):
+        """(rows, columns) of the attention map."""
+        raise NotImplementedError
+
+    def build_inputs(self, samples, input_ids, attention_mask):
+        """Model inputs besides the ids: input_ids and attention_mask are (B, S), expanded and left-padded."""
+        raise NotImplementedError
+
+    def expand(self, ids, sample, fill=None):
+        """One image token -> as many as the picture has features; `fill` for mask_ids (-1) and labels (-100).
+
+        ids (S,) names the place; with fill, `ids` is (ids, values) and the values are widened in step.
+        """
+        ids, values = (ids, ids) if fill is None else ids
+        at = (ids == self.image_token_id).nonzero().flatten()
+        count = self.image_tokens(sample)
+        if len(at) == count:
+            return values   # already expanded
+        if len(at) != 1:
+            raise ValueError(f"input_ids hold {len(at)} image tokens, expected 1 or {count}")
+        middle = torch.full((count,), self.image_token_id if fill is None else fill, dtype=values.dtype, device=values.device)
+        return torch.cat([values[: at[0]], middle, values[at[0] + 1:]])
+
+    def to_grid(self, maps, grid):
+        """One (H, n, N) tensor per layer, N image columns -> (n, channels, gh, gw); channel = layer * H + head."""
+        return torch.cat([m.unflatten(-1, grid) for m in maps]).transpose(0, 1)
+
+    # ---- the one forward pass
+
+    @torch.no_grad()
+    def __call__(self, samples):
+        """Run the base on a list of samples and keep what the heads need.
+
+        A sample has input_ids (S,), mask_ids (S,) (-1 = no phrase, k = token of phrase k) and the processor's output.
+        Returns per sample {"mask_attentions" (n, channels, gh, gw) float32, "hidden_states" (L, R, d): the phrase rows
+        of the last L entries of the hidden-state tuple (after the final norm at the end), "mask_ids" (R,)}.
+        """
+        ids = [self.expand(s["input_ids"], s) for s in samples]
+        mask_ids = [self.expand((s["input_ids"], s["mask_ids"]), s, fill=-1) for s in samples]
+        length = max(len(i) for i in ids)
+        pad = self.model.config.text_config.pad_token_id or 0
+        shifts = [length - len(i) for i in ids]
+        input_ids = torch.stack([torch.cat([i.new_full((k,), pad), i]) for i, k in zip(ids, shifts)]).to(self.device)
+        attention_mask = torch.stack([torch.arange(length) >= k for k in shifts]).long().to(self.device)
+        rows = [(m >= 0).nonzero().flatten() for m in mask_ids]
+        phrases = [m[r] for m, r in zip(mask_ids, rows)]
+        for sample, p in zip(samples, phrases):
+            if len(p) == 0 or len(p.unique()) != int(p.max()) + 1:
+                raise UserError(f"{sample.get('file_name', 'input')}: a phrase has no token; leave out empty phrases")
+        wanted = AttentionRows(
+            rows=[(r + k).to(self.device) for r, k in zip(rows, shifts)], phrases=[p.to(self.device) for p in phrases],
+            columns=[(i == self.image_token_id).nonzero().flatten().to(self.device) + k for i, k in zip(ids, shifts)],
+            merge=self.merge)
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False,
+                  **self.build_inputs(samples, input_ids, attention_mask)}
+        hidden = self._run(inputs, wanted)
+        return [{"mask_attentions": self.to_grid([layer[b].to(self.device) for layer in wanted.maps], self.grid(sample)),
+                 "hidden_states": torch.stack([h[b] for h in hidden]), "mask_ids": phrases[b].to(self.device)}
+                for b, sample in enumerate(samples)]
+
+    def _run(self, inputs, wanted):
+        """Fill wanted.maps; returns per layer a list of (R_b, d) hidden states of the phrase rows."""
+        if self.attention == "eager":
+            out = self.model.model(**inputs, output_attentions=True, output_hidden_states=True)
+            for layer in out.attentions:
+                wanted.maps.append([merge_rows(layer[b][:, r][..., c].float(), p, self.merge) for b, (r, p, c)
+                                    in enumerate(zip(wanted.rows, wanted.phrases, wanted.columns))])
+            return [[h[b, r] for b, r in enumerate(wanted.rows)] for h in out.hidden_states[-self.num_layers:]]
+        # hooks keep the phrase rows of each layer only; the last entry is the one after the final norm
+        hidden, text = [], self.model.model.language_model
+        def keep(module, args, output):
+            output = output[0] if isinstance(output, tuple) else output
+            hidden.append([output[b, r.to(output.device)].to(self.device) for b, r in enumerate(wanted.rows)])
+        hooks = [m.register_forward_hook(keep) for m in [*text.layers[:-1], text.norm]]
+        try:
+            self.model.model(**inputs, attention_rows=wanted)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return hidden
+
+    # ---- conversation
+
+    @torch.no_grad()
+    def generate(self, sample, max_new_tokens=128, **options):
+        """Greedy answer to sample["input_ids"] (1-D, one image token); returns the new ids without the end token."""
+        ids = self.expand(sample["input_ids"], sample)[None].to(self.device)
+        mask = torch.ones_like(ids)
+        extra = self.build_inputs([sample], ids, mask)
+        extra.pop("position_ids", None)   # generate makes its own as the sequence grows
+        out = self.model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False,
+                                  **{**extra, **options})
+        new = out[0, ids.shape[1]:].tolist()
+        ends = self.model.generation_config.eos_token_id
+        ends = set(ends if isinstance(ends, list) else [ends])
+        return new[: next((i for i, token in enumerate(new) if token in ends), len(new))]

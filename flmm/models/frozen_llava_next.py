@@ -1,0 +1,51 @@
+"""LLaVA-NeXT (1.6, Vicuna or Mistral) as a frozen base. Upstream: flmm/models/frozen_llava_next.py.
+
+The image span is the base tile (coarse grid), then the unpadded tiles (fine grid) with a newline token after every row.
+"""
+
+import torch
+import torch.nn.functional as F
+from transformers.models.llava_next.modeling_llava_next import unpad_image
+
+from flmm.data.transforms import CLIP_MEAN, CLIP_STD, LlavaNextImageProcessor
+from flmm.models.frozen_base import FrozenBase
+from flmm.models.frozen_llava import positions
+
+
+class FrozenLlavaNext(FrozenBase):
+    architecture = "LlavaNextForConditionalGeneration"
+    image_text, template = "<image>\n", "vicuna"
+    maps_per_head = 2
+    unpad = False   # the fine grid is unpadded by the model itself
+
+    @staticmethod
+    def make_processor(config, preprocessing):
+        return LlavaNextImageProcessor(config.vision_config.image_size, config.image_grid_pinpoints,
+                                       preprocessing.get("image_mean", CLIP_MEAN), preprocessing.get("image_std", CLIP_STD))
+
+    def grid(self, sample):
+        """((coarse rows, columns), (fine rows, columns)); the fine one by the installed model's own rounding."""
+        vision = self.model.config.vision_config
+        side = vision.image_size // vision.patch_size
+        canvas = sample["meta_data"]["padded_shape"]
+        tiles = torch.empty(1, canvas["height"] // vision.patch_size, canvas["width"] // vision.patch_size)
+        return (side, side), tuple(unpad_image(tiles, tuple(sample["image_sizes"])).shape[1:])
+
+    def image_tokens(self, sample):
+        (ch, cw), (fh, fw) = self.grid(sample)
+        return ch * cw + fh * (fw + 1)
+
+    def to_grid(self, maps, grid):
+        """Coarse maps enlarged to the fine grid (bilinear), then the fine maps without the newline column."""
+        (ch, cw), (fh, fw) = grid
+        maps = torch.cat(maps).transpose(0, 1)   # (n, L * H, N)
+        coarse = F.interpolate(maps[..., : ch * cw].unflatten(-1, (ch, cw)), size=(fh, fw), mode="bilinear")
+        fine = maps[..., ch * cw:].unflatten(-1, (fh, fw + 1))[..., :-1]
+        return torch.cat([coarse, fine], dim=1)
+
+    def build_inputs(self, samples, input_ids, attention_mask):
+        most = max(len(s["pixel_values"]) for s in samples)
+        pixels = torch.stack([F.pad(s["pixel_values"], (0, 0, 0, 0, 0, 0, 0, most - len(s["pixel_values"]))) for s in samples])
+        sizes = torch.tensor([list(s["image_sizes"]) for s in samples], device=self.device)
+        return {"pixel_values": pixels.to(self.device, self.model.dtype), "image_sizes": sizes,
+                "position_ids": positions(attention_mask)}
