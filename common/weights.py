@@ -57,14 +57,19 @@ def read_checkpoint(path) -> dict:
                 raise
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"{path}: holds more than plain weights and is refused, because loading it could run code ({reason}); "
                         "re-save its state dict alone where it was made") from error
     except (RuntimeError, EOFError, ValueError, OSError) as error:
-        raise UserError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]}); was the copy cut short?") from error
+        raise UserError(f"{path}: not a readable checkpoint ({first_line(error)}); was the copy cut short?") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, expected a dictionary of tensors")
     return content
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, without the paragraphs of advice that torch adds."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _read_folder(folder: Path) -> dict[str, torch.Tensor]:
