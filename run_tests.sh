@@ -3,7 +3,6 @@
 # GOLDEN_DIR and DATA_ROOT name the reference tensors and the real data; by default they are looked for beside this folder.
 set -euo pipefail
 ENV_EXTRA=requirements-dev.txt source "$(dirname "${BASH_SOURCE[0]}")/common/env.sh"
-if [ -n "${GOLDEN_DIR:-}" ]; then export GOLDEN_DIR=$(realpath -m "$GOLDEN_DIR"); fi
 here=$PWD
 cd "$ROOT"
 paths=()
@@ -12,4 +11,4 @@ for argument in "$@"; do                                  # a test path given fr
   paths+=("$argument")
 done
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}              # one core each: pytest-xdist fills the others
-exec "$PYTHON" -m pytest -n "${PYTEST_WORKERS:-$(nproc)}" ${paths[@]+"${paths[@]}"}
+exec "$PYTHON" -m pytest -n "${PYTEST_WORKERS:-auto}" ${paths[@]+"${paths[@]}"}

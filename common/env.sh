@@ -5,11 +5,11 @@
 #   NPROC_PER_NODE     processes on this machine (default: number of GPUs, at least 1)
 #   NNODES NODE_RANK MASTER_ADDR MASTER_PORT    several machines, as torchrun takes them
 #   ACCELERATE_CONFIG  fsdp2, zero2, zero3 (files in common/accelerate/) or the path of an accelerate yaml; default DDP
-#   DATA_ROOT DATA OUT RUNS    data and output folders; made absolute here
+#   DATA_ROOT DATA OUT RUNS GOLDEN_DIR    data and output folders; made absolute here
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export ROOT PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
-for name in DATA_ROOT DATA OUT RUNS; do
+for name in DATA_ROOT DATA OUT RUNS GOLDEN_DIR; do
   value=${!name:-}
   if [ -n "$value" ]; then
     case $value in /*) ;; *) value=$PWD/$value ;; esac

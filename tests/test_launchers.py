@@ -1,0 +1,158 @@
+"""Every way people start a script, and the set-up that `bash run_all.sh` does on a bare machine."""
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECTS = [p for p in ("em_mllm", "cwt_mae", "flmm", "dia_pangu", "pruning") if (ROOT / p / "train.py").is_file()]
+ENV = {**{k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, "PYTHON": sys.executable}   # nothing that helps a script find its parts
+
+
+def call(*command, cwd=ROOT, **environment):
+    return subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True, env={**ENV, **environment})
+
+
+WAYS = {
+    "bash from root": lambda p: (["bash", f"{p}/run_train.sh", "--help"], ROOT),
+    "bash from its folder": lambda p: (["bash", "run_train.sh", "--help"], ROOT / p),
+    "python from root": lambda p: ([sys.executable, f"{p}/train.py", "--help"], ROOT),
+    "python from its folder": lambda p: ([sys.executable, "train.py", "--help"], ROOT / p),
+    "python from elsewhere": lambda p: ([sys.executable, ROOT / p / "test.py", "--help"], "/"),
+    "python -m": lambda p: ([sys.executable, "-m", f"{p}.train", "--help"], ROOT),
+    "torchrun": lambda p: ([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", f"{p}/train.py", "--help"], ROOT),
+    "bash test": lambda p: (["bash", ROOT / p / "run_test.sh", "--help"], "/"),
+}
+
+
+@pytest.mark.parametrize("project", PROJECTS)
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_start_a_script(project, way):
+    command, cwd = WAYS[way](project)
+    done = call(*command, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    assert "usage:" in done.stdout and "default" in done.stdout
+
+
+@pytest.mark.skipif("cwt_mae" not in PROJECTS, reason="cwt_mae is absent")
+def test_the_seeds_import_works_from_the_project_folder():
+    done = call(sys.executable, "-c", "from model import CWT_MAE_RoPE; from model_finetune import TF_MAE_Classifier; print('ok')", cwd=ROOT / "cwt_mae")
+    assert done.stdout == "ok\n", done.stderr
+
+
+# ---- environment: a copy of the launch files in a path with a space and Chinese characters, and a stub for Python ----
+
+STUB = """#!/usr/bin/env bash
+# Stands for a bare Python: it can make a venv (of itself) and its pip writes down what it was asked for.
+case "$*" in
+  "-c import sys, venv"*) exit 0 ;;
+  *env_check.py*) exit 1 ;;
+  "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+  "-m pip install "*) echo "$*" >>"{calls}"; sleep 1; [ -z "${{PIP_FAILS:-}}" ] || {{ echo "ERROR: No matching distribution found for torch==2.13.0"; exit 1; }} ;;
+  *) echo "started $0: $*" ;;
+esac
+"""
+
+
+@pytest.fixture
+def bare(tmp_path):
+    """A bare machine: (repository copy, environment whose only Python is the stub, list of pip calls)."""
+    repo, tools, calls = tmp_path / "a clone 克隆", tmp_path / "bin", tmp_path / "pip-calls"
+    (repo / "common").mkdir(parents=True)
+    tools.mkdir()
+    calls.touch()
+    for name in ("run_all.sh", "run_tests.sh", "requirements.txt", "requirements-dev.txt", "pyproject.toml", "common/env.sh", "common/env_check.py"):
+        shutil.copy(ROOT / name, repo / name)
+    for name in ("bash", "cat", "cksum", "tr", "dirname", "mkdir", "cp", "grep", "tail", "flock", "sleep", "realpath", "nproc"):
+        if found := shutil.which(name):
+            (tools / name).symlink_to(found)
+    stub = tools / "python3"
+    stub.write_text(STUB.format(calls=calls))
+    stub.chmod(stub.stat().st_mode | stat.S_IXUSR)
+    return repo, {"PATH": str(tools), "HOME": str(tmp_path)}, calls
+
+
+def start(bare, *command, **extra):
+    repo, environment, _ = bare
+    return subprocess.run([shutil.which("bash"), *command], cwd="/", capture_output=True, text=True, env={**environment, **extra})
+
+
+def test_environment_is_made_once_and_again_when_the_list_changes(bare):
+    repo, _, calls = bare
+    for _ in range(2):
+        done = start(bare, str(repo / "run_all.sh"), "--smoke")
+        assert done.returncode == 0 and f"started {repo}/.venv/bin/python: -m common.run_all --smoke" in done.stdout, done.stderr
+    assert len(calls.read_text().splitlines()) == 1
+    with open(repo / "requirements.txt", "a") as file:
+        file.write("# changed\n")
+    start(bare, str(repo / "run_all.sh"))
+    assert len(calls.read_text().splitlines()) == 2
+
+
+def test_the_tests_environment_serves_run_all_too(bare):
+    repo, _, calls = bare
+    done = start(bare, str(repo / "run_tests.sh"))
+    assert "-m pytest" in done.stdout, done.stderr
+    assert "requirements-dev.txt" in calls.read_text()
+    start(bare, str(repo / "run_all.sh"))
+    start(bare, str(repo / "run_tests.sh"))
+    assert len(calls.read_text().splitlines()) == 1
+
+
+def test_failed_install_says_what_failed_and_what_to_do(bare):
+    repo, _, calls = bare
+    done = start(bare, str(repo / "run_all.sh"), PIP_FAILS="1")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "No matching distribution found for torch==2.13.0" in done.stderr and "Check the network" in done.stderr
+    assert start(bare, str(repo / "run_all.sh")).returncode == 0   # a failed install is tried again, not remembered as done
+
+
+def test_two_launchers_started_together_install_once(bare):
+    repo, environment, calls = bare
+    both = [subprocess.Popen([shutil.which("bash"), str(repo / "run_all.sh")], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+    assert [p.wait() for p in both] == [0, 0]
+    assert len(calls.read_text().splitlines()) == 1
+
+
+def test_no_python_is_one_line(bare):
+    repo, environment, _ = bare
+    (Path(environment["PATH"]) / "python3").unlink()
+    done = start(bare, str(repo / "run_all.sh"))
+    assert done.returncode == 2 and done.stderr.startswith("error: no Python 3.10") and len(done.stderr.splitlines()) == 1
+
+
+def test_active_environment_in_range_is_used_as_it_is(bare):
+    repo, environment, calls = bare
+    stub = Path(environment["PATH"]) / "python3"
+    stub.write_text(stub.read_text().replace("*env_check.py*) exit 1", "*env_check.py*) exit 0"))
+    done = start(bare, str(repo / "run_all.sh"))
+    assert f"started {stub}" in done.stdout and not calls.read_text() and not (repo / ".venv").exists()
+
+
+def check(tmp_path, lists="requirements.txt", **edit):
+    """env_check.py of a copy whose pyproject.toml was edited, run by this interpreter."""
+    (tmp_path / "common").mkdir(exist_ok=True)
+    shutil.copy(ROOT / "common/env_check.py", tmp_path / "common")
+    text = (ROOT / "pyproject.toml").read_text()
+    for name, least in edit.items():
+        text = re.sub(f'"{name}>=[^"]*"', f'"{name}>={least}"', text)
+    (tmp_path / "pyproject.toml").write_text(text)
+    return call(sys.executable, tmp_path / "common/env_check.py", "-r", ROOT / lists)
+
+
+def test_environment_check_reads_the_supported_range(tmp_path):
+    assert check(tmp_path).returncode == 0
+    assert "older than 99.0" in check(tmp_path, torch="99.0").stderr
+    (tmp_path / "more.txt").write_text("no-such-package==1.0  # why\n")
+    assert "no-such-package is not installed" in check(tmp_path, lists=tmp_path / "more.txt").stderr
+
+
+def test_relative_folders_belong_to_the_caller(tmp_path):
+    script = f'source "{ROOT}/common/env.sh"; echo "$DATA_ROOT|$DATA|$OUT|$RUNS|$PWD"'
+    done = call("bash", "-c", script, cwd=tmp_path, DATA_ROOT="../d a", DATA="x", OUT="/abs")
+    assert done.stdout.strip() == f"{tmp_path}/../d a|{tmp_path}/x|/abs|{ROOT}/runs|{tmp_path}", done.stderr
