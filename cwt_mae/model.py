@@ -62,19 +62,24 @@ def _spectra(scales: tuple, points: int, n: int, dtype: torch.dtype, device: tor
     return spectra.real.repeat_interleave(2, dim=1).to(device, dtype)
 
 
-def _extend(x: torch.Tensor, margin: int, padding: str, lengths: torch.Tensor) -> torch.Tensor:
-    """x (B, L), valid up to lengths (B, 1) -> (B, L + 2 margin), continued on both sides of the valid part."""
-    t = torch.arange(-margin, x.shape[1] + margin, device=x.device)[None]
-    last = lengths - 1
-    inside = t.clamp(min=0).minimum(last)
+def _extend(x: torch.Tensor, margin: int, padding: str, real: torch.Tensor | None) -> torch.Tensor:
+    """x (B, L) -> (B, L + 2 margin), continued on both sides of its real part (B, L), all of it by default."""
+    length = x.shape[1]
+    t = torch.arange(length, device=x.device)
+    real = torch.ones_like(x, dtype=torch.bool) if real is None else real
+    first = torch.where(real, t, length).amin(1, keepdim=True)
+    last = torch.where(real, t, 0).amax(1, keepdim=True)
+    t = torch.arange(-margin, length + margin, device=x.device)[None]
+    inside = t.maximum(first).minimum(last)
     if padding == "zero":
-        return x.gather(1, inside) * ((t >= 0) & (t <= last))
+        return x.gather(1, inside) * ((t >= first) & (t <= last))
     if padding == "replicate":
         return x.gather(1, inside)
     if padding != "reflect":
         raise ValueError(f"padding={padding!r}: use zero, reflect or replicate")
-    period = (2 * last).clamp(min=1)                      # the signal forth and back again, as often as the margin needs
-    return x.gather(1, torch.minimum(t % period, period - t % period))
+    period = (2 * (last - first)).clamp(min=1)            # the signal forth and back again, as often as the margin needs
+    t = (t - first) % period
+    return x.gather(1, first + t.minimum(period - t))
 
 
 def _fft_length(points: int) -> int:
@@ -82,7 +87,7 @@ def _fft_length(points: int) -> int:
     return min(m << max(0, math.ceil(math.log2(points / m))) for m in (1, 3))
 
 
-def _filter_bank(rows, scales, points, length, lengths, normalize):
+def _filter_bank(rows, scales, points, length, real, normalize):
     """Correlate rows (R, length + points - 1 or more) with the bank -> (R, S, length)."""
     n = _fft_length(rows.shape[1])
     bank = _spectra(tuple(scales.tolist()), points, n, rows.dtype, rows.device)
@@ -92,11 +97,11 @@ def _filter_bank(rows, scales, points, length, lengths, normalize):
         spectrum = spectrum * torch.polar(torch.ones_like(angle), angle).to(spectrum.dtype)
     images = torch.view_as_real(spectrum).flatten(1)[:, None] * bank                            # (R, S, 2F)
     images = torch.fft.irfft(torch.view_as_complex(images.unflatten(-1, (-1, 2))), n)[..., points // 2:][..., :length]
-    valid = (torch.arange(length, device=rows.device) < lengths)[:, None]                       # (R, 1, L)
-    images = images * valid
+    real = torch.ones(len(rows), 1, length, device=rows.device) if real is None else real[:, None]
+    images = images * real
     if normalize:
-        count = lengths[:, :, None] * len(scales)
-        images = (images - images.sum((1, 2), keepdim=True) / count) * valid
+        count = real.sum(2, keepdim=True) * len(scales)
+        images = (images - images.sum((1, 2), keepdim=True) / count) * real
         variance = images.square().sum((1, 2), keepdim=True) / (count - 1)
         images = images / variance.clamp(min=1e-10).sqrt()
     return images
@@ -109,14 +114,13 @@ def cwt_ricker(x: torch.Tensor, scales: torch.Tensor, legacy: bool = False, padd
     """
     x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     points = _kernel_points(float(scales[-1]), x.shape[1], legacy)
-    lengths = torch.full((len(x), 1), x.shape[1], device=x.device)
-    rows = _extend(x, points // 2, "zero" if legacy else padding, lengths)
-    return _filter_bank(rows, scales, points, x.shape[1], lengths, normalize=False)
+    rows = _extend(x, points // 2, "zero" if legacy else padding, None)
+    return _filter_bank(rows, scales, points, x.shape[1], None, normalize=False)
 
 
 @torch.compiler.disable
 def cwt_wrap(x: torch.Tensor, num_scales: int = 64, lowest_scale: float = 0.1, step: float = 1.0, legacy: bool = False, *,
-             padding: str | None = None, log_scales: bool = False, lengths: torch.Tensor | None = None,
+             padding: str | None = None, log_scales: bool = False, real: torch.Tensor | None = None,
              normalize: bool = False) -> torch.Tensor:
     """Wavelet images of a signal, its first and its second difference: x (B, L) -> (B, 3, num_scales, L).
 
@@ -124,8 +128,8 @@ def cwt_wrap(x: torch.Tensor, num_scales: int = 64, lowest_scale: float = 0.1, s
     (`log_scales`). Float32, also under autocast (float64 for float64 x). Differentiable in x.
 
     padding: how the signal, less its mean, goes on beyond its ends: "reflect" (default), "replicate" or "zero".
-    lengths (B,): valid samples of each row; the rest is ignored, and zero in the images.
-    normalize: each image to mean 0 and (unbiased) deviation 1 over scale and valid time.
+    real (B, L) bool: one run of samples of each row that are signal; the rest is padding, ignored, and zero in the images.
+    normalize: each image to mean 0 and (unbiased) deviation 1 over scale and real time.
     legacy: upstream's numbers: a transform with an even or cut kernel (`_kernel_points`), zeros beyond the ends of a signal
     whose mean was left in, and a backward difference half a sample off the second one.
     """
@@ -133,25 +137,22 @@ def cwt_wrap(x: torch.Tensor, num_scales: int = 64, lowest_scale: float = 0.1, s
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, samples)")
     x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     length, padding = x.shape[1], padding or ("zero" if legacy else "reflect")
-    lengths = torch.full((len(x),), length, device=x.device) if lengths is None else lengths.to(x.device)
-    lengths = lengths[:, None]
     scales = torch.arange(num_scales) * step + lowest_scale
     if log_scales:
         scales = torch.logspace(math.log10(lowest_scale), math.log10(scales[-1]), num_scales)
     points = _kernel_points(float(scales[-1]), length, legacy)
-    half = points // 2
+    half, real3 = points // 2, None if real is None else real.repeat_interleave(3, 0)
     if legacy:
-        edge = _extend(x, 1, "replicate", lengths)
+        edge = _extend(x, 1, "replicate", real)
         before, now, after = edge[:, :-2], edge[:, 1:-1], edge[:, 2:]
         channels = torch.stack([now, now - before, after - 2 * now + before], 1)
-        rows = _extend(channels.flatten(0, 1), half, padding, lengths.repeat_interleave(3, 0))
+        rows = _extend(channels.flatten(0, 1), half, padding, real3)
     else:
-        valid = torch.arange(length, device=x.device) < lengths
-        x = x - (x * valid).sum(1, keepdim=True) / lengths
-        x = _extend(x, half + 1, padding, lengths)
+        x = x - (x.mean(1, keepdim=True) if real is None else (x * real).sum(1, keepdim=True) / real.sum(1, keepdim=True))
+        x = _extend(x, half + 1, padding, real)
         before, now, after = x[:, :-2], x[:, 1:-1], x[:, 2:]
         rows = torch.stack([now, (after - before) / 2, (after - now) - (now - before)], 1).flatten(0, 1)
-    images = _filter_bank(rows, scales, points, length, lengths.repeat_interleave(3, 0), normalize)
+    images = _filter_bank(rows, scales, points, length, real3, normalize)
     return images.unflatten(0, (-1, 3))
 
 
@@ -292,7 +293,7 @@ class CWT_Encoder(nn.Module):
     """Front end and encoder: what pre-training and every later use share. The same keys as in `CWT_MAE_RoPE`.
 
     signal_len, patch_size_time: samples. cwt_scales, patch_size_freq: scales. Both pairs must divide.
-    fs: sampling rate in Hz of the signals that the model was trained on, for the record.
+    preprocess: how signals were prepared for the model (fields of dataset.Preprocess), kept for whoever runs it.
     legacy: upstream's numerics in the wavelet images, in the rotary tables and positions, and in the count of kept patches.
     padding, lowest_scale, scale_step, log_scales: see `cwt_wrap`.
     rope_stride: a patch in row h and column w of the grid has rotary position 1 + h * rope_stride + w. Default 0, time
@@ -306,7 +307,7 @@ class CWT_Encoder(nn.Module):
 
     def __init__(self, signal_len: int = 3000, cwt_scales: int = 64, patch_size_time: int = 50, patch_size_freq: int = 4,
                  embed_dim: int = 768, depth: int = 12, num_heads: int = 12, mlp_rank_ratio: float = 0.5,
-                 fs: float | None = None, legacy: bool = False, padding: str | None = None, lowest_scale: float = 0.1,
+                 preprocess: dict | None = None, legacy: bool = False, padding: str | None = None, lowest_scale: float = 0.1,
                  scale_step: float = 1.0, log_scales: bool = False, rope_stride: int | None = None,
                  patch_norm: bool = True, raw_patches: bool = False):
         config = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
@@ -341,70 +342,66 @@ class CWT_Encoder(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
 
     @torch.compiler.disable
-    def images(self, x: torch.Tensor, lengths: torch.Tensor | None = None):
-        """x (B, L) or (B, 1, L), L up to signal_len -> images (B, 3, S, signal_len), signal (B, signal_len), lengths or None.
+    def images(self, x: torch.Tensor, real: torch.Tensor | None = None):
+        """x (B, L) or (B, 1, L), L up to signal_len -> images (B, 3, S, signal_len), signal (B, signal_len), real or None.
 
-        The images are normalised; the signal has mean 0 and deviation 1 over its valid part and is 0 behind it. A shorter
-        signal counts as padded at its end.
+        The images are normalised; the signal has mean 0 and deviation 1 over its real part and is 0 outside of it. A shorter
+        signal is padded at its end.
         """
-        x = self.checked(x)
-        if x.shape[1] < self.signal_len:
-            lengths = torch.full((len(x),), x.shape[1], device=x.device) if lengths is None else lengths
-            x = F.pad(x, (0, self.signal_len - x.shape[1]))
-        if lengths is not None:
-            lengths = lengths.to(x.device)
-            if x.device.type == "cpu" and not ((lengths > 1) & (lengths <= self.signal_len)).all():
-                raise ValueError(f"lengths {lengths.tolist()}: each must lie in 2 .. {self.signal_len} samples")
+        x, real = self.checked(x, real)
         config = self.config
         imgs = cwt_wrap(x, self.cwt_scales, config["lowest_scale"], config["scale_step"], self.legacy,
-                        padding=config["padding"], log_scales=config["log_scales"], lengths=lengths, normalize=True)
-        valid = self.valid_samples(lengths, x)
-        count = valid.sum(1, keepdim=True)
-        x = (x - (x * valid).sum(1, keepdim=True) / count) * valid
+                        padding=config["padding"], log_scales=config["log_scales"], real=real, normalize=True)
+        mask = torch.ones_like(x) if real is None else real
+        count = mask.sum(1, keepdim=True)
+        x = (x - (x * mask).sum(1, keepdim=True) / count) * mask
         x = x / (x.square().sum(1, keepdim=True) / (count - 1)).sqrt().clamp(min=1e-5)
-        return imgs, x, lengths
+        return imgs, x, real
 
-    def checked(self, x: torch.Tensor) -> torch.Tensor:
-        """x as (B, L) floats, or a ValueError that says what is wrong with it."""
+    def checked(self, x: torch.Tensor, real: torch.Tensor | None):
+        """x as (B, signal_len) floats and its mask, or a ValueError that says what is wrong."""
         if x.ndim == 3 and x.shape[1] == 1:
             x = x[:, 0]
         if x.ndim != 2:
             raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, samples) or (batch, 1, samples): one channel")
-        if not 2 <= x.shape[1] <= self.signal_len:
-            raise ValueError(f"x has {x.shape[1]} samples, the model takes 2 .. {self.signal_len}; "
-                             "cut longer records into windows (dataset.py) or build the model with another signal_len")
-        if x.device.type == "cpu" and not torch.isfinite(x).all():   # on an accelerator the question would stall its queue
-            raise ValueError(f"x holds NaN or infinite values in rows {(~torch.isfinite(x)).any(1).nonzero().flatten().tolist()}")
-        return x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+        length, missing = x.shape[1], self.signal_len - x.shape[1]
+        if length < 2 or missing < 0:
+            raise ValueError(f"x has {length} samples, the model takes 2 .. {self.signal_len}; "
+                             "cut longer records into windows or build the model with another signal_len")
+        if real is not None and real.shape != x.shape:
+            raise ValueError(f"real has shape {tuple(real.shape)}, expected {tuple(x.shape)} as x")
+        if x.device.type == "cpu":                        # on an accelerator these questions would stall its queue
+            bad = ~torch.isfinite(x).all(1)
+            if bad.any():
+                raise ValueError(f"x holds NaN or infinite values in rows {bad.nonzero().flatten().tolist()}")
+            if real is not None and (real.sum(1) < 2).any():
+                raise ValueError(f"real leaves fewer than 2 samples in rows {(real.sum(1) < 2).nonzero().flatten().tolist()}")
+        if missing:
+            real = F.pad(torch.ones_like(x, dtype=torch.bool) if real is None else real, (0, missing))
+            x = F.pad(x, (0, missing))
+        x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+        return x, None if real is None else real.to(x.device)
 
-    def valid_samples(self, lengths, x):
-        """(B, L) bool: samples that are signal, not padding."""
-        time = torch.arange(x.shape[-1], device=x.device)
-        return time.expand(len(x), -1) < (x.shape[-1] if lengths is None else lengths[:, None])
-
-    def valid_patches(self, lengths):
-        """(B, N) bool: patches that hold at least one valid sample; None if all do by construction."""
-        if lengths is None:
-            return None
-        starts = torch.arange(self.grid_size[1], device=lengths.device) * self.patch_size_time
-        return (starts < lengths[:, None]).repeat(1, self.grid_size[0])
+    def real_patches(self, real):
+        """real (B, L) -> (B, N) bool: patches that hold at least one real sample."""
+        return None if real is None else real.unflatten(1, (-1, self.patch_size_time)).any(2).repeat(1, self.grid_size[0])
 
     def rope_ids(self, device) -> torch.Tensor:
         """(1, N + 1) rotary positions: class token 0, then the patches row by row."""
         rows, columns = (torch.arange(size, device=device) for size in self.grid_size)
         return F.pad((1 + rows[:, None] * self.rope_stride + columns).flatten(), (1, 0))[None]
 
-    def forward_encoder(self, imgs, x=None, valid=None, ids_keep=None, slots=None):
+    def forward_encoder(self, imgs, x=None, patches=None, ids_keep=None, slots=None):
         """Encode patches of imgs (B, 3, S, L): all of them, or those of ids_keep (B, K) -> (B, 1 + N or K, D).
 
-        x: signal as `images` gives it, for raw_patches. valid (B, N) / slots (B, K): bool, patches that may be attended to.
+        x: signal as `images` gives it, for raw_patches. patches (B, N), slots (B, K): bool, those that may be attended to.
         """
         tokens = self.patch_embed(imgs)
         if hasattr(self, "raw_embed"):
             raw = self.raw_embed(x[:, None].to(imgs.dtype)).transpose(1, 2)                     # (B, W, D)
             tokens = tokens + self.raw_gain * raw.repeat(1, self.grid_size[0], 1)
         tokens = tokens + self.pos_embed[:, 1:]
-        pos_ids, mask = self.rope_ids(tokens.device), valid
+        pos_ids, mask = self.rope_ids(tokens.device), patches
         if ids_keep is not None:
             tokens = tokens.gather(1, ids_keep[..., None].expand(-1, -1, tokens.shape[-1]))
             pos_ids = F.pad(pos_ids[0, 1:][ids_keep], (1, 0))
@@ -452,7 +449,7 @@ class CWT_MAE_RoPE(CWT_Encoder):
         self.time_pred = nn.Linear(width, self.patch_size_time)
         self.init_tokens()
 
-    def random_masking(self, noise: torch.Tensor, valid=None):
+    def random_masking(self, noise: torch.Tensor, patches=None):
         """Choose the visible patches: those of lowest noise (B, N), padding last.
 
         Returns mask (B, N) float, 1 = hidden; ids_restore (B, N); ids_keep (B, K); and slots (B, K) bool, None if all
@@ -463,8 +460,8 @@ class CWT_MAE_RoPE(CWT_Encoder):
         if self.column_masking:                           # one draw for a column; the stable sort keeps its rows together
             noise = noise[:, :width].repeat(1, height)
         unit = height if self.column_masking else 1
-        if valid is not None:
-            noise = noise.masked_fill(~valid, math.inf)
+        if patches is not None:
+            noise = noise.masked_fill(~patches, math.inf)
         if self.legacy:                                   # the float product loses a patch at ratios .8 and .9
             len_keep = int(self.num_patches // unit * keep) * unit
         else:
@@ -472,13 +469,13 @@ class CWT_MAE_RoPE(CWT_Encoder):
         ids_shuffle = noise.argsort(dim=1, stable=True)
         ids_restore = ids_shuffle.argsort(dim=1)
         ids_keep, slots, count = ids_shuffle[:, :len_keep], None, len_keep
-        if valid is not None:
-            count = ((valid.sum(1, keepdim=True) // unit * keep).round().clamp(min=1) * unit).clamp(max=len_keep)
+        if patches is not None:
+            count = ((patches.sum(1, keepdim=True) // unit * keep).round().clamp(min=1) * unit).clamp(max=len_keep)
             slots = torch.arange(len_keep, device=noise.device) < count
         mask = (ids_restore >= count).float()
         return mask, ids_restore, ids_keep, slots
 
-    def forward_decoder(self, latent, ids_restore, valid=None, slots=None):
+    def forward_decoder(self, latent, ids_restore, patches=None, slots=None):
         """latent (B, 1 + K, D) -> features of all patches (B, N, E)."""
         tokens = self.decoder_embed(latent)
         visible = tokens[:, 1:]
@@ -486,11 +483,10 @@ class CWT_MAE_RoPE(CWT_Encoder):
         if slots is not None:
             visible = torch.where(slots[..., None], visible, mask_token)
         hidden = mask_token.expand(len(tokens), ids_restore.shape[1] - visible.shape[1], -1)
-        patches = torch.cat([visible, hidden], dim=1)
-        patches = patches.gather(1, ids_restore[..., None].expand(-1, -1, tokens.shape[-1]))
-        tokens = torch.cat([tokens[:, :1], patches], dim=1) + self.decoder_pos_embed
+        restored = torch.cat([visible, hidden], dim=1).gather(1, ids_restore[..., None].expand(-1, -1, tokens.shape[-1]))
+        tokens = torch.cat([tokens[:, :1], restored], dim=1) + self.decoder_pos_embed
         cos, sin = self.rope_decoder(self.rope_ids(tokens.device))
-        mask = None if valid is None else F.pad(valid, (1, 0), value=True)
+        mask = None if patches is None else F.pad(patches, (1, 0), value=True)
         for block in self.decoder_blocks:
             tokens = block(tokens, cos, sin, mask)
         return self.decoder_norm(tokens)[:, 1:]
@@ -512,54 +508,53 @@ class CWT_MAE_RoPE(CWT_Encoder):
         (h, w), p, q = self.grid_size, self.patch_size_freq, self.patch_size_time
         return patches.reshape(len(patches), h, w, -1, p, q).permute(0, 3, 1, 4, 2, 5).flatten(2, 3).flatten(3)
 
-    def forward_loss_spec(self, imgs, pred, mask, valid=None):
-        """Mean squared error of the hidden patches; valid (B, L) bool leaves padding out."""
+    def forward_loss_spec(self, imgs, pred, mask, real=None):
+        """Mean squared error of the hidden patches; real (B, L) bool leaves padding out."""
         weights = torch.tensor(self.channel_weights, device=imgs.device).view(1, 3, 1, 1)
         weights = weights.expand(1, 3, self.cwt_scales, self.signal_len)
-        if valid is not None:
-            weights = weights * valid[:, None, None]
+        if real is not None:
+            weights = weights * real[:, None, None]
         weights = self.patchify(weights)
         error = (pred.float() - self.patchify(imgs)).square()
         loss = (error * weights).sum(-1) / weights.sum(-1).clamp(min=1e-6)                      # (B, N)
         mask = mask * (weights.sum(-1) > 0)
         return (loss * mask).sum() / (mask.sum() + 1e-6)
 
-    def forward_loss_time(self, x, pred, mask, valid=None):
+    def forward_loss_time(self, x, pred, mask, real=None):
         """Mean squared error of the normalised signal x (B, L)."""
-        weights = torch.ones_like(x) if valid is None else valid.float()
+        weights = torch.ones_like(x) if real is None else real.to(x.dtype)
         if self.masked_time_loss:
             hidden = mask.unflatten(1, self.grid_size).mean(1)                                  # (B, W) hidden share
             weights = weights * hidden.repeat_interleave(self.patch_size_time, dim=1)
         return ((pred.float() - x).square() * weights).sum() / weights.sum().clamp(min=1e-6)
 
-    def forward_losses(self, x, noise=None, lengths=None) -> dict:
+    def forward_losses(self, x, noise=None, real=None) -> dict:
         """x (B, L) or (B, 1, L), in any unit -> loss, loss_spec, loss_time, mask (B, N) with 1 = hidden,
         pred_spec (B, N, 3 * p_f * p_t), pred_time (B, L), imgs (B, 3, S, L), signal (B, L) normalised.
 
-        noise (B, N) in [0, 1): fixes the masks; drawn here if absent. lengths (B,): valid samples of each record; padding is
-        left out of statistics, attention and losses.
+        noise (B, N) in [0, 1): fixes the masks; drawn here if absent. real (B, L) bool: one run of samples that are signal, not
+        padding; padding is left out of statistics, attention and losses.
         """
-        imgs, signal, lengths = self.images(x, lengths)
-        valid = self.valid_patches(lengths)
-        samples = None if lengths is None else self.valid_samples(lengths, signal)
+        imgs, signal, real = self.images(x, real)
+        patches = self.real_patches(real)
         if self.mask_ratio == 0:
-            latent = self.forward_encoder(imgs, signal, valid)
-            slots, ids_restore = valid, torch.arange(self.num_patches, device=imgs.device).expand(len(imgs), -1)
+            latent = self.forward_encoder(imgs, signal, patches)
+            slots, ids_restore = patches, torch.arange(self.num_patches, device=imgs.device).expand(len(imgs), -1)
             mask = torch.zeros(ids_restore.shape, device=imgs.device)
         else:
             if noise is None:
                 noise = torch.rand(len(imgs), self.num_patches, device=imgs.device)
-            mask, ids_restore, ids_keep, slots = self.random_masking(noise.to(imgs.device), valid)
-            latent = self.forward_encoder(imgs, signal, valid, ids_keep, slots)
-        features = self.forward_decoder(latent, ids_restore, valid, slots)
+            mask, ids_restore, ids_keep, slots = self.random_masking(noise.to(imgs.device), patches)
+            latent = self.forward_encoder(imgs, signal, patches, ids_keep, slots)
+        features = self.forward_decoder(latent, ids_restore, patches, slots)
         pred_spec, pred_time = self.decoder_pred_spec(features), self.predict_time(features)
-        loss_spec = self.forward_loss_spec(imgs, pred_spec, mask, samples)
-        loss_time = self.forward_loss_time(signal, pred_time, mask, samples)
+        loss_spec = self.forward_loss_spec(imgs, pred_spec, mask, real)
+        loss_time = self.forward_loss_time(signal, pred_time, mask, real)
         return {"loss": loss_spec + self.time_loss_weight * loss_time, "loss_spec": loss_spec, "loss_time": loss_time,
                 "mask": mask, "pred_spec": pred_spec, "pred_time": pred_time, "imgs": imgs, "signal": signal}
 
-    def forward(self, x, noise=None, lengths=None, details: bool = False):
+    def forward(self, x, noise=None, real=None, details: bool = False):
         """(loss, pred_spec, pred_time, imgs), as upstream; with `details` the dictionary of `forward_losses` (a training loop
         calls the model through its wrapper, which knows `forward` alone)."""
-        out = self.forward_losses(x, noise, lengths)
+        out = self.forward_losses(x, noise, real)
         return out if details else (out["loss"], out["pred_spec"], out["pred_time"], out["imgs"])

@@ -1,0 +1,255 @@
+"""A pre-trained CWT-MAE-RoPE encoder with a classification head, and the reading and writing of both models' files.
+
+Upstream file: model_finetune.py (LatentReasoningHead, ResidualMLPBlock, TF_MAE_Classifier), with its state-dict keys. The
+decoder is never allocated, and a checkpoint that does not fit is an error instead of a random encoder.
+
+    model = TF_MAE_Classifier("checkpoint_last.pth", num_classes=5, signal_len=1000)
+    tokens, pooled = model.encode(signal, fs=250)
+"""
+import inspect
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
+from common.checkpoint import atomic_path
+from common.errors import UserError
+from common.weights import load_weights, read_checkpoint, read_weights
+from cwt_mae.dataset import Preprocess
+from cwt_mae.model import CWT_MAE_RoPE, CWT_Encoder, init_weights
+
+ENCODER_ARGS = set(inspect.signature(CWT_Encoder.__init__).parameters) - {"self"}
+DECODER_ARGS = set(inspect.signature(CWT_MAE_RoPE.__init__).parameters) - {"self", "encoder"}
+DECODER_KEYS = ("decoder_", "mask_token", "time_reducer", "time_pred", "rope_decoder")
+
+
+class LatentReasoningHead(nn.Module):
+    """Learned tokens that ask the encoder's tokens: cross-attention, self-attention, MLP (post-norm), mean, classifier.
+
+    forward: x (B, N, D), real (B, N) bool or None, features (B, num_features) or None -> logits (B, C).
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, num_classes: int, num_reasoning_tokens: int = 8, dropout: float = 0.1,
+                 num_features: int = 0):
+        super().__init__()
+        self.reasoning_tokens = nn.Parameter(torch.empty(1, num_reasoning_tokens, embed_dim))
+        self.cross_attn = nn.MultiheadAttention(embed_dim, num_heads, batch_first=True, dropout=dropout)
+        self.norm1 = nn.LayerNorm(embed_dim)
+        self.self_attn = nn.MultiheadAttention(embed_dim, num_heads, batch_first=True, dropout=dropout)
+        self.norm2 = nn.LayerNorm(embed_dim)
+        self.ffn = nn.Sequential(nn.Linear(embed_dim, 4 * embed_dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * embed_dim, embed_dim))
+        self.norm3 = nn.LayerNorm(embed_dim)
+        self.classifier = nn.Linear(embed_dim + num_features, num_classes)
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+        nn.init.normal_(self.reasoning_tokens, std=0.02)
+
+    def forward(self, x, real=None, features=None):
+        q = self.reasoning_tokens.expand(len(x), -1, -1)
+        ignore = None if real is None else ~real
+        # without the attention maps, which nobody reads, a fused kernel serves
+        q = self.norm1(q + self.cross_attn(q, x, x, key_padding_mask=ignore, need_weights=False)[0])
+        q = self.norm2(q + self.self_attn(q, q, q, need_weights=False)[0])
+        pooled = self.norm3(q + self.ffn(q)).mean(1)
+        return self.classifier(pooled if features is None else torch.cat([pooled, features], 1))
+
+
+class ResidualMLPBlock(nn.Module):
+    """x + MLP(LayerNorm(x)), width `dim` throughout."""
+
+    def __init__(self, dim: int, dropout_rate: float = 0.5):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.net = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Dropout(dropout_rate), nn.Linear(dim, dim), nn.Dropout(dropout_rate))
+
+    def forward(self, x):
+        return x + self.net(self.norm(x))
+
+
+class TF_MAE_Classifier(nn.Module):
+    """Encoder without masking, class token dropped, and one of two heads -> logits (B, num_classes).
+
+    pretrained_path: a file of `train.py`, an upstream checkpoint, or None for random weights. The file's own configuration
+    builds the encoder; what is passed here overrides it (signal_len, most often: the position table is interpolated).
+    A file without our configuration is an upstream one: it runs with upstream's numerics (legacy) and says so.
+    use_cot: `LatentReasoningHead` with num_reasoning_tokens, else an MLP of num_res_blocks blocks of width hidden_dim with
+    dropout dropout_rate, on the mean of the tokens or, for center_columns = k > 0, on the k time columns round the middle,
+    joined (the window is then about what stands in its middle, say a heart beat).
+    num_features: numbers known beside the signal (say, beat intervals), given to `forward`.
+    **encoder: arguments of CWT_MAE_RoPE; those of its decoder are accepted and ignored, so that one configuration
+    serves both models. `config` holds everything: TF_MAE_Classifier(None, **config) builds the same model.
+    """
+
+    def __init__(self, pretrained_path, num_classes: int, mlp_rank_ratio: float | None = None, use_cot: bool = True,
+                 num_reasoning_tokens: int = 8, hidden_dim: int = 512, dropout_rate: float = 0.0, num_res_blocks: int = 2,
+                 num_features: int = 0, center_columns: int = 0, **encoder):
+        super().__init__()
+        unknown = set(encoder) - ENCODER_ARGS - DECODER_ARGS
+        if unknown:
+            raise TypeError(f"TF_MAE_Classifier got unknown arguments {', '.join(sorted(unknown))}")
+        if mlp_rank_ratio is not None:
+            encoder["mlp_rank_ratio"] = mlp_rank_ratio
+        tensors, config = read_model(pretrained_path) if pretrained_path else ({}, {})
+        encoder = {key: value for key, value in (config | encoder).items() if key in ENCODER_ARGS}
+        self.encoder_model = CWT_Encoder(**encoder)
+        if pretrained_path:
+            load_encoder(self.encoder_model, tensors, config, pretrained_path)
+        self.config = self.encoder_model.config | dict(
+            num_classes=num_classes, use_cot=use_cot, num_reasoning_tokens=num_reasoning_tokens, hidden_dim=hidden_dim,
+            dropout_rate=dropout_rate, num_res_blocks=num_res_blocks, num_features=num_features, center_columns=center_columns)
+        width, columns = self.encoder_model.config["embed_dim"], self.encoder_model.grid_size[1]
+        self.use_cot, self.num_features, self.center_columns = use_cot, num_features, center_columns
+        if not 0 <= center_columns <= columns or center_columns and use_cot:
+            raise ValueError(f"center_columns {center_columns}: 0 .. {columns} columns, for the MLP head (use_cot=False) only")
+        if use_cot:
+            self.head = LatentReasoningHead(width, self.encoder_model.config["num_heads"], num_classes, num_reasoning_tokens, 0.2, num_features)
+        else:
+            joined = width * max(1, center_columns) + num_features
+            self.head = nn.Sequential(nn.LayerNorm(joined), nn.Linear(joined, hidden_dim), nn.GELU(), nn.Dropout(dropout_rate),
+                                      *(ResidualMLPBlock(hidden_dim, dropout_rate) for _ in range(num_res_blocks)),
+                                      nn.LayerNorm(hidden_dim), nn.Linear(hidden_dim, num_classes))
+            init_weights(self.head)
+
+    def forward_features(self, x, real=None):
+        """x (B, L) or (B, 1, L), real (B, L) bool or None -> patch tokens (B, N, D), and their mask (B, N) or None."""
+        imgs, signal, real = self.encoder_model.images(x, real)
+        patches = self.encoder_model.real_patches(real)
+        return self.encoder_model.forward_encoder(imgs, signal, patches)[:, 1:], patches
+
+    def forward(self, x, real=None, features=None):
+        """x as in `forward_features`, features (B, num_features) -> logits (B, num_classes)."""
+        if (0 if features is None else features.shape[1]) != self.num_features:
+            raise ValueError(f"features has shape {None if features is None else tuple(features.shape)}, expected (batch, {self.num_features})")
+        tokens, patches = self.forward_features(x, real)
+        if self.use_cot:
+            return self.head(tokens, patches, features)
+        if self.center_columns:
+            columns = tokens.unflatten(1, self.encoder_model.grid_size).mean(1)                 # (B, W, D)
+            first = (columns.shape[1] - self.center_columns) // 2
+            pooled = columns[:, first:first + self.center_columns].flatten(1)
+        else:
+            pooled = masked_mean(tokens, patches)
+        return self.head(pooled if features is None else torch.cat([pooled, features.to(pooled.dtype)], 1))
+
+    @torch.no_grad()
+    def encode(self, signal, fs: float):
+        """Features of one record of any length and rate: signal (L,), fs in Hz -> tokens (windows, N, D), pooled (D,).
+
+        Prepared as in training (config's `preprocess`), cut into windows of signal_len side by side, the last one padded
+        and masked: tokens of padding are 0 and not in `pooled`, the mean of the others.
+        """
+        prepare = Preprocess(**(self.config["preprocess"] or {}))
+        signal = prepare.signal(signal, fs, "signal")
+        length, training = self.encoder_model.signal_len, self.training
+        cuts = [signal[i:i + length] for i in range(0, len(signal), length) if i == 0 or len(signal) - i >= self.encoder_model.patch_size_time]
+        x, real = (torch.from_numpy(np.stack(part)).to(self.encoder_model.cls_token.device)
+                   for part in zip(*(prepare.window(cut, float(signal.std()), length) for cut in cuts)))
+        self.eval()
+        tokens, patches = self.forward_features(x, real)
+        self.train(training)
+        return tokens * patches[..., None], masked_mean(tokens.flatten(0, 1)[None], patches.flatten()[None])[0]
+
+
+def masked_mean(tokens, mask=None):
+    """Mean over N of tokens (B, N, D), of those in mask (B, N) bool where it is given."""
+    if mask is None:
+        return tokens.mean(1)
+    return (tokens * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+
+def interpolate_pos_embed(pos_embed, old_grid, new_grid):
+    """Position table (1, 1 + N, D) of one grid (rows, columns) for another: bicubic on both axes, class row kept."""
+    if tuple(old_grid) == tuple(new_grid):
+        return pos_embed
+    table = pos_embed[:, 1:].float().unflatten(1, tuple(old_grid)).permute(0, 3, 1, 2)          # (1, D, H, W)
+    table = F.interpolate(table, size=tuple(new_grid), mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
+    return torch.cat([pos_embed[:, :1], table.to(pos_embed.dtype)], dim=1)
+
+
+def load_encoder(encoder: CWT_Encoder, tensors: dict, config: dict, source):
+    """Load the encoder's part of `tensors` and print the report; UserError if a tier of it is missing or of another shape.
+
+    The position table's old grid comes from the file: from its configuration, else from the height of `time_reducer`,
+    which spans it, else (weights of a classifier alone) it counts as high as the new one.
+    """
+    tensors = {key.removeprefix("encoder_model."): value for key, value in tensors.items() if not key.startswith("head.")}
+    height, columns = encoder.grid_size
+    if {"cwt_scales", "patch_size_freq"} <= set(config):
+        height = config["cwt_scales"] // config["patch_size_freq"]
+    elif "time_reducer.0.weight" in tensors:
+        height = tensors["time_reducer.0.weight"].shape[2]
+
+    def fit_positions(given):
+        if "pos_embed" in given:
+            count = given["pos_embed"].shape[1] - 1
+            if count % height:
+                raise UserError(f"{source}: pos_embed has {count} patches, which are not {height} rows; pass the cwt_scales and "
+                                "patch_size_freq that the model was trained with")
+            if (height, count // height) != encoder.grid_size:
+                print(f"{source}: position table interpolated from {height} x {count // height} to {encoder.grid_size[0]} x {columns} patches")
+                given["pos_embed"] = interpolate_pos_embed(given["pos_embed"], (height, count // height), encoder.grid_size)
+        return given
+
+    report = load_weights(encoder, tensors, source, min_share=0.9, convert=fit_positions, ignore=DECODER_KEYS)
+    if report.mismatched:
+        key, old, new = report.mismatched[0]
+        raise UserError(f"{source}: {key} has shape {old} in the file, {new} in the model; pass the sizes that it was trained with")
+
+
+def read_model(path):
+    """(tensors, configuration) of a model file: ours or upstream's, .pth or .safetensors, pre-trained or fine-tuned.
+
+    Configuration: ours as it stands; of an upstream file what its `config` says, and legacy=True, with a notice.
+    """
+    path, config = Path(path), None
+    tensors = read_weights(path)
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            config = json.loads((file.metadata() or {}).get("config", "null"))
+    elif path.is_file():
+        config = read_checkpoint(path).get("config")
+    if isinstance(config, dict) and "legacy" in config:
+        return tensors, config
+    sections = config if isinstance(config, dict) else {}
+    config = {"legacy": True}
+    for section in (sections.get("data"), sections.get("model")):
+        config |= {key: value for key, value in (section or {}).items() if key in ENCODER_ARGS | DECODER_ARGS}
+    print(f"{path}: no configuration of ours, so an upstream checkpoint: running with upstream's numerics (legacy)")
+    return tensors, config
+
+
+def save_model(path, model, **extra):
+    """Write {'model', 'config', **extra} (.pth), or tensors with the configuration in the metadata (.safetensors); whole or not at all."""
+    tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    with atomic_path(path) as temporary:
+        if Path(path).suffix == ".safetensors":
+            save_file(tensors, temporary, metadata={"config": json.dumps(model.config), **{k: json.dumps(v) for k, v in extra.items()}})
+        else:
+            torch.save({"model": tensors, "config": model.config, **extra}, temporary)
+
+
+def load_model(path, **config):
+    """The model that `path` holds, whole: CWT_MAE_RoPE or TF_MAE_Classifier, on the CPU, in eval mode.
+
+    An upstream file does not say all its sizes: pass those (num_classes and use_cot of a classifier among them).
+    """
+    tensors, found = read_model(path)
+    config = found | config
+    if any(key.startswith("head.") for key in tensors):
+        if "num_classes" not in config:
+            raise UserError(f"{path}: a classifier without a configuration; pass num_classes, use_cot and the encoder's sizes")
+        model = TF_MAE_Classifier(None, **config)
+    else:
+        model = CWT_MAE_RoPE(**config)
+    report = load_weights(model, tensors, path, min_share=1.0)
+    if report.unexpected:
+        raise UserError(f"{path}: holds {len(report.unexpected)} tensors that the model lacks, such as {report.unexpected[0]}; are the sizes right?")
+    return model.eval()
