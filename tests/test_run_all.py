@@ -1,0 +1,106 @@
+"""run_all: goes on when a project fails, waits where one needs another, and shows every result with its control."""
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from common.summary import write_result
+
+ROOT = Path(__file__).resolve().parents[1]
+
+RESULT = """
+"$PYTHON" - <<'PY'
+import os, pathlib
+from common.figures import new_figure, save_figure
+from common.summary import write_result
+folder = pathlib.Path(os.environ["RUNS"]) / "{name}"
+figure, axis = new_figure()
+axis.plot([1, 2, 3])
+save_figure(figure, folder / "figures/loss.png")
+write_result(folder, "beats & <rhythm>", "macro-F1", 0.61, {{"chance": 0.25, "random init": 0.5}}, interval=(0.58, 0.64),
+             figures=[(folder / "figures/loss.png", "loss against step")], note="held-out records, 3 seeds")
+PY
+"""
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A repository copy with three projects whose run_builtin.sh are a few lines."""
+    shutil.copytree(ROOT / "common", tmp_path / "common", ignore=shutil.ignore_patterns("__pycache__"))
+    scripts = {
+        "cwt_mae": RESULT.format(name="cwt_mae") + 'echo "threads $OMP_NUM_THREADS smoke $SMOKE"',
+        "dia_pangu": 'sleep 1; touch "$RUNS/dia_pangu/model"; exit 3',
+        "pruning": 'test -e "$RUNS/dia_pangu/model" || exit 9\n' + RESULT.format(name="pruning"),
+    }
+    for name, text in scripts.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run_builtin.sh").write_text("set -e\n" + text)
+    return tmp_path
+
+
+def start(tree, *options, **environment):
+    env = {**os.environ, "PYTHONPATH": str(tree), "PYTHON": sys.executable, "RUNS": str(tree / "runs"), **environment}
+    return subprocess.run([sys.executable, "-m", "common.run_all", *options], cwd=tree, capture_output=True, text=True, env=env)
+
+
+def test_one_failure_does_not_stop_the_others_and_is_named(tree):
+    done = start(tree, "--jobs", "2", "--smoke")
+    assert done.returncode == 1, done.stderr
+    assert "dia_pangu failed with exit status 3" in done.stderr and "Traceback" not in done.stderr
+    summary = {p["name"]: p for p in json.loads((tree / "runs/summary.json").read_text())["projects"]}
+    assert [summary[n]["status"] for n in ("cwt_mae", "pruning")] == ["ok", "ok"]
+    assert summary["cwt_mae"]["rows"][0]["controls"] == {"chance": 0.25, "random init": 0.5}
+    assert summary["cwt_mae"]["peak_mb"] > 10 and summary["dia_pangu"]["seconds"] >= 1
+    for text in ("macro-F1", "0.610 [0.580, 0.640]", "random init 0.500", "dia_pangu (failed"):
+        assert text in done.stdout
+    assert "smoke 1" in (tree / "runs/cwt_mae/run_all.log").read_text()
+
+
+def test_page_is_one_file_with_inline_pictures_alt_text_and_escapes(tree):
+    start(tree, "cwt_mae")
+    page = (tree / "runs/summary.html").read_text()
+    assert "beats &amp; &lt;rhythm&gt;" in page and 'alt="loss against step"' in page
+    assert set(re.findall(r'src="([^"]{0,22})', page)) == {"data:image/png;base64,"}
+    assert not re.search(r'(href|src)="https?:', page)
+
+
+def test_cores_are_shared_out(tree):
+    start(tree, "cwt_mae", "--jobs", "1")
+    assert f"threads {len(os.sched_getaffinity(0))} " in (tree / "runs/cwt_mae/run_all.log").read_text()
+
+
+@pytest.mark.parametrize("options, environment, said", [
+    (["nosuch"], {}, "nosuch: no such project"), ([], {"DATA_ROOT": "/no/such"}, "DATA_ROOT=/no/such"), (["--jobs", "-1"], {}, "at least 1")])
+def test_wrong_arguments_are_one_line(tree, options, environment, said):
+    done = start(tree, *options, **environment)
+    assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not (tree / "runs").exists()
+
+
+def test_ctrl_c_reaches_the_projects(tree):
+    (tree / "cwt_mae/run_builtin.sh").write_text("trap 'echo saved; exit 143' TERM; echo up; sleep 60 & wait")
+    env = {**os.environ, "PYTHONPATH": str(tree), "RUNS": str(tree / "runs")}
+    process = subprocess.Popen([sys.executable, "-m", "common.run_all", "cwt_mae"], cwd=tree, env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    log = tree / "runs/cwt_mae/run_all.log"
+    while not (log.exists() and "up" in log.read_text()):
+        time.sleep(.05)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=20)
+    assert process.returncode == 130 and "run_all.log" in error
+    for _ in range(100):
+        if "saved" in log.read_text():
+            break
+        time.sleep(.1)
+    assert "saved" in log.read_text()
+
+
+def test_result_without_control_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="control"):
+        write_result(tmp_path, "task", "accuracy", 0.9, {})
