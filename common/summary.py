@@ -77,7 +77,7 @@ p { margin: 4px 0 } .soft { color: var(--soft); font-size: .9rem }
 .scroll { overflow-x: auto; margin-top: 12px } table { border-collapse: collapse; width: 100%; font-size: .92rem }
 th, td { text-align: left; padding: 6px 12px 6px 0; border-bottom: 1px solid var(--line); vertical-align: top } td.n { white-space: nowrap; font-variant-numeric: tabular-nums }
 .ok { color: var(--good) } .failed { color: var(--bad) }
-.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 420px), 1fr)); gap: 16px; margin-top: 16px }
+.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 420px), 1fr)); gap: 16px; margin: 16px 0 24px }
 figure { margin: 0; background: var(--card); border-radius: 8px; padding: 10px } figure img { width: 100%; height: auto; background: #fff; border-radius: 4px } figcaption { font-size: .88rem; color: var(--soft); margin-top: 6px }
 @media (max-width: 640px) {
   thead { display: none } tr { display: block; padding: 8px 0; border-bottom: 1px solid var(--line) }
