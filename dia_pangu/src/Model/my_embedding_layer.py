@@ -13,7 +13,6 @@ from dia_pangu.src.Model.helpers import PerceiverResampler
 from dia_pangu.src.Model.vit_3d import ViT
 
 NUM_FINDINGS = 14
-MIN_TEMP = 0.01  # the learned temperature is unconstrained upstream and may reach 0 or change its sign
 
 
 def lookup(weight: torch.Tensor, extra: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -37,14 +36,17 @@ class MyEmbedding(nn.Module):
     num_embeddings, embedding_dim: size V x E of the word table, replaced by the language model's own Parameter.
     perceiver_num: visual tokens per volume. vis_dim: ViT width. n_tok: patch tokens of one volume, which the prototypes
     fix: with the defaults 256 x 256 x 64 voxels. mem: width of the memory vectors. vit and perceiver: overrides
-    of the published sizes, keywords of ViT and PerceiverResampler.
+    of the published sizes, keywords of ViT and PerceiverResampler. min_temp: the learned temperature is used no smaller
+    than this; None leaves it free to reach 0 or change its sign, as upstream.
     """
 
     def __init__(self, num_embeddings: int = 153376, embedding_dim: int = 4096, perceiver_num: int = 32,
                  vis_dim: int = 768, patch_size: int = 32, frame_patch_size: int = 4, n_tok: int = 1024,
-                 mem: int | None = None, vit: dict | None = None, perceiver: dict | None = None):
+                 mem: int | None = None, vit: dict | None = None, perceiver: dict | None = None,
+                 min_temp: float | None = 0.01):
         super().__init__()
         mem = mem or vis_dim
+        self.min_temp = min_temp
         self.n_tok, self.perceiver_num = n_tok, perceiver_num
         self.weight = nn.Parameter(torch.randn(num_embeddings, embedding_dim))
         self.figure_token_weight = nn.Parameter(torch.randn(2, embedding_dim))  # <image> and </image>
@@ -76,15 +78,26 @@ class MyEmbedding(nn.Module):
         """Tokens (B, S, n_tok, vis_dim) pooled by each prototype's weights, mean over volumes: (B, 14, vis_dim)."""
         return (self.prototype.softmax(-1) @ tokens).mean(1)
 
-    def similarity(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Cosine of every finding's feature with its positive and negative memory: (B, 14, 2)."""
-        z = F.normalize(self.proj(self.finding_features(tokens)), dim=-1)
+    def similarity(self, tokens: torch.Tensor, upstream_cls: bool = False) -> torch.Tensor:
+        """Cosine of every finding's feature with its positive and negative memory: (B, 14, 2).
+
+        upstream_cls: what upstream's `cls` mode computes. It sums the weighted tokens over the findings where its
+        training mode sums over the tokens, so that finding c is read from patch token c alone; its published diagnoses
+        (micro-F1 about 0.29) come from that. Ours reads what the contrastive loss has trained.
+        """
+        features = self.finding_features(tokens)
+        if upstream_cls:
+            features = (tokens * self.prototype.softmax(-1).sum(0)[:, None])[:, 0, :NUM_FINDINGS]
+        z = F.normalize(self.proj(features), dim=-1)
         memory = F.normalize(torch.cat((self.pos_sample_memory, self.neg_sample_memory), dim=1), dim=-1)  # (14, 2, mem)
         return torch.einsum("bcd,ckd->bck", z, memory)
 
+    def temperature(self) -> torch.Tensor:
+        return self.temp if self.min_temp is None else self.temp.clamp(min=self.min_temp)
+
     def probability(self, tokens: torch.Tensor) -> torch.Tensor:
         """Share of the positive memory in the softmax that the contrastive loss trains: (B, 14)."""
-        return (self.similarity(tokens) / self.temp.clamp(min=MIN_TEMP)).softmax(-1)[..., 0]
+        return (self.similarity(tokens) / self.temperature()).softmax(-1)[..., 0]
 
     def visual_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         """Patch tokens (B, S, n_tok, vis_dim) to (B, S * perceiver_num, embedding_dim)."""
@@ -94,14 +107,14 @@ class MyEmbedding(nn.Module):
         """vision_x (B, S, 3, H, W, D), or tokens (B, S, n_tok, vis_dim) from `encode` to spare the second ViT pass.
 
         text_input: (B, N) ids; V, V+1 are <image>, </image>, V+2+j is visual token j. cls_labels: (B, 14), 1 = present.
-        mode 'cls': similarities (B, 14, 2). mode 'train': embeddings (B, N, E) and sim (B * 14, 2), own memory
+        mode 'cls': similarities (B, 14, 2); 'cls_upstream': see `similarity`. mode 'train': embeddings (B, N, E) and sim (B * 14, 2), own memory
         first, divided by the temperature; the contrastive loss is its cross entropy with target 0. None: embeddings.
         key_words_query is accepted and unused, as upstream.
         """
         if tokens is None:
             tokens = self.encode(vision_x)
-        if mode == "cls":
-            return self.similarity(tokens)
+        if mode in ("cls", "cls_upstream"):
+            return self.similarity(tokens, upstream_cls=mode == "cls_upstream")
         visual = self.visual_tokens(tokens)
         extra = torch.cat((self.figure_token_weight.expand(len(visual), -1, -1), visual), dim=1)
         embeds = lookup(self.weight, extra.to(self.weight.dtype), text_input)
@@ -109,4 +122,4 @@ class MyEmbedding(nn.Module):
             return embeds
         sim = self.similarity(tokens)
         own_first = torch.where(cls_labels.bool()[..., None], sim, sim.flip(-1))
-        return embeds, (own_first / self.temp.clamp(min=MIN_TEMP)).flatten(0, 1)
+        return embeds, (own_first / self.temperature()).flatten(0, 1)
