@@ -1,0 +1,449 @@
+"""Signals and questions from disk: `x.h5` (IQ_data, label) and `x.json` (question, answer) as in the seed; nothing is held in memory.
+
+    modulation.h5     IQ_data float32 (Num, T, 2); label float32 (Num, 1); attributes fs (Hz), classes (JSON list); optional snr (Num, 1) and
+                      regression columns pulse_width, pulse_time_delay, pri, num_pulses, isr
+    modulation.json   [{"id", "question", "answer" (absent in test files), "iq_index_in_h5", "h5_path"}, ...]
+
+Every random choice is a function of (seed, epoch, sample), so that the number of processes and a resume do not change it.
+"""
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
+
+import h5py
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from common.errors import UserError
+from common.run import progress
+from em_mllm.em_foundation.models.embedder import mae_scores
+from em_mllm.em_foundation.utils.utils import first_fit, pack_sequence, scale_to_peak, with_special_patches
+
+DEFAULT_FS = 20e6                                                # Hz, what the seed script assumes
+OPTION = re.compile(r"\(([A-Z])\)\s*(.+?)\s*(?=\([A-Z]\)|$)")
+
+
+class SignalFile:
+    """One .h5 of signals, opened anew in each process (an HDF5 handle must not cross a fork) and read row by row.
+
+    Attributes: points (T), fs in Hz, classes (list of names or None), columns (names of the other datasets). UserError says what is wrong.
+    """
+
+    def __init__(self, path, default_fs=DEFAULT_FS):
+        self.path = Path(path)
+        self._file, self._pid = None, None
+        if not self.path.is_file():
+            raise UserError(f"{path}: no such file; check the path")
+        try:
+            with h5py.File(self.path, "r") as file:
+                if "IQ_data" not in file:
+                    raise UserError(f"{path}: has no dataset IQ_data (it has {', '.join(file) or 'nothing'}); store the signals there, (Num, T, 2) float32")
+                data = file["IQ_data"]
+                if data.ndim != 3 or data.shape[2] != 2:
+                    raise UserError(f"{path}: IQ_data is {data.shape}, expected (Num, T, 2); put I and Q on the last axis")
+                if data.dtype.kind not in "fiu":
+                    raise UserError(f"{path}: IQ_data is {data.dtype}, expected real numbers such as float32; store I and Q as two columns")
+                self.count, self.points = data.shape[:2]
+                self.fs = float(file.attrs.get("fs", default_fs))
+                self.classes = json.loads(file.attrs["classes"]) if "classes" in file.attrs else None
+                self.columns = {name: file[name].shape for name in file if name != "IQ_data"}
+        except OSError as error:
+            raise UserError(f"{path}: not a readable HDF5 file ({str(error).splitlines()[0]}); was the copy cut short?") from error
+        if self.count == 0 or self.points == 0:
+            raise UserError(f"{path}: IQ_data is empty, {(self.count, self.points, 2)}")
+        for name, shape in self.columns.items():
+            if shape[:1] != (self.count,):
+                raise UserError(f"{path}: {name} has {shape[0] if shape else 'no'} rows, IQ_data {self.count}; write one row per signal")
+
+    @property
+    def file(self):
+        if self._pid != os.getpid():
+            self._file, self._pid = h5py.File(self.path, "r"), os.getpid()
+        return self._file
+
+    def __getstate__(self):
+        return {**self.__dict__, "_file": None, "_pid": None}
+
+    def __len__(self):
+        return self.count
+
+    def read(self, index: int) -> np.ndarray:
+        """Signal `index` as (T, 2) float32, as stored."""
+        try:
+            return self.file["IQ_data"][int(index)].astype(np.float32)
+        except OSError as error:
+            raise UserError(f"{self.path}: IQ_data[{index}] cannot be read ({error}); was the copy cut short?") from error
+
+    def column(self, name: str) -> np.ndarray:
+        """A per-signal column as a flat array: `label`, `snr`, `pri`, ..."""
+        if name not in self.columns:
+            raise UserError(f"{self.path}: has no dataset {name} (it has {', '.join(self.columns) or 'IQ_data alone'})")
+        return self.file[name][:].reshape(self.count, -1)[:, 0]
+
+    def bad_signals(self, wanted=None, chunk=2048) -> dict[int, str]:
+        """{index: what is wrong} for signals with nan, inf or nothing but zeros; reads the file once, chunk by chunk."""
+        bad = {}
+        for start in progress(range(0, self.count, chunk), desc=f"checking {self.path.name}", leave=False):
+            try:
+                x = self.file["IQ_data"][start : start + chunk]
+            except OSError as error:
+                raise UserError(f"{self.path}: IQ_data[{start}:{start + chunk}] cannot be read ({error}); was the copy cut short?") from error
+            finite = np.isfinite(x).all((1, 2))
+            silent = ~np.any(x, (1, 2))
+            for i in np.nonzero(~finite | silent)[0]:
+                bad[start + int(i)] = "is all zero" if finite[i] else "holds nan or inf"
+        return bad if wanted is None else {i: why for i, why in bad.items() if i in wanted}
+
+
+class Records:
+    """A list of JSON objects as one byte string and offsets: a tenth of the objects' memory, and forked workers share it."""
+
+    def __init__(self, records):
+        encoded = [json.dumps(r, ensure_ascii=False).encode() for r in records]
+        self.ends = np.cumsum([0] + [len(e) for e in encoded])
+        self.bytes = np.frombuffer(b"".join(encoded), np.uint8)
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def __getitem__(self, i):
+        return json.loads(self.bytes[self.ends[i] : self.ends[i + 1]].tobytes())
+
+
+def parse_options(record: dict) -> dict[str, str]:
+    """{"A": "GFSK", ...} from "Answer choices" or from the question; empty for an open question."""
+    choices = record.get("Answer choices")
+    return dict(OPTION.findall(" ".join(choices) if choices else record["question"]))
+
+
+def task_pairs(task_dir=None, task_files=None) -> list[tuple[Path, Path]]:
+    """The (h5, json) pairs of --task-dir (every x.h5 with x.json beside it) or of --task-files (h5 json h5 json ...)."""
+    if task_dir:
+        folder = Path(task_dir)
+        if not folder.is_dir():
+            raise UserError(f"--task-dir {folder}: no such folder")
+        pairs = [(p, p.with_suffix(".json")) for p in sorted(folder.glob("*.h5"))]
+        if not pairs:
+            raise UserError(f"--task-dir {folder}: holds no .h5 file")
+    elif task_files:
+        if len(task_files) % 2:
+            raise UserError(f"--task-files: {len(task_files)} files given; give h5 and json in turn: a.h5 a.json b.h5 b.json")
+        pairs = [(Path(a), Path(b)) for a, b in zip(task_files[::2], task_files[1::2])]
+    else:
+        raise UserError("no data: give --task-dir (a folder of x.h5 with x.json beside it) or --task-files (h5 json h5 json ...)")
+    for h5, questions in pairs:
+        for path in (h5, questions):
+            if not path.is_file():
+                raise UserError(f"{path}: no such file; every x.h5 needs its x.json")
+    return pairs
+
+
+def read_questions(path: Path) -> list[dict]:
+    """The records of a question file, with the fields that every record must have checked."""
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: not a readable JSON file ({error})") from error
+    if not isinstance(records, list):
+        raise UserError(f"{path}: holds a {type(records).__name__}, expected a list of questions; wrap the objects in [ ]")
+    if not records:
+        raise UserError(f"{path}: the list of questions is empty")
+    for n, r in enumerate(records):
+        where = f"{path}: item {n}"
+        if not isinstance(r, dict):
+            raise UserError(f"{where} is a {type(r).__name__}, expected an object with question, answer, iq_index_in_h5")
+        if not isinstance(r.get("question"), str) or not r["question"].strip():
+            raise UserError(f"{where}: question is missing or not text")
+        if not isinstance(r.get("answer", ""), str):
+            raise UserError(f"{where}: answer is a {type(r['answer']).__name__}, expected text")
+        index = r.get("iq_index_in_h5")
+        indices = index if isinstance(index, list) else [index]
+        if not indices or any(type(i) is not int for i in indices):
+            raise UserError(f"{where}: iq_index_in_h5 is {index!r}, expected a whole number or a list of them")
+    return records
+
+
+def encode_text(tokenizer, question: str, answer: str | None, chat: bool = False) -> tuple[list[int], int]:
+    """Token ids of question + eos + answer + eos (as the seed), or of the chat template's turns; and how many belong to the prompt.
+
+    answer None: the prompt alone. Only the answer and its end token are learned.
+    """
+    if chat:
+        if not tokenizer.chat_template:
+            raise UserError("--chat-template: this tokenizer has none; leave the option out")
+        prompt = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False, enable_thinking=False)
+        prompt = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    else:
+        prompt = tokenizer(question)["input_ids"]
+        prompt = (prompt[:-1] if prompt and prompt[-1] == tokenizer.eos_token_id else prompt) + [tokenizer.eos_token_id]
+    if answer is None:
+        return prompt, len(prompt)
+    return prompt + tokenizer(answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id], len(prompt)
+
+
+def augment(iq: np.ndarray, fs: float, rng: np.random.Generator, noise_db=None, shift_hz: float = 0.0) -> np.ndarray:
+    """iq (T, 2) turned by a random phase, shifted by up to +-shift_hz, with white noise noise_db = (low, high) dB below its mean power."""
+    z = iq[:, 0] + 1j * iq[:, 1]
+    z = z * np.exp(1j * (rng.uniform(0, 2 * np.pi) + 2 * np.pi * rng.uniform(-shift_hz, shift_hz) / fs * np.arange(len(z))))
+    if noise_db is not None:
+        level = np.sqrt(np.mean(np.abs(z) ** 2) / 2 * 10 ** (-rng.uniform(*noise_db) / 10))
+        z = z + level * (rng.standard_normal(len(z)) + 1j * rng.standard_normal(len(z)))
+    return np.stack([z.real, z.imag], 1).astype(np.float32)
+
+
+class QuestionDataset(Dataset):
+    """Questions about signals, read from (h5, json) pairs.
+
+    questions_per_signal: 0 makes every question an item; n > 0 makes every signal an item, with n of its questions drawn anew each epoch and
+    the signal encoded once for all of them. An item is {"iq": [(T, 2) ...], "fs": [...], "texts": [(ids, prompt length) ...], "rows": [...]}.
+    Everything is checked here, before anything is written: `skip_bad` leaves out what is wrong and counts it in `skipped`.
+    """
+
+    def __init__(self, pairs, tokenizer, max_length=512, with_answers=True, questions_per_signal=0, seed=0, chat=False, skip_bad=False,
+                 noise_db=None, shift_hz=0.0, default_fs=DEFAULT_FS, limit=0):
+        self.tokenizer, self.chat, self.with_answers, self.seed, self.epoch = tokenizer, chat, with_answers, seed, 0
+        self.noise_db, self.shift_hz, self.questions_per_signal, self.default_fs = noise_db, shift_hz, questions_per_signal, default_fs
+        self.files, self.tasks, self.skipped = [], [], {}
+        known, records, self.file_of, self.task_of, signals = {}, [], [], [], []
+        for h5, path in pairs:
+            task = len(self.tasks)
+            self.tasks.append(path.stem)
+            questions = read_questions(path)[: limit or None]
+            owners = [self.open(known, path, h5, r.get("h5_path"), n) for n, r in enumerate(questions)]
+            lengths = [len(ids) for ids, _ in self.encode(questions)]
+            for n, (r, owner, length) in enumerate(zip(questions, owners, lengths)):
+                index = r["iq_index_in_h5"]
+                why = self.fault(r, owner, index if isinstance(index, list) else [index], length, max_length)
+                if why and not skip_bad:
+                    raise UserError(f"{path}: item {n} (id {r.get('id')}): {why}; mend it, or leave such items out with --skip-bad")
+                if why:
+                    self.skipped[why.split(",")[0]] = self.skipped.get(why.split(",")[0], 0) + 1
+                    continue
+                records.append(r)
+                self.file_of.append(owner)
+                self.task_of.append(task)
+                signals.append((owner, *(index if isinstance(index, list) else [index])))
+        if not records:
+            raise UserError(f"{pairs[0][1]}: no usable question is left of {sum(self.skipped.values())}")
+        self.records = Records(records)
+        self.file_of, self.task_of = np.array(self.file_of, np.int32), np.array(self.task_of, np.int32)
+        groups = {}
+        for row, signal in enumerate(signals):
+            groups.setdefault(signal if questions_per_signal else row, []).append(row)
+        self.rows = np.concatenate(list(groups.values()))
+        self.ends = np.cumsum([0] + [len(g) for g in groups.values()])
+
+    def open(self, known, json_path, paired, named, n) -> int:
+        """Number of the signal file of one record: its own h5_path beside the json, else the paired file."""
+        path = paired if named is None else json_path.parent / named
+        if path not in known:
+            if json_path.parent.resolve() not in path.resolve().parents and path != paired:
+                raise UserError(f"{json_path}: item {n}: h5_path {named} lies outside {json_path.parent}; keep the signals beside the questions")
+            if not path.is_file():
+                raise UserError(f"{json_path}: item {n}: h5_path {named} is not in {json_path.parent}; put it there or correct the field")
+            self.files.append(SignalFile(path, self.default_fs))
+            self.files[-1].bad = self.files[-1].bad_signals()
+            known[path] = len(self.files) - 1
+        return known[path]
+
+    def encode(self, questions):
+        return [encode_text(self.tokenizer, r["question"], r.get("answer") if self.with_answers else None, self.chat) for r in questions]
+
+    def fault(self, record, owner, indices, length, max_length) -> str:
+        """What is wrong with a record, or an empty string. The text up to the comma is the kind that --skip-bad counts."""
+        file = self.files[owner]
+        for i in indices:
+            if not 0 <= i < len(file):
+                return f"index past the end, iq_index_in_h5 {i} but {file.path.name} holds {len(file)} signals"
+            if i in file.bad:
+                return f"unusable signal, IQ_data[{i}] of {file.path.name} {file.bad[i]}"
+        if self.with_answers and not record.get("answer"):
+            return "no answer, training needs one"
+        if length > max_length:
+            return f"text too long, {length} tokens but --max-length is {max_length}"
+        options, letter = parse_options(record), re.match(r"[^()]*\(([A-Z])\)", record.get("answer") or "")
+        if self.with_answers and options and letter and letter.group(1) not in options:
+            return f"unknown letter, the answer says ({letter.group(1)}) but the options are {', '.join(sorted(options))}"
+        return ""
+
+    def set_epoch(self, epoch: int):
+        self.epoch = epoch
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def __getitem__(self, i):
+        rows = self.rows[self.ends[i] : self.ends[i + 1]]
+        rng = np.random.default_rng((self.seed, self.epoch, i))
+        if self.questions_per_signal and len(rows) > self.questions_per_signal:
+            rows = rng.choice(rows, self.questions_per_signal, replace=False)
+        records = [self.records[r] for r in rows]
+        file, index = self.files[self.file_of[rows[0]]], records[0]["iq_index_in_h5"]
+        signals = [file.read(k) for k in (index if isinstance(index, list) else [index])]
+        if self.noise_db is not None or self.shift_hz:
+            signals = [augment(x, file.fs, rng, self.noise_db, self.shift_hz) for x in signals]
+        return {"iq": [scale_to_peak(x) for x in signals], "fs": [file.fs] * len(signals), "texts": self.encode(records), "rows": rows.tolist()}
+
+
+def collate_iq(signals, patch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Signals (T_i, 2) -> (S, T, 2) zero padded to whole patches, and their lengths (S,)."""
+    lengths = torch.tensor([len(x) for x in signals])
+    out = torch.zeros(len(signals), -(-int(lengths.max()) // patch) * patch, 2)
+    for i, x in enumerate(signals):
+        out[i, : len(x)] = torch.as_tensor(x)
+    return out, lengths
+
+
+def collate_text(texts, prompt_lengths, pad_id: int):
+    """Token lists -> ids, attention_mask, labels (B, L), right padded; labels are -100 over the prompt and the padding."""
+    longest = max(len(t) for t in texts)
+    ids = torch.full((len(texts), longest), pad_id)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+    for i, (t, n) in enumerate(zip(texts, prompt_lengths)):
+        ids[i, : len(t)], mask[i, : len(t)] = torch.tensor(t), 1
+        labels[i, n : len(t)] = torch.tensor(t[n:])
+    return ids, mask, labels
+
+
+class QuestionCollator:
+    """Items of QuestionDataset -> keyword arguments of MultiModalModel.forward, and "rows" (which question each row is).
+
+    legacy: labels are the raw ids, question and padding included, as in the starter kit.
+    """
+
+    def __init__(self, patch: int, pad_id: int, legacy: bool = False):
+        self.patch, self.pad_id, self.legacy = patch, pad_id, legacy
+
+    def __call__(self, items):
+        iq, lengths = collate_iq([x for item in items for x in item["iq"]], self.patch)
+        pairs = [pair for item in items for pair in item["texts"]]
+        ids, mask, labels = collate_text([t for t, _ in pairs], [n for _, n in pairs], self.pad_id)
+        most = max(len(item["iq"]) for item in items)
+        index, start = [], 0
+        for item in items:
+            here = list(range(start, start + len(item["iq"])))
+            index += [here + [-1] * (most - len(here))] * len(item["texts"])
+            start += len(here)
+        return {"iq": iq, "iq_lengths": lengths, "fs": torch.tensor([f for item in items for f in item["fs"]], dtype=torch.float32),
+                "signal_index": torch.tensor(index), "input_ids": ids, "attention_mask": mask, "labels": ids.clone() if self.legacy else labels,
+                "rows": torch.tensor([r for item in items for r in item["rows"]])}
+
+
+class SignalDataset(Dataset):
+    """Labelled (or unlabelled) signals of several .h5 files for the encoder alone.
+
+    columns: which per-signal values to give with each signal ("label", "snr", "pri", ...). Item: {"iq" (T, 2), "fs", "index", columns}.
+    """
+
+    def __init__(self, paths, columns=(), skip_bad=False, seed=0, noise_db=None, shift_hz=0.0, default_fs=DEFAULT_FS):
+        self.files = [SignalFile(p, default_fs) for p in paths]
+        self.seed, self.epoch, self.noise_db, self.shift_hz, self.skipped = seed, 0, noise_db, shift_hz, {}
+        owner, index = [], []
+        for f, file in enumerate(self.files):
+            bad = file.bad_signals()
+            if bad and not skip_bad:
+                i = min(bad)
+                raise UserError(f"{file.path}: IQ_data[{i}] {bad[i]} ({len(bad)} such signals); mend them, or leave them out with --skip-bad")
+            for why in bad.values():
+                self.skipped[why] = self.skipped.get(why, 0) + 1
+            good = np.setdiff1d(np.arange(len(file)), list(bad))
+            owner.append(np.full(len(good), f))
+            index.append(good)
+        self.owner, self.index = np.concatenate(owner), np.concatenate(index)
+        # a column that a file lacks is nan there: tasks differ in what they know
+        self.columns = {name: np.concatenate([(f.column(name) if name in f.columns else np.full(len(f), np.nan))[i] for f, i in zip(self.files, index)])
+                        for name in columns}
+
+    def __len__(self):
+        return len(self.index)
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __getitem__(self, i):
+        file = self.files[self.owner[i]]
+        iq = file.read(self.index[i])
+        if self.noise_db is not None or self.shift_hz:
+            iq = augment(iq, file.fs, np.random.default_rng((self.seed, self.epoch, i)), self.noise_db, self.shift_hz)
+        return {"iq": scale_to_peak(iq), "fs": file.fs, "index": i, **{k: v[i] for k, v in self.columns.items()}}
+
+
+class PackedSignals(Dataset):
+    """Rows of several signals for MAE pre-training; item i is row i of this epoch's plan.
+
+    Each epoch the signals are shuffled, cut to a random length of at least min_points (0: kept whole) and packed first-fit, `window` signals at
+    a time, into rows of `room` tokens. Plan, cuts and mask scores depend on (seed, epoch) alone.
+    """
+
+    def __init__(self, signals: SignalDataset, config, room: int, min_points=0, seed=0, window=256, shuffle=True):
+        self.signals, self.config, self.room, self.min_points, self.seed, self.window = signals, config, room, min_points, seed, window
+        self.shuffle = shuffle
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int):
+        self.epoch = epoch
+        self.signals.set_epoch(epoch)
+        rng = np.random.default_rng((self.seed, epoch))
+        patch, special = self.config.patch_size[0], self.config.num_special
+        order = rng.permutation(len(self.signals)) if self.shuffle else np.arange(len(self.signals))
+        longest = (self.config.num_positions - special) * patch
+        points = np.minimum(np.array([f.points for f in self.signals.files])[self.signals.owner[order]], longest)
+        if self.min_points:                                      # log-uniform: as many short signals as long ones
+            low = np.minimum(self.min_points, points)
+            points = (low * (points / low) ** rng.uniform(size=len(points))).astype(int)
+        counts = points // patch
+        if counts.min() < 1:
+            raise UserError(f"signals of {points.min()} points are shorter than one patch of {patch}")
+        tokens = counts + special
+        if tokens.max() > self.room:
+            raise UserError(f"a signal of {counts.max() * patch} points takes {tokens.max()} tokens, a row has {self.room}; raise --row-tokens")
+        rows = [[start + k for k in row] for start in range(0, len(order), self.window) for row in first_fit(tokens[start : start + self.window], self.room)]
+        rows = [rows[k] for k in rng.permutation(len(rows))] if self.shuffle else rows
+        self.members = np.concatenate(rows)
+        self.ends = np.cumsum([0] + [len(r) for r in rows])
+        self.order, self.counts = order, counts
+        self.start = rng.uniform(size=len(order))
+        self.efficiency = float(tokens.sum() / (len(rows) * self.room))
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def __getitem__(self, i):
+        patch, parts = self.config.patch_size[0], []
+        for k in self.members[self.ends[i] : self.ends[i + 1]]:
+            item = self.signals[int(self.order[k])]
+            length = self.counts[k] * patch
+            first = int(self.start[k] * (len(item["iq"]) - length + 1))
+            rate = item["fs"] / (1e6 if self.config.fs_unit == "mhz" else 1)
+            parts.append(with_special_patches(item["iq"][first : first + length], patch, rate if self.config.use_fs else None))
+        patches, positions, ids = pack_sequence([parts], patch, self.room * patch)
+        sample_ids = torch.full((1, self.room), -1)
+        sample_ids[0, : len(ids[0])] = ids[0]
+        generator = torch.Generator().manual_seed(int(np.random.SeedSequence((self.seed, self.epoch, i)).generate_state(1)[0]))
+        return {"patches": patches[0], "patch_positions": positions[0], "sample_ids_seq": sample_ids[0],
+                "noise": mae_scores(sample_ids, self.config.num_special, generator)[0]}
+
+
+class SignalCollator:
+    """Items of SignalDataset -> encoder inputs (one signal a row), "index" and the columns."""
+
+    def __init__(self, config):
+        self.config = config
+
+    def __call__(self, items):
+        config, patch = self.config, self.config.patch_size[0]
+        iq, lengths = collate_iq([item["iq"] for item in items], patch)
+        count, special = iq.shape[1] // patch, config.num_special
+        patches = iq.unflatten(1, (count, patch)).transpose(2, 3).flatten(2)                # (B, K, C*P), channel-major
+        head = torch.zeros(len(items), special, patches.shape[-1])
+        if config.use_fs:
+            head[:, 1] = torch.tensor([item["fs"] for item in items])[:, None] / (1e6 if config.fs_unit == "mhz" else 1)
+        valid = torch.arange(special + count) < special + (lengths[:, None] + patch - 1) // patch
+        positions = torch.arange(special + count) * valid
+        extra = {k: torch.tensor(np.array([item[k] for item in items])) for k in items[0] if k not in ("iq", "fs")}
+        return {"samples": torch.cat([head, patches], 1), "patch_positions": positions, "sample_ids_seq": torch.where(valid, 0, -1), **extra}

@@ -1,0 +1,52 @@
+"""Configuration of the signal encoder SiT-MAE (arXiv 2508.00274, 2508.18785)."""
+from transformers import PretrainedConfig
+
+REGRESSION_TASKS = ("pulse_width", "pulse_time_delay", "pri", "num_pulses", "isr")
+
+
+class SiTMAEConfig(PretrainedConfig):
+    """Sizes of encoder and decoder; every field that upstream has, with its default.
+
+    max_seq_len (points, 1) and patch_size (points, 1) may be tuples, lists (as JSON gives them) or plain integers.
+    attention_type: "eager", "sdpa" (same weights, same results) or "fa2" (fused Wqkv / Wo weights, variable-length kernel
+    where the device has one).
+    fs_unit: unit in which the sampling rate is put into its token, "mhz" or "hz". In Hz the phases of the sinusoids are huge
+    and mean little; published weights do not say which they used.
+    label_weights: {task: weight} of SiTForMultiTask. Other keyword arguments are kept and not used.
+    """
+
+    model_type = "sit_mae"
+
+    def __init__(self, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072, hidden_act="gelu",
+                 hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.02, layer_norm_eps=1e-12,
+                 max_seq_len=(4096, 1), patch_size=(8, 1), num_channels=2, qkv_bias=True, decoder_hidden_size=512,
+                 decoder_num_hidden_layers=8, decoder_num_attention_heads=16, decoder_intermediate_size=2048, mask_ratio=0.75,
+                 norm_pix_loss=False, use_fs=True, attention_type="eager", fs_unit="mhz", label_weights=None, **kwargs):
+        super().__init__(**kwargs)
+        if attention_type not in ("eager", "sdpa", "fa2"):
+            raise ValueError(f"attention_type={attention_type!r}: choose eager, sdpa or fa2")
+        if fs_unit not in ("hz", "mhz"):
+            raise ValueError(f"fs_unit={fs_unit!r}: choose hz or mhz")
+        self.hidden_size, self.num_hidden_layers, self.num_attention_heads = hidden_size, num_hidden_layers, num_attention_heads
+        self.intermediate_size, self.hidden_act = intermediate_size, hidden_act
+        self.hidden_dropout_prob, self.attention_probs_dropout_prob = hidden_dropout_prob, attention_probs_dropout_prob
+        self.initializer_range, self.layer_norm_eps, self.qkv_bias = initializer_range, layer_norm_eps, qkv_bias
+        self.max_seq_len = [max_seq_len, 1] if isinstance(max_seq_len, int) else list(max_seq_len)
+        self.patch_size = [patch_size, 1] if isinstance(patch_size, int) else list(patch_size)
+        self.num_channels, self.use_fs, self.fs_unit, self.attention_type = num_channels, use_fs, fs_unit, attention_type
+        self.decoder_hidden_size, self.decoder_num_hidden_layers = decoder_hidden_size, decoder_num_hidden_layers
+        self.decoder_num_attention_heads, self.decoder_intermediate_size = decoder_num_attention_heads, decoder_intermediate_size
+        self.mask_ratio, self.norm_pix_loss, self.label_weights = mask_ratio, norm_pix_loss, label_weights
+        for name, size, heads in (("", hidden_size, num_attention_heads), ("decoder_", decoder_hidden_size, decoder_num_attention_heads)):
+            if size % heads:
+                raise ValueError(f"{name}hidden_size={size} does not divide by {name}num_attention_heads={heads}")
+
+    @property
+    def num_positions(self) -> int:
+        """Rows of the position table. The 16 (with fs) or 8 extra points are constants of upstream, whatever the patch."""
+        return (self.max_seq_len[0] + (16 if self.use_fs else 8)) // self.patch_size[0]
+
+    @property
+    def num_special(self) -> int:
+        """Tokens before the first IQ patch: cls, and the sampling rate if used."""
+        return 2 if self.use_fs else 1

@@ -1,0 +1,238 @@
+"""SiT-MAE: a transformer over patches of raw IQ, trained by hiding three quarters of them (upstream modeling_em.py).
+
+Inputs of every model (B rows of M tokens, several signals may share a row):
+    patches          (B, M, C*P) float, channel-major patch vectors I0..I(P-1), Q0..Q(P-1)
+    patch_positions  (B, M) int64, per signal 0 = cls, 1 = sampling rate (if use_fs), then the IQ patches; 0 at row padding
+    sample_ids_seq   list of B vectors with one signal id per valid token, or (B, M) with -1 at padding
+"""
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+
+from em_mllm.em_foundation.models.block import SiTMAELayer, run_layers
+from em_mllm.em_foundation.models.configuration_em import REGRESSION_TASKS, SiTMAEConfig
+from em_mllm.em_foundation.models.dataclass import (
+    MultiTaskOutput, SiTMAEDecoderOutput, SiTMAEForPreTrainingOutput, SiTMAEModelOutput)
+from em_mllm.em_foundation.models.embedder import SiTMAEEmbeddings, TimestepEmbedder, gen_attn_mask, mae_scores, sample_id_matrix
+
+
+class SiTMAEPreTrainedModel(PreTrainedModel):
+    config_class = SiTMAEConfig
+    base_model_prefix = "sit"
+    main_input_name = "patches"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+
+    def _init_weights(self, module):
+        """Upstream's rule: Linear N(0, initializer_range) with zero bias, LayerNorm 1 and 0, position tables Xavier-uniform."""
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, SiTMAEEmbeddings):
+            nn.init.xavier_uniform_(module.position_embeddings)
+            nn.init.normal_(module.cls_token, std=0.02)
+        elif isinstance(module, TimestepEmbedder):
+            nn.init.normal_(module.mlp[0].weight, std=0.02)
+            nn.init.normal_(module.mlp[2].weight, std=0.02)
+        elif isinstance(module, SiTMAEDecoder):
+            nn.init.xavier_uniform_(module.decoder_position_embeddings)
+            nn.init.normal_(module.mask_token, std=0.02)
+
+
+class SiTMAEEncoder(nn.Module):
+    def __init__(self, config: SiTMAEConfig):
+        super().__init__()
+        self.layer = nn.ModuleList(SiTMAELayer(config, config.hidden_size, config.num_attention_heads, config.intermediate_size)
+                                   for _ in range(config.num_hidden_layers))
+        self.gradient_checkpointing = False
+
+    def forward(self, hidden_states, attn_mask, sample_ids, **options):
+        checkpoint = self._gradient_checkpointing_func if self.gradient_checkpointing and self.training else None
+        return run_layers(self.layer, hidden_states, attn_mask, sample_ids, checkpoint=checkpoint, **options)
+
+
+class SiTMAEModelWithoutMask(SiTMAEPreTrainedModel):
+    """The encoder as a feature extractor.
+
+    last_hidden_state (B, M, D) has passed the final LayerNorm; upstream skips it on the eager path (its module stays untrained
+    there): apply_layernorm=False gives that. hidden_states: embedding output and each layer's output, never normalised.
+    """
+
+    def __init__(self, config: SiTMAEConfig):
+        super().__init__(config)
+        self.embeddings = SiTMAEEmbeddings(config)
+        self.encoder = SiTMAEEncoder(config)
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    def forward(self, samples, patch_positions, sample_ids_seq, head_mask=None, output_attentions=False, output_hidden_states=False,
+                apply_layernorm=True, return_dict=True):
+        sample_ids = sample_id_matrix(sample_ids_seq, samples.shape[1], samples.device)
+        whole = bool((sample_ids == sample_ids[:, :1]).all()) and bool((sample_ids >= 0).all())       # one signal a row: no mask needed
+        h = self.embeddings.embed(samples, patch_positions)
+        h, states, attentions = self.encoder(h, None if whole else gen_attn_mask(sample_ids), sample_ids, head_mask=head_mask,
+                                             output_attentions=output_attentions, output_hidden_states=output_hidden_states)
+        out = SiTMAEModelOutput(last_hidden_state=self.layernorm(h) if apply_layernorm else h, hidden_states=states, attentions=attentions)
+        return out if return_dict else out.to_tuple()
+
+
+class SiTMAEModel(SiTMAEModelWithoutMask):
+    """The encoder over the visible tokens only; same weights as SiTMAEModelWithoutMask.
+
+    noise: (B, M) scores as mae_scores makes them; drawn from torch's generator when absent.
+    """
+
+    def forward(self, patches, patch_positions, sample_ids_seq, noise=None, head_mask=None, output_attentions=False,
+                output_hidden_states=False, return_dict=True):
+        sample_ids = sample_id_matrix(sample_ids_seq, patches.shape[1], patches.device)
+        if noise is None:
+            noise = mae_scores(sample_ids, self.config.num_special)
+        h = self.embeddings.embed(patches, patch_positions)
+        h, visible_ids, ids_keep, ids_restore, mae_mask = self.embeddings.hide(h, sample_ids, noise.to(h.device))
+        attn_mask = gen_attn_mask(visible_ids)
+        h, states, attentions = self.encoder(h, attn_mask, visible_ids, head_mask=head_mask, output_attentions=output_attentions,
+                                             output_hidden_states=output_hidden_states)
+        out = SiTMAEModelOutput(self.layernorm(h), mae_mask, ids_restore, ids_keep, attn_mask, states, attentions)
+        return out if return_dict else out.to_tuple()
+
+
+class SiTMAEDecoder(nn.Module):
+    """Fills the hidden places with one learned vector and predicts every patch."""
+
+    def __init__(self, config: SiTMAEConfig):
+        super().__init__()
+        size = config.decoder_hidden_size
+        self.decoder_embed = nn.Linear(config.hidden_size, size)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, size))
+        self.decoder_position_embeddings = nn.Parameter(torch.zeros(config.num_positions, size))
+        self.decoder_layers = nn.ModuleList(SiTMAELayer(config, size, config.decoder_num_attention_heads, config.decoder_intermediate_size)
+                                            for _ in range(config.decoder_num_hidden_layers))
+        self.decoder_norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
+        self.decoder_pred = nn.Linear(size, config.patch_size[0] * config.num_channels)
+        self.gradient_checkpointing = False
+
+    def forward(self, latent, ids_keep, patch_positions, sample_ids, output_attentions=False, output_hidden_states=False):
+        """latent (B, Kmax, D) and ids_keep (B, Kmax), which holds M at filler places -> logits (B, M, C*P).
+
+        Each visible token goes to its own place, row by row. Upstream un-shuffles the padded batch instead, which puts filler
+        vectors where the mask token belongs in every row shorter than the longest.
+        """
+        visible = self.decoder_embed(latent)
+        rows, length = sample_ids.shape
+        h = self.mask_token.to(visible.dtype).expand(rows, length + 1, -1)          # one spare place takes the filler
+        h = h.scatter(1, ids_keep[..., None].expand_as(visible), visible)[:, :length]
+        h = h + self.decoder_position_embeddings[patch_positions]
+        checkpoint = self._gradient_checkpointing_func if self.gradient_checkpointing and self.training else None
+        h, states, attentions = run_layers(self.decoder_layers, h, gen_attn_mask(sample_ids), sample_ids, None, output_attentions,
+                                           output_hidden_states, checkpoint)
+        return SiTMAEDecoderOutput(self.decoder_pred(self.decoder_norm(h)), states, attentions)
+
+
+class SiTMAEForPreTraining(SiTMAEPreTrainedModel):
+    """Masked autoencoder: loss = mean squared error of the hidden patches (standardised per patch with norm_pix_loss)."""
+
+    def __init__(self, config: SiTMAEConfig):
+        super().__init__(config)
+        self.sit = SiTMAEModel(config)
+        self.decoder = SiTMAEDecoder(config)
+        self.post_init()
+
+    def forward(self, patches, patch_positions, sample_ids_seq, noise=None, head_mask=None, output_attentions=False,
+                output_hidden_states=False, return_dict=True):
+        sample_ids = sample_id_matrix(sample_ids_seq, patches.shape[1], patches.device)
+        encoded = self.sit(patches, patch_positions, sample_ids, noise, head_mask, output_attentions, output_hidden_states)
+        logits = self.decoder(encoded.last_hidden_state, encoded.ids_keep, patch_positions, sample_ids).logits
+        target = patches
+        if self.config.norm_pix_loss:
+            target = (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+        error = ((logits - target) ** 2).mean(-1)
+        loss = (error * encoded.mae_mask).sum() / encoded.mae_mask.sum().clamp(min=1)      # mask_ratio 0 hides nothing: loss 0, not nan
+        out = SiTMAEForPreTrainingOutput(loss, logits, encoded.mae_mask, encoded.ids_restore, encoded.attn_mask, encoded.hidden_states,
+                                         encoded.attentions)
+        return out if return_dict else out.to_tuple()
+
+
+def read_out(per_token: torch.Tensor, labels: torch.Tensor | None, patch_positions, sample_ids) -> torch.Tensor:
+    """per_token (B, M, ...) as it is when labels are per token, (B, M) or (B, M, 1); else its cls rows, one per signal."""
+    if labels is None or labels.shape[:2] == per_token.shape[:2]:
+        return per_token
+    return per_token[(patch_positions == 0) & (sample_ids >= 0)]
+
+
+class SiTMAEForClassification(SiTMAEPreTrainedModel):
+    """One linear head on the un-normalised encoder output.
+
+    labels: one per signal (S,) in the order of the packed rows, read at each cls token, or one per token (B, M) as upstream; multi-label
+    and regression targets have a last axis of num_labels. logits: (B, M, num_labels) always.
+    """
+
+    def __init__(self, config: SiTMAEConfig):
+        super().__init__(config)
+        self.sit = SiTMAEModelWithoutMask(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        self.post_init()
+
+    def forward(self, samples, patch_positions, sample_ids_seq, labels=None, head_mask=None, output_attentions=False,
+                output_hidden_states=False, return_dict=True):
+        sample_ids = sample_id_matrix(sample_ids_seq, samples.shape[1], samples.device)
+        encoded = self.sit(samples, patch_positions, sample_ids, head_mask, output_attentions, output_hidden_states, apply_layernorm=False)
+        logits = self.classifier(encoded.last_hidden_state)
+        loss = None
+        if labels is not None:
+            read = read_out(logits, labels, patch_positions, sample_ids)
+            kind = self.config.problem_type or ("regression" if self.config.num_labels == 1 else
+                                                "multi_label_classification" if labels.is_floating_point() else "single_label_classification")
+            if kind == "regression":
+                loss = F.mse_loss(read.squeeze(-1), labels.to(read.dtype).reshape(read.squeeze(-1).shape))
+            elif kind == "single_label_classification":
+                loss = F.cross_entropy(read.flatten(0, -2), labels.flatten().long())
+            else:
+                loss = F.binary_cross_entropy_with_logits(read, labels.to(read.dtype))
+        out = MultiTaskOutput(loss, logits, encoded.hidden_states, encoded.attentions)
+        return out if return_dict else out.to_tuple()
+
+
+class SiTForMultiTask(SiTMAEPreTrainedModel):
+    """A classifier and five regression heads on one encoder; loss = sum of w_k / sum(w) * loss_k over the labels given.
+
+    labels: {"classification": ids, "pulse_width": values, ...}, per signal or per token as in SiTMAEForClassification.
+    Cross-entropy for the classes, mean absolute error for the rest; a regression value of nan means "not known" and is left out.
+    """
+
+    def __init__(self, config: SiTMAEConfig):
+        super().__init__(config)
+        self.sit = SiTMAEModelWithoutMask(config)
+        size = config.hidden_size
+        self.classifier = nn.Linear(size, config.num_labels)
+        for name in REGRESSION_TASKS:
+            setattr(self, f"regression_head_{name}", nn.Sequential(
+                nn.Linear(size, 2 * size), nn.LayerNorm(2 * size), nn.Dropout(0.25), nn.ReLU(), nn.Linear(2 * size, 1)))
+        self.post_init()
+
+    def forward(self, samples, patch_positions, sample_ids_seq, labels=None, head_mask=None, output_attentions=False,
+                output_hidden_states=False, return_dict=True):
+        sample_ids = sample_id_matrix(sample_ids_seq, samples.shape[1], samples.device)
+        encoded = self.sit(samples, patch_positions, sample_ids, head_mask, output_attentions, output_hidden_states, apply_layernorm=False)
+        h = encoded.last_hidden_state
+        logits = {"classification": self.classifier(h), **{name: getattr(self, f"regression_head_{name}")(h) for name in REGRESSION_TASKS}}
+        loss, details = None, None
+        if labels is not None:
+            losses = {name: self.task_loss(name, read_out(logits[name], target, patch_positions, sample_ids), target) for name, target in labels.items()}
+            weights = {name: float((self.config.label_weights or {}).get(name, 1.0)) for name in labels}
+            loss = sum(weights[name] / sum(weights.values()) * value for name, value in losses.items())
+            details = {name: value.item() for name, value in losses.items()}
+        out = MultiTaskOutput(loss, logits, encoded.hidden_states, encoded.attentions, details)
+        return out if return_dict else out.to_tuple()
+
+    @staticmethod
+    def task_loss(name, logits, target):
+        if name == "classification":
+            return F.cross_entropy(logits.flatten(0, -2), target.flatten().long())
+        target = target.to(logits.dtype).reshape(logits.shape)
+        known = torch.isfinite(target)
+        return ((logits - target.nan_to_num())[known].abs()).sum() / known.sum().clamp(min=1)

@@ -1,0 +1,377 @@
+"""A language model that reads radio signals: encoder, projector and any causal LLM (upstream MultiModalModel of train_mllm.py).
+
+    [<IQ_START>] K signal vectors [<IQ_END>]  (once per signal)  question  answer
+
+    model, tokenizer = load_model("runs/em_mllm/base/model")       # everything that save_model wrote, with one call
+"""
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteForCausalLM, LlamaTokenizerFast, PreTrainedTokenizerFast
+
+from common.checkpoint import atomic_dir
+from common.errors import UserError
+from common.weights import load_weights, read_weights
+from em_mllm.em_foundation.models import SiTMAEConfig, SiTMAEModelWithoutMask
+from em_mllm.em_foundation.utils.utils import load_encoder, read_config
+from em_mllm.fm9g import granite_config, is_fm9g
+
+IQ_START, IQ_END = "<IQ_START>", "<IQ_END>"
+LORA_TARGETS = ("q_proj", "v_proj")
+
+
+class MerlinProjector(nn.Module):
+    """Linear(D, 1536) - GELU - Linear(1536, d_llm) - LayerNorm, with MERLIN's key names."""
+
+    def __init__(self, d_em, d_llm, d_inner=1536):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(d_em, d_inner), nn.GELU(), nn.Linear(d_inner, d_llm))
+        self.norm = nn.LayerNorm(d_llm)
+
+    def forward(self, x):
+        return self.norm(self.layers(x))
+
+
+PROJECTORS = {
+    "linear": nn.Linear,                                                                          # the seed's README
+    "mlp": lambda d_em, d_llm: nn.Sequential(nn.Linear(d_em, 4 * d_llm), nn.GELU(), nn.Linear(4 * d_llm, d_llm), nn.LayerNorm(d_llm)),
+    "merlin": MerlinProjector,
+}
+
+
+def embedding_scales(llm) -> tuple[float, float]:
+    """(factor for looked-up text embeddings, factor for signal vectors) before both go in as `inputs_embeds`.
+
+    Granite multiplies whatever comes in as inputs_embeds, so signal vectors are divided by that factor first. Code of the FM9G family
+    from a model folder scales only what it looks up itself, so text that we look up must be scaled here.
+    """
+    config = llm.config
+    if getattr(config, "embedding_multiplier", None):
+        return 1.0, 1.0 / config.embedding_multiplier
+    return float(getattr(config, "scale_emb", 1.0)), 1.0
+
+
+class MultiModalModel(nn.Module):
+    """llm: a causal LM; signal_encoder: SiTMAEModelWithoutMask; projector: "linear", "mlp" or "merlin".
+
+    signal_tokens: 0 gives the LLM one vector per patch, as the seed; n > 0 gives n means over equal stretches of the signal and the cls vector.
+    iq_start_id, iq_end_id: their embedding rows start the parameter `iq_tokens` (2, d_llm), which stands for them from then on, so that
+    it is trained whether the LLM is frozen, adapted or not (upstream leaves the rows at random under LoRA).
+    legacy: the starter kit's arithmetic (specified in `legacy_features`), for checkpoints trained with it.
+    """
+
+    def __init__(self, llm, signal_encoder, projector: str = "linear", iq_start_id: int = 0, iq_end_id: int = 1, signal_tokens: int = 0,
+                 legacy: bool = False):
+        super().__init__()
+        self.llm, self.signal_encoder, self.signal_tokens, self.legacy = llm, signal_encoder, signal_tokens, legacy
+        table = llm.get_input_embeddings().weight
+        self.projector, self.iq_ids = projector, (iq_start_id, iq_end_id)
+        self.signal_to_hidden = PROJECTORS[projector](signal_encoder.config.hidden_size, table.shape[1])
+        self.iq_tokens = nn.Parameter(table[[iq_start_id, iq_end_id]].detach().clone().float())
+        self.text_scale, self.signal_scale = embedding_scales(llm)
+        if projector == "linear" and not legacy:        # normalised features of width D: start as loud as the text embeddings
+            nn.init.normal_(self.signal_to_hidden.weight, std=table.float().std().item() * self.text_scale / signal_encoder.config.hidden_size ** 0.5)
+            nn.init.zeros_(self.signal_to_hidden.bias)
+
+    def signal_features(self, iq, iq_lengths=None, fs=None):
+        """iq (S, N, 2) scaled by its peak, iq_lengths (S,) valid points, fs (S,) Hz -> features (S, K, D), valid (S, K) bool.
+
+        A patch counts as valid if it holds at least one point of the signal.
+        """
+        config = self.signal_encoder.config
+        patch = config.patch_size[0]
+        iq = F.pad(iq, (0, 0, 0, -iq.shape[1] % patch))
+        patches = rearrange(iq, "s (k p) c -> s k (c p)", p=patch)
+        signals, count = patches.shape[:2]
+        lengths = torch.full((signals,), iq.shape[1], device=iq.device) if iq_lengths is None else iq_lengths
+        valid = torch.arange(count, device=iq.device) < (lengths[:, None] + patch - 1) // patch
+        special = config.num_special
+        head = patches.new_zeros(signals, special, patches.shape[-1])
+        if config.use_fs:
+            head[:, 1] = (fs / (1e6 if config.fs_unit == "mhz" else 1))[:, None]
+        tokens = torch.cat([head, patches], 1)
+        is_token = F.pad(valid, (special, 0), value=True)
+        positions = torch.arange(special + count, device=iq.device) * is_token
+        h = self.signal_encoder(tokens, positions, torch.where(is_token, 0, -1)).last_hidden_state
+        features = h[:, special:]
+        if self.signal_tokens:
+            place = torch.arange(count, device=iq.device) * self.signal_tokens // valid.sum(1, keepdim=True)     # (S, K) stretch of each patch
+            share = (place[:, None] == torch.arange(self.signal_tokens, device=iq.device)[:, None]) & valid[:, None]
+            share = share.to(h.dtype) / share.sum(-1, keepdim=True).clamp(min=1)
+            features = torch.cat([share @ features, h[:, :1]], 1)
+            valid = torch.ones(features.shape[:2], dtype=torch.bool, device=iq.device)
+        return features, valid
+
+    def legacy_features(self, iq):
+        """What the starter kit computes: patch elements interleaved I, Q, I, Q; no cls or rate token, so the first two patches are
+        overwritten by them; every patch a sample of its own, so none attends to another; no final LayerNorm."""
+        patch = self.signal_encoder.config.patch_size[0]
+        patches = rearrange(F.pad(iq, (0, 0, 0, -iq.shape[1] % patch)), "s (k p) c -> s k (p c)", p=patch)
+        each = torch.arange(patches.shape[1], device=iq.device).expand(patches.shape[:2])
+        features = self.signal_encoder(patches, each, each, apply_layernorm=False).last_hidden_state
+        return features, torch.ones(features.shape[:2], dtype=torch.bool, device=iq.device)
+
+    def embed(self, iq, input_ids, attention_mask, iq_lengths=None, fs=None, signal_index=None, labels=None, left=False):
+        """Lay signals and text out as one sequence per question.
+
+        input_ids, attention_mask (B, L); signal_index (B, n): which signals a question is about, -1 for none (default: row i has signal i).
+        Returns inputs_embeds (B, T, d_llm), attention_mask, labels and position_ids (B, T); padded on the right, or left for generation.
+        """
+        features, valid = self.legacy_features(iq) if self.legacy else self.signal_features(iq, iq_lengths, fs)
+        vectors = self.signal_to_hidden(features.to(next(self.signal_to_hidden.parameters()).dtype)) * self.signal_scale
+        text = self.llm.get_input_embeddings()(input_ids) * self.text_scale
+        width = vectors.shape[1]
+        table = torch.cat([x.reshape(-1, x.shape[-1]).to(text.dtype) for x in (self.iq_tokens * self.text_scale, vectors, text)])
+        if signal_index is None:
+            signal_index = torch.arange(len(input_ids), device=iq.device)[:, None]
+        device, label_rows = iq.device, []
+        plan = []
+        text_start = 2 + vectors.shape[0] * width
+        for row in range(len(input_ids)):
+            parts = []
+            for s in signal_index[row][signal_index[row] >= 0]:
+                inside = 2 + s * width + torch.nonzero(valid[s]).flatten()
+                parts += [torch.zeros(1, dtype=torch.long, device=device), inside, torch.ones(1, dtype=torch.long, device=device)]
+            prefix = torch.cat(parts)
+            # legacy keeps padding tokens and their labels, as the starter kit's collator
+            kept = torch.arange(input_ids.shape[1], device=device) if self.legacy else torch.nonzero(attention_mask[row]).flatten()
+            plan.append(torch.cat([prefix, text_start + row * input_ids.shape[1] + kept]))
+            if labels is not None:
+                label_rows.append(torch.cat([torch.full_like(prefix, -100), labels[row, kept]]))
+        index, mask = pad_rows(plan, 0, left)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        if self.legacy:
+            mask[:, -input_ids.shape[1]:] = attention_mask
+        return table[index], mask, pad_rows(label_rows, -100, left)[0] if labels is not None else None, positions
+
+    def forward(self, iq, input_ids, attention_mask, labels=None, iq_lengths=None, fs=None, signal_index=None, all_logits=False):
+        """Returns {"loss": mean over answer tokens, "logits", "labels"}; logits only where a label is, unless all_logits.
+
+        labels (B, L): -100 everywhere but at answer tokens, the end token included.
+        """
+        embeds, mask, labels, positions = self.embed(iq, input_ids, attention_mask, iq_lengths, fs, signal_index, labels)
+        if labels is None or all_logits:
+            logits = self.llm(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False).logits
+            target = labels[:, 1:] if labels is not None else None
+            predicted = logits[:, :-1]
+        else:
+            where = torch.nonzero((labels[:, 1:] != -100).any(0)).flatten()          # columns that predict an answer token in some row
+            logits = predicted = self.llm(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False,
+                                          logits_to_keep=where).logits
+            target = labels[:, where + 1]
+        loss = None if target is None else F.cross_entropy(predicted.flatten(0, 1).float(), target.flatten(), ignore_index=-100)
+        return {"loss": loss, "logits": logits, "labels": target, "inputs_embeds": embeds, "attention_mask": mask}
+
+    @torch.no_grad()
+    def generate(self, iq, input_ids, attention_mask, iq_lengths=None, fs=None, signal_index=None, **options):
+        """Batched generation with key-value cache; returns the new token ids (B, <= max_new_tokens)."""
+        embeds, mask, _, _ = self.embed(iq, input_ids, attention_mask, iq_lengths, fs, signal_index, left=True)
+        return self.llm.generate(inputs_embeds=embeds, attention_mask=mask, **options)
+
+    @torch.no_grad()
+    def option_scores(self, iq, input_ids, attention_mask, options, iq_lengths=None, fs=None, signal_index=None):
+        """Log-likelihood of each continuation after each prompt, the prefix computed once per row.
+
+        options: for each row a list of token-id vectors. Returns a list of float vectors: the mean log-probability per token.
+        """
+        embeds, mask, _, positions = self.embed(iq, input_ids, attention_mask, iq_lengths, fs, signal_index, left=True)
+        scores = []
+        for row, choices in enumerate(options):
+            tail, tail_mask = pad_rows([torch.as_tensor(c, device=iq.device) for c in choices], 0, left=False)
+            n = len(choices)
+            prefix = embeds[row, mask[row].bool()]
+            text = self.llm.get_input_embeddings()(tail) * self.text_scale
+            joined = torch.cat([prefix.expand(n, -1, -1), text.to(prefix.dtype)], 1)
+            whole_mask = torch.cat([mask.new_ones(n, len(prefix)), tail_mask], 1)
+            logits = self.llm(inputs_embeds=joined, attention_mask=whole_mask, use_cache=False, logits_to_keep=tail.shape[1] + 1).logits[:, :-1]
+            picked = logits.float().log_softmax(-1).gather(-1, tail[..., None])[..., 0] * tail_mask
+            scores.append((picked.sum(1) / tail_mask.sum(1)).cpu())
+        return scores
+
+
+def pad_rows(rows, value, left):
+    """List of 1-D tensors -> (B, longest) filled with `value`, and the mask of real entries as int64."""
+    longest = max(len(r) for r in rows)
+    pad = [(longest - len(r), 0) if left else (0, longest - len(r)) for r in rows]
+    return (torch.stack([F.pad(r, p, value=value) for r, p in zip(rows, pad)]),
+            torch.stack([F.pad(torch.ones_like(r), p) for r, p in zip(rows, pad)]))
+
+
+# ---- building, freezing, saving, loading
+
+
+def load_llm(path, dtype="float32", trust_remote_code=False):
+    """Any local causal LM folder; fm9g and minicpm folders load natively as Granite unless trust_remote_code is set."""
+    path = Path(path)
+    if not (path / "config.json").exists():
+        raise UserError(f"--llm-model-path {path}: no config.json there; give the folder of a language model (for FM9G-4B: 9G4B/)")
+    if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
+        raise UserError(f"--llm-model-path {path}: holds a configuration but no weights (*.safetensors or *.bin); download them into it")
+    dtype = getattr(torch, dtype)
+    if is_fm9g(path) and not trust_remote_code:
+        config = granite_config(json.loads((path / "config.json").read_text()))
+        print(f"{path}: {config.num_hidden_layers} layers of FM9G / MiniCPM loaded natively as Granite (the same arithmetic, the same tensor names)")
+        return GraniteForCausalLM.from_pretrained(path, config=config, dtype=dtype)
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError) as error:
+        raise UserError(f"--llm-model-path {path}: {str(error).splitlines()[0]}"
+                        + ("" if trust_remote_code else "; if the folder brings its own code that you trust, add --trust-remote-code")) from error
+
+
+def load_tokenizer(path, trust_remote_code=False):
+    """The folder's tokenizer with <IQ_START>, <IQ_END> and a pad token added where it has none.
+
+    Where the tokenizer class is code of the folder (FM9G), tokenizer.json or tokenizer.model is read by the Llama class instead.
+    """
+    path = Path(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError, AttributeError, ImportError) as error:
+        if (path / "tokenizer.json").exists():
+            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path / "tokenizer.json"))
+            known = json.loads((path / "tokenizer_config.json").read_text()) if (path / "tokenizer_config.json").exists() else {}
+            for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+                value = known.get(name)
+                if value:
+                    setattr(tokenizer, name, value["content"] if isinstance(value, dict) else value)
+            tokenizer.chat_template = known.get("chat_template")
+        elif (path / "tokenizer.model").exists():
+            tokenizer = LlamaTokenizerFast.from_pretrained(path)
+        else:
+            raise UserError(f"{path}: no readable tokenizer ({str(error).splitlines()[0]}); copy tokenizer.json or tokenizer.model into it") from error
+    if tokenizer.eos_token is None:
+        marker = next((t for t in ("<|im_end|>", "</s>", "<|endoftext|>") if t in tokenizer.get_vocab()), None)
+        if marker is None:
+            raise UserError(f"{path}: the tokenizer has no end-of-text token; set eos_token in {path / 'tokenizer_config.json'}")
+        tokenizer.eos_token = marker
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.add_special_tokens({"additional_special_tokens": [IQ_START, IQ_END]}, replace_additional_special_tokens=False)
+    return tokenizer
+
+
+def build_model(llm_path, encoder_path, projector="linear", signal_tokens=0, dtype="float32", legacy=False, trust_remote_code=False,
+                random_encoder=False, max_points=None, attention_type=None):
+    """LLM folder + encoder folder -> (MultiModalModel, tokenizer). The encoder computes in float32 or in `dtype` as the rest.
+
+    random_encoder: take the encoder's sizes but not its weights (the control that shows what pre-training is worth).
+    """
+    tokenizer = load_tokenizer(llm_path, trust_remote_code)
+    llm = load_llm(llm_path, dtype, trust_remote_code)
+    if len(tokenizer) > llm.get_input_embeddings().weight.shape[0]:
+        llm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    config = read_config(encoder_path, max_seq_len=None if max_points is None else [max_points, 1], attention_type=attention_type)
+    encoder = SiTMAEModelWithoutMask(config)
+    if random_encoder:
+        print(f"{encoder_path}: sizes taken, weights left random as asked")
+    else:
+        load_encoder(encoder, encoder_path)
+    ids = tokenizer.convert_tokens_to_ids([IQ_START, IQ_END])
+    model = MultiModalModel(llm, encoder, projector, *ids, signal_tokens=signal_tokens, legacy=legacy)
+    return model, tokenizer
+
+
+def set_trainable(model: MultiModalModel, freeze_llm: bool, freeze_signal_encoder: bool, use_lora: bool, lora=None):
+    """Choose what is trained. Projector and IQ_START / IQ_END rows always are.
+
+    use_lora: adapters are trained, the LLM under them never is. freeze_llm without LoRA: nothing of the LLM, its head included.
+    freeze_signal_encoder: nothing of the encoder. An unfrozen encoder leaves out the sampling-rate MLP if it does not use one.
+    lora: {"r", "lora_alpha", "lora_dropout", "target_modules"}.
+    """
+    if use_lora:
+        lora = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.1, "target_modules": list(LORA_TARGETS), **(lora or {})}
+        linear = {name.split(".")[-1] for name, m in model.llm.named_modules() if isinstance(m, nn.Linear)}
+        absent = [t for t in lora["target_modules"] if t not in linear]
+        if absent:
+            raise UserError(f"--lora-targets {absent[0]}: this LLM has no such layer; it has {', '.join(sorted(linear - {'lm_head'}))}")
+        model.llm = get_peft_model(model.llm, LoraConfig(bias="none", task_type="CAUSAL_LM", **lora))
+    elif freeze_llm:
+        model.llm.requires_grad_(False)
+    model.signal_encoder.requires_grad_(not freeze_signal_encoder)
+    if not model.signal_encoder.config.use_fs or model.legacy:
+        model.signal_encoder.embeddings.fs_embedder.requires_grad_(False)          # a tensor that gets no gradient breaks DDP
+    if model.legacy:
+        model.signal_encoder.layernorm.requires_grad_(False)
+
+
+def save_model(folder, model: MultiModalModel, tokenizer, llm_path, dtype="float32", llm_state=None, **notes):
+    """Write everything that load_model needs, whole or not at all.
+
+    llm/ (weights if they were trained, PEFT adapter under LoRA, nothing if frozen: then `llm_path` is remembered), tokenizer/,
+    signal_encoder/ and signal_to_hidden.safetensors, and multimodal.json with the wiring and `notes`.
+    """
+    is_peft = isinstance(model.llm, PeftModel)
+    frozen = not is_peft and not any(p.requires_grad for p in model.llm.parameters())
+    with atomic_dir(folder) as out:
+        if not frozen:
+            model.llm.save_pretrained(out / "llm")
+        tokenizer.save_pretrained(out / "tokenizer")
+        model.signal_encoder.save_pretrained(out / "signal_encoder")
+        state = {k: v.detach().contiguous().cpu() for k, v in model.signal_to_hidden.state_dict().items()}
+        save_file({**state, "iq_tokens": model.iq_tokens.detach().cpu()}, out / "signal_to_hidden.safetensors")
+        kind = "adapter" if is_peft else "frozen" if frozen else "full"
+        (out / "multimodal.json").write_text(json.dumps({
+            "llm": kind, "llm_model_path": str(Path(llm_path).resolve()), "dtype": dtype, "projector": model.projector,
+            "signal_tokens": model.signal_tokens, "legacy": model.legacy, **notes}, indent=1, ensure_ascii=False))
+
+
+def read_notes(folder) -> dict:
+    path = Path(folder) / "multimodal.json"
+    if not path.exists():
+        raise UserError(f"{folder}: no multimodal.json; give the `model` folder that train.py wrote")
+    return json.loads(path.read_text())
+
+
+def load_model(folder, llm_model_path=None, trust_remote_code=False):
+    """What save_model wrote -> (MultiModalModel in eval mode, tokenizer). llm_model_path: where the base LLM is now, if it has moved."""
+    folder, notes = Path(folder), read_notes(folder)
+    base = folder / "llm" if notes["llm"] == "full" else Path(llm_model_path or notes["llm_model_path"])
+    if not base.exists():
+        raise UserError(f"{folder} was trained on the LLM in {base}, which is not there; say where it is with --llm-model-path")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=trust_remote_code)
+    llm = load_llm(base, notes["dtype"], trust_remote_code)
+    if len(tokenizer) > llm.get_input_embeddings().weight.shape[0]:
+        llm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    encoder = SiTMAEModelWithoutMask(read_config(folder / "signal_encoder"))
+    load_encoder(encoder, folder / "signal_encoder", quiet=True)
+    ids = tokenizer.convert_tokens_to_ids([IQ_START, IQ_END])
+    model = MultiModalModel(llm, encoder, notes["projector"], *ids, signal_tokens=notes["signal_tokens"], legacy=notes["legacy"])
+    if notes["llm"] == "adapter":
+        model.llm = PeftModel.from_pretrained(model.llm, folder / "llm")
+    tensors = load_file(folder / "signal_to_hidden.safetensors")
+    model.iq_tokens.data.copy_(tensors.pop("iq_tokens"))
+    model.signal_to_hidden.load_state_dict(tensors)
+    return model.eval(), tokenizer
+
+
+def load_starter_kit(folder, llm_model_path, encoder_config: SiTMAEConfig, trust_remote_code=False):
+    """A checkpoint folder of the starter kit -> (MultiModalModel with legacy=True, tokenizer).
+
+    folder: adapter or LLM weights and tokenizer (save_pretrained), signal_to_hidden.pt, signal_encoder.pt. The projector kind is read from
+    the keys. encoder_config: the sizes, which the starter kit does not save.
+    """
+    folder = Path(folder)
+    projection = read_weights(folder / "signal_to_hidden.pt")
+    kind = "merlin" if "norm.weight" in projection else "mlp" if "3.weight" in projection else "linear"
+    tokenizer = load_tokenizer(folder, trust_remote_code)
+    adapter = (folder / "adapter_config.json").exists()
+    llm = load_llm(llm_model_path if adapter else folder, trust_remote_code=trust_remote_code)
+    if len(tokenizer) > llm.get_input_embeddings().weight.shape[0]:
+        llm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    if adapter:
+        llm = PeftModel.from_pretrained(llm, folder)
+    encoder = SiTMAEModelWithoutMask(encoder_config)
+    load_encoder(encoder, folder / "signal_encoder.pt")
+    model = MultiModalModel(llm, encoder, kind, *tokenizer.convert_tokens_to_ids([IQ_START, IQ_END]), legacy=True)
+    load_weights(model.signal_to_hidden, projection, folder / "signal_to_hidden.pt", min_share=1.0)
+    return model.eval(), tokenizer
