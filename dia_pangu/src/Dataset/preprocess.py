@@ -5,6 +5,7 @@ the usual radiological slice view image[:, :, k]. Spacing in mm along the same a
 """
 import hashlib
 import os
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,6 @@ import torch
 from nibabel import orientations
 from torch.nn import functional as F
 
-from common.checkpoint import atomic_path
 from common.errors import UserError
 
 AIR_HU = -1024.0
@@ -44,7 +44,7 @@ def read_nifti(path) -> tuple[np.ndarray, np.ndarray]:
     try:
         image = nibabel.load(path)
         voxels = np.asanyarray(image.dataobj)
-    except (OSError, EOFError, ValueError, nibabel.filebasedimages.ImageFileError, Exception.__class__) as error:
+    except (OSError, EOFError, ValueError, nibabel.filebasedimages.ImageFileError, zlib.error) as error:
         raise UserError(f"{path}: not a readable NIfTI file ({str(error).splitlines()[0]}); was the copy cut short?") from error
     if voxels.ndim == 4 and voxels.shape[3] == 1:
         voxels = voxels[..., 0]
@@ -201,8 +201,30 @@ def load_volume(path, grid: Grid, cache=None) -> torch.Tensor:
     if stored.is_file():
         return to_input(np.load(stored))
     prepared = prepare(path, grid)
-    with atomic_path(stored) as temporary, open(temporary, "wb") as file:
+    stored.parent.mkdir(parents=True, exist_ok=True)
+    temporary = stored.with_suffix(f".{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
         np.save(file, prepared)
-        file.flush()
-        os.fsync(file.fileno())
+    os.replace(temporary, stored)
     return to_input(prepared)
+
+
+def patch_labels(path, grid: Grid, patch, least: float = 0.08) -> torch.Tensor:
+    """A bit mask volume (bit c = finding c) as labels per patch token (n_tok, 14) float32, d fastest as in the ViT.
+
+    A patch carries a finding when at least `least` of its voxels do, or when it is the finding's fullest patch.
+    """
+    voxels, affine = read_nifti(path)
+    turn = orientations.ornt_transform(orientations.io_orientation(affine), orientations.axcodes2ornt(("L", "P", "S")))
+    bits = torch.from_numpy(orientations.apply_orientation(voxels, turn).astype(np.int32)).permute(1, 0, 2)
+    step = np.empty(3)
+    step[turn[:, 0].astype(int)] = np.linalg.norm(affine[:3, :3], axis=0)
+    index = []
+    for size, mm, target, field in zip(bits.shape, (step[1], step[0], step[2]), grid.size, grid.fov_mm):
+        at = ((np.arange(target) + 0.5) * field / target - field / 2) / mm + size / 2  # nearest voxel of the mask
+        index.append(torch.from_numpy(np.clip(np.floor(at), 0, size - 1).astype(int)))
+    bits = bits[index[0]][:, index[1]][:, :, index[2]]
+    planes = torch.stack([((bits >> c) & 1).float() for c in range(14)])
+    share = F.avg_pool3d(planes[None], tuple(patch))[0].flatten(1)
+    full = share.max(1, keepdim=True).values
+    return ((share >= least) | ((share == full) & (full > 0))).float().T.contiguous()

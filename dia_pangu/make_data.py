@@ -1,0 +1,308 @@
+"""Write thorax phantoms with reports in the CTRG-Chest-548K format: the built-in data set of dia_pangu.
+
+    python dia_pangu/make_data.py --out data/dia_pangu
+
+    volumes/<id>.nii.gz          HU, int16, 6 x 6 x 20 mm, RAS affine
+    masks/<id>.nii.gz            uint16, bit c set where finding c (order of FINDINGS) changed the voxel
+    annotation.json              {"train": [...], "val": [...], "test": [...]}, Chinese; annotation_en.json: English
+    CTRG_finding_labels.csv      id and 14 findings; 0 not mentioned, 1 present, 2 absent
+    attributes.json              id -> finding -> side, place, size: what the evidence map is measured against
+
+A phantom has a body with a fat rim, lungs with texture and vessels, heart, mediastinum, aorta, trachea, spine, ribs, a
+liver dome, its own size, turn, shift and noise, and any of thirteen conditions. It is no simulation of disease: it has the
+contrasts and the places that the words of a report name. Deterministic for a seed.
+"""
+import argparse
+import csv
+import gzip
+import io
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
+
+import nibabel
+import numpy as np
+from scipy.ndimage import gaussian_filter
+
+from common.checkpoint import atomic_write
+from common.errors import UserError, run
+from common.run import progress
+from dia_pangu.src.Dataset.prompt import COLUMNS, FINDINGS
+
+SIZE, SPACING_MM = (64, 64, 16), (6.0, 6.0, 20.0)  # H front to back, W right to left, D feet to head
+PREVALENCE = {"enlarged cardiomediastinum": 0.12, "cardiomegaly": 0.16, "lung opacity": 0.28, "lung lesion": 0.20,
+              "edema": 0.09, "consolidation": 0.16, "pneumonia": 0.11, "atelectasis": 0.13, "pneumothorax": 0.09,
+              "pleural effusion": 0.20, "pleural other": 0.13, "fracture": 0.06, "support devices": 0.13}
+NORMAL_SHARE = 0.06  # volumes made without any condition, beside those that get none by chance
+SIDES, PLACES, SIZES = ("right", "left"), ("upper", "middle", "lower"), ("small", "moderate", "large")
+PLACED = {"lung opacity", "lung lesion", "consolidation", "pneumonia"}  # findings that lie in one zone of one lung
+SIDED = PLACED | {"atelectasis", "pneumothorax", "pleural effusion", "pleural other", "fracture"}
+GRADED = PLACED | {"enlarged cardiomediastinum", "cardiomegaly", "edema", "pneumothorax", "pleural effusion"}
+MM = [((np.arange(n) + 0.5) * s - n * s / 2) for n, s in zip(SIZE, SPACING_MM)]
+Y, X, Z = np.meshgrid(*MM, indexing="ij")
+ZONE_MM = {"upper": 75.0, "middle": 5.0, "lower": -60.0}
+
+
+def draw_findings(rng) -> dict:
+    """{finding: {side, place, size}} of one phantom; empty means a normal chest."""
+    found = {}
+    if rng.random() < NORMAL_SHARE:
+        return found
+    for name, share in PREVALENCE.items():
+        if rng.random() < share:
+            found[name] = {"side": str(rng.choice(SIDES)) if name in SIDED else "",
+                           "place": str(rng.choice(PLACES)) if name in PLACED else "",
+                           "size": str(rng.choice(SIZES)) if name in GRADED else ""}
+    return found
+
+
+def phantom(rng, findings: dict) -> tuple[np.ndarray, np.ndarray]:
+    """HU int16 and finding bits uint16, both (H, W, D)."""
+    angle, scale = np.deg2rad(rng.uniform(-6, 6)), rng.uniform(0.92, 1.08)
+    dx, dy, dz = rng.uniform(-12, 12, 3)
+    x = ((X - dx) * np.cos(angle) + (Y - dy) * np.sin(angle)) / scale
+    y = (-(X - dx) * np.sin(angle) + (Y - dy) * np.cos(angle)) / scale
+    z = (Z - dz) / scale
+    bits = np.zeros(SIZE, np.uint16)
+
+    def mark(name, where):
+        bits[where] |= np.uint16(1 << FINDINGS.index(name))
+
+    def ball(cx, cy, cz, rx, ry, rz):  # squared distance from a centre in units of the radii
+        return ((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2 + ((z - cz) / rz) ** 2
+
+    grade = {name: SIZES.index(f["size"]) if f["size"] else 1 for name, f in findings.items()}
+    sign = {name: -1 if f["side"] == "right" else 1 for name, f in findings.items()}
+
+    # The normal chest.
+    rim = (x / 165) ** 2 + (y / 118) ** 2
+    hu = np.where(rim <= 1, np.where(rim > 0.86, -95.0, 45.0), -1000.0)
+    taper = np.sqrt(np.clip(1 - ((z + 25) / 160) ** 2, 0.05, 1))
+    dome = -95 - 35 * ((np.abs(x) - 75) / 60) ** 2 + np.where(x < 0, 18, 0)  # the liver lifts the right side
+    cavity = (((np.abs(x) - 74) / (58 * taper)) ** 2 + (y / (90 * taper)) ** 2 <= 1) & (z > dome) & (z < 132)
+    side_of = np.where(x < 0, -1, 1)
+    texture = gaussian_filter(rng.normal(size=SIZE), (1.5, 1.5, 0.6))
+    lung = -840 + 45 * texture / texture.std()
+    for _ in range(14):  # vessels: short bright rods that leave the hilum
+        s = rng.choice((-1, 1))
+        out = rng.uniform(25, 80)
+        lung = np.where(ball(s * (30 + out), rng.uniform(-55, 55), rng.uniform(-90, 90), rng.uniform(7, 22), 5, 12) < 1,
+                        rng.uniform(-450, -150), lung)
+    hu = np.where(cavity, lung, hu)
+    wide = 1.0
+    if "enlarged cardiomediastinum" in findings:
+        wide = 1.55 + 0.3 * grade["enlarged cardiomediastinum"] + rng.uniform(0, 0.1)
+    core = ((x / 26) ** 2 + (y / 68) ** 2 <= 1) & (z > -120)
+    broad = ((x / (26 * wide)) ** 2 + ((y + 5) / 60) ** 2 <= 1) & (z > 0) & (z < 105)
+    if wide > 1:
+        mark("enlarged cardiomediastinum", broad & ~core)
+    hu = np.where(core | (broad if wide > 1 else core), 42.0, hu)
+    big = 1.0
+    if "cardiomegaly" in findings:
+        big = 1.28 + 0.13 * grade["cardiomegaly"] + rng.uniform(0, 0.04)
+    heart = ball(20 * big, -32, -45, 52 * big, 44 * big, 52) <= 1
+    if big > 1:
+        mark("cardiomegaly", heart & ~(ball(20, -32, -45, 52, 44, 52) <= 0.7))
+    hu = np.where(heart & (z > -115), 50.0, hu)
+    hu = np.where((x - 18) ** 2 + (y - 42) ** 2 <= 14 ** 2, 65.0, hu)  # aorta
+    hu = np.where((x ** 2 + (y - 12) ** 2 <= 9 ** 2) & (z > 15), -1000.0, hu)  # trachea
+    hu = np.where(x ** 2 + (y - 88) ** 2 <= 21 ** 2, 260.0, hu)  # spine
+    ribs = (rim > 0.70) & (rim < 0.84) & (np.mod(z + 0.25 * np.abs(x), 40) < 21) & (np.abs(x) > 35) & (z > -110)
+    hu = np.where(ribs, 420.0, hu)
+    soft = cavity & ~heart & (hu < -100)  # air-holding lung, where conditions are painted
+
+    # The conditions.
+    for name in ("lung opacity", "consolidation", "pneumonia", "lung lesion"):
+        if name not in findings:
+            continue
+        s, r = sign[name], (28, 36, 46)[grade[name]] + rng.uniform(-3, 3)
+        centre = (s * rng.uniform(62, 92), rng.uniform(-45, 45), ZONE_MM[findings[name]["place"]] + rng.uniform(-12, 12))
+        if name == "lung opacity":  # ground glass: the lung stays visible
+            where = soft & (ball(*centre, r, r, r * 0.9) + 0.25 * texture < 1)
+            hu = np.where(where, hu + 330, hu)
+        elif name == "consolidation":  # dense, with air in some bronchi
+            where = soft & (ball(*centre, r, r * 0.9, r * 0.8) < 1)
+            hu = np.where(where, np.where(texture > 1.2 * texture.std(), -500.0, 35.0), hu)
+        elif name == "pneumonia":  # several dense patches, each with a halo
+            where = np.zeros(SIZE, bool)
+            for _ in range(4):
+                near = [c + rng.uniform(-0.75, 0.75) * r for c in centre]
+                dist = ball(*near, 18, 18, 18)
+                hu = np.where(soft & (dist < 2.4), np.maximum(hu, np.where(dist < 1, -10.0, -480.0)), hu)
+                where |= soft & (dist < 2.4)
+        else:
+            r = (13, 17, 22)[grade[name]]
+            where = soft & (ball(*centre, r, r, max(r, 14)) < 1)
+            hu = np.where(where, 70.0, hu)
+        mark(name, where)
+    if "edema" in findings:  # haze around both hila, thicker septa at the base
+        haze = np.exp(-(((np.abs(x) - 42) / 42) ** 2 + (y / 55) ** 2 + ((z + 5) / 75) ** 2))
+        hu = np.where(soft, hu + (230 + 70 * grade["edema"]) * haze, hu)
+        mark("edema", soft & (haze > 0.4))
+    if "atelectasis" in findings:  # a thin dense plate above the diaphragm
+        plate = np.abs(z - dome - 28 - 0.12 * y - rng.uniform(-5, 5)) < 11
+        where = soft & plate & (side_of == sign["atelectasis"]) & (np.abs(y) < 62)
+        hu = np.where(where, 10.0, hu)
+        mark("atelectasis", where)
+    depth = y / (90 * taper)
+    if "pleural effusion" in findings:  # fluid lies at the back and rises with its amount
+        level = (0.52, 0.32, 0.10)[grade["pleural effusion"]] + 0.0035 * (z + 100)
+        where = cavity & (side_of == sign["pleural effusion"]) & (depth > level) & (z < 95)
+        hu = np.where(where, 12.0, hu)
+        mark("pleural effusion", where)
+    edge = ((np.abs(x) - 74) / (58 * taper)) ** 2 + (y / (90 * taper)) ** 2
+    if "pneumothorax" in findings:  # air without lung texture at the front
+        level = (-0.55, -0.40, -0.25)[grade["pneumothorax"]]
+        where = cavity & (side_of == sign["pneumothorax"]) & (depth < level) & ~heart
+        rind = cavity & (side_of == sign["pneumothorax"]) & (np.abs(depth - level) < 0.07) & ~heart
+        hu = np.where(where, -1000.0, np.where(rind, -350.0, hu))
+        mark("pneumothorax", where)
+    if "pleural other" in findings:  # thick, partly calcified pleura along the outer wall
+        s, low = sign["pleural other"], rng.uniform(-75, 0)
+        where = cavity & (edge > 0.74) & (side_of == s) & (np.abs(x) > 92) & (z > low) & (z < low + 80)
+        hu = np.where(where, np.where(texture > 0, 90.0, 330.0), hu)
+        mark("pleural other", where)
+    if "fracture" in findings:  # a gap in a rib with a lump of callus
+        s, height, turn = sign["fracture"], rng.uniform(-70, 70), rng.uniform(-0.6, 0.6)
+        cx, cy = s * 148 * np.cos(turn), 104 * np.sin(turn)
+        where = ball(cx, cy, height, 20, 20, 22) < 1
+        hu = np.where(where, np.where(ball(cx, cy, height, 8, 8, 22) < 1, -40.0, 950.0), hu)
+        mark("fracture", where)
+    if "support devices" in findings:  # a catheter in the upper vein, sometimes a pacemaker box under the skin
+        tube = ((x + 24) ** 2 + (y + 18) ** 2 <= 7 ** 2) & (z > -20)
+        if rng.random() < 0.4:
+            tube |= (np.abs(x - 85) < 16) & (np.abs(y + 98) < 9) & (np.abs(z - 80) < 22)
+        hu = np.where(tube, 2400.0, hu)
+        mark("support devices", tube)
+
+    hu = hu + rng.normal(size=SIZE) * rng.uniform(17, 33)
+    return np.clip(np.rint(hu), -1024, 3071).astype(np.int16), bits
+
+
+# Two ways to say each condition in each language; {side}, {place}, {size} are filled in.
+SAY = {
+    "enlarged cardiomediastinum": {"en": ("{Size} widening of the mediastinum is seen.", "The mediastinal outline shows {size} enlargement."),
+                                   "cn": ("纵隔{size}增宽。", "纵隔影{size}增大。")},
+    "cardiomegaly": {"en": ("The heart is enlarged to a {size} degree.", "There is {size} cardiomegaly."),
+                     "cn": ("心脏{size}增大。", "心影{size}扩大。")},
+    "lung opacity": {"en": ("A {size} ground-glass opacity lies in the {side} {place} lung.", "The {side} {place} lung shows {size} hazy density."),
+                     "cn": ("{side}肺{place}野见{size}磨玻璃影。", "{side}肺{place}部可见{size}模糊阴影。")},
+    "lung lesion": {"en": ("A {size} nodule is found in the {side} {place} lung.", "The {side} {place} lung holds a {size} round lesion."),
+                    "cn": ("{side}肺{place}野见{size}结节。", "{side}肺{place}部可见{size}类圆形病灶。")},
+    "edema": {"en": ("There is {size} pulmonary edema around both hila.", "Both lungs show {size} edema near the hila."),
+              "cn": ("双肺门周围{size}肺水肿。", "双肺{size}水肿改变。")},
+    "consolidation": {"en": ("A {size} consolidation is present in the {side} {place} lung.", "The {side} {place} lung is consolidated, {size} in extent."),
+                      "cn": ("{side}肺{place}野{size}实变。", "{side}肺{place}部见{size}实变影。")},
+    "pneumonia": {"en": ("Patchy shadows of {size} extent in the {side} {place} lung suggest pneumonia.", "{Size} pneumonia is seen in the {side} {place} lung."),
+                  "cn": ("{side}肺{place}野{size}斑片影，考虑肺炎。", "{side}肺{place}部{size}肺炎。")},
+    "atelectasis": {"en": ("Plate atelectasis is seen at the {side} base.", "The {side} lung base shows a band of atelectasis."),
+                    "cn": ("{side}肺底盘状肺不张。", "{side}肺基底部见条状不张。")},
+    "pneumothorax": {"en": ("A {size} {side} pneumothorax is present.", "There is a {size} pneumothorax on the {side}."),
+                     "cn": ("{side}侧{size}气胸。", "{side}侧胸腔见{size}气胸。")},
+    "pleural effusion": {"en": ("A {size} {side} pleural effusion is present.", "There is {size} fluid in the {side} pleural space."),
+                         "cn": ("{side}侧胸腔{size}积液。", "{side}侧胸膜腔见{size}液体。")},
+    "pleural other": {"en": ("The {side} pleura is thickened with calcified plaques.", "Pleural thickening is noted on the {side}."),
+                      "cn": ("{side}侧胸膜增厚伴钙化。", "{side}侧胸膜肥厚。")},
+    "fracture": {"en": ("A {side} rib fracture is seen.", "There is a broken rib on the {side} with callus."),
+                 "cn": ("{side}侧肋骨骨折。", "{side}侧肋骨骨折伴骨痂。")},
+    "support devices": {"en": ("A central venous catheter is in place.", "A catheter tip lies in the upper vein."),
+                        "cn": ("见中心静脉导管。", "上腔静脉内见导管影。")},
+}
+NORMAL = {"lung": {"en": ("Both lungs are clear.", "No focal lesion is seen in the lungs."), "cn": ("双肺野清晰。", "双肺未见实变或结节。")},
+          "pleura": {"en": ("There is no pleural effusion or pneumothorax.", "The pleural spaces are free."), "cn": ("未见胸腔积液及气胸。", "胸膜腔未见异常。")},
+          "heart": {"en": ("The heart is of normal size.", "Heart size is normal and the mediastinum is not widened."), "cn": ("心脏大小正常。", "心影及纵隔不大。")},
+          "bone": {"en": ("No fracture is seen.", "The ribs are intact."), "cn": ("未见骨折。", "肋骨完整。")}}
+REGIONS = {"lung": ("lung opacity", "lung lesion", "edema", "consolidation", "pneumonia", "atelectasis"),
+           "pleura": ("pneumothorax", "pleural effusion", "pleural other"),
+           "heart": ("enlarged cardiomediastinum", "cardiomegaly"), "bone": ("fracture",), "device": ("support devices",)}
+WORDS_CN = {"right": "右", "left": "左", "upper": "上", "middle": "中", "lower": "下", "small": "少量", "moderate": "中等",
+            "large": "大量", "": ""}
+
+
+def report(rng, findings: dict, language: str) -> str:
+    """Sentences for what is there, and for most quiet regions a normal one, in the order lung to device."""
+    said = []
+    for region, names in REGIONS.items():
+        present = [name for name in names if name in findings]
+        for name in present:
+            fill = dict(findings[name])
+            if language == "cn":
+                fill = {key: WORDS_CN[value] for key, value in fill.items()}
+            fill["Size"] = fill["size"].capitalize()
+            said.append(SAY[name][language][rng.integers(2)].format(**fill))
+        if not present and region in NORMAL and rng.random() < 0.75:
+            said.append(NORMAL[region][language][rng.integers(2)])
+    if not findings and not said:
+        said.append(NORMAL["lung"][language][0])
+    return (" " if language == "en" else "").join(said)
+
+
+def label_row(findings: dict) -> list[int]:
+    """The 14 codes as a labeler of reports gives them: 1 present, 2 absent where the region was looked at, 0 otherwise."""
+    row = [int(name in findings) for name in FINDINGS]
+    row[-1] = int(not findings)
+    for region in ("pleura", "heart", "bone"):
+        if not any(name in findings for name in REGIONS[region]):
+            for name in REGIONS[region]:
+                row[FINDINGS.index(name)] = 2
+    return row
+
+
+def save_nifti(path, array):
+    """(H, W, D) array as (X right to left becomes RAS) NIfTI with the phantom's spacing."""
+    affine = np.diag([-SPACING_MM[1], -SPACING_MM[0], SPACING_MM[2], 1.0])
+    affine[:3, 3] = [MM[1].max(), MM[0].max(), -MM[2].max()]
+    image = nibabel.Nifti1Image(np.ascontiguousarray(array.transpose(1, 0, 2)), affine)
+    path.write_bytes(gzip.compress(image.to_bytes(), 1))  # noise does not compress; level 9 takes four times as long
+
+
+def main(args):
+    counts = {"train": args.train, "val": args.val, "test": args.test}
+    if min(counts.values()) < 1:
+        raise UserError("--train, --val and --test must be at least 1")
+    out = Path(args.out)
+    annotation, labels, attributes = {"en": {}, "cn": {}}, [], {}
+    for folder in ("volumes", "masks"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    (out / "annotation_en.json").unlink(missing_ok=True)  # written last: a folder with it is complete
+    number = 0
+    for code, (split, count) in enumerate(counts.items()):
+        for language in annotation:
+            annotation[language][split] = []
+        for i in progress(range(count), desc=f"phantoms, {split}"):
+            number += 1
+            name, rng = str(number), np.random.default_rng([args.seed, code, i])
+            findings = draw_findings(rng)
+            hu, bits = phantom(rng, findings)
+            save_nifti(out / "volumes" / f"{name}.nii.gz", hu)
+            save_nifti(out / "masks" / f"{name}.nii.gz", bits)
+            for language in annotation:
+                text = report(rng, findings, language)
+                annotation[language][split].append({"id": name, "split": split, "impression": "", "finding": text})
+            labels.append([name, *label_row(findings)])
+            attributes[name] = findings
+    table = io.StringIO()
+    csv.writer(table, lineterminator="\n").writerows([["id", *COLUMNS], *labels])
+    atomic_write(out / "CTRG_finding_labels.csv", table.getvalue())
+    atomic_write(out / "attributes.json", json.dumps(attributes))
+    for language, file in (("cn", "annotation.json"), ("en", "annotation_en.json")):
+        atomic_write(out / file, json.dumps(annotation[language], ensure_ascii=False, indent=1))
+    words = [len(item["finding"].split()) for item in annotation["en"]["train"]]
+    print(f"{out}: {number} volumes {SIZE} at {SPACING_MM} mm, {np.mean(words):.0f} English words a report, "
+          f"{np.mean([row[-1] for row in labels]):.0%} without finding")
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", required=True, help="folder to write; files of the same name are replaced")
+    parser.add_argument("--train", type=int, default=2000, help="training volumes (default %(default)s)")
+    parser.add_argument("--val", type=int, default=200, help="validation volumes (default %(default)s)")
+    parser.add_argument("--test", type=int, default=300, help="test volumes (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="every volume is a function of this, its split and its place")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run(main, parse_args())

@@ -1,0 +1,143 @@
+"""Pre-train the vision part on patch labels, so that the later stages have something to look at.
+
+    python dia_pangu/pretrain_vit.py --data data/dia_pangu --size tiny --out runs/dia_pangu/vit
+    python dia_pangu/pretrain_vit.py --data data/dia_pangu --size tiny --start runs/dia_pangu/vit --contrast 6 --out runs/dia_pangu/ctr
+
+Upstream's first stage trains the Perceiver behind a ViT that Dia-LLaMA has trained; behind an untrained ViT it learns
+nothing. Here every patch token learns which findings its voxels carry (masks/ of the data), and with --contrast the
+prototypes, memories and temperature learn to tell present from absent, as in the loss of the full model. The prototypes
+start at the logarithm of where each finding is seen in the training masks.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
+
+from common.checkpoint import atomic_path
+from common.errors import UserError, run
+from common.run import describe, open_run, seed_everything
+from dia_pangu.evaluate.findings import finding_scores
+from dia_pangu.src.Dataset.CTRG_dataset import CTRGDataset, collate
+from dia_pangu.src.Model.build import SIZES, load_start, make_grid, read_config
+from dia_pangu.src.Model.my_embedding_layer import NUM_FINDINGS, MyEmbedding
+from dia_pangu.src.My_Trainer.trainer import Trainer, add_optimization
+
+
+class PatchModel(nn.Module):
+    """Patch tokens with a linear head over the findings; with `contrast` also the model's own contrastive loss."""
+
+    def __init__(self, embedding_layer: MyEmbedding, weight: torch.Tensor, contrast: float):
+        super().__init__()
+        self.embedding_layer = embedding_layer
+        self.head = nn.Linear(embedding_layer.fc.in_features, NUM_FINDINGS)
+        nn.init.constant_(self.head.bias, -4.0)  # most patches carry nothing
+        self.register_buffer("weight", weight)
+        self.contrast = contrast
+
+    def forward(self, vision_x, patch_labels, cls_labels, num_tokens=None, num_samples=None):
+        tokens = self.embedding_layer.encode(vision_x)
+        share = len(vision_x) / (num_samples or len(vision_x))
+        losses = F.binary_cross_entropy_with_logits(self.head(tokens[:, 0]), patch_labels, pos_weight=self.weight)
+        out = {"loss": losses * share, "patch_loss": losses * share}
+        if self.contrast:
+            sim = self.embedding_layer.similarity(tokens)
+            own = torch.where(cls_labels.bool()[..., None], sim, sim.flip(-1)) / self.embedding_layer.temperature()
+            out["ctr_loss"] = F.cross_entropy(own.flatten(0, 1), own.new_zeros(own.shape[:2], dtype=torch.long).flatten()) * share
+            out["loss"] = out["loss"] + self.contrast * out["ctr_loss"]
+        return out
+
+
+@torch.no_grad()
+def evaluate(model, loader, accelerator) -> dict:
+    """Micro-F1 of the findings: by the prototypes when these are trained, else by the most suspicious patch."""
+    probabilities, labels = [], []
+    for batch in loader:
+        tokens = model.embedding_layer.encode(batch["vision_x"])
+        if model.contrast:
+            found = model.embedding_layer.probability(tokens)
+        else:
+            found = model.head(tokens[:, 0]).sigmoid().amax(1)
+        found, truth = accelerator.gather_for_metrics((found, batch["cls_labels"]))
+        probabilities.append(found)
+        labels.append(truth)
+    scores = finding_scores(torch.cat(labels).cpu().numpy(), (torch.cat(probabilities) >= 0.5).cpu().numpy())
+    return {"micro_f1": scores["micro"]["F1"], "macro_f1": scores["macro"]["F1"]}
+
+
+def main(args):
+    accelerator = Accelerator(mixed_precision=args.mixed_precision, cpu=False)
+    accelerator.even_batches = False
+    seed_everything(args.seed)
+    config = read_config(args)
+    grid, patch = make_grid(config), None
+    layer = MyEmbedding(num_embeddings=1, embedding_dim=8, **config["embedding"])
+    patch = layer.vision_encoder.patch
+    options = {"language": config["language"], "cache": args.cache, "patches": patch}
+    train_set = CTRGDataset(args.data, "train", grid, limit=args.limit, **options)
+    val_set = CTRGDataset(args.data, "val", grid, limit=args.limit, **options)
+    if not (train_set.data / "masks").is_dir():
+        raise UserError(f"{args.data}: no masks/ folder; patch labels need <id>.nii.gz bit masks there (see make_data.py)")
+
+    share = torch.zeros(layer.n_tok, NUM_FINDINGS)  # how often each patch carries each finding, over at most 400 volumes
+    counted = range(0, len(train_set), max(1, len(train_set) // 400))
+    for i in counted:
+        sample = train_set[i]
+        if "error" in sample:
+            raise UserError(sample["error"])
+        share += sample["patch_labels"] / len(counted)
+    weight = (0.05 / share.mean(0).clamp(min=1e-4)).clamp(1, 5)
+    layer.prototype.data = (share.T + 0.003).log()
+    model = PatchModel(layer, weight, args.contrast)
+    if args.start:
+        load_start(nn.ModuleDict({"embedding_layer": layer}), Path(args.start) / "vision.safetensors")
+        model.head.load_state_dict(load_file(Path(args.start) / "evidence_head.safetensors"))
+        layer.prototype.data = (share.T + 0.003).log()
+    fast = {"prototype", "pos_sample_memory", "neg_sample_memory", "temp"}
+    named = dict(layer.named_parameters())
+    trained = [name for name in named if name.startswith("vision_encoder.") or (args.contrast and (name in fast or name.startswith("proj.")))]
+    for name, parameter in named.items():
+        parameter.requires_grad_(name in trained)
+    groups = [{"params": [named[name] for name in trained if name not in fast] + list(model.head.parameters())},
+              {"params": [named[name] for name in trained if name in fast], "lr_scale": args.prototype_lr_scale}]
+    accelerator.print(describe(model), "| patches", layer.n_tok, "| volumes", len(train_set))
+    out = open_run(args.output_dir, args, accelerator, args.resume, args.overwrite)
+    trainer = Trainer(model, args, accelerator, train_set, collate, ("vision_x", "patch_labels", "cls_labels"),
+                      [group for group in groups if group["params"]], val_set, evaluate)
+    trainer.train()
+    if accelerator.is_main_process:
+        own = accelerator.unwrap_model(trainer.model)
+        keep = {f"embedding_layer.{key}": value for key, value in own.embedding_layer.state_dict().items()
+                if key.startswith(("vision_encoder.", "prototype", "proj.", "pos_", "neg_", "temp"))}
+        for name, tensors in (("vision.safetensors", keep), ("evidence_head.safetensors", own.head.state_dict())):
+            with atomic_path(out / name) as temporary:
+                save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, temporary)
+    accelerator.end_training()
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", required=True, help="folder in the CTRG format with masks/")
+    parser.add_argument("--size", choices=SIZES, default="tiny", help="sizes of the vision part (default %(default)s)")
+    parser.add_argument("--config", help="JSON file with the keys of dia_config.json, instead of --size")
+    parser.add_argument("--language", help=argparse.SUPPRESS, default=None)
+    parser.add_argument("--preprocess", choices=("windows", "upstream"), help="default: the configuration's, windows")
+    parser.add_argument("--cache", help="folder for prepared volumes; makes the second epoch fast")
+    parser.add_argument("--limit", type=int, default=0, help="use only the first volumes; 0: all")
+    parser.add_argument("--start", help="run directory of this script to start from")
+    parser.add_argument("--contrast", type=float, default=0.0, help="weight of the contrastive loss; 0: patch labels alone (default)")
+    parser.add_argument("--prototype-lr-scale", type=float, default=5.0, help="rate of prototypes, memories and temperature, "
+                        "as a multiple (default %(default)s)")
+    add_optimization(parser, learning_rate=2e-3, max_steps=800, per_device_train_batch_size=8, gradient_accumulation_steps=1,
+                     adam_beta2=0.98)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run(main, parse_args())

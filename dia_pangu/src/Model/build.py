@@ -1,0 +1,194 @@
+"""From a configuration and folders to a model, from published files to its start weights, and back to one file.
+
+A model folder holds pytorch_model.bin (upstream's name and keys), dia_config.json (sizes, grid, language, LoRA, thresholds)
+and adapter_config.json (LoRA alpha cannot be read from the weights).
+"""
+import json
+from pathlib import Path
+
+import torch
+
+from common.checkpoint import atomic_path, atomic_write
+from common.errors import UserError
+from common.run import describe
+from common.weights import load_weights, read_weights
+from dia_pangu.src.Dataset.preprocess import PREPROCESS, Grid
+from dia_pangu.src.Dataset.prompt import LANGUAGES, ReportText
+from dia_pangu.src.Model.multimodality_model import MultiPanguForCausalLM, add_lora, load_language_model
+from dia_pangu.src.Model.my_embedding_layer import MyEmbedding
+from dia_pangu.src.Model.pangu import load_tokenizer
+
+# Published sizes are the defaults of MyEmbedding; TINY is the built-in run's.
+PUBLISHED = {"embedding": {}, "grid": {"size": [256, 256, 64], "fov_mm": [384.0, 384.0, 320.0], "preprocess": "windows"},
+             "language": "en", "max_length": 2048, "lora": None, "thresholds": [0.5] * 14}
+TINY = {**PUBLISHED, "max_length": 512,
+        "embedding": {"perceiver_num": 8, "vis_dim": 96, "patch_size": 8, "frame_patch_size": 4, "n_tok": 256,
+                      "vit": {"image_size": 64, "frames": 16, "depth": 3, "heads": 4, "dim_head": 24, "mlp_dim": 192,
+                              "dropout": 0.0, "emb_dropout": 0.0},
+                      "perceiver": {"depth": 2, "heads": 4, "dim_head": 24, "ff_mult": 2}},
+        "grid": {"size": [64, 64, 16], "fov_mm": [384.0, 384.0, 320.0], "preprocess": "windows"}}
+SIZES = {"published": PUBLISHED, "tiny": TINY}
+
+
+def add_model(parser):
+    """The arguments that name a model: its size, language model, tokenizer and start weights."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--lang-encoder-path", "--lang_encoder_path", help="folder of the language model (openPangu-Embedded-7B, "
+                       "Llama-2, or any causal LM)")
+    group.add_argument("--tokenizer-path", "--tokenizer_path", help="folder of its tokenizer (default: --lang-encoder-path)")
+    group.add_argument("--size", choices=SIZES, default="published", help="sizes of the vision part (default %(default)s)")
+    group.add_argument("--config", help="JSON file with the keys of dia_config.json, instead of --size")
+    group.add_argument("--language", choices=LANGUAGES, help="of prompts and reports (default: the configuration's, en)")
+    group.add_argument("--preprocess", choices=PREPROCESS, help="windows: orientation, spacing and three HU windows; upstream: "
+                       "exactly as published, for published checkpoints (default: the configuration's, windows)")
+    group.add_argument("--attn", default="sdpa", choices=("sdpa", "eager"), help="attention of the language model")
+    group.add_argument("--trust-remote-code", action="store_true", help="let the model folder run its own Python code")
+
+
+def read_config(args) -> dict:
+    """The model configuration that the arguments name: --config file, or --size; --language and --preprocess win."""
+    config = json.loads(json.dumps(SIZES[args.size]))
+    if args.config:
+        path = Path(args.config)
+        try:
+            config = {**json.loads(json.dumps(PUBLISHED)), **json.loads(path.read_text(encoding="utf-8"))}
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read as a configuration ({error})") from error
+    config["language"] = args.language or config["language"]
+    config["grid"]["preprocess"] = args.preprocess or config["grid"]["preprocess"]
+    return config
+
+
+def make_grid(config) -> Grid:
+    grid = config["grid"]
+    return Grid(tuple(grid["size"]), tuple(grid["fov_mm"]), grid["preprocess"])
+
+
+def make_text(tokenizer, config, vocabulary: int) -> ReportText:
+    return ReportText(tokenizer, vocabulary, config["embedding"].get("perceiver_num", 32), 1, config["language"],
+                      config["max_length"])
+
+
+def make_embedding(config, vocabulary: int, width: int) -> MyEmbedding:
+    """MyEmbedding of the configuration; its word table is a placeholder on the meta device until the LLM's replaces it."""
+    layer = MyEmbedding(num_embeddings=1, embedding_dim=width, **config["embedding"])
+    layer.weight = torch.nn.Parameter(torch.empty(vocabulary, width, device="meta"))
+    return layer
+
+
+def build_model(config, lang_encoder_path, tokenizer_path=None, trust_remote_code=False, attn="sdpa", dtype="auto"):
+    """(model, text): the language model from its folder, with LoRA if the configuration has it, and a fresh embedding layer."""
+    if not lang_encoder_path:
+        raise UserError("--lang-encoder-path is needed: the folder of the language model")
+    llm = load_language_model(lang_encoder_path, trust_remote_code, dtype, attn)
+    tokenizer = load_tokenizer(tokenizer_path or lang_encoder_path, trust_remote_code)
+    vocabulary, width = llm.get_input_embeddings().weight.shape
+    text = make_text(tokenizer, config, vocabulary)
+    if config["lora"]:
+        lora = config["lora"]
+        llm = add_lora(llm, lora["r"], lora["alpha"], lora["dropout"], lora["targets"])
+    return MultiPanguForCausalLM(llm, make_embedding(config, vocabulary, width)), text
+
+
+def to_our_keys(model, tensors: dict, take: str) -> dict:
+    """Rename published keys to this model's.
+
+    take 'vision': only the vision part, whatever else the file holds (Dia-LLaMA's LLM has the names and shapes of
+    Pangu's, so loading all of it would overwrite Pangu layers with Llama's). RadFM's separate files have bare ViT or
+    Perceiver keys. take 'all': also the language model, with or without LoRA names as the model needs them.
+    """
+    out = {}
+    wanted = model.state_dict()
+    lora = any(".lora_A." in key for key in wanted)
+    bare = {"to_patch_embedding.": "vision_encoder.", "pos_embedding.": "vision_encoder.", "transformer.": "vision_encoder.",
+            "latents": "perceiver.", "layers.": "perceiver.", "norm.": "perceiver."}
+    is_part = not any(key.startswith(("embedding_layer.", "lang_model.")) for key in tensors)
+    for key, value in tensors.items():
+        if is_part:
+            start = next((prefix for bare_key, prefix in bare.items() if key.startswith(bare_key)), "")
+            key = f"embedding_layer.{start}{key}"
+        if key.startswith("embedding_layer."):
+            if key != "embedding_layer.weight" or take == "all":
+                out[key] = value
+        elif take == "all" and key.startswith("lang_model."):
+            if lora and not key.startswith("lang_model.base_model."):
+                key = key.replace("lang_model.", "lang_model.base_model.model.", 1)
+                stem, leaf = key.rsplit(".", 1)
+                key = key if key in wanted else f"{stem}.base_layer.{leaf}"
+            elif not lora and key.startswith("lang_model.base_model.model."):
+                if ".lora_" in key:
+                    raise UserError(f"the checkpoint has LoRA weights ({key}), the model has none; keep its adapter_config.json beside it")
+                key = key.replace("lang_model.base_model.model.", "lang_model.", 1).replace(".base_layer.", ".")
+            out[key] = value
+    return out
+
+
+def load_start(model, path, take: str = "vision"):
+    """Start weights from a Dia-LLaMA, Dia-Pangu or RadFM file or folder; prints what was taken and what not."""
+    tensors = read_weights(path)
+    renamed = to_our_keys(model, tensors, take)
+    left = len([key for key in tensors if key.startswith("lang_model.")]) if take == "vision" else 0
+    report = load_weights(model, renamed, str(path), min_share=0.0)
+    if report.mismatched:
+        key, theirs, ours = report.mismatched[0]
+        raise UserError(f"{path}: {len(report.mismatched)} tensors have another shape, {key} {theirs} where the model has {ours}; "
+                        "take the --size or --config that the checkpoint was made with")
+    if left:
+        print(f"  {left} tensors of the file's language model left alone")
+
+
+def save_model(model, folder, config: dict):
+    """Write pytorch_model.bin, dia_config.json and, with LoRA, adapter_config.json to `folder`."""
+    folder = Path(folder)
+    with atomic_path(folder / "pytorch_model.bin") as temporary:
+        torch.save({key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}, temporary)
+    atomic_write(folder / "dia_config.json", json.dumps(config, indent=1, ensure_ascii=False))
+    if config["lora"]:
+        lora = config["lora"]
+        atomic_write(folder / "adapter_config.json", json.dumps(
+            {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": lora["r"], "lora_alpha": lora["alpha"],
+             "lora_dropout": lora["dropout"], "target_modules": lora["targets"], "bias": "none"}, indent=1))
+
+
+def load_model(folder, lang_encoder_path, tokenizer_path=None, trust_remote_code=False, attn="sdpa", dtype="auto", language=None):
+    """(model in eval mode, text, config) of a folder that `save_model` or upstream's trainer wrote, or of its .bin file.
+
+    Without dia_config.json the published sizes are taken; LoRA rank and targets come from the keys, and alpha from
+    adapter_config.json or, if that is absent, upstream's 16.
+    """
+    folder = Path(folder)
+    home = folder if folder.is_dir() else folder.parent
+    config = json.loads(json.dumps(PUBLISHED))
+    if (home / "dia_config.json").is_file():
+        config = json.loads((home / "dia_config.json").read_text(encoding="utf-8"))
+    else:
+        config["grid"]["preprocess"] = "upstream"
+        print(f"{home}: no dia_config.json; taking the published sizes and --preprocess upstream")
+    tensors = read_weights(folder)
+    if language:
+        config["language"] = language
+    found = {key: value for key, value in tensors.items() if key.endswith(".lora_A.default.weight")}
+    if found and not config["lora"]:
+        alpha, file = 16, home / "adapter_config.json"
+        if file.is_file():
+            alpha = json.loads(file.read_text())["lora_alpha"]
+        else:
+            print(f"{home}: no adapter_config.json; taking upstream's LoRA alpha 16")
+        config["lora"] = {"r": next(iter(found.values())).shape[0], "alpha": alpha, "dropout": 0.0,
+                          "targets": sorted({key.split(".")[-4] for key in found})}
+    model, text = build_model(config, lang_encoder_path, tokenizer_path, trust_remote_code, attn, dtype)
+    load_weights(model, to_our_keys(model, tensors, "all"), str(folder), min_share=0.9)
+    return model.eval(), text, config
+
+
+def print_model(model, names: list[str]):
+    """What trains, by part, with counts."""
+    parts = {}
+    sizes = dict(model.named_parameters())
+    for name in names:
+        part = ".".join(name.split(".")[:2]) if name.startswith("embedding_layer.") else "lang_model (LoRA)" if "lora_" in name else "lang_model"
+        count, values = parts.get(part, (0, 0))
+        parts[part] = (count + 1, values + sizes[name].numel())
+    print(describe(model))
+    for part, (count, values) in parts.items():
+        print(f"  trains {part}: {count} tensors, {values:,} values")
