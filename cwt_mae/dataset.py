@@ -443,15 +443,17 @@ class PhysioSignalDataset(Dataset):
     """Windows of `signal_len` samples for pre-training.
 
     An epoch holds every record ceil(length / signal_len) times, at random places in "train" mode and side by side in
-    "test" mode; `windows` > 0 fixes the size of the epoch instead. num_patches > 0 adds the masking noise. An item is a
+    "test" mode; `windows` > 0 fixes the size of the epoch instead. rows: use these records of the store only. num_patches > 0 adds the masking noise. An item is a
     pure function of (seed, epoch, index): x float32 (signal_len,), real bool (signal_len,) False = padding, noise float32
     (num_patches,), name "record@first sample".
     """
 
-    def __init__(self, store: Store, signal_len: int = 3000, mode: str = "train", seed: int = 0, num_patches: int = 0, windows: int = 0):
+    def __init__(self, store: Store, signal_len: int = 3000, mode: str = "train", seed: int = 0, num_patches: int = 0,
+                 windows: int = 0, rows=None):
         self.store, self.signal_len, self.mode, self.seed = store, signal_len, mode, seed
         self.num_patches, self.windows, self.epoch = num_patches, windows, 0
-        self.ends = np.cumsum(-(-store.records["length"] // signal_len))
+        self.rows = np.arange(len(store.records)) if rows is None else rows
+        self.ends = np.cumsum(-(-store.records["length"][self.rows] // signal_len))
 
     def set_epoch(self, epoch: int):
         self.epoch = epoch
@@ -463,10 +465,10 @@ class PhysioSignalDataset(Dataset):
         train = self.mode == "train"
         rng = sample_rng(self.seed, self.epoch if train else 0, index)
         window = int(rng.integers(self.ends[-1])) if self.windows else index
-        record = int(np.searchsorted(self.ends, window, side="right"))
-        signal, row = self.store.signal(record), self.store.records[record]
+        place = int(np.searchsorted(self.ends, window, side="right"))
+        first = int(self.ends[place - 1]) if place else 0
+        signal, row = self.store.signal(self.rows[place]), self.store.records[self.rows[place]]
         room = max(0, len(signal) - self.signal_len)      # the last start that still fills the window; upstream misses it
-        first = int(self.ends[record - 1]) if record else 0
         for _ in range(20):                               # a lead that came off for a while: another place of this record
             start = int(rng.integers(room + 1)) if train else min((window - first) * self.signal_len, room)
             cut = signal[start:start + self.signal_len]

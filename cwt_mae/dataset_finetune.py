@@ -38,17 +38,16 @@ ITEMS = np.dtype([("record", "i4"), ("start", "i8"), ("label", "i2"), ("beat", "
 class Task:
     """Labelled windows of one task. items: ITEMS, start in samples (negative: begins before the record).
 
-    features: (beats, F) float32 that the head gets, F = 0 but for beats; templates: {record: median beat (signal_len,)}.
+    features: (beats, F) float32 that the head gets, F = 0 but for beats.
     """
 
     kind: str
     classes: list
     items: np.ndarray
     features: np.ndarray
-    templates: dict
 
     def select(self, keep) -> "Task":
-        return Task(self.kind, self.classes, self.items[keep], self.features, self.templates)
+        return Task(self.kind, self.classes, self.items[keep], self.features)
 
     def counts(self) -> np.ndarray:
         return np.bincount(self.items["label"], minlength=len(self.classes))
@@ -57,7 +56,7 @@ class Task:
 def load_task(store: Store, kind: str, signal_len: int, classes=None, skip_bad: bool = False) -> Task:
     """All labelled windows of a store. classes: known class names, in order; a label outside them is an error."""
     makers = {"beat": beat_items, "rhythm": rhythm_items, "series": series_items}
-    names, rows, features, templates = makers[kind](store, signal_len)
+    names, rows, features = makers[kind](store, signal_len)
     if not rows:
         raise UserError(f"{store.about['files']} files hold no label for task {kind}: expected {LABELS[kind]}")
     classes = classes or (BEAT_CLASSES if kind == "beat" else sorted(set(names), key=natural))
@@ -69,7 +68,7 @@ def load_task(store: Store, kind: str, signal_len: int, classes=None, skip_bad: 
     if unknown:
         print(f"skipped {len(unknown)} windows whose label is none of {', '.join(classes)}", file=sys.stderr)
     kept = [(r, s, index[name], b) for name, (r, s, b) in zip(names, rows) if name in index]
-    return Task(kind, list(classes), np.array(kept, ITEMS), features, templates)
+    return Task(kind, list(classes), np.array(kept, ITEMS), features)
 
 
 LABELS = {"beat": "beat annotations (.atr, or ann_sample and ann_symbol)", "rhythm": "rhythm annotations such as (AFIB in ann_aux",
@@ -95,7 +94,7 @@ def events_of(store: Store):
 def beat_items(store: Store, signal_len: int):
     """One window around each beat, with the features of `beat_features`."""
     of = {code.encode(): name for name, codes in AAMI.items() for code in codes}
-    names, rows, features, templates = [], [], [], {}
+    names, rows, features = [], [], []
     for record, events in events_of(store):
         events = events[events["seconds"] >= 0]
         odd = [s.decode() for s in set(events["symbol"]) if s not in of and s.decode() not in NOT_BEATS]
@@ -106,12 +105,12 @@ def beat_items(store: Store, signal_len: int):
             continue
         rate = store.prepare.fs or float(store.records[record]["fs"])
         centres = np.round(beats["seconds"] * rate).astype(int)
-        numbers, templates[record] = beat_features(store.signal(record), centres, beats["seconds"], rate, signal_len)
+        numbers = beat_features(store.signal(record), centres, beats["seconds"], rate, signal_len)
         first = sum(map(len, features))
         features.append(numbers)
         names += [of[s] for s in beats["symbol"]]
         rows += [(record, int(c) - signal_len // 2, first + i) for i, c in enumerate(centres)]
-    return names, rows, np.concatenate(features) if features else np.zeros((0, 0), np.float32), templates
+    return names, rows, np.concatenate(features) if features else np.zeros((0, 0), np.float32)
 
 
 def cut_edges(signal: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
@@ -126,7 +125,7 @@ def correlation(windows: np.ndarray, shape: np.ndarray) -> np.ndarray:
 
 
 def beat_features(signal, centres, seconds, rate: float, length: int):
-    """What the rest of the record says about each beat, without using any label: (beats, 22) float32, median beat (length,).
+    """What the rest of the record says about each beat, without using any label: (beats, 22) float32.
 
     9 of the rhythm: logarithms of intervals relative to the record's or the neighbourhood's own (a ratio means the same in
     every patient), and the interval itself. 13 of the shape: likeness to the record's median beat before, in and after the
@@ -163,7 +162,7 @@ def beat_features(signal, centres, seconds, rate: float, length: int):
     form = form / (np.linalg.norm(form, axis=1, keepdims=True) + 1e-6)
     like = (form[1:] * form[:-1]).sum(1)
     columns += [np.r_[1, like], np.r_[like, 1]]
-    return np.clip(np.stack(columns, 1), -4, 4).astype(np.float32), median.astype(np.float32)
+    return np.clip(np.stack(columns, 1), -4, 4).astype(np.float32)
 
 
 def rhythm_items(store: Store, signal_len: int):
@@ -178,7 +177,7 @@ def rhythm_items(store: Store, signal_len: int):
             for start in range(first, min(round(end * rate), total) - signal_len + 1, signal_len):
                 names.append(mark["aux"].decode()[1:])
                 rows.append((record, start, 0))
-    return names, rows, np.zeros((1, 0), np.float32), {}
+    return names, rows, np.zeros((1, 0), np.float32)
 
 
 def series_items(store: Store, signal_len: int):
@@ -191,7 +190,7 @@ def series_items(store: Store, signal_len: int):
             starts = range(0, max(1, total - signal_len + 1), signal_len)
             names += [labels[0]["symbol"].decode()] * len(starts)
             rows += [(record, start, 0) for start in starts]
-    return names, rows, np.zeros((1, 0), np.float32), {}
+    return names, rows, np.zeros((1, 0), np.float32)
 
 
 # ---- splits -----------------------------------------------------------------------------------------------------------
@@ -261,44 +260,62 @@ class DownstreamClassificationDataset(Dataset):
 
     Without `draws` every window once, in order. With draws > 0 (training) an epoch is that many draws with replacement,
     each with probability in proportion to count(class)^power / count(class): power 1 keeps the data's own distribution, 0
-    makes all classes equally frequent; windows are then moved by up to `jitter` samples, augmented by `strength` and
-    their features perturbed. An item is a pure function of (seed, epoch, index).
+    makes all classes equally frequent; windows are then moved by up to `jitter` samples, augmented by `strength`, their
+    features perturbed, and (mixup > 0) blended with a second draw: `share` is the part of `label`, the rest of `label2`.
+    An item is a pure function of (seed, epoch, index).
     """
 
     def __init__(self, store: Store, task: Task, signal_len: int, seed: int = 0, draws: int = 0, power: float = 1.0,
-                 strength: float = 0.0, jitter: int = 0, flip: bool = False):
+                 strength: float = 0.0, jitter: int = 0, flip: bool = False, mixup: float = 0.0):
         self.store, self.task, self.signal_len, self.seed, self.draws = store, task, signal_len, seed, draws
-        self.strength, self.jitter, self.flip = strength, jitter, flip
-        counts = task.counts()
-        weights = counts[task.items["label"]].astype(float) ** (power - 1)
-        self.cumulative = np.cumsum(weights) / weights.sum()
-        self.drawn_prior = counts**power / (counts**power).sum()              # of a class that never occurs: 0, or 1 part at power 0
+        self.strength, self.jitter, self.flip, self.mixup = strength, jitter, flip, mixup
+        if draws:
+            counts = task.counts()
+            present = counts > 0
+            self.drawn_prior = np.where(present, counts.astype(float) ** power, 0.0) / (counts[present].astype(float) ** power).sum()
+            weights = (self.drawn_prior / np.maximum(counts, 1))[task.items["label"]]
+            self.cumulative = np.cumsum(weights) / weights.sum()
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int):
         self.epoch = epoch
         if self.draws:
-            places = np.random.default_rng((self.seed, epoch)).random(self.draws)
-            self.drawn = np.minimum(np.searchsorted(self.cumulative, places), len(self.cumulative) - 1)
+            self.drawn = self.pick(np.random.default_rng((self.seed, epoch)).random(self.draws))
+
+    def pick(self, places):
+        """Items at `places` in [0, 1) of the drawing distribution."""
+        return np.minimum(np.searchsorted(self.cumulative, places), len(self.cumulative) - 1)
 
     def __len__(self):
         return self.draws or len(self.task.items)
 
     def __getitem__(self, index):
         place = int(self.drawn[index]) if self.draws else int(index)
+        rng = sample_rng(self.seed, self.epoch, int(index))
+        item = self.window(place, rng)
+        if self.draws and self.mixup:
+            other, share = self.window(int(self.pick(rng.random())), rng), np.float32(rng.beta(self.mixup, self.mixup))
+            item["real"] &= other["real"]
+            for name in ("x", "features"):
+                item[name] = share * item[name] + (1 - share) * other[name]
+            item["x"][~item["real"]] = 0
+            item |= {"label2": other["label"], "share": share}
+        return item
+
+    def window(self, place: int, rng: np.random.Generator) -> dict:
+        """Item `place` of the task, augmented in training."""
         item = self.task.items[place]
         record, start = int(item["record"]), int(item["start"])
         signal, row = self.store.signal(record), self.store.records[record]
-        rng = sample_rng(self.seed, self.epoch, int(index))
         if self.draws and self.jitter:
             start += int(rng.integers(-self.jitter, self.jitter + 1))
         lead = max(0, -start) if self.task.kind == "beat" else 0              # a beat stays in the middle of its window
-        cut = signal[max(0, start):start + self.signal_len]
+        cut = signal[max(0, start):max(0, start) + self.signal_len - lead]
         features = self.task.features[item["beat"]]
         if self.draws and self.strength:
             rate = self.store.prepare.fs or float(row["fs"])
             cut = augment((cut - cut.mean()) / max(float(cut.std()), 1e-6), rng, rate, self.strength, self.flip)
-            features = features + np.float32(0.05 * self.strength) * rng.standard_normal(len(features), np.float32)
+            features = features + np.float32(0.1 * self.strength) * rng.standard_normal(len(features), np.float32)
         x, real = self.store.prepare.window(cut, self.signal_len, lead)
         return {"x": torch.from_numpy(x), "real": torch.from_numpy(real), "label": int(item["label"]),
                 "features": torch.from_numpy(features), "index": place, "name": f"{row['name'].decode()}@{start}"}
