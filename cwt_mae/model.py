@@ -83,28 +83,83 @@ def _extend(x: torch.Tensor, margin: int, padding: str, real: torch.Tensor | Non
 
 
 def _fft_length(points: int) -> int:
-    """The smallest fast transform length that holds `points` samples."""
-    return min(m << max(0, math.ceil(math.log2(points / m))) for m in (1, 3))
+    """The smallest fast transform length (2^k, 3 2^k or 5 2^k) that holds `points` samples."""
+    return min(m << max(0, math.ceil(math.log2(points / m))) for m in (1, 3, 5))
 
 
-def _filter_bank(rows, scales, points, length, real, normalize):
-    """Correlate rows (R, length + points - 1 or more) with the bank -> (R, S, length)."""
-    n = _fft_length(rows.shape[1])
-    bank = _spectra(tuple(scales.tolist()), points, n, rows.dtype, rows.device)
-    spectrum = torch.fft.rfft(rows, n)
-    if points % 2 == 0:                                   # the centre lies between two samples
-        angle = torch.arange(n // 2 + 1, dtype=torch.float64, device=rows.device) * (-math.pi / n)
-        spectrum = spectrum * torch.polar(torch.ones_like(angle), angle).to(spectrum.dtype)
-    images = torch.view_as_real(spectrum).flatten(1)[:, None] * bank                            # (R, S, 2F)
-    images = torch.fft.irfft(torch.view_as_complex(images.unflatten(-1, (-1, 2))), n)[..., points // 2:][..., :length]
-    real = torch.ones(len(rows), 1, length, device=rows.device) if real is None else real[:, None]
-    images = images * real
-    if normalize:
-        count = real.sum(2, keepdim=True) * len(scales)
-        images = (images - images.sum((1, 2), keepdim=True) / count) * real
-        variance = images.square().sum((1, 2), keepdim=True) / (count - 1)
-        images = images / variance.clamp(min=1e-10).sqrt()
-    return images
+class _FilterBank:
+    """Images (B, C, S, L) of signals x (B, L): rows = prepare(x, real) (B, C, L + points - 1), each correlated with all kernels.
+
+    One transform of each row, then S products with real spectra and S inverse transforms. On a CPU every thread takes a
+    share of the signals and works alone on it: threads inside an image would wait for each other more than they work.
+    """
+
+    def __init__(self, scales, points: int, length: int, like: torch.Tensor, normalize: bool, prepare):
+        self.length, self.normalize, self.prepare = length, normalize, prepare
+        self.start, self.even = points // 2, points % 2 == 0
+        self.n = _fft_length(length + 2 * self.start)
+        self.bank = _spectra(tuple(scales.tolist()), points, self.n, like.dtype, like.device)   # (S, 2F)
+
+    def __call__(self, x, real, channels: int):
+        if x.requires_grad and torch.is_grad_enabled() or x.device.type != "cpu":
+            block = max(1, 2**21 // (channels * self.bank.numel()))                             # signals at a time
+            masks = [None] * len(x) if real is None else real.split(block)
+            return torch.cat([self.plain(part, mask) for part, mask in zip(x.split(block), masks)])
+        with torch.inference_mode(False):                 # worker threads may write to it
+            images = torch.empty(len(x), channels, len(self.bank), self.length, dtype=x.dtype)
+        threads = torch.get_num_threads()
+        workers = max(1, min(threads, len(x), images.numel() >> 19))        # to start a thread costs as much as 2^18 samples
+        masks = [None] * workers if real is None else real.tensor_split(workers)
+        parts = x.detach().tensor_split(workers), masks, images.tensor_split(workers)
+        if workers == 1:
+            self.fill(x.detach(), real, images)
+        else:
+            with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                list(pool.map(self.fill, *parts))
+            torch.set_num_threads(threads)                # the workers' 1 would become the default of later threads
+        return images
+
+    def spectra(self, x, real):
+        """x (B, L) -> transforms of its rows (B, C, 2F), real and imaginary parts in turn."""
+        spectrum = torch.fft.rfft(self.prepare(x, real), self.n)
+        if self.even:                                     # the kernels' centre lies between two samples
+            angle = torch.arange(spectrum.shape[2], dtype=torch.float64, device=x.device) * (-math.pi / self.n)
+            spectrum = spectrum * torch.polar(torch.ones_like(angle), angle).to(spectrum.dtype)
+        return torch.view_as_real(spectrum).flatten(2)
+
+    def plain(self, x, real):
+        """Images in plain operations: differentiable, for any device."""
+        products = (self.spectra(x, real)[:, :, None] * self.bank).unflatten(3, (-1, 2))
+        images = torch.fft.irfft(torch.view_as_complex(products), self.n)[..., self.start:][..., :self.length]
+        mask = x.new_ones(1, 1, 1, self.length) if real is None else real[:, None, None].to(x.dtype)
+        images = images * mask
+        if self.normalize:
+            count = mask.sum(3, keepdim=True) * len(self.bank)
+            images = (images - images.sum((2, 3), keepdim=True) / count) * mask
+            images = images / (images.square().sum((2, 3), keepdim=True) / (count - 1)).clamp(min=1e-10).sqrt()
+        return images
+
+    def fill(self, x, real, images):
+        """The same into `images`, one at a time, in buffers that stay in the cache."""
+        spectra = self.spectra(x, real)
+        group = min(len(self.bank), max(1, 2**18 // self.n))                # scales at a time: two buffers of 1 MiB
+        product, waves = x.new_empty(group, self.bank.shape[1]), x.new_empty(group, self.n)
+        complex_product = torch.view_as_complex(product.unflatten(1, (-1, 2)))
+        for b in range(len(x)):
+            times = None if real is None else real[b].nonzero()[:, 0].tolist()
+            first, end = (times[0], times[-1] + 1) if times else (0, self.length)
+            for spectrum, image in zip(spectra[b], images[b]):
+                image[:, :first] = image[:, end:] = 0
+                inner = image[:, first:end]
+                for i in range(0, len(self.bank), group):
+                    bank = self.bank[i:i + group]
+                    torch.mul(spectrum, bank, out=product[:len(bank)])
+                    torch.fft.irfft(complex_product[:len(bank)], self.n, out=waves[:len(bank)])
+                    inner[i:i + group] = waves[:len(bank), self.start + first:self.start + end]
+                if self.normalize:
+                    inner -= inner.mean()
+                    norm = torch.linalg.vector_norm(torch.linalg.vector_norm(image, dim=1))     # in one go it loses two digits
+                    image /= (norm / math.sqrt(inner.numel() - 1)).clamp(min=1e-5)
 
 
 def cwt_ricker(x: torch.Tensor, scales: torch.Tensor, legacy: bool = False, padding: str = "reflect") -> torch.Tensor:
@@ -114,8 +169,9 @@ def cwt_ricker(x: torch.Tensor, scales: torch.Tensor, legacy: bool = False, padd
     """
     x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     points = _kernel_points(float(scales[-1]), x.shape[1], legacy)
-    rows = _extend(x, points // 2, "zero" if legacy else padding, None)
-    return _filter_bank(rows, scales, points, x.shape[1], None, normalize=False)
+    padding = "zero" if legacy else padding
+    bank = _FilterBank(scales, points, x.shape[1], x, False, lambda x, real: _extend(x, points // 2, padding, real)[:, None])
+    return bank(x, None, 1)[:, 0]
 
 
 @torch.compiler.disable
@@ -131,29 +187,34 @@ def cwt_wrap(x: torch.Tensor, num_scales: int = 64, lowest_scale: float = 0.1, s
     real (B, L) bool: one run of samples of each row that are signal; the rest is padding, ignored, and zero in the images.
     normalize: each image to mean 0 and (unbiased) deviation 1 over scale and real time.
     legacy: upstream's numbers: a transform with an even or cut kernel (`_kernel_points`), zeros beyond the ends of a signal
-    whose mean was left in, and a backward difference half a sample off the second one.
+    whose mean was left in, and a backward difference, half a sample off the second one (default: a central one).
     """
     if x.ndim != 2:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, samples)")
     x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    length, padding = x.shape[1], padding or ("zero" if legacy else "reflect")
+    padding = padding or ("zero" if legacy else "reflect")
     scales = torch.arange(num_scales) * step + lowest_scale
     if log_scales:
         scales = torch.logspace(math.log10(lowest_scale), math.log10(scales[-1]), num_scales)
-    points = _kernel_points(float(scales[-1]), length, legacy)
-    half, real3 = points // 2, None if real is None else real.repeat_interleave(3, 0)
+    points = _kernel_points(float(scales[-1]), x.shape[1], legacy)
+    bank = _FilterBank(scales, points, x.shape[1], x, normalize,
+                       functools.partial(_differences, half=points // 2, legacy=legacy, padding=padding))
+    return bank(x, None if real is None else real.to(x.device), 3)
+
+
+def _differences(x, real, half: int, legacy: bool, padding: str):
+    """x (B, L) -> signal, first and second difference, continued by `half` samples: (B, 3, L + 2 half)."""
     if legacy:
         edge = _extend(x, 1, "replicate", real)
-        before, now, after = edge[:, :-2], edge[:, 1:-1], edge[:, 2:]
-        channels = torch.stack([now, now - before, after - 2 * now + before], 1)
-        rows = _extend(channels.flatten(0, 1), half, padding, real3)
     else:
-        x = x - (x.mean(1, keepdim=True) if real is None else (x * real).sum(1, keepdim=True) / real.sum(1, keepdim=True))
-        x = _extend(x, half + 1, padding, real)
-        before, now, after = x[:, :-2], x[:, 1:-1], x[:, 2:]
-        rows = torch.stack([now, (after - before) / 2, (after - now) - (now - before)], 1).flatten(0, 1)
-    images = _filter_bank(rows, scales, points, length, real3, normalize)
-    return images.unflatten(0, (-1, 3))
+        mean = x.mean(1, keepdim=True) if real is None else (x * real).sum(1, keepdim=True) / real.sum(1, keepdim=True)
+        edge = _extend(x - mean, half + 1, padding, real)
+    now, before, after = edge[:, 1:-1], edge[:, 1:-1] - edge[:, :-2], edge[:, 2:] - edge[:, 1:-1]
+    rows = torch.stack([now, before if legacy else (before + after) / 2, after - before], 1)
+    if not legacy:
+        return rows
+    real = None if real is None else real.repeat_interleave(3, 0)
+    return _extend(rows.flatten(0, 1), half, padding, real).unflatten(0, (-1, 3))
 
 
 # ---- parts of the transformer -----------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from common.checkpoint import atomic_path
 from common.errors import UserError
 from common.weights import load_weights, read_checkpoint, read_weights
 from cwt_mae.dataset import Preprocess
-from cwt_mae.model import CWT_MAE_RoPE, CWT_Encoder, init_weights
+from cwt_mae.model import CWT_Encoder, CWT_MAE_RoPE, init_weights
 
 ENCODER_ARGS = set(inspect.signature(CWT_Encoder.__init__).parameters) - {"self"}
 DECODER_ARGS = set(inspect.signature(CWT_MAE_RoPE.__init__).parameters) - {"self", "encoder"}
@@ -108,9 +108,10 @@ class TF_MAE_Classifier(nn.Module):
         width, columns = self.encoder_model.config["embed_dim"], self.encoder_model.grid_size[1]
         self.use_cot, self.num_features, self.center_columns = use_cot, num_features, center_columns
         if not 0 <= center_columns <= columns or center_columns and use_cot:
-            raise ValueError(f"center_columns {center_columns}: 0 .. {columns} columns, for the MLP head (use_cot=False) only")
+            raise ValueError(f"center_columns {center_columns}: expected 0 .. {columns}, above 0 for the MLP head (use_cot=False) only")
         if use_cot:
-            self.head = LatentReasoningHead(width, self.encoder_model.config["num_heads"], num_classes, num_reasoning_tokens, 0.2, num_features)
+            self.head = LatentReasoningHead(width, self.encoder_model.config["num_heads"], num_classes, num_reasoning_tokens,
+                                            dropout=0.2, num_features=num_features)
         else:
             joined = width * max(1, center_columns) + num_features
             self.head = nn.Sequential(nn.LayerNorm(joined), nn.Linear(joined, hidden_dim), nn.GELU(), nn.Dropout(dropout_rate),
@@ -126,8 +127,9 @@ class TF_MAE_Classifier(nn.Module):
 
     def forward(self, x, real=None, features=None):
         """x as in `forward_features`, features (B, num_features) -> logits (B, num_classes)."""
-        if (0 if features is None else features.shape[1]) != self.num_features:
-            raise ValueError(f"features has shape {None if features is None else tuple(features.shape)}, expected (batch, {self.num_features})")
+        given = 0 if features is None else features.shape[1]
+        if given != self.num_features:
+            raise ValueError(f"features holds {given} numbers for each record, the model was built for {self.num_features}")
         tokens, patches = self.forward_features(x, real)
         if self.use_cot:
             return self.head(tokens, patches, features)
@@ -148,10 +150,11 @@ class TF_MAE_Classifier(nn.Module):
         """
         prepare = Preprocess(**(self.config["preprocess"] or {}))
         signal = prepare.signal(signal, fs, "signal")
-        length, training = self.encoder_model.signal_len, self.training
-        cuts = [signal[i:i + length] for i in range(0, len(signal), length) if i == 0 or len(signal) - i >= self.encoder_model.patch_size_time]
-        x, real = (torch.from_numpy(np.stack(part)).to(self.encoder_model.cls_token.device)
-                   for part in zip(*(prepare.window(cut, float(signal.std()), length) for cut in cuts)))
+        length, patch = self.encoder_model.signal_len, self.encoder_model.patch_size_time
+        starts = range(0, max(1, len(signal) - patch + 1), length)          # a rest shorter than one patch is left out
+        windows = [prepare.window(signal[start:start + length], length) for start in starts]
+        x, real = (torch.from_numpy(np.stack(part)).to(self.encoder_model.cls_token.device) for part in zip(*windows))
+        training = self.training
         self.eval()
         tokens, patches = self.forward_features(x, real)
         self.train(training)
@@ -175,13 +178,14 @@ def interpolate_pos_embed(pos_embed, old_grid, new_grid):
 
 
 def load_encoder(encoder: CWT_Encoder, tensors: dict, config: dict, source):
-    """Load the encoder's part of `tensors` and print the report; UserError if a tier of it is missing or of another shape.
+    """Load the encoder's part of `tensors` and print the report; UserError if more than a tenth of it is missing or any of another shape.
 
     The position table's old grid comes from the file: from its configuration, else from the height of `time_reducer`,
     which spans it, else (weights of a classifier alone) it counts as high as the new one.
     """
     tensors = {key.removeprefix("encoder_model."): value for key, value in tensors.items() if not key.startswith("head.")}
-    height, columns = encoder.grid_size
+    rows, columns = encoder.grid_size
+    height = rows
     if {"cwt_scales", "patch_size_freq"} <= set(config):
         height = config["cwt_scales"] // config["patch_size_freq"]
     elif "time_reducer.0.weight" in tensors:
@@ -193,9 +197,9 @@ def load_encoder(encoder: CWT_Encoder, tensors: dict, config: dict, source):
             if count % height:
                 raise UserError(f"{source}: pos_embed has {count} patches, which are not {height} rows; pass the cwt_scales and "
                                 "patch_size_freq that the model was trained with")
-            if (height, count // height) != encoder.grid_size:
-                print(f"{source}: position table interpolated from {height} x {count // height} to {encoder.grid_size[0]} x {columns} patches")
-                given["pos_embed"] = interpolate_pos_embed(given["pos_embed"], (height, count // height), encoder.grid_size)
+            if (height, count // height) != (rows, columns):
+                print(f"{source}: position table interpolated from {height} x {count // height} to {rows} x {columns} patches")
+                given["pos_embed"] = interpolate_pos_embed(given["pos_embed"], (height, count // height), (rows, columns))
         return given
 
     report = load_weights(encoder, tensors, source, min_share=0.9, convert=fit_positions, ignore=DECODER_KEYS)
@@ -251,5 +255,6 @@ def load_model(path, **config):
         model = CWT_MAE_RoPE(**config)
     report = load_weights(model, tensors, path, min_share=1.0)
     if report.unexpected:
-        raise UserError(f"{path}: holds {len(report.unexpected)} tensors that the model lacks, such as {report.unexpected[0]}; are the sizes right?")
+        raise UserError(f"{path}: holds {len(report.unexpected)} tensors that the model lacks, such as {report.unexpected[0]}; "
+                        "pass the sizes that it was trained with")
     return model.eval()
