@@ -12,7 +12,6 @@ list DS1 of de Chazal et al. 2004, in which a record of any other name belongs t
 
 Upstream file: dataset_cls.py (PPGAugmentor, DownstreamClassificationDataset).
 """
-import functools
 import json
 import sys
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from cwt_mae.dataset import Store, sample_rng
 
 DS1 = "101 106 108 109 112 114 115 116 118 119 122 124 201 203 205 207 208 209 215 220 223 230".split()
 AAMI = {"N": "NLRejB", "S": "AaJSn", "V": "VEr", "F": "F", "Q": "/fQ?"}     # WFDB beat codes of each AAMI class
+AAMI_OF = {code.encode(): name for name, codes in AAMI.items() for code in codes}
 NOT_BEATS = set('[!]xp()tu`\'^|~+sTD="@*&') | {"p", "t", ""}
 BEAT_CLASSES = ["N", "S", "V", "F"]                       # Q (paced, unclassifiable) is left out, as usual
 ITEMS = np.dtype([("record", "i4"), ("start", "i8"), ("label", "i2"), ("beat", "i4")])
@@ -91,25 +91,27 @@ def events_of(store: Store):
             yield record, store.events[first:last]
 
 
-def beat_items(store: Store, signal_len: int):
-    """One window around each beat, with the features of `beat_features`."""
-    of = {code.encode(): name for name, codes in AAMI.items() for code in codes}
-    names, rows, features = [], [], []
+def beats_of(store: Store):
+    """(record index, its beat events) for each record with at least three beats; UserError for an unknown annotation code."""
     for record, events in events_of(store):
         events = events[events["seconds"] >= 0]
-        odd = [s.decode() for s in set(events["symbol"]) if s not in of and s.decode() not in NOT_BEATS]
+        odd = [s.decode() for s in set(events["symbol"]) if s not in AAMI_OF and s.decode() not in NOT_BEATS]
         if odd:
             raise UserError(f"{store.where(record)}: field ann_symbol holds {odd[0]!r}, which is no WFDB annotation code")
-        beats = events[[s in of for s in events["symbol"]]]
-        if len(beats) < 3:
-            continue
+        beats = events[[s in AAMI_OF for s in events["symbol"]]]
+        if len(beats) >= 3:
+            yield record, beats
+
+
+def beat_items(store: Store, signal_len: int):
+    """One window around each beat, with the features of `beat_features`."""
+    names, rows, features = [], [], []
+    for record, beats in beats_of(store):
         rate = store.prepare.fs or float(store.records[record]["fs"])
         centres = np.round(beats["seconds"] * rate).astype(int)
-        numbers = beat_features(store.signal(record), centres, beats["seconds"], rate, signal_len)
-        first = sum(map(len, features))
-        features.append(numbers)
-        names += [of[s] for s in beats["symbol"]]
-        rows += [(record, int(c) - signal_len // 2, first + i) for i, c in enumerate(centres)]
+        features.append(beat_features(store.signal(record), centres, beats["seconds"], rate, signal_len))
+        names += [AAMI_OF[s] for s in beats["symbol"]]
+        rows += [(record, int(c) - signal_len // 2, len(rows) + i) for i, c in enumerate(centres)]
     return names, rows, np.concatenate(features) if features else np.zeros((0, 0), np.float32)
 
 
