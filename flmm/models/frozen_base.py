@@ -143,6 +143,17 @@ class FrozenBase:
         """One (H, n, N) tensor per layer, N image columns -> (n, channels, gh, gw); channel = layer * H + head."""
         return torch.cat([m.unflatten(-1, grid) for m in maps]).transpose(0, 1)
 
+    def batch(self, samples):
+        """Model inputs of several samples, left-padded, and by how many tokens each was shifted."""
+        ids = [self.expand(s["input_ids"], s) for s in samples]
+        length = max(len(i) for i in ids)
+        pad = self.model.config.text_config.pad_token_id or 0
+        shifts = [length - len(i) for i in ids]
+        input_ids = torch.stack([torch.cat([i.new_full((k,), pad), i]) for i, k in zip(ids, shifts)]).to(self.device)
+        attention_mask = torch.stack([torch.arange(length) >= k for k in shifts]).long().to(self.device)
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False,
+                **self.build_inputs(samples, input_ids, attention_mask)}, shifts
+
     # ---- the one forward pass
 
     @torch.no_grad()
@@ -153,13 +164,9 @@ class FrozenBase:
         Returns per sample {"mask_attentions" (n, channels, gh, gw) float32, "hidden_states" (L, R, d): the phrase rows
         of the last L entries of the hidden-state tuple (after the final norm at the end), "mask_ids" (R,)}.
         """
-        ids = [self.expand(s["input_ids"], s) for s in samples]
+        inputs, shifts = self.batch(samples)
+        ids = [row[k:] for row, k in zip(inputs["input_ids"].cpu(), shifts)]
         mask_ids = [self.expand((s["input_ids"], s["mask_ids"]), s, fill=-1) for s in samples]
-        length = max(len(i) for i in ids)
-        pad = self.model.config.text_config.pad_token_id or 0
-        shifts = [length - len(i) for i in ids]
-        input_ids = torch.stack([torch.cat([i.new_full((k,), pad), i]) for i, k in zip(ids, shifts)]).to(self.device)
-        attention_mask = torch.stack([torch.arange(length) >= k for k in shifts]).long().to(self.device)
         rows = [(m >= 0).nonzero().flatten() for m in mask_ids]
         phrases = [m[r] for m, r in zip(mask_ids, rows)]
         for sample, p in zip(samples, phrases):
@@ -169,8 +176,6 @@ class FrozenBase:
             rows=[(r + k).to(self.device) for r, k in zip(rows, shifts)], phrases=[p.to(self.device) for p in phrases],
             columns=[(i == self.image_token_id).nonzero().flatten().to(self.device) + k for i, k in zip(ids, shifts)],
             merge=self.merge)
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False,
-                  **self.build_inputs(samples, input_ids, attention_mask)}
         hidden = self._run(inputs, wanted)
         return [{"mask_attentions": self.to_grid([layer[b].to(self.device) for layer in wanted.maps], self.grid(sample)),
                  "hidden_states": torch.stack([h[b] for h in hidden]), "mask_ids": phrases[b].to(self.device)}

@@ -1,0 +1,97 @@
+"""Frozen features on disk: run the base once, then train heads without it.
+
+One HDF5 file per process, one group per sample. Maps are fp16 relative to each map's own maximum (attention over hundreds
+of columns falls into fp16's subnormal range otherwise); states and image embeddings are fp16; masks are packed bits.
+"""
+
+import json
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from common.checkpoint import atomic_path
+from common.errors import UserError
+from common.run import progress
+from flmm.models.flmm import extract
+
+
+def write_cache(folder, base, sam_encoder, dataset, fingerprint, accelerator, batch_size=8):
+    """Extract features of every sample of `dataset`, shared out over the processes, to folder/features-<rank>.h5.
+
+    fingerprint: dictionary of what the features depend on; kept in the files and compared by CachedFeatures.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    mine = range(accelerator.process_index, len(dataset), accelerator.num_processes)
+    with atomic_path(folder / f"features-{accelerator.process_index:05d}.h5") as temporary:
+        with h5py.File(temporary, "w") as file:
+            file.attrs["fingerprint"] = json.dumps(fingerprint, sort_keys=True)
+            file.attrs["dims"] = [base.channels, base.num_layers, base.hidden_size]
+            file.attrs["processes"], file.attrs["samples"] = accelerator.num_processes, len(dataset)
+            for start in progress(range(0, len(mine), batch_size), accelerator, desc="caching features"):
+                rows = mine[start: start + batch_size]
+                samples = [dataset[i] for i in rows]
+                for i, sample, feature in zip(rows, samples, extract(base, sam_encoder, samples)):
+                    _write(file.create_group(f"{i:08d}"), sample, feature)
+    accelerator.wait_for_everyone()
+
+
+def _write(group, sample, feature):
+    maps = feature["mask_attentions"].float().cpu()
+    scale = maps.amax((2, 3)).clamp(min=1e-30)
+    group["maps"], group["scale"] = (maps / scale[..., None, None]).half().numpy(), scale.numpy()
+    group["hidden_states"] = feature["hidden_states"].cpu().half().numpy()
+    group["mask_ids"] = feature["mask_ids"].cpu().numpy()
+    if feature["image_embedding"] is not None:
+        group["image_embedding"] = feature["image_embedding"].cpu().half().numpy()
+    for name in ("masks", "gt_masks"):
+        group[name] = np.packbits(sample[name].numpy().astype(bool), axis=-1)
+        group[name].attrs["width"] = sample[name].shape[-1]
+    group.attrs["about"] = json.dumps({
+        "image_size": feature["image_size"], "meta_data": feature["meta_data"], "unpad": feature["unpad"],
+        "file_name": sample["file_name"], "mask_infos": sample["mask_infos"]})
+
+
+class CachedFeatures(Dataset):
+    """Features and masks of `write_cache`, read lazily; `dims` = (channels, layers, hidden size) of the base."""
+
+    def __init__(self, folder, fingerprint=None):
+        self.files, self.where = {}, {}
+        paths = sorted(Path(folder).glob("features-*.h5"))
+        if not paths:
+            raise UserError(f"{folder}: holds no cached features")
+        for path in paths:
+            try:
+                with h5py.File(path, "r") as file:
+                    stored, samples, processes = json.loads(file.attrs["fingerprint"]), int(file.attrs["samples"]), int(file.attrs["processes"])
+                    self.dims = tuple(int(d) for d in file.attrs["dims"])
+                    self.where.update({int(name): path for name in file})
+            except (OSError, KeyError, ValueError) as error:
+                raise UserError(f"{path}: not a feature cache ({error}); delete it to write it anew") from error
+            fresh = json.loads(json.dumps(fingerprint)) if fingerprint else stored
+            if differ := sorted(k for k in stored.keys() | fresh.keys() if stored.get(k) != fresh.get(k)):
+                raise UserError(f"{path}: was made with {differ[0]} = {stored.get(differ[0])}, now {fresh.get(differ[0])}; "
+                                "choose another --cache-attention folder or delete this one")
+            if processes != len(paths):
+                raise UserError(f"{folder}: {len(paths)} files, but written by {processes} processes; delete it to write it anew")
+        if len(self.where) != samples:
+            raise UserError(f"{folder}: {len(self.where)} of {samples} samples are there; delete it to write it anew")
+
+    def __len__(self):
+        return len(self.where)
+
+    def __getitem__(self, index):
+        path = self.where[index]
+        if path not in self.files:   # opened in the process that reads: h5py handles do not survive a fork
+            self.files[path] = h5py.File(path, "r")
+        group = self.files[path][f"{index:08d}"]
+        about = json.loads(group.attrs["about"])
+        maps = torch.from_numpy(group["maps"][()]).float() * torch.from_numpy(group["scale"][()])[..., None, None]
+        masks = {name: torch.from_numpy(np.unpackbits(group[name][()], axis=-1, count=int(group[name].attrs["width"])))
+                 for name in ("masks", "gt_masks")}
+        return {"mask_attentions": maps, "hidden_states": torch.from_numpy(group["hidden_states"][()]).float(),
+                "mask_ids": torch.from_numpy(group["mask_ids"][()]), **masks, **about,
+                "image_embedding": torch.from_numpy(group["image_embedding"][()]).float() if "image_embedding" in group else None}

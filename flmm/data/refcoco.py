@@ -1,0 +1,106 @@
+"""RefCOCO, RefCOCO+, RefCOCOg. Upstream: mmdet 3.3.0 RefCocoDataset and RefCOCO2PNG of flmm/datasets/transforms.py.
+
+Layout: instances.json (COCO) and refs(unc).p or refs(umd).p, a pickle of plain lists and dictionaries; COCO train2014.
+"""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from common.errors import UserError
+from flmm.data.samples import caption_of_phrases, decode_segmentation, read_json
+from flmm.data.transforms import load_image
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Reads lists, dictionaries, strings and numbers; anything that names a class or function is refused, so nothing runs."""
+
+    def find_class(self, module, name):
+        raise UserError(f"it names {module}.{name}; a refs file holds plain data only, this one is not to be trusted")
+
+    def persistent_load(self, pid):
+        raise UserError("it refers to objects outside the file; a refs file holds plain data only")
+
+
+def read_refs(path):
+    """List of referring expressions from refs(*).p."""
+    try:
+        with open(path, "rb") as file:
+            refs = PlainUnpickler(file, encoding="latin1").load()
+        if not isinstance(refs, list) or not all(isinstance(r, dict) for r in refs):
+            raise UserError("it does not hold a list of references")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; expected the references") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except Exception as error:   # a damaged pickle can raise almost anything
+        raise UserError(f"{path}: not a readable references file ({type(error).__name__}: {error})") from None
+    return refs
+
+
+class RefCOCODataset(Dataset):
+    """One record per picture with all its objects of the split, or one per object, or one per sentence.
+
+    text_mode: "random" (training: one expression per object, drawn anew every epoch from seed, epoch and index;
+    upstream drew once at load), "select_first" (evaluation), "original" (every expression, its mask repeated),
+    "concat" (expressions of an object joined without separator, as upstream does).
+    one_per_object: each object its own record. With "original" that is the standard per-sentence protocol.
+    """
+
+    def __init__(self, ann_file, split_file, image_path, split, text_mode="random", one_per_object=False, seed=0, build=None):
+        instances, refs = read_json(ann_file, "COCO instances"), read_refs(split_file)
+        self.text_mode, self.seed, self.epoch, self.build = text_mode, seed, 0, build
+        self.images_path, self.ann_file = Path(image_path), ann_file
+        try:
+            self.images = {i["id"]: i for i in instances["images"]}
+            self.annotations = {a["id"]: a for a in instances["annotations"]}
+            groups = {}
+            for ref in refs:
+                if ref["split"] == split:
+                    texts = [s["raw"].lower() for s in ref["sentences"]]
+                    groups.setdefault(ref["image_id"], []).append((ref["ann_id"], texts))
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{ann_file} or {split_file}: field {error} is missing") from error
+        if not groups:
+            raise UserError(f"{split_file}: no references of split {split!r}; it has {sorted({r.get('split') for r in refs})}")
+        for image_id, objects in groups.items():
+            lost = [ann for ann, _ in objects if ann not in self.annotations]
+            if image_id not in self.images or lost:
+                raise UserError(f"{ann_file}: image {image_id} or annotation {lost[:1]} of {split_file} is missing")
+        if text_mode == "original":
+            groups = {i: [(ann, [text]) for ann, texts in objects for text in texts] for i, objects in groups.items()}
+        if text_mode == "concat":
+            groups = {i: [(ann, ["".join(texts)]) for ann, texts in objects] for i, objects in groups.items()}
+        self.items = list(groups.items())   # (image id, [(annotation id, [expression])])
+        if one_per_object:
+            self.items = [(i, [one]) for i, objects in self.items for one in objects]
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __len__(self):
+        return len(self.items)
+
+    def phrases(self, index):
+        """The expressions of one record in this epoch."""
+        objects = self.items[index][1]
+        if self.text_mode != "random":
+            return [texts[0] for _, texts in objects]
+        rng = np.random.default_rng((self.seed, self.epoch, index))
+        return [texts[rng.integers(len(texts))] for _, texts in objects]
+
+    def record(self, index):
+        image_id, objects = self.items[index]
+        info = self.images[image_id]
+        height, width = info["height"], info["width"]
+        masks = np.stack([decode_segmentation(self.annotations[ann]["segmentation"], height, width,
+                                              f"{self.ann_file}: annotation {ann}") for ann, _ in objects])
+        phrases = self.phrases(index)
+        return {"image": load_image(self.images_path / info["file_name"], (width, height)), "masks": masks,
+                "pieces": caption_of_phrases(phrases), "file_name": info["file_name"],
+                "mask_infos": [{"plural": False, "isthing": True, "text": text} for text in phrases]}
+
+    def __getitem__(self, index):
+        return self.build(self.record(index))

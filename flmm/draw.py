@@ -1,0 +1,45 @@
+"""Masks on pictures: as many colours as there are phrases, always the same ones."""
+
+import colorsys
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from common.checkpoint import atomic_path
+
+
+def colours(count):
+    """`count` RGB colours; neighbours differ strongly (golden-ratio steps in hue), any number is fine."""
+    return [tuple(int(255 * v) for v in colorsys.hsv_to_rgb((0.02 + 0.618034 * k) % 1, 0.85, 0.95 - 0.2 * (k // 8 % 2)))
+            for k in range(count)]
+
+
+def overlay(image, masks, strength=0.55):
+    """RGB PIL image with masks (n, H, W) laid over it, each in its colour; the later one wins where two overlap."""
+    pixels = np.asarray(image.convert("RGB"), np.float32).copy()
+    for mask, colour in zip(np.asarray(masks, bool), colours(len(masks))):
+        pixels[mask] = (1 - strength) * pixels[mask] + strength * np.array(colour, np.float32)
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def labelled_strip(image, columns, phrases, height=256):
+    """One picture for a report: the image, then one overlay per (title, masks), with the phrases in their colours below."""
+    width = max(64, round(image.width * height / image.height))
+    panels = [("picture", image), *((title, overlay(image, masks)) for title, masks in columns)]
+    line = 14
+    strip = Image.new("RGB", (width * len(panels), height + line * (len(phrases) + 1) + 6), "white")
+    draw = ImageDraw.Draw(strip)
+    for i, (title, panel) in enumerate(panels):
+        strip.paste(panel.resize((width, height), Image.NEAREST if image.width < height else Image.BILINEAR), (i * width, line))
+        draw.text((i * width + 3, 1), title, fill="black")
+    for k, (phrase, colour) in enumerate(zip(phrases, colours(len(phrases)))):
+        draw.rectangle([4, height + line * (k + 1) + 4, 12, height + line * (k + 1) + 12], fill=colour)
+        draw.text((18, height + line * (k + 1) + 1), phrase.encode("latin-1", "replace").decode("latin-1"), fill="black")
+    return strip
+
+
+def save_image(image, path):
+    """Write a PIL image whole or not at all."""
+    with atomic_path(path) as temporary:
+        image.save(temporary)
+    return path

@@ -1,0 +1,113 @@
+"""From mask logits to rows of results; what test.py and the validation of train.py share."""
+
+import torch
+import torch.nn.functional as F
+
+from flmm.metrics import mask_iou
+
+
+def binary_masks(logits, size):
+    """(n, h, w) logits -> (n, *size) bool: sigmoid, bilinear to the size of the ground truth, > .5 (upstream's order)."""
+    return F.interpolate(logits.float().sigmoid()[None], size=tuple(size), mode="bilinear")[0] > 0.5
+
+
+def phrase_rows(output, gt_masks, ignore=None):
+    """One row per phrase: IoU, intersection and union of the final mask (SAM's where there is one) and of the coarse one.
+
+    ignore: (H, W) bool pixels that count for nothing (ReasonSeg).
+    """
+    gt = gt_masks.bool().cpu()
+    masks = {"_coarse": output["pred_masks"], "": output["sam_pred_masks"]}
+    rows = [{"score": float(s)} for s in output["scores"]]
+    for suffix, logits in masks.items():
+        pred = binary_masks(output["pred_masks"] if logits is None else logits, gt.shape[1:]).cpu()
+        if ignore is not None:
+            pred &= ~torch.as_tensor(ignore)
+        inter, union, iou = mask_iou(pred, gt)
+        accuracy = (pred == gt).float().mean((1, 2))
+        for row, i, u, v, a in zip(rows, inter, union, iou, accuracy):
+            row.update({f"inter{suffix}": int(i), f"union{suffix}": int(u), f"iou{suffix}": float(v), f"accuracy{suffix}": float(a)})
+    return rows
+
+
+def trivial_controls(gt_masks, rows):
+    """IoU (per phrase) of predictions that read no word: the whole picture, a centred half-size box, all objects at once.
+
+    Adds iou_whole, iou_centre and iou_union to `rows`. The union is perfect about the objects and blind to the phrase.
+    """
+    gt = gt_masks.bool()
+    n, h, w = gt.shape
+    centre = torch.zeros(h, w, dtype=torch.bool)
+    centre[h // 4: h - h // 4, w // 4: w - w // 4] = True
+    for name, pred in (("whole", torch.ones(h, w, dtype=torch.bool)), ("centre", centre), ("union", gt.any(0))):
+        for row, iou in zip(rows, mask_iou(pred.expand(n, h, w), gt)[2]):
+            row[f"iou_{name}"] = float(iou)
+
+
+def other_phrase(output, gt_masks, rows):
+    """Adds iou_other: the mask of the next phrase of the same picture scored against this phrase's object (n > 1)."""
+    if len(gt_masks) > 1:
+        pred = output["pred_masks"] if output["sam_pred_masks"] is None else output["sam_pred_masks"]
+        pred = binary_masks(pred, gt_masks.shape[1:]).cpu().roll(-1, 0)
+        for row, iou in zip(rows, mask_iou(pred, gt_masks.bool())[2]):
+            row["iou_other"] = float(iou)
+
+
+class RawMaps:
+    """The best single attention map: one channel and one threshold, chosen on training phrases, no learning."""
+
+    thresholds = torch.arange(0.1, 0.95, 0.05)
+
+    def __init__(self):
+        self.sums, self.count = 0, 0
+
+    @staticmethod
+    def _ious(feature, gt, channels=slice(None)):
+        """(n, C, thresholds) IoU of every map, relative to its own maximum, enlarged to the ground truth."""
+        from flmm.models.flmm import unpad_crop
+        maps = feature["mask_attentions"][:, channels].float().cpu()
+        maps = maps.flatten(0, 1)
+        if feature["unpad"]:
+            maps = unpad_crop(maps, feature["meta_data"])
+        maps = F.interpolate(maps[None], size=tuple(gt.shape[1:]), mode="bilinear")[0]
+        maps = maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-30)
+        target = gt.bool().repeat_interleave(len(maps) // len(gt), 0)
+        out = []
+        for t in RawMaps.thresholds:
+            pred = maps > t
+            out.append((pred & target).sum((1, 2)) / (pred | target).sum((1, 2)).clamp(min=1))
+        return torch.stack(out, -1).unflatten(0, (len(gt), -1))
+
+    def fit(self, feature, gt):
+        self.sums = self.sums + self._ious(feature, gt).sum(0)
+        self.count += len(gt)
+
+    def choose(self):
+        best = int((self.sums / self.count).argmax())
+        self.channel, self.threshold = divmod(best, len(self.thresholds))
+        return self
+
+    def score(self, feature, gt, rows):
+        """Adds iou_raw to `rows`."""
+        for row, iou in zip(rows, self._ious(feature, gt, [self.channel])[:, 0, self.threshold]):
+            row["iou_raw"] = float(iou)
+
+
+def summarise(rows):
+    """All scores of a list of phrase rows: refined and coarse, referring protocol and panoptic narrative grounding, controls."""
+    from flmm.metrics import average_recalls, referring_scores
+
+    def mean(key):
+        values = [r[key] for r in rows if key in r]
+        return sum(values) / len(values) if values else None
+
+    out = {"phrases": len(rows), "mIoU": mean("iou"), "mIoU_coarse": mean("iou_coarse"), "pixel_accuracy": mean("accuracy")}
+    for suffix in ("", "_coarse"):
+        scores = referring_scores([r[f"inter{suffix}"] for r in rows], [r[f"union{suffix}"] for r in rows])
+        out |= {f"{k}{suffix}": v for k, v in scores.items()}
+    if rows and "plural" in rows[0]:
+        recalls = average_recalls([r["iou"] for r in rows], [r["plural"] for r in rows], [r["isthing"] for r in rows])
+        out["average_recall"] = {k: (None if v != v else v) for k, v in recalls.items()}
+    controls = {name: mean(f"iou_{name}") for name in ("whole", "centre", "union", "other", "raw")}
+    out["controls"] = {k: v for k, v in controls.items() if v is not None}
+    return out
