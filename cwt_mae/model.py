@@ -570,7 +570,8 @@ class CWT_MAE_RoPE(CWT_Encoder):
         return patches.reshape(len(patches), h, w, -1, p, q).permute(0, 3, 1, 4, 2, 5).flatten(2, 3).flatten(3)
 
     def forward_loss_spec(self, imgs, pred, mask, real=None):
-        """Mean squared error of the hidden patches; real (B, L) bool leaves padding out."""
+        """Mean squared error of the hidden patches, averaged over each record and then over records, so that a batch in parts
+        gives the same; real (B, L) bool leaves padding out."""
         weights = torch.tensor(self.channel_weights, device=imgs.device).view(1, 3, 1, 1)
         weights = weights.expand(1, 3, self.cwt_scales, self.signal_len)
         if real is not None:
@@ -579,15 +580,15 @@ class CWT_MAE_RoPE(CWT_Encoder):
         error = (pred.float() - self.patchify(imgs)).square()
         loss = (error * weights).sum(-1) / weights.sum(-1).clamp(min=1e-6)                      # (B, N)
         mask = mask * (weights.sum(-1) > 0)
-        return (loss * mask).sum() / (mask.sum() + 1e-6)
+        return ((loss * mask).sum(1) / (mask.sum(1) + 1e-6)).mean()
 
     def forward_loss_time(self, x, pred, mask, real=None):
-        """Mean squared error of the normalised signal x (B, L)."""
+        """Mean squared error of the normalised signal x (B, L), averaged in the same way."""
         weights = torch.ones_like(x) if real is None else real.to(x.dtype)
         if self.masked_time_loss:
             hidden = mask.unflatten(1, self.grid_size).mean(1)                                  # (B, W) hidden share
             weights = weights * hidden.repeat_interleave(self.patch_size_time, dim=1)
-        return ((pred.float() - x).square() * weights).sum() / weights.sum().clamp(min=1e-6)
+        return (((pred.float() - x).square() * weights).sum(1) / weights.sum(1).clamp(min=1e-6)).mean()
 
     def forward_losses(self, x, noise=None, real=None) -> dict:
         """x (B, L) or (B, 1, L), in any unit -> loss, loss_spec, loss_time, mask (B, N) with 1 = hidden,
