@@ -1,0 +1,122 @@
+"""Where in the volume a finding was seen: maps over the patch grid, the side and place they point to, and pictures.
+
+Two maps. `weights`: the finding's prototype weights times how far each patch leans to the positive memory; every checkpoint has
+it. `patches`: the linear head of pretrain_vit.py on the patch tokens, where a run has one; it is trained on masks and knows
+places, so side and place come from it when it is there.
+"""
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from common.figures import new_figure, save_figure
+from dia_pangu.evaluate.labeler import PATTERNS, clauses, language_of
+from dia_pangu.src.Dataset.prompt import FINDINGS
+
+SIDES, PLACES = ("right", "left"), ("upper", "middle", "lower")
+LUNG_LEVEL = 0.35  # of the lung window's channel: below is air-filled lung or outside
+SAID = {"right": r"\bright\b|右", "left": r"\bleft\b|左", "upper": r"\bupper\b|上(?:肺)?(?:野|部|叶)", "middle": r"\bmiddle\b|中(?:肺)?(?:野|部|叶)",
+        "lower": r"\blower\b|\bbase\b|下(?:肺)?(?:野|部|叶)|底"}
+
+
+def load_head(folder):
+    """The patch head beside a checkpoint (evidence_head.safetensors), or None."""
+    path = Path(folder) / "evidence_head.safetensors"
+    if not path.is_file():
+        return None
+    tensors = load_file(path)
+    head = torch.nn.Linear(tensors["weight"].shape[1], tensors["weight"].shape[0])
+    head.load_state_dict(tensors)
+    return head.eval()
+
+
+@torch.no_grad()
+def evidence_maps(layer, tokens: torch.Tensor, grid, head=None) -> torch.Tensor:
+    """(B, 14, h, w, d), not negative; tokens (B, S, n_tok, dim), first volume of each sample."""
+    first = tokens[:, 0]
+    if head is not None:
+        maps = head(first).sigmoid().transpose(1, 2)
+    else:
+        memory = F.normalize(layer.pos_sample_memory[:, 0], dim=-1) - F.normalize(layer.neg_sample_memory[:, 0], dim=-1)
+        lean = torch.einsum("bvd,cd->bcv", F.normalize(layer.proj(first), dim=-1), memory).clamp(min=0)
+        maps = layer.prototype.softmax(-1) * lean
+    return maps.unflatten(-1, grid).float().cpu()
+
+
+def lung_range(vision_x: torch.Tensor) -> tuple[float, float]:
+    """Lowest and highest slice with lung, as shares of the depth; vision_x (3, H, W, D) of the windows preparation.
+
+    Lung is what is dark in the lung window and lies inside the body, that is between brighter voxels of its row.
+    """
+    dark = (vision_x[0] < LUNG_LEVEL).numpy()
+    solid = ~dark
+    inside = (np.maximum.accumulate(solid, 1) & np.maximum.accumulate(solid[:, ::-1], 1)[:, ::-1]
+              & np.maximum.accumulate(solid, 0) & np.maximum.accumulate(solid[::-1], 0)[::-1])
+    share = (dark & inside).mean((0, 1))
+    slices = np.flatnonzero(share > 0.02)
+    depth = len(share)
+    return (slices[0] / depth, (slices[-1] + 1) / depth) if len(slices) > 1 else (0.0, 1.0)
+
+
+def locate(evidence: np.ndarray, lungs=(0.0, 1.0)) -> dict:
+    """Side and third of the lungs that a map (h, w, d) points to, by the centre of mass of its strongest part."""
+    strong = np.where(evidence >= 0.5 * evidence.max(), evidence, 0.0).astype(float)
+    mass = strong.sum()
+    if mass <= 0:
+        return {"side": "", "place": "", "height": float("nan")}
+    _, w, d = evidence.shape
+    right = strong[:, :w // 2].sum() + (strong[:, w // 2].sum() / 2 if w % 2 else 0)
+    height = (strong.sum((0, 1)) * (np.arange(d) + 0.5)).sum() / mass / d
+    height = (height - lungs[0]) / max(lungs[1] - lungs[0], 1e-6)  # 0 at the lowest, 1 at the highest lung slice
+    place = PLACES[2] if height < 1 / 3 else PLACES[1] if height < 2 / 3 else PLACES[0]
+    return {"side": SIDES[0] if right > mass / 2 else SIDES[1], "place": place, "height": float(height)}
+
+
+def said(text: str, finding: str) -> dict:
+    """Side and place that a report's own words give to a finding; empty where it gives none."""
+    language = language_of(text)
+    for clause in clauses(text, language):
+        if PATTERNS[language][finding].search(clause):
+            hits = {word: re.search(pattern, clause, re.I) for word, pattern in SAID.items()}
+            return {"side": next((s for s in SIDES if hits[s]), ""), "place": next((p for p in PLACES if hits[p]), "")}
+    return {"side": "", "place": ""}
+
+
+def location_scores(attributes: dict, found: dict) -> dict:
+    """Agreement on side and place. attributes: id -> finding -> {side, place}; found: the same, for findings reported.
+
+    Counts findings that are there and were found; returns share right and count for each of side and place.
+    """
+    out = {}
+    for what in ("side", "place"):
+        pairs = [(truth[what], found[name][finding].get(what, "")) for name, findings in attributes.items()
+                 for finding, truth in findings.items() if truth.get(what) and finding in found.get(name, {})]
+        out[what] = {"share": float(np.mean([a == b for a, b in pairs])) if pairs else float("nan"), "count": len(pairs)}
+    return out
+
+
+def draw_evidence(path, vision_x, maps, rows, title: str):
+    """One row of slices per shown finding: the soft-tissue window with the finding's map laid over it.
+
+    vision_x: (3, H, W, D); maps: (14, h, w, d); rows: [(finding, text), ...], at most five are drawn.
+    """
+    rows = rows[:5] or [("no finding", "nothing above its threshold")]
+    depth = vision_x.shape[-1]
+    slices = np.linspace(0.12, 0.88, 6) * depth
+    figure, axes = new_figure(len(rows), 6, 1.6, 1.75, squeeze=False)
+    background = vision_x[0].numpy()
+    for line, (finding, text) in zip(axes, rows):
+        field = maps[FINDINGS.index(finding)]
+        full = F.interpolate(field[None, None], size=vision_x.shape[1:], mode="nearest")[0, 0].numpy()
+        for axis, k in zip(line, slices.astype(int)):
+            axis.imshow(background[:, :, k], cmap="gray", vmin=0, vmax=1)
+            if finding != "no finding":
+                axis.imshow(full[:, :, k], cmap="inferno", alpha=0.55 * full[:, :, k] / max(full.max(), 1e-9), vmin=0, vmax=full.max())
+            axis.set_axis_off()
+            axis.set_title(f"slice {k + 1}", fontsize=7)
+        line[0].text(0, -0.12, text, transform=line[0].transAxes, fontsize=8)
+    figure.suptitle(title, fontsize=9)
+    return save_figure(figure, path)
