@@ -179,23 +179,20 @@ class MultiModalModel(nn.Module):
 
     @torch.no_grad()
     def option_scores(self, iq, input_ids, attention_mask, options, iq_lengths=None, fs=None, signal_index=None):
-        """Log-likelihood of each continuation after each prompt, the prefix computed once per row.
+        """Log-likelihood of each continuation after its prompt, all in one pass.
 
-        options: for each row a list of token-id vectors. Returns a list of float vectors: the mean log-probability per token.
+        options: for each row a list of token-id lists. Returns a list of float vectors: the summed log-probability of each continuation.
         """
-        embeds, mask, _, positions = self.embed(iq, input_ids, attention_mask, iq_lengths, fs, signal_index, left=True)
-        scores = []
-        for row, choices in enumerate(options):
-            tail, tail_mask = pad_rows([torch.as_tensor(c, device=iq.device) for c in choices], 0, left=False)
-            n = len(choices)
-            prefix = embeds[row, mask[row].bool()]
-            text = self.llm.get_input_embeddings()(tail) * self.text_scale
-            joined = torch.cat([prefix.expand(n, -1, -1), text.to(prefix.dtype)], 1)
-            whole_mask = torch.cat([mask.new_ones(n, len(prefix)), tail_mask], 1)
-            logits = self.llm(inputs_embeds=joined, attention_mask=whole_mask, use_cache=False, logits_to_keep=tail.shape[1] + 1).logits[:, :-1]
-            picked = logits.float().log_softmax(-1).gather(-1, tail[..., None])[..., 0] * tail_mask
-            scores.append((picked.sum(1) / tail_mask.sum(1)).cpu())
-        return scores
+        embeds, mask, _, _ = self.embed(iq, input_ids, attention_mask, iq_lengths, fs, signal_index, left=True)
+        row = torch.tensor([r for r, choices in enumerate(options) for _ in choices], device=iq.device)
+        tail, tail_mask = pad_rows([torch.tensor(c, device=iq.device) for choices in options for c in choices], 0, left=False)
+        text = self.llm.get_input_embeddings()(tail) * self.text_scale
+        whole_mask = torch.cat([mask[row], tail_mask], 1)
+        positions = (whole_mask.cumsum(1) - 1).clamp(min=0)
+        logits = self.llm(inputs_embeds=torch.cat([embeds[row], text.to(embeds.dtype)], 1), attention_mask=whole_mask, position_ids=positions,
+                          use_cache=False, logits_to_keep=tail.shape[1] + 1).logits[:, :-1]
+        scores = (logits.float().log_softmax(-1).gather(-1, tail[..., None])[..., 0] * tail_mask).sum(1)
+        return list(scores.cpu().split([len(choices) for choices in options]))
 
 
 def pad_rows(rows, value, left):
@@ -256,7 +253,7 @@ def load_tokenizer(path, trust_remote_code=False):
         tokenizer.eos_token = marker
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.add_special_tokens({"additional_special_tokens": [IQ_START, IQ_END]}, replace_additional_special_tokens=False)
+    tokenizer.add_tokens([IQ_START, IQ_END], special_tokens=True)
     return tokenizer
 
 
@@ -304,7 +301,7 @@ def set_trainable(model: MultiModalModel, freeze_llm: bool, freeze_signal_encode
         model.signal_encoder.layernorm.requires_grad_(False)
 
 
-def save_model(folder, model: MultiModalModel, tokenizer, llm_path, dtype="float32", llm_state=None, **notes):
+def save_model(folder, model: MultiModalModel, tokenizer, llm_path, dtype="float32", **notes):
     """Write everything that load_model needs, whole or not at all.
 
     llm/ (weights if they were trained, PEFT adapter under LoRA, nothing if frozen: then `llm_path` is remembered), tokenizer/,

@@ -1,0 +1,241 @@
+"""MAE pre-training of the signal encoder on raw IQ of mixed lengths, several signals packed into a row (arXiv 2508.00274, 2508.18785).
+
+    python em_mllm/pretrain.py --data data/em_mllm/train --out runs/em_mllm/pretrain --preset tiny
+    torchrun --nproc_per_node=8 em_mllm/pretrain.py --data /data/iq --out runs/em_mllm/base --batch-size 32 --precision bf16
+
+--data: .h5 files, or folders of them, with IQ_data (Num, T, 2); labels are not read. Writes out/encoder/ (config.json, model.safetensors with
+the keys sit.* and decoder.*), out/metrics.json with trivial baselines beside the error, and pictures of reconstructions. Upstream published
+no trainer.
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration
+from torch.utils.data import DataLoader
+
+from common.checkpoint import atomic_dir, atomic_write, find_resume, load_step, save_step
+from common.errors import UserError, run
+from common.figures import new_figure, save_figure
+from common.run import Log, StopSignal, check_finite, describe, open_run, seed_everything
+from em_mllm.dataset import PackedSignals, SignalDataset
+from em_mllm.em_foundation.models import SiTMAEConfig, SiTMAEForPreTraining
+from em_mllm.em_foundation.utils.utils import load_encoder, read_config
+from em_mllm.optim import lr_at, make_optimizers, set_lr
+
+PRESETS = {
+    "base": {"attention_type": "sdpa"},                          # the published sizes: 86 M encoder, 112 M with decoder
+    "tiny": dict(hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=256, patch_size=(16, 1), max_seq_len=(1040, 1),
+                 decoder_hidden_size=64, decoder_num_hidden_layers=1, decoder_num_attention_heads=4, decoder_intermediate_size=256,
+                 layer_norm_eps=1e-6, initializer_range=0.1, attention_type="sdpa"),
+}
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", type=Path, nargs="+", required=True, help=".h5 files or folders of them")
+    data.add_argument("--val", type=Path, nargs="+", default=[], help=".h5 files or folders for the closing measurement (default: none)")
+    data.add_argument("--min-points", type=int, default=0, help="cut each signal to a random length from this to its own, log-uniform (default 0: keep whole)")
+    data.add_argument("--row-tokens", type=int, default=0, help="tokens in a row that signals are packed into (default: the encoder's position table)")
+    data.add_argument("--skip-bad", action="store_true", help="leave out signals with nan, inf or only zeros instead of stopping")
+    data.add_argument("--workers", type=int, default=0, help="loader processes (default 0)")
+    model = parser.add_argument_group("model")
+    model.add_argument("--preset", choices=PRESETS, default="base", help="sizes (default base, the published 86 M encoder)")
+    model.add_argument("--config", type=Path, help="config.json with the sizes, instead of --preset")
+    model.add_argument("--init", type=Path, help="encoder weights to start from (file or folder)")
+    model.add_argument("--patch", type=int, help="points per patch (default: the preset's; published: 8)")
+    model.add_argument("--mask-ratio", type=float, help="share of the patches hidden (default 0.75)")
+    model.add_argument("--norm-pix-loss", action=argparse.BooleanOptionalAction, default=None, help="standardise each target patch")
+    optim = parser.add_argument_group("optimisation")
+    optim.add_argument("--batch-size", type=int, default=32, help="rows per process (default 32)")
+    optim.add_argument("--accum", type=int, default=1, help="batches per optimizer step (default 1)")
+    optim.add_argument("--max-steps", type=int, default=10000, help="optimizer steps (default 10000)")
+    optim.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default 1e-3)")
+    optim.add_argument("--warmup", type=float, default=0.05, help="share of the steps that the rate rises over (default 0.05)")
+    optim.add_argument("--weight-decay", type=float, default=0.05)
+    optim.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: orthogonalised momentum for the layers' matrices")
+    optim.add_argument("--clip", type=float, default=1.0, help="largest gradient norm (default 1)")
+    optim.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no", help="autocast (default no: float32)")
+    optim.add_argument("--gradient-checkpointing", action="store_true")
+    group = parser.add_argument_group("run")
+    group.add_argument("--out", type=Path, required=True)
+    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--log-every", type=int, default=20)
+    group.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints")
+    group.add_argument("--resume", action="store_true")
+    group.add_argument("--overwrite", action="store_true")
+    return parser.parse_args()
+
+
+def h5_files(paths) -> list[Path]:
+    """The .h5 files among `paths`, folders searched to any depth."""
+    files = [f for p in paths for f in (sorted(p.rglob("*.h5")) if p.is_dir() else [p])]
+    if not files:
+        raise UserError(f"{paths[0]}: holds no .h5 file")
+    return files
+
+
+def make_config(args) -> SiTMAEConfig:
+    own = dict(patch_size=args.patch and [args.patch, 1], mask_ratio=args.mask_ratio, norm_pix_loss=args.norm_pix_loss)
+    if args.config:
+        return read_config(args.config, **own)
+    try:
+        return SiTMAEConfig(**{**PRESETS[args.preset], **{k: v for k, v in own.items() if v is not None}})
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def simple_guesses(patches, sample_ids, mae_mask, special):
+    """Errors of reconstructions that need no model, on the hidden patches: {"zeros", "nearest", "linear"}: (B, M) squared error.
+
+    nearest: copy the closest visible patch of the same signal; linear: interpolate from the last point of the visible patch before to the
+    first point of the one after, as a detector of smooth signals would.
+    """
+    patch = patches.shape[-1] // 2
+    nearest, linear = torch.zeros_like(patches), torch.zeros_like(patches)
+    for r in range(len(patches)):
+        for s in torch.unique(sample_ids[r][sample_ids[r] >= 0]):
+            where = torch.nonzero(sample_ids[r] == s).flatten()[special:]
+            seen = where[mae_mask[r, where] == 0]
+            if not len(seen):
+                continue
+            closest = seen[(where[:, None] - seen).abs().argmin(1)]
+            nearest[r, where] = patches[r, closest]
+            t = np.arange(len(where) * patch)
+            known = np.concatenate([np.arange(k, k + patch) for k in ((seen - where[0]) * patch).tolist()])
+            for c in range(2):
+                wave = patches[r, where, c * patch : (c + 1) * patch].flatten().numpy()
+                linear[r, where, c * patch : (c + 1) * patch] = torch.tensor(np.interp(t, known, wave[known]).reshape(-1, patch), dtype=patches.dtype)
+    return {name: ((guess - patches) ** 2).mean(-1) for name, guess in (("zeros", torch.zeros_like(patches)), ("nearest", nearest), ("linear", linear))}
+
+
+@torch.no_grad()
+def measure(model, packed, batches=16, batch_size=8):
+    """Mean squared error of the hidden patches of `packed` by the model and by simple_guesses, and one batch to draw."""
+    model.eval()
+    config, sums, count, shown = model.config, {}, 0, None
+    for batch in list(DataLoader(packed, batch_size))[:batches]:
+        out = model(**{k: v.to(model.device) for k, v in batch.items()})
+        mask, logits = out.mae_mask.cpu(), out.logits.float().cpu()
+        patches, ids = batch["patches"], batch["sample_ids_seq"]
+        errors = simple_guesses(patches, ids, mask, config.num_special)
+        if config.norm_pix_loss:                                 # predicted in units of each patch's spread: back to the signal's
+            logits = logits * (patches.var(-1, keepdim=True) + 1e-6).sqrt() + patches.mean(-1, keepdim=True)
+        errors["model"] = ((logits - patches) ** 2).mean(-1)
+        for name, e in errors.items():
+            sums[name] = sums.get(name, 0.0) + float((e * mask).sum())
+        count += float(mask.sum())
+        shown = shown or (patches, logits, mask, ids)
+    return {name: value / max(count, 1) for name, value in sums.items()}, shown
+
+
+def draw(shown, config, path, signals=4):
+    """I of the first signals: true, what the encoder saw, and the reconstruction of the rest; the numbers in a .csv beside it."""
+    patches, logits, mask, ids = shown
+    patch, special = config.patch_size[0], config.num_special
+    pick = [(r, s) for r in range(len(ids)) for s in range(int(ids[r].max()) + 1)][:signals]
+    figure, axes = new_figure(len(pick), 1, width=9, height=1.7, sharex=False, squeeze=False)
+    table = ["signal,point,true,seen,reconstructed"]
+    for n, (axis, (r, s)) in enumerate(zip(axes[:, 0], pick)):
+        where = torch.nonzero(ids[r] == s).flatten()[special:][: 256 // patch]
+        true, guess = patches[r, where, :patch].flatten(), logits[r, where, :patch].flatten()
+        hidden = mask[r, where].repeat_interleave(patch).bool()
+        seen, rebuilt = true.masked_fill(hidden, float("nan")), guess.masked_fill(~hidden, float("nan"))
+        axis.plot(true, color="0.75", lw=1, label="true")
+        axis.plot(seen, lw=1.6, label="seen")
+        axis.plot(rebuilt, lw=1.2, label="reconstructed")
+        axis.set_ylabel("I / peak")
+        table += [f"{n},{t},{a:.5f},{b:.5f},{c:.5f}" for t, (a, b, c) in enumerate(zip(true.tolist(), seen.tolist(), rebuilt.tolist()))]
+    axes[0, 0].legend(ncol=3, loc="upper right", fontsize=8)
+    axes[-1, 0].set_xlabel("point")
+    save_figure(figure, path)
+    atomic_write(path.with_suffix(".csv"), "\n".join(table) + "\n")
+
+
+def main(args):
+    accelerator = Accelerator(gradient_accumulation_steps=args.accum, mixed_precision=args.precision, dataloader_config=DataLoaderConfiguration(
+        use_seedable_sampler=True, data_seed=args.seed))
+    seed_everything(args.seed)
+    config = make_config(args)
+    room = args.row_tokens or config.num_positions
+    signals = SignalDataset(h5_files(args.data), skip_bad=args.skip_bad, seed=args.seed)
+    packed = PackedSignals(signals, config, room, args.min_points, args.seed)
+    val = PackedSignals(SignalDataset(h5_files(args.val), skip_bad=args.skip_bad), config, room, args.min_points, shuffle=False) if args.val else None
+    model = SiTMAEForPreTraining(config)
+    if args.init:
+        load_encoder(model, args.init)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    if not config.use_fs:
+        model.sit.embeddings.fs_embedder.requires_grad_(False)             # no gradient reaches it
+    steps_per_epoch = len(packed) // (args.batch_size * accelerator.num_processes * args.accum)
+    if steps_per_epoch < 1:
+        raise UserError(f"{len(packed)} rows are fewer than one step of {args.batch_size} x {accelerator.num_processes} x {args.accum}; lower --batch-size")
+    out = open_run(args.out, args, accelerator, args.resume, args.overwrite)
+    loader = DataLoader(packed, args.batch_size, num_workers=args.workers, drop_last=True, generator=torch.Generator())
+    accelerator.print(f"{describe(model)}\n{len(signals)} signals ({sum(signals.skipped.values())} skipped) in {len(packed)} rows of {room} tokens, packing efficiency "
+                      f"{packed.efficiency:.3f}; {args.batch_size} x {accelerator.num_processes} x {args.accum} rows a step, {args.max_steps} steps, lr {args.lr:g}")
+    model, loader, *optimizers = accelerator.prepare(model, loader, *make_optimizers(model, args.optimizer, args.lr, args.weight_decay))
+    state = {"step": 0, "epoch": 0, "batch": 0}
+    if args.resume and (found := find_resume(out, accelerator)):
+        state = load_step(accelerator, found)
+        accelerator.print(f"resumed from {found}")
+    log, stop = Log(out, accelerator, args.max_steps, state["step"]), StopSignal(accelerator)
+    model.train()
+    while state["step"] < args.max_steps:
+        packed.set_epoch(state["epoch"])
+        for batch in accelerator.skip_first_batches(loader, state["batch"]):
+            with accelerator.accumulate(model):
+                result = model(**batch)
+                hidden = result.mae_mask.sum()
+                share = hidden * accelerator.num_processes / accelerator.reduce(hidden, "sum")      # rows differ in how much they hide
+                loss = result.loss * share
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.clip)
+                    lr = set_lr(optimizers, lr_at(state["step"], args.max_steps, args.warmup))
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad()
+            state["batch"] += 1
+            if not accelerator.sync_gradients:
+                continue
+            state["step"] += 1
+            if state["step"] % args.log_every == 0 or state["step"] == 1:
+                mean = accelerator.reduce(loss.detach(), "mean")
+                check_finite(mean, state["step"], [f"epoch {state['epoch']} batch {state['batch']}"], out)
+                log.log(state["step"], loss=mean, lr=lr, grad=grad_norm)
+            last = state["step"] == args.max_steps
+            if state["step"] % args.save_every == 0 or last:
+                save_step(accelerator, out, state)
+            if not last and stop():
+                stop.leave(save_step(accelerator, out, state))
+            if last:
+                break
+        else:
+            state["epoch"], state["batch"] = state["epoch"] + 1, 0
+    log.close()
+
+    if accelerator.is_main_process:
+        model = accelerator.unwrap_model(model)
+        with atomic_dir(out / "encoder") as folder:
+            model.save_pretrained(folder)
+        metrics = {"step": state["step"], "packing_efficiency": packed.efficiency}
+        if val is not None:
+            metrics["mse_hidden"], shown = measure(model, val)
+            draw(shown, config, out / "figures" / "reconstruction.png")
+            print("mean squared error of hidden patches: " + ", ".join(f"{k} {v:.5f}" for k, v in metrics["mse_hidden"].items()))
+        atomic_write(out / "metrics.json", json.dumps(metrics, indent=1))
+        print(f"encoder in {out / 'encoder'}")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run(main, parse_args())
