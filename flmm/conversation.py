@@ -1,0 +1,224 @@
+"""Ground words: given phrases, the words of a given text, or an answer that the base writes itself.
+
+    grounder = Grounder.load(config, head)
+    result = grounder.ground(image, phrases=["a red car"])       # masks, boxes, rle, scores
+    result = grounder.ground(image, text="A man beside a car.")  # noun phrases of the text
+    result = grounder.converse(image, "What do you see?")        # answer and the masks of its noun phrases
+
+Upstream: scripts/demo/grounded_conversation.py (DeepSeek-VL only, asks at the terminal for every phrase). Here the answer
+is generated with SDPA and read in one teacher-forced pass afterwards: the same rows, without keeping all attention.
+"""
+
+import re
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from common.errors import UserError
+from common.weights import read_weights
+from flmm.build import build_base, build_head, build_sam
+from flmm.data.samples import SampleBuilder, caption_of_phrases, encode_rle
+from flmm.data.transforms import to_rgb
+from flmm.evaluation import binary_masks
+from flmm.models.flmm import extract
+from flmm.models.mask_head.mask_refiner import mask_to_box
+
+PRONOUNS = set("it this that those these them he she you i they me her him a what which whose who".split())
+# words that a noun phrase does not cross, for texts in English when spaCy is not installed
+BREAKS = set("""is are was were be been being has have had do does did can could will would may might must and or but while as
+    if then than so because with without in on at by of to from into onto over under above below near behind beside between
+    through across around against for about up down out off along toward towards during there here not no also just very
+    sits stands sitting standing lies lying holds holding wears wearing looks looking shows showing plays playing walks
+    walking rides riding next it he she they we you i this that these those which who whose what where when how his""".split())
+
+
+def process_noun_chunks(chunks):
+    """Noun chunks worth grounding, in the order given: no "image", no lone pronoun, none repeated or inside a longer one."""
+    kept = [c for c in chunks if "image" not in c.lower() and c.lower() not in PRONOUNS]
+    kept = list(dict.fromkeys(kept))
+    return [c for c in kept if not any(c != other and c in other for other in kept)]
+
+
+def find_interval(intervals, index):
+    """Number of the half-open interval [start, end) that holds `index`; len(intervals) behind the last one."""
+    return next((i for i, (start, end) in enumerate(intervals) if start <= index < end), len(intervals))
+
+
+def noun_phrases(text):
+    """Noun phrases of a text: spaCy's en_core_web_sm where it is installed, else runs of words between BREAKS."""
+    try:
+        import spacy
+        chunks = [c.text for c in spacy.load("en_core_web_sm")(text).noun_chunks]
+    except (ImportError, OSError):
+        chunks = []
+        for clause in re.split(r"[.,;:!?()\"\n]+", text):
+            run = []
+            for word in [*clause.split(), "and"]:
+                if word.lower() in BREAKS or (run and word.lower() in ("a", "an", "the")):
+                    chunks.append(" ".join(run))
+                    run = []
+                if word.lower() not in BREAKS:
+                    run.append(word)
+        chunks = [c for c in chunks if c and c.lower() not in ("a", "an", "the")]
+    return process_noun_chunks(chunks)
+
+
+class KeywordSelector(nn.Module):
+    """Which words of an answer deserve a mask, read from the base's hidden states (paper, section on the keyword selector).
+
+    A linear map of the layer-averaged hidden state (d -> 1), sigmoid, threshold 0.3; neighbours above it form one phrase.
+    """
+
+    threshold = 0.3
+
+    def __init__(self, num_layers, hidden_size):
+        super().__init__()
+        self.layer_weights = nn.Parameter(torch.zeros(num_layers))
+        self.linear = nn.Linear(hidden_size, 1)
+
+    def forward(self, hidden_states):
+        """(L, T, d) -> logits (T,)."""
+        weights = self.layer_weights.softmax(0)
+        return self.linear(torch.einsum("l,ltd->td", weights, hidden_states.float()))[:, 0]
+
+    def spans(self, hidden_states):
+        """(L, T, d) -> token spans [(start, end)]."""
+        return runs((self(hidden_states).sigmoid() > self.threshold).tolist())
+
+
+def runs(flags):
+    """[(start, end)] of the runs of True."""
+    out, start = [], None
+    for i, flag in enumerate([*flags, False]):
+        if flag and start is None:
+            start = i
+        if not flag and start is not None:
+            out, start = [*out, (start, i)], None
+    return out
+
+
+class Grounder:
+    """Base, head and SAM together, ready for pictures. Image features of the last picture are kept for the next turn."""
+
+    def __init__(self, base, head, sam_encoder, selector=None):
+        self.base, self.head, self.sam_encoder, self.selector = base, head.eval(), sam_encoder, selector
+        self.builder, self._kept = SampleBuilder.of(base), (None, None)
+
+    @classmethod
+    def load(cls, config, head_path, selector_path=None, device="cpu"):
+        """config: dictionary of read_config. head_path, selector_path: weight files."""
+        base = build_base(config).to(device)
+        head, encoder = build_head(config, (base.channels, base.num_layers, base.hidden_size), build_sam(config))
+        head.load_upstream(read_weights(head_path), head_path)
+        selector = None
+        if selector_path:
+            selector = KeywordSelector(base.num_layers, base.hidden_size)
+            selector.load_state_dict(read_weights(selector_path))
+            selector.to(device)
+        return cls(base, head.to(device), encoder and encoder.to(device), selector)
+
+    def _encode(self, images):
+        """SAM embedding, computed once for as many turns as the picture stays the same."""
+        if self._kept[0] is not images[0]:
+            self._kept = (images[0], self.sam_encoder(images))
+        return self._kept[1]
+
+    @torch.no_grad()
+    def _masks(self, image, sample, texts):
+        """Result for a sample whose mask_ids name the phrases `texts`."""
+        [feature] = extract(self.base, self.sam_encoder and self._encode, [sample])
+        [output] = self.head([feature])
+        final = output["pred_masks"] if output["sam_pred_masks"] is None else output["sam_pred_masks"]
+        size = (image.height, image.width)
+        masks = binary_masks(final, size).cpu()
+        coarse = binary_masks(output["pred_masks"], size).cpu()
+        return {"phrases": texts, "masks": masks.numpy(), "coarse_masks": coarse.numpy(),
+                "boxes": [mask_to_box(m) if m.any() else None for m in masks],   # x0, y0, x1, y1 in pixels; None: nothing found
+                "rle": [encode_rle(m.numpy()) for m in masks], "scores": [round(float(s), 4) for s in output["scores"]]}
+
+    def ground(self, image, phrases=None, text=None):
+        """Masks for given phrases, or for the noun phrases of `text` in its place.
+
+        image: PIL, any mode. Returns {"phrases", "masks" (n, H, W) bool, "coarse_masks", "boxes", "rle", "scores"}.
+        Raises UserError for an empty phrase or a text without any noun phrase.
+        """
+        image = to_rgb(image)
+        if phrases is None:
+            phrases = noun_phrases(text or "")
+            if not phrases:
+                raise UserError(f"no noun phrase in {text!r}; give the phrases themselves")
+            pieces, at = [], 0
+            for k, phrase in enumerate(sorted(phrases, key=text.find)):
+                start = text.find(phrase, at)
+                if start >= 0:   # overlapping ones are skipped
+                    pieces += [(text[at:start].strip(), -1), (phrase, len([p for p in pieces if p[1] >= 0]))]
+                    at = start + len(phrase)
+            pieces = [p for p in [*pieces, (text[at:].strip(), -1)] if p[0]]
+            phrases = [p for p, k in pieces if k >= 0]
+        else:
+            pieces = caption_of_phrases(phrases)
+        if not phrases or any(not p.strip() for p in phrases):
+            raise UserError("an empty phrase cannot be grounded; write the words to look for")
+        return self._masks(image, self.builder({"image": image, "pieces": pieces}), list(phrases))
+
+    def converse(self, image, question=None, max_new_tokens=128):
+        """Ask, answer, ground: {"answer", and the result of `ground` for the phrases of the answer}.
+
+        Phrases come from the keyword selector if one is loaded, else from noun_phrases; without any the whole answer counts.
+        """
+        image = to_rgb(image)
+        sample = {"input_ids": torch.tensor(self.base.encode_prompt(question)), "image": image, "file_name": "picture",
+                  **self.base.image_processor(image)}
+        ids = self.base.generate(sample, max_new_tokens)
+        if not ids:
+            raise UserError("the base answered nothing; ask another question")
+        tokenizer = self.base.tokenizer
+        # text and character span of every token from the ids themselves: re-tokenising is no identity
+        ends = [len(tokenizer.decode(ids[: i + 1])) for i in range(len(ids))]
+        answer, intervals = tokenizer.decode(ids), list(zip([0, *ends[:-1]], ends))
+        prompt = sample["input_ids"]
+        sample["input_ids"] = torch.cat([prompt, torch.tensor(ids)])
+        if self.selector is not None:
+            probe = {**sample, "mask_ids": torch.cat([torch.full_like(prompt, -1), torch.arange(len(ids))])}
+            spans = self.selector.spans(self.base([probe])[0]["hidden_states"])
+        else:
+            spans, last = [], 0
+            for phrase in sorted(noun_phrases(answer), key=answer.find):
+                at = answer.find(phrase)
+                start = find_interval(intervals, at)
+                end = max(start + 1, find_interval(intervals, at + len(phrase) - 1) + 1)
+                if start >= last:
+                    spans, last = [*spans, (start, min(end, len(ids)))], end
+        spans = spans or [(0, len(ids))]
+        mask_ids = torch.full((len(ids),), -1)
+        for k, (start, end) in enumerate(spans):
+            mask_ids[start:end] = k
+        sample["mask_ids"] = torch.cat([torch.full_like(prompt, -1), mask_ids])
+        texts = [tokenizer.decode(ids[s:e]).strip() for s, e in spans]
+        return {"answer": answer.strip(), **self._masks(image, sample, texts)}
+
+
+def train_selector(base, records, steps=200, lr=1e-2, seed=0):
+    """Fit a KeywordSelector: every caption token inside a phrase counts as a keyword. records: of the training split.
+
+    Returns the selector and its mean loss over the last tenth of the steps. BCE, AdamW, one record a step.
+    """
+    torch.manual_seed(seed)
+    selector, builder = KeywordSelector(base.num_layers, base.hidden_size).to(base.device), SampleBuilder.of(base)
+    optimizer, losses, cache = torch.optim.AdamW(selector.parameters(), lr=lr), [], []
+    for record in records:
+        sample = builder({k: record[k] for k in ("image", "pieces", "file_name")})
+        caption = sample["labels"] != -100
+        target = (sample["mask_ids"][caption] >= 0).float()
+        sample["mask_ids"] = torch.where(caption, caption.cumsum(0) - 1, -1)
+        cache.append((base([sample])[0]["hidden_states"], target.to(base.device)))
+    for step in range(steps):
+        hidden, target = cache[step % len(cache)]
+        loss = F.binary_cross_entropy_with_logits(selector(hidden), target)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    tail = losses[-max(1, steps // 10):]
+    return selector.eval(), sum(tail) / len(tail)

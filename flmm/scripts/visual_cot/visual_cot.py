@@ -1,0 +1,130 @@
+"""Visual chain-of-thought: look for the object that matters, cut it out, ask again with both pictures.
+
+    python flmm/scripts/visual_cot/visual_cot.py --config CONFIG --head HEAD --image street.jpg --question "What is on the sign?"
+
+Versions as upstream (scripts/visual_cot): v1 asks for the most relevant object and grounds that answer, v2 grounds the
+question, v3 is the baseline without a crop. --benchmark FILE scores a list [{"image", "question", "answer"}] with a scorer
+that can be replaced: the built-in one counts an answer as right if it contains the reference.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # repository root: every way of starting this file finds it
+
+import torch
+
+from common.checkpoint import atomic_write
+from common.errors import UserError, run
+from flmm.build import read_config
+from flmm.conversation import Grounder
+from flmm.data.samples import read_json
+from flmm.data.transforms import load_image
+
+RELEVANT = "First think which object in this image is most relevant to the question."
+STARTED = " The object most relevant to the question is"
+SHORT = "Answer the question using a single word or phrase."
+
+
+def mask_to_crop(mask, scale=1.0):
+    """(H, W) mask, > 0 inside -> crop [x0, y0, x1, y1] in whole pixels: half sides at least 8, enlarged by `scale`, clipped.
+
+    The whole picture if the mask is empty.
+    """
+    h, w = mask.shape
+    ys, xs = torch.where(mask > 0)
+    if not len(ys):
+        return [0, 0, w, h]
+    box = []
+    for at, side in ((xs, w), (ys, h)):
+        low, high = at.min().item(), at.max().item()
+        centre, half = (low + high) / 2, max((high - low) / 2, 8) * scale
+        box.append((max(0, int(centre - half)), min(side, int(centre + half))))
+    return [box[0][0], box[1][0], box[0][1], box[1][1]]
+
+
+def contains(answer, reference):
+    """The offline scorer: 1 if the reference occurs in the answer, whatever the case, else 0."""
+    return float(reference.lower().strip(" .") in answer.lower())
+
+
+@torch.no_grad()
+def answer(grounder, images, text, started="", max_new_tokens=32):
+    """Greedy answer about one or two pictures; the answer may be started for the model."""
+    base = grounder.base
+    ids = base.encode_prompt(text)
+    if started:
+        ids = ids + base.tokenizer(started, add_special_tokens=False).input_ids
+    samples = [{"image": i, **base.image_processor(i)} for i in images]
+    parts, k = [], 0
+    for token in ids:   # every picture's token becomes as many as that picture has features
+        if token == base.image_token_id:
+            parts += [token] * base.image_tokens(samples[k])
+            k += 1
+        else:
+            parts.append(token)
+    input_ids = torch.tensor([parts], device=base.device)
+    mask = torch.ones_like(input_ids)
+    extra = base.build_inputs(samples, input_ids, mask)
+    extra.pop("position_ids", None)
+    out = base.model.generate(input_ids=input_ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, **extra)
+    return base.tokenizer.decode(out[0, input_ids.shape[1]:], skip_special_tokens=True).strip()
+
+
+def chain_of_thought(grounder, image, question, version="v1", box_scale=1.0, discard_sam=False):
+    """{"answer", "box", "thought"}; box and thought are None for v3."""
+    base = grounder.base
+    if version == "v3":
+        return {"answer": answer(grounder, [image], f"{question} {SHORT}"), "box": None, "thought": None}
+    thought = question
+    if version == "v1":
+        thought = answer(grounder, [image], f"{question} {RELEVANT}", STARTED, max_new_tokens=16).split(".")[0] or question
+    result = grounder.ground(image, phrases=[thought])
+    mask = torch.from_numpy(result["coarse_masks" if discard_sam else "masks"][0])
+    box = mask_to_crop(mask, box_scale)
+    text = (f"This is the whole image. {base.image_text}This is the image region that might help you answer the question: "
+            f"{question} {SHORT}")
+    return {"answer": answer(grounder, [image, image.crop(box)], text), "box": box, "thought": thought}
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="YAML file of flmm/configs")
+    parser.add_argument("--set", nargs="*", default=[], metavar="PART.NAME=VALUE", help="override values of the configuration")
+    parser.add_argument("--head", type=Path, required=True, help="trained head")
+    parser.add_argument("--image", type=Path, help="picture to ask about")
+    parser.add_argument("--question", help="what to ask")
+    parser.add_argument("--benchmark", type=Path, help="JSON list of {image, question, answer}; images relative to the file")
+    parser.add_argument("--version", choices=["v1", "v2", "v3"], default="v1", help="see above (default v1)")
+    parser.add_argument("--box-scale", type=float, default=1.0, help="enlarge the crop by this factor (default 1)")
+    parser.add_argument("--discard-sam", action="store_true", help="crop by the coarse mask")
+    parser.add_argument("--out", type=Path, help="write the results of --benchmark here (.json)")
+    return parser.parse_args()
+
+
+def main(args):
+    if not args.benchmark and not (args.image and args.question):
+        raise UserError("give --image and --question, or --benchmark")
+    items = [{"image": args.image, "question": args.question}]
+    if args.benchmark:
+        items = read_json(args.benchmark, "a list of questions")
+        for item in items:
+            item["image"] = args.benchmark.parent / item["image"]
+    images = [load_image(item["image"]) for item in items]
+    grounder = Grounder.load(read_config(args.config, args.set), args.head)
+    for item, image in zip(items, images):
+        item |= chain_of_thought(grounder, image, item["question"], args.version, args.box_scale, args.discard_sam)
+        item["image"] = Path(item["image"]).name
+        print(json.dumps(item))
+    if args.benchmark:
+        for item, reference in zip(items, read_json(args.benchmark, "a list of questions")):
+            item["score"] = contains(item["answer"], reference["answer"])
+        print(f"score {sum(i['score'] for i in items) / len(items):.3f} over {len(items)} questions")
+    if args.out:
+        atomic_write(args.out, json.dumps(items, indent=1))
+
+
+if __name__ == "__main__":
+    run(main, parse_args())
