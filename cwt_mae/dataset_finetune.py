@@ -126,12 +126,13 @@ def correlation(windows: np.ndarray, shape: np.ndarray) -> np.ndarray:
     return windows @ shape / (np.sqrt((windows**2).sum(1) * (shape**2).sum()) + 1e-6)
 
 
-def beat_features(signal, centres, seconds, rate: float, length: int):
-    """What the rest of the record says about each beat, without using any label: (beats, 22) float32.
+def beat_features(signal, centres, seconds, rate: float, length: int) -> np.ndarray:
+    """What the rest of the record says about each beat, without using any label: (beats, 26) float32.
 
-    9 of the rhythm: logarithms of intervals relative to the record's or the neighbourhood's own (a ratio means the same in
-    every patient), and the interval itself. 13 of the shape: likeness to the record's median beat before, in and after the
-    QRS complex, its height, extremes, roughness and width, and likeness to the beat before and after. Clipped to +-4.
+    11 of the rhythm: logarithms of the intervals relative to the record's or the neighbourhood's own (a ratio means the same
+    in every patient), and how irregular the neighbourhood is (an early beat means little in atrial fibrillation). 15 of the
+    shape: likeness to the record's median beat before, in and after the QRS complex, its height, extremes, roughness and
+    width, and likeness to the beat before and after. Clipped to +-4.
     """
     gaps = np.clip(np.diff(seconds), 0.15, 3.0)
     before, after = np.r_[gaps[:1], gaps], np.r_[gaps, gaps[-1:]]
@@ -139,8 +140,12 @@ def beat_features(signal, centres, seconds, rate: float, length: int):
     sums = np.cumsum(np.r_[0, before])
     lows = np.maximum(0, np.arange(len(before)) - 10)
     past = (sums[1:] - sums[lows]) / (np.arange(len(before)) + 1 - lows)         # mean of this and the ten intervals before
-    columns = [np.log(before / near), np.log(after / near), np.log(after / before), np.log(before / whole), np.log(before / past),
-               np.log(np.r_[before[:1], before[:-1]] / near), np.log(np.r_[after[1:], after[-1:]] / near), before - 0.8, np.log(near / whole)]
+    early = np.log(before / near)
+    spread = median_filter(np.abs(early), 41, mode="nearest")
+    change = median_filter(np.abs(np.diff(np.r_[before[:1], before])) / near, 41, mode="nearest")
+    columns = [early, np.log(after / near), np.log(after / before), np.log(before / whole), np.log(before / past),
+               np.log(np.r_[before[:1], before[:-1]] / near), np.log(np.r_[after[1:], after[-1:]] / near), np.log(near / whole),
+               np.log(spread + 0.01) + 4, np.log(change + 0.01) + 4, early / (spread + 0.03) / 2]
     windows = cut_edges(signal, centres - length // 2, length)
     windows = windows - np.median(windows, axis=1, keepdims=True)
     median = np.median(windows, axis=0)
@@ -153,18 +158,26 @@ def beat_features(signal, centres, seconds, rate: float, length: int):
         there = part(low, high)
         rest = (windows - median)[:, there] / height
         columns += [correlation(windows[:, there], median[there]), np.log(rest.std(1) + 1e-2) + 3]
-    qrs = windows[:, part(-0.15, 0.15)] / height
-    usual = median[part(-0.15, 0.15)] / height
+    qrs, usual = windows[:, part(-0.15, 0.15)] / height, median[part(-0.15, 0.15)] / height
     rough = np.abs(np.diff(windows[:, part(-0.2, 0.25)], axis=1)).sum(1) / height
     swing = np.abs(qrs - np.median(qrs, axis=1, keepdims=True))
     wide = (swing > 0.3 * swing.max(1, keepdims=True)).mean(1)
-    columns += [np.log(np.ptp(qrs, 1) + 1e-2), qrs.max(1) - usual.max(), qrs.min(1) - usual.min(), rough - np.median(rough), 5 * (wide - np.median(wide))]
+    spans = travel_time(np.r_[windows, median[None]][:, part(-0.2, 0.2)], rate) * 9
+    columns += [np.log(np.ptp(qrs, 1) + 1e-2), qrs.max(1) - usual.max(), qrs.min(1) - usual.min(), rough - np.median(rough),
+                5 * (wide - np.median(wide)), spans[:-1], spans[:-1] - spans[-1]]
     form = windows[:, part(-0.12, 0.2)]
     form = form - form.mean(1, keepdims=True)
     form = form / (np.linalg.norm(form, axis=1, keepdims=True) + 1e-6)
     like = (form[1:] * form[:-1]).sum(1)
     columns += [np.r_[1, like], np.r_[like, 1]]
     return np.clip(np.stack(columns, 1), -4, 4).astype(np.float32)
+
+
+def travel_time(windows: np.ndarray, rate: float) -> np.ndarray:
+    """Seconds in which the middle 80 % of each row's up and down is travelled, a measure of how wide its QRS complex is: (n,)."""
+    way = np.cumsum(np.abs(np.diff(windows, axis=1)), axis=1)
+    way = way / (way[:, -1:] + 1e-6)
+    return ((way > 0.9).argmax(1) - (way > 0.1).argmax(1)) / rate
 
 
 def rhythm_items(store: Store, signal_len: int):
