@@ -45,18 +45,38 @@ def parse_args(argv=None):
     p.add_argument("--mode", nargs="+", default=["v_only"], help=f"what to switch off: {', '.join(MODES)} (upstream: v_only, qv)")
     p.add_argument("--distance", nargs="+", default=["l1_mean", "kl"], choices=DISTANCES, help="default l1_mean and kl; the first goes to --out")
     p.add_argument("--method", choices=METHODS, default="wavefront")
-    p.add_argument("--prompts", type=Path, help="text file, one prompt a line, or .jsonl with the field text; default: 18 built-in ones, "
-                   "English, Chinese, radiology in both")
-    p.add_argument("--task-data", type=Path, help="dia_pangu data folder: task prompts with the volume's embeddings and the report instead of texts")
-    p.add_argument("--task-samples", type=int, default=16, help="training samples used as task prompts (default 16)")
-    p.add_argument("--max-tokens", type=int, default=512, help="prompts are cut to this many tokens (default 512)")
+    add_prompt_args(p)
     p.add_argument("--batch-size", type=int, default=1, help="prompts in one wavefront, right-padded (default 1; raise it on an accelerator)")
-    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="weights' type; default as stored")
     p.add_argument("--sanity_check", action="store_true", help="first check that a lifted mask changes nothing and that the method equals naive")
     p.add_argument("--resume", action="store_true", help="go on with an interrupted scan: prompts already scored are not run again")
     p.add_argument("--overwrite", action="store_true", help="start again although --out exists")
-    p.add_argument("--trust-remote-code", action="store_true", help="allow code inside the model folder to run")
     return p.parse_args(argv)
+
+
+def add_prompt_args(p):
+    """What to run through the model; the same for the scan and for choosing by measured loss."""
+    p.add_argument("--prompts", type=Path, help="text file, one prompt a line, or .jsonl with the field text; default: 18 built-in "
+                   "ones, a third each English, Chinese and radiology")
+    p.add_argument("--task-data", type=Path, help="dia_pangu data folder: task prompts with the volume's embeddings and the report; "
+                   "--model is then a dia_pangu checkpoint")
+    p.add_argument("--task-samples", type=int, default=16, help="training samples used as task prompts (default 16)")
+    p.add_argument("--max-tokens", type=int, default=512, help="prompts are cut to this many tokens (default 512)")
+    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="weights' type; default as stored")
+    p.add_argument("--trust-remote-code", action="store_true", help="allow code inside the model folder to run")
+
+
+def load_prompts(args, tokenizer) -> list[dict]:
+    """The prompts that `add_prompt_args` asked for: dicts with name, input_ids or inputs_embeds, and labels for task prompts."""
+    if args.max_tokens < 2 or args.task_samples < 1:
+        raise UserError("--max-tokens needs at least 2, --task-samples at least 1")
+    if args.task_data:
+        from pruning.report_model import task_prompts     # dia_pangu's data and vision part, needed only here
+        return list(task_prompts(args.model, args.task_data, args.task_samples))
+    texts = read_prompts(args.prompts) if args.prompts else builtin_prompts()
+    prompts = [{"name": text, "input_ids": torch.tensor([tokenizer(text).input_ids[:args.max_tokens]])} for text in texts]
+    if short := [p["name"] for p in prompts if p["input_ids"].shape[1] < 2]:
+        raise UserError(f"{args.prompts}: prompt {short[0]!r} has fewer than 2 tokens; remove it")
+    return prompts
 
 
 # ------------------------------------------------------------------------------------------------ variants
@@ -407,19 +427,12 @@ def sanity_check(model, prompt, variants, kinds, method):
 def main(args):
     modes = [plain_mode(mode) for mode in args.mode]
     journal = args.out.with_suffix(".records.jsonl")
-    if args.max_tokens < 2 or args.batch_size < 1 or args.task_samples < 1:
-        raise UserError("--max-tokens needs at least 2, --batch-size and --task-samples at least 1")
+    if args.batch_size < 1:
+        raise UserError("--batch-size needs at least 1")
     if journal.exists() and not (args.resume or args.overwrite):
         raise UserError(f"{journal}: a scan stands there; add --resume to go on with it or --overwrite to start again")
     model, tokenizer = load_model(args.model, args.dtype, args.trust_remote_code)
-    if args.task_data:
-        from pruning.report_model import task_prompts     # dia_pangu's data and vision part, needed only here
-        prompts = list(task_prompts(args.model, args.task_data, args.task_samples))
-    else:
-        texts = read_prompts(args.prompts) if args.prompts else builtin_prompts()
-        prompts = [{"name": text, "input_ids": torch.tensor([tokenizer(text).input_ids[:args.max_tokens]])} for text in texts]
-        if short := [p["name"] for p in prompts if p["input_ids"].shape[1] < 2]:
-            raise UserError(f"{args.prompts}: prompt {short[0]!r} has fewer than 2 tokens; remove it")
+    prompts = load_prompts(args, tokenizer)
     variants = list_variants(model, modes)
     print(f"{len(decoder_layers(model))} layers, {len(prompts)} prompts, {len(variants)} variants, {args.method}")
     if args.sanity_check:
