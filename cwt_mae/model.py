@@ -62,7 +62,7 @@ def _spectra(scales: tuple, points: int, n: int, dtype: torch.dtype, device: tor
     return spectra.real.repeat_interleave(2, dim=1).to(device, dtype)
 
 
-def _extend(x: torch.Tensor, margin: int, padding: str, real: torch.Tensor | None) -> torch.Tensor:
+def _extend(x: torch.Tensor, margin: int, padding: str, real: torch.Tensor | None, zero=0.0) -> torch.Tensor:
     """x (B, L) -> (B, L + 2 margin), continued on both sides of its real part (B, L), all of it by default."""
     length = x.shape[1]
     t = torch.arange(length, device=x.device)
@@ -72,7 +72,7 @@ def _extend(x: torch.Tensor, margin: int, padding: str, real: torch.Tensor | Non
     t = torch.arange(-margin, length + margin, device=x.device)[None]
     inside = t.maximum(first).minimum(last)
     if padding == "zero":
-        return x.gather(1, inside) * ((t >= first) & (t <= last))
+        return torch.where((t >= first) & (t <= last), x.gather(1, inside), zero)
     if padding == "replicate":
         return x.gather(1, inside)
     if padding != "reflect":
@@ -206,15 +206,16 @@ def _differences(x, real, half: int, legacy: bool, padding: str):
     """x (B, L) -> signal, first and second difference, continued by `half` samples: (B, 3, L + 2 half)."""
     if legacy:
         edge = _extend(x, 1, "replicate", real)
-    else:
-        mean = x.mean(1, keepdim=True) if real is None else (x * real).sum(1, keepdim=True) / real.sum(1, keepdim=True)
-        edge = _extend(x - mean, half + 1, padding, real)
+        now, before, after = edge[:, 1:-1], edge[:, 1:-1] - edge[:, :-2], edge[:, 2:] - edge[:, 1:-1]
+        rows = torch.stack([now, before, after - before], 1).flatten(0, 1)
+        real = None if real is None else real.repeat_interleave(3, 0)
+        return _extend(rows, half, padding, real).unflatten(0, (-1, 3))
+    weights = torch.ones_like(x) if real is None else real
+    mean = (x * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
+    rest = ((x - mean) * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True)           # what float32 lost of a large mean
+    edge = _extend(x, half + 1, padding, real, zero=mean)
     now, before, after = edge[:, 1:-1], edge[:, 1:-1] - edge[:, :-2], edge[:, 2:] - edge[:, 1:-1]
-    rows = torch.stack([now, before if legacy else (before + after) / 2, after - before], 1)
-    if not legacy:
-        return rows
-    real = None if real is None else real.repeat_interleave(3, 0)
-    return _extend(rows.flatten(0, 1), half, padding, real).unflatten(0, (-1, 3))
+    return torch.stack([now - mean - rest, (before + after) / 2, after - before], 1)
 
 
 # ---- parts of the transformer -----------------------------------------------------------------------------------------

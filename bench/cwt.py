@@ -1,0 +1,187 @@
+"""The wavelet front end of cwt_mae against direct convolution, PyWavelets and ptwt.
+
+    python bench/cwt.py [--batch 32] [--length 3000] [--scales 64] [--repeats 5]
+
+Signals (batch, length), their first and second differences, all Ricker scales: every method makes a new output tensor
+(batch, 3, scales, length) from the same signals. Methods take turns within a repeat, so that a busy machine hurts them
+alike; each number is the median over the repeats.
+
+  cpu_ms      processor time on one thread, user and system; a busy machine changes it least
+  wall_ms     time on the clock with 2 and with 4 threads
+  memory_mb   highest resident memory above that before the call, in a process of its own; the output counts
+  error       largest difference from the same transform by direct convolution in float64, in parts of its peak, worst channel
+
+The direct method is upstream's: conv1d with 630 taps and zeros beyond the ends (legacy), then mean and deviation. `cwt_wrap
+legacy` computes the same numbers; `cwt_wrap` is the default, with 631 taps and reflected ends, compared with the direct
+form of that. PyWavelets and ptwt (pip install pywavelets ptwt; left out where missing) sample an integrated wavelet and
+round its length, so their error is a difference of method; they have no scale below 0.5, for which they get scale 1.
+
+Writes bench/results/cwt.json.
+"""
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
+from common.checkpoint import atomic_write
+from cwt_mae.model import create_ricker_wavelets, cwt_wrap
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def direct(x, scales, points, reflect=False):
+    """Upstream's way, in the dtype of x: differences, one conv1d with all kernels. reflect: the default of `cwt_wrap`."""
+    half, length = points // 2, x.shape[1]
+    if reflect:
+        edge = F.pad((x - x.mean(1, keepdim=True))[:, None], (half + 1, half + 1), mode="reflect")[:, 0]
+        now, before, after = edge[:, 1:-1], edge[:, 1:-1] - edge[:, :-2], edge[:, 2:] - edge[:, 1:-1]
+        rows, padding = torch.stack([now, (before + after) / 2, after - before], 1), 0
+    else:
+        first = torch.diff(F.pad(x[:, None], (1, 1), mode="replicate")[:, 0])
+        rows, padding = torch.stack([x, first[:, :-1], torch.diff(first)], 1), half
+    kernels = create_ricker_wavelets(points, scales.to(x.dtype))
+    return F.conv1d(rows.flatten(0, 1)[:, None], kernels, padding=padding)[..., :length].unflatten(0, (-1, 3))
+
+
+def normalized(imgs):
+    """Upstream's instance normalisation."""
+    return (imgs - imgs.mean((2, 3), keepdim=True)) / imgs.std((2, 3), keepdim=True).clamp(min=1e-5)
+
+
+def rows_of(x):
+    first = torch.diff(F.pad(x[:, None], (1, 1), mode="replicate")[:, 0])
+    return torch.stack([x, first[:, :-1], torch.diff(first)], 1).flatten(0, 1)
+
+
+def methods(num_scales, length) -> dict:
+    """{name: function of x (B, L) -> (B, 3, S, L)}."""
+    scales = torch.arange(num_scales) + 0.1
+    largest = float(scales[-1])
+    points = int(min(10 * largest, length) + (min(10 * largest, length) % 2 == 0))
+    found = {
+        "conv1d": lambda x: direct(x, scales, points),
+        "cwt_wrap legacy": lambda x: cwt_wrap(x, num_scales, legacy=True),
+        "cwt_wrap": lambda x: cwt_wrap(x, num_scales),
+        "conv1d + norm": lambda x: normalized(direct(x, scales, points)),
+        "cwt_wrap legacy + norm": lambda x: cwt_wrap(x, num_scales, legacy=True, normalize=True),
+        "cwt_wrap + norm": lambda x: cwt_wrap(x, num_scales, normalize=True),
+    }
+    other = scales.clone()
+    other[0] = 1.0
+    try:
+        import pywt
+        for how in ("fft", "conv"):
+            found[f"pywt mexh {how}"] = lambda x, how=how: torch.from_numpy(
+                pywt.cwt(rows_of(x).numpy(), other.numpy(), "mexh", method=how, axis=-1)[0]).transpose(0, 1).unflatten(0, (-1, 3))
+    except ImportError:
+        print("pywt is not installed: left out (pip install pywavelets)")
+    try:
+        import ptwt
+        found["ptwt mexh"] = lambda x: ptwt.cwt(rows_of(x), other, "mexh")[0].transpose(0, 1).unflatten(0, (-1, 3))
+    except ImportError:
+        print("ptwt is not installed: left out (pip install ptwt)")
+    return found
+
+
+def test_signal(batch, length):
+    """Pulses, drift, offset and noise, as in a record that nobody prepared."""
+    generator = torch.Generator().manual_seed(0)
+    t = torch.arange(length) / 100
+    rate = 1 + 0.3 * torch.rand(batch, 1, generator=generator)
+    noise = torch.randn(batch, length, generator=generator)
+    return torch.sin(2 * torch.pi * rate * t).clamp(min=0) ** 15 + 0.3 * torch.sin(0.9 * t) + 0.5 + 0.03 * noise
+
+
+def memory(name, args):
+    """Run in a process of its own: MB of resident memory that one call adds at its highest."""
+    method, x = methods(args.scales, args.length)[name], test_signal(args.batch, args.length)
+    torch.set_num_threads(1)
+    method(x[:1])                                          # libraries, kernel spectra and thread stacks are there before
+    Path("/proc/self/clear_refs").write_text("5")          # the high-water mark starts again
+    status = lambda key: int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key)).split()[1])  # noqa: E731
+    before = status("VmRSS")
+    result = method(x)
+    print(json.dumps((status("VmHWM") - before) / 1024 + 0 * result.numel()))
+
+
+def turns(found: dict, x, repeats: int, clock) -> dict:
+    """Median milliseconds of each method on `clock`; the order within a repeat is drawn anew."""
+    for method in found.values():
+        method(x)
+    spent = {name: [] for name in found}
+    for repeat in range(repeats):
+        for name in random.Random(repeat).sample(list(found), len(found)):
+            start = clock()
+            found[name](x)
+            spent[name].append(1e3 * (clock() - start))
+    return {name: statistics.median(times) for name, times in spent.items()}
+
+
+def errors(found: dict, x, num_scales) -> dict:
+    """Worst channel's largest difference from float64 direct convolution, in parts of its peak."""
+    scales, x = torch.arange(num_scales) + 0.1, x[:4]
+    largest = min(10 * float(scales[-1]), x.shape[1])
+    legacy = direct(x.double(), scales, int(largest + (largest % 2 == 0)))
+    centred = direct(x.double(), scales, 2 * int(5 * float(scales[-1]) + 1e-3) + 1, reflect=True)
+    worst = {}
+    for name, method in found.items():
+        expected = centred if name.startswith("cwt_wrap") and "legacy" not in name else legacy
+        expected = normalized(expected) if "norm" in name else expected
+        peak = expected.abs().amax((0, 2, 3))
+        worst[name] = ((method(x).double() - expected).abs().amax((0, 2, 3)) / peak).max().item()
+    return worst
+
+
+@torch.no_grad()
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--batch", type=int, default=32, help="signals")
+    parser.add_argument("--length", type=int, default=3000, help="samples of each signal")
+    parser.add_argument("--scales", type=int, default=64, help="0.1, 1.1, ... samples")
+    parser.add_argument("--repeats", type=int, default=5, help="measurements of each number; the median is shown")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "cwt.json", help="where the numbers go")
+    parser.add_argument("--memory", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.memory:
+        return memory(args.memory, args)
+    found, x = methods(args.scales, args.length), test_signal(args.batch, args.length)
+    torch.set_num_threads(1)
+    print("processor time on one thread, then time on the clock with 2 and 4, then memory: some minutes", flush=True)
+    rows = {name: {"cpu_ms": value} for name, value in turns(found, x, args.repeats, time.process_time).items()}
+    for threads in (2, 4):
+        torch.set_num_threads(threads)
+        for name, value in turns(found, x, args.repeats, time.perf_counter).items():
+            rows[name][f"wall_ms_{threads}"] = value
+    torch.set_num_threads(1)
+    for name, error in errors(found, x, args.scales).items():
+        rows[name]["error"] = error
+        command = [sys.executable, __file__, "--memory", name] + [f"--{k}={getattr(args, k)}" for k in ("batch", "length", "scales")]
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        rows[name]["memory_mb"] = json.loads(output.splitlines()[-1])
+    for name, row in rows.items():
+        rival = rows["conv1d + norm" if "norm" in name else "conv1d"]
+        row["ratio_cpu"] = rival["cpu_ms"] / row["cpu_ms"]
+        row["ratio_wall_2"], row["ratio_wall_4"] = (rival[f"wall_ms_{t}"] / row[f"wall_ms_{t}"] for t in (2, 4))
+    print(f"{args.batch} signals x {args.length} samples x {args.scales} scales x 3 channels, output {args.batch * 3 * args.scales * args.length * 4 / 1e6:.0f} MB; "
+          f"torch {torch.__version__}, numpy {np.__version__}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
+    print(f"{'method':24}{'cpu ms':>8}{'x':>6}{'2 threads':>11}{'x':>6}{'4 threads':>11}{'x':>6}{'memory MB':>11}{'error':>9}")
+    for name, row in rows.items():
+        print(f"{name:24}{row['cpu_ms']:8.0f}{row['ratio_cpu']:6.1f}{row['wall_ms_2']:11.0f}{row['ratio_wall_2']:6.1f}"
+              f"{row['wall_ms_4']:11.0f}{row['ratio_wall_4']:6.1f}{row['memory_mb']:11.0f}{row['error']:9.0e}")
+    about = {"batch": args.batch, "length": args.length, "scales": args.scales, "repeats": args.repeats, "torch": torch.__version__,
+             "cores": os.cpu_count(), "load": os.getloadavg()[0]}
+    atomic_write(args.out, json.dumps({"about": about, "methods": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
