@@ -32,7 +32,7 @@ from common.run import progress
 from dia_pangu.src.Dataset.prompt import COLUMNS, FINDINGS
 
 SIZE, SPACING_MM = (64, 64, 16), (6.0, 6.0, 20.0)  # H front to back, W right to left, D feet to head
-PREVALENCE = {"enlarged cardiomediastinum": 0.12, "cardiomegaly": 0.16, "lung opacity": 0.28, "lung lesion": 0.20,
+PREVALENCE = {"enlarged cardiomediastinum": 0.12, "cardiomegaly": 0.16, "lung opacity": 0.26, "lung lesion": 0.20,
               "edema": 0.09, "consolidation": 0.16, "pneumonia": 0.11, "atelectasis": 0.13, "pneumothorax": 0.09,
               "pleural effusion": 0.20, "pleural other": 0.13, "fracture": 0.06, "support devices": 0.13}
 NORMAL_SHARE = 0.06  # volumes made without any condition, beside those that get none by chance
@@ -85,11 +85,11 @@ def phantom(rng, findings: dict) -> tuple[np.ndarray, np.ndarray]:
     side_of = np.where(x < 0, -1, 1)
     texture = gaussian_filter(rng.normal(size=SIZE), (1.5, 1.5, 0.6))
     lung = -840 + 45 * texture / texture.std()
-    for _ in range(14):  # vessels: short bright rods that leave the hilum
+    for _ in range(14):  # vessels: short brighter rods that leave the hilum
         s = rng.choice((-1, 1))
         out = rng.uniform(25, 80)
         lung = np.where(ball(s * (30 + out), rng.uniform(-55, 55), rng.uniform(-90, 90), rng.uniform(7, 22), 5, 12) < 1,
-                        rng.uniform(-450, -150), lung)
+                        rng.uniform(-620, -380), lung)
     hu = np.where(cavity, lung, hu)
     wide = 1.0
     if "enlarged cardiomediastinum" in findings:
@@ -117,25 +117,25 @@ def phantom(rng, findings: dict) -> tuple[np.ndarray, np.ndarray]:
     for name in ("lung opacity", "consolidation", "pneumonia", "lung lesion"):
         if name not in findings:
             continue
-        s, r = sign[name], (28, 36, 46)[grade[name]] + rng.uniform(-3, 3)
+        s, r = sign[name], (36, 46, 56)[grade[name]] + rng.uniform(-3, 3)
         centre = (s * rng.uniform(62, 92), rng.uniform(-45, 45), ZONE_MM[findings[name]["place"]] + rng.uniform(-12, 12))
         if name == "lung opacity":  # ground glass: the lung stays visible
             where = soft & (ball(*centre, r, r, r * 0.9) + 0.25 * texture < 1)
-            hu = np.where(where, hu + 330, hu)
+            hu = np.where(where, hu + 380, hu)
         elif name == "consolidation":  # dense, with air in some bronchi
-            where = soft & (ball(*centre, r, r * 0.9, r * 0.8) < 1)
+            where = soft & (ball(*centre, 0.85 * r, 0.8 * r, 0.75 * r) < 1)
             hu = np.where(where, np.where(texture > 1.2 * texture.std(), -500.0, 35.0), hu)
         elif name == "pneumonia":  # several dense patches, each with a halo
             where = np.zeros(SIZE, bool)
-            for _ in range(4):
-                near = [c + rng.uniform(-0.75, 0.75) * r for c in centre]
-                dist = ball(*near, 18, 18, 18)
-                hu = np.where(soft & (dist < 2.4), np.maximum(hu, np.where(dist < 1, -10.0, -480.0)), hu)
-                where |= soft & (dist < 2.4)
+            for _ in range(6):
+                near = [c + rng.uniform(-0.9, 0.9) * r for c in centre]
+                dist = ball(*near, 17, 17, 20)
+                hu = np.where(soft & (dist < 2), np.maximum(hu, np.where(dist < 1, -60.0, -480.0)), hu)
+                where |= soft & (dist < 2)
         else:
-            r = (13, 17, 22)[grade[name]]
-            where = soft & (ball(*centre, r, r, max(r, 14)) < 1)
-            hu = np.where(where, 70.0, hu)
+            r = (18, 23, 28)[grade[name]]
+            where = soft & (ball(*centre, r, r, r) < 1)
+            hu = np.where(where, 90.0, hu)
         mark(name, where)
     if "edema" in findings:  # haze around both hila, thicker septa at the base
         haze = np.exp(-(((np.abs(x) - 42) / 42) ** 2 + (y / 55) ** 2 + ((z + 5) / 75) ** 2))
@@ -154,7 +154,7 @@ def phantom(rng, findings: dict) -> tuple[np.ndarray, np.ndarray]:
         mark("pleural effusion", where)
     edge = ((np.abs(x) - 74) / (58 * taper)) ** 2 + (y / (90 * taper)) ** 2
     if "pneumothorax" in findings:  # air without lung texture at the front
-        level = (-0.55, -0.40, -0.25)[grade["pneumothorax"]]
+        level = (-0.45, -0.30, -0.15)[grade["pneumothorax"]]
         where = cavity & (side_of == sign["pneumothorax"]) & (depth < level) & ~heart
         rind = cavity & (side_of == sign["pneumothorax"]) & (np.abs(depth - level) < 0.07) & ~heart
         hu = np.where(where, -1000.0, np.where(rind, -350.0, hu))

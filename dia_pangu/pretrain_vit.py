@@ -6,7 +6,7 @@
 Upstream's first stage trains the Perceiver behind a ViT that Dia-LLaMA has trained; behind an untrained ViT it learns
 nothing. Here every patch token learns which findings its voxels carry (masks/ of the data), and with --contrast the
 prototypes, memories and temperature learn to tell present from absent, as in the loss of the full model. The prototypes
-start at the logarithm of where each finding is seen in the training masks.
+start at the logarithm of where each finding is seen in the training masks, the memories as `start_memories` says.
 """
 import argparse
 import sys
@@ -55,6 +55,26 @@ class PatchModel(nn.Module):
 
 
 @torch.no_grad()
+def start_memories(layer: MyEmbedding, data: CTRGDataset, volumes):
+    """Begin the contrast where the patch labels have led: `proj` whitens the finding features of these training volumes
+    (what all volumes share is gone, so that a cosine speaks of the difference), memories are the means of the volumes with
+    and without each finding. Before any training this tells findings apart; from random memories it takes many epochs."""
+    layer.eval()
+    samples = [collate([data[i]]) for i in volumes]
+    features = torch.cat([layer.finding_features(layer.encode(batch["vision_x"])) for batch in samples])  # (N, 14, dim)
+    present = torch.cat([batch["cls_labels"] for batch in samples]).float()
+    centred = (features - features.mean(0)).flatten(0, 1)
+    spread, axes = torch.linalg.eigh(centred.T @ centred / len(centred))
+    whiten = (axes * spread.clamp(min=1e-4 * spread.max()).rsqrt()) @ axes.T
+    layer.proj.weight.copy_(whiten)
+    layer.proj.bias.copy_(-whiten @ features.mean((0, 1)))
+    z = F.normalize(layer.proj(features), dim=-1)
+    for memory, share in ((layer.pos_sample_memory, present), (layer.neg_sample_memory, 1 - present)):
+        mean = torch.einsum("bc,bcd->cd", share, z) / share.sum(0)[:, None].clamp(min=1)
+        memory[:, 0] = torch.where(share.sum(0)[:, None] > 0, F.normalize(mean, dim=-1), memory[:, 0])
+
+
+@torch.no_grad()
 def evaluate(model, loader, accelerator) -> dict:
     """Micro-F1 of the findings: by the prototypes when these are trained, else by the most suspicious patch."""
     probabilities, labels = [], []
@@ -96,9 +116,11 @@ def main(args):
     layer.prototype.data = (share.T + 0.003).log()
     model = PatchModel(layer, weight, args.contrast)
     if args.start:
-        load_start(nn.ModuleDict({"embedding_layer": layer}), Path(args.start) / "vision.safetensors")
+        load_start(model, args.start)
         model.head.load_state_dict(load_file(Path(args.start) / "evidence_head.safetensors"))
         layer.prototype.data = (share.T + 0.003).log()
+        if args.contrast and not args.resume:
+            start_memories(layer, train_set, counted)
     fast = {"prototype", "pos_sample_memory", "neg_sample_memory", "temp"}
     named = dict(layer.named_parameters())
     trained = [name for name in named if name.startswith("vision_encoder.") or (args.contrast and (name in fast or name.startswith("proj.")))]

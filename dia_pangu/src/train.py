@@ -9,6 +9,7 @@ that by parts of parameter names. --dry-run prints parameters and memory without
 """
 import argparse
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -131,6 +132,9 @@ def main(args):
     accelerator.print(f"validation findings, thresholds calibrated there: micro-F1 {calibrated['micro']['F1']:.3f}, at 0.5 {scores['micro_f1']:.3f}")
     if accelerator.is_main_process:
         save_model(model, out, config)
+        heads = [Path(start) / "evidence_head.safetensors" for start in args.start]
+        if heads and heads[-1].is_file() and not any("vision_encoder." in name for name in names):
+            shutil.copy(heads[-1], out)  # the patch head of pretrain_vit.py still fits the ViT
         atomic_write(out / "metrics.json", json.dumps({"validation": scores, "validation_calibrated": calibrated, "trained": names}, indent=1))
     if torch.cuda.is_available():
         accelerator.print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")

@@ -45,7 +45,7 @@ class ReportText:
         self.cut = 0  # reports that did not fit
         images = [f"<image{j}>" for j in range(image_tokens * volumes)]
         self.images = "".join("<image>" + "".join(images[i:i + image_tokens]) + "</image>"
-                              for i in range(0, len(images), image_tokens))
+                              for i in range(0, len(images), max(1, image_tokens)))
         names = ["<image>", "</image>", *images]
         words = len(tokenizer) - len([name for name in tokenizer.get_added_vocab() if name.strip("</>0123456789") == "image"])
         if words > num_embeddings:

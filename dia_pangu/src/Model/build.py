@@ -98,7 +98,7 @@ def to_our_keys(model, tensors: dict, take: str) -> dict:
     Perceiver keys. take 'all': also the language model, with or without LoRA names as the model needs them.
     """
     out = {}
-    wanted = model.state_dict()
+    wanted = model.state_dict() if take == "all" else {}
     lora = any(".lora_A." in key for key in wanted)
     bare = {"to_patch_embedding.": "vision_encoder.", "pos_embedding.": "vision_encoder.", "transformer.": "vision_encoder.",
             "latents": "perceiver.", "layers.": "perceiver.", "norm.": "perceiver."}
@@ -123,12 +123,14 @@ def to_our_keys(model, tensors: dict, take: str) -> dict:
     return out
 
 
-def load_start(model, path, take: str = "vision"):
-    """Start weights from a Dia-LLaMA, Dia-Pangu or RadFM file or folder; prints what was taken and what not."""
-    tensors = read_weights(path)
-    renamed = to_our_keys(model, tensors, take)
-    left = len([key for key in tensors if key.startswith("lang_model.")]) if take == "vision" else 0
-    report = load_weights(model, renamed, str(path), min_share=0.0)
+def load_start(model, path):
+    """Start weights of `model.embedding_layer` from a Dia-LLaMA, Dia-Pangu or RadFM file or folder, or from a run of
+    pretrain_vit.py; prints what was taken and what not."""
+    path = Path(path)
+    tensors = read_weights(path / "vision.safetensors" if (path / "vision.safetensors").is_file() else path)
+    renamed = to_our_keys(model, tensors, "vision")
+    left = len([key for key in tensors if key.startswith("lang_model.")])
+    report = load_weights(torch.nn.ModuleDict({"embedding_layer": model.embedding_layer}), renamed, str(path), min_share=0.0)
     if report.mismatched:
         key, theirs, ours = report.mismatched[0]
         raise UserError(f"{path}: {len(report.mismatched)} tensors have another shape, {key} {theirs} where the model has {ours}; "

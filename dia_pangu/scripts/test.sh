@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Write and score the reports of the test split: CKPT (folder of train.py), LLM, DATA and OUT name the folders.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../../common/env.sh"
+OUT=${OUT:-$ROOT/dia_pangu/results}
+"$PYTHON" "$ROOT/dia_pangu/src/test.py" --ckpt-path "${CKPT:-$RUNS/dia_pangu/base}" --data "${DATA:-$ROOT/data/dia_pangu}" \
+  --lang-encoder-path "${LLM:-$RUNS/dia_pangu/llm/model}" --out "$OUT" "$@"
+"$PYTHON" "$ROOT/dia_pangu/evaluate/nlg_eval.py" --csv "$OUT/dia-pangu.csv" --out "$OUT/scores.json"
