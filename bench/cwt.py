@@ -172,7 +172,8 @@ def main():
         rival = rows["conv1d + norm" if "norm" in name else "conv1d"]
         row["ratio_cpu"] = rival["cpu_ms"] / row["cpu_ms"]
         row["ratio_wall_2"], row["ratio_wall_4"] = (rival[f"wall_ms_{t}"] / row[f"wall_ms_{t}"] for t in (2, 4))
-    print(f"{args.batch} signals x {args.length} samples x {args.scales} scales x 3 channels, output {args.batch * 3 * args.scales * args.length * 4 / 1e6:.0f} MB; "
+    output_mb = args.batch * 3 * args.scales * args.length * 4 / 1e6
+    print(f"{args.batch} signals x {args.length} samples x {args.scales} scales x 3 channels, output {output_mb:.0f} MB; "
           f"torch {torch.__version__}, numpy {np.__version__}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     print(f"{'method':24}{'cpu ms':>8}{'x':>6}{'2 threads':>11}{'x':>6}{'4 threads':>11}{'x':>6}{'memory MB':>11}{'error':>9}")
     for name, row in rows.items():
