@@ -10,6 +10,7 @@ distance to the unpruned model's distributions. Upstream's two scripts could not
 """
 import argparse
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -122,9 +123,11 @@ def set_trained(model, full: bool) -> list[str]:
 
 def heal(model, train_set, collate_fn, args, accelerator, teacher=None, distill: float = 0.0):
     """Train what requires a gradient in `model`, with dia_pangu's loop; returns the model."""
-    healing = Healing(model, teacher, distill)
-    trainer = Trainer(healing, args, accelerator, train_set, collate_fn, INPUTS)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    trainer = Trainer(Healing(model, teacher, distill), args, accelerator, train_set, collate_fn, INPUTS)
     trainer.train()
+    for number, handler in handlers.items():              # the loop's "save, then stop" ends with the loop
+        signal.signal(number, handler)
     return accelerator.unwrap_model(trainer.model).student.eval()
 
 

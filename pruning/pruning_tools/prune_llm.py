@@ -279,6 +279,8 @@ def prune(checkpoint: Checkpoint, llm, lora, config, drop_layers, tag: str, args
                     write_adapter_config(stem, lora)
         if lora:
             write_adapter_config(out, lora)
+        if (checkpoint.folder / "dia_config.json").is_file():              # sizes and thresholds of dia_pangu
+            shutil.copyfile(checkpoint.folder / "dia_config.json", out / "dia_config.json")
     for merge in {"none": (), "merged": (True,), "adapter": (False,), "both": (True, False)}[args.hf if llm.root else "merged"]:
         name = f"hf_{tag}" if merge else f"hf_{tag}_adapter"
         write_hf(out / name, entries, llm, lora, config, source, layer_id_map, merge, shard_bytes)

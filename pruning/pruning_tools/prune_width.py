@@ -25,8 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root:
 from common.checkpoint import atomic_dir
 from common.errors import UserError, run
 from pruning.layers import decoder_layers, head_counts, plain
-from pruning.sensitivity_analyse.layer_sensitivity_scan import add_prompt_args, load_prompts, pad_prompts, patched
-from pruning.sensitivity_analyse.load_model import load_model
+from pruning.sensitivity_analyse.layer_sensitivity_scan import add_prompt_args, load_with_prompts, pad_prompts, patched
 
 
 def parse_args(argv=None):
@@ -174,8 +173,7 @@ def main(args):
         raise UserError(f"--sparsity {args.sparsity}: give a share between 0 and 1, or 2:4")
     if args.out.exists() and not args.overwrite:
         raise UserError(f"{args.out} exists; add --overwrite or choose another --out")
-    model, tokenizer = load_model(args.model, args.dtype, args.trust_remote_code)
-    prompts = load_prompts(args, tokenizer)
+    model, tokenizer, prompts = load_with_prompts(args)
     before = sum(p.numel() for p in model.parameters())
     if args.method == "width":
         chosen = prune_width(model, prompts, args.mlp_ratio, args.kv_ratio)

@@ -30,8 +30,7 @@ from common.errors import UserError, run
 from pruning.layers import decoder_layers, plain, without_layers
 from pruning.pruning_tools.prune_llm import spec_of
 from pruning.sensitivity_analyse.layer_mask import plain_mode
-from pruning.sensitivity_analyse.layer_sensitivity_scan import add_prompt_args, layer_scores, load_prompts, scan, summarise
-from pruning.sensitivity_analyse.load_model import load_model
+from pruning.sensitivity_analyse.layer_sensitivity_scan import add_prompt_args, layer_scores, load_with_prompts, scan, summarise
 
 FROM_RECORDS = ("sensitivity", "block_influence", "leave_one_out", "perplexity", "angular")
 FROM_MODEL = ("window", "greedy", "beam")
@@ -151,8 +150,7 @@ def main(args):
         raise UserError("--model is needed for window, greedy, beam and --target-params")
     records = read_records(args.records) if args.records else []
     rows, angles = summarise(records), [r["angles"] for r in records]
-    model, tokenizer = load_model(args.model, args.dtype, args.trust_remote_code) if args.model else (None, None)
-    prompts = load_prompts(args, tokenizer) if wanted & {*FROM_MODEL} else []
+    model, _, prompts = load_with_prompts(args) if args.model else (None, None, [])
     layers = len(decoder_layers(model)) if model else len(records[0]["block_influence"]) if records else 0
     if not layers:
         raise UserError("give --records or --model, so that the number of layers is known")

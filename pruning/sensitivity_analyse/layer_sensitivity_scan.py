@@ -59,23 +59,34 @@ def add_prompt_args(p):
                    "ones, a third each English, Chinese and radiology")
     p.add_argument("--task-data", type=Path, help="dia_pangu data folder: task prompts with the volume's embeddings and the report; "
                    "--model is then a dia_pangu checkpoint")
+    p.add_argument("--lang-model-path", type=Path, help="with --task-data: folder with the language model's config and tokenizer")
     p.add_argument("--task-samples", type=int, default=16, help="training samples used as task prompts (default 16)")
     p.add_argument("--max-tokens", type=int, default=512, help="prompts are cut to this many tokens (default 512)")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="weights' type; default as stored")
     p.add_argument("--trust-remote-code", action="store_true", help="allow code inside the model folder to run")
 
 
-def load_prompts(args, tokenizer) -> list[dict]:
-    """The prompts that `add_prompt_args` asked for: dicts with name, input_ids or inputs_embeds, and labels for task prompts."""
+def load_with_prompts(args) -> tuple:
+    """(model, tokenizer, prompts) that `add_prompt_args` and --model asked for. A prompt is a dict with name, input_ids or
+    inputs_embeds, and labels for task prompts."""
     if args.max_tokens < 2 or args.task_samples < 1:
         raise UserError("--max-tokens needs at least 2, --task-samples at least 1")
     if args.task_data:
-        from pruning.report_model import task_prompts     # dia_pangu's data and vision part, needed only here
-        return list(task_prompts(args.model, args.task_data, args.task_samples))
+        from pruning.report_model import Encoded, load_report_model, task_prompts     # dia_pangu, needed only here
+        if not args.lang_model_path:
+            raise UserError("--task-data needs --lang-model-path: the folder with the language model's config and tokenizer")
+        report_model, text, config = load_report_model(args.model, args.lang_model_path)
+        samples = Encoded(report_model, text, config, args.task_data, "train", args.task_samples)
+        return report_model.lang_model, text.tokenizer, list(task_prompts(report_model, text, samples))
+    model, tokenizer = load_model(args.model, args.dtype, args.trust_remote_code)
     texts = read_prompts(args.prompts) if args.prompts else builtin_prompts()
-    prompts = [{"name": text, "input_ids": torch.tensor([tokenizer(text).input_ids[:args.max_tokens]])} for text in texts]
+    return model, tokenizer, text_prompts(texts, tokenizer, args.max_tokens)
+
+
+def text_prompts(texts, tokenizer, max_tokens: int = 512) -> list[dict]:
+    prompts = [{"name": text, "input_ids": torch.tensor([tokenizer(text).input_ids[:max_tokens]])} for text in texts]
     if short := [p["name"] for p in prompts if p["input_ids"].shape[1] < 2]:
-        raise UserError(f"{args.prompts}: prompt {short[0]!r} has fewer than 2 tokens; remove it")
+        raise UserError(f"prompt {short[0]!r} has fewer than 2 tokens; remove it")
     return prompts
 
 
@@ -431,8 +442,7 @@ def main(args):
         raise UserError("--batch-size needs at least 1")
     if journal.exists() and not (args.resume or args.overwrite):
         raise UserError(f"{journal}: a scan stands there; add --resume to go on with it or --overwrite to start again")
-    model, tokenizer = load_model(args.model, args.dtype, args.trust_remote_code)
-    prompts = load_prompts(args, tokenizer)
+    model, _, prompts = load_with_prompts(args)
     variants = list_variants(model, modes)
     print(f"{len(decoder_layers(model))} layers, {len(prompts)} prompts, {len(variants)} variants, {args.method}")
     if args.sanity_check:

@@ -1,0 +1,297 @@
+"""Masks, the three scan methods, distances, resuming, choosing."""
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from common.errors import Interrupted, UserError
+from common.tiny_llm import make_llm, make_tokenizer
+from pruning.layers import decoder_layers, remove_layers, without_layers
+from pruning.sensitivity_analyse import choose_layers, eval_metric
+from pruning.sensitivity_analyse import layer_sensitivity_scan as scanner
+from pruning.sensitivity_analyse.layer_mask import MODES, ProjHeadMaskWrapper, mask_attention_layer, masked
+from pruning.sensitivity_analyse.load_model import builtin_prompts, read_prompts
+
+BASE = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=64,
+            pad_token_id=0, bos_token_id=1, eos_token_id=2)
+ZOO = {"llama": {"num_key_value_heads": 2, "attention_bias": True}, "qwen2": {"num_key_value_heads": 2}, "qwen3": {"num_key_value_heads": 2, "head_dim": 8},
+       "gemma3_text": {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4}, "phi3": {"num_key_value_heads": 2}, "gpt_neox": {},
+       "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4}, "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32}, "cohere": {"num_key_value_heads": 2}}
+
+
+def make(model_type="llama", attention="sdpa", **config):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**BASE, **ZOO[model_type], **config}), attn_implementation=attention).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2) if parameter.dim() > 1 else parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def prompts(lengths=(7, 11, 11), vocabulary=64):
+    generator = torch.Generator().manual_seed(1)
+    return [{"name": str(i), "input_ids": torch.randint(3, vocabulary, (1, n), generator=generator)} for i, n in enumerate(lengths)]
+
+
+def scores(records, kinds):
+    return [[v[k] for v in r["variants"] for k in (*kinds, "nll")] for r in records]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("model_type", ZOO)
+def test_cached_and_wavefront_scores_equal_naive_in_every_decoder(model_type, attention):
+    model, kinds = make(model_type, attention), ("l1_mean", "kl", "rms", "l1_last")
+    modes = ["attention", "mlp", "head"] + (["v", "qk"] if model_type != "gpt_neox" else [])
+    variants = scanner.list_variants(model, modes)
+    naive = scores([scanner.scan_batch(model, [p], variants, kinds, "naive")[0] for p in prompts()], kinds)
+    for method in ("cached", "wavefront"):
+        assert scores(scanner.scan_batch(model, prompts(), variants, kinds, method), kinds) == [pytest.approx(row, rel=1e-5, abs=1e-6) for row in naive]
+    assert max(max(row) for row in naive) > 1e-3, "nothing was masked"
+
+
+def test_a_batch_of_unequal_prompts_gives_each_its_own_scores():
+    model, kinds = make("qwen3"), ("kl",)
+    variants = scanner.list_variants(model, ["v"])
+    together = scanner.scan_batch(model, prompts((3, 12, 7)), variants, kinds)
+    for p, record in zip(prompts((3, 12, 7)), together):
+        alone = scanner.scan_batch(model, [p], variants, kinds)[0]
+        assert scores([record], kinds) == [pytest.approx(row, rel=1e-5, abs=1e-7) for row in scores([alone], kinds)]
+        assert record["block_influence"] == pytest.approx(alone["block_influence"], abs=1e-6)
+
+
+def test_scores_do_not_depend_on_the_chunk_size(monkeypatch):
+    model, variants = make(), scanner.list_variants(make(), ["v"])
+    whole = scanner.scan_batch(model, prompts(), variants, eval_metric.DISTANCES)
+    monkeypatch.setattr(scanner, "CHUNK", 3 * 64)         # three positions at a time
+    pieces = scanner.scan_batch(model, prompts(), variants, eval_metric.DISTANCES)
+    assert scores(pieces, eval_metric.DISTANCES) == [pytest.approx(row, rel=1e-5, abs=1e-7) for row in scores(whole, eval_metric.DISTANCES)]
+
+
+def test_leave_one_out_is_the_model_without_that_layer():
+    model, prompt = make("gemma3_text"), prompts()[0]
+    record = scanner.scan_batch(model, [prompt], scanner.list_variants(model, []), ("kl",))[0]
+    labels = prompt["input_ids"]
+    for variant in record["variants"]:
+        with without_layers(model, [variant["layer"]]):
+            if decoder_layers(model)[0].self_attn.layer_idx != 0:
+                pytest.fail("kept layers were not renumbered")
+        with masked(model, variant["layer"], "layer"), torch.no_grad():
+            assert variant["nll"] == pytest.approx(model(input_ids=labels, labels=labels).loss.item(), rel=1e-5)
+
+
+@torch.no_grad()
+def test_masks_that_should_agree_do_and_others_differ():
+    model, ids = make(), prompts()[0]["input_ids"]
+    out = {}
+    for mode in MODES:
+        with masked(model, 1, mode, head=2 if mode == "head" else None):
+            out[mode] = model(ids).logits
+    assert torch.equal(out["v"], out["qv"]), "with V = 0 the weights cannot matter"
+    assert torch.allclose(out["q"], out["k"], atol=1e-6) and torch.allclose(out["q"], out["qk"], atol=1e-6)
+    distinct = ["q", "v", "head", "attention", "mlp", "layer"]
+    for i, a in enumerate(distinct):
+        for b in distinct[i + 1:]:
+            assert not torch.allclose(out[a], out[b], atol=1e-4), (a, b)
+
+
+@torch.no_grad()
+def test_all_heads_off_one_by_one_is_attention_without_its_bias():
+    model, ids = make(), prompts()[0]["input_ids"]
+    with masked(model, 0, "head", 0), masked(model, 0, "head", 1), masked(model, 0, "head", 2), masked(model, 0, "head", 3):
+        heads = model(ids).logits
+    with masked(model, 0, "v"):
+        assert torch.allclose(heads, model(ids).logits, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", MODES)
+def test_model_is_whole_again_after_an_exception(mode):
+    model, ids = make(), prompts()[0]["input_ids"]
+    before, modules = model(ids).logits, [id(m) for m in model.modules()]
+    with pytest.raises(RuntimeError), masked(model, 1, mode, head=0):
+        raise RuntimeError
+    assert torch.equal(model(ids).logits, before) and [id(m) for m in model.modules()] == modules
+
+
+def test_a_mask_set_before_the_first_forward_is_kept():
+    wrapper = ProjHeadMaskWrapper(torch.nn.Linear(8, 8), head_dim=4)
+    wrapper.set_all_zero()
+    assert wrapper(torch.randn(2, 8)).abs().max() == 0
+    wrapper.set_all_one()
+    x = torch.randn(2, 8)
+    assert torch.equal(wrapper(x), wrapper.base_linear(x))
+
+
+@torch.no_grad()
+def test_upstreams_three_functions_switch_and_restore():
+    model, ids = make(), prompts()[0]["input_ids"]
+    before = model(ids).logits
+    enable_mask, disable_mask, restore = mask_attention_layer(model, 0, mode="v_only")
+    assert torch.equal(model(ids).logits, before)
+    enable_mask()
+    assert not torch.allclose(model(ids).logits, before)
+    disable_mask()
+    assert torch.equal(model(ids).logits, before)
+    restore()
+    assert type(decoder_layers(model)[0].self_attn.v_proj) is torch.nn.Linear
+
+
+@pytest.mark.parametrize("kind", eval_metric.DISTANCES)
+def test_distances_are_zero_for_equal_and_shifted_logits_and_positive_otherwise(kind):
+    a, b = torch.randn(2, 5, 33, generator=torch.Generator().manual_seed(0))
+    assert eval_metric.logprob_distance(a, a, kind) == 0
+    assert eval_metric.logprob_distance(a, a + 7.5, kind) < 1e-5
+    assert eval_metric.logprob_distance(a, b, kind) > 0.01
+
+
+def test_kl_of_a_tiny_change_keeps_its_digits():
+    a = torch.randn(4, 2000, generator=torch.Generator().manual_seed(0))
+    b = a + 1e-3 * torch.randn(4, 2000, generator=torch.Generator().manual_seed(1))
+    exact = torch.nn.functional.kl_div(b.double().log_softmax(-1), a.double().log_softmax(-1), reduction="none", log_target=True).sum(-1).mean().item()
+    assert eval_metric.logprob_distance(a, b, "kl") == pytest.approx(exact, rel=1e-3)
+
+
+def test_an_interrupted_scan_goes_on_and_ends_the_same(tmp_path, monkeypatch):
+    model, journal, calls = make(), tmp_path / "s.records.jsonl", []
+    whole = scanner.scan(model, prompts(), ["v"], ("kl",))
+    real = scanner.scan_batch
+
+    def twice(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args)
+    monkeypatch.setattr(scanner, "scan_batch", twice)
+    with pytest.raises(KeyboardInterrupt):
+        scanner.scan(model, prompts(), ["v"], ("kl",), journal=journal)
+    journal.write_text(journal.read_text() + '{"name": "cut he')              # killed in mid-line
+    resumed = scanner.scan(model, prompts(), ["v"], ("kl",), journal=journal, resume=True)
+    assert len(calls) == 4, "prompts that were scored already must not run again"
+    assert json.dumps(resumed) == json.dumps(whole)
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    with pytest.raises(UserError, match="scanned with model"):
+        scanner.scan(model, prompts(), ["v"], ("kl",), journal=journal, resume=True)
+
+
+@torch.no_grad()
+def test_generation_without_layers_equals_a_model_built_smaller():
+    model = make("gemma3_text")
+    ids = prompts()[0]["input_ids"]
+    small = make("gemma3_text", num_hidden_layers=2)
+    state = {k.replace("layers.2.", "layers.1."): v for k, v in model.state_dict().items() if "layers.1." not in k}
+    small.load_state_dict(state)
+    small.config.layer_types = [model.config.layer_types[0], model.config.layer_types[2]]
+    settings = dict(max_new_tokens=8, min_new_tokens=8, do_sample=False)
+    before = model.generate(ids, **settings)
+    restore = remove_layers(model, [1])
+    assert torch.equal(model(ids).logits, small(ids).logits)
+    assert torch.equal(model.generate(ids, **settings), small.generate(ids, **settings))
+    restore()
+    assert torch.equal(model.generate(ids, **settings), before) and model.config.num_hidden_layers == 3
+
+
+def test_greedy_takes_the_best_next_layer_and_beam_is_never_worse():
+    model, calibration = make(num_hidden_layers=5), prompts((9, 10))
+    first = choose_layers.loss_without(model, calibration)
+    drop, trace = choose_layers.search(model, calibration, 3, 1)
+    assert trace[1][0] == (min((k for k in first if k >= 0), key=first.get),)
+    assert trace[-1][1] == pytest.approx(choose_layers.loss_without(model, calibration, drop)[-1], rel=1e-5)
+    wide, wide_trace = choose_layers.search(model, calibration, 3, 10)
+    assert wide_trace[-1][1] <= trace[-1][1] + 1e-9 and len(wide) == 3
+    from itertools import combinations
+    best = min(combinations(range(5), 3), key=lambda s: choose_layers.loss_without(model, calibration, s)[-1])
+    assert wide == list(best), "a beam wider than all sets must find the best one"
+
+
+def test_single_shot_criteria_take_the_lowest_scores():
+    rows = [{"mode": m, "layer": i, "head": None, "distance": d, "score_mean": v} for m, d, values in (
+        ("v", "kl", [3, 1, 2, 0.5]), ("layer", "block_influence", [0.1, 5, 5, 0.2]), ("layer", "kl", [9, 0, 0.1, 9]), ("layer", "nll_change", [0, 0, 5, 5]))
+        for i, v in enumerate(values)]
+    assert choose_layers.choose("sensitivity", 2, 4, rows)[0] == [1, 3]
+    assert choose_layers.choose("block_influence", 2, 4, rows)[0] == [0, 3]
+    assert choose_layers.choose("leave_one_out", 2, 4, rows)[0] == [1, 2]
+    assert choose_layers.choose("perplexity", 2, 4, rows)[0] == [0, 1]
+    angles = [[[abs(a - b) if (a, b) != (2, 4) else 0.1 for b in range(5)] for a in range(5)]]
+    assert choose_layers.choose("angular", 2, 4, rows, angles)[0] == [2, 3]
+    assert choose_layers.choose("last", 2, 4)[0] == [2, 3] and choose_layers.choose("first", 2, 4)[0] == [0, 1]
+    sets = {tuple(choose_layers.choose("random_keep0", 2, 4, seed=s)[0]) for s in range(20)}
+    assert len(sets) > 1 and not any(0 in s for s in sets)
+    assert choose_layers.choose("random", 2, 4, seed=3) == choose_layers.choose("random", 2, 4, seed=3)
+
+
+def test_window_is_the_best_window():
+    model, calibration = make(num_hidden_layers=5), prompts((9,))
+    drop, _ = choose_layers.choose("window", 2, 5, model=model, prompts=calibration)
+    losses = {s: choose_layers.loss_without(model, calibration, (s, s + 1))[-1] for s in range(4)}
+    assert drop[0] == min(losses, key=losses.get) and drop[1] == drop[0] + 1
+
+
+def test_budget_is_met_with_as_few_layers_as_possible():
+    model = make(num_hidden_layers=6)
+    total, each = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in decoder_layers(model)[0].parameters())
+    assert choose_layers.layers_for_budget(model, total - each) == 1
+    assert choose_layers.layers_for_budget(model, total - each - 1) == 2
+    for impossible in (total, 10):
+        with pytest.raises(UserError, match="--target-params"):
+            choose_layers.layers_for_budget(model, impossible)
+
+
+def test_builtin_prompts_are_balanced():
+    lines = [json.loads(line) for line in open(scanner.Path(scanner.__file__).with_name("prompts.jsonl"), encoding="utf-8")]
+    sets = [line["set"] for line in lines]
+    assert len(builtin_prompts()) == 18 and {s: sets.count(s) for s in sets} == {"english": 6, "chinese": 6, "radiology": 6}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("llm") / "tiny"
+    make_llm(path, make_tokenizer(builtin_prompts(), 400), num_hidden_layers=4)
+    return path
+
+
+def test_command_writes_upstreams_columns_and_the_plan_names_layers(folder, tmp_path, capsys):
+    out = tmp_path / "layer_sensitivity.csv"
+    args = scanner.parse_args(["--model", str(folder), "--out", str(out), "--mode", "qv", "mlp", "--sanity_check"])
+    scanner.main(args)
+    printed = capsys.readouterr().out
+    assert out.read_text().splitlines()[0] == "layer,score_mean,score_std,prompt_count" and len(out.read_text().splitlines()) == 5
+    assert "Layer 00, mean=" in printed and out.with_suffix(".png").stat().st_size > 1000
+    with pytest.raises(UserError, match="--resume"):
+        scanner.main(args)
+    plan = tmp_path / "plan.json"
+    choose_layers.main(choose_layers.parse_args(["--records", str(out.with_suffix(".records.jsonl")), "--mode", "qv", "--ratio", "0.5", "--out", str(plan)]))
+    assert json.loads(plan.read_text())["choices"][0]["layers_left"] == 2
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--mode", "z_only"], "--mode z"), (["--model", "nowhere"], "config.json"), (["--max-tokens", "1"], "--max-tokens"),
+    (["--prompts", "missing.txt"], "missing.txt"), (["--batch-size", "0"], "--batch-size")])
+def test_bad_arguments_are_named(folder, tmp_path, arguments, message):
+    with pytest.raises(UserError, match=message):
+        scanner.main(scanner.parse_args(["--model", str(folder), "--out", str(tmp_path / "s.csv"), *arguments]))
+
+
+def test_interrupting_the_command_says_how_to_go_on(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(scanner, "scan_batch", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(Interrupted, match="--resume"):
+        scanner.main(scanner.parse_args(["--model", str(folder), "--out", str(tmp_path / "s.csv")]))
+
+
+@pytest.mark.parametrize("name, text, message", [("a.jsonl", "{}", "line 1"), ("b.txt", "\n \n", "no prompts"), ("c.jsonl", "x", "line 1")])
+def test_bad_prompt_files_are_named(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_prompts(tmp_path / name)
+
+
+def test_a_model_without_attention_layers_is_refused():
+    config = AutoConfig.for_model("mamba", vocab_size=32, hidden_size=16, num_hidden_layers=2, state_size=4)
+    with pytest.raises(UserError, match="decoder layers"):
+        decoder_layers(AutoModelForCausalLM.from_config(config))
+
+
+def test_mixed_projections_say_which_modes_work():
+    with pytest.raises(UserError, match="attention"):
+        with masked(make("gpt_neox"), 0, "v"):
+            pass
