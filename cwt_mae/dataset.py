@@ -48,17 +48,17 @@ class Record:
 
 
 def check_rate(fs, source, given=None) -> float:
-    """The sampling rate in Hz: from the file, else `given` (--fs); UserError when absent, impossible or contradicted."""
+    """The sampling rate in Hz: from the file, else `given` (--input-fs); UserError when absent, impossible or contradicted."""
     if fs is None and given is None:
-        raise UserError(f"{source}: has no field fs; pass the sampling rate in Hz with --fs")
+        raise UserError(f"{source}: has no field fs; pass the sampling rate in Hz with --input-fs")
     if fs is not None and given is not None and abs(float(np.asarray(fs).reshape(-1)[0]) / given - 1) > 0.01:
-        raise UserError(f"{source}: field fs is {float(np.asarray(fs).reshape(-1)[0]):g} Hz but --fs says {given:g}; leave --fs out or mend the file")
+        raise UserError(f"{source}: field fs is {float(np.asarray(fs).reshape(-1)[0]):g} Hz but --input-fs says {given:g}; leave it out or mend the file")
     try:
         rate = float(given if fs is None else np.asarray(fs).reshape(-1)[0])
     except (ValueError, IndexError):
         raise UserError(f"{source}: field fs is {fs!r}, expected a number in Hz") from None
     if not 0.1 <= rate <= 1e6:
-        raise UserError(f"{source}: field fs is {rate:g} Hz, expected 0.1 to 1,000,000; mend the file or pass --fs")
+        raise UserError(f"{source}: field fs is {rate:g} Hz, expected 0.1 to 1,000,000; mend the file or pass --input-fs")
     return rate
 
 
@@ -179,7 +179,7 @@ def read_ts(path: Path, fs=None) -> list[Record]:
 
 
 def read_npy(path: Path, fs=None) -> list[Record]:
-    """npy: (L,) or (channels, L), memory-mapped; the rate comes from --fs."""
+    """npy: (L,) or (channels, L), memory-mapped; the rate comes from --input-fs."""
     try:
         array = np.load(path, mmap_mode="r")
     except (ValueError, OSError, EOFError) as error:
@@ -207,7 +207,7 @@ def read_csv(path: Path, fs=None) -> list[Record]:
         if name in columns:
             steps = np.diff(columns.pop(name)) * unit
             if not len(steps) or not (np.isfinite(steps).all() and steps.min() > 0 and np.ptp(steps) < 0.5 * steps.mean()):
-                raise UserError(f"{path}: column {name} does not rise evenly; resample it or drop the column and pass --fs")
+                raise UserError(f"{path}: column {name} does not rise evenly; resample it or drop the column and pass --input-fs")
             rate = 1 / steps.mean()
     return [Record(path.stem, path, check_rate(rate, path, fs), columns)]
 

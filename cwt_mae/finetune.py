@@ -55,6 +55,7 @@ def parse_args(argv=None):
     model.add_argument("--hidden-dim", type=int, default=512, help="width of the mlp head")
     model.add_argument("--res-blocks", type=int, default=2, help="of the mlp head")
     model.add_argument("--dropout", type=float, default=0.0, help="in the mlp head")
+    model.add_argument("--input-dropout", type=float, default=0.0, help="of what the head is given")
     model.add_argument("--features", action=flag, default=True, help="beats: give the head rhythm and shape relative to the record")
     optim = parser.add_argument_group("optimisation")
     optim.add_argument("--max-steps", type=int, default=1000, help="optimizer steps")
@@ -63,6 +64,7 @@ def parse_args(argv=None):
     optim.add_argument("--lr", type=float, default=1e-4, help="peak learning rate of the head")
     optim.add_argument("--schedule", choices=("cosine", "constant"), default="cosine", help="after 5 %% of warm-up (upstream: constant)")
     optim.add_argument("--layer-decay", type=float, default=0.65, help="factor of the learning rate from one block to the one before")
+    optim.add_argument("--encoder-lr", type=float, default=1.0, help="factor of the encoder's learning rates beside layer decay")
     optim.add_argument("--weight-decay", type=float, default=0.05)
     optim.add_argument("--clip", type=float, default=3.0, help="largest gradient norm")
     optim.add_argument("--label-smoothing", type=float, default=0.1)
@@ -88,9 +90,9 @@ def parse_args(argv=None):
 TAUS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
-def layer_groups(model, lr: float, decay: float, weight_decay: float) -> list[dict]:
-    """AdamW groups whose `scale` falls by `decay` a layer, from the head and last norm (1) down to the embedding; biases,
-    norms, tokens and positions have no weight decay (upstream: all of them do)."""
+def layer_groups(model, lr: float, decay: float, encoder: float, weight_decay: float) -> list[dict]:
+    """AdamW groups whose `scale` falls by `decay` a layer, from the head and last norm (1) down to the embedding, times `encoder`
+    in all of the encoder; biases, norms, tokens and positions have no weight decay (upstream: all of them do)."""
     depth, groups = len(model.encoder_model.blocks), {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -100,8 +102,9 @@ def layer_groups(model, lr: float, decay: float, weight_decay: float) -> list[di
             level = int(name.split(".")[2]) + 1
         elif name.startswith("encoder_model.") and not name.startswith("encoder_model.norm"):
             level = 0
+        part = name.startswith("encoder_model.")
         decayed = not (parameter.ndim < 2 or "pos_embed" in name or "token" in name)
-        group = groups.setdefault((level, decayed), {"params": [], "scale": decay ** (depth + 1 - level), "weight_decay": weight_decay if decayed else 0.0, "lr": lr})
+        group = groups.setdefault((level, part, decayed), {"params": [], "scale": decay ** (depth + 1 - level) * (encoder if part else 1), "weight_decay": weight_decay if decayed else 0.0, "lr": lr})
         group["params"].append(parameter)
     return list(groups.values())
 
@@ -122,7 +125,7 @@ def predict(model, dataset, features, device, batch_size: int = 512) -> np.ndarr
     training = model.training
     model.eval()
     rows = []
-    for batch in DataLoader(dataset, batch_size):
+    for batch in DataLoader(dataset, batch_size, generator=torch.Generator()):
         real = only_padded(batch["real"])
         numbers = None if features is None else ((batch["features"] - features[0]) / features[1]).to(device)
         rows.append(model(batch["x"].to(device), None if real is None else real.to(device), numbers).double().cpu().numpy())
@@ -149,8 +152,8 @@ def main(args):
     load = lambda: build_store(args.data, prepare, args.cache, args.input_fs, skip_bad=args.skip_bad)
     on_main(accelerator, load)
     store = load()
-    parts = split_parts(store, args.split)
     task = load_task(store, args.task, signal_len, skip_bad=args.skip_bad)
+    parts = split_parts(store, args.split)
     train = task.select(parts[task.items["record"]] == "train")
     if not len(train.items):
         raise UserError(f"no labelled window in the training part; check --split and --task {args.task}")
@@ -171,18 +174,19 @@ def main(args):
     use_features = args.features and task.features.shape[1] > 0
     seen = task.features[train_set.task.items["beat"]] if use_features else None
     features = (torch.from_numpy(seen.mean(0)), torch.from_numpy(seen.std(0) + 1e-3)) if use_features else None
-    loader = DataLoader(train_set, args.batch_size, drop_last=True, num_workers=args.workers)     # the data set shuffles: it draws
+    # the data set draws, so nothing is shuffled; a generator of its own keeps the loader from moving dropout's on a resume
+    loader = DataLoader(train_set, args.batch_size, drop_last=True, num_workers=args.workers, generator=torch.Generator())
 
     # model, optimizer
     try:
         model = TF_MAE_Classifier(None if args.random_init else args.pretrained, len(classes), use_cot=args.head == "cot", num_reasoning_tokens=args.reasoning_tokens,
-                                  hidden_dim=args.hidden_dim, dropout_rate=args.dropout, num_res_blocks=args.res_blocks, center_columns=args.center_columns,
+                                  hidden_dim=args.hidden_dim, dropout_rate=args.dropout, input_dropout=args.input_dropout, num_res_blocks=args.res_blocks, center_columns=args.center_columns,
                                   num_features=task.features.shape[1] if use_features else 0, **(config | {"signal_len": signal_len}))
     except ValueError as error:
         raise UserError(str(error)) from error
     if args.freeze:
         model.encoder_model.requires_grad_(False)
-    optimizer = torch.optim.AdamW(layer_groups(model, args.lr, args.layer_decay, args.weight_decay))
+    optimizer = torch.optim.AdamW(layer_groups(model, args.lr, args.layer_decay, args.encoder_lr, args.weight_decay))
     out = open_run(args.out, args, accelerator, args.resume, args.overwrite)
     stop = StopSignal(accelerator)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)

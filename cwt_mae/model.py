@@ -123,8 +123,8 @@ class _FilterBank:
         """x (B, L) -> transforms of its rows (B, C, 2F), real and imaginary parts in turn."""
         spectrum = torch.fft.rfft(self.prepare(x, real), self.n)
         if self.even:                                     # the kernels' centre lies between two samples
-            angle = torch.arange(spectrum.shape[2], dtype=torch.float64, device=x.device) * (-math.pi / self.n)
-            spectrum = spectrum * torch.polar(torch.ones_like(angle), angle).to(spectrum.dtype)
+            angle = torch.arange(spectrum.shape[2], dtype=torch.float64) * (-math.pi / self.n)
+            spectrum = spectrum * torch.polar(torch.ones_like(angle), angle).to(spectrum)
         return torch.view_as_real(spectrum).flatten(2)
 
     def plain(self, x, real):
@@ -140,28 +140,32 @@ class _FilterBank:
         return images
 
     def fill(self, x, real, images):
-        """The same into `images`, one at a time, in buffers that stay in the cache."""
-        spectra = self.spectra(x, real)
-        group = min(len(self.bank), max(1, 2**18 // self.n))                # scales at a time: two buffers of 1 MiB
-        product, waves = x.new_empty(group, self.bank.shape[1]), x.new_empty(group, self.n)
-        complex_product = torch.view_as_complex(product.unflatten(1, (-1, 2)))
-        for b in range(len(x)):
-            times = None if real is None else real[b].nonzero()[:, 0].tolist()
-            first, end = (times[0], times[-1] + 1) if times else (0, self.length)
-            for spectrum, image in zip(spectra[b], images[b]):
-                image[:, :first] = image[:, end:] = 0
-                inner = image[:, first:end]
-                for i in range(0, len(self.bank), group):
-                    bank = self.bank[i:i + group]
-                    torch.mul(spectrum, bank, out=product[:len(bank)])
-                    torch.fft.irfft(complex_product[:len(bank)], self.n, out=waves[:len(bank)])
-                    inner[i:i + group] = waves[:len(bank), self.start + first:self.start + end]
-                if self.normalize:
-                    inner -= inner.mean()
-                    norm = torch.linalg.vector_norm(torch.linalg.vector_norm(image, dim=1))     # in one go it loses two digits
-                    image /= (norm / math.sqrt(inner.numel() - 1)).clamp(min=1e-5)
+        """The same into `images`, a few at a time (or, of a long signal, a few scales), in buffers that stay in the cache."""
+        spectra, images = self.spectra(x, real).flatten(0, 1), images.flatten(0, 1)             # (R, 2F), (R, S, L)
+        mask = None if real is None else real.to(x.dtype).repeat_interleave(len(images) // len(x), 0)[:, None]
+        count = self.length if mask is None else mask.sum(2, keepdim=True)                      # real samples
+        rows, scales = max(1, 2**18 // (len(self.bank) * self.n)), min(len(self.bank), max(1, 2**18 // self.n))
+        product, waves = x.new_empty(rows, scales, self.bank.shape[1]), x.new_empty(rows, scales, self.n)
+        for r in range(0, len(images), rows):
+            some, here = images[r:r + rows], slice(r, r + rows)
+            for s in range(0, len(self.bank), scales):
+                bank = self.bank[s:s + scales]
+                part, wave = product[:len(some), :len(bank)], waves[:len(some), :len(bank)]
+                torch.mul(spectra[here, None], bank, out=part)
+                torch.fft.irfft(torch.view_as_complex(part.unflatten(2, (-1, 2))), self.n, out=wave)
+                some[:, s:s + scales] = wave[..., self.start:self.start + self.length]
+            if mask is not None:
+                some *= mask[here]
+            if self.normalize:
+                pixels = (count if mask is None else count[here]) * len(self.bank)
+                some -= some.sum((1, 2), keepdim=True) / pixels
+                if mask is not None:
+                    some *= mask[here]
+                norm = torch.linalg.vector_norm(torch.linalg.vector_norm(some, dim=2), dim=1)   # in one go it loses two digits
+                some /= (norm[:, None, None] / (pixels - 1) ** 0.5).clamp(min=1e-5)
 
 
+@torch.compiler.disable
 def cwt_ricker(x: torch.Tensor, scales: torch.Tensor, legacy: bool = False, padding: str = "reflect") -> torch.Tensor:
     """Ricker wavelet transform: x (B, L), scales (S,) ascending, in samples -> (B, S, L) float32 (float64 for float64 x).
 
@@ -417,7 +421,7 @@ class CWT_Encoder(nn.Module):
         mask = torch.ones_like(x) if real is None else real
         count = mask.sum(1, keepdim=True)
         x = (x - (x * mask).sum(1, keepdim=True) / count) * mask
-        x = x / (x.square().sum(1, keepdim=True) / (count - 1)).sqrt().clamp(min=1e-5)
+        x = x / (x.square().sum(1, keepdim=True) / (count - 1)).clamp(min=1e-10).sqrt()
         return imgs, x, real
 
     def checked(self, x: torch.Tensor, real: torch.Tensor | None):
@@ -577,9 +581,9 @@ class CWT_MAE_RoPE(CWT_Encoder):
         weights = weights.expand(1, 3, self.cwt_scales, self.signal_len)
         if real is not None:
             weights = weights * real[:, None, None]
-        weights = self.patchify(weights)
+        weights = self.patchify(weights)                                                        # (1 or B, N, P)
         error = (pred.float() - self.patchify(imgs)).square()
-        loss = (error * weights).sum(-1) / weights.sum(-1).clamp(min=1e-6)                      # (B, N)
+        loss = torch.linalg.vecdot(error, weights) / weights.sum(-1).clamp(min=1e-6)            # (B, N)
         mask = mask * (weights.sum(-1) > 0)
         return ((loss * mask).sum(1) / (mask.sum(1) + 1e-6)).mean()
 

@@ -33,11 +33,10 @@ DECODER_KEYS = ("decoder_", "mask_token", "time_reducer", "time_pred", "rope_dec
 class LatentReasoningHead(nn.Module):
     """Learned tokens that ask the encoder's tokens: cross-attention, self-attention, MLP (post-norm), mean, classifier.
 
-    forward: x (B, N, D), real (B, N) bool or None, features (B, num_features) or None -> logits (B, C).
+    forward: x (B, N, D), real (B, N) bool or None -> logits (B, C).
     """
 
-    def __init__(self, embed_dim: int, num_heads: int, num_classes: int, num_reasoning_tokens: int = 8, dropout: float = 0.1,
-                 num_features: int = 0):
+    def __init__(self, embed_dim: int, num_heads: int, num_classes: int, num_reasoning_tokens: int = 8, dropout: float = 0.1):
         super().__init__()
         self.reasoning_tokens = nn.Parameter(torch.empty(1, num_reasoning_tokens, embed_dim))
         self.cross_attn = nn.MultiheadAttention(embed_dim, num_heads, batch_first=True, dropout=dropout)
@@ -46,20 +45,19 @@ class LatentReasoningHead(nn.Module):
         self.norm2 = nn.LayerNorm(embed_dim)
         self.ffn = nn.Sequential(nn.Linear(embed_dim, 4 * embed_dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * embed_dim, embed_dim))
         self.norm3 = nn.LayerNorm(embed_dim)
-        self.classifier = nn.Linear(embed_dim + num_features, num_classes)
+        self.classifier = nn.Linear(embed_dim, num_classes)
         for parameter in self.parameters():
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
         nn.init.normal_(self.reasoning_tokens, std=0.02)
 
-    def forward(self, x, real=None, features=None):
+    def forward(self, x, real=None):
         q = self.reasoning_tokens.expand(len(x), -1, -1)
         ignore = None if real is None else ~real
         # without the attention maps, which nobody reads, a fused kernel serves
         q = self.norm1(q + self.cross_attn(q, x, x, key_padding_mask=ignore, need_weights=False)[0])
         q = self.norm2(q + self.self_attn(q, q, q, need_weights=False)[0])
-        pooled = self.norm3(q + self.ffn(q)).mean(1)
-        return self.classifier(pooled if features is None else torch.cat([pooled, features], 1))
+        return self.classifier(self.norm3(q + self.ffn(q)).mean(1))
 
 
 class ResidualMLPBlock(nn.Module):
@@ -83,14 +81,15 @@ class TF_MAE_Classifier(nn.Module):
     use_cot: `LatentReasoningHead` with num_reasoning_tokens, else an MLP of num_res_blocks blocks of width hidden_dim with
     dropout dropout_rate, on the mean of the tokens or, for center_columns = k > 0, on the k time columns round the middle,
     joined (the window is then about what stands in its middle, say a heart beat).
-    num_features: numbers known beside the signal (say, beat intervals), given to `forward`.
+    num_features: numbers known beside the signal (say, beat intervals), given to `forward`: a small network of their own adds
+    its logits to the head's, so that few strong numbers are not lost among many tokens. input_dropout: of what the head is given.
     **encoder: arguments of CWT_MAE_RoPE; those of its decoder are accepted and ignored, so that one configuration
     serves both models. `config` holds everything: TF_MAE_Classifier(None, **config) builds the same model.
     """
 
     def __init__(self, pretrained_path, num_classes: int, mlp_rank_ratio: float | None = None, use_cot: bool = True,
                  num_reasoning_tokens: int = 8, hidden_dim: int = 512, dropout_rate: float = 0.0, num_res_blocks: int = 2,
-                 num_features: int = 0, center_columns: int = 0, **encoder):
+                 num_features: int = 0, center_columns: int = 0, input_dropout: float = 0.0, **encoder):
         super().__init__()
         unknown = set(encoder) - ENCODER_ARGS - DECODER_ARGS
         if unknown:
@@ -104,20 +103,23 @@ class TF_MAE_Classifier(nn.Module):
             load_encoder(self.encoder_model, tensors, config, pretrained_path)
         self.config = self.encoder_model.config | dict(
             num_classes=num_classes, use_cot=use_cot, num_reasoning_tokens=num_reasoning_tokens, hidden_dim=hidden_dim,
-            dropout_rate=dropout_rate, num_res_blocks=num_res_blocks, num_features=num_features, center_columns=center_columns)
+            dropout_rate=dropout_rate, num_res_blocks=num_res_blocks, num_features=num_features, center_columns=center_columns,
+            input_dropout=input_dropout)
         width, columns = self.encoder_model.config["embed_dim"], self.encoder_model.grid_size[1]
         self.use_cot, self.num_features, self.center_columns = use_cot, num_features, center_columns
         if not 0 <= center_columns <= columns or center_columns and use_cot:
             raise ValueError(f"center_columns {center_columns}: expected 0 .. {columns}, above 0 for the MLP head (use_cot=False) only")
         if use_cot:
-            self.head = LatentReasoningHead(width, self.encoder_model.config["num_heads"], num_classes, num_reasoning_tokens,
-                                            dropout=0.2, num_features=num_features)
+            self.head = LatentReasoningHead(width, self.encoder_model.config["num_heads"], num_classes, num_reasoning_tokens, dropout=0.2)
         else:
-            joined = width * max(1, center_columns) + num_features
+            joined = width * max(1, center_columns)
             self.head = nn.Sequential(nn.LayerNorm(joined), nn.Linear(joined, hidden_dim), nn.GELU(), nn.Dropout(dropout_rate),
                                       *(ResidualMLPBlock(hidden_dim, dropout_rate) for _ in range(num_res_blocks)),
                                       nn.LayerNorm(hidden_dim), nn.Linear(hidden_dim, num_classes))
             init_weights(self.head)
+        self.input_dropout = nn.Dropout(input_dropout)
+        if num_features:
+            self.feature_head = nn.Sequential(nn.Linear(num_features, 64), nn.GELU(), nn.Dropout(0.2), nn.Linear(64, num_classes))
 
     def forward_features(self, x, real=None):
         """x (B, L) or (B, 1, L), real (B, L) bool or None -> patch tokens (B, N, D), and their mask (B, N) or None."""
@@ -132,14 +134,14 @@ class TF_MAE_Classifier(nn.Module):
             raise ValueError(f"features holds {given} numbers for each record, the model was built for {self.num_features}")
         tokens, patches = self.forward_features(x, real)
         if self.use_cot:
-            return self.head(tokens, patches, features)
-        if self.center_columns:
+            logits = self.head(self.input_dropout(tokens), patches)
+        elif self.center_columns:
             columns = tokens.unflatten(1, self.encoder_model.grid_size).mean(1)                 # (B, W, D)
             first = (columns.shape[1] - self.center_columns) // 2
-            pooled = columns[:, first:first + self.center_columns].flatten(1)
+            logits = self.head(self.input_dropout(columns[:, first:first + self.center_columns].flatten(1)))
         else:
-            pooled = masked_mean(tokens, patches)
-        return self.head(pooled if features is None else torch.cat([pooled, features.to(pooled.dtype)], 1))
+            logits = self.head(self.input_dropout(masked_mean(tokens, patches)))
+        return logits if features is None else logits + self.feature_head(features.to(logits.dtype))
 
     @torch.no_grad()
     def encode(self, signal, fs: float):
@@ -183,7 +185,7 @@ def load_encoder(encoder: CWT_Encoder, tensors: dict, config: dict, source):
     The position table's old grid comes from the file: from its configuration, else from the height of `time_reducer`,
     which spans it, else (weights of a classifier alone) it counts as high as the new one.
     """
-    tensors = {key.removeprefix("encoder_model."): value for key, value in tensors.items() if not key.startswith("head.")}
+    tensors = {key.removeprefix("encoder_model."): value for key, value in tensors.items() if not key.startswith(("head.", "feature_head."))}
     rows, columns = encoder.grid_size
     height = rows
     if {"cwt_scales", "patch_size_freq"} <= set(config):

@@ -177,7 +177,7 @@ def probe_features(model, dataset, device) -> np.ndarray:
     """Mean and deviation over the patches of the frozen encoder's tokens, class token left out: (windows, 2 D)."""
     model.eval()
     rows = []
-    for batch in DataLoader(dataset, 256):
+    for batch in DataLoader(dataset, 256, generator=torch.Generator()):
         real = only_padded(batch["real"])
         imgs, signal, real = model.images(batch["x"].to(device), None if real is None else real.to(device))
         tokens = model.forward_encoder(imgs, signal, model.real_patches(real))[:, 1:].float()
@@ -236,7 +236,7 @@ def main(args):
     train_set = PhysioSignalDataset(store, args.signal_len, "train", args.seed, model.num_patches, args.windows, usable[~is_val])
     val_set = PhysioSignalDataset(store, args.signal_len, "test", args.seed, model.num_patches, 0, usable[is_val] if held else usable)
     spread = np.linspace(0, len(val_set) - 1, min(args.eval_windows, len(val_set))).astype(int)
-    val_loader = DataLoader(torch.utils.data.Subset(val_set, spread), min(64, args.batch_size))
+    val_loader = DataLoader(torch.utils.data.Subset(val_set, spread), min(64, args.batch_size), generator=torch.Generator())
     probe = make_probe(args, store, parts) if args.probe != "none" else None
     global_batch = args.batch_size * accelerator.num_processes * args.accum
     if len(train_set) < global_batch:

@@ -374,7 +374,7 @@ def test_centre_columns_and_features_reach_the_head():
     torch.manual_seed(0)
     model = TF_MAE_Classifier(None, 3, use_cot=False, hidden_dim=16, center_columns=3, num_features=2, **SMALL).eval()
     x, features = signals(2, 200), torch.randn(2, 2)
-    assert model.head[0].normalized_shape == (3 * 32 + 2,)
+    assert model.head[0].normalized_shape == (3 * 32,)
     assert not torch.equal(model(x, features=features), model(x, features=features + 1))
     with pytest.raises(ValueError, match="features holds 0 numbers"):
         model(x)

@@ -1,0 +1,329 @@
+"""cwt_mae: reading, preparing, cutting and splitting signals."""
+import json
+import pickle
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from common.errors import UserError
+from cwt_mae.dataset import PhysioSignalDataset, Preprocess, build_store, read_records
+from cwt_mae.dataset_finetune import DS1, DownstreamClassificationDataset, beat_features, fold_of, load_task, split_parts
+from cwt_mae.train import bridge
+
+FS = 200
+
+
+def wave(seconds=20.0, fs=FS, hz=3.0, seed=0):
+    """A sine of `hz` with a little noise, in mV."""
+    time = np.arange(int(seconds * fs)) / fs
+    return np.sin(2 * np.pi * hz * time) + 0.01 * np.random.default_rng(seed).standard_normal(len(time))
+
+
+def beats_npz(path, seed=0, seconds=60.0, fs=FS, subject=None, symbols="N"):
+    """A record of sharp beats, one in ten early and of another shape, in the npz form of MIT-BIH."""
+    rng = np.random.default_rng(seed)
+    times = np.cumsum(rng.uniform(0.7, 0.9, int(seconds / 0.9)))
+    times = times[times < seconds - 1]
+    codes = np.array([symbols[i % len(symbols)] for i in range(len(times))])
+    clock = np.arange(int(seconds * fs)) / fs
+    signal = 0.02 * rng.standard_normal(len(clock))
+    for time, code in zip(times, codes):
+        signal += (1 if code == "N" else -1.5) * np.exp(-0.5 * ((clock - time) / (0.015 if code == "N" else 0.05)) ** 2)
+    extra = {} if subject is None else {"subject": subject}
+    np.savez(path, sig=np.round(200 * signal).astype(np.int16), fs=np.int32(fs), gain=np.int32(200), lead="MLII",
+             ann_sample=np.r_[3, np.round(times * fs)].astype(np.int32), ann_symbol=np.r_[["+"], codes], ann_aux=np.array(["(N"] + [""] * len(times)), **extra)
+    return path
+
+
+@pytest.fixture
+def prepare():
+    return Preprocess(fs=100.0, low_hz=0.5)
+
+
+def store_of(tmp_path, prepare, sources=None, **options):
+    return build_store([sources or tmp_path / "data"], prepare, tmp_path / "cache", **options)
+
+
+def test_the_same_signal_is_read_alike_from_every_format(tmp_path, prepare):
+    x = wave().astype(np.float32)
+    folder = tmp_path / "data"
+    folder.mkdir()
+    np.savez(folder / "a.npz", sig=x, fs=FS)
+    np.save(folder / "b.npy", x)
+    (folder / "c.csv").write_text("time_s,ecg\n" + "".join(f"{i / FS:.6f},{v:.7f}\n" for i, v in enumerate(x)))
+    with h5py.File(folder / "d.h5", "w") as file:
+        file.create_dataset("ecg", data=x).attrs["fs"] = FS
+    edfio = pytest.importorskip("edfio")
+    edfio.Edf([edfio.EdfSignal(x.astype(float), FS, label="ecg", physical_range=(-2, 2))]).write(folder / "e.edf")
+    wfdb = pytest.importorskip("wfdb")
+    wfdb.wrsamp("f", FS, ["mV"], ["ecg"], x[:, None].astype(float), fmt=["16"], adc_gain=[10000], baseline=[0], write_dir=str(folder))
+    signals = {}
+    for path in sorted(folder.glob("*.[!d]*")):
+        store = store_of(tmp_path, prepare, path, fs=FS if path.suffix == ".npy" else None)
+        assert len(store.records) == 1
+        signals[path.suffix] = store.signal(0)
+    assert set(signals) == {".npz", ".npy", ".csv", ".h5", ".edf", ".hea"}
+    for suffix, signal in signals.items():
+        assert len(signal) == len(x) // 2
+        assert np.abs(signal - signals[".npz"]).max() < 2e-4, suffix
+
+
+def test_resampling_keeps_the_frequency(tmp_path, prepare):
+    np.savez(tmp_path / "a.npz", sig=wave(fs=360, hz=7.0), fs=360)
+    signal = store_of(tmp_path, prepare, tmp_path / "a.npz").signal(0)
+    spectrum = np.abs(np.fft.rfft(signal * np.hanning(len(signal))))
+    assert abs(np.fft.rfftfreq(len(signal), 1 / 100.0)[spectrum.argmax()] - 7.0) < 0.1
+
+
+def test_a_short_record_is_normalised_before_it_is_padded(tmp_path, prepare):
+    np.savez(tmp_path / "a.npz", sig=wave(seconds=3) + 50, fs=FS)
+    item = PhysioSignalDataset(store_of(tmp_path, prepare, tmp_path / "a.npz"), 1000)[0]
+    x, real = item["x"], item["real"]
+    assert real.sum() == 300 and not real[300:].any()
+    assert abs(float(x[real].std(unbiased=False)) - 1) < 1e-4 and abs(float(x[real].mean())) < 1e-4 and not x[300:].any()
+
+
+def test_an_item_depends_on_seed_epoch_and_index_alone(tmp_path, prepare):
+    np.savez(tmp_path / "a.npz", sig=wave(), fs=FS)
+    store = store_of(tmp_path, prepare, tmp_path / "a.npz")
+    first, second = (PhysioSignalDataset(store, 256, seed=5, num_patches=8) for _ in range(2))
+    second[1], torch.rand(3), np.random.rand(3)           # other draws in between change nothing
+    for name, value in first[2].items():
+        assert torch.equal(value, second[2][name]) if torch.is_tensor(value) else value == second[2][name]
+    second.set_epoch(1)
+    assert not torch.equal(first[2]["x"], second[2]["x"]) and not torch.equal(first[2]["noise"], second[2]["noise"])
+
+
+def test_every_start_of_a_window_can_be_drawn(tmp_path, prepare):
+    np.savez(tmp_path / "a.npz", sig=wave(), fs=FS)
+    dataset = PhysioSignalDataset(store_of(tmp_path, prepare, tmp_path / "a.npz"), 1996, windows=300)
+    assert {int(dataset[i]["name"].split("@")[1]) for i in range(300)} == {0, 1, 2, 3, 4}
+
+
+def test_a_store_is_mapped_not_read_and_made_once(tmp_path, prepare):
+    np.savez(tmp_path / "a.npz", sig=wave(), fs=FS)
+    store = store_of(tmp_path, prepare, tmp_path / "a.npz")
+    made = (store.folder / "samples.f32").stat().st_mtime_ns
+    assert isinstance(store.samples, np.memmap) and len(pickle.dumps(store)) < 500
+    assert (store_of(tmp_path, prepare, tmp_path / "a.npz").folder / "samples.f32").stat().st_mtime_ns == made
+    np.savez(tmp_path / "a.npz", sig=wave(seconds=10), fs=FS)           # the file changed: so does the store
+    assert store_of(tmp_path, prepare, tmp_path / "a.npz").records["length"][0] == 1000
+
+
+def spoil(name, folder):
+    """Write one bad file; returns what its error must say."""
+    x = wave()
+    if name == "nan":
+        x[7] = np.nan
+        np.savez(folder / "bad.npz", sig=x, fs=FS)
+        return "NaN"
+    if name == "flat":
+        np.savez(folder / "bad.npz", sig=np.zeros(4000), fs=FS)
+        return "flat line"
+    if name == "rate":
+        np.savez(folder / "bad.npz", sig=x, fs=-1)
+        return "field fs"
+    if name == "no rate":
+        np.savez(folder / "bad.npz", sig=x)
+        return "--input-fs"
+    if name == "short":
+        np.savez(folder / "bad.npz", sig=x[:5], fs=FS)
+        return "too short"
+    if name == "annotation":
+        np.savez(folder / "bad.npz", sig=x, fs=FS, ann_sample=[10**6], ann_symbol=["N"])
+        return "ann_sample"
+    if name == "no signal":
+        np.savez(folder / "bad.npz", fs=FS)
+        return "no signal"
+    if name == "text":
+        np.savez(folder / "bad.npz", sig=np.array(["a", "b"]), fs=FS)
+        return "field sig"
+    if name == "objects":
+        np.savez(folder / "bad.npz", sig=np.array([{"a": 1}], dtype=object), fs=FS)
+        return "plain arrays"
+    if name == "transposed":
+        np.savez(folder / "bad.npz", sig=np.stack([x, x], 1), fs=FS)
+        return "transpose"
+    if name == "cut":
+        np.savez(folder / "bad.npz", sig=x, fs=FS)
+        data = (folder / "bad.npz").read_bytes()
+        (folder / "bad.npz").write_bytes(data[:len(data) // 2])
+        return "bad.npz"
+    if name == "csv":
+        (folder / "bad.csv").write_text("time_s,ecg\n0,1\n1,2,3\n")
+        return "columns"
+    (folder / "bad.hea").write_text("bad 1 200 100\nmissing.dat 16 200 12 0 0 0 0 I\n")
+    return "WFDB"
+
+
+BAD = ("nan", "flat", "rate", "no rate", "short", "annotation", "no signal", "text", "objects", "transposed", "cut", "csv", "wfdb")
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_record_is_an_error_that_names_file_and_field_or_is_skipped_and_counted(name, tmp_path, prepare, capsys):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    if name == "wfdb":
+        pytest.importorskip("wfdb")
+    wanted = spoil(name, folder)
+    with pytest.raises(UserError) as error:
+        store_of(tmp_path, prepare)
+    assert "bad" in str(error.value) and wanted in str(error.value) and "\n" not in str(error.value)
+    np.savez(folder / "good.npz", sig=wave(), fs=FS)
+    store = store_of(tmp_path, prepare, skip_bad=True)
+    assert len(store.records) == 1 and "skipped 1 bad records, kept 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("sources, wanted", [("nowhere", "no such file or folder"), ("data", "holds no signal file")])
+def test_missing_and_empty_sources_are_errors(sources, wanted, tmp_path, prepare):
+    (tmp_path / "data").mkdir()
+    with pytest.raises(UserError, match=wanted):
+        store_of(tmp_path, prepare, tmp_path / sources)
+
+
+def test_a_contradicted_rate_is_an_error(tmp_path):
+    np.savez(tmp_path / "a.npz", sig=wave(), fs=FS)
+    with pytest.raises(UserError, match="200 Hz but"):
+        read_records(tmp_path / "a.npz", fs=250)
+
+
+def test_wfdb_and_npz_forms_of_mit_bih_give_the_same_beats(tmp_path, prepare, data_root):
+    pytest.importorskip("wfdb")
+    prepare = Preprocess(fs=90.0)
+    stores = [build_store([data_root / "ecg" / p], prepare, tmp_path / "cache") for p in ("raw_wfdb/100.hea", "mitbih/100.npz")]
+    wfdb, npz = (load_task(store, "beat", 180) for store in stores)
+    assert wfdb.counts().tolist() == npz.counts().tolist() == [2239, 33, 1, 0]
+    assert (wfdb.items["label"] == npz.items["label"]).all() and np.abs(wfdb.items["start"] - npz.items["start"]).max() <= 1
+    a, b = (DownstreamClassificationDataset(store, task, 180)[50]["x"].numpy() for store, task in zip(stores, (wfdb, npz)))
+    assert np.corrcoef(a, b)[0, 1] > 0.98
+
+
+def test_beat_features_do_not_change_with_gain_offset_or_labels(tmp_path, prepare):
+    beats_npz(tmp_path / "a.npz", symbols="NNNNV")
+    store = store_of(tmp_path, prepare, tmp_path / "a.npz")
+    task = load_task(store, "beat", 100)
+    signal, beats = store.signal(0), store.events[1:]
+    centres = np.round(beats["seconds"] * 100).astype(int)
+    features = beat_features(signal, centres, beats["seconds"], 100.0, 100)
+    assert np.allclose(features, task.features, atol=1e-6)
+    assert np.allclose(features, beat_features(7 * signal + 3, centres, beats["seconds"], 100.0, 100), atol=1e-3)
+    odd = task.items["label"] == 2
+    assert features[odd, 13].mean() < 0.5 < 0.9 < features[~odd, 13].mean()         # likeness to the median QRS tells them apart
+
+
+def test_a_beat_stays_in_the_middle_of_its_window_at_the_ends_of_a_record(tmp_path, prepare):
+    beats_npz(tmp_path / "a.npz")
+    store = store_of(tmp_path, prepare, tmp_path / "a.npz")
+    dataset = DownstreamClassificationDataset(store, load_task(store, "beat", 300), 300)
+    item = dataset[0]
+    assert not item["real"][0] and item["real"][-1] and abs(int(item["x"].argmax()) - 150) <= 2
+
+
+def test_records_named_in_ds1_train_and_every_other_one_tests(tmp_path, prepare):
+    (tmp_path / "data").mkdir()
+    for i, name in enumerate(("101", "106", "100", "my_own_record")):
+        beats_npz(tmp_path / "data" / f"{name}.npz", seed=i)
+    store = store_of(tmp_path, prepare)
+    parts = dict(zip(np.char.decode(store.records["name"]), split_parts(store)))
+    assert parts == {"101": "train", "106": "train", "100": "test", "my_own_record": "test"} and len(DS1) == 22
+    (tmp_path / "split.json").write_text(json.dumps({"train": ["100"], "test": ["101.npz"]}))
+    parts = dict(zip(np.char.decode(store.records["name"]), split_parts(store, tmp_path / "split.json")))
+    assert parts == {"101": "test", "106": "", "100": "train", "my_own_record": ""}
+
+
+def test_a_subject_on_both_sides_of_a_split_is_an_error(tmp_path, prepare):
+    (tmp_path / "data").mkdir()
+    for name in ("101", "x"):
+        beats_npz(tmp_path / "data" / f"{name}.npz", subject="patient7")
+    with pytest.raises(UserError, match="patient7"):
+        split_parts(store_of(tmp_path, prepare))
+
+
+def test_folds_keep_subjects_together_and_spread_rare_classes(tmp_path, prepare):
+    (tmp_path / "data").mkdir()
+    for i in range(8):
+        beats_npz(tmp_path / "data" / f"r{i}.npz", seed=i, subject=f"p{i // 2}", symbols="NNNV" if i < 4 else "N")
+    store = store_of(tmp_path, prepare)
+    task = load_task(store, "beat", 100)
+    fold = fold_of(store, task, 2)
+    by_subject = {s: set(fold[store.records["subject"] == s]) for s in set(store.records["subject"])}
+    assert all(len(folds) == 1 for folds in by_subject.values()) and set(fold) == {0, 1}
+    v = task.items["label"] == 2
+    assert all((v & (fold[task.items["record"]] == f)).any() for f in (0, 1))
+    with pytest.raises(UserError, match="--folds 9"):
+        fold_of(store, task, 9)
+
+
+@pytest.mark.parametrize("symbol, wanted", [("X", "no WFDB annotation code")])
+def test_an_unknown_beat_code_is_an_error(symbol, wanted, tmp_path, prepare):
+    beats_npz(tmp_path / "a.npz", symbols="NN" + symbol)
+    with pytest.raises(UserError, match=wanted):
+        load_task(store_of(tmp_path, prepare, tmp_path / "a.npz"), "beat", 100)
+
+
+def test_a_label_outside_the_known_classes_is_an_error_and_never_class_zero(tmp_path, capsys):
+    for part in ("train", "test"):
+        x = np.stack([wave(seconds=1, seed=i) for i in range(6)])
+        y = [1, 2, 1, 2, 1, 9 if part == "test" else 2]
+        np.savez(tmp_path / f"{part}.npz", x_train=x, y_train=y)
+    prepare = Preprocess(0.0, 0.0)
+    classes = load_task(store_of(tmp_path, prepare, tmp_path / "train.npz"), "series", 200).classes
+    store = store_of(tmp_path, prepare, tmp_path / "test.npz")
+    with pytest.raises(UserError, match="label '9'"):
+        load_task(store, "series", 200, classes)
+    task = load_task(store, "series", 200, classes, skip_bad=True)
+    assert len(task.items) == 5 and "skipped 1" in capsys.readouterr().err
+
+
+def test_pre_training_never_sees_the_test_series_of_a_ucr_set(tmp_path):
+    np.savez(tmp_path / "u.npz", x_train=np.stack([wave(1, seed=i) for i in range(4)]), y_train=[-1, 1, 1, -1],
+             x_test=np.stack([wave(1, seed=i) for i in range(9)]), y_test=[1] * 9)
+    lines = "@problemName u\n@data\n" + "".join(",".join(f"{v:.4f}" for v in wave(1, seed=i)) + ":2\n" for i in range(3))
+    (tmp_path / "u_TEST.ts").write_text(lines)
+    prepare = Preprocess(0.0, 0.0)
+    assert len(store_of(tmp_path, prepare, tmp_path / "u.npz", part="train").records) == 4
+    store = store_of(tmp_path, prepare, tmp_path / "u.npz")
+    parts = split_parts(store)
+    assert (parts == "train").sum() == 4 and (parts == "test").sum() == 9
+    assert load_task(store, "series", 200).classes == ["-1", "1"]
+    assert len(store_of(tmp_path, prepare, tmp_path / "u_TEST.ts").records) == 3
+    with pytest.raises(UserError, match="no usable record"):
+        store_of(tmp_path, prepare, tmp_path / "u_TEST.ts", part="train")
+
+
+def test_classes_are_drawn_by_power_of_their_frequency(tmp_path, prepare):
+    beats_npz(tmp_path / "a.npz", symbols="N" * 9 + "V", seconds=200)
+    store = store_of(tmp_path, prepare, tmp_path / "a.npz")
+    task = load_task(store, "beat", 100)
+    share = {}
+    for power in (1.0, 0.0):
+        dataset = DownstreamClassificationDataset(store, task, 100, draws=3000, power=power)
+        share[power] = (task.items["label"][dataset.drawn] == 2).mean()
+        assert abs(share[power] - dataset.drawn_prior[2]) < 0.03
+    assert share[1.0] < 0.15 and abs(share[0.0] - 0.5) < 0.03
+
+
+def test_mixup_blends_windows_and_says_by_how_much(tmp_path, prepare):
+    beats_npz(tmp_path / "a.npz", symbols="NV")
+    store = store_of(tmp_path, prepare, tmp_path / "a.npz")
+    task = load_task(store, "beat", 100)
+    plain, mixed = (DownstreamClassificationDataset(store, task, 100, draws=50, mixup=m) for m in (0.0, 1.0))
+    item = mixed[3]
+    other = next(i for i in range(len(task.items)) if np.allclose(
+        item["share"] * plain[3]["x"] + (1 - item["share"]) * mixed.window(i, np.random.default_rng(0))["x"], item["x"], atol=1e-5))
+    assert task.items["label"][other] == item["label2"] and 0 < item["share"] < 1
+
+
+def test_rhythm_windows_do_not_cross_a_change(tmp_path, prepare):
+    np.savez(tmp_path / "a.npz", sig=wave(60), fs=FS, ann_sample=[0, 25 * FS], ann_symbol=["+", "+"], ann_aux=["(N", "(AFIB"])
+    task = load_task(store_of(tmp_path, prepare, tmp_path / "a.npz"), "rhythm", 1000)
+    assert task.classes == ["AFIB", "N"] and [tuple(i)[1:3] for i in task.items] == [(0, 1), (1000, 1), (2500, 0), (3500, 0), (4500, 0)]
+
+
+def test_the_line_baseline_draws_straight_lines_between_what_is_visible():
+    image = np.array([[0.0, 5, 5, 3, 9, 9]])
+    hidden = np.array([False, True, True, False, True, True])
+    assert np.allclose(bridge(image, hidden), [[0, 1, 2, 3, 3, 3]])
+    assert not bridge(image, np.ones(6, bool)).any()
