@@ -24,7 +24,7 @@ from em_mllm.signals import TASKS, make_signal
 
 LETTERS = "ABCD"
 NOUN = {"modulation": ("调制类型", "modulation type"), "radar_jamming": ("雷达或干扰类型", "radar or jamming type")}
-CHOICE = [("请依据给出的IQ信号内容，选出最符合的{zh}（四选一）。{options}", "正确答案是：({letter}) {name}"),
+CHOICE = [("请依据给出的IQ信号内容，选出最符合的{zh}{how}。{options}", "正确答案是：({letter}) {name}"),
           ("以下哪一项是该信号的{zh}？{options}", "正确答案是：({letter}) {name}"),
           ("Which option is the {en} of this IQ signal? {options}", "The correct answer is: ({letter}) {name}"),
           ("Choose the {en} that fits the signal. {options}", "The correct answer is: ({letter}) {name}")]
@@ -36,7 +36,7 @@ def parse_args():
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not hold other data")
     parser.add_argument("--train", type=int, default=1300, help="training signals per modulation class; half as many per radar_jamming class (default 1300)")
     parser.add_argument("--val", type=int, default=40, help="validation signals per class (default 40)")
-    parser.add_argument("--test", type=int, default=100, help="test signals per modulation class (default 100)")
+    parser.add_argument("--test", type=int, default=65, help="test signals per class (default 65)")
     parser.add_argument("--points", type=int, default=1024, help="points per signal (default 1024, the seed's)")
     parser.add_argument("--snr", type=float, nargs=2, default=(-10, 20), metavar=("LOW", "HIGH"), help="SNR range in dB over the full band (default -10 20)")
     parser.add_argument("--fs", type=float, default=20e6, help="sampling rate in Hz (default 20e6)")
@@ -49,22 +49,32 @@ def parse_args():
     return parser.parse_args()
 
 
-def four_choice(task: str, name: str, rng: np.random.Generator) -> dict:
-    """A question with the right name among three other names of the task, in random order."""
-    names = list(TASKS[task])
+def four_choice(names, name: str, noun: tuple[str, str], rng: np.random.Generator) -> dict:
+    """A question with the right name among up to three others of `names`, in random order. noun: what is asked for, (Chinese, English)."""
     others = [n for n in names if n != name]
-    options = [name, *(others[i] for i in rng.choice(len(others), 3, replace=False))]
-    options = [options[i] for i in rng.permutation(4)]
+    options = [name, *(others[i] for i in rng.choice(len(others), min(3, len(others)), replace=False))]
+    options = [options[i] for i in rng.permutation(len(options))]
     question, answer = CHOICE[rng.integers(len(CHOICE))]
-    zh, en = NOUN[task]
     shown = " ".join(f"({letter}) {option}" for letter, option in zip(LETTERS, options))
-    return {"question": question.format(zh=zh, en=en, options=shown), "answer": answer.format(letter=LETTERS[options.index(name)], name=name)}
+    return {"question": question.format(zh=noun[0], en=noun[1], options=shown, how="（四选一）" if len(options) == 4 else ""),
+            "answer": answer.format(letter=LETTERS[options.index(name)], name=name)}
 
 
-def open_question(task: str, name: str, rng: np.random.Generator) -> dict:
+def open_question(name: str, noun: tuple[str, str], rng: np.random.Generator) -> dict:
     question, answer = OPEN[rng.integers(len(OPEN))]
-    zh, en = NOUN[task]
-    return {"question": question.format(zh=zh, en=en), "answer": answer.format(name=name)}
+    return {"question": question.format(zh=noun[0], en=noun[1]), "answer": answer.format(name=name)}
+
+
+def write_questions(path: Path, names, labels, noun, h5_name: str, rng, choices: int, opens: int, answers=True):
+    """The .json of one task: for signal i of class labels[i], `choices` four-choice and `opens` open questions."""
+    records = []
+    for i, label in enumerate(labels):
+        name = names[int(label)]
+        for item in [four_choice(names, name, noun, rng) for _ in range(choices)] + [open_question(name, noun, rng) for _ in range(opens)]:
+            if not answers:
+                del item["answer"]
+            records.append({"id": len(records), **item, "iq_index_in_h5": i, "h5_path": h5_name})
+    path.write_text(json.dumps(records, ensure_ascii=False, indent=0), encoding="utf-8")
 
 
 def write_pair(folder: Path, task: str, labels: np.ndarray, args, rng, choices: int, opens: int, answers=True):
@@ -82,14 +92,7 @@ def write_pair(folder: Path, task: str, labels: np.ndarray, args, rng, choices: 
             columns["label"][part, 0], columns["snr"][part, 0] = labels[part], snr
             for name in REGRESSION_TASKS:
                 columns[name][part, 0] = [info.get(name, np.nan) for _, info in made]
-    records = []
-    for i, label in enumerate(labels):
-        for make in [four_choice] * choices + [open_question] * opens:
-            item = make(task, names[int(label)], rng)
-            if not answers:
-                del item["answer"]
-            records.append({"id": len(records), **item, "iq_index_in_h5": i, "h5_path": f"{task}.h5"})
-    (folder / f"{task}.json").write_text(json.dumps(records, ensure_ascii=False, indent=0), encoding="utf-8")
+    write_questions(folder / f"{task}.json", names, labels, NOUN[task], f"{task}.h5", rng, choices, opens, answers)
 
 
 def main(args):

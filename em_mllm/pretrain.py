@@ -33,7 +33,7 @@ PRESETS = {
     "base": {"attention_type": "sdpa"},                          # the published sizes: 86 M encoder, 112 M with decoder
     "tiny": dict(hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=256, patch_size=(16, 1), max_seq_len=(1040, 1),
                  decoder_hidden_size=64, decoder_num_hidden_layers=1, decoder_num_attention_heads=4, decoder_intermediate_size=256,
-                 layer_norm_eps=1e-6, initializer_range=0.1, attention_type="sdpa"),
+                 layer_norm_eps=1e-6, initializer_range=0.1, attention_type="sdpa", position_init="sincos"),
 }
 
 

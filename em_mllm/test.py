@@ -45,7 +45,7 @@ def parse_args():
     data.add_argument("--out", type=Path, help="folder for metrics, predictions and pictures (replaced if it holds such results)")
     data.add_argument("--limit", type=int, default=0, help="only the first n questions of each file")
     data.add_argument("--skip-bad", action="store_true", help="leave out and count unusable questions and signals")
-    data.add_argument("--batch-size", type=int, default=32)
+    data.add_argument("--batch-size", type=int, default=64, help="questions at a time (default 64)")
     data.add_argument("--max-new-tokens", type=int, default=24, help="most tokens to generate (default 24)")
     data.add_argument("--wrong-signal", action="store_true", help="control: also ask every question about a signal of another class")
     data.add_argument("--calibrate-dir", type=Path, help="validation folder on which the confidence temperature is fitted (default: none, temperature 1)")
@@ -119,11 +119,11 @@ def ask(model, tokenizer, batch, records, max_new_tokens):
 
 
 def answer_set(model, tokenizer, data: QuestionDataset, accelerator, batch_size, max_new_tokens, swap=None):
-    """Predictions for every question, in order, with task, truth, class and SNR. swap: {row: row whose signal is shown instead}."""
+    """Predictions for every question, in order, with task, truth, class and SNR. swap: {row: row whose signal is shown instead}, for those rows only."""
     collate = QuestionCollator(model.signal_encoder.config.patch_size[0], tokenizer.pad_token_id)
     snr = [f.column("snr") if "snr" in f.columns else None for f in data.files]
     out = []
-    with accelerator.split_between_processes(list(range(len(data)))) as mine:
+    with accelerator.split_between_processes(list(range(len(data)) if swap is None else swap)) as mine:
         for start in progress(range(0, len(mine), batch_size), accelerator, desc="asking", unit="batch"):
             rows = mine[start : start + batch_size]
             items = [data[r] for r in rows]
@@ -148,12 +148,12 @@ def answer_set(model, tokenizer, data: QuestionDataset, accelerator, batch_size,
 
 
 def other_signals(data: QuestionDataset, seed=0) -> dict:
-    """For each question another question's row whose signal has a different label (of the same task where there is one)."""
+    """For each four-choice question another question's row whose signal has a different label (of the same task where there is one)."""
     labels = [f.column("label") if "label" in f.columns else np.arange(len(f)) for f in data.files]
     first = [i[0] if isinstance(i := data.records[r]["iq_index_in_h5"], list) else i for r in range(len(data.records))]
     label = np.array([labels[data.file_of[r]][first[r]] for r in range(len(first))])
     rng, swap = np.random.default_rng(seed), {}
-    for r in range(len(first)):
+    for r in [r for r in range(len(first)) if parse_options(data.records[r])]:
         same_task = (data.task_of == data.task_of[r]) & (label != label[r])
         swap[r] = int(rng.choice(np.nonzero(same_task)[0] if same_task.any() else np.setdiff1d(np.arange(len(first)), [r])))
     return swap
@@ -191,11 +191,11 @@ def calibration_error(rows, temperature, bins=10) -> float:
 def open_scores(rows) -> dict:
     """ROUGE-L, BLEU and exact match of answers to open questions."""
     from rouge_score.rouge_scorer import RougeScorer
-    from sacrebleu import corpus_bleu
+    from sacrebleu import BLEU
 
     scorer = RougeScorer(["rougeL"], tokenizer=Words())
     rouge = [scorer.score(r["answer"], r["text"])["rougeL"].fmeasure for r in rows]
-    bleu = corpus_bleu([r["text"] for r in rows], [[r["answer"] for r in rows]], tokenize="zh", smooth_method="add-k", smooth_value=1)
+    bleu = BLEU(tokenize="zh", effective_order=True).corpus_score([r["text"] for r in rows], [[r["answer"] for r in rows]])
     same = [re.sub(r"\s", "", r["answer"]) == re.sub(r"\s", "", r["text"]) for r in rows]
     return {"count": len(rows), "rougeL": float(np.mean(rouge)), "bleu": bleu.score / 100, "exact": float(np.mean(same))}
 

@@ -79,8 +79,8 @@ class SiTMAEFlashAttention2(SiTMAESdpaSelfAttention):
         return self.dropout(self.Wo(rearrange(context, "b h m d -> b m (h d)")))
 
     def forward(self, hidden_states, attn_mask=None, sample_ids=None, head_mask=None, output_attentions=False):
-        has_kernel = varlen_attn is not None and hidden_states.is_cuda and not (self.training and self.attention_dropout)
-        if output_attentions or head_mask is not None or not has_kernel or sample_ids is None:
+        usable = has_varlen_kernel(hidden_states) and sample_ids is not None and not (self.training and self.attention_dropout)
+        if output_attentions or head_mask is not None or not usable:
             return super().forward(hidden_states, attn_mask, sample_ids, head_mask, output_attentions)
         rows, length, _ = hidden_states.shape
         tokens, indices, cu_seqlens, longest = unpad_input(hidden_states, sample_ids)
@@ -89,6 +89,11 @@ class SiTMAEFlashAttention2(SiTMAESdpaSelfAttention):
         context = varlen_attn(q.to(half), k.to(half), v.to(half), cu_seqlens, cu_seqlens, longest, longest)
         out = self.dropout(self.Wo(rearrange(context, "t h d -> t (h d)").to(tokens.dtype)))
         return pad_input(out, indices, rows, length), None
+
+
+def has_varlen_kernel(hidden_states: torch.Tensor) -> bool:
+    """Whether torch's variable-length kernel can take these activations."""
+    return varlen_attn is not None and hidden_states.is_cuda
 
 
 SITMAE_ATTENTION_CLASSES = {"eager": SiTMAESelfAttention, "sdpa": SiTMAESdpaSelfAttention, "fa2": SiTMAEFlashAttention2}

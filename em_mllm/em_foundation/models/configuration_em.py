@@ -12,6 +12,8 @@ class SiTMAEConfig(PretrainedConfig):
     where the device has one).
     fs_unit: unit in which the sampling rate is put into its token, "mhz" or "hz". In Hz the phases of the sinusoids are huge
     and mean little; published weights do not say which they used.
+    position_init: "xavier" (upstream's) or "sincos" (as in the image MAE): how the trained position tables start. Neighbouring patches start
+    alike with "sincos", which short training runs need.
     label_weights: {task: weight} of SiTForMultiTask. Other keyword arguments are kept and not used.
     """
 
@@ -21,12 +23,15 @@ class SiTMAEConfig(PretrainedConfig):
                  hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.02, layer_norm_eps=1e-12,
                  max_seq_len=(4096, 1), patch_size=(8, 1), num_channels=2, qkv_bias=True, decoder_hidden_size=512,
                  decoder_num_hidden_layers=8, decoder_num_attention_heads=16, decoder_intermediate_size=2048, mask_ratio=0.75,
-                 norm_pix_loss=False, use_fs=True, attention_type="eager", fs_unit="mhz", label_weights=None, **kwargs):
+                 norm_pix_loss=False, use_fs=True, attention_type="eager", fs_unit="mhz", position_init="xavier",
+                 label_weights=None, **kwargs):
         super().__init__(**kwargs)
         if attention_type not in ("eager", "sdpa", "fa2"):
             raise ValueError(f"attention_type={attention_type!r}: choose eager, sdpa or fa2")
         if fs_unit not in ("hz", "mhz"):
             raise ValueError(f"fs_unit={fs_unit!r}: choose hz or mhz")
+        if position_init not in ("xavier", "sincos"):
+            raise ValueError(f"position_init={position_init!r}: choose xavier or sincos")
         self.hidden_size, self.num_hidden_layers, self.num_attention_heads = hidden_size, num_hidden_layers, num_attention_heads
         self.intermediate_size, self.hidden_act = intermediate_size, hidden_act
         self.hidden_dropout_prob, self.attention_probs_dropout_prob = hidden_dropout_prob, attention_probs_dropout_prob
@@ -34,6 +39,7 @@ class SiTMAEConfig(PretrainedConfig):
         self.max_seq_len = [max_seq_len, 1] if isinstance(max_seq_len, int) else list(max_seq_len)
         self.patch_size = [patch_size, 1] if isinstance(patch_size, int) else list(patch_size)
         self.num_channels, self.use_fs, self.fs_unit, self.attention_type = num_channels, use_fs, fs_unit, attention_type
+        self.position_init = position_init
         self.decoder_hidden_size, self.decoder_num_hidden_layers = decoder_hidden_size, decoder_num_hidden_layers
         self.decoder_num_attention_heads, self.decoder_intermediate_size = decoder_num_attention_heads, decoder_intermediate_size
         self.mask_ratio, self.norm_pix_loss, self.label_weights = mask_ratio, norm_pix_loss, label_weights

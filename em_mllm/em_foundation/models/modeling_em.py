@@ -34,14 +34,22 @@ class SiTMAEPreTrainedModel(PreTrainedModel):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
         elif isinstance(module, SiTMAEEmbeddings):
-            nn.init.xavier_uniform_(module.position_embeddings)
+            self._init_positions(module.position_embeddings)
             nn.init.normal_(module.cls_token, std=0.02)
         elif isinstance(module, TimestepEmbedder):
             nn.init.normal_(module.mlp[0].weight, std=0.02)
             nn.init.normal_(module.mlp[2].weight, std=0.02)
         elif isinstance(module, SiTMAEDecoder):
-            nn.init.xavier_uniform_(module.decoder_position_embeddings)
+            self._init_positions(module.decoder_position_embeddings)
             nn.init.normal_(module.mask_token, std=0.02)
+
+    @torch.no_grad()
+    def _init_positions(self, table):
+        if self.config.position_init == "xavier":
+            nn.init.xavier_uniform_(table)
+        else:
+            sinusoids = TimestepEmbedder.timestep_embedding(torch.arange(len(table)), table.shape[1])
+            table.copy_(sinusoids * 5 * self.config.initializer_range)
 
 
 class SiTMAEEncoder(nn.Module):

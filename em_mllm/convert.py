@@ -1,0 +1,224 @@
+"""Public data sets to x.h5 + x.json.
+
+    python em_mllm/convert.py radioml2016 RML2016.10a_dict.pkl --out data/radioml2016
+    python em_mllm/convert.py radioml2018 GOLD_XYZ_OSC.0001_1024.hdf5 --out data/radioml2018 --per-cell 200
+    python em_mllm/convert.py rtl433 shared/data/rf/rtl433_train.npz shared/data/rf/rtl433_test.npz --out data/rtl433
+
+radioml*: train/ val/ test/ at 60 : 20 : 20 of every (class, SNR) cell by --seed. rtl433: train/ of augmented copies, val/ of other copies of the
+same captures, test/<condition>/ of the untouched test captures, clean and with noise from 20 to -10 dB below the burst's power, with and without
+a frequency shift.
+
+RadioML is known to be irregular: SNR labels of 2016.10a are not the measured SNR of each signal, and the class list published with 2018.01a is in
+the wrong order; the corrected order is used here.
+"""
+import argparse
+import io
+import json
+import pickle
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
+
+import h5py
+import numpy as np
+
+from common.checkpoint import atomic_dir
+from common.errors import UserError, run
+from common.run import progress
+from em_mllm.make_data import NOUN, write_questions
+
+RADIOML2018 = ("OOK", "4ASK", "8ASK", "BPSK", "QPSK", "8PSK", "16PSK", "32PSK", "16APSK", "32APSK", "64APSK", "128APSK", "16QAM", "32QAM", "64QAM", "128QAM",
+               "256QAM", "AM-SSB-WC", "AM-SSB-SC", "AM-DSB-WC", "AM-DSB-SC", "FM", "GMSK", "OQPSK")
+DEVICE = {"device": ("设备型号", "device"), "coding": ("编码方式", "coding"), "keying": ("调制方式", "modulation")}
+NOISE_DB = (20, 10, 5, 0, -5, -10)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", choices=("radioml2016", "radioml2018", "rtl433"))
+    parser.add_argument("files", type=Path, nargs="+", help="the file of the data set; for rtl433 the training and the test file")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--per-cell", type=int, default=1000, help="radioml: most signals of each (class, SNR) cell (default 1000)")
+    parser.add_argument("--fs", type=float, default=1e6, help="radioml: nominal sampling rate in Hz, which the files do not hold (default 1e6)")
+    parser.add_argument("--copies", type=int, default=40, help="rtl433: augmented copies of each training capture (default 40)")
+    parser.add_argument("--clean", action="store_true", help="rtl433: training copies without noise and shift, to see what they are worth")
+    parser.add_argument("--view", choices=("polar", "iq"), default="polar", help="rtl433: magnitude and mean frequency, or I and Q, both averaged over 8 samples (default polar)")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+# ---- RadioML
+
+
+class ArraysOnly(pickle.Unpickler):
+    """Reads a pickle of numpy arrays and nothing else: any other name in it is refused, so that no code of the file can run."""
+
+    ALLOWED = {("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype"),
+               ("_codecs", "encode")}
+
+    def find_class(self, module, name):
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"{module}.{name}")
+        return super().find_class(module, name)
+
+
+def read_radioml2016(path: Path):
+    """Yields (class name, SNR in dB, signals (n, T, 2)) of a RML2016 dictionary {(name, snr): (n, 2, T)}."""
+    try:
+        cells = ArraysOnly(io.BytesIO(path.read_bytes()), encoding="latin1").load()
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path}: refused, it holds more than arrays ({error})") from error
+    except (EOFError, ValueError, OSError, AttributeError, IndexError) as error:
+        raise UserError(f"{path}: not a readable RadioML pickle ({error}); was the download cut short?") from error
+    if not isinstance(cells, dict) or not all(isinstance(k, tuple) and len(k) == 2 and getattr(v, "ndim", 0) == 3 and v.shape[1] == 2 for k, v in cells.items()):
+        raise UserError(f"{path}: expected a dictionary of (class, SNR): array (n, 2, T)")
+    for (name, snr), signals in sorted(cells.items()):
+        yield name.decode() if isinstance(name, bytes) else name, float(snr), signals.transpose(0, 2, 1)
+
+
+def read_radioml2018(path: Path):
+    """Yields (class name, SNR in dB, signals (n, T, 2)) of a 2018.01a file: X (N, T, 2), Y one-hot (N, 24), Z SNR (N, 1)."""
+    try:
+        with h5py.File(path, "r") as file:
+            if any(k not in file for k in "XYZ"):
+                raise UserError(f"{path}: expected the datasets X, Y, Z (it has {', '.join(file)})")
+            label, snr = file["Y"][:].argmax(1), file["Z"][:].ravel()
+            if file["Y"].shape[1] != len(RADIOML2018):
+                raise UserError(f"{path}: Y has {file['Y'].shape[1]} classes, expected {len(RADIOML2018)}")
+            for c in range(len(RADIOML2018)):
+                for s in np.unique(snr[label == c]):
+                    rows = np.nonzero((label == c) & (snr == s))[0]
+                    yield RADIOML2018[c], float(s), file["X"][rows[0] : rows[-1] + 1][rows - rows[0]]
+    except OSError as error:
+        raise UserError(f"{path}: not a readable HDF5 file ({error}); was the download cut short?") from error
+
+
+def convert_radioml(cells, out: Path, per_cell: int, fs: float, seed: int):
+    """Cell by cell into three growing .h5 files; then the questions."""
+    rng, names, parts = np.random.default_rng(seed), [], {}
+    for name, snr, signals in progress(cells, desc="cells"):
+        if name not in names:
+            names.append(name)
+        rows = rng.permutation(len(signals))[:per_cell]
+        bounds = (0, int(0.6 * len(rows)), int(0.8 * len(rows)), len(rows))
+        for part, start, stop in zip(("train", "val", "test"), bounds, bounds[1:]):
+            chosen = signals[np.sort(rows[start:stop])].astype(np.float32)
+            if part not in parts:
+                (out / part).mkdir()
+                file = parts[part] = h5py.File(out / part / "modulation.h5", "w")
+                file.create_dataset("IQ_data", (0, *chosen.shape[1:]), "float32", maxshape=(None, *chosen.shape[1:]), chunks=(64, *chosen.shape[1:]))
+                for column in ("label", "snr"):
+                    file.create_dataset(column, (0, 1), "float32", maxshape=(None, 1))
+            file, n = parts[part], len(parts[part]["IQ_data"])
+            for column, values in (("IQ_data", chosen), ("label", np.full((len(chosen), 1), names.index(name))), ("snr", np.full((len(chosen), 1), snr))):
+                file[column].resize(n + len(chosen), 0)
+                file[column][n:] = values
+    for part, file in parts.items():
+        file.attrs["fs"], file.attrs["classes"] = fs, json.dumps(names)
+        labels = file["label"][:, 0]
+        file.close()
+        write_questions(out / part / "modulation.json", names, labels, NOUN["modulation"], "modulation.h5", rng, 1, 1 if part == "train" else 0)
+    print(f"{len(names)} classes: {', '.join(names)}")
+
+
+# ---- rtl_433 captures
+
+
+def read_rtl433(path: Path) -> dict:
+    """iq (n, 32768) complex64 around zero, y (n,), and per class names, modulation, coding; fs."""
+    try:
+        with np.load(path) as file:
+            missing = [k for k in ("iq", "y", "classes", "modulation", "coding", "fs") if k not in file]
+            if missing:
+                raise UserError(f"{path}: has no array {missing[0]} (it has {', '.join(file.files)})")
+            content = {k: file[k] for k in ("iq", "y", "classes", "modulation", "coding", "fs")}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable npz file ({error})") from error
+    iq = content["iq"]
+    if iq.ndim != 3 or iq.shape[2] != 2:
+        raise UserError(f"{path}: iq is {iq.shape}, expected (n, T, 2)")
+    content["iq"] = ((iq[..., 0] - np.float32(127.5)) + 1j * (iq[..., 1] - np.float32(127.5))).astype(np.complex64)
+    return content | {"fs": float(content["fs"]), "y": content["y"].astype(int)}
+
+
+def burst_power(z: np.ndarray) -> float:
+    """Mean power of the samples that belong to bursts: those above a quarter of the peak magnitude of the smoothed envelope."""
+    envelope = np.convolve(np.abs(z - z.mean()), np.ones(16) / 16, "same")
+    return float(np.mean(np.abs(z[envelope > 0.25 * envelope.max()]) ** 2))
+
+
+def disturb(z, fs, rng, noise_db=None, shift_hz=0.0):
+    """z shifted by shift_hz and turned by a random phase, with white noise noise_db dB below the burst power."""
+    z = z * np.exp(1j * (rng.uniform(0, 2 * np.pi) + 2 * np.pi * shift_hz / fs * np.arange(len(z))))
+    if noise_db is not None:
+        level = np.sqrt(burst_power(z) / 2 * 10 ** (-noise_db / 10))
+        z = z + level * (rng.standard_normal(len(z)) + 1j * rng.standard_normal(len(z)))
+    return z
+
+
+def view(z: np.ndarray, kind: str = "polar", factor: int = 8) -> np.ndarray:
+    """(T,) complex to (T / factor, 2): mean magnitude (unit peak) and mean frequency (-1..1 = +-fs/2), or the averaged I and Q."""
+    blocks = z[: len(z) // factor * factor].reshape(-1, factor)
+    if kind == "iq":
+        mean = blocks.mean(1)
+        return np.stack([mean.real, mean.imag], 1).astype(np.float32)
+    step = np.concatenate([[0], z[1:] * z[:-1].conj()])[: len(blocks) * factor].reshape(-1, factor)
+    magnitude = np.abs(blocks).mean(1)
+    return np.stack([magnitude / magnitude.max(), np.angle(step.sum(1)) / np.pi], 1).astype(np.float32)
+
+
+def write_captures(folder: Path, views, y, meta, fs, rng, choices, opens):
+    """folder/device.h5 and the questions about device, coding and keying in three .json."""
+    folder.mkdir(parents=True)
+    names = [str(c) for c in meta["classes"]]
+    with h5py.File(folder / "device.h5", "w") as file:
+        file["IQ_data"], file["label"] = np.stack(views), np.asarray(y, np.float32)[:, None]
+        file.attrs["fs"], file.attrs["classes"] = fs, json.dumps(names)
+    write_questions(folder / "device.json", names, y, DEVICE["device"], "device.h5", rng, choices, opens)
+    for task, column in (("coding", "coding"), ("keying", "modulation")):
+        values = [str(v) or "none" for v in meta[column]]
+        kinds = sorted(set(values))
+        write_questions(folder / f"{task}.json", kinds, [kinds.index(values[k]) for k in y], DEVICE[task], "device.h5", rng, choices, opens)
+
+
+def convert_rtl433(train_path, test_path, out: Path, args):
+    train, test = read_rtl433(train_path), read_rtl433(test_path)
+    fs, rng = train["fs"], np.random.default_rng(args.seed)
+    for part, copies in (("train", args.copies), ("val", 2)):
+        views, labels = [], []
+        for _ in progress(range(copies), desc=part):
+            for z, label in zip(train["iq"], train["y"]):
+                z = np.roll(z, int(rng.integers(len(z))))
+                noisy = disturb(z, fs, rng, None if args.clean else rng.uniform(-10, 30), 0.0 if args.clean else rng.uniform(-25e3, 25e3))
+                views.append(view(noisy, args.view))
+                labels.append(label)
+        write_captures(out / part, views, labels, train, fs / 8, rng, 2 if part == "train" else 1, 1 if part == "train" else 0)
+    for noise in (None, *NOISE_DB):
+        for shift in (0.0, 15e3):
+            views = [view(disturb(z, fs, rng, noise, shift), args.view) for z in test["iq"]]
+            name = ("clean" if noise is None else f"{noise}dB") + ("_shift" if shift else "")
+            write_captures(out / "test" / name, views, test["y"], test, fs / 8, rng, 1, 0)
+    values = {"device": [str(c) for c in train["classes"]], "coding": sorted({str(v) or "none" for v in train["coding"]}), "keying": sorted(set(map(str, train["modulation"])))}
+    (out / "tasks.json").write_text(json.dumps({t: {"noun": DEVICE[t], "names": values[t]} for t in DEVICE}, ensure_ascii=False))
+    print(f"{len(train['y'])} training captures x {args.copies} copies, {len(test['y'])} test captures in {2 * len(NOISE_DB) + 2} conditions")
+
+
+def main(args):
+    if args.out.exists() and any(args.out.iterdir()):
+        raise UserError(f"{args.out} is not empty; choose another --out")
+    for path in args.files:
+        if not path.is_file():
+            raise UserError(f"{path}: no such file")
+    if len(args.files) != (2 if args.source == "rtl433" else 1):
+        raise UserError("rtl433 takes the training and the test file" if args.source == "rtl433" else f"{args.source} takes one file")
+    with atomic_dir(args.out) as out:
+        if args.source == "rtl433":
+            convert_rtl433(*args.files, out, args)
+        else:
+            convert_radioml((read_radioml2016 if args.source == "radioml2016" else read_radioml2018)(args.files[0]), out, args.per_cell, args.fs, args.seed)
+    print(f"written to {args.out}")
+
+
+if __name__ == "__main__":
+    run(main, parse_args())

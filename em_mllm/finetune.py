@@ -1,0 +1,186 @@
+"""The encoder alone with labels: classification, or classification with the five regressions, fine-tuned whole or as a linear probe.
+
+    python em_mllm/finetune.py --train data/em_mllm/train/radar_jamming.h5 --test data/em_mllm/test/radar_jamming.h5 \\
+        --signal-encoder-path runs/em_mllm/pretrain/encoder --multitask --out runs/em_mllm/multitask
+
+Writes out/model (SiTMAEForClassification or SiTForMultiTask, upstream's key names), metrics.json with the chance level or the error of the
+training median beside each number, and a confusion matrix.
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration
+from torch.utils.data import DataLoader
+
+from common.checkpoint import atomic_dir, atomic_write, find_resume, load_step, save_step
+from common.errors import UserError, run
+from common.figures import new_figure, save_figure
+from common.run import Log, StopSignal, check_finite, describe, open_run, seed_everything
+from em_mllm.dataset import SignalCollator, SignalDataset
+from em_mllm.em_foundation.models import SiTForMultiTask, SiTMAEForClassification
+from em_mllm.em_foundation.models.configuration_em import REGRESSION_TASKS
+from em_mllm.em_foundation.utils.utils import load_encoder, read_config
+from em_mllm.optim import lr_at, make_optimizers, set_lr
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", type=Path, nargs="+", required=True, help=".h5 files with label (files with different classes need one run each)")
+    parser.add_argument("--test", type=Path, nargs="+", required=True, help=".h5 files to measure on, once, at the end")
+    parser.add_argument("--signal-encoder-path", type=Path, required=True, help="encoder folder or weight file")
+    parser.add_argument("--random-encoder", action="store_true", help="control: the encoder's sizes without its weights")
+    parser.add_argument("--linear-probe", action="store_true", help="train the head alone")
+    parser.add_argument("--multitask", action="store_true", help=f"also regress {', '.join(REGRESSION_TASKS)} where the files have these columns")
+    parser.add_argument("--noise-db", type=float, nargs=2, metavar=("LOW", "HIGH"), help="add white noise at a random SNR of this range in training")
+    parser.add_argument("--shift-hz", type=float, default=0.0, help="shift in frequency by up to this in training (default 0)")
+    parser.add_argument("--skip-bad", action="store_true")
+    parser.add_argument("--steps", type=int, default=500, help="optimizer steps (default 500)")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--accum", type=int, default=1, help="batches per optimizer step (default 1)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default 1e-3)")
+    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
+    parser.add_argument("--weight-decay", type=float, default=0.05)
+    parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no")
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--log-every", type=int, default=50)
+    parser.add_argument("--save-every", type=int, default=1000)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--overwrite", action="store_true")
+    return parser.parse_args()
+
+
+def split_labels(batch, scale, device=None):
+    """Take the label columns out of a collated batch: labels for the model (regressions divided by their training scale), inputs, extras."""
+    inputs = {k: batch[k] for k in ("samples", "patch_positions", "sample_ids_seq")}
+    label = batch["label"].long()
+    if not scale:
+        return inputs, label
+    return inputs, {"classification": label, **{name: batch[name].float() / value for name, value in scale.items()}}
+
+
+@torch.no_grad()
+def measure(model, data, scale, batch_size=64):
+    """Predicted class and regressions (in the columns' units) for every signal, read at the cls token."""
+    model.eval()
+    collate, classes, values = SignalCollator(model.config), [], {name: [] for name in scale}
+    for batch in DataLoader(data, batch_size, collate_fn=collate):
+        inputs, _ = split_labels(batch, scale)
+        logits = model(**{k: v.to(model.device) for k, v in inputs.items()}).logits
+        classes.append((logits["classification"] if scale else logits)[:, 0].argmax(-1).cpu())
+        for name in scale:
+            values[name].append(logits[name][:, 0, 0].cpu() * scale[name])
+    return torch.cat(classes).numpy(), {name: torch.cat(v).numpy() for name, v in values.items()}
+
+
+def main(args):
+    accelerator = Accelerator(gradient_accumulation_steps=args.accum, mixed_precision=args.precision, dataloader_config=DataLoaderConfiguration(
+        use_seedable_sampler=True, data_seed=args.seed))
+    seed_everything(args.seed)
+    regressions = REGRESSION_TASKS if args.multitask else ()
+    columns = ("label", "snr", *regressions)
+    train = SignalDataset(args.train, columns, args.skip_bad, args.seed, args.noise_db, args.shift_hz)
+    test = SignalDataset(args.test, columns, args.skip_bad)
+    for path, data in ((args.train[0], train), (args.test[0], test)):
+        if not np.isfinite(data.columns["label"]).all() or (data.columns["label"] < 0).any():
+            raise UserError(f"{path}: label is missing or not a class number; write a dataset label (Num, 1) of 0, 1, 2, ...")
+    classes = train.files[0].classes or [str(i) for i in range(int(train.columns["label"].max()) + 1)]
+    if test.columns["label"].max() >= len(classes):
+        raise UserError(f"{args.test[0]}: label {int(test.columns['label'].max())} is not among the {len(classes)} classes of {args.train[0]}")
+    scale = {name: float(np.nanmean(np.abs(train.columns[name]))) for name in regressions if np.isfinite(train.columns[name]).any()}
+    if args.multitask and not scale:
+        raise UserError(f"--multitask: {args.train[0]} has none of {', '.join(REGRESSION_TASKS)}")
+    config = read_config(args.signal_encoder_path, num_labels=len(classes), attention_type="sdpa")
+    model = (SiTForMultiTask if scale else SiTMAEForClassification)(config)
+    if not args.random_encoder:
+        load_encoder(model, args.signal_encoder_path)
+    model.sit.requires_grad_(not args.linear_probe)
+    model.sit.layernorm.requires_grad_(False)                    # the heads read the un-normalised output, as upstream
+    if not config.use_fs:
+        model.sit.embeddings.fs_embedder.requires_grad_(False)
+    if scale:
+        for name in set(REGRESSION_TASKS) - set(scale):
+            getattr(model, f"regression_head_{name}").requires_grad_(False)
+    out = open_run(args.out, args, accelerator, args.resume, args.overwrite)
+    size = min(args.batch_size, len(train))
+    loader = DataLoader(train, size, shuffle=True, collate_fn=SignalCollator(config), num_workers=args.workers, drop_last=True, generator=torch.Generator())
+    accelerator.print(f"{describe(model)}; {len(train)} training and {len(test)} test signals, {len(classes)} classes, "
+                      f"{size * accelerator.num_processes * args.accum} signals a step, {args.steps} steps, lr {args.lr:g}")
+    model, loader, *optimizers = accelerator.prepare(model, loader, *make_optimizers(model, args.optimizer, args.lr, args.weight_decay))
+    state = {"step": 0, "epoch": 0, "batch": 0}
+    if args.resume and (found := find_resume(out, accelerator)):
+        state = load_step(accelerator, found)
+    log, stop = Log(out, accelerator, args.steps, state["step"]), StopSignal(accelerator)
+    model.train()
+    while state["step"] < args.steps:
+        loader.set_epoch(state["epoch"])
+        train.set_epoch(state["epoch"])
+        for batch in accelerator.skip_first_batches(loader, state["batch"]):
+            inputs, labels = split_labels(batch, scale)
+            with accelerator.accumulate(model):
+                loss = model(**inputs, labels=labels).loss
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    grad_norm = accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                    lr = set_lr(optimizers, lr_at(state["step"], args.steps, 0.05))
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad()
+            state["batch"] += 1
+            if not accelerator.sync_gradients:
+                continue
+            state["step"] += 1
+            if state["step"] % args.log_every == 0 or state["step"] == 1:
+                mean = accelerator.reduce(loss.detach(), "mean")
+                check_finite(mean, state["step"], batch["index"].tolist(), out)
+                log.log(state["step"], loss=mean, lr=lr, grad=grad_norm)
+            last = state["step"] == args.steps
+            if state["step"] % args.save_every == 0 or last:
+                save_step(accelerator, out, state)
+            if not last and stop():
+                stop.leave(save_step(accelerator, out, state))
+            if last:
+                break
+        else:
+            state["epoch"], state["batch"] = state["epoch"] + 1, 0
+    log.close()
+
+    if accelerator.is_main_process:
+        model = accelerator.unwrap_model(model)
+        with atomic_dir(out / "model") as folder:
+            model.save_pretrained(folder)
+        predicted, values = measure(model, test, scale)
+        label, snr = test.columns["label"].astype(int), test.columns["snr"]
+        hit = predicted == label
+        metrics = {"accuracy": float(hit.mean()), "chance": float(np.bincount(label).max() / len(label)), "count": len(label)}
+        if np.isfinite(snr).any():
+            metrics["accuracy_high_snr"] = float(hit[snr >= 10].mean())
+        for name, guess in values.items():
+            known = np.isfinite(test.columns[name])
+            truth, median = test.columns[name][known], float(np.nanmedian(train.columns[name]))
+            metrics[f"mae_{name}"] = {"model": float(np.abs(guess[known] - truth).mean()), "training median": float(np.abs(median - truth).mean())}
+        atomic_write(out / "metrics.json", json.dumps(metrics, indent=1))
+        matrix = np.zeros((len(classes), len(classes)), int)
+        np.add.at(matrix, (label, predicted), 1)
+        figure, axis = new_figure(width=0.34 * len(classes) + 2.5, height=0.34 * len(classes) + 2)
+        axis.imshow(matrix / matrix.sum(1, keepdims=True).clip(1), vmin=0, vmax=1)
+        axis.set_xticks(range(len(classes)), classes, rotation=90, fontsize=8)
+        axis.set_yticks(range(len(classes)), classes, fontsize=8)
+        axis.set(xlabel="predicted", ylabel="true")
+        axis.grid(False)
+        save_figure(figure, out / "figures" / "confusion.png")
+        atomic_write(out / "figures" / "confusion.csv", "true," + ",".join(classes) + "\n" + "".join(f"{n}," + ",".join(map(str, r)) + "\n" for n, r in zip(classes, matrix)))
+        print("\n".join(f"{k}: {v}" for k, v in metrics.items()))
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run(main, parse_args())

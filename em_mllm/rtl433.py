@@ -1,0 +1,170 @@
+"""Real captures: which device, clean and in noise, with few labels and for devices never seen, beside two classical baselines.
+
+    python em_mllm/convert.py rtl433 .../rtl433_train.npz .../rtl433_test.npz --out data/em_mllm/rtl433
+    python em_mllm/pretrain.py --data data/em_mllm/rtl433/train --out runs/em_mllm/rtl433_pretrain --preset tiny --patch 32 ...
+    python em_mllm/rtl433.py --captures .../rtl433_train.npz .../rtl433_test.npz --data data/em_mllm/rtl433 \\
+        --signal-encoder-path runs/em_mllm/rtl433_pretrain/encoder --out runs/em_mllm/rtl433
+
+Training and test captures come from the same sittings with the same receiver: nothing here follows for another receiver. Unseen devices: the
+encoder is trained on eight classes; the other four are told apart from a few captures each by its embeddings.
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch.utils.data import Subset
+
+from common.checkpoint import atomic_write
+from common.figures import new_figure, save_figure
+from common.errors import run
+from common.run import open_run, seed_everything
+from em_mllm.baseline import predict, train_cnn
+from em_mllm.convert import NOISE_DB, disturb, read_rtl433
+from em_mllm.dataset import SignalDataset
+from em_mllm.fewshot import classify, embed, fit, make_encoder, probe
+
+UNSEEN = ("auriol_z31055", "door_bell", "hyundai_key", "dsc")
+EDGES = np.geomspace(10, 20000, 17)                              # samples at 250 kHz: 40 us to 80 ms
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--captures", type=Path, nargs=2, required=True, metavar=("TRAIN", "TEST"), help="the two npz files")
+    parser.add_argument("--data", type=Path, required=True, help="folder that convert.py rtl433 wrote")
+    parser.add_argument("--signal-encoder-path", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=400, help="training steps of encoder and CNN (default 400)")
+    parser.add_argument("--seeds", type=int, default=1, help="repetitions with other seeds (default 1)")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--overwrite", action="store_true")
+    return parser.parse_args()
+
+
+def pulse_features(z) -> np.ndarray:
+    """33 numbers: shares of pulse lengths and of gap lengths in 16 logarithmic classes each, and the log of the number of pulses."""
+    envelope = np.convolve(np.abs(z - z.mean()), np.ones(16) / 16, "same")
+    on = envelope > 0.5 * np.percentile(envelope, 99)
+    edges = np.nonzero(np.diff(on.astype(int)))[0]
+    lengths, first = np.diff(edges), on[edges[0] + 1] if len(edges) else False
+    pulses, gaps = (lengths[0::2], lengths[1::2]) if first else (lengths[1::2], lengths[0::2])
+    shares = [np.histogram(x.clip(EDGES[0], EDGES[-1]), EDGES)[0] / max(1, len(x)) for x in (pulses, gaps)]
+    return np.concatenate([*shares, [np.log1p(len(pulses))]])
+
+
+def pulse_regression(train, test, augmented: bool, rng) -> dict:
+    """Accuracy in each condition of a logistic regression on pulse_features, trained on clean captures or on disturbed copies too."""
+    signals, labels = list(train["iq"]), list(train["y"])
+    if augmented:
+        for _ in range(8):
+            signals += [disturb(z, train["fs"], rng, rng.uniform(-10, 30), rng.uniform(-25e3, 25e3)) for z in train["iq"]]
+            labels += list(train["y"])
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=1.0, max_iter=500)).fit([pulse_features(z) for z in signals], labels)
+    return {noise: float(np.mean(model.predict([pulse_features(disturb(z, test["fs"], rng, noise)) for z in test["iq"]]) == test["y"]))
+            for noise in (None, *NOISE_DB)}
+
+
+def by_condition(answer, data: Path) -> dict:
+    """{condition: accuracy} of `answer`(data set) -> classes over every test folder."""
+    out = {}
+    for folder in sorted((data / "test").iterdir()):
+        test = SignalDataset([folder / "device.h5"], ("label",))
+        out[folder.name] = float(np.mean(answer(test) == test.columns["label"]))
+    return out
+
+
+def unseen_devices(args, train, names, device, draws=10) -> dict:
+    """Accuracy among the four UNSEEN classes from 1 and 2 captures each: {(encoder, shots): mean over draws}.
+
+    The encoders: random, pre-trained by masking on all training captures without labels, and trained with labels on the other classes.
+    Shots and test items are different captures; every one is seen in the copies of --data.
+    """
+    label = train.columns["label"].astype(int)
+    captures = len(label) // (len(label) // args.per_copy)
+    capture = np.arange(len(label)) % captures                   # copies follow one another in the file
+    known = np.nonzero(~np.isin(np.array(names)[label], UNSEEN))[0]
+    supervised = fit(args.signal_encoder_path, None, train, known, len(names), args.steps, 1e-3, device)
+    encoders = {"random": make_encoder(args.signal_encoder_path, args.seed + 1), "masked pre-training": make_encoder(args.signal_encoder_path),
+                "labels of the other devices": supervised.sit}
+    rows = np.nonzero(np.isin(np.array(names)[label], UNSEEN))[0]
+    target, group = label[rows], capture[rows]
+    out = {}
+    for name, encoder in encoders.items():
+        x = embed(encoder, Subset(train, rows.tolist()), device)
+        for shots in (1, 2):
+            hits = []
+            for draw in range(draws):
+                rng = np.random.default_rng((args.seed, draw))
+                chosen = np.concatenate([rng.choice(np.unique(group[target == c]), shots, replace=False) for c in np.unique(target)])
+                learn = np.isin(group, chosen)
+                hits.append(np.mean(probe(x[learn], target[learn], x[~learn], 1) == target[~learn]))
+            out[f"{name}, {shots} captures"] = float(np.mean(hits))
+    return out
+
+
+def main(args):
+    accelerator = Accelerator()
+    device = accelerator.device
+    train_captures, test_captures = (read_rtl433(p) for p in args.captures)
+    train = SignalDataset([args.data / "train" / "device.h5"], ("label",))
+    names = train.files[0].classes
+    args.per_copy = len(train_captures["y"])
+    everything = np.arange(len(train))
+    out = open_run(args.out, args, accelerator, overwrite=args.overwrite)
+    conditions, few = {}, {}
+    for seed in range(args.seed, args.seed + args.seeds):
+        seed_everything(seed)
+        cnn = train_cnn(train, len(names), args.steps, 32, 3e-3, Accelerator(), seed)
+        answers = {"CNN": lambda data: predict(cnn, data, device).argmax(1)}
+        for kind, start in (("pre-trained", None), ("random start", seed + 1)):
+            model = fit(args.signal_encoder_path, start, train, everything, len(names), args.steps, 1e-3, device)
+            answers[f"encoder, {kind}"] = lambda data, model=model: classify(model, data)
+        for name, answer in answers.items():
+            conditions.setdefault(name, []).append(by_condition(answer, args.data))
+            print(f"seed {seed}, {name}: " + ", ".join(f"{k} {v:.3f}" for k, v in conditions[name][-1].items()))
+        # few captures per device, each with all its copies, tested clean and at 0 dB
+        capture = np.arange(len(train)) % args.per_copy
+        for shots in (1, 3):
+            rng = np.random.default_rng((seed, shots))
+            chosen = np.concatenate([rng.choice(np.nonzero(train_captures["y"] == c)[0], shots, replace=False) for c in range(len(names))])
+            rows = everything[np.isin(capture, chosen)]
+            for kind, start in (("pre-trained", None), ("random start", seed + 1)):
+                model = fit(args.signal_encoder_path, start, train, rows, len(names), args.steps // 2, 1e-3, device)
+                few.setdefault(f"encoder, {kind}, {shots} captures", []).append(by_condition(lambda data: classify(model, data), args.data))
+            cnn = train_cnn(Subset(train, rows.tolist()), len(names), args.steps // 2, 32, 3e-3, Accelerator(), seed)
+            few.setdefault(f"CNN, {shots} captures", []).append(by_condition(lambda data: predict(cnn, data, device).argmax(1), args.data))
+    mean = lambda runs: {k: float(np.mean([r[k] for r in runs])) for k in runs[0]}
+    conditions = {name: mean(runs) for name, runs in conditions.items()}
+    rng = np.random.default_rng(args.seed)
+    for name, augmented in (("pulse lengths, clean training", False), ("pulse lengths, disturbed training", True)):
+        scores = pulse_regression(train_captures, test_captures, augmented, rng)
+        conditions[name] = {("clean" if k is None else f"{k}dB"): v for k, v in scores.items()}
+    metrics = {"count": len(test_captures["y"]), "chance": float(np.bincount(test_captures["y"]).max() / len(test_captures["y"])), "conditions": conditions,
+               "few_captures": {name: mean(runs) for name, runs in few.items()}, "unseen_devices": unseen_devices(args, train, names, device)}
+    atomic_write(out / "metrics.json", json.dumps(metrics, indent=1))
+    figure, axis = new_figure()
+    levels = ["clean", *(f"{n}dB" for n in NOISE_DB)]
+    for name, scores in conditions.items():
+        axis.plot(levels, [scores[k] for k in levels], marker="o", label=name)
+    axis.axhline(metrics["chance"], color="0.6", ls="--", lw=1)
+    axis.set(xlabel="noise below burst power", ylabel="accuracy", ylim=(0, 1.02), title=f"12 devices, {metrics['count']} captures; dashed: largest class")
+    axis.legend(fontsize=8)
+    save_figure(figure, out / "figures" / "devices.png")
+    atomic_write(out / "figures" / "devices.csv", "method," + ",".join(levels) + "\n" + "".join(
+        f"{name}," + ",".join(f"{scores[k]:.4f}" for k in levels) + "\n" for name, scores in conditions.items()))
+    for part in ("conditions", "few_captures"):
+        for name, scores in metrics[part].items():
+            print(f"{name}: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
+    print("unseen devices: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics["unseen_devices"].items()))
+
+
+if __name__ == "__main__":
+    run(main, parse_args())

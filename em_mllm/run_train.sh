@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Join encoder and language model and train on questions. Without data or models at the given places, the small built-in ones are made first.
+#   TASK_DIR (or DATA) SIGNAL_ENCODER_PATH LLM_MODEL_PATH OUTPUT_DIR (or OUT)   NPROC_PER_NODE=8 for several GPUs; arguments go to train.py
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../common/env.sh"
+HERE=$ROOT/em_mllm
+case " $* " in *" -h "* | *" --help "*) exec "$PYTHON" "$HERE/train.py" --help ;; esac
+TASK_DIR=${TASK_DIR:-${DATA:-}}
+SIGNAL_ENCODER_PATH=${SIGNAL_ENCODER_PATH:-} LLM_MODEL_PATH=${LLM_MODEL_PATH:-} OUTPUT_DIR=${OUTPUT_DIR:-${OUT:-$RUNS/em_mllm/base}}
+if [ -z "$TASK_DIR" ]; then
+  TASK_DIR=$ROOT/data/em_mllm/small/train
+  if [ ! -f "$TASK_DIR/modulation.json" ]; then
+    echo "no TASK_DIR given: making the small built-in data in $ROOT/data/em_mllm/small"
+    "$PYTHON" "$HERE/make_data.py" --out "$ROOT/data/em_mllm/small" --train 200 --val 20 --test 20
+  fi
+  set -- --batch-size 16 --epochs 2 --lr 1e-3 --signal-tokens 8 --optimizer muon --questions-per-signal 2 "$@"
+fi
+if [ -z "$LLM_MODEL_PATH" ]; then
+  if [ -f "$HERE/9G4B/config.json" ]; then LLM_MODEL_PATH=$HERE/9G4B; else
+    LLM_MODEL_PATH=$ROOT/data/em_mllm/llm_small
+    if [ ! -f "$LLM_MODEL_PATH/config.json" ]; then
+      echo "no LLM_MODEL_PATH given and em_mllm/9G4B is empty: making a tiny language model in $LLM_MODEL_PATH"
+      "$PYTHON" "$HERE/make_llm.py" --out "$LLM_MODEL_PATH" --steps 300
+    fi
+  fi
+fi
+if [ -z "$SIGNAL_ENCODER_PATH" ]; then
+  if [ -f "$HERE/em_foundation/weight/model.safetensors" ]; then SIGNAL_ENCODER_PATH=$HERE/em_foundation/weight; else
+    SIGNAL_ENCODER_PATH=$RUNS/em_mllm/pretrain_small/encoder
+    if [ ! -f "$SIGNAL_ENCODER_PATH/config.json" ]; then
+      echo "no SIGNAL_ENCODER_PATH given and em_mllm/em_foundation/weight is empty: pre-training a tiny encoder"
+      NPROC_PER_NODE=1 launch "$HERE/pretrain.py" --data "$TASK_DIR" --out "$RUNS/em_mllm/pretrain_small" --preset tiny --max-steps 60 --optimizer muon --overwrite
+    fi
+  fi
+fi
+launch "$HERE/train.py" --task-dir "$TASK_DIR" --signal-encoder-path "$SIGNAL_ENCODER_PATH" --llm-model-path "$LLM_MODEL_PATH" --output-dir "$OUTPUT_DIR" "$@"
