@@ -27,7 +27,7 @@ from common.checkpoint import atomic_write
 from common.errors import UserError, run
 from common.run import open_run, progress, seed_everything
 from cwt_mae.dataset import Preprocess, build_store
-from cwt_mae.dataset_finetune import DownstreamClassificationDataset, beats_of, cut_edges, fold_of, load_task, split_parts
+from cwt_mae.dataset_finetune import DownstreamClassificationDataset, beats_of, cut_edges, fold_of, load_task, split_parts, training_part
 from cwt_mae.finetune import TAUS, corrected, loss_of, predict
 from cwt_mae.metrics import describe_scores, draw_confusion, scores
 from cwt_mae.train import lr_at
@@ -69,7 +69,9 @@ class SmallCNN(nn.Module):
             nn.Conv1d(a, b, 7, padding=3), nn.BatchNorm1d(b), nn.ReLU(), nn.Conv1d(b, b, 5, padding=2), nn.BatchNorm1d(b), nn.ReLU(), nn.MaxPool1d(2))))
         self.columns = signal_len // 8
         joined = 64 * len(range(self.columns)[self.middle()]) if centred else 128
-        self.head = nn.Sequential(nn.Dropout(0.2), nn.Linear(joined + num_features, 64), nn.GELU(), nn.Dropout(0.2), nn.Linear(64, num_classes))
+        self.head = nn.Sequential(nn.Dropout(0.5), nn.Linear(joined, 64), nn.GELU(), nn.Dropout(0.2), nn.Linear(64, num_classes))
+        if num_features:                                  # beside it, as in TF_MAE_Classifier
+            self.feature_head = nn.Sequential(nn.Linear(num_features, 64), nn.GELU(), nn.Dropout(0.2), nn.Linear(64, num_classes))
 
     def middle(self) -> slice:
         return slice(self.columns // 3, self.columns - self.columns // 3)
@@ -78,7 +80,7 @@ class SmallCNN(nn.Module):
         """x (B, L) -> logits (B, C). real is not needed: padding is zero."""
         y = self.body(x[:, None])
         y = y[:, :, self.middle()].flatten(1) if self.centred else torch.cat([y.mean(2), y.amax(2)], 1)
-        return self.head(y if features is None else torch.cat([y, features], 1))
+        return self.head(y) if features is None else self.head(y) + self.feature_head(features)
 
 
 def rr_features(seconds: np.ndarray) -> np.ndarray:
@@ -148,7 +150,7 @@ def main(args):
     parts = split_parts(store, args.split)
     task = load_task(store, args.task, args.signal_len)
     part = parts[task.items["record"]]
-    train, scored, validation = task.select(part == "train"), task.select(part == "test"), None
+    train, scored, validation = training_part(task, parts), task.select(part == "test"), None
     if args.kind == "readme" and (args.task != "beat" or args.model_fs != 180):
         raise UserError("--kind readme: it is defined for --task beat --model-fs 180")
     if args.fold >= 0:

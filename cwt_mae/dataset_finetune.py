@@ -229,12 +229,19 @@ def split_parts(store: Store, split_file=None) -> np.ndarray:
     else:
         own = {record: events[0]["aux"].decode() for record, events in events_of(store) if events[0]["seconds"] < 0 and events[0]["aux"]}
         parts = np.array([own.get(i) or ("train" if n in DS1 else "test") for i, n in enumerate(names)])
-    if not (parts == "train").any():
-        raise UserError("no record belongs to the training part: none is named in DS1; pass --split with a JSON file of the lists train and test")
     both = set(store.records["subject"][parts == "train"]) & set(store.records["subject"][parts == "test"])
     if both:
         raise UserError(f"subject {sorted(both)[0].decode()} has records in the training and in the test part; put them into one")
     return parts
+
+
+def training_part(task: Task, parts: np.ndarray) -> Task:
+    """The windows of the training records; UserError if there are none."""
+    train = task.select(parts[task.items["record"]] == "train")
+    if not len(train.items):
+        raise UserError(f"no labelled window for task {task.kind} belongs to the training part (UCR training series, records named in DS1); "
+                        "pass --split with a JSON file of the lists train and test")
+    return train
 
 
 def fold_of(store: Store, task: Task, folds: int) -> np.ndarray:

@@ -25,7 +25,7 @@ from common.checkpoint import atomic_write, find_resume, load_step, save_step
 from common.errors import UserError, run
 from common.run import Log, StopSignal, check_finite, describe, on_main, open_run, seed_everything
 from cwt_mae.dataset import Preprocess, build_store
-from cwt_mae.dataset_finetune import DownstreamClassificationDataset, fold_of, load_task, split_parts
+from cwt_mae.dataset_finetune import DownstreamClassificationDataset, fold_of, load_task, split_parts, training_part
 from cwt_mae.metrics import describe_scores, scores
 from cwt_mae.model_finetune import TF_MAE_Classifier, read_model, save_model
 from cwt_mae.train import lr_at, only_padded
@@ -154,9 +154,7 @@ def main(args):
     store = load()
     task = load_task(store, args.task, signal_len, skip_bad=args.skip_bad)
     parts = split_parts(store, args.split)
-    train = task.select(parts[task.items["record"]] == "train")
-    if not len(train.items):
-        raise UserError(f"no labelled window in the training part; check --split and --task {args.task}")
+    train = training_part(task, parts)
     train_set, val_set = train, None
     if args.fold >= 0:
         if not 0 <= args.fold < args.folds:

@@ -21,13 +21,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# ---- front end: Ricker filter bank ------------------------------------------------------------------------------------
+# ---- front end: Ricker filter bank -----------------------------------------------------------------------------------
 
 
 def create_ricker_wavelets(points: int, scales: torch.Tensor) -> torch.Tensor:
     """Ricker ("Mexican hat") kernels of unit L2 norm: scales (S,), in samples -> (S, 1, points), dtype of `scales`.
 
-    psi_a(t) = 2 / (sqrt(3 a) pi^(1/4) + 1e-6) * (1 - t^2/a^2) * exp(-t^2 / 2a^2), t centred on the middle of the kernel:
+    psi_a(t) = 2 / (sqrt(3 a) pi^(1/4) + 1e-6) * (1 - t^2/a^2) * exp(-t^2 / 2a^2), with t = 0 in the middle of the kernel,
     between two samples if `points` is even.
     """
     t = torch.arange(points, dtype=torch.float64, device=scales.device) - (points - 1) / 2
@@ -39,8 +39,8 @@ def create_ricker_wavelets(points: int, scales: torch.Tensor) -> torch.Tensor:
 def _kernel_points(largest: float, length: int, legacy: bool) -> int:
     """Taps of every kernel of a bank: five widths of the largest scale to each side of the centre.
 
-    Legacy: upstream's rule in Python floats. 10 * 63.1 in float32 is just below 631, so it gives 630 taps, and all images
-    are half a sample late; other scale counts are not, and a short signal cuts the kernels to its own length.
+    Legacy: upstream's rule in Python floats. 10 * 63.1 in float32 is just below 631, so it gives 630 taps, and all
+    images are half a sample late; other scale counts are not, and a short signal cuts the kernels to its own length.
     """
     if not legacy:
         return 2 * int(5 * largest + 1e-3) + 1
@@ -77,7 +77,7 @@ def _extend(x: torch.Tensor, margin: int, padding: str, real: torch.Tensor | Non
         return x.gather(1, inside)
     if padding != "reflect":
         raise ValueError(f"padding={padding!r}: use zero, reflect or replicate")
-    period = (2 * (last - first)).clamp(min=1)            # the signal forth and back again, as often as the margin needs
+    period = (2 * (last - first)).clamp(min=1)            # the signal forth and back, as often as needed
     t = (t - first) % period
     return x.gather(1, first + t.minimum(period - t))
 
@@ -88,7 +88,7 @@ def _fft_length(points: int) -> int:
 
 
 class _FilterBank:
-    """Images (B, C, S, L) of signals x (B, L): rows = prepare(x, real) (B, C, L + points - 1), each correlated with all kernels.
+    """Images (B, C, S, L) of signals x (B, L): rows (B, C, L + points - 1) = prepare(x, real), correlated with all kernels.
 
     One transform of each row, then S products with real spectra and S inverse transforms. On a CPU every thread takes a
     share of the signals and works alone on it: threads inside an image would wait for each other more than they work.
@@ -108,7 +108,7 @@ class _FilterBank:
         with torch.inference_mode(False):                 # worker threads may write to it
             images = torch.empty(len(x), channels, len(self.bank), self.length, dtype=x.dtype)
         threads = torch.get_num_threads()
-        workers = max(1, min(threads, len(x), images.numel() >> 19))        # to start a thread costs as much as 2^18 samples
+        workers = max(1, min(threads, len(x), images.numel() >> 19))        # a thread's start costs like 2^18 samples
         masks = [None] * workers if real is None else real.tensor_split(workers)
         parts = x.detach().tensor_split(workers), masks, images.tensor_split(workers)
         if workers == 1:
@@ -140,7 +140,7 @@ class _FilterBank:
         return images
 
     def fill(self, x, real, images):
-        """The same into `images`, a few at a time (or, of a long signal, a few scales), in buffers that stay in the cache."""
+        """The same into `images`, a few at a time (of long signals: a few scales), in buffers that stay in the cache."""
         spectra, images = self.spectra(x, real).flatten(0, 1), images.flatten(0, 1)             # (R, 2F), (R, S, L)
         mask = None if real is None else real.to(x.dtype).repeat_interleave(len(images) // len(x), 0)[:, None]
         count = self.length if mask is None else mask.sum(2, keepdim=True)                      # real samples
@@ -161,26 +161,27 @@ class _FilterBank:
                 some -= some.sum((1, 2), keepdim=True) / pixels
                 if mask is not None:
                     some *= mask[here]
-                norm = torch.linalg.vector_norm(torch.linalg.vector_norm(some, dim=2), dim=1)   # in one go it loses two digits
+                norm = torch.linalg.vector_norm(some, dim=2).norm(dim=1)    # in two steps: in one it loses two digits
                 some /= (norm[:, None, None] / (pixels - 1) ** 0.5).clamp(min=1e-5)
 
 
 @torch.compiler.disable
 def cwt_ricker(x: torch.Tensor, scales: torch.Tensor, legacy: bool = False, padding: str = "reflect") -> torch.Tensor:
-    """Ricker wavelet transform: x (B, L), scales (S,) ascending, in samples -> (B, S, L) float32 (float64 for float64 x).
+    """Ricker wavelet transform: x (B, L), scales (S,) ascending, in samples -> (B, S, L) float32 (float64 for float64).
 
-    Kernels are odd and of fixed length, and the signal continues by `padding`. Legacy: zeros, and upstream's kernel length.
+    Kernels are odd and of fixed length, the signal continues by `padding`. Legacy: zeros, and upstream's kernel length.
     """
     x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     points = _kernel_points(float(scales[-1]), x.shape[1], legacy)
     padding = "zero" if legacy else padding
-    bank = _FilterBank(scales, points, x.shape[1], x, False, lambda x, real: _extend(x, points // 2, padding, real)[:, None])
+    bank = _FilterBank(scales, points, x.shape[1], x, normalize=False,
+                       prepare=lambda x, real: _extend(x, points // 2, padding, real)[:, None])
     return bank(x, None, 1)[:, 0]
 
 
 @torch.compiler.disable
-def cwt_wrap(x: torch.Tensor, num_scales: int = 64, lowest_scale: float = 0.1, step: float = 1.0, legacy: bool = False, *,
-             padding: str | None = None, log_scales: bool = False, real: torch.Tensor | None = None,
+def cwt_wrap(x: torch.Tensor, num_scales: int = 64, lowest_scale: float = 0.1, step: float = 1.0, legacy: bool = False,
+             *, padding: str | None = None, log_scales: bool = False, real: torch.Tensor | None = None,
              normalize: bool = False) -> torch.Tensor:
     """Wavelet images of a signal, its first and its second difference: x (B, L) -> (B, 3, num_scales, L).
 
@@ -188,10 +189,10 @@ def cwt_wrap(x: torch.Tensor, num_scales: int = 64, lowest_scale: float = 0.1, s
     (`log_scales`). Float32, also under autocast (float64 for float64 x). Differentiable in x.
 
     padding: how the signal, less its mean, goes on beyond its ends: "reflect" (default), "replicate" or "zero".
-    real (B, L) bool: one run of samples of each row that are signal; the rest is padding, ignored, and zero in the images.
+    real (B, L) bool: one run of samples of each row that are signal; the rest is padding, ignored, 0 in the images.
     normalize: each image to mean 0 and (unbiased) deviation 1 over scale and real time.
-    legacy: upstream's numbers: a transform with an even or cut kernel (`_kernel_points`), zeros beyond the ends of a signal
-    whose mean was left in, and a backward difference, half a sample off the second one (default: a central one).
+    legacy: upstream's numbers: a transform with an even or cut kernel (`_kernel_points`), zeros beyond the ends of a
+    signal whose mean was left in, and a backward difference, half a sample off the second one (default: a central one).
     """
     if x.ndim != 2:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, samples)")
@@ -216,13 +217,13 @@ def _differences(x, real, half: int, legacy: bool, padding: str):
         return _extend(rows, half, padding, real).unflatten(0, (-1, 3))
     weights = torch.ones_like(x) if real is None else real
     mean = (x * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
-    rest = ((x - mean) * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True)           # what float32 lost of a large mean
+    rest = ((x - mean) * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True)  # lost in float32 by a large mean
     edge = _extend(x, half + 1, padding, real, zero=mean)
     now, before, after = edge[:, 1:-1], edge[:, 1:-1] - edge[:, :-2], edge[:, 2:] - edge[:, 1:-1]
     return torch.stack([now - mean - rest, (before + after) / 2, after - before], 1)
 
 
-# ---- parts of the transformer -----------------------------------------------------------------------------------------
+# ---- parts of the transformer ----------------------------------------------------------------------------------------
 
 
 class RotaryEmbedding(nn.Module):
@@ -276,7 +277,8 @@ class TensorizedLinear(nn.Module):
 class DecomposedPatchEmbed(nn.Module):
     """Cut images (B, C, S, L) into patches of `patch_size` (scales, samples) -> (B, N, D), all times of a row first."""
 
-    def __init__(self, img_size=(64, 3000), patch_size=(4, 50), in_chans: int = 3, embed_dim: int = 768, norm_layer=None):
+    def __init__(self, img_size=(64, 3000), patch_size=(4, 50), in_chans: int = 3, embed_dim: int = 768,
+                 norm_layer=None):
         super().__init__()
         self.img_size, self.patch_size = tuple(img_size), tuple(patch_size)
         self.grid_size = (img_size[0] // patch_size[0], img_size[1] // patch_size[1])
@@ -294,17 +296,18 @@ class RoPEAttention(nn.Module):
     attn_mask: (B, n) bool, True = may be attended to.
     """
 
-    def __init__(self, dim: int, num_heads: int = 8, qkv_bias: bool = False, attn_drop: float = 0.0, proj_drop: float = 0.0):
+    def __init__(self, dim: int, num_heads: int = 8, qkv_bias: bool = False, attn_drop: float = 0.0,
+                 proj_drop: float = 0.0):
         super().__init__()
         if dim % (2 * num_heads):
-            raise ValueError(f"width {dim} does not give {num_heads} heads of an even size; change the width or the heads")
+            raise ValueError(f"width {dim} does not give {num_heads} heads of an even size; change one of them")
         self.num_heads, self.attn_drop = num_heads, attn_drop
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x, rope_cos=None, rope_sin=None, attn_mask=None):
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)                  # (B, n, heads, head dim)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)              # (B, n, heads, head dim)
         if rope_cos is not None:
             q, k = (t.to(v.dtype) for t in apply_rotary_pos_emb(q, k, rope_cos, rope_sin))
         out = F.scaled_dot_product_attention(
@@ -324,7 +327,8 @@ class Block(nn.Module):
         self.norm1 = norm_layer(dim)
         self.attn = RoPEAttention(dim, num_heads, qkv_bias, attn_drop, drop)
         self.norm2 = norm_layer(dim)
-        self.mlp = nn.Sequential(linear(dim, hidden), nn.GELU(), nn.Dropout(drop), linear(hidden, dim), nn.Dropout(drop))
+        self.mlp = nn.Sequential(linear(dim, hidden), nn.GELU(), nn.Dropout(drop),
+                                 linear(hidden, dim), nn.Dropout(drop))
 
     def forward(self, x, rope_cos=None, rope_sin=None, attn_mask=None):
         x = x + self.attn(self.norm1(x), rope_cos, rope_sin, attn_mask)
@@ -341,7 +345,7 @@ class TensorizedBlock(Block):
 
 
 def init_weights(module: nn.Module):
-    """Xavier-uniform Linear weights with zero bias, LayerNorm 1 and 0, Xavier-uniform convolutions, in all of `module`."""
+    """In all of `module`: Xavier-uniform Linear weights with zero bias, LayerNorm 1 and 0, Xavier-uniform convolutions."""
     for part in module.modules():
         if isinstance(part, (nn.Linear, nn.Conv1d, nn.Conv2d)):
             nn.init.xavier_uniform_(part.weight)
@@ -352,7 +356,7 @@ def init_weights(module: nn.Module):
             nn.init.zeros_(part.bias)
 
 
-# ---- the model --------------------------------------------------------------------------------------------------------
+# ---- the model -------------------------------------------------------------------------------------------------------
 
 
 class CWT_Encoder(nn.Module):
@@ -360,59 +364,55 @@ class CWT_Encoder(nn.Module):
 
     signal_len, patch_size_time: samples. cwt_scales, patch_size_freq: scales. Both pairs must divide.
     preprocess: how signals were prepared for the model (fields of dataset.Preprocess), kept for whoever runs it.
-    legacy: upstream's numerics in the wavelet images, in the rotary tables and positions, and in the count of kept patches.
+    legacy: upstream's numerics in the wavelet images, the rotary tables and positions, and the count of kept patches.
     padding, lowest_scale, scale_step, log_scales: see `cwt_wrap`.
     rope_stride: a patch in row h and column w of the grid has rotary position 1 + h * rope_stride + w. Default 0, time
-    alone; in legacy the grid's width, upstream's flattened index. Give an upstream model the width that it was trained with
-    to keep its relative positions at another signal length.
+    alone; in legacy the grid's width, upstream's flattened index. Give an upstream model the width that it was trained
+    with to keep its relative positions at another signal length.
     patch_norm: LayerNorm after the patch embedding (which takes the amplitude away).
     raw_patches: add an embedding of the plain signal under each patch, with a learned gain.
 
     `config` holds all of these as plain values: CWT_MAE_RoPE(**config) builds the same model.
     """
 
-    def __init__(self, signal_len: int = 3000, cwt_scales: int = 64, patch_size_time: int = 50, patch_size_freq: int = 4,
-                 embed_dim: int = 768, depth: int = 12, num_heads: int = 12, mlp_rank_ratio: float = 0.5,
-                 preprocess: dict | None = None, legacy: bool = False, padding: str | None = None, lowest_scale: float = 0.1,
-                 scale_step: float = 1.0, log_scales: bool = False, rope_stride: int | None = None,
-                 patch_norm: bool = True, raw_patches: bool = False):
+    def __init__(self, signal_len: int = 3000, cwt_scales: int = 64, patch_size_time: int = 50,
+                 patch_size_freq: int = 4, embed_dim: int = 768, depth: int = 12, num_heads: int = 12,
+                 mlp_rank_ratio: float = 0.5, preprocess: dict | None = None, legacy: bool = False,
+                 padding: str | None = None, lowest_scale: float = 0.1, scale_step: float = 1.0, log_scales: bool = False,
+                 rope_stride: int | None = None, patch_norm: bool = True, raw_patches: bool = False):
         config = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
         super().__init__()
         if signal_len % patch_size_time:
-            raise ValueError(f"signal_len {signal_len} is not a multiple of patch_size_time {patch_size_time}; "
-                             f"use {max(1, round(signal_len / patch_size_time)) * patch_size_time} samples or another patch")
+            near = max(1, round(signal_len / patch_size_time)) * patch_size_time
+            raise ValueError(f"signal_len {signal_len} is not a multiple of patch_size_time {patch_size_time}; use {near} samples")
         if cwt_scales % patch_size_freq:
             raise ValueError(f"cwt_scales {cwt_scales} is not a multiple of patch_size_freq {patch_size_freq}")
         self.config = config
         self.legacy, self.signal_len, self.cwt_scales = legacy, signal_len, cwt_scales
         self.patch_size_time, self.patch_size_freq = patch_size_time, patch_size_freq
-        self.patch_embed = DecomposedPatchEmbed((cwt_scales, signal_len), (patch_size_freq, patch_size_time), 3, embed_dim,
-                                                norm_layer=nn.LayerNorm if patch_norm else None)
+        self.patch_embed = DecomposedPatchEmbed((cwt_scales, signal_len), (patch_size_freq, patch_size_time), 3,
+                                                embed_dim, norm_layer=nn.LayerNorm if patch_norm else None)
         self.grid_size, self.num_patches = self.patch_embed.grid_size, self.patch_embed.num_patches
         self.rope_stride = rope_stride if rope_stride is not None else self.grid_size[1] if legacy else 0
         self.rope_encoder = RotaryEmbedding(embed_dim // num_heads, legacy)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.empty(1, self.num_patches + 1, embed_dim))
-        self.blocks = nn.ModuleList(TensorizedBlock(embed_dim, num_heads, rank_ratio=mlp_rank_ratio) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            TensorizedBlock(embed_dim, num_heads, rank_ratio=mlp_rank_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim)
         if raw_patches:
             self.raw_embed = nn.Conv1d(1, embed_dim, patch_size_time, stride=patch_size_time)
             self.raw_gain = nn.Parameter(torch.tensor(0.1))
-        self.init_tokens()
-
-    def init_tokens(self):
-        """Tokens and position tables normal with deviation 0.02, the rest as `init_weights` says."""
         init_weights(self)
-        for name, parameter in self.named_parameters(recurse=False):
-            if name != "raw_gain":
-                nn.init.normal_(parameter, std=0.02)
+        for tokens in (self.cls_token, self.pos_embed):
+            nn.init.normal_(tokens, std=0.02)
 
     @torch.compiler.disable
     def images(self, x: torch.Tensor, real: torch.Tensor | None = None):
-        """x (B, L) or (B, 1, L), L up to signal_len -> images (B, 3, S, signal_len), signal (B, signal_len), real or None.
+        """x (B, L) or (B, 1, L), L up to signal_len -> images (B, 3, S, signal_len), signal and real (B, signal_len).
 
-        The images are normalised; the signal has mean 0 and deviation 1 over its real part and is 0 outside of it. A shorter
-        signal is padded at its end.
+        The images are normalised; the signal has mean 0 and deviation 1 over its real part and is 0 outside of it. A
+        shorter signal is padded at its end. real: bool, or None where there is no padding.
         """
         x, real = self.checked(x, real)
         config = self.config
@@ -429,7 +429,7 @@ class CWT_Encoder(nn.Module):
         if x.ndim == 3 and x.shape[1] == 1:
             x = x[:, 0]
         if x.ndim != 2:
-            raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, samples) or (batch, 1, samples): one channel")
+            raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, samples) or (batch, 1, samples), one channel")
         length, missing = x.shape[1], self.signal_len - x.shape[1]
         if length < 2 or missing < 0:
             raise ValueError(f"x has {length} samples, the model takes 2 .. {self.signal_len}; "
@@ -440,8 +440,9 @@ class CWT_Encoder(nn.Module):
             bad = ~torch.isfinite(x).all(1)
             if bad.any():
                 raise ValueError(f"x holds NaN or infinite values in rows {bad.nonzero().flatten().tolist()}")
-            if real is not None and (real.sum(1) < 2).any():
-                raise ValueError(f"real leaves fewer than 2 samples in rows {(real.sum(1) < 2).nonzero().flatten().tolist()}")
+            empty = real.sum(1) < 2 if real is not None else bad
+            if empty.any():
+                raise ValueError(f"real leaves fewer than 2 samples in rows {empty.nonzero().flatten().tolist()}")
         if missing:
             real = F.pad(torch.ones_like(x, dtype=torch.bool) if real is None else real, (0, missing))
             x = F.pad(x, (0, missing))
@@ -450,7 +451,9 @@ class CWT_Encoder(nn.Module):
 
     def real_patches(self, real):
         """real (B, L) -> (B, N) bool: patches that hold at least one real sample."""
-        return None if real is None else real.unflatten(1, (-1, self.patch_size_time)).any(2).repeat(1, self.grid_size[0])
+        if real is None:
+            return None
+        return real.unflatten(1, (-1, self.patch_size_time)).any(2).repeat(1, self.grid_size[0])
 
     def rope_ids(self, device) -> torch.Tensor:
         """(1, N + 1) rotary positions: class token 0, then the patches row by row."""
@@ -460,7 +463,7 @@ class CWT_Encoder(nn.Module):
     def forward_encoder(self, imgs, x=None, patches=None, ids_keep=None, slots=None):
         """Encode patches of imgs (B, 3, S, L): all of them, or those of ids_keep (B, K) -> (B, 1 + N or K, D).
 
-        x: signal as `images` gives it, for raw_patches. patches (B, N), slots (B, K): bool, those that may be attended to.
+        x: signal as `images` gives it, for raw_patches. patches (B, N), slots (B, K): bool, those that may be attended.
         """
         tokens = self.patch_embed(imgs)
         if hasattr(self, "raw_embed"):
@@ -485,7 +488,7 @@ class CWT_Encoder(nn.Module):
 class CWT_MAE_RoPE(CWT_Encoder):
     """Masked autoencoder of wavelet images: `loss, pred_spec, pred_time, imgs = model(x)`.
 
-    mask_ratio: share of patches hidden from the encoder. time_loss_weight: weight of the signal's loss beside the image's.
+    mask_ratio: share of patches hidden from the encoder. time_loss_weight: weight of the signal's loss beside the images'.
     column_masking: hide all scales of a time column together, so that nothing can be read off a neighbouring row.
     masked_time_loss: weigh the signal's squared error by the hidden share of its column (upstream: the whole signal).
     channel_weights: weights of the three images (signal, first and second difference) in the image loss.
@@ -501,7 +504,8 @@ class CWT_MAE_RoPE(CWT_Encoder):
             raise ValueError(f"mask_ratio {mask_ratio} is outside 0 <= ratio < 1")
         self.config |= own | {"channel_weights": list(channel_weights)}
         self.mask_ratio, self.time_loss_weight = mask_ratio, time_loss_weight
-        self.column_masking, self.masked_time_loss, self.channel_weights = column_masking, masked_time_loss, channel_weights
+        self.column_masking, self.masked_time_loss = column_masking, masked_time_loss
+        self.channel_weights = channel_weights
         self.patch_pixels = 3 * self.patch_size_freq * self.patch_size_time
         width = decoder_embed_dim
         self.rope_decoder = RotaryEmbedding(width // decoder_num_heads, self.legacy)
@@ -513,7 +517,10 @@ class CWT_MAE_RoPE(CWT_Encoder):
         self.decoder_pred_spec = nn.Linear(width, self.patch_pixels)
         self.time_reducer = nn.Sequential(nn.Conv2d(width, width, kernel_size=(self.grid_size[0], 1)), nn.GELU())
         self.time_pred = nn.Linear(width, self.patch_size_time)
-        self.init_tokens()
+        for part in (self.decoder_embed, self.decoder_blocks, self.decoder_pred_spec, self.time_reducer, self.time_pred):
+            init_weights(part)
+        for tokens in (self.mask_token, self.decoder_pos_embed):
+            nn.init.normal_(tokens, std=0.02)
 
     def random_masking(self, noise: torch.Tensor, patches=None):
         """Choose the visible patches: those of lowest noise (B, N), padding last.
@@ -523,7 +530,7 @@ class CWT_MAE_RoPE(CWT_Encoder):
         """
         keep = 1 - self.mask_ratio
         height, width = self.grid_size
-        if self.column_masking:                           # one draw for a column; the stable sort keeps its rows together
+        if self.column_masking:                           # one draw a column; the stable sort keeps its rows together
             noise = noise[:, :width].repeat(1, height)
         unit = height if self.column_masking else 1
         if patches is not None:
@@ -549,7 +556,8 @@ class CWT_MAE_RoPE(CWT_Encoder):
         if slots is not None:
             visible = torch.where(slots[..., None], visible, mask_token)
         hidden = mask_token.expand(len(tokens), ids_restore.shape[1] - visible.shape[1], -1)
-        restored = torch.cat([visible, hidden], dim=1).gather(1, ids_restore[..., None].expand(-1, -1, tokens.shape[-1]))
+        restored = torch.cat([visible, hidden], dim=1)
+        restored = restored.gather(1, ids_restore[..., None].expand(-1, -1, tokens.shape[-1]))
         tokens = torch.cat([tokens[:, :1], restored], dim=1) + self.decoder_pos_embed
         cos, sin = self.rope_decoder(self.rope_ids(tokens.device))
         mask = None if patches is None else F.pad(patches, (1, 0), value=True)
@@ -575,9 +583,9 @@ class CWT_MAE_RoPE(CWT_Encoder):
         return patches.reshape(len(patches), h, w, -1, p, q).permute(0, 3, 1, 4, 2, 5).flatten(2, 3).flatten(3)
 
     def forward_loss_spec(self, imgs, pred, mask, real=None):
-        """Mean squared error of the hidden patches, averaged over each record and then over records, so that a batch in parts
-        gives the same; real (B, L) bool leaves padding out."""
-        weights = torch.tensor(self.channel_weights, device=imgs.device).view(1, 3, 1, 1)
+        """Mean squared error of the hidden patches, averaged over each record and then over records, so that a batch in
+        parts gives the same; real (B, L) bool leaves padding out."""
+        weights = torch.tensor(self.channel_weights, dtype=imgs.dtype, device=imgs.device).view(1, 3, 1, 1)
         weights = weights.expand(1, 3, self.cwt_scales, self.signal_len)
         if real is not None:
             weights = weights * real[:, None, None]
@@ -599,8 +607,8 @@ class CWT_MAE_RoPE(CWT_Encoder):
         """x (B, L) or (B, 1, L), in any unit -> loss, loss_spec, loss_time, mask (B, N) with 1 = hidden,
         pred_spec (B, N, 3 * p_f * p_t), pred_time (B, L), imgs (B, 3, S, L), signal (B, L) normalised.
 
-        noise (B, N) in [0, 1): fixes the masks; drawn here if absent. real (B, L) bool: one run of samples that are signal, not
-        padding; padding is left out of statistics, attention and losses.
+        noise (B, N) in [0, 1): fixes the masks; drawn here if absent. real (B, L) bool: one run of samples that are signal;
+        the rest is padding and left out of statistics, attention and losses.
         """
         imgs, signal, real = self.images(x, real)
         patches = self.real_patches(real)
@@ -621,7 +629,7 @@ class CWT_MAE_RoPE(CWT_Encoder):
                 "mask": mask, "pred_spec": pred_spec, "pred_time": pred_time, "imgs": imgs, "signal": signal}
 
     def forward(self, x, noise=None, real=None, details: bool = False):
-        """(loss, pred_spec, pred_time, imgs), as upstream; with `details` the dictionary of `forward_losses` (a training loop
-        calls the model through its wrapper, which knows `forward` alone)."""
+        """(loss, pred_spec, pred_time, imgs), as upstream; with `details` the dictionary of `forward_losses` (a training
+        loop calls the model through its wrapper, which knows `forward` alone)."""
         out = self.forward_losses(x, noise, real)
         return out if details else (out["loss"], out["pred_spec"], out["pred_time"], out["imgs"])

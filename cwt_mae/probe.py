@@ -25,7 +25,7 @@ from common.errors import UserError, run
 from common.figures import new_figure, save_figure
 from common.run import open_run
 from cwt_mae.dataset import Preprocess, build_store
-from cwt_mae.dataset_finetune import DownstreamClassificationDataset, load_task, split_parts
+from cwt_mae.dataset_finetune import DownstreamClassificationDataset, load_task, split_parts, training_part
 from cwt_mae.metrics import describe_scores, draw_confusion, scores
 from cwt_mae.model import CWT_MAE_RoPE
 from cwt_mae.model_finetune import load_model
@@ -62,8 +62,9 @@ def main(args):
         raise UserError(f"{args.model}: is a fine-tuned classifier; give the pre-trained model")
     store = build_store(args.data, Preprocess(**(trained.config["preprocess"] or {})), args.cache)
     task = load_task(store, args.task, trained.signal_len)
-    part = split_parts(store, args.split)[task.items["record"]]
-    train, test = (DownstreamClassificationDataset(store, task.select(part == name), trained.signal_len) for name in ("train", "test"))
+    parts = split_parts(store, args.split)
+    split = training_part(task, parts), task.select(parts[task.items["record"]] == "test")
+    train, test = (DownstreamClassificationDataset(store, part, trained.signal_len) for part in split)
     if len(set(train.task.items["label"])) < len(task.classes) or not len(test):
         raise UserError("the training part lacks a class, or the test part has no window; check --split")
     out = open_run(args.out, args, accelerator, overwrite=args.overwrite)

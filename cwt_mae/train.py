@@ -28,7 +28,7 @@ from common.checkpoint import atomic_write, find_resume, load_step, save_step
 from common.errors import UserError, run
 from common.run import Log, StopSignal, check_finite, describe, on_main, open_run, seed_everything
 from cwt_mae.dataset import PhysioSignalDataset, Preprocess, build_store
-from cwt_mae.dataset_finetune import fold_of, load_task, split_parts
+from cwt_mae.dataset_finetune import DownstreamClassificationDataset, fold_of, load_task, split_parts, training_part
 from cwt_mae.model import CWT_MAE_RoPE
 from cwt_mae.model_finetune import save_model
 from cwt_mae.visualize import draw_reconstruction
@@ -188,10 +188,8 @@ def probe_features(model, dataset, device) -> np.ndarray:
 
 def make_probe(args, store, parts):
     """Labelled windows of the training records, at most 1,500, and which of them are for the probe's own test (by subject)."""
-    from cwt_mae.dataset_finetune import DownstreamClassificationDataset
-
     task = load_task(store, args.probe, args.signal_len, skip_bad=True)
-    task = task.select(parts[task.items["record"]] == "train")
+    task = training_part(task, parts)
     fold = fold_of(store, task, 3)
     chosen = np.random.default_rng(args.seed).permutation(len(task.items))[:1500]
     task = task.select(np.sort(chosen))
@@ -225,6 +223,8 @@ def main(args):
     if args.split or args.probe != "none":
         parts = split_parts(store, None if args.split in (None, "ds1") else args.split)
         usable = np.flatnonzero(parts != "test") if args.split else usable
+        if not len(usable):
+            raise UserError(f"--split {args.split}: every record belongs to the test part; none is left to train on")
     subjects = np.unique(store.records["subject"][usable])
     held = int(np.ceil(len(subjects) * args.val_share)) if len(subjects) >= 5 and args.val_share else 0
     val_subjects = np.random.default_rng(args.seed).permutation(subjects)[:held]
