@@ -9,6 +9,8 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
 from common.errors import UserError, run
 
 CONFIGS = Path(__file__).parent / "accelerate"
@@ -28,6 +30,8 @@ def main(script: str, *arguments: str):
             raise UserError(f"ACCELERATE_CONFIG={config}: no such file, and none of {known}")
         if "deepspeed_config" in path.read_text() and find_spec("deepspeed") is None:
             raise UserError(f"{path} needs DeepSpeed, which is not installed; `pip install deepspeed`, or use ACCELERATE_CONFIG=fsdp2")
+        if "_config:" in path.read_text() and not torch.accelerator.is_available():
+            raise UserError(f"{path}: accelerate shards models on GPUs and NPUs only, and none is here; leave ACCELERATE_CONFIG unset")
         from accelerate.commands.launch import launch_command, launch_command_parser
 
         options = ["--config_file", str(path), "--num_processes", str(processes * nodes), "--num_machines", str(nodes),
@@ -36,7 +40,8 @@ def main(script: str, *arguments: str):
     elif processes * nodes > 1:
         from torch.distributed.run import main as torchrun
 
-        place = ["--standalone"] if nodes == 1 else [f"--nnodes={nodes}", f"--node_rank={rank}", f"--master_addr={address}", f"--master_port={port}"]
+        place = [f"--nnodes={nodes}", f"--node_rank={rank}", f"--master_addr={address}", f"--master_port={port}"]
+        place = ["--standalone"] if nodes == 1 else place
         start(lambda: torchrun([*place, f"--nproc_per_node={processes}", script, *arguments]))
     else:
         sys.argv = [script, *arguments]

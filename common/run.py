@@ -26,6 +26,8 @@ from common.checkpoint import atomic_write, find_resume
 from common.errors import Interrupted, UserError
 
 OURS = ("config.json", "log.jsonl", "metrics.json", "tb", "checkpoints", "figures", "last", "best")
+if not torch.accelerator.is_available():                  # else accelerate would run each of torchrun's processes alone
+    os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 _locks = {}                                               # open files: a lock lives as long as its file
 
 
@@ -102,7 +104,8 @@ def _lock(out: Path):
 def _commit() -> str:
     """Commit of this checkout, "" outside git."""
     try:
-        return subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, text=True, stderr=subprocess.DEVNULL).strip()
+        command = ["git", "rev-parse", "HEAD"]
+        return subprocess.check_output(command, cwd=Path(__file__).parent, text=True, stderr=subprocess.DEVNULL).strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
 
@@ -137,7 +140,7 @@ class Log:
         self.path, self.total, self.active = Path(out) / "log.jsonl", total, accelerator.is_main_process
         self.bar = progress(accelerator=accelerator, total=total, initial=resume_step, unit="step")
         if self.active:
-            from torch.utils.tensorboard import SummaryWriter      # a second of import that --help need not wait for
+            from torch.utils.tensorboard import SummaryWriter  # a second of import that --help need not wait for
             if self.path.exists():
                 whole = [line for line in self.path.read_text().splitlines() if line.endswith("}")]
                 atomic_write(self.path, "".join(line + "\n" for line in whole if json.loads(line)["step"] <= resume_step))

@@ -22,10 +22,11 @@ AFTER = {"pruning": "dia_pangu"}
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(prog="run_all.sh", description="Train and test the projects; table, runs/summary.json and runs/summary.html at the end.")
-    parser.add_argument("projects", nargs="*", metavar="project", help=f"any of {', '.join(PROJECTS)} (default: all that are here)")
-    parser.add_argument("--smoke", action="store_true", help="smallest sizes, about 2 minutes on 4 cores: shows that everything runs, not how well")
-    parser.add_argument("--jobs", type=int, default=0, help="projects side by side (default: as many as cores); the cores are shared out between them")
+    parser = argparse.ArgumentParser(
+        prog="run_all.sh", description="Train and test the projects. Ends with a table, runs/summary.json and runs/summary.html.")
+    parser.add_argument("projects", nargs="*", metavar="project", help=f"any of {', '.join(PROJECTS)} (default: all)")
+    parser.add_argument("--smoke", action="store_true", help="smallest sizes, 2 minutes on 4 cores: shows that all runs, not how well")
+    parser.add_argument("--jobs", type=int, default=0, help="projects side by side, sharing the cores (default: as many as cores)")
     return parser.parse_args()
 
 
@@ -34,11 +35,12 @@ def run_project(name: str, threads: int, smoke: bool, runs: Path) -> dict:
     log = runs / name / "run_all.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(runs / name / "results", ignore_errors=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "RUNS": str(runs), "SMOKE": "1" if smoke else ""}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "RUNS": str(runs), "SMOKE": "1" if smoke else ""}
     print(f"{name}: started, log {log}", flush=True)
     start = time.monotonic()
     with open(log, "w") as file:
-        process = subprocess.Popen(["bash", str(ROOT / name / "run_builtin.sh")], env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(["bash", str(ROOT / name / "run_builtin.sh")], env=environment, stdout=file,
+                                   stderr=subprocess.STDOUT, start_new_session=True)
         running[name] = process
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
@@ -56,7 +58,8 @@ def stop(signum, frame):
     for process in running.values():
         if process.returncode is None:
             os.killpg(process.pid, signal.SIGTERM)
-    print(f"stopped; the logs are {', '.join(f'runs/{n}/run_all.log' for n in running)}; run the same command to start again", file=sys.stderr)
+    logs = ", ".join(f"runs/{name}/run_all.log" for name in running)
+    print(f"stopped; the logs are {logs}; run the same command to start again", file=sys.stderr)
     os._exit(128 + signum)
 
 
@@ -90,7 +93,8 @@ def main(args):
                 del pending[future]
                 done.append(future.result())
     done.sort(key=lambda d: PROJECTS.index(d["name"]))
-    about = (f"{'smoke run (numbers mean nothing)' if args.smoke else 'full run'} on {'real data from ' + data_root if data_root else 'built-in data'}, "
+    about = (f"{'smoke run (numbers mean nothing)' if args.smoke else 'full run'} on "
+             f"{'real data from ' + data_root if data_root else 'built-in data'}, "
              f"{time.strftime('%Y-%m-%d %H:%M')}, {cores} cores, {jobs} side by side, {time.monotonic() - start:.0f} s in all")
     write_summary(runs, done, about)
     print("\n" + table(done) + f"\n\n{about}\n{runs / 'summary.html'}")

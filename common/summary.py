@@ -67,21 +67,34 @@ def table(projects: list[dict]) -> str:
 
 
 STYLE = """
-:root { color-scheme: light dark; --ink: #1c2430; --soft: #5b6675; --paper: #fff; --card: #f5f7fa; --line: #d9dfe7; --good: #1f7a4d; --bad: #b3372b }
-@media (prefers-color-scheme: dark) { :root { --ink: #e7ebf1; --soft: #a3adba; --paper: #14181e; --card: #1d232b; --line: #343d49; --good: #62c794; --bad: #f08a7d } }
+:root { color-scheme: light dark; --ink: #1c2430; --soft: #5b6675; --paper: #fff; --card: #f5f7fa; --line: #d9dfe7;
+  --good: #1f7a4d; --bad: #b3372b }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e7ebf1; --soft: #a3adba; --paper: #14181e; --card: #1d232b; --line: #343d49; --good: #62c794; --bad: #f08a7d }
+}
 * { box-sizing: border-box }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif }
 main { max-width: 1080px; margin: 0 auto; padding: 24px 16px 64px }
-h1 { font-size: 1.6rem; margin: 0 0 4px } h2 { font-size: 1.2rem; margin: 40px 0 4px; padding-top: 16px; border-top: 1px solid var(--line) }
-p { margin: 4px 0 } .soft { color: var(--soft); font-size: .9rem }
-.scroll { overflow-x: auto; margin-top: 12px } table { border-collapse: collapse; width: 100%; font-size: .92rem }
-th, td { text-align: left; padding: 6px 12px 6px 0; border-bottom: 1px solid var(--line); vertical-align: top } td.n { white-space: nowrap; font-variant-numeric: tabular-nums }
-.ok { color: var(--good) } .failed { color: var(--bad) }
+h1 { font-size: 1.6rem; margin: 0 0 4px }
+h2 { font-size: 1.2rem; margin: 40px 0 4px; padding-top: 16px; border-top: 1px solid var(--line) }
+p { margin: 4px 0 }
+.soft { color: var(--soft); font-size: .9rem }
+.scroll { overflow-x: auto; margin-top: 12px }
+table { border-collapse: collapse; width: 100%; font-size: .92rem }
+th, td { text-align: left; padding: 6px 12px 6px 0; border-bottom: 1px solid var(--line); vertical-align: top }
+td.n { white-space: nowrap; font-variant-numeric: tabular-nums }
+.ok { color: var(--good) }
+.failed { color: var(--bad) }
 .figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 420px), 1fr)); gap: 16px; margin: 16px 0 24px }
-figure { margin: 0; background: var(--card); border-radius: 8px; padding: 10px } figure img { width: 100%; height: auto; background: #fff; border-radius: 4px } figcaption { font-size: .88rem; color: var(--soft); margin-top: 6px }
+figure { margin: 0; background: var(--card); border-radius: 8px; padding: 10px }
+figure img { width: 100%; height: auto; background: #fff; border-radius: 4px }
+figcaption { font-size: .88rem; color: var(--soft); margin-top: 6px }
 @media (max-width: 640px) {
-  thead { display: none } tr { display: block; padding: 8px 0; border-bottom: 1px solid var(--line) }
-  td { display: block; border: 0; padding: 1px 0 } td::before { content: attr(data-head) ": "; color: var(--soft) } td:empty { display: none }
+  thead { display: none }
+  tr { display: block; padding: 8px 0; border-bottom: 1px solid var(--line) }
+  td { display: block; border: 0; padding: 1px 0 }
+  td::before { content: attr(data-head) ": "; color: var(--soft) }
+  td:empty { display: none }
 }
 """
 
@@ -94,10 +107,11 @@ def page(projects: list[dict], about: str) -> str:
     for project in projects:
         state = f'<span class="{"ok" if project["status"] == "ok" else "failed"}">{text(project["status"])}</span>'
         for i, row in enumerate(project["rows"] or [{}]):
+            cost = (f"{project['seconds']:.0f}", f"{project['peak_mb']:.0f}") if i == 0 else ("", "")
             cells = [text(project["name"]) + " " + state if i == 0 else "", text(row.get("task", "no result")), text(row.get("metric", "")),
-                     measured(row) if row else "", text(controls(row)) if row else "",
-                     f"{project['seconds']:.0f}" if i == 0 else "", f"{project['peak_mb']:.0f}" if i == 0 else ""]
-            body.append("<tr>" + "".join(f'<td data-head="{h}"{" class=n" if h in head[3:4] + head[5:] else ""}>{c}</td>' for h, c in zip(head, cells)) + "</tr>")
+                     measured(row) if row else "", text(controls(row)) if row else "", *cost]
+            kinds = ["", "", "", " class=n", "", " class=n", " class=n"]
+            body.append("<tr>" + "".join(f'<td data-head="{h}"{k}>{c}</td>' for h, k, c in zip(head, kinds, cells)) + "</tr>")
         sections.append(f"<h2>{text(project['name'])}</h2>")
         for row in project["rows"]:
             sections.append(f"<p><b>{text(row['task'])}</b>: {text(row['metric'])} {measured(row)}, against {text(controls(row))}.</p>")
@@ -108,7 +122,8 @@ def page(projects: list[dict], about: str) -> str:
                 sections.append('<div class="figures">' + "".join(_figure(f) for f in figures) + "</div>")
         if project["status"] != "ok":
             sections.append(f'<p class="failed">{text(project["status"])}; the log is {text(str(project["log"]))}</p>')
-    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    return ('<!doctype html><html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
             f"<title>Summary of runs</title><style>{STYLE}</style></head><body><main><h1>Summary of runs</h1>"
             f'<p class="soft">{text(about)}</p><div class="scroll"><table><thead><tr>{"".join(f"<th>{h}</th>" for h in head)}</tr></thead>'
             f'<tbody>{"".join(body)}</tbody></table></div>{"".join(sections)}</main></body></html>')

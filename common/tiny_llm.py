@@ -40,7 +40,8 @@ def make_llm(folder, tokenizer, model_type: str = "llama", seed: int = 0, **conf
     ids = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**TINY, "vocab_size": len(tokenizer), **ids, **config}))
+        sizes = {**TINY, "vocab_size": len(tokenizer), **ids, **config}
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes))
     with atomic_dir(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)

@@ -79,8 +79,10 @@ class Bomb:
 
 
 def test_malicious_file_runs_nothing(tmp_path):
-    for name, write in (("a.pth", lambda f: torch.save({"w": Bomb(tmp_path / "boom")}, f)), ("b.bin", lambda f: pickle.dump(Bomb(tmp_path / "boom"), open(f, "wb")))):
-        write(tmp_path / name)
+    bomb = Bomb(tmp_path / "boom")
+    torch.save({"w": bomb}, tmp_path / "a.pth")
+    (tmp_path / "b.bin").write_bytes(pickle.dumps(bomb))
+    for name in ("a.pth", "b.bin"):
         with pytest.raises(UserError, match="could run code|not a readable"):
             read_weights(tmp_path / name)
     assert not (tmp_path / "boom").exists()
@@ -96,7 +98,7 @@ def test_cut_file_is_one_error(tmp_path, tensors, suffix, keep):
         read_weights(path)
 
 
-@pytest.mark.parametrize("content, said", [(torch.ones(3), "expected a dictionary"), ({"epoch": 3}, "holds no tensors"), ({}, "holds no tensors")])
+@pytest.mark.parametrize("content, said", [(torch.ones(3), "expected a dictionary"), ({"epoch": 3}, "no tensors"), ({}, "no tensors")])
 def test_file_without_weights(tmp_path, content, said):
     torch.save(content, tmp_path / "w.pth")
     with pytest.raises(UserError, match=said):
@@ -115,7 +117,8 @@ def test_report_names_every_kind(tensors, capsys):
     del given["0.bias"]
     target = model()
     report = load_weights(target, given, "w.pth", ignore=("decoder.",))
-    assert (report.loaded, report.missing, report.unexpected, report.ignored) == (["0.weight", "1.weight"], ["0.bias"], ["what.weight"], ["decoder.weight"])
+    assert (report.loaded, report.missing) == (["0.weight", "1.weight"], ["0.bias"])
+    assert (report.unexpected, report.ignored) == (["what.weight"], ["decoder.weight"])
     assert report.mismatched == [("1.bias", (7,), (2,))]
     text = capsys.readouterr().out
     for word in ("loaded 2 of 4", "missing (1): 0.bias", "unexpected (1): what.weight", "1.bias (7,) -> (2,)"):
@@ -141,11 +144,11 @@ def test_atomic_writes_leave_old_content_on_failure(tmp_path):
     atomic_write(tmp_path / "a.txt", "old")
     with pytest.raises(ZeroDivisionError), atomic_path(tmp_path / "a.txt") as path:
         path.write_text("half")
-        1 / 0
+        raise ZeroDivisionError
     with atomic_dir(tmp_path / "d") as folder:
         (folder / "x").write_text("1")
     with pytest.raises(ZeroDivisionError), atomic_dir(tmp_path / "d") as folder:
-        1 / 0
+        raise ZeroDivisionError
     with atomic_dir(tmp_path / "d") as folder:
         (folder / "y").write_text("2")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.txt", "d"]
@@ -176,6 +179,7 @@ def test_tiny_llm_loads_again_and_knows_every_language(tmp_path):
     assert len(words("<IQ_START>").input_ids) == 1
     ids = torch.tensor([words("the signal").input_ids])
     assert torch.equal(made(ids).logits, again(ids).logits)
-    assert "<|user|>hi<|end|><|assistant|>" == words.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True)
+    chat = words.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True)
+    assert chat == "<|user|>hi<|end|><|assistant|>"
     make_llm(tmp_path / "same", tokenizer, seed=3)
     assert (tmp_path / "same/model.safetensors").read_bytes() == (tmp_path / "llm/model.safetensors").read_bytes()

@@ -11,13 +11,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECTS = [p for p in ("em_mllm", "cwt_mae", "flmm", "dia_pangu", "pruning") if (ROOT / p / "train.py").is_file()]
-ENV = {**{k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, "PYTHON": sys.executable}   # nothing that helps a script find its parts
+# Nothing here helps a script to find its parts.
+ENV = {**{k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, "PYTHON": sys.executable}
 
 
 def call(*command, cwd=ROOT, **environment):
     return subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True, env={**ENV, **environment})
 
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
 WAYS = {
     "bash from root": lambda p: (["bash", f"{p}/run_train.sh", "--help"], ROOT),
     "bash from its folder": lambda p: (["bash", "run_train.sh", "--help"], ROOT / p),
@@ -25,7 +27,7 @@ WAYS = {
     "python from its folder": lambda p: ([sys.executable, "train.py", "--help"], ROOT / p),
     "python from elsewhere": lambda p: ([sys.executable, ROOT / p / "test.py", "--help"], "/"),
     "python -m": lambda p: ([sys.executable, "-m", f"{p}.train", "--help"], ROOT),
-    "torchrun": lambda p: ([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", f"{p}/train.py", "--help"], ROOT),
+    "torchrun": lambda p: ([*TORCHRUN, f"{p}/train.py", "--help"], ROOT),
     "bash test": lambda p: (["bash", ROOT / p / "run_test.sh", "--help"], "/"),
 }
 
@@ -41,7 +43,8 @@ def test_every_way_to_start_a_script(project, way):
 
 @pytest.mark.skipif("cwt_mae" not in PROJECTS, reason="cwt_mae is absent")
 def test_the_seeds_import_works_from_the_project_folder():
-    done = call(sys.executable, "-c", "from model import CWT_MAE_RoPE; from model_finetune import TF_MAE_Classifier; print('ok')", cwd=ROOT / "cwt_mae")
+    code = "from model import CWT_MAE_RoPE; from model_finetune import TF_MAE_Classifier; print('ok')"
+    done = call(sys.executable, "-c", code, cwd=ROOT / "cwt_mae")
     assert done.stdout == "ok\n", done.stderr
 
 
@@ -53,7 +56,8 @@ case "$*" in
   "-c import sys, venv"*) exit 0 ;;
   *env_check.py*) exit 1 ;;
   "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
-  "-m pip install "*) echo "$*" >>"{calls}"; sleep 1; [ -z "${{PIP_FAILS:-}}" ] || {{ echo "ERROR: No matching distribution found for torch==2.13.0"; exit 1; }} ;;
+  "-m pip install "*) echo "$*" >>"{calls}"; sleep 1
+    if [ -n "${{PIP_FAILS:-}}" ]; then echo "ERROR: No matching distribution found for torch==2.13.0"; exit 1; fi ;;
   *) echo "started $0: $*" ;;
 esac
 """
@@ -66,7 +70,8 @@ def bare(tmp_path):
     (repo / "common").mkdir(parents=True)
     tools.mkdir()
     calls.touch()
-    for name in ("run_all.sh", "run_tests.sh", "requirements.txt", "requirements-dev.txt", "pyproject.toml", "common/env.sh", "common/env_check.py"):
+    for name in ("run_all.sh", "run_tests.sh", "requirements.txt", "requirements-dev.txt", "pyproject.toml", "common/env.sh",
+                 "common/env_check.py"):
         shutil.copy(ROOT / name, repo / name)
     for name in ("bash", "cat", "cksum", "tr", "dirname", "mkdir", "cp", "grep", "tail", "flock", "sleep", "realpath", "nproc"):
         if found := shutil.which(name):
@@ -114,7 +119,8 @@ def test_failed_install_says_what_failed_and_what_to_do(bare):
 
 def test_two_launchers_started_together_install_once(bare):
     repo, environment, calls = bare
-    both = [subprocess.Popen([shutil.which("bash"), str(repo / "run_all.sh")], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+    command = [shutil.which("bash"), str(repo / "run_all.sh")]
+    both = [subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for _ in range(2)]
     assert [p.wait() for p in both] == [0, 0]
     assert len(calls.read_text().splitlines()) == 1
 

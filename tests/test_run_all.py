@@ -77,7 +77,8 @@ def test_cores_are_shared_out(tree):
 
 
 @pytest.mark.parametrize("options, environment, said", [
-    (["nosuch"], {}, "nosuch: no such project"), ([], {"DATA_ROOT": "/no/such"}, "DATA_ROOT=/no/such"), (["--jobs", "-1"], {}, "at least 1")])
+    (["nosuch"], {}, "nosuch: no such project"), ([], {"DATA_ROOT": "/no/such"}, "DATA_ROOT=/no/such"),
+    (["--jobs", "-1"], {}, "at least 1")])
 def test_wrong_arguments_are_one_line(tree, options, environment, said):
     done = start(tree, *options, **environment)
     assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1
@@ -87,7 +88,8 @@ def test_wrong_arguments_are_one_line(tree, options, environment, said):
 def test_ctrl_c_reaches_the_projects(tree):
     (tree / "cwt_mae/run_builtin.sh").write_text("trap 'echo saved; exit 143' TERM; echo up; sleep 60 & wait")
     env = {**os.environ, "PYTHONPATH": str(tree), "RUNS": str(tree / "runs")}
-    process = subprocess.Popen([sys.executable, "-m", "common.run_all", "cwt_mae"], cwd=tree, env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-m", "common.run_all", "cwt_mae"], cwd=tree, env=env,
+                               stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     log = tree / "runs/cwt_mae/run_all.log"
     while not (log.exists() and "up" in log.read_text()):
         time.sleep(.05)

@@ -40,7 +40,7 @@ def parse_args():
 
 
 def main(args):
-    accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=0))
+    accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=0))
     open_run(args.out, args, accelerator, args.resume, args.overwrite)
     seed_everything(0)
     model = torch.nn.Sequential(torch.nn.Linear(8, args.width), torch.nn.Tanh(), torch.nn.Linear(args.width, 8))
