@@ -52,11 +52,12 @@ def parse_args(argv=None):
     p.add_argument("--test-texts", type=Path, help="its test texts")
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--ratio", type=float, nargs="+", default=[0.25, 0.33, 0.5], help="shares of the layers to remove (default .25 .33 .5)")
-    p.add_argument("--calibration", type=int, default=24, help="training samples for the scan and the greedy search (default 24)")
+    p.add_argument("--calibration", type=int, default=16, help="training samples for the scan and the greedy search (default 16)")
     p.add_argument("--train-samples", type=int, default=320, help="training samples for healing (default 320)")
     p.add_argument("--test-samples", type=int, default=80, help="test samples (default 80)")
     p.add_argument("--random-sets", type=int, default=5, help="random sets of each kind and ratio (default 5)")
-    p.add_argument("--heal-steps", type=int, default=40, help="optimizer steps of 16 samples (default 40)")
+    p.add_argument("--heal-steps", type=int, default=40, help="optimizer steps (default 40)")
+    p.add_argument("--heal-batch", type=int, default=16, help="samples a step (default 16)")
     p.add_argument("--heal-lr", type=float, default=3e-3, help="peak rate of LoRA r 4, alpha 16 (default 3e-3)")
     p.add_argument("--max-new-tokens", type=int, default=120, help="length of a report (default 120 tokens)")
     p.add_argument("--seed", type=int, default=0)
@@ -153,7 +154,7 @@ def evaluate_set(task, drop, args, accelerator) -> dict:
         before = measure(task)
         settings = train.parse_args([
             "--pruned_model_path", str(args.model), "--out", folder, "--max-steps", str(args.heal_steps),
-            "--per-device-train-batch-size", "16", "--gradient-accumulation-steps", "1", "--learning-rate", str(args.heal_lr),
+            "--per-device-train-batch-size", str(args.heal_batch), "--gradient-accumulation-steps", "1", "--learning-rate", str(args.heal_lr),
             "--lr-scheduler-type", "cosine", "--warmup-steps", str(min(5, args.heal_steps)), "--seed", str(args.seed),
             "--logging-steps", str(args.heal_steps), "--save-total-limit", "1"])
         train.set_trained(task.trained, full=False)
@@ -228,13 +229,14 @@ def compare(choices, evaluations, metrics) -> list[dict]:
     """Every criterion against every control: paired difference with its 95 % interval; it differs when the interval leaves out 0."""
     rows = []
     for ratio in dict.fromkeys(c["ratio"] for c in choices):
-        def of(criterion):
-            return [evaluations[c["drop_layers"]] for c in choices if (c["ratio"], c["criterion"]) == (ratio, criterion)]
+        sets = {name: [evaluations[c["drop_layers"]] for c in choices if (c["ratio"], c["criterion"]) == (ratio, name)]
+                for name in (*CRITERIA, *CONTROLS)}
         for metric in metrics:
             for stage in ("before", "after"):
+                found = {name: quality([e[stage] for e in evaluated], metric) for name, evaluated in sets.items()}
                 for criterion in CRITERIA:
                     for control in CONTROLS:
-                        (a, a_draws), (b, b_draws) = (quality([e[stage] for e in of(name)], metric) for name in (criterion, control))
+                        (a, a_draws), (b, b_draws) = found[criterion], found[control]
                         low, high = np.percentile(a_draws - b_draws, (2.5, 97.5))
                         better = (a > b) == (metric == "f1")
                         verdict = ("better" if better else "worse") if low > 0 or high < 0 else "no difference"
@@ -325,7 +327,7 @@ def main(args):
     metrics = ("f1", "perplexity") if task.labels is not None else ("perplexity",)
     layers = len(decoder_layers(task.lang_model))
 
-    records = scan(task.lang_model, task.prompts, ["v", "attention", "mlp"], ("l1_mean", "kl"))
+    records = scan(task.lang_model, task.prompts, ["v", "mlp"], ("l1_mean", "kl"))
     rows = summarise(records)
     write_csv(args.out / "layer_sensitivity.csv", rows, ["mode", "layer", "distance", "score_mean", "score_std", "prompt_count"])
     draw(rows, args.out / "layer_sensitivity.png", f"{layers} layers, {len(records)} task prompts")
@@ -335,7 +337,7 @@ def main(args):
         print(f"{choice['ratio']:.0%} {choice['criterion']:16} --drop-layers {choice['drop_layers']}")
 
     cache, file = {}, args.out / "evaluations.json"
-    stamp = {"model": str(args.model), "test": args.test_samples, "train": args.train_samples, "steps": args.heal_steps, "lr": args.heal_lr, "seed": args.seed}
+    stamp = {"model": str(args.model), "test": args.test_samples, "train": args.train_samples, "steps": args.heal_steps, "batch": args.heal_batch, "lr": args.heal_lr, "seed": args.seed}
     if file.exists() and not args.overwrite:
         before = json.loads(file.read_text())
         if before["stamp"] != stamp:

@@ -136,7 +136,8 @@ def main(args):
         items = [samples[i] for i in range(len(samples))]
         truths, labels = [s["report"] for s in items], [s["cls_labels"].tolist() for s in items]
         scores = report_scores(truths, made["reports"], labels, report_losses(model, text, samples, args.batch_size))
-        rows = [[s["id"], q, t, r, json.dumps(l)] for s, q, t, r, l in zip(items, made["questions"], truths, made["reports"], labels)]
+        rows = [[s["id"], question, truth, report, json.dumps(codes)]
+                for s, question, truth, report, codes in zip(items, made["questions"], truths, made["reports"], labels)]
         write_table(stem.with_name(stem.name + ".csv"), ["ID", "Question", "Ground Truth", "Pred", "GT_labels"], rows)
         times = made["milliseconds"]
         write_table(stem.with_name(stem.name + "_per_sample_timing.csv"), ["ID", "InferTimeMs"], [[s["id"], f"{ms:.2f}"] for s, ms in zip(items, times)])

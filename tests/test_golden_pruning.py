@@ -18,7 +18,7 @@ from pruning.layers import decoder_layers, head_counts, without_layers
 from pruning.pruning_tools.prune_llm import make_tag, parse_drop_layers
 from pruning.pruning_tools.shards import open_checkpoint
 from pruning.sensitivity_analyse.eval_metric import logprob_distance
-from pruning.sensitivity_analyse.layer_mask import ProjHeadMaskWrapper, mask_attention_layer, masked
+from pruning.sensitivity_analyse.layer_mask import ProjHeadMaskWrapper, masked
 from pruning.sensitivity_analyse.layer_sensitivity_scan import METHODS, layer_scores, list_variants, scan_batch, summarise
 from tests.golden import golden_files
 

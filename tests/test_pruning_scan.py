@@ -295,3 +295,9 @@ def test_mixed_projections_say_which_modes_work():
     with pytest.raises(UserError, match="attention"):
         with masked(make("gpt_neox"), 0, "v"):
             pass
+
+
+def test_bench_of_the_real_size_runs_small(capsys):
+    from bench.pruning import real_size
+    rows = real_size(torch.device("cpu"), 1, layers=4, hidden=64, vocabulary=256, drops=((), (1, 2)), tokens=4)
+    assert {"naive", "wavefront", "latency, 4 layers", "latency, 2 layers"} <= rows.keys()

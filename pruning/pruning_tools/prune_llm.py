@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root:
 from common.checkpoint import atomic_dir, atomic_write
 from common.errors import UserError, run
 from pruning.layers import ATTENTION, check_drop, shorter_config
-from pruning.pruning_tools.shards import Checkpoint, Entry, cast, derived, open_checkpoint, write_bin, write_safetensors, write_shards
+from pruning.pruning_tools.shards import Checkpoint, cast, derived, open_checkpoint, write_bin, write_safetensors, write_shards
 
 VERSIONS = ("v0112_en", "CN")
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "added_tokens.json", "generation_config.json", "chat_template*")
@@ -212,10 +212,10 @@ def plain_entries(entries: dict, llm: LanguageModel, lora: Lora | None, merge: b
         else:
             weights[key.replace(".base_layer.", ".")] = entry
     if merge and lora:
+        scale = lora.alpha / lora.r
         for key in [k for k in adapter if ".lora_A." in k]:
             target = key.removeprefix("base_model.model.").replace(".lora_A.", ".")
             a, b = adapter[key], adapter[key.replace(".lora_A.", ".lora_B.")]
-            scale = lora.alpha / lora.r
             weights[target] = derived(weights[target], lambda w, a=a, b=b: w.float() + scale * (b.read().float() @ a.read().float()))
         adapter = {}
     return weights, adapter

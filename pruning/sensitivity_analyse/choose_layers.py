@@ -12,7 +12,8 @@ window            the window of neighbours whose removal raises the loss least  
 greedy            one layer after the other, each time the one that raises the loss least   model
 beam              as greedy, with the best few sets carried along                           model
 last, first       controls                                                                  -
-random            control; random_keep0 never removes layer 0                               -
+random            control; random_keep0 never removes layer 0 (a random set that already    -
+                  keeps it is the same in both, so that fewer sets need to be evaluated)
 
 Scores of single layers do not add up: greedy, beam and window measure sets instead. Random sets are the control to beat,
 above all random_keep0, because much of what every criterion knows is that the first layer must stay.
@@ -129,10 +130,12 @@ def choose(criterion: str, count: int, layers: int, rows=(), angles=(), model=No
         return list(range(layers - count, layers)), "control"
     if criterion == "first":
         return list(range(count)), "control"
-    first = 1 if criterion == "random_keep0" else 0
-    if count > layers - first:
+    order = random.Random(seed).sample(range(layers), layers)
+    if criterion == "random_keep0":
+        order.remove(0)
+    if count > len(order):
         raise UserError(f"{criterion}: cannot remove {count} of {layers} layers")
-    return sorted(random.Random(seed).sample(range(first, layers), count)), f"control, seed {seed}"
+    return sorted(order[:count]), f"control, seed {seed}"
 
 
 def read_records(path) -> list[dict]:

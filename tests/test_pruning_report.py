@@ -1,0 +1,240 @@
+"""A pruned report model: loading, healing, testing, the whole study; on phantoms and a tiny Pangu-class model."""
+import csv
+import json
+import os
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from common.errors import UserError
+from common.tiny_llm import make_llm, make_tokenizer
+from dia_pangu import make_data
+from dia_pangu.src.Model.build import TINY, build_model, save_model
+from pruning import study, test, train
+from pruning.layers import without_layers
+from pruning.pruning_tools import prune_llm
+from pruning.report_model import Encoded, load_report_model, report_losses, task_prompts, write_reports
+from pruning.sensitivity_analyse import layer_sensitivity_scan as scanner
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """data/, llm/ (4 layers), base/ (without LoRA), lora/ (with, alpha 16) and pruned/ (lora without layer 2)."""
+    root = tmp_path_factory.mktemp("world")
+    make_data.main(Namespace(out=str(root / "data"), train=8, val=2, test=4, seed=0))
+    reports = [item["finding"] for item in json.loads((root / "data" / "annotation_en.json").read_text())["train"]]
+    make_llm(root / "llm", make_tokenizer(reports, 300), "PanguEmbedded", hidden_size=32, intermediate_size=48, num_hidden_layers=4, bias=True)
+    for name, lora in (("base", None), ("lora", {"r": 2, "alpha": 16, "dropout": 0.0, "targets": ["q_proj", "v_proj"]})):
+        torch.manual_seed(0)
+        config = {**TINY, "lora": lora}
+        model, _ = build_model(config, root / "llm")
+        for key, parameter in model.named_parameters():
+            if "lora_B" in key:
+                torch.nn.init.normal_(parameter, std=0.3)
+        save_model(model, root / name, config)
+    prune_llm.main(prune_llm.parse_args(["--ckpt", str(root / "lora"), "--lang-model-path", str(root / "llm"), "--out-dir", str(root / "pruned"),
+                                         "--drop-layers", "2", "--hf", "merged"]))
+    return root
+
+
+def merged(root):
+    return root / "pruned" / "pytorch_model_pruned_drop2_2_merged_clean_v0112_en_cpu.bin"
+
+
+def prune_map(root):
+    return root / "pruned" / "prune_layer_map_drop2_2_v0112_en_cpu.json"
+
+
+def test_pruned_checkpoint_scores_as_the_full_one_without_that_layer(world):
+    full, text, config = load_report_model(world / "lora", world / "llm")
+    samples = Encoded(full, text, config, world / "data", "test", 4)
+    with without_layers(full.lang_model, [2]):
+        losses, reports = report_losses(full, text, samples), write_reports(full, text, samples, 12)["reports"]
+    for llm, map_path in ((world / "llm", prune_map(world)), (world / "pruned" / "hf_drop2_2", None)):
+        small, small_text, _ = load_report_model(merged(world), llm, map_path)
+        assert torch.equal(report_losses(small, small_text, samples), losses)
+        assert write_reports(small, small_text, samples, 12)["reports"] == reports
+        assert small.embedding_layer.weight is small.lang_model.get_input_embeddings().weight
+    assert not torch.allclose(report_losses(full, text, samples), losses), "the dropped layer did nothing"
+
+
+def test_what_does_not_fit_is_named(world, tmp_path):
+    with pytest.raises(UserError, match="--prune_map_path"):
+        load_report_model(merged(world), world / "llm")
+    other = json.loads(prune_map(world).read_text())
+    other |= {"new_layers": 2, "layer_id_map": {"0": 0, "1": 1}}
+    (tmp_path / "map.json").write_text(json.dumps(other))
+    with pytest.raises(UserError, match="another model"):
+        load_report_model(merged(world), world / "llm", tmp_path / "map.json")
+    (tmp_path / "map.json").write_text("{}")
+    with pytest.raises(UserError, match="not a prune map"):
+        load_report_model(merged(world), world / "llm", tmp_path / "map.json")
+    tensors = torch.load(merged(world), weights_only=True)
+    del tensors["embedding_layer.fc.bias"]
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    (tmp_path / "dia_config.json").write_bytes((world / "lora" / "dia_config.json").read_bytes())
+    with pytest.raises(UserError, match="--lora-alpha"):
+        load_report_model(tmp_path / "pytorch_model.bin", world / "pruned" / "hf_drop2_2")
+    with pytest.raises(UserError, match="fc.bias is missing"):
+        load_report_model(tmp_path / "pytorch_model.bin", world / "pruned" / "hf_drop2_2", lora_alpha=16)
+
+
+def test_alpha_that_upstream_guessed_is_not_believed(world, tmp_path):
+    torch.save(torch.load(merged(world), weights_only=True), tmp_path / "pytorch_model.bin")
+    upstream = {"tag": "drop2_2", "old_layers": 4, "new_layers": 3, "layer_id_map": {"0": 0, "1": 1, "2": 3}, "lora_alpha": 4, "adapter_config_used": False}
+    (tmp_path / "map.json").write_text(json.dumps(upstream))
+    with pytest.raises(UserError, match="--lora-alpha"):
+        load_report_model(tmp_path / "pytorch_model.bin", world / "llm", tmp_path / "map.json")
+
+
+def test_task_prompts_hold_the_volume_and_score_the_report(world):
+    model, text, config = load_report_model(world / "lora", world / "llm")
+    prompts = list(task_prompts(model, text, Encoded(model, text, config, world / "data", "train", 3)))
+    blank = Encoded(model, text, config, world / "data", "train", 3)
+    blank.tokens = [torch.zeros_like(t) for t in blank.tokens]
+    assert not torch.equal(prompts[0]["inputs_embeds"], next(task_prompts(model, text, blank))["inputs_embeds"])
+    records = scanner.scan(model.lang_model, prompts, ["v"], ("kl",))
+    naive = scanner.scan(model.lang_model, prompts, ["v"], ("kl",), method="naive")
+    for a, b in zip(records, naive):
+        assert a["scored"] == int((prompts[0]["labels"] != -100).sum()) or a["name"] != prompts[0]["name"]
+        assert [v["kl"] for v in a["variants"]] == pytest.approx([v["kl"] for v in b["variants"]], rel=1e-4, abs=1e-7)
+
+
+def heal_args(world, out, *more):
+    return ["--pruned_model_path", str(merged(world)), "--prune_map_path", str(prune_map(world)), "--lang-model-path", str(world / "llm"),
+            "--data", str(world / "data"), "--out", str(out), "--per-device-train-batch-size", "2", "--gradient-accumulation-steps", "1",
+            "--learning-rate", "0.01", "--warmup-steps", "1", "--logging-steps", "1", *more]
+
+
+def losses_of(out):
+    return [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def test_healing_lowers_the_loss_and_touches_lora_alone(world, tmp_path):
+    train.main(train.parse_args(heal_args(world, tmp_path / "healed", "--max-steps", "12", "--drop_layers", "2")))
+    curve = losses_of(tmp_path / "healed")
+    assert np.mean(curve[-3:]) < np.mean(curve[:3])
+    before, after = (torch.load(p, weights_only=True) for p in (merged(world), tmp_path / "healed" / "pytorch_model.bin"))
+    changed = {k for k in before if not torch.equal(before[k], after[k])}
+    assert changed and all("lora_" in k for k in changed) and before.keys() == after.keys()
+    assert json.loads((tmp_path / "healed" / "timing.json").read_text())["status"] == "finished"
+    healed, _, config = load_report_model(tmp_path / "healed", world / "llm", prune_map(world))
+    assert config["lora"]["alpha"] == 16
+    with pytest.raises(UserError, match="drop_layers"):
+        train.main(train.parse_args(heal_args(world, tmp_path / "x", "--drop_layers", "1")))
+
+
+def test_full_healing_trains_the_layers_and_nothing_else(world):
+    model, _, _ = load_report_model(world / "base", world / "llm")
+    names = train.set_trained(model, full=True)
+    assert names and all(".layers." in n and n.startswith("lang_model.") for n in names)
+
+
+def test_distillation_from_itself_starts_at_distance_zero_and_mixes(world, tmp_path):
+    model, text, config = load_report_model(world / "lora", world / "llm")
+    teacher = load_report_model(world / "lora", world / "llm")[0]
+    samples = Encoded(model, text, config, world / "data", "train", 2)
+    from pruning.report_model import collate_encoded
+    batch = {k: v for k, v in collate_encoded([samples[0], samples[1]]).items() if k in train.INPUTS}
+    out = train.Healing(model, teacher, 0.25)(**batch)
+    assert out["distance"].item() == pytest.approx(0, abs=1e-6)
+    assert out["loss"].item() == pytest.approx(0.75 * out["lm_loss"].item(), rel=1e-5)
+    with without_layers(model.lang_model, [1]):
+        assert train.Healing(model, teacher, 0.25)(**batch)["distance"].item() > 1e-4
+    with pytest.raises(UserError, match="--teacher"):
+        train.check(train.parse_args(heal_args(world, tmp_path, "--distill", "0.5")))
+
+
+def test_two_processes_heal_as_one_and_resume_is_exact(world, tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+    def launch(processes, out, *more):
+        start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29731"] if processes == 2 else [sys.executable]
+        subprocess.run([*start, ROOT / "pruning/train.py", *heal_args(world, out, *more)], check=True, capture_output=True, text=True, env=environment)
+    launch(1, tmp_path / "one", "--max-steps", "4", "--save-steps", "2")
+    launch(2, tmp_path / "two", "--max-steps", "4", "--per-device-train-batch-size", "1")
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-5)
+    (tmp_path / "one" / "last").unlink()
+    import shutil
+    shutil.copytree(tmp_path / "one", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step-00000004")
+    launch(1, tmp_path / "cut", "--max-steps", "4", "--save-steps", "2", "--resume")
+    a, b = (torch.load(tmp_path / n / "pytorch_model.bin", weights_only=True) for n in ("one", "cut"))
+    assert all(torch.equal(a[k], b[k]) for k in a), "the resumed run ended elsewhere"
+
+
+def test_testing_writes_upstreams_files(world, tmp_path):
+    test.main(test.parse_args(["--pruned_model_path", str(merged(world)), "--prune_map_path", str(prune_map(world)), "--lang-model-path", str(world / "llm"),
+                               "--data", str(world / "data"), "--out_dir", str(tmp_path), "--tag_style", "c", "--max-new-tokens", "8"]))
+    rows = list(csv.DictReader(open(tmp_path / "dia-pangu-pruned_c2_2.csv", encoding="utf-8")))
+    assert list(rows[0]) == ["ID", "Question", "Ground Truth", "Pred", "GT_labels"] and len(rows) == 4
+    timing = json.loads((tmp_path / "dia-pangu-pruned_c2_2_timing.json").read_text())
+    assert timing["min_ms"] <= timing["p50_ms"] <= timing["p99_ms"] <= timing["max_ms"]
+    scores = json.loads((tmp_path / "dia-pangu-pruned_c2_2_scores.json").read_text())
+    assert scores["layers"] == 3 and scores["perplexity"] > 1 and {"finding_micro_f1", "BLEU_4", "ROUGE_L", "CIDEr"} <= scores.keys()
+
+
+def test_percentiles_are_nearest_rank():
+    assert [test.nearest_rank([5, 1, 4, 2, 3], p) for p in (0.5, 0.9, 0.99)] == [3, 5, 5]
+
+
+def test_plain_language_models_heal_and_test_on_texts(world, tmp_path):
+    (tmp_path / "texts.txt").write_text("\n".join(f"The heart is of normal size, case {i}." for i in range(8)))
+    hf = world / "pruned" / "hf_drop2_2"
+    train.main(train.parse_args(["--pruned_model_path", str(hf), "--texts", str(tmp_path / "texts.txt"), "--out", str(tmp_path / "healed"), "--max-steps", "10",
+                                 "--per-device-train-batch-size", "4", "--gradient-accumulation-steps", "1", "--learning-rate", "0.02", "--distill", "0.3",
+                                 "--teacher", str(world / "llm")]))
+    found = []
+    for path in (hf, tmp_path / "healed" / "model"):
+        test.main(test.parse_args(["--pruned_model_path", str(path), "--texts", str(tmp_path / "texts.txt"), "--out_dir", str(tmp_path), "--tag_override", path.name]))
+        found.append(json.loads((tmp_path / f"dia-pangu-pruned_{path.name}_scores.json").read_text()))
+    assert found[1]["perplexity"] < found[0]["perplexity"] and found[1]["parameters"] == found[0]["parameters"]
+
+
+def test_the_study_leaves_the_model_as_it_was_and_reuses_equal_sets(world, tmp_path, monkeypatch, capsys):
+    args = study.parse_args(["--model", str(world / "base"), "--lang-model-path", str(world / "llm"), "--data", str(world / "data"), "--out", str(tmp_path / "study"),
+                             "--ratio", "0.5", "--calibration", "2", "--train-samples", "4", "--test-samples", "4", "--heal-steps", "2", "--heal-batch", "2",
+                             "--random-sets", "2", "--max-new-tokens", "6"])
+    real, calls, states = study.evaluate_set, [], []
+
+    def watched(task, drop, *more):
+        calls.append(tuple(drop))
+        states.append({k: v.clone() for k, v in task.trained.state_dict().items()})
+        return real(task, drop, *more)
+    monkeypatch.setattr(study, "evaluate_set", watched)
+    study.main(args)
+    assert len(calls) == len(set(calls)), "a set was evaluated twice"
+    assert all(torch.equal(states[0][k], s[k]) for s in states for k in s), "healing one set leaked into the next"
+    out = tmp_path / "study"
+    table = list(csv.DictReader(open(out / "table.csv")))
+    assert [r["criterion"] for r in table] == ["unpruned", *study.CRITERIA, *study.CONTROLS]
+    assert all(float(r["parameters"]) < float(table[0]["parameters"]) for r in table[1:])
+    assert "largest difference of a test sample's loss 0.0e+00" in capsys.readouterr().out
+    for name in ("tradeoff.png", "healing.png", "layer_sensitivity.png"):
+        assert (out / name).stat().st_size > 5000
+    result = json.loads(next((tmp_path / "results").glob("*f1.json")).read_text())
+    assert {"unpruned", "before healing", "last", "random", "random_keep0"} <= result["controls"].keys()
+    before = len(calls)
+    study.main(args)
+    assert len(calls) == before, "the second run should find everything in evaluations.json"
+    with pytest.raises(UserError, match="another study"):
+        study.main(study.parse_args([*("--model", str(world / "base"), "--lang-model-path", str(world / "llm"), "--data", str(world / "data")), "--out", str(out),
+                                     "--heal-steps", "3", "--calibration", "2", "--train-samples", "4", "--test-samples", "4", "--ratio", "0.5"]))
+
+
+def test_intervals_are_paired_and_say_when_nothing_differs():
+    def evaluation(errors):
+        rows = [[2.0, float(e)] for e in errors]
+        return {s: {"counts": rows, "losses": [[1.0 + e, 10.0] for e in errors]} for s in ("before", "after")}
+    sets = {"0": evaluation([1, 2] * 20), "1": evaluation([1, 2] * 20), "2": evaluation([4, 5] * 20)}
+    choices = [{"criterion": c, "ratio": 0.5, "drop_layers": "0" if c in study.CRITERIA else "1" if c == "last" else "2"} for c in (*study.CRITERIA, *study.CONTROLS)]
+    verdicts = {(c["metric"], c["control"]): c["verdict"] for c in study.compare(choices, sets, ("f1", "perplexity"))}
+    for metric in ("f1", "perplexity"):
+        assert verdicts[metric, "last"] == "no difference" and verdicts[metric, "random"] == "better"
