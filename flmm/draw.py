@@ -15,8 +15,8 @@ def colours(count):
 
 
 def overlay(image, masks, strength=0.55):
-    """RGB PIL image with masks (n, H, W) laid over it, each in its colour; the later one wins where two overlap."""
-    pixels = np.asarray(image.convert("RGB"), np.float32).copy()
+    """The picture in grey with masks (n, H, W) laid over it, each in its colour; the later one wins where two overlap."""
+    pixels = np.array(image.convert("L").convert("RGB"), np.float32)
     for mask, colour in zip(np.asarray(masks, bool), colours(len(masks))):
         pixels[mask] = (1 - strength) * pixels[mask] + strength * np.array(colour, np.float32)
     return Image.fromarray(pixels.astype(np.uint8))

@@ -156,7 +156,7 @@ def main(args):
         print(f"{len(sets['train'])} samples, effective batch {batch_size * accum * accelerator.num_processes}, {total} steps, lr {lr:g}")
     log, stop = Log(out, accelerator, total, state["step"]), StopSignal(accelerator)
     model.train()
-    started, parts = time.time(), {}
+    started, means = time.time(), {}
     while state["step"] < total:
         loader.set_epoch(state["epoch"])
         for samples in accelerator.skip_first_batches(loader, state["batch"]):
@@ -200,7 +200,7 @@ def main(args):
     if accelerator.is_main_process:
         with atomic_path(out / "head.safetensors") as temporary:
             save_file(head.upstream_state(), temporary, metadata={"dims": json.dumps(dims)})
-        atomic_write(out / "metrics.json", json.dumps({"steps": total, **scores, **{k: float(v) for k, v in parts.items()}}, indent=1))
+        atomic_write(out / "metrics.json", json.dumps({"steps": total, **scores, **{k: float(v) for k, v in means.items()}}, indent=1))
         print(f"wrote {out / 'head.safetensors'} " + " ".join(f"{k} {v:.3f}" for k, v in scores.items()))
     accelerator.end_training()
 

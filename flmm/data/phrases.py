@@ -99,7 +99,7 @@ class ReasonSegDataset(Dataset):
             kind = "ignore" if "ignore" in shape["label"].lower() else "target"
             if "flag" not in shape["label"].lower() and len(shape["points"]) > 2:
                 ImageDraw.Draw(layers[kind]).polygon([tuple(p) for p in shape["points"]], fill=1)
-        ignore = np.asarray(layers["ignore"])
+        ignore = np.array(layers["ignore"])
         return {"image": image, "pieces": caption_of_phrases([text]), "file_name": path.with_suffix(".jpg").name,
                 "masks": (np.asarray(layers["target"]) & ~ignore)[None].astype(np.uint8), "ignore": ignore,
                 "mask_infos": [{"plural": False, "isthing": True, "text": text}]}

@@ -1,0 +1,82 @@
+"""Show that grounding leaves the base as it was: same weights, same answers, to the bit.
+
+    python flmm/scripts/check_base_untouched.py --config CONFIG --data DATA --head HEAD --out untouched.json
+
+In one process: answers of the plain transformers model; then the base is wrapped, a head is trained on it for a few steps and
+phrases are grounded; then the weights are compared with the file and the questions are asked again.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root: every way of starting this file finds it
+
+import torch
+import transformers
+
+from common.checkpoint import atomic_write
+from common.errors import UserError, run
+from common.weights import read_weights
+from flmm.build import FAMILIES, build_dataset, build_head, build_sam, read_config
+from flmm.conversation import Grounder
+from flmm.data.samples import SampleBuilder
+from flmm.models.flmm import extract
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="YAML file of flmm/configs")
+    parser.add_argument("--set", nargs="*", default=[], metavar="PART.NAME=VALUE", help="override values of the configuration")
+    parser.add_argument("--data", type=Path, required=True, help="root of the data paths of the configuration")
+    parser.add_argument("--head", type=Path, required=True, help="trained head")
+    parser.add_argument("--pictures", type=int, default=12, help="pictures to ask about (default 12)")
+    parser.add_argument("--steps", type=int, default=3, help="training steps in between (default 3)")
+    parser.add_argument("--out", type=Path, required=True, help=".json to write")
+    return parser.parse_args()
+
+
+def main(args):
+    config = read_config(args.config, args.set)
+    family, path = FAMILIES[config["base"]["family"]], config["base"]["path"]
+    model = getattr(transformers, family.architecture).from_pretrained(path).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    untouched = {k: v.clone() for k, v in model.state_dict().items()}
+    base = family(model, tokenizer, family.make_processor(model.config, {}), template=config["base"].get("template"),
+                  question=config["base"].get("question"))
+    builder = SampleBuilder.of(base)
+    dataset = build_dataset(config, "test", args.data, builder)
+    samples = [dataset[i] for i in range(min(args.pictures, len(dataset)))]
+
+    def answers():
+        prompt = torch.tensor(base.encode_prompt())
+        return [base.generate({**s, "input_ids": prompt}, 32) for s in samples]
+
+    model.set_attn_implementation({"text_config": "sdpa", "vision_config": "sdpa"})   # the model as anyone loads it
+    before = answers()
+    model.set_attn_implementation({"text_config": "flmm_rows", "vision_config": "sdpa"})
+    head, encoder = build_head(config, (base.channels, base.num_layers, base.hidden_size), build_sam(config))
+    head.load_upstream(read_weights(args.head), args.head)
+    optimizer = torch.optim.AdamW([p for p in head.parameters() if p.requires_grad], lr=1e-3)
+    for _ in range(args.steps):
+        loss = head.compute_loss(head(extract(base, encoder, samples)), [s["masks"] for s in samples])["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    Grounder(base, head, encoder).converse(samples[0]["image"])
+    after = answers()
+    stored = read_weights(path)
+    changed = [k for k, v in model.state_dict().items() if not torch.equal(v, untouched[k]) or (k in stored and not torch.equal(v, stored[k]))]
+    differing = sum(a != b for a, b in zip(before, after))
+    result = {"tensors": len(untouched), "tensors_changed": len(changed), "answers": len(before), "answers_changed": differing,
+              "example": tokenizer.decode(after[0])}
+    atomic_write(args.out, json.dumps(result, indent=1))
+    print(f"{len(untouched) - len(changed)} of {len(untouched)} weight tensors and {len(before) - differing} of {len(before)} "
+          "answers are identical to the bit")
+    if changed or differing:
+        raise UserError(f"the base has changed: {changed[:3]}, {differing} answers")
+
+
+if __name__ == "__main__":
+    run(main, parse_args())

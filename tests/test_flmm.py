@@ -1,0 +1,332 @@
+"""flmm: bases, rows, heads, checkpoints, conversation."""
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from common.errors import UserError
+from common.weights import read_weights
+from flmm.build import FAMILIES
+from flmm.conversation import Grounder, KeywordSelector, noun_phrases, runs
+from flmm.data.samples import SampleBuilder, caption_of_phrases
+from flmm.data.scenes import make_scene
+from flmm.draw import colours, overlay
+from flmm.models.flmm import FLMM, extract
+from flmm.models.mask_head.mask_refiner import SAMImageEncoder, load_sam, original_keys, sam_from_original
+from flmm.models.tiny import save_base, tiny_model, tiny_sam, tiny_tokenizer
+from flmm.scripts.deepspeed2torch_state_dict import main as deepspeed2torch
+
+ALL = ["llava", "llava_next", "deepseek_vl", "qwen"]
+SMALL = {"base_channels": 4, "upsample_input": 16}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+def make_base(family, tokenizer, attention="rows", **options):
+    kind, model = FAMILIES[family], tiny_model(family, tokenizer)
+    return kind(model, tokenizer, kind.make_processor(model.config, {"min_pixels": 4096, "max_pixels": 4096}),
+                attention=attention, template="plain", question="Describe.", **options)
+
+
+def scene_samples(base, count=2):
+    builder = SampleBuilder.of(base)
+    scenes = [make_scene(1, i) for i in range(count)]
+    return [builder({"image": Image.fromarray(s["image"]), "pieces": s["pieces"], "masks": s["masks"], "file_name": str(i),
+                     "mask_infos": [{"plural": False, "isthing": True, "text": p} for p in s["phrases"]]})
+            for i, s in enumerate(scenes)]
+
+
+@pytest.mark.parametrize("family", ALL)
+@pytest.mark.parametrize("merge", ["mean", "max"])
+def test_rows_equal_full_matrices_alone_and_in_a_left_padded_batch(family, merge, tokenizer):
+    base = make_base(family, tokenizer, merge=merge)
+    eager = make_base(family, tokenizer, "eager", merge=merge)   # equal weights: the seed is the same
+    samples = scene_samples(base, 3)
+    assert len({len(s["input_ids"]) for s in samples}) > 1       # so that something is padded
+    wanted = [eager([s])[0] for s in samples]
+    for got in ([base([s])[0] for s in samples], base(samples), eager(samples)):
+        for ours, theirs in zip(got, wanted):
+            torch.testing.assert_close(ours["mask_attentions"], theirs["mask_attentions"], atol=1e-6, rtol=0)
+            torch.testing.assert_close(ours["hidden_states"], theirs["hidden_states"], atol=2e-5, rtol=0)
+            assert torch.equal(ours["mask_ids"], theirs["mask_ids"])
+    assert wanted[0]["mask_attentions"].shape[1] == base.channels
+
+
+def test_rows_in_bf16_stay_near_the_full_path(tokenizer):
+    base, eager = make_base("llava", tokenizer), make_base("llava", tokenizer, "eager")
+    base.model.bfloat16()
+    samples = scene_samples(base)
+    for ours, theirs in zip(base(samples), eager(samples)):
+        assert ours["mask_attentions"].dtype == torch.float32
+        torch.testing.assert_close(ours["mask_attentions"], theirs["mask_attentions"], atol=2e-3, rtol=0.1)
+
+
+def test_qwen_without_token_types_would_differ(tokenizer):
+    base = make_base("qwen", tokenizer)
+    [sample] = scene_samples(base, 1)
+    right = base([sample])[0]["mask_attentions"]
+    build = base.build_inputs
+    base.build_inputs = lambda *args: {k: v for k, v in build(*args).items() if k != "mm_token_type_ids"}
+    assert (base([sample])[0]["mask_attentions"] - right).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_one_pass_after_generation_gives_the_rows_of_generation(family, tokenizer):
+    base, eager = make_base(family, tokenizer), make_base(family, tokenizer, "eager")
+    [sample] = scene_samples(base, 1)
+    prompt = torch.tensor(base.encode_prompt())
+    ids = base.generate({**sample, "input_ids": prompt}, 6, eos_token_id=[])
+    full = eager.expand(prompt, sample)[None]
+    extra = eager.build_inputs([sample], full, torch.ones_like(full))
+    extra.pop("position_ids", None)
+    out = eager.model.generate(input_ids=full, attention_mask=torch.ones_like(full), max_new_tokens=6, do_sample=False, eos_token_id=[],
+                               return_dict_in_generate=True, output_attentions=True, **extra)
+    assert out.sequences[0, full.shape[1]:].tolist() == ids      # SDPA and eager write the same answer
+    columns = (full[0] == base.image_token_id).nonzero().flatten()
+    probe = {**sample, "input_ids": torch.cat([prompt, torch.tensor(ids)]),
+             "mask_ids": torch.cat([torch.full_like(prompt, -1), torch.arange(len(ids))])}
+    rows = base([probe])[0]["mask_attentions"]
+    for step in range(1, len(ids)):   # the row *of* token i comes with step i + 1, when it is the query
+        maps = [layer[0][:, -1:, columns] for layer in out.attentions[step]]
+        torch.testing.assert_close(rows[step - 1], base.to_grid(maps, base.grid(sample))[0], atol=1e-6, rtol=0)
+
+
+def test_training_a_head_leaves_every_weight_of_the_base_unchanged(tokenizer):
+    base, sam = make_base("llava", tokenizer), tiny_sam()
+    encoder, model = SAMImageEncoder(sam), FLMM(base.channels, base.num_layers, base.hidden_size, sam, SMALL)
+    before = {k: v.clone() for k, v in [*base.model.state_dict().items(), *encoder.encoder.state_dict().items()]}
+    samples = scene_samples(base)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    for _ in range(2):
+        parts = model.compute_loss(model(extract(base, encoder, samples)), [s["masks"] for s in samples])
+        parts["loss"].backward()
+        optimizer.step()
+    assert not base.model.training
+    for key, value in [*base.model.state_dict().items(), *encoder.encoder.state_dict().items()]:
+        assert torch.equal(value, before[key]), key
+    assert model.text_layer_weights.grad is not None and model.text_proj.weight.grad.abs().sum() > 0
+
+
+def test_a_step_needs_no_more_memory_after_many_steps(tokenizer):
+    base, sam = make_base("llava", tokenizer), tiny_sam()
+    encoder, model = SAMImageEncoder(sam), FLMM(base.channels, base.num_layers, base.hidden_size, sam, SMALL)
+    def resident():
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * 4096 / 2**20
+    seen = []
+    for step in range(16):
+        samples = scene_samples(base, 2)
+        model.compute_loss(model(extract(base, encoder, samples)), [s["masks"] for s in samples])["loss"].backward()
+        model.zero_grad()
+        seen.append(resident())
+    assert max(seen[8:]) < max(seen[:8]) + 24, seen
+
+
+def test_phrases_decoded_together_equal_phrases_decoded_one_by_one(tokenizer):
+    base, sam = make_base("llava", tokenizer), tiny_sam()
+    encoder = SAMImageEncoder(sam)
+    model = FLMM(base.channels, base.num_layers, base.hidden_size, sam, SMALL, {"per_phrase_pad": True}).eval()
+    image = Image.fromarray(make_scene(3, 0)["image"])
+    sample = SampleBuilder.of(base)({"image": image, "pieces": caption_of_phrases(["red small circle", "cross", "blue large", "a"])})
+    [feature] = extract(base, encoder, [sample])
+    with torch.no_grad():
+        [together] = model([feature])
+        for k in range(4):
+            keep = feature["mask_ids"] == k
+            [alone] = model([{**feature, "mask_attentions": feature["mask_attentions"][k: k + 1], "mask_ids": feature["mask_ids"][keep] * 0,
+                              "hidden_states": feature["hidden_states"][:, keep]}])
+            torch.testing.assert_close(alone["sam_pred_masks"][0], together["sam_pred_masks"][k], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(alone["scores"][0], together["scores"][k], atol=1e-5, rtol=1e-4)
+
+
+# ---- checkpoints
+
+def expected_keys(iou_depth=3):
+    """The key list of a published head, written out from the specification."""
+    keys = {"text_layer_weights", "text_proj.weight", "text_proj.bias", "mask_head.conv_seg.weight", "mask_head.conv_seg.bias"}
+    for i in range(4):
+        for j in range(2):
+            keys |= {f"mask_head.encoder.{i}.{min(i, 1)}.convs.{j}.{n}" for n in ("conv.weight", "gn.weight", "gn.bias")}
+    for i in range(3):
+        keys |= {f"mask_head.decoder.{i}.{part}.{n}" for n in ("conv.weight", "gn.weight", "gn.bias")
+                 for part in ("conv_block.convs.0", "conv_block.convs.1", "upsample.interp_upsample.1")}
+    prompt, decoder = "sam.model.prompt_encoder.", "sam.model.mask_decoder."
+    keys |= {f"{prompt}point_embeddings.{i}.weight" for i in range(4)} | {prompt + "not_a_point_embed.weight", prompt + "no_mask_embed.weight"}
+    pair = ("weight", "bias")
+    keys |= {f"{prompt}mask_downscaling.{i}.{n}" for i in (0, 1, 3, 4, 6) for n in pair}
+    keys |= {decoder + "iou_token.weight", decoder + "mask_tokens.weight"}
+    blocks = [f"transformer.layers.{i}" for i in range(2)]
+    parts = [f"{b}.{a}.{p}_proj" for b in blocks for a in ("self_attn", "cross_attn_token_to_image", "cross_attn_image_to_token") for p in "qkv"]
+    parts += [f"{b}.{a}.out_proj" for b in blocks for a in ("self_attn", "cross_attn_token_to_image", "cross_attn_image_to_token")]
+    parts += [f"{b}.norm{i}" for b in blocks for i in (1, 2, 3, 4)] + [f"{b}.mlp.lin{i}" for b in blocks for i in (1, 2)]
+    parts += [f"transformer.final_attn_token_to_image.{p}_proj" for p in ("q", "k", "v", "out")] + ["transformer.norm_final_attn"]
+    parts += [f"output_upscaling.{i}" for i in (0, 1, 3)]
+    parts += [f"output_hypernetworks_mlps.{i}.layers.{j}" for i in range(4) for j in range(3)]
+    parts += [f"iou_prediction_head.layers.{j}" for j in range(iou_depth)]
+    return keys | {f"{decoder}{p}.{n}" for p in parts for n in pair}
+
+
+def test_a_saved_head_has_exactly_upstreams_keys_and_loads_again(tmp_path):
+    model = FLMM(6, 3, 16, tiny_sam(), SMALL)
+    state = model.upstream_state()
+    assert set(state) == expected_keys()
+    nested = {"meta": {"epoch": 1}, "state_dict": {f"module.{k}": v.bfloat16() for k, v in state.items()}}
+    nested["state_dict"]["module.llm.lm_head.weight"] = torch.zeros(2)   # base weights may lie in the file too
+    torch.save(nested, tmp_path / "published.pth")
+    other = FLMM(6, 3, 16, tiny_sam(seed=5), SMALL)
+    report = other.load_upstream(read_weights(tmp_path / "published.pth"), "published.pth")
+    assert f"loaded {len(state)} tensors, ignored 1" in report
+    for key, value in other.upstream_state().items():
+        torch.testing.assert_close(value, state[key].bfloat16().float(), atol=0, rtol=0)
+
+
+def test_a_head_with_missing_keys_is_refused_with_their_names():
+    model = FLMM(6, 3, 16, tiny_sam(), SMALL)
+    state = model.upstream_state()
+    del state["text_proj.bias"], state["mask_head.conv_seg.weight"]
+    with pytest.raises(UserError, match="2 of .* keys are missing: mask_head.conv_seg.weight, text_proj.bias"):
+        model.load_upstream(state, "cut.pth")
+
+
+def test_a_head_of_another_base_is_refused_by_name_and_shape():
+    state = FLMM(6, 3, 16, tiny_sam(), SMALL).upstream_state()
+    with pytest.raises(UserError, match=r"mask_head.encoder.0.0.convs.0.conv.weight is \(4, 6, 3, 3\), this model needs \(4, 8, 3, 3\)"):
+        FLMM(8, 3, 16, tiny_sam(), SMALL).load_upstream(state, "head.pth")
+
+
+@pytest.mark.parametrize("channels,count", [(384, 7_403_969), (576, 7_514_561), (784, 7_634_369), (1024, 7_772_609), (2048, 8_362_433)])
+def test_mask_head_has_the_published_number_of_parameters(channels, count):
+    from flmm.models.mask_head.mask_decoder import UNetHead
+    with torch.device("meta"):
+        assert sum(p.numel() for p in UNetHead(channels).parameters()) == count
+
+
+def test_sam_loads_alike_from_original_keys_and_from_a_transformers_folder(tmp_path):
+    sam = tiny_sam()
+    names = original_keys(sam.state_dict())
+    originals = {names[k]: v.clone() for k, v in sam.state_dict().items() if not k.startswith("shared_image")}
+    torch.save(originals, tmp_path / "sam_vit_tiny.pth")
+    sam.save_pretrained(tmp_path / "folder")
+    image = [Image.fromarray(make_scene(0, 1)["image"])]
+    wanted = SAMImageEncoder(sam)(image)
+    for path in ("sam_vit_tiny.pth", "folder"):
+        loaded = load_sam(tmp_path / path, read_weights)
+        torch.testing.assert_close(SAMImageEncoder(loaded)(image), wanted, atol=1e-6, rtol=0)
+    assert sam_from_original(originals, 4).config.vision_config.global_attn_indexes == [2]
+
+
+def test_deepspeed_shards_become_the_fp32_head(tmp_path):
+    state = FLMM(6, 3, 16, tiny_sam(), SMALL).upstream_state()
+    shapes = {k: v.shape for k, v in state.items()}
+    flat = torch.cat([v.flatten() for v in state.values()] + [torch.zeros(3)])   # padded so that it divides
+    flat = flat[: len(flat) // 2 * 2]
+    folder = tmp_path / "iter_10.pth"
+    folder.mkdir()
+    torch.save({"module": {k: v.bfloat16() for k, v in state.items()}, "param_shapes": [shapes]}, folder / "mp_rank_00_model_states.pt")
+    for rank, part in enumerate(flat.chunk(2)):
+        torch.save({"optimizer_state_dict": {"single_partition_of_fp32_groups": [part.clone()]}}, folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+    class Args:
+        output = tmp_path / "head.safetensors"
+    Args.folder = folder
+    deepspeed2torch(Args)
+    for key, value in read_weights(Args.output).items():
+        assert torch.equal(value, state[key]), key
+
+
+# ---- conversation
+
+@pytest.fixture(scope="module")
+def grounder(tokenizer):
+    base, sam = make_base("llava", tokenizer), tiny_sam()
+    torch.manual_seed(0)
+    head = FLMM(base.channels, base.num_layers, base.hidden_size, sam, SMALL)
+    return Grounder(base, head, SAMImageEncoder(sam))
+
+
+def test_ground_gives_masks_boxes_rle_and_scores_at_the_size_of_the_picture(grounder):
+    from pycocotools import mask as coco
+    image = Image.fromarray(make_scene(0, 2)["image"]).resize((90, 50))
+    result = grounder.ground(image, ["red circle", "a blue square"])
+    assert result["masks"].shape == (2, 50, 90)
+    for mask, box, rle, score in zip(result["masks"], result["boxes"], result["rle"], result["scores"]):
+        assert np.array_equal(coco.decode(rle).astype(bool), mask)
+        assert (box is None) == (not mask.any()) and isinstance(score, float)
+    json.dumps(result["rle"])
+
+
+def test_a_phrase_with_a_different_word_gets_a_different_map(grounder):
+    image = Image.fromarray(make_scene(0, 2)["image"])
+    builder = grounder.builder
+    one, two = (grounder.base([builder({"image": image, "pieces": caption_of_phrases([p])})])[0]["mask_attentions"] for p in ("red", "blue"))
+    assert (one - two).abs().max() > 1e-4
+
+
+def test_text_is_cut_at_its_noun_phrases_and_converse_needs_no_terminal(grounder):
+    image = Image.fromarray(make_scene(0, 2)["image"])
+    result = grounder.ground(image, text="A red circle is beside a blue square.")
+    assert result["phrases"] == ["A red circle", "a blue square"]
+    spoken = grounder.converse(image, max_new_tokens=5)
+    assert spoken["answer"] and len(spoken["phrases"]) == len(spoken["masks"]) >= 1
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "CMYK", "P", "1", "I;16"])
+def test_pictures_of_every_mode_can_be_grounded(grounder, mode):
+    image = Image.fromarray(make_scene(0, 2)["image"])
+    image = Image.fromarray((np.asarray(image.convert("L"), np.uint16) * 200)) if mode == "I;16" else image.convert(mode)
+    assert grounder.ground(image, ["red"])["masks"].shape == (1, 64, 64)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (10000, 3), (7, 10000)])
+def test_pictures_with_extreme_sides_can_be_grounded(grounder, size):
+    assert grounder.ground(Image.new("RGB", size, "red"), ["red"])["masks"].shape == (1, size[1], size[0])
+
+
+@pytest.mark.parametrize("phrases", [[], [""], ["red", "  "]])
+def test_empty_phrases_are_refused(grounder, phrases):
+    with pytest.raises(UserError, match="empty phrase"):
+        grounder.ground(Image.new("RGB", (64, 64)), phrases)
+
+
+def test_more_phrases_than_any_palette_has_colours():
+    assert len(set(colours(150))) > 140
+    masks = np.zeros((150, 8, 8), bool)
+    masks[149, 0, 0] = True
+    assert overlay(Image.new("RGB", (8, 8)), masks).getpixel((0, 0)) != overlay(Image.new("RGB", (8, 8)), masks).getpixel((1, 1))
+
+
+def test_selector_joins_neighbours_and_noun_phrases_drop_what_is_not_an_object():
+    assert runs([True, True, False, True]) == [(0, 2), (3, 4)]
+    assert noun_phrases("In the image a man holds it near a red car.") == ["a man", "a red car"]
+    selector = KeywordSelector(3, 16)
+    with torch.no_grad():
+        selector.linear.bias.fill_(-5)
+    assert selector.spans(torch.zeros(3, 7, 16)) == []
+
+
+# ---- loading
+
+def test_a_base_of_another_class_and_a_missing_class_are_named(tokenizer, tmp_path, monkeypatch):
+    save_base(tiny_model("qwen", tokenizer), tokenizer, tmp_path / "qwen")
+    with pytest.raises(UserError, match="holds a Qwen2_5_VLForConditionalGeneration, this configuration needs a LlavaForConditionalGeneration"):
+        FAMILIES["llava"].load(tmp_path / "qwen")
+    with pytest.raises(UserError, match="nowhere"):
+        FAMILIES["llava"].load(tmp_path / "nowhere")
+    monkeypatch.setattr(FAMILIES["llava"], "architecture", "LlavaFromTheFuture")
+    with pytest.raises(UserError, match="has no LlavaFromTheFuture; install a newer one"):
+        FAMILIES["llava"].load(tmp_path / "qwen")
+
+
+def test_a_saved_base_loads_and_answers_alike_and_random_weights_are_another_base(tokenizer, tmp_path):
+    base = make_base("llava", tokenizer)
+    save_base(base.model, tokenizer, tmp_path / "base")
+    loaded = FAMILIES["llava"].load(tmp_path / "base", template="plain", question="Describe.")
+    [sample] = scene_samples(base, 1)
+    assert torch.equal(loaded([sample])[0]["mask_attentions"], base([sample])[0]["mask_attentions"])
+    control = FAMILIES["llava"].load(tmp_path / "base", random_seed=7, template="plain", question="Describe.")
+    assert not torch.equal(control([sample])[0]["mask_attentions"], base([sample])[0]["mask_attentions"])

@@ -1,0 +1,302 @@
+"""flmm: data sets, bad inputs, cached features, scores."""
+import itertools
+import json
+import pickle
+import shutil
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from common.errors import UserError
+from flmm.build import FAMILIES, build_dataset, read_config
+from flmm.data.cache import CachedFeatures, write_cache
+from flmm.data.phrases import PhraseDataset, ReasonSegDataset
+from flmm.data.png import PNGDataset
+from flmm.data.refcoco import RefCOCODataset, read_refs
+from flmm.data.samples import SampleBuilder, decode_segmentation, encode_rle
+from flmm.data.scenes import make_scene
+from flmm.data.transforms import DeepseekImageProcessor, load_image
+from flmm.evaluation import RawMaps, phrase_rows, summarise, trivial_controls
+from flmm.make_data import main as make_data
+from flmm.metrics import average_recall, mask_iou
+from flmm.models.flmm import extract
+from flmm.models.mask_head.mask_refiner import SAMImageEncoder
+from flmm.models.tiny import tiny_model, tiny_sam, tiny_tokenizer
+
+CONFIG = "flmm/configs/tiny/scenes.yaml"
+
+
+@pytest.fixture(scope="module")
+def built_in(tmp_path_factory):
+    root = tmp_path_factory.mktemp("scenes") / "data"
+    make_data(Namespace(out=root, train=6, val=2, test=2, side=64, seed=0))
+    return root
+
+
+@pytest.fixture(scope="module")
+def base():
+    tokenizer, kind = tiny_tokenizer(), FAMILIES["llava"]
+    model = tiny_model("llava", tokenizer)
+    return kind(model, tokenizer, kind.make_processor(model.config, {}), template="plain", question="Describe.")
+
+
+def png(root, split="train", build=None):
+    return PNGDataset(root / f"png/png_coco_{split}.json", root / f"png/panoptic_{split}.json", root / f"png/panoptic_{split}",
+                      root / "png/images", build)
+
+
+def refcoco(root, **options):
+    return RefCOCODataset(root / "refcoco/instances.json", root / "refcoco/refs(unc).p", root / "png/images", "train", **options)
+
+
+# ---- built-in scenes
+
+def test_a_scene_depends_on_seed_and_index_alone_and_its_captions_tell_no_position():
+    one, two = make_scene(3, 17), make_scene(3, 17)
+    assert np.array_equal(one["image"], two["image"]) and one["pieces"] == two["pieces"]
+    assert not np.array_equal(one["image"], make_scene(4, 17)["image"])
+    firsts = [make_scene(0, i)["masks"][0].nonzero()[1].mean() for i in range(300)]   # x of the object that is named first
+    assert abs(np.mean(firsts) - 32) < 3
+    assert not any((make_scene(0, i)["masks"].sum(0) > 1).any() for i in range(20))   # a hidden part belongs to the object on top
+
+
+def test_both_formats_give_back_the_scene(built_in):
+    for dataset in (png(built_in), refcoco(built_in, text_mode="select_first")):
+        for index in range(3):
+            record = dataset.record(index)
+            scene = make_scene(0, int(record["file_name"][:-4]))
+            assert np.array_equal(np.asarray(record["image"]), scene["image"])
+            assert np.array_equal(record["masks"].astype(bool), scene["masks"])
+            assert [i["text"] for i in record["mask_infos"]] == scene["phrases"]
+
+
+# ---- epochs and protocols
+
+def test_expressions_are_drawn_anew_each_epoch_and_never_in_evaluation(built_in):
+    train, fixed = refcoco(built_in, text_mode="random"), refcoco(built_in, text_mode="select_first")
+    def seen(dataset, epoch):
+        dataset.set_epoch(epoch)
+        return [dataset.phrases(i) for i in range(len(dataset))]
+    assert seen(train, 0) == seen(train, 0)
+    assert len({json.dumps(seen(train, e)) for e in range(4)}) > 1
+    assert seen(fixed, 0) == seen(fixed, 5)
+
+
+def test_sentence_protocol_has_one_record_per_sentence(built_in):
+    refs = read_refs(built_in / "refcoco/refs(unc).p")
+    sentences = sum(len(r["sentences"]) for r in refs if r["split"] == "train")
+    dataset = refcoco(built_in, text_mode="original", one_per_object=True)
+    assert len(dataset) == sentences and all(len(dataset.phrases(i)) == 1 for i in range(len(dataset)))
+
+
+def test_captions_without_a_grounded_phrase_are_left_out_and_nothing_is_substituted(built_in, tmp_path):
+    captions = json.loads((built_in / "png/png_coco_train.json").read_text())
+    captions[1]["segments"] = [{"utterance": "nothing here", "segment_ids": [], "plural": False}]
+    (tmp_path / "captions.json").write_text(json.dumps(captions))
+    dataset = PNGDataset(tmp_path / "captions.json", built_in / "png/panoptic_train.json", built_in / "png/panoptic_train", built_in / "png/images")
+    names = [dataset.record(i)["file_name"] for i in range(len(dataset))]
+    assert len(names) == 5 == len(set(names)) and f"{int(captions[1]['image_id']):012d}.png" not in names
+
+
+# ---- bad inputs
+
+class Evil:
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+@pytest.mark.parametrize("content,reason", [
+    (pickle.dumps([{"sentences": Evil()}]), "builtins.print"), (pickle.dumps(np.zeros(3)), "numpy"), (b"garbage", "not a readable references file"),
+    (pickle.dumps({"a": 1}), "list of references"), (b"", "not a readable references file")])
+def test_a_refs_file_runs_no_code_and_a_damaged_one_is_named(tmp_path, capsys, content, reason):
+    path = tmp_path / "refs(unc).p"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=reason) as caught:
+        read_refs(path)
+    assert str(path) in str(caught.value) and "executed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("segmentation", ["abc", {"counts": "x"}, {"counts": [1, 2], "size": "no"}, [[1, 2]], None, {"size": [4, 4], "counts": 7}])
+def test_a_segmentation_that_does_not_decode_is_named(segmentation):
+    with pytest.raises(UserError, match="annotation 5"):
+        decode_segmentation(segmentation, 8, 8, "instances.json: annotation 5")
+
+
+def test_polygon_and_both_rle_forms_decode_alike():
+    mask = np.zeros((20, 30), np.uint8)
+    mask[5:15, 4:24] = 1
+    compressed = encode_rle(mask)
+    flat = mask.T.ravel()                                                    # column by column, first run counts zeros
+    lengths = [len(list(run)) for _, run in itertools.groupby(flat.tolist())]
+    plain = {"size": [20, 30], "counts": lengths if flat[0] == 0 else [0, *lengths]}
+    assert np.array_equal(decode_segmentation(compressed, 20, 30, ""), mask)
+    assert np.array_equal(decode_segmentation(plain, 20, 30, ""), mask)
+    assert decode_segmentation([[4, 5, 24, 5, 24, 15, 4, 15]], 20, 30, "").sum() == mask.sum()
+    with pytest.raises(UserError, match="30 x 20 pixels, the picture 31 x 20"):
+        decode_segmentation(compressed, 20, 31, "x")
+
+
+def test_missing_pictures_masks_and_annotations_are_named(built_in, tmp_path):
+    root = tmp_path / "copy"
+    shutil.copytree(built_in, root)
+    name = png(root).record(0)["file_name"]
+    (root / "png/images" / name).unlink()
+    with pytest.raises(UserError, match=f"{name[:-4]}.*no such picture"):
+        png(root).record(0)
+    (root / "png/panoptic_train" / png(built_in).record(1)["file_name"]).unlink()
+    with pytest.raises(UserError, match="no such panoptic picture"):
+        png(root).record(1)
+    (root / "png/panoptic_train.json").write_text("{")
+    with pytest.raises(UserError, match="panoptic_train.json: not readable as JSON"):
+        png(root)
+    (root / "png/png_coco_train.json").unlink()
+    (root / "png/panoptic_train.json").write_text(json.dumps({"images": [], "annotations": [], "categories": []}))
+    with pytest.raises(UserError, match="png_coco_train.json: no such file"):
+        png(root)
+
+
+def test_masks_of_another_size_and_phrases_without_tokens_are_refused(base):
+    builder = SampleBuilder.of(base)
+    record = {"image": Image.new("RGB", (64, 48)), "pieces": [("red", 0)], "masks": np.zeros((1, 64, 48)), "file_name": "a.jpg"}
+    with pytest.raises(UserError, match="a.jpg: masks are 48 x 64 pixels, the picture is 64 x 48"):
+        builder(record)
+    with pytest.raises(UserError, match="a.jpg: phrase 0 ('  ') has no token".replace("(", r"\(").replace(")", r"\)")):
+        builder({**record, "pieces": [("  ", 0)], "masks": np.zeros((1, 48, 64))})
+    sample = builder({**record, "pieces": [("red", 1)], "masks": np.zeros((2, 48, 64))})   # phrase 0 is nowhere
+    with pytest.raises(UserError, match="a phrase has no token"):
+        base([sample])
+
+
+def test_exif_rotation_follows_the_annotation(tmp_path):
+    image, exif = Image.new("RGB", (40, 20), "red"), Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    assert load_image(tmp_path / "turned.jpg").size == (20, 40)             # upright for people
+    assert load_image(tmp_path / "turned.jpg", (40, 20)).size == (40, 20)   # as annotated
+    (tmp_path / "broken.jpg").write_bytes((tmp_path / "turned.jpg").read_bytes()[:200])
+    with pytest.raises(UserError, match="broken.jpg: not a readable picture"):
+        load_image(tmp_path / "broken.jpg")
+
+
+def test_paths_do_not_leave_the_data_root(built_in):
+    config = read_config(CONFIG, ["data.train=[{type: phrases, folder: ../../etc}]"])
+    with pytest.raises(UserError, match="lies outside"):
+        build_dataset(config, "train", built_in, None)
+
+
+@pytest.mark.parametrize("override,reason", [("nonsense", "part.name=value"), ("bass.path=x", "part.name=value"), ("data.train=[{type: gif}]", "type is 'gif'")])
+def test_wrong_overrides_are_named(built_in, override, reason):
+    with pytest.raises(UserError, match=reason):
+        build_dataset(read_config(CONFIG, [override]), "train", built_in, None)
+
+
+def test_every_published_configuration_reads_and_names_a_known_family():
+    from pathlib import Path
+    files = sorted(Path("flmm/configs").glob("*/frozen_*_unet_sam_l_refcoco_png.yaml"))
+    runnable = [read_config(f)["base"]["family"] for f in files if f.parent.name not in ("hpt", "mgm")]
+    assert len(runnable) == 7 and set(runnable) <= set(FAMILIES)
+    config = read_config("flmm/configs/qwen/frozen_qwen2_5_vl_3b_instruct_unet_sam_l_refcoco_png.yaml")
+    assert config["optim"] == {"lr": 1e-4, "epochs": 8, "batch_size": 8, "accum": 8, "weight_decay": 0.01}
+    assert len(config["data"]["train"]) == 4
+
+
+def test_deepseek_processor_truncates_where_transformers_rounds():
+    assert DeepseekImageProcessor(384)(Image.new("RGB", (640, 427)))["meta_data"]["image_shape"] == {"height": 256, "width": 384}
+    assert round(427 * 384 / 640) == 256 and DeepseekImageProcessor(384).target(423, 640) == (253, 384) and round(423 * 0.6) == 254
+
+
+# ---- real photographs
+
+def test_photographs_are_read_with_their_phrases(data_root, base):
+    dataset = PhraseDataset(data_root / "grounding/val_panoptic", SampleBuilder.of(base))
+    rows, phrases = [], 0
+    for i in range(len(dataset)):
+        record = dataset.record(i)
+        rows += (new := [{} for _ in record["masks"]])
+        trivial_controls(torch.from_numpy(record["masks"]), new)
+        phrases += len(record["masks"])
+        assert all(m.any() for m in record["masks"])
+    assert phrases == 304
+    assert np.mean([r["iou_whole"] for r in rows]) == pytest.approx(0.243, abs=5e-4)
+    assert np.mean([r["iou_centre"] for r in rows]) == pytest.approx(0.158, abs=5e-4)
+    sample, record = dataset[0], dataset.record(0)
+    words = [t for t, k in record["pieces"] if k == 0]
+    ids = sample["input_ids"][sample["mask_ids"] == 0].tolist()
+    assert base.tokenizer.decode(ids).strip() == words[0]
+
+
+def test_reasonseg_leaves_ignored_pixels_out(tmp_path):
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.jpg")
+    square = [[0, 0], [9, 0], [9, 9], [0, 9]]
+    (tmp_path / "a.json").write_text(json.dumps({"text": ["what flies?", "the bird"], "is_sentence": True, "shapes": [
+        {"label": "target", "points": square}, {"label": "ignore", "points": [[10, 10], [19, 10], [19, 19], [10, 19]]}]}))
+    dataset = ReasonSegDataset(tmp_path)
+    assert len(dataset) == 2
+    record = dataset.record(0)
+    logits = torch.full((1, 20, 20), 9.0)
+    output = {"pred_masks": logits, "sam_pred_masks": None, "scores": torch.ones(1)}
+    [row] = phrase_rows(output, torch.from_numpy(record["masks"]), record["ignore"])
+    assert row["union"] == 400 - 100 and row["inter"] == 100
+
+
+# ---- cache
+
+def test_cached_features_equal_live_ones_and_another_origin_is_refused(built_in, base, tmp_path):
+    encoder = SAMImageEncoder(tiny_sam())
+    dataset = png(built_in, build=SampleBuilder.of(base))
+    write_cache(tmp_path / "c", base, encoder, dataset, {"base": "tiny", "seed": [1, 2]}, Accelerator(), batch_size=4)
+    cached = CachedFeatures(tmp_path / "c", {"base": "tiny", "seed": (1, 2)})
+    assert len(cached) == len(dataset) and cached.dims == (base.channels, base.num_layers, base.hidden_size)
+    for i in (0, 5):
+        sample = dataset[i]
+        [live] = extract(base, encoder, [sample])
+        torch.testing.assert_close(cached[i]["mask_attentions"], live["mask_attentions"], rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(cached[i]["hidden_states"], live["hidden_states"], rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(cached[i]["image_embedding"], live["image_embedding"], rtol=2e-3, atol=2e-3)
+        assert torch.equal(cached[i]["masks"], sample["masks"]) and torch.equal(cached[i]["gt_masks"], sample["gt_masks"])
+        assert torch.equal(cached[i]["mask_ids"], live["mask_ids"])
+    with pytest.raises(UserError, match="was made with base = tiny, now other"):
+        CachedFeatures(tmp_path / "c", {"base": "other", "seed": [1, 2]})
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut/features-00000.h5").write_bytes(next((tmp_path / "c").glob("*.h5")).read_bytes()[:100])
+    with pytest.raises(UserError, match="not a feature cache"):
+        CachedFeatures(tmp_path / "cut")
+
+
+# ---- scores
+
+def test_average_recall_is_the_mean_iou_and_empty_masks_count_zero():
+    ious = np.random.default_rng(0).random(500)
+    assert average_recall(ious) == pytest.approx(ious.mean(), abs=2e-5)
+    assert mask_iou(np.zeros((1, 4, 4)), np.zeros((1, 4, 4)))[2] == 0
+    with pytest.raises(ValueError, match="predicted masks are"):
+        mask_iou(np.zeros((1, 4, 4)), np.zeros((1, 4, 5)))
+
+
+def test_a_perfect_prediction_scores_one_and_controls_what_they_should():
+    gt = torch.zeros(2, 8, 8)
+    gt[0, :4], gt[1, 4:] = 1, 1
+    output = {"pred_masks": gt * 20 - 10, "sam_pred_masks": None, "scores": torch.ones(2)}
+    rows = phrase_rows(output, gt)
+    trivial_controls(gt, rows)
+    scores = summarise(rows)
+    assert scores["mIoU"] == scores["cIoU"] == scores["precision@0.9"] == 1
+    assert scores["controls"]["whole"] == scores["controls"]["union"] == 0.5
+
+
+def test_the_raw_map_control_finds_the_channel_that_holds_the_mask():
+    gt = torch.zeros(1, 16, 16)
+    gt[0, 4:12, 4:12] = 1
+    maps = torch.rand(1, 5, 16, 16) * 0.1
+    maps[0, 3] = gt[0] * 0.01
+    feature = {"mask_attentions": maps, "unpad": False, "meta_data": None}
+    raw = RawMaps()
+    raw.fit(feature, gt)
+    assert raw.choose().channel == 3
+    rows = [{}]
+    raw.score(feature, gt, rows)
+    assert rows[0]["iou_raw"] == 1

@@ -1,0 +1,120 @@
+"""flmm: the scripts as a user starts them; resume, several processes, one-line errors."""
+import json
+import os
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from flmm.make_data import main as make_data
+from flmm.models.tiny import save_base, tiny_model, tiny_sam, tiny_tokenizer
+from flmm.scripts.visual_cot.visual_cot import contains, mask_to_crop
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = str(ROOT / "flmm/configs/tiny/scenes.yaml")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Data, random bases of two families and a tiny SAM."""
+    folder = tmp_path_factory.mktemp("world")
+    make_data(Namespace(out=folder / "data", train=8, val=2, test=3, side=64, seed=0))
+    tokenizer = tiny_tokenizer()
+    for family in ("llava", "qwen"):
+        save_base(tiny_model(family, tokenizer), tokenizer, folder / family)
+    tiny_sam().save_pretrained(folder / "sam")
+    return folder
+
+
+def call(*arguments, cwd=ROOT, processes=1, ok=True):
+    """Run a script in a process of its own; returns stdout, or stderr where it must fail with status 2."""
+    launcher = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    done = subprocess.run([*launcher, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=240,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "", "CUDA_VISIBLE_DEVICES": ""})
+    if ok:
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-2000:]
+    [line] = [text for text in done.stderr.splitlines() if text.startswith("error: ")]
+    return line
+
+
+def train(world, out, *extra, **options):
+    return call(ROOT / "flmm/train.py", "--config", CONFIG, "--data", world / "data", "--base-path", world / "llava", "--out", out,
+                "--set", f"sam.path={world / 'sam'}", "unet.base_channels=4", "--log-every", 1, *extra, **options)
+
+
+def losses(out):
+    return [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def test_resumed_equals_uninterrupted_to_the_bit_and_two_processes_equal_one(world, tmp_path):
+    train(world, tmp_path / "whole", "--max-steps", 3, "--batch-size", 4)
+    train(world, tmp_path / "cut", "--max-steps", 3, "--batch-size", 4, "--save-every", 1)
+    for name in ("step-00000002", "step-00000003"):          # as if it had been stopped after the first step
+        for file in sorted((tmp_path / "cut/checkpoints" / name).rglob("*"), reverse=True):
+            file.unlink() if file.is_file() else file.rmdir()
+    train(world, tmp_path / "cut", "--max-steps", 3, "--batch-size", 4, "--save-every", 1, "--resume")
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) == 3
+    one, cut = load_file(tmp_path / "whole/head.safetensors"), load_file(tmp_path / "cut/head.safetensors")
+    assert all(torch.equal(one[k], cut[k]) for k in one)
+    train(world, tmp_path / "two", "--max-steps", 3, "--batch-size", 2, processes=2)
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "whole"), atol=1e-5)
+
+
+def test_a_head_is_trained_from_the_cache_scored_and_used(world, tmp_path):
+    head = tmp_path / "run/head.safetensors"
+    out = train(world, tmp_path / "run", "--max-steps", 2, "--batch-size", 4, "--cache-attention", tmp_path / "cache")
+    assert "base: cached features" in out and "val_miou" in out
+    again = train(world, tmp_path / "again", "--max-steps", 2, "--batch-size", 4, "--cache-attention", tmp_path / "cache",
+                  "--targets", "original")   # the base is not even loaded
+    assert "base: cached features" in again
+    text = call(ROOT / "flmm/test.py", "--config", CONFIG, "--data", world / "data", "--base-path", world / "llava", "--head", head,
+                "--set", f"sam.path={world / 'sam'}", "unet.base_channels=4", "--controls", "--out", tmp_path / "test", "--pictures", 2)
+    results = json.loads((tmp_path / "test/results.json").read_text())
+    assert set(results["controls"]) == {"whole", "centre", "union", "other", "raw"} and f"{results['phrases']} phrases" in text
+    assert len(list((tmp_path / "test/overlays").glob("*.png"))) == 2
+    assert len(json.loads((tmp_path / "test/masks.json").read_text())) == results["phrases"]
+    demo = ["--config", CONFIG, "--set", f"base.path={world / 'llava'}", f"sam.path={world / 'sam'}", "unet.base_channels=4", "--head", head]
+    Image.new("CMYK", (50, 40)).save(tmp_path / "p.jpg")
+    script = ROOT / "flmm/scripts/demo/grounded_conversation_demo.py"
+    out = call("grounded_conversation_demo.py", *demo, "--image", tmp_path / "p.jpg", "--text", "a red car; sky", "--out", tmp_path / "g", cwd=script.parent)
+    assert out.count("score") == 2 and (tmp_path / "g.png").is_file()
+    assert json.loads((tmp_path / "g.json").read_text())["phrases"] == ["a red car", "sky"]
+    # every refusal is one line that names what is wrong, before anything is written
+    for arguments, reason in (
+            (["--image", tmp_path / "none.jpg", "--text", "x"], "none.jpg: no such picture"),
+            (["--image", tmp_path / "p.jpg", "--text", " ; x"], "empty phrase"),
+            (["--image", tmp_path / "p.jpg", "--text", "x", "--set", f"base.path={world / 'qwen'}"], "needs a LlavaForConditionalGeneration"),
+            (["--image", tmp_path / "p.jpg", "--text", "x", "--head", tmp_path / "none.pth"], "none.pth: no such weight file")):
+        assert reason in call(script, *demo, *arguments, "--out", tmp_path / "refused", ok=False)
+    assert not (tmp_path / "refused.png").exists()
+
+
+@pytest.mark.parametrize("arguments,reason", [
+    (["--data", "{world}/nowhere"], "nowhere"), (["--set", "base.family=gpt"], "base.family is 'gpt'"),
+    (["--set", "sam.path=/nowhere/sam.pth"], "sam.path /nowhere/sam.pth: no such file")])
+def test_train_refuses_in_one_line(world, tmp_path, arguments, reason):
+    arguments = [a.format(world=world) for a in arguments]
+    line = call(ROOT / "flmm/train.py", "--config", CONFIG, "--data", world / "data", "--base-path", world / "llava", "--out", tmp_path / "x", *arguments, ok=False)
+    assert reason in line and not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("start", [["train.py"], ["-m", "flmm.train"], ["flmm/test.py"]])
+def test_scripts_start_from_their_folder_and_from_the_root(start):
+    out = call(*start, "--help", cwd=ROOT / "flmm" if start == ["train.py"] else ROOT)
+    assert "--config" in out
+
+
+def test_crop_of_a_chain_of_thought_is_clipped_and_scored_offline():
+    mask = torch.zeros(40, 60)
+    mask[10:12, 50:52] = 1
+    assert mask_to_crop(mask, 1.0) == [42, 2, 58, 18]      # at least 8 pixels to each side
+    assert mask_to_crop(mask, 9.0) == [0, 0, 60, 40]
+    assert contains("It says STOP.", "stop") == 1 and contains("go", "stop") == 0
