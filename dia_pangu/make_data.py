@@ -33,7 +33,7 @@ from dia_pangu.src.Dataset.prompt import COLUMNS, FINDINGS
 
 SIZE, SPACING_MM = (64, 64, 16), (6.0, 6.0, 20.0)  # H front to back, W right to left, D feet to head
 PREVALENCE = {"enlarged cardiomediastinum": 0.12, "cardiomegaly": 0.16, "lung opacity": 0.26, "lung lesion": 0.20,
-              "edema": 0.09, "consolidation": 0.16, "pneumonia": 0.11, "atelectasis": 0.13, "pneumothorax": 0.09,
+              "edema": 0.09, "consolidation": 0.17, "pneumonia": 0.13, "atelectasis": 0.13, "pneumothorax": 0.09,
               "pleural effusion": 0.20, "pleural other": 0.13, "fracture": 0.06, "support devices": 0.13}
 NORMAL_SHARE = 0.06  # volumes made without any condition, beside those that get none by chance
 SIDES, PLACES, SIZES = ("right", "left"), ("upper", "middle", "lower"), ("small", "moderate", "large")
@@ -123,19 +123,19 @@ def phantom(rng, findings: dict) -> tuple[np.ndarray, np.ndarray]:
             where = soft & (ball(*centre, r, r, r * 0.9) + 0.25 * texture < 1)
             hu = np.where(where, hu + 380, hu)
         elif name == "consolidation":  # dense, with air in some bronchi
-            where = soft & (ball(*centre, 0.85 * r, 0.8 * r, 0.75 * r) < 1)
+            where = soft & (ball(*centre, r, 0.95 * r, 0.9 * r) < 1)
             hu = np.where(where, np.where(texture > 1.2 * texture.std(), -500.0, 35.0), hu)
         elif name == "pneumonia":  # several dense patches, each with a halo
             where = np.zeros(SIZE, bool)
-            for _ in range(6):
+            for _ in range(8):
                 near = [c + rng.uniform(-0.9, 0.9) * r for c in centre]
                 dist = ball(*near, 17, 17, 20)
                 hu = np.where(soft & (dist < 2), np.maximum(hu, np.where(dist < 1, -60.0, -480.0)), hu)
                 where |= soft & (dist < 2)
         else:
-            r = (18, 23, 28)[grade[name]]
+            r = (16, 20, 24)[grade[name]]
             where = soft & (ball(*centre, r, r, r) < 1)
-            hu = np.where(where, 90.0, hu)
+            hu = np.where(where, 140.0, hu)
         mark(name, where)
     if "edema" in findings:  # haze around both hila, thicker septa at the base
         haze = np.exp(-(((np.abs(x) - 42) / 42) ** 2 + (y / 55) ** 2 + ((z + 5) / 75) ** 2))

@@ -105,7 +105,9 @@ def draw_evidence(path, vision_x, maps, rows, title: str):
     """
     rows = rows[:5] or [("no finding", "nothing above its threshold")]
     depth = vision_x.shape[-1]
-    slices = np.linspace(0.12, 0.88, 6) * depth
+    body = np.flatnonzero(vision_x[0].amax((0, 1)).numpy() > 0.5)
+    low, high = (body[0], body[-1]) if len(body) else (0, depth - 1)
+    slices = np.linspace(low, high, 6)
     figure, axes = new_figure(len(rows), 6, 1.6, 1.75, squeeze=False)
     background = vision_x[0].numpy()
     for line, (finding, text) in zip(axes, rows):
