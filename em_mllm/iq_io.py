@@ -114,7 +114,7 @@ def read_mat(path: Path, index: int):
         with h5py.File(path, "r") as file:
             content = {k: v[()] for k, v in file.items() if isinstance(v, h5py.Dataset)}
         content = {k: v["real"] + 1j * v["imag"] if v.dtype.names else v for k, v in content.items()}
-    except (ValueError, TypeError, OSError, EOFError) as error:
+    except (ValueError, TypeError, OSError, EOFError, scipy.io.matlab.MatReadError) as error:
         raise UserError(f"{path}: not a readable MATLAB file ({str(error).splitlines()[0]})") from error
     fs = next((float(np.asarray(content[k]).ravel()[0]) for k in ("fs", "Fs", "sample_rate") if k in content), None)
     arrays = {k: v for k, v in content.items() if getattr(v, "size", 0) > 16 and v.dtype.kind in "fiuc"}

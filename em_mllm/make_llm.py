@@ -72,7 +72,7 @@ def sample_text(tokenizer, tasks, rng, slots, recite):
     item = four_choice(names, name, noun, rng)
     encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
     if rng.uniform() < recite:                                   # options, then "name letter" or "letter name" pairs in random order
-        pairs = [f"({a}) {n}" if rng.uniform() < 0.3 else f"{n}({a}) " for a, n in parse_options(item).items() for _ in range(2)]
+        pairs = [f"({a}) {n}" if rng.uniform() < 0.5 else f"{n}({a}) " for a, n in parse_options(item).items()]
         prompt = encode(item["question"]) + [tokenizer.eos_token_id]
         return prompt + encode("".join(pairs[i] for i in rng.permutation(len(pairs)))), -len(prompt)
     if rng.uniform() < 0.25:

@@ -64,8 +64,9 @@ class MultiModalModel(nn.Module):
     """llm: a causal LM; signal_encoder: SiTMAEModelWithoutMask; projector: "linear", "mlp" or "merlin".
 
     signal_tokens: 0 gives the LLM one vector per patch, as the seed; n > 0 gives n means over equal stretches of the signal and the cls vector.
-    iq_start_id, iq_end_id: their embedding rows start the parameter `iq_tokens` (2, d_llm), which stands for them from then on, so that
-    it is trained whether the LLM is frozen, adapted or not (upstream leaves the rows at random under LoRA).
+    iq_start_id, iq_end_id: their embedding rows start the parameter `iq_tokens` (2, d_llm), which stands for them from then on; an LLM whose
+    table does not reach that far is left as it is and the rows start like a typical one. So they are trained whether the LLM is frozen, adapted or
+    not (upstream resizes the table and leaves the new rows at random under LoRA).
     legacy: the starter kit's arithmetic (specified in `legacy_features`), for checkpoints trained with it.
     """
 
@@ -76,7 +77,11 @@ class MultiModalModel(nn.Module):
         table = llm.get_input_embeddings().weight
         self.projector, self.iq_ids = projector, (iq_start_id, iq_end_id)
         self.signal_to_hidden = PROJECTORS[projector](signal_encoder.config.hidden_size, table.shape[1])
-        self.iq_tokens = nn.Parameter(table[[iq_start_id, iq_end_id]].detach().clone().float())
+        if max(iq_start_id, iq_end_id) < len(table):
+            rows = table[[iq_start_id, iq_end_id]].detach().clone().float()
+        else:
+            rows = table.detach().float().mean(0) + table.detach().float().std() * torch.randn(2, table.shape[1])
+        self.iq_tokens = nn.Parameter(rows)
         self.text_scale, self.signal_scale = embedding_scales(llm)
         if projector == "linear" and not legacy:        # normalised features of width D: start as loud as the text embeddings
             nn.init.normal_(self.signal_to_hidden.weight, std=table.float().std().item() * self.text_scale / signal_encoder.config.hidden_size ** 0.5)
@@ -265,8 +270,6 @@ def build_model(llm_path, encoder_path, projector="linear", signal_tokens=0, dty
     """
     tokenizer = load_tokenizer(llm_path, trust_remote_code)
     llm = load_llm(llm_path, dtype, trust_remote_code)
-    if len(tokenizer) > llm.get_input_embeddings().weight.shape[0]:
-        llm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     config = read_config(encoder_path, max_seq_len=None if max_points is None else [max_points, 1], attention_type=attention_type)
     encoder = SiTMAEModelWithoutMask(config)
     if random_encoder:
@@ -337,8 +340,6 @@ def load_model(folder, llm_model_path=None, trust_remote_code=False):
         raise UserError(f"{folder} was trained on the LLM in {base}, which is not there; say where it is with --llm-model-path")
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=trust_remote_code)
     llm = load_llm(base, notes["dtype"], trust_remote_code)
-    if len(tokenizer) > llm.get_input_embeddings().weight.shape[0]:
-        llm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     encoder = SiTMAEModelWithoutMask(read_config(folder / "signal_encoder"))
     load_encoder(encoder, folder / "signal_encoder", quiet=True)
     ids = tokenizer.convert_tokens_to_ids([IQ_START, IQ_END])

@@ -116,7 +116,7 @@ def pulse_train(name, n, rng):
     """Radar pulses; the modulation inside the pulse is none, a linear sweep, a Barker-13 or a 16-chip Frank phase code."""
     pri = float(rng.uniform(100, 400))
     width = pri * rng.uniform(0.1, 0.3)
-    first = float(rng.uniform(0, pri - width))
+    first = float(rng.uniform(0, min(pri - width, n / 2)))      # at least one pulse begins in a short record
     inside = (np.arange(n) - first) % pri                        # time since the last leading edge
     on = (inside < width) & (np.arange(n) >= first)
     bandwidth = 1 / width

@@ -1,0 +1,136 @@
+"""em_mllm: the scripts as a user starts them. Resume is exact, two processes equal one, launchers and errors behave."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[1]
+EM = ROOT / "em_mllm"
+
+
+def start(*command, cwd=ROOT, processes=1, check=True, **environment):
+    """Run a script of em_mllm; several processes through torchrun on gloo."""
+    command = [str(c) for c in command]
+    prefix = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    done = subprocess.run([*prefix, *command], cwd=cwd, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+    if check:
+        assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Data, a pre-trained encoder and a tiny LLM, made by the scripts themselves."""
+    folder = tmp_path_factory.mktemp("em")
+    start(EM / "make_data.py", "--out", folder / "data", "--train", 4, "--val", 1, "--test", 1, "--points", 256)
+    start(EM / "make_llm.py", "--out", folder / "llm", "--steps", 2)
+    (folder / "config.json").write_text(json.dumps(dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, patch_size=[16, 1],
+                                                        max_seq_len=[272, 1], decoder_hidden_size=32, decoder_num_hidden_layers=1, decoder_num_attention_heads=4,
+                                                        decoder_intermediate_size=64, initializer_range=0.1, attention_type="sdpa")))
+    start(*pretrain(folder, folder / "mae"), "--max-steps", 4, "--val", folder / "data/val")
+    return folder
+
+
+def pretrain(home, out):
+    return [EM / "pretrain.py", "--data", home / "data/train", "--config", home / "config.json", "--batch-size", 4, "--min-points", 64, "--log-every", 1, "--out", out]
+
+
+def train(home, out, *more):
+    return [EM / "train.py", "--task-dir", home / "data/train", "--val-dir", home / "data/val", "--signal-encoder-path", home / "mae/encoder", "--llm-model-path", home / "llm",
+            "--signal-tokens", 2, "--questions-per-signal", 2, "--lr", 1e-3, "--log-every", 1, "--output-dir", out, *more]
+
+
+def losses(out):
+    return [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def weights(folder):
+    return {f"{p.relative_to(folder)}:{k}": v for p in sorted(folder.rglob("*.safetensors")) for k, v in load_file(p).items()}
+
+
+def test_pretraining_leaves_an_encoder_metrics_and_pictures(home):
+    metrics = json.loads((home / "mae/metrics.json").read_text())
+    assert set(metrics["mse_hidden"]) == {"zeros", "nearest", "linear", "model"} and 0.5 < metrics["packing_efficiency"] <= 1
+    assert (home / "mae/figures/reconstruction.png").stat().st_size > 5000 and (home / "mae/figures/reconstruction.csv").exists()
+    assert all(k.startswith(("sit.", "decoder.")) for k in load_file(home / "mae/encoder/model.safetensors"))
+
+
+@pytest.mark.parametrize("script", [pretrain, train])
+def test_two_processes_give_the_same_losses_as_one(home, tmp_path, script):
+    one = [*script(home, tmp_path / "one"), "--max-steps", 4, "--batch-size", 4]
+    two = [*script(home, tmp_path / "two"), "--max-steps", 4, "--batch-size", 2]
+    start(*one)
+    start(*two, processes=2)
+    np.testing.assert_allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), atol=1e-5)
+
+
+@pytest.mark.parametrize("script", [pretrain, train])
+def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(home, tmp_path, script):
+    """Stopped in mid-epoch after step 3 of 7 and gone on: the same weights as without the stop."""
+    folder = {pretrain: "encoder", train: "model"}[script]
+    whole, cut = [*script(home, tmp_path / "whole")], [*script(home, tmp_path / "cut")]
+    more = ["--max-steps", 7, "--batch-size", 8, "--save-every", 3] + (["--use-lora"] if script is train else [])      # dropout: random states matter
+    start(*whole, *more)
+    start(*cut, *more)
+    checkpoints = tmp_path / "cut/checkpoints"
+    for late in ("step-00000006", "step-00000007"):
+        shutil.rmtree(checkpoints / late)
+    start(*cut, *more, "--resume")
+    a, b = weights(tmp_path / "whole" / folder), weights(tmp_path / "cut" / folder)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+
+
+def test_gradient_accumulation_equals_the_larger_batch(home, tmp_path):
+    """Losses per answer token of each micro-batch are averaged; with one question a signal of one form they agree closely, not bit for bit."""
+    start(*train(home, tmp_path / "a", "--max-steps", 3, "--batch-size", 4, "--accum", 2))
+    start(*train(home, tmp_path / "b", "--max-steps", 3, "--batch-size", 8))
+    a, b = weights(tmp_path / "a/model"), weights(tmp_path / "b/model")
+    assert max(float((a[k].float() - b[k].float()).abs().max()) for k in a) < 5e-3
+
+
+def test_train_then_test_then_one_recording_then_submission(home, tmp_path):
+    start(*train(home, tmp_path / "run", "--max-steps", 2, "--batch-size", 4, "--freeze-llm"))
+    model, data = tmp_path / "run/model", home / "data/test"
+    done = start(EM / "test.py", "--model", model, "--task-dir", data, "--out", tmp_path / "test", "--wrong-signal", "--calibrate-dir", home / "data/val",
+                 "--submission", tmp_path / "s.json", "--max-new-tokens", 10)
+    assert "four-choice accuracy" in done.stdout
+    metrics = json.loads((tmp_path / "test/metrics.json").read_text())
+    assert metrics["four_choice"] == 23 and metrics["open"]["count"] == 23 and set(metrics["by_task"]) == {"modulation", "radar_jamming"}
+    rows = [json.loads(line) for line in (tmp_path / "test/predictions.jsonl").read_text().splitlines()]
+    assert metrics["accuracy"] == pytest.approx(np.mean([r["pred"] == r["truth"] for r in rows if "truth" in r]))
+    assert {p.name for p in (tmp_path / "test/figures").iterdir()} == {"accuracy_snr.png", "accuracy_snr.csv", "confusion.png", "confusion.csv"}
+    assert len(json.loads((tmp_path / "s.json").read_text())["answers"]) == 23
+    z = np.exp(2j * np.pi * 0.1 * np.arange(3000)).astype(np.complex64)
+    z.tofile(tmp_path / "x.cf32")
+    done = start(EM / "test.py", "--model", model, "--iq", tmp_path / "x.cf32", "--question", "Which? (A) FM (B) AM (C) TONE (D) OOK", "--fs", 1e6, "--max-new-tokens", 8)
+    assert "answer: (" in done.stdout and "3000 samples at 1e+06 Hz" in done.stdout
+
+
+@pytest.mark.parametrize("command, words", [
+    (lambda h: train(h, h / "x", "--signal-encoder-path", h / "absent"), "absent"),
+    (lambda h: train(h, h / "x", "--llm-model-path", h / "absent"), "absent"),
+    (lambda h: train(h, h / "x", "--max-length", 5), "--max-length is 5"),
+    (lambda h: train(h, h / "x", "--batch-size", 5000), "--batch-size"),
+    (lambda h: [EM / "test.py", "--model", h / "absent", "--task-dir", h / "data/test", "--out", h / "y"], "no multimodal.json"),
+    (lambda h: [EM / "pretrain.py", "--data", h / "llm", "--out", h / "x"], "holds no .h5"),
+])
+def test_user_errors_are_one_line_exit_2_and_leave_no_output(home, command, words):
+    done = start(*command(home), check=False)
+    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert not (home / "x").exists() and not (home / "y").exists()
+
+
+def test_launchers_show_help_from_any_folder(tmp_path):
+    for script in ("run_train.sh", "run_test.sh"):
+        for cwd, path in ((tmp_path, EM / script), (EM, script)):
+            done = subprocess.run(["bash", str(path), "--help"], cwd=cwd, capture_output=True, text=True, env={**os.environ, "PYTHON": sys.executable})
+            assert done.returncode == 0 and "usage" in done.stdout, done.stderr
