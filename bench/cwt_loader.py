@@ -6,6 +6,7 @@ For each number of records: the store is built from that many files of one minut
 draws 20,000 random windows of 10 s. Beside it, the same windows by reading and uncompressing the record's npz file for
 every window, which is what a loader without a store does. Writes bench/results/cwt_loader.json.
 """
+
 import argparse
 import json
 import resource
@@ -32,7 +33,15 @@ def draw(folder: str, windows: int):
     start = time.perf_counter()
     for place in places:
         dataset[int(place)]
-    print(json.dumps({"windows_per_s": windows / (time.perf_counter() - start), "own_mb": own_memory_mb() - before, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+    print(
+        json.dumps(
+            {
+                "windows_per_s": windows / (time.perf_counter() - start),
+                "own_mb": own_memory_mb() - before,
+                "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            }
+        )
+    )
 
 
 def own_memory_mb() -> float:
@@ -62,8 +71,18 @@ def main():
             start = time.perf_counter()
             store = build_store([data], Preprocess(100.0), folder / "cache")
             build = time.perf_counter() - start
-            out = subprocess.run([sys.executable, __file__, "--draw", str(store.folder), "--windows", str(args.windows)], capture_output=True, text=True, check=True)
-            row = {"records": count, "store_mb": (store.folder / "samples.f32").stat().st_size / 1e6, "build_records_per_s": count / build, **json.loads(out.stdout)}
+            out = subprocess.run(
+                [sys.executable, __file__, "--draw", str(store.folder), "--windows", str(args.windows)],
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            row = {
+                "records": count,
+                "store_mb": (store.folder / "samples.f32").stat().st_size / 1e6,
+                "build_records_per_s": count / build,
+                **json.loads(out.stdout),
+            }
             start, n = time.perf_counter(), 200
             prepare = Preprocess(100.0)
             for i in rng.integers(count, size=n):

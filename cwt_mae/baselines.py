@@ -1,13 +1,14 @@
 """Controls that know nothing of wavelets or pre-training, on the same windows, splits and scores as finetune.py and test.py.
 
-    python cwt_mae/baselines.py --kind forest --task beat --data FOLDER --out runs/cwt_mae/forest
+python cwt_mae/baselines.py --kind forest --task beat --data FOLDER --out runs/cwt_mae/forest
 
-    nn       1-nearest neighbour, Euclidean, on the windows
-    forest   random forest (200 trees) on every third sample of the window and the features that the fine-tuned head gets
-    readme   for beats at 180 Hz: the random forest of the data's own description: 130 samples round the beat, every third,
-             less their mean, and five numbers of the RR intervals
-    cnn      small convolutional network (64,000 parameters) on the same windows and features, drawn and augmented alike
+nn       1-nearest neighbour, Euclidean, on the windows
+forest   random forest (200 trees) on every third sample of the window and the features that the fine-tuned head gets
+readme   for beats at 180 Hz: the random forest of the data's own description: 130 samples round the beat, every third,
+         less their mean, and five numbers of the RR intervals
+cnn      small convolutional network (64,000 parameters) on the same windows and features, drawn and augmented alike
 """
+
 import argparse
 import json
 import sys
@@ -39,9 +40,13 @@ def parse_args(argv=None):
     parser.add_argument("--task", choices=("beat", "rhythm", "series"), required=True, help="what a label belongs to")
     parser.add_argument("--data", nargs="+", required=True, help="labelled files and folders of them")
     parser.add_argument("--out", required=True, help="run folder")
-    parser.add_argument("--split", help="JSON {train: [names], test: [names]} (None: UCR parts, or DS1 for training and the rest for the test)")
+    parser.add_argument(
+        "--split", help="JSON {train: [names], test: [names]} (None: UCR parts, or DS1 for training and the rest for the test)"
+    )
     parser.add_argument("--folds", type=int, default=4, help="parts of the training subjects")
-    parser.add_argument("--fold", type=int, default=-1, help="leave this part out of training; the cnn chooses its prior correction on it; -1: none")
+    parser.add_argument(
+        "--fold", type=int, default=-1, help="leave this part out of training; the cnn chooses its prior correction on it; -1: none"
+    )
     parser.add_argument("--model-fs", type=float, default=100.0, help="sampling rate, Hz; 0 keeps each file's own")
     parser.add_argument("--low-hz", type=float, default=0.5, help="high-pass edge, Hz; 0 = none")
     parser.add_argument("--signal-len", type=int, default=3000, help="window, samples")
@@ -65,12 +70,25 @@ class SmallCNN(nn.Module):
     def __init__(self, signal_len: int, num_classes: int, num_features: int, centred: bool):
         super().__init__()
         widths, self.centred = (1, 32, 48, 64), centred
-        self.body = nn.Sequential(*(layer for a, b in zip(widths, widths[1:]) for layer in (
-            nn.Conv1d(a, b, 7, padding=3), nn.BatchNorm1d(b), nn.ReLU(), nn.Conv1d(b, b, 5, padding=2), nn.BatchNorm1d(b), nn.ReLU(), nn.MaxPool1d(2))))
+        self.body = nn.Sequential(
+            *(
+                layer
+                for a, b in zip(widths, widths[1:])
+                for layer in (
+                    nn.Conv1d(a, b, 7, padding=3),
+                    nn.BatchNorm1d(b),
+                    nn.ReLU(),
+                    nn.Conv1d(b, b, 5, padding=2),
+                    nn.BatchNorm1d(b),
+                    nn.ReLU(),
+                    nn.MaxPool1d(2),
+                )
+            )
+        )
         self.columns = signal_len // 8
         joined = 64 * len(range(self.columns)[self.middle()]) if centred else 128
         self.head = nn.Sequential(nn.Dropout(0.5), nn.Linear(joined, 64), nn.GELU(), nn.Dropout(0.2), nn.Linear(64, num_classes))
-        if num_features:                                  # beside it, as in TF_MAE_Classifier
+        if num_features:  # beside it, as in TF_MAE_Classifier
             self.feature_head = nn.Sequential(nn.Linear(num_features, 64), nn.GELU(), nn.Dropout(0.2), nn.Linear(64, num_classes))
 
     def middle(self) -> slice:
@@ -88,7 +106,7 @@ def rr_features(seconds: np.ndarray) -> np.ndarray:
     the mean of the last ten, and after over before: (beats, 5)."""
     gaps = np.diff(seconds)
     before, after = np.r_[gaps[:1], gaps], np.r_[gaps, gaps[-1:]]
-    local = np.array([before[max(0, i - 9):i + 1].mean() for i in range(len(before))])
+    local = np.array([before[max(0, i - 9) : i + 1].mean() for i in range(len(before))])
     return np.stack([before, after, before / np.median(gaps), before / local, after / before], 1)
 
 
@@ -123,8 +141,16 @@ def fit_table(args, store, train, scored) -> np.ndarray:
 def fit_cnn(args, store, train, validation, scored) -> np.ndarray:
     """Probabilities (windows of `scored`, C) of the small network; its prior correction is chosen on `validation`."""
     seed_everything(args.seed)
-    drawn = DownstreamClassificationDataset(store, train, args.signal_len, args.seed, draws=args.batch_size * args.max_steps,
-                                            power=args.sampling_power, strength=args.augment, jitter=args.jitter)
+    drawn = DownstreamClassificationDataset(
+        store,
+        train,
+        args.signal_len,
+        args.seed,
+        draws=args.batch_size * args.max_steps,
+        power=args.sampling_power,
+        strength=args.augment,
+        jitter=args.jitter,
+    )
     numbers = train.features[train.items["beat"]]
     features = (torch.from_numpy(numbers.mean(0)), torch.from_numpy(numbers.std(0) + 1e-3)) if numbers.shape[1] else None
     model = SmallCNN(args.signal_len, len(train.classes), numbers.shape[1], train.kind == "beat")
@@ -132,7 +158,9 @@ def fit_cnn(args, store, train, validation, scored) -> np.ndarray:
     for step, batch in enumerate(progress(DataLoader(drawn, args.batch_size), desc="cnn", unit="step")):
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, args.max_steps, args.max_steps // 20, args.lr, 0.0)
-        loss = loss_of(model(batch["x"], None, None if features is None else (batch["features"] - features[0]) / features[1]), batch, 0.05, None)
+        loss = loss_of(
+            model(batch["x"], None, None if features is None else (batch["features"] - features[0]) / features[1]), batch, 0.05, None
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

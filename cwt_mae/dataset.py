@@ -8,6 +8,7 @@ and inference all read it: one resampling, one band-pass and one normalisation f
 
 Upstream file: dataset.py (PhysioSignalDataset). Its pickles are read by convert_pickles.py only.
 """
+
 import hashlib
 import json
 import math
@@ -28,10 +29,20 @@ from common.run import progress
 
 ROOT = Path(__file__).resolve().parents[1]
 SUFFIXES = (".hea", ".edf", ".npz", ".npy", ".csv", ".h5", ".hdf5", ".ts")
-RECORDS = np.dtype([("name", "S64"), ("subject", "S64"), ("channel", "S32"), ("source", "S256"), ("fs", "f8"),
-                    ("offset", "i8"), ("length", "i8"), ("std", "f4")])
-EVENTS = np.dtype([("record", "i4"), ("seconds", "f8"), ("symbol", "S16"), ("aux", "S16")])   # seconds -1: the whole record
-PREFERRED = ("MLII", "II", "ECG", "PLETH", "PPG")         # --channel auto takes the first of these, else the first channel
+RECORDS = np.dtype(
+    [
+        ("name", "S64"),
+        ("subject", "S64"),
+        ("channel", "S32"),
+        ("source", "S256"),
+        ("fs", "f8"),
+        ("offset", "i8"),
+        ("length", "i8"),
+        ("std", "f4"),
+    ]
+)
+EVENTS = np.dtype([("record", "i4"), ("seconds", "f8"), ("symbol", "S16"), ("aux", "S16")])  # seconds -1: the whole record
+PREFERRED = ("MLII", "II", "ECG", "PLETH", "PPG")  # --channel auto takes the first of these, else the first channel
 NOT_SIGNALS = ("fs", "gain", "lead", "names", "subject", "units", "label")
 
 
@@ -52,7 +63,10 @@ def check_rate(fs, source, given=None) -> float:
     if fs is None and given is None:
         raise UserError(f"{source}: has no field fs; pass the sampling rate in Hz with --input-fs")
     if fs is not None and given is not None and abs(float(np.asarray(fs).reshape(-1)[0]) / given - 1) > 0.01:
-        raise UserError(f"{source}: field fs is {float(np.asarray(fs).reshape(-1)[0]):g} Hz but --input-fs says {given:g}; leave it out or mend the file")
+        raise UserError(
+            f"{source}: field fs is {float(np.asarray(fs).reshape(-1)[0]):g} Hz but --input-fs says {given:g}; "
+            "leave it out or mend the file"
+        )
     try:
         rate = float(given if fs is None else np.asarray(fs).reshape(-1)[0])
     except (ValueError, IndexError):
@@ -81,7 +95,9 @@ def read_wfdb(path: Path, fs=None) -> list[Record]:
         record = wfdb.rdrecord(stem)
         atr = wfdb.rdann(stem, "atr") if path.with_suffix(".atr").is_file() else None
     except (FileNotFoundError, ValueError, IndexError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: WFDB record cannot be read ({str(error).splitlines()[0] if str(error) else type(error).__name__})") from error
+        raise UserError(
+            f"{path}: WFDB record cannot be read ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+        ) from error
     channels = {str(name): record.p_signal[:, i] for i, name in enumerate(record.sig_name)}
     events = [] if atr is None else list(zip(atr.sample.tolist(), atr.symbol, (a.strip("\x00 ") for a in atr.aux_note)))
     return [Record(path.stem, path, check_rate(header.fs, path, fs), channels, events=events)]
@@ -95,7 +111,9 @@ def read_edf(path: Path, fs=None) -> list[Record]:
         rate = edf.signals[0].sampling_frequency
         channels = {s.label: s.data for s in edf.signals if s.sampling_frequency == rate}
     except (ValueError, IndexError, OSError) as error:
-        raise UserError(f"{path}: EDF file cannot be read ({str(error).splitlines()[0] if str(error) else type(error).__name__})") from error
+        raise UserError(
+            f"{path}: EDF file cannot be read ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+        ) from error
     left_out = [s.label for s in edf.signals if s.sampling_frequency != rate]
     if left_out:
         print(f"{path}: channels of another rate left out: {', '.join(left_out)}", file=sys.stderr)
@@ -114,7 +132,7 @@ def read_npz(path: Path, fs=None) -> list[Record]:
             data = {key: file[key] for key in file.files}
     except (ValueError, OSError, EOFError, KeyError) as error:
         raise UserError(f"{path}: not a readable npz file of plain arrays ({str(error).splitlines()[0]})") from error
-    except Exception as error:                            # zipfile.BadZipFile and zlib.error: the file was cut or changed
+    except Exception as error:  # zipfile.BadZipFile and zlib.error: the file was cut or changed
         raise UserError(f"{path}: damaged npz file ({error}); copy it again") from error
     if "x_train" in data:
         return ucr_records(path, data)
@@ -149,14 +167,17 @@ def read_npz(path: Path, fs=None) -> list[Record]:
 def ucr_records(path: Path, data: dict) -> list[Record]:
     """Records of a UCR set. Where the test labels are of another kind (y_test_abnormal), the same kind is used in training."""
     records = []
-    kind = next((key[len("y_test"):] for key in data if key.startswith("y_test")), "")
+    kind = next((key[len("y_test") :] for key in data if key.startswith("y_test")), "")
     for part in ("train", "test"):
         if f"x_{part}" not in data:
             continue
         x, y = data[f"x_{part}"], data.get(f"y_{part}{kind}")
         if x.ndim != 2 or y is None or len(x) != len(y):
             raise UserError(f"{path}: fields x_{part} {x.shape} and y_{part}{kind} {getattr(y, 'shape', 'missing')} do not belong together")
-        records += [Record(f"{part}-{i}", path, 1.0, {"x": row}, f"{part}-{i}", [(-1, str(label), part)]) for i, (row, label) in enumerate(zip(x, y))]
+        records += [
+            Record(f"{part}-{i}", path, 1.0, {"x": row}, f"{part}-{i}", [(-1, str(label), part)])
+            for i, (row, label) in enumerate(zip(x, y))
+        ]
     return records
 
 
@@ -167,7 +188,7 @@ def read_ts(path: Path, fs=None) -> list[Record]:
     start = next((i for i, line in enumerate(lines) if line.strip().lower() == "@data"), None)
     if start is None:
         raise UserError(f"{path}: has no @data line; expected the UCR .ts format")
-    for number, line in enumerate(lines[start + 1:], start + 2):
+    for number, line in enumerate(lines[start + 1 :], start + 2):
         if line.strip():
             values, _, label = line.strip().rpartition(":")
             try:
@@ -238,8 +259,16 @@ def read_hdf5(path: Path, fs=None) -> list[Record]:
     return list(records.values())
 
 
-READERS = {".hea": read_wfdb, ".edf": read_edf, ".npz": read_npz, ".npy": read_npy, ".csv": read_csv, ".h5": read_hdf5,
-           ".hdf5": read_hdf5, ".ts": read_ts}
+READERS = {
+    ".hea": read_wfdb,
+    ".edf": read_edf,
+    ".npz": read_npz,
+    ".npy": read_npy,
+    ".csv": read_csv,
+    ".h5": read_hdf5,
+    ".hdf5": read_hdf5,
+    ".ts": read_ts,
+}
 
 
 def extra(module: str, path: Path):
@@ -300,7 +329,10 @@ class Preprocess:
         x = np.asarray(x, np.float64)
         bad = ~np.isfinite(x)
         if bad.any():
-            raise UserError(f"{where}: {bad.sum()} of {len(x)} samples are NaN or infinite, the first is sample {bad.argmax()}; mend it or pass --skip-bad")
+            raise UserError(
+                f"{where}: {bad.sum()} of {len(x)} samples are NaN or infinite, the first is sample {bad.argmax()}; "
+                "mend it or pass --skip-bad"
+            )
         if np.ptp(x) <= 1e-9 * max(1.0, abs(x).max()):
             raise UserError(f"{where}: flat line, all {len(x)} samples are {x[0]:g}; check the electrode or pass --skip-bad")
         rate = self.fs or fs
@@ -317,8 +349,8 @@ class Preprocess:
     def window(x: np.ndarray, length: int, lead: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """z-score of the samples there are, then padding: x (n,), n + lead <= length -> float32 (length,), bool (length,) True = real."""
         out, real = np.zeros(length, np.float32), np.zeros(length, bool)
-        out[lead:lead + len(x)] = (x - x.mean()) / max(float(x.std()), 1e-6)
-        real[lead:lead + len(x)] = True
+        out[lead : lead + len(x)] = (x - x.mean()) / max(float(x.std()), 1e-6)
+        real[lead : lead + len(x)] = True
         return out, real
 
 
@@ -348,7 +380,7 @@ class Store:
         self.samples = np.memmap(folder / "samples.f32", np.float32, "r")
 
     def __getstate__(self):
-        return self.folder                                # a loader worker maps the files itself
+        return self.folder  # a loader worker maps the files itself
 
     def __setstate__(self, folder):
         self.__init__(folder)
@@ -356,15 +388,16 @@ class Store:
     def signal(self, index: int) -> np.ndarray:
         """The whole signal of one record, float32 (length,), a view of the map."""
         row = self.records[index]
-        return self.samples[int(row["offset"]):int(row["offset"] + row["length"])]
+        return self.samples[int(row["offset"]) : int(row["offset"] + row["length"])]
 
     def where(self, index: int) -> str:
         row = self.records[index]
         return f"{row['source'].decode()} record {row['name'].decode()} channel {row['channel'].decode()}"
 
 
-def build_store(sources, prepare: Preprocess, cache=None, fs=None, records=None, part=None, min_seconds: float = 0.0,
-                skip_bad: bool = False) -> Store:
+def build_store(
+    sources, prepare: Preprocess, cache=None, fs=None, records=None, part=None, min_seconds: float = 0.0, skip_bad: bool = False
+) -> Store:
     """Read, check and resample every signal under `sources` once; later calls with unchanged files reuse the result.
 
     part: "train" leaves out the test series of UCR sets (pre-training must not see them). min_seconds: shortest usable
@@ -403,8 +436,10 @@ def _fill(folder: Path, paths, request: dict, prepare: Preprocess):
                     continue
                 try:
                     usable = check_record(record, request["min_seconds"])
-                    signals = {name: prepare.signal(x, usable.fs, f"{path}: record {record.name} channel {name}")
-                               for name, x in pick_channels(record, prepare.channel).items()}
+                    signals = {
+                        name: prepare.signal(x, usable.fs, f"{path}: record {record.name} channel {name}")
+                        for name, x in pick_channels(record, prepare.channel).items()
+                    }
                 except UserError as error:
                     if not request["skip_bad"]:
                         raise
@@ -426,11 +461,15 @@ def check_record(record: Record, min_seconds: float) -> Record:
     """The record, if it is long enough and its annotations lie inside it."""
     length = min(len(x) for x in record.channels.values())
     if length < max(8, min_seconds * record.fs):
-        raise UserError(f"{record.source}: record {record.name} is too short: {length} samples ({length / record.fs:.2f} s at {record.fs:g} Hz), "
-                        f"needed {max(8, math.ceil(min_seconds * record.fs))}; leave it out or pass --skip-bad")
+        raise UserError(
+            f"{record.source}: record {record.name} is too short: {length} samples ({length / record.fs:.2f} s at {record.fs:g} Hz), "
+            f"needed {max(8, math.ceil(min_seconds * record.fs))}; leave it out or pass --skip-bad"
+        )
     last = max((sample for sample, _, _ in record.events), default=0)
     if last >= length or any(sample < -1 for sample, _, _ in record.events):
-        raise UserError(f"{record.source}: field ann_sample reaches {last} but record {record.name} has {length} samples; is the rate wrong?")
+        raise UserError(
+            f"{record.source}: field ann_sample reaches {last} but record {record.name} has {length} samples; is the rate wrong?"
+        )
     return record
 
 
@@ -443,13 +482,14 @@ class PhysioSignalDataset(Dataset):
     """Windows of `signal_len` samples for pre-training.
 
     An epoch holds every record ceil(length / signal_len) times, at random places in "train" mode and side by side in
-    "test" mode; `windows` > 0 fixes the size of the epoch instead. rows: use these records of the store only. num_patches > 0 adds the masking noise. An item is a
-    pure function of (seed, epoch, index): x float32 (signal_len,), real bool (signal_len,) False = padding, noise float32
-    (num_patches,), name "record@first sample".
+    "test" mode; `windows` > 0 fixes the size of the epoch instead. rows: use these records of the store only.
+    num_patches > 0 adds the masking noise. An item is a pure function of (seed, epoch, index): x float32 (signal_len,),
+    real bool (signal_len,) False = padding, noise float32 (num_patches,), name "record@first sample".
     """
 
-    def __init__(self, store: Store, signal_len: int = 3000, mode: str = "train", seed: int = 0, num_patches: int = 0,
-                 windows: int = 0, rows=None):
+    def __init__(
+        self, store: Store, signal_len: int = 3000, mode: str = "train", seed: int = 0, num_patches: int = 0, windows: int = 0, rows=None
+    ):
         self.store, self.signal_len, self.mode, self.seed = store, signal_len, mode, seed
         self.num_patches, self.windows, self.epoch = num_patches, windows, 0
         self.rows = np.arange(len(store.records)) if rows is None else rows
@@ -468,12 +508,16 @@ class PhysioSignalDataset(Dataset):
         place = int(np.searchsorted(self.ends, window, side="right"))
         first = int(self.ends[place - 1]) if place else 0
         signal, row = self.store.signal(self.rows[place]), self.store.records[self.rows[place]]
-        room = max(0, len(signal) - self.signal_len)      # the last start that still fills the window; upstream misses it
-        for _ in range(20):                               # a lead that came off for a while: another place of this record
+        room = max(0, len(signal) - self.signal_len)  # the last start that still fills the window; upstream misses it
+        for _ in range(20):  # a lead that came off for a while: another place of this record
             start = int(rng.integers(room + 1)) if train else min((window - first) * self.signal_len, room)
-            cut = signal[start:start + self.signal_len]
+            cut = signal[start : start + self.signal_len]
             if not train or cut.std() > 1e-4 * row["std"]:
                 break
         x, real = self.store.prepare.window(cut, self.signal_len)
-        return {"x": torch.from_numpy(x), "real": torch.from_numpy(real),
-                "noise": torch.from_numpy(rng.random(self.num_patches, np.float32)), "name": f"{row['name'].decode()}@{start}"}
+        return {
+            "x": torch.from_numpy(x),
+            "real": torch.from_numpy(real),
+            "noise": torch.from_numpy(rng.random(self.num_patches, np.float32)),
+            "name": f"{row['name'].decode()}@{start}",
+        }

@@ -12,6 +12,7 @@ list DS1 of de Chazal et al. 2004, in which a record of any other name belongs t
 
 Upstream file: dataset_cls.py (PPGAugmentor, DownstreamClassificationDataset).
 """
+
 import json
 import sys
 from dataclasses import dataclass
@@ -27,10 +28,10 @@ from common.errors import UserError
 from cwt_mae.dataset import Store, sample_rng
 
 DS1 = "101 106 108 109 112 114 115 116 118 119 122 124 201 203 205 207 208 209 215 220 223 230".split()
-AAMI = {"N": "NLRejB", "S": "AaJSn", "V": "VEr", "F": "F", "Q": "/fQ?"}     # WFDB beat codes of each AAMI class
+AAMI = {"N": "NLRejB", "S": "AaJSn", "V": "VEr", "F": "F", "Q": "/fQ?"}  # WFDB beat codes of each AAMI class
 AAMI_OF = {code.encode(): name for name, codes in AAMI.items() for code in codes}
-NOT_BEATS = set('[!]xp()tu`\'^|~+sTD="@*&') | {"p", "t", ""}
-BEAT_CLASSES = ["N", "S", "V", "F"]                       # Q (paced, unclassifiable) is left out, as usual
+NOT_BEATS = set("[!]xp()tu`'^|~+sTD=\"@*&") | {"p", "t", ""}
+BEAT_CLASSES = ["N", "S", "V", "F"]  # Q (paced, unclassifiable) is left out, as usual
 ITEMS = np.dtype([("record", "i4"), ("start", "i8"), ("label", "i2"), ("beat", "i4")])
 
 
@@ -64,15 +65,21 @@ def load_task(store: Store, kind: str, signal_len: int, classes=None, skip_bad: 
     unknown = [i for i, name in enumerate(names) if name not in index and not (kind == "beat" and name == "Q")]
     if unknown and not skip_bad:
         record, start = rows[unknown[0]][:2]
-        raise UserError(f"{store.where(record)}: label {names[unknown[0]]!r} at sample {start} is none of {', '.join(classes)}; mend it or pass --skip-bad")
+        raise UserError(
+            f"{store.where(record)}: label {names[unknown[0]]!r} at sample {start} is none of {', '.join(classes)}; "
+            "mend it or pass --skip-bad"
+        )
     if unknown:
         print(f"skipped {len(unknown)} windows whose label is none of {', '.join(classes)}", file=sys.stderr)
     kept = [(r, s, index[name], b) for name, (r, s, b) in zip(names, rows) if name in index]
     return Task(kind, list(classes), np.array(kept, ITEMS), features)
 
 
-LABELS = {"beat": "beat annotations (.atr, or ann_sample and ann_symbol)", "rhythm": "rhythm annotations such as (AFIB in ann_aux",
-          "series": "a field label, or a UCR set"}
+LABELS = {
+    "beat": "beat annotations (.atr, or ann_sample and ann_symbol)",
+    "rhythm": "rhythm annotations such as (AFIB in ann_aux",
+    "series": "a field label, or a UCR set",
+}
 
 
 def natural(name: str):
@@ -139,18 +146,28 @@ def beat_features(signal, centres, seconds, rate: float, length: int) -> np.ndar
     near, whole = median_filter(before, 21, mode="nearest"), np.median(gaps)
     sums = np.cumsum(np.r_[0, before])
     lows = np.maximum(0, np.arange(len(before)) - 10)
-    past = (sums[1:] - sums[lows]) / (np.arange(len(before)) + 1 - lows)         # mean of this and the ten intervals before
+    past = (sums[1:] - sums[lows]) / (np.arange(len(before)) + 1 - lows)  # mean of this and the ten intervals before
     early = np.log(before / near)
     spread = median_filter(np.abs(early), 41, mode="nearest")
     change = median_filter(np.abs(np.diff(np.r_[before[:1], before])) / near, 41, mode="nearest")
-    columns = [early, np.log(after / near), np.log(after / before), np.log(before / whole), np.log(before / past),
-               np.log(np.r_[before[:1], before[:-1]] / near), np.log(np.r_[after[1:], after[-1:]] / near), np.log(near / whole),
-               np.log(spread + 0.01) + 4, np.log(change + 0.01) + 4, early / (spread + 0.03) / 2]
+    columns = [
+        early,
+        np.log(after / near),
+        np.log(after / before),
+        np.log(before / whole),
+        np.log(before / past),
+        np.log(np.r_[before[:1], before[:-1]] / near),
+        np.log(np.r_[after[1:], after[-1:]] / near),
+        np.log(near / whole),
+        np.log(spread + 0.01) + 4,
+        np.log(change + 0.01) + 4,
+        early / (spread + 0.03) / 2,
+    ]
     windows = cut_edges(signal, centres - length // 2, length)
     windows = windows - np.median(windows, axis=1, keepdims=True)
     median = np.median(windows, axis=0)
 
-    def part(low, high):                                  # seconds from the centre, within the window
+    def part(low, high):  # seconds from the centre, within the window
         return slice(max(0, length // 2 + int(low * rate)), min(length, length // 2 + int(high * rate) + 1))
 
     height = np.ptp(median[part(-0.17, 0.17)]) + 1e-6
@@ -163,8 +180,15 @@ def beat_features(signal, centres, seconds, rate: float, length: int) -> np.ndar
     swing = np.abs(qrs - np.median(qrs, axis=1, keepdims=True))
     wide = (swing > 0.3 * swing.max(1, keepdims=True)).mean(1)
     spans = travel_time(np.r_[windows, median[None]][:, part(-0.2, 0.2)], rate) * 9
-    columns += [np.log(np.ptp(qrs, 1) + 1e-2), qrs.max(1) - usual.max(), qrs.min(1) - usual.min(), rough - np.median(rough),
-                5 * (wide - np.median(wide)), spans[:-1], spans[:-1] - spans[-1]]
+    columns += [
+        np.log(np.ptp(qrs, 1) + 1e-2),
+        qrs.max(1) - usual.max(),
+        qrs.min(1) - usual.min(),
+        rough - np.median(rough),
+        5 * (wide - np.median(wide)),
+        spans[:-1],
+        spans[:-1] - spans[-1],
+    ]
     form = windows[:, part(-0.12, 0.2)]
     form = form - form.mean(1, keepdims=True)
     form = form / (np.linalg.norm(form, axis=1, keepdims=True) + 1e-6)
@@ -239,8 +263,10 @@ def training_part(task: Task, parts: np.ndarray) -> Task:
     """The windows of the training records; UserError if there are none."""
     train = task.select(parts[task.items["record"]] == "train")
     if not len(train.items):
-        raise UserError(f"no labelled window for task {task.kind} belongs to the training part (UCR training series, records named in DS1); "
-                        "pass --split with a JSON file of the lists train and test")
+        raise UserError(
+            f"no labelled window for task {task.kind} belongs to the training part (UCR training series, records named in DS1); "
+            "pass --split with a JSON file of the lists train and test"
+        )
     return train
 
 
@@ -273,8 +299,11 @@ def augment(x: np.ndarray, rng: np.random.Generator, rate: float, strength: floa
     time = np.arange(len(x)) / rate
     drift = np.sin(2 * np.pi * (rng.uniform(0.1, 0.5) * time + rng.random()))
     sign = -1 if flip and rng.random() < 0.5 else 1
-    return sign * (x * rng.uniform(1 - 0.2 * strength, 1 + 0.2 * strength) + strength * rng.uniform(0, 0.15) * drift
-                   + strength * rng.uniform(0, 0.08) * rng.standard_normal(len(x)))
+    return sign * (
+        x * rng.uniform(1 - 0.2 * strength, 1 + 0.2 * strength)
+        + strength * rng.uniform(0, 0.15) * drift
+        + strength * rng.uniform(0, 0.08) * rng.standard_normal(len(x))
+    )
 
 
 class DownstreamClassificationDataset(Dataset):
@@ -287,8 +316,19 @@ class DownstreamClassificationDataset(Dataset):
     An item is a pure function of (seed, epoch, index).
     """
 
-    def __init__(self, store: Store, task: Task, signal_len: int, seed: int = 0, draws: int = 0, power: float = 1.0,
-                 strength: float = 0.0, jitter: int = 0, flip: bool = False, mixup: float = 0.0):
+    def __init__(
+        self,
+        store: Store,
+        task: Task,
+        signal_len: int,
+        seed: int = 0,
+        draws: int = 0,
+        power: float = 1.0,
+        strength: float = 0.0,
+        jitter: int = 0,
+        flip: bool = False,
+        mixup: float = 0.0,
+    ):
         self.store, self.task, self.signal_len, self.seed, self.draws = store, task, signal_len, seed, draws
         self.strength, self.jitter, self.flip, self.mixup = strength, jitter, flip, mixup
         if draws:
@@ -331,13 +371,19 @@ class DownstreamClassificationDataset(Dataset):
         signal, row = self.store.signal(record), self.store.records[record]
         if self.draws and self.jitter:
             start += int(rng.integers(-self.jitter, self.jitter + 1))
-        lead = max(0, -start) if self.task.kind == "beat" else 0              # a beat stays in the middle of its window
-        cut = signal[max(0, start):max(0, start) + self.signal_len - lead]
+        lead = max(0, -start) if self.task.kind == "beat" else 0  # a beat stays in the middle of its window
+        cut = signal[max(0, start) : max(0, start) + self.signal_len - lead]
         features = self.task.features[item["beat"]]
         if self.draws and self.strength:
             rate = self.store.prepare.fs or float(row["fs"])
             cut = augment((cut - cut.mean()) / max(float(cut.std()), 1e-6), rng, rate, self.strength, self.flip)
             features = features + np.float32(0.1 * self.strength) * rng.standard_normal(len(features), np.float32)
         x, real = self.store.prepare.window(cut, self.signal_len, lead)
-        return {"x": torch.from_numpy(x), "real": torch.from_numpy(real), "label": int(item["label"]),
-                "features": torch.from_numpy(features), "index": place, "name": f"{row['name'].decode()}@{start}"}
+        return {
+            "x": torch.from_numpy(x),
+            "real": torch.from_numpy(real),
+            "label": int(item["label"]),
+            "features": torch.from_numpy(features),
+            "index": place,
+            "name": f"{row['name'].decode()}@{start}",
+        }

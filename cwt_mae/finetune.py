@@ -7,6 +7,7 @@ records are never looked at here: steps, the checkpoint and the correction of th
 
 Upstream file: finetune.py (layer-wise learning rates, mixup, label smoothing). Differences: README.md.
 """
+
 import argparse
 import json
 import sys
@@ -37,7 +38,9 @@ def parse_args(argv=None):
     data = parser.add_argument_group("data")
     data.add_argument("--data", nargs="+", required=True, help="labelled files and folders of them")
     data.add_argument("--task", choices=("beat", "rhythm", "series"), required=True, help="what a label belongs to (dataset_finetune.py)")
-    data.add_argument("--split", help="JSON {train: [names], test: [names]} (None: UCR parts, or the list DS1 for training and the rest for the test)")
+    data.add_argument(
+        "--split", help="JSON {train: [names], test: [names]} (None: UCR parts, or the list DS1 for training and the rest for the test)"
+    )
     data.add_argument("--folds", type=int, default=4, help="parts of the training subjects; one is the validation part")
     data.add_argument("--fold", type=int, default=0, help="which part validates; -1: none, train on all and keep the last weights")
     data.add_argument("--cache", help="folder for the prepared signals (None: data/cwt_mae/cache)")
@@ -45,13 +48,17 @@ def parse_args(argv=None):
     data.add_argument("--skip-bad", action="store_true", help="leave bad records and labels out, counted, instead of stopping")
     data.add_argument("--workers", type=int, default=0, help="loader processes for each training process")
     model = parser.add_argument_group("model")
-    model.add_argument("--pretrained", required=True, help="model.safetensors of train.py, or an upstream checkpoint; its configuration is used")
+    model.add_argument(
+        "--pretrained", required=True, help="model.safetensors of train.py, or an upstream checkpoint; its configuration is used"
+    )
     model.add_argument("--random-init", action="store_true", help="keep the configuration but not the weights: the control of pre-training")
     model.add_argument("--signal-len", type=int, default=0, help="window, samples; 0 = as pre-trained, else positions are interpolated")
     model.add_argument("--freeze", action="store_true", help="train the head alone")
     model.add_argument("--head", choices=("cot", "mlp"), default="cot", help="latent reasoning tokens, or residual MLP on the mean token")
     model.add_argument("--reasoning-tokens", type=int, default=8, help="of the cot head")
-    model.add_argument("--center-columns", type=int, default=0, help="mlp head: join this many time columns round the middle; 0 = mean of all")
+    model.add_argument(
+        "--center-columns", type=int, default=0, help="mlp head: join this many time columns round the middle; 0 = mean of all"
+    )
     model.add_argument("--hidden-dim", type=int, default=512, help="width of the mlp head")
     model.add_argument("--res-blocks", type=int, default=2, help="of the mlp head")
     model.add_argument("--dropout", type=float, default=0.0, help="in the mlp head")
@@ -69,7 +76,9 @@ def parse_args(argv=None):
     optim.add_argument("--clip", type=float, default=3.0, help="largest gradient norm")
     optim.add_argument("--label-smoothing", type=float, default=0.1)
     optim.add_argument("--mixup", type=float, default=0.0, help="Beta(a, a) of the blend of two windows; 0 = none (upstream 0.2)")
-    optim.add_argument("--sampling-power", type=float, default=1.0, help="a class is drawn in proportion to count^power: 1 as it is, 0 balanced")
+    optim.add_argument(
+        "--sampling-power", type=float, default=1.0, help="a class is drawn in proportion to count^power: 1 as it is, 0 balanced"
+    )
     optim.add_argument("--class-weights", action=flag, default=False, help="weigh the loss by 1 / class frequency")
     optim.add_argument("--augment", type=float, default=0.0, help="strength of gain, drift and noise; 1 = up to 20 %%, 15 %%, 8 %%")
     optim.add_argument("--jitter", type=int, default=0, help="largest shift of a window, samples")
@@ -104,16 +113,26 @@ def layer_groups(model, lr: float, decay: float, encoder: float, weight_decay: f
             level = 0
         part = name.startswith("encoder_model.")
         decayed = not (parameter.ndim < 2 or "pos_embed" in name or "token" in name)
-        group = groups.setdefault((level, part, decayed), {"params": [], "scale": decay ** (depth + 1 - level) * (encoder if part else 1), "weight_decay": weight_decay if decayed else 0.0, "lr": lr})
+        group = groups.setdefault(
+            (level, part, decayed),
+            {
+                "params": [],
+                "scale": decay ** (depth + 1 - level) * (encoder if part else 1),
+                "weight_decay": weight_decay if decayed else 0.0,
+                "lr": lr,
+            },
+        )
         group["params"].append(parameter)
     return list(groups.values())
 
 
 def loss_of(logits, batch, smoothing: float, weights):
     """Cross-entropy with label smoothing, blended where the batch is, weighed by class: mean over the batch."""
+
     def one(labels):
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing, reduction="none")
         return loss if weights is None else loss * weights[labels]
+
     if "share" not in batch:
         return one(batch["label"]).mean()
     return (batch["share"] * one(batch["label"]) + (1 - batch["share"]) * one(batch["label2"])).mean()
@@ -141,8 +160,11 @@ def corrected(logits: np.ndarray, shift: np.ndarray, tau: float) -> np.ndarray:
 
 
 def main(args):
-    accelerator = Accelerator(gradient_accumulation_steps=args.accum, mixed_precision="bf16" if args.bf16 else "no",
-                              dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed))
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.accum,
+        mixed_precision="bf16" if args.bf16 else "no",
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+    )
     seed_everything(args.seed)
 
     # data: prepared as the pre-trained model's were
@@ -163,12 +185,26 @@ def main(args):
         train_set, val_set = train.select(~held), train.select(held)
         val_set = DownstreamClassificationDataset(store, val_set, signal_len)
     size = args.batch_size * accelerator.num_processes * args.accum
-    train_set = DownstreamClassificationDataset(store, train_set, signal_len, args.seed, draws=size * min(200, args.max_steps), power=args.sampling_power,
-                                                strength=args.augment, jitter=args.jitter, flip=args.flip, mixup=args.mixup)
+    train_set = DownstreamClassificationDataset(
+        store,
+        train_set,
+        signal_len,
+        args.seed,
+        draws=size * min(200, args.max_steps),
+        power=args.sampling_power,
+        strength=args.augment,
+        jitter=args.jitter,
+        flip=args.flip,
+        mixup=args.mixup,
+    )
     counts, classes = train_set.task.counts(), task.classes
     prior = counts / counts.sum()
     shift = np.where(counts > 0, np.log(np.maximum(train_set.drawn_prior, 1e-9) / np.maximum(prior, 1e-9)), 0.0)
-    weights = torch.tensor(np.where(counts > 0, counts.sum() / np.maximum(counts, 1) / (counts > 0).sum(), 0.0), dtype=torch.float32) if args.class_weights else None
+    weights = (
+        torch.tensor(np.where(counts > 0, counts.sum() / np.maximum(counts, 1) / (counts > 0).sum(), 0.0), dtype=torch.float32)
+        if args.class_weights
+        else None
+    )
     use_features = args.features and task.features.shape[1] > 0
     seen = task.features[train_set.task.items["beat"]] if use_features else None
     features = (torch.from_numpy(seen.mean(0)), torch.from_numpy(seen.std(0) + 1e-3)) if use_features else None
@@ -177,9 +213,19 @@ def main(args):
 
     # model, optimizer
     try:
-        model = TF_MAE_Classifier(None if args.random_init else args.pretrained, len(classes), use_cot=args.head == "cot", num_reasoning_tokens=args.reasoning_tokens,
-                                  hidden_dim=args.hidden_dim, dropout_rate=args.dropout, input_dropout=args.input_dropout, num_res_blocks=args.res_blocks, center_columns=args.center_columns,
-                                  num_features=task.features.shape[1] if use_features else 0, **(config | {"signal_len": signal_len}))
+        model = TF_MAE_Classifier(
+            None if args.random_init else args.pretrained,
+            len(classes),
+            use_cot=args.head == "cot",
+            num_reasoning_tokens=args.reasoning_tokens,
+            hidden_dim=args.hidden_dim,
+            dropout_rate=args.dropout,
+            input_dropout=args.input_dropout,
+            num_res_blocks=args.res_blocks,
+            center_columns=args.center_columns,
+            num_features=task.features.shape[1] if use_features else 0,
+            **(config | {"signal_len": signal_len}),
+        )
     except ValueError as error:
         raise UserError(str(error)) from error
     if args.freeze:
@@ -194,9 +240,16 @@ def main(args):
         state = load_step(accelerator, path)
         accelerator.print(f"resumed from {path}")
     if accelerator.is_main_process:
-        print(f"{describe(plain)} | {len(set(train_set.task.items['record']))} training records, windows {dict(zip(classes, counts.tolist()))} | validation "
-              + (f"{len(set(val_set.task.items['record']))} records, {dict(zip(classes, val_set.task.counts().tolist()))}" if val_set else "none")
-              + f" | batch {size} | {args.max_steps} steps, lr {args.lr:g}")
+        print(
+            f"{describe(plain)} | {len(set(train_set.task.items['record']))} training records, "
+            f"windows {dict(zip(classes, counts.tolist()))} | validation "
+            + (
+                f"{len(set(val_set.task.items['record']))} records, {dict(zip(classes, val_set.task.counts().tolist()))}"
+                if val_set
+                else "none"
+            )
+            + f" | batch {size} | {args.max_steps} steps, lr {args.lr:g}"
+        )
     log = Log(out, accelerator, args.max_steps, state["step"])
     feature_lists = None if features is None else [f.tolist() for f in features]
 
@@ -206,18 +259,36 @@ def main(args):
             chosen = dict(state, tau=0.0)
             if val_set:
                 logits, labels = predict(plain, val_set, features, device), val_set.task.items["label"]
-                found = {tau: scores(corrected(logits, shift, tau), labels, classes) for tau in (TAUS if np.abs(shift).max() > 0.01 else (0.0,))}
+                found = {
+                    tau: scores(corrected(logits, shift, tau), labels, classes) for tau in (TAUS if np.abs(shift).max() > 0.01 else (0.0,))
+                }
                 chosen["tau"] = max(found, key=lambda tau: (found[tau]["macro_f1"], -tau))
                 result = found[chosen["tau"]]
                 value = result["auroc"] if len(classes) == 2 and np.isfinite(result["auroc"]) else result["macro_f1"]
-                log.log(state["step"], val_macro_f1=result["macro_f1"], val_accuracy=result["accuracy"], val_auroc=result["auroc"], tau=chosen["tau"])
+                log.log(
+                    state["step"],
+                    val_macro_f1=result["macro_f1"],
+                    val_accuracy=result["accuracy"],
+                    val_auroc=result["auroc"],
+                    tau=chosen["tau"],
+                )
             else:
                 result, value = {}, -1.0
             if not val_set or args.select == "last" or value > state["best"]:
                 state.update(best=float(value), tau=chosen["tau"])
-                save_model(out / "model.safetensors", plain, task=args.task, classes=classes, features=feature_lists, shift=shift.tolist(), tau=chosen["tau"],
-                           step=state["step"])
-                atomic_write(out / "metrics.json", json.dumps({"step": state["step"], "tau": chosen["tau"], "validation": result}, indent=1))
+                save_model(
+                    out / "model.safetensors",
+                    plain,
+                    task=args.task,
+                    classes=classes,
+                    features=feature_lists,
+                    shift=shift.tolist(),
+                    tau=chosen["tau"],
+                    step=state["step"],
+                )
+                atomic_write(
+                    out / "metrics.json", json.dumps({"step": state["step"], "tau": chosen["tau"], "validation": result}, indent=1)
+                )
         accelerator.wait_for_everyone()
 
     tick = time.perf_counter()
@@ -234,7 +305,11 @@ def main(args):
                 if accelerator.sync_gradients:
                     grad = accelerator.clip_grad_norm_(model.parameters(), args.clip)
                     warmup = args.max_steps // 20
-                    rate = lr_at(state["step"], args.max_steps, warmup, args.lr, 0.0) if args.schedule == "cosine" or state["step"] < warmup else args.lr
+                    rate = (
+                        lr_at(state["step"], args.max_steps, warmup, args.lr, 0.0)
+                        if args.schedule == "cosine" or state["step"] < warmup
+                        else args.lr
+                    )
                     for group in optimizer.param_groups:
                         group["lr"] = rate * group["scale"]
                 optimizer.step()
@@ -245,8 +320,13 @@ def main(args):
             state["step"] += 1
             done = state["step"] == args.max_steps
             if state["step"] % args.log_every == 0 or done:
-                log.log(state["step"], loss=accelerator.gather(loss.detach()[None]).mean(), lr=rate, grad=grad,
-                        steps_per_s=args.log_every / (time.perf_counter() - tick))
+                log.log(
+                    state["step"],
+                    loss=accelerator.gather(loss.detach()[None]).mean(),
+                    lr=rate,
+                    grad=grad,
+                    steps_per_s=args.log_every / (time.perf_counter() - tick),
+                )
                 tick = time.perf_counter()
             if state["step"] % args.eval_every == 0 or done:
                 evaluate()
@@ -260,8 +340,10 @@ def main(args):
             state["epoch"], state["batch"] = state["epoch"] + 1, 0
     log.close()
     if accelerator.is_main_process and val_set:
-        print(f"validation, step {json.loads((out / 'metrics.json').read_text())['step']}: "
-              + describe_scores(json.loads((out / "metrics.json").read_text())["validation"]))
+        print(
+            f"validation, step {json.loads((out / 'metrics.json').read_text())['step']}: "
+            + describe_scores(json.loads((out / "metrics.json").read_text())["validation"])
+        )
     accelerator.print(f"done; classifier in {out / 'model.safetensors'}; score the test records with cwt_mae/test.py")
     accelerator.end_training()
 

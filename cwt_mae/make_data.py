@@ -10,6 +10,7 @@ Every subject has an own heart: wave shapes, rate, noise and sampling rate. Rhyt
 B (bigeminy: every second beat ventricular), SVTA (fast, narrow, no P wave), VT (fast, wide). The signals are drawn, not
 recorded: they train nothing that should meet a patient.
 """
+
 import argparse
 import json
 import sys
@@ -46,7 +47,7 @@ def beat_times(rhythm: str, seconds: float, rate: float, rng) -> list[tuple[floa
         odd = not odd
         if rhythm == "N":
             code, gap = "N", (1 + 0.04 * np.sin(2 * np.pi * 0.25 * now) + 0.015 * rng.standard_normal()) / rate
-            if rng.random() < 0.02:                       # a premature atrial beat now and then
+            if rng.random() < 0.02:  # a premature atrial beat now and then
                 code, gap = "A", 0.95 / rate
                 now -= 0.3 / rate
         elif rhythm == "AFIB":
@@ -55,9 +56,9 @@ def beat_times(rhythm: str, seconds: float, rate: float, rng) -> list[tuple[floa
             code = "N" if odd else "V"
             gap = (0.62 if odd else 1.3) / rate * (1 + 0.02 * rng.standard_normal())
         elif rhythm == "SVTA":
-            code, gap = "A", (1 + 0.01 * rng.standard_normal()) / rng.uniform(2.5, 2.7)
+            code, gap = "A", (1 + 0.01 * rng.standard_normal()) / rng.uniform(1.9, 2.6)
         else:
-            code, gap = "V", (1 + 0.03 * rng.standard_normal()) / rng.uniform(2.4, 2.6)
+            code, gap = "V", (1 + 0.03 * rng.standard_normal()) / rng.uniform(1.9, 2.6)
         if not times or now > times[-1][0] + 0.2:
             times.append((now, code))
         now += max(0.25, gap)
@@ -66,7 +67,7 @@ def beat_times(rhythm: str, seconds: float, rate: float, rng) -> list[tuple[floa
 
 def draw_ecg(rng, seconds: float, fs: float):
     """One subject's ECG: signal in mV (L,) and annotations (sample, symbol, rhythm text)."""
-    rate, total = rng.uniform(0.9, 1.5), int(seconds * fs)
+    rate, total = rng.uniform(0.9, 1.8), int(seconds * fs)
     normal = NORMAL * (1 + np.array([0.1, 0.2, 0.25]) * rng.standard_normal(NORMAL.shape))
     normal[2, 0] = 0.0
     wide = VENTRICULAR * (1 + np.array([0.2, 0.25, 0.3]) * rng.standard_normal(VENTRICULAR.shape))
@@ -77,12 +78,12 @@ def draw_ecg(rng, seconds: float, fs: float):
     while start < seconds:
         rhythm = RHYTHMS[rng.choice(len(RHYTHMS), p=(0.36, 0.2, 0.16, 0.14, 0.14))]
         length = rng.uniform(20, 45)
-        if seconds - start - length < 12:                 # no rest that is too short for a rhythm
+        if seconds - start - length < 12:  # no rest that is too short for a rhythm
             length = seconds - start
         notes.append((round(start * fs), "+", f"({rhythm}"))
         for time, code in beat_times(rhythm, length, rate, rng):
             waves = wide if code == "V" else normal
-            if code == "A" or rhythm == "AFIB":           # the P wave is hidden or missing
+            if code == "A" or rhythm == "AFIB":  # the P wave is hidden or missing
                 waves = normal[1:]
             stretch = rng.normal(1, 0.03)
             for offset, width, height in waves:
@@ -94,10 +95,12 @@ def draw_ecg(rng, seconds: float, fs: float):
                 notes.append((sample, code, ""))
         if rhythm == "AFIB":
             here = (clock >= start) & (clock < start + length)
-            signal[here] += rng.uniform(0.03, 0.07) * np.sin(2 * np.pi * (rng.uniform(5, 7) * clock[here] + 0.3 * np.sin(2 * np.pi * 0.7 * clock[here])))
+            signal[here] += rng.uniform(0.03, 0.07) * np.sin(
+                2 * np.pi * (rng.uniform(5, 7) * clock[here] + 0.3 * np.sin(2 * np.pi * 0.7 * clock[here]))
+            )
         start += length
-    drift = sum(rng.uniform(0.05, 0.2) * np.sin(2 * np.pi * (f * clock + rng.random())) for f in (0.07, 0.21, 0.33))
-    noise = rng.standard_normal(total) * rng.uniform(0.03, 0.10)
+    drift = sum(rng.uniform(0.05, 0.4) * np.sin(2 * np.pi * (f * clock + rng.random())) for f in (0.07, 0.21, 0.33))
+    noise = rng.standard_normal(total) * rng.uniform(0.05, 0.3) * np.sqrt(fs / 180)  # the same noise per band at every rate
     hum = rng.uniform(0, 0.05) * np.sin(2 * np.pi * 50 * clock)
     return signal * rng.uniform(0.7, 1.4) + drift + noise + hum, notes
 
@@ -126,9 +129,18 @@ def main(args):
             fs = int(rng.choice([125, 180, 250, 360]))
             signal, notes = draw_ecg(rng, args.seconds, fs)
             sample, symbol, aux = zip(*sorted(notes))
-            np.savez_compressed(folder / "labelled" / f"{name}.npz", sig=np.round(signal * 200).clip(-32768, 32767).astype(np.int16), fs=np.int32(fs),
-                                gain=np.int32(200), lead="MLII", subject=name, ann_sample=np.array(sample, np.int32), ann_symbol=np.array(symbol),
-                                ann_aux=np.array(aux), ann_aami=np.array([AAMI_NUMBER.get(s, -1) for s in symbol], np.int8))
+            np.savez_compressed(
+                folder / "labelled" / f"{name}.npz",
+                sig=np.round(signal * 200).clip(-32768, 32767).astype(np.int16),
+                fs=np.int32(fs),
+                gain=np.int32(200),
+                lead="MLII",
+                subject=name,
+                ann_sample=np.array(sample, np.int32),
+                ann_symbol=np.array(symbol),
+                ann_aux=np.array(aux),
+                ann_aami=np.array([AAMI_NUMBER.get(s, -1) for s in symbol], np.int8),
+            )
         test = names[2::3]
         (folder / "labelled" / "split.json").write_text(json.dumps({"train": [n for n in names if n not in test], "test": test}, indent=1))
         for i in range(args.ppg):

@@ -1,4 +1,5 @@
 """Scores of a classifier with intervals, and the files and pictures that show them."""
+
 import sys
 from pathlib import Path
 
@@ -31,7 +32,9 @@ def auroc(probabilities: np.ndarray, labels: np.ndarray) -> float:
     """Area under the ROC curve: of class 1 of two, else one against the rest, mean over the classes that occur; nan if one class."""
     if probabilities.shape[1] == 2:
         return float(roc_auc_score(labels == 1, probabilities[:, 1])) if len(set(labels)) == 2 else float("nan")
-    areas = [roc_auc_score(labels == c, probabilities[:, c]) for c in range(probabilities.shape[1]) if 0 < (labels == c).sum() < len(labels)]
+    areas = [
+        roc_auc_score(labels == c, probabilities[:, c]) for c in range(probabilities.shape[1]) if 0 < (labels == c).sum() < len(labels)
+    ]
     return float(np.mean(areas)) if areas else float("nan")
 
 
@@ -43,10 +46,17 @@ def scores(probabilities, labels, classes: list, groups=None, resamples: int = 0
     """
     count, predicted = len(classes), probabilities.argmax(1)
     matrix = confusion(labels, predicted, count)
-    result = {"windows": len(labels), "accuracy": float((predicted == labels).mean()), "macro_f1": macro_f1(matrix), "auroc": auroc(probabilities, labels),
-              "per_class": {name: dict(zip(("precision", "recall", "f1"), map(float, row)), windows=int(n))
-                            for name, row, n in zip(classes, class_table(matrix), matrix.sum(1))},
-              "confusion": matrix.tolist()}
+    result = {
+        "windows": len(labels),
+        "accuracy": float((predicted == labels).mean()),
+        "macro_f1": macro_f1(matrix),
+        "auroc": auroc(probabilities, labels),
+        "per_class": {
+            name: dict(zip(("precision", "recall", "f1"), map(float, row)), windows=int(n))
+            for name, row, n in zip(classes, class_table(matrix), matrix.sum(1))
+        },
+        "confusion": matrix.tolist(),
+    }
     if resamples:
         rng = np.random.default_rng(seed)
         units = np.arange(len(labels)) if groups is None else np.unique(groups, return_inverse=True)[1]
@@ -60,9 +70,12 @@ def scores(probabilities, labels, classes: list, groups=None, resamples: int = 0
 
 def describe_scores(result: dict) -> str:
     """A few lines for the screen."""
-    lines = [f"{result['windows']} windows | accuracy {result['accuracy']:.3f} | macro-F1 {result['macro_f1']:.3f}"
-             + (" [{:.3f}, {:.3f}]".format(*result["macro_f1_95"]) if "macro_f1_95" in result else "") + f" | AUROC {result['auroc']:.3f}",
-             f"  {'class':12} {'windows':>8} {'precision':>9} {'recall':>7} {'F1':>6}"]
+    lines = [
+        f"{result['windows']} windows | accuracy {result['accuracy']:.3f} | macro-F1 {result['macro_f1']:.3f}"
+        + (" [{:.3f}, {:.3f}]".format(*result["macro_f1_95"]) if "macro_f1_95" in result else "")
+        + f" | AUROC {result['auroc']:.3f}",
+        f"  {'class':12} {'windows':>8} {'precision':>9} {'recall':>7} {'F1':>6}",
+    ]
     for name, row in result["per_class"].items():
         lines.append(f"  {name:12} {row['windows']:8d} {row['precision']:9.3f} {row['recall']:7.3f} {row['f1']:6.3f}")
     return "\n".join(lines)
@@ -78,7 +91,15 @@ def draw_confusion(matrix, classes: list, path, title: str = ""):
     axis.grid(False)
     for i in range(len(classes)):
         for j in range(len(classes)):
-            axis.text(j, i, f"{matrix[i, j]}\n{share[i, j]:.0%}", ha="center", va="center", fontsize=8, color="white" if share[i, j] > 0.6 else "black")
+            axis.text(
+                j,
+                i,
+                f"{matrix[i, j]}\n{share[i, j]:.0%}",
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="white" if share[i, j] > 0.6 else "black",
+            )
     axis.set_xticks(range(len(classes)), classes)
     axis.set_yticks(range(len(classes)), classes)
     axis.set_xlabel("predicted")

@@ -6,6 +6,7 @@ A logistic regression on the mean and the deviation of the frozen encoder's toke
 on the test records. The same encoder with random weights (--random-seeds of them) is the control: on many tasks it is
 hard to beat.
 """
+
 import argparse
 import json
 import sys
@@ -38,7 +39,9 @@ def parse_args(argv=None):
     parser.add_argument("--task", choices=("beat", "rhythm", "series"), required=True, help="what a label belongs to")
     parser.add_argument("--data", nargs="+", required=True, help="labelled files and folders of them")
     parser.add_argument("--out", required=True, help="folder for the results")
-    parser.add_argument("--split", help="JSON {train: [names], test: [names]} (None: UCR parts, or DS1 for training and the rest for the test)")
+    parser.add_argument(
+        "--split", help="JSON {train: [names], test: [names]} (None: UCR parts, or DS1 for training and the rest for the test)"
+    )
     parser.add_argument("--random-seeds", type=int, default=3, help="encoders with random weights to compare with")
     parser.add_argument("--resamples", type=int, default=1000, help="bootstrap draws for the interval")
     parser.add_argument("--cache", help="folder for the prepared signals (None: data/cwt_mae/cache)")
@@ -80,19 +83,34 @@ def main(args):
         results[name] = scores(found, test.task.items["label"], task.classes, groups, args.resamples)
         print(f"{name}: {describe_scores(results[name])}")
     values = {name: result["macro_f1"] for name, result in results.items()}
-    chance = scores(np.tile(np.eye(len(task.classes))[train.task.counts().argmax()], (len(test), 1)), test.task.items["label"], task.classes)["macro_f1"]
+    chance = scores(
+        np.tile(np.eye(len(task.classes))[train.task.counts().argmax()], (len(test), 1)), test.task.items["label"], task.classes
+    )["macro_f1"]
     figure, axis = new_figure(1, 1)
     axis.bar(list(values), list(values.values()), color=["#2a6fbb"] + ["#5b6770"] * args.random_seeds)
     low, high = results["pre-trained"]["macro_f1_95"]
-    axis.errorbar([0], [values["pre-trained"]], yerr=[[max(0, values["pre-trained"] - low)], [max(0, high - values["pre-trained"])]], color="black", capsize=4)
+    axis.errorbar(
+        [0],
+        [values["pre-trained"]],
+        yerr=[[max(0, values["pre-trained"] - low)], [max(0, high - values["pre-trained"])]],
+        color="black",
+        capsize=4,
+    )
     axis.axhline(chance, color="0.4", ls=":", label="always the most frequent class")
     axis.set_ylabel("macro-F1 of a linear probe")
     axis.legend()
     save_figure(figure, out / "figures" / "probe.png")
-    draw_confusion(results["pre-trained"]["confusion"], task.classes, out / "figures" / "confusion.png", "linear probe, pre-trained encoder")
+    draw_confusion(
+        results["pre-trained"]["confusion"], task.classes, out / "figures" / "confusion.png", "linear probe, pre-trained encoder"
+    )
     random_mean = float(np.mean([v for n, v in values.items() if n != "pre-trained"]))
-    atomic_write(out / "metrics.json", json.dumps({"macro_f1": values["pre-trained"], "interval": [low, high], "random_mean": random_mean, "chance": chance,
-                                                   "results": results}, indent=1))
+    atomic_write(
+        out / "metrics.json",
+        json.dumps(
+            {"macro_f1": values["pre-trained"], "interval": [low, high], "random_mean": random_mean, "chance": chance, "results": results},
+            indent=1,
+        ),
+    )
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ py study.py builtin --out "$B"
 
 if [ -d "${DATA_ROOT:-/nowhere}/ecg/mitbih" ]; then
   M=$DATA_ROOT/ecg/mitbih seeds=$(steps "0" "0 1 2")
-  study() { py study.py "$@" --pretrain-steps "$(steps 30 1500)" --finetune-steps "$(steps 20 1000)"; }
+  study() { py study.py "$@" --pretrain-steps "$(steps 30 1500)" --finetune-steps "$(steps 20 800)"; }
   if [ "${OMP_NUM_THREADS:-1}" -ge 3 ]; then              # small models gain more from one core each
     waiting=()
     for seed in $seeds; do OMP_NUM_THREADS=1 study beat --data "$M" --out "$OUT/mitbih" --seed "$seed" & waiting+=($!); done

@@ -1,12 +1,13 @@
 """The study that run_builtin.sh makes on real data, one command a part; every number of the README's tables comes from here.
 
     python cwt_mae/study.py beat   --data mitbih --out runs/cwt_mae/mitbih --seed 0      # trains; never looks at the test records
-    python cwt_mae/study.py score  --data mitbih --out runs/cwt_mae/mitbih --seeds 0 1 2 # the test records, once, at the end
+    python cwt_mae/study.py score  --data mitbih --out runs/cwt_mae/mitbih --seeds 0 1 2 # the test records, once
     python cwt_mae/study.py series --data ecg200.npz --out runs/cwt_mae/ecg200 --seeds 0 1 2 3 4
     python cwt_mae/study.py builtin --out runs/cwt_mae/builtin                           # collects what run_builtin.sh made
 
 Each part calls the scripts of this folder as a user would; it adds nothing but the bookkeeping of CPU time.
 """
+
 import argparse
 import json
 import sys
@@ -23,14 +24,14 @@ from common.summary import write_result
 from cwt_mae import baselines, finetune, test, train
 from cwt_mae.dataset_finetune import DS1
 
-# Sizes: thin patches over the whole height of the image, log-spaced scales, the plain signal beside the image (README.md)
-SIZES = ("--cwt-scales 16 --lowest-scale 0.7 --scale-step 1.25 --log-scales --patch-size-freq 16 --embed-dim 64 --depth 3 --num-heads 4 "
-         "--decoder-embed-dim 48 --decoder-depth 1 --decoder-num-heads 4 --no-patch-norm --raw-patches").split()
-BEAT = "--model-fs 90 --signal-len 180".split()           # 2 s round the beat, 20 patches of 0.1 s
-BEAT_TUNE = ("--task beat --folds 4 --head mlp --center-columns 6 --hidden-dim 32 --res-blocks 0 --dropout 0.3 --input-dropout 0.8 --batch-size 128 "
-             "--lr 2e-3 --label-smoothing 0.05 --sampling-power 0.5 --augment 1 --jitter 2 --select last --eval-every 10000 --save-every 10000").split()
-SERIES_TUNE = ("--task series --head mlp --hidden-dim 32 --res-blocks 0 --dropout 0.2 --batch-size 32 --lr 2e-3 --layer-decay 0.75 --label-smoothing 0.05 "
-               "--augment 1 --jitter 2 --fold -1 --save-every 10000").split()
+# Thin patches over the whole height of the image, log-spaced scales, the plain signal beside the image (README.md)
+SIZES = dict(cwt_scales=16, lowest_scale=0.7, scale_step=1.25, log_scales=True, patch_size_freq=16, embed_dim=64, depth=3, num_heads=4,
+             decoder_embed_dim=48, decoder_depth=1, decoder_num_heads=4, patch_norm=False, raw_patches=True, batch_size=64, lr=2e-3)
+BEAT = dict(model_fs=90, signal_len=180)                  # 2 s round the beat, 20 patches of 0.1 s
+BEAT_TUNE = dict(task="beat", folds=4, head="mlp", center_columns=6, hidden_dim=32, res_blocks=0, dropout=0.3, input_dropout=0.8,
+                 batch_size=128, lr=2e-3, label_smoothing=0.05, sampling_power=0.5, augment=1, jitter=2, select="last", eval_every=10000)
+SERIES_TUNE = dict(task="series", fold=-1, head="mlp", hidden_dim=32, res_blocks=0, dropout=0.2, batch_size=32, lr=2e-3,
+                   label_smoothing=0.05, augment=1, jitter=2)
 STATED = {"ecg200": {"1-NN": 0.880, "FCN (published)": 0.889}, "ecg5000": {"1-NN": 0.979}}
 
 
@@ -42,35 +43,44 @@ def parse_args(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="beat: this seed, and validation fold seed modulo 4")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="score, series: these seeds")
     parser.add_argument("--pretrain-steps", type=int, default=1500)
-    parser.add_argument("--finetune-steps", type=int, default=1000)
+    parser.add_argument("--finetune-steps", type=int, default=800)
     parser.add_argument("--cache", help="folder for the prepared signals (None: data/cwt_mae/cache)")
     return parser.parse_args(argv)
 
 
-def call(module, *options) -> float:
-    """Run one script in this process; returns its CPU seconds."""
+def call(module, **options) -> float:
+    """Run one script in this process, `max_steps=5` standing for `--max-steps 5`; returns its CPU seconds."""
+    words = []
+    for name, value in options.items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            words += [flag if value else flag.replace("--", "--no-", 1)]
+        elif value is not None:
+            words += [flag, *map(str, value if isinstance(value, list) else [value])]
     start = time.process_time()
-    module.main(module.parse_args([str(option) for option in options]))
+    module.main(module.parse_args(words))
     return time.process_time() - start
 
 
 def beat(args):
     """One seed: pre-train on DS1 without labels, fine-tune, random weights for the same total CPU time, small CNN."""
+    out, seed = Path(args.out), args.seed
     if not trainable(args.data):
-        if (Path(args.out) / f"tuned-{args.seed}" / "model.safetensors").is_file():
-            print(f"{args.data}: no record of DS1 to train on; its records will be scored with the classifiers in {args.out}")
-            return
-        raise UserError(f"{args.data}: no record of DS1 to train on, and no classifier of an earlier run in {args.out}; train on a folder with DS1 first")
-    common, out = ["--data", args.data, *(["--cache", args.cache] if args.cache else []), "--overwrite", "--seed", args.seed], Path(args.out)
-    fold, tune = ["--fold", args.seed % 4], args.finetune_steps
-    cpu = {"pre-training": call(train, *common, "--split", "ds1", *SIZES, *BEAT, "--patch-size-time", 9, "--batch-size", 64, "--lr", 2e-3, "--probe", "beat",
-                                "--max-steps", args.pretrain_steps, "--eval-every", 500, "--log-every", 100, "--out", out / f"pretrained-{args.seed}")}
-    start = [*common, *BEAT_TUNE, *fold, "--pretrained", out / f"pretrained-{args.seed}" / "model.safetensors"]
-    cpu["fine-tuning"] = call(finetune, *start, "--encoder-lr", 0.05, "--layer-decay", 0.75, "--max-steps", tune, "--out", out / f"tuned-{args.seed}")
-    longer = round(tune * (cpu["pre-training"] + cpu["fine-tuning"]) / cpu["fine-tuning"])
-    cpu["random weights"] = call(finetune, *start, "--random-init", "--layer-decay", 1, "--max-steps", longer, "--out", out / f"random-{args.seed}")
-    cpu["cnn"] = call(baselines, *common, "--kind", "cnn", "--task", "beat", *BEAT, *fold, "--max-steps", tune, "--sampling-power", 0.5, "--out", out / f"cnn-{args.seed}")
-    atomic_write(out / f"cpu-{args.seed}.json", json.dumps({**cpu, "random weights, steps": longer}, indent=1))
+        if not (out / f"tuned-{seed}" / "model.safetensors").is_file():
+            raise UserError(f"{args.data}: no record of DS1 to train on, and no classifier of an earlier run in {out}; train on DS1 first")
+        print(f"{args.data}: no record of DS1 to train on; its records will be scored with the classifiers in {out}")
+        return
+    common, steps, cpu = dict(data=args.data, cache=args.cache, overwrite=True, seed=seed), args.finetune_steps, {}
+    base = out / f"pretrained-{seed}"
+    cpu["pre-training"] = call(train, **common, **SIZES, **BEAT, patch_size_time=9, split="ds1", probe="beat", out=base,
+                               max_steps=args.pretrain_steps, eval_every=500, log_every=100)
+    tune = common | BEAT_TUNE | dict(fold=seed % 4, pretrained=base / "model.safetensors")
+    cpu["fine-tuning"] = call(finetune, **tune, encoder_lr=0.05, layer_decay=0.75, max_steps=steps, out=out / f"tuned-{seed}")
+    longer = round(steps * (cpu["pre-training"] + cpu["fine-tuning"]) / cpu["fine-tuning"])
+    cpu["random weights"] = call(finetune, **tune, random_init=True, layer_decay=1, max_steps=longer, out=out / f"random-{seed}")
+    cpu["cnn"] = call(baselines, **common, **BEAT, kind="cnn", task="beat", fold=seed % 4, max_steps=steps, sampling_power=0.5,
+                      out=out / f"cnn-{seed}")
+    atomic_write(out / f"cpu-{seed}.json", json.dumps({**cpu, "random weights, steps": longer}, indent=1))
 
 
 def trainable(folder) -> bool:
@@ -84,19 +94,17 @@ def metrics(folder) -> dict:
 
 def score(args):
     """The test records: each seed of each model, their ensembles, and the forests; one row of the closing table."""
-    out, cache = Path(args.out), ["--cache", args.cache] if args.cache else []
-    found = {}
+    out, common, found = Path(args.out), dict(data=args.data, cache=args.cache, overwrite=True), {}
     for name in ("tuned", "random"):
         files = [out / f"{name}-{seed}" / "model.safetensors" for seed in args.seeds]
         for seed, file in zip(args.seeds, files):
-            call(test, "--model", file, "--data", args.data, *cache, "--out", out / f"{name}-{seed}-test", "--overwrite")
-        call(test, "--model", *files, "--data", args.data, *cache, "--out", out / f"{name}-ensemble-test", "--overwrite")
+            call(test, **common, model=file, out=out / f"{name}-{seed}-test")
+        call(test, **common, model=files, out=out / f"{name}-ensemble-test")
         found[name] = [metrics(out / f"{name}-{seed}-test") for seed in args.seeds] + [metrics(out / f"{name}-ensemble-test")]
     rows = {"pre-trained": found["tuned"][:-1], "random weights, same CPU": found["random"][:-1]}
     if trainable(args.data):                              # the other controls are trained and scored in one go
-        call(baselines, "--kind", "readme", "--task", "beat", "--model-fs", 180, "--low-hz", 0, "--signal-len", 180, "--data", args.data, *cache,
-             "--out", out / "forest", "--overwrite")
-        call(baselines, "--kind", "forest", "--task", "beat", *BEAT, "--data", args.data, *cache, "--out", out / "forest-features", "--overwrite")
+        call(baselines, **common, kind="readme", task="beat", model_fs=180, low_hz=0, signal_len=180, out=out / "forest")
+        call(baselines, **common, **BEAT, kind="forest", task="beat", out=out / "forest-features")
         rows |= {"small CNN": [metrics(out / f"cnn-{seed}") for seed in args.seeds], "forest (README)": [metrics(out / "forest")],
                  "forest, our features": [metrics(out / "forest-features")]}
     rows |= {"pre-trained, ensemble": found["tuned"][-1:], "random, ensemble": found["random"][-1:]}
@@ -104,8 +112,10 @@ def score(args):
     deviation = {name: float(np.std([r["macro_f1"] for r in results], ddof=1)) for name, results in rows.items() if len(results) > 1}
     lines = [f"{'test records':26} {'macro-F1':>9} {'accuracy':>9} {'N':>6} {'S':>6} {'V':>6} {'F':>6}"]
     for name, results in rows.items():
-        lines.append(f"{name:26} {mean[name]:9.3f} {np.mean([r['accuracy'] for r in results]):9.3f} "
-                     + " ".join(f"{np.mean([r['per_class'][c]['f1'] for r in results]):6.3f}" for c in "NSVF"))
+        lines.append(
+            f"{name:26} {mean[name]:9.3f} {np.mean([r['accuracy'] for r in results]):9.3f} "
+            + " ".join(f"{np.mean([r['per_class'][c]['f1'] for r in results]):6.3f}" for c in "NSVF")
+        )
     print("\n".join(lines))
     figure, axis = new_figure(1, 1, width=8)
     axis.bar(range(len(rows)), [np.mean([r["macro_f1"] for r in results]) for results in rows.values()], color="#2a6fbb", alpha=0.5)
@@ -118,20 +128,31 @@ def score(args):
     save_figure(figure, out / "figures" / "ds2a.png")
     best, stated = found["tuned"][-1], {"forest, stated": 0.607} if trainable(args.data) else {}
     write_result(
-        out.parent, "MIT-BIH beats, " + ("DS2a" if trainable(args.data) else "other records"), "macro-F1 of N S V F", mean["pre-trained"],
+        out.parent,
+        "MIT-BIH beats, " + ("DS2a" if trainable(args.data) else "other records"),
+        "macro-F1 of N S V F",
+        mean["pre-trained"],
         {name: mean[name] for name in rows if name != "pre-trained" and "ensemble" not in name} | stated | {"always N": always_first(best)},
         interval=[np.mean([r["macro_f1_95"][i] for r in rows["pre-trained"]]) for i in (0, 1)],
-        figures=[(out / "figures" / "ds2a.png", "macro-F1 on the test records; a dot a seed"),
-                 (out / "tuned-ensemble-test" / "figures" / "confusion.png", "test records, ensemble of the seeds"),
-                 (out / f"pretrained-{args.seeds[0]}" / "figures" / "reconstruction.png", "pre-training: hidden, reconstructed, original")],
+        figures=[
+            (out / "figures" / "ds2a.png", "macro-F1 on the test records; a dot a seed"),
+            (out / "tuned-ensemble-test" / "figures" / "confusion.png", "test records, ensemble of the seeds"),
+            (out / f"pretrained-{args.seeds[0]}" / "figures" / "reconstruction.png", "pre-training: hidden, reconstructed, original"),
+        ],
         note=f"Mean of {len(args.seeds)} seeds, each with its own pre-training run and validation fold of DS1 records (deviation "
-             f"{deviation.get('pre-trained', float('nan')):.3f}); interval: bootstrap over the test records. Ensemble of the seeds: {best['macro_f1']:.3f}. "
-             "The test records were scored once, after all training.",
-        details={"seeds": args.seeds, "per_seed": {n: [r["macro_f1"] for r in rs] for n, rs in rows.items()}, "deviation": deviation,
-                 "per_class": {n: {c: float(np.mean([r["per_class"][c]["f1"] for r in rs])) for c in "NSVF"} for n, rs in rows.items()},
-                 "accuracy": {n: float(np.mean([r["accuracy"] for r in rs])) for n, rs in rows.items()},
-                 "validation": {n: [metrics(out / f"{n}-{s}")["validation"]["macro_f1"] for s in args.seeds] for n in ("tuned", "random")},
-                 "cpu_seconds": [json.loads((out / f"cpu-{s}.json").read_text()) for s in args.seeds]})
+        f"{deviation.get('pre-trained', float('nan')):.3f}); interval: bootstrap over the test records. "
+        f"Ensemble of the seeds: {best['macro_f1']:.3f}. "
+        "The test records were scored once, after all training.",
+        details={
+            "seeds": args.seeds,
+            "per_seed": {n: [r["macro_f1"] for r in rs] for n, rs in rows.items()},
+            "deviation": deviation,
+            "per_class": {n: {c: float(np.mean([r["per_class"][c]["f1"] for r in rs])) for c in "NSVF"} for n, rs in rows.items()},
+            "accuracy": {n: float(np.mean([r["accuracy"] for r in rs])) for n, rs in rows.items()},
+            "validation": {n: [metrics(out / f"{n}-{s}")["validation"]["macro_f1"] for s in args.seeds] for n in ("tuned", "random")},
+            "cpu_seconds": [json.loads((out / f"cpu-{s}.json").read_text()) for s in args.seeds],
+        },
+    )
 
 
 def always_first(result: dict) -> float:
@@ -145,30 +166,45 @@ def series(args):
     name, out = Path(args.data).stem, Path(args.out)
     with np.load(args.data) as file:
         points = file["x_train"].shape[1]
-    patch = min((p for p in range(max(2, points // 24), points // 12 + 1) if points % p == 0), key=lambda p: abs(p - points / 17), default=max(2, points // 17))
-    signal_len = -(-points // patch) * patch              # series of an awkward length are padded, and the padding masked
-    common = ["--data", args.data, *(["--cache", args.cache] if args.cache else []), "--overwrite"]
-    sizes = ["--model-fs", 0, "--low-hz", 0, "--signal-len", signal_len]
+    fitting = (p for p in range(max(2, points // 24), points // 12 + 1) if points % p == 0)
+    patch = min(fitting, key=lambda p: abs(p - points / 17), default=max(2, points // 17))
+    sizes = dict(model_fs=0, low_hz=0, signal_len=-(-points // patch) * patch)      # an awkward length is padded, and the padding masked
+    common, steps = dict(data=args.data, cache=args.cache, overwrite=True), args.finetune_steps
     result = {"pre-trained": [], "random": [], "cnn": []}
     for seed in args.seeds:
-        base, run_seed = out / f"pretrained-{seed}", ["--seed", seed]
-        call(train, *common, *run_seed, *SIZES, *sizes, "--patch-size-time", patch, "--batch-size", 64, "--lr", 2e-3, "--windows", 640, "--val-share", 0,
-             "--max-steps", args.pretrain_steps, "--eval-every", 10000, "--save-every", 10000, "--log-every", 100, "--out", base)
-        for kind, options in (("pre-trained", []), ("random", ["--random-init", "--layer-decay", 1])):
-            tuned = out / f"{kind}-{seed}"
-            call(finetune, *common, *run_seed, *SERIES_TUNE, "--pretrained", base / "model.safetensors", "--max-steps", args.finetune_steps, *options, "--out", tuned)
-            call(test, "--model", tuned / "model.safetensors", *common, "--out", f"{tuned}-test")
-            result[kind].append(metrics(f"{tuned}-test")["accuracy"])
-        call(baselines, *common, *run_seed, "--kind", "cnn", "--task", "series", *sizes, "--max-steps", args.finetune_steps, "--batch-size", 32, "--out", out / f"cnn-{seed}")
+        base = out / f"pretrained-{seed}"
+        call(train, **common, **SIZES, **sizes, seed=seed, patch_size_time=patch, windows=640, val_share=0, max_steps=args.pretrain_steps,
+             eval_every=10000, log_every=100, out=base)
+        tune = common | SERIES_TUNE | dict(seed=seed, pretrained=base / "model.safetensors", max_steps=steps)
+        call(finetune, **tune, layer_decay=0.75, out=out / f"pre-trained-{seed}")
+        call(finetune, **tune, layer_decay=1, random_init=True, out=out / f"random-{seed}")
+        for kind in ("pre-trained", "random"):
+            call(test, **common, model=out / f"{kind}-{seed}" / "model.safetensors", out=out / f"{kind}-{seed}-test")
+            result[kind].append(metrics(out / f"{kind}-{seed}-test")["accuracy"])
+        call(baselines, **common, **sizes, seed=seed, kind="cnn", task="series", max_steps=steps, batch_size=32, out=out / f"cnn-{seed}")
         result["cnn"].append(metrics(out / f"cnn-{seed}")["accuracy"])
-    call(baselines, *common, "--kind", "nn", "--task", "series", *sizes, "--out", out / "nn")
+    call(baselines, **common, **sizes, kind="nn", task="series", out=out / "nn")
     mean = {kind: float(np.mean(values)) for kind, values in result.items()}
-    low_high = np.percentile([np.mean(np.random.default_rng(i).choice(result["pre-trained"], len(args.seeds))) for i in range(1000)], [2.5, 97.5])
-    write_result(out.parent, f"{name.upper()}, {'binary' if name == 'ecg5000' else 'accuracy'}", "accuracy", mean["pre-trained"],
-                 {"random weights": mean["random"], "small CNN": mean["cnn"], "1-NN, computed": metrics(out / "nn")["accuracy"], **STATED.get(name, {})}, interval=low_high,
-                 figures=[(out / f"pre-trained-{args.seeds[0]}-test" / "figures" / "confusion.png", f"{name}, seed {args.seeds[0]}")],
-                 note=f"Mean of {len(args.seeds)} seeds (pre-training and fine-tuning); interval: bootstrap over the seeds. Fixed steps, last weights, nothing selected.",
-                 details={"accuracy": result})
+    low_high = np.percentile(
+        [np.mean(np.random.default_rng(i).choice(result["pre-trained"], len(args.seeds))) for i in range(1000)], [2.5, 97.5]
+    )
+    write_result(
+        out.parent,
+        f"{name.upper()}, {'binary' if name == 'ecg5000' else 'accuracy'}",
+        "accuracy",
+        mean["pre-trained"],
+        {
+            "random weights": mean["random"],
+            "small CNN": mean["cnn"],
+            "1-NN, computed": metrics(out / "nn")["accuracy"],
+            **STATED.get(name, {}),
+        },
+        interval=low_high,
+        figures=[(out / f"pre-trained-{args.seeds[0]}-test" / "figures" / "confusion.png", f"{name}, seed {args.seeds[0]}")],
+        note=f"Mean of {len(args.seeds)} seeds (pre-training and fine-tuning); interval: bootstrap over the seeds. "
+        "Fixed steps, last weights, nothing selected.",
+        details={"accuracy": result},
+    )
     print(name, {kind: (round(mean[kind], 4), values) for kind, values in result.items()})
 
 
@@ -177,17 +213,49 @@ def builtin(args):
     out = Path(args.out)
     base, linear, tuned = metrics(out / "base"), metrics(out / "probe"), metrics(out / "tuned-test")
     picture = [(out / "base" / "figures" / "reconstruction.png", "hidden, reconstructed, original")]
-    write_result(out.parent, "built-in ECG, image reconstruction", "MSE of hidden patches, lower is better", base["val_spec"],
-                 {"predict the mean": base["spec_mean"], "straight lines": base["spec_line"]}, figures=picture, note="Normalised wavelet images of subjects held out of pre-training.")
-    write_result(out.parent, "built-in ECG, signal reconstruction", "MSE, lower is better", base["val_time"],
-                 {"predict the mean": base["time_mean"], "straight lines": base["time_line"]}, note="The whole normalised signal, visible parts included, of the same subjects.")
-    write_result(out.parent, "built-in rhythms, linear probe", "macro-F1", linear["macro_f1"], {"random weights": linear["random_mean"], "most frequent class": linear["chance"]},
-                 interval=linear["interval"], figures=[(out / "probe" / "figures" / "probe.png", "linear probe of frozen features")],
-                 note="Logistic regression on frozen features, other subjects for the test; interval: bootstrap over records; random: mean of the seeds.")
-    write_result(out.parent, "built-in rhythms, fine-tuned", "macro-F1", tuned["macro_f1"],
-                 {"random weights, fine-tuned": metrics(out / "random-test")["macro_f1"], "random forest": metrics(out / "forest")["macro_f1"], "small CNN": metrics(out / "cnn")["macro_f1"],
-                  "most frequent class": linear["chance"]}, interval=tuned["macro_f1_95"],
-                 figures=[(out / "tuned-test" / "figures" / "confusion.png", "fine-tuned, test records")], note="Windows of 10 s of subjects that no training saw.")
+    write_result(
+        out.parent,
+        "built-in ECG, image reconstruction",
+        "MSE of hidden patches, lower is better",
+        base["val_spec"],
+        {"predict the mean": base["spec_mean"], "straight lines": base["spec_line"]},
+        figures=picture,
+        note="Normalised wavelet images of subjects held out of pre-training.",
+    )
+    write_result(
+        out.parent,
+        "built-in ECG, signal reconstruction",
+        "MSE, lower is better",
+        base["val_time"],
+        {"predict the mean": base["time_mean"], "straight lines": base["time_line"]},
+        note="The whole normalised signal, visible parts included, of the same subjects.",
+    )
+    write_result(
+        out.parent,
+        "built-in rhythms, linear probe",
+        "macro-F1",
+        linear["macro_f1"],
+        {"random weights": linear["random_mean"], "most frequent class": linear["chance"]},
+        interval=linear["interval"],
+        figures=[(out / "probe" / "figures" / "probe.png", "linear probe of frozen features")],
+        note="Logistic regression on frozen features, other subjects for the test; interval: bootstrap over records; "
+        "random: mean of the seeds.",
+    )
+    write_result(
+        out.parent,
+        "built-in rhythms, fine-tuned",
+        "macro-F1",
+        tuned["macro_f1"],
+        {
+            "random weights, fine-tuned": metrics(out / "random-test")["macro_f1"],
+            "random forest": metrics(out / "forest")["macro_f1"],
+            "small CNN": metrics(out / "cnn")["macro_f1"],
+            "most frequent class": linear["chance"],
+        },
+        interval=tuned["macro_f1_95"],
+        figures=[(out / "tuned-test" / "figures" / "confusion.png", "fine-tuned, test records")],
+        note="Windows of 10 s of subjects that no training saw.",
+    )
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ chosen on validation, stored in each model file, is applied.
 
 Upstream file: inference.py (sliding windows, one line a patient), which let the test choose the model; here nothing is chosen.
 """
+
 import argparse
 import csv
 import io
@@ -38,8 +39,12 @@ def parse_args(argv=None):
     parser.add_argument("--data", nargs="+", required=True, help="files and folders of them")
     parser.add_argument("--out", required=True, help="folder for the results")
     parser.add_argument("--part", choices=("test", "train", "all"), default="test", help="which records to score")
-    parser.add_argument("--split", help="JSON {train: [names], test: [names]} (None: UCR parts, or the list DS1 for training and the rest for the test)")
-    parser.add_argument("--unlabelled", action="store_true", help="read every record in sliding windows; no label is needed (not for beats)")
+    parser.add_argument(
+        "--split", help="JSON {train: [names], test: [names]} (None: UCR parts, or the list DS1 for training and the rest for the test)"
+    )
+    parser.add_argument(
+        "--unlabelled", action="store_true", help="read every record in sliding windows; no label is needed (not for beats)"
+    )
     parser.add_argument("--stride", type=int, default=0, help="samples between sliding windows; 0 = half a window")
     parser.add_argument("--resamples", type=int, default=1000, help="bootstrap draws for the intervals")
     parser.add_argument("--input-fs", type=float, help="sampling rate of files that do not say it, Hz")
@@ -85,11 +90,22 @@ def record_lines(store, items, probabilities, classes, labelled: bool):
     for record in np.unique(items["record"]):
         here = items["record"] == record
         mean, row = probabilities[here].mean(0), store.records[record]
-        line = [row["name"].decode(), row["subject"].decode(), row["channel"].decode(), int(here.sum()), classes[mean.argmax()], f"{mean.max():.4f}",
-                *(f"{p:.4f}" for p in mean)]
+        line = [
+            row["name"].decode(),
+            row["subject"].decode(),
+            row["channel"].decode(),
+            int(here.sum()),
+            classes[mean.argmax()],
+            f"{mean.max():.4f}",
+            *(f"{p:.4f}" for p in mean),
+        ]
         if labelled:
             predicted, labels = probabilities[here].argmax(1), items["label"][here]
-            line += [f"{(predicted == labels).mean():.4f}", *np.bincount(labels, minlength=len(classes)), *np.bincount(predicted, minlength=len(classes))]
+            line += [
+                f"{(predicted == labels).mean():.4f}",
+                *np.bincount(labels, minlength=len(classes)),
+                *np.bincount(predicted, minlength=len(classes)),
+            ]
         rows.append(line)
     return as_csv(header, rows)
 
@@ -126,9 +142,16 @@ def main(args):
     items = task.items
     names, rate = np.char.decode(store.records["name"][items["record"]]), store.prepare.fs or 1.0
     truth = ["" if label < 0 else classes[label] for label in items["label"]]
-    atomic_write(out / "per_window.csv", as_csv(
-        ["record", "start_s", "true", "predicted", *(f"p_{c}" for c in classes)],
-        ([n, f"{s / rate:.3f}", t, classes[p.argmax()], *(f"{v:.4f}" for v in p)] for n, s, t, p in zip(names, items["start"], truth, probabilities))))
+    atomic_write(
+        out / "per_window.csv",
+        as_csv(
+            ["record", "start_s", "true", "predicted", *(f"p_{c}" for c in classes)],
+            (
+                [n, f"{s / rate:.3f}", t, classes[p.argmax()], *(f"{v:.4f}" for v in p)]
+                for n, s, t, p in zip(names, items["start"], truth, probabilities)
+            ),
+        ),
+    )
     atomic_write(out / "per_record.csv", record_lines(store, items, probabilities, classes, not args.unlabelled))
     if args.unlabelled:
         print(f"{len(items)} windows of {len(np.unique(items['record']))} records read; predictions in {out / 'per_record.csv'}")
@@ -138,7 +161,9 @@ def main(args):
     result["records"] = len(np.unique(items["record"]))
     if len(classes) == 4 and task_name == "beat":
         result["macro_f1_without_F"] = float(np.mean([result["per_class"][c]["f1"] for c in classes[:3]]))
-    draw_confusion(result["confusion"], classes, out / "figures" / "confusion.png", f"{result['windows']} windows, macro-F1 {result['macro_f1']:.3f}")
+    draw_confusion(
+        result["confusion"], classes, out / "figures" / "confusion.png", f"{result['windows']} windows, macro-F1 {result['macro_f1']:.3f}"
+    )
     atomic_write(out / "metrics.json", json.dumps({"task": task_name, "part": args.part, "models": args.model, **result}, indent=1))
     if len(set(probabilities.argmax(1))) == 1:
         print(f"warning: every window is called {classes[probabilities[0].argmax()]}", file=sys.stderr)

@@ -10,6 +10,7 @@ Go on:          the same command with --resume
 The log shows both losses beside what two trivial predictors get on the same hidden patches: the mean, and straight lines
 between what is visible. A model that is not below them has learned nothing.
 """
+
 import argparse
 import json
 import math
@@ -94,14 +95,20 @@ def parse_args(argv=None):
     out.add_argument("--save-every", type=int, default=1000, help="steps")
     out.add_argument("--eval-every", type=int, default=1000, help="steps between validations, pictures and linear probes")
     out.add_argument("--eval-windows", type=int, default=256, help="validation windows")
-    out.add_argument("--probe", choices=("none", "beat", "rhythm", "series"), default="none",
-                     help="linear probe of frozen features on this task, training records only")
+    out.add_argument(
+        "--probe",
+        choices=("none", "beat", "rhythm", "series"),
+        default="none",
+        help="linear probe of frozen features on this task, training records only",
+    )
     return parser.parse_args(argv)
 
 
-MODEL_ARGS = ("signal_len cwt_scales lowest_scale scale_step log_scales patch_size_time patch_size_freq embed_dim depth num_heads decoder_embed_dim "
-              "decoder_depth decoder_num_heads mask_ratio mlp_rank_ratio time_loss_weight column_masking masked_time_loss patch_norm raw_patches "
-              "legacy").split()
+MODEL_ARGS = (
+    "signal_len cwt_scales lowest_scale scale_step log_scales patch_size_time patch_size_freq embed_dim depth num_heads decoder_embed_dim "
+    "decoder_depth decoder_num_heads mask_ratio mlp_rank_ratio time_loss_weight column_masking masked_time_loss patch_norm raw_patches "
+    "legacy"
+).split()
 
 
 def lr_at(step: int, total: int, warmup: int, base: float, low: float) -> float:
@@ -140,18 +147,20 @@ def trivial_losses(model, out: dict, real) -> dict:
     in time between the visible patches of the same scales (for the signal: between columns of which anything is visible)."""
     imgs, signal, mask = out["imgs"].float(), out["signal"].float(), out["mask"]
     (height, width), rows = model.grid_size, model.patch_size_freq
-    hidden = mask.bool().reshape(-1, height, width).repeat_interleave(model.patch_size_time, 2).cpu().numpy()       # (B, H, L)
+    hidden = mask.bool().reshape(-1, height, width).repeat_interleave(model.patch_size_time, 2).cpu().numpy()  # (B, H, L)
     lines, straight = imgs.cpu().numpy().copy(), signal.cpu().numpy().copy()
     for i in range(len(lines)):
         for h in range(height):
-            band = lines[i, :, h * rows:(h + 1) * rows]
-            lines[i, :, h * rows:(h + 1) * rows] = bridge(band.reshape(-1, band.shape[-1]), hidden[i, h]).reshape(band.shape)
+            band = lines[i, :, h * rows : (h + 1) * rows]
+            lines[i, :, h * rows : (h + 1) * rows] = bridge(band.reshape(-1, band.shape[-1]), hidden[i, h]).reshape(band.shape)
         straight[i] = bridge(straight[i][None], hidden[i].all(0))[0]
     lines, straight = torch.from_numpy(lines).to(imgs), torch.from_numpy(straight).to(signal)
-    return {"spec_mean": model.forward_loss_spec(imgs, model.patchify(torch.zeros_like(imgs)), mask, real),
-            "spec_line": model.forward_loss_spec(imgs, model.patchify(lines), mask, real),
-            "time_mean": model.forward_loss_time(signal, torch.zeros_like(signal), mask, real),
-            "time_line": model.forward_loss_time(signal, straight, mask, real)}
+    return {
+        "spec_mean": model.forward_loss_spec(imgs, model.patchify(torch.zeros_like(imgs)), mask, real),
+        "spec_line": model.forward_loss_spec(imgs, model.patchify(lines), mask, real),
+        "time_mean": model.forward_loss_time(signal, torch.zeros_like(signal), mask, real),
+        "time_line": model.forward_loss_time(signal, straight, mask, real),
+    }
 
 
 @torch.no_grad()
@@ -210,14 +219,17 @@ def probe_score(model, probe, device) -> float:
 
 
 def main(args):
-    accelerator = Accelerator(gradient_accumulation_steps=args.accum, mixed_precision="bf16" if args.bf16 else "no",
-                              dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed))
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.accum,
+        mixed_precision="bf16" if args.bf16 else "no",
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+    )
     seed_everything(args.seed)
 
     # data
     prepare = Preprocess(args.model_fs, args.low_hz, args.high_hz, args.channel)
     load = lambda: build_store(args.data, prepare, args.cache, args.input_fs, None, "train", args.min_seconds, args.skip_bad)
-    on_main(accelerator, load)                            # one process reads the files, the others map what it wrote
+    on_main(accelerator, load)  # one process reads the files, the others map what it wrote
     store = load()
     usable, parts = np.arange(len(store.records)), None
     if args.split or args.probe != "none":
@@ -257,8 +269,11 @@ def main(args):
         accelerator.print(f"resumed from {path}")
     if accelerator.is_main_process:
         seconds = store.records["length"][usable].sum() / (args.model_fs or 1)
-        print(f"{describe(plain)} | {len(usable)} channels of {len(subjects)} subjects, {seconds / 3600:.2f} h, {held} subjects for validation | "
-              f"{len(train_set)} windows an epoch | batch {global_batch} | {total} steps, lr {args.lr:g}")
+        print(
+            f"{describe(plain)} | {len(usable)} channels of {len(subjects)} subjects, {seconds / 3600:.2f} h, "
+            f"{held} subjects for validation | "
+            f"{len(train_set)} windows an epoch | batch {global_batch} | {total} steps, lr {args.lr:g}"
+        )
     log = Log(out, accelerator, total, state["step"])
 
     def evaluate():
@@ -279,7 +294,7 @@ def main(args):
         return path
 
     if state["step"] == 0:
-        evaluate()                                        # what random weights reach: the control of every later line
+        evaluate()  # what random weights reach: the control of every later line
     tick, seen = time.perf_counter(), 0
     while state["step"] < total:
         train_set.set_epoch(state["epoch"])
@@ -303,8 +318,15 @@ def main(args):
             done = state["step"] == total
             if state["step"] % args.log_every == 0 or done:
                 spec, signal = accelerator.gather(torch.stack([losses["loss_spec"], losses["loss_time"]]).detach()[None]).mean(0)
-                log.log(state["step"], loss=spec + args.time_loss_weight * signal, loss_spec=spec, loss_time=signal,
-                        lr=optimizer.param_groups[0]["lr"], grad=grad, windows_per_s=seen / (time.perf_counter() - tick))
+                log.log(
+                    state["step"],
+                    loss=spec + args.time_loss_weight * signal,
+                    loss_spec=spec,
+                    loss_time=signal,
+                    lr=optimizer.param_groups[0]["lr"],
+                    grad=grad,
+                    windows_per_s=seen / (time.perf_counter() - tick),
+                )
                 tick, seen = time.perf_counter(), 0
             if state["step"] % args.eval_every == 0 or done:
                 evaluate()

@@ -5,6 +5,7 @@
 Writes the picture and, beside it, a csv with the signal, its reconstruction and whether each sample was hidden.
 Upstream files: visualize_recon.py, visualize_recon_data.py.
 """
+
 import argparse
 import sys
 from pathlib import Path
@@ -53,14 +54,21 @@ def draw_reconstruction(model, batch, path, title: str = "") -> np.ndarray:
     figure, axes = new_figure(4, 1, width=8.0, height=1.9, sharex=True)
     axes[0].plot(time, signal, lw=1.2, label="signal")
     axes[0].plot(time, guess, lw=1.2, label="reconstruction")
-    axes[0].fill_between(time, *axes[0].get_ylim(), where=share > 0.99, color="0.5", alpha=0.2, lw=0, step="mid", label="hidden at all scales")
+    axes[0].fill_between(
+        time, *axes[0].get_ylim(), where=share > 0.99, color="0.5", alpha=0.2, lw=0, step="mid", label="hidden at all scales"
+    )
     axes[0].legend(ncols=3, loc="upper right", fontsize=8)
     axes[0].set_title(title)
     low, high = np.percentile(image, [1, 99])
-    for axis, picture, label in ((axes[1], np.where(pixels, np.nan, image), "visible"), (axes[2], np.where(pixels, predicted, image), "reconstructed"),
-                                 (axes[3], image, "original")):
+    for axis, picture, label in (
+        (axes[1], np.where(pixels, np.nan, image), "visible"),
+        (axes[2], np.where(pixels, predicted, image), "reconstructed"),
+        (axes[3], image, "original"),
+    ):
         axis.set_facecolor("0.75")
-        axis.imshow(picture, aspect="auto", origin="lower", vmin=low, vmax=high, extent=(0, time[-1], 0, len(image)), interpolation="nearest")
+        axis.imshow(
+            picture, aspect="auto", origin="lower", vmin=low, vmax=high, extent=(0, time[-1], 0, len(image)), interpolation="nearest"
+        )
         axis.set_ylabel(f"{label}\nscale row")
         axis.grid(False)
     axes[3].set_xlabel("seconds" if fs else "samples")
@@ -86,7 +94,10 @@ def main(args):
     table = draw_reconstruction(model, batch, args.out, item["name"])
     lines = [f"{i},{a:.5f},{b:.5f},{c:.3f}" for i, (a, b, c) in enumerate(table)]
     atomic_write(Path(args.out).with_suffix(".csv"), "\n".join(["sample,signal,reconstruction,hidden_share", *lines]) + "\n")
-    print(f"{args.out}: {item['name']}, mean squared error of the signal {np.mean((table[:, 0] - table[:, 1]) ** 2):.3f} (predicting its mean: 1)")
+    print(
+        f"{args.out}: {item['name']}, mean squared error of the signal "
+        f"{np.mean((table[:, 0] - table[:, 1]) ** 2):.3f} (predicting its mean: 1)"
+    )
 
 
 if __name__ == "__main__":

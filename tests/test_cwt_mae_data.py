@@ -1,4 +1,5 @@
 """cwt_mae: reading, preparing, cutting and splitting signals."""
+
 import json
 import pickle
 
@@ -32,8 +33,17 @@ def beats_npz(path, seed=0, seconds=60.0, fs=FS, subject=None, symbols="N"):
     for time, code in zip(times, codes):
         signal += (1 if code == "N" else -1.5) * np.exp(-0.5 * ((clock - time) / (0.015 if code == "N" else 0.05)) ** 2)
     extra = {} if subject is None else {"subject": subject}
-    np.savez(path, sig=np.round(200 * signal).astype(np.int16), fs=np.int32(fs), gain=np.int32(200), lead="MLII",
-             ann_sample=np.r_[3, np.round(times * fs)].astype(np.int32), ann_symbol=np.r_[["+"], codes], ann_aux=np.array(["(N"] + [""] * len(times)), **extra)
+    np.savez(
+        path,
+        sig=np.round(200 * signal).astype(np.int16),
+        fs=np.int32(fs),
+        gain=np.int32(200),
+        lead="MLII",
+        ann_sample=np.r_[3, np.round(times * fs)].astype(np.int32),
+        ann_symbol=np.r_[["+"], codes],
+        ann_aux=np.array(["(N"] + [""] * len(times)),
+        **extra,
+    )
     return path
 
 
@@ -89,7 +99,7 @@ def test_an_item_depends_on_seed_epoch_and_index_alone(tmp_path, prepare):
     np.savez(tmp_path / "a.npz", sig=wave(), fs=FS)
     store = store_of(tmp_path, prepare, tmp_path / "a.npz")
     first, second = (PhysioSignalDataset(store, 256, seed=5, num_patches=8) for _ in range(2))
-    second[1], torch.rand(3), np.random.rand(3)           # other draws in between change nothing
+    second[1], torch.rand(3), np.random.rand(3)  # other draws in between change nothing
     for name, value in first[2].items():
         assert torch.equal(value, second[2][name]) if torch.is_tensor(value) else value == second[2][name]
     second.set_epoch(1)
@@ -108,7 +118,7 @@ def test_a_store_is_mapped_not_read_and_made_once(tmp_path, prepare):
     made = (store.folder / "samples.f32").stat().st_mtime_ns
     assert isinstance(store.samples, np.memmap) and len(pickle.dumps(store)) < 500
     assert (store_of(tmp_path, prepare, tmp_path / "a.npz").folder / "samples.f32").stat().st_mtime_ns == made
-    np.savez(tmp_path / "a.npz", sig=wave(seconds=10), fs=FS)           # the file changed: so does the store
+    np.savez(tmp_path / "a.npz", sig=wave(seconds=10), fs=FS)  # the file changed: so does the store
     assert store_of(tmp_path, prepare, tmp_path / "a.npz").records["length"][0] == 1000
 
 
@@ -149,7 +159,7 @@ def spoil(name, folder):
     if name == "cut":
         np.savez(folder / "bad.npz", sig=x, fs=FS)
         data = (folder / "bad.npz").read_bytes()
-        (folder / "bad.npz").write_bytes(data[:len(data) // 2])
+        (folder / "bad.npz").write_bytes(data[: len(data) // 2])
         return "bad.npz"
     if name == "csv":
         (folder / "bad.csv").write_text("time_s,ecg\n0,1\n1,2,3\n")
@@ -210,7 +220,7 @@ def test_beat_features_do_not_change_with_gain_offset_or_labels(tmp_path, prepar
     assert np.allclose(features, task.features, atol=1e-6)
     assert np.allclose(features, beat_features(7 * signal + 3, centres, beats["seconds"], 100.0, 100), atol=1e-3)
     odd = task.items["label"] == 2
-    assert features[odd, 13].mean() < 0.5 < 0.9 < features[~odd, 13].mean()         # likeness to the median QRS tells them apart
+    assert features[odd, 13].mean() < 0.5 < 0.9 < features[~odd, 13].mean()  # likeness to the median QRS tells them apart
 
 
 def test_a_beat_stays_in_the_middle_of_its_window_at_the_ends_of_a_record(tmp_path, prepare):
@@ -278,8 +288,13 @@ def test_a_label_outside_the_known_classes_is_an_error_and_never_class_zero(tmp_
 
 
 def test_pre_training_never_sees_the_test_series_of_a_ucr_set(tmp_path):
-    np.savez(tmp_path / "u.npz", x_train=np.stack([wave(1, seed=i) for i in range(4)]), y_train=[-1, 1, 1, -1],
-             x_test=np.stack([wave(1, seed=i) for i in range(9)]), y_test=[1] * 9)
+    np.savez(
+        tmp_path / "u.npz",
+        x_train=np.stack([wave(1, seed=i) for i in range(4)]),
+        y_train=[-1, 1, 1, -1],
+        x_test=np.stack([wave(1, seed=i) for i in range(9)]),
+        y_test=[1] * 9,
+    )
     lines = "@problemName u\n@data\n" + "".join(",".join(f"{v:.4f}" for v in wave(1, seed=i)) + ":2\n" for i in range(3))
     (tmp_path / "u_TEST.ts").write_text(lines)
     prepare = Preprocess(0.0, 0.0)
@@ -311,8 +326,13 @@ def test_mixup_blends_windows_and_says_by_how_much(tmp_path, prepare):
     task = load_task(store, "beat", 100)
     plain, mixed = (DownstreamClassificationDataset(store, task, 100, draws=50, mixup=m) for m in (0.0, 1.0))
     item = mixed[3]
-    other = next(i for i in range(len(task.items)) if np.allclose(
-        item["share"] * plain[3]["x"] + (1 - item["share"]) * mixed.window(i, np.random.default_rng(0))["x"], item["x"], atol=1e-5))
+    other = next(
+        i
+        for i in range(len(task.items))
+        if np.allclose(
+            item["share"] * plain[3]["x"] + (1 - item["share"]) * mixed.window(i, np.random.default_rng(0))["x"], item["x"], atol=1e-5
+        )
+    )
     assert task.items["label"][other] == item["label2"] and 0 < item["share"] < 1
 
 
@@ -327,3 +347,18 @@ def test_the_line_baseline_draws_straight_lines_between_what_is_visible():
     hidden = np.array([False, True, True, False, True, True])
     assert np.allclose(bridge(image, hidden), [[0, 1, 2, 3, 3, 3]])
     assert not bridge(image, np.ones(6, bool)).any()
+
+
+def test_upstreams_pickles_are_converted_only_when_allowed(tmp_path, prepare):
+    from cwt_mae import convert_pickles
+
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "p.pkl").write_bytes(pickle.dumps({"data": wave()[None], "label": [{"class": 3}], "uid": "u1", "sampling_rate": FS}))
+    options = ["--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
+    with pytest.raises(UserError, match="--allow-pickle"):
+        convert_pickles.main(convert_pickles.parse_args(options))
+    convert_pickles.main(convert_pickles.parse_args([*options, "--allow-pickle"]))
+    store = store_of(tmp_path, prepare, tmp_path / "out")
+    assert store.records["subject"][0] == b"u1" and load_task(store, "series", 500).classes == ["3"]
+    with pytest.raises(UserError, match="unknown format"):
+        read_records(tmp_path / "in" / "p.pkl")

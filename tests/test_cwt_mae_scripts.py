@@ -1,4 +1,5 @@
 """cwt_mae: the scripts from end to end, interrupted, on two processes, and with bad inputs."""
+
 import json
 import os
 import random
@@ -18,8 +19,10 @@ from common.errors import UserError
 from cwt_mae import baselines, finetune, make_data, probe, test, train, visualize
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = ("--model-fs 50 --signal-len 200 --patch-size-time 20 --cwt-scales 8 --patch-size-freq 8 --embed-dim 16 --depth 1 --num-heads 2 "
-        "--decoder-embed-dim 16 --decoder-depth 1 --decoder-num-heads 2 --batch-size 8 --windows 40 --eval-windows 16 --lr 1e-3 --log-every 1").split()
+TINY = (
+    "--model-fs 50 --signal-len 200 --patch-size-time 20 --cwt-scales 8 --patch-size-freq 8 --embed-dim 16 --depth 1 --num-heads 2 "
+    "--decoder-embed-dim 16 --decoder-depth 1 --decoder-num-heads 2 --batch-size 8 --windows 40 --eval-windows 16 --lr 1e-3 --log-every 1"
+).split()
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -28,21 +31,67 @@ def world(tmp_path_factory):
     """Built-in data, a pre-trained model and a rhythm classifier, all tiny: paths by name."""
     folder = tmp_path_factory.mktemp("cwt")
     make_data.main(make_data.parse_args(["--out", str(folder / "data"), "--subjects", "9", "--seconds", "90", "--ppg", "2"]))
-    paths = {"folder": folder, "data": folder / "data", "labelled": folder / "data" / "labelled", "split": folder / "data" / "labelled" / "split.json",
-             "cache": folder / "cache", "base": folder / "base", "tuned": folder / "tuned"}
+    paths = {
+        "folder": folder,
+        "data": folder / "data",
+        "labelled": folder / "data" / "labelled",
+        "split": folder / "data" / "labelled" / "split.json",
+        "cache": folder / "cache",
+        "base": folder / "base",
+        "tuned": folder / "tuned",
+    }
     pretrain(paths, paths["base"], "--max-steps", "6", "--probe", "rhythm", "--eval-every", "3")
     tune(paths, paths["tuned"], "--max-steps", "6")
     return paths
 
 
 def pretrain(paths, out, *options):
-    train.main(train.parse_args(["--data", str(paths["data"]), "--split", str(paths["split"]), "--cache", str(paths["cache"]), "--out", str(out), *TINY, *options]))
+    train.main(
+        train.parse_args(
+            [
+                "--data",
+                str(paths["data"]),
+                "--split",
+                str(paths["split"]),
+                "--cache",
+                str(paths["cache"]),
+                "--out",
+                str(out),
+                *TINY,
+                *options,
+            ]
+        )
+    )
 
 
 def tune(paths, out, *options):
-    finetune.main(finetune.parse_args([
-        "--pretrained", str(paths["base"] / "model.safetensors"), "--data", str(paths["labelled"]), "--split", str(paths["split"]), "--task", "rhythm",
-        "--cache", str(paths["cache"]), "--folds", "3", "--batch-size", "8", "--lr", "1e-3", "--log-every", "1", "--out", str(out), *options]))
+    finetune.main(
+        finetune.parse_args(
+            [
+                "--pretrained",
+                str(paths["base"] / "model.safetensors"),
+                "--data",
+                str(paths["labelled"]),
+                "--split",
+                str(paths["split"]),
+                "--task",
+                "rhythm",
+                "--cache",
+                str(paths["cache"]),
+                "--folds",
+                "3",
+                "--batch-size",
+                "8",
+                "--lr",
+                "1e-3",
+                "--log-every",
+                "1",
+                "--out",
+                str(out),
+                *options,
+            ]
+        )
+    )
 
 
 def losses(out):
@@ -59,7 +108,7 @@ def test_pre_training_logs_both_losses_beside_the_trivial_ones_and_draws(world):
     lines = [json.loads(line) for line in (world["base"] / "log.jsonl").read_text().splitlines()]
     first = next(line for line in lines if "val_spec" in line)
     assert {"val_time", "spec_mean", "spec_line", "time_mean", "time_line", "probe_f1"} <= set(first) and first["step"] == 0
-    assert 0.9 < first["spec_mean"] < 1.1 and 0.9 < first["time_mean"] < 1.1      # predicting the mean of normalised targets
+    assert 0.9 < first["spec_mean"] < 1.1 and 0.9 < first["time_mean"] < 1.1  # predicting the mean of normalised targets
     assert {"loss_spec", "loss_time", "lr", "grad"} <= set(next(line for line in lines if "loss" in line))
     assert (world["base"] / "figures" / "reconstruction.png").stat().st_size > 10_000
     assert losses(world["base"])[6] < losses(world["base"])[1]
@@ -67,7 +116,16 @@ def test_pre_training_logs_both_losses_beside_the_trivial_ones_and_draws(world):
 
 def test_the_test_part_is_scored_with_tables_intervals_and_pictures(world):
     out = world["folder"] / "scored"
-    common = ["--model", str(world["tuned"] / "model.safetensors"), "--data", str(world["labelled"]), "--split", str(world["split"]), "--cache", str(world["cache"])]
+    common = [
+        "--model",
+        str(world["tuned"] / "model.safetensors"),
+        "--data",
+        str(world["labelled"]),
+        "--split",
+        str(world["split"]),
+        "--cache",
+        str(world["cache"]),
+    ]
     test.main(test.parse_args([*common, "--out", str(out), "--resamples", "50"]))
     result = json.loads((out / "metrics.json").read_text())
     records = (out / "per_record.csv").read_text().splitlines()
@@ -77,21 +135,41 @@ def test_the_test_part_is_scored_with_tables_intervals_and_pictures(world):
     assert (out / "figures" / "confusion.png").is_file()
     test.main(test.parse_args([*common, "--out", str(world["folder"] / "read"), "--unlabelled", "--stride", "50"]))
     line = (world["folder"] / "read" / "per_record.csv").read_text().splitlines()[1].split(",")
-    assert int(line[3]) == -(-(90 * 50 - 200) // 50) + 1     # windows of 200 every 50 samples of 4,500, the last at the end
+    assert int(line[3]) == -(-(90 * 50 - 200) // 50) + 1  # windows of 200 every 50 samples of 4,500, the last at the end
 
 
 def test_ensemble_of_one_model_twice_is_that_model(world):
     model, out = str(world["tuned"] / "model.safetensors"), [world["folder"] / "once", world["folder"] / "twice"]
     for models, folder in (([model], out[0]), ([model, model], out[1])):
-        test.main(test.parse_args(["--model", *models, "--data", str(world["labelled"]), "--split", str(world["split"]), "--cache", str(world["cache"]),
-                                   "--out", str(folder), "--resamples", "0"]))
+        test.main(
+            test.parse_args(
+                [
+                    "--model",
+                    *models,
+                    "--data",
+                    str(world["labelled"]),
+                    "--split",
+                    str(world["split"]),
+                    "--cache",
+                    str(world["cache"]),
+                    "--out",
+                    str(folder),
+                    "--resamples",
+                    "0",
+                ]
+            )
+        )
     assert (out[0] / "per_window.csv").read_text() == (out[1] / "per_window.csv").read_text()
 
 
 def test_probe_and_picture_and_baselines_run(world):
     model, common = str(world["base"] / "model.safetensors"), ["--data", str(world["labelled"]), "--cache", str(world["cache"])]
     split = ["--split", str(world["split"])]
-    probe.main(probe.parse_args(["--model", model, "--task", "rhythm", *common, *split, "--out", str(world["folder"] / "probe"), "--random-seeds", "1"]))
+    probe.main(
+        probe.parse_args(
+            ["--model", model, "--task", "rhythm", *common, *split, "--out", str(world["folder"] / "probe"), "--random-seeds", "1"]
+        )
+    )
     result = json.loads((world["folder"] / "probe" / "metrics.json").read_text())
     assert result["chance"] < result["random_mean"] and result["interval"][0] <= result["macro_f1"] <= result["interval"][1]
     visualize.main(visualize.parse_args(["--model", model, *common, "--out", str(world["folder"] / "p.png"), "--window", "3"]))
@@ -99,15 +177,39 @@ def test_probe_and_picture_and_baselines_run(world):
     assert table.shape == (200, 4) and set(table[:, 3]) == {0.0, 1.0}
     for kind in ("nn", "forest", "cnn"):
         out = world["folder"] / kind
-        baselines.main(baselines.parse_args(["--kind", kind, "--task", "rhythm", *common, *split, "--model-fs", "50", "--signal-len", "200", "--max-steps", "5",
-                                             "--out", str(out), "--resamples", "0"]))
+        baselines.main(
+            baselines.parse_args(
+                [
+                    "--kind",
+                    kind,
+                    "--task",
+                    "rhythm",
+                    *common,
+                    *split,
+                    "--model-fs",
+                    "50",
+                    "--signal-len",
+                    "200",
+                    "--max-steps",
+                    "5",
+                    "--out",
+                    str(out),
+                    "--resamples",
+                    "0",
+                ]
+            )
+        )
         assert 0 <= json.loads((out / "metrics.json").read_text())["macro_f1"] <= 1
 
 
 def test_heads_modes_and_losses_of_fine_tuning(world):
     before = load_file(world["base"] / "model.safetensors")
-    for name, options in {"frozen": ["--freeze"], "mlp": ["--head", "mlp", "--mixup", "0.2", "--class-weights", "--augment", "1", "--jitter", "2"],
-                          "random": ["--random-init"], "longer": ["--signal-len", "400", "--sampling-power", "0.5"]}.items():
+    for name, options in {
+        "frozen": ["--freeze"],
+        "mlp": ["--head", "mlp", "--mixup", "0.2", "--class-weights", "--augment", "1", "--jitter", "2"],
+        "random": ["--random-init"],
+        "longer": ["--signal-len", "400", "--sampling-power", "0.5"],
+    }.items():
         out = world["folder"] / f"tuned_{name}"
         tune(world, out, "--max-steps", "3", "--select", "last", *options)
         after = load_file(out / "model.safetensors")
@@ -118,7 +220,7 @@ def test_heads_modes_and_losses_of_fine_tuning(world):
 
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit_with_loader_workers(world):
     whole, cut = world["folder"] / "whole", world["folder"] / "cut"
-    options = ["--max-steps", "8", "--save-every", "3", "--workers", "2"]         # epochs of 5 steps: step 3 is in mid-epoch
+    options = ["--max-steps", "8", "--save-every", "3", "--workers", "2"]  # epochs of 5 steps: step 3 is in mid-epoch
     pretrain(world, whole, *options)
     shutil.copytree(whole, cut, symlinks=True)
     for step in (6, 8):
@@ -127,7 +229,22 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit_with_loader_worke
     pretrain(world, cut, *options, "--resume")
     assert same(whole, cut) and losses(whole) == losses(cut)
     whole, cut = world["folder"] / "tuned_whole", world["folder"] / "tuned_cut"
-    options = ["--max-steps", "8", "--save-every", "3", "--workers", "1", "--augment", "1", "--head", "mlp", "--dropout", "0.5", "--select", "last"]
+    options = [
+        "--max-steps",
+        "8",
+        "--save-every",
+        "3",
+        "--workers",
+        "1",
+        "--augment",
+        "1",
+        "--head",
+        "mlp",
+        "--dropout",
+        "0.5",
+        "--select",
+        "last",
+    ]
     tune(world, whole, *options)
     shutil.copytree(whole, cut, symlinks=True)
     shutil.rmtree(cut / "checkpoints" / "step-00000008")
@@ -159,7 +276,7 @@ def test_twenty_kills_at_random_moments_lose_nothing(world):
         kept = sorted((killed / "checkpoints").glob("step-*")) if (killed / "checkpoints").is_dir() else []
         assert not done or kept[-1].name >= done[-1].name, "a finished checkpoint was lost"
         kills += 1
-        if kept and kept[-1].name == "step-00000060":      # it got to the end: take the last half away and go on killing
+        if kept and kept[-1].name == "step-00000060":  # it got to the end: take the last half away and go on killing
             for folder in kept[-2:]:
                 shutil.rmtree(folder)
     pretrain(world, killed, *options, "--resume")
@@ -167,29 +284,57 @@ def test_twenty_kills_at_random_moments_lose_nothing(world):
 
 
 def launch(script, *options, processes=1, cwd=ROOT, env=ENV):
-    return subprocess.run([sys.executable, "-m", "common.launch", str(ROOT / "cwt_mae" / script), *map(str, options)], cwd=cwd, capture_output=True, text=True,
-                          env=env | {"NPROC_PER_NODE": str(processes), "PYTHONPATH": str(ROOT)}, timeout=240)
+    return subprocess.run(
+        [sys.executable, "-m", "common.launch", str(ROOT / "cwt_mae" / script), *map(str, options)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env=env | {"NPROC_PER_NODE": str(processes), "PYTHONPATH": str(ROOT)},
+        timeout=240,
+    )
 
 
 def test_two_processes_give_the_loss_curve_of_one(world):
     for processes in (1, 2):
-        done = launch("train.py", "--data", world["labelled"], "--split", world["split"], "--cache", world["cache"], *TINY, "--batch-size", 8 // processes,
-                      "--max-steps", 5, "--out", world["folder"] / f"p{processes}", processes=processes)
+        done = launch(
+            "train.py",
+            "--data",
+            world["labelled"],
+            "--split",
+            world["split"],
+            "--cache",
+            world["cache"],
+            *TINY,
+            "--batch-size",
+            8 // processes,
+            "--max-steps",
+            5,
+            "--out",
+            world["folder"] / f"p{processes}",
+            processes=processes,
+        )
         assert done.returncode == 0, done.stderr
     one, two = losses(world["folder"] / "p1"), losses(world["folder"] / "p2")
     assert len(one) == 5 and max(abs(one[s] - two[s]) for s in one) < 1e-5
 
 
-@pytest.mark.parametrize("script, options, wanted", [
-    ("train.py", ["--data", "nowhere"], "nowhere"),
-    ("train.py", ["--data", "{data}", "--signal-len", "210"], "patch_size_time"),
-    ("train.py", ["--data", "{data}", "--batch-size", "100000"], "--batch-size"),
-    ("finetune.py", ["--data", "{labelled}", "--task", "rhythm", "--pretrained", "none.safetensors"], "none.safetensors"),
-    ("finetune.py", ["--data", "{labelled}", "--task", "series", "--pretrained", "{base}/model.safetensors"], "no label for task series"),
-    ("finetune.py", ["--data", "{labelled}", "--task", "rhythm", "--pretrained", "{base}/model.safetensors"], "--split"),
-    ("test.py", ["--data", "{labelled}", "--model", "{base}/model.safetensors"], "finetune.py"),
-    ("probe.py", ["--data", "{labelled}", "--task", "rhythm", "--model", "{tuned}/model.safetensors"], "pre-trained"),
-])
+@pytest.mark.parametrize(
+    "script, options, wanted",
+    [
+        ("train.py", ["--data", "nowhere"], "nowhere"),
+        ("train.py", ["--data", "{data}", "--signal-len", "210"], "patch_size_time"),
+        ("train.py", ["--data", "{data}", "--batch-size", "100000"], "--batch-size"),
+        ("finetune.py", ["--data", "{labelled}", "--task", "rhythm", "--pretrained", "none.safetensors"], "none.safetensors"),
+        (
+            "finetune.py",
+            ["--data", "{labelled}", "--task", "series", "--pretrained", "{base}/model.safetensors"],
+            "no label for task series",
+        ),
+        ("finetune.py", ["--data", "{labelled}", "--task", "rhythm", "--pretrained", "{base}/model.safetensors"], "--split"),
+        ("test.py", ["--data", "{labelled}", "--model", "{base}/model.safetensors"], "finetune.py"),
+        ("probe.py", ["--data", "{labelled}", "--task", "rhythm", "--model", "{tuned}/model.safetensors"], "pre-trained"),
+    ],
+)
 def test_bad_inputs_are_errors_of_one_line_before_anything_is_written(script, options, wanted, world):
     out = world["folder"] / "never"
     module = {"train.py": train, "finetune.py": finetune, "test.py": test, "probe.py": probe}[script]
@@ -198,7 +343,7 @@ def test_bad_inputs_are_errors_of_one_line_before_anything_is_written(script, op
         tiny = list(TINY)
         for name in ("--signal-len", "--batch-size"):
             if name in options:
-                del tiny[tiny.index(name):tiny.index(name) + 2]
+                del tiny[tiny.index(name) : tiny.index(name) + 2]
         options += [*tiny, "--max-steps", "1"]
     with pytest.raises(UserError) as error:
         module.main(module.parse_args([*options, "--cache", str(world["cache"]), "--out", str(out)]))
@@ -214,13 +359,40 @@ def test_a_bad_input_ends_with_status_2_and_no_traceback(world):
 def test_launchers_run_from_two_directories(place, world, tmp_path):
     cwd = {"repository": ROOT, "project": ROOT / "cwt_mae"}[place]
     env = ENV | {"DATA": os.path.relpath(world["data"], cwd), "OUT": os.path.relpath(tmp_path / "base", cwd)}
-    done = subprocess.run(["bash", os.path.relpath(ROOT / "cwt_mae" / "run_train.sh", cwd), "--split", str(world["split"]), "--cache", str(world["cache"]), *TINY,
-                           "--max-steps", "2"], cwd=cwd, env=env, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [
+            "bash",
+            os.path.relpath(ROOT / "cwt_mae" / "run_train.sh", cwd),
+            "--split",
+            str(world["split"]),
+            "--cache",
+            str(world["cache"]),
+            *TINY,
+            "--max-steps",
+            "2",
+        ],
+        cwd=cwd,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == 0, done.stderr
-    env |= {"DATA": os.path.relpath(world["labelled"], cwd), "OUT": os.path.relpath(tmp_path / "classifier", cwd), "TASK": "rhythm", "SPLIT": os.path.relpath(world["split"], cwd),
-            "MODEL": os.path.relpath(tmp_path / "base" / "model.safetensors", cwd)}
-    if place == "project":                                # the second launcher from one place: each start costs seconds
-        done = subprocess.run(["bash", "run_test.sh", "--cache", str(world["cache"]), "--max-steps", "2", "--folds", "3"],
-                              cwd=cwd, env=env, capture_output=True, text=True, timeout=240)
+    env |= {
+        "DATA": os.path.relpath(world["labelled"], cwd),
+        "OUT": os.path.relpath(tmp_path / "classifier", cwd),
+        "TASK": "rhythm",
+        "SPLIT": os.path.relpath(world["split"], cwd),
+        "MODEL": os.path.relpath(tmp_path / "base" / "model.safetensors", cwd),
+    }
+    if place == "project":  # the second launcher from one place: each start costs seconds
+        done = subprocess.run(
+            ["bash", "run_test.sh", "--cache", str(world["cache"]), "--max-steps", "2", "--folds", "3"],
+            cwd=cwd,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
         assert done.returncode == 0, done.stderr
         assert (tmp_path / "classifier-test" / "metrics.json").is_file()

@@ -1,0 +1,61 @@
+"""Convert the pickle files of upstream's data sets to npz, which every script here reads.
+
+    python cwt_mae/convert_pickles.py --allow-pickle --input FOLDER --output FOLDER --fs 100
+
+Reading a pickle can run any code that its author put into it: convert only files that you made or whose author you trust.
+No other script of this repository reads pickles. Known forms: {"data": (channels, L)} of pre-training, {"data": (L,) or
+(channels, L), "label": [{"class": int}, ...], "uid": ..., "sampling_rate": ...} of fine-tuning.
+"""
+
+import argparse
+import pickle
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
+from common.checkpoint import atomic_path
+from common.errors import UserError, run
+from common.run import progress
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--input", required=True, help="folder of .pkl and .pickle files, searched downwards")
+    parser.add_argument("--output", required=True, help="folder for the npz files, same names")
+    parser.add_argument("--fs", type=float, help="sampling rate of files that do not say it, Hz")
+    parser.add_argument("--task-index", type=int, default=0, help="which entry of the list label")
+    parser.add_argument("--allow-pickle", action="store_true", help="I trust these files: reading them can run code")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    if not args.allow_pickle:
+        raise UserError("pickle files can run code when they are read; add --allow-pickle if you trust them")
+    paths = sorted(p for p in Path(args.input).rglob("*") if p.suffix in (".pkl", ".pickle"))
+    if not paths:
+        raise UserError(f"{args.input}: holds no .pkl or .pickle file")
+    for path in progress(paths, desc="converting", unit="file"):
+        with open(path, "rb") as file:
+            content = pickle.load(file)
+        if not isinstance(content, dict) or "data" not in content:
+            raise UserError(f"{path}: expected a dictionary with the key data")
+        fields = {"sig": np.atleast_1d(np.asarray(content["data"], np.float32)), "fs": content.get("sampling_rate", args.fs)}
+        if fields["fs"] is None:
+            raise UserError(f"{path}: has no sampling_rate; pass --fs")
+        if "uid" in content:
+            fields["subject"] = str(content["uid"])
+        if content.get("label"):
+            try:
+                fields["label"] = int(content["label"][args.task_index]["class"])
+            except (IndexError, KeyError, TypeError, ValueError):
+                raise UserError(f"{path}: label has no class at place {args.task_index}; choose another --task-index") from None
+        target = Path(args.output) / path.relative_to(args.input).with_suffix(".npz")
+        with atomic_path(target) as temporary:
+            np.savez_compressed(temporary, **fields)
+    print(f"{len(paths)} files converted to {args.output}")
+
+
+if __name__ == "__main__":
+    run(main, parse_args())
