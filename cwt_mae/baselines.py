@@ -50,6 +50,7 @@ def parse_args(argv=None):
     parser.add_argument("--model-fs", type=float, default=100.0, help="sampling rate, Hz; 0 keeps each file's own")
     parser.add_argument("--low-hz", type=float, default=0.5, help="high-pass edge, Hz; 0 = none")
     parser.add_argument("--signal-len", type=int, default=3000, help="window, samples")
+    parser.add_argument("--trees", type=int, default=200, help="forest, readme: trees")
     parser.add_argument("--max-steps", type=int, default=1000, help="cnn: optimizer steps")
     parser.add_argument("--batch-size", type=int, default=64, help="cnn: windows in a step")
     parser.add_argument("--lr", type=float, default=2e-3, help="cnn: peak learning rate")
@@ -131,7 +132,7 @@ def fit_table(args, store, train, scored) -> np.ndarray:
     if args.kind == "nn":
         model = KNeighborsClassifier(1)
     else:
-        model = RandomForestClassifier(200, random_state=args.seed)
+        model = RandomForestClassifier(args.trees, random_state=args.seed)
     model.fit(table_of(args.kind, store, train, args.signal_len), train.items["label"])
     found = np.zeros((len(scored.items), len(train.classes)))
     found[:, model.classes_] = model.predict_proba(table_of(args.kind, store, scored, args.signal_len))

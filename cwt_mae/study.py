@@ -1,9 +1,9 @@
-"""The study that run_builtin.sh makes on real data, one command a part; every number of the README's tables comes from here.
+"""What run_builtin.sh runs, one command a part; every number of the README's tables comes from here.
 
     python cwt_mae/study.py beat   --data mitbih --out runs/cwt_mae/mitbih --seed 0      # trains; never looks at the test records
     python cwt_mae/study.py score  --data mitbih --out runs/cwt_mae/mitbih --seeds 0 1 2 # the test records, once
     python cwt_mae/study.py series --data ecg200.npz --out runs/cwt_mae/ecg200 --seeds 0 1 2 3 4
-    python cwt_mae/study.py builtin --out runs/cwt_mae/builtin                           # collects what run_builtin.sh made
+    python cwt_mae/study.py builtin --out runs/cwt_mae/builtin                           # the built-in data
 
 Each part calls the scripts of this folder as a user would; it adds nothing but the bookkeeping of CPU time.
 """
@@ -21,7 +21,8 @@ from common.checkpoint import atomic_write
 from common.errors import UserError, run
 from common.figures import new_figure, save_figure
 from common.summary import write_result
-from cwt_mae import baselines, finetune, test, train
+from cwt_mae import baselines, finetune, make_data, probe, test, train, visualize
+from cwt_mae.dataset import ROOT
 from cwt_mae.dataset_finetune import DS1
 
 # Thin patches over the whole height of the image, log-spaced scales, the plain signal beside the image (README.md)
@@ -44,8 +45,12 @@ def parse_args(argv=None):
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="score, series: these seeds")
     parser.add_argument("--pretrain-steps", type=int, default=1500)
     parser.add_argument("--finetune-steps", type=int, default=800)
+    parser.add_argument("--smoke", action="store_true", help="everything runs, hardly anything is learned")
     parser.add_argument("--cache", help="folder for the prepared signals (None: data/cwt_mae/cache)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.smoke:
+        args.pretrain_steps, args.finetune_steps, args.seeds = 15, 10, args.seeds[:1]
+    return args
 
 
 def call(module, **options) -> float:
@@ -99,12 +104,15 @@ def score(args):
         files = [out / f"{name}-{seed}" / "model.safetensors" for seed in args.seeds]
         for seed, file in zip(args.seeds, files):
             call(test, **common, model=file, out=out / f"{name}-{seed}-test")
-        call(test, **common, model=files, out=out / f"{name}-ensemble-test")
-        found[name] = [metrics(out / f"{name}-{seed}-test") for seed in args.seeds] + [metrics(out / f"{name}-ensemble-test")]
+        if len(files) > 1:
+            call(test, **common, model=files, out=out / f"{name}-ensemble-test")
+        found[name] = [metrics(out / f"{name}-{seed}-test") for seed in args.seeds]
+        found[name].append(metrics(out / f"{name}-ensemble-test") if len(files) > 1 else found[name][0])
     rows = {"pre-trained": found["tuned"][:-1], "random weights, same CPU": found["random"][:-1]}
+    trees = 5 if args.smoke else 200
     if trainable(args.data):                              # the other controls are trained and scored in one go
-        call(baselines, **common, kind="readme", task="beat", model_fs=180, low_hz=0, signal_len=180, out=out / "forest")
-        call(baselines, **common, **BEAT, kind="forest", task="beat", out=out / "forest-features")
+        call(baselines, **common, kind="readme", task="beat", trees=trees, model_fs=180, low_hz=0, signal_len=180, out=out / "forest")
+        call(baselines, **common, **BEAT, kind="forest", task="beat", trees=trees, out=out / "forest-features")
         rows |= {"small CNN": [metrics(out / f"cnn-{seed}") for seed in args.seeds], "forest (README)": [metrics(out / "forest")],
                  "forest, our features": [metrics(out / "forest-features")]}
     rows |= {"pre-trained, ensemble": found["tuned"][-1:], "random, ensemble": found["random"][-1:]}
@@ -209,54 +217,54 @@ def series(args):
 
 
 def builtin(args):
-    """Rows of the closing table for the built-in data."""
-    out = Path(args.out)
+    """Built-in data: pre-train, linear probe, fine-tune, controls; four rows of the closing table."""
+    out, data = Path(args.out), ROOT / "data" / "cwt_mae" / "builtin"
+    call(make_data, out=data, subjects=9 if args.smoke else 30, seconds=120 if args.smoke else 300)
+    split = dict(split=data / "labelled" / "split.json", overwrite=True)
+    labelled = dict(data=data / "labelled", **split)
+    sizes = dict(model_fs=50, signal_len=500)             # 10 s, 50 patches of 0.2 s
+    call(train, data=data, **split, **SIZES, **sizes, patch_size_time=10, max_steps=args.pretrain_steps,
+         windows=640 if args.smoke else 6400, eval_every=500, save_every=500, log_every=100, probe="rhythm", out=out / "base")
+    model = out / "base" / "model.safetensors"
+    call(probe, **labelled, model=model, task="rhythm", random_seeds=1 if args.smoke else 3, out=out / "probe")
+    tune = labelled | dict(pretrained=model, task="rhythm", lr=1e-3, sampling_power=0.5, augment=1, max_steps=args.finetune_steps,
+                           eval_every=100, log_every=100, folds=3)
+    call(finetune, **tune, layer_decay=0.75, out=out / "tuned")
+    call(finetune, **tune, layer_decay=1, random_init=True, out=out / "random")
+    for name in ("tuned", "random"):
+        call(test, **labelled, model=out / name / "model.safetensors", out=out / f"{name}-test")
+    for kind in ("forest", "cnn"):
+        call(baselines, **labelled, **sizes, kind=kind, task="rhythm", max_steps=args.finetune_steps, out=out / kind)
+    call(visualize, model=model, data=data / "ppg", out=out / "ppg.png", window=1)
+
     base, linear, tuned = metrics(out / "base"), metrics(out / "probe"), metrics(out / "tuned-test")
-    picture = [(out / "base" / "figures" / "reconstruction.png", "hidden, reconstructed, original")]
     write_result(
-        out.parent,
-        "built-in ECG, image reconstruction",
-        "MSE of hidden patches, lower is better",
-        base["val_spec"],
+        out.parent, "built-in ECG, image reconstruction", "MSE of hidden patches, lower is better", base["val_spec"],
         {"predict the mean": base["spec_mean"], "straight lines": base["spec_line"]},
-        figures=picture,
-        note="Normalised wavelet images of subjects held out of pre-training.",
-    )
+        figures=[(out / "base" / "figures" / "reconstruction.png", "ECG: hidden, reconstructed, original"),
+                 (out / "ppg.png", "the same, PPG")],
+        note="Normalised wavelet images of subjects held out of pre-training.")
     write_result(
-        out.parent,
-        "built-in ECG, signal reconstruction",
-        "MSE, lower is better",
-        base["val_time"],
+        out.parent, "built-in ECG, signal reconstruction", "MSE, lower is better", base["val_time"],
         {"predict the mean": base["time_mean"], "straight lines": base["time_line"]},
-        note="The whole normalised signal, visible parts included, of the same subjects.",
-    )
+        note="The whole normalised signal, visible parts included, of the same subjects.")
     write_result(
-        out.parent,
-        "built-in rhythms, linear probe",
-        "macro-F1",
-        linear["macro_f1"],
-        {"random weights": linear["random_mean"], "most frequent class": linear["chance"]},
-        interval=linear["interval"],
+        out.parent, "built-in rhythms, linear probe", "macro-F1", linear["macro_f1"],
+        {"random weights": linear["random_mean"], "most frequent class": linear["chance"]}, interval=linear["interval"],
         figures=[(out / "probe" / "figures" / "probe.png", "linear probe of frozen features")],
         note="Logistic regression on frozen features, other subjects for the test; interval: bootstrap over records; "
-        "random: mean of the seeds.",
-    )
+             "random: mean of the seeds.")
     write_result(
-        out.parent,
-        "built-in rhythms, fine-tuned",
-        "macro-F1",
-        tuned["macro_f1"],
-        {
-            "random weights, fine-tuned": metrics(out / "random-test")["macro_f1"],
-            "random forest": metrics(out / "forest")["macro_f1"],
-            "small CNN": metrics(out / "cnn")["macro_f1"],
-            "most frequent class": linear["chance"],
-        },
-        interval=tuned["macro_f1_95"],
+        out.parent, "built-in rhythms, fine-tuned", "macro-F1", tuned["macro_f1"],
+        {"random weights, fine-tuned": metrics(out / "random-test")["macro_f1"], "random forest": metrics(out / "forest")["macro_f1"],
+         "small CNN": metrics(out / "cnn")["macro_f1"], "most frequent class": linear["chance"]}, interval=tuned["macro_f1_95"],
         figures=[(out / "tuned-test" / "figures" / "confusion.png", "fine-tuned, test records")],
-        note="Windows of 10 s of subjects that no training saw.",
-    )
+        note="Windows of 10 s of subjects that no training saw.")
+
+
+def main(args):
+    {"beat": beat, "score": score, "series": series, "builtin": builtin}[args.part](args)
 
 
 if __name__ == "__main__":
-    run(lambda args: {"beat": beat, "score": score, "series": series, "builtin": builtin}[args.part](args), parse_args())
+    run(main, parse_args())
