@@ -465,9 +465,10 @@ class CWT_Encoder(nn.Module):
 
         x: signal as `images` gives it, for raw_patches. patches (B, N), slots (B, K): bool, those that may be attended.
         """
-        tokens = self.patch_embed(imgs)
+        dtype = self.pos_embed.dtype                      # images are float32 even where the weights are not
+        tokens = self.patch_embed(imgs.to(dtype))
         if hasattr(self, "raw_embed"):
-            raw = self.raw_embed(x[:, None].to(imgs.dtype)).transpose(1, 2)                     # (B, W, D)
+            raw = self.raw_embed(x[:, None].to(dtype)).transpose(1, 2)                          # (B, W, D)
             tokens = tokens + self.raw_gain * raw.repeat(1, self.grid_size[0], 1)
         tokens = tokens + self.pos_embed[:, 1:]
         pos_ids, mask = self.rope_ids(tokens.device), patches
@@ -590,7 +591,7 @@ class CWT_MAE_RoPE(CWT_Encoder):
         if real is not None:
             weights = weights * real[:, None, None]
         weights = self.patchify(weights)                                                        # (1 or B, N, P)
-        error = (pred.float() - self.patchify(imgs)).square()
+        error = (pred.to(imgs.dtype) - self.patchify(imgs)).square()
         loss = torch.linalg.vecdot(error, weights) / weights.sum(-1).clamp(min=1e-6)            # (B, N)
         mask = mask * (weights.sum(-1) > 0)
         return ((loss * mask).sum(1) / (mask.sum(1) + 1e-6)).mean()
@@ -601,7 +602,7 @@ class CWT_MAE_RoPE(CWT_Encoder):
         if self.masked_time_loss:
             hidden = mask.unflatten(1, self.grid_size).mean(1)                                  # (B, W) hidden share
             weights = weights * hidden.repeat_interleave(self.patch_size_time, dim=1)
-        return (((pred.float() - x).square() * weights).sum(1) / weights.sum(1).clamp(min=1e-6)).mean()
+        return (((pred.to(x.dtype) - x).square() * weights).sum(1) / weights.sum(1).clamp(min=1e-6)).mean()
 
     def forward_losses(self, x, noise=None, real=None) -> dict:
         """x (B, L) or (B, 1, L), in any unit -> loss, loss_spec, loss_time, mask (B, N) with 1 = hidden,

@@ -185,7 +185,8 @@ def load_encoder(encoder: CWT_Encoder, tensors: dict, config: dict, source):
     The position table's old grid comes from the file: from its configuration, else from the height of `time_reducer`,
     which spans it, else (weights of a classifier alone) it counts as high as the new one.
     """
-    tensors = {key.removeprefix("encoder_model."): value for key, value in tensors.items() if not key.startswith(("head.", "feature_head."))}
+    tensors = {key.removeprefix("encoder_model."): value for key, value in tensors.items()
+               if not key.startswith(("head.", "feature_head."))}
     rows, columns = encoder.grid_size
     height = rows
     if {"cwt_scales", "patch_size_freq"} <= set(config):
@@ -216,6 +217,8 @@ def read_model(path):
     Configuration: ours as it stands; of an upstream file what its `config` says, and legacy=True, with a notice.
     """
     path, config = Path(path), None
+    if (path / "model.safetensors").is_file():            # a run folder of train.py or finetune.py
+        path = path / "model.safetensors"
     tensors = read_weights(path)
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:

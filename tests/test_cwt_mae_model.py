@@ -2,6 +2,7 @@
 by the golden files)."""
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -99,7 +100,8 @@ def test_thread_count_changes_nothing_and_stays():
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             assert torch.equal(cwt_wrap(x, 64, normalize=True), expected)
-            assert torch.get_num_threads() == threads
+            with ThreadPoolExecutor(1) as later:           # a thread that starts afterwards, such as autograd's
+                assert torch.get_num_threads() == later.submit(torch.get_num_threads).result() == threads
     finally:
         torch.set_num_threads(before)
 
@@ -290,8 +292,24 @@ def test_padding_changes_no_loss_and_no_prediction(options):
     assert patches.view(3, 4, 10)[:, :, 1:7].all() and patches.sum() == 3 * 4 * 6
     for name in ("loss", "loss_spec", "loss_time", "pred_spec", "pred_time"):
         assert torch.equal(outs[0][name], outs[1][name]), name
+    wrong = outs[0]["pred_spec"] + 9 * model.patchify((~real)[:, None, None].float().expand(3, 3, 16, 200))
+    assert torch.equal(model.forward_loss_spec(outs[0]["imgs"], wrong, outs[0]["mask"], real), outs[0]["loss_spec"])
+    wrong = outs[0]["pred_time"] + 9 * ~real
+    assert torch.equal(model.forward_loss_time(outs[0]["signal"], wrong, outs[0]["mask"], real), outs[0]["loss_time"])
     hidden = (outs[0]["mask"] * patches).sum(1)
     assert (hidden == 24 - (8 if "column_masking" in options else 6)).all()                      # the ratio holds on the real patches
+
+
+def test_decoder_does_not_see_what_a_short_record_hides():
+    """A record with few real patches keeps fewer of them than its batch has room for; the rest of the room holds hidden ones."""
+    model, real = small(), padded(signals(2, 60), 40, 200)[1]
+    patches = model.real_patches(real)
+    mask, ids_restore, ids_keep, slots = model.random_masking(torch.rand(2, 40), patches)
+    assert slots.shape == (2, 10) and (slots.sum(1) == 3).all() and torch.equal(mask.gather(1, ids_keep) == 0, slots)
+    latent = torch.randn(2, 11, 32)
+    other = torch.cat([latent[:, :1], torch.where(slots[..., None], latent[:, 1:], 9.0)], 1)
+    features, same = (model.forward_decoder(tokens, ids_restore, patches, slots) for tokens in (latent, other))
+    assert torch.equal(features, same)
 
 
 def test_padded_tokens_are_as_if_the_rest_was_not_there():
@@ -423,6 +441,8 @@ def test_saved_models_come_back_whole_with_their_configuration(tmp_path, suffix,
     assert torch.equal(classifier.encoder_model.blocks[1].mlp[3].u.weight, model.blocks[1].mlp[3].u.weight)
     save_model(path, classifier)
     assert torch.equal(load_model(path)(x), classifier(x)) and load_model(path).config == classifier.config
+    if suffix == ".safetensors":                           # a run folder serves as well, with the configuration in its file
+        assert load_model(tmp_path).config == classifier.config
 
 
 def test_upstream_checkpoint_runs_legacy_and_says_so(tmp_path, capsys):
@@ -488,6 +508,14 @@ def test_autocast_trains_in_bfloat16():
     out["loss"].backward()
     assert out["loss"].dtype == torch.float32 and out["pred_spec"].dtype == torch.bfloat16
     assert out["loss"].item() == pytest.approx(model(x, noise)[0].item(), rel=0.02)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.05), (torch.float64, 1e-5)])
+def test_weights_may_have_another_dtype_than_the_signal(dtype, tolerance):
+    x, noise = signals(2, 200), torch.rand(2, 40)
+    expected = small(raw_patches=True)(x, noise)[0].item()
+    assert small(raw_patches=True).to(dtype)(x, noise)[0].item() == pytest.approx(expected, rel=tolerance)
+    assert TF_MAE_Classifier(None, 2, **SMALL).to(dtype)(x).dtype == dtype
 
 
 def test_a_few_steps_lower_the_loss():
