@@ -45,12 +45,13 @@ def trivial_controls(gt_masks, rows):
 
 
 def other_phrase(output, gt_masks, rows):
-    """Adds iou_other: the mask of the next phrase of the same picture scored against this phrase's object (n > 1)."""
+    """Adds iou_other and iou_other_coarse: the mask of the picture's next phrase scored against this phrase's object (n > 1)."""
     if len(gt_masks) > 1:
-        pred = output["pred_masks"] if output["sam_pred_masks"] is None else output["sam_pred_masks"]
-        pred = binary_masks(pred, gt_masks.shape[1:]).cpu().roll(-1, 0)
-        for row, iou in zip(rows, mask_iou(pred, gt_masks.bool())[2]):
-            row["iou_other"] = float(iou)
+        final = output["pred_masks"] if output["sam_pred_masks"] is None else output["sam_pred_masks"]
+        for name, logits in (("other", final), ("other_coarse", output["pred_masks"])):
+            pred = binary_masks(logits, gt_masks.shape[1:]).cpu().roll(-1, 0)
+            for row, iou in zip(rows, mask_iou(pred, gt_masks.bool())[2]):
+                row[f"iou_{name}"] = float(iou)
 
 
 class RawMaps:
@@ -108,6 +109,6 @@ def summarise(rows):
     if rows and "plural" in rows[0]:
         recalls = average_recalls([r["iou"] for r in rows], [r["plural"] for r in rows], [r["isthing"] for r in rows])
         out["average_recall"] = {k: (None if v != v else v) for k, v in recalls.items()}
-    controls = {name: mean(f"iou_{name}") for name in ("whole", "centre", "union", "other", "raw")}
+    controls = {name: mean(f"iou_{name}") for name in ("whole", "centre", "union", "other", "other_coarse", "raw")}
     out["controls"] = {k: v for k, v in controls.items() if v is not None}
     return out

@@ -2,7 +2,7 @@
 
     python flmm/make_data.py --out data/flmm
 
-OUT/png/    png_coco_{train,val,test}.json, panoptic_{...}.json, panoptic_{...}/*.png, images/*.png
+OUT/png/    png_coco_{train,val,test,overlap}.json, panoptic_{...}.json, panoptic_{...}/*.png, images/*.png
 OUT/refcoco/ instances.json, refs(unc).p (plain lists and dictionaries), images: those of png/
 The same code that reads the real data sets reads these.
 """
@@ -25,7 +25,7 @@ from flmm.data.samples import encode_rle
 from flmm.data.scenes import SHAPES, make_scene
 
 # far apart, so that no split and no pre-training scene (seed 0, index < 1,000,000) ever coincide
-FIRST_INDEX = {"train": 10_000_000, "val": 20_000_000, "test": 30_000_000}
+FIRST_INDEX = {"train": 10_000_000, "val": 20_000_000, "test": 30_000_000, "overlap": 40_000_000}
 
 
 def parse_args():
@@ -34,13 +34,14 @@ def parse_args():
     parser.add_argument("--train", type=int, default=500, help="scenes for the heads (default 500)")
     parser.add_argument("--val", type=int, default=100, help="scenes for choosing settings (default 100)")
     parser.add_argument("--test", type=int, default=200, help="held-out scenes (default 200)")
+    parser.add_argument("--overlap", type=int, default=100, help="held-out scenes in which objects hide each other (default 100)")
     parser.add_argument("--side", type=int, default=64, help="picture side in pixels (default 64)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other scenes (default 0)")
     return parser.parse_args()
 
 
 def main(args):
-    if args.side < 32 or min(args.train, args.val, args.test) < 1:
+    if args.side < 32 or min(args.train, args.val, args.test, args.overlap) < 1:
         raise UserError("--side must be at least 32 and every split needs at least one scene")
     if args.out.exists() and any(args.out.iterdir()) and not (args.out / "png" / "built-in.json").exists():
         raise UserError(f"{args.out}: holds other files; choose a new folder")
@@ -50,13 +51,13 @@ def main(args):
         ref.mkdir()
         instances, refs = {"images": [], "annotations": [], "categories": [
             {"id": i + 1, "name": s} for i, s in enumerate(SHAPES)]}, []
-        for split in ("train", "val", "test"):
+        for split in FIRST_INDEX:
             narratives, panoptic = [], {"images": [], "annotations": [], "categories": [
                 {"id": i + 1, "name": s, "isthing": 1} for i, s in enumerate(SHAPES)]}
             (png / f"panoptic_{split}").mkdir()
             for i in progress(range(getattr(args, split)), desc=split):
                 index = FIRST_INDEX[split] + i
-                scene = make_scene(args.seed, index, args.side)
+                scene = make_scene(args.seed, index, args.side, overlap=split == "overlap")
                 name = f"{index:012d}.png"
                 Image.fromarray(scene["image"]).save(png / "images" / name)
                 segments = np.zeros((args.side, args.side), np.uint8)
@@ -86,7 +87,7 @@ def main(args):
         (ref / "instances.json").write_text(json.dumps(instances))
         (ref / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
         (png / "built-in.json").write_text(json.dumps({k: v for k, v in vars(args).items() if k != "out"}))
-    print(f"wrote {args.train} + {args.val} + {args.test} scenes of {args.side} x {args.side} pixels to {args.out}")
+    print(f"wrote {args.train} + {args.val} + {args.test} + {args.overlap} scenes of {args.side} x {args.side} pixels to {args.out}")
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def main(args):
     log, start = Log(out, accelerator, total=args.steps), time.time()
     for step in range(args.steps):
         first = 900_000_000 + step * args.batch_size   # away from every other scene of this repository
-        scenes = [make_scene(args.seed, first + i) for i in range(args.batch_size)]
+        scenes = [make_scene(args.seed, first + i, overlap=True) for i in range(args.batch_size)]
         pixels = torch.stack([encoder.preprocess(Image.fromarray(s["image"])) for s in scenes])
         embeddings = encoder.encoder(pixels).last_hidden_state
         masks = [torch.from_numpy(s["masks"]) for s in scenes]

@@ -7,8 +7,9 @@ source "$(dirname "${BASH_SOURCE[0]}")/../common/env.sh"
 BASE=${BASE:-llava}
 P=$ROOT/flmm DATA=$ROOT/data/flmm OUT=$RUNS/flmm
 CONFIG="$P/configs/tiny/scenes.yaml" SAM="sam.path=$OUT/sam/sam_tiny.safetensors"
-SEEDS="0 1 2" SCENES="--train 500 --val 100 --test 200" BASE_STEPS=450 SAM_STEPS=220 HEAD_STEPS=130
-if [ -n "${SMOKE:-}" ]; then SEEDS=0 SCENES="--train 24 --val 6 --test 8" BASE_STEPS=12 SAM_STEPS=6 HEAD_STEPS=4; fi
+SEEDS="0 1 2" SCENES="--train 500 --val 60 --test 200 --overlap 100"
+BASE_STEPS=480 SAM_STEPS=200 COARSE=240 HEAD_STEPS=300
+if [ -n "${SMOKE:-}" ]; then SEEDS=0 SCENES="--train 24 --val 6 --test 8 --overlap 4" BASE_STEPS=12 SAM_STEPS=6 COARSE=2 HEAD_STEPS=4; fi
 export NPROC_PER_NODE=1   # the tiny models gain nothing from more
 
 launch "$P/make_data.py" --out "$DATA" $SCENES
@@ -18,8 +19,8 @@ for seed in $SEEDS; do
   for control in "" "-random"; do   # the same head, data and steps on the pre-trained and on a random base
     random=(); if [ -n "$control" ]; then random=(--random-base "$((seed + 100))"); fi
     rm -rf "$OUT/cache"
-    launch "$P/train.py" --config "$CONFIG" --set base.family="$BASE" "$SAM" --base-path "$OUT/base-$BASE-$seed/base" "${random[@]}" \
-      --data "$DATA" --cache-attention "$OUT/cache" --out "$OUT/head-$BASE-$seed$control" --seed "$seed" \
+    launch "$P/train.py" --config "$CONFIG" --set base.family="$BASE" "$SAM" optim.coarse_first=$COARSE \
+      --base-path "$OUT/base-$BASE-$seed/base" "${random[@]}" --data "$DATA" --cache-attention "$OUT/cache" --out "$OUT/head-$BASE-$seed$control" --seed "$seed" \
       --batch-size 8 --max-steps $HEAD_STEPS --overwrite
     launch "$P/test.py" --config "$CONFIG" --set base.family="$BASE" "$SAM" --base-path "$OUT/base-$BASE-$seed/base" "${random[@]}" \
       --data "$DATA" --head "$OUT/head-$BASE-$seed$control/head.safetensors" --controls --batch-size 8 \
@@ -28,6 +29,8 @@ for seed in $SEEDS; do
 done
 rm -rf "$OUT/cache"
 first=(--set base.family="$BASE" base.path="$OUT/base-$BASE-0/base" "$SAM")
+launch "$P/test.py" --config "$CONFIG" "${first[@]}" --data "$DATA" --head "$OUT/head-$BASE-0/head.safetensors" --controls \
+  --split overlap --batch-size 8 --out "$OUT/test-$BASE-overlap" --overwrite
 launch "$P/scripts/check_base_untouched.py" --config "$CONFIG" "${first[@]}" --data "$DATA" \
   --head "$OUT/head-$BASE-0/head.safetensors" --out "$OUT/untouched-$BASE.json"
 launch "$P/scripts/train_keyword_selector.py" --config "$CONFIG" "${first[@]}" --data "$DATA" --out "$OUT/selector.safetensors"

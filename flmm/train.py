@@ -162,7 +162,7 @@ def main(args):
         for samples in accelerator.skip_first_batches(loader, state["batch"]):
             with accelerator.accumulate(model):
                 features = get_features(samples)
-                outputs = model(features)
+                outputs = model(features, refine=state["step"] >= optim.get("coarse_first", 0))
                 targets = [s["gt_masks" if args.targets == "original" else "masks"].to(accelerator.device) for s in samples]
                 # every phrase of the global batch weighs the same, however the pictures fall to processes
                 count = torch.tensor(float(sum(len(t) for t in targets)), device=accelerator.device)
@@ -202,6 +202,8 @@ def main(args):
             save_file(head.upstream_state(), temporary, metadata={"dims": json.dumps(dims)})
         atomic_write(out / "metrics.json", json.dumps({"steps": total, **scores, **{k: float(v) for k, v in means.items()}}, indent=1))
         print(f"wrote {out / 'head.safetensors'} " + " ".join(f"{k} {v:.3f}" for k, v in scores.items()))
+    # DDP's reducer must go before the process group: the other way round gloo waits for ever
+    model, optimizer = accelerator.free_memory(model, optimizer)
     accelerator.end_training()
 
 

@@ -1,11 +1,11 @@
 """flmm: bases, rows, heads, checkpoints, conversation."""
+
 import json
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 from common.errors import UserError
 from common.weights import read_weights
@@ -30,25 +30,41 @@ def tokenizer():
 
 def make_base(family, tokenizer, attention="rows", **options):
     kind, model = FAMILIES[family], tiny_model(family, tokenizer)
-    return kind(model, tokenizer, kind.make_processor(model.config, {"min_pixels": 4096, "max_pixels": 4096}),
-                attention=attention, template="plain", question="Describe.", **options)
+    return kind(
+        model,
+        tokenizer,
+        kind.make_processor(model.config, {"min_pixels": 4096, "max_pixels": 4096}),
+        attention=attention,
+        template="plain",
+        question="Describe.",
+        **options,
+    )
 
 
 def scene_samples(base, count=2):
     builder = SampleBuilder.of(base)
     scenes = [make_scene(1, i) for i in range(count)]
-    return [builder({"image": Image.fromarray(s["image"]), "pieces": s["pieces"], "masks": s["masks"], "file_name": str(i),
-                     "mask_infos": [{"plural": False, "isthing": True, "text": p} for p in s["phrases"]]})
-            for i, s in enumerate(scenes)]
+    return [
+        builder(
+            {
+                "image": Image.fromarray(s["image"]),
+                "pieces": s["pieces"],
+                "masks": s["masks"],
+                "file_name": str(i),
+                "mask_infos": [{"plural": False, "isthing": True, "text": p} for p in s["phrases"]],
+            }
+        )
+        for i, s in enumerate(scenes)
+    ]
 
 
 @pytest.mark.parametrize("family", ALL)
 @pytest.mark.parametrize("merge", ["mean", "max"])
 def test_rows_equal_full_matrices_alone_and_in_a_left_padded_batch(family, merge, tokenizer):
     base = make_base(family, tokenizer, merge=merge)
-    eager = make_base(family, tokenizer, "eager", merge=merge)   # equal weights: the seed is the same
+    eager = make_base(family, tokenizer, "eager", merge=merge)  # equal weights: the seed is the same
     samples = scene_samples(base, 3)
-    assert len({len(s["input_ids"]) for s in samples}) > 1       # so that something is padded
+    assert len({len(s["input_ids"]) for s in samples}) > 1  # so that something is padded
     wanted = [eager([s])[0] for s in samples]
     for got in ([base([s])[0] for s in samples], base(samples), eager(samples)):
         for ours, theirs in zip(got, wanted):
@@ -85,14 +101,25 @@ def test_one_pass_after_generation_gives_the_rows_of_generation(family, tokenize
     full = eager.expand(prompt, sample)[None]
     extra = eager.build_inputs([sample], full, torch.ones_like(full))
     extra.pop("position_ids", None)
-    out = eager.model.generate(input_ids=full, attention_mask=torch.ones_like(full), max_new_tokens=6, do_sample=False, eos_token_id=[],
-                               return_dict_in_generate=True, output_attentions=True, **extra)
-    assert out.sequences[0, full.shape[1]:].tolist() == ids      # SDPA and eager write the same answer
+    out = eager.model.generate(
+        input_ids=full,
+        attention_mask=torch.ones_like(full),
+        max_new_tokens=6,
+        do_sample=False,
+        eos_token_id=[],
+        return_dict_in_generate=True,
+        output_attentions=True,
+        **extra,
+    )
+    assert out.sequences[0, full.shape[1] :].tolist() == ids  # SDPA and eager write the same answer
     columns = (full[0] == base.image_token_id).nonzero().flatten()
-    probe = {**sample, "input_ids": torch.cat([prompt, torch.tensor(ids)]),
-             "mask_ids": torch.cat([torch.full_like(prompt, -1), torch.arange(len(ids))])}
+    probe = {
+        **sample,
+        "input_ids": torch.cat([prompt, torch.tensor(ids)]),
+        "mask_ids": torch.cat([torch.full_like(prompt, -1), torch.arange(len(ids))]),
+    }
     rows = base([probe])[0]["mask_attentions"]
-    for step in range(1, len(ids)):   # the row *of* token i comes with step i + 1, when it is the query
+    for step in range(1, len(ids)):  # the row *of* token i comes with step i + 1, when it is the query
         maps = [layer[0][:, -1:, columns] for layer in out.attentions[step]]
         torch.testing.assert_close(rows[step - 1], base.to_grid(maps, base.grid(sample))[0], atol=1e-6, rtol=0)
 
@@ -116,9 +143,11 @@ def test_training_a_head_leaves_every_weight_of_the_base_unchanged(tokenizer):
 def test_a_step_needs_no_more_memory_after_many_steps(tokenizer):
     base, sam = make_base("llava", tokenizer), tiny_sam()
     encoder, model = SAMImageEncoder(sam), FLMM(base.channels, base.num_layers, base.hidden_size, sam, SMALL)
+
     def resident():
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * 4096 / 2**20
+
     seen = []
     for step in range(16):
         samples = scene_samples(base, 2)
@@ -139,13 +168,22 @@ def test_phrases_decoded_together_equal_phrases_decoded_one_by_one(tokenizer):
         [together] = model([feature])
         for k in range(4):
             keep = feature["mask_ids"] == k
-            [alone] = model([{**feature, "mask_attentions": feature["mask_attentions"][k: k + 1], "mask_ids": feature["mask_ids"][keep] * 0,
-                              "hidden_states": feature["hidden_states"][:, keep]}])
+            [alone] = model(
+                [
+                    {
+                        **feature,
+                        "mask_attentions": feature["mask_attentions"][k : k + 1],
+                        "mask_ids": feature["mask_ids"][keep] * 0,
+                        "hidden_states": feature["hidden_states"][:, keep],
+                    }
+                ]
+            )
             torch.testing.assert_close(alone["sam_pred_masks"][0], together["sam_pred_masks"][k], atol=1e-5, rtol=1e-4)
             torch.testing.assert_close(alone["scores"][0], together["scores"][k], atol=1e-5, rtol=1e-4)
 
 
 # ---- checkpoints
+
 
 def expected_keys(iou_depth=3):
     """The key list of a published head, written out from the specification."""
@@ -154,15 +192,23 @@ def expected_keys(iou_depth=3):
         for j in range(2):
             keys |= {f"mask_head.encoder.{i}.{min(i, 1)}.convs.{j}.{n}" for n in ("conv.weight", "gn.weight", "gn.bias")}
     for i in range(3):
-        keys |= {f"mask_head.decoder.{i}.{part}.{n}" for n in ("conv.weight", "gn.weight", "gn.bias")
-                 for part in ("conv_block.convs.0", "conv_block.convs.1", "upsample.interp_upsample.1")}
+        keys |= {
+            f"mask_head.decoder.{i}.{part}.{n}"
+            for n in ("conv.weight", "gn.weight", "gn.bias")
+            for part in ("conv_block.convs.0", "conv_block.convs.1", "upsample.interp_upsample.1")
+        }
     prompt, decoder = "sam.model.prompt_encoder.", "sam.model.mask_decoder."
-    keys |= {f"{prompt}point_embeddings.{i}.weight" for i in range(4)} | {prompt + "not_a_point_embed.weight", prompt + "no_mask_embed.weight"}
+    keys |= {f"{prompt}point_embeddings.{i}.weight" for i in range(4)} | {
+        prompt + "not_a_point_embed.weight",
+        prompt + "no_mask_embed.weight",
+    }
     pair = ("weight", "bias")
     keys |= {f"{prompt}mask_downscaling.{i}.{n}" for i in (0, 1, 3, 4, 6) for n in pair}
     keys |= {decoder + "iou_token.weight", decoder + "mask_tokens.weight"}
     blocks = [f"transformer.layers.{i}" for i in range(2)]
-    parts = [f"{b}.{a}.{p}_proj" for b in blocks for a in ("self_attn", "cross_attn_token_to_image", "cross_attn_image_to_token") for p in "qkv"]
+    parts = [
+        f"{b}.{a}.{p}_proj" for b in blocks for a in ("self_attn", "cross_attn_token_to_image", "cross_attn_image_to_token") for p in "qkv"
+    ]
     parts += [f"{b}.{a}.out_proj" for b in blocks for a in ("self_attn", "cross_attn_token_to_image", "cross_attn_image_to_token")]
     parts += [f"{b}.norm{i}" for b in blocks for i in (1, 2, 3, 4)] + [f"{b}.mlp.lin{i}" for b in blocks for i in (1, 2)]
     parts += [f"transformer.final_attn_token_to_image.{p}_proj" for p in ("q", "k", "v", "out")] + ["transformer.norm_final_attn"]
@@ -177,7 +223,7 @@ def test_a_saved_head_has_exactly_upstreams_keys_and_loads_again(tmp_path):
     state = model.upstream_state()
     assert set(state) == expected_keys()
     nested = {"meta": {"epoch": 1}, "state_dict": {f"module.{k}": v.bfloat16() for k, v in state.items()}}
-    nested["state_dict"]["module.llm.lm_head.weight"] = torch.zeros(2)   # base weights may lie in the file too
+    nested["state_dict"]["module.llm.lm_head.weight"] = torch.zeros(2)  # base weights may lie in the file too
     torch.save(nested, tmp_path / "published.pth")
     other = FLMM(6, 3, 16, tiny_sam(seed=5), SMALL)
     report = other.load_upstream(read_weights(tmp_path / "published.pth"), "published.pth")
@@ -203,6 +249,7 @@ def test_a_head_of_another_base_is_refused_by_name_and_shape():
 @pytest.mark.parametrize("channels,count", [(384, 7_403_969), (576, 7_514_561), (784, 7_634_369), (1024, 7_772_609), (2048, 8_362_433)])
 def test_mask_head_has_the_published_number_of_parameters(channels, count):
     from flmm.models.mask_head.mask_decoder import UNetHead
+
     with torch.device("meta"):
         assert sum(p.numel() for p in UNetHead(channels).parameters()) == count
 
@@ -224,15 +271,20 @@ def test_sam_loads_alike_from_original_keys_and_from_a_transformers_folder(tmp_p
 def test_deepspeed_shards_become_the_fp32_head(tmp_path):
     state = FLMM(6, 3, 16, tiny_sam(), SMALL).upstream_state()
     shapes = {k: v.shape for k, v in state.items()}
-    flat = torch.cat([v.flatten() for v in state.values()] + [torch.zeros(3)])   # padded so that it divides
+    flat = torch.cat([v.flatten() for v in state.values()] + [torch.zeros(3)])  # padded so that it divides
     flat = flat[: len(flat) // 2 * 2]
     folder = tmp_path / "iter_10.pth"
     folder.mkdir()
     torch.save({"module": {k: v.bfloat16() for k, v in state.items()}, "param_shapes": [shapes]}, folder / "mp_rank_00_model_states.pt")
     for rank, part in enumerate(flat.chunk(2)):
-        torch.save({"optimizer_state_dict": {"single_partition_of_fp32_groups": [part.clone()]}}, folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+        torch.save(
+            {"optimizer_state_dict": {"single_partition_of_fp32_groups": [part.clone()]}},
+            folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt",
+        )
+
     class Args:
         output = tmp_path / "head.safetensors"
+
     Args.folder = folder
     deepspeed2torch(Args)
     for key, value in read_weights(Args.output).items():
@@ -240,6 +292,7 @@ def test_deepspeed_shards_become_the_fp32_head(tmp_path):
 
 
 # ---- conversation
+
 
 @pytest.fixture(scope="module")
 def grounder(tokenizer):
@@ -251,6 +304,7 @@ def grounder(tokenizer):
 
 def test_ground_gives_masks_boxes_rle_and_scores_at_the_size_of_the_picture(grounder):
     from pycocotools import mask as coco
+
     image = Image.fromarray(make_scene(0, 2)["image"]).resize((90, 50))
     result = grounder.ground(image, ["red circle", "a blue square"])
     assert result["masks"].shape == (2, 50, 90)
@@ -263,7 +317,9 @@ def test_ground_gives_masks_boxes_rle_and_scores_at_the_size_of_the_picture(grou
 def test_a_phrase_with_a_different_word_gets_a_different_map(grounder):
     image = Image.fromarray(make_scene(0, 2)["image"])
     builder = grounder.builder
-    one, two = (grounder.base([builder({"image": image, "pieces": caption_of_phrases([p])})])[0]["mask_attentions"] for p in ("red", "blue"))
+    one, two = (
+        grounder.base([builder({"image": image, "pieces": caption_of_phrases([p])})])[0]["mask_attentions"] for p in ("red", "blue")
+    )
     assert (one - two).abs().max() > 1e-4
 
 
@@ -278,7 +334,7 @@ def test_text_is_cut_at_its_noun_phrases_and_converse_needs_no_terminal(grounder
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "CMYK", "P", "1", "I;16"])
 def test_pictures_of_every_mode_can_be_grounded(grounder, mode):
     image = Image.fromarray(make_scene(0, 2)["image"])
-    image = Image.fromarray((np.asarray(image.convert("L"), np.uint16) * 200)) if mode == "I;16" else image.convert(mode)
+    image = Image.fromarray(np.asarray(image.convert("L"), np.uint16) * 200) if mode == "I;16" else image.convert(mode)
     assert grounder.ground(image, ["red"])["masks"].shape == (1, 64, 64)
 
 
@@ -311,9 +367,12 @@ def test_selector_joins_neighbours_and_noun_phrases_drop_what_is_not_an_object()
 
 # ---- loading
 
+
 def test_a_base_of_another_class_and_a_missing_class_are_named(tokenizer, tmp_path, monkeypatch):
     save_base(tiny_model("qwen", tokenizer), tokenizer, tmp_path / "qwen")
-    with pytest.raises(UserError, match="holds a Qwen2_5_VLForConditionalGeneration, this configuration needs a LlavaForConditionalGeneration"):
+    with pytest.raises(
+        UserError, match="holds a Qwen2_5_VLForConditionalGeneration, this configuration needs a LlavaForConditionalGeneration"
+    ):
         FAMILIES["llava"].load(tmp_path / "qwen")
     with pytest.raises(UserError, match="nowhere"):
         FAMILIES["llava"].load(tmp_path / "nowhere")

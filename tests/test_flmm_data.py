@@ -1,4 +1,5 @@
 """flmm: data sets, bad inputs, cached features, scores."""
+
 import itertools
 import json
 import pickle
@@ -33,7 +34,7 @@ CONFIG = "flmm/configs/tiny/scenes.yaml"
 @pytest.fixture(scope="module")
 def built_in(tmp_path_factory):
     root = tmp_path_factory.mktemp("scenes") / "data"
-    make_data(Namespace(out=root, train=6, val=2, test=2, side=64, seed=0))
+    make_data(Namespace(out=root, train=6, val=2, test=2, overlap=1, side=64, seed=0))
     return root
 
 
@@ -45,8 +46,9 @@ def base():
 
 
 def png(root, split="train", build=None):
-    return PNGDataset(root / f"png/png_coco_{split}.json", root / f"png/panoptic_{split}.json", root / f"png/panoptic_{split}",
-                      root / "png/images", build)
+    return PNGDataset(
+        root / f"png/png_coco_{split}.json", root / f"png/panoptic_{split}.json", root / f"png/panoptic_{split}", root / "png/images", build
+    )
 
 
 def refcoco(root, **options):
@@ -55,13 +57,14 @@ def refcoco(root, **options):
 
 # ---- built-in scenes
 
+
 def test_a_scene_depends_on_seed_and_index_alone_and_its_captions_tell_no_position():
     one, two = make_scene(3, 17), make_scene(3, 17)
     assert np.array_equal(one["image"], two["image"]) and one["pieces"] == two["pieces"]
     assert not np.array_equal(one["image"], make_scene(4, 17)["image"])
-    firsts = [make_scene(0, i)["masks"][0].nonzero()[1].mean() for i in range(300)]   # x of the object that is named first
+    firsts = [make_scene(0, i)["masks"][0].nonzero()[1].mean() for i in range(300)]  # x of the object that is named first
     assert abs(np.mean(firsts) - 32) < 3
-    assert not any((make_scene(0, i)["masks"].sum(0) > 1).any() for i in range(20))   # a hidden part belongs to the object on top
+    assert not any((make_scene(0, i)["masks"].sum(0) > 1).any() for i in range(20))  # a hidden part belongs to the object on top
 
 
 def test_both_formats_give_back_the_scene(built_in):
@@ -76,11 +79,14 @@ def test_both_formats_give_back_the_scene(built_in):
 
 # ---- epochs and protocols
 
+
 def test_expressions_are_drawn_anew_each_epoch_and_never_in_evaluation(built_in):
     train, fixed = refcoco(built_in, text_mode="random"), refcoco(built_in, text_mode="select_first")
+
     def seen(dataset, epoch):
         dataset.set_epoch(epoch)
         return [dataset.phrases(i) for i in range(len(dataset))]
+
     assert seen(train, 0) == seen(train, 0)
     assert len({json.dumps(seen(train, e)) for e in range(4)}) > 1
     assert seen(fixed, 0) == seen(fixed, 5)
@@ -97,21 +103,31 @@ def test_captions_without_a_grounded_phrase_are_left_out_and_nothing_is_substitu
     captions = json.loads((built_in / "png/png_coco_train.json").read_text())
     captions[1]["segments"] = [{"utterance": "nothing here", "segment_ids": [], "plural": False}]
     (tmp_path / "captions.json").write_text(json.dumps(captions))
-    dataset = PNGDataset(tmp_path / "captions.json", built_in / "png/panoptic_train.json", built_in / "png/panoptic_train", built_in / "png/images")
+    dataset = PNGDataset(
+        tmp_path / "captions.json", built_in / "png/panoptic_train.json", built_in / "png/panoptic_train", built_in / "png/images"
+    )
     names = [dataset.record(i)["file_name"] for i in range(len(dataset))]
     assert len(names) == 5 == len(set(names)) and f"{int(captions[1]['image_id']):012d}.png" not in names
 
 
 # ---- bad inputs
 
+
 class Evil:
     def __reduce__(self):
         return print, ("executed",)
 
 
-@pytest.mark.parametrize("content,reason", [
-    (pickle.dumps([{"sentences": Evil()}]), "builtins.print"), (pickle.dumps(np.zeros(3)), "numpy"), (b"garbage", "not a readable references file"),
-    (pickle.dumps({"a": 1}), "list of references"), (b"", "not a readable references file")])
+@pytest.mark.parametrize(
+    "content,reason",
+    [
+        (pickle.dumps([{"sentences": Evil()}]), "builtins.print"),
+        (pickle.dumps(np.zeros(3)), "numpy"),
+        (b"garbage", "not a readable references file"),
+        (pickle.dumps({"a": 1}), "list of references"),
+        (b"", "not a readable references file"),
+    ],
+)
 def test_a_refs_file_runs_no_code_and_a_damaged_one_is_named(tmp_path, capsys, content, reason):
     path = tmp_path / "refs(unc).p"
     path.write_bytes(content)
@@ -120,7 +136,9 @@ def test_a_refs_file_runs_no_code_and_a_damaged_one_is_named(tmp_path, capsys, c
     assert str(path) in str(caught.value) and "executed" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("segmentation", ["abc", {"counts": "x"}, {"counts": [1, 2], "size": "no"}, [[1, 2]], None, {"size": [4, 4], "counts": 7}])
+@pytest.mark.parametrize(
+    "segmentation", ["abc", {"counts": "x"}, {"counts": [1, 2], "size": "no"}, [[1, 2]], None, {"size": [4, 4], "counts": 7}]
+)
 def test_a_segmentation_that_does_not_decode_is_named(segmentation):
     with pytest.raises(UserError, match="annotation 5"):
         decode_segmentation(segmentation, 8, 8, "instances.json: annotation 5")
@@ -130,7 +148,7 @@ def test_polygon_and_both_rle_forms_decode_alike():
     mask = np.zeros((20, 30), np.uint8)
     mask[5:15, 4:24] = 1
     compressed = encode_rle(mask)
-    flat = mask.T.ravel()                                                    # column by column, first run counts zeros
+    flat = mask.T.ravel()  # column by column, first run counts zeros
     lengths = [len(list(run)) for _, run in itertools.groupby(flat.tolist())]
     plain = {"size": [20, 30], "counts": lengths if flat[0] == 0 else [0, *lengths]}
     assert np.array_equal(decode_segmentation(compressed, 20, 30, ""), mask)
@@ -166,7 +184,7 @@ def test_masks_of_another_size_and_phrases_without_tokens_are_refused(base):
         builder(record)
     with pytest.raises(UserError, match="a.jpg: phrase 0 ('  ') has no token".replace("(", r"\(").replace(")", r"\)")):
         builder({**record, "pieces": [("  ", 0)], "masks": np.zeros((1, 48, 64))})
-    sample = builder({**record, "pieces": [("red", 1)], "masks": np.zeros((2, 48, 64))})   # phrase 0 is nowhere
+    sample = builder({**record, "pieces": [("red", 1)], "masks": np.zeros((2, 48, 64))})  # phrase 0 is nowhere
     with pytest.raises(UserError, match="a phrase has no token"):
         base([sample])
 
@@ -175,8 +193,8 @@ def test_exif_rotation_follows_the_annotation(tmp_path):
     image, exif = Image.new("RGB", (40, 20), "red"), Image.Exif()
     exif[0x0112] = 6
     image.save(tmp_path / "turned.jpg", exif=exif)
-    assert load_image(tmp_path / "turned.jpg").size == (20, 40)             # upright for people
-    assert load_image(tmp_path / "turned.jpg", (40, 20)).size == (40, 20)   # as annotated
+    assert load_image(tmp_path / "turned.jpg").size == (20, 40)  # upright for people
+    assert load_image(tmp_path / "turned.jpg", (40, 20)).size == (40, 20)  # as annotated
     (tmp_path / "broken.jpg").write_bytes((tmp_path / "turned.jpg").read_bytes()[:200])
     with pytest.raises(UserError, match="broken.jpg: not a readable picture"):
         load_image(tmp_path / "broken.jpg")
@@ -188,7 +206,9 @@ def test_paths_do_not_leave_the_data_root(built_in):
         build_dataset(config, "train", built_in, None)
 
 
-@pytest.mark.parametrize("override,reason", [("nonsense", "part.name=value"), ("bass.path=x", "part.name=value"), ("data.train=[{type: gif}]", "type is 'gif'")])
+@pytest.mark.parametrize(
+    "override,reason", [("nonsense", "part.name=value"), ("bass.path=x", "part.name=value"), ("data.train=[{type: gif}]", "type is 'gif'")]
+)
 def test_wrong_overrides_are_named(built_in, override, reason):
     with pytest.raises(UserError, match=reason):
         build_dataset(read_config(CONFIG, [override]), "train", built_in, None)
@@ -196,6 +216,7 @@ def test_wrong_overrides_are_named(built_in, override, reason):
 
 def test_every_published_configuration_reads_and_names_a_known_family():
     from pathlib import Path
+
     files = sorted(Path("flmm/configs").glob("*/frozen_*_unet_sam_l_refcoco_png.yaml"))
     runnable = [read_config(f)["base"]["family"] for f in files if f.parent.name not in ("hpt", "mgm")]
     assert len(runnable) == 7 and set(runnable) <= set(FAMILIES)
@@ -210,6 +231,7 @@ def test_deepseek_processor_truncates_where_transformers_rounds():
 
 
 # ---- real photographs
+
 
 def test_photographs_are_read_with_their_phrases(data_root, base):
     dataset = PhraseDataset(data_root / "grounding/val_panoptic", SampleBuilder.of(base))
@@ -232,8 +254,15 @@ def test_photographs_are_read_with_their_phrases(data_root, base):
 def test_reasonseg_leaves_ignored_pixels_out(tmp_path):
     Image.new("RGB", (20, 20)).save(tmp_path / "a.jpg")
     square = [[0, 0], [9, 0], [9, 9], [0, 9]]
-    (tmp_path / "a.json").write_text(json.dumps({"text": ["what flies?", "the bird"], "is_sentence": True, "shapes": [
-        {"label": "target", "points": square}, {"label": "ignore", "points": [[10, 10], [19, 10], [19, 19], [10, 19]]}]}))
+    (tmp_path / "a.json").write_text(
+        json.dumps(
+            {
+                "text": ["what flies?", "the bird"],
+                "is_sentence": True,
+                "shapes": [{"label": "target", "points": square}, {"label": "ignore", "points": [[10, 10], [19, 10], [19, 19], [10, 19]]}],
+            }
+        )
+    )
     dataset = ReasonSegDataset(tmp_path)
     assert len(dataset) == 2
     record = dataset.record(0)
@@ -244,6 +273,7 @@ def test_reasonseg_leaves_ignored_pixels_out(tmp_path):
 
 
 # ---- cache
+
 
 def test_cached_features_equal_live_ones_and_another_origin_is_refused(built_in, base, tmp_path):
     encoder = SAMImageEncoder(tiny_sam())
@@ -268,6 +298,7 @@ def test_cached_features_equal_live_ones_and_another_origin_is_refused(built_in,
 
 
 # ---- scores
+
 
 def test_average_recall_is_the_mean_iou_and_empty_masks_count_zero():
     ious = np.random.default_rng(0).random(500)

@@ -1,4 +1,5 @@
 """flmm: the scripts as a user starts them; resume, several processes, one-line errors."""
+
 import json
 import os
 import subprocess
@@ -24,7 +25,7 @@ CONFIG = str(ROOT / "flmm/configs/tiny/scenes.yaml")
 def world(tmp_path_factory):
     """Data, random bases of two families and a tiny SAM."""
     folder = tmp_path_factory.mktemp("world")
-    make_data(Namespace(out=folder / "data", train=8, val=2, test=3, side=64, seed=0))
+    make_data(Namespace(out=folder / "data", train=8, val=2, test=3, overlap=1, side=64, seed=0))
     tokenizer = tiny_tokenizer()
     for family in ("llava", "qwen"):
         save_base(tiny_model(family, tokenizer), tokenizer, folder / family)
@@ -34,9 +35,19 @@ def world(tmp_path_factory):
 
 def call(*arguments, cwd=ROOT, processes=1, ok=True):
     """Run a script in a process of its own; returns stdout, or stderr where it must fail with status 2."""
-    launcher = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    done = subprocess.run([*launcher, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=240,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "", "CUDA_VISIBLE_DEVICES": ""})
+    launcher = (
+        [sys.executable]
+        if processes == 1
+        else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    )
+    done = subprocess.run(
+        [*launcher, *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "", "CUDA_VISIBLE_DEVICES": ""},
+    )
     if ok:
         assert done.returncode == 0, done.stderr[-2000:]
         return done.stdout
@@ -46,8 +57,24 @@ def call(*arguments, cwd=ROOT, processes=1, ok=True):
 
 
 def train(world, out, *extra, **options):
-    return call(ROOT / "flmm/train.py", "--config", CONFIG, "--data", world / "data", "--base-path", world / "llava", "--out", out,
-                "--set", f"sam.path={world / 'sam'}", "unet.base_channels=4", "--log-every", 1, *extra, **options)
+    return call(
+        ROOT / "flmm/train.py",
+        "--config",
+        CONFIG,
+        "--data",
+        world / "data",
+        "--base-path",
+        world / "llava",
+        "--out",
+        out,
+        "--set",
+        f"sam.path={world / 'sam'}",
+        "unet.base_channels=4",
+        "--log-every",
+        1,
+        *extra,
+        **options,
+    )
 
 
 def losses(out):
@@ -57,7 +84,7 @@ def losses(out):
 def test_resumed_equals_uninterrupted_to_the_bit_and_two_processes_equal_one(world, tmp_path):
     train(world, tmp_path / "whole", "--max-steps", 3, "--batch-size", 4)
     train(world, tmp_path / "cut", "--max-steps", 3, "--batch-size", 4, "--save-every", 1)
-    for name in ("step-00000002", "step-00000003"):          # as if it had been stopped after the first step
+    for name in ("step-00000002", "step-00000003"):  # as if it had been stopped after the first step
         for file in sorted((tmp_path / "cut/checkpoints" / name).rglob("*"), reverse=True):
             file.unlink() if file.is_file() else file.rmdir()
     train(world, tmp_path / "cut", "--max-steps", 3, "--batch-size", 4, "--save-every", 1, "--resume")
@@ -72,37 +99,94 @@ def test_a_head_is_trained_from_the_cache_scored_and_used(world, tmp_path):
     head = tmp_path / "run/head.safetensors"
     out = train(world, tmp_path / "run", "--max-steps", 2, "--batch-size", 4, "--cache-attention", tmp_path / "cache")
     assert "base: cached features" in out and "val_miou" in out
-    again = train(world, tmp_path / "again", "--max-steps", 2, "--batch-size", 4, "--cache-attention", tmp_path / "cache",
-                  "--targets", "original")   # the base is not even loaded
+    again = train(
+        world, tmp_path / "again", "--max-steps", 2, "--batch-size", 4, "--cache-attention", tmp_path / "cache", "--targets", "original"
+    )  # the base is not even loaded
     assert "base: cached features" in again
-    text = call(ROOT / "flmm/test.py", "--config", CONFIG, "--data", world / "data", "--base-path", world / "llava", "--head", head,
-                "--set", f"sam.path={world / 'sam'}", "unet.base_channels=4", "--controls", "--out", tmp_path / "test", "--pictures", 2)
+    text = call(
+        ROOT / "flmm/test.py",
+        "--config",
+        CONFIG,
+        "--data",
+        world / "data",
+        "--base-path",
+        world / "llava",
+        "--head",
+        head,
+        "--set",
+        f"sam.path={world / 'sam'}",
+        "unet.base_channels=4",
+        "--controls",
+        "--out",
+        tmp_path / "test",
+        "--pictures",
+        2,
+    )
     results = json.loads((tmp_path / "test/results.json").read_text())
-    assert set(results["controls"]) == {"whole", "centre", "union", "other", "raw"} and f"{results['phrases']} phrases" in text
+    assert (
+        set(results["controls"]) == {"whole", "centre", "union", "other", "other_coarse", "raw"} and f"{results['phrases']} phrases" in text
+    )
     assert len(list((tmp_path / "test/overlays").glob("*.png"))) == 2
     assert len(json.loads((tmp_path / "test/masks.json").read_text())) == results["phrases"]
-    demo = ["--config", CONFIG, "--set", f"base.path={world / 'llava'}", f"sam.path={world / 'sam'}", "unet.base_channels=4", "--head", head]
+    demo = [
+        "--config",
+        CONFIG,
+        "--set",
+        f"base.path={world / 'llava'}",
+        f"sam.path={world / 'sam'}",
+        "unet.base_channels=4",
+        "--head",
+        head,
+    ]
     Image.new("CMYK", (50, 40)).save(tmp_path / "p.jpg")
     script = ROOT / "flmm/scripts/demo/grounded_conversation_demo.py"
-    out = call("grounded_conversation_demo.py", *demo, "--image", tmp_path / "p.jpg", "--text", "a red car; sky", "--out", tmp_path / "g", cwd=script.parent)
+    out = call(
+        "grounded_conversation_demo.py",
+        *demo,
+        "--image",
+        tmp_path / "p.jpg",
+        "--text",
+        "a red car; sky",
+        "--out",
+        tmp_path / "g",
+        cwd=script.parent,
+    )
     assert out.count("score") == 2 and (tmp_path / "g.png").is_file()
     assert json.loads((tmp_path / "g.json").read_text())["phrases"] == ["a red car", "sky"]
     # every refusal is one line that names what is wrong, before anything is written
     for arguments, reason in (
-            (["--image", tmp_path / "none.jpg", "--text", "x"], "none.jpg: no such picture"),
-            (["--image", tmp_path / "p.jpg", "--text", " ; x"], "empty phrase"),
-            (["--image", tmp_path / "p.jpg", "--text", "x", "--set", f"base.path={world / 'qwen'}"], "needs a LlavaForConditionalGeneration"),
-            (["--image", tmp_path / "p.jpg", "--text", "x", "--head", tmp_path / "none.pth"], "none.pth: no such weight file")):
+        (["--image", tmp_path / "none.jpg", "--text", "x"], "none.jpg: no such picture"),
+        (["--image", tmp_path / "p.jpg", "--text", " ; x"], "empty phrase"),
+        (["--image", tmp_path / "p.jpg", "--text", "x", "--set", f"base.path={world / 'qwen'}"], "needs a LlavaForConditionalGeneration"),
+        (["--image", tmp_path / "p.jpg", "--text", "x", "--head", tmp_path / "none.pth"], "none.pth: no such weight file"),
+    ):
         assert reason in call(script, *demo, *arguments, "--out", tmp_path / "refused", ok=False)
     assert not (tmp_path / "refused.png").exists()
 
 
-@pytest.mark.parametrize("arguments,reason", [
-    (["--data", "{world}/nowhere"], "nowhere"), (["--set", "base.family=gpt"], "base.family is 'gpt'"),
-    (["--set", "sam.path=/nowhere/sam.pth"], "sam.path /nowhere/sam.pth: no such file")])
+@pytest.mark.parametrize(
+    "arguments,reason",
+    [
+        (["--data", "{world}/nowhere"], "nowhere"),
+        (["--set", "base.family=gpt"], "base.family is 'gpt'"),
+        (["--set", "sam.path=/nowhere/sam.pth"], "sam.path /nowhere/sam.pth: no such file"),
+    ],
+)
 def test_train_refuses_in_one_line(world, tmp_path, arguments, reason):
     arguments = [a.format(world=world) for a in arguments]
-    line = call(ROOT / "flmm/train.py", "--config", CONFIG, "--data", world / "data", "--base-path", world / "llava", "--out", tmp_path / "x", *arguments, ok=False)
+    line = call(
+        ROOT / "flmm/train.py",
+        "--config",
+        CONFIG,
+        "--data",
+        world / "data",
+        "--base-path",
+        world / "llava",
+        "--out",
+        tmp_path / "x",
+        *arguments,
+        ok=False,
+    )
     assert reason in line and not (tmp_path / "x").exists()
 
 
@@ -115,6 +199,6 @@ def test_scripts_start_from_their_folder_and_from_the_root(start):
 def test_crop_of_a_chain_of_thought_is_clipped_and_scored_offline():
     mask = torch.zeros(40, 60)
     mask[10:12, 50:52] = 1
-    assert mask_to_crop(mask, 1.0) == [42, 2, 58, 18]      # at least 8 pixels to each side
+    assert mask_to_crop(mask, 1.0) == [42, 2, 58, 18]  # at least 8 pixels to each side
     assert mask_to_crop(mask, 9.0) == [0, 0, 60, 40]
     assert contains("It says STOP.", "stop") == 1 and contains("go", "stop") == 0

@@ -1,4 +1,5 @@
 """Every reference file of GOLDEN_DIR/flmm, by kind (file-name prefix); the configuration comes from the file's metadata."""
+
 import json
 import re
 from types import SimpleNamespace
@@ -35,7 +36,7 @@ from flmm.schedule import lr_at
 from flmm.scripts.visual_cot.visual_cot import mask_to_crop
 from tests.golden import golden_files
 
-TINY_SAM_HEADS = 4   # of the reference SAM; the number of heads is not in any SAM checkpoint
+TINY_SAM_HEADS = 4  # of the reference SAM; the number of heads is not in any SAM checkpoint
 
 
 def load(path):
@@ -61,8 +62,11 @@ def close_relative(ours, theirs, rtol, name):
 
 def sam_parameters(path, params):
     """SAM's weights of a file, or of the file that its metadata names."""
-    found = {k.removeprefix("sam.model.").removeprefix("model."): v for k, v in params.items()
-             if re.search(r"(^|\.)(image_encoder|prompt_encoder|mask_decoder)\.", k)}
+    found = {
+        k.removeprefix("sam.model.").removeprefix("model."): v
+        for k, v in params.items()
+        if re.search(r"(^|\.)(image_encoder|prompt_encoder|mask_decoder)\.", k)
+    }
     if not found:
         config, _, _ = load(path)
         found = sam_parameters(path.parent / config["sam_params_from"], load(path.parent / config["sam_params_from"])[1])
@@ -99,8 +103,13 @@ def check_sam_refiner(path):
     close(default.boxes(coarse, size), t.out["boxes_1024"], 1e-5, "boxes_1024")
     binary = torch.nn.functional.interpolate(coarse[:, None].sigmoid(), size=size, mode="bilinear")[:, 0] > 0.5
     close(binary.sum((1, 2)), t.out["binary_mask_area"], 0, "binary_mask_area")
-    options = {"default": {}, "no_text": {"use_text": False}, "no_box": {"use_box": False}, "no_mask": {"use_mask": False},
-               "multimask": {"multimask_output": True}}
+    options = {
+        "default": {},
+        "no_text": {"use_text": False},
+        "no_box": {"use_box": False},
+        "no_mask": {"use_mask": False},
+        "multimask": {"multimask_output": True},
+    }
     names = [k.removeprefix("sam_mask_") for k in t.out if k.startswith("sam_mask_")]
     assert names
     for name in names:
@@ -127,9 +136,15 @@ def check_flmm(path):
     maps = [merge_rows(layer[..., columns], phrases, config.get("merge", "mean")) for layer in attention]
     family, grid = (FrozenLlavaNext, (config["coarse"], config["fine"])) if "fine" in config else (FrozenLlava, tuple(config["grid"]))
     image = Image.fromarray(given["image"].numpy())
-    feature = {"mask_attentions": family.to_grid(None, maps, grid), "hidden_states": given["hidden_states"][-L:][:, rows],
-               "mask_ids": phrases, "image_embedding": SAMImageEncoder(sam)([image])[0],
-               "image_size": (image.height, image.width), "meta_data": config.get("meta_data"), "unpad": family.unpad}
+    feature = {
+        "mask_attentions": family.to_grid(None, maps, grid),
+        "hidden_states": given["hidden_states"][-L:][:, rows],
+        "mask_ids": phrases,
+        "image_embedding": SAMImageEncoder(sam)([image])[0],
+        "image_size": (image.height, image.width),
+        "meta_data": config.get("meta_data"),
+        "unpad": family.unpad,
+    }
     [output] = model([feature])
     parts = model.compute_loss([output], [given["masks"]])
     parts["loss"].backward()
@@ -144,17 +159,18 @@ def check_flmm(path):
     for name, value in t.out.items():
         if name.startswith("grad."):
             close_relative(parameters[theirs[name.removeprefix("grad.")]].grad, value, 1e-4, name)
-    if "ground_spans" in given:   # spans of a generated answer: hidden states are weighted already
+    if "ground_spans" in given:  # spans of a generated answer: hidden states are weighted already
         spans = given["ground_spans"].tolist()
         which = torch.cat([torch.full((end - start,), k) for k, (start, end) in enumerate(spans)])
         at = torch.cat([torch.arange(start, end) for start, end in spans])
-        attention = given["ground_attention_maps"]   # (channels, T, gh, gw)
+        attention = given["ground_attention_maps"]  # (channels, T, gh, gw)
         feature |= {"mask_attentions": torch.stack([attention[:, s:e].mean(1) for s, e in spans]), "mask_ids": which}
         with torch.no_grad():
             coarse = model.coarse([feature])
             words = model.text_proj(given["ground_hidden_states"][at])
-            [(refined, _)] = model.sam([feature["image_embedding"]], [feature["image_size"]], coarse,
-                                       [[words[which == k] for k in range(len(spans))]])
+            [(refined, _)] = model.sam(
+                [feature["image_embedding"]], [feature["image_size"]], coarse, [[words[which == k] for k in range(len(spans))]]
+            )
             coarse = torch.nn.functional.interpolate(coarse[0][None], size=feature["image_size"], mode="bilinear")[0]
         close(coarse, t.out["ground_pred_masks"], 1e-4, "ground_pred_masks")
         close(refined, t.out["ground_sam_pred_masks"], 1e-4, "ground_sam_pred_masks")
@@ -168,8 +184,13 @@ def check_losses(path):
         logits, target = t.__dict__["in"][f"logits_{i}"].requires_grad_(), t.__dict__["in"][f"target_{i}"]
         dice, bce = losses.dice_loss(logits, target), losses.bce_loss(logits, target)
         (dice + bce).backward()
-        for name, value in (("dice", dice), ("bce", bce), ("grad", logits.grad),
-                            ("accuracy", losses.accuracy(logits, target)), ("aiou", losses.average_iou(logits, target))):
+        for name, value in (
+            ("dice", dice),
+            ("bce", bce),
+            ("grad", logits.grad),
+            ("accuracy", losses.accuracy(logits, target)),
+            ("aiou", losses.average_iou(logits, target)),
+        ):
             close(value, t.out[f"{name}_{i}"], 1e-6, f"{name}_{i}")
 
 
@@ -191,18 +212,23 @@ def check_lr_schedule(path):
     config, _, t = load(path)
     for i, case in enumerate(config["cases"]):
         total = case["max_epochs"] * case["epoch_length"]
-        ours = [lr_at(step, case["lr"], total, case["warmup_ratio"], case["start_factor"], upstream_one_step_warmup=True)
-                for step in range(total)]
+        ours = [
+            lr_at(step, case["lr"], total, case["warmup_ratio"], case["start_factor"], upstream_one_step_warmup=True)
+            for step in range(total)
+        ]
         np.testing.assert_allclose(ours, t.out[f"lr_{i}"].double().numpy(), rtol=1e-12)
-        if int(case["warmup_ratio"] * total) == 1:   # the trap, mended: a short run starts at the peak
+        if int(case["warmup_ratio"] * total) == 1:  # the trap, mended: a short run starts at the peak
             assert lr_at(0, case["lr"], total, case["warmup_ratio"], case["start_factor"]) == case["lr"]
 
 
 def check_processors(path):
     config, _, t = load(path)
-    processors = {"llava": LlavaImageProcessor(config["llava"]["size"]), "deepseek": DeepseekImageProcessor(config["deepseek"]["image_size"]),
-                  "llava_next": LlavaNextImageProcessor(config["llava_next"]["size"], config["llava_next"]["pinpoints"]),
-                  "pad2square": Pad2Square()}
+    processors = {
+        "llava": LlavaImageProcessor(config["llava"]["size"]),
+        "deepseek": DeepseekImageProcessor(config["deepseek"]["image_size"]),
+        "llava_next": LlavaNextImageProcessor(config["llava_next"]["size"], config["llava_next"]["pinpoints"]),
+        "pad2square": Pad2Square(),
+    }
     for name, meta in config["meta_data"].items():
         kind, i = name.rsplit("_", 1)
         ours = processors[kind](Image.fromarray(t.__dict__["in"][f"image_{i}"].numpy()))
@@ -234,30 +260,42 @@ def check_datasets(path):
         same(sample, f"png.{kind}")
         assert [{k: m[k] for k in ("plural", "isthing")} for m in sample["mask_infos"]] == info["mask_infos"]
         assert sample["meta_data"] == info["meta"]
-        build, picture, texts = SampleBuilder(tokenizer, prompt, processor), sample["image"], config["infos"]["refcoco_text"] \
-            if "refcoco_text" in config["infos"] else config["refcoco_text"]
+        build, picture, texts = (
+            SampleBuilder(tokenizer, prompt, processor),
+            sample["image"],
+            config["infos"]["refcoco_text"] if "refcoco_text" in config["infos"] else config["refcoco_text"],
+        )
         same(build({"image": picture, "pieces": caption_of_phrases(texts), "masks": gt}), f"refcoco.{kind}")
         for i, text in enumerate(texts):
-            same(build({"image": picture, "pieces": caption_of_phrases([text]), "masks": gt[i: i + 1]}), f"refcoco_split.{kind}.{i}")
+            same(build({"image": picture, "pieces": caption_of_phrases([text]), "masks": gt[i : i + 1]}), f"refcoco_split.{kind}.{i}")
     for name, items in config["infos"].items():
         if not name.startswith("refcoco."):
             continue
         data = RefCOCODataset(root / "instances.json", root / "refs(unc).p", root / "img", "val", name.removeprefix("refcoco."))
-        ours = [{"img_path": data.images[i]["file_name"], "img_id": i, "text": data.phrases(k), "n": len(objects)}
-                for k, (i, objects) in enumerate(data.items)]   # upstream's order is that of a Python set
+        ours = [
+            {"img_path": data.images[i]["file_name"], "img_id": i, "text": data.phrases(k), "n": len(objects)}
+            for k, (i, objects) in enumerate(data.items)
+        ]  # upstream's order is that of a Python set
         assert sorted(ours, key=lambda item: item["img_id"]) == sorted(items, key=lambda item: item["img_id"]), name
 
 
 # transformers 4 names -> 5; hub loading renames by itself
-RENAMES = [("language_model.model.", "model.language_model."), ("language_model.lm_head.", "lm_head."),
-           ("vision_tower.vision_model.", "model.vision_tower."), ("multi_modal_projector.", "model.multi_modal_projector."),
-           ("image_newline", "model.image_newline"), ("visual.", "model.visual."), ("model.", "model.language_model.")]
+RENAMES = [
+    ("language_model.model.", "model.language_model."),
+    ("language_model.lm_head.", "lm_head."),
+    ("vision_tower.vision_model.", "model.vision_tower."),
+    ("multi_modal_projector.", "model.multi_modal_projector."),
+    ("image_newline", "model.image_newline"),
+    ("visual.", "model.visual."),
+    ("model.", "model.language_model."),
+]
 
 
 def renamed(params):
     def rename(key):
         old, new = next(((o, n) for o, n in RENAMES if key.startswith(o)), ("", ""))
         return new + key.removeprefix(old)
+
     return {rename(k): v for k, v in params.items()}
 
 
@@ -269,7 +307,7 @@ def check_rows(base, sample, t):
     base.to_grid = lambda maps, grid: (seen.extend(maps), to_grid(base, maps, grid))[1]
     [out] = base([sample])
     close(torch.stack(seen), t.out["attn_rows"], 1e-5, f"attn_rows ({base.attention})")
-    hidden = t.out["hidden_states"][-base.num_layers:][:, t.out["row_index"]]
+    hidden = t.out["hidden_states"][-base.num_layers :][:, t.out["row_index"]]
     close(out["hidden_states"], hidden, 1e-5, f"hidden_states ({base.attention})")
 
 
@@ -277,14 +315,18 @@ def check_llava_tiny(path):
     config, params, t = load(path)
     given, fine = t.__dict__["in"], "pinpoints" in config
     drop = {"transformers_version"}
-    options = dict(text_config={k: v for k, v in config["text"].items() if k not in drop},
-                   vision_config={k: v for k, v in config["vision"].items() if k not in drop},
-                   vision_feature_layer=config.get("vision_feature_layer", -2),
-                   vision_feature_select_strategy=config.get("strategy", "default"))
+    options = dict(
+        text_config={k: v for k, v in config["text"].items() if k not in drop},
+        vision_config={k: v for k, v in config["vision"].items() if k not in drop},
+        vision_feature_layer=config.get("vision_feature_layer", -2),
+        vision_feature_select_strategy=config.get("strategy", "default"),
+    )
     # the image token stands once in the ids and is the only one not below the others' range
     image_token = config.get("image_token_index", int(given["input_ids"].max()))
     if fine:
-        model = LlavaNextForConditionalGeneration(LlavaNextConfig(**options, image_token_index=image_token, image_grid_pinpoints=config["pinpoints"]))
+        model = LlavaNextForConditionalGeneration(
+            LlavaNextConfig(**options, image_token_index=image_token, image_grid_pinpoints=config["pinpoints"])
+        )
     else:
         model = LlavaForConditionalGeneration(LlavaConfig(**options, image_token_index=image_token))
     assert not any(model.load_state_dict(renamed(params), strict=False))
@@ -308,13 +350,21 @@ def check_qwen_tiny(path):
     config, params, t = load(path)
     given, text = t.__dict__["in"], dict(config["text"])
     rope = {"rope_type": "default", "rope_theta": text.pop("rope_theta"), "mrope_section": config["rope_scaling"]["mrope_section"]}
-    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(
-        text_config={**text, "rope_parameters": rope}, vision_config=config["vision"], **config["ids"]))
+    model = Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(text_config={**text, "rope_parameters": rope}, vision_config=config["vision"], **config["ids"])
+    )
     assert not any(model.load_state_dict(renamed(params), strict=False))
     for attention in ("rows", "eager"):
-        check_rows(FrozenQwen(model, attention=attention), {
-            "input_ids": given["input_ids"][0], "mask_ids": given["mask_ids"].flatten().clone(),
-            "pixel_values": given["pixel_values"], "image_grid_thw": given["image_grid_thw"]}, t)
+        check_rows(
+            FrozenQwen(model, attention=attention),
+            {
+                "input_ids": given["input_ids"][0],
+                "mask_ids": given["mask_ids"].flatten().clone(),
+                "pixel_values": given["pixel_values"],
+                "image_grid_thw": given["image_grid_thw"],
+            },
+            t,
+        )
 
 
 def check_mgm_attention(path):
@@ -338,16 +388,28 @@ def check_text_utils(path):
         assert find_interval([tuple(i) for i in case["intervals"]], case["idx"]) == case["out"]
 
 
-KINDS = {"unet_head": check_unet_head, "sam_refiner": check_sam_refiner, "flmm_": check_flmm, "losses": check_losses,
-         "metrics": check_metrics, "lr_schedule": check_lr_schedule, "processors": check_processors, "datasets": check_datasets,
-         "llava_tiny": check_llava_tiny, "llava_next_tiny": check_llava_tiny, "qwen_tiny": check_qwen_tiny,
-         "mgm_attention": check_mgm_attention, "vcot_mask2box": check_vcot_mask2box, "text_utils": check_text_utils}
+KINDS = {
+    "unet_head": check_unet_head,
+    "sam_refiner": check_sam_refiner,
+    "flmm_": check_flmm,
+    "losses": check_losses,
+    "metrics": check_metrics,
+    "lr_schedule": check_lr_schedule,
+    "processors": check_processors,
+    "datasets": check_datasets,
+    "llava_tiny": check_llava_tiny,
+    "llava_next_tiny": check_llava_tiny,
+    "qwen_tiny": check_qwen_tiny,
+    "mgm_attention": check_mgm_attention,
+    "vcot_mask2box": check_vcot_mask2box,
+    "text_utils": check_text_utils,
+}
 
 
 @pytest.mark.parametrize("path", golden_files("flmm"))
 def test_equals_upstream(path):
     if path.parent.name in ("dataset", "img", "pan"):
-        return   # read by check_datasets
+        return  # read by check_datasets
     kinds = [k for k in KINDS if path.name.startswith(k)]
     assert kinds, f"{path.name}: a reference file that no check knows"
     KINDS[max(kinds, key=len)](path)

@@ -70,13 +70,13 @@ class FLMM(nn.Module):
                 out[i] = unpad_crop(part, features[i]["meta_data"]) if features[i]["unpad"] else part
         return out
 
-    def forward(self, features):
+    def forward(self, features, refine=True):
         """List of feature dicts -> list of {"pred_masks" (n, h, w), "sam_pred_masks" (n, H, W) or None, "scores" (n,)}.
 
-        Logits; scores are SAM's predicted IoU (without SAM: the mean probability inside the coarse mask).
+        refine=False leaves SAM out. Logits; scores are SAM's predicted IoU (without SAM: the mean probability inside the coarse mask).
         """
         coarse = self.coarse(features)
-        if self.sam is None:
+        if self.sam is None or not refine:
             return [{"pred_masks": p, "sam_pred_masks": None, "scores": confidence(p)} for p in coarse]
         words = []
         for f in features:

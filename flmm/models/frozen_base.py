@@ -10,10 +10,10 @@ The base never trains: no gradient, always in eval mode, not a parameter of anyt
 """
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoTokenizer
 from transformers.image_processing_base import ImageProcessingMixin
 
-import transformers
 from common.errors import UserError
 from flmm.models.attention_rows import NAME, AttentionRows, merge_rows
 
