@@ -51,7 +51,8 @@ def parse_args(argv=None):
 
 def make_model(layers, hidden, vocabulary, device="cpu", dtype=torch.float32, **config):
     torch.manual_seed(0)
-    settings = {"hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": layers, "num_attention_heads": max(4, hidden // 128),
+    settings = {"hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": layers,
+                "num_attention_heads": max(4, hidden // 128),
                 "num_key_value_heads": max(2, hidden // 512), "vocab_size": vocabulary, "attention_bias": True, **config}
     with torch.device(device):
         before = torch.get_default_dtype()
@@ -117,7 +118,8 @@ def scan_speed(repeats):
     print(f"{'method':38}{'seconds':>9}{'speed-up':>10}{'largest relative difference':>30}")
     for name, spent in rows.items():
         print(f"{name:38}{spent:9.2f}{rows['naive (upstream)'] / spent:9.2f}x{worst[name]:30.1e}")
-    return {"seconds": rows, "speedup": {k: rows["naive (upstream)"] / v for k, v in rows.items()}, "largest_relative_difference": worst}
+    return {"seconds": rows, "speedup": {k: rows["naive (upstream)"] / v for k, v in rows.items()},
+            "largest_relative_difference": worst}
 
 
 def peak_memory(chunk):
@@ -135,7 +137,8 @@ def peak_memory(chunk):
 def scan_memory():
     rows = {}
     for name, chunk in (("all at once", 1 << 40), ("in chunks (default)", scanner.CHUNK)):
-        child = subprocess.run([sys.executable, __file__, "--peak-memory", str(chunk)], capture_output=True, text=True, check=True)
+        child = subprocess.run([sys.executable, __file__, "--peak-memory", str(chunk)], capture_output=True, text=True,
+                               check=True)
         rows[name] = float(child.stdout)
     print("\npeak memory of a scan above the loaded model, vocabulary 153376, 34 layers, prompt of 30 tokens")
     for name, value in rows.items():
@@ -167,7 +170,8 @@ def write_sparse(folder: Path, shapes: dict, shards: int = 4):
             file.truncate(8 + len(text) + offset)
         weight_map |= dict.fromkeys(part, name)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    (folder / "config.json").write_text(json.dumps({"model_type": "PanguEmbedded", "architectures": ["PanguEmbeddedForCausalLM"], "bias": True,
+    (folder / "config.json").write_text(json.dumps({"model_type": "PanguEmbedded", "architectures": ["PanguEmbeddedForCausalLM"],
+                                                    "bias": True,
                                                     **{k: v for k, v in PANGU.items() if k != "attention_bias"}}))
 
 
@@ -179,14 +183,16 @@ def prune_big(work):
         write_sparse(source, pangu_shapes())
         for spec in ("23-28", "17-33"):
             start = time.perf_counter()
-            command = [sys.executable, ROOT / "pruning/pruning_tools/prune_llm.py", "--ckpt", source, "--out-dir", Path(folder) / "out",
+            command = [sys.executable, ROOT / "pruning/pruning_tools/prune_llm.py", "--ckpt", source, "--out-dir",
+                       Path(folder) / "out",
                        "--drop-layers", spec, "--overwrite"]
             child = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True)
             line = child.stdout.read().strip().splitlines()[-1]
             _, status, usage = os.wait4(child.pid, 0)
             if status:
                 raise SystemExit(f"prune_llm.py --drop-layers {spec} failed")
-            rows[spec] = {"seconds": time.perf_counter() - start, "peak_megabytes": usage.ru_maxrss / 1024, "what": line.split(", in ")[0]}
+            rows[spec] = {"seconds": time.perf_counter() - start, "peak_megabytes": usage.ru_maxrss / 1024,
+                          "what": line.split(", in ")[0]}
     print("\npruning 8.03 B values (16.1 GB of bfloat16 shards, sparse) on disk")
     for row in rows.values():
         print(f"{row['what']:75}{row['seconds']:6.1f} s{row['peak_megabytes']:8.0f} MB peak")
@@ -197,11 +203,13 @@ def prune_big(work):
 def real_size(device, repeats, layers=34, hidden=4096, vocabulary=153376, drops=((), range(23, 29), range(17, 34)), tokens=64):
     """Scan and latency at openPangu's sizes with random weights in bfloat16; smaller sizes exercise the same code elsewhere."""
     sync = getattr(torch, device.type).synchronize if device.type != "cpu" else (lambda: None)
-    size = {k: v for k, v in PANGU.items() if k in ("intermediate_size", "num_attention_heads", "num_key_value_heads")} if hidden == 4096 else {}
+    size = {k: v for k, v in PANGU.items() if k in ("intermediate_size", "num_attention_heads",
+                                                    "num_key_value_heads")} if hidden == 4096 else {}
     model, prompts = make_model(layers, hidden, vocabulary, device, torch.bfloat16, **size), make_prompts(vocabulary)
     variants = [("v", layer, None) for layer in range(layers)]
     rows = {}
-    for name, method, batch in (("naive", "naive", 1), ("wavefront", "wavefront", 1), ("wavefront, 12 prompts in one batch", "wavefront", 12)):
+    for name, method, batch in (("naive", "naive", 1), ("wavefront", "wavefront", 1),
+                                ("wavefront, 12 prompts in one batch", "wavefront", 12)):
         def scan_all(method=method, batch=batch):
             for first in range(0, len(prompts), batch):
                 scanner.scan_batch(model, prompts[first:first + batch], variants, ("l1_mean", "kl"), method)

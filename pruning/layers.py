@@ -4,9 +4,12 @@ Works for Llama, Pangu, Qwen, Mistral, Gemma, Phi, GPT-2, GPT-NeoX, OPT and what
 ModuleList of `config.num_hidden_layers` entries, also under a PEFT adapter.
 """
 import contextlib
+import sys
+from pathlib import Path
 
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
 from common.errors import UserError
 
 ATTENTION = ("self_attn", "attn", "attention", "self_attention")
@@ -27,7 +30,8 @@ def find_layers(model) -> tuple[nn.Module, str]:
         if isinstance(module, nn.ModuleList) and len(module) == count and child(module[0], ATTENTION) is not None:
             holder, _, name = path.rpartition(".")
             return model.get_submodule(holder), name
-    raise UserError(f"{type(model).__name__}: no list of {count} decoder layers with attention found; only transformer decoders can be pruned")
+    raise UserError(f"{type(model).__name__}: no list of {count} decoder layers with attention found; only transformer decoders "
+                    f"can be pruned")
 
 
 def decoder_layers(model) -> nn.ModuleList:

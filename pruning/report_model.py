@@ -35,7 +35,8 @@ def read_map(path, layers: int, old_layers: int) -> dict:
     if len(keep) != layers:
         raise UserError(f"{path}: leaves {len(keep)} layers, the checkpoint has {layers}; this map is of another model")
     if old_layers != layers and (prune_map.get("old_layers", old_layers) != old_layers or max(keep) >= old_layers):
-        raise UserError(f"{path}: is of a model with {prune_map.get('old_layers')} layers, the config says {old_layers}; this map is of another model")
+        raise UserError(f"{path}: is of a model with {prune_map.get('old_layers')} layers, the config says {old_layers}; this "
+                        f"map is of another model")
     return prune_map
 
 
@@ -60,10 +61,12 @@ def load_report_model(ckpt, lang_model_path, prune_map=None, lora_alpha=None):
     pruned = read_map(prune_map, llm.layers, old_layers) if prune_map else None
     lora = find_lora(checkpoint, llm, lora_alpha if lora_alpha is not None else map_alpha(pruned) if pruned else None)
     if lora and lora.alpha is None:
-        raise UserError(f"{ckpt} holds LoRA weights of rank {lora.r} and nothing says their alpha; pass --lora-alpha (Dia-Pangu was trained with 16)")
+        raise UserError(f"{ckpt} holds LoRA weights of rank {lora.r} and nothing says their alpha; pass --lora-alpha (Dia-Pangu "
+                        f"was trained with 16)")
     if old_layers != llm.layers:
         if pruned is None:
-            raise UserError(f"{ckpt} has {llm.layers} layers, {lang_model_path} {old_layers}; name the prune map with --prune_map_path")
+            raise UserError(f"{ckpt} has {llm.layers} layers, {lang_model_path} {old_layers}; name the prune map with "
+                            f"--prune_map_path")
         shorter = shorter_config(llm_config.to_dict(), [pruned["layer_id_map"][str(i)] for i in range(llm.layers)])
         llm_config = type(llm_config).from_dict(shorter)
 
@@ -79,16 +82,21 @@ def load_report_model(ckpt, lang_model_path, prune_map=None, lora_alpha=None):
         if lora:
             lang_model = add_lora(lang_model, lora.r, lora.alpha, 0.0, lora.target_modules)
         model = MultiPanguForCausalLM(lang_model, make_embedding(config, *table.shape))
-    tensors = to_our_keys(model, {k: e.read() for k, e in checkpoint.entries.items() if not k.endswith("rotary_emb.inv_freq")}, "all")
+    tensors = to_our_keys(model, {k: e.read() for k, e in checkpoint.entries.items() if not k.endswith("rotary_emb.inv_freq")},
+                          "all")
     wanted = model.state_dict()
-    wrong = [f"{k} is missing" for k in wanted if k not in tensors] + [f"{k} is not part of the model" for k in tensors if k not in wanted] \
-        + [f"{k} is {tuple(tensors[k].shape)}, not {tuple(v.shape)}" for k, v in wanted.items() if k in tensors and tensors[k].shape != v.shape]
+    wrong = [f"{k} is missing" for k in wanted if k not in tensors]
+    wrong += [f"{k} is not part of the model" for k in tensors if k not in wanted]
+    wrong += [f"{k} is {tuple(tensors[k].shape)}, not {tuple(v.shape)}" for k, v in wanted.items()
+              if k in tensors and tensors[k].shape != v.shape]
     if wrong:
-        raise UserError(f"{ckpt}: does not fit {lang_model_path}: {wrong[0]}" + (f", and {len(wrong) - 1} more" if wrong[1:] else ""))
+        raise UserError(f"{ckpt}: does not fit {lang_model_path}: {wrong[0]}"
+                        + (f", and {len(wrong) - 1} more" if wrong[1:] else ""))
     model.load_state_dict(tensors, assign=True)
     model.embedding_layer.weight = model.lang_model.get_input_embeddings().weight     # assigning two keys untied them
     model.lang_model.tie_weights()
-    print(f"{ckpt}: {llm.layers} layers, all {len(tensors)} tensors loaded" + (f", LoRA r {lora.r} alpha {lora.alpha:g}" if lora else ""))
+    print(f"{ckpt}: {llm.layers} layers, all {len(tensors)} tensors loaded"
+          + (f", LoRA r {lora.r} alpha {lora.alpha:g}" if lora else ""))
     return model.eval(), make_text(load_tokenizer(lang_model_path), config, table.shape[0]), config
 
 
@@ -99,14 +107,17 @@ class Encoded(Dataset):
     so it is for calibration, evaluation and short healing runs; long runs read the volumes.
     """
 
-    def __init__(self, model, text, config, data, split: str, limit: int, cache=None, flip: float = 0.0, seed: int = 0, batch: int = 16):
-        self.source = CTRGDataset(data, split, make_grid(config), language=config["language"], cache=cache, limit=limit, flip=flip, seed=seed)
+    def __init__(self, model, text, config, data, split: str, limit: int, cache=None, flip: float = 0.0, seed: int = 0,
+                 batch: int = 16):
+        self.source = CTRGDataset(data, split, make_grid(config), language=config["language"], cache=cache, limit=limit,
+                                  flip=flip, seed=seed)
         self.tokens, self.statuses = [], []
         thresholds = torch.tensor(config["thresholds"])
         device = next(model.parameters()).device
         with torch.no_grad():
             for first in range(0, len(self.source), batch):
-                volumes = torch.stack([self.source.sample(i)["vision_x"] for i in range(first, min(first + batch, len(self.source)))])
+                volumes = torch.stack([self.source.sample(i)["vision_x"]
+                                       for i in range(first, min(first + batch, len(self.source)))])
                 tokens = model.encode(volumes.to(device))
                 self.tokens += list(tokens.cpu())
                 self.statuses += (model.diagnose(tokens).float().cpu() >= thresholds).long().tolist()
@@ -131,10 +142,11 @@ def collate_encoded(samples: list[dict]) -> dict:
 @torch.no_grad()
 def task_prompts(model, text, samples: Encoded):
     """Prompts of the scan: the volume's embeddings, the model's own statuses, the guide and the true report, whose tokens are scored."""
+    device = next(model.parameters()).device
     for i in range(len(samples)):
         sample = samples[i]
         row = text.pad([text.sample(sample["own_statuses"], sample["report"], sample["id"])])
-        embeds = model.embedding_layer(text_input=row["lang_x"], tokens=sample["tokens"][None])
+        embeds = model.embedding_layer(text_input=row["lang_x"].to(device), tokens=sample["tokens"][None].to(device))
         yield {"name": sample["id"], "inputs_embeds": embeds.to(model.lang_model.dtype), "labels": row["labels"]}
 
 
@@ -149,7 +161,8 @@ def report_losses(model, text, samples: Encoded, batch: int = 16) -> torch.Tenso
         embeds = model.embedding_layer(text_input=padded["lang_x"], tokens=torch.stack([s["tokens"] for s in some]).to(device))
         logits = model.lang_model(inputs_embeds=embeds.to(model.lang_model.dtype), attention_mask=padded["attention_mask"]).logits
         labels = padded["labels"][:, 1:]
-        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="none")
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels.flatten(), ignore_index=-100,
+                                                 reduction="none")
         rows.append(torch.stack([loss.view_as(labels).double().sum(1), (labels != -100).double().sum(1)], 1).cpu())
     return torch.cat(rows)
 

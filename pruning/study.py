@@ -1,6 +1,6 @@
 """The whole study in one command: scan, choose, prune at several ratios, heal, test, and draw what was lost.
 
-    python pruning/study.py --model runs/dia_pangu/ft --lang-model-path runs/dia_pangu/llm/model --data data/dia_pangu --out runs/pruning/study
+    python pruning/study.py --model runs/dia_pangu/ft --lang-model-path LLM --data data/dia_pangu --out runs/pruning/study
     python pruning/study.py --model path/to/hf_folder --texts train.jsonl --test-texts test.jsonl --out runs/pruning/texts
 
 Layers are chosen on training samples, healing sees training samples, every set is scored once on the test split. Criteria often
@@ -33,25 +33,28 @@ from pruning.pruning_tools import prune_llm
 from pruning.pruning_tools.prune_llm import make_tag, parse_drop_layers, spec_of
 from pruning.report_model import Encoded, collate_encoded, load_report_model, perplexity, report_losses, task_prompts, write_reports
 from pruning.sensitivity_analyse.choose_layers import choose, layers_to_remove, search
-from pruning.sensitivity_analyse.layer_sensitivity_scan import draw, scan, summarise, text_prompts, write_csv
+from pruning.sensitivity_analyse.layer_sensitivity_scan import COLUMNS, draw, scan, summarise, text_prompts, write_csv
 from pruning.sensitivity_analyse.load_model import load_model, read_prompts
 from pruning.test import latency, text_losses
 
 CRITERIA = ("sensitivity", "block_influence", "leave_one_out", "greedy")
 CONTROLS = ("last", "random", "random_keep0")
+LABELS = {"f1": "finding micro-F1", "perplexity": "perplexity"}
 DRAWS = 1000
 
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", type=Path, required=True, help="dia_pangu checkpoint folder, or a plain language-model folder with --texts")
+    p.add_argument("--model", type=Path, required=True, help="dia_pangu checkpoint folder, or a plain language-model folder "
+                                                             "with --texts")
     p.add_argument("--lang-model-path", type=Path, help="folder with the language model's config and tokenizer")
     p.add_argument("--data", type=Path, help="CTRG folder")
     p.add_argument("--cache", help="folder for prepared volumes")
     p.add_argument("--texts", type=Path, help="training texts of a plain language model, one a line or .jsonl")
     p.add_argument("--test-texts", type=Path, help="its test texts")
     p.add_argument("--out", type=Path, required=True)
-    p.add_argument("--ratio", type=float, nargs="+", default=[0.25, 0.33, 0.5], help="shares of the layers to remove (default .25 .33 .5)")
+    p.add_argument("--ratio", type=float, nargs="+", default=[0.25, 0.33, 0.5],
+                   help="shares of the layers to remove (default .25 .33 .5)")
     p.add_argument("--calibration", type=int, default=16, help="training samples for the scan and the greedy search (default 16)")
     p.add_argument("--train-samples", type=int, default=320, help="training samples for healing (default 320)")
     p.add_argument("--test-samples", type=int, default=80, help="test samples (default 80)")
@@ -71,10 +74,12 @@ def parse_args(argv=None):
 class ReportTask:
     """A dia_pangu model: prompts with volumes, report losses, and the findings that its reports state."""
 
-    def __init__(self, args):
+    def __init__(self, args, device):
         self.model, self.text, self.config = load_report_model(args.model, args.lang_model_path)
+        self.model = self.model.to(device)
         if not self.config["lora"]:
-            self.model.lang_model = train.with_lora(self.model.lang_model, {"r": 4, "alpha": 16, "dropout": 0.0, "targets": ["q_proj", "v_proj"]})
+            self.model.lang_model = train.with_lora(self.model.lang_model,
+                                                    {"r": 4, "alpha": 16, "dropout": 0.0, "targets": ["q_proj", "v_proj"]})
         self.trained, self.lang_model, self.collate = self.model, self.model.lang_model, collate_encoded
         options = {"cache": args.cache, "seed": args.seed}
         self.train_set = Encoded(self.model, self.text, self.config, args.data, "train", args.train_samples, flip=0.02, **options)
@@ -94,10 +99,10 @@ class ReportTask:
 class TextTask:
     """A plain language model: texts and their losses; no reports are written."""
 
-    def __init__(self, args):
+    def __init__(self, args, device):
         model, self.tokenizer = load_model(args.model)
         self.model = self.trained = self.lang_model = train.with_lora(
-            model, {"r": 4, "alpha": 16, "dropout": 0.0, "targets": ["q_proj", "v_proj"]}).eval()
+            model.to(device), {"r": 4, "alpha": 16, "dropout": 0.0, "targets": ["q_proj", "v_proj"]}).eval()
         self.collate = collate
         self.train_set = train.Texts(args.texts, self.tokenizer, 256, args.train_samples)
         self.test_texts = read_prompts(args.test_texts)[:args.test_samples]
@@ -131,12 +136,11 @@ def resampled(rows, seed=0) -> np.ndarray:
 
 def quality(evaluations: list[dict], metric: str) -> tuple[float, np.ndarray]:
     """(value, DRAWS bootstrap values) of "f1" or "perplexity", averaged over the sets of one criterion."""
-    if metric == "f1":
-        return np.mean([f1(np.sum(e["counts"], 0)) for e in evaluations]), np.mean([f1(resampled(e["counts"])) for e in evaluations], 0)
-
-    def to_perplexity(sums):
+    def mean_perplexity(sums):
         return np.exp(np.minimum(sums[..., 0] / sums[..., 1], 50))
-    return np.mean([to_perplexity(np.sum(e["losses"], 0)) for e in evaluations]), np.mean([to_perplexity(resampled(e["losses"])) for e in evaluations], 0)
+    rows = [e["counts" if metric == "f1" else "losses"] for e in evaluations]
+    score = f1 if metric == "f1" else mean_perplexity
+    return np.mean([score(np.sum(r, 0)) for r in rows]), np.mean([score(resampled(r)) for r in rows], 0)
 
 
 # ------------------------------------------------------------------------------------------------ evaluation, cached by layer set
@@ -144,7 +148,8 @@ def quality(evaluations: list[dict], metric: str) -> tuple[float, np.ndarray]:
 def measure(task) -> dict:
     """Losses and finding counts of every test sample, with the model as it is now."""
     losses, said = task.losses(), task.said()
-    return {"losses": losses.tolist(), "counts": counts(task.labels, said).tolist() if said is not None else None, "perplexity": perplexity(losses)}
+    found = counts(task.labels, said).tolist() if said is not None else None
+    return {"losses": losses.tolist(), "counts": found, "perplexity": perplexity(losses)}
 
 
 def evaluate_set(task, drop, args, accelerator) -> dict:
@@ -154,7 +159,8 @@ def evaluate_set(task, drop, args, accelerator) -> dict:
         before = measure(task)
         settings = train.parse_args([
             "--pruned_model_path", str(args.model), "--out", folder, "--max-steps", str(args.heal_steps),
-            "--per-device-train-batch-size", str(args.heal_batch), "--gradient-accumulation-steps", "1", "--learning-rate", str(args.heal_lr),
+            "--per-device-train-batch-size", str(args.heal_batch), "--gradient-accumulation-steps", "1",
+            "--learning-rate", str(args.heal_lr),
             "--lr-scheduler-type", "cosine", "--warmup-steps", str(min(5, args.heal_steps)), "--seed", str(args.seed),
             "--logging-steps", str(args.heal_steps), "--save-total-limit", "1"])
         train.set_trained(task.trained, full=False)
@@ -180,7 +186,8 @@ def choose_all(task, args, rows) -> list[dict]:
                     drop, why = greedy[count][0], f"loss {greedy[count][1]:.4f} on the calibration set"
                 else:
                     drop, why = choose(criterion, count, layers, rows, seed=seed)
-                choices.append({"criterion": criterion, "ratio": ratio, "seed": seed, "drop_layers": spec_of(drop), "layers_left": layers - count, "why": why})
+                choices.append({"criterion": criterion, "ratio": ratio, "seed": seed, "drop_layers": spec_of(drop),
+                                "layers_left": layers - count, "why": why})
     return choices
 
 
@@ -198,7 +205,8 @@ def check_on_disk(task, args, choices, evaluations) -> float:
             losses = text_losses(model, tokenizer, task.test_texts, 256)
         else:
             merged = next((args.out / "pruned").glob(f"pytorch_model_pruned_{tag}_merged_*"))
-            model, text, _ = load_report_model(merged, args.lang_model_path, next((args.out / "pruned").glob(f"prune_layer_map_{tag}_*.json")))
+            model, text, _ = load_report_model(merged, args.lang_model_path,
+                                               next((args.out / "pruned").glob(f"prune_layer_map_{tag}_*.json")))
             losses = report_losses(model, text, task.test_set)
         worst = max(worst, (losses - torch.tensor(evaluations[spec]["before"]["losses"], dtype=torch.float64)).abs().max().item())
     return worst
@@ -214,7 +222,8 @@ def tabulate(choices, evaluations, costs, whole, metrics) -> list[dict]:
         groups.setdefault((choice["ratio"], choice["criterion"]), []).append(choice)
     for (ratio, criterion), group in [((0.0, "unpruned"), None), *groups.items()]:
         left = group[0]["layers_left"] if group else max(costs)
-        row = {"ratio": ratio, "criterion": criterion, "sets": " ".join(c["drop_layers"] for c in group) if group else "", "layers": left, **costs[left]}
+        row = {"ratio": ratio, "criterion": criterion, "sets": " ".join(c["drop_layers"] for c in group) if group else "",
+               "layers": left, **costs[left]}
         for stage in ("before", "after"):
             found = [evaluations[c["drop_layers"]][stage] for c in group] if group else [whole]
             for metric in metrics:
@@ -259,19 +268,25 @@ def say(comparisons, ratios, metrics):
     return lines
 
 
+def bars(rows, metric, stage):
+    """(values, (2, N) lengths of the error bars) for matplotlib."""
+    value, low, high = (np.array([r[f"{metric}_{stage}{end}"] for r in rows]) for end in ("", "_low", "_high"))
+    return value, np.stack([value - low, high - value])
+
+
 def draw_tradeoff(table, metrics, path):
     """Quality after healing against parameters, latency and memory of the language model."""
-    costs = (("parameters", "values of the language model"), ("seconds", "s for 64 + 32 tokens"), ("megabytes", "MB of weights and a 1024-token KV-cache"))
+    costs = (("parameters", "values of the language model"), ("seconds", "s for 64 + 32 tokens"),
+             ("megabytes", "MB of weights and a 1024-token KV-cache"))
     figure, axes = new_figure(len(metrics), len(costs), width=4.4, height=3.2, squeeze=False)
     for row, metric in enumerate(metrics):
         for ax, (cost, label) in zip(axes[row], costs):
-            whole = table[0]
             for k, criterion in enumerate((*CRITERIA, *CONTROLS)):
-                points = [whole, *(r for r in table if r["criterion"] == criterion)]
-                ax.errorbar([r[cost] for r in points], [r[f"{metric}_after"] for r in points], marker="o", ms=4, lw=1.3, capsize=2,
-                            yerr=[[r[f"{metric}_after"] - r[f"{metric}_after_low"] for r in points], [r[f"{metric}_after_high"] - r[f"{metric}_after"] for r in points]],
-                            color=COLOURS[k % len(COLOURS)], ls="--" if criterion in CONTROLS else "-", label=criterion, elinewidth=0.5)
-            ax.set(xlabel=label, ylabel={"f1": "finding micro-F1", "perplexity": "perplexity"}[metric])
+                points = [table[0], *(r for r in table if r["criterion"] == criterion)]
+                value, error = bars(points, metric, "after")
+                ax.errorbar([r[cost] for r in points], value, yerr=error, color=COLOURS[k % len(COLOURS)], label=criterion,
+                            ls="--" if criterion in CONTROLS else "-", marker="o", ms=4, lw=1.3, elinewidth=0.5, capsize=2)
+            ax.set(xlabel=label, ylabel=LABELS[metric])
     axes[0][0].legend(fontsize=7)
     figure.suptitle("After healing; solid: criteria, dashed: controls; bars: 95 % intervals over test samples")
     save_figure(figure, path)
@@ -286,12 +301,11 @@ def draw_healing(table, metrics, path):
             rows = [r for r in table if r["ratio"] == ratio]
             x = np.arange(len(rows))
             for shift, stage, colour in ((-0.2, "before", COLOURS[1]), (0.2, "after", COLOURS[0])):
-                value = [r[f"{metric}_{stage}"] for r in rows]
-                ax.bar(x + shift, value, 0.38, color=colour, label=f"{stage} healing", capsize=2, yerr=[
-                    [v - r[f"{metric}_{stage}_low"] for v, r in zip(value, rows)], [r[f"{metric}_{stage}_high"] - v for v, r in zip(value, rows)]])
+                value, error = bars(rows, metric, stage)
+                ax.bar(x + shift, value, 0.38, yerr=error, color=colour, label=f"{stage} healing", capsize=2)
             ax.axhline(table[0][f"{metric}_before"], color="#5b6770", lw=1, ls=":", label="unpruned")
             ax.set_xticks(x, [r["criterion"] for r in rows], rotation=40, ha="right", fontsize=8)
-            ax.set(title=f"{ratio:.0%} of the layers removed", ylabel={"f1": "finding micro-F1", "perplexity": "perplexity"}[metric])
+            ax.set(title=f"{ratio:.0%} of the layers removed", ylabel=LABELS[metric])
             if metric == "perplexity":
                 ax.set_yscale("log")
     axes[0][0].legend(fontsize=7)
@@ -302,34 +316,37 @@ def report(args, table, comparisons, metrics, sentences, worst):
     """Rows for the closing table of run_all.sh."""
     out = args.out
     figures = [(out / "tradeoff.png", "Quality after healing against size, latency and memory."),
-               (out / "healing.png", "Before and after healing."), (out / "layer_sensitivity.png", "What each layer does when it is switched off.")]
+               (out / "healing.png", "Before and after healing."),
+               (out / "layer_sensitivity.png", "What each layer does when it is switched off.")]
     for ratio in args.ratio:
         of = {r["criterion"]: r for r in table if r["ratio"] in (ratio, 0.0)}
         for metric in metrics:
             ours = of["sensitivity"]
             controls = {"unpruned": of["unpruned"][f"{metric}_before"], "before healing": ours[f"{metric}_before"],
                         **{name: of[name][f"{metric}_after"] for name in (*CRITERIA[1:], *CONTROLS)}}
+            claims = " ".join(f"{s}." for s in sentences if s.startswith(f"{ratio:.0%}") and f", {metric} " in s)
+            details = {"on_disk_loss_difference": worst,
+                       "comparisons": [c for c in comparisons if c["ratio"] == ratio and c["metric"] == metric]}
             write_result(args.results or out.parent, f"{out.name}: {ratio:.0%} of the layers removed, {metric}",
-                         {"f1": "finding micro-F1 of healed reports", "perplexity": "perplexity after healing, lower is better"}[metric],
+                         {"f1": "finding micro-F1 after healing", "perplexity": "perplexity after healing, lower is better"}[metric],
                          ours[f"{metric}_after"], controls, (ours[f"{metric}_after_low"], ours[f"{metric}_after_high"]),
                          figures if (ratio, metric) == (args.ratio[-1], metrics[0]) else (),
-                         "Criterion: sensitivity (v masked, kl). " + " ".join(s + "." for s in sentences if s.startswith(f"{ratio:.0%}") and f", {metric} " in s),
-                         {"on_disk_loss_difference": worst, "comparisons": [c for c in comparisons if (c["ratio"], c["metric"]) == (ratio, metric)]})
+                         f"Layers chosen by sensitivity (v masked, kl). {claims}", details)
 
 
 def main(args):
     if bool(args.data) == bool(args.texts) or (args.texts and not args.test_texts) or (args.data and not args.lang_model_path):
-        raise UserError("give --data and --lang-model-path (a report model), or --texts and --test-texts (a plain language model)")
+        raise UserError("give --data and --lang-model-path (a report model), or --texts and --test-texts (a plain model)")
     args.out.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator()
     seed_everything(args.seed)
-    task = TextTask(args) if args.texts else ReportTask(args)
+    task = (TextTask if args.texts else ReportTask)(args, accelerator.device)
     metrics = ("f1", "perplexity") if task.labels is not None else ("perplexity",)
     layers = len(decoder_layers(task.lang_model))
 
     records = scan(task.lang_model, task.prompts, ["v", "mlp"], ("l1_mean", "kl"))
     rows = summarise(records)
-    write_csv(args.out / "layer_sensitivity.csv", rows, ["mode", "layer", "distance", "score_mean", "score_std", "prompt_count"])
+    write_csv(args.out / "layer_sensitivity.csv", rows, COLUMNS)
     draw(rows, args.out / "layer_sensitivity.png", f"{layers} layers, {len(records)} task prompts")
     choices = choose_all(task, args, rows)
     atomic_write(args.out / "plan.json", json.dumps({"layers": layers, "choices": choices}, indent=1))
@@ -337,7 +354,8 @@ def main(args):
         print(f"{choice['ratio']:.0%} {choice['criterion']:16} --drop-layers {choice['drop_layers']}")
 
     cache, file = {}, args.out / "evaluations.json"
-    stamp = {"model": str(args.model), "test": args.test_samples, "train": args.train_samples, "steps": args.heal_steps, "batch": args.heal_batch, "lr": args.heal_lr, "seed": args.seed}
+    stamp = {"model": str(args.model), "test": args.test_samples, "train": args.train_samples, "steps": args.heal_steps,
+             "batch": args.heal_batch, "lr": args.heal_lr, "seed": args.seed}
     if file.exists() and not args.overwrite:
         before = json.loads(file.read_text())
         if before["stamp"] != stamp:
@@ -361,8 +379,9 @@ def main(args):
     write_csv(args.out / "table.csv", table, list(table[0]))
     write_csv(args.out / "comparisons.csv", comparisons, list(comparisons[0]))
     for row in table:
-        print(f"{row['ratio']:4.0%} {row['criterion']:16} " + "  ".join(f"{m} {row[f'{m}_before']:.3f} -> {row[f'{m}_after']:.3f} "
-              f"[{row[f'{m}_after_low']:.3f}, {row[f'{m}_after_high']:.3f}]" for m in metrics) + f"  {row['seconds']:.2f} s  {row['sets']}")
+        text = [f"{m} {row[f'{m}_before']:.3f} -> {row[f'{m}_after']:.3f} [{row[f'{m}_after_low']:.3f}, {row[f'{m}_after_high']:.3f}]"
+                for m in metrics]
+        print(f"{row['ratio']:4.0%} {row['criterion']:16} {'  '.join(text)}  {row['seconds']:.2f} s  {row['sets']}")
     sentences = say(comparisons, args.ratio, metrics)
     print("\n".join(sentences))
     atomic_write(args.out / "claims.txt", "\n".join(sentences) + "\n")

@@ -1,7 +1,7 @@
 """Test a pruned report model: reports and their scores, perplexity, latency, memory (upstream: test_pruned_{CN,EN}_cli.py).
 
     python pruning/test.py --pruned_model_path pruned/pytorch_model_pruned_drop23_28_merged_clean_v0112_en_cpu.bin \\
-        --prune_map_path pruned/prune_layer_map_drop23_28_v0112_en_cpu.json --lang-model-path path/to/llm --data data/dia_pangu --out_dir results
+        --prune_map_path pruned/prune_layer_map_drop23_28_v0112_en_cpu.json --lang-model-path LLM --data DATA --out_dir results
     python pruning/test.py --pruned_model_path pruned/hf_drop23_28 --texts reports.txt --out_dir results
 
 Writes <prefix>_<tag>.csv (ID, Question, Ground Truth, Pred, GT_labels; UTF-8), <prefix>_<tag>_per_sample_timing.csv, _timing.json
@@ -35,8 +35,10 @@ from pruning.sensitivity_analyse.load_model import load_model, read_prompts
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--pruned_model_path", "--ckpt_path", type=Path, required=True, help="file or folder; of a folder with checkpoints, the newest")
-    p.add_argument("--prune_map_path", type=Path, help="prune_layer_map_*.json; needed when --lang-model-path is the unpruned model")
+    p.add_argument("--pruned_model_path", "--ckpt_path", type=Path, required=True,
+                   help="file or folder; of a folder with checkpoints, the newest")
+    p.add_argument("--prune_map_path", type=Path, help="prune_layer_map_*.json; needed when --lang-model-path is the unpruned "
+                                                       "model")
     p.add_argument("--lang-model-path", type=Path, help="folder with config and tokenizer of the language model")
     p.add_argument("--lora-alpha", "--lora_alpha", type=float, help="of the checkpoint's LoRA, if nothing else says it")
     p.add_argument("--data", type=Path, help="CTRG folder")
@@ -46,7 +48,8 @@ def parse_args(argv=None):
     p.add_argument("--cache", help="folder for prepared volumes")
     p.add_argument("--batch-size", type=int, default=16)
     p.add_argument("--max-new-tokens", type=int, default=300, help="(default 300, upstream's)")
-    p.add_argument("--do-sample", action="store_true", help="sample (temperature 0.7, top-k 50, top-p 0.95, upstream's) instead of greedy")
+    p.add_argument("--do-sample", action="store_true", help="sample (temperature 0.7, top-k 50, top-p 0.95, upstream's) instead "
+                                                            "of greedy")
     p.add_argument("--seed", type=int, default=20, help="of sampling (default 20, upstream's)")
     p.add_argument("--out_dir", "--out", type=Path, required=True)
     p.add_argument("--out_prefix", default="dia-pangu-pruned", help="(default dia-pangu-pruned)")
@@ -72,7 +75,8 @@ def report_scores(truths, reports, labels, losses) -> dict:
     labels, said = np.asarray(labels).astype(bool), np.asarray(positives(reports)).astype(bool)
     published = {k: v for k, v in published_scores(truths, reports, with_meteor=False)[0].items() if v is not None}
     return {
-        "reports": len(reports), "finding_micro_f1": micro_f1(labels, said), "finding_micro_f1_interval": bootstrap(micro_f1, labels, said),
+        "reports": len(reports), "finding_micro_f1": micro_f1(labels, said),
+        "finding_micro_f1_interval": bootstrap(micro_f1, labels, said),
         "finding_macro_f1": finding_scores(labels, said)["macro"]["F1"], "perplexity": perplexity(losses), **published,
     }
 
@@ -96,7 +100,8 @@ def latency(lang_model, prompt_tokens: int = 64, new_tokens: int = 32, repeats: 
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
-        lang_model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False)
+        lang_model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new_tokens,
+                            min_new_tokens=new_tokens, do_sample=False)
         times.append(time.perf_counter() - start)
     config = lang_model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -127,7 +132,8 @@ def main(args):
         scores, lang_model = {"texts": len(losses), "perplexity": perplexity(losses)}, model
         loaded = time.perf_counter() - started
     else:
-        model, text, config = load_report_model(args.pruned_model_path, args.lang_model_path, args.prune_map_path, args.lora_alpha)
+        model, text, config = load_report_model(args.pruned_model_path, args.lang_model_path, args.prune_map_path,
+                                                args.lora_alpha)
         model, lang_model = model.to(accelerator.device), model.lang_model
         loaded = time.perf_counter() - started
         samples = Encoded(model, text, config, args.data, args.split, args.limit, args.cache, batch=args.batch_size)
@@ -140,11 +146,13 @@ def main(args):
                 for s, question, truth, report, codes in zip(items, made["questions"], truths, made["reports"], labels)]
         write_table(stem.with_name(stem.name + ".csv"), ["ID", "Question", "Ground Truth", "Pred", "GT_labels"], rows)
         times = made["milliseconds"]
-        write_table(stem.with_name(stem.name + "_per_sample_timing.csv"), ["ID", "InferTimeMs"], [[s["id"], f"{ms:.2f}"] for s, ms in zip(items, times)])
+        write_table(stem.with_name(stem.name + "_per_sample_timing.csv"), ["ID", "InferTimeMs"],
+                    [[s["id"], f"{ms:.2f}"] for s, ms in zip(items, times)])
         timing = {"load_seconds": loaded, "avg_ms": sum(times) / len(times), "min_ms": min(times), "max_ms": max(times),
                   **{f"p{p}_ms": nearest_rank(times, p / 100) for p in (50, 90, 95, 99)}}
         atomic_write(stem.with_name(stem.name + "_timing.json"), json.dumps(timing, indent=1))
-    scores |= {"layers": len(decoder_layers(lang_model)), **latency(lang_model), "peak_megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    scores |= {"layers": len(decoder_layers(lang_model)), **latency(lang_model),
+               "peak_megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
     atomic_write(stem.with_name(stem.name + "_scores.json"), json.dumps(scores, indent=1))
     for name, value in scores.items():
         print(f"  {name:28} {value if not isinstance(value, float) else f'{value:.4f}' if math.isfinite(value) else value}")

@@ -38,26 +38,33 @@ INPUTS = ("lang_x", "vision_x", "tokens", "attention_mask", "labels")
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--pruned_model_path", "--pruned_merged_ckpt", type=Path, required=True, help="merged checkpoint of prune_llm.py, or its hf_<tag> folder")
-    p.add_argument("--prune_map_path", "--prune_map", type=Path, help="prune_layer_map_*.json; needed when --lang-model-path is the unpruned model")
+    p.add_argument("--pruned_model_path", "--pruned_merged_ckpt", type=Path, required=True,
+                   help="merged checkpoint of prune_llm.py, or its hf_<tag> folder")
+    p.add_argument("--prune_map_path", "--prune_map", type=Path, help="prune_layer_map_*.json; needed when --lang-model-path is "
+                                                                      "the unpruned model")
     p.add_argument("--drop_layers", help="only checked against the map")
     p.add_argument("--lang-model-path", type=Path, help="folder with config and tokenizer of the language model")
     p.add_argument("--data", type=Path, help="CTRG folder: heal a report model")
     p.add_argument("--texts", type=Path, help="texts, one a line, or .jsonl with the field text: heal a plain language model")
     p.add_argument("--limit", type=int, default=0, help="use only the first samples; 0: all")
     p.add_argument("--cache", help="folder for prepared volumes")
-    p.add_argument("--flip", type=float, default=0.02, help="share of true statuses turned over in training prompts (default 0.02)")
+    p.add_argument("--flip", type=float, default=0.02, help="share of true statuses turned over in training prompts (default "
+                                                            "0.02)")
     p.add_argument("--max-length", type=int, default=512, help="tokens of a text; longer ones are cut (default 512)")
     group = p.add_argument_group("healing")
     group.add_argument("--full", action="store_true", help="train every weight of the language model instead of LoRA")
-    group.add_argument("--lora_target_modules", default="q_proj,v_proj", help="for a checkpoint without LoRA (default q_proj,v_proj)")
+    group.add_argument("--lora_target_modules", default="q_proj,v_proj", help="for a checkpoint without LoRA (default "
+                                                                              "q_proj,v_proj)")
     group.add_argument("--lora_r", type=int, default=4, help="for a checkpoint without LoRA (default 4)")
-    group.add_argument("--lora_alpha", "--lora-alpha", type=float, help="of the checkpoint's LoRA if nothing else says it; of a new one 4 r unless given")
+    group.add_argument("--lora_alpha", "--lora-alpha", type=float, help="of the checkpoint's LoRA if nothing else says it; of a "
+                                                                        "new one 4 r unless given")
     group.add_argument("--lora_dropout", type=float, default=0.0, help="of a new LoRA (default 0; upstream 0.1 and 0.2)")
-    group.add_argument("--distill", type=float, default=0.0, help="weight of the distance to the teacher, in [0, 1]; 0: none (default)")
+    group.add_argument("--distill", type=float, default=0.0, help="weight of the distance to the teacher, in [0, 1]; 0: none "
+                                                                  "(default)")
     group.add_argument("--teacher", type=Path, help="the unpruned checkpoint or folder, for --distill")
     group.add_argument("--teacher-lang-model-path", type=Path, help="the teacher's language model, if not --lang-model-path")
-    add_optimization(p, learning_rate=5e-5, num_train_epochs=5.0, gradient_accumulation_steps=8, lr_scheduler_type="constant_with_warmup")
+    add_optimization(p, learning_rate=5e-5, num_train_epochs=5.0, gradient_accumulation_steps=8,
+                     lr_scheduler_type="constant_with_warmup")
     return p.parse_args(argv)
 
 
@@ -68,7 +75,8 @@ class Texts(Dataset):
         self.rows = []
         for i, text in enumerate(read_prompts(path)[:limit or None]):
             ids = (tokenizer(text).input_ids + [tokenizer.eos_token_id])[:max_length]
-            self.rows.append({"id": f"{Path(path).name}:{i + 1}", "report": text, "text": {"lang_x": ids, "attention_mask": [1] * len(ids), "labels": ids}})
+            self.rows.append({"id": f"{Path(path).name}:{i + 1}", "report": text,
+                              "text": {"lang_x": ids, "attention_mask": [1] * len(ids), "labels": ids}})
 
     def set_epoch(self, epoch: int):
         pass
@@ -109,7 +117,8 @@ class Healing(nn.Module):
         if not self.distill:
             return {"loss": lm_loss}
         with torch.no_grad():
-            target = self.logits(self.teachers[0], lang_x, attention_mask, vision_x, tokens)[:, :-1][wanted].float().log_softmax(-1)
+            target = self.logits(self.teachers[0], lang_x, attention_mask, vision_x, tokens)
+            target = target[:, :-1][wanted].float().log_softmax(-1)
         distance = F.kl_div(logits.log_softmax(-1), target, reduction="sum", log_target=True) / num_tokens
         return {"loss": (1 - self.distill) * lm_loss + self.distill * distance, "lm_loss": lm_loss, "distance": distance}
 
@@ -132,7 +141,8 @@ def heal(model, train_set, collate_fn, args, accelerator, teacher=None, distill:
 
 
 def new_lora(args) -> dict:
-    return {"r": args.lora_r, "alpha": 4 * args.lora_r if args.lora_alpha is None else args.lora_alpha, "dropout": args.lora_dropout,
+    return {"r": args.lora_r, "alpha": 4 * args.lora_r if args.lora_alpha is None else args.lora_alpha,
+            "dropout": args.lora_dropout,
             "targets": args.lora_target_modules.split(",")}
 
 
@@ -161,13 +171,15 @@ def main(args):
     seed_everything(args.seed)
     teacher = config = tokenizer = None
     if args.data:
-        model, text, config = load_report_model(args.pruned_model_path, args.lang_model_path, args.prune_map_path, args.lora_alpha)
+        model, text, config = load_report_model(args.pruned_model_path, args.lang_model_path, args.prune_map_path,
+                                                args.lora_alpha)
         if args.distill:
             teacher = load_report_model(args.teacher, args.teacher_lang_model_path or args.lang_model_path)[0]
         if not config["lora"] and not args.full:
             config["lora"] = new_lora(args)
             model.lang_model = with_lora(model.lang_model, config["lora"])
-        train_set = CTRGDataset(args.data, "train", make_grid(config), text, config["language"], args.cache, args.flip, args.seed, limit=args.limit)
+        train_set = CTRGDataset(args.data, "train", make_grid(config), text, config["language"], args.cache, args.flip, args.seed,
+                                limit=args.limit)
     else:
         model, tokenizer = load_model(args.pruned_model_path)
         if args.distill:
@@ -192,7 +204,8 @@ def main(args):
         raise
     finally:
         if accelerator.is_main_process:
-            atomic_write(out / "timing.json", json.dumps({**timing, "started": started, "wall_seconds": time.time() - started}, indent=1))
+            atomic_write(out / "timing.json", json.dumps({**timing, "started": started, "wall_seconds": time.time() - started},
+                                                         indent=1))
     if accelerator.is_main_process and args.data:
         save_model(model, out, config)
         print(f"wrote {out}/pytorch_model.bin; test it with pruning/test.py --pruned_model_path {out}")

@@ -63,7 +63,8 @@ def sensitivity_scan(path, tmp_path):
     config, tolerance, data = read(path)
     model = make_llama(config)
     model.load_state_dict(data["param"], strict=True)
-    prompts = [{"name": name, "input_ids": ids.reshape(1, -1)} for name, ids in sorted(data["in"].items(), key=lambda kv: int(kv[0][6:]))]
+    prompts = [{"name": name, "input_ids": ids.reshape(1, -1)} for name,
+               ids in sorted(data["in"].items(), key=lambda kv: int(kv[0][6:]))]
     checked = 0
     for key, wanted in data["out"].items():
         if match := re.fullmatch(r"base(\d+)", key):
@@ -71,7 +72,8 @@ def sensitivity_scan(path, tmp_path):
         elif match := re.fullmatch(r"masked\.(\w+)\.layer(\d+)\.prompt(\d+)", key):
             mode, layer, prompt = match[1], int(match[2]), prompts[int(match[3])]
             if "head" in mode:
-                assert partial_head_masks(model, config, layer, prompt, wanted, tolerance) == 1, "exactly one head mask should give these logits"
+                assert partial_head_masks(model, config, layer, prompt, wanted,
+                                          tolerance) == 1, "exactly one head mask should give these logits"
             else:
                 with masked(model, layer, mode):
                     close(model(**ids(prompt)).logits[0], wanted, tolerance)
@@ -143,7 +145,8 @@ def scores(path, tmp_path):
         for row in wanted:
             mode = row["mode"].removesuffix("_only")
             ours = rows[mode, int(row["layer"]), row["distance"]]
-            each = [v[row["distance"]] for r in records for v in r["variants"] if (v["mode"], v["layer"]) == (mode, int(row["layer"]))]
+            each = [v[row["distance"]] for r in records for v in r["variants"]
+                    if (v["mode"], v["layer"]) == (mode, int(row["layer"]))]
             assert each == pytest.approx(json.loads(row["per_prompt"]), rel=1e-5, abs=1e-7)
             assert ours["score_mean"] == pytest.approx(float(row["score_mean"]), rel=1e-5, abs=1e-7)
             assert ours["score_std"] == pytest.approx(float(row["score_std"]), rel=1e-5, abs=1e-7)
@@ -160,10 +163,12 @@ def prune_by_command(folder, config, params, form, *options):
     else:
         from safetensors.torch import save_file
         save_file(params, source / "model.safetensors")
-    (source / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"], **config["llama"],
+    (source / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"],
+                                                    **config["llama"],
                                                     "rope_theta": config.get("rope_theta", 10000.0)}))
     lora = ["--lora-alpha", str(config["lora"]["lora_alpha"])] if config.get("lora") else []
-    command = [sys.executable, ROOT / "pruning/pruning_tools/prune_llm.py", "--ckpt", source, "--out-dir", out, "--drop-layers", config["drop_spec"],
+    command = [sys.executable, ROOT / "pruning/pruning_tools/prune_llm.py", "--ckpt", source, "--out-dir", out, "--drop-layers",
+               config["drop_spec"],
                "--hf", "both", *lora, *options]
     subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True)
     merged = next(out.glob("pytorch_model_pruned_*"))
@@ -200,12 +205,15 @@ def layer_drop(path, tmp_path):
     true_alpha = report["lora_alpha"]
     merged_logits = pruned_llama(config, tensors, true_alpha)(prompt).logits[0]
     close(merged_logits, out["logits_true_alpha_fp32"], tolerance)
-    loaded = LlamaForCausalLM.from_pretrained(next(p for p in folder.glob("hf_*") if not p.name.endswith("adapter")), attn_implementation="eager").eval()
+    loaded = LlamaForCausalLM.from_pretrained(next(p for p in folder.glob("hf_*") if not p.name.endswith("adapter")),
+                                              attn_implementation="eager").eval()
     close(loaded(prompt).logits[0], out["logits_true_alpha_fp32"], tolerance)
     for key in out:
-        assert key.startswith("merged.") or key in ("logits_true_alpha_fp32", "logits_inferred_alpha_fp32", "logits_upstream_merged"), f"unknown output {key}"
+        assert key.startswith("merged.") or key in ("logits_true_alpha_fp32", "logits_inferred_alpha_fp32",
+                                                    "logits_upstream_merged"), f"unknown output {key}"
     if "logits_inferred_alpha_fp32" in out:               # upstream's guess, by naming it
-        close(pruned_llama(config, tensors, 2 * config["lora"]["r"])(prompt).logits[0], out["logits_inferred_alpha_fp32"], tolerance)
+        close(pruned_llama(config, tensors, 2 * config["lora"]["r"])(prompt).logits[0], out["logits_inferred_alpha_fp32"],
+              tolerance)
     if "logits_upstream_merged" in out:                   # upstream's rounding, by asking for it
         (tmp_path / "half").mkdir()
         rounded, _, _ = prune_by_command(tmp_path / "half", config, data["param"], "bin", "--llm-dtype", "float16")
@@ -223,7 +231,8 @@ def layer_drop_map(path, tmp_path):
         assert layers == case["layers"] and make_tag(layers) == case["tag"]
     config, _, data = read(partner(path, "layer_drop", ".safetensors"))
     version = wanted["prune_map"]["script_version"]
-    tensors, report, folder = prune_by_command(tmp_path, {**config, "drop_spec": wanted["spec"]}, data["param"], "bin", "--script-version", version)
+    tensors, report, folder = prune_by_command(tmp_path, {**config, "drop_spec": wanted["spec"]}, data["param"], "bin",
+                                               "--script-version", version)
     assert {p.name for p in folder.iterdir()} >= set(wanted["outputs"])
     assert sorted(tensors) == sorted(wanted["merged_keys"])
     llm_only = torch.load(next(folder.glob("llm_only_pruned_state_*.bin")), weights_only=True)
@@ -239,7 +248,8 @@ def layer_drop_map(path, tmp_path):
         assert str(value.dtype) == wanted["source_dtypes"][old]
 
 
-KINDS = {"sensitivity_scan": (".safetensors", sensitivity_scan), "logprob_distance": (".safetensors", distances), "sensitivity_scores": (".csv", scores),
+KINDS = {"sensitivity_scan": (".safetensors", sensitivity_scan), "logprob_distance": (".safetensors", distances),
+         "sensitivity_scores": (".csv", scores),
          "layer_drop_map": (".json", layer_drop_map), "layer_drop": (".safetensors", layer_drop)}
 
 

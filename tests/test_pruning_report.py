@@ -30,7 +30,8 @@ def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("world")
     make_data.main(Namespace(out=str(root / "data"), train=8, val=2, test=4, seed=0))
     reports = [item["finding"] for item in json.loads((root / "data" / "annotation_en.json").read_text())["train"]]
-    make_llm(root / "llm", make_tokenizer(reports, 300), "PanguEmbedded", hidden_size=32, intermediate_size=48, num_hidden_layers=4, bias=True)
+    make_llm(root / "llm", make_tokenizer(reports, 300), "PanguEmbedded", hidden_size=32, intermediate_size=48,
+             num_hidden_layers=4, bias=True)
     for name, lora in (("base", None), ("lora", {"r": 2, "alpha": 16, "dropout": 0.0, "targets": ["q_proj", "v_proj"]})):
         torch.manual_seed(0)
         config = {**TINY, "lora": lora}
@@ -39,7 +40,8 @@ def world(tmp_path_factory):
             if "lora_B" in key:
                 torch.nn.init.normal_(parameter, std=0.3)
         save_model(model, root / name, config)
-    prune_llm.main(prune_llm.parse_args(["--ckpt", str(root / "lora"), "--lang-model-path", str(root / "llm"), "--out-dir", str(root / "pruned"),
+    prune_llm.main(prune_llm.parse_args(["--ckpt", str(root / "lora"), "--lang-model-path", str(root / "llm"), "--out-dir",
+                                         str(root / "pruned"),
                                          "--drop-layers", "2", "--hf", "merged"]))
     return root
 
@@ -88,7 +90,8 @@ def test_what_does_not_fit_is_named(world, tmp_path):
 
 def test_alpha_that_upstream_guessed_is_not_believed(world, tmp_path):
     torch.save(torch.load(merged(world), weights_only=True), tmp_path / "pytorch_model.bin")
-    upstream = {"tag": "drop2_2", "old_layers": 4, "new_layers": 3, "layer_id_map": {"0": 0, "1": 1, "2": 3}, "lora_alpha": 4, "adapter_config_used": False}
+    upstream = {"tag": "drop2_2", "old_layers": 4, "new_layers": 3, "layer_id_map": {"0": 0, "1": 1, "2": 3}, "lora_alpha": 4,
+                "adapter_config_used": False}
     (tmp_path / "map.json").write_text(json.dumps(upstream))
     with pytest.raises(UserError, match="--lora-alpha"):
         load_report_model(tmp_path / "pytorch_model.bin", world / "llm", tmp_path / "map.json")
@@ -108,8 +111,10 @@ def test_task_prompts_hold_the_volume_and_score_the_report(world):
 
 
 def heal_args(world, out, *more):
-    return ["--pruned_model_path", str(merged(world)), "--prune_map_path", str(prune_map(world)), "--lang-model-path", str(world / "llm"),
-            "--data", str(world / "data"), "--out", str(out), "--per-device-train-batch-size", "2", "--gradient-accumulation-steps", "1",
+    return ["--pruned_model_path", str(merged(world)), "--prune_map_path", str(prune_map(world)), "--lang-model-path",
+            str(world / "llm"),
+            "--data", str(world / "data"), "--out", str(out), "--per-device-train-batch-size", "2",
+            "--gradient-accumulation-steps", "1",
             "--learning-rate", "0.01", "--warmup-steps", "1", "--logging-steps", "1", *more]
 
 
@@ -156,8 +161,10 @@ def test_two_processes_heal_as_one_and_resume_is_exact(world, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
     def launch(processes, out, *more):
-        start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29731"] if processes == 2 else [sys.executable]
-        subprocess.run([*start, ROOT / "pruning/train.py", *heal_args(world, out, *more)], check=True, capture_output=True, text=True, env=environment)
+        start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+                 "--master_port=29731"] if processes == 2 else [sys.executable]
+        subprocess.run([*start, ROOT / "pruning/train.py", *heal_args(world, out, *more)], check=True, capture_output=True,
+                       text=True, env=environment)
     launch(1, tmp_path / "one", "--max-steps", "4", "--save-steps", "2")
     launch(2, tmp_path / "two", "--max-steps", "4", "--per-device-train-batch-size", "1")
     assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-5)
@@ -171,14 +178,17 @@ def test_two_processes_heal_as_one_and_resume_is_exact(world, tmp_path):
 
 
 def test_testing_writes_upstreams_files(world, tmp_path):
-    test.main(test.parse_args(["--pruned_model_path", str(merged(world)), "--prune_map_path", str(prune_map(world)), "--lang-model-path", str(world / "llm"),
-                               "--data", str(world / "data"), "--out_dir", str(tmp_path), "--tag_style", "c", "--max-new-tokens", "8"]))
+    test.main(test.parse_args(["--pruned_model_path", str(merged(world)), "--prune_map_path", str(prune_map(world)),
+                               "--lang-model-path", str(world / "llm"),
+                               "--data", str(world / "data"), "--out_dir", str(tmp_path), "--tag_style", "c", "--max-new-tokens",
+                               "8"]))
     rows = list(csv.DictReader(open(tmp_path / "dia-pangu-pruned_c2_2.csv", encoding="utf-8")))
     assert list(rows[0]) == ["ID", "Question", "Ground Truth", "Pred", "GT_labels"] and len(rows) == 4
     timing = json.loads((tmp_path / "dia-pangu-pruned_c2_2_timing.json").read_text())
     assert timing["min_ms"] <= timing["p50_ms"] <= timing["p99_ms"] <= timing["max_ms"]
     scores = json.loads((tmp_path / "dia-pangu-pruned_c2_2_scores.json").read_text())
-    assert scores["layers"] == 3 and scores["perplexity"] > 1 and {"finding_micro_f1", "BLEU_4", "ROUGE_L", "CIDEr"} <= scores.keys()
+    assert scores["layers"] == 3 and scores["perplexity"] > 1 and {"finding_micro_f1", "BLEU_4", "ROUGE_L",
+        "CIDEr"} <= scores.keys()
 
 
 def test_percentiles_are_nearest_rank():
@@ -188,19 +198,24 @@ def test_percentiles_are_nearest_rank():
 def test_plain_language_models_heal_and_test_on_texts(world, tmp_path):
     (tmp_path / "texts.txt").write_text("\n".join(f"The heart is of normal size, case {i}." for i in range(8)))
     hf = world / "pruned" / "hf_drop2_2"
-    train.main(train.parse_args(["--pruned_model_path", str(hf), "--texts", str(tmp_path / "texts.txt"), "--out", str(tmp_path / "healed"), "--max-steps", "10",
-                                 "--per-device-train-batch-size", "4", "--gradient-accumulation-steps", "1", "--learning-rate", "0.02", "--distill", "0.3",
+    train.main(train.parse_args(["--pruned_model_path", str(hf), "--texts", str(tmp_path / "texts.txt"), "--out",
+                                 str(tmp_path / "healed"), "--max-steps", "10",
+                                 "--per-device-train-batch-size", "4", "--gradient-accumulation-steps", "1", "--learning-rate",
+                                 "0.02", "--distill", "0.3",
                                  "--teacher", str(world / "llm")]))
     found = []
     for path in (hf, tmp_path / "healed" / "model"):
-        test.main(test.parse_args(["--pruned_model_path", str(path), "--texts", str(tmp_path / "texts.txt"), "--out_dir", str(tmp_path), "--tag_override", path.name]))
+        test.main(test.parse_args(["--pruned_model_path", str(path), "--texts", str(tmp_path / "texts.txt"), "--out_dir",
+                                   str(tmp_path), "--tag_override", path.name]))
         found.append(json.loads((tmp_path / f"dia-pangu-pruned_{path.name}_scores.json").read_text()))
     assert found[1]["perplexity"] < found[0]["perplexity"] and found[1]["parameters"] == found[0]["parameters"]
 
 
 def test_the_study_leaves_the_model_as_it_was_and_reuses_equal_sets(world, tmp_path, monkeypatch, capsys):
-    args = study.parse_args(["--model", str(world / "base"), "--lang-model-path", str(world / "llm"), "--data", str(world / "data"), "--out", str(tmp_path / "study"),
-                             "--ratio", "0.5", "--calibration", "2", "--train-samples", "4", "--test-samples", "4", "--heal-steps", "2", "--heal-batch", "2",
+    args = study.parse_args(["--model", str(world / "base"), "--lang-model-path", str(world / "llm"), "--data",
+                             str(world / "data"), "--out", str(tmp_path / "study"),
+                             "--ratio", "0.5", "--calibration", "2", "--train-samples", "4", "--test-samples", "4",
+                             "--heal-steps", "2", "--heal-batch", "2",
                              "--random-sets", "2", "--max-new-tokens", "6"])
     real, calls, states = study.evaluate_set, [], []
 
@@ -225,8 +240,10 @@ def test_the_study_leaves_the_model_as_it_was_and_reuses_equal_sets(world, tmp_p
     study.main(args)
     assert len(calls) == before, "the second run should find everything in evaluations.json"
     with pytest.raises(UserError, match="another study"):
-        study.main(study.parse_args([*("--model", str(world / "base"), "--lang-model-path", str(world / "llm"), "--data", str(world / "data")), "--out", str(out),
-                                     "--heal-steps", "3", "--calibration", "2", "--train-samples", "4", "--test-samples", "4", "--ratio", "0.5"]))
+        study.main(study.parse_args([*("--model", str(world / "base"), "--lang-model-path", str(world / "llm"), "--data",
+                                       str(world / "data")), "--out", str(out),
+                                     "--heal-steps", "3", "--calibration", "2", "--train-samples", "4", "--test-samples", "4",
+                                     "--ratio", "0.5"]))
 
 
 def test_intervals_are_paired_and_say_when_nothing_differs():
@@ -234,7 +251,8 @@ def test_intervals_are_paired_and_say_when_nothing_differs():
         rows = [[2.0, float(e)] for e in errors]
         return {s: {"counts": rows, "losses": [[1.0 + e, 10.0] for e in errors]} for s in ("before", "after")}
     sets = {"0": evaluation([1, 2] * 20), "1": evaluation([1, 2] * 20), "2": evaluation([4, 5] * 20)}
-    choices = [{"criterion": c, "ratio": 0.5, "drop_layers": "0" if c in study.CRITERIA else "1" if c == "last" else "2"} for c in (*study.CRITERIA, *study.CONTROLS)]
+    choices = [{"criterion": c, "ratio": 0.5, "drop_layers": "0" if c in study.CRITERIA else "1" if c == "last" else "2"}
+               for c in (*study.CRITERIA, *study.CONTROLS)]
     verdicts = {(c["metric"], c["control"]): c["verdict"] for c in study.compare(choices, sets, ("f1", "perplexity"))}
     for metric in ("f1", "perplexity"):
         assert verdicts[metric, "last"] == "no difference" and verdicts[metric, "random"] == "better"

@@ -13,16 +13,21 @@ from pruning.sensitivity_analyse import layer_sensitivity_scan as scanner
 from pruning.sensitivity_analyse.layer_mask import MODES, ProjHeadMaskWrapper, mask_attention_layer, masked
 from pruning.sensitivity_analyse.load_model import builtin_prompts, read_prompts
 
-BASE = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=64,
+BASE = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+            max_position_embeddings=64,
             pad_token_id=0, bos_token_id=1, eos_token_id=2)
-ZOO = {"llama": {"num_key_value_heads": 2, "attention_bias": True}, "qwen2": {"num_key_value_heads": 2}, "qwen3": {"num_key_value_heads": 2, "head_dim": 8},
-       "gemma3_text": {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4}, "phi3": {"num_key_value_heads": 2}, "gpt_neox": {},
-       "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4}, "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32}, "cohere": {"num_key_value_heads": 2}}
+ZOO = {"llama": {"num_key_value_heads": 2, "attention_bias": True}, "qwen2": {"num_key_value_heads": 2},
+       "qwen3": {"num_key_value_heads": 2, "head_dim": 8},
+       "gemma3_text": {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4}, "phi3": {"num_key_value_heads": 2},
+       "gpt_neox": {},
+       "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4}, "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+       "cohere": {"num_key_value_heads": 2}}
 
 
 def make(model_type="llama", attention="sdpa", **config):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**BASE, **ZOO[model_type], **config}), attn_implementation=attention).eval()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**BASE, **ZOO[model_type], **config}),
+                                             attn_implementation=attention).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2) if parameter.dim() > 1 else parameter.data.add_(torch.randn_like(parameter) * 0.1)
     return model
@@ -30,7 +35,8 @@ def make(model_type="llama", attention="sdpa", **config):
 
 def prompts(lengths=(7, 11, 11), vocabulary=64):
     generator = torch.Generator().manual_seed(1)
-    return [{"name": str(i), "input_ids": torch.randint(3, vocabulary, (1, n), generator=generator)} for i, n in enumerate(lengths)]
+    return [{"name": str(i), "input_ids": torch.randint(3, vocabulary, (1, n), generator=generator)} for i,
+            n in enumerate(lengths)]
 
 
 def scores(records, kinds):
@@ -45,7 +51,8 @@ def test_cached_and_wavefront_scores_equal_naive_in_every_decoder(model_type, at
     variants = scanner.list_variants(model, modes)
     naive = scores([scanner.scan_batch(model, [p], variants, kinds, "naive")[0] for p in prompts()], kinds)
     for method in ("cached", "wavefront"):
-        assert scores(scanner.scan_batch(model, prompts(), variants, kinds, method), kinds) == [pytest.approx(row, rel=1e-5, abs=1e-6) for row in naive]
+        assert scores(scanner.scan_batch(model, prompts(), variants, kinds, method),
+                      kinds) == [pytest.approx(row, rel=1e-5, abs=1e-6) for row in naive]
     assert max(max(row) for row in naive) > 1e-3, "nothing was masked"
 
 
@@ -64,7 +71,8 @@ def test_scores_do_not_depend_on_the_chunk_size(monkeypatch):
     whole = scanner.scan_batch(model, prompts(), variants, eval_metric.DISTANCES)
     monkeypatch.setattr(scanner, "CHUNK", 3 * 64)         # three positions at a time
     pieces = scanner.scan_batch(model, prompts(), variants, eval_metric.DISTANCES)
-    assert scores(pieces, eval_metric.DISTANCES) == [pytest.approx(row, rel=1e-5, abs=1e-7) for row in scores(whole, eval_metric.DISTANCES)]
+    assert scores(pieces, eval_metric.DISTANCES) == [pytest.approx(row, rel=1e-5, abs=1e-7)
+                                                     for row in scores(whole, eval_metric.DISTANCES)]
 
 
 def test_leave_one_out_is_the_model_without_that_layer():
@@ -147,7 +155,8 @@ def test_distances_are_zero_for_equal_and_shifted_logits_and_positive_otherwise(
 def test_kl_of_a_tiny_change_keeps_its_digits():
     a = torch.randn(4, 2000, generator=torch.Generator().manual_seed(0))
     b = a + 1e-3 * torch.randn(4, 2000, generator=torch.Generator().manual_seed(1))
-    exact = torch.nn.functional.kl_div(b.double().log_softmax(-1), a.double().log_softmax(-1), reduction="none", log_target=True).sum(-1).mean().item()
+    exact = torch.nn.functional.kl_div(b.double().log_softmax(-1), a.double().log_softmax(-1), reduction="none",
+                                       log_target=True).sum(-1).mean().item()
     assert eval_metric.logprob_distance(a, b, "kl") == pytest.approx(exact, rel=1e-3)
 
 
@@ -206,7 +215,8 @@ def test_greedy_takes_the_best_next_layer_and_beam_is_never_worse():
 
 def test_single_shot_criteria_take_the_lowest_scores():
     rows = [{"mode": m, "layer": i, "head": None, "distance": d, "score_mean": v} for m, d, values in (
-        ("v", "kl", [3, 1, 2, 0.5]), ("layer", "block_influence", [0.1, 5, 5, 0.2]), ("layer", "kl", [9, 0, 0.1, 9]), ("layer", "nll_change", [0, 0, 5, 5]))
+        ("v", "kl", [3, 1, 2, 0.5]), ("layer", "block_influence", [0.1, 5, 5, 0.2]), ("layer", "kl", [9, 0, 0.1, 9]),
+        ("layer", "nll_change", [0, 0, 5, 5]))
         for i, v in enumerate(values)]
     assert choose_layers.choose("sensitivity", 2, 4, rows)[0] == [1, 3]
     assert choose_layers.choose("block_influence", 2, 4, rows)[0] == [0, 3]
@@ -260,7 +270,8 @@ def test_command_writes_upstreams_columns_and_the_plan_names_layers(folder, tmp_
     with pytest.raises(UserError, match="--resume"):
         scanner.main(args)
     plan = tmp_path / "plan.json"
-    choose_layers.main(choose_layers.parse_args(["--records", str(out.with_suffix(".records.jsonl")), "--mode", "qv", "--ratio", "0.5", "--out", str(plan)]))
+    choose_layers.main(choose_layers.parse_args(["--records", str(out.with_suffix(".records.jsonl")), "--mode", "qv", "--ratio",
+                                                 "0.5", "--out", str(plan)]))
     assert json.loads(plan.read_text())["choices"][0]["layers_left"] == 2
 
 
@@ -278,7 +289,8 @@ def test_interrupting_the_command_says_how_to_go_on(folder, tmp_path, monkeypatc
         scanner.main(scanner.parse_args(["--model", str(folder), "--out", str(tmp_path / "s.csv")]))
 
 
-@pytest.mark.parametrize("name, text, message", [("a.jsonl", "{}", "line 1"), ("b.txt", "\n \n", "no prompts"), ("c.jsonl", "x", "line 1")])
+@pytest.mark.parametrize("name, text, message", [("a.jsonl", "{}", "line 1"), ("b.txt", "\n \n", "no prompts"), ("c.jsonl", "x",
+    "line 1")])
 def test_bad_prompt_files_are_named(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=message):

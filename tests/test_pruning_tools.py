@@ -20,7 +20,8 @@ from pruning.pruning_tools import count_params, inspect_ckpt, prune_llm, prune_w
 from pruning.sensitivity_analyse.layer_mask import masked
 
 ROOT = Path(__file__).resolve().parents[1]
-SIZE = dict(vocab_size=48, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+SIZE = dict(vocab_size=48, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+            num_key_value_heads=2,
             max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 CLASSES = {"llama": (LlamaConfig, LlamaForCausalLM, {"attention_bias": True}), "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
            "pangu": (PanguEmbeddedConfig, PanguEmbeddedForCausalLM, {"bias": True})}
@@ -99,7 +100,8 @@ def test_pruned_on_disk_equals_layers_skipped_to_the_bit(kind, tied, form, tmp_p
     with masked(model, 1, "layer"), masked(model, 2, "layer"):
         assert torch.equal(pruned(IDS).logits, model(IDS).logits)
     with without_layers(model, [1, 2]):
-        assert torch.equal(pruned.generate(IDS, max_new_tokens=5, do_sample=False), model.generate(IDS, max_new_tokens=5, do_sample=False))
+        assert torch.equal(pruned.generate(IDS, max_new_tokens=5, do_sample=False),
+                           model.generate(IDS, max_new_tokens=5, do_sample=False))
     assert pruned.config.num_hidden_layers == 2 and pruned.config.tie_word_embeddings == tied
     assert digest(tmp_path / "source") == before, "the source was modified"
 
@@ -118,11 +120,13 @@ def test_lora_keeps_its_strength_in_all_three_results(kind, form, tmp_path):
     merged = next(out.glob("pytorch_model_pruned_drop0_3_merged_clean_v0112_en_cpu*"))
     tensors = {k: e.read() for k, e in shards.open_checkpoint(merged).entries.items()}
     small = with_lora(make(kind, num_hidden_layers=2), alpha=json.loads((out / "adapter_config.json").read_text())["lora_alpha"])
-    small.load_state_dict({k.removeprefix("lang_model."): v for k, v in tensors.items() if k.startswith("lang_model.")}, strict=True)
+    small.load_state_dict({k.removeprefix("lang_model."): v for k, v in tensors.items() if k.startswith("lang_model.")},
+                          strict=True)
     assert torch.equal(small(IDS).logits, wanted)
     for i in range(4):
         assert tensors[f"embedding_layer.perceiver.layers.{i}.0.to_q.weight"].max() == i, "the Perceiver is no part of the decoder"
-    adapter = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(out / "hf_drop0_3_adapter"), out / "hf_drop0_3_adapter" / "adapter").eval()
+    adapter = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(out / "hf_drop0_3_adapter"),
+                                        out / "hf_drop0_3_adapter" / "adapter").eval()
     assert torch.equal(adapter(IDS).logits, wanted)
     assert torch.allclose(AutoModelForCausalLM.from_pretrained(out / "hf_drop0_3").eval()(IDS).logits, wanted, atol=1e-5)
 
@@ -135,7 +139,8 @@ def test_dtype_and_tying_are_kept(dtype, tmp_path):
     merged = torch.load(next(out.glob("pytorch_model_*")), weights_only=True)
     assert {v.dtype for k, v in merged.items() if k.startswith("lang_model")} == {dtype}
     assert merged["embedding_layer.weight"].data_ptr() == merged["lang_model.model.embed_tokens.weight"].data_ptr(), "stored twice"
-    assert torch.equal(merged["lang_model.model.layers.2.mlp.up_proj.weight"], tensors["lang_model.model.layers.3.mlp.up_proj.weight"])
+    assert torch.equal(merged["lang_model.model.layers.2.mlp.up_proj.weight"],
+                       tensors["lang_model.model.layers.3.mlp.up_proj.weight"])
     assert not any("layers.3." in k for k in merged if k.startswith("lang_model"))
 
 
@@ -229,7 +234,8 @@ def test_damaged_checkpoints_are_named(damage, tmp_path):
         file.unlink()
         (tmp_path / "hf" / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
     else:
-        file.write_bytes({"cut": content[:-100], "header": content[:20], "not a checkpoint": b"hello", "no tensors": (2).to_bytes(8, "little") + b"{}"}[damage])
+        file.write_bytes({"cut": content[:-100], "header": content[:20], "not a checkpoint": b"hello",
+                          "no tensors": (2).to_bytes(8, "little") + b"{}"}[damage])
     with pytest.raises(UserError, match="hf"):
         prune(tmp_path / "hf", tmp_path / "out", "--drop-layers", "1")
     assert not (tmp_path / "out").exists()
@@ -258,7 +264,8 @@ def test_copying_keeps_bytes_across_blocks_and_holes(tmp_path, monkeypatch):
     entries = shards.open_checkpoint(tmp_path / "a.safetensors").entries
     shards.write_safetensors(tmp_path / "b.safetensors", {"x": entries["a"], "y": entries["b"], "z": entries["empty"]})
     copied = shards.open_checkpoint(tmp_path / "b.safetensors").entries
-    assert torch.equal(copied["x"].read(), values) and torch.equal(copied["y"].read(), torch.arange(7)) and copied["z"].shape == (0, 3)
+    assert torch.equal(copied["x"].read(), values) and torch.equal(copied["y"].read(),
+        torch.arange(7)) and copied["z"].shape == (0, 3)
     from safetensors import safe_open
     with safe_open(tmp_path / "b.safetensors", "pt") as file:                 # the official reader agrees
         assert torch.equal(file.get_tensor("x"), values)
@@ -317,7 +324,9 @@ def test_wanda_weighs_by_the_inputs_of_the_pruned_layers_before():
     prune_width.prune_unstructured(model, [{"name": "a", "input_ids": IDS}], "wanda", "0.5")
     for i in range(2):                                    # by hand: layer by layer, on the inputs that the pruned model produces
         layer, seen = reference.model.layers[i], {}
-        hooks = [m.register_forward_pre_hook(lambda m, a, n=n: seen.update({n: a[0][0]})) for n, m in layer.named_modules() if isinstance(m, torch.nn.Linear)]
+        hooks = [m.register_forward_pre_hook(lambda m, a, n=n, seen=seen: seen.update({n: a[0][0]})) for n,
+                 m in layer.named_modules()
+                 if isinstance(m, torch.nn.Linear)]
         reference(IDS)
         for hook in hooks:
             hook.remove()
@@ -335,9 +344,11 @@ def test_counting_pangu_and_its_published_drops(tmp_path, capsys):
     result = count_params.describe(tmp_path, count_params.parse_args([str(tmp_path)]))["total"]
     assert result["values"] == 8_030_887_936 and result["decoder layers, values"] == 34 * 199_247_872
     assert result["KV-cache of 2048 tokens, bytes"] == 2 * 34 * 8 * 128 * 2 * 2048
-    usage = subprocess.run([sys.executable, "-c", "import resource, runpy, sys\nsys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
+    usage = subprocess.run([sys.executable, "-c", "import resource, runpy, sys\nsys.argv = "
+                                                  "sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
                             "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)",
-                            ROOT / "pruning/pruning_tools/prune_llm.py", "--ckpt", tmp_path, "--out-dir", tmp_path / "out", "--drop-layers", "23-28"],
+                            ROOT / "pruning/pruning_tools/prune_llm.py", "--ckpt", tmp_path, "--out-dir", tmp_path / "out",
+                            "--drop-layers", "23-28"],
                            capture_output=True, text=True, check=True)
     assert "14.9%" in usage.stdout and int(usage.stdout.split("peak")[1]) < 3000
     after = shards.open_checkpoint(tmp_path / "out" / "hf_drop23_28").entries
@@ -348,7 +359,8 @@ def test_tools_describe_before_and_after_and_find_leftovers(tmp_path, capsys):
     make().save_pretrained(tmp_path / "hf")
     out = prune(tmp_path / "hf", tmp_path / "out", "--drop-layers", "2-3")
     capsys.readouterr()
-    count_params.main(count_params.parse_args([str(tmp_path / "hf"), "--compare", str(out / "hf_drop2_3"), "--check-layer-range", r"layers\.[23]\."]))
+    count_params.main(count_params.parse_args([str(tmp_path / "hf"), "--compare", str(out / "hf_drop2_3"), "--check-layer-range",
+                                               r"layers\.[23]\."]))
     printed = capsys.readouterr().out
     assert "50.0% less" in printed and "0 keys match" in printed
     inspect_ckpt.main(inspect_ckpt.parse_args([str(tmp_path / "hf"), "--keys", "2"]))

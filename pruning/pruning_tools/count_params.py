@@ -24,7 +24,8 @@ def parse_args(argv=None):
     p.add_argument("--exclude", help="leave out keys that contain this text")
     p.add_argument("--group-depth", type=int, default=2, help="leading parts of a key that make a group (default 2)")
     p.add_argument("--topk", type=int, default=30, help="largest groups to list (default 30)")
-    p.add_argument("--check-layer-range", metavar="REGEX", help=r"report keys that match, such as 'layers\.(2[89]|3\d)\.': leftovers of a pruning")
+    p.add_argument("--check-layer-range", metavar="REGEX", help=r"report keys that match, such as 'layers\.(2[89]|3\d)\.': "
+                                                                r"leftovers of a pruning")
     p.add_argument("--context", type=int, default=2048, help="tokens in the KV-cache that is reported (default 2048)")
     return p.parse_args(argv)
 
@@ -33,8 +34,10 @@ def layer_cost(config: dict, entries: dict, llm, context: int) -> dict:
     """Numbers of the decoder. FLOPs per token: two for each value of a matrix that a token passes (layers and lm_head), plus
     attention over `context` tokens. KV-cache: keys and values of `context` tokens in the weights' type."""
     inside = {k: e for k, e in entries.items() if re.match(llm.pattern, k) and ".lora_" not in k}
-    head = next((e for k, e in entries.items() if k.startswith(llm.root) and k.endswith(("lm_head.weight", "embed_out.weight"))), None)
-    table = next((e for k, e in entries.items() if k.startswith(llm.root) and k.endswith(("embed_tokens.weight", "wte.weight", "embed_in.weight"))), None)
+    head = next((e for k, e in entries.items() if k.startswith(llm.root) and k.endswith(("lm_head.weight", "embed_out.weight"))),
+                None)
+    table = next((e for k, e in entries.items() if k.startswith(llm.root)
+                  and k.endswith(("embed_tokens.weight", "wte.weight", "embed_in.weight"))), None)
     head = head or table                                  # tied
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
@@ -51,10 +54,12 @@ def layer_cost(config: dict, entries: dict, llm, context: int) -> dict:
 
 def describe(path, args) -> dict:
     checkpoint = open_checkpoint(path)
-    entries = {k: e for k, e in checkpoint.entries.items() if (args.include or "") in k and not (args.exclude and args.exclude in k)}
+    entries = {k: e for k, e in checkpoint.entries.items() if (args.include or "") in k
+               and not (args.exclude and args.exclude in k)}
     if not entries:
         raise UserError(f"{path}: no key passes --include {args.include} --exclude {args.exclude}")
-    total = {"keys": len(entries), "values": sum(e.numel for e in entries.values()), "bytes": sum(e.nbytes for e in entries.values())}
+    total = {"keys": len(entries), "values": sum(e.numel for e in entries.values()),
+             "bytes": sum(e.nbytes for e in entries.values())}
     dtypes, groups = Counter(), Counter()
     for key, entry in entries.items():
         dtypes[str(entry.dtype).removeprefix("torch.")] += entry.numel

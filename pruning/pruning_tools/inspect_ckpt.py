@@ -24,7 +24,8 @@ def parse_args(argv=None):
 def main(args):
     checkpoint = open_checkpoint(args.path)
     entries = checkpoint.entries
-    print(f"{args.path}: {len(entries)} keys in {len(checkpoint.files)} {checkpoint.format} file(s), {sum(e.nbytes for e in entries.values()) / 1e9:.3f} GB")
+    print(f"{args.path}: {len(entries)} keys in {len(checkpoint.files)} {checkpoint.format} file(s), "
+          f"{sum(e.nbytes for e in entries.values()) / 1e9:.3f} GB")
     for key, entry in list(entries.items())[:args.keys]:
         print(f"  {key}  {tuple(entry.shape)}  {str(entry.dtype).removeprefix('torch.')}")
     print("prefixes before a number, with their keys:")
@@ -39,7 +40,7 @@ def main(args):
     lora = find_lora(checkpoint, llm, None)
     print(f"decoder: {llm.layers} layers under {llm.prefix}")
     if lora:
-        alpha = f"{lora.alpha:g} (adapter_config.json)" if lora.alpha is not None else "unknown: no adapter_config.json beside the checkpoint"
+        alpha = "unknown: no adapter_config.json beside it" if lora.alpha is None else f"{lora.alpha:g} (adapter_config.json)"
         print(f"LoRA: r {lora.r}, alpha {alpha}, {', '.join(lora.target_modules)}")
 
 

@@ -31,26 +31,34 @@ from pruning.layers import ATTENTION, check_drop, shorter_config
 from pruning.pruning_tools.shards import Checkpoint, cast, derived, open_checkpoint, write_bin, write_safetensors, write_shards
 
 VERSIONS = ("v0112_en", "CN")
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "added_tokens.json", "generation_config.json", "chat_template*")
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "added_tokens.json", "generation_config.json",
+                   "chat_template*")
 
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--ckpt", type=Path, required=True, help=".bin, .pth, .safetensors, or a folder (one file or shards with an index)")
-    p.add_argument("--lang-model-path", type=Path, help="folder with the language model's config.json and tokenizer; default the checkpoint's folder")
+    p.add_argument("--ckpt", type=Path, required=True, help=".bin, .pth, .safetensors, or a folder (one file or shards with an "
+                                                            "index)")
+    p.add_argument("--lang-model-path", type=Path, help="folder with the language model's config.json and tokenizer; default "
+                                                        "the checkpoint's folder")
     p.add_argument("--out-dir", type=Path, required=True)
-    p.add_argument("--drop-layers", action="append", default=[], metavar="SPEC", help='layers to remove, such as 23-28 or "0-2,5,7-9"; repeat for several models')
+    p.add_argument("--drop-layers", action="append", default=[], metavar="SPEC",
+                   help='layers to remove, such as 23-28 or "0-2,5,7-9"; repeat for several models')
     p.add_argument("--plan", type=Path, help="json of choose_layers.py: prune every set in it")
-    p.add_argument("--tag", action="append", default=[], help="name of the result, once for each --drop-layers; default drop<first>_<last> or drop<ids>")
+    p.add_argument("--tag", action="append", default=[], help="name of the result, once for each --drop-layers; default "
+                                                              "drop<first>_<last> or drop<ids>")
     p.add_argument("--lora-alpha", type=float, help="LoRA alpha, when no adapter_config.json stands beside the checkpoint")
     p.add_argument("--lora-r", type=int, help="only checked against the checkpoint, which knows its rank")
     p.add_argument("--lora-target-modules", help="comma separated; only checked against the checkpoint")
     p.add_argument("--layer-prefix", help="keys before the layer number, if the checkpoint holds several decoders")
     p.add_argument("--hf", choices=("none", "merged", "adapter", "both"), default="none",
-                   help="for a checkpoint with more than a language model: also write it as a folder for from_pretrained, LoRA merged "
+                   help="for a checkpoint with more than a language model: also write it as a folder for from_pretrained, LoRA "
+                        "merged "
                    "into the weights, as a peft folder adapter/ beside them, or both folders (default none)")
-    p.add_argument("--llm-dtype", choices=("keep", "float32", "float16", "bfloat16"), default="keep", help="type of the language model's tensors (upstream: float16)")
-    p.add_argument("--format", choices=("source", "bin", "safetensors"), default="source", help="of the merged file; default as the source")
+    p.add_argument("--llm-dtype", choices=("keep", "float32", "float16", "bfloat16"), default="keep",
+                   help="type of the language model's tensors (upstream: float16)")
+    p.add_argument("--format", choices=("source", "bin", "safetensors"), default="source",
+                   help="of the merged file; default as the source")
     p.add_argument("--max-shard-gb", type=float, default=5.0, help="largest shard, 10^9 bytes (default 5)")
     p.add_argument("--script-version", choices=VERSIONS, default=VERSIONS[0], help="part of upstream's file names")
     p.add_argument("--overwrite", action="store_true", help="replace results of the same tag")
@@ -125,7 +133,8 @@ def find_language_model(keys, prefix: str | None = None) -> LanguageModel:
         if match := attention.match(key):
             found.setdefault(match[1], set()).add(int(match[2]))
     language = [p for p in found if p.startswith(("lang_model.", "language_model.")) or ".language_model." in p]
-    candidates = [prefix] if prefix else language or [p for p in found if not re.search("vision|visual|audio|perceiver|encoder", p)]
+    others = [p for p in found if not re.search("vision|visual|audio|perceiver|encoder", p)]
+    candidates = [prefix] if prefix else language or others
     candidates = [p for p in candidates if p in found]
     if not candidates:
         raise UserError("the checkpoint holds no decoder layers (keys such as model.layers.0.self_attn.q_proj.weight)"
@@ -178,7 +187,8 @@ def read_config(folder: Path, llm: LanguageModel) -> dict | None:
         raise UserError(f"{path}: is not JSON ({error})") from error
     count = config.get("num_hidden_layers", config.get("n_layer"))
     if count is not None and count != llm.layers:
-        raise UserError(f"{path}: num_hidden_layers is {count}, the checkpoint holds {llm.layers} layers; this config is of another model")
+        raise UserError(f"{path}: num_hidden_layers is {count}, the checkpoint holds {llm.layers} layers; this config is of "
+                        f"another model")
     return config
 
 
@@ -216,7 +226,10 @@ def plain_entries(entries: dict, llm: LanguageModel, lora: Lora | None, merge: b
         for key in [k for k in adapter if ".lora_A." in k]:
             target = key.removeprefix("base_model.model.").replace(".lora_A.", ".")
             a, b = adapter[key], adapter[key.replace(".lora_A.", ".lora_B.")]
-            weights[target] = derived(weights[target], lambda w, a=a, b=b: w.float() + scale * (b.read().float() @ a.read().float()))
+
+            def add(w, a=a, b=b):
+                return w.float() + scale * (b.read().float() @ a.read().float())
+            weights[target] = derived(weights[target], add)
         adapter = {}
     return weights, adapter
 
@@ -227,7 +240,8 @@ def hf_config(config: dict, layer_id_map: dict, weights: dict) -> dict:
     config = shorter_config(config, list(layer_id_map.values()))
     if config.get("model_type") == "PanguEmbedded":
         config = {k: v for k, v in config.items() if k not in ("auto_map", "bias")} | {
-            "model_type": "llama", "architectures": ["LlamaForCausalLM"], "attention_bias": config.get("bias", True), "mlp_bias": False}
+            "model_type": "llama", "architectures": ["LlamaForCausalLM"], "attention_bias": config.get("bias", True),
+            "mlp_bias": False}
     dtypes = {str(e.dtype).removeprefix("torch.") for e in weights.values() if e.dtype.is_floating_point}
     if len(dtypes) == 1:
         config.pop("torch_dtype", None)
@@ -235,7 +249,8 @@ def hf_config(config: dict, layer_id_map: dict, weights: dict) -> dict:
     return config
 
 
-def write_hf(folder: Path, entries: dict, llm, lora, config: dict, source: Path, layer_id_map: dict, merge: bool, shard_bytes: int):
+def write_hf(folder: Path, entries: dict, llm, lora, config: dict, source: Path, layer_id_map: dict, merge: bool,
+             shard_bytes: int):
     weights, adapter = plain_entries(entries, llm, lora, merge)
     with atomic_dir(folder) as temporary:
         write_shards(temporary, weights, shard_bytes)
@@ -251,7 +266,8 @@ def write_hf(folder: Path, entries: dict, llm, lora, config: dict, source: Path,
 
 
 def write_adapter_config(folder: Path, lora: Lora):
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": lora.r, "lora_alpha": lora.alpha, "target_modules": lora.target_modules,
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": lora.r, "lora_alpha": lora.alpha,
+              "target_modules": lora.target_modules,
               "lora_dropout": 0.0, "bias": "none", "inference_mode": True, "base_model_name_or_path": None}
     atomic_write(folder / "adapter_config.json", json.dumps(config, indent=1))
 
@@ -286,12 +302,16 @@ def prune(checkpoint: Checkpoint, llm, lora, config, drop_layers, tag: str, args
         write_hf(out / name, entries, llm, lora, config, source, layer_id_map, merge, shard_bytes)
     report = {
         "tag": tag, "old_layers": llm.layers, "new_layers": len(layer_id_map), "drop_layers": list(drop_layers),
-        "layer_id_map": {str(new): old for new, old in layer_id_map.items()}, "llm_layer_prefix": llm.prefix, "llm_layer_pattern": llm.pattern,
+        "layer_id_map": {str(new): old for new, old in layer_id_map.items()}, "llm_layer_prefix": llm.prefix,
+        "llm_layer_pattern": llm.pattern,
         "device": "cpu", "ckpt": str(args.ckpt), "lang_model_path": str(args.lang_model_path or source),
-        "lora_target_modules": lora.target_modules if lora else [], "lora_r": lora.r if lora else None, "lora_alpha": lora.alpha if lora else None,
+        "lora_target_modules": lora.target_modules if lora else [],
+        "lora_r": lora.r if lora else None, "lora_alpha": lora.alpha if lora else None,
         "adapter_config_used": bool(lora and lora.from_adapter_config),
-        "note": "Keys renamed, values untouched; layers that were removed leave nothing behind.", "script_version": args.script_version,
-        "parameters_before": sum(e.numel for e in checkpoint.entries.values()), "parameters_after": sum(e.numel for e in entries.values()),
+        "note": "Keys renamed, values untouched; layers that were removed leave nothing behind.",
+        "script_version": args.script_version,
+        "parameters_before": sum(e.numel for e in checkpoint.entries.values()),
+        "parameters_after": sum(e.numel for e in entries.values()),
     }
     atomic_write(out / f"prune_layer_map_{suffix}.json", json.dumps(report, indent=2, ensure_ascii=False))
     return report
@@ -320,7 +340,8 @@ def check_space(folder: Path, needed: int):
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise UserError(f"{folder}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free; make room or choose another --out-dir")
+        raise UserError(f"{folder}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free; make room or choose "
+                        f"another --out-dir")
 
 
 def main(args):
@@ -333,8 +354,8 @@ def main(args):
         raise UserError(f"{source}: no config.json there; name the language model's folder with --lang-model-path")
     lora = find_lora(checkpoint, llm, args.lora_alpha)
     if lora and lora.alpha is None:
-        raise UserError(f"{args.ckpt} holds LoRA weights of rank {lora.r} but no adapter_config.json says their alpha; pass --lora-alpha "
-                        "(Dia-Pangu was trained with 16)")
+        raise UserError(f"{args.ckpt} holds LoRA weights of rank {lora.r} but no adapter_config.json says their alpha; pass "
+                        "--lora-alpha (Dia-Pangu was trained with 16)")
     if lora and args.lora_r not in (None, lora.r):
         raise UserError(f"--lora-r {args.lora_r}: the checkpoint has rank {lora.r}")
     if lora and args.lora_target_modules and sorted(args.lora_target_modules.split(",")) != lora.target_modules:
@@ -356,8 +377,8 @@ def main(args):
     for drop, tag in sets:
         report = prune(checkpoint, llm, lora, config, drop, tag, args, source)
         share = 1 - report["parameters_after"] / report["parameters_before"]
-        print(f"{tag}: layers {llm.layers} -> {report['new_layers']}, values {report['parameters_before']:,} -> {report['parameters_after']:,} "
-              f"({share:.1%} removed), in {args.out_dir}")
+        print(f"{tag}: layers {llm.layers} -> {report['new_layers']}, values {report['parameters_before']:,} -> "
+              f"{report['parameters_after']:,} ({share:.1%} removed), in {args.out_dir}")
 
 
 if __name__ == "__main__":

@@ -30,20 +30,25 @@ from pruning.sensitivity_analyse.layer_sensitivity_scan import add_prompt_args, 
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", type=Path, required=True, help="folder that from_pretrained loads (Llama-like: gate_proj, up_proj, down_proj)")
+    p.add_argument("--model", type=Path, required=True, help="folder that from_pretrained loads (Llama-like: gate_proj, "
+                                                             "up_proj, down_proj)")
     p.add_argument("--out", type=Path, required=True, help="folder of the result")
     p.add_argument("--method", choices=("width", "wanda", "magnitude"), default="width")
     p.add_argument("--mlp-ratio", type=float, default=0.0, help="share of MLP neurons to remove, in [0, 1) (width)")
-    p.add_argument("--kv-ratio", type=float, default=0.0, help="share of key-value heads to remove, with their query heads, in [0, 1) (width)")
-    p.add_argument("--sparsity", default="0.5", help='share of weights set to zero, in (0, 1), or "2:4" (wanda, magnitude; default 0.5)')
+    p.add_argument("--kv-ratio", type=float, default=0.0, help="share of key-value heads to remove, with their query heads, in "
+                                                               "[0, 1) (width)")
+    p.add_argument("--sparsity", default="0.5", help='share of weights set to zero, in (0, 1), or "2:4" (wanda, magnitude; '
+                                                     'default 0.5)')
     p.add_argument("--overwrite", action="store_true")
     add_prompt_args(p)
     return p.parse_args(argv)
 
 
 def llama_parts(layer):
-    if not all(hasattr(getattr(layer, "mlp", None), n) for n in ("gate_proj", "up_proj", "down_proj")) or not hasattr(layer.self_attn, "o_proj"):
-        raise UserError(f"{type(layer).__name__}: pruning in width knows layers with self_attn.{{q,k,v,o}}_proj and mlp.{{gate,up,down}}_proj only")
+    mlp = getattr(layer, "mlp", None)
+    if not all(hasattr(mlp, n) for n in ("gate_proj", "up_proj", "down_proj")) or not hasattr(layer.self_attn, "o_proj"):
+        raise UserError(f"{type(layer).__name__}: pruning in width knows layers with self_attn.{{q,k,v,o}}_proj and "
+                        f"mlp.{{gate,up,down}}_proj only")
     return layer.self_attn, layer.mlp
 
 
@@ -91,7 +96,8 @@ def prune_width(model, prompts, mlp_ratio: float, kv_ratio: float) -> dict:
         plain(model).get_decoder()(**batch, use_cache=False)
     kept_neurons, kept_kv = neurons - round(mlp_ratio * neurons), kv_heads - round(kv_ratio * kv_heads)
     if min(kept_neurons, kept_kv) < 1:
-        raise UserError(f"--mlp-ratio {mlp_ratio} --kv-ratio {kv_ratio}: nothing would be left of {neurons} neurons or {kv_heads} key-value heads")
+        raise UserError(f"--mlp-ratio {mlp_ratio} --kv-ratio {kv_ratio}: nothing would be left of {neurons} neurons or "
+                        f"{kv_heads} key-value heads")
     chosen = defaultdict(list)
     for i, layer in enumerate(layers):
         attention, mlp = llama_parts(layer)
@@ -100,7 +106,8 @@ def prune_width(model, prompts, mlp_ratio: float, kv_ratio: float) -> dict:
         for linear in (mlp.gate_proj, mlp.up_proj):
             keep_rows(linear, keep)
         keep_columns(mlp.down_proj, keep)
-        score = (sums[i, "kv"] * attention.o_proj.weight.float().norm(dim=0)).view(kv_heads, -1).sum(1)   # query heads of a group lie side by side
+        # query heads of a group lie side by side
+        score = (sums[i, "kv"] * attention.o_proj.weight.float().norm(dim=0)).view(kv_heads, -1).sum(1)
         groups = score.topk(kept_kv).indices.sort().values
         rows = torch.arange(kv_heads * head_dim).view(kv_heads, -1)[groups].flatten()
         queries = torch.arange(heads * head_dim).view(kv_heads, -1)[groups].flatten()
@@ -185,8 +192,10 @@ def main(args):
     with atomic_dir(args.out) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        (temporary / "prune_width.json").write_text(json.dumps({"method": args.method, "source": str(args.model), "kept": chosen}))
-    print(f"{args.method}: values {before:,} -> {after:,} ({1 - after / before:.1%} removed), {zeros:,} zeros in the layers' matrices, in {args.out}")
+        about = {"method": args.method, "source": str(args.model), "kept": chosen}
+        (temporary / "prune_width.json").write_text(json.dumps(about))
+    print(f"{args.method}: values {before:,} -> {after:,} ({1 - after / before:.1%} removed), {zeros:,} zeros in the layers' "
+          f"matrices, in {args.out}")
 
 
 if __name__ == "__main__":

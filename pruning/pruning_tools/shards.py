@@ -18,8 +18,9 @@ from common.checkpoint import atomic_path
 from common.errors import UserError
 from common.weights import INDEXES, NESTS, SINGLES, read_checkpoint, strip_prefixes
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
-          "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn,
+          "F8_E5M2": torch.float8_e5m2}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 BLOCK = 1 << 24                                           # bytes copied at once
 
@@ -133,7 +134,9 @@ def derived(entry: Entry, change) -> Entry:
 
 
 def cast(entry: Entry, dtype: torch.dtype) -> Entry:
-    return entry if entry.dtype == dtype or not entry.dtype.is_floating_point else Entry(dtype, entry.shape, lambda: entry.read().to(dtype))
+    if entry.dtype == dtype or not entry.dtype.is_floating_point:
+        return entry
+    return Entry(dtype, entry.shape, lambda: entry.read().to(dtype))
 
 
 # ------------------------------------------------------------------------------------------------ writing

@@ -46,7 +46,8 @@ def parse_args(argv=None):
     p.add_argument("--distance", default="kl", help="distance behind sensitivity and leave_one_out (default kl)")
     size = p.add_mutually_exclusive_group(required=True)
     size.add_argument("--ratio", type=float, nargs="+", help="shares of the layers to remove, each in (0, 1)")
-    size.add_argument("--target-params", type=float, help="remove just enough layers to stay at or below this many values (needs --model)")
+    size.add_argument("--target-params", type=float, help="remove just enough layers to stay at or below this many values "
+                                                          "(needs --model)")
     p.add_argument("--seeds", type=int, default=5, help="how many random sets (default 5)")
     p.add_argument("--beam-width", type=int, default=3, help="sets carried along by beam (default 3)")
     p.add_argument("--out", type=Path, default=Path("plan.json"), help="default plan.json; prune_llm.py --plan reads it")
@@ -107,7 +108,8 @@ def lowest(scores: list[float], count: int) -> list[int]:
     return sorted(sorted(range(len(scores)), key=scores.__getitem__)[:count])
 
 
-def choose(criterion: str, count: int, layers: int, rows=(), angles=(), model=None, prompts=(), mode="v", distance="kl", seed=0, width=3):
+def choose(criterion: str, count: int, layers: int, rows=(), angles=(), model=None, prompts=(), mode="v", distance="kl", seed=0,
+           width=3):
     """(layers to remove, sentence saying why). rows: of `summarise`. angles: the (L + 1, L + 1) matrices of the records."""
     if criterion in FROM_RECORDS and criterion != "angular":
         wanted = {"sensitivity": (plain_mode(mode), distance), "block_influence": ("layer", "block_influence"),
@@ -142,7 +144,8 @@ def read_records(path) -> list[dict]:
     try:
         return [json.loads(line) for line in Path(path).read_text().splitlines()[1:]]
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a whole records file of layer_sensitivity_scan.py ({error}); finish the scan with --resume") from error
+        raise UserError(f"{path}: not a whole records file of layer_sensitivity_scan.py ({error}); finish the scan with "
+                        f"--resume") from error
 
 
 def main(args):
@@ -159,12 +162,16 @@ def main(args):
         raise UserError("give --records or --model, so that the number of layers is known")
     if records and len(records[0]["block_influence"]) != layers:
         raise UserError(f"{args.records}: scanned {len(records[0]['block_influence'])} layers, {args.model} has {layers}")
-    counts = [layers_for_budget(model, args.target_params)] if args.target_params else [layers_to_remove(layers, r) for r in args.ratio]
+    if args.target_params:
+        counts = [layers_for_budget(model, args.target_params)]
+    else:
+        counts = [layers_to_remove(layers, ratio) for ratio in args.ratio]
     choices = []
     for criterion in args.criterion:
         for count in counts:
             for seed in range(args.seeds if criterion.startswith("random") else 1):
-                drop, why = choose(criterion, count, layers, rows, angles, model, prompts, args.mode, args.distance, seed, args.beam_width)
+                drop, why = choose(criterion, count, layers, rows, angles, model, prompts, args.mode, args.distance, seed,
+                                   args.beam_width)
                 choices.append({"criterion": criterion, "drop_layers": spec_of(drop), "layers_left": layers - count, "why": why})
                 print(f"{criterion:16} {layers} -> {layers - count} layers: --drop-layers {spec_of(drop)}   ({why})")
     atomic_write(args.out, json.dumps({"layers": layers, "choices": choices}, indent=1))

@@ -42,7 +42,8 @@ class ProjHeadMaskWrapper(nn.Module):
         if self.num_out_heads * head_dim != width:
             raise ValueError(f"projection of width {width} is not {self.num_out_heads} heads of {head_dim}")
         weight = base_linear.weight
-        self.register_buffer("head_mask", torch.ones(self.num_out_heads, dtype=weight.dtype, device=weight.device), persistent=False)
+        self.register_buffer("head_mask", torch.ones(self.num_out_heads, dtype=weight.dtype, device=weight.device),
+                             persistent=False)
 
     def set_mask(self, head_mask):
         """head_mask: (heads,) of 0 and 1."""
@@ -89,7 +90,8 @@ def mask_attention_layer(model, layer_idx: int, mode: str = "v_only"):
         originals = {f"{part}_proj": getattr(attention, f"{part}_proj") for part in mode}
         masks = {name: torch.tensor(0.0) for name in originals}           # every head
     else:
-        raise UserError(f"{type(attention).__name__} mixes q, k and v in one projection; use --mode attention, head, mlp or layer")
+        raise UserError(f"{type(attention).__name__} mixes q, k and v in one projection; use --mode attention, head, mlp or "
+                        f"layer")
     wrappers = {name: ProjHeadMaskWrapper(module, head_dim).train(module.training) for name, module in originals.items()}
     for name, wrapper in wrappers.items():
         setattr(attention, name, wrapper)

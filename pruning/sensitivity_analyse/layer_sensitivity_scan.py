@@ -22,6 +22,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root: every way of starting this file finds it
@@ -34,21 +35,28 @@ from pruning.sensitivity_analyse.eval_metric import DISTANCES, combine, position
 from pruning.sensitivity_analyse.layer_mask import MODES, masked, plain_mode
 from pruning.sensitivity_analyse.load_model import builtin_prompts, load_model, read_prompts
 
+COLUMNS = ["mode", "layer", "head", "distance", "score_mean", "score_std", "prompt_count"]
 METHODS = ("wavefront", "cached", "naive")
 CHUNK = 1 << 23                                           # log-probabilities held at once, in values
 
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", type=Path, required=True, help="causal LM: a folder that from_pretrained loads, or a dia_pangu checkpoint folder")
-    p.add_argument("--out", type=Path, default=Path("layer_sensitivity.csv"), help="csv of the first mode and distance; all others, records and picture beside it")
+    p.add_argument("--model", type=Path, required=True, help="causal LM: a folder that from_pretrained loads, or a dia_pangu "
+                                                             "checkpoint folder")
+    p.add_argument("--out", type=Path, default=Path("layer_sensitivity.csv"),
+                   help="csv of the first mode and distance; all others, records and picture beside it")
     p.add_argument("--mode", nargs="+", default=["v_only"], help=f"what to switch off: {', '.join(MODES)} (upstream: v_only, qv)")
-    p.add_argument("--distance", nargs="+", default=["l1_mean", "kl"], choices=DISTANCES, help="default l1_mean and kl; the first goes to --out")
+    p.add_argument("--distance", nargs="+", default=["l1_mean", "kl"], choices=DISTANCES,
+                   help="default l1_mean and kl; the first goes to --out")
     p.add_argument("--method", choices=METHODS, default="wavefront")
     add_prompt_args(p)
-    p.add_argument("--batch-size", type=int, default=1, help="prompts in one wavefront, right-padded (default 1; raise it on an accelerator)")
-    p.add_argument("--sanity_check", action="store_true", help="first check that a lifted mask changes nothing and that the method equals naive")
-    p.add_argument("--resume", action="store_true", help="go on with an interrupted scan: prompts already scored are not run again")
+    p.add_argument("--batch-size", type=int, default=1, help="prompts in one wavefront, right-padded (default 1; raise it on an "
+                                                             "accelerator)")
+    p.add_argument("--sanity_check", action="store_true", help="first check that a lifted mask changes nothing and that the "
+                                                               "method equals naive")
+    p.add_argument("--resume", action="store_true", help="go on with an interrupted scan: prompts already scored are not run "
+                                                         "again")
     p.add_argument("--overwrite", action="store_true", help="start again although --out exists")
     return p.parse_args(argv)
 
@@ -72,15 +80,16 @@ def load_with_prompts(args) -> tuple:
     if args.max_tokens < 2 or args.task_samples < 1:
         raise UserError("--max-tokens needs at least 2, --task-samples at least 1")
     if args.task_data:
-        from pruning.report_model import Encoded, load_report_model, task_prompts     # dia_pangu, needed only here
+        from pruning.report_model import Encoded, load_report_model, task_prompts  # dia_pangu, needed only here
         if not args.lang_model_path:
             raise UserError("--task-data needs --lang-model-path: the folder with the language model's config and tokenizer")
         report_model, text, config = load_report_model(args.model, args.lang_model_path)
+        report_model = report_model.to(Accelerator().device)
         samples = Encoded(report_model, text, config, args.task_data, "train", args.task_samples)
         return report_model.lang_model, text.tokenizer, list(task_prompts(report_model, text, samples))
     model, tokenizer = load_model(args.model, args.dtype, args.trust_remote_code)
     texts = read_prompts(args.prompts) if args.prompts else builtin_prompts()
-    return model, tokenizer, text_prompts(texts, tokenizer, args.max_tokens)
+    return model.to(Accelerator().device), tokenizer, text_prompts(texts, tokenizer, args.max_tokens)
 
 
 def text_prompts(texts, tokenizer, max_tokens: int = 512) -> list[dict]:
@@ -166,7 +175,8 @@ class Baseline:
             self.by_layer[layer].append((mode, head))
         self.keep_inputs, self.inputs = keep_inputs, []
         self.influence = [[] for _ in lengths]            # per prompt, one value a layer
-        self.last_token = [[] for _ in lengths]           # per prompt, input of each layer and output of the last, at the last token
+        # per prompt, input of each layer and output of the last, at the last token
+        self.last_token = [[] for _ in lengths]
         self.order = []                                   # variants in the order of the rows
 
     def __enter__(self):
@@ -268,9 +278,8 @@ def scan_batch(model, prompts, variants, kinds, method="wavefront") -> list[dict
         if method == "wavefront":
             order, masked_hidden = watch.order, hidden.unflatten(0, (-1, rows))[1:, p, :n]
         else:
-            order = variants
-            masked_hidden = torch.cat([masked_pass(model, prompt, mode, layer, head, watch.inputs[layer][p:p + 1, :n] if watch.inputs else None)
-                                       for mode, layer, head in variants])
+            order, stored = variants, [x[p:p + 1, :n] for x in watch.inputs] or [None] * len(decoder_layers(model))
+            masked_hidden = torch.cat([masked_pass(model, prompt, mode, i, head, stored[i]) for mode, i, head in variants])
         results, nll, scored = Scorer(model, prompt, hidden[p, :n], kinds)(masked_hidden)
         records.append({
             "name": prompt["name"], "tokens": n, "nll": nll, "scored": scored, "block_influence": watch.influence[p],
@@ -312,7 +321,8 @@ def prompt_key(prompt) -> str:
     return hashlib.sha1(f"{tensor.tolist()}{labels}".encode()).hexdigest()[:12]
 
 
-def scan(model, prompts, modes=("v",), kinds=("l1_mean", "kl"), method="wavefront", batch_size=1, journal=None, resume=False) -> list[dict]:
+def scan(model, prompts, modes=("v",), kinds=("l1_mean", "kl"), method="wavefront", batch_size=1, journal=None,
+         resume=False) -> list[dict]:
     """`scan_batch` over all prompts (an iterable). journal: a .jsonl path that gets each prompt's record as soon as it is known;
     with `resume`, records that stand there already are taken from it, if it belongs to this model and these settings."""
     model.eval()
@@ -326,7 +336,9 @@ def scan(model, prompts, modes=("v",), kinds=("l1_mean", "kl"), method="wavefron
     records, waiting = [], []
 
     def flush():
-        for key, record in zip([k for k, _ in waiting], scan_batch(model, [p for _, p in waiting], variants, kinds, method) if waiting else []):
+        if not waiting:
+            return
+        for (key, _), record in zip(waiting, scan_batch(model, [p for _, p in waiting], variants, kinds, method)):
             record["key"] = key
             records.append(record)
             if journal:
@@ -356,7 +368,8 @@ def read_journal(path, header) -> dict:
         return {}
     for field, value in header.items():
         if before.get(field) != value:
-            raise UserError(f"{path}: was scanned with {field} {before.get(field)}, not {value}; use --overwrite or another --out")
+            raise UserError(f"{path}: was scanned with {field} {before.get(field)}, not {value}; use --overwrite or another "
+                            f"--out")
     whole = []
     for line in lines[1:]:
         with contextlib.suppress(ValueError):             # the last line may be cut
@@ -414,7 +427,8 @@ def draw(rows, path, title=""):
         ax.set_axis_off()
     for ax, ((mode, distance), group) in zip(axes.flat, groups.items()):
         mean, std = [r["score_mean"] for r in group], [r["score_std"] for r in group]
-        ax.bar([r["layer"] for r in group], mean, yerr=[[min(s, max(m, 0)) for m, s in zip(mean, std)], std], capsize=2, ecolor="#5b6770")
+        ax.bar([r["layer"] for r in group], mean, yerr=[[min(s, max(m, 0)) for m, s in zip(mean, std)], std], capsize=2,
+               ecolor="#5b6770")
         ax.set(title=f"{mode} off: {distance}" if distance != "block_influence" else distance, xlabel="layer")
     figure.suptitle(title)
     save_figure(figure, path)
@@ -423,14 +437,16 @@ def draw(rows, path, title=""):
 def sanity_check(model, prompt, variants, kinds, method):
     """Print the distance with a lifted mask (0) and the largest difference between `method` and naive on one prompt."""
     prompt = {key: value[:, :64] if torch.is_tensor(value) else value for key, value in prompt.items()}
-    whole = plain(model).get_decoder()(**pad_prompts([prompt], next(model.parameters()).device), use_cache=False).last_hidden_state
+    batch = pad_prompts([prompt], next(model.parameters()).device)
+    whole = plain(model).get_decoder()(**batch, use_cache=False).last_hidden_state
     with masked(model, 0, variants[0][0], variants[0][2]):
         pass
-    again = plain(model).get_decoder()(**pad_prompts([prompt], next(model.parameters()).device), use_cache=False).last_hidden_state
+    again = plain(model).get_decoder()(**batch, use_cache=False).last_hidden_state
     some = [v for v in variants if v[1] in (0, len(decoder_layers(model)) - 1)]
     fast, naive = (scan_batch(model, [prompt], some, kinds, m)[0]["variants"] for m in (method, "naive"))
     worst = max(abs(a[k] - b[k]) / max(1, abs(b[k])) for a, b in zip(fast, naive) for k in kinds)
-    print(f"sanity check: mask lifted, largest change {(whole - again).abs().max().item():.1e}; {method} against naive {worst:.1e}")
+    print(f"sanity check: mask lifted, largest change {(whole - again).abs().max().item():.1e}; {method} against naive "
+          f"{worst:.1e}")
     if not torch.equal(whole, again) or not worst < (1e-4 if whole.dtype == torch.float32 else 5e-2):
         raise UserError(f"--method {method} does not reproduce the model's own forward pass; use --method naive")
 
@@ -459,7 +475,7 @@ def main(args):
         print(f"Layer {row['layer']:02d},{head} mean={row['score_mean']:.6f}, std={row['score_std']:.6f}")
     columns = ["layer", *(["head"] if modes[0] == "head" else []), "score_mean", "score_std", "prompt_count"]
     write_csv(args.out, chosen, columns)
-    write_csv(args.out.with_suffix(".all.csv"), rows, ["mode", "layer", "head", "distance", "score_mean", "score_std", "prompt_count"])
+    write_csv(args.out.with_suffix(".all.csv"), rows, COLUMNS)
     draw(rows, args.out.with_suffix(".png"), f"{Path(args.model).name}: {len(prompts)} prompts")
     print(f"wrote {args.out}, {args.out.with_suffix('.all.csv')}, {args.out.with_suffix('.png')}")
 

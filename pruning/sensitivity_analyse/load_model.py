@@ -18,7 +18,8 @@ def load_model(path, dtype: str | None = None, trust_remote_code: bool = False):
         raise UserError(f"{path}: no config.json there; --model wants a folder with config, weights and tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", local_files_only=True, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", local_files_only=True,
+                                                     trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path}: not a causal language model that transformers can load ({str(error).splitlines()[0]})") from error
     return model.eval(), tokenizer
