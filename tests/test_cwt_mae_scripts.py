@@ -207,7 +207,7 @@ def test_heads_modes_and_losses_of_fine_tuning(world):
     for name, options in {
         "frozen": ["--freeze"],
         "mlp": ["--head", "mlp", "--mixup", "0.2", "--class-weights", "--augment", "1", "--jitter", "2"],
-        "random": ["--random-init"],
+        "random": ["--random-init", "--seed", "7"],
         "longer": ["--signal-len", "400", "--sampling-power", "0.5"],
     }.items():
         out = world["folder"] / f"tuned_{name}"
@@ -377,7 +377,7 @@ def test_launchers_run_from_two_directories(place, world, tmp_path):
         text=True,
         timeout=240,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and (tmp_path / "base" / "model.safetensors").is_file(), done.stderr
     env |= {
         "DATA": os.path.relpath(world["labelled"], cwd),
         "OUT": os.path.relpath(tmp_path / "classifier", cwd),
