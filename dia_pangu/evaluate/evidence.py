@@ -18,8 +18,8 @@ from dia_pangu.src.Dataset.prompt import FINDINGS
 
 SIDES, PLACES = ("right", "left"), ("upper", "middle", "lower")
 LUNG_LEVEL = 0.35  # of the lung window's channel: below is air-filled lung or outside
-SAID = {"right": r"\bright\b|右", "left": r"\bleft\b|左", "upper": r"\bupper\b|上(?:肺)?(?:野|部|叶)", "middle": r"\bmiddle\b|中(?:肺)?(?:野|部|叶)",
-        "lower": r"\blower\b|\bbase\b|下(?:肺)?(?:野|部|叶)|底"}
+SAID = {"right": r"\bright\b|右", "left": r"\bleft\b|左", "upper": r"\bupper\b|上(?:肺)?(?:野|部|叶)",
+        "middle": r"\bmiddle\b|中(?:肺)?(?:野|部|叶)", "lower": r"\blower\b|\bbase\b|下(?:肺)?(?:野|部|叶)|底"}
 
 
 def load_head(folder):

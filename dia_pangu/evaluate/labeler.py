@@ -14,22 +14,26 @@ BLANK, PRESENT, ABSENT, UNCERTAIN = 0, 1, 2, 3
 # What names a finding. English patterns match at word starts, Chinese ones anywhere.
 ENGLISH = {
     "enlarged cardiomediastinum": r"(?:widen\w*|enlarge\w*|broaden\w*)[^,;]*mediastin|mediastin\w*[^,;]*(?:widen|enlarge|broaden|shift)|"
-                                  r"(?:aort\w*|pulmonary (?:artery|trunk|conus))[^,;]*(?:dilat|ectas|aneurysm|wider than normal|increased)|"
+                                  r"(?:aort\w*|pulmonary (?:artery|trunk|conus))[^,;]*"
+                                  r"(?:dilat|ectas|aneurysm|wider than normal|increased)|"
                                   r"(?:dilat\w*|aneurysm\w*|ectas\w*)[^,;]*(?:aort|pulmonary (?:artery|trunk))",
-    "cardiomegaly": r"cardiomegal|heart[^,;]*(?:enlarge|increase|wide|big|broad)|(?:enlarge\w*|increase\w*)[^,;]*(?:heart|cardiac|ventric|atri)|"
+    "cardiomegaly": r"cardiomegal|heart[^,;]*(?:enlarge|increase|wide|big|broad)|"
+                    r"(?:enlarge\w*|increase\w*)[^,;]*(?:heart|cardiac|ventric|atri)|"
                     r"(?:cardiac|cardiothoracic)[^,;]*(?:increase|enlarge)",
-    "lung opacity": r"opacit|opacif|ground.?glass|hazy|haze|infiltrat|density (?:increase|area)|(?:increase\w*|patchy)[^,;]*densit|infiltration",
+    "lung opacity": r"opacit|opacif|ground.?glass|hazy|haze|infiltrat|density (?:increase|area)|"
+                    r"(?:increase\w*|patchy)[^,;]*densit",
     "lung lesion": r"nodul|lesion|\bmass\b|masses|tumou?r|metasta",
     "edema": r"(?:pulmonary |interstitial |alveolar )?edema|oedema|interlobular septal thicken",
     "consolidation": r"consolidat",
     "pneumonia": r"pneumoni|infecti|infective|covid",
     "atelectasis": r"atelecta|collaps",
     "pneumothorax": r"pneumothora",
-    "pleural effusion": r"pleural[^,;]*(?:effusion|fluid)|effusion[^,;]*pleura|(?:fluid|effusion)[^,;]*(?:hemithora|pleural|costophrenic)|hydrothora",
+    "pleural effusion": r"pleural[^,;]*(?:effusion|fluid)|effusion[^,;]*pleura|hydrothora|"
+                        r"(?:fluid|effusion)[^,;]*(?:hemithora|pleural|costophrenic)",
     "pleural other": r"pleura\w*[^,;]*(?:thick|plaque|calcif|scar)|(?:thick|plaque|calcif)\w*[^,;]*pleura",
     "fracture": r"fractur|broken rib|callus|rib break",
-    "support devices": r"catheter|pacemaker|\btube\b|\bstent|\bwires?\b|prosthe|\bport\b|cannula|drain(?:age)? (?:tube|catheter)|valve replacement|"
-                       r"medical material|sternotomy|suture|clips?\b|implant|electrode",
+    "support devices": r"catheter|pacemaker|\btube\b|\bstent|\bwires?\b|prosthe|\bport\b|cannula|drain(?:age)? (?:tube|catheter)|"
+                       r"valve replacement|medical material|sternotomy|suture|clips?\b|implant|electrode",
 }
 CHINESE = {
     "enlarged cardiomediastinum": r"纵隔(?:影)?[^，,；]{0,4}(?:增宽|增大|扩大)",
@@ -55,19 +59,24 @@ EXCEPT = {"en": {"lung opacity": re.compile(r"suggest\w* pneumonia|pleural", re.
                  "pleural effusion": re.compile(r"pericardi\w*[ -]effusion(?![^,;]*pleural)", re.I),
                  "edema": re.compile(r"subcutaneous|soft tissue", re.I), "atelectasis": re.compile(r"vertebra|trachea", re.I)},
           "cn": {"lung opacity": re.compile(r"肺炎|胸膜")}}
-DENIED_BEFORE = {"en": re.compile(r"\b(?:no|not|without|free of|absence of|negative for|neither|nor|never|rather than|regress\w*|resolv\w*)\b", re.I),
+DENIED_BEFORE = {"en": re.compile(r"\b(?:no|not|without|free of|absence of|negative for|neither|nor|never|rather than|"
+                                  r"regress\w*|resolv\w*)\b", re.I),
                  "cn": re.compile(r"未|无|没有|不伴|排除")}
-DENIED_AFTER = {"en": re.compile(r"\b(?:not (?:\w+ ){0,2}(?:observed|detected|seen|found|present|identified|shown|selected|distinguished|encountered|"
-                                 r"monitored|followed|noted|enlarged|widened|increased|evident|remarkable)|(?:was|were|is|are) not|n't|absent|ruled out|"
-                                 r"is normal|are normal|was normal|were normal|within normal|resolved|disappeared|unremarkable)\b", re.I),
+DENIED_AFTER = {"en": re.compile(r"\b(?:not (?:\w+ ){0,2}(?:observed|detected|seen|found|present|identified|shown|selected|"
+                                 r"distinguished|encountered|monitored|followed|noted|enlarged|widened|increased|evident|remarkable)|"
+                                 r"(?:was|were|is|are) not|n't|absent|ruled out|(?:is|are|was|were|within) normal|resolved|"
+                                 r"disappeared|unremarkable)\b", re.I),
                 "cn": re.compile(r"不大|正常|未见|消失|吸收")}
-DOUBT = {"en": re.compile(r"\b(?:possibl\w*|may|might|could|questionabl\w*|cannot be excluded|suspicio\w*|uncertain|equivocal|\?)", re.I),
+DOUBT = {"en": re.compile(r"\b(?:possibl\w*|may|might|could|questionabl\w*|cannot be excluded|suspicio\w*|uncertain|"
+                          r"equivocal|\?)", re.I),
          "cn": re.compile(r"可能|疑|待排|不除外")}
-QUIET = {"en": re.compile(r"lungs? (?:\w+ ){0,3}(?:clear|normal)|no (?:active |significant |acute )?(?:finding|abnormal|disease|cardiopulmonary)|"
-                          r"normal chest|heart (?:\w+ ){0,2}(?:normal|usual)", re.I),
+QUIET = {"en": re.compile(r"lungs? (?:\w+ ){0,3}(?:clear|normal)|normal chest|"
+                          r"no (?:active |significant |acute )?(?:finding|abnormal|disease|cardiopulmonary)|"
+                          r"heart (?:\w+ ){0,2}(?:normal|usual)", re.I),
          "cn": re.compile(r"未见(?:明显)?异常|清晰|心肺膈未见")}
 # A normal sentence about an organ is a statement that its findings are absent.
-NORMAL = {"en": [(re.compile(r"heart (?:size |contour)?[^,;]*(?:is|are|of)[^,;]*(?:normal|usual|natural)|normal heart", re.I), ("cardiomegaly",)),
+NORMAL = {"en": [(re.compile(r"heart (?:size |contour)?[^,;]*(?:is|are|of)[^,;]*(?:normal|usual|natural)|normal heart", re.I),
+                  ("cardiomegaly",)),
                  (re.compile(r"pleural spaces? (?:is|are) free", re.I), ("pleural effusion", "pneumothorax")),
                  (re.compile(r"ribs are intact", re.I), ("fracture",)),
                  (re.compile(r"lungs are clear", re.I), ("lung opacity", "lung lesion", "consolidation"))],

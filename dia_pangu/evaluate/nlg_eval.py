@@ -87,7 +87,8 @@ def meteor(truths, predictions, language: str = "en") -> float | None:
             raise UserError(f"METEOR did not end within {METEOR_SECONDS} s; leave it out with --no-meteor") from None
     found = re.findall(r"Final score:\s+([0-9.eE-]+|NaN)", result.stdout)
     if not found:
-        raise UserError(f"METEOR failed: {(result.stderr or result.stdout).strip().splitlines()[-1:] or ['no output']}; leave it out with --no-meteor")
+        said = (result.stderr or result.stdout).strip().splitlines() or ["no output"]
+        raise UserError(f"METEOR failed: {said[-1]}; leave it out with --no-meteor")
     return 0.0 if found[-1] == "NaN" else float(found[-1])
 
 

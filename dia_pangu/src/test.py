@@ -110,7 +110,8 @@ def main(args):
         start = time.perf_counter()
         made = report_batch(model, text, batch["vision_x"].to(accelerator.device), thresholds, generation, args.control)
         elapsed_ms = 1000 * (time.perf_counter() - start) / len(batch["id"])
-        maps = evidence_maps(model.embedding_layer, made["tokens"], model.embedding_layer.vision_encoder.grid(batch["vision_x"].shape), head)
+        patches = model.embedding_layer.vision_encoder.grid(batch["vision_x"].shape)
+        maps = evidence_maps(model.embedding_layer, made["tokens"], patches, head)
         for i, name in enumerate(batch["id"]):
             labels = batch["cls_labels"][i].tolist() if batch["cls_labels"] is not None else ""
             results.append([name, made["questions"][i], batch["report"][i], made["reports"][i], json.dumps(labels) if labels else ""])
@@ -121,7 +122,7 @@ def main(args):
             findings += rows
             if drawn < args.evidence:
                 drawn += 1
-                shown = [(row[1], f"{row[1]}: p {float(row[2]):.2f}, {row[5]} {row[6]}") for row in rows if row[4] and row[1] != "no finding"]
+                shown = [(row[1], f"{row[1]}: p {float(row[2]):.2f}, {row[5]} {row[6]}") for row in rows[:-1] if row[4]]
                 draw_evidence(out / "evidence" / f"{name}.png", volume, maps[i], shown, f"{name}: {made['reports'][i][:150]}")
 
     write_csv(out / "dia-pangu.csv", ["ID", "Question", "Ground Truth", "Pred", "GT_labels"], results)
@@ -145,7 +146,8 @@ def parse_args():
     parser.add_argument("--data", help="folder in the CTRG format")
     parser.add_argument("--volume", help="one scan instead: .nii, .nii.gz or a DICOM folder")
     parser.add_argument("--split", choices=("train", "val", "test"), default="test", help="(default %(default)s)")
-    parser.add_argument("--out", default=str(Path(__file__).resolve().parents[1] / "results"), help="folder to write (default: dia_pangu/results)")
+    parser.add_argument("--out", default=str(Path(__file__).resolve().parents[1] / "results"),
+                        help="folder to write (default: dia_pangu/results)")
     parser.add_argument("--cache", help="folder for prepared volumes")
     parser.add_argument("--limit", type=int, default=0, help="only the first samples; 0: all")
     parser.add_argument("--skip-bad", action="store_true", help="read every sample first and leave out those that cannot be used")

@@ -24,10 +24,9 @@ from common.errors import UserError, run
 from common.run import open_run, seed_everything
 from dia_pangu.evaluate.findings import calibrate, finding_scores
 from dia_pangu.src.Dataset.CTRG_dataset import CTRGDataset, collate
-from dia_pangu.src.Model.build import (
-    add_model, build_model, load_start, make_embedding, make_grid, print_model, read_config, save_model)
+from dia_pangu.src.Model.build import add_model, build_model, load_start, make_embedding, make_grid, print_model, read_config, save_model
 from dia_pangu.src.Model.multimodality_model import NEVER_TRAINED, TRAINED, MultiPanguForCausalLM, add_lora
-from dia_pangu.src.My_Trainer.trainer import Trainer, add_optimization
+from dia_pangu.src.My_Trainer.trainer import Trainer, add_optimization, with_dashes
 
 BATCH_KEYS = ("lang_x", "vision_x", "cls_labels", "attention_mask", "labels")
 
@@ -39,10 +38,8 @@ def diagnose_all(model, loader, accelerator):
     for batch in loader:
         if "error" in batch:
             raise UserError(batch["error"])
-        tokens = model.encode(batch["vision_x"])
-        out = model(batch["lang_x"], cls_labels=batch["cls_labels"], attention_mask=batch["attention_mask"], labels=batch["labels"],
-                    tokens=tokens)
-        probability, truth = accelerator.gather_for_metrics((model.diagnose(tokens), batch["cls_labels"]))
+        out = model(**{key: batch[key] for key in BATCH_KEYS})
+        probability, truth = accelerator.gather_for_metrics((out["probability"], batch["cls_labels"]))
         probabilities.append(probability.float().cpu())
         labels.append(truth.cpu())
         losses.append(torch.stack([out["lm_loss"], out["ctr_loss"]]).float())
@@ -81,7 +78,7 @@ def dry_run(args, config):
             "logits (float32)": 4 * 2 * llm_config.vocab_size * tokens}
     for what, size in plan.items():
         print(f"  {what}: {size / gib:.2f} GiB")
-    print(f"  together {sum(plan.values()) / gib:.2f} GiB per process without sharding; an estimate, the real peak is printed at the end of a run")
+    print(f"  together {sum(plan.values()) / gib:.2f} GiB per process without sharding; an estimate, a run on a GPU prints its real peak")
 
 
 def main(args):
@@ -97,7 +94,7 @@ def main(args):
     dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
     model, text = build_model(config, args.lang_encoder_path, args.tokenizer_path, args.trust_remote_code, args.attn, dtype)
     for start in args.start:
-        load_start(model, start)
+        load_start(model, start, args.take)
     names = model.set_trained(args.train or TRAINED[args.stage], (*NEVER_TRAINED, *args.freeze))
     if args.gradient_checkpointing:
         model.lang_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -125,17 +122,20 @@ def main(args):
     if text.cut:
         accelerator.print(f"{text.cut} reports were longer than --max-length and were cut")
 
-    model = accelerator.unwrap_model(trainer.model).eval()
-    probability, labels, _ = diagnose_all(model, trainer.eval_loader, accelerator)
+    trainer.model.eval()
+    probability, labels, _ = diagnose_all(trainer.model, trainer.eval_loader, accelerator)
     config["thresholds"] = calibrate(probability, labels)
     calibrated = finding_scores(labels, probability >= torch.tensor(config["thresholds"]).numpy())
-    accelerator.print(f"validation findings, thresholds calibrated there: micro-F1 {calibrated['micro']['F1']:.3f}, at 0.5 {scores['micro_f1']:.3f}")
+    accelerator.print(f"validation findings: micro-F1 {scores['micro_f1']:.3f} at 0.5, {calibrated['micro']['F1']:.3f} with thresholds "
+                      "calibrated on the same volumes")
+    weights = accelerator.get_state_dict(trainer.model)
     if accelerator.is_main_process:
-        save_model(model, out, config)
+        save_model(weights, out, config)
         heads = [Path(start) / "evidence_head.safetensors" for start in args.start]
         if heads and heads[-1].is_file() and not any("vision_encoder." in name for name in names):
             shutil.copy(heads[-1], out)  # the patch head of pretrain_vit.py still fits the ViT
-        atomic_write(out / "metrics.json", json.dumps({"validation": scores, "validation_calibrated": calibrated, "trained": names}, indent=1))
+        metrics = {"validation": scores, "validation_calibrated": calibrated, "trained": names}
+        atomic_write(out / "metrics.json", json.dumps(metrics, indent=1))
     if torch.cuda.is_available():
         accelerator.print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
     accelerator.end_training()
@@ -143,15 +143,21 @@ def main(args):
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--stage", choices=TRAINED, default="pre", help="pre: Perceiver; ft: LoRA and embedding layer (default %(default)s)")
+    parser.add_argument("--stage", choices=TRAINED, default="pre",
+                        help="pre: Perceiver; ft: LoRA and embedding layer (default %(default)s)")
     parser.add_argument("--data", required=True, help="folder in the CTRG format")
     parser.add_argument("--cache", help="folder for prepared volumes; makes the second epoch fast")
     parser.add_argument("--limit", type=int, default=0, help="use only the first samples of each split; 0: all")
     parser.add_argument("--skip-bad", action="store_true", help="read every sample first and leave out those that cannot be used")
-    parser.add_argument("--flip", type=float, default=0.0, help="share of true statuses turned over in training prompts (default %(default)s)")
+    parser.add_argument("--flip", type=float, default=0.0,
+                        help="share of true statuses turned over in training prompts (default %(default)s)")
     add_model(parser)
     group = parser.add_argument_group("what trains")
-    group.add_argument("--start", nargs="*", default=[], help="start weights of the vision part: Dia-LLaMA, Dia-Pangu or RadFM files or folders")
+    group.add_argument("--start", nargs="*", default=[],
+                       help="start weights of the vision part: Dia-LLaMA, Dia-Pangu or RadFM files or folders")
+    group.add_argument("--take", choices=("vision", "all"), default="vision",
+                       help="all: take the files' language model and LoRA too, which only a Dia-Pangu checkpoint of the same language "
+                       "model should give (default %(default)s)")
     group.add_argument("--train", nargs="+", help="parts of parameter names to train instead of the stage's: "
                        + "; ".join(f"{stage}: {' '.join(parts)}" for stage, parts in TRAINED.items()))
     group.add_argument("--freeze", nargs="+", default=[], help="parts of parameter names to leave out, such as vision_encoder")
@@ -164,7 +170,7 @@ def parse_args():
                        help="recompute the language model's layers in the backward pass")
     group.add_argument("--dry-run", action="store_true", help="print parameters and a memory plan, load nothing")
     add_optimization(parser, learning_rate=5e-5, lr_scheduler_type="constant_with_warmup")
-    return parser.parse_args()
+    return parser.parse_args(with_dashes(sys.argv[1:]))
 
 
 if __name__ == "__main__":

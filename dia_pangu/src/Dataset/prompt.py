@@ -11,8 +11,8 @@ from common.errors import UserError
 FINDINGS = ("enlarged cardiomediastinum", "cardiomegaly", "lung opacity", "lung lesion", "edema", "consolidation",
             "pneumonia", "atelectasis", "pneumothorax", "pleural effusion", "pleural other", "fracture",
             "support devices", "no finding")
-FINDINGS_CN = ("纵隔心影增大", "心脏肥大", "肺部阴影", "肺部病变", "水肿", "实变", "肺炎", "肺不张", "气胸", "胸腔积液", "胸膜其他病变", "骨折",
-               "支撑装置", "未见异常")
+FINDINGS_CN = ("纵隔心影增大", "心脏肥大", "肺部阴影", "肺部病变", "水肿", "实变", "肺炎", "肺不张", "气胸", "胸腔积液",
+               "胸膜其他病变", "骨折", "支撑装置", "未见异常")
 COLUMNS = tuple(name.replace(" ", "_") for name in FINDINGS)  # of the label csv
 GUIDES = {"en": "Imaging findings:", "cn": "影像所见："}
 LANGUAGES = tuple(GUIDES)

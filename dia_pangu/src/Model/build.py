@@ -117,20 +117,21 @@ def to_our_keys(model, tensors: dict, take: str) -> dict:
                 key = key if key in wanted else f"{stem}.base_layer.{leaf}"
             elif not lora and key.startswith("lang_model.base_model.model."):
                 if ".lora_" in key:
-                    raise UserError(f"the checkpoint has LoRA weights ({key}), the model has none; keep its adapter_config.json beside it")
+                    raise UserError(f"the checkpoint has LoRA weights ({key}), the model has none; train it with --stage ft")
                 key = key.replace("lang_model.base_model.model.", "lang_model.", 1).replace(".base_layer.", ".")
             out[key] = value
     return out
 
 
-def load_start(model, path):
-    """Start weights of `model.embedding_layer` from a Dia-LLaMA, Dia-Pangu or RadFM file or folder, or from a run of
-    pretrain_vit.py; prints what was taken and what not."""
+def load_start(model, path, take: str = "vision"):
+    """Start weights from a Dia-LLaMA, Dia-Pangu or RadFM file or folder, or from a run of pretrain_vit.py; prints what was
+    taken and what not. take: 'vision' or 'all', see `to_our_keys`."""
     path = Path(path)
     tensors = read_weights(path / "vision.safetensors" if (path / "vision.safetensors").is_file() else path)
-    renamed = to_our_keys(model, tensors, "vision")
-    left = len([key for key in tensors if key.startswith("lang_model.")])
-    report = load_weights(torch.nn.ModuleDict({"embedding_layer": model.embedding_layer}), renamed, str(path), min_share=0.0)
+    renamed = to_our_keys(model, tensors, take)
+    left = len([key for key in tensors if key.startswith("lang_model.")]) if take == "vision" else 0
+    target = torch.nn.ModuleDict({"embedding_layer": model.embedding_layer}) if take == "vision" else model
+    report = load_weights(target, renamed, str(path), min_share=0.0)
     if report.mismatched:
         key, theirs, ours = report.mismatched[0]
         raise UserError(f"{path}: {len(report.mismatched)} tensors have another shape, {key} {theirs} where the model has {ours}; "
@@ -139,11 +140,11 @@ def load_start(model, path):
         print(f"  {left} tensors of the file's language model left alone")
 
 
-def save_model(model, folder, config: dict):
-    """Write pytorch_model.bin, dia_config.json and, with LoRA, adapter_config.json to `folder`."""
+def save_model(weights: dict, folder, config: dict):
+    """Write a state dict as pytorch_model.bin, and dia_config.json and, with LoRA, adapter_config.json to `folder`."""
     folder = Path(folder)
     with atomic_path(folder / "pytorch_model.bin") as temporary:
-        torch.save({key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}, temporary)
+        torch.save({key: value.detach().cpu().contiguous() for key, value in weights.items()}, temporary)
     atomic_write(folder / "dia_config.json", json.dumps(config, indent=1, ensure_ascii=False))
     if config["lora"]:
         lora = config["lora"]
@@ -188,7 +189,9 @@ def print_model(model, names: list[str]):
     parts = {}
     sizes = dict(model.named_parameters())
     for name in names:
-        part = ".".join(name.split(".")[:2]) if name.startswith("embedding_layer.") else "lang_model (LoRA)" if "lora_" in name else "lang_model"
+        part = "lang_model (LoRA)" if "lora_" in name else "lang_model"
+        if name.startswith("embedding_layer."):
+            part = ".".join(name.split(".")[:2])
         count, values = parts.get(part, (0, 0))
         parts[part] = (count + 1, values + sizes[name].numel())
     print(describe(model))

@@ -67,7 +67,8 @@ class MultiPanguForCausalLM(nn.Module):
                 key_words_query=None, tokens=None, num_tokens=None, num_samples=None) -> dict:
         """lang_x, attention_mask, labels: (B, N); vision_x: (B, S, 3, H, W, D) or tokens from `encode`; cls_labels: (B, 14).
 
-        Returns loss = lm_loss + lambda_ctr * ctr_loss, both parts, and logits (B, N, V). The losses are means over this
+        Returns loss = lm_loss + lambda_ctr * ctr_loss, both parts, logits (B, N, V), and the findings' probability (B, 14) as
+        `diagnose` gives it (so that evaluation needs nothing but this forward, sharded or not). The losses are means over this
         batch; num_tokens and num_samples, counted over a larger global batch, turn them into this batch's share of
         its mean, so that accumulation and several processes give the loss of one large batch. loss_reweight and
         key_words_query are accepted and unused, as upstream.
@@ -80,7 +81,9 @@ class MultiPanguForCausalLM(nn.Module):
         ctr_loss = F.cross_entropy(sim.float(), sim.new_zeros(len(sim), dtype=torch.long))
         if num_samples is not None:
             ctr_loss = ctr_loss * len(lang_x) / num_samples
-        return {"loss": lm_loss + self.lambda_ctr * ctr_loss, "lm_loss": lm_loss, "ctr_loss": ctr_loss, "logits": logits}
+        own = sim.detach().softmax(-1)[:, 0].view_as(cls_labels)
+        return {"loss": lm_loss + self.lambda_ctr * ctr_loss, "lm_loss": lm_loss, "ctr_loss": ctr_loss, "logits": logits,
+                "probability": torch.where(cls_labels.bool(), own, 1 - own)}
 
     def encode(self, vision_x: torch.Tensor) -> torch.Tensor:
         """Patch tokens (B, S, n_tok, vis_dim); compute them once and pass them to `diagnose`, `generate` or forward."""

@@ -107,8 +107,9 @@ class MyEmbedding(nn.Module):
         """vision_x (B, S, 3, H, W, D), or tokens (B, S, n_tok, vis_dim) from `encode` to spare the second ViT pass.
 
         text_input: (B, N) ids; V, V+1 are <image>, </image>, V+2+j is visual token j. cls_labels: (B, 14), 1 = present.
-        mode 'cls': similarities (B, 14, 2); 'cls_upstream': see `similarity`. mode 'train': embeddings (B, N, E) and sim (B * 14, 2), own memory
-        first, divided by the temperature; the contrastive loss is its cross entropy with target 0. None: embeddings.
+        mode 'cls': similarities (B, 14, 2); 'cls_upstream': see `similarity`. mode 'train': embeddings (B, N, E) and
+        sim (B * 14, 2), own memory first, divided by the temperature; the contrastive loss is its cross entropy with
+        target 0. None: embeddings.
         key_words_query is accepted and unused, as upstream.
         """
         if tokens is None:

@@ -48,6 +48,11 @@ def add_optimization(parser, **defaults):
     group.add_argument("--seed", type=int, default=42, help=shown)
 
 
+def with_dashes(arguments) -> list[str]:
+    """Upstream writes --save_steps, we --save-steps; both are understood."""
+    return [a.replace("_", "-") if a.startswith("--") and "=" not in a else a for a in arguments]
+
+
 def lr_at(step: int, total: int, args) -> float:
     """Learning rate of optimizer step `step` (from 0): linear warm-up, then constant or half a cosine to 0."""
     if step < args.warmup_steps and args.lr_scheduler_type != "constant":
@@ -82,7 +87,10 @@ class Trainer:
         self.eval_loader = None
         if eval_dataset is not None:
             self.eval_loader = accelerator.prepare(DataLoader(eval_dataset, args.per_device_train_batch_size, **options))
-        self.per_epoch = max(1, len(self.loader) // args.gradient_accumulation_steps)  # a short last window is left out
+        self.per_epoch = len(self.loader) // args.gradient_accumulation_steps  # a short last window is left out
+        if self.per_epoch < 1:
+            raise UserError(f"{len(train_dataset)} training samples make {len(self.loader)} batches a process, fewer than "
+                            f"--gradient-accumulation-steps {args.gradient_accumulation_steps}; lower it")
         self.total = args.max_steps or max(1, round(args.num_train_epochs * self.per_epoch))
 
     def _check(self, batch):
@@ -167,9 +175,8 @@ class Trainer:
         return scores
 
     def evaluate(self) -> dict:
-        model = self.accelerator.unwrap_model(self.model)
-        model.eval()
+        self.model.eval()
         with torch.no_grad():
-            scores = self.evaluate_with(model, self.eval_loader, self.accelerator)
-        model.train()
+            scores = self.evaluate_with(self.model, self.eval_loader, self.accelerator)
+        self.model.train()
         return scores
