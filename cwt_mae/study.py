@@ -193,9 +193,8 @@ def series(args):
         result["cnn"].append(metrics(out / f"cnn-{seed}")["accuracy"])
     call(baselines, **common, **sizes, kind="nn", task="series", out=out / "nn")
     mean = {kind: float(np.mean(values)) for kind, values in result.items()}
-    low_high = np.percentile(
-        [np.mean(np.random.default_rng(i).choice(result["pre-trained"], len(args.seeds))) for i in range(1000)], [2.5, 97.5]
-    )
+    rng = np.random.default_rng(0)
+    low_high = np.percentile([rng.choice(result["pre-trained"], len(args.seeds)).mean() for _ in range(1000)], [2.5, 97.5]).tolist()
     write_result(
         out.parent,
         f"{name.upper()}, {'binary' if name == 'ecg5000' else 'accuracy'}",

@@ -57,8 +57,8 @@ def draw_reconstruction(model, batch, path, title: str = "") -> np.ndarray:
     axes[0].fill_between(
         time, *axes[0].get_ylim(), where=share > 0.99, color="0.5", alpha=0.2, lw=0, step="mid", label="hidden at all scales"
     )
-    axes[0].legend(ncols=3, loc="upper right", fontsize=8)
-    axes[0].set_title(title)
+    axes[0].legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, fontsize=8)
+    axes[0].set_title(title, loc="right", fontsize=9)
     low, high = np.percentile(image, [1, 99])
     for axis, picture, label in (
         (axes[1], np.where(pixels, np.nan, image), "visible"),
