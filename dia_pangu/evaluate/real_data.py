@@ -126,7 +126,8 @@ def volumes(args):
         raise UserError(f"{folder / 'volumes'}: no *_seg.nii.gz with organs named left or right")
     write_result(args.out, "organs on their side after reading", "share of named organs", sum(right.values()) / len(right), {"chance": 0.5},
                  None, figures, "Organs of the segmented volume named left or right, liver and spleen, and the vertebrae at the back. "
-                 "Volumes and a DICOM series also pass ViT and --volume; the model has seen phantoms alone, so its reports of them mean nothing",
+                 "Volumes and a DICOM series also pass ViT and --volume; the model has seen phantoms alone, so its reports of them mean "
+                 "nothing",
                  {"files": facts, "organs": right})
 
 

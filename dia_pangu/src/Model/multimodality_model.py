@@ -40,6 +40,7 @@ class MultiPanguForCausalLM(nn.Module):
         self.embedding_layer = embedding_layer
         self.embedding_layer.weight = table
         self.lambda_ctr = lambda_ctr
+        self._no_split_modules = getattr(lang_model, "_no_split_modules", None)  # what FSDP2 shards as one piece
 
     def set_trained(self, patterns, never=NEVER_TRAINED) -> list[str]:
         """Train the parameters whose names contain one of `patterns`, freeze the rest; returns the trained names."""
