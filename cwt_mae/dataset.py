@@ -9,6 +9,7 @@ and inference all read it: one resampling, one band-pass and one normalisation f
 Upstream file: dataset.py (PhysioSignalDataset). Its pickles are read by convert_pickles.py only.
 """
 
+import fcntl
 import hashlib
 import json
 import math
@@ -291,8 +292,8 @@ def read_records(path, fs=None) -> list[Record]:
     return READERS[path.suffix.lower()](path, fs)
 
 
-def find_files(sources, records=None) -> list[Path]:
-    """Signal files of `sources` (files and folders, searched downwards), sorted. records: keep only these stems."""
+def find_files(sources) -> list[Path]:
+    """Signal files of `sources` (files and folders, searched downwards), sorted."""
     paths = []
     for source in map(Path, sources):
         if source.is_dir():
@@ -301,11 +302,6 @@ def find_files(sources, records=None) -> list[Path]:
             paths.append(source)
         else:
             raise UserError(f"{source}: no such file or folder; check --data")
-    if records is not None:
-        missing = sorted(set(records) - {p.stem for p in paths})
-        if missing:
-            raise UserError(f"{', '.join(map(str, sources))}: holds no record {', '.join(missing[:5])}; check --records")
-        paths = [p for p in paths if p.stem in set(records)]
     if not paths:
         raise UserError(f"{', '.join(map(str, sources))}: holds no signal file ({', '.join(SUFFIXES)})")
     return paths
@@ -395,22 +391,24 @@ class Store:
         return f"{row['source'].decode()} record {row['name'].decode()} channel {row['channel'].decode()}"
 
 
-def build_store(
-    sources, prepare: Preprocess, cache=None, fs=None, records=None, part=None, min_seconds: float = 0.0, skip_bad: bool = False
-) -> Store:
+def build_store(sources, prepare: Preprocess, cache=None, fs=None, part=None, min_seconds: float = 0.0, skip_bad: bool = False) -> Store:
     """Read, check and resample every signal under `sources` once; later calls with unchanged files reuse the result.
 
     part: "train" leaves out the test series of UCR sets (pre-training must not see them). min_seconds: shortest usable
     record (samples for series without a time unit). skip_bad: count and name bad records instead of stopping.
     """
-    paths = find_files(sources, records)
+    paths = find_files(sources)
     cache = Path(cache) if cache else ROOT / "data" / "cwt_mae" / "cache"
-    stats = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
+    parts = [part for p in paths for part in (sorted(p.parent.glob(f"{p.stem}.*")) if p.suffix == ".hea" else [p])]  # with .dat and .atr
+    stats = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in parts]
     request = {"preprocess": vars(prepare), "fs": fs, "part": part, "min_seconds": min_seconds, "skip_bad": skip_bad, "version": 1}
     key = hashlib.sha256(json.dumps([request, stats], sort_keys=True).encode()).hexdigest()[:16]
-    if not (cache / key / "about.json").is_file():
-        with atomic_dir(cache / key) as folder:
-            _fill(folder, paths, request, prepare)
+    cache.mkdir(parents=True, exist_ok=True)
+    with open(cache / f"{key}.lock", "w") as lock:  # several runs that start together: one makes it, the others wait
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (cache / key / "about.json").is_file():
+            with atomic_dir(cache / key) as folder:
+                _fill(folder, paths, request, prepare)
     store = Store(cache / key)
     for line in store.about["skipped"][:5]:
         print(f"skipped: {line}", file=sys.stderr)

@@ -28,7 +28,7 @@ from common.run import Log, StopSignal, check_finite, describe, on_main, open_ru
 from cwt_mae.dataset import Preprocess, build_store
 from cwt_mae.dataset_finetune import DownstreamClassificationDataset, fold_of, load_task, split_parts, training_part
 from cwt_mae.metrics import describe_scores, scores
-from cwt_mae.model_finetune import TF_MAE_Classifier, read_model, save_model
+from cwt_mae.model_finetune import ENCODER_ARGS, TF_MAE_Classifier, read_model, save_model
 from cwt_mae.train import lr_at, only_padded
 
 
@@ -168,7 +168,7 @@ def main(args):
     seed_everything(args.seed)
 
     # data: prepared as the pre-trained model's were
-    config = read_model(args.pretrained)[1]
+    config = {name: value for name, value in read_model(args.pretrained)[1].items() if name in ENCODER_ARGS}
     signal_len = args.signal_len or config.get("signal_len", 3000)
     prepare = Preprocess(**(config.get("preprocess") or {}))
     load = lambda: build_store(args.data, prepare, args.cache, args.input_fs, skip_bad=args.skip_bad)

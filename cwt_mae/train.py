@@ -228,7 +228,7 @@ def main(args):
 
     # data
     prepare = Preprocess(args.model_fs, args.low_hz, args.high_hz, args.channel)
-    load = lambda: build_store(args.data, prepare, args.cache, args.input_fs, None, "train", args.min_seconds, args.skip_bad)
+    load = lambda: build_store(args.data, prepare, args.cache, args.input_fs, "train", args.min_seconds, args.skip_bad)
     on_main(accelerator, load)  # one process reads the files, the others map what it wrote
     store = load()
     usable, parts = np.arange(len(store.records)), None
