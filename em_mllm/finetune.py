@@ -179,6 +179,7 @@ def main(args):
         save_figure(figure, out / "figures" / "confusion.png")
         atomic_write(out / "figures" / "confusion.csv", "true," + ",".join(classes) + "\n" + "".join(f"{n}," + ",".join(map(str, r)) + "\n" for n, r in zip(classes, matrix)))
         print("\n".join(f"{k}: {v}" for k, v in metrics.items()))
+    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 

@@ -42,7 +42,7 @@ def parse_args():
     parser.add_argument("--fs", type=float, default=20e6, help="sampling rate in Hz (default 20e6)")
     parser.add_argument("--fading", choices=("none", "rician", "rayleigh"), default="none", help="multipath (default none)")
     parser.add_argument("--choice-questions", type=int, default=2, help="four-choice questions per training signal (default 2)")
-    parser.add_argument("--open-questions", type=int, default=1, help="open questions per training signal (default 1)")
+    parser.add_argument("--open-questions", type=int, default=2, help="open questions per training signal (default 2)")
     parser.add_argument("--test-answers", action=argparse.BooleanOptionalAction, default=True, help="write the answers into test/*.json")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--overwrite", action="store_true", help="replace what make_data wrote before")

@@ -234,6 +234,7 @@ def main(args):
             print("mean squared error of hidden patches: " + ", ".join(f"{k} {v:.5f}" for k, v in metrics["mse_hidden"].items()))
         atomic_write(out / "metrics.json", json.dumps(metrics, indent=1))
         print(f"encoder in {out / 'encoder'}")
+    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 

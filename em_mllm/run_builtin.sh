@@ -5,12 +5,19 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common/env.sh"
 HERE=$ROOT/em_mllm BASE=$ROOT/data/em_mllm RUN=$RUNS/em_mllm SEED=${SEED:-0}
 if [ -n "${SMOKE:-}" ]; then
-  BASE=$BASE/smoke SIZE="--train 40 --val 5 --test 5" MAE=8 WARM=20 JOINT=10 CNN=10 SHOTS="1 5" STUDY=4 COPIES=2
+  BASE=$BASE/smoke SIZE="--train 40 --val 5 --test 5" MAE=8 WARM=20 ALIGN=8 JOINT=6 CNN=10 SHOTS="1 5" STUDY=4 COPIES=2
 else
-  SIZE="" MAE=300 WARM=500 JOINT=900 CNN=350 SHOTS="1 5 10 50 100" STUDY=400 COPIES=30
+  SIZE="" MAE=300 WARM=800 ALIGN=800 JOINT=250 CNN=350 SHOTS="1 5 10 50 100" STUDY=400 COPIES=30
 fi
 encoder="--preset tiny --optimizer muon --lr 2e-3 --norm-pix-loss --mask-ratio 0.5 --batch-size 32 --log-every 100"
-joint="--signal-tokens 8 --optimizer muon --lr 1e-3 --weight-decay 0.05 --warmup 0.03 --schedule cosine --batch-size 32 --questions-per-signal 2 --log-every 100"
+joint="--signal-tokens 8 --optimizer muon --weight-decay 0.05 --warmup 0.03 --schedule cosine --batch-size 32 --questions-per-signal 2 --log-every 100"
+# Joint training in two runs: first the encoder and projector learn to speak to the frozen LLM, then everything learns together.
+# join NAME STEPS_FIRST STEPS_THEN arguments...
+join() {
+  local name=$1 first=$2 then=$3; shift 3
+  launch "$HERE/train.py" "$@" $joint --seed "$SEED" --overwrite --freeze-llm --lr 2e-3 --max-steps "$first" --output-dir "$RUN/${name}_align"
+  launch "$HERE/train.py" "$@" $joint --seed "$SEED" --overwrite --trained-dir "$RUN/${name}_align/model" --lr 5e-4 --max-steps "$then" --output-dir "$RUN/$name"
+}
 step() { echo; echo "== $* (${SECONDS} s)"; }
 
 if [ -z "${DATA_ROOT:-}" ]; then
@@ -20,13 +27,13 @@ if [ -z "${DATA_ROOT:-}" ]; then
   launch "$HERE/pretrain.py" --data "$BASE/data/train" --val "$BASE/data/val" --out "$RUN/pretrain" --max-steps $MAE --seed "$SEED" --overwrite $encoder
   step "a tiny language model, on text alone"
   "$PYTHON" "$HERE/make_llm.py" --out "$BASE/llm" --steps $WARM --seed "$SEED" --overwrite
-  common="--task-dir $BASE/data/train --val-dir $BASE/data/val --signal-encoder-path $RUN/pretrain/encoder --llm-model-path $BASE/llm --max-steps $JOINT --seed $SEED --overwrite $joint"
+  common="--task-dir $BASE/data/train --val-dir $BASE/data/val --signal-encoder-path $RUN/pretrain/encoder --llm-model-path $BASE/llm"
   step "joint training"
-  launch "$HERE/train.py" $common --output-dir "$RUN/joint"
+  join joint $ALIGN $JOINT $common
   step "test, with the wrong-signal control"
   launch "$HERE/test.py" --model "$RUN/joint/model" --task-dir "$BASE/data/test" --calibrate-dir "$BASE/data/val" --wrong-signal --out "$RUN/joint/test"
   step "control: the same joint training from a random encoder"
-  launch "$HERE/train.py" $common --random-encoder --output-dir "$RUN/joint_random"
+  join joint_random $ALIGN $JOINT $common --random-encoder
   launch "$HERE/test.py" --model "$RUN/joint_random/model" --task-dir "$BASE/data/test" --out "$RUN/joint_random/test"
   step "control: a CNN on the same IQ"
   launch "$HERE/baseline.py" --train "$BASE/data/train" --test "$BASE/data/test" --steps $CNN --seed "$SEED" --out "$RUN/cnn" --overwrite
@@ -49,8 +56,7 @@ else
   "$PYTHON" "$HERE/make_llm.py" --out "$BASE/llm_rtl433" --tasks "$BASE/rtl433/tasks.json" --steps $WARM --seed "$SEED" --overwrite
   step "joint training on questions about device, coding and keying"
   files() { for task in device coding keying; do echo "$1/device.h5 $1/$task.json"; done; }
-  launch "$HERE/train.py" --task-files $(files "$BASE/rtl433/train") --signal-encoder-path "$RUN/rtl433_pretrain/encoder" --llm-model-path "$BASE/llm_rtl433" \
-    --max-steps $STUDY --seed "$SEED" --overwrite $joint --output-dir "$RUN/rtl433_joint"
+  join rtl433_joint $STUDY $JOINT --task-files $(files "$BASE/rtl433/train") --signal-encoder-path "$RUN/rtl433_pretrain/encoder" --llm-model-path "$BASE/llm_rtl433"
   for condition in clean 10dB 0dB -5dB -10dB clean_shift; do
     launch "$HERE/test.py" --model "$RUN/rtl433_joint/model" --task-files $(files "$BASE/rtl433/test/$condition") --wrong-signal --out "$RUN/rtl433_joint/test_$condition"
   done

@@ -193,6 +193,7 @@ def main(args):
                    max_length=args.max_length, default_fs=args.fs)
         atomic_write(out / "metrics.json", json.dumps({"step": state["step"], "validation_loss": loss, "skipped": source.skipped}, indent=1))
         print(f"validation loss {loss:.4f} per answer token; model in {out / 'model'}")
+    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 

@@ -49,7 +49,7 @@ class SiTMAEPreTrainedModel(PreTrainedModel):
             nn.init.xavier_uniform_(table)
         else:
             sinusoids = TimestepEmbedder.timestep_embedding(torch.arange(len(table)), table.shape[1])
-            table.copy_(sinusoids * 5 * self.config.initializer_range)
+            table.copy_(sinusoids * self.config.initializer_range)      # no louder than the patches
 
 
 class SiTMAEEncoder(nn.Module):
