@@ -137,9 +137,10 @@ def read_npz(path: Path, fs=None) -> list[Record]:
         raise UserError(f"{path}: damaged npz file ({error}); copy it again") from error
     if "x_train" in data:
         return ucr_records(path, data)
-    gain = float(data.get("gain", 1.0))
-    if not math.isfinite(gain) or gain == 0:
-        raise UserError(f"{path}: field gain is {gain:g}, expected units per physical unit")
+    gain = np.asarray(data.get("gain", 1.0))
+    if gain.size != 1 or gain.dtype.kind not in "iuf" or not np.isfinite(gain).all() or not gain.all():
+        raise UserError(f"{path}: field gain is {gain}, expected one number, units per physical unit")
+    gain = float(gain.reshape(()))
     if "sig" in data:
         channels = rows_of(data["sig"], "sig", path)
         names = [str(n) for n in np.atleast_1d(data["names"] if "names" in data else data.get("lead", "sig"))]
@@ -157,6 +158,10 @@ def read_npz(path: Path, fs=None) -> list[Record]:
         lengths = {key: len(data[key]) for key in ("ann_sample", "ann_symbol", "ann_aux") if key in data}
         if len(set(lengths.values())) > 1 or "ann_symbol" not in data:
             raise UserError(f"{path}: fields ann_* have lengths {lengths}, expected ann_sample and ann_symbol of one length")
+        if data["ann_sample"].dtype.kind not in "iu" or data["ann_sample"].ndim != 1:
+            raise UserError(
+                f"{path}: field ann_sample is {data['ann_sample'].dtype} {data['ann_sample'].shape}, expected whole numbers (beats,)"
+            )
         aux = data["ann_aux"] if "ann_aux" in data else [""] * len(data["ann_sample"])
         events = list(zip(data["ann_sample"].tolist(), map(str, data["ann_symbol"]), map(str, aux)))
     if "label" in data:
@@ -184,7 +189,7 @@ def ucr_records(path: Path, data: dict) -> list[Record]:
 
 def read_ts(path: Path, fs=None) -> list[Record]:
     """A UCR/UEA .ts file, univariate: `name_TRAIN.ts` or `name_TEST.ts`; lines `v1,v2,...:label` after @data."""
-    lines, records = path.read_text().splitlines(), []
+    lines, records = path.read_text(errors="replace").splitlines(), []
     part = "test" if path.stem.upper().endswith("TEST") else "train"
     start = next((i for i, line in enumerate(lines) if line.strip().lower() == "@data"), None)
     if start is None:

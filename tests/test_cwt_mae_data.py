@@ -135,7 +135,7 @@ def spoil(name, folder):
     if name == "rate":
         np.savez(folder / "bad.npz", sig=x, fs=-1)
         return "field fs"
-    if name == "no rate":
+    if name == "no-rate":
         np.savez(folder / "bad.npz", sig=x)
         return "--input-fs"
     if name == "short":
@@ -144,7 +144,16 @@ def spoil(name, folder):
     if name == "annotation":
         np.savez(folder / "bad.npz", sig=x, fs=FS, ann_sample=[10**6], ann_symbol=["N"])
         return "ann_sample"
-    if name == "no signal":
+    if name == "annotation-kind":
+        np.savez(folder / "bad.npz", sig=x, fs=FS, ann_sample=["a"], ann_symbol=["N"])
+        return "field ann_sample"
+    if name == "gain":
+        np.savez(folder / "bad.npz", sig=x, fs=FS, gain=[1.0, 2.0])
+        return "field gain"
+    if name == "ts":
+        (folder / "bad.ts").write_bytes(b"@data\n1,2,\xa8:1\n")
+        return "line 2"
+    if name == "no-signal":
         np.savez(folder / "bad.npz", fs=FS)
         return "no signal"
     if name == "text":
@@ -168,7 +177,7 @@ def spoil(name, folder):
     return "WFDB"
 
 
-BAD = ("nan", "flat", "rate", "no rate", "short", "annotation", "no signal", "text", "objects", "transposed", "cut", "csv", "wfdb")
+BAD = "nan flat rate no-rate short annotation annotation-kind gain ts no-signal text objects transposed cut csv wfdb".split()
 
 
 @pytest.mark.parametrize("name", BAD)
