@@ -27,7 +27,7 @@ import torch.nn.functional as F
 def create_ricker_wavelets(points: int, scales: torch.Tensor) -> torch.Tensor:
     """Ricker ("Mexican hat") kernels of unit L2 norm: scales (S,), in samples -> (S, 1, points), dtype of `scales`.
 
-    psi_a(t) = 2 / (sqrt(3 a) pi^(1/4) + 1e-6) * (1 - t^2/a^2) * exp(-t^2 / 2a^2), with t = 0 in the middle of the kernel,
+    psi_a(t) = 2 / (sqrt(3 a) pi^(1/4) + 1e-6) * (1 - t^2/a^2) * exp(-t^2 / 2a^2), t = 0 in the middle of the kernel:
     between two samples if `points` is even.
     """
     t = torch.arange(points, dtype=torch.float64, device=scales.device) - (points - 1) / 2
@@ -88,7 +88,7 @@ def _fft_length(points: int) -> int:
 
 
 class _FilterBank:
-    """Images (B, C, S, L) of signals x (B, L): rows (B, C, L + points - 1) = prepare(x, real), correlated with all kernels.
+    """Images (B, C, S, L) of signals x (B, L): prepare(x, real) gives rows (B, C, L + points - 1) for all kernels.
 
     One transform of each row, then S products with real spectra and S inverse transforms. On a CPU every thread takes a
     share of the signals and works alone on it: threads inside an image would wait for each other more than they work.
@@ -101,12 +101,17 @@ class _FilterBank:
         self.bank = _spectra(tuple(scales.tolist()), points, self.n, like.dtype, like.device)   # (S, 2F)
 
     def __call__(self, x, real, channels: int):
-        if x.requires_grad and torch.is_grad_enabled() or x.device.type != "cpu":
-            block = max(1, 2**21 // (channels * self.bank.numel()))                             # signals at a time
-            masks = [None] * len(x) if real is None else real.split(block)
-            return torch.cat([self.plain(part, mask) for part, mask in zip(x.split(block), masks)])
+        budget = 2**22 if x.device.type == "cpu" else 2**24
+        block = max(1, budget // (channels * self.bank.numel()))            # signals at a time in plain operations
+        blocks = list(zip(x.split(block), [None] * len(x) if real is None else real.split(block)))
+        if x.requires_grad and torch.is_grad_enabled():
+            return torch.cat([self.plain(*part) for part in blocks])
         with torch.inference_mode(False):                 # worker threads may write to it
-            images = torch.empty(len(x), channels, len(self.bank), self.length, dtype=x.dtype)
+            images = torch.empty(len(x), channels, len(self.bank), self.length, dtype=x.dtype, device=x.device)
+        if x.device.type != "cpu":
+            for out, part in zip(images.split(block), blocks):
+                out.copy_(self.plain(*part))
+            return images
         threads = torch.get_num_threads()
         workers = max(1, min(threads, len(x), images.numel() >> 19))        # a thread's start costs like 2^18 samples
         masks = [None] * workers if real is None else real.tensor_split(workers)
@@ -140,7 +145,7 @@ class _FilterBank:
         return images
 
     def fill(self, x, real, images):
-        """The same into `images`, a few at a time (of long signals: a few scales), in buffers that stay in the cache."""
+        """The same into `images`, few at a time (of long signals: few scales), in buffers that stay in the cache."""
         spectra, images = self.spectra(x, real).flatten(0, 1), images.flatten(0, 1)             # (R, 2F), (R, S, L)
         mask = None if real is None else real.to(x.dtype).repeat_interleave(len(images) // len(x), 0)[:, None]
         count = self.length if mask is None else mask.sum(2, keepdim=True)                      # real samples
@@ -345,7 +350,7 @@ class TensorizedBlock(Block):
 
 
 def init_weights(module: nn.Module):
-    """In all of `module`: Xavier-uniform Linear weights with zero bias, LayerNorm 1 and 0, Xavier-uniform convolutions."""
+    """In all of `module`: Linear weights Xavier-uniform, biases 0; LayerNorm 1 and 0; convolutions Xavier-uniform."""
     for part in module.modules():
         if isinstance(part, (nn.Linear, nn.Conv1d, nn.Conv2d)):
             nn.init.xavier_uniform_(part.weight)
@@ -378,13 +383,14 @@ class CWT_Encoder(nn.Module):
     def __init__(self, signal_len: int = 3000, cwt_scales: int = 64, patch_size_time: int = 50,
                  patch_size_freq: int = 4, embed_dim: int = 768, depth: int = 12, num_heads: int = 12,
                  mlp_rank_ratio: float = 0.5, preprocess: dict | None = None, legacy: bool = False,
-                 padding: str | None = None, lowest_scale: float = 0.1, scale_step: float = 1.0, log_scales: bool = False,
-                 rope_stride: int | None = None, patch_norm: bool = True, raw_patches: bool = False):
+                 padding: str | None = None, lowest_scale: float = 0.1, scale_step: float = 1.0,
+                 log_scales: bool = False, rope_stride: int | None = None, patch_norm: bool = True,
+                 raw_patches: bool = False):
         config = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
         super().__init__()
         if signal_len % patch_size_time:
             near = max(1, round(signal_len / patch_size_time)) * patch_size_time
-            raise ValueError(f"signal_len {signal_len} is not a multiple of patch_size_time {patch_size_time}; use {near} samples")
+            raise ValueError(f"signal_len {signal_len} is not a multiple of patch_size_time {patch_size_time}; use {near}")
         if cwt_scales % patch_size_freq:
             raise ValueError(f"cwt_scales {cwt_scales} is not a multiple of patch_size_freq {patch_size_freq}")
         self.config = config
@@ -429,7 +435,7 @@ class CWT_Encoder(nn.Module):
         if x.ndim == 3 and x.shape[1] == 1:
             x = x[:, 0]
         if x.ndim != 2:
-            raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, samples) or (batch, 1, samples), one channel")
+            raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, samples) or (batch, 1, samples)")
         length, missing = x.shape[1], self.signal_len - x.shape[1]
         if length < 2 or missing < 0:
             raise ValueError(f"x has {length} samples, the model takes 2 .. {self.signal_len}; "
@@ -489,7 +495,7 @@ class CWT_Encoder(nn.Module):
 class CWT_MAE_RoPE(CWT_Encoder):
     """Masked autoencoder of wavelet images: `loss, pred_spec, pred_time, imgs = model(x)`.
 
-    mask_ratio: share of patches hidden from the encoder. time_loss_weight: weight of the signal's loss beside the images'.
+    mask_ratio: share of patches hidden from the encoder. time_loss_weight: weight of the signal's loss beside it.
     column_masking: hide all scales of a time column together, so that nothing can be read off a neighbouring row.
     masked_time_loss: weigh the signal's squared error by the hidden share of its column (upstream: the whole signal).
     channel_weights: weights of the three images (signal, first and second difference) in the image loss.
@@ -518,7 +524,8 @@ class CWT_MAE_RoPE(CWT_Encoder):
         self.decoder_pred_spec = nn.Linear(width, self.patch_pixels)
         self.time_reducer = nn.Sequential(nn.Conv2d(width, width, kernel_size=(self.grid_size[0], 1)), nn.GELU())
         self.time_pred = nn.Linear(width, self.patch_size_time)
-        for part in (self.decoder_embed, self.decoder_blocks, self.decoder_pred_spec, self.time_reducer, self.time_pred):
+        for part in (self.decoder_embed, self.decoder_blocks, self.decoder_pred_spec, self.time_reducer,
+                     self.time_pred):
             init_weights(part)
         for tokens in (self.mask_token, self.decoder_pos_embed):
             nn.init.normal_(tokens, std=0.02)
@@ -608,8 +615,8 @@ class CWT_MAE_RoPE(CWT_Encoder):
         """x (B, L) or (B, 1, L), in any unit -> loss, loss_spec, loss_time, mask (B, N) with 1 = hidden,
         pred_spec (B, N, 3 * p_f * p_t), pred_time (B, L), imgs (B, 3, S, L), signal (B, L) normalised.
 
-        noise (B, N) in [0, 1): fixes the masks; drawn here if absent. real (B, L) bool: one run of samples that are signal;
-        the rest is padding and left out of statistics, attention and losses.
+        noise (B, N) in [0, 1): fixes the masks; drawn here if absent. real (B, L) bool: one run of samples that are
+        signal; the rest is padding and left out of statistics, attention and losses.
         """
         imgs, signal, real = self.images(x, real)
         patches = self.real_patches(real)
@@ -630,7 +637,7 @@ class CWT_MAE_RoPE(CWT_Encoder):
                 "mask": mask, "pred_spec": pred_spec, "pred_time": pred_time, "imgs": imgs, "signal": signal}
 
     def forward(self, x, noise=None, real=None, details: bool = False):
-        """(loss, pred_spec, pred_time, imgs), as upstream; with `details` the dictionary of `forward_losses` (a training
-        loop calls the model through its wrapper, which knows `forward` alone)."""
+        """(loss, pred_spec, pred_time, imgs), as upstream; with `details` the dictionary of `forward_losses`: a training
+        loop calls the model through its wrapper, which knows `forward` alone."""
         out = self.forward_losses(x, noise, real)
         return out if details else (out["loss"], out["pred_spec"], out["pred_time"], out["imgs"])
