@@ -53,6 +53,8 @@ def build_base(config, **options):
     """Frozen base of config["base"]: family, path, and options of FrozenBase.load."""
     base = {**config["base"], **{k: v for k, v in options.items() if v is not None}}
     family = base.pop("family", None)
+    if family in ("hpt", "mgm"):
+        raise UserError(f"base.family {family}: transformers has no class for this base, so it cannot run; see flmm/README.md")
     if family not in FAMILIES:
         raise UserError(f"base.family is {family!r}, expected one of {', '.join(FAMILIES)}")
     if not base.get("path"):

@@ -149,7 +149,7 @@ class Grounder:
             if not phrases:
                 raise UserError(f"no noun phrase in {text!r}; give the phrases themselves")
             pieces, at = [], 0
-            for k, phrase in enumerate(sorted(phrases, key=text.find)):
+            for phrase in sorted(phrases, key=text.find):
                 start = text.find(phrase, at)
                 if start >= 0:   # overlapping ones are skipped
                     pieces += [(text[at:start].strip(), -1), (phrase, len([p for p in pieces if p[1] >= 0]))]

@@ -54,7 +54,8 @@ def main(args):
         check(tokens == t * h * w // merge**2, f"{tokens} image tokens = patches / {merge}^2", "write one <|image_pad|> per merged patch")
         check("image_grid_thw" in sample, "the data sample carries it on to the model", "keep the key when batching")
         features = base([sample])[0]["mask_attentions"]
-        check(tuple(features.shape[-2:]) == (h // merge, w // merge), f"attention maps are {h // merge} x {w // merge}", "grid and attention columns differ")
+        check(tuple(features.shape[-2:]) == (h // merge, w // merge),
+              f"attention maps are {h // merge} x {w // merge}", "grid and attention columns differ")
     if failed:
         raise UserError("; ".join(failed))
     print("all checks passed")

@@ -1,6 +1,6 @@
 """Collect the built-in run (and the study on photographs) into results and figures for the closing table.
 
-    python flmm/report.py --runs runs --base llava --seeds 0 1 2
+python flmm/report.py --runs runs --base llava --seeds 0 1 2
 """
 
 import argparse
@@ -67,16 +67,31 @@ def scenes(args):
     def mean(parts, key):
         return float(np.mean([p[key] for p in parts]))
 
-    other = {label: float(np.mean([t["controls"][name] for t in trained])) for label, name in
-             (("another phrase's mask", "other"), ("another phrase's coarse mask", "other_coarse"), ("best raw map", "raw"), ("union of all objects", "union"),
-              ("whole picture", "whole"), ("centre box", "centre"))}
+    other = {
+        label: float(np.mean([t["controls"][name] for t in trained]))
+        for label, name in (
+            ("another phrase's mask", "other"),
+            ("another phrase's coarse mask", "other_coarse"),
+            ("best raw map", "raw"),
+            ("union of all objects", "union"),
+            ("whole picture", "whole"),
+            ("centre box", "centre"),
+        )
+    }
     pooled = [r for t in tables for r in t]
     pictures = [f"{s}{r['file']}" for s, t in enumerate(tables) for r in t]
     figure, (left, right) = new_figure(1, 2)
-    bars = {"refined": mean(trained, "mIoU"), "coarse": mean(trained, "mIoU_coarse"), "random base,\nrefined": mean(random, "mIoU"),
-            "random base,\ncoarse": mean(random, "mIoU_coarse"), "union of\nobjects": other["union of all objects"],
-            "best raw\nmap": other["best raw map"], "centre\nbox": other["centre box"], "whole\npicture": other["whole picture"],
-            "another\nphrase": other["another phrase's mask"]}
+    bars = {
+        "refined": mean(trained, "mIoU"),
+        "coarse": mean(trained, "mIoU_coarse"),
+        "random base,\nrefined": mean(random, "mIoU"),
+        "random base,\ncoarse": mean(random, "mIoU_coarse"),
+        "union of\nobjects": other["union of all objects"],
+        "best raw\nmap": other["best raw map"],
+        "centre\nbox": other["centre box"],
+        "whole\npicture": other["whole picture"],
+        "another\nphrase": other["another phrase's mask"],
+    }
     left.bar(range(len(bars)), bars.values(), color=["#2a6fbb"] * 2 + ["#d1603d"] * 2 + ["#5b6770"] * 5)
     left.set_xticks(range(len(bars)), bars, fontsize=7)
     left.set_ylabel("mean IoU of held-out phrases")
@@ -87,47 +102,95 @@ def scenes(args):
     right.set_xlabel("mean IoU of phrases with this word")
     chart = save_figure(figure, folder / "figures" / f"{args.base}.png")
     overlays = sorted((folder / f"test-{args.base}-{args.seeds[0]}" / "overlays").glob("*.png"))[:4]
-    note = (f"{trained[0]['phrases']} phrases of held-out scenes, seeds {args.seeds} (base, scenes of its pre-training, head); "
-            "interval over pictures; the test split is used once")
-    write_result(folder, f"mask head on a frozen tiny {args.base} base", "mean IoU of coarse masks", mean(trained, "mIoU_coarse"),
-                 {"same head on a random base": mean(random, "mIoU_coarse"), **{k: v for k, v in other.items() if k != "another phrase's mask"}},
-                 bootstrap([float(r["iou_coarse"]) for r in pooled], pictures),
-                 [(chart, "held-out phrases against controls, and by word"), *((p, "picture, truth, coarse and refined masks") for p in overlays)],
-                 note, {"per_seed": [t["mIoU_coarse"] for t in trained], "per_seed_random": [r["mIoU_coarse"] for r in random], "by_word": words})
-    write_result(folder, f"SAM refiner after it, {args.base}", "mean IoU of refined masks", mean(trained, "mIoU"),
-                 {"coarse masks": mean(trained, "mIoU_coarse"), "refiner on a random base": mean(random, "mIoU"),
-                  **{k: v for k, v in other.items() if k != "another phrase's coarse mask"}},
-                 bootstrap([float(r["iou"]) for r in pooled], pictures),
-                 note=note + "; on a random base the refiner learns to cut out every object, so its level is the union's",
-                 details={"per_seed": [t["mIoU"] for t in trained], "per_seed_random": [r["mIoU"] for r in random], "cIoU": mean(trained, "cIoU")})
+    note = (
+        f"{trained[0]['phrases']} phrases of held-out scenes, seeds {args.seeds} (base, scenes of its pre-training, head); "
+        "interval over pictures; the test split is used once"
+    )
+    write_result(
+        folder,
+        f"mask head on a frozen tiny {args.base} base",
+        "mean IoU of coarse masks",
+        mean(trained, "mIoU_coarse"),
+        {"same head on a random base": mean(random, "mIoU_coarse"), **{k: v for k, v in other.items() if k != "another phrase's mask"}},
+        bootstrap([float(r["iou_coarse"]) for r in pooled], pictures),
+        [(chart, "held-out phrases against controls, and by word"), *((p, "picture, truth, coarse and refined masks") for p in overlays)],
+        note,
+        {"per_seed": [t["mIoU_coarse"] for t in trained], "per_seed_random": [r["mIoU_coarse"] for r in random], "by_word": words},
+    )
+    write_result(
+        folder,
+        f"SAM refiner after it, {args.base}",
+        "mean IoU of refined masks",
+        mean(trained, "mIoU"),
+        {
+            "coarse masks": mean(trained, "mIoU_coarse"),
+            "refiner on a random base": mean(random, "mIoU"),
+            **{k: v for k, v in other.items() if k != "another phrase's coarse mask"},
+        },
+        bootstrap([float(r["iou"]) for r in pooled], pictures),
+        note=note + "; on a random base the refiner learns to cut out every object, so its level is the union's",
+        details={"per_seed": [t["mIoU"] for t in trained], "per_seed_random": [r["mIoU"] for r in random], "cIoU": mean(trained, "cIoU")},
+    )
     overlap = results(folder / f"test-{args.base}-overlap")
-    write_result(folder, f"objects that hide each other, {args.base}", "mean IoU of refined masks", overlap["mIoU"],
-                 {"coarse masks": overlap["mIoU_coarse"], **{k: overlap["controls"][k] for k in ("other", "union", "raw", "whole", "centre")}},
-                 note="never seen in the training of base or head; seed " + str(args.seeds[0]))
+    write_result(
+        folder,
+        f"objects that hide each other, {args.base}",
+        "mean IoU of refined masks",
+        overlap["mIoU"],
+        {"coarse masks": overlap["mIoU_coarse"], **{k: overlap["controls"][k] for k in ("other", "union", "raw", "whole", "centre")}},
+        note="never seen in the training of base or head; seed " + str(args.seeds[0]),
+    )
     untouched = json.loads((folder / f"untouched-{args.base}.json").read_text())
-    write_result(folder, f"base untouched, {args.base}", "weights and answers changed (0 is right)",
-                 untouched["tensors_changed"] + untouched["answers_changed"],
-                 {"compared": untouched["tensors"] + untouched["answers"]}, note=f"greedy answer: {untouched['example']!r}")
+    write_result(
+        folder,
+        f"base untouched, {args.base}",
+        "weights and answers changed (0 is right)",
+        untouched["tensors_changed"] + untouched["answers_changed"],
+        {"compared": untouched["tensors"] + untouched["answers"]},
+        note=f"greedy answer: {untouched['example']!r}",
+    )
     selector = folder / "selector.json"
     if selector.exists():
         scores = json.loads(selector.read_text())
-        write_result(folder, "keyword selector", "F1 over words", scores["selector"]["F1"],
-                     {name: scores[name]["F1"] for name in ("noun phrases", "every word")}, note="validation scenes")
+        write_result(
+            folder,
+            "keyword selector",
+            "F1 over words",
+            scores["selector"]["F1"],
+            {name: scores[name]["F1"] for name in ("noun phrases", "every word")},
+            note="validation scenes",
+        )
 
 
 def photos(args):
     folder = args.runs / "flmm"
     held, fit = results(folder / "test-photos"), results(folder / "test-photos-overfit")
     picture = sorted((folder / "test-photos-overfit" / "overlays").glob("*.png"))[:3]
-    write_result(folder, "photographs, val_panoptic", "mean IoU", held["mIoU"],
-                 {"coarse": held["mIoU_coarse"], "whole picture": held["controls"]["whole"], "centre box": held["controls"]["centre"],
-                  "best raw map": held["controls"]["raw"], "another phrase's mask": held["controls"]["other"]},
-                 bootstrap([float(r["iou"]) for r in rows(folder / "test-photos")], [r["file"] for r in rows(folder / "test-photos")]),
-                 note="the base has never seen a photograph: no grounding is to be expected, only that loader and metric are right",
-                 details=held)
-    write_result(folder, "photographs, 8 pictures by heart", "mean IoU on these pictures", fit["mIoU"],
-                 {"whole picture": fit["controls"]["whole"], "centre box": fit["controls"]["centre"]}, figures=[(p, "picture, truth, coarse, refined") for p in picture],
-                 note="overfit: the pipeline can fit real masks; says nothing about other pictures")
+    write_result(
+        folder,
+        "photographs, val_panoptic",
+        "mean IoU",
+        held["mIoU"],
+        {
+            "coarse": held["mIoU_coarse"],
+            "whole picture": held["controls"]["whole"],
+            "centre box": held["controls"]["centre"],
+            "best raw map": held["controls"]["raw"],
+            "another phrase's mask": held["controls"]["other"],
+        },
+        bootstrap([float(r["iou"]) for r in rows(folder / "test-photos")], [r["file"] for r in rows(folder / "test-photos")]),
+        note="the base has never seen a photograph: no grounding is to be expected, only that loader and metric are right",
+        details=held,
+    )
+    write_result(
+        folder,
+        "photographs, 8 pictures by heart",
+        "mean IoU on these pictures",
+        fit["mIoU"],
+        {"whole picture": fit["controls"]["whole"], "centre box": fit["controls"]["centre"]},
+        figures=[(p, "picture, truth, coarse, refined") for p in picture],
+        note="overfit: the pipeline can fit real masks; says nothing about other pictures",
+    )
 
 
 def main(args):

@@ -116,7 +116,8 @@ def main(args):
         if not cached:
             encoder = build_head(config, dims, sam)[1]
             for split, dataset in sets.items():
-                write_cache(args.cache_attention / split, base, encoder and encoder.to(accelerator.device), dataset, fingerprint, accelerator)
+                write_cache(args.cache_attention / split, base, encoder and encoder.to(accelerator.device), dataset,
+                            fingerprint, accelerator)
             base = None   # its memory is free from here on
         sets = {split.name: CachedFeatures(split, fingerprint) for split in sorted(args.cache_attention.iterdir())
                 if split.name in ("train", "val")}

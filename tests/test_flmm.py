@@ -149,7 +149,7 @@ def test_a_step_needs_no_more_memory_after_many_steps(tokenizer):
             return int(file.read().split()[1]) * 4096 / 2**20
 
     seen = []
-    for step in range(16):
+    for _ in range(16):
         samples = scene_samples(base, 2)
         model.compute_loss(model(extract(base, encoder, samples)), [s["masks"] for s in samples])["loss"].backward()
         model.zero_grad()

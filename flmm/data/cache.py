@@ -66,7 +66,8 @@ class CachedFeatures(Dataset):
         for path in paths:
             try:
                 with h5py.File(path, "r") as file:
-                    stored, samples, processes = json.loads(file.attrs["fingerprint"]), int(file.attrs["samples"]), int(file.attrs["processes"])
+                    stored = json.loads(file.attrs["fingerprint"])
+                    samples, processes = int(file.attrs["samples"]), int(file.attrs["processes"])
                     self.dims = tuple(int(d) for d in file.attrs["dims"])
                     self.where.update({int(name): path for name in file})
             except (OSError, KeyError, ValueError) as error:

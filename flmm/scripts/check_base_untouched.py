@@ -67,7 +67,8 @@ def main(args):
     Grounder(base, head, encoder).converse(samples[0]["image"])
     after = answers()
     stored = read_weights(path)
-    changed = [k for k, v in model.state_dict().items() if not torch.equal(v, untouched[k]) or (k in stored and not torch.equal(v, stored[k]))]
+    changed = [k for k, v in model.state_dict().items()
+               if not torch.equal(v, untouched[k]) or (k in stored and not torch.equal(v, stored[k]))]
     differing = sum(a != b for a, b in zip(before, after))
     result = {"tensors": len(untouched), "tensors_changed": len(changed), "answers": len(before), "answers_changed": differing,
               "example": tokenizer.decode(after[0])}

@@ -62,8 +62,8 @@ def original_keys(names, iou_depth=3):
     for pattern, replacement in _RENAMES:   # only literal text and \d+ groups occur, so the inverse is mechanical
         literal = pattern.strip("^$").replace("\\.", ".")
         source = re.escape(replacement).replace(r"\\1", r"(\d+)").replace(r"\\2", r"(\d)")
-        groups = iter((r"\1", r"\2"))
-        inverse.append((f"^{source}", re.sub(r"\(\\d\+?\)", lambda _: next(groups), literal)))
+        first = re.sub(r"\(\\d\+?\)", r"\\1", literal, count=1)
+        inverse.append((f"^{source}", re.sub(r"\(\\d\+?\)", r"\\2", first, count=1)))
     out = {}
     for name in names:
         if match := _MLP.match(name):

@@ -47,7 +47,8 @@ def builtin_model():
     if not head.is_file():
         raise UserError("no --config and --head given, and the built-in run has not been made yet: bash flmm/run_builtin.sh")
     selector = runs / "selector.safetensors"
-    return (ROOT / "flmm/configs/tiny/scenes.yaml", [f"base.path={runs / 'base-llava-0' / 'base'}", f"sam.path={runs / 'sam' / 'sam_tiny.safetensors'}"],
+    return (ROOT / "flmm/configs/tiny/scenes.yaml",
+            [f"base.path={runs / 'base-llava-0' / 'base'}", f"sam.path={runs / 'sam' / 'sam_tiny.safetensors'}"],
             head, selector if selector.is_file() else None)
 
 
