@@ -390,7 +390,8 @@ class CWT_Encoder(nn.Module):
         super().__init__()
         if signal_len % patch_size_time:
             near = max(1, round(signal_len / patch_size_time)) * patch_size_time
-            raise ValueError(f"signal_len {signal_len} is not a multiple of patch_size_time {patch_size_time}; use {near}")
+            raise ValueError(f"signal_len {signal_len} is not a multiple of patch_size_time {patch_size_time}; "
+                             f"use {near}")
         if cwt_scales % patch_size_freq:
             raise ValueError(f"cwt_scales {cwt_scales} is not a multiple of patch_size_freq {patch_size_freq}")
         self.config = config
@@ -637,7 +638,7 @@ class CWT_MAE_RoPE(CWT_Encoder):
                 "mask": mask, "pred_spec": pred_spec, "pred_time": pred_time, "imgs": imgs, "signal": signal}
 
     def forward(self, x, noise=None, real=None, details: bool = False):
-        """(loss, pred_spec, pred_time, imgs), as upstream; with `details` the dictionary of `forward_losses`: a training
-        loop calls the model through its wrapper, which knows `forward` alone."""
+        """(loss, pred_spec, pred_time, imgs), as upstream; with `details` the dictionary of `forward_losses`, for
+        training loops: they call the model through a wrapper that knows `forward` alone."""
         out = self.forward_losses(x, noise, real)
         return out if details else (out["loss"], out["pred_spec"], out["pred_time"], out["imgs"])
