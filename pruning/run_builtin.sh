@@ -47,7 +47,7 @@ else
 fi
 
 step "study: scan, choose, prune, heal, test"
-"$PYTHON" "$ROOT/pruning/study.py" --model "$model" --lang-model-path "$llm" --data "$data" --cache "$data/cache" --out "$run/study" --overwrite "${study[@]}"
+"$PYTHON" "$ROOT/pruning/study.py" --model "$model" --lang-model-path "$llm" --data "$data" --cache "$data/cache" --out "$run/study" --overwrite "${study[@]}" "$@"
 
 if [ -n "${DATA_ROOT:-}" ] && [ -f "$DATA_ROOT/ct/ct_reports_train.json" ]; then
   step "real reports, text alone"
