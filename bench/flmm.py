@@ -276,7 +276,8 @@ def main(args):
     }
     rows, refiner, cache = results["rows"], results["refiner"], results["cache"]
     print(
-        f"attention rows, {LAYERS} layers x {HEADS} heads x {TOKENS} tokens, {ROWS} rows x {COLUMNS} columns, {torch.get_num_threads()} thread(s)"
+        f"attention rows, {LAYERS} layers x {HEADS} heads x {TOKENS} tokens, {ROWS} rows x {COLUMNS} columns, "
+        f"{torch.get_num_threads()} thread(s)"
     )
     print(f"{'':24}{'eager':>10}{'rows':>10}{'sdpa':>10}")
     for label, key, unit in (
@@ -286,12 +287,13 @@ def main(args):
     ):
         print(f"{label:24}" + "".join(f"{rows[key][m]:>10.3g}" for m in ("eager", "rows", "sdpa")) + f"  {unit}")
     print(
-        f"rows against eager: attention {rows['attention_speedup']:.2f} x faster (claim: 3), memory {rows['memory_ratio']:.1f} x less (claim: 8), "
-        f"difference {rows['largest_difference']:.1e} (claim: 1e-6); whole model rows / sdpa {rows['model_rows_over_sdpa']:.3f} (claim: 1.05)"
+        f"rows against eager: attention {rows['attention_speedup']:.2f} x faster (claim: 3), "
+        f"memory {rows['memory_ratio']:.1f} x less (claim: 8), difference {rows['largest_difference']:.1e} (claim: 1e-6); "
+        f"whole model rows / sdpa {rows['model_rows_over_sdpa']:.3f} (claim: 1.05)"
     )
     print(
-        f"refiner, {refiner['phrases']} phrases: encoded once, decoded together {refiner['speedup']:.2f} x faster (claim: {0.8 * refiner['phrases']:.1f}), "
-        f"difference {refiner['largest_difference']:.1e}"
+        f"refiner, {refiner['phrases']} phrases: encoded once, decoded together {refiner['speedup']:.2f} x faster "
+        f"(claim: {0.8 * refiner['phrases']:.1f}), difference {refiner['largest_difference']:.1e}"
     )
     print(f"head training step: from the cache {cache['speedup']:.2f} x faster than with the tiny base")
     if args.gpu:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # The built-in run: scenes -> tiny base (pre-trained, then frozen) -> heads -> scores with controls.
+#   SEEDS=0 bash flmm/run_builtin.sh        one seed instead of three
 #   BASE=qwen bash flmm/run_builtin.sh      the Qwen2.5-VL class instead of the LLaVA class
 #   SMOKE=1   a minute, numbers meaningless;   DATA_ROOT=...   also photographs (folder grounding/)
 set -euo pipefail
@@ -7,8 +8,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/../common/env.sh"
 BASE=${BASE:-llava}
 P=$ROOT/flmm DATA=$ROOT/data/flmm OUT=$RUNS/flmm
 CONFIG="$P/configs/tiny/scenes.yaml" SAM="sam.path=$OUT/sam/sam_tiny.safetensors"
-SEEDS="0 1 2" SCENES="--train 500 --val 60 --test 200 --overlap 100"
-BASE_STEPS=480 SAM_STEPS=200 COARSE=240 HEAD_STEPS=300
+SEEDS=${SEEDS:-0 1 2} SCENES="--train 500 --val 60 --test 200 --overlap 100"
+BASE_STEPS=800 SAM_STEPS=200 COARSE=320 HEAD_STEPS=380
 if [ -n "${SMOKE:-}" ]; then SEEDS=0 SCENES="--train 24 --val 6 --test 8 --overlap 4" BASE_STEPS=12 SAM_STEPS=6 COARSE=2 HEAD_STEPS=4; fi
 export NPROC_PER_NODE=1   # the tiny models gain nothing from more
 
