@@ -614,3 +614,18 @@ def test_real_files_do_not_load(data_root):
         assert hu.ndim == 3 and -3000 < hu.min() < -900 and hu.max() > 500 and 0.5 < min(spacing) < 6
         prepared = load_volume(path, Grid((64, 64, 16)))
         assert prepared.shape == (3, 64, 64, 16) and 0 <= prepared.min() and prepared.max() <= 1
+
+
+def test_a_launcher_works_from_one_place_only(data, llm, tmp_path):
+    (tmp_path / "small.json").write_text(json.dumps(SMALL))
+    environment = {**os.environ, "DATA": str(data), "LLM": str(llm), "OUT": "run", "PYTHON": sys.executable,
+                   "OMP_NUM_THREADS": "1", "NPROC_PER_NODE": "1"}
+    command = ["bash", str(ROOT / "dia_pangu" / "run_train.sh"), "--stage", "pre", "--config", "small.json", "--max_steps", "1",
+               "--gradient_accumulation_steps", "2"]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "run" / "pytorch_model.bin").is_file()
+    saved = torch.load(tmp_path / "run" / "pytorch_model.bin", weights_only=True)
+    assert set(saved) == set(build_model(json.loads(json.dumps(SMALL)), llm)[0].state_dict())
+    result = python("-m", "dia_pangu.train", "--help", cwd=ROOT)
+    assert result.returncode == 0 and "--gradient-accumulation-steps" in result.stdout

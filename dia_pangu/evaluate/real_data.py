@@ -163,7 +163,7 @@ def parse_args():
     parser.add_argument("--ckpt-path", required=True, help="folder that train.py wrote")
     parser.add_argument("--lang-encoder-path", required=True, help="folder of the language model")
     parser.add_argument("--out", required=True, help="folder for figures/ and results/")
-    parser.add_argument("--steps", type=int, default=200, help="of the report model (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=150, help="of the report model (default %(default)s)")
     parser.add_argument("--smoke", action="store_true", help="a few steps only")
     return parser.parse_args()
 
