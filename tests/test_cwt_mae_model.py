@@ -100,6 +100,8 @@ def test_thread_count_changes_nothing_and_stays():
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             assert torch.equal(cwt_wrap(x, 64, normalize=True), expected)
+            with torch.inference_mode():
+                assert torch.equal(cwt_wrap(x, 64, normalize=True), expected)
             with ThreadPoolExecutor(1) as later:           # a thread that starts afterwards, such as autograd's
                 assert torch.get_num_threads() == later.submit(torch.get_num_threads).result() == threads
     finally:
@@ -480,6 +482,8 @@ def test_checkpoint_that_does_not_fit_is_an_error(tmp_path):
     TF_MAE_Classifier(path, 2, **SMALL)
     with pytest.raises(UserError, match=r"patch_embed.proj.weight has shape \(32, 3, 4, 20\) in the file"):
         TF_MAE_Classifier(path, 2, **{**SMALL, "patch_size_time": 10})
+    with pytest.raises(UserError, match="fits this model in only 35 of 61"):
+        TF_MAE_Classifier(path, 2, **{**SMALL, "depth": 4})                                     # half of it would stay random
     with pytest.raises(UserError, match="no such weight file"):
         TF_MAE_Classifier(tmp_path / "none.pth", 2, **SMALL)
     path.write_bytes(b"PK\x03\x04 cut short")
