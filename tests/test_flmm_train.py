@@ -13,8 +13,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import flmm.train as trainer
+from common.errors import UserError
 from flmm.make_data import main as make_data
 from flmm.models.tiny import save_base, tiny_model, tiny_sam, tiny_tokenizer
+from flmm.scripts.demo import grounded_conversation_demo as demo
 from flmm.scripts.visual_cot.visual_cot import contains, mask_to_crop
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -128,7 +131,7 @@ def test_a_head_is_trained_from_the_cache_scored_and_used(world, tmp_path):
     )
     assert len(list((tmp_path / "test/overlays").glob("*.png"))) == 2
     assert len(json.loads((tmp_path / "test/masks.json").read_text())) == results["phrases"]
-    demo = [
+    model = [
         "--config",
         CONFIG,
         "--set",
@@ -142,7 +145,7 @@ def test_a_head_is_trained_from_the_cache_scored_and_used(world, tmp_path):
     script = ROOT / "flmm/scripts/demo/grounded_conversation_demo.py"
     out = call(
         "grounded_conversation_demo.py",
-        *demo,
+        *model,
         "--image",
         tmp_path / "p.jpg",
         "--text",
@@ -153,15 +156,29 @@ def test_a_head_is_trained_from_the_cache_scored_and_used(world, tmp_path):
     )
     assert out.count("score") == 2 and (tmp_path / "g.png").is_file()
     assert json.loads((tmp_path / "g.json").read_text())["phrases"] == ["a red car", "sky"]
-    # every refusal is one line that names what is wrong, before anything is written
-    for arguments, reason in (
-        (["--image", tmp_path / "none.jpg", "--text", "x"], "none.jpg: no such picture"),
-        (["--image", tmp_path / "p.jpg", "--text", " ; x"], "empty phrase"),
-        (["--image", tmp_path / "p.jpg", "--text", "x", "--set", f"base.path={world / 'qwen'}"], "needs a LlavaForConditionalGeneration"),
-        (["--image", tmp_path / "p.jpg", "--text", "x", "--head", tmp_path / "none.pth"], "none.pth: no such weight file"),
-    ):
-        assert reason in call(script, *demo, *arguments, "--out", tmp_path / "refused", ok=False)
-    assert not (tmp_path / "refused.png").exists()
+
+
+def in_process(main, parse, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
+    main(parse())
+
+
+@pytest.mark.parametrize(
+    "arguments,reason",
+    [
+        (["--image", "{world}/none.jpg", "--text", "x"], "none.jpg: no such picture"),
+        (["--image", "{world}/p.png", "--text", " ; x"], "empty phrase"),
+        (["--image", "{world}/p.png", "--text", "x", "--set", "base.path={world}/qwen"], "needs a LlavaForConditionalGeneration"),
+        (["--image", "{world}/p.png", "--text", "x", "--set", "base.path={world}/llava"], "none.pth: no such weight file"),
+    ],
+)
+def test_the_demo_refuses_before_it_writes(world, tmp_path, monkeypatch, arguments, reason):
+    Image.new("RGB", (40, 30)).save(world / "p.png")
+    arguments = [a.format(world=world) for a in arguments]
+    with pytest.raises(UserError, match=reason):
+        in_process(demo.main, demo.parse_args, monkeypatch, "--config", CONFIG, "--head", world / "none.pth", *arguments,
+                   "--out", tmp_path / "refused")  # fmt: skip
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -169,28 +186,24 @@ def test_a_head_is_trained_from_the_cache_scored_and_used(world, tmp_path):
     [
         (["--data", "{world}/nowhere"], "nowhere"),
         (["--set", "base.family=gpt"], "base.family is 'gpt'"),
+        (["--set", "base.family=mgm"], "no class for this base"),
         (["--set", "sam.path=/nowhere/sam.pth"], "sam.path /nowhere/sam.pth: no such file"),
     ],
 )
-def test_train_refuses_in_one_line(world, tmp_path, arguments, reason):
+def test_train_refuses_before_it_makes_a_run_folder(world, tmp_path, monkeypatch, arguments, reason):
     arguments = [a.format(world=world) for a in arguments]
-    line = call(
-        ROOT / "flmm/train.py",
-        "--config",
-        CONFIG,
-        "--data",
-        world / "data",
-        "--base-path",
-        world / "llava",
-        "--out",
-        tmp_path / "x",
-        *arguments,
-        ok=False,
-    )
-    assert reason in line and not (tmp_path / "x").exists()
+    with pytest.raises(UserError, match=reason):
+        in_process(trainer.main, trainer.parse_args, monkeypatch, "--config", CONFIG, "--data", world / "data",
+                   "--base-path", world / "llava", "--out", tmp_path / "x", *arguments)  # fmt: skip
+    assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize("start", [["train.py"], ["-m", "flmm.train"], ["flmm/test.py"]])
+def test_a_refusal_is_one_line_and_status_two(world, tmp_path):
+    line = call(ROOT / "flmm/train.py", "--config", tmp_path / "none.yaml", "--data", world, "--out", tmp_path / "x", ok=False)
+    assert "none.yaml: not a readable configuration" in line
+
+
+@pytest.mark.parametrize("start", [["train.py"], ["-m", "flmm.train"]])
 def test_scripts_start_from_their_folder_and_from_the_root(start):
     out = call(*start, "--help", cwd=ROOT / "flmm" if start == ["train.py"] else ROOT)
     assert "--config" in out
