@@ -32,7 +32,7 @@ from common.errors import run
 from pruning.layers import without_layers
 from pruning.pruning_tools.shards import NAMES
 from pruning.sensitivity_analyse import layer_sensitivity_scan as scanner
-from pruning.sensitivity_analyse.eval_metric import logprob_distance
+from pruning.sensitivity_analyse.eval_metric import position_distances
 from pruning.sensitivity_analyse.layer_mask import mask_attention_layer
 
 LENGTHS = (9, 11, 12, 14, 16, 17, 19, 21, 23, 25, 28, 30)
@@ -88,7 +88,8 @@ def upstream_scan(model, prompts):
         enable_mask, disable_mask, restore = mask_attention_layer(model, layer, "v_only")
         enable_mask()
         for i, prompt in enumerate(prompts):
-            scores[i, layer] = logprob_distance(base[i], model(input_ids=prompt["input_ids"]).logits[0])
+            logits = model(input_ids=prompt["input_ids"]).logits[0]
+            scores[i, layer] = position_distances(base[i].log_softmax(-1), logits.log_softmax(-1), "l1_mean").mean().item()
         disable_mask()
         restore()
     return scores

@@ -8,8 +8,8 @@ dia=$ROOT/dia_pangu
 data=$ROOT/data/dia_pangu
 run=$RUNS/pruning
 from=$RUNS/dia_pangu
-volumes=(--train 1200 --val 60 --test 120) patch=500 contrast=250 words=560 joint=260 real=300 log=100
-study=(--ratio 0.25 0.33 0.5 --test-samples 60 --train-samples 320 --heal-steps 40 --heal-batch 8)
+volumes=(--train 1200 --val 60 --test 120) patch=500 contrast=250 words=700 joint=350 real=300 log=100
+study=(--ratio 0.25 0.33 0.5 --test-samples 60 --train-samples 320 --heal-steps 30 --heal-batch 8)
 if [ -n "${SMOKE:-}" ]; then
   data=$ROOT/data/dia_pangu_smoke
   volumes=(--train 48 --val 12 --test 16) patch=6 contrast=4 words=8 joint=4 real=6 log=4
@@ -37,11 +37,11 @@ else
     vision=$run/contrast
   fi
   step "language model of 8 layers: reports alone"
-  "$PYTHON" "$dia/warm_llm.py" --data "$data" --make 8 --width 96 --max-steps "$words" --per-device-train-batch-size 8 --learning-rate 2e-3 \
+  "$PYTHON" "$dia/warm_llm.py" --data "$data" --make 8 --width 96 --max-steps "$words" --per-device-train-batch-size 8 \
     --out "$run/llm" --overwrite --logging-steps "$log"
   step "language model and Perceiver together, on volumes"
   "$PYTHON" "$dia/train.py" --stage pre "${common[@]}" --lang-encoder-path "$run/llm/model" --start "$vision/vision.safetensors" --limit 1600 \
-    --train embedding_layer.perceiver embedding_layer.fc figure_token lang_model. --max-steps "$joint" --learning-rate 1e-3 \
+    --train embedding_layer.perceiver embedding_layer.fc figure_token lang_model. --max-steps "$joint" --learning-rate 1.5e-3 \
     --lr-scheduler-type cosine --adam-beta2 0.98 --flip 0.02 --per-device-train-batch-size 8 --gradient-accumulation-steps 1 --out "$run/base"
   model=$run/base llm=$run/llm/model
 fi
@@ -52,7 +52,7 @@ step "study: scan, choose, prune, heal, test"
 if [ -n "${DATA_ROOT:-}" ] && [ -f "$DATA_ROOT/ct/ct_reports_train.json" ]; then
   step "real reports, text alone"
   "$PYTHON" "$dia/warm_llm.py" --reports "$DATA_ROOT/ct/ct_reports_train.json" --eval-reports "$DATA_ROOT/ct/ct_reports_val.json" --make 8 --width 96 \
-    --max-length 256 --max-steps "$real" --per-device-train-batch-size 8 --learning-rate 2e-3 --out "$run/llm_real" --overwrite --logging-steps "$log"
+    --max-length 256 --max-steps "$real" --per-device-train-batch-size 8 --out "$run/llm_real" --overwrite --logging-steps "$log"
   for split in train val; do
     "$PYTHON" -c "import json, sys
 for case in json.load(open(sys.argv[1]))['cases']: print(json.dumps({'text': case['report']}, ensure_ascii=False))" \

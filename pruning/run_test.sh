@@ -9,8 +9,8 @@ case " $* " in *" --help "* | *" -h "*) exec "$PYTHON" "$ROOT/pruning/test.py" -
 if [ -z "${MODEL:-}" ]; then
   MODEL=$(ls -Sr "$RUNS"/pruning/study/pruned/pytorch_model_pruned_*_merged_* 2>/dev/null | head -n 1 || true)
   [ -n "$MODEL" ] || { echo "error: nothing is pruned yet; run pruning/run_train.sh first, or set MODEL, MAP and LLM" >&2; exit 2; }
-  tag=${MODEL##*/pytorch_model_pruned_}
-  LLM=$RUNS/pruning/study/pruned/hf_${tag%%_merged_*}
+  tag=${MODEL##*/pytorch_model_pruned_} tag=${tag%%_merged_*}
+  LLM=$RUNS/pruning/study/pruned/hf_$tag MAP=$RUNS/pruning/study/pruned/prune_layer_map_${tag}_v0112_en_cpu.json
 fi
 [ -n "${LLM:-}" ] || { echo "error: MODEL is set but LLM is not; LLM takes the folder of its language model" >&2; exit 2; }
 "$PYTHON" "$ROOT/pruning/test.py" --pruned_model_path "$MODEL" ${MAP:+--prune_map_path "$MAP"} --lang-model-path "$LLM" \

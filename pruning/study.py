@@ -135,12 +135,17 @@ def resampled(rows, seed=0) -> np.ndarray:
 
 
 def quality(evaluations: list[dict], metric: str) -> tuple[float, np.ndarray]:
-    """(value, DRAWS bootstrap values) of "f1" or "perplexity", averaged over the sets of one criterion."""
+    """(value, DRAWS bootstrap values) of "f1" or "perplexity", averaged over the sets of one criterion.
+
+    Reports are resampled, and for the random controls the sets too: another draw of sets would have another mean.
+    """
     def mean_perplexity(sums):
         return np.exp(np.minimum(sums[..., 0] / sums[..., 1], 50))
     rows = [e["counts" if metric == "f1" else "losses"] for e in evaluations]
     score = f1 if metric == "f1" else mean_perplexity
-    return np.mean([score(np.sum(r, 0)) for r in rows]), np.mean([score(resampled(r)) for r in rows], 0)
+    draws = np.stack([score(resampled(r)) for r in rows])                    # (sets, DRAWS)
+    sets = np.random.default_rng(1).integers(0, len(rows), draws.shape)
+    return np.mean([score(np.sum(r, 0)) for r in rows]), np.take_along_axis(draws, sets, 0).mean(0)
 
 
 # ------------------------------------------------------------------------------------------------ evaluation, cached by layer set
@@ -288,7 +293,7 @@ def draw_tradeoff(table, metrics, path):
                             ls="--" if criterion in CONTROLS else "-", marker="o", ms=4, lw=1.3, elinewidth=0.5, capsize=2)
             ax.set(xlabel=label, ylabel=LABELS[metric])
     axes[0][0].legend(fontsize=7)
-    figure.suptitle("After healing; solid: criteria, dashed: controls; bars: 95 % intervals over test samples")
+    figure.suptitle("After healing; solid: criteria, dashed: controls; bars: 95 % intervals over test samples and random sets")
     save_figure(figure, path)
 
 

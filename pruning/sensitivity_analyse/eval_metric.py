@@ -35,5 +35,5 @@ def combine(values: torch.Tensor, kind: str) -> torch.Tensor:
 
 def logprob_distance(base_logits: torch.Tensor, masked_logits: torch.Tensor, kind: str = "l1_mean") -> float:
     """Distance between two sets of logits (N, V) of one prompt."""
-    base, masked = base_logits.float().log_softmax(-1), masked_logits.float().log_softmax(-1)
+    base, masked = base_logits.double().log_softmax(-1), masked_logits.double().log_softmax(-1)
     return combine(position_distances(base, masked, kind), kind).item()

@@ -8,7 +8,8 @@ sensitivity-analyse/layer_sensitivity_scan.py, which runs the whole model once p
 
     naive      1 + L full forward passes per prompt, through the model's own forward: the reference
     cached     the pass with layer i masked starts from the stored input of layer i: half the arithmetic
-    wavefront  one pass; behind layer i the batch grows by the variant masked at i, so each weight is read once per batch
+    wavefront  one pass; behind layer i the batch grows by the variant masked at i, so that a layer's weights are read once or
+               twice per batch instead of L / 2 times
 """
 import argparse
 import contextlib
@@ -205,8 +206,8 @@ class Baseline:
         for p, n in enumerate(self.lengths):
             self.influence[p].append(1 - torch.cosine_similarity(x[p, :n].double(), y[p, :n].double(), dim=-1).mean().item())
             if i == 0:
-                self.last_token[p].append(x[p, n - 1])
-            self.last_token[p].append(y[p, n - 1])
+                self.last_token[p].append(x[p, n - 1].clone())     # a view would keep the whole batch alive
+            self.last_token[p].append(y[p, n - 1].clone())
         grown = [output]
         for mode, head in self.by_layer[i]:
             if mode == "layer":
@@ -234,7 +235,7 @@ class Scorer:
 
     @torch.no_grad()
     def __call__(self, hidden: torch.Tensor):
-        """hidden (K, N, d) of K variants -> (K,) dictionaries of distances and nll, and the baseline's nll."""
+        """hidden (K, N, d) of K variants -> K dictionaries of distances and nll, the baseline's nll, number of scored tokens."""
         vocabulary = apply_head(self.model, self.base[:1]).shape[-1]
         positions = max(1, min(len(self.base), CHUNK // vocabulary))
         group = max(1, CHUNK // (vocabulary * positions))

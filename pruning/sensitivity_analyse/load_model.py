@@ -3,10 +3,11 @@ import json
 import sys
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root: every way of starting this file finds it
 from common.errors import UserError
+from dia_pangu.src.Model.pangu import load_tokenizer      # also registers openPangu's model type
 
 PROMPTS = Path(__file__).with_name("prompts.jsonl")
 
@@ -17,7 +18,7 @@ def load_model(path, dtype: str | None = None, trust_remote_code: bool = False):
     if not (path / "config.json").is_file():
         raise UserError(f"{path}: no config.json there; --model wants a folder with config, weights and tokenizer")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(path, trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", local_files_only=True,
                                                      trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
