@@ -288,7 +288,10 @@ def set_trainable(model: MultiModalModel, freeze_llm: bool, freeze_signal_encode
     freeze_signal_encoder: nothing of the encoder. An unfrozen encoder leaves out the sampling-rate MLP if it does not use one.
     lora: {"r", "lora_alpha", "lora_dropout", "target_modules"}.
     """
-    if use_lora:
+    if isinstance(model.llm, PeftModel):                         # continued from a run with adapters: the same ones go on
+        for name, parameter in model.llm.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+    elif use_lora:
         lora = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.1, "target_modules": list(LORA_TARGETS), **(lora or {})}
         linear = {name.split(".")[-1] for name, m in model.llm.named_modules() if isinstance(m, nn.Linear)}
         absent = [t for t in lora["target_modules"] if t not in linear]
@@ -304,14 +307,15 @@ def set_trainable(model: MultiModalModel, freeze_llm: bool, freeze_signal_encode
         model.signal_encoder.layernorm.requires_grad_(False)
 
 
-def save_model(folder, model: MultiModalModel, tokenizer, llm_path, dtype="float32", **notes):
+def save_model(folder, model: MultiModalModel, tokenizer, llm_path, dtype="float32", llm_changed=False, **notes):
     """Write everything that load_model needs, whole or not at all.
 
     llm/ (weights if they were trained, PEFT adapter under LoRA, nothing if frozen: then `llm_path` is remembered), tokenizer/,
-    signal_encoder/ and signal_to_hidden.safetensors, and multimodal.json with the wiring and `notes`.
+    signal_encoder/ and signal_to_hidden.safetensors, and multimodal.json with the wiring and `notes`. llm_changed: the LLM differs from
+    llm_path's by an earlier run, so write it even if this run froze it.
     """
     is_peft = isinstance(model.llm, PeftModel)
-    frozen = not is_peft and not any(p.requires_grad for p in model.llm.parameters())
+    frozen = not is_peft and not llm_changed and not any(p.requires_grad for p in model.llm.parameters())
     with atomic_dir(folder) as out:
         if not frozen:
             model.llm.save_pretrained(out / "llm")

@@ -23,7 +23,7 @@ from common.checkpoint import atomic_write, find_resume, load_step, save_step
 from common.errors import UserError, run
 from common.run import Log, StopSignal, check_finite, describe, open_run, seed_everything
 from em_mllm.dataset import DEFAULT_FS, QuestionCollator, QuestionDataset, task_pairs
-from em_mllm.model import LORA_TARGETS, PROJECTORS, build_model, load_model, load_tokenizer, save_model, set_trainable
+from em_mllm.model import LORA_TARGETS, PROJECTORS, build_model, load_model, load_tokenizer, read_notes, save_model, set_trainable
 from em_mllm.optim import lr_at, make_optimizers, set_lr
 
 
@@ -125,7 +125,7 @@ def main(args):
     for file in source.files:
         if file.points > longest:
             raise UserError(f"{file.path}: signals of {file.points} points, the encoder takes {longest}; give --max-points {file.points} or cut them")
-    set_trainable(model, args.freeze_llm, args.freeze_signal_encoder, args.use_lora and not args.trained_dir,
+    set_trainable(model, args.freeze_llm, args.freeze_signal_encoder, args.use_lora,
                   {"r": args.lora_r, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout, "target_modules": args.lora_targets})
     if args.gradient_checkpointing:
         model.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -189,7 +189,8 @@ def main(args):
 
     loss = validation_loss(model, val_loader, accelerator)
     if accelerator.is_main_process:
-        save_model(out / "model", accelerator.unwrap_model(model), tokenizer, args.llm_model_path, args.dtype, chat=args.chat_template,
+        save_model(out / "model", accelerator.unwrap_model(model), tokenizer, args.llm_model_path, args.dtype,
+                   llm_changed=bool(args.trained_dir) and read_notes(args.trained_dir)["llm"] == "full", chat=args.chat_template,
                    max_length=args.max_length, default_fs=args.fs)
         atomic_write(out / "metrics.json", json.dumps({"step": state["step"], "validation_loss": loss, "skipped": source.skipped}, indent=1))
         print(f"validation loss {loss:.4f} per answer token; model in {out / 'model'}")

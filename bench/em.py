@@ -1,0 +1,239 @@
+"""em_mllm against the ways of the published starter kit: encoder, training step, data loading, generation.
+
+    python bench/em.py [--repeats 3] [--parts encoder step loading generation gpu]
+
+Every variant runs in a process of its own; `seconds` is processor time of one thread (median over the repeats, variants in turn), `peak_mb` the
+highest resident memory above that before the work (on a GPU: torch's peak allocation), `ratio` the other way's number divided by ours.
+
+  encoder     64 signals of 128 to 4096 points: packed rows and SDPA against one padded row a signal and eager attention; outputs compared
+  step        one training step with frozen LLM, vocabulary 32,000: logits only where a label is, against all logits, question and padding included
+  loading     resident memory after reading random signals of a small and a tenfold .h5; signals a second with 0, 2 and 4 workers
+  generation  64 new tokens for 4 questions: one batch with cache against running each whole prefix again
+  gpu         where CUDA is there: the 86 M encoder, and a random FM9G-4B in bf16 with LoRA (tokens a second, peak memory, MFU)
+
+Writes bench/results/em.json.
+"""
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
+
+import h5py
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from common.checkpoint import atomic_write
+from em_mllm.dataset import SignalCollator, SignalDataset
+from em_mllm.em_foundation.models import SiTMAEConfig, SiTMAEModelWithoutMask
+from em_mllm.em_foundation.models.embedder import sample_id_matrix
+from em_mllm.em_foundation.utils.utils import first_fit, pack_sequence, with_special_patches
+from em_mllm.fm9g import granite_config
+from em_mllm.model import MultiModalModel, set_trainable
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = {"encoder": ("ours", "starter kit"), "step": ("ours", "starter kit"), "loading": ("small", "tenfold", "workers"), "generation": ("ours", "starter kit"), "gpu": ("ours",)}
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--one", nargs=2, metavar=("PART", "VARIANT"), help="measure one variant in this process and print it as JSON")
+    return parser.parse_args()
+
+
+def measured(work, warm=True) -> dict:
+    """Processor seconds and peak memory growth of `work`(); warm: run it once before on the side."""
+    if warm:
+        work()
+    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.process_time()
+    value = work()
+    return {"seconds": time.process_time() - start, "peak_mb": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) / 1024, "value": value}
+
+
+def encoder(variant):
+    config = SiTMAEConfig(hidden_size=256, num_hidden_layers=4, num_attention_heads=8, intermediate_size=1024, attention_type="sdpa" if variant == "ours" else "eager")
+    torch.manual_seed(0)
+    model = SiTMAEModelWithoutMask(config).eval()
+    rng = np.random.default_rng(0)
+    lengths = (np.exp(rng.uniform(np.log(128), np.log(4096), 64)) // 8 * 8).astype(int)
+    signals = [with_special_patches(rng.standard_normal((n, 2)), 8, 20.0) for n in lengths]
+    tokens = [s.shape[1] // 8 for s in signals]
+    rows = first_fit(tokens, 514) if variant == "ours" else [[i] for i in range(len(signals))]
+    patches, positions, ids = pack_sequence([[signals[i] for i in row] for row in rows], 8, 514 * 8)
+
+    @torch.no_grad()
+    def work():
+        cls = {}
+        for start in range(0, len(rows), 8):                     # the same number of tokens a batch
+            h = model(patches[start : start + 8], positions[start : start + 8], ids[start : start + 8]).last_hidden_state
+            where = (positions[start : start + 8] == 0) & (sample_id_matrix(ids[start : start + 8], 514) >= 0)
+            cls.update(zip([i for row in rows[start : start + 8] for i in row], h[where].norm(dim=1).tolist()))
+        return [cls[i] for i in range(len(signals))]
+    return measured(work, warm=False) | {"signals": len(signals), "rows": len(rows)}
+
+
+def multimodal(vocabulary=32000):
+    torch.manual_seed(0)
+    llm = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=vocabulary, hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=8,
+                                                       num_key_value_heads=4, max_position_embeddings=2048))
+    encoder = SiTMAEModelWithoutMask(SiTMAEConfig(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512, attention_type="sdpa"))
+    model = MultiModalModel(llm, encoder, "linear", 3, 4)
+    set_trainable(model, freeze_llm=True, freeze_signal_encoder=False, use_lora=False)
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(24, 200, (16,), generator=generator)
+    ids = torch.randint(10, vocabulary, (16, 200), generator=generator)
+    mask = (torch.arange(200) < lengths[:, None]).long()
+    labels = torch.where((torch.arange(200) >= lengths[:, None] - 8) & mask.bool(), ids, -100)
+    iq = torch.randn(16, 1024, 2, generator=generator)
+    return model, {"iq": iq / 4, "fs": torch.full((16,), 20e6), "input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def step(variant):
+    model, batch = multimodal()
+    if variant == "starter kit":                                 # all logits, loss over question and padding too
+        batch["labels"] = batch["input_ids"]
+
+    def work():
+        loss = model(**batch, all_logits=variant == "starter kit")["loss"]
+        loss.backward()
+        model.zero_grad()
+        return float(loss.detach())
+    return measured(work, warm=False)
+
+
+def generation(variant):
+    model, batch = multimodal(2000)
+    prompt = {k: batch[k][:4] for k in ("iq", "fs", "input_ids", "attention_mask")}
+    if variant == "ours":
+        return measured(lambda: model.generate(**prompt, max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0).tolist(), warm=False)
+
+    @torch.no_grad()
+    def work():
+        out = []
+        for row in range(4):
+            ids = batch["input_ids"][row : row + 1, : int(batch["attention_mask"][row].sum())]
+            for _ in range(64):
+                logits = model(batch["iq"][row : row + 1], ids, torch.ones_like(ids), fs=batch["fs"][:1])["logits"]
+                ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
+            out.append(ids[0, -64:].tolist())
+        return out
+    return measured(work, warm=False)
+
+
+def loading(variant):
+    count = {"small": 2000, "tenfold": 20000, "workers": 8000}[variant]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "x.h5"
+        with h5py.File(path, "w") as file:
+            data = file.create_dataset("IQ_data", (count, 1024, 2), "float32")
+            block = np.random.default_rng(0).standard_normal((1000, 1024, 2)).astype(np.float32)
+            for start in range(0, count, 1000):
+                data[start : start + 1000] = block
+        del block
+        signals = SignalDataset([path])
+        if variant != "workers":
+            order = np.random.default_rng(0).permutation(count)[:2000]
+            result = measured(lambda: sum(float(signals[int(i)]["iq"][0, 0]) for i in order), warm=False)
+            return result | {"file_mb": path.stat().st_size / 1e6, "resident_mb": resident_mb()}
+        rates, collate = {}, SignalCollator(SiTMAEConfig(max_seq_len=(1024, 1)))
+        for workers in (0, 2, 4):
+            start = time.perf_counter()
+            for _ in DataLoader(signals, 64, shuffle=True, num_workers=workers, collate_fn=collate):
+                pass
+            rates[workers] = count / (time.perf_counter() - start)
+        return {"seconds": 0.0, "peak_mb": 0.0, "value": rates}
+
+
+def resident_mb() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def gpu(variant):
+    """Real sizes on one CUDA device: encoder samples a second, and a LoRA step of a random FM9G-4B in bf16."""
+    device, out = torch.device("cuda"), {}
+    config = SiTMAEConfig(attention_type="sdpa")
+    encoder = SiTMAEModelWithoutMask(config).to(device, torch.bfloat16).eval()
+    rng = np.random.default_rng(0)
+    rows = [[with_special_patches(rng.standard_normal((1024, 2)), 8, 20.0) for _ in range(3)] for _ in range(64)]
+    patches, positions, ids = pack_sequence(rows, 8, 514 * 8)
+    batch = patches.to(device), positions.to(device), sample_id_matrix(ids, 514, device)
+    with torch.no_grad():
+        out["encoder_signals_per_second"] = 192 / timed(lambda: encoder(*batch))
+    fm9g = dict(vocab_size=73448, hidden_size=2560, intermediate_size=6400, num_hidden_layers=62, num_attention_heads=40, num_key_value_heads=4, scale_emb=12, scale_depth=1.4,
+                dim_model_base=256, rope_theta=1e6, tie_word_embeddings=True, max_position_embeddings=32768)
+    torch.set_default_dtype(torch.bfloat16)
+    with device:
+        llm = AutoModelForCausalLM.from_config(granite_config(fm9g))
+    torch.set_default_dtype(torch.float32)
+    model = MultiModalModel(llm, SiTMAEModelWithoutMask(SiTMAEConfig(attention_type="sdpa")), "linear", 3, 4).to(device)
+    set_trainable(model, False, True, True)
+    model.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.llm.enable_input_require_grads()
+    text = torch.randint(10, 70000, (8, 256), device=device)
+    labels = torch.where(torch.arange(256, device=device) >= 240, text, -100)
+    inputs = dict(iq=torch.randn(8, 1024, 2, device=device) / 4, fs=torch.full((8,), 20e6, device=device), input_ids=text, attention_mask=torch.ones_like(text), labels=labels)
+    torch.cuda.reset_peak_memory_stats()
+    seconds = timed(lambda: model.train()(**inputs)["loss"].backward())
+    tokens = 8 * (256 + 130)
+    out |= {"lora_tokens_per_second": tokens / seconds, "lora_peak_gb": torch.cuda.max_memory_allocated() / 1e9,
+            "mfu_percent_of_989_tflops": 100 * 6 * 4.13e9 * tokens / seconds / 989e12, "device": torch.cuda.get_device_name()}      # forward, recomputed forward, backward to activations
+    return {"seconds": seconds, "peak_mb": torch.cuda.max_memory_allocated() / 1e6, "value": out}
+
+
+def timed(work, repeats=5):
+    work()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        work()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / repeats
+
+
+def main(args):
+    if args.one:
+        torch.set_num_threads(1)
+        print("RESULT " + json.dumps(globals()[args.one[0]](args.one[1])))
+        return
+    table = {}
+    for part in args.parts:
+        if part == "gpu" and not torch.cuda.is_available():
+            print("gpu: no CUDA device here, left out")
+            continue
+        runs = {variant: [] for variant in PARTS[part]}
+        for _ in range(1 if part in ("loading", "gpu") else args.repeats):
+            for variant in PARTS[part]:                          # in turn, so that a busy machine hurts them alike
+                done = subprocess.run([sys.executable, __file__, "--one", part, variant], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                if done.returncode:
+                    sys.exit(f"{part}, {variant}: {done.stderr[-2000:]}")
+                runs[variant].append(json.loads(done.stdout.split("RESULT ")[-1]))
+        rows = {v: {**r[0], "seconds": statistics.median(x["seconds"] for x in r), "peak_mb": statistics.median(x["peak_mb"] for x in r)} for v, r in runs.items()}
+        table[part] = rows
+        if "starter kit" in rows:
+            ours, theirs = rows["ours"], rows["starter kit"]
+            table[part]["ratio"] = {"seconds": theirs["seconds"] / ours["seconds"], "memory": theirs["peak_mb"] / max(ours["peak_mb"], 1e-9)}
+            if part == "encoder":
+                table[part]["largest_difference"] = float(np.abs(np.array(ours.pop("value")) - np.array(theirs.pop("value"))).max())
+            if part == "generation":
+                table[part]["equal_tokens"] = ours.pop("value") == theirs.pop("value")
+        for name, row in table[part].items():
+            print(f"{part:10s} {name:18s} " + (", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()) if isinstance(row, dict) else f"{row}"))
+    path = ROOT / "bench" / "results" / "em.json"
+    atomic_write(path, json.dumps({"torch": torch.__version__, "table": table}, indent=1))
+    print(f"written to {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main(parse_args())
