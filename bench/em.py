@@ -2,17 +2,20 @@
 
     python bench/em.py [--repeats 3] [--parts encoder step loading generation gpu]
 
-Every variant runs in a process of its own; `seconds` is processor time of one thread (median over the repeats, variants in turn), `peak_mb` the
+Every variant runs in a process of its own; `seconds` is processor time of one thread (median over the repeats, variants in turn),
+`peak_mb` the
 highest resident memory above that before the work (on a GPU: torch's peak allocation), `ratio` the other way's number divided by ours.
 
   encoder     64 signals of 128 to 4096 points: packed rows and SDPA against one padded row a signal and eager attention; outputs compared
-  step        one training step with frozen LLM, vocabulary 32,000: logits only where a label is, against all logits, question and padding included
+  step        one training step with frozen LLM, vocabulary 32,000: logits only where a label is, against all logits, question and
+  padding included
   loading     resident memory after reading random signals of a small and a tenfold .h5; signals a second with 0, 2 and 4 workers
   generation  64 new tokens for 4 questions: one batch with cache against running each whole prefix again
   gpu         where CUDA is there: the 86 M encoder, and a random FM9G-4B in bf16 with LoRA (tokens a second, peak memory, MFU)
 
 Writes bench/results/em.json.
 """
+
 import argparse
 import json
 import os
@@ -41,7 +44,13 @@ from em_mllm.fm9g import granite_config
 from em_mllm.model import MultiModalModel, set_trainable
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = {"encoder": ("ours", "starter kit"), "step": ("ours", "starter kit"), "loading": ("small", "tenfold", "workers"), "generation": ("ours", "starter kit"), "gpu": ("ours",)}
+PARTS = {
+    "encoder": ("ours", "starter kit"),
+    "step": ("ours", "starter kit"),
+    "loading": ("small", "tenfold", "workers"),
+    "generation": ("ours", "starter kit"),
+    "gpu": ("ours",),
+}
 
 
 def parse_args():
@@ -59,11 +68,21 @@ def measured(work, warm=True) -> dict:
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.process_time()
     value = work()
-    return {"seconds": time.process_time() - start, "peak_mb": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) / 1024, "value": value}
+    return {
+        "seconds": time.process_time() - start,
+        "peak_mb": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) / 1024,
+        "value": value,
+    }
 
 
 def encoder(variant):
-    config = SiTMAEConfig(hidden_size=256, num_hidden_layers=4, num_attention_heads=8, intermediate_size=1024, attention_type="sdpa" if variant == "ours" else "eager")
+    config = SiTMAEConfig(
+        hidden_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        intermediate_size=1024,
+        attention_type="sdpa" if variant == "ours" else "eager",
+    )
     torch.manual_seed(0)
     model = SiTMAEModelWithoutMask(config).eval()
     rng = np.random.default_rng(0)
@@ -76,19 +95,31 @@ def encoder(variant):
     @torch.no_grad()
     def work():
         cls = {}
-        for start in range(0, len(rows), 8):                     # the same number of tokens a batch
+        for start in range(0, len(rows), 8):  # the same number of tokens a batch
             h = model(patches[start : start + 8], positions[start : start + 8], ids[start : start + 8]).last_hidden_state
             where = (positions[start : start + 8] == 0) & (sample_id_matrix(ids[start : start + 8], 514) >= 0)
             cls.update(zip([i for row in rows[start : start + 8] for i in row], h[where].norm(dim=1).tolist()))
         return [cls[i] for i in range(len(signals))]
+
     return measured(work, warm=False) | {"signals": len(signals), "rows": len(rows)}
 
 
 def multimodal(vocabulary=32000):
     torch.manual_seed(0)
-    llm = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=vocabulary, hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=8,
-                                                       num_key_value_heads=4, max_position_embeddings=2048))
-    encoder = SiTMAEModelWithoutMask(SiTMAEConfig(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512, attention_type="sdpa"))
+    llm = AutoModelForCausalLM.from_config(
+        LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=256,
+            intermediate_size=704,
+            num_hidden_layers=4,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            max_position_embeddings=2048,
+        )
+    )
+    encoder = SiTMAEModelWithoutMask(
+        SiTMAEConfig(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512, attention_type="sdpa")
+    )
     model = MultiModalModel(llm, encoder, "linear", 3, 4)
     set_trainable(model, freeze_llm=True, freeze_signal_encoder=False, use_lora=False)
     generator = torch.Generator().manual_seed(0)
@@ -102,7 +133,7 @@ def multimodal(vocabulary=32000):
 
 def step(variant):
     model, batch = multimodal()
-    if variant == "starter kit":                                 # all logits, loss over question and padding too
+    if variant == "starter kit":  # all logits, loss over question and padding too
         batch["labels"] = batch["input_ids"]
 
     def work():
@@ -110,6 +141,7 @@ def step(variant):
         loss.backward()
         model.zero_grad()
         return float(loss.detach())
+
     return measured(work, warm=False)
 
 
@@ -117,7 +149,9 @@ def generation(variant):
     model, batch = multimodal(2000)
     prompt = {k: batch[k][:4] for k in ("iq", "fs", "input_ids", "attention_mask")}
     if variant == "ours":
-        return measured(lambda: model.generate(**prompt, max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0).tolist(), warm=False)
+        return measured(
+            lambda: model.generate(**prompt, max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0).tolist(), warm=False
+        )
 
     @torch.no_grad()
     def work():
@@ -129,6 +163,7 @@ def generation(variant):
                 ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
             out.append(ids[0, -64:].tolist())
         return out
+
     return measured(work, warm=False)
 
 
@@ -171,8 +206,20 @@ def gpu(variant):
     batch = patches.to(device), positions.to(device), sample_id_matrix(ids, 514, device)
     with torch.no_grad():
         out["encoder_signals_per_second"] = 192 / timed(lambda: encoder(*batch))
-    fm9g = dict(vocab_size=73448, hidden_size=2560, intermediate_size=6400, num_hidden_layers=62, num_attention_heads=40, num_key_value_heads=4, scale_emb=12, scale_depth=1.4,
-                dim_model_base=256, rope_theta=1e6, tie_word_embeddings=True, max_position_embeddings=32768)
+    fm9g = dict(
+        vocab_size=73448,
+        hidden_size=2560,
+        intermediate_size=6400,
+        num_hidden_layers=62,
+        num_attention_heads=40,
+        num_key_value_heads=4,
+        scale_emb=12,
+        scale_depth=1.4,
+        dim_model_base=256,
+        rope_theta=1e6,
+        tie_word_embeddings=True,
+        max_position_embeddings=32768,
+    )
     torch.set_default_dtype(torch.bfloat16)
     with device:
         llm = AutoModelForCausalLM.from_config(granite_config(fm9g))
@@ -183,12 +230,22 @@ def gpu(variant):
     model.llm.enable_input_require_grads()
     text = torch.randint(10, 70000, (8, 256), device=device)
     labels = torch.where(torch.arange(256, device=device) >= 240, text, -100)
-    inputs = dict(iq=torch.randn(8, 1024, 2, device=device) / 4, fs=torch.full((8,), 20e6, device=device), input_ids=text, attention_mask=torch.ones_like(text), labels=labels)
+    inputs = dict(
+        iq=torch.randn(8, 1024, 2, device=device) / 4,
+        fs=torch.full((8,), 20e6, device=device),
+        input_ids=text,
+        attention_mask=torch.ones_like(text),
+        labels=labels,
+    )
     torch.cuda.reset_peak_memory_stats()
     seconds = timed(lambda: model.train()(**inputs)["loss"].backward())
     tokens = 8 * (256 + 130)
-    out |= {"lora_tokens_per_second": tokens / seconds, "lora_peak_gb": torch.cuda.max_memory_allocated() / 1e9,
-            "mfu_percent_of_989_tflops": 100 * 6 * 4.13e9 * tokens / seconds / 989e12, "device": torch.cuda.get_device_name()}      # forward, recomputed forward, backward to activations
+    out |= {
+        "lora_tokens_per_second": tokens / seconds,
+        "lora_peak_gb": torch.cuda.max_memory_allocated() / 1e9,
+        "mfu_percent_of_989_tflops": 100 * 6 * 4.13e9 * tokens / seconds / 989e12,
+        "device": torch.cuda.get_device_name(),
+    }  # forward, recomputed forward, backward to activations
     return {"seconds": seconds, "peak_mb": torch.cuda.max_memory_allocated() / 1e6, "value": out}
 
 
@@ -214,22 +271,40 @@ def main(args):
             continue
         runs = {variant: [] for variant in PARTS[part]}
         for _ in range(1 if part in ("loading", "gpu") else args.repeats):
-            for variant in PARTS[part]:                          # in turn, so that a busy machine hurts them alike
-                done = subprocess.run([sys.executable, __file__, "--one", part, variant], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            for variant in PARTS[part]:  # in turn, so that a busy machine hurts them alike
+                done = subprocess.run(
+                    [sys.executable, __file__, "--one", part, variant],
+                    capture_output=True,
+                    text=True,
+                    env={**os.environ, "OMP_NUM_THREADS": "1"},
+                )
                 if done.returncode:
                     sys.exit(f"{part}, {variant}: {done.stderr[-2000:]}")
                 runs[variant].append(json.loads(done.stdout.split("RESULT ")[-1]))
-        rows = {v: {**r[0], "seconds": statistics.median(x["seconds"] for x in r), "peak_mb": statistics.median(x["peak_mb"] for x in r)} for v, r in runs.items()}
+        rows = {
+            v: {**r[0], "seconds": statistics.median(x["seconds"] for x in r), "peak_mb": statistics.median(x["peak_mb"] for x in r)}
+            for v, r in runs.items()
+        }
         table[part] = rows
         if "starter kit" in rows:
             ours, theirs = rows["ours"], rows["starter kit"]
-            table[part]["ratio"] = {"seconds": theirs["seconds"] / ours["seconds"], "memory": theirs["peak_mb"] / max(ours["peak_mb"], 1e-9)}
+            table[part]["ratio"] = {
+                "seconds": theirs["seconds"] / ours["seconds"],
+                "memory": theirs["peak_mb"] / max(ours["peak_mb"], 1e-9),
+            }
             if part == "encoder":
                 table[part]["largest_difference"] = float(np.abs(np.array(ours.pop("value")) - np.array(theirs.pop("value"))).max())
             if part == "generation":
                 table[part]["equal_tokens"] = ours.pop("value") == theirs.pop("value")
         for name, row in table[part].items():
-            print(f"{part:10s} {name:18s} " + (", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()) if isinstance(row, dict) else f"{row}"))
+            print(
+                f"{part:10s} {name:18s} "
+                + (
+                    ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
+                    if isinstance(row, dict)
+                    else f"{row}"
+                )
+            )
     path = ROOT / "bench" / "results" / "em.json"
     atomic_write(path, json.dumps({"torch": torch.__version__, "table": table}, indent=1))
     print(f"written to {path.relative_to(ROOT)}")

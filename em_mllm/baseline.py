@@ -4,6 +4,7 @@
 
 One network per task (x.h5), trained on `label`. Its four-choice answer to x.json is the likeliest of the four options.
 """
+
 import argparse
 import json
 import sys
@@ -29,7 +30,9 @@ from em_mllm.optim import lr_at, make_optimizers, set_lr
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", type=Path, required=True, help="folder of x.h5 with labels")
-    parser.add_argument("--test", type=Path, required=True, help="folder of x.h5 (and x.json for the four-choice score) with the same names")
+    parser.add_argument(
+        "--test", type=Path, required=True, help="folder of x.h5 (and x.json for the four-choice score) with the same names"
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=400, help="training steps per task (default 400)")
     parser.add_argument("--batch-size", type=int, default=64)
@@ -45,8 +48,13 @@ class SignalCNN(nn.Module):
     def __init__(self, classes: int, width: int = 64):
         super().__init__()
         block = lambda a, b, k, s: nn.Sequential(nn.Conv1d(a, b, k, s, k // 2), nn.BatchNorm1d(b), nn.ReLU())
-        self.body = nn.Sequential(block(2, width // 2, 9, 2), block(width // 2, width, 9, 2), block(width, width, 7, 2), block(width, 2 * width, 5, 2),
-                                  block(2 * width, 2 * width, 5, 2))
+        self.body = nn.Sequential(
+            block(2, width // 2, 9, 2),
+            block(width // 2, width, 9, 2),
+            block(width, width, 7, 2),
+            block(width, 2 * width, 5, 2),
+            block(2 * width, 2 * width, 5, 2),
+        )
         self.head = nn.Linear(4 * width, classes)
 
     def forward(self, iq):
@@ -58,8 +66,14 @@ def train_cnn(data, classes, steps, batch_size, lr, accelerator, seed=0):
     """data: items {"iq", "label"}. Returns the trained network in eval mode."""
     torch.manual_seed(seed)
     model = SignalCNN(classes)
-    loader = DataLoader(data, batch_size, shuffle=True, drop_last=len(data) >= batch_size, generator=torch.Generator().manual_seed(seed),
-                        collate_fn=lambda items: (torch.tensor(np.stack([i["iq"] for i in items])), torch.tensor([int(i["label"]) for i in items])))
+    loader = DataLoader(
+        data,
+        batch_size,
+        shuffle=True,
+        drop_last=len(data) >= batch_size,
+        generator=torch.Generator().manual_seed(seed),
+        collate_fn=lambda items: (torch.tensor(np.stack([i["iq"] for i in items])), torch.tensor([int(i["label"]) for i in items])),
+    )
     model, loader, *optimizers = accelerator.prepare(model, loader, *make_optimizers(model, "adamw", lr, 0.01))
     model.train()
     step, epoch = 0, 0
@@ -109,7 +123,10 @@ def main(args):
     tasks = sorted(p.stem for p in args.train.glob("*.h5"))
     if not tasks:
         raise UserError(f"--train {args.train}: holds no .h5 file")
-    sets = {t: (SignalDataset([args.train / f"{t}.h5"], ("label", "snr")), SignalDataset([args.test / f"{t}.h5"], ("label", "snr"))) for t in tasks}
+    sets = {
+        t: (SignalDataset([args.train / f"{t}.h5"], ("label", "snr")), SignalDataset([args.test / f"{t}.h5"], ("label", "snr")))
+        for t in tasks
+    }
     out = open_run(args.out, args, accelerator, overwrite=args.overwrite)
     metrics, choice, start = {}, [], time.process_time()
     for task in progress(tasks, desc="CNN"):

@@ -4,13 +4,17 @@
     python em_mllm/convert.py radioml2018 GOLD_XYZ_OSC.0001_1024.hdf5 --out data/radioml2018 --per-cell 200
     python em_mllm/convert.py rtl433 shared/data/rf/rtl433_train.npz shared/data/rf/rtl433_test.npz --out data/rtl433
 
-radioml*: train/ val/ test/ at 60 : 20 : 20 of every (class, SNR) cell by --seed. rtl433: train/ of augmented copies, val/ of other copies of the
-same captures, test/<condition>/ of the untouched test captures, clean and with noise from 20 to -10 dB below the burst's power, with and without
+radioml*: train/ val/ test/ at 60 : 20 : 20 of every (class, SNR) cell by --seed. rtl433: train/ of augmented copies, val/ of other
+copies of the
+same captures, test/<condition>/ of the untouched test captures, clean and with noise from 20 to -10 dB below the burst's power, with
+and without
 a frequency shift.
 
-RadioML is known to be irregular: SNR labels of 2016.10a are not the measured SNR of each signal, and the class list published with 2018.01a is in
+RadioML is known to be irregular: SNR labels of 2016.10a are not the measured SNR of each signal, and the class list published with
+2018.01a is in
 the wrong order; the corrected order is used here.
 """
+
 import argparse
 import io
 import json
@@ -28,8 +32,32 @@ from common.errors import UserError, run
 from common.run import progress
 from em_mllm.make_data import NOUN, write_questions
 
-RADIOML2018 = ("OOK", "4ASK", "8ASK", "BPSK", "QPSK", "8PSK", "16PSK", "32PSK", "16APSK", "32APSK", "64APSK", "128APSK", "16QAM", "32QAM", "64QAM", "128QAM",
-               "256QAM", "AM-SSB-WC", "AM-SSB-SC", "AM-DSB-WC", "AM-DSB-SC", "FM", "GMSK", "OQPSK")
+RADIOML2018 = (
+    "OOK",
+    "4ASK",
+    "8ASK",
+    "BPSK",
+    "QPSK",
+    "8PSK",
+    "16PSK",
+    "32PSK",
+    "16APSK",
+    "32APSK",
+    "64APSK",
+    "128APSK",
+    "16QAM",
+    "32QAM",
+    "64QAM",
+    "128QAM",
+    "256QAM",
+    "AM-SSB-WC",
+    "AM-SSB-SC",
+    "AM-DSB-WC",
+    "AM-DSB-SC",
+    "FM",
+    "GMSK",
+    "OQPSK",
+)
 DEVICE = {"device": ("设备型号", "device"), "coding": ("编码方式", "coding"), "keying": ("调制方式", "modulation")}
 NOISE_DB = (20, 10, 5, 0, -5, -10)
 
@@ -40,10 +68,17 @@ def parse_args():
     parser.add_argument("files", type=Path, nargs="+", help="the file of the data set; for rtl433 the training and the test file")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--per-cell", type=int, default=1000, help="radioml: most signals of each (class, SNR) cell (default 1000)")
-    parser.add_argument("--fs", type=float, default=1e6, help="radioml: nominal sampling rate in Hz, which the files do not hold (default 1e6)")
+    parser.add_argument(
+        "--fs", type=float, default=1e6, help="radioml: nominal sampling rate in Hz, which the files do not hold (default 1e6)"
+    )
     parser.add_argument("--copies", type=int, default=40, help="rtl433: augmented copies of each training capture (default 40)")
     parser.add_argument("--clean", action="store_true", help="rtl433: training copies without noise and shift, to see what they are worth")
-    parser.add_argument("--view", choices=("polar", "iq"), default="polar", help="rtl433: magnitude and mean frequency, or I and Q, both averaged over 8 samples (default polar)")
+    parser.add_argument(
+        "--view",
+        choices=("polar", "iq"),
+        default="polar",
+        help="rtl433: magnitude and mean frequency, or I and Q, both averaged over 8 samples (default polar)",
+    )
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -54,8 +89,13 @@ def parse_args():
 class ArraysOnly(pickle.Unpickler):
     """Reads a pickle of numpy arrays and nothing else: any other name in it is refused, so that no code of the file can run."""
 
-    ALLOWED = {("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype"),
-               ("_codecs", "encode")}
+    ALLOWED = {
+        ("numpy.core.multiarray", "_reconstruct"),
+        ("numpy._core.multiarray", "_reconstruct"),
+        ("numpy", "ndarray"),
+        ("numpy", "dtype"),
+        ("_codecs", "encode"),
+    }
 
     def find_class(self, module, name):
         if (module, name) not in self.ALLOWED:
@@ -71,7 +111,9 @@ def read_radioml2016(path: Path):
         raise UserError(f"{path}: refused, it holds more than arrays ({error})") from error
     except (EOFError, ValueError, OSError, AttributeError, IndexError) as error:
         raise UserError(f"{path}: not a readable RadioML pickle ({error}); was the download cut short?") from error
-    if not isinstance(cells, dict) or not all(isinstance(k, tuple) and len(k) == 2 and getattr(v, "ndim", 0) == 3 and v.shape[1] == 2 for k, v in cells.items()):
+    if not isinstance(cells, dict) or not all(
+        isinstance(k, tuple) and len(k) == 2 and getattr(v, "ndim", 0) == 3 and v.shape[1] == 2 for k, v in cells.items()
+    ):
         raise UserError(f"{path}: expected a dictionary of (class, SNR): array (n, 2, T)")
     for (name, snr), signals in sorted(cells.items()):
         yield name.decode() if isinstance(name, bytes) else name, float(snr), signals.transpose(0, 2, 1)
@@ -107,18 +149,26 @@ def convert_radioml(cells, out: Path, per_cell: int, fs: float, seed: int):
             if part not in parts:
                 (out / part).mkdir()
                 file = parts[part] = h5py.File(out / part / "modulation.h5", "w")
-                file.create_dataset("IQ_data", (0, *chosen.shape[1:]), "float32", maxshape=(None, *chosen.shape[1:]), chunks=(64, *chosen.shape[1:]))
+                file.create_dataset(
+                    "IQ_data", (0, *chosen.shape[1:]), "float32", maxshape=(None, *chosen.shape[1:]), chunks=(64, *chosen.shape[1:])
+                )
                 for column in ("label", "snr"):
                     file.create_dataset(column, (0, 1), "float32", maxshape=(None, 1))
             file, n = parts[part], len(parts[part]["IQ_data"])
-            for column, values in (("IQ_data", chosen), ("label", np.full((len(chosen), 1), names.index(name))), ("snr", np.full((len(chosen), 1), snr))):
+            for column, values in (
+                ("IQ_data", chosen),
+                ("label", np.full((len(chosen), 1), names.index(name))),
+                ("snr", np.full((len(chosen), 1), snr)),
+            ):
                 file[column].resize(n + len(chosen), 0)
                 file[column][n:] = values
     for part, file in parts.items():
         file.attrs["fs"], file.attrs["classes"] = fs, json.dumps(names)
         labels = file["label"][:, 0]
         file.close()
-        write_questions(out / part / "modulation.json", names, labels, NOUN["modulation"], "modulation.h5", rng, 1, 1 if part == "train" else 0)
+        write_questions(
+            out / part / "modulation.json", names, labels, NOUN["modulation"], "modulation.h5", rng, 1, 1 if part == "train" else 0
+        )
     print(f"{len(names)} classes: {', '.join(names)}")
 
 
@@ -199,9 +249,15 @@ def convert_rtl433(train_path, test_path, out: Path, args):
             views = [view(disturb(z, fs, rng, noise, shift), args.view) for z in test["iq"]]
             name = ("clean" if noise is None else f"{noise}dB") + ("_shift" if shift else "")
             write_captures(out / "test" / name, views, test["y"], test, fs / 8, rng, 1, 0)
-    values = {"device": [str(c) for c in train["classes"]], "coding": sorted({str(v) or "none" for v in train["coding"]}), "keying": sorted(set(map(str, train["modulation"])))}
+    values = {
+        "device": [str(c) for c in train["classes"]],
+        "coding": sorted({str(v) or "none" for v in train["coding"]}),
+        "keying": sorted(set(map(str, train["modulation"]))),
+    }
     (out / "tasks.json").write_text(json.dumps({t: {"noun": DEVICE[t], "names": values[t]} for t in DEVICE}, ensure_ascii=False))
-    print(f"{len(train['y'])} training captures x {args.copies} copies, {len(test['y'])} test captures in {2 * len(NOISE_DB) + 2} conditions")
+    print(
+        f"{len(train['y'])} training captures x {args.copies} copies, {len(test['y'])} test captures in {2 * len(NOISE_DB) + 2} conditions"
+    )
 
 
 def main(args):
@@ -216,7 +272,13 @@ def main(args):
         if args.source == "rtl433":
             convert_rtl433(*args.files, out, args)
         else:
-            convert_radioml((read_radioml2016 if args.source == "radioml2016" else read_radioml2018)(args.files[0]), out, args.per_cell, args.fs, args.seed)
+            convert_radioml(
+                (read_radioml2016 if args.source == "radioml2016" else read_radioml2018)(args.files[0]),
+                out,
+                args.per_cell,
+                args.fs,
+                args.seed,
+            )
     print(f"written to {args.out}")
 
 

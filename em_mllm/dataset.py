@@ -1,11 +1,13 @@
 """Signals and questions from disk: `x.h5` (IQ_data, label) and `x.json` (question, answer) as in the seed; nothing is held in memory.
 
-    modulation.h5     IQ_data float32 (Num, T, 2); label float32 (Num, 1); attributes fs (Hz), classes (JSON list); optional snr (Num, 1) and
+    modulation.h5     IQ_data float32 (Num, T, 2); label float32 (Num, 1); attributes fs (Hz), classes (JSON list); optional snr (Num,
+    1) and
                       regression columns pulse_width, pulse_time_delay, pri, num_pulses, isr
     modulation.json   [{"id", "question", "answer" (absent in test files), "iq_index_in_h5", "h5_path"}, ...]
 
 Every random choice is a function of (seed, epoch, sample), so that the number of processes and a resume do not change it.
 """
+
 import json
 import os
 import re
@@ -24,7 +26,7 @@ from common.run import progress
 from em_mllm.em_foundation.models.embedder import mae_scores
 from em_mllm.em_foundation.utils.utils import first_fit, pack_sequence, scale_to_peak, with_special_patches
 
-DEFAULT_FS = 20e6                                                # Hz, what the seed script assumes
+DEFAULT_FS = 20e6  # Hz, what the seed script assumes
 OPTION = re.compile(r"\(([A-Z])\)\s*(.+?)\s*(?=\([A-Z]\)|$)")
 
 
@@ -42,7 +44,7 @@ class SignalFile:
         try:
             with h5py.File(self.path, "r") as file:
                 if "IQ_data" not in file:
-                    raise UserError(f"{path}: has no dataset IQ_data (it has {', '.join(file) or 'nothing'}); store the signals there, (Num, T, 2) float32")
+                    raise UserError(f"{path}: has no dataset IQ_data (it has {', '.join(file) or 'nothing'}); store the signals there")
                 data = file["IQ_data"]
                 if data.ndim != 3 or data.shape[2] != 2:
                     raise UserError(f"{path}: IQ_data is {data.shape}, expected (Num, T, 2); put I and Q on the last axis")
@@ -92,7 +94,9 @@ class SignalFile:
             try:
                 x = self.file["IQ_data"][start : start + chunk]
             except OSError as error:
-                raise UserError(f"{self.path}: IQ_data[{start}:{start + chunk}] cannot be read ({error}); was the copy cut short?") from error
+                raise UserError(
+                    f"{self.path}: IQ_data[{start}:{start + chunk}] cannot be read ({error}); was the copy cut short?"
+                ) from error
             finite = np.isfinite(x).all((1, 2))
             silent = ~np.any(x, (1, 2))
             for i in np.nonzero(~finite | silent)[0]:
@@ -176,7 +180,9 @@ def encode_text(tokenizer, question: str, answer: str | None, chat: bool = False
     if chat:
         if not tokenizer.chat_template:
             raise UserError("--chat-template: this tokenizer has none; leave the option out")
-        prompt = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False, enable_thinking=False)
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False, enable_thinking=False
+        )
         prompt = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     else:
         prompt = tokenizer(question)["input_ids"]
@@ -199,13 +205,28 @@ def augment(iq: np.ndarray, fs: float, rng: np.random.Generator, noise_db=None, 
 class QuestionDataset(Dataset):
     """Questions about signals, read from (h5, json) pairs.
 
-    questions_per_signal: 0 makes every question an item; n > 0 makes every signal an item, with n of its questions drawn anew each epoch and
-    the signal encoded once for all of them. An item is {"iq": [(T, 2) ...], "fs": [...], "texts": [(ids, prompt length) ...], "rows": [...]}.
+    questions_per_signal: 0 makes every question an item; n > 0 makes every signal an item, with n of its questions drawn anew each
+    epoch and
+    the signal encoded once for all of them. An item is {"iq": [(T, 2) ...], "fs": [...], "texts": [(ids, prompt length) ...], "rows":
+    [...]}.
     Everything is checked here, before anything is written: `skip_bad` leaves out what is wrong and counts it in `skipped`.
     """
 
-    def __init__(self, pairs, tokenizer, max_length=512, with_answers=True, questions_per_signal=0, seed=0, chat=False, skip_bad=False,
-                 noise_db=None, shift_hz=0.0, default_fs=DEFAULT_FS, limit=0):
+    def __init__(
+        self,
+        pairs,
+        tokenizer,
+        max_length=512,
+        with_answers=True,
+        questions_per_signal=0,
+        seed=0,
+        chat=False,
+        skip_bad=False,
+        noise_db=None,
+        shift_hz=0.0,
+        default_fs=DEFAULT_FS,
+        limit=0,
+    ):
         self.tokenizer, self.chat, self.with_answers, self.seed, self.epoch = tokenizer, chat, with_answers, seed, 0
         self.noise_db, self.shift_hz, self.questions_per_signal, self.default_fs = noise_db, shift_hz, questions_per_signal, default_fs
         self.files, self.tasks, self.skipped = [], [], {}
@@ -243,7 +264,9 @@ class QuestionDataset(Dataset):
         path = paired if named is None else json_path.parent / named
         if path not in known:
             if json_path.parent.resolve() not in path.resolve().parents and path != paired:
-                raise UserError(f"{json_path}: item {n}: h5_path {named} lies outside {json_path.parent}; keep the signals beside the questions")
+                raise UserError(
+                    f"{json_path}: item {n}: h5_path {named} lies outside {json_path.parent}; keep the signals beside the questions"
+                )
             if not path.is_file():
                 raise UserError(f"{json_path}: item {n}: h5_path {named} is not in {json_path.parent}; put it there or correct the field")
             self.files.append(SignalFile(path, self.default_fs))
@@ -287,7 +310,12 @@ class QuestionDataset(Dataset):
         signals = [file.read(k) for k in (index if isinstance(index, list) else [index])]
         if self.noise_db is not None or self.shift_hz:
             signals = [augment(x, file.fs, rng, self.noise_db, self.shift_hz) for x in signals]
-        return {"iq": [scale_to_peak(x) for x in signals], "fs": [file.fs] * len(signals), "texts": self.encode(records), "rows": rows.tolist()}
+        return {
+            "iq": [scale_to_peak(x) for x in signals],
+            "fs": [file.fs] * len(signals),
+            "texts": self.encode(records),
+            "rows": rows.tolist(),
+        }
 
 
 def collate_iq(signals, patch: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -329,9 +357,16 @@ class QuestionCollator:
             here = list(range(start, start + len(item["iq"])))
             index += [here + [-1] * (most - len(here))] * len(item["texts"])
             start += len(here)
-        return {"iq": iq, "iq_lengths": lengths, "fs": torch.tensor([f for item in items for f in item["fs"]], dtype=torch.float32),
-                "signal_index": torch.tensor(index), "input_ids": ids, "attention_mask": mask, "labels": ids.clone() if self.legacy else labels,
-                "rows": torch.tensor([r for item in items for r in item["rows"]])}
+        return {
+            "iq": iq,
+            "iq_lengths": lengths,
+            "fs": torch.tensor([f for item in items for f in item["fs"]], dtype=torch.float32),
+            "signal_index": torch.tensor(index),
+            "input_ids": ids,
+            "attention_mask": mask,
+            "labels": ids.clone() if self.legacy else labels,
+            "rows": torch.tensor([r for item in items for r in item["rows"]]),
+        }
 
 
 class SignalDataset(Dataset):
@@ -348,7 +383,9 @@ class SignalDataset(Dataset):
             bad = file.bad_signals()
             if bad and not skip_bad:
                 i = min(bad)
-                raise UserError(f"{file.path}: IQ_data[{i}] {bad[i]} ({len(bad)} such signals); mend them, or leave them out with --skip-bad")
+                raise UserError(
+                    f"{file.path}: IQ_data[{i}] {bad[i]} ({len(bad)} such signals); mend them, or leave them out with --skip-bad"
+                )
             for why in bad.values():
                 self.skipped[why] = self.skipped.get(why, 0) + 1
             good = np.setdiff1d(np.arange(len(file)), list(bad))
@@ -356,8 +393,10 @@ class SignalDataset(Dataset):
             index.append(good)
         self.owner, self.index = np.concatenate(owner), np.concatenate(index)
         # a column that a file lacks is nan there: tasks differ in what they know
-        self.columns = {name: np.concatenate([(f.column(name) if name in f.columns else np.full(len(f), np.nan))[i] for f, i in zip(self.files, index)])
-                        for name in columns}
+        self.columns = {
+            name: np.concatenate([(f.column(name) if name in f.columns else np.full(len(f), np.nan))[i] for f, i in zip(self.files, index)])
+            for name in columns
+        }
 
     def __len__(self):
         return len(self.index)
@@ -376,7 +415,8 @@ class SignalDataset(Dataset):
 class PackedSignals(Dataset):
     """Rows of several signals for MAE pre-training; item i is row i of this epoch's plan.
 
-    Each epoch the signals are shuffled, cut to a random length of at least min_points (0: kept whole) and packed first-fit, `window` signals at
+    Each epoch the signals are shuffled, cut to a random length of at least min_points (0: kept whole) and packed first-fit, `window`
+    signals at
     a time, into rows of `room` tokens. Plan, cuts and mask scores depend on (seed, epoch) alone.
     """
 
@@ -393,7 +433,7 @@ class PackedSignals(Dataset):
         order = rng.permutation(len(self.signals)) if self.shuffle else np.arange(len(self.signals))
         longest = (self.config.num_positions - special) * patch
         points = np.minimum(np.array([f.points for f in self.signals.files])[self.signals.owner[order]], longest)
-        if self.min_points:                                      # log-uniform: as many short signals as long ones
+        if self.min_points:  # log-uniform: as many short signals as long ones
             low = np.minimum(self.min_points, points)
             points = (low * (points / low) ** rng.uniform(size=len(points))).astype(int)
         counts = points // patch
@@ -401,8 +441,14 @@ class PackedSignals(Dataset):
             raise UserError(f"signals of {points.min()} points are shorter than one patch of {patch}")
         tokens = counts + special
         if tokens.max() > self.room:
-            raise UserError(f"a signal of {counts.max() * patch} points takes {tokens.max()} tokens, a row has {self.room}; raise --row-tokens")
-        rows = [[start + k for k in row] for start in range(0, len(order), self.window) for row in first_fit(tokens[start : start + self.window], self.room)]
+            raise UserError(
+                f"a signal of {counts.max() * patch} points takes {tokens.max()} tokens, a row has {self.room}; raise --row-tokens"
+            )
+        rows = [
+            [start + k for k in row]
+            for start in range(0, len(order), self.window)
+            for row in first_fit(tokens[start : start + self.window], self.room)
+        ]
         rows = [rows[k] for k in rng.permutation(len(rows))] if self.shuffle else rows
         self.members = np.concatenate(rows)
         self.ends = np.cumsum([0] + [len(r) for r in rows])
@@ -425,8 +471,12 @@ class PackedSignals(Dataset):
         sample_ids = torch.full((1, self.room), -1)
         sample_ids[0, : len(ids[0])] = ids[0]
         generator = torch.Generator().manual_seed(int(np.random.SeedSequence((self.seed, self.epoch, i)).generate_state(1)[0]))
-        return {"patches": patches[0], "patch_positions": positions[0], "sample_ids_seq": sample_ids[0],
-                "noise": mae_scores(sample_ids, self.config.num_special, generator)[0]}
+        return {
+            "patches": patches[0],
+            "patch_positions": positions[0],
+            "sample_ids_seq": sample_ids[0],
+            "noise": mae_scores(sample_ids, self.config.num_special, generator)[0],
+        }
 
 
 class SignalCollator:
@@ -439,11 +489,16 @@ class SignalCollator:
         config, patch = self.config, self.config.patch_size[0]
         iq, lengths = collate_iq([item["iq"] for item in items], patch)
         count, special = iq.shape[1] // patch, config.num_special
-        patches = iq.unflatten(1, (count, patch)).transpose(2, 3).flatten(2)                # (B, K, C*P), channel-major
+        patches = iq.unflatten(1, (count, patch)).transpose(2, 3).flatten(2)  # (B, K, C*P), channel-major
         head = torch.zeros(len(items), special, patches.shape[-1])
         if config.use_fs:
             head[:, 1] = torch.tensor([item["fs"] for item in items])[:, None] / (1e6 if config.fs_unit == "mhz" else 1)
         valid = torch.arange(special + count) < special + (lengths[:, None] + patch - 1) // patch
         positions = torch.arange(special + count) * valid
         extra = {k: torch.tensor(np.array([item[k] for item in items])) for k in items[0] if k not in ("iq", "fs")}
-        return {"samples": torch.cat([head, patches], 1), "patch_positions": positions, "sample_ids_seq": torch.where(valid, 0, -1), **extra}
+        return {
+            "samples": torch.cat([head, patches], 1),
+            "patch_positions": positions,
+            "sample_ids_seq": torch.where(valid, 0, -1),
+            **extra,
+        }

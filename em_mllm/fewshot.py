@@ -2,11 +2,13 @@
 
     python em_mllm/fewshot.py --train data/em_mllm/train/modulation.h5 --test data/em_mllm/test/modulation.h5 \\
         --signal-encoder-path runs/em_mllm/pretrain/encoder --out runs/em_mllm/fewshot
-    python em_mllm/fewshot.py --embed embeddings.h5 --test data/em_mllm/test/modulation.h5 --signal-encoder-path runs/em_mllm/pretrain/encoder
+    python em_mllm/fewshot.py --embed embeddings.h5 --test data/em_mllm/test/modulation.h5 --signal-encoder-path
+    runs/em_mllm/pretrain/encoder
 
 probe: logistic regression on [cls, mean, spread] of the frozen encoder's normalised output; its strength of regularisation is chosen by
 cross-validation inside the shots. finetune: the whole encoder. Every draw takes other shots and, for the random encoder, other weights.
 """
+
 import argparse
 import json
 import sys
@@ -90,7 +92,8 @@ def probe(x, y, test_x, shots):
 
 
 def fit(encoder_path, random_seed, data, rows, classes, steps, lr, device, batch_size=32):
-    """The whole encoder with a linear head after `steps` steps on `rows` of `data`; random_seed None starts from the pre-trained weights."""
+    """The whole encoder with a linear head after `steps` steps on `rows` of `data`; random_seed None starts from the pre-trained
+    weights."""
     torch.manual_seed(0 if random_seed is None else random_seed)
     model = SiTMAEForClassification(read_config(encoder_path, attention_type="sdpa", num_labels=classes))
     if random_seed is None:
@@ -101,7 +104,9 @@ def fit(encoder_path, random_seed, data, rows, classes, steps, lr, device, batch
     for step in range(steps):
         batch = collate([data[i] for i in rng.choice(rows, min(batch_size, len(rows)), replace=False)])
         set_lr(optimizers, lr_at(step, steps, 0.1))
-        model(**{k: batch[k].to(device) for k in ("samples", "patch_positions", "sample_ids_seq")}, labels=batch["label"].long().to(device)).loss.backward()
+        model(
+            **{k: batch[k].to(device) for k in ("samples", "patch_positions", "sample_ids_seq")}, labels=batch["label"].long().to(device)
+        ).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -112,8 +117,12 @@ def fit(encoder_path, random_seed, data, rows, classes, steps, lr, device, batch
 @torch.no_grad()
 def classify(model, data, batch_size=64) -> np.ndarray:
     """Predicted class of every signal."""
-    return torch.cat([model(**{k: b[k].to(model.device) for k in ("samples", "patch_positions", "sample_ids_seq")}).logits[:, 0].argmax(-1).cpu()
-                      for b in DataLoader(data, batch_size, collate_fn=SignalCollator(model.config))]).numpy()
+    return torch.cat(
+        [
+            model(**{k: b[k].to(model.device) for k in ("samples", "patch_positions", "sample_ids_seq")}).logits[:, 0].argmax(-1).cpu()
+            for b in DataLoader(data, batch_size, collate_fn=SignalCollator(model.config))
+        ]
+    ).numpy()
 
 
 def main(args):
@@ -154,27 +163,50 @@ def main(args):
                     x, test_x = features[kind, 0 if kind == "pre-trained" else draw]
                     answers[f"probe, {kind}"] = probe(x[rows], label[rows], test_x, k)
                 if "finetune" in args.methods:
-                    tuned = fit(args.signal_encoder_path, None if kind == "pre-trained" else args.seed + draw + 1, train, rows, int(classes), args.steps,
-                                args.finetune_lr, accelerator.device)
+                    tuned = fit(
+                        args.signal_encoder_path,
+                        None if kind == "pre-trained" else args.seed + draw + 1,
+                        train,
+                        rows,
+                        int(classes),
+                        args.steps,
+                        args.finetune_lr,
+                        accelerator.device,
+                    )
                     answers[f"finetune, {kind}"] = classify(tuned, test)
             if "cnn" in args.methods:
                 model = train_cnn(Subset(train, rows.tolist()), int(classes), args.steps, 64, 3e-3, Accelerator(), args.seed + draw)
                 answers["CNN from scratch"] = predict(model, test, accelerator.device).argmax(1)
             for name, guess in answers.items():
-                results.setdefault(name, {}).setdefault(k, []).append([float((guess == test_label).mean()), float((guess == test_label)[high].mean()) if high.any() else None])
-    summary = {name: {k: {"accuracy": float(np.mean([v[0] for v in runs])), "spread": float(np.std([v[0] for v in runs])),
-                          "accuracy_high_snr": float(np.mean([v[1] for v in runs])) if high.any() else None} for k, runs in curve.items()}
-               for name, curve in results.items()}
+                results.setdefault(name, {}).setdefault(k, []).append(
+                    [float((guess == test_label).mean()), float((guess == test_label)[high].mean()) if high.any() else None]
+                )
+    summary = {
+        name: {
+            k: {
+                "accuracy": float(np.mean([v[0] for v in runs])),
+                "spread": float(np.std([v[0] for v in runs])),
+                "accuracy_high_snr": float(np.mean([v[1] for v in runs])) if high.any() else None,
+            }
+            for k, runs in curve.items()
+        }
+        for name, curve in results.items()
+    }
     atomic_write(out / "metrics.json", json.dumps({"chance": float(1 / classes), "curves": summary}, indent=1))
     figure, axis = new_figure()
     for name, curve in summary.items():
-        axis.errorbar(list(curve), [v["accuracy"] for v in curve.values()], [v["spread"] for v in curve.values()], marker="o", capsize=2, label=name)
+        axis.errorbar(
+            list(curve), [v["accuracy"] for v in curve.values()], [v["spread"] for v in curve.values()], marker="o", capsize=2, label=name
+        )
     axis.axhline(1 / classes, color="0.6", ls="--", lw=1)
     axis.set(xscale="log", xlabel="labels per class", ylabel="accuracy", title=f"{args.test.stem}, {args.draws} draws; dashed: chance")
     axis.legend(fontsize=8)
     save_figure(figure, out / "figures" / "fewshot.png")
-    atomic_write(out / "figures" / "fewshot.csv", "method,labels_per_class,accuracy,spread\n" + "".join(
-        f"{name},{k},{v['accuracy']:.4f},{v['spread']:.4f}\n" for name, curve in summary.items() for k, v in curve.items()))
+    atomic_write(
+        out / "figures" / "fewshot.csv",
+        "method,labels_per_class,accuracy,spread\n"
+        + "".join(f"{name},{k},{v['accuracy']:.4f},{v['spread']:.4f}\n" for name, curve in summary.items() for k, v in curve.items()),
+    )
     for name, curve in summary.items():
         print(f"{name}: " + ", ".join(f"{k}: {v['accuracy']:.3f}" for k, v in curve.items()))
 

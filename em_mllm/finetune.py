@@ -6,6 +6,7 @@
 Writes out/model (SiTMAEForClassification or SiTForMultiTask, upstream's key names), metrics.json with the chance level or the error of the
 training median beside each number, and a confusion matrix.
 """
+
 import argparse
 import json
 import sys
@@ -32,13 +33,19 @@ from em_mllm.optim import lr_at, make_optimizers, set_lr
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", type=Path, nargs="+", required=True, help=".h5 files with label (files with different classes need one run each)")
+    parser.add_argument(
+        "--train", type=Path, nargs="+", required=True, help=".h5 files with label (files with different classes need one run each)"
+    )
     parser.add_argument("--test", type=Path, nargs="+", required=True, help=".h5 files to measure on, once, at the end")
     parser.add_argument("--signal-encoder-path", type=Path, required=True, help="encoder folder or weight file")
     parser.add_argument("--random-encoder", action="store_true", help="control: the encoder's sizes without its weights")
     parser.add_argument("--linear-probe", action="store_true", help="train the head alone")
-    parser.add_argument("--multitask", action="store_true", help=f"also regress {', '.join(REGRESSION_TASKS)} where the files have these columns")
-    parser.add_argument("--noise-db", type=float, nargs=2, metavar=("LOW", "HIGH"), help="add white noise at a random SNR of this range in training")
+    parser.add_argument(
+        "--multitask", action="store_true", help=f"also regress {', '.join(REGRESSION_TASKS)} where the files have these columns"
+    )
+    parser.add_argument(
+        "--noise-db", type=float, nargs=2, metavar=("LOW", "HIGH"), help="add white noise at a random SNR of this range in training"
+    )
     parser.add_argument("--shift-hz", type=float, default=0.0, help="shift in frequency by up to this in training (default 0)")
     parser.add_argument("--skip-bad", action="store_true")
     parser.add_argument("--steps", type=int, default=500, help="optimizer steps (default 500)")
@@ -59,7 +66,8 @@ def parse_args():
 
 
 def split_labels(batch, scale, device=None):
-    """Take the label columns out of a collated batch: labels for the model (regressions divided by their training scale), inputs, extras."""
+    """Take the label columns out of a collated batch: labels for the model (regressions divided by their training scale), inputs,
+    extras."""
     inputs = {k: batch[k] for k in ("samples", "patch_positions", "sample_ids_seq")}
     label = batch["label"].long()
     if not scale:
@@ -82,8 +90,11 @@ def measure(model, data, scale, batch_size=64):
 
 
 def main(args):
-    accelerator = Accelerator(gradient_accumulation_steps=args.accum, mixed_precision=args.precision, dataloader_config=DataLoaderConfiguration(
-        use_seedable_sampler=True, data_seed=args.seed))
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.accum,
+        mixed_precision=args.precision,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+    )
     seed_everything(args.seed)
     regressions = REGRESSION_TASKS if args.multitask else ()
     columns = ("label", "snr", *regressions)
@@ -94,7 +105,9 @@ def main(args):
             raise UserError(f"{path}: label is missing or not a class number; write a dataset label (Num, 1) of 0, 1, 2, ...")
     classes = train.files[0].classes or [str(i) for i in range(int(train.columns["label"].max()) + 1)]
     if test.columns["label"].max() >= len(classes):
-        raise UserError(f"{args.test[0]}: label {int(test.columns['label'].max())} is not among the {len(classes)} classes of {args.train[0]}")
+        raise UserError(
+            f"{args.test[0]}: label {int(test.columns['label'].max())} is not among the {len(classes)} classes of {args.train[0]}"
+        )
     scale = {name: float(np.nanmean(np.abs(train.columns[name]))) for name in regressions if np.isfinite(train.columns[name]).any()}
     if args.multitask and not scale:
         raise UserError(f"--multitask: {args.train[0]} has none of {', '.join(REGRESSION_TASKS)}")
@@ -103,7 +116,7 @@ def main(args):
     if not args.random_encoder:
         load_encoder(model, args.signal_encoder_path)
     model.sit.requires_grad_(not args.linear_probe)
-    model.sit.layernorm.requires_grad_(False)                    # the heads read the un-normalised output, as upstream
+    model.sit.layernorm.requires_grad_(False)  # the heads read the un-normalised output, as upstream
     if not config.use_fs:
         model.sit.embeddings.fs_embedder.requires_grad_(False)
     if scale:
@@ -111,9 +124,13 @@ def main(args):
             getattr(model, f"regression_head_{name}").requires_grad_(False)
     out = open_run(args.out, args, accelerator, args.resume, args.overwrite)
     size = min(args.batch_size, len(train))
-    loader = DataLoader(train, size, shuffle=True, collate_fn=SignalCollator(config), num_workers=args.workers, drop_last=True, generator=torch.Generator())
-    accelerator.print(f"{describe(model)}; {len(train)} training and {len(test)} test signals, {len(classes)} classes, "
-                      f"{size * accelerator.num_processes * args.accum} signals a step, {args.steps} steps, lr {args.lr:g}")
+    loader = DataLoader(
+        train, size, shuffle=True, collate_fn=SignalCollator(config), num_workers=args.workers, drop_last=True, generator=torch.Generator()
+    )
+    accelerator.print(
+        f"{describe(model)}; {len(train)} training and {len(test)} test signals, {len(classes)} classes, "
+        f"{size * accelerator.num_processes * args.accum} signals a step, {args.steps} steps, lr {args.lr:g}"
+    )
     model, loader, *optimizers = accelerator.prepare(model, loader, *make_optimizers(model, args.optimizer, args.lr, args.weight_decay))
     state = {"step": 0, "epoch": 0, "batch": 0}
     if args.resume and (found := find_resume(out, accelerator)):
@@ -166,7 +183,10 @@ def main(args):
         for name, guess in values.items():
             known = np.isfinite(test.columns[name])
             truth, median = test.columns[name][known], float(np.nanmedian(train.columns[name]))
-            metrics[f"mae_{name}"] = {"model": float(np.abs(guess[known] - truth).mean()), "training median": float(np.abs(median - truth).mean())}
+            metrics[f"mae_{name}"] = {
+                "model": float(np.abs(guess[known] - truth).mean()),
+                "training median": float(np.abs(median - truth).mean()),
+            }
         atomic_write(out / "metrics.json", json.dumps(metrics, indent=1))
         matrix = np.zeros((len(classes), len(classes)), int)
         np.add.at(matrix, (label, predicted), 1)
@@ -177,7 +197,10 @@ def main(args):
         axis.set(xlabel="predicted", ylabel="true")
         axis.grid(False)
         save_figure(figure, out / "figures" / "confusion.png")
-        atomic_write(out / "figures" / "confusion.csv", "true," + ",".join(classes) + "\n" + "".join(f"{n}," + ",".join(map(str, r)) + "\n" for n, r in zip(classes, matrix)))
+        atomic_write(
+            out / "figures" / "confusion.csv",
+            "true," + ",".join(classes) + "\n" + "".join(f"{n}," + ",".join(map(str, r)) + "\n" for n, r in zip(classes, matrix)),
+        )
         print("\n".join(f"{k}: {v}" for k, v in metrics.items()))
     accelerator.wait_for_everyone()
     accelerator.end_training()

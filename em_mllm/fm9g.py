@@ -4,6 +4,7 @@ The recipe is Llama with three factors:  x0 = scale_emb * E[ids];  x += scale_de
 logits = head(norm(x) * dim_model_base / hidden).  Granite of the transformers library has a multiplier in each of these places and
 Llama's tensor names, so the published file loads unchanged. Folding the factors into the weights gives a plain Llama with equal logits.
 """
+
 import json
 from pathlib import Path
 
@@ -11,9 +12,23 @@ import torch
 from transformers import GraniteConfig, LlamaConfig
 
 MODEL_TYPES = ("fm9g", "minicpm")
-SHARED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act",
-          "max_position_embeddings", "rms_norm_eps", "bos_token_id", "eos_token_id", "pad_token_id", "attention_bias", "attention_dropout",
-          "initializer_range")
+SHARED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "attention_bias",
+    "attention_dropout",
+    "initializer_range",
+)
 
 
 def is_fm9g(folder) -> bool:
@@ -27,7 +42,9 @@ def shared_fields(config: dict) -> dict:
     rope = {"rope_type": "default", **(config.get("rope_scaling") or {}), "rope_theta": config.get("rope_theta", 10000.0)}
     rope["rope_type"] = rope.pop("type", rope["rope_type"])
     if rope["rope_type"] == "longrope":
-        rope.setdefault("original_max_position_embeddings", config.get("original_max_position_embeddings", config.get("max_position_embeddings")))
+        rope.setdefault(
+            "original_max_position_embeddings", config.get("original_max_position_embeddings", config.get("max_position_embeddings"))
+        )
     return {**{k: config[k] for k in SHARED if config.get(k) is not None}, "rope_parameters": rope}
 
 
@@ -35,11 +52,13 @@ def granite_config(config: dict) -> GraniteConfig:
     """FM9G config.json (a dictionary) to the Granite configuration that computes the same."""
     head_dim = config["hidden_size"] // config["num_attention_heads"]
     return GraniteConfig(
-        **shared_fields(config), tie_word_embeddings=config.get("tie_word_embeddings", True),
+        **shared_fields(config),
+        tie_word_embeddings=config.get("tie_word_embeddings", True),
         embedding_multiplier=float(config.get("scale_emb", 1)),
         residual_multiplier=config.get("scale_depth", 1) / config["num_hidden_layers"] ** 0.5,
-        attention_multiplier=head_dim ** -0.5,
-        logits_scaling=config["hidden_size"] / config.get("dim_model_base", config["hidden_size"]))
+        attention_multiplier=head_dim**-0.5,
+        logits_scaling=config["hidden_size"] / config.get("dim_model_base", config["hidden_size"]),
+    )
 
 
 def fold_to_llama(config: dict, tensors: dict) -> tuple[LlamaConfig, dict[str, torch.Tensor]]:

@@ -1,7 +1,9 @@
 """Recordings of any common format as (N, 2) float32 with their sampling rate, and long ones as windows.
 
-    .h5 (IQ_data)  .npy  .mat  .cu8 .cs8 .cs16 .cf32 .cfile .cs32 .cf64 (raw, interleaved I and Q)  .sigmf-meta / .sigmf-data / .sigmf  .wav (I left, Q right)
+.h5 (IQ_data)  .npy  .mat  .cu8 .cs8 .cs16 .cf32 .cfile .cs32 .cf64 (raw, interleaved I and Q)  .sigmf-meta / .sigmf-data / .sigmf
+.wav (I left, Q right)
 """
+
 import json
 import re
 import sys
@@ -18,13 +20,23 @@ import scipy.signal
 from common.errors import UserError
 from em_mllm.dataset import SignalFile
 
-RAW = {".cu8": "u1", ".cs8": "i1", ".cs16": "<i2", ".sc16": "<i2", ".cs32": "<i4", ".cf32": "<f4", ".cfile": "<f4", ".fc32": "<f4",
-       ".cf64": "<f8"}
+RAW = {
+    ".cu8": "u1",
+    ".cs8": "i1",
+    ".cs16": "<i2",
+    ".sc16": "<i2",
+    ".cs32": "<i4",
+    ".cf32": "<f4",
+    ".cfile": "<f4",
+    ".fc32": "<f4",
+    ".cf64": "<f8",
+}
 FORMATS = ".h5 .npy .mat .wav .sigmf-meta .sigmf-data .sigmf " + " ".join(RAW)
 
 
 def read_iq(path, index: int = 0) -> tuple[np.ndarray, float | None]:
-    """(N, 2) float32 and the sampling rate in Hz (None if the file does not say). index: which signal of a .h5, .npy or .mat that holds many.
+    """(N, 2) float32 and the sampling rate in Hz (None if the file does not say). index: which signal of a .h5, .npy or .mat that
+    holds many.
 
     Raises UserError for an unknown format, an empty or cut file, a wrong shape, nan or inf, and a signal of zeros.
     """
@@ -42,7 +54,9 @@ def read_iq(path, index: int = 0) -> tuple[np.ndarray, float | None]:
         try:
             iq, fs = two_columns(np.load(path, mmap_mode="r"), path, index), None
         except (ValueError, EOFError, OSError) as error:
-            raise UserError(f"{path}: not a readable array ({str(error).splitlines()[0]}); save it with numpy.save, without objects") from error
+            raise UserError(
+                f"{path}: not a readable array ({str(error).splitlines()[0]}); save it with numpy.save, without objects"
+            ) from error
     elif path.suffix == ".mat":
         iq, fs = read_mat(path, index)
     elif path.suffix == ".wav":
@@ -71,7 +85,9 @@ def read_raw(path: Path, dtype: str) -> np.ndarray:
     width = 2 * np.dtype(dtype).itemsize
     size = path.stat().st_size
     if size % width:
-        raise UserError(f"{path}: {size} bytes are no whole number of {width}-byte IQ pairs; was the copy cut short, or is the suffix wrong?")
+        raise UserError(
+            f"{path}: {size} bytes are no whole number of {width}-byte IQ pairs; was the copy cut short, or is the suffix wrong?"
+        )
     iq = np.fromfile(path, dtype).reshape(-1, 2).astype(np.float32)
     return iq - 127.5 if dtype == "u1" else iq
 
@@ -138,7 +154,9 @@ def read_sigmf(path: Path):
         recording = sigmf.sigmffile.fromfile(str(meta))
         samples = recording.read_samples()
     except (SigMFError, OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not a readable SigMF recording ({str(error).splitlines()[0]}); .sigmf-meta and .sigmf-data must lie side by side") from error
+        raise UserError(
+            f"{path}: not a readable SigMF recording ({str(error).splitlines()[0]}); .sigmf-meta and .sigmf-data must lie side by side"
+        ) from error
     rate = recording.get_global_field("core:sample_rate")
     if samples.ndim == 2:
         print(f"{path}: {samples.shape[1]} channels; the first is read")

@@ -6,6 +6,7 @@
 The three parts come from different seeds. SNR is uniform over --snr, over the full band. test/ has no signal of the other two; its answers
 are kept, the competition's test files leave them out (--no-test-answers).
 """
+
 import argparse
 import json
 import sys
@@ -24,21 +25,27 @@ from em_mllm.signals import TASKS, make_signal
 
 LETTERS = "ABCD"
 NOUN = {"modulation": ("调制类型", "modulation type"), "radar_jamming": ("雷达或干扰类型", "radar or jamming type")}
-CHOICE = [("请依据给出的IQ信号内容，选出最符合的{zh}{how}。{options}", "正确答案是：({letter}) {name}"),
-          ("以下哪一项是该信号的{zh}？{options}", "正确答案是：({letter}) {name}"),
-          ("Which option is the {en} of this IQ signal? {options}", "The correct answer is: ({letter}) {name}"),
-          ("Choose the {en} that fits the signal. {options}", "The correct answer is: ({letter}) {name}")]
+CHOICE = [
+    ("请依据给出的IQ信号内容，选出最符合的{zh}{how}。{options}", "正确答案是：({letter}) {name}"),
+    ("以下哪一项是该信号的{zh}？{options}", "正确答案是：({letter}) {name}"),
+    ("Which option is the {en} of this IQ signal? {options}", "The correct answer is: ({letter}) {name}"),
+    ("Choose the {en} that fits the signal. {options}", "The correct answer is: ({letter}) {name}"),
+]
 OPEN = [("该信号的{zh}是什么？", "{name}"), ("What is the {en} of this signal?", "{name}")]
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not hold other data")
-    parser.add_argument("--train", type=int, default=1300, help="training signals per modulation class; half as many per radar_jamming class (default 1300)")
+    parser.add_argument(
+        "--train", type=int, default=1300, help="training signals per modulation class; half as many per radar_jamming class (default 1300)"
+    )
     parser.add_argument("--val", type=int, default=40, help="validation signals per class (default 40)")
     parser.add_argument("--test", type=int, default=65, help="test signals per class (default 65)")
     parser.add_argument("--points", type=int, default=1024, help="points per signal (default 1024, the seed's)")
-    parser.add_argument("--snr", type=float, nargs=2, default=(-10, 20), metavar=("LOW", "HIGH"), help="SNR range in dB over the full band (default -10 20)")
+    parser.add_argument(
+        "--snr", type=float, nargs=2, default=(-10, 20), metavar=("LOW", "HIGH"), help="SNR range in dB over the full band (default -10 20)"
+    )
     parser.add_argument("--fs", type=float, default=20e6, help="sampling rate in Hz (default 20e6)")
     parser.add_argument("--fading", choices=("none", "rician", "rayleigh"), default="none", help="multipath (default none)")
     parser.add_argument("--choice-questions", type=int, default=2, help="four-choice questions per training signal (default 2)")
@@ -56,8 +63,10 @@ def four_choice(names, name: str, noun: tuple[str, str], rng: np.random.Generato
     options = [options[i] for i in rng.permutation(len(options))]
     question, answer = CHOICE[rng.integers(len(CHOICE))]
     shown = " ".join(f"({letter}) {option}" for letter, option in zip(LETTERS, options))
-    return {"question": question.format(zh=noun[0], en=noun[1], options=shown, how="（四选一）" if len(options) == 4 else ""),
-            "answer": answer.format(letter=LETTERS[options.index(name)], name=name)}
+    return {
+        "question": question.format(zh=noun[0], en=noun[1], options=shown, how="（四选一）" if len(options) == 4 else ""),
+        "answer": answer.format(letter=LETTERS[options.index(name)], name=name),
+    }
 
 
 def open_question(name: str, noun: tuple[str, str], rng: np.random.Generator) -> dict:
@@ -99,7 +108,9 @@ def main(args):
     if args.points < 128 or min(args.train, args.val, args.test) < 1:
         raise UserError("--points must be at least 128 and --train, --val, --test at least 1")
     if args.out.exists() and any(args.out.iterdir()) and not (args.overwrite and (args.out / "make_data.json").exists()):
-        raise UserError(f"{args.out} is not empty; choose another --out" + (", or add --overwrite" if (args.out / "make_data.json").exists() else ""))
+        raise UserError(
+            f"{args.out} is not empty; choose another --out" + (", or add --overwrite" if (args.out / "make_data.json").exists() else "")
+        )
     with atomic_dir(args.out) as out:
         for number, (part, per_class) in enumerate((("train", args.train), ("val", args.val), ("test", args.test))):
             (out / part).mkdir()
@@ -110,7 +121,10 @@ def main(args):
                 choices, opens = (args.choice_questions, args.open_questions) if part == "train" else (1, int(part == "test"))
                 write_pair(out / part, task, labels, args, rng, choices, opens, answers=part != "test" or args.test_answers)
         (out / "make_data.json").write_text(json.dumps({k: str(v) for k, v in vars(args).items()}))
-    print(f"{args.out}: {args.train} training signals per modulation class, {args.test} test signals per class, {args.points} points, SNR {args.snr[0]:g} to {args.snr[1]:g} dB")
+    print(
+        f"{args.out}: {args.train} training signals per modulation class, {args.test} test signals per class, "
+        f"{args.points} points, SNR {args.snr[0]:g} to {args.snr[1]:g} dB"
+    )
 
 
 if __name__ == "__main__":

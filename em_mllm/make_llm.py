@@ -1,10 +1,13 @@
 """Make a tiny language model that can answer multiple-choice questions, so that everything runs without a download.
 
-It is trained on text alone, never on a signal: where the signal vectors will stand, the name of a class stands, and the model learns to find it
-among the options and to answer with its letter. What is left for the joint training is to turn signals into something that reads like a name.
+It is trained on text alone, never on a signal: where the signal vectors will stand, the name of a class stands, and the model learns
+to find it
+among the options and to answer with its letter. What is left for the joint training is to turn signals into something that reads like
+a name.
 
     python em_mllm/make_llm.py --out data/em_mllm_llm --steps 500
 """
+
 import argparse
 import json
 import shutil
@@ -39,7 +42,12 @@ def parse_args():
     parser.add_argument("--hidden-size", type=int, default=96)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--slots", type=int, default=9, help="places that the class name fills where signal vectors will stand (default 9)")
-    parser.add_argument("--tasks", type=Path, help='JSON of other tasks to ask about: {"device": {"noun": ["设备型号", "device"], "names": ["a", "b"]}} (default: the built-in ones)')
+    parser.add_argument(
+        "--tasks",
+        type=Path,
+        help='JSON of other tasks to ask about: {"device": {"noun": ["设备型号", "device"], "names": ["a", "b"]}} '
+        "(default: the built-in ones)",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--overwrite", action="store_true")
     return parser.parse_args()
@@ -56,22 +64,30 @@ def read_tasks(path) -> list[tuple[list[str], tuple[str, str]]]:
 
 
 def build_tokenizer(tasks):
-    """Byte-level BPE on the templates; a letter in brackets and a class name are one token each, which makes binding one to the other learnable."""
+    """Byte-level BPE on the templates; a letter in brackets and a class name are one token each, which makes binding one to the other
+    learnable."""
     rng = np.random.default_rng(0)
-    texts = [text for names, noun in tasks for name in names for _ in range(8)
-             for item in (four_choice(names, name, noun, rng), open_question(name, noun, rng)) for text in (item["question"], item["answer"])]
+    texts = [
+        text
+        for names, noun in tasks
+        for name in names
+        for _ in range(8)
+        for item in (four_choice(names, name, noun, rng), open_question(name, noun, rng))
+        for text in (item["question"], item["answer"])
+    ]
     tokenizer = make_tokenizer(texts, vocab_size=900, special_tokens=(IQ_START, IQ_END))
     tokenizer.add_tokens([f"({letter}) " for letter in LETTERS] + [name for names, _ in tasks for name in names])
     return tokenizer
 
 
 def sample_text(tokenizer, tasks, rng, slots, recite):
-    """One training text: (token ids, how many are prompt). A share `recite` recites the options; of the rest three in four choose, one names."""
+    """One training text: (token ids, how many are prompt). A share `recite` recites the options; of the rest three in four choose, one
+    names."""
     names, noun = tasks[rng.integers(len(tasks))]
     name = names[rng.integers(len(names))]
     item = four_choice(names, name, noun, rng)
     encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
-    if rng.uniform() < recite:                                   # options, then "name letter" or "letter name" pairs in random order
+    if rng.uniform() < recite:  # options, then "name letter" or "letter name" pairs in random order
         pairs = [f"({a}) {n}" if rng.uniform() < 0.5 else f"{n}({a}) " for a, n in parse_options(item).items()]
         prompt = encode(item["question"]) + [tokenizer.eos_token_id]
         return prompt + encode("".join(pairs[i] for i in rng.permutation(len(pairs)))), -len(prompt)
@@ -84,7 +100,7 @@ def sample_text(tokenizer, tasks, rng, slots, recite):
 def batch_of(tokenizer, tasks, rng, size, slots, recite):
     texts, prompts = zip(*[sample_text(tokenizer, tasks, rng, slots, recite) for _ in range(size)])
     ids, mask, labels = collate_text(texts, [abs(n) for n in prompts], tokenizer.pad_token_id)
-    for row, n in enumerate(prompts):                            # recited pairs: only the partner can be known
+    for row, n in enumerate(prompts):  # recited pairs: only the partner can be known
         if n < 0:
             labels[row, -n : len(texts[row]) : 2] = -100
     return ids, mask, labels
@@ -100,7 +116,7 @@ def letter_accuracy(llm, tokenizer, tasks, rng, slots, count=200):
         logits = llm(input_ids=ids, attention_mask=mask).logits
         for row in range(len(ids)):
             where = [int(w) for w in torch.nonzero(labels[row] >= 0).flatten() if int(labels[row, w]) in letters]
-            if len(where) == 1:                                  # not an open question
+            if len(where) == 1:  # not an open question
                 hits += letters[int(logits[row, where[0] - 1, letters].argmax())] == int(labels[row, where[0]])
                 seen += 1
     return hits / seen
@@ -114,10 +130,20 @@ def main(args):
     tokenizer = build_tokenizer(tasks)
     rng, start = np.random.default_rng(args.seed + 1), time.process_time()
     with atomic_dir(args.out) as out:
-        make_llm(out / "start", tokenizer, seed=args.seed, hidden_size=args.hidden_size, intermediate_size=256 * args.hidden_size // 96,
-                 num_hidden_layers=args.layers, num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=True, initializer_range=0.06)
+        make_llm(
+            out / "start",
+            tokenizer,
+            seed=args.seed,
+            hidden_size=args.hidden_size,
+            intermediate_size=256 * args.hidden_size // 96,
+            num_hidden_layers=args.layers,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            tie_word_embeddings=True,
+            initializer_range=0.06,
+        )
         llm = AutoModelForCausalLM.from_pretrained(out / "start").train()
-        for layer in llm.model.layers:                           # start by attending to equal tokens and copying them: binding is learned sooner
+        for layer in llm.model.layers:  # start by attending to equal tokens and copying them: binding is learned sooner
             attention = layer.self_attn
             attention.q_proj.weight.data.copy_(attention.k_proj.weight)
             torch.nn.init.orthogonal_(attention.v_proj.weight)
@@ -125,7 +151,7 @@ def main(args):
         optimizers = make_optimizers(llm, "muon", args.lr, 0.05)
         for step in progress(range(args.steps), desc="warm-up on text", unit="step"):
             set_lr(optimizers, lr_at(step, args.steps, warmup=0.03))
-            recite = 1.0 if step < 0.4 * args.steps else 0.3     # recitation first: every pair in it is a lesson in binding
+            recite = 1.0 if step < 0.4 * args.steps else 0.3  # recitation first: every pair in it is a lesson in binding
             ids, mask, labels = batch_of(tokenizer, tasks, rng, args.batch_size, args.slots, recite)
             hidden = llm.model(input_ids=ids, attention_mask=mask).last_hidden_state[:, :-1]
             learned = labels[:, 1:] >= 0
@@ -136,8 +162,11 @@ def main(args):
                 optimizer.step()
                 optimizer.zero_grad()
             if (step + 1) % 100 == 0:
-                print(f"step {step + 1}/{args.steps} | loss {loss.item():.3f} | letter accuracy {letter_accuracy(llm, tokenizer, tasks, np.random.default_rng(1), args.slots):.3f}"
-                      f" | {time.process_time() - start:.0f} CPU s")
+                print(
+                    f"step {step + 1}/{args.steps} | loss {loss.item():.3f} | letter accuracy "
+                    f"{letter_accuracy(llm, tokenizer, tasks, np.random.default_rng(1), args.slots):.3f}"
+                    f" | {time.process_time() - start:.0f} CPU s"
+                )
         llm.eval().save_pretrained(out)
         tokenizer.save_pretrained(out)
         shutil.rmtree(out / "start")

@@ -1,9 +1,10 @@
 """A language model that reads radio signals: encoder, projector and any causal LLM (upstream MultiModalModel of train_mllm.py).
 
-    [<IQ_START>] K signal vectors [<IQ_END>]  (once per signal)  question  answer
+[<IQ_START>] K signal vectors [<IQ_END>]  (once per signal)  question  answer
 
-    model, tokenizer = load_model("runs/em_mllm/base/model")       # everything that save_model wrote, with one call
+model, tokenizer = load_model("runs/em_mllm/base/model")       # everything that save_model wrote, with one call
 """
+
 import json
 import sys
 from pathlib import Path
@@ -42,7 +43,7 @@ class MerlinProjector(nn.Module):
 
 
 PROJECTORS = {
-    "linear": nn.Linear,                                                                          # the seed's README
+    "linear": nn.Linear,  # the seed's README
     "mlp": lambda d_em, d_llm: nn.Sequential(nn.Linear(d_em, 4 * d_llm), nn.GELU(), nn.Linear(4 * d_llm, d_llm), nn.LayerNorm(d_llm)),
     "merlin": MerlinProjector,
 }
@@ -63,15 +64,26 @@ def embedding_scales(llm) -> tuple[float, float]:
 class MultiModalModel(nn.Module):
     """llm: a causal LM; signal_encoder: SiTMAEModelWithoutMask; projector: "linear", "mlp" or "merlin".
 
-    signal_tokens: 0 gives the LLM one vector per patch, as the seed; n > 0 gives n means over equal stretches of the signal and the cls vector.
-    iq_start_id, iq_end_id: their embedding rows start the parameter `iq_tokens` (2, d_llm), which stands for them from then on; an LLM whose
-    table does not reach that far is left as it is and the rows start like a typical one. So they are trained whether the LLM is frozen, adapted or
+    signal_tokens: 0 gives the LLM one vector per patch, as the seed; n > 0 gives n means over equal stretches of the signal and the
+    cls vector.
+    iq_start_id, iq_end_id: their embedding rows start the parameter `iq_tokens` (2, d_llm), which stands for them from then on; an LLM
+    whose
+    table does not reach that far is left as it is and the rows start like a typical one. So they are trained whether the LLM is
+    frozen, adapted or
     not (upstream resizes the table and leaves the new rows at random under LoRA).
     legacy: the starter kit's arithmetic (specified in `legacy_features`), for checkpoints trained with it.
     """
 
-    def __init__(self, llm, signal_encoder, projector: str = "linear", iq_start_id: int = 0, iq_end_id: int = 1, signal_tokens: int = 0,
-                 legacy: bool = False):
+    def __init__(
+        self,
+        llm,
+        signal_encoder,
+        projector: str = "linear",
+        iq_start_id: int = 0,
+        iq_end_id: int = 1,
+        signal_tokens: int = 0,
+        legacy: bool = False,
+    ):
         super().__init__()
         self.llm, self.signal_encoder, self.signal_tokens, self.legacy = llm, signal_encoder, signal_tokens, legacy
         table = llm.get_input_embeddings().weight
@@ -83,8 +95,10 @@ class MultiModalModel(nn.Module):
             rows = table.detach().float().mean(0) + table.detach().float().std() * torch.randn(2, table.shape[1])
         self.iq_tokens = nn.Parameter(rows)
         self.text_scale, self.signal_scale = embedding_scales(llm)
-        if projector == "linear" and not legacy:        # normalised features of width D: start as loud as the text embeddings
-            nn.init.normal_(self.signal_to_hidden.weight, std=table.float().std().item() * self.text_scale / signal_encoder.config.hidden_size ** 0.5)
+        if projector == "linear" and not legacy:  # normalised features of width D: start as loud as the text embeddings
+            nn.init.normal_(
+                self.signal_to_hidden.weight, std=table.float().std().item() * self.text_scale / signal_encoder.config.hidden_size**0.5
+            )
             nn.init.zeros_(self.signal_to_hidden.bias)
 
     def signal_features(self, iq, iq_lengths=None, fs=None):
@@ -109,7 +123,7 @@ class MultiModalModel(nn.Module):
         h = self.signal_encoder(tokens, positions, torch.where(is_token, 0, -1)).last_hidden_state
         features = h[:, special:]
         if self.signal_tokens:
-            place = torch.arange(count, device=iq.device) * self.signal_tokens // valid.sum(1, keepdim=True)     # (S, K) stretch of each patch
+            place = torch.arange(count, device=iq.device) * self.signal_tokens // valid.sum(1, keepdim=True)  # (S, K) stretch of each patch
             share = (place[:, None] == torch.arange(self.signal_tokens, device=iq.device)[:, None]) & valid[:, None]
             share = share.to(h.dtype) / share.sum(-1, keepdim=True).clamp(min=1)
             features = torch.cat([share @ features, h[:, :1]], 1)
@@ -155,7 +169,7 @@ class MultiModalModel(nn.Module):
         index, mask = pad_rows(plan, 0, left)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         if self.legacy:
-            mask[:, -input_ids.shape[1]:] = attention_mask
+            mask[:, -input_ids.shape[1] :] = attention_mask
         return table[index], mask, pad_rows(label_rows, -100, left)[0] if labels is not None else None, positions
 
     def forward(self, iq, input_ids, attention_mask, labels=None, iq_lengths=None, fs=None, signal_index=None, all_logits=False):
@@ -169,9 +183,10 @@ class MultiModalModel(nn.Module):
             target = labels[:, 1:] if labels is not None else None
             predicted = logits[:, :-1]
         else:
-            where = torch.nonzero((labels[:, 1:] != -100).any(0)).flatten()          # columns that predict an answer token in some row
-            logits = predicted = self.llm(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False,
-                                          logits_to_keep=where).logits
+            where = torch.nonzero((labels[:, 1:] != -100).any(0)).flatten()  # columns that predict an answer token in some row
+            logits = predicted = self.llm(
+                inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=where
+            ).logits
             target = labels[:, where + 1]
         loss = None if target is None else F.cross_entropy(predicted.flatten(0, 1).float(), target.flatten(), ignore_index=-100)
         return {"loss": loss, "logits": logits, "labels": target, "inputs_embeds": embeds, "attention_mask": mask}
@@ -194,8 +209,13 @@ class MultiModalModel(nn.Module):
         text = self.llm.get_input_embeddings()(tail) * self.text_scale
         whole_mask = torch.cat([mask[row], tail_mask], 1)
         positions = (whole_mask.cumsum(1) - 1).clamp(min=0)
-        logits = self.llm(inputs_embeds=torch.cat([embeds[row], text.to(embeds.dtype)], 1), attention_mask=whole_mask, position_ids=positions,
-                          use_cache=False, logits_to_keep=tail.shape[1] + 1).logits[:, :-1]
+        logits = self.llm(
+            inputs_embeds=torch.cat([embeds[row], text.to(embeds.dtype)], 1),
+            attention_mask=whole_mask,
+            position_ids=positions,
+            use_cache=False,
+            logits_to_keep=tail.shape[1] + 1,
+        ).logits[:, :-1]
         scores = (logits.float().log_softmax(-1).gather(-1, tail[..., None])[..., 0] * tail_mask).sum(1)
         return list(scores.cpu().split([len(choices) for choices in options]))
 
@@ -204,8 +224,10 @@ def pad_rows(rows, value, left):
     """List of 1-D tensors -> (B, longest) filled with `value`, and the mask of real entries as int64."""
     longest = max(len(r) for r in rows)
     pad = [(longest - len(r), 0) if left else (0, longest - len(r)) for r in rows]
-    return (torch.stack([F.pad(r, p, value=value) for r, p in zip(rows, pad)]),
-            torch.stack([F.pad(torch.ones_like(r), p) for r, p in zip(rows, pad)]))
+    return (
+        torch.stack([F.pad(r, p, value=value) for r, p in zip(rows, pad)]),
+        torch.stack([F.pad(torch.ones_like(r), p) for r, p in zip(rows, pad)]),
+    )
 
 
 # ---- building, freezing, saving, loading
@@ -221,13 +243,15 @@ def load_llm(path, dtype="float32", trust_remote_code=False):
     dtype = getattr(torch, dtype)
     if is_fm9g(path) and not trust_remote_code:
         config = granite_config(json.loads((path / "config.json").read_text()))
-        print(f"{path}: {config.num_hidden_layers} layers of FM9G / MiniCPM loaded natively as Granite (the same arithmetic, the same tensor names)")
+        print(f"{path}: {config.num_hidden_layers} layers of FM9G / MiniCPM loaded natively as Granite (the same arithmetic and names)")
         return GraniteForCausalLM.from_pretrained(path, config=config, dtype=dtype)
     try:
         return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError) as error:
-        raise UserError(f"--llm-model-path {path}: {str(error).splitlines()[0]}"
-                        + ("" if trust_remote_code else "; if the folder brings its own code that you trust, add --trust-remote-code")) from error
+        raise UserError(
+            f"--llm-model-path {path}: {str(error).splitlines()[0]}"
+            + ("" if trust_remote_code else "; if the folder brings its own code that you trust, add --trust-remote-code")
+        ) from error
 
 
 def load_tokenizer(path, trust_remote_code=False):
@@ -250,7 +274,9 @@ def load_tokenizer(path, trust_remote_code=False):
         elif (path / "tokenizer.model").exists():
             tokenizer = LlamaTokenizerFast.from_pretrained(path)
         else:
-            raise UserError(f"{path}: no readable tokenizer ({str(error).splitlines()[0]}); copy tokenizer.json or tokenizer.model into it") from error
+            raise UserError(
+                f"{path}: no readable tokenizer ({str(error).splitlines()[0]}); copy tokenizer.json or tokenizer.model into it"
+            ) from error
     if tokenizer.eos_token is None:
         marker = next((t for t in ("<|im_end|>", "</s>", "<|endoftext|>") if t in tokenizer.get_vocab()), None)
         if marker is None:
@@ -262,8 +288,18 @@ def load_tokenizer(path, trust_remote_code=False):
     return tokenizer
 
 
-def build_model(llm_path, encoder_path, projector="linear", signal_tokens=0, dtype="float32", legacy=False, trust_remote_code=False,
-                random_encoder=False, max_points=None, attention_type=None):
+def build_model(
+    llm_path,
+    encoder_path,
+    projector="linear",
+    signal_tokens=0,
+    dtype="float32",
+    legacy=False,
+    trust_remote_code=False,
+    random_encoder=False,
+    max_points=None,
+    attention_type=None,
+):
     """LLM folder + encoder folder -> (MultiModalModel, tokenizer). The encoder computes in float32 or in `dtype` as the rest.
 
     random_encoder: take the encoder's sizes but not its weights (the control that shows what pre-training is worth).
@@ -288,7 +324,7 @@ def set_trainable(model: MultiModalModel, freeze_llm: bool, freeze_signal_encode
     freeze_signal_encoder: nothing of the encoder. An unfrozen encoder leaves out the sampling-rate MLP if it does not use one.
     lora: {"r", "lora_alpha", "lora_dropout", "target_modules"}.
     """
-    if isinstance(model.llm, PeftModel):                         # continued from a run with adapters: the same ones go on
+    if isinstance(model.llm, PeftModel):  # continued from a run with adapters: the same ones go on
         for name, parameter in model.llm.named_parameters():
             parameter.requires_grad_("lora_" in name)
     elif use_lora:
@@ -302,7 +338,7 @@ def set_trainable(model: MultiModalModel, freeze_llm: bool, freeze_signal_encode
         model.llm.requires_grad_(False)
     model.signal_encoder.requires_grad_(not freeze_signal_encoder)
     if not model.signal_encoder.config.use_fs or model.legacy:
-        model.signal_encoder.embeddings.fs_embedder.requires_grad_(False)          # a tensor that gets no gradient breaks DDP
+        model.signal_encoder.embeddings.fs_embedder.requires_grad_(False)  # a tensor that gets no gradient breaks DDP
     if model.legacy:
         model.signal_encoder.layernorm.requires_grad_(False)
 
@@ -324,9 +360,21 @@ def save_model(folder, model: MultiModalModel, tokenizer, llm_path, dtype="float
         state = {k: v.detach().contiguous().cpu() for k, v in model.signal_to_hidden.state_dict().items()}
         save_file({**state, "iq_tokens": model.iq_tokens.detach().cpu()}, out / "signal_to_hidden.safetensors")
         kind = "adapter" if is_peft else "frozen" if frozen else "full"
-        (out / "multimodal.json").write_text(json.dumps({
-            "llm": kind, "llm_model_path": str(Path(llm_path).resolve()), "dtype": dtype, "projector": model.projector,
-            "signal_tokens": model.signal_tokens, "legacy": model.legacy, **notes}, indent=1, ensure_ascii=False))
+        (out / "multimodal.json").write_text(
+            json.dumps(
+                {
+                    "llm": kind,
+                    "llm_model_path": str(Path(llm_path).resolve()),
+                    "dtype": dtype,
+                    "projector": model.projector,
+                    "signal_tokens": model.signal_tokens,
+                    "legacy": model.legacy,
+                    **notes,
+                },
+                indent=1,
+                ensure_ascii=False,
+            )
+        )
 
 
 def read_notes(folder) -> dict:

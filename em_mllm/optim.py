@@ -1,4 +1,5 @@
 """Optimizers and learning rate of every training script here."""
+
 import math
 
 import torch

@@ -3,10 +3,12 @@
     python em_mllm/pretrain.py --data data/em_mllm/train --out runs/em_mllm/pretrain --preset tiny
     torchrun --nproc_per_node=8 em_mllm/pretrain.py --data /data/iq --out runs/em_mllm/base --batch-size 32 --precision bf16
 
---data: .h5 files, or folders of them, with IQ_data (Num, T, 2); labels are not read. Writes out/encoder/ (config.json, model.safetensors with
+--data: .h5 files, or folders of them, with IQ_data (Num, T, 2); labels are not read. Writes out/encoder/ (config.json,
+model.safetensors with
 the keys sit.* and decoder.*), out/metrics.json with trivial baselines beside the error, and pictures of reconstructions. Upstream published
 no trainer.
 """
+
 import argparse
 import json
 import sys
@@ -30,10 +32,23 @@ from em_mllm.em_foundation.utils.utils import load_encoder, read_config
 from em_mllm.optim import lr_at, make_optimizers, set_lr
 
 PRESETS = {
-    "base": {"attention_type": "sdpa"},                          # the published sizes: 86 M encoder, 112 M with decoder
-    "tiny": dict(hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=256, patch_size=(16, 1), max_seq_len=(1040, 1),
-                 decoder_hidden_size=64, decoder_num_hidden_layers=1, decoder_num_attention_heads=4, decoder_intermediate_size=256,
-                 layer_norm_eps=1e-6, initializer_range=0.1, attention_type="sdpa", position_init="sincos"),
+    "base": {"attention_type": "sdpa"},  # the published sizes: 86 M encoder, 112 M with decoder
+    "tiny": dict(
+        hidden_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=256,
+        patch_size=(16, 1),
+        max_seq_len=(1040, 1),
+        decoder_hidden_size=64,
+        decoder_num_hidden_layers=1,
+        decoder_num_attention_heads=4,
+        decoder_intermediate_size=256,
+        layer_norm_eps=1e-6,
+        initializer_range=0.1,
+        attention_type="sdpa",
+        position_init="sincos",
+    ),
 }
 
 
@@ -42,8 +57,15 @@ def parse_args():
     data = parser.add_argument_group("data")
     data.add_argument("--data", type=Path, nargs="+", required=True, help=".h5 files or folders of them")
     data.add_argument("--val", type=Path, nargs="+", default=[], help=".h5 files or folders for the closing measurement (default: none)")
-    data.add_argument("--min-points", type=int, default=0, help="cut each signal to a random length from this to its own, log-uniform (default 0: keep whole)")
-    data.add_argument("--row-tokens", type=int, default=0, help="tokens in a row that signals are packed into (default: the encoder's position table)")
+    data.add_argument(
+        "--min-points",
+        type=int,
+        default=0,
+        help="cut each signal to a random length from this to its own, log-uniform (default 0: keep whole)",
+    )
+    data.add_argument(
+        "--row-tokens", type=int, default=0, help="tokens in a row that signals are packed into (default: the encoder's position table)"
+    )
     data.add_argument("--skip-bad", action="store_true", help="leave out signals with nan, inf or only zeros instead of stopping")
     data.add_argument("--workers", type=int, default=0, help="loader processes (default 0)")
     model = parser.add_argument_group("model")
@@ -60,7 +82,9 @@ def parse_args():
     optim.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default 1e-3)")
     optim.add_argument("--warmup", type=float, default=0.05, help="share of the steps that the rate rises over (default 0.05)")
     optim.add_argument("--weight-decay", type=float, default=0.05)
-    optim.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: orthogonalised momentum for the layers' matrices")
+    optim.add_argument(
+        "--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: orthogonalised momentum for the layers' matrices"
+    )
     optim.add_argument("--clip", type=float, default=1.0, help="largest gradient norm (default 1)")
     optim.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no", help="autocast (default no: float32)")
     optim.add_argument("--gradient-checkpointing", action="store_true")
@@ -112,8 +136,13 @@ def simple_guesses(patches, sample_ids, mae_mask, special):
             known = np.concatenate([np.arange(k, k + patch) for k in ((seen - where[0]) * patch).tolist()])
             for c in range(2):
                 wave = patches[r, where, c * patch : (c + 1) * patch].flatten().numpy()
-                linear[r, where, c * patch : (c + 1) * patch] = torch.tensor(np.interp(t, known, wave[known]).reshape(-1, patch), dtype=patches.dtype)
-    return {name: ((guess - patches) ** 2).mean(-1) for name, guess in (("zeros", torch.zeros_like(patches)), ("nearest", nearest), ("linear", linear))}
+                linear[r, where, c * patch : (c + 1) * patch] = torch.tensor(
+                    np.interp(t, known, wave[known]).reshape(-1, patch), dtype=patches.dtype
+                )
+    return {
+        name: ((guess - patches) ** 2).mean(-1)
+        for name, guess in (("zeros", torch.zeros_like(patches)), ("nearest", nearest), ("linear", linear))
+    }
 
 
 @torch.no_grad()
@@ -126,7 +155,7 @@ def measure(model, packed, batches=16, batch_size=8):
         mask, logits = out.mae_mask.cpu(), out.logits.float().cpu()
         patches, ids = batch["patches"], batch["sample_ids_seq"]
         errors = simple_guesses(patches, ids, mask, config.num_special)
-        if config.norm_pix_loss:                                 # predicted in units of each patch's spread: back to the signal's
+        if config.norm_pix_loss:  # predicted in units of each patch's spread: back to the signal's
             logits = logits * (patches.var(-1, keepdim=True) + 1e-6).sqrt() + patches.mean(-1, keepdim=True)
         errors["model"] = ((logits - patches) ** 2).mean(-1)
         for name, e in errors.items():
@@ -160,28 +189,42 @@ def draw(shown, config, path, signals=4):
 
 
 def main(args):
-    accelerator = Accelerator(gradient_accumulation_steps=args.accum, mixed_precision=args.precision, dataloader_config=DataLoaderConfiguration(
-        use_seedable_sampler=True, data_seed=args.seed))
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.accum,
+        mixed_precision=args.precision,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+    )
     seed_everything(args.seed)
     config = make_config(args)
     room = args.row_tokens or config.num_positions
     signals = SignalDataset(h5_files(args.data), skip_bad=args.skip_bad, seed=args.seed)
     packed = PackedSignals(signals, config, room, args.min_points, args.seed)
-    val = PackedSignals(SignalDataset(h5_files(args.val), skip_bad=args.skip_bad), config, room, args.min_points, shuffle=False) if args.val else None
+    val = (
+        PackedSignals(SignalDataset(h5_files(args.val), skip_bad=args.skip_bad), config, room, args.min_points, shuffle=False)
+        if args.val
+        else None
+    )
     model = SiTMAEForPreTraining(config)
     if args.init:
         load_encoder(model, args.init)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     if not config.use_fs:
-        model.sit.embeddings.fs_embedder.requires_grad_(False)             # no gradient reaches it
+        model.sit.embeddings.fs_embedder.requires_grad_(False)  # no gradient reaches it
     steps_per_epoch = len(packed) // (args.batch_size * accelerator.num_processes * args.accum)
     if steps_per_epoch < 1:
-        raise UserError(f"{len(packed)} rows are fewer than one step of {args.batch_size} x {accelerator.num_processes} x {args.accum}; lower --batch-size")
+        raise UserError(
+            f"{len(packed)} rows are fewer than one step of "
+            f"{args.batch_size} x {accelerator.num_processes} x {args.accum}; lower --batch-size"
+        )
     out = open_run(args.out, args, accelerator, args.resume, args.overwrite)
     loader = DataLoader(packed, args.batch_size, num_workers=args.workers, drop_last=True, generator=torch.Generator())
-    accelerator.print(f"{describe(model)}\n{len(signals)} signals ({sum(signals.skipped.values())} skipped) in {len(packed)} rows of {room} tokens, packing efficiency "
-                      f"{packed.efficiency:.3f}; {args.batch_size} x {accelerator.num_processes} x {args.accum} rows a step, {args.max_steps} steps, lr {args.lr:g}")
+    accelerator.print(
+        f"{describe(model)}\n{len(signals)} signals ({sum(signals.skipped.values())} skipped) in {len(packed)} rows "
+        f"of {room} tokens, packing efficiency "
+        f"{packed.efficiency:.3f}; {args.batch_size} x {accelerator.num_processes} x {args.accum} rows a step, "
+        f"{args.max_steps} steps, lr {args.lr:g}"
+    )
     model, loader, *optimizers = accelerator.prepare(model, loader, *make_optimizers(model, args.optimizer, args.lr, args.weight_decay))
     state = {"step": 0, "epoch": 0, "batch": 0}
     if args.resume and (found := find_resume(out, accelerator)):
@@ -195,7 +238,7 @@ def main(args):
             with accelerator.accumulate(model):
                 result = model(**batch)
                 hidden = result.mae_mask.sum()
-                share = hidden * accelerator.num_processes / accelerator.reduce(hidden, "sum")      # rows differ in how much they hide
+                share = hidden * accelerator.num_processes / accelerator.reduce(hidden, "sum")  # rows differ in how much they hide
                 loss = result.loss * share
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:

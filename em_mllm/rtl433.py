@@ -5,9 +5,11 @@
     python em_mllm/rtl433.py --captures .../rtl433_train.npz .../rtl433_test.npz --data data/em_mllm/rtl433 \\
         --signal-encoder-path runs/em_mllm/rtl433_pretrain/encoder --out runs/em_mllm/rtl433
 
-Training and test captures come from the same sittings with the same receiver: nothing here follows for another receiver. Unseen devices: the
+Training and test captures come from the same sittings with the same receiver: nothing here follows for another receiver. Unseen
+devices: the
 encoder is trained on eight classes; the other four are told apart from a few captures each by its embeddings.
 """
+
 import argparse
 import json
 import sys
@@ -16,7 +18,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -24,8 +25,8 @@ from sklearn.preprocessing import StandardScaler
 from torch.utils.data import Subset
 
 from common.checkpoint import atomic_write
-from common.figures import new_figure, save_figure
 from common.errors import run
+from common.figures import new_figure, save_figure
 from common.run import open_run, seed_everything
 from em_mllm.baseline import predict, train_cnn
 from em_mllm.convert import NOISE_DB, disturb, read_rtl433
@@ -33,7 +34,7 @@ from em_mllm.dataset import SignalDataset
 from em_mllm.fewshot import classify, embed, fit, make_encoder, probe
 
 UNSEEN = ("auriol_z31055", "door_bell", "hyundai_key", "dsc")
-EDGES = np.geomspace(10, 20000, 17)                              # samples at 250 kHz: 40 us to 80 ms
+EDGES = np.geomspace(10, 20000, 17)  # samples at 250 kHz: 40 us to 80 ms
 
 
 def parse_args():
@@ -68,8 +69,10 @@ def pulse_regression(train, test, augmented: bool, rng) -> dict:
             signals += [disturb(z, train["fs"], rng, rng.uniform(-10, 30), rng.uniform(-25e3, 25e3)) for z in train["iq"]]
             labels += list(train["y"])
     model = make_pipeline(StandardScaler(), LogisticRegression(C=1.0, max_iter=500)).fit([pulse_features(z) for z in signals], labels)
-    return {noise: float(np.mean(model.predict([pulse_features(disturb(z, test["fs"], rng, noise)) for z in test["iq"]]) == test["y"]))
-            for noise in (None, *NOISE_DB)}
+    return {
+        noise: float(np.mean(model.predict([pulse_features(disturb(z, test["fs"], rng, noise)) for z in test["iq"]]) == test["y"]))
+        for noise in (None, *NOISE_DB)
+    }
 
 
 def by_condition(answer, data: Path) -> dict:
@@ -89,11 +92,14 @@ def unseen_devices(args, train, names, device, draws=10) -> dict:
     """
     label = train.columns["label"].astype(int)
     captures = len(label) // (len(label) // args.per_copy)
-    capture = np.arange(len(label)) % captures                   # copies follow one another in the file
+    capture = np.arange(len(label)) % captures  # copies follow one another in the file
     known = np.nonzero(~np.isin(np.array(names)[label], UNSEEN))[0]
     supervised = fit(args.signal_encoder_path, None, train, known, len(names), args.steps, 1e-3, device)
-    encoders = {"random": make_encoder(args.signal_encoder_path, args.seed + 1), "masked pre-training": make_encoder(args.signal_encoder_path),
-                "labels of the other devices": supervised.sit}
+    encoders = {
+        "random": make_encoder(args.signal_encoder_path, args.seed + 1),
+        "masked pre-training": make_encoder(args.signal_encoder_path),
+        "labels of the other devices": supervised.sit,
+    }
     rows = np.nonzero(np.isin(np.array(names)[label], UNSEEN))[0]
     target, group = label[rows], capture[rows]
     out = {}
@@ -123,7 +129,7 @@ def main(args):
     for seed in range(args.seed, args.seed + args.seeds):
         seed_everything(seed)
         cnn = train_cnn(train, len(names), args.steps, 32, 3e-3, Accelerator(), seed)
-        answers = {"CNN": lambda data: predict(cnn, data, device).argmax(1)}
+        answers = {"CNN": lambda data, cnn=cnn: predict(cnn, data, device).argmax(1)}
         for kind, start in (("pre-trained", None), ("random start", seed + 1)):
             model = fit(args.signal_encoder_path, start, train, everything, len(names), args.steps, 1e-3, device)
             answers[f"encoder, {kind}"] = lambda data, model=model: classify(model, data)
@@ -138,28 +144,47 @@ def main(args):
             rows = everything[np.isin(capture, chosen)]
             for kind, start in (("pre-trained", None), ("random start", seed + 1)):
                 model = fit(args.signal_encoder_path, start, train, rows, len(names), args.steps // 2, 1e-3, device)
-                few.setdefault(f"encoder, {kind}, {shots} captures", []).append(by_condition(lambda data: classify(model, data), args.data))
+                few.setdefault(f"encoder, {kind}, {shots} captures", []).append(
+                    by_condition(lambda data, model=model: classify(model, data), args.data)
+                )
             cnn = train_cnn(Subset(train, rows.tolist()), len(names), args.steps // 2, 32, 3e-3, Accelerator(), seed)
-            few.setdefault(f"CNN, {shots} captures", []).append(by_condition(lambda data: predict(cnn, data, device).argmax(1), args.data))
+            few.setdefault(f"CNN, {shots} captures", []).append(
+                by_condition(lambda data, cnn=cnn: predict(cnn, data, device).argmax(1), args.data)
+            )
     mean = lambda runs: {k: float(np.mean([r[k] for r in runs])) for k in runs[0]}
     conditions = {name: mean(runs) for name, runs in conditions.items()}
     rng = np.random.default_rng(args.seed)
     for name, augmented in (("pulse lengths, clean training", False), ("pulse lengths, disturbed training", True)):
         scores = pulse_regression(train_captures, test_captures, augmented, rng)
         conditions[name] = {("clean" if k is None else f"{k}dB"): v for k, v in scores.items()}
-    metrics = {"count": len(test_captures["y"]), "chance": float(np.bincount(test_captures["y"]).max() / len(test_captures["y"])), "conditions": conditions,
-               "few_captures": {name: mean(runs) for name, runs in few.items()}, "unseen_devices": unseen_devices(args, train, names, device)}
+    metrics = {
+        "count": len(test_captures["y"]),
+        "chance": float(np.bincount(test_captures["y"]).max() / len(test_captures["y"])),
+        "conditions": conditions,
+        "few_captures": {name: mean(runs) for name, runs in few.items()},
+        "unseen_devices": unseen_devices(args, train, names, device),
+    }
     atomic_write(out / "metrics.json", json.dumps(metrics, indent=1))
     figure, axis = new_figure()
     levels = ["clean", *(f"{n}dB" for n in NOISE_DB)]
     for name, scores in conditions.items():
         axis.plot(levels, [scores[k] for k in levels], marker="o", label=name)
     axis.axhline(metrics["chance"], color="0.6", ls="--", lw=1)
-    axis.set(xlabel="noise below burst power", ylabel="accuracy", ylim=(0, 1.02), title=f"12 devices, {metrics['count']} captures; dashed: largest class")
+    axis.set(
+        xlabel="noise below burst power",
+        ylabel="accuracy",
+        ylim=(0, 1.02),
+        title=f"12 devices, {metrics['count']} captures; dashed: largest class",
+    )
     axis.legend(fontsize=8)
     save_figure(figure, out / "figures" / "devices.png")
-    atomic_write(out / "figures" / "devices.csv", "method," + ",".join(levels) + "\n" + "".join(
-        f"{name}," + ",".join(f"{scores[k]:.4f}" for k in levels) + "\n" for name, scores in conditions.items()))
+    atomic_write(
+        out / "figures" / "devices.csv",
+        "method,"
+        + ",".join(levels)
+        + "\n"
+        + "".join(f"{name}," + ",".join(f"{scores[k]:.4f}" for k in levels) + "\n" for name, scores in conditions.items()),
+    )
     for part in ("conditions", "few_captures"):
         for name, scores in metrics[part].items():
             print(f"{name}: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))

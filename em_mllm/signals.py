@@ -5,6 +5,7 @@ occupied bandwidth, modulation index, measured SNR. Frequencies are in cycles pe
 
     iq, info = make_signal("QPSK", n=1024, snr_db=10, rng=np.random.default_rng(0))
 """
+
 import numpy as np
 
 MODULATIONS = ("BPSK", "QPSK", "8PSK", "16APSK", "16QAM", "64QAM", "OOK", "4ASK", "2FSK", "4FSK", "GFSK", "MSK", "AM", "FM", "OFDM")
@@ -20,7 +21,7 @@ def constellation(name: str) -> np.ndarray:
     if name in ("BPSK", "QPSK", "8PSK"):
         order = {"BPSK": 2, "QPSK": 4, "8PSK": 8}[name]
         points = np.exp(2j * np.pi * (np.arange(order) + 0.5) / order)
-    elif name == "16APSK":                                       # DVB-S2 geometry: 4 inner points, 12 outer, radius ratio 2.85
+    elif name == "16APSK":  # DVB-S2 geometry: 4 inner points, 12 outer, radius ratio 2.85
         points = np.concatenate([np.exp(2j * np.pi * (np.arange(4) + 0.5) / 4), 2.85 * np.exp(2j * np.pi * (np.arange(12) + 0.5) / 12)])
     elif name in ("16QAM", "64QAM"):
         side = {"16QAM": 4, "64QAM": 8}[name]
@@ -38,7 +39,7 @@ def constellation(name: str) -> np.ndarray:
 def root_raised_cosine(t: np.ndarray, rolloff: float) -> np.ndarray:
     """Impulse response at times t in symbols; its spectrum ends at (1 + rolloff) / 2 symbol rates."""
     t = np.where(np.abs(t) < 1e-8, 1e-8, t)
-    t = np.where(np.abs(np.abs(4 * rolloff * t) - 1) < 1e-6, t * (1 + 1e-5), t)     # step off the removable singularities
+    t = np.where(np.abs(np.abs(4 * rolloff * t) - 1) < 1e-6, t * (1 + 1e-5), t)  # step off the removable singularities
     up = np.sin(np.pi * t * (1 - rolloff)) + 4 * rolloff * t * np.cos(np.pi * t * (1 + rolloff))
     return up / (np.pi * t * (1 - (4 * rolloff * t) ** 2))
 
@@ -51,7 +52,7 @@ def shaped(symbols: np.ndarray, n: int, sps: float, rolloff: float, delay: float
     t = np.arange(n) / sps - delay
     first = np.floor(t).astype(int)
     offsets = np.arange(-span, span + 1)
-    taps = root_raised_cosine((t - first)[:, None] - offsets[None, :], rolloff)     # (n, 2 span + 1)
+    taps = root_raised_cosine((t - first)[:, None] - offsets[None, :], rolloff)  # (n, 2 span + 1)
     return (symbols[first[:, None] + offsets[None, :] + span] * taps).sum(1)
 
 
@@ -68,15 +69,15 @@ def frequency_shift(name, n, rng):
     levels = np.array([-3, -1, 1, 3]) if name == "4FSK" else np.array([-1, 1])
     pad = int(4 * sps)
     position = np.floor((np.arange(n + 2 * pad) / sps) + rng.uniform(0, 1)).astype(int)
-    frequency = rng.choice(levels, position[-1] + 1)[position] * index / (2 * sps)       # cycles per sample
+    frequency = rng.choice(levels, position[-1] + 1)[position] * index / (2 * sps)  # cycles per sample
     if name == "GFSK":
         bt = rng.uniform(0.3, 0.5)
         sigma = np.sqrt(np.log(2)) / (2 * np.pi * bt) * sps
         kernel = np.exp(-0.5 * (np.arange(-pad, pad + 1) / sigma) ** 2)
         frequency = np.convolve(frequency, kernel / kernel.sum(), "same")
-    phase = 2 * np.pi * np.cumsum(frequency[pad:pad + n])
+    phase = 2 * np.pi * np.cumsum(frequency[pad : pad + n])
     peak = np.abs(levels).max() * index / (2 * sps)
-    return np.exp(1j * phase), {"bandwidth": 2 * (peak + 1 / (2 * sps)), "sps": sps, "index": index}       # Carson's rule
+    return np.exp(1j * phase), {"bandwidth": 2 * (peak + 1 / (2 * sps)), "sps": sps, "index": index}  # Carson's rule
 
 
 def band_limited(n, width, rng, real=False):
@@ -95,7 +96,7 @@ def amplitude_modulation(name, n, rng):
 
 
 def frequency_modulation(name, n, rng):
-    width, deviation = rng.uniform(0.01, 0.05), rng.uniform(0.03, 0.1)                  # deviation is the rms of the frequency
+    width, deviation = rng.uniform(0.01, 0.05), rng.uniform(0.03, 0.1)  # deviation is the rms of the frequency
     message = band_limited(n, 2 * width, rng, real=True)
     return np.exp(2j * np.pi * deviation * np.cumsum(message)), {"bandwidth": 2 * (2 * deviation + width), "deviation": deviation}
 
@@ -103,21 +104,21 @@ def frequency_modulation(name, n, rng):
 def ofdm(name, n, rng, bins=128):
     used, prefix = 2 * int(rng.integers(24, 57)), int(rng.choice([8, 16, 32]))
     count = n // (bins + prefix) + 2
-    carriers = np.concatenate([np.arange(1, used // 2 + 1), np.arange(bins - used // 2, bins)])         # zero carrier left empty
+    carriers = np.concatenate([np.arange(1, used // 2 + 1), np.arange(bins - used // 2, bins)])  # zero carrier left empty
     symbols = np.zeros((count, bins), complex)
     symbols[:, carriers] = rng.choice(constellation("QPSK"), (count, used))
     time = np.fft.ifft(symbols, axis=1)
     stream = np.concatenate([time[:, -prefix:], time], 1).ravel()
     start = int(rng.integers(bins + prefix))
-    return stream[start:start + n], {"bandwidth": used / bins, "prefix": prefix, "bins": bins, "start": start}
+    return stream[start : start + n], {"bandwidth": used / bins, "prefix": prefix, "bins": bins, "start": start}
 
 
 def pulse_train(name, n, rng):
     """Radar pulses; the modulation inside the pulse is none, a linear sweep, a Barker-13 or a 16-chip Frank phase code."""
     pri = float(rng.uniform(100, 400))
     width = pri * rng.uniform(0.1, 0.3)
-    first = float(rng.uniform(0, min(pri - width, n / 2)))      # at least one pulse begins in a short record
-    inside = (np.arange(n) - first) % pri                        # time since the last leading edge
+    first = float(rng.uniform(0, min(pri - width, n / 2)))  # at least one pulse begins in a short record
+    inside = (np.arange(n) - first) % pri  # time since the last leading edge
     on = (inside < width) & (np.arange(n) >= first)
     bandwidth = 1 / width
     phase = np.zeros(n)
@@ -131,8 +132,13 @@ def pulse_train(name, n, rng):
         bandwidth = 16 / width
         chip = np.minimum((inside / width * 16).astype(int), 15)
         phase = 2 * np.pi / 4 * (chip // 4) * (chip % 4)
-    info = {"bandwidth": bandwidth, "pulse_width": width, "pri": pri, "pulse_time_delay": first,
-            "num_pulses": float(np.sum(np.diff(on.astype(int), prepend=0) == 1))}
+    info = {
+        "bandwidth": bandwidth,
+        "pulse_width": width,
+        "pri": pri,
+        "pulse_time_delay": first,
+        "num_pulses": float(np.sum(np.diff(on.astype(int), prepend=0) == 1)),
+    }
     return on * np.exp(1j * phase), info
 
 
@@ -150,15 +156,22 @@ def jammed(name, n, rng):
     elif name == "BARRAGE":
         width = rng.uniform(0.2, 0.7)
         jam = band_limited(n, width, rng)
-    else:                                                        # SWEEP: a continuous saw-tooth of frequency, no gaps
+    else:  # SWEEP: a continuous saw-tooth of frequency, no gaps
         width, period = rng.uniform(0.1, 0.7), rng.uniform(128, 1024)
         jam = np.exp(1j * np.pi * width / period * ((t + rng.uniform(0, period)) % period - period / 2) ** 2)
     gain = np.sqrt(10 ** (isr / 10) * np.mean(np.abs(echo) ** 2) / np.mean(np.abs(jam) ** 2))
     return echo + gain * jam, {**info, "bandwidth": width, "isr": isr}
 
 
-MAKERS = {**dict.fromkeys(MODULATIONS[:8], linear), **dict.fromkeys(MODULATIONS[8:12], frequency_shift), "AM": amplitude_modulation,
-          "FM": frequency_modulation, "OFDM": ofdm, **dict.fromkeys(RADAR, pulse_train), **dict.fromkeys(JAMMING, jammed)}
+MAKERS = {
+    **dict.fromkeys(MODULATIONS[:8], linear),
+    **dict.fromkeys(MODULATIONS[8:12], frequency_shift),
+    "AM": amplitude_modulation,
+    "FM": frequency_modulation,
+    "OFDM": ofdm,
+    **dict.fromkeys(RADAR, pulse_train),
+    **dict.fromkeys(JAMMING, jammed),
+}
 
 
 def channel(x, rng, carrier_offset=0.01, phase_noise=0.003, fading="none"):

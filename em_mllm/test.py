@@ -5,9 +5,11 @@
     python em_mllm/test.py --model ... --task-files round1.h5 round1.json --submission round1_answers.json --team-name us
     python em_mllm/test.py --validate round1_answers.json --task-files round1.h5 round1.json
 
-A four-choice answer is read twice: from generated text (the letter in brackets, else the option that the text names, else the likeliest) and by
+A four-choice answer is read twice: from generated text (the letter in brackets, else the option that the text names, else the
+likeliest) and by
 the likelihood of the four complete answers. out/metrics.json, predictions.jsonl, and figures/*.png with a .csv beside each.
 """
+
 import argparse
 import json
 import re
@@ -48,14 +50,18 @@ def parse_args():
     data.add_argument("--batch-size", type=int, default=64, help="questions at a time (default 64)")
     data.add_argument("--max-new-tokens", type=int, default=24, help="most tokens to generate (default 24)")
     data.add_argument("--wrong-signal", action="store_true", help="control: also ask every question about a signal of another class")
-    data.add_argument("--calibrate-dir", type=Path, help="validation folder on which the confidence temperature is fitted (default: none, temperature 1)")
+    data.add_argument(
+        "--calibrate-dir", type=Path, help="validation folder on which the confidence temperature is fitted (default: none, temperature 1)"
+    )
     data.add_argument("--submission", type=Path, help="write the competition's answer file here")
     data.add_argument("--team-name", default="team")
     data.add_argument("--model-name", default="em_mllm")
     data.add_argument("--validate", type=Path, help="check an answer file against the questions and stop")
     one = parser.add_argument_group("one recording")
     one.add_argument("--iq", type=Path, help=f"a recording: {FORMATS}")
-    one.add_argument("--question", default="What is the modulation type of this signal?", help="what to ask; options as (A) ... (B) ... give a choice")
+    one.add_argument(
+        "--question", default="What is the modulation type of this signal?", help="what to ask; options as (A) ... (B) ... give a choice"
+    )
     one.add_argument("--index", type=int, default=0, help="which signal of a file that holds many (default 0)")
     one.add_argument("--fs", type=float, help="sampling rate in Hz, where the file does not say (default: the training default)")
     one.add_argument("--window", type=int, help="points per window of a long capture (default: 1024, or the encoder's most)")
@@ -67,7 +73,8 @@ def parse_args():
 
 
 def extract_letter(text: str, options: dict) -> str | None:
-    """The letter that `text` answers with: in brackets, else alone at the start, else of the one option whose name it contains; None if none."""
+    """The letter that `text` answers with: in brackets, else alone at the start, else of the one option whose name it contains; None
+    if none."""
     found = [a for a in re.findall(r"[(（]\s*([A-Z])\s*[)）]", text) if a in options]
     if found:
         return found[0]
@@ -102,7 +109,10 @@ def ask(model, tokenizer, batch, records, max_new_tokens):
     scored = [i for i, o in enumerate(options) if o]
     likelihood = {}
     if scored:
-        tails = [[tokenizer(candidate(records[i]["question"], a, n), add_special_tokens=False)["input_ids"] for a, n in options[i].items()] for i in scored]
+        tails = [
+            [tokenizer(candidate(records[i]["question"], a, n), add_special_tokens=False)["input_ids"] for a, n in options[i].items()]
+            for i in scored
+        ]
         part = {k: v if k in ("iq", "iq_lengths", "fs") else v[scored] for k, v in inputs.items()}
         likelihood = dict(zip(scored, model.option_scores(options=tails, **part)))
     answers = []
@@ -112,14 +122,20 @@ def ask(model, tokenizer, batch, records, max_new_tokens):
             letters = list(options[i])
             extracted = extract_letter(text, options[i])
             best = letters[int(likelihood[i].argmax())]
-            answer |= {"options": options[i], "extracted": extracted, "pred": extracted or best, "likeliest": best,
-                       "scores": [round(float(v), 5) for v in likelihood[i]]}
+            answer |= {
+                "options": options[i],
+                "extracted": extracted,
+                "pred": extracted or best,
+                "likeliest": best,
+                "scores": [round(float(v), 5) for v in likelihood[i]],
+            }
         answers.append(answer)
     return answers
 
 
 def answer_set(model, tokenizer, data: QuestionDataset, accelerator, batch_size, max_new_tokens, swap=None):
-    """Predictions for every question, in order, with task, truth, class and SNR. swap: {row: row whose signal is shown instead}, for those rows only."""
+    """Predictions for every question, in order, with task, truth, class and SNR. swap: {row: row whose signal is shown instead}, for
+    those rows only."""
     collate = QuestionCollator(model.signal_encoder.config.patch_size[0], tokenizer.pad_token_id)
     snr = [f.column("snr") if "snr" in f.columns else None for f in data.files]
     out = []
@@ -138,8 +154,11 @@ def answer_set(model, tokenizer, data: QuestionDataset, accelerator, batch_size,
             for r, record, answer in zip(rows, records, ask(model, tokenizer, batch, records, max_new_tokens)):
                 index = record["iq_index_in_h5"]
                 level = snr[data.file_of[r]]
-                answer |= {"task": data.tasks[data.task_of[r]], "answer": record.get("answer"),
-                           "snr_db": float(level[index]) if level is not None and isinstance(index, int) else None}
+                answer |= {
+                    "task": data.tasks[data.task_of[r]],
+                    "answer": record.get("answer"),
+                    "snr_db": float(level[index]) if level is not None and isinstance(index, int) else None,
+                }
                 if record.get("answer") and "options" in answer:
                     answer["truth"] = extract_letter(record["answer"], answer["options"])
                     answer["class"] = answer["options"].get(answer["truth"])
@@ -185,7 +204,9 @@ def calibration_error(rows, temperature, bins=10) -> float:
     confidence = np.array([float((torch.tensor(r["scores"]) / temperature).softmax(0).max()) for r in rows])
     hit = np.array([r["likeliest"] == r["truth"] for r in rows])
     which = np.minimum((confidence * bins).astype(int), bins - 1)
-    return float(sum(abs(hit[which == b].mean() - confidence[which == b].mean()) * (which == b).mean() for b in range(bins) if (which == b).any()))
+    return float(
+        sum(abs(hit[which == b].mean() - confidence[which == b].mean()) * (which == b).mean() for b in range(bins) if (which == b).any())
+    )
 
 
 def open_scores(rows) -> dict:
@@ -209,18 +230,27 @@ def score(answers, temperature=1.0) -> dict:
         high = [a for a in choice if a["snr_db"] is not None and a["snr_db"] >= HIGH_SNR_DB]
         hits = sum(a["pred"] == a["truth"] for a in choice)
         metrics |= {
-            "four_choice": len(choice), "accuracy": accuracy(choice), "interval": wilson(hits, len(choice)),
-            "accuracy_by_likelihood": accuracy(choice, "likeliest"), "valid_letters": float(np.mean([a["extracted"] is not None for a in choice])),
-            "high_snr_count": len(high), "accuracy_high_snr": accuracy(high),
+            "four_choice": len(choice),
+            "accuracy": accuracy(choice),
+            "interval": wilson(hits, len(choice)),
+            "accuracy_by_likelihood": accuracy(choice, "likeliest"),
+            "valid_letters": float(np.mean([a["extracted"] is not None for a in choice])),
+            "high_snr_count": len(high),
+            "accuracy_high_snr": accuracy(high),
             "accuracy_high_snr_by_likelihood": accuracy(high, "likeliest"),
             "high_snr_interval": wilson(sum(a["pred"] == a["truth"] for a in high), len(high)) if high else None,
             "by_task": {t: accuracy([a for a in choice if a["task"] == t]) for t in sorted({a["task"] for a in choice})},
             "by_class": {c: accuracy([a for a in choice if a["class"] == c]) for c in sorted({a["class"] for a in choice})},
             "by_class_high_snr": {c: accuracy([a for a in high if a["class"] == c]) for c in sorted({a["class"] for a in high})},
             "letters_given": {x: sum(a["pred"] == x for a in choice) for x in sorted({a["pred"] for a in choice})},
-            "temperature": temperature, "calibration_error": calibration_error(choice, temperature)}
-        metrics["by_snr"] = {f"{low}": accuracy(part) for low in range(-30, 40, 5)
-                             if (part := [a for a in choice if a["snr_db"] is not None and low <= a["snr_db"] < low + 5])}
+            "temperature": temperature,
+            "calibration_error": calibration_error(choice, temperature),
+        }
+        metrics["by_snr"] = {
+            f"{low}": accuracy(part)
+            for low in range(-30, 40, 5)
+            if (part := [a for a in choice if a["snr_db"] is not None and low <= a["snr_db"] < low + 5])
+        }
     if free:
         high = [a for a in free if a["snr_db"] is not None and a["snr_db"] >= HIGH_SNR_DB]
         metrics["open"] = open_scores(free) | ({"exact_high_snr": open_scores(high)["exact"]} if high else {})
@@ -253,7 +283,10 @@ def draw(answers, metrics, folder):
     axis.grid(False)
     figure.colorbar(image, ax=axis, shrink=0.7)
     save_figure(figure, folder / "confusion.png")
-    atomic_write(folder / "confusion.csv", "true," + ",".join(names) + "\n" + "".join(f"{n}," + ",".join(map(str, row)) + "\n" for n, row in zip(names, matrix)))
+    atomic_write(
+        folder / "confusion.csv",
+        "true," + ",".join(names) + "\n" + "".join(f"{n}," + ",".join(map(str, row)) + "\n" for n, row in zip(names, matrix)),
+    )
 
 
 # ---- the competition's file
@@ -261,8 +294,12 @@ def draw(answers, metrics, folder):
 
 def write_submission(path, answers, team_name, model_name):
     """{"team_name", "model_name", "evaluation_time", "answers": [{"id", "pred"}]} of the four-choice questions."""
-    content = {"team_name": team_name, "model_name": model_name, "evaluation_time": datetime.now().strftime("%Y-%m-%d %H:%M:%S"),
-               "answers": [{"id": a["id"], "pred": a["pred"]} for a in answers if "pred" in a]}
+    content = {
+        "team_name": team_name,
+        "model_name": model_name,
+        "evaluation_time": datetime.now().strftime("%Y-%m-%d %H:%M:%S"),
+        "answers": [{"id": a["id"], "pred": a["pred"]} for a in answers if "pred" in a],
+    }
     atomic_write(path, json.dumps(content, ensure_ascii=False, indent=1))
 
 
@@ -273,7 +310,9 @@ def validate_submission(path, questions) -> str:
     except (ValueError, OSError) as error:
         raise UserError(f"{path}: not a readable JSON file ({error})") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path}: holds a {type(content).__name__}, expected an object with team_name, model_name, evaluation_time, answers")
+        raise UserError(
+            f"{path}: holds a {type(content).__name__}, expected an object with team_name, model_name, evaluation_time, answers"
+        )
     for name in ("team_name", "model_name", "evaluation_time"):
         if not isinstance(content.get(name), str) or not content[name]:
             raise UserError(f"{path}: {name} is missing or not text")
@@ -334,13 +373,15 @@ def answer_recording(model, tokenizer, args, notes):
 
 def main(args):
     if args.validate:
-        print(validate_submission(args.validate, [r for _, path in task_pairs(args.task_dir, args.task_files) for r in read_questions(path)]))
+        print(
+            validate_submission(args.validate, [r for _, path in task_pairs(args.task_dir, args.task_files) for r in read_questions(path)])
+        )
         return
     if args.model is None:
         raise UserError("--model: give the model/ folder that train.py wrote")
     notes = read_notes(args.model)
     if args.iq:
-        read_iq(args.iq, args.index)                             # a bad file is named before the model is loaded
+        read_iq(args.iq, args.index)  # a bad file is named before the model is loaded
         model, tokenizer = load_model(args.model, args.llm_model_path, args.trust_remote_code)
         answer_recording(model, tokenizer, args, notes)
         return
@@ -351,8 +392,15 @@ def main(args):
     accelerator = Accelerator()
     model, tokenizer = load_model(args.model, args.llm_model_path, args.trust_remote_code)
     model.to(accelerator.device)
-    options = dict(tokenizer=tokenizer, max_length=notes.get("max_length", 512), with_answers=False, chat=notes.get("chat", False), skip_bad=args.skip_bad,
-                   default_fs=notes.get("default_fs", DEFAULT_FS), limit=args.limit)
+    options = dict(
+        tokenizer=tokenizer,
+        max_length=notes.get("max_length", 512),
+        with_answers=False,
+        chat=notes.get("chat", False),
+        skip_bad=args.skip_bad,
+        default_fs=notes.get("default_fs", DEFAULT_FS),
+        limit=args.limit,
+    )
     data = QuestionDataset(task_pairs(args.task_dir, args.task_files), **options)
     common = (accelerator, args.batch_size, args.max_new_tokens)
     temperature = notes.get("temperature", 1.0)
@@ -372,7 +420,9 @@ def main(args):
         metrics = score(answers, temperature) | {"skipped": data.skipped}
         if wrong:
             control = score(wrong)
-            metrics["wrong_signal"] = {k: control[k] for k in ("accuracy", "accuracy_high_snr", "valid_letters", "letters_given") if k in control}
+            metrics["wrong_signal"] = {
+                k: control[k] for k in ("accuracy", "accuracy_high_snr", "valid_letters", "letters_given") if k in control
+            }
         if args.calibrate_dir:
             metrics["validation"] = score(held, temperature)
         if any("options" in a for a in answers):
@@ -382,11 +432,16 @@ def main(args):
         draw(answers, metrics, args.out / "figures")
         if "accuracy" in metrics:
             low, high = metrics["interval"]
-            print(f"four-choice accuracy {metrics['accuracy']:.3f} [{low:.3f}, {high:.3f}] of {metrics['four_choice']} (chance {metrics['chance']:.2f}), at SNR >= {HIGH_SNR_DB:g} dB "
-                  f"{metrics['accuracy_high_snr']:.3f}, by likelihood {metrics['accuracy_by_likelihood']:.3f}, valid letters {metrics['valid_letters']:.1%}"
-                  + (f", with wrong signals {metrics['wrong_signal']['accuracy']:.3f}" if wrong else ""))
+            print(
+                f"four-choice accuracy {metrics['accuracy']:.3f} [{low:.3f}, {high:.3f}] of {metrics['four_choice']} "
+                f"(chance {metrics['chance']:.2f}), at SNR >= {HIGH_SNR_DB:g} dB {metrics['accuracy_high_snr']:.3f}, "
+                f"by likelihood {metrics['accuracy_by_likelihood']:.3f}, valid letters {metrics['valid_letters']:.1%}"
+                + (f", with wrong signals {metrics['wrong_signal']['accuracy']:.3f}" if wrong else "")
+            )
         if "open" in metrics:
-            print("open questions: " + ", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics["open"].items()))
+            print(
+                "open questions: " + ", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics["open"].items())
+            )
         print(f"results in {args.out}")
 
 

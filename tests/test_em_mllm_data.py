@@ -1,7 +1,7 @@
 """em_mllm: data sets, bad inputs, file formats, converters, reading of answers."""
+
 import json
 import pickle
-
 
 import h5py
 import numpy as np
@@ -16,7 +16,17 @@ from common.tiny_llm import make_tokenizer
 from em_mllm.convert import main as convert_main
 from em_mllm.convert import read_radioml2016, view
 from em_mllm.dataset import (
-    PackedSignals, QuestionCollator, QuestionDataset, Records, SignalDataset, SignalFile, augment, parse_options, read_questions, task_pairs)
+    PackedSignals,
+    QuestionCollator,
+    QuestionDataset,
+    Records,
+    SignalDataset,
+    SignalFile,
+    augment,
+    parse_options,
+    read_questions,
+    task_pairs,
+)
 from em_mllm.em_foundation.models import SiTMAEConfig
 from em_mllm.iq_io import read_iq, windows
 from em_mllm.make_data import main as make_data_main
@@ -37,7 +47,14 @@ def write_pair(folder, count=6, points=64, questions=None, **datasets):
     with h5py.File(folder / "modulation.h5", "w") as file:
         file["IQ_data"] = datasets.get("IQ_data", rng.standard_normal((count, points, 2)).astype(np.float32))
         file["label"] = datasets.get("label", np.arange(count, dtype=np.float32)[:, None] % 3)
-    questions = [{"id": i, "question": QUESTION, "answer": "正确答案是：(B) FM", "iq_index_in_h5": i, "h5_path": "modulation.h5"} for i in range(count)] if questions is None else questions
+    questions = (
+        [
+            {"id": i, "question": QUESTION, "answer": "正确答案是：(B) FM", "iq_index_in_h5": i, "h5_path": "modulation.h5"}
+            for i in range(count)
+        ]
+        if questions is None
+        else questions
+    )
     (folder / "modulation.json").write_text(json.dumps(questions, ensure_ascii=False), encoding="utf-8")
     return [(folder / "modulation.h5", folder / "modulation.json")]
 
@@ -66,8 +83,11 @@ def test_h5_path_of_the_record_wins_over_the_pairing(tmp_path, tokenizer):
 
 
 def test_several_signals_and_several_questions(tmp_path, tokenizer):
-    rows = [{"question": QUESTION, "answer": "(A) x", "iq_index_in_h5": [0, 2]}, {"question": "second?", "answer": "y", "iq_index_in_h5": [0, 2]},
-            {"question": "third?", "answer": "z", "iq_index_in_h5": 1}]
+    rows = [
+        {"question": QUESTION, "answer": "(A) x", "iq_index_in_h5": [0, 2]},
+        {"question": "second?", "answer": "y", "iq_index_in_h5": [0, 2]},
+        {"question": "third?", "answer": "z", "iq_index_in_h5": 1},
+    ]
     data = QuestionDataset(write_pair(tmp_path, questions=rows), tokenizer, questions_per_signal=2)
     assert len(data) == 2 and len(data[0]["iq"]) == 2 and len(data[0]["texts"]) == 2
     batch = QuestionCollator(8, tokenizer.pad_token_id)([data[0], data[1]])
@@ -81,31 +101,40 @@ def bad_value(value):
 
 
 def item(**changes):
-    return [{k: v for k, v in ({"id": 0, "question": QUESTION, "answer": "正确答案是：(B) FM", "iq_index_in_h5": 0} | changes).items() if v is not None}]
+    return [
+        {
+            k: v
+            for k, v in ({"id": 0, "question": QUESTION, "answer": "正确答案是：(B) FM", "iq_index_in_h5": 0} | changes).items()
+            if v is not None
+        }
+    ]
 
 
-@pytest.mark.parametrize("make, words", [
-    (lambda f: write_pair(f, IQ_data=np.ones((6, 64), np.float32)), "IQ_data is (6, 64), expected (Num, T, 2)"),
-    (lambda f: write_pair(f, IQ_data=np.ones((6, 64, 2), "S3")), "expected real numbers"),
-    (lambda f: write_pair(f, IQ_data=np.ones((6, 64, 2), np.complex64)), "expected real numbers"),
-    (lambda f: write_pair(f, label=np.ones((4, 1))), "label has 4 rows, IQ_data 6"),
-    (lambda f: write_pair(f, **bad_value(np.nan)), "IQ_data[3] of modulation.h5 holds nan or inf"),
-    (lambda f: write_pair(f, **bad_value(np.inf)), "IQ_data[3] of modulation.h5 holds nan or inf"),
-    (lambda f: write_pair(f, **bad_value(0)), "IQ_data[3] of modulation.h5 is all zero"),
-    (lambda f: write_pair(f, questions={"question": "x"}), "holds a dict, expected a list"),
-    (lambda f: write_pair(f, questions=[]), "the list of questions is empty"),
-    (lambda f: write_pair(f, questions=["x"]), "item 0 is a str"),
-    (lambda f: write_pair(f, questions=item(question=None)), "item 0: question is missing"),
-    (lambda f: write_pair(f, questions=item(answer=None)), "item 0 (id 0): no answer"),
-    (lambda f: write_pair(f, questions=item(answer=3)), "item 0: answer is a int"),
-    (lambda f: write_pair(f, questions=item(iq_index_in_h5="3")), "iq_index_in_h5 is '3'"),
-    (lambda f: write_pair(f, questions=item(iq_index_in_h5=6)), "iq_index_in_h5 6 but modulation.h5 holds 6 signals"),
-    (lambda f: write_pair(f, questions=item(iq_index_in_h5=-1)), "iq_index_in_h5 -1 but"),
-    (lambda f: write_pair(f, questions=item(answer="正确答案是：(E) FM")), "the answer says (E) but the options are A, B, C, D"),
-    (lambda f: write_pair(f, questions=item(question=QUESTION + "字" * 900)), "but --max-length is 512"),
-    (lambda f: write_pair(f, questions=item(h5_path="absent.h5")), "h5_path absent.h5 is not in"),
-    (lambda f: write_pair(f, questions=item(h5_path="../modulation.h5")), "lies outside"),
-])
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda f: write_pair(f, IQ_data=np.ones((6, 64), np.float32)), "IQ_data is (6, 64), expected (Num, T, 2)"),
+        (lambda f: write_pair(f, IQ_data=np.ones((6, 64, 2), "S3")), "expected real numbers"),
+        (lambda f: write_pair(f, IQ_data=np.ones((6, 64, 2), np.complex64)), "expected real numbers"),
+        (lambda f: write_pair(f, label=np.ones((4, 1))), "label has 4 rows, IQ_data 6"),
+        (lambda f: write_pair(f, **bad_value(np.nan)), "IQ_data[3] of modulation.h5 holds nan or inf"),
+        (lambda f: write_pair(f, **bad_value(np.inf)), "IQ_data[3] of modulation.h5 holds nan or inf"),
+        (lambda f: write_pair(f, **bad_value(0)), "IQ_data[3] of modulation.h5 is all zero"),
+        (lambda f: write_pair(f, questions={"question": "x"}), "holds a dict, expected a list"),
+        (lambda f: write_pair(f, questions=[]), "the list of questions is empty"),
+        (lambda f: write_pair(f, questions=["x"]), "item 0 is a str"),
+        (lambda f: write_pair(f, questions=item(question=None)), "item 0: question is missing"),
+        (lambda f: write_pair(f, questions=item(answer=None)), "item 0 (id 0): no answer"),
+        (lambda f: write_pair(f, questions=item(answer=3)), "item 0: answer is a int"),
+        (lambda f: write_pair(f, questions=item(iq_index_in_h5="3")), "iq_index_in_h5 is '3'"),
+        (lambda f: write_pair(f, questions=item(iq_index_in_h5=6)), "iq_index_in_h5 6 but modulation.h5 holds 6 signals"),
+        (lambda f: write_pair(f, questions=item(iq_index_in_h5=-1)), "iq_index_in_h5 -1 but"),
+        (lambda f: write_pair(f, questions=item(answer="正确答案是：(E) FM")), "the answer says (E) but the options are A, B, C, D"),
+        (lambda f: write_pair(f, questions=item(question=QUESTION + "字" * 900)), "but --max-length is 512"),
+        (lambda f: write_pair(f, questions=item(h5_path="absent.h5")), "h5_path absent.h5 is not in"),
+        (lambda f: write_pair(f, questions=item(h5_path="../modulation.h5")), "lies outside"),
+    ],
+)
 def test_bad_data_is_named_by_file_and_field(tmp_path, tokenizer, make, words):
     (tmp_path / "d").mkdir()
     pairs = make(tmp_path / "d")
@@ -143,7 +172,7 @@ def test_skip_bad_leaves_out_and_counts(tmp_path, tokenizer):
 
 def test_loader_workers_read_what_the_parent_reads_after_a_fork(tmp_path, tokenizer):
     data = QuestionDataset(write_pair(tmp_path, 12), tokenizer)
-    data[0]                                                      # the parent's handle is open when the workers fork
+    data[0]  # the parent's handle is open when the workers fork
     collate = QuestionCollator(8, tokenizer.pad_token_id)
     alone = [b["iq"] for b in DataLoader(data, 3, collate_fn=collate)]
     forked = [b["iq"] for b in DataLoader(data, 3, collate_fn=collate, num_workers=2, multiprocessing_context="fork")]
@@ -169,7 +198,9 @@ def test_packing_shows_every_signal_once_an_epoch_and_depends_on_seed_and_epoch_
     packed.set_epoch(0)
     assert torch.equal(before, packed[0]["patches"])
     row = packed[0]
-    assert ((row["sample_ids_seq"] >= 0) | (row["patches"] == 0).all(-1)).all() and torch.isinf(row["noise"][row["sample_ids_seq"] < 0]).all()
+    assert ((row["sample_ids_seq"] >= 0) | (row["patches"] == 0).all(-1)).all() and torch.isinf(
+        row["noise"][row["sample_ids_seq"] < 0]
+    ).all()
 
 
 def test_added_noise_has_the_stated_level():
@@ -181,7 +212,21 @@ def test_added_noise_has_the_stated_level():
 
 def test_make_data_writes_the_seeds_pair_and_equal_bytes_for_equal_seeds(tmp_path):
     from argparse import Namespace
-    args = dict(train=2, val=1, test=1, points=256, snr=(-10, 20), fs=20e6, fading="none", choice_questions=2, open_questions=1, test_answers=False, seed=0, overwrite=False)
+
+    args = dict(
+        train=2,
+        val=1,
+        test=1,
+        points=256,
+        snr=(-10, 20),
+        fs=20e6,
+        fading="none",
+        choice_questions=2,
+        open_questions=1,
+        test_answers=False,
+        seed=0,
+        overwrite=False,
+    )
     for name in ("a", "b"):
         make_data_main(Namespace(out=tmp_path / name, **args))
     for task in ("modulation", "radar_jamming"):
@@ -228,12 +273,31 @@ def save_as(path, x):
             file.attrs["fs"] = 5e6
     else:
         z.tofile(path.with_suffix(".sigmf-data"))
-        path.write_text(json.dumps({"global": {"core:datatype": "cf32_le", "core:version": "1.0.0", "core:sample_rate": 2e6},
-                                    "captures": [{"core:sample_start": 0}], "annotations": []}))
+        path.write_text(
+            json.dumps(
+                {
+                    "global": {"core:datatype": "cf32_le", "core:version": "1.0.0", "core:sample_rate": 2e6},
+                    "captures": [{"core:sample_start": 0}],
+                    "annotations": [],
+                }
+            )
+        )
 
 
-@pytest.mark.parametrize("name, fs", [("a.npy", None), ("a.mat", 1e6), ("a.wav", 48000), ("x_433.92M_250k.cu8", 250e3), ("a.cs8", None), ("a.cs16", None),
-                                      ("a.cf32", None), ("a.h5", 5e6), ("a.sigmf-meta", 2e6)])
+@pytest.mark.parametrize(
+    "name, fs",
+    [
+        ("a.npy", None),
+        ("a.mat", 1e6),
+        ("a.wav", 48000),
+        ("x_433.92M_250k.cu8", 250e3),
+        ("a.cs8", None),
+        ("a.cs16", None),
+        ("a.cf32", None),
+        ("a.h5", 5e6),
+        ("a.sigmf-meta", 2e6),
+    ],
+)
 def test_every_format_gives_the_same_samples(tmp_path, name, fs):
     if name.endswith("sigmf-meta"):
         pytest.importorskip("sigmf")
@@ -244,11 +308,21 @@ def test_every_format_gives_the_same_samples(tmp_path, name, fs):
     assert np.abs(scaled - tone()).max() < 0.01
 
 
-@pytest.mark.parametrize("name, content, words", [
-    ("a.cs16", b"12345", "no whole number of 4-byte"), ("a.cu8", b"", "holds no samples"), ("a.npy", b"nonsense", "not a readable array"),
-    ("a.mat", b"nonsense", "not a readable MATLAB file"), ("a.wav", b"nonsense", "not a readable WAV"), ("a.xyz", b"1", "is not known"),
-    ("a.cf32", np.full(8, np.nan, np.float32).tobytes(), "is nan or inf"), ("a.cf32", np.zeros(8, np.float32).tobytes(), "every sample is zero"),
-    ("a.sigmf-meta", b"{}", "not a readable SigMF"), ("a.h5", b"nonsense", "not a readable HDF5")])
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("a.cs16", b"12345", "no whole number of 4-byte"),
+        ("a.cu8", b"", "holds no samples"),
+        ("a.npy", b"nonsense", "not a readable array"),
+        ("a.mat", b"nonsense", "not a readable MATLAB file"),
+        ("a.wav", b"nonsense", "not a readable WAV"),
+        ("a.xyz", b"1", "is not known"),
+        ("a.cf32", np.full(8, np.nan, np.float32).tobytes(), "is nan or inf"),
+        ("a.cf32", np.zeros(8, np.float32).tobytes(), "every sample is zero"),
+        ("a.sigmf-meta", b"{}", "not a readable SigMF"),
+        ("a.h5", b"nonsense", "not a readable HDF5"),
+    ],
+)
 def test_bad_recordings_are_one_line(tmp_path, name, content, words):
     if "sigmf" in name:
         pytest.importorskip("sigmf")
@@ -284,8 +358,11 @@ def test_windows_are_the_strong_ones_in_order():
 
 def test_radioml2016_comes_in_and_code_in_the_pickle_does_not_run(tmp_path):
     from argparse import Namespace
+
     rng = np.random.default_rng(0)
-    cells = {(name, snr): rng.standard_normal((10, 2, 128)).astype(np.float32) for name in ("BPSK", "WBFM", "QPSK", "GFSK") for snr in (-4, 18)}
+    cells = {
+        (name, snr): rng.standard_normal((10, 2, 128)).astype(np.float32) for name in ("BPSK", "WBFM", "QPSK", "GFSK") for snr in (-4, 18)
+    }
     (tmp_path / "r.pkl").write_bytes(pickle.dumps(cells, protocol=2))
     convert_main(Namespace(source="radioml2016", files=[tmp_path / "r.pkl"], out=tmp_path / "out", per_cell=10, fs=1e6, seed=0))
     counts = {part: len(SignalFile(tmp_path / "out" / part / "modulation.h5")) for part in ("train", "val", "test")}
@@ -302,9 +379,14 @@ def test_radioml2016_comes_in_and_code_in_the_pickle_does_not_run(tmp_path):
 
 def test_radioml2018_comes_in(tmp_path):
     from argparse import Namespace
+
     label = np.repeat(np.arange(24), 10)
     with h5py.File(tmp_path / "r.hdf5", "w") as file:
-        file["X"], file["Y"], file["Z"] = np.ones((240, 64, 2), np.float32) * label[:, None, None], np.eye(24)[label], np.tile([[0], [10]], (120, 1))
+        file["X"], file["Y"], file["Z"] = (
+            np.ones((240, 64, 2), np.float32) * label[:, None, None],
+            np.eye(24)[label],
+            np.tile([[0], [10]], (120, 1)),
+        )
     convert_main(Namespace(source="radioml2018", files=[tmp_path / "r.hdf5"], out=tmp_path / "out", per_cell=5, fs=1e6, seed=0))
     file = SignalFile(tmp_path / "out/train/modulation.h5")
     assert len(file.classes) == 24 and all(file.read(i)[0, 0] == file.column("label")[i] for i in range(0, len(file), 7))
@@ -319,8 +401,23 @@ def test_polar_view_measures_magnitude_and_frequency():
 # ---- answers
 
 
-@pytest.mark.parametrize("text, letter", [("正确答案是：(B) FM", "B"), ("The correct answer is: (D) 2FSK", "D"), ("（C）MSK", "C"), ("A", "A"), ("B. FM", "B"), ("2FSK", "D"),
-                                          ("It is GFSK.", "A"), ("FM", "B"), ("none", None), ("(E) x", None), ("GFSK or MSK", None), ("", None)])
+@pytest.mark.parametrize(
+    "text, letter",
+    [
+        ("正确答案是：(B) FM", "B"),
+        ("The correct answer is: (D) 2FSK", "D"),
+        ("（C）MSK", "C"),
+        ("A", "A"),
+        ("B. FM", "B"),
+        ("2FSK", "D"),
+        ("It is GFSK.", "A"),
+        ("FM", "B"),
+        ("none", None),
+        ("(E) x", None),
+        ("GFSK or MSK", None),
+        ("", None),
+    ],
+)
 def test_letter_is_found_in_generated_text(text, letter):
     assert extract_letter(text, {"A": "GFSK", "B": "FM", "C": "MSK", "D": "2FSK"}) == letter
 
@@ -331,26 +428,55 @@ def test_submission_is_written_and_every_fault_found(tmp_path):
     write_submission(path, [{"id": i, "pred": "A"} for i in range(3)], "us", "m")
     assert "valid, 3 answers" in validate_submission(path, questions)
     good = json.loads(path.read_text())
-    for change, words in [({"team_name": ""}, "team_name"), ({"evaluation_time": "today"}, "evaluation_time"), ({"answers": {}}, "answers is missing"),
-                          ({"answers": good["answers"][:2]}, "1 questions have no answer"), ({"answers": good["answers"] + [{"id": 0, "pred": "A"}]}, "answered twice"),
-                          ({"answers": [{"id": 9, "pred": "A"}]}, "not among the questions"), ({"answers": [{"id": 0, "pred": "E"}]}, "pred is 'E'"),
-                          ({"answers": [{"id": "0", "pred": "A"}]}, "not a whole number")]:
+    for change, words in [
+        ({"team_name": ""}, "team_name"),
+        ({"evaluation_time": "today"}, "evaluation_time"),
+        ({"answers": {}}, "answers is missing"),
+        ({"answers": good["answers"][:2]}, "1 questions have no answer"),
+        ({"answers": good["answers"] + [{"id": 0, "pred": "A"}]}, "answered twice"),
+        ({"answers": [{"id": 9, "pred": "A"}]}, "not among the questions"),
+        ({"answers": [{"id": 0, "pred": "E"}]}, "pred is 'E'"),
+        ({"answers": [{"id": "0", "pred": "A"}]}, "not a whole number"),
+    ]:
         path.write_text(json.dumps(good | change))
         with pytest.raises(UserError, match=words):
             validate_submission(path, questions)
 
 
 def test_scores_are_right_on_a_known_case():
-    answers = [{"id": i, "text": "(A) x", "options": {"A": "x", "B": "y", "C": "z", "D": "w"}, "extracted": "A", "pred": "A", "likeliest": "A", "scores": [2.0, 0.0, 0.0, 0.0],
-                "task": "t", "answer": "(A) x", "truth": "A" if i < 6 else "B", "class": "x" if i < 6 else "y", "snr_db": 12.0 if i % 2 else 3.0} for i in range(10)]
+    answers = [
+        {
+            "id": i,
+            "text": "(A) x",
+            "options": {"A": "x", "B": "y", "C": "z", "D": "w"},
+            "extracted": "A",
+            "pred": "A",
+            "likeliest": "A",
+            "scores": [2.0, 0.0, 0.0, 0.0],
+            "task": "t",
+            "answer": "(A) x",
+            "truth": "A" if i < 6 else "B",
+            "class": "x" if i < 6 else "y",
+            "snr_db": 12.0 if i % 2 else 3.0,
+        }
+        for i in range(10)
+    ]
     metrics = score(answers)
-    assert metrics["accuracy"] == 0.6 and metrics["by_class"] == {"x": 1.0, "y": 0.0} and metrics["by_snr"] == {"0": 0.6, "10": 0.6} and metrics["valid_letters"] == 1
+    assert (
+        metrics["accuracy"] == 0.6
+        and metrics["by_class"] == {"x": 1.0, "y": 0.0}
+        and metrics["by_snr"] == {"0": 0.6, "10": 0.6}
+        and metrics["valid_letters"] == 1
+    )
     low, high = wilson(6, 10)
     assert low == pytest.approx(0.3127, abs=1e-3) and high == pytest.approx(0.8318, abs=1e-3)
     confidence = float(torch.tensor([2.0, 0, 0, 0]).softmax(0)[0])
     assert calibration_error(answers, 1.0) == pytest.approx(confidence - 0.6, abs=1e-6)
     assert calibration_error(answers, fit_temperature(answers)) < 0.05
-    free = score([{"id": 0, "text": "FM", "answer": "FM", "task": "t", "snr_db": None}, {"id": 1, "text": "AM", "answer": "FM", "task": "t", "snr_db": None}])["open"]
+    free = score(
+        [
+            {"id": 0, "text": "FM", "answer": "FM", "task": "t", "snr_db": None},
+            {"id": 1, "text": "AM", "answer": "FM", "task": "t", "snr_db": None},
+        ]
+    )["open"]
     assert free["exact"] == 0.5 and free["rougeL"] == 0.5 and 0.4 < free["bleu"] < 0.6
-
-

@@ -1,18 +1,36 @@
 """em_mllm: encoder, packing, weight loading, signal generator."""
+
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from common.errors import UserError
-from em_mllm.em_foundation.models import SiTForMultiTask, SiTMAEConfig, SiTMAEForClassification, SiTMAEForPreTraining, SiTMAEModelWithoutMask
-from em_mllm.em_foundation.models import block
+from em_mllm.em_foundation.models import (
+    SiTForMultiTask,
+    SiTMAEConfig,
+    SiTMAEForClassification,
+    SiTMAEForPreTraining,
+    SiTMAEModelWithoutMask,
+    block,
+)
 from em_mllm.em_foundation.models.embedder import mae_scores, sample_id_matrix
 from em_mllm.em_foundation.utils.utils import convert_checkpoint, first_fit, load_encoder, pack_sequence, read_config, with_special_patches
 from em_mllm.signals import JAMMING, MODULATIONS, RADAR, channel, constellation, make_signal, root_raised_cosine, shaped
 
-SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, max_seq_len=(256, 1), patch_size=(8, 1),
-             decoder_hidden_size=24, decoder_num_hidden_layers=1, decoder_num_attention_heads=3, decoder_intermediate_size=40, initializer_range=0.2)
+SMALL = dict(
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=48,
+    max_seq_len=(256, 1),
+    patch_size=(8, 1),
+    decoder_hidden_size=24,
+    decoder_num_hidden_layers=1,
+    decoder_num_attention_heads=3,
+    decoder_intermediate_size=40,
+    initializer_range=0.2,
+)
 
 
 def packed(groups=((64, 40, 24), (128,), (16, 56)), fs=2.5, seed=0):
@@ -42,11 +60,15 @@ def test_three_attentions_agree_and_a_packed_signal_equals_the_signal_alone():
 
 def test_variable_length_path_gives_the_same_rows(monkeypatch):
     """The kernel itself needs CUDA; a plain softmax per sample stands in for it here, in bf16 as the kernel computes."""
+
     def stand_in(q, k, v, cu_q, cu_k, longest_q, longest_k):
         assert q.dtype == torch.bfloat16 and longest_q == int((cu_q[1:] - cu_q[:-1]).max())
-        parts = [torch.nn.functional.scaled_dot_product_attention(*(x[a:b].transpose(0, 1)[None] for x in (q, k, v)))[0].transpose(0, 1)
-                 for a, b in zip(cu_q[:-1], cu_q[1:])]
+        parts = [
+            torch.nn.functional.scaled_dot_product_attention(*(x[a:b].transpose(0, 1)[None] for x in (q, k, v)))[0].transpose(0, 1)
+            for a, b in zip(cu_q[:-1], cu_q[1:])
+        ]
         return torch.cat(parts)
+
     (patches, positions, ids), _ = packed()
     model = make(attention_type="fa2")
     plain = model(patches, positions, ids).last_hidden_state
@@ -64,7 +86,7 @@ def test_mask_hides_the_stated_share_of_every_sample_and_never_padding():
     matrix = sample_id_matrix(ids, patches.shape[1])
     out = model(patches, positions, ids, noise=mae_scores(matrix, 2, torch.Generator().manual_seed(1)))
     assert not out.mae_mask[matrix < 0].any() and not out.mae_mask[(positions < 2) & (matrix >= 0)].any()
-    row0 = [int(out.mae_mask[0][matrix[0] == s].sum()) for s in range(3)]          # 8, 5 and 3 IQ patches, half hidden
+    row0 = [int(out.mae_mask[0][matrix[0] == s].sum()) for s in range(3)]  # 8, 5 and 3 IQ patches, half hidden
     assert all(abs(h - n / 2) <= 1 for h, n in zip(row0, (8, 5, 3)))
     again = model(patches, positions, ids, noise=mae_scores(matrix, 2, torch.Generator().manual_seed(1)))
     assert torch.equal(out.mae_mask, again.mae_mask)
@@ -124,11 +146,17 @@ def test_unknown_regression_values_are_left_out_of_the_loss():
     cls = out.logits["pri"][(positions == 0) & (sample_id_matrix(ids, patches.shape[1]) >= 0)].flatten()
     expected = (cls - labels["pri"])[torch.tensor([0, 2, 3, 5])].abs().mean()
     torch.testing.assert_close(torch.tensor(out.loss_details["pri"]), expected.detach())
-    torch.testing.assert_close(out.loss.detach(), torch.tensor(2 / 3 * out.loss_details["classification"] + 1 / 3 * out.loss_details["pri"]))
+    torch.testing.assert_close(
+        out.loss.detach(), torch.tensor(2 / 3 * out.loss_details["classification"] + 1 / 3 * out.loss_details["pri"])
+    )
 
 
 def test_patch_four_keeps_upstreams_table_length_and_json_round_trip(tmp_path):
-    assert SiTMAEConfig(patch_size=(4, 1)).num_positions == 1028 and SiTMAEConfig().num_positions == 514 and SiTMAEConfig(use_fs=False).num_positions == 513
+    assert (
+        SiTMAEConfig(patch_size=(4, 1)).num_positions == 1028
+        and SiTMAEConfig().num_positions == 514
+        and SiTMAEConfig(use_fs=False).num_positions == 513
+    )
     SiTMAEConfig(**SMALL, fs=20e6).save_pretrained(tmp_path)
     again = SiTMAEConfig.from_pretrained(tmp_path)
     assert again.patch_size == [8, 1] and again.fs == 20e6 and again.num_positions == 34
@@ -157,11 +185,17 @@ def test_weights_load_with_and_without_prefix_and_fused(tmp_path, capsys):
     assert len(load_encoder(into, tmp_path / "plain.safetensors").loaded) == len(make().state_dict())
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda s: {"encoder.blocks.0.weight": torch.zeros(3)}, "holds only 0 of the encoder's"),
-    (lambda s: {**s, "embeddings.position_embeddings": s["embeddings.position_embeddings"][:10]}, "has 10 rows, the model needs 34"),
-    (lambda s: {**s, "embeddings.projection.weight": torch.zeros(32, 8)}, "embeddings.projection.weight is (32, 8), the model needs (32, 16)"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda s: {"encoder.blocks.0.weight": torch.zeros(3)}, "holds only 0 of the encoder's"),
+        (lambda s: {**s, "embeddings.position_embeddings": s["embeddings.position_embeddings"][:10]}, "has 10 rows, the model needs 34"),
+        (
+            lambda s: {**s, "embeddings.projection.weight": torch.zeros(32, 8)},
+            "embeddings.projection.weight is (32, 8), the model needs (32, 16)",
+        ),
+    ],
+)
 def test_wrong_weight_files_are_refused_by_name(tmp_path, change, words):
     save_file({k: v.contiguous() for k, v in change(make().state_dict()).items()}, tmp_path / "model.safetensors")
     with pytest.raises(UserError) as error:
@@ -206,6 +240,7 @@ def test_signal_is_reproducible_unit_power_and_finite(name):
 def test_measured_snr_is_the_stated_one():
     """A cyclic shift changes neither a tone nor its power; what is left after the tone's bin is removed is the noise."""
     from em_mllm.signals import add_noise
+
     n = 1 << 16
     tone = np.exp(2j * np.pi * 0.125 * np.arange(n))
     for snr_db in (-10, 0, 15):
@@ -217,13 +252,14 @@ def test_measured_snr_is_the_stated_one():
 @pytest.mark.parametrize("name", ["BPSK", "QPSK", "16QAM", "OFDM", "MSK", "4FSK", "GFSK"])
 def test_nearly_all_power_lies_in_the_stated_bandwidth(name):
     from em_mllm.signals import MAKERS
+
     rng, inside = np.random.default_rng(0), []
     for _ in range(8):
         x, info = MAKERS[name](name, 4096, rng)
         spectrum = np.abs(np.fft.fft(x * np.hanning(len(x)))) ** 2
         frequency = np.abs(np.fft.fftfreq(len(x)))
         inside.append(spectrum[frequency <= info["bandwidth"] / 2 + 2 / 4096].sum() / spectrum.sum())
-        if name in ("BPSK", "QPSK", "16QAM"):                    # and not much less: the band edge is where theory puts it
+        if name in ("BPSK", "QPSK", "16QAM"):  # and not much less: the band edge is where theory puts it
             assert spectrum[frequency <= info["bandwidth"] / 4].sum() / spectrum.sum() < 0.95
     assert np.mean(inside) > 0.95
 
@@ -243,6 +279,7 @@ def test_matched_filter_recovers_the_constellation(name):
 
 def test_radar_parameters_are_those_of_the_signal():
     from em_mllm.signals import pulse_train
+
     x, info = pulse_train("PULSE", 4096, np.random.default_rng(1))
     edges = np.nonzero(np.diff(np.abs(x), prepend=0) > 0.5)[0]
     assert len(edges) == info["num_pulses"] and edges[0] == pytest.approx(info["pulse_time_delay"], abs=1)

@@ -1,4 +1,5 @@
 """em_mllm: the multimodal model, what is trained, saving and loading, language models of several kinds."""
+
 import json
 import shutil
 
@@ -11,13 +12,47 @@ from common.tiny_llm import make_llm, make_tokenizer
 from em_mllm.em_foundation.models import SiTMAEConfig, SiTMAEForPreTraining
 from em_mllm.fm9g import fold_to_llama, granite_config
 from em_mllm.model import (
-    IQ_END, IQ_START, MultiModalModel, build_model, load_llm, load_model, load_starter_kit, load_tokenizer, save_model, set_trainable)
+    IQ_END,
+    IQ_START,
+    MultiModalModel,
+    build_model,
+    load_llm,
+    load_model,
+    load_starter_kit,
+    load_tokenizer,
+    save_model,
+    set_trainable,
+)
 
-ENCODER = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, max_seq_len=(256, 1), decoder_hidden_size=24,
-               decoder_num_hidden_layers=1, decoder_num_attention_heads=3, decoder_intermediate_size=40, initializer_range=0.2)
-FM9G = {"model_type": "fm9g", "vocab_size": 64, "hidden_size": 40, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 5,
-        "num_key_value_heads": 1, "rms_norm_eps": 1e-5, "max_position_embeddings": 128, "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 16,
-        "rope_theta": 1e6, "tie_word_embeddings": True, "hidden_act": "silu"}
+ENCODER = dict(
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=48,
+    max_seq_len=(256, 1),
+    decoder_hidden_size=24,
+    decoder_num_hidden_layers=1,
+    decoder_num_attention_heads=3,
+    decoder_intermediate_size=40,
+    initializer_range=0.2,
+)
+FM9G = {
+    "model_type": "fm9g",
+    "vocab_size": 64,
+    "hidden_size": 40,
+    "intermediate_size": 56,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 5,
+    "num_key_value_heads": 1,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 128,
+    "scale_emb": 12,
+    "scale_depth": 1.4,
+    "dim_model_base": 16,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": True,
+    "hidden_act": "silu",
+}
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +78,9 @@ def batch(tokenizer, signals=2, points=64, seed=0):
     mask, labels = torch.ones_like(ids), ids.clone()
     labels[:, :5] = -100
     mask[1, 7:], labels[1, 7:] = 0, -100
-    return dict(iq=iq / iq.abs().amax((1, 2), keepdim=True), fs=torch.full((signals,), 20e6), input_ids=ids, attention_mask=mask, labels=labels)
+    return dict(
+        iq=iq / iq.abs().amax((1, 2), keepdim=True), fs=torch.full((signals,), 20e6), input_ids=ids, attention_mask=mask, labels=labels
+    )
 
 
 @pytest.mark.parametrize("options", [{}, {"projector": "mlp"}, {"projector": "merlin"}, {"signal_tokens": 3}])
@@ -75,7 +112,9 @@ def test_logits_only_where_a_label_is_give_the_same_loss_and_gradient(parts):
 def test_layout_is_start_signal_end_text_for_each_signal(parts):
     model, tokenizer = build(parts)
     b = batch(tokenizer)
-    embeds, mask, labels, positions = model.embed(b["iq"], b["input_ids"][:1], b["attention_mask"][:1], None, b["fs"], torch.tensor([[1, 0]]), b["labels"][:1])
+    embeds, mask, labels, positions = model.embed(
+        b["iq"], b["input_ids"][:1], b["attention_mask"][:1], None, b["fs"], torch.tensor([[1, 0]]), b["labels"][:1]
+    )
     features, _ = model.signal_features(b["iq"], None, b["fs"])
     vectors = model.signal_to_hidden(features)
     start, end = model.iq_tokens
@@ -83,7 +122,9 @@ def test_layout_is_start_signal_end_text_for_each_signal(parts):
     expected = torch.cat([start[None], vectors[1], end[None], start[None], vectors[0], end[None], text])
     torch.testing.assert_close(embeds[0], expected)
     assert labels[0].tolist() == [-100] * 20 + b["labels"][0].tolist() and mask.all() and positions[0].tolist() == list(range(29))
-    assert min(tokenizer.convert_tokens_to_ids([IQ_START, IQ_END])) >= len(model.llm.get_input_embeddings().weight)      # the LLM's table is left alone
+    assert min(tokenizer.convert_tokens_to_ids([IQ_START, IQ_END])) >= len(
+        model.llm.get_input_embeddings().weight
+    )  # the LLM's table is left alone
 
 
 def test_cached_generation_equals_running_the_whole_prefix_again(parts):
@@ -132,7 +173,12 @@ def test_freeze_and_lora_train_exactly_the_listed_tensors(parts):
         assert always <= names
         assert encoder == (set() if freeze_encoder else {f"signal_encoder.{n}" for n, _ in model.signal_encoder.named_parameters()})
         if lora:
-            adapters = {f"llm.base_model.model.model.layers.{i}.self_attn.{t}.lora_{ab}.default.weight" for i in (0, 1) for t in ("q_proj", "v_proj") for ab in "AB"}
+            adapters = {
+                f"llm.base_model.model.model.layers.{i}.self_attn.{t}.lora_{ab}.default.weight"
+                for i in (0, 1)
+                for t in ("q_proj", "v_proj")
+                for ab in "AB"
+            }
             assert llm == adapters
         else:
             assert bool(llm) != bool(freeze_llm) and (freeze_llm or len(llm) == len(dict(model.llm.named_parameters())))
@@ -145,13 +191,13 @@ def test_every_trained_tensor_gets_a_gradient_and_the_rest_stays(parts):
     model.train()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    for _ in range(2):                                           # lora_A moves only once lora_B is not zero
+    for _ in range(2):  # lora_A moves only once lora_B is not zero
         model(**batch(tokenizer))["loss"].backward()
         optimizer.step()
         optimizer.zero_grad()
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     still = trained(model) - moved
-    assert moved <= trained(model) and all(n.endswith("key.bias") for n in still)      # softmax does not see a shift of all keys
+    assert moved <= trained(model) and all(n.endswith("key.bias") for n in still)  # softmax does not see a shift of all keys
 
 
 def test_unknown_lora_target_names_the_layers_there_are(parts):
@@ -183,7 +229,7 @@ def test_saved_model_loads_with_one_call_and_answers_the_same(parts, tmp_path, f
 
 def test_starter_kit_checkpoint_loads_and_computes_as_legacy(parts, tmp_path):
     model, tokenizer = build(parts, legacy=True, projector="mlp")
-    model.llm.resize_token_embeddings(len(tokenizer))            # the kit keeps the two rows in the LLM's table
+    model.llm.resize_token_embeddings(len(tokenizer))  # the kit keeps the two rows in the LLM's table
     model.iq_tokens.data.copy_(model.llm.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids([IQ_START, IQ_END])])
     model.llm.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -193,7 +239,7 @@ def test_starter_kit_checkpoint_loads_and_computes_as_legacy(parts, tmp_path):
     b = batch(tokenizer)
     torch.testing.assert_close(again(**b, all_logits=True)["logits"], model(**b, all_logits=True)["logits"])
     changed = {**b, "iq": b["iq"].clone()}
-    changed["iq"][:, :8] += 1                                    # the kit's defect: the first eight points have no influence
+    changed["iq"][:, :8] += 1  # the kit's defect: the first eight points have no influence
     torch.testing.assert_close(again(**changed)["logits"], again(**b)["logits"])
     assert not torch.allclose(build(parts)[0](**changed)["logits"], build(parts)[0](**b)["logits"])
 
@@ -219,7 +265,9 @@ def fm9g_folder(parts, folder, model_type="fm9g", **changes):
     folder.mkdir()
     state = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}
     torch.save(state, folder / "pytorch_model.bin")
-    (folder / "config.json").write_text(json.dumps({"architectures": ["FM9GForCausalLM"], "auto_map": {"AutoModelForCausalLM": "modeling_fm9g.FM9GForCausalLM"}, **config}))
+    (folder / "config.json").write_text(
+        json.dumps({"architectures": ["FM9GForCausalLM"], "auto_map": {"AutoModelForCausalLM": "modeling_fm9g.FM9GForCausalLM"}, **config})
+    )
     tokenizer.save_pretrained(folder)
     return config, state
 
@@ -256,14 +304,30 @@ def test_embeddings_are_scaled_once_on_both_fm9g_routes(parts, tmp_path):
 
 def test_longrope_of_an_fm9g_config_is_mapped():
     half = FM9G["hidden_size"] // FM9G["num_attention_heads"] // 2
-    config = granite_config(FM9G | {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * half, "long_factor": [2.0] * half}, "max_position_embeddings": 64})
+    config = granite_config(
+        FM9G
+        | {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * half, "long_factor": [2.0] * half}, "max_position_embeddings": 64}
+    )
     assert config.rope_parameters["rope_type"] == "longrope" and config.rope_parameters["rope_theta"] == 1e6
     assert torch.isfinite(AutoModelForCausalLM.from_config(config)(torch.arange(8)[None]).logits).all()
 
 
 def test_full_size_fm9g_has_the_stated_parameters():
-    config = granite_config({"vocab_size": 73448, "hidden_size": 2560, "intermediate_size": 6400, "num_hidden_layers": 62, "num_attention_heads": 40, "num_key_value_heads": 4,
-                             "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 256, "rope_theta": 1e6, "tie_word_embeddings": True})
+    config = granite_config(
+        {
+            "vocab_size": 73448,
+            "hidden_size": 2560,
+            "intermediate_size": 6400,
+            "num_hidden_layers": 62,
+            "num_attention_heads": 40,
+            "num_key_value_heads": 4,
+            "scale_emb": 12,
+            "scale_depth": 1.4,
+            "dim_model_base": 256,
+            "rope_theta": 1e6,
+            "tie_word_embeddings": True,
+        }
+    )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     assert sum(p.numel() for p in model.parameters()) == 4_129_681_920
@@ -271,8 +335,17 @@ def test_full_size_fm9g_has_the_stated_parameters():
 
 def test_qwen3_joins_and_learns(parts, tmp_path):
     tokenizer = load_tokenizer(parts / "llm")
-    Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                                 head_dim=8)).save_pretrained(tmp_path)
+    Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+        )
+    ).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     model, tokenizer = build_model(tmp_path, parts / "encoder", signal_tokens=2)
     set_trainable(model, False, True, True)
@@ -302,7 +375,10 @@ def test_incomplete_llm_folders_are_one_line(parts, tmp_path):
         load_tokenizer(tmp_path)
     remote = tmp_path / "remote"
     shutil.copytree(parts / "llm", remote)
-    config = json.loads((remote / "config.json").read_text()) | {"model_type": "not_a_model", "auto_map": {"AutoConfig": "c.C", "AutoModelForCausalLM": "m.M"}}
+    config = json.loads((remote / "config.json").read_text()) | {
+        "model_type": "not_a_model",
+        "auto_map": {"AutoConfig": "c.C", "AutoModelForCausalLM": "m.M"},
+    }
     (remote / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="--trust-remote-code"):
         load_llm(remote)

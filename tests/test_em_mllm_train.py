@@ -1,4 +1,5 @@
 """em_mllm: the scripts as a user starts them. Resume is exact, two processes equal one, launchers and errors behave."""
+
 import json
 import os
 import shutil
@@ -18,8 +19,14 @@ EM = ROOT / "em_mllm"
 def start(*command, cwd=ROOT, processes=1, check=True, **environment):
     """Run a script of em_mllm; several processes through torchrun on gloo."""
     command = [str(c) for c in command]
-    prefix = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    done = subprocess.run([*prefix, *command], cwd=cwd, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+    prefix = (
+        [sys.executable]
+        if processes == 1
+        else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    )
+    done = subprocess.run(
+        [*prefix, *command], cwd=cwd, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    )
     if check:
         assert done.returncode == 0, done.stderr[-3000:]
     return done
@@ -31,20 +38,69 @@ def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("em")
     start(EM / "make_data.py", "--out", folder / "data", "--train", 4, "--val", 1, "--test", 1, "--points", 256)
     start(EM / "make_llm.py", "--out", folder / "llm", "--steps", 2)
-    (folder / "config.json").write_text(json.dumps(dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, patch_size=[16, 1],
-                                                        max_seq_len=[272, 1], decoder_hidden_size=32, decoder_num_hidden_layers=1, decoder_num_attention_heads=4,
-                                                        decoder_intermediate_size=64, initializer_range=0.1, attention_type="sdpa")))
+    (folder / "config.json").write_text(
+        json.dumps(
+            dict(
+                hidden_size=32,
+                num_hidden_layers=1,
+                num_attention_heads=4,
+                intermediate_size=64,
+                patch_size=[16, 1],
+                max_seq_len=[272, 1],
+                decoder_hidden_size=32,
+                decoder_num_hidden_layers=1,
+                decoder_num_attention_heads=4,
+                decoder_intermediate_size=64,
+                initializer_range=0.1,
+                attention_type="sdpa",
+            )
+        )
+    )
     start(*pretrain(folder, folder / "mae"), "--max-steps", 4, "--val", folder / "data/val")
     return folder
 
 
 def pretrain(home, out):
-    return [EM / "pretrain.py", "--data", home / "data/train", "--config", home / "config.json", "--batch-size", 4, "--min-points", 64, "--log-every", 1, "--out", out]
+    return [
+        EM / "pretrain.py",
+        "--data",
+        home / "data/train",
+        "--config",
+        home / "config.json",
+        "--batch-size",
+        4,
+        "--min-points",
+        64,
+        "--log-every",
+        1,
+        "--out",
+        out,
+    ]
 
 
 def train(home, out, *more):
-    return [EM / "train.py", "--task-dir", home / "data/train", "--val-dir", home / "data/val", "--signal-encoder-path", home / "mae/encoder", "--llm-model-path", home / "llm",
-            "--signal-tokens", 2, "--questions-per-signal", 2, "--lr", 1e-3, "--log-every", 1, "--output-dir", out, *more]
+    return [
+        EM / "train.py",
+        "--task-dir",
+        home / "data/train",
+        "--val-dir",
+        home / "data/val",
+        "--signal-encoder-path",
+        home / "mae/encoder",
+        "--llm-model-path",
+        home / "llm",
+        "--signal-tokens",
+        2,
+        "--questions-per-signal",
+        2,
+        "--lr",
+        1e-3,
+        "--log-every",
+        1,
+        "--output-dir",
+        out,
+        *more,
+    ]
 
 
 def losses(out):
@@ -76,7 +132,9 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(home, tmp_path, sc
     """Stopped in mid-epoch after step 3 of 7 and gone on: the same weights as without the stop."""
     folder = {pretrain: "encoder", train: "model"}[script]
     whole, cut = [*script(home, tmp_path / "whole")], [*script(home, tmp_path / "cut")]
-    more = ["--max-steps", 7, "--batch-size", 8, "--save-every", 3] + (["--use-lora"] if script is train else [])      # dropout: random states matter
+    more = ["--max-steps", 7, "--batch-size", 8, "--save-every", 3] + (
+        ["--use-lora"] if script is train else []
+    )  # dropout: random states matter
     start(*whole, *more)
     start(*cut, *more)
     checkpoints = tmp_path / "cut/checkpoints"
@@ -89,7 +147,8 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(home, tmp_path, sc
 
 
 def test_gradient_accumulation_equals_the_larger_batch(home, tmp_path):
-    """Losses per answer token of each micro-batch are averaged; with one question a signal of one form they agree closely, not bit for bit."""
+    """Losses per answer token of each micro-batch are averaged; with one question a signal of one form they agree closely, not bit for
+    bit."""
     start(*train(home, tmp_path / "a", "--max-steps", 3, "--batch-size", 4, "--accum", 2))
     start(*train(home, tmp_path / "b", "--max-steps", 3, "--batch-size", 8))
     a, b = weights(tmp_path / "a/model"), weights(tmp_path / "b/model")
@@ -99,29 +158,63 @@ def test_gradient_accumulation_equals_the_larger_batch(home, tmp_path):
 def test_train_then_test_then_one_recording_then_submission(home, tmp_path):
     start(*train(home, tmp_path / "run", "--max-steps", 2, "--batch-size", 4, "--freeze-llm"))
     model, data = tmp_path / "run/model", home / "data/test"
-    done = start(EM / "test.py", "--model", model, "--task-dir", data, "--out", tmp_path / "test", "--wrong-signal", "--calibrate-dir", home / "data/val",
-                 "--submission", tmp_path / "s.json", "--max-new-tokens", 10)
+    done = start(
+        EM / "test.py",
+        "--model",
+        model,
+        "--task-dir",
+        data,
+        "--out",
+        tmp_path / "test",
+        "--wrong-signal",
+        "--calibrate-dir",
+        home / "data/val",
+        "--submission",
+        tmp_path / "s.json",
+        "--max-new-tokens",
+        10,
+    )
     assert "four-choice accuracy" in done.stdout
     metrics = json.loads((tmp_path / "test/metrics.json").read_text())
     assert metrics["four_choice"] == 23 and metrics["open"]["count"] == 23 and set(metrics["by_task"]) == {"modulation", "radar_jamming"}
     rows = [json.loads(line) for line in (tmp_path / "test/predictions.jsonl").read_text().splitlines()]
     assert metrics["accuracy"] == pytest.approx(np.mean([r["pred"] == r["truth"] for r in rows if "truth" in r]))
-    assert {p.name for p in (tmp_path / "test/figures").iterdir()} == {"accuracy_snr.png", "accuracy_snr.csv", "confusion.png", "confusion.csv"}
+    assert {p.name for p in (tmp_path / "test/figures").iterdir()} == {
+        "accuracy_snr.png",
+        "accuracy_snr.csv",
+        "confusion.png",
+        "confusion.csv",
+    }
     assert len(json.loads((tmp_path / "s.json").read_text())["answers"]) == 23
     z = np.exp(2j * np.pi * 0.1 * np.arange(3000)).astype(np.complex64)
     z.tofile(tmp_path / "x.cf32")
-    done = start(EM / "test.py", "--model", model, "--iq", tmp_path / "x.cf32", "--question", "Which? (A) FM (B) AM (C) TONE (D) OOK", "--fs", 1e6, "--max-new-tokens", 8)
+    done = start(
+        EM / "test.py",
+        "--model",
+        model,
+        "--iq",
+        tmp_path / "x.cf32",
+        "--question",
+        "Which? (A) FM (B) AM (C) TONE (D) OOK",
+        "--fs",
+        1e6,
+        "--max-new-tokens",
+        8,
+    )
     assert "answer: (" in done.stdout and "3000 samples at 1e+06 Hz" in done.stdout
 
 
-@pytest.mark.parametrize("command, words", [
-    (lambda h: train(h, h / "x", "--signal-encoder-path", h / "absent"), "absent"),
-    (lambda h: train(h, h / "x", "--llm-model-path", h / "absent"), "absent"),
-    (lambda h: train(h, h / "x", "--max-length", 5), "--max-length is 5"),
-    (lambda h: train(h, h / "x", "--batch-size", 5000), "--batch-size"),
-    (lambda h: [EM / "test.py", "--model", h / "absent", "--task-dir", h / "data/test", "--out", h / "y"], "no multimodal.json"),
-    (lambda h: [EM / "pretrain.py", "--data", h / "llm", "--out", h / "x"], "holds no .h5"),
-])
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        (lambda h: train(h, h / "x", "--signal-encoder-path", h / "absent"), "absent"),
+        (lambda h: train(h, h / "x", "--llm-model-path", h / "absent"), "absent"),
+        (lambda h: train(h, h / "x", "--max-length", 5), "--max-length is 5"),
+        (lambda h: train(h, h / "x", "--batch-size", 5000), "--batch-size"),
+        (lambda h: [EM / "test.py", "--model", h / "absent", "--task-dir", h / "data/test", "--out", h / "y"], "no multimodal.json"),
+        (lambda h: [EM / "pretrain.py", "--data", h / "llm", "--out", h / "x"], "holds no .h5"),
+    ],
+)
 def test_user_errors_are_one_line_exit_2_and_leave_no_output(home, command, words):
     done = start(*command(home), check=False)
     assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
@@ -132,5 +225,7 @@ def test_user_errors_are_one_line_exit_2_and_leave_no_output(home, command, word
 def test_launchers_show_help_from_any_folder(tmp_path):
     for script in ("run_train.sh", "run_test.sh"):
         for cwd, path in ((tmp_path, EM / script), (EM, script)):
-            done = subprocess.run(["bash", str(path), "--help"], cwd=cwd, capture_output=True, text=True, env={**os.environ, "PYTHON": sys.executable})
+            done = subprocess.run(
+                ["bash", str(path), "--help"], cwd=cwd, capture_output=True, text=True, env={**os.environ, "PYTHON": sys.executable}
+            )
             assert done.returncode == 0 and "usage" in done.stdout, done.stderr

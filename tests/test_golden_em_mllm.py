@@ -1,5 +1,6 @@
 """Every file of GOLDEN_DIR/em_mllm: tensors that upstream's own modules produced. The kind is the start of the file name, sizes come from
 the metadata, the tolerance from the golden README. A file of unknown kind, or an output that is not compared, fails."""
+
 import json
 import re
 
@@ -9,11 +10,24 @@ from safetensors import safe_open
 from transformers import GraniteForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from em_mllm.dataset import collate_iq, collate_text
-from em_mllm.em_foundation.models import SiTForMultiTask, SiTMAEConfig, SiTMAEForClassification, SiTMAEForPreTraining, SiTMAEModelWithoutMask
+from em_mllm.em_foundation.models import (
+    SiTForMultiTask,
+    SiTMAEConfig,
+    SiTMAEForClassification,
+    SiTMAEForPreTraining,
+    SiTMAEModelWithoutMask,
+)
 from em_mllm.em_foundation.models.configuration_em import REGRESSION_TASKS
 from em_mllm.em_foundation.models.embedder import SiTMAEEmbeddings, gen_attn_mask, sample_id_matrix
 from em_mllm.em_foundation.utils.utils import (
-    convert_checkpoint, load_encoder, normalize_data, pack_sequence, scale_to_peak, transform_downstream, with_special_patches)
+    convert_checkpoint,
+    load_encoder,
+    normalize_data,
+    pack_sequence,
+    scale_to_peak,
+    transform_downstream,
+    with_special_patches,
+)
 from em_mllm.fm9g import fold_to_llama, granite_config
 from em_mllm.model import MultiModalModel
 from tests.golden import golden_files
@@ -25,7 +39,9 @@ class Golden:
             tensors = {k: file.get_tensor(k) for k in file.keys()}
             self.config = json.loads(file.metadata()["config"])
         self.path, self.compared = path, set()
-        self.param, self.input, self.out = ({k.removeprefix(p): v for k, v in tensors.items() if k.startswith(p)} for p in ("param.", "in.", "out."))
+        self.param, self.input, self.out = (
+            {k.removeprefix(p): v for k, v in tensors.items() if k.startswith(p)} for p in ("param.", "in.", "out.")
+        )
         if "sample_ids" in self.input:
             self.ids = self.input["sample_ids"]
             self.lens = self.input["sample_lens"].tolist()
@@ -90,9 +106,9 @@ def check_normalize(g):
         _, method, rate = name.split("_")
         out = transform_downstream({"iq": iq, "fs": g.input["fs"].numpy()}, patch, rate == "fs", norm_method_iq=method)
         iq_part = torch.ones(out["iq"].shape, dtype=torch.bool)
-        iq_part[:, :, patch:2 * patch] = rate != "fs"
+        iq_part[:, :, patch : 2 * patch] = rate != "fs"
         g.close(name, torch.tensor(out["iq"]), 1e-9, 0, where=iq_part)
-        g.close(name, torch.tensor(out["iq"]), 1e-6, 0)             # in.fs is float32: the rate patch is no more exact than that
+        g.close(name, torch.tensor(out["iq"]), 1e-6, 0)  # in.fs is float32: the rate patch is no more exact than that
 
 
 def check_encoder_outputs(g, config, state):
@@ -106,7 +122,9 @@ def check_encoder_outputs(g, config, state):
             g.close(name, out.hidden_states[int(name.split(".")[1])], where=g.valid)
         if attention == "eager":
             for name in [k for k in g.out if k.startswith("attn.")]:
-                g.close(name, out.attentions[int(name.split(".")[1])], where=g.valid[:, None, :].expand(-1, config["num_attention_heads"], -1))
+                g.close(
+                    name, out.attentions[int(name.split(".")[1])], where=g.valid[:, None, :].expand(-1, config["num_attention_heads"], -1)
+                )
         if "head_mask" in g.input:
             masked = model(*g.tokens, head_mask=g.input["head_mask"], apply_layernorm=False)
             g.close("head_masked_no_ln", masked.last_hidden_state, where=g.valid)
@@ -119,14 +137,16 @@ def check_sit_nomask(g):
 
 def check_sit_fused_qkv(g):
     model = check_encoder_outputs(g, g.config, g.param)
-    flat = model(*g.tokens).last_hidden_state[g.valid]          # upstream returns valid tokens only, in bf16 attention
+    flat = model(*g.tokens).last_hidden_state[g.valid]  # upstream returns valid tokens only, in bf16 attention
     g.close("fa2_flat_ln_bf16", flat, 5e-2, 0)
 
 
 def check_mae(g):
     model = load(SiTMAEForPreTraining(SiTMAEConfig(**g.config)), g.param)
     encoded = model.sit(*g.tokens, noise=g.input["noise"])
-    visible = model.sit.embeddings.hide(model.sit.embeddings.embed(*g.tokens[:2]), sample_id_matrix(g.ids_seq, g.ids.shape[1]), g.input["noise"])
+    visible = model.sit.embeddings.hide(
+        model.sit.embeddings.embed(*g.tokens[:2]), sample_id_matrix(g.ids_seq, g.ids.shape[1]), g.input["noise"]
+    )
     out = model(*g.tokens, noise=g.input["noise"])
     kept = visible[1] >= 0
     g.equal("ids_restore", out.ids_restore)
@@ -140,7 +160,7 @@ def check_mae(g):
     gradients = dict(model.named_parameters())
     for name in [k for k in g.out if k.startswith("grad.")]:
         g.close(name, gradients[name.removeprefix("grad.")].grad, 5e-5, 0)
-    g.compared |= {"upstream_logits", "upstream_loss"}          # upstream's defect with rows of unequal length, not ours to repeat
+    g.compared |= {"upstream_logits", "upstream_loss"}  # upstream's defect with rows of unequal length, not ours to repeat
 
 
 def check_cls_head(g):
@@ -167,6 +187,7 @@ def check_multitask_head(g):
 
 def check_loader(g, tmp_path):
     from safetensors.torch import save_file
+
     save_file(g.param, tmp_path / "model.safetensors")
     model = SiTMAEModelWithoutMask(SiTMAEConfig(**g.config)).eval()
     load_encoder(model, tmp_path)
@@ -228,7 +249,7 @@ def check_mm_native(g):
     g.close("loss", out["loss"], 5e-5, 0)
     assert torch.equal(out["labels"], g.out["labels"][:, 1:])
     g.compared.add("labels")
-    g.close("loss", model(iq, ids, mask, labels, lengths, rates)["loss"], 5e-5, 0)      # logits only where a label is: the same loss
+    g.close("loss", model(iq, ids, mask, labels, lengths, rates)["loss"], 5e-5, 0)  # logits only where a label is: the same loss
 
 
 def check_fm9g(g):
@@ -248,9 +269,20 @@ def with_head(tensors):
     return tensors if "lm_head.weight" in tensors else {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}
 
 
-CHECKS = {"emb": check_emb, "packing": check_packing, "normalize": check_normalize, "sit_nomask": check_sit_nomask, "sit_fused": check_sit_fused_qkv,
-          "mae": check_mae, "cls_head": check_cls_head, "multitask_head": check_multitask_head, "loader": check_loader,
-          "mm_legacy": check_mm_legacy, "mm_native": check_mm_native, "fm9g": check_fm9g}
+CHECKS = {
+    "emb": check_emb,
+    "packing": check_packing,
+    "normalize": check_normalize,
+    "sit_nomask": check_sit_nomask,
+    "sit_fused": check_sit_fused_qkv,
+    "mae": check_mae,
+    "cls_head": check_cls_head,
+    "multitask_head": check_multitask_head,
+    "loader": check_loader,
+    "mm_legacy": check_mm_legacy,
+    "mm_native": check_mm_native,
+    "fm9g": check_fm9g,
+}
 
 
 @pytest.mark.parametrize("path", golden_files("em_mllm"))

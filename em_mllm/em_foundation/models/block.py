@@ -1,4 +1,5 @@
 """Transformer layer of the encoder with three equal ways to attend (upstream block.py)."""
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -9,7 +10,7 @@ from em_mllm.em_foundation.models.padding import pad_input, unpad_input
 
 try:
     from torch.nn.attention.varlen import varlen_attn
-except ImportError:                                              # before torch 2.10
+except ImportError:  # before torch 2.10
     varlen_attn = None
 
 
@@ -37,7 +38,7 @@ class SiTMAESelfAttention(nn.Module):
     def probabilities(self, q, k, attn_mask, head_mask):
         scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
         if attn_mask is not None:
-            scores = scores.masked_fill(~attn_mask[:, None], max(-1e9, torch.finfo(scores.dtype).min))     # -1e9 overflows in half precision
+            scores = scores.masked_fill(~attn_mask[:, None], max(-1e9, torch.finfo(scores.dtype).min))  # -1e9 overflows in half precision
         weights = F.dropout(scores.softmax(-1), self.attention_dropout, self.training)
         return weights if head_mask is None else weights * head_mask[:, None, None]
 
@@ -54,7 +55,7 @@ class SiTMAESdpaSelfAttention(SiTMAESelfAttention):
         if output_attentions or head_mask is not None:
             return super().forward(hidden_states, attn_mask, sample_ids, head_mask, output_attentions)
         q, k, v = self.project(hidden_states)
-        if attn_mask is not None:                                # padding rows may see everything: no row is empty
+        if attn_mask is not None:  # padding rows may see everything: no row is empty
             attn_mask = (attn_mask | ~attn_mask.any(-1, keepdim=True))[:, None]
         return self.finish(F.scaled_dot_product_attention(q, k, v, attn_mask, self.attention_dropout if self.training else 0.0)), None
 
@@ -105,7 +106,8 @@ class SiTMAELayer(nn.Module):
     def __init__(self, config, hidden_size, heads, intermediate_size):
         super().__init__()
         self.attention = SITMAE_ATTENTION_CLASSES[config.attention_type](
-            hidden_size, heads, config.hidden_dropout_prob, config.attention_probs_dropout_prob, config.qkv_bias)
+            hidden_size, heads, config.hidden_dropout_prob, config.attention_probs_dropout_prob, config.qkv_bias
+        )
         self.norm1 = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
         self.norm2 = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
         self.w_1 = nn.Linear(hidden_size, intermediate_size)
@@ -119,7 +121,9 @@ class SiTMAELayer(nn.Module):
         return hidden_states, weights
 
 
-def run_layers(layers, hidden_states, attn_mask, sample_ids, head_mask=None, output_attentions=False, output_hidden_states=False, checkpoint=None):
+def run_layers(
+    layers, hidden_states, attn_mask, sample_ids, head_mask=None, output_attentions=False, output_hidden_states=False, checkpoint=None
+):
     """Apply `layers` in turn; returns the output, (embedding output and every layer's) and attentions, each None if not asked for.
 
     head_mask: (heads,) or (layers, heads). checkpoint: transformers' checkpointing function, or None.

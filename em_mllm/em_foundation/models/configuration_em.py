@@ -1,4 +1,5 @@
 """Configuration of the signal encoder SiT-MAE (arXiv 2508.00274, 2508.18785)."""
+
 from transformers import PretrainedConfig
 
 REGRESSION_TASKS = ("pulse_width", "pulse_time_delay", "pri", "num_pulses", "isr")
@@ -12,19 +13,42 @@ class SiTMAEConfig(PretrainedConfig):
     where the device has one).
     fs_unit: unit in which the sampling rate is put into its token, "mhz" or "hz". In Hz the phases of the sinusoids are huge
     and mean little; published weights do not say which they used.
-    position_init: "xavier" (upstream's) or "sincos" (as in the image MAE): how the trained position tables start. Neighbouring patches start
+    position_init: "xavier" (upstream's) or "sincos" (as in the image MAE): how the trained position tables start. Neighbouring patches
+    start
     alike with "sincos", which short training runs need.
     label_weights: {task: weight} of SiTForMultiTask. Other keyword arguments are kept and not used.
     """
 
     model_type = "sit_mae"
 
-    def __init__(self, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072, hidden_act="gelu",
-                 hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.02, layer_norm_eps=1e-12,
-                 max_seq_len=(4096, 1), patch_size=(8, 1), num_channels=2, qkv_bias=True, decoder_hidden_size=512,
-                 decoder_num_hidden_layers=8, decoder_num_attention_heads=16, decoder_intermediate_size=2048, mask_ratio=0.75,
-                 norm_pix_loss=False, use_fs=True, attention_type="eager", fs_unit="mhz", position_init="xavier",
-                 label_weights=None, **kwargs):
+    def __init__(
+        self,
+        hidden_size=768,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        intermediate_size=3072,
+        hidden_act="gelu",
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        initializer_range=0.02,
+        layer_norm_eps=1e-12,
+        max_seq_len=(4096, 1),
+        patch_size=(8, 1),
+        num_channels=2,
+        qkv_bias=True,
+        decoder_hidden_size=512,
+        decoder_num_hidden_layers=8,
+        decoder_num_attention_heads=16,
+        decoder_intermediate_size=2048,
+        mask_ratio=0.75,
+        norm_pix_loss=False,
+        use_fs=True,
+        attention_type="eager",
+        fs_unit="mhz",
+        position_init="xavier",
+        label_weights=None,
+        **kwargs,
+    ):
         super().__init__(**kwargs)
         if attention_type not in ("eager", "sdpa", "fa2"):
             raise ValueError(f"attention_type={attention_type!r}: choose eager, sdpa or fa2")

@@ -1,4 +1,5 @@
 """Outputs of the encoder models. B rows, M tokens, D hidden size, V values per patch."""
+
 from dataclasses import dataclass
 
 import torch

@@ -1,4 +1,5 @@
 """Tokens of a signal: patches of IQ, a class token and a token for the sampling rate."""
+
 import math
 
 import torch
@@ -74,20 +75,22 @@ class SiTMAEEmbeddings(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.position_embeddings = nn.Parameter(torch.zeros(config.num_positions, config.hidden_size))
         self.projection = nn.Linear(config.num_channels * config.patch_size[0], config.hidden_size)
-        self.fs_embedder = TimestepEmbedder(config.hidden_size)          # in the state dict even without use_fs, as upstream
+        self.fs_embedder = TimestepEmbedder(config.hidden_size)  # in the state dict even without use_fs, as upstream
 
     def embed(self, patches: torch.Tensor, patch_positions: torch.Tensor) -> torch.Tensor:
         """patches (B, M, C*P), patch_positions (B, M): 0 = cls (and padding), 1 = sampling rate, then IQ -> (B, M, D)."""
         if patches.shape[-1] != self.projection.in_features:
             raise ValueError(f"patches have {patches.shape[-1]} values, the encoder takes {self.projection.in_features}; check patch_size")
         if int(patch_positions.max()) >= len(self.position_embeddings):
-            raise ValueError(f"position {int(patch_positions.max())} is beyond the table of {len(self.position_embeddings)}; "
-                             f"signals longer than max_seq_len={self.config.max_seq_len[0]} points must be cut")
+            raise ValueError(
+                f"position {int(patch_positions.max())} is beyond the table of {len(self.position_embeddings)}; "
+                f"signals longer than max_seq_len={self.config.max_seq_len[0]} points must be cut"
+            )
         h = self.projection(patches.to(self.projection.weight.dtype))
         h = torch.where((patch_positions == 0)[..., None], self.cls_token.to(h.dtype), h)
         if self.config.use_fs:
             is_fs = patch_positions == 1
-            rates, which = torch.unique(patches[..., 0][is_fs], return_inverse=True)       # few rates, many tokens
+            rates, which = torch.unique(patches[..., 0][is_fs], return_inverse=True)  # few rates, many tokens
             h = h.masked_scatter(is_fs[..., None], self.fs_embedder(rates)[which].to(h.dtype))
         return h + self.position_embeddings[patch_positions]
 
@@ -106,7 +109,7 @@ class SiTMAEEmbeddings(nn.Module):
         order = scores.argsort(dim=1, stable=True)
         rank = torch.arange(length, device=h.device).expand(rows, -1)
         is_kept = rank < len_keep[:, None]
-        head = torch.where(is_kept, order, length).sort(1).values            # kept ids ascending, then `length` as filler
+        head = torch.where(is_kept, order, length).sort(1).values  # kept ids ascending, then `length` as filler
         order = torch.where(is_kept, head, order)
         ids_restore = order.argsort(dim=1, stable=True)
         ids_keep = head[:, : int(len_keep.max())]

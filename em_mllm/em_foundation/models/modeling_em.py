@@ -5,6 +5,7 @@ Inputs of every model (B rows of M tokens, several signals may share a row):
     patch_positions  (B, M) int64, per signal 0 = cls, 1 = sampling rate (if use_fs), then the IQ patches; 0 at row padding
     sample_ids_seq   list of B vectors with one signal id per valid token, or (B, M) with -1 at padding
 """
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -12,8 +13,7 @@ from transformers import PreTrainedModel
 
 from em_mllm.em_foundation.models.block import SiTMAELayer, run_layers
 from em_mllm.em_foundation.models.configuration_em import REGRESSION_TASKS, SiTMAEConfig
-from em_mllm.em_foundation.models.dataclass import (
-    MultiTaskOutput, SiTMAEDecoderOutput, SiTMAEForPreTrainingOutput, SiTMAEModelOutput)
+from em_mllm.em_foundation.models.dataclass import MultiTaskOutput, SiTMAEDecoderOutput, SiTMAEForPreTrainingOutput, SiTMAEModelOutput
 from em_mllm.em_foundation.models.embedder import SiTMAEEmbeddings, TimestepEmbedder, gen_attn_mask, mae_scores, sample_id_matrix
 
 
@@ -49,14 +49,16 @@ class SiTMAEPreTrainedModel(PreTrainedModel):
             nn.init.xavier_uniform_(table)
         else:
             sinusoids = TimestepEmbedder.timestep_embedding(torch.arange(len(table)), table.shape[1])
-            table.copy_(sinusoids * self.config.initializer_range)      # no louder than the patches
+            table.copy_(sinusoids * self.config.initializer_range)  # no louder than the patches
 
 
 class SiTMAEEncoder(nn.Module):
     def __init__(self, config: SiTMAEConfig):
         super().__init__()
-        self.layer = nn.ModuleList(SiTMAELayer(config, config.hidden_size, config.num_attention_heads, config.intermediate_size)
-                                   for _ in range(config.num_hidden_layers))
+        self.layer = nn.ModuleList(
+            SiTMAELayer(config, config.hidden_size, config.num_attention_heads, config.intermediate_size)
+            for _ in range(config.num_hidden_layers)
+        )
         self.gradient_checkpointing = False
 
     def forward(self, hidden_states, attn_mask, sample_ids, **options):
@@ -78,13 +80,28 @@ class SiTMAEModelWithoutMask(SiTMAEPreTrainedModel):
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
-    def forward(self, samples, patch_positions, sample_ids_seq, head_mask=None, output_attentions=False, output_hidden_states=False,
-                apply_layernorm=True, return_dict=True):
+    def forward(
+        self,
+        samples,
+        patch_positions,
+        sample_ids_seq,
+        head_mask=None,
+        output_attentions=False,
+        output_hidden_states=False,
+        apply_layernorm=True,
+        return_dict=True,
+    ):
         sample_ids = sample_id_matrix(sample_ids_seq, samples.shape[1], samples.device)
-        whole = bool((sample_ids == sample_ids[:, :1]).all()) and bool((sample_ids >= 0).all())       # one signal a row: no mask needed
+        whole = bool((sample_ids == sample_ids[:, :1]).all()) and bool((sample_ids >= 0).all())  # one signal a row: no mask needed
         h = self.embeddings.embed(samples, patch_positions)
-        h, states, attentions = self.encoder(h, None if whole else gen_attn_mask(sample_ids), sample_ids, head_mask=head_mask,
-                                             output_attentions=output_attentions, output_hidden_states=output_hidden_states)
+        h, states, attentions = self.encoder(
+            h,
+            None if whole else gen_attn_mask(sample_ids),
+            sample_ids,
+            head_mask=head_mask,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+        )
         out = SiTMAEModelOutput(last_hidden_state=self.layernorm(h) if apply_layernorm else h, hidden_states=states, attentions=attentions)
         return out if return_dict else out.to_tuple()
 
@@ -95,16 +112,26 @@ class SiTMAEModel(SiTMAEModelWithoutMask):
     noise: (B, M) scores as mae_scores makes them; drawn from torch's generator when absent.
     """
 
-    def forward(self, patches, patch_positions, sample_ids_seq, noise=None, head_mask=None, output_attentions=False,
-                output_hidden_states=False, return_dict=True):
+    def forward(
+        self,
+        patches,
+        patch_positions,
+        sample_ids_seq,
+        noise=None,
+        head_mask=None,
+        output_attentions=False,
+        output_hidden_states=False,
+        return_dict=True,
+    ):
         sample_ids = sample_id_matrix(sample_ids_seq, patches.shape[1], patches.device)
         if noise is None:
             noise = mae_scores(sample_ids, self.config.num_special)
         h = self.embeddings.embed(patches, patch_positions)
         h, visible_ids, ids_keep, ids_restore, mae_mask = self.embeddings.hide(h, sample_ids, noise.to(h.device))
         attn_mask = gen_attn_mask(visible_ids)
-        h, states, attentions = self.encoder(h, attn_mask, visible_ids, head_mask=head_mask, output_attentions=output_attentions,
-                                             output_hidden_states=output_hidden_states)
+        h, states, attentions = self.encoder(
+            h, attn_mask, visible_ids, head_mask=head_mask, output_attentions=output_attentions, output_hidden_states=output_hidden_states
+        )
         out = SiTMAEModelOutput(self.layernorm(h), mae_mask, ids_restore, ids_keep, attn_mask, states, attentions)
         return out if return_dict else out.to_tuple()
 
@@ -118,8 +145,10 @@ class SiTMAEDecoder(nn.Module):
         self.decoder_embed = nn.Linear(config.hidden_size, size)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, size))
         self.decoder_position_embeddings = nn.Parameter(torch.zeros(config.num_positions, size))
-        self.decoder_layers = nn.ModuleList(SiTMAELayer(config, size, config.decoder_num_attention_heads, config.decoder_intermediate_size)
-                                            for _ in range(config.decoder_num_hidden_layers))
+        self.decoder_layers = nn.ModuleList(
+            SiTMAELayer(config, size, config.decoder_num_attention_heads, config.decoder_intermediate_size)
+            for _ in range(config.decoder_num_hidden_layers)
+        )
         self.decoder_norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
         self.decoder_pred = nn.Linear(size, config.patch_size[0] * config.num_channels)
         self.gradient_checkpointing = False
@@ -132,12 +161,13 @@ class SiTMAEDecoder(nn.Module):
         """
         visible = self.decoder_embed(latent)
         rows, length = sample_ids.shape
-        h = self.mask_token.to(visible.dtype).expand(rows, length + 1, -1)          # one spare place takes the filler
+        h = self.mask_token.to(visible.dtype).expand(rows, length + 1, -1)  # one spare place takes the filler
         h = h.scatter(1, ids_keep[..., None].expand_as(visible), visible)[:, :length]
         h = h + self.decoder_position_embeddings[patch_positions]
         checkpoint = self._gradient_checkpointing_func if self.gradient_checkpointing and self.training else None
-        h, states, attentions = run_layers(self.decoder_layers, h, gen_attn_mask(sample_ids), sample_ids, None, output_attentions,
-                                           output_hidden_states, checkpoint)
+        h, states, attentions = run_layers(
+            self.decoder_layers, h, gen_attn_mask(sample_ids), sample_ids, None, output_attentions, output_hidden_states, checkpoint
+        )
         return SiTMAEDecoderOutput(self.decoder_pred(self.decoder_norm(h)), states, attentions)
 
 
@@ -150,8 +180,17 @@ class SiTMAEForPreTraining(SiTMAEPreTrainedModel):
         self.decoder = SiTMAEDecoder(config)
         self.post_init()
 
-    def forward(self, patches, patch_positions, sample_ids_seq, noise=None, head_mask=None, output_attentions=False,
-                output_hidden_states=False, return_dict=True):
+    def forward(
+        self,
+        patches,
+        patch_positions,
+        sample_ids_seq,
+        noise=None,
+        head_mask=None,
+        output_attentions=False,
+        output_hidden_states=False,
+        return_dict=True,
+    ):
         sample_ids = sample_id_matrix(sample_ids_seq, patches.shape[1], patches.device)
         encoded = self.sit(patches, patch_positions, sample_ids, noise, head_mask, output_attentions, output_hidden_states)
         logits = self.decoder(encoded.last_hidden_state, encoded.ids_keep, patch_positions, sample_ids).logits
@@ -159,9 +198,10 @@ class SiTMAEForPreTraining(SiTMAEPreTrainedModel):
         if self.config.norm_pix_loss:
             target = (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
         error = ((logits - target) ** 2).mean(-1)
-        loss = (error * encoded.mae_mask).sum() / encoded.mae_mask.sum().clamp(min=1)      # mask_ratio 0 hides nothing: loss 0, not nan
-        out = SiTMAEForPreTrainingOutput(loss, logits, encoded.mae_mask, encoded.ids_restore, encoded.attn_mask, encoded.hidden_states,
-                                         encoded.attentions)
+        loss = (error * encoded.mae_mask).sum() / encoded.mae_mask.sum().clamp(min=1)  # mask_ratio 0 hides nothing: loss 0, not nan
+        out = SiTMAEForPreTrainingOutput(
+            loss, logits, encoded.mae_mask, encoded.ids_restore, encoded.attn_mask, encoded.hidden_states, encoded.attentions
+        )
         return out if return_dict else out.to_tuple()
 
 
@@ -185,16 +225,30 @@ class SiTMAEForClassification(SiTMAEPreTrainedModel):
         self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
         self.post_init()
 
-    def forward(self, samples, patch_positions, sample_ids_seq, labels=None, head_mask=None, output_attentions=False,
-                output_hidden_states=False, return_dict=True):
+    def forward(
+        self,
+        samples,
+        patch_positions,
+        sample_ids_seq,
+        labels=None,
+        head_mask=None,
+        output_attentions=False,
+        output_hidden_states=False,
+        return_dict=True,
+    ):
         sample_ids = sample_id_matrix(sample_ids_seq, samples.shape[1], samples.device)
         encoded = self.sit(samples, patch_positions, sample_ids, head_mask, output_attentions, output_hidden_states, apply_layernorm=False)
         logits = self.classifier(encoded.last_hidden_state)
         loss = None
         if labels is not None:
             read = read_out(logits, labels, patch_positions, sample_ids)
-            kind = self.config.problem_type or ("regression" if self.config.num_labels == 1 else
-                                                "multi_label_classification" if labels.is_floating_point() else "single_label_classification")
+            kind = self.config.problem_type or (
+                "regression"
+                if self.config.num_labels == 1
+                else "multi_label_classification"
+                if labels.is_floating_point()
+                else "single_label_classification"
+            )
             if kind == "regression":
                 loss = F.mse_loss(read.squeeze(-1), labels.to(read.dtype).reshape(read.squeeze(-1).shape))
             elif kind == "single_label_classification":
@@ -218,19 +272,34 @@ class SiTForMultiTask(SiTMAEPreTrainedModel):
         size = config.hidden_size
         self.classifier = nn.Linear(size, config.num_labels)
         for name in REGRESSION_TASKS:
-            setattr(self, f"regression_head_{name}", nn.Sequential(
-                nn.Linear(size, 2 * size), nn.LayerNorm(2 * size), nn.Dropout(0.25), nn.ReLU(), nn.Linear(2 * size, 1)))
+            setattr(
+                self,
+                f"regression_head_{name}",
+                nn.Sequential(nn.Linear(size, 2 * size), nn.LayerNorm(2 * size), nn.Dropout(0.25), nn.ReLU(), nn.Linear(2 * size, 1)),
+            )
         self.post_init()
 
-    def forward(self, samples, patch_positions, sample_ids_seq, labels=None, head_mask=None, output_attentions=False,
-                output_hidden_states=False, return_dict=True):
+    def forward(
+        self,
+        samples,
+        patch_positions,
+        sample_ids_seq,
+        labels=None,
+        head_mask=None,
+        output_attentions=False,
+        output_hidden_states=False,
+        return_dict=True,
+    ):
         sample_ids = sample_id_matrix(sample_ids_seq, samples.shape[1], samples.device)
         encoded = self.sit(samples, patch_positions, sample_ids, head_mask, output_attentions, output_hidden_states, apply_layernorm=False)
         h = encoded.last_hidden_state
         logits = {"classification": self.classifier(h), **{name: getattr(self, f"regression_head_{name}")(h) for name in REGRESSION_TASKS}}
         loss, details = None, None
         if labels is not None:
-            losses = {name: self.task_loss(name, read_out(logits[name], target, patch_positions, sample_ids), target) for name, target in labels.items()}
+            losses = {
+                name: self.task_loss(name, read_out(logits[name], target, patch_positions, sample_ids), target)
+                for name, target in labels.items()
+            }
             weights = {name: float((self.config.label_weights or {}).get(name, 1.0)) for name in labels}
             loss = sum(weights[name] / sum(weights.values()) * value for name, value in losses.items())
             details = {name: value.item() for name, value in losses.items()}

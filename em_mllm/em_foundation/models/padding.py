@@ -1,4 +1,5 @@
 """From padded rows to a flat list of valid tokens and back (the layout that variable-length attention kernels take)."""
+
 import torch
 
 

@@ -1,4 +1,5 @@
 """Preparing IQ for the encoder and reading its weights (upstream utils.py and the loader of train_mllm.py)."""
+
 import json
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from em_mllm.em_foundation.models.configuration_em import SiTMAEConfig
 
 
 def normalize_data(x: np.ndarray, method: str = "abs", axis=None) -> np.ndarray | None:
-    """"abs": x / (max|x| + 1e-6); "std": (x - mean) / max(std, 1e-6), population std; float64; None when a nan or inf is present.
+    """ "abs": x / (max|x| + 1e-6); "std": (x - mean) / max(std, 1e-6), population std; float64; None when a nan or inf is present.
 
     axis: the axes that share statistics; default all but the first (the batch), I and Q together.
     """
@@ -33,12 +34,21 @@ def scale_to_peak(iq: np.ndarray) -> np.ndarray:
     return iq / np.maximum(np.abs(iq).max(initial=0.0), np.float32(1e-6))
 
 
-def transform_downstream(batch: dict, patch_size: int, use_fs: bool, iq_column: str = "iq", label_column: str | None = None,
-                         reg_columns=(), norm_method_iq: str = "abs", norm_method_reg: str | None = None) -> dict | None:
+def transform_downstream(
+    batch: dict,
+    patch_size: int,
+    use_fs: bool,
+    iq_column: str = "iq",
+    label_column: str | None = None,
+    reg_columns=(),
+    norm_method_iq: str = "abs",
+    norm_method_reg: str | None = None,
+) -> dict | None:
     """Columns of N signals to encoder tensors: batch[iq_column] (N, T, 2), batch["fs"] (N,) if use_fs.
 
     Rows with nan or inf are dropped; IQ is normalised, clipped to [-5, 5], laid out (N, 2, T', 1) float64, and preceded by a zero patch
-    (cls) and, with use_fs, a patch filled with the sampling rate. Returns {"iq": ..., label and regression columns}, None if no row is left.
+    (cls) and, with use_fs, a patch filled with the sampling rate. Returns {"iq": ..., label and regression columns}, None if no row is
+    left.
     """
     iq = np.asarray(batch[iq_column], np.float64)
     keep = np.isfinite(iq).reshape(len(iq), -1).all(1)
@@ -82,7 +92,9 @@ def pack_sequence(rows: list, patch: int, max_seq_len: int):
         cut = [rearrange(x, "c (n p) one -> n (c p one)", p=patch) for x in row]
         counts = [len(x) for x in cut]
         if sum(counts) > length:
-            raise ValueError(f"row {r} holds {sum(counts)} patches, room is for {length}; pack fewer signals or raise max_seq_len={max_seq_len}")
+            raise ValueError(
+                f"row {r} holds {sum(counts)} patches, room is for {length}; pack fewer signals or raise max_seq_len={max_seq_len}"
+            )
         patches[r, : sum(counts)] = torch.cat(cut)
         positions[r, : sum(counts)] = torch.cat([torch.arange(n) for n in counts])
         sample_ids_seq.append(torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)))
@@ -138,7 +150,9 @@ def convert_checkpoint(tensors: dict, wanted: dict, source="checkpoint") -> dict
     for key in [k for k in out if k.endswith("position_embeddings") and k in wanted]:
         have, need = out[key].shape[0], wanted[key].shape[0]
         if have < need:
-            raise UserError(f"{source}: {key} has {have} rows, the model needs {need}; lower max_seq_len or keep the checkpoint's patch_size and use_fs")
+            raise UserError(
+                f"{source}: {key} has {have} rows, the model needs {need}; lower max_seq_len or keep the checkpoint's patch_size and use_fs"
+            )
         if have > need:
             out[key] = out[key][:need]
     return out
@@ -164,15 +178,26 @@ def load_encoder(model, path, quiet: bool = False):
     converted = convert_checkpoint(tensors, wanted, path)
     for key, value in converted.items():
         if key in wanted and value.shape != wanted[key].shape and not key.startswith("classifier."):
-            raise UserError(f"{path}: {key} is {tuple(value.shape)}, the model needs {tuple(wanted[key].shape)}; "
-                            "use the config.json that belongs to the weights")
+            raise UserError(
+                f"{path}: {key} is {tuple(value.shape)}, the model needs {tuple(wanted[key].shape)}; "
+                "use the config.json that belongs to the weights"
+            )
     body = [k for k in wanted if not k.startswith(("decoder.", "classifier.", "regression_head_"))]
     found = sum(k in converted for k in body)
     if found < 0.5 * len(body):
-        raise UserError(f"{path}: holds only {found} of the encoder's {len(body)} tensors (it has {', '.join(list(tensors)[:3])}, "
-                        f"the model {', '.join(body[:3])}); is this an encoder checkpoint?")
-    return load_weights(model, tensors, path, min_share=0.0, convert=lambda t: converted,
-                        ignore=("decoder.", "classifier.", "regression_head_"), quiet=quiet)
+        raise UserError(
+            f"{path}: holds only {found} of the encoder's {len(body)} tensors (it has {', '.join(list(tensors)[:3])}, "
+            f"the model {', '.join(body[:3])}); is this an encoder checkpoint?"
+        )
+    return load_weights(
+        model,
+        tensors,
+        path,
+        min_share=0.0,
+        convert=lambda t: converted,
+        ignore=("decoder.", "classifier.", "regression_head_"),
+        quiet=quiet,
+    )
 
 
 def read_config(path, **overrides) -> SiTMAEConfig:
@@ -211,5 +236,11 @@ def guess_config(tensors: dict) -> dict:
         inner = plain["encoder.layer.0.w_1.weight"].shape[0]
     except (KeyError, ValueError, IndexError) as error:
         raise UserError(f"the weights hold no SiT-MAE encoder (missing {error}); give the folder of the encoder") from error
-    return dict(hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=max(1, hidden // 64), intermediate_size=inner,
-                max_seq_len=[points, 1], patch_size=[patch, 1])
+    return dict(
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=max(1, hidden // 64),
+        intermediate_size=inner,
+        max_seq_len=[points, 1],
+        patch_size=[patch, 1],
+    )
