@@ -45,7 +45,7 @@ def parse_args(argv=None):
     )
     parser.add_argument("--folds", type=int, default=4, help="parts of the training subjects")
     parser.add_argument(
-        "--fold", type=int, default=-1, help="leave this part out of training; the cnn chooses its prior correction on it; -1: none"
+        "--fold", type=int, default=-1, help="leave this part out of training (the cnn chooses its prior correction on it); -1: none"
     )
     parser.add_argument("--model-fs", type=float, default=100.0, help="sampling rate, Hz; 0 keeps each file's own")
     parser.add_argument("--low-hz", type=float, default=0.5, help="high-pass edge, Hz; 0 = none")
@@ -140,7 +140,7 @@ def fit_table(args, store, train, scored) -> np.ndarray:
 
 
 def fit_cnn(args, store, train, validation, scored) -> np.ndarray:
-    """Probabilities (windows of `scored`, C) of the small network; its prior correction is chosen on `validation`."""
+    """Probabilities (windows of `scored`, C) of the small network; its prior correction is chosen on `validation`, if there is one."""
     seed_everything(args.seed)
     drawn = DownstreamClassificationDataset(
         store,
@@ -168,7 +168,7 @@ def fit_cnn(args, store, train, validation, scored) -> np.ndarray:
     counts = train.counts()
     shift = np.where(counts > 0, np.log(np.maximum(drawn.drawn_prior, 1e-9) / np.maximum(counts / counts.sum(), 1e-9)), 0.0)
     tau = 0.0
-    if args.sampling_power != 1:
+    if args.sampling_power != 1 and validation is not None:
         logits = predict(model, DownstreamClassificationDataset(store, validation, args.signal_len), features, "cpu")
         tau = max(TAUS, key=lambda t: (scores(corrected(logits, shift, t), validation.items["label"], train.classes)["macro_f1"], -t))
     return corrected(predict(model, DownstreamClassificationDataset(store, scored, args.signal_len), features, "cpu"), shift, tau)
@@ -185,8 +185,6 @@ def main(args):
     if args.fold >= 0:
         held = fold_of(store, train, args.folds)[train.items["record"]] == args.fold
         train, validation = train.select(~held), train.select(held)
-    if args.kind == "cnn" and args.sampling_power != 1 and validation is None:
-        raise UserError("--kind cnn with --sampling-power needs a validation part: give --fold")
     if args.validate:
         scored = validation
     out = open_run(args.out, args, Accelerator(), overwrite=args.overwrite)
