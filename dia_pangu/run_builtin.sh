@@ -7,7 +7,7 @@ export TQDM_DISABLE=1 HF_HUB_DISABLE_PROGRESS_BARS=1
 here=$ROOT/dia_pangu
 data=$ROOT/data/dia_pangu
 run=$RUNS/dia_pangu
-volumes=(--train 2000 --val 200 --test 300) patch=1100 contrast=400 words=350 pre=60 ft=200 shown=6 log=100
+volumes=(--train 2000 --val 200 --test 300) patch=1100 contrast=400 words=700 pre=60 ft=200 shown=6 log=100
 if [ -n "${SMOKE:-}" ]; then
   data=$ROOT/data/dia_pangu_smoke
   volumes=(--train 48 --val 12 --test 16) patch=8 contrast=4 words=12 pre=2 ft=4 shown=2 log=4

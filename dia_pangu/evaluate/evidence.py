@@ -5,6 +5,7 @@ it. `patches`: the linear head of pretrain_vit.py on the patch tokens, where a r
 places, so side and place come from it when it is there.
 """
 import re
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -108,7 +109,7 @@ def draw_evidence(path, vision_x, maps, rows, title: str):
     body = np.flatnonzero(vision_x[0].amax((0, 1)).numpy() > 0.5)
     low, high = (body[0], body[-1]) if len(body) else (0, depth - 1)
     slices = np.linspace(low, high, 6)
-    figure, axes = new_figure(len(rows), 6, 1.6, 1.75, squeeze=False)
+    figure, axes = new_figure(len(rows), 6, 1.6, 1.9, squeeze=False)
     background = vision_x[0].numpy()
     for line, (finding, text) in zip(axes, rows):
         field = maps[FINDINGS.index(finding)]
@@ -119,6 +120,6 @@ def draw_evidence(path, vision_x, maps, rows, title: str):
                 axis.imshow(full[:, :, k], cmap="inferno", alpha=0.55 * full[:, :, k] / max(full.max(), 1e-9), vmin=0, vmax=full.max())
             axis.set_axis_off()
             axis.set_title(f"slice {k + 1}", fontsize=7)
-        line[0].text(0, -0.12, text, transform=line[0].transAxes, fontsize=8)
-    figure.suptitle(title, fontsize=9)
+        line[0].text(0, -0.12, text, transform=line[0].transAxes, fontsize=8).set_in_layout(False)
+    figure.suptitle(textwrap.fill(title, 130), fontsize=8)
     return save_figure(figure, path)

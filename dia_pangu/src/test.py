@@ -123,7 +123,7 @@ def main(args):
             if drawn < args.evidence:
                 drawn += 1
                 shown = [(row[1], f"{row[1]}: p {float(row[2]):.2f}, {row[5]} {row[6]}") for row in rows[:-1] if row[4]]
-                draw_evidence(out / "evidence" / f"{name}.png", volume, maps[i], shown, f"{name}: {made['reports'][i][:150]}")
+                draw_evidence(out / "evidence" / f"{name}.png", volume, maps[i], shown, f"{name}: {made['reports'][i][:400]}")
 
     write_csv(out / "dia-pangu.csv", ["ID", "Question", "Ground Truth", "Pred", "GT_labels"], results)
     write_csv(out / "dia-pangu_timing.csv", ["ID", "InferTimeMs"], timing)
