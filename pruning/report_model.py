@@ -25,13 +25,20 @@ from pruning.pruning_tools.prune_llm import find_language_model, find_lora
 from pruning.pruning_tools.shards import open_checkpoint
 
 
-def read_map(path, layers: int, old_layers: int) -> dict:
-    """A prune map, checked against the checkpoint (`layers`) and the config it was made from (`old_layers`)."""
+def read_map(path) -> dict:
+    """A prune map of upstream's tool or ours."""
     try:
         prune_map = json.loads(Path(path).read_text())
-        keep = [prune_map["layer_id_map"][str(new)] for new in range(prune_map["new_layers"])]
+        [prune_map["layer_id_map"][str(new)] for new in range(prune_map["new_layers"])]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a prune map (needs new_layers and layer_id_map: {error})") from error
+    return prune_map
+
+
+def check_map(path, layers: int, old_layers: int) -> dict:
+    """`read_map`, checked against the checkpoint (`layers`) and the config it was made from (`old_layers`)."""
+    prune_map = read_map(path)
+    keep = list(prune_map["layer_id_map"].values())
     if len(keep) != layers:
         raise UserError(f"{path}: leaves {len(keep)} layers, the checkpoint has {layers}; this map is of another model")
     if old_layers != layers and (prune_map.get("old_layers", old_layers) != old_layers or max(keep) >= old_layers):
@@ -58,7 +65,7 @@ def load_report_model(ckpt, lang_model_path, prune_map=None, lora_alpha=None):
         raise UserError(f"{lang_model_path}: no config.json there; --lang-model-path takes the folder of the language model")
     llm_config = AutoConfig.from_pretrained(lang_model_path)
     old_layers = llm_config.num_hidden_layers
-    pruned = read_map(prune_map, llm.layers, old_layers) if prune_map else None
+    pruned = check_map(prune_map, llm.layers, old_layers) if prune_map else None
     lora = find_lora(checkpoint, llm, lora_alpha if lora_alpha is not None else map_alpha(pruned) if pruned else None)
     if lora and lora.alpha is None:
         raise UserError(f"{ckpt} holds LoRA weights of rank {lora.r} and nothing says their alpha; pass --lora-alpha (Dia-Pangu "

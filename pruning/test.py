@@ -29,7 +29,7 @@ from dia_pangu.evaluate.findings import bootstrap, finding_scores, micro_f1
 from dia_pangu.evaluate.labeler import positives
 from dia_pangu.evaluate.nlg_eval import published_scores
 from pruning.layers import decoder_layers
-from pruning.report_model import Encoded, load_report_model, perplexity, report_losses, write_reports
+from pruning.report_model import Encoded, load_report_model, perplexity, read_map, report_losses, write_reports
 from pruning.sensitivity_analyse.load_model import load_model, read_prompts
 
 
@@ -61,7 +61,9 @@ def parse_args(argv=None):
 def make_name(args) -> str:
     if args.tag_override:
         return args.tag_override
-    tag = json.loads(args.prune_map_path.read_text())["tag"] if args.prune_map_path else args.pruned_model_path.stem
+    tag = args.pruned_model_path.stem
+    if args.prune_map_path:
+        tag = read_map(args.prune_map_path).get("tag", tag)
     return tag.replace("drop", "c", 1) if args.tag_style == "c" else tag
 
 

@@ -28,9 +28,9 @@ from common.run import describe, open_run, seed_everything
 from dia_pangu.src.Dataset.CTRG_dataset import CTRGDataset, collate
 from dia_pangu.src.Model.build import make_grid, save_model
 from dia_pangu.src.Model.multimodality_model import add_lora
-from dia_pangu.src.My_Trainer.trainer import Trainer, add_optimization
+from dia_pangu.src.My_Trainer.trainer import Trainer, add_optimization, with_dashes
 from pruning.pruning_tools.prune_llm import parse_drop_layers
-from pruning.report_model import load_report_model
+from pruning.report_model import load_report_model, read_map
 from pruning.sensitivity_analyse.load_model import load_model, read_prompts
 
 INPUTS = ("lang_x", "vision_x", "tokens", "attention_mask", "labels")
@@ -65,7 +65,10 @@ def parse_args(argv=None):
     group.add_argument("--teacher-lang-model-path", type=Path, help="the teacher's language model, if not --lang-model-path")
     add_optimization(p, learning_rate=5e-5, num_train_epochs=5.0, gradient_accumulation_steps=8,
                      lr_scheduler_type="constant_with_warmup")
-    return p.parse_args(argv)
+    # upstream writes --save_steps, the loop --save-steps: both are understood
+    known = p._option_string_actions
+    argv = sys.argv[1:] if argv is None else argv
+    return p.parse_args([with_dashes([a])[0] if a.split("=")[0] not in known else a for a in argv])
 
 
 class Texts(Dataset):
@@ -131,13 +134,15 @@ def set_trained(model, full: bool) -> list[str]:
 
 
 def heal(model, train_set, collate_fn, args, accelerator, teacher=None, distill: float = 0.0):
-    """Train what requires a gradient in `model`, with dia_pangu's loop; returns the model."""
+    """Train what requires a gradient in `model`, with dia_pangu's loop; returns the `Healing` module as it was trained,
+    perhaps sharded."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     trainer = Trainer(Healing(model, teacher, distill), args, accelerator, train_set, collate_fn, INPUTS)
     trainer.train()
     for number, handler in handlers.items():              # the loop's "save, then stop" ends with the loop
         signal.signal(number, handler)
-    return accelerator.unwrap_model(trainer.model).student.eval()
+    trainer.model.eval()
+    return trainer.model
 
 
 def new_lora(args) -> dict:
@@ -160,7 +165,7 @@ def check(args):
     if args.drop_layers:
         if not args.prune_map_path:
             raise UserError("--drop_layers is checked against the map; name it with --prune_map_path")
-        dropped = json.loads(args.prune_map_path.read_text()).get("drop_layers")
+        dropped = read_map(args.prune_map_path).get("drop_layers")
         if parse_drop_layers(args.drop_layers) != dropped:
             raise UserError(f"--drop_layers {args.drop_layers}: {args.prune_map_path} says {dropped}")
 
@@ -197,7 +202,7 @@ def main(args):
     out, started = open_run(args.output_dir, args, accelerator, args.resume, args.overwrite), time.time()
     timing = {"status": "failed"}
     try:
-        model = heal(model, train_set, collate, args, accelerator, teacher, args.distill)
+        healing = heal(model, train_set, collate, args, accelerator, teacher, args.distill)
         timing["status"] = "finished"
     except BaseException as error:
         timing["status"] = "interrupted" if type(error).__name__ in ("Interrupted", "KeyboardInterrupt") else "failed"
@@ -206,10 +211,12 @@ def main(args):
         if accelerator.is_main_process:
             atomic_write(out / "timing.json", json.dumps({**timing, "started": started, "wall_seconds": time.time() - started},
                                                          indent=1))
+    weights = accelerator.get_state_dict(healing)         # every process takes part, in case it is sharded
     if accelerator.is_main_process and args.data:
-        save_model(model, out, config)
+        save_model({key.removeprefix("student."): value for key, value in weights.items()}, out, config)
         print(f"wrote {out}/pytorch_model.bin; test it with pruning/test.py --pruned_model_path {out}")
     elif accelerator.is_main_process:
+        model = accelerator.unwrap_model(healing).student
         with atomic_dir(out / "model") as temporary:
             (model if args.full else model.merge_and_unload()).save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)

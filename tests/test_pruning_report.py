@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -39,7 +40,7 @@ def world(tmp_path_factory):
         for key, parameter in model.named_parameters():
             if "lora_B" in key:
                 torch.nn.init.normal_(parameter, std=0.3)
-        save_model(model, root / name, config)
+        save_model(model.state_dict(), root / name, config)
     prune_llm.main(prune_llm.parse_args(["--ckpt", str(root / "lora"), "--lang-model-path", str(root / "llm"), "--out-dir",
                                          str(root / "pruned"),
                                          "--drop-layers", "2", "--hf", "merged"]))
@@ -136,6 +137,12 @@ def test_healing_lowers_the_loss_and_touches_lora_alone(world, tmp_path):
         train.main(train.parse_args(heal_args(world, tmp_path / "x", "--drop_layers", "1")))
 
 
+def test_upstreams_spelling_of_options_is_understood():
+    args = train.parse_args(["--pruned_model_path", "x", "--output_dir", "y", "--save_steps", "7", "--lora_dropout", "0.2",
+                             "--num_train_epochs", "3"])
+    assert (args.save_steps, args.lora_dropout, args.num_train_epochs, str(args.output_dir)) == (7, 0.2, 3.0, "y")
+
+
 def test_full_healing_trains_the_layers_and_nothing_else(world):
     model, _, _ = load_report_model(world / "base", world / "llm")
     names = train.set_trained(model, full=True)
@@ -161,15 +168,15 @@ def test_two_processes_heal_as_one_and_resume_is_exact(world, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
     def launch(processes, out, *more):
-        start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-                 "--master_port=29731"] if processes == 2 else [sys.executable]
+        start = [sys.executable]
+        if processes == 2:
+            start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
         subprocess.run([*start, ROOT / "pruning/train.py", *heal_args(world, out, *more)], check=True, capture_output=True,
                        text=True, env=environment)
     launch(1, tmp_path / "one", "--max-steps", "4", "--save-steps", "2")
     launch(2, tmp_path / "two", "--max-steps", "4", "--per-device-train-batch-size", "1")
     assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-5)
     (tmp_path / "one" / "last").unlink()
-    import shutil
     shutil.copytree(tmp_path / "one", tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step-00000004")
     launch(1, tmp_path / "cut", "--max-steps", "4", "--save-steps", "2", "--resume")
@@ -189,6 +196,22 @@ def test_testing_writes_upstreams_files(world, tmp_path):
     scores = json.loads((tmp_path / "dia-pangu-pruned_c2_2_scores.json").read_text())
     assert scores["layers"] == 3 and scores["perplexity"] > 1 and {"finding_micro_f1", "BLEU_4", "ROUGE_L",
         "CIDEr"} <= scores.keys()
+
+
+@pytest.mark.parametrize("script", [train, test])
+@pytest.mark.parametrize("arguments, message", [
+    (["--data", "data"], "--lang-model-path"), ([], "--data"), (["--data", "data", "--texts", "t"], "--texts"),
+    (["--data", "data", "--lang-model-path", "llm", "--prune_map_path", "missing.json"], "missing.json"),
+    (["--data", "data", "--lang-model-path", "nowhere"], "nowhere"), (["--data", "gone", "--lang-model-path", "llm",
+        "--prune_map_path",
+     "pruned/prune_layer_map_drop2_2_v0112_en_cpu.json"], "gone"), (["--texts", "gone.txt", "--pruned_model_path", "llm"],
+         "gone.txt"),
+    (["--data", "data", "--lang-model-path", "llm", "--pruned_model_path", "gone.bin"], "gone.bin")])
+def test_mistakes_of_healing_and_testing_are_named(world, script, arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(world)
+    with pytest.raises(UserError, match=message):
+        script.main(script.parse_args(["--pruned_model_path", str(merged(world)), "--out", str(tmp_path / "out"), *arguments]))
+    assert not (tmp_path / "out").exists()
 
 
 def test_percentiles_are_nearest_rank():

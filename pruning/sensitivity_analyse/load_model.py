@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root: every way of starting this file finds it
 from common.errors import UserError
-from dia_pangu.src.Model.pangu import load_tokenizer      # also registers openPangu's model type
+from dia_pangu.src.Model.pangu import load_tokenizer  # also registers openPangu's model type
 
 PROMPTS = Path(__file__).with_name("prompts.jsonl")
 
