@@ -67,7 +67,7 @@ def main(args):
     log, start = Log(out, accelerator, total=args.steps), time.time()
     for step in range(args.steps):
         first = (args.seed + 1) * 1_000_000 + step * args.batch_size   # away from every index of make_data.py
-        batch = caption_batch(base, builder, [make_scene(args.seed, first + i) for i in range(args.batch_size)])
+        batch = caption_batch(base, builder, [make_scene(args.seed, first + i, overlap=True) for i in range(args.batch_size)])
         warm = min(1.0, (step + 1) / args.warmup)
         cosine = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / args.steps))
         for group in optimizer.param_groups:

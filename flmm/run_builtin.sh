@@ -38,18 +38,18 @@ launch "$P/scripts/train_keyword_selector.py" --config "$CONFIG" "${first[@]}" -
 launch "$P/report.py" --runs "$RUNS" --base "$BASE" --seeds $SEEDS
 
 if [ -n "${DATA_ROOT:-}" ]; then
-  PHOTOS=$DATA_ROOT/grounding EIGHT='[{type: phrases, folder: train_instances, limit: 8}]'
-  CONFIG="$P/configs/tiny/photos.yaml" STEPS=150 FIT_STEPS=500
+  PHOTOS=$DATA_ROOT/grounding EIGHT='[{type: phrases, folder: train_instances, limit: 8, captions: 1}]'
+  CONFIG="$P/configs/tiny/photos.yaml" STEPS=150 FIT_STEPS=250
   limit=()
   if [ -n "${SMOKE:-}" ]; then STEPS=3 FIT_STEPS=3 limit=(--limit 6); fi
   first=(--set base.family="$BASE" base.path="$OUT/base-$BASE-0/base" "$SAM")
   launch "$P/train.py" --config "$CONFIG" "${first[@]}" --data "$PHOTOS" --out "$OUT/head-photos" --max-steps $STEPS --overwrite
   launch "$P/test.py" --config "$CONFIG" "${first[@]}" --data "$PHOTOS" --head "$OUT/head-photos/head.safetensors" --controls "${limit[@]}" \
     --out "$OUT/test-photos" --overwrite
-  launch "$P/train.py" --config "$CONFIG" "${first[@]}" "data.train=$EIGHT" --data "$PHOTOS" --out "$OUT/head-photos-overfit" \
+  launch "$P/train.py" --config "$CONFIG" "${first[@]}" unet.upsample_input=64 "data.train=$EIGHT" --data "$PHOTOS" --out "$OUT/head-photos-overfit" \
     --max-steps $FIT_STEPS --cache-attention "$OUT/cache" --targets original --overwrite
   rm -rf "$OUT/cache"
-  launch "$P/test.py" --config "$CONFIG" "${first[@]}" "data.train=$EIGHT" "data.test=$EIGHT" --data "$PHOTOS" \
+  launch "$P/test.py" --config "$CONFIG" "${first[@]}" unet.upsample_input=64 "data.train=$EIGHT" "data.test=$EIGHT" --data "$PHOTOS" \
     --head "$OUT/head-photos-overfit/head.safetensors" --controls --out "$OUT/test-photos-overfit" --overwrite
   launch "$P/report.py" --runs "$RUNS" --photos
 fi

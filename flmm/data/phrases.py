@@ -16,15 +16,20 @@ from flmm.data.transforms import load_image
 
 
 class PhraseDataset(Dataset):
-    """One record per picture and caption with at least one phrase; without captions, one per picture."""
+    """One record per picture and caption with at least one phrase; without captions, one per picture.
 
-    def __init__(self, folder, build=None, limit=None):
+    limit: only the first so many pictures that have phrases. captions: at most so many captions of each.
+    """
+
+    def __init__(self, folder, build=None, limit=None, captions=None):
         self.folder, self.build = Path(folder), build
         source = self.folder / "annotations.json"
         self.items = []
         for image in read_json(source, "phrase annotations").get("images", []):
             try:
-                for caption in sorted({p["caption"] for p in image["phrases"]}):
+                if limit is not None and len({i["id"] for i, _, _ in self.items}) == limit:
+                    break
+                for caption in sorted({p["caption"] for p in image["phrases"]})[:captions]:
                     phrases = [p for p in image["phrases"] if p["caption"] == caption]
                     if caption >= 0:
                         phrases.sort(key=lambda p: p["span"][0])
@@ -32,7 +37,6 @@ class PhraseDataset(Dataset):
                     self.items.append((image, caption, phrases))
             except (KeyError, TypeError, IndexError) as error:
                 raise UserError(f"{source}: image {image.get('id')}: field {error} is missing or has the wrong form") from error
-        self.items = self.items[:limit]
         if not self.items:
             raise UserError(f"{source}: no picture has a phrase")
 
