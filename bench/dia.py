@@ -33,6 +33,9 @@ from dia_pangu.src.Model.vit_3d import Attention, Transformer
 PANGU = dict(vocab_size=153376, hidden_size=4096, intermediate_size=12800, num_hidden_layers=34, num_attention_heads=32,
              num_key_value_heads=8, bias=True, rms_norm_eps=1e-5, max_position_embeddings=32768, rope_theta=16000000.0,
              pad_token_id=0, bos_token_id=1, eos_token_id=45892)
+TINY_LLM = dict(PANGU, vocab_size=700, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+                num_key_value_heads=2, eos_token_id=2)
+WIDE_LLM = dict(PANGU, vocab_size=1000, num_hidden_layers=1, eos_token_id=2)
 REPORT = "A small right pleural effusion is present. The heart is of normal size. No fracture is seen. " * 5  # about 100 words
 
 
@@ -149,32 +152,21 @@ def tokenizer():
     return make_tokenizer([status_text([i % 2] * 14, "en") + " " + REPORT for i in range(3)], 700)
 
 
-def steps(rounds: int):
+def step(config: dict, size: int, rounds: int):
     """Forward and backward of stage ft, text padded to 2048 as upstream against the batch's own length."""
-    out = {}
-    tiny = dict(PANGU, vocab_size=700, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
-                num_key_value_heads=2)
-    wide = dict(PANGU, vocab_size=1000, num_hidden_layers=1)
-    embedding_sizes, shape = TINY["embedding"], TINY["grid"]["size"]
-    cases = {"training step, tiny, batch 4": (tiny, 4, max(2, rounds // 2)),
-             "training step, one layer of openPangu's width": (wide, 1, 0)}  # a minute on one core
-    for name, (config, size, repeats) in cases.items():
-        model = make_model(config, embedding_sizes, lora=True)
-        model.set_trained(TRAINED["ft"])
-        model.train()
-        text = ReportText(tokenizer(), config["vocab_size"], embedding_sizes["perceiver_num"])
-        padded, fitted = batch_of(text, shape, 2048, size), batch_of(text, shape, None, size)
-        out[name] = (*medians(partial(training_step, model, padded), partial(training_step, model, fitted), repeats),
-                     f"{fitted['lang_x'].shape[1]} tokens instead of 2048")
-    return out
+    model = make_model(config, TINY["embedding"], lora=True)
+    model.set_trained(TRAINED["ft"])
+    model.train()
+    text = ReportText(tokenizer(), config["vocab_size"], TINY["embedding"]["perceiver_num"])
+    padded, fitted = (batch_of(text, TINY["grid"]["size"], length, size) for length in (2048, None))
+    times = medians(partial(training_step, model, padded), partial(training_step, model, fitted), rounds)
+    return *times, f"{fitted['lang_x'].shape[1]} tokens instead of 2048"
 
 
 @torch.no_grad()
 def generation(new_tokens: int):
     """Greedy reports, batch 8 with KV cache against one by one without; seconds per report."""
-    config = dict(PANGU, vocab_size=700, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
-                  num_key_value_heads=2, eos_token_id=2)
-    model = make_model(config, TINY["embedding"], lora=False).eval()
+    model = make_model(TINY_LLM, TINY["embedding"], lora=False).eval()
     text = ReportText(tokenizer(), 700, TINY["embedding"]["perceiver_num"])
     tokens = model.encode(torch.rand(8, 1, 3, *TINY["grid"]["size"]))
     prompt = text.pad([text.sample([0] * 14)] * 8, left=True)
@@ -238,14 +230,18 @@ def real_stage(stage: str) -> list[dict]:
 
 def main(args):
     torch.manual_seed(0)
-    cases = {"embedding step": embedding(args.rounds), "finding pooling": pooling(args.rounds), "ViT blocks": vit(args.rounds),
-             "ViT passes of a report": vit_passes(max(2, args.rounds // 2)), **steps(args.rounds),
-             "generation, per report": generation(args.new_tokens)}
+    few = max(2, args.rounds // 2)
+    cases = {"embedding step": partial(embedding, args.rounds), "finding pooling": partial(pooling, args.rounds),
+             "ViT blocks": partial(vit, args.rounds), "ViT passes of a report": partial(vit_passes, few),
+             "generation, per report": partial(generation, args.new_tokens),
+             "training step, tiny, batch 4": partial(step, TINY_LLM, 4, few),
+             "training step, one layer of openPangu's width": partial(step, WIDE_LLM, 1, 0)}  # a minute on one core
     rows = []
     print(f"{'what':48s} {'upstream s':>11s} {'here s':>11s} {'ratio':>8s}")
-    for name, (slow, fast, note) in cases.items():
+    for name, case in cases.items():
+        slow, fast, note = case()
         rows.append({"what": name, "upstream_s": slow, "here_s": fast, "ratio": slow / fast, "note": note})
-        print(f"{name:48s} {slow:11.5f} {fast:11.5f} {slow / fast:8.1f}  {note}")
+        print(f"{name:48s} {slow:11.5f} {fast:11.5f} {slow / fast:8.1f}  {note}", flush=True)
     real = []
     if args.gpu:
         real = real_sizes()

@@ -87,14 +87,14 @@ def main(args):
         print(f"{name}: side {scores['side']['share']:.3f} of {scores['side']['count']} (chance .5), place "
               f"{scores['place']['share']:.3f} of {scores['place']['count']} (chance .33)")
 
-    figure, axis = new_figure(1, 1, 8, 4)
+    figure, axis = new_figure(1, 1, 9.5, 4)
     at = np.arange(len(FINDINGS))
     for k, (name, kind) in enumerate((("diagnosis", "diagnosis"), ("report", "report"))):
         axis.bar(at + 0.27 * k, [model[kind]["per_finding"][f]["F1"] for f in FINDINGS], 0.27, label=f"model, {name}")
     axis.bar(at + 0.54, [base["linear"]["diagnosis"]["per_finding"][f]["F1"] for f in FINDINGS], 0.27, label="linear on voxels")
     axis.set_xticks(at + 0.27, [f"{f} ({model['diagnosis']['per_finding'][f]['count']})" for f in FINDINGS], rotation=40, ha="right")
     axis.set(ylabel="F1", title="Held-out volumes; number of cases in brackets", ylim=(0, 1))
-    axis.legend()
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     picture = save_figure(figure, Path(args.out) / "figures" / "findings.png")
     evidence = sorted((Path(args.model) / "evidence").glob("*.png"))[:2]
     details = {"table": [[name, *(None if np.isnan(n) else n for n in numbers)] for name, *numbers in table], "location": location,
