@@ -389,3 +389,28 @@ def test_a_saved_base_loads_and_answers_alike_and_random_weights_are_another_bas
     assert torch.equal(loaded([sample])[0]["mask_attentions"], base([sample])[0]["mask_attentions"])
     control = FAMILIES["llava"].load(tmp_path / "base", random_seed=7, template="plain", question="Describe.")
     assert not torch.equal(control([sample])[0]["mask_attentions"], base([sample])[0]["mask_attentions"])
+
+
+def test_the_page_answers_with_masks_and_refuses_in_one_line(grounder):
+    import io
+    import threading
+    import urllib.request
+
+    from flmm.scripts.demo.page import make_server
+
+    server = make_server(grounder, 0)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    try:
+        assert b"Masks for words" in urllib.request.urlopen(address).read()
+        picture = io.BytesIO()
+        Image.fromarray(make_scene(0, 2)["image"]).save(picture, "PNG")
+        ask = lambda content, text: json.loads(urllib.request.urlopen(f"{address}/ground?text={text}", data=content).read())  # noqa: E731
+        good = ask(picture.getvalue(), "red%20circle;blue")
+        assert good["phrases"] == ["red circle", "blue"] and len(good["masks"]) == 2 and good["masks"][0].startswith("data:image/png")
+        assert ask(picture.getvalue(), "")["answer"]
+        assert "not a readable picture" in ask(b"no picture", "x")["error"]
+        assert "empty phrase" in ask(picture.getvalue(), "red;;")["error"]
+    finally:
+        server.shutdown()
+        server.server_close()
