@@ -201,28 +201,24 @@ def load_encoder(model, path, quiet: bool = False):
 
 
 def read_config(path, **overrides) -> SiTMAEConfig:
-    """config.json beside the weights, or defaults with sizes guessed from the weights when there is none; `overrides` win.
-
-    Fused or split attention follows the keys of the weights unless attention_type is overridden.
-    """
+    """A .json file, or the config.json beside the weights, or sizes guessed from the weights when there is none; `overrides` win."""
     path = Path(path)
-    folder = path if path.is_dir() else path.parent
-    fields = {}
-    if (folder / "config.json").exists():
+    file = path if path.suffix == ".json" else (path if path.is_dir() else path.parent) / "config.json"
+    if file.exists():
         try:
-            fields = json.loads((folder / "config.json").read_text())
+            fields = json.loads(file.read_text())
         except ValueError as error:
-            raise UserError(f"{folder / 'config.json'}: not JSON ({error})") from error
+            raise UserError(f"{file}: not JSON ({error})") from error
         if "hidden_size" not in fields:
-            raise UserError(f"{folder / 'config.json'}: not the configuration of a signal encoder (no hidden_size)")
+            raise UserError(f"{file}: not the configuration of a signal encoder (no hidden_size)")
     else:
         fields = guess_config(read_weights(find_weights(path)))
-        print(f"{folder}: no config.json; sizes read from the weights: " + ", ".join(f"{k} {v}" for k, v in fields.items()))
+        print(f"{path}: no config.json; sizes read from the weights: " + ", ".join(f"{k} {v}" for k, v in fields.items()))
     fields = {k: v for k, v in fields.items() if k not in ("architectures", "transformers_version", "model_type", "dtype")}
     try:
         return SiTMAEConfig(**{**fields, **{k: v for k, v in overrides.items() if v is not None}})
     except (ValueError, TypeError) as error:
-        raise UserError(f"{folder / 'config.json'}: {error}") from error
+        raise UserError(f"{file}: {error}") from error
 
 
 def guess_config(tensors: dict) -> dict:
