@@ -30,7 +30,7 @@ from dia_pangu.src.Dataset.CTRG_dataset import collate
 from pruning import train
 from pruning.layers import decoder_layers, without_layers
 from pruning.pruning_tools import prune_llm
-from pruning.pruning_tools.prune_llm import make_tag, parse_drop_layers, spec_of
+from pruning.pruning_tools.prune_llm import parse_drop_layers, plain_tag, spec_of
 from pruning.report_model import Encoded, collate_encoded, load_report_model, perplexity, report_losses, task_prompts, write_reports
 from pruning.sensitivity_analyse.choose_layers import choose, layers_to_remove, search
 from pruning.sensitivity_analyse.layer_sensitivity_scan import COLUMNS, draw, scan, summarise, text_prompts, write_csv
@@ -201,10 +201,13 @@ def check_on_disk(task, args, choices, evaluations) -> float:
     wanted = list(dict.fromkeys(c["drop_layers"] for c in choices if c["criterion"] == "sensitivity"))
     command = ["--ckpt", str(args.model), "--out-dir", str(args.out / "pruned"), "--overwrite"]
     command += ["--lang-model-path", str(args.lang_model_path), "--hf", "merged"] if args.lang_model_path else []
-    prune_llm.main(prune_llm.parse_args(command + [part for spec in wanted for part in ("--drop-layers", spec)]))
+    tags = {spec: plain_tag(parse_drop_layers(spec)) for spec in wanted}
+    for spec in wanted:
+        command += ["--drop-layers", spec, "--tag", tags[spec]]
+    prune_llm.main(prune_llm.parse_args(command))
     worst = 0.0
     for spec in wanted:
-        tag = make_tag(parse_drop_layers(spec))
+        tag = tags[spec]
         if args.texts:
             model, tokenizer = load_model(args.out / "pruned" / f"hf_{tag}")
             losses = text_losses(model, tokenizer, task.test_texts, 256)
@@ -279,20 +282,33 @@ def bars(rows, metric, stage):
     return value, np.stack([value - low, high - value])
 
 
+def frame(ax, metric, rows):
+    """Limits of the y axis. A random set without layer 0 can have a perplexity of hundreds: the axis shows the others."""
+    ax.set_ylabel(LABELS[metric])
+    if metric == "f1":
+        ax.set_ylim(0, 1)
+    else:
+        others = [r for r in rows if r["criterion"] != "random"]
+        ax.set_ylim(0.97 * min(r["perplexity_after_low"] for r in others), 1.05 * max(r["perplexity_before_high"] for r in others))
+
+
 def draw_tradeoff(table, metrics, path):
     """Quality after healing against parameters, latency and memory of the language model."""
     costs = (("parameters", "values of the language model"), ("seconds", "s for 64 + 32 tokens"),
              ("megabytes", "MB of weights and a 1024-token KV-cache"))
+    colours = dict(zip((*CRITERIA, *CONTROLS), (*COLOURS, "#111111")))
     figure, axes = new_figure(len(metrics), len(costs), width=4.4, height=3.2, squeeze=False)
     for row, metric in enumerate(metrics):
         for ax, (cost, label) in zip(axes[row], costs):
-            for k, criterion in enumerate((*CRITERIA, *CONTROLS)):
+            for criterion, colour in colours.items():
                 points = [table[0], *(r for r in table if r["criterion"] == criterion)]
                 value, error = bars(points, metric, "after")
-                ax.errorbar([r[cost] for r in points], value, yerr=error, color=COLOURS[k % len(COLOURS)], label=criterion,
+                ax.errorbar([r[cost] for r in points], value, yerr=error, color=colour, label=criterion,
                             ls="--" if criterion in CONTROLS else "-", marker="o", ms=4, lw=1.3, elinewidth=0.5, capsize=2)
-            ax.set(xlabel=label, ylabel=LABELS[metric])
-    axes[0][0].legend(fontsize=7)
+            ax.set_xlabel(label)
+            ax.locator_params(axis="x", nbins=4)
+            frame(ax, metric, table)
+    axes[0][0].legend(fontsize=7, ncols=2, loc="upper left")
     figure.suptitle("After healing; solid: criteria, dashed: controls; bars: 95 % intervals over test samples and random sets")
     save_figure(figure, path)
 
@@ -310,10 +326,9 @@ def draw_healing(table, metrics, path):
                 ax.bar(x + shift, value, 0.38, yerr=error, color=colour, label=f"{stage} healing", capsize=2)
             ax.axhline(table[0][f"{metric}_before"], color="#5b6770", lw=1, ls=":", label="unpruned")
             ax.set_xticks(x, [r["criterion"] for r in rows], rotation=40, ha="right", fontsize=8)
-            ax.set(title=f"{ratio:.0%} of the layers removed", ylabel=LABELS[metric])
-            if metric == "perplexity":
-                ax.set_yscale("log")
-    axes[0][0].legend(fontsize=7)
+            ax.set_title(f"{ratio:.0%} of the layers removed")
+            frame(ax, metric, rows)
+    axes[0][0].legend(fontsize=7, ncols=3, loc="upper left")
     save_figure(figure, path)
 
 
@@ -379,6 +394,8 @@ def main(args):
         costs[left]["megabytes"] = (costs[left]["weight_bytes"] + 1024 * costs[left]["kv_cache_bytes_per_token"]) / 1e6
     worst = check_on_disk(task, args, choices, cache)
     print(f"pruned on disk against layers skipped in memory: largest difference of a test sample's loss {worst:.1e}")
+    if worst > 1e-3:
+        raise RuntimeError("a checkpoint that was pruned on disk is not the model that was measured")
 
     table, comparisons = tabulate(choices, cache, costs, whole, metrics), compare(choices, cache, metrics)
     write_csv(args.out / "table.csv", table, list(table[0]))

@@ -153,6 +153,18 @@ def test_several_sets_in_one_call_and_a_plan(tmp_path):
     assert report["layer_id_map"] == {"0": 0, "1": 3} and report["old_layers"] == 4
 
 
+def test_sets_that_upstream_gives_one_name_do_not_overwrite_each_other(tmp_path):
+    model = make()
+    model.save_pretrained(tmp_path / "hf")
+    out = prune(tmp_path / "hf", tmp_path / "out", "--drop-layers", "0,2", "--drop-layers", "0-2")
+    assert {p.name for p in out.glob("hf_*")} == {"hf_drop0_2", "hf_drop0to2"}
+    for name, drop in (("hf_drop0_2", [0, 2]), ("hf_drop0to2", [0, 1, 2])):
+        with without_layers(model, drop), torch.no_grad():
+            assert torch.equal(AutoModelForCausalLM.from_pretrained(out / name).eval()(IDS).logits, model(IDS).logits)
+    with pytest.raises(UserError, match="names two sets"):
+        prune(tmp_path / "hf", tmp_path / "x", "--drop-layers", "0,2", "--drop-layers", "0-2", "--tag", "a", "--tag", "a")
+
+
 def test_large_models_are_sharded_and_load(tmp_path):
     model = make()
     model.save_pretrained(tmp_path / "hf")

@@ -91,6 +91,11 @@ def make_tag(drop_layers: list[int]) -> str:
     return f"drop{first}_{last}" if last - first + 1 == len(drop_layers) else "drop" + "_".join(map(str, drop_layers))
 
 
+def plain_tag(drop_layers: list[int]) -> str:
+    """A name that only one set has: drop5to7 and drop5_7, which upstream both calls drop5_7."""
+    return "drop" + spec_of(drop_layers).replace("-", "to").replace(",", "_")
+
+
 def spec_of(drop_layers: list[int]) -> str:
     """The shortest --drop-layers text of a set: [1, 2, 3, 5] -> "1-3,5"."""
     runs = []
@@ -331,8 +336,15 @@ def wanted_sets(args) -> list[tuple[list[int], str]]:
         raise UserError(f"{len(args.tag)} --tag for {len(sets)} sets of layers; give one for each, or none")
     if bad := [tag for tag in args.tag if not re.fullmatch(r"[\w.-]+", tag)]:
         raise UserError(f"--tag {bad[0]!r}: use letters, digits, '_', '-' and '.' only, it becomes part of file names")
-    tags = args.tag or [make_tag(drop) for drop in sets]
-    return list(dict((tag, (drop, tag)) for drop, tag in zip(sets, tags)).values())
+    named = {}
+    for i, drop in enumerate(sets):
+        tag = args.tag[i] if args.tag else make_tag(drop)
+        if named.get(tag, drop) != drop:
+            if args.tag:
+                raise UserError(f"--tag {tag} names two sets; give each its own")
+            tag = plain_tag(drop)
+        named[tag] = drop
+    return [(drop, tag) for tag, drop in named.items()]
 
 
 def check_space(folder: Path, needed: int):
