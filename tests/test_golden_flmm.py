@@ -260,18 +260,15 @@ def check_datasets(path):
         same(sample, f"png.{kind}")
         assert [{k: m[k] for k in ("plural", "isthing")} for m in sample["mask_infos"]] == info["mask_infos"]
         assert sample["meta_data"] == info["meta"]
-        build, picture, texts = (
-            SampleBuilder(tokenizer, prompt, processor),
-            sample["image"],
-            config["infos"]["refcoco_text"] if "refcoco_text" in config["infos"] else config["refcoco_text"],
-        )
+        build, picture = SampleBuilder(tokenizer, prompt, processor), sample["image"]
+        texts = config.get("refcoco_text") or config["infos"]["refcoco_text"]
         same(build({"image": picture, "pieces": caption_of_phrases(texts), "masks": gt}), f"refcoco.{kind}")
         for i, text in enumerate(texts):
             same(build({"image": picture, "pieces": caption_of_phrases([text]), "masks": gt[i : i + 1]}), f"refcoco_split.{kind}.{i}")
     for name, items in config["infos"].items():
         if not name.startswith("refcoco."):
             continue
-        data = RefCOCODataset(root / "instances.json", root / "refs(unc).p", root / "img", "val", name.removeprefix("refcoco."))
+        data = RefCOCODataset(root / "instances.json", next(root.glob("refs*.p")), root / "img", "val", name.removeprefix("refcoco."))
         ours = [
             {"img_path": data.images[i]["file_name"], "img_id": i, "text": data.phrases(k), "n": len(objects)}
             for k, (i, objects) in enumerate(data.items)
