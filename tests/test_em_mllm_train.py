@@ -1,5 +1,6 @@
 """em_mllm: the scripts as a user starts them. Resume is exact, two processes equal one, launchers and errors behave."""
 
+import importlib
 import json
 import os
 import shutil
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from common.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 EM = ROOT / "em_mllm"
@@ -215,11 +218,20 @@ def test_train_then_test_then_one_recording_then_submission(home, tmp_path):
         (lambda h: [EM / "pretrain.py", "--data", h / "llm", "--out", h / "x"], "holds no .h5"),
     ],
 )
-def test_user_errors_are_one_line_exit_2_and_leave_no_output(home, command, words):
-    done = start(*command(home), check=False)
-    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
-    assert done.stderr.strip().splitlines()[-1].startswith("error: ")
+def test_user_errors_name_the_fault_before_any_output(home, monkeypatch, command, words):
+    script, *arguments = [str(c) for c in command(home)]
+    module = importlib.import_module(f"em_mllm.{Path(script).stem}")
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    with pytest.raises(UserError, match=words) as error:
+        module.main(module.parse_args())
+    assert "\n" not in str(error.value)
     assert not (home / "x").exists() and not (home / "y").exists()
+
+
+def test_a_user_error_is_one_line_and_exit_status_2(home):
+    done = start(*train(home, home / "x", "--max-length", 5), check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("error: ") and not (home / "x").exists()
 
 
 def test_launchers_show_help_from_any_folder(tmp_path):
