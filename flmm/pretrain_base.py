@@ -47,7 +47,7 @@ def caption_batch(base, builder, scenes):
         sample["input_ids"], sample["labels"] = torch.cat([sample["input_ids"], end]), torch.cat([sample["labels"], end])
         samples.append(sample)
     inputs, shifts = base.batch(samples)
-    labels = [base.expand((s["input_ids"], s["labels"]), s, fill=-100) for s in samples]
+    labels = [base.expand(s["input_ids"], s, s["labels"], fill=-100) for s in samples]
     labels = torch.stack([torch.cat([row.new_full((k,), -100), row]) for row, k in zip(labels, shifts)])
     return {**inputs, "labels": labels.to(base.device)}
 

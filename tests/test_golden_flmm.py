@@ -338,7 +338,7 @@ def check_llava_tiny(path):
         else:
             h, w = given["pixel_values"].shape[-2:]
             sample["meta_data"] = {"padded_shape": {"height": h, "width": w}}
-            expanded = base.expand((sample["input_ids"], sample["mask_ids"]), sample, fill=-1)
+            expanded = base.expand(sample["input_ids"], sample, sample["mask_ids"], fill=-1)
             assert torch.equal(expanded, t.out["mask_ids_expanded"].flatten())
         check_rows(base, sample, t)
 

@@ -124,20 +124,19 @@ class FrozenBase:
         """Model inputs besides the ids: input_ids and attention_mask are (B, S), expanded and left-padded."""
         raise NotImplementedError
 
-    def expand(self, ids, sample, fill=None):
-        """One image token -> as many as the picture has features; `fill` for mask_ids (-1) and labels (-100).
+    def expand(self, ids, sample, values=None, fill=None):
+        """One image token -> as many as the picture has features.
 
-        ids (S,) names the place; with fill, `ids` is (ids, values) and the values are widened in step.
+        ids (S,) holds one image token. values (S,): mask_ids (fill -1) or labels (fill -100) to widen in step, default ids.
         """
-        ids, values = (ids, ids) if fill is None else ids
+        values, fill = (ids, self.image_token_id) if values is None else (values, fill)
         at = (ids == self.image_token_id).nonzero().flatten()
         count = self.image_tokens(sample)
         if len(at) == count:
             return values   # already expanded
         if len(at) != 1:
             raise ValueError(f"input_ids hold {len(at)} image tokens, expected 1 or {count}")
-        middle = torch.full((count,), self.image_token_id if fill is None else fill, dtype=values.dtype, device=values.device)
-        return torch.cat([values[: at[0]], middle, values[at[0] + 1:]])
+        return torch.cat([values[: at[0]], values.new_full((count,), fill), values[at[0] + 1:]])
 
     def to_grid(self, maps, grid):
         """One (H, n, N) tensor per layer, N image columns -> (n, channels, gh, gw); channel = layer * H + head."""
@@ -166,7 +165,7 @@ class FrozenBase:
         """
         inputs, shifts = self.batch(samples)
         ids = [row[k:] for row, k in zip(inputs["input_ids"].cpu(), shifts)]
-        mask_ids = [self.expand((s["input_ids"], s["mask_ids"]), s, fill=-1) for s in samples]
+        mask_ids = [self.expand(s["input_ids"], s, s["mask_ids"], fill=-1) for s in samples]
         rows = [(m >= 0).nonzero().flatten() for m in mask_ids]
         phrases = [m[r] for m, r in zip(mask_ids, rows)]
         for sample, p in zip(samples, phrases):
