@@ -8,12 +8,14 @@ dia=$ROOT/dia_pangu
 data=$ROOT/data/dia_pangu
 run=$RUNS/pruning
 from=$RUNS/dia_pangu
-volumes=(--train 1200 --val 60 --test 120) patch=500 contrast=250 words=700 joint=350 real=300 log=100
+volumes=(--train 1200 --val 60 --test 120) patch=500 contrast=250 words=700 joint=350 real=200 log=100
 study=(--ratio 0.25 0.33 0.5 --test-samples 60 --train-samples 320 --heal-steps 30 --heal-batch 8)
+study_real=(--ratio 0.5 --test-samples 40 --train-samples 160 --heal-steps 15 --heal-batch 8 --random-sets 3)
 if [ -n "${SMOKE:-}" ]; then
   data=$ROOT/data/dia_pangu_smoke
   volumes=(--train 48 --val 12 --test 16) patch=6 contrast=4 words=8 joint=4 real=6 log=4
   study=(--ratio 0.5 --test-samples 10 --train-samples 24 --calibration 4 --heal-steps 2 --heal-batch 4 --random-sets 2 --max-new-tokens 16)
+  study_real=("${study[@]}")
 fi
 step() { printf '\n== %s (%s s)\n' "$1" "$SECONDS"; }
 layers() { "$PYTHON" -c "import json, sys; print(json.load(open(sys.argv[1]))['num_hidden_layers'])" "$1/config.json" 2>/dev/null || echo 0; }
@@ -59,6 +61,6 @@ for case in json.load(open(sys.argv[1]))['cases']: print(json.dumps({'text': cas
       "$DATA_ROOT/ct/ct_reports_$split.json" > "$run/real_$split.jsonl"
   done
   "$PYTHON" "$ROOT/pruning/study.py" --model "$run/llm_real/model" --texts "$run/real_train.jsonl" --test-texts "$run/real_val.jsonl" \
-    --out "$run/real_reports" --overwrite "${study[@]}"
+    --out "$run/real_reports" --overwrite "${study_real[@]}"
 fi
 step "done"

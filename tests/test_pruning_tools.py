@@ -174,7 +174,7 @@ def test_large_models_are_sharded_and_load(tmp_path):
         assert torch.equal(AutoModelForCausalLM.from_pretrained(out / "hf_drop1_1").eval()(IDS).logits, model(IDS).logits)
 
 
-@pytest.mark.parametrize("spec", ["5-2", "3-", "-3", "a", "1;2", "1--2", "2-1,0"])
+@pytest.mark.parametrize("spec", ["5-2", "3-", "-3", "a", "1;2", "1--2", "2-1,0", "0-99999999999"])
 def test_bad_layer_lists_are_refused(spec):
     with pytest.raises(UserError, match="--drop-layers"):
         prune_llm.parse_drop_layers(spec)
@@ -266,6 +266,13 @@ def test_a_pickle_with_code_is_refused(tmp_path):
     (tmp_path / "evil.bin").write_bytes(pickle.dumps({"a": os.system}))
     with pytest.raises(UserError, match="evil.bin"):
         shards.open_checkpoint(tmp_path / "evil.bin")
+
+
+@pytest.mark.parametrize("content", [b"root:x:0:0:root:/root:/bin/bash\n", b"", b"PK\x03\x04 cut", bytes(range(256)) * 40, b"{}"])
+def test_files_that_are_no_checkpoint_are_named(tmp_path, content):
+    (tmp_path / "notes.bin").write_bytes(content)
+    with pytest.raises(UserError, match="notes.bin"):
+        inspect_ckpt.main(inspect_ckpt.parse_args([str(tmp_path / "notes.bin")]))
 
 
 def test_copying_keeps_bytes_across_blocks_and_holes(tmp_path, monkeypatch):

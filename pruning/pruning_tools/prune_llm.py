@@ -79,6 +79,8 @@ def parse_drop_layers(spec: str) -> list[int]:
         first, last = int(match[1]), int(match[2] or match[1])
         if first > last:
             raise UserError(f"--drop-layers {spec!r}: the range {part} descends; write {last}-{first}")
+        if last >= 100_000:                               # a slip of the keyboard should not fill the memory
+            raise UserError(f"--drop-layers {spec!r}: no model has a layer {last}")
         layers.update(range(first, last + 1))
     return sorted(layers)
 

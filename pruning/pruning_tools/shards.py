@@ -121,7 +121,11 @@ def read_bytes(entry: Entry) -> torch.Tensor:
 
 def open_bin(file: Path) -> dict[str, Entry]:
     """Memory-mapped torch file; the state dict itself or one under state_dict, model or module."""
-    content = read_checkpoint(file)
+    try:
+        content = read_checkpoint(file)
+    except (LookupError, AttributeError, TypeError, ArithmeticError, MemoryError, AssertionError, struct.error) as error:
+        # bytes that are no pickle at all fail anywhere inside torch's reader
+        raise UserError(f"{file}: not a checkpoint ({type(error).__name__} while reading it)") from error
     for nest in NESTS:
         if isinstance(content.get(nest), dict):
             content = content[nest]
