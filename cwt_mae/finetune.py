@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
 from common.checkpoint import atomic_write, find_resume, load_step, save_step
 from common.errors import UserError, run
-from common.run import Log, StopSignal, check_finite, describe, on_main, open_run, seed_everything
+from common.run import Log, StopSignal, check_finite, describe, loader_worker, on_main, open_run, seed_everything
 from cwt_mae.dataset import Preprocess, build_store
 from cwt_mae.dataset_finetune import DownstreamClassificationDataset, fold_of, load_task, split_parts, training_part
 from cwt_mae.metrics import describe_scores, scores
@@ -209,7 +209,8 @@ def main(args):
     seen = task.features[train_set.task.items["beat"]] if use_features else None
     features = (torch.from_numpy(seen.mean(0)), torch.from_numpy(seen.std(0) + 1e-3)) if use_features else None
     # the data set draws, so nothing is shuffled; a generator of its own keeps the loader from moving dropout's on a resume
-    loader = DataLoader(train_set, args.batch_size, drop_last=True, num_workers=args.workers, generator=torch.Generator())
+    loader = DataLoader(train_set, args.batch_size, drop_last=True, num_workers=args.workers, worker_init_fn=loader_worker,
+                        generator=torch.Generator())
 
     # model, optimizer
     try:

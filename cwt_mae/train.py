@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
 from common.checkpoint import atomic_write, find_resume, load_step, save_step
 from common.errors import UserError, run
-from common.run import Log, StopSignal, check_finite, describe, on_main, open_run, seed_everything
+from common.run import Log, StopSignal, check_finite, describe, loader_worker, on_main, open_run, seed_everything
 from cwt_mae.dataset import PhysioSignalDataset, Preprocess, build_store
 from cwt_mae.dataset_finetune import DownstreamClassificationDataset, fold_of, load_task, split_parts, training_part
 from cwt_mae.model import CWT_MAE_RoPE
@@ -253,7 +253,8 @@ def main(args):
     global_batch = args.batch_size * accelerator.num_processes * args.accum
     if len(train_set) < global_batch:
         raise UserError(f"--batch-size: a step needs {global_batch} windows, an epoch has {len(train_set)}; lower it or set --windows")
-    loader = DataLoader(train_set, args.batch_size, shuffle=True, generator=torch.Generator(), drop_last=True, num_workers=args.workers)
+    loader = DataLoader(train_set, args.batch_size, shuffle=True, generator=torch.Generator(), drop_last=True, num_workers=args.workers,
+                        worker_init_fn=loader_worker)
 
     # model, optimizer, schedule
     optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.lr, betas=tuple(args.betas))

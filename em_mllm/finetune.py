@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from common.checkpoint import atomic_dir, atomic_write, find_resume, load_step, save_step
 from common.errors import UserError, run
 from common.figures import new_figure, save_figure
-from common.run import Log, StopSignal, check_finite, describe, open_run, seed_everything
+from common.run import Log, StopSignal, check_finite, describe, loader_worker, open_run, seed_everything
 from em_mllm.dataset import SignalCollator, SignalDataset
 from em_mllm.em_foundation.models import SiTForMultiTask, SiTMAEForClassification
 from em_mllm.em_foundation.models.configuration_em import REGRESSION_TASKS
@@ -125,7 +125,14 @@ def main(args):
     out = open_run(args.out, args, accelerator, args.resume, args.overwrite)
     size = min(args.batch_size, len(train))
     loader = DataLoader(
-        train, size, shuffle=True, collate_fn=SignalCollator(config), num_workers=args.workers, drop_last=True, generator=torch.Generator()
+        train,
+        size,
+        shuffle=True,
+        collate_fn=SignalCollator(config),
+        num_workers=args.workers,
+        worker_init_fn=loader_worker,
+        drop_last=True,
+        generator=torch.Generator(),
     )
     accelerator.print(
         f"{describe(model)}; {len(train)} training and {len(test)} test signals, {len(classes)} classes, "

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from common.checkpoint import atomic_dir, atomic_write, find_resume, load_step, save_step
 from common.errors import UserError, run
 from common.figures import new_figure, save_figure
-from common.run import Log, StopSignal, check_finite, describe, open_run, seed_everything
+from common.run import Log, StopSignal, check_finite, describe, loader_worker, open_run, seed_everything
 from em_mllm.dataset import PackedSignals, SignalDataset
 from em_mllm.em_foundation.models import SiTMAEConfig, SiTMAEForPreTraining
 from em_mllm.em_foundation.utils.utils import load_encoder, read_config
@@ -218,7 +218,9 @@ def main(args):
             f"{args.batch_size} x {accelerator.num_processes} x {args.accum}; lower --batch-size"
         )
     out = open_run(args.out, args, accelerator, args.resume, args.overwrite)
-    loader = DataLoader(packed, args.batch_size, num_workers=args.workers, drop_last=True, generator=torch.Generator())
+    loader = DataLoader(
+        packed, args.batch_size, num_workers=args.workers, worker_init_fn=loader_worker, drop_last=True, generator=torch.Generator()
+    )
     accelerator.print(
         f"{describe(model)}\n{len(signals)} signals ({sum(signals.skipped.values())} skipped) in {len(packed)} rows "
         f"of {room} tokens, packing efficiency "

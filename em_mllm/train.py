@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Subset
 
 from common.checkpoint import atomic_write, find_resume, load_step, save_step
 from common.errors import UserError, run
-from common.run import Log, StopSignal, check_finite, describe, open_run, seed_everything
+from common.run import Log, StopSignal, check_finite, describe, loader_worker, open_run, seed_everything
 from em_mllm.dataset import DEFAULT_FS, QuestionCollator, QuestionDataset, task_pairs
 from em_mllm.model import LORA_TARGETS, PROJECTORS, build_model, load_model, load_tokenizer, read_notes, save_model, set_trainable
 from em_mllm.optim import lr_at, make_optimizers, set_lr
@@ -201,7 +201,14 @@ def main(args):
     out = open_run(args.output_dir, args, accelerator, args.resume, args.overwrite)
     collator = QuestionCollator(config.patch_size[0], tokenizer.pad_token_id, args.legacy)
     loader = DataLoader(
-        train_set, args.batch_size, shuffle=True, collate_fn=collator, num_workers=args.workers, drop_last=True, generator=torch.Generator()
+        train_set,
+        args.batch_size,
+        shuffle=True,
+        collate_fn=collator,
+        num_workers=args.workers,
+        worker_init_fn=loader_worker,
+        drop_last=True,
+        generator=torch.Generator(),
     )
     val_loader = DataLoader(val_set, args.batch_size, collate_fn=collator, num_workers=args.workers)
     skipped = ", ".join(f"{n} x {why}" for why, n in source.skipped.items()) or "none"

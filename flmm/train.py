@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from common.checkpoint import atomic_path, atomic_write, find_resume, load_step, save_step
 from common.errors import UserError, run
-from common.run import Log, StopSignal, check_finite, describe, open_run, seed_everything
+from common.run import Log, StopSignal, check_finite, describe, loader_worker, open_run, seed_everything
 from common.weights import read_weights
 from flmm.build import build_base, build_dataset, build_head, build_sam, read_config
 from flmm.data.cache import CachedFeatures, write_cache
@@ -136,7 +136,7 @@ def main(args):
     optimizer = torch.optim.AdamW([p for p in head.parameters() if p.requires_grad], lr=lr, betas=(0.9, 0.999),
                                   weight_decay=optim.get("weight_decay", 0.01))
     loader = DataLoader(sets["train"], batch_size, shuffle=True, collate_fn=list, num_workers=args.workers,
-                        generator=torch.Generator())
+                        worker_init_fn=loader_worker, generator=torch.Generator())
     model, optimizer, loader = accelerator.prepare(head, optimizer, loader)
     val_loader = None
     if "val" in sets:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from common.checkpoint import find_resume, load_step, save_step
 from common.errors import UserError
-from common.run import Log, StopSignal, check_finite
+from common.run import Log, StopSignal, check_finite, loader_worker
 
 SCHEDULES = ("constant_with_warmup", "cosine", "constant")
 
@@ -81,7 +81,7 @@ class Trainer:
             group.setdefault("lr_scale", 1.0)
         optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, args.adam_beta2),
                                       weight_decay=args.weight_decay)
-        options = {"num_workers": args.dataloader_num_workers, "collate_fn": data_collator}
+        options = {"num_workers": args.dataloader_num_workers, "worker_init_fn": loader_worker, "collate_fn": data_collator}
         loader = DataLoader(train_dataset, args.per_device_train_batch_size, shuffle=True, generator=torch.Generator(), **options)
         self.model, self.optimizer, self.loader = accelerator.prepare(model, optimizer, loader)
         self.eval_loader = None
