@@ -47,7 +47,7 @@ step "baselines and comparison"
 "$PYTHON" "$here/evaluate/compare.py" --data "$data" --model "$run/test-none" --baselines "$run/baselines" --out "$run" --control \
   "blank volume=$run/test-blank" "other patient=$run/test-swap" "other patient's image tokens=$run/test-swap-visual"
 
-if [ -n "${DATA_ROOT:-}" ]; then
+if [ -d "${DATA_ROOT:-/nowhere}/ct" ]; then
   step "real data"
   "$PYTHON" "$here/evaluate/real_data.py" --data-root "$DATA_ROOT" --ckpt-path "$run/ft" "${llm[@]}" --out "$run" ${SMOKE:+--smoke}
 fi

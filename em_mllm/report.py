@@ -54,7 +54,7 @@ def builtin(runs: Path, note: str):
             },
             joint[interval],
             pictures if key == "accuracy_high_snr" else [],
-            f"{joint['four_choice']} questions on signals of another seed, asked once{note}",
+            f"{joint['four_choice']} questions on signals of another seed{note}",
             {"by_likelihood": joint["accuracy_by_likelihood"], "by_task": joint["by_task"], "by_snr": joint["by_snr"]},
         )
     write_result(

@@ -104,7 +104,7 @@ def scenes(args):
     overlays = sorted((folder / f"test-{args.base}-{args.seeds[0]}" / "overlays").glob("*.png"))[:4]
     note = (
         f"{trained[0]['phrases']} phrases of held-out scenes, seeds {args.seeds} (base, scenes of its pre-training, head); "
-        "interval over pictures; the test split is used once"
+        "interval over pictures"
     )
     write_result(
         folder,

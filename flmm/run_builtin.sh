@@ -37,7 +37,7 @@ launch "$P/scripts/check_base_untouched.py" --config "$CONFIG" "${first[@]}" --d
 launch "$P/scripts/train_keyword_selector.py" --config "$CONFIG" "${first[@]}" --data "$DATA" --out "$OUT/selector.safetensors"
 launch "$P/report.py" --runs "$RUNS" --base "$BASE" --seeds $SEEDS
 
-if [ -n "${DATA_ROOT:-}" ]; then
+if [ -d "${DATA_ROOT:-/nowhere}/grounding" ]; then
   PHOTOS=$DATA_ROOT/grounding EIGHT='[{type: phrases, folder: train_instances, limit: 8, captions: 1}]'
   CONFIG="$P/configs/tiny/photos.yaml" STEPS=150 FIT_STEPS=250
   limit=()
