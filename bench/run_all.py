@@ -86,8 +86,8 @@ CLAIMS = {
 def write_table():
     """bench/README.md from the JSON files that are there; a bench without one is named as not measured."""
     lines = ["# Measured claims", "",
-             "Ratios to a baseline in the same run, on CPU; each from the command in the last column, which also prints absolute times. Machines",
-             "differ and this one was shared, so expect other ratios on yours. Made by `python bench/run_all.py`.", "",
+             "Ratios to a baseline in the same run, on CPU; each from the command in the last column, which prints absolute times too.",
+             "Machines differ and this one was shared, so expect other ratios on yours. Made by `python bench/run_all.py`.", "",
              "| claim | size | baseline | measured | command |", "| --- | --- | --- | --- | --- |"]
     for name in BENCHES:
         path = HERE / "results" / f"{name}.json"

@@ -25,8 +25,8 @@ from tqdm import tqdm
 from common.checkpoint import atomic_write, find_resume
 from common.errors import Interrupted, UserError
 
-OURS = ("config.json", "log.jsonl", "metrics.json", "model.safetensors", "head.safetensors", "model", "encoder", "tb", "checkpoints", "figures",
-        "last", "best")
+OURS = ("config.json", "log.jsonl", "metrics.json", "model.safetensors", "head.safetensors", "model", "encoder", "tb", "checkpoints",
+        "figures", "last", "best")
 if not torch.accelerator.is_available():                  # else accelerate would run each of torchrun's processes alone
     os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 _locks = {}                                               # open files: a lock lives as long as its file

@@ -60,7 +60,7 @@ def read_checkpoint(path) -> dict:
         reason = first_line(error)
         raise UserError(f"{path}: holds more than plain weights and is refused, because loading it could run code ({reason}); "
                         "re-save its state dict alone where it was made") from error
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
+    except Exception as error:                            # whatever a reader of pickles stumbles over in other files
         raise UserError(f"{path}: not a readable checkpoint ({first_line(error)}); was the copy cut short?") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, expected a dictionary of tensors")

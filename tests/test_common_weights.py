@@ -105,6 +105,13 @@ def test_file_without_weights(tmp_path, content, said):
         read_weights(tmp_path / "w.pth")
 
 
+def test_text_that_calls_itself_a_checkpoint(tmp_path):
+    for i, text in enumerate(("root:x:0:0:root", "80 \n", "(dp0\n", "garbage ' \x00")):
+        (tmp_path / f"{i}.pth").write_text(text)
+        with pytest.raises(UserError, match="cut short|refused"):
+            read_weights(tmp_path / f"{i}.pth")
+
+
 def test_missing_file_and_empty_folder(tmp_path):
     for call, path in ((read_weights, tmp_path / "none.pth"), (read_checkpoint, tmp_path / "none.pth"), (read_weights, tmp_path)):
         with pytest.raises(UserError, match=str(path)):

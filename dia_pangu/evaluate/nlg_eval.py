@@ -79,8 +79,8 @@ def meteor(truths, predictions, language: str = "en") -> float | None:
         files = {"pred": predictions, "truth": truths}
         for name, lines in files.items():
             (Path(folder) / name).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        for part in (jar, jar.parent / "data"):           # METEOR cannot find its data from a path with a space or beyond ASCII
-            (Path(folder) / part.name).symlink_to(part)
+        shutil.copy(jar, folder)                          # METEOR cannot find its data from a path with a space or beyond ASCII
+        (Path(folder) / "data").symlink_to(jar.parent / "data")
         options = ["-l", "en", "-norm"] if language == "en" else ["-l", "other"]
         command = [java, "-Xmx2G", "-Dfile.encoding=UTF-8", "-jar", jar.name, "pred", "truth", *options]
         try:
