@@ -66,3 +66,6 @@ export NPROC_PER_NODE NNODES="${NNODES:-1}" NODE_RANK="${NODE_RANK:-0}" MASTER_A
 
 # launch script.py args...: one plain process, or torchrun's processes, or those of an accelerate yaml.
 launch() { "$PYTHON" -m common.launch "$@"; }
+
+# show_help script.py args...: if the arguments ask for help, show that script's and leave; a launcher calls this before it makes anything.
+show_help() { case " ${*:2} " in *" -h "* | *" --help "*) exec "$PYTHON" "$1" --help ;; esac; }

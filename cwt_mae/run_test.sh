@@ -4,6 +4,7 @@
 # SPLIT=file.json names the training and test records. A classifier that exists already is scored with cwt_mae/test.py.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common/env.sh"
+show_help "$ROOT/cwt_mae/finetune.py" "$@"
 MODEL=${MODEL:-$ROOT/runs/cwt_mae/base/model.safetensors} OUT=${OUT:-$ROOT/runs/cwt_mae/classifier}
 if [ ! -f "$MODEL" ]; then
   echo "error: $MODEL: no such model; run cwt_mae/run_train.sh first or set MODEL" >&2

@@ -3,6 +3,7 @@
 #   DATA=/data/ecg OUT=runs/cwt_mae/base bash cwt_mae/run_train.sh --skip-bad
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common/env.sh"
+show_help "$ROOT/cwt_mae/train.py" "$@"
 sizes=()
 if [ -z "${DATA:-}" ]; then
   DATA=$ROOT/data/cwt_mae/builtin

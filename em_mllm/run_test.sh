@@ -3,7 +3,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common/env.sh"
 HERE=$ROOT/em_mllm
-case " $* " in *" -h "* | *" --help "*) exec "$PYTHON" "$HERE/test.py" --help ;; esac
+show_help "$HERE/test.py" "$@"
 MODEL=${MODEL:-$RUNS/em_mllm/base/model}
 case " $* " in
   *" --iq "* | *" --validate "*) launch "$HERE/test.py" --model "$MODEL" "$@" ;;

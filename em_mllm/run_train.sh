@@ -4,7 +4,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common/env.sh"
 HERE=$ROOT/em_mllm
-case " $* " in *" -h "* | *" --help "*) exec "$PYTHON" "$HERE/train.py" --help ;; esac
+show_help "$HERE/train.py" "$@"
 TASK_DIR=${TASK_DIR:-${DATA:-}}
 SIGNAL_ENCODER_PATH=${SIGNAL_ENCODER_PATH:-} LLM_MODEL_PATH=${LLM_MODEL_PATH:-} OUTPUT_DIR=${OUTPUT_DIR:-${OUT:-$RUNS/em_mllm/base}}
 if [ -z "$TASK_DIR" ]; then

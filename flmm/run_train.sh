@@ -3,6 +3,7 @@
 # Without DATA: the built-in scenes, a tiny base and a small head.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common/env.sh"
+show_help "$ROOT/flmm/train.py" "$@"
 P=$ROOT/flmm OUT=${OUT:-$RUNS/flmm/train}
 if [ -n "${DATA:-}" ]; then
   launch "$P/train.py" --config "${CONFIG:-$P/configs/deepseek_vl/frozen_deepseek_vl_1_3b_chat_unet_sam_l_refcoco_png.yaml}" \

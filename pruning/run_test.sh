@@ -5,7 +5,7 @@
 # Without MODEL: the smallest checkpoint that the built-in study has pruned.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common/env.sh"
-case " $* " in *" --help "* | *" -h "*) exec "$PYTHON" "$ROOT/pruning/test.py" --help ;; esac
+show_help "$ROOT/pruning/test.py" "$@"
 if [ -z "${MODEL:-}" ]; then
   MODEL=$(ls -Sr "$RUNS"/pruning/study/pruned/pytorch_model_pruned_*_merged_* 2>/dev/null | head -n 1 || true)
   [ -n "$MODEL" ] || { echo "error: nothing is pruned yet; run pruning/run_train.sh first, or set MODEL, MAP and LLM" >&2; exit 2; }

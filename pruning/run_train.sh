@@ -4,7 +4,7 @@
 # Without MODEL, the built-in data and model are made first (run_builtin.sh). To heal one pruned checkpoint: python pruning/train.py.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common/env.sh"
-case " $* " in *" --help "* | *" -h "*) exec "$PYTHON" "$ROOT/pruning/study.py" --help ;; esac
+show_help "$ROOT/pruning/study.py" "$@"
 if [ -z "${MODEL:-}" ]; then
   echo "no MODEL given: making the built-in data and model, then the study"
   exec bash "$ROOT/pruning/run_builtin.sh" "$@"

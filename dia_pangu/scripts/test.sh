@@ -2,6 +2,7 @@
 # Write and score the reports of the test split: CKPT (folder of train.py), LLM, DATA and OUT name the folders.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../../common/env.sh"
+show_help "$ROOT/dia_pangu/src/test.py" "$@"
 OUT=${OUT:-$ROOT/dia_pangu/results}
 "$PYTHON" "$ROOT/dia_pangu/src/test.py" --ckpt-path "${CKPT:-$RUNS/dia_pangu/base}" --data "${DATA:-$ROOT/data/dia_pangu}" \
   --lang-encoder-path "${LLM:-$RUNS/dia_pangu/llm/model}" --out "$OUT" "$@"

@@ -4,6 +4,7 @@
 # ft: --num-train-epochs 3 --learning-rate 1e-5 --weight-decay 0.01 --lr-scheduler-type cosine.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../../common/env.sh"
+show_help "$ROOT/dia_pangu/src/train.py" "$@"
 here="$ROOT/dia_pangu"
 if [ -z "${DATA:-}" ]; then
   DATA=$ROOT/data/dia_pangu LLM=${LLM:-$RUNS/dia_pangu/llm/model}
