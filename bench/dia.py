@@ -255,7 +255,7 @@ def main(args):
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", default=str(Path(__file__).resolve().parents[1] / "runs" / "bench" / "dia.json"),
+    parser.add_argument("--out", default=str(Path(__file__).resolve().parent / "results" / "dia.json"),
                         help="JSON file to write")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds (default %(default)s)")
     parser.add_argument("--new-tokens", type=int, default=300, help="of the generation (default %(default)s)")

@@ -5,7 +5,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/../common/env.sh"
 OUT=$RUNS/cwt_mae
 study() { "$PYTHON" "$ROOT/cwt_mae/study.py" "$@" ${SMOKE:+--smoke}; }
 
-study builtin --out "$OUT/builtin" --pretrain-steps 1500 --finetune-steps 300
+OMP_NUM_THREADS=1 study builtin --out "$OUT/builtin" --pretrain-steps 1500 --finetune-steps 300   # small models gain more from one core
 
 M=${DATA_ROOT:-/nowhere}/ecg/mitbih
 if [ -d "$M" ]; then
