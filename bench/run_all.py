@@ -66,7 +66,7 @@ CLAIMS = {
         ("head training step from the cache", "tiny base", "running the base", lambda d: f"{d['cache']['speedup']:.1f} x faster"),
     ],
     "dia": [
-        (name, size, "upstream's way", lambda d, name=name: f"{row(d, name)['ratio']:.3g} x faster") for name, size in (
+        (name, size, "upstream's way", lambda d, name=name: f"{row(d, name)['ratio']:,.1f} x faster") for name, size in (
             ("embedding step", "vocabulary 153,376, 512 tokens, batch 2"), ("finding pooling", "14 findings"), ("ViT blocks", "one volume"),
             ("ViT passes of a report", "one report"), ("generation, per report", "batch 8, 300 tokens"),
             ("training step, tiny, batch 4", "tiny model"), ("training step, one layer of openPangu's width", "width 4096"))

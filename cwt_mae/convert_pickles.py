@@ -3,7 +3,7 @@
     python cwt_mae/convert_pickles.py --allow-pickle --input FOLDER --output FOLDER --fs 100
 
 Reading a pickle can run any code that its author put into it: convert only files that you made or whose author you trust.
-No other script of this repository reads pickles. Known forms: {"data": (channels, L)} of pre-training, {"data": (L,) or
+Every other script refuses pickles, or reads them with an unpickler that admits plain data only. Known forms: {"data": (channels, L)} of pre-training, {"data": (L,) or
 (channels, L), "label": [{"class": int}, ...], "uid": ..., "sampling_rate": ...} of fine-tuning.
 """
 
@@ -37,8 +37,11 @@ def main(args):
     if not paths:
         raise UserError(f"{args.input}: holds no .pkl or .pickle file")
     for path in progress(paths, desc="converting", unit="file"):
-        with open(path, "rb") as file:
-            content = pickle.load(file)
+        try:
+            with open(path, "rb") as file:
+                content = pickle.load(file)
+        except Exception as error:                        # a cut or foreign file fails in many ways
+            raise UserError(f"{path}: not a readable pickle ({error or type(error).__name__}); copy it again") from error
         if not isinstance(content, dict) or "data" not in content:
             raise UserError(f"{path}: expected a dictionary with the key data")
         fields = {"sig": np.atleast_1d(np.asarray(content["data"], np.float32)), "fs": content.get("sampling_rate", args.fs)}
