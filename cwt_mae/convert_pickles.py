@@ -3,7 +3,8 @@
     python cwt_mae/convert_pickles.py --allow-pickle --input FOLDER --output FOLDER --fs 100
 
 Reading a pickle can run any code that its author put into it: convert only files that you made or whose author you trust.
-Every other script refuses pickles, or reads them with an unpickler that admits plain data only. Known forms: {"data": (channels, L)} of pre-training, {"data": (L,) or
+Every other script refuses pickles, or reads them with an unpickler that admits plain data only.
+Known forms: {"data": (channels, L)} of pre-training, {"data": (L,) or
 (channels, L), "label": [{"class": int}, ...], "uid": ..., "sampling_rate": ...} of fine-tuning.
 """
 
