@@ -18,6 +18,7 @@ from flmm.models.flmm import FLMM, extract
 from flmm.models.mask_head.mask_refiner import SAMImageEncoder, load_sam, original_keys, sam_from_original
 from flmm.models.tiny import save_base, tiny_model, tiny_sam, tiny_tokenizer
 from flmm.scripts.deepspeed2torch_state_dict import main as deepspeed2torch
+from flmm.scripts.visual_cot.visual_cot import chain_of_thought, tokens_in_box, visual_cot_resample
 
 ALL = ["llava", "llava_next", "deepseek_vl", "qwen"]
 SMALL = {"base_channels": 4, "upsample_input": 16}
@@ -138,23 +139,6 @@ def test_training_a_head_leaves_every_weight_of_the_base_unchanged(tokenizer):
     for key, value in [*base.model.state_dict().items(), *encoder.encoder.state_dict().items()]:
         assert torch.equal(value, before[key]), key
     assert model.text_layer_weights.grad is not None and model.text_proj.weight.grad.abs().sum() > 0
-
-
-def test_a_step_needs_no_more_memory_after_many_steps(tokenizer):
-    base, sam = make_base("llava", tokenizer), tiny_sam()
-    encoder, model = SAMImageEncoder(sam), FLMM(base.channels, base.num_layers, base.hidden_size, sam, SMALL)
-
-    def resident():
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * 4096 / 2**20
-
-    seen = []
-    for _ in range(16):
-        samples = scene_samples(base, 2)
-        model.compute_loss(model(extract(base, encoder, samples)), [s["masks"] for s in samples])["loss"].backward()
-        model.zero_grad()
-        seen.append(resident())
-    assert max(seen[8:]) < max(seen[:8]) + 24, seen
 
 
 def test_phrases_decoded_together_equal_phrases_decoded_one_by_one(tokenizer):
@@ -329,6 +313,46 @@ def test_text_is_cut_at_its_noun_phrases_and_converse_needs_no_terminal(grounder
     assert result["phrases"] == ["A red circle", "a blue square"]
     spoken = grounder.converse(image, max_new_tokens=5)
     assert spoken["answer"] and len(spoken["phrases"]) == len(spoken["masks"]) >= 1
+
+
+@pytest.mark.parametrize("family", ["llava", "deepseek_vl", "qwen"])
+def test_resampling_the_whole_picture_is_a_plain_answer_and_a_box_leaves_its_tokens_only(family, tokenizer):
+    base = make_base(family, tokenizer)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
+    sample = SampleBuilder.of(base)({"image": image, "pieces": caption_of_phrases(["red circle"])})
+    seen = {}
+    text = base.model.model.language_model
+    hook = text.register_forward_pre_hook(lambda module, args, inputs: seen.update(inputs), with_kwargs=True)
+    base([sample])
+    hook.remove()
+    start = base.encode_prompt().index(base.image_token_id)
+    span = slice(start, start + 64)
+    embeds, positions = seen["inputs_embeds"][0, span], seen["position_ids"][..., 0, span]
+    question = "Which shape is red?"
+    plain = base.generate({**sample, "input_ids": torch.tensor(base.encode_prompt(question))}, 8)
+    assert visual_cot_resample(base, sample, embeds, positions, [0, 0, 64, 64], question, 8) == tokenizer.decode(plain).strip()
+    # 8-pixel tokens: pixels 10..17 touch columns 1 and 2, 30..31 row 3; a point still has one token
+    assert tokens_in_box([10, 30, 17, 31], sample, (8, 8)).tolist() == [25, 26]
+    assert tokens_in_box([64, 64, 64, 64], sample, (8, 8)).tolist() == [63]
+    blank = embeds.clone()
+    blank[[k for k in range(64) if k not in (25, 26)]] = 9.0  # what lies outside the box is never read
+    one = visual_cot_resample(base, sample, embeds, positions, [10, 30, 17, 31], question, 4)
+    assert visual_cot_resample(base, sample, blank, positions, [10, 30, 17, 31], question, 4) == one
+
+
+def test_tokens_in_a_box_skip_the_padding_of_a_padded_picture(tokenizer):
+    base = make_base("llava", tokenizer)
+    sample = SampleBuilder.of(base)({"image": Image.new("RGB", (128, 64)), "pieces": caption_of_phrases(["sky"])})
+    assert tokens_in_box([0, 0, 128, 64], sample, (8, 8)).tolist() == list(range(16, 48))  # two rows of padding above and below
+
+
+def test_chain_of_thought_with_resampling_names_its_box_and_refuses_tiles(grounder, monkeypatch):
+    image = Image.fromarray(make_scene(1, 0)["image"])
+    result = chain_of_thought(grounder, image, "What is red?", version="v2", resample=True)
+    assert set(result) == {"answer", "box", "thought"} and len(result["box"]) == 4
+    monkeypatch.setattr(grounder.base, "maps_per_head", 2)
+    with pytest.raises(UserError, match="--resample"):
+        chain_of_thought(grounder, image, "What is red?", version="v2", resample=True)
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "CMYK", "P", "1", "I;16"])

@@ -34,10 +34,10 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewp
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 820px; margin: 2rem auto; padding: 0 1rem; color: #1c2430 }
 #stage { position: relative; margin-top: 1rem } #stage img { width: 100%; display: block; border-radius: 6px }
 #stage img.mask { position: absolute; inset: 0; opacity: 0; transition: opacity .15s } #stage img.on { opacity: .7 }
-.word { border-bottom: 3px solid; cursor: pointer; margin-right: .6em } .error { color: #b3372b }
+.word { border-bottom: 3px solid; cursor: pointer; margin-right: .3em } .word small { color: #5b6675 } .error { color: #b3372b }
 form { display: flex; gap: .6em; flex-wrap: wrap } input[type=text] { flex: 1; padding: .4em }</style>
-<h1>Masks for words</h1><form><input type="file" accept="image/*" required>
-<input type="text" placeholder="a red car; the man on the left    (empty: describe the picture)"><button>Ground</button></form>
+<h1>Masks for words</h1><form><input type="file" accept="image/*" required aria-label="picture">
+<input type="text" aria-label="phrases" placeholder="a red car; the man on the left    (empty: describe the picture)"><button>Ground</button></form>
 <p id="answer"></p><div id="stage"></div><script>
 const form = document.querySelector("form"), answer = document.querySelector("#answer"), stage = document.querySelector("#stage");
 form.onsubmit = async event => {
@@ -47,15 +47,20 @@ form.onsubmit = async event => {
   answer.replaceChildren(); answer.className = reply.error ? "error" : "";
   if (reply.error) { answer.textContent = reply.error; return; }
   const picture = new Image(); picture.src = reply.image; stage.append(picture);
-  if (reply.answer) answer.append(reply.answer, document.createElement("br"));
+  picture.onload = () => stage.style.maxWidth = `calc(75vh * ${picture.naturalWidth / picture.naturalHeight})`;  // fits the window
+  let rest = reply.answer || "";   // the words of the answer, or the typed phrases one after another
   reply.phrases.forEach((phrase, k) => {
     const mask = new Image(); mask.src = reply.masks[k]; mask.className = "mask"; stage.append(mask);
-    const word = document.createElement("span"); word.className = "word"; word.tabIndex = 0;
-    word.style.borderColor = reply.colours[k]; word.textContent = phrase + " (" + reply.scores[k].toFixed(2) + ")";
+    const word = document.createElement("span"), score = document.createElement("small");
+    word.className = "word"; word.tabIndex = 0; word.style.borderColor = reply.colours[k];
+    score.textContent = " " + reply.scores[k].toFixed(2); word.append(phrase, score);
     word.onmouseenter = word.onfocus = () => mask.classList.add("on");
     word.onmouseleave = word.onblur = () => mask.classList.remove("on");
-    answer.append(word);
+    const at = rest.indexOf(phrase);
+    answer.append(at < 0 ? " " : rest.slice(0, at), word);
+    rest = at < 0 ? rest : rest.slice(at + phrase.length);
   });
+  answer.append(rest);
 };</script></html>"""
 
 

@@ -3,12 +3,14 @@
     python flmm/scripts/visual_cot/visual_cot.py --config CONFIG --head HEAD --image street.jpg --question "What is on the sign?"
 
 Versions as upstream (scripts/visual_cot): v1 asks for the most relevant object and grounds that answer, v2 grounds the
-question, v3 is the baseline without a crop. --benchmark FILE scores a list [{"image", "question", "answer"}] with a scorer
+question, v3 is the baseline without a crop. --resample asks again with the picture's own tokens inside the box instead of a
+crop that is encoded anew (upstream: visual_cot_resample of the Qwen fork). --benchmark FILE scores a list [{"image", "question", "answer"}] with a scorer
 that can be replaced: the built-in one counts an answer as right if it contains the reference.
 """
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -73,7 +75,51 @@ def answer(grounder, images, text, started="", max_new_tokens=32):
     return base.tokenizer.decode(out[0, input_ids.shape[1]:], skip_special_tokens=True).strip()
 
 
-def chain_of_thought(grounder, image, question, version="v1", box_scale=1.0, discard_sam=False):
+def tokens_in_box(box, sample, grid):
+    """Flat indices of the image tokens that a box [x0, y0, x1, y1] in pixels of the picture touches, at least one.
+
+    grid: (rows, columns) of the padded picture. Start rounded down, end rounded up, as upstream.
+    """
+    meta, image, kept = sample["meta_data"], sample["image"], []
+    for k, (side, before, original) in enumerate((("width", "before_width", image.width), ("height", "before_height", image.height))):
+        cells = grid[1 - k] / meta["padded_shape"][side]   # token sides per processed pixel
+        at = [(box[k + end] * meta["image_shape"][side] / original + meta["padding"][before]) * cells for end in (0, 2)]
+        start = min(math.floor(at[0]), grid[1 - k] - 1)
+        kept.append(torch.arange(start, max(start + 1, min(math.ceil(at[1]), grid[1 - k]))))
+    return (kept[1][:, None] * grid[1] + kept[0]).flatten()
+
+
+@torch.no_grad()
+def visual_cot_resample(base, sample, embeds, positions, box, text, max_new_tokens=32):
+    """Greedy answer to `text` that sees only the image tokens inside `box`; the picture is not encoded again.
+
+    embeds (N, d), positions (..., N): the image tokens' input embeddings and rotary positions in an earlier pass over the same
+    picture. The tokens left keep their places and the text its own, as if the others were there and nobody looked at them.
+    Upstream's Qwen fork drops the positions, and the picture becomes a line of text.
+    """
+    model, ids = base.model, base.encode_prompt(text)
+    at, chosen = ids.index(base.image_token_id), tokens_in_box(box, sample, base.grid(sample)).to(embeds.device)
+    before, after = (model.get_input_embeddings()(torch.tensor(part, dtype=torch.long, device=embeds.device)) for part in (ids[:at], ids[at + 1:]))
+    lead = positions.shape[:-1]
+    steps = torch.arange(max(at, len(after)), device=positions.device)
+    where = torch.cat([steps[:at].expand(*lead, at), positions[..., chosen],
+                       (positions.max() + 1 + steps[: len(after)]).expand(*lead, len(after))], -1)
+    inputs, cache, seen, new = torch.cat([before, embeds[chosen], after])[None], None, 0, []
+    ends = model.generation_config.eos_token_id
+    while len(new) < max_new_tokens:
+        seen += inputs.shape[1]   # without a mask, gaps between positions would be read as borders between packed texts
+        out = model.model.language_model(inputs_embeds=inputs, position_ids=where[..., None, :], past_key_values=cache,
+                                         attention_mask=torch.ones(1, seen, device=inputs.device), use_cache=True)
+        token = int(model.get_output_embeddings()(out.last_hidden_state[:, -1]).argmax())
+        if token in (ends if isinstance(ends, list) else [ends]):
+            break
+        new.append(token)
+        cache, where = out.past_key_values, where[..., -1:] + 1
+        inputs = model.get_input_embeddings()(torch.tensor([[token]], device=inputs.device))
+    return base.tokenizer.decode(new, skip_special_tokens=True).strip()
+
+
+def chain_of_thought(grounder, image, question, version="v1", box_scale=1.0, discard_sam=False, resample=False):
     """{"answer", "box", "thought"}; box and thought are None for v3."""
     base = grounder.base
     if version == "v3":
@@ -81,9 +127,24 @@ def chain_of_thought(grounder, image, question, version="v1", box_scale=1.0, dis
     thought = question
     if version == "v1":
         thought = answer(grounder, [image], f"{question} {RELEVANT}", STARTED, max_new_tokens=16).split(".")[0] or question
+    kept = {}
+
+    def keep(module, args, inputs):
+        kept.update(embeds=inputs["inputs_embeds"][0], positions=inputs["position_ids"][..., 0, :])
+
+    hook = base.model.model.language_model.register_forward_pre_hook(keep, with_kwargs=True)
     result = grounder.ground(image, phrases=[thought])
+    hook.remove()
     mask = torch.from_numpy(result["coarse_masks" if discard_sam else "masks"][0])
     box = mask_to_crop(mask, box_scale)
+    if resample:
+        sample = {"image": image, **base.image_processor(image)}
+        if base.maps_per_head > 1:
+            raise UserError(f"--resample: {type(base).__name__} writes a picture as tiles and no plain grid; leave the option out")
+        start = base.encode_prompt().index(base.image_token_id)   # the picture comes before every word that differs
+        span = slice(start, start + base.image_tokens(sample))
+        reply = visual_cot_resample(base, sample, kept["embeds"][span], kept["positions"][..., span], box, f"{question} {SHORT}")
+        return {"answer": reply, "box": box, "thought": thought}
     text = (f"This is the whole image. {base.image_text}This is the image region that might help you answer the question: "
             f"{question} {SHORT}")
     return {"answer": answer(grounder, [image, image.crop(box)], text), "box": box, "thought": thought}
@@ -100,6 +161,7 @@ def parse_args():
     parser.add_argument("--version", choices=["v1", "v2", "v3"], default="v1", help="see above (default v1)")
     parser.add_argument("--box-scale", type=float, default=1.0, help="enlarge the crop by this factor (default 1)")
     parser.add_argument("--discard-sam", action="store_true", help="crop by the coarse mask")
+    parser.add_argument("--resample", action="store_true", help="ask again with the picture's tokens inside the box, not with a crop")
     parser.add_argument("--out", type=Path, help="write the results of --benchmark here (.json)")
     return parser.parse_args()
 
@@ -115,7 +177,7 @@ def main(args):
     images = [load_image(item["image"]) for item in items]
     grounder = Grounder.load(read_config(args.config, args.set), args.head)
     for item, image in zip(items, images):
-        item |= chain_of_thought(grounder, image, item["question"], args.version, args.box_scale, args.discard_sam)
+        item |= chain_of_thought(grounder, image, item["question"], args.version, args.box_scale, args.discard_sam, args.resample)
         item["image"] = Path(item["image"]).name
         print(json.dumps(item))
     if args.benchmark:
