@@ -199,6 +199,20 @@ class Grounder:
         return {"answer": answer.strip(), **self._masks(image, sample, texts)}
 
 
+def answer_then_ground(base, sample, max_new_tokens=32):
+    """Reasoning segmentation: the base answers the query (the sample's only phrase), and the answer is what is grounded.
+
+    Returns a copy of `sample` whose phrase is the answer, and the answer's text; the query itself is kept where the base is silent.
+    """
+    [info] = sample["mask_infos"]
+    prompt = torch.tensor(base.encode_prompt(info["text"].strip()))
+    ids = torch.tensor(base.generate({**sample, "input_ids": prompt}, max_new_tokens), dtype=torch.long)
+    if not len(ids):
+        return sample, ""
+    mask_ids = torch.cat([torch.full_like(prompt, -1), torch.zeros_like(ids)])
+    return {**sample, "input_ids": torch.cat([prompt, ids]), "mask_ids": mask_ids}, base.tokenizer.decode(ids).strip()
+
+
 def train_selector(base, records, steps=200, lr=1e-2, seed=0):
     """Fit a KeywordSelector: every caption token inside a phrase counts as a keyword. records: of the training split.
 

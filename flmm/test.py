@@ -28,6 +28,7 @@ from common.errors import UserError, run
 from common.run import open_run, progress, seed_everything
 from common.weights import read_weights
 from flmm.build import build_base, build_dataset, build_head, build_sam, read_config
+from flmm.conversation import answer_then_ground
 from flmm.data.samples import SampleBuilder, encode_rle
 from flmm.draw import labelled_strip, save_image
 from flmm.evaluation import RawMaps, binary_masks, other_phrase, phrase_rows, summarise, trivial_controls
@@ -45,6 +46,8 @@ def parse_args():
     parser.add_argument("--random-base", type=int, metavar="SEED", help="control: random weights instead of the base's")
     parser.add_argument("--attention", choices=["rows", "eager"], help="how attention is read (default rows)")
     parser.add_argument("--protocol", choices=["upstream", "sentence"], default="upstream", help="for RefCOCO (default upstream)")
+    parser.add_argument("--answer-first", action="store_true", help="ReasonSeg: the base answers each query, the answer is grounded; "
+                        "answers go to phrases.csv (default: the query itself is grounded)")
     parser.add_argument("--controls", action="store_true", help="also score whole picture, centre box, union of objects, "
                         "another phrase, and the best raw map (chosen on the train split)")
     parser.add_argument("--limit", type=int, help="score only the first so many records")
@@ -109,9 +112,16 @@ def main(args):
     rows, drawn = [], 0
     loader = DataLoader(Subset(dataset, mine), args.batch_size, collate_fn=list)
     for samples in progress(loader, accelerator, desc=args.split):
+        if args.answer_first:
+            if any(len(s["mask_infos"]) > 1 for s in samples):
+                raise UserError(f"--answer-first: {args.split} has captions with several phrases; it is for ReasonSeg, one query a record")
+            samples, answers = zip(*[answer_then_ground(base, s) for s in samples])
         features = extract(base, sam_encoder, samples)
         outputs = head(features)
-        rows += score(samples, features, outputs, args.controls, raw)
+        new = score(samples, features, outputs, args.controls, raw)
+        if args.answer_first:
+            new = [{**row, "answer": answer} for row, answer in zip(new, answers)]
+        rows += new
         for sample, output in zip(samples, outputs):
             if accelerator.is_main_process and drawn < args.pictures:
                 size = sample["gt_masks"].shape[1:]

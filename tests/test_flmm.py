@@ -1,5 +1,6 @@
 """flmm: bases, rows, heads, checkpoints, conversation."""
 
+import importlib.util
 import json
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image
 from common.errors import UserError
 from common.weights import read_weights
 from flmm.build import FAMILIES
-from flmm.conversation import Grounder, KeywordSelector, noun_phrases, runs
+from flmm.conversation import Grounder, KeywordSelector, answer_then_ground, noun_phrases, runs
 from flmm.data.samples import SampleBuilder, caption_of_phrases
 from flmm.data.scenes import make_scene
 from flmm.draw import colours, overlay
@@ -438,3 +439,40 @@ def test_the_page_answers_with_masks_and_refuses_in_one_line(grounder):
     finally:
         server.shutdown()
         server.server_close()
+
+
+def test_a_reasoning_query_is_answered_and_the_answer_is_grounded(grounder, monkeypatch):
+    base = grounder.base
+    [sample] = scene_samples(base, 1)
+    sample = {**sample, "mask_infos": [{"text": "Which one is round?"}], "gt_masks": sample["gt_masks"][:1]}
+    answered, text = answer_then_ground(base, sample, 5)
+    prompt = base.encode_prompt("Which one is round?")
+    assert answered["input_ids"][: len(prompt)].tolist() == prompt and (answered["mask_ids"][: len(prompt)] == -1).all()
+    assert text == base.tokenizer.decode(answered["input_ids"][len(prompt) :]).strip() and (answered["mask_ids"][len(prompt) :] == 0).all()
+    [output] = grounder.head(extract(base, grounder.sam_encoder, [answered]))
+    assert output["sam_pred_masks"].shape == (1, 64, 64)
+    monkeypatch.setattr(base, "generate", lambda *args: [])
+    assert answer_then_ground(base, sample) == (sample, "")  # a silent base: the query itself
+
+
+def test_a_base_placed_by_device_map_reads_alike_and_stays_where_it_is(tokenizer, tmp_path):
+    save_base(tiny_model("llava", tokenizer), tokenizer, tmp_path / "base")
+    options = dict(template="plain", question="Describe.")
+    plain = FAMILIES["llava"].load(tmp_path / "base", **options)
+    placed = FAMILIES["llava"].load(tmp_path / "base", device_map="auto", **options).to("cpu")
+    [a], [b] = plain(scene_samples(plain, 1)), placed(scene_samples(placed, 1))
+    assert torch.equal(a["mask_attentions"], b["mask_attentions"]) and torch.equal(a["hidden_states"], b["hidden_states"])
+
+
+def test_a_base_in_four_bits_reads_nearly_alike_or_names_the_missing_package(tokenizer, tmp_path):
+    save_base(tiny_model("llava", tokenizer), tokenizer, tmp_path / "base")
+    options = dict(template="plain", question="Describe.")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        with pytest.raises(UserError, match="bitsandbytes"):
+            FAMILIES["llava"].load(tmp_path / "base", load_in_4bit=True, **options)
+        return
+    plain = FAMILIES["llava"].load(tmp_path / "base", **options)
+    small = FAMILIES["llava"].load(tmp_path / "base", load_in_4bit=True, **options).to("cpu")
+    [a], [b] = plain(scene_samples(plain, 1)), small(scene_samples(small, 1))
+    assert type(small.model.model.language_model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"
+    assert 0 < (a["mask_attentions"] - b["mask_attentions"]).abs().max() < 0.02

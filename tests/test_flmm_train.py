@@ -98,6 +98,29 @@ def test_resumed_equals_uninterrupted_to_the_bit_and_two_processes_equal_one(wor
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "whole"), atol=1e-5)
 
 
+def test_no_step_needs_more_memory_than_an_earlier_one(world, tmp_path, monkeypatch):
+    """Every step sees all eight pictures; bytes are counted by the allocator, so one kept map of one phrase would show."""
+    steps, watch, original = [], [], trainer.lr_at
+
+    def next_step(*args):  # called once per optimizer step
+        if watch:
+            watch[0].__exit__(None, None, None)
+            sizes = [e.nbytes() for e in watch.pop().profiler.kineto_results.events() if e.name() == "[memory]"]
+            steps.append((max(np.cumsum(sizes)), sum(sizes)))
+        watch.append(torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True))
+        watch[0].__enter__()
+        return original(*args)
+
+    monkeypatch.setattr(trainer, "lr_at", next_step)
+    in_process(trainer.main, trainer.parse_args, monkeypatch, "--config", CONFIG, "--data", world / "data", "--base-path", world / "llava",
+               "--set", f"sam.path={world / 'sam'}", "unet.base_channels=4", "--batch-size", 8, "--max-steps", 9, "--log-every", 3,
+               "--out", tmp_path / "run")  # fmt: skip
+    watch[0].__exit__(None, None, None)
+    peaks, kept = zip(*steps)
+    assert len(steps) == 8 and max(peaks[4:]) <= 1.01 * max(peaks[1:4]), peaks
+    assert abs(sum(kept[2:])) < 2000, kept  # nothing stays behind: one phrase's maps alone are 3 KB
+
+
 def test_a_head_is_trained_from_the_cache_scored_and_used(world, tmp_path):
     head = tmp_path / "run/head.safetensors"
     out = train(world, tmp_path / "run", "--max-steps", 2, "--batch-size", 4, "--cache-attention", tmp_path / "cache")
@@ -106,25 +129,12 @@ def test_a_head_is_trained_from_the_cache_scored_and_used(world, tmp_path):
         world, tmp_path / "again", "--max-steps", 2, "--batch-size", 4, "--cache-attention", tmp_path / "cache", "--targets", "original"
     )  # the base is not even loaded
     assert "base: cached features" in again
-    text = call(
-        ROOT / "flmm/test.py",
-        "--config",
-        CONFIG,
-        "--data",
-        world / "data",
-        "--base-path",
-        world / "llava",
-        "--head",
-        head,
-        "--set",
-        f"sam.path={world / 'sam'}",
-        "unet.base_channels=4",
-        "--controls",
-        "--out",
-        tmp_path / "test",
-        "--pictures",
-        2,
-    )
+    scoring = [ROOT / "flmm/test.py", "--config", CONFIG, "--data", world / "data", "--base-path", world / "llava", "--head", head,
+               "--set", f"sam.path={world / 'sam'}", "unet.base_channels=4", "--controls", "--pictures", 2]  # fmt: skip
+    text = call(*scoring, "--out", tmp_path / "test")
+    call(*scoring, "--out", tmp_path / "two", processes=2)  # the same scores, phrase by phrase
+    assert (tmp_path / "two/phrases.csv").read_text() == (tmp_path / "test/phrases.csv").read_text()
+    assert (tmp_path / "two/results.json").read_text() == (tmp_path / "test/results.json").read_text()
     results = json.loads((tmp_path / "test/results.json").read_text())
     assert (
         set(results["controls"]) == {"whole", "centre", "union", "other", "other_coarse", "raw"} and f"{results['phrases']} phrases" in text

@@ -93,7 +93,8 @@ class FrozenBase:
         raise NotImplementedError
 
     def to(self, device):
-        if getattr(self.model, "hf_device_map", None) is None:   # a spread-out base stays where it is
+        spread_out, quantised = getattr(self.model, "hf_device_map", None), getattr(self.model, "hf_quantizer", None)
+        if spread_out is None and quantised is None:   # these stay where from_pretrained put them
             self.model.to(device)
         return self
 
