@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 
 from common.errors import UserError
+from common.files import inside, reading
 from common.weights import read_weights
 from flmm.data.phrases import PhraseDataset, ReasonSegDataset, Together
 from flmm.data.png import PNGDataset
@@ -29,10 +30,8 @@ PARTS = {"base", "sam", "unet", "optim", "data"}
 def read_config(path, overrides=()):
     """Configuration as a dictionary. overrides: "part.name=value" strings, values in YAML."""
     path = Path(path)
-    try:
-        config = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: not a readable configuration ({str(error).splitlines()[0]})") from error
+    with reading(path, "configuration"):
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(config, dict):
         raise UserError(f"{path}: expected the parts {', '.join(sorted(PARTS))}")
     if "include" in config:
@@ -95,9 +94,7 @@ def build_dataset(config, split, root, build, seed=0):
             raise UserError(f"data.{split}: type is {kind!r}, expected one of {', '.join(DATASETS)}")
         for key, value in entry.items():
             if key in ("json_file", "panoptic_json_file", "panoptic_png_path", "image_path", "ann_file", "split_file", "folder"):
-                entry[key] = Path(root) / value
-                if not entry[key].resolve().is_relative_to(Path(root).resolve()):
-                    raise UserError(f"data.{split}: {key} {value} lies outside {root}")
+                entry[key] = inside(root, value)
         if kind == "refcoco":
             entry.setdefault("seed", seed)
         try:

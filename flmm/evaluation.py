@@ -102,7 +102,8 @@ def summarise(rows):
         values = [r[key] for r in rows if key in r]
         return sum(values) / len(values) if values else None
 
-    out = {"phrases": len(rows), "mIoU": mean("iou"), "mIoU_coarse": mean("iou_coarse"), "pixel_accuracy": mean("accuracy")}
+    out = {"phrases": len(rows), "mIoU": mean("iou"), "mIoU_coarse": mean("iou_coarse"), "pixel_accuracy": mean("accuracy"),
+           "score": mean("score")}
     for suffix in ("", "_coarse"):
         scores = referring_scores([r[f"inter{suffix}"] for r in rows], [r[f"union{suffix}"] for r in rows])
         out |= {f"{k}{suffix}": v for k, v in scores.items()}

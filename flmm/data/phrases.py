@@ -11,8 +11,13 @@ from PIL import Image, ImageDraw
 from torch.utils.data import ConcatDataset, Dataset
 
 from common.errors import UserError
-from flmm.data.samples import caption_of_phrases, read_json
-from flmm.data.transforms import load_image
+from common.files import inside, read_json
+from flmm.data.samples import caption_of_phrases
+from flmm.data.transforms import load_image, load_segments
+
+PHRASES = {"images": [{"id": (int, str), "file": str, "captions?": [str], "segments": [{"id": int, "isthing": (int, bool)}],
+                       "phrases": [{"caption": int, "span?": [int], "text": str, "segment_ids": [int]}]}]}
+REASONSEG = {"text": (str, list), "shapes": [{"label": str, "points": [[float]]}]}
 
 
 class PhraseDataset(Dataset):
@@ -25,18 +30,22 @@ class PhraseDataset(Dataset):
         self.folder, self.build = Path(folder), build
         source = self.folder / "annotations.json"
         self.items = []
-        for image in read_json(source, "phrase annotations").get("images", []):
-            try:
-                if limit is not None and len({i["id"] for i, _, _ in self.items}) == limit:
-                    break
-                for caption in sorted({p["caption"] for p in image["phrases"]})[:captions]:
-                    phrases = [p for p in image["phrases"] if p["caption"] == caption]
-                    if caption >= 0:
-                        phrases.sort(key=lambda p: p["span"][0])
-                        phrases = [p for i, p in enumerate(phrases) if i == 0 or p["span"][0] >= phrases[i - 1]["span"][1]]
-                    self.items.append((image, caption, phrases))
-            except (KeyError, TypeError, IndexError) as error:
-                raise UserError(f"{source}: image {image.get('id')}: field {error} is missing or has the wrong form") from error
+        for image in read_json(source, PHRASES)["images"]:
+            if limit is not None and len({i["id"] for i, _, _ in self.items}) == limit:
+                break
+            known, texts = {s["id"] for s in image["segments"]}, image.get("captions") or []
+            for p in image["phrases"]:
+                where = f"{source}: image {image['id']}: phrase {p['text']!r}"
+                if not p["segment_ids"] or not known.issuperset(p["segment_ids"]):
+                    raise UserError(f"{where} has unknown segments")
+                if p["caption"] >= 0 and not (p["caption"] < len(texts) and len(p.get("span") or []) == 2):
+                    raise UserError(f"{where} needs its caption {p['caption']} and a span [start, end)")
+            for caption in sorted({p["caption"] for p in image["phrases"]})[:captions]:
+                phrases = [p for p in image["phrases"] if p["caption"] == caption]
+                if caption >= 0:
+                    phrases.sort(key=lambda p: p["span"][0])
+                    phrases = [p for i, p in enumerate(phrases) if i == 0 or p["span"][0] >= phrases[i - 1]["span"][1]]
+                self.items.append((image, caption, phrases))
         if not self.items:
             raise UserError(f"{source}: no picture has a phrase")
 
@@ -45,18 +54,12 @@ class PhraseDataset(Dataset):
 
     def record(self, index):
         info, caption, phrases = self.items[index]
-        path = self.folder / "images" / info["file"]
-        mask_path = self.folder / "masks" / (Path(info["file"]).stem + ".png")
-        if not mask_path.is_file():
-            raise UserError(f"{mask_path}: no such mask")
-        with Image.open(mask_path) as opened:
-            segments = np.asarray(opened)
+        path = inside(self.folder / "images", info["file"])
+        segments = load_segments(self.folder / "masks" / (Path(info["file"]).stem + ".png"))
         image = load_image(path, (segments.shape[1], segments.shape[0]))
         kinds = {s["id"]: bool(s["isthing"]) for s in info["segments"]}
         masks, infos = [], []
         for p in phrases:
-            if not p["segment_ids"] or any(i not in kinds for i in p["segment_ids"]):
-                raise UserError(f"{self.folder / 'annotations.json'}: image {info['id']}: phrase {p['text']!r} has unknown segments")
             masks.append(np.isin(segments, p["segment_ids"]))
             infos.append({"plural": len(p["segment_ids"]) > 1, "text": p["text"],
                           "isthing": len(p["segment_ids"]) > 1 or kinds[p["segment_ids"][0]]})
@@ -84,10 +87,8 @@ class ReasonSegDataset(Dataset):
     def __init__(self, folder, build=None):
         self.build, self.items = build, []
         for path in sorted(Path(folder).glob("*.json")):
-            content = read_json(path, "a ReasonSeg annotation")
-            texts = content.get("text")
-            if not texts or "shapes" not in content:
-                raise UserError(f"{path}: fields text and shapes are needed")
+            content = read_json(path, REASONSEG)
+            texts = content["text"]
             self.items += [(path, content, text) for text in ([texts] if isinstance(texts, str) else texts)]
         if not self.items:
             raise UserError(f"{folder}: no ReasonSeg annotation (*.json)")

@@ -7,12 +7,20 @@ folder of PNGs (segment id = R + 256 G + 65536 B), pictures <image_id, 12 digits
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from torch.utils.data import Dataset
 
 from common.errors import UserError
-from flmm.data.samples import read_json
-from flmm.data.transforms import load_image
+from common.files import inside, read_json
+from flmm.data.transforms import load_image, load_segments
+
+CAPTIONS = [{"image_id": (int, str), "segments": [{"utterance": str, "segment_ids": [(int, str)], "plural": bool}]}]
+PANOPTIC = {"images": [{"id": (int, str), "file_name": str}], "categories": [{"id": int, "isthing": (int, bool)}],
+            "annotations": [{"image_id": (int, str), "file_name": str, "segments_info": [{"id": int, "category_id": int}]}]}
+
+
+def key(caption) -> str:
+    """Image id as in file names, 12 digits: the captions write it as text, the annotations as a number."""
+    return str(caption["image_id"]).zfill(12)
 
 
 class PNGDataset(Dataset):
@@ -20,31 +28,38 @@ class PNGDataset(Dataset):
     in evaluation too, so that some pictures count twice."""
 
     def __init__(self, json_file, panoptic_json_file, panoptic_png_path, image_path, build=None):
-        panoptic = read_json(panoptic_json_file, "panoptic annotations")
-        captions = read_json(json_file, "narrative captions")
-        try:
-            self.isthing = {c["id"]: bool(c["isthing"]) for c in panoptic["categories"]}
-            self.files = {int(image["id"]): image["file_name"] for image in panoptic["images"]}
-            self.annotations = {int(a["image_id"]): a for a in panoptic["annotations"]}
-            self.items = [c for c in captions if any(s["segment_ids"] for s in c["segments"])]
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{json_file} or {panoptic_json_file}: field {error} is missing") from error
-        if unknown := [c["image_id"] for c in self.items if int(c["image_id"]) not in self.annotations]:
-            raise UserError(f"{panoptic_json_file}: no annotation for image {unknown[0]} of {json_file}")
+        panoptic = read_json(panoptic_json_file, PANOPTIC)
+        captions = read_json(json_file, CAPTIONS)
+        self.isthing = {c["id"]: bool(c["isthing"]) for c in panoptic["categories"]}
+        self.files = {str(image["id"]).zfill(12): image["file_name"] for image in panoptic["images"]}
+        self.annotations = {str(a["image_id"]).zfill(12): a for a in panoptic["annotations"]}
+        self.items = [c for c in captions if any(s["segment_ids"] for s in c["segments"])]
+        if not self.items:
+            raise UserError(f"{json_file}: no caption has a grounded phrase (segment_ids)")
+        for item in self.items:
+            self.check_segments(item, json_file, panoptic_json_file)
         self.pngs, self.images, self.build = Path(panoptic_png_path), Path(image_path), build
 
     def __len__(self):
         return len(self.items)
 
+    def check_segments(self, item, json_file, panoptic_json_file):
+        """The caption's picture and segments must be annotated, with known categories."""
+        annotation = self.annotations.get(key(item))
+        if annotation is None:
+            raise UserError(f"{panoptic_json_file}: no annotation for image {item['image_id']} of {Path(json_file).name}")
+        category = {s["id"]: s["category_id"] for s in annotation["segments_info"]}
+        for i in (i for part in item["segments"] for i in part["segment_ids"]):
+            where = f"{panoptic_json_file}: image {item['image_id']}: segment {i} of {Path(json_file).name}"
+            if not str(i).isdecimal() or int(i) not in category:
+                raise UserError(f"{where} is not in segments_info")
+            if category[int(i)] not in self.isthing:
+                raise UserError(f"{where}: category_id {category[int(i)]} is not in categories")
+
     def record(self, index):
         item = self.items[index]
-        annotation = self.annotations[int(item["image_id"])]
-        png = self.pngs / annotation["file_name"]
-        if not png.is_file():
-            raise UserError(f"{png}: no such panoptic picture")
-        with Image.open(png) as opened:
-            rgb = np.asarray(opened.convert("RGB"), np.int64)
-        segments = rgb[..., 0] + 256 * rgb[..., 1] + 65536 * rgb[..., 2]
+        annotation = self.annotations[key(item)]
+        segments = load_segments(inside(self.pngs, annotation["file_name"]))
         category = {s["id"]: s["category_id"] for s in annotation["segments_info"]}
         pieces, masks, infos = [], [], []
         for part in item["segments"]:
@@ -52,13 +67,11 @@ class PNGDataset(Dataset):
             pieces.append((part["utterance"], len(masks) if ids else -1))
             if not ids:
                 continue
-            if unknown := [i for i in ids if i not in category]:
-                raise UserError(f"{png}: segment {unknown[0]} of the caption is not in segments_info")
             plural = bool(part["plural"])
             masks.append(np.isin(segments, ids))
             infos.append({"plural": plural, "isthing": plural or self.isthing[category[ids[0]]], "text": part["utterance"]})
-        name = self.files.get(int(item["image_id"]), annotation["file_name"])
-        path = self.images / name
+        name = self.files.get(key(item), annotation["file_name"])
+        path = inside(self.images, name)
         if not path.is_file():
             path = path.with_suffix(".jpg")
         image = load_image(path, (segments.shape[1], segments.shape[0]))

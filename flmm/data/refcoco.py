@@ -10,7 +10,8 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from common.errors import UserError
-from flmm.data.samples import caption_of_phrases, decode_segmentation, read_json
+from common.files import inside, read_json
+from flmm.data.samples import caption_of_phrases, decode_segmentation
 from flmm.data.transforms import load_image
 
 
@@ -39,6 +40,9 @@ def read_refs(path):
         raise UserError(f"{path}: not a readable references file ({type(error).__name__}: {error})") from None
     return refs
 
+INSTANCES = {"images": [{"id": int, "file_name": str, "height": int, "width": int}],
+             "annotations": [{"id": int, "segmentation": (dict, list)}]}
+
 
 class RefCOCODataset(Dataset):
     """One record per picture with all its objects of the split, or one per object, or one per sentence.
@@ -50,7 +54,7 @@ class RefCOCODataset(Dataset):
     """
 
     def __init__(self, ann_file, split_file, image_path, split, text_mode="random", one_per_object=False, seed=0, build=None):
-        instances, refs = read_json(ann_file, "COCO instances"), read_refs(split_file)
+        instances, refs = read_json(ann_file, INSTANCES), read_refs(split_file)
         self.text_mode, self.seed, self.epoch, self.build = text_mode, seed, 0, build
         self.images_path, self.ann_file = Path(image_path), ann_file
         try:
@@ -98,7 +102,7 @@ class RefCOCODataset(Dataset):
         masks = np.stack([decode_segmentation(self.annotations[ann]["segmentation"], height, width,
                                               f"{self.ann_file}: annotation {ann}") for ann, _ in objects])
         phrases = self.phrases(index)
-        return {"image": load_image(self.images_path / info["file_name"], (width, height)), "masks": masks,
+        return {"image": load_image(inside(self.images_path, info["file_name"]), (width, height)), "masks": masks,
                 "pieces": caption_of_phrases(phrases), "file_name": info["file_name"],
                 "mask_infos": [{"plural": False, "isthing": True, "text": text} for text in phrases]}
 

@@ -91,15 +91,3 @@ def encode_rle(mask):
     from pycocotools import mask as coco
     rle = coco.encode(np.asfortranarray(mask, np.uint8))
     return {"size": list(rle["size"]), "counts": rle["counts"].decode()}
-
-
-def read_json(path, what):
-    """Parsed JSON file; UserError names path and `what` it should hold."""
-    import json
-    from pathlib import Path
-    try:
-        return json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; expected {what}") from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error}); expected {what}") from None

@@ -8,13 +8,13 @@ Sizes are truncated where upstream truncates: transformers' own DeepSeek process
 of all pictures.
 """
 
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
 from common.errors import UserError
+from common.files import reading
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -24,18 +24,20 @@ def load_image(path, size=None):
 
     Grey, palette, CMYK and 16-bit pictures are converted, transparency is laid on white.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such picture")
-    try:
+    with reading(path, "picture"):
         stored = Image.open(path)
         stored.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: not a readable picture ({error})") from error
     image = ImageOps.exif_transpose(stored)
     if size is not None and image.size != tuple(size) and stored.size == tuple(size):
         image = stored
     return to_rgb(image)
+
+
+def load_segments(path):
+    """(H, W) int64 segment ids of a panoptic PNG (R + 256 G + 65536 B) or of a grey or palette PNG (its values)."""
+    with reading(path, "mask picture"), Image.open(path) as opened:
+        values = np.asarray(opened, np.int64)
+        return values if values.ndim == 2 else values[..., :3] @ np.array([1, 256, 65536])
 
 
 def to_rgb(image):

@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 
 from common.errors import UserError
+from common.weights import refuse_nan
 from flmm.losses import mask_losses
 from flmm.models.mask_head.mask_decoder import UNetHead
 from flmm.models.mask_head.mask_refiner import SAMWrapper, original_keys, to_transformers_key
@@ -126,6 +127,7 @@ class FLMM(nn.Module):
             if tensors[theirs].shape != parameters[ours].shape:
                 raise UserError(f"{source}: {theirs} is {tuple(tensors[theirs].shape)}, this model needs "
                                 f"{tuple(parameters[ours].shape)}; the head belongs to another base model")
+            refuse_nan(theirs, tensors[theirs], source)
         with torch.no_grad():
             for ours, theirs in names.items():
                 parameters[ours].copy_(tensors[theirs])

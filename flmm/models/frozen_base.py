@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.image_processing_base import ImageProcessingMixin
 
 from common.errors import UserError
+from common.files import reading
 from flmm.models.attention_rows import NAME, AttentionRows, merge_rows
 
 TEMPLATES = {   # INSTRUCTION only: upstream never adds the system text, nor a newline before the answer
@@ -65,7 +66,7 @@ class FrozenBase:
         architecture = getattr(transformers, cls.architecture, None)
         if architecture is None:
             raise UserError(f"transformers {transformers.__version__} has no {cls.architecture}; install a newer one")
-        try:
+        with reading(path, "folder of the base model"):
             config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
             if config.architectures and config.architectures[0] != cls.architecture:
@@ -79,8 +80,6 @@ class FrozenBase:
                     extra["quantization_config"] = transformers.BitsAndBytesConfig(
                         load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
                 model = architecture.from_pretrained(path, dtype=dtype, device_map=device_map, **extra)
-        except (OSError, ImportError, ValueError) as error:
-            raise UserError(f"base {path}: {str(error).splitlines()[0]}") from error
         try:
             preprocessing, _ = ImageProcessingMixin.get_image_processor_dict(path)
         except OSError:

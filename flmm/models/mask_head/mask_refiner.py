@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import SamConfig, SamMaskDecoderConfig, SamModel, SamPromptEncoderConfig, SamVisionConfig
 
+from common.files import reading
+
 PIXEL_MEAN, PIXEL_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)   # RGB, 0..255
 
 # original name -> transformers name, tried in order on every key (regular expressions)
@@ -124,7 +126,8 @@ def sam_from_original(tensors, decoder_heads=8):
 def load_sam(path, read_weights):
     """SamModel from an original checkpoint file or from a transformers folder. read_weights: path -> dict of tensors."""
     if Path(path).is_dir():
-        return SamModel.from_pretrained(path)
+        with reading(path, "SAM folder"):
+            return SamModel.from_pretrained(path)
     return sam_from_original(read_weights(path))
 
 

@@ -46,7 +46,7 @@ def builtin_model():
     head = runs / "head-llava-0" / "head.safetensors"
     if not head.is_file():
         raise UserError("no --config and --head given, and the built-in run has not been made yet: bash flmm/run_builtin.sh")
-    selector = runs / "selector.safetensors"
+    selector = runs / "selector-llava.safetensors"
     return (ROOT / "flmm/configs/tiny/scenes.yaml",
             [f"base.path={runs / 'base-llava-0' / 'base'}", f"sam.path={runs / 'sam' / 'sam_tiny.safetensors'}"],
             head, selector if selector.is_file() else None)

@@ -37,7 +37,8 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 820px; margin: 2rem auto
 .word { border-bottom: 3px solid; cursor: pointer; margin-right: .3em } .word small { color: #5b6675 } .error { color: #b3372b }
 form { display: flex; gap: .6em; flex-wrap: wrap } input[type=text] { flex: 1; padding: .4em }</style>
 <h1>Masks for words</h1><form><input type="file" accept="image/*" required aria-label="picture">
-<input type="text" aria-label="phrases" placeholder="a red car; the man on the left    (empty: describe the picture)"><button>Ground</button></form>
+<input type="text" aria-label="phrases" placeholder="a red car; the man on the left    (empty: describe the picture)">
+<button>Ground</button></form>
 <p id="answer"></p><div id="stage"></div><script>
 const form = document.querySelector("form"), answer = document.querySelector("#answer"), stage = document.querySelector("#stage");
 form.onsubmit = async event => {

@@ -4,8 +4,9 @@
 
 Versions as upstream (scripts/visual_cot): v1 asks for the most relevant object and grounds that answer, v2 grounds the
 question, v3 is the baseline without a crop. --resample asks again with the picture's own tokens inside the box instead of a
-crop that is encoded anew (upstream: visual_cot_resample of the Qwen fork). --benchmark FILE scores a list [{"image", "question", "answer"}] with a scorer
-that can be replaced: the built-in one counts an answer as right if it contains the reference.
+crop that is encoded anew (upstream: visual_cot_resample of the Qwen fork). --benchmark FILE scores a list [{"image",
+"question", "answer"}] with a scorer that can be replaced: the built-in one counts an answer as right if it contains the
+reference.
 """
 
 import argparse
@@ -20,12 +21,13 @@ import torch
 
 from common.checkpoint import atomic_write
 from common.errors import UserError, run
+from common.files import inside, read_json
 from flmm.build import read_config
 from flmm.conversation import Grounder
-from flmm.data.samples import read_json
 from flmm.data.transforms import load_image
 
 RELEVANT = "First think which object in this image is most relevant to the question."
+BENCHMARK = [{"image": str, "question": str, "answer": str}]
 STARTED = " The object most relevant to the question is"
 SHORT = "Answer the question using a single word or phrase."
 
@@ -99,7 +101,8 @@ def visual_cot_resample(base, sample, embeds, positions, box, text, max_new_toke
     """
     model, ids = base.model, base.encode_prompt(text)
     at, chosen = ids.index(base.image_token_id), tokens_in_box(box, sample, base.grid(sample)).to(embeds.device)
-    before, after = (model.get_input_embeddings()(torch.tensor(part, dtype=torch.long, device=embeds.device)) for part in (ids[:at], ids[at + 1:]))
+    words = torch.tensor(ids, device=embeds.device)
+    before, after = model.get_input_embeddings()(words[:at]), model.get_input_embeddings()(words[at + 1:])
     lead = positions.shape[:-1]
     steps = torch.arange(max(at, len(after)), device=positions.device)
     where = torch.cat([steps[:at].expand(*lead, at), positions[..., chosen],
@@ -171,9 +174,9 @@ def main(args):
         raise UserError("give --image and --question, or --benchmark")
     items = [{"image": args.image, "question": args.question}]
     if args.benchmark:
-        items = read_json(args.benchmark, "a list of questions")
+        items = read_json(args.benchmark, BENCHMARK)
         for item in items:
-            item["image"] = args.benchmark.parent / item["image"]
+            item["image"] = inside(args.benchmark.parent, item["image"])
     images = [load_image(item["image"]) for item in items]
     grounder = Grounder.load(read_config(args.config, args.set), args.head)
     for item, image in zip(items, images):
@@ -181,7 +184,7 @@ def main(args):
         item["image"] = Path(item["image"]).name
         print(json.dumps(item))
     if args.benchmark:
-        for item, reference in zip(items, read_json(args.benchmark, "a list of questions")):
+        for item, reference in zip(items, read_json(args.benchmark, BENCHMARK)):
             item["score"] = contains(item["answer"], reference["answer"])
         print(f"score {sum(i['score'] for i in items) / len(items):.3f} over {len(items)} questions")
     if args.out:
