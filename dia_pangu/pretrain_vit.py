@@ -6,9 +6,12 @@
 Upstream's first stage trains the Perceiver behind a ViT that Dia-LLaMA has trained; behind an untrained ViT it learns
 nothing. Here every patch token learns which findings its voxels carry (masks/ of the data), and with --contrast the
 prototypes, memories and temperature learn to tell present from absent, as in the loss of the full model. The prototypes
-start at the logarithm of where each finding is seen in the training masks, the memories as `start_memories` says.
+start at the logarithm of where each finding is seen in the training masks, the memories as `start_memories` says. Then a
+logistic vote joins prototypes and patches to one diagnosis, and places.json says on which side and where each volume of
+train and val shows each finding, for prompts that name it.
 """
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -16,13 +19,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root:
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from sklearn.linear_model import LogisticRegression
 from torch import nn
 from torch.nn import functional as F
 
-from common.checkpoint import atomic_path
+from common.checkpoint import atomic_path, atomic_write
 from common.errors import UserError, run
-from common.run import describe, open_run, seed_everything
+from common.run import describe, open_run, progress, seed_everything
+from dia_pangu.evaluate.evidence import locate_all
 from dia_pangu.evaluate.findings import finding_scores
 from dia_pangu.src.Dataset.CTRG_dataset import CTRGDataset, collate
 from dia_pangu.src.Model.build import SIZES, load_start, make_grid, read_config
@@ -31,19 +36,18 @@ from dia_pangu.src.My_Trainer.trainer import Trainer, add_optimization, with_das
 
 
 class PatchModel(nn.Module):
-    """Patch tokens with a linear head over the findings; with `contrast` also the model's own contrastive loss."""
+    """The evidence head on the patch tokens; with `contrast` also the model's own contrastive loss."""
 
     def __init__(self, embedding_layer: MyEmbedding, weight: torch.Tensor, contrast: float):
         super().__init__()
         self.embedding_layer = embedding_layer
-        self.head = nn.Linear(embedding_layer.fc.in_features, NUM_FINDINGS)
-        nn.init.constant_(self.head.bias, -4.0)  # most patches carry nothing
+        nn.init.constant_(embedding_layer.evidence_head.bias, -4.0)  # most patches carry nothing
         self.register_buffer("weight", weight)
         self.contrast = contrast
 
     def forward(self, vision_x, patch_labels, cls_labels, num_tokens=None, num_samples=None):
         tokens = self.embedding_layer.encode(vision_x)
-        logits = self.head(tokens[:, 0])
+        logits = self.embedding_layer.evidence_head(tokens[:, 0])
         share = len(vision_x) / (num_samples or len(vision_x))
         losses = F.binary_cross_entropy_with_logits(logits, patch_labels, pos_weight=self.weight)
         found = logits.sigmoid().amax(1) if not self.contrast else self.embedding_layer.probability(tokens)
@@ -89,12 +93,37 @@ def evaluate(model, loader, accelerator) -> dict:
     return {"micro_f1": scores["micro"]["F1"], "macro_f1": scores["macro"]["F1"]}
 
 
+@torch.no_grad()
+def look_again(layer: MyEmbedding, train_set, val_set, device) -> dict:
+    """Fit the vote of prototypes and patches on the training volumes, and return {id: {finding: [side, place]}} of train and
+    val: what the evidence head sees there, for training prompts; in a new volume the model sees it for itself."""
+    places, heard, labels = {}, [], []
+    for data in (train_set, val_set):
+        for first in progress(range(0, len(data), 8), desc=f"evidence, {data.split}"):
+            batch = collate([data[i] for i in range(first, min(first + 8, len(data)))])
+            if "error" in batch:
+                raise UserError(batch["error"])
+            vision_x = batch["vision_x"].to(device)
+            tokens = layer.encode(vision_x)
+            places |= dict(zip(batch["id"], locate_all(layer, tokens, vision_x, data.grid.preprocess)[1]))
+            if data is train_set:
+                heard.append(layer.witnesses(tokens).cpu())
+                labels.append(batch["cls_labels"])
+    heard, labels = torch.cat(heard).numpy(), torch.cat(labels).numpy()
+    for c in range(NUM_FINDINGS):
+        if 0 < labels[:, c].sum() < len(labels):
+            fitted = LogisticRegression(C=0.3, max_iter=1000).fit(heard, labels[:, c])
+            layer.evidence_vote.weight[c] = torch.from_numpy(fitted.coef_[0])
+            layer.evidence_vote.bias[c] = float(fitted.intercept_[0])
+    return places
+
+
 def main(args):
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     seed_everything(args.seed)
     config = read_config(args)
     grid, patch = make_grid(config), None
-    layer = MyEmbedding(num_embeddings=1, embedding_dim=8, **config["embedding"])
+    layer = MyEmbedding(num_embeddings=1, embedding_dim=8, **config["embedding"] | {"evidence_head": True})
     patch = layer.vision_encoder.patch
     options = {"language": config["language"], "cache": args.cache, "patches": patch}
     train_set = CTRGDataset(args.data, "train", grid, limit=args.limit, **options)
@@ -114,17 +143,16 @@ def main(args):
     model = PatchModel(layer, weight, args.contrast)
     if args.start:
         load_start(model, args.start)
-        model.head.load_state_dict(load_file(Path(args.start) / "evidence_head.safetensors"))
         layer.prototype.data = (share.T + 0.003).log()
         if args.contrast and not args.resume:
             start_memories(layer, train_set, counted)
     fast = {"prototype", "pos_sample_memory", "neg_sample_memory", "temp"}
     named = dict(layer.named_parameters())
     learns = (*fast, "proj.weight", "proj.bias") if args.contrast else ()
-    trained = [name for name in named if name.startswith("vision_encoder.") or name in learns]
+    trained = [name for name in named if name.startswith(("vision_encoder.", "evidence_head.")) or name in learns]
     for name, parameter in named.items():
         parameter.requires_grad_(name in trained)
-    groups = [{"params": [named[name] for name in trained if name not in fast] + list(model.head.parameters())},
+    groups = [{"params": [named[name] for name in trained if name not in fast]},
               {"params": [named[name] for name in trained if name in fast], "lr_scale": args.prototype_lr_scale}]
     accelerator.print(describe(model), "| patches", layer.n_tok, "| volumes", len(train_set))
     out = open_run(args.output_dir, args, accelerator, args.resume, args.overwrite)
@@ -132,12 +160,13 @@ def main(args):
                       [group for group in groups if group["params"]], val_set, evaluate)
     trainer.train()
     if accelerator.is_main_process:
-        own = accelerator.unwrap_model(trainer.model)
-        keep = {f"embedding_layer.{key}": value for key, value in own.embedding_layer.state_dict().items()
-                if key.startswith(("vision_encoder.", "prototype", "proj.", "pos_", "neg_", "temp"))}
-        for name, tensors in (("vision.safetensors", keep), ("evidence_head.safetensors", own.head.state_dict())):
-            with atomic_path(out / name) as temporary:
-                save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, temporary)
+        layer = accelerator.unwrap_model(trainer.model).embedding_layer.eval()
+        if args.contrast:
+            atomic_write(out / "places.json", json.dumps(look_again(layer, train_set, val_set, accelerator.device)))
+        keep = {f"embedding_layer.{key}": value.cpu().contiguous() for key, value in layer.state_dict().items()
+                if key.startswith(("vision_encoder.", "evidence_", "prototype", "proj.", "pos_", "neg_", "temp"))}
+        with atomic_path(out / "vision.safetensors") as temporary:
+            save_file(keep, temporary)
     accelerator.end_training()
 
 

@@ -3,7 +3,8 @@
     python dia_pangu/warm_llm.py --data data/dia_pangu --make 4 --out runs/dia_pangu/llm
     python dia_pangu/warm_llm.py --reports ct_reports_train.json --eval-reports ct_reports_val.json --make 4 --out runs/dia_pangu/llm_real
 
---make N builds a small model of openPangu's class (N layers, bias on q, k, v and o) with its own tokenizer; without it,
+--make N builds a small model of openPangu's class (N layers, bias on q, k, v and o) with its own tokenizer, in which each status
+sentence of a prompt is one token: a large model reads "is positive", a small one need not spend its training on that. Without it,
 --lang-encoder-path names the model to train on. The text is the finding sentences, the guide and the report; plain report
 files ({"cases": [{"report": ...}]}) have the guide alone. Writes a model folder that --lang-encoder-path takes.
 """
@@ -18,17 +19,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root:
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from common.checkpoint import atomic_dir
 from common.errors import UserError, run
 from common.run import describe, open_run, seed_everything
 from common.tiny_llm import make_llm, make_tokenizer
-from dia_pangu.src.Dataset.CTRG_dataset import CTRGDataset, collate
+from dia_pangu.src.Dataset.CTRG_dataset import CTRGDataset, collate, read_places
 from dia_pangu.src.Dataset.preprocess import Grid
-from dia_pangu.src.Dataset.prompt import GUIDES, LANGUAGES, ReportText, status_text
-from dia_pangu.src.Model.multimodality_model import load_language_model
+from dia_pangu.src.Dataset.prompt import GUIDES, LANGUAGES, ReportText, prompt_phrases, status_text
+from dia_pangu.src.Model.multimodality_model import load_language_model, token_loss
 from dia_pangu.src.Model.pangu import load_tokenizer
 from dia_pangu.src.My_Trainer.trainer import Trainer, add_optimization, with_dashes
 
@@ -36,8 +36,8 @@ from dia_pangu.src.My_Trainer.trainer import Trainer, add_optimization, with_das
 class TextOnly(ReportText):
     """The same layout without image tokens."""
 
-    def prompt(self, statuses) -> str:
-        return status_text(statuses, self.language)
+    def prompt(self, statuses, places=None) -> str:
+        return status_text(statuses, self.language, places)
 
 
 class Reports(Dataset):
@@ -63,7 +63,7 @@ class Reports(Dataset):
 
 
 class GuideOnly(TextOnly):
-    def prompt(self, statuses) -> str:
+    def prompt(self, statuses, places=None) -> str:
         return GUIDES[self.language]
 
 
@@ -74,11 +74,9 @@ class TextModel(nn.Module):
         super().__init__()
         self.lang_model = lang_model
 
-    def forward(self, lang_x, attention_mask, labels, num_tokens=None, num_samples=None):
-        logits = self.lang_model(input_ids=lang_x, attention_mask=attention_mask).logits[:, :-1]
-        targets = labels[:, 1:]
-        total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum")
-        return {"loss": total / (num_tokens or (targets != -100).sum())}
+    def forward(self, lang_x, attention_mask, labels, loss_reweight=None, num_tokens=None, num_samples=None):
+        logits = self.lang_model(input_ids=lang_x, attention_mask=attention_mask).logits
+        return {"loss": token_loss(logits, labels, loss_reweight) / (num_tokens or (labels[:, 1:] != -100).sum())}
 
 
 def evaluate(model, loader, accelerator) -> dict:
@@ -101,20 +99,21 @@ def main(args):
     if bool(args.make) == bool(args.lang_encoder_path):
         raise UserError("give either --make LAYERS (a new small model) or --lang-encoder-path (one to train on)")
     if args.data:
-        options = {"grid": Grid(), "language": args.language, "vision": False, "limit": args.limit}
+        options = {"grid": Grid(), "language": args.language, "vision": False, "limit": args.limit,
+                   "places": read_places(args.places) if args.places else None}
         train_set, val_set = CTRGDataset(args.data, "train", **options), CTRGDataset(args.data, "val", **options)
         reports = [item["finding"] for item in train_set.items]
-        kind, prompts = TextOnly, [status_text([i % 2] * 14, args.language) for i in range(60)]
+        kind, phrases = TextOnly, prompt_phrases(args.language)
     else:
         train_set = Reports(args.reports, args.language, args.limit)
         val_set = Reports(args.eval_reports or args.reports, args.language, args.limit)
-        reports, kind, prompts = [report for _, report in train_set.reports], GuideOnly, []
+        reports, kind, phrases = [report for _, report in train_set.reports], GuideOnly, [GUIDES[args.language]]
 
     out = open_run(args.output_dir, args, accelerator, args.resume, args.overwrite)
     folder = out / "checkpoints" / "start" if args.make else Path(args.lang_encoder_path)
     if args.make and not folder.is_dir():
         if accelerator.is_main_process:
-            tokenizer = make_tokenizer([*prompts, *reports], args.vocab_size)
+            tokenizer = make_tokenizer(reports, args.vocab_size, phrases)
             make_llm(folder, tokenizer, "PanguEmbedded", args.seed, hidden_size=args.width, intermediate_size=2 * args.width,
                      num_hidden_layers=args.make, num_attention_heads=4, num_key_value_heads=2, bias=True,
                      rope_theta=16000000.0, max_position_embeddings=max(1024, args.max_length))
@@ -122,9 +121,11 @@ def main(args):
     model = TextModel(load_language_model(folder, args.trust_remote_code, torch.float32 if args.make else "auto"))
     tokenizer = load_tokenizer(folder, args.trust_remote_code)
     for data in (train_set, val_set):
-        data.text = kind(tokenizer, model.lang_model.get_input_embeddings().num_embeddings, 0, 1, args.language, args.max_length)
+        data.text = kind(tokenizer, model.lang_model.get_input_embeddings().num_embeddings, 0, 1, args.language, args.max_length,
+                         key_weight=args.key_weight)
     accelerator.print(describe(model), "| reports", len(train_set))
-    trainer = Trainer(model, args, accelerator, train_set, collate, ("lang_x", "attention_mask", "labels"), None, val_set, evaluate)
+    trainer = Trainer(model, args, accelerator, train_set, collate, ("lang_x", "attention_mask", "labels", "loss_reweight"), None,
+                      val_set, evaluate)
     scores = trainer.train()
     cut = train_set.text.cut + val_set.text.cut
     accelerator.print(f"perplexity {scores['perplexity']:.2f} over {scores['tokens']:.0f} held-out tokens; {cut} texts cut at --max-length")
@@ -140,6 +141,9 @@ def main(args):
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", help="folder in the CTRG format")
+    parser.add_argument("--places", help="with --data: places.json of pretrain_vit.py, for prompts that name side and place")
+    parser.add_argument("--key-weight", type=float, default=1.0,
+                        help="weight in the loss of the words that name side and place (default %(default)s; upstream foresees 3)")
     parser.add_argument("--reports", help="json file of plain reports to train on")
     parser.add_argument("--eval-reports", help="json file of plain reports for the perplexity")
     parser.add_argument("--limit", type=int, default=0, help="use only the first reports; 0: all")

@@ -16,8 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
 from common.errors import UserError
+from common.files import check, read_json
+from dia_pangu.evaluate.evidence import locate_all
 from dia_pangu.src.Dataset.CTRG_dataset import CTRGDataset
-from dia_pangu.src.Model.build import PUBLISHED, make_embedding, make_grid, make_text, to_our_keys
+from dia_pangu.src.Model.build import CONFIG, PUBLISHED, make_embedding, make_grid, make_text, to_our_keys
 from dia_pangu.src.Model.multimodality_model import MultiPanguForCausalLM, add_lora
 from dia_pangu.src.Model.pangu import load_tokenizer
 from pruning.layers import shorter_config
@@ -27,11 +29,8 @@ from pruning.pruning_tools.shards import open_checkpoint
 
 def read_map(path) -> dict:
     """A prune map of upstream's tool or ours."""
-    try:
-        prune_map = json.loads(Path(path).read_text())
-        [prune_map["layer_id_map"][str(new)] for new in range(prune_map["new_layers"])]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a prune map (needs new_layers and layer_id_map: {error})") from error
+    prune_map = read_json(path, {"new_layers": int, "layer_id_map": dict, "old_layers?": int, "lora_alpha?": float, "tag?": str})
+    check(prune_map["layer_id_map"], {str(new): int for new in range(prune_map["new_layers"])}, path, "layer_id_map")
     return prune_map
 
 
@@ -78,7 +77,7 @@ def load_report_model(ckpt, lang_model_path, prune_map=None, lora_alpha=None):
         llm_config = type(llm_config).from_dict(shorter)
 
     file = checkpoint.folder / "dia_config.json"
-    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else json.loads(json.dumps(PUBLISHED))
+    config = json.loads(json.dumps(PUBLISHED)) | (read_json(file, CONFIG) if file.is_file() else {})
     if not file.is_file():
         config["grid"]["preprocess"] = "upstream"
         print(f"{checkpoint.folder}: no dia_config.json; taking the published sizes and upstream's preprocessing")
@@ -108,7 +107,8 @@ def load_report_model(ckpt, lang_model_path, prune_map=None, lora_alpha=None):
 
 
 class Encoded(Dataset):
-    """Samples whose volumes went through the frozen vision encoder once, with the model's own diagnosis.
+    """Samples whose volumes went through the frozen vision encoder once, with the model's own diagnosis and, where it has an
+    evidence head, the side and place that it sees.
 
     Items as CTRGDataset's, with tokens (1, n_tok, vis_dim) instead of vision_x. Memory: one set of patch tokens a sample,
     so it is for calibration, evaluation and short healing runs; long runs read the volumes.
@@ -118,7 +118,7 @@ class Encoded(Dataset):
                  batch: int = 16):
         self.source = CTRGDataset(data, split, make_grid(config), language=config["language"], cache=cache, limit=limit,
                                   flip=flip, seed=seed)
-        self.tokens, self.statuses = [], []
+        self.tokens, self.statuses, self.places = [], [], []
         thresholds = torch.tensor(config["thresholds"])
         device = next(model.parameters()).device
         with torch.no_grad():
@@ -127,7 +127,12 @@ class Encoded(Dataset):
                                        for i in range(first, min(first + batch, len(self.source)))])
                 tokens = model.encode(volumes.to(device))
                 self.tokens += list(tokens.cpu())
+                self.places += locate_all(model.embedding_layer, tokens, volumes, config["grid"]["preprocess"])[1]
                 self.statuses += (model.diagnose(tokens).float().cpu() >= thresholds).long().tolist()
+        if model.embedding_layer.evidence_head is None:
+            self.places = [None] * len(self.source)
+        else:
+            self.source.places = {item["id"]: places for item, places in zip(self.source.items, self.places)}
         self.source.vision, self.source.text = False, text
 
     def __len__(self):
@@ -137,7 +142,8 @@ class Encoded(Dataset):
         self.source.set_epoch(epoch)
 
     def __getitem__(self, index: int) -> dict:
-        return {**self.source.sample(index), "tokens": self.tokens[index], "own_statuses": self.statuses[index]}
+        return {**self.source.sample(index), "tokens": self.tokens[index], "own_statuses": self.statuses[index],
+                "own_places": self.places[index]}
 
 
 def collate_encoded(samples: list[dict]) -> dict:
@@ -152,7 +158,7 @@ def task_prompts(model, text, samples: Encoded):
     device = next(model.parameters()).device
     for i in range(len(samples)):
         sample = samples[i]
-        row = text.pad([text.sample(sample["own_statuses"], sample["report"], sample["id"])])
+        row = text.pad([text.sample(sample["own_statuses"], sample["report"], sample["id"], sample["own_places"])])
         embeds = model.embedding_layer(text_input=row["lang_x"].to(device), tokens=sample["tokens"][None].to(device))
         yield {"name": sample["id"], "inputs_embeds": embeds.to(model.lang_model.dtype), "labels": row["labels"]}
 
@@ -163,7 +169,7 @@ def report_losses(model, text, samples: Encoded, batch: int = 16) -> torch.Tenso
     device, rows = next(model.parameters()).device, []
     for first in range(0, len(samples), batch):
         some = [samples[i] for i in range(first, min(first + batch, len(samples)))]
-        padded = text.pad([text.sample(s["own_statuses"], s["report"], s["id"]) for s in some])
+        padded = text.pad([text.sample(s["own_statuses"], s["report"], s["id"], s["own_places"]) for s in some])
         padded = {key: value.to(device) for key, value in padded.items()}
         embeds = model.embedding_layer(text_input=padded["lang_x"], tokens=torch.stack([s["tokens"] for s in some]).to(device))
         logits = model.lang_model(inputs_embeds=embeds.to(model.lang_model.dtype), attention_mask=padded["attention_mask"]).logits
@@ -186,11 +192,12 @@ def write_reports(model, text, samples: Encoded, max_new_tokens: int = 120, batc
     for first in range(0, len(samples), batch):
         some = [samples[i] for i in range(first, min(first + batch, len(samples)))]
         start = time.perf_counter()
-        prompts = {k: v.to(device) for k, v in text.pad([text.sample(s["own_statuses"]) for s in some], left=True).items()}
+        prompts = text.pad([text.sample(s["own_statuses"], places=s["own_places"]) for s in some], left=True)
+        prompts = {key: value.to(device) for key, value in prompts.items()}
         ids = model.generate(prompts["lang_x"], prompts["attention_mask"], torch.stack([s["tokens"] for s in some]).to(device),
                              pad_token_id=text.pad_id, eos_token_id=text.tokenizer.eos_token_id,
                              **{"do_sample": False, "max_new_tokens": max_new_tokens, **generation})
         out["reports"] += [text.decode(row) for row in ids]
-        out["questions"] += [text.prompt(s["own_statuses"]) for s in some]
+        out["questions"] += [text.prompt(s["own_statuses"], s["own_places"]) for s in some]
         out["milliseconds"] += [1000 * (time.perf_counter() - start) / len(some)] * len(some)
     return out

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root:
 from common.checkpoint import atomic_dir, atomic_write
 from common.errors import UserError, run
 from common.run import describe, open_run, seed_everything
-from dia_pangu.src.Dataset.CTRG_dataset import CTRGDataset, collate
+from dia_pangu.src.Dataset.CTRG_dataset import CTRGDataset, collate, read_places
 from dia_pangu.src.Model.build import make_grid, save_model
 from dia_pangu.src.Model.multimodality_model import add_lora
 from dia_pangu.src.My_Trainer.trainer import Trainer, add_optimization, with_dashes
@@ -50,6 +50,8 @@ def parse_args(argv=None):
     p.add_argument("--cache", help="folder for prepared volumes")
     p.add_argument("--flip", type=float, default=0.02, help="share of true statuses turned over in training prompts (default "
                                                             "0.02)")
+    p.add_argument("--places", type=Path, help="with --data: places.json of dia_pangu/pretrain_vit.py, for a model whose prompts name "
+                                               "side and place")
     p.add_argument("--max-length", type=int, default=512, help="tokens of a text; longer ones are cut (default 512)")
     group = p.add_argument_group("healing")
     group.add_argument("--full", action="store_true", help="train every weight of the language model instead of LoRA")
@@ -183,8 +185,12 @@ def main(args):
         if not config["lora"] and not args.full:
             config["lora"] = new_lora(args)
             model.lang_model = with_lora(model.lang_model, config["lora"])
+        if (model.embedding_layer.evidence_head is None) != (args.places is None):
+            raise UserError(f"--places: the prompts of {args.pruned_model_path} " + ("name no side and place; leave it out" if args.places
+                            else "name side and place; give the places.json of dia_pangu/pretrain_vit.py"))
+        places = read_places(args.places) if args.places else None
         train_set = CTRGDataset(args.data, "train", make_grid(config), text, config["language"], args.cache, args.flip, args.seed,
-                                limit=args.limit)
+                                limit=args.limit, places=places)
     else:
         model, tokenizer = load_model(args.pruned_model_path)
         if args.distill:

@@ -11,7 +11,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -21,11 +21,12 @@ from dia_pangu.evaluate.evidence import locate, said
 from dia_pangu.evaluate.findings import calibrate, finding_scores, micro_f1
 from dia_pangu.evaluate.labeler import label_report, positives
 from dia_pangu.make_data import draw_findings, phantom, report, save_nifti
-from dia_pangu.src.Dataset.CTRG_dataset import CTRGDataset, collate
+from dia_pangu.src import test as report_script
+from dia_pangu.src.Dataset.CTRG_dataset import CTRGDataset, collate, read_places
 from dia_pangu.src.Dataset.preprocess import Grid, load_volume, patch_labels, read_hu, resample
-from dia_pangu.src.Dataset.prompt import FINDINGS, ReportText, status_text
+from dia_pangu.src.Dataset.prompt import FINDINGS, LATERAL, ReportText, prompt_phrases, status_text
 from dia_pangu.src.Model.build import build_model, load_model, load_start, make_text, save_model
-from dia_pangu.src.Model.multimodality_model import NEVER_TRAINED, TRAINED, MultiPanguForCausalLM, add_lora, load_language_model
+from dia_pangu.src.Model.multimodality_model import NEVER_TRAINED, TRAINED, MultiPanguForCausalLM, add_lora, load_language_model, token_loss
 from dia_pangu.src.Model.my_embedding_layer import MyEmbedding, lookup
 from dia_pangu.src.Model.pangu import load_tokenizer
 from dia_pangu.src.test import report_batch
@@ -169,6 +170,118 @@ def test_padding_changes_the_generated_report(model_text):
     together = report_batch(model, text, volumes, thresholds, generation)["reports"]
     alone = [report_batch(model, text, volumes[i:i + 1], thresholds, generation)["reports"][0] for i in range(3)]
     assert together == alone
+
+
+def test_sampling_forgets_its_seed_or_beams_find_less_than_greedy(data, llm, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model, text = build_model(json.loads(json.dumps(SMALL)), llm)
+    for parameter in model.lang_model.parameters():
+        parameter.data *= 8  # sharp enough that beams and greedy part
+    save_model(model.state_dict(), tmp_path / "model", SMALL)
+
+    def reports(name, *arguments):
+        command = ["test.py", "--ckpt-path", tmp_path / "model", "--lang-encoder-path", llm, "--data", data, "--batch-size", 3,
+                   "--max-new-tokens", 6, "--evidence", 0, "--out", tmp_path / name, *arguments]
+        monkeypatch.setattr(sys, "argv", list(map(str, command)))
+        report_script.main(report_script.parse_args())
+        with open(tmp_path / name / "dia-pangu.csv", newline="", encoding="utf-8") as file:
+            return [row["Pred"] for row in csv.DictReader(file)]
+
+    sampled = reports("a", "--do-sample", "--seed", 3, "--top-k", 0, "--temperature", 1.5)
+    assert len(sampled) == 4 and len(set(sampled)) > 1
+    assert sampled == reports("b", "--do-sample", "--seed", 3, "--top-k", 0, "--temperature", 1.5)
+    assert sampled != reports("c", "--do-sample", "--seed", 4, "--top-k", 0, "--temperature", 1.5)
+    greedy = reports("d")
+    assert greedy == reports("e", "--num-beams", 1, "--seed", 5), "greedy depends on the seed"
+
+    volumes = torch.stack([sample["vision_x"] for sample in CTRGDataset(data, "test", Grid((16, 16, 16)))])
+    model.eval()
+    tokens = model.encode(volumes)
+    prompts = text.pad([text.sample([0, 1] * 7) for _ in volumes], left=True)
+    scores = []
+    for beams in (1, 4):
+        ids = model.generate(prompts["lang_x"], prompts["attention_mask"], tokens, max_new_tokens=6, min_new_tokens=6, do_sample=False,
+                             num_beams=beams, length_penalty=0.0, pad_token_id=text.pad_id, eos_token_id=text.tokenizer.eos_token_id)
+        whole = torch.cat([prompts["lang_x"], ids], 1)
+        embeds = model.embedding_layer(text_input=whole, tokens=tokens)
+        logits = model.lang_model(inputs_embeds=embeds).logits[:, -7:-1].log_softmax(-1)
+        scores.append(logits.gather(-1, ids[..., None]).sum((1, 2)))
+    assert (scores[1] > scores[0] - 1e-4).all() and (scores[1] > scores[0] + 1e-3).any()
+
+
+# Side and place.
+
+def test_prompts_name_places_of_what_is_absent_or_has_none(llm):
+    statuses = [int(name in ("consolidation", "cardiomegaly")) for name in FINDINGS]
+    places = {"consolidation": ("right", "lower"), "lung lesion": ("left", "upper")}
+    english = status_text(statuses, "en", places)
+    assert 'The "consolidation" is positive, right lower. ' in english and 'The "cardiomegaly" is positive. ' in english
+    assert 'The "lung lesion" is negative. ' in english and english.replace(", right lower", "") == status_text(statuses, "en")
+    assert '"实变" ： 存在，右下。 ' in status_text(statuses, "cn", places)
+    phrases = prompt_phrases("en")
+    tokenizer = make_tokenizer(["The heart is of normal size."], 300, phrases)
+    assert len(tokenizer(english).input_ids) == 15 and tokenizer.decode(tokenizer(english).input_ids) == english
+    text = ReportText(tokenizer, len(tokenizer), 0, 1)
+    assert text.sample(statuses, "x", places=places)["lang_x"][:15] == tokenizer(english).input_ids
+
+
+def test_words_of_place_weigh_as_all_others(llm):
+    tokenizer = make_tokenizer(["A nodule in the right upper lung. Uprightly."] * 9, 400)
+    plain, weighed = (ReportText(tokenizer, len(tokenizer), 0, 1, key_weight=weight) for weight in (1.0, 3.0))
+    assert "loss_reweight" not in plain.sample([0] * 14, "A nodule in the right upper lung.")
+    sample = weighed.sample([0] * 14, "A nodule in the right upper lung.")
+    said = {tokenizer.decode([i]).strip(): w for i, w in zip(sample["labels"], sample["loss_reweight"]) if i >= 0}
+    assert said["right"] == said["upper"] == 3 and said["nodule"] == said["in"] == 1
+    assert all(weight == 0 for weight, label in zip(sample["loss_reweight"], sample["labels"]) if label == -100)
+    logits, labels = torch.randn(1, 4, 9), torch.tensor([[-100, 2, 5, -100]])
+    one, two = (F.cross_entropy(logits[0, i:i + 1], labels[0, i + 1:i + 2]) for i in (0, 1))
+    assert torch.allclose(token_loss(logits, labels), one + two)
+    assert torch.allclose(token_loss(logits, labels, torch.tensor([[0.0, 3.0, 1.0, 0.0]])), 3 * one + two)
+
+
+def test_the_vote_forgets_prototypes_or_patches(llm):
+    torch.manual_seed(0)
+    size = {"num_embeddings": 5, "embedding_dim": 8, **SMALL["embedding"]}
+    layer, plain = MyEmbedding(**size, evidence_head=True), MyEmbedding(**size)
+    plain.load_state_dict({k: v for k, v in layer.state_dict().items() if not k.startswith("evidence_")})
+    tokens = torch.randn(3, 1, 16, 24)
+    assert torch.allclose(layer.probability(tokens), plain.probability(tokens), atol=1e-6), "an unfitted vote is the prototypes'"
+    with torch.no_grad():
+        layer.evidence_vote.weight[4, 14 + 4] = 5.0
+    changed = (layer.probability(tokens) - plain.probability(tokens)).abs().amax(0)
+    assert changed[4] > 1e-3 and changed[:4].max() < 1e-6
+    model, text = build_model({**SMALL, "embedding": {**SMALL["embedding"], "evidence_head": True}}, llm)
+    names = model.set_trained(TRAINED["ft"])
+    assert not any("evidence_" in name for name in names)
+    volumes = torch.rand(2, 1, 3, 16, 16, 16)
+    made = report_batch(model.eval(), text, volumes, [0.0] * 14, {"max_new_tokens": 2, "do_sample": False})
+    for question, places in zip(made["questions"], made["places"]):
+        assert f'The "fracture" is positive, {" ".join(places["fracture"])}. ' in question
+
+
+def test_pretraining_writes_no_places_or_training_does_not_take_them(data, llm, tmp_path):
+    (tmp_path / "small.json").write_text(json.dumps(SMALL))
+    common = ["--data", data, "--config", tmp_path / "small.json", "--max-steps", 2, "--per-device-train-batch-size", 2]
+    pre = ROOT / "dia_pangu" / "pretrain_vit.py"
+    for arguments in (["--out", tmp_path / "p"], ["--start", tmp_path / "p", "--contrast", 2, "--out", tmp_path / "c"]):
+        result = python(pre, *common, *arguments)
+        assert result.returncode == 0, result.stderr
+    places = read_places(tmp_path / "c" / "places.json")
+    assert len(places) == 11 and set(places["1"]) == set(LATERAL)  # 8 of train, 3 of val, none of test
+    command = [ROOT / "dia_pangu" / "train.py", "--stage", "ft", *common, "--gradient-accumulation-steps", 1, "--lang-encoder-path", llm]
+    with_places = ["--places", tmp_path / "c" / "places.json"]
+    for arguments, message in ((["--start", tmp_path / "c"], "--freeze vision_encoder"),
+                               (["--freeze", "vision_encoder"], "evidence head")):
+        result = python(*command, *with_places, *arguments, "--out", tmp_path / "x")
+        assert result.returncode == 2 and message in result.stderr, result.stderr
+    result = python(*command, *with_places, "--start", tmp_path / "c", "--freeze", "vision_encoder", "--key-weight", 3,
+                    "--out", tmp_path / "ft")
+    assert result.returncode == 0, result.stderr
+    model, text, config = load_model(tmp_path / "ft", llm)
+    kept = load_file(tmp_path / "c" / "vision.safetensors")
+    assert config["embedding"]["evidence_head"]
+    for name in ("evidence_head.weight", "evidence_vote.weight", "vision_encoder.to_patch_embedding.2.weight"):
+        assert torch.equal(model.embedding_layer.state_dict()[name], kept[f"embedding_layer.{name}"]), name
 
 
 # openPangu and checkpoints.
@@ -429,7 +542,7 @@ def test_bad_tables_pass(data, tmp_path):
                             (("\n".join([lines[0], lines[1][:-1] + "7"]), note), "line 2: no_finding = '7'"),
                             (("\n".join([lines[0], *lines[2:]]), note), "id 1 of annotation_en.json has no row"),
                             ((table, {**note, "train": [{"id": "1", "split": "train"}]}), "id 1: field finding is missing"),
-                            ((table, {"train": [{"finding": "x"}]}), r"train\[0\] has no field id"),
+                            ((table, {"train": [{"finding": "x"}]}), r"train\[0\] has no field '?id"),
                             ((table, {"test": note["test"]}), "partition train is empty"),
                             ((table, {**note, "train": [{"id": "../x", "finding": "y"}]}), "has no row|not a plain name")):
         with pytest.raises(UserError, match=message):

@@ -15,6 +15,7 @@ import torch
 from common.errors import UserError
 from common.tiny_llm import make_llm, make_tokenizer
 from dia_pangu import make_data
+from dia_pangu.src.Dataset.prompt import LATERAL
 from dia_pangu.src.Model.build import TINY, build_model, save_model
 from pruning import study, test, train
 from pruning.layers import without_layers
@@ -27,15 +28,18 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """data/, llm/ (4 layers), base/ (without LoRA), lora/ (with, alpha 16) and pruned/ (lora without layer 2)."""
+    """data/, llm/ (4 layers), base/ (without LoRA), lora/ (with, alpha 16, and prompts that name places) and pruned/ (lora
+    without layer 2), places.json."""
     root = tmp_path_factory.mktemp("world")
     make_data.main(Namespace(out=str(root / "data"), train=8, val=2, test=4, seed=0))
+    everywhere = {name: ("left", "upper") for name in LATERAL}
+    (root / "places.json").write_text(json.dumps({str(i): everywhere for i in range(1, 11)}))
     reports = [item["finding"] for item in json.loads((root / "data" / "annotation_en.json").read_text())["train"]]
     make_llm(root / "llm", make_tokenizer(reports, 300), "PanguEmbedded", hidden_size=32, intermediate_size=48,
              num_hidden_layers=4, bias=True)
     for name, lora in (("base", None), ("lora", {"r": 2, "alpha": 16, "dropout": 0.0, "targets": ["q_proj", "v_proj"]})):
         torch.manual_seed(0)
-        config = {**TINY, "lora": lora}
+        config = {**TINY, "lora": lora, "embedding": {**TINY["embedding"], "evidence_head": lora is not None}}
         model, _ = build_model(config, root / "llm")
         for key, parameter in model.named_parameters():
             if "lora_B" in key:
@@ -77,7 +81,7 @@ def test_what_does_not_fit_is_named(world, tmp_path):
     with pytest.raises(UserError, match="another model"):
         load_report_model(merged(world), world / "llm", tmp_path / "map.json")
     (tmp_path / "map.json").write_text("{}")
-    with pytest.raises(UserError, match="not a prune map"):
+    with pytest.raises(UserError, match="no field .new_layers"):
         load_report_model(merged(world), world / "llm", tmp_path / "map.json")
     tensors = torch.load(merged(world), weights_only=True)
     del tensors["embedding_layer.fc.bias"]
@@ -114,7 +118,7 @@ def test_task_prompts_hold_the_volume_and_score_the_report(world):
 def heal_args(world, out, *more):
     return ["--pruned_model_path", str(merged(world)), "--prune_map_path", str(prune_map(world)), "--lang-model-path",
             str(world / "llm"),
-            "--data", str(world / "data"), "--out", str(out), "--per-device-train-batch-size", "2",
+            "--data", str(world / "data"), "--places", str(world / "places.json"), "--out", str(out), "--per-device-train-batch-size", "2",
             "--gradient-accumulation-steps", "1",
             "--learning-rate", "0.01", "--warmup-steps", "1", "--logging-steps", "1", *more]
 
@@ -133,6 +137,8 @@ def test_healing_lowers_the_loss_and_touches_lora_alone(world, tmp_path):
     assert json.loads((tmp_path / "healed" / "timing.json").read_text())["status"] == "finished"
     healed, _, config = load_report_model(tmp_path / "healed", world / "llm", prune_map(world))
     assert config["lora"]["alpha"] == 16
+    with pytest.raises(UserError, match="name side and place"):
+        train.main(train.parse_args([a for a in heal_args(world, tmp_path / "x") if "places" not in a]))
     with pytest.raises(UserError, match="drop_layers"):
         train.main(train.parse_args(heal_args(world, tmp_path / "x", "--drop_layers", "1")))
 

@@ -1,45 +1,30 @@
 """Where in the volume a finding was seen: maps over the patch grid, the side and place they point to, and pictures.
 
-Two maps. `weights`: the finding's prototype weights times how far each patch leans to the positive memory; every checkpoint has
-it. `patches`: the linear head of pretrain_vit.py on the patch tokens, where a run has one; it is trained on masks and knows
-places, so side and place come from it when it is there.
+The maps are those of the model's evidence head where it has one (pretrain_vit.py trains it on masks, so it knows places);
+otherwise the finding's prototype weights times how far each patch leans to the positive memory, which every checkpoint has.
 """
 import re
 import textwrap
-from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from common.figures import new_figure, save_figure
 from dia_pangu.evaluate.labeler import PATTERNS, clauses, language_of
-from dia_pangu.src.Dataset.prompt import FINDINGS
+from dia_pangu.src.Dataset.prompt import FINDINGS, LATERAL, PLACES, SIDES
 
-SIDES, PLACES = ("right", "left"), ("upper", "middle", "lower")
 LUNG_LEVEL = 0.35  # of the lung window's channel: below is air-filled lung or outside
 SAID = {"right": r"\bright\b|右", "left": r"\bleft\b|左", "upper": r"\bupper\b|上(?:肺)?(?:野|部|叶)",
         "middle": r"\bmiddle\b|中(?:肺)?(?:野|部|叶)", "lower": r"\blower\b|\bbase\b|下(?:肺)?(?:野|部|叶)|底"}
 
 
-def load_head(folder):
-    """The patch head beside a checkpoint (evidence_head.safetensors), or None."""
-    path = Path(folder) / "evidence_head.safetensors"
-    if not path.is_file():
-        return None
-    tensors = load_file(path)
-    head = torch.nn.Linear(tensors["weight"].shape[1], tensors["weight"].shape[0])
-    head.load_state_dict(tensors)
-    return head.eval()
-
-
 @torch.no_grad()
-def evidence_maps(layer, tokens: torch.Tensor, grid, head=None) -> torch.Tensor:
+def evidence_maps(layer, tokens: torch.Tensor, grid) -> torch.Tensor:
     """(B, 14, h, w, d), not negative; tokens (B, S, n_tok, dim), first volume of each sample."""
     first = tokens[:, 0]
-    if head is not None:
-        maps = head(first).sigmoid().transpose(1, 2)
+    if layer.evidence_head is not None:
+        maps = layer.evidence_head(first).sigmoid().transpose(1, 2)
     else:
         memory = F.normalize(layer.pos_sample_memory[:, 0], dim=-1) - F.normalize(layer.neg_sample_memory[:, 0], dim=-1)
         lean = torch.einsum("bvd,cd->bcv", F.normalize(layer.proj(first), dim=-1), memory).clamp(min=0)
@@ -74,6 +59,20 @@ def locate(evidence: np.ndarray, lungs=(0.0, 1.0)) -> dict:
     height = (height - lungs[0]) / max(lungs[1] - lungs[0], 1e-6)  # 0 at the lowest, 1 at the highest lung slice
     place = PLACES[2] if height < 1 / 3 else PLACES[1] if height < 2 / 3 else PLACES[0]
     return {"side": SIDES[0] if right > mass / 2 else SIDES[1], "place": place, "height": float(height)}
+
+
+def locate_all(layer, tokens: torch.Tensor, vision_x: torch.Tensor, preprocess: str) -> tuple[torch.Tensor, list[dict]]:
+    """(evidence maps (B, 14, h, w, d), [{finding: (side, place)}] for the findings that lie on one side).
+
+    tokens (B, S, n_tok, dim) of vision_x (B, S, 3, H, W, D); the lungs' height is seen in the `windows` preparation only.
+    """
+    maps = evidence_maps(layer, tokens, layer.vision_encoder.grid(vision_x.shape))
+    places = []
+    for volume, own in zip(vision_x[:, 0].cpu(), maps.numpy()):
+        lungs = lung_range(volume) if preprocess == "windows" else (0.0, 1.0)
+        where = {name: locate(own[FINDINGS.index(name)], lungs) for name in LATERAL}
+        places.append({name: (at["side"], at["place"]) for name, at in where.items()})
+    return maps, places
 
 
 def said(text: str, finding: str) -> dict:

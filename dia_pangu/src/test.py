@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from common.checkpoint import atomic_write
 from common.errors import UserError, run
 from common.run import progress, seed_everything
-from dia_pangu.evaluate.evidence import draw_evidence, evidence_maps, load_head, locate, lung_range
+from dia_pangu.evaluate.evidence import draw_evidence, locate_all
 from dia_pangu.src.Dataset.CTRG_dataset import CTRGDataset, collate
 from dia_pangu.src.Dataset.preprocess import load_volume
 from dia_pangu.src.Dataset.prompt import FINDINGS
@@ -40,29 +40,34 @@ def apply_control(vision_x, control: str):
 
 
 @torch.no_grad()
-def report_batch(model, text, vision_x, thresholds, generation, control: str = "none") -> dict:
+def report_batch(model, text, vision_x, thresholds, generation, preprocess: str = "windows", control: str = "none") -> dict:
     """Reports for volumes (B, 1, 3, H, W, D): the ViT runs once, the diagnosis goes into the prompt, the batch is generated.
 
-    Returns tokens, probability (B, 14), statuses (B, 14), questions and reports.
+    With an evidence head the prompt also names side and place. Returns probability (B, 14), statuses (B, 14), maps
+    (B, 14, h, w, d), places [{finding: (side, place)}], questions and reports.
     """
-    tokens = model.encode(apply_control(vision_x, control))
+    vision_x = apply_control(vision_x, control)
+    tokens = model.encode(vision_x)
+    maps, places = locate_all(model.embedding_layer, tokens, vision_x, preprocess)
+    named = places if model.embedding_layer.evidence_head is not None else [None] * len(places)
     probability = model.diagnose(tokens).float().cpu()
     statuses = (probability >= torch.tensor(thresholds)).long()
-    prompts = text.pad([text.sample(row.tolist()) for row in statuses], left=True)
+    prompts = text.pad([text.sample(row.tolist(), places=where) for row, where in zip(statuses, named)], left=True)
     prompts = {key: value.to(tokens.device) for key, value in prompts.items()}
     seen = tokens.roll(1, 0) if control == "swap-visual" else tokens
     ids = model.generate(prompts["lang_x"], prompts["attention_mask"], seen, pad_token_id=text.pad_id,
                          eos_token_id=text.tokenizer.eos_token_id, **generation)
-    return {"tokens": tokens, "probability": probability, "statuses": statuses,
-            "questions": [text.prompt(row.tolist()) for row in statuses], "reports": [text.decode(row) for row in ids]}
+    return {"probability": probability, "statuses": statuses, "maps": maps, "places": places,
+            "questions": [text.prompt(row.tolist(), where) for row, where in zip(statuses, named)],
+            "reports": [text.decode(row) for row in ids]}
 
 
-def finding_rows(name, probability, statuses, thresholds, maps, lungs):
-    """Rows of findings.csv for one volume; side and place only for what is present."""
+def finding_rows(name, probability, statuses, thresholds, places):
+    """Rows of findings.csv for one volume; side and place only for what is present and lies on one side."""
     rows = []
     for c, finding in enumerate(FINDINGS):
-        at = locate(maps[c].numpy(), lungs) if statuses[c] and finding != "no finding" else {"side": "", "place": ""}
-        rows.append([name, finding, f"{probability[c]:.4f}", f"{thresholds[c]:.2f}", int(statuses[c]), at["side"], at["place"]])
+        side, place = places.get(finding, ("", "")) if statuses[c] else ("", "")
+        rows.append([name, finding, f"{probability[c]:.4f}", f"{thresholds[c]:.2f}", int(statuses[c]), side, place])
     return rows
 
 
@@ -85,9 +90,6 @@ def main(args):
     model, text, config = load_model(args.ckpt_path, args.lang_encoder_path, args.tokenizer_path, args.trust_remote_code, args.attn,
                                      dtype, args.language)
     model = model.to(accelerator.device)
-    head_folder = Path(args.ckpt_path) if Path(args.ckpt_path).is_dir() else Path(args.ckpt_path).parent
-    head = load_head(head_folder)
-    head = head.to(accelerator.device) if head is not None else None
     grid, thresholds, out = make_grid(config), config["thresholds"], Path(args.out)
     generation = {"max_new_tokens": args.max_new_tokens, "do_sample": args.do_sample, "num_beams": args.num_beams}
     if args.do_sample:
@@ -98,8 +100,7 @@ def main(args):
                     "vision_x": load_volume(args.volume, grid)[None, None]}]
     else:
         data = CTRGDataset(args.data, args.split, grid, language=config["language"], cache=args.cache, limit=args.limit)
-        if args.skip_bad:
-            data.drop_bad(args.dataloader_num_workers)
+        data.drop_bad(args.dataloader_num_workers) if args.skip_bad else data.check()
         batches = DataLoader(data, args.batch_size, collate_fn=collate, num_workers=args.dataloader_num_workers)
     results, timing, findings, drawn = [], [], [], 0
     for batch in progress(batches, desc="reports"):
@@ -108,22 +109,20 @@ def main(args):
         if args.control.startswith("swap") and len(batch["id"]) < 2:
             raise UserError("the last batch holds one volume and has nobody to swap with; choose another --batch-size")
         start = time.perf_counter()
-        made = report_batch(model, text, batch["vision_x"].to(accelerator.device), thresholds, generation, args.control)
+        made = report_batch(model, text, batch["vision_x"].to(accelerator.device), thresholds, generation, grid.preprocess,
+                            args.control)
         elapsed_ms = 1000 * (time.perf_counter() - start) / len(batch["id"])
-        patches = model.embedding_layer.vision_encoder.grid(batch["vision_x"].shape)
-        maps = evidence_maps(model.embedding_layer, made["tokens"], patches, head)
         for i, name in enumerate(batch["id"]):
             labels = batch["cls_labels"][i].tolist() if batch["cls_labels"] is not None else ""
             results.append([name, made["questions"][i], batch["report"][i], made["reports"][i], json.dumps(labels) if labels else ""])
             timing.append([name, f"{elapsed_ms:.2f}"])
-            volume = batch["vision_x"][i, 0]
-            lungs = lung_range(volume) if grid.preprocess == "windows" else (0.0, 1.0)
-            rows = finding_rows(name, made["probability"][i], made["statuses"][i], thresholds, maps[i], lungs)
+            rows = finding_rows(name, made["probability"][i], made["statuses"][i], thresholds, made["places"][i])
             findings += rows
             if drawn < args.evidence:
                 drawn += 1
                 shown = [(row[1], f"{row[1]}: p {float(row[2]):.2f}, {row[5]} {row[6]}") for row in rows[:-1] if row[4]]
-                draw_evidence(out / "evidence" / f"{name}.png", volume, maps[i], shown, f"{name}: {made['reports'][i][:400]}")
+                draw_evidence(out / "evidence" / f"{name}.png", batch["vision_x"][i, 0], made["maps"][i], shown,
+                              f"{name}: {made['reports'][i][:400]}")
 
     write_csv(out / "dia-pangu.csv", ["ID", "Question", "Ground Truth", "Pred", "GT_labels"], results)
     write_csv(out / "dia-pangu_timing.csv", ["ID", "InferTimeMs"], timing)

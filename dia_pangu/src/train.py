@@ -9,7 +9,6 @@ that by parts of parameter names. --dry-run prints parameters and memory without
 """
 import argparse
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from common.checkpoint import atomic_write
 from common.errors import UserError, run
 from common.run import open_run, seed_everything
 from dia_pangu.evaluate.findings import calibrate, finding_scores
-from dia_pangu.src.Dataset.CTRG_dataset import CTRGDataset, collate
+from dia_pangu.src.Dataset.CTRG_dataset import CTRGDataset, collate, read_places
 from dia_pangu.src.Model.build import add_model, build_model, load_start, make_embedding, make_grid, print_model, read_config, save_model
 from dia_pangu.src.Model.multimodality_model import NEVER_TRAINED, TRAINED, MultiPanguForCausalLM, add_lora
 from dia_pangu.src.My_Trainer.trainer import Trainer, add_optimization, with_dashes
@@ -85,6 +84,8 @@ def main(args):
     config = read_config(args)
     if args.stage == "ft":
         config["lora"] = {"r": args.lora_r, "alpha": args.lora_alpha, "dropout": args.lora_dropout, "targets": args.lora_targets}
+    if args.places:
+        config["embedding"]["evidence_head"] = True
     if not args.lang_encoder_path:
         raise UserError("--lang-encoder-path is needed: the folder of the language model")
     if args.dry_run:
@@ -93,9 +94,13 @@ def main(args):
     seed_everything(args.seed)
     dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
     model, text = build_model(config, args.lang_encoder_path, args.tokenizer_path, args.trust_remote_code, args.attn, dtype)
-    for start in args.start:
-        load_start(model, start, args.take)
+    text.key_weight = args.key_weight
+    taken = [key for start in args.start for key in load_start(model, start, args.take)]
+    if args.places and not any("evidence_head." in key for key in taken):
+        raise UserError(f"--places {args.places} needs the evidence head of the same run; name its folder in --start")
     names = model.set_trained(args.train or TRAINED[args.stage], (*NEVER_TRAINED, *args.freeze))
+    if args.places and any("vision_encoder." in name for name in names):
+        raise UserError("--places: the file says what the evidence head sees behind this ViT; add --freeze vision_encoder")
     if args.gradient_checkpointing:
         model.lang_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for parameter in model.parameters():
@@ -104,12 +109,12 @@ def main(args):
     if accelerator.is_main_process:
         print_model(model, names)
 
-    options = {"language": config["language"], "cache": args.cache, "text": text, "limit": args.limit, "seed": args.seed}
+    options = {"language": config["language"], "cache": args.cache, "text": text, "limit": args.limit, "seed": args.seed,
+               "places": read_places(args.places) if args.places else None}
     train_set = CTRGDataset(args.data, "train", make_grid(config), flip=args.flip, **options)
     val_set = CTRGDataset(args.data, "val", make_grid(config), **options)
-    if args.skip_bad:
-        for data in (train_set, val_set):
-            data.drop_bad(args.dataloader_num_workers)
+    for data in (train_set, val_set):
+        data.drop_bad(args.dataloader_num_workers) if args.skip_bad else data.check()
     effective = args.per_device_train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     accelerator.print(f"{len(train_set)} training and {len(val_set)} validation volumes; {effective} samples a step")
     out = open_run(args.output_dir, args, accelerator, args.resume, args.overwrite)
@@ -117,7 +122,8 @@ def main(args):
     lora = [named[name] for name in names if not name.startswith("embedding_layer.")]
     groups = [{"params": [named[name] for name in names if name.startswith("embedding_layer.")]},
               {"params": lora, "lr_scale": args.llm_lr_scale}]
-    trainer = Trainer(model, args, accelerator, train_set, collate, BATCH_KEYS, [g for g in groups if g["params"]], val_set, evaluate)
+    trainer = Trainer(model, args, accelerator, train_set, collate, (*BATCH_KEYS, "loss_reweight"), [g for g in groups if g["params"]],
+                      val_set, evaluate)
     scores = trainer.train()
     if text.cut:
         accelerator.print(f"{text.cut} reports were longer than --max-length and were cut")
@@ -131,9 +137,6 @@ def main(args):
     weights = accelerator.get_state_dict(trainer.model)
     if accelerator.is_main_process:
         save_model(weights, out, config)
-        heads = [Path(start) / "evidence_head.safetensors" for start in args.start]
-        if heads and heads[-1].is_file() and not any("vision_encoder." in name for name in names):
-            shutil.copy(heads[-1], out)  # the patch head of pretrain_vit.py still fits the ViT
         metrics = {"validation": scores, "validation_calibrated": calibrated, "trained": names}
         atomic_write(out / "metrics.json", json.dumps(metrics, indent=1))
     if torch.cuda.is_available():
@@ -149,6 +152,10 @@ def parse_args():
     parser.add_argument("--cache", help="folder for prepared volumes; makes the second epoch fast")
     parser.add_argument("--limit", type=int, default=0, help="use only the first samples of each split; 0: all")
     parser.add_argument("--skip-bad", action="store_true", help="read every sample first and leave out those that cannot be used")
+    parser.add_argument("--places", help="places.json of pretrain_vit.py, whose run belongs into --start: prompts name the side and "
+                        "place that the evidence head sees")
+    parser.add_argument("--key-weight", type=float, default=1.0,
+                        help="weight in the loss of the words that name side and place (default %(default)s; upstream foresees 3)")
     parser.add_argument("--flip", type=float, default=0.0,
                         help="share of true statuses turned over in training prompts (default %(default)s)")
     add_model(parser)

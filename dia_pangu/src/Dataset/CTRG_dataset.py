@@ -7,7 +7,6 @@
 The split is the partition that holds an item; the item's own field `split` contradicts it in the published file.
 """
 import csv
-import json
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from common.errors import UserError
+from common.files import read_json, reading
 from common.run import progress
 from dia_pangu.src.Dataset.preprocess import Grid, load_volume, patch_labels
 from dia_pangu.src.Dataset.prompt import COLUMNS, FINDINGS, ReportText
@@ -36,24 +36,18 @@ def read_annotation(folder, language: str) -> tuple[Path, dict]:
     """(file, {split: [item, ...]}); every item has a string id and a finding."""
     names = ("annotation_en.json", "annotation_*.json") if language == "en" else ("annotation.json", "annotation_cn.json")
     path = find_one(Path(folder), (*names, "annotation*.json"), "annotation")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from error
-    if not isinstance(content, dict) or not any(split in content for split in SPLITS):
+    content = read_json(path, {f"{split}?": [{"id": (str, int), "finding?": str}] for split in SPLITS})
+    if not any(split in content for split in SPLITS):
         raise UserError(f"{path}: expected an object with the lists {', '.join(SPLITS)}")
-    for split, items in content.items():
-        for i, item in enumerate(items):
-            if not isinstance(item, dict) or "id" not in item:
-                raise UserError(f"{path}: {split}[{i}] has no field id")
-            item["id"] = str(item["id"])
+    for item in (item for split in SPLITS for item in content.get(split) or []):
+        item["id"] = str(item["id"])
     return path, content
 
 
 def read_labels(folder) -> tuple[Path, dict]:
     """(file, {id: 14 codes 0 blank, 1 present, 2 absent, 3 uncertain})."""
     path = find_one(Path(folder), ("CTRG_finding_labels.csv", "*finding_labels*.csv"), "label csv")
-    with open(path, newline="", encoding="utf-8-sig") as file:
+    with reading(path, "csv file"), open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         fields = [str(field).strip() for field in reader.fieldnames or []]
         missing = [column for column in ("id", *COLUMNS) if column not in fields]
@@ -61,7 +55,9 @@ def read_labels(folder) -> tuple[Path, dict]:
             raise UserError(f"{path}: column {missing[0]} is missing; expected id and {', '.join(COLUMNS)}")
         labels = {}
         for line, row in enumerate(reader, 2):
-            codes = [str(row[column] or "").strip() for column in COLUMNS]
+            if None in row.values():
+                raise UserError(f"{path}: line {line} has fewer cells than the header")
+            codes = [row[column].strip() for column in COLUMNS]
             wrong = [f"{column} = {code!r}" for column, code in zip(COLUMNS, codes) if code not in CODES]
             if wrong:
                 raise UserError(f"{path}: line {line}: {wrong[0]}; codes are 0 blank, 1 present, 2 absent, 3 uncertain")
@@ -69,19 +65,27 @@ def read_labels(folder) -> tuple[Path, dict]:
     return path, labels
 
 
+def read_places(path) -> dict:
+    """{id: {finding: (side, place)}} as pretrain_vit.py writes it."""
+    places = read_json(path, dict)
+    with reading(path, "places file of pretrain_vit.py"):
+        return {name: {finding: (side, place) for finding, (side, place) in found.items()} for name, found in places.items()}
+
+
 class CTRGDataset(Dataset):
     """One sample: vision_x (1, 3, H, W, D) float32 in [0, 1], cls_labels (14,), and ids of prompt and report.
 
     text: writes the prompt. flip: share of statuses in the training prompt that are turned over, as the model's own
     diagnosis will be wrong at test time; drawn from (seed, epoch, index). patches: also patch_labels (n_tok, 14) from
-    masks/, at `patch` voxels. test: the prompt is left out, because the model's own diagnosis belongs into it.
+    masks/, at `patch` voxels. places: as `read_places`; the prompt then names side and place of what is present.
     Bad inputs raise UserError; inside a loader they come as {"error": message}, so that a worker's error stays one line.
     """
 
     def __init__(self, data, split: str, grid: Grid, text: ReportText | None = None, language: str = "en", cache=None,
-                 flip: float = 0.0, seed: int = 0, patches=None, vision: bool = True, limit: int = 0):
+                 flip: float = 0.0, seed: int = 0, patches=None, vision: bool = True, limit: int = 0,
+                 places: dict | None = None):
         self.data, self.split, self.grid, self.text, self.cache = Path(data), split, grid, text, cache
-        self.flip, self.seed, self.patches, self.vision, self.epoch = flip, seed, patches, vision, 0
+        self.flip, self.seed, self.patches, self.vision, self.places, self.epoch = flip, seed, patches, vision, places, 0
         if not self.data.is_dir():
             raise UserError(f"{data}: no such data folder; make the built-in one with dia_pangu/make_data.py")
         self.annotation, partitions = read_annotation(self.data, language)
@@ -114,11 +118,21 @@ class CTRGDataset(Dataset):
         """14 labels, 1 where the code says present."""
         return (np.array(self.codes(self.items[index]["id"])) == 1).astype(np.int64)
 
+    def check(self):
+        """UserError for the first item without report, label row or volume file; what a volume holds shows when it is read."""
+        for item in self.items:
+            self.report(item), self.codes(item["id"])
+            if self.vision and not self.path(item["id"]).exists():
+                raise UserError(f"{self.path(item['id'])}: no such volume, but {self.annotation} names it; or pass --skip-bad")
+
+    def report(self, item: dict) -> str:
+        if not (item.get("finding") or "").strip():
+            raise UserError(f"{self.annotation}: {self.split} id {item['id']}: field finding is missing or empty")
+        return item["finding"]
+
     def sample(self, index: int) -> dict:
         item = self.items[index]
-        name, report = item["id"], item.get("finding")
-        if not isinstance(report, str) or not report.strip():
-            raise UserError(f"{self.annotation}: {self.split} id {name}: field finding is missing or empty")
+        name, report = item["id"], self.report(item)
         labels = self.statuses(index)
         out = {"id": name, "report": report, "cls_labels": torch.from_numpy(labels)}
         if self.vision:
@@ -126,9 +140,11 @@ class CTRGDataset(Dataset):
         if self.text is not None:
             rng = np.random.default_rng([self.seed, self.epoch, index])
             said = np.where(rng.random(len(FINDINGS)) < self.flip, 1 - labels, labels)
-            out["text"] = self.text.sample(said, report, name)
+            if self.places is not None and name not in self.places:
+                raise UserError(f"{self.annotation}: id {name} has no row in the places file; run pretrain_vit.py on these data")
+            out["text"] = self.text.sample(said, report, name, self.places and self.places[name])
         if self.patches is not None:
-            out["patch_labels"] = patch_labels(self.path(name, self.data / "masks"), self.grid, self.patches)
+            out["patch_labels"] = patch_labels(self.path(name, self.data / "masks"), self.grid, self.patches, self.cache)
         return out
 
     def __getitem__(self, index: int) -> dict:
@@ -164,7 +180,8 @@ def collate(samples: list[dict]) -> dict:
             batch[key] = torch.stack([sample[key] for sample in samples])
     if "text" in samples[0]:
         width = max(len(sample["text"]["lang_x"]) for sample in samples)
-        for key, fill in (("lang_x", 0), ("attention_mask", 0), ("labels", -100)):
-            rows = [sample["text"][key] + [fill] * (width - len(sample["text"][key])) for sample in samples]
+        fills = {"lang_x": 0, "attention_mask": 0, "labels": -100, "loss_reweight": 0.0}
+        for key in samples[0]["text"]:
+            rows = [sample["text"][key] + [fills[key]] * (width - len(sample["text"][key])) for sample in samples]
             batch[key] = torch.tensor(rows)
     return batch

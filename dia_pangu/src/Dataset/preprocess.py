@@ -186,34 +186,44 @@ def to_input(prepared: np.ndarray) -> torch.Tensor:
     return tensor.float() / 255 if tensor.dtype == torch.uint8 else tensor.expand(3, -1, -1, -1)
 
 
-def load_volume(path, grid: Grid, cache=None) -> torch.Tensor:
-    """(3, H, W, D) float32 in [0, 1]. cache: folder for prepared arrays; its key holds the file's size and time, so a
-    changed file is prepared again, and several workers may fill it at once."""
+def cached(path, cache, settings: str, make) -> np.ndarray:
+    """The array `make()` of a volume file, kept in the folder `cache` (None: made afresh). The key holds the file's size and
+    time, so a changed file is read again, and several workers may fill the folder at once."""
     if cache is None:
-        return to_input(prepare(path, grid))
+        return make()
     path = Path(path)
     try:
         stat = path.stat()
     except OSError as error:
         raise UserError(f"{path}: no such volume; the annotation names an id without a file") from error
-    key = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {grid} {WINDOWS}"
+    key = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {settings}"
     stored = Path(cache) / f"{hashlib.sha1(key.encode()).hexdigest()}.npy"
     if stored.is_file():
-        return to_input(np.load(stored))
-    prepared = prepare(path, grid)
+        return np.load(stored)
+    made = make()
     stored.parent.mkdir(parents=True, exist_ok=True)
     temporary = stored.with_suffix(f".{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
-        np.save(file, prepared)
+        np.save(file, made)
     os.replace(temporary, stored)
-    return to_input(prepared)
+    return made
 
 
-def patch_labels(path, grid: Grid, patch, least: float = 0.08) -> torch.Tensor:
+def load_volume(path, grid: Grid, cache=None) -> torch.Tensor:
+    """(3, H, W, D) float32 in [0, 1]. cache: folder for prepared arrays."""
+    return to_input(cached(path, cache, f"{grid} {WINDOWS}", lambda: prepare(path, grid)))
+
+
+def patch_labels(path, grid: Grid, patch, cache=None, least: float = 0.08) -> torch.Tensor:
     """A bit mask volume (bit c = finding c) as labels per patch token (n_tok, 14) float32, d fastest as in the ViT.
 
     A patch carries a finding when at least `least` of its voxels do, or when it is the finding's fullest patch.
     """
+    made = cached(path, cache, f"{grid} {tuple(patch)} {least}", lambda: _patch_labels(path, grid, patch, least))
+    return torch.from_numpy(made).float()
+
+
+def _patch_labels(path, grid: Grid, patch, least: float) -> np.ndarray:
     voxels, affine = read_nifti(path)
     turn = orientations.ornt_transform(orientations.io_orientation(affine), orientations.axcodes2ornt(("L", "P", "S")))
     bits = torch.from_numpy(orientations.apply_orientation(voxels, turn).astype(np.int32)).permute(1, 0, 2)
@@ -227,4 +237,4 @@ def patch_labels(path, grid: Grid, patch, least: float = 0.08) -> torch.Tensor:
     planes = torch.stack([((bits >> c) & 1).float() for c in range(14)])
     share = F.avg_pool3d(planes[None], tuple(patch))[0].flatten(1)
     full = share.max(1, keepdim=True).values
-    return ((share >= least) | ((share == full) & (full > 0))).float().T.contiguous()
+    return ((share >= least) | ((share == full) & (full > 0))).T.contiguous().numpy()

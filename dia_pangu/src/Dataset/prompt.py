@@ -13,18 +13,38 @@ FINDINGS = ("enlarged cardiomediastinum", "cardiomegaly", "lung opacity", "lung 
             "support devices", "no finding")
 FINDINGS_CN = ("纵隔心影增大", "心脏肥大", "肺部阴影", "肺部病变", "水肿", "实变", "肺炎", "肺不张", "气胸", "胸腔积液",
                "胸膜其他病变", "骨折", "支撑装置", "未见异常")
+LATERAL = ("lung opacity", "lung lesion", "consolidation", "pneumonia", "atelectasis", "pneumothorax", "pleural effusion",
+           "pleural other", "fracture")  # what lies on one side; the heart, the mediastinum and both hila do not
+PLACES_CN = {"right": "右", "left": "左", "upper": "上", "middle": "中", "lower": "下"}
 COLUMNS = tuple(name.replace(" ", "_") for name in FINDINGS)  # of the label csv
 GUIDES = {"en": "Imaging findings:", "cn": "影像所见："}
 LANGUAGES = tuple(GUIDES)
 
 
-def status_text(statuses, language: str) -> str:
-    """14 statuses (1 = present) as sentences, then the guide."""
+SIDES, PLACES = ("right", "left"), ("upper", "middle", "lower")
+
+
+def status_sentence(finding: int, status, language: str, where=()) -> str:
+    """The prompt's sentence for a finding (its number). where: (side, place) of one that is present; upstream names none."""
+    words = [word for word in where if word] if status else []
     if language == "en":
-        said = [f'The "{name}" is {"positive" if status else "negative"}. ' for name, status in zip(FINDINGS, statuses)]
-    else:
-        said = [f'"{name}" ： {"存在" if status else "不存在"}。 ' for name, status in zip(FINDINGS_CN, statuses)]
+        return f'The "{FINDINGS[finding]}" is {"positive" if status else "negative"}{", " * bool(words)}{" ".join(words)}. '
+    where = "".join(PLACES_CN[word] for word in words)
+    return f'"{FINDINGS_CN[finding]}" ： {"存在" if status else "不存在"}{"，" * bool(words)}{where}。 '
+
+
+def status_text(statuses, language: str, places: dict | None = None) -> str:
+    """14 statuses (1 = present) as sentences, then the guide. places: {finding: (side, place)}."""
+    said = [status_sentence(c, status, language, (places or {}).get(FINDINGS[c], ())) for c, status in enumerate(statuses)]
     return "".join(said) + GUIDES[language]
+
+
+def prompt_phrases(language: str) -> list[str]:
+    """Every sentence that a prompt can hold, and the guide: what the built-in tokenizer keeps whole."""
+    plain = [status_sentence(c, status, language) for c in range(len(FINDINGS)) for status in (0, 1)]
+    placed = [status_sentence(FINDINGS.index(name), 1, language, (side, place))
+              for name in LATERAL for side in SIDES for place in PLACES]
+    return [*plain, *placed, GUIDES[language]]
 
 
 class ReportText:
@@ -33,15 +53,16 @@ class ReportText:
     tokenizer: of the language model; <image>, </image> and <image0>... are added to it. num_embeddings: rows V of the
     word table. Image tokens get the ids V, V+1 and V+2+j that MyEmbedding expects, whatever ids the tokenizer gave them:
     they are found by name. skip_unknown: upstream's labels, which leave unknown words out of the loss because openPangu's
-    pad token is its unknown token.
+    pad token is its unknown token. key_weight: weight in the loss of the words that name side and place (`loss_reweight`;
+    upstream foresees 3 and leaves its list of words empty).
     """
 
     def __init__(self, tokenizer, num_embeddings: int, image_tokens: int = 32, volumes: int = 1, language: str = "en",
-                 max_length: int = 2048, skip_unknown: bool = False):
+                 max_length: int = 2048, skip_unknown: bool = False, key_weight: float = 1.0):
         if language not in LANGUAGES:
             raise UserError(f"--language {language}: choose from {', '.join(LANGUAGES)}")
         self.tokenizer, self.num_embeddings, self.language = tokenizer, num_embeddings, language
-        self.max_length, self.skip_unknown = max_length, skip_unknown
+        self.max_length, self.skip_unknown, self.key_weight, self.weights = max_length, skip_unknown, key_weight, {}
         self.cut = 0  # reports that did not fit
         images = [f"<image{j}>" for j in range(image_tokens * volumes)]
         self.images = "".join("<image>" + "".join(images[i:i + image_tokens]) + "</image>"
@@ -55,26 +76,27 @@ class ReportText:
         self.rows = {tokenizer.convert_tokens_to_ids(name): num_embeddings + j for j, name in enumerate(names)}
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
-    def prompt(self, statuses) -> str:
-        return self.images + status_text(statuses, self.language)
+    def prompt(self, statuses, places: dict | None = None) -> str:
+        return self.images + status_text(statuses, self.language, places)
 
     def ids(self, text: str) -> list[int]:
         """Token ids with bos; image tokens as row numbers of the embedding table."""
         return [self.rows.get(token, token) for token in self.tokenizer(text).input_ids]
 
-    def sample(self, statuses, report: str | None = None, name: str = "") -> dict:
+    def sample(self, statuses, report: str | None = None, name: str = "", places: dict | None = None) -> dict:
         """lang_x, attention_mask, labels as lists. Without a report: the prompt alone, for generation.
 
         The eos after the report keeps attention mask 0, as upstream (nothing follows it). Labels cover the space, the
         report and eos. A report beyond max_length is cut and gets no eos, so that nobody learns to stop in mid-sentence.
         """
-        question = self.ids(self.prompt(statuses))
+        prompt = self.prompt(statuses, places)
+        question = self.ids(prompt)
         if len(question) >= self.max_length:
             raise UserError(f"{name or 'sample'}: the prompt alone has {len(question)} tokens, --max-length is "
                             f"{self.max_length}; raise it or lower the number of image tokens")
         if report is None:
             return {"lang_x": question, "attention_mask": [1] * len(question)}
-        ids = self.ids(self.prompt(statuses) + " " + report.replace("•", ""))
+        ids = self.ids(prompt + " " + report.replace("•", ""))
         if len(ids) + 1 > self.max_length:
             self.cut += 1
             ids, mask = ids[:self.max_length], [1] * self.max_length
@@ -84,12 +106,21 @@ class ReportText:
         labels = [-100 if i < len(question) or token >= self.num_embeddings else token for i, token in enumerate(ids)]
         if self.skip_unknown:
             labels = [-100 if token == self.pad_id else token for token in labels]
-        return {"lang_x": ids, "attention_mask": mask, "labels": labels}
+        weighed = {"loss_reweight": [self.weight(label) for label in labels]} if self.key_weight != 1 else {}
+        return {"lang_x": ids, "attention_mask": mask, "labels": labels, **weighed}
+
+    def weight(self, label: int) -> float:
+        """Weight of a label in the loss: 0 for none, key_weight for a piece of text that names a side or place, else 1."""
+        if label not in self.weights:
+            piece = self.tokenizer.decode([label]).strip() if label >= 0 else ""
+            named = piece.lower() in (*SIDES, *PLACES) or any(word in piece for word in PLACES_CN.values())
+            self.weights[label] = 0.0 if label < 0 else self.key_weight if named else 1.0
+        return self.weights[label]
 
     def pad(self, samples: list[dict], left: bool = False, length: int | None = None) -> dict:
         """Samples to tensors (B, longest) or (B, length); `left` puts the padding before the text, for generation."""
         width = length or max(len(sample["lang_x"]) for sample in samples)
-        fill = {"lang_x": self.pad_id, "attention_mask": 0, "labels": -100}
+        fill = {"lang_x": self.pad_id, "attention_mask": 0, "labels": -100, "loss_reweight": 0.0}
         out = {}
         for key in samples[0]:
             rows = [[fill[key]] * (width - len(s[key])) for s in samples]

@@ -10,6 +10,7 @@ import torch
 
 from common.checkpoint import atomic_path, atomic_write
 from common.errors import UserError
+from common.files import read_json
 from common.run import describe
 from common.weights import load_weights, read_weights
 from dia_pangu.src.Dataset.preprocess import PREPROCESS, Grid
@@ -44,16 +45,15 @@ def add_model(parser):
     group.add_argument("--attn", default="sdpa", choices=("sdpa", "eager"), help="attention of the language model")
     group.add_argument("--trust-remote-code", action="store_true", help="let the model folder run its own Python code")
 
+CONFIG = {"embedding?": dict, "grid?": {"size": [int], "fov_mm": [float], "preprocess": str}, "language?": str, "max_length?": int,
+          "lora?": {"r": int, "alpha": float, "dropout": float, "targets": [str]}, "thresholds?": [float]}
+
 
 def read_config(args) -> dict:
     """The model configuration that the arguments name: --config file, or --size; --language and --preprocess win."""
     config = json.loads(json.dumps(SIZES[args.size]))
     if args.config:
-        path = Path(args.config)
-        try:
-            config = {**json.loads(json.dumps(PUBLISHED)), **json.loads(path.read_text(encoding="utf-8"))}
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot be read as a configuration ({error})") from error
+        config = {**json.loads(json.dumps(PUBLISHED)), **read_json(args.config, CONFIG)}
     config["language"] = args.language or config["language"]
     config["grid"]["preprocess"] = args.preprocess or config["grid"]["preprocess"]
     return config
@@ -125,7 +125,7 @@ def to_our_keys(model, tensors: dict, take: str) -> dict:
 
 def load_start(model, path, take: str = "vision"):
     """Start weights from a Dia-LLaMA, Dia-Pangu or RadFM file or folder, or from a run of pretrain_vit.py; prints what was
-    taken and what not. take: 'vision' or 'all', see `to_our_keys`."""
+    taken and what not, returns the keys taken. take: 'vision' or 'all', see `to_our_keys`."""
     path = Path(path)
     tensors = read_weights(path / "vision.safetensors" if (path / "vision.safetensors").is_file() else path)
     renamed = to_our_keys(model, tensors, take)
@@ -138,6 +138,7 @@ def load_start(model, path, take: str = "vision"):
                         "take the --size or --config that the checkpoint was made with")
     if left:
         print(f"  {left} tensors of the file's language model left alone")
+    return report.loaded
 
 
 def save_model(weights: dict, folder, config: dict):
@@ -163,7 +164,7 @@ def load_model(folder, lang_encoder_path, tokenizer_path=None, trust_remote_code
     home = folder if folder.is_dir() else folder.parent
     config = json.loads(json.dumps(PUBLISHED))
     if (home / "dia_config.json").is_file():
-        config = json.loads((home / "dia_config.json").read_text(encoding="utf-8"))
+        config = {**config, **read_json(home / "dia_config.json", CONFIG)}
     else:
         config["grid"]["preprocess"] = "upstream"
         print(f"{home}: no dia_config.json; taking the published sizes and --preprocess upstream")
@@ -174,7 +175,7 @@ def load_model(folder, lang_encoder_path, tokenizer_path=None, trust_remote_code
     if found and not config["lora"]:
         alpha, file = 16, home / "adapter_config.json"
         if file.is_file():
-            alpha = json.loads(file.read_text())["lora_alpha"]
+            alpha = read_json(file, {"lora_alpha": float})["lora_alpha"]
         else:
             print(f"{home}: no adapter_config.json; taking upstream's LoRA alpha 16")
         config["lora"] = {"r": next(iter(found.values())).shape[0], "alpha": alpha, "dropout": 0.0,

@@ -12,15 +12,23 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from common.errors import UserError
+from common.files import reading
 from dia_pangu.src.Model import pangu  # noqa: F401  registers model type PanguEmbedded
 from dia_pangu.src.Model.my_embedding_layer import MyEmbedding
 
 LAMBDA_CTR = 4.0
 
 # What each stage trains, as parts of parameter names. `pre` is upstream's stage 1; `ft` its LoRA stage, where the whole
-# embedding layer trains as well. The word table and the unused group_cls_head never train.
+# embedding layer trains as well. The word table and the unused group_cls_head never train, the evidence head only in
+# pretrain_vit.py.
 TRAINED = {"pre": ("embedding_layer.perceiver.",), "ft": ("lora_", "embedding_layer.")}
-NEVER_TRAINED = ("embedding_layer.weight", "embed_tokens.", "group_cls_head.")
+NEVER_TRAINED = ("embedding_layer.weight", "embed_tokens.", "group_cls_head.", "evidence_")
+
+
+def token_loss(logits: torch.Tensor, labels: torch.Tensor, loss_reweight: torch.Tensor | None = None) -> torch.Tensor:
+    """Summed cross entropy of the next labels (B, N) that are not -100, each times its weight (B, N) where weights are given."""
+    losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100, reduction="none")
+    return losses.sum() if loss_reweight is None else (losses * loss_reweight[:, 1:].flatten()).sum()
 
 
 class MultiPanguForCausalLM(nn.Module):
@@ -71,20 +79,20 @@ class MultiPanguForCausalLM(nn.Module):
         Returns loss = lm_loss + lambda_ctr * ctr_loss, both parts, logits (B, N, V), and the findings' probability (B, 14) as
         `diagnose` gives it (so that evaluation needs nothing but this forward, sharded or not). The losses are means over this
         batch; num_tokens and num_samples, counted over a larger global batch, turn them into this batch's share of
-        its mean, so that accumulation and several processes give the loss of one large batch. loss_reweight and
-        key_words_query are accepted and unused, as upstream.
+        its mean, so that accumulation and several processes give the loss of one large batch. loss_reweight: (B, N) weights
+        of the labels' losses, which upstream accepts and ignores; key_words_query is accepted and unused, as upstream.
         """
-        embeds, sim = self.embedding_layer(vision_x, cls_labels, lang_x, mode="train", tokens=tokens)
+        tokens = self.encode(vision_x) if tokens is None else tokens
+        embeds, sim = self.embedding_layer(None, cls_labels, lang_x, mode="train", tokens=tokens)
         logits = self.lang_model(inputs_embeds=embeds.to(self.lang_model.dtype), attention_mask=attention_mask).logits
         targets = labels[:, 1:].flatten()
-        lm_sum = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=-100, reduction="sum")
+        lm_sum = token_loss(logits, labels, loss_reweight)
         lm_loss = lm_sum / ((targets != -100).sum() if num_tokens is None else num_tokens)
         ctr_loss = F.cross_entropy(sim.float(), sim.new_zeros(len(sim), dtype=torch.long))
         if num_samples is not None:
             ctr_loss = ctr_loss * len(lang_x) / num_samples
-        own = sim.detach().softmax(-1)[:, 0].view_as(cls_labels)
         return {"loss": lm_loss + self.lambda_ctr * ctr_loss, "lm_loss": lm_loss, "ctr_loss": ctr_loss, "logits": logits,
-                "probability": torch.where(cls_labels.bool(), own, 1 - own)}
+                "probability": self.diagnose(tokens)}
 
     def encode(self, vision_x: torch.Tensor) -> torch.Tensor:
         """Patch tokens (B, S, n_tok, vis_dim); compute them once and pass them to `diagnose`, `generate` or forward."""
@@ -108,12 +116,10 @@ def load_language_model(folder, trust_remote_code: bool = False, dtype="auto", a
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no config.json; --lang-encoder-path takes the folder of the language model")
-    try:
+    with reading(folder, "language model"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         return AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, attn_implementation=attn,
                                                     trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{folder}: cannot load the language model: {str(error).strip().splitlines()[0]}") from error
 
 
 def add_lora(lang_model, r: int = 4, alpha: int = 16, dropout: float = 0.1, targets=("q_proj", "v_proj")):

@@ -37,13 +37,15 @@ class MyEmbedding(nn.Module):
     perceiver_num: visual tokens per volume. vis_dim: ViT width. n_tok: patch tokens of one volume, which the prototypes
     fix: with the defaults 256 x 256 x 64 voxels. mem: width of the memory vectors. vit and perceiver: overrides
     of the published sizes, keywords of ViT and PerceiverResampler. min_temp: the learned temperature is used no smaller
-    than this; None leaves it free to reach 0 or change its sign, as upstream.
+    than this; None leaves it free to reach 0 or change its sign, as upstream. evidence_head: also a linear head that says
+    which findings each patch shows, and a vote of prototypes and patches (both from pretrain_vit.py; published checkpoints
+    have none).
     """
 
     def __init__(self, num_embeddings: int = 153376, embedding_dim: int = 4096, perceiver_num: int = 32,
                  vis_dim: int = 768, patch_size: int = 32, frame_patch_size: int = 4, n_tok: int = 1024,
                  mem: int | None = None, vit: dict | None = None, perceiver: dict | None = None,
-                 min_temp: float | None = 0.01):
+                 min_temp: float | None = 0.01, evidence_head: bool = False):
         super().__init__()
         mem = mem or vis_dim
         self.min_temp = min_temp
@@ -62,6 +64,12 @@ class MyEmbedding(nn.Module):
                                      "mlp_dim": 2048, "dropout": 0.1, "emb_dropout": 0.1, **(vit or {})})
         self.perceiver = PerceiverResampler(**{"dim": vis_dim, "num_latents": perceiver_num, **(perceiver or {})})
         self.fc = nn.Linear(vis_dim, embedding_dim)
+        self.evidence_head = None
+        if evidence_head:
+            self.evidence_head = nn.Linear(vis_dim, NUM_FINDINGS)
+            self.evidence_vote = nn.Linear(2 * NUM_FINDINGS, NUM_FINDINGS)
+            nn.init.eye_(self.evidence_vote.weight)  # until it is fitted, the prototypes decide alone
+            nn.init.zeros_(self.evidence_vote.bias)
 
     def encode(self, vision_x: torch.Tensor) -> torch.Tensor:
         """Volumes (B, S, 3, H, W, D) in [0, 1] to patch tokens (B, S, n_tok, vis_dim)."""
@@ -96,8 +104,16 @@ class MyEmbedding(nn.Module):
         return self.temp if self.min_temp is None else self.temp.clamp(min=self.min_temp)
 
     def probability(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Share of the positive memory in the softmax that the contrastive loss trains: (B, 14)."""
-        return (self.similarity(tokens) / self.temperature()).softmax(-1)[..., 0]
+        """Probability of the findings (B, 14): the share of the positive memory in the softmax that the contrastive loss
+        trains; with an evidence head, its vote with the most suspicious patch of each finding."""
+        if self.evidence_head is None:
+            return (self.similarity(tokens) / self.temperature()).softmax(-1)[..., 0]
+        return self.evidence_vote(self.witnesses(tokens)).sigmoid()
+
+    def witnesses(self, tokens: torch.Tensor) -> torch.Tensor:
+        """What the vote hears: the log odds of the findings by the prototypes, then by their most suspicious patch: (B, 28)."""
+        sim = self.similarity(tokens) / self.temperature()
+        return torch.cat((sim[..., 0] - sim[..., 1], self.evidence_head(tokens).amax((1, 2))), dim=-1)
 
     def visual_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         """Patch tokens (B, S, n_tok, vis_dim) to (B, S * perceiver_num, embedding_dim)."""

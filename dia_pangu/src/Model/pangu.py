@@ -4,7 +4,6 @@ Its blocks are Llama's with a bias on q, k, v and o: the same state dict gives b
 with attention_bias=True. Importing this file registers model type `PanguEmbedded`, so that AutoModelForCausalLM loads
 the published folder. The tokenizer is the folder's own sentencepiece model, run by sentencepiece itself.
 """
-import json
 from pathlib import Path
 
 import sentencepiece
@@ -12,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
 from common.errors import UserError
+from common.files import read_json, reading
 
 
 class PanguEmbeddedConfig(LlamaConfig):
@@ -63,9 +63,10 @@ def load_tokenizer(folder, trust_remote_code: bool = False):
     settings_file = folder / "tokenizer_config.json"
     if not settings_file.is_file():
         raise UserError(f"{folder}: no tokenizer_config.json; give --tokenizer-path the folder of the tokenizer")
-    settings = json.loads(settings_file.read_text(encoding="utf-8"))
+    settings = read_json(settings_file, {"tokenizer_class?": str})
     if settings.get("tokenizer_class") != "PanguTokenizer" or trust_remote_code:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with reading(folder, "tokenizer"):
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     try:
         sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     except (OSError, RuntimeError) as error:
