@@ -1,13 +1,13 @@
 """Reading any published weight file safely, and saying exactly what was loaded from it."""
-import json
 import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from common.errors import UserError
+from common.files import first_line, read_json, reading
 
 PREFIXES = ("module.", "_orig_mod.", "base_model.model._orig_mod.")   # left by DDP and torch.compile, in any order
 NESTS = ("model", "state_dict", "model_state_dict", "module")        # where training scripts put the weights in a .pth
@@ -28,17 +28,14 @@ def read_weights(path) -> dict[str, torch.Tensor]:
         return _read_folder(path)
     if not path.is_file():
         raise UserError(f"{path}: no such weight file; check the path")
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
-        else:
-            tensors = read_checkpoint(path)
-            for nest in NESTS:
-                if isinstance(tensors.get(nest), dict):
-                    tensors = tensors[nest]
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a readable weight file ({error}); was the download cut short?") from error
+    if path.suffix == ".safetensors":
+        with reading(path, "weight file"), safe_open(path, "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+    else:
+        tensors = read_checkpoint(path)
+        for nest in NESTS:
+            if isinstance(tensors.get(nest), dict):
+                tensors = tensors[nest]
     tensors = {strip_prefixes(str(k)): v for k, v in tensors.items() if isinstance(v, torch.Tensor)}
     if not tensors:
         raise UserError(f"{path}: holds no tensors; expected a state dict or one under {', '.join(NESTS)}")
@@ -61,23 +58,18 @@ def read_checkpoint(path) -> dict:
         raise UserError(f"{path}: holds more than plain weights and is refused, because loading it could run code ({reason}); "
                         "re-save its state dict alone where it was made") from error
     except Exception as error:                            # whatever a reader of pickles stumbles over in other files
-        raise UserError(f"{path}: not a readable checkpoint ({first_line(error)}); was the copy cut short?") from error
+        raise UserError(f"{path}: not a readable checkpoint ({first_line(error)}); copy it again") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, expected a dictionary of tensors")
     return content
-
-
-def first_line(error: Exception) -> str:
-    """What an exception says, without the paragraphs of advice that torch adds."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _read_folder(folder: Path) -> dict[str, torch.Tensor]:
     for name in INDEXES:
         if (folder / name).is_file():
             tensors = {}
-            for shard in sorted(set(json.loads((folder / name).read_text())["weight_map"].values())):
-                if Path(shard).name != shard:
+            for shard in sorted(set(read_json(folder / name, {"weight_map": dict})["weight_map"].values()), key=str):
+                if Path(str(shard)).name != shard:
                     raise UserError(f"{folder / name}: shard {shard!r} lies outside the folder; the index is not to be trusted")
                 tensors |= read_weights(folder / shard)
             return tensors
@@ -92,6 +84,12 @@ def strip_prefixes(key: str) -> str:
     while key.startswith(PREFIXES):
         key = key.split(".", 1)[1]
     return key
+
+
+def refuse_nan(key: str, value: torch.Tensor, source):
+    """UserError if a weight holds nan: one would be enough to spoil every output."""
+    if value.is_floating_point() and value.itemsize > 1 and value.numel() and value.amax().isnan():
+        raise UserError(f"{source}: {key} holds nan; these weights come from a run that diverged or from a damaged copy")
 
 
 @dataclass
@@ -134,6 +132,7 @@ def load_weights(model, tensors: dict, source, min_share: float = 0.5, convert=N
         elif value.shape != wanted[key].shape:
             report.mismatched.append((key, tuple(value.shape), tuple(wanted[key].shape)))
         else:
+            refuse_nan(key, value, source)
             report.loaded.append(key)
             if key not in tensors or value is not tensors[key]:
                 report.converted.append(key)

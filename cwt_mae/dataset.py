@@ -26,6 +26,7 @@ from torch.utils.data import Dataset
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
 from common.checkpoint import atomic_dir
 from common.errors import UserError
+from common.files import reading
 from common.run import progress
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,14 +92,10 @@ def read_wfdb(path: Path, fs=None) -> list[Record]:
     """A WFDB header (.hea) with its signal files and, where there is one, its .atr beat and rhythm annotations."""
     wfdb = extra("wfdb", path)
     stem = str(path.with_suffix(""))
-    try:
+    with reading(path, "WFDB record"):
         header = wfdb.rdheader(stem)
         record = wfdb.rdrecord(stem)
         atr = wfdb.rdann(stem, "atr") if path.with_suffix(".atr").is_file() else None
-    except (FileNotFoundError, ValueError, IndexError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path}: WFDB record cannot be read ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-        ) from error
     channels = {str(name): record.p_signal[:, i] for i, name in enumerate(record.sig_name)}
     events = [] if atr is None else list(zip(atr.sample.tolist(), atr.symbol, (a.strip("\x00 ") for a in atr.aux_note)))
     return [Record(path.stem, path, check_rate(header.fs, path, fs), channels, events=events)]
@@ -107,14 +104,10 @@ def read_wfdb(path: Path, fs=None) -> list[Record]:
 def read_edf(path: Path, fs=None) -> list[Record]:
     """An EDF or EDF+ file; channels of another rate than the first are left out and named."""
     edfio = extra("edfio", path)
-    try:
+    with reading(path, "EDF file"):
         edf = edfio.read_edf(path)
         rate = edf.signals[0].sampling_frequency
         channels = {s.label: s.data for s in edf.signals if s.sampling_frequency == rate}
-    except (ValueError, IndexError, OSError) as error:
-        raise UserError(
-            f"{path}: EDF file cannot be read ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-        ) from error
     left_out = [s.label for s in edf.signals if s.sampling_frequency != rate]
     if left_out:
         print(f"{path}: channels of another rate left out: {', '.join(left_out)}", file=sys.stderr)
@@ -128,18 +121,13 @@ def read_npz(path: Path, fs=None) -> list[Record]:
     A UCR set (x_train, y_train and perhaps x_test, y_test or y_test_<name>) gives a record per series, named train-0,
     test-0 ..., with one event whose symbol is the label and whose aux is the part. Its time axis counts as 1 Hz.
     """
-    try:
-        with np.load(path) as file:
-            data = {key: file[key] for key in file.files}
-    except (ValueError, OSError, EOFError, KeyError) as error:
-        raise UserError(f"{path}: not a readable npz file of plain arrays ({str(error).splitlines()[0]})") from error
-    except Exception as error:  # zipfile.BadZipFile and zlib.error: the file was cut or changed
-        raise UserError(f"{path}: damaged npz file ({error}); copy it again") from error
+    with reading(path, "npz file of plain arrays"), np.load(path) as file:
+        data = {key: file[key] for key in file.files}
     if "x_train" in data:
         return ucr_records(path, data)
     gain = np.asarray(data.get("gain", 1.0))
-    if gain.size != 1 or gain.dtype.kind not in "iuf" or not np.isfinite(gain).all() or not gain.all():
-        raise UserError(f"{path}: field gain is {gain}, expected one number, units per physical unit")
+    if gain.size != 1 or gain.dtype.kind not in "iuf" or not np.isfinite(gain).all() or not (gain > 0).all():
+        raise UserError(f"{path}: field gain is {gain}, expected one number above 0, units per physical unit")
     gain = float(gain.reshape(()))
     if "sig" in data:
         channels = rows_of(data["sig"], "sig", path)
@@ -207,10 +195,8 @@ def read_ts(path: Path, fs=None) -> list[Record]:
 
 def read_npy(path: Path, fs=None) -> list[Record]:
     """npy: (L,) or (channels, L), memory-mapped; the rate comes from --input-fs."""
-    try:
+    with reading(path, "npy file of plain numbers"):
         array = np.load(path, mmap_mode="r")
-    except (ValueError, OSError, EOFError) as error:
-        raise UserError(f"{path}: not a readable npy file of plain numbers ({str(error).splitlines()[0]})") from error
     return [Record(path.stem, path, check_rate(None, path, fs), rows_of(array, "sig", path))]
 
 
@@ -236,6 +222,8 @@ def read_csv(path: Path, fs=None) -> list[Record]:
             if not len(steps) or not (np.isfinite(steps).all() and steps.min() > 0 and np.ptp(steps) < 0.5 * steps.mean()):
                 raise UserError(f"{path}: column {name} does not rise evenly; resample it or drop the column and pass --input-fs")
             rate = 1 / steps.mean()
+    if not columns:
+        raise UserError(f"{path}: holds a time column but no channel")
     return [Record(path.stem, path, check_rate(rate, path, fs), columns)]
 
 
@@ -255,11 +243,8 @@ def read_hdf5(path: Path, fs=None) -> list[Record]:
         record = records.setdefault(key, Record(key, path, check_rate(rate, f"{path}: {name}", fs), {}, subject))
         record.channels |= rows_of(item[:], name.split("/")[-1], f"{path}: {name}")
 
-    try:
-        with h5py.File(path, "r") as file:
-            file.visititems(visit)
-    except OSError as error:
-        raise UserError(f"{path}: not a readable HDF5 file ({str(error).splitlines()[0]})") from error
+    with reading(path, "HDF5 file"), h5py.File(path, "r") as file:
+        file.visititems(visit)
     if not records:
         raise UserError(f"{path}: holds no data set of numbers (L,) or (channels, L)")
     return list(records.values())

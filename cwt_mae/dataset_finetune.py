@@ -2,8 +2,7 @@
 
 Three tasks on the same store of prepared signals (dataset.py):
 
-    beat    a window centred on every annotated beat; AAMI classes N S V F; what the record's other beats say about this
-            one (rhythm and shape relative to the record's own median beat) goes to the head as numbers
+    beat    a window centred on every annotated beat, and the rhythm around it as numbers; AAMI classes N S V F
     rhythm  windows side by side, labelled by the rhythm annotation in force; windows across a change are left out
     series  one label for a whole record: UCR sets, and npz files with a field `label`; longer records give several windows
 
@@ -13,7 +12,6 @@ list DS1 of de Chazal et al. 2004, in which a record of any other name belongs t
 Upstream file: dataset_cls.py (PPGAugmentor, DownstreamClassificationDataset).
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +19,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from scipy.ndimage import median_filter
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
 from common.errors import UserError
+from common.files import read_json
 from cwt_mae.dataset import Store, sample_rng
 
 DS1 = "101 106 108 109 112 114 115 116 118 119 122 124 201 203 205 207 208 209 215 220 223 230".split()
@@ -111,12 +110,12 @@ def beats_of(store: Store):
 
 
 def beat_items(store: Store, signal_len: int):
-    """One window around each beat, with the features of `beat_features`."""
+    """One window around each beat, with `rhythm_features`."""
     names, rows, features = [], [], []
     for record, beats in beats_of(store):
         rate = store.prepare.fs or float(store.records[record]["fs"])
         centres = np.round(beats["seconds"] * rate).astype(int)
-        features.append(beat_features(store.signal(record), centres, beats["seconds"], rate, signal_len))
+        features.append(rhythm_features(beats["seconds"]))
         names += [AAMI_OF[s] for s in beats["symbol"]]
         rows += [(record, int(c) - signal_len // 2, len(rows) + i) for i, c in enumerate(centres)]
     return names, rows, np.concatenate(features) if features else np.zeros((0, 0), np.float32)
@@ -127,19 +126,12 @@ def cut_edges(signal: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray
     return signal[np.clip(starts[:, None] + np.arange(length), 0, len(signal) - 1)]
 
 
-def correlation(windows: np.ndarray, shape: np.ndarray) -> np.ndarray:
-    """Pearson correlation of each row of (n, m) with (m,)."""
-    windows, shape = windows - windows.mean(1, keepdims=True), shape - shape.mean()
-    return windows @ shape / (np.sqrt((windows**2).sum(1) * (shape**2).sum()) + 1e-6)
+def rhythm_features(seconds: np.ndarray) -> np.ndarray:
+    """What a record's beat times, in seconds, say about each beat, without using any label: (beats, 11) float32.
 
-
-def beat_features(signal, centres, seconds, rate: float, length: int) -> np.ndarray:
-    """What the rest of the record says about each beat, without using any label: (beats, 26) float32.
-
-    11 of the rhythm: logarithms of the intervals relative to the record's or the neighbourhood's own (a ratio means the same
-    in every patient), and how irregular the neighbourhood is (an early beat means little in atrial fibrillation). 15 of the
-    shape: likeness to the record's median beat before, in and after the QRS complex, its height, extremes, roughness and
-    width, and likeness to the beat before and after. Clipped to +-4.
+    Logarithms of the intervals before and after it, relative to the record's or the neighbourhood's own (a ratio means the
+    same in every patient), and how irregular that neighbourhood is (an early beat means little in atrial fibrillation).
+    Clipped to +-4.
     """
     gaps = np.clip(np.diff(seconds), 0.15, 3.0)
     before, after = np.r_[gaps[:1], gaps], np.r_[gaps, gaps[-1:]]
@@ -163,45 +155,7 @@ def beat_features(signal, centres, seconds, rate: float, length: int) -> np.ndar
         np.log(change + 0.01) + 4,
         early / (spread + 0.03) / 2,
     ]
-    windows = cut_edges(signal, centres - length // 2, length)
-    windows = windows - np.median(windows, axis=1, keepdims=True)
-    median = np.median(windows, axis=0)
-
-    def part(low, high):  # seconds from the centre, within the window
-        return slice(max(0, length // 2 + int(low * rate)), min(length, length // 2 + int(high * rate) + 1))
-
-    height = np.ptp(median[part(-0.17, 0.17)]) + 1e-6
-    for low, high in ((-0.35, -0.08), (-0.12, 0.12), (0.1, 0.45)):
-        there = part(low, high)
-        rest = (windows - median)[:, there] / height
-        columns += [correlation(windows[:, there], median[there]), np.log(rest.std(1) + 1e-2) + 3]
-    qrs, usual = windows[:, part(-0.15, 0.15)] / height, median[part(-0.15, 0.15)] / height
-    rough = np.abs(np.diff(windows[:, part(-0.2, 0.25)], axis=1)).sum(1) / height
-    swing = np.abs(qrs - np.median(qrs, axis=1, keepdims=True))
-    wide = (swing > 0.3 * swing.max(1, keepdims=True)).mean(1)
-    spans = travel_time(np.r_[windows, median[None]][:, part(-0.2, 0.2)], rate) * 9
-    columns += [
-        np.log(np.ptp(qrs, 1) + 1e-2),
-        qrs.max(1) - usual.max(),
-        qrs.min(1) - usual.min(),
-        rough - np.median(rough),
-        5 * (wide - np.median(wide)),
-        spans[:-1],
-        spans[:-1] - spans[-1],
-    ]
-    form = windows[:, part(-0.12, 0.2)]
-    form = form - form.mean(1, keepdims=True)
-    form = form / (np.linalg.norm(form, axis=1, keepdims=True) + 1e-6)
-    like = (form[1:] * form[:-1]).sum(1)
-    columns += [np.r_[1, like], np.r_[like, 1]]
     return np.clip(np.stack(columns, 1), -4, 4).astype(np.float32)
-
-
-def travel_time(windows: np.ndarray, rate: float) -> np.ndarray:
-    """Seconds in which the middle 80 % of each row's up and down is travelled, a measure of how wide its QRS complex is: (n,)."""
-    way = np.cumsum(np.abs(np.diff(windows, axis=1)), axis=1)
-    way = way / (way[:, -1:] + 1e-6)
-    return ((way > 0.9).argmax(1) - (way > 0.1).argmax(1)) / rate
 
 
 def rhythm_items(store: Store, signal_len: int):
@@ -243,12 +197,12 @@ def split_parts(store: Store, split_file=None) -> np.ndarray:
     """
     names = np.char.decode(store.records["name"])
     if split_file:
-        path = Path(split_file)
-        try:
-            lists = json.loads(path.read_text())
-            lists = {part: set(map(lambda n: Path(str(n)).stem, lists[part])) for part in ("train", "test")}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: expected JSON with the lists train and test ({error!r})") from error
+        lists = read_json(split_file, {"train": [str], "test": [str]})
+        lists = {part: {Path(name).stem for name in lists[part]} for part in ("train", "test")}
+        for part, listed in lists.items():
+            lost = sorted(listed.difference(names))
+            if 0 < len(lost) < len(listed) and not store.about["skipped"]:
+                raise UserError(f"{split_file}: the data hold {len(listed) - len(lost)} records of {part}, but not {', '.join(lost[:5])}")
         parts = np.array(["train" if n in lists["train"] else "test" if n in lists["test"] else "" for n in names])
     else:
         own = {record: events[0]["aux"].decode() for record, events in events_of(store) if events[0]["seconds"] < 0 and events[0]["aux"]}
@@ -307,7 +261,8 @@ def augment(x: np.ndarray, rng: np.random.Generator, rate: float, strength: floa
 
 
 class DownstreamClassificationDataset(Dataset):
-    """Windows of a task: x and real as in pre-training, label, features (F,), index into the task's items, name.
+    """Windows of a task: x and real as in pre-training, label, features (F,), index into the task's items, name; and `usual`,
+    what the record's windows are usually like, once the attribute `usual` holds it (see `usual_of`).
 
     Without `draws` every window once, in order. With draws > 0 (training) an epoch is that many draws with replacement,
     each with probability in proportion to count(class)^power / count(class): power 1 keeps the data's own distribution, 0
@@ -331,6 +286,7 @@ class DownstreamClassificationDataset(Dataset):
     ):
         self.store, self.task, self.signal_len, self.seed, self.draws = store, task, signal_len, seed, draws
         self.strength, self.jitter, self.flip, self.mixup = strength, jitter, flip, mixup
+        self.usual = {}
         if draws:
             counts = task.counts()
             present = counts > 0
@@ -358,7 +314,7 @@ class DownstreamClassificationDataset(Dataset):
         if self.draws and self.mixup:
             other, share = self.window(int(self.pick(rng.random())), rng), np.float32(rng.beta(self.mixup, self.mixup))
             item["real"] &= other["real"]
-            for name in ("x", "features"):
+            for name in {"x", "features", "usual"} & set(item):
                 item[name] = share * item[name] + (1 - share) * other[name]
             item["x"][~item["real"]] = 0
             item |= {"label2": other["label"], "share": share}
@@ -379,7 +335,8 @@ class DownstreamClassificationDataset(Dataset):
             cut = augment((cut - cut.mean()) / max(float(cut.std()), 1e-6), rng, rate, self.strength, self.flip)
             features = features + np.float32(0.1 * self.strength) * rng.standard_normal(len(features), np.float32)
         x, real = self.store.prepare.window(cut, self.signal_len, lead)
-        return {
+        usual = {"usual": self.usual[record]} if record in self.usual else {}
+        return usual | {
             "x": torch.from_numpy(x),
             "real": torch.from_numpy(real),
             "label": int(item["label"]),
@@ -387,3 +344,19 @@ class DownstreamClassificationDataset(Dataset):
             "index": place,
             "name": f"{row['name'].decode()}@{start}",
         }
+
+
+@torch.no_grad()
+def usual_of(measure, store: Store, task: Task, signal_len: int, at_most: int = 512) -> dict:
+    """{record: median of measure(x, real) over its windows}: what is a patient's own, whatever is rare in the record left out.
+
+    measure: (B, L) float32, (B, L) bool -> (B, M) on the CPU. No label is used. at_most: windows of each record, evenly spread.
+    """
+    found = {}
+    for record in np.unique(task.items["record"]).tolist():
+        here = np.flatnonzero(task.items["record"] == record)
+        here = here[np.linspace(0, len(here) - 1, min(at_most, len(here))).astype(int)]
+        windows = DownstreamClassificationDataset(store, task.select(here), signal_len)
+        batch = next(iter(DataLoader(windows, at_most, generator=torch.Generator())))
+        found[record] = measure(batch["x"], batch["real"]).median(0).values
+    return found

@@ -25,10 +25,11 @@ from safetensors import safe_open
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
 from common.checkpoint import atomic_write
 from common.errors import UserError, run
+from common.files import reading
 from common.run import open_run, progress
 from cwt_mae.dataset import Preprocess, build_store
 from cwt_mae.dataset_finetune import ITEMS, DownstreamClassificationDataset, Task, load_task, split_parts
-from cwt_mae.finetune import corrected, predict
+from cwt_mae.finetune import corrected, predict, usual_tokens
 from cwt_mae.metrics import describe_scores, draw_confusion, scores
 from cwt_mae.model_finetune import load_model
 
@@ -58,7 +59,7 @@ def read_card(path) -> dict:
     """What finetune.py stored beside the weights: task, classes, features, shift, tau; UserError for another file."""
     if Path(path).suffix != ".safetensors" or not Path(path).is_file():
         raise UserError(f"{path}: expected the model.safetensors of a finetune.py run")
-    with safe_open(path, "pt") as file:
+    with reading(path, "weight file"), safe_open(path, "pt") as file:
         card = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
     if "classes" not in card:
         raise UserError(f"{path}: holds no task and classes; expected the model.safetensors of a finetune.py run")
@@ -136,6 +137,7 @@ def main(args):
     dataset, probabilities = DownstreamClassificationDataset(store, task, signal_len), 0.0
     for model, card in zip(progress(models, desc="scoring", unit="model"), cards):
         features = None if card["features"] is None else tuple(torch.tensor(f) for f in card["features"])
+        dataset.usual = usual_tokens(model, store, task, accelerator.device) if model.compare else {}
         logits = predict(model, dataset, features, accelerator.device)
         probabilities = probabilities + corrected(logits, np.array(card["shift"]), card["tau"]) / len(models)
 

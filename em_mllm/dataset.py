@@ -22,9 +22,10 @@ import torch
 from torch.utils.data import Dataset
 
 from common.errors import UserError
+from common.files import inside, read_json
 from common.run import progress
 from em_mllm.em_foundation.models.embedder import mae_scores
-from em_mllm.em_foundation.utils.utils import first_fit, pack_sequence, scale_to_peak, with_special_patches
+from em_mllm.em_foundation.utils.utils import first_fit, log_spectra, pack_sequence, scale_to_peak, with_special_patches
 
 DEFAULT_FS = 20e6  # Hz, what the seed script assumes
 OPTION = re.compile(r"\(([A-Z])\)\s*(.+?)\s*(?=\([A-Z]\)|$)")
@@ -149,10 +150,7 @@ def task_pairs(task_dir=None, task_files=None) -> list[tuple[Path, Path]]:
 
 def read_questions(path: Path) -> list[dict]:
     """The records of a question file, with the fields that every record must have checked."""
-    try:
-        records = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path}: not a readable JSON file ({error})") from error
+    records = read_json(path)
     if not isinstance(records, list):
         raise UserError(f"{path}: holds a {type(records).__name__}, expected a list of questions; wrap the objects in [ ]")
     if not records:
@@ -165,6 +163,8 @@ def read_questions(path: Path) -> list[dict]:
             raise UserError(f"{where}: question is missing or not text")
         if not isinstance(r.get("answer", ""), str):
             raise UserError(f"{where}: answer is a {type(r['answer']).__name__}, expected text")
+        if not isinstance(r.get("h5_path"), (str, type(None))):
+            raise UserError(f"{where}: h5_path is a {type(r['h5_path']).__name__}, expected the name of a file")
         index = r.get("iq_index_in_h5")
         indices = index if isinstance(index, list) else [index]
         if not indices or any(type(i) is not int for i in indices):
@@ -261,12 +261,8 @@ class QuestionDataset(Dataset):
 
     def open(self, known, json_path, paired, named, n) -> int:
         """Number of the signal file of one record: its own h5_path beside the json, else the paired file."""
-        path = paired if named is None else json_path.parent / named
+        path = paired if named is None else inside(json_path.parent, named)
         if path not in known:
-            if json_path.parent.resolve() not in path.resolve().parents and path != paired:
-                raise UserError(
-                    f"{json_path}: item {n}: h5_path {named} lies outside {json_path.parent}; keep the signals beside the questions"
-                )
             if not path.is_file():
                 raise UserError(f"{json_path}: item {n}: h5_path {named} is not in {json_path.parent}; put it there or correct the field")
             self.files.append(SignalFile(path, self.default_fs))
@@ -460,23 +456,29 @@ class PackedSignals(Dataset):
         return len(self.ends) - 1
 
     def __getitem__(self, i):
-        patch, parts = self.config.patch_size[0], []
+        patch, parts, spectra = self.config.patch_size[0], [], []
         for k in self.members[self.ends[i] : self.ends[i + 1]]:
             item = self.signals[int(self.order[k])]
             length = self.counts[k] * patch
             first = int(self.start[k] * (len(item["iq"]) - length + 1))
             rate = item["fs"] / (1e6 if self.config.fs_unit == "mhz" else 1)
             parts.append(with_special_patches(item["iq"][first : first + length], patch, rate if self.config.use_fs else None))
+            if self.config.spectrum_weight:
+                spectra.append(torch.from_numpy(log_spectra(item["iq"][first : first + length])))
         patches, positions, ids = pack_sequence([parts], patch, self.room * patch)
         sample_ids = torch.full((1, self.room), -1)
         sample_ids[0, : len(ids[0])] = ids[0]
         generator = torch.Generator().manual_seed(int(np.random.SeedSequence((self.seed, self.epoch, i)).generate_state(1)[0]))
-        return {
+        row = {
             "patches": patches[0],
             "patch_positions": positions[0],
             "sample_ids_seq": sample_ids[0],
             "noise": mae_scores(sample_ids, self.config.num_special, generator)[0],
         }
+        if spectra:
+            row["spectrum"] = torch.zeros(self.room, len(spectra[0]))
+            row["spectrum"][(positions[0] == 0) & (sample_ids[0] >= 0)] = torch.stack(spectra)
+        return row
 
 
 class SignalCollator:

@@ -5,11 +5,12 @@ logits = head(norm(x) * dim_model_base / hidden).  Granite of the transformers l
 Llama's tensor names, so the published file loads unchanged. Folding the factors into the weights gives a plain Llama with equal logits.
 """
 
-import json
 from pathlib import Path
 
 import torch
 from transformers import GraniteConfig, LlamaConfig
+
+from common.files import read_json
 
 MODEL_TYPES = ("fm9g", "minicpm")
 SHARED = (
@@ -34,7 +35,7 @@ SHARED = (
 def is_fm9g(folder) -> bool:
     """True when folder/config.json describes a model of this recipe (and not of MiniCPM3's latent attention)."""
     path = Path(folder) / "config.json"
-    return path.exists() and json.loads(path.read_text()).get("model_type") in MODEL_TYPES
+    return path.exists() and read_json(path, {"model_type?": str}).get("model_type") in MODEL_TYPES
 
 
 def shared_fields(config: dict) -> dict:

@@ -4,7 +4,6 @@
 .wav (I left, Q right)
 """
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ import scipy.io.wavfile
 import scipy.signal
 
 from common.errors import UserError
+from common.files import reading
 from em_mllm.dataset import SignalFile
 
 RAW = {
@@ -51,19 +51,13 @@ def read_iq(path, index: int = 0) -> tuple[np.ndarray, float | None]:
             raise UserError(f"{path}: --index {index} is past the end, the file holds {len(file)} signals")
         iq, fs = file.read(index), file.fs
     elif path.suffix == ".npy":
-        try:
+        with reading(path, "array of plain numbers"):
             iq, fs = two_columns(np.load(path, mmap_mode="r"), path, index), None
-        except (ValueError, EOFError, OSError) as error:
-            raise UserError(
-                f"{path}: not a readable array ({str(error).splitlines()[0]}); save it with numpy.save, without objects"
-            ) from error
     elif path.suffix == ".mat":
         iq, fs = read_mat(path, index)
     elif path.suffix == ".wav":
-        try:
+        with reading(path, "WAV file"):
             rate, samples = scipy.io.wavfile.read(path)
-        except (ValueError, EOFError, OSError) as error:
-            raise UserError(f"{path}: not a readable WAV file ({error})") from error
         fs, samples = float(rate), samples.astype(np.float32) - (128 if samples.dtype == np.uint8 else 0)
         iq = analytic(samples, path) if samples.ndim == 1 else samples[:, :2]
     elif path.suffix in RAW:
@@ -124,14 +118,13 @@ def analytic(samples: np.ndarray, path) -> np.ndarray:
 
 def read_mat(path: Path, index: int):
     """The array of a MATLAB file that can be IQ, and fs or Fs or sample_rate if it is there. Version 7.3 files are HDF5."""
-    try:
-        content = {k: v for k, v in scipy.io.loadmat(path).items() if not k.startswith("__")}
-    except NotImplementedError:
-        with h5py.File(path, "r") as file:
-            content = {k: v[()] for k, v in file.items() if isinstance(v, h5py.Dataset)}
-        content = {k: v["real"] + 1j * v["imag"] if v.dtype.names else v for k, v in content.items()}
-    except (ValueError, TypeError, OSError, EOFError, scipy.io.matlab.MatReadError) as error:
-        raise UserError(f"{path}: not a readable MATLAB file ({str(error).splitlines()[0]})") from error
+    with reading(path, "MATLAB file"):
+        try:
+            content = {k: v for k, v in scipy.io.loadmat(path).items() if not k.startswith("__")}
+        except NotImplementedError:
+            with h5py.File(path, "r") as file:
+                content = {k: v[()] for k, v in file.items() if isinstance(v, h5py.Dataset)}
+            content = {k: v["real"] + 1j * v["imag"] if v.dtype.names else v for k, v in content.items()}
     fs = next((float(np.asarray(content[k]).ravel()[0]) for k in ("fs", "Fs", "sample_rate") if k in content), None)
     arrays = {k: v for k, v in content.items() if getattr(v, "size", 0) > 16 and v.dtype.kind in "fiuc"}
     if not arrays:
@@ -144,20 +137,17 @@ def read_sigmf(path: Path):
     """First channel of a SigMF recording (meta and data beside each other, or an archive) and its sampling rate."""
     try:
         import sigmf
-        from sigmf.error import SigMFError
     except ImportError as error:
         raise UserError(f"{path}: reading SigMF needs the package sigmf; pip install sigmf") from error
     if not path.is_file():
         raise UserError(f"{path}: no such file; check the path")
     meta = path.with_suffix(".sigmf-meta") if path.suffix == ".sigmf-data" else path
-    try:
+    with reading(path, "SigMF recording (.sigmf-meta and .sigmf-data side by side)"):
         recording = sigmf.sigmffile.fromfile(str(meta))
         samples = recording.read_samples()
-    except (SigMFError, OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"{path}: not a readable SigMF recording ({str(error).splitlines()[0]}); .sigmf-meta and .sigmf-data must lie side by side"
-        ) from error
-    rate = recording.get_global_field("core:sample_rate")
+        rate = recording.get_global_field("core:sample_rate")
+    if rate is not None and not (isinstance(rate, (int, float)) and rate > 0):
+        raise UserError(f"{path}: core:sample_rate is {rate!r}, expected samples per second")
     if samples.ndim == 2:
         print(f"{path}: {samples.shape[1]} channels; the first is read")
         samples = samples[:, 0]

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteForCausalLM
 
 from common.checkpoint import atomic_dir
 from common.errors import UserError
+from common.files import read_json, reading
 from common.weights import load_weights, read_weights
 from em_mllm.em_foundation.models import SiTMAEConfig, SiTMAEModelWithoutMask
 from em_mllm.em_foundation.utils.utils import load_encoder, read_config
@@ -242,16 +243,12 @@ def load_llm(path, dtype="float32", trust_remote_code=False):
         raise UserError(f"--llm-model-path {path}: holds a configuration but no weights (*.safetensors or *.bin); download them into it")
     dtype = getattr(torch, dtype)
     if is_fm9g(path) and not trust_remote_code:
-        config = granite_config(json.loads((path / "config.json").read_text()))
+        config = granite_config(read_json(path / "config.json"))
         print(f"{path}: {config.num_hidden_layers} layers of FM9G / MiniCPM loaded natively as Granite (the same arithmetic and names)")
-        return GraniteForCausalLM.from_pretrained(path, config=config, dtype=dtype)
-    try:
+        with reading(path, "language model"):
+            return GraniteForCausalLM.from_pretrained(path, config=config, dtype=dtype)
+    with reading(path, "language model" if trust_remote_code else "language model without running its own code (--trust-remote-code)"):
         return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError) as error:
-        raise UserError(
-            f"--llm-model-path {path}: {str(error).splitlines()[0]}"
-            + ("" if trust_remote_code else "; if the folder brings its own code that you trust, add --trust-remote-code")
-        ) from error
 
 
 def load_tokenizer(path, trust_remote_code=False):
@@ -264,8 +261,9 @@ def load_tokenizer(path, trust_remote_code=False):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError, AttributeError, ImportError) as error:
         if (path / "tokenizer.json").exists():
-            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path / "tokenizer.json"))
-            known = json.loads((path / "tokenizer_config.json").read_text()) if (path / "tokenizer_config.json").exists() else {}
+            with reading(path / "tokenizer.json", "tokenizer"):
+                tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path / "tokenizer.json"))
+            known = read_json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").exists() else {}
             for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
                 value = known.get(name)
                 if value:
@@ -381,7 +379,7 @@ def read_notes(folder) -> dict:
     path = Path(folder) / "multimodal.json"
     if not path.exists():
         raise UserError(f"{folder}: no multimodal.json; give the `model` folder that train.py wrote")
-    return json.loads(path.read_text())
+    return read_json(path, {"llm": str, "llm_model_path?": str})
 
 
 def load_model(folder, llm_model_path=None, trust_remote_code=False):

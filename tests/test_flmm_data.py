@@ -163,13 +163,13 @@ def test_missing_pictures_masks_and_annotations_are_named(built_in, tmp_path):
     shutil.copytree(built_in, root)
     name = png(root).record(0)["file_name"]
     (root / "png/images" / name).unlink()
-    with pytest.raises(UserError, match=f"{name[:-4]}.*no such picture"):
+    with pytest.raises(UserError, match=f"{name[:-4]}.*no such file"):
         png(root).record(0)
     (root / "png/panoptic_train" / png(built_in).record(1)["file_name"]).unlink()
-    with pytest.raises(UserError, match="no such panoptic picture"):
+    with pytest.raises(UserError, match="no such file; check the path of the mask picture"):
         png(root).record(1)
     (root / "png/panoptic_train.json").write_text("{")
-    with pytest.raises(UserError, match="panoptic_train.json: not readable as JSON"):
+    with pytest.raises(UserError, match="panoptic_train.json: not a readable JSON file"):
         png(root)
     (root / "png/png_coco_train.json").unlink()
     (root / "png/panoptic_train.json").write_text(json.dumps({"images": [], "annotations": [], "categories": []}))

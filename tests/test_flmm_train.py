@@ -176,7 +176,7 @@ def in_process(main, parse, monkeypatch, *arguments):
 @pytest.mark.parametrize(
     "arguments,reason",
     [
-        (["--image", "{world}/none.jpg", "--text", "x"], "none.jpg: no such picture"),
+        (["--image", "{world}/none.jpg", "--text", "x"], "none.jpg: no such file"),
         (["--image", "{world}/p.png", "--text", " ; x"], "empty phrase"),
         (["--image", "{world}/p.png", "--text", "x", "--set", "base.path={world}/qwen"], "needs a LlavaForConditionalGeneration"),
         (["--image", "{world}/p.png", "--text", "x", "--set", "base.path={world}/llava"], "none.pth: no such weight file"),

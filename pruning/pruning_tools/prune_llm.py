@@ -27,6 +27,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root: every way of starting this file finds it
 from common.checkpoint import atomic_dir, atomic_write
 from common.errors import UserError, run
+from common.files import read_json
 from pruning.layers import ATTENTION, check_drop, shorter_config
 from pruning.pruning_tools.shards import Checkpoint, cast, derived, open_checkpoint, write_bin, write_safetensors, write_shards
 
@@ -174,10 +175,7 @@ def find_lora(checkpoint: Checkpoint, llm: LanguageModel, alpha: float | None) -
     path = checkpoint.folder / "adapter_config.json"
     stored = None
     if path.is_file():
-        try:
-            stored = json.loads(path.read_text())["lora_alpha"]
-        except (ValueError, KeyError) as error:
-            raise UserError(f"{path}: has no readable field lora_alpha; mend it or remove the file and pass --lora-alpha") from error
+        stored = read_json(path, {"lora_alpha": float})["lora_alpha"]
         if alpha is not None and alpha != stored:
             raise UserError(f"{path} says lora_alpha {stored}, --lora-alpha says {alpha:g}; they must agree")
     return Lora(rank, alpha if stored is None else stored, sorted(ranks), stored is not None)
@@ -188,10 +186,7 @@ def read_config(folder: Path, llm: LanguageModel) -> dict | None:
     path = Path(folder) / "config.json"
     if not path.is_file():
         return None
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path}: is not JSON ({error})") from error
+    config = read_json(path, dict)
     count = config.get("num_hidden_layers", config.get("n_layer"))
     if count is not None and count != llm.layers:
         raise UserError(f"{path}: num_hidden_layers is {count}, the checkpoint holds {llm.layers} layers; this config is of "
@@ -328,10 +323,8 @@ def wanted_sets(args) -> list[tuple[list[int], str]]:
     """(drop layers, tag) of every model to write."""
     sets = [parse_drop_layers(spec) for spec in args.drop_layers]
     if args.plan:
-        try:
-            sets += [parse_drop_layers(choice["drop_layers"]) for choice in json.loads(args.plan.read_text())["choices"]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{args.plan}: not a plan written by choose_layers.py ({error})") from error
+        plan = read_json(args.plan, {"choices": [{"drop_layers": str}]})
+        sets += [parse_drop_layers(choice["drop_layers"]) for choice in plan["choices"]]
     if not sets or not all(sets):
         raise UserError("--drop-layers is empty; name the layers to remove, such as 23-28")
     if args.tag and len(args.tag) != len(sets):

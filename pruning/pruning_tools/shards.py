@@ -16,6 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root: every way of starting this file finds it
 from common.checkpoint import atomic_path
 from common.errors import UserError
+from common.files import read_json, reading
 from common.weights import INDEXES, NESTS, SINGLES, read_checkpoint, strip_prefixes
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -73,12 +74,9 @@ def open_checkpoint(path) -> Checkpoint:
 def list_shards(folder: Path) -> list[Path]:
     for name in INDEXES:
         if (folder / name).is_file():
-            try:
-                shards = sorted(set(json.loads((folder / name).read_text())["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError) as error:
-                raise UserError(f"{folder / name}: not a shard index (needs the field weight_map)") from error
+            shards = sorted(set(read_json(folder / name, {"weight_map": dict})["weight_map"].values()), key=str)
             for shard in shards:
-                if Path(shard).name != shard or not (folder / shard).is_file():
+                if Path(str(shard)).name != shard or not (folder / shard).is_file():
                     raise UserError(f"{folder / name}: shard {shard!r} is not in the folder; was the download cut short?")
             return [folder / shard for shard in shards]
     for name in SINGLES:
@@ -89,7 +87,7 @@ def list_shards(folder: Path) -> list[Path]:
 
 def open_safetensors(file: Path) -> dict[str, Entry]:
     size = file.stat().st_size
-    try:
+    with reading(file, "whole safetensors file"):
         with open(file, "rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             if length > min(size, 1 << 28):
@@ -104,8 +102,6 @@ def open_safetensors(file: Path) -> dict[str, Entry]:
                 raise ValueError(f"{key} reaches beyond the end")
             entry.read = lambda entry=entry: read_bytes(entry)
             entries[key] = entry
-    except (ValueError, KeyError, TypeError, struct.error) as error:
-        raise UserError(f"{file}: not a whole safetensors file ({error}); was the copy cut short?") from error
     return entries
 
 
@@ -121,11 +117,7 @@ def read_bytes(entry: Entry) -> torch.Tensor:
 
 def open_bin(file: Path) -> dict[str, Entry]:
     """Memory-mapped torch file; the state dict itself or one under state_dict, model or module."""
-    try:
-        content = read_checkpoint(file)
-    except (LookupError, AttributeError, TypeError, ArithmeticError, MemoryError, AssertionError, struct.error) as error:
-        # bytes that are no pickle at all fail anywhere inside torch's reader
-        raise UserError(f"{file}: not a checkpoint ({type(error).__name__} while reading it)") from error
+    content = read_checkpoint(file)
     for nest in NESTS:
         if isinstance(content.get(nest), dict):
             content = content[nest]

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root: every way of starting this file finds it
 from common.errors import UserError
+from common.files import reading
 from dia_pangu.src.Model.pangu import load_tokenizer  # also registers openPangu's model type
 
 PROMPTS = Path(__file__).with_name("prompts.jsonl")
@@ -17,12 +18,10 @@ def load_model(path, dtype: str | None = None, trust_remote_code: bool = False):
     path = Path(path)
     if not (path / "config.json").is_file():
         raise UserError(f"{path}: no config.json there; --model wants a folder with config, weights and tokenizer")
-    try:
+    with reading(path, "causal language model"):
         tokenizer = load_tokenizer(path, trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", local_files_only=True,
                                                      trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: not a causal language model that transformers can load ({str(error).splitlines()[0]})") from error
     return model.eval(), tokenizer
 
 
@@ -33,10 +32,8 @@ def builtin_prompts() -> list[str]:
 
 def read_prompts(path) -> list[str]:
     """One prompt a line; a .jsonl file holds objects with the field `text`. Empty lines are passed over."""
-    try:
+    with reading(path, "UTF-8 text file"):
         lines = [line for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from error
     if Path(path).suffix == ".jsonl":
         for number, line in enumerate(lines):
             try:

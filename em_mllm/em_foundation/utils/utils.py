@@ -1,6 +1,5 @@
 """Preparing IQ for the encoder and reading its weights (upstream utils.py and the loader of train_mllm.py)."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +7,9 @@ import torch
 from einops import rearrange
 
 from common.errors import UserError
+from common.files import read_json
 from common.weights import load_weights, read_weights
-from em_mllm.em_foundation.models.configuration_em import SiTMAEConfig
+from em_mllm.em_foundation.models.configuration_em import SPECTRUM_BANDS, SPECTRUM_POWERS, SiTMAEConfig
 
 
 def normalize_data(x: np.ndarray, method: str = "abs", axis=None) -> np.ndarray | None:
@@ -67,6 +67,20 @@ def transform_downstream(
         values = np.asarray(batch[name], np.float64)[keep]
         out[name] = values if norm_method_reg is None else normalize_data(values, norm_method_reg, axis=0)
     return out
+
+
+def log_spectra(iq: np.ndarray) -> np.ndarray:
+    """iq (N, 2) -> (4 * 32,) float32: log of the strongest power in 32 equal bands of z, z^2, z^4 and of the envelope |z|^2 - 1.
+
+    z has unit mean power. The powers undo phase modulation (z^2 of BPSK and z^4 of QPSK are lines), the envelope shows symbol rate and
+    pulses: what an expert would look at first, computed from the signal alone.
+    """
+    z = iq[:, 0] + 1j * iq[:, 1]
+    z = z / np.sqrt(np.mean(np.abs(z) ** 2) + 1e-12)
+    size = -(-len(z) // SPECTRUM_BANDS) * SPECTRUM_BANDS
+    waves = np.stack([np.abs(z) ** 2 - 1 if p == "envelope" else z**p for p in SPECTRUM_POWERS])
+    power = np.fft.fftshift(np.abs(np.fft.fft(waves, size)) ** 2 / len(z), axes=1)
+    return np.log(power.reshape(-1, size // SPECTRUM_BANDS).max(1) + 0.01).astype(np.float32)
 
 
 def with_special_patches(iq: np.ndarray, patch: int, fs: float | None) -> torch.Tensor:
@@ -199,18 +213,17 @@ def load_encoder(model, path, quiet: bool = False):
         quiet=quiet,
     )
 
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+
 
 def read_config(path, **overrides) -> SiTMAEConfig:
     """A .json file, or the config.json beside the weights, or sizes guessed from the weights when there is none; `overrides` win."""
     path = Path(path)
     file = path if path.suffix == ".json" else (path if path.is_dir() else path.parent) / "config.json"
     if file.exists():
-        try:
-            fields = json.loads(file.read_text())
-        except ValueError as error:
-            raise UserError(f"{file}: not JSON ({error})") from error
-        if "hidden_size" not in fields:
-            raise UserError(f"{file}: not the configuration of a signal encoder (no hidden_size)")
+        fields = read_json(file, {**dict.fromkeys(SIZES, int), "patch_size": [int], "max_seq_len": [int]})
+        if wrong := [k for k in SIZES if not 0 < fields[k] < 2**17]:
+            raise UserError(f"{file}: {wrong[0]} is {fields[wrong[0]]}, no size of an encoder")
     else:
         fields = guess_config(read_weights(find_weights(path)))
         print(f"{path}: no config.json; sizes read from the weights: " + ", ".join(f"{k} {v}" for k, v in fields.items()))

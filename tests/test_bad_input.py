@@ -1,0 +1,406 @@
+"""Good inputs broken systematically: every project refuses each with status 2 and one line that names the file, writing nothing."""
+import json
+import os
+import shutil
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import cwt_mae.finetune
+import cwt_mae.make_data
+import cwt_mae.test
+import cwt_mae.train
+import dia_pangu.make_data
+import dia_pangu.src.test
+import dia_pangu.src.train
+import em_mllm.make_data
+import em_mllm.make_llm
+import em_mllm.pretrain
+import em_mllm.test
+import em_mllm.train
+import flmm.make_data
+import flmm.test
+import flmm.train
+import pruning.pruning_tools.prune_llm
+import pruning.sensitivity_analyse.layer_sensitivity_scan
+import pruning.test
+import pruning.train
+from common.errors import UserError
+from common.files import inside
+from common.tiny_llm import make_llm, make_tokenizer
+from common.weights import read_weights
+from cwt_mae.dataset import read_csv, read_edf, read_hdf5, read_npy, read_npz, read_ts
+from dia_pangu.src.Dataset.CTRG_dataset import read_annotation
+from dia_pangu.src.Dataset.preprocess import load_volume
+from dia_pangu.src.Model.build import TINY, build_model, make_grid, save_model
+from em_mllm.dataset import SignalFile, read_questions
+from em_mllm.em_foundation.utils.utils import read_config as read_encoder_config
+from em_mllm.iq_io import read_iq
+from flmm.data.phrases import PhraseDataset
+from flmm.data.refcoco import read_refs
+from flmm.data.samples import decode_segmentation
+from flmm.data.transforms import load_image, load_segments
+from flmm.models.tiny import save_base, tiny_model, tiny_sam, tiny_tokenizer
+from pruning.pruning_tools.shards import open_checkpoint
+from pruning.report_model import read_map
+from pruning.sensitivity_analyse.load_model import read_prompts
+from tests import forked
+from tests.mutants import broken, csv_fields, fresh, h5_fields, json_fields, npz_fields, tensors, tree
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"            # the tests fork
+
+
+def made(script, *arguments, log):
+    """Run what must work: a good input that is refused would let every mutant pass."""
+    done = forked.call(script, arguments, log)
+    assert done.returncode == 0, done.text
+
+
+def refuse_all(world, target, command, mutators, harmless=(), names=(), lazy=False):
+    """Each mutant of one file, in a fresh copy of the folder: refused, or listed in one failure with what happened instead.
+
+    world: folder of good inputs and {command: (script, function of the copy that gives the command line)}; the command
+    writes to copy/run over an earlier run. harmless: mutants ("field=kind", or "field" for all kinds) that need not be
+    refused. names: what the error line may name beside the file. lazy: read in mid-run, so that the run folder may have
+    been opened, but no result may be in it.
+    """
+    copy, (script, arguments), failures, count = world.folder.parent / "mutant", world.commands[command], [], 0
+    for what, damage in (mutant for mutator in mutators for mutant in mutator(world.folder / target)):
+        if what in harmless or what.split("=")[0] in harmless:
+            continue
+        fresh(world.folder, copy)
+        damage(copy / target)
+        (copy / "run").mkdir()
+        (copy / "run" / "config.json").write_text('{"arguments": {}}')
+        (copy / "run" / "model.safetensors").write_text("an earlier run's weights")
+        before = tree(copy)
+        done = forked.call(script, arguments(copy), world.folder.parent / "log.txt")
+        errors = [line for line in done.text.splitlines() if line.startswith("error: ")]
+        wrote = [name for name, content in tree(copy).items() if before.get(name) != content]
+        if lazy:
+            wrote = [name for name in wrote if name.endswith((".safetensors", ".csv", "results.json", "metrics.json"))]
+        if done.returncode != 2 or len(errors) != 1 or "Traceback" in done.text:
+            failures.append(f"{what}: status {done.returncode}: {done.text.strip().splitlines()[-1][-200:]}")
+        elif not any(name in errors[0] for name in (Path(target).name, Path(target).stem, *names)):
+            failures.append(f"{what}: does not name the file: {errors[0]}")
+        elif wrote:
+            failures.append(f"{what}: wrote {wrote}")
+        count += 1
+    assert not failures, f"{target}: {len(failures)} of {count} mutants\n" + "\n".join(failures)
+    assert count >= 5
+
+
+def good(home, log, commands, results=()):
+    """Check that every command works on the good input; results: {command: {file of its run: name to keep it under}}."""
+    folder = home / "good"
+    for name, (script, arguments) in commands.items():
+        made(script, *arguments(folder), log=log)
+        for file, kept in dict(results).get(name, {}).items():
+            (folder / "run" / file).rename(folder / kept)
+        shutil.rmtree(folder / "run", ignore_errors=True)
+    return SimpleNamespace(folder=folder, commands=commands)
+
+
+# cwt_mae
+
+@pytest.fixture(scope="module")
+def cwt(tmp_path_factory):
+    """Labelled records with a split, PPG as csv, a pre-trained model and a classifier."""
+    home = tmp_path_factory.mktemp("cwt")
+    tiny = ("--model-fs 50 --signal-len 200 --patch-size-time 20 --cwt-scales 8 --patch-size-freq 8 --embed-dim 16 --depth 1 --num-heads 2 "
+            "--decoder-embed-dim 16 --decoder-depth 1 --decoder-num-heads 2 --windows 8 --eval-windows 4").split()
+    made(cwt_mae.make_data, "--out", home / "good", "--subjects", 6, "--seconds", 60, "--ppg", 1, log=home / "log.txt")
+
+    def labelled(f, *more):
+        return ["--data", f / "labelled", *more, "--split", f / "labelled/split.json", "--cache", home / "cache",
+                "--overwrite", "--out", f / "run"]
+    step = ["--batch-size", 8, "--max-steps", 1]
+    return good(home, home / "log.txt", {
+        "train": (cwt_mae.train, lambda f: [*labelled(f, f / "ppg"), *tiny, *step]),
+        "finetune": (cwt_mae.finetune, lambda f: [
+            *labelled(f), *step, "--pretrained", f / "base.safetensors", "--task", "rhythm", "--folds", 2]),
+        "test": (cwt_mae.test, lambda f: [*labelled(f), "--model", f / "tuned.safetensors", "--resamples", 10]),
+    }, {"train": {"model.safetensors": "base.safetensors"}, "finetune": {"model.safetensors": "tuned.safetensors"}})
+
+
+ONE_NUMBER = ("fs=an axis more", "gain=an axis more", "gain=dropped")
+FREE_TEXT = ("lead", "subject=dropped", "subject=text", "subject=an axis more", "subject=no elements")
+NO_LABELS = ("ann_sample=dropped", "ann_symbol=text", "ann_aux=dropped", "ann_aux=text")   # a record without labels, or with others
+NOT_READ = ("missing", "a folder", "a link to itself")                                    # a folder of files is searched for them
+
+
+@pytest.mark.parametrize("target,command,mutators,options", [
+    ("labelled/s000.npz", "finetune", [broken, npz_fields],
+     {"harmless": (*ONE_NUMBER, *FREE_TEXT, *NO_LABELS, "ann_aami", "sig=far below")}),
+    ("labelled/split.json", "finetune", [broken, json_fields], {}),
+    ("ppg/p000.csv", "train", [broken, csv_fields], {"harmless": (*NOT_READ, "cut at 2%", "cut at 40%", "cut at 80%", "PPG=renamed")}),
+    ("base.safetensors", "finetune", [broken, partial(tensors, names=["pos_embed", "blocks.0.attn.qkv.weight"])],
+     {"harmless": ("pos_embed=dropped", "blocks.0.attn.qkv.weight=dropped")}),            # said in the report of what was loaded
+    ("tuned.safetensors", "test", [broken, partial(tensors, names=["encoder_model.pos_embed"])], {}),
+])
+def test_cwt_mae(cwt, target, command, mutators, options):
+    refuse_all(cwt, target, command, mutators, **options)
+
+
+# em_mllm
+
+@pytest.fixture(scope="module")
+def em(tmp_path_factory):
+    """Questions about signals, a pre-trained encoder, a tiny LLM, and recordings of several formats."""
+    home = tmp_path_factory.mktemp("em")
+    folder, log = home / "good", home / "log.txt"
+    made(em_mllm.make_data, "--out", folder / "data", "--train", 2, "--val", 1, "--test", 1, "--points", 128, log=log)
+    made(em_mllm.make_llm, "--out", folder / "llm", "--steps", 1, log=log)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64, "patch_size": [16, 1],
+             "max_seq_len": [144, 1], "decoder_hidden_size": 32, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 4,
+             "decoder_intermediate_size": 64, "attention_type": "sdpa"}
+    (folder / "sizes.json").write_text(json.dumps(sizes))
+    iq = np.random.default_rng(0).standard_normal((300, 2)).astype(np.float32)
+    np.save(folder / "a.npy", iq)
+    iq.tofile(folder / "b.sigmf-data")
+    (folder / "b.sigmf-meta").write_text(json.dumps({
+        "global": {"core:datatype": "cf32_le", "core:sample_rate": 1e6, "core:version": "1.0.0"},
+        "captures": [{"core:sample_start": 0}], "annotations": []}))
+    run = ["--max-steps", 1, "--overwrite"]
+
+    def ask(name):
+        return em_mllm.test, lambda f: ["--model", f / "model", "--llm-model-path", f / "llm", "--iq", f / name, "--max-new-tokens", 2]
+    return good(home, log, {
+        "pretrain": (em_mllm.pretrain, lambda f: ["--data", f / "data/train", "--config", f / "sizes.json", *run, "--out", f / "run"]),
+        "train": (em_mllm.train, lambda f: [
+            "--task-dir", f / "data/train", "--val-dir", f / "data/val", "--signal-encoder-path", f / "encoder",
+            "--llm-model-path", f / "llm", "--signal-tokens", 2, *run, "--output-dir", f / "run"]),
+        "npy": ask("a.npy"), "sigmf": ask("b.sigmf-meta"),
+    }, {"pretrain": {"encoder": "encoder"}, "train": {"model": "model"}})
+
+
+IQ = partial(h5_fields, fields=["IQ_data"])
+SIZES = partial(json_fields, fields=["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size",
+                                     "max_seq_len"])
+SIGMF = partial(json_fields, fields=["global", "global.core:datatype", "global.core:sample_rate", "captures"])
+
+
+@pytest.mark.parametrize("target,command,mutators,options", [
+    ("data/train/modulation.h5", "pretrain", [broken, IQ], {"harmless": NOT_READ}),
+    ("data/train/modulation.h5", "train", [broken, IQ], {"harmless": NOT_READ}),
+    ("data/train/modulation.json", "train", [broken, json_fields],
+     {"harmless": ("id", "iq_index_in_h5=list", "h5_path=dropped", "h5_path=null"), "names": ["modulation"]}),
+    ("sizes.json", "pretrain", [broken, SIZES], {}),
+    ("encoder/config.json", "train", [broken, SIZES], {"harmless": ("missing", "a link to itself"), "names": ["encoder"]}),
+    ("encoder/model.safetensors", "train", [broken, partial(tensors, names=["sit.embeddings.cls_token"])],
+     {"harmless": ("sit.embeddings.cls_token=dropped",), "names": ["encoder"]}),
+    ("llm/config.json", "train", [broken], {"names": ["llm"]}),
+    ("llm/model.safetensors", "train", [broken], {"names": ["llm"]}),
+    ("llm/tokenizer.json", "train", [broken], {"names": ["llm"]}),
+    ("a.npy", "npy", [broken], {}),
+    ("b.sigmf-data", "sigmf", [broken], {"harmless": ("cut at 2%", "cut at 40%", "cut at 80%")}),          # whole samples remain
+    ("b.sigmf-meta", "sigmf", [broken, SIGMF],
+     {"harmless": ("captures=dropped", "global.core:sample_rate=dropped", "global.core:sample_rate=null", "global.core:sample_rate=huge")}),
+])
+def test_em_mllm(em, target, command, mutators, options):
+    refuse_all(em, target, command, mutators, **options)
+
+
+# flmm
+
+@pytest.fixture(scope="module")
+def grounding(tmp_path_factory):
+    """Scenes in the PNG and RefCOCO formats, a random base, a tiny SAM and a head."""
+    home = tmp_path_factory.mktemp("flmm")
+    folder, log = home / "good", home / "log.txt"
+    made(flmm.make_data, "--out", folder / "data", "--train", 2, "--val", 1, "--test", 1, "--overlap", 1, "--side", 64, log=log)
+    tokenizer = tiny_tokenizer()
+    save_base(tiny_model("llava", tokenizer), tokenizer, folder / "base")
+    tiny_sam().save_pretrained(folder / "sam")
+    shutil.copy(Path(flmm.train.__file__).parent / "configs/tiny/scenes.yaml", folder / "scenes.yaml")
+
+    def model(f):
+        return ["--config", f / "scenes.yaml", "--data", f / "data", "--base-path", f / "base", "--overwrite", "--out", f / "run",
+                "--set", f"sam.path={f / 'sam'}", "unet.base_channels=4"]
+
+    def test(split):
+        return flmm.test, lambda f: [*model(f), "--head", f / "head.safetensors", "--split", split, "--pictures", 0]
+    return good(home, log, {
+        "train": (flmm.train, lambda f: [*model(f), "--max-steps", 1, "--batch-size", 2]),
+        "test": test("test"), "refcoco": test("refcoco_test"),
+    }, {"train": {"head.safetensors": "head.safetensors"}})
+
+
+NOT_USED = ("images.height", "images.width", "annotations.area", "annotations.iscrowd", "annotations.segments_info.area",
+            "annotations.segments_info.iscrowd", "categories.name")
+
+
+@pytest.mark.parametrize("target,command,mutators,options", [
+    ("data/png/png_coco_train.json", "train", [broken, json_fields], {"names": ["panoptic_train.json"]}),
+    ("data/png/panoptic_train.json", "train", [broken, json_fields],
+     {"harmless": (*NOT_USED, "categories.isthing=negative", "categories.isthing=huge", "images.id=text", "images.id=negative",
+                   "images.id=huge")}),
+    ("data/png/images/000010000000.png", "train", [broken], {"lazy": True}),
+    ("data/png/panoptic_train/000010000000.png", "train", [broken], {"lazy": True}),
+    ("data/refcoco/instances.json", "refcoco", [broken, json_fields],
+     {"harmless": ("annotations.image_id", "annotations.category_id", "annotations.area", "annotations.iscrowd",
+                   "categories", "categories.id", "categories.name", "annotations.segmentation.counts=list"), "lazy": True}),
+    ("data/refcoco/refs(unc).p", "refcoco", [broken], {}),
+    ("head.safetensors", "test", [broken, partial(tensors, names=["mask_head.conv_seg.weight"])], {}),
+    ("scenes.yaml", "train", [broken], {}),
+    ("sam/model.safetensors", "train", [broken], {"names": ["sam"]}),
+    ("base/config.json", "train", [broken], {"names": ["base"]}),
+    ("base/model.safetensors", "train", [broken], {"names": ["base"]}),
+    ("base/tokenizer.json", "train", [broken], {"names": ["base"]}),
+])
+def test_flmm(grounding, target, command, mutators, options):
+    refuse_all(grounding, target, command, mutators, **options)
+
+
+# dia_pangu
+
+@pytest.fixture(scope="module")
+def ct(tmp_path_factory):
+    """Phantoms in the CTRG format, a tiny language model and a checkpoint."""
+    home = tmp_path_factory.mktemp("dia")
+    folder, log = home / "good", home / "log.txt"
+    made(dia_pangu.make_data, "--out", folder / "data", "--train", 2, "--val", 1, "--test", 1, log=log)
+    reports = [item["finding"] for item in json.loads((folder / "data/annotation_en.json").read_text())["train"]]
+    make_llm(folder / "llm", make_tokenizer(reports, 300), "PanguEmbedded", hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+             bias=True)
+    torch.manual_seed(0)
+    config = json.loads(json.dumps(TINY))
+    model, _ = build_model(config, folder / "llm")
+    save_model(model.state_dict(), folder / "model", config)
+    return good(home, log, {
+        "train": (dia_pangu.src.train, lambda f: [
+            "--stage", "pre", "--size", "tiny", "--data", f / "data", "--lang-encoder-path", f / "llm", "--per-device-train-batch-size", 2,
+            "--gradient-accumulation-steps", 1, "--max-steps", 1, "--overwrite", "--out", f / "run"]),
+        "test": (dia_pangu.src.test, lambda f: [
+            "--ckpt-path", f / "model", "--data", f / "data", "--lang-encoder-path", f / "llm", "--max-new-tokens", 2, "--evidence", 0,
+            "--out", f / "run"]),
+    })
+
+
+OTHER_FIELDS = tuple(f"{split}.{field}" for split in ("train", "val", "test") for field in ("split", "impression"))
+
+
+@pytest.mark.parametrize("target,command,mutators,options", [
+    ("data/annotation_en.json", "train", [broken, json_fields],
+     {"harmless": ("missing", "test=dropped", "test=null", "test.finding=dropped", "test.finding=null", "test.id=number", "test.id=text",
+                   *OTHER_FIELDS), "names": ["volumes/7", "CTRG_finding_labels.csv"]}),
+    ("data/CTRG_finding_labels.csv", "train", [broken, csv_fields], {}),
+    ("data/volumes/4.nii.gz", "test", [broken], {"lazy": True}),
+    ("model/dia_config.json", "test", [broken], {"harmless": ("missing", "a link to itself"), "names": ["model"]}),
+    ("model/pytorch_model.bin", "test", [broken], {"names": ["model"]}),
+    ("llm/config.json", "train", [broken], {"names": ["llm"]}),
+    ("llm/model.safetensors", "train", [broken], {"names": ["llm"]}),
+    ("llm/tokenizer.json", "train", [broken], {"names": ["llm"]}),
+])
+def test_dia_pangu(ct, target, command, mutators, options):
+    refuse_all(ct, target, command, mutators, **options)
+
+
+# pruning
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory):
+    """A tiny language model, prompts to scan it with, and a pruned copy with its map."""
+    home = tmp_path_factory.mktemp("pruning")
+    folder = home / "good"
+    texts = [f"the lung number {i} is clear and the heart is not enlarged" for i in range(8)]
+    make_llm(folder / "llm", make_tokenizer(texts, 300), "llama", hidden_size=32, intermediate_size=48, num_hidden_layers=3)
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:2]))
+    return good(home, home / "log.txt", {
+        "prune": (pruning.pruning_tools.prune_llm, lambda f: [
+            "--ckpt", f / "llm", "--drop-layers", "1", "--overwrite", "--out-dir", f / "run"]),
+        "scan": (pruning.sensitivity_analyse.layer_sensitivity_scan, lambda f: [
+            "--model", f / "llm", "--prompts", f / "prompts.jsonl", "--overwrite", "--out", f / "run/scan.csv"]),
+        "heal": (pruning.train, lambda f: [
+            "--pruned_model_path", f / "llm", "--texts", f / "prompts.jsonl", "--max-steps", 1, "--gradient-accumulation-steps", 1,
+            "--overwrite", "--out", f / "run"]),
+    })
+
+
+@pytest.mark.parametrize("target,command,mutators,options", [
+    ("llm/model.safetensors", "prune", [broken], {"names": ["llm"]}),
+    ("llm/config.json", "prune", [broken, partial(json_fields, fields=["num_hidden_layers"])],
+     {"harmless": ("missing", "a link to itself", "num_hidden_layers=dropped", "num_hidden_layers=null"), "names": ["llm"]}),
+    ("llm/model.safetensors", "scan", [broken], {"names": ["llm"]}),
+    ("llm/tokenizer.json", "scan", [broken], {"names": ["llm"]}),
+    ("prompts.jsonl", "scan", [broken], {}),
+    ("prompts.jsonl", "heal", [broken], {}),
+])
+def test_pruning(llm, target, command, mutators, options):
+    refuse_all(llm, target, command, mutators, **options)
+
+
+# Any content at all
+
+ANYTHING = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+                        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3), max_leaves=8)
+PLAIN = settings(max_examples=60, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def only_user_errors(read, *arguments):
+    """`read` may succeed or raise a UserError of one line; everything else is a defect."""
+    try:
+        read(*arguments)
+    except UserError as error:
+        assert str(error).strip()
+
+
+def file_readers():
+    return {"a.h5": SignalFile, "a.npy": read_iq, "a.wav": read_iq, "a.mat": read_iq, "a.cf32": read_iq, "a.cs16": read_iq,
+            "b.npz": read_npz, "b.csv": read_csv, "b.npy": read_npy, "b.edf": read_edf, "b.hdf5": read_hdf5, "b.ts": read_ts,
+            "c.safetensors": read_weights, "c.pth": read_weights, "d.safetensors": open_checkpoint, "d.bin": open_checkpoint,
+            "e.p": read_refs, "e.png": load_image, "e2.png": load_segments, "f.jsonl": read_prompts, "g.json": read_map,
+            "h.nii.gz": partial(load_volume, grid=make_grid(TINY)), "h.nii": partial(load_volume, grid=make_grid(TINY))}
+
+
+@pytest.mark.parametrize("name", file_readers())
+def test_any_bytes_are_read_or_refused(name, tmp_path):
+    @PLAIN
+    @given(st.binary(max_size=300))
+    def check(content):
+        (tmp_path / name).write_bytes(content)
+        only_user_errors(file_readers()[name], tmp_path / name)
+    check()
+
+
+@pytest.mark.parametrize("name,read", [
+    ("q.json", read_questions), ("m.json", read_map), ("s.json", lambda p: read_annotation(p.parent, "en")),
+    ("annotations.json", lambda p: PhraseDataset(p.parent)), ("config.json", read_encoder_config),
+])
+def test_any_json_is_read_or_refused(name, read, tmp_path):
+    @PLAIN
+    @given(ANYTHING)
+    def check(content):
+        (tmp_path / name).write_text(json.dumps(content))
+        only_user_errors(read, tmp_path / name)
+    check()
+
+
+@PLAIN
+@given(ANYTHING)
+def test_any_segmentation_decodes_or_is_refused(content):
+    only_user_errors(decode_segmentation, content, 4, 5, "x")
+
+
+@PLAIN
+@given(st.text(max_size=20) | st.from_regex(r"[0-9 ,-]{0,12}", fullmatch=True))
+def test_any_layer_list_is_parsed_or_refused(spec):
+    only_user_errors(pruning.pruning_tools.prune_llm.parse_drop_layers, spec)
+
+
+@PLAIN
+@given(st.text(max_size=12))
+def test_no_name_leads_out_of_its_folder(tmp_path, name):
+    (tmp_path / "out").symlink_to("/") if not (tmp_path / "out").is_symlink() else None
+    for candidate in (name, f"../{name}", f"/{name}", f"out/{name}"):
+        try:
+            found = inside(tmp_path / "in", candidate)
+        except UserError:
+            continue
+        assert found.resolve().is_relative_to((tmp_path / "in").resolve())
