@@ -28,7 +28,16 @@ from common.checkpoint import atomic_write
 from common.errors import UserError, run
 from common.run import open_run, progress, seed_everything
 from cwt_mae.dataset import Preprocess, build_store
-from cwt_mae.dataset_finetune import DownstreamClassificationDataset, beats_of, cut_edges, fold_of, load_task, split_parts, training_part
+from cwt_mae.dataset_finetune import (
+    DownstreamClassificationDataset,
+    beats_of,
+    cut_edges,
+    fold_of,
+    load_task,
+    split_parts,
+    training_part,
+    usual_of,
+)
 from cwt_mae.finetune import TAUS, corrected, loss_of, predict
 from cwt_mae.metrics import describe_scores, draw_confusion, scores
 from cwt_mae.train import lr_at
@@ -70,7 +79,7 @@ class SmallCNN(nn.Module):
 
     def __init__(self, signal_len: int, num_classes: int, num_features: int, centred: bool):
         super().__init__()
-        widths, self.centred = (1, 32, 48, 64), centred
+        widths, self.centred = (2 if centred else 1, 32, 48, 64), centred
         self.body = nn.Sequential(
             *(
                 layer
@@ -95,9 +104,9 @@ class SmallCNN(nn.Module):
     def middle(self) -> slice:
         return slice(self.columns // 3, self.columns - self.columns // 3)
 
-    def forward(self, x, real=None, features=None):
-        """x (B, L) -> logits (B, C). real is not needed: padding is zero."""
-        y = self.body(x[:, None])
+    def forward(self, x, real=None, features=None, usual=None):
+        """x (B, L), for beats the record's median beat usual (B, L) -> logits (B, C). real is not needed: padding is zero."""
+        y = self.body(torch.stack([x, x - usual], 1) if self.centred else x[:, None])
         y = y[:, :, self.middle()].flatten(1) if self.centred else torch.cat([y.mean(2), y.amax(2)], 1)
         return self.head(y) if features is None else self.head(y) + self.feature_head(features)
 
@@ -124,7 +133,13 @@ def table_of(kind: str, store, task, signal_len: int) -> np.ndarray:
         numbers = np.concatenate([rr_features(beats["seconds"]) for _, beats in beats_of(store)])
         return np.concatenate([windows[:, ::3], numbers[items["beat"]]], 1)
     windows /= windows.std(1, keepdims=True) + 1e-6
-    return windows if kind == "nn" else np.concatenate([windows[:, ::3], task.features[items["beat"]]], 1)
+    if kind == "nn":
+        return windows
+    columns = [windows[:, ::3], task.features[items["beat"]]]
+    if task.kind == "beat":
+        usual = usual_of(lambda x, real: x, store, task, signal_len)
+        columns.append(windows[:, ::3] - np.stack([usual[record][::3] for record in items["record"].tolist()]))
+    return np.concatenate(columns, 1)
 
 
 def fit_table(args, store, train, scored) -> np.ndarray:
@@ -142,11 +157,15 @@ def fit_table(args, store, train, scored) -> np.ndarray:
 def fit_cnn(args, store, train, validation, scored) -> np.ndarray:
     """Probabilities (windows of `scored`, C) of the small network; its prior correction is chosen on `validation`, if there is one."""
     seed_everything(args.seed)
-    drawn = DownstreamClassificationDataset(
-        store,
+
+    def windows(part, **options):
+        dataset = DownstreamClassificationDataset(store, part, args.signal_len, args.seed, **options)
+        if part.kind == "beat":
+            dataset.usual = usual_of(lambda x, real: x, store, part, args.signal_len)
+        return dataset
+
+    drawn = windows(
         train,
-        args.signal_len,
-        args.seed,
         draws=args.batch_size * args.max_steps,
         power=args.sampling_power,
         strength=args.augment,
@@ -159,9 +178,8 @@ def fit_cnn(args, store, train, validation, scored) -> np.ndarray:
     for step, batch in enumerate(progress(DataLoader(drawn, args.batch_size), desc="cnn", unit="step")):
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, args.max_steps, args.max_steps // 20, args.lr, 0.0)
-        loss = loss_of(
-            model(batch["x"], None, None if features is None else (batch["features"] - features[0]) / features[1]), batch, 0.05, None
-        )
+        numbers = None if features is None else (batch["features"] - features[0]) / features[1]
+        loss = loss_of(model(batch["x"], None, numbers, batch.get("usual")), batch, 0.05, None)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -169,9 +187,9 @@ def fit_cnn(args, store, train, validation, scored) -> np.ndarray:
     shift = np.where(counts > 0, np.log(np.maximum(drawn.drawn_prior, 1e-9) / np.maximum(counts / counts.sum(), 1e-9)), 0.0)
     tau = 0.0
     if args.sampling_power != 1 and validation is not None:
-        logits = predict(model, DownstreamClassificationDataset(store, validation, args.signal_len), features, "cpu")
+        logits = predict(model, windows(validation), features, "cpu")
         tau = max(TAUS, key=lambda t: (scores(corrected(logits, shift, t), validation.items["label"], train.classes)["macro_f1"], -t))
-    return corrected(predict(model, DownstreamClassificationDataset(store, scored, args.signal_len), features, "cpu"), shift, tau)
+    return corrected(predict(model, windows(scored), features, "cpu"), shift, tau)
 
 
 def main(args):

@@ -26,7 +26,7 @@ from common.checkpoint import atomic_write, find_resume, load_step, save_step
 from common.errors import UserError, run
 from common.run import Log, StopSignal, check_finite, describe, loader_worker, on_main, open_run, seed_everything
 from cwt_mae.dataset import Preprocess, build_store
-from cwt_mae.dataset_finetune import DownstreamClassificationDataset, fold_of, load_task, split_parts, training_part
+from cwt_mae.dataset_finetune import DownstreamClassificationDataset, fold_of, load_task, split_parts, training_part, usual_of
 from cwt_mae.metrics import describe_scores, scores
 from cwt_mae.model_finetune import ENCODER_ARGS, TF_MAE_Classifier, read_model, save_model
 from cwt_mae.train import lr_at, only_padded
@@ -63,7 +63,9 @@ def parse_args(argv=None):
     model.add_argument("--res-blocks", type=int, default=2, help="of the mlp head")
     model.add_argument("--dropout", type=float, default=0.0, help="in the mlp head")
     model.add_argument("--input-dropout", type=float, default=0.0, help="of what the head is given")
-    model.add_argument("--features", action=flag, default=True, help="beats: give the head rhythm and shape relative to the record")
+    model.add_argument("--features", action=flag, default=True, help="beats: give the head numbers of the rhythm around the beat")
+    model.add_argument("--compare", action=flag, default=False,
+                       help="with --freeze and --center-columns: give the head the tokens' difference from the record's median tokens")
     optim = parser.add_argument_group("optimisation")
     optim.add_argument("--max-steps", type=int, default=1000, help="optimizer steps")
     optim.add_argument("--batch-size", type=int, default=32, help="windows for each process and accumulated step")
@@ -71,7 +73,6 @@ def parse_args(argv=None):
     optim.add_argument("--lr", type=float, default=1e-4, help="peak learning rate of the head")
     optim.add_argument("--schedule", choices=("cosine", "constant"), default="cosine", help="after 5 %% of warm-up (upstream: constant)")
     optim.add_argument("--layer-decay", type=float, default=0.65, help="factor of the learning rate from one block to the one before")
-    optim.add_argument("--encoder-lr", type=float, default=1.0, help="factor of the encoder's learning rates beside layer decay")
     optim.add_argument("--weight-decay", type=float, default=0.05)
     optim.add_argument("--clip", type=float, default=3.0, help="largest gradient norm")
     optim.add_argument("--label-smoothing", type=float, default=0.1)
@@ -99,9 +100,9 @@ def parse_args(argv=None):
 TAUS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
-def layer_groups(model, lr: float, decay: float, encoder: float, weight_decay: float) -> list[dict]:
-    """AdamW groups whose `scale` falls by `decay` a layer, from the head and last norm (1) down to the embedding, times `encoder`
-    in all of the encoder; biases, norms, tokens and positions have no weight decay (upstream: all of them do)."""
+def layer_groups(model, lr: float, decay: float, weight_decay: float) -> list[dict]:
+    """AdamW groups whose `scale` falls by `decay` a layer, from the head and last norm (1) down to the embedding; biases, norms,
+    tokens and positions have no weight decay (upstream: all of them do)."""
     depth, groups = len(model.encoder_model.blocks), {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -111,18 +112,9 @@ def layer_groups(model, lr: float, decay: float, encoder: float, weight_decay: f
             level = int(name.split(".")[2]) + 1
         elif name.startswith("encoder_model.") and not name.startswith("encoder_model.norm"):
             level = 0
-        part = name.startswith("encoder_model.")
         decayed = not (parameter.ndim < 2 or "pos_embed" in name or "token" in name)
-        group = groups.setdefault(
-            (level, part, decayed),
-            {
-                "params": [],
-                "scale": decay ** (depth + 1 - level) * (encoder if part else 1),
-                "weight_decay": weight_decay if decayed else 0.0,
-                "lr": lr,
-            },
-        )
-        group["params"].append(parameter)
+        group = {"params": [], "scale": decay ** (depth + 1 - level), "weight_decay": weight_decay if decayed else 0.0, "lr": lr}
+        groups.setdefault((level, decayed), group)["params"].append(parameter)
     return list(groups.values())
 
 
@@ -138,6 +130,12 @@ def loss_of(logits, batch, smoothing: float, weights):
     return (batch["share"] * one(batch["label"]) + (1 - batch["share"]) * one(batch["label2"])).mean()
 
 
+def usual_tokens(model, store, task, device) -> dict:
+    """{record: median of its windows' middle tokens}, what a model built with compare=True compares with."""
+    model.to(device)
+    return usual_of(lambda x, real: model.middle(x.to(device), real.to(device)).cpu(), store, task, model.encoder_model.signal_len)
+
+
 @torch.no_grad()
 def predict(model, dataset, features, device, batch_size: int = 512) -> np.ndarray:
     """Logits (windows, C) float64 of a data set, in its order. features: (mean, deviation), or None if the model takes none."""
@@ -147,7 +145,8 @@ def predict(model, dataset, features, device, batch_size: int = 512) -> np.ndarr
     for batch in DataLoader(dataset, batch_size, generator=torch.Generator()):
         real = only_padded(batch["real"])
         numbers = None if features is None else ((batch["features"] - features[0]) / features[1]).to(device)
-        rows.append(model(batch["x"].to(device), None if real is None else real.to(device), numbers).double().cpu().numpy())
+        usual = batch["usual"].to(device) if "usual" in batch else None
+        rows.append(model(batch["x"].to(device), None if real is None else real.to(device), numbers, usual).double().cpu().numpy())
     model.train(training)
     return np.concatenate(rows)
 
@@ -205,6 +204,8 @@ def main(args):
         if args.class_weights
         else None
     )
+    if args.compare and not args.freeze:
+        raise UserError("--compare needs --freeze: the tokens to compare with are those of the encoder as it is before training")
     use_features = args.features and task.features.shape[1] > 0
     seen = task.features[train_set.task.items["beat"]] if use_features else None
     features = (torch.from_numpy(seen.mean(0)), torch.from_numpy(seen.std(0) + 1e-3)) if use_features else None
@@ -224,6 +225,7 @@ def main(args):
             input_dropout=args.input_dropout,
             num_res_blocks=args.res_blocks,
             center_columns=args.center_columns,
+            compare=args.compare,
             num_features=task.features.shape[1] if use_features else 0,
             **(config | {"signal_len": signal_len}),
         )
@@ -231,7 +233,11 @@ def main(args):
         raise UserError(str(error)) from error
     if args.freeze:
         model.encoder_model.requires_grad_(False)
-    optimizer = torch.optim.AdamW(layer_groups(model, args.lr, args.layer_decay, args.encoder_lr, args.weight_decay))
+    if args.compare:
+        train_set.usual = usual_tokens(model, store, train, accelerator.device)
+        if val_set:
+            val_set.usual = train_set.usual
+    optimizer = torch.optim.AdamW(layer_groups(model, args.lr, args.layer_decay, args.weight_decay))
     out = open_run(args.out, args, accelerator, args.resume, args.overwrite)
     stop = StopSignal(accelerator)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
@@ -299,7 +305,7 @@ def main(args):
         for batch in accelerator.skip_first_batches(loader, state["batch"]):
             with accelerator.accumulate(model):
                 numbers = None if features is None else (batch["features"] - features[0].to(device)) / features[1].to(device)
-                logits = model(batch["x"], only_padded(batch["real"]), numbers)
+                logits = model(batch["x"], only_padded(batch["real"]), numbers, batch.get("usual"))
                 loss = loss_of(logits, batch, args.label_smoothing, None if weights is None else weights.to(device))
                 check_finite(loss.detach(), state["step"], batch["name"], out)
                 accelerator.backward(loss)

@@ -81,6 +81,8 @@ class TF_MAE_Classifier(nn.Module):
     use_cot: `LatentReasoningHead` with num_reasoning_tokens, else an MLP of num_res_blocks blocks of width hidden_dim with
     dropout dropout_rate, on the mean of the tokens or, for center_columns = k > 0, on the k time columns round the middle,
     joined (the window is then about what stands in its middle, say a heart beat).
+    compare: the MLP head is given how the middle tokens differ from `usual`, the median of the record's own (what is the
+    patient's, noise included, is taken out); without layer norms, because it matters how far the two are apart.
     num_features: numbers known beside the signal (say, beat intervals), given to `forward`: a small network of their own adds
     its logits to the head's, so that few strong numbers are not lost among many tokens. input_dropout: of what the head is given.
     **encoder: arguments of CWT_MAE_RoPE; those of its decoder are accepted and ignored, so that one configuration
@@ -89,7 +91,7 @@ class TF_MAE_Classifier(nn.Module):
 
     def __init__(self, pretrained_path, num_classes: int, mlp_rank_ratio: float | None = None, use_cot: bool = True,
                  num_reasoning_tokens: int = 8, hidden_dim: int = 512, dropout_rate: float = 0.0, num_res_blocks: int = 2,
-                 num_features: int = 0, center_columns: int = 0, input_dropout: float = 0.0, **encoder):
+                 num_features: int = 0, center_columns: int = 0, input_dropout: float = 0.0, compare: bool = False, **encoder):
         super().__init__()
         unknown = set(encoder) - ENCODER_ARGS - DECODER_ARGS
         if unknown:
@@ -104,18 +106,20 @@ class TF_MAE_Classifier(nn.Module):
         self.config = self.encoder_model.config | dict(
             num_classes=num_classes, use_cot=use_cot, num_reasoning_tokens=num_reasoning_tokens, hidden_dim=hidden_dim,
             dropout_rate=dropout_rate, num_res_blocks=num_res_blocks, num_features=num_features, center_columns=center_columns,
-            input_dropout=input_dropout)
+            input_dropout=input_dropout, compare=compare)
         width, columns = self.encoder_model.config["embed_dim"], self.encoder_model.grid_size[1]
-        self.use_cot, self.num_features, self.center_columns = use_cot, num_features, center_columns
+        self.use_cot, self.num_features, self.center_columns, self.compare = use_cot, num_features, center_columns, compare
         if not 0 <= center_columns <= columns or center_columns and use_cot:
             raise ValueError(f"center_columns {center_columns}: expected 0 .. {columns}, above 0 for the MLP head (use_cot=False) only")
+        if compare and not center_columns:
+            raise ValueError("compare needs center_columns above 0: what is compared is the middle of the window")
         if use_cot:
             self.head = LatentReasoningHead(width, self.encoder_model.config["num_heads"], num_classes, num_reasoning_tokens, dropout=0.2)
         else:
-            joined = width * max(1, center_columns)
-            self.head = nn.Sequential(nn.LayerNorm(joined), nn.Linear(joined, hidden_dim), nn.GELU(), nn.Dropout(dropout_rate),
+            joined, norm = width * max(1, center_columns), nn.Identity if compare else nn.LayerNorm
+            self.head = nn.Sequential(norm(joined), nn.Linear(joined, hidden_dim), nn.GELU(), nn.Dropout(dropout_rate),
                                       *(ResidualMLPBlock(hidden_dim, dropout_rate) for _ in range(num_res_blocks)),
-                                      nn.LayerNorm(hidden_dim), nn.Linear(hidden_dim, num_classes))
+                                      norm(hidden_dim), nn.Linear(hidden_dim, num_classes))
             init_weights(self.head)
         self.input_dropout = nn.Dropout(input_dropout)
         if num_features:
@@ -127,20 +131,27 @@ class TF_MAE_Classifier(nn.Module):
         patches = self.encoder_model.real_patches(real)
         return self.encoder_model.forward_encoder(imgs, signal, patches)[:, 1:], patches
 
-    def forward(self, x, real=None, features=None):
-        """x as in `forward_features`, features (B, num_features) -> logits (B, num_classes)."""
+    def middle(self, x, real=None):
+        """Tokens of the center_columns in the middle of the window, joined: (B, center_columns * D)."""
+        columns = self.forward_features(x, real)[0].unflatten(1, self.encoder_model.grid_size).mean(1)  # (B, W, D)
+        first = (columns.shape[1] - self.center_columns) // 2
+        return columns[:, first:first + self.center_columns].flatten(1)
+
+    def forward(self, x, real=None, features=None, usual=None):
+        """x as in `forward_features`, features (B, num_features), usual (B, center_columns * D) -> logits (B, num_classes)."""
         given = 0 if features is None else features.shape[1]
         if given != self.num_features:
             raise ValueError(f"features holds {given} numbers for each record, the model was built for {self.num_features}")
-        tokens, patches = self.forward_features(x, real)
-        if self.use_cot:
+        if self.compare != (usual is not None):
+            raise ValueError(f"usual is {'missing' if self.compare else 'given'}, the model was built with compare={self.compare}")
+        if self.center_columns:
+            tokens = self.middle(x, real)
+            logits = self.head(self.input_dropout(tokens - usual if self.compare else tokens))
+        elif self.use_cot:
+            tokens, patches = self.forward_features(x, real)
             logits = self.head(self.input_dropout(tokens), patches)
-        elif self.center_columns:
-            columns = tokens.unflatten(1, self.encoder_model.grid_size).mean(1)                 # (B, W, D)
-            first = (columns.shape[1] - self.center_columns) // 2
-            logits = self.head(self.input_dropout(columns[:, first:first + self.center_columns].flatten(1)))
         else:
-            logits = self.head(self.input_dropout(masked_mean(tokens, patches)))
+            logits = self.head(self.input_dropout(masked_mean(*self.forward_features(x, real))))
         return logits if features is None else logits + self.feature_head(features.to(logits.dtype))
 
     @torch.no_grad()

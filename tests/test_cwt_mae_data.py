@@ -10,7 +10,7 @@ import torch
 
 from common.errors import UserError
 from cwt_mae.dataset import PhysioSignalDataset, Preprocess, build_store, read_records
-from cwt_mae.dataset_finetune import DS1, DownstreamClassificationDataset, beat_features, fold_of, load_task, split_parts
+from cwt_mae.dataset_finetune import DS1, DownstreamClassificationDataset, fold_of, load_task, rhythm_features, split_parts, usual_of
 from cwt_mae.train import bridge
 
 FS = 200
@@ -219,17 +219,23 @@ def test_wfdb_and_npz_forms_of_mit_bih_give_the_same_beats(tmp_path, prepare, da
     assert np.corrcoef(a, b)[0, 1] > 0.98
 
 
-def test_beat_features_do_not_change_with_gain_offset_or_labels(tmp_path, prepare):
+def test_a_beat_comes_with_the_rhythm_around_it_and_what_is_usual_in_its_record(tmp_path, prepare):
     beats_npz(tmp_path / "a.npz", symbols="NNNNV")
     store = store_of(tmp_path, prepare, tmp_path / "a.npz")
     task = load_task(store, "beat", 100)
-    signal, beats = store.signal(0), store.events[1:]
-    centres = np.round(beats["seconds"] * 100).astype(int)
-    features = beat_features(signal, centres, beats["seconds"], 100.0, 100)
-    assert np.allclose(features, task.features, atol=1e-6)
-    assert np.allclose(features, beat_features(7 * signal + 3, centres, beats["seconds"], 100.0, 100), atol=1e-3)
-    odd = task.items["label"] == 2
-    assert features[odd, 13].mean() < 0.5 < 0.9 < features[~odd, 13].mean()  # likeness to the median QRS tells them apart
+    seconds = store.events[1:]["seconds"]
+    assert np.array_equal(task.features, rhythm_features(seconds)) and task.features.shape == (len(task.items), 11)
+    early = seconds.copy()
+    early[20] -= 0.4
+    assert rhythm_features(early)[20, 0] < -0.4 < rhythm_features(seconds)[20, 0]
+    dataset = DownstreamClassificationDataset(store, task, 100)
+    dataset.usual = usual_of(lambda x, real: x, store, task, 100)
+    usual = dataset[0]["usual"].numpy()
+    assert list(dataset.usual) == [0] and usual.shape == (100,) and usual.argmax() == 50
+    close = np.array([np.corrcoef(dataset[i]["x"], usual)[0, 1] for i in range(5, 15)])
+    odd = task.items["label"][5:15] == 2
+    assert close[odd].max() < 0.3 < 0.8 < close[~odd].min()  # the rare shape is not the usual one
+    assert np.corrcoef(usual_of(lambda x, real: x, store, task, 100, at_most=20)[0], usual)[0, 1] > 0.95
 
 
 def test_a_beat_stays_in_the_middle_of_its_window_at_the_ends_of_a_record(tmp_path, prepare):
