@@ -2,11 +2,14 @@
 
 import importlib.util
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import InternVLConfig, InternVLForConditionalGeneration, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from common.errors import UserError
 from common.weights import read_weights
@@ -14,13 +17,17 @@ from flmm.build import FAMILIES
 from flmm.conversation import Grounder, KeywordSelector, answer_then_ground, noun_phrases, runs
 from flmm.data.samples import SampleBuilder, caption_of_phrases
 from flmm.data.scenes import make_scene
+from flmm.data.transforms import LlavaImageProcessor
 from flmm.draw import colours, overlay
 from flmm.models.flmm import FLMM, extract
+from flmm.models.frozen_base import FrozenBase
+from flmm.models.frozen_qwen import FrozenQwen
 from flmm.models.mask_head.mask_refiner import SAMImageEncoder, load_sam, original_keys, sam_from_original
-from flmm.models.tiny import save_base, tiny_model, tiny_sam, tiny_tokenizer
+from flmm.models.tiny import TEXT, save_base, tiny_model, tiny_sam, tiny_tokenizer
 from flmm.scripts.deepspeed2torch_state_dict import main as deepspeed2torch
 from flmm.scripts.visual_cot.visual_cot import chain_of_thought, tokens_in_box, visual_cot_resample
 
+ROOT = Path(__file__).resolve().parents[1]
 ALL = ["llava", "llava_next", "deepseek_vl", "qwen"]
 SMALL = {"base_channels": 4, "upsample_input": 16}
 
@@ -476,3 +483,44 @@ def test_a_base_in_four_bits_reads_nearly_alike_or_names_the_missing_package(tok
     [a], [b] = plain(scene_samples(plain, 1)), small(scene_samples(small, 1))
     assert type(small.model.model.language_model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"
     assert 0 < (a["mask_attentions"] - b["mask_attentions"]).abs().max() < 0.02
+
+
+def readme_bases():
+    """The classes of the README's section "A new base", executed as they stand there."""
+    section = (ROOT / "flmm/README.md").read_text().split("## A new base")[1].split("\n## ")[0]
+    space = {"FrozenBase": FrozenBase, "FrozenQwen": FrozenQwen, "LlavaImageProcessor": LlavaImageProcessor, "torch": torch}
+    for block in re.findall(r"```python\n(.*?)```", section, re.DOTALL):
+        exec(block, space)
+    return space["FrozenQwen2"], space["FrozenInternVL"]
+
+
+@pytest.mark.parametrize("name", ["qwen2", "internvl"])
+def test_the_new_bases_of_the_readme_read_rows_and_answer(name):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<IMG_CONTEXT>"]})
+    text = {**TEXT, "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "vocab_size": len(tokenizer)}
+    token, qwen2, internvl = tokenizer.convert_tokens_to_ids, *readme_bases()
+    if name == "qwen2":
+        kind, grid = qwen2, (12, 16)
+        text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
+        model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(
+            text_config=text, image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
+            vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"),
+            vision_config=dict(depth=2, embed_dim=32, hidden_size=128, mlp_ratio=2, num_heads=4, patch_size=4)))  # fmt: skip
+        preprocessing = {"min_pixels": 1024, "max_pixels": 16384}
+    else:
+        kind, grid = internvl, (16, 16)
+        model = InternVLForConditionalGeneration(InternVLConfig(
+            text_config={"model_type": "qwen2", **text}, image_token_id=token("<IMG_CONTEXT>"),
+            vision_config=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)))  # fmt: skip
+        preprocessing = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    image, found = Image.new("RGB", (128, 96), "red"), []
+    for attention in ("rows", "eager"):
+        base = kind(model, tokenizer, kind.make_processor(model.config, preprocessing), attention=attention)
+        builder = SampleBuilder.of(base)
+        samples = [builder({"image": image, "pieces": caption_of_phrases(p)}) for p in (["red circle", "sky"], ["a cross"])]
+        found.append(base(samples))
+    for a, b in zip(*found):
+        assert a["mask_attentions"].shape[1:] == (12, *grid)
+        torch.testing.assert_close(a["mask_attentions"], b["mask_attentions"], atol=1e-6, rtol=0)
+    assert len(base.generate(samples[0], 3)) <= 3
