@@ -110,6 +110,8 @@ def draw_evidence(path, vision_x, maps, rows, title: str):
     slices = np.linspace(low, high, 6)
     figure, axes = new_figure(len(rows), 6, 1.6, 1.9, squeeze=False)
     background = vision_x[0].numpy()
+    for axis, k in zip(axes[0], slices.astype(int)):
+        axis.text(0.02, 0.98, f"slice {k + 1}", color="white", fontsize=7, va="top", transform=axis.transAxes)
     for line, (finding, text) in zip(axes, rows):
         field = maps[FINDINGS.index(finding)]
         full = F.interpolate(field[None, None], size=vision_x.shape[1:], mode="nearest")[0, 0].numpy()
@@ -118,7 +120,6 @@ def draw_evidence(path, vision_x, maps, rows, title: str):
             if finding != "no finding":
                 axis.imshow(full[:, :, k], cmap="inferno", alpha=0.55 * full[:, :, k] / max(full.max(), 1e-9), vmin=0, vmax=full.max())
             axis.set_axis_off()
-            axis.set_title(f"slice {k + 1}", fontsize=7)
-        line[0].text(0, -0.12, text, transform=line[0].transAxes, fontsize=8).set_in_layout(False)
+        line[0].set_title(text, loc="left", fontsize=8)
     figure.suptitle(textwrap.fill(title, 130), fontsize=8)
     return save_figure(figure, path)

@@ -120,7 +120,8 @@ def main(args):
             findings += rows
             if drawn < args.evidence:
                 drawn += 1
-                shown = [(row[1], f"{row[1]}: p {float(row[2]):.2f}, {row[5]} {row[6]}") for row in rows[:-1] if row[4]]
+                shown = [(row[1], ", ".join(filter(None, (f"{row[1]}: p {float(row[2]):.2f}", f"{row[5]} {row[6]}".strip()))))
+                         for row in rows[:-1] if row[4]]
                 draw_evidence(out / "evidence" / f"{name}.png", batch["vision_x"][i, 0], made["maps"][i], shown,
                               f"{name}: {made['reports'][i][:400]}")
 
