@@ -5,8 +5,8 @@
     python em_mllm/fewshot.py --embed embeddings.h5 --test data/em_mllm/test/modulation.h5 --signal-encoder-path
     runs/em_mllm/pretrain/encoder
 
-probe: logistic regression on [cls, mean, spread] of the frozen encoder's normalised output; its strength of regularisation is chosen by
-cross-validation inside the shots. finetune: the whole encoder. Every draw takes other shots and, for the random encoder, other weights.
+probe: ridge regression on [cls, mean, spread] of the frozen encoder's normalised output, its strength chosen by leave-one-out error inside
+the shots. finetune: the whole encoder. Every draw takes other shots and, for the random encoder, other weights.
 """
 
 import argparse
@@ -20,8 +20,7 @@ import h5py
 import numpy as np
 import torch
 from accelerate import Accelerator
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV, StratifiedKFold
+from sklearn.linear_model import RidgeClassifierCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch.utils.data import DataLoader, Subset
@@ -83,12 +82,9 @@ def embed(encoder, data, device, batch_size=64) -> np.ndarray:
     return torch.cat(out).numpy()
 
 
-def probe(x, y, test_x, shots):
-    """Logistic regression; with 5 or more shots its C is chosen by cross-validation inside them."""
-    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=300))
-    if shots >= 5:
-        model = GridSearchCV(model, {"logisticregression__C": [0.01, 0.1, 1.0]}, cv=StratifiedKFold(3, shuffle=True, random_state=0))
-    return model.fit(x, y).predict(test_x)
+def probe(x, y, test_x):
+    """Ridge regression to the classes; its strength is chosen by leave-one-out error inside the shots."""
+    return make_pipeline(StandardScaler(), RidgeClassifierCV(np.logspace(0, 4, 9))).fit(x, y).predict(test_x)
 
 
 def fit(encoder_path, random_seed, data, rows, classes, steps, lr, device, batch_size=32):
@@ -98,6 +94,7 @@ def fit(encoder_path, random_seed, data, rows, classes, steps, lr, device, batch
     model = SiTMAEForClassification(read_config(encoder_path, attention_type="sdpa", num_labels=classes))
     if random_seed is None:
         load_encoder(model, encoder_path, quiet=True)
+    torch.nn.init.zeros_(model.classifier.weight)  # as finetune.py
     model.to(device).train()
     collate, rng = SignalCollator(model.config), np.random.default_rng(random_seed or 0)
     optimizers = make_optimizers(model, "muon", lr, 0.05)
@@ -161,7 +158,7 @@ def main(args):
             for kind in ("pre-trained", "random"):
                 if "probe" in args.methods:
                     x, test_x = features[kind, 0 if kind == "pre-trained" else draw]
-                    answers[f"probe, {kind}"] = probe(x[rows], label[rows], test_x, k)
+                    answers[f"probe, {kind}"] = probe(x[rows], label[rows], test_x)
                 if "finetune" in args.methods:
                     tuned = fit(
                         args.signal_encoder_path,

@@ -34,7 +34,7 @@ from em_mllm.optim import lr_at, make_optimizers, set_lr
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--train", type=Path, nargs="+", required=True, help=".h5 files with label (files with different classes need one run each)"
+        "--train", type=Path, nargs="+", required=True, help=".h5 files with label; their classes are joined by name"
     )
     parser.add_argument("--test", type=Path, nargs="+", required=True, help=".h5 files to measure on, once, at the end")
     parser.add_argument("--signal-encoder-path", type=Path, required=True, help="encoder folder or weight file")
@@ -63,6 +63,25 @@ def parse_args():
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--overwrite", action="store_true")
     return parser.parse_args()
+
+
+def join_classes(train, test) -> list[str]:
+    """Names of all classes of the training files; the labels of both data sets are renumbered to this list.
+
+    A file without class names counts its labels as the first training file does.
+    """
+    first = train.files[0].classes or [str(i) for i in range(int(train.columns["label"].max()) + 1)]
+    names = list(dict.fromkeys([*first, *(n for file in train.files for n in file.classes or ())]))
+    for data in (train, test):
+        for f, file in enumerate(data.files):
+            rows, own = data.owner == f, file.classes or first
+            label = data.columns["label"][rows].astype(int)
+            if label.max() >= len(own):
+                raise UserError(f"{file.path}: label {label.max()} is not among the {len(own)} classes {', '.join(own)}")
+            if unknown := [own[k] for k in np.unique(label) if own[k] not in names]:
+                raise UserError(f"{file.path}: class {unknown[0]} is not among the training classes {', '.join(names)}")
+            data.columns["label"][rows] = [names.index(own[k]) for k in label]
+    return names
 
 
 def split_labels(batch, scale, device=None):
@@ -103,11 +122,7 @@ def main(args):
     for path, data in ((args.train[0], train), (args.test[0], test)):
         if not np.isfinite(data.columns["label"]).all() or (data.columns["label"] < 0).any():
             raise UserError(f"{path}: label is missing or not a class number; write a dataset label (Num, 1) of 0, 1, 2, ...")
-    classes = train.files[0].classes or [str(i) for i in range(int(train.columns["label"].max()) + 1)]
-    if test.columns["label"].max() >= len(classes):
-        raise UserError(
-            f"{args.test[0]}: label {int(test.columns['label'].max())} is not among the {len(classes)} classes of {args.train[0]}"
-        )
+    classes = join_classes(train, test)
     scale = {name: float(np.nanmean(np.abs(train.columns[name]))) for name in regressions if np.isfinite(train.columns[name]).any()}
     if args.multitask and not scale:
         raise UserError(f"--multitask: {args.train[0]} has none of {', '.join(REGRESSION_TASKS)}")
@@ -115,6 +130,7 @@ def main(args):
     model = (SiTForMultiTask if scale else SiTMAEForClassification)(config)
     if not args.random_encoder:
         load_encoder(model, args.signal_encoder_path)
+    torch.nn.init.zeros_(model.classifier.weight)  # the un-normalised features are loud: start undecided rather than wrong
     model.sit.requires_grad_(not args.linear_probe)
     model.sit.layernorm.requires_grad_(False)  # the heads read the un-normalised output, as upstream
     if not config.use_fs:

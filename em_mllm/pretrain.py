@@ -75,6 +75,11 @@ def parse_args():
     model.add_argument("--patch", type=int, help="points per patch (default: the preset's; published: 8)")
     model.add_argument("--mask-ratio", type=float, help="share of the patches hidden (default 0.75)")
     model.add_argument("--norm-pix-loss", action=argparse.BooleanOptionalAction, default=None, help="standardise each target patch")
+    model.add_argument(
+        "--spectrum-weight",
+        type=float,
+        help="weight of a second target: the cls token predicts log spectra of the signal, its powers and its envelope (default 0: none)",
+    )
     optim = parser.add_argument_group("optimisation")
     optim.add_argument("--batch-size", type=int, default=32, help="rows per process (default 32)")
     optim.add_argument("--accum", type=int, default=1, help="batches per optimizer step (default 1)")
@@ -107,7 +112,12 @@ def h5_files(paths) -> list[Path]:
 
 
 def make_config(args) -> SiTMAEConfig:
-    own = dict(patch_size=args.patch and [args.patch, 1], mask_ratio=args.mask_ratio, norm_pix_loss=args.norm_pix_loss)
+    own = dict(
+        patch_size=args.patch and [args.patch, 1],
+        mask_ratio=args.mask_ratio,
+        norm_pix_loss=args.norm_pix_loss,
+        spectrum_weight=args.spectrum_weight,
+    )
     if args.config:
         return read_config(args.config, **own)
     try:
@@ -147,9 +157,10 @@ def simple_guesses(patches, sample_ids, mae_mask, special):
 
 @torch.no_grad()
 def measure(model, packed, batches=16, batch_size=8):
-    """Mean squared error of the hidden patches of `packed` by the model and by simple_guesses, and one batch to draw."""
+    """Mean squared errors on `packed` and one batch to draw: {"mse_hidden": of the hidden patches, by the model and by simple_guesses},
+    and with spectrum_weight {"mse_spectrum": of the log spectra, by the model and by the mean over these signals}."""
     model.eval()
-    config, sums, count, shown = model.config, {}, 0, None
+    config, sums, count, shown, spectra, missed = model.config, {}, 0, None, [], 0.0
     for batch in list(DataLoader(packed, batch_size))[:batches]:
         out = model(**{k: v.to(model.device) for k, v in batch.items()})
         mask, logits = out.mae_mask.cpu(), out.logits.float().cpu()
@@ -162,7 +173,14 @@ def measure(model, packed, batches=16, batch_size=8):
             sums[name] = sums.get(name, 0.0) + float((e * mask).sum())
         count += float(mask.sum())
         shown = shown or (patches, logits, mask, ids)
-    return {name: value / max(count, 1) for name, value in sums.items()}, shown
+        if config.spectrum_weight:
+            spectra.append(batch["spectrum"][(batch["patch_positions"] == 0) & (ids >= 0)])
+            missed += float(out.spectrum_loss) * len(spectra[-1])
+    metrics = {"mse_hidden": {name: value / max(count, 1) for name, value in sums.items()}}
+    if spectra:
+        true = torch.cat(spectra)
+        metrics["mse_spectrum"] = {"mean of these signals": float(true.var(0, unbiased=False).mean()), "model": missed / len(true)}
+    return metrics, shown
 
 
 def draw(shown, config, path, signals=4):
@@ -239,9 +257,11 @@ def main(args):
         for batch in accelerator.skip_first_batches(loader, state["batch"]):
             with accelerator.accumulate(model):
                 result = model(**batch)
-                hidden = result.mae_mask.sum()
-                share = hidden * accelerator.num_processes / accelerator.reduce(hidden, "sum")  # rows differ in how much they hide
-                loss = result.loss * share
+                counts = torch.stack([result.mae_mask.sum(), (batch["sample_ids_seq"].amax(1) + 1).sum().float()])
+                share = counts * accelerator.num_processes / accelerator.reduce(counts, "sum")  # rows differ in hidden patches and signals
+                loss = result.hidden_loss * share[0]
+                if config.spectrum_weight:
+                    loss = loss + config.spectrum_weight * result.spectrum_loss * share[1]
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.clip)
@@ -274,9 +294,11 @@ def main(args):
             model.save_pretrained(folder)
         metrics = {"step": state["step"], "packing_efficiency": packed.efficiency}
         if val is not None:
-            metrics["mse_hidden"], shown = measure(model, val)
+            errors, shown = measure(model, val)
+            metrics |= errors
             draw(shown, config, out / "figures" / "reconstruction.png")
-            print("mean squared error of hidden patches: " + ", ".join(f"{k} {v:.5f}" for k, v in metrics["mse_hidden"].items()))
+            for name, values in errors.items():
+                print(f"{name}: " + ", ".join(f"{k} {v:.5f}" for k, v in values.items()))
         atomic_write(out / "metrics.json", json.dumps(metrics, indent=1))
         print(f"encoder in {out / 'encoder'}")
     accelerator.wait_for_everyone()

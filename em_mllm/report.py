@@ -1,5 +1,4 @@
-"""Rows of the closing table from the metrics that the runs of run_builtin.sh left.   python em_mllm/report.py builtin|real --runs
-runs/em_mllm"""
+"""Rows of the closing table from the metrics that run_builtin.sh left:   python em_mllm/report.py builtin|real --runs runs/em_mllm"""
 
 import argparse
 import json
@@ -8,14 +7,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
 
+import numpy as np
+
 from common.errors import UserError, run
 from common.summary import write_result
+from em_mllm.test import wilson
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("study", choices=("builtin", "real"))
-    parser.add_argument("--runs", type=Path, required=True, help="the folder that holds joint/, cnn/, ... or rtl433/, rtl433_joint/")
+    parser.add_argument("--runs", type=Path, required=True, help="the folder that holds seed-0/, seed-1/, ... or rtl433/, rtl433_joint/")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="builtin: the seeds to average over (default 0)")
     parser.add_argument("--smoke", action="store_true", help="say that the numbers mean nothing")
     return parser.parse_args()
 
@@ -26,70 +29,84 @@ def read(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
-def builtin(runs: Path, note: str):
-    joint, control, cnn = (
-        read(runs / "joint/test/metrics.json"),
-        read(runs / "joint_random/test/metrics.json"),
-        read(runs / "cnn/metrics.json"),
-    )
-    mae, few = read(runs / "pretrain/metrics.json")["mse_hidden"], read(runs / "fewshot/metrics.json")
+def mean(runs: list, *keys) -> float:
+    """Mean over the runs of metrics[key][key]..."""
+    for key in keys:
+        runs = [r[key] for r in runs]
+    return float(np.mean(runs))
+
+
+def builtin(runs: Path, seeds: list[int], note: str):
+    first = runs / f"seed-{seeds[0]}"
+    names = ("joint/test", "joint_random/test", "finetune", "finetune_random", "cnn", "pretrain", "fewshot")
+    joint, control, tuned, tuned_random, cnn, mae, few = ([read(runs / f"seed-{s}" / n / "metrics.json") for s in seeds] for n in names)
     pictures = [
-        (runs / "joint/test/figures/accuracy_snr.png", "four-choice accuracy against SNR"),
-        (runs / "joint/test/figures/confusion.png", "chosen option for each class"),
+        (first / "joint/test/figures/accuracy_snr.png", "four-choice accuracy against SNR"),
+        (first / "joint/test/figures/confusion.png", "chosen option for each class"),
     ]
-    for key, title, interval in (
-        ("accuracy_high_snr", "four-choice questions, SNR >= 10 dB", "high_snr_interval"),
-        ("accuracy", "four-choice questions, all SNR", "interval"),
+    for key, count, title in (
+        ("accuracy_high_snr", "high_snr_count", "four-choice questions, SNR >= 10 dB"),
+        ("accuracy", "four_choice", "four-choice questions, all SNR"),
     ):
+        total = sum(m[count] for m in joint)
         write_result(
             runs,
             title,
             "accuracy",
-            joint[key],
+            mean(joint, key),
             {
-                "chance": joint["chance"],
-                "wrong signal": joint["wrong_signal"][key],
-                "random encoder, same joint training": control[key],
-                "CNN on the same IQ": cnn["four_choice"][key],
+                "chance": mean(joint, "chance"),
+                "wrong signal": mean(joint, "wrong_signal", key),
+                "no pre-training": mean(control, key),
+                "CNN on the same IQ": mean(cnn, "four_choice", key),
             },
-            joint[interval],
+            wilson(round(sum(m[key] * m[count] for m in joint)), total),
             pictures if key == "accuracy_high_snr" else [],
-            f"{joint['four_choice']} questions on signals of another seed{note}",
-            {"by_likelihood": joint["accuracy_by_likelihood"], "by_task": joint["by_task"], "by_snr": joint["by_snr"]},
+            f"{total} questions on signals of another seed{note}",
+            {"seeds": {s: m[key] for s, m in zip(seeds, joint)}, "by_likelihood": mean(joint, "accuracy_by_likelihood")},
         )
     write_result(
         runs,
         "valid letters in generated answers",
         "share",
-        joint["valid_letters"],
-        {"random encoder, same joint training": control["valid_letters"]},
+        mean(joint, "valid_letters"),
+        {"no pre-training": mean(control, "valid_letters")},
     )
     write_result(
         runs,
         "open questions",
         "exact match",
-        joint["open"]["exact"],
-        {"random encoder, same joint training": control["open"]["exact"]},
-        note=f"ROUGE-L {joint['open']['rougeL']:.3f}, BLEU {joint['open']['bleu']:.3f}{note}",
+        mean(joint, "open", "exact"),
+        {"no pre-training": mean(control, "open", "exact")},
+        note=f"ROUGE-L {mean(joint, 'open', 'rougeL'):.3f}, BLEU {mean(joint, 'open', 'bleu'):.3f}{note}",
     )
     write_result(
         runs,
-        "MAE reconstruction of hidden patches",
-        "MSE, lower is better",
-        mae["model"],
-        {k: v for k, v in mae.items() if k != "model"},
-        figures=[(runs / "pretrain/figures/reconstruction.png", "true, seen and reconstructed I")],
-    )
-    shots, curve = list(few["curves"]["probe, pre-trained"].items())[-1]
-    write_result(
-        runs,
-        f"linear probe, {shots} labels per class",
+        "class from the encoder alone, 23 classes",
         "accuracy",
-        curve["accuracy"],
-        {"chance": few["chance"], "random encoder": few["curves"]["probe, random"][shots]["accuracy"]},
-        figures=[(runs / "fewshot/figures/fewshot.png", "accuracy against labels per class")],
-        note=f"15 modulations, all SNR{note}",
+        mean(tuned, "accuracy"),
+        {"chance": mean(tuned, "chance"), "no pre-training": mean(tuned_random, "accuracy")},
+        note=f"validation signals{note}",
     )
+    write_result(
+        runs,
+        "log spectra from half of the patches",
+        "MSE, lower is better",
+        mean(mae, "mse_spectrum", "model"),
+        {"mean spectrum": mean(mae, "mse_spectrum", "mean of these signals")},
+        figures=[(first / "pretrain/figures/reconstruction.png", "true, seen and reconstructed I")],
+    )
+    curves = [m["curves"] for m in few]
+    for shots in list(curves[0]["probe, pre-trained"])[1:]:
+        write_result(
+            runs,
+            f"linear probe, {shots} labels per class",
+            "accuracy",
+            mean(curves, "probe, pre-trained", shots, "accuracy"),
+            {"chance": few[0]["chance"], "random encoder": mean(curves, "probe, random", shots, "accuracy")},
+            figures=[(first / "fewshot/figures/fewshot.png", "accuracy against labels per class")],
+            note=f"15 modulations, all SNR{note}",
+        )
 
 
 def real(runs: Path, note: str):
@@ -130,7 +147,7 @@ def real(runs: Path, note: str):
             "chance": 0.25,
         },
     )
-    for condition in ("clean", "0dB"):
+    for condition in ("clean", "0dB", "-10dB"):
         answers = read(runs / f"rtl433_joint/test_{condition}/metrics.json")
         write_result(
             runs,
@@ -145,8 +162,10 @@ def real(runs: Path, note: str):
 
 
 def main(args):
-    note = "; smoke run, the numbers mean nothing" if args.smoke else "; one seed"
-    (builtin if args.study == "builtin" else real)(args.runs, note)
+    if args.study == "builtin":
+        builtin(args.runs, args.seeds, "; smoke run, the numbers mean nothing" if args.smoke else f"; seeds {args.seeds}")
+    else:
+        real(args.runs, "; smoke run, the numbers mean nothing" if args.smoke else "; one seed")
     print(f"results in {args.runs / 'results'}")
 
 

@@ -24,7 +24,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch.utils.data import Subset
 
-from common.checkpoint import atomic_write
+from common.checkpoint import atomic_dir, atomic_write
 from common.errors import run
 from common.figures import new_figure, save_figure
 from common.run import open_run, seed_everything
@@ -111,7 +111,7 @@ def unseen_devices(args, train, names, device, draws=10) -> dict:
                 rng = np.random.default_rng((args.seed, draw))
                 chosen = np.concatenate([rng.choice(np.unique(group[target == c]), shots, replace=False) for c in np.unique(target)])
                 learn = np.isin(group, chosen)
-                hits.append(np.mean(probe(x[learn], target[learn], x[~learn], 1) == target[~learn]))
+                hits.append(np.mean(probe(x[learn], target[learn], x[~learn]) == target[~learn]))
             out[f"{name}, {shots} captures"] = float(np.mean(hits))
     return out
 
@@ -133,6 +133,9 @@ def main(args):
         for kind, start in (("pre-trained", None), ("random start", seed + 1)):
             model = fit(args.signal_encoder_path, start, train, everything, len(names), args.steps, 1e-3, device)
             answers[f"encoder, {kind}"] = lambda data, model=model: classify(model, data)
+            if kind == "pre-trained" and seed == args.seed:  # for the joint training
+                with atomic_dir(out / "encoder") as folder:
+                    model.sit.save_pretrained(folder)
         for name, answer in answers.items():
             conditions.setdefault(name, []).append(by_condition(answer, args.data))
             print(f"seed {seed}, {name}: " + ", ".join(f"{k} {v:.3f}" for k, v in conditions[name][-1].items()))

@@ -1,67 +1,90 @@
 #!/usr/bin/env bash
-# Built-in study: data, pre-training, tiny LLM, joint training, its controls and the tests; about 9 minutes on one core (SMOKE=1: one minute).
-# With DATA_ROOT: the study on the real rtl_433 captures of its folder rf/ instead. One seed: SEED=1 bash em_mllm/run_builtin.sh for others.
+# Built-in study: data, pre-training without labels, class labels, tiny LLM, joint training, controls, tests; about 8 minutes on one core a
+# seed (SMOKE=1: one minute). Three seeds side by side where it has three cores or more to itself, seed 0 where run_all.sh shares the machine;
+# SEEDS="3 4" bash em_mllm/run_builtin.sh runs others. With DATA_ROOT: the study on the real rtl_433 captures of its folder rf/ instead.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common/env.sh"
-HERE=$ROOT/em_mllm BASE=$ROOT/data/em_mllm RUN=$RUNS/em_mllm SEED=${SEED:-0}
+HERE=$ROOT/em_mllm BASE=$ROOT/data/em_mllm RUN=$RUNS/em_mllm
 if [ -n "${SMOKE:-}" ]; then
-  BASE=$BASE/smoke SIZE="--train 40 --val 5 --test 5" MAE=8 WARM=20 ALIGN=8 JOINT=6 CNN=10 SHOTS="1 5" STUDY=4 COPIES=2
+  BASE=$BASE/smoke SIZE="--train 40 --val 5 --test 5" MAE=8 LABELS=8 WARM=20 ALIGN=6 JOINT=6 CNN=10 SHOTS="1 5" STUDY=4 COPIES=2
 else
-  SIZE="" MAE=300 WARM=800 ALIGN=800 JOINT=250 CNN=350 SHOTS="1 5 10 50 100" STUDY=400 COPIES=30
+  SIZE="" MAE=300 LABELS=800 WARM=700 ALIGN=150 JOINT=150 CNN=300 SHOTS="1 5 10 50 100" STUDY=400 COPIES=30
 fi
-encoder=(--preset tiny --optimizer muon --lr 2e-3 --norm-pix-loss --mask-ratio 0.5 --batch-size 32 --log-every 100)
+encoder=(--preset tiny --optimizer muon --lr 2e-3 --mask-ratio 0.5 --spectrum-weight 0.1 --batch-size 32 --log-every 100 --overwrite)
 joint=(--signal-tokens 8 --optimizer muon --weight-decay 0.05 --warmup 0.03 --schedule cosine --batch-size 32 --questions-per-signal 2
-       --log-every 100)
-# Joint training in two runs: first the encoder and projector learn to speak to the frozen LLM, then everything learns together.
-# join NAME STEPS_FIRST STEPS_THEN arguments...
-join() {
-  local name=$1 first=$2 then=$3; shift 3
-  launch "$HERE/train.py" "$@" "${joint[@]}" --seed "$SEED" --overwrite --freeze-llm --lr 2e-3 --max-steps "$first" --output-dir "$RUN/${name}_align"
-  launch "$HERE/train.py" "$@" "${joint[@]}" --seed "$SEED" --overwrite --trained-dir "$RUN/${name}_align/model" --lr 5e-4 --max-steps "$then" --output-dir "$RUN/$name"
-}
+       --log-every 50 --overwrite)
 step() { echo; echo "== $* (${SECONDS} s)"; }
+# join OUT SEED ENCODER LLM arguments...: first the projector alone learns to speak to the LLM, then encoder, projector and LLM learn together
+join() {
+  local out=$1 seed=$2 arguments=("${joint[@]}" --seed "$2" --signal-encoder-path "$3" --llm-model-path "$4" "${@:5}")
+  launch "$HERE/train.py" "${arguments[@]}" --freeze-llm --freeze-signal-encoder --lr 3e-3 --max-steps $ALIGN --output-dir "${out}_align"
+  launch "$HERE/train.py" "${arguments[@]}" --trained-dir "${out}_align/model" --lr 3e-4 --max-steps $JOINT --output-dir "$out"
+}
 
-if [ ! -d "${DATA_ROOT:-/nowhere}/rf" ]; then
-  step "data"
-  "$PYTHON" "$HERE/make_data.py" --out "$BASE/data" --seed "$SEED" --overwrite $SIZE
-  step "MAE pre-training of the encoder"
-  launch "$HERE/pretrain.py" --data "$BASE/data/train" --val "$BASE/data/val" --out "$RUN/pretrain" --max-steps $MAE --seed "$SEED" --overwrite "${encoder[@]}"
-  step "a tiny language model, on text alone"
-  "$PYTHON" "$HERE/make_llm.py" --out "$BASE/llm" --steps $WARM --seed "$SEED" --overwrite
-  common=(--task-dir "$BASE/data/train" --val-dir "$BASE/data/val" --signal-encoder-path "$RUN/pretrain/encoder" --llm-model-path "$BASE/llm")
-  step "joint training"
-  join joint $ALIGN $JOINT "${common[@]}"
-  step "test, with the wrong-signal control"
-  launch "$HERE/test.py" --model "$RUN/joint/model" --task-dir "$BASE/data/test" --calibrate-dir "$BASE/data/val" --wrong-signal --out "$RUN/joint/test"
-  step "control: the same joint training from a random encoder"
-  join joint_random $ALIGN $JOINT "${common[@]}" --random-encoder
-  launch "$HERE/test.py" --model "$RUN/joint_random/model" --task-dir "$BASE/data/test" --out "$RUN/joint_random/test"
-  step "control: a CNN on the same IQ"
-  launch "$HERE/baseline.py" --train "$BASE/data/train" --test "$BASE/data/test" --steps $CNN --seed "$SEED" --out "$RUN/cnn" --overwrite
-  step "few labels, with and without pre-training"
-  launch "$HERE/fewshot.py" --train "$BASE/data/train/modulation.h5" --test "$BASE/data/test/modulation.h5" --signal-encoder-path "$RUN/pretrain/encoder" \
-    --shots $SHOTS --draws 2 --methods probe --seed "$SEED" --out "$RUN/fewshot" --overwrite
-  "$PYTHON" "$HERE/report.py" builtin --runs "$RUN" ${SMOKE:+--smoke}
-else
-  RF=$DATA_ROOT/rf
+# builtin SEED: everything on the built-in data of one seed
+builtin() {
+  local seed=$1 base=$BASE/seed-$1 run=$RUN/seed-$1
+  local data=$base/data questions=(--task-dir "$base/data/train" --val-dir "$base/data/val")
+  step "seed $seed: data"
+  "$PYTHON" "$HERE/make_data.py" --out "$data" --seed $((100 + seed)) --overwrite $SIZE
+  local labels=(--train "$data"/train/*.h5 --test "$data"/val/*.h5 --signal-encoder-path "$run/pretrain/encoder" --optimizer muon --lr 2e-3
+                --steps $LABELS --log-every 100 --seed "$seed" --overwrite)
+  step "seed $seed: pre-training of the encoder, without labels"
+  launch "$HERE/pretrain.py" --data "$data/train" --val "$data/val" --out "$run/pretrain" --max-steps $MAE --seed "$seed" "${encoder[@]}"
+  step "seed $seed: the encoder learns the classes; measured on validation data"
+  launch "$HERE/finetune.py" "${labels[@]}" --out "$run/finetune"
+  step "seed $seed: a tiny language model, on text alone"
+  "$PYTHON" "$HERE/make_llm.py" --out "$base/llm" --steps $WARM --seed "$seed" --overwrite
+  step "seed $seed: joint training"
+  join "$run/joint" "$seed" "$run/finetune/model" "$base/llm" "${questions[@]}"
+  step "seed $seed: test, with the wrong-signal control"
+  launch "$HERE/test.py" --model "$run/joint/model" --task-dir "$data/test" --calibrate-dir "$data/val" --wrong-signal --out "$run/joint/test"
+  step "seed $seed: control, the same without pre-training"
+  launch "$HERE/finetune.py" "${labels[@]}" --random-encoder --out "$run/finetune_random"
+  join "$run/joint_random" "$seed" "$run/finetune_random/model" "$base/llm" "${questions[@]}"
+  launch "$HERE/test.py" --model "$run/joint_random/model" --task-dir "$data/test" --out "$run/joint_random/test"
+  step "seed $seed: control, a CNN on the same IQ"
+  launch "$HERE/baseline.py" --train "$data/train" --test "$data/test" --steps $CNN --seed "$seed" --out "$run/cnn" --overwrite
+  step "seed $seed: few labels, with and without pre-training"
+  launch "$HERE/fewshot.py" --train "$data/train/modulation.h5" --test "$data/test/modulation.h5" --signal-encoder-path "$run/pretrain/encoder" \
+    --shots $SHOTS --draws 2 --methods probe --seed "$seed" --out "$run/fewshot" --overwrite
+}
+
+# real: the rtl_433 captures of DATA_ROOT/rf, seed 0
+real() {
+  local rf=$DATA_ROOT/rf data=$BASE/rtl433 pairs condition
+  files() { pairs=(); for task in device coding keying; do pairs+=("$1/device.h5" "$1/$task.json"); done; }
   step "views of the captures"
-  rm -rf "$BASE/rtl433"
-  "$PYTHON" "$HERE/convert.py" rtl433 "$RF/rtl433_train.npz" "$RF/rtl433_test.npz" --out "$BASE/rtl433" --copies $COPIES --seed "$SEED"
-  step "MAE pre-training of the encoder on the training captures"
-  launch "$HERE/pretrain.py" --data "$BASE/rtl433/train" --val "$BASE/rtl433/val" --out "$RUN/rtl433_pretrain" --config "$HERE/rtl433_config.json" \
-    --max-steps $MAE --seed "$SEED" --overwrite "${encoder[@]}"
+  rm -rf "$data"
+  "$PYTHON" "$HERE/convert.py" rtl433 "$rf/rtl433_train.npz" "$rf/rtl433_test.npz" --out "$data" --copies $COPIES
+  step "pre-training of the encoder on the training captures, without labels"
+  launch "$HERE/pretrain.py" --data "$data/train" --val "$data/val" --out "$RUN/rtl433_pretrain" --config "$HERE/rtl433_config.json" \
+    --max-steps $MAE "${encoder[@]}"
   step "devices in noise, few captures, unseen devices"
-  launch "$HERE/rtl433.py" --captures "$RF/rtl433_train.npz" "$RF/rtl433_test.npz" --data "$BASE/rtl433" --signal-encoder-path "$RUN/rtl433_pretrain/encoder" \
-    --steps $STUDY --out "$RUN/rtl433" --seed "$SEED" --overwrite
+  launch "$HERE/rtl433.py" --captures "$rf/rtl433_train.npz" "$rf/rtl433_test.npz" --data "$data" \
+    --signal-encoder-path "$RUN/rtl433_pretrain/encoder" --steps $STUDY --out "$RUN/rtl433" --overwrite
   step "a tiny language model that knows the device names, on text alone"
-  "$PYTHON" "$HERE/make_llm.py" --out "$BASE/llm_rtl433" --tasks "$BASE/rtl433/tasks.json" --steps $WARM --seed "$SEED" --overwrite
+  "$PYTHON" "$HERE/make_llm.py" --out "$BASE/llm_rtl433" --tasks "$data/tasks.json" --steps $WARM --overwrite
   step "joint training on questions about device, coding and keying"
-  files() { for task in device coding keying; do pairs+=("$1/device.h5" "$1/$task.json"); done; }
-  pairs=(); files "$BASE/rtl433/train"
-  join rtl433_joint $STUDY $JOINT --task-files "${pairs[@]}" --signal-encoder-path "$RUN/rtl433_pretrain/encoder" --llm-model-path "$BASE/llm_rtl433"
-  for condition in clean 10dB 0dB -5dB -10dB clean_shift; do
-    pairs=(); files "$BASE/rtl433/test/$condition"
+  files "$data/train"
+  join "$RUN/rtl433_joint" 0 "$RUN/rtl433/encoder" "$BASE/llm_rtl433" --task-files "${pairs[@]}"
+  for condition in clean 20dB 10dB 5dB 0dB -5dB -10dB clean_shift; do
+    files "$data/test/$condition"
     launch "$HERE/test.py" --model "$RUN/rtl433_joint/model" --task-files "${pairs[@]}" --wrong-signal --out "$RUN/rtl433_joint/test_$condition"
   done
   "$PYTHON" "$HERE/report.py" real --runs "$RUN" ${SMOKE:+--smoke}
+}
+
+if [ -d "${DATA_ROOT:-/nowhere}/rf" ]; then
+  real
+  exit
 fi
+if [ "${OMP_NUM_THREADS:-1}" -ge 3 ] && [ -z "${SMOKE:-}" ]; then seeds=${SEEDS:-0 1 2}; else seeds=${SEEDS:-0}; fi
+if [ "${OMP_NUM_THREADS:-1}" -ge 3 ]; then              # small models gain more from one core each
+  jobs=()
+  for seed in $seeds; do (export OMP_NUM_THREADS=1; builtin "$seed") & jobs+=($!); done
+  for job in "${jobs[@]}"; do wait "$job"; done
+else
+  for seed in $seeds; do builtin "$seed"; done
+fi
+"$PYTHON" "$HERE/report.py" builtin --runs "$RUN" --seeds $seeds ${SMOKE:+--smoke}

@@ -3,6 +3,7 @@
 from transformers import PretrainedConfig
 
 REGRESSION_TASKS = ("pulse_width", "pulse_time_delay", "pri", "num_pulses", "isr")
+SPECTRUM_POWERS, SPECTRUM_BANDS = (1, 2, 4, "envelope"), 32  # of utils.log_spectra, the pre-training target beside the patches
 
 
 class SiTMAEConfig(PretrainedConfig):
@@ -16,6 +17,8 @@ class SiTMAEConfig(PretrainedConfig):
     position_init: "xavier" (upstream's) or "sincos" (as in the image MAE): how the trained position tables start. Neighbouring patches
     start
     alike with "sincos", which short training runs need.
+    spectrum_weight: what the prediction of log spectra (utils.log_spectra) from the cls token counts in pre-training beside the
+    reconstruction; 0, upstream's, leaves it and its head `decoder.spectrum_pred` out.
     label_weights: {task: weight} of SiTForMultiTask. Other keyword arguments are kept and not used.
     """
 
@@ -46,6 +49,7 @@ class SiTMAEConfig(PretrainedConfig):
         attention_type="eager",
         fs_unit="mhz",
         position_init="xavier",
+        spectrum_weight=0.0,
         label_weights=None,
         **kwargs,
     ):
@@ -63,7 +67,7 @@ class SiTMAEConfig(PretrainedConfig):
         self.max_seq_len = [max_seq_len, 1] if isinstance(max_seq_len, int) else list(max_seq_len)
         self.patch_size = [patch_size, 1] if isinstance(patch_size, int) else list(patch_size)
         self.num_channels, self.use_fs, self.fs_unit, self.attention_type = num_channels, use_fs, fs_unit, attention_type
-        self.position_init = position_init
+        self.position_init, self.spectrum_weight = position_init, spectrum_weight
         self.decoder_hidden_size, self.decoder_num_hidden_layers = decoder_hidden_size, decoder_num_hidden_layers
         self.decoder_num_attention_heads, self.decoder_intermediate_size = decoder_num_attention_heads, decoder_intermediate_size
         self.mask_ratio, self.norm_pix_loss, self.label_weights = mask_ratio, norm_pix_loss, label_weights

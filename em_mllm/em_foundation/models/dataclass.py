@@ -30,9 +30,14 @@ class SiTMAEDecoderOutput(ModelOutput):
 
 @dataclass
 class SiTMAEForPreTrainingOutput(ModelOutput):
-    """loss: mean squared error over hidden patches. attn_mask: the encoder's (B, Kmax, Kmax)."""
+    """loss: hidden_loss (mean squared error over hidden patches) + spectrum_weight * spectrum_loss, where there is one.
+
+    attn_mask: the encoder's (B, Kmax, Kmax).
+    """
 
     loss: torch.Tensor | None = None
+    hidden_loss: torch.Tensor | None = None
+    spectrum_loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     mae_mask: torch.Tensor | None = None
     ids_restore: torch.Tensor | None = None

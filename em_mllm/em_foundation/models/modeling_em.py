@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from em_mllm.em_foundation.models.block import SiTMAELayer, run_layers
-from em_mllm.em_foundation.models.configuration_em import REGRESSION_TASKS, SiTMAEConfig
+from em_mllm.em_foundation.models.configuration_em import REGRESSION_TASKS, SPECTRUM_BANDS, SPECTRUM_POWERS, SiTMAEConfig
 from em_mllm.em_foundation.models.dataclass import MultiTaskOutput, SiTMAEDecoderOutput, SiTMAEForPreTrainingOutput, SiTMAEModelOutput
 from em_mllm.em_foundation.models.embedder import SiTMAEEmbeddings, TimestepEmbedder, gen_attn_mask, mae_scores, sample_id_matrix
 
@@ -151,6 +151,8 @@ class SiTMAEDecoder(nn.Module):
         )
         self.decoder_norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
         self.decoder_pred = nn.Linear(size, config.patch_size[0] * config.num_channels)
+        if config.spectrum_weight:
+            self.spectrum_pred = nn.Linear(config.hidden_size, len(SPECTRUM_POWERS) * SPECTRUM_BANDS)
         self.gradient_checkpointing = False
 
     def forward(self, latent, ids_keep, patch_positions, sample_ids, output_attentions=False, output_hidden_states=False):
@@ -172,7 +174,11 @@ class SiTMAEDecoder(nn.Module):
 
 
 class SiTMAEForPreTraining(SiTMAEPreTrainedModel):
-    """Masked autoencoder: loss = mean squared error of the hidden patches (standardised per patch with norm_pix_loss)."""
+    """Masked autoencoder: loss = mean squared error of the hidden patches (standardised per patch with norm_pix_loss).
+
+    spectrum (B, M, 128): with spectrum_weight, the log spectra of each whole signal in the row of its cls token; the encoder's cls
+    output, which has seen the visible patches alone, predicts them, and their mean squared error joins the loss.
+    """
 
     def __init__(self, config: SiTMAEConfig):
         super().__init__(config)
@@ -186,6 +192,7 @@ class SiTMAEForPreTraining(SiTMAEPreTrainedModel):
         patch_positions,
         sample_ids_seq,
         noise=None,
+        spectrum=None,
         head_mask=None,
         output_attentions=False,
         output_hidden_states=False,
@@ -198,9 +205,24 @@ class SiTMAEForPreTraining(SiTMAEPreTrainedModel):
         if self.config.norm_pix_loss:
             target = (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
         error = ((logits - target) ** 2).mean(-1)
-        loss = (error * encoded.mae_mask).sum() / encoded.mae_mask.sum().clamp(min=1)  # mask_ratio 0 hides nothing: loss 0, not nan
+        hidden_loss = (error * encoded.mae_mask).sum() / encoded.mae_mask.sum().clamp(min=1)  # mask_ratio 0 hides nothing: 0, not nan
+        loss, spectrum_loss = hidden_loss, None
+        if spectrum is not None and self.config.spectrum_weight:
+            is_cls = (patch_positions == 0) & (sample_ids >= 0)
+            visible_cls = F.pad(is_cls, (0, 1)).gather(1, encoded.ids_keep)  # cls tokens are never hidden; the filler is none
+            guess = self.decoder.spectrum_pred(encoded.last_hidden_state[visible_cls])
+            spectrum_loss = F.mse_loss(guess, spectrum[is_cls].to(guess.dtype))
+            loss = hidden_loss + self.config.spectrum_weight * spectrum_loss
         out = SiTMAEForPreTrainingOutput(
-            loss, logits, encoded.mae_mask, encoded.ids_restore, encoded.attn_mask, encoded.hidden_states, encoded.attentions
+            loss,
+            hidden_loss,
+            spectrum_loss,
+            logits,
+            encoded.mae_mask,
+            encoded.ids_restore,
+            encoded.attn_mask,
+            encoded.hidden_states,
+            encoded.attentions,
         )
         return out if return_dict else out.to_tuple()
 
