@@ -206,6 +206,7 @@ def test_heads_modes_and_losses_of_fine_tuning(world):
     before = load_file(world["base"] / "model.safetensors")
     for name, options in {
         "frozen": ["--freeze"],
+        "compared": ["--freeze", "--compare", "--head", "mlp", "--center-columns", "4"],
         "mlp": ["--head", "mlp", "--mixup", "0.2", "--class-weights", "--augment", "1", "--jitter", "2"],
         "random": ["--random-init", "--seed", "7"],
         "longer": ["--signal-len", "400", "--sampling-power", "0.5"],
@@ -215,7 +216,15 @@ def test_heads_modes_and_losses_of_fine_tuning(world):
         after = load_file(out / "model.safetensors")
         key = "blocks.0.attn.qkv.weight"
         moved = float((after[f"encoder_model.{key}"] - before[key]).abs().max())
-        assert (moved == 0) == (name == "frozen") and (moved > 0.05) == (name == "random"), (name, moved)
+        assert (moved == 0) == (name in ("frozen", "compared")) and (moved > 0.05) == (name == "random"), (name, moved)
+
+
+def test_a_model_that_compares_is_scored_with_what_is_usual_in_each_record(world):
+    tune(world, world["folder"] / "compares", "--max-steps", "3", "--freeze", "--compare", "--head", "mlp", "--center-columns", "4")
+    model, out = world["folder"] / "compares" / "model.safetensors", world["folder"] / "compares_scored"
+    options = ["--data", str(world["labelled"]), "--cache", str(world["cache"]), "--out", str(out), "--resamples", "0"]
+    test.main(test.parse_args(["--model", str(model), "--split", str(world["split"]), *options]))
+    assert 0 <= json.loads((out / "metrics.json").read_text())["macro_f1"] <= 1
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit_with_loader_workers(world):
@@ -331,6 +340,11 @@ def test_two_processes_give_the_loss_curve_of_one(world):
             "no label for task series",
         ),
         ("finetune.py", ["--data", "{labelled}", "--task", "rhythm", "--pretrained", "{base}/model.safetensors"], "--split"),
+        (
+            "finetune.py",
+            ["--data", "{labelled}", "--split", "{split}", "--task", "rhythm", "--pretrained", "{base}/model.safetensors", "--compare"],
+            "--freeze",
+        ),
         ("test.py", ["--data", "{labelled}", "--model", "{base}/model.safetensors"], "finetune.py"),
         ("probe.py", ["--data", "{labelled}", "--task", "rhythm", "--model", "{tuned}/model.safetensors"], "pre-trained"),
     ],
