@@ -289,10 +289,9 @@ def main(args):
         accelerator.wait_for_everyone()
 
     def save():
-        path = save_step(accelerator, out, state)
-        if accelerator.is_main_process:
+        if accelerator.is_main_process:                   # first: killed between the two, the resumed run writes it again
             save_model(out / "model.safetensors", plain)
-        return path
+        return save_step(accelerator, out, state)
 
     if state["step"] == 0:
         evaluate()  # what random weights reach: the control of every later line
