@@ -103,7 +103,8 @@ def save_step(accelerator, out, state: dict, keep: int = 3) -> Path:
     """
     folder = Path(out) / "checkpoints"
     final, temporary = folder / f"step-{state['step']:08d}", folder / f".saving-{state['step']:08d}"
-    if final.exists():                                    # a stop signal that arrives right after a regular save
+    whole = accelerator.is_main_process and final.exists() and not damage(final)
+    if broadcast_object_list([whole])[0]:                 # a stop signal that arrives right after a regular save
         return final
     try:
         if accelerator.is_main_process:
@@ -119,6 +120,7 @@ def save_step(accelerator, out, state: dict, keep: int = 3) -> Path:
             (temporary / "state.json").write_text(json.dumps({**state, "files": files}, indent=1))
             for part in [*temporary.rglob("*"), temporary]:
                 _sync(part)
+            shutil.rmtree(final, ignore_errors=True)      # a damaged one that the run was not resumed from
             temporary.rename(final)
             _sync(folder)
             link(out, "last", final)

@@ -42,7 +42,7 @@ def run(main, *args):
             raise
         leave("lost the other processes; the first error above says why", 75)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
             raise
         leave(f"error: {error.strerror} while writing {error.filename or 'an output file'}; make room or choose another --out", 2)
 

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
 from common.checkpoint import atomic_path, atomic_write, find_resume, load_step, save_step
-from common.errors import UserError, run
+from common.errors import run
 from common.run import Log, StopSignal, check_finite, describe, loader_worker, open_run, seed_everything
 from common.weights import read_weights
 from flmm.build import build_base, build_dataset, build_head, build_sam, read_config
@@ -147,10 +147,9 @@ def main(args):
 
     out = open_run(args.out, args, accelerator, args.resume, args.overwrite)
     state = {"step": 0, "epoch": 0, "batch": 0}
-    if args.resume:
-        if (path := find_resume(out, accelerator)) is None:
-            raise UserError(f"{out}: no whole checkpoint to resume from; start again with --overwrite")
+    if args.resume and (path := find_resume(out, accelerator)):
         state = load_step(accelerator, path)
+        accelerator.print(f"resumed from {path}")
     if accelerator.is_main_process:
         frozen = "cached features" if base is None else f"{type(base).__name__} {describe(base.model)}"
         print(f"base: {frozen}; attention channels {dims[0]}\nhead: {describe(head)}")

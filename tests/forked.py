@@ -11,10 +11,11 @@ from common.errors import run
 Done = collections.namedtuple("Done", "returncode text")
 
 
-def start(script, arguments, log, limit=None) -> int:
+def start(script, arguments, log, limit=None, before=None) -> int:
     """Fork, run `script.main(script.parse_args())` there as the command line would, and return the pid.
 
     script: an imported module. log: file that takes stdout and stderr. limit: bytes beyond which a write to a file fails.
+    before: function called in the fork first.
     """
     pid = os.fork()
     if pid == 0:
@@ -26,6 +27,8 @@ def start(script, arguments, log, limit=None) -> int:
             sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
             if limit:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+            if before:
+                before()
             sys.argv = [script.__file__, *map(str, arguments)]
             run(script.main, script.parse_args())
             code = 0

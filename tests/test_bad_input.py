@@ -1,44 +1,19 @@
 """Good inputs broken systematically: every project refuses each with status 2 and one line that names the file, writing nothing."""
 import json
-import os
-import shutil
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import cwt_mae.finetune
-import cwt_mae.make_data
-import cwt_mae.test
-import cwt_mae.train
-import dia_pangu.make_data
-import dia_pangu.src.test
-import dia_pangu.src.train
-import em_mllm.make_data
-import em_mllm.make_llm
-import em_mllm.pretrain
-import em_mllm.test
-import em_mllm.train
-import flmm.make_data
-import flmm.test
-import flmm.train
-import pruning.pruning_tools.prune_llm
-import pruning.sensitivity_analyse.layer_sensitivity_scan
-import pruning.test
-import pruning.train
 from common.errors import UserError
 from common.files import inside
-from common.tiny_llm import make_llm, make_tokenizer
 from common.weights import read_weights
 from cwt_mae.dataset import read_csv, read_edf, read_hdf5, read_npy, read_npz, read_ts
 from dia_pangu.src.Dataset.CTRG_dataset import read_annotation
 from dia_pangu.src.Dataset.preprocess import load_volume
-from dia_pangu.src.Model.build import TINY, build_model, make_grid, save_model
+from dia_pangu.src.Model.build import TINY, make_grid
 from em_mllm.dataset import SignalFile, read_questions
 from em_mllm.em_foundation.utils.utils import read_config as read_encoder_config
 from em_mllm.iq_io import read_iq
@@ -46,20 +21,13 @@ from flmm.data.phrases import PhraseDataset
 from flmm.data.refcoco import read_refs
 from flmm.data.samples import decode_segmentation
 from flmm.data.transforms import load_image, load_segments
-from flmm.models.tiny import save_base, tiny_model, tiny_sam, tiny_tokenizer
+from pruning.pruning_tools.prune_llm import parse_drop_layers
 from pruning.pruning_tools.shards import open_checkpoint
 from pruning.report_model import read_map
 from pruning.sensitivity_analyse.load_model import read_prompts
 from tests import forked
 from tests.mutants import broken, csv_fields, fresh, h5_fields, json_fields, npz_fields, tensors, tree
-
-os.environ["TOKENIZERS_PARALLELISM"] = "false"            # the tests fork
-
-
-def made(script, *arguments, log):
-    """Run what must work: a good input that is refused would let every mutant pass."""
-    done = forked.call(script, arguments, log)
-    assert done.returncode == 0, done.text
+from tests.worlds import *  # noqa: F403  the fixtures cwt, em, grounding, ct, llm
 
 
 def refuse_all(world, target, command, mutators, harmless=(), names=(), lazy=False):
@@ -96,38 +64,7 @@ def refuse_all(world, target, command, mutators, harmless=(), names=(), lazy=Fal
     assert count >= 5
 
 
-def good(home, log, commands, results=()):
-    """Check that every command works on the good input; results: {command: {file of its run: name to keep it under}}."""
-    folder = home / "good"
-    for name, (script, arguments) in commands.items():
-        made(script, *arguments(folder), log=log)
-        for file, kept in dict(results).get(name, {}).items():
-            (folder / "run" / file).rename(folder / kept)
-        shutil.rmtree(folder / "run", ignore_errors=True)
-    return SimpleNamespace(folder=folder, commands=commands)
-
-
 # cwt_mae
-
-@pytest.fixture(scope="module")
-def cwt(tmp_path_factory):
-    """Labelled records with a split, PPG as csv, a pre-trained model and a classifier."""
-    home = tmp_path_factory.mktemp("cwt")
-    tiny = ("--model-fs 50 --signal-len 200 --patch-size-time 20 --cwt-scales 8 --patch-size-freq 8 --embed-dim 16 --depth 1 --num-heads 2 "
-            "--decoder-embed-dim 16 --decoder-depth 1 --decoder-num-heads 2 --windows 8 --eval-windows 4").split()
-    made(cwt_mae.make_data, "--out", home / "good", "--subjects", 6, "--seconds", 60, "--ppg", 1, log=home / "log.txt")
-
-    def labelled(f, *more):
-        return ["--data", f / "labelled", *more, "--split", f / "labelled/split.json", "--cache", home / "cache",
-                "--overwrite", "--out", f / "run"]
-    step = ["--batch-size", 8, "--max-steps", 1]
-    return good(home, home / "log.txt", {
-        "train": (cwt_mae.train, lambda f: [*labelled(f, f / "ppg"), *tiny, *step]),
-        "finetune": (cwt_mae.finetune, lambda f: [
-            *labelled(f), *step, "--pretrained", f / "base.safetensors", "--task", "rhythm", "--folds", 2]),
-        "test": (cwt_mae.test, lambda f: [*labelled(f), "--model", f / "tuned.safetensors", "--resamples", 10]),
-    }, {"train": {"model.safetensors": "base.safetensors"}, "finetune": {"model.safetensors": "tuned.safetensors"}})
-
 
 ONE_NUMBER = ("fs=an axis more", "gain=an axis more", "gain=dropped")
 FREE_TEXT = ("lead", "subject=dropped", "subject=text", "subject=an axis more", "subject=no elements")
@@ -149,36 +86,6 @@ def test_cwt_mae(cwt, target, command, mutators, options):
 
 
 # em_mllm
-
-@pytest.fixture(scope="module")
-def em(tmp_path_factory):
-    """Questions about signals, a pre-trained encoder, a tiny LLM, and recordings of several formats."""
-    home = tmp_path_factory.mktemp("em")
-    folder, log = home / "good", home / "log.txt"
-    made(em_mllm.make_data, "--out", folder / "data", "--train", 2, "--val", 1, "--test", 1, "--points", 128, log=log)
-    made(em_mllm.make_llm, "--out", folder / "llm", "--steps", 1, log=log)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64, "patch_size": [16, 1],
-             "max_seq_len": [144, 1], "decoder_hidden_size": 32, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 4,
-             "decoder_intermediate_size": 64, "attention_type": "sdpa"}
-    (folder / "sizes.json").write_text(json.dumps(sizes))
-    iq = np.random.default_rng(0).standard_normal((300, 2)).astype(np.float32)
-    np.save(folder / "a.npy", iq)
-    iq.tofile(folder / "b.sigmf-data")
-    (folder / "b.sigmf-meta").write_text(json.dumps({
-        "global": {"core:datatype": "cf32_le", "core:sample_rate": 1e6, "core:version": "1.0.0"},
-        "captures": [{"core:sample_start": 0}], "annotations": []}))
-    run = ["--max-steps", 1, "--overwrite"]
-
-    def ask(name):
-        return em_mllm.test, lambda f: ["--model", f / "model", "--llm-model-path", f / "llm", "--iq", f / name, "--max-new-tokens", 2]
-    return good(home, log, {
-        "pretrain": (em_mllm.pretrain, lambda f: ["--data", f / "data/train", "--config", f / "sizes.json", *run, "--out", f / "run"]),
-        "train": (em_mllm.train, lambda f: [
-            "--task-dir", f / "data/train", "--val-dir", f / "data/val", "--signal-encoder-path", f / "encoder",
-            "--llm-model-path", f / "llm", "--signal-tokens", 2, *run, "--output-dir", f / "run"]),
-        "npy": ask("a.npy"), "sigmf": ask("b.sigmf-meta"),
-    }, {"pretrain": {"encoder": "encoder"}, "train": {"model": "model"}})
-
 
 IQ = partial(h5_fields, fields=["IQ_data"])
 SIZES = partial(json_fields, fields=["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size",
@@ -209,29 +116,6 @@ def test_em_mllm(em, target, command, mutators, options):
 
 # flmm
 
-@pytest.fixture(scope="module")
-def grounding(tmp_path_factory):
-    """Scenes in the PNG and RefCOCO formats, a random base, a tiny SAM and a head."""
-    home = tmp_path_factory.mktemp("flmm")
-    folder, log = home / "good", home / "log.txt"
-    made(flmm.make_data, "--out", folder / "data", "--train", 2, "--val", 1, "--test", 1, "--overlap", 1, "--side", 64, log=log)
-    tokenizer = tiny_tokenizer()
-    save_base(tiny_model("llava", tokenizer), tokenizer, folder / "base")
-    tiny_sam().save_pretrained(folder / "sam")
-    shutil.copy(Path(flmm.train.__file__).parent / "configs/tiny/scenes.yaml", folder / "scenes.yaml")
-
-    def model(f):
-        return ["--config", f / "scenes.yaml", "--data", f / "data", "--base-path", f / "base", "--overwrite", "--out", f / "run",
-                "--set", f"sam.path={f / 'sam'}", "unet.base_channels=4"]
-
-    def test(split):
-        return flmm.test, lambda f: [*model(f), "--head", f / "head.safetensors", "--split", split, "--pictures", 0]
-    return good(home, log, {
-        "train": (flmm.train, lambda f: [*model(f), "--max-steps", 1, "--batch-size", 2]),
-        "test": test("test"), "refcoco": test("refcoco_test"),
-    }, {"train": {"head.safetensors": "head.safetensors"}})
-
-
 NOT_USED = ("images.height", "images.width", "annotations.area", "annotations.iscrowd", "annotations.segments_info.area",
             "annotations.segments_info.iscrowd", "categories.name")
 
@@ -260,29 +144,6 @@ def test_flmm(grounding, target, command, mutators, options):
 
 # dia_pangu
 
-@pytest.fixture(scope="module")
-def ct(tmp_path_factory):
-    """Phantoms in the CTRG format, a tiny language model and a checkpoint."""
-    home = tmp_path_factory.mktemp("dia")
-    folder, log = home / "good", home / "log.txt"
-    made(dia_pangu.make_data, "--out", folder / "data", "--train", 2, "--val", 1, "--test", 1, log=log)
-    reports = [item["finding"] for item in json.loads((folder / "data/annotation_en.json").read_text())["train"]]
-    make_llm(folder / "llm", make_tokenizer(reports, 300), "PanguEmbedded", hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-             bias=True)
-    torch.manual_seed(0)
-    config = json.loads(json.dumps(TINY))
-    model, _ = build_model(config, folder / "llm")
-    save_model(model.state_dict(), folder / "model", config)
-    return good(home, log, {
-        "train": (dia_pangu.src.train, lambda f: [
-            "--stage", "pre", "--size", "tiny", "--data", f / "data", "--lang-encoder-path", f / "llm", "--per-device-train-batch-size", 2,
-            "--gradient-accumulation-steps", 1, "--max-steps", 1, "--overwrite", "--out", f / "run"]),
-        "test": (dia_pangu.src.test, lambda f: [
-            "--ckpt-path", f / "model", "--data", f / "data", "--lang-encoder-path", f / "llm", "--max-new-tokens", 2, "--evidence", 0,
-            "--out", f / "run"]),
-    })
-
-
 OTHER_FIELDS = tuple(f"{split}.{field}" for split in ("train", "val", "test") for field in ("split", "impression"))
 
 
@@ -303,25 +164,6 @@ def test_dia_pangu(ct, target, command, mutators, options):
 
 
 # pruning
-
-@pytest.fixture(scope="module")
-def llm(tmp_path_factory):
-    """A tiny language model, prompts to scan it with, and a pruned copy with its map."""
-    home = tmp_path_factory.mktemp("pruning")
-    folder = home / "good"
-    texts = [f"the lung number {i} is clear and the heart is not enlarged" for i in range(8)]
-    make_llm(folder / "llm", make_tokenizer(texts, 300), "llama", hidden_size=32, intermediate_size=48, num_hidden_layers=3)
-    (folder / "prompts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:2]))
-    return good(home, home / "log.txt", {
-        "prune": (pruning.pruning_tools.prune_llm, lambda f: [
-            "--ckpt", f / "llm", "--drop-layers", "1", "--overwrite", "--out-dir", f / "run"]),
-        "scan": (pruning.sensitivity_analyse.layer_sensitivity_scan, lambda f: [
-            "--model", f / "llm", "--prompts", f / "prompts.jsonl", "--overwrite", "--out", f / "run/scan.csv"]),
-        "heal": (pruning.train, lambda f: [
-            "--pruned_model_path", f / "llm", "--texts", f / "prompts.jsonl", "--max-steps", 1, "--gradient-accumulation-steps", 1,
-            "--overwrite", "--out", f / "run"]),
-    })
-
 
 @pytest.mark.parametrize("target,command,mutators,options", [
     ("llm/model.safetensors", "prune", [broken], {"names": ["llm"]}),
@@ -391,7 +233,7 @@ def test_any_segmentation_decodes_or_is_refused(content):
 @PLAIN
 @given(st.text(max_size=20) | st.from_regex(r"[0-9 ,-]{0,12}", fullmatch=True))
 def test_any_layer_list_is_parsed_or_refused(spec):
-    only_user_errors(pruning.pruning_tools.prune_llm.parse_drop_layers, spec)
+    only_user_errors(parse_drop_layers, spec)
 
 
 @PLAIN

@@ -1,62 +1,38 @@
 """What must survive: interruption, kill -9, a full disk, a damaged checkpoint, a second process, several processes."""
-import collections
 import json
 import os
 import random
 import re
-import resource
 import signal
 import subprocess
 import sys
 import time
-import traceback
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch._dynamo
 import torch.utils.tensorboard  # noqa: F401  both imported here once instead of in every fork
 
 from common.checkpoint import damage
-from common.errors import run
-from tests import toy_run
+from tests import forked, toy_run
+from tests.forked import Done
 
 ROOT = Path(__file__).resolve().parents[1]
 TOY = str(ROOT / "tests/toy_run.py")
 
 
 def forked_toy(out, *options, output="forked.log", limit=None) -> int:
-    """Start toy_run.py's main in a fork of this process, which has imported everything, and return the pid: starts cost nothing.
-
-    output: file beside `out` that takes stdout and stderr. limit: bytes beyond which a write to a file fails.
-    """
-    pid = os.fork()
-    if pid == 0:
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            with open(out.parent / output, "w") as log:
-                os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
-            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-            if limit:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-            sys.argv = [TOY, "--out", str(out), *options]
-            run(toy_run.main, toy_run.parse_args())
-            code = 0
-        except SystemExit as leaving:
-            code = leaving.code
-        except BaseException:
-            traceback.print_exc()
-            code = 1
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(code)
-    return pid
+    """Start toy_run.py's main in a fork and return the pid. output: file beside `out` that takes stdout and stderr."""
+    return forked.start(toy_run, ["--out", out, *options], out.parent / output, limit)
 
 
 def toy(out, *options, processes=1, check=True, limit=None, **environment):
     """Run toy_run.py to its end: in a fork, or for several processes by the launcher; returns status and all output."""
     if processes == 1 and not environment:
-        _, status = os.waitpid(forked_toy(out, *options, output="toy.log", limit=limit), 0)
-        done = Done(os.waitstatus_to_exitcode(status), (out.parent / "toy.log").read_text())
+        code = forked.finish(forked_toy(out, *options, output="toy.log", limit=limit))
+        done = Done(code, (out.parent / "toy.log").read_text())
         (out.parent / "toy.log").unlink()
     else:
         command = [sys.executable, "-m", "common.launch", TOY, "--out", str(out), *options]
@@ -66,9 +42,6 @@ def toy(out, *options, processes=1, check=True, limit=None, **environment):
     if check:
         assert done.returncode == 0, done.text
     return done
-
-
-Done = collections.namedtuple("Done", "returncode text")
 
 
 def final(done):
@@ -106,6 +79,24 @@ def test_stopped_run_says_how_to_resume_and_ends_bit_equal(tmp_path, signum, pro
     resumed = toy(tmp_path / "cut", "--workers", "2", "--batch-size", size, "--resume", processes=processes)
     assert final(resumed) == final(whole)
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+def test_one_of_two_processes_killed_ends_both_and_the_run_goes_on(tmp_path):
+    whole = toy(tmp_path / "whole", "--batch-size", "4", processes=2)
+    options = ["--out", str(tmp_path / "cut"), "--batch-size", "4", "--pause", ".1"]
+    launcher = subprocess.Popen([sys.executable, "-m", "common.launch", TOY, *options], cwd=ROOT, stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT, text=True, env={**os.environ, "NPROC_PER_NODE": "2"})
+    while launcher.poll() is None and not ((tmp_path / "cut/log.jsonl").exists() and len(losses(tmp_path / "cut")) >= 6):
+        time.sleep(.05)
+    below = psutil.Process(launcher.pid).children(recursive=True)
+    ranks = [p for p in below if TOY in p.cmdline() and "torch.distributed.run" not in p.cmdline()]
+    assert len(ranks) == 2
+    ranks[1].kill()
+    launcher.communicate(timeout=60)
+    assert launcher.returncode not in (0, 2) and not any(p.is_running() and p.status() != "zombie" for p in ranks)
+    assert not damage(tmp_path / "cut/checkpoints/step-00000005")
+    resumed = toy(tmp_path / "cut", "--batch-size", "4", "--resume", processes=2)
+    assert final(resumed) == final(whole) and losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
 
 def test_twenty_kills_at_random_moments_lose_nothing(tmp_path):

@@ -171,6 +171,8 @@ class Trainer:
                 elif stop():
                     stop.leave(save_step(accelerator, self.out, state, args.save_total_limit))
             state["epoch"], state["batch"] = state["epoch"] + 1, 0
+        if self.eval_loader is not None and not scores:       # resumed after the last step
+            scores = self.evaluate()
         log.close()
         return scores
 
