@@ -1,8 +1,8 @@
 """Make a tiny language model that can answer multiple-choice questions, so that everything runs without a download.
 
-It is trained on text alone, never on a signal: where the signal vectors will stand, the embedding of a class name stands, or a mean of a
-few names' embeddings weighted by how likely each is, and the model learns to find the likeliest among the options and to answer with its
-letter. What is left for the joint training is to turn signals into something that reads like a name.
+It is trained on text alone, never on a signal: where the signal vectors will stand, the name of a class stands, with some wrong names as
+an unsure signal would say them, and the model learns to find it among the options and to answer with its letter. What is left for the
+joint training is to turn signals into something that reads like a name.
 
     python em_mllm/make_llm.py --out data/em_mllm_llm --steps 500
 """
@@ -79,53 +79,43 @@ def build_tokenizer(tasks):
     return tokenizer
 
 
-def sample_text(tokenizer, tasks, rng, slots, recite, most):
-    """One training text: (token ids, how many are prompt, {class name: weight} of what the slots say).
-
-    A share `recite` recites the options (prompt length negative, no slots); of the rest three in four choose, one names. The slots mix one
-    to `most` names; the true one is drawn by their weights.
-    """
+def sample_text(tokenizer, tasks, rng, slots, recite):
+    """One training text: (token ids, how many are prompt). A share `recite` recites the options; of the rest three in four choose, one
+    names."""
     names, noun = tasks[rng.integers(len(tasks))]
-    chosen = rng.permutation(len(names))[: rng.integers(1, most + 1)]
-    shares = rng.dirichlet(np.ones(len(chosen)))
-    name = names[rng.choice(chosen, p=shares)]
+    name = names[rng.integers(len(names))]
     item = four_choice(names, name, noun, rng)
     encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
     if rng.uniform() < recite:  # options, then "name letter" or "letter name" pairs in random order
         pairs = [f"({a}) {n}" if rng.uniform() < 0.5 else f"{n}({a}) " for a, n in parse_options(item).items()]
         prompt = encode(item["question"]) + [tokenizer.eos_token_id]
-        return prompt + encode("".join(pairs[i] for i in rng.permutation(len(pairs)))), -len(prompt), {}
+        return prompt + encode("".join(pairs[i] for i in rng.permutation(len(pairs)))), -len(prompt)
     if rng.uniform() < 0.25:
         item = open_question(name, noun, rng)
-    prompt = encode(f"{IQ_START}{name * slots}{IQ_END}" + item["question"]) + [tokenizer.eos_token_id]
-    return prompt + encode(item["answer"]) + [tokenizer.eos_token_id], len(prompt), {names[k]: w for k, w in zip(chosen, shares)}
+    sure = rng.uniform(0.4, 1)  # a signal is not always certain: some slots say another name, an option or not
+    shown = "".join(name if rng.uniform() < sure else names[rng.integers(len(names))] for _ in range(slots))
+    prompt = encode(f"{IQ_START}{shown}{IQ_END}" + item["question"]) + [tokenizer.eos_token_id]
+    return prompt + encode(item["answer"]) + [tokenizer.eos_token_id], len(prompt)
 
 
-def batch_of(llm, tokenizer, tasks, rng, size, slots, recite, most):
-    """inputs_embeds (B, L, D), attention_mask and labels (B, L) of `size` texts."""
-    texts, prompts, shown = zip(*[sample_text(tokenizer, tasks, rng, slots, recite, most) for _ in range(size)])
+def batch_of(tokenizer, tasks, rng, size, slots, recite):
+    texts, prompts = zip(*[sample_text(tokenizer, tasks, rng, slots, recite) for _ in range(size)])
     ids, mask, labels = collate_text(texts, [abs(n) for n in prompts], tokenizer.pad_token_id)
     for row, n in enumerate(prompts):  # recited pairs: only the partner can be known
         if n < 0:
             labels[row, -n : len(texts[row]) : 2] = -100
-    table = llm.get_input_embeddings().weight
-    share = torch.zeros(size, len(table))
-    for row, mixture in enumerate(shown):
-        share[row, tokenizer.convert_tokens_to_ids(list(mixture))] = torch.tensor(list(mixture.values()), dtype=torch.float32)
-    is_slot = torch.zeros(ids.shape, dtype=torch.bool)
-    is_slot[:, 1 : 1 + slots] = share.sum(1, keepdim=True) > 0  # after <IQ_START>
-    return torch.where(is_slot[..., None], (share @ table)[:, None], table[ids]), mask, labels
+    return ids, mask, labels
 
 
 @torch.no_grad()
 def letter_accuracy(llm, tokenizer, tasks, rng, slots, count=200):
-    """Share of four-choice texts, with one name in the slots, whose letter gets the highest probability of the four."""
+    """Share of four-choice texts whose letter gets the highest probability of the four."""
     letters = tokenizer.convert_tokens_to_ids([f"({a}) " for a in LETTERS])
     hits, seen = 0, 0
     while seen < count:
-        embeds, mask, labels = batch_of(llm, tokenizer, tasks, rng, 50, slots, 0.0, most=1)
-        logits = llm(inputs_embeds=embeds, attention_mask=mask).logits
-        for row in range(len(labels)):
+        ids, mask, labels = batch_of(tokenizer, tasks, rng, 50, slots, 0.0)
+        logits = llm(input_ids=ids, attention_mask=mask).logits
+        for row in range(len(ids)):
             where = [int(w) for w in torch.nonzero(labels[row] >= 0).flatten() if int(labels[row, w]) in letters]
             if len(where) == 1:  # not an open question
                 hits += letters[int(logits[row, where[0] - 1, letters].argmax())] == int(labels[row, where[0]])
@@ -163,9 +153,8 @@ def main(args):
         for step in progress(range(args.steps), desc="warm-up on text", unit="step"):
             set_lr(optimizers, lr_at(step, args.steps, warmup=0.03))
             recite = 1.0 if step < 0.4 * args.steps else 0.3  # recitation first: every pair in it is a lesson in binding
-            most = 1 if step < 0.75 * args.steps else 4  # first one certain name, then mixtures of names
-            embeds, mask, labels = batch_of(llm, tokenizer, tasks, rng, args.batch_size, args.slots, recite, most)
-            hidden = llm.model(inputs_embeds=embeds, attention_mask=mask).last_hidden_state[:, :-1]
+            ids, mask, labels = batch_of(tokenizer, tasks, rng, args.batch_size, args.slots, recite)
+            hidden = llm.model(input_ids=ids, attention_mask=mask).last_hidden_state[:, :-1]
             learned = labels[:, 1:] >= 0
             loss = F.cross_entropy(llm.lm_head(hidden[learned]), labels[:, 1:][learned])
             loss.backward()

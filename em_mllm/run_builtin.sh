@@ -8,9 +8,9 @@ HERE=$ROOT/em_mllm BASE=$ROOT/data/em_mllm RUN=$RUNS/em_mllm
 if [ -n "${SMOKE:-}" ]; then
   BASE=$BASE/smoke SIZE="--train 40 --val 5 --test 5" MAE=8 LABELS=8 WARM=20 ALIGN=6 JOINT=6 CNN=10 SHOTS="1 5" STUDY=4 COPIES=2
 else
-  SIZE="" MAE=300 LABELS=800 WARM=700 ALIGN=150 JOINT=150 CNN=300 SHOTS="1 5 10 50 100" STUDY=400 COPIES=30
+  SIZE="" MAE=400 LABELS=800 WARM=800 ALIGN=100 JOINT=250 CNN=300 SHOTS="1 5 10 50 100" STUDY=400 COPIES=30
 fi
-encoder=(--preset tiny --optimizer muon --lr 2e-3 --mask-ratio 0.5 --spectrum-weight 0.1 --batch-size 32 --log-every 100 --overwrite)
+encoder=(--preset tiny --optimizer muon --lr 2e-3 --mask-ratio 0.5 --spectrum-weight 0.5 --batch-size 32 --log-every 100 --overwrite)
 joint=(--signal-tokens 8 --optimizer muon --weight-decay 0.05 --warmup 0.03 --schedule cosine --batch-size 32 --questions-per-signal 2
        --log-every 50 --overwrite)
 step() { echo; echo "== $* (${SECONDS} s)"; }
@@ -18,7 +18,7 @@ step() { echo; echo "== $* (${SECONDS} s)"; }
 join() {
   local out=$1 seed=$2 arguments=("${joint[@]}" --seed "$2" --signal-encoder-path "$3" --llm-model-path "$4" "${@:5}")
   launch "$HERE/train.py" "${arguments[@]}" --freeze-llm --freeze-signal-encoder --lr 3e-3 --max-steps $ALIGN --output-dir "${out}_align"
-  launch "$HERE/train.py" "${arguments[@]}" --trained-dir "${out}_align/model" --lr 3e-4 --max-steps $JOINT --output-dir "$out"
+  launch "$HERE/train.py" "${arguments[@]}" --trained-dir "${out}_align/model" --lr 5e-4 --max-steps $JOINT --output-dir "$out"
 }
 
 # builtin SEED: everything on the built-in data of one seed
@@ -33,15 +33,13 @@ builtin() {
   launch "$HERE/pretrain.py" --data "$data/train" --val "$data/val" --out "$run/pretrain" --max-steps $MAE --seed "$seed" "${encoder[@]}"
   step "seed $seed: the encoder learns the classes; measured on validation data"
   launch "$HERE/finetune.py" "${labels[@]}" --out "$run/finetune"
-  step "seed $seed: a tiny language model, on text alone"
-  "$PYTHON" "$HERE/make_llm.py" --out "$base/llm" --steps $WARM --seed "$seed" --overwrite
   step "seed $seed: joint training"
-  join "$run/joint" "$seed" "$run/finetune/model" "$base/llm" "${questions[@]}"
+  join "$run/joint" "$seed" "$run/finetune/model" "$BASE/llm" "${questions[@]}"
   step "seed $seed: test, with the wrong-signal control"
   launch "$HERE/test.py" --model "$run/joint/model" --task-dir "$data/test" --calibrate-dir "$data/val" --wrong-signal --out "$run/joint/test"
   step "seed $seed: control, the same without pre-training"
   launch "$HERE/finetune.py" "${labels[@]}" --random-encoder --out "$run/finetune_random"
-  join "$run/joint_random" "$seed" "$run/finetune_random/model" "$base/llm" "${questions[@]}"
+  join "$run/joint_random" "$seed" "$run/finetune_random/model" "$BASE/llm" "${questions[@]}"
   launch "$HERE/test.py" --model "$run/joint_random/model" --task-dir "$data/test" --out "$run/joint_random/test"
   step "seed $seed: control, a CNN on the same IQ"
   launch "$HERE/baseline.py" --train "$data/train" --test "$data/test" --steps $CNN --seed "$seed" --out "$run/cnn" --overwrite
@@ -80,6 +78,8 @@ if [ -d "${DATA_ROOT:-/nowhere}/rf" ]; then
   exit
 fi
 if [ "${OMP_NUM_THREADS:-1}" -ge 3 ] && [ -z "${SMOKE:-}" ]; then seeds=${SEEDS:-0 1 2}; else seeds=${SEEDS:-0}; fi
+step "a tiny language model, on text alone, the same for every seed"
+OMP_NUM_THREADS=1 "$PYTHON" "$HERE/make_llm.py" --out "$BASE/llm" --steps $WARM --overwrite
 if [ "${OMP_NUM_THREADS:-1}" -ge 3 ]; then              # small models gain more from one core each
   jobs=()
   for seed in $seeds; do (export OMP_NUM_THREADS=1; builtin "$seed") & jobs+=($!); done

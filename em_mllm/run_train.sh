@@ -13,14 +13,14 @@ if [ -z "$TASK_DIR" ]; then
     echo "no TASK_DIR given: making the small built-in data in $ROOT/data/em_mllm/small"
     "$PYTHON" "$HERE/make_data.py" --out "$ROOT/data/em_mllm/small" --train 200 --val 20 --test 20
   fi
-  set -- --batch-size 16 --epochs 2 --lr 1e-3 --signal-tokens 8 --optimizer muon --questions-per-signal 2 "$@"
+  set -- --batch-size 16 --epochs 2 --lr 2e-3 --signal-tokens 8 --optimizer muon --questions-per-signal 2 --freeze-llm "$@"
 fi
 if [ -z "$LLM_MODEL_PATH" ]; then
   if [ -f "$HERE/9G4B/config.json" ]; then LLM_MODEL_PATH=$HERE/9G4B; else
     LLM_MODEL_PATH=$ROOT/data/em_mllm/llm_small
     if [ ! -f "$LLM_MODEL_PATH/config.json" ]; then
       echo "no LLM_MODEL_PATH given and em_mllm/9G4B is empty: making a tiny language model in $LLM_MODEL_PATH"
-      "$PYTHON" "$HERE/make_llm.py" --out "$LLM_MODEL_PATH" --steps 300
+      "$PYTHON" "$HERE/make_llm.py" --out "$LLM_MODEL_PATH" --steps 800
     fi
   fi
 fi
@@ -29,7 +29,8 @@ if [ -z "$SIGNAL_ENCODER_PATH" ]; then
     SIGNAL_ENCODER_PATH=$RUNS/em_mllm/pretrain_small/encoder
     if [ ! -f "$SIGNAL_ENCODER_PATH/config.json" ]; then
       echo "no SIGNAL_ENCODER_PATH given and em_mllm/em_foundation/weight is empty: pre-training a tiny encoder"
-      NPROC_PER_NODE=1 launch "$HERE/pretrain.py" --data "$TASK_DIR" --out "$RUNS/em_mllm/pretrain_small" --preset tiny --max-steps 60 --optimizer muon --overwrite
+      NPROC_PER_NODE=1 launch "$HERE/pretrain.py" --data "$TASK_DIR" --out "$RUNS/em_mllm/pretrain_small" --preset tiny --max-steps 200 \
+        --optimizer muon --lr 2e-3 --mask-ratio 0.5 --spectrum-weight 0.5 --overwrite
     fi
   fi
 fi

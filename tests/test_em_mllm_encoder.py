@@ -15,7 +15,15 @@ from em_mllm.em_foundation.models import (
     block,
 )
 from em_mllm.em_foundation.models.embedder import mae_scores, sample_id_matrix
-from em_mllm.em_foundation.utils.utils import convert_checkpoint, first_fit, load_encoder, pack_sequence, read_config, with_special_patches
+from em_mllm.em_foundation.utils.utils import (
+    convert_checkpoint,
+    first_fit,
+    load_encoder,
+    log_spectra,
+    pack_sequence,
+    read_config,
+    with_special_patches,
+)
 from em_mllm.signals import JAMMING, MODULATIONS, RADAR, channel, constellation, make_signal, root_raised_cosine, shaped
 
 SMALL = dict(
@@ -136,6 +144,35 @@ def test_one_label_per_packed_signal_equals_each_signal_alone():
         one = pack_sequence([[row]], 8, row.shape[1])
         losses.append(model(*one, labels=label[None]).loss)
     torch.testing.assert_close(model(patches, positions, ids, labels=labels).loss, torch.stack(losses).mean(), atol=1e-5, rtol=1e-4)
+
+
+def test_log_spectra_show_the_lines_of_psk_and_ignore_gain_and_phase():
+    rng = np.random.default_rng(0)
+    middle = lambda iq: log_spectra(iq).reshape(4, 32)[:, 15:17].max(1)  # the bands beside frequency zero: z, z^2, z^4, envelope
+    bpsk, qpsk = (np.repeat(constellation(name)[rng.integers(size, size=128)], 8) for name, size in (("BPSK", 2), ("QPSK", 4)))
+    two, four = (np.stack([z.real, z.imag], 1) for z in (bpsk, qpsk))
+    assert middle(two)[1] > 5 and middle(four)[1] < 4 and middle(four)[2] > 5  # a line holds the power of 1024 points: log 1024 = 6.9
+    turned = 0.3 * np.stack([bpsk.imag, -bpsk.real], 1)
+    np.testing.assert_allclose(log_spectra(turned), log_spectra(two), atol=1e-4)
+    assert log_spectra(two[:50]).shape == (128,) and np.isfinite(log_spectra(0 * two)).all()
+
+
+def test_spectra_of_packed_signals_are_read_at_their_own_cls_token():
+    (patches, positions, ids), rows = packed()
+    model = make(SiTMAEForPreTraining, mask_ratio=0.0, spectrum_weight=0.5)
+    sample_ids = sample_id_matrix(ids, patches.shape[1])
+    signals = [r for group in rows for r in group]
+    truth = torch.stack([torch.from_numpy(log_spectra(r[:, 16:, 0].T.numpy())) for r in signals])
+    spectrum = torch.zeros(*positions.shape, 128)
+    spectrum[(positions == 0) & (sample_ids >= 0)] = truth
+    out = model(patches, positions, ids, spectrum=spectrum)
+    alone = []
+    for signal, target in zip(signals, truth):
+        one = pack_sequence([[signal]], 8, signal.shape[1])
+        alone.append(model(*one, spectrum=torch.cat([target[None], torch.zeros(len(one[1][0]) - 1, 128)])[None]).spectrum_loss)
+    torch.testing.assert_close(out.spectrum_loss, torch.stack(alone).mean(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(out.loss, out.hidden_loss + 0.5 * out.spectrum_loss)
+    assert not any("spectrum" in k for k in make(SiTMAEForPreTraining).state_dict())  # published files have no such head
 
 
 def test_unknown_regression_values_are_left_out_of_the_loss():

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from common.errors import UserError
@@ -33,6 +35,19 @@ def start(*command, cwd=ROOT, processes=1, check=True, **environment):
     if check:
         assert done.returncode == 0, done.stderr[-3000:]
     return done
+
+
+def inside(script, *arguments):
+    """Run a script of em_mllm in this process, which saves the seconds of its imports."""
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    AcceleratorState._reset_state(True)
+    module = importlib.import_module(f"em_mllm.{Path(script).stem}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(script), *map(str, arguments)])
+        module.main(module.parse_args())
+    AcceleratorState._reset_state(True)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +89,8 @@ def pretrain(home, out):
         4,
         "--min-points",
         64,
+        "--spectrum-weight",
+        0.5,
         "--log-every",
         1,
         "--out",
@@ -116,7 +133,11 @@ def weights(folder):
 
 def test_pretraining_leaves_an_encoder_metrics_and_pictures(home):
     metrics = json.loads((home / "mae/metrics.json").read_text())
-    assert set(metrics["mse_hidden"]) == {"zeros", "nearest", "linear", "model"} and 0.5 < metrics["packing_efficiency"] <= 1
+    assert set(metrics["mse_hidden"]) == {"zeros", "nearest", "linear", "model"} and set(metrics["mse_spectrum"]) == {
+        "mean of these signals",
+        "model",
+    }
+    assert 0.5 < metrics["packing_efficiency"] <= 1
     assert (home / "mae/figures/reconstruction.png").stat().st_size > 5000 and (home / "mae/figures/reconstruction.csv").exists()
     assert all(k.startswith(("sit.", "decoder.")) for k in load_file(home / "mae/encoder/model.safetensors"))
 
@@ -152,14 +173,14 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(home, tmp_path, sc
 def test_gradient_accumulation_equals_the_larger_batch(home, tmp_path):
     """Losses per answer token of each micro-batch are averaged; with one question a signal of one form they agree closely, not bit for
     bit."""
-    start(*train(home, tmp_path / "a", "--max-steps", 3, "--batch-size", 4, "--accum", 2))
-    start(*train(home, tmp_path / "b", "--max-steps", 3, "--batch-size", 8))
+    inside(*train(home, tmp_path / "a", "--max-steps", 3, "--batch-size", 4, "--accum", 2))
+    inside(*train(home, tmp_path / "b", "--max-steps", 3, "--batch-size", 8))
     a, b = weights(tmp_path / "a/model"), weights(tmp_path / "b/model")
     assert max(float((a[k].float() - b[k].float()).abs().max()) for k in a) < 5e-3
 
 
 def test_train_then_test_then_one_recording_then_submission(home, tmp_path):
-    start(*train(home, tmp_path / "run", "--max-steps", 2, "--batch-size", 4, "--freeze-llm"))
+    inside(*train(home, tmp_path / "run", "--max-steps", 2, "--batch-size", 4, "--freeze-llm"))
     model, data = tmp_path / "run/model", home / "data/test"
     done = start(
         EM / "test.py",
@@ -218,12 +239,9 @@ def test_train_then_test_then_one_recording_then_submission(home, tmp_path):
         (lambda h: [EM / "pretrain.py", "--data", h / "llm", "--out", h / "x"], "holds no .h5"),
     ],
 )
-def test_user_errors_name_the_fault_before_any_output(home, monkeypatch, command, words):
-    script, *arguments = [str(c) for c in command(home)]
-    module = importlib.import_module(f"em_mllm.{Path(script).stem}")
-    monkeypatch.setattr(sys, "argv", [script, *arguments])
+def test_user_errors_name_the_fault_before_any_output(home, command, words):
     with pytest.raises(UserError, match=words) as error:
-        module.main(module.parse_args())
+        inside(*command(home))
     assert "\n" not in str(error.value)
     assert not (home / "x").exists() and not (home / "y").exists()
 
@@ -235,9 +253,66 @@ def test_a_user_error_is_one_line_and_exit_status_2(home):
 
 
 def test_launchers_show_help_from_any_folder(tmp_path):
-    for script in ("run_train.sh", "run_test.sh"):
-        for cwd, path in ((tmp_path, EM / script), (EM, script)):
-            done = subprocess.run(
-                ["bash", str(path), "--help"], cwd=cwd, capture_output=True, text=True, env={**os.environ, "PYTHON": sys.executable}
-            )
-            assert done.returncode == 0 and "usage" in done.stdout, done.stderr
+    for cwd, path in ((tmp_path, EM / "run_train.sh"), (EM, "run_test.sh")):
+        done = subprocess.run(
+            ["bash", str(path), "--help"], cwd=cwd, capture_output=True, text=True, env={**os.environ, "PYTHON": sys.executable}
+        )
+        assert done.returncode == 0 and "usage" in done.stdout, done.stderr
+
+
+def test_two_processes_give_the_same_answers_as_one(home, tmp_path):
+    inside(*train(home, tmp_path / "run", "--max-steps", 2, "--batch-size", 4, "--freeze-llm"))
+    files = [home / "data/test/radar_jamming.h5", home / "data/test/radar_jamming.json"]
+    rows = []
+    for processes in (1, 2):
+        out = tmp_path / f"by-{processes}"
+        options = ["--task-files", *files, "--out", out, "--batch-size", 4, "--max-new-tokens", 6, "--wrong-signal"]
+        start(EM / "test.py", "--model", tmp_path / "run/model", *options, processes=processes)
+        rows.append([json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()])
+    for one, two in zip(*rows, strict=True):
+        np.testing.assert_allclose(one.pop("scores", 0), two.pop("scores", 0), atol=1e-3)  # the batches, and so their padding, differ
+        assert one == two
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--legacy"], {"legacy": True, "chat": False}),
+        (["--chat-template", "--precision", "bf16"], {"legacy": False, "chat": True}),
+        (["--dtype", "bfloat16", "--use-lora"], {"dtype": "bfloat16", "llm": "adapter"}),
+    ],
+)
+def test_every_kind_of_training_ends_in_a_model_that_answers(home, tmp_path, options, words):
+    tokens = [] if "--legacy" in options else ["--signal-tokens", 2]
+    command = ["--task-dir", home / "data/train", "--signal-encoder-path", home / "mae/encoder", "--llm-model-path", home / "llm", *tokens]
+    inside(EM / "train.py", *command, "--max-steps", 2, "--log-every", 1, *options, "--output-dir", tmp_path / "run")
+    assert all(np.isfinite(losses(tmp_path / "run")))
+    assert words.items() <= json.loads((tmp_path / "run/model/multimodal.json").read_text()).items()
+    question = ["--task-dir", home / "data/test", "--limit", 4, "--max-new-tokens", 4, "--out", tmp_path / "test"]
+    inside(EM / "test.py", "--model", tmp_path / "run/model", *question)
+    assert json.loads((tmp_path / "test/metrics.json").read_text())["four_choice"] >= 4
+
+
+def test_finetune_joins_classes_of_several_files_and_leaves_a_model_for_training(home, tmp_path):
+    def finetune(out, train, test, *more):
+        files = lambda part, names: [home / f"data/{part}/{name}.h5" for name in names]
+        start_at = ["--signal-encoder-path", home / "mae/encoder", "--batch-size", 8, "--steps", 2, "--log-every", 1]
+        return [EM / "finetune.py", "--train", *files("train", train), "--test", *files("test", test), *start_at, "--out", out, *more]
+
+    inside(*finetune(tmp_path / "a", ("modulation", "radar_jamming"), ("radar_jamming", "modulation")))
+    metrics = json.loads((tmp_path / "a/metrics.json").read_text())
+    assert metrics["count"] == 23 and load_file(tmp_path / "a/model/model.safetensors")["classifier.weight"].shape == (23, 32)
+    inside(*train(home, tmp_path / "b", "--signal-encoder-path", tmp_path / "a/model", "--max-steps", 1))  # the last of two wins
+    inside(*finetune(tmp_path / "c", ("radar_jamming",), ("radar_jamming",), "--multitask", "--linear-probe"))
+    assert {"mae_pri", "mae_isr"} < json.loads((tmp_path / "c/metrics.json").read_text()).keys()
+    with pytest.raises(UserError, match="class BPSK is not among the training classes"):
+        inside(*finetune(tmp_path / "d", ("radar_jamming",), ("modulation",)))
+    assert not (tmp_path / "d").exists()
+
+
+def test_run_train_launcher_trains_on_what_it_is_given(home, tmp_path):
+    given = {"TASK_DIR": "data/train", "SIGNAL_ENCODER_PATH": "mae/encoder", "LLM_MODEL_PATH": "llm", "OUTPUT_DIR": str(tmp_path / "run")}
+    command = ["bash", str(EM / "run_train.sh"), "--max-steps", "1", "--log-every", "1"]
+    environment = {**os.environ, **given, "PYTHON": sys.executable, "NPROC_PER_NODE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=home, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and (tmp_path / "run/model/multimodal.json").exists(), done.stderr[-2000:]
