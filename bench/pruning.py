@@ -108,6 +108,7 @@ def scan_speed(repeats):
     wide = scanner.list_variants(model, ["v"])
     cases = {"naive (upstream)": lambda: upstream_scan(model, prompts),
              "cached": lambda: our_scan(model, prompts, variants, "cached"),
+             "cached, 4 prompts in one batch": lambda: our_scan(model, prompts, variants, "cached", 4),
              "wavefront": lambda: our_scan(model, prompts, variants, "wavefront"),
              "wavefront, 12 prompts in one batch": lambda: our_scan(model, prompts, variants, "wavefront", 12),
              "wavefront with leave-one-out": lambda: our_scan(model, prompts, wide, "wavefront")}

@@ -10,7 +10,7 @@ data=$ROOT/data/dia_pangu${SMOKE:+_smoke}
 run=$RUNS/pruning
 model=$RUNS/dia_pangu/ft llm=$RUNS/dia_pangu/llm/model
 real=200 log=100
-study=(--ratio 0.25 0.33 0.5 --test-samples 100 --train-samples 320 --heal-steps 30 --heal-batch 8)
+study=(--ratio 0.25 0.33 0.5 --test-samples 100 --train-samples 320 --heal-steps 30 --heal-batch 8 --heal-lr 1e-3)
 study_real=(--ratio 0.5 --test-samples 40 --train-samples 160 --heal-steps 15 --heal-batch 8 --random-sets 3)
 if [ -n "${SMOKE:-}" ]; then
   real=6 log=4

@@ -41,6 +41,7 @@ CRITERIA = ("sensitivity", "block_influence", "leave_one_out", "greedy")
 CONTROLS = ("last", "random", "random_keep0")
 LABELS = {"f1": "finding micro-F1", "perplexity": "perplexity"}
 DRAWS = 1000
+WHOLE = ""                                                # the set of no layers
 
 
 def parse_args(argv=None):
@@ -213,8 +214,8 @@ def check_on_disk(task, args, choices, evaluations) -> float:
             losses = text_losses(model, tokenizer, task.test_texts, 256)
         else:
             merged = next((args.out / "pruned").glob(f"pytorch_model_pruned_{tag}_merged_*"))
-            model, text, _ = load_report_model(merged, args.lang_model_path,
-                                               next((args.out / "pruned").glob(f"prune_layer_map_{tag}_*.json")))
+            prune_map = args.out / "pruned" / f"prune_layer_map_{tag}_v0112_en_cpu.json"      # tags may begin alike: no pattern
+            model, text, _ = load_report_model(merged, args.lang_model_path, prune_map)
             losses = report_losses(model, text, task.test_set)
         worst = max(worst, (losses - torch.tensor(evaluations[spec]["before"]["losses"], dtype=torch.float64)).abs().max().item())
     return worst
@@ -222,8 +223,9 @@ def check_on_disk(task, args, choices, evaluations) -> float:
 
 # ------------------------------------------------------------------------------------------------ tables and pictures
 
-def tabulate(choices, evaluations, costs, whole, metrics) -> list[dict]:
-    """One row a criterion and ratio, and one for the unpruned model: quality before and after healing, with 95 % intervals, and cost."""
+def tabulate(choices, evaluations, costs, metrics) -> list[dict]:
+    """One row a criterion and ratio: quality before and after healing, with 95 % intervals, and cost. The first row is the
+    unpruned model, which is healed too: what more training alone does."""
     rows = []
     groups = {}
     for choice in choices:
@@ -233,7 +235,7 @@ def tabulate(choices, evaluations, costs, whole, metrics) -> list[dict]:
         row = {"ratio": ratio, "criterion": criterion, "sets": " ".join(c["drop_layers"] for c in group) if group else "",
                "layers": left, **costs[left]}
         for stage in ("before", "after"):
-            found = [evaluations[c["drop_layers"]][stage] for c in group] if group else [whole]
+            found = [evaluations[c["drop_layers"]][stage] for c in group] if group else [evaluations[WHOLE][stage]]
             for metric in metrics:
                 value, draws = quality(found, metric)
                 low, high = np.percentile(draws, (2.5, 97.5))
@@ -342,7 +344,8 @@ def report(args, table, comparisons, metrics, sentences, worst):
         of = {r["criterion"]: r for r in table if r["ratio"] in (ratio, 0.0)}
         for metric in metrics:
             ours = of["sensitivity"]
-            controls = {"unpruned": of["unpruned"][f"{metric}_before"], "before healing": ours[f"{metric}_before"],
+            controls = {"unpruned": of["unpruned"][f"{metric}_before"], "unpruned, healed": of["unpruned"][f"{metric}_after"],
+                        "before healing": ours[f"{metric}_before"],
                         **{name: of[name][f"{metric}_after"] for name in (*CRITERIA[1:], *CONTROLS)}}
             claims = " ".join(f"{s}." for s in sentences if s.startswith(f"{ratio:.0%}") and f", {metric} " in s)
             details = {"on_disk_loss_difference": worst,
@@ -381,9 +384,7 @@ def main(args):
         if before["stamp"] != stamp:
             raise UserError(f"{file}: is of another study ({before['stamp']}); use --overwrite or another --out")
         cache = before["sets"]
-    whole = cache.get("none") or measure(task)
-    cache["none"] = whole
-    for spec in progress(list(dict.fromkeys(c["drop_layers"] for c in choices)), desc="sets", unit="set"):
+    for spec in progress([WHOLE, *dict.fromkeys(c["drop_layers"] for c in choices)], desc="sets", unit="set"):
         if spec not in cache:
             cache[spec] = evaluate_set(task, parse_drop_layers(spec), args, accelerator)
             atomic_write(file, json.dumps({"stamp": stamp, "sets": cache}))
@@ -397,7 +398,7 @@ def main(args):
     if worst > 1e-3:
         raise RuntimeError("a checkpoint that was pruned on disk is not the model that was measured")
 
-    table, comparisons = tabulate(choices, cache, costs, whole, metrics), compare(choices, cache, metrics)
+    table, comparisons = tabulate(choices, cache, costs, metrics), compare(choices, cache, metrics)
     write_csv(args.out / "table.csv", table, list(table[0]))
     write_csv(args.out / "comparisons.csv", comparisons, list(comparisons[0]))
     for row in table:

@@ -185,12 +185,12 @@ def main(args):
         if not config["lora"] and not args.full:
             config["lora"] = new_lora(args)
             model.lang_model = with_lora(model.lang_model, config["lora"])
-        if (model.embedding_layer.evidence_head is None) != (args.places is None):
-            raise UserError(f"--places: the prompts of {args.pruned_model_path} " + ("name no side and place; leave it out" if args.places
-                            else "name side and place; give the places.json of dia_pangu/pretrain_vit.py"))
         places = read_places(args.places) if args.places else None
         train_set = CTRGDataset(args.data, "train", make_grid(config), text, config["language"], args.cache, args.flip, args.seed,
                                 limit=args.limit, places=places)
+        if (model.embedding_layer.evidence_head is None) != (args.places is None):
+            raise UserError(f"--places: the prompts of {args.pruned_model_path} " + ("name no side and place; leave it out" if args.places
+                            else "name side and place; give the places.json of dia_pangu/pretrain_vit.py"))
     else:
         model, tokenizer = load_model(args.pruned_model_path)
         if args.distill:

@@ -273,15 +273,15 @@ def scan_batch(model, prompts, variants, kinds, method="wavefront") -> list[dict
     rows = len(prompts)
     with Baseline(model, lengths, variants if method == "wavefront" else (), keep_inputs=method == "cached") as watch:
         hidden = model.get_decoder()(**batch, use_cache=False).last_hidden_state   # (rows * (1 + variants), N, d)
+    if method == "wavefront":
+        order, masked_hidden = watch.order, hidden.unflatten(0, (-1, rows))[1:]               # (variants, rows, N, d)
+    else:
+        order, stored = variants, watch.inputs or [None] * len(decoder_layers(model))
+        masked_hidden = torch.stack([masked_pass(model, batch, mode, i, head, stored[i]) for mode, i, head in variants])
     records = []
     for p, prompt in enumerate(prompts):
         n = lengths[p]
-        if method == "wavefront":
-            order, masked_hidden = watch.order, hidden.unflatten(0, (-1, rows))[1:, p, :n]
-        else:
-            order, stored = variants, [x[p:p + 1, :n] for x in watch.inputs] or [None] * len(decoder_layers(model))
-            masked_hidden = torch.cat([masked_pass(model, prompt, mode, i, head, stored[i]) for mode, i, head in variants])
-        results, nll, scored = Scorer(model, prompt, hidden[p, :n], kinds)(masked_hidden)
+        results, nll, scored = Scorer(model, prompt, hidden[p, :n], kinds)(masked_hidden[:, p, :n])
         records.append({
             "name": prompt["name"], "tokens": n, "nll": nll, "scored": scored, "block_influence": watch.influence[p],
             "angles": watch.angles(p),
@@ -290,9 +290,9 @@ def scan_batch(model, prompts, variants, kinds, method="wavefront") -> list[dict
     return records
 
 
-def masked_pass(model, prompt, mode, layer, head, inputs=None) -> torch.Tensor:
-    """Final hidden states (1, n, d) with one part off; `inputs` (1, n, d) of that layer spares the layers before it."""
-    batch = pad_prompts([prompt], next(model.parameters()).device)
+def masked_pass(model, batch, mode, layer, head, inputs=None) -> torch.Tensor:
+    """Final hidden states (rows, N, d) of a padded batch with one part off; `inputs` (rows, N, d) of that layer spares the layers
+    before it."""
     with contextlib.ExitStack() as stack:
         if inputs is None:
             stack.enter_context(masked(model, layer, mode, head))
