@@ -66,6 +66,7 @@ def parse_args(argv=None):
     parser.add_argument("--sampling-power", type=float, default=1.0, help="cnn: a class is drawn in proportion to count^power")
     parser.add_argument("--augment", type=float, default=1.0, help="cnn: strength of gain, drift and noise")
     parser.add_argument("--jitter", type=int, default=2, help="cnn: largest shift of a window, samples")
+    parser.add_argument("--irregular", type=float, default=0.0, help="cnn: as in finetune.py")
     parser.add_argument("--validate", action="store_true", help="score the validation part --fold instead of the test part")
     parser.add_argument("--resamples", type=int, default=1000, help="bootstrap draws for the intervals")
     parser.add_argument("--cache", help="folder for the prepared signals (None: data/cwt_mae/cache)")
@@ -170,6 +171,7 @@ def fit_cnn(args, store, train, validation, scored) -> np.ndarray:
         power=args.sampling_power,
         strength=args.augment,
         jitter=args.jitter,
+        irregular=args.irregular,
     )
     numbers = train.features[train.items["beat"]]
     features = (torch.from_numpy(numbers.mean(0)), torch.from_numpy(numbers.std(0) + 1e-3)) if numbers.shape[1] else None

@@ -83,6 +83,8 @@ def parse_args(argv=None):
     optim.add_argument("--class-weights", action=flag, default=False, help="weigh the loss by 1 / class frequency")
     optim.add_argument("--augment", type=float, default=0.0, help="strength of gain, drift and noise; 1 = up to 20 %%, 15 %%, 8 %%")
     optim.add_argument("--jitter", type=int, default=0, help="largest shift of a window, samples")
+    optim.add_argument("--irregular", type=float, default=0.0,
+                       help="beats: share of windows other than S that get the rhythm numbers of simulated atrial fibrillation")
     optim.add_argument("--flip", action=flag, default=False, help="augment by the sign too (PPG, not ECG)")
     optim.add_argument("--bf16", action="store_true", help="bfloat16 mixed precision")
     out = parser.add_argument_group("run")
@@ -195,6 +197,7 @@ def main(args):
         jitter=args.jitter,
         flip=args.flip,
         mixup=args.mixup,
+        irregular=args.irregular,
     )
     counts, classes = train_set.task.counts(), task.classes
     prior = counts / counts.sum()
@@ -206,6 +209,8 @@ def main(args):
     )
     if args.compare and not args.freeze:
         raise UserError("--compare needs --freeze: the tokens to compare with are those of the encoder as it is before training")
+    if args.irregular and (args.task != "beat" or not args.features):
+        raise UserError("--irregular changes the rhythm numbers of beats: it needs --task beat and --features")
     use_features = args.features and task.features.shape[1] > 0
     seen = task.features[train_set.task.items["beat"]] if use_features else None
     features = (torch.from_numpy(seen.mean(0)), torch.from_numpy(seen.std(0) + 1e-3)) if use_features else None

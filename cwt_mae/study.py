@@ -31,8 +31,8 @@ SIZES = dict(cwt_scales=16, lowest_scale=0.7, scale_step=1.25, log_scales=True, 
              decoder_embed_dim=48, decoder_depth=1, decoder_num_heads=4, patch_norm=False, raw_patches=True, batch_size=64, lr=2e-3)
 BEAT = dict(model_fs=90, signal_len=180)                  # 2 s round the beat, 20 patches of 0.1 s
 BEAT_TUNE = dict(task="beat", folds=4, head="mlp", center_columns=6, compare=True, hidden_dim=16, res_blocks=0, dropout=0.3,
-                 input_dropout=0.8, batch_size=128, lr=2e-3, label_smoothing=0.05, sampling_power=0.5, augment=1, jitter=2, select="last",
-                 eval_every=10000)
+                 input_dropout=0.8, batch_size=128, lr=2e-3, label_smoothing=0.05, sampling_power=0.5, augment=1, jitter=2, irregular=0.3,
+                 select="last", eval_every=10000)
 FREE_STEPS = 0.6                                          # steps that train the encoder too, for the CPU time of one that does not
 SERIES_TUNE = dict(task="series", fold=-1, head="mlp", hidden_dim=32, res_blocks=0, dropout=0.2, batch_size=32, lr=2e-3,
                    label_smoothing=0.05, augment=1, jitter=2)
@@ -94,7 +94,7 @@ def beat(args):
     free = round(FREE_STEPS * steps * (cpu["pre-training"] + cpu["head"]) / cpu["head"])     # the same total CPU time
     cpu["random"] = call(finetune, **tune | dict(compare=False), layer_decay=1, max_steps=free, out=out / f"final-random-{seed}")
     cpu["cnn"] = call(baselines, **common, **BEAT, kind="cnn", task="beat", max_steps=steps, sampling_power=0.5,
-                      out=out / f"final-cnn-{seed}")
+                      irregular=BEAT_TUNE["irregular"], out=out / f"final-cnn-{seed}")
     atomic_write(out / f"cpu-{seed}.json", json.dumps({**cpu, "random, steps": free}, indent=1))
 
 

@@ -238,6 +238,17 @@ def test_a_beat_comes_with_the_rhythm_around_it_and_what_is_usual_in_its_record(
     assert np.corrcoef(usual_of(lambda x, real: x, store, task, 100, at_most=20)[0], usual)[0, 1] > 0.95
 
 
+def test_simulated_fibrillation_changes_the_rhythm_of_all_but_s(tmp_path, prepare):
+    beats_npz(tmp_path / "a.npz", symbols="NNNA")
+    store = store_of(tmp_path, prepare, tmp_path / "a.npz")
+    task = load_task(store, "beat", 100)
+    items = [DownstreamClassificationDataset(store, task, 100, draws=200, irregular=1.0)[i] for i in range(200)]
+    own = [np.array_equal(item["features"], task.features[item["index"]]) for item in items]
+    assert own == [item["label"] == 1 for item in items] and 0 < sum(own) < 200
+    drawn = np.stack([item["features"] for item in items if item["label"] != 1])
+    assert np.median(drawn[:, 8]) > np.median(task.features[:, 8]) + 0.5  # the neighbourhood is irregular
+
+
 def test_a_beat_stays_in_the_middle_of_its_window_at_the_ends_of_a_record(tmp_path, prepare):
     beats_npz(tmp_path / "a.npz")
     store = store_of(tmp_path, prepare, tmp_path / "a.npz")
