@@ -69,9 +69,8 @@ def scenes(args):
     trained = [results(folder / f"test-{args.base}-{s}") for s in args.seeds]
     random = [results(folder / f"test-{args.base}-{s}-random") for s in args.seeds]
     tables = [rows(folder / f"test-{args.base}-{s}") for s in args.seeds]
-    sure, sure_random = (
-        np.mean([confident(rows(folder / f"test-{args.base}-{s}{control}")) for s in args.seeds], axis=0).tolist() for control in ("", "-random")
-    )
+    random_tables = [rows(folder / f"test-{args.base}-{s}-random") for s in args.seeds]
+    sure, sure_random = (np.mean([confident(t) for t in part], axis=0).tolist() for part in (tables, random_tables))
 
     def mean(parts, key):
         return float(np.mean([p[key] for p in parts]))
