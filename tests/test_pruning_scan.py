@@ -56,12 +56,13 @@ def test_cached_and_wavefront_scores_equal_naive_in_every_decoder(model_type, at
     assert max(max(row) for row in naive) > 1e-3, "nothing was masked"
 
 
-def test_a_batch_of_unequal_prompts_gives_each_its_own_scores():
+@pytest.mark.parametrize("method", scanner.METHODS)
+def test_a_batch_of_unequal_prompts_gives_each_its_own_scores(method):
     model, kinds = make("qwen3"), ("kl",)
     variants = scanner.list_variants(model, ["v"])
-    together = scanner.scan_batch(model, prompts((3, 12, 7)), variants, kinds)
+    together = scanner.scan_batch(model, prompts((3, 12, 7)), variants, kinds, method)
     for p, record in zip(prompts((3, 12, 7)), together):
-        alone = scanner.scan_batch(model, [p], variants, kinds)[0]
+        alone = scanner.scan_batch(model, [p], variants, kinds, method)[0]
         assert scores([record], kinds) == [pytest.approx(row, rel=1e-5, abs=1e-7) for row in scores([alone], kinds)]
         assert record["block_influence"] == pytest.approx(alone["block_influence"], abs=1e-6)
 

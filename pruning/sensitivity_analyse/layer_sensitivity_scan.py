@@ -52,8 +52,8 @@ def parse_args(argv=None):
                    help="default l1_mean and kl; the first goes to --out")
     p.add_argument("--method", choices=METHODS, default="wavefront")
     add_prompt_args(p)
-    p.add_argument("--batch-size", type=int, default=1, help="prompts in one wavefront, right-padded (default 1; raise it on an "
-                                                             "accelerator)")
+    p.add_argument("--batch-size", type=int, default=1, help="prompts run together, right-padded (default 1; raise it on an "
+                                                             "accelerator, and for --method cached)")
     p.add_argument("--sanity_check", action="store_true", help="first check that a lifted mask changes nothing and that the "
                                                                "method equals naive")
     p.add_argument("--resume", action="store_true", help="go on with an interrupted scan: prompts already scored are not run "
