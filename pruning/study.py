@@ -310,7 +310,7 @@ def draw_tradeoff(table, metrics, path):
             ax.set_xlabel(label)
             ax.locator_params(axis="x", nbins=4)
             frame(ax, metric, table)
-    axes[0][0].legend(fontsize=7, ncols=2, loc="upper left")
+    axes[0][0].legend(fontsize=7, loc="lower right")
     figure.suptitle("After healing; solid: criteria, dashed: controls; bars: 95 % intervals over test samples and random sets")
     save_figure(figure, path)
 
