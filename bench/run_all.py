@@ -19,7 +19,7 @@ from common.checkpoint import atomic_write
 from common.errors import UserError, run
 
 HERE = Path(__file__).resolve().parent
-BENCHES = ("cwt", "cwt_loader", "em", "flmm", "dia", "pruning")
+BENCHES = ("cwt", "cwt_loader", "em", "flmm", "dia", "pruning", "scaling")
 
 
 def row(data, name):
@@ -83,18 +83,31 @@ CLAIMS = {
 }
 
 
+def result(name):
+    """The JSON of a bench, None if it was not run."""
+    path = HERE / "results" / f"{name}.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
 def write_table():
     """bench/README.md from the JSON files that are there; a bench without one is named as not measured."""
     lines = ["# Measured claims", "",
              "Ratios to a baseline in the same run, on CPU; each from the command in the last column, which prints absolute times too.",
              "Machines differ and this one was shared, so expect other ratios on yours. Made by `python bench/run_all.py`.", "",
              "| claim | size | baseline | measured | command |", "| --- | --- | --- | --- | --- |"]
-    for name in BENCHES:
-        path = HERE / "results" / f"{name}.json"
-        data = json.loads(path.read_text()) if path.is_file() else None
+    for name in CLAIMS:
+        data = result(name)
         for claim, size, baseline, measure in CLAIMS[name]:
             measured = measure(data) if data else "not measured yet"
             lines.append(f"| {claim} | {size} | {baseline} | {measured} | `python bench/{name}.py` |")
+    lines += ["", "## Growth", "",
+              "Slopes on logarithmic axes, `python bench/scaling.py`: 1 is growth in proportion, 0 none. Memory is what a call adds at its",
+              "peak, with the part that does not grow.", "", "| what | grows with | sizes | time | memory | at the largest |",
+              "| --- | --- | --- | --- | --- | --- |"]
+    for case in result("scaling") or []:
+        sizes, last = [row["size"] for row in case["rows"]], case["rows"][-1]
+        lines.append(f"| {case['what']} | {case['grows']} | {sizes[0]:,} to {sizes[-1]:,} | {case['time']:.2f} | {case['memory']:.2f} | "
+                     f"{1e3 * last['seconds']:.0f} ms, {last['megabytes']:.0f} MB |")
     lines += ["", "No GPU was at hand: the scripts measure the real sizes in bfloat16 where there is one (`--help`)."]
     atomic_write(HERE / "README.md", "\n".join(lines) + "\n")
 
