@@ -148,7 +148,7 @@ def main(args):
         for kind in ("pre-trained", "random"):
             if "probe" in args.methods and (kind == "random" or draw == 0):
                 encoder = make_encoder(args.signal_encoder_path, None if kind == "pre-trained" else args.seed + draw + 1)
-                features[kind, draw] = embed(encoder, train, accelerator.device), embed(encoder, test, accelerator.device)
+                features[kind, draw] = encoder, embed(encoder, test, accelerator.device)
     results = {}
     for k in shots:
         for draw in progress(range(args.draws), desc=f"{k} per class"):
@@ -157,8 +157,8 @@ def main(args):
             answers = {}
             for kind in ("pre-trained", "random"):
                 if "probe" in args.methods:
-                    x, test_x = features[kind, 0 if kind == "pre-trained" else draw]
-                    answers[f"probe, {kind}"] = probe(x[rows], label[rows], test_x)
+                    encoder, test_x = features[kind, 0 if kind == "pre-trained" else draw]
+                    answers[f"probe, {kind}"] = probe(embed(encoder, Subset(train, rows.tolist()), accelerator.device), label[rows], test_x)
                 if "finetune" in args.methods:
                     tuned = fit(
                         args.signal_encoder_path,

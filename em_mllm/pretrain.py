@@ -3,10 +3,9 @@
     python em_mllm/pretrain.py --data data/em_mllm/train --out runs/em_mllm/pretrain --preset tiny
     torchrun --nproc_per_node=8 em_mllm/pretrain.py --data /data/iq --out runs/em_mllm/base --batch-size 32 --precision bf16
 
---data: .h5 files, or folders of them, with IQ_data (Num, T, 2); labels are not read. Writes out/encoder/ (config.json,
-model.safetensors with
-the keys sit.* and decoder.*), out/metrics.json with trivial baselines beside the error, and pictures of reconstructions. Upstream published
-no trainer.
+--data: .h5 files, or folders of them, with IQ_data (Num, T, 2); labels are not read. Targets: the hidden patches, and with
+--spectrum-weight the log spectra of the whole signal. Writes out/encoder/ (config.json, model.safetensors with the keys sit.* and
+decoder.*), out/metrics.json with trivial baselines beside the errors, and pictures of reconstructions. Upstream published no trainer.
 """
 
 import argparse
