@@ -29,16 +29,15 @@ from scipy.ndimage import gaussian_filter
 from common.checkpoint import atomic_write
 from common.errors import UserError, run
 from common.run import progress
-from dia_pangu.src.Dataset.prompt import COLUMNS, FINDINGS
+from dia_pangu.src.Dataset.prompt import COLUMNS, FINDINGS, LATERAL, PLACES, SIDES
 
 SIZE, SPACING_MM = (64, 64, 16), (6.0, 6.0, 20.0)  # H front to back, W right to left, D feet to head
 PREVALENCE = {"enlarged cardiomediastinum": 0.12, "cardiomegaly": 0.16, "lung opacity": 0.26, "lung lesion": 0.20,
               "edema": 0.09, "consolidation": 0.17, "pneumonia": 0.13, "atelectasis": 0.13, "pneumothorax": 0.09,
               "pleural effusion": 0.20, "pleural other": 0.13, "fracture": 0.06, "support devices": 0.13}
 NORMAL_SHARE = 0.06  # volumes made without any condition, beside those that get none by chance
-SIDES, PLACES, SIZES = ("right", "left"), ("upper", "middle", "lower"), ("small", "moderate", "large")
+SIZES = ("small", "moderate", "large")
 PLACED = {"lung opacity", "lung lesion", "consolidation", "pneumonia"}  # findings that lie in one zone of one lung
-SIDED = PLACED | {"atelectasis", "pneumothorax", "pleural effusion", "pleural other", "fracture"}
 GRADED = PLACED | {"enlarged cardiomediastinum", "cardiomegaly", "edema", "pneumothorax", "pleural effusion"}
 MM = [((np.arange(n) + 0.5) * s - n * s / 2) for n, s in zip(SIZE, SPACING_MM)]
 Y, X, Z = np.meshgrid(*MM, indexing="ij")
@@ -52,7 +51,7 @@ def draw_findings(rng) -> dict:
         return found
     for name, share in PREVALENCE.items():
         if rng.random() < share:
-            found[name] = {"side": str(rng.choice(SIDES)) if name in SIDED else "",
+            found[name] = {"side": str(rng.choice(SIDES)) if name in LATERAL else "",
                            "place": str(rng.choice(PLACES)) if name in PLACED else "",
                            "size": str(rng.choice(SIZES)) if name in GRADED else ""}
     return found
