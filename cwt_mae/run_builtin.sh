@@ -9,21 +9,24 @@ M=${DATA_ROOT:-/nowhere}/ecg/mitbih
 cores=${OMP_NUM_THREADS:-$(nproc)}
 export OMP_NUM_THREADS=1
 study() { "$PYTHON" "$ROOT/cwt_mae/study.py" "$@" ${SMOKE:+--smoke}; }
+aside() {                                                  # beside the rest where there are cores
+  if [ "$cores" -lt 3 ]; then study "$@"; return; fi
+  "$PYTHON" "$ROOT/cwt_mae/study.py" "$@" ${SMOKE:+--smoke} & pids+=($!)
+}
+finish() { for pid in ${pids[@]+"${pids[@]}"}; do wait "$pid"; done; pids=(); }
+pids=()
+trap 'kill $(jobs -p) 2>/dev/null || true' EXIT            # when one part fails, the others stop too
 
 if [ "$cores" -ge 3 ] && [ -z "${SMOKE:-}" ]; then seeds=${SEEDS:-0 1 2}; else seeds=0; fi
-beats=()
-trap 'kill $(jobs -p) 2>/dev/null || true' EXIT            # when one part fails, the others stop too
 if [ -d "$M" ]; then
-  for seed in $seeds; do
-    beat=(study beat --data "$M" --out "$OUT/mitbih" --seed "$seed")
-    if [ "$cores" -ge 3 ]; then "${beat[@]}" & beats+=($!); else "${beat[@]}"; fi
-  done
+  for seed in $seeds; do aside beat --data "$M" --out "$OUT/mitbih" --seed "$seed"; done
   study forest --data "$M" --out "$OUT/mitbih"
 fi
 study builtin --out "$OUT/builtin" --pretrain-steps 1500 --finetune-steps 300
+finish
 for file in "${DATA_ROOT:-/nowhere}"/ecg/*.npz; do          # UCR sets
   [ -f "$file" ] || continue
-  study series --data "$file" --out "$OUT/$(basename "$file" .npz)" --seeds 0 1 2 3 4 --pretrain-steps 300 --finetune-steps 200
+  aside series --data "$file" --out "$OUT/$(basename "$file" .npz)" --seeds 0 1 2 3 4 --pretrain-steps 300 --finetune-steps 200
 done
-for pid in ${beats[@]+"${beats[@]}"}; do wait "$pid"; done
 if [ -d "$M" ]; then study score --data "$M" --out "$OUT/mitbih" --seeds $seeds; fi
+finish
