@@ -434,8 +434,9 @@ def main(args):
             low, high = metrics["interval"]
             print(
                 f"four-choice accuracy {metrics['accuracy']:.3f} [{low:.3f}, {high:.3f}] of {metrics['four_choice']} "
-                f"(chance {metrics['chance']:.2f}), at SNR >= {HIGH_SNR_DB:g} dB {metrics['accuracy_high_snr']:.3f}, "
-                f"by likelihood {metrics['accuracy_by_likelihood']:.3f}, valid letters {metrics['valid_letters']:.1%}"
+                f"(chance {metrics['chance']:.2f}), "
+                + (f"at SNR >= {HIGH_SNR_DB:g} dB {metrics['accuracy_high_snr']:.3f}, " if metrics["high_snr_count"] else "")
+                + f"by likelihood {metrics['accuracy_by_likelihood']:.3f}, valid letters {metrics['valid_letters']:.1%}"
                 + (f", with wrong signals {metrics['wrong_signal']['accuracy']:.3f}" if wrong else "")
             )
         if "open" in metrics:
