@@ -210,7 +210,7 @@ def test_train_refuses_before_it_makes_a_run_folder(world, tmp_path, monkeypatch
 
 def test_a_refusal_is_one_line_and_status_two(world, tmp_path):
     line = call(ROOT / "flmm/train.py", "--config", tmp_path / "none.yaml", "--data", world, "--out", tmp_path / "x", ok=False)
-    assert "none.yaml: not a readable configuration" in line
+    assert "none.yaml: no such file" in line
 
 
 @pytest.mark.parametrize("start", [["train.py"], ["-m", "flmm.train"]])
