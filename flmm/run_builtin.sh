@@ -15,7 +15,7 @@ if [ "$CORES" -ge 3 ]; then SEEDS=${SEEDS:-0 1 2}; else SEEDS=${SEEDS:-0}; fi
 # scenes of generator seed 1: those of seed 0 were looked at while the recipe was made
 SCENES="--seed 1 --train 500 --val 60 --test 200 --overlap 100" BASE_STEPS=1200 SAM_STEPS=300 COARSE=480 HEAD_STEPS=640
 if [ "$BASE" = qwen ]; then BASE_STEPS=400; fi   # twice the time a step
-if [ -n "${SMOKE:-}" ]; then SEEDS=0 SCENES="--train 24 --val 6 --test 8 --overlap 4" BASE_STEPS=12 SAM_STEPS=6 COARSE=2 HEAD_STEPS=4; fi
+if [ -n "${SMOKE:-}" ]; then SEEDS=0 DATA=$DATA-smoke SCENES="--train 24 --val 6 --test 8 --overlap 4" BASE_STEPS=12 SAM_STEPS=6 COARSE=2 HEAD_STEPS=4; fi
 export NPROC_PER_NODE=1 OMP_NUM_THREADS=1   # the tiny models gain nothing from more
 
 one_seed() {
