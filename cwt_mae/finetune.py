@@ -160,35 +160,24 @@ def corrected(logits: np.ndarray, shift: np.ndarray, tau: float) -> np.ndarray:
     return logits / logits.sum(1, keepdims=True)
 
 
-def main(args):
-    accelerator = Accelerator(
-        gradient_accumulation_steps=args.accum,
-        mixed_precision="bf16" if args.bf16 else "no",
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
-    )
-    seed_everything(args.seed)
-
-    # data: prepared as the pre-trained model's were
-    config = {name: value for name, value in read_model(args.pretrained)[1].items() if name in ENCODER_ARGS}
-    signal_len = args.signal_len or config.get("signal_len", 3000)
-    prepare = Preprocess(**(config.get("preprocess") or {}))
-    load = lambda: build_store(args.data, prepare, args.cache, args.input_fs, skip_bad=args.skip_bad)
+def make_sets(args, accelerator, preprocess: dict, signal_len: int, size: int):
+    """(store, task, its training part, training set, validation set or None). size: windows of a step; the data are prepared as the
+    pre-trained model's were."""
+    if args.compare and not args.freeze:
+        raise UserError("--compare needs --freeze: the tokens to compare with are those of the encoder as it is before training")
+    if args.irregular and (args.task != "beat" or not args.features):
+        raise UserError("--irregular changes the rhythm numbers of beats: it needs --task beat and --features")
+    if args.fold >= args.folds:
+        raise UserError(f"--fold {args.fold}: there are --folds {args.folds}, numbered from 0")
+    load = lambda: build_store(args.data, Preprocess(**preprocess), args.cache, args.input_fs, skip_bad=args.skip_bad)
     on_main(accelerator, load)
     store = load()
     task = load_task(store, args.task, signal_len, skip_bad=args.skip_bad)
-    parts = split_parts(store, args.split)
-    train = training_part(task, parts)
-    train_set, val_set = train, None
-    if args.fold >= 0:
-        if not 0 <= args.fold < args.folds:
-            raise UserError(f"--fold {args.fold}: there are --folds {args.folds}, numbered from 0")
-        held = fold_of(store, train, args.folds)[train.items["record"]] == args.fold
-        train_set, val_set = train.select(~held), train.select(held)
-        val_set = DownstreamClassificationDataset(store, val_set, signal_len)
-    size = args.batch_size * accelerator.num_processes * args.accum
+    train = training_part(task, split_parts(store, args.split))
+    held = fold_of(store, train, args.folds)[train.items["record"]] == args.fold if args.fold >= 0 else np.zeros(len(train.items), bool)
     train_set = DownstreamClassificationDataset(
         store,
-        train_set,
+        train.select(~held),
         signal_len,
         args.seed,
         draws=size * min(200, args.max_steps),
@@ -199,30 +188,15 @@ def main(args):
         mixup=args.mixup,
         irregular=args.irregular,
     )
-    counts, classes = train_set.task.counts(), task.classes
-    prior = counts / counts.sum()
-    shift = np.where(counts > 0, np.log(np.maximum(train_set.drawn_prior, 1e-9) / np.maximum(prior, 1e-9)), 0.0)
-    weights = (
-        torch.tensor(np.where(counts > 0, counts.sum() / np.maximum(counts, 1) / (counts > 0).sum(), 0.0), dtype=torch.float32)
-        if args.class_weights
-        else None
-    )
-    if args.compare and not args.freeze:
-        raise UserError("--compare needs --freeze: the tokens to compare with are those of the encoder as it is before training")
-    if args.irregular and (args.task != "beat" or not args.features):
-        raise UserError("--irregular changes the rhythm numbers of beats: it needs --task beat and --features")
-    use_features = args.features and task.features.shape[1] > 0
-    seen = task.features[train_set.task.items["beat"]] if use_features else None
-    features = (torch.from_numpy(seen.mean(0)), torch.from_numpy(seen.std(0) + 1e-3)) if use_features else None
-    # the data set draws, so nothing is shuffled; a generator of its own keeps the loader from moving dropout's on a resume
-    loader = DataLoader(train_set, args.batch_size, drop_last=True, num_workers=args.workers, worker_init_fn=loader_worker,
-                        generator=torch.Generator())
+    return store, task, train, train_set, DownstreamClassificationDataset(store, train.select(held), signal_len) if args.fold >= 0 else None
 
-    # model, optimizer
+
+def make_model(args, config: dict, num_classes: int, num_features: int) -> TF_MAE_Classifier:
+    """The classifier on the pre-trained encoder, or on random weights of its sizes."""
     try:
-        model = TF_MAE_Classifier(
+        return TF_MAE_Classifier(
             None if args.random_init else args.pretrained,
-            len(classes),
+            num_classes,
             use_cot=args.head == "cot",
             num_reasoning_tokens=args.reasoning_tokens,
             hidden_dim=args.hidden_dim,
@@ -231,11 +205,41 @@ def main(args):
             num_res_blocks=args.res_blocks,
             center_columns=args.center_columns,
             compare=args.compare,
-            num_features=task.features.shape[1] if use_features else 0,
-            **(config | {"signal_len": signal_len}),
+            num_features=num_features,
+            **config,
         )
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def main(args):
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.accum,
+        mixed_precision="bf16" if args.bf16 else "no",
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+    )
+    seed_everything(args.seed)
+
+    config = {name: value for name, value in read_model(args.pretrained)[1].items() if name in ENCODER_ARGS}
+    signal_len = args.signal_len or config.get("signal_len", 3000)
+    size = args.batch_size * accelerator.num_processes * args.accum
+    store, task, train, train_set, val_set = make_sets(args, accelerator, config.get("preprocess") or {}, signal_len, size)
+    counts, classes = train_set.task.counts(), task.classes
+    prior = counts / counts.sum()
+    shift = np.where(counts > 0, np.log(np.maximum(train_set.drawn_prior, 1e-9) / np.maximum(prior, 1e-9)), 0.0)
+    weights = (
+        torch.tensor(np.where(counts > 0, counts.sum() / np.maximum(counts, 1) / (counts > 0).sum(), 0.0), dtype=torch.float32)
+        if args.class_weights
+        else None
+    )
+    use_features = args.features and task.features.shape[1] > 0
+    seen = task.features[train_set.task.items["beat"]] if use_features else None
+    features = (torch.from_numpy(seen.mean(0)), torch.from_numpy(seen.std(0) + 1e-3)) if use_features else None
+    # the data set draws, so nothing is shuffled; a generator of its own keeps the loader from moving dropout's on a resume
+    loader = DataLoader(train_set, args.batch_size, drop_last=True, num_workers=args.workers, worker_init_fn=loader_worker,
+                        generator=torch.Generator())
+
+    model = make_model(args, config | {"signal_len": signal_len}, len(classes), task.features.shape[1] if use_features else 0)
     if args.freeze:
         model.encoder_model.requires_grad_(False)
     if args.compare:

@@ -4,7 +4,10 @@ import os
 import resource
 import signal
 import sys
+import threading
 import traceback
+
+from tqdm import tqdm
 
 from common.errors import run
 
@@ -21,6 +24,7 @@ def start(script, arguments, log, limit=None, before=None) -> int:
     if pid == 0:
         code = 1
         try:
+            own_locks()
             log.parent.mkdir(parents=True, exist_ok=True)
             with open(log, "w") as file:
                 os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
@@ -39,6 +43,11 @@ def start(script, arguments, log, limit=None, before=None) -> int:
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(code)
     return pid
+
+
+def own_locks():
+    """For a fork that may be killed: tqdm's lock is shared with the parent, which would wait for the dead fork for ever."""
+    tqdm.set_lock(threading.RLock())
 
 
 def finish(pid) -> int:

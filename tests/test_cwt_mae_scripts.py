@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from common.errors import UserError
 from cwt_mae import baselines, finetune, make_data, probe, test, train, visualize
+from tests.forked import own_locks
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = (
@@ -273,6 +274,7 @@ def test_twenty_kills_at_random_moments_lose_nothing(world):
         child = os.fork()
         if child == 0:
             try:
+                own_locks()
                 sys.stdout = sys.stderr = open(os.devnull, "w")
                 # each life may take 3 steps more than the last checkpoint, so that the run does not end before 20 kills
                 pretrain(world, killed, *options, *(["--resume"] if (killed / "config.json").exists() else []))
