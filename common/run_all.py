@@ -14,7 +14,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from common.errors import UserError, run
-from common.summary import collect, table, write_summary
+from common.summary import collect, draw_curves, table, write_summary
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECTS = ("dia_pangu", "cwt_mae", "em_mllm", "flmm", "pruning")      # dia_pangu first: pruning waits for it
@@ -92,7 +92,7 @@ def main(args):
             for future in ready:
                 del pending[future]
                 done.append(future.result())
-    done.sort(key=lambda d: PROJECTS.index(d["name"]))
+    done = [{**d, "curves": draw_curves(runs, d["name"])} for d in sorted(done, key=lambda d: PROJECTS.index(d["name"]))]
     about = (f"{'smoke run (numbers mean nothing)' if args.smoke else 'full run'} on "
              f"{'real data from ' + data_root if data_root else 'built-in data'}, "
              f"{time.strftime('%Y-%m-%d %H:%M')}, {cores} cores, {jobs} side by side, {time.monotonic() - start:.0f} s in all")

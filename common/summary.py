@@ -37,6 +37,33 @@ def collect(runs, project: str) -> list[dict]:
     return [json.loads(p.read_text()) for p in sorted(paths, key=lambda p: p.stat().st_mtime)]
 
 
+def draw_curves(runs, project: str):
+    """Picture of the training loss of every run of a project, each as a share of its first value; None if nothing was logged.
+
+    Reads the field loss, or the first that starts with it, of runs/<project>/**/log.jsonl.
+    """
+    curves = {}
+    for path in sorted((Path(runs) / project).rglob("log.jsonl"), key=lambda p: p.stat().st_mtime):
+        points = []
+        for line in (json.loads(text) for text in path.read_text().splitlines() if text.endswith("}")):
+            name = "loss" if "loss" in line else next((key for key in line if key.startswith("loss")), None)
+            if name and line[name] is not None:
+                points.append((line["step"], line[name]))
+        if len(points) > 1 and points[0][1]:
+            curves[str(path.parent.relative_to(Path(runs) / project))] = points
+    if not curves:
+        return None
+    from common.figures import new_figure, save_figure  # not at the top: --help need not wait for matplotlib
+
+    figure, axes = new_figure(width=8.5)
+    for i, (name, points) in enumerate(curves.items()):
+        steps, losses = zip(*points)
+        axes.plot(steps, [loss / losses[0] for loss in losses], label=name, linestyle=("-", "--", ":", "-.")[i // 6 % 4])
+    axes.set(xlabel="optimizer step", ylabel="training loss, share of the first", xscale="log")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    return save_figure(figure, Path(runs) / project / "curves.png")
+
+
 def number(value) -> str:
     """Three significant digits, no exponent for everyday sizes."""
     return "-" if value is None else f"{value:.3f}" if abs(value) < 10 else f"{value:.4g}"
@@ -86,6 +113,7 @@ td.n { white-space: nowrap; font-variant-numeric: tabular-nums }
 .ok { color: var(--good) }
 .failed { color: var(--bad) }
 .figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 420px), 1fr)); gap: 16px; margin: 16px 0 24px }
+.wide { grid-template-columns: minmax(0, 760px) }
 figure { margin: 0; background: var(--card); border-radius: 8px; padding: 10px }
 figure img { width: 100%; height: auto; background: #fff; border-radius: 4px }
 figcaption { font-size: .88rem; color: var(--soft); margin-top: 6px }
@@ -113,13 +141,18 @@ def page(projects: list[dict], about: str) -> str:
             kinds = ["", "", "", " class=n", "", " class=n", " class=n"]
             body.append("<tr>" + "".join(f'<td data-head="{h}"{k}>{c}</td>' for h, k, c in zip(head, kinds, cells)) + "</tr>")
         sections.append(f"<h2>{text(project['name'])}</h2>")
+        shown = set()
         for row in project["rows"]:
             sections.append(f"<p><b>{text(row['task'])}</b>: {text(row['metric'])} {measured(row)}, against {text(controls(row))}.</p>")
             if row["note"]:
                 sections.append(f'<p class="soft">{text(row["note"])}</p>')
-            figures = [f for f in row["figures"] if Path(f["path"]).is_file()]
+            figures = [f for f in row["figures"] if Path(f["path"]).is_file() and f["path"] not in shown]
+            shown.update(f["path"] for f in figures)
             if figures:
                 sections.append('<div class="figures">' + "".join(_figure(f) for f in figures) + "</div>")
+        if project.get("curves"):
+            curves = _figure({"path": project["curves"], "caption": "training loss of every run"})
+            sections.append(f'<div class="figures wide">{curves}</div>')
         if project["status"] != "ok":
             sections.append(f'<p class="failed">{text(project["status"])}; the log is {text(str(project["log"]))}</p>')
     return ('<!doctype html><html lang="en"><head><meta charset="utf-8">'

@@ -26,6 +26,8 @@ axis.plot([1, 2, 3])
 save_figure(figure, folder / "figures/loss.png")
 write_result(folder, "beats & <rhythm>", "macro-F1", 0.61, {{"chance": 0.25, "random init": 0.5}}, interval=(0.58, 0.64),
              figures=[(folder / "figures/loss.png", "loss against step")], note="held-out records, 3 seeds")
+(folder / "base").mkdir()
+(folder / "base/log.jsonl").write_text('{{"step": 1, "loss": 2.0}}\\n{{"step": 9, "loss_spec": 1.0}}\\n{{"step": 10, "lo')
 PY
 """
 
@@ -66,6 +68,7 @@ def test_one_failure_does_not_stop_the_others_and_is_named(tree):
 def test_page_is_one_file_with_inline_pictures_alt_text_and_escapes(tree):
     start(tree, "cwt_mae")
     page = (tree / "runs/summary.html").read_text()
+    assert page.count('alt="training loss of every run"') == 1 and page.count('alt="loss against step"') == 1
     assert "beats &amp; &lt;rhythm&gt;" in page and 'alt="loss against step"' in page
     assert set(re.findall(r'src="([^"]{0,22})', page)) == {"data:image/png;base64,"}
     assert not re.search(r'(href|src)="https?:', page)
