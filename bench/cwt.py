@@ -33,6 +33,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
+from bench.measure import added_peak_mb
 from common.checkpoint import atomic_write
 from cwt_mae.model import create_ricker_wavelets, cwt_wrap
 
@@ -107,11 +108,7 @@ def memory(name, args):
     method, x = methods(args.scales, args.length)[name], test_signal(args.batch, args.length)
     torch.set_num_threads(1)
     method(x[:1])                                          # libraries, kernel spectra and thread stacks are there before
-    Path("/proc/self/clear_refs").write_text("5")          # the high-water mark starts again
-    status = lambda key: int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key)).split()[1])  # noqa: E731
-    before = status("VmRSS")
-    result = method(x)
-    print(json.dumps((status("VmHWM") - before) / 1024 + 0 * result.numel()))
+    print(json.dumps(added_peak_mb(lambda: method(x))))
 
 
 def turns(found: dict, x, repeats: int, clock) -> dict:

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
+from bench.measure import resident_mb
 from common.checkpoint import atomic_write
 from cwt_mae.dataset import PhysioSignalDataset, Preprocess, Store, build_store, read_records
 
@@ -27,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def draw(folder: str, windows: int):
     """Run in a process of its own: one JSON line with windows/s and this process's own memory (without mapped files)."""
-    before = own_memory_mb()
+    before = resident_mb("RssAnon")
     dataset = PhysioSignalDataset(Store(folder), 1000, num_patches=20)
     places = np.random.default_rng(0).integers(len(dataset), size=windows)
     start = time.perf_counter()
@@ -37,19 +38,11 @@ def draw(folder: str, windows: int):
         json.dumps(
             {
                 "windows_per_s": windows / (time.perf_counter() - start),
-                "own_mb": own_memory_mb() - before,
+                "own_mb": resident_mb("RssAnon") - before,
                 "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             }
         )
     )
-
-
-def own_memory_mb() -> float:
-    """Anonymous memory of this process: pages that are not a file's."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) / 1024
-    return float("nan")
 
 
 def main():

@@ -35,6 +35,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from bench.measure import resident_mb
 from common.checkpoint import atomic_write
 from em_mllm.dataset import SignalCollator, SignalDataset
 from em_mllm.em_foundation.models import SiTMAEConfig, SiTMAEModelWithoutMask
@@ -189,10 +190,6 @@ def loading(variant):
                 pass
             rates[workers] = count / (time.perf_counter() - start)
         return {"seconds": 0.0, "peak_mb": 0.0, "value": rates}
-
-
-def resident_mb() -> float:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def gpu(variant):

@@ -24,6 +24,7 @@ from transformers import AutoModel, LlamaConfig, SamConfig, SamModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
+from bench.measure import added_peak_mb
 from common.checkpoint import atomic_write
 from common.errors import UserError, run
 from flmm.data.samples import SampleBuilder, caption_of_phrases
@@ -92,20 +93,11 @@ def forward(model, mode, ids):
         return [merge_rows(a[0][:, want.rows[0]][..., want.columns[0]], want.phrases[0]) for a in out.attentions]
 
 
-def memory(field):
-    """MiB of this process: "VmRSS" now, "VmHWM" at its highest since the last reset."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
-
-
 def peak(mode):
     """Print the memory in MiB that one pass adds at its peak: run in a process of its own."""
     model, ids = language_model(), torch.randint(0, 64, (1, TOKENS), generator=torch.Generator().manual_seed(1))
     forward(model, "sdpa", ids[:, :64])  # libraries load their buffers
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of building the model
-    before = memory("VmRSS")
-    forward(model, mode, ids)
-    print(memory("VmHWM") - before)
+    print(added_peak_mb(lambda: forward(model, mode, ids)))
 
 
 def bench_rows(rounds):

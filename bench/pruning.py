@@ -27,6 +27,7 @@ import torch
 from accelerate import Accelerator
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from bench.measure import added_peak_mb
 from common.checkpoint import atomic_write
 from common.errors import run
 from pruning.layers import without_layers
@@ -131,14 +132,9 @@ def scan_speed(repeats):
 
 def peak_memory(chunk):
     """In a process of its own: peak memory of a wavefront at vocabulary 153376, above that of the loaded model; printed in MB."""
-    def status(field):
-        return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     scanner.CHUNK = chunk
     model, prompts = make_model(34, 64, PANGU["vocab_size"]), make_prompts(4096, (30,))
-    Path("/proc/self/clear_refs").write_text("5")         # the peak so far was the model's making; forget it
-    before = status("VmRSS")
-    scanner.scan_batch(model, prompts, [("v", i, None) for i in range(34)], ("l1_mean", "kl"))
-    print((status("VmHWM") - before) / 1024)
+    print(added_peak_mb(lambda: scanner.scan_batch(model, prompts, [("v", i, None) for i in range(34)], ("l1_mean", "kl"))))
 
 
 def scan_memory():

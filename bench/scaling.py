@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, SamConfig, SamModel
 
+from bench.measure import added_peak_mb
 from common.checkpoint import atomic_write
 from common.errors import run
 from cwt_mae.model import cwt_wrap
@@ -88,12 +89,6 @@ CASES = [
 ]
 
 
-def status(field: str) -> float:
-    """MB of this process: "VmRSS" now, "VmHWM" at its highest."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
-
-
 def measure(make, size: int, repeats: int, work) -> dict:
     """{"size", "seconds", "megabytes"} of one call of make(size), in a fork whose working directory is `work`."""
     read, write = os.pipe()
@@ -103,10 +98,7 @@ def measure(make, size: int, repeats: int, work) -> dict:
         torch.manual_seed(0)
         with torch.no_grad():
             call = make(size)
-            Path("/proc/self/clear_refs").write_text("5")  # forget the peak of building it
-            before = status("VmRSS")
-            call()
-            megabytes, seconds = status("VmHWM") - before, []
+            megabytes, seconds = added_peak_mb(call), []
             for _ in range(repeats):
                 start = time.process_time()
                 call()
