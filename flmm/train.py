@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
 from common.checkpoint import atomic_path, atomic_write, find_resume, load_step, save_step
-from common.errors import run
+from common.errors import UserError, run
 from common.run import Log, StopSignal, check_finite, describe, loader_worker, open_run, seed_everything
 from common.weights import read_weights
 from flmm.build import build_base, build_dataset, build_head, build_sam, read_config
@@ -43,6 +43,8 @@ def parse_args():
     data.add_argument("--base-path", help="folder or hub name of the base (default: base.path of the configuration)")
     data.add_argument("--random-base", type=int, metavar="SEED", help="control: random weights instead of the base's")
     data.add_argument("--attention", choices=["rows", "eager"], help="how attention is read (default rows; eager: full matrices)")
+    data.add_argument("--shard-base", action="store_true", help="FSDP2 for the frozen base: every process keeps only its part of "
+                      "the decoder layers")
     data.add_argument("--cache-attention", type=Path, metavar="DIR", help="keep frozen features here and train from them; "
                       "expressions are then drawn once")
     data.add_argument("--init-head", type=Path, help="start from this head instead of a random one")
@@ -98,6 +100,8 @@ def main(args):
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed))
     if args.base_path:
         config["base"]["path"] = args.base_path
+    if args.shard_base and (accelerator.num_processes == 1 or args.cache_attention):
+        raise UserError("--shard-base needs several processes (NPROC_PER_NODE=8) and no --cache-attention")
     seed_everything(args.seed)
 
     # frozen part: a live base, or its cached features
@@ -107,7 +111,8 @@ def main(args):
     cached = args.cache_attention is not None and any(args.cache_attention.glob("train/features-*.h5"))
     base = None
     if not cached:
-        base = build_base(config, random_seed=args.random_base, attention=args.attention).to(accelerator.device)
+        base = build_base(config, random_seed=args.random_base, attention=args.attention)
+        base = (base.shard(accelerator.device) if args.shard_base else base).to(accelerator.device)
         builder = SampleBuilder.of(base)
         sets = {split: build_dataset(config, split, args.data, builder, args.seed)
                 for split in ("train", "val") if config.get("data", {}).get(split)}
@@ -140,7 +145,10 @@ def main(args):
     model, optimizer, loader = accelerator.prepare(head, optimizer, loader)
     val_loader = None
     if "val" in sets:
-        mine = torch.utils.data.Subset(sets["val"], range(accelerator.process_index, len(sets["val"]), accelerator.num_processes))
+        total = len(sets["val"])
+        if args.shard_base:   # every process must run the base equally often: up to one sample a process is left out
+            total -= total % accelerator.num_processes
+        mine = torch.utils.data.Subset(sets["val"], range(accelerator.process_index, total, accelerator.num_processes))
         val_loader = DataLoader(mine, batch_size, collate_fn=list)
     per_epoch = math.ceil(len(loader) / accum)
     total = args.max_steps or epochs * per_epoch
@@ -151,7 +159,7 @@ def main(args):
         state = load_step(accelerator, path)
         accelerator.print(f"resumed from {path}")
     if accelerator.is_main_process:
-        frozen = "cached features" if base is None else f"{type(base).__name__} {describe(base.model)}"
+        frozen = "cached features" if base is None else f"{type(base).__name__} {describe(base.model)}, {base.values_here:,} held by this process"
         print(f"base: {frozen}; attention channels {dims[0]}\nhead: {describe(head)}")
         print(f"{len(sets['train'])} samples, effective batch {batch_size * accum * accelerator.num_processes}, {total} steps, lr {lr:g}")
     log, stop = Log(out, accelerator, total, state["step"]), StopSignal(accelerator)

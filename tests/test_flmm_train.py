@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from argparse import Namespace
@@ -119,6 +120,16 @@ def test_no_step_needs_more_memory_than_an_earlier_one(world, tmp_path, monkeypa
     peaks, kept = zip(*steps)
     assert len(steps) == 8 and max(peaks[4:]) <= 1.01 * max(peaks[1:4]), peaks
     assert abs(sum(kept[2:])) < 2000, kept  # nothing stays behind: one phrase's maps alone are 3 KB
+
+
+def test_a_sharded_base_gives_the_losses_of_the_whole_one(world, tmp_path):
+    held = []
+    for name, options in (("whole", []), ("sharded", ["--shard-base"])):
+        out = train(world, tmp_path / name, "--max-steps", 2, "--batch-size", 2, *options, processes=2)
+        held.append(int(re.search(r"([\d,]+) held by this process", out)[1].replace(",", "")))
+    assert held[1] < 0.8 * held[0]
+    assert losses(tmp_path / "sharded") == losses(tmp_path / "whole")
+    assert "needs several processes" in train(world, tmp_path / "one", "--shard-base", ok=False)
 
 
 def test_a_head_is_trained_from_the_cache_scored_and_used(world, tmp_path):

@@ -11,6 +11,9 @@ The base never trains: no gradient, always in eval mode, not a parameter of anyt
 
 import torch
 import transformers
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoTokenizer
 from transformers.image_processing_base import ImageProcessingMixin
 
@@ -96,6 +99,23 @@ class FrozenBase:
         if spread_out is None and quantised is None:   # these stay where from_pretrained put them
             self.model.to(device)
         return self
+
+    def shard(self, device):
+        """Keep only this process's part of each decoder layer (FSDP2); a layer is gathered while it runs.
+
+        Call it before `to`, in every process; from then on all of them must run the same number of forward passes.
+        """
+        if getattr(self.model, "hf_device_map", None) or getattr(self.model, "hf_quantizer", None):
+            raise UserError("--shard-base: a base in 4-bit or spread by device_map cannot be sharded too; choose one of them")
+        mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+        for layer in self.model.model.language_model.layers:
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+        return self
+
+    @property
+    def values_here(self) -> int:
+        """Parameters that this process holds: all of them, or its parts of the sharded ones."""
+        return sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in self.model.parameters())
 
     @property
     def device(self):
