@@ -159,7 +159,9 @@ def main(args):
         state = load_step(accelerator, path)
         accelerator.print(f"resumed from {path}")
     if accelerator.is_main_process:
-        frozen = "cached features" if base is None else f"{type(base).__name__} {describe(base.model)}, {base.values_here:,} held by this process"
+        frozen = "cached features"
+        if base is not None:
+            frozen = f"{type(base).__name__} {describe(base.model)}, {base.values_here:,} held by this process"
         print(f"base: {frozen}; attention channels {dims[0]}\nhead: {describe(head)}")
         print(f"{len(sets['train'])} samples, effective batch {batch_size * accum * accelerator.num_processes}, {total} steps, lr {lr:g}")
     log, stop = Log(out, accelerator, total, state["step"]), StopSignal(accelerator)
