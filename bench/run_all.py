@@ -109,6 +109,7 @@ def write_table():
         lines.append(f"| {case['what']} | {case['grows']} | {sizes[0]:,} to {sizes[-1]:,} | {case['time']:.2f} | {case['memory']:.2f} | "
                      f"{1e3 * last['seconds']:.0f} ms, {last['megabytes']:.0f} MB |")
     lines += ["", "No GPU was at hand: the scripts measure the real sizes in bfloat16 where there is one (`--help`)."]
+    lines += ["", (HERE / "proof.md").read_text().rstrip()]   # written by hand: what was seen, and when
     atomic_write(HERE / "README.md", "\n".join(lines) + "\n")
 
 
