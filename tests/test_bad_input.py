@@ -62,6 +62,7 @@ def refuse_all(world, target, command, mutators, harmless=(), names=(), lazy=Fal
         count += 1
     assert not failures, f"{target}: {len(failures)} of {count} mutants\n" + "\n".join(failures)
     assert count >= 5
+    print(f"{target}: {count} refused")                   # pytest -rP shows it
 
 
 # cwt_mae
