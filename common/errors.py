@@ -28,6 +28,8 @@ def run(main, *args):
     """
     try:
         main(*args)
+    except SystemExit as leaving:
+        end(leaving.code)
     except UserError as error:
         leave(f"error: {error}", 2)
     except Interrupted as error:
@@ -51,4 +53,12 @@ def leave(message: str, status: int):
     """Print one line to stderr (ranks above 0 name themselves) and exit with `status`."""
     rank = os.environ.get("RANK", "0")
     print(("" if rank == "0" else f"[rank {rank}] ") + " ".join(message.split()), file=sys.stderr, flush=True)
+    end(status)
+
+
+def end(status):
+    """Exit; one of several processes at once, because gloo's threads can abort it while the interpreter shuts down."""
+    if os.environ.get("WORLD_SIZE", "1") != "1" and (status is None or isinstance(status, int)):
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status or 0)
     sys.exit(status)
