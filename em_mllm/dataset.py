@@ -1,8 +1,7 @@
 """Signals and questions from disk: `x.h5` (IQ_data, label) and `x.json` (question, answer) as in the seed; nothing is held in memory.
 
-    modulation.h5     IQ_data float32 (Num, T, 2); label float32 (Num, 1); attributes fs (Hz), classes (JSON list); optional snr (Num,
-    1) and
-                      regression columns pulse_width, pulse_time_delay, pri, num_pulses, isr
+    modulation.h5     IQ_data float32 (Num, T, 2); label float32 (Num, 1); attributes fs (Hz), classes (JSON list);
+                      optional (Num, 1): snr, pulse_width, pulse_time_delay, pri, num_pulses, isr
     modulation.json   [{"id", "question", "answer" (absent in test files), "iq_index_in_h5", "h5_path"}, ...]
 
 Every random choice is a function of (seed, epoch, sample), so that the number of processes and a resume do not change it.
@@ -206,9 +205,8 @@ class QuestionDataset(Dataset):
     """Questions about signals, read from (h5, json) pairs.
 
     questions_per_signal: 0 makes every question an item; n > 0 makes every signal an item, with n of its questions drawn anew each
-    epoch and
-    the signal encoded once for all of them. An item is {"iq": [(T, 2) ...], "fs": [...], "texts": [(ids, prompt length) ...], "rows":
-    [...]}.
+    epoch and the signal encoded once for all of them.
+    An item is {"iq": [(T, 2) ...], "fs": [...], "texts": [(ids, prompt length) ...], "rows": [...]}.
     Everything is checked here, before anything is written: `skip_bad` leaves out what is wrong and counts it in `skipped`.
     """
 
@@ -412,8 +410,7 @@ class PackedSignals(Dataset):
     """Rows of several signals for MAE pre-training; item i is row i of this epoch's plan.
 
     Each epoch the signals are shuffled, cut to a random length of at least min_points (0: kept whole) and packed first-fit, `window`
-    signals at
-    a time, into rows of `room` tokens. Plan, cuts and mask scores depend on (seed, epoch) alone.
+    signals at a time, into rows of `room` tokens. Plan, cuts and mask scores depend on (seed, epoch) alone.
     """
 
     def __init__(self, signals: SignalDataset, config, room: int, min_points=0, seed=0, window=256, shuffle=True):

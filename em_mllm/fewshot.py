@@ -2,8 +2,8 @@
 
     python em_mllm/fewshot.py --train data/em_mllm/train/modulation.h5 --test data/em_mllm/test/modulation.h5 \\
         --signal-encoder-path runs/em_mllm/pretrain/encoder --out runs/em_mllm/fewshot
-    python em_mllm/fewshot.py --embed embeddings.h5 --test data/em_mllm/test/modulation.h5 --signal-encoder-path
-    runs/em_mllm/pretrain/encoder
+    python em_mllm/fewshot.py --embed embeddings.h5 --test data/em_mllm/test/modulation.h5 \\
+        --signal-encoder-path runs/em_mllm/pretrain/encoder
 
 probe: ridge regression on [cls, mean, spread] of the frozen encoder's normalised output, its strength chosen by leave-one-out error inside
 the shots. finetune: the whole encoder. Every draw takes other shots and, for the random encoder, other weights.
@@ -88,8 +88,7 @@ def probe(x, y, test_x):
 
 
 def fit(encoder_path, random_seed, data, rows, classes, steps, lr, device, batch_size=32):
-    """The whole encoder with a linear head after `steps` steps on `rows` of `data`; random_seed None starts from the pre-trained
-    weights."""
+    """Encoder and linear head, trained for `steps` steps on `rows` of `data`; random_seed None starts from the pre-trained weights."""
     torch.manual_seed(0 if random_seed is None else random_seed)
     model = SiTMAEForClassification(read_config(encoder_path, attention_type="sdpa", num_labels=classes))
     if random_seed is None:

@@ -33,9 +33,7 @@ from em_mllm.optim import lr_at, make_optimizers, set_lr
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--train", type=Path, nargs="+", required=True, help=".h5 files with label; their classes are joined by name"
-    )
+    parser.add_argument("--train", type=Path, nargs="+", required=True, help=".h5 files with label; their classes are joined by name")
     parser.add_argument("--test", type=Path, nargs="+", required=True, help=".h5 files to measure on, once, at the end")
     parser.add_argument("--signal-encoder-path", type=Path, required=True, help="encoder folder or weight file")
     parser.add_argument("--random-encoder", action="store_true", help="control: the encoder's sizes without its weights")
@@ -84,9 +82,8 @@ def join_classes(train, test) -> list[str]:
     return names
 
 
-def split_labels(batch, scale, device=None):
-    """Take the label columns out of a collated batch: labels for the model (regressions divided by their training scale), inputs,
-    extras."""
+def split_labels(batch, scale):
+    """A collated batch -> inputs of the model, labels of the model (regressions divided by their training scale)."""
     inputs = {k: batch[k] for k in ("samples", "patch_positions", "sample_ids_seq")}
     label = batch["label"].long()
     if not scale:
@@ -158,6 +155,7 @@ def main(args):
     state = {"step": 0, "epoch": 0, "batch": 0}
     if args.resume and (found := find_resume(out, accelerator)):
         state = load_step(accelerator, found)
+        accelerator.print(f"resumed from {found}")
     log, stop = Log(out, accelerator, args.steps, state["step"]), StopSignal(accelerator)
     model.train()
     while state["step"] < args.steps:

@@ -35,9 +35,9 @@ FORMATS = ".h5 .npy .mat .wav .sigmf-meta .sigmf-data .sigmf " + " ".join(RAW)
 
 
 def read_iq(path, index: int = 0) -> tuple[np.ndarray, float | None]:
-    """(N, 2) float32 and the sampling rate in Hz (None if the file does not say). index: which signal of a .h5, .npy or .mat that
-    holds many.
+    """(N, 2) float32 and the sampling rate in Hz (None if the file does not say).
 
+    index: which signal of a .h5, .npy or .mat that holds many.
     Raises UserError for an unknown format, an empty or cut file, a wrong shape, nan or inf, and a signal of zeros.
     """
     path = Path(path)

@@ -63,8 +63,7 @@ def read_tasks(path) -> list[tuple[list[str], tuple[str, str]]]:
 
 
 def build_tokenizer(tasks):
-    """Byte-level BPE on the templates; a letter in brackets and a class name are one token each, which makes binding one to the other
-    learnable."""
+    """Byte-level BPE on the templates; a letter in brackets and a class name are one token each, so that one can be bound to the other."""
     rng = np.random.default_rng(0)
     texts = [
         text
@@ -80,8 +79,10 @@ def build_tokenizer(tasks):
 
 
 def sample_text(tokenizer, tasks, rng, slots, recite):
-    """One training text: (token ids, how many are prompt). A share `recite` recites the options; of the rest three in four choose, one
-    names."""
+    """One training text: (token ids, how many are prompt; negative when it recites).
+
+    A share `recite` recites the options; of the rest three in four choose, one names.
+    """
     names, noun = tasks[rng.integers(len(tasks))]
     name = names[rng.integers(len(names))]
     item = four_choice(names, name, noun, rng)

@@ -65,13 +65,10 @@ def embedding_scales(llm) -> tuple[float, float]:
 class MultiModalModel(nn.Module):
     """llm: a causal LM; signal_encoder: SiTMAEModelWithoutMask; projector: "linear", "mlp" or "merlin".
 
-    signal_tokens: 0 gives the LLM one vector per patch, as the seed; n > 0 gives n means over equal stretches of the signal and the
-    cls vector.
+    signal_tokens: 0 gives the LLM one vector per patch, as the seed; n > 0 gives n means over equal stretches of the signal and cls.
     iq_start_id, iq_end_id: their embedding rows start the parameter `iq_tokens` (2, d_llm), which stands for them from then on; an LLM
-    whose
-    table does not reach that far is left as it is and the rows start like a typical one. So they are trained whether the LLM is
-    frozen, adapted or
-    not (upstream resizes the table and leaves the new rows at random under LoRA).
+    whose table does not reach that far is left as it is and the rows start like a typical one. So they are trained whether the LLM
+    is frozen, adapted or not (upstream resizes the table and leaves the new rows at random under LoRA).
     legacy: the starter kit's arithmetic (specified in `legacy_features`), for checkpoints trained with it.
     """
 

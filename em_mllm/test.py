@@ -6,8 +6,8 @@
     python em_mllm/test.py --validate round1_answers.json --task-files round1.h5 round1.json
 
 A four-choice answer is read twice: from generated text (the letter in brackets, else the option that the text names, else the
-likeliest) and by
-the likelihood of the four complete answers. out/metrics.json, predictions.jsonl, and figures/*.png with a .csv beside each.
+likeliest) and by the likelihood of the four complete answers. Writes out/metrics.json, predictions.jsonl, and figures/*.png with a .csv
+beside each.
 """
 
 import argparse
@@ -73,8 +73,7 @@ def parse_args():
 
 
 def extract_letter(text: str, options: dict) -> str | None:
-    """The letter that `text` answers with: in brackets, else alone at the start, else of the one option whose name it contains; None
-    if none."""
+    """The letter that `text` answers with: in brackets, else alone at the start, else of the one option that it names; else None."""
     found = [a for a in re.findall(r"[(（]\s*([A-Z])\s*[)）]", text) if a in options]
     if found:
         return found[0]
@@ -134,8 +133,10 @@ def ask(model, tokenizer, batch, records, max_new_tokens):
 
 
 def answer_set(model, tokenizer, data: QuestionDataset, accelerator, batch_size, max_new_tokens, swap=None):
-    """Predictions for every question, in order, with task, truth, class and SNR. swap: {row: row whose signal is shown instead}, for
-    those rows only."""
+    """Predictions for every question, in order, with task, truth, class and SNR.
+
+    swap: {row: row whose signal is shown instead}; then only these rows are asked.
+    """
     collate = QuestionCollator(model.signal_encoder.config.patch_size[0], tokenizer.pad_token_id)
     snr = [f.column("snr") if "snr" in f.columns else None for f in data.files]
     out = []

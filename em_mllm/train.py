@@ -1,10 +1,9 @@
 """Join the signal encoder to a language model and train them on questions about signals (upstream train_mllm.py).
 
-    python em_mllm/train.py --task-dir data/em_mllm/train --signal-encoder-path runs/em_mllm/pretrain/encoder --llm-model-path
-    data/em_mllm_llm \\
-        --output-dir runs/em_mllm/base
-    torchrun --nproc_per_node=4 em_mllm/train.py ... --llm-model-path 9G4B --use-lora --freeze-signal-encoder --precision bf16 --dtype
-    bfloat16
+    python em_mllm/train.py --task-dir data/em_mllm/train --signal-encoder-path runs/em_mllm/pretrain/encoder \\
+        --llm-model-path data/em_mllm_llm --output-dir runs/em_mllm/base
+    torchrun --nproc_per_node=4 em_mllm/train.py ... --llm-model-path 9G4B --use-lora --freeze-signal-encoder \\
+        --precision bf16 --dtype bfloat16
 
 Writes output-dir/model/ (adapter or LLM, tokenizer, projector, encoder), which test.py and model.load_model read, and metrics.json with the
 validation loss. Signals go before the text: [<IQ_START>] IQ [<IQ_END>] question answer; the loss is on the answer alone.
@@ -135,6 +134,43 @@ def make_data(args, tokenizer, chat):
     return train, Subset(train, order[held:]), Subset(train, order[:held])
 
 
+def make_model(args, files):
+    """(model, tokenizer) from the three paths, or from --trained-dir, with what is to be trained set; refuses signals that are too long."""
+    if args.trained_dir:
+        model, tokenizer = load_model(args.trained_dir, args.llm_model_path, args.trust_remote_code)
+    else:
+        model, tokenizer = build_model(
+            args.llm_model_path,
+            args.signal_encoder_path,
+            args.projector,
+            args.signal_tokens,
+            args.dtype,
+            args.legacy,
+            args.trust_remote_code,
+            args.random_encoder,
+            args.max_points,
+            args.attention_type,
+        )
+    config = model.signal_encoder.config
+    longest = (config.num_positions - config.num_special) * config.patch_size[0]
+    for file in files:
+        if file.points > longest:
+            raise UserError(
+                f"{file.path}: signals of {file.points} points, the encoder takes {longest}; give --max-points {file.points} or cut them"
+            )
+    set_trainable(
+        model,
+        args.freeze_llm,
+        args.freeze_signal_encoder,
+        args.use_lora,
+        {"r": args.lora_r, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout, "target_modules": args.lora_targets},
+    )
+    if args.gradient_checkpointing:
+        model.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.signal_encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model, tokenizer
+
+
 @torch.no_grad()
 def validation_loss(model, loader, accelerator) -> float:
     """Mean loss per answer token over the validation set, the same whatever the number of processes."""
@@ -158,38 +194,8 @@ def main(args):
     seed_everything(args.seed)
     tokenizer = load_tokenizer(args.llm_model_path, args.trust_remote_code)
     source, train_set, val_set = make_data(args, tokenizer, args.chat_template)
-    if args.trained_dir:
-        model, tokenizer = load_model(args.trained_dir, args.llm_model_path, args.trust_remote_code)
-    else:
-        model, tokenizer = build_model(
-            args.llm_model_path,
-            args.signal_encoder_path,
-            args.projector,
-            args.signal_tokens,
-            args.dtype,
-            args.legacy,
-            args.trust_remote_code,
-            args.random_encoder,
-            args.max_points,
-            args.attention_type,
-        )
+    model, tokenizer = make_model(args, source.files)
     config = model.signal_encoder.config
-    longest = (config.num_positions - config.num_special) * config.patch_size[0]
-    for file in source.files:
-        if file.points > longest:
-            raise UserError(
-                f"{file.path}: signals of {file.points} points, the encoder takes {longest}; give --max-points {file.points} or cut them"
-            )
-    set_trainable(
-        model,
-        args.freeze_llm,
-        args.freeze_signal_encoder,
-        args.use_lora,
-        {"r": args.lora_r, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout, "target_modules": args.lora_targets},
-    )
-    if args.gradient_checkpointing:
-        model.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.signal_encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     per_step = args.batch_size * accelerator.num_processes * args.accum
     steps_per_epoch = len(train_set) // per_step
     if steps_per_epoch < 1:

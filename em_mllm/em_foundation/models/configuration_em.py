@@ -15,8 +15,7 @@ class SiTMAEConfig(PretrainedConfig):
     fs_unit: unit in which the sampling rate is put into its token, "mhz" or "hz". In Hz the phases of the sinusoids are huge
     and mean little; published weights do not say which they used.
     position_init: "xavier" (upstream's) or "sincos" (as in the image MAE): how the trained position tables start. Neighbouring patches
-    start
-    alike with "sincos", which short training runs need.
+    start alike with "sincos", which short training runs need.
     spectrum_weight: what the prediction of log spectra (utils.log_spectra) from the cls token counts in pre-training beside the
     reconstruction; 0, upstream's, leaves it and its head `decoder.spectrum_pred` out.
     label_weights: {task: weight} of SiTForMultiTask. Other keyword arguments are kept and not used.

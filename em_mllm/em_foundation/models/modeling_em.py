@@ -234,18 +234,16 @@ def read_out(per_token: torch.Tensor, labels: torch.Tensor | None, patch_positio
     return per_token[(patch_positions == 0) & (sample_ids >= 0)]
 
 
-class SiTMAEForClassification(SiTMAEPreTrainedModel):
-    """One linear head on the un-normalised encoder output.
+class SiTMAEHeadModel(SiTMAEPreTrainedModel):
+    """The encoder `sit` with heads on its un-normalised output, as upstream. A subclass says what they predict and what that costs."""
 
-    labels: one per signal (S,) in the order of the packed rows, read at each cls token, or one per token (B, M) as upstream; multi-label
-    and regression targets have a last axis of num_labels. logits: (B, M, num_labels) always.
-    """
+    def predict(self, hidden_states):
+        """(B, M, D) -> logits of every token."""
+        raise NotImplementedError
 
-    def __init__(self, config: SiTMAEConfig):
-        super().__init__(config)
-        self.sit = SiTMAEModelWithoutMask(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
-        self.post_init()
+    def cost(self, logits, labels, patch_positions, sample_ids):
+        """-> loss, and {task: unweighted loss as a float} or None."""
+        raise NotImplementedError
 
     def forward(
         self,
@@ -260,28 +258,40 @@ class SiTMAEForClassification(SiTMAEPreTrainedModel):
     ):
         sample_ids = sample_id_matrix(sample_ids_seq, samples.shape[1], samples.device)
         encoded = self.sit(samples, patch_positions, sample_ids, head_mask, output_attentions, output_hidden_states, apply_layernorm=False)
-        logits = self.classifier(encoded.last_hidden_state)
-        loss = None
-        if labels is not None:
-            read = read_out(logits, labels, patch_positions, sample_ids)
-            kind = self.config.problem_type or (
-                "regression"
-                if self.config.num_labels == 1
-                else "multi_label_classification"
-                if labels.is_floating_point()
-                else "single_label_classification"
-            )
-            if kind == "regression":
-                loss = F.mse_loss(read.squeeze(-1), labels.to(read.dtype).reshape(read.squeeze(-1).shape))
-            elif kind == "single_label_classification":
-                loss = F.cross_entropy(read.flatten(0, -2), labels.flatten().long())
-            else:
-                loss = F.binary_cross_entropy_with_logits(read, labels.to(read.dtype))
-        out = MultiTaskOutput(loss, logits, encoded.hidden_states, encoded.attentions)
+        logits = self.predict(encoded.last_hidden_state)
+        loss, details = (None, None) if labels is None else self.cost(logits, labels, patch_positions, sample_ids)
+        out = MultiTaskOutput(loss, logits, encoded.hidden_states, encoded.attentions, details)
         return out if return_dict else out.to_tuple()
 
 
-class SiTForMultiTask(SiTMAEPreTrainedModel):
+class SiTMAEForClassification(SiTMAEHeadModel):
+    """One linear head.
+
+    labels: one per signal (S,) in the order of the packed rows, read at each cls token, or one per token (B, M) as upstream; multi-label
+    and regression targets have a last axis of num_labels. logits: (B, M, num_labels) always.
+    """
+
+    def __init__(self, config: SiTMAEConfig):
+        super().__init__(config)
+        self.sit = SiTMAEModelWithoutMask(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        self.post_init()
+
+    def predict(self, hidden_states):
+        return self.classifier(hidden_states)
+
+    def cost(self, logits, labels, patch_positions, sample_ids):
+        read = read_out(logits, labels, patch_positions, sample_ids)
+        guessed = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+        kind = self.config.problem_type or ("regression" if self.config.num_labels == 1 else guessed)
+        if kind == "regression":
+            return F.mse_loss(read.squeeze(-1), labels.to(read.dtype).reshape(read.squeeze(-1).shape)), None
+        if kind == "single_label_classification":
+            return F.cross_entropy(read.flatten(0, -2), labels.flatten().long()), None
+        return F.binary_cross_entropy_with_logits(read, labels.to(read.dtype)), None
+
+
+class SiTForMultiTask(SiTMAEHeadModel):
     """A classifier and five regression heads on one encoder; loss = sum of w_k / sum(w) * loss_k over the labels given.
 
     labels: {"classification": ids, "pulse_width": values, ...}, per signal or per token as in SiTMAEForClassification.
@@ -301,32 +311,18 @@ class SiTForMultiTask(SiTMAEPreTrainedModel):
             )
         self.post_init()
 
-    def forward(
-        self,
-        samples,
-        patch_positions,
-        sample_ids_seq,
-        labels=None,
-        head_mask=None,
-        output_attentions=False,
-        output_hidden_states=False,
-        return_dict=True,
-    ):
-        sample_ids = sample_id_matrix(sample_ids_seq, samples.shape[1], samples.device)
-        encoded = self.sit(samples, patch_positions, sample_ids, head_mask, output_attentions, output_hidden_states, apply_layernorm=False)
-        h = encoded.last_hidden_state
-        logits = {"classification": self.classifier(h), **{name: getattr(self, f"regression_head_{name}")(h) for name in REGRESSION_TASKS}}
-        loss, details = None, None
-        if labels is not None:
-            losses = {
-                name: self.task_loss(name, read_out(logits[name], target, patch_positions, sample_ids), target)
-                for name, target in labels.items()
-            }
-            weights = {name: float((self.config.label_weights or {}).get(name, 1.0)) for name in labels}
-            loss = sum(weights[name] / sum(weights.values()) * value for name, value in losses.items())
-            details = {name: value.item() for name, value in losses.items()}
-        out = MultiTaskOutput(loss, logits, encoded.hidden_states, encoded.attentions, details)
-        return out if return_dict else out.to_tuple()
+    def predict(self, hidden_states):
+        regressions = {name: getattr(self, f"regression_head_{name}")(hidden_states) for name in REGRESSION_TASKS}
+        return {"classification": self.classifier(hidden_states), **regressions}
+
+    def cost(self, logits, labels, patch_positions, sample_ids):
+        losses = {
+            name: self.task_loss(name, read_out(logits[name], target, patch_positions, sample_ids), target)
+            for name, target in labels.items()
+        }
+        weights = {name: float((self.config.label_weights or {}).get(name, 1.0)) for name in labels}
+        loss = sum(weights[name] / sum(weights.values()) * value for name, value in losses.items())
+        return loss, {name: value.item() for name, value in losses.items()}
 
     @staticmethod
     def task_loss(name, logits, target):

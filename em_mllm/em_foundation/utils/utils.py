@@ -213,6 +213,7 @@ def load_encoder(model, path, quiet: bool = False):
         quiet=quiet,
     )
 
+
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
 
