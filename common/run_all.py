@@ -58,7 +58,7 @@ def stop(signum, frame):
     for process in running.values():
         if process.returncode is None:
             os.killpg(process.pid, signal.SIGTERM)
-    logs = ", ".join(f"runs/{name}/run_all.log" for name in running)
+    logs = ", ".join(f"{os.environ['RUNS']}/{name}/run_all.log" for name in running)
     print(f"stopped; the logs are {logs}; run the same command to start again", file=sys.stderr)
     os._exit(128 + signum)
 
@@ -88,7 +88,7 @@ def main(args):
             for name in [n for n in waiting if AFTER.get(n) not in names or AFTER[n] in finished][:jobs - len(pending)]:
                 waiting.remove(name)
                 pending[pool.submit(run_project, name, threads, args.smoke, runs)] = name
-            ready, _ = wait(pending, return_when=FIRST_COMPLETED)
+            ready, _ = wait(pending, timeout=1, return_when=FIRST_COMPLETED)       # wakes up for a signal that came just before
             for future in ready:
                 del pending[future]
                 done.append(future.result())
@@ -100,8 +100,9 @@ def main(args):
     print("\n" + table(done) + f"\n\n{about}\n{runs / 'summary.html'}")
     failed = [d for d in done if d["status"] != "ok"]
     for project in failed:
-        tail = project["log"].read_text(errors="replace").strip().splitlines()[-3:]
-        print(f"{project['name']} {project['status']}: {' / '.join(tail)}", file=sys.stderr)
+        lines = project["log"].read_text(errors="replace").strip().splitlines()
+        said = [line for line in lines if line.startswith("error: ")][-1:] or lines[-3:]
+        print(f"{project['name']} {project['status']}: {' / '.join(said)}", file=sys.stderr)
     sys.exit(1 if failed else 0)
 
 
