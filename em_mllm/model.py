@@ -349,7 +349,7 @@ def save_model(folder, model: MultiModalModel, tokenizer, llm_path, dtype="float
     frozen = not is_peft and not llm_changed and not any(p.requires_grad for p in model.llm.parameters())
     with atomic_dir(folder) as out:
         if not frozen:
-            model.llm.save_pretrained(out / "llm")
+            model.llm.save_pretrained(out / "llm", **({"save_embedding_layers": False} if is_peft else {}))  # the table is never trained
         tokenizer.save_pretrained(out / "tokenizer")
         model.signal_encoder.save_pretrained(out / "signal_encoder")
         state = {k: v.detach().contiguous().cpu() for k, v in model.signal_to_hidden.state_dict().items()}

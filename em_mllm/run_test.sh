@@ -6,6 +6,8 @@ HERE=$ROOT/em_mllm
 show_help "$HERE/test.py" "$@"
 MODEL=${MODEL:-$RUNS/em_mllm/base/model}
 case " $* " in
-  *" --iq "* | *" --validate "*) launch "$HERE/test.py" --model "$MODEL" "$@" ;;
-  *) launch "$HERE/test.py" --model "$MODEL" --task-dir "${TASK_DIR:-${DATA:-$ROOT/data/em_mllm/small/test}}" --out "${OUT:-$(dirname "$MODEL")/test}" "$@" ;;
+  *" --iq "* | *" --validate "*) ;;
+  *" --task-files "*) set -- --out "${OUT:-$(dirname "$MODEL")/test}" "$@" ;;
+  *) set -- --task-dir "${TASK_DIR:-${DATA:-$ROOT/data/em_mllm/small/test}}" --out "${OUT:-$(dirname "$MODEL")/test}" "$@" ;;
 esac
+launch "$HERE/test.py" --model "$MODEL" "$@"

@@ -361,8 +361,8 @@ def answer_recording(model, tokenizer, args, notes):
     for (start, _), a in zip(cut, answers):
         print(f"  {start / fs:10.6f} s  {a['text']}")
     if "pred" in answers[0]:
-        total = torch.stack([torch.tensor(a["scores"]).log_softmax(0) for a in answers]).sum(0)
-        share = (total / notes.get("temperature", 1.0)).softmax(0)
+        mean = torch.stack([torch.tensor(a["scores"]).log_softmax(0) for a in answers]).mean(0)  # a mean: windows are not independent
+        share = (mean / notes.get("temperature", 1.0)).softmax(0)
         best = int(share.argmax())
         letter, name = list(answers[0]["options"].items())[best]
         print(f"answer: ({letter}) {name}, confidence {float(share[best]):.2f}")
@@ -403,6 +403,8 @@ def main(args):
         limit=args.limit,
     )
     data = QuestionDataset(task_pairs(args.task_dir, args.task_files), **options)
+    if args.submission and len({data.records[r].get("id") for r in range(len(data.records))}) < len(data.records):
+        raise UserError("--submission: an id stands twice in these questions; give one question file with --task-files")
     common = (accelerator, args.batch_size, args.max_new_tokens)
     temperature = notes.get("temperature", 1.0)
     if args.calibrate_dir:

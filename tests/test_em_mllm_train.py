@@ -193,8 +193,6 @@ def test_train_then_test_then_one_recording_then_submission(home, tmp_path):
         "--wrong-signal",
         "--calibrate-dir",
         home / "data/val",
-        "--submission",
-        tmp_path / "s.json",
         "--max-new-tokens",
         10,
     )
@@ -209,7 +207,19 @@ def test_train_then_test_then_one_recording_then_submission(home, tmp_path):
         "confusion.png",
         "confusion.csv",
     }
-    assert len(json.loads((tmp_path / "s.json").read_text())["answers"]) == 23
+    submission = ["--submission", tmp_path / "s.json", "--max-new-tokens", 4]
+    with pytest.raises(UserError, match="an id stands twice"):  # both files count from 0
+        inside(EM / "test.py", "--model", model, "--task-dir", data, *submission)
+    one = ["--task-files", data / "modulation.h5", data / "modulation.json"]
+    done = subprocess.run(
+        ["bash", EM / "run_test.sh", *map(str, one + submission)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "MODEL": str(model), "PYTHON": sys.executable, "NPROC_PER_NODE": "1", "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    inside(EM / "test.py", "--validate", tmp_path / "s.json", *one)
+    assert len(json.loads((tmp_path / "s.json").read_text())["answers"]) == 15
     z = np.exp(2j * np.pi * 0.1 * np.arange(3000)).astype(np.complex64)
     z.tofile(tmp_path / "x.cf32")
     done = start(
@@ -310,9 +320,21 @@ def test_finetune_joins_classes_of_several_files_and_leaves_a_model_for_training
     assert not (tmp_path / "d").exists()
 
 
-def test_run_train_launcher_trains_on_what_it_is_given(home, tmp_path):
-    given = {"TASK_DIR": "data/train", "SIGNAL_ENCODER_PATH": "mae/encoder", "LLM_MODEL_PATH": "llm", "OUTPUT_DIR": str(tmp_path / "run")}
-    command = ["bash", str(EM / "run_train.sh"), "--max-steps", "1", "--log-every", "1"]
-    environment = {**os.environ, **given, "PYTHON": sys.executable, "NPROC_PER_NODE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=home, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0 and (tmp_path / "run/model/multimodal.json").exists(), done.stderr[-2000:]
+@pytest.mark.parametrize(
+    "given, flags",
+    [
+        ({"TASK_DIR": "data/train", "SIGNAL_ENCODER_PATH": "mae/encoder", "LLM_MODEL_PATH": "llm"}, []),
+        (
+            {"LLM_MODEL_PATH": "llm"},
+            ["--signal-encoder-path=mae/encoder", "--task-files", "data/train/radar_jamming.h5", "data/train/radar_jamming.json"],
+        ),
+    ],
+)
+def test_run_train_launcher_trains_on_what_it_is_given(home, tmp_path, given, flags):
+    command = ["bash", str(EM / "run_train.sh"), *flags, "--max-steps", "1", "--log-every", "1"]
+    given = {**given, "OUTPUT_DIR": str(tmp_path / "run"), "PYTHON": sys.executable, "NPROC_PER_NODE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=home, capture_output=True, text=True, env={**os.environ, **given})
+    assert done.returncode == 0 and "making" not in done.stdout, done.stderr[-2000:]
+    config = json.loads((tmp_path / "run/config.json").read_text())["arguments"]
+    assert (config["lr"], config["freeze_llm"]) == (1e-4, False)  # not the settings of the built-in run
+    assert bool(config["task_files"]) == bool(flags) and (tmp_path / "run/model/multimodal.json").exists()
