@@ -9,6 +9,7 @@
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export ROOT PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
+[ -t 2 ] || export HF_HUB_DISABLE_PROGRESS_BARS=1         # bars for people, not for log files
 for name in DATA_ROOT DATA OUT RUNS GOLDEN_DIR; do
   value=${!name:-}
   if [ -n "$value" ]; then

@@ -227,7 +227,7 @@ def test_fsdp2_follows_the_same_curve(tmp_path):
 def test_plain_torchrun_joins_its_processes(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run([*torchrun, TOY, "--out", str(tmp_path / "a"), "--steps", "2"], capture_output=True, text=True, cwd="/")
-    assert done.returncode == 0, done.text
+    assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "a/config.json").read_text())["processes"] == 2 and len(losses(tmp_path / "a")) == 2
 
 
