@@ -57,127 +57,154 @@ def draw_findings(rng) -> dict:
     return found
 
 
+class Chest:
+    """One chest in the making. x, y, z: mm in the patient's own turned, shifted and scaled axes, right to left, front to back, feet
+    to head; hu and the finding bits; all (H, W, D). The methods paint in the order of `phantom`, later ones over earlier ones."""
+
+    def __init__(self, rng, findings: dict):
+        self.rng, self.findings = rng, findings
+        angle, scale = np.deg2rad(rng.uniform(-6, 6)), rng.uniform(0.92, 1.08)
+        dx, dy, dz = rng.uniform(-12, 12, 3)
+        self.x = ((X - dx) * np.cos(angle) + (Y - dy) * np.sin(angle)) / scale
+        self.y = (-(X - dx) * np.sin(angle) + (Y - dy) * np.cos(angle)) / scale
+        self.z = (Z - dz) / scale
+        self.side = np.where(self.x < 0, -1, 1)
+        self.grade = {name: SIZES.index(f["size"]) if f["size"] else 1 for name, f in findings.items()}
+        self.sign = {name: -1 if f["side"] == "right" else 1 for name, f in findings.items()}
+        self.bits = np.zeros(SIZE, np.uint16)
+
+    def mark(self, name: str, where):
+        self.bits[where] |= np.uint16(1 << FINDINGS.index(name))
+
+    def ball(self, cx, cy, cz, rx, ry, rz):
+        """Squared distance from a centre in units of the radii."""
+        return ((self.x - cx) / rx) ** 2 + ((self.y - cy) / ry) ** 2 + ((self.z - cz) / rz) ** 2
+
+    def body_and_lungs(self):
+        x, y, z, rng = self.x, self.y, self.z, self.rng
+        self.rim = (x / 165) ** 2 + (y / 118) ** 2
+        self.taper = np.sqrt(np.clip(1 - ((z + 25) / 160) ** 2, 0.05, 1))
+        self.dome = -95 - 35 * ((np.abs(x) - 75) / 60) ** 2 + np.where(x < 0, 18, 0)  # the liver lifts the right side
+        self.edge = ((np.abs(x) - 74) / (58 * self.taper)) ** 2 + (y / (90 * self.taper)) ** 2
+        self.cavity = (self.edge <= 1) & (z > self.dome) & (z < 132)
+        self.texture = gaussian_filter(rng.normal(size=SIZE), (1.5, 1.5, 0.6))
+        lung = -840 + 45 * self.texture / self.texture.std()
+        for _ in range(14):  # vessels: short brighter rods that leave the hilum
+            s = rng.choice((-1, 1))
+            out = rng.uniform(25, 80)
+            rod = self.ball(s * (30 + out), rng.uniform(-55, 55), rng.uniform(-90, 90), rng.uniform(7, 22), 5, 12) < 1
+            lung = np.where(rod, rng.uniform(-620, -380), lung)
+        self.hu = np.where(self.rim <= 1, np.where(self.rim > 0.86, -95.0, 45.0), -1000.0)
+        self.hu = np.where(self.cavity, lung, self.hu)
+
+    def mediastinum_heart_and_bones(self):
+        """With their two findings: both are larger forms of what is always there."""
+        x, y, z, rng = self.x, self.y, self.z, self.rng
+        core = ((x / 26) ** 2 + (y / 68) ** 2 <= 1) & (z > -120)
+        if "enlarged cardiomediastinum" in self.findings:
+            wide = 1.55 + 0.3 * self.grade["enlarged cardiomediastinum"] + rng.uniform(0, 0.1)
+            broad = ((x / (26 * wide)) ** 2 + ((y + 5) / 60) ** 2 <= 1) & (z > 0) & (z < 105)
+            self.mark("enlarged cardiomediastinum", broad & ~core)
+            core |= broad
+        hu = np.where(core, 42.0, self.hu)
+        big = 1.0
+        if "cardiomegaly" in self.findings:
+            big = 1.28 + 0.13 * self.grade["cardiomegaly"] + rng.uniform(0, 0.04)
+        self.heart = self.ball(20 * big, -32, -45, 52 * big, 44 * big, 52) <= 1
+        if big > 1:
+            self.mark("cardiomegaly", self.heart & ~(self.ball(20, -32, -45, 52, 44, 52) <= 0.7))
+        hu = np.where(self.heart & (z > -115), 50.0, hu)
+        hu = np.where((x - 18) ** 2 + (y - 42) ** 2 <= 14 ** 2, 65.0, hu)  # aorta
+        hu = np.where((x ** 2 + (y - 12) ** 2 <= 9 ** 2) & (z > 15), -1000.0, hu)  # trachea
+        hu = np.where(x ** 2 + (y - 88) ** 2 <= 21 ** 2, 260.0, hu)  # spine
+        ribs = (self.rim > 0.70) & (self.rim < 0.84) & (np.mod(z + 0.25 * np.abs(x), 40) < 21) & (np.abs(x) > 35) & (z > -110)
+        self.hu = np.where(ribs, 420.0, hu)
+        self.soft = self.cavity & ~self.heart & (self.hu < -100)  # air-holding lung, where conditions are painted
+
+    def lung_findings(self):
+        x, y, z, rng, soft, hu = self.x, self.y, self.z, self.rng, self.soft, self.hu
+        for name in ("lung opacity", "consolidation", "pneumonia", "lung lesion"):
+            if name not in self.findings:
+                continue
+            r = (36, 46, 56)[self.grade[name]] + rng.uniform(-3, 3)
+            centre = (self.sign[name] * rng.uniform(62, 92), rng.uniform(-45, 45),
+                      ZONE_MM[self.findings[name]["place"]] + rng.uniform(-12, 12))
+            if name == "lung opacity":  # ground glass: the lung stays visible
+                where = soft & (self.ball(*centre, r, r, r * 0.9) + 0.25 * self.texture < 1)
+                hu = np.where(where, hu + 380, hu)
+            elif name == "consolidation":  # dense, with air in some bronchi
+                where = soft & (self.ball(*centre, r, 0.95 * r, 0.9 * r) < 1)
+                hu = np.where(where, np.where(self.texture > 1.2 * self.texture.std(), -500.0, 35.0), hu)
+            elif name == "pneumonia":  # several dense patches, each with a halo
+                where = np.zeros(SIZE, bool)
+                for _ in range(8):
+                    dist = self.ball(*(c + rng.uniform(-0.9, 0.9) * r for c in centre), 17, 17, 20)
+                    hu = np.where(soft & (dist < 2), np.maximum(hu, np.where(dist < 1, -60.0, -480.0)), hu)
+                    where |= soft & (dist < 2)
+            else:
+                r = (16, 20, 24)[self.grade[name]]
+                where = soft & (self.ball(*centre, r, r, r) < 1)
+                hu = np.where(where, 140.0, hu)
+            self.mark(name, where)
+        if "edema" in self.findings:  # haze around both hila, thicker septa at the base
+            haze = np.exp(-(((np.abs(x) - 42) / 42) ** 2 + (y / 55) ** 2 + ((z + 5) / 75) ** 2))
+            hu = np.where(soft, hu + (230 + 70 * self.grade["edema"]) * haze, hu)
+            self.mark("edema", soft & (haze > 0.4))
+        if "atelectasis" in self.findings:  # a thin dense plate above the diaphragm
+            plate = np.abs(z - self.dome - 28 - 0.12 * y - rng.uniform(-5, 5)) < 11
+            where = soft & plate & (self.side == self.sign["atelectasis"]) & (np.abs(y) < 62)
+            hu = np.where(where, 10.0, hu)
+            self.mark("atelectasis", where)
+        self.hu = hu
+
+    def pleural_findings(self):
+        x, z, hu = self.x, self.z, self.hu
+        depth = self.y / (90 * self.taper)
+        if "pleural effusion" in self.findings:  # fluid lies at the back and rises with its amount
+            level = (0.52, 0.32, 0.10)[self.grade["pleural effusion"]] + 0.0035 * (z + 100)
+            where = self.cavity & (self.side == self.sign["pleural effusion"]) & (depth > level) & (z < 95)
+            hu = np.where(where, 12.0, hu)
+            self.mark("pleural effusion", where)
+        if "pneumothorax" in self.findings:  # air without lung texture at the front
+            level = (-0.45, -0.30, -0.15)[self.grade["pneumothorax"]]
+            half = self.cavity & (self.side == self.sign["pneumothorax"]) & ~self.heart
+            where, rind = half & (depth < level), half & (np.abs(depth - level) < 0.07)
+            hu = np.where(where, -1000.0, np.where(rind, -350.0, hu))
+            self.mark("pneumothorax", where)
+        if "pleural other" in self.findings:  # thick, partly calcified pleura along the outer wall
+            s, low = self.sign["pleural other"], self.rng.uniform(-75, 0)
+            where = self.cavity & (self.edge > 0.74) & (self.side == s) & (np.abs(x) > 92) & (z > low) & (z < low + 80)
+            hu = np.where(where, np.where(self.texture > 0, 90.0, 330.0), hu)
+            self.mark("pleural other", where)
+        self.hu = hu
+
+    def fracture_and_devices(self):
+        x, y, z, rng, hu = self.x, self.y, self.z, self.rng, self.hu
+        if "fracture" in self.findings:  # a gap in a rib with a lump of callus
+            height, turn = rng.uniform(-70, 70), rng.uniform(-0.6, 0.6)
+            cx, cy = self.sign["fracture"] * 148 * np.cos(turn), 104 * np.sin(turn)
+            where = self.ball(cx, cy, height, 20, 20, 22) < 1
+            hu = np.where(where, np.where(self.ball(cx, cy, height, 8, 8, 22) < 1, -40.0, 950.0), hu)
+            self.mark("fracture", where)
+        if "support devices" in self.findings:  # a catheter in the upper vein, sometimes a pacemaker box under the skin
+            tube = ((x + 24) ** 2 + (y + 18) ** 2 <= 7 ** 2) & (z > -20)
+            if rng.random() < 0.4:
+                tube |= (np.abs(x - 85) < 16) & (np.abs(y + 98) < 9) & (np.abs(z - 80) < 22)
+            hu = np.where(tube, 2400.0, hu)
+            self.mark("support devices", tube)
+        self.hu = hu
+
+
 def phantom(rng, findings: dict) -> tuple[np.ndarray, np.ndarray]:
     """HU int16 and finding bits uint16, both (H, W, D)."""
-    angle, scale = np.deg2rad(rng.uniform(-6, 6)), rng.uniform(0.92, 1.08)
-    dx, dy, dz = rng.uniform(-12, 12, 3)
-    x = ((X - dx) * np.cos(angle) + (Y - dy) * np.sin(angle)) / scale
-    y = (-(X - dx) * np.sin(angle) + (Y - dy) * np.cos(angle)) / scale
-    z = (Z - dz) / scale
-    bits = np.zeros(SIZE, np.uint16)
-
-    def mark(name, where):
-        bits[where] |= np.uint16(1 << FINDINGS.index(name))
-
-    def ball(cx, cy, cz, rx, ry, rz):  # squared distance from a centre in units of the radii
-        return ((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2 + ((z - cz) / rz) ** 2
-
-    grade = {name: SIZES.index(f["size"]) if f["size"] else 1 for name, f in findings.items()}
-    sign = {name: -1 if f["side"] == "right" else 1 for name, f in findings.items()}
-
-    # The normal chest.
-    rim = (x / 165) ** 2 + (y / 118) ** 2
-    hu = np.where(rim <= 1, np.where(rim > 0.86, -95.0, 45.0), -1000.0)
-    taper = np.sqrt(np.clip(1 - ((z + 25) / 160) ** 2, 0.05, 1))
-    dome = -95 - 35 * ((np.abs(x) - 75) / 60) ** 2 + np.where(x < 0, 18, 0)  # the liver lifts the right side
-    cavity = (((np.abs(x) - 74) / (58 * taper)) ** 2 + (y / (90 * taper)) ** 2 <= 1) & (z > dome) & (z < 132)
-    side_of = np.where(x < 0, -1, 1)
-    texture = gaussian_filter(rng.normal(size=SIZE), (1.5, 1.5, 0.6))
-    lung = -840 + 45 * texture / texture.std()
-    for _ in range(14):  # vessels: short brighter rods that leave the hilum
-        s = rng.choice((-1, 1))
-        out = rng.uniform(25, 80)
-        lung = np.where(ball(s * (30 + out), rng.uniform(-55, 55), rng.uniform(-90, 90), rng.uniform(7, 22), 5, 12) < 1,
-                        rng.uniform(-620, -380), lung)
-    hu = np.where(cavity, lung, hu)
-    wide = 1.0
-    if "enlarged cardiomediastinum" in findings:
-        wide = 1.55 + 0.3 * grade["enlarged cardiomediastinum"] + rng.uniform(0, 0.1)
-    core = ((x / 26) ** 2 + (y / 68) ** 2 <= 1) & (z > -120)
-    broad = ((x / (26 * wide)) ** 2 + ((y + 5) / 60) ** 2 <= 1) & (z > 0) & (z < 105)
-    if wide > 1:
-        mark("enlarged cardiomediastinum", broad & ~core)
-    hu = np.where(core | (broad if wide > 1 else core), 42.0, hu)
-    big = 1.0
-    if "cardiomegaly" in findings:
-        big = 1.28 + 0.13 * grade["cardiomegaly"] + rng.uniform(0, 0.04)
-    heart = ball(20 * big, -32, -45, 52 * big, 44 * big, 52) <= 1
-    if big > 1:
-        mark("cardiomegaly", heart & ~(ball(20, -32, -45, 52, 44, 52) <= 0.7))
-    hu = np.where(heart & (z > -115), 50.0, hu)
-    hu = np.where((x - 18) ** 2 + (y - 42) ** 2 <= 14 ** 2, 65.0, hu)  # aorta
-    hu = np.where((x ** 2 + (y - 12) ** 2 <= 9 ** 2) & (z > 15), -1000.0, hu)  # trachea
-    hu = np.where(x ** 2 + (y - 88) ** 2 <= 21 ** 2, 260.0, hu)  # spine
-    ribs = (rim > 0.70) & (rim < 0.84) & (np.mod(z + 0.25 * np.abs(x), 40) < 21) & (np.abs(x) > 35) & (z > -110)
-    hu = np.where(ribs, 420.0, hu)
-    soft = cavity & ~heart & (hu < -100)  # air-holding lung, where conditions are painted
-
-    # The conditions.
-    for name in ("lung opacity", "consolidation", "pneumonia", "lung lesion"):
-        if name not in findings:
-            continue
-        s, r = sign[name], (36, 46, 56)[grade[name]] + rng.uniform(-3, 3)
-        centre = (s * rng.uniform(62, 92), rng.uniform(-45, 45), ZONE_MM[findings[name]["place"]] + rng.uniform(-12, 12))
-        if name == "lung opacity":  # ground glass: the lung stays visible
-            where = soft & (ball(*centre, r, r, r * 0.9) + 0.25 * texture < 1)
-            hu = np.where(where, hu + 380, hu)
-        elif name == "consolidation":  # dense, with air in some bronchi
-            where = soft & (ball(*centre, r, 0.95 * r, 0.9 * r) < 1)
-            hu = np.where(where, np.where(texture > 1.2 * texture.std(), -500.0, 35.0), hu)
-        elif name == "pneumonia":  # several dense patches, each with a halo
-            where = np.zeros(SIZE, bool)
-            for _ in range(8):
-                near = [c + rng.uniform(-0.9, 0.9) * r for c in centre]
-                dist = ball(*near, 17, 17, 20)
-                hu = np.where(soft & (dist < 2), np.maximum(hu, np.where(dist < 1, -60.0, -480.0)), hu)
-                where |= soft & (dist < 2)
-        else:
-            r = (16, 20, 24)[grade[name]]
-            where = soft & (ball(*centre, r, r, r) < 1)
-            hu = np.where(where, 140.0, hu)
-        mark(name, where)
-    if "edema" in findings:  # haze around both hila, thicker septa at the base
-        haze = np.exp(-(((np.abs(x) - 42) / 42) ** 2 + (y / 55) ** 2 + ((z + 5) / 75) ** 2))
-        hu = np.where(soft, hu + (230 + 70 * grade["edema"]) * haze, hu)
-        mark("edema", soft & (haze > 0.4))
-    if "atelectasis" in findings:  # a thin dense plate above the diaphragm
-        plate = np.abs(z - dome - 28 - 0.12 * y - rng.uniform(-5, 5)) < 11
-        where = soft & plate & (side_of == sign["atelectasis"]) & (np.abs(y) < 62)
-        hu = np.where(where, 10.0, hu)
-        mark("atelectasis", where)
-    depth = y / (90 * taper)
-    if "pleural effusion" in findings:  # fluid lies at the back and rises with its amount
-        level = (0.52, 0.32, 0.10)[grade["pleural effusion"]] + 0.0035 * (z + 100)
-        where = cavity & (side_of == sign["pleural effusion"]) & (depth > level) & (z < 95)
-        hu = np.where(where, 12.0, hu)
-        mark("pleural effusion", where)
-    edge = ((np.abs(x) - 74) / (58 * taper)) ** 2 + (y / (90 * taper)) ** 2
-    if "pneumothorax" in findings:  # air without lung texture at the front
-        level = (-0.45, -0.30, -0.15)[grade["pneumothorax"]]
-        where = cavity & (side_of == sign["pneumothorax"]) & (depth < level) & ~heart
-        rind = cavity & (side_of == sign["pneumothorax"]) & (np.abs(depth - level) < 0.07) & ~heart
-        hu = np.where(where, -1000.0, np.where(rind, -350.0, hu))
-        mark("pneumothorax", where)
-    if "pleural other" in findings:  # thick, partly calcified pleura along the outer wall
-        s, low = sign["pleural other"], rng.uniform(-75, 0)
-        where = cavity & (edge > 0.74) & (side_of == s) & (np.abs(x) > 92) & (z > low) & (z < low + 80)
-        hu = np.where(where, np.where(texture > 0, 90.0, 330.0), hu)
-        mark("pleural other", where)
-    if "fracture" in findings:  # a gap in a rib with a lump of callus
-        s, height, turn = sign["fracture"], rng.uniform(-70, 70), rng.uniform(-0.6, 0.6)
-        cx, cy = s * 148 * np.cos(turn), 104 * np.sin(turn)
-        where = ball(cx, cy, height, 20, 20, 22) < 1
-        hu = np.where(where, np.where(ball(cx, cy, height, 8, 8, 22) < 1, -40.0, 950.0), hu)
-        mark("fracture", where)
-    if "support devices" in findings:  # a catheter in the upper vein, sometimes a pacemaker box under the skin
-        tube = ((x + 24) ** 2 + (y + 18) ** 2 <= 7 ** 2) & (z > -20)
-        if rng.random() < 0.4:
-            tube |= (np.abs(x - 85) < 16) & (np.abs(y + 98) < 9) & (np.abs(z - 80) < 22)
-        hu = np.where(tube, 2400.0, hu)
-        mark("support devices", tube)
-
-    hu = hu + rng.normal(size=SIZE) * rng.uniform(17, 33)
-    return np.clip(np.rint(hu), -1024, 3071).astype(np.int16), bits
+    chest = Chest(rng, findings)
+    chest.body_and_lungs()
+    chest.mediastinum_heart_and_bones()
+    chest.lung_findings()
+    chest.pleural_findings()
+    chest.fracture_and_devices()
+    hu = chest.hu + rng.normal(size=SIZE) * rng.uniform(17, 33)
+    return np.clip(np.rint(hu), -1024, 3071).astype(np.int16), chest.bits
 
 
 # Two ways to say each condition in each language; {side}, {place}, {size} are filled in.
