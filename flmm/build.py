@@ -4,12 +4,13 @@ A configuration is a YAML file with the parts base, sam, unet, optim, data; `inc
 values it overrides. Every value can be overridden on the command line: --set base.path=/models/llava optim.lr=2e-4.
 """
 
+import re
 from pathlib import Path
 
 import yaml
 
 from common.errors import UserError
-from common.files import inside, reading
+from common.files import check, inside, reading
 from common.weights import read_weights
 from flmm.data.phrases import PhraseDataset, ReasonSegDataset, Together
 from flmm.data.png import PNGDataset
@@ -24,28 +25,58 @@ from flmm.models.mask_head.mask_refiner import SAMImageEncoder, load_sam
 FAMILIES = {"llava": FrozenLlava, "llava_next": FrozenLlavaNext, "deepseek_vl": FrozenDeepseekVL,
             "deepseek_vl_hybrid": FrozenDeepseekVLHybrid, "qwen": FrozenQwen}
 DATASETS = {"png": PNGDataset, "refcoco": RefCOCODataset, "phrases": PhraseDataset, "reasonseg": ReasonSegDataset}
-PARTS = {"base", "sam", "unet", "optim", "data"}
+# all that a configuration may say, but for `include`; each of data's lists has dictionaries of a type and its class's arguments
+CONFIG = {
+    "base": {"family?": str, "path?": str, "template?": str, "question?": str, "merge?": str, "attention?": str, "dtype?": str,
+             "load_in_4bit?": bool, "device_map?": (str, dict)},
+    "sam": {"path?": str, "use_text?": bool, "use_mask?": bool, "use_box?": bool, "multimask_output?": bool, "per_phrase_pad?": bool},
+    "unet": {"upsample_input?": int, "normalize_input?": bool, "base_channels?": int, "num_stages?": int, "strides?": [int],
+             "enc_num_convs?": [int], "dec_num_convs?": [int], "downsamples?": [bool], "enc_dilations?": [int], "dec_dilations?": [int],
+             "num_groups?": int},
+    "optim": {"lr?": float, "epochs?": int, "batch_size?": int, "accum?": int, "weight_decay?": float, "coarse_first?": int},
+    "data": {},
+}
+
+
+class YAML(yaml.SafeLoader):
+    """YAML in which 2e-4 is a number, as in version 1.2; PyYAML follows 1.1 and wants 2.0e-4."""
+
+
+YAML.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?e[-+]?\d+", re.IGNORECASE), list("-+0123456789"))
 
 
 def read_config(path, overrides=()):
-    """Configuration as a dictionary. overrides: "part.name=value" strings, values in YAML."""
+    """Configuration as a dictionary with all its parts. overrides: "part.name=value" strings, values in YAML."""
     path = Path(path)
     with reading(path, "configuration"):
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: expected the parts {', '.join(sorted(PARTS))}")
-    if "include" in config:
-        parent = read_config(path.parent / config.pop("include"))
-        config = {part: {**parent.get(part, {}), **config.get(part, {})} for part in PARTS}
-    if unknown := set(config) - PARTS:
-        raise UserError(f"{path}: unknown part {sorted(unknown)[0]!r}; expected {', '.join(sorted(PARTS))}")
+        given, parent = yaml.load(path.read_text(encoding="utf-8"), YAML), {}
+        check(given, {"include?": str, **{f"{part}?": dict for part in CONFIG}}, path)
+        if include := given.pop("include", None):
+            parent = read_config(path.parent / include)
+    if unknown := sorted(set(given) - set(CONFIG), key=str):
+        raise UserError(f"{path}: unknown part {unknown[0]!r}; expected {', '.join(CONFIG)}")
+    config = {part: {**parent.get(part, {}), **(given.get(part) or {})} for part in CONFIG}
     for override in overrides:
         name, equals, value = override.partition("=")
         part, dot, key = name.partition(".")
-        if not equals or not dot or part not in PARTS:
-            raise UserError(f"--set {override}: write part.name=value with one of the parts {', '.join(sorted(PARTS))}")
-        config.setdefault(part, {})[key] = yaml.safe_load(value)
-    return config
+        if not equals or not dot or part not in CONFIG:
+            raise UserError(f"--set {override}: write part.name=value with one of the parts {', '.join(CONFIG)}")
+        with reading(f"--set {override}", "value"):
+            config[part][key] = yaml.load(value, YAML)
+    for part, values in config.items():
+        check(values, CONFIG[part], path, part)
+        known = [name.removesuffix("?") for name in CONFIG[part]]
+        if unknown := part != "data" and sorted(set(values) - set(known), key=str):
+            raise UserError(f"{path}: {part} has no value {unknown[0]!r}; expected {', '.join(known)}")
+    return {part: {k: v for k, v in values.items() if v is not None} for part, values in config.items()}   # null: the default
+
+
+def add_config_arguments(parser, data=True, required=True):
+    """--config, --set and --data, alike in every script that builds a model."""
+    parser.add_argument("--config", type=Path, required=required, help="YAML file of flmm/configs")
+    parser.add_argument("--set", nargs="*", default=[], metavar="PART.NAME=VALUE", help="override values of the configuration")
+    if data:
+        parser.add_argument("--data", type=Path, required=True, help="root of the data paths of the configuration")
 
 
 def build_base(config, **options):
@@ -63,7 +94,7 @@ def build_base(config, **options):
 
 def build_sam(config):
     """SamModel of config["sam"]["path"], or None when the path is null (coarse masks only)."""
-    path = config.get("sam", {}).get("path")
+    path = config["sam"].get("path")
     if path is None:
         return None
     if not Path(path).exists():
@@ -73,23 +104,25 @@ def build_sam(config):
 
 def build_head(config, dims, sam):
     """FLMM for a base with dims = (channels, layers, hidden size), and the frozen SAM image encoder (or None)."""
-    options = {k: v for k, v in config.get("sam", {}).items() if k != "path"}
-    head = FLMM(*dims, sam=sam, unet=config.get("unet"), sam_options=options)
+    options = {k: v for k, v in config["sam"].items() if k != "path"}
+    head = FLMM(*dims, sam=sam, unet=config["unet"], sam_options=options)
     return head, SAMImageEncoder(sam) if sam is not None else None
 
 
-def build_dataset(config, split, root, build, seed=0):
+def build_dataset(config, split, root, build, seed=0, per_sentence=False):
     """Data sets of config["data"][split] put together; every entry has a type and its class's arguments.
 
-    Relative paths are relative to root; a path that leads out of root is refused.
+    Relative paths are relative to root; a path that leads out of root is refused. per_sentence: of the RefCOCO sets every
+    sentence is a record of its own.
     """
-    entries = config.get("data", {}).get(split)
+    entries = config["data"].get(split)
     if not entries:
-        raise UserError(f"the configuration names no data for {split!r}; it has {', '.join(config.get('data', {})) or 'none'}")
+        raise UserError(f"the configuration names no data for {split!r}; it has {', '.join(config['data']) or 'none'}")
+    check(entries, [{"type": str}], f"data.{split}")
     parts = []
     for entry in entries:
         entry = dict(entry)
-        kind = entry.pop("type", None)
+        kind = entry.pop("type")
         if kind not in DATASETS:
             raise UserError(f"data.{split}: type is {kind!r}, expected one of {', '.join(DATASETS)}")
         for key, value in entry.items():
@@ -97,6 +130,8 @@ def build_dataset(config, split, root, build, seed=0):
                 entry[key] = inside(root, value)
         if kind == "refcoco":
             entry.setdefault("seed", seed)
+            if per_sentence:
+                entry |= {"text_mode": "original", "one_per_object": True}
         try:
             parts.append(DATASETS[kind](**entry, build=build))
         except TypeError as error:

@@ -13,7 +13,7 @@ import re
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
+from accelerate import Accelerator
 
 from common.errors import UserError
 from common.weights import read_weights
@@ -106,8 +106,9 @@ class Grounder:
         self.builder, self._kept = SampleBuilder.of(base), (None, None)
 
     @classmethod
-    def load(cls, config, head_path, selector_path=None, device="cpu"):
-        """config: dictionary of read_config. head_path, selector_path: weight files."""
+    def load(cls, config, head_path, selector_path=None, device=None):
+        """config: dictionary of read_config. head_path, selector_path: weight files. device: accelerate's choice by default."""
+        device = device or Accelerator().device
         base = build_base(config).to(device)
         head, encoder = build_head(config, (base.channels, base.num_layers, base.hidden_size), build_sam(config))
         head.load_upstream(read_weights(head_path), head_path)
@@ -211,28 +212,3 @@ def answer_then_ground(base, sample, max_new_tokens=32):
         return sample, ""
     mask_ids = torch.cat([torch.full_like(prompt, -1), torch.zeros_like(ids)])
     return {**sample, "input_ids": torch.cat([prompt, ids]), "mask_ids": mask_ids}, base.tokenizer.decode(ids).strip()
-
-
-def train_selector(base, records, steps=200, lr=1e-2, seed=0):
-    """Fit a KeywordSelector: every caption token inside a phrase counts as a keyword. records: of the training split.
-
-    Returns the selector and its mean loss over the last tenth of the steps. BCE, AdamW, one record a step.
-    """
-    torch.manual_seed(seed)
-    selector, builder = KeywordSelector(base.num_layers, base.hidden_size).to(base.device), SampleBuilder.of(base)
-    optimizer, losses, cache = torch.optim.AdamW(selector.parameters(), lr=lr), [], []
-    for record in records:
-        sample = builder({k: record[k] for k in ("image", "pieces", "file_name")})
-        caption = sample["labels"] != -100
-        target = (sample["mask_ids"][caption] >= 0).float()
-        sample["mask_ids"] = torch.where(caption, caption.cumsum(0) - 1, -1)
-        cache.append((base([sample])[0]["hidden_states"], target.to(base.device)))
-    for step in range(steps):
-        hidden, target = cache[step % len(cache)]
-        loss = F.binary_cross_entropy_with_logits(selector(hidden), target)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    tail = losses[-max(1, steps // 10):]
-    return selector.eval(), sum(tail) / len(tail)

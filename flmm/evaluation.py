@@ -3,7 +3,8 @@
 import torch
 import torch.nn.functional as F
 
-from flmm.metrics import mask_iou
+from flmm.metrics import average_recalls, mask_iou, referring_scores
+from flmm.models.flmm import unpad_crop
 
 
 def binary_masks(logits, size):
@@ -65,9 +66,7 @@ class RawMaps:
     @staticmethod
     def _ious(feature, gt, channels=slice(None)):
         """(n, C, thresholds) IoU of every map, relative to its own maximum, enlarged to the ground truth."""
-        from flmm.models.flmm import unpad_crop
-        maps = feature["mask_attentions"][:, channels].float().cpu()
-        maps = maps.flatten(0, 1)
+        maps = feature["mask_attentions"][:, channels].float().cpu().flatten(0, 1)
         if feature["unpad"]:
             maps = unpad_crop(maps, feature["meta_data"])
         maps = F.interpolate(maps[None], size=tuple(gt.shape[1:]), mode="bilinear")[0]
@@ -96,8 +95,6 @@ class RawMaps:
 
 def summarise(rows):
     """All scores of a list of phrase rows: refined and coarse, referring protocol and panoptic narrative grounding, controls."""
-    from flmm.metrics import average_recalls, referring_scores
-
     def mean(key):
         values = [r[key] for r in rows if key in r]
         return sum(values) / len(values) if values else None

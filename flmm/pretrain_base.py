@@ -22,13 +22,15 @@ from common.run import Log, describe, open_run, seed_everything
 from flmm.build import FAMILIES
 from flmm.data.samples import SampleBuilder
 from flmm.data.scenes import QUESTION, make_scene
-from flmm.models.tiny import save_base, tiny_model, tiny_tokenizer
+from flmm.models.tiny import TINY_FAMILIES, save_base, tiny_model, tiny_tokenizer
+
+TINY_PICTURES = {"min_pixels": 64 * 64, "max_pixels": 64 * 64}   # Qwen: keep the scenes' size; the others have one anyway
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="run folder; the base is written to OUT/base")
-    parser.add_argument("--base", choices=list(FAMILIES), default="llava", help="class of the base (default llava)")
+    parser.add_argument("--base", choices=TINY_FAMILIES, default="llava", help="class of the base (default llava)")
     parser.add_argument("--steps", type=int, default=800, help="optimizer steps; 0 writes the random base (default 800)")
     parser.add_argument("--batch-size", type=int, default=16, help="scenes per step (default 16)")
     parser.add_argument("--lr", type=float, default=1.5e-3, help="peak learning rate (default 1.5e-3)")
@@ -86,8 +88,6 @@ def main(args):
     save_base(model.eval().cpu(), tokenizer, out / "base")
     print(f"wrote {out / 'base'}")
 
-
-TINY_PICTURES = {"min_pixels": 64 * 64, "max_pixels": 64 * 64}   # Qwen: keep the scenes' size; the others have one anyway
 
 if __name__ == "__main__":
     run(main, parse_args())

@@ -13,6 +13,7 @@ import argparse
 import csv
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from common.checkpoint import atomic_write
 from common.errors import UserError, run
 from common.run import open_run, progress, seed_everything
 from common.weights import read_weights
-from flmm.build import build_base, build_dataset, build_head, build_sam, read_config
+from flmm.build import add_config_arguments, build_base, build_dataset, build_head, build_sam, read_config
 from flmm.conversation import answer_then_ground
 from flmm.data.samples import SampleBuilder, encode_rle
 from flmm.draw import labelled_strip, save_image
@@ -37,9 +38,7 @@ from flmm.models.flmm import extract
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, help="YAML file of flmm/configs")
-    parser.add_argument("--set", nargs="*", default=[], metavar="PART.NAME=VALUE", help="override values of the configuration")
-    parser.add_argument("--data", type=Path, required=True, help="root of the data paths of the configuration")
+    add_config_arguments(parser)
     parser.add_argument("--split", default="test", help="part of the configuration's data to score (default test)")
     parser.add_argument("--head", type=Path, required=True, help="trained head: ours or upstream's, .safetensors or .pth")
     parser.add_argument("--base-path", help="folder or hub name of the base (default: base.path of the configuration)")
@@ -83,14 +82,10 @@ def main(args):
     config = read_config(args.config, args.set)
     if args.base_path:
         config["base"]["path"] = args.base_path
-    if args.protocol == "sentence":
-        for entry in config["data"].get(args.split, []):
-            if entry["type"] == "refcoco":
-                entry.update(text_mode="original", one_per_object=True)
     seed_everything(0)
     base = build_base(config, random_seed=args.random_base, attention=args.attention).to(accelerator.device)
     builder = SampleBuilder.of(base)
-    dataset = build_dataset(config, args.split, args.data, builder)
+    dataset = build_dataset(config, args.split, args.data, builder, per_sentence=args.protocol == "sentence")
     head, sam_encoder = build_head(config, (base.channels, base.num_layers, base.hidden_size), build_sam(config))
     report = head.load_upstream(read_weights(args.head), args.head)
     head.to(accelerator.device).eval()
@@ -98,6 +93,7 @@ def main(args):
         sam_encoder.to(accelerator.device)
     out = open_run(args.out, args, accelerator, overwrite=args.overwrite)
     if accelerator.is_main_process:
+        shutil.rmtree(out / "overlays", ignore_errors=True)   # pictures of an earlier run have other names
         print(report)
 
     raw = RawMaps()

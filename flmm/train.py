@@ -26,7 +26,7 @@ from common.checkpoint import atomic_path, atomic_write, find_resume, load_step,
 from common.errors import UserError, run
 from common.run import Log, StopSignal, check_finite, describe, loader_worker, open_run, seed_everything
 from common.weights import read_weights
-from flmm.build import build_base, build_dataset, build_head, build_sam, read_config
+from flmm.build import add_config_arguments, build_base, build_dataset, build_head, build_sam, read_config
 from flmm.data.cache import CachedFeatures, write_cache
 from flmm.data.samples import SampleBuilder
 from flmm.evaluation import phrase_rows
@@ -37,9 +37,7 @@ from flmm.schedule import lr_at
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data = parser.add_argument_group("data and model")
-    data.add_argument("--config", type=Path, required=True, help="YAML file of flmm/configs")
-    data.add_argument("--set", nargs="*", default=[], metavar="PART.NAME=VALUE", help="override values of the configuration")
-    data.add_argument("--data", type=Path, required=True, help="root of the data paths of the configuration")
+    add_config_arguments(data)
     data.add_argument("--base-path", help="folder or hub name of the base (default: base.path of the configuration)")
     data.add_argument("--random-base", type=int, metavar="SEED", help="control: random weights instead of the base's")
     data.add_argument("--attention", choices=["rows", "eager"], help="how attention is read (default rows; eager: full matrices)")
@@ -88,9 +86,37 @@ def validate(head, loader, get_features, accelerator):
     return {"val_miou_coarse": sums[0] / sums[2], "val_miou": sums[1] / sums[2]}
 
 
+def frozen_part(config, args, accelerator, sam):
+    """The base with its data sets, or the features that it left in args.cache_attention; a split missing there is written first.
+
+    Returns the base (None if its features are cached), {"train": data set, "val": another where the configuration names one},
+    and the base's (channels, layers, hidden size).
+    """
+    splits, cache = [s for s in ("train", "val") if s == "train" or config["data"].get(s)], args.cache_attention
+    missing = [s for s in splits if cache is None or not any((cache / s).glob("features-*.h5"))]
+    accelerator.wait_for_everyone()   # all have looked before anyone writes
+    base = None
+    if missing:
+        base = build_base(config, random_seed=args.random_base, attention=args.attention)
+        base = (base.shard(accelerator.device) if args.shard_base else base).to(accelerator.device)
+        builder, dims = SampleBuilder.of(base), (base.channels, base.num_layers, base.hidden_size)
+        sets = {split: build_dataset(config, split, args.data, builder, args.seed) for split in missing}
+    if cache is None:
+        return base, sets, dims
+    origin = {"base": config["base"], "random_base": args.random_base, "data_root": str(args.data.resolve()),
+              "sam": config["sam"].get("path")}
+    if missing:
+        encoder = build_head(config, dims, sam)[1]
+        for split, dataset in sets.items():
+            write_cache(cache / split, base, encoder and encoder.to(accelerator.device), dataset,
+                        {**origin, "data": config["data"][split]}, accelerator)
+    sets = {split: CachedFeatures(cache / split, {**origin, "data": config["data"].get(split)}) for split in splits}
+    return None, sets, sets["train"].dims
+
+
 def main(args):
     config = read_config(args.config, args.set)
-    optim = config.get("optim", {})
+    optim = config["optim"]
     lr, epochs = args.lr or optim.get("lr", 1e-4), args.epochs or optim.get("epochs", 8)
     batch_size, accum = args.batch_size or optim.get("batch_size", 1), args.accum or optim.get("accum", 1)
     accelerator = Accelerator(
@@ -104,29 +130,8 @@ def main(args):
         raise UserError("--shard-base needs several processes (NPROC_PER_NODE=8) and no --cache-attention")
     seed_everything(args.seed)
 
-    # frozen part: a live base, or its cached features
     sam = build_sam(config)
-    fingerprint = {"base": config["base"], "random_base": args.random_base, "data": config.get("data", {}).get("train"),
-                   "data_root": str(args.data.resolve()), "sam": config.get("sam", {}).get("path")}
-    cached = args.cache_attention is not None and any(args.cache_attention.glob("train/features-*.h5"))
-    base = None
-    if not cached:
-        base = build_base(config, random_seed=args.random_base, attention=args.attention)
-        base = (base.shard(accelerator.device) if args.shard_base else base).to(accelerator.device)
-        builder = SampleBuilder.of(base)
-        sets = {split: build_dataset(config, split, args.data, builder, args.seed)
-                for split in ("train", "val") if config.get("data", {}).get(split)}
-        dims = base.channels, base.num_layers, base.hidden_size
-    if args.cache_attention:
-        if not cached:
-            encoder = build_head(config, dims, sam)[1]
-            for split, dataset in sets.items():
-                write_cache(args.cache_attention / split, base, encoder and encoder.to(accelerator.device), dataset,
-                            fingerprint, accelerator)
-            base = None   # its memory is free from here on
-        sets = {split.name: CachedFeatures(split, fingerprint) for split in sorted(args.cache_attention.iterdir())
-                if split.name in ("train", "val")}
-        dims = sets["train"].dims
+    base, sets, dims = frozen_part(config, args, accelerator, sam)
     seed_everything(args.seed)   # the same head whether or not features were cached just now
     head, sam_encoder = build_head(config, dims, sam)
     if args.init_head:

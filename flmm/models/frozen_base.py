@@ -54,24 +54,31 @@ class FrozenBase:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer, self.image_processor, self.merge, self.attention = tokenizer, image_processor, merge, attention
         self.template, self.question = template or self.template, question
+        implementations = {"rows": NAME, "eager": "eager"}
+        for name, value, known in (("template", self.template, TEMPLATES), ("merge", merge, ("mean", "max")),
+                                   ("attention", attention, implementations)):
+            if value not in known:
+                raise UserError(f"base.{name} is {value!r}, expected one of {', '.join(known)}")
         self.image_token_id = model.config.image_token_id
         text = model.config.text_config
         self.num_layers, self.num_heads, self.hidden_size = text.num_hidden_layers, text.num_attention_heads, text.hidden_size
         self.channels = self.num_layers * self.num_heads * self.maps_per_head
-        implementation = {"rows": NAME, "eager": "eager"}[attention]
-        model.set_attn_implementation({"text_config": implementation, "vision_config": "sdpa"})
+        model.set_attn_implementation({"text_config": implementations[attention], "vision_config": "sdpa"})
 
     # ---- loading
 
     @classmethod
-    def load(cls, path, dtype="auto", random_seed=None, trust_remote_code=False, load_in_4bit=False, device_map=None, **options):
-        """Base, tokenizer and image processor from a folder or hub name. random_seed: random weights, the control."""
+    def load(cls, path, dtype="auto", random_seed=None, load_in_4bit=False, device_map=None, **options):
+        """Base, tokenizer and image processor from a folder or hub name; code that lies there is never run.
+
+        random_seed: random weights instead, the control. dtype, load_in_4bit, device_map: as from_pretrained takes them.
+        """
         architecture = getattr(transformers, cls.architecture, None)
         if architecture is None:
             raise UserError(f"transformers {transformers.__version__} has no {cls.architecture}; install a newer one")
         with reading(path, "folder of the base model"):
-            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
             if config.architectures and config.architectures[0] != cls.architecture:
                 raise UserError(f"{path}: holds a {config.architectures[0]}, this configuration needs a {cls.architecture}")
             if random_seed is not None:

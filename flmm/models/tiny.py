@@ -27,6 +27,9 @@ TEXT = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_att
             max_position_embeddings=512, initializer_range=0.05, tie_word_embeddings=False)
 
 
+TINY_FAMILIES = ("llava", "llava_next", "deepseek_vl", "qwen")
+
+
 def tiny_tokenizer():
     """Byte-level BPE in which every scene word is one token; any other text still has tokens."""
     tokenizer = make_tokenizer(all_texts(), 480, SPECIAL)
@@ -35,7 +38,7 @@ def tiny_tokenizer():
 
 
 def tiny_model(family, tokenizer, seed=0, side=64):
-    """Randomly initialised model of one family ("llava", "llava_next", "deepseek_vl", "qwen") for `side`-pixel pictures."""
+    """Randomly initialised model of one of TINY_FAMILIES for `side`-pixel pictures."""
     ids = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     text = {**TEXT, **ids, "vocab_size": len(tokenizer)}
     token = tokenizer.convert_tokens_to_ids
@@ -66,13 +69,9 @@ def save_base(model, tokenizer, folder):
     """Write a base folder as `from_pretrained` reads it."""
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    if (implementation := model.config.text_config._attn_implementation) != "sdpa":
-        model.set_attn_implementation("sdpa")   # the name of our own function means nothing to other programs
     with atomic_dir(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-    if implementation != "sdpa":
-        model.set_attn_implementation({"text_config": implementation, "vision_config": "sdpa"})
 
 
 def tiny_sam(seed=0, side=64, dim=64):

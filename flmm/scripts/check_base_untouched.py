@@ -2,8 +2,8 @@
 
     python flmm/scripts/check_base_untouched.py --config CONFIG --data DATA --head HEAD --out untouched.json
 
-In one process: answers of the plain transformers model; then the base is wrapped, a head is trained on it for a few steps and
-phrases are grounded; then the weights are compared with the file and the questions are asked again.
+In one process: answers with transformers' own attention function; then a head is trained on the base for a few steps and phrases
+are grounded; then the weights are compared with those before and with the file, and the questions are asked again.
 """
 
 import argparse
@@ -14,22 +14,21 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root: every way of starting this file finds it
 
 import torch
-import transformers
+from accelerate import Accelerator
 
 from common.checkpoint import atomic_write
 from common.errors import UserError, run
 from common.weights import read_weights
-from flmm.build import FAMILIES, build_dataset, build_head, build_sam, read_config
+from flmm.build import add_config_arguments, build_base, build_dataset, build_head, build_sam, read_config
 from flmm.conversation import Grounder
 from flmm.data.samples import SampleBuilder
+from flmm.models.attention_rows import NAME
 from flmm.models.flmm import extract
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, help="YAML file of flmm/configs")
-    parser.add_argument("--set", nargs="*", default=[], metavar="PART.NAME=VALUE", help="override values of the configuration")
-    parser.add_argument("--data", type=Path, required=True, help="root of the data paths of the configuration")
+    add_config_arguments(parser)
     parser.add_argument("--head", type=Path, required=True, help="trained head")
     parser.add_argument("--pictures", type=int, default=12, help="pictures to ask about (default 12)")
     parser.add_argument("--steps", type=int, default=3, help="training steps in between (default 3)")
@@ -38,15 +37,10 @@ def parse_args():
 
 
 def main(args):
-    config = read_config(args.config, args.set)
-    family, path = FAMILIES[config["base"]["family"]], config["base"]["path"]
-    model = getattr(transformers, family.architecture).from_pretrained(path).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    untouched = {k: v.clone() for k, v in model.state_dict().items()}
-    base = family(model, tokenizer, family.make_processor(model.config, {}), template=config["base"].get("template"),
-                  question=config["base"].get("question"))
-    builder = SampleBuilder.of(base)
-    dataset = build_dataset(config, "test", args.data, builder)
+    config, device = read_config(args.config, args.set), Accelerator().device
+    base = build_base(config).to(device)
+    model, untouched = base.model, {k: v.clone() for k, v in base.model.state_dict().items()}
+    dataset = build_dataset(config, "test", args.data, SampleBuilder.of(base))
     samples = [dataset[i] for i in range(min(args.pictures, len(dataset)))]
 
     def answers():
@@ -55,23 +49,24 @@ def main(args):
 
     model.set_attn_implementation({"text_config": "sdpa", "vision_config": "sdpa"})   # the model as anyone loads it
     before = answers()
-    model.set_attn_implementation({"text_config": "flmm_rows", "vision_config": "sdpa"})
+    model.set_attn_implementation({"text_config": NAME, "vision_config": "sdpa"})
     head, encoder = build_head(config, (base.channels, base.num_layers, base.hidden_size), build_sam(config))
     head.load_upstream(read_weights(args.head), args.head)
+    head, encoder = head.to(device), encoder and encoder.to(device)
     optimizer = torch.optim.AdamW([p for p in head.parameters() if p.requires_grad], lr=1e-3)
     for _ in range(args.steps):
-        loss = head.compute_loss(head(extract(base, encoder, samples)), [s["masks"] for s in samples])["loss"]
+        loss = head.compute_loss(head(extract(base, encoder, samples)), [s["masks"].to(device) for s in samples])["loss"]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     Grounder(base, head, encoder).converse(samples[0]["image"])
     after = answers()
-    stored = read_weights(path)
+    stored = read_weights(config["base"]["path"])
     changed = [k for k, v in model.state_dict().items()
-               if not torch.equal(v, untouched[k]) or (k in stored and not torch.equal(v, stored[k]))]
+               if not torch.equal(v, untouched[k]) or (k in stored and not torch.equal(v.cpu(), stored[k]))]
     differing = sum(a != b for a, b in zip(before, after))
     result = {"tensors": len(untouched), "tensors_changed": len(changed), "answers": len(before), "answers_changed": differing,
-              "example": tokenizer.decode(after[0])}
+              "example": base.tokenizer.decode(after[0])}
     atomic_write(args.out, json.dumps(result, indent=1))
     print(f"{len(untouched) - len(changed)} of {len(untouched)} weight tensors and {len(before) - differing} of {len(before)} "
           "answers are identical to the bit")

@@ -18,7 +18,7 @@ import torch
 
 from common.checkpoint import atomic_write
 from common.errors import UserError, run
-from flmm.build import build_base, build_dataset, read_config
+from flmm.build import add_config_arguments, build_base, build_dataset, read_config
 from flmm.data.samples import SampleBuilder
 from flmm.data.scenes import COLOURS, SHAPES, SIZES, TEXTURES
 
@@ -27,9 +27,7 @@ KINDS = {"colour": list(COLOURS), "size": list(SIZES), "texture": list(TEXTURES[
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, help="YAML file of flmm/configs")
-    parser.add_argument("--set", nargs="*", default=[], metavar="PART.NAME=VALUE", help="override values of the configuration")
-    parser.add_argument("--data", type=Path, required=True, help="folder of make_data.py")
+    add_config_arguments(parser)
     parser.add_argument("--split", default="test", help="part of the configuration's data (default test)")
     parser.add_argument("--out", type=Path, required=True, help=".json to write")
     return parser.parse_args()

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # repository root:
 
 from common.checkpoint import atomic_write
 from common.errors import UserError, run
-from flmm.build import read_config
+from flmm.build import add_config_arguments, read_config
 from flmm.conversation import Grounder
 from flmm.data.transforms import load_image
 from flmm.draw import labelled_strip, save_image
@@ -31,11 +31,9 @@ def parse_args():
     parser.add_argument("--image", type=Path, required=True, help="picture, any format and mode")
     parser.add_argument("--text", help="phrase to ground; several are separated by ';'")
     parser.add_argument("--question", help="what to ask the base when there is no --text (default: to describe the picture)")
-    parser.add_argument("--config", type=Path, help="YAML file of flmm/configs")
-    parser.add_argument("--set", nargs="*", default=[], metavar="PART.NAME=VALUE", help="override values of the configuration")
+    add_config_arguments(parser, data=False, required=False)
     parser.add_argument("--head", type=Path, help="trained head, .safetensors or .pth")
     parser.add_argument("--selector", type=Path, help="trained keyword selector; else noun phrases by spaCy or by rule")
-    parser.add_argument("--device", default=None, help="device of the models (default: an accelerator if there is one)")
     parser.add_argument("--out", type=Path, default=Path("grounded"), help="name of the results without suffix (default grounded)")
     return parser.parse_args()
 
@@ -60,9 +58,7 @@ def main(args):
     if phrases is not None and not all(phrases):
         raise UserError(f"--text {args.text!r}: an empty phrase cannot be grounded; write the words to look for")
     config, overrides, head, selector = (args.config, args.set, args.head, args.selector) if args.config else builtin_model()
-    from accelerate import Accelerator
-    device = args.device or Accelerator().device
-    grounder = Grounder.load(read_config(config, [*overrides, *args.set]), head, args.selector or selector, device)
+    grounder = Grounder.load(read_config(config, [*overrides, *args.set]), head, args.selector or selector)
     result = grounder.ground(image, phrases) if phrases else grounder.converse(image, args.question)
     if "answer" in result:
         print(f"answer: {result['answer']}")

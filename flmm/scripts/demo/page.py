@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from common.errors import UserError, run
-from flmm.build import read_config
+from flmm.build import add_config_arguments, read_config
 from flmm.conversation import Grounder
 from flmm.data.transforms import to_rgb
 from flmm.draw import colours
@@ -115,8 +115,7 @@ def make_server(grounder, port):
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, help="YAML file of flmm/configs")
-    parser.add_argument("--set", nargs="*", default=[], metavar="PART.NAME=VALUE", help="override values of the configuration")
+    add_config_arguments(parser, data=False, required=False)
     parser.add_argument("--head", type=Path, help="trained head, .safetensors or .pth")
     parser.add_argument("--selector", type=Path, help="trained keyword selector")
     parser.add_argument("--port", type=int, default=8000, help="port on this machine (default 8000)")
@@ -127,8 +126,7 @@ def main(args):
     if bool(args.config) != bool(args.head):
         raise UserError("give --config and --head together, or neither for the built-in model")
     config, overrides, head, selector = (args.config, args.set, args.head, args.selector) if args.config else builtin_model()
-    from accelerate import Accelerator
-    grounder = Grounder.load(read_config(config, [*overrides, *args.set]), head, args.selector or selector, Accelerator().device)
+    grounder = Grounder.load(read_config(config, [*overrides, *args.set]), head, args.selector or selector)
     try:
         server = make_server(grounder, args.port)
     except OSError as error:

@@ -22,7 +22,7 @@ import torch
 from common.checkpoint import atomic_write
 from common.errors import UserError, run
 from common.files import inside, read_json
-from flmm.build import read_config
+from flmm.build import add_config_arguments, read_config
 from flmm.conversation import Grounder
 from flmm.data.transforms import load_image
 
@@ -155,8 +155,7 @@ def chain_of_thought(grounder, image, question, version="v1", box_scale=1.0, dis
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, help="YAML file of flmm/configs")
-    parser.add_argument("--set", nargs="*", default=[], metavar="PART.NAME=VALUE", help="override values of the configuration")
+    add_config_arguments(parser, data=False)
     parser.add_argument("--head", type=Path, required=True, help="trained head")
     parser.add_argument("--image", type=Path, help="picture to ask about")
     parser.add_argument("--question", help="what to ask")
