@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from dia_pangu.evaluate.evidence import said
 from dia_pangu.evaluate.findings import calibrate, finding_scores, micro_f1
 from dia_pangu.evaluate.labeler import label_report, positives
+from dia_pangu.evaluate.real_data import labeler_study, landmarks
 from dia_pangu.make_data import draw_findings, report
 from dia_pangu.src.Dataset.prompt import FINDINGS
 
@@ -95,3 +97,17 @@ def test_a_csv_without_predictions_passes(tmp_path):
     (tmp_path / "r.csv").write_text("a,b\n1,2\n")
     result = python(ROOT / "dia_pangu" / "evaluate" / "nlg_eval.py", "--csv", tmp_path / "r.csv")
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "Ground Truth" in result.stderr
+
+
+def test_real_reports_are_scored_with_and_without_a_training_part(data_root, tmp_path):
+    train, held = (data_root / "ct" / f"ct_reports_{part}.json" for part in ("train", "val"))
+    for given, controls in ((None, {"all positive"}), (train, {"all positive", "TF-IDF + logistic on the 800"})):
+        labeler_study(SimpleNamespace(out=tmp_path), given, held)
+        row = json.loads((tmp_path / "results/labeler-on-real-reports.json").read_text())
+        assert set(row["controls"]) == controls and row["controls"]["all positive"] < 0.5 < 0.85 < row["value"]
+
+
+def test_organs_lie_on_their_side_after_reading(data_root, tmp_path):
+    sides = landmarks(data_root / "ct/volumes")
+    assert len(sides) > 20 and all(sides.values())
+    assert landmarks(tmp_path) == {}
