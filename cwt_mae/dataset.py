@@ -381,11 +381,14 @@ class Store:
         return f"{row['source'].decode()} record {row['name'].decode()} channel {row['channel'].decode()}"
 
 
-def build_store(sources, prepare: Preprocess, cache=None, fs=None, part=None, min_seconds: float = 0.0, skip_bad: bool = False) -> Store:
+def build_store(
+    sources, prepare: Preprocess, cache=None, fs=None, part=None, min_seconds: float = 0.0, skip_bad: bool = False, quiet: bool = False
+) -> Store:
     """Read, check and resample every signal under `sources` once; later calls with unchanged files reuse the result.
 
     part: "train" leaves out the test series of UCR sets (pre-training must not see them). min_seconds: shortest usable
-    record (samples for series without a time unit). skip_bad: count and name bad records instead of stopping.
+    record (samples for series without a time unit). skip_bad: leave bad records out instead of stopping; named and counted on
+    the screen unless quiet.
     """
     paths = find_files(sources)
     cache = Path(cache) if cache else ROOT / "data" / "cwt_mae" / "cache"
@@ -400,10 +403,11 @@ def build_store(sources, prepare: Preprocess, cache=None, fs=None, part=None, mi
             with atomic_dir(cache / key) as folder:
                 _fill(folder, paths, request, prepare)
     store = Store(cache / key)
-    for line in store.about["skipped"][:5]:
+    skipped = [] if quiet else store.about["skipped"]
+    for line in skipped[:5]:
         print(f"skipped: {line}", file=sys.stderr)
-    if store.about["skipped"]:
-        print(f"skipped {len(store.about['skipped'])} bad records, kept {len(store.records)}", file=sys.stderr)
+    if skipped:
+        print(f"skipped {len(skipped)} bad records, kept {len(store.records)}", file=sys.stderr)
     return store
 
 
@@ -417,7 +421,7 @@ def _fill(folder: Path, paths, request: dict, prepare: Preprocess):
             except UserError as error:
                 if not request["skip_bad"]:
                     raise
-                skipped.append(str(error))
+                skipped.append(str(error).rsplit("; ", 1)[0])  # without the advice
                 continue
             for record in found:
                 if request["part"] and any(aux not in ("", request["part"]) for sample, _, aux in record.events if sample == -1):
@@ -431,7 +435,7 @@ def _fill(folder: Path, paths, request: dict, prepare: Preprocess):
                 except UserError as error:
                     if not request["skip_bad"]:
                         raise
-                    skipped.append(str(error))
+                    skipped.append(str(error).rsplit("; ", 1)[0])  # without the advice
                     continue
                 for name, x in signals.items():
                     rows.append((record.name, record.subject or record.name, name, str(path), record.fs, offset, len(x), x.std()))

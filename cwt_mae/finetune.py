@@ -160,6 +160,18 @@ def corrected(logits: np.ndarray, shift: np.ndarray, tau: float) -> np.ndarray:
     return logits / logits.sum(1, keepdims=True)
 
 
+def validate(model, dataset, features, shift: np.ndarray, device) -> tuple[float, dict, float]:
+    """(tau, scores, value) of the validation part: the share of the prior correction that scores best, and the number that
+    selects the weights: AUROC of two classes, macro-F1 of more."""
+    classes, labels = dataset.task.classes, dataset.task.items["label"]
+    logits = predict(model, dataset, features, device)
+    taus = TAUS if np.abs(shift).max() > 0.01 else (0.0,)
+    found = {tau: scores(corrected(logits, shift, tau), labels, classes) for tau in taus}
+    tau = max(found, key=lambda tau: (found[tau]["macro_f1"], -tau))
+    result = found[tau]
+    return tau, result, result["auroc"] if len(classes) == 2 and np.isfinite(result["auroc"]) else result["macro_f1"]
+
+
 def make_sets(args, accelerator, preprocess: dict, signal_len: int, size: int):
     """(store, task, its training part, training set, validation set or None). size: windows of a step; the data are prepared as the
     pre-trained model's were."""
@@ -169,9 +181,11 @@ def make_sets(args, accelerator, preprocess: dict, signal_len: int, size: int):
         raise UserError("--irregular changes the rhythm numbers of beats: it needs --task beat and --features")
     if args.fold >= args.folds:
         raise UserError(f"--fold {args.fold}: there are --folds {args.folds}, numbered from 0")
-    load = lambda: build_store(args.data, Preprocess(**preprocess), args.cache, args.input_fs, skip_bad=args.skip_bad)
+    load = lambda quiet=False: build_store(
+        args.data, Preprocess(**preprocess), args.cache, args.input_fs, skip_bad=args.skip_bad, quiet=quiet
+    )
     on_main(accelerator, load)
-    store = load()
+    store = load(quiet=True)
     task = load_task(store, args.task, signal_len, skip_bad=args.skip_bad)
     train = training_part(task, split_parts(store, args.split))
     held = fold_of(store, train, args.folds)[train.items["record"]] == args.fold if args.fold >= 0 else np.zeros(len(train.items), bool)
@@ -256,15 +270,10 @@ def main(args):
         state = load_step(accelerator, path)
         accelerator.print(f"resumed from {path}")
     if accelerator.is_main_process:
+        contents = lambda part: f"{len(set(part.task.items['record']))} records, windows {dict(zip(classes, part.task.counts().tolist()))}"
         print(
-            f"{describe(plain)} | {len(set(train_set.task.items['record']))} training records, "
-            f"windows {dict(zip(classes, counts.tolist()))} | validation "
-            + (
-                f"{len(set(val_set.task.items['record']))} records, {dict(zip(classes, val_set.task.counts().tolist()))}"
-                if val_set
-                else "none"
-            )
-            + f" | batch {size} | {args.max_steps} steps, lr {args.lr:g}"
+            f"{describe(plain)} | training {contents(train_set)} | validation {contents(val_set) if val_set else 'none'} | "
+            f"batch {size} | {args.max_steps} steps, lr {args.lr:g}"
         )
     log = Log(out, accelerator, args.max_steps, state["step"])
     feature_lists = None if features is None else [f.tolist() for f in features]
@@ -272,39 +281,15 @@ def main(args):
     def evaluate():
         """Score the validation part on the main process; keep the weights if they are the best so far."""
         if accelerator.is_main_process:
-            chosen = dict(state, tau=0.0)
+            tau, result, value = 0.0, {}, -1.0
             if val_set:
-                logits, labels = predict(plain, val_set, features, device), val_set.task.items["label"]
-                found = {
-                    tau: scores(corrected(logits, shift, tau), labels, classes) for tau in (TAUS if np.abs(shift).max() > 0.01 else (0.0,))
-                }
-                chosen["tau"] = max(found, key=lambda tau: (found[tau]["macro_f1"], -tau))
-                result = found[chosen["tau"]]
-                value = result["auroc"] if len(classes) == 2 and np.isfinite(result["auroc"]) else result["macro_f1"]
-                log.log(
-                    state["step"],
-                    val_macro_f1=result["macro_f1"],
-                    val_accuracy=result["accuracy"],
-                    val_auroc=result["auroc"],
-                    tau=chosen["tau"],
-                )
-            else:
-                result, value = {}, -1.0
+                tau, result, value = validate(plain, val_set, features, shift, device)
+                log.log(state["step"], **{f"val_{name}": result[name] for name in ("macro_f1", "accuracy", "auroc")}, tau=tau)
             if not val_set or args.select == "last" or value > state["best"]:
-                state.update(best=float(value), tau=chosen["tau"])
-                save_model(
-                    out / "model.safetensors",
-                    plain,
-                    task=args.task,
-                    classes=classes,
-                    features=feature_lists,
-                    shift=shift.tolist(),
-                    tau=chosen["tau"],
-                    step=state["step"],
-                )
-                atomic_write(
-                    out / "metrics.json", json.dumps({"step": state["step"], "tau": chosen["tau"], "validation": result}, indent=1)
-                )
+                state.update(best=float(value), tau=tau)
+                card = {"task": args.task, "classes": classes, "features": feature_lists, "shift": shift.tolist(), "tau": tau}
+                save_model(out / "model.safetensors", plain, **card, step=state["step"])
+                atomic_write(out / "metrics.json", json.dumps({"step": state["step"], "tau": tau, "validation": result}, indent=1))
         accelerator.wait_for_everyone()
 
     tick = time.perf_counter()
@@ -356,10 +341,8 @@ def main(args):
             state["epoch"], state["batch"] = state["epoch"] + 1, 0
     log.close()
     if accelerator.is_main_process and val_set:
-        print(
-            f"validation, step {json.loads((out / 'metrics.json').read_text())['step']}: "
-            + describe_scores(json.loads((out / "metrics.json").read_text())["validation"])
-        )
+        kept = json.loads((out / "metrics.json").read_text())
+        print(f"validation, step {kept['step']}: {describe_scores(kept['validation'])}")
     accelerator.print(f"done; classifier in {out / 'model.safetensors'}; score the test records with cwt_mae/test.py")
     accelerator.end_training()
 

@@ -1,10 +1,14 @@
 """Scores of a classifier with intervals, and the files and pictures that show them."""
 
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
+from sklearn.preprocessing import StandardScaler
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
 from common.figures import new_figure, save_figure
@@ -66,6 +70,15 @@ def scores(probabilities, labels, classes: list, groups=None, resamples: int = 0
         for name, value in (("macro_f1", macro_f1), ("accuracy", lambda m: np.trace(m) / m.sum())):
             result[f"{name}_95"] = [float(v) for v in np.percentile([value(m) for m in draws], [2.5, 97.5])]
     return result
+
+
+def linear_probe(train_x, train_y, test_x) -> np.ndarray:
+    """Probabilities (n, C) for test_x (n, D) of a logistic regression; its strength of regularisation is fixed, nothing is tuned."""
+    scale = StandardScaler().fit(train_x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        fit = LogisticRegression(max_iter=500, C=0.1, class_weight="balanced").fit(scale.transform(train_x), train_y)
+    return fit.predict_proba(scale.transform(test_x))
 
 
 def describe_scores(result: dict) -> str:

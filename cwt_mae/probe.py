@@ -10,15 +10,11 @@ hard to beat.
 import argparse
 import json
 import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import StandardScaler
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
 from common.checkpoint import atomic_write
@@ -27,7 +23,7 @@ from common.figures import new_figure, save_figure
 from common.run import open_run
 from cwt_mae.dataset import Preprocess, build_store
 from cwt_mae.dataset_finetune import DownstreamClassificationDataset, load_task, split_parts, training_part
-from cwt_mae.metrics import describe_scores, draw_confusion, scores
+from cwt_mae.metrics import describe_scores, draw_confusion, linear_probe, scores
 from cwt_mae.model import CWT_MAE_RoPE
 from cwt_mae.model_finetune import load_model
 from cwt_mae.train import probe_features
@@ -47,15 +43,6 @@ def parse_args(argv=None):
     parser.add_argument("--cache", help="folder for the prepared signals (None: data/cwt_mae/cache)")
     parser.add_argument("--overwrite", action="store_true", help="replace the results that --out holds")
     return parser.parse_args(argv)
-
-
-def fit_and_score(train_x, train_y, test_x) -> np.ndarray:
-    """Probabilities of a logistic regression; its strength of regularisation is fixed, nothing is tuned."""
-    scale = StandardScaler().fit(train_x)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        fit = LogisticRegression(max_iter=500, C=0.1, class_weight="balanced").fit(scale.transform(train_x), train_y)
-    return fit.predict_proba(scale.transform(test_x))
 
 
 def main(args):
@@ -78,7 +65,7 @@ def main(args):
             torch.manual_seed(seed)
             model = CWT_MAE_RoPE(**trained.config).to(accelerator.device)
         x = [probe_features(model, part, accelerator.device) for part in (train, test)]
-        found = fit_and_score(x[0], train.task.items["label"], x[1])
+        found = linear_probe(x[0], train.task.items["label"], x[1])
         groups = test.task.items["record"]
         results[name] = scores(found, test.task.items["label"], task.classes, groups, args.resamples)
         print(f"{name}: {describe_scores(results[name])}")

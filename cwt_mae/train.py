@@ -30,6 +30,7 @@ from common.errors import UserError, run
 from common.run import Log, StopSignal, check_finite, describe, loader_worker, on_main, open_run, seed_everything
 from cwt_mae.dataset import PhysioSignalDataset, Preprocess, build_store
 from cwt_mae.dataset_finetune import DownstreamClassificationDataset, fold_of, load_task, split_parts, training_part
+from cwt_mae.metrics import confusion, linear_probe, macro_f1
 from cwt_mae.model import CWT_MAE_RoPE
 from cwt_mae.model_finetune import save_model
 from cwt_mae.visualize import draw_reconstruction
@@ -207,15 +208,11 @@ def make_probe(args, store, parts):
 
 def probe_score(model, probe, device) -> float:
     """Macro-F1 of a logistic regression on frozen features, tested on other subjects than it was fitted to."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import f1_score
-    from sklearn.preprocessing import StandardScaler
-
     dataset, held = probe
     x, y = probe_features(model, dataset, device), dataset.task.items["label"]
-    scale = StandardScaler().fit(x[~held])
-    fit = LogisticRegression(max_iter=300, class_weight="balanced", C=0.1).fit(scale.transform(x[~held]), y[~held])
-    return f1_score(y[held], fit.predict(scale.transform(x[held])), average="macro", zero_division=0)
+    found = np.zeros((held.sum(), len(dataset.task.classes)))
+    found[:, np.unique(y[~held])] = linear_probe(x[~held], y[~held], x[held])
+    return macro_f1(confusion(y[held], found.argmax(1), found.shape[1]))
 
 
 def main(args):
@@ -228,9 +225,9 @@ def main(args):
 
     # data
     prepare = Preprocess(args.model_fs, args.low_hz, args.high_hz, args.channel)
-    load = lambda: build_store(args.data, prepare, args.cache, args.input_fs, "train", args.min_seconds, args.skip_bad)
-    on_main(accelerator, load)  # one process reads the files, the others map what it wrote
-    store = load()
+    load = lambda quiet=False: build_store(args.data, prepare, args.cache, args.input_fs, "train", args.min_seconds, args.skip_bad, quiet)
+    on_main(accelerator, load)  # one process reads the files and tells what it skipped, the others map what it wrote
+    store = load(quiet=True)
     usable, parts = np.arange(len(store.records)), None
     if args.split or args.probe != "none":
         parts = split_parts(store, None if args.split in (None, "ds1") else args.split)
