@@ -32,7 +32,7 @@ from common.checkpoint import atomic_write
 from common.errors import run
 from pruning.layers import without_layers
 from pruning.pruning_tools.shards import NAMES
-from pruning.sensitivity_analyse import layer_sensitivity_scan as scanner
+from pruning.sensitivity_analyse import scan_methods
 from pruning.sensitivity_analyse.eval_metric import position_distances
 from pruning.sensitivity_analyse.layer_mask import mask_attention_layer
 
@@ -99,14 +99,14 @@ def upstream_scan(model, prompts):
 def our_scan(model, prompts, variants, method, batch=1):
     records = []
     for first in range(0, len(prompts), batch):
-        records += scanner.scan_batch(model, prompts[first:first + batch], variants, ("l1_mean",), method)
+        records += scan_methods.scan_batch(model, prompts[first:first + batch], variants, ("l1_mean",), method)
     return {(i, v["layer"]): v["l1_mean"] for i, r in enumerate(records) for v in r["variants"] if v["mode"] == "v"}
 
 
 def scan_speed(repeats):
     model, prompts = make_model(24, 256, 4096), make_prompts(4096)
     variants = [("v", layer, None) for layer in range(24)]
-    wide = scanner.list_variants(model, ["v"])
+    wide = scan_methods.list_variants(model, ["v"])
     cases = {"naive (upstream)": lambda: upstream_scan(model, prompts),
              "cached": lambda: our_scan(model, prompts, variants, "cached"),
              "cached, 4 prompts in one batch": lambda: our_scan(model, prompts, variants, "cached", 4),
@@ -132,14 +132,14 @@ def scan_speed(repeats):
 
 def peak_memory(chunk):
     """In a process of its own: peak memory of a wavefront at vocabulary 153376, above that of the loaded model; printed in MB."""
-    scanner.CHUNK = chunk
+    scan_methods.CHUNK = chunk
     model, prompts = make_model(34, 64, PANGU["vocab_size"]), make_prompts(4096, (30,))
-    print(added_peak_mb(lambda: scanner.scan_batch(model, prompts, [("v", i, None) for i in range(34)], ("l1_mean", "kl"))))
+    print(added_peak_mb(lambda: scan_methods.scan_batch(model, prompts, [("v", i, None) for i in range(34)], ("l1_mean", "kl"))))
 
 
 def scan_memory():
     rows = {}
-    for name, chunk in (("all at once", 1 << 40), ("in chunks (default)", scanner.CHUNK)):
+    for name, chunk in (("all at once", 1 << 40), ("in chunks (default)", scan_methods.CHUNK)):
         child = subprocess.run([sys.executable, __file__, "--peak-memory", str(chunk)], capture_output=True, text=True,
                                check=True)
         rows[name] = float(child.stdout)
@@ -215,7 +215,7 @@ def real_size(device, repeats, layers=34, hidden=4096, vocabulary=153376, drops=
                                 ("wavefront, 12 prompts in one batch", "wavefront", 12)):
         def scan_all(method=method, batch=batch):
             for first in range(0, len(prompts), batch):
-                scanner.scan_batch(model, prompts[first:first + batch], variants, ("l1_mean", "kl"), method)
+                scan_methods.scan_batch(model, prompts[first:first + batch], variants, ("l1_mean", "kl"), method)
         scan_all()
         rows[name] = seconds(scan_all, repeats, sync)
         print(f"{name:38}{rows[name]:9.2f} s{rows['naive'] / rows[name]:9.1f}x")

@@ -1,6 +1,6 @@
 """The decoder layers of a causal language model of transformers: finding them, and taking some out in memory.
 
-Works for Llama, Pangu, Qwen, Mistral, Gemma, Phi, GPT-2, GPT-NeoX, OPT and whatever else keeps its blocks in one
+Works for Llama, Pangu, Qwen, Mistral, Mixtral, Gemma, Phi, GPT-2, GPT-NeoX, OPT and whatever else keeps its blocks in one
 ModuleList of `config.num_hidden_layers` entries, also under a PEFT adapter.
 """
 import contextlib
@@ -15,6 +15,7 @@ from common.errors import UserError
 ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "fc2")
 OUTPUT = ("o_proj", "out_proj", "dense", "c_proj", "wo")
+CONFIG_NAMES = {"num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "hidden_size": "n_embd"}    # as GPT-2 calls them
 
 
 def plain(model):
@@ -44,12 +45,22 @@ def child(module, names):
     return next((getattr(module, name) for name in names if hasattr(module, name)), None)
 
 
+def config_key(config: dict, name: str) -> str:
+    """The key under which a config.json holds the number that most models call `name`."""
+    return name if name in config else CONFIG_NAMES[name] if CONFIG_NAMES[name] in config else name
+
+
+def config_head_counts(config: dict) -> tuple[int, int, int]:
+    """(query heads, key-value heads, width of a head). UserError if the config does not say them."""
+    heads, hidden = (config.get(config_key(config, name)) for name in ("num_attention_heads", "hidden_size"))
+    if not heads or not hidden:
+        raise UserError("config.json has no num_attention_heads or no hidden_size; only transformer decoders can be pruned")
+    return heads, config.get("num_key_value_heads") or heads, config.get("head_dim") or hidden // heads
+
+
 def head_counts(model) -> tuple[int, int, int]:
-    """(query heads, key-value heads, width of a head) from the config: attention modules no longer carry them."""
-    config = plain(model).config.get_text_config()
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return heads, getattr(config, "num_key_value_heads", None) or heads, head_dim
+    """`config_head_counts` of a model: attention modules no longer carry them."""
+    return config_head_counts(plain(model).config.get_text_config().to_dict())
 
 
 def check_drop(drop_layers, count: int) -> list[int]:
@@ -64,9 +75,10 @@ def check_drop(drop_layers, count: int) -> list[int]:
 
 def shorter_config(config: dict, keep: list[int]) -> dict:
     """A config dictionary for the kept layers: the count, and every list with one entry per layer (layer_types, ...)."""
-    count = config["num_hidden_layers"]
+    name = config_key(config, "num_hidden_layers")
+    count = config.get(name)
     per_layer = {k: [v[i] for i in keep] for k, v in config.items() if isinstance(v, list) and len(v) == count and "layer" in k}
-    return {**config, **per_layer, "num_hidden_layers": len(keep)}
+    return {**config, **per_layer, name: len(keep)}
 
 
 def remove_layers(model, drop_layers):

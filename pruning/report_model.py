@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root:
 from common.errors import UserError
 from common.files import check, read_json
 from dia_pangu.evaluate.evidence import locate_all
-from dia_pangu.src.Dataset.CTRG_dataset import CTRGDataset
+from dia_pangu.src.Dataset.CTRG_dataset import CTRGDataset, collate
 from dia_pangu.src.Model.build import CONFIG, PUBLISHED, make_embedding, make_grid, make_text, to_our_keys
 from dia_pangu.src.Model.multimodality_model import MultiPanguForCausalLM, add_lora
 from dia_pangu.src.Model.pangu import load_tokenizer
@@ -148,7 +148,6 @@ class Encoded(Dataset):
 
 def collate_encoded(samples: list[dict]) -> dict:
     """As dia_pangu's collate, with the tokens."""
-    from dia_pangu.src.Dataset.CTRG_dataset import collate
     return {**collate(samples), "tokens": torch.stack([s["tokens"] for s in samples])}
 
 

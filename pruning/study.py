@@ -5,10 +5,11 @@
 
 Layers are chosen on training samples, healing sees training samples, every set is scored once on the test split. Criteria often
 choose the same set; each set is healed and scored only once (evaluations.json, which also lets an interrupted study go on).
-In --out: layer_sensitivity.csv/.png, plan.json, pruned/ (checkpoints of the sensitivity sets, checked against the model with these
-layers skipped), evaluations.json, table.csv, comparisons.csv, tradeoff.png, healing.png.
+In --out: layer_sensitivity.csv/.all.csv/.png, plan.json, pruned/ (checkpoints of the sensitivity sets, checked against the model
+with these layers skipped), evaluations.json, table.csv, comparisons.csv, claims.txt, tradeoff.png, healing.png.
 """
 import argparse
+import csv
 import json
 import sys
 import tempfile
@@ -22,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root:
 from common.checkpoint import atomic_write
 from common.errors import UserError, run
 from common.figures import COLOURS, new_figure, save_figure
+from common.files import read_json, reading
 from common.run import progress, seed_everything
 from common.summary import write_result
 from dia_pangu.evaluate.findings import EPSILON
@@ -30,10 +32,18 @@ from dia_pangu.src.Dataset.CTRG_dataset import collate
 from pruning import train
 from pruning.layers import decoder_layers, without_layers
 from pruning.pruning_tools import prune_llm
-from pruning.pruning_tools.prune_llm import parse_drop_layers, plain_tag, spec_of
+from pruning.pruning_tools.prune_llm import VERSIONS, parse_drop_layers, plain_tag, result_names, spec_of
 from pruning.report_model import Encoded, collate_encoded, load_report_model, perplexity, report_losses, task_prompts, write_reports
 from pruning.sensitivity_analyse.choose_layers import choose, layers_to_remove, search
-from pruning.sensitivity_analyse.layer_sensitivity_scan import COLUMNS, draw, scan, summarise, text_prompts, write_csv
+from pruning.sensitivity_analyse.layer_sensitivity_scan import (
+    fingerprint,
+    layer_scores,
+    scan,
+    summarise,
+    text_prompts,
+    write_csv,
+    write_tables,
+)
 from pruning.sensitivity_analyse.load_model import load_model, read_prompts
 from pruning.test import latency, text_losses
 
@@ -65,7 +75,8 @@ def parse_args(argv=None):
     p.add_argument("--heal-lr", type=float, default=3e-3, help="peak rate of LoRA r 4, alpha 16 (default 3e-3)")
     p.add_argument("--max-new-tokens", type=int, default=120, help="length of a report (default 120 tokens)")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--results", type=Path, help="folder of the summary rows (default the parent of --out)")
+    p.add_argument("--also", type=Path, metavar="STUDY", help="--out of a study of another base with as many layers: the sets it chose "
+                                                              "are scored here too, and the layer scores of both are correlated")
     p.add_argument("--overwrite", action="store_true", help="forget the evaluations of an earlier study in --out")
     return p.parse_args(argv)
 
@@ -79,8 +90,7 @@ class ReportTask:
         self.model, self.text, self.config = load_report_model(args.model, args.lang_model_path)
         self.model = self.model.to(device)
         if not self.config["lora"]:
-            self.model.lang_model = train.with_lora(self.model.lang_model,
-                                                    {"r": 4, "alpha": 16, "dropout": 0.0, "targets": ["q_proj", "v_proj"]})
+            self.model.lang_model, _ = train.new_lora(self.model.lang_model)
         self.trained, self.lang_model, self.collate = self.model, self.model.lang_model, collate_encoded
         options = {"cache": args.cache, "seed": args.seed}
         self.train_set = Encoded(self.model, self.text, self.config, args.data, "train", args.train_samples, flip=0.02, **options)
@@ -102,8 +112,7 @@ class TextTask:
 
     def __init__(self, args, device):
         model, self.tokenizer = load_model(args.model)
-        self.model = self.trained = self.lang_model = train.with_lora(
-            model.to(device), {"r": 4, "alpha": 16, "dropout": 0.0, "targets": ["q_proj", "v_proj"]}).eval()
+        self.model = self.trained = self.lang_model = train.new_lora(model.to(device))[0].eval()
         self.collate = collate
         self.train_set = train.Texts(args.texts, self.tokenizer, 256, args.train_samples)
         self.test_texts = read_prompts(args.test_texts)[:args.test_samples]
@@ -197,6 +206,27 @@ def choose_all(task, args, rows) -> list[dict]:
     return choices
 
 
+def rank_correlation(a, b) -> float:
+    """Spearman's, of scores without ties."""
+    return np.corrcoef([np.argsort(np.argsort(scores)) for scores in (a, b)])[0, 1]
+
+
+def chosen_elsewhere(args, rows, layers: int) -> list[dict]:
+    """The criteria's choices in the study --also, as criteria of their own; prints how the layer scores of both studies agree."""
+    plan = read_json(args.also / "plan.json", {"layers": int, "choices": [{"criterion": str, "ratio": float, "drop_layers": str}]})
+    if plan["layers"] != layers:
+        raise UserError(f"{args.also / 'plan.json'}: is of a model with {plan['layers']} layers, this one has {layers}")
+    with reading(args.also / "layer_sensitivity.all.csv", "table of a study"), open(args.also / "layer_sensitivity.all.csv") as file:
+        others = [{**row, "layer": int(row["layer"]), "score_mean": float(row["score_mean"])} for row in csv.DictReader(file)]
+    for mode, distance in (("v", "kl"), ("mlp", "kl"), ("layer", "block_influence"), ("layer", "kl"), ("layer", "nll_change")):
+        here, there = (layer_scores(r, mode, distance) for r in (rows, others))
+        places = [1 + sum(score > scores[0] for score in scores) for scores in (here, there)]
+        print(f"{distance} with {mode} off: rank correlation with {args.also} {rank_correlation(here, there):.2f}, without layer 0 "
+              f"{rank_correlation(here[1:], there[1:]):.2f}; layer 0 is number {places[0]} here and {places[1]} there")
+    return [{**c, "criterion": f"{c['criterion']}_elsewhere"} for c in plan["choices"]
+            if c["criterion"] in CRITERIA and c["ratio"] in args.ratio]
+
+
 def check_on_disk(task, args, choices, evaluations) -> float:
     """Prune the sensitivity sets on disk, load them, and return the largest difference of a report's loss to the model in memory."""
     wanted = list(dict.fromkeys(c["drop_layers"] for c in choices if c["criterion"] == "sensitivity"))
@@ -208,14 +238,14 @@ def check_on_disk(task, args, choices, evaluations) -> float:
     prune_llm.main(prune_llm.parse_args(command))
     worst = 0.0
     for spec in wanted:
-        tag = tags[spec]
+        _, merged, prune_map, hf, _ = (args.out / "pruned" / name for name in result_names(tags[spec], VERSIONS[0]))
         if args.texts:
-            model, tokenizer = load_model(args.out / "pruned" / f"hf_{tag}")
+            model, tokenizer = load_model(hf)
             losses = text_losses(model, tokenizer, task.test_texts, 256)
-        else:
-            merged = next((args.out / "pruned").glob(f"pytorch_model_pruned_{tag}_merged_*"))
-            prune_map = args.out / "pruned" / f"prune_layer_map_{tag}_v0112_en_cpu.json"      # tags may begin alike: no pattern
-            model, text, _ = load_report_model(merged, args.lang_model_path, prune_map)
+        else:                                             # whole names, because drop1 begins as drop1_3 does
+            merged = next(path for path in (merged, merged.with_name(merged.name + ".bin"), merged.with_name(merged.name + ".safetensors"))
+                          if path.exists())
+            model, text, _ = load_report_model(merged, args.lang_model_path, prune_map.with_name(prune_map.name + ".json"))
             losses = report_losses(model, text, task.test_set)
         worst = max(worst, (losses - torch.tensor(evaluations[spec]["before"]["losses"], dtype=torch.float64)).abs().max().item())
     return worst
@@ -350,7 +380,7 @@ def report(args, table, comparisons, metrics, sentences, worst):
             claims = " ".join(f"{s}." for s in sentences if s.startswith(f"{ratio:.0%}") and f", {metric} " in s)
             details = {"on_disk_loss_difference": worst,
                        "comparisons": [c for c in comparisons if c["ratio"] == ratio and c["metric"] == metric]}
-            write_result(args.results or out.parent, f"{out.name}: {ratio:.0%} of the layers removed, {metric}",
+            write_result(out.parent, f"{out.name}: {ratio:.0%} of the layers removed, {metric}",
                          {"f1": "finding micro-F1 after healing", "perplexity": "perplexity after healing, lower is better"}[metric],
                          ours[f"{metric}_after"], controls, (ours[f"{metric}_after_low"], ours[f"{metric}_after_high"]),
                          figures if (ratio, metric) == (args.ratio[-1], metrics[0]) else (),
@@ -367,18 +397,19 @@ def main(args):
     metrics = ("f1", "perplexity") if task.labels is not None else ("perplexity",)
     layers = len(decoder_layers(task.lang_model))
 
-    records = scan(task.lang_model, task.prompts, ["v", "mlp"], ("l1_mean", "kl"))
-    rows = summarise(records)
-    write_csv(args.out / "layer_sensitivity.csv", rows, COLUMNS)
-    draw(rows, args.out / "layer_sensitivity.png", f"{layers} layers, {len(records)} task prompts")
+    rows = summarise(scan(task.lang_model, task.prompts, ["v", "mlp"], ("l1_mean", "kl")))
+    write_tables(args.out / "layer_sensitivity.csv", rows, "v", "kl", f"{layers} layers, {len(task.prompts)} task prompts")
     choices = choose_all(task, args, rows)
+    if args.also:
+        choices += chosen_elsewhere(args, rows, layers)
     atomic_write(args.out / "plan.json", json.dumps({"layers": layers, "choices": choices}, indent=1))
     for choice in choices:
         print(f"{choice['ratio']:.0%} {choice['criterion']:16} --drop-layers {choice['drop_layers']}")
 
     cache, file = {}, args.out / "evaluations.json"
-    stamp = {"model": str(args.model), "test": args.test_samples, "train": args.train_samples, "steps": args.heal_steps,
-             "batch": args.heal_batch, "lr": args.heal_lr, "seed": args.seed}
+    stamp = {"model": str(args.model), "weights": fingerprint(task.lang_model), "data": str(args.data or args.test_texts),
+             "test": args.test_samples, "train": args.train_samples, "steps": args.heal_steps, "batch": args.heal_batch,
+             "lr": args.heal_lr, "tokens": args.max_new_tokens, "seed": args.seed}
     if file.exists() and not args.overwrite:
         before = json.loads(file.read_text())
         if before["stamp"] != stamp:
@@ -388,6 +419,8 @@ def main(args):
         if spec not in cache:
             cache[spec] = evaluate_set(task, parse_drop_layers(spec), args, accelerator)
             atomic_write(file, json.dumps({"stamp": stamp, "sets": cache}))
+        before, after = (cache[spec][stage]["perplexity"] for stage in ("before", "after"))
+        print(f"without {'layers ' + spec if spec else 'nothing'}: perplexity {before:.3f}, healed {after:.3f}")
     costs = {}
     for left in sorted({layers, *(c["layers_left"] for c in choices)}):
         with without_layers(task.lang_model, range(left, layers)):

@@ -28,7 +28,7 @@ from common.run import seed_everything
 from dia_pangu.evaluate.findings import bootstrap, finding_scores, micro_f1
 from dia_pangu.evaluate.labeler import positives
 from dia_pangu.evaluate.nlg_eval import published_scores
-from pruning.layers import decoder_layers
+from pruning.layers import decoder_layers, head_counts
 from pruning.report_model import Encoded, load_report_model, perplexity, read_map, report_losses, write_reports
 from pruning.sensitivity_analyse.load_model import load_model, read_prompts
 
@@ -105,9 +105,8 @@ def latency(lang_model, prompt_tokens: int = 64, new_tokens: int = 32, repeats: 
         lang_model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new_tokens,
                             min_new_tokens=new_tokens, do_sample=False)
         times.append(time.perf_counter() - start)
-    config = lang_model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kv = 2 * len(decoder_layers(lang_model)) * config.num_key_value_heads * head_dim * embedding.element_size()
+    _, kv_heads, head_dim = head_counts(lang_model)
+    kv = 2 * len(decoder_layers(lang_model)) * kv_heads * head_dim * embedding.element_size()
     unique = {id(p): p for p in lang_model.parameters()}.values()
     return {"seconds": min(times), "tokens_per_second": new_tokens / min(times), "parameters": sum(p.numel() for p in unique),
             "weight_bytes": sum(p.numel() * p.element_size() for p in unique), "kv_cache_bytes_per_token": kv}

@@ -3,7 +3,7 @@
     python pruning/train.py --pruned_model_path pruned/pytorch_model_pruned_drop23_28_merged_clean_v0112_en_cpu.bin \\
         --prune_map_path pruned/prune_layer_map_drop23_28_v0112_en_cpu.json --lang-model-path path/to/llm --data data/dia_pangu --out healed
     python pruning/train.py --pruned_model_path pruned/hf_drop23_28 --texts reports.txt --out healed
-    NPROC_PER_NODE=8 bash pruning/run_train.sh ...
+    torchrun --nproc_per_node 8 pruning/train.py ...
 
 A report model trains on volumes and reports, a plain language-model folder on texts. With --distill the loss is mixed with the
 distance to the unpruned model's distributions. Upstream's two scripts could not start (each imports from the other's file).
@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
+from transformers.pytorch_utils import Conv1D
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
 from common.checkpoint import atomic_dir, atomic_write
@@ -29,8 +30,10 @@ from dia_pangu.src.Dataset.CTRG_dataset import CTRGDataset, collate, read_places
 from dia_pangu.src.Model.build import make_grid, save_model
 from dia_pangu.src.Model.multimodality_model import add_lora
 from dia_pangu.src.My_Trainer.trainer import Trainer, add_optimization, with_dashes
+from pruning.layers import decoder_layers
 from pruning.pruning_tools.prune_llm import parse_drop_layers
 from pruning.report_model import load_report_model, read_map
+from pruning.sensitivity_analyse.layer_mask import FUSED
 from pruning.sensitivity_analyse.load_model import load_model, read_prompts
 
 INPUTS = ("lang_x", "vision_x", "tokens", "attention_mask", "labels")
@@ -55,8 +58,8 @@ def parse_args(argv=None):
     p.add_argument("--max-length", type=int, default=512, help="tokens of a text; longer ones are cut (default 512)")
     group = p.add_argument_group("healing")
     group.add_argument("--full", action="store_true", help="train every weight of the language model instead of LoRA")
-    group.add_argument("--lora_target_modules", default="q_proj,v_proj", help="for a checkpoint without LoRA (default "
-                                                                              "q_proj,v_proj)")
+    group.add_argument("--lora_target_modules", help="for a checkpoint without LoRA, comma separated (default q_proj,v_proj, or the "
+                                                     "projection that holds both)")
     group.add_argument("--lora_r", type=int, default=4, help="for a checkpoint without LoRA (default 4)")
     group.add_argument("--lora_alpha", "--lora-alpha", type=float, help="of the checkpoint's LoRA if nothing else says it; of a "
                                                                         "new one 4 r unless given")
@@ -129,9 +132,10 @@ class Healing(nn.Module):
 
 
 def set_trained(model, full: bool) -> list[str]:
-    """LoRA alone, or the whole decoder; embeddings, head and vision part stay frozen. Returns the names."""
+    """LoRA alone, or all decoder layers; embeddings, head and vision part stay frozen. Returns the names."""
+    layers = set(decoder_layers(getattr(model, "lang_model", model)).parameters())
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(("lora_" in name) if not full else ".layers." in name and "embedding_layer." not in name)
+        parameter.requires_grad_(parameter in layers if full else "lora_" in name)
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
@@ -147,14 +151,16 @@ def heal(model, train_set, collate_fn, args, accelerator, teacher=None, distill:
     return trainer.model
 
 
-def new_lora(args) -> dict:
-    return {"r": args.lora_r, "alpha": 4 * args.lora_r if args.lora_alpha is None else args.lora_alpha,
-            "dropout": args.lora_dropout,
-            "targets": args.lora_target_modules.split(",")}
-
-
-def with_lora(model, lora):
-    return add_lora(model, lora["r"], lora["alpha"], lora["dropout"], lora["targets"])
+def new_lora(model, r: int = 4, alpha: float | None = None, dropout: float = 0.0, targets: str | None = None) -> tuple:
+    """(`model` with a new LoRA, its settings). targets: names of linear modules, comma separated; default as the help says."""
+    names = {name.rpartition(".")[2] for name, m in decoder_layers(model)[0].named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+    if targets is None:
+        fused = [name for name in (*FUSED, "query_key_value") if name in names]
+        targets = "q_proj,v_proj" if {"q_proj", "v_proj"} <= names else ",".join(fused)
+    lora = {"r": r, "alpha": 4 * r if alpha is None else alpha, "dropout": dropout, "targets": targets.split(",")}
+    if missing := sorted(set(lora["targets"]) - names):
+        raise UserError(f"--lora_target_modules {targets}: a decoder layer has no {missing[0]!r}; it has {', '.join(sorted(names))}")
+    return add_lora(model, lora["r"], lora["alpha"], lora["dropout"], lora["targets"]), lora
 
 
 def check(args):
@@ -176,6 +182,7 @@ def main(args):
     check(args)
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     seed_everything(args.seed)
+    new = (args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target_modules)
     teacher = config = tokenizer = None
     if args.data:
         model, text, config = load_report_model(args.pruned_model_path, args.lang_model_path, args.prune_map_path,
@@ -183,8 +190,7 @@ def main(args):
         if args.distill:
             teacher = load_report_model(args.teacher, args.teacher_lang_model_path or args.lang_model_path)[0]
         if not config["lora"] and not args.full:
-            config["lora"] = new_lora(args)
-            model.lang_model = with_lora(model.lang_model, config["lora"])
+            model.lang_model, config["lora"] = new_lora(model.lang_model, *new)
         places = read_places(args.places) if args.places else None
         train_set = CTRGDataset(args.data, "train", make_grid(config), text, config["language"], args.cache, args.flip, args.seed,
                                 limit=args.limit, places=places)
@@ -196,7 +202,7 @@ def main(args):
         if args.distill:
             teacher = load_model(args.teacher)[0]
         if not args.full:
-            model = with_lora(model, new_lora(args))
+            model, _ = new_lora(model, *new)
         train_set = Texts(args.texts, tokenizer, args.max_length, args.limit)
     names = set_trained(model, args.full)
     for parameter in model.parameters():

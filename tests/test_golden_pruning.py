@@ -19,7 +19,8 @@ from pruning.pruning_tools.prune_llm import make_tag, parse_drop_layers
 from pruning.pruning_tools.shards import open_checkpoint
 from pruning.sensitivity_analyse.eval_metric import logprob_distance
 from pruning.sensitivity_analyse.layer_mask import ProjHeadMaskWrapper, masked
-from pruning.sensitivity_analyse.layer_sensitivity_scan import METHODS, layer_scores, list_variants, scan_batch, summarise
+from pruning.sensitivity_analyse.layer_sensitivity_scan import layer_scores, summarise
+from pruning.sensitivity_analyse.scan_methods import METHODS, list_variants, scan_batch
 from tests.golden import golden_files
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -266,13 +266,41 @@ def test_the_study_leaves_the_model_as_it_was_and_reuses_equal_sets(world, tmp_p
     result = json.loads(next((tmp_path / "results").glob("*f1.json")).read_text())
     assert {"unpruned", "before healing", "last", "random", "random_keep0"} <= result["controls"].keys()
     before = len(calls)
+    args.also = out                                       # the sets of "another" study, which is this one
     study.main(args)
     assert len(calls) == before, "the second run should find everything in evaluations.json"
+    rows = {r["criterion"]: r for r in csv.DictReader(open(out / "table.csv"))}
+    assert all(rows[f"{name}_elsewhere"]["perplexity_after"] == rows[name]["perplexity_after"] for name in study.CRITERIA)
+    assert capsys.readouterr().out.count("1.00, without layer 0 1.00") == 5
     with pytest.raises(UserError, match="another study"):
         study.main(study.parse_args([*("--model", str(world / "base"), "--lang-model-path", str(world / "llm"), "--data",
                                        str(world / "data")), "--out", str(out),
                                      "--heal-steps", "3", "--calibration", "2", "--train-samples", "4", "--test-samples", "4",
                                      "--ratio", "0.5"]))
+
+
+@pytest.mark.parametrize("order", [sorted, lambda names: sorted(names, reverse=True)])
+def test_each_set_is_checked_with_its_own_map_when_names_begin_alike(world, tmp_path, monkeypatch, order):
+    glob = Path.glob
+    monkeypatch.setattr(Path, "glob", lambda *args: iter(order(glob(*args))))        # a folder may list its files in any order
+    args = Namespace(model=world / "lora", lang_model_path=world / "llm", out=tmp_path, texts=None)
+    model, text, config = load_report_model(world / "lora", world / "llm")
+    task, evaluations = Namespace(test_set=Encoded(model, text, config, world / "data", "test", 2)), {}
+    for spec in ("1", "1,3"):                             # drop1 and drop1_3
+        with without_layers(model.lang_model, prune_llm.parse_drop_layers(spec)):
+            evaluations[spec] = {"before": {"losses": report_losses(model, text, task.test_set).tolist()}}
+    choices = [{"criterion": "sensitivity", "drop_layers": spec} for spec in evaluations]
+    assert study.check_on_disk(task, args, choices, evaluations) == 0
+
+
+def test_a_study_of_a_model_that_was_trained_again_is_not_continued(world, tmp_path):
+    shutil.copytree(world / "base", tmp_path / "base")
+    arguments = ["--model", str(tmp_path / "base"), "--lang-model-path", str(world / "llm"), "--data", str(world / "data"), "--out",
+                 str(tmp_path / "study"), "--calibration", "1", "--train-samples", "2", "--test-samples", "2", "--ratio", "0.5"]
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "evaluations.json").write_text('{"stamp": {"weights": "of an earlier training"}, "sets": {}}')
+    with pytest.raises(UserError, match="another study"):
+        study.main(study.parse_args(arguments))
 
 
 def test_intervals_are_paired_and_say_when_nothing_differs():

@@ -7,8 +7,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from common.errors import Interrupted, UserError
 from common.tiny_llm import make_llm, make_tokenizer
+from pruning import test, train
 from pruning.layers import decoder_layers, remove_layers, without_layers
-from pruning.sensitivity_analyse import choose_layers, eval_metric
+from pruning.pruning_tools import count_params, prune_llm
+from pruning.sensitivity_analyse import choose_layers, eval_metric, scan_methods
 from pruning.sensitivity_analyse import layer_sensitivity_scan as scanner
 from pruning.sensitivity_analyse.layer_mask import MODES, ProjHeadMaskWrapper, mask_attention_layer, masked
 from pruning.sensitivity_analyse.load_model import builtin_prompts, read_prompts
@@ -21,7 +23,7 @@ ZOO = {"llama": {"num_key_value_heads": 2, "attention_bias": True}, "qwen2": {"n
        "gemma3_text": {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4}, "phi3": {"num_key_value_heads": 2},
        "gpt_neox": {},
        "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4}, "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
-       "cohere": {"num_key_value_heads": 2}}
+       "cohere": {"num_key_value_heads": 2}, "mixtral": {"num_key_value_heads": 2, "num_local_experts": 2}}
 
 
 def make(model_type="llama", attention="sdpa", **config):
@@ -48,37 +50,37 @@ def scores(records, kinds):
 def test_cached_and_wavefront_scores_equal_naive_in_every_decoder(model_type, attention):
     model, kinds = make(model_type, attention), ("l1_mean", "kl", "rms", "l1_last")
     modes = ["attention", "mlp", "head"] + (["v", "qk"] if model_type != "gpt_neox" else [])
-    variants = scanner.list_variants(model, modes)
-    naive = scores([scanner.scan_batch(model, [p], variants, kinds, "naive")[0] for p in prompts()], kinds)
+    variants = scan_methods.list_variants(model, modes)
+    naive = scores([scan_methods.scan_batch(model, [p], variants, kinds, "naive")[0] for p in prompts()], kinds)
     for method in ("cached", "wavefront"):
-        assert scores(scanner.scan_batch(model, prompts(), variants, kinds, method),
+        assert scores(scan_methods.scan_batch(model, prompts(), variants, kinds, method),
                       kinds) == [pytest.approx(row, rel=1e-5, abs=1e-6) for row in naive]
     assert max(max(row) for row in naive) > 1e-3, "nothing was masked"
 
 
-@pytest.mark.parametrize("method", scanner.METHODS)
+@pytest.mark.parametrize("method", scan_methods.METHODS)
 def test_a_batch_of_unequal_prompts_gives_each_its_own_scores(method):
     model, kinds = make("qwen3"), ("kl",)
-    variants = scanner.list_variants(model, ["v"])
-    together = scanner.scan_batch(model, prompts((3, 12, 7)), variants, kinds, method)
+    variants = scan_methods.list_variants(model, ["v"])
+    together = scan_methods.scan_batch(model, prompts((3, 12, 7)), variants, kinds, method)
     for p, record in zip(prompts((3, 12, 7)), together):
-        alone = scanner.scan_batch(model, [p], variants, kinds, method)[0]
+        alone = scan_methods.scan_batch(model, [p], variants, kinds, method)[0]
         assert scores([record], kinds) == [pytest.approx(row, rel=1e-5, abs=1e-7) for row in scores([alone], kinds)]
         assert record["block_influence"] == pytest.approx(alone["block_influence"], abs=1e-6)
 
 
 def test_scores_do_not_depend_on_the_chunk_size(monkeypatch):
-    model, variants = make(), scanner.list_variants(make(), ["v"])
-    whole = scanner.scan_batch(model, prompts(), variants, eval_metric.DISTANCES)
-    monkeypatch.setattr(scanner, "CHUNK", 3 * 64)         # three positions at a time
-    pieces = scanner.scan_batch(model, prompts(), variants, eval_metric.DISTANCES)
+    model, variants = make(), scan_methods.list_variants(make(), ["v"])
+    whole = scan_methods.scan_batch(model, prompts(), variants, eval_metric.DISTANCES)
+    monkeypatch.setattr(scan_methods, "CHUNK", 3 * 64)         # three positions at a time
+    pieces = scan_methods.scan_batch(model, prompts(), variants, eval_metric.DISTANCES)
     assert scores(pieces, eval_metric.DISTANCES) == [pytest.approx(row, rel=1e-5, abs=1e-7)
                                                      for row in scores(whole, eval_metric.DISTANCES)]
 
 
 def test_leave_one_out_is_the_model_without_that_layer():
     model, prompt = make("gemma3_text"), prompts()[0]
-    record = scanner.scan_batch(model, [prompt], scanner.list_variants(model, []), ("kl",))[0]
+    record = scan_methods.scan_batch(model, [prompt], scan_methods.list_variants(model, []), ("kl",))[0]
     labels = prompt["input_ids"]
     for variant in record["variants"]:
         with without_layers(model, [variant["layer"]]):
@@ -259,6 +261,47 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("llm") / "tiny"
     make_llm(path, make_tokenizer(builtin_prompts(), 400), num_hidden_layers=4)
     return path
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ["gpt2", "gpt_neox", "opt", "phi3", "mixtral"])
+def test_every_family_goes_the_whole_way(model_type, tmp_path):
+    """Layers chosen by measured loss, pruned on disk, counted, healed by LoRA and tested: configs and projections have other names."""
+    tokenizer = make_tokenizer(builtin_prompts(), 400)
+    model = make(model_type, vocab_size=len(tokenizer), max_position_embeddings=256)
+    model.save_pretrained(tmp_path / "model"), tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "texts.txt").write_text("\n".join(builtin_prompts()[:4]))
+    folder, texts = str(tmp_path / "model"), ["--texts", str(tmp_path / "texts.txt")]
+    choose_layers.main(choose_layers.parse_args(["--model", folder, "--prompts", texts[1], "--criterion", "greedy", "--ratio", "0.3",
+                                                 "--out", str(tmp_path / "plan.json")]))
+    spec = json.loads((tmp_path / "plan.json").read_text())["choices"][0]["drop_layers"]
+    prune_llm.main(prune_llm.parse_args(["--ckpt", folder, "--out-dir", str(tmp_path), "--plan", str(tmp_path / "plan.json")]))
+    pruned = tmp_path / f"hf_drop{spec}_{spec}"
+    loaded, ids = AutoModelForCausalLM.from_pretrained(pruned).eval(), prompts()[0]["input_ids"]
+    with without_layers(model, [int(spec)]):
+        assert torch.equal(loaded(ids).logits, model(ids).logits) and loaded.config.num_hidden_layers == 2
+    count = count_params.describe(pruned, count_params.parse_args([str(pruned)]))["total"]
+    assert count["layers"] == 2 and count["KV-cache of 2048 tokens, bytes"] > 0
+    with torch.enable_grad():
+        train.main(train.parse_args(["--pruned_model_path", str(pruned), *texts, "--out", str(tmp_path / "healed"), "--max-steps", "2",
+                                     "--gradient-accumulation-steps", "1"]))
+        assert train.set_trained(loaded, full=True) and all(p.requires_grad for p in decoder_layers(loaded).parameters())
+    test.main(test.parse_args(["--pruned_model_path", str(tmp_path / "healed" / "model"), *texts, "--out_dir", str(tmp_path / "results")]))
+    assert json.loads(next((tmp_path / "results").glob("*_scores.json")).read_text())["layers"] == 2
+
+
+def test_lora_on_modules_that_are_not_there_is_one_line(folder, tmp_path):
+    (tmp_path / "texts.txt").write_text("a text of several words\n")
+    with pytest.raises(UserError, match="no 'c_attn'; it has .*q_proj"):
+        train.main(train.parse_args(["--pruned_model_path", str(folder), "--texts", str(tmp_path / "texts.txt"), "--lora_target_modules",
+                                     "c_attn", "--out", str(tmp_path / "x")]))
+
+
+def test_prompts_that_are_no_longer_asked_for_leave_the_records(tmp_path):
+    model, journal = make(), tmp_path / "s.records.jsonl"
+    scanner.scan(model, prompts(), [], ("kl",), journal=journal)
+    scanner.scan(model, prompts()[:2], [], ("kl",), journal=journal, resume=True)
+    assert [r["name"] for r in choose_layers.read_records(journal)] == ["0", "1"]
 
 
 def test_command_writes_upstreams_columns_and_the_plan_names_layers(folder, tmp_path, capsys):

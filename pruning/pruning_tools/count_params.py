@@ -3,7 +3,6 @@
     python pruning/pruning_tools/count_params.py path/to/model --compare path/to/pruned --config path/to/llm
 """
 import argparse
-import json
 import re
 import sys
 from collections import Counter
@@ -11,6 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root: every way of starting this file finds it
 from common.errors import UserError, run
+from common.files import read_json
+from pruning.layers import config_head_counts
 from pruning.pruning_tools.prune_llm import find_language_model
 from pruning.pruning_tools.shards import open_checkpoint
 
@@ -39,9 +40,7 @@ def layer_cost(config: dict, entries: dict, llm, context: int) -> dict:
     table = next((e for k, e in entries.items() if k.startswith(llm.root)
                   and k.endswith(("embed_tokens.weight", "wte.weight", "embed_in.weight"))), None)
     head = head or table                                  # tied
-    heads = config["num_attention_heads"]
-    head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    kv_heads = config.get("num_key_value_heads") or heads
+    heads, kv_heads, head_dim = config_head_counts(config)
     matrices = sum(e.numel for e in inside.values() if len(e.shape) == 2) + (head.numel if head else 0)
     dtype = next(iter(inside.values())).dtype
     return {
@@ -71,7 +70,7 @@ def describe(path, args) -> dict:
     total["layers"] = llm.layers
     file = (args.config or checkpoint.folder) / "config.json"
     if file.is_file():
-        total |= layer_cost(json.loads(file.read_text()), checkpoint.entries, llm, args.context)
+        total |= layer_cost(read_json(file, dict), checkpoint.entries, llm, args.context)
     return {"total": total, "dtypes": dtypes, "groups": groups, "keys": list(entries)}
 
 

@@ -28,10 +28,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root:
 from common.checkpoint import atomic_dir, atomic_write
 from common.errors import UserError, run
 from common.files import read_json
-from pruning.layers import ATTENTION, check_drop, shorter_config
+from pruning.layers import ATTENTION, check_drop, config_key, shorter_config
 from pruning.pruning_tools.shards import Checkpoint, cast, derived, open_checkpoint, write_bin, write_safetensors, write_shards
 
 VERSIONS = ("v0112_en", "CN")
+ENDINGS = (".bin", ".safetensors", ".json")
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "added_tokens.json", "generation_config.json",
                    "chat_template*")
 
@@ -187,7 +188,7 @@ def read_config(folder: Path, llm: LanguageModel) -> dict | None:
     if not path.is_file():
         return None
     config = read_json(path, dict)
-    count = config.get("num_hidden_layers", config.get("n_layer"))
+    count = config.get(config_key(config, "num_hidden_layers"))
     if count is not None and count != llm.layers:
         raise UserError(f"{path}: num_hidden_layers is {count}, the checkpoint holds {llm.layers} layers; this config is of "
                         f"another model")
@@ -274,18 +275,24 @@ def write_adapter_config(folder: Path, lora: Lora):
     atomic_write(folder / "adapter_config.json", json.dumps(config, indent=1))
 
 
+def result_names(tag: str, version: str) -> list[str]:
+    """What one drop set makes: upstream's names, without ending, of the language model's tensors, of all tensors and of the map;
+    then our two folders."""
+    return [f"llm_only_pruned_state_{tag}_{version}_cpu", f"pytorch_model_pruned_{tag}_merged_clean_{version}_cpu",
+            f"prune_layer_map_{tag}_{version}_cpu", f"hf_{tag}", f"hf_{tag}_adapter"]
+
+
 def prune(checkpoint: Checkpoint, llm, lora, config, drop_layers, tag: str, args, source: Path) -> dict:
     """Write everything for one drop set; returns the map."""
     entries, layer_id_map = prune_keys(checkpoint.entries, llm, drop_layers)
     if args.llm_dtype != "keep":
         dtype = getattr(torch, args.llm_dtype)
         entries = {k: cast(e, dtype) if k.startswith(llm.root) else e for k, e in entries.items()}
-    out, suffix, shard_bytes = args.out_dir, f"{tag}_{args.script_version}_cpu", int(args.max_shard_gb * 1e9)
+    llm_only, merged, map_name, hf_merged, hf_adapter = (args.out_dir / name for name in result_names(tag, args.script_version))
+    out, shard_bytes = args.out_dir, int(args.max_shard_gb * 1e9)
     form = checkpoint.format if args.format == "source" else args.format
     if llm.root:
-        merged = out / f"pytorch_model_pruned_{tag}_merged_clean_{args.script_version}_cpu"
-        llm_only = {k: e for k, e in entries.items() if k.startswith(llm.root)}
-        for stem, part in ((out / f"llm_only_pruned_state_{suffix}", llm_only), (merged, entries)):
+        for stem, part in ((llm_only, {k: e for k, e in entries.items() if k.startswith(llm.root)}), (merged, entries)):
             if form == "bin":
                 write_bin(stem.with_name(stem.name + ".bin"), part)
             elif len(checkpoint.files) == 1:
@@ -300,8 +307,7 @@ def prune(checkpoint: Checkpoint, llm, lora, config, drop_layers, tag: str, args
         if (checkpoint.folder / "dia_config.json").is_file():              # sizes and thresholds of dia_pangu
             shutil.copyfile(checkpoint.folder / "dia_config.json", out / "dia_config.json")
     for merge in {"none": (), "merged": (True,), "adapter": (False,), "both": (True, False)}[args.hf if llm.root else "merged"]:
-        name = f"hf_{tag}" if merge else f"hf_{tag}_adapter"
-        write_hf(out / name, entries, llm, lora, config, source, layer_id_map, merge, shard_bytes)
+        write_hf(hf_merged if merge else hf_adapter, entries, llm, lora, config, source, layer_id_map, merge, shard_bytes)
     report = {
         "tag": tag, "old_layers": llm.layers, "new_layers": len(layer_id_map), "drop_layers": list(drop_layers),
         "layer_id_map": {str(new): old for new, old in layer_id_map.items()}, "llm_layer_prefix": llm.prefix,
@@ -315,7 +321,7 @@ def prune(checkpoint: Checkpoint, llm, lora, config, drop_layers, tag: str, args
         "parameters_before": sum(e.numel for e in checkpoint.entries.values()),
         "parameters_after": sum(e.numel for e in entries.values()),
     }
-    atomic_write(out / f"prune_layer_map_{suffix}.json", json.dumps(report, indent=2, ensure_ascii=False))
+    atomic_write(map_name.with_name(map_name.name + ".json"), json.dumps(report, indent=2, ensure_ascii=False))
     return report
 
 
@@ -369,8 +375,8 @@ def main(args):
         raise UserError(f"--lora-target-modules {args.lora_target_modules}: the checkpoint has {','.join(lora.target_modules)}")
     for drop, _ in sets:
         check_drop(drop, llm.layers)
-    present = [f.name for _, tag in sets for f in args.out_dir.glob(f"*_{tag}_*") if args.out_dir.is_dir()] \
-        + [f"hf_{tag}" for _, tag in sets if (args.out_dir / f"hf_{tag}").exists()]
+    names = {name + end for _, tag in sets for name in result_names(tag, args.script_version) for end in ("", *ENDINGS)}
+    present = sorted(name for name in names if (args.out_dir / name).exists())
     if present and not args.overwrite:
         raise UserError(f"{args.out_dir} holds {present[0]} already; add --overwrite or choose another --out-dir")
     if args.out_dir.resolve() == checkpoint.folder.resolve():
@@ -385,7 +391,8 @@ def main(args):
         report = prune(checkpoint, llm, lora, config, drop, tag, args, source)
         share = 1 - report["parameters_after"] / report["parameters_before"]
         print(f"{tag}: layers {llm.layers} -> {report['new_layers']}, values {report['parameters_before']:,} -> "
-              f"{report['parameters_after']:,} ({share:.1%} removed), in {args.out_dir}")
+              f"{report['parameters_after']:,} ({share:.1%} removed), in {args.out_dir}"
+              + ("" if llm.root else f"/hf_{tag}"))
 
 
 if __name__ == "__main__":

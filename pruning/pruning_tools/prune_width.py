@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root:
 from common.checkpoint import atomic_dir
 from common.errors import UserError, run
 from pruning.layers import decoder_layers, head_counts, plain
-from pruning.sensitivity_analyse.layer_sensitivity_scan import add_prompt_args, load_with_prompts, pad_prompts, patched
+from pruning.sensitivity_analyse.layer_sensitivity_scan import add_prompt_args, load_with_prompts
+from pruning.sensitivity_analyse.scan_methods import pad_prompts, patched
 
 
 def parse_args(argv=None):

@@ -17,7 +17,7 @@ def load_model(path, dtype: str | None = None, trust_remote_code: bool = False):
     """(model, tokenizer) of a folder as transformers writes it, in eval mode. dtype: "float32", ...; default as stored."""
     path = Path(path)
     if not (path / "config.json").is_file():
-        raise UserError(f"{path}: no config.json there; --model wants a folder with config, weights and tokenizer")
+        raise UserError(f"{path}: no config.json there; give the folder of a language model, with config, weights and tokenizer")
     with reading(path, "causal language model"):
         tokenizer = load_tokenizer(path, trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", local_files_only=True,
