@@ -4,15 +4,12 @@
     python em_mllm/convert.py radioml2018 GOLD_XYZ_OSC.0001_1024.hdf5 --out data/radioml2018 --per-cell 200
     python em_mllm/convert.py rtl433 shared/data/rf/rtl433_train.npz shared/data/rf/rtl433_test.npz --out data/rtl433
 
-radioml*: train/ val/ test/ at 60 : 20 : 20 of every (class, SNR) cell by --seed. rtl433: train/ of augmented copies, val/ of other
-copies of the
-same captures, test/<condition>/ of the untouched test captures, clean and with noise from 20 to -10 dB below the burst's power, with
-and without
-a frequency shift.
+radioml*: train/ val/ test/ at 60 : 20 : 20 of every (class, SNR) cell by --seed.
+rtl433: train/ of augmented copies, val/ of other copies of the same captures, test/<condition>/ of the untouched test captures, clean and
+with noise from 20 to -10 dB below the burst's power, with and without a frequency shift.
 
 RadioML is known to be irregular: SNR labels of 2016.10a are not the measured SNR of each signal, and the class list published with
-2018.01a is in
-the wrong order; the corrected order is used here.
+2018.01a is in the wrong order; the corrected order is used here.
 """
 
 import argparse
@@ -77,7 +74,7 @@ def parse_args():
         "--view",
         choices=("polar", "iq"),
         default="polar",
-        help="rtl433: magnitude and mean frequency, or I and Q, both averaged over 8 samples (default polar)",
+        help="rtl433: magnitude and frequency, or I and Q, averaged over 8 samples (default polar)",
     )
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -208,14 +205,20 @@ def disturb(z, fs, rng, noise_db=None, shift_hz=0.0):
 
 
 def view(z: np.ndarray, kind: str = "polar", factor: int = 8) -> np.ndarray:
-    """(T,) complex to (T / factor, 2): mean magnitude (unit peak) and mean frequency (-1..1 = +-fs/2), or the averaged I and Q."""
+    """(T,) complex to (T / factor, 2), each point from `factor` samples: magnitude and frequency, or the averaged I and Q.
+
+    Magnitude: standardised over the capture, or noise would leave of it a large mean and little else. Frequency (-1..1 = +-fs/2): the angle
+    of the mean of z[t] conj(z[t-1]), times the relative strength of that mean, so that it stays quiet where there is no signal.
+    """
     blocks = z[: len(z) // factor * factor].reshape(-1, factor)
     if kind == "iq":
         mean = blocks.mean(1)
         return np.stack([mean.real, mean.imag], 1).astype(np.float32)
-    step = np.concatenate([[0], z[1:] * z[:-1].conj()])[: len(blocks) * factor].reshape(-1, factor)
+    step = np.concatenate([[0], z[1:] * z[:-1].conj()])[: len(blocks) * factor].reshape(-1, factor).mean(1)
+    strength = np.abs(step) / np.sqrt(np.mean(np.abs(step) ** 2))
     magnitude = np.abs(blocks).mean(1)
-    return np.stack([magnitude / magnitude.max(), np.angle(step.sum(1)) / np.pi], 1).astype(np.float32)
+    magnitude = (magnitude - magnitude.mean()) / (magnitude.std() + 1e-6)
+    return np.stack([magnitude, np.angle(step) / np.pi * strength], 1).astype(np.float32)
 
 
 def write_captures(folder: Path, views, y, meta, fs, rng, choices, opens):

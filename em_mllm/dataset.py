@@ -478,6 +478,11 @@ class PackedSignals(Dataset):
         return row
 
 
+def encoder_inputs(batch: dict, device=None) -> dict:
+    """What the encoder takes of a batch of SignalCollator, on `device`."""
+    return {k: batch[k].to(device) for k in ("samples", "patch_positions", "sample_ids_seq")}
+
+
 class SignalCollator:
     """Items of SignalDataset -> encoder inputs (one signal a row), "index" and the columns."""
 

@@ -30,7 +30,7 @@ from common.errors import UserError, run
 from common.figures import new_figure, save_figure
 from common.run import open_run, progress, seed_everything
 from em_mllm.baseline import predict, train_cnn
-from em_mllm.dataset import SignalCollator, SignalDataset
+from em_mllm.dataset import SignalCollator, SignalDataset, encoder_inputs
 from em_mllm.em_foundation.models import SiTMAEForClassification, SiTMAEModelWithoutMask
 from em_mllm.em_foundation.utils.utils import load_encoder, read_config
 from em_mllm.optim import lr_at, make_optimizers, set_lr
@@ -72,7 +72,7 @@ def embed(encoder, data, device, batch_size=64) -> np.ndarray:
     encoder.to(device)
     out, special = [], encoder.config.num_special
     for batch in DataLoader(data, batch_size, collate_fn=SignalCollator(encoder.config)):
-        inputs = {k: batch[k].to(device) for k in ("samples", "patch_positions", "sample_ids_seq")}
+        inputs = encoder_inputs(batch, device)
         h = encoder(**inputs).last_hidden_state
         valid = (inputs["sample_ids_seq"] >= 0)[:, special:, None]
         count = valid.sum(1)
@@ -87,22 +87,20 @@ def probe(x, y, test_x):
     return make_pipeline(StandardScaler(), RidgeClassifierCV(np.logspace(0, 4, 9))).fit(x, y).predict(test_x)
 
 
-def fit(encoder_path, random_seed, data, rows, classes, steps, lr, device, batch_size=32):
-    """Encoder and linear head, trained for `steps` steps on `rows` of `data`; random_seed None starts from the pre-trained weights."""
-    torch.manual_seed(0 if random_seed is None else random_seed)
+def fit(encoder_path, pretrained: bool, seed, data, rows, classes, steps, lr, device, batch_size=32):
+    """Encoder and linear head, trained for `steps` steps on `rows` of `data`; pretrained False takes the encoder's sizes alone."""
+    torch.manual_seed(seed)
     model = SiTMAEForClassification(read_config(encoder_path, attention_type="sdpa", num_labels=classes))
-    if random_seed is None:
+    if pretrained:
         load_encoder(model, encoder_path, quiet=True)
     torch.nn.init.zeros_(model.classifier.weight)  # as finetune.py
     model.to(device).train()
-    collate, rng = SignalCollator(model.config), np.random.default_rng(random_seed or 0)
+    collate, rng = SignalCollator(model.config), np.random.default_rng(seed)
     optimizers = make_optimizers(model, "muon", lr, 0.05)
     for step in range(steps):
         batch = collate([data[i] for i in rng.choice(rows, min(batch_size, len(rows)), replace=False)])
         set_lr(optimizers, lr_at(step, steps, 0.1))
-        model(
-            **{k: batch[k].to(device) for k in ("samples", "patch_positions", "sample_ids_seq")}, labels=batch["label"].long().to(device)
-        ).loss.backward()
+        model(**encoder_inputs(batch, device), labels=batch["label"].long().to(device)).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -113,12 +111,12 @@ def fit(encoder_path, random_seed, data, rows, classes, steps, lr, device, batch
 @torch.no_grad()
 def classify(model, data, batch_size=64) -> np.ndarray:
     """Predicted class of every signal."""
-    return torch.cat(
-        [
-            model(**{k: b[k].to(model.device) for k in ("samples", "patch_positions", "sample_ids_seq")}).logits[:, 0].argmax(-1).cpu()
-            for b in DataLoader(data, batch_size, collate_fn=SignalCollator(model.config))
-        ]
-    ).numpy()
+    classes = []
+    for batch in DataLoader(data, batch_size, collate_fn=SignalCollator(model.config)):
+        inputs = encoder_inputs(batch, model.device)
+        read = model.per_signal(model(**inputs).logits, inputs["patch_positions"], inputs["sample_ids_seq"])
+        classes.append(read.argmax(-1).cpu())
+    return torch.cat(classes).numpy()
 
 
 def main(args):
@@ -161,7 +159,8 @@ def main(args):
                 if "finetune" in args.methods:
                     tuned = fit(
                         args.signal_encoder_path,
-                        None if kind == "pre-trained" else args.seed + draw + 1,
+                        kind == "pre-trained",
+                        0 if kind == "pre-trained" else args.seed + draw + 1,
                         train,
                         rows,
                         int(classes),

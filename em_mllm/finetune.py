@@ -24,7 +24,7 @@ from common.checkpoint import atomic_dir, atomic_write, find_resume, load_step, 
 from common.errors import UserError, run
 from common.figures import new_figure, save_figure
 from common.run import Log, StopSignal, check_finite, describe, loader_worker, open_run, seed_everything
-from em_mllm.dataset import SignalCollator, SignalDataset
+from em_mllm.dataset import SignalCollator, SignalDataset, encoder_inputs
 from em_mllm.em_foundation.models import SiTForMultiTask, SiTMAEForClassification
 from em_mllm.em_foundation.models.configuration_em import REGRESSION_TASKS
 from em_mllm.em_foundation.utils.utils import load_encoder, read_config
@@ -84,8 +84,7 @@ def join_classes(train, test) -> list[str]:
 
 def split_labels(batch, scale):
     """A collated batch -> inputs of the model, labels of the model (regressions divided by their training scale)."""
-    inputs = {k: batch[k] for k in ("samples", "patch_positions", "sample_ids_seq")}
-    label = batch["label"].long()
+    inputs, label = encoder_inputs(batch), batch["label"].long()
     if not scale:
         return inputs, label
     return inputs, {"classification": label, **{name: batch[name].float() / value for name, value in scale.items()}}
@@ -93,15 +92,15 @@ def split_labels(batch, scale):
 
 @torch.no_grad()
 def measure(model, data, scale, batch_size=64):
-    """Predicted class and regressions (in the columns' units) for every signal, read at the cls token."""
+    """Predicted class and regressions (in the columns' units) for every signal."""
     model.eval()
     collate, classes, values = SignalCollator(model.config), [], {name: [] for name in scale}
     for batch in DataLoader(data, batch_size, collate_fn=collate):
-        inputs, _ = split_labels(batch, scale)
-        logits = model(**{k: v.to(model.device) for k, v in inputs.items()}).logits
-        classes.append((logits["classification"] if scale else logits)[:, 0].argmax(-1).cpu())
+        inputs = encoder_inputs(batch, model.device)
+        logits, where = model(**inputs).logits, (inputs["patch_positions"], inputs["sample_ids_seq"])
+        classes.append(model.per_signal(logits["classification"] if scale else logits, *where).argmax(-1).cpu())
         for name in scale:
-            values[name].append(logits[name][:, 0, 0].cpu() * scale[name])
+            values[name].append(model.per_signal(logits[name], *where)[:, 0].cpu() * scale[name])
     return torch.cat(classes).numpy(), {name: torch.cat(v).numpy() for name, v in values.items()}
 
 

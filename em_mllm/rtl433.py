@@ -5,9 +5,8 @@
     python em_mllm/rtl433.py --captures .../rtl433_train.npz .../rtl433_test.npz --data data/em_mllm/rtl433 \\
         --signal-encoder-path runs/em_mllm/rtl433_pretrain/encoder --out runs/em_mllm/rtl433
 
-Training and test captures come from the same sittings with the same receiver: nothing here follows for another receiver. Unseen
-devices: the
-encoder is trained on eight classes; the other four are told apart from a few captures each by its embeddings.
+Training and test captures come from the same sittings with the same receiver: nothing here follows for another receiver.
+Unseen devices: the encoder is trained on eight classes; the other four are told apart from a few captures each by its embeddings.
 """
 
 import argparse
@@ -75,6 +74,20 @@ def pulse_regression(train, test, augmented: bool, rng) -> dict:
     }
 
 
+def learn(args, train, rows, classes, steps, seed, device) -> dict:
+    """{name: function from a data set to predicted classes} of the encoder from both starts and of the CNN, trained on `rows`."""
+    models = {
+        "encoder, pre-trained": fit(args.signal_encoder_path, True, seed, train, rows, classes, steps, 1e-3, device),
+        "encoder, random start": fit(args.signal_encoder_path, False, seed + 1, train, rows, classes, steps, 1e-3, device),
+    }
+    cnn = train_cnn(Subset(train, rows.tolist()), classes, steps, 32, 3e-3, Accelerator(), seed)
+    if len(rows) == len(train) and seed == args.seed:  # for the joint training
+        with atomic_dir(args.out / "encoder") as folder:
+            models["encoder, pre-trained"].sit.save_pretrained(folder)
+    answers = {name: lambda data, model=model: classify(model, data) for name, model in models.items()}
+    return answers | {"CNN": lambda data: predict(cnn, data, device).argmax(1)}
+
+
 def by_condition(answer, data: Path) -> dict:
     """{condition: accuracy} of `answer`(data set) -> classes over every test folder."""
     out = {}
@@ -84,23 +97,20 @@ def by_condition(answer, data: Path) -> dict:
     return out
 
 
-def unseen_devices(args, train, names, device, draws=10) -> dict:
+def unseen_devices(args, train, names, capture, device, draws=10) -> dict:
     """Accuracy among the four UNSEEN classes from 1 and 2 captures each: {(encoder, shots): mean over draws}.
 
     The encoders: random, pre-trained by masking on all training captures without labels, and trained with labels on the other classes.
-    Shots and test items are different captures; every one is seen in the copies of --data.
+    capture: which capture each row of `train` is a copy of. Shots and test items are different captures; every one is seen in all copies.
     """
     label = train.columns["label"].astype(int)
-    captures = len(label) // (len(label) // args.per_copy)
-    capture = np.arange(len(label)) % captures  # copies follow one another in the file
-    known = np.nonzero(~np.isin(np.array(names)[label], UNSEEN))[0]
-    supervised = fit(args.signal_encoder_path, None, train, known, len(names), args.steps, 1e-3, device)
+    unseen = np.isin(np.array(names)[label], UNSEEN)
+    known, rows = np.nonzero(~unseen)[0], np.nonzero(unseen)[0]
     encoders = {
         "random": make_encoder(args.signal_encoder_path, args.seed + 1),
         "masked pre-training": make_encoder(args.signal_encoder_path),
-        "labels of the other devices": supervised.sit,
+        "labels of the other devices": fit(args.signal_encoder_path, True, 0, train, known, len(names), args.steps, 1e-3, device).sit,
     }
-    rows = np.nonzero(np.isin(np.array(names)[label], UNSEEN))[0]
     target, group = label[rows], capture[rows]
     out = {}
     for name, encoder in encoders.items():
@@ -110,10 +120,25 @@ def unseen_devices(args, train, names, device, draws=10) -> dict:
             for draw in range(draws):
                 rng = np.random.default_rng((args.seed, draw))
                 chosen = np.concatenate([rng.choice(np.unique(group[target == c]), shots, replace=False) for c in np.unique(target)])
-                learn = np.isin(group, chosen)
-                hits.append(np.mean(probe(x[learn], target[learn], x[~learn]) == target[~learn]))
+                shown = np.isin(group, chosen)
+                hits.append(np.mean(probe(x[shown], target[shown], x[~shown]) == target[~shown]))
             out[f"{name}, {shots} captures"] = float(np.mean(hits))
     return out
+
+
+def draw(conditions, count, chance, folder):
+    """Accuracy of every method against the noise, and the numbers in a .csv."""
+    figure, axis = new_figure()
+    levels = ["clean", *(f"{n}dB" for n in NOISE_DB)]
+    for name, scores in conditions.items():
+        axis.plot(levels, [scores[k] for k in levels], marker="o", label=name)
+    axis.axhline(chance, color="0.6", ls="--", lw=1)
+    title = f"12 devices, {count} captures; dashed: largest class"
+    axis.set(xlabel="noise below burst power", ylabel="accuracy", ylim=(0, 1.02), title=title)
+    axis.legend(fontsize=8)
+    save_figure(figure, folder / "devices.png")
+    rows = [f"{name}," + ",".join(f"{scores[k]:.4f}" for k in levels) for name, scores in conditions.items()]
+    atomic_write(folder / "devices.csv", "\n".join(["method," + ",".join(levels), *rows]) + "\n")
 
 
 def main(args):
@@ -122,40 +147,22 @@ def main(args):
     train_captures, test_captures = (read_rtl433(p) for p in args.captures)
     train = SignalDataset([args.data / "train" / "device.h5"], ("label",))
     names = train.files[0].classes
-    args.per_copy = len(train_captures["y"])
     everything = np.arange(len(train))
-    out = open_run(args.out, args, accelerator, overwrite=args.overwrite)
-    conditions, few = {}, {}
+    capture = everything % len(train_captures["y"])  # copies of all captures follow one another in the file
+    open_run(args.out, args, accelerator, overwrite=args.overwrite)
+    conditions, few = {}, {}  # {method: [{condition: accuracy}, one per seed]}
     for seed in range(args.seed, args.seed + args.seeds):
         seed_everything(seed)
-        cnn = train_cnn(train, len(names), args.steps, 32, 3e-3, Accelerator(), seed)
-        answers = {"CNN": lambda data, cnn=cnn: predict(cnn, data, device).argmax(1)}
-        for kind, start in (("pre-trained", None), ("random start", seed + 1)):
-            model = fit(args.signal_encoder_path, start, train, everything, len(names), args.steps, 1e-3, device)
-            answers[f"encoder, {kind}"] = lambda data, model=model: classify(model, data)
-            if kind == "pre-trained" and seed == args.seed:  # for the joint training
-                with atomic_dir(out / "encoder") as folder:
-                    model.sit.save_pretrained(folder)
-        for name, answer in answers.items():
+        for name, answer in learn(args, train, everything, len(names), args.steps, seed, device).items():
             conditions.setdefault(name, []).append(by_condition(answer, args.data))
             print(f"seed {seed}, {name}: " + ", ".join(f"{k} {v:.3f}" for k, v in conditions[name][-1].items()))
-        # few captures per device, each with all its copies, tested clean and at 0 dB
-        capture = np.arange(len(train)) % args.per_copy
-        for shots in (1, 3):
+        for shots in (1, 3):  # captures per device, each with all its copies
             rng = np.random.default_rng((seed, shots))
             chosen = np.concatenate([rng.choice(np.nonzero(train_captures["y"] == c)[0], shots, replace=False) for c in range(len(names))])
-            rows = everything[np.isin(capture, chosen)]
-            for kind, start in (("pre-trained", None), ("random start", seed + 1)):
-                model = fit(args.signal_encoder_path, start, train, rows, len(names), args.steps // 2, 1e-3, device)
-                few.setdefault(f"encoder, {kind}, {shots} captures", []).append(
-                    by_condition(lambda data, model=model: classify(model, data), args.data)
-                )
-            cnn = train_cnn(Subset(train, rows.tolist()), len(names), args.steps // 2, 32, 3e-3, Accelerator(), seed)
-            few.setdefault(f"CNN, {shots} captures", []).append(
-                by_condition(lambda data, cnn=cnn: predict(cnn, data, device).argmax(1), args.data)
-            )
+            for name, answer in learn(args, train, everything[np.isin(capture, chosen)], len(names), args.steps // 2, seed, device).items():
+                few.setdefault(f"{name}, {shots} captures", []).append(by_condition(answer, args.data))
     mean = lambda runs: {k: float(np.mean([r[k] for r in runs])) for k in runs[0]}
-    conditions = {name: mean(runs) for name, runs in conditions.items()}
+    seeds, conditions = conditions, {name: mean(runs) for name, runs in conditions.items()}
     rng = np.random.default_rng(args.seed)
     for name, augmented in (("pulse lengths, clean training", False), ("pulse lengths, disturbed training", True)):
         scores = pulse_regression(train_captures, test_captures, augmented, rng)
@@ -164,30 +171,12 @@ def main(args):
         "count": len(test_captures["y"]),
         "chance": float(np.bincount(test_captures["y"]).max() / len(test_captures["y"])),
         "conditions": conditions,
+        "seeds": seeds,
         "few_captures": {name: mean(runs) for name, runs in few.items()},
-        "unseen_devices": unseen_devices(args, train, names, device),
+        "unseen_devices": unseen_devices(args, train, names, capture, device),
     }
-    atomic_write(out / "metrics.json", json.dumps(metrics, indent=1))
-    figure, axis = new_figure()
-    levels = ["clean", *(f"{n}dB" for n in NOISE_DB)]
-    for name, scores in conditions.items():
-        axis.plot(levels, [scores[k] for k in levels], marker="o", label=name)
-    axis.axhline(metrics["chance"], color="0.6", ls="--", lw=1)
-    axis.set(
-        xlabel="noise below burst power",
-        ylabel="accuracy",
-        ylim=(0, 1.02),
-        title=f"12 devices, {metrics['count']} captures; dashed: largest class",
-    )
-    axis.legend(fontsize=8)
-    save_figure(figure, out / "figures" / "devices.png")
-    atomic_write(
-        out / "figures" / "devices.csv",
-        "method,"
-        + ",".join(levels)
-        + "\n"
-        + "".join(f"{name}," + ",".join(f"{scores[k]:.4f}" for k in levels) + "\n" for name, scores in conditions.items()),
-    )
+    atomic_write(args.out / "metrics.json", json.dumps(metrics, indent=1))
+    draw(conditions, metrics["count"], metrics["chance"], args.out / "figures")
     for part in ("conditions", "few_captures"):
         for name, scores in metrics[part].items():
             print(f"{name}: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))

@@ -48,9 +48,9 @@ builtin() {
     --shots $SHOTS --draws 2 --methods probe --seed "$seed" --out "$run/fewshot" --overwrite
 }
 
-# real: the rtl_433 captures of DATA_ROOT/rf, seed 0
+# real: the rtl_433 captures of DATA_ROOT/rf; the device classifiers once for each of SEEDS, the rest once
 real() {
-  local rf=$DATA_ROOT/rf data=$BASE/rtl433 pairs condition
+  local rf=$DATA_ROOT/rf data=$BASE/rtl433 seeds=(${SEEDS:-0}) pairs condition
   files() { pairs=(); for task in device coding keying; do pairs+=("$1/device.h5" "$1/$task.json"); done; }
   step "views of the captures"
   rm -rf "$data"
@@ -60,7 +60,8 @@ real() {
     --max-steps $REAL_MAE "${encoder[@]}"
   step "devices in noise, few captures, unseen devices"
   launch "$HERE/rtl433.py" --captures "$rf/rtl433_train.npz" "$rf/rtl433_test.npz" --data "$data" \
-    --signal-encoder-path "$RUN/rtl433_pretrain/encoder" --steps $STUDY --out "$RUN/rtl433" --overwrite
+    --signal-encoder-path "$RUN/rtl433_pretrain/encoder" --steps $STUDY --seed "${seeds[0]}" --seeds ${#seeds[@]} \
+    --out "$RUN/rtl433" --overwrite
   step "a tiny language model that knows the device names, on text alone"
   "$PYTHON" "$HERE/make_llm.py" --out "$BASE/llm_rtl433" --tasks "$data/tasks.json" --steps $WARM --overwrite
   step "joint training on questions about device, coding and keying"

@@ -192,6 +192,9 @@ def test_packing_shows_every_signal_once_an_epoch_and_depends_on_seed_and_epoch_
     assert sorted(packed.members.tolist()) == list(range(30)) and packed.efficiency > 0.8
     again = PackedSignals(SignalDataset([tmp_path / "modulation.h5"]), config, 34, min_points=16, seed=1)
     assert all(torch.equal(packed[2][k], again[2][k]) for k in packed[2])
+    lengths = np.concatenate([(PackedSignals(packed.signals, config, 34, min_points=16, seed=s).counts) for s in range(60)])
+    assert lengths.min() == 2 and lengths.max() == 15  # patches of 8 in 16 to 128 points
+    assert np.mean(lengths < 2**1.5 * 2) == pytest.approx(0.5, abs=0.05)  # log-uniform: half of the signals below the geometric mean
     before = packed[0]["patches"]
     packed.set_epoch(1)
     assert not torch.equal(before, packed[0]["patches"])
@@ -350,6 +353,9 @@ def test_windows_are_the_strong_ones_in_order():
     x[3000:5000] += tone(2000)
     cut = windows(x, 1000, most=4)
     assert [start for start, _ in cut] == [3000, 4000] and all(w.shape == (1000, 2) for _, w in cut)
+    x[8000:9000] += 2 * tone(1000)
+    x[4000:5000] *= 1.1
+    assert [start for start, _ in windows(x, 1000, most=2)] == [4000, 8000]  # in order of time, though 8000 is the strongest
     assert len(windows(x[:500], 1000)) == 1
 
 
@@ -393,9 +399,13 @@ def test_radioml2018_comes_in(tmp_path):
 
 
 def test_polar_view_measures_magnitude_and_frequency():
-    z = 3 * np.exp(2j * np.pi * 0.1 * np.arange(800))
-    magnitude, frequency = view(z)[1:].T
-    assert np.allclose(magnitude, 1, atol=1e-6) and np.allclose(frequency, 0.2, atol=1e-5)
+    burst = np.repeat([3.0, 1e-3], 400)  # half a burst, half silence
+    z = burst * np.exp(2j * np.pi * np.where(burst > 1, 0.1, -0.3) * np.arange(800))
+    magnitude, frequency = view(z).T
+    assert np.allclose(magnitude[1:50], 1, atol=0.01) and np.allclose(magnitude[50:], -1, atol=0.01)
+    assert np.allclose(frequency[1:50], 0.2 * 2**0.5, rtol=0.02)  # strength is relative to the mean power: twice it in the burst
+    assert np.abs(frequency[51:]).max() < 1e-5
+    assert np.isfinite(view(np.ones(800))).all()
 
 
 # ---- answers

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from common.errors import UserError
@@ -135,14 +136,18 @@ def test_half_precision_runs_with_sampling_rate_token(dtype):
     assert torch.isfinite(make().to(dtype)(patches, positions, ids).last_hidden_state[0, :5]).all()
 
 
-def test_one_label_per_packed_signal_equals_each_signal_alone():
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_one_label_per_packed_signal_equals_each_signal_alone(pooling):
     (patches, positions, ids), rows = packed()
-    model = make(SiTMAEForClassification, num_labels=4)
+    model = make(SiTMAEForClassification, num_labels=4, pooling=pooling)
     labels = torch.tensor([0, 1, 2, 3, 0, 1])
     losses = []
     for row, label in zip([r for group in rows for r in group], labels):
         one = pack_sequence([[row]], 8, row.shape[1])
         losses.append(model(*one, labels=label[None]).loss)
+        logits = model(*one).logits[0]
+        read = logits[0] if pooling == "cls" else logits[2:].mean(0)  # behind the cls and the sampling-rate token
+        torch.testing.assert_close(losses[-1], F.cross_entropy(read, label), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(model(patches, positions, ids, labels=labels).loss, torch.stack(losses).mean(), atol=1e-5, rtol=1e-4)
 
 

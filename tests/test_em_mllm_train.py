@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from common.errors import UserError
+from em_mllm import rtl433
 
 ROOT = Path(__file__).resolve().parents[1]
 EM = ROOT / "em_mllm"
@@ -338,3 +339,41 @@ def test_run_train_launcher_trains_on_what_it_is_given(home, tmp_path, given, fl
     config = json.loads((tmp_path / "run/config.json").read_text())["arguments"]
     assert (config["lr"], config["freeze_llm"]) == (1e-4, False)  # not the settings of the built-in run
     assert bool(config["task_files"]) == bool(flags) and (tmp_path / "run/model/multimodal.json").exists()
+
+
+def test_study_of_real_captures_from_files_to_questions(home, tmp_path):
+    """Captures of twelve devices that differ in pulse length: every condition is measured, and questions about device, coding, keying."""
+    names = [*rtl433.UNSEEN, *(f"device_{i}" for i in range(8))]
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 36), ("test", 12)):
+        y = np.arange(count) % 12
+        carrier = 60 * np.exp(0.3j * np.arange(2048))
+        pulses = np.stack([np.arange(2048) // (16 * (k + 1)) % 2 for k in y])[..., None] * np.stack([carrier.real, carrier.imag], 1)
+        np.savez(
+            tmp_path / f"{part}.npz",
+            iq=(127.5 + pulses + rng.normal(0, 2, (count, 2048, 2))).clip(0, 255).astype(np.uint8),
+            y=y.astype(np.int16),
+            classes=np.array(names),
+            modulation=np.array(["OOK", "FSK"] * 6),
+            coding=np.array(["PWM", "PPM", ""] * 4),
+            fs=250000,
+        )
+    captures = [tmp_path / "train.npz", tmp_path / "test.npz"]
+    inside(EM / "convert.py", "rtl433", *captures, "--out", tmp_path / "data", "--copies", 2)
+    levels = ["clean", *(f"{n}dB" for n in (20, 10, 5, 0, -5, -10))]
+    assert {p.name for p in (tmp_path / "data/test").iterdir()} == {f"{k}{s}" for k in levels for s in ("", "_shift")}
+    study = [EM / "rtl433.py", "--captures", *captures, "--data", tmp_path / "data", "--signal-encoder-path", home / "mae/encoder"]
+    inside(*study, "--steps", 2, "--seeds", 2, "--out", tmp_path / "study")
+    metrics = json.loads((tmp_path / "study/metrics.json").read_text())
+    assert metrics["count"] == 12 and metrics["chance"] == pytest.approx(1 / 12)
+    assert metrics["conditions"]["pulse lengths, clean training"]["clean"] > 0.5
+    for name, runs in metrics["seeds"].items():
+        assert len(runs) == 2 and runs[0] != runs[1]  # two seeds are two trainings
+        assert metrics["conditions"][name]["0dB_shift"] == pytest.approx(np.mean([r["0dB_shift"] for r in runs]))
+    assert set(metrics["few_captures"]) == {f"{n}, {k} captures" for n in metrics["seeds"] for k in (1, 3)}
+    assert all(0 <= v <= 1 for v in metrics["unseen_devices"].values()) and len(metrics["unseen_devices"]) == 6
+    tasks = [x for t in ("device", "coding", "keying") for x in (tmp_path / "data/train/device.h5", tmp_path / f"data/train/{t}.json")]
+    command = train(home, tmp_path / "run", "--signal-encoder-path", tmp_path / "study/encoder", "--task-files", *tasks, "--max-steps", 1)
+    where = command.index("--task-dir")
+    inside(*command[:where], *command[where + 4 :])  # without --task-dir and --val-dir
+    assert (tmp_path / "run/model/multimodal.json").exists()

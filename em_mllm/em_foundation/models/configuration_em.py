@@ -18,6 +18,8 @@ class SiTMAEConfig(PretrainedConfig):
     start alike with "sincos", which short training runs need.
     spectrum_weight: what the prediction of log spectra (utils.log_spectra) from the cls token counts in pre-training beside the
     reconstruction; 0, upstream's, leaves it and its head `decoder.spectrum_pred` out.
+    pooling: what the heads read for one signal, its cls token ("cls", as upstream) or the mean over its IQ tokens ("mean"), which the
+    bursts of a noisy capture need.
     label_weights: {task: weight} of SiTForMultiTask. Other keyword arguments are kept and not used.
     """
 
@@ -49,6 +51,7 @@ class SiTMAEConfig(PretrainedConfig):
         fs_unit="mhz",
         position_init="xavier",
         spectrum_weight=0.0,
+        pooling="cls",
         label_weights=None,
         **kwargs,
     ):
@@ -59,6 +62,8 @@ class SiTMAEConfig(PretrainedConfig):
             raise ValueError(f"fs_unit={fs_unit!r}: choose hz or mhz")
         if position_init not in ("xavier", "sincos"):
             raise ValueError(f"position_init={position_init!r}: choose xavier or sincos")
+        if pooling not in ("cls", "mean"):
+            raise ValueError(f"pooling={pooling!r}: choose cls or mean")
         self.hidden_size, self.num_hidden_layers, self.num_attention_heads = hidden_size, num_hidden_layers, num_attention_heads
         self.intermediate_size, self.hidden_act = intermediate_size, hidden_act
         self.hidden_dropout_prob, self.attention_probs_dropout_prob = hidden_dropout_prob, attention_probs_dropout_prob
@@ -66,7 +71,7 @@ class SiTMAEConfig(PretrainedConfig):
         self.max_seq_len = [max_seq_len, 1] if isinstance(max_seq_len, int) else list(max_seq_len)
         self.patch_size = [patch_size, 1] if isinstance(patch_size, int) else list(patch_size)
         self.num_channels, self.use_fs, self.fs_unit, self.attention_type = num_channels, use_fs, fs_unit, attention_type
-        self.position_init, self.spectrum_weight = position_init, spectrum_weight
+        self.position_init, self.spectrum_weight, self.pooling = position_init, spectrum_weight, pooling
         self.decoder_hidden_size, self.decoder_num_hidden_layers = decoder_hidden_size, decoder_num_hidden_layers
         self.decoder_num_attention_heads, self.decoder_intermediate_size = decoder_num_attention_heads, decoder_intermediate_size
         self.mask_ratio, self.norm_pix_loss, self.label_weights = mask_ratio, norm_pix_loss, label_weights

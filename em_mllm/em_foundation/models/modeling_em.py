@@ -227,13 +227,6 @@ class SiTMAEForPreTraining(SiTMAEPreTrainedModel):
         return out if return_dict else out.to_tuple()
 
 
-def read_out(per_token: torch.Tensor, labels: torch.Tensor | None, patch_positions, sample_ids) -> torch.Tensor:
-    """per_token (B, M, ...) as it is when labels are per token, (B, M) or (B, M, 1); else its cls rows, one per signal."""
-    if labels is None or labels.shape[:2] == per_token.shape[:2]:
-        return per_token
-    return per_token[(patch_positions == 0) & (sample_ids >= 0)]
-
-
 class SiTMAEHeadModel(SiTMAEPreTrainedModel):
     """The encoder `sit` with heads on its un-normalised output, as upstream. A subclass says what they predict and what that costs."""
 
@@ -244,6 +237,20 @@ class SiTMAEHeadModel(SiTMAEPreTrainedModel):
     def cost(self, logits, labels, patch_positions, sample_ids):
         """-> loss, and {task: unweighted loss as a float} or None."""
         raise NotImplementedError
+
+    def per_signal(self, per_token, patch_positions, sample_ids):
+        """per_token (B, M, ...) -> (S, ...), one row per signal in the order of the packed rows, read as config.pooling says."""
+        is_cls = (patch_positions == 0) & (sample_ids >= 0)
+        if self.config.pooling == "cls":
+            return per_token[is_cls]
+        is_iq = (patch_positions >= self.config.num_special) & (sample_ids >= 0)
+        owner = (is_cls.flatten().cumsum(0) - 1)[is_iq.flatten()]  # a signal's tokens follow its cls token
+        total = per_token.new_zeros(int(is_cls.sum()), *per_token.shape[2:]).index_add(0, owner, per_token[is_iq])
+        return total / owner.bincount(minlength=len(total)).reshape(-1, *[1] * (total.dim() - 1))
+
+    def read_out(self, per_token, labels, patch_positions, sample_ids):
+        """per_token as it is when labels are per token, (B, M) or (B, M, 1), as upstream; else per signal."""
+        return per_token if labels.shape[:2] == per_token.shape[:2] else self.per_signal(per_token, patch_positions, sample_ids)
 
     def forward(
         self,
@@ -267,7 +274,7 @@ class SiTMAEHeadModel(SiTMAEPreTrainedModel):
 class SiTMAEForClassification(SiTMAEHeadModel):
     """One linear head.
 
-    labels: one per signal (S,) in the order of the packed rows, read at each cls token, or one per token (B, M) as upstream; multi-label
+    labels: one per signal (S,) in the order of the packed rows, read by config.pooling, or one per token (B, M) as upstream; multi-label
     and regression targets have a last axis of num_labels. logits: (B, M, num_labels) always.
     """
 
@@ -281,7 +288,7 @@ class SiTMAEForClassification(SiTMAEHeadModel):
         return self.classifier(hidden_states)
 
     def cost(self, logits, labels, patch_positions, sample_ids):
-        read = read_out(logits, labels, patch_positions, sample_ids)
+        read = self.read_out(logits, labels, patch_positions, sample_ids)
         guessed = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
         kind = self.config.problem_type or ("regression" if self.config.num_labels == 1 else guessed)
         if kind == "regression":
@@ -317,7 +324,7 @@ class SiTForMultiTask(SiTMAEHeadModel):
 
     def cost(self, logits, labels, patch_positions, sample_ids):
         losses = {
-            name: self.task_loss(name, read_out(logits[name], target, patch_positions, sample_ids), target)
+            name: self.task_loss(name, self.read_out(logits[name], target, patch_positions, sample_ids), target)
             for name, target in labels.items()
         }
         weights = {name: float((self.config.label_weights or {}).get(name, 1.0)) for name in labels}
