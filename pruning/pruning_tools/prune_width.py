@@ -84,13 +84,12 @@ def calibration_batch(model, prompts):
 @torch.no_grad()
 def prune_width(model, prompts, mlp_ratio: float, kv_ratio: float) -> dict:
     """Cut `model` in place; returns {"mlp": kept neurons of each layer, "kv": kept key-value heads of each layer}."""
-    layers = decoder_layers(model)
+    parts = [llama_parts(layer) for layer in decoder_layers(model)]
     config = plain(model).config
     heads, kv_heads, head_dim = head_counts(model)
-    neurons = layers[0].mlp.down_proj.in_features if hasattr(layers[0], "mlp") and hasattr(layers[0].mlp, "down_proj") else 0
+    neurons = parts[0][1].down_proj.in_features
     watched = {}
-    for i, layer in enumerate(layers):
-        attention, mlp = llama_parts(layer)
+    for i, (attention, mlp) in enumerate(parts):
         watched |= {(i, "mlp"): mlp.down_proj, (i, "kv"): attention.o_proj}
     batch, real = calibration_batch(model, prompts)
     with input_norms(watched, real, power=1) as sums:
@@ -100,8 +99,7 @@ def prune_width(model, prompts, mlp_ratio: float, kv_ratio: float) -> dict:
         raise UserError(f"--mlp-ratio {mlp_ratio} --kv-ratio {kv_ratio}: nothing would be left of {neurons} neurons or "
                         f"{kv_heads} key-value heads")
     chosen = defaultdict(list)
-    for i, layer in enumerate(layers):
-        attention, mlp = llama_parts(layer)
+    for i, (attention, mlp) in enumerate(parts):
         score = sums[i, "mlp"] * mlp.down_proj.weight.float().norm(dim=0)
         keep = score.topk(kept_neurons).indices.sort().values
         for linear in (mlp.gate_proj, mlp.up_proj):
