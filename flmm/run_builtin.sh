@@ -25,10 +25,10 @@ one_seed() {
   for control in "" "-random"; do   # the same head, data and steps on the pre-trained and on a random base
     local random=(); if [ -n "$control" ]; then random=(--random-base "$((seed + 100))"); fi
     local cache=$OUT/cache-$BASE-$seed$control; rm -rf "$cache"
-    launch "$P/train.py" --config "$CONFIG" --set base.family="$BASE" "$SAM" optim.coarse_first=$COARSE --base-path "$base" "${random[@]}" \
+    launch "$P/train.py" --config "$CONFIG" --set base.family="$BASE" "$SAM" optim.coarse_first=$COARSE --base-path "$base" ${random[@]+"${random[@]}"} \
       --data "$DATA" --cache-attention "$cache" --out "$OUT/head-$BASE-$seed$control" --seed "$seed" --batch-size 8 --max-steps $HEAD_STEPS --overwrite
     rm -rf "$cache"
-    launch "$P/test.py" --config "$CONFIG" --set base.family="$BASE" "$SAM" --base-path "$base" "${random[@]}" \
+    launch "$P/test.py" --config "$CONFIG" --set base.family="$BASE" "$SAM" --base-path "$base" ${random[@]+"${random[@]}"} \
       --data "$DATA" --head "$OUT/head-$BASE-$seed$control/head.safetensors" --controls --batch-size 8 \
       --out "$OUT/test-$BASE-$seed$control" --overwrite
   done
@@ -53,17 +53,25 @@ launch "$P/scripts/train_keyword_selector.py" --config "$CONFIG" "${first[@]}" -
 launch "$P/report.py" --runs "$RUNS" --base "$BASE" --seeds $SEEDS
 
 if [ -d "${DATA_ROOT:-/nowhere}/grounding" ]; then
-  PHOTOS=$DATA_ROOT/grounding EIGHT='[{type: phrases, folder: train_instances, limit: 8, captions: 1}]'
-  CONFIG="$P/configs/tiny/photos.yaml" STEPS=150 FIT_STEPS=250
-  limit=()
+  PHOTOS=$DATA_ROOT/grounding CONFIG="$P/configs/tiny/photos.yaml" STEPS=150 FIT_STEPS=250 train="" held="" eight="" limit=()
+  for file in "$PHOTOS"/*/annotations.json; do   # folders named train* are learned from, the others scored
+    name=$(basename "$(dirname "$file")")
+    case $name in train*) train+="{type: phrases, folder: $name}, " ;; *) held+="{type: phrases, folder: $name}, " ;; esac
+    eight=${eight:-"[{type: phrases, folder: $name, limit: 8, captions: 1}]"}
+  done
   if [ -n "${SMOKE:-}" ]; then STEPS=3 FIT_STEPS=3 limit=(--limit 6); fi
-  launch "$P/train.py" --config "$CONFIG" "${first[@]}" --data "$PHOTOS" --out "$OUT/head-photos" --max-steps $STEPS --overwrite
-  launch "$P/test.py" --config "$CONFIG" "${first[@]}" --data "$PHOTOS" --head "$OUT/head-photos/head.safetensors" --controls "${limit[@]}" \
-    --out "$OUT/test-photos" --overwrite
-  launch "$P/train.py" --config "$CONFIG" "${first[@]}" unet.upsample_input=64 "data.train=$EIGHT" --data "$PHOTOS" --out "$OUT/head-photos-overfit" \
+  if [ -n "$train" ]; then
+    launch "$P/train.py" --config "$CONFIG" "${first[@]}" "data.train=[$train]" --data "$PHOTOS" --out "$OUT/head-photos" --max-steps $STEPS --overwrite
+  elif [ ! -f "$OUT/head-photos/head.safetensors" ]; then
+    env_fail "$PHOTOS: no folder train* to learn from, and no head of an earlier run in $OUT/head-photos; train on photographs first"
+  fi
+  launch "$P/test.py" --config "$CONFIG" "${first[@]}" "data.train=[${train:-$held}]" "data.test=[${held:-$train}]" --data "$PHOTOS" \
+    --head "$OUT/head-photos/head.safetensors" --controls ${limit[@]+"${limit[@]}"} --out "$OUT/test-photos" --overwrite
+  first+=(unet.upsample_input=64 "data.train=$eight" "data.test=$eight")
+  launch "$P/train.py" --config "$CONFIG" "${first[@]}" --data "$PHOTOS" --out "$OUT/head-photos-overfit" \
     --max-steps $FIT_STEPS --cache-attention "$OUT/cache" --targets original --overwrite
   rm -rf "$OUT/cache"
-  launch "$P/test.py" --config "$CONFIG" "${first[@]}" unet.upsample_input=64 "data.train=$EIGHT" "data.test=$EIGHT" --data "$PHOTOS" \
-    --head "$OUT/head-photos-overfit/head.safetensors" --controls --out "$OUT/test-photos-overfit" --overwrite
+  launch "$P/test.py" --config "$CONFIG" "${first[@]}" --data "$PHOTOS" --head "$OUT/head-photos-overfit/head.safetensors" --controls \
+    --out "$OUT/test-photos-overfit" --overwrite
   launch "$P/report.py" --runs "$RUNS" --photos
 fi
