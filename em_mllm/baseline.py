@@ -63,7 +63,7 @@ class SignalCNN(nn.Module):
 
 
 def train_cnn(data, classes, steps, batch_size, lr, accelerator, seed=0):
-    """data: items {"iq", "label"}. Returns the trained network in eval mode."""
+    """data: SignalDataset with labels, or a Subset of one. Returns the trained network in eval mode."""
     torch.manual_seed(seed)
     model = SignalCNN(classes)
     loader = DataLoader(
@@ -79,8 +79,7 @@ def train_cnn(data, classes, steps, batch_size, lr, accelerator, seed=0):
     step, epoch = 0, 0
     while step < steps:
         loader.set_epoch(epoch)
-        if hasattr(data, "set_epoch"):
-            data.set_epoch(epoch)
+        getattr(data, "dataset", data).set_epoch(epoch)  # of a Subset, its data set
         for iq, label in loader:
             set_lr(optimizers, lr_at(step, steps, 0.05))
             accelerator.backward(F.cross_entropy(model(iq), label))

@@ -207,6 +207,7 @@ class QuestionDataset(Dataset):
     questions_per_signal: 0 makes every question an item; n > 0 makes every signal an item, with n of its questions drawn anew each
     epoch and the signal encoded once for all of them.
     An item is {"iq": [(T, 2) ...], "fs": [...], "texts": [(ids, prompt length) ...], "rows": [...]}.
+    roll: turn every signal by a random number of points, anew each epoch; for captures that begin anywhere.
     Everything is checked here, before anything is written: `skip_bad` leaves out what is wrong and counts it in `skipped`.
     """
 
@@ -222,11 +223,13 @@ class QuestionDataset(Dataset):
         skip_bad=False,
         noise_db=None,
         shift_hz=0.0,
+        roll=False,
         default_fs=DEFAULT_FS,
         limit=0,
     ):
         self.tokenizer, self.chat, self.with_answers, self.seed, self.epoch = tokenizer, chat, with_answers, seed, 0
-        self.noise_db, self.shift_hz, self.questions_per_signal, self.default_fs = noise_db, shift_hz, questions_per_signal, default_fs
+        self.noise_db, self.shift_hz, self.roll = noise_db, shift_hz, roll
+        self.questions_per_signal, self.default_fs = questions_per_signal, default_fs
         self.files, self.tasks, self.skipped = [], [], {}
         known, records, self.file_of, self.task_of, signals = {}, [], [], [], []
         for h5, path in pairs:
@@ -304,6 +307,8 @@ class QuestionDataset(Dataset):
         signals = [file.read(k) for k in (index if isinstance(index, list) else [index])]
         if self.noise_db is not None or self.shift_hz:
             signals = [augment(x, file.fs, rng, self.noise_db, self.shift_hz) for x in signals]
+        if self.roll:
+            signals = [np.roll(x, int(rng.integers(len(x))), 0) for x in signals]
         return {
             "iq": [scale_to_peak(x) for x in signals],
             "fs": [file.fs] * len(signals),
@@ -367,11 +372,12 @@ class SignalDataset(Dataset):
     """Labelled (or unlabelled) signals of several .h5 files for the encoder alone.
 
     columns: which per-signal values to give with each signal ("label", "snr", "pri", ...). Item: {"iq" (T, 2), "fs", "index", columns}.
+    roll: as in QuestionDataset.
     """
 
-    def __init__(self, paths, columns=(), skip_bad=False, seed=0, noise_db=None, shift_hz=0.0, default_fs=DEFAULT_FS):
+    def __init__(self, paths, columns=(), skip_bad=False, seed=0, noise_db=None, shift_hz=0.0, roll=False, default_fs=DEFAULT_FS):
         self.files = [SignalFile(p, default_fs) for p in paths]
-        self.seed, self.epoch, self.noise_db, self.shift_hz, self.skipped = seed, 0, noise_db, shift_hz, {}
+        self.seed, self.epoch, self.noise_db, self.shift_hz, self.roll, self.skipped = seed, 0, noise_db, shift_hz, roll, {}
         owner, index = [], []
         for f, file in enumerate(self.files):
             bad = file.bad_signals()
@@ -401,8 +407,11 @@ class SignalDataset(Dataset):
     def __getitem__(self, i):
         file = self.files[self.owner[i]]
         iq = file.read(self.index[i])
+        rng = np.random.default_rng((self.seed, self.epoch, i))
         if self.noise_db is not None or self.shift_hz:
-            iq = augment(iq, file.fs, np.random.default_rng((self.seed, self.epoch, i)), self.noise_db, self.shift_hz)
+            iq = augment(iq, file.fs, rng, self.noise_db, self.shift_hz)
+        if self.roll:
+            iq = np.roll(iq, int(rng.integers(len(iq))), 0)
         return {"iq": scale_to_peak(iq), "fs": file.fs, "index": i, **{k: v[i] for k, v in self.columns.items()}}
 
 

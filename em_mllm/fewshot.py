@@ -98,6 +98,7 @@ def fit(encoder_path, pretrained: bool, seed, data, rows, classes, steps, lr, de
     collate, rng = SignalCollator(model.config), np.random.default_rng(seed)
     optimizers = make_optimizers(model, "muon", lr, 0.05)
     for step in range(steps):
+        data.set_epoch(step)  # what it draws at random, it draws anew
         batch = collate([data[i] for i in rng.choice(rows, min(batch_size, len(rows)), replace=False)])
         set_lr(optimizers, lr_at(step, steps, 0.1))
         model(**encoder_inputs(batch, device), labels=batch["label"].long().to(device)).loss.backward()
@@ -109,13 +110,20 @@ def fit(encoder_path, pretrained: bool, seed, data, rows, classes, steps, lr, de
 
 
 @torch.no_grad()
-def classify(model, data, batch_size=64) -> np.ndarray:
-    """Predicted class of every signal."""
-    classes = []
-    for batch in DataLoader(data, batch_size, collate_fn=SignalCollator(model.config)):
-        inputs = encoder_inputs(batch, model.device)
-        read = model.per_signal(model(**inputs).logits, inputs["patch_positions"], inputs["sample_ids_seq"])
-        classes.append(read.argmax(-1).cpu())
+def classify(model, data, shifts=1, batch_size=64) -> np.ndarray:
+    """Predicted class of every signal.
+
+    shifts: the logits are means over this many circular shifts of the signal inside a patch. Captures begin anywhere, and the grid of
+    patches, unlike a convolution, does not move with them.
+    """
+    collate, patch, classes = SignalCollator(model.config), model.config.patch_size[0], []
+    for start in range(0, len(data), batch_size):
+        items, logits = [data[i] for i in range(start, min(start + batch_size, len(data)))], 0.0
+        for k in range(shifts):
+            batch = collate([{**item, "iq": np.roll(item["iq"], k * patch // shifts, 0)} for item in items])
+            inputs = encoder_inputs(batch, model.device)
+            logits = logits + model.per_signal(model(**inputs).logits, inputs["patch_positions"], inputs["sample_ids_seq"])
+        classes.append(logits.argmax(-1).cpu())
     return torch.cat(classes).numpy()
 
 

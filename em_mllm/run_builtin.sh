@@ -8,7 +8,7 @@ HERE=$ROOT/em_mllm BASE=$ROOT/data/em_mllm RUN=$RUNS/em_mllm
 if [ -n "${SMOKE:-}" ]; then
   BASE=$BASE/smoke SIZE="--train 40 --val 5 --test 5" MAE=8 LABELS=8 WARM=20 ALIGN=6 JOINT=6 CNN=10 SHOTS="1 5" STUDY=4 COPIES=2 REAL_MAE=4
 else
-  SIZE="" MAE=400 LABELS=800 WARM=800 ALIGN=100 JOINT=250 CNN=300 SHOTS="1 5 10 50 100" STUDY=300 COPIES=20 REAL_MAE=200
+  SIZE="" MAE=400 LABELS=800 WARM=800 ALIGN=100 JOINT=250 CNN=300 SHOTS="1 5 10 50 100" STUDY=450 COPIES=20 REAL_MAE=200
 fi
 encoder=(--preset tiny --optimizer muon --lr 2e-3 --mask-ratio 0.5 --spectrum-weight 0.5 --batch-size 32 --log-every 100 --overwrite)
 joint=(--signal-tokens 8 --optimizer muon --weight-decay 0.05 --warmup 0.03 --schedule cosine --batch-size 32 --questions-per-signal 2
@@ -66,7 +66,7 @@ real() {
   "$PYTHON" "$HERE/make_llm.py" --out "$BASE/llm_rtl433" --tasks "$data/tasks.json" --steps $WARM --overwrite
   step "joint training on questions about device, coding and keying"
   files "$data/train"
-  join "$RUN/rtl433_joint" 0 "$RUN/rtl433/encoder" "$BASE/llm_rtl433" --task-files "${pairs[@]}"
+  join "$RUN/rtl433_joint" 0 "$RUN/rtl433/encoder" "$BASE/llm_rtl433" --task-files "${pairs[@]}" --roll
   for condition in clean 10dB 0dB -10dB clean_shift; do
     files "$data/test/$condition"
     launch "$HERE/test.py" --model "$RUN/rtl433_joint/model" --task-files "${pairs[@]}" --wrong-signal --out "$RUN/rtl433_joint/test_$condition"

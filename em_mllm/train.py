@@ -49,6 +49,7 @@ def parse_args():
         "--noise-db", type=float, nargs=2, metavar=("LOW", "HIGH"), help="add white noise at a random SNR of this range (default: none)"
     )
     data.add_argument("--shift-hz", type=float, default=0.0, help="shift each signal in frequency by up to this (default 0)")
+    data.add_argument("--roll", action="store_true", help="turn each signal by a random number of points; for captures that begin anywhere")
     data.add_argument("--fs", type=float, default=DEFAULT_FS, help="sampling rate in Hz where the .h5 has no attribute fs (default 20e6)")
     data.add_argument("--skip-bad", action="store_true", help="leave out and count unusable questions and signals instead of stopping")
     data.add_argument("--workers", type=int, default=0, help="loader processes (default 0)")
@@ -125,6 +126,7 @@ def make_data(args, tokenizer, chat):
         seed=args.seed,
         noise_db=args.noise_db,
         shift_hz=args.shift_hz,
+        roll=args.roll,
         **common,
     )
     if args.val_dir:

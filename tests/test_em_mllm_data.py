@@ -213,6 +213,21 @@ def test_added_noise_has_the_stated_level():
     assert 10 * np.log10(np.abs(z.mean()) ** 2 / np.var(z)) == pytest.approx(3, abs=0.2)
 
 
+def test_rolled_signals_are_the_same_signal_begun_elsewhere_anew_each_epoch(tmp_path, tokenizer):
+    pairs = write_pair(tmp_path, 4, 64)
+    plain, rolled = SignalDataset([pairs[0][0]]), SignalDataset([pairs[0][0]], seed=3, roll=True)
+    questions = QuestionDataset(pairs, tokenizer, seed=3, roll=True)
+    for seen in (lambda i: rolled[i]["iq"], lambda i: questions[i]["iq"][0]):
+        shifts = []
+        for epoch in range(4):
+            rolled.set_epoch(epoch), questions.set_epoch(epoch)
+            for i in range(4):
+                fits = [k for k in range(64) if np.array_equal(np.roll(plain[i]["iq"], k, 0), seen(i))]
+                assert len(fits) == 1
+                shifts += fits
+        assert len(set(shifts)) > 8
+
+
 def test_make_data_writes_the_seeds_pair_and_equal_bytes_for_equal_seeds(tmp_path):
     from argparse import Namespace
 

@@ -363,7 +363,7 @@ def test_study_of_real_captures_from_files_to_questions(home, tmp_path):
     levels = ["clean", *(f"{n}dB" for n in (20, 10, 5, 0, -5, -10))]
     assert {p.name for p in (tmp_path / "data/test").iterdir()} == {f"{k}{s}" for k in levels for s in ("", "_shift")}
     study = [EM / "rtl433.py", "--captures", *captures, "--data", tmp_path / "data", "--signal-encoder-path", home / "mae/encoder"]
-    inside(*study, "--steps", 2, "--seeds", 2, "--out", tmp_path / "study")
+    inside(*study, "--steps", 4, "--seeds", 2, "--out", tmp_path / "study")
     metrics = json.loads((tmp_path / "study/metrics.json").read_text())
     assert metrics["count"] == 12 and metrics["chance"] == pytest.approx(1 / 12)
     assert metrics["conditions"]["pulse lengths, clean training"]["clean"] > 0.5
