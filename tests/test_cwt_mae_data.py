@@ -236,6 +236,8 @@ def test_a_beat_comes_with_the_rhythm_around_it_and_what_is_usual_in_its_record(
     odd = task.items["label"][5:15] == 2
     assert close[odd].max() < 0.3 < 0.8 < close[~odd].min()  # the rare shape is not the usual one
     assert np.corrcoef(usual_of(lambda x, real: x, store, task, 100, at_most=20)[0], usual)[0, 1] > 0.95
+    windows = np.stack([dataset[i]["x"] for i in range(len(task.items))])
+    assert np.allclose(usual, np.sort(windows, 0)[(len(windows) - 1) // 2])  # the median: what is rare moves a mean
 
 
 def test_simulated_fibrillation_changes_the_rhythm_of_all_but_s(tmp_path, prepare):
