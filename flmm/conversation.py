@@ -20,7 +20,7 @@ from common.weights import read_weights
 from flmm.build import build_base, build_head, build_sam
 from flmm.data.samples import SampleBuilder, caption_of_phrases, encode_rle
 from flmm.data.transforms import to_rgb
-from flmm.evaluation import binary_masks
+from flmm.evaluation import binary_masks, final_logits
 from flmm.models.flmm import extract
 from flmm.models.mask_head.mask_refiner import mask_to_box
 
@@ -130,9 +130,8 @@ class Grounder:
         """Result for a sample whose mask_ids name the phrases `texts`."""
         [feature] = extract(self.base, self.sam_encoder and self._encode, [sample])
         [output] = self.head([feature])
-        final = output["pred_masks"] if output["sam_pred_masks"] is None else output["sam_pred_masks"]
         size = (image.height, image.width)
-        masks = binary_masks(final, size).cpu()
+        masks = binary_masks(final_logits(output), size).cpu()
         coarse = binary_masks(output["pred_masks"], size).cpu()
         return {"phrases": texts, "masks": masks.numpy(), "coarse_masks": coarse.numpy(),
                 "boxes": [mask_to_box(m) if m.any() else None for m in masks],   # x0, y0, x1, y1 in pixels; None: nothing found

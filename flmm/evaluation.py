@@ -12,16 +12,20 @@ def binary_masks(logits, size):
     return F.interpolate(logits.float().sigmoid()[None], size=tuple(size), mode="bilinear")[0] > 0.5
 
 
+def final_logits(output):
+    """SAM's masks, or the coarse ones where there is no SAM."""
+    return output["pred_masks"] if output["sam_pred_masks"] is None else output["sam_pred_masks"]
+
+
 def phrase_rows(output, gt_masks, ignore=None):
     """One row per phrase: IoU, intersection and union of the final mask (SAM's where there is one) and of the coarse one.
 
     ignore: (H, W) bool pixels that count for nothing (ReasonSeg).
     """
     gt = gt_masks.bool().cpu()
-    masks = {"_coarse": output["pred_masks"], "": output["sam_pred_masks"]}
     rows = [{"score": float(s)} for s in output["scores"]]
-    for suffix, logits in masks.items():
-        pred = binary_masks(output["pred_masks"] if logits is None else logits, gt.shape[1:]).cpu()
+    for suffix, logits in (("_coarse", output["pred_masks"]), ("", final_logits(output))):
+        pred = binary_masks(logits, gt.shape[1:]).cpu()
         if ignore is not None:
             pred &= ~torch.as_tensor(ignore)
         inter, union, iou = mask_iou(pred, gt)
@@ -46,13 +50,18 @@ def trivial_controls(gt_masks, rows):
 
 
 def other_phrase(output, gt_masks, rows):
-    """Adds iou_other and iou_other_coarse: the mask of the picture's next phrase scored against this phrase's object (n > 1)."""
+    """What the words decide, for pictures of several phrases.
+
+    Adds iou_other and iou_other_coarse: the mask of the picture's next phrase scored against this phrase's object;
+    alike: IoU of this phrase's mask and the next one's; all_objects: IoU of this phrase's mask and all objects together.
+    """
     if len(gt_masks) > 1:
-        final = output["pred_masks"] if output["sam_pred_masks"] is None else output["sam_pred_masks"]
-        for name, logits in (("other", final), ("other_coarse", output["pred_masks"])):
-            pred = binary_masks(logits, gt_masks.shape[1:]).cpu().roll(-1, 0)
-            for row, iou in zip(rows, mask_iou(pred, gt_masks.bool())[2]):
-                row[f"iou_{name}"] = float(iou)
+        gt = gt_masks.bool()
+        masks, coarse = (binary_masks(logits, gt.shape[1:]).cpu() for logits in (final_logits(output), output["pred_masks"]))
+        for name, pred, target in (("iou_other", masks.roll(-1, 0), gt), ("iou_other_coarse", coarse.roll(-1, 0), gt),
+                                   ("alike", masks.roll(-1, 0), masks), ("all_objects", masks, gt.any(0).expand_as(gt))):
+            for row, iou in zip(rows, mask_iou(pred, target)[2]):
+                row[name] = float(iou)
 
 
 class RawMaps:
@@ -100,7 +109,7 @@ def summarise(rows):
         return sum(values) / len(values) if values else None
 
     out = {"phrases": len(rows), "mIoU": mean("iou"), "mIoU_coarse": mean("iou_coarse"), "pixel_accuracy": mean("accuracy"),
-           "score": mean("score")}
+           "score": mean("score"), "alike": mean("alike"), "all_objects": mean("all_objects")}
     for suffix in ("", "_coarse"):
         scores = referring_scores([r[f"inter{suffix}"] for r in rows], [r[f"union{suffix}"] for r in rows])
         out |= {f"{k}{suffix}": v for k, v in scores.items()}

@@ -32,7 +32,7 @@ from flmm.build import add_config_arguments, build_base, build_dataset, build_he
 from flmm.conversation import answer_then_ground
 from flmm.data.samples import SampleBuilder, encode_rle
 from flmm.draw import labelled_strip, save_image
-from flmm.evaluation import RawMaps, binary_masks, other_phrase, phrase_rows, summarise, trivial_controls
+from flmm.evaluation import RawMaps, binary_masks, final_logits, other_phrase, phrase_rows, summarise, trivial_controls
 from flmm.models.flmm import extract
 
 
@@ -63,8 +63,7 @@ def score(samples, features, outputs, controls, raw):
     for sample, feature, output in zip(samples, features, outputs):
         gt = sample["gt_masks"]
         new = phrase_rows(output, gt, sample.get("ignore"))
-        final = output["pred_masks"] if output["sam_pred_masks"] is None else output["sam_pred_masks"]
-        masks = binary_masks(final, gt.shape[1:]).cpu().numpy()
+        masks = binary_masks(final_logits(output), gt.shape[1:]).cpu().numpy()
         for row, info, mask in zip(new, sample["mask_infos"], masks):
             row.update(file=sample["file_name"], phrase=info["text"].strip(), plural=info["plural"], isthing=info["isthing"],
                        rle=encode_rle(mask))

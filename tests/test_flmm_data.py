@@ -21,7 +21,7 @@ from flmm.data.refcoco import RefCOCODataset, read_refs
 from flmm.data.samples import SampleBuilder, decode_segmentation, encode_rle
 from flmm.data.scenes import make_scene
 from flmm.data.transforms import DeepseekImageProcessor, load_image
-from flmm.evaluation import RawMaps, phrase_rows, summarise, trivial_controls
+from flmm.evaluation import RawMaps, other_phrase, phrase_rows, summarise, trivial_controls
 from flmm.make_data import main as make_data
 from flmm.metrics import average_recall, mask_iou
 from flmm.models.flmm import extract
@@ -207,11 +207,34 @@ def test_paths_do_not_leave_the_data_root(built_in):
 
 
 @pytest.mark.parametrize(
-    "override,reason", [("nonsense", "part.name=value"), ("bass.path=x", "part.name=value"), ("data.train=[{type: gif}]", "type is 'gif'")]
+    "override,reason",
+    [
+        ("nonsense", "part.name=value"),
+        ("bass.path=x", "part.name=value"),
+        ("data.train=[{type: gif}]", "type is 'gif'"),
+        ("data.train=[{typ: png}]", r"data.train: \[0\] has no field 'type'"),
+        ("data.train=", "names no data for 'train'"),
+        ("optim.lr=fast", "optim.lr is text, expected a number"),
+        ("optim.rate=1", "optim has no value 'rate'; expected lr, epochs"),
+        ("unet.base_channels=[", "base_channels=.*: not a readable value"),
+    ],
 )
 def test_wrong_overrides_are_named(built_in, override, reason):
     with pytest.raises(UserError, match=reason):
         build_dataset(read_config(CONFIG, [override]), "train", built_in, None)
+
+
+def test_a_number_without_a_dot_is_a_number_and_a_file_that_includes_itself_is_refused(tmp_path):
+    assert read_config(CONFIG, ["optim.lr=2e-4", "base.question=e2"])["optim"]["lr"] == 2e-4
+    (tmp_path / "loop.yaml").write_text("include: loop.yaml")
+    with pytest.raises(UserError, match="loop.yaml: not a readable configuration"):
+        read_config(tmp_path / "loop.yaml")
+
+
+@pytest.mark.parametrize("option", ["template", "merge", "attention"])
+def test_an_unknown_way_to_read_a_base_is_named(base, option):
+    with pytest.raises(UserError, match=f"base.{option} is 'other', expected one of"):
+        FAMILIES["llava"](base.model, **{"template": "plain", option: "other"})
 
 
 def test_every_published_configuration_reads_and_names_a_known_family():
@@ -314,7 +337,12 @@ def test_a_perfect_prediction_scores_one_and_controls_what_they_should():
     output = {"pred_masks": gt * 20 - 10, "sam_pred_masks": None, "scores": torch.ones(2)}
     rows = phrase_rows(output, gt)
     trivial_controls(gt, rows)
+    other_phrase(output, gt, rows)
     scores = summarise(rows)
+    assert scores["alike"] == 0 and scores["all_objects"] == 0.5  # another mask for every phrase
+    blind, both = [{}, {}], {**output, "pred_masks": gt.amax(0).expand(2, 8, 8) * 20 - 10}
+    other_phrase(both, gt, blind)
+    assert all(row == {"iou_other": 0.5, "iou_other_coarse": 0.5, "alike": 1, "all_objects": 1} for row in blind)
     assert scores["mIoU"] == scores["cIoU"] == scores["precision@0.9"] == 1
     assert scores["controls"]["whole"] == scores["controls"]["union"] == 0.5
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -136,10 +137,13 @@ def test_a_head_is_trained_from_the_cache_scored_and_used(world, tmp_path):
     head = tmp_path / "run/head.safetensors"
     out = train(world, tmp_path / "run", "--max-steps", 2, "--batch-size", 4, "--cache-attention", tmp_path / "cache")
     assert "base: cached features" in out and "val_miou" in out
+    shutil.rmtree(tmp_path / "cache/val")  # as if the first run had been cut short: only what is missing is written
+    written = (tmp_path / "cache/train/features-00000.h5").stat().st_mtime_ns
     again = train(
         world, tmp_path / "again", "--max-steps", 2, "--batch-size", 4, "--cache-attention", tmp_path / "cache", "--targets", "original"
-    )  # the base is not even loaded
-    assert "base: cached features" in again
+    )
+    assert "base: cached features" in again and "val_miou" in again
+    assert (tmp_path / "cache/train/features-00000.h5").stat().st_mtime_ns == written
     scoring = [ROOT / "flmm/test.py", "--config", CONFIG, "--data", world / "data", "--base-path", world / "llava", "--head", head,
                "--set", f"sam.path={world / 'sam'}", "unet.base_channels=4", "--controls", "--pictures", 2]  # fmt: skip
     text = call(*scoring, "--out", tmp_path / "test")
