@@ -33,12 +33,12 @@ def parse_args():
     parser.add_argument(
         "--test", type=Path, required=True, help="folder of x.h5 (and x.json for the four-choice score) with the same names"
     )
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="folder for metrics.json")
     parser.add_argument("--steps", type=int, default=400, help="training steps per task (default 400)")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--overwrite", action="store_true")
+    parser.add_argument("--batch-size", type=int, default=64, help="signals per step (default 64)")
+    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate (default 3e-3)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default 0)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in --out")
     return parser.parse_args()
 
 

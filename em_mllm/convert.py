@@ -61,9 +61,9 @@ NOISE_DB = (20, 10, 5, 0, -5, -10)
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", choices=("radioml2016", "radioml2018", "rtl433"))
+    parser.add_argument("source", choices=("radioml2016", "radioml2018", "rtl433"), help="where the files come from")
     parser.add_argument("files", type=Path, nargs="+", help="the file of the data set; for rtl433 the training and the test file")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; must be empty or absent")
     parser.add_argument("--per-cell", type=int, default=1000, help="radioml: most signals of each (class, SNR) cell (default 1000)")
     parser.add_argument(
         "--fs", type=float, default=1e6, help="radioml: nominal sampling rate in Hz, which the files do not hold (default 1e6)"
@@ -76,7 +76,7 @@ def parse_args():
         default="polar",
         help="rtl433: magnitude and frequency, or I and Q, averaged over 8 samples (default polar)",
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default 0)")
     return parser.parse_args()
 
 

@@ -42,7 +42,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", type=Path, help=".h5 with label")
     parser.add_argument("--test", type=Path, required=True, help=".h5 with label")
-    parser.add_argument("--signal-encoder-path", type=Path, required=True)
+    parser.add_argument("--signal-encoder-path", type=Path, required=True, help="encoder folder or weight file")
     parser.add_argument("--shots", type=int, nargs="+", default=[1, 5, 10, 50, 100], help="labels per class (default 1 5 10 50 100)")
     parser.add_argument("--draws", type=int, default=3, help="repetitions with other shots (default 3)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["probe", "cnn"], help="default probe cnn; finetune takes longest")
@@ -50,8 +50,8 @@ def parse_args():
     parser.add_argument("--finetune-lr", type=float, default=5e-4, help="peak rate of finetune (default 5e-4)")
     parser.add_argument("--embed", type=Path, help="write cls, mean and spread vectors of --test to this .h5 and stop")
     parser.add_argument("--out", type=Path, help="folder for metrics and the curve")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--overwrite", action="store_true")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default 0)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in --out")
     return parser.parse_args()
 
 

@@ -45,21 +45,26 @@ def parse_args():
         "--noise-db", type=float, nargs=2, metavar=("LOW", "HIGH"), help="add white noise at a random SNR of this range in training"
     )
     parser.add_argument("--shift-hz", type=float, default=0.0, help="shift in frequency by up to this in training (default 0)")
-    parser.add_argument("--skip-bad", action="store_true")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out signals with nan, inf or only zeros instead of stopping")
     parser.add_argument("--steps", type=int, default=500, help="optimizer steps (default 500)")
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=32, help="signals per process and batch (default 32)")
     parser.add_argument("--accum", type=int, default=1, help="batches per optimizer step (default 1)")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default 1e-3)")
-    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
-    parser.add_argument("--weight-decay", type=float, default=0.05)
-    parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no")
-    parser.add_argument("--workers", type=int, default=0)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--log-every", type=int, default=50)
-    parser.add_argument("--save-every", type=int, default=1000)
-    parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--overwrite", action="store_true")
+    parser.add_argument(
+        "--optimizer",
+        choices=("adamw", "muon"),
+        default="adamw",
+        help="muon: orthogonalised momentum for the layers' matrices (default adamw)",
+    )
+    parser.add_argument("--weight-decay", type=float, default=0.05, help="of the matrices (default 0.05)")
+    parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no", help="autocast (default no: float32)")
+    parser.add_argument("--workers", type=int, default=0, help="loader processes (default 0)")
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, model, metrics and pictures")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default 0)")
+    parser.add_argument("--log-every", type=int, default=50, help="steps between log lines (default 50)")
+    parser.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints (default 1000)")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of --out")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in --out")
     return parser.parse_args()
 
 

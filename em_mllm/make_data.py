@@ -51,7 +51,7 @@ def parse_args():
     parser.add_argument("--choice-questions", type=int, default=2, help="four-choice questions per training signal (default 2)")
     parser.add_argument("--open-questions", type=int, default=2, help="open questions per training signal (default 2)")
     parser.add_argument("--test-answers", action=argparse.BooleanOptionalAction, default=True, help="write the answers into test/*.json")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default 0)")
     parser.add_argument("--overwrite", action="store_true", help="replace what make_data wrote before")
     return parser.parse_args()
 

@@ -38,8 +38,8 @@ def parse_args():
     parser.add_argument("--steps", type=int, default=500, help="training steps (default 500)")
     parser.add_argument("--batch-size", type=int, default=64, help="texts per step (default 64)")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default 1e-3)")
-    parser.add_argument("--hidden-size", type=int, default=96)
-    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--hidden-size", type=int, default=96, help="width of the model (default 96)")
+    parser.add_argument("--layers", type=int, default=2, help="layers of the model (default 2)")
     parser.add_argument("--slots", type=int, default=9, help="places that the class name fills where signal vectors will stand (default 9)")
     parser.add_argument(
         "--tasks",
@@ -47,8 +47,8 @@ def parse_args():
         help='JSON of other tasks to ask about: {"device": {"noun": ["设备型号", "device"], "names": ["a", "b"]}} '
         "(default: the built-in ones)",
     )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--overwrite", action="store_true")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default 0)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the model in --out")
     return parser.parse_args()
 
 

@@ -85,20 +85,20 @@ def parse_args():
     optim.add_argument("--max-steps", type=int, default=10000, help="optimizer steps (default 10000)")
     optim.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default 1e-3)")
     optim.add_argument("--warmup", type=float, default=0.05, help="share of the steps that the rate rises over (default 0.05)")
-    optim.add_argument("--weight-decay", type=float, default=0.05)
+    optim.add_argument("--weight-decay", type=float, default=0.05, help="of the matrices (default 0.05)")
     optim.add_argument(
         "--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: orthogonalised momentum for the layers' matrices"
     )
     optim.add_argument("--clip", type=float, default=1.0, help="largest gradient norm (default 1)")
     optim.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no", help="autocast (default no: float32)")
-    optim.add_argument("--gradient-checkpointing", action="store_true")
+    optim.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations: less memory, a third more time")
     group = parser.add_argument_group("run")
-    group.add_argument("--out", type=Path, required=True)
-    group.add_argument("--seed", type=int, default=0)
-    group.add_argument("--log-every", type=int, default=20)
+    group.add_argument("--out", type=Path, required=True, help="folder for checkpoints, encoder, metrics and pictures")
+    group.add_argument("--seed", type=int, default=0, help="random seed (default 0)")
+    group.add_argument("--log-every", type=int, default=20, help="steps between log lines (default 20)")
     group.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints")
-    group.add_argument("--resume", action="store_true")
-    group.add_argument("--overwrite", action="store_true")
+    group.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of --out")
+    group.add_argument("--overwrite", action="store_true", help="replace an earlier run in --out")
     return parser.parse_args()
 
 

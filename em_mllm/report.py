@@ -16,7 +16,7 @@ from em_mllm.test import wilson
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("study", choices=("builtin", "real"))
+    parser.add_argument("study", choices=("builtin", "real"), help="which study run_builtin.sh ran")
     parser.add_argument("--runs", type=Path, required=True, help="the folder that holds seed-0/, seed-1/, ... or rtl433/, rtl433_joint/")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="builtin: the seeds to average over (default 0)")
     parser.add_argument("--smoke", action="store_true", help="say that the numbers mean nothing")

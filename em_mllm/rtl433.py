@@ -1,7 +1,8 @@
 """Real captures: which device, clean and in noise, with few labels and for devices never seen, beside two classical baselines.
 
     python em_mllm/convert.py rtl433 .../rtl433_train.npz .../rtl433_test.npz --out data/em_mllm/rtl433
-    python em_mllm/pretrain.py --data data/em_mllm/rtl433/train --out runs/em_mllm/rtl433_pretrain --preset tiny --patch 32 ...
+    python em_mllm/pretrain.py --data data/em_mllm/rtl433/train --out runs/em_mllm/rtl433_pretrain \\
+        --config em_mllm/rtl433_config.json --spectrum-weight 0.5 --max-steps 200 ...
     python em_mllm/rtl433.py --captures .../rtl433_train.npz .../rtl433_test.npz --data data/em_mllm/rtl433 \\
         --signal-encoder-path runs/em_mllm/rtl433_pretrain/encoder --out runs/em_mllm/rtl433
 
@@ -40,14 +41,14 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--captures", type=Path, nargs=2, required=True, metavar=("TRAIN", "TEST"), help="the two npz files")
     parser.add_argument("--data", type=Path, required=True, help="folder that convert.py rtl433 wrote")
-    parser.add_argument("--signal-encoder-path", type=Path, required=True)
+    parser.add_argument("--signal-encoder-path", type=Path, required=True, help="encoder folder or weight file")
     parser.add_argument(
         "--steps", type=int, default=450, help="training steps of encoder and CNN on all captures, a quarter of it on few (default 450)"
     )
     parser.add_argument("--seeds", type=int, default=1, help="repetitions with other seeds (default 1)")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--overwrite", action="store_true")
+    parser.add_argument("--out", type=Path, required=True, help="folder for encoder, metrics and pictures")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default 0)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in --out")
     return parser.parse_args()
 
 

@@ -54,8 +54,8 @@ def parse_args():
         "--calibrate-dir", type=Path, help="validation folder on which the confidence temperature is fitted (default: none, temperature 1)"
     )
     data.add_argument("--submission", type=Path, help="write the competition's answer file here")
-    data.add_argument("--team-name", default="team")
-    data.add_argument("--model-name", default="em_mllm")
+    data.add_argument("--team-name", default="team", help="for the answer file (default team)")
+    data.add_argument("--model-name", default="em_mllm", help="for the answer file (default em_mllm)")
     data.add_argument("--validate", type=Path, help="check an answer file against the questions and stop")
     one = parser.add_argument_group("one recording")
     one.add_argument("--iq", type=Path, help=f"a recording: {FORMATS}")

@@ -77,9 +77,9 @@ def parse_args():
     model.add_argument("--freeze-llm", action="store_true", help="train projector, IQ rows and encoder only")
     model.add_argument("--freeze-signal-encoder", action="store_true", help="leave the encoder as it is")
     model.add_argument("--use-lora", action="store_true", help="adapters on the LLM, which itself stays frozen")
-    model.add_argument("--lora-r", type=int, default=8)
-    model.add_argument("--lora-alpha", type=int, default=16)
-    model.add_argument("--lora-dropout", type=float, default=0.1)
+    model.add_argument("--lora-r", type=int, default=8, help="rank of the adapters (default 8)")
+    model.add_argument("--lora-alpha", type=int, default=16, help="their scale is alpha / r (default 16)")
+    model.add_argument("--lora-dropout", type=float, default=0.1, help="dropout before the adapters (default 0.1)")
     model.add_argument("--lora-targets", nargs="+", default=list(LORA_TARGETS), help="layers that get an adapter (default q_proj v_proj)")
     model.add_argument("--random-encoder", action="store_true", help="control: the encoder's sizes without its weights")
     model.add_argument("--legacy", action="store_true", help="the starter kit's arithmetic and labels, for those who hold its checkpoints")
@@ -94,7 +94,7 @@ def parse_args():
     optim.add_argument("--lr", type=float, default=1e-4, help="peak learning rate (default 1e-4)")
     optim.add_argument("--schedule", choices=("linear", "cosine"), default="linear", help="fall of the rate (default linear, upstream's)")
     optim.add_argument("--warmup", type=float, default=0.1, help="share of the steps that the rate rises over (default 0.1)")
-    optim.add_argument("--weight-decay", type=float, default=0.01)
+    optim.add_argument("--weight-decay", type=float, default=0.01, help="of the matrices (default 0.01)")
     optim.add_argument(
         "--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: orthogonalised momentum for the layers' matrices"
     )
@@ -109,11 +109,11 @@ def parse_args():
     optim.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations: less memory, a third more time")
     group = parser.add_argument_group("run")
     group.add_argument("--output-dir", type=Path, default=Path("output"), help="default ./output")
-    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--seed", type=int, default=0, help="random seed (default 0)")
     group.add_argument("--log-every", type=int, default=20, help="steps between log lines (default 20)")
     group.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints (default 1000)")
     group.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of --output-dir")
-    group.add_argument("--overwrite", action="store_true")
+    group.add_argument("--overwrite", action="store_true", help="replace an earlier run in --output-dir")
     return parser.parse_args()
 
 
