@@ -203,6 +203,8 @@ def main(args):
         )
     axis.axhline(1 / classes, color="0.6", ls="--", lw=1)
     axis.set(xscale="log", xlabel="labels per class", ylabel="accuracy", title=f"{args.test.stem}, {args.draws} draws; dashed: chance")
+    axis.set_xticks(shots, shots)
+    axis.minorticks_off()
     axis.legend(fontsize=8)
     save_figure(figure, out / "figures" / "fewshot.png")
     atomic_write(

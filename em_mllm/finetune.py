@@ -22,12 +22,12 @@ from torch.utils.data import DataLoader
 
 from common.checkpoint import atomic_dir, atomic_write, find_resume, load_step, save_step
 from common.errors import UserError, run
-from common.figures import new_figure, save_figure
 from common.run import Log, StopSignal, check_finite, describe, loader_worker, open_run, seed_everything
 from em_mllm.dataset import SignalCollator, SignalDataset, encoder_inputs
 from em_mllm.em_foundation.models import SiTForMultiTask, SiTMAEForClassification
 from em_mllm.em_foundation.models.configuration_em import REGRESSION_TASKS
 from em_mllm.em_foundation.utils.utils import load_encoder, read_config
+from em_mllm.figures import draw_confusion
 from em_mllm.optim import lr_at, make_optimizers, set_lr
 
 
@@ -215,17 +215,7 @@ def main(args):
         atomic_write(out / "metrics.json", json.dumps(metrics, indent=1))
         matrix = np.zeros((len(classes), len(classes)), int)
         np.add.at(matrix, (label, predicted), 1)
-        figure, axis = new_figure(width=0.34 * len(classes) + 2.5, height=0.34 * len(classes) + 2)
-        axis.imshow(matrix / matrix.sum(1, keepdims=True).clip(1), vmin=0, vmax=1)
-        axis.set_xticks(range(len(classes)), classes, rotation=90, fontsize=8)
-        axis.set_yticks(range(len(classes)), classes, fontsize=8)
-        axis.set(xlabel="predicted", ylabel="true")
-        axis.grid(False)
-        save_figure(figure, out / "figures" / "confusion.png")
-        atomic_write(
-            out / "figures" / "confusion.csv",
-            "true," + ",".join(classes) + "\n" + "".join(f"{n}," + ",".join(map(str, r)) + "\n" for n, r in zip(classes, matrix)),
-        )
+        draw_confusion(matrix, classes, "share of signals", out / "figures" / "confusion.png")
         print("\n".join(f"{k}: {v}" for k, v in metrics.items()))
     accelerator.wait_for_everyone()
     accelerator.end_training()

@@ -30,6 +30,7 @@ from common.figures import new_figure, save_figure
 from common.run import progress
 from em_mllm.dataset import DEFAULT_FS, QuestionCollator, QuestionDataset, encode_text, parse_options, read_questions, task_pairs
 from em_mllm.em_foundation.utils.utils import scale_to_peak
+from em_mllm.figures import draw_confusion
 from em_mllm.iq_io import FORMATS, read_iq, windows
 from em_mllm.model import load_model, read_notes
 
@@ -275,19 +276,7 @@ def draw(answers, metrics, folder):
     matrix = np.zeros((len(names), len(names)), int)
     for a in choice:
         matrix[names.index(a["class"]), names.index(a["options"][a["pred"]])] += 1
-    share = matrix / matrix.sum(1, keepdims=True).clip(1)
-    figure, axis = new_figure(width=0.34 * len(names) + 2.5, height=0.34 * len(names) + 2)
-    image = axis.imshow(share, vmin=0, vmax=1)
-    axis.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
-    axis.set_yticks(range(len(names)), names, fontsize=8)
-    axis.set(xlabel="chosen", ylabel="true", title="share of questions")
-    axis.grid(False)
-    figure.colorbar(image, ax=axis, shrink=0.7)
-    save_figure(figure, folder / "confusion.png")
-    atomic_write(
-        folder / "confusion.csv",
-        "true," + ",".join(names) + "\n" + "".join(f"{n}," + ",".join(map(str, row)) + "\n" for n, row in zip(names, matrix)),
-    )
+    draw_confusion(matrix, names, "share of questions", folder / "confusion.png")
 
 
 # ---- the competition's file
