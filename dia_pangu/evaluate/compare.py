@@ -45,9 +45,15 @@ def scored(folder) -> dict:
             "report": finding_scores(truth, told), "BLEU_4": float(corpus[3]), "BLEU_1": float(corpus[0])}
 
 
+def places_said(scores: dict) -> dict:
+    """{id: {finding: {side, place}}} in the words of the reports, for the findings they state."""
+    told = scores["arrays"][3]
+    return {row["ID"]: {name: said(row["Pred"], name) for name, code in zip(FINDINGS[:-1], told[i]) if code}
+            for i, row in enumerate(scores["rows"])}
+
+
 def main(args):
-    model = scored(args.model)
-    controls = {}
+    model, controls = scored(args.model), {}
     for pair in args.control:
         name, _, folder = pair.partition("=")
         if not folder:
@@ -55,14 +61,10 @@ def main(args):
         controls[name] = scored(folder)
     base = json.loads((Path(args.baselines) / "baselines.json").read_text())
     labels, status, truth, told = model["arrays"]
-    table = [("model", model["diagnosis"]["micro"]["F1"], model["diagnosis"]["macro"]["F1"], model["report"]["micro"]["F1"],
-              model["report"]["macro"]["F1"], model["BLEU_1"], model["BLEU_4"])]
-    for name, run_ in controls.items():
-        table.append((name, run_["diagnosis"]["micro"]["F1"], run_["diagnosis"]["macro"]["F1"], run_["report"]["micro"]["F1"],
-                      run_["report"]["macro"]["F1"], run_["BLEU_1"], run_["BLEU_4"]))
-    nan = float("nan")
+    table = {name: [run_[kind][mean]["F1"] for kind in ("diagnosis", "report") for mean in ("micro", "macro")]
+             + [run_["BLEU_1"], run_["BLEU_4"]] for name, run_ in {"model": model, **controls}.items()}
     for name, kinds in base.items():
-        row = [nan] * 6
+        row = table[name] = [float("nan")] * 6
         for k, kind in enumerate(("diagnosis", "report")):
             if kind in kinds:
                 row[2 * k], row[2 * k + 1] = kinds[kind]["micro"]["F1"], kinds[kind]["macro"]["F1"]
@@ -71,18 +73,20 @@ def main(args):
             rows = read_csv(file)
             corpus = bleu([words(r["Ground Truth"], "en") for r in rows], [words(r["Pred"], "en") for r in rows])[0]
             row[4], row[5] = float(corpus[0]), float(corpus[3])
-        table.append((name, *row))
-    print(f"{'':26s} diagnosis micro macro   report micro macro   BLEU-1 BLEU-4")
-    for name, *numbers in table:
-        print(f"{name:26s} " + "  ".join("    -" if np.isnan(n) else f"{n:.3f}" for n in numbers))
+    width = max(map(len, table))
+    print(f"{'':{width}s} diagnosis micro macro   report micro macro   BLEU-1 BLEU-4")
+    for name, numbers in table.items():
+        print(f"{name:{width}s} " + "  ".join("    -" if np.isnan(n) else f"{n:.3f}" for n in numbers))
     print("BLEU hardly separates a model from retrieval here, because the reports share their sentences: judge by the finding scores.")
 
     attributes = json.loads((Path(args.data) / "attributes.json").read_text())
     here = {row["ID"]: attributes[row["ID"]] for row in model["rows"]}
     mapped = {name: {f: row for f, row in found.items() if row["status"] == "1"} for name, found in model["found"].items()}
-    in_words = {row["ID"]: {f: said(row["Pred"], f) for f, code in zip(FINDINGS[:-1], told[i]) if code}
-                for i, row in enumerate(model["rows"])}
-    location = {"evidence map": location_scores(here, mapped), "report's own words": location_scores(here, in_words)}
+    location = {"evidence map": location_scores(here, mapped), "report's own words": location_scores(here, places_said(model))}
+    for name, run_ in controls.items():
+        scores = location_scores(here, places_said(run_))
+        if scores["side"]["count"] and scores["place"]["count"]:  # reports of a blank volume state none
+            location[f"words, {name}"] = scores
     for name, scores in location.items():
         print(f"{name}: side {scores['side']['share']:.3f} of {scores['side']['count']} (chance .5), place "
               f"{scores['place']['share']:.3f} of {scores['place']['count']} (chance .33)")
@@ -97,20 +101,19 @@ def main(args):
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     picture = save_figure(figure, Path(args.out) / "figures" / "findings.png")
     evidence = sorted((Path(args.model) / "evidence").glob("*.png"))[:2]
-    details = {"table": [[name, *(None if np.isnan(n) else n for n in numbers)] for name, *numbers in table], "location": location,
+    details = {"table": [[name, *(None if np.isnan(n) else n for n in numbers)] for name, numbers in table.items()], "location": location,
                "per_finding": {kind: model[kind]["per_finding"] for kind in ("diagnosis", "report")}}
     atomic_write(Path(args.out) / "figures" / "findings.json", json.dumps(details, indent=1))
 
-    rows = {name: numbers for name, *numbers in table}
-    write_result(args.out, "findings of a volume", "micro-F1", rows["model"][0],
-                 {name: row[0] for name, row in rows.items() if name != "model" and not np.isnan(row[0])},
+    write_result(args.out, "findings of a volume", "micro-F1", table["model"][0],
+                 {name: row[0] for name, row in table.items() if name != "model" and not np.isnan(row[0])},
                  bootstrap(micro_f1, labels, status), [(picture, "F1 by finding")],
                  f"{len(labels)} held-out phantoms, one seed; thresholds calibrated on validation", details)
-    write_result(args.out, "findings of the report", "micro-F1", rows["model"][2],
-                 {name: row[2] for name, row in rows.items() if name != "model" and not np.isnan(row[2])},
+    write_result(args.out, "findings of the report", "micro-F1", table["model"][2],
+                 {name: row[2] for name, row in table.items() if name != "model" and not np.isnan(row[2])},
                  bootstrap(micro_f1, truth, told), [(path, "evidence maps") for path in evidence],
                  "Read from the generated text by the rule-based labeler; BLEU-4 "
-                 f"{model['BLEU_4']:.2f} against {rows['nearest'][5]:.2f} for retrieval hardly separates")
+                 f"{model['BLEU_4']:.2f} against {table['nearest'][5]:.2f} for retrieval hardly separates")
     for what, chance in (("side", 0.5), ("place", 1 / 3)):
         write_result(args.out, f"{what} of a finding by the evidence map", "share right", location["evidence map"][what]["share"],
                      {"chance": chance, "the report's own words": location["report's own words"][what]["share"]},

@@ -98,11 +98,13 @@ def location_scores(attributes: dict, found: dict) -> dict:
     return out
 
 
-def draw_evidence(path, vision_x, maps, rows, title: str):
-    """One row of slices per shown finding: the soft-tissue window with the finding's map laid over it.
+def draw_evidence(path, vision_x, maps, rows, name: str, report: str):
+    """One row of slices per shown finding: the lung window with the finding's map laid over it, under the volume's name and report.
 
-    vision_x: (3, H, W, D); maps: (14, h, w, d); rows: [(finding, text), ...], at most five are drawn.
+    vision_x: (3, H, W, D); maps: (14, h, w, d); rows: [(finding, text), ...], at most five are drawn. A Chinese report is left to
+    the csv: matplotlib's own font has no Chinese characters.
     """
+    title = f"{name}: {report[:400]}" if language_of(report) == "en" else name
     rows = rows[:5] or [("no finding", "nothing above its threshold")]
     depth = vision_x.shape[-1]
     body = np.flatnonzero(vision_x[0].amax((0, 1)).numpy() > 0.5)

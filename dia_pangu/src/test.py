@@ -40,16 +40,17 @@ def apply_control(vision_x, control: str):
 
 
 @torch.no_grad()
-def report_batch(model, text, vision_x, thresholds, generation, preprocess: str = "windows", control: str = "none") -> dict:
+def report_batch(model, text, vision_x, thresholds, generation, preprocess: str = "windows", control: str = "none",
+                 hide_places: bool = False) -> dict:
     """Reports for volumes (B, 1, 3, H, W, D): the ViT runs once, the diagnosis goes into the prompt, the batch is generated.
 
-    With an evidence head the prompt also names side and place. Returns probability (B, 14), statuses (B, 14), maps
+    With an evidence head the prompt also names side and place, unless hide_places. Returns probability (B, 14), statuses (B, 14), maps
     (B, 14, h, w, d), places [{finding: (side, place)}], questions and reports.
     """
     vision_x = apply_control(vision_x, control)
     tokens = model.encode(vision_x)
     maps, places = locate_all(model.embedding_layer, tokens, vision_x, preprocess)
-    named = places if model.embedding_layer.evidence_head is not None else [None] * len(places)
+    named = places if model.embedding_layer.evidence_head is not None and not hide_places else [None] * len(places)
     probability = model.diagnose(tokens).float().cpu()
     statuses = (probability >= torch.tensor(thresholds)).long()
     prompts = text.pad([text.sample(row.tolist(), places=where) for row, where in zip(statuses, named)], left=True)
@@ -110,7 +111,7 @@ def main(args):
             raise UserError("the last batch holds one volume and has nobody to swap with; choose another --batch-size")
         start = time.perf_counter()
         made = report_batch(model, text, batch["vision_x"].to(accelerator.device), thresholds, generation, grid.preprocess,
-                            args.control)
+                            args.control, args.hide_places)
         elapsed_ms = 1000 * (time.perf_counter() - start) / len(batch["id"])
         for i, name in enumerate(batch["id"]):
             labels = batch["cls_labels"][i].tolist() if batch["cls_labels"] is not None else ""
@@ -122,8 +123,7 @@ def main(args):
                 drawn += 1
                 shown = [(row[1], ", ".join(filter(None, (f"{row[1]}: p {float(row[2]):.2f}", f"{row[5]} {row[6]}".strip()))))
                          for row in rows[:-1] if row[4]]
-                draw_evidence(out / "evidence" / f"{name}.png", batch["vision_x"][i, 0], made["maps"][i], shown,
-                              f"{name}: {made['reports'][i][:400]}")
+                draw_evidence(out / "evidence" / f"{name}.png", batch["vision_x"][i, 0], made["maps"][i], shown, name, made["reports"][i])
 
     write_csv(out / "dia-pangu.csv", ["ID", "Question", "Ground Truth", "Pred", "GT_labels"], results)
     write_csv(out / "dia-pangu_timing.csv", ["ID", "InferTimeMs"], timing)
@@ -135,7 +135,7 @@ def main(args):
     if args.volume:
         print(results[0][3] or "(empty report)")
         for row in findings:
-            print(f"  {row[1]:28s} p {row[2]}  {'present' if row[4] else '-':8s} {row[5]} {row[6]}")
+            print(f"  {row[1]:28s} p {row[2]} (threshold {row[3]})  {'present' if row[4] else '-':8s} {row[5]} {row[6]}".rstrip())
 
 
 def parse_args():
@@ -164,6 +164,8 @@ def parse_args():
     parser.add_argument("--evidence", type=int, default=6, help="how many evidence pictures to draw (default %(default)s)")
     parser.add_argument("--control", choices=CONTROLS, default="none", help="blank: an empty volume; swap: the next patient's volume; "
                         "swap-visual: own findings in the prompt, the next patient's image tokens (default %(default)s)")
+    parser.add_argument("--hide-places", action="store_true", help="leave side and place out of the prompt: what the report then says of "
+                        "them comes from the image tokens")
     parser.add_argument("--attn", default="sdpa", choices=("sdpa", "eager"))
     parser.add_argument("--dataloader-num-workers", type=int, default=0)
     parser.add_argument("--trust-remote-code", action="store_true", help="let the model folder run its own Python code")

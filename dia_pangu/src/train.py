@@ -88,6 +88,8 @@ def main(args):
         config["embedding"]["evidence_head"] = True
     if not args.lang_encoder_path:
         raise UserError("--lang-encoder-path is needed: the folder of the language model")
+    if args.hide_places and not args.places:
+        raise UserError("--hide-places needs --places: without it no prompt names a place")
     if args.dry_run:
         return dry_run(args, config)
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
@@ -111,7 +113,7 @@ def main(args):
 
     options = {"language": config["language"], "cache": args.cache, "text": text, "limit": args.limit, "seed": args.seed,
                "places": read_places(args.places) if args.places else None}
-    train_set = CTRGDataset(args.data, "train", make_grid(config), flip=args.flip, **options)
+    train_set = CTRGDataset(args.data, "train", make_grid(config), flip=args.flip, hide_places=args.hide_places, **options)
     val_set = CTRGDataset(args.data, "val", make_grid(config), **options)
     for data in (train_set, val_set):
         data.drop_bad(args.dataloader_num_workers) if args.skip_bad else data.check()
@@ -154,6 +156,9 @@ def parse_args():
     parser.add_argument("--skip-bad", action="store_true", help="read every sample first and leave out those that cannot be used")
     parser.add_argument("--places", help="places.json of pretrain_vit.py, whose run belongs into --start: prompts name the side and "
                         "place that the evidence head sees")
+    parser.add_argument("--hide-places", type=float, default=0.0,
+                        help="share of findings whose side and place the training prompt leaves out, so that the report has to take them "
+                        "from the image tokens (default %(default)s)")
     parser.add_argument("--key-weight", type=float, default=1.0,
                         help="weight in the loss of the words that name side and place (default %(default)s; upstream foresees 3)")
     parser.add_argument("--flip", type=float, default=0.0,

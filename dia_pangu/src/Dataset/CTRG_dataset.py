@@ -77,15 +77,17 @@ class CTRGDataset(Dataset):
 
     text: writes the prompt. flip: share of statuses in the training prompt that are turned over, as the model's own
     diagnosis will be wrong at test time; drawn from (seed, epoch, index). patches: also patch_labels (n_tok, 14) from
-    masks/, at `patch` voxels. places: as `read_places`; the prompt then names side and place of what is present.
+    masks/, at `patch` voxels. places: as `read_places`; the prompt then names side and place of what is present, but for a share
+    `hide_places` of the findings, drawn like the flips: what the prompt leaves out, the report has to take from the image tokens.
     Bad inputs raise UserError; inside a loader they come as {"error": message}, so that a worker's error stays one line.
     """
 
     def __init__(self, data, split: str, grid: Grid, text: ReportText | None = None, language: str = "en", cache=None,
                  flip: float = 0.0, seed: int = 0, patches=None, vision: bool = True, limit: int = 0,
-                 places: dict | None = None):
+                 places: dict | None = None, hide_places: float = 0.0):
         self.data, self.split, self.grid, self.text, self.cache = Path(data), split, grid, text, cache
-        self.flip, self.seed, self.patches, self.vision, self.places, self.epoch = flip, seed, patches, vision, places, 0
+        self.flip, self.seed, self.patches, self.vision, self.epoch = flip, seed, patches, vision, 0
+        self.places, self.hide_places = places, hide_places
         if not self.data.is_dir():
             raise UserError(f"{data}: no such data folder; make the built-in one with dia_pangu/make_data.py")
         self.annotation, partitions = read_annotation(self.data, language)
@@ -142,7 +144,8 @@ class CTRGDataset(Dataset):
             said = np.where(rng.random(len(FINDINGS)) < self.flip, 1 - labels, labels)
             if self.places is not None and name not in self.places:
                 raise UserError(f"{self.annotation}: id {name} has no row in the places file; run pretrain_vit.py on these data")
-            out["text"] = self.text.sample(said, report, name, self.places and self.places[name])
+            where = self.places and {finding: at for finding, at in self.places[name].items() if rng.random() >= self.hide_places}
+            out["text"] = self.text.sample(said, report, name, where)
         if self.patches is not None:
             out["patch_labels"] = patch_labels(self.path(name, self.data / "masks"), self.grid, self.patches, self.cache)
         return out
