@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root:
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
 from torch.utils.data import DataLoader
 
 from common.checkpoint import atomic_dir, atomic_write, find_resume, load_step, save_step
@@ -111,9 +111,9 @@ def measure(model, data, scale, batch_size=64):
 
 def main(args):
     accelerator = Accelerator(
-        gradient_accumulation_steps=args.accum,
         mixed_precision=args.precision,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=args.accum, sync_with_dataloader=False),
     )
     seed_everything(args.seed)
     regressions = REGRESSION_TASKS if args.multitask else ()
@@ -139,8 +139,14 @@ def main(args):
     if scale:
         for name in set(REGRESSION_TASKS) - set(scale):
             getattr(model, f"regression_head_{name}").requires_grad_(False)
-    out = open_run(args.out, args, accelerator, args.resume, args.overwrite)
     size = min(args.batch_size, len(train))
+    per_step = size * accelerator.num_processes * args.accum
+    steps_per_epoch = len(train) // per_step
+    if steps_per_epoch < 1:
+        raise UserError(
+            f"{len(train)} signals are fewer than one step of {size} x {accelerator.num_processes} x {args.accum}; lower --batch-size"
+        )
+    out = open_run(args.out, args, accelerator, args.resume, args.overwrite)
     loader = DataLoader(
         train,
         size,
@@ -153,7 +159,7 @@ def main(args):
     )
     accelerator.print(
         f"{describe(model)}; {len(train)} training and {len(test)} test signals, {len(classes)} classes, "
-        f"{size * accelerator.num_processes * args.accum} signals a step, {args.steps} steps, lr {args.lr:g}"
+        f"{per_step} signals a step, {args.steps} steps, lr {args.lr:g}"
     )
     model, loader, *optimizers = accelerator.prepare(model, loader, *make_optimizers(model, args.optimizer, args.lr, args.weight_decay))
     state = {"step": 0, "epoch": 0, "batch": 0}
@@ -166,6 +172,8 @@ def main(args):
         loader.set_epoch(state["epoch"])
         train.set_epoch(state["epoch"])
         for batch in accelerator.skip_first_batches(loader, state["batch"]):
+            if state["batch"] >= steps_per_epoch * args.accum:  # the rest would make an incomplete step
+                break
             inputs, labels = split_labels(batch, scale)
             with accelerator.accumulate(model):
                 loss = model(**inputs, labels=labels).loss
@@ -191,7 +199,7 @@ def main(args):
                 stop.leave(save_step(accelerator, out, state))
             if last:
                 break
-        else:
+        if state["batch"] >= steps_per_epoch * args.accum:
             state["epoch"], state["batch"] = state["epoch"] + 1, 0
     log.close()
 

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root:
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
 from torch.utils.data import DataLoader
 
 from common.checkpoint import atomic_dir, atomic_write, find_resume, load_step, save_step
@@ -207,9 +207,9 @@ def draw(shown, config, path, signals=4):
 
 def main(args):
     accelerator = Accelerator(
-        gradient_accumulation_steps=args.accum,
         mixed_precision=args.precision,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=args.accum, sync_with_dataloader=False),
     )
     seed_everything(args.seed)
     config = make_config(args)
@@ -228,8 +228,8 @@ def main(args):
         model.gradient_checkpointing_enable()
     if not config.use_fs:
         model.sit.embeddings.fs_embedder.requires_grad_(False)  # no gradient reaches it
-    steps_per_epoch = len(packed) // (args.batch_size * accelerator.num_processes * args.accum)
-    if steps_per_epoch < 1:
+    per_step = args.batch_size * accelerator.num_processes * args.accum
+    if len(packed) < per_step:
         raise UserError(
             f"{len(packed)} rows are fewer than one step of "
             f"{args.batch_size} x {accelerator.num_processes} x {args.accum}; lower --batch-size"
@@ -253,7 +253,10 @@ def main(args):
     model.train()
     while state["step"] < args.max_steps:
         packed.set_epoch(state["epoch"])
+        steps_per_epoch = len(packed) // per_step  # every epoch packs anew
         for batch in accelerator.skip_first_batches(loader, state["batch"]):
+            if state["batch"] >= steps_per_epoch * args.accum:  # the rest would make an incomplete step
+                break
             with accelerator.accumulate(model):
                 result = model(**batch)
                 counts = torch.stack([result.mae_mask.sum(), (batch["sample_ids_seq"].amax(1) + 1).sum().float()])
@@ -283,7 +286,7 @@ def main(args):
                 stop.leave(save_step(accelerator, out, state))
             if last:
                 break
-        else:
+        if state["batch"] >= steps_per_epoch * args.accum:
             state["epoch"], state["batch"] = state["epoch"] + 1, 0
     log.close()
 
