@@ -62,7 +62,7 @@ NOISE_DB = (20, 10, 5, 0, -5, -10)
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", choices=("radioml2016", "radioml2018", "rtl433"), help="where the files come from")
-    parser.add_argument("files", type=Path, nargs="+", help="the file of the data set; for rtl433 the training and the test file")
+    parser.add_argument("files", type=Path, nargs="+", help="the file of the data set; rtl433: training and test file, or the test file alone")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must be empty or absent")
     parser.add_argument("--per-cell", type=int, default=1000, help="radioml: most signals of each (class, SNR) cell (default 1000)")
     parser.add_argument(
@@ -172,8 +172,9 @@ def convert_radioml(cells, out: Path, per_cell: int, fs: float, seed: int):
 # ---- rtl_433 captures
 
 
-def read_rtl433(path: Path) -> dict:
-    """iq (n, 32768) complex64 around zero, y (n,), and per class names, modulation, coding; fs."""
+def read_rtl433(path: Path, train=None) -> dict:
+    """iq (n, 32768) complex64 around zero, y (n,), and per class names, modulation, coding; fs. train: content of the training file, whose
+    numbering of the classes the captures then follow."""
     try:
         with np.load(path) as file:
             missing = [k for k in ("iq", "y", "classes", "modulation", "coding", "fs") if k not in file]
@@ -186,7 +187,14 @@ def read_rtl433(path: Path) -> dict:
     if iq.ndim != 3 or iq.shape[2] != 2:
         raise UserError(f"{path}: iq is {iq.shape}, expected (n, T, 2)")
     content["iq"] = ((iq[..., 0] - np.float32(127.5)) + 1j * (iq[..., 1] - np.float32(127.5))).astype(np.complex64)
-    return content | {"fs": float(content["fs"]), "y": content["y"].astype(int)}
+    content |= {"fs": float(content["fs"]), "y": content["y"].astype(int)}
+    if train is not None:
+        names, known = list(map(str, content["classes"])), list(map(str, train["classes"]))
+        if unknown := {names[k] for k in content["y"]} - set(known):
+            raise UserError(f"{path}: class {min(unknown)} is not among the {len(known)} of the training file")
+        content["y"] = np.array([known.index(names[k]) for k in content["y"]], int)
+        content |= {k: train[k] for k in ("classes", "modulation", "coding")}
+    return content
 
 
 def burst_power(z: np.ndarray) -> float:
@@ -235,10 +243,12 @@ def write_captures(folder: Path, views, y, meta, fs, rng, choices, opens):
         write_questions(folder / f"{task}.json", kinds, [kinds.index(values[k]) for k in y], DEVICE[task], "device.h5", rng, choices, opens)
 
 
-def convert_rtl433(train_path, test_path, out: Path, args):
-    train, test = read_rtl433(train_path), read_rtl433(test_path)
+def convert_rtl433(paths, out: Path, args):
+    """paths: the training and the test file, or the test file alone."""
+    train = read_rtl433(paths[0])
+    test = read_rtl433(paths[1], train) if len(paths) > 1 else train
     fs, rng = train["fs"], np.random.default_rng(args.seed)
-    for part, copies in (("train", args.copies), ("val", 2)):
+    for part, copies in (("train", args.copies), ("val", 2)) if len(paths) > 1 else ():
         views, labels = [], []
         for _ in progress(range(copies), desc=part):
             for z, label in zip(train["iq"], train["y"]):
@@ -259,7 +269,8 @@ def convert_rtl433(train_path, test_path, out: Path, args):
     }
     (out / "tasks.json").write_text(json.dumps({t: {"noun": DEVICE[t], "names": values[t]} for t in DEVICE}, ensure_ascii=False))
     print(
-        f"{len(train['y'])} training captures x {args.copies} copies, {len(test['y'])} test captures in {2 * len(NOISE_DB) + 2} conditions"
+        (f"{len(train['y'])} training captures x {args.copies} copies, " if len(paths) > 1 else "")
+        + f"{len(test['y'])} test captures in {2 * len(NOISE_DB) + 2} conditions"
     )
 
 
@@ -269,11 +280,11 @@ def main(args):
     for path in args.files:
         if not path.is_file():
             raise UserError(f"{path}: no such file")
-    if len(args.files) != (2 if args.source == "rtl433" else 1):
+    if len(args.files) > (2 if args.source == "rtl433" else 1):
         raise UserError("rtl433 takes the training and the test file" if args.source == "rtl433" else f"{args.source} takes one file")
     with atomic_dir(args.out) as out:
         if args.source == "rtl433":
-            convert_rtl433(*args.files, out, args)
+            convert_rtl433(args.files, out, args)
         else:
             convert_radioml(
                 (read_radioml2016 if args.source == "radioml2016" else read_radioml2018)(args.files[0]),

@@ -1,4 +1,7 @@
-"""Rows of the closing table from the metrics that run_builtin.sh left:   python em_mllm/report.py builtin|real --runs runs/em_mllm"""
+"""Rows of the closing table from the metrics that run_builtin.sh left:
+
+    python em_mllm/report.py builtin|devices|questions --runs runs/em_mllm
+"""
 
 import argparse
 import json
@@ -15,10 +18,10 @@ from em_mllm.test import wilson
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("study", choices=("builtin", "real"), help="which study run_builtin.sh ran")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=("builtin", "devices", "questions"), help="which part of run_builtin.sh")
     parser.add_argument("--runs", type=Path, required=True, help="the folder that holds seed-0/, seed-1/, ... or rtl433/, rtl433_joint/")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="builtin: the seeds to average over (default 0)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="the seeds that were run (default 0)")
     parser.add_argument("--smoke", action="store_true", help="say that the numbers mean nothing")
     return parser.parse_args()
 
@@ -109,7 +112,7 @@ def builtin(runs: Path, seeds: list[int], note: str):
         )
 
 
-def real(runs: Path, note: str):
+def devices(runs: Path, note: str):
     study = read(runs / "rtl433/metrics.json")
     ours, few, unseen = study["conditions"]["encoder, pre-trained"], study["few_captures"], study["unseen_devices"]
     for level in ("clean", "0dB", "-10dB"):
@@ -147,6 +150,9 @@ def real(runs: Path, note: str):
             "chance": 0.25,
         },
     )
+
+
+def questions(runs: Path, note: str):
     for condition in ("clean", "0dB", "-10dB"):
         answers = read(runs / f"rtl433_joint/test_{condition}/metrics.json")
         write_result(
@@ -162,10 +168,13 @@ def real(runs: Path, note: str):
 
 
 def main(args):
+    note = "; smoke run, the numbers mean nothing" if args.smoke else f"; seeds {args.seeds}"
     if args.study == "builtin":
-        builtin(args.runs, args.seeds, "; smoke run, the numbers mean nothing" if args.smoke else f"; seeds {args.seeds}")
+        builtin(args.runs, args.seeds, note)
+    elif args.study == "devices":
+        devices(args.runs, note)
     else:
-        real(args.runs, "; smoke run, the numbers mean nothing" if args.smoke else "; one seed")
+        questions(args.runs, note)
     print(f"results in {args.runs / 'results'}")
 
 

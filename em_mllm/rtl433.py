@@ -144,7 +144,8 @@ def draw(conditions, count, chance, folder):
 def main(args):
     accelerator = Accelerator()
     device = accelerator.device
-    train_captures, test_captures = (read_rtl433(p) for p in args.captures)
+    train_captures = read_rtl433(args.captures[0])
+    test_captures = read_rtl433(args.captures[1], train_captures)
     train = SignalDataset([args.data / "train" / "device.h5"], ("label",), seed=args.seed, roll=True)
     names = train.files[0].classes
     everything = np.arange(len(train))

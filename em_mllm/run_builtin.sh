@@ -48,33 +48,53 @@ builtin() {
     --shots $SHOTS --draws 2 --methods probe --seed "$seed" --out "$run/fewshot" --overwrite
 }
 
-# real: the rtl_433 captures of DATA_ROOT/rf; the device classifiers once for each of SEEDS, the rest once
-real() {
-  local rf=$DATA_ROOT/rf data=$BASE/rtl433 seeds=(${SEEDS:-0}) pairs condition
-  files() { pairs=(); for task in device coding keying; do pairs+=("$1/device.h5" "$1/$task.json"); done; }
+# The real captures of DATA_ROOT/rf: rtl433_train.npz to learn from, rtl433_test.npz or one of another name to be asked about.
+RF=${DATA_ROOT:-/nowhere}/rf REAL=$BASE/rtl433
+files() { pairs=(); for task in device coding keying; do pairs+=("$1/device.h5" "$1/$task.json"); done; }
+
+# real_train: device classifiers once for each of SEEDS, the rest once
+real_train() {
+  local seeds=(${SEEDS:-0})
   step "views of the captures"
-  rm -rf "$data"
-  "$PYTHON" "$HERE/convert.py" rtl433 "$rf/rtl433_train.npz" "$rf/rtl433_test.npz" --out "$data" --copies $COPIES
+  "$PYTHON" "$HERE/convert.py" rtl433 "$RF/rtl433_train.npz" "$1" --out "$REAL" --copies $COPIES
   step "pre-training of the encoder on the training captures, without labels"
-  launch "$HERE/pretrain.py" --data "$data/train" --val "$data/val" --out "$RUN/rtl433_pretrain" --config "$HERE/rtl433_config.json" \
+  launch "$HERE/pretrain.py" --data "$REAL/train" --val "$REAL/val" --out "$RUN/rtl433_pretrain" --config "$HERE/rtl433_config.json" \
     --max-steps $REAL_MAE "${encoder[@]}"
   step "devices in noise, few captures, unseen devices"
-  launch "$HERE/rtl433.py" --captures "$rf/rtl433_train.npz" "$rf/rtl433_test.npz" --data "$data" \
+  launch "$HERE/rtl433.py" --captures "$RF/rtl433_train.npz" "$1" --data "$REAL" \
     --signal-encoder-path "$RUN/rtl433_pretrain/encoder" --steps $STUDY --seed "${seeds[0]}" --seeds ${#seeds[@]} \
     --out "$RUN/rtl433" --overwrite
+  "$PYTHON" "$HERE/report.py" devices --runs "$RUN" --seeds "${seeds[@]}" ${SMOKE:+--smoke}
   step "a tiny language model that knows the device names, on text alone"
-  "$PYTHON" "$HERE/make_llm.py" --out "$BASE/llm_rtl433" --tasks "$data/tasks.json" --steps $WARM --overwrite
+  "$PYTHON" "$HERE/make_llm.py" --out "$BASE/llm_rtl433" --tasks "$REAL/tasks.json" --steps $WARM --overwrite
   step "joint training on questions about device, coding and keying"
-  files "$data/train"
+  files "$REAL/train"
   join "$RUN/rtl433_joint" 0 "$RUN/rtl433/encoder" "$BASE/llm_rtl433" --task-files "${pairs[@]}" --roll
-  for condition in clean 10dB 0dB -10dB clean_shift; do
-    files "$data/test/$condition"
-    launch "$HERE/test.py" --model "$RUN/rtl433_joint/model" --task-files "${pairs[@]}" --wrong-signal --out "$RUN/rtl433_joint/test_$condition"
-  done
-  "$PYTHON" "$HERE/report.py" real --runs "$RUN" ${SMOKE:+--smoke}
 }
 
-if [ -d "${DATA_ROOT:-/nowhere}/rf" ]; then
+# real: where there are no training captures, the model of an earlier run answers about the others
+real() {
+  local test=$RF/rtl433_test.npz file condition
+  for file in "$RF"/rtl433_*.npz; do
+    if [ ! -f "$test" ] && [ "$file" != "$RF/rtl433_train.npz" ]; then test=$file; fi
+  done
+  rm -rf "$REAL"
+  if [ -f "$RF/rtl433_train.npz" ]; then
+    real_train "$test"
+  elif [ -d "$RUN/rtl433_joint/model" ]; then
+    "$PYTHON" "$HERE/convert.py" rtl433 "$test" --out "$REAL"
+  else
+    env_fail "$RF: no rtl433_train.npz, and no model of an earlier run in $RUN/rtl433_joint; train on captures first"
+  fi
+  step "questions about the captures"
+  for condition in clean 10dB 0dB -10dB clean_shift; do
+    files "$REAL/test/$condition"
+    launch "$HERE/test.py" --model "$RUN/rtl433_joint/model" --task-files "${pairs[@]}" --wrong-signal --out "$RUN/rtl433_joint/test_$condition"
+  done
+  "$PYTHON" "$HERE/report.py" questions --runs "$RUN" ${SMOKE:+--smoke}
+}
+
+if [ -d "$RF" ]; then
   real
   exit
 fi
