@@ -19,6 +19,7 @@ for name in DATA_ROOT DATA OUT RUNS GOLDEN_DIR; do
 done
 RUNS=${RUNS:-$ROOT/runs}
 export RUNS
+CORES=${OMP_NUM_THREADS:-$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)}     # what run_all.sh gave this project, else the machine's
 
 env_fail() { printf 'error: %s\n' "$*" >&2; exit 2; }
 

@@ -6,18 +6,17 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common/env.sh"
 OUT=$RUNS/cwt_mae
 M=${DATA_ROOT:-/nowhere}/ecg/mitbih
-cores=${OMP_NUM_THREADS:-$(nproc)}
 export OMP_NUM_THREADS=1
 study() { "$PYTHON" "$ROOT/cwt_mae/study.py" "$@" ${SMOKE:+--smoke}; }
 aside() {                                                  # beside the rest where there are cores
-  if [ "$cores" -lt 3 ]; then study "$@"; return; fi
+  if [ "$CORES" -lt 3 ]; then study "$@"; return; fi
   "$PYTHON" "$ROOT/cwt_mae/study.py" "$@" ${SMOKE:+--smoke} & pids+=($!)
 }
 finish() { for pid in ${pids[@]+"${pids[@]}"}; do wait "$pid"; done; pids=(); }
 pids=()
 trap 'kill $(jobs -p) 2>/dev/null || true' EXIT            # when one part fails, the others stop too
 
-if [ "$cores" -ge 3 ] && [ -z "${SMOKE:-}" ]; then seeds=${SEEDS:-0 1 2}; else seeds=0; fi
+if [ "$CORES" -ge 3 ] && [ -z "${SMOKE:-}" ]; then seeds=${SEEDS:-0 1 2}; else seeds=0; fi
 if [ -d "$M" ]; then
   for seed in $seeds; do aside beat --data "$M" --out "$OUT/mitbih" --seed "$seed"; done
   study forest --data "$M" --out "$OUT/mitbih"

@@ -98,10 +98,10 @@ if [ -d "$RF" ]; then
   real
   exit
 fi
-if [ "${OMP_NUM_THREADS:-1}" -ge 3 ] && [ -z "${SMOKE:-}" ]; then seeds=${SEEDS:-0 1 2}; else seeds=${SEEDS:-0}; fi
+if [ "$CORES" -ge 3 ] && [ -z "${SMOKE:-}" ]; then seeds=${SEEDS:-0 1 2}; else seeds=${SEEDS:-0}; fi
 step "a tiny language model, on text alone, the same for every seed"
 OMP_NUM_THREADS=1 "$PYTHON" "$HERE/make_llm.py" --out "$BASE/llm" --steps $WARM --overwrite
-if [ "${OMP_NUM_THREADS:-1}" -ge 3 ]; then              # small models gain more from one core each
+if [ "$CORES" -ge 3 ]; then              # small models gain more from one core each
   jobs=()
   for seed in $seeds; do (export OMP_NUM_THREADS=1; builtin "$seed") & jobs+=($!); done
   for job in "${jobs[@]}"; do wait "$job"; done

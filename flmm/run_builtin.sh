@@ -10,7 +10,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/../common/env.sh"
 BASE=${BASE:-llava}
 P=$ROOT/flmm DATA=$ROOT/data/flmm OUT=$RUNS/flmm
 CONFIG="$P/configs/tiny/scenes.yaml" SAM="sam.path=$OUT/sam/sam_tiny.safetensors"
-CORES=${OMP_NUM_THREADS:-$(getconf _NPROCESSORS_ONLN)}
 if [ "$CORES" -ge 3 ]; then SEEDS=${SEEDS:-0 1 2}; else SEEDS=${SEEDS:-0}; fi
 # scenes of generator seed 1: those of seed 0 were looked at while the recipe was made
 SCENES="--seed 1 --train 500 --val 60 --test 200 --overlap 100" BASE_STEPS=1200 SAM_STEPS=300 COARSE=480 HEAD_STEPS=640

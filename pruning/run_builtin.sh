@@ -27,7 +27,7 @@ fi
 step "study: scan, choose, prune, heal, test"
 "$PYTHON" "$ROOT/pruning/study.py" --model "$model" --lang-model-path "$llm" --data "$data" --cache "$data/cache" --out "$run/study" --overwrite "${study[@]}" "$@"
 
-if [ -n "${DATA_ROOT:-}" ] && [ -f "$DATA_ROOT/ct/ct_reports_train.json" ]; then
+if [ -n "${DATA_ROOT:-}" ] && [ -f "$DATA_ROOT/ct/ct_reports_train.json" ] && [ -f "$DATA_ROOT/ct/ct_reports_val.json" ]; then
   step "real reports, text alone"
   "$PYTHON" "$dia/warm_llm.py" --reports "$DATA_ROOT/ct/ct_reports_train.json" --eval-reports "$DATA_ROOT/ct/ct_reports_val.json" --make 8 --width 96 \
     --max-length 256 --max-steps "$real" --per-device-train-batch-size 8 --out "$run/llm_real" --overwrite --logging-steps "$log"
