@@ -62,7 +62,7 @@ NOISE_DB = (20, 10, 5, 0, -5, -10)
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", choices=("radioml2016", "radioml2018", "rtl433"), help="where the files come from")
-    parser.add_argument("files", type=Path, nargs="+", help="the file of the data set; rtl433: training and test file, or the test file alone")
+    parser.add_argument("files", type=Path, nargs="+", help="the file of the data set; rtl433: training and test file, or the latter alone")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must be empty or absent")
     parser.add_argument("--per-cell", type=int, default=1000, help="radioml: most signals of each (class, SNR) cell (default 1000)")
     parser.add_argument(
