@@ -6,7 +6,7 @@ nn       1-nearest neighbour, Euclidean, on the windows
 forest   random forest (200 trees) on every third sample of the window and the features that the fine-tuned head gets
 readme   for beats at 180 Hz: the random forest of the data's own description: 130 samples round the beat, every third,
          less their mean, and five numbers of the RR intervals
-cnn      small convolutional network (64,000 parameters) on the same windows and features, drawn and augmented alike
+cnn      small convolutional network (105,000 parameters for beats) on the same windows and features, drawn and augmented alike
 """
 
 import argparse

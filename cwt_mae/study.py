@@ -109,6 +109,7 @@ def trainable(folder) -> bool:
 
 
 def metrics(folder) -> dict:
+    """The scores that a script wrote into its run folder."""
     return json.loads((Path(folder) / "metrics.json").read_text())
 
 

@@ -76,6 +76,7 @@ def sliding_items(store, signal_len: int, stride: int) -> np.ndarray:
 
 
 def as_csv(header: list, rows) -> str:
+    """One csv text of a header and rows."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
