@@ -33,12 +33,14 @@ step "language model of 8 layers: reports alone"
 "$PYTHON" "$here/warm_llm.py" "${train[@]}" "${places[@]}" "${batch[@]}" --make 8 --width 96 --key-weight 4 --max-steps "$words" --out "$run/llm"
 
 finetune=(--stage ft "${train[@]}" "${vision[@]}" "${places[@]}" "${batch[@]}" --lang-encoder-path "$run/llm/model" --start "$run/pre"
-  --lr-scheduler-type cosine --flip 0.02 --key-weight 4 --freeze vision_encoder prototype sample_memory proj. temp --lora-r 8 --lora-alpha 16
-  --lora-dropout 0 --lora-targets q_proj k_proj v_proj o_proj gate_proj up_proj down_proj)
-step "stage pre: Perceiver; stage ft: LoRA and the way from the volume into the words, the diagnosis stays as it is"
+  --lr-scheduler-type cosine --flip 0.02 --key-weight 4 --lora-r 8 --lora-alpha 16 --lora-dropout 0
+  --lora-targets q_proj k_proj v_proj o_proj gate_proj up_proj down_proj)
+step "stage pre: Perceiver; stage ft in short: the way from the volume into the words, LoRA stays zero"
 "$PYTHON" "$here/train.py" --stage pre "${train[@]}" "${vision[@]}" "${places[@]}" "${batch[@]}" --lang-encoder-path "$run/llm/model" \
   --start "$run/contrast" --max-steps "$pre" --learning-rate 1e-3 --out "$run/pre"
-"$PYTHON" "$here/train.py" "${finetune[@]}" --max-steps "$ft" --learning-rate 1e-3 --out "$run/ft"
+"$PYTHON" "$here/train.py" "${finetune[@]}" --max-steps "$ft" --learning-rate 1e-3 --train figure_token perceiver. fc. --freeze vision_encoder \
+  --out "$run/ft"
 
-step "stage ft, longer and with half the places left out of the prompts: the image tokens come to matter"
-"$PYTHON" "$here/train.py" "${finetune[@]}" --max-steps "$hidden" --learning-rate 2e-3 --hide-places 0.5 --out "$run/ft-hidden"
+step "stage ft: LoRA too, half the places left out of the prompts, so that the image tokens come to matter; the diagnosis stays as it is"
+"$PYTHON" "$here/train.py" "${finetune[@]}" --max-steps "$hidden" --learning-rate 2e-3 --hide-places 0.5 \
+  --freeze vision_encoder prototype sample_memory embedding_layer.proj. temp --out "$run/ft-hidden"

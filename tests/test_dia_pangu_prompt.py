@@ -126,7 +126,8 @@ def test_pretraining_writes_no_places_or_training_does_not_take_them(data, llm, 
     command = [ROOT / "dia_pangu" / "train.py", "--stage", "ft", *common, "--gradient-accumulation-steps", 1, "--lang-encoder-path", llm]
     with_places = ["--places", tmp_path / "c" / "places.json"]
     for arguments, message in ((["--start", tmp_path / "c"], "--freeze vision_encoder"),
-                               (["--freeze", "vision_encoder"], "evidence head")):
+                               (["--freeze", "vision_encoder"], "evidence head"),
+                               (["--start", tmp_path / "c", "--freeze", "vision_encoder", "proj."], "no LoRA is left to train")):
         result = python(*command, *with_places, *arguments, "--out", tmp_path / "x")
         assert result.returncode == 2 and message in result.stderr, result.stderr
     result = python(*command, *with_places, "--start", tmp_path / "c", "--freeze", "vision_encoder", "--key-weight", 3,

@@ -1,6 +1,6 @@
 """The parts of dia_pangu that real data can test: reading CT files, the labeler, a language model on real reports.
 
-    python dia_pangu/evaluate/real_data.py --data-root DATA_ROOT --ckpt-path runs/dia_pangu/ft-hidden --lang-encoder-path LLM --out runs/dia_pangu
+    python dia_pangu/evaluate/real_data.py --data-root DATA_ROOT --ckpt-path MODEL --lang-encoder-path LLM --out runs/dia_pangu
 
 DATA_ROOT/ct holds volumes/*.nii.gz, dicom_series/ and ct_reports_{train,val}.json (CT-RATE reports with 18 labels); what needs
 a part that is not there is left out and said so. No public volume comes with its report, so no report of a real volume is

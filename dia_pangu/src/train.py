@@ -101,6 +101,9 @@ def main(args):
     if args.places and not any("evidence_head." in key for key in taken):
         raise UserError(f"--places {args.places} needs the evidence head of the same run; name its folder in --start")
     names = model.set_trained(args.train or TRAINED[args.stage], (*NEVER_TRAINED, *args.freeze))
+    if args.stage == "ft" and not args.train and not any("lora_" in name for name in names):
+        raise UserError(f"--freeze {' '.join(args.freeze)}: no LoRA is left to train (q_proj. and its like hold proj.; "
+                        "write embedding_layer.proj.)")
     if args.places and any("vision_encoder." in name for name in names):
         raise UserError("--places: the file says what the evidence head sees behind this ViT; add --freeze vision_encoder")
     if args.gradient_checkpointing:
