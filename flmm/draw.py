@@ -3,9 +3,12 @@
 import colorsys
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from common.checkpoint import atomic_path
+
+# with Chinese letters, on Linux, Windows and macOS; Pillow looks where the system keeps its fonts
+FONTS = ("NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "msyh.ttc", "PingFang.ttc")
 
 
 def colours(count):
@@ -22,6 +25,20 @@ def overlay(image, masks, strength=0.55):
     return Image.fromarray(pixels.astype(np.uint8))
 
 
+def label(phrase, number):
+    """A phrase as (text, font) that can be drawn; beyond Latin letters and without one of FONTS its number stands for it."""
+    try:
+        phrase.encode("latin-1")
+        return phrase, None
+    except UnicodeEncodeError:
+        for name in FONTS:
+            try:
+                return phrase, ImageFont.truetype(name, 12)
+            except OSError:
+                continue
+        return f"phrase {number}", None
+
+
 def labelled_strip(image, columns, phrases, height=256):
     """One picture for a report: the image, then one overlay per (title, masks), with the phrases in their colours below."""
     width = max(64, round(image.width * height / image.height))
@@ -34,7 +51,8 @@ def labelled_strip(image, columns, phrases, height=256):
         draw.text((i * width + 3, 1), title, fill="black")
     for k, (phrase, colour) in enumerate(zip(phrases, colours(len(phrases)))):
         draw.rectangle([4, height + line * (k + 1) + 4, 12, height + line * (k + 1) + 12], fill=colour)
-        draw.text((18, height + line * (k + 1) + 1), phrase.encode("latin-1", "replace").decode("latin-1"), fill="black")
+        text, font = label(phrase, k + 1)
+        draw.text((18, height + line * (k + 1) + 1), text, fill="black", font=font)
     return strip
 
 

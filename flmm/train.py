@@ -216,7 +216,7 @@ def main(args):
         with atomic_path(out / "head.safetensors") as temporary:
             save_file(head.upstream_state(), temporary, metadata={"dims": json.dumps(dims)})
         atomic_write(out / "metrics.json", json.dumps({"steps": total, **scores, **{k: float(v) for k, v in means.items()}}, indent=1))
-        print(f"wrote {out / 'head.safetensors'} " + " ".join(f"{k} {v:.3f}" for k, v in scores.items()))
+        print(" ".join([f"wrote {out / 'head.safetensors'}", *(f"{k} {v:.3f}" for k, v in scores.items())]))
     # DDP's reducer must go before the process group: the other way round gloo waits for ever
     model, optimizer = accelerator.free_memory(model, optimizer)
     accelerator.end_training()

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,12 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration, Qwen2
 
 from common.errors import UserError
 from common.weights import read_weights
+from flmm import diagnose_image_grid_thw, draw
 from flmm.build import FAMILIES
 from flmm.conversation import Grounder, KeywordSelector, answer_then_ground, noun_phrases, runs
 from flmm.data.samples import SampleBuilder, caption_of_phrases
 from flmm.data.scenes import make_scene
-from flmm.data.transforms import LlavaImageProcessor
+from flmm.data.transforms import LlavaImageProcessor, QwenImageProcessor
 from flmm.draw import colours, overlay
 from flmm.models.flmm import FLMM, extract
 from flmm.models.frozen_base import FrozenBase
@@ -174,6 +176,17 @@ def test_phrases_decoded_together_equal_phrases_decoded_one_by_one(tokenizer):
             torch.testing.assert_close(alone["scores"][0], together["scores"][k], atol=1e-5, rtol=1e-4)
 
 
+def test_every_phrase_weighs_the_same_however_many_its_picture_has():
+    torch.manual_seed(0)
+    model, logits, target = FLMM(6, 3, 16, None, SMALL), torch.randn(4, 8, 8), torch.randint(0, 2, (4, 8, 8))
+    [whole], parts = ([{"pred_masks": p, "sam_pred_masks": None} for p in logits.split(sizes)] for sizes in ([4], [1, 3]))
+    one, two = model.compute_loss([whole], [target]), model.compute_loss(parts, target.split([1, 3]))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, atol=1e-6, rtol=0)
+    shared = [model.compute_loss([p], [t], total=4)["loss"] for p, t in zip(parts, target.split([1, 3]))]  # one picture in each process
+    torch.testing.assert_close(sum(shared), one["loss"], atol=1e-6, rtol=0)
+
+
 # ---- checkpoints
 
 
@@ -263,12 +276,12 @@ def test_sam_loads_alike_from_original_keys_and_from_a_transformers_folder(tmp_p
 def test_deepspeed_shards_become_the_fp32_head(tmp_path):
     state = FLMM(6, 3, 16, tiny_sam(), SMALL).upstream_state()
     shapes = {k: v.shape for k, v in state.items()}
-    flat = torch.cat([v.flatten() for v in state.values()] + [torch.zeros(3)])  # padded so that it divides
-    flat = flat[: len(flat) // 2 * 2]
+    flat = torch.cat([v.flatten() for v in state.values()])
+    flat = torch.cat([flat, torch.zeros(-len(flat) % 11)])  # padded so that it divides; rank 10 comes after rank 9, not after rank 1
     folder = tmp_path / "iter_10.pth"
     folder.mkdir()
     torch.save({"module": {k: v.bfloat16() for k, v in state.items()}, "param_shapes": [shapes]}, folder / "mp_rank_00_model_states.pt")
-    for rank, part in enumerate(flat.chunk(2)):
+    for rank, part in enumerate(flat.chunk(11)):
         torch.save(
             {"optimizer_state_dict": {"single_partition_of_fp32_groups": [part.clone()]}},
             folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt",
@@ -344,7 +357,12 @@ def test_resampling_the_whole_picture_is_a_plain_answer_and_a_box_leaves_its_tok
     assert tokens_in_box([64, 64, 64, 64], sample, (8, 8)).tolist() == [63]
     blank = embeds.clone()
     blank[[k for k in range(64) if k not in (25, 26)]] = 9.0  # what lies outside the box is never read
+    passes = []
+    hook = text.register_forward_pre_hook(lambda module, args, inputs: passes.append(inputs["position_ids"]), with_kwargs=True)
     one = visual_cot_resample(base, sample, embeds, positions, [10, 30, 17, 31], question, 4)
+    hook.remove()
+    assert torch.equal(passes[0][..., 0, start : start + 2], positions[..., [25, 26]])  # they keep their places
+    assert (passes[0][..., 0, start + 2 :].min() > positions.max()) and len(passes) > 1
     assert visual_cot_resample(base, sample, blank, positions, [10, 30, 17, 31], question, 4) == one
 
 
@@ -388,6 +406,18 @@ def test_more_phrases_than_any_palette_has_colours():
     assert overlay(Image.new("RGB", (8, 8)), masks).getpixel((0, 0)) != overlay(Image.new("RGB", (8, 8)), masks).getpixel((1, 1))
 
 
+def test_a_phrase_in_chinese_is_written_where_a_font_has_it_and_numbered_elsewhere(monkeypatch):
+    import matplotlib
+
+    monkeypatch.setattr(draw, "FONTS", ("no-such-font.ttf",))
+    assert draw.label("红色的车", 2) == ("phrase 2", None) and draw.label("café", 1) == ("café", None)
+    monkeypatch.setattr(draw, "FONTS", ("no-such-font.ttf", matplotlib.get_data_path() + "/fonts/ttf/DejaVuSans.ttf"))
+    text, font = draw.label("红色的车", 2)
+    assert text == "红色的车" and font.getname()[0] == "DejaVu Sans"
+    strip = draw.labelled_strip(Image.new("RGB", (64, 64)), [("grounded", np.zeros((1, 64, 64)))], [text])
+    assert np.asarray(strip)[-16:, 18:].min() < 128  # something is written
+
+
 def test_selector_joins_neighbours_and_noun_phrases_drop_what_is_not_an_object():
     assert runs([True, True, False, True]) == [(0, 2), (3, 4)]
     assert noun_phrases("In the image a man holds it near a red car.") == ["a man", "a red car"]
@@ -395,6 +425,9 @@ def test_selector_joins_neighbours_and_noun_phrases_drop_what_is_not_an_object()
     with torch.no_grad():
         selector.linear.bias.fill_(-5)
     assert selector.spans(torch.zeros(3, 7, 16)) == []
+    with torch.no_grad():
+        selector.linear.bias.fill_(-0.7)  # a probability of .33: above the paper's threshold
+    assert selector.spans(torch.zeros(3, 7, 16)) == [(0, 7)]
 
 
 # ---- loading
@@ -446,6 +479,17 @@ def test_the_page_answers_with_masks_and_refuses_in_one_line(grounder):
     finally:
         server.shutdown()
         server.server_close()
+
+
+def test_the_diagnosis_passes_a_whole_input_and_names_a_lost_grid(monkeypatch, capsys):
+    arguments = Namespace(path=None, width=96, height=48)
+    diagnose_image_grid_thw.main(arguments)
+    assert "72 image tokens" in capsys.readouterr().out
+    whole = QwenImageProcessor.__call__
+    monkeypatch.setattr(QwenImageProcessor, "__call__", lambda *args: {k: v for k, v in whole(*args).items() if k != "image_grid_thw"})
+    with pytest.raises(UserError, match="use the Qwen2-VL image processor"):
+        diagnose_image_grid_thw.main(arguments)
+    assert "PROBLEM the processor returns image_grid_thw" in capsys.readouterr().out
 
 
 def test_a_reasoning_query_is_answered_and_the_answer_is_grounded(grounder, monkeypatch):

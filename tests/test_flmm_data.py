@@ -65,6 +65,9 @@ def test_a_scene_depends_on_seed_and_index_alone_and_its_captions_tell_no_positi
     firsts = [make_scene(0, i)["masks"][0].nonzero()[1].mean() for i in range(300)]  # x of the object that is named first
     assert abs(np.mean(firsts) - 32) < 3
     assert not any((make_scene(0, i)["masks"].sum(0) > 1).any() for i in range(20))  # a hidden part belongs to the object on top
+    for scene in (make_scene(0, i) for i in range(20)):  # its words are to be seen
+        for obj, mask in zip(scene["objects"], scene["masks"]):
+            assert (scene["image"][mask].std(0).max() > 15) == (obj["texture"] != "plain")
 
 
 def test_both_formats_give_back_the_scene(built_in):
@@ -90,6 +93,23 @@ def test_expressions_are_drawn_anew_each_epoch_and_never_in_evaluation(built_in)
     assert seen(train, 0) == seen(train, 0)
     assert len({json.dumps(seen(train, e)) for e in range(4)}) > 1
     assert seen(fixed, 0) == seen(fixed, 5)
+
+
+def test_a_configuration_hands_on_seed_epoch_and_protocol(built_in):
+    entry = (
+        "{type: refcoco, ann_file: refcoco/instances.json, split_file: 'refcoco/refs(unc).p', image_path: png/images, split: train}"
+    )
+    config = read_config(CONFIG, [f"data.train=[{entry}, {entry}]"])
+
+    def drawn(seed, epoch):
+        both = build_dataset(config, "train", built_in, None, seed)
+        both.set_epoch(epoch)
+        return [part.phrases(i) for part in both.datasets for i in range(len(part))]
+
+    assert drawn(0, 0) == drawn(0, 0)
+    assert len({json.dumps(drawn(seed, 0)) for seed in range(4)}) > 1 and len({json.dumps(drawn(0, epoch)) for epoch in range(4)}) > 1
+    sentences = sum(len(r["sentences"]) for r in read_refs(built_in / "refcoco/refs(unc).p") if r["split"] == "train")
+    assert len(build_dataset(config, "train", built_in, None, per_sentence=True)) == 2 * sentences
 
 
 def test_sentence_protocol_has_one_record_per_sentence(built_in):
@@ -340,6 +360,7 @@ def test_a_perfect_prediction_scores_one_and_controls_what_they_should():
     other_phrase(output, gt, rows)
     scores = summarise(rows)
     assert scores["alike"] == 0 and scores["all_objects"] == 0.5  # another mask for every phrase
+    assert scores["controls"]["other"] == scores["controls"]["other_coarse"] == 0
     blind, both = [{}, {}], {**output, "pred_masks": gt.amax(0).expand(2, 8, 8) * 20 - 10}
     other_phrase(both, gt, blind)
     assert all(row == {"iou_other": 0.5, "iou_other_coarse": 0.5, "alike": 1, "all_objects": 1} for row in blind)
