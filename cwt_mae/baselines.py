@@ -70,7 +70,7 @@ def parse_args(argv=None):
     parser.add_argument("--validate", action="store_true", help="score the validation part --fold instead of the test part")
     parser.add_argument("--resamples", type=int, default=1000, help="bootstrap draws for the intervals")
     parser.add_argument("--cache", help="folder for the prepared signals (None: data/cwt_mae/cache)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of trees, weights and windows")
     parser.add_argument("--overwrite", action="store_true", help="replace the results that --out holds")
     return parser.parse_args(argv)
 

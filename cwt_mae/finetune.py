@@ -73,9 +73,9 @@ def parse_args(argv=None):
     optim.add_argument("--lr", type=float, default=1e-4, help="peak learning rate of the head")
     optim.add_argument("--schedule", choices=("cosine", "constant"), default="cosine", help="after 5 %% of warm-up (upstream: constant)")
     optim.add_argument("--layer-decay", type=float, default=0.65, help="factor of the learning rate from one block to the one before")
-    optim.add_argument("--weight-decay", type=float, default=0.05)
+    optim.add_argument("--weight-decay", type=float, default=0.05, help="not on biases, norms, tokens and positions")
     optim.add_argument("--clip", type=float, default=3.0, help="largest gradient norm")
-    optim.add_argument("--label-smoothing", type=float, default=0.1)
+    optim.add_argument("--label-smoothing", type=float, default=0.1, help="share of the target spread over all classes")
     optim.add_argument("--mixup", type=float, default=0.0, help="Beta(a, a) of the blend of two windows; 0 = none (upstream 0.2)")
     optim.add_argument(
         "--sampling-power", type=float, default=1.0, help="a class is drawn in proportion to count^power: 1 as it is, 0 balanced"
@@ -89,7 +89,7 @@ def parse_args(argv=None):
     optim.add_argument("--bf16", action="store_true", help="bfloat16 mixed precision")
     out = parser.add_argument_group("run")
     out.add_argument("--out", required=True, help="run folder")
-    out.add_argument("--seed", type=int, default=42)
+    out.add_argument("--seed", type=int, default=42, help="of the head's weights, windows and augmentation")
     out.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint in --out")
     out.add_argument("--overwrite", action="store_true", help="delete the run that --out holds and start again")
     out.add_argument("--log-every", type=int, default=50, help="steps")

@@ -36,7 +36,7 @@ def parse_args(argv=None):
     parser.add_argument("--subjects", type=int, default=30, help="a third of them for the test")
     parser.add_argument("--seconds", type=float, default=300, help="length of each labelled record, seconds")
     parser.add_argument("--ppg", type=int, default=4, help="unlabelled PPG records")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn")
     return parser.parse_args(argv)
 
 

@@ -282,11 +282,11 @@ def test_twenty_kills_at_random_moments_lose_nothing(world):
     """Children are forked, so that a life costs no import; each is killed after a random while and the next one resumes."""
     whole, killed = world["folder"] / "unkilled", world["folder"] / "killed"
     options = ["--max-steps", "60", "--save-every", "2", "--eval-every", "1000"]
+    start = time.monotonic()
     pretrain(world, whole, *options)
+    whole_s = time.monotonic() - start  # lives are parts of this, on a busy machine too
     random.seed(1)
-    kills, deadline = 0, time.monotonic() + 90
-    while kills < 20:
-        assert time.monotonic() < deadline
+    for _ in range(20):
         child = os.fork()
         if child == 0:
             try:
@@ -296,16 +296,16 @@ def test_twenty_kills_at_random_moments_lose_nothing(world):
                 pretrain(world, killed, *options, *(["--resume"] if (killed / "config.json").exists() else []))
             finally:
                 os._exit(0)
-        time.sleep(random.uniform(0.05, 0.9))
+        time.sleep(random.uniform(0.02, 0.35) * whole_s)
         done = sorted((killed / "checkpoints").glob("step-*")) if (killed / "checkpoints").is_dir() else []
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         kept = sorted((killed / "checkpoints").glob("step-*")) if (killed / "checkpoints").is_dir() else []
         assert not done or kept[-1].name >= done[-1].name, "a finished checkpoint was lost"
-        kills += 1
         if kept and kept[-1].name == "step-00000060":  # it got to the end: take the last half away and go on killing
             for folder in kept[-2:]:
                 shutil.rmtree(folder)
+    assert kept, "no life came to a checkpoint"
     pretrain(world, killed, *options, "--resume")
     assert same(whole, killed) and losses(whole) == losses(killed)
 
