@@ -183,9 +183,19 @@ def read_rtl433(path: Path, train=None) -> dict:
             content = {k: file[k] for k in ("iq", "y", "classes", "modulation", "coding", "fs")}
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a readable npz file ({error})") from error
-    iq = content["iq"]
-    if iq.ndim != 3 or iq.shape[2] != 2:
-        raise UserError(f"{path}: iq is {iq.shape}, expected (n, T, 2)")
+    iq, y, classes = content["iq"], content["y"], content["classes"]
+    if iq.ndim != 3 or iq.shape[2] != 2 or iq.dtype.kind not in "uif":
+        raise UserError(f"{path}: iq is {iq.shape} {iq.dtype}, expected real numbers (n, T, 2)")
+    if y.shape != (len(iq),) or y.dtype.kind not in "iu" or not len(y) or y.min() < 0 or y.max() >= len(classes):
+        raise UserError(
+            f"{path}: y is {y.shape} {y.dtype}, expected for each of the {len(iq)} captures the number of one of {len(classes)} classes"
+        )
+    if wrong := [k for k in ("modulation", "coding") if content[k].shape != classes.shape]:
+        raise UserError(f"{path}: {wrong[0]} is {content[wrong[0]].shape}, expected one entry for each of the {len(classes)} classes")
+    if content["fs"].size != 1 or content["fs"].dtype.kind not in "uif" or not content["fs"] > 0:
+        raise UserError(f"{path}: fs is {content['fs']}, expected samples per second")
+    if len(bad := np.nonzero(~np.isfinite(iq).all((1, 2)) | (iq == iq[:, :1]).all((1, 2)))[0]):
+        raise UserError(f"{path}: iq[{bad[0]}] holds nan or inf, or the same sample throughout; leave the capture out")
     content["iq"] = ((iq[..., 0] - np.float32(127.5)) + 1j * (iq[..., 1] - np.float32(127.5))).astype(np.complex64)
     content |= {"fs": float(content["fs"]), "y": content["y"].astype(int)}
     if train is not None:

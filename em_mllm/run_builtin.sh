@@ -4,6 +4,7 @@
 # SEEDS="3 4" bash em_mllm/run_builtin.sh runs others. With DATA_ROOT: the study on the real rtl_433 captures of its folder rf/ instead.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common/env.sh"
+export NPROC_PER_NODE=1                                # the recipes' batches are those of one process
 HERE=$ROOT/em_mllm BASE=$ROOT/data/em_mllm RUN=$RUNS/em_mllm
 if [ -n "${SMOKE:-}" ]; then
   BASE=$BASE/smoke SIZE="--train 40 --val 5 --test 5" MAE=8 LABELS=8 WARM=20 ALIGN=6 JOINT=6 CNN=10 SHOTS="1 5" STUDY=4 COPIES=2 REAL_MAE=4

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from common.errors import UserError
 from common.tiny_llm import make_tokenizer
 from em_mllm.convert import main as convert_main
+from em_mllm.convert import parse_args as convert_args
 from em_mllm.convert import read_radioml2016, view
 from em_mllm.dataset import (
     PackedSignals,
@@ -411,6 +412,37 @@ def test_radioml2018_comes_in(tmp_path):
     convert_main(Namespace(source="radioml2018", files=[tmp_path / "r.hdf5"], out=tmp_path / "out", per_cell=5, fs=1e6, seed=0))
     file = SignalFile(tmp_path / "out/train/modulation.h5")
     assert len(file.classes) == 24 and all(file.read(i)[0, 0] == file.column("label")[i] for i in range(0, len(file), 7))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"iq": np.zeros((3, 64), np.uint8)}, "iq is"),
+        ({"iq": np.full((3, 64, 2), 127, np.uint8)}, r"iq\[0\] holds"),
+        ({"y": np.array([0, 1, 2])}, "y is"),
+        ({"y": np.array([0.0, 1.0, 1.0])}, "y is"),
+        ({"coding": np.array(["PWM"])}, "coding is"),
+        ({"fs": np.array("fast")}, "fs is"),
+        ({"classes": np.array(["a", "c"])}, "class c is not among"),
+    ],
+)
+def test_bad_capture_files_are_named_by_field(tmp_path, monkeypatch, change, words):
+    iq = np.random.default_rng(0).integers(0, 255, (3, 64, 2)).astype(np.uint8)
+    good = dict(
+        iq=iq,
+        y=np.array([0, 1, 1]),
+        classes=np.array(["a", "b"]),
+        modulation=np.array(["OOK", "FSK"]),
+        coding=np.array(["PWM", ""]),
+        fs=250000,
+    )
+    np.savez(tmp_path / "train.npz", **good)
+    np.savez(tmp_path / "test.npz", **(good | change))
+    command = ["convert.py", "rtl433", str(tmp_path / "train.npz"), str(tmp_path / "test.npz"), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(UserError, match=words) as error:
+        convert_main(convert_args())
+    assert "test.npz" in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
 def test_polar_view_measures_magnitude_and_frequency():
