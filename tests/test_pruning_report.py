@@ -22,6 +22,7 @@ from pruning.layers import without_layers
 from pruning.pruning_tools import prune_llm
 from pruning.report_model import Encoded, load_report_model, report_losses, task_prompts, write_reports
 from pruning.sensitivity_analyse import layer_sensitivity_scan as scanner
+from pruning.sensitivity_analyse.load_model import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -109,9 +110,12 @@ def test_task_prompts_hold_the_volume_and_score_the_report(world):
     blank.tokens = [torch.zeros_like(t) for t in blank.tokens]
     assert not torch.equal(prompts[0]["inputs_embeds"], next(task_prompts(model, text, blank))["inputs_embeds"])
     records = scanner.scan(model.lang_model, prompts, ["v"], ("kl",))
+    losses = report_losses(model, text, Encoded(model, text, config, world / "data", "train", 3))              # in one padded batch
+    for record, prompt, (loss, tokens) in zip(records, prompts, losses.tolist(), strict=True):
+        assert record["scored"] == tokens == int((prompt["labels"] != -100).sum())
+        assert record["nll"] * tokens == pytest.approx(loss, rel=1e-5)
     naive = scanner.scan(model.lang_model, prompts, ["v"], ("kl",), method="naive")
     for a, b in zip(records, naive):
-        assert a["scored"] == int((prompts[0]["labels"] != -100).sum()) or a["name"] != prompts[0]["name"]
         assert [v["kl"] for v in a["variants"]] == pytest.approx([v["kl"] for v in b["variants"]], rel=1e-4, abs=1e-7)
 
 
@@ -237,6 +241,11 @@ def test_plain_language_models_heal_and_test_on_texts(world, tmp_path):
         test.main(test.parse_args(["--pruned_model_path", str(path), "--texts", str(tmp_path / "texts.txt"), "--out_dir",
                                    str(tmp_path), "--tag_override", path.name]))
         found.append(json.loads((tmp_path / f"dia-pangu-pruned_{path.name}_scores.json").read_text()))
+    model, tokenizer = load_model(hf)
+    rows = [torch.tensor([tokenizer(text).input_ids]) for text in (tmp_path / "texts.txt").read_text().splitlines()]
+    with torch.no_grad():
+        losses = torch.cat([torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none") for ids in rows])
+    assert found[0]["perplexity"] == pytest.approx(losses.mean().exp().item(), rel=1e-5)
     assert found[1]["perplexity"] < found[0]["perplexity"] and found[1]["parameters"] == found[0]["parameters"]
 
 
@@ -313,3 +322,12 @@ def test_intervals_are_paired_and_say_when_nothing_differs():
     verdicts = {(c["metric"], c["control"]): c["verdict"] for c in study.compare(choices, sets, ("f1", "perplexity"))}
     for metric in ("f1", "perplexity"):
         assert verdicts[metric, "last"] == "no difference" and verdicts[metric, "random"] == "better"
+
+
+def test_the_interval_of_a_random_control_covers_its_sets():
+    sets = [{"counts": [[2.0, errors]] * 30, "losses": [[1.0 + errors, 10.0]] * 30} for errors in (0.0, 4.0)]   # all reports alike
+    for metric in ("f1", "perplexity"):
+        assert np.ptp(study.quality(sets[:1], metric)[1]) < 1e-9
+        ends = [study.quality([s], metric)[0] for s in sets]
+        low, high = np.percentile(study.quality(sets, metric)[1], (2.5, 97.5))
+        assert (low, high) == pytest.approx(sorted(ends))

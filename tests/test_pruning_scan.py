@@ -69,6 +69,18 @@ def test_a_batch_of_unequal_prompts_gives_each_its_own_scores(method):
         assert record["block_influence"] == pytest.approx(alone["block_influence"], abs=1e-6)
 
 
+@torch.no_grad()
+def test_angles_are_those_of_the_last_token_in_half_turns():
+    model, batch = make(), prompts((5, 9))
+    records = scan_methods.scan_batch(model, batch, scan_methods.list_variants(model, []), ("kl",))
+    for prompt, record in zip(batch, records):
+        states = model(prompt["input_ids"], output_hidden_states=True).hidden_states[:3]                       # what each layer is given
+        for a in range(3):
+            for b in range(3):
+                cosine = torch.cosine_similarity(states[a][0, -1].double(), states[b][0, -1].double(), dim=0).clamp(-1, 1)
+                assert record["angles"][a][b] == pytest.approx(torch.arccos(cosine).item() / 3.14159265, abs=1e-3)
+
+
 def test_scores_do_not_depend_on_the_chunk_size(monkeypatch):
     model, variants = make(), scan_methods.list_variants(make(), ["v"])
     whole = scan_methods.scan_batch(model, prompts(), variants, eval_metric.DISTANCES)
@@ -160,7 +172,8 @@ def test_kl_of_a_tiny_change_keeps_its_digits():
     b = a + 1e-3 * torch.randn(4, 2000, generator=torch.Generator().manual_seed(1))
     exact = torch.nn.functional.kl_div(b.double().log_softmax(-1), a.double().log_softmax(-1), reduction="none",
                                        log_target=True).sum(-1).mean().item()
-    assert eval_metric.logprob_distance(a, b, "kl") == pytest.approx(exact, rel=1e-3)
+    single = eval_metric.position_distances(a.log_softmax(-1), b.log_softmax(-1), "kl").mean().item()           # as the scan does
+    assert single == pytest.approx(exact, rel=1e-3) and eval_metric.logprob_distance(a, b, "kl") == pytest.approx(exact, rel=1e-3)
 
 
 def test_an_interrupted_scan_goes_on_and_ends_the_same(tmp_path, monkeypatch):

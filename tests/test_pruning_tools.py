@@ -284,9 +284,15 @@ def test_files_that_are_no_checkpoint_are_named(tmp_path, content):
 
 def test_copying_keeps_bytes_across_blocks_and_holes(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "BLOCK", 1000)
-    values = torch.randn(5000)
-    values[1000:3000] = 0
-    save_file({"a": values, "b": torch.arange(7), "empty": torch.zeros(0, 3)}, tmp_path / "a.safetensors")
+    values = torch.randn(50_000)
+    values[10_000:30_000] = 0
+    save_file({"a": values, "b": torch.arange(7), "empty": torch.zeros(0, 3)}, tmp_path / "whole.safetensors")
+    content = (tmp_path / "whole.safetensors").read_bytes()
+    with open(tmp_path / "a.safetensors", "wb") as file:  # the same with a hole where the zeros are
+        for start in range(0, len(content), 4096):
+            piece = content[start:start + 4096]
+            file.write(piece) if any(piece) else file.seek(4096, os.SEEK_CUR)
+    assert (tmp_path / "a.safetensors").read_bytes() == content
     entries = shards.open_checkpoint(tmp_path / "a.safetensors").entries
     shards.write_safetensors(tmp_path / "b.safetensors", {"x": entries["a"], "y": entries["b"], "z": entries["empty"]})
     copied = shards.open_checkpoint(tmp_path / "b.safetensors").entries
@@ -325,6 +331,18 @@ def test_importance_finds_the_neurons_and_heads_that_do_nothing():
     kept = prune_width.prune_width(model, [{"name": "a", "input_ids": IDS}], mlp_ratio=0.25, kv_ratio=0.5)
     assert all(not set(k) & set(dead.tolist()) for k in kept["mlp"]) and kept["kv"] == [[0]] * 4
     assert torch.allclose(model(IDS).logits, before, atol=1e-5)
+
+
+@torch.no_grad()
+def test_padding_has_no_part_in_the_importance():
+    model, each = make(), [{"name": "a", "input_ids": IDS}, {"name": "b", "input_ids": IDS[:, :3]}]
+
+    def importance(prompts):
+        batch, real = prune_width.calibration_batch(model, prompts)
+        with prune_width.input_norms({"x": model.model.layers[1].mlp.down_proj}, real) as sums:
+            model(**batch)
+        return sums["x"]
+    assert torch.allclose(importance(each), importance(each[:1]) + importance(each[1:]), rtol=1e-4)
 
 
 @pytest.mark.parametrize("sparsity, share", [("0.5", 0.5), ("0.25", 0.25), ("2:4", 0.5)])
@@ -369,6 +387,8 @@ def test_counting_pangu_and_its_published_drops(tmp_path, capsys):
     write_sparse(tmp_path, pangu_shapes())
     result = count_params.describe(tmp_path, count_params.parse_args([str(tmp_path)]))["total"]
     assert result["values"] == 8_030_887_936 and result["decoder layers, values"] == 34 * 199_247_872
+    matrices = 34 * (199_247_872 - 18_432) + 4096 * 153_376                   # without biases and norms; lm_head
+    assert result["FLOPs per token at 2048 tokens"] == 2 * matrices + 4 * 34 * 4096 * 2048
     assert result["KV-cache of 2048 tokens, bytes"] == 2 * 34 * 8 * 128 * 2 * 2048
     usage = subprocess.run([sys.executable, "-c", "import resource, runpy, sys\nsys.argv = "
                                                   "sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
