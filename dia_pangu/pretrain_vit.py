@@ -122,10 +122,9 @@ def main(args):
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     seed_everything(args.seed)
     config = read_config(args)
-    grid, patch = make_grid(config), None
+    grid = make_grid(config)
     layer = MyEmbedding(num_embeddings=1, embedding_dim=8, **config["embedding"] | {"evidence_head": True})
-    patch = layer.vision_encoder.patch
-    options = {"language": config["language"], "cache": args.cache, "patches": patch}
+    options = {"language": config["language"], "cache": args.cache, "patches": layer.vision_encoder.patch}
     train_set = CTRGDataset(args.data, "train", grid, limit=args.limit, **options)
     val_set = CTRGDataset(args.data, "val", grid, limit=args.limit, **options)
     if not (train_set.data / "masks").is_dir():
@@ -139,13 +138,12 @@ def main(args):
             raise UserError(sample["error"])
         share += sample["patch_labels"] / len(counted)
     weight = (0.05 / share.mean(0).clamp(min=1e-4)).clamp(1, 5)
-    layer.prototype.data = (share.T + 0.003).log()
     model = PatchModel(layer, weight, args.contrast)
     if args.start:
         load_start(model, args.start)
-        layer.prototype.data = (share.T + 0.003).log()
-        if args.contrast and not args.resume:
-            start_memories(layer, train_set, counted)
+    layer.prototype.data = (share.T + 0.003).log()
+    if args.start and args.contrast and not args.resume:
+        start_memories(layer, train_set, counted)
     fast = {"prototype", "pos_sample_memory", "neg_sample_memory", "temp"}
     named = dict(layer.named_parameters())
     learns = (*fast, "proj.weight", "proj.bias") if args.contrast else ()
@@ -175,7 +173,6 @@ def parse_args():
     parser.add_argument("--data", required=True, help="folder in the CTRG format with masks/")
     parser.add_argument("--size", choices=SIZES, default="tiny", help="sizes of the vision part (default %(default)s)")
     parser.add_argument("--config", help="JSON file with the keys of dia_config.json, instead of --size")
-    parser.add_argument("--language", help=argparse.SUPPRESS, default=None)
     parser.add_argument("--preprocess", choices=("windows", "upstream"), help="default: the configuration's, windows")
     parser.add_argument("--cache", help="folder for prepared volumes; makes the second epoch fast")
     parser.add_argument("--limit", type=int, default=0, help="use only the first volumes; 0: all")
@@ -183,6 +180,7 @@ def parse_args():
     parser.add_argument("--contrast", type=float, default=0.0, help="weight of the contrastive loss; 0: patch labels alone (default)")
     parser.add_argument("--prototype-lr-scale", type=float, default=5.0, help="rate of prototypes, memories and temperature, "
                         "as a multiple (default %(default)s)")
+    parser.set_defaults(language=None)  # no text is read here
     add_optimization(parser, learning_rate=2e-3, max_steps=800, per_device_train_batch_size=8, gradient_accumulation_steps=1,
                      adam_beta2=0.98)
     return parser.parse_args(with_dashes(sys.argv[1:]))

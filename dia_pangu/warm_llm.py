@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import Dataset
 
-from common.checkpoint import atomic_dir
+from common.checkpoint import atomic_dir, atomic_write
 from common.errors import UserError, run
 from common.run import describe, open_run, seed_everything
 from common.tiny_llm import make_llm, make_tokenizer
@@ -127,14 +127,14 @@ def main(args):
     trainer = Trainer(model, args, accelerator, train_set, collate, ("lang_x", "attention_mask", "labels", "loss_reweight"), None,
                       val_set, evaluate)
     scores = trainer.train()
-    cut = train_set.text.cut + val_set.text.cut
-    accelerator.print(f"perplexity {scores['perplexity']:.2f} over {scores['tokens']:.0f} held-out tokens; {cut} texts cut at --max-length")
+    accelerator.print(f"perplexity {scores['perplexity']:.2f} over {scores['tokens']:.0f} held-out tokens; "
+                      f"{train_set.text.cut + val_set.text.cut} times a text was cut at --max-length")
     if accelerator.is_main_process:
         tokenizer = load_tokenizer(folder, args.trust_remote_code)  # as it was, without image tokens
         with atomic_dir(out / "model") as temporary:
             accelerator.unwrap_model(trainer.model).lang_model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
-        (out / "metrics.json").write_text(json.dumps(scores, indent=1))
+        atomic_write(out / "metrics.json", json.dumps(scores, indent=1))
     accelerator.end_training()
 
 

@@ -5,10 +5,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 from common.errors import UserError
 from common.tiny_llm import make_tokenizer
-from dia_pangu.src.Dataset.CTRG_dataset import CTRGDataset, read_places
+from dia_pangu.src.Dataset.CTRG_dataset import CTRGDataset, collate, read_places
 from dia_pangu.src.Dataset.preprocess import Grid
 from dia_pangu.src.Dataset.prompt import FINDINGS, LATERAL, ReportText, prompt_phrases, status_text
 from dia_pangu.src.Model.build import build_model, load_model, make_text
@@ -40,6 +41,16 @@ def test_a_long_report_is_taught_to_stop_in_the_middle(llm):
     text.max_length = length
     with pytest.raises(UserError, match="scan7: the prompt alone has"):
         text.sample([0] * 14, "x", "scan7")
+
+
+def test_reports_cut_in_a_loader_worker_are_not_counted(data, llm):
+    text = make_text(load_tokenizer(llm), SMALL, 500)
+    text.max_length = len(text.sample([1] * 14)["lang_x"]) + 12
+    samples = CTRGDataset(data, "train", Grid((16, 16, 16)), text, vision=False)
+    expected = sum(sample["text"]["attention_mask"][-1] for sample in samples)  # a cut report has no eos behind it
+    assert text.cut == expected > 0
+    batches = list(DataLoader(samples, 4, num_workers=1, collate_fn=collate))
+    assert len(batches) == 2 and text.cut == 2 * expected
 
 
 def test_a_tokenizer_larger_than_the_word_table_passes(llm):

@@ -87,7 +87,7 @@ def test_one_scan_gives_no_report(data, llm, tmp_path):
     model, _ = build_model(json.loads(json.dumps(SMALL)), llm)
     save_model(model.state_dict(), tmp_path / "model", SMALL)
     result = python(ROOT / "dia_pangu" / "test.py", "--ckpt-path", tmp_path / "model", "--lang-encoder-path", llm, "--volume",
-                    data / "volumes" / "3.nii.gz", "--max-new-tokens", 8, "--out", tmp_path / "out")
+                    data / "volumes" / "3.nii.gz", "--max_new_tokens=8", "--out", tmp_path / "out")
     assert result.returncode == 0, result.stderr
     with open(tmp_path / "out" / "dia-pangu.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))

@@ -28,6 +28,7 @@ from dia_pangu.src.Dataset.CTRG_dataset import CTRGDataset, collate
 from dia_pangu.src.Dataset.preprocess import load_volume
 from dia_pangu.src.Dataset.prompt import FINDINGS
 from dia_pangu.src.Model.build import load_model, make_grid
+from dia_pangu.src.My_Trainer.trainer import with_dashes
 
 CONTROLS = ("none", "blank", "swap", "swap-visual")
 
@@ -141,8 +142,8 @@ def main(args):
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--ckpt-path", required=True, help="folder that train.py wrote, or a published pytorch_model.bin")
-    parser.add_argument("--lang-encoder-path", "--lang_encoder_path", required=True, help="folder of the language model")
-    parser.add_argument("--tokenizer-path", "--tokenizer_path", help="folder of its tokenizer (default: --lang-encoder-path)")
+    parser.add_argument("--lang-encoder-path", required=True, help="folder of the language model")
+    parser.add_argument("--tokenizer-path", help="folder of its tokenizer (default: --lang-encoder-path)")
     parser.add_argument("--data", help="folder in the CTRG format")
     parser.add_argument("--volume", help="one scan instead: .nii, .nii.gz or a DICOM folder")
     parser.add_argument("--split", choices=("train", "val", "test"), default="test", help="(default %(default)s)")
@@ -169,7 +170,7 @@ def parse_args():
     parser.add_argument("--attn", default="sdpa", choices=("sdpa", "eager"))
     parser.add_argument("--dataloader-num-workers", type=int, default=0)
     parser.add_argument("--trust-remote-code", action="store_true", help="let the model folder run its own Python code")
-    return parser.parse_args()
+    return parser.parse_args(with_dashes(sys.argv[1:]))
 
 
 if __name__ == "__main__":

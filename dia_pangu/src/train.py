@@ -131,7 +131,7 @@ def main(args):
                       val_set, evaluate)
     scores = trainer.train()
     if text.cut:
-        accelerator.print(f"{text.cut} reports were longer than --max-length and were cut")
+        accelerator.print(f"{text.cut} times a report was longer than --max-length and was cut")
 
     trainer.model.eval()
     probability, labels, _ = diagnose_all(trainer.model, trainer.eval_loader, accelerator)

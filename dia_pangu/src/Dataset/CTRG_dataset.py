@@ -76,8 +76,8 @@ class CTRGDataset(Dataset):
     """One sample: vision_x (1, 3, H, W, D) float32 in [0, 1], cls_labels (14,), and ids of prompt and report.
 
     text: writes the prompt. flip: share of statuses in the training prompt that are turned over, as the model's own
-    diagnosis will be wrong at test time; drawn from (seed, epoch, index). patches: also patch_labels (n_tok, 14) from
-    masks/, at `patch` voxels. places: as `read_places`; the prompt then names side and place of what is present, but for a share
+    diagnosis will be wrong at test time; drawn from (seed, epoch, index). patches: size of a patch in voxels (H, W, D), for
+    patch_labels (n_tok, 14) from masks/. places: as `read_places`; the prompt then names side and place of what is present, but for a share
     `hide_places` of the findings, drawn like the flips: what the prompt leaves out, the report has to take from the image tokens.
     Bad inputs raise UserError; inside a loader they come as {"error": message}, so that a worker's error stays one line.
     """

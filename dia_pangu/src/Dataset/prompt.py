@@ -15,13 +15,11 @@ FINDINGS_CN = ("纵隔心影增大", "心脏肥大", "肺部阴影", "肺部病�
                "胸膜其他病变", "骨折", "支撑装置", "未见异常")
 LATERAL = ("lung opacity", "lung lesion", "consolidation", "pneumonia", "atelectasis", "pneumothorax", "pleural effusion",
            "pleural other", "fracture")  # what lies on one side; the heart, the mediastinum and both hila do not
+SIDES, PLACES = ("right", "left"), ("upper", "middle", "lower")
 PLACES_CN = {"right": "右", "left": "左", "upper": "上", "middle": "中", "lower": "下"}
 COLUMNS = tuple(name.replace(" ", "_") for name in FINDINGS)  # of the label csv
 GUIDES = {"en": "Imaging findings:", "cn": "影像所见："}
 LANGUAGES = tuple(GUIDES)
-
-
-SIDES, PLACES = ("right", "left"), ("upper", "middle", "lower")
 
 
 def status_sentence(finding: int, status, language: str, where=()) -> str:
@@ -63,7 +61,7 @@ class ReportText:
             raise UserError(f"--language {language}: choose from {', '.join(LANGUAGES)}")
         self.tokenizer, self.num_embeddings, self.language = tokenizer, num_embeddings, language
         self.max_length, self.skip_unknown, self.key_weight, self.weights = max_length, skip_unknown, key_weight, {}
-        self.cut = 0  # reports that did not fit
+        self.cut = torch.zeros((), dtype=torch.int64).share_memory_()  # readings of reports that did not fit, by all loader workers
         images = [f"<image{j}>" for j in range(image_tokens * volumes)]
         self.images = "".join("<image>" + "".join(images[i:i + image_tokens]) + "</image>"
                               for i in range(0, len(images), max(1, image_tokens)))

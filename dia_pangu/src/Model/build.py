@@ -29,14 +29,16 @@ TINY = {**PUBLISHED, "max_length": 512,
                       "perceiver": {"depth": 2, "heads": 4, "dim_head": 24, "ff_mult": 2}},
         "grid": {"size": [64, 64, 16], "fov_mm": [384.0, 384.0, 320.0], "preprocess": "windows"}}
 SIZES = {"published": PUBLISHED, "tiny": TINY}
+# What dia_config.json and a --config file hold, as common.files.read_json checks it.
+CONFIG = {"embedding?": dict, "grid?": {"size": [int], "fov_mm": [float], "preprocess": str}, "language?": str, "max_length?": int,
+          "lora?": {"r": int, "alpha": float, "dropout": float, "targets": [str]}, "thresholds?": [float]}
 
 
 def add_model(parser):
     """The arguments that name a model: its size, language model, tokenizer and start weights."""
     group = parser.add_argument_group("model")
-    group.add_argument("--lang-encoder-path", "--lang_encoder_path", help="folder of the language model (openPangu-Embedded-7B, "
-                       "Llama-2, or any causal LM)")
-    group.add_argument("--tokenizer-path", "--tokenizer_path", help="folder of its tokenizer (default: --lang-encoder-path)")
+    group.add_argument("--lang-encoder-path", help="folder of the language model (openPangu-Embedded-7B, Llama-2, or any causal LM)")
+    group.add_argument("--tokenizer-path", help="folder of its tokenizer (default: --lang-encoder-path)")
     group.add_argument("--size", choices=SIZES, default="published", help="sizes of the vision part (default %(default)s)")
     group.add_argument("--config", help="JSON file with the keys of dia_config.json, instead of --size")
     group.add_argument("--language", choices=LANGUAGES, help="of prompts and reports (default: the configuration's, en)")
@@ -44,9 +46,6 @@ def add_model(parser):
                        "exactly as published, for published checkpoints (default: the configuration's, windows)")
     group.add_argument("--attn", default="sdpa", choices=("sdpa", "eager"), help="attention of the language model")
     group.add_argument("--trust-remote-code", action="store_true", help="let the model folder run its own Python code")
-
-CONFIG = {"embedding?": dict, "grid?": {"size": [int], "fov_mm": [float], "preprocess": str}, "language?": str, "max_length?": int,
-          "lora?": {"r": int, "alpha": float, "dropout": float, "targets": [str]}, "thresholds?": [float]}
 
 
 def read_config(args) -> dict:

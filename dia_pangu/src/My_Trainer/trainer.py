@@ -49,8 +49,9 @@ def add_optimization(parser, **defaults):
 
 
 def with_dashes(arguments) -> list[str]:
-    """Upstream writes --save_steps, we --save-steps; both are understood."""
-    return [a.replace("_", "-") if a.startswith("--") and "=" not in a else a for a in arguments]
+    """Upstream writes --save_steps, we --save-steps; both are understood, also as --save_steps=100."""
+    parts = [argument.partition("=") for argument in arguments]
+    return [name.replace("_", "-") + sign + value if name.startswith("--") else name + sign + value for name, sign, value in parts]
 
 
 def lr_at(step: int, total: int, args) -> float:
@@ -67,7 +68,7 @@ class Trainer:
     """train(), evaluate(), save() around one model.
 
     groups: AdamW parameter groups; a key `lr_scale` multiplies the common rate. inputs: batch keys that the model takes.
-    evaluate: function (model, loader) -> {name: number}, run on all processes.
+    evaluate: function (model, loader, accelerator) -> {name: number}, run on all processes.
     """
 
     def __init__(self, model, args, accelerator, train_dataset, data_collator, inputs, groups=None, eval_dataset=None,
