@@ -275,22 +275,23 @@ def tabulate(choices, evaluations, costs, metrics) -> list[dict]:
 
 
 def compare(choices, evaluations, metrics) -> list[dict]:
-    """Every criterion against every control: paired difference with its 95 % interval; it differs when the interval leaves out 0."""
+    """Every criterion against every control, every later criterion and its own choice elsewhere: paired difference with its 95 %
+    interval; they differ when the interval leaves out 0."""
+    names = list(dict.fromkeys(c["criterion"] for c in choices))
+    pairs = [(a, b) for i, a in enumerate(CRITERIA) for b in names if b in (*CONTROLS, *CRITERIA[i + 1:], f"{a}_elsewhere")]
     rows = []
     for ratio in dict.fromkeys(c["ratio"] for c in choices):
-        sets = {name: [evaluations[c["drop_layers"]] for c in choices if (c["ratio"], c["criterion"]) == (ratio, name)]
-                for name in (*CRITERIA, *CONTROLS)}
+        sets = {name: [evaluations[c["drop_layers"]] for c in choices if (c["ratio"], c["criterion"]) == (ratio, name)] for name in names}
         for metric in metrics:
             for stage in ("before", "after"):
                 found = {name: quality([e[stage] for e in evaluated], metric) for name, evaluated in sets.items()}
-                for criterion in CRITERIA:
-                    for control in CONTROLS:
-                        (a, a_draws), (b, b_draws) = found[criterion], found[control]
-                        low, high = np.percentile(a_draws - b_draws, (2.5, 97.5))
-                        better = (a > b) == (metric == "f1")
-                        verdict = ("better" if better else "worse") if low > 0 or high < 0 else "no difference"
-                        rows.append({"ratio": ratio, "metric": metric, "stage": stage, "criterion": criterion, "control": control,
-                                     "difference": a - b, "low": low, "high": high, "verdict": verdict})
+                for criterion, other in pairs:
+                    (a, a_draws), (b, b_draws) = found[criterion], found[other]
+                    low, high = np.percentile(a_draws - b_draws, (2.5, 97.5))
+                    better = (a > b) == (metric == "f1")
+                    verdict = ("better" if better else "worse") if low > 0 or high < 0 else "no difference"
+                    rows.append({"ratio": ratio, "metric": metric, "stage": stage, "criterion": criterion, "control": other,
+                                 "difference": a - b, "low": low, "high": high, "verdict": verdict})
     return rows
 
 

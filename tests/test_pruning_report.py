@@ -322,6 +322,7 @@ def test_intervals_are_paired_and_say_when_nothing_differs():
     verdicts = {(c["metric"], c["control"]): c["verdict"] for c in study.compare(choices, sets, ("f1", "perplexity"))}
     for metric in ("f1", "perplexity"):
         assert verdicts[metric, "last"] == "no difference" and verdicts[metric, "random"] == "better"
+        assert verdicts[metric, "greedy"] == "no difference" and (metric, "sensitivity") not in verdicts      # each pair of criteria once
 
 
 def test_the_interval_of_a_random_control_covers_its_sets():
