@@ -21,7 +21,7 @@ from flmm.data.samples import SampleBuilder, caption_of_phrases
 from flmm.data.scenes import make_scene
 from flmm.data.transforms import LlavaImageProcessor, QwenImageProcessor
 from flmm.draw import colours, overlay
-from flmm.models.flmm import FLMM, extract
+from flmm.models.flmm import FLMM, confidence, extract
 from flmm.models.frozen_base import FrozenBase
 from flmm.models.frozen_qwen import FrozenQwen
 from flmm.models.mask_head.mask_refiner import SAMImageEncoder, load_sam, original_keys, sam_from_original
@@ -249,6 +249,12 @@ def test_a_head_of_another_base_is_refused_by_name_and_shape():
     state = FLMM(6, 3, 16, tiny_sam(), SMALL).upstream_state()
     with pytest.raises(UserError, match=r"mask_head.encoder.0.0.convs.0.conv.weight is \(4, 6, 3, 3\), this model needs \(4, 8, 3, 3\)"):
         FLMM(8, 3, 16, tiny_sam(), SMALL).load_upstream(state, "head.pth")
+
+
+def test_the_score_without_sam_is_the_mean_probability_inside_the_mask():
+    logits = torch.tensor([[[2.0, -9.0]], [[-9.0, -9.0]], [[2.0, 0.5]]])
+    inside = torch.tensor([2.0, 0.5]).sigmoid()
+    torch.testing.assert_close(confidence(logits), torch.stack([inside[0], torch.tensor(0.0), inside.mean()]))
 
 
 @pytest.mark.parametrize("channels,count", [(384, 7_403_969), (576, 7_514_561), (784, 7_634_369), (1024, 7_772_609), (2048, 8_362_433)])
