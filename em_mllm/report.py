@@ -115,7 +115,7 @@ def builtin(runs: Path, seeds: list[int], note: str):
 def devices(runs: Path, note: str):
     study = read(runs / "rtl433/metrics.json")
     ours, few, unseen = study["conditions"]["encoder, pre-trained"], study["few_captures"], study["unseen_devices"]
-    for level in ("clean", "0dB", "-10dB"):
+    for level in ("clean", "0dB", "-5dB", "-10dB"):
         write_result(
             runs,
             f"device of a capture, {level}",

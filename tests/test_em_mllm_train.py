@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from common.errors import UserError
 from em_mllm import rtl433
+from em_mllm.dataset import SignalFile
 
 ROOT = Path(__file__).resolve().parents[1]
 EM = ROOT / "em_mllm"
@@ -358,19 +359,24 @@ def test_study_of_real_captures_from_files_to_questions(home, tmp_path):
         y = np.arange(count) % 12
         carrier = 60 * np.exp(0.3j * np.arange(2048))
         pulses = np.stack([np.arange(2048) // (16 * (k + 1)) % 2 for k in y])[..., None] * np.stack([carrier.real, carrier.imag], 1)
+        turn = slice(None, None, 1 if part == "train" else -1)  # the test file numbers the classes the other way round
         np.savez(
             tmp_path / f"{part}.npz",
             iq=(127.5 + pulses + rng.normal(0, 2, (count, 2048, 2))).clip(0, 255).astype(np.uint8),
-            y=y.astype(np.int16),
-            classes=np.array(names),
-            modulation=np.array(["OOK", "FSK"] * 6),
-            coding=np.array(["PWM", "PPM", ""] * 4),
+            y=(y if part == "train" else 11 - y).astype(np.int16),
+            classes=np.array(names)[turn],
+            modulation=np.array(["OOK", "FSK"] * 6)[turn],
+            coding=np.array(["PWM", "PPM", ""] * 4)[turn],
             fs=250000,
         )
     captures = [tmp_path / "train.npz", tmp_path / "test.npz"]
     inside(EM / "convert.py", "rtl433", *captures, "--out", tmp_path / "data", "--copies", 2)
     levels = ["clean", *(f"{n}dB" for n in (20, 10, 5, 0, -5, -10))]
     assert {p.name for p in (tmp_path / "data/test").iterdir()} == {f"{k}{s}" for k in levels for s in ("", "_shift")}
+    assert SignalFile(tmp_path / "data/test/clean/device.h5").column("label").tolist() == list(range(12))
+    inside(EM / "convert.py", "rtl433", captures[1], "--out", tmp_path / "alone")  # captures to be asked about, none to learn from
+    assert {p.name for p in (tmp_path / "alone").iterdir()} == {"test", "tasks.json"}
+    assert SignalFile(tmp_path / "alone/test/clean/device.h5").classes == names[::-1]
     study = [EM / "rtl433.py", "--captures", *captures, "--data", tmp_path / "data", "--signal-encoder-path", home / "mae/encoder"]
     inside(*study, "--steps", 4, "--seeds", 2, "--out", tmp_path / "study")
     metrics = json.loads((tmp_path / "study/metrics.json").read_text())
