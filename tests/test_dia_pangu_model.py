@@ -10,10 +10,11 @@ from torch.nn import functional as F
 from dia_pangu.src import test as report_script
 from dia_pangu.src.Dataset.CTRG_dataset import CTRGDataset, collate
 from dia_pangu.src.Dataset.preprocess import Grid
+from dia_pangu.src.Dataset.prompt import FINDINGS, LATERAL
 from dia_pangu.src.Model.build import build_model, save_model
 from dia_pangu.src.Model.multimodality_model import NEVER_TRAINED, TRAINED, MultiPanguForCausalLM, add_lora, load_language_model
 from dia_pangu.src.Model.my_embedding_layer import lookup
-from dia_pangu.src.test import report_batch
+from dia_pangu.src.test import finding_rows, report_batch
 from tests.tiny_dia import *  # noqa: F403  the fixtures data, llm and model_text
 from tests.tiny_dia import SMALL
 
@@ -120,6 +121,26 @@ def test_padding_changes_the_generated_report(model_text):
     together = report_batch(model, text, volumes, thresholds, generation)["reports"]
     alone = [report_batch(model, text, volumes[i:i + 1], thresholds, generation)["reports"][0] for i in range(3)]
     assert together == alone
+
+
+def test_a_control_shows_the_patients_own_volume(model_text, monkeypatch):
+    model, text = model_text
+    model.eval()
+    volumes = torch.rand(3, 1, 3, 16, 16, 16, generator=torch.Generator().manual_seed(3))
+    own, blank, given = model.encode(volumes), model.encode(torch.zeros_like(volumes)), {}
+    monkeypatch.setattr(type(model), "generate", lambda self, ids, mask, tokens, **options: given.update(tokens=tokens) or ids[:, :1])
+    for control, diagnosed, shown in (("none", own, own), ("swap-visual", own, own.roll(1, 0)), ("blank", blank, blank),
+                                      ("swap", own.roll(1, 0), own.roll(1, 0))):
+        made = report_batch(model, text, volumes, [0.5] * 14, {}, control=control)
+        assert torch.allclose(made["probability"], model.diagnose(diagnosed), atol=1e-5), control
+        assert torch.allclose(given["tokens"], shown, atol=1e-5), control
+
+
+def test_a_finding_that_is_absent_has_a_place():
+    statuses = [int(name == "fracture") for name in FINDINGS]
+    places = {name: ("left", "upper") for name in LATERAL}
+    rows = {row[1]: row[4:] for row in finding_rows("7", [0.25] * 14, statuses, [0.5] * 14, places)}
+    assert rows.pop("fracture") == [1, "left", "upper"] and all(row == [0, "", ""] for row in rows.values())
 
 
 def test_sampling_forgets_its_seed_or_beams_find_less_than_greedy(data, llm, tmp_path, monkeypatch):
