@@ -50,53 +50,19 @@ def world(tmp_path_factory):
     return paths
 
 
+def given(paths, data="labelled"):
+    """Options that name the data, the split and the cache."""
+    return ["--data", str(paths[data]), "--split", str(paths["split"]), "--cache", str(paths["cache"])]
+
+
 def pretrain(paths, out, *options):
-    train.main(
-        train.parse_args(
-            [
-                "--data",
-                str(paths["data"]),
-                "--split",
-                str(paths["split"]),
-                "--cache",
-                str(paths["cache"]),
-                "--out",
-                str(out),
-                *TINY,
-                *options,
-            ]
-        )
-    )
+    train.main(train.parse_args([*given(paths, "data"), "--out", str(out), *TINY, *options]))
 
 
 def tune(paths, out, *options):
-    finetune.main(
-        finetune.parse_args(
-            [
-                "--pretrained",
-                str(paths["base"] / "model.safetensors"),
-                "--data",
-                str(paths["labelled"]),
-                "--split",
-                str(paths["split"]),
-                "--task",
-                "rhythm",
-                "--cache",
-                str(paths["cache"]),
-                "--folds",
-                "3",
-                "--batch-size",
-                "8",
-                "--lr",
-                "1e-3",
-                "--log-every",
-                "1",
-                "--out",
-                str(out),
-                *options,
-            ]
-        )
-    )
+    sizes = "--task rhythm --folds 3 --batch-size 8 --lr 1e-3 --log-every 1".split()
+    model = str(paths["base"] / "model.safetensors")
+    finetune.main(finetune.parse_args([*given(paths), "--pretrained", model, *sizes, "--out", str(out), *options]))
 
 
 def losses(out):
@@ -121,16 +87,7 @@ def test_pre_training_logs_both_losses_beside_the_trivial_ones_and_draws(world):
 
 def test_the_test_part_is_scored_with_tables_intervals_and_pictures(world):
     out = world["folder"] / "scored"
-    common = [
-        "--model",
-        str(world["tuned"] / "model.safetensors"),
-        "--data",
-        str(world["labelled"]),
-        "--split",
-        str(world["split"]),
-        "--cache",
-        str(world["cache"]),
-    ]
+    common = ["--model", str(world["tuned"] / "model.safetensors"), *given(world)]
     test.main(test.parse_args([*common, "--out", str(out), "--resamples", "50"]))
     result = json.loads((out / "metrics.json").read_text())
     records = (out / "per_record.csv").read_text().splitlines()
@@ -146,64 +103,23 @@ def test_the_test_part_is_scored_with_tables_intervals_and_pictures(world):
 def test_ensemble_of_one_model_twice_is_that_model(world):
     model, out = str(world["tuned"] / "model.safetensors"), [world["folder"] / "once", world["folder"] / "twice"]
     for models, folder in (([model], out[0]), ([model, model], out[1])):
-        test.main(
-            test.parse_args(
-                [
-                    "--model",
-                    *models,
-                    "--data",
-                    str(world["labelled"]),
-                    "--split",
-                    str(world["split"]),
-                    "--cache",
-                    str(world["cache"]),
-                    "--out",
-                    str(folder),
-                    "--resamples",
-                    "0",
-                ]
-            )
-        )
+        test.main(test.parse_args(["--model", *models, *given(world), "--out", str(folder), "--resamples", "0"]))
     assert (out[0] / "per_window.csv").read_text() == (out[1] / "per_window.csv").read_text()
 
 
 def test_probe_and_picture_and_baselines_run(world):
-    model, common = str(world["base"] / "model.safetensors"), ["--data", str(world["labelled"]), "--cache", str(world["cache"])]
-    split = ["--split", str(world["split"])]
-    probe.main(
-        probe.parse_args(
-            ["--model", model, "--task", "rhythm", *common, *split, "--out", str(world["folder"] / "probe"), "--random-seeds", "1"]
-        )
-    )
+    model, out = str(world["base"] / "model.safetensors"), str(world["folder"] / "probe")
+    probe.main(probe.parse_args(["--model", model, "--task", "rhythm", *given(world), "--out", out, "--random-seeds", "1"]))
     result = json.loads((world["folder"] / "probe" / "metrics.json").read_text())
     assert result["chance"] < result["random_mean"] and result["interval"][0] <= result["macro_f1"] <= result["interval"][1]
-    visualize.main(visualize.parse_args(["--model", model, *common, "--out", str(world["folder"] / "p.png"), "--window", "3"]))
+    data = ["--data", str(world["labelled"]), "--cache", str(world["cache"])]
+    visualize.main(visualize.parse_args(["--model", model, *data, "--out", str(world["folder"] / "p.png"), "--window", "3"]))
     table = np.loadtxt(world["folder"] / "p.csv", delimiter=",", skiprows=1)
     assert table.shape == (200, 4) and set(table[:, 3]) == {0.0, 1.0}
     for kind in ("nn", "forest", "cnn"):
         out = world["folder"] / kind
-        baselines.main(
-            baselines.parse_args(
-                [
-                    "--kind",
-                    kind,
-                    "--task",
-                    "rhythm",
-                    *common,
-                    *split,
-                    "--model-fs",
-                    "50",
-                    "--signal-len",
-                    "200",
-                    "--max-steps",
-                    "5",
-                    "--out",
-                    str(out),
-                    "--resamples",
-                    "0",
-                ]
-            )
-        )
+        options = f"--kind {kind} --task rhythm --model-fs 50 --signal-len 200 --max-steps 5 --resamples 0".split()
+        baselines.main(baselines.parse_args([*options, *given(world), "--out", str(out)]))
         assert 0 <= json.loads((out / "metrics.json").read_text())["macro_f1"] <= 1
 
 
@@ -255,22 +171,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit_with_loader_worke
     pretrain(world, cut, *options, "--resume")
     assert same(whole, cut) and losses(whole) == losses(cut)
     whole, cut = world["folder"] / "tuned_whole", world["folder"] / "tuned_cut"
-    options = [
-        "--max-steps",
-        "8",
-        "--save-every",
-        "3",
-        "--workers",
-        "1",
-        "--augment",
-        "1",
-        "--head",
-        "mlp",
-        "--dropout",
-        "0.5",
-        "--select",
-        "last",
-    ]
+    options = "--max-steps 8 --save-every 3 --workers 1 --augment 1 --head mlp --dropout 0.5 --select last".split()
     tune(world, whole, *options)
     shutil.copytree(whole, cut, symlinks=True)
     shutil.rmtree(cut / "checkpoints" / "step-00000008")
@@ -323,23 +224,8 @@ def launch(script, *options, processes=1, cwd=ROOT, env=ENV):
 
 def test_two_processes_give_the_loss_curve_of_one(world):
     for processes in (1, 2):
-        done = launch(
-            "train.py",
-            "--data",
-            world["labelled"],
-            "--split",
-            world["split"],
-            "--cache",
-            world["cache"],
-            *TINY,
-            "--batch-size",
-            8 // processes,
-            "--max-steps",
-            5,
-            "--out",
-            world["folder"] / f"p{processes}",
-            processes=processes,
-        )
+        options = ["--batch-size", 8 // processes, "--max-steps", 5, "--out", world["folder"] / f"p{processes}"]
+        done = launch("train.py", *given(world), *TINY, *options, processes=processes)
         assert done.returncode == 0, done.stderr
     one, two = losses(world["folder"] / "p1"), losses(world["folder"] / "p2")
     assert len(one) == 5 and max(abs(one[s] - two[s]) for s in one) < 1e-5
