@@ -10,6 +10,7 @@ from PIL import Image
 
 from common.errors import UserError
 from flmm.data.samples import SampleBuilder, caption_of_phrases
+from flmm.data.transforms import QwenImageProcessor
 from flmm.models.flmm import FLMM, extract
 from flmm.models.frozen_qwen import FrozenQwen
 from flmm.models.tiny import tiny_model, tiny_tokenizer
@@ -53,6 +54,11 @@ class TestQwenInputs(unittest.TestCase):
         self.assertEqual(meta["image_shape"], meta["padded_shape"])
         self.assertEqual(meta["scale_factor"], (1.0, 1.0))
         self.assertEqual(set(meta["padding"].values()), {0})
+
+    def test_one_processor_changes_no_other(self):
+        small, plain = QwenImageProcessor(min_pixels=784, max_pixels=784), QwenImageProcessor()
+        patches = [len(p(Image.new("RGB", (280, 280)))["pixel_values"]) for p in (small, plain)]
+        self.assertEqual(patches, [4, 400])
 
     def test_a_picture_too_thin_for_the_model_is_refused_with_its_size(self):
         with self.assertRaisesRegex(UserError, "2000 x 3 pixels"):

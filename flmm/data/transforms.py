@@ -142,7 +142,8 @@ class QwenImageProcessor:
 
     def __init__(self, **options):
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-        self.processor = Qwen2VLImageProcessorPil(**options)
+        size = dict(options.pop("size", Qwen2VLImageProcessorPil.size))   # a copy: 5.17 writes min_pixels into the class's own
+        self.processor = Qwen2VLImageProcessorPil(size=size, **options)
 
     def __call__(self, image):
         try:
