@@ -56,11 +56,12 @@ def on_main(accelerator, function):
 
 
 def _open(out: Path, args, processes: int, resume: bool, overwrite: bool):
-    present = sorted(p.name for p in out.iterdir() if p.name != "run.lock") if out.is_dir() else []
+    present = sorted(p.name for p in out.iterdir() if p.name != "run.lock" and not p.name.startswith(".")) if out.is_dir() else []
     if present and "config.json" not in present:
         raise UserError(f"{out} holds {present[0]} but no run; choose an empty folder with --out")
     if present and not (resume or overwrite):
-        raise UserError(f"{out} already holds a run; add --resume to go on with it or --overwrite to start again")
+        go_on = "--resume to go on with it or " if "resume" in args else ""
+        raise UserError(f"{out} already holds a run; add {go_on}--overwrite to start again")
     if resume and not present:
         raise UserError(f"{out} holds no run to resume; leave out --resume to start one")
     try:

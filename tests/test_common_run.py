@@ -180,6 +180,9 @@ def test_used_or_foreign_folder_is_refused_and_left_alone(tmp_path):
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
     toy(tmp_path / "a", "--overwrite", "--steps", "7")
     assert len(losses(tmp_path / "a")) == 7
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed/.config.json.7.tmp.json").touch()  # by a kill in the first write
+    toy(tmp_path / "killed", "--steps", "5")
 
 
 @pytest.mark.parametrize("processes", [1, 2])
