@@ -13,6 +13,7 @@ beside each.
 import argparse
 import json
 import re
+import shutil
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -421,6 +422,7 @@ def main(args):
             metrics["chance"] = float(np.mean([1 / len(a["options"]) for a in answers if "options" in a]))
         atomic_write(args.out / "predictions.jsonl", "".join(json.dumps(a, ensure_ascii=False) + "\n" for a in answers))
         atomic_write(args.out / "metrics.json", json.dumps(metrics, indent=1, ensure_ascii=False))
+        shutil.rmtree(args.out / "figures", ignore_errors=True)  # none of an earlier test may stay beside these numbers
         draw(answers, metrics, args.out / "figures")
         if "accuracy" in metrics:
             low, high = metrics["interval"]

@@ -222,6 +222,9 @@ def test_train_then_test_then_one_recording_then_submission(home, tmp_path):
     with pytest.raises(UserError, match="an id stands twice"):  # both files count from 0
         inside(EM / "test.py", "--model", model, "--task-dir", data, *submission)
     one = ["--task-files", data / "modulation.h5", data / "modulation.json"]
+    (tmp_path / "run/test/figures").mkdir(parents=True)
+    for old in ("metrics.json", "figures/old.png"):
+        (tmp_path / "run/test" / old).write_text("{}")
     done = subprocess.run(
         ["bash", EM / "run_test.sh", *map(str, one + submission)],
         capture_output=True,
@@ -229,6 +232,7 @@ def test_train_then_test_then_one_recording_then_submission(home, tmp_path):
         env={**os.environ, "MODEL": str(model), "PYTHON": sys.executable, "NPROC_PER_NODE": "1", "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-2000:]
+    assert not (tmp_path / "run/test/figures/old.png").exists()  # run_test.sh writes beside the model
     inside(EM / "test.py", "--validate", tmp_path / "s.json", *one)
     assert len(json.loads((tmp_path / "s.json").read_text())["answers"]) == 15
     z = np.exp(2j * np.pi * 0.1 * np.arange(3000)).astype(np.complex64)
