@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from dia_pangu.evaluate.evidence import said
+from dia_pangu.evaluate.evidence import location_scores, said
 from dia_pangu.evaluate.findings import calibrate, finding_scores, micro_f1
 from dia_pangu.evaluate.labeler import label_report, positives
 from dia_pangu.evaluate.real_data import labeler_study, landmarks
@@ -69,6 +69,9 @@ def test_words_of_place_are_misread():
     assert said(text, "lung lesion") == {"side": "right", "place": "upper"}
     assert said(text, "pleural effusion") == {"side": "left", "place": ""}
     assert said("左肺下野见少量结节。", "lung lesion") == {"side": "left", "place": "lower"}
+    true, found = {"7": {"lung lesion": {"side": "right", "place": "upper"}}}, {"7": {"lung lesion": {"side": "right", "place": "lower"}}}
+    assert location_scores(true, found) == {"side": {"share": 1.0, "count": 1}, "place": {"share": 0.0, "count": 1}}
+    assert location_scores(true, {})["side"] == {"share": None, "count": 0}, "a share of none is no number, and NaN is no JSON"
 
 
 def test_scoring_hangs_or_fails_on_odd_predictions(tmp_path):

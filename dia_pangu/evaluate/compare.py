@@ -83,13 +83,10 @@ def main(args):
     here = {row["ID"]: attributes[row["ID"]] for row in model["rows"]}
     mapped = {name: {f: row for f, row in found.items() if row["status"] == "1"} for name, found in model["found"].items()}
     location = {"evidence map": location_scores(here, mapped), "report's own words": location_scores(here, places_said(model))}
-    for name, run_ in controls.items():
-        scores = location_scores(here, places_said(run_))
-        if scores["side"]["count"] and scores["place"]["count"]:  # reports of a blank volume state none
-            location[f"words, {name}"] = scores
+    location |= {f"words, {name}": location_scores(here, places_said(run_)) for name, run_ in controls.items()}
     for name, scores in location.items():
-        print(f"{name}: side {scores['side']['share']:.3f} of {scores['side']['count']} (chance .5), place "
-              f"{scores['place']['share']:.3f} of {scores['place']['count']} (chance .33)")
+        print(f"{name}: " + ", ".join(f"{what} {'-' if scores[what]['share'] is None else format(scores[what]['share'], '.3f')} of "
+                                      f"{scores[what]['count']} (chance {chance})" for what, chance in (("side", ".5"), ("place", ".33"))))
 
     figure, axis = new_figure(1, 1, 9.5, 4)
     at = np.arange(len(FINDINGS))
@@ -115,9 +112,11 @@ def main(args):
                  "Read from the generated text by the rule-based labeler; BLEU-4 "
                  f"{model['BLEU_4']:.2f} against {table['nearest'][5]:.2f} for retrieval hardly separates")
     for what, chance in (("side", 0.5), ("place", 1 / 3)):
-        write_result(args.out, f"{what} of a finding by the evidence map", "share right", location["evidence map"][what]["share"],
-                     {"chance": chance, "the report's own words": location["report's own words"][what]["share"]},
-                     None, [], f"{location['evidence map'][what]['count']} findings that are there and were found")
+        shares = {name: scores[what]["share"] for name, scores in location.items() if scores[what]["share"] is not None}
+        if "evidence map" in shares:
+            write_result(args.out, f"{what} of a finding by the evidence map", "share right", shares.pop("evidence map"),
+                         {"chance": chance, **shares}, None, [],
+                         f"{location['evidence map'][what]['count']} findings that are there and were found")
 
 
 def parse_args():

@@ -88,13 +88,13 @@ def said(text: str, finding: str) -> dict:
 def location_scores(attributes: dict, found: dict) -> dict:
     """Agreement on side and place. attributes: id -> finding -> {side, place}; found: the same, for findings reported.
 
-    Counts findings that are there and were found; returns share right and count for each of side and place.
+    Counts findings that are there and were found; returns share right (None of none) and count for each of side and place.
     """
     out = {}
     for what in ("side", "place"):
         pairs = [(truth[what], found[name][finding].get(what, "")) for name, findings in attributes.items()
                  for finding, truth in findings.items() if truth.get(what) and finding in found.get(name, {})]
-        out[what] = {"share": float(np.mean([a == b for a, b in pairs])) if pairs else float("nan"), "count": len(pairs)}
+        out[what] = {"share": float(np.mean([a == b for a, b in pairs])) if pairs else None, "count": len(pairs)}
     return out
 
 
