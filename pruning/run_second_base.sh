@@ -4,10 +4,13 @@
 #   bash pruning/run_second_base.sh
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common/env.sh"
+show_help "$ROOT/pruning/study.py" "$@"
 export TQDM_DISABLE=1 HF_HUB_DISABLE_PROGRESS_BARS=1
 dia=$ROOT/dia_pangu data=$ROOT/data/dia_pangu seed=${SEED:-1}
 first=$RUNS/pruning/study vision=$RUNS/dia_pangu/contrast base=$RUNS/pruning/base-$seed
-[ -f "$first/layer_sensitivity.all.csv" ] && [ -d "$vision" ] || { echo "error: $first holds no study; run pruning/run_builtin.sh first" >&2; exit 2; }
+for file in "$first/layer_sensitivity.all.csv" "$vision/places.json" "$data/annotation_en.json"; do
+  [ -f "$file" ] || { echo "error: $file is not there; run pruning/run_builtin.sh first, without SMOKE" >&2; exit 2; }
+done
 train=(--overwrite --logging-steps 100 --seed "$seed" --data "$data" --places "$vision/places.json" --per-device-train-batch-size 8
   --gradient-accumulation-steps 1)
 ours=(--size tiny --cache "$data/cache" --lang-encoder-path "$base/llm/model" --learning-rate 1e-3)
