@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Train one stage: bash dia_pangu/scripts/train.sh --stage pre|ft ...; DATA, OUT and LLM name the folders. Without DATA it makes
-# the built-in phantoms, a small vision part and a small language model first (about 5 minutes on one core). Upstream's recipes:
+# the built-in phantoms, a small vision part and a small language model first (about 4 minutes on one core). Upstream's recipes:
 # pre: --num-train-epochs 50 --learning-rate 5e-5; ft: --num-train-epochs 3 --learning-rate 1e-5 --weight-decay 0.01 --lr-scheduler-type cosine.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../../common/env.sh"
