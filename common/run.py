@@ -5,6 +5,7 @@
 """
 import fcntl
 import json
+import logging
 import math
 import os
 import platform
@@ -14,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 
@@ -29,6 +31,9 @@ OURS = ("config.json", "log.jsonl", "metrics.json", "model.safetensors", "head.s
         "figures", "last", "best")
 if not torch.accelerator.is_available():                  # else accelerate would run each of torchrun's processes alone
     os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+# What nobody can act on: peft asks transformers by an old name, and accelerate stores tied weights once.
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
 _locks = {}                                               # open files: a lock lives as long as its file
 
 

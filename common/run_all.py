@@ -1,7 +1,7 @@
 """Run the projects one beside the other and show what came out (started by run_all.sh).
 
 For each project: <project>/run_builtin.sh, which makes the data, trains, runs the controls and tests. A project that
-fails does not stop the others. pruning works on dia_pangu's model and so starts after it.
+fails does not stop the others. pruning works on dia_pangu's model and so starts when that is there.
 """
 import argparse
 import os
@@ -17,8 +17,8 @@ from common.errors import UserError, run
 from common.summary import collect, draw_curves, table, write_summary
 
 ROOT = Path(__file__).resolve().parents[1]
-PROJECTS = ("dia_pangu", "cwt_mae", "em_mllm", "flmm", "pruning")      # dia_pangu first: pruning waits for it
-AFTER = {"pruning": "dia_pangu"}
+PROJECTS = ("dia_pangu", "cwt_mae", "em_mllm", "flmm", "pruning")      # dia_pangu first: pruning waits for its model
+NEEDS = {"pruning": ("dia_pangu", "ft/metrics.json")}
 
 
 def parse_args():
@@ -48,6 +48,15 @@ def run_project(name: str, threads: int, smoke: bool, runs: Path) -> dict:
     state = "ok" if process.returncode == 0 else f"failed with exit status {process.returncode}"
     print(f"{name}: {state} after {seconds:.0f} s", flush=True)
     return {"name": name, "status": state, "seconds": seconds, "peak_mb": usage.ru_maxrss / 1024, "rows": collect(runs, name), "log": log}
+
+
+def can_start(name: str, names: list, finished: set, runs: Path, since: float) -> bool:
+    """Whether what a project needs of another one was made after `since` (seconds of the epoch), or will not come any more."""
+    other, made = NEEDS.get(name, (None, None))
+    if other not in names or other in finished:
+        return True
+    made = runs / other / made
+    return made.is_file() and made.stat().st_mtime > since
 
 
 running: dict[str, subprocess.Popen] = {}
@@ -81,11 +90,11 @@ def main(args):
     runs.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
-    start, waiting, pending, done = time.monotonic(), list(names), {}, []
+    start, since, waiting, pending, done = time.monotonic(), time.time(), list(names), {}, []
     with ThreadPoolExecutor(jobs) as pool:
         while waiting or pending:
             finished = {d["name"] for d in done}
-            for name in [n for n in waiting if AFTER.get(n) not in names or AFTER[n] in finished][:jobs - len(pending)]:
+            for name in [n for n in waiting if can_start(n, names, finished, runs, since)][:jobs - len(pending)]:
                 waiting.remove(name)
                 pending[pool.submit(run_project, name, threads, args.smoke, runs)] = name
             ready, _ = wait(pending, timeout=1, return_when=FIRST_COMPLETED)       # wakes up for a signal that came just before

@@ -1,4 +1,5 @@
 """Reading any published weight file safely, and saying exactly what was loaded from it."""
+import os
 import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,6 +143,6 @@ def load_weights(model, tensors: dict, source, min_share: float = 0.5, convert=N
                         f"needed): the file has {', '.join(list(given)[:3])}, the model {', '.join(list(wanted)[:3])}"
                         + (f"; {len(report.mismatched)} differ in shape, such as {report.mismatched[0]}" if report.mismatched else ""))
     model.load_state_dict({k: given[k] for k in report.loaded}, strict=False)
-    if not quiet:
+    if not quiet and os.environ.get("RANK", "0") == "0":  # once, however many processes
         print(report.lines(source))
     return report

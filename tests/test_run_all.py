@@ -74,6 +74,18 @@ def test_page_is_one_file_with_inline_pictures_alt_text_and_escapes(tree):
     assert not re.search(r'(href|src)="https?:', page)
 
 
+def test_pruning_starts_when_the_model_is_there_and_not_on_an_old_one(tree):
+    made = tree / "runs/dia_pangu/ft/metrics.json"
+    made.parent.mkdir(parents=True)
+    made.touch()
+    os.utime(made, (1e9, 1e9))                            # of an earlier run
+    (tree / "dia_pangu/run_builtin.sh").write_text("""set -e; sleep 2; [ ! -e "$RUNS/pruning" ]
+touch "$RUNS/dia_pangu/ft/metrics.json"; until [ -e "$RUNS/pruning/done" ]; do sleep .1; done""")
+    (tree / "pruning/run_builtin.sh").write_text('touch "$RUNS/pruning/done"')
+    done = start(tree, "dia_pangu", "pruning", "--jobs", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_cores_are_shared_out(tree):
     start(tree, "cwt_mae", "--jobs", "1")
     assert f"threads {len(os.sched_getaffinity(0))} " in (tree / "runs/cwt_mae/run_all.log").read_text()

@@ -3,7 +3,6 @@
 Upstream defects left behind: device names, generation of one sample only and without attention mask, two ViT passes
 per report, frozen parts that run with dropout, image tokens found by an assumed vocabulary size.
 """
-import warnings
 from pathlib import Path
 
 import torch
@@ -126,6 +125,4 @@ def load_language_model(folder, trust_remote_code: bool = False, dtype="auto", a
 def add_lora(lang_model, r: int = 4, alpha: int = 16, dropout: float = 0.1, targets=("q_proj", "v_proj")):
     """LoRA as the later Dia-Pangu has it (Dia-LLaMA: r 8, alpha 32)."""
     config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, bias="none", target_modules=list(targets), task_type="CAUSAL_LM")
-    with warnings.catch_warnings():  # peft asks for it by the name that transformers is about to change
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-        return get_peft_model(lang_model, config)
+    return get_peft_model(lang_model, config)
