@@ -23,8 +23,15 @@ from common.errors import UserError
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
 
+UMASK = os.umask(0)
+os.umask(UMASK)                                           # it can only be read by setting it
+
+
 def _sync(path: Path):
-    """fsync one file or folder: without it a rename can reach the disk before the data it names."""
+    """fsync one file or folder: without it a rename can reach the disk before the data it names. safetensors makes files
+    that nobody else may read; they get the rights that the user's umask gives."""
+    if path.is_file():
+        path.chmod(0o666 & ~UMASK)
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

@@ -59,6 +59,8 @@ def test_run_directory_describes_the_run(tmp_path):
     assert len(losses(tmp_path / "a")) == 20 and list((tmp_path / "a/tb").iterdir())
     assert sorted(p.name for p in (tmp_path / "a/checkpoints").iterdir()) == ["step-00000010", "step-00000015", "step-00000020"]
     assert (tmp_path / "a/last").resolve().name == "step-00000020"
+    plain = (tmp_path / "a/log.jsonl").stat().st_mode     # as the user's umask has it; safetensors makes private files
+    assert {p.stat().st_mode for p in (tmp_path / "a/last").resolve().iterdir()} == {plain}
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
