@@ -15,6 +15,7 @@ any device that needs nothing else from here.
 """
 import functools
 import math
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -87,6 +88,13 @@ def _fft_length(points: int) -> int:
     return min(m << max(0, math.ceil(math.log2(points / m))) for m in (1, 3, 5))
 
 
+@functools.lru_cache(1)
+def _threads(process: int) -> ThreadPoolExecutor:
+    """Threads of this process. They stay: MKL holds a lock while a thread of its ends, and a process forked just then would
+    wait for it for ever."""
+    return ThreadPoolExecutor(os.cpu_count())
+
+
 class _FilterBank:
     """Images (B, C, S, L) of signals x (B, L): prepare(x, real) gives rows (B, C, L + points - 1) for all kernels.
 
@@ -113,16 +121,19 @@ class _FilterBank:
                 out.copy_(self.plain(*part))
             return images
         threads = torch.get_num_threads()
-        workers = max(1, min(threads, len(x), images.numel() >> 19))        # a thread's start costs like 2^18 samples
+        workers = max(1, min(threads, len(x), images.numel() >> 19))        # handing over costs like 2^18 samples
         masks = [None] * workers if real is None else real.tensor_split(workers)
         parts = x.detach().tensor_split(workers), masks, images.tensor_split(workers)
         if workers == 1:
             self.fill(x.detach(), real, images)
         else:
-            with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                list(pool.map(self.fill, *parts))
+            list(_threads(os.getpid()).map(self.fill_alone, *parts))
             torch.set_num_threads(threads)                # the workers' 1 would become the default of later threads
         return images
+
+    def fill_alone(self, *part):
+        torch.set_num_threads(1)
+        self.fill(*part)
 
     def spectra(self, x, real):
         """x (B, L) -> transforms of its rows (B, C, 2F), real and imaginary parts in turn."""
