@@ -225,7 +225,7 @@ def main(args):
     if args.init:
         load_encoder(model, args.init)
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if not config.use_fs:
         model.sit.embeddings.fs_embedder.requires_grad_(False)  # no gradient reaches it
     per_step = args.batch_size * accelerator.num_processes * args.accum
