@@ -18,6 +18,7 @@ round its length, so their error is a difference of method; they have no scale b
 
 Writes bench/results/cwt.json.
 """
+
 import argparse
 import json
 import os
@@ -32,7 +33,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # repository root: every way of starting this file finds it
 from bench.measure import added_peak_mb
 from common.checkpoint import atomic_write
 from cwt_mae.model import create_ricker_wavelets, cwt_wrap
@@ -81,14 +84,21 @@ def methods(num_scales, length) -> dict:
     other[0] = 1.0
     try:
         import pywt
+
         for how in ("fft", "conv"):
-            found[f"pywt mexh {how}"] = lambda x, how=how: torch.from_numpy(
-                pywt.cwt(rows_of(x).numpy(), other.numpy(), "mexh", method=how, axis=-1)[0]).transpose(0, 1).unflatten(0, (-1, 3))
+            found[f"pywt mexh {how}"] = lambda x, how=how: (
+                torch.from_numpy(pywt.cwt(rows_of(x).numpy(), other.numpy(), "mexh", method=how, axis=-1)[0])
+                .transpose(0, 1)
+                .unflatten(0, (-1, 3))
+            )
     except ImportError:
         print("pywt is not installed: left out (pip install pywavelets)")
     try:
         import ptwt
-        found["ptwt mexh"] = lambda x: ptwt.cwt(rows_of(x), other, "mexh")[0].transpose(0, 1).unflatten(0, (-1, 3))
+
+        found["ptwt mexh"] = lambda x: (
+            ptwt.cwt(rows_of(x), other, "mexh")[0].transpose(0, 1).unflatten(0, (-1, 3))
+        )
     except ImportError:
         print("ptwt is not installed: left out (pip install ptwt)")
     return found
@@ -100,14 +110,16 @@ def test_signal(batch, length):
     t = torch.arange(length) / 100
     rate = 1 + 0.3 * torch.rand(batch, 1, generator=generator)
     noise = torch.randn(batch, length, generator=generator)
-    return torch.sin(2 * torch.pi * rate * t).clamp(min=0) ** 15 + 0.3 * torch.sin(0.9 * t) + 0.5 + 0.03 * noise
+    return (
+        torch.sin(2 * torch.pi * rate * t).clamp(min=0) ** 15 + 0.3 * torch.sin(0.9 * t) + 0.5 + 0.03 * noise
+    )
 
 
 def memory(name, args):
     """Run in a process of its own: MB of resident memory that one call adds at its highest."""
     method, x = methods(args.scales, args.length)[name], test_signal(args.batch, args.length)
     torch.set_num_threads(1)
-    method(x[:1])                                          # libraries, kernel spectra and thread stacks are there before
+    method(x[:1])  # libraries, kernel spectra and thread stacks are there before
     print(json.dumps(added_peak_mb(lambda: method(x))))
 
 
@@ -141,20 +153,31 @@ def errors(found: dict, x, num_scales) -> dict:
 
 @torch.no_grad()
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--batch", type=int, default=32, help="signals")
     parser.add_argument("--length", type=int, default=3000, help="samples of each signal")
     parser.add_argument("--scales", type=int, default=64, help="0.1, 1.1, ... samples")
-    parser.add_argument("--repeats", type=int, default=5, help="measurements of each number; the median is shown")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "cwt.json", help="where the numbers go")
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="measurements of each number; the median is shown"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "bench" / "results" / "cwt.json", help="where the numbers go"
+    )
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory:
         return memory(args.memory, args)
     found, x = methods(args.scales, args.length), test_signal(args.batch, args.length)
     torch.set_num_threads(1)
-    print("processor time on one thread, then time on the clock with 2 and 4, then memory: some minutes", flush=True)
-    rows = {name: {"cpu_ms": value} for name, value in turns(found, x, args.repeats, time.process_time).items()}
+    print(
+        "processor time on one thread, then time on the clock with 2 and 4, then memory: some minutes",
+        flush=True,
+    )
+    rows = {
+        name: {"cpu_ms": value} for name, value in turns(found, x, args.repeats, time.process_time).items()
+    }
     for threads in (2, 4):
         torch.set_num_threads(threads)
         for name, value in turns(found, x, args.repeats, time.perf_counter).items():
@@ -162,22 +185,39 @@ def main():
     torch.set_num_threads(1)
     for name, error in errors(found, x, args.scales).items():
         rows[name]["error"] = error
-        command = [sys.executable, __file__, "--memory", name] + [f"--{k}={getattr(args, k)}" for k in ("batch", "length", "scales")]
+        command = [sys.executable, __file__, "--memory", name] + [
+            f"--{k}={getattr(args, k)}" for k in ("batch", "length", "scales")
+        ]
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         rows[name]["memory_mb"] = json.loads(output.splitlines()[-1])
     for name, row in rows.items():
         rival = rows["conv1d + norm" if "norm" in name else "conv1d"]
         row["ratio_cpu"] = rival["cpu_ms"] / row["cpu_ms"]
-        row["ratio_wall_2"], row["ratio_wall_4"] = (rival[f"wall_ms_{t}"] / row[f"wall_ms_{t}"] for t in (2, 4))
+        row["ratio_wall_2"], row["ratio_wall_4"] = (
+            rival[f"wall_ms_{t}"] / row[f"wall_ms_{t}"] for t in (2, 4)
+        )
     output_mb = args.batch * 3 * args.scales * args.length * 4 / 1e6
-    print(f"{args.batch} signals x {args.length} samples x {args.scales} scales x 3 channels, output {output_mb:.0f} MB; "
-          f"torch {torch.__version__}, numpy {np.__version__}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
-    print(f"{'method':24}{'cpu ms':>8}{'x':>6}{'2 threads':>11}{'x':>6}{'4 threads':>11}{'x':>6}{'memory MB':>11}{'error':>9}")
+    print(
+        f"{args.batch} signals x {args.length} samples x {args.scales} scales x 3 channels, output {output_mb:.0f} MB; "
+        f"torch {torch.__version__}, numpy {np.__version__}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+    )
+    print(
+        f"{'method':24}{'cpu ms':>8}{'x':>6}{'2 threads':>11}{'x':>6}{'4 threads':>11}{'x':>6}{'memory MB':>11}{'error':>9}"
+    )
     for name, row in rows.items():
-        print(f"{name:24}{row['cpu_ms']:8.0f}{row['ratio_cpu']:6.1f}{row['wall_ms_2']:11.0f}{row['ratio_wall_2']:6.1f}"
-              f"{row['wall_ms_4']:11.0f}{row['ratio_wall_4']:6.1f}{row['memory_mb']:11.0f}{row['error']:9.0e}")
-    about = {"batch": args.batch, "length": args.length, "scales": args.scales, "repeats": args.repeats, "torch": torch.__version__,
-             "cores": os.cpu_count(), "load": os.getloadavg()[0]}
+        print(
+            f"{name:24}{row['cpu_ms']:8.0f}{row['ratio_cpu']:6.1f}{row['wall_ms_2']:11.0f}{row['ratio_wall_2']:6.1f}"
+            f"{row['wall_ms_4']:11.0f}{row['ratio_wall_4']:6.1f}{row['memory_mb']:11.0f}{row['error']:9.0e}"
+        )
+    about = {
+        "batch": args.batch,
+        "length": args.length,
+        "scales": args.scales,
+        "repeats": args.repeats,
+        "torch": torch.__version__,
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],
+    }
     atomic_write(args.out, json.dumps({"about": about, "methods": rows}, indent=1))
 
 

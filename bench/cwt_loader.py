@@ -18,7 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # repository root: every way of starting this file finds it
 from bench.measure import resident_mb
 from common.checkpoint import atomic_write
 from cwt_mae.dataset import PhysioSignalDataset, Preprocess, Store, build_store, read_records
@@ -46,7 +48,9 @@ def draw(folder: str, windows: int):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--records", type=int, nargs="+", default=[100, 1000, 10000], help="numbers of files")
     parser.add_argument("--windows", type=int, default=20000, help="windows to draw")
     parser.add_argument("--draw", help=argparse.SUPPRESS)
@@ -60,7 +64,12 @@ def main():
             data = folder / f"data{count}"
             data.mkdir()
             for i in range(count):
-                np.savez(data / f"r{i:06d}.npz", sig=(1000 * rng.standard_normal(6000)).astype(np.int16), fs=100, gain=200)
+                np.savez(
+                    data / f"r{i:06d}.npz",
+                    sig=(1000 * rng.standard_normal(6000)).astype(np.int16),
+                    fs=100,
+                    gain=200,
+                )
             start = time.perf_counter()
             store = build_store([data], Preprocess(100.0), folder / "cache")
             build = time.perf_counter() - start

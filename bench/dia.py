@@ -6,6 +6,7 @@
 Prints a table and writes it as JSON. Both ways run in this process, on the same inputs, alternately; the median counts, and
 the results are compared before anything is timed. Ratios depend little on the machine, seconds do.
 """
+
 import argparse
 import json
 import statistics
@@ -14,7 +15,9 @@ import time
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # repository root: every way of starting this file finds it
 
 import torch
 from torch import nn
@@ -30,13 +33,35 @@ from dia_pangu.src.Model.my_embedding_layer import MyEmbedding, lookup
 from dia_pangu.src.Model.pangu import PanguEmbeddedConfig, PanguEmbeddedForCausalLM
 from dia_pangu.src.Model.vit_3d import Attention, Transformer
 
-PANGU = dict(vocab_size=153376, hidden_size=4096, intermediate_size=12800, num_hidden_layers=34, num_attention_heads=32,
-             num_key_value_heads=8, bias=True, rms_norm_eps=1e-5, max_position_embeddings=32768, rope_theta=16000000.0,
-             pad_token_id=0, bos_token_id=1, eos_token_id=45892)
-TINY_LLM = dict(PANGU, vocab_size=700, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
-                num_key_value_heads=2, eos_token_id=2)
+PANGU = dict(
+    vocab_size=153376,
+    hidden_size=4096,
+    intermediate_size=12800,
+    num_hidden_layers=34,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    bias=True,
+    rms_norm_eps=1e-5,
+    max_position_embeddings=32768,
+    rope_theta=16000000.0,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=45892,
+)
+TINY_LLM = dict(
+    PANGU,
+    vocab_size=700,
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    eos_token_id=2,
+)
 WIDE_LLM = dict(PANGU, vocab_size=1000, num_hidden_layers=1, eos_token_id=2)
-REPORT = "A small right pleural effusion is present. The heart is of normal size. No fracture is seen. " * 5  # about 100 words
+REPORT = (
+    "A small right pleural effusion is present. The heart is of normal size. No fracture is seen. " * 5
+)  # about 100 words
 
 
 def medians(first, second, rounds: int) -> tuple[float, float]:
@@ -51,7 +76,9 @@ def medians(first, second, rounds: int) -> tuple[float, float]:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             kept.append(time.perf_counter() - start)
-    return tuple(statistics.median(kept[1:] or kept) for kept in times)  # the first round warms up, unless it is the only one
+    return tuple(
+        statistics.median(kept[1:] or kept) for kept in times
+    )  # the first round warms up, unless it is the only one
 
 
 def allocated(function) -> int:
@@ -76,9 +103,15 @@ def embedding(rounds: int, width: int = 64):
 
     assert torch.equal(one_hot(), lookup(weight, extra, ids))
     slow, fast = medians(one_hot, lambda: lookup(weight, extra, ids), rounds)
-    memory = {v: allocated(lambda v=v: lookup(weight[:v], extra, ids.clamp(max=v + 33))) for v in (16000, 153376)}
+    memory = {
+        v: allocated(lambda v=v: lookup(weight[:v], extra, ids.clamp(max=v + 33))) for v in (16000, 153376)
+    }
     assert 0 < memory[16000] == memory[153376] < allocated(one_hot) / 100, memory
-    return slow, fast, f"bit-equal; width {width}; {memory[153376] / 1e6:.1f} MB at V = 16,000 and at V = 153,376"
+    return (
+        slow,
+        fast,
+        f"bit-equal; width {width}; {memory[153376] / 1e6:.1f} MB at V = 16,000 and at V = 153,376",
+    )
 
 
 def pooling(rounds: int):
@@ -132,15 +165,20 @@ def vit_passes(rounds: int):
 def make_model(llm_config: dict, embedding: dict, lora: bool):
     llm = PanguEmbeddedForCausalLM(PanguEmbeddedConfig(**llm_config))
     layer = MyEmbedding(num_embeddings=1, embedding_dim=llm_config["hidden_size"], **embedding)
-    layer.weight = nn.Parameter(torch.empty(llm_config["vocab_size"], llm_config["hidden_size"], device="meta"))
+    layer.weight = nn.Parameter(
+        torch.empty(llm_config["vocab_size"], llm_config["hidden_size"], device="meta")
+    )
     return MultiPanguForCausalLM(add_lora(llm) if lora else llm, layer)
 
 
 def batch_of(text: ReportText, shape, length=None, size: int = 1, device="cpu", dtype=torch.float32) -> dict:
     samples = [text.sample([0] * 14, REPORT) for _ in range(size)]
     batch = {key: value.to(device) for key, value in text.pad(samples, length=length).items()}
-    return {**batch, "vision_x": torch.rand((size, 1, 3, *shape), device=device, dtype=dtype),
-            "cls_labels": torch.zeros(size, 14, dtype=torch.long, device=device)}
+    return {
+        **batch,
+        "vision_x": torch.rand((size, 1, 3, *shape), device=device, dtype=dtype),
+        "cls_labels": torch.zeros(size, 14, dtype=torch.long, device=device),
+    }
 
 
 def training_step(model, batch):
@@ -170,15 +208,26 @@ def generation(new_tokens: int):
     text = ReportText(tokenizer(), 700, TINY["embedding"]["perceiver_num"])
     tokens = model.encode(torch.rand(8, 1, 3, *TINY["grid"]["size"]))
     prompt = text.pad([text.sample([0] * 14)] * 8, left=True)
-    options = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
+    options = {
+        "min_new_tokens": new_tokens,
+        "max_new_tokens": new_tokens,
+        "do_sample": False,
+        "pad_token_id": 0,
+    }
     start = time.perf_counter()
     together = model.generate(prompt["lang_x"], prompt["attention_mask"], tokens, **options)
     fast = (time.perf_counter() - start) / 8
     start = time.perf_counter()
-    alone = model.generate(prompt["lang_x"][:1], prompt["attention_mask"][:1], tokens[:1], use_cache=False, **options)
+    alone = model.generate(
+        prompt["lang_x"][:1], prompt["attention_mask"][:1], tokens[:1], use_cache=False, **options
+    )
     slow = time.perf_counter() - start
     assert torch.equal(together[:1], alone)
-    return slow, fast, f"{new_tokens} tokens, {new_tokens / slow:.0f} against {new_tokens / fast:.0f} tokens/s; same tokens"
+    return (
+        slow,
+        fast,
+        f"{new_tokens} tokens, {new_tokens / slow:.0f} against {new_tokens / fast:.0f} tokens/s; same tokens",
+    )
 
 
 def real_sizes() -> list[dict]:
@@ -198,7 +247,9 @@ def real_stage(stage: str) -> list[dict]:
     torch.set_default_dtype(torch.float32)
     model.set_trained(TRAINED[stage])
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad or (name.startswith("embedding_layer.") and name != "embedding_layer.weight"):
+        if parameter.requires_grad or (
+            name.startswith("embedding_layer.") and name != "embedding_layer.weight"
+        ):
             parameter.data = parameter.data.float()
     model.lang_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
@@ -215,27 +266,50 @@ def real_stage(stage: str) -> list[dict]:
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
             tokens = model.encode(batch["vision_x"])
             model.diagnose(tokens)
-            model.generate(batch["lang_x"], batch["attention_mask"], tokens, max_new_tokens=300, min_new_tokens=300,
-                           do_sample=False, pad_token_id=0)
+            model.generate(
+                batch["lang_x"],
+                batch["attention_mask"],
+                tokens,
+                max_new_tokens=300,
+                min_new_tokens=300,
+                do_sample=False,
+                pad_token_id=0,
+            )
 
-    rows = [{"what": f"real sizes, stage {stage}, one sample a step", "seconds": medians(step, step, 5)[1],
-             "peak_gib": torch.cuda.max_memory_allocated() / 2**30, "note": f"{batch['lang_x'].shape[1]} tokens"}]
+    rows = [
+        {
+            "what": f"real sizes, stage {stage}, one sample a step",
+            "seconds": medians(step, step, 5)[1],
+            "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+            "note": f"{batch['lang_x'].shape[1]} tokens",
+        }
+    ]
     if stage == "ft":
         model.eval()
         model.lang_model.gradient_checkpointing_disable()
-        rows.append({"what": "real sizes, one report of 300 tokens", "seconds": medians(report, report, 1)[1],
-                     "peak_gib": torch.cuda.max_memory_allocated() / 2**30, "note": "ViT once, KV cache"})
+        rows.append(
+            {
+                "what": "real sizes, one report of 300 tokens",
+                "seconds": medians(report, report, 1)[1],
+                "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+                "note": "ViT once, KV cache",
+            }
+        )
     return rows
 
 
 def main(args):
     torch.manual_seed(0)
     few = max(2, args.rounds // 2)
-    cases = {"embedding step": partial(embedding, args.rounds), "finding pooling": partial(pooling, args.rounds),
-             "ViT blocks": partial(vit, args.rounds), "ViT passes of a report": partial(vit_passes, few),
-             "generation, per report": partial(generation, args.new_tokens),
-             "training step, tiny, batch 4": partial(step, TINY_LLM, 4, few),
-             "training step, one layer of openPangu's width": partial(step, WIDE_LLM, 1, 0)}  # a minute on one core
+    cases = {
+        "embedding step": partial(embedding, args.rounds),
+        "finding pooling": partial(pooling, args.rounds),
+        "ViT blocks": partial(vit, args.rounds),
+        "ViT passes of a report": partial(vit_passes, few),
+        "generation, per report": partial(generation, args.new_tokens),
+        "training step, tiny, batch 4": partial(step, TINY_LLM, 4, few),
+        "training step, one layer of openPangu's width": partial(step, WIDE_LLM, 1, 0),
+    }  # a minute on one core
     rows = []
     print(f"{'what':48s} {'upstream s':>11s} {'here s':>11s} {'ratio':>8s}")
     for name, case in cases.items():
@@ -246,7 +320,9 @@ def main(args):
     if args.gpu:
         real = real_sizes()
         for row in real:
-            print(f"{row['what']:48s} {row['seconds']:11.3f} s, peak {row['peak_gib']:.1f} GiB; {row['note']}")
+            print(
+                f"{row['what']:48s} {row['seconds']:11.3f} s, peak {row['peak_gib']:.1f} GiB; {row['note']}"
+            )
     else:
         print("real sizes: not measured here (needs a GPU and --gpu)")
     content = {"threads": torch.get_num_threads(), "torch": torch.__version__, "rows": rows, "real": real}
@@ -255,11 +331,16 @@ def main(args):
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", default=str(Path(__file__).resolve().parent / "results" / "dia.json"),
-                        help="JSON file to write")
+    parser.add_argument(
+        "--out",
+        default=str(Path(__file__).resolve().parent / "results" / "dia.json"),
+        help="JSON file to write",
+    )
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds (default %(default)s)")
     parser.add_argument("--new-tokens", type=int, default=300, help="of the generation (default %(default)s)")
-    parser.add_argument("--gpu", action="store_true", help="measure the real sizes too; needs a GPU with 80 GB")
+    parser.add_argument(
+        "--gpu", action="store_true", help="measure the real sizes too; needs a GPU with 80 GB"
+    )
     return parser.parse_args()
 
 

@@ -26,7 +26,9 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # repository root: every way of starting this file finds it
 
 import h5py
 import numpy as np
@@ -54,10 +56,17 @@ PARTS = {
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--one", nargs=2, metavar=("PART", "VARIANT"), help="measure one variant in this process and print it as JSON")
+    parser.add_argument(
+        "--one",
+        nargs=2,
+        metavar=("PART", "VARIANT"),
+        help="measure one variant in this process and print it as JSON",
+    )
     return parser.parse_args()
 
 
@@ -96,9 +105,13 @@ def encoder(variant):
     def work():
         cls = {}
         for start in range(0, len(rows), 8):  # the same number of tokens a batch
-            h = model(patches[start : start + 8], positions[start : start + 8], ids[start : start + 8]).last_hidden_state
+            h = model(
+                patches[start : start + 8], positions[start : start + 8], ids[start : start + 8]
+            ).last_hidden_state
             where = (positions[start : start + 8] == 0) & (sample_id_matrix(ids[start : start + 8], 514) >= 0)
-            cls.update(zip([i for row in rows[start : start + 8] for i in row], h[where].norm(dim=1).tolist()))
+            cls.update(
+                zip([i for row in rows[start : start + 8] for i in row], h[where].norm(dim=1).tolist())
+            )
         return [cls[i] for i in range(len(signals))]
 
     return measured(work, warm=False) | {"signals": len(signals), "rows": len(rows)}
@@ -118,7 +131,13 @@ def multimodal(vocabulary=32000):
         )
     )
     encoder = SiTMAEModelWithoutMask(
-        SiTMAEConfig(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512, attention_type="sdpa")
+        SiTMAEConfig(
+            hidden_size=128,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            intermediate_size=512,
+            attention_type="sdpa",
+        )
     )
     model = MultiModalModel(llm, encoder, "linear", 3, 4)
     set_trainable(model, freeze_llm=True, freeze_signal_encoder=False, use_lora=False)
@@ -128,7 +147,13 @@ def multimodal(vocabulary=32000):
     mask = (torch.arange(200) < lengths[:, None]).long()
     labels = torch.where((torch.arange(200) >= lengths[:, None] - 8) & mask.bool(), ids, -100)
     iq = torch.randn(16, 1024, 2, generator=generator)
-    return model, {"iq": iq / 4, "fs": torch.full((16,), 20e6), "input_ids": ids, "attention_mask": mask, "labels": labels}
+    return model, {
+        "iq": iq / 4,
+        "fs": torch.full((16,), 20e6),
+        "input_ids": ids,
+        "attention_mask": mask,
+        "labels": labels,
+    }
 
 
 def step(variant):
@@ -150,7 +175,10 @@ def generation(variant):
     prompt = {k: batch[k][:4] for k in ("iq", "fs", "input_ids", "attention_mask")}
     if variant == "ours":
         return measured(
-            lambda: model.generate(**prompt, max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0).tolist(), warm=False
+            lambda: model.generate(
+                **prompt, max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0
+            ).tolist(),
+            warm=False,
         )
 
     @torch.no_grad()
@@ -159,7 +187,9 @@ def generation(variant):
         for row in range(4):
             ids = batch["input_ids"][row : row + 1, : int(batch["attention_mask"][row].sum())]
             for _ in range(64):
-                logits = model(batch["iq"][row : row + 1], ids, torch.ones_like(ids), fs=batch["fs"][:1])["logits"]
+                logits = model(batch["iq"][row : row + 1], ids, torch.ones_like(ids), fs=batch["fs"][:1])[
+                    "logits"
+                ]
                 ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
             out.append(ids[0, -64:].tolist())
         return out
@@ -197,7 +227,9 @@ def gpu(variant):
     config = SiTMAEConfig(attention_type="sdpa")
     encoder = SiTMAEModelWithoutMask(config).to(device, torch.bfloat16).eval()
     rng = np.random.default_rng(0)
-    rows = [[with_special_patches(rng.standard_normal((1024, 2)), 8, 20.0) for _ in range(3)] for _ in range(64)]
+    rows = [
+        [with_special_patches(rng.standard_normal((1024, 2)), 8, 20.0) for _ in range(3)] for _ in range(64)
+    ]
     patches, positions, ids = pack_sequence(rows, 8, 514 * 8)
     batch = patches.to(device), positions.to(device), sample_id_matrix(ids, 514, device)
     with torch.no_grad():
@@ -220,7 +252,9 @@ def gpu(variant):
     with device:
         llm = AutoModelForCausalLM.from_config(granite_config(fm9g))
     torch.set_default_dtype(torch.float32)
-    model = MultiModalModel(llm, SiTMAEModelWithoutMask(SiTMAEConfig(attention_type="sdpa")), "linear", 3, 4).to(device)
+    model = MultiModalModel(
+        llm, SiTMAEModelWithoutMask(SiTMAEConfig(attention_type="sdpa")), "linear", 3, 4
+    ).to(device)
     set_trainable(model, False, True, True)
     model.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.llm.enable_input_require_grads()
@@ -279,7 +313,11 @@ def main(args):
                     sys.exit(f"{part}, {variant}: {done.stderr[-2000:]}")
                 runs[variant].append(json.loads(done.stdout.split("RESULT ")[-1]))
         rows = {
-            v: {**r[0], "seconds": statistics.median(x["seconds"] for x in r), "peak_mb": statistics.median(x["peak_mb"] for x in r)}
+            v: {
+                **r[0],
+                "seconds": statistics.median(x["seconds"] for x in r),
+                "peak_mb": statistics.median(x["peak_mb"] for x in r),
+            }
             for v, r in runs.items()
         }
         table[part] = rows
@@ -290,7 +328,9 @@ def main(args):
                 "memory": theirs["peak_mb"] / max(ours["peak_mb"], 1e-9),
             }
             if part == "encoder":
-                table[part]["largest_difference"] = float(np.abs(np.array(ours.pop("value")) - np.array(theirs.pop("value"))).max())
+                table[part]["largest_difference"] = float(
+                    np.abs(np.array(ours.pop("value")) - np.array(theirs.pop("value"))).max()
+                )
             if part == "generation":
                 table[part]["equal_tokens"] = ours.pop("value") == theirs.pop("value")
         for name, row in table[part].items():

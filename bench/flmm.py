@@ -16,7 +16,9 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # repository root: every way of starting this file finds it
 
 import torch
 from PIL import Image
@@ -40,11 +42,19 @@ LAYERS, HEADS, TOKENS, ROWS, COLUMNS, WIDTH = 24, 16, 900, 32, 576, 1024
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of which the least time counts (default 5)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="rounds of which the least time counts (default 5)"
+    )
     parser.add_argument("--gpu", action="store_true", help="also the real configurations on an accelerator")
-    parser.add_argument("--peak", choices=["eager", "rows", "sdpa"], help=argparse.SUPPRESS)  # one mode in a process of its own
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "flmm.json", help="JSON to write")
+    parser.add_argument(
+        "--peak", choices=["eager", "rows", "sdpa"], help=argparse.SUPPRESS
+    )  # one mode in a process of its own
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results" / "flmm.json", help="JSON to write"
+    )
     return parser.parse_args()
 
 
@@ -90,12 +100,17 @@ def forward(model, mode, ids):
         return [layer[0] for layer in want.maps]
     out = model(input_ids=ids, use_cache=False, output_attentions=mode == "eager")
     if mode == "eager":
-        return [merge_rows(a[0][:, want.rows[0]][..., want.columns[0]], want.phrases[0]) for a in out.attentions]
+        return [
+            merge_rows(a[0][:, want.rows[0]][..., want.columns[0]], want.phrases[0]) for a in out.attentions
+        ]
 
 
 def peak(mode):
     """Print the memory in MiB that one pass adds at its peak: run in a process of its own."""
-    model, ids = language_model(), torch.randint(0, 64, (1, TOKENS), generator=torch.Generator().manual_seed(1))
+    model, ids = (
+        language_model(),
+        torch.randint(0, 64, (1, TOKENS), generator=torch.Generator().manual_seed(1)),
+    )
     forward(model, "sdpa", ids[:, :64])  # libraries load their buffers
     print(added_peak_mb(lambda: forward(model, mode, ids)))
 
@@ -112,7 +127,9 @@ def bench_rows(rounds):
     layer, scale = Layer().eval(), (WIDTH // HEADS) ** -0.5
 
     def eager():
-        kept = [eager_attention_forward(layer, query, key, value, causal, scaling=scale)[1] for _ in range(LAYERS)]
+        kept = [
+            eager_attention_forward(layer, query, key, value, causal, scaling=scale)[1] for _ in range(LAYERS)
+        ]
         want = wanted()
         return [merge_rows(a[0][:, want.rows[0]][..., want.columns[0]], want.phrases[0]) for a in kept]
 
@@ -127,11 +144,22 @@ def bench_rows(rounds):
 
     with torch.no_grad():
         alone = least({"eager": eager, "rows": rows, "sdpa": sdpa}, rounds)
-    model, ids = language_model(), torch.randint(0, 64, (1, TOKENS), generator=torch.Generator().manual_seed(1))
-    difference = max((a - b).abs().max().item() for a, b in zip(forward(model, "rows", ids), forward(model, "eager", ids)))
-    whole = least({m: lambda m=m: forward(model, m, ids) for m in ("eager", "rows", "sdpa")}, max(3, rounds - 2))
+    model, ids = (
+        language_model(),
+        torch.randint(0, 64, (1, TOKENS), generator=torch.Generator().manual_seed(1)),
+    )
+    difference = max(
+        (a - b).abs().max().item() for a, b in zip(forward(model, "rows", ids), forward(model, "eager", ids))
+    )
+    whole = least(
+        {m: lambda m=m: forward(model, m, ids) for m in ("eager", "rows", "sdpa")}, max(3, rounds - 2)
+    )
     extra = {
-        m: float(subprocess.run([sys.executable, __file__, "--peak", m], check=True, capture_output=True, text=True).stdout)
+        m: float(
+            subprocess.run(
+                [sys.executable, __file__, "--peak", m], check=True, capture_output=True, text=True
+            ).stdout
+        )
         for m in ("eager", "rows", "sdpa")
     }
     return {
@@ -149,7 +177,9 @@ def bench_rows(rounds):
 def bench_refiner(rounds, phrases=8):
     """k phrases of a picture: encoded once and decoded together, against one by one with encoding each time."""
     torch.manual_seed(0)
-    sam = SamModel(SamConfig(vision_config={"image_size": 512}, prompt_encoder_config={"image_size": 512}))  # SAM-B, half the side
+    sam = SamModel(
+        SamConfig(vision_config={"image_size": 512}, prompt_encoder_config={"image_size": 512})
+    )  # SAM-B, half the side
     encoder, refiner = SAMImageEncoder(sam), SAMWrapper(sam, per_phrase_pad=True)
     image, generator = Image.fromarray(make_scene(0, 0, 256)["image"]), torch.Generator().manual_seed(0)
     coarse = torch.randn(phrases, 32, 32, generator=generator)
@@ -160,35 +190,60 @@ def bench_refiner(rounds, phrases=8):
         return masks
 
     def one_by_one():
-        return torch.cat([refiner([encoder([image])[0]], [(256, 256)], [coarse[k : k + 1]], [[words[k]]])[0][0] for k in range(phrases)])
+        return torch.cat(
+            [
+                refiner([encoder([image])[0]], [(256, 256)], [coarse[k : k + 1]], [[words[k]]])[0][0]
+                for k in range(phrases)
+            ]
+        )
 
     difference = (together() - one_by_one()).abs().max().item()
     times = least({"together": together, "one_by_one": one_by_one}, min(2, rounds))
-    return {"phrases": phrases, "seconds": times, "speedup": times["one_by_one"] / times["together"], "largest_difference": difference}
+    return {
+        "phrases": phrases,
+        "seconds": times,
+        "speedup": times["one_by_one"] / times["together"],
+        "largest_difference": difference,
+    }
 
 
 def bench_cache(rounds, pictures=8):
     """One training step of a head: with the base and SAM's encoder, and from features."""
     tokenizer, sam = tiny_tokenizer(), tiny_sam()
     model = tiny_model("llava", tokenizer)
-    base = FrozenLlava(model, tokenizer, FrozenLlava.make_processor(model.config, {}), template="plain", question="Describe.")
-    encoder, head = SAMImageEncoder(sam), FLMM(base.channels, 3, 128, sam, {"base_channels": 8, "upsample_input": 32})
+    base = FrozenLlava(
+        model, tokenizer, FrozenLlava.make_processor(model.config, {}), template="plain", question="Describe."
+    )
+    encoder, head = (
+        SAMImageEncoder(sam),
+        FLMM(base.channels, 3, 128, sam, {"base_channels": 8, "upsample_input": 32}),
+    )
     builder, scenes = SampleBuilder.of(base), [make_scene(0, i) for i in range(pictures)]
-    samples = [builder({"image": Image.fromarray(s["image"]), "pieces": s["pieces"], "masks": s["masks"]}) for s in scenes]
+    samples = [
+        builder({"image": Image.fromarray(s["image"]), "pieces": s["pieces"], "masks": s["masks"]})
+        for s in scenes
+    ]
     features = extract(base, encoder, samples)
 
     def step(given):
         head.compute_loss(head(given), [s["masks"] for s in samples])["loss"].backward()
         head.zero_grad()
 
-    times = least({"live": lambda: step(extract(base, encoder, samples)), "cached": lambda: step(features)}, rounds)
+    times = least(
+        {"live": lambda: step(extract(base, encoder, samples)), "cached": lambda: step(features)}, rounds
+    )
     return {"pictures": pictures, "seconds": times, "speedup": times["live"] / times["cached"]}
 
 
 @torch.no_grad()
 def bench_gpu(rounds):
     """The published shapes with random weights: pictures/s and peak memory of rows against eager, and the largest picture."""
-    from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers import (
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+    )
 
     device, out, tokenizer = torch.accelerator.current_accelerator(), {}, tiny_tokenizer()
     token = tokenizer.convert_tokens_to_ids
@@ -218,12 +273,24 @@ def bench_gpu(rounds):
         vision_end_token_id=token("<|vision_end|>"),
     )
     llava = LlavaConfig(
-        text_config=LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32064),
+        text_config=LlamaConfig(
+            hidden_size=4096,
+            intermediate_size=11008,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            vocab_size=32064,
+        ),
         image_token_id=token("<image>"),
     )
     phrases = caption_of_phrases(["a red car", "the man in the blue shirt", "sky", "two small dogs"])
     for name, config, kind, architecture, sides in (
-        ("Qwen2.5-VL-3B", qwen, FrozenQwen, Qwen2_5_VLForConditionalGeneration, (448, 896, 1344, 1792, 2688, 3584)),
+        (
+            "Qwen2.5-VL-3B",
+            qwen,
+            FrozenQwen,
+            Qwen2_5_VLForConditionalGeneration,
+            (448, 896, 1344, 1792, 2688, 3584),
+        ),
         ("LLaVA-1.5-7B", llava, FrozenLlava, LlavaForConditionalGeneration, (336,)),
     ):
         with torch.device(device):
@@ -231,21 +298,30 @@ def bench_gpu(rounds):
             model = architecture(config)
             torch.set_default_dtype(torch.float32)
         for mode in ("rows", "eager"):
-            base = kind(model, tokenizer, kind.make_processor(config, {"max_pixels": 4096 * 4096}), attention=mode)
+            base = kind(
+                model, tokenizer, kind.make_processor(config, {"max_pixels": 4096 * 4096}), attention=mode
+            )
             for side in sides:
-                sample = SampleBuilder.of(base)({"image": Image.new("RGB", (side, side), "grey"), "pieces": phrases})
+                sample = SampleBuilder.of(base)(
+                    {"image": Image.new("RGB", (side, side), "grey"), "pieces": phrases}
+                )
                 torch.accelerator.empty_cache()
                 torch.accelerator.reset_peak_memory_stats()
                 try:
                     base([sample])
                     torch.accelerator.synchronize()
                     seconds = least(
-                        {"pass": lambda b=base, s=sample: (b([s]), torch.accelerator.synchronize())}, rounds, time.perf_counter
+                        {"pass": lambda b=base, s=sample: (b([s]), torch.accelerator.synchronize())},
+                        rounds,
+                        time.perf_counter,
                     )["pass"]
                 except torch.OutOfMemoryError:
                     out[f"{name} {mode} {side}"] = "out of memory"
                     break
-                out[f"{name} {mode} {side}"] = {"pictures_per_s": 1 / seconds, "peak_GiB": torch.accelerator.max_memory_allocated() / 2**30}
+                out[f"{name} {mode} {side}"] = {
+                    "pictures_per_s": 1 / seconds,
+                    "peak_GiB": torch.accelerator.max_memory_allocated() / 2**30,
+                }
         del model, base  # the next one needs the room
     return out
 
@@ -277,7 +353,9 @@ def main(args):
         ("whole model", "model_seconds", "s"),
         ("extra memory", "extra_MiB", "MiB"),
     ):
-        print(f"{label:24}" + "".join(f"{rows[key][m]:>10.3g}" for m in ("eager", "rows", "sdpa")) + f"  {unit}")
+        print(
+            f"{label:24}" + "".join(f"{rows[key][m]:>10.3g}" for m in ("eager", "rows", "sdpa")) + f"  {unit}"
+        )
     print(
         f"rows against eager: attention {rows['attention_speedup']:.2f} x faster (claim: 3), "
         f"memory {rows['memory_ratio']:.1f} x less (claim: 8), difference {rows['largest_difference']:.1e} (claim: 1e-6); "
@@ -293,7 +371,11 @@ def main(args):
         for name, value in results["gpu"].items():
             print(
                 f"{name}: "
-                + (value if isinstance(value, str) else f"{value['pictures_per_s']:.2f} pictures/s, peak {value['peak_GiB']:.1f} GiB")
+                + (
+                    value
+                    if isinstance(value, str)
+                    else f"{value['pictures_per_s']:.2f} pictures/s, peak {value['peak_GiB']:.1f} GiB"
+                )
             )
     atomic_write(args.out, json.dumps(results, indent=1))
     print(f"wrote {args.out}")

@@ -1,4 +1,5 @@
 """Resident memory of this process, for the benches that measure a peak in a process of its own."""
+
 from pathlib import Path
 
 
@@ -10,9 +11,9 @@ def resident_mb(field: str = "VmRSS") -> float:
 
 def added_peak_mb(call) -> float:
     """MB that one `call()` adds at its peak to what is resident before it."""
-    Path("/proc/self/clear_refs").write_text("5")         # the high-water mark starts again
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
     before = resident_mb()
-    kept = call()                                          # the result counts until the peak is read
+    kept = call()  # the result counts until the peak is read
     peak = resident_mb("VmHWM")
     del kept
     return peak - before

@@ -11,6 +11,7 @@ prune     safetensors shards with openPangu-7B's shapes (8.03 B values, bfloat16
 real size only with an accelerator: 34 layers x 4096 in bfloat16, random weights: naive against wavefront, and the latency of
           34, 28 and 17 layers.
 """
+
 import argparse
 import json
 import os
@@ -37,24 +38,47 @@ from pruning.sensitivity_analyse.eval_metric import position_distances
 from pruning.sensitivity_analyse.layer_mask import mask_attention_layer
 
 LENGTHS = (9, 11, 12, 14, 16, 17, 19, 21, 23, 25, 28, 30)
-PANGU = dict(vocab_size=153376, hidden_size=4096, intermediate_size=12800, num_hidden_layers=34, num_attention_heads=32,
-             num_key_value_heads=8, attention_bias=True, tie_word_embeddings=False)
+PANGU = dict(
+    vocab_size=153376,
+    hidden_size=4096,
+    intermediate_size=12800,
+    num_hidden_layers=34,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    attention_bias=True,
+    tie_word_embeddings=False,
+)
 
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--repeats", type=int, default=3, help="timed runs of each method; the fastest counts (default 3)")
-    p.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "pruning.json", help="JSON with the numbers")
-    p.add_argument("--work", type=Path, help="folder for the synthetic checkpoint (sparse); default a temporary one")
-    p.add_argument("--peak-memory", type=int, metavar="CHUNK", help=argparse.SUPPRESS)   # the child process of `memory`
+    p.add_argument(
+        "--repeats", type=int, default=3, help="timed runs of each method; the fastest counts (default 3)"
+    )
+    p.add_argument(
+        "--out", type=Path, default=ROOT / "bench" / "results" / "pruning.json", help="JSON with the numbers"
+    )
+    p.add_argument(
+        "--work", type=Path, help="folder for the synthetic checkpoint (sparse); default a temporary one"
+    )
+    p.add_argument(
+        "--peak-memory", type=int, metavar="CHUNK", help=argparse.SUPPRESS
+    )  # the child process of `memory`
     return p.parse_args(argv)
 
 
 def make_model(layers, hidden, vocabulary, device="cpu", dtype=torch.float32, **config):
     torch.manual_seed(0)
-    settings = {"hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": layers,
-                "num_attention_heads": max(4, hidden // 128),
-                "num_key_value_heads": max(2, hidden // 512), "vocab_size": vocabulary, "attention_bias": True, **config}
+    settings = {
+        "hidden_size": hidden,
+        "intermediate_size": 3 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": max(4, hidden // 128),
+        "num_key_value_heads": max(2, hidden // 512),
+        "vocab_size": vocabulary,
+        "attention_bias": True,
+        **config,
+    }
     with torch.device(device):
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
@@ -66,7 +90,10 @@ def make_model(layers, hidden, vocabulary, device="cpu", dtype=torch.float32, **
 
 def make_prompts(vocabulary, lengths=LENGTHS):
     generator = torch.Generator().manual_seed(0)
-    return [{"name": str(n), "input_ids": torch.randint(3, vocabulary, (1, n), generator=generator)} for n in lengths]
+    return [
+        {"name": str(n), "input_ids": torch.randint(3, vocabulary, (1, n), generator=generator)}
+        for n in lengths
+    ]
 
 
 def seconds(call, repeats, sync=lambda: None):
@@ -77,7 +104,7 @@ def seconds(call, repeats, sync=lambda: None):
         call()
         sync()
         times.append(time.perf_counter() - start)
-    return min(times)                                     # other work on the machine only ever adds
+    return min(times)  # other work on the machine only ever adds
 
 
 @torch.no_grad()
@@ -90,7 +117,9 @@ def upstream_scan(model, prompts):
         enable_mask()
         for i, prompt in enumerate(prompts):
             logits = model(input_ids=prompt["input_ids"]).logits[0]
-            scores[i, layer] = position_distances(base[i].log_softmax(-1), logits.log_softmax(-1), "l1_mean").mean().item()
+            scores[i, layer] = (
+                position_distances(base[i].log_softmax(-1), logits.log_softmax(-1), "l1_mean").mean().item()
+            )
         disable_mask()
         restore()
     return scores
@@ -99,49 +128,78 @@ def upstream_scan(model, prompts):
 def our_scan(model, prompts, variants, method, batch=1):
     records = []
     for first in range(0, len(prompts), batch):
-        records += scan_methods.scan_batch(model, prompts[first:first + batch], variants, ("l1_mean",), method)
-    return {(i, v["layer"]): v["l1_mean"] for i, r in enumerate(records) for v in r["variants"] if v["mode"] == "v"}
+        records += scan_methods.scan_batch(
+            model, prompts[first : first + batch], variants, ("l1_mean",), method
+        )
+    return {
+        (i, v["layer"]): v["l1_mean"]
+        for i, r in enumerate(records)
+        for v in r["variants"]
+        if v["mode"] == "v"
+    }
 
 
 def scan_speed(repeats):
     model, prompts = make_model(24, 256, 4096), make_prompts(4096)
     variants = [("v", layer, None) for layer in range(24)]
     wide = scan_methods.list_variants(model, ["v"])
-    cases = {"naive (upstream)": lambda: upstream_scan(model, prompts),
-             "cached": lambda: our_scan(model, prompts, variants, "cached"),
-             "cached, 4 prompts in one batch": lambda: our_scan(model, prompts, variants, "cached", 4),
-             "wavefront": lambda: our_scan(model, prompts, variants, "wavefront"),
-             "wavefront, 12 prompts in one batch": lambda: our_scan(model, prompts, variants, "wavefront", 12),
-             "wavefront with leave-one-out": lambda: our_scan(model, prompts, wide, "wavefront")}
+    cases = {
+        "naive (upstream)": lambda: upstream_scan(model, prompts),
+        "cached": lambda: our_scan(model, prompts, variants, "cached"),
+        "cached, 4 prompts in one batch": lambda: our_scan(model, prompts, variants, "cached", 4),
+        "wavefront": lambda: our_scan(model, prompts, variants, "wavefront"),
+        "wavefront, 12 prompts in one batch": lambda: our_scan(model, prompts, variants, "wavefront", 12),
+        "wavefront with leave-one-out": lambda: our_scan(model, prompts, wide, "wavefront"),
+    }
     scores = {name: case() for name, case in cases.items()}
     rows, cpu = {}, {}
     for name, case in cases.items():
         start = time.process_time()
         rows[name] = seconds(case, repeats)
-        cpu[name] = (time.process_time() - start) / repeats              # what the clock hides when others use the machine too
+        cpu[name] = (
+            time.process_time() - start
+        ) / repeats  # what the clock hides when others use the machine too
     reference = scores["naive (upstream)"]
     worst = {name: max(abs(s[k] - v) / v for k, v in reference.items()) for name, s in scores.items()}
     print(f"\nscan, 24 layers x 256, 12 prompts, {torch.get_num_threads()} thread(s), best of {repeats}")
-    print(f"{'method':38}{'seconds':>9}{'speed-up':>10}{'CPU s':>9}{'speed-up':>10}{'largest relative difference':>30}")
+    print(
+        f"{'method':38}{'seconds':>9}{'speed-up':>10}{'CPU s':>9}{'speed-up':>10}{'largest relative difference':>30}"
+    )
     for name, spent in rows.items():
-        print(f"{name:38}{spent:9.2f}{rows['naive (upstream)'] / spent:9.2f}x{cpu[name]:9.2f}{cpu['naive (upstream)'] / cpu[name]:9.2f}x"
-              f"{worst[name]:30.1e}")
-    return {"seconds": rows, "cpu_seconds": cpu, "speedup": {k: rows["naive (upstream)"] / v for k, v in rows.items()},
-            "largest_relative_difference": worst}
+        print(
+            f"{name:38}{spent:9.2f}{rows['naive (upstream)'] / spent:9.2f}x{cpu[name]:9.2f}{cpu['naive (upstream)'] / cpu[name]:9.2f}x"
+            f"{worst[name]:30.1e}"
+        )
+    return {
+        "seconds": rows,
+        "cpu_seconds": cpu,
+        "speedup": {k: rows["naive (upstream)"] / v for k, v in rows.items()},
+        "largest_relative_difference": worst,
+    }
 
 
 def peak_memory(chunk):
     """In a process of its own: peak memory of a wavefront at vocabulary 153376, above that of the loaded model; printed in MB."""
     scan_methods.CHUNK = chunk
     model, prompts = make_model(34, 64, PANGU["vocab_size"]), make_prompts(4096, (30,))
-    print(added_peak_mb(lambda: scan_methods.scan_batch(model, prompts, [("v", i, None) for i in range(34)], ("l1_mean", "kl"))))
+    print(
+        added_peak_mb(
+            lambda: scan_methods.scan_batch(
+                model, prompts, [("v", i, None) for i in range(34)], ("l1_mean", "kl")
+            )
+        )
+    )
 
 
 def scan_memory():
     rows = {}
     for name, chunk in (("all at once", 1 << 40), ("in chunks (default)", scan_methods.CHUNK)):
-        child = subprocess.run([sys.executable, __file__, "--peak-memory", str(chunk)], capture_output=True, text=True,
-                               check=True)
+        child = subprocess.run(
+            [sys.executable, __file__, "--peak-memory", str(chunk)],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         rows[name] = float(child.stdout)
     print("\npeak memory of a scan above the loaded model, vocabulary 153376, 34 layers, prompt of 30 tokens")
     for name, value in rows.items():
@@ -160,11 +218,15 @@ def write_sparse(folder: Path, shapes: dict, shards: int = 4):
     """safetensors shards of these shapes in bfloat16 that take no room on disk: headers, and holes for the values."""
     keys, weight_map = list(shapes), {}
     for number in range(shards):
-        part = keys[number * len(keys) // shards:(number + 1) * len(keys) // shards]
+        part = keys[number * len(keys) // shards : (number + 1) * len(keys) // shards]
         header, offset = {}, 0
         for key in part:
             size = 2 * torch.Size(shapes[key]).numel()
-            header[key] = {"dtype": NAMES[torch.bfloat16], "shape": shapes[key], "data_offsets": [offset, offset + size]}
+            header[key] = {
+                "dtype": NAMES[torch.bfloat16],
+                "shape": shapes[key],
+                "data_offsets": [offset, offset + size],
+            }
             offset += size
         text = json.dumps(header).encode()
         name = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
@@ -173,9 +235,16 @@ def write_sparse(folder: Path, shapes: dict, shards: int = 4):
             file.truncate(8 + len(text) + offset)
         weight_map |= dict.fromkeys(part, name)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    (folder / "config.json").write_text(json.dumps({"model_type": "PanguEmbedded", "architectures": ["PanguEmbeddedForCausalLM"],
-                                                    "bias": True,
-                                                    **{k: v for k, v in PANGU.items() if k != "attention_bias"}}))
+    (folder / "config.json").write_text(
+        json.dumps(
+            {
+                "model_type": "PanguEmbedded",
+                "architectures": ["PanguEmbeddedForCausalLM"],
+                "bias": True,
+                **{k: v for k, v in PANGU.items() if k != "attention_bias"},
+            }
+        )
+    )
 
 
 def prune_big(work):
@@ -186,16 +255,27 @@ def prune_big(work):
         write_sparse(source, pangu_shapes())
         for spec in ("23-28", "17-33"):
             start = time.perf_counter()
-            command = [sys.executable, ROOT / "pruning/pruning_tools/prune_llm.py", "--ckpt", source, "--out-dir",
-                       Path(folder) / "out",
-                       "--drop-layers", spec, "--overwrite"]
+            command = [
+                sys.executable,
+                ROOT / "pruning/pruning_tools/prune_llm.py",
+                "--ckpt",
+                source,
+                "--out-dir",
+                Path(folder) / "out",
+                "--drop-layers",
+                spec,
+                "--overwrite",
+            ]
             child = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True)
             line = child.stdout.read().strip().splitlines()[-1]
             _, status, usage = os.wait4(child.pid, 0)
             if status:
                 raise SystemExit(f"prune_llm.py --drop-layers {spec} failed")
-            rows[spec] = {"seconds": time.perf_counter() - start, "peak_megabytes": usage.ru_maxrss / 1024,
-                          "what": line.split(", in ")[0]}
+            rows[spec] = {
+                "seconds": time.perf_counter() - start,
+                "peak_megabytes": usage.ru_maxrss / 1024,
+                "what": line.split(", in ")[0],
+            }
     print("\npruning 8.03 B values (16.1 GB of bfloat16 shards, sparse) on disk")
     for row in rows.values():
         print(f"{row['what']:75}{row['seconds']:6.1f} s{row['peak_megabytes']:8.0f} MB peak")
@@ -203,31 +283,62 @@ def prune_big(work):
 
 
 @torch.no_grad()
-def real_size(device, repeats, layers=34, hidden=4096, vocabulary=153376, drops=((), range(23, 29), range(17, 34)), tokens=64):
+def real_size(
+    device,
+    repeats,
+    layers=34,
+    hidden=4096,
+    vocabulary=153376,
+    drops=((), range(23, 29), range(17, 34)),
+    tokens=64,
+):
     """Scan and latency at openPangu's sizes with random weights in bfloat16; smaller sizes exercise the same code elsewhere."""
     sync = getattr(torch, device.type).synchronize if device.type != "cpu" else (lambda: None)
-    size = {k: v for k, v in PANGU.items() if k in ("intermediate_size", "num_attention_heads",
-                                                    "num_key_value_heads")} if hidden == 4096 else {}
-    model, prompts = make_model(layers, hidden, vocabulary, device, torch.bfloat16, **size), make_prompts(vocabulary)
+    size = (
+        {
+            k: v
+            for k, v in PANGU.items()
+            if k in ("intermediate_size", "num_attention_heads", "num_key_value_heads")
+        }
+        if hidden == 4096
+        else {}
+    )
+    model, prompts = (
+        make_model(layers, hidden, vocabulary, device, torch.bfloat16, **size),
+        make_prompts(vocabulary),
+    )
     variants = [("v", layer, None) for layer in range(layers)]
     rows = {}
-    for name, method, batch in (("naive", "naive", 1), ("wavefront", "wavefront", 1),
-                                ("wavefront, 12 prompts in one batch", "wavefront", 12)):
+    for name, method, batch in (
+        ("naive", "naive", 1),
+        ("wavefront", "wavefront", 1),
+        ("wavefront, 12 prompts in one batch", "wavefront", 12),
+    ):
+
         def scan_all(method=method, batch=batch):
             for first in range(0, len(prompts), batch):
-                scan_methods.scan_batch(model, prompts[first:first + batch], variants, ("l1_mean", "kl"), method)
+                scan_methods.scan_batch(
+                    model, prompts[first : first + batch], variants, ("l1_mean", "kl"), method
+                )
+
         scan_all()
         rows[name] = seconds(scan_all, repeats, sync)
         print(f"{name:38}{rows[name]:9.2f} s{rows['naive'] / rows[name]:9.1f}x")
     prompt = torch.randint(3, vocabulary, (1, 256), device=device)
     for drop in drops:
         with without_layers(model, drop):
+
             def generate():
-                model.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0)
+                model.generate(
+                    prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0
+                )
+
             generate()
             spent = seconds(generate, repeats, sync)
         rows[f"latency, {layers - len(drop)} layers"] = spent
-        print(f"latency of {layers - len(drop)} layers, 256 + {tokens} tokens {spent:9.2f} s, {tokens / spent:.0f} tokens/s")
+        print(
+            f"latency of {layers - len(drop)} layers, 256 + {tokens} tokens {spent:9.2f} s, {tokens / spent:.0f} tokens/s"
+        )
     return rows
 
 

@@ -7,6 +7,7 @@
 Each bench runs in a process of its own and writes bench/results/<name>.json. A claim is a ratio to a named baseline measured
 in the same run; `CLAIMS` says where it stands in that file.
 """
+
 import argparse
 import json
 import os
@@ -14,7 +15,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # repository root: every way of starting this file finds it
 from common.checkpoint import atomic_write
 from common.errors import UserError, run
 
@@ -30,55 +33,147 @@ def row(data, name):
 # bench: (claim, size, baseline, function of the bench's JSON -> what was measured)
 CLAIMS = {
     "cwt": [
-        ("wavelet transform, CPU time on one thread", "32 x 3000 samples, 64 scales, 3 channels", "conv1d bank, as upstream",
-         lambda d: f"{d['methods']['cwt_wrap']['ratio_cpu']:.1f} x faster"),
-        ("transform and instance normalisation, CPU time on one thread", "same", "conv1d bank and separate normalisation",
-         lambda d: f"{d['methods']['cwt_wrap + norm']['ratio_cpu']:.1f} x faster"),
-        ("the same on the clock, 2 and 4 threads", "same", "same",
-         lambda d: "{ratio_wall_2:.1f} x and {ratio_wall_4:.1f} x faster".format(**d["methods"]["cwt_wrap + norm"])),
-        ("extra peak memory of transform and normalisation", "same", "same",
-         lambda d: "{:.0f} MB instead of {:.0f} MB".format(*(d["methods"][m]["memory_mb"] for m in ("cwt_wrap + norm", "conv1d + norm")))),
-        ("largest error in parts of the peak", "same", "float64 direct transform", lambda d: f"{d['methods']['cwt_wrap']['error']:.0e}"),
+        (
+            "wavelet transform, CPU time on one thread",
+            "32 x 3000 samples, 64 scales, 3 channels",
+            "conv1d bank, as upstream",
+            lambda d: f"{d['methods']['cwt_wrap']['ratio_cpu']:.1f} x faster",
+        ),
+        (
+            "transform and instance normalisation, CPU time on one thread",
+            "same",
+            "conv1d bank and separate normalisation",
+            lambda d: f"{d['methods']['cwt_wrap + norm']['ratio_cpu']:.1f} x faster",
+        ),
+        (
+            "the same on the clock, 2 and 4 threads",
+            "same",
+            "same",
+            lambda d: "{ratio_wall_2:.1f} x and {ratio_wall_4:.1f} x faster".format(
+                **d["methods"]["cwt_wrap + norm"]
+            ),
+        ),
+        (
+            "extra peak memory of transform and normalisation",
+            "same",
+            "same",
+            lambda d: "{:.0f} MB instead of {:.0f} MB".format(
+                *(d["methods"][m]["memory_mb"] for m in ("cwt_wrap + norm", "conv1d + norm"))
+            ),
+        ),
+        (
+            "largest error in parts of the peak",
+            "same",
+            "float64 direct transform",
+            lambda d: f"{d['methods']['cwt_wrap']['error']:.0e}",
+        ),
     ],
     "cwt_loader": [
-        ("windows per second from memory-mapped signals", "10,000 records", "opening the file each time",
-         lambda d: f"{d[-1]['windows_per_s'] / d[-1]['file_each_time_windows_per_s']:.0f} x more"),
-        ("memory of the loader beside the mapped file", "100, 1,000 and 10,000 records", "none",
-         lambda d: ", ".join(f"{r['own_mb']:.2f} MB" for r in d)),
+        (
+            "windows per second from memory-mapped signals",
+            "10,000 records",
+            "opening the file each time",
+            lambda d: f"{d[-1]['windows_per_s'] / d[-1]['file_each_time_windows_per_s']:.0f} x more",
+        ),
+        (
+            "memory of the loader beside the mapped file",
+            "100, 1,000 and 10,000 records",
+            "none",
+            lambda d: ", ".join(f"{r['own_mb']:.2f} MB" for r in d),
+        ),
     ],
     "em": [
-        ("encoder, time and peak memory", "64 signals of 128 to 4096 points", "padded, eager (starter kit)",
-         lambda d: "{seconds:.1f} x faster, {memory:.1f} x less".format(**d["table"]["encoder"]["ratio"])),
-        ("multimodal training step, frozen LLM", "vocabulary 32,000", "padded, full logits (starter kit)",
-         lambda d: "{seconds:.1f} x faster, {memory:.1f} x less".format(**d["table"]["step"]["ratio"])),
-        ("generation", "4 questions, 64 new tokens", "one by one, prefix run again",
-         lambda d: "{seconds:.1f} x faster".format(**d["table"]["generation"]["ratio"])),
-        ("resident memory while loading", "file of 16 MB and of 164 MB", "none",
-         lambda d: "{:.0f} MB and {:.0f} MB: flat".format(*(d["table"]["loading"][k]["resident_mb"] for k in ("small", "tenfold")))),
+        (
+            "encoder, time and peak memory",
+            "64 signals of 128 to 4096 points",
+            "padded, eager (starter kit)",
+            lambda d: "{seconds:.1f} x faster, {memory:.1f} x less".format(**d["table"]["encoder"]["ratio"]),
+        ),
+        (
+            "multimodal training step, frozen LLM",
+            "vocabulary 32,000",
+            "padded, full logits (starter kit)",
+            lambda d: "{seconds:.1f} x faster, {memory:.1f} x less".format(**d["table"]["step"]["ratio"]),
+        ),
+        (
+            "generation",
+            "4 questions, 64 new tokens",
+            "one by one, prefix run again",
+            lambda d: "{seconds:.1f} x faster".format(**d["table"]["generation"]["ratio"]),
+        ),
+        (
+            "resident memory while loading",
+            "file of 16 MB and of 164 MB",
+            "none",
+            lambda d: "{:.0f} MB and {:.0f} MB: flat".format(
+                *(d["table"]["loading"][k]["resident_mb"] for k in ("small", "tenfold"))
+            ),
+        ),
     ],
     "flmm": [
-        ("attention functions, phrase rows only", "24 layers x 16 heads x 900 tokens", "eager, full matrices",
-         lambda d: f"{d['rows']['attention_speedup']:.1f} x faster, {d['rows']['memory_ratio']:.0f} x less extra memory"),
-        ("whole model with attention rows", "same", "plain SDPA, no attention returned",
-         lambda d: f"{d['rows']['model_rows_over_sdpa']:.2f} x its time"),
-        ("refiner, 8 phrases of one picture", "SAM-B shapes", "one by one, encoding again",
-         lambda d: f"{d['refiner']['speedup']:.1f} x faster"),
-        ("head training step from the cache", "tiny base", "running the base", lambda d: f"{d['cache']['speedup']:.1f} x faster"),
+        (
+            "attention functions, phrase rows only",
+            "24 layers x 16 heads x 900 tokens",
+            "eager, full matrices",
+            lambda d: (
+                f"{d['rows']['attention_speedup']:.1f} x faster, {d['rows']['memory_ratio']:.0f} x less extra memory"
+            ),
+        ),
+        (
+            "whole model with attention rows",
+            "same",
+            "plain SDPA, no attention returned",
+            lambda d: f"{d['rows']['model_rows_over_sdpa']:.2f} x its time",
+        ),
+        (
+            "refiner, 8 phrases of one picture",
+            "SAM-B shapes",
+            "one by one, encoding again",
+            lambda d: f"{d['refiner']['speedup']:.1f} x faster",
+        ),
+        (
+            "head training step from the cache",
+            "tiny base",
+            "running the base",
+            lambda d: f"{d['cache']['speedup']:.1f} x faster",
+        ),
     ],
     "dia": [
-        (name, size, "upstream's way", lambda d, name=name: f"{row(d, name)['ratio']:,.1f} x faster") for name, size in (
-            ("embedding step", "vocabulary 153,376, 512 tokens, batch 2"), ("finding pooling", "14 findings"), ("ViT blocks", "one volume"),
-            ("ViT passes of a report", "one report"), ("generation, per report", "batch 8, 300 tokens"),
-            ("training step, tiny, batch 4", "tiny model"), ("training step, one layer of openPangu's width", "width 4096"))
+        (name, size, "upstream's way", lambda d, name=name: f"{row(d, name)['ratio']:,.1f} x faster")
+        for name, size in (
+            ("embedding step", "vocabulary 153,376, 512 tokens, batch 2"),
+            ("finding pooling", "14 findings"),
+            ("ViT blocks", "one volume"),
+            ("ViT passes of a report", "one report"),
+            ("generation, per report", "batch 8, 300 tokens"),
+            ("training step, tiny, batch 4", "tiny model"),
+            ("training step, one layer of openPangu's width", "width 4096"),
+        )
     ],
     "pruning": [
-        ("sensitivity scan, cached and wavefront, CPU time", "24 layers x 256, 12 prompts", "naive scan (upstream)",
-         lambda d: "{:.1f} x and {:.1f} x faster".format(
-             *(d["scan"]["cpu_seconds"]["naive (upstream)"] / d["scan"]["cpu_seconds"][m] for m in ("cached", "wavefront")))),
-        ("peak memory of a scan", "vocabulary 153,376, 34 layers", "log-probabilities all at once",
-         lambda d: "{1:.0f} MB instead of {0:.0f} MB".format(*d["memory"]["megabytes"].values())),
-        ("peak memory of pruning on disk", "8.03 B values, 34 to 28 layers", "none",
-         lambda d: f"{d['prune']['23-28']['peak_megabytes']:.0f} MB"),
+        (
+            "sensitivity scan, cached and wavefront, CPU time",
+            "24 layers x 256, 12 prompts",
+            "naive scan (upstream)",
+            lambda d: "{:.1f} x and {:.1f} x faster".format(
+                *(
+                    d["scan"]["cpu_seconds"]["naive (upstream)"] / d["scan"]["cpu_seconds"][m]
+                    for m in ("cached", "wavefront")
+                )
+            ),
+        ),
+        (
+            "peak memory of a scan",
+            "vocabulary 153,376, 34 layers",
+            "log-probabilities all at once",
+            lambda d: "{1:.0f} MB instead of {0:.0f} MB".format(*d["memory"]["megabytes"].values()),
+        ),
+        (
+            "peak memory of pruning on disk",
+            "8.03 B values, 34 to 28 layers",
+            "none",
+            lambda d: f"{d['prune']['23-28']['peak_megabytes']:.0f} MB",
+        ),
     ],
 }
 
@@ -91,25 +186,41 @@ def result(name):
 
 def write_table():
     """bench/README.md from the JSON files that are there; a bench without one is named as not measured."""
-    lines = ["# Measured claims", "",
-             "Ratios to a baseline in the same run, on CPU; each from the command in the last column, which prints absolute times too.",
-             "Machines differ and this one was shared, so expect other ratios on yours. Made by `python bench/run_all.py`.", "",
-             "| claim | size | baseline | measured | command |", "| --- | --- | --- | --- | --- |"]
+    lines = [
+        "# Measured claims",
+        "",
+        "Ratios to a baseline in the same run, on CPU; each from the command in the last column, which prints absolute times too.",
+        "Machines differ and this one was shared, so expect other ratios on yours. Made by `python bench/run_all.py`.",
+        "",
+        "| claim | size | baseline | measured | command |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for name in CLAIMS:
         data = result(name)
         for claim, size, baseline, measure in CLAIMS[name]:
             measured = measure(data) if data else "not measured yet"
             lines.append(f"| {claim} | {size} | {baseline} | {measured} | `python bench/{name}.py` |")
-    lines += ["", "## Growth", "",
-              "Slopes on logarithmic axes, `python bench/scaling.py`: 1 is growth in proportion, 0 none. Memory is what a call adds at its",
-              "peak, with the part that does not grow.", "", "| what | grows with | sizes | time | memory | at the largest |",
-              "| --- | --- | --- | --- | --- | --- |"]
+    lines += [
+        "",
+        "## Growth",
+        "",
+        "Slopes on logarithmic axes, `python bench/scaling.py`: 1 is growth in proportion, 0 none. Memory is what a call adds at its",
+        "peak, with the part that does not grow.",
+        "",
+        "| what | grows with | sizes | time | memory | at the largest |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     for case in result("scaling") or []:
         sizes, last = [row["size"] for row in case["rows"]], case["rows"][-1]
-        lines.append(f"| {case['what']} | {case['grows']} | {sizes[0]:,} to {sizes[-1]:,} | {case['time']:.2f} | {case['memory']:.2f} | "
-                     f"{1e3 * last['seconds']:.0f} ms, {last['megabytes']:.0f} MB |")
-    lines += ["", "No GPU was at hand: the scripts measure the real sizes in bfloat16 where there is one (`--help`)."]
-    lines += ["", (HERE / "proof.md").read_text().rstrip()]   # written by hand: what was seen, and when
+        lines.append(
+            f"| {case['what']} | {case['grows']} | {sizes[0]:,} to {sizes[-1]:,} | {case['time']:.2f} | {case['memory']:.2f} | "
+            f"{1e3 * last['seconds']:.0f} ms, {last['megabytes']:.0f} MB |"
+        )
+    lines += [
+        "",
+        "No GPU was at hand: the scripts measure the real sizes in bfloat16 where there is one (`--help`).",
+    ]
+    lines += ["", (HERE / "proof.md").read_text().rstrip()]  # written by hand: what was seen, and when
     atomic_write(HERE / "README.md", "\n".join(lines) + "\n")
 
 
@@ -120,7 +231,9 @@ def main(args):
     failed = []
     for name in [] if args.table else args.benches or BENCHES:
         print(f"== {name}", flush=True)
-        status = subprocess.run([sys.executable, str(HERE / f"{name}.py")], env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
+        status = subprocess.run(
+            [sys.executable, str(HERE / f"{name}.py")], env={**os.environ, "OMP_NUM_THREADS": "1"}
+        ).returncode
         failed += [name] if status else []
     write_table()
     if failed:
@@ -129,6 +242,12 @@ def main(args):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("benches", nargs="*", metavar="bench", help=f"any of {', '.join(BENCHES)} (default: all)")
-    parser.add_argument("--table", action="store_true", help="measure nothing, write the table from the numbers that are there")
+    parser.add_argument(
+        "benches", nargs="*", metavar="bench", help=f"any of {', '.join(BENCHES)} (default: all)"
+    )
+    parser.add_argument(
+        "--table",
+        action="store_true",
+        help="measure nothing, write the table from the numbers that are there",
+    )
     run(main, parser.parse_args())

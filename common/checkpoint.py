@@ -6,6 +6,7 @@
 state.json holds the loop's counters and the size and CRC-32 of every other file, so that a damaged checkpoint is
 recognised before anything is loaded from it.
 """
+
 import contextlib
 import json
 import os
@@ -24,7 +25,7 @@ WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
 
 UMASK = os.umask(0)
-os.umask(UMASK)                                           # it can only be read by setting it
+os.umask(UMASK)  # it can only be read by setting it
 
 
 def _sync(path: Path):
@@ -52,7 +53,7 @@ def atomic_path(path):
         yield temporary
         for part in [*temporary.rglob("*"), temporary] if temporary.is_dir() else [temporary]:
             _sync(part)
-        if path.is_dir() and not path.is_symlink():       # a folder cannot be replaced in one call
+        if path.is_dir() and not path.is_symlink():  # a folder cannot be replaced in one call
             old = path.with_name(f".{path.name}.{os.getpid()}.old")
             path.rename(old)
             temporary.rename(path)
@@ -111,12 +112,12 @@ def save_step(accelerator, out, state: dict, keep: int = 3) -> Path:
     folder = Path(out) / "checkpoints"
     final, temporary = folder / f"step-{state['step']:08d}", folder / f".saving-{state['step']:08d}"
     whole = accelerator.is_main_process and final.exists() and not damage(final)
-    if broadcast_object_list([whole])[0]:                 # a stop signal that arrives right after a regular save
+    if broadcast_object_list([whole])[0]:  # a stop signal that arrives right after a regular save
         return final
     try:
         if accelerator.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
-            for leftover in folder.glob(".saving-*"):     # of a process that was killed in mid-save
+            for leftover in folder.glob(".saving-*"):  # of a process that was killed in mid-save
                 shutil.rmtree(leftover)
             temporary.mkdir()
         accelerator.wait_for_everyone()
@@ -127,7 +128,7 @@ def save_step(accelerator, out, state: dict, keep: int = 3) -> Path:
             (temporary / "state.json").write_text(json.dumps({**state, "files": files}, indent=1))
             for part in [*temporary.rglob("*"), temporary]:
                 _sync(part)
-            shutil.rmtree(final, ignore_errors=True)      # a damaged one that the run was not resumed from
+            shutil.rmtree(final, ignore_errors=True)  # a damaged one that the run was not resumed from
             temporary.rename(final)
             _sync(folder)
             link(out, "last", final)
@@ -137,7 +138,9 @@ def save_step(accelerator, out, state: dict, keep: int = 3) -> Path:
                     shutil.rmtree(old)
     except WRITE_ERRORS as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f"{final}: could not be saved ({error}); last good checkpoint: {find_resume(out) or 'none'}") from error
+        raise UserError(
+            f"{final}: could not be saved ({error}); last good checkpoint: {find_resume(out) or 'none'}"
+        ) from error
     accelerator.wait_for_everyone()
     return final
 

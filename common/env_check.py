@@ -3,6 +3,7 @@
 The range comes from pyproject.toml, for packages not named there any version counts. Standard library only, because it
 runs before anything is installed.
 """
+
 import re
 import sys
 from importlib.metadata import PackageNotFoundError, version

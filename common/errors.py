@@ -1,4 +1,5 @@
 """Errors that a user can act on: one line on stderr, no traceback, exit status 2."""
+
 import errno
 import os
 import signal
@@ -36,7 +37,7 @@ def run(main, *args):
         leave(str(error), 128 + error.signum)
     except KeyboardInterrupt:
         leave("interrupted", 128 + signal.SIGINT)
-    except BrokenPipeError:                               # `... | head`: the reader left, nothing to report
+    except BrokenPipeError:  # `... | head`: the reader left, nothing to report
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except RuntimeError as error:
@@ -46,7 +47,10 @@ def run(main, *args):
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
             raise
-        leave(f"error: {error.strerror} while writing {error.filename or 'an output file'}; make room or choose another --out", 2)
+        leave(
+            f"error: {error.strerror} while writing {error.filename or 'an output file'}; make room or choose another --out",
+            2,
+        )
 
 
 def leave(message: str, status: int):

@@ -1,12 +1,20 @@
 """Reading files that people give: what is damaged or has another form becomes one line that names file and field."""
+
 import json
 from contextlib import contextmanager
 from pathlib import Path
 
 from common.errors import UserError
 
-NAMES = {dict: "an object", list: "a list", str: "text", int: "a whole number", float: "a number", bool: "true or false",
-         type(None): "null"}
+NAMES = {
+    dict: "an object",
+    list: "a list",
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+}
 
 
 @contextmanager
@@ -24,7 +32,9 @@ def reading(path, what: str):
     except ImportError as error:
         raise UserError(f"{path}: {first_line(error)}") from error
     except Exception as error:
-        raise UserError(f"{path}: not a readable {what} ({type(error).__name__}: {first_line(error)}); mend it or copy it again") from error
+        raise UserError(
+            f"{path}: not a readable {what} ({type(error).__name__}: {first_line(error)}); mend it or copy it again"
+        ) from error
 
 
 def read_json(path, shape=None):
@@ -44,9 +54,15 @@ def check(value, shape, where, name: str = ""):
     """
     kinds = dict if isinstance(shape, dict) else list if isinstance(shape, list) else shape
     kinds = kinds if isinstance(kinds, tuple) else (kinds,)
-    if not isinstance(value, (*kinds, int) if float in kinds else kinds) or isinstance(value, bool) and bool not in kinds:
+    if (
+        not isinstance(value, (*kinds, int) if float in kinds else kinds)
+        or isinstance(value, bool)
+        and bool not in kinds
+    ):
         expected = " or ".join(NAMES[kind] for kind in kinds)
-        raise UserError(f"{where}: {name or 'the file'} is {NAMES.get(type(value), type(value).__name__)}, expected {expected}")
+        raise UserError(
+            f"{where}: {name or 'the file'} is {NAMES.get(type(value), type(value).__name__)}, expected {expected}"
+        )
     if isinstance(shape, dict):
         for key, inner in shape.items():
             field = key.removesuffix("?")

@@ -1,8 +1,9 @@
 """One run: its directory, seeds, log, progress bar, and how it stops.
 
-    out/config.json   arguments, package versions, commit, number of processes
-    out/log.jsonl     one line per logged step; the same numbers under out/tb/ for TensorBoard
+out/config.json   arguments, package versions, commit, number of processes
+out/log.jsonl     one line per logged step; the same numbers under out/tb/ for TensorBoard
 """
+
 import fcntl
 import json
 import logging
@@ -27,14 +28,26 @@ from tqdm import tqdm
 from common.checkpoint import atomic_write, find_resume
 from common.errors import Interrupted, UserError
 
-OURS = ("config.json", "log.jsonl", "metrics.json", "model.safetensors", "head.safetensors", "model", "encoder", "tb", "checkpoints",
-        "figures", "last", "best")
-if not torch.accelerator.is_available():                  # else accelerate would run each of torchrun's processes alone
+OURS = (
+    "config.json",
+    "log.jsonl",
+    "metrics.json",
+    "model.safetensors",
+    "head.safetensors",
+    "model",
+    "encoder",
+    "tb",
+    "checkpoints",
+    "figures",
+    "last",
+    "best",
+)
+if not torch.accelerator.is_available():  # else accelerate would run each of torchrun's processes alone
     os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 # What nobody can act on: peft asks transformers by an old name, and accelerate stores tied weights once.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
-_locks = {}                                               # open files: a lock lives as long as its file
+_locks = {}  # open files: a lock lives as long as its file
 
 
 def open_run(out, args, accelerator, resume: bool = False, overwrite: bool = False) -> Path:
@@ -61,7 +74,11 @@ def on_main(accelerator, function):
 
 
 def _open(out: Path, args, processes: int, resume: bool, overwrite: bool):
-    present = sorted(p.name for p in out.iterdir() if p.name != "run.lock" and not p.name.startswith(".")) if out.is_dir() else []
+    present = (
+        sorted(p.name for p in out.iterdir() if p.name != "run.lock" and not p.name.startswith("."))
+        if out.is_dir()
+        else []
+    )
     if present and "config.json" not in present:
         raise UserError(f"{out} holds {present[0]} but no run; choose an empty folder with --out")
     if present and not (resume or overwrite):
@@ -73,12 +90,16 @@ def _open(out: Path, args, processes: int, resume: bool, overwrite: bool):
         out.mkdir(parents=True, exist_ok=True)
         _lock(out)
     except OSError as error:
-        raise UserError(f"{out}: cannot write there ({error.strerror}); choose another folder with --out") from error
+        raise UserError(
+            f"{out}: cannot write there ({error.strerror}); choose another folder with --out"
+        ) from error
     if overwrite and not resume:
         for name in OURS:
             path = out / name
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
-    arguments = {k: v if isinstance(v, (int, float, bool, list, type(None))) else str(v) for k, v in vars(args).items()}
+    arguments = {
+        k: v if isinstance(v, (int, float, bool, list, type(None))) else str(v) for k, v in vars(args).items()
+    }
     if resume:
         before = json.loads((out / "config.json").read_text())["arguments"]
         for name in sorted(arguments.keys() - {"resume", "overwrite"}):
@@ -89,7 +110,10 @@ def _open(out: Path, args, processes: int, resume: bool, overwrite: bool):
         "command": shlex.join(sys.argv),
         "commit": _commit(),
         "processes": processes,
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in ("torch", "transformers", "accelerate")}},
+        "versions": {
+            "python": platform.python_version(),
+            **{p: version(p) for p in ("torch", "transformers", "accelerate")},
+        },
     }
     atomic_write(out / "config.json", json.dumps(config, indent=1, ensure_ascii=False, default=str))
 
@@ -101,7 +125,9 @@ def _lock(out: Path):
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         file.seek(0)
-        raise UserError(f"{out} is in use by process {file.read().strip() or '?'}; wait for it or choose another --out") from None
+        raise UserError(
+            f"{out} is in use by process {file.read().strip() or '?'}; wait for it or choose another --out"
+        ) from None
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()
@@ -112,7 +138,9 @@ def _commit() -> str:
     """Commit of this checkout, "" outside git."""
     try:
         command = ["git", "rev-parse", "HEAD"]
-        return subprocess.check_output(command, cwd=Path(__file__).parent, text=True, stderr=subprocess.DEVNULL).strip()
+        return subprocess.check_output(
+            command, cwd=Path(__file__).parent, text=True, stderr=subprocess.DEVNULL
+        ).strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
 
@@ -147,10 +175,16 @@ class Log:
         self.path, self.total, self.active = Path(out) / "log.jsonl", total, accelerator.is_main_process
         self.bar = progress(accelerator=accelerator, total=total, initial=resume_step, unit="step")
         if self.active:
-            from torch.utils.tensorboard import SummaryWriter  # a second of import that --help need not wait for
+            from torch.utils.tensorboard import (
+                SummaryWriter,
+            )  # a second of import that --help need not wait for
+
             if self.path.exists():
                 whole = [line for line in self.path.read_text().splitlines() if line.endswith("}")]
-                atomic_write(self.path, "".join(line + "\n" for line in whole if json.loads(line)["step"] <= resume_step))
+                atomic_write(
+                    self.path,
+                    "".join(line + "\n" for line in whole if json.loads(line)["step"] <= resume_step),
+                )
             self.board = SummaryWriter(str(Path(out) / "tb"), purge_step=resume_step + 1)
 
     def log(self, step: int, **numbers):
@@ -160,9 +194,14 @@ class Log:
         numbers = {k: float(v) for k, v in numbers.items()}
         self.bar.update(step - self.bar.n)
         head = f"step {step}" + (f"/{self.total}" if self.total else "")
-        tqdm.write(" | ".join([head, *(f"{k} {v:.1e}" if k == "lr" else f"{k} {v:.4g}" for k, v in numbers.items())]))
-        with open(self.path, "a") as file:                # JSON has no nan or inf
-            file.write(json.dumps({"step": step, **{k: v if math.isfinite(v) else None for k, v in numbers.items()}}) + "\n")
+        tqdm.write(
+            " | ".join([head, *(f"{k} {v:.1e}" if k == "lr" else f"{k} {v:.4g}" for k, v in numbers.items())])
+        )
+        with open(self.path, "a") as file:  # JSON has no nan or inf
+            file.write(
+                json.dumps({"step": step, **{k: v if math.isfinite(v) else None for k, v in numbers.items()}})
+                + "\n"
+            )
         for name, value in numbers.items():
             self.board.add_scalar(name, value, step)
 
@@ -192,7 +231,7 @@ class StopSignal:
 
     def __call__(self) -> bool:
         """True on every process once any process has been asked to stop."""
-        if self.accelerator.num_processes > 1:            # signals reach the processes at different steps
+        if self.accelerator.num_processes > 1:  # signals reach the processes at different steps
             flag = torch.tensor(float(self.signum), device=self.accelerator.device)
             most = int(self.accelerator.gather(flag[None]).max())
             self.signum = self.signum or most
@@ -218,5 +257,7 @@ def check_finite(loss: torch.Tensor, step: int, names, out):
         return
     names = [str(n) for n in names]
     files = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    raise UserError(f"loss is {loss.item()} at step {step}; batch: {files}; last good checkpoint: {find_resume(out) or 'none'}; "
-                    "look at these inputs or lower --lr, then run again with --resume")
+    raise UserError(
+        f"loss is {loss.item()} at step {step}; batch: {files}; last good checkpoint: {find_resume(out) or 'none'}; "
+        "look at these inputs or lower --lr, then run again with --resume"
+    )

@@ -3,6 +3,7 @@
 For each project: <project>/run_builtin.sh, which makes the data, trains, runs the controls and tests. A project that
 fails does not stop the others. pruning works on dia_pangu's model and so starts when that is there.
 """
+
 import argparse
 import os
 import shutil
@@ -17,16 +18,35 @@ from common.errors import UserError, run
 from common.summary import collect, draw_curves, table, write_summary
 
 ROOT = Path(__file__).resolve().parents[1]
-PROJECTS = ("dia_pangu", "cwt_mae", "em_mllm", "flmm", "pruning")      # dia_pangu first: pruning waits for its model
+PROJECTS = (
+    "dia_pangu",
+    "cwt_mae",
+    "em_mllm",
+    "flmm",
+    "pruning",
+)  # dia_pangu first: pruning waits for its model
 NEEDS = {"pruning": ("dia_pangu", "ft/metrics.json")}
 
 
 def parse_args():
     parser = argparse.ArgumentParser(
-        prog="run_all.sh", description="Train and test the projects. Ends with a table, runs/summary.json and runs/summary.html.")
-    parser.add_argument("projects", nargs="*", metavar="project", help=f"any of {', '.join(PROJECTS)} (default: all)")
-    parser.add_argument("--smoke", action="store_true", help="smallest sizes, 2 minutes on 4 cores: shows that all runs, not how well")
-    parser.add_argument("--jobs", type=int, default=0, help="projects side by side, sharing the cores (default: as many as cores)")
+        prog="run_all.sh",
+        description="Train and test the projects. Ends with a table, runs/summary.json and runs/summary.html.",
+    )
+    parser.add_argument(
+        "projects", nargs="*", metavar="project", help=f"any of {', '.join(PROJECTS)} (default: all)"
+    )
+    parser.add_argument(
+        "--smoke",
+        action="store_true",
+        help="smallest sizes, 2 minutes on 4 cores: shows that all runs, not how well",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=0,
+        help="projects side by side, sharing the cores (default: as many as cores)",
+    )
     return parser.parse_args()
 
 
@@ -35,19 +55,36 @@ def run_project(name: str, threads: int, smoke: bool, runs: Path) -> dict:
     log = runs / name / "run_all.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(runs / name / "results", ignore_errors=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "RUNS": str(runs), "SMOKE": "1" if smoke else ""}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "RUNS": str(runs),
+        "SMOKE": "1" if smoke else "",
+    }
     print(f"{name}: started, log {log}", flush=True)
     start = time.monotonic()
     with open(log, "w") as file:
-        process = subprocess.Popen(["bash", str(ROOT / name / "run_builtin.sh")], env=environment, stdout=file,
-                                   stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            ["bash", str(ROOT / name / "run_builtin.sh")],
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         running[name] = process
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     seconds = time.monotonic() - start
     state = "ok" if process.returncode == 0 else f"failed with exit status {process.returncode}"
     print(f"{name}: {state} after {seconds:.0f} s", flush=True)
-    return {"name": name, "status": state, "seconds": seconds, "peak_mb": usage.ru_maxrss / 1024, "rows": collect(runs, name), "log": log}
+    return {
+        "name": name,
+        "status": state,
+        "seconds": seconds,
+        "peak_mb": usage.ru_maxrss / 1024,
+        "rows": collect(runs, name),
+        "log": log,
+    }
 
 
 def can_start(name: str, names: list, finished: set, runs: Path, since: float) -> bool:
@@ -79,7 +116,9 @@ def main(args):
         raise UserError(f"{unknown[0]}: no such project; choose from {', '.join(here)}")
     data_root = os.environ.get("DATA_ROOT")
     if data_root and not Path(data_root).is_dir():
-        raise UserError(f"DATA_ROOT={data_root}: no such folder; give the folder that holds ecg/, rf/, grounding/, ct/, ctrg/")
+        raise UserError(
+            f"DATA_ROOT={data_root}: no such folder; give the folder that holds ecg/, rf/, grounding/, ct/, ctrg/"
+        )
     names = [p for p in here if not args.projects or p in args.projects]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     jobs = min(args.jobs or cores, len(names))
@@ -94,17 +133,26 @@ def main(args):
     with ThreadPoolExecutor(jobs) as pool:
         while waiting or pending:
             finished = {d["name"] for d in done}
-            for name in [n for n in waiting if can_start(n, names, finished, runs, since)][:jobs - len(pending)]:
+            for name in [n for n in waiting if can_start(n, names, finished, runs, since)][
+                : jobs - len(pending)
+            ]:
                 waiting.remove(name)
                 pending[pool.submit(run_project, name, threads, args.smoke, runs)] = name
-            ready, _ = wait(pending, timeout=1, return_when=FIRST_COMPLETED)       # wakes up for a signal that came just before
+            ready, _ = wait(
+                pending, timeout=1, return_when=FIRST_COMPLETED
+            )  # wakes up for a signal that came just before
             for future in ready:
                 del pending[future]
                 done.append(future.result())
-    done = [{**d, "curves": draw_curves(runs, d["name"])} for d in sorted(done, key=lambda d: PROJECTS.index(d["name"]))]
-    about = (f"{'smoke run (numbers mean nothing)' if args.smoke else 'full run'} on "
-             f"{'real data from ' + data_root if data_root else 'built-in data'}, "
-             f"{time.strftime('%Y-%m-%d %H:%M')}, {cores} cores, {jobs} side by side, {time.monotonic() - start:.0f} s in all")
+    done = [
+        {**d, "curves": draw_curves(runs, d["name"])}
+        for d in sorted(done, key=lambda d: PROJECTS.index(d["name"]))
+    ]
+    about = (
+        f"{'smoke run (numbers mean nothing)' if args.smoke else 'full run'} on "
+        f"{'real data from ' + data_root if data_root else 'built-in data'}, "
+        f"{time.strftime('%Y-%m-%d %H:%M')}, {cores} cores, {jobs} side by side, {time.monotonic() - start:.0f} s in all"
+    )
     write_summary(runs, done, about)
     print("\n" + table(done) + f"\n\n{about}\n{runs / 'summary.html'}")
     failed = [d for d in done if d["status"] != "ok"]

@@ -2,6 +2,7 @@
 
 Each project writes its results with `write_result`; `collect` reads them back, whoever wrote them.
 """
+
 import base64
 import html
 import json
@@ -11,7 +12,17 @@ from pathlib import Path
 from common.checkpoint import atomic_write
 
 
-def write_result(folder, task: str, metric: str, value: float, controls: dict, interval=None, figures=(), note: str = "", details=None):
+def write_result(
+    folder,
+    task: str,
+    metric: str,
+    value: float,
+    controls: dict,
+    interval=None,
+    figures=(),
+    note: str = "",
+    details=None,
+):
     """Write one row of the closing table to folder/results/<task>.json.
 
     folder: runs/<project>. metric: its name, with unit and direction if these are not plain ("macro-F1", "MSE, lower is
@@ -23,8 +34,13 @@ def write_result(folder, task: str, metric: str, value: float, controls: dict, i
         raise ValueError(f"{task}: a result needs at least one control")
     folder = Path(folder)
     row = {
-        "task": task, "metric": metric, "value": float(value), "interval": interval and [float(v) for v in interval],
-        "controls": {k: float(v) for k, v in controls.items()}, "note": note, "details": details or {},
+        "task": task,
+        "metric": metric,
+        "value": float(value),
+        "interval": interval and [float(v) for v in interval],
+        "controls": {k: float(v) for k, v in controls.items()},
+        "note": note,
+        "details": details or {},
         "figures": [{"path": str(Path(p).resolve()), "caption": caption} for p, caption in figures],
     }
     name = re.sub(r"\W+", "-", task.lower()).strip("-")
@@ -58,7 +74,12 @@ def draw_curves(runs, project: str):
     figure, axes = new_figure(width=8.5)
     for i, (name, points) in enumerate(curves.items()):
         steps, losses = zip(*points)
-        axes.plot(steps, [loss / losses[0] for loss in losses], label=name, linestyle=("-", "--", ":", "-.")[i // 6 % 4])
+        axes.plot(
+            steps,
+            [loss / losses[0] for loss in losses],
+            label=name,
+            linestyle=("-", "--", ":", "-.")[i // 6 % 4],
+        )
     axes.set(xlabel="optimizer step", ylabel="training loss, share of the first", xscale="log")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return save_figure(figure, Path(runs) / project / "curves.png")
@@ -136,14 +157,26 @@ def page(projects: list[dict], about: str) -> str:
         state = f'<span class="{"ok" if project["status"] == "ok" else "failed"}">{text(project["status"])}</span>'
         for i, row in enumerate(project["rows"] or [{}]):
             cost = (f"{project['seconds']:.0f}", f"{project['peak_mb']:.0f}") if i == 0 else ("", "")
-            cells = [text(project["name"]) + " " + state if i == 0 else "", text(row.get("task", "no result")), text(row.get("metric", "")),
-                     measured(row) if row else "", text(controls(row)) if row else "", *cost]
+            cells = [
+                text(project["name"]) + " " + state if i == 0 else "",
+                text(row.get("task", "no result")),
+                text(row.get("metric", "")),
+                measured(row) if row else "",
+                text(controls(row)) if row else "",
+                *cost,
+            ]
             kinds = ["", "", "", " class=n", "", " class=n", " class=n"]
-            body.append("<tr>" + "".join(f'<td data-head="{h}"{k}>{c}</td>' for h, k, c in zip(head, kinds, cells)) + "</tr>")
+            body.append(
+                "<tr>"
+                + "".join(f'<td data-head="{h}"{k}>{c}</td>' for h, k, c in zip(head, kinds, cells))
+                + "</tr>"
+            )
         sections.append(f"<h2>{text(project['name'])}</h2>")
         shown = set()
         for row in project["rows"]:
-            sections.append(f"<p><b>{text(row['task'])}</b>: {text(row['metric'])} {measured(row)}, against {text(controls(row))}.</p>")
+            sections.append(
+                f"<p><b>{text(row['task'])}</b>: {text(row['metric'])} {measured(row)}, against {text(controls(row))}.</p>"
+            )
             if row["note"]:
                 sections.append(f'<p class="soft">{text(row["note"])}</p>')
             figures = [f for f in row["figures"] if Path(f["path"]).is_file() and f["path"] not in shown]
@@ -154,12 +187,16 @@ def page(projects: list[dict], about: str) -> str:
             curves = _figure({"path": project["curves"], "caption": "training loss of every run"})
             sections.append(f'<div class="figures wide">{curves}</div>')
         if project["status"] != "ok":
-            sections.append(f'<p class="failed">{text(project["status"])}; the log is {text(str(project["log"]))}</p>')
-    return ('<!doctype html><html lang="en"><head><meta charset="utf-8">'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>Summary of runs</title><style>{STYLE}</style></head><body><main><h1>Summary of runs</h1>"
-            f'<p class="soft">{text(about)}</p><div class="scroll"><table><thead><tr>{"".join(f"<th>{h}</th>" for h in head)}</tr></thead>'
-            f'<tbody>{"".join(body)}</tbody></table></div>{"".join(sections)}</main></body></html>')
+            sections.append(
+                f'<p class="failed">{text(project["status"])}; the log is {text(str(project["log"]))}</p>'
+            )
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>Summary of runs</title><style>{STYLE}</style></head><body><main><h1>Summary of runs</h1>"
+        f'<p class="soft">{text(about)}</p><div class="scroll"><table><thead><tr>{"".join(f"<th>{h}</th>" for h in head)}</tr></thead>'
+        f"<tbody>{''.join(body)}</tbody></table></div>{''.join(sections)}</main></body></html>"
+    )
 
 
 def _figure(figure: dict) -> str:
@@ -170,5 +207,8 @@ def _figure(figure: dict) -> str:
 
 def write_summary(runs, projects: list[dict], about: str):
     """Write runs/summary.json and runs/summary.html."""
-    atomic_write(Path(runs) / "summary.json", json.dumps({"about": about, "projects": projects}, indent=1, ensure_ascii=False, default=str))
+    atomic_write(
+        Path(runs) / "summary.json",
+        json.dumps({"about": about, "projects": projects}, indent=1, ensure_ascii=False, default=str),
+    )
     atomic_write(Path(runs) / "summary.html", page(projects, about))

@@ -1,4 +1,5 @@
 """Reading any published weight file safely, and saying exactly what was loaded from it."""
+
 import os
 import pickle
 from dataclasses import dataclass, field
@@ -10,8 +11,17 @@ from safetensors import safe_open
 from common.errors import UserError
 from common.files import first_line, read_json, reading
 
-PREFIXES = ("module.", "_orig_mod.", "base_model.model._orig_mod.")   # left by DDP and torch.compile, in any order
-NESTS = ("model", "state_dict", "model_state_dict", "module")        # where training scripts put the weights in a .pth
+PREFIXES = (
+    "module.",
+    "_orig_mod.",
+    "base_model.model._orig_mod.",
+)  # left by DDP and torch.compile, in any order
+NESTS = (
+    "model",
+    "state_dict",
+    "model_state_dict",
+    "module",
+)  # where training scripts put the weights in a .pth
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLES = ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin")
 
@@ -50,15 +60,17 @@ def read_checkpoint(path) -> dict:
     try:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:                     # files older than torch 1.6 are no zip archives
+        except RuntimeError as error:  # files older than torch 1.6 are no zip archives
             if "mmap" not in str(error):
                 raise
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = first_line(error)
-        raise UserError(f"{path}: holds more than plain weights and is refused, because loading it could run code ({reason}); "
-                        "re-save its state dict alone where it was made") from error
-    except Exception as error:                            # whatever a reader of pickles stumbles over in other files
+        raise UserError(
+            f"{path}: holds more than plain weights and is refused, because loading it could run code ({reason}); "
+            "re-save its state dict alone where it was made"
+        ) from error
+    except Exception as error:  # whatever a reader of pickles stumbles over in other files
         raise UserError(f"{path}: not a readable checkpoint ({first_line(error)}); copy it again") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, expected a dictionary of tensors")
@@ -69,9 +81,13 @@ def _read_folder(folder: Path) -> dict[str, torch.Tensor]:
     for name in INDEXES:
         if (folder / name).is_file():
             tensors = {}
-            for shard in sorted(set(read_json(folder / name, {"weight_map": dict})["weight_map"].values()), key=str):
+            for shard in sorted(
+                set(read_json(folder / name, {"weight_map": dict})["weight_map"].values()), key=str
+            ):
                 if Path(str(shard)).name != shard:
-                    raise UserError(f"{folder / name}: shard {shard!r} lies outside the folder; the index is not to be trusted")
+                    raise UserError(
+                        f"{folder / name}: shard {shard!r} lies outside the folder; the index is not to be trusted"
+                    )
                 tensors |= read_weights(folder / shard)
             return tensors
     for name in SINGLES:
@@ -90,7 +106,9 @@ def strip_prefixes(key: str) -> str:
 def refuse_nan(key: str, value: torch.Tensor, source):
     """UserError if a weight holds nan: one would be enough to spoil every output."""
     if value.is_floating_point() and value.itemsize > 1 and value.numel() and value.amax().isnan():
-        raise UserError(f"{source}: {key} holds nan; these weights come from a run that diverged or from a damaged copy")
+        raise UserError(
+            f"{source}: {key} holds nan; these weights come from a run that diverged or from a damaged copy"
+        )
 
 
 @dataclass
@@ -107,9 +125,11 @@ class LoadReport:
     def lines(self, source) -> str:
         """One line of counts, then one line for each kind that needs a look."""
         total = len(self.loaded) + len(self.missing) + len(self.mismatched)
-        text = [f"{source}: loaded {len(self.loaded)} of {total} tensors"
-                + (f", {len(self.converted)} of them converted" if self.converted else "")
-                + (f", {len(self.ignored)} in the file not needed" if self.ignored else "")]
+        text = [
+            f"{source}: loaded {len(self.loaded)} of {total} tensors"
+            + (f", {len(self.converted)} of them converted" if self.converted else "")
+            + (f", {len(self.ignored)} in the file not needed" if self.ignored else "")
+        ]
         for name in ("missing", "unexpected", "mismatched"):
             keys = getattr(self, name)
             if keys:
@@ -118,7 +138,9 @@ class LoadReport:
         return "\n".join(text)
 
 
-def load_weights(model, tensors: dict, source, min_share: float = 0.5, convert=None, ignore=(), quiet=False) -> LoadReport:
+def load_weights(
+    model, tensors: dict, source, min_share: float = 0.5, convert=None, ignore=(), quiet=False
+) -> LoadReport:
     """Copy `tensors` into `model` by key and print what was loaded, missing, unexpected, mismatched and converted.
 
     source: file name for the report. min_share: least share of the model's tensors that must be loaded, else UserError
@@ -139,9 +161,15 @@ def load_weights(model, tensors: dict, source, min_share: float = 0.5, convert=N
                 report.converted.append(key)
     report.missing = [k for k in wanted if k not in given]
     if len(report.loaded) < max(1, min_share * len(wanted)):
-        raise UserError(f"{source} fits this model in only {len(report.loaded)} of {len(wanted)} tensors (at least {min_share:.0%} "
-                        f"needed): the file has {', '.join(list(given)[:3])}, the model {', '.join(list(wanted)[:3])}"
-                        + (f"; {len(report.mismatched)} differ in shape, such as {report.mismatched[0]}" if report.mismatched else ""))
+        raise UserError(
+            f"{source} fits this model in only {len(report.loaded)} of {len(wanted)} tensors (at least {min_share:.0%} "
+            f"needed): the file has {', '.join(list(given)[:3])}, the model {', '.join(list(wanted)[:3])}"
+            + (
+                f"; {len(report.mismatched)} differ in shape, such as {report.mismatched[0]}"
+                if report.mismatched
+                else ""
+            )
+        )
     model.load_state_dict({k: given[k] for k in report.loaded}, strict=False)
     if not quiet and os.environ.get("RANK", "0") == "0":  # once, however many processes
         print(report.lines(source))

@@ -23,7 +23,9 @@ from sklearn.ensemble import RandomForestClassifier
 from sklearn.neighbors import KNeighborsClassifier
 from torch.utils.data import DataLoader
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # repository root: every way of starting this file finds it
 from common.checkpoint import atomic_write
 from common.errors import UserError, run
 from common.run import open_run, progress, seed_everything
@@ -44,30 +46,44 @@ from cwt_mae.train import lr_at
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--kind", choices=("nn", "forest", "readme", "cnn"), required=True, help="see above")
-    parser.add_argument("--task", choices=("beat", "rhythm", "series"), required=True, help="what a label belongs to")
+    parser.add_argument(
+        "--task", choices=("beat", "rhythm", "series"), required=True, help="what a label belongs to"
+    )
     parser.add_argument("--data", nargs="+", required=True, help="labelled files and folders of them")
     parser.add_argument("--out", required=True, help="run folder")
     parser.add_argument(
-        "--split", help="JSON {train: [names], test: [names]} (None: UCR parts, or DS1 for training and the rest for the test)"
+        "--split",
+        help="JSON {train: [names], test: [names]} (None: UCR parts, or DS1 for training and the rest for the test)",
     )
     parser.add_argument("--folds", type=int, default=4, help="parts of the training subjects")
     parser.add_argument(
-        "--fold", type=int, default=-1, help="leave this part out of training (the cnn chooses its prior correction on it); -1: none"
+        "--fold",
+        type=int,
+        default=-1,
+        help="leave this part out of training (the cnn chooses its prior correction on it); -1: none",
     )
-    parser.add_argument("--model-fs", type=float, default=100.0, help="sampling rate, Hz; 0 keeps each file's own")
+    parser.add_argument(
+        "--model-fs", type=float, default=100.0, help="sampling rate, Hz; 0 keeps each file's own"
+    )
     parser.add_argument("--low-hz", type=float, default=0.5, help="high-pass edge, Hz; 0 = none")
     parser.add_argument("--signal-len", type=int, default=3000, help="window, samples")
     parser.add_argument("--trees", type=int, default=200, help="forest, readme: trees")
     parser.add_argument("--max-steps", type=int, default=1000, help="cnn: optimizer steps")
     parser.add_argument("--batch-size", type=int, default=64, help="cnn: windows in a step")
     parser.add_argument("--lr", type=float, default=2e-3, help="cnn: peak learning rate")
-    parser.add_argument("--sampling-power", type=float, default=1.0, help="cnn: a class is drawn in proportion to count^power")
+    parser.add_argument(
+        "--sampling-power", type=float, default=1.0, help="cnn: a class is drawn in proportion to count^power"
+    )
     parser.add_argument("--augment", type=float, default=1.0, help="cnn: strength of gain, drift and noise")
     parser.add_argument("--jitter", type=int, default=2, help="cnn: largest shift of a window, samples")
     parser.add_argument("--irregular", type=float, default=0.0, help="cnn: as in finetune.py")
-    parser.add_argument("--validate", action="store_true", help="score the validation part --fold instead of the test part")
+    parser.add_argument(
+        "--validate", action="store_true", help="score the validation part --fold instead of the test part"
+    )
     parser.add_argument("--resamples", type=int, default=1000, help="bootstrap draws for the intervals")
     parser.add_argument("--cache", help="folder for the prepared signals (None: data/cwt_mae/cache)")
     parser.add_argument("--seed", type=int, default=0, help="of trees, weights and windows")
@@ -98,9 +114,13 @@ class SmallCNN(nn.Module):
         )
         self.columns = signal_len // 8
         joined = 64 * len(range(self.columns)[self.middle()]) if centred else 128
-        self.head = nn.Sequential(nn.Dropout(0.5), nn.Linear(joined, 64), nn.GELU(), nn.Dropout(0.2), nn.Linear(64, num_classes))
+        self.head = nn.Sequential(
+            nn.Dropout(0.5), nn.Linear(joined, 64), nn.GELU(), nn.Dropout(0.2), nn.Linear(64, num_classes)
+        )
         if num_features:  # beside it, as in TF_MAE_Classifier
-            self.feature_head = nn.Sequential(nn.Linear(num_features, 64), nn.GELU(), nn.Dropout(0.2), nn.Linear(64, num_classes))
+            self.feature_head = nn.Sequential(
+                nn.Linear(num_features, 64), nn.GELU(), nn.Dropout(0.2), nn.Linear(64, num_classes)
+            )
 
     def middle(self) -> slice:
         return slice(self.columns // 3, self.columns - self.columns // 3)
@@ -139,7 +159,9 @@ def table_of(kind: str, store, task, signal_len: int) -> np.ndarray:
     columns = [windows[:, ::3], task.features[items["beat"]]]
     if task.kind == "beat":
         usual = usual_of(lambda x, real: x, store, task, signal_len)
-        columns.append(windows[:, ::3] - np.stack([usual[record][::3] for record in items["record"].tolist()]))
+        columns.append(
+            windows[:, ::3] - np.stack([usual[record][::3] for record in items["record"].tolist()])
+        )
     return np.concatenate(columns, 1)
 
 
@@ -174,7 +196,11 @@ def fit_cnn(args, store, train, validation, scored) -> np.ndarray:
         irregular=args.irregular,
     )
     numbers = train.features[train.items["beat"]]
-    features = (torch.from_numpy(numbers.mean(0)), torch.from_numpy(numbers.std(0) + 1e-3)) if numbers.shape[1] else None
+    features = (
+        (torch.from_numpy(numbers.mean(0)), torch.from_numpy(numbers.std(0) + 1e-3))
+        if numbers.shape[1]
+        else None
+    )
     model = SmallCNN(args.signal_len, len(train.classes), numbers.shape[1], train.kind == "beat")
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     for step, batch in enumerate(progress(DataLoader(drawn, args.batch_size), desc="cnn", unit="step")):
@@ -186,11 +212,19 @@ def fit_cnn(args, store, train, validation, scored) -> np.ndarray:
         loss.backward()
         optimizer.step()
     counts = train.counts()
-    shift = np.where(counts > 0, np.log(np.maximum(drawn.drawn_prior, 1e-9) / np.maximum(counts / counts.sum(), 1e-9)), 0.0)
+    shift = np.where(
+        counts > 0, np.log(np.maximum(drawn.drawn_prior, 1e-9) / np.maximum(counts / counts.sum(), 1e-9)), 0.0
+    )
     tau = 0.0
     if args.sampling_power != 1 and validation is not None:
         logits = predict(model, windows(validation), features, "cpu")
-        tau = max(TAUS, key=lambda t: (scores(corrected(logits, shift, t), validation.items["label"], train.classes)["macro_f1"], -t))
+        tau = max(
+            TAUS,
+            key=lambda t: (
+                scores(corrected(logits, shift, t), validation.items["label"], train.classes)["macro_f1"],
+                -t,
+            ),
+        )
     return corrected(predict(model, windows(scored), features, "cpu"), shift, tau)
 
 
@@ -209,11 +243,23 @@ def main(args):
         scored = validation
     out = open_run(args.out, args, Accelerator(), overwrite=args.overwrite)
     start = time.process_time()
-    found = fit_cnn(args, store, train, validation, scored) if args.kind == "cnn" else fit_table(args, store, train, scored)
+    found = (
+        fit_cnn(args, store, train, validation, scored)
+        if args.kind == "cnn"
+        else fit_table(args, store, train, scored)
+    )
     groups = None if len(np.unique(scored.items["record"])) == len(scored.items) else scored.items["record"]
     result = scores(found, scored.items["label"], task.classes, groups, args.resamples)
-    draw_confusion(result["confusion"], task.classes, out / "figures" / "confusion.png", f"{args.kind}, macro-F1 {result['macro_f1']:.3f}")
-    atomic_write(out / "metrics.json", json.dumps({"kind": args.kind, "cpu_seconds": time.process_time() - start, **result}, indent=1))
+    draw_confusion(
+        result["confusion"],
+        task.classes,
+        out / "figures" / "confusion.png",
+        f"{args.kind}, macro-F1 {result['macro_f1']:.3f}",
+    )
+    atomic_write(
+        out / "metrics.json",
+        json.dumps({"kind": args.kind, "cpu_seconds": time.process_time() - start, **result}, indent=1),
+    )
     print(f"{args.kind}: {describe_scores(result)}")
 
 

@@ -15,19 +15,25 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # repository root: every way of starting this file finds it
 from common.checkpoint import atomic_path
 from common.errors import UserError, run
 from common.run import progress
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--input", required=True, help="folder of .pkl and .pickle files, searched downwards")
     parser.add_argument("--output", required=True, help="folder for the npz files, same names")
     parser.add_argument("--fs", type=float, help="sampling rate of files that do not say it, Hz")
     parser.add_argument("--task-index", type=int, default=0, help="which entry of the list label")
-    parser.add_argument("--allow-pickle", action="store_true", help="I trust these files: reading them can run code")
+    parser.add_argument(
+        "--allow-pickle", action="store_true", help="I trust these files: reading them can run code"
+    )
     return parser.parse_args(argv)
 
 
@@ -41,11 +47,16 @@ def main(args):
         try:
             with open(path, "rb") as file:
                 content = pickle.load(file)
-        except Exception as error:                        # a cut or foreign file fails in many ways
-            raise UserError(f"{path}: not a readable pickle ({error or type(error).__name__}); copy it again") from error
+        except Exception as error:  # a cut or foreign file fails in many ways
+            raise UserError(
+                f"{path}: not a readable pickle ({error or type(error).__name__}); copy it again"
+            ) from error
         if not isinstance(content, dict) or "data" not in content:
             raise UserError(f"{path}: expected a dictionary with the key data")
-        fields = {"sig": np.atleast_1d(np.asarray(content["data"], np.float32)), "fs": content.get("sampling_rate", args.fs)}
+        fields = {
+            "sig": np.atleast_1d(np.asarray(content["data"], np.float32)),
+            "fs": content.get("sampling_rate", args.fs),
+        }
         if fields["fs"] is None:
             raise UserError(f"{path}: has no sampling_rate; pass --fs")
         if "uid" in content:
@@ -54,7 +65,9 @@ def main(args):
             try:
                 fields["label"] = int(content["label"][args.task_index]["class"])
             except (IndexError, KeyError, TypeError, ValueError):
-                raise UserError(f"{path}: label has no class at place {args.task_index}; choose another --task-index") from None
+                raise UserError(
+                    f"{path}: label has no class at place {args.task_index}; choose another --task-index"
+                ) from None
         target = Path(args.output) / path.relative_to(args.input).with_suffix(".npz")
         with atomic_path(target) as temporary:
             np.savez_compressed(temporary, **fields)

@@ -23,7 +23,9 @@ import torch
 from scipy.signal import butter, resample_poly, sosfiltfilt
 from torch.utils.data import Dataset
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # repository root: every way of starting this file finds it
 from common.checkpoint import atomic_dir
 from common.errors import UserError
 from common.files import reading
@@ -43,8 +45,16 @@ RECORDS = np.dtype(
         ("std", "f4"),
     ]
 )
-EVENTS = np.dtype([("record", "i4"), ("seconds", "f8"), ("symbol", "S16"), ("aux", "S16")])  # seconds -1: the whole record
-PREFERRED = ("MLII", "II", "ECG", "PLETH", "PPG")  # --channel auto takes the first of these, else the first channel
+EVENTS = np.dtype(
+    [("record", "i4"), ("seconds", "f8"), ("symbol", "S16"), ("aux", "S16")]
+)  # seconds -1: the whole record
+PREFERRED = (
+    "MLII",
+    "II",
+    "ECG",
+    "PLETH",
+    "PPG",
+)  # --channel auto takes the first of these, else the first channel
 NOT_SIGNALS = ("fs", "gain", "lead", "names", "subject", "units", "label")
 
 
@@ -74,7 +84,9 @@ def check_rate(fs, source, given=None) -> float:
     except (ValueError, IndexError):
         raise UserError(f"{source}: field fs is {fs!r}, expected a number in Hz") from None
     if not 0.1 <= rate <= 1e6:
-        raise UserError(f"{source}: field fs is {rate:g} Hz, expected 0.1 to 1,000,000; mend the file or pass --input-fs")
+        raise UserError(
+            f"{source}: field fs is {rate:g} Hz, expected 0.1 to 1,000,000; mend the file or pass --input-fs"
+        )
     return rate
 
 
@@ -82,9 +94,13 @@ def rows_of(array, name, source) -> dict:
     """{channel name: row} of an array (L,) or (channels, L)."""
     array = np.asarray(array)
     if array.ndim not in (1, 2) or array.dtype.kind not in "iuf" or not array.size:
-        raise UserError(f"{source}: field {name} is {array.dtype} {array.shape}, expected numbers (L,) or (channels, L)")
+        raise UserError(
+            f"{source}: field {name} is {array.dtype} {array.shape}, expected numbers (L,) or (channels, L)"
+        )
     if array.ndim == 2 and array.shape[0] > array.shape[1]:
-        raise UserError(f"{source}: field {name} is {array.shape}, expected (channels, L) with fewer channels than samples; transpose it")
+        raise UserError(
+            f"{source}: field {name} is {array.shape}, expected (channels, L) with fewer channels than samples; transpose it"
+        )
     return {name: array} if array.ndim == 1 else {f"{name}{i}": row for i, row in enumerate(array)}
 
 
@@ -97,7 +113,11 @@ def read_wfdb(path: Path, fs=None) -> list[Record]:
         record = wfdb.rdrecord(stem)
         atr = wfdb.rdann(stem, "atr") if path.with_suffix(".atr").is_file() else None
     channels = {str(name): record.p_signal[:, i] for i, name in enumerate(record.sig_name)}
-    events = [] if atr is None else list(zip(atr.sample.tolist(), atr.symbol, (a.strip("\x00 ") for a in atr.aux_note)))
+    events = (
+        []
+        if atr is None
+        else list(zip(atr.sample.tolist(), atr.symbol, (a.strip("\x00 ") for a in atr.aux_note)))
+    )
     return [Record(path.stem, path, check_rate(header.fs, path, fs), channels, events=events)]
 
 
@@ -112,7 +132,9 @@ def read_edf(path: Path, fs=None) -> list[Record]:
     if left_out:
         print(f"{path}: channels of another rate left out: {', '.join(left_out)}", file=sys.stderr)
     code = getattr(edf.patient, "code", "X") if hasattr(edf, "patient") else "X"
-    return [Record(path.stem, path, check_rate(rate, path, fs), channels, subject="" if code == "X" else code)]
+    return [
+        Record(path.stem, path, check_rate(rate, path, fs), channels, subject="" if code == "X" else code)
+    ]
 
 
 def read_npz(path: Path, fs=None) -> list[Record]:
@@ -139,13 +161,17 @@ def read_npz(path: Path, fs=None) -> list[Record]:
             if key not in NOT_SIGNALS and not key.startswith(("ann_", "time")):
                 channels |= rows_of(array, key, path)
     if not channels:
-        raise UserError(f"{path}: holds no signal (fields: {', '.join(data) or 'none'}); expected sig, or one array per channel")
+        raise UserError(
+            f"{path}: holds no signal (fields: {', '.join(data) or 'none'}); expected sig, or one array per channel"
+        )
     channels = {name: row / np.float32(gain) if gain != 1 else row for name, row in channels.items()}
     events = []
     if "ann_sample" in data:
         lengths = {key: len(data[key]) for key in ("ann_sample", "ann_symbol", "ann_aux") if key in data}
         if len(set(lengths.values())) > 1 or "ann_symbol" not in data:
-            raise UserError(f"{path}: fields ann_* have lengths {lengths}, expected ann_sample and ann_symbol of one length")
+            raise UserError(
+                f"{path}: fields ann_* have lengths {lengths}, expected ann_sample and ann_symbol of one length"
+            )
         if data["ann_sample"].dtype.kind not in "iu" or data["ann_sample"].ndim != 1:
             raise UserError(
                 f"{path}: field ann_sample is {data['ann_sample'].dtype} {data['ann_sample'].shape}, expected whole numbers (beats,)"
@@ -167,7 +193,9 @@ def ucr_records(path: Path, data: dict) -> list[Record]:
             continue
         x, y = data[f"x_{part}"], data.get(f"y_{part}{kind}")
         if x.ndim != 2 or y is None or len(x) != len(y):
-            raise UserError(f"{path}: fields x_{part} {x.shape} and y_{part}{kind} {getattr(y, 'shape', 'missing')} do not belong together")
+            raise UserError(
+                f"{path}: fields x_{part} {x.shape} and y_{part}{kind} {getattr(y, 'shape', 'missing')} do not belong together"
+            )
         records += [
             Record(f"{part}-{i}", path, 1.0, {"x": row}, f"{part}-{i}", [(-1, str(label), part)])
             for i, (row, label) in enumerate(zip(x, y))
@@ -189,7 +217,16 @@ def read_ts(path: Path, fs=None) -> list[Record]:
                 row = np.array([float(v) for v in values.split(",")], np.float32)
             except ValueError:
                 raise UserError(f"{path}: line {number}: not numbers with a label after a colon") from None
-            records.append(Record(f"{part}-{len(records)}", path, 1.0, {"x": row}, f"{part}-{len(records)}", [(-1, label, part)]))
+            records.append(
+                Record(
+                    f"{part}-{len(records)}",
+                    path,
+                    1.0,
+                    {"x": row},
+                    f"{part}-{len(records)}",
+                    [(-1, label, part)],
+                )
+            )
     return records
 
 
@@ -210,17 +247,27 @@ def read_csv(path: Path, fs=None) -> list[Record]:
     except ValueError:
         pass
     try:
-        table = np.genfromtxt(path, delimiter=",", skip_header=1, ndmin=2, dtype=np.float64, encoding="utf-8-sig")
+        table = np.genfromtxt(
+            path, delimiter=",", skip_header=1, ndmin=2, dtype=np.float64, encoding="utf-8-sig"
+        )
     except ValueError as error:
-        raise UserError(f"{path}: lines do not all have {len(names)} columns ({' '.join(str(error).split())[:80]})") from error
+        raise UserError(
+            f"{path}: lines do not all have {len(names)} columns ({' '.join(str(error).split())[:80]})"
+        ) from error
     if table.shape[1] != len(names) or not len(table):
-        raise UserError(f"{path}: header names {len(names)} columns, the data have {table.shape[1]} in {len(table)} lines")
+        raise UserError(
+            f"{path}: header names {len(names)} columns, the data have {table.shape[1]} in {len(table)} lines"
+        )
     columns, rate = dict(zip(names, table.T)), None
     for name, unit in (("time", 1.0), ("time_s", 1.0), ("time_ms", 1e-3)):
         if name in columns:
             steps = np.diff(columns.pop(name)) * unit
-            if not len(steps) or not (np.isfinite(steps).all() and steps.min() > 0 and np.ptp(steps) < 0.5 * steps.mean()):
-                raise UserError(f"{path}: column {name} does not rise evenly; resample it or drop the column and pass --input-fs")
+            if not len(steps) or not (
+                np.isfinite(steps).all() and steps.min() > 0 and np.ptp(steps) < 0.5 * steps.mean()
+            ):
+                raise UserError(
+                    f"{path}: column {name} does not rise evenly; resample it or drop the column and pass --input-fs"
+                )
             rate = 1 / steps.mean()
     if not columns:
         raise UserError(f"{path}: holds a time column but no channel")
@@ -234,13 +281,20 @@ def read_hdf5(path: Path, fs=None) -> list[Record]:
     records = {}
 
     def visit(name, item):
-        if not isinstance(item, h5py.Dataset) or item.ndim not in (1, 2) or item.dtype.kind not in "iuf" or item.shape[-1] < 2:
+        if (
+            not isinstance(item, h5py.Dataset)
+            or item.ndim not in (1, 2)
+            or item.dtype.kind not in "iuf"
+            or item.shape[-1] < 2
+        ):
             return
         group = item.parent
         rate = next((a["fs"] for a in (item.attrs, group.attrs, file.attrs) if "fs" in a), None)
         subject = next((str(a["subject"]) for a in (item.attrs, group.attrs) if "subject" in a), "")
         key = path.stem + (f":{group.name.strip('/')}" if group.name != "/" else "")
-        record = records.setdefault(key, Record(key, path, check_rate(rate, f"{path}: {name}", fs), {}, subject))
+        record = records.setdefault(
+            key, Record(key, path, check_rate(rate, f"{path}: {name}", fs), {}, subject)
+        )
         record.channels |= rows_of(item[:], name.split("/")[-1], f"{path}: {name}")
 
     with reading(path, "HDF5 file"), h5py.File(path, "r") as file:
@@ -320,7 +374,9 @@ class Preprocess:
                 "mend it or pass --skip-bad"
             )
         if np.ptp(x) <= 1e-9 * max(1.0, abs(x).max()):
-            raise UserError(f"{where}: flat line, all {len(x)} samples are {x[0]:g}; check the electrode or pass --skip-bad")
+            raise UserError(
+                f"{where}: flat line, all {len(x)} samples are {x[0]:g}; check the electrode or pass --skip-bad"
+            )
         rate = self.fs or fs
         if fs != rate:
             ratio = Fraction(rate / fs).limit_denominator(1000)
@@ -328,7 +384,10 @@ class Preprocess:
         edges = [edge for edge in (self.low_hz, min(self.high_hz, 0.49 * rate)) if 0 < edge < 0.5 * rate]
         if edges and len(x) > 30:
             kind = "bandpass" if len(edges) == 2 else "highpass" if self.low_hz else "lowpass"
-            x = sosfiltfilt(butter(4 // len(edges), edges if len(edges) == 2 else edges[0], kind, fs=rate, output="sos"), x)
+            x = sosfiltfilt(
+                butter(4 // len(edges), edges if len(edges) == 2 else edges[0], kind, fs=rate, output="sos"),
+                x,
+            )
         return x.astype(np.float32)
 
     @staticmethod
@@ -382,7 +441,14 @@ class Store:
 
 
 def build_store(
-    sources, prepare: Preprocess, cache=None, fs=None, part=None, min_seconds: float = 0.0, skip_bad: bool = False, quiet: bool = False
+    sources,
+    prepare: Preprocess,
+    cache=None,
+    fs=None,
+    part=None,
+    min_seconds: float = 0.0,
+    skip_bad: bool = False,
+    quiet: bool = False,
 ) -> Store:
     """Read, check and resample every signal under `sources` once; later calls with unchanged files reuse the result.
 
@@ -392,12 +458,23 @@ def build_store(
     """
     paths = find_files(sources)
     cache = Path(cache) if cache else ROOT / "data" / "cwt_mae" / "cache"
-    parts = [part for p in paths for part in (sorted(p.parent.glob(f"{p.stem}.*")) if p.suffix == ".hea" else [p])]  # with .dat and .atr
+    parts = [
+        part for p in paths for part in (sorted(p.parent.glob(f"{p.stem}.*")) if p.suffix == ".hea" else [p])
+    ]  # with .dat and .atr
     stats = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in parts]
-    request = {"preprocess": vars(prepare), "fs": fs, "part": part, "min_seconds": min_seconds, "skip_bad": skip_bad, "version": 1}
+    request = {
+        "preprocess": vars(prepare),
+        "fs": fs,
+        "part": part,
+        "min_seconds": min_seconds,
+        "skip_bad": skip_bad,
+        "version": 1,
+    }
     key = hashlib.sha256(json.dumps([request, stats], sort_keys=True).encode()).hexdigest()[:16]
     cache.mkdir(parents=True, exist_ok=True)
-    with open(cache / f"{key}.lock", "w") as lock:  # several runs that start together: one makes it, the others wait
+    with open(
+        cache / f"{key}.lock", "w"
+    ) as lock:  # several runs that start together: one makes it, the others wait
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (cache / key / "about.json").is_file():
             with atomic_dir(cache / key) as folder:
@@ -424,7 +501,9 @@ def _fill(folder: Path, paths, request: dict, prepare: Preprocess):
                 skipped.append(str(error).rsplit("; ", 1)[0])  # without the advice
                 continue
             for record in found:
-                if request["part"] and any(aux not in ("", request["part"]) for sample, _, aux in record.events if sample == -1):
+                if request["part"] and any(
+                    aux not in ("", request["part"]) for sample, _, aux in record.events if sample == -1
+                ):
                     continue
                 try:
                     usable = check_record(record, request["min_seconds"])
@@ -438,15 +517,40 @@ def _fill(folder: Path, paths, request: dict, prepare: Preprocess):
                     skipped.append(str(error).rsplit("; ", 1)[0])  # without the advice
                     continue
                 for name, x in signals.items():
-                    rows.append((record.name, record.subject or record.name, name, str(path), record.fs, offset, len(x), x.std()))
-                    events += [(len(rows) - 1, s if s < 0 else s / record.fs, symbol, aux) for s, symbol, aux in record.events]
+                    rows.append(
+                        (
+                            record.name,
+                            record.subject or record.name,
+                            name,
+                            str(path),
+                            record.fs,
+                            offset,
+                            len(x),
+                            x.std(),
+                        )
+                    )
+                    events += [
+                        (len(rows) - 1, s if s < 0 else s / record.fs, symbol, aux)
+                        for s, symbol, aux in record.events
+                    ]
                     out.write(x.tobytes())
                     offset += len(x)
     if not rows:
-        raise UserError(f"no usable record among {len(paths)} files; the first problem: {skipped[0] if skipped else 'no training part'}")
-    np.save(folder / "records.npy", np.array([tuple(v.encode()[:256] if isinstance(v, str) else v for v in row) for row in rows], RECORDS))
-    np.save(folder / "events.npy", np.array([(r, s, a.encode(), b.encode()) for r, s, a, b in events], EVENTS))
-    (folder / "about.json").write_text(json.dumps({**request, "skipped": skipped, "files": len(paths)}, indent=1))
+        raise UserError(
+            f"no usable record among {len(paths)} files; the first problem: {skipped[0] if skipped else 'no training part'}"
+        )
+    np.save(
+        folder / "records.npy",
+        np.array(
+            [tuple(v.encode()[:256] if isinstance(v, str) else v for v in row) for row in rows], RECORDS
+        ),
+    )
+    np.save(
+        folder / "events.npy", np.array([(r, s, a.encode(), b.encode()) for r, s, a, b in events], EVENTS)
+    )
+    (folder / "about.json").write_text(
+        json.dumps({**request, "skipped": skipped, "files": len(paths)}, indent=1)
+    )
 
 
 def check_record(record: Record, min_seconds: float) -> Record:
@@ -480,7 +584,14 @@ class PhysioSignalDataset(Dataset):
     """
 
     def __init__(
-        self, store: Store, signal_len: int = 3000, mode: str = "train", seed: int = 0, num_patches: int = 0, windows: int = 0, rows=None
+        self,
+        store: Store,
+        signal_len: int = 3000,
+        mode: str = "train",
+        seed: int = 0,
+        num_patches: int = 0,
+        windows: int = 0,
+        rows=None,
     ):
         self.store, self.signal_len, self.mode, self.seed = store, signal_len, mode, seed
         self.num_patches, self.windows, self.epoch = num_patches, windows, 0
@@ -500,7 +611,9 @@ class PhysioSignalDataset(Dataset):
         place = int(np.searchsorted(self.ends, window, side="right"))
         first = int(self.ends[place - 1]) if place else 0
         signal, row = self.store.signal(self.rows[place]), self.store.records[self.rows[place]]
-        room = max(0, len(signal) - self.signal_len)  # the last start that still fills the window; upstream misses it
+        room = max(
+            0, len(signal) - self.signal_len
+        )  # the last start that still fills the window; upstream misses it
         for _ in range(20):  # a lead that came off for a while: another place of this record
             start = int(rng.integers(room + 1)) if train else min((window - first) * self.signal_len, room)
             cut = signal[start : start + self.signal_len]

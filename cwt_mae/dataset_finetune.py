@@ -21,7 +21,9 @@ import torch
 from scipy.ndimage import median_filter
 from torch.utils.data import DataLoader, Dataset
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # repository root: every way of starting this file finds it
 from common.errors import UserError
 from common.files import read_json
 from cwt_mae.dataset import Store, sample_rng
@@ -58,10 +60,14 @@ def load_task(store: Store, kind: str, signal_len: int, classes=None, skip_bad: 
     makers = {"beat": beat_items, "rhythm": rhythm_items, "series": series_items}
     names, rows, features = makers[kind](store, signal_len)
     if not rows:
-        raise UserError(f"{store.about['files']} files hold no label for task {kind}: expected {LABELS[kind]}")
+        raise UserError(
+            f"{store.about['files']} files hold no label for task {kind}: expected {LABELS[kind]}"
+        )
     classes = classes or (BEAT_CLASSES if kind == "beat" else sorted(set(names), key=natural))
     index = {name: i for i, name in enumerate(classes)}
-    unknown = [i for i, name in enumerate(names) if name not in index and not (kind == "beat" and name == "Q")]
+    unknown = [
+        i for i, name in enumerate(names) if name not in index and not (kind == "beat" and name == "Q")
+    ]
     if unknown and not skip_bad:
         record, start = rows[unknown[0]][:2]
         raise UserError(
@@ -103,7 +109,9 @@ def beats_of(store: Store):
         events = events[events["seconds"] >= 0]
         odd = [s.decode() for s in set(events["symbol"]) if s not in AAMI_OF and s.decode() not in NOT_BEATS]
         if odd:
-            raise UserError(f"{store.where(record)}: field ann_symbol holds {odd[0]!r}, which is no WFDB annotation code")
+            raise UserError(
+                f"{store.where(record)}: field ann_symbol holds {odd[0]!r}, which is no WFDB annotation code"
+            )
         beats = events[[s in AAMI_OF for s in events["symbol"]]]
         if len(beats) >= 3:
             yield record, beats
@@ -138,7 +146,9 @@ def rhythm_features(seconds: np.ndarray) -> np.ndarray:
     near, whole = median_filter(before, 21, mode="nearest"), np.median(gaps)
     sums = np.cumsum(np.r_[0, before])
     lows = np.maximum(0, np.arange(len(before)) - 10)
-    past = (sums[1:] - sums[lows]) / (np.arange(len(before)) + 1 - lows)  # mean of this and the ten intervals before
+    past = (sums[1:] - sums[lows]) / (
+        np.arange(len(before)) + 1 - lows
+    )  # mean of this and the ten intervals before
     early = np.log(before / near)
     spread = median_filter(np.abs(early), 41, mode="nearest")
     change = median_filter(np.abs(np.diff(np.r_[before[:1], before])) / near, 41, mode="nearest")
@@ -171,7 +181,10 @@ def rhythm_items(store: Store, signal_len: int):
     names, rows = [], []
     for record, events in events_of(store):
         marks = events[[aux.startswith(b"(") for aux in events["aux"]]]
-        rate, total = store.prepare.fs or float(store.records[record]["fs"]), int(store.records[record]["length"])
+        rate, total = (
+            store.prepare.fs or float(store.records[record]["fs"]),
+            int(store.records[record]["length"]),
+        )
         ends = np.r_[marks["seconds"][1:], total / rate]
         for mark, end in zip(marks, ends):
             first = round(float(mark["seconds"]) * rate)
@@ -210,14 +223,24 @@ def split_parts(store: Store, split_file=None) -> np.ndarray:
         for part, listed in lists.items():
             lost = sorted(listed.difference(names))
             if 0 < len(lost) < len(listed) and not store.about["skipped"]:
-                raise UserError(f"{split_file}: the data hold {len(listed) - len(lost)} records of {part}, but not {', '.join(lost[:5])}")
-        parts = np.array(["train" if n in lists["train"] else "test" if n in lists["test"] else "" for n in names])
+                raise UserError(
+                    f"{split_file}: the data hold {len(listed) - len(lost)} records of {part}, but not {', '.join(lost[:5])}"
+                )
+        parts = np.array(
+            ["train" if n in lists["train"] else "test" if n in lists["test"] else "" for n in names]
+        )
     else:
-        own = {record: events[0]["aux"].decode() for record, events in events_of(store) if events[0]["seconds"] < 0 and events[0]["aux"]}
+        own = {
+            record: events[0]["aux"].decode()
+            for record, events in events_of(store)
+            if events[0]["seconds"] < 0 and events[0]["aux"]
+        }
         parts = np.array([own.get(i) or ("train" if n in DS1 else "test") for i, n in enumerate(names)])
     both = set(store.records["subject"][parts == "train"]) & set(store.records["subject"][parts == "test"])
     if both:
-        raise UserError(f"subject {sorted(both)[0].decode()} has records in the training and in the test part; put them into one")
+        raise UserError(
+            f"subject {sorted(both)[0].decode()} has records in the training and in the test part; put them into one"
+        )
     return parts
 
 
@@ -301,7 +324,10 @@ class DownstreamClassificationDataset(Dataset):
         if draws:
             counts = task.counts()
             present = counts > 0
-            self.drawn_prior = np.where(present, counts.astype(float) ** power, 0.0) / (counts[present].astype(float) ** power).sum()
+            self.drawn_prior = (
+                np.where(present, counts.astype(float) ** power, 0.0)
+                / (counts[present].astype(float) ** power).sum()
+            )
             weights = (self.drawn_prior / np.maximum(counts, 1))[task.items["label"]]
             self.cumulative = np.cumsum(weights) / weights.sum()
         self.set_epoch(0)
@@ -323,7 +349,10 @@ class DownstreamClassificationDataset(Dataset):
         rng = sample_rng(self.seed, self.epoch, int(index))
         item = self.window(place, rng)
         if self.draws and self.mixup:
-            other, share = self.window(int(self.pick(rng.random())), rng), np.float32(rng.beta(self.mixup, self.mixup))
+            other, share = (
+                self.window(int(self.pick(rng.random())), rng),
+                np.float32(rng.beta(self.mixup, self.mixup)),
+            )
             item["real"] &= other["real"]
             for name in {"x", "features", "usual"} & set(item):
                 item[name] = share * item[name] + (1 - share) * other[name]
@@ -341,12 +370,21 @@ class DownstreamClassificationDataset(Dataset):
         lead = max(0, -start) if self.task.kind == "beat" else 0  # a beat stays in the middle of its window
         cut = signal[max(0, start) : max(0, start) + self.signal_len - lead]
         features = self.task.features[item["beat"]]
-        if self.draws and self.irregular and self.task.classes[item["label"]] != "S" and rng.random() < self.irregular:
+        if (
+            self.draws
+            and self.irregular
+            and self.task.classes[item["label"]] != "S"
+            and rng.random() < self.irregular
+        ):
             features = self.fibrillation[rng.integers(len(self.fibrillation))]
         if self.draws and self.strength:
             rate = self.store.prepare.fs or float(row["fs"])
-            cut = augment((cut - cut.mean()) / max(float(cut.std()), 1e-6), rng, rate, self.strength, self.flip)
-            features = features + np.float32(0.1 * self.strength) * rng.standard_normal(len(features), np.float32)
+            cut = augment(
+                (cut - cut.mean()) / max(float(cut.std()), 1e-6), rng, rate, self.strength, self.flip
+            )
+            features = features + np.float32(0.1 * self.strength) * rng.standard_normal(
+                len(features), np.float32
+            )
         x, real = self.store.prepare.window(cut, self.signal_len, lead)
         usual = {"usual": self.usual[record]} if record in self.usual else {}
         return usual | {

@@ -18,7 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # repository root: every way of starting this file finds it
 from common.checkpoint import atomic_dir
 from common.errors import UserError, run
 from common.run import progress
@@ -26,12 +28,22 @@ from common.run import progress
 RHYTHMS = ("N", "AFIB", "B", "SVTA", "VT")
 AAMI_NUMBER = {"N": 0, "A": 1, "V": 2}
 # (time from the R peak in s, width in s, height in mV) of P, Q, R, S and T; a ventricular beat is wide and its T opposite
-NORMAL = np.array([(-0.17, 0.022, 0.12), (-0.028, 0.010, -0.12), (0.0, 0.011, 1.0), (0.030, 0.011, -0.22), (0.25, 0.050, 0.28)])
+NORMAL = np.array(
+    [
+        (-0.17, 0.022, 0.12),
+        (-0.028, 0.010, -0.12),
+        (0.0, 0.011, 1.0),
+        (0.030, 0.011, -0.22),
+        (0.25, 0.050, 0.28),
+    ]
+)
 VENTRICULAR = np.array([(-0.01, 0.045, 1.2), (0.09, 0.045, -0.5), (0.28, 0.060, -0.35)])
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--out", required=True, help="folder to write; replaced as a whole")
     parser.add_argument("--subjects", type=int, default=30, help="a third of them for the test")
     parser.add_argument("--seconds", type=float, default=300, help="length of each labelled record, seconds")
@@ -46,7 +58,10 @@ def beat_times(rhythm: str, seconds: float, rate: float, rng) -> list[tuple[floa
     while now < seconds - 0.5:
         odd = not odd
         if rhythm == "N":
-            code, gap = "N", (1 + 0.04 * np.sin(2 * np.pi * 0.25 * now) + 0.015 * rng.standard_normal()) / rate
+            code, gap = (
+                "N",
+                (1 + 0.04 * np.sin(2 * np.pi * 0.25 * now) + 0.015 * rng.standard_normal()) / rate,
+            )
             if rng.random() < 0.02:  # a premature atrial beat now and then
                 code, gap = "A", 0.95 / rate
                 now -= 0.3 / rate
@@ -88,7 +103,9 @@ def draw_ecg(rng, seconds: float, fs: float):
             stretch = rng.normal(1, 0.03)
             for offset, width, height in waves:
                 centre = start + time + offset
-                near = slice(max(0, int((centre - 5 * width) * fs)), max(0, int((centre + 5 * width) * fs) + 1))
+                near = slice(
+                    max(0, int((centre - 5 * width) * fs)), max(0, int((centre + 5 * width) * fs) + 1)
+                )
                 signal[near] += stretch * height * np.exp(-0.5 * ((clock[near] - centre) / width) ** 2)
             sample = round((start + time) * fs)
             if sample < total:
@@ -99,8 +116,12 @@ def draw_ecg(rng, seconds: float, fs: float):
                 2 * np.pi * (rng.uniform(5, 7) * clock[here] + 0.3 * np.sin(2 * np.pi * 0.7 * clock[here]))
             )
         start += length
-    drift = sum(rng.uniform(0.05, 0.4) * np.sin(2 * np.pi * (f * clock + rng.random())) for f in (0.07, 0.21, 0.33))
-    noise = rng.standard_normal(total) * rng.uniform(0.05, 0.3) * np.sqrt(fs / 180)  # the same noise per band at every rate
+    drift = sum(
+        rng.uniform(0.05, 0.4) * np.sin(2 * np.pi * (f * clock + rng.random())) for f in (0.07, 0.21, 0.33)
+    )
+    noise = (
+        rng.standard_normal(total) * rng.uniform(0.05, 0.3) * np.sqrt(fs / 180)
+    )  # the same noise per band at every rate
     hum = rng.uniform(0, 0.05) * np.sin(2 * np.pi * 50 * clock)
     return signal * rng.uniform(0.7, 1.4) + drift + noise + hum, notes
 
@@ -111,15 +132,21 @@ def draw_ppg(rng, seconds: float, fs: float) -> np.ndarray:
     signal = np.zeros(len(clock))
     rate = rng.uniform(0.9, 1.6)
     for time, _ in beat_times("N", seconds, rate, rng):
-        signal += np.exp(-0.5 * ((clock - time) / 0.09) ** 2) + rng.uniform(0.3, 0.5) * np.exp(-0.5 * ((clock - time - 0.32) / 0.12) ** 2)
-    return 1000 * (2 + signal + 0.2 * np.sin(2 * np.pi * 0.25 * clock) + 0.03 * rng.standard_normal(len(clock)))
+        signal += np.exp(-0.5 * ((clock - time) / 0.09) ** 2) + rng.uniform(0.3, 0.5) * np.exp(
+            -0.5 * ((clock - time - 0.32) / 0.12) ** 2
+        )
+    return 1000 * (
+        2 + signal + 0.2 * np.sin(2 * np.pi * 0.25 * clock) + 0.03 * rng.standard_normal(len(clock))
+    )
 
 
 def main(args):
     import h5py
 
     if args.subjects < 6 or args.seconds < 60:
-        raise UserError(f"--subjects {args.subjects} --seconds {args.seconds:g}: at least 6 subjects of 60 s are needed")
+        raise UserError(
+            f"--subjects {args.subjects} --seconds {args.seconds:g}: at least 6 subjects of 60 s are needed"
+        )
     with atomic_dir(args.out) as folder:
         (folder / "labelled").mkdir()
         (folder / "ppg").mkdir()
@@ -142,7 +169,9 @@ def main(args):
                 ann_aami=np.array([AAMI_NUMBER.get(s, -1) for s in symbol], np.int8),
             )
         test = names[2::3]
-        (folder / "labelled" / "split.json").write_text(json.dumps({"train": [n for n in names if n not in test], "test": test}, indent=1))
+        (folder / "labelled" / "split.json").write_text(
+            json.dumps({"train": [n for n in names if n not in test], "test": test}, indent=1)
+        )
         for i in range(args.ppg):
             rng = np.random.default_rng((args.seed, 10_000 + i))
             fs, path = 100, folder / "ppg" / f"p{i:03d}"
@@ -153,7 +182,9 @@ def main(args):
             else:
                 lines = [f"{k / fs:.4f},{v:.2f}" for k, v in enumerate(signal)]
                 path.with_suffix(".csv").write_text("\n".join(["time_s,PPG", *lines]) + "\n")
-    print(f"{args.out}: {args.subjects} ECG records of {args.seconds:g} s ({len(test)} for the test), {args.ppg} PPG records")
+    print(
+        f"{args.out}: {args.subjects} ECG records of {args.seconds:g} s ({len(test)} for the test), {args.ppg} PPG records"
+    )
 
 
 if __name__ == "__main__":

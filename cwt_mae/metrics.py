@@ -10,7 +10,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import StandardScaler
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # repository root: every way of starting this file finds it
 from common.figures import new_figure, save_figure
 
 
@@ -35,9 +37,13 @@ def macro_f1(matrix: np.ndarray) -> float:
 def auroc(probabilities: np.ndarray, labels: np.ndarray) -> float:
     """Area under the ROC curve: of class 1 of two, else one against the rest, mean over the classes that occur; nan if one class."""
     if probabilities.shape[1] == 2:
-        return float(roc_auc_score(labels == 1, probabilities[:, 1])) if len(set(labels)) == 2 else float("nan")
+        return (
+            float(roc_auc_score(labels == 1, probabilities[:, 1])) if len(set(labels)) == 2 else float("nan")
+        )
     areas = [
-        roc_auc_score(labels == c, probabilities[:, c]) for c in range(probabilities.shape[1]) if 0 < (labels == c).sum() < len(labels)
+        roc_auc_score(labels == c, probabilities[:, c])
+        for c in range(probabilities.shape[1])
+        if 0 < (labels == c).sum() < len(labels)
     ]
     return float(np.mean(areas)) if areas else float("nan")
 
@@ -66,7 +72,10 @@ def scores(probabilities, labels, classes: list, groups=None, resamples: int = 0
         units = np.arange(len(labels)) if groups is None else np.unique(groups, return_inverse=True)[1]
         pieces = np.zeros((units.max() + 1, count * count), np.int64)
         np.add.at(pieces, (units, labels * count + predicted), 1)
-        draws = [pieces[rng.integers(len(pieces), size=len(pieces))].sum(0).reshape(count, count) for _ in range(resamples)]
+        draws = [
+            pieces[rng.integers(len(pieces), size=len(pieces))].sum(0).reshape(count, count)
+            for _ in range(resamples)
+        ]
         for name, value in (("macro_f1", macro_f1), ("accuracy", lambda m: np.trace(m) / m.sum())):
             result[f"{name}_95"] = [float(v) for v in np.percentile([value(m) for m in draws], [2.5, 97.5])]
     return result
@@ -77,7 +86,9 @@ def linear_probe(train_x, train_y, test_x) -> np.ndarray:
     scale = StandardScaler().fit(train_x)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        fit = LogisticRegression(max_iter=500, C=0.1, class_weight="balanced").fit(scale.transform(train_x), train_y)
+        fit = LogisticRegression(max_iter=500, C=0.1, class_weight="balanced").fit(
+            scale.transform(train_x), train_y
+        )
     return fit.predict_proba(scale.transform(test_x))
 
 
@@ -90,7 +101,9 @@ def describe_scores(result: dict) -> str:
         f"  {'class':12} {'windows':>8} {'precision':>9} {'recall':>7} {'F1':>6}",
     ]
     for name, row in result["per_class"].items():
-        lines.append(f"  {name:12} {row['windows']:8d} {row['precision']:9.3f} {row['recall']:7.3f} {row['f1']:6.3f}")
+        lines.append(
+            f"  {name:12} {row['windows']:8d} {row['precision']:9.3f} {row['recall']:7.3f} {row['f1']:6.3f}"
+        )
     return "\n".join(lines)
 
 

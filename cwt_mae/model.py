@@ -13,6 +13,7 @@ keeps them, for weights that were trained with them.
 This file imports torch alone. `from cwt_mae.model import cwt_wrap` is a batched, differentiable wavelet transform for
 any device that needs nothing else from here.
 """
+
 import functools
 import math
 import os
@@ -33,7 +34,9 @@ def create_ricker_wavelets(points: int, scales: torch.Tensor) -> torch.Tensor:
     """
     t = torch.arange(points, dtype=torch.float64, device=scales.device) - (points - 1) / 2
     a = scales.double()[:, None]
-    kernels = 2 / (torch.sqrt(3 * a) * math.pi**0.25 + 1e-6) * (1 - (t / a) ** 2) * torch.exp(-((t / a) ** 2) / 2)
+    kernels = (
+        2 / (torch.sqrt(3 * a) * math.pi**0.25 + 1e-6) * (1 - (t / a) ** 2) * torch.exp(-((t / a) ** 2) / 2)
+    )
     return kernels[:, None].to(scales.dtype)
 
 
@@ -50,7 +53,7 @@ def _kernel_points(largest: float, length: int, legacy: bool) -> int:
 
 
 @functools.lru_cache(maxsize=16)
-@torch.inference_mode(False)                              # a bank made for inference serves training too
+@torch.inference_mode(False)  # a bank made for inference serves training too
 def _spectra(scales: tuple, points: int, n: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Fourier transforms (S, 2F) of the kernels centred on sample 0, F = n // 2 + 1.
 
@@ -78,7 +81,7 @@ def _extend(x: torch.Tensor, margin: int, padding: str, real: torch.Tensor | Non
         return x.gather(1, inside)
     if padding != "reflect":
         raise ValueError(f"padding={padding!r}: use zero, reflect or replicate")
-    period = (2 * (last - first)).clamp(min=1)            # the signal forth and back, as often as needed
+    period = (2 * (last - first)).clamp(min=1)  # the signal forth and back, as often as needed
     t = (t - first) % period
     return x.gather(1, first + t.minimum(period - t))
 
@@ -106,29 +109,31 @@ class _FilterBank:
         self.length, self.normalize, self.prepare = length, normalize, prepare
         self.start, self.even = points // 2, points % 2 == 0
         self.n = _fft_length(length + 2 * self.start)
-        self.bank = _spectra(tuple(scales.tolist()), points, self.n, like.dtype, like.device)   # (S, 2F)
+        self.bank = _spectra(tuple(scales.tolist()), points, self.n, like.dtype, like.device)  # (S, 2F)
 
     def __call__(self, x, real, channels: int):
         budget = 2**22 if x.device.type == "cpu" else 2**24
-        block = max(1, budget // (channels * self.bank.numel()))            # signals at a time in plain operations
+        block = max(1, budget // (channels * self.bank.numel()))  # signals at a time in plain operations
         blocks = list(zip(x.split(block), [None] * len(x) if real is None else real.split(block)))
         if x.requires_grad and torch.is_grad_enabled():
             return torch.cat([self.plain(*part) for part in blocks])
-        with torch.inference_mode(False):                 # worker threads may write to it
-            images = torch.empty(len(x), channels, len(self.bank), self.length, dtype=x.dtype, device=x.device)
+        with torch.inference_mode(False):  # worker threads may write to it
+            images = torch.empty(
+                len(x), channels, len(self.bank), self.length, dtype=x.dtype, device=x.device
+            )
         if x.device.type != "cpu":
             for out, part in zip(images.split(block), blocks):
                 out.copy_(self.plain(*part))
             return images
         threads = torch.get_num_threads()
-        workers = max(1, min(threads, len(x), images.numel() >> 19))        # handing over costs like 2^18 samples
+        workers = max(1, min(threads, len(x), images.numel() >> 19))  # handing over costs like 2^18 samples
         masks = [None] * workers if real is None else real.tensor_split(workers)
         parts = x.detach().tensor_split(workers), masks, images.tensor_split(workers)
         if workers == 1:
             self.fill(x.detach(), real, images)
         else:
             list(_threads(os.getpid()).map(self.fill_alone, *parts))
-            torch.set_num_threads(threads)                # the workers' 1 would become the default of later threads
+            torch.set_num_threads(threads)  # the workers' 1 would become the default of later threads
         return images
 
     def fill_alone(self, *part):
@@ -138,7 +143,7 @@ class _FilterBank:
     def spectra(self, x, real):
         """x (B, L) -> transforms of its rows (B, C, 2F), real and imaginary parts in turn."""
         spectrum = torch.fft.rfft(self.prepare(x, real), self.n)
-        if self.even:                                     # the kernels' centre lies between two samples
+        if self.even:  # the kernels' centre lies between two samples
             angle = torch.arange(spectrum.shape[2], dtype=torch.float64) * (-math.pi / self.n)
             spectrum = spectrum * torch.polar(torch.ones_like(angle), angle).to(spectrum)
         return torch.view_as_real(spectrum).flatten(2)
@@ -146,30 +151,37 @@ class _FilterBank:
     def plain(self, x, real):
         """Images in plain operations: differentiable, for any device."""
         products = (self.spectra(x, real)[:, :, None] * self.bank).unflatten(3, (-1, 2))
-        images = torch.fft.irfft(torch.view_as_complex(products), self.n)[..., self.start:][..., :self.length]
+        images = torch.fft.irfft(torch.view_as_complex(products), self.n)[..., self.start :][
+            ..., : self.length
+        ]
         mask = x.new_ones(1, 1, 1, self.length) if real is None else real[:, None, None].to(x.dtype)
         images = images * mask
         if self.normalize:
             count = mask.sum(3, keepdim=True) * len(self.bank)
             images = (images - images.sum((2, 3), keepdim=True) / count) * mask
-            images = images / (images.square().sum((2, 3), keepdim=True) / (count - 1)).clamp(min=1e-10).sqrt()
+            images = (
+                images / (images.square().sum((2, 3), keepdim=True) / (count - 1)).clamp(min=1e-10).sqrt()
+            )
         return images
 
     def fill(self, x, real, images):
         """The same into `images`, few at a time (of long signals: few scales), in buffers that stay in the cache."""
-        spectra, images = self.spectra(x, real).flatten(0, 1), images.flatten(0, 1)             # (R, 2F), (R, S, L)
+        spectra, images = self.spectra(x, real).flatten(0, 1), images.flatten(0, 1)  # (R, 2F), (R, S, L)
         mask = None if real is None else real.to(x.dtype).repeat_interleave(len(images) // len(x), 0)[:, None]
-        count = self.length if mask is None else mask.sum(2, keepdim=True)                      # real samples
-        rows, scales = max(1, 2**18 // (len(self.bank) * self.n)), min(len(self.bank), max(1, 2**18 // self.n))
+        count = self.length if mask is None else mask.sum(2, keepdim=True)  # real samples
+        rows, scales = (
+            max(1, 2**18 // (len(self.bank) * self.n)),
+            min(len(self.bank), max(1, 2**18 // self.n)),
+        )
         product, waves = x.new_empty(rows, scales, self.bank.shape[1]), x.new_empty(rows, scales, self.n)
         for r in range(0, len(images), rows):
-            some, here = images[r:r + rows], slice(r, r + rows)
+            some, here = images[r : r + rows], slice(r, r + rows)
             for s in range(0, len(self.bank), scales):
-                bank = self.bank[s:s + scales]
-                part, wave = product[:len(some), :len(bank)], waves[:len(some), :len(bank)]
+                bank = self.bank[s : s + scales]
+                part, wave = product[: len(some), : len(bank)], waves[: len(some), : len(bank)]
                 torch.mul(spectra[here, None], bank, out=part)
                 torch.fft.irfft(torch.view_as_complex(part.unflatten(2, (-1, 2))), self.n, out=wave)
-                some[:, s:s + scales] = wave[..., self.start:self.start + self.length]
+                some[:, s : s + scales] = wave[..., self.start : self.start + self.length]
             if mask is not None:
                 some *= mask[here]
             if self.normalize:
@@ -177,12 +189,16 @@ class _FilterBank:
                 some -= some.sum((1, 2), keepdim=True) / pixels
                 if mask is not None:
                     some *= mask[here]
-                norm = torch.linalg.vector_norm(some, dim=2).norm(dim=1)    # in two steps: in one it loses two digits
+                norm = torch.linalg.vector_norm(some, dim=2).norm(
+                    dim=1
+                )  # in two steps: in one it loses two digits
                 some /= (norm[:, None, None] / (pixels - 1) ** 0.5).clamp(min=1e-5)
 
 
 @torch.compiler.disable
-def cwt_ricker(x: torch.Tensor, scales: torch.Tensor, legacy: bool = False, padding: str = "reflect") -> torch.Tensor:
+def cwt_ricker(
+    x: torch.Tensor, scales: torch.Tensor, legacy: bool = False, padding: str = "reflect"
+) -> torch.Tensor:
     """Ricker wavelet transform: x (B, L), scales (S,) ascending, in samples -> (B, S, L) float32 (float64 for float64).
 
     Kernels are odd and of fixed length, the signal continues by `padding`. Legacy: zeros, and upstream's kernel length.
@@ -190,15 +206,30 @@ def cwt_ricker(x: torch.Tensor, scales: torch.Tensor, legacy: bool = False, padd
     x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     points = _kernel_points(float(scales[-1]), x.shape[1], legacy)
     padding = "zero" if legacy else padding
-    bank = _FilterBank(scales, points, x.shape[1], x, normalize=False,
-                       prepare=lambda x, real: _extend(x, points // 2, padding, real)[:, None])
+    bank = _FilterBank(
+        scales,
+        points,
+        x.shape[1],
+        x,
+        normalize=False,
+        prepare=lambda x, real: _extend(x, points // 2, padding, real)[:, None],
+    )
     return bank(x, None, 1)[:, 0]
 
 
 @torch.compiler.disable
-def cwt_wrap(x: torch.Tensor, num_scales: int = 64, lowest_scale: float = 0.1, step: float = 1.0, legacy: bool = False,
-             *, padding: str | None = None, log_scales: bool = False, real: torch.Tensor | None = None,
-             normalize: bool = False) -> torch.Tensor:
+def cwt_wrap(
+    x: torch.Tensor,
+    num_scales: int = 64,
+    lowest_scale: float = 0.1,
+    step: float = 1.0,
+    legacy: bool = False,
+    *,
+    padding: str | None = None,
+    log_scales: bool = False,
+    real: torch.Tensor | None = None,
+    normalize: bool = False,
+) -> torch.Tensor:
     """Wavelet images of a signal, its first and its second difference: x (B, L) -> (B, 3, num_scales, L).
 
     Scales, in samples: lowest_scale + step * (0 .. num_scales - 1), or as many between the same ends in equal ratios
@@ -218,8 +249,14 @@ def cwt_wrap(x: torch.Tensor, num_scales: int = 64, lowest_scale: float = 0.1, s
     if log_scales:
         scales = torch.logspace(math.log10(lowest_scale), math.log10(scales[-1]), num_scales)
     points = _kernel_points(float(scales[-1]), x.shape[1], legacy)
-    bank = _FilterBank(scales, points, x.shape[1], x, normalize,
-                       functools.partial(_differences, half=points // 2, legacy=legacy, padding=padding))
+    bank = _FilterBank(
+        scales,
+        points,
+        x.shape[1],
+        x,
+        normalize,
+        functools.partial(_differences, half=points // 2, legacy=legacy, padding=padding),
+    )
     return bank(x, None if real is None else real.to(x.device), 3)
 
 
@@ -233,7 +270,9 @@ def _differences(x, real, half: int, legacy: bool, padding: str):
         return _extend(rows, half, padding, real).unflatten(0, (-1, 3))
     weights = torch.ones_like(x) if real is None else real
     mean = (x * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
-    rest = ((x - mean) * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True)  # lost in float32 by a large mean
+    rest = ((x - mean) * weights).sum(1, keepdim=True) / weights.sum(
+        1, keepdim=True
+    )  # lost in float32 by a large mean
     edge = _extend(x, half + 1, padding, real, zero=mean)
     now, before, after = edge[:, 1:-1], edge[:, 1:-1] - edge[:, :-2], edge[:, 2:] - edge[:, 1:-1]
     return torch.stack([now - mean - rest, (before + after) / 2, after - before], 1)
@@ -267,9 +306,11 @@ class RotaryEmbedding(nn.Module):
 
 def apply_rotary_pos_emb(q, k, cos, sin):
     """Rotate q and k (B, n, heads, dim) by the tables (B, n, 1, dim); the halves of dim are the two coordinates."""
+
     def rotate(x):
         first, second = x.chunk(2, dim=-1)
         return x * cos + torch.cat([-second, first], dim=-1) * sin
+
     return rotate(q), rotate(k)
 
 
@@ -293,8 +334,14 @@ class TensorizedLinear(nn.Module):
 class DecomposedPatchEmbed(nn.Module):
     """Cut images (B, C, S, L) into patches of `patch_size` (scales, samples) -> (B, N, D), all times of a row first."""
 
-    def __init__(self, img_size=(64, 3000), patch_size=(4, 50), in_chans: int = 3, embed_dim: int = 768,
-                 norm_layer=None):
+    def __init__(
+        self,
+        img_size=(64, 3000),
+        patch_size=(4, 50),
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        norm_layer=None,
+    ):
         super().__init__()
         self.img_size, self.patch_size = tuple(img_size), tuple(patch_size)
         self.grid_size = (img_size[0] // patch_size[0], img_size[1] // patch_size[1])
@@ -312,39 +359,60 @@ class RoPEAttention(nn.Module):
     attn_mask: (B, n) bool, True = may be attended to.
     """
 
-    def __init__(self, dim: int, num_heads: int = 8, qkv_bias: bool = False, attn_drop: float = 0.0,
-                 proj_drop: float = 0.0):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ):
         super().__init__()
         if dim % (2 * num_heads):
-            raise ValueError(f"width {dim} does not give {num_heads} heads of an even size; change one of them")
+            raise ValueError(
+                f"width {dim} does not give {num_heads} heads of an even size; change one of them"
+            )
         self.num_heads, self.attn_drop = num_heads, attn_drop
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x, rope_cos=None, rope_sin=None, attn_mask=None):
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)              # (B, n, heads, head dim)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # (B, n, heads, head dim)
         if rope_cos is not None:
             q, k = (t.to(v.dtype) for t in apply_rotary_pos_emb(q, k, rope_cos, rope_sin))
         out = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
             attn_mask=None if attn_mask is None else attn_mask[:, None, None],
-            dropout_p=self.attn_drop if self.training else 0.0)
+            dropout_p=self.attn_drop if self.training else 0.0,
+        )
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
 
 class Block(nn.Module):
     """Pre-norm transformer block with a dense MLP."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, qkv_bias: bool = False, drop: float = 0.0,
-                 attn_drop: float = 0.0, norm_layer=nn.LayerNorm, linear=nn.Linear):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = False,
+        drop: float = 0.0,
+        attn_drop: float = 0.0,
+        norm_layer=nn.LayerNorm,
+        linear=nn.Linear,
+    ):
         super().__init__()
         hidden = int(dim * mlp_ratio)
         self.norm1 = norm_layer(dim)
         self.attn = RoPEAttention(dim, num_heads, qkv_bias, attn_drop, drop)
         self.norm2 = norm_layer(dim)
-        self.mlp = nn.Sequential(linear(dim, hidden), nn.GELU(), nn.Dropout(drop),
-                                 linear(hidden, dim), nn.Dropout(drop))
+        self.mlp = nn.Sequential(
+            linear(dim, hidden), nn.GELU(), nn.Dropout(drop), linear(hidden, dim), nn.Dropout(drop)
+        )
 
     def forward(self, x, rope_cos=None, rope_sin=None, attn_mask=None):
         x = x + self.attn(self.norm1(x), rope_cos, rope_sin, attn_mask)
@@ -354,10 +422,27 @@ class Block(nn.Module):
 class TensorizedBlock(Block):
     """Pre-norm transformer block whose MLP is of low rank (`TensorizedLinear`)."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, qkv_bias: bool = False, drop: float = 0.0,
-                 attn_drop: float = 0.0, rank_ratio: float = 0.5, norm_layer=nn.LayerNorm):
-        super().__init__(dim, num_heads, mlp_ratio, qkv_bias, drop, attn_drop, norm_layer,
-                         linear=functools.partial(TensorizedLinear, rank_ratio=rank_ratio))
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = False,
+        drop: float = 0.0,
+        attn_drop: float = 0.0,
+        rank_ratio: float = 0.5,
+        norm_layer=nn.LayerNorm,
+    ):
+        super().__init__(
+            dim,
+            num_heads,
+            mlp_ratio,
+            qkv_bias,
+            drop,
+            attn_drop,
+            norm_layer,
+            linear=functools.partial(TensorizedLinear, rank_ratio=rank_ratio),
+        )
 
 
 def init_weights(module: nn.Module):
@@ -391,32 +476,55 @@ class CWT_Encoder(nn.Module):
     `config` holds all of these as plain values: CWT_MAE_RoPE(**config) builds the same model.
     """
 
-    def __init__(self, signal_len: int = 3000, cwt_scales: int = 64, patch_size_time: int = 50,
-                 patch_size_freq: int = 4, embed_dim: int = 768, depth: int = 12, num_heads: int = 12,
-                 mlp_rank_ratio: float = 0.5, preprocess: dict | None = None, legacy: bool = False,
-                 padding: str | None = None, lowest_scale: float = 0.1, scale_step: float = 1.0,
-                 log_scales: bool = False, rope_stride: int | None = None, patch_norm: bool = True,
-                 raw_patches: bool = False):
+    def __init__(
+        self,
+        signal_len: int = 3000,
+        cwt_scales: int = 64,
+        patch_size_time: int = 50,
+        patch_size_freq: int = 4,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_rank_ratio: float = 0.5,
+        preprocess: dict | None = None,
+        legacy: bool = False,
+        padding: str | None = None,
+        lowest_scale: float = 0.1,
+        scale_step: float = 1.0,
+        log_scales: bool = False,
+        rope_stride: int | None = None,
+        patch_norm: bool = True,
+        raw_patches: bool = False,
+    ):
         config = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
         super().__init__()
         if signal_len % patch_size_time:
             near = max(1, round(signal_len / patch_size_time)) * patch_size_time
-            raise ValueError(f"signal_len {signal_len} is not a multiple of patch_size_time {patch_size_time}; "
-                             f"use {near}")
+            raise ValueError(
+                f"signal_len {signal_len} is not a multiple of patch_size_time {patch_size_time}; use {near}"
+            )
         if cwt_scales % patch_size_freq:
-            raise ValueError(f"cwt_scales {cwt_scales} is not a multiple of patch_size_freq {patch_size_freq}")
+            raise ValueError(
+                f"cwt_scales {cwt_scales} is not a multiple of patch_size_freq {patch_size_freq}"
+            )
         self.config = config
         self.legacy, self.signal_len, self.cwt_scales = legacy, signal_len, cwt_scales
         self.patch_size_time, self.patch_size_freq = patch_size_time, patch_size_freq
-        self.patch_embed = DecomposedPatchEmbed((cwt_scales, signal_len), (patch_size_freq, patch_size_time), 3,
-                                                embed_dim, norm_layer=nn.LayerNorm if patch_norm else None)
+        self.patch_embed = DecomposedPatchEmbed(
+            (cwt_scales, signal_len),
+            (patch_size_freq, patch_size_time),
+            3,
+            embed_dim,
+            norm_layer=nn.LayerNorm if patch_norm else None,
+        )
         self.grid_size, self.num_patches = self.patch_embed.grid_size, self.patch_embed.num_patches
         self.rope_stride = rope_stride if rope_stride is not None else self.grid_size[1] if legacy else 0
         self.rope_encoder = RotaryEmbedding(embed_dim // num_heads, legacy)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.empty(1, self.num_patches + 1, embed_dim))
         self.blocks = nn.ModuleList(
-            TensorizedBlock(embed_dim, num_heads, rank_ratio=mlp_rank_ratio) for _ in range(depth))
+            TensorizedBlock(embed_dim, num_heads, rank_ratio=mlp_rank_ratio) for _ in range(depth)
+        )
         self.norm = nn.LayerNorm(embed_dim)
         if raw_patches:
             self.raw_embed = nn.Conv1d(1, embed_dim, patch_size_time, stride=patch_size_time)
@@ -434,8 +542,17 @@ class CWT_Encoder(nn.Module):
         """
         x, real = self.checked(x, real)
         config = self.config
-        imgs = cwt_wrap(x, self.cwt_scales, config["lowest_scale"], config["scale_step"], self.legacy,
-                        padding=config["padding"], log_scales=config["log_scales"], real=real, normalize=True)
+        imgs = cwt_wrap(
+            x,
+            self.cwt_scales,
+            config["lowest_scale"],
+            config["scale_step"],
+            self.legacy,
+            padding=config["padding"],
+            log_scales=config["log_scales"],
+            real=real,
+            normalize=True,
+        )
         mask = torch.ones_like(x) if real is None else real
         count = mask.sum(1, keepdim=True)
         x = (x - (x * mask).sum(1, keepdim=True) / count) * mask
@@ -447,20 +564,26 @@ class CWT_Encoder(nn.Module):
         if x.ndim == 3 and x.shape[1] == 1:
             x = x[:, 0]
         if x.ndim != 2:
-            raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, samples) or (batch, 1, samples)")
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}, expected (batch, samples) or (batch, 1, samples)"
+            )
         length, missing = x.shape[1], self.signal_len - x.shape[1]
         if length < 2 or missing < 0:
-            raise ValueError(f"x has {length} samples, the model takes 2 .. {self.signal_len}; "
-                             "cut longer records into windows or build the model with another signal_len")
+            raise ValueError(
+                f"x has {length} samples, the model takes 2 .. {self.signal_len}; "
+                "cut longer records into windows or build the model with another signal_len"
+            )
         if real is not None and real.shape != x.shape:
             raise ValueError(f"real has shape {tuple(real.shape)}, expected {tuple(x.shape)} as x")
-        if x.device.type == "cpu":                        # on an accelerator these questions would stall its queue
+        if x.device.type == "cpu":  # on an accelerator these questions would stall its queue
             bad = ~torch.isfinite(x).all(1)
             if bad.any():
                 raise ValueError(f"x holds NaN or infinite values in rows {bad.nonzero().flatten().tolist()}")
             empty = real.sum(1) < 2 if real is not None else bad
             if empty.any():
-                raise ValueError(f"real leaves fewer than 2 samples in rows {empty.nonzero().flatten().tolist()}")
+                raise ValueError(
+                    f"real leaves fewer than 2 samples in rows {empty.nonzero().flatten().tolist()}"
+                )
         if missing:
             real = F.pad(torch.ones_like(x, dtype=torch.bool) if real is None else real, (0, missing))
             x = F.pad(x, (0, missing))
@@ -483,10 +606,10 @@ class CWT_Encoder(nn.Module):
 
         x: signal as `images` gives it, for raw_patches. patches (B, N), slots (B, K): bool, those that may be attended.
         """
-        dtype = self.pos_embed.dtype                      # images are float32 even where the weights are not
+        dtype = self.pos_embed.dtype  # images are float32 even where the weights are not
         tokens = self.patch_embed(imgs.to(dtype))
         if hasattr(self, "raw_embed"):
-            raw = self.raw_embed(x[:, None].to(dtype)).transpose(1, 2)                          # (B, W, D)
+            raw = self.raw_embed(x[:, None].to(dtype)).transpose(1, 2)  # (B, W, D)
             tokens = tokens + self.raw_gain * raw.repeat(1, self.grid_size[0], 1)
         tokens = tokens + self.pos_embed[:, 1:]
         pos_ids, mask = self.rope_ids(tokens.device), patches
@@ -514,9 +637,18 @@ class CWT_MAE_RoPE(CWT_Encoder):
     **encoder: see `CWT_Encoder`. Default sizes have 95,618,954 parameters.
     """
 
-    def __init__(self, decoder_embed_dim: int = 512, decoder_depth: int = 8, decoder_num_heads: int = 16,
-                 mask_ratio: float = 0.75, time_loss_weight: float = 1.0, column_masking: bool = False,
-                 masked_time_loss: bool = False, channel_weights=(1.0, 1.0, 1.0), **encoder):
+    def __init__(
+        self,
+        decoder_embed_dim: int = 512,
+        decoder_depth: int = 8,
+        decoder_num_heads: int = 16,
+        mask_ratio: float = 0.75,
+        time_loss_weight: float = 1.0,
+        column_masking: bool = False,
+        masked_time_loss: bool = False,
+        channel_weights=(1.0, 1.0, 1.0),
+        **encoder,
+    ):
         own = {key: value for key, value in locals().items() if key not in ("self", "__class__", "encoder")}
         super().__init__(**encoder)
         if not 0 <= mask_ratio < 1:
@@ -534,10 +666,17 @@ class CWT_MAE_RoPE(CWT_Encoder):
         self.decoder_blocks = nn.ModuleList(Block(width, decoder_num_heads) for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(width)
         self.decoder_pred_spec = nn.Linear(width, self.patch_pixels)
-        self.time_reducer = nn.Sequential(nn.Conv2d(width, width, kernel_size=(self.grid_size[0], 1)), nn.GELU())
+        self.time_reducer = nn.Sequential(
+            nn.Conv2d(width, width, kernel_size=(self.grid_size[0], 1)), nn.GELU()
+        )
         self.time_pred = nn.Linear(width, self.patch_size_time)
-        for part in (self.decoder_embed, self.decoder_blocks, self.decoder_pred_spec, self.time_reducer,
-                     self.time_pred):
+        for part in (
+            self.decoder_embed,
+            self.decoder_blocks,
+            self.decoder_pred_spec,
+            self.time_reducer,
+            self.time_pred,
+        ):
             init_weights(part)
         for tokens in (self.mask_token, self.decoder_pos_embed):
             nn.init.normal_(tokens, std=0.02)
@@ -550,12 +689,12 @@ class CWT_MAE_RoPE(CWT_Encoder):
         """
         keep = 1 - self.mask_ratio
         height, width = self.grid_size
-        if self.column_masking:                           # one draw a column; the stable sort keeps its rows together
+        if self.column_masking:  # one draw a column; the stable sort keeps its rows together
             noise = noise[:, :width].repeat(1, height)
         unit = height if self.column_masking else 1
         if patches is not None:
             noise = noise.masked_fill(~patches, math.inf)
-        if self.legacy:                                   # the float product loses a patch at ratios .8 and .9
+        if self.legacy:  # the float product loses a patch at ratios .8 and .9
             len_keep = int(self.num_patches // unit * keep) * unit
         else:
             len_keep = max(1, round(self.num_patches // unit * keep)) * unit
@@ -563,7 +702,9 @@ class CWT_MAE_RoPE(CWT_Encoder):
         ids_restore = ids_shuffle.argsort(dim=1)
         ids_keep, slots, count = ids_shuffle[:, :len_keep], None, len_keep
         if patches is not None:
-            count = ((patches.sum(1, keepdim=True) // unit * keep).round().clamp(min=1) * unit).clamp(max=len_keep)
+            count = ((patches.sum(1, keepdim=True) // unit * keep).round().clamp(min=1) * unit).clamp(
+                max=len_keep
+            )
             slots = torch.arange(len_keep, device=noise.device) < count
         mask = (ids_restore >= count).float()
         return mask, ids_restore, ids_keep, slots
@@ -587,8 +728,8 @@ class CWT_MAE_RoPE(CWT_Encoder):
 
     def predict_time(self, features):
         """Decoder features (B, N, E) -> signal (B, signal_len)."""
-        grid = features.transpose(1, 2).unflatten(2, self.grid_size)                            # (B, E, H, W)
-        columns = self.time_reducer(grid)[:, :, 0].transpose(1, 2)                              # (B, W, E)
+        grid = features.transpose(1, 2).unflatten(2, self.grid_size)  # (B, E, H, W)
+        columns = self.time_reducer(grid)[:, :, 0].transpose(1, 2)  # (B, W, E)
         return self.time_pred(columns).flatten(1)
 
     def patchify(self, imgs):
@@ -600,7 +741,9 @@ class CWT_MAE_RoPE(CWT_Encoder):
     def unpatchify(self, patches):
         """The inverse of `patchify`."""
         (h, w), p, q = self.grid_size, self.patch_size_freq, self.patch_size_time
-        return patches.reshape(len(patches), h, w, -1, p, q).permute(0, 3, 1, 4, 2, 5).flatten(2, 3).flatten(3)
+        return (
+            patches.reshape(len(patches), h, w, -1, p, q).permute(0, 3, 1, 4, 2, 5).flatten(2, 3).flatten(3)
+        )
 
     def forward_loss_spec(self, imgs, pred, mask, real=None):
         """Mean squared error of the hidden patches, averaged over each record and then over records, so that a batch in
@@ -609,9 +752,9 @@ class CWT_MAE_RoPE(CWT_Encoder):
         weights = weights.expand(1, 3, self.cwt_scales, self.signal_len)
         if real is not None:
             weights = weights * real[:, None, None]
-        weights = self.patchify(weights)                                                        # (1 or B, N, P)
+        weights = self.patchify(weights)  # (1 or B, N, P)
         error = (pred.to(imgs.dtype) - self.patchify(imgs)).square()
-        loss = torch.linalg.vecdot(error, weights) / weights.sum(-1).clamp(min=1e-6)            # (B, N)
+        loss = torch.linalg.vecdot(error, weights) / weights.sum(-1).clamp(min=1e-6)  # (B, N)
         mask = mask * (weights.sum(-1) > 0)
         return ((loss * mask).sum(1) / (mask.sum(1) + 1e-6)).mean()
 
@@ -619,7 +762,7 @@ class CWT_MAE_RoPE(CWT_Encoder):
         """Mean squared error of the normalised signal x (B, L), averaged in the same way."""
         weights = torch.ones_like(x) if real is None else real.to(x.dtype)
         if self.masked_time_loss:
-            hidden = mask.unflatten(1, self.grid_size).mean(1)                                  # (B, W) hidden share
+            hidden = mask.unflatten(1, self.grid_size).mean(1)  # (B, W) hidden share
             weights = weights * hidden.repeat_interleave(self.patch_size_time, dim=1)
         return (((pred.to(x.dtype) - x).square() * weights).sum(1) / weights.sum(1).clamp(min=1e-6)).mean()
 
@@ -634,7 +777,10 @@ class CWT_MAE_RoPE(CWT_Encoder):
         patches = self.real_patches(real)
         if self.mask_ratio == 0:
             latent = self.forward_encoder(imgs, signal, patches)
-            slots, ids_restore = patches, torch.arange(self.num_patches, device=imgs.device).expand(len(imgs), -1)
+            slots, ids_restore = (
+                patches,
+                torch.arange(self.num_patches, device=imgs.device).expand(len(imgs), -1),
+            )
             mask = torch.zeros(ids_restore.shape, device=imgs.device)
         else:
             if noise is None:
@@ -645,8 +791,16 @@ class CWT_MAE_RoPE(CWT_Encoder):
         pred_spec, pred_time = self.decoder_pred_spec(features), self.predict_time(features)
         loss_spec = self.forward_loss_spec(imgs, pred_spec, mask, real)
         loss_time = self.forward_loss_time(signal, pred_time, mask, real)
-        return {"loss": loss_spec + self.time_loss_weight * loss_time, "loss_spec": loss_spec, "loss_time": loss_time,
-                "mask": mask, "pred_spec": pred_spec, "pred_time": pred_time, "imgs": imgs, "signal": signal}
+        return {
+            "loss": loss_spec + self.time_loss_weight * loss_time,
+            "loss_spec": loss_spec,
+            "loss_time": loss_time,
+            "mask": mask,
+            "pred_spec": pred_spec,
+            "pred_time": pred_time,
+            "imgs": imgs,
+            "signal": signal,
+        }
 
     def forward(self, x, noise=None, real=None, details: bool = False):
         """(loss, pred_spec, pred_time, imgs), as upstream; with `details` the dictionary of `forward_losses`, for

@@ -6,6 +6,7 @@ decoder is never allocated, and a checkpoint that does not fit is an error inste
     model = TF_MAE_Classifier("checkpoint_last.pth", num_classes=5, signal_len=1000)
     tokens, pooled = model.encode(signal, fs=250)
 """
+
 import inspect
 import json
 import sys
@@ -18,7 +19,9 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # repository root: every way of starting this file finds it
 from common.checkpoint import atomic_path
 from common.errors import UserError
 from common.weights import load_weights, read_checkpoint, read_weights
@@ -36,14 +39,26 @@ class LatentReasoningHead(nn.Module):
     forward: x (B, N, D), real (B, N) bool or None -> logits (B, C).
     """
 
-    def __init__(self, embed_dim: int, num_heads: int, num_classes: int, num_reasoning_tokens: int = 8, dropout: float = 0.1):
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        num_classes: int,
+        num_reasoning_tokens: int = 8,
+        dropout: float = 0.1,
+    ):
         super().__init__()
         self.reasoning_tokens = nn.Parameter(torch.empty(1, num_reasoning_tokens, embed_dim))
         self.cross_attn = nn.MultiheadAttention(embed_dim, num_heads, batch_first=True, dropout=dropout)
         self.norm1 = nn.LayerNorm(embed_dim)
         self.self_attn = nn.MultiheadAttention(embed_dim, num_heads, batch_first=True, dropout=dropout)
         self.norm2 = nn.LayerNorm(embed_dim)
-        self.ffn = nn.Sequential(nn.Linear(embed_dim, 4 * embed_dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * embed_dim, embed_dim))
+        self.ffn = nn.Sequential(
+            nn.Linear(embed_dim, 4 * embed_dim),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(4 * embed_dim, embed_dim),
+        )
         self.norm3 = nn.LayerNorm(embed_dim)
         self.classifier = nn.Linear(embed_dim, num_classes)
         for parameter in self.parameters():
@@ -66,7 +81,13 @@ class ResidualMLPBlock(nn.Module):
     def __init__(self, dim: int, dropout_rate: float = 0.5):
         super().__init__()
         self.norm = nn.LayerNorm(dim)
-        self.net = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Dropout(dropout_rate), nn.Linear(dim, dim), nn.Dropout(dropout_rate))
+        self.net = nn.Sequential(
+            nn.Linear(dim, dim),
+            nn.GELU(),
+            nn.Dropout(dropout_rate),
+            nn.Linear(dim, dim),
+            nn.Dropout(dropout_rate),
+        )
 
     def forward(self, x):
         return x + self.net(self.norm(x))
@@ -89,9 +110,22 @@ class TF_MAE_Classifier(nn.Module):
     serves both models. `config` holds everything: TF_MAE_Classifier(None, **config) builds the same model.
     """
 
-    def __init__(self, pretrained_path, num_classes: int, mlp_rank_ratio: float | None = None, use_cot: bool = True,
-                 num_reasoning_tokens: int = 8, hidden_dim: int = 512, dropout_rate: float = 0.0, num_res_blocks: int = 2,
-                 num_features: int = 0, center_columns: int = 0, input_dropout: float = 0.0, compare: bool = False, **encoder):
+    def __init__(
+        self,
+        pretrained_path,
+        num_classes: int,
+        mlp_rank_ratio: float | None = None,
+        use_cot: bool = True,
+        num_reasoning_tokens: int = 8,
+        hidden_dim: int = 512,
+        dropout_rate: float = 0.0,
+        num_res_blocks: int = 2,
+        num_features: int = 0,
+        center_columns: int = 0,
+        input_dropout: float = 0.0,
+        compare: bool = False,
+        **encoder,
+    ):
         super().__init__()
         unknown = set(encoder) - ENCODER_ARGS - DECODER_ARGS
         if unknown:
@@ -104,26 +138,53 @@ class TF_MAE_Classifier(nn.Module):
         if pretrained_path:
             load_encoder(self.encoder_model, tensors, config, pretrained_path)
         self.config = self.encoder_model.config | dict(
-            num_classes=num_classes, use_cot=use_cot, num_reasoning_tokens=num_reasoning_tokens, hidden_dim=hidden_dim,
-            dropout_rate=dropout_rate, num_res_blocks=num_res_blocks, num_features=num_features, center_columns=center_columns,
-            input_dropout=input_dropout, compare=compare)
+            num_classes=num_classes,
+            use_cot=use_cot,
+            num_reasoning_tokens=num_reasoning_tokens,
+            hidden_dim=hidden_dim,
+            dropout_rate=dropout_rate,
+            num_res_blocks=num_res_blocks,
+            num_features=num_features,
+            center_columns=center_columns,
+            input_dropout=input_dropout,
+            compare=compare,
+        )
         width, columns = self.encoder_model.config["embed_dim"], self.encoder_model.grid_size[1]
-        self.use_cot, self.num_features, self.center_columns, self.compare = use_cot, num_features, center_columns, compare
+        self.use_cot, self.num_features, self.center_columns, self.compare = (
+            use_cot,
+            num_features,
+            center_columns,
+            compare,
+        )
         if not 0 <= center_columns <= columns or center_columns and use_cot:
-            raise ValueError(f"center_columns {center_columns}: expected 0 .. {columns}, above 0 for the MLP head (use_cot=False) only")
+            raise ValueError(
+                f"center_columns {center_columns}: expected 0 .. {columns}, above 0 for the MLP head (use_cot=False) only"
+            )
         if compare and not center_columns:
-            raise ValueError("compare needs center_columns above 0: what is compared is the middle of the window")
+            raise ValueError(
+                "compare needs center_columns above 0: what is compared is the middle of the window"
+            )
         if use_cot:
-            self.head = LatentReasoningHead(width, self.encoder_model.config["num_heads"], num_classes, num_reasoning_tokens, dropout=0.2)
+            self.head = LatentReasoningHead(
+                width, self.encoder_model.config["num_heads"], num_classes, num_reasoning_tokens, dropout=0.2
+            )
         else:
             joined, norm = width * max(1, center_columns), nn.Identity if compare else nn.LayerNorm
-            self.head = nn.Sequential(norm(joined), nn.Linear(joined, hidden_dim), nn.GELU(), nn.Dropout(dropout_rate),
-                                      *(ResidualMLPBlock(hidden_dim, dropout_rate) for _ in range(num_res_blocks)),
-                                      norm(hidden_dim), nn.Linear(hidden_dim, num_classes))
+            self.head = nn.Sequential(
+                norm(joined),
+                nn.Linear(joined, hidden_dim),
+                nn.GELU(),
+                nn.Dropout(dropout_rate),
+                *(ResidualMLPBlock(hidden_dim, dropout_rate) for _ in range(num_res_blocks)),
+                norm(hidden_dim),
+                nn.Linear(hidden_dim, num_classes),
+            )
             init_weights(self.head)
         self.input_dropout = nn.Dropout(input_dropout)
         if num_features:
-            self.feature_head = nn.Sequential(nn.Linear(num_features, 64), nn.GELU(), nn.Dropout(0.2), nn.Linear(64, num_classes))
+            self.feature_head = nn.Sequential(
+                nn.Linear(num_features, 64), nn.GELU(), nn.Dropout(0.2), nn.Linear(64, num_classes)
+            )
 
     def forward_features(self, x, real=None):
         """x (B, L) or (B, 1, L), real (B, L) bool or None -> patch tokens (B, N, D), and their mask (B, N) or None."""
@@ -133,17 +194,23 @@ class TF_MAE_Classifier(nn.Module):
 
     def middle(self, x, real=None):
         """Tokens of the center_columns in the middle of the window, joined: (B, center_columns * D)."""
-        columns = self.forward_features(x, real)[0].unflatten(1, self.encoder_model.grid_size).mean(1)  # (B, W, D)
+        columns = (
+            self.forward_features(x, real)[0].unflatten(1, self.encoder_model.grid_size).mean(1)
+        )  # (B, W, D)
         first = (columns.shape[1] - self.center_columns) // 2
-        return columns[:, first:first + self.center_columns].flatten(1)
+        return columns[:, first : first + self.center_columns].flatten(1)
 
     def forward(self, x, real=None, features=None, usual=None):
         """x as in `forward_features`, features (B, num_features), usual (B, center_columns * D) -> logits (B, num_classes)."""
         given = 0 if features is None else features.shape[1]
         if given != self.num_features:
-            raise ValueError(f"features holds {given} numbers for each record, the model was built for {self.num_features}")
+            raise ValueError(
+                f"features holds {given} numbers for each record, the model was built for {self.num_features}"
+            )
         if self.compare != (usual is not None):
-            raise ValueError(f"usual is {'missing' if self.compare else 'given'}, the model was built with compare={self.compare}")
+            raise ValueError(
+                f"usual is {'missing' if self.compare else 'given'}, the model was built with compare={self.compare}"
+            )
         if self.center_columns:
             tokens = self.middle(x, real)
             logits = self.head(self.input_dropout(tokens - usual if self.compare else tokens))
@@ -164,14 +231,20 @@ class TF_MAE_Classifier(nn.Module):
         prepare = Preprocess(**(self.config["preprocess"] or {}))
         signal = prepare.signal(signal, fs, "signal")
         length, patch = self.encoder_model.signal_len, self.encoder_model.patch_size_time
-        starts = range(0, max(1, len(signal) - patch + 1), length)          # a rest shorter than one patch is left out
-        windows = [prepare.window(signal[start:start + length], length) for start in starts]
-        x, real = (torch.from_numpy(np.stack(part)).to(self.encoder_model.cls_token.device) for part in zip(*windows))
+        starts = range(
+            0, max(1, len(signal) - patch + 1), length
+        )  # a rest shorter than one patch is left out
+        windows = [prepare.window(signal[start : start + length], length) for start in starts]
+        x, real = (
+            torch.from_numpy(np.stack(part)).to(self.encoder_model.cls_token.device) for part in zip(*windows)
+        )
         training = self.training
         self.eval()
         tokens, patches = self.forward_features(x, real)
         self.train(training)
-        return tokens * patches[..., None], masked_mean(tokens.flatten(0, 1)[None], patches.flatten()[None])[0]
+        return tokens * patches[..., None], masked_mean(tokens.flatten(0, 1)[None], patches.flatten()[None])[
+            0
+        ]
 
 
 def masked_mean(tokens, mask=None):
@@ -185,8 +258,12 @@ def interpolate_pos_embed(pos_embed, old_grid, new_grid):
     """Position table (1, 1 + N, D) of one grid (rows, columns) for another: bicubic on both axes, class row kept."""
     if tuple(old_grid) == tuple(new_grid):
         return pos_embed
-    table = pos_embed[:, 1:].float().unflatten(1, tuple(old_grid)).permute(0, 3, 1, 2)          # (1, D, H, W)
-    table = F.interpolate(table, size=tuple(new_grid), mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
+    table = pos_embed[:, 1:].float().unflatten(1, tuple(old_grid)).permute(0, 3, 1, 2)  # (1, D, H, W)
+    table = (
+        F.interpolate(table, size=tuple(new_grid), mode="bicubic", align_corners=False)
+        .flatten(2)
+        .transpose(1, 2)
+    )
     return torch.cat([pos_embed[:, :1], table.to(pos_embed.dtype)], dim=1)
 
 
@@ -196,8 +273,11 @@ def load_encoder(encoder: CWT_Encoder, tensors: dict, config: dict, source):
     The position table's old grid comes from the file: from its configuration, else from the height of `time_reducer`,
     which spans it, else (weights of a classifier alone) it counts as high as the new one.
     """
-    tensors = {key.removeprefix("encoder_model."): value for key, value in tensors.items()
-               if not key.startswith(("head.", "feature_head."))}
+    tensors = {
+        key.removeprefix("encoder_model."): value
+        for key, value in tensors.items()
+        if not key.startswith(("head.", "feature_head."))
+    }
     rows, columns = encoder.grid_size
     height = rows
     if {"cwt_scales", "patch_size_freq"} <= set(config):
@@ -209,17 +289,25 @@ def load_encoder(encoder: CWT_Encoder, tensors: dict, config: dict, source):
         if "pos_embed" in given:
             count = given["pos_embed"].shape[1] - 1
             if count % height:
-                raise UserError(f"{source}: pos_embed has {count} patches, which are not {height} rows; pass the cwt_scales and "
-                                "patch_size_freq that the model was trained with")
+                raise UserError(
+                    f"{source}: pos_embed has {count} patches, which are not {height} rows; pass the cwt_scales and "
+                    "patch_size_freq that the model was trained with"
+                )
             if (height, count // height) != (rows, columns):
-                print(f"{source}: position table interpolated from {height} x {count // height} to {rows} x {columns} patches")
-                given["pos_embed"] = interpolate_pos_embed(given["pos_embed"], (height, count // height), (rows, columns))
+                print(
+                    f"{source}: position table interpolated from {height} x {count // height} to {rows} x {columns} patches"
+                )
+                given["pos_embed"] = interpolate_pos_embed(
+                    given["pos_embed"], (height, count // height), (rows, columns)
+                )
         return given
 
     report = load_weights(encoder, tensors, source, min_share=0.9, convert=fit_positions, ignore=DECODER_KEYS)
     if report.mismatched:
         key, old, new = report.mismatched[0]
-        raise UserError(f"{source}: {key} has shape {old} in the file, {new} in the model; pass the sizes that it was trained with")
+        raise UserError(
+            f"{source}: {key} has shape {old} in the file, {new} in the model; pass the sizes that it was trained with"
+        )
 
 
 def read_model(path):
@@ -228,7 +316,7 @@ def read_model(path):
     Configuration: ours as it stands; of an upstream file what its `config` says, and legacy=True, with a notice.
     """
     path, config = Path(path), None
-    if (path / "model.safetensors").is_file():            # a run folder of train.py or finetune.py
+    if (path / "model.safetensors").is_file():  # a run folder of train.py or finetune.py
         path = path / "model.safetensors"
     tensors = read_weights(path)
     if path.suffix == ".safetensors":
@@ -242,7 +330,9 @@ def read_model(path):
     config = {"legacy": True}
     for section in (sections.get("data"), sections.get("model")):
         config |= {key: value for key, value in (section or {}).items() if key in ENCODER_ARGS | DECODER_ARGS}
-    print(f"{path}: no configuration of ours, so an upstream checkpoint: running with upstream's numerics (legacy)")
+    print(
+        f"{path}: no configuration of ours, so an upstream checkpoint: running with upstream's numerics (legacy)"
+    )
     return tensors, config
 
 
@@ -251,7 +341,11 @@ def save_model(path, model, **extra):
     tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     with atomic_path(path) as temporary:
         if Path(path).suffix == ".safetensors":
-            save_file(tensors, temporary, metadata={"config": json.dumps(model.config), **{k: json.dumps(v) for k, v in extra.items()}})
+            save_file(
+                tensors,
+                temporary,
+                metadata={"config": json.dumps(model.config), **{k: json.dumps(v) for k, v in extra.items()}},
+            )
         else:
             torch.save({"model": tensors, "config": model.config, **extra}, temporary)
 
@@ -265,12 +359,16 @@ def load_model(path, **config):
     config = found | config
     if any(key.startswith("head.") for key in tensors):
         if "num_classes" not in config:
-            raise UserError(f"{path}: a classifier without a configuration; pass num_classes, use_cot and the encoder's sizes")
+            raise UserError(
+                f"{path}: a classifier without a configuration; pass num_classes, use_cot and the encoder's sizes"
+            )
         model = TF_MAE_Classifier(None, **config)
     else:
         model = CWT_MAE_RoPE(**config)
     report = load_weights(model, tensors, path, min_share=1.0)
     if report.unexpected:
-        raise UserError(f"{path}: holds {len(report.unexpected)} tensors that the model lacks, such as {report.unexpected[0]}; "
-                        "pass the sizes that it was trained with")
+        raise UserError(
+            f"{path}: holds {len(report.unexpected)} tensors that the model lacks, such as {report.unexpected[0]}; "
+            "pass the sizes that it was trained with"
+        )
     return model.eval()

@@ -16,7 +16,9 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # repository root: every way of starting this file finds it
 from common.checkpoint import atomic_write
 from common.errors import UserError, run
 from common.figures import new_figure, save_figure
@@ -30,15 +32,22 @@ from cwt_mae.train import probe_features
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--model", required=True, help="model.safetensors of train.py")
-    parser.add_argument("--task", choices=("beat", "rhythm", "series"), required=True, help="what a label belongs to")
+    parser.add_argument(
+        "--task", choices=("beat", "rhythm", "series"), required=True, help="what a label belongs to"
+    )
     parser.add_argument("--data", nargs="+", required=True, help="labelled files and folders of them")
     parser.add_argument("--out", required=True, help="folder for the results")
     parser.add_argument(
-        "--split", help="JSON {train: [names], test: [names]} (None: UCR parts, or DS1 for training and the rest for the test)"
+        "--split",
+        help="JSON {train: [names], test: [names]} (None: UCR parts, or DS1 for training and the rest for the test)",
     )
-    parser.add_argument("--random-seeds", type=int, default=3, help="encoders with random weights to compare with")
+    parser.add_argument(
+        "--random-seeds", type=int, default=3, help="encoders with random weights to compare with"
+    )
     parser.add_argument("--resamples", type=int, default=1000, help="bootstrap draws for the interval")
     parser.add_argument("--cache", help="folder for the prepared signals (None: data/cwt_mae/cache)")
     parser.add_argument("--overwrite", action="store_true", help="replace the results that --out holds")
@@ -71,7 +80,9 @@ def main(args):
         print(f"{name}: {describe_scores(results[name])}")
     values = {name: result["macro_f1"] for name, result in results.items()}
     chance = scores(
-        np.tile(np.eye(len(task.classes))[train.task.counts().argmax()], (len(test), 1)), test.task.items["label"], task.classes
+        np.tile(np.eye(len(task.classes))[train.task.counts().argmax()], (len(test), 1)),
+        test.task.items["label"],
+        task.classes,
     )["macro_f1"]
     figure, axis = new_figure(1, 1)
     axis.bar(list(values), list(values.values()), color=["#2a6fbb"] + ["#5b6770"] * args.random_seeds)
@@ -88,13 +99,22 @@ def main(args):
     axis.legend()
     save_figure(figure, out / "figures" / "probe.png")
     draw_confusion(
-        results["pre-trained"]["confusion"], task.classes, out / "figures" / "confusion.png", "linear probe, pre-trained encoder"
+        results["pre-trained"]["confusion"],
+        task.classes,
+        out / "figures" / "confusion.png",
+        "linear probe, pre-trained encoder",
     )
     random_mean = float(np.mean([v for n, v in values.items() if n != "pre-trained"]))
     atomic_write(
         out / "metrics.json",
         json.dumps(
-            {"macro_f1": values["pre-trained"], "interval": [low, high], "random_mean": random_mean, "chance": chance, "results": results},
+            {
+                "macro_f1": values["pre-trained"],
+                "interval": [low, high],
+                "random_mean": random_mean,
+                "chance": chance,
+                "results": results,
+            },
             indent=1,
         ),
     )

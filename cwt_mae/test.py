@@ -22,7 +22,9 @@ import torch
 from accelerate import Accelerator
 from safetensors import safe_open
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # repository root: every way of starting this file finds it
 from common.checkpoint import atomic_write
 from common.errors import UserError, run
 from common.files import reading
@@ -35,22 +37,37 @@ from cwt_mae.model_finetune import load_model
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--model", nargs="+", required=True, help="model.safetensors of finetune.py; several are averaged")
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "--model", nargs="+", required=True, help="model.safetensors of finetune.py; several are averaged"
+    )
     parser.add_argument("--data", nargs="+", required=True, help="files and folders of them")
     parser.add_argument("--out", required=True, help="folder for the results")
-    parser.add_argument("--part", choices=("test", "train", "all"), default="test", help="which records to score")
     parser.add_argument(
-        "--split", help="JSON {train: [names], test: [names]} (None: UCR parts, or the list DS1 for training and the rest for the test)"
+        "--part", choices=("test", "train", "all"), default="test", help="which records to score"
     )
     parser.add_argument(
-        "--unlabelled", action="store_true", help="read every record in sliding windows; no label is needed (not for beats)"
+        "--split",
+        help="JSON {train: [names], test: [names]} (None: UCR parts, or the list DS1 for training and the rest for the test)",
     )
-    parser.add_argument("--stride", type=int, default=0, help="samples between sliding windows; 0 = half a window")
+    parser.add_argument(
+        "--unlabelled",
+        action="store_true",
+        help="read every record in sliding windows; no label is needed (not for beats)",
+    )
+    parser.add_argument(
+        "--stride", type=int, default=0, help="samples between sliding windows; 0 = half a window"
+    )
     parser.add_argument("--resamples", type=int, default=1000, help="bootstrap draws for the intervals")
     parser.add_argument("--input-fs", type=float, help="sampling rate of files that do not say it, Hz")
     parser.add_argument("--cache", help="folder for the prepared signals (None: data/cwt_mae/cache)")
-    parser.add_argument("--skip-bad", action="store_true", help="leave bad records and labels out, counted, instead of stopping")
+    parser.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="leave bad records and labels out, counted, instead of stopping",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the results that --out holds")
     return parser.parse_args(argv)
 
@@ -62,7 +79,9 @@ def read_card(path) -> dict:
     with reading(path, "weight file"), safe_open(path, "pt") as file:
         card = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
     if "classes" not in card:
-        raise UserError(f"{path}: holds no task and classes; expected the model.safetensors of a finetune.py run")
+        raise UserError(
+            f"{path}: holds no task and classes; expected the model.safetensors of a finetune.py run"
+        )
     return card
 
 
@@ -86,8 +105,20 @@ def as_csv(header: list, rows) -> str:
 
 def record_lines(store, items, probabilities, classes, labelled: bool):
     """One line a record: mean probability of each class over its windows, and how many windows were right."""
-    header = ["record", "subject", "channel", "windows", "predicted", "confidence", *(f"p_{name}" for name in classes)]
-    header += ["accuracy", *(f"true_{name}" for name in classes), *(f"predicted_{name}" for name in classes)] if labelled else []
+    header = [
+        "record",
+        "subject",
+        "channel",
+        "windows",
+        "predicted",
+        "confidence",
+        *(f"p_{name}" for name in classes),
+    ]
+    header += (
+        ["accuracy", *(f"true_{name}" for name in classes), *(f"predicted_{name}" for name in classes)]
+        if labelled
+        else []
+    )
     rows = []
     for record in np.unique(items["record"]):
         here = items["record"] == record
@@ -120,13 +151,25 @@ def main(args):
         raise UserError("--model: the files were trained for different tasks or classes")
     models = [load_model(path).to(accelerator.device) for path in args.model]
     signal_len, prepare = models[0].encoder_model.signal_len, models[0].config["preprocess"]
-    if any((model.encoder_model.signal_len, model.config["preprocess"]) != (signal_len, prepare) for model in models):
+    if any(
+        (model.encoder_model.signal_len, model.config["preprocess"]) != (signal_len, prepare)
+        for model in models
+    ):
         raise UserError("--model: the files take windows of different lengths or preparation")
-    store = build_store(args.data, Preprocess(**(prepare or {})), args.cache, args.input_fs, skip_bad=args.skip_bad)
+    store = build_store(
+        args.data, Preprocess(**(prepare or {})), args.cache, args.input_fs, skip_bad=args.skip_bad
+    )
     if args.unlabelled:
         if task_name == "beat":
-            raise UserError("--unlabelled: a beat classifier needs the beats' positions; give records with beat annotations")
-        task = Task(task_name, classes, sliding_items(store, signal_len, args.stride or signal_len // 2), np.zeros((1, 0), np.float32))
+            raise UserError(
+                "--unlabelled: a beat classifier needs the beats' positions; give records with beat annotations"
+            )
+        task = Task(
+            task_name,
+            classes,
+            sliding_items(store, signal_len, args.stride or signal_len // 2),
+            np.zeros((1, 0), np.float32),
+        )
     else:
         task = load_task(store, task_name, signal_len, classes, args.skip_bad)
         if args.part != "all":
@@ -155,9 +198,13 @@ def main(args):
             ),
         ),
     )
-    atomic_write(out / "per_record.csv", record_lines(store, items, probabilities, classes, not args.unlabelled))
+    atomic_write(
+        out / "per_record.csv", record_lines(store, items, probabilities, classes, not args.unlabelled)
+    )
     if args.unlabelled:
-        print(f"{len(items)} windows of {len(np.unique(items['record']))} records read; predictions in {out / 'per_record.csv'}")
+        print(
+            f"{len(items)} windows of {len(np.unique(items['record']))} records read; predictions in {out / 'per_record.csv'}"
+        )
         return
     groups = None if len(np.unique(items["record"])) == len(items) else items["record"]
     result = scores(probabilities, items["label"], classes, groups, args.resamples)
@@ -165,9 +212,15 @@ def main(args):
     if len(classes) == 4 and task_name == "beat":
         result["macro_f1_without_F"] = float(np.mean([result["per_class"][c]["f1"] for c in classes[:3]]))
     draw_confusion(
-        result["confusion"], classes, out / "figures" / "confusion.png", f"{result['windows']} windows, macro-F1 {result['macro_f1']:.3f}"
+        result["confusion"],
+        classes,
+        out / "figures" / "confusion.png",
+        f"{result['windows']} windows, macro-F1 {result['macro_f1']:.3f}",
     )
-    atomic_write(out / "metrics.json", json.dumps({"task": task_name, "part": args.part, "models": args.model, **result}, indent=1))
+    atomic_write(
+        out / "metrics.json",
+        json.dumps({"task": task_name, "part": args.part, "models": args.model, **result}, indent=1),
+    )
     if len(set(probabilities.argmax(1))) == 1:
         print(f"warning: every window is called {classes[probabilities[0].argmax()]}", file=sys.stderr)
     print(describe_scores(result))

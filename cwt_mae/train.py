@@ -24,12 +24,29 @@ from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
 from torch.utils.data import DataLoader
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # repository root: every way of starting this file finds it
 from common.checkpoint import atomic_write, find_resume, load_step, save_step
 from common.errors import UserError, run
-from common.run import Log, StopSignal, check_finite, describe, loader_worker, on_main, open_run, seed_everything
+from common.run import (
+    Log,
+    StopSignal,
+    check_finite,
+    describe,
+    loader_worker,
+    on_main,
+    open_run,
+    seed_everything,
+)
 from cwt_mae.dataset import PhysioSignalDataset, Preprocess, build_store
-from cwt_mae.dataset_finetune import DownstreamClassificationDataset, fold_of, load_task, split_parts, training_part
+from cwt_mae.dataset_finetune import (
+    DownstreamClassificationDataset,
+    fold_of,
+    load_task,
+    split_parts,
+    training_part,
+)
 from cwt_mae.metrics import confusion, linear_probe, macro_f1
 from cwt_mae.model import CWT_MAE_RoPE
 from cwt_mae.model_finetune import save_model
@@ -37,21 +54,50 @@ from cwt_mae.visualize import draw_reconstruction
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     flag = argparse.BooleanOptionalAction
     data = parser.add_argument_group("data")
-    data.add_argument("--data", nargs="+", required=True, help="signal files and folders of them: WFDB, EDF, npz, npy, csv, HDF5, ts")
-    data.add_argument("--split", help="JSON {train: [names], test: [names]}, or the word ds1: leave the test records out")
+    data.add_argument(
+        "--data",
+        nargs="+",
+        required=True,
+        help="signal files and folders of them: WFDB, EDF, npz, npy, csv, HDF5, ts",
+    )
+    data.add_argument(
+        "--split", help="JSON {train: [names], test: [names]}, or the word ds1: leave the test records out"
+    )
     data.add_argument("--cache", help="folder for the prepared signals (None: data/cwt_mae/cache)")
-    data.add_argument("--model-fs", type=float, default=100.0, help="sampling rate of the model, Hz; 0 keeps each file's own")
+    data.add_argument(
+        "--model-fs",
+        type=float,
+        default=100.0,
+        help="sampling rate of the model, Hz; 0 keeps each file's own",
+    )
     data.add_argument("--input-fs", type=float, help="sampling rate of files that do not say it, Hz")
     data.add_argument("--low-hz", type=float, default=0.5, help="high-pass edge, Hz; 0 = none")
     data.add_argument("--high-hz", type=float, default=0.0, help="low-pass edge, Hz; 0 = none")
-    data.add_argument("--channel", default="auto", help="auto (MLII, II, ECG, PLETH, PPG, else the first), all, a name or an index")
+    data.add_argument(
+        "--channel",
+        default="auto",
+        help="auto (MLII, II, ECG, PLETH, PPG, else the first), all, a name or an index",
+    )
     data.add_argument("--min-seconds", type=float, default=0.0, help="shortest usable record, seconds")
-    data.add_argument("--skip-bad", action="store_true", help="leave bad records out, named and counted, instead of stopping")
-    data.add_argument("--windows", type=int, default=0, help="windows in an epoch; 0 = as many as fit side by side")
-    data.add_argument("--val-share", type=float, default=0.1, help="share of the subjects kept for validation (none if fewer than 5)")
+    data.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="leave bad records out, named and counted, instead of stopping",
+    )
+    data.add_argument(
+        "--windows", type=int, default=0, help="windows in an epoch; 0 = as many as fit side by side"
+    )
+    data.add_argument(
+        "--val-share",
+        type=float,
+        default=0.1,
+        help="share of the subjects kept for validation (none if fewer than 5)",
+    )
     data.add_argument("--workers", type=int, default=0, help="loader processes for each training process")
     model = parser.add_argument_group("model (upstream names; its published sizes are the defaults)")
     model.add_argument("--signal-len", type=int, default=3000, help="window, samples at the model's rate")
@@ -68,33 +114,57 @@ def parse_args(argv=None):
     model.add_argument("--decoder-depth", type=int, default=8, help="blocks of the decoder")
     model.add_argument("--decoder-num-heads", type=int, default=16, help="attention heads of the decoder")
     model.add_argument("--mask-ratio", type=float, default=0.75, help="hidden share of the patches")
-    model.add_argument("--mlp-rank-ratio", type=float, default=0.5, help="rank of the encoder's MLPs relative to full")
-    model.add_argument("--time-loss-weight", type=float, default=1.0, help="weight of the signal's loss beside the image's")
-    model.add_argument("--column-masking", action=flag, default=False, help="hide all scales of a moment together")
-    model.add_argument("--masked-time-loss", action=flag, default=False, help="signal loss on hidden columns only")
+    model.add_argument(
+        "--mlp-rank-ratio", type=float, default=0.5, help="rank of the encoder's MLPs relative to full"
+    )
+    model.add_argument(
+        "--time-loss-weight", type=float, default=1.0, help="weight of the signal's loss beside the image's"
+    )
+    model.add_argument(
+        "--column-masking", action=flag, default=False, help="hide all scales of a moment together"
+    )
+    model.add_argument(
+        "--masked-time-loss", action=flag, default=False, help="signal loss on hidden columns only"
+    )
     model.add_argument("--patch-norm", action=flag, default=True, help="LayerNorm after the patch embedding")
-    model.add_argument("--raw-patches", action=flag, default=False, help="embed the plain signal beside the image")
+    model.add_argument(
+        "--raw-patches", action=flag, default=False, help="embed the plain signal beside the image"
+    )
     model.add_argument("--legacy", action=flag, default=False, help="upstream's numerics")
     optim = parser.add_argument_group("optimisation")
     optim.add_argument("--max-steps", type=int, default=0, help="optimizer steps; 0 = --epochs")
     optim.add_argument("--epochs", type=int, default=100, help="passes over the data, where --max-steps is 0")
-    optim.add_argument("--batch-size", type=int, default=256, help="windows for each process and accumulated step")
+    optim.add_argument(
+        "--batch-size", type=int, default=256, help="windows for each process and accumulated step"
+    )
     optim.add_argument("--accum", type=int, default=1, help="batches accumulated in an optimizer step")
-    optim.add_argument("--lr", type=float, default=1.5e-4, help="peak learning rate (upstream: for any batch)")
+    optim.add_argument(
+        "--lr", type=float, default=1.5e-4, help="peak learning rate (upstream: for any batch)"
+    )
     optim.add_argument("--min-lr", type=float, default=1e-6, help="learning rate at the end")
-    optim.add_argument("--warmup-steps", type=int, default=-1, help="steps of linear warm-up; -1 = 5 %% of all")
-    optim.add_argument("--weight-decay", type=float, default=0.05, help="not on biases, norms, tokens and positions")
+    optim.add_argument(
+        "--warmup-steps", type=int, default=-1, help="steps of linear warm-up; -1 = 5 %% of all"
+    )
+    optim.add_argument(
+        "--weight-decay", type=float, default=0.05, help="not on biases, norms, tokens and positions"
+    )
     optim.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.95), help="AdamW (upstream 0.9 0.999)")
     optim.add_argument("--clip", type=float, default=3.0, help="largest gradient norm")
-    optim.add_argument("--bf16", action="store_true", help="bfloat16 mixed precision (the wavelets stay float32)")
+    optim.add_argument(
+        "--bf16", action="store_true", help="bfloat16 mixed precision (the wavelets stay float32)"
+    )
     out = parser.add_argument_group("run")
     out.add_argument("--out", required=True, help="run folder")
     out.add_argument("--seed", type=int, default=42, help="of weights, windows and masks")
     out.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint in --out")
-    out.add_argument("--overwrite", action="store_true", help="delete the run that --out holds and start again")
+    out.add_argument(
+        "--overwrite", action="store_true", help="delete the run that --out holds and start again"
+    )
     out.add_argument("--log-every", type=int, default=50, help="steps")
     out.add_argument("--save-every", type=int, default=1000, help="steps")
-    out.add_argument("--eval-every", type=int, default=1000, help="steps between validations, pictures and linear probes")
+    out.add_argument(
+        "--eval-every", type=int, default=1000, help="steps between validations, pictures and linear probes"
+    )
     out.add_argument("--eval-windows", type=int, default=256, help="validation windows")
     out.add_argument(
         "--probe",
@@ -148,12 +218,16 @@ def trivial_losses(model, out: dict, real) -> dict:
     in time between the visible patches of the same scales (for the signal: between columns of which anything is visible)."""
     imgs, signal, mask = out["imgs"].float(), out["signal"].float(), out["mask"]
     (height, width), rows = model.grid_size, model.patch_size_freq
-    hidden = mask.bool().reshape(-1, height, width).repeat_interleave(model.patch_size_time, 2).cpu().numpy()  # (B, H, L)
+    hidden = (
+        mask.bool().reshape(-1, height, width).repeat_interleave(model.patch_size_time, 2).cpu().numpy()
+    )  # (B, H, L)
     lines, straight = imgs.cpu().numpy().copy(), signal.cpu().numpy().copy()
     for i in range(len(lines)):
         for h in range(height):
             band = lines[i, :, h * rows : (h + 1) * rows]
-            lines[i, :, h * rows : (h + 1) * rows] = bridge(band.reshape(-1, band.shape[-1]), hidden[i, h]).reshape(band.shape)
+            lines[i, :, h * rows : (h + 1) * rows] = bridge(
+                band.reshape(-1, band.shape[-1]), hidden[i, h]
+            ).reshape(band.shape)
         straight[i] = bridge(straight[i][None], hidden[i].all(0))[0]
     lines, straight = torch.from_numpy(lines).to(imgs), torch.from_numpy(straight).to(signal)
     return {
@@ -173,7 +247,11 @@ def validate(model, loader, device) -> tuple[dict, dict]:
         real = only_padded(batch["real"])
         real = None if real is None else real.to(device)
         out = model(batch["x"].to(device), batch["noise"].to(device), real, details=True)
-        losses = {"val_spec": out["loss_spec"], "val_time": out["loss_time"], **trivial_losses(model, out, real)}
+        losses = {
+            "val_spec": out["loss_spec"],
+            "val_time": out["loss_time"],
+            **trivial_losses(model, out, real),
+        }
         for name, value in losses.items():
             sums[name] = sums.get(name, 0.0) + float(value) * len(batch["x"])
         count += len(batch["x"])
@@ -225,15 +303,21 @@ def main(args):
 
     # data
     prepare = Preprocess(args.model_fs, args.low_hz, args.high_hz, args.channel)
-    load = lambda quiet=False: build_store(args.data, prepare, args.cache, args.input_fs, "train", args.min_seconds, args.skip_bad, quiet)
-    on_main(accelerator, load)  # one process reads the files and tells what it skipped, the others map what it wrote
+    load = lambda quiet=False: build_store(
+        args.data, prepare, args.cache, args.input_fs, "train", args.min_seconds, args.skip_bad, quiet
+    )
+    on_main(
+        accelerator, load
+    )  # one process reads the files and tells what it skipped, the others map what it wrote
     store = load(quiet=True)
     usable, parts = np.arange(len(store.records)), None
     if args.split or args.probe != "none":
         parts = split_parts(store, None if args.split in (None, "ds1") else args.split)
         usable = np.flatnonzero(parts != "test") if args.split else usable
         if not len(usable):
-            raise UserError(f"--split {args.split}: every record belongs to the test part; none is left to train on")
+            raise UserError(
+                f"--split {args.split}: every record belongs to the test part; none is left to train on"
+            )
     subjects = np.unique(store.records["subject"][usable])
     held = int(np.ceil(len(subjects) * args.val_share)) if len(subjects) >= 5 and args.val_share else 0
     val_subjects = np.random.default_rng(args.seed).permutation(subjects)[:held]
@@ -242,19 +326,36 @@ def main(args):
         model = CWT_MAE_RoPE(**{name: getattr(args, name) for name in MODEL_ARGS}, preprocess=vars(prepare))
     except ValueError as error:
         raise UserError(str(error)) from error
-    train_set = PhysioSignalDataset(store, args.signal_len, "train", args.seed, model.num_patches, args.windows, usable[~is_val])
-    val_set = PhysioSignalDataset(store, args.signal_len, "test", args.seed, model.num_patches, 0, usable[is_val] if held else usable)
+    train_set = PhysioSignalDataset(
+        store, args.signal_len, "train", args.seed, model.num_patches, args.windows, usable[~is_val]
+    )
+    val_set = PhysioSignalDataset(
+        store, args.signal_len, "test", args.seed, model.num_patches, 0, usable[is_val] if held else usable
+    )
     spread = np.linspace(0, len(val_set) - 1, min(args.eval_windows, len(val_set))).astype(int)
-    val_loader = DataLoader(torch.utils.data.Subset(val_set, spread), min(64, args.batch_size), generator=torch.Generator())
+    val_loader = DataLoader(
+        torch.utils.data.Subset(val_set, spread), min(64, args.batch_size), generator=torch.Generator()
+    )
     probe = make_probe(args, store, parts) if args.probe != "none" else None
     global_batch = args.batch_size * accelerator.num_processes * args.accum
     if len(train_set) < global_batch:
-        raise UserError(f"--batch-size: a step needs {global_batch} windows, an epoch has {len(train_set)}; lower it or set --windows")
-    loader = DataLoader(train_set, args.batch_size, shuffle=True, generator=torch.Generator(), drop_last=True, num_workers=args.workers,
-                        worker_init_fn=loader_worker)
+        raise UserError(
+            f"--batch-size: a step needs {global_batch} windows, an epoch has {len(train_set)}; lower it or set --windows"
+        )
+    loader = DataLoader(
+        train_set,
+        args.batch_size,
+        shuffle=True,
+        generator=torch.Generator(),
+        drop_last=True,
+        num_workers=args.workers,
+        worker_init_fn=loader_worker,
+    )
 
     # model, optimizer, schedule
-    optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.lr, betas=tuple(args.betas))
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, args.weight_decay), lr=args.lr, betas=tuple(args.betas)
+    )
     out = open_run(args.out, args, accelerator, args.resume, args.overwrite)
     stop = StopSignal(accelerator)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
@@ -286,7 +387,7 @@ def main(args):
         accelerator.wait_for_everyone()
 
     def save():
-        if accelerator.is_main_process:                   # first: killed between the two, the resumed run writes it again
+        if accelerator.is_main_process:  # first: killed between the two, the resumed run writes it again
             save_model(out / "model.safetensors", plain)
         return save_step(accelerator, out, state)
 
@@ -314,7 +415,9 @@ def main(args):
             state["step"] += 1
             done = state["step"] == total
             if state["step"] % args.log_every == 0 or done:
-                spec, signal = accelerator.gather(torch.stack([losses["loss_spec"], losses["loss_time"]]).detach()[None]).mean(0)
+                spec, signal = accelerator.gather(
+                    torch.stack([losses["loss_spec"], losses["loss_time"]]).detach()[None]
+                ).mean(0)
                 log.log(
                     state["step"],
                     loss=spec + args.time_loss_weight * signal,

@@ -3,6 +3,7 @@
 Upstream files: dataset.py (`pretrain_window`) and dataset_cls.py (`finetune_window`). Our own pipeline is `Preprocess` in
 dataset.py; it pads after normalising and knows the sampling rate.
 """
+
 import numpy as np
 from scipy.signal import butter, filtfilt
 
@@ -10,7 +11,7 @@ from scipy.signal import butter, filtfilt
 def fit_length(x: np.ndarray, length: int) -> np.ndarray:
     """The middle `length` samples of x (L,), or x with zeros behind it."""
     start = max(0, (len(x) - length) // 2)
-    x = x[start:start + length]
+    x = x[start : start + length]
     return np.pad(x, (0, length - len(x)))
 
 

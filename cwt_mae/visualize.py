@@ -13,18 +13,26 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # repository root: every way of starting this file finds it
 from common.checkpoint import atomic_write
 from common.errors import UserError, run
 from common.figures import new_figure, save_figure
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--model", required=True, help="model.safetensors of a pre-training run, or an upstream checkpoint")
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "--model", required=True, help="model.safetensors of a pre-training run, or an upstream checkpoint"
+    )
     parser.add_argument("--data", nargs="+", required=True, help="signal files or folders")
     parser.add_argument("--out", required=True, help="picture to write (.png)")
-    parser.add_argument("--window", type=int, default=0, help="which window of the data, counted side by side")
+    parser.add_argument(
+        "--window", type=int, default=0, help="which window of the data, counted side by side"
+    )
     parser.add_argument("--input-fs", type=float, help="sampling rate of files that do not say it, Hz")
     parser.add_argument("--cache", help="folder for the prepared signals (None: data/cwt_mae/cache)")
     parser.add_argument("--seed", type=int, default=0, help="of the mask")
@@ -40,7 +48,9 @@ def draw_reconstruction(model, batch, path, title: str = "") -> np.ndarray:
     """
     training, device = model.training, next(model.parameters()).device
     model.eval()
-    out = model(batch["x"][:1].to(device), batch["noise"][:1].to(device), batch["real"][:1].to(device), details=True)
+    out = model(
+        batch["x"][:1].to(device), batch["noise"][:1].to(device), batch["real"][:1].to(device), details=True
+    )
     model.train(training)
     (height, width), rows, columns = model.grid_size, model.patch_size_freq, model.patch_size_time
     hidden = out["mask"][0].reshape(height, width).cpu().numpy()
@@ -55,7 +65,14 @@ def draw_reconstruction(model, batch, path, title: str = "") -> np.ndarray:
     axes[0].plot(time, signal, lw=1.2, label="signal")
     axes[0].plot(time, guess, lw=1.2, label="reconstruction")
     axes[0].fill_between(
-        time, *axes[0].get_ylim(), where=share > 0.99, color="0.5", alpha=0.2, lw=0, step="mid", label="hidden at all scales"
+        time,
+        *axes[0].get_ylim(),
+        where=share > 0.99,
+        color="0.5",
+        alpha=0.2,
+        lw=0,
+        step="mid",
+        label="hidden at all scales",
     )
     axes[0].legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, fontsize=8)
     axes[0].set_title(title, loc="right", fontsize=9)
@@ -67,7 +84,13 @@ def draw_reconstruction(model, batch, path, title: str = "") -> np.ndarray:
     ):
         axis.set_facecolor("0.75")
         axis.imshow(
-            picture, aspect="auto", origin="lower", vmin=low, vmax=high, extent=(0, time[-1], 0, len(image)), interpolation="nearest"
+            picture,
+            aspect="auto",
+            origin="lower",
+            vmin=low,
+            vmax=high,
+            extent=(0, time[-1], 0, len(image)),
+            interpolation="nearest",
         )
         axis.set_ylabel(f"{label}\nscale row")
         axis.grid(False)
@@ -83,7 +106,9 @@ def main(args):
 
     model = load_model(args.model)
     if not isinstance(model, CWT_MAE_RoPE):
-        raise UserError(f"{args.model}: is a classifier, which reconstructs nothing; give the pre-trained model")
+        raise UserError(
+            f"{args.model}: is a classifier, which reconstructs nothing; give the pre-trained model"
+        )
     prepare = Preprocess(**(model.config["preprocess"] or {}))
     store = build_store(args.data, prepare, args.cache, args.input_fs)
     dataset = PhysioSignalDataset(store, model.signal_len, "test", args.seed, model.num_patches)
@@ -93,7 +118,10 @@ def main(args):
     batch = {name: value[None] if torch.is_tensor(value) else value for name, value in item.items()}
     table = draw_reconstruction(model, batch, args.out, item["name"])
     lines = [f"{i},{a:.5f},{b:.5f},{c:.3f}" for i, (a, b, c) in enumerate(table)]
-    atomic_write(Path(args.out).with_suffix(".csv"), "\n".join(["sample,signal,reconstruction,hidden_share", *lines]) + "\n")
+    atomic_write(
+        Path(args.out).with_suffix(".csv"),
+        "\n".join(["sample,signal,reconstruction,hidden_share", *lines]) + "\n",
+    )
     print(
         f"{args.out}: {item['name']}, mean squared error of the signal "
         f"{np.mean((table[:, 0] - table[:, 1]) ** 2):.3f} (predicting its mean: 1)"

@@ -12,6 +12,7 @@ A phantom has a body with a fat rim, lungs with texture and vessels, heart, medi
 liver dome, its own size, turn, shift and noise, and any of thirteen conditions. It is no simulation of disease: it has the
 contrasts and the places that the words of a report name. Deterministic for a seed.
 """
+
 import argparse
 import csv
 import gzip
@@ -20,7 +21,9 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # repository root: every way of starting this file finds it
 
 import nibabel
 import numpy as np
@@ -32,12 +35,29 @@ from common.run import progress
 from dia_pangu.src.Dataset.prompt import COLUMNS, FINDINGS, LATERAL, PLACES, SIDES
 
 SIZE, SPACING_MM = (64, 64, 16), (6.0, 6.0, 20.0)  # H front to back, W right to left, D feet to head
-PREVALENCE = {"enlarged cardiomediastinum": 0.12, "cardiomegaly": 0.16, "lung opacity": 0.26, "lung lesion": 0.20,
-              "edema": 0.09, "consolidation": 0.17, "pneumonia": 0.13, "atelectasis": 0.13, "pneumothorax": 0.09,
-              "pleural effusion": 0.20, "pleural other": 0.13, "fracture": 0.06, "support devices": 0.13}
+PREVALENCE = {
+    "enlarged cardiomediastinum": 0.12,
+    "cardiomegaly": 0.16,
+    "lung opacity": 0.26,
+    "lung lesion": 0.20,
+    "edema": 0.09,
+    "consolidation": 0.17,
+    "pneumonia": 0.13,
+    "atelectasis": 0.13,
+    "pneumothorax": 0.09,
+    "pleural effusion": 0.20,
+    "pleural other": 0.13,
+    "fracture": 0.06,
+    "support devices": 0.13,
+}
 NORMAL_SHARE = 0.06  # volumes made without any condition, beside those that get none by chance
 SIZES = ("small", "moderate", "large")
-PLACED = {"lung opacity", "lung lesion", "consolidation", "pneumonia"}  # findings that lie in one zone of one lung
+PLACED = {
+    "lung opacity",
+    "lung lesion",
+    "consolidation",
+    "pneumonia",
+}  # findings that lie in one zone of one lung
 GRADED = PLACED | {"enlarged cardiomediastinum", "cardiomegaly", "edema", "pneumothorax", "pleural effusion"}
 MM = [((np.arange(n) + 0.5) * s - n * s / 2) for n, s in zip(SIZE, SPACING_MM)]
 Y, X, Z = np.meshgrid(*MM, indexing="ij")
@@ -51,9 +71,11 @@ def draw_findings(rng) -> dict:
         return found
     for name, share in PREVALENCE.items():
         if rng.random() < share:
-            found[name] = {"side": str(rng.choice(SIDES)) if name in LATERAL else "",
-                           "place": str(rng.choice(PLACES)) if name in PLACED else "",
-                           "size": str(rng.choice(SIZES)) if name in GRADED else ""}
+            found[name] = {
+                "side": str(rng.choice(SIDES)) if name in LATERAL else "",
+                "place": str(rng.choice(PLACES)) if name in PLACED else "",
+                "size": str(rng.choice(SIZES)) if name in GRADED else "",
+            }
     return found
 
 
@@ -84,7 +106,9 @@ class Chest:
         x, y, z, rng = self.x, self.y, self.z, self.rng
         self.rim = (x / 165) ** 2 + (y / 118) ** 2
         self.taper = np.sqrt(np.clip(1 - ((z + 25) / 160) ** 2, 0.05, 1))
-        self.dome = -95 - 35 * ((np.abs(x) - 75) / 60) ** 2 + np.where(x < 0, 18, 0)  # the liver lifts the right side
+        self.dome = (
+            -95 - 35 * ((np.abs(x) - 75) / 60) ** 2 + np.where(x < 0, 18, 0)
+        )  # the liver lifts the right side
         self.edge = ((np.abs(x) - 74) / (58 * self.taper)) ** 2 + (y / (90 * self.taper)) ** 2
         self.cavity = (self.edge <= 1) & (z > self.dome) & (z < 132)
         self.texture = gaussian_filter(rng.normal(size=SIZE), (1.5, 1.5, 0.6))
@@ -92,7 +116,12 @@ class Chest:
         for _ in range(14):  # vessels: short brighter rods that leave the hilum
             s = rng.choice((-1, 1))
             out = rng.uniform(25, 80)
-            rod = self.ball(s * (30 + out), rng.uniform(-55, 55), rng.uniform(-90, 90), rng.uniform(7, 22), 5, 12) < 1
+            rod = (
+                self.ball(
+                    s * (30 + out), rng.uniform(-55, 55), rng.uniform(-90, 90), rng.uniform(7, 22), 5, 12
+                )
+                < 1
+            )
             lung = np.where(rod, rng.uniform(-620, -380), lung)
         self.hu = np.where(self.rim <= 1, np.where(self.rim > 0.86, -95.0, 45.0), -1000.0)
         self.hu = np.where(self.cavity, lung, self.hu)
@@ -114,12 +143,20 @@ class Chest:
         if big > 1:
             self.mark("cardiomegaly", self.heart & ~(self.ball(20, -32, -45, 52, 44, 52) <= 0.7))
         hu = np.where(self.heart & (z > -115), 50.0, hu)
-        hu = np.where((x - 18) ** 2 + (y - 42) ** 2 <= 14 ** 2, 65.0, hu)  # aorta
-        hu = np.where((x ** 2 + (y - 12) ** 2 <= 9 ** 2) & (z > 15), -1000.0, hu)  # trachea
-        hu = np.where(x ** 2 + (y - 88) ** 2 <= 21 ** 2, 260.0, hu)  # spine
-        ribs = (self.rim > 0.70) & (self.rim < 0.84) & (np.mod(z + 0.25 * np.abs(x), 40) < 21) & (np.abs(x) > 35) & (z > -110)
+        hu = np.where((x - 18) ** 2 + (y - 42) ** 2 <= 14**2, 65.0, hu)  # aorta
+        hu = np.where((x**2 + (y - 12) ** 2 <= 9**2) & (z > 15), -1000.0, hu)  # trachea
+        hu = np.where(x**2 + (y - 88) ** 2 <= 21**2, 260.0, hu)  # spine
+        ribs = (
+            (self.rim > 0.70)
+            & (self.rim < 0.84)
+            & (np.mod(z + 0.25 * np.abs(x), 40) < 21)
+            & (np.abs(x) > 35)
+            & (z > -110)
+        )
         self.hu = np.where(ribs, 420.0, hu)
-        self.soft = self.cavity & ~self.heart & (self.hu < -100)  # air-holding lung, where conditions are painted
+        self.soft = (
+            self.cavity & ~self.heart & (self.hu < -100)
+        )  # air-holding lung, where conditions are painted
 
     def lung_findings(self):
         x, y, z, rng, soft, hu = self.x, self.y, self.z, self.rng, self.soft, self.hu
@@ -127,8 +164,11 @@ class Chest:
             if name not in self.findings:
                 continue
             r = (36, 46, 56)[self.grade[name]] + rng.uniform(-3, 3)
-            centre = (self.sign[name] * rng.uniform(62, 92), rng.uniform(-45, 45),
-                      ZONE_MM[self.findings[name]["place"]] + rng.uniform(-12, 12))
+            centre = (
+                self.sign[name] * rng.uniform(62, 92),
+                rng.uniform(-45, 45),
+                ZONE_MM[self.findings[name]["place"]] + rng.uniform(-12, 12),
+            )
             if name == "lung opacity":  # ground glass: the lung stays visible
                 where = soft & (self.ball(*centre, r, r, r * 0.9) + 0.25 * self.texture < 1)
                 hu = np.where(where, hu + 380, hu)
@@ -173,7 +213,14 @@ class Chest:
             self.mark("pneumothorax", where)
         if "pleural other" in self.findings:  # thick, partly calcified pleura along the outer wall
             s, low = self.sign["pleural other"], self.rng.uniform(-75, 0)
-            where = self.cavity & (self.edge > 0.74) & (self.side == s) & (np.abs(x) > 92) & (z > low) & (z < low + 80)
+            where = (
+                self.cavity
+                & (self.edge > 0.74)
+                & (self.side == s)
+                & (np.abs(x) > 92)
+                & (z > low)
+                & (z < low + 80)
+            )
             hu = np.where(where, np.where(self.texture > 0, 90.0, 330.0), hu)
             self.mark("pleural other", where)
         self.hu = hu
@@ -186,8 +233,10 @@ class Chest:
             where = self.ball(cx, cy, height, 20, 20, 22) < 1
             hu = np.where(where, np.where(self.ball(cx, cy, height, 8, 8, 22) < 1, -40.0, 950.0), hu)
             self.mark("fracture", where)
-        if "support devices" in self.findings:  # a catheter in the upper vein, sometimes a pacemaker box under the skin
-            tube = ((x + 24) ** 2 + (y + 18) ** 2 <= 7 ** 2) & (z > -20)
+        if (
+            "support devices" in self.findings
+        ):  # a catheter in the upper vein, sometimes a pacemaker box under the skin
+            tube = ((x + 24) ** 2 + (y + 18) ** 2 <= 7**2) & (z > -20)
             if rng.random() < 0.4:
                 tube |= (np.abs(x - 85) < 16) & (np.abs(y + 98) < 9) & (np.abs(z - 80) < 22)
             hu = np.where(tube, 2400.0, hu)
@@ -210,80 +259,118 @@ def phantom(rng, findings: dict) -> tuple[np.ndarray, np.ndarray]:
 # Two ways to say each condition in each language; {side}, {place}, {size} are filled in.
 SAY = {
     "enlarged cardiomediastinum": {
-        "en": ("{Size} widening of the mediastinum is seen.",
-               "The mediastinal outline shows {size} enlargement."),
-        "cn": ("纵隔{size}增宽。", "纵隔影{size}增大。")},
+        "en": (
+            "{Size} widening of the mediastinum is seen.",
+            "The mediastinal outline shows {size} enlargement.",
+        ),
+        "cn": ("纵隔{size}增宽。", "纵隔影{size}增大。"),
+    },
     "cardiomegaly": {
-        "en": ("The heart is enlarged to a {size} degree.",
-               "There is {size} cardiomegaly."),
-        "cn": ("心脏{size}增大。", "心影{size}扩大。")},
+        "en": ("The heart is enlarged to a {size} degree.", "There is {size} cardiomegaly."),
+        "cn": ("心脏{size}增大。", "心影{size}扩大。"),
+    },
     "lung opacity": {
-        "en": ("A {size} ground-glass opacity lies in the {side} {place} lung.",
-               "The {side} {place} lung shows {size} hazy density."),
-        "cn": ("{side}肺{place}野见{size}磨玻璃影。", "{side}肺{place}部可见{size}模糊阴影。")},
+        "en": (
+            "A {size} ground-glass opacity lies in the {side} {place} lung.",
+            "The {side} {place} lung shows {size} hazy density.",
+        ),
+        "cn": ("{side}肺{place}野见{size}磨玻璃影。", "{side}肺{place}部可见{size}模糊阴影。"),
+    },
     "lung lesion": {
-        "en": ("A {size} nodule is found in the {side} {place} lung.",
-               "The {side} {place} lung holds a {size} round lesion."),
-        "cn": ("{side}肺{place}野见{size}结节。", "{side}肺{place}部可见{size}类圆形病灶。")},
+        "en": (
+            "A {size} nodule is found in the {side} {place} lung.",
+            "The {side} {place} lung holds a {size} round lesion.",
+        ),
+        "cn": ("{side}肺{place}野见{size}结节。", "{side}肺{place}部可见{size}类圆形病灶。"),
+    },
     "edema": {
-        "en": ("There is {size} pulmonary edema around both hila.",
-               "Both lungs show {size} edema near the hila."),
-        "cn": ("双肺门周围{size}肺水肿。", "双肺{size}水肿改变。")},
+        "en": (
+            "There is {size} pulmonary edema around both hila.",
+            "Both lungs show {size} edema near the hila.",
+        ),
+        "cn": ("双肺门周围{size}肺水肿。", "双肺{size}水肿改变。"),
+    },
     "consolidation": {
-        "en": ("A {size} consolidation is present in the {side} {place} lung.",
-               "The {side} {place} lung is consolidated, {size} in extent."),
-        "cn": ("{side}肺{place}野{size}实变。", "{side}肺{place}部见{size}实变影。")},
+        "en": (
+            "A {size} consolidation is present in the {side} {place} lung.",
+            "The {side} {place} lung is consolidated, {size} in extent.",
+        ),
+        "cn": ("{side}肺{place}野{size}实变。", "{side}肺{place}部见{size}实变影。"),
+    },
     "pneumonia": {
-        "en": ("Patchy shadows of {size} extent in the {side} {place} lung suggest pneumonia.",
-               "{Size} pneumonia is seen in the {side} {place} lung."),
-        "cn": ("{side}肺{place}野{size}斑片影，考虑肺炎。", "{side}肺{place}部{size}肺炎。")},
+        "en": (
+            "Patchy shadows of {size} extent in the {side} {place} lung suggest pneumonia.",
+            "{Size} pneumonia is seen in the {side} {place} lung.",
+        ),
+        "cn": ("{side}肺{place}野{size}斑片影，考虑肺炎。", "{side}肺{place}部{size}肺炎。"),
+    },
     "atelectasis": {
-        "en": ("Plate atelectasis is seen at the {side} base.",
-               "The {side} lung base shows a band of atelectasis."),
-        "cn": ("{side}肺底盘状肺不张。", "{side}肺基底部见条状不张。")},
+        "en": (
+            "Plate atelectasis is seen at the {side} base.",
+            "The {side} lung base shows a band of atelectasis.",
+        ),
+        "cn": ("{side}肺底盘状肺不张。", "{side}肺基底部见条状不张。"),
+    },
     "pneumothorax": {
-        "en": ("A {size} {side} pneumothorax is present.",
-               "There is a {size} pneumothorax on the {side}."),
-        "cn": ("{side}侧{size}气胸。", "{side}侧胸腔见{size}气胸。")},
+        "en": ("A {size} {side} pneumothorax is present.", "There is a {size} pneumothorax on the {side}."),
+        "cn": ("{side}侧{size}气胸。", "{side}侧胸腔见{size}气胸。"),
+    },
     "pleural effusion": {
-        "en": ("A {size} {side} pleural effusion is present.",
-               "There is {size} fluid in the {side} pleural space."),
-        "cn": ("{side}侧胸腔{size}积液。", "{side}侧胸膜腔见{size}液体。")},
+        "en": (
+            "A {size} {side} pleural effusion is present.",
+            "There is {size} fluid in the {side} pleural space.",
+        ),
+        "cn": ("{side}侧胸腔{size}积液。", "{side}侧胸膜腔见{size}液体。"),
+    },
     "pleural other": {
-        "en": ("The {side} pleura is thickened with calcified plaques.",
-               "Pleural thickening is noted on the {side}."),
-        "cn": ("{side}侧胸膜增厚伴钙化。", "{side}侧胸膜肥厚。")},
+        "en": (
+            "The {side} pleura is thickened with calcified plaques.",
+            "Pleural thickening is noted on the {side}.",
+        ),
+        "cn": ("{side}侧胸膜增厚伴钙化。", "{side}侧胸膜肥厚。"),
+    },
     "fracture": {
-        "en": ("A {side} rib fracture is seen.",
-               "There is a broken rib on the {side} with callus."),
-        "cn": ("{side}侧肋骨骨折。", "{side}侧肋骨骨折伴骨痂。")},
+        "en": ("A {side} rib fracture is seen.", "There is a broken rib on the {side} with callus."),
+        "cn": ("{side}侧肋骨骨折。", "{side}侧肋骨骨折伴骨痂。"),
+    },
     "support devices": {
-        "en": ("A central venous catheter is in place.",
-               "A catheter tip lies in the upper vein."),
-        "cn": ("见中心静脉导管。", "上腔静脉内见导管影。")},
+        "en": ("A central venous catheter is in place.", "A catheter tip lies in the upper vein."),
+        "cn": ("见中心静脉导管。", "上腔静脉内见导管影。"),
+    },
 }
 NORMAL = {
     "lung": {
-        "en": ("Both lungs are clear.",
-               "No focal lesion is seen in the lungs."),
-        "cn": ("双肺野清晰。", "双肺未见实变或结节。")},
+        "en": ("Both lungs are clear.", "No focal lesion is seen in the lungs."),
+        "cn": ("双肺野清晰。", "双肺未见实变或结节。"),
+    },
     "pleura": {
-        "en": ("There is no pleural effusion or pneumothorax.",
-               "The pleural spaces are free."),
-        "cn": ("未见胸腔积液及气胸。", "胸膜腔未见异常。")},
+        "en": ("There is no pleural effusion or pneumothorax.", "The pleural spaces are free."),
+        "cn": ("未见胸腔积液及气胸。", "胸膜腔未见异常。"),
+    },
     "heart": {
-        "en": ("The heart is of normal size.",
-               "Heart size is normal and the mediastinum is not widened."),
-        "cn": ("心脏大小正常。", "心影及纵隔不大。")},
-    "bone": {
-        "en": ("No fracture is seen.",
-               "The ribs are intact."),
-        "cn": ("未见骨折。", "肋骨完整。")}}
-REGIONS = {"lung": ("lung opacity", "lung lesion", "edema", "consolidation", "pneumonia", "atelectasis"),
-           "pleura": ("pneumothorax", "pleural effusion", "pleural other"),
-           "heart": ("enlarged cardiomediastinum", "cardiomegaly"), "bone": ("fracture",), "device": ("support devices",)}
-WORDS_CN = {"right": "右", "left": "左", "upper": "上", "middle": "中", "lower": "下", "small": "少量", "moderate": "中等",
-            "large": "大量", "": ""}
+        "en": ("The heart is of normal size.", "Heart size is normal and the mediastinum is not widened."),
+        "cn": ("心脏大小正常。", "心影及纵隔不大。"),
+    },
+    "bone": {"en": ("No fracture is seen.", "The ribs are intact."), "cn": ("未见骨折。", "肋骨完整。")},
+}
+REGIONS = {
+    "lung": ("lung opacity", "lung lesion", "edema", "consolidation", "pneumonia", "atelectasis"),
+    "pleura": ("pneumothorax", "pleural effusion", "pleural other"),
+    "heart": ("enlarged cardiomediastinum", "cardiomegaly"),
+    "bone": ("fracture",),
+    "device": ("support devices",),
+}
+WORDS_CN = {
+    "right": "右",
+    "left": "左",
+    "upper": "上",
+    "middle": "中",
+    "lower": "下",
+    "small": "少量",
+    "moderate": "中等",
+    "large": "大量",
+    "": "",
+}
 
 
 def report(rng, findings: dict, language: str) -> str:
@@ -320,7 +407,9 @@ def save_nifti(path, array):
     affine = np.diag([-SPACING_MM[1], -SPACING_MM[0], SPACING_MM[2], 1.0])
     affine[:3, 3] = [MM[1].max(), MM[0].max(), -MM[2].max()]
     image = nibabel.Nifti1Image(np.ascontiguousarray(array.transpose(1, 0, 2)), affine)
-    path.write_bytes(gzip.compress(image.to_bytes(), 1))  # noise does not compress; level 9 takes four times as long
+    path.write_bytes(
+        gzip.compress(image.to_bytes(), 1)
+    )  # noise does not compress; level 9 takes four times as long
 
 
 def main(args):
@@ -345,7 +434,9 @@ def main(args):
             save_nifti(out / "masks" / f"{name}.nii.gz", bits)
             for language in annotation:
                 text = report(rng, findings, language)
-                annotation[language][split].append({"id": name, "split": split, "impression": "", "finding": text})
+                annotation[language][split].append(
+                    {"id": name, "split": split, "impression": "", "finding": text}
+                )
             labels.append([name, *label_row(findings)])
             attributes[name] = findings
     table = io.StringIO()
@@ -355,8 +446,10 @@ def main(args):
     for language, file in (("cn", "annotation.json"), ("en", "annotation_en.json")):
         atomic_write(out / file, json.dumps(annotation[language], ensure_ascii=False, indent=1))
     words = [len(item["finding"].split()) for item in annotation["en"]["train"]]
-    print(f"{out}: {number} volumes {SIZE} at {SPACING_MM} mm, {np.mean(words):.0f} English words a report, "
-          f"{np.mean([row[-1] for row in labels]):.0%} without finding")
+    print(
+        f"{out}: {number} volumes {SIZE} at {SPACING_MM} mm, {np.mean(words):.0f} English words a report, "
+        f"{np.mean([row[-1] for row in labels]):.0%} without finding"
+    )
 
 
 def parse_args():
@@ -365,7 +458,9 @@ def parse_args():
     parser.add_argument("--train", type=int, default=2000, help="training volumes (default %(default)s)")
     parser.add_argument("--val", type=int, default=200, help="validation volumes (default %(default)s)")
     parser.add_argument("--test", type=int, default=300, help="test volumes (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="every volume is a function of this, its split and its place")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="every volume is a function of this, its split and its place"
+    )
     return parser.parse_args()
 
 

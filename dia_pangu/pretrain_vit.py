@@ -10,12 +10,15 @@ start at the logarithm of where each finding is seen in the training masks, the 
 logistic vote joins prototypes and patches to one diagnosis, and places.json says on which side and where each volume of
 train and val shows each finding, for prompts that name it.
 """
+
 import argparse
 import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # repository root: every way of starting this file finds it
 
 import torch
 from accelerate import Accelerator
@@ -54,8 +57,14 @@ class PatchModel(nn.Module):
         out = {"loss": losses * share, "patch_loss": losses * share, "probability": found.detach()}
         if self.contrast:
             sim = self.embedding_layer.similarity(tokens)
-            own = torch.where(cls_labels.bool()[..., None], sim, sim.flip(-1)) / self.embedding_layer.temperature()
-            out["ctr_loss"] = F.cross_entropy(own.flatten(0, 1), own.new_zeros(own.shape[:2], dtype=torch.long).flatten()) * share
+            own = (
+                torch.where(cls_labels.bool()[..., None], sim, sim.flip(-1))
+                / self.embedding_layer.temperature()
+            )
+            out["ctr_loss"] = (
+                F.cross_entropy(own.flatten(0, 1), own.new_zeros(own.shape[:2], dtype=torch.long).flatten())
+                * share
+            )
             out["loss"] = out["loss"] + self.contrast * out["ctr_loss"]
         return out
 
@@ -67,7 +76,9 @@ def start_memories(layer: MyEmbedding, data: CTRGDataset, volumes):
     and without each finding. Before any training this tells findings apart; from random memories it takes many epochs."""
     layer.eval()
     samples = [collate([data[i]]) for i in volumes]
-    features = torch.cat([layer.finding_features(layer.encode(batch["vision_x"])) for batch in samples])  # (N, 14, dim)
+    features = torch.cat(
+        [layer.finding_features(layer.encode(batch["vision_x"])) for batch in samples]
+    )  # (N, 14, dim)
     present = torch.cat([batch["cls_labels"] for batch in samples]).float()
     centred = (features - features.mean(0)).flatten(0, 1)
     spread, axes = torch.linalg.eigh(centred.T @ centred / len(centred))
@@ -128,9 +139,13 @@ def main(args):
     train_set = CTRGDataset(args.data, "train", grid, limit=args.limit, **options)
     val_set = CTRGDataset(args.data, "val", grid, limit=args.limit, **options)
     if not (train_set.data / "masks").is_dir():
-        raise UserError(f"{args.data}: no masks/ folder; patch labels need <id>.nii.gz bit masks there (see make_data.py)")
+        raise UserError(
+            f"{args.data}: no masks/ folder; patch labels need <id>.nii.gz bit masks there (see make_data.py)"
+        )
 
-    share = torch.zeros(layer.n_tok, NUM_FINDINGS)  # how often each patch carries each finding, over at most 400 volumes
+    share = torch.zeros(
+        layer.n_tok, NUM_FINDINGS
+    )  # how often each patch carries each finding, over at most 400 volumes
     counted = range(0, len(train_set), max(1, len(train_set) // 400))
     for i in counted:
         sample = train_set[i]
@@ -147,22 +162,40 @@ def main(args):
     fast = {"prototype", "pos_sample_memory", "neg_sample_memory", "temp"}
     named = dict(layer.named_parameters())
     learns = (*fast, "proj.weight", "proj.bias") if args.contrast else ()
-    trained = [name for name in named if name.startswith(("vision_encoder.", "evidence_head.")) or name in learns]
+    trained = [
+        name for name in named if name.startswith(("vision_encoder.", "evidence_head.")) or name in learns
+    ]
     for name, parameter in named.items():
         parameter.requires_grad_(name in trained)
-    groups = [{"params": [named[name] for name in trained if name not in fast]},
-              {"params": [named[name] for name in trained if name in fast], "lr_scale": args.prototype_lr_scale}]
+    groups = [
+        {"params": [named[name] for name in trained if name not in fast]},
+        {"params": [named[name] for name in trained if name in fast], "lr_scale": args.prototype_lr_scale},
+    ]
     accelerator.print(describe(model), "| patches", layer.n_tok, "| volumes", len(train_set))
     out = open_run(args.output_dir, args, accelerator, args.resume, args.overwrite)
-    trainer = Trainer(model, args, accelerator, train_set, collate, ("vision_x", "patch_labels", "cls_labels"),
-                      [group for group in groups if group["params"]], val_set, evaluate)
+    trainer = Trainer(
+        model,
+        args,
+        accelerator,
+        train_set,
+        collate,
+        ("vision_x", "patch_labels", "cls_labels"),
+        [group for group in groups if group["params"]],
+        val_set,
+        evaluate,
+    )
     trainer.train()
     if accelerator.is_main_process:
         layer = accelerator.unwrap_model(trainer.model).embedding_layer.eval()
         if args.contrast:
-            atomic_write(out / "places.json", json.dumps(look_again(layer, train_set, val_set, accelerator.device)))
-        keep = {f"embedding_layer.{key}": value.cpu().contiguous() for key, value in layer.state_dict().items()
-                if key.startswith(("vision_encoder.", "evidence_", "prototype", "proj.", "pos_", "neg_", "temp"))}
+            atomic_write(
+                out / "places.json", json.dumps(look_again(layer, train_set, val_set, accelerator.device))
+            )
+        keep = {
+            f"embedding_layer.{key}": value.cpu().contiguous()
+            for key, value in layer.state_dict().items()
+            if key.startswith(("vision_encoder.", "evidence_", "prototype", "proj.", "pos_", "neg_", "temp"))
+        }
         with atomic_path(out / "vision.safetensors") as temporary:
             save_file(keep, temporary)
     accelerator.end_training()
@@ -171,18 +204,37 @@ def main(args):
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", required=True, help="folder in the CTRG format with masks/")
-    parser.add_argument("--size", choices=SIZES, default="tiny", help="sizes of the vision part (default %(default)s)")
+    parser.add_argument(
+        "--size", choices=SIZES, default="tiny", help="sizes of the vision part (default %(default)s)"
+    )
     parser.add_argument("--config", help="JSON file with the keys of dia_config.json, instead of --size")
-    parser.add_argument("--preprocess", choices=("windows", "upstream"), help="default: the configuration's, windows")
+    parser.add_argument(
+        "--preprocess", choices=("windows", "upstream"), help="default: the configuration's, windows"
+    )
     parser.add_argument("--cache", help="folder for prepared volumes; makes the second epoch fast")
     parser.add_argument("--limit", type=int, default=0, help="use only the first volumes; 0: all")
     parser.add_argument("--start", help="run directory of this script to start from")
-    parser.add_argument("--contrast", type=float, default=0.0, help="weight of the contrastive loss; 0: patch labels alone (default)")
-    parser.add_argument("--prototype-lr-scale", type=float, default=5.0, help="rate of prototypes, memories and temperature, "
-                        "as a multiple (default %(default)s)")
+    parser.add_argument(
+        "--contrast",
+        type=float,
+        default=0.0,
+        help="weight of the contrastive loss; 0: patch labels alone (default)",
+    )
+    parser.add_argument(
+        "--prototype-lr-scale",
+        type=float,
+        default=5.0,
+        help="rate of prototypes, memories and temperature, as a multiple (default %(default)s)",
+    )
     parser.set_defaults(language=None)  # no text is read here
-    add_optimization(parser, learning_rate=2e-3, max_steps=800, per_device_train_batch_size=8, gradient_accumulation_steps=1,
-                     adam_beta2=0.98)
+    add_optimization(
+        parser,
+        learning_rate=2e-3,
+        max_steps=800,
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=1,
+        adam_beta2=0.98,
+    )
     return parser.parse_args(with_dashes(sys.argv[1:]))
 
 

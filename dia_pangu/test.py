@@ -1,4 +1,5 @@
 """Door to src/test.py."""
+
 import runpy
 from pathlib import Path
 

@@ -1,4 +1,5 @@
 """Door to src/train.py."""
+
 import runpy
 from pathlib import Path
 

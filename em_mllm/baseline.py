@@ -11,7 +11,9 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # repository root: every way of starting this file finds it
 
 import numpy as np
 import torch
@@ -28,10 +30,15 @@ from em_mllm.optim import lr_at, make_optimizers, set_lr
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--train", type=Path, required=True, help="folder of x.h5 with labels")
     parser.add_argument(
-        "--test", type=Path, required=True, help="folder of x.h5 (and x.json for the four-choice score) with the same names"
+        "--test",
+        type=Path,
+        required=True,
+        help="folder of x.h5 (and x.json for the four-choice score) with the same names",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for metrics.json")
     parser.add_argument("--steps", type=int, default=400, help="training steps per task (default 400)")
@@ -72,9 +79,14 @@ def train_cnn(data, classes, steps, batch_size, lr, accelerator, seed=0):
         shuffle=True,
         drop_last=len(data) >= batch_size,
         generator=torch.Generator().manual_seed(seed),
-        collate_fn=lambda items: (torch.tensor(np.stack([i["iq"] for i in items])), torch.tensor([int(i["label"]) for i in items])),
+        collate_fn=lambda items: (
+            torch.tensor(np.stack([i["iq"] for i in items])),
+            torch.tensor([int(i["label"]) for i in items]),
+        ),
     )
-    model, loader, *optimizers = accelerator.prepare(model, loader, *make_optimizers(model, "adamw", lr, 0.01))
+    model, loader, *optimizers = accelerator.prepare(
+        model, loader, *make_optimizers(model, "adamw", lr, 0.01)
+    )
     model.train()
     step, epoch = 0, 0
     while step < steps:
@@ -111,7 +123,9 @@ def four_choice(log_probs, names, questions) -> tuple[np.ndarray, np.ndarray]:
         if not options or "answer" not in r:
             continue
         i = r["iq_index_in_h5"]
-        best = max(options, key=lambda a: log_probs[i, names.index(options[a])] if options[a] in names else -np.inf)
+        best = max(
+            options, key=lambda a: log_probs[i, names.index(options[a])] if options[a] in names else -np.inf
+        )
         index.append(i)
         hits.append(f"({best})" in r["answer"])
     return np.array(index), np.array(hits)
@@ -123,7 +137,10 @@ def main(args):
     if not tasks:
         raise UserError(f"--train {args.train}: holds no .h5 file")
     sets = {
-        t: (SignalDataset([args.train / f"{t}.h5"], ("label", "snr")), SignalDataset([args.test / f"{t}.h5"], ("label", "snr")))
+        t: (
+            SignalDataset([args.train / f"{t}.h5"], ("label", "snr")),
+            SignalDataset([args.test / f"{t}.h5"], ("label", "snr")),
+        )
         for t in tasks
     }
     out = open_run(args.out, args, accelerator, overwrite=args.overwrite)
@@ -135,13 +152,21 @@ def main(args):
         model = train_cnn(train, len(names), args.steps, args.batch_size, args.lr, accelerator, args.seed)
         log_probs = predict(model, test, accelerator.device)
         hit, snr = log_probs.argmax(1) == test.columns["label"], test.columns["snr"]
-        metrics[task] = {"accuracy": float(hit.mean()), "accuracy_high_snr": float(hit[snr >= 10].mean()), "model": describe(model)}
+        metrics[task] = {
+            "accuracy": float(hit.mean()),
+            "accuracy_high_snr": float(hit[snr >= 10].mean()),
+            "model": describe(model),
+        }
         if (args.test / f"{task}.json").exists():
             index, good = four_choice(log_probs, names, read_questions(args.test / f"{task}.json"))
             choice.append((snr[index], good))
     if choice:
         snr, good = (np.concatenate(x) for x in zip(*choice))
-        metrics["four_choice"] = {"accuracy": float(good.mean()), "accuracy_high_snr": float(good[snr >= 10].mean()), "count": len(good)}
+        metrics["four_choice"] = {
+            "accuracy": float(good.mean()),
+            "accuracy_high_snr": float(good[snr >= 10].mean()),
+            "count": len(good),
+        }
     metrics["cpu_seconds"] = time.process_time() - start
     atomic_write(out / "metrics.json", json.dumps(metrics, indent=1))
     print("\n".join(f"{k}: {v}" for k, v in metrics.items()))

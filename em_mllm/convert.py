@@ -19,7 +19,9 @@ import pickle
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # repository root: every way of starting this file finds it
 
 import h5py
 import numpy as np
@@ -55,21 +57,51 @@ RADIOML2018 = (
     "GMSK",
     "OQPSK",
 )
-DEVICE = {"device": ("设备型号", "device"), "coding": ("编码方式", "coding"), "keying": ("调制方式", "modulation")}
+DEVICE = {
+    "device": ("设备型号", "device"),
+    "coding": ("编码方式", "coding"),
+    "keying": ("调制方式", "modulation"),
+}
 NOISE_DB = (20, 10, 5, 0, -5, -10)
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", choices=("radioml2016", "radioml2018", "rtl433"), help="where the files come from")
-    parser.add_argument("files", type=Path, nargs="+", help="the file of the data set; rtl433: training and test file, or the latter alone")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; must be empty or absent")
-    parser.add_argument("--per-cell", type=int, default=1000, help="radioml: most signals of each (class, SNR) cell (default 1000)")
-    parser.add_argument(
-        "--fs", type=float, default=1e6, help="radioml: nominal sampling rate in Hz, which the files do not hold (default 1e6)"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--copies", type=int, default=40, help="rtl433: augmented copies of each training capture (default 40)")
-    parser.add_argument("--clean", action="store_true", help="rtl433: training copies without noise and shift, to see what they are worth")
+    parser.add_argument(
+        "source", choices=("radioml2016", "radioml2018", "rtl433"), help="where the files come from"
+    )
+    parser.add_argument(
+        "files",
+        type=Path,
+        nargs="+",
+        help="the file of the data set; rtl433: training and test file, or the latter alone",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; must be empty or absent")
+    parser.add_argument(
+        "--per-cell",
+        type=int,
+        default=1000,
+        help="radioml: most signals of each (class, SNR) cell (default 1000)",
+    )
+    parser.add_argument(
+        "--fs",
+        type=float,
+        default=1e6,
+        help="radioml: nominal sampling rate in Hz, which the files do not hold (default 1e6)",
+    )
+    parser.add_argument(
+        "--copies",
+        type=int,
+        default=40,
+        help="rtl433: augmented copies of each training capture (default 40)",
+    )
+    parser.add_argument(
+        "--clean",
+        action="store_true",
+        help="rtl433: training copies without noise and shift, to see what they are worth",
+    )
     parser.add_argument(
         "--view",
         choices=("polar", "iq"),
@@ -107,9 +139,12 @@ def read_radioml2016(path: Path):
     except pickle.UnpicklingError as error:
         raise UserError(f"{path}: refused, it holds more than arrays ({error})") from error
     except (EOFError, ValueError, OSError, AttributeError, IndexError) as error:
-        raise UserError(f"{path}: not a readable RadioML pickle ({error}); was the download cut short?") from error
+        raise UserError(
+            f"{path}: not a readable RadioML pickle ({error}); was the download cut short?"
+        ) from error
     if not isinstance(cells, dict) or not all(
-        isinstance(k, tuple) and len(k) == 2 and getattr(v, "ndim", 0) == 3 and v.shape[1] == 2 for k, v in cells.items()
+        isinstance(k, tuple) and len(k) == 2 and getattr(v, "ndim", 0) == 3 and v.shape[1] == 2
+        for k, v in cells.items()
     ):
         raise UserError(f"{path}: expected a dictionary of (class, SNR): array (n, 2, T)")
     for (name, snr), signals in sorted(cells.items()):
@@ -147,7 +182,11 @@ def convert_radioml(cells, out: Path, per_cell: int, fs: float, seed: int):
                 (out / part).mkdir()
                 file = parts[part] = h5py.File(out / part / "modulation.h5", "w")
                 file.create_dataset(
-                    "IQ_data", (0, *chosen.shape[1:]), "float32", maxshape=(None, *chosen.shape[1:]), chunks=(64, *chosen.shape[1:])
+                    "IQ_data",
+                    (0, *chosen.shape[1:]),
+                    "float32",
+                    maxshape=(None, *chosen.shape[1:]),
+                    chunks=(64, *chosen.shape[1:]),
                 )
                 for column in ("label", "snr"):
                     file.create_dataset(column, (0, 1), "float32", maxshape=(None, 1))
@@ -164,7 +203,14 @@ def convert_radioml(cells, out: Path, per_cell: int, fs: float, seed: int):
         labels = file["label"][:, 0]
         file.close()
         write_questions(
-            out / part / "modulation.json", names, labels, NOUN["modulation"], "modulation.h5", rng, 1, 1 if part == "train" else 0
+            out / part / "modulation.json",
+            names,
+            labels,
+            NOUN["modulation"],
+            "modulation.h5",
+            rng,
+            1,
+            1 if part == "train" else 0,
         )
     print(f"{len(names)} classes: {', '.join(names)}")
 
@@ -186,22 +232,36 @@ def read_rtl433(path: Path, train=None) -> dict:
     iq, y, classes = content["iq"], content["y"], content["classes"]
     if iq.ndim != 3 or iq.shape[2] != 2 or iq.dtype.kind not in "uif":
         raise UserError(f"{path}: iq is {iq.shape} {iq.dtype}, expected real numbers (n, T, 2)")
-    if y.shape != (len(iq),) or y.dtype.kind not in "iu" or not len(y) or y.min() < 0 or y.max() >= len(classes):
+    if (
+        y.shape != (len(iq),)
+        or y.dtype.kind not in "iu"
+        or not len(y)
+        or y.min() < 0
+        or y.max() >= len(classes)
+    ):
         raise UserError(
             f"{path}: y is {y.shape} {y.dtype}, expected for each of the {len(iq)} captures the number of one of {len(classes)} classes"
         )
     if wrong := [k for k in ("modulation", "coding") if content[k].shape != classes.shape]:
-        raise UserError(f"{path}: {wrong[0]} is {content[wrong[0]].shape}, expected one entry for each of the {len(classes)} classes")
+        raise UserError(
+            f"{path}: {wrong[0]} is {content[wrong[0]].shape}, expected one entry for each of the {len(classes)} classes"
+        )
     if content["fs"].size != 1 or content["fs"].dtype.kind not in "uif" or not content["fs"] > 0:
         raise UserError(f"{path}: fs is {content['fs']}, expected samples per second")
     if len(bad := np.nonzero(~np.isfinite(iq).all((1, 2)) | (iq == iq[:, :1]).all((1, 2)))[0]):
-        raise UserError(f"{path}: iq[{bad[0]}] holds nan or inf, or the same sample throughout; leave the capture out")
-    content["iq"] = ((iq[..., 0] - np.float32(127.5)) + 1j * (iq[..., 1] - np.float32(127.5))).astype(np.complex64)
+        raise UserError(
+            f"{path}: iq[{bad[0]}] holds nan or inf, or the same sample throughout; leave the capture out"
+        )
+    content["iq"] = ((iq[..., 0] - np.float32(127.5)) + 1j * (iq[..., 1] - np.float32(127.5))).astype(
+        np.complex64
+    )
     content |= {"fs": float(content["fs"]), "y": content["y"].astype(int)}
     if train is not None:
         names, known = list(map(str, content["classes"])), list(map(str, train["classes"]))
         if unknown := {names[k] for k in content["y"]} - set(known):
-            raise UserError(f"{path}: class {min(unknown)} is not among the {len(known)} of the training file")
+            raise UserError(
+                f"{path}: class {min(unknown)} is not among the {len(known)} of the training file"
+            )
         content["y"] = np.array([known.index(names[k]) for k in content["y"]], int)
         content |= {k: train[k] for k in ("classes", "modulation", "coding")}
     return content
@@ -250,7 +310,16 @@ def write_captures(folder: Path, views, y, meta, fs, rng, choices, opens):
     for task, column in (("coding", "coding"), ("keying", "modulation")):
         values = [str(v) or "none" for v in meta[column]]
         kinds = sorted(set(values))
-        write_questions(folder / f"{task}.json", kinds, [kinds.index(values[k]) for k in y], DEVICE[task], "device.h5", rng, choices, opens)
+        write_questions(
+            folder / f"{task}.json",
+            kinds,
+            [kinds.index(values[k]) for k in y],
+            DEVICE[task],
+            "device.h5",
+            rng,
+            choices,
+            opens,
+        )
 
 
 def convert_rtl433(paths, out: Path, args):
@@ -263,10 +332,25 @@ def convert_rtl433(paths, out: Path, args):
         for _ in progress(range(copies), desc=part):
             for z, label in zip(train["iq"], train["y"]):
                 z = np.roll(z, int(rng.integers(len(z))))
-                noisy = disturb(z, fs, rng, None if args.clean else rng.uniform(-10, 30), 0.0 if args.clean else rng.uniform(-25e3, 25e3))
+                noisy = disturb(
+                    z,
+                    fs,
+                    rng,
+                    None if args.clean else rng.uniform(-10, 30),
+                    0.0 if args.clean else rng.uniform(-25e3, 25e3),
+                )
                 views.append(view(noisy, args.view))
                 labels.append(label)
-        write_captures(out / part, views, labels, train, fs / 8, rng, 2 if part == "train" else 1, 1 if part == "train" else 0)
+        write_captures(
+            out / part,
+            views,
+            labels,
+            train,
+            fs / 8,
+            rng,
+            2 if part == "train" else 1,
+            1 if part == "train" else 0,
+        )
     for noise in (None, *NOISE_DB):
         for shift in (0.0, 15e3):
             views = [view(disturb(z, fs, rng, noise, shift), args.view) for z in test["iq"]]
@@ -277,7 +361,9 @@ def convert_rtl433(paths, out: Path, args):
         "coding": sorted({str(v) or "none" for v in train["coding"]}),
         "keying": sorted(set(map(str, train["modulation"]))),
     }
-    (out / "tasks.json").write_text(json.dumps({t: {"noun": DEVICE[t], "names": values[t]} for t in DEVICE}, ensure_ascii=False))
+    (out / "tasks.json").write_text(
+        json.dumps({t: {"noun": DEVICE[t], "names": values[t]} for t in DEVICE}, ensure_ascii=False)
+    )
     print(
         (f"{len(train['y'])} training captures x {args.copies} copies, " if len(paths) > 1 else "")
         + f"{len(test['y'])} test captures in {2 * len(NOISE_DB) + 2} conditions"
@@ -291,7 +377,11 @@ def main(args):
         if not path.is_file():
             raise UserError(f"{path}: no such file")
     if len(args.files) > (2 if args.source == "rtl433" else 1):
-        raise UserError("rtl433 takes the training and the test file" if args.source == "rtl433" else f"{args.source} takes one file")
+        raise UserError(
+            "rtl433 takes the training and the test file"
+            if args.source == "rtl433"
+            else f"{args.source} takes one file"
+        )
     with atomic_dir(args.out) as out:
         if args.source == "rtl433":
             convert_rtl433(args.files, out, args)

@@ -13,7 +13,9 @@ import re
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # repository root: every way of starting this file finds it
 
 import h5py
 import numpy as np
@@ -24,7 +26,13 @@ from common.errors import UserError
 from common.files import inside, read_json
 from common.run import progress
 from em_mllm.em_foundation.models.embedder import mae_scores
-from em_mllm.em_foundation.utils.utils import first_fit, log_spectra, pack_sequence, scale_to_peak, with_special_patches
+from em_mllm.em_foundation.utils.utils import (
+    first_fit,
+    log_spectra,
+    pack_sequence,
+    scale_to_peak,
+    with_special_patches,
+)
 
 DEFAULT_FS = 20e6  # Hz, what the seed script assumes
 OPTION = re.compile(r"\(([A-Z])\)\s*(.+?)\s*(?=\([A-Z]\)|$)")
@@ -44,23 +52,33 @@ class SignalFile:
         try:
             with h5py.File(self.path, "r") as file:
                 if "IQ_data" not in file:
-                    raise UserError(f"{path}: has no dataset IQ_data (it has {', '.join(file) or 'nothing'}); store the signals there")
+                    raise UserError(
+                        f"{path}: has no dataset IQ_data (it has {', '.join(file) or 'nothing'}); store the signals there"
+                    )
                 data = file["IQ_data"]
                 if data.ndim != 3 or data.shape[2] != 2:
-                    raise UserError(f"{path}: IQ_data is {data.shape}, expected (Num, T, 2); put I and Q on the last axis")
+                    raise UserError(
+                        f"{path}: IQ_data is {data.shape}, expected (Num, T, 2); put I and Q on the last axis"
+                    )
                 if data.dtype.kind not in "fiu":
-                    raise UserError(f"{path}: IQ_data is {data.dtype}, expected real numbers such as float32; store I and Q as two columns")
+                    raise UserError(
+                        f"{path}: IQ_data is {data.dtype}, expected real numbers such as float32; store I and Q as two columns"
+                    )
                 self.count, self.points = data.shape[:2]
                 self.fs = float(file.attrs.get("fs", default_fs))
                 self.classes = json.loads(file.attrs["classes"]) if "classes" in file.attrs else None
                 self.columns = {name: file[name].shape for name in file if name != "IQ_data"}
         except OSError as error:
-            raise UserError(f"{path}: not a readable HDF5 file ({str(error).splitlines()[0]}); was the copy cut short?") from error
+            raise UserError(
+                f"{path}: not a readable HDF5 file ({str(error).splitlines()[0]}); was the copy cut short?"
+            ) from error
         if self.count == 0 or self.points == 0:
             raise UserError(f"{path}: IQ_data is empty, {(self.count, self.points, 2)}")
         for name, shape in self.columns.items():
             if shape[:1] != (self.count,):
-                raise UserError(f"{path}: {name} has {shape[0] if shape else 'no'} rows, IQ_data {self.count}; write one row per signal")
+                raise UserError(
+                    f"{path}: {name} has {shape[0] if shape else 'no'} rows, IQ_data {self.count}; write one row per signal"
+                )
 
     @property
     def file(self):
@@ -79,12 +97,16 @@ class SignalFile:
         try:
             return self.file["IQ_data"][int(index)].astype(np.float32)
         except OSError as error:
-            raise UserError(f"{self.path}: IQ_data[{index}] cannot be read ({error}); was the copy cut short?") from error
+            raise UserError(
+                f"{self.path}: IQ_data[{index}] cannot be read ({error}); was the copy cut short?"
+            ) from error
 
     def column(self, name: str) -> np.ndarray:
         """A per-signal column as a flat array: `label`, `snr`, `pri`, ..."""
         if name not in self.columns:
-            raise UserError(f"{self.path}: has no dataset {name} (it has {', '.join(self.columns) or 'IQ_data alone'})")
+            raise UserError(
+                f"{self.path}: has no dataset {name} (it has {', '.join(self.columns) or 'IQ_data alone'})"
+            )
         return self.file[name][:].reshape(self.count, -1)[:, 0]
 
     def bad_signals(self, wanted=None, chunk=2048) -> dict[int, str]:
@@ -136,10 +158,14 @@ def task_pairs(task_dir=None, task_files=None) -> list[tuple[Path, Path]]:
             raise UserError(f"--task-dir {folder}: holds no .h5 file")
     elif task_files:
         if len(task_files) % 2:
-            raise UserError(f"--task-files: {len(task_files)} files given; give h5 and json in turn: a.h5 a.json b.h5 b.json")
+            raise UserError(
+                f"--task-files: {len(task_files)} files given; give h5 and json in turn: a.h5 a.json b.h5 b.json"
+            )
         pairs = [(Path(a), Path(b)) for a, b in zip(task_files[::2], task_files[1::2])]
     else:
-        raise UserError("no data: give --task-dir (a folder of x.h5 with x.json beside it) or --task-files (h5 json h5 json ...)")
+        raise UserError(
+            "no data: give --task-dir (a folder of x.h5 with x.json beside it) or --task-files (h5 json h5 json ...)"
+        )
     for h5, questions in pairs:
         for path in (h5, questions):
             if not path.is_file():
@@ -151,23 +177,31 @@ def read_questions(path: Path) -> list[dict]:
     """The records of a question file, with the fields that every record must have checked."""
     records = read_json(path)
     if not isinstance(records, list):
-        raise UserError(f"{path}: holds a {type(records).__name__}, expected a list of questions; wrap the objects in [ ]")
+        raise UserError(
+            f"{path}: holds a {type(records).__name__}, expected a list of questions; wrap the objects in [ ]"
+        )
     if not records:
         raise UserError(f"{path}: the list of questions is empty")
     for n, r in enumerate(records):
         where = f"{path}: item {n}"
         if not isinstance(r, dict):
-            raise UserError(f"{where} is a {type(r).__name__}, expected an object with question, answer, iq_index_in_h5")
+            raise UserError(
+                f"{where} is a {type(r).__name__}, expected an object with question, answer, iq_index_in_h5"
+            )
         if not isinstance(r.get("question"), str) or not r["question"].strip():
             raise UserError(f"{where}: question is missing or not text")
         if not isinstance(r.get("answer", ""), str):
             raise UserError(f"{where}: answer is a {type(r['answer']).__name__}, expected text")
         if not isinstance(r.get("h5_path"), (str, type(None))):
-            raise UserError(f"{where}: h5_path is a {type(r['h5_path']).__name__}, expected the name of a file")
+            raise UserError(
+                f"{where}: h5_path is a {type(r['h5_path']).__name__}, expected the name of a file"
+            )
         index = r.get("iq_index_in_h5")
         indices = index if isinstance(index, list) else [index]
         if not indices or any(type(i) is not int for i in indices):
-            raise UserError(f"{where}: iq_index_in_h5 is {index!r}, expected a whole number or a list of them")
+            raise UserError(
+                f"{where}: iq_index_in_h5 is {index!r}, expected a whole number or a list of them"
+            )
     return records
 
 
@@ -180,21 +214,33 @@ def encode_text(tokenizer, question: str, answer: str | None, chat: bool = False
         if not tokenizer.chat_template:
             raise UserError("--chat-template: this tokenizer has none; leave the option out")
         prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False, enable_thinking=False
+            [{"role": "user", "content": question}],
+            add_generation_prompt=True,
+            tokenize=False,
+            enable_thinking=False,
         )
         prompt = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     else:
         prompt = tokenizer(question)["input_ids"]
-        prompt = (prompt[:-1] if prompt and prompt[-1] == tokenizer.eos_token_id else prompt) + [tokenizer.eos_token_id]
+        prompt = (prompt[:-1] if prompt and prompt[-1] == tokenizer.eos_token_id else prompt) + [
+            tokenizer.eos_token_id
+        ]
     if answer is None:
         return prompt, len(prompt)
-    return prompt + tokenizer(answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id], len(prompt)
+    return prompt + tokenizer(answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id], len(
+        prompt
+    )
 
 
-def augment(iq: np.ndarray, fs: float, rng: np.random.Generator, noise_db=None, shift_hz: float = 0.0) -> np.ndarray:
+def augment(
+    iq: np.ndarray, fs: float, rng: np.random.Generator, noise_db=None, shift_hz: float = 0.0
+) -> np.ndarray:
     """iq (T, 2) turned by a random phase, shifted by up to +-shift_hz, with white noise noise_db = (low, high) dB below its mean power."""
     z = iq[:, 0] + 1j * iq[:, 1]
-    z = z * np.exp(1j * (rng.uniform(0, 2 * np.pi) + 2 * np.pi * rng.uniform(-shift_hz, shift_hz) / fs * np.arange(len(z))))
+    z = z * np.exp(
+        1j
+        * (rng.uniform(0, 2 * np.pi) + 2 * np.pi * rng.uniform(-shift_hz, shift_hz) / fs * np.arange(len(z)))
+    )
     if noise_db is not None:
         level = np.sqrt(np.mean(np.abs(z) ** 2) / 2 * 10 ** (-rng.uniform(*noise_db) / 10))
         z = z + level * (rng.standard_normal(len(z)) + 1j * rng.standard_normal(len(z)))
@@ -227,7 +273,13 @@ class QuestionDataset(Dataset):
         default_fs=DEFAULT_FS,
         limit=0,
     ):
-        self.tokenizer, self.chat, self.with_answers, self.seed, self.epoch = tokenizer, chat, with_answers, seed, 0
+        self.tokenizer, self.chat, self.with_answers, self.seed, self.epoch = (
+            tokenizer,
+            chat,
+            with_answers,
+            seed,
+            0,
+        )
         self.noise_db, self.shift_hz, self.roll = noise_db, shift_hz, roll
         self.questions_per_signal, self.default_fs = questions_per_signal, default_fs
         self.files, self.tasks, self.skipped = [], [], {}
@@ -242,7 +294,9 @@ class QuestionDataset(Dataset):
                 index = r["iq_index_in_h5"]
                 why = self.fault(r, owner, index if isinstance(index, list) else [index], length, max_length)
                 if why and not skip_bad:
-                    raise UserError(f"{path}: item {n} (id {r.get('id')}): {why}; mend it, or leave such items out with --skip-bad")
+                    raise UserError(
+                        f"{path}: item {n} (id {r.get('id')}): {why}; mend it, or leave such items out with --skip-bad"
+                    )
                 if why:
                     self.skipped[why.split(",")[0]] = self.skipped.get(why.split(",")[0], 0) + 1
                     continue
@@ -265,21 +319,30 @@ class QuestionDataset(Dataset):
         path = paired if named is None else inside(json_path.parent, named)
         if path not in known:
             if not path.is_file():
-                raise UserError(f"{json_path}: item {n}: h5_path {named} is not in {json_path.parent}; put it there or correct the field")
+                raise UserError(
+                    f"{json_path}: item {n}: h5_path {named} is not in {json_path.parent}; put it there or correct the field"
+                )
             self.files.append(SignalFile(path, self.default_fs))
             self.files[-1].bad = self.files[-1].bad_signals()
             known[path] = len(self.files) - 1
         return known[path]
 
     def encode(self, questions):
-        return [encode_text(self.tokenizer, r["question"], r.get("answer") if self.with_answers else None, self.chat) for r in questions]
+        return [
+            encode_text(
+                self.tokenizer, r["question"], r.get("answer") if self.with_answers else None, self.chat
+            )
+            for r in questions
+        ]
 
     def fault(self, record, owner, indices, length, max_length) -> str:
         """What is wrong with a record, or an empty string. The text up to the comma is the kind that --skip-bad counts."""
         file = self.files[owner]
         for i in indices:
             if not 0 <= i < len(file):
-                return f"index past the end, iq_index_in_h5 {i} but {file.path.name} holds {len(file)} signals"
+                return (
+                    f"index past the end, iq_index_in_h5 {i} but {file.path.name} holds {len(file)} signals"
+                )
             if i in file.bad:
                 return f"unusable signal, IQ_data[{i}] of {file.path.name} {file.bad[i]}"
         if self.with_answers and not record.get("answer"):
@@ -375,9 +438,26 @@ class SignalDataset(Dataset):
     roll: as in QuestionDataset.
     """
 
-    def __init__(self, paths, columns=(), skip_bad=False, seed=0, noise_db=None, shift_hz=0.0, roll=False, default_fs=DEFAULT_FS):
+    def __init__(
+        self,
+        paths,
+        columns=(),
+        skip_bad=False,
+        seed=0,
+        noise_db=None,
+        shift_hz=0.0,
+        roll=False,
+        default_fs=DEFAULT_FS,
+    ):
         self.files = [SignalFile(p, default_fs) for p in paths]
-        self.seed, self.epoch, self.noise_db, self.shift_hz, self.roll, self.skipped = seed, 0, noise_db, shift_hz, roll, {}
+        self.seed, self.epoch, self.noise_db, self.shift_hz, self.roll, self.skipped = (
+            seed,
+            0,
+            noise_db,
+            shift_hz,
+            roll,
+            {},
+        )
         owner, index = [], []
         for f, file in enumerate(self.files):
             bad = file.bad_signals()
@@ -394,7 +474,12 @@ class SignalDataset(Dataset):
         self.owner, self.index = np.concatenate(owner), np.concatenate(index)
         # a column that a file lacks is nan there: tasks differ in what they know
         self.columns = {
-            name: np.concatenate([(f.column(name) if name in f.columns else np.full(len(f), np.nan))[i] for f, i in zip(self.files, index)])
+            name: np.concatenate(
+                [
+                    (f.column(name) if name in f.columns else np.full(len(f), np.nan))[i]
+                    for f, i in zip(self.files, index)
+                ]
+            )
             for name in columns
         }
 
@@ -412,7 +497,12 @@ class SignalDataset(Dataset):
             iq = augment(iq, file.fs, rng, self.noise_db, self.shift_hz)
         if self.roll:
             iq = np.roll(iq, int(rng.integers(len(iq))), 0)
-        return {"iq": scale_to_peak(iq), "fs": file.fs, "index": i, **{k: v[i] for k, v in self.columns.items()}}
+        return {
+            "iq": scale_to_peak(iq),
+            "fs": file.fs,
+            "index": i,
+            **{k: v[i] for k, v in self.columns.items()},
+        }
 
 
 class PackedSignals(Dataset):
@@ -422,8 +512,17 @@ class PackedSignals(Dataset):
     signals at a time, into rows of `room` tokens. Plan, cuts and mask scores depend on (seed, epoch) alone.
     """
 
-    def __init__(self, signals: SignalDataset, config, room: int, min_points=0, seed=0, window=256, shuffle=True):
-        self.signals, self.config, self.room, self.min_points, self.seed, self.window = signals, config, room, min_points, seed, window
+    def __init__(
+        self, signals: SignalDataset, config, room: int, min_points=0, seed=0, window=256, shuffle=True
+    ):
+        self.signals, self.config, self.room, self.min_points, self.seed, self.window = (
+            signals,
+            config,
+            room,
+            min_points,
+            seed,
+            window,
+        )
         self.shuffle = shuffle
         self.set_epoch(0)
 
@@ -434,7 +533,9 @@ class PackedSignals(Dataset):
         patch, special = self.config.patch_size[0], self.config.num_special
         order = rng.permutation(len(self.signals)) if self.shuffle else np.arange(len(self.signals))
         longest = (self.config.num_positions - special) * patch
-        points = np.minimum(np.array([f.points for f in self.signals.files])[self.signals.owner[order]], longest)
+        points = np.minimum(
+            np.array([f.points for f in self.signals.files])[self.signals.owner[order]], longest
+        )
         if self.min_points:  # log-uniform: as many short signals as long ones
             low = np.minimum(self.min_points, points)
             points = (low * (points / low) ** rng.uniform(size=len(points))).astype(int)
@@ -468,13 +569,19 @@ class PackedSignals(Dataset):
             length = self.counts[k] * patch
             first = int(self.start[k] * (len(item["iq"]) - length + 1))
             rate = item["fs"] / (1e6 if self.config.fs_unit == "mhz" else 1)
-            parts.append(with_special_patches(item["iq"][first : first + length], patch, rate if self.config.use_fs else None))
+            parts.append(
+                with_special_patches(
+                    item["iq"][first : first + length], patch, rate if self.config.use_fs else None
+                )
+            )
             if self.config.spectrum_weight:
                 spectra.append(torch.from_numpy(log_spectra(item["iq"][first : first + length])))
         patches, positions, ids = pack_sequence([parts], patch, self.room * patch)
         sample_ids = torch.full((1, self.room), -1)
         sample_ids[0, : len(ids[0])] = ids[0]
-        generator = torch.Generator().manual_seed(int(np.random.SeedSequence((self.seed, self.epoch, i)).generate_state(1)[0]))
+        generator = torch.Generator().manual_seed(
+            int(np.random.SeedSequence((self.seed, self.epoch, i)).generate_state(1)[0])
+        )
         row = {
             "patches": patches[0],
             "patch_positions": positions[0],
@@ -505,10 +612,14 @@ class SignalCollator:
         patches = iq.unflatten(1, (count, patch)).transpose(2, 3).flatten(2)  # (B, K, C*P), channel-major
         head = torch.zeros(len(items), special, patches.shape[-1])
         if config.use_fs:
-            head[:, 1] = torch.tensor([item["fs"] for item in items])[:, None] / (1e6 if config.fs_unit == "mhz" else 1)
+            head[:, 1] = torch.tensor([item["fs"] for item in items])[:, None] / (
+                1e6 if config.fs_unit == "mhz" else 1
+            )
         valid = torch.arange(special + count) < special + (lengths[:, None] + patch - 1) // patch
         positions = torch.arange(special + count) * valid
-        extra = {k: torch.tensor(np.array([item[k] for item in items])) for k in items[0] if k not in ("iq", "fs")}
+        extra = {
+            k: torch.tensor(np.array([item[k] for item in items])) for k in items[0] if k not in ("iq", "fs")
+        }
         return {
             "samples": torch.cat([head, patches], 1),
             "patch_positions": positions,

@@ -14,7 +14,9 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # repository root: every way of starting this file finds it
 
 import h5py
 import numpy as np
@@ -39,16 +41,36 @@ METHODS = ("probe", "finetune", "cnn")
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--train", type=Path, help=".h5 with label")
     parser.add_argument("--test", type=Path, required=True, help=".h5 with label")
-    parser.add_argument("--signal-encoder-path", type=Path, required=True, help="encoder folder or weight file")
-    parser.add_argument("--shots", type=int, nargs="+", default=[1, 5, 10, 50, 100], help="labels per class (default 1 5 10 50 100)")
+    parser.add_argument(
+        "--signal-encoder-path", type=Path, required=True, help="encoder folder or weight file"
+    )
+    parser.add_argument(
+        "--shots",
+        type=int,
+        nargs="+",
+        default=[1, 5, 10, 50, 100],
+        help="labels per class (default 1 5 10 50 100)",
+    )
     parser.add_argument("--draws", type=int, default=3, help="repetitions with other shots (default 3)")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["probe", "cnn"], help="default probe cnn; finetune takes longest")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=["probe", "cnn"],
+        help="default probe cnn; finetune takes longest",
+    )
     parser.add_argument("--steps", type=int, default=120, help="steps of finetune and cnn (default 120)")
-    parser.add_argument("--finetune-lr", type=float, default=5e-4, help="peak rate of finetune (default 5e-4)")
-    parser.add_argument("--embed", type=Path, help="write cls, mean and spread vectors of --test to this .h5 and stop")
+    parser.add_argument(
+        "--finetune-lr", type=float, default=5e-4, help="peak rate of finetune (default 5e-4)"
+    )
+    parser.add_argument(
+        "--embed", type=Path, help="write cls, mean and spread vectors of --test to this .h5 and stop"
+    )
     parser.add_argument("--out", type=Path, help="folder for metrics and the curve")
     parser.add_argument("--seed", type=int, default=0, help="random seed (default 0)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in --out")
@@ -122,7 +144,9 @@ def classify(model, data, shifts=1, batch_size=64) -> np.ndarray:
         for k in range(shifts):
             batch = collate([{**item, "iq": np.roll(item["iq"], k * patch // shifts, 0)} for item in items])
             inputs = encoder_inputs(batch, model.device)
-            logits = logits + model.per_signal(model(**inputs).logits, inputs["patch_positions"], inputs["sample_ids_seq"])
+            logits = logits + model.per_signal(
+                model(**inputs).logits, inputs["patch_positions"], inputs["sample_ids_seq"]
+            )
         classes.append(logits.argmax(-1).cpu())
     return torch.cat(classes).numpy()
 
@@ -135,35 +159,49 @@ def main(args):
         with atomic_path(args.embed) as temporary, h5py.File(temporary, "w") as file:
             file["embedding"] = embed(make_encoder(args.signal_encoder_path), test, accelerator.device)
             file["label"] = test.columns["label"]
-            file.attrs["columns"] = "cls, mean, standard deviation of the normalised encoder output, equally wide"
+            file.attrs["columns"] = (
+                "cls, mean, standard deviation of the normalised encoder output, equally wide"
+            )
         print(f"{args.embed}: {len(test)} embeddings")
         return
     if args.train is None or args.out is None:
         raise UserError("give --train and --out, or --embed to write embeddings alone")
     train = SignalDataset([args.train], ("label", "snr"))
-    label, test_label, high = train.columns["label"].astype(int), test.columns["label"].astype(int), test.columns["snr"] >= 10
+    label, test_label, high = (
+        train.columns["label"].astype(int),
+        test.columns["label"].astype(int),
+        test.columns["snr"] >= 10,
+    )
     classes = label.max() + 1
     most = int(np.bincount(label).min())
     shots = [k for k in args.shots if k <= most]
     if not shots:
-        raise UserError(f"{args.train}: the rarest class has {most} signals, fewer than the smallest of --shots")
+        raise UserError(
+            f"{args.train}: the rarest class has {most} signals, fewer than the smallest of --shots"
+        )
     out = open_run(args.out, args, accelerator, overwrite=args.overwrite)
     features = {}
     for draw in range(args.draws):
         for kind in ("pre-trained", "random"):
             if "probe" in args.methods and (kind == "random" or draw == 0):
-                encoder = make_encoder(args.signal_encoder_path, None if kind == "pre-trained" else args.seed + draw + 1)
+                encoder = make_encoder(
+                    args.signal_encoder_path, None if kind == "pre-trained" else args.seed + draw + 1
+                )
                 features[kind, draw] = encoder, embed(encoder, test, accelerator.device)
     results = {}
     for k in shots:
         for draw in progress(range(args.draws), desc=f"{k} per class"):
             rng = np.random.default_rng((args.seed, k, draw))
-            rows = np.concatenate([rng.choice(np.nonzero(label == c)[0], k, replace=False) for c in range(classes)])
+            rows = np.concatenate(
+                [rng.choice(np.nonzero(label == c)[0], k, replace=False) for c in range(classes)]
+            )
             answers = {}
             for kind in ("pre-trained", "random"):
                 if "probe" in args.methods:
                     encoder, test_x = features[kind, 0 if kind == "pre-trained" else draw]
-                    answers[f"probe, {kind}"] = probe(embed(encoder, Subset(train, rows.tolist()), accelerator.device), label[rows], test_x)
+                    answers[f"probe, {kind}"] = probe(
+                        embed(encoder, Subset(train, rows.tolist()), accelerator.device), label[rows], test_x
+                    )
                 if "finetune" in args.methods:
                     tuned = fit(
                         args.signal_encoder_path,
@@ -178,11 +216,22 @@ def main(args):
                     )
                     answers[f"finetune, {kind}"] = classify(tuned, test)
             if "cnn" in args.methods:
-                model = train_cnn(Subset(train, rows.tolist()), int(classes), args.steps, 64, 3e-3, Accelerator(), args.seed + draw)
+                model = train_cnn(
+                    Subset(train, rows.tolist()),
+                    int(classes),
+                    args.steps,
+                    64,
+                    3e-3,
+                    Accelerator(),
+                    args.seed + draw,
+                )
                 answers["CNN from scratch"] = predict(model, test, accelerator.device).argmax(1)
             for name, guess in answers.items():
                 results.setdefault(name, {}).setdefault(k, []).append(
-                    [float((guess == test_label).mean()), float((guess == test_label)[high].mean()) if high.any() else None]
+                    [
+                        float((guess == test_label).mean()),
+                        float((guess == test_label)[high].mean()) if high.any() else None,
+                    ]
                 )
     summary = {
         name: {
@@ -195,14 +244,26 @@ def main(args):
         }
         for name, curve in results.items()
     }
-    atomic_write(out / "metrics.json", json.dumps({"chance": float(1 / classes), "curves": summary}, indent=1))
+    atomic_write(
+        out / "metrics.json", json.dumps({"chance": float(1 / classes), "curves": summary}, indent=1)
+    )
     figure, axis = new_figure()
     for name, curve in summary.items():
         axis.errorbar(
-            list(curve), [v["accuracy"] for v in curve.values()], [v["spread"] for v in curve.values()], marker="o", capsize=2, label=name
+            list(curve),
+            [v["accuracy"] for v in curve.values()],
+            [v["spread"] for v in curve.values()],
+            marker="o",
+            capsize=2,
+            label=name,
         )
     axis.axhline(1 / classes, color="0.6", ls="--", lw=1)
-    axis.set(xscale="log", xlabel="labels per class", ylabel="accuracy", title=f"{args.test.stem}, {args.draws} draws; dashed: chance")
+    axis.set(
+        xscale="log",
+        xlabel="labels per class",
+        ylabel="accuracy",
+        title=f"{args.test.stem}, {args.draws} draws; dashed: chance",
+    )
     axis.set_xticks(shots, shots)
     axis.minorticks_off()
     axis.legend(fontsize=8)
@@ -210,7 +271,11 @@ def main(args):
     atomic_write(
         out / "figures" / "fewshot.csv",
         "method,labels_per_class,accuracy,spread\n"
-        + "".join(f"{name},{k},{v['accuracy']:.4f},{v['spread']:.4f}\n" for name, curve in summary.items() for k, v in curve.items()),
+        + "".join(
+            f"{name},{k},{v['accuracy']:.4f},{v['spread']:.4f}\n"
+            for name, curve in summary.items()
+            for k, v in curve.items()
+        ),
     )
     for name, curve in summary.items():
         print(f"{name}: " + ", ".join(f"{k}: {v['accuracy']:.3f}" for k, v in curve.items()))

@@ -12,7 +12,9 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # repository root: every way of starting this file finds it
 
 import numpy as np
 import torch
@@ -32,22 +34,50 @@ from em_mllm.optim import lr_at, make_optimizers, set_lr
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", type=Path, nargs="+", required=True, help=".h5 files with label; their classes are joined by name")
-    parser.add_argument("--test", type=Path, nargs="+", required=True, help=".h5 files to measure on, once, at the end")
-    parser.add_argument("--signal-encoder-path", type=Path, required=True, help="encoder folder or weight file")
-    parser.add_argument("--random-encoder", action="store_true", help="control: the encoder's sizes without its weights")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--train",
+        type=Path,
+        nargs="+",
+        required=True,
+        help=".h5 files with label; their classes are joined by name",
+    )
+    parser.add_argument(
+        "--test", type=Path, nargs="+", required=True, help=".h5 files to measure on, once, at the end"
+    )
+    parser.add_argument(
+        "--signal-encoder-path", type=Path, required=True, help="encoder folder or weight file"
+    )
+    parser.add_argument(
+        "--random-encoder", action="store_true", help="control: the encoder's sizes without its weights"
+    )
     parser.add_argument("--linear-probe", action="store_true", help="train the head alone")
     parser.add_argument(
-        "--multitask", action="store_true", help=f"also regress {', '.join(REGRESSION_TASKS)} where the files have these columns"
+        "--multitask",
+        action="store_true",
+        help=f"also regress {', '.join(REGRESSION_TASKS)} where the files have these columns",
     )
     parser.add_argument(
-        "--noise-db", type=float, nargs=2, metavar=("LOW", "HIGH"), help="add white noise at a random SNR of this range in training"
+        "--noise-db",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="add white noise at a random SNR of this range in training",
     )
-    parser.add_argument("--shift-hz", type=float, default=0.0, help="shift in frequency by up to this in training (default 0)")
-    parser.add_argument("--skip-bad", action="store_true", help="leave out signals with nan, inf or only zeros instead of stopping")
+    parser.add_argument(
+        "--shift-hz", type=float, default=0.0, help="shift in frequency by up to this in training (default 0)"
+    )
+    parser.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="leave out signals with nan, inf or only zeros instead of stopping",
+    )
     parser.add_argument("--steps", type=int, default=500, help="optimizer steps (default 500)")
-    parser.add_argument("--batch-size", type=int, default=32, help="signals per process and batch (default 32)")
+    parser.add_argument(
+        "--batch-size", type=int, default=32, help="signals per process and batch (default 32)"
+    )
     parser.add_argument("--accum", type=int, default=1, help="batches per optimizer step (default 1)")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default 1e-3)")
     parser.add_argument(
@@ -57,12 +87,18 @@ def parse_args():
         help="muon: orthogonalised momentum for the layers' matrices (default adamw)",
     )
     parser.add_argument("--weight-decay", type=float, default=0.05, help="of the matrices (default 0.05)")
-    parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no", help="autocast (default no: float32)")
+    parser.add_argument(
+        "--precision", choices=("no", "bf16", "fp16"), default="no", help="autocast (default no: float32)"
+    )
     parser.add_argument("--workers", type=int, default=0, help="loader processes (default 0)")
-    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, model, metrics and pictures")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for checkpoints, model, metrics and pictures"
+    )
     parser.add_argument("--seed", type=int, default=0, help="random seed (default 0)")
     parser.add_argument("--log-every", type=int, default=50, help="steps between log lines (default 50)")
-    parser.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints (default 1000)")
+    parser.add_argument(
+        "--save-every", type=int, default=1000, help="steps between checkpoints (default 1000)"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of --out")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in --out")
     return parser.parse_args()
@@ -80,9 +116,13 @@ def join_classes(train, test) -> list[str]:
             rows, own = data.owner == f, file.classes or first
             label = data.columns["label"][rows].astype(int)
             if label.max() >= len(own):
-                raise UserError(f"{file.path}: label {label.max()} is not among the {len(own)} classes {', '.join(own)}")
+                raise UserError(
+                    f"{file.path}: label {label.max()} is not among the {len(own)} classes {', '.join(own)}"
+                )
             if unknown := [own[k] for k in np.unique(label) if own[k] not in names]:
-                raise UserError(f"{file.path}: class {unknown[0]} is not among the training classes {', '.join(names)}")
+                raise UserError(
+                    f"{file.path}: class {unknown[0]} is not among the training classes {', '.join(names)}"
+                )
             data.columns["label"][rows] = [names.index(own[k]) for k in label]
     return names
 
@@ -92,7 +132,10 @@ def split_labels(batch, scale):
     inputs, label = encoder_inputs(batch), batch["label"].long()
     if not scale:
         return inputs, label
-    return inputs, {"classification": label, **{name: batch[name].float() / value for name, value in scale.items()}}
+    return inputs, {
+        "classification": label,
+        **{name: batch[name].float() / value for name, value in scale.items()},
+    }
 
 
 @torch.no_grad()
@@ -103,7 +146,9 @@ def measure(model, data, scale, batch_size=64):
     for batch in DataLoader(data, batch_size, collate_fn=collate):
         inputs = encoder_inputs(batch, model.device)
         logits, where = model(**inputs).logits, (inputs["patch_positions"], inputs["sample_ids_seq"])
-        classes.append(model.per_signal(logits["classification"] if scale else logits, *where).argmax(-1).cpu())
+        classes.append(
+            model.per_signal(logits["classification"] if scale else logits, *where).argmax(-1).cpu()
+        )
         for name in scale:
             values[name].append(model.per_signal(logits[name], *where)[:, 0].cpu() * scale[name])
     return torch.cat(classes).numpy(), {name: torch.cat(v).numpy() for name, v in values.items()}
@@ -113,7 +158,9 @@ def main(args):
     accelerator = Accelerator(
         mixed_precision=args.precision,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=args.accum, sync_with_dataloader=False),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=args.accum, sync_with_dataloader=False
+        ),
     )
     seed_everything(args.seed)
     regressions = REGRESSION_TASKS if args.multitask else ()
@@ -122,16 +169,24 @@ def main(args):
     test = SignalDataset(args.test, columns, args.skip_bad)
     for path, data in ((args.train[0], train), (args.test[0], test)):
         if not np.isfinite(data.columns["label"]).all() or (data.columns["label"] < 0).any():
-            raise UserError(f"{path}: label is missing or not a class number; write a dataset label (Num, 1) of 0, 1, 2, ...")
+            raise UserError(
+                f"{path}: label is missing or not a class number; write a dataset label (Num, 1) of 0, 1, 2, ..."
+            )
     classes = join_classes(train, test)
-    scale = {name: float(np.nanmean(np.abs(train.columns[name]))) for name in regressions if np.isfinite(train.columns[name]).any()}
+    scale = {
+        name: float(np.nanmean(np.abs(train.columns[name])))
+        for name in regressions
+        if np.isfinite(train.columns[name]).any()
+    }
     if args.multitask and not scale:
         raise UserError(f"--multitask: {args.train[0]} has none of {', '.join(REGRESSION_TASKS)}")
     config = read_config(args.signal_encoder_path, num_labels=len(classes), attention_type="sdpa")
     model = (SiTForMultiTask if scale else SiTMAEForClassification)(config)
     if not args.random_encoder:
         load_encoder(model, args.signal_encoder_path)
-    torch.nn.init.zeros_(model.classifier.weight)  # the un-normalised features are loud: start undecided rather than wrong
+    torch.nn.init.zeros_(
+        model.classifier.weight
+    )  # the un-normalised features are loud: start undecided rather than wrong
     model.sit.requires_grad_(not args.linear_probe)
     model.sit.layernorm.requires_grad_(False)  # the heads read the un-normalised output, as upstream
     if not config.use_fs:
@@ -161,7 +216,9 @@ def main(args):
         f"{describe(model)}; {len(train)} training and {len(test)} test signals, {len(classes)} classes, "
         f"{per_step} signals a step, {args.steps} steps, lr {args.lr:g}"
     )
-    model, loader, *optimizers = accelerator.prepare(model, loader, *make_optimizers(model, args.optimizer, args.lr, args.weight_decay))
+    model, loader, *optimizers = accelerator.prepare(
+        model, loader, *make_optimizers(model, args.optimizer, args.lr, args.weight_decay)
+    )
     state = {"step": 0, "epoch": 0, "batch": 0}
     if args.resume and (found := find_resume(out, accelerator)):
         state = load_step(accelerator, found)
@@ -210,7 +267,11 @@ def main(args):
         predicted, values = measure(model, test, scale)
         label, snr = test.columns["label"].astype(int), test.columns["snr"]
         hit = predicted == label
-        metrics = {"accuracy": float(hit.mean()), "chance": float(np.bincount(label).max() / len(label)), "count": len(label)}
+        metrics = {
+            "accuracy": float(hit.mean()),
+            "chance": float(np.bincount(label).max() / len(label)),
+            "count": len(label),
+        }
         if np.isfinite(snr).any():
             metrics["accuracy_high_snr"] = float(hit[snr >= 10].mean())
         for name, guess in values.items():

@@ -40,11 +40,16 @@ def is_fm9g(folder) -> bool:
 
 def shared_fields(config: dict) -> dict:
     """The fields that FM9G has in common with Llama and Granite; a rope_scaling entry (longrope) becomes rope_parameters."""
-    rope = {"rope_type": "default", **(config.get("rope_scaling") or {}), "rope_theta": config.get("rope_theta", 10000.0)}
+    rope = {
+        "rope_type": "default",
+        **(config.get("rope_scaling") or {}),
+        "rope_theta": config.get("rope_theta", 10000.0),
+    }
     rope["rope_type"] = rope.pop("type", rope["rope_type"])
     if rope["rope_type"] == "longrope":
         rope.setdefault(
-            "original_max_position_embeddings", config.get("original_max_position_embeddings", config.get("max_position_embeddings"))
+            "original_max_position_embeddings",
+            config.get("original_max_position_embeddings", config.get("max_position_embeddings")),
         )
     return {**{k: config[k] for k in SHARED if config.get(k) is not None}, "rope_parameters": rope}
 
@@ -66,8 +71,13 @@ def fold_to_llama(config: dict, tensors: dict) -> tuple[LlamaConfig, dict[str, t
     """FM9G configuration and weights to a plain Llama with the factors in its weights and an untied head; equal logits."""
     residual = config.get("scale_depth", 1) / config["num_hidden_layers"] ** 0.5
     embedding = tensors["model.embed_tokens.weight"]
-    out = {k: v * residual if k.endswith(("o_proj.weight", "down_proj.weight")) else v for k, v in tensors.items()}
+    out = {
+        k: v * residual if k.endswith(("o_proj.weight", "down_proj.weight")) else v
+        for k, v in tensors.items()
+    }
     head = tensors.get("lm_head.weight", embedding)
-    out["lm_head.weight"] = head * (config.get("dim_model_base", config["hidden_size"]) / config["hidden_size"])
+    out["lm_head.weight"] = head * (
+        config.get("dim_model_base", config["hidden_size"]) / config["hidden_size"]
+    )
     out["model.embed_tokens.weight"] = embedding * config.get("scale_emb", 1)
     return LlamaConfig(**shared_fields(config), tie_word_embeddings=False), out

@@ -8,7 +8,9 @@ import re
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # repository root: every way of starting this file finds it
 
 import h5py
 import numpy as np
@@ -68,7 +70,9 @@ def read_iq(path, index: int = 0) -> tuple[np.ndarray, float | None]:
     if len(iq) == 0:
         raise UserError(f"{path}: holds no samples; was the copy cut short?")
     if not np.isfinite(iq).all():
-        raise UserError(f"{path}: sample {int(np.nonzero(~np.isfinite(iq).all(1))[0][0])} is nan or inf; mend or cut the recording")
+        raise UserError(
+            f"{path}: sample {int(np.nonzero(~np.isfinite(iq).all(1))[0][0])} is nan or inf; mend or cut the recording"
+        )
     if not iq.any():
         raise UserError(f"{path}: every sample is zero; nothing was recorded")
     return iq, fs
@@ -125,11 +129,16 @@ def read_mat(path: Path, index: int):
             with h5py.File(path, "r") as file:
                 content = {k: v[()] for k, v in file.items() if isinstance(v, h5py.Dataset)}
             content = {k: v["real"] + 1j * v["imag"] if v.dtype.names else v for k, v in content.items()}
-    fs = next((float(np.asarray(content[k]).ravel()[0]) for k in ("fs", "Fs", "sample_rate") if k in content), None)
+    fs = next(
+        (float(np.asarray(content[k]).ravel()[0]) for k in ("fs", "Fs", "sample_rate") if k in content), None
+    )
     arrays = {k: v for k, v in content.items() if getattr(v, "size", 0) > 16 and v.dtype.kind in "fiuc"}
     if not arrays:
         raise UserError(f"{path}: holds no array of samples (variables: {', '.join(content) or 'none'})")
-    name = next((n for n in ("IQ_data", "iq", "IQ", "x", "signal") if n in arrays), max(arrays, key=lambda n: arrays[n].size))
+    name = next(
+        (n for n in ("IQ_data", "iq", "IQ", "x", "signal") if n in arrays),
+        max(arrays, key=lambda n: arrays[n].size),
+    )
     return two_columns(arrays[name], f"{path}: {name}", index), fs
 
 
@@ -155,7 +164,9 @@ def read_sigmf(path: Path):
     return iq, None if rate is None else float(rate)
 
 
-def windows(iq: np.ndarray, points: int, most: int = 16, below_db: float = 10.0) -> list[tuple[int, np.ndarray]]:
+def windows(
+    iq: np.ndarray, points: int, most: int = 16, below_db: float = 10.0
+) -> list[tuple[int, np.ndarray]]:
     """Cut a capture into windows of `points`: (first sample, window), at most `most`, in order of time.
 
     Windows more than below_db weaker than the strongest are left out (a capture is mostly silence), then the strongest are taken. A capture

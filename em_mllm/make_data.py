@@ -12,7 +12,9 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # repository root: every way of starting this file finds it
 
 import h5py
 import numpy as np
@@ -24,7 +26,10 @@ from em_mllm.em_foundation.models.configuration_em import REGRESSION_TASKS
 from em_mllm.signals import TASKS, make_signal
 
 LETTERS = "ABCD"
-NOUN = {"modulation": ("调制类型", "modulation type"), "radar_jamming": ("雷达或干扰类型", "radar or jamming type")}
+NOUN = {
+    "modulation": ("调制类型", "modulation type"),
+    "radar_jamming": ("雷达或干扰类型", "radar or jamming type"),
+}
 CHOICE = [
     ("请依据给出的IQ信号内容，选出最符合的{zh}{how}。{options}", "正确答案是：({letter}) {name}"),
     ("以下哪一项是该信号的{zh}？{options}", "正确答案是：({letter}) {name}"),
@@ -35,22 +40,48 @@ OPEN = [("该信号的{zh}是什么？", "{name}"), ("What is the {en} of this s
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not hold other data")
     parser.add_argument(
-        "--train", type=int, default=1300, help="training signals per modulation class; half as many per radar_jamming class (default 1300)"
+        "--train",
+        type=int,
+        default=1300,
+        help="training signals per modulation class; half as many per radar_jamming class (default 1300)",
     )
     parser.add_argument("--val", type=int, default=40, help="validation signals per class (default 40)")
     parser.add_argument("--test", type=int, default=65, help="test signals per class (default 65)")
-    parser.add_argument("--points", type=int, default=1024, help="points per signal (default 1024, the seed's)")
     parser.add_argument(
-        "--snr", type=float, nargs=2, default=(-10, 20), metavar=("LOW", "HIGH"), help="SNR range in dB over the full band (default -10 20)"
+        "--points", type=int, default=1024, help="points per signal (default 1024, the seed's)"
+    )
+    parser.add_argument(
+        "--snr",
+        type=float,
+        nargs=2,
+        default=(-10, 20),
+        metavar=("LOW", "HIGH"),
+        help="SNR range in dB over the full band (default -10 20)",
     )
     parser.add_argument("--fs", type=float, default=20e6, help="sampling rate in Hz (default 20e6)")
-    parser.add_argument("--fading", choices=("none", "rician", "rayleigh"), default="none", help="multipath (default none)")
-    parser.add_argument("--choice-questions", type=int, default=2, help="four-choice questions per training signal (default 2)")
-    parser.add_argument("--open-questions", type=int, default=2, help="open questions per training signal (default 2)")
-    parser.add_argument("--test-answers", action=argparse.BooleanOptionalAction, default=True, help="write the answers into test/*.json")
+    parser.add_argument(
+        "--fading", choices=("none", "rician", "rayleigh"), default="none", help="multipath (default none)"
+    )
+    parser.add_argument(
+        "--choice-questions",
+        type=int,
+        default=2,
+        help="four-choice questions per training signal (default 2)",
+    )
+    parser.add_argument(
+        "--open-questions", type=int, default=2, help="open questions per training signal (default 2)"
+    )
+    parser.add_argument(
+        "--test-answers",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="write the answers into test/*.json",
+    )
     parser.add_argument("--seed", type=int, default=0, help="random seed (default 0)")
     parser.add_argument("--overwrite", action="store_true", help="replace what make_data wrote before")
     return parser.parse_args()
@@ -64,7 +95,9 @@ def four_choice(names, name: str, noun: tuple[str, str], rng: np.random.Generato
     question, answer = CHOICE[rng.integers(len(CHOICE))]
     shown = " ".join(f"({letter}) {option}" for letter, option in zip(LETTERS, options))
     return {
-        "question": question.format(zh=noun[0], en=noun[1], options=shown, how="（四选一）" if len(options) == 4 else ""),
+        "question": question.format(
+            zh=noun[0], en=noun[1], options=shown, how="（四选一）" if len(options) == 4 else ""
+        ),
         "answer": answer.format(letter=LETTERS[options.index(name)], name=name),
     }
 
@@ -74,52 +107,88 @@ def open_question(name: str, noun: tuple[str, str], rng: np.random.Generator) ->
     return {"question": question.format(zh=noun[0], en=noun[1]), "answer": answer.format(name=name)}
 
 
-def write_questions(path: Path, names, labels, noun, h5_name: str, rng, choices: int, opens: int, answers=True):
+def write_questions(
+    path: Path, names, labels, noun, h5_name: str, rng, choices: int, opens: int, answers=True
+):
     """The .json of one task: for signal i of class labels[i], `choices` four-choice and `opens` open questions."""
     records = []
     for i, label in enumerate(labels):
         name = names[int(label)]
-        for item in [four_choice(names, name, noun, rng) for _ in range(choices)] + [open_question(name, noun, rng) for _ in range(opens)]:
+        for item in [four_choice(names, name, noun, rng) for _ in range(choices)] + [
+            open_question(name, noun, rng) for _ in range(opens)
+        ]:
             if not answers:
                 del item["answer"]
             records.append({"id": len(records), **item, "iq_index_in_h5": i, "h5_path": h5_name})
     path.write_text(json.dumps(records, ensure_ascii=False, indent=0), encoding="utf-8")
 
 
-def write_pair(folder: Path, task: str, labels: np.ndarray, args, rng, choices: int, opens: int, answers=True):
+def write_pair(
+    folder: Path, task: str, labels: np.ndarray, args, rng, choices: int, opens: int, answers=True
+):
     """folder/<task>.h5 and .json: signals of the given labels, each with its questions. Written a thousand signals at a time."""
     names, count = TASKS[task], len(labels)
     with h5py.File(folder / f"{task}.h5", "w") as file:
         file.attrs["fs"], file.attrs["classes"] = args.fs, json.dumps(names)
         data = file.create_dataset("IQ_data", (count, args.points, 2), "float32")
-        columns = {name: file.create_dataset(name, (count, 1), "float32") for name in ("label", "snr", *REGRESSION_TASKS)}
-        for start in progress(range(0, count, 1000), desc=f"{folder.name.strip('.')}/{task}", unit="k signals"):
+        columns = {
+            name: file.create_dataset(name, (count, 1), "float32")
+            for name in ("label", "snr", *REGRESSION_TASKS)
+        }
+        for start in progress(
+            range(0, count, 1000), desc=f"{folder.name.strip('.')}/{task}", unit="k signals"
+        ):
             part = slice(start, min(start + 1000, count))
             snr = rng.uniform(*args.snr, part.stop - start)
-            made = [make_signal(names[int(k)], args.points, s, rng, fading=args.fading) for k, s in zip(labels[part], snr)]
+            made = [
+                make_signal(names[int(k)], args.points, s, rng, fading=args.fading)
+                for k, s in zip(labels[part], snr)
+            ]
             data[part] = np.stack([iq for iq, _ in made])
             columns["label"][part, 0], columns["snr"][part, 0] = labels[part], snr
             for name in REGRESSION_TASKS:
                 columns[name][part, 0] = [info.get(name, np.nan) for _, info in made]
-    write_questions(folder / f"{task}.json", names, labels, NOUN[task], f"{task}.h5", rng, choices, opens, answers)
+    write_questions(
+        folder / f"{task}.json", names, labels, NOUN[task], f"{task}.h5", rng, choices, opens, answers
+    )
 
 
 def main(args):
     if args.points < 128 or min(args.train, args.val, args.test) < 1:
         raise UserError("--points must be at least 128 and --train, --val, --test at least 1")
-    if args.out.exists() and any(args.out.iterdir()) and not (args.overwrite and (args.out / "make_data.json").exists()):
+    if (
+        args.out.exists()
+        and any(args.out.iterdir())
+        and not (args.overwrite and (args.out / "make_data.json").exists())
+    ):
         raise UserError(
-            f"{args.out} is not empty; choose another --out" + (", or add --overwrite" if (args.out / "make_data.json").exists() else "")
+            f"{args.out} is not empty; choose another --out"
+            + (", or add --overwrite" if (args.out / "make_data.json").exists() else "")
         )
     with atomic_dir(args.out) as out:
-        for number, (part, per_class) in enumerate((("train", args.train), ("val", args.val), ("test", args.test))):
+        for number, (part, per_class) in enumerate(
+            (("train", args.train), ("val", args.val), ("test", args.test))
+        ):
             (out / part).mkdir()
             for t, task in enumerate(TASKS):
                 rng = np.random.default_rng((args.seed, number, t))
                 each = per_class if task == "modulation" or part != "train" else max(1, per_class // 2)
                 labels = rng.permutation(np.repeat(np.arange(len(TASKS[task])), each))
-                choices, opens = (args.choice_questions, args.open_questions) if part == "train" else (1, int(part == "test"))
-                write_pair(out / part, task, labels, args, rng, choices, opens, answers=part != "test" or args.test_answers)
+                choices, opens = (
+                    (args.choice_questions, args.open_questions)
+                    if part == "train"
+                    else (1, int(part == "test"))
+                )
+                write_pair(
+                    out / part,
+                    task,
+                    labels,
+                    args,
+                    rng,
+                    choices,
+                    opens,
+                    answers=part != "test" or args.test_answers,
+                )
         (out / "make_data.json").write_text(json.dumps({k: str(v) for k, v in vars(args).items()}))
     print(
         f"{args.out}: {args.train} training signals per modulation class, {args.test} test signals per class, "

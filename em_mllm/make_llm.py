@@ -14,7 +14,9 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # repository root: every way of starting this file finds it
 
 import numpy as np
 import torch
@@ -33,14 +35,21 @@ from em_mllm.signals import TASKS
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of the model")
     parser.add_argument("--steps", type=int, default=500, help="training steps (default 500)")
     parser.add_argument("--batch-size", type=int, default=64, help="texts per step (default 64)")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default 1e-3)")
     parser.add_argument("--hidden-size", type=int, default=96, help="width of the model (default 96)")
     parser.add_argument("--layers", type=int, default=2, help="layers of the model (default 2)")
-    parser.add_argument("--slots", type=int, default=9, help="places that the class name fills where signal vectors will stand (default 9)")
+    parser.add_argument(
+        "--slots",
+        type=int,
+        default=9,
+        help="places that the class name fills where signal vectors will stand (default 9)",
+    )
     parser.add_argument(
         "--tasks",
         type=Path,
@@ -74,7 +83,9 @@ def build_tokenizer(tasks):
         for text in (item["question"], item["answer"])
     ]
     tokenizer = make_tokenizer(texts, vocab_size=900, special_tokens=(IQ_START, IQ_END))
-    tokenizer.add_tokens([f"({letter}) " for letter in LETTERS] + [name for names, _ in tasks for name in names])
+    tokenizer.add_tokens(
+        [f"({letter}) " for letter in LETTERS] + [name for names, _ in tasks for name in names]
+    )
     return tokenizer
 
 
@@ -88,12 +99,16 @@ def sample_text(tokenizer, tasks, rng, slots, recite):
     item = four_choice(names, name, noun, rng)
     encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
     if rng.uniform() < recite:  # options, then "name letter" or "letter name" pairs in random order
-        pairs = [f"({a}) {n}" if rng.uniform() < 0.5 else f"{n}({a}) " for a, n in parse_options(item).items()]
+        pairs = [
+            f"({a}) {n}" if rng.uniform() < 0.5 else f"{n}({a}) " for a, n in parse_options(item).items()
+        ]
         prompt = encode(item["question"]) + [tokenizer.eos_token_id]
         return prompt + encode("".join(pairs[i] for i in rng.permutation(len(pairs)))), -len(prompt)
     if rng.uniform() < 0.25:
         item = open_question(name, noun, rng)
-    sure = rng.uniform(0.4, 1)  # a signal is not always certain: some slots say another name, an option or not
+    sure = rng.uniform(
+        0.4, 1
+    )  # a signal is not always certain: some slots say another name, an option or not
     shown = "".join(name if rng.uniform() < sure else names[rng.integers(len(names))] for _ in range(slots))
     prompt = encode(f"{IQ_START}{shown}{IQ_END}" + item["question"]) + [tokenizer.eos_token_id]
     return prompt + encode(item["answer"]) + [tokenizer.eos_token_id], len(prompt)
@@ -117,9 +132,13 @@ def letter_accuracy(llm, tokenizer, tasks, rng, slots, count=200):
         ids, mask, labels = batch_of(tokenizer, tasks, rng, 50, slots, 0.0)
         logits = llm(input_ids=ids, attention_mask=mask).logits
         for row in range(len(ids)):
-            where = [int(w) for w in torch.nonzero(labels[row] >= 0).flatten() if int(labels[row, w]) in letters]
+            where = [
+                int(w) for w in torch.nonzero(labels[row] >= 0).flatten() if int(labels[row, w]) in letters
+            ]
             if len(where) == 1:  # not an open question
-                hits += letters[int(logits[row, where[0] - 1, letters].argmax())] == int(labels[row, where[0]])
+                hits += letters[int(logits[row, where[0] - 1, letters].argmax())] == int(
+                    labels[row, where[0]]
+                )
                 seen += 1
     return hits / seen
 
@@ -145,7 +164,9 @@ def main(args):
             initializer_range=0.06,
         )
         llm = AutoModelForCausalLM.from_pretrained(out / "start").train()
-        for layer in llm.model.layers:  # start by attending to equal tokens and copying them: binding is learned sooner
+        for layer in (
+            llm.model.layers
+        ):  # start by attending to equal tokens and copying them: binding is learned sooner
             attention = layer.self_attn
             attention.q_proj.weight.data.copy_(attention.k_proj.weight)
             torch.nn.init.orthogonal_(attention.v_proj.weight)
@@ -153,7 +174,9 @@ def main(args):
         optimizers = make_optimizers(llm, "muon", args.lr, 0.05)
         for step in progress(range(args.steps), desc="warm-up on text", unit="step"):
             set_lr(optimizers, lr_at(step, args.steps, warmup=0.03))
-            recite = 1.0 if step < 0.4 * args.steps else 0.3  # recitation first: every pair in it is a lesson in binding
+            recite = (
+                1.0 if step < 0.4 * args.steps else 0.3
+            )  # recitation first: every pair in it is a lesson in binding
             ids, mask, labels = batch_of(tokenizer, tasks, rng, args.batch_size, args.slots, recite)
             hidden = llm.model(input_ids=ids, attention_mask=mask).last_hidden_state[:, :-1]
             learned = labels[:, 1:] >= 0

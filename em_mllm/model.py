@@ -9,7 +9,9 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # repository root: every way of starting this file finds it
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +19,13 @@ from einops import rearrange
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteForCausalLM, LlamaTokenizerFast, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GraniteForCausalLM,
+    LlamaTokenizerFast,
+    PreTrainedTokenizerFast,
+)
 
 from common.checkpoint import atomic_dir
 from common.errors import UserError
@@ -45,7 +53,9 @@ class MerlinProjector(nn.Module):
 
 PROJECTORS = {
     "linear": nn.Linear,  # the seed's README
-    "mlp": lambda d_em, d_llm: nn.Sequential(nn.Linear(d_em, 4 * d_llm), nn.GELU(), nn.Linear(4 * d_llm, d_llm), nn.LayerNorm(d_llm)),
+    "mlp": lambda d_em, d_llm: nn.Sequential(
+        nn.Linear(d_em, 4 * d_llm), nn.GELU(), nn.Linear(4 * d_llm, d_llm), nn.LayerNorm(d_llm)
+    ),
     "merlin": MerlinProjector,
 }
 
@@ -83,19 +93,29 @@ class MultiModalModel(nn.Module):
         legacy: bool = False,
     ):
         super().__init__()
-        self.llm, self.signal_encoder, self.signal_tokens, self.legacy = llm, signal_encoder, signal_tokens, legacy
+        self.llm, self.signal_encoder, self.signal_tokens, self.legacy = (
+            llm,
+            signal_encoder,
+            signal_tokens,
+            legacy,
+        )
         table = llm.get_input_embeddings().weight
         self.projector, self.iq_ids = projector, (iq_start_id, iq_end_id)
         self.signal_to_hidden = PROJECTORS[projector](signal_encoder.config.hidden_size, table.shape[1])
         if max(iq_start_id, iq_end_id) < len(table):
             rows = table[[iq_start_id, iq_end_id]].detach().clone().float()
         else:
-            rows = table.detach().float().mean(0) + table.detach().float().std() * torch.randn(2, table.shape[1])
+            rows = table.detach().float().mean(0) + table.detach().float().std() * torch.randn(
+                2, table.shape[1]
+            )
         self.iq_tokens = nn.Parameter(rows)
         self.text_scale, self.signal_scale = embedding_scales(llm)
-        if projector == "linear" and not legacy:  # normalised features of width D: start as loud as the text embeddings
+        if (
+            projector == "linear" and not legacy
+        ):  # normalised features of width D: start as loud as the text embeddings
             nn.init.normal_(
-                self.signal_to_hidden.weight, std=table.float().std().item() * self.text_scale / signal_encoder.config.hidden_size**0.5
+                self.signal_to_hidden.weight,
+                std=table.float().std().item() * self.text_scale / signal_encoder.config.hidden_size**0.5,
             )
             nn.init.zeros_(self.signal_to_hidden.bias)
 
@@ -121,8 +141,12 @@ class MultiModalModel(nn.Module):
         h = self.signal_encoder(tokens, positions, torch.where(is_token, 0, -1)).last_hidden_state
         features = h[:, special:]
         if self.signal_tokens:
-            place = torch.arange(count, device=iq.device) * self.signal_tokens // valid.sum(1, keepdim=True)  # (S, K) stretch of each patch
-            share = (place[:, None] == torch.arange(self.signal_tokens, device=iq.device)[:, None]) & valid[:, None]
+            place = (
+                torch.arange(count, device=iq.device) * self.signal_tokens // valid.sum(1, keepdim=True)
+            )  # (S, K) stretch of each patch
+            share = (place[:, None] == torch.arange(self.signal_tokens, device=iq.device)[:, None]) & valid[
+                :, None
+            ]
             share = share.to(h.dtype) / share.sum(-1, keepdim=True).clamp(min=1)
             features = torch.cat([share @ features, h[:, :1]], 1)
             valid = torch.ones(features.shape[:2], dtype=torch.bool, device=iq.device)
@@ -137,17 +161,37 @@ class MultiModalModel(nn.Module):
         features = self.signal_encoder(patches, each, each, apply_layernorm=False).last_hidden_state
         return features, torch.ones(features.shape[:2], dtype=torch.bool, device=iq.device)
 
-    def embed(self, iq, input_ids, attention_mask, iq_lengths=None, fs=None, signal_index=None, labels=None, left=False):
+    def embed(
+        self,
+        iq,
+        input_ids,
+        attention_mask,
+        iq_lengths=None,
+        fs=None,
+        signal_index=None,
+        labels=None,
+        left=False,
+    ):
         """Lay signals and text out as one sequence per question.
 
         input_ids, attention_mask (B, L); signal_index (B, n): which signals a question is about, -1 for none (default: row i has signal i).
         Returns inputs_embeds (B, T, d_llm), attention_mask, labels and position_ids (B, T); padded on the right, or left for generation.
         """
-        features, valid = self.legacy_features(iq) if self.legacy else self.signal_features(iq, iq_lengths, fs)
-        vectors = self.signal_to_hidden(features.to(next(self.signal_to_hidden.parameters()).dtype)) * self.signal_scale
+        features, valid = (
+            self.legacy_features(iq) if self.legacy else self.signal_features(iq, iq_lengths, fs)
+        )
+        vectors = (
+            self.signal_to_hidden(features.to(next(self.signal_to_hidden.parameters()).dtype))
+            * self.signal_scale
+        )
         text = self.llm.get_input_embeddings()(input_ids) * self.text_scale
         width = vectors.shape[1]
-        table = torch.cat([x.reshape(-1, x.shape[-1]).to(text.dtype) for x in (self.iq_tokens * self.text_scale, vectors, text)])
+        table = torch.cat(
+            [
+                x.reshape(-1, x.shape[-1]).to(text.dtype)
+                for x in (self.iq_tokens * self.text_scale, vectors, text)
+            ]
+        )
         if signal_index is None:
             signal_index = torch.arange(len(input_ids), device=iq.device)[:, None]
         device, label_rows = iq.device, []
@@ -157,10 +201,18 @@ class MultiModalModel(nn.Module):
             parts = []
             for s in signal_index[row][signal_index[row] >= 0]:
                 inside = 2 + s * width + torch.nonzero(valid[s]).flatten()
-                parts += [torch.zeros(1, dtype=torch.long, device=device), inside, torch.ones(1, dtype=torch.long, device=device)]
+                parts += [
+                    torch.zeros(1, dtype=torch.long, device=device),
+                    inside,
+                    torch.ones(1, dtype=torch.long, device=device),
+                ]
             prefix = torch.cat(parts)
             # legacy keeps padding tokens and their labels, as the starter kit's collator
-            kept = torch.arange(input_ids.shape[1], device=device) if self.legacy else torch.nonzero(attention_mask[row]).flatten()
+            kept = (
+                torch.arange(input_ids.shape[1], device=device)
+                if self.legacy
+                else torch.nonzero(attention_mask[row]).flatten()
+            )
             plan.append(torch.cat([prefix, text_start + row * input_ids.shape[1] + kept]))
             if labels is not None:
                 label_rows.append(torch.cat([torch.full_like(prefix, -100), labels[row, kept]]))
@@ -168,42 +220,85 @@ class MultiModalModel(nn.Module):
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         if self.legacy:
             mask[:, -input_ids.shape[1] :] = attention_mask
-        return table[index], mask, pad_rows(label_rows, -100, left)[0] if labels is not None else None, positions
+        return (
+            table[index],
+            mask,
+            pad_rows(label_rows, -100, left)[0] if labels is not None else None,
+            positions,
+        )
 
-    def forward(self, iq, input_ids, attention_mask, labels=None, iq_lengths=None, fs=None, signal_index=None, all_logits=False):
+    def forward(
+        self,
+        iq,
+        input_ids,
+        attention_mask,
+        labels=None,
+        iq_lengths=None,
+        fs=None,
+        signal_index=None,
+        all_logits=False,
+    ):
         """Returns {"loss": mean over answer tokens, "logits", "labels"}; logits only where a label is, unless all_logits.
 
         labels (B, L): -100 everywhere but at answer tokens, the end token included.
         """
-        embeds, mask, labels, positions = self.embed(iq, input_ids, attention_mask, iq_lengths, fs, signal_index, labels)
+        embeds, mask, labels, positions = self.embed(
+            iq, input_ids, attention_mask, iq_lengths, fs, signal_index, labels
+        )
         if labels is None or all_logits:
-            logits = self.llm(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False).logits
+            logits = self.llm(
+                inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
+            ).logits
             target = labels[:, 1:] if labels is not None else None
             predicted = logits[:, :-1]
         else:
-            where = torch.nonzero((labels[:, 1:] != -100).any(0)).flatten()  # columns that predict an answer token in some row
+            where = torch.nonzero(
+                (labels[:, 1:] != -100).any(0)
+            ).flatten()  # columns that predict an answer token in some row
             logits = predicted = self.llm(
-                inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=where
+                inputs_embeds=embeds,
+                attention_mask=mask,
+                position_ids=positions,
+                use_cache=False,
+                logits_to_keep=where,
             ).logits
             target = labels[:, where + 1]
-        loss = None if target is None else F.cross_entropy(predicted.flatten(0, 1).float(), target.flatten(), ignore_index=-100)
-        return {"loss": loss, "logits": logits, "labels": target, "inputs_embeds": embeds, "attention_mask": mask}
+        loss = (
+            None
+            if target is None
+            else F.cross_entropy(predicted.flatten(0, 1).float(), target.flatten(), ignore_index=-100)
+        )
+        return {
+            "loss": loss,
+            "logits": logits,
+            "labels": target,
+            "inputs_embeds": embeds,
+            "attention_mask": mask,
+        }
 
     @torch.no_grad()
     def generate(self, iq, input_ids, attention_mask, iq_lengths=None, fs=None, signal_index=None, **options):
         """Batched generation with key-value cache; returns the new token ids (B, <= max_new_tokens)."""
-        embeds, mask, _, _ = self.embed(iq, input_ids, attention_mask, iq_lengths, fs, signal_index, left=True)
+        embeds, mask, _, _ = self.embed(
+            iq, input_ids, attention_mask, iq_lengths, fs, signal_index, left=True
+        )
         return self.llm.generate(inputs_embeds=embeds, attention_mask=mask, **options)
 
     @torch.no_grad()
-    def option_scores(self, iq, input_ids, attention_mask, options, iq_lengths=None, fs=None, signal_index=None):
+    def option_scores(
+        self, iq, input_ids, attention_mask, options, iq_lengths=None, fs=None, signal_index=None
+    ):
         """Log-likelihood of each continuation after its prompt, all in one pass.
 
         options: for each row a list of token-id lists. Returns a list of float vectors: the summed log-probability of each continuation.
         """
-        embeds, mask, _, _ = self.embed(iq, input_ids, attention_mask, iq_lengths, fs, signal_index, left=True)
+        embeds, mask, _, _ = self.embed(
+            iq, input_ids, attention_mask, iq_lengths, fs, signal_index, left=True
+        )
         row = torch.tensor([r for r, choices in enumerate(options) for _ in choices], device=iq.device)
-        tail, tail_mask = pad_rows([torch.tensor(c, device=iq.device) for choices in options for c in choices], 0, left=False)
+        tail, tail_mask = pad_rows(
+            [torch.tensor(c, device=iq.device) for choices in options for c in choices], 0, left=False
+        )
         text = self.llm.get_input_embeddings()(tail) * self.text_scale
         whole_mask = torch.cat([mask[row], tail_mask], 1)
         positions = (whole_mask.cumsum(1) - 1).clamp(min=0)
@@ -235,16 +330,27 @@ def load_llm(path, dtype="float32", trust_remote_code=False):
     """Any local causal LM folder; fm9g and minicpm folders load natively as Granite unless trust_remote_code is set."""
     path = Path(path)
     if not (path / "config.json").exists():
-        raise UserError(f"--llm-model-path {path}: no config.json there; give the folder of a language model (for FM9G-4B: 9G4B/)")
+        raise UserError(
+            f"--llm-model-path {path}: no config.json there; give the folder of a language model (for FM9G-4B: 9G4B/)"
+        )
     if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
-        raise UserError(f"--llm-model-path {path}: holds a configuration but no weights (*.safetensors or *.bin); download them into it")
+        raise UserError(
+            f"--llm-model-path {path}: holds a configuration but no weights (*.safetensors or *.bin); download them into it"
+        )
     dtype = getattr(torch, dtype)
     if is_fm9g(path) and not trust_remote_code:
         config = granite_config(read_json(path / "config.json"))
-        print(f"{path}: {config.num_hidden_layers} layers of FM9G / MiniCPM loaded natively as Granite (the same arithmetic and names)")
+        print(
+            f"{path}: {config.num_hidden_layers} layers of FM9G / MiniCPM loaded natively as Granite (the same arithmetic and names)"
+        )
         with reading(path, "language model"):
             return GraniteForCausalLM.from_pretrained(path, config=config, dtype=dtype)
-    with reading(path, "language model" if trust_remote_code else "language model without running its own code (--trust-remote-code)"):
+    with reading(
+        path,
+        "language model"
+        if trust_remote_code
+        else "language model without running its own code (--trust-remote-code)",
+    ):
         return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
@@ -260,7 +366,9 @@ def load_tokenizer(path, trust_remote_code=False):
         if (path / "tokenizer.json").exists():
             with reading(path / "tokenizer.json", "tokenizer"):
                 tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path / "tokenizer.json"))
-            known = read_json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").exists() else {}
+            known = (
+                read_json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").exists() else {}
+            )
             for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
                 value = known.get(name)
                 if value:
@@ -273,9 +381,13 @@ def load_tokenizer(path, trust_remote_code=False):
                 f"{path}: no readable tokenizer ({str(error).splitlines()[0]}); copy tokenizer.json or tokenizer.model into it"
             ) from error
     if tokenizer.eos_token is None:
-        marker = next((t for t in ("<|im_end|>", "</s>", "<|endoftext|>") if t in tokenizer.get_vocab()), None)
+        marker = next(
+            (t for t in ("<|im_end|>", "</s>", "<|endoftext|>") if t in tokenizer.get_vocab()), None
+        )
         if marker is None:
-            raise UserError(f"{path}: the tokenizer has no end-of-text token; set eos_token in {path / 'tokenizer_config.json'}")
+            raise UserError(
+                f"{path}: the tokenizer has no end-of-text token; set eos_token in {path / 'tokenizer_config.json'}"
+            )
         tokenizer.eos_token = marker
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -301,7 +413,11 @@ def build_model(
     """
     tokenizer = load_tokenizer(llm_path, trust_remote_code)
     llm = load_llm(llm_path, dtype, trust_remote_code)
-    config = read_config(encoder_path, max_seq_len=None if max_points is None else [max_points, 1], attention_type=attention_type)
+    config = read_config(
+        encoder_path,
+        max_seq_len=None if max_points is None else [max_points, 1],
+        attention_type=attention_type,
+    )
     encoder = SiTMAEModelWithoutMask(config)
     if random_encoder:
         print(f"{encoder_path}: sizes taken, weights left random as asked")
@@ -312,7 +428,9 @@ def build_model(
     return model, tokenizer
 
 
-def set_trainable(model: MultiModalModel, freeze_llm: bool, freeze_signal_encoder: bool, use_lora: bool, lora=None):
+def set_trainable(
+    model: MultiModalModel, freeze_llm: bool, freeze_signal_encoder: bool, use_lora: bool, lora=None
+):
     """Choose what is trained. Projector and IQ_START / IQ_END rows always are.
 
     use_lora: adapters are trained, the LLM under them never is. freeze_llm without LoRA: nothing of the LLM, its head included.
@@ -323,22 +441,34 @@ def set_trainable(model: MultiModalModel, freeze_llm: bool, freeze_signal_encode
         for name, parameter in model.llm.named_parameters():
             parameter.requires_grad_("lora_" in name)
     elif use_lora:
-        lora = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.1, "target_modules": list(LORA_TARGETS), **(lora or {})}
+        lora = {
+            "r": 8,
+            "lora_alpha": 16,
+            "lora_dropout": 0.1,
+            "target_modules": list(LORA_TARGETS),
+            **(lora or {}),
+        }
         linear = {name.split(".")[-1] for name, m in model.llm.named_modules() if isinstance(m, nn.Linear)}
         absent = [t for t in lora["target_modules"] if t not in linear]
         if absent:
-            raise UserError(f"--lora-targets {absent[0]}: this LLM has no such layer; it has {', '.join(sorted(linear - {'lm_head'}))}")
+            raise UserError(
+                f"--lora-targets {absent[0]}: this LLM has no such layer; it has {', '.join(sorted(linear - {'lm_head'}))}"
+            )
         model.llm = get_peft_model(model.llm, LoraConfig(bias="none", task_type="CAUSAL_LM", **lora))
     elif freeze_llm:
         model.llm.requires_grad_(False)
     model.signal_encoder.requires_grad_(not freeze_signal_encoder)
     if not model.signal_encoder.config.use_fs or model.legacy:
-        model.signal_encoder.embeddings.fs_embedder.requires_grad_(False)  # a tensor that gets no gradient breaks DDP
+        model.signal_encoder.embeddings.fs_embedder.requires_grad_(
+            False
+        )  # a tensor that gets no gradient breaks DDP
     if model.legacy:
         model.signal_encoder.layernorm.requires_grad_(False)
 
 
-def save_model(folder, model: MultiModalModel, tokenizer, llm_path, dtype="float32", llm_changed=False, **notes):
+def save_model(
+    folder, model: MultiModalModel, tokenizer, llm_path, dtype="float32", llm_changed=False, **notes
+):
     """Write everything that load_model needs, whole or not at all.
 
     llm/ (weights if they were trained, PEFT adapter under LoRA, nothing if frozen: then `llm_path` is remembered), tokenizer/,
@@ -349,11 +479,15 @@ def save_model(folder, model: MultiModalModel, tokenizer, llm_path, dtype="float
     frozen = not is_peft and not llm_changed and not any(p.requires_grad for p in model.llm.parameters())
     with atomic_dir(folder) as out:
         if not frozen:
-            model.llm.save_pretrained(out / "llm", **({"save_embedding_layers": False} if is_peft else {}))  # the table is never trained
+            model.llm.save_pretrained(
+                out / "llm", **({"save_embedding_layers": False} if is_peft else {})
+            )  # the table is never trained
         tokenizer.save_pretrained(out / "tokenizer")
         model.signal_encoder.save_pretrained(out / "signal_encoder")
         state = {k: v.detach().contiguous().cpu() for k, v in model.signal_to_hidden.state_dict().items()}
-        save_file({**state, "iq_tokens": model.iq_tokens.detach().cpu()}, out / "signal_to_hidden.safetensors")
+        save_file(
+            {**state, "iq_tokens": model.iq_tokens.detach().cpu()}, out / "signal_to_hidden.safetensors"
+        )
         kind = "adapter" if is_peft else "frozen" if frozen else "full"
         (out / "multimodal.json").write_text(
             json.dumps(
@@ -384,13 +518,17 @@ def load_model(folder, llm_model_path=None, trust_remote_code=False):
     folder, notes = Path(folder), read_notes(folder)
     base = folder / "llm" if notes["llm"] == "full" else Path(llm_model_path or notes["llm_model_path"])
     if not base.exists():
-        raise UserError(f"{folder} was trained on the LLM in {base}, which is not there; say where it is with --llm-model-path")
+        raise UserError(
+            f"{folder} was trained on the LLM in {base}, which is not there; say where it is with --llm-model-path"
+        )
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=trust_remote_code)
     llm = load_llm(base, notes["dtype"], trust_remote_code)
     encoder = SiTMAEModelWithoutMask(read_config(folder / "signal_encoder"))
     load_encoder(encoder, folder / "signal_encoder", quiet=True)
     ids = tokenizer.convert_tokens_to_ids([IQ_START, IQ_END])
-    model = MultiModalModel(llm, encoder, notes["projector"], *ids, signal_tokens=notes["signal_tokens"], legacy=notes["legacy"])
+    model = MultiModalModel(
+        llm, encoder, notes["projector"], *ids, signal_tokens=notes["signal_tokens"], legacy=notes["legacy"]
+    )
     if notes["llm"] == "adapter":
         model.llm = PeftModel.from_pretrained(model.llm, folder / "llm")
     tensors = load_file(folder / "signal_to_hidden.safetensors")
@@ -417,6 +555,8 @@ def load_starter_kit(folder, llm_model_path, encoder_config: SiTMAEConfig, trust
         llm = PeftModel.from_pretrained(llm, folder)
     encoder = SiTMAEModelWithoutMask(encoder_config)
     load_encoder(encoder, folder / "signal_encoder.pt")
-    model = MultiModalModel(llm, encoder, kind, *tokenizer.convert_tokens_to_ids([IQ_START, IQ_END]), legacy=True)
+    model = MultiModalModel(
+        llm, encoder, kind, *tokenizer.convert_tokens_to_ids([IQ_START, IQ_END]), legacy=True
+    )
     load_weights(model.signal_to_hidden, projection, folder / "signal_to_hidden.pt", min_share=1.0)
     return model.eval(), tokenizer

@@ -13,7 +13,9 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # repository root: every way of starting this file finds it
 
 import numpy as np
 import torch
@@ -52,10 +54,18 @@ PRESETS = {
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     data = parser.add_argument_group("data")
     data.add_argument("--data", type=Path, nargs="+", required=True, help=".h5 files or folders of them")
-    data.add_argument("--val", type=Path, nargs="+", default=[], help=".h5 files or folders for the closing measurement (default: none)")
+    data.add_argument(
+        "--val",
+        type=Path,
+        nargs="+",
+        default=[],
+        help=".h5 files or folders for the closing measurement (default: none)",
+    )
     data.add_argument(
         "--min-points",
         type=int,
@@ -63,17 +73,31 @@ def parse_args():
         help="cut each signal to a random length from this to its own, log-uniform (default 0: keep whole)",
     )
     data.add_argument(
-        "--row-tokens", type=int, default=0, help="tokens in a row that signals are packed into (default: the encoder's position table)"
+        "--row-tokens",
+        type=int,
+        default=0,
+        help="tokens in a row that signals are packed into (default: the encoder's position table)",
     )
-    data.add_argument("--skip-bad", action="store_true", help="leave out signals with nan, inf or only zeros instead of stopping")
+    data.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="leave out signals with nan, inf or only zeros instead of stopping",
+    )
     data.add_argument("--workers", type=int, default=0, help="loader processes (default 0)")
     model = parser.add_argument_group("model")
-    model.add_argument("--preset", choices=PRESETS, default="base", help="sizes (default base, the published 86 M encoder)")
+    model.add_argument(
+        "--preset", choices=PRESETS, default="base", help="sizes (default base, the published 86 M encoder)"
+    )
     model.add_argument("--config", type=Path, help="config.json with the sizes, instead of --preset")
     model.add_argument("--init", type=Path, help="encoder weights to start from (file or folder)")
     model.add_argument("--patch", type=int, help="points per patch (default: the preset's; published: 8)")
     model.add_argument("--mask-ratio", type=float, help="share of the patches hidden (default 0.75)")
-    model.add_argument("--norm-pix-loss", action=argparse.BooleanOptionalAction, default=None, help="standardise each target patch")
+    model.add_argument(
+        "--norm-pix-loss",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="standardise each target patch",
+    )
     model.add_argument(
         "--spectrum-weight",
         type=float,
@@ -84,16 +108,32 @@ def parse_args():
     optim.add_argument("--accum", type=int, default=1, help="batches per optimizer step (default 1)")
     optim.add_argument("--max-steps", type=int, default=10000, help="optimizer steps (default 10000)")
     optim.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default 1e-3)")
-    optim.add_argument("--warmup", type=float, default=0.05, help="share of the steps that the rate rises over (default 0.05)")
+    optim.add_argument(
+        "--warmup",
+        type=float,
+        default=0.05,
+        help="share of the steps that the rate rises over (default 0.05)",
+    )
     optim.add_argument("--weight-decay", type=float, default=0.05, help="of the matrices (default 0.05)")
     optim.add_argument(
-        "--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: orthogonalised momentum for the layers' matrices"
+        "--optimizer",
+        choices=("adamw", "muon"),
+        default="adamw",
+        help="muon: orthogonalised momentum for the layers' matrices",
     )
     optim.add_argument("--clip", type=float, default=1.0, help="largest gradient norm (default 1)")
-    optim.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no", help="autocast (default no: float32)")
-    optim.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations: less memory, a third more time")
+    optim.add_argument(
+        "--precision", choices=("no", "bf16", "fp16"), default="no", help="autocast (default no: float32)"
+    )
+    optim.add_argument(
+        "--gradient-checkpointing",
+        action="store_true",
+        help="recompute activations: less memory, a third more time",
+    )
     group = parser.add_argument_group("run")
-    group.add_argument("--out", type=Path, required=True, help="folder for checkpoints, encoder, metrics and pictures")
+    group.add_argument(
+        "--out", type=Path, required=True, help="folder for checkpoints, encoder, metrics and pictures"
+    )
     group.add_argument("--seed", type=int, default=0, help="random seed (default 0)")
     group.add_argument("--log-every", type=int, default=20, help="steps between log lines (default 20)")
     group.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints")
@@ -178,7 +218,10 @@ def measure(model, packed, batches=16, batch_size=8):
     metrics = {"mse_hidden": {name: value / max(count, 1) for name, value in sums.items()}}
     if spectra:
         true = torch.cat(spectra)
-        metrics["mse_spectrum"] = {"mean of these signals": float(true.var(0, unbiased=False).mean()), "model": missed / len(true)}
+        metrics["mse_spectrum"] = {
+            "mean of these signals": float(true.var(0, unbiased=False).mean()),
+            "model": missed / len(true),
+        }
     return metrics, shown
 
 
@@ -198,7 +241,10 @@ def draw(shown, config, path, signals=4):
         axis.plot(seen, lw=1.6, label="seen")
         axis.plot(rebuilt, lw=1.2, label="reconstructed")
         axis.set_ylabel("I / peak")
-        table += [f"{n},{t},{a:.5f},{b:.5f},{c:.5f}" for t, (a, b, c) in enumerate(zip(true.tolist(), seen.tolist(), rebuilt.tolist()))]
+        table += [
+            f"{n},{t},{a:.5f},{b:.5f},{c:.5f}"
+            for t, (a, b, c) in enumerate(zip(true.tolist(), seen.tolist(), rebuilt.tolist()))
+        ]
     axes[0, 0].legend(ncol=3, loc="upper right", fontsize=8)
     axes[-1, 0].set_xlabel("point")
     save_figure(figure, path)
@@ -209,7 +255,9 @@ def main(args):
     accelerator = Accelerator(
         mixed_precision=args.precision,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=args.accum, sync_with_dataloader=False),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=args.accum, sync_with_dataloader=False
+        ),
     )
     seed_everything(args.seed)
     config = make_config(args)
@@ -217,7 +265,13 @@ def main(args):
     signals = SignalDataset(h5_files(args.data), skip_bad=args.skip_bad, seed=args.seed)
     packed = PackedSignals(signals, config, room, args.min_points, args.seed)
     val = (
-        PackedSignals(SignalDataset(h5_files(args.val), skip_bad=args.skip_bad), config, room, args.min_points, shuffle=False)
+        PackedSignals(
+            SignalDataset(h5_files(args.val), skip_bad=args.skip_bad),
+            config,
+            room,
+            args.min_points,
+            shuffle=False,
+        )
         if args.val
         else None
     )
@@ -236,7 +290,12 @@ def main(args):
         )
     out = open_run(args.out, args, accelerator, args.resume, args.overwrite)
     loader = DataLoader(
-        packed, args.batch_size, num_workers=args.workers, worker_init_fn=loader_worker, drop_last=True, generator=torch.Generator()
+        packed,
+        args.batch_size,
+        num_workers=args.workers,
+        worker_init_fn=loader_worker,
+        drop_last=True,
+        generator=torch.Generator(),
     )
     accelerator.print(
         f"{describe(model)}\n{len(signals)} signals ({sum(signals.skipped.values())} skipped) in {len(packed)} rows "
@@ -244,7 +303,9 @@ def main(args):
         f"{packed.efficiency:.3f}; {args.batch_size} x {accelerator.num_processes} x {args.accum} rows a step, "
         f"{args.max_steps} steps, lr {args.lr:g}"
     )
-    model, loader, *optimizers = accelerator.prepare(model, loader, *make_optimizers(model, args.optimizer, args.lr, args.weight_decay))
+    model, loader, *optimizers = accelerator.prepare(
+        model, loader, *make_optimizers(model, args.optimizer, args.lr, args.weight_decay)
+    )
     state = {"step": 0, "epoch": 0, "batch": 0}
     if args.resume and (found := find_resume(out, accelerator)):
         state = load_step(accelerator, found)
@@ -259,8 +320,12 @@ def main(args):
                 break
             with accelerator.accumulate(model):
                 result = model(**batch)
-                counts = torch.stack([result.mae_mask.sum(), (batch["sample_ids_seq"].amax(1) + 1).sum().float()])
-                share = counts * accelerator.num_processes / accelerator.reduce(counts, "sum")  # rows differ in hidden patches and signals
+                counts = torch.stack(
+                    [result.mae_mask.sum(), (batch["sample_ids_seq"].amax(1) + 1).sum().float()]
+                )
+                share = (
+                    counts * accelerator.num_processes / accelerator.reduce(counts, "sum")
+                )  # rows differ in hidden patches and signals
                 loss = result.hidden_loss * share[0]
                 if config.spectrum_weight:
                     loss = loss + config.spectrum_weight * result.spectrum_loss * share[1]

@@ -1,6 +1,6 @@
 """Rows of the closing table from the metrics that run_builtin.sh left:
 
-    python em_mllm/report.py builtin|devices|questions --runs runs/em_mllm
+python em_mllm/report.py builtin|devices|questions --runs runs/em_mllm
 """
 
 import argparse
@@ -8,7 +8,9 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # repository root: every way of starting this file finds it
 
 import numpy as np
 
@@ -18,10 +20,21 @@ from em_mllm.test import wilson
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=("builtin", "devices", "questions"), help="which part of run_builtin.sh")
-    parser.add_argument("--runs", type=Path, required=True, help="the folder that holds seed-0/, seed-1/, ... or rtl433/, rtl433_joint/")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="the seeds that were run (default 0)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "study", choices=("builtin", "devices", "questions"), help="which part of run_builtin.sh"
+    )
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        required=True,
+        help="the folder that holds seed-0/, seed-1/, ... or rtl433/, rtl433_joint/",
+    )
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0], help="the seeds that were run (default 0)"
+    )
     parser.add_argument("--smoke", action="store_true", help="say that the numbers mean nothing")
     return parser.parse_args()
 
@@ -42,7 +55,9 @@ def mean(runs: list, *keys) -> float:
 def builtin(runs: Path, seeds: list[int], note: str):
     first = runs / f"seed-{seeds[0]}"
     names = ("joint/test", "joint_random/test", "finetune", "finetune_random", "cnn", "pretrain", "fewshot")
-    joint, control, tuned, tuned_random, cnn, mae, few = ([read(runs / f"seed-{s}" / n / "metrics.json") for s in seeds] for n in names)
+    joint, control, tuned, tuned_random, cnn, mae, few = (
+        [read(runs / f"seed-{s}" / n / "metrics.json") for s in seeds] for n in names
+    )
     pictures = [
         (first / "joint/test/figures/accuracy_snr.png", "four-choice accuracy against SNR"),
         (first / "joint/test/figures/confusion.png", "chosen option for each class"),
@@ -66,7 +81,10 @@ def builtin(runs: Path, seeds: list[int], note: str):
             wilson(round(sum(m[key] * m[count] for m in joint)), total),
             pictures if key == "accuracy_high_snr" else [],
             f"{total} questions on signals of another seed{note}",
-            {"seeds": {s: m[key] for s, m in zip(seeds, joint)}, "by_likelihood": mean(joint, "accuracy_by_likelihood")},
+            {
+                "seeds": {s: m[key] for s, m in zip(seeds, joint)},
+                "by_likelihood": mean(joint, "accuracy_by_likelihood"),
+            },
         )
     write_result(
         runs,
@@ -114,7 +132,11 @@ def builtin(runs: Path, seeds: list[int], note: str):
 
 def devices(runs: Path, note: str):
     study = read(runs / "rtl433/metrics.json")
-    ours, few, unseen = study["conditions"]["encoder, pre-trained"], study["few_captures"], study["unseen_devices"]
+    ours, few, unseen = (
+        study["conditions"]["encoder, pre-trained"],
+        study["few_captures"],
+        study["unseen_devices"],
+    )
     for level in ("clean", "0dB", "-5dB", "-10dB"):
         write_result(
             runs,
@@ -123,7 +145,11 @@ def devices(runs: Path, note: str):
             ours[level],
             {
                 "largest class": study["chance"],
-                **{name: scores[level] for name, scores in study["conditions"].items() if name != "encoder, pre-trained"},
+                **{
+                    name: scores[level]
+                    for name, scores in study["conditions"].items()
+                    if name != "encoder, pre-trained"
+                },
             },
             figures=[(runs / "rtl433/figures/devices.png", "accuracy in noise")] if level == "clean" else [],
             note=f"{study['count']} real captures of 12 devices{note}",

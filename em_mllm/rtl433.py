@@ -15,7 +15,9 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # repository root: every way of starting this file finds it
 
 import numpy as np
 from accelerate import Accelerator
@@ -38,12 +40,21 @@ EDGES = np.geomspace(10, 20000, 17)  # samples at 250 kHz: 40 us to 80 ms
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--captures", type=Path, nargs=2, required=True, metavar=("TRAIN", "TEST"), help="the two npz files")
-    parser.add_argument("--data", type=Path, required=True, help="folder that convert.py rtl433 wrote")
-    parser.add_argument("--signal-encoder-path", type=Path, required=True, help="encoder folder or weight file")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--steps", type=int, default=450, help="training steps of encoder and CNN on all captures, a quarter of it on few (default 450)"
+        "--captures", type=Path, nargs=2, required=True, metavar=("TRAIN", "TEST"), help="the two npz files"
+    )
+    parser.add_argument("--data", type=Path, required=True, help="folder that convert.py rtl433 wrote")
+    parser.add_argument(
+        "--signal-encoder-path", type=Path, required=True, help="encoder folder or weight file"
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=450,
+        help="training steps of encoder and CNN on all captures, a quarter of it on few (default 450)",
     )
     parser.add_argument("--seeds", type=int, default=1, help="repetitions with other seeds (default 1)")
     parser.add_argument("--out", type=Path, required=True, help="folder for encoder, metrics and pictures")
@@ -68,11 +79,21 @@ def pulse_regression(train, test, augmented: bool, rng) -> dict:
     signals, labels = list(train["iq"]), list(train["y"])
     if augmented:
         for _ in range(8):
-            signals += [disturb(z, train["fs"], rng, rng.uniform(-10, 30), rng.uniform(-25e3, 25e3)) for z in train["iq"]]
+            signals += [
+                disturb(z, train["fs"], rng, rng.uniform(-10, 30), rng.uniform(-25e3, 25e3))
+                for z in train["iq"]
+            ]
             labels += list(train["y"])
-    model = make_pipeline(StandardScaler(), LogisticRegression(C=1.0, max_iter=500)).fit([pulse_features(z) for z in signals], labels)
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=1.0, max_iter=500)).fit(
+        [pulse_features(z) for z in signals], labels
+    )
     return {
-        noise: float(np.mean(model.predict([pulse_features(disturb(z, test["fs"], rng, noise)) for z in test["iq"]]) == test["y"]))
+        noise: float(
+            np.mean(
+                model.predict([pulse_features(disturb(z, test["fs"], rng, noise)) for z in test["iq"]])
+                == test["y"]
+            )
+        )
         for noise in (None, *NOISE_DB)
     }
 
@@ -80,12 +101,20 @@ def pulse_regression(train, test, augmented: bool, rng) -> dict:
 def learn(args, train, rows, classes, steps, seed, device) -> dict:
     """The encoder from both starts and the CNN, trained on `rows`: {name: function from a data set to classes}, pre-trained encoder."""
     models = {
-        "encoder, pre-trained": fit(args.signal_encoder_path, True, seed, train, rows, classes, steps, 1e-3, device),
-        "encoder, random start": fit(args.signal_encoder_path, False, seed + 1, train, rows, classes, steps, 1e-3, device),
+        "encoder, pre-trained": fit(
+            args.signal_encoder_path, True, seed, train, rows, classes, steps, 1e-3, device
+        ),
+        "encoder, random start": fit(
+            args.signal_encoder_path, False, seed + 1, train, rows, classes, steps, 1e-3, device
+        ),
     }
     cnn = train_cnn(Subset(train, rows.tolist()), classes, steps, 32, 3e-3, Accelerator(), seed)
-    answers = {name: lambda data, model=model: classify(model, data, shifts=4) for name, model in models.items()}
-    return answers | {"CNN": lambda data: predict(cnn, data, device).argmax(1)}, models["encoder, pre-trained"].sit
+    answers = {
+        name: lambda data, model=model: classify(model, data, shifts=4) for name, model in models.items()
+    }
+    return answers | {"CNN": lambda data: predict(cnn, data, device).argmax(1)}, models[
+        "encoder, pre-trained"
+    ].sit
 
 
 def by_condition(answer, data: Path) -> dict:
@@ -109,7 +138,9 @@ def unseen_devices(args, train, names, capture, device, draws=10) -> dict:
     encoders = {
         "random": make_encoder(args.signal_encoder_path, args.seed + 1),
         "masked pre-training": make_encoder(args.signal_encoder_path),
-        "labels of the other devices": fit(args.signal_encoder_path, True, 0, train, known, len(names), args.steps // 2, 1e-3, device).sit,
+        "labels of the other devices": fit(
+            args.signal_encoder_path, True, 0, train, known, len(names), args.steps // 2, 1e-3, device
+        ).sit,
     }
     target, group = label[rows], capture[rows]
     out = {}
@@ -119,7 +150,12 @@ def unseen_devices(args, train, names, capture, device, draws=10) -> dict:
             hits = []
             for draw in range(draws):
                 rng = np.random.default_rng((args.seed, draw))
-                chosen = np.concatenate([rng.choice(np.unique(group[target == c]), shots, replace=False) for c in np.unique(target)])
+                chosen = np.concatenate(
+                    [
+                        rng.choice(np.unique(group[target == c]), shots, replace=False)
+                        for c in np.unique(target)
+                    ]
+                )
                 shown = np.isin(group, chosen)
                 hits.append(np.mean(probe(x[shown], target[shown], x[~shown]) == target[~shown]))
             out[f"{name}, {shots} captures"] = float(np.mean(hits))
@@ -160,10 +196,17 @@ def main(args):
                 encoder.save_pretrained(folder)
         for name, answer in answers.items():
             conditions.setdefault(name, []).append(by_condition(answer, args.data))
-            print(f"seed {seed}, {name}: " + ", ".join(f"{k} {v:.3f}" for k, v in conditions[name][-1].items()))
+            print(
+                f"seed {seed}, {name}: " + ", ".join(f"{k} {v:.3f}" for k, v in conditions[name][-1].items())
+            )
         for shots in (1, 3):  # captures per device, each with all its copies
             rng = np.random.default_rng((seed, shots))
-            chosen = np.concatenate([rng.choice(np.nonzero(train_captures["y"] == c)[0], shots, replace=False) for c in range(len(names))])
+            chosen = np.concatenate(
+                [
+                    rng.choice(np.nonzero(train_captures["y"] == c)[0], shots, replace=False)
+                    for c in range(len(names))
+                ]
+            )
             rows = everything[np.isin(capture, chosen)]
             answers, _ = learn(args, train, rows, len(names), args.steps // 4, seed, device)
             for name, answer in answers.items():
@@ -171,7 +214,10 @@ def main(args):
     mean = lambda runs: {k: float(np.mean([r[k] for r in runs])) for k in runs[0]}
     seeds, conditions = conditions, {name: mean(runs) for name, runs in conditions.items()}
     rng = np.random.default_rng(args.seed)
-    for name, augmented in (("pulse lengths, clean training", False), ("pulse lengths, disturbed training", True)):
+    for name, augmented in (
+        ("pulse lengths, clean training", False),
+        ("pulse lengths, disturbed training", True),
+    ):
         scores = pulse_regression(train_captures, test_captures, augmented, rng)
         conditions[name] = {("clean" if k is None else f"{k}dB"): v for k, v in scores.items()}
     metrics = {

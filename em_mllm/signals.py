@@ -8,7 +8,23 @@ occupied bandwidth, modulation index, measured SNR. Frequencies are in cycles pe
 
 import numpy as np
 
-MODULATIONS = ("BPSK", "QPSK", "8PSK", "16APSK", "16QAM", "64QAM", "OOK", "4ASK", "2FSK", "4FSK", "GFSK", "MSK", "AM", "FM", "OFDM")
+MODULATIONS = (
+    "BPSK",
+    "QPSK",
+    "8PSK",
+    "16APSK",
+    "16QAM",
+    "64QAM",
+    "OOK",
+    "4ASK",
+    "2FSK",
+    "4FSK",
+    "GFSK",
+    "MSK",
+    "AM",
+    "FM",
+    "OFDM",
+)
 RADAR = ("PULSE", "LFM", "BARKER", "FRANK")
 JAMMING = ("TONE", "COMB", "BARRAGE", "SWEEP")
 TASKS = {"modulation": MODULATIONS, "radar_jamming": RADAR + JAMMING}
@@ -22,7 +38,12 @@ def constellation(name: str) -> np.ndarray:
         order = {"BPSK": 2, "QPSK": 4, "8PSK": 8}[name]
         points = np.exp(2j * np.pi * (np.arange(order) + 0.5) / order)
     elif name == "16APSK":  # DVB-S2 geometry: 4 inner points, 12 outer, radius ratio 2.85
-        points = np.concatenate([np.exp(2j * np.pi * (np.arange(4) + 0.5) / 4), 2.85 * np.exp(2j * np.pi * (np.arange(12) + 0.5) / 12)])
+        points = np.concatenate(
+            [
+                np.exp(2j * np.pi * (np.arange(4) + 0.5) / 4),
+                2.85 * np.exp(2j * np.pi * (np.arange(12) + 0.5) / 12),
+            ]
+        )
     elif name in ("16QAM", "64QAM"):
         side = {"16QAM": 4, "64QAM": 8}[name]
         axis = 2 * np.arange(side) - (side - 1)
@@ -39,12 +60,16 @@ def constellation(name: str) -> np.ndarray:
 def root_raised_cosine(t: np.ndarray, rolloff: float) -> np.ndarray:
     """Impulse response at times t in symbols; its spectrum ends at (1 + rolloff) / 2 symbol rates."""
     t = np.where(np.abs(t) < 1e-8, 1e-8, t)
-    t = np.where(np.abs(np.abs(4 * rolloff * t) - 1) < 1e-6, t * (1 + 1e-5), t)  # step off the removable singularities
+    t = np.where(
+        np.abs(np.abs(4 * rolloff * t) - 1) < 1e-6, t * (1 + 1e-5), t
+    )  # step off the removable singularities
     up = np.sin(np.pi * t * (1 - rolloff)) + 4 * rolloff * t * np.cos(np.pi * t * (1 + rolloff))
     return up / (np.pi * t * (1 - (4 * rolloff * t) ** 2))
 
 
-def shaped(symbols: np.ndarray, n: int, sps: float, rolloff: float, delay: float, span: int = 8) -> np.ndarray:
+def shaped(
+    symbols: np.ndarray, n: int, sps: float, rolloff: float, delay: float, span: int = 8
+) -> np.ndarray:
     """n samples of sum_k symbols[k] h(t / sps - k - delay), h the root raised cosine; sps may be fractional.
 
     Symbol k is centred on sample (k - span + delay) * sps, so `symbols` needs n / sps + 2 * span + 2 entries.
@@ -59,13 +84,23 @@ def shaped(symbols: np.ndarray, n: int, sps: float, rolloff: float, delay: float
 def linear(name, n, rng):
     sps, rolloff, delay = rng.uniform(4, 10), rng.uniform(0.2, 0.5), rng.uniform(0, 1)
     symbols = rng.choice(constellation(name), int(n / sps) + 20)
-    return shaped(symbols, n, sps, rolloff, delay), {"bandwidth": (1 + rolloff) / sps, "sps": sps, "rolloff": rolloff, "delay": delay}
+    return shaped(symbols, n, sps, rolloff, delay), {
+        "bandwidth": (1 + rolloff) / sps,
+        "sps": sps,
+        "rolloff": rolloff,
+        "delay": delay,
+    }
 
 
 def frequency_shift(name, n, rng):
     """Continuous-phase FSK: phase = pi * index * integral of the symbol levels; GFSK smooths the levels with a Gaussian filter."""
     sps = rng.uniform(4, 10)
-    index = {"2FSK": rng.uniform(0.8, 2), "4FSK": rng.uniform(0.6, 1), "MSK": 0.5, "GFSK": rng.uniform(0.3, 0.5)}[name]
+    index = {
+        "2FSK": rng.uniform(0.8, 2),
+        "4FSK": rng.uniform(0.6, 1),
+        "MSK": 0.5,
+        "GFSK": rng.uniform(0.3, 0.5),
+    }[name]
     levels = np.array([-3, -1, 1, 3]) if name == "4FSK" else np.array([-1, 1])
     pad = int(4 * sps)
     position = np.floor((np.arange(n + 2 * pad) / sps) + rng.uniform(0, 1)).astype(int)
@@ -77,7 +112,11 @@ def frequency_shift(name, n, rng):
         frequency = np.convolve(frequency, kernel / kernel.sum(), "same")
     phase = 2 * np.pi * np.cumsum(frequency[pad : pad + n])
     peak = np.abs(levels).max() * index / (2 * sps)
-    return np.exp(1j * phase), {"bandwidth": 2 * (peak + 1 / (2 * sps)), "sps": sps, "index": index}  # Carson's rule
+    return np.exp(1j * phase), {
+        "bandwidth": 2 * (peak + 1 / (2 * sps)),
+        "sps": sps,
+        "index": index,
+    }  # Carson's rule
 
 
 def band_limited(n, width, rng, real=False):
@@ -96,21 +135,34 @@ def amplitude_modulation(name, n, rng):
 
 
 def frequency_modulation(name, n, rng):
-    width, deviation = rng.uniform(0.01, 0.05), rng.uniform(0.03, 0.1)  # deviation is the rms of the frequency
+    width, deviation = (
+        rng.uniform(0.01, 0.05),
+        rng.uniform(0.03, 0.1),
+    )  # deviation is the rms of the frequency
     message = band_limited(n, 2 * width, rng, real=True)
-    return np.exp(2j * np.pi * deviation * np.cumsum(message)), {"bandwidth": 2 * (2 * deviation + width), "deviation": deviation}
+    return np.exp(2j * np.pi * deviation * np.cumsum(message)), {
+        "bandwidth": 2 * (2 * deviation + width),
+        "deviation": deviation,
+    }
 
 
 def ofdm(name, n, rng, bins=128):
     used, prefix = 2 * int(rng.integers(24, 57)), int(rng.choice([8, 16, 32]))
     count = n // (bins + prefix) + 2
-    carriers = np.concatenate([np.arange(1, used // 2 + 1), np.arange(bins - used // 2, bins)])  # zero carrier left empty
+    carriers = np.concatenate(
+        [np.arange(1, used // 2 + 1), np.arange(bins - used // 2, bins)]
+    )  # zero carrier left empty
     symbols = np.zeros((count, bins), complex)
     symbols[:, carriers] = rng.choice(constellation("QPSK"), (count, used))
     time = np.fft.ifft(symbols, axis=1)
     stream = np.concatenate([time[:, -prefix:], time], 1).ravel()
     start = int(rng.integers(bins + prefix))
-    return stream[start : start + n], {"bandwidth": used / bins, "prefix": prefix, "bins": bins, "start": start}
+    return stream[start : start + n], {
+        "bandwidth": used / bins,
+        "prefix": prefix,
+        "bins": bins,
+        "start": start,
+    }
 
 
 def pulse_train(name, n, rng):
@@ -189,19 +241,27 @@ def channel(x, rng, carrier_offset=0.01, phase_noise=0.003, fading="none"):
     elif fading != "none":
         raise ValueError(f"fading {fading!r} is not none, rician or rayleigh")
     offset = rng.uniform(-carrier_offset, carrier_offset)
-    phase = rng.uniform(0, 2 * np.pi) + 2 * np.pi * offset * np.arange(n) + phase_noise * np.cumsum(rng.standard_normal(n))
+    phase = (
+        rng.uniform(0, 2 * np.pi)
+        + 2 * np.pi * offset * np.arange(n)
+        + phase_noise * np.cumsum(rng.standard_normal(n))
+    )
     return x * np.exp(1j * phase), offset
 
 
 def add_noise(x: np.ndarray, snr_db: float, rng: np.random.Generator) -> np.ndarray:
     """White complex noise over the full band, snr_db below the mean power of x; the sum has unit rms."""
     power = np.mean(np.abs(x) ** 2)
-    noise = (rng.standard_normal(len(x)) + 1j * rng.standard_normal(len(x))) * np.sqrt(power / 2 * 10 ** (-snr_db / 10))
+    noise = (rng.standard_normal(len(x)) + 1j * rng.standard_normal(len(x))) * np.sqrt(
+        power / 2 * 10 ** (-snr_db / 10)
+    )
     y = x + noise
     return y / np.sqrt(np.mean(np.abs(y) ** 2))
 
 
-def make_signal(name: str, n: int, snr_db: float, rng: np.random.Generator, **impairments) -> tuple[np.ndarray, dict]:
+def make_signal(
+    name: str, n: int, snr_db: float, rng: np.random.Generator, **impairments
+) -> tuple[np.ndarray, dict]:
     """One labelled signal.
 
     Returns iq (n, 2) float32 of unit rms and its parameters: bandwidth (cycles per sample), carrier_offset, and what the kind has

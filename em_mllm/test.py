@@ -18,7 +18,9 @@ import sys
 from datetime import datetime
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # repository root: every way of starting this file finds it
 
 import numpy as np
 import torch
@@ -29,7 +31,15 @@ from common.checkpoint import atomic_write
 from common.errors import UserError, run
 from common.figures import new_figure, save_figure
 from common.run import progress
-from em_mllm.dataset import DEFAULT_FS, QuestionCollator, QuestionDataset, encode_text, parse_options, read_questions, task_pairs
+from em_mllm.dataset import (
+    DEFAULT_FS,
+    QuestionCollator,
+    QuestionDataset,
+    encode_text,
+    parse_options,
+    read_questions,
+    task_pairs,
+)
 from em_mllm.em_foundation.utils.utils import scale_to_peak
 from em_mllm.figures import draw_confusion
 from em_mllm.iq_io import FORMATS, read_iq, windows
@@ -39,21 +49,39 @@ HIGH_SNR_DB = 10.0
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, help="the model/ folder that train.py wrote")
-    parser.add_argument("--llm-model-path", type=Path, help="where the base LLM is now, if it has moved since training")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run the Python code in the LLM folder")
+    parser.add_argument(
+        "--llm-model-path", type=Path, help="where the base LLM is now, if it has moved since training"
+    )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the Python code in the LLM folder"
+    )
     data = parser.add_argument_group("a test set")
     data.add_argument("--task-dir", type=Path, help="folder in which every x.h5 has its x.json")
     data.add_argument("--task-files", type=Path, nargs="+", help="h5 json h5 json ...")
-    data.add_argument("--out", type=Path, help="folder for metrics, predictions and pictures (replaced if it holds such results)")
+    data.add_argument(
+        "--out",
+        type=Path,
+        help="folder for metrics, predictions and pictures (replaced if it holds such results)",
+    )
     data.add_argument("--limit", type=int, default=0, help="only the first n questions of each file")
-    data.add_argument("--skip-bad", action="store_true", help="leave out and count unusable questions and signals")
+    data.add_argument(
+        "--skip-bad", action="store_true", help="leave out and count unusable questions and signals"
+    )
     data.add_argument("--batch-size", type=int, default=64, help="questions at a time (default 64)")
     data.add_argument("--max-new-tokens", type=int, default=24, help="most tokens to generate (default 24)")
-    data.add_argument("--wrong-signal", action="store_true", help="control: also ask every question about a signal of another class")
     data.add_argument(
-        "--calibrate-dir", type=Path, help="validation folder on which the confidence temperature is fitted (default: none, temperature 1)"
+        "--wrong-signal",
+        action="store_true",
+        help="control: also ask every question about a signal of another class",
+    )
+    data.add_argument(
+        "--calibrate-dir",
+        type=Path,
+        help="validation folder on which the confidence temperature is fitted (default: none, temperature 1)",
     )
     data.add_argument("--submission", type=Path, help="write the competition's answer file here")
     data.add_argument("--team-name", default="team", help="for the answer file (default team)")
@@ -62,12 +90,26 @@ def parse_args():
     one = parser.add_argument_group("one recording")
     one.add_argument("--iq", type=Path, help=f"a recording: {FORMATS}")
     one.add_argument(
-        "--question", default="What is the modulation type of this signal?", help="what to ask; options as (A) ... (B) ... give a choice"
+        "--question",
+        default="What is the modulation type of this signal?",
+        help="what to ask; options as (A) ... (B) ... give a choice",
     )
-    one.add_argument("--index", type=int, default=0, help="which signal of a file that holds many (default 0)")
-    one.add_argument("--fs", type=float, help="sampling rate in Hz, where the file does not say (default: the training default)")
-    one.add_argument("--window", type=int, help="points per window of a long capture (default: 1024, or the encoder's most)")
-    one.add_argument("--windows", type=int, default=16, help="most windows to ask about, the strongest (default 16)")
+    one.add_argument(
+        "--index", type=int, default=0, help="which signal of a file that holds many (default 0)"
+    )
+    one.add_argument(
+        "--fs",
+        type=float,
+        help="sampling rate in Hz, where the file does not say (default: the training default)",
+    )
+    one.add_argument(
+        "--window",
+        type=int,
+        help="points per window of a long capture (default: 1024, or the encoder's most)",
+    )
+    one.add_argument(
+        "--windows", type=int, default=16, help="most windows to ask about, the strongest (default 16)"
+    )
     return parser.parse_args()
 
 
@@ -82,14 +124,24 @@ def extract_letter(text: str, options: dict) -> str | None:
     start = re.match(r"\s*([A-Z])(?![A-Za-z0-9])", text)
     if start and start.group(1) in options:
         return start.group(1)
-    named = [a for a, name in options.items() if re.search(rf"(?<![A-Za-z0-9]){re.escape(name)}(?![A-Za-z0-9])", text)]
-    longest = [a for a in named if not any(options[a] != options[b] and options[a] in options[b] for b in named)]
+    named = [
+        a
+        for a, name in options.items()
+        if re.search(rf"(?<![A-Za-z0-9]){re.escape(name)}(?![A-Za-z0-9])", text)
+    ]
+    longest = [
+        a for a in named if not any(options[a] != options[b] and options[a] in options[b] for b in named)
+    ]
     return longest[0] if len(longest) == 1 else None
 
 
 def candidate(question: str, letter: str, name: str) -> str:
     """A complete answer in the language of the question, in the seed's words."""
-    return f"正确答案是：({letter}) {name}" if re.search(r"[\u4e00-\u9fff]", question) else f"The correct answer is: ({letter}) {name}"
+    return (
+        f"正确答案是：({letter}) {name}"
+        if re.search(r"[\u4e00-\u9fff]", question)
+        else f"The correct answer is: ({letter}) {name}"
+    )
 
 
 class Words:
@@ -103,15 +155,26 @@ class Words:
 def ask(model, tokenizer, batch, records, max_new_tokens):
     """Generate for one collated batch and score the options of its four-choice questions; one dict per record."""
     inputs = {k: batch[k] for k in ("iq", "iq_lengths", "fs", "signal_index", "input_ids", "attention_mask")}
-    stop = [tokenizer.eos_token_id] + [i for t in ("<|im_end|>",) if (i := tokenizer.get_vocab().get(t)) is not None]
-    ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stop, pad_token_id=tokenizer.pad_token_id)
+    stop = [tokenizer.eos_token_id] + [
+        i for t in ("<|im_end|>",) if (i := tokenizer.get_vocab().get(t)) is not None
+    ]
+    ids = model.generate(
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=stop,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     texts = [t.strip() for t in tokenizer.batch_decode(ids, skip_special_tokens=True)]
     options = [parse_options(r) for r in records]
     scored = [i for i, o in enumerate(options) if o]
     likelihood = {}
     if scored:
         tails = [
-            [tokenizer(candidate(records[i]["question"], a, n), add_special_tokens=False)["input_ids"] for a, n in options[i].items()]
+            [
+                tokenizer(candidate(records[i]["question"], a, n), add_special_tokens=False)["input_ids"]
+                for a, n in options[i].items()
+            ]
             for i in scored
         ]
         part = {k: v if k in ("iq", "iq_lengths", "fs") else v[scored] for k, v in inputs.items()}
@@ -154,7 +217,9 @@ def answer_set(model, tokenizer, data: QuestionDataset, accelerator, batch_size,
                     item["iq"], item["fs"] = data[swap[r]]["iq"], data[swap[r]]["fs"]
             batch = {k: v.to(accelerator.device) for k, v in collate(items).items()}
             records = [data.records[r] for r in rows]
-            for r, record, answer in zip(rows, records, ask(model, tokenizer, batch, records, max_new_tokens)):
+            for r, record, answer in zip(
+                rows, records, ask(model, tokenizer, batch, records, max_new_tokens)
+            ):
                 index = record["iq_index_in_h5"]
                 level = snr[data.file_of[r]]
                 answer |= {
@@ -172,12 +237,19 @@ def answer_set(model, tokenizer, data: QuestionDataset, accelerator, batch_size,
 def other_signals(data: QuestionDataset, seed=0) -> dict:
     """For each four-choice question another question's row whose signal has a different label (of the same task where there is one)."""
     labels = [f.column("label") if "label" in f.columns else np.arange(len(f)) for f in data.files]
-    first = [i[0] if isinstance(i := data.records[r]["iq_index_in_h5"], list) else i for r in range(len(data.records))]
+    first = [
+        i[0] if isinstance(i := data.records[r]["iq_index_in_h5"], list) else i
+        for r in range(len(data.records))
+    ]
     label = np.array([labels[data.file_of[r]][first[r]] for r in range(len(first))])
     rng, swap = np.random.default_rng(seed), {}
     for r in [r for r in range(len(first)) if parse_options(data.records[r])]:
         same_task = (data.task_of == data.task_of[r]) & (label != label[r])
-        swap[r] = int(rng.choice(np.nonzero(same_task)[0] if same_task.any() else np.setdiff1d(np.arange(len(first)), [r])))
+        swap[r] = int(
+            rng.choice(
+                np.nonzero(same_task)[0] if same_task.any() else np.setdiff1d(np.arange(len(first)), [r])
+            )
+        )
     return swap
 
 
@@ -208,7 +280,11 @@ def calibration_error(rows, temperature, bins=10) -> float:
     hit = np.array([r["likeliest"] == r["truth"] for r in rows])
     which = np.minimum((confidence * bins).astype(int), bins - 1)
     return float(
-        sum(abs(hit[which == b].mean() - confidence[which == b].mean()) * (which == b).mean() for b in range(bins) if (which == b).any())
+        sum(
+            abs(hit[which == b].mean() - confidence[which == b].mean()) * (which == b).mean()
+            for b in range(bins)
+            if (which == b).any()
+        )
     )
 
 
@@ -219,9 +295,16 @@ def open_scores(rows) -> dict:
 
     scorer = RougeScorer(["rougeL"], tokenizer=Words())
     rouge = [scorer.score(r["answer"], r["text"])["rougeL"].fmeasure for r in rows]
-    bleu = BLEU(tokenize="zh", effective_order=True).corpus_score([r["text"] for r in rows], [[r["answer"] for r in rows]])
+    bleu = BLEU(tokenize="zh", effective_order=True).corpus_score(
+        [r["text"] for r in rows], [[r["answer"] for r in rows]]
+    )
     same = [re.sub(r"\s", "", r["answer"]) == re.sub(r"\s", "", r["text"]) for r in rows]
-    return {"count": len(rows), "rougeL": float(np.mean(rouge)), "bleu": bleu.score / 100, "exact": float(np.mean(same))}
+    return {
+        "count": len(rows),
+        "rougeL": float(np.mean(rouge)),
+        "bleu": bleu.score / 100,
+        "exact": float(np.mean(same)),
+    }
 
 
 def score(answers, temperature=1.0) -> dict:
@@ -241,11 +324,23 @@ def score(answers, temperature=1.0) -> dict:
             "high_snr_count": len(high),
             "accuracy_high_snr": accuracy(high),
             "accuracy_high_snr_by_likelihood": accuracy(high, "likeliest"),
-            "high_snr_interval": wilson(sum(a["pred"] == a["truth"] for a in high), len(high)) if high else None,
-            "by_task": {t: accuracy([a for a in choice if a["task"] == t]) for t in sorted({a["task"] for a in choice})},
-            "by_class": {c: accuracy([a for a in choice if a["class"] == c]) for c in sorted({a["class"] for a in choice})},
-            "by_class_high_snr": {c: accuracy([a for a in high if a["class"] == c]) for c in sorted({a["class"] for a in high})},
-            "letters_given": {x: sum(a["pred"] == x for a in choice) for x in sorted({a["pred"] for a in choice})},
+            "high_snr_interval": wilson(sum(a["pred"] == a["truth"] for a in high), len(high))
+            if high
+            else None,
+            "by_task": {
+                t: accuracy([a for a in choice if a["task"] == t])
+                for t in sorted({a["task"] for a in choice})
+            },
+            "by_class": {
+                c: accuracy([a for a in choice if a["class"] == c])
+                for c in sorted({a["class"] for a in choice})
+            },
+            "by_class_high_snr": {
+                c: accuracy([a for a in high if a["class"] == c]) for c in sorted({a["class"] for a in high})
+            },
+            "letters_given": {
+                x: sum(a["pred"] == x for a in choice) for x in sorted({a["pred"] for a in choice})
+            },
             "temperature": temperature,
             "calibration_error": calibration_error(choice, temperature),
         }
@@ -270,9 +365,17 @@ def draw(answers, metrics, folder):
         figure, axis = new_figure()
         axis.plot([b + 2.5 for b in bins], list(bins.values()), marker="o")
         axis.axhline(np.mean([1 / len(a["options"]) for a in choice]), color="0.6", ls="--", lw=1)
-        axis.set(xlabel="SNR (dB, 5 dB bins)", ylabel="accuracy", ylim=(0, 1.02), title="four-choice accuracy; dashed: chance")
+        axis.set(
+            xlabel="SNR (dB, 5 dB bins)",
+            ylabel="accuracy",
+            ylim=(0, 1.02),
+            title="four-choice accuracy; dashed: chance",
+        )
         save_figure(figure, folder / "accuracy_snr.png")
-        atomic_write(folder / "accuracy_snr.csv", "snr_from_db,accuracy\n" + "".join(f"{b:g},{v:.4f}\n" for b, v in bins.items()))
+        atomic_write(
+            folder / "accuracy_snr.csv",
+            "snr_from_db,accuracy\n" + "".join(f"{b:g},{v:.4f}\n" for b, v in bins.items()),
+        )
     names = sorted({n for a in choice for n in a["options"].values()})
     matrix = np.zeros((len(names), len(names)), int)
     for a in choice:
@@ -310,7 +413,9 @@ def validate_submission(path, questions) -> str:
     try:
         datetime.strptime(content["evaluation_time"], "%Y-%m-%d %H:%M:%S")
     except ValueError as error:
-        raise UserError(f"{path}: evaluation_time is {content['evaluation_time']!r}, expected YYYY-MM-DD HH:MM:SS") from error
+        raise UserError(
+            f"{path}: evaluation_time is {content['evaluation_time']!r}, expected YYYY-MM-DD HH:MM:SS"
+        ) from error
     if not isinstance(content.get("answers"), list):
         raise UserError(f"{path}: answers is missing or not a list")
     wanted, seen = {r.get("id"): parse_options(r) for r in questions if parse_options(r)}, set()
@@ -322,7 +427,9 @@ def validate_submission(path, questions) -> str:
         if a["id"] in seen:
             raise UserError(f"{path}: answers[{n}]: id {a['id']} is answered twice")
         if a.get("pred") not in wanted[a["id"]]:
-            raise UserError(f"{path}: answers[{n}] (id {a['id']}): pred is {a.get('pred')!r}, expected one of {', '.join(wanted[a['id']])}")
+            raise UserError(
+                f"{path}: answers[{n}] (id {a['id']}): pred is {a.get('pred')!r}, expected one of {', '.join(wanted[a['id']])}"
+            )
         seen.add(a["id"])
     if missing := [i for i in wanted if i not in seen]:
         raise UserError(f"{path}: {len(missing)} questions have no answer, the first is id {missing[0]}")
@@ -345,13 +452,19 @@ def answer_recording(model, tokenizer, args, notes):
     record = {"id": 0, "question": args.question}
     collate = QuestionCollator(config.patch_size[0], tokenizer.pad_token_id)
     prompt = encode_text(tokenizer, args.question, None, notes.get("chat", False))
-    items = [{"iq": [scale_to_peak(w - w.mean(0))], "fs": [fs], "texts": [prompt], "rows": [0]} for _, w in cut]
+    items = [
+        {"iq": [scale_to_peak(w - w.mean(0))], "fs": [fs], "texts": [prompt], "rows": [0]} for _, w in cut
+    ]
     answers = ask(model, tokenizer, collate(items), [record] * len(items), args.max_new_tokens)
-    print(f"{args.iq}: {len(iq)} samples at {fs:g} Hz, {len(cut)} window(s) of {min(points, len(iq))} asked\n{args.question}")
+    print(
+        f"{args.iq}: {len(iq)} samples at {fs:g} Hz, {len(cut)} window(s) of {min(points, len(iq))} asked\n{args.question}"
+    )
     for (start, _), a in zip(cut, answers):
         print(f"  {start / fs:10.6f} s  {a['text']}")
     if "pred" in answers[0]:
-        mean = torch.stack([torch.tensor(a["scores"]).log_softmax(0) for a in answers]).mean(0)  # a mean: windows are not independent
+        mean = torch.stack([torch.tensor(a["scores"]).log_softmax(0) for a in answers]).mean(
+            0
+        )  # a mean: windows are not independent
         share = (mean / notes.get("temperature", 1.0)).softmax(0)
         best = int(share.argmax())
         letter, name = list(answers[0]["options"].items())[best]
@@ -365,7 +478,10 @@ def answer_recording(model, tokenizer, args, notes):
 def main(args):
     if args.validate:
         print(
-            validate_submission(args.validate, [r for _, path in task_pairs(args.task_dir, args.task_files) for r in read_questions(path)])
+            validate_submission(
+                args.validate,
+                [r for _, path in task_pairs(args.task_dir, args.task_files) for r in read_questions(path)],
+            )
         )
         return
     if args.model is None:
@@ -377,8 +493,15 @@ def main(args):
         answer_recording(model, tokenizer, args, notes)
         return
     if args.out is None and args.submission is None:
-        raise UserError("nothing to write: give --out for scores and pictures, or --submission, or ask about one recording with --iq")
-    if args.out and args.out.exists() and any(args.out.iterdir()) and not (args.out / "metrics.json").exists():
+        raise UserError(
+            "nothing to write: give --out for scores and pictures, or --submission, or ask about one recording with --iq"
+        )
+    if (
+        args.out
+        and args.out.exists()
+        and any(args.out.iterdir())
+        and not (args.out / "metrics.json").exists()
+    ):
         raise UserError(f"{args.out} holds other files; choose another --out")
     accelerator = Accelerator()
     model, tokenizer = load_model(args.model, args.llm_model_path, args.trust_remote_code)
@@ -393,17 +516,28 @@ def main(args):
         limit=args.limit,
     )
     data = QuestionDataset(task_pairs(args.task_dir, args.task_files), **options)
-    if args.submission and len({data.records[r].get("id") for r in range(len(data.records))}) < len(data.records):
-        raise UserError("--submission: an id stands twice in these questions; give one question file with --task-files")
+    if args.submission and len({data.records[r].get("id") for r in range(len(data.records))}) < len(
+        data.records
+    ):
+        raise UserError(
+            "--submission: an id stands twice in these questions; give one question file with --task-files"
+        )
     common = (accelerator, args.batch_size, args.max_new_tokens)
     temperature = notes.get("temperature", 1.0)
     if args.calibrate_dir:
-        held = answer_set(model, tokenizer, QuestionDataset(task_pairs(args.calibrate_dir), **options), *common)
+        held = answer_set(
+            model, tokenizer, QuestionDataset(task_pairs(args.calibrate_dir), **options), *common
+        )
         temperature = fit_temperature([a for a in held if a.get("truth")])
         if accelerator.is_main_process:
-            atomic_write(args.model / "multimodal.json", json.dumps({**notes, "temperature": temperature}, indent=1, ensure_ascii=False))
+            atomic_write(
+                args.model / "multimodal.json",
+                json.dumps({**notes, "temperature": temperature}, indent=1, ensure_ascii=False),
+            )
     answers = answer_set(model, tokenizer, data, *common)
-    wrong = answer_set(model, tokenizer, data, *common, swap=other_signals(data)) if args.wrong_signal else None
+    wrong = (
+        answer_set(model, tokenizer, data, *common, swap=other_signals(data)) if args.wrong_signal else None
+    )
     if not accelerator.is_main_process:
         return
     if args.submission:
@@ -414,28 +548,41 @@ def main(args):
         if wrong:
             control = score(wrong)
             metrics["wrong_signal"] = {
-                k: control[k] for k in ("accuracy", "accuracy_high_snr", "valid_letters", "letters_given") if k in control
+                k: control[k]
+                for k in ("accuracy", "accuracy_high_snr", "valid_letters", "letters_given")
+                if k in control
             }
         if args.calibrate_dir:
             metrics["validation"] = score(held, temperature)
         if any("options" in a for a in answers):
             metrics["chance"] = float(np.mean([1 / len(a["options"]) for a in answers if "options" in a]))
-        atomic_write(args.out / "predictions.jsonl", "".join(json.dumps(a, ensure_ascii=False) + "\n" for a in answers))
+        atomic_write(
+            args.out / "predictions.jsonl", "".join(json.dumps(a, ensure_ascii=False) + "\n" for a in answers)
+        )
         atomic_write(args.out / "metrics.json", json.dumps(metrics, indent=1, ensure_ascii=False))
-        shutil.rmtree(args.out / "figures", ignore_errors=True)  # none of an earlier test may stay beside these numbers
+        shutil.rmtree(
+            args.out / "figures", ignore_errors=True
+        )  # none of an earlier test may stay beside these numbers
         draw(answers, metrics, args.out / "figures")
         if "accuracy" in metrics:
             low, high = metrics["interval"]
             print(
                 f"four-choice accuracy {metrics['accuracy']:.3f} [{low:.3f}, {high:.3f}] of {metrics['four_choice']} "
                 f"(chance {metrics['chance']:.2f}), "
-                + (f"at SNR >= {HIGH_SNR_DB:g} dB {metrics['accuracy_high_snr']:.3f}, " if metrics["high_snr_count"] else "")
+                + (
+                    f"at SNR >= {HIGH_SNR_DB:g} dB {metrics['accuracy_high_snr']:.3f}, "
+                    if metrics["high_snr_count"]
+                    else ""
+                )
                 + f"by likelihood {metrics['accuracy_by_likelihood']:.3f}, valid letters {metrics['valid_letters']:.1%}"
                 + (f", with wrong signals {metrics['wrong_signal']['accuracy']:.3f}" if wrong else "")
             )
         if "open" in metrics:
             print(
-                "open questions: " + ", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics["open"].items())
+                "open questions: "
+                + ", ".join(
+                    f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics["open"].items()
+                )
             )
         print(f"results in {args.out}")
 

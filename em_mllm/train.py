@@ -14,7 +14,9 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # repository root: every way of starting this file finds it
 
 import torch
 from accelerate import Accelerator
@@ -25,15 +27,28 @@ from common.checkpoint import atomic_write, find_resume, load_step, save_step
 from common.errors import UserError, run
 from common.run import Log, StopSignal, check_finite, describe, loader_worker, open_run, seed_everything
 from em_mllm.dataset import DEFAULT_FS, QuestionCollator, QuestionDataset, task_pairs
-from em_mllm.model import LORA_TARGETS, PROJECTORS, build_model, load_model, load_tokenizer, read_notes, save_model, set_trainable
+from em_mllm.model import (
+    LORA_TARGETS,
+    PROJECTORS,
+    build_model,
+    load_model,
+    load_tokenizer,
+    read_notes,
+    save_model,
+    set_trainable,
+)
 from em_mllm.optim import lr_at, make_optimizers, set_lr
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     data = parser.add_argument_group("data")
     data.add_argument("--task-dir", type=Path, help="folder in which every x.h5 has its x.json")
-    data.add_argument("--task-files", type=Path, nargs="+", help="h5 json h5 json ... (used when no --task-dir is given)")
+    data.add_argument(
+        "--task-files", type=Path, nargs="+", help="h5 json h5 json ... (used when no --task-dir is given)"
+    )
     data.add_argument(
         "--val-dir",
         type=Path,
@@ -46,21 +61,55 @@ def parse_args():
         help="n: an item is a signal with n of its questions, encoded once (default 0: an item is a question)",
     )
     data.add_argument(
-        "--noise-db", type=float, nargs=2, metavar=("LOW", "HIGH"), help="add white noise at a random SNR of this range (default: none)"
+        "--noise-db",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="add white noise at a random SNR of this range (default: none)",
     )
-    data.add_argument("--shift-hz", type=float, default=0.0, help="shift each signal in frequency by up to this (default 0)")
-    data.add_argument("--roll", action="store_true", help="turn each signal by a random number of points; for captures that begin anywhere")
-    data.add_argument("--fs", type=float, default=DEFAULT_FS, help="sampling rate in Hz where the .h5 has no attribute fs (default 20e6)")
-    data.add_argument("--skip-bad", action="store_true", help="leave out and count unusable questions and signals instead of stopping")
+    data.add_argument(
+        "--shift-hz", type=float, default=0.0, help="shift each signal in frequency by up to this (default 0)"
+    )
+    data.add_argument(
+        "--roll",
+        action="store_true",
+        help="turn each signal by a random number of points; for captures that begin anywhere",
+    )
+    data.add_argument(
+        "--fs",
+        type=float,
+        default=DEFAULT_FS,
+        help="sampling rate in Hz where the .h5 has no attribute fs (default 20e6)",
+    )
+    data.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="leave out and count unusable questions and signals instead of stopping",
+    )
     data.add_argument("--workers", type=int, default=0, help="loader processes (default 0)")
     model = parser.add_argument_group("model")
     model.add_argument(
-        "--signal-encoder-path", type=Path, required=True, help="encoder folder (config.json, model.safetensors) or weight file"
+        "--signal-encoder-path",
+        type=Path,
+        required=True,
+        help="encoder folder (config.json, model.safetensors) or weight file",
     )
-    model.add_argument("--llm-model-path", type=Path, required=True, help="folder of any causal LM and its tokenizer; FM9G-4B: 9G4B/")
-    model.add_argument("--trained-dir", type=Path, help="continue from the model/ folder of an earlier run (new run, fresh optimizer)")
     model.add_argument(
-        "--projector", choices=PROJECTORS, default="linear", help="linear: the seed's; mlp: starter kit; merlin (default linear)"
+        "--llm-model-path",
+        type=Path,
+        required=True,
+        help="folder of any causal LM and its tokenizer; FM9G-4B: 9G4B/",
+    )
+    model.add_argument(
+        "--trained-dir",
+        type=Path,
+        help="continue from the model/ folder of an earlier run (new run, fresh optimizer)",
+    )
+    model.add_argument(
+        "--projector",
+        choices=PROJECTORS,
+        default="linear",
+        help="linear: the seed's; mlp: starter kit; merlin (default linear)",
     )
     model.add_argument(
         "--signal-tokens",
@@ -68,23 +117,54 @@ def parse_args():
         default=0,
         help="n: give the LLM n means over stretches of the signal and the cls vector (default 0: every patch)",
     )
-    model.add_argument("--max-points", type=int, help="longest signal in points (default: the encoder's config)")
-    model.add_argument("--attention-type", choices=("eager", "sdpa", "fa2"), default="sdpa", help="encoder attention (default sdpa)")
-    model.add_argument("--max-length", type=int, default=512, help="most text tokens of a question with its answer (default 512)")
     model.add_argument(
-        "--chat-template", action="store_true", help="lay the text out by the tokenizer's chat template instead of question eos answer eos"
+        "--max-points", type=int, help="longest signal in points (default: the encoder's config)"
+    )
+    model.add_argument(
+        "--attention-type",
+        choices=("eager", "sdpa", "fa2"),
+        default="sdpa",
+        help="encoder attention (default sdpa)",
+    )
+    model.add_argument(
+        "--max-length",
+        type=int,
+        default=512,
+        help="most text tokens of a question with its answer (default 512)",
+    )
+    model.add_argument(
+        "--chat-template",
+        action="store_true",
+        help="lay the text out by the tokenizer's chat template instead of question eos answer eos",
     )
     model.add_argument("--freeze-llm", action="store_true", help="train projector, IQ rows and encoder only")
     model.add_argument("--freeze-signal-encoder", action="store_true", help="leave the encoder as it is")
-    model.add_argument("--use-lora", action="store_true", help="adapters on the LLM, which itself stays frozen")
+    model.add_argument(
+        "--use-lora", action="store_true", help="adapters on the LLM, which itself stays frozen"
+    )
     model.add_argument("--lora-r", type=int, default=8, help="rank of the adapters (default 8)")
     model.add_argument("--lora-alpha", type=int, default=16, help="their scale is alpha / r (default 16)")
-    model.add_argument("--lora-dropout", type=float, default=0.1, help="dropout before the adapters (default 0.1)")
-    model.add_argument("--lora-targets", nargs="+", default=list(LORA_TARGETS), help="layers that get an adapter (default q_proj v_proj)")
-    model.add_argument("--random-encoder", action="store_true", help="control: the encoder's sizes without its weights")
-    model.add_argument("--legacy", action="store_true", help="the starter kit's arithmetic and labels, for those who hold its checkpoints")
     model.add_argument(
-        "--trust-remote-code", action="store_true", help="run the Python code in the LLM folder; only for folders that you trust"
+        "--lora-dropout", type=float, default=0.1, help="dropout before the adapters (default 0.1)"
+    )
+    model.add_argument(
+        "--lora-targets",
+        nargs="+",
+        default=list(LORA_TARGETS),
+        help="layers that get an adapter (default q_proj v_proj)",
+    )
+    model.add_argument(
+        "--random-encoder", action="store_true", help="control: the encoder's sizes without its weights"
+    )
+    model.add_argument(
+        "--legacy",
+        action="store_true",
+        help="the starter kit's arithmetic and labels, for those who hold its checkpoints",
+    )
+    model.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the Python code in the LLM folder; only for folders that you trust",
     )
     optim = parser.add_argument_group("optimisation")
     optim.add_argument("--batch-size", type=int, default=4, help="items per process (default 4)")
@@ -92,34 +172,56 @@ def parse_args():
     optim.add_argument("--epochs", type=int, default=3, help="passes over the data (default 3)")
     optim.add_argument("--max-steps", type=int, help="stop after this many optimizer steps instead")
     optim.add_argument("--lr", type=float, default=1e-4, help="peak learning rate (default 1e-4)")
-    optim.add_argument("--schedule", choices=("linear", "cosine"), default="linear", help="fall of the rate (default linear, upstream's)")
-    optim.add_argument("--warmup", type=float, default=0.1, help="share of the steps that the rate rises over (default 0.1)")
+    optim.add_argument(
+        "--schedule",
+        choices=("linear", "cosine"),
+        default="linear",
+        help="fall of the rate (default linear, upstream's)",
+    )
+    optim.add_argument(
+        "--warmup", type=float, default=0.1, help="share of the steps that the rate rises over (default 0.1)"
+    )
     optim.add_argument("--weight-decay", type=float, default=0.01, help="of the matrices (default 0.01)")
     optim.add_argument(
-        "--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: orthogonalised momentum for the layers' matrices"
+        "--optimizer",
+        choices=("adamw", "muon"),
+        default="adamw",
+        help="muon: orthogonalised momentum for the layers' matrices",
     )
     optim.add_argument("--clip", type=float, default=1.0, help="largest gradient norm (default 1)")
-    optim.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no", help="autocast (default no)")
+    optim.add_argument(
+        "--precision", choices=("no", "bf16", "fp16"), default="no", help="autocast (default no)"
+    )
     optim.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
         default="float32",
         help="storage of the LLM weights (default float32; bfloat16 for a frozen or adapted LLM)",
     )
-    optim.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations: less memory, a third more time")
+    optim.add_argument(
+        "--gradient-checkpointing",
+        action="store_true",
+        help="recompute activations: less memory, a third more time",
+    )
     group = parser.add_argument_group("run")
     group.add_argument("--output-dir", type=Path, default=Path("output"), help="default ./output")
     group.add_argument("--seed", type=int, default=0, help="random seed (default 0)")
     group.add_argument("--log-every", type=int, default=20, help="steps between log lines (default 20)")
-    group.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints (default 1000)")
-    group.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of --output-dir")
+    group.add_argument(
+        "--save-every", type=int, default=1000, help="steps between checkpoints (default 1000)"
+    )
+    group.add_argument(
+        "--resume", action="store_true", help="go on from the newest checkpoint of --output-dir"
+    )
     group.add_argument("--overwrite", action="store_true", help="replace an earlier run in --output-dir")
     return parser.parse_args()
 
 
 def make_data(args, tokenizer, chat):
     """(all training questions, training set, validation set): the last is the validation folder, or 50 items of a seeded shuffle."""
-    common = dict(tokenizer=tokenizer, max_length=args.max_length, chat=chat, skip_bad=args.skip_bad, default_fs=args.fs)
+    common = dict(
+        tokenizer=tokenizer, max_length=args.max_length, chat=chat, skip_bad=args.skip_bad, default_fs=args.fs
+    )
     train = QuestionDataset(
         task_pairs(args.task_dir, args.task_files),
         questions_per_signal=args.questions_per_signal,
@@ -165,11 +267,18 @@ def make_model(args, files):
         args.freeze_llm,
         args.freeze_signal_encoder,
         args.use_lora,
-        {"r": args.lora_r, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout, "target_modules": args.lora_targets},
+        {
+            "r": args.lora_r,
+            "lora_alpha": args.lora_alpha,
+            "lora_dropout": args.lora_dropout,
+            "target_modules": args.lora_targets,
+        },
     )
     if args.gradient_checkpointing:
         model.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.signal_encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.signal_encoder.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
     return model, tokenizer
 
 
@@ -191,7 +300,9 @@ def main(args):
     accelerator = Accelerator(
         mixed_precision=args.precision,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=args.accum, sync_with_dataloader=False),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=args.accum, sync_with_dataloader=False
+        ),
     )
     seed_everything(args.seed)
     tokenizer = load_tokenizer(args.llm_model_path, args.trust_remote_code)
@@ -241,7 +352,9 @@ def main(args):
             rows = batch.pop("rows")
             with accelerator.accumulate(model):
                 tokens = (batch["labels"] != -100).sum()
-                share = tokens * accelerator.num_processes / accelerator.reduce(tokens, "sum")  # processes differ in answer tokens
+                share = (
+                    tokens * accelerator.num_processes / accelerator.reduce(tokens, "sum")
+                )  # processes differ in answer tokens
                 loss = model(**batch)["loss"] * share
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
@@ -283,7 +396,8 @@ def main(args):
             default_fs=args.fs,
         )
         atomic_write(
-            out / "metrics.json", json.dumps({"step": state["step"], "validation_loss": loss, "skipped": source.skipped}, indent=1)
+            out / "metrics.json",
+            json.dumps({"step": state["step"], "validation_loss": loss, "skipped": source.skipped}, indent=1),
         )
         print(f"validation loss {loss:.4f} per answer token; model in {out / 'model'}")
     accelerator.wait_for_everyone()

@@ -22,18 +22,61 @@ from flmm.models.frozen_llava_next import FrozenLlavaNext
 from flmm.models.frozen_qwen import FrozenQwen
 from flmm.models.mask_head.mask_refiner import SAMImageEncoder, load_sam
 
-FAMILIES = {"llava": FrozenLlava, "llava_next": FrozenLlavaNext, "deepseek_vl": FrozenDeepseekVL,
-            "deepseek_vl_hybrid": FrozenDeepseekVLHybrid, "qwen": FrozenQwen}
-DATASETS = {"png": PNGDataset, "refcoco": RefCOCODataset, "phrases": PhraseDataset, "reasonseg": ReasonSegDataset}
+FAMILIES = {
+    "llava": FrozenLlava,
+    "llava_next": FrozenLlavaNext,
+    "deepseek_vl": FrozenDeepseekVL,
+    "deepseek_vl_hybrid": FrozenDeepseekVLHybrid,
+    "qwen": FrozenQwen,
+}
+DATASETS = {
+    "png": PNGDataset,
+    "refcoco": RefCOCODataset,
+    "phrases": PhraseDataset,
+    "reasonseg": ReasonSegDataset,
+}
 # all that a configuration may say, but for `include`; each of data's lists has dictionaries of a type and its class's arguments
 CONFIG = {
-    "base": {"family?": str, "path?": str, "template?": str, "question?": str, "merge?": str, "attention?": str, "dtype?": str,
-             "load_in_4bit?": bool, "device_map?": (str, dict)},
-    "sam": {"path?": str, "use_text?": bool, "use_mask?": bool, "use_box?": bool, "multimask_output?": bool, "per_phrase_pad?": bool},
-    "unet": {"upsample_input?": int, "normalize_input?": bool, "base_channels?": int, "num_stages?": int, "strides?": [int],
-             "enc_num_convs?": [int], "dec_num_convs?": [int], "downsamples?": [bool], "enc_dilations?": [int], "dec_dilations?": [int],
-             "num_groups?": int},
-    "optim": {"lr?": float, "epochs?": int, "batch_size?": int, "accum?": int, "weight_decay?": float, "coarse_first?": int},
+    "base": {
+        "family?": str,
+        "path?": str,
+        "template?": str,
+        "question?": str,
+        "merge?": str,
+        "attention?": str,
+        "dtype?": str,
+        "load_in_4bit?": bool,
+        "device_map?": (str, dict),
+    },
+    "sam": {
+        "path?": str,
+        "use_text?": bool,
+        "use_mask?": bool,
+        "use_box?": bool,
+        "multimask_output?": bool,
+        "per_phrase_pad?": bool,
+    },
+    "unet": {
+        "upsample_input?": int,
+        "normalize_input?": bool,
+        "base_channels?": int,
+        "num_stages?": int,
+        "strides?": [int],
+        "enc_num_convs?": [int],
+        "dec_num_convs?": [int],
+        "downsamples?": [bool],
+        "enc_dilations?": [int],
+        "dec_dilations?": [int],
+        "num_groups?": int,
+    },
+    "optim": {
+        "lr?": float,
+        "epochs?": int,
+        "batch_size?": int,
+        "accum?": int,
+        "weight_decay?": float,
+        "coarse_first?": int,
+    },
     "data": {},
 }
 
@@ -42,7 +85,9 @@ class YAML(yaml.SafeLoader):
     """YAML in which 2e-4 is a number, as in version 1.2; PyYAML follows 1.1 and wants 2.0e-4."""
 
 
-YAML.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?e[-+]?\d+", re.IGNORECASE), list("-+0123456789"))
+YAML.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?e[-+]?\d+", re.IGNORECASE), list("-+0123456789")
+)
 
 
 def read_config(path, overrides=()):
@@ -60,7 +105,9 @@ def read_config(path, overrides=()):
         name, equals, value = override.partition("=")
         part, dot, key = name.partition(".")
         if not equals or not dot or part not in CONFIG:
-            raise UserError(f"--set {override}: write part.name=value with one of the parts {', '.join(CONFIG)}")
+            raise UserError(
+                f"--set {override}: write part.name=value with one of the parts {', '.join(CONFIG)}"
+            )
         with reading(f"--set {override}", "value"):
             config[part][key] = yaml.load(value, YAML)
     for part, values in config.items():
@@ -68,15 +115,21 @@ def read_config(path, overrides=()):
         known = [name.removesuffix("?") for name in CONFIG[part]]
         if unknown := part != "data" and sorted(set(values) - set(known), key=str):
             raise UserError(f"{path}: {part} has no value {unknown[0]!r}; expected {', '.join(known)}")
-    return {part: {k: v for k, v in values.items() if v is not None} for part, values in config.items()}   # null: the default
+    return {
+        part: {k: v for k, v in values.items() if v is not None} for part, values in config.items()
+    }  # null: the default
 
 
 def add_config_arguments(parser, data=True, required=True):
     """--config, --set and --data, alike in every script that builds a model."""
     parser.add_argument("--config", type=Path, required=required, help="YAML file of flmm/configs")
-    parser.add_argument("--set", nargs="*", default=[], metavar="PART.NAME=VALUE", help="override values of the configuration")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="PART.NAME=VALUE", help="override values of the configuration"
+    )
     if data:
-        parser.add_argument("--data", type=Path, required=True, help="root of the data paths of the configuration")
+        parser.add_argument(
+            "--data", type=Path, required=True, help="root of the data paths of the configuration"
+        )
 
 
 def build_base(config, **options):
@@ -84,7 +137,9 @@ def build_base(config, **options):
     base = {**config["base"], **{k: v for k, v in options.items() if v is not None}}
     family = base.pop("family", None)
     if family in ("hpt", "mgm"):
-        raise UserError(f"base.family {family}: transformers has no class for this base, so it cannot run; see flmm/README.md")
+        raise UserError(
+            f"base.family {family}: transformers has no class for this base, so it cannot run; see flmm/README.md"
+        )
     if family not in FAMILIES:
         raise UserError(f"base.family is {family!r}, expected one of {', '.join(FAMILIES)}")
     if not base.get("path"):
@@ -98,7 +153,9 @@ def build_sam(config):
     if path is None:
         return None
     if not Path(path).exists():
-        raise UserError(f"sam.path {path}: no such file; download sam_vit_l_0b3195.pth, or --set sam.path=null for coarse masks")
+        raise UserError(
+            f"sam.path {path}: no such file; download sam_vit_l_0b3195.pth, or --set sam.path=null for coarse masks"
+        )
     return load_sam(path, read_weights)
 
 
@@ -117,7 +174,9 @@ def build_dataset(config, split, root, build, seed=0, per_sentence=False):
     """
     entries = config["data"].get(split)
     if not entries:
-        raise UserError(f"the configuration names no data for {split!r}; it has {', '.join(config['data']) or 'none'}")
+        raise UserError(
+            f"the configuration names no data for {split!r}; it has {', '.join(config['data']) or 'none'}"
+        )
     check(entries, [{"type": str}], f"data.{split}")
     parts = []
     for entry in entries:
@@ -126,7 +185,15 @@ def build_dataset(config, split, root, build, seed=0, per_sentence=False):
         if kind not in DATASETS:
             raise UserError(f"data.{split}: type is {kind!r}, expected one of {', '.join(DATASETS)}")
         for key, value in entry.items():
-            if key in ("json_file", "panoptic_json_file", "panoptic_png_path", "image_path", "ann_file", "split_file", "folder"):
+            if key in (
+                "json_file",
+                "panoptic_json_file",
+                "panoptic_png_path",
+                "image_path",
+                "ann_file",
+                "split_file",
+                "folder",
+            ):
                 entry[key] = inside(root, value)
         if kind == "refcoco":
             entry.setdefault("seed", seed)

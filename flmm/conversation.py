@@ -26,11 +26,13 @@ from flmm.models.mask_head.mask_refiner import mask_to_box
 
 PRONOUNS = set("it this that those these them he she you i they me her him a what which whose who".split())
 # words that a noun phrase does not cross, for texts in English when spaCy is not installed
-BREAKS = set("""is are was were be been being has have had do does did can could will would may might must and or but while as
+BREAKS = set(
+    """is are was were be been being has have had do does did can could will would may might must and or but while as
     if then than so because with without in on at by of to from into onto over under above below near behind beside between
     through across around against for about up down out off along toward towards during there here not no also just very
     sits stands sitting standing lies lying holds holding wears wearing looks looking shows showing plays playing walks
-    walking rides riding next it he she they we you i this that these those which who whose what where when how his""".split())
+    walking rides riding next it he she they we you i this that these those which who whose what where when how his""".split()
+)
 
 
 def process_noun_chunks(chunks):
@@ -49,6 +51,7 @@ def noun_phrases(text):
     """Noun phrases of a text: spaCy's en_core_web_sm where it is installed, else runs of words between BREAKS."""
     try:
         import spacy
+
         chunks = [c.text for c in spacy.load("en_core_web_sm")(text).noun_chunks]
     except (ImportError, OSError):
         chunks = []
@@ -110,7 +113,9 @@ class Grounder:
         """config: dictionary of read_config. head_path, selector_path: weight files. device: accelerate's choice by default."""
         device = device or Accelerator().device
         base = build_base(config).to(device)
-        head, encoder = build_head(config, (base.channels, base.num_layers, base.hidden_size), build_sam(config))
+        head, encoder = build_head(
+            config, (base.channels, base.num_layers, base.hidden_size), build_sam(config)
+        )
         head.load_upstream(read_weights(head_path), head_path)
         selector = None
         if selector_path:
@@ -133,9 +138,16 @@ class Grounder:
         size = (image.height, image.width)
         masks = binary_masks(final_logits(output), size).cpu()
         coarse = binary_masks(output["pred_masks"], size).cpu()
-        return {"phrases": texts, "masks": masks.numpy(), "coarse_masks": coarse.numpy(),
-                "boxes": [mask_to_box(m) if m.any() else None for m in masks],   # x0, y0, x1, y1 in pixels; None: nothing found
-                "rle": [encode_rle(m.numpy()) for m in masks], "scores": [round(float(s), 4) for s in output["scores"]]}
+        return {
+            "phrases": texts,
+            "masks": masks.numpy(),
+            "coarse_masks": coarse.numpy(),
+            "boxes": [
+                mask_to_box(m) if m.any() else None for m in masks
+            ],  # x0, y0, x1, y1 in pixels; None: nothing found
+            "rle": [encode_rle(m.numpy()) for m in masks],
+            "scores": [round(float(s), 4) for s in output["scores"]],
+        }
 
     def ground(self, image, phrases=None, text=None):
         """Masks for given phrases, or for the noun phrases of `text` in its place.
@@ -151,7 +163,7 @@ class Grounder:
             pieces, at = [], 0
             for phrase in sorted(phrases, key=text.find):
                 start = text.find(phrase, at)
-                if start >= 0:   # overlapping ones are skipped
+                if start >= 0:  # overlapping ones are skipped
                     pieces += [(text[at:start].strip(), -1), (phrase, len([p for p in pieces if p[1] >= 0]))]
                     at = start + len(phrase)
             pieces = [p for p in [*pieces, (text[at:].strip(), -1)] if p[0]]
@@ -168,8 +180,12 @@ class Grounder:
         Phrases come from the keyword selector if one is loaded, else from noun_phrases; without any the whole answer counts.
         """
         image = to_rgb(image)
-        sample = {"input_ids": torch.tensor(self.base.encode_prompt(question)), "image": image, "file_name": "picture",
-                  **self.base.image_processor(image)}
+        sample = {
+            "input_ids": torch.tensor(self.base.encode_prompt(question)),
+            "image": image,
+            "file_name": "picture",
+            **self.base.image_processor(image),
+        }
         ids = self.base.generate(sample, max_new_tokens)
         if not ids:
             raise UserError("the base answered nothing; ask another question")
@@ -210,4 +226,6 @@ def answer_then_ground(base, sample, max_new_tokens=32):
     if not len(ids):
         return sample, ""
     mask_ids = torch.cat([torch.full_like(prompt, -1), torch.zeros_like(ids)])
-    return {**sample, "input_ids": torch.cat([prompt, ids]), "mask_ids": mask_ids}, base.tokenizer.decode(ids).strip()
+    return {**sample, "input_ids": torch.cat([prompt, ids]), "mask_ids": mask_ids}, base.tokenizer.decode(
+        ids
+    ).strip()

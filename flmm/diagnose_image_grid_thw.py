@@ -1,14 +1,16 @@
 """Check that pictures reach a Qwen-VL base whole: `image_grid_thw`, the number of image tokens, and the data sample.
 
-    python flmm/diagnose_image_grid_thw.py --path Qwen/Qwen2.5-VL-3B-Instruct      # or a local folder
-    python flmm/diagnose_image_grid_thw.py                                         # a tiny model of the same class
+python flmm/diagnose_image_grid_thw.py --path Qwen/Qwen2.5-VL-3B-Instruct      # or a local folder
+python flmm/diagnose_image_grid_thw.py                                         # a tiny model of the same class
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # repository root: every way of starting this file finds it
 
 import numpy as np
 from PIL import Image
@@ -20,8 +22,12 @@ from flmm.models.tiny import tiny_model, tiny_tokenizer
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--path", help="Qwen2.5-VL folder or hub name (default: a tiny random model of the same class)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--path", help="Qwen2.5-VL folder or hub name (default: a tiny random model of the same class)"
+    )
     parser.add_argument("--width", type=int, default=640, help="test picture, pixels (default 640)")
     parser.add_argument("--height", type=int, default=480, help="test picture, pixels (default 480)")
     return parser.parse_args()
@@ -45,18 +51,40 @@ def main(args):
             failed.append(advice)
 
     grid = processed.get("image_grid_thw")
-    check(grid is not None, "the processor returns image_grid_thw", "use the Qwen2-VL image processor of transformers 5")
-    check("image_grid_thw" in sample, "the data sample carries it on to the model", "keep every key that the processor returns")
+    check(
+        grid is not None,
+        "the processor returns image_grid_thw",
+        "use the Qwen2-VL image processor of transformers 5",
+    )
+    check(
+        "image_grid_thw" in sample,
+        "the data sample carries it on to the model",
+        "keep every key that the processor returns",
+    )
     if not failed:
         t, h, w = grid.flatten().tolist()
-        check(grid.shape == (1, 3), f"its shape is (1, 3): {tuple(grid.shape)}", "one row per picture is expected")
-        check(len(sample["pixel_values"]) == t * h * w, f"{len(sample['pixel_values'])} patches = {t} x {h} x {w}",
-              "patches and grid come from different calls of the processor")
+        check(
+            grid.shape == (1, 3),
+            f"its shape is (1, 3): {tuple(grid.shape)}",
+            "one row per picture is expected",
+        )
+        check(
+            len(sample["pixel_values"]) == t * h * w,
+            f"{len(sample['pixel_values'])} patches = {t} x {h} x {w}",
+            "patches and grid come from different calls of the processor",
+        )
         tokens = (base.expand(sample["input_ids"], sample) == base.image_token_id).sum().item()
-        check(tokens == t * h * w // merge**2, f"{tokens} image tokens = patches / {merge}^2", "write one <|image_pad|> per merged patch")
+        check(
+            tokens == t * h * w // merge**2,
+            f"{tokens} image tokens = patches / {merge}^2",
+            "write one <|image_pad|> per merged patch",
+        )
         features = base([sample])[0]["mask_attentions"]
-        check(tuple(features.shape[-2:]) == (h // merge, w // merge),
-              f"attention maps are {h // merge} x {w // merge}", "grid and attention columns differ")
+        check(
+            tuple(features.shape[-2:]) == (h // merge, w // merge),
+            f"attention maps are {h // merge} x {w // merge}",
+            "grid and attention columns differ",
+        )
     if failed:
         raise UserError("; ".join(failed))
     print("all checks passed")

@@ -13,8 +13,13 @@ FONTS = ("NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "msyh.ttc", "PingFang.tt
 
 def colours(count):
     """`count` RGB colours; neighbours differ strongly (golden-ratio steps in hue), any number is fine."""
-    return [tuple(int(255 * v) for v in colorsys.hsv_to_rgb((0.02 + 0.618034 * k) % 1, 0.85, 0.95 - 0.2 * (k // 8 % 2)))
-            for k in range(count)]
+    return [
+        tuple(
+            int(255 * v)
+            for v in colorsys.hsv_to_rgb((0.02 + 0.618034 * k) % 1, 0.85, 0.95 - 0.2 * (k // 8 % 2))
+        )
+        for k in range(count)
+    ]
 
 
 def overlay(image, masks, strength=0.55):
@@ -47,7 +52,10 @@ def labelled_strip(image, columns, phrases, height=256):
     strip = Image.new("RGB", (width * len(panels), height + line * (len(phrases) + 1) + 6), "white")
     draw = ImageDraw.Draw(strip)
     for i, (title, panel) in enumerate(panels):
-        strip.paste(panel.resize((width, height), Image.NEAREST if image.width < height else Image.BILINEAR), (i * width, line))
+        strip.paste(
+            panel.resize((width, height), Image.NEAREST if image.width < height else Image.BILINEAR),
+            (i * width, line),
+        )
         draw.text((i * width + 3, 1), title, fill="black")
     for k, (phrase, colour) in enumerate(zip(phrases, colours(len(phrases)))):
         draw.rectangle([4, height + line * (k + 1) + 4, 12, height + line * (k + 1) + 12], fill=colour)

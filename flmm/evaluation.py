@@ -31,7 +31,14 @@ def phrase_rows(output, gt_masks, ignore=None):
         inter, union, iou = mask_iou(pred, gt)
         accuracy = (pred == gt).float().mean((1, 2))
         for row, i, u, v, a in zip(rows, inter, union, iou, accuracy):
-            row.update({f"inter{suffix}": int(i), f"union{suffix}": int(u), f"iou{suffix}": float(v), f"accuracy{suffix}": float(a)})
+            row.update(
+                {
+                    f"inter{suffix}": int(i),
+                    f"union{suffix}": int(u),
+                    f"iou{suffix}": float(v),
+                    f"accuracy{suffix}": float(a),
+                }
+            )
     return rows
 
 
@@ -43,8 +50,12 @@ def trivial_controls(gt_masks, rows):
     gt = gt_masks.bool()
     n, h, w = gt.shape
     centre = torch.zeros(h, w, dtype=torch.bool)
-    centre[h // 4: h - h // 4, w // 4: w - w // 4] = True
-    for name, pred in (("whole", torch.ones(h, w, dtype=torch.bool)), ("centre", centre), ("union", gt.any(0))):
+    centre[h // 4 : h - h // 4, w // 4 : w - w // 4] = True
+    for name, pred in (
+        ("whole", torch.ones(h, w, dtype=torch.bool)),
+        ("centre", centre),
+        ("union", gt.any(0)),
+    ):
         for row, iou in zip(rows, mask_iou(pred.expand(n, h, w), gt)[2]):
             row[f"iou_{name}"] = float(iou)
 
@@ -57,9 +68,16 @@ def other_phrase(output, gt_masks, rows):
     """
     if len(gt_masks) > 1:
         gt = gt_masks.bool()
-        masks, coarse = (binary_masks(logits, gt.shape[1:]).cpu() for logits in (final_logits(output), output["pred_masks"]))
-        for name, pred, target in (("iou_other", masks.roll(-1, 0), gt), ("iou_other_coarse", coarse.roll(-1, 0), gt),
-                                   ("alike", masks.roll(-1, 0), masks), ("all_objects", masks, gt.any(0).expand_as(gt))):
+        masks, coarse = (
+            binary_masks(logits, gt.shape[1:]).cpu()
+            for logits in (final_logits(output), output["pred_masks"])
+        )
+        for name, pred, target in (
+            ("iou_other", masks.roll(-1, 0), gt),
+            ("iou_other_coarse", coarse.roll(-1, 0), gt),
+            ("alike", masks.roll(-1, 0), masks),
+            ("all_objects", masks, gt.any(0).expand_as(gt)),
+        ):
             for row, iou in zip(rows, mask_iou(pred, target)[2]):
                 row[name] = float(iou)
 
@@ -104,18 +122,30 @@ class RawMaps:
 
 def summarise(rows):
     """All scores of a list of phrase rows: refined and coarse, referring protocol and panoptic narrative grounding, controls."""
+
     def mean(key):
         values = [r[key] for r in rows if key in r]
         return sum(values) / len(values) if values else None
 
-    out = {"phrases": len(rows), "mIoU": mean("iou"), "mIoU_coarse": mean("iou_coarse"), "pixel_accuracy": mean("accuracy"),
-           "score": mean("score"), "alike": mean("alike"), "all_objects": mean("all_objects")}
+    out = {
+        "phrases": len(rows),
+        "mIoU": mean("iou"),
+        "mIoU_coarse": mean("iou_coarse"),
+        "pixel_accuracy": mean("accuracy"),
+        "score": mean("score"),
+        "alike": mean("alike"),
+        "all_objects": mean("all_objects"),
+    }
     for suffix in ("", "_coarse"):
         scores = referring_scores([r[f"inter{suffix}"] for r in rows], [r[f"union{suffix}"] for r in rows])
         out |= {f"{k}{suffix}": v for k, v in scores.items()}
     if rows and "plural" in rows[0]:
-        recalls = average_recalls([r["iou"] for r in rows], [r["plural"] for r in rows], [r["isthing"] for r in rows])
+        recalls = average_recalls(
+            [r["iou"] for r in rows], [r["plural"] for r in rows], [r["isthing"] for r in rows]
+        )
         out["average_recall"] = {k: (None if v != v else v) for k, v in recalls.items()}
-    controls = {name: mean(f"iou_{name}") for name in ("whole", "centre", "union", "other", "other_coarse", "raw")}
+    controls = {
+        name: mean(f"iou_{name}") for name in ("whole", "centre", "union", "other", "other_coarse", "raw")
+    }
     out["controls"] = {k: v for k, v in controls.items() if v is not None}
     return out

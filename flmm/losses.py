@@ -15,7 +15,9 @@ def dice_loss(logits, target):
 
 def bce_loss(logits, target):
     """(n, h, w) logits and {0, 1} targets -> scalar: binary cross-entropy, mean over all pixels."""
-    return F.binary_cross_entropy_with_logits(logits.float(), target.float(), reduction="sum") / (logits.numel() + EPS32)
+    return F.binary_cross_entropy_with_logits(logits.float(), target.float(), reduction="sum") / (
+        logits.numel() + EPS32
+    )
 
 
 def accuracy(logits, target):

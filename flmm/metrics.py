@@ -43,7 +43,10 @@ def referring_scores(inter, union):
     """
     inter, union = np.asarray(inter, np.float64), np.asarray(union, np.float64)
     iou = inter / np.maximum(union, 1)
-    scores = {"cIoU": float(inter.sum() / max(union.sum(), 1)), "gIoU": float(iou.mean()) if len(iou) else float("nan")}
+    scores = {
+        "cIoU": float(inter.sum() / max(union.sum(), 1)),
+        "gIoU": float(iou.mean()) if len(iou) else float("nan"),
+    }
     for threshold in (0.5, 0.6, 0.7, 0.8, 0.9):
         scores[f"precision@{threshold}"] = float((iou > threshold).mean()) if len(iou) else float("nan")
     return scores

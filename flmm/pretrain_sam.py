@@ -12,7 +12,9 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # repository root: every way of starting this file finds it
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +32,9 @@ from flmm.models.tiny import tiny_sam
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="run folder")
     parser.add_argument("--steps", type=int, default=500, help="optimizer steps (default 500)")
     parser.add_argument("--batch-size", type=int, default=8, help="scenes per step (default 8)")
@@ -53,34 +57,54 @@ def main(args):
     seed_everything(args.seed)
     sam = tiny_sam(args.seed)
     encoder, refiner = SAMImageEncoder(sam), SAMWrapper(sam, use_text=False)
-    sam.requires_grad_(True)   # here, and only here, the image encoder learns
+    sam.requires_grad_(True)  # here, and only here, the image encoder learns
     refiner.prompt_encoder.shared_embedding.requires_grad_(False)
     print(f"tiny SAM: {describe(sam)}")
-    optimizer = torch.optim.AdamW([p for p in sam.parameters() if p.requires_grad], lr=args.lr, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        [p for p in sam.parameters() if p.requires_grad], lr=args.lr, weight_decay=0.01
+    )
     generator = torch.Generator().manual_seed(args.seed)
     log, start = Log(out, accelerator, total=args.steps), time.time()
     for step in range(args.steps):
-        first = 900_000_000 + step * args.batch_size   # away from every other scene of this repository
+        first = 900_000_000 + step * args.batch_size  # away from every other scene of this repository
         scenes = [make_scene(args.seed, first + i, overlap=True) for i in range(args.batch_size)]
         pixels = torch.stack([encoder.preprocess(Image.fromarray(s["image"])) for s in scenes])
         embeddings = encoder.encoder(pixels).last_hidden_state
         masks = [torch.from_numpy(s["masks"]) for s in scenes]
-        refiner.use_mask = step % 2 == 1   # box alone, then box and blurred mask
-        refined = refiner(list(embeddings), [m.shape[1:] for m in masks], [blurred_logits(m, generator) for m in masks],
-                          [[None] * len(m) for m in masks])
-        logits, scores, target = torch.cat([r for r, _ in refined]), torch.cat([s for _, s in refined]), torch.cat(masks)
+        refiner.use_mask = step % 2 == 1  # box alone, then box and blurred mask
+        refined = refiner(
+            list(embeddings),
+            [m.shape[1:] for m in masks],
+            [blurred_logits(m, generator) for m in masks],
+            [[None] * len(m) for m in masks],
+        )
+        logits, scores, target = (
+            torch.cat([r for r, _ in refined]),
+            torch.cat([s for _, s in refined]),
+            torch.cat(masks),
+        )
         with torch.no_grad():
             hits = ((logits > 0) & target).sum((1, 2)) / ((logits > 0) | target).sum((1, 2)).clamp(min=1)
         loss = dice_loss(logits, target) + bce_loss(logits, target) + F.mse_loss(scores, hits)
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1, (step + 1) / 40) * (0.05 + 0.475 * (1 + math.cos(math.pi * step / args.steps)))
+            group["lr"] = (
+                args.lr
+                * min(1, (step + 1) / 40)
+                * (0.05 + 0.475 * (1 + math.cos(math.pi * step / args.steps)))
+            )
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(sam.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % 50 == 0 or step + 1 == args.steps:
-            log.log(step + 1, loss=loss.detach(), iou=average_iou(logits.detach(), target),
-                    lr=optimizer.param_groups[0]["lr"], grad=norm, seconds=time.time() - start)
+            log.log(
+                step + 1,
+                loss=loss.detach(),
+                iou=average_iou(logits.detach(), target),
+                lr=optimizer.param_groups[0]["lr"],
+                grad=norm,
+                seconds=time.time() - start,
+            )
     log.close()
     state = {k: v for k, v in sam.state_dict().items() if not k.startswith("shared_image_embedding")}
     names = original_keys(state)

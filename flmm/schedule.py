@@ -11,7 +11,11 @@ def lr_at(step, lr, total_steps, warmup_ratio=0.03, start_factor=1e-5, upstream_
     """
     warmup = int(warmup_ratio * total_steps)
     if warmup == 1 and upstream_one_step_warmup:
-        return lr * start_factor * (0.5 * (1 + math.cos(math.pi * (step - 1) / (total_steps - 1))) if step >= 1 else 1)
+        return (
+            lr
+            * start_factor
+            * (0.5 * (1 + math.cos(math.pi * (step - 1) / (total_steps - 1))) if step >= 1 else 1)
+        )
     if warmup > 1 and step < warmup:
         return lr * (start_factor + (1 - start_factor) * step / (warmup - 1))
     warmup = warmup if warmup > 1 else 0

@@ -15,7 +15,9 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # repository root: every way of starting this file finds it
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
@@ -35,26 +37,52 @@ from flmm.schedule import lr_at
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     data = parser.add_argument_group("data and model")
     add_config_arguments(data)
-    data.add_argument("--base-path", help="folder or hub name of the base (default: base.path of the configuration)")
-    data.add_argument("--random-base", type=int, metavar="SEED", help="control: random weights instead of the base's")
-    data.add_argument("--attention", choices=["rows", "eager"], help="how attention is read (default rows; eager: full matrices)")
-    data.add_argument("--shard-base", action="store_true", help="FSDP2 for the frozen base: every process keeps only its part of "
-                      "the decoder layers")
-    data.add_argument("--cache-attention", type=Path, metavar="DIR", help="keep frozen features here and train from them; "
-                      "expressions are then drawn once")
+    data.add_argument(
+        "--base-path", help="folder or hub name of the base (default: base.path of the configuration)"
+    )
+    data.add_argument(
+        "--random-base", type=int, metavar="SEED", help="control: random weights instead of the base's"
+    )
+    data.add_argument(
+        "--attention",
+        choices=["rows", "eager"],
+        help="how attention is read (default rows; eager: full matrices)",
+    )
+    data.add_argument(
+        "--shard-base",
+        action="store_true",
+        help="FSDP2 for the frozen base: every process keeps only its part of the decoder layers",
+    )
+    data.add_argument(
+        "--cache-attention",
+        type=Path,
+        metavar="DIR",
+        help="keep frozen features here and train from them; expressions are then drawn once",
+    )
     data.add_argument("--init-head", type=Path, help="start from this head instead of a random one")
-    data.add_argument("--targets", choices=["processed", "original"], default="processed",
-                      help="size of the masks that supervise SAM; upstream: processed (default)")
+    data.add_argument(
+        "--targets",
+        choices=["processed", "original"],
+        default="processed",
+        help="size of the masks that supervise SAM; upstream: processed (default)",
+    )
     optim = parser.add_argument_group("optimisation (defaults: the configuration, there upstream's)")
     optim.add_argument("--epochs", type=int, help="passes over the data (upstream 8)")
     optim.add_argument("--max-steps", type=int, help="optimizer steps, instead of --epochs")
     optim.add_argument("--batch-size", type=int, help="pictures per process (upstream 1, with 8 processes)")
     optim.add_argument("--accum", type=int, help="batches per optimizer step (upstream 1)")
     optim.add_argument("--lr", type=float, help="peak learning rate (upstream 1e-4)")
-    optim.add_argument("--mixed-precision", choices=["no", "bf16", "fp16"], default=None, help="autocast (default: accelerate's)")
+    optim.add_argument(
+        "--mixed-precision",
+        choices=["no", "bf16", "fp16"],
+        default=None,
+        help="autocast (default: accelerate's)",
+    )
     job = parser.add_argument_group("run")
     job.add_argument("--out", type=Path, required=True, help="run folder")
     job.add_argument("--seed", type=int, default=0, help="weights, order, drawn expressions (default 0)")
@@ -81,7 +109,11 @@ def validate(head, loader, get_features, accelerator):
         for sample, output in zip(samples, head(features)):
             rows += phrase_rows(output, sample["gt_masks"])
     head.train()
-    sums = torch.tensor([[r["iou_coarse"], r["iou"], 1.0] for r in rows], dtype=torch.float64).reshape(-1, 3).sum(0)
+    sums = (
+        torch.tensor([[r["iou_coarse"], r["iou"], 1.0] for r in rows], dtype=torch.float64)
+        .reshape(-1, 3)
+        .sum(0)
+    )
     sums = accelerator.reduce(sums.float().to(accelerator.device))
     return {"val_miou_coarse": sums[0] / sums[2], "val_miou": sums[1] / sums[2]}
 
@@ -92,9 +124,12 @@ def frozen_part(config, args, accelerator, sam):
     Returns the base (None if its features are cached), {"train": data set, "val": another where the configuration names one},
     and the base's (channels, layers, hidden size).
     """
-    splits, cache = [s for s in ("train", "val") if s == "train" or config["data"].get(s)], args.cache_attention
+    splits, cache = (
+        [s for s in ("train", "val") if s == "train" or config["data"].get(s)],
+        args.cache_attention,
+    )
     missing = [s for s in splits if cache is None or not any((cache / s).glob("features-*.h5"))]
-    accelerator.wait_for_everyone()   # all have looked before anyone writes
+    accelerator.wait_for_everyone()  # all have looked before anyone writes
     base = None
     if missing:
         base = build_base(config, random_seed=args.random_base, attention=args.attention)
@@ -103,14 +138,27 @@ def frozen_part(config, args, accelerator, sam):
         sets = {split: build_dataset(config, split, args.data, builder, args.seed) for split in missing}
     if cache is None:
         return base, sets, dims
-    origin = {"base": config["base"], "random_base": args.random_base, "data_root": str(args.data.resolve()),
-              "sam": config["sam"].get("path")}
+    origin = {
+        "base": config["base"],
+        "random_base": args.random_base,
+        "data_root": str(args.data.resolve()),
+        "sam": config["sam"].get("path"),
+    }
     if missing:
         encoder = build_head(config, dims, sam)[1]
         for split, dataset in sets.items():
-            write_cache(cache / split, base, encoder and encoder.to(accelerator.device), dataset,
-                        {**origin, "data": config["data"][split]}, accelerator)
-    sets = {split: CachedFeatures(cache / split, {**origin, "data": config["data"].get(split)}) for split in splits}
+            write_cache(
+                cache / split,
+                base,
+                encoder and encoder.to(accelerator.device),
+                dataset,
+                {**origin, "data": config["data"][split]},
+                accelerator,
+            )
+    sets = {
+        split: CachedFeatures(cache / split, {**origin, "data": config["data"].get(split)})
+        for split in splits
+    }
     return None, sets, sets["train"].dims
 
 
@@ -120,10 +168,12 @@ def main(args):
     lr, epochs = args.lr or optim.get("lr", 1e-4), args.epochs or optim.get("epochs", 8)
     batch_size, accum = args.batch_size or optim.get("batch_size", 1), args.accum or optim.get("accum", 1)
     accelerator = Accelerator(
-        gradient_accumulation_steps=accum, mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=accum,
+        mixed_precision=args.mixed_precision,
         # parts of SAM's prompt encoder and its IoU head get no gradient
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed))
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+    )
     if args.base_path:
         config["base"]["path"] = args.base_path
     if args.shard_base and (accelerator.num_processes == 1 or args.cache_attention):
@@ -132,7 +182,7 @@ def main(args):
 
     sam = build_sam(config)
     base, sets, dims = frozen_part(config, args, accelerator, sam)
-    seed_everything(args.seed)   # the same head whether or not features were cached just now
+    seed_everything(args.seed)  # the same head whether or not features were cached just now
     head, sam_encoder = build_head(config, dims, sam)
     if args.init_head:
         print(head.load_upstream(read_weights(args.init_head), args.init_head))
@@ -143,17 +193,32 @@ def main(args):
         """Cached features only move; live ones are computed here, outside the trained module."""
         return to_device(samples if base is None else extract(base, sam_encoder, samples), accelerator.device)
 
-    optimizer = torch.optim.AdamW([p for p in head.parameters() if p.requires_grad], lr=lr, betas=(0.9, 0.999),
-                                  weight_decay=optim.get("weight_decay", 0.01))
-    loader = DataLoader(sets["train"], batch_size, shuffle=True, collate_fn=list, num_workers=args.workers,
-                        worker_init_fn=loader_worker, generator=torch.Generator())
+    optimizer = torch.optim.AdamW(
+        [p for p in head.parameters() if p.requires_grad],
+        lr=lr,
+        betas=(0.9, 0.999),
+        weight_decay=optim.get("weight_decay", 0.01),
+    )
+    loader = DataLoader(
+        sets["train"],
+        batch_size,
+        shuffle=True,
+        collate_fn=list,
+        num_workers=args.workers,
+        worker_init_fn=loader_worker,
+        generator=torch.Generator(),
+    )
     model, optimizer, loader = accelerator.prepare(head, optimizer, loader)
     val_loader = None
     if "val" in sets:
         total = len(sets["val"])
-        if args.shard_base:   # every process must run the base equally often: up to one sample a process is left out
+        if (
+            args.shard_base
+        ):  # every process must run the base equally often: up to one sample a process is left out
             total -= total % accelerator.num_processes
-        mine = torch.utils.data.Subset(sets["val"], range(accelerator.process_index, total, accelerator.num_processes))
+        mine = torch.utils.data.Subset(
+            sets["val"], range(accelerator.process_index, total, accelerator.num_processes)
+        )
         val_loader = DataLoader(mine, batch_size, collate_fn=list)
     per_epoch = math.ceil(len(loader) / accum)
     total = args.max_steps or epochs * per_epoch
@@ -166,9 +231,13 @@ def main(args):
     if accelerator.is_main_process:
         frozen = "cached features"
         if base is not None:
-            frozen = f"{type(base).__name__} {describe(base.model)}, {base.values_here:,} held by this process"
+            frozen = (
+                f"{type(base).__name__} {describe(base.model)}, {base.values_here:,} held by this process"
+            )
         print(f"base: {frozen}; attention channels {dims[0]}\nhead: {describe(head)}")
-        print(f"{len(sets['train'])} samples, effective batch {batch_size * accum * accelerator.num_processes}, {total} steps, lr {lr:g}")
+        print(
+            f"{len(sets['train'])} samples, effective batch {batch_size * accum * accelerator.num_processes}, {total} steps, lr {lr:g}"
+        )
     log, stop = Log(out, accelerator, total, state["step"]), StopSignal(accelerator)
     model.train()
     started, means = time.time(), {}
@@ -178,7 +247,10 @@ def main(args):
             with accelerator.accumulate(model):
                 features = get_features(samples)
                 outputs = model(features, refine=state["step"] >= optim.get("coarse_first", 0))
-                targets = [s["gt_masks" if args.targets == "original" else "masks"].to(accelerator.device) for s in samples]
+                targets = [
+                    s["gt_masks" if args.targets == "original" else "masks"].to(accelerator.device)
+                    for s in samples
+                ]
                 # every phrase of the global batch weighs the same, however the pictures fall to processes
                 count = torch.tensor(float(sum(len(t) for t in targets)), device=accelerator.device)
                 count = accelerator.reduce(count) / accelerator.num_processes
@@ -197,8 +269,17 @@ def main(args):
             if state["step"] % args.log_every == 0 or state["step"] == total:
                 means = {k: accelerator.reduce(v.detach(), "mean") for k, v in parts.items()}
                 check_finite(means["loss"], state["step"], [s["file_name"] for s in samples], out)
-                log.log(state["step"], **means, lr=optimizer.param_groups[0]["lr"], grad=grad,
-                        pictures_per_s=args.log_every * batch_size * accum * accelerator.num_processes / (time.time() - started))
+                log.log(
+                    state["step"],
+                    **means,
+                    lr=optimizer.param_groups[0]["lr"],
+                    grad=grad,
+                    pictures_per_s=args.log_every
+                    * batch_size
+                    * accum
+                    * accelerator.num_processes
+                    / (time.time() - started),
+                )
                 started = time.time()
             if state["step"] % args.save_every == 0 or state["step"] == total or stop():
                 path = save_step(accelerator, out, state)
@@ -211,11 +292,18 @@ def main(args):
 
     # the head alone, under upstream's names
     head = accelerator.unwrap_model(model)
-    scores = {k: float(v) for k, v in validate(head, val_loader, get_features, accelerator).items()} if val_loader else {}
+    scores = (
+        {k: float(v) for k, v in validate(head, val_loader, get_features, accelerator).items()}
+        if val_loader
+        else {}
+    )
     if accelerator.is_main_process:
         with atomic_path(out / "head.safetensors") as temporary:
             save_file(head.upstream_state(), temporary, metadata={"dims": json.dumps(dims)})
-        atomic_write(out / "metrics.json", json.dumps({"steps": total, **scores, **{k: float(v) for k, v in means.items()}}, indent=1))
+        atomic_write(
+            out / "metrics.json",
+            json.dumps({"steps": total, **scores, **{k: float(v) for k, v in means.items()}}, indent=1),
+        )
         print(" ".join([f"wrote {out / 'head.safetensors'}", *(f"{k} {v:.3f}" for k, v in scores.items())]))
     # DDP's reducer must go before the process group: the other way round gloo waits for ever
     model, optimizer = accelerator.free_memory(model, optimizer)

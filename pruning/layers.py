@@ -3,19 +3,26 @@
 Works for Llama, Pangu, Qwen, Mistral, Mixtral, Gemma, Phi, GPT-2, GPT-NeoX, OPT and whatever else keeps its blocks in one
 ModuleList of `config.num_hidden_layers` entries, also under a PEFT adapter.
 """
+
 import contextlib
 import sys
 from pathlib import Path
 
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # repository root: every way of starting this file finds it
 from common.errors import UserError
 
 ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "fc2")
 OUTPUT = ("o_proj", "out_proj", "dense", "c_proj", "wo")
-CONFIG_NAMES = {"num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "hidden_size": "n_embd"}    # as GPT-2 calls them
+CONFIG_NAMES = {
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "hidden_size": "n_embd",
+}  # as GPT-2 calls them
 
 
 def plain(model):
@@ -28,11 +35,17 @@ def find_layers(model) -> tuple[nn.Module, str]:
     model = plain(model)
     count = model.config.get_text_config().num_hidden_layers
     for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count and child(module[0], ATTENTION) is not None:
+        if (
+            isinstance(module, nn.ModuleList)
+            and len(module) == count
+            and child(module[0], ATTENTION) is not None
+        ):
             holder, _, name = path.rpartition(".")
             return model.get_submodule(holder), name
-    raise UserError(f"{type(model).__name__}: no list of {count} decoder layers with attention found; only transformer decoders "
-                    f"can be pruned")
+    raise UserError(
+        f"{type(model).__name__}: no list of {count} decoder layers with attention found; only transformer decoders "
+        f"can be pruned"
+    )
 
 
 def decoder_layers(model) -> nn.ModuleList:
@@ -54,7 +67,9 @@ def config_head_counts(config: dict) -> tuple[int, int, int]:
     """(query heads, key-value heads, width of a head). UserError if the config does not say them."""
     heads, hidden = (config.get(config_key(config, name)) for name in ("num_attention_heads", "hidden_size"))
     if not heads or not hidden:
-        raise UserError("config.json has no num_attention_heads or no hidden_size; only transformer decoders can be pruned")
+        raise UserError(
+            "config.json has no num_attention_heads or no hidden_size; only transformer decoders can be pruned"
+        )
     return heads, config.get("num_key_value_heads") or heads, config.get("head_dim") or hidden // heads
 
 
@@ -77,7 +92,11 @@ def shorter_config(config: dict, keep: list[int]) -> dict:
     """A config dictionary for the kept layers: the count, and every list with one entry per layer (layer_types, ...)."""
     name = config_key(config, "num_hidden_layers")
     count = config.get(name)
-    per_layer = {k: [v[i] for i in keep] for k, v in config.items() if isinstance(v, list) and len(v) == count and "layer" in k}
+    per_layer = {
+        k: [v[i] for i in keep]
+        for k, v in config.items()
+        if isinstance(v, list) and len(v) == count and "layer" in k
+    }
     return {**config, **per_layer, name: len(keep)}
 
 
@@ -94,8 +113,12 @@ def remove_layers(model, drop_layers):
     before = config.to_dict()
     after = shorter_config(before, keep)
     changed = [k for k in after if after[k] != before[k]]
-    numbered = [(module, module.layer_idx, new) for new, old in enumerate(keep)
-                for module in layers[old].modules() if getattr(module, "layer_idx", None) is not None]
+    numbered = [
+        (module, module.layer_idx, new)
+        for new, old in enumerate(keep)
+        for module in layers[old].modules()
+        if getattr(module, "layer_idx", None) is not None
+    ]
 
     setattr(holder, name, nn.ModuleList(layers[i] for i in keep))
     for key in changed:
@@ -109,6 +132,7 @@ def remove_layers(model, drop_layers):
             setattr(config, key, before[key])
         for module, old, _ in numbered:
             module.layer_idx = old
+
     return restore
 
 

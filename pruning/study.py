@@ -8,6 +8,7 @@ choose the same set; each set is healed and scored only once (evaluations.json, 
 In --out: layer_sensitivity.csv/.all.csv/.png, plan.json, pruned/ (checkpoints of the sensitivity sets, checked against the model
 with these layers skipped), evaluations.json, table.csv, comparisons.csv, claims.txt, tradeoff.png, healing.png.
 """
+
 import argparse
 import csv
 import json
@@ -19,7 +20,9 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root: every way of starting this file finds it
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # repository root: every way of starting this file finds it
 from common.checkpoint import atomic_write
 from common.errors import UserError, run
 from common.figures import COLOURS, new_figure, save_figure
@@ -33,7 +36,15 @@ from pruning import train
 from pruning.layers import decoder_layers, without_layers
 from pruning.pruning_tools import prune_llm
 from pruning.pruning_tools.prune_llm import VERSIONS, parse_drop_layers, plain_tag, result_names, spec_of
-from pruning.report_model import Encoded, collate_encoded, load_report_model, perplexity, report_losses, task_prompts, write_reports
+from pruning.report_model import (
+    Encoded,
+    collate_encoded,
+    load_report_model,
+    perplexity,
+    report_losses,
+    task_prompts,
+    write_reports,
+)
 from pruning.sensitivity_analyse.choose_layers import choose, layers_to_remove, search
 from pruning.sensitivity_analyse.layer_sensitivity_scan import (
     fingerprint,
@@ -51,37 +62,69 @@ CRITERIA = ("sensitivity", "block_influence", "leave_one_out", "greedy")
 CONTROLS = ("last", "random", "random_keep0")
 LABELS = {"f1": "finding micro-F1", "perplexity": "perplexity"}
 DRAWS = 1000
-WHOLE = ""                                                # the set of no layers
+WHOLE = ""  # the set of no layers
 
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", type=Path, required=True, help="dia_pangu checkpoint folder, or a plain language-model folder "
-                                                             "with --texts")
-    p.add_argument("--lang-model-path", type=Path, help="folder with the language model's config and tokenizer")
+    p.add_argument(
+        "--model",
+        type=Path,
+        required=True,
+        help="dia_pangu checkpoint folder, or a plain language-model folder with --texts",
+    )
+    p.add_argument(
+        "--lang-model-path", type=Path, help="folder with the language model's config and tokenizer"
+    )
     p.add_argument("--data", type=Path, help="CTRG folder")
     p.add_argument("--cache", help="folder for prepared volumes")
-    p.add_argument("--texts", type=Path, help="training texts of a plain language model, one a line or .jsonl")
+    p.add_argument(
+        "--texts", type=Path, help="training texts of a plain language model, one a line or .jsonl"
+    )
     p.add_argument("--test-texts", type=Path, help="its test texts")
     p.add_argument("--out", type=Path, required=True)
-    p.add_argument("--ratio", type=float, nargs="+", default=[0.25, 0.33, 0.5],
-                   help="shares of the layers to remove (default .25 .33 .5)")
-    p.add_argument("--calibration", type=int, default=16, help="training samples for the scan and the greedy search (default 16)")
-    p.add_argument("--train-samples", type=int, default=320, help="training samples for healing (default 320)")
+    p.add_argument(
+        "--ratio",
+        type=float,
+        nargs="+",
+        default=[0.25, 0.33, 0.5],
+        help="shares of the layers to remove (default .25 .33 .5)",
+    )
+    p.add_argument(
+        "--calibration",
+        type=int,
+        default=16,
+        help="training samples for the scan and the greedy search (default 16)",
+    )
+    p.add_argument(
+        "--train-samples", type=int, default=320, help="training samples for healing (default 320)"
+    )
     p.add_argument("--test-samples", type=int, default=80, help="test samples (default 80)")
-    p.add_argument("--random-sets", type=int, default=5, help="random sets of each kind and ratio (default 5)")
+    p.add_argument(
+        "--random-sets", type=int, default=5, help="random sets of each kind and ratio (default 5)"
+    )
     p.add_argument("--heal-steps", type=int, default=40, help="optimizer steps (default 40)")
     p.add_argument("--heal-batch", type=int, default=16, help="samples a step (default 16)")
-    p.add_argument("--heal-lr", type=float, default=3e-3, help="peak rate of LoRA r 4, alpha 16 (default 3e-3)")
+    p.add_argument(
+        "--heal-lr", type=float, default=3e-3, help="peak rate of LoRA r 4, alpha 16 (default 3e-3)"
+    )
     p.add_argument("--max-new-tokens", type=int, default=120, help="length of a report (default 120 tokens)")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--also", type=Path, metavar="STUDY", help="--out of a study of another base with as many layers: the sets it chose "
-                                                              "are scored here too, and the layer scores of both are correlated")
-    p.add_argument("--overwrite", action="store_true", help="forget the evaluations of an earlier study in --out")
+    p.add_argument(
+        "--also",
+        type=Path,
+        metavar="STUDY",
+        help="--out of a study of another base with as many layers: the sets it chose "
+        "are scored here too, and the layer scores of both are correlated",
+    )
+    p.add_argument(
+        "--overwrite", action="store_true", help="forget the evaluations of an earlier study in --out"
+    )
     return p.parse_args(argv)
 
 
 # ------------------------------------------------------------------------------------------------ the two kinds of models
+
 
 class ReportTask:
     """A dia_pangu model: prompts with volumes, report losses, and the findings that its reports state."""
@@ -93,17 +136,27 @@ class ReportTask:
             self.model.lang_model, _ = train.new_lora(self.model.lang_model)
         self.trained, self.lang_model, self.collate = self.model, self.model.lang_model, collate_encoded
         options = {"cache": args.cache, "seed": args.seed}
-        self.train_set = Encoded(self.model, self.text, self.config, args.data, "train", args.train_samples, flip=0.02, **options)
-        self.test_set = Encoded(self.model, self.text, self.config, args.data, "test", args.test_samples, **options)
-        self.prompts = [p for p, _ in zip(task_prompts(self.model, self.text, self.train_set), range(args.calibration))]
-        self.labels = np.array([self.test_set[i]["cls_labels"].tolist() for i in range(len(self.test_set))], bool)
+        self.train_set = Encoded(
+            self.model, self.text, self.config, args.data, "train", args.train_samples, flip=0.02, **options
+        )
+        self.test_set = Encoded(
+            self.model, self.text, self.config, args.data, "test", args.test_samples, **options
+        )
+        self.prompts = [
+            p for p, _ in zip(task_prompts(self.model, self.text, self.train_set), range(args.calibration))
+        ]
+        self.labels = np.array(
+            [self.test_set[i]["cls_labels"].tolist() for i in range(len(self.test_set))], bool
+        )
         self.max_new_tokens = args.max_new_tokens
 
     def losses(self):
         return report_losses(self.model, self.text, self.test_set)
 
     def said(self):
-        reports = write_reports(self.model, self.text, self.test_set, self.max_new_tokens, batch=40)["reports"]
+        reports = write_reports(self.model, self.text, self.test_set, self.max_new_tokens, batch=40)[
+            "reports"
+        ]
         return np.array(positives(reports), bool)
 
 
@@ -115,8 +168,8 @@ class TextTask:
         self.model = self.trained = self.lang_model = train.new_lora(model.to(device))[0].eval()
         self.collate = collate
         self.train_set = train.Texts(args.texts, self.tokenizer, 256, args.train_samples)
-        self.test_texts = read_prompts(args.test_texts)[:args.test_samples]
-        self.prompts = text_prompts(read_prompts(args.texts)[:args.calibration], self.tokenizer, 256)
+        self.test_texts = read_prompts(args.test_texts)[: args.test_samples]
+        self.prompts = text_prompts(read_prompts(args.texts)[: args.calibration], self.tokenizer, 256)
         self.labels = None
 
     def losses(self):
@@ -127,6 +180,7 @@ class TextTask:
 
 
 # ------------------------------------------------------------------------------------------------ numbers
+
 
 def counts(labels, said) -> np.ndarray:
     """(N, 2) true positives and errors of each report; sums over reports give micro-F1, also under resampling."""
@@ -149,16 +203,19 @@ def quality(evaluations: list[dict], metric: str) -> tuple[float, np.ndarray]:
 
     Reports are resampled, and for the random controls the sets too: another draw of sets would have another mean.
     """
+
     def mean_perplexity(sums):
         return np.exp(np.minimum(sums[..., 0] / sums[..., 1], 50))
+
     rows = [e["counts" if metric == "f1" else "losses"] for e in evaluations]
     score = f1 if metric == "f1" else mean_perplexity
-    draws = np.stack([score(resampled(r)) for r in rows])                    # (sets, DRAWS)
+    draws = np.stack([score(resampled(r)) for r in rows])  # (sets, DRAWS)
     sets = np.random.default_rng(1).integers(0, len(rows), draws.shape)
     return np.mean([score(np.sum(r, 0)) for r in rows]), np.take_along_axis(draws, sets, 0).mean(0)
 
 
 # ------------------------------------------------------------------------------------------------ evaluation, cached by layer set
+
 
 def measure(task) -> dict:
     """Losses and finding counts of every test sample, with the model as it is now."""
@@ -172,12 +229,32 @@ def evaluate_set(task, drop, args, accelerator) -> dict:
     lora = {name: p.detach().clone() for name, p in task.trained.named_parameters() if "lora_" in name}
     with without_layers(task.lang_model, drop), tempfile.TemporaryDirectory(dir=args.out) as folder:
         before = measure(task)
-        settings = train.parse_args([
-            "--pruned_model_path", str(args.model), "--out", folder, "--max-steps", str(args.heal_steps),
-            "--per-device-train-batch-size", str(args.heal_batch), "--gradient-accumulation-steps", "1",
-            "--learning-rate", str(args.heal_lr),
-            "--lr-scheduler-type", "cosine", "--warmup-steps", str(min(5, args.heal_steps)), "--seed", str(args.seed),
-            "--logging-steps", str(args.heal_steps), "--save-total-limit", "1"])
+        settings = train.parse_args(
+            [
+                "--pruned_model_path",
+                str(args.model),
+                "--out",
+                folder,
+                "--max-steps",
+                str(args.heal_steps),
+                "--per-device-train-batch-size",
+                str(args.heal_batch),
+                "--gradient-accumulation-steps",
+                "1",
+                "--learning-rate",
+                str(args.heal_lr),
+                "--lr-scheduler-type",
+                "cosine",
+                "--warmup-steps",
+                str(min(5, args.heal_steps)),
+                "--seed",
+                str(args.seed),
+                "--logging-steps",
+                str(args.heal_steps),
+                "--save-total-limit",
+                "1",
+            ]
+        )
         train.set_trained(task.trained, full=False)
         train.heal(task.trained, task.train_set, task.collate, settings, accelerator)
         after = measure(task)
@@ -201,8 +278,16 @@ def choose_all(task, args, rows) -> list[dict]:
                     drop, why = greedy[count][0], f"loss {greedy[count][1]:.4f} on the calibration set"
                 else:
                     drop, why = choose(criterion, count, layers, rows, seed=seed)
-                choices.append({"criterion": criterion, "ratio": ratio, "seed": seed, "drop_layers": spec_of(drop),
-                                "layers_left": layers - count, "why": why})
+                choices.append(
+                    {
+                        "criterion": criterion,
+                        "ratio": ratio,
+                        "seed": seed,
+                        "drop_layers": spec_of(drop),
+                        "layers_left": layers - count,
+                        "why": why,
+                    }
+                )
     return choices
 
 
@@ -213,45 +298,87 @@ def rank_correlation(a, b) -> float:
 
 def chosen_elsewhere(args, rows, layers: int) -> list[dict]:
     """The criteria's choices in the study --also, as criteria of their own; prints how the layer scores of both studies agree."""
-    plan = read_json(args.also / "plan.json", {"layers": int, "choices": [{"criterion": str, "ratio": float, "drop_layers": str}]})
+    plan = read_json(
+        args.also / "plan.json",
+        {"layers": int, "choices": [{"criterion": str, "ratio": float, "drop_layers": str}]},
+    )
     if plan["layers"] != layers:
-        raise UserError(f"{args.also / 'plan.json'}: is of a model with {plan['layers']} layers, this one has {layers}")
-    with reading(args.also / "layer_sensitivity.all.csv", "table of a study"), open(args.also / "layer_sensitivity.all.csv") as file:
-        others = [{**row, "layer": int(row["layer"]), "score_mean": float(row["score_mean"])} for row in csv.DictReader(file)]
-    for mode, distance in (("v", "kl"), ("mlp", "kl"), ("layer", "block_influence"), ("layer", "kl"), ("layer", "nll_change")):
+        raise UserError(
+            f"{args.also / 'plan.json'}: is of a model with {plan['layers']} layers, this one has {layers}"
+        )
+    with (
+        reading(args.also / "layer_sensitivity.all.csv", "table of a study"),
+        open(args.also / "layer_sensitivity.all.csv") as file,
+    ):
+        others = [
+            {**row, "layer": int(row["layer"]), "score_mean": float(row["score_mean"])}
+            for row in csv.DictReader(file)
+        ]
+    for mode, distance in (
+        ("v", "kl"),
+        ("mlp", "kl"),
+        ("layer", "block_influence"),
+        ("layer", "kl"),
+        ("layer", "nll_change"),
+    ):
         here, there = (layer_scores(r, mode, distance) for r in (rows, others))
         places = [1 + sum(score > scores[0] for score in scores) for scores in (here, there)]
-        print(f"{distance} with {mode} off: rank correlation with {args.also} {rank_correlation(here, there):.2f}, without layer 0 "
-              f"{rank_correlation(here[1:], there[1:]):.2f}; layer 0 is number {places[0]} here and {places[1]} there")
-    return [{**c, "criterion": f"{c['criterion']}_elsewhere"} for c in plan["choices"]
-            if c["criterion"] in CRITERIA and c["ratio"] in args.ratio]
+        print(
+            f"{distance} with {mode} off: rank correlation with {args.also} {rank_correlation(here, there):.2f}, without layer 0 "
+            f"{rank_correlation(here[1:], there[1:]):.2f}; layer 0 is number {places[0]} here and {places[1]} there"
+        )
+    return [
+        {**c, "criterion": f"{c['criterion']}_elsewhere"}
+        for c in plan["choices"]
+        if c["criterion"] in CRITERIA and c["ratio"] in args.ratio
+    ]
 
 
 def check_on_disk(task, args, choices, evaluations) -> float:
     """Prune the sensitivity sets on disk, load them, and return the largest difference of a report's loss to the model in memory."""
     wanted = list(dict.fromkeys(c["drop_layers"] for c in choices if c["criterion"] == "sensitivity"))
     command = ["--ckpt", str(args.model), "--out-dir", str(args.out / "pruned"), "--overwrite"]
-    command += ["--lang-model-path", str(args.lang_model_path), "--hf", "merged"] if args.lang_model_path else []
+    command += (
+        ["--lang-model-path", str(args.lang_model_path), "--hf", "merged"] if args.lang_model_path else []
+    )
     tags = {spec: plain_tag(parse_drop_layers(spec)) for spec in wanted}
     for spec in wanted:
         command += ["--drop-layers", spec, "--tag", tags[spec]]
     prune_llm.main(prune_llm.parse_args(command))
     worst = 0.0
     for spec in wanted:
-        _, merged, prune_map, hf, _ = (args.out / "pruned" / name for name in result_names(tags[spec], VERSIONS[0]))
+        _, merged, prune_map, hf, _ = (
+            args.out / "pruned" / name for name in result_names(tags[spec], VERSIONS[0])
+        )
         if args.texts:
             model, tokenizer = load_model(hf)
             losses = text_losses(model, tokenizer, task.test_texts, 256)
-        else:                                             # whole names, because drop1 begins as drop1_3 does
-            merged = next(path for path in (merged, merged.with_name(merged.name + ".bin"), merged.with_name(merged.name + ".safetensors"))
-                          if path.exists())
-            model, text, _ = load_report_model(merged, args.lang_model_path, prune_map.with_name(prune_map.name + ".json"))
+        else:  # whole names, because drop1 begins as drop1_3 does
+            merged = next(
+                path
+                for path in (
+                    merged,
+                    merged.with_name(merged.name + ".bin"),
+                    merged.with_name(merged.name + ".safetensors"),
+                )
+                if path.exists()
+            )
+            model, text, _ = load_report_model(
+                merged, args.lang_model_path, prune_map.with_name(prune_map.name + ".json")
+            )
             losses = report_losses(model, text, task.test_set)
-        worst = max(worst, (losses - torch.tensor(evaluations[spec]["before"]["losses"], dtype=torch.float64)).abs().max().item())
+        worst = max(
+            worst,
+            (losses - torch.tensor(evaluations[spec]["before"]["losses"], dtype=torch.float64))
+            .abs()
+            .max()
+            .item(),
+        )
     return worst
 
 
 # ------------------------------------------------------------------------------------------------ tables and pictures
+
 
 def tabulate(choices, evaluations, costs, metrics) -> list[dict]:
     """One row a criterion and ratio: quality before and after healing, with 95 % intervals, and cost. The first row is the
@@ -262,14 +389,27 @@ def tabulate(choices, evaluations, costs, metrics) -> list[dict]:
         groups.setdefault((choice["ratio"], choice["criterion"]), []).append(choice)
     for (ratio, criterion), group in [((0.0, "unpruned"), None), *groups.items()]:
         left = group[0]["layers_left"] if group else max(costs)
-        row = {"ratio": ratio, "criterion": criterion, "sets": " ".join(c["drop_layers"] for c in group) if group else "",
-               "layers": left, **costs[left]}
+        row = {
+            "ratio": ratio,
+            "criterion": criterion,
+            "sets": " ".join(c["drop_layers"] for c in group) if group else "",
+            "layers": left,
+            **costs[left],
+        }
         for stage in ("before", "after"):
-            found = [evaluations[c["drop_layers"]][stage] for c in group] if group else [evaluations[WHOLE][stage]]
+            found = (
+                [evaluations[c["drop_layers"]][stage] for c in group]
+                if group
+                else [evaluations[WHOLE][stage]]
+            )
             for metric in metrics:
                 value, draws = quality(found, metric)
                 low, high = np.percentile(draws, (2.5, 97.5))
-                row |= {f"{metric}_{stage}": value, f"{metric}_{stage}_low": low, f"{metric}_{stage}_high": high}
+                row |= {
+                    f"{metric}_{stage}": value,
+                    f"{metric}_{stage}_low": low,
+                    f"{metric}_{stage}_high": high,
+                }
         rows.append(row)
     return rows
 
@@ -278,20 +418,45 @@ def compare(choices, evaluations, metrics) -> list[dict]:
     """Every criterion against every control, every later criterion and its own choice elsewhere: paired difference with its 95 %
     interval; they differ when the interval leaves out 0."""
     names = list(dict.fromkeys(c["criterion"] for c in choices))
-    pairs = [(a, b) for i, a in enumerate(CRITERIA) for b in names if b in (*CONTROLS, *CRITERIA[i + 1:], f"{a}_elsewhere")]
+    pairs = [
+        (a, b)
+        for i, a in enumerate(CRITERIA)
+        for b in names
+        if b in (*CONTROLS, *CRITERIA[i + 1 :], f"{a}_elsewhere")
+    ]
     rows = []
     for ratio in dict.fromkeys(c["ratio"] for c in choices):
-        sets = {name: [evaluations[c["drop_layers"]] for c in choices if (c["ratio"], c["criterion"]) == (ratio, name)] for name in names}
+        sets = {
+            name: [
+                evaluations[c["drop_layers"]]
+                for c in choices
+                if (c["ratio"], c["criterion"]) == (ratio, name)
+            ]
+            for name in names
+        }
         for metric in metrics:
             for stage in ("before", "after"):
-                found = {name: quality([e[stage] for e in evaluated], metric) for name, evaluated in sets.items()}
+                found = {
+                    name: quality([e[stage] for e in evaluated], metric) for name, evaluated in sets.items()
+                }
                 for criterion, other in pairs:
                     (a, a_draws), (b, b_draws) = found[criterion], found[other]
                     low, high = np.percentile(a_draws - b_draws, (2.5, 97.5))
                     better = (a > b) == (metric == "f1")
                     verdict = ("better" if better else "worse") if low > 0 or high < 0 else "no difference"
-                    rows.append({"ratio": ratio, "metric": metric, "stage": stage, "criterion": criterion, "control": other,
-                                 "difference": a - b, "low": low, "high": high, "verdict": verdict})
+                    rows.append(
+                        {
+                            "ratio": ratio,
+                            "metric": metric,
+                            "stage": stage,
+                            "criterion": criterion,
+                            "control": other,
+                            "difference": a - b,
+                            "low": low,
+                            "high": high,
+                            "verdict": verdict,
+                        }
+                    )
     return rows
 
 
@@ -301,17 +466,27 @@ def say(comparisons, ratios, metrics):
     for ratio in ratios:
         for metric in metrics:
             for control in CONTROLS:
-                found = {c["criterion"]: c["verdict"] for c in comparisons
-                         if (c["ratio"], c["metric"], c["stage"], c["control"]) == (ratio, metric, "after", control)}
-                groups = {v: [k for k in found if found[k] == v] for v in ("better", "worse", "no difference")}
-                text = "; ".join(f"{verdict}: {', '.join(names)}" for verdict, names in groups.items() if names)
+                found = {
+                    c["criterion"]: c["verdict"]
+                    for c in comparisons
+                    if (c["ratio"], c["metric"], c["stage"], c["control"])
+                    == (ratio, metric, "after", control)
+                }
+                groups = {
+                    v: [k for k in found if found[k] == v] for v in ("better", "worse", "no difference")
+                }
+                text = "; ".join(
+                    f"{verdict}: {', '.join(names)}" for verdict, names in groups.items() if names
+                )
                 lines.append(f"{ratio:.0%} removed, healed, {metric} against {control}: {text}")
     return lines
 
 
 def bars(rows, metric, stage):
     """(values, (2, N) lengths of the error bars) for matplotlib."""
-    value, low, high = (np.array([r[f"{metric}_{stage}{end}"] for r in rows]) for end in ("", "_low", "_high"))
+    value, low, high = (
+        np.array([r[f"{metric}_{stage}{end}"] for r in rows]) for end in ("", "_low", "_high")
+    )
     return value, np.stack([value - low, high - value])
 
 
@@ -322,13 +497,19 @@ def frame(ax, metric, rows):
         ax.set_ylim(0, 1)
     else:
         others = [r for r in rows if r["criterion"] != "random"]
-        ax.set_ylim(0.97 * min(r["perplexity_after_low"] for r in others), 1.05 * max(r["perplexity_before_high"] for r in others))
+        ax.set_ylim(
+            0.97 * min(r["perplexity_after_low"] for r in others),
+            1.05 * max(r["perplexity_before_high"] for r in others),
+        )
 
 
 def draw_tradeoff(table, metrics, path):
     """Quality after healing against parameters, latency and memory of the language model."""
-    costs = (("parameters", "values of the language model"), ("seconds", "s for 64 + 32 tokens"),
-             ("megabytes", "MB of weights and a 1024-token KV-cache"))
+    costs = (
+        ("parameters", "values of the language model"),
+        ("seconds", "s for 64 + 32 tokens"),
+        ("megabytes", "MB of weights and a 1024-token KV-cache"),
+    )
     colours = dict(zip((*CRITERIA, *CONTROLS), (*COLOURS, "#111111")))
     figure, axes = new_figure(len(metrics), len(costs), width=4.4, height=3.2, squeeze=False)
     for row, metric in enumerate(metrics):
@@ -336,13 +517,26 @@ def draw_tradeoff(table, metrics, path):
             for criterion, colour in colours.items():
                 points = [table[0], *(r for r in table if r["criterion"] == criterion)]
                 value, error = bars(points, metric, "after")
-                ax.errorbar([r[cost] for r in points], value, yerr=error, color=colour, label=criterion,
-                            ls="--" if criterion in CONTROLS else "-", marker="o", ms=4, lw=1.3, elinewidth=0.5, capsize=2)
+                ax.errorbar(
+                    [r[cost] for r in points],
+                    value,
+                    yerr=error,
+                    color=colour,
+                    label=criterion,
+                    ls="--" if criterion in CONTROLS else "-",
+                    marker="o",
+                    ms=4,
+                    lw=1.3,
+                    elinewidth=0.5,
+                    capsize=2,
+                )
             ax.set_xlabel(label)
             ax.locator_params(axis="x", nbins=4)
             frame(ax, metric, table)
     axes[0][0].legend(fontsize=7, loc="lower right")
-    figure.suptitle("After healing; solid: criteria, dashed: controls; bars: 95 % intervals over test samples and random sets")
+    figure.suptitle(
+        "After healing; solid: criteria, dashed: controls; bars: 95 % intervals over test samples and random sets"
+    )
     save_figure(figure, path)
 
 
@@ -368,29 +562,53 @@ def draw_healing(table, metrics, path):
 def report(args, table, comparisons, metrics, sentences, worst):
     """Rows for the closing table of run_all.sh."""
     out = args.out
-    figures = [(out / "tradeoff.png", "Quality after healing against size, latency and memory."),
-               (out / "healing.png", "Before and after healing."),
-               (out / "layer_sensitivity.png", "What each layer does when it is switched off.")]
+    figures = [
+        (out / "tradeoff.png", "Quality after healing against size, latency and memory."),
+        (out / "healing.png", "Before and after healing."),
+        (out / "layer_sensitivity.png", "What each layer does when it is switched off."),
+    ]
     for ratio in args.ratio:
         of = {r["criterion"]: r for r in table if r["ratio"] in (ratio, 0.0)}
         for metric in metrics:
             ours = of["sensitivity"]
-            controls = {"unpruned": of["unpruned"][f"{metric}_before"], "unpruned, healed": of["unpruned"][f"{metric}_after"],
-                        "before healing": ours[f"{metric}_before"],
-                        **{name: of[name][f"{metric}_after"] for name in (*CRITERIA[1:], *CONTROLS)}}
-            claims = " ".join(f"{s}." for s in sentences if s.startswith(f"{ratio:.0%}") and f", {metric} " in s)
-            details = {"on_disk_loss_difference": worst,
-                       "comparisons": [c for c in comparisons if c["ratio"] == ratio and c["metric"] == metric]}
-            write_result(out.parent, f"{out.name}: {ratio:.0%} of the layers removed, {metric}",
-                         {"f1": "finding micro-F1 after healing", "perplexity": "perplexity after healing, lower is better"}[metric],
-                         ours[f"{metric}_after"], controls, (ours[f"{metric}_after_low"], ours[f"{metric}_after_high"]),
-                         figures if (ratio, metric) == (args.ratio[-1], metrics[0]) else (),
-                         f"Layers chosen by sensitivity (v masked, kl). {claims}", details)
+            controls = {
+                "unpruned": of["unpruned"][f"{metric}_before"],
+                "unpruned, healed": of["unpruned"][f"{metric}_after"],
+                "before healing": ours[f"{metric}_before"],
+                **{name: of[name][f"{metric}_after"] for name in (*CRITERIA[1:], *CONTROLS)},
+            }
+            claims = " ".join(
+                f"{s}." for s in sentences if s.startswith(f"{ratio:.0%}") and f", {metric} " in s
+            )
+            details = {
+                "on_disk_loss_difference": worst,
+                "comparisons": [c for c in comparisons if c["ratio"] == ratio and c["metric"] == metric],
+            }
+            write_result(
+                out.parent,
+                f"{out.name}: {ratio:.0%} of the layers removed, {metric}",
+                {
+                    "f1": "finding micro-F1 after healing",
+                    "perplexity": "perplexity after healing, lower is better",
+                }[metric],
+                ours[f"{metric}_after"],
+                controls,
+                (ours[f"{metric}_after_low"], ours[f"{metric}_after_high"]),
+                figures if (ratio, metric) == (args.ratio[-1], metrics[0]) else (),
+                f"Layers chosen by sensitivity (v masked, kl). {claims}",
+                details,
+            )
 
 
 def main(args):
-    if bool(args.data) == bool(args.texts) or (args.texts and not args.test_texts) or (args.data and not args.lang_model_path):
-        raise UserError("give --data and --lang-model-path (a report model), or --texts and --test-texts (a plain model)")
+    if (
+        bool(args.data) == bool(args.texts)
+        or (args.texts and not args.test_texts)
+        or (args.data and not args.lang_model_path)
+    ):
+        raise UserError(
+            "give --data and --lang-model-path (a report model), or --texts and --test-texts (a plain model)"
+        )
     args.out.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator()
     seed_everything(args.seed)
@@ -399,7 +617,13 @@ def main(args):
     layers = len(decoder_layers(task.lang_model))
 
     rows = summarise(scan(task.lang_model, task.prompts, ["v", "mlp"], ("l1_mean", "kl")))
-    write_tables(args.out / "layer_sensitivity.csv", rows, "v", "kl", f"{layers} layers, {len(task.prompts)} task prompts")
+    write_tables(
+        args.out / "layer_sensitivity.csv",
+        rows,
+        "v",
+        "kl",
+        f"{layers} layers, {len(task.prompts)} task prompts",
+    )
     choices = choose_all(task, args, rows)
     if args.also:
         choices += chosen_elsewhere(args, rows, layers)
@@ -408,27 +632,44 @@ def main(args):
         print(f"{choice['ratio']:.0%} {choice['criterion']:16} --drop-layers {choice['drop_layers']}")
 
     cache, file = {}, args.out / "evaluations.json"
-    stamp = {"model": str(args.model), "weights": fingerprint(task.lang_model), "data": str(args.data or args.test_texts),
-             "test": args.test_samples, "train": args.train_samples, "steps": args.heal_steps, "batch": args.heal_batch,
-             "lr": args.heal_lr, "tokens": args.max_new_tokens, "seed": args.seed}
+    stamp = {
+        "model": str(args.model),
+        "weights": fingerprint(task.lang_model),
+        "data": str(args.data or args.test_texts),
+        "test": args.test_samples,
+        "train": args.train_samples,
+        "steps": args.heal_steps,
+        "batch": args.heal_batch,
+        "lr": args.heal_lr,
+        "tokens": args.max_new_tokens,
+        "seed": args.seed,
+    }
     if file.exists() and not args.overwrite:
         before = json.loads(file.read_text())
         if before["stamp"] != stamp:
-            raise UserError(f"{file}: is of another study ({before['stamp']}); use --overwrite or another --out")
+            raise UserError(
+                f"{file}: is of another study ({before['stamp']}); use --overwrite or another --out"
+            )
         cache = before["sets"]
     for spec in progress([WHOLE, *dict.fromkeys(c["drop_layers"] for c in choices)], desc="sets", unit="set"):
         if spec not in cache:
             cache[spec] = evaluate_set(task, parse_drop_layers(spec), args, accelerator)
             atomic_write(file, json.dumps({"stamp": stamp, "sets": cache}))
         before, after = (cache[spec][stage]["perplexity"] for stage in ("before", "after"))
-        print(f"without {'layers ' + spec if spec else 'nothing'}: perplexity {before:.3f}, healed {after:.3f}")
+        print(
+            f"without {'layers ' + spec if spec else 'nothing'}: perplexity {before:.3f}, healed {after:.3f}"
+        )
     costs = {}
     for left in sorted({layers, *(c["layers_left"] for c in choices)}):
         with without_layers(task.lang_model, range(left, layers)):
             costs[left] = latency(task.lang_model)
-        costs[left]["megabytes"] = (costs[left]["weight_bytes"] + 1024 * costs[left]["kv_cache_bytes_per_token"]) / 1e6
+        costs[left]["megabytes"] = (
+            costs[left]["weight_bytes"] + 1024 * costs[left]["kv_cache_bytes_per_token"]
+        ) / 1e6
     worst = check_on_disk(task, args, choices, cache)
-    print(f"pruned on disk against layers skipped in memory: largest difference of a test sample's loss {worst:.1e}")
+    print(
+        f"pruned on disk against layers skipped in memory: largest difference of a test sample's loss {worst:.1e}"
+    )
     if worst > 1e-3:
         raise RuntimeError("a checkpoint that was pruned on disk is not the model that was measured")
 
@@ -436,9 +677,13 @@ def main(args):
     write_csv(args.out / "table.csv", table, list(table[0]))
     write_csv(args.out / "comparisons.csv", comparisons, list(comparisons[0]))
     for row in table:
-        text = [f"{m} {row[f'{m}_before']:.3f} -> {row[f'{m}_after']:.3f} [{row[f'{m}_after_low']:.3f}, {row[f'{m}_after_high']:.3f}]"
-                for m in metrics]
-        print(f"{row['ratio']:4.0%} {row['criterion']:16} {'  '.join(text)}  {row['seconds']:.2f} s  {row['sets']}")
+        text = [
+            f"{m} {row[f'{m}_before']:.3f} -> {row[f'{m}_after']:.3f} [{row[f'{m}_after_low']:.3f}, {row[f'{m}_after_high']:.3f}]"
+            for m in metrics
+        ]
+        print(
+            f"{row['ratio']:4.0%} {row['criterion']:16} {'  '.join(text)}  {row['seconds']:.2f} s  {row['sets']}"
+        )
     sentences = say(comparisons, args.ratio, metrics)
     print("\n".join(sentences))
     atomic_write(args.out / "claims.txt", "\n".join(sentences) + "\n")

@@ -4,9 +4,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-os.environ["PYTHONPATH"] = str(ROOT)                      # subprocesses of the tests find common/ too
-os.environ.setdefault("OMP_NUM_THREADS", "1")             # of the scripts that tests start
-for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):   # a test that reaches for a hub fails at once
+os.environ["PYTHONPATH"] = str(ROOT)  # subprocesses of the tests find common/ too
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the scripts that tests start
+for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):  # a test that reaches for a hub fails at once
     os.environ[name] = "1"
 
 import pytest
@@ -14,7 +14,7 @@ import torch
 
 from tests.golden import SHARED
 
-torch.set_num_threads(1)                                  # pytest-xdist fills the other cores
+torch.set_num_threads(1)  # pytest-xdist fills the other cores
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,5 @@
 """Run a script's main in a fork of the test process, which has imported everything: a start costs milliseconds, not seconds."""
+
 import collections
 import os
 import resource

@@ -1,4 +1,5 @@
 """Where the reference tensors are, and what it means when they are not."""
+
 import os
 from pathlib import Path
 
@@ -20,5 +21,9 @@ def golden_files(project: str) -> list:
     if not files and named:
         pytest.fail(f"GOLDEN_DIR={named}: no files in {folder}", pytrace=False)
     if not files:
-        return [pytest.param(None, marks=pytest.mark.skip(reason=f"{folder} is absent; set GOLDEN_DIR"), id="absent")]
+        return [
+            pytest.param(
+                None, marks=pytest.mark.skip(reason=f"{folder} is absent; set GOLDEN_DIR"), id="absent"
+            )
+        ]
     return [pytest.param(p, id=str(p.relative_to(folder))) for p in files]

@@ -1,4 +1,5 @@
 """Systematic ways to break a good input file. Every mutant is (what was done, function that does it to the path)."""
+
 import copy
 import csv
 import json
@@ -17,7 +18,10 @@ def broken(path):
     yield "missing", lambda p: p.unlink()
     yield "empty", lambda p: p.write_bytes(b"")
     for share in (0.02, 0.4, 0.8):
-        yield f"cut at {share:.0%}", lambda p, share=share: p.write_bytes(p.read_bytes()[:int(share * size) or 1])
+        yield (
+            f"cut at {share:.0%}",
+            lambda p, share=share: p.write_bytes(p.read_bytes()[: int(share * size) or 1]),
+        )
     yield "random bytes", lambda p: p.write_bytes(random.Random(0).randbytes(size))
     yield "a folder", lambda p: (p.unlink(), p.mkdir())
     yield "a link to itself", lambda p: (p.unlink(), p.symlink_to(p.name))
@@ -29,7 +33,7 @@ def other_values(value):
     if isinstance(value, bool):
         yield "text", "x"
     elif isinstance(value, (int, float)):
-        yield from (("text", "x"), ("negative", -10**12), ("huge", 10**12), ("list", [value]))
+        yield from (("text", "x"), ("negative", -(10**12)), ("huge", 10**12), ("list", [value]))
     elif isinstance(value, str):
         yield from (("number", 7), ("list", []), ("object", {}))
     elif isinstance(value, list):
@@ -73,7 +77,11 @@ def json_fields(path, fields=None):
         name, old = ".".join(str(key) for key in place if key != 0), value
         for key in place:
             old = old[key]
-        for kind, new in [("dropped", None), *other_values(old)] if place[-1] != 0 and (not fields or name in fields) else []:
+        for kind, new in (
+            [("dropped", None), *other_values(old)]
+            if place[-1] != 0 and (not fields or name in fields)
+            else []
+        ):
             changed = copy.deepcopy(value)
             change(changed, place, kind, new)
             yield f"{name}={kind}", lambda p, c=changed: p.write_text(json.dumps(c, ensure_ascii=False))
@@ -107,6 +115,7 @@ def npz_fields(path, fields=None):
     def read(p):
         with np.load(p) as file:
             return {k: file[k] for k in file.files}
+
     return _arrays(path, read, lambda p, c: np.savez(p, **c), fields)
 
 
@@ -123,6 +132,7 @@ def h5_fields(path, fields=None):
             file.attrs.update(attributes)
             for key, value in content.items():
                 file[key] = value
+
     return _arrays(path, read, write, fields)
 
 
@@ -132,13 +142,16 @@ def csv_fields(path):
 
     def write(table):
         return lambda p: p.write_text("".join(",".join(r) + "\n" for r in table))
+
     yield "header only", write(rows[:1])
     yield "no header", write(rows[1:])
     yield "a short row", write([rows[0], rows[1][:1], *rows[2:]])
     for i, name in enumerate(rows[0]):
-        for kind, table in (("dropped", [r[:i] + r[i + 1:] for r in rows]),
-                            ("renamed", [[*rows[0][:i], "other", *rows[0][i + 1:]], *rows[1:]]),
-                            ("word", [rows[0], [*rows[1][:i], "word", *rows[1][i + 1:]], *rows[2:]])):
+        for kind, table in (
+            ("dropped", [r[:i] + r[i + 1 :] for r in rows]),
+            ("renamed", [[*rows[0][:i], "other", *rows[0][i + 1 :]], *rows[1:]]),
+            ("word", [rows[0], [*rows[1][:i], "word", *rows[1][i + 1 :]], *rows[2:]]),
+        ):
             yield f"{name}={kind}", write(table)
 
 
@@ -148,11 +161,16 @@ def tensors(path, names):
 
     def write(p, content):
         save_file(content, p, metadata=metadata)
+
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     for name in names:
         value = content[name]
-        for kind, new in (("dropped", None), ("shape", value.new_zeros(*value.shape, 3)), ("nan", value * float("nan"))):
+        for kind, new in (
+            ("dropped", None),
+            ("shape", value.new_zeros(*value.shape, 3)),
+            ("nan", value * float("nan")),
+        ):
             changed = {k: v for k, v in content.items() if k != name} | ({} if new is None else {name: new})
             yield f"{name}={kind}", lambda p, c=changed: write(p, c)
 

@@ -1,4 +1,5 @@
 """What must survive: interruption, kill -9, a full disk, a damaged checkpoint, a second process, several processes."""
+
 import json
 import os
 import random
@@ -36,8 +37,14 @@ def toy(out, *options, processes=1, check=True, limit=None, **environment):
         (out.parent / "toy.log").unlink()
     else:
         command = [sys.executable, "-m", "common.launch", TOY, "--out", str(out), *options]
-        ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
-                               env={**os.environ, "NPROC_PER_NODE": str(processes), **environment})
+        ended = subprocess.run(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "NPROC_PER_NODE": str(processes), **environment},
+        )
         done = Done(ended.returncode, ended.stdout)
     if check:
         assert done.returncode == 0, done.text
@@ -57,9 +64,15 @@ def test_run_directory_describes_the_run(tmp_path):
     config = json.loads((tmp_path / "a/config.json").read_text())
     assert config["arguments"]["steps"] == 20 and config["processes"] == 1 and config["versions"]["torch"]
     assert len(losses(tmp_path / "a")) == 20 and list((tmp_path / "a/tb").iterdir())
-    assert sorted(p.name for p in (tmp_path / "a/checkpoints").iterdir()) == ["step-00000010", "step-00000015", "step-00000020"]
+    assert sorted(p.name for p in (tmp_path / "a/checkpoints").iterdir()) == [
+        "step-00000010",
+        "step-00000015",
+        "step-00000020",
+    ]
     assert (tmp_path / "a/last").resolve().name == "step-00000020"
-    plain = (tmp_path / "a/log.jsonl").stat().st_mode     # as the user's umask has it; safetensors makes private files
+    plain = (
+        (tmp_path / "a/log.jsonl").stat().st_mode
+    )  # as the user's umask has it; safetensors makes private files
     assert {p.stat().st_mode for p in (tmp_path / "a/last").resolve().iterdir()} == {plain}
 
 
@@ -69,11 +82,19 @@ def test_stopped_run_says_how_to_resume_and_ends_bit_equal(tmp_path, signum, pro
     size = str(8 // processes)
     whole = toy(tmp_path / "whole", "--workers", "2", "--batch-size", size, processes=processes)
     options = ["--out", str(tmp_path / "cut"), "--workers", "2", "--batch-size", size, "--pause", ".2"]
-    process = subprocess.Popen([sys.executable, "-m", "common.launch", TOY, *options], cwd=ROOT, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True, start_new_session=True,
-                               env={**os.environ, "NPROC_PER_NODE": str(processes)})
-    while process.poll() is None and not ((tmp_path / "cut/log.jsonl").exists() and len(losses(tmp_path / "cut")) >= 3):
-        time.sleep(.05)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "common.launch", TOY, *options],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "NPROC_PER_NODE": str(processes)},
+    )
+    while process.poll() is None and not (
+        (tmp_path / "cut/log.jsonl").exists() and len(losses(tmp_path / "cut")) >= 3
+    ):
+        time.sleep(0.05)
     process.send_signal(signum)
     text, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signum, text
@@ -86,40 +107,57 @@ def test_stopped_run_says_how_to_resume_and_ends_bit_equal(tmp_path, signum, pro
 def test_one_of_two_processes_killed_ends_both_and_the_run_goes_on(tmp_path):
     whole = toy(tmp_path / "whole", "--batch-size", "4", processes=2)
     options = ["--out", str(tmp_path / "cut"), "--batch-size", "4", "--pause", ".1"]
-    launcher = subprocess.Popen([sys.executable, "-m", "common.launch", TOY, *options], cwd=ROOT, stdout=subprocess.PIPE,
-                                stderr=subprocess.STDOUT, text=True, env={**os.environ, "NPROC_PER_NODE": "2"})
-    while launcher.poll() is None and not ((tmp_path / "cut/log.jsonl").exists() and len(losses(tmp_path / "cut")) >= 6):
-        time.sleep(.05)
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "common.launch", TOY, *options],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "NPROC_PER_NODE": "2"},
+    )
+    while launcher.poll() is None and not (
+        (tmp_path / "cut/log.jsonl").exists() and len(losses(tmp_path / "cut")) >= 6
+    ):
+        time.sleep(0.05)
     below = psutil.Process(launcher.pid).children(recursive=True)
     ranks = [p for p in below if TOY in p.cmdline() and "torch.distributed.run" not in p.cmdline()]
     assert len(ranks) == 2
     ranks[1].kill()
     launcher.communicate(timeout=60)
-    assert launcher.returncode not in (0, 2) and not any(p.is_running() and p.status() != "zombie" for p in ranks)
+    assert launcher.returncode not in (0, 2) and not any(
+        p.is_running() and p.status() != "zombie" for p in ranks
+    )
     assert not damage(tmp_path / "cut/checkpoints/step-00000005")
     resumed = toy(tmp_path / "cut", "--batch-size", "4", "--resume", processes=2)
     assert final(resumed) == final(whole) and losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
 
 def test_twenty_kills_at_random_moments_lose_nothing(tmp_path):
-    options = ["--width", "20000", "--steps", "200"]      # 4 MB to save every 5 steps: about half of the time goes into saving
+    options = [
+        "--width",
+        "20000",
+        "--steps",
+        "200",
+    ]  # 4 MB to save every 5 steps: about half of the time goes into saving
     whole, out, chance, in_save = tmp_path / "whole", tmp_path / "cut", random.Random(0), 0
     start = time.monotonic()
     os.waitpid(forked_toy(whole, *options), 0)
-    seconds = time.monotonic() - start                    # the kills together take about a third of this, however fast the machine
+    seconds = (
+        time.monotonic() - start
+    )  # the kills together take about a third of this, however fast the machine
     for kill in range(20):
         before = max((p.name for p in out.glob("checkpoints/step-*")), default="")
         known = (out / "log.jsonl").stat().st_size if kill else 0
         pid = forked_toy(out, *options, *(["--resume"] if kill else []))
         while not (out / "log.jsonl").exists() or (out / "log.jsonl").stat().st_size == known:
             assert os.waitpid(pid, os.WNOHANG) == (0, 0), (tmp_path / "forked.log").read_text()
-            time.sleep(.002)
+            time.sleep(0.002)
         time.sleep(seconds / 30 * chance.random())
         os.kill(pid, signal.SIGKILL)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
         in_save += bool(list(out.glob("checkpoints/.saving-*")))
         after = max((p.name for p in out.glob("checkpoints/step-*")), default="")
-        assert after >= before                            # a finished checkpoint is never lost
+        assert after >= before  # a finished checkpoint is never lost
         assert not after or not damage(out / "checkpoints" / after)
     _, status = os.waitpid(forked_toy(out, *options, "--resume"), 0)
     assert status == 0, (tmp_path / "forked.log").read_text()
@@ -161,10 +199,13 @@ def test_damaged_last_checkpoint_falls_back_to_the_one_before(tmp_path, harm):
 
 
 def test_second_process_on_the_same_run_is_refused(tmp_path):
-    first = subprocess.Popen([sys.executable, TOY, "--out", str(tmp_path / "a"), "--pause", "1"],
-                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = subprocess.Popen(
+        [sys.executable, TOY, "--out", str(tmp_path / "a"), "--pause", "1"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     while not (tmp_path / "a/config.json").exists():
-        time.sleep(.05)
+        time.sleep(0.05)
     second = toy(tmp_path / "a", "--resume", check=False)
     first.kill()
     first.wait()
@@ -189,7 +230,9 @@ def test_used_or_foreign_folder_is_refused_and_left_alone(tmp_path):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_nan_loss_names_step_batch_and_last_good_checkpoint(tmp_path, processes):
-    done = toy(tmp_path / "a", "--nan-at", "8", "--batch-size", str(8 // processes), processes=processes, check=False)
+    done = toy(
+        tmp_path / "a", "--nan-at", "8", "--batch-size", str(8 // processes), processes=processes, check=False
+    )
     assert done.returncode == 2, done.text
     line = next(line for line in done.text.splitlines() if "loss is nan" in line)
     assert "step 8" in line and "record-" in line and "step-00000005" in line and "Traceback" not in done.text
@@ -202,8 +245,15 @@ def test_two_processes_follow_the_loss_curve_of_one(tmp_path):
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="a GPU is here: the files can be used")
-@pytest.mark.parametrize("name, said", [("fsdp2", "GPUs and NPUs only"), ("zero2", "deepspeed|GPUs and NPUs only"),
-                                        ("zero3", "deepspeed|GPUs and NPUs only"), ("zero9", "none of fsdp2, zero2, zero3")])
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("fsdp2", "GPUs and NPUs only"),
+        ("zero2", "deepspeed|GPUs and NPUs only"),
+        ("zero3", "deepspeed|GPUs and NPUs only"),
+        ("zero9", "none of fsdp2, zero2, zero3"),
+    ],
+)
 def test_accelerate_config_that_cannot_be_used_is_one_line(tmp_path, name, said):
     done = toy(tmp_path / "a", check=False, ACCELERATE_CONFIG=name)
     assert done.returncode == 2 and re.search(said, done.text) and len(done.text.strip().splitlines()) == 1
@@ -218,8 +268,11 @@ def test_accelerate_reads_the_yaml_files_as_meant(name, kind):
     assert config.distributed_type.value == kind
     if kind == "FSDP":
         assert config.fsdp_config["fsdp_version"] == 2
-    else:                                                 # the script's own --accum and clipping must stay in force
-        assert config.deepspeed_config["zero_stage"] == int(name[-1]) and "gradient_accumulation_steps" not in config.deepspeed_config
+    else:  # the script's own --accum and clipping must stay in force
+        assert (
+            config.deepspeed_config["zero_stage"] == int(name[-1])
+            and "gradient_accumulation_steps" not in config.deepspeed_config
+        )
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 1, reason="no GPU")
@@ -231,9 +284,17 @@ def test_fsdp2_follows_the_same_curve(tmp_path):
 
 def test_plain_torchrun_joins_its_processes(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*torchrun, TOY, "--out", str(tmp_path / "a"), "--steps", "2"], capture_output=True, text=True, cwd="/")
+    done = subprocess.run(
+        [*torchrun, TOY, "--out", str(tmp_path / "a"), "--steps", "2"],
+        capture_output=True,
+        text=True,
+        cwd="/",
+    )
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "a/config.json").read_text())["processes"] == 2 and len(losses(tmp_path / "a")) == 2
+    assert (
+        json.loads((tmp_path / "a/config.json").read_text())["processes"] == 2
+        and len(losses(tmp_path / "a")) == 2
+    )
 
 
 def test_user_error_of_one_process_ends_all_without_traceback(tmp_path):

@@ -1,4 +1,5 @@
 """Published weight files: every form is read, nothing runs code, nothing is loaded silently wrong."""
+
 import json
 import os
 import pickle
@@ -31,7 +32,9 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin", ".pth", ".pt"])
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.module."])
+@pytest.mark.parametrize(
+    "prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.module."]
+)
 def test_every_file_form_and_leading_prefix(tmp_path, tensors, suffix, prefix):
     path = tmp_path / ("w" + suffix)
     named = {prefix + k: v for k, v in tensors.items()}
@@ -39,7 +42,9 @@ def test_every_file_form_and_leading_prefix(tmp_path, tensors, suffix, prefix):
     assert same(read_weights(path), tensors)
 
 
-@pytest.mark.parametrize("nest", [("model",), ("state_dict",), ("model_state_dict",), ("module",), ("model", "module")])
+@pytest.mark.parametrize(
+    "nest", [("model",), ("state_dict",), ("model_state_dict",), ("module",), ("model", "module")]
+)
 def test_nested_weights_are_unwrapped(tmp_path, tensors, nest):
     content = tensors
     for name in reversed(nest):
@@ -98,7 +103,10 @@ def test_cut_file_is_one_error(tmp_path, tensors, suffix, keep):
         read_weights(path)
 
 
-@pytest.mark.parametrize("content, said", [(torch.ones(3), "expected a dictionary"), ({"epoch": 3}, "no tensors"), ({}, "no tensors")])
+@pytest.mark.parametrize(
+    "content, said",
+    [(torch.ones(3), "expected a dictionary"), ({"epoch": 3}, "no tensors"), ({}, "no tensors")],
+)
 def test_file_without_weights(tmp_path, content, said):
     torch.save(content, tmp_path / "w.pth")
     with pytest.raises(UserError, match=said):
@@ -113,7 +121,11 @@ def test_text_that_calls_itself_a_checkpoint(tmp_path):
 
 
 def test_missing_file_and_empty_folder(tmp_path):
-    for call, path in ((read_weights, tmp_path / "none.pth"), (read_checkpoint, tmp_path / "none.pth"), (read_weights, tmp_path)):
+    for call, path in (
+        (read_weights, tmp_path / "none.pth"),
+        (read_checkpoint, tmp_path / "none.pth"),
+        (read_weights, tmp_path),
+    ):
         with pytest.raises(UserError, match=str(path)):
             call(path)
 
@@ -128,13 +140,23 @@ def test_report_names_every_kind(tensors, capsys):
     assert (report.unexpected, report.ignored) == (["what.weight"], ["decoder.weight"])
     assert report.mismatched == [("1.bias", (7,), (2,))]
     text = capsys.readouterr().out
-    for word in ("loaded 2 of 4", "missing (1): 0.bias", "unexpected (1): what.weight", "1.bias (7,) -> (2,)"):
+    for word in (
+        "loaded 2 of 4",
+        "missing (1): 0.bias",
+        "unexpected (1): what.weight",
+        "1.bias (7,) -> (2,)",
+    ):
         assert word in text
     assert torch.equal(target[0].weight, given["0.weight"])
 
 
 def test_converted_keys_are_counted(tensors):
-    report = load_weights(model(), {"x." + k: v for k, v in tensors.items()}, "w", convert=lambda t: {k[2:]: v for k, v in t.items()})
+    report = load_weights(
+        model(),
+        {"x." + k: v for k, v in tensors.items()},
+        "w",
+        convert=lambda t: {k[2:]: v for k, v in t.items()},
+    )
     assert len(report.converted) == 4
 
 
@@ -178,15 +200,24 @@ def test_user_error_is_one_line_and_status_2(tmp_path):
 def test_tiny_llm_loads_again_and_knows_every_language(tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = make_tokenizer(["the signal is 调制 BPSK"] * 3, vocab_size=300, special_tokens=("<IQ_START>",))
+    tokenizer = make_tokenizer(
+        ["the signal is 调制 BPSK"] * 3, vocab_size=300, special_tokens=("<IQ_START>",)
+    )
     made = make_llm(tmp_path / "llm", tokenizer, seed=3)
-    again, words = AutoModelForCausalLM.from_pretrained(tmp_path / "llm"), AutoTokenizer.from_pretrained(tmp_path / "llm")
+    again, words = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "llm"),
+        AutoTokenizer.from_pretrained(tmp_path / "llm"),
+    )
     text = "Привет, 肺部 CT ✓ <IQ_START>x"
     assert words.decode(words(text).input_ids, clean_up_tokenization_spaces=False) == text
     assert len(words("<IQ_START>").input_ids) == 1
     ids = torch.tensor([words("the signal").input_ids])
     assert torch.equal(made(ids).logits, again(ids).logits)
-    chat = words.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True)
+    chat = words.apply_chat_template(
+        [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
+    )
     assert chat == "<|user|>hi<|end|><|assistant|>"
     make_llm(tmp_path / "same", tokenizer, seed=3)
-    assert (tmp_path / "same/model.safetensors").read_bytes() == (tmp_path / "llm/model.safetensors").read_bytes()
+    assert (tmp_path / "same/model.safetensors").read_bytes() == (
+        tmp_path / "llm/model.safetensors"
+    ).read_bytes()

@@ -10,7 +10,15 @@ import torch
 
 from common.errors import UserError
 from cwt_mae.dataset import PhysioSignalDataset, Preprocess, build_store, read_records
-from cwt_mae.dataset_finetune import DS1, DownstreamClassificationDataset, fold_of, load_task, rhythm_features, split_parts, usual_of
+from cwt_mae.dataset_finetune import (
+    DS1,
+    DownstreamClassificationDataset,
+    fold_of,
+    load_task,
+    rhythm_features,
+    split_parts,
+    usual_of,
+)
 from cwt_mae.train import bridge
 
 FS = 200
@@ -31,7 +39,9 @@ def beats_npz(path, seed=0, seconds=60.0, fs=FS, subject=None, symbols="N"):
     clock = np.arange(int(seconds * fs)) / fs
     signal = 0.02 * rng.standard_normal(len(clock))
     for time, code in zip(times, codes):
-        signal += (1 if code == "N" else -1.5) * np.exp(-0.5 * ((clock - time) / (0.015 if code == "N" else 0.05)) ** 2)
+        signal += (1 if code == "N" else -1.5) * np.exp(
+            -0.5 * ((clock - time) / (0.015 if code == "N" else 0.05)) ** 2
+        )
     extra = {} if subject is None else {"subject": subject}
     np.savez(
         path,
@@ -62,13 +72,27 @@ def test_the_same_signal_is_read_alike_from_every_format(tmp_path, prepare):
     folder.mkdir()
     np.savez(folder / "a.npz", sig=x, fs=FS)
     np.save(folder / "b.npy", x)
-    (folder / "c.csv").write_text("time_s,ecg\n" + "".join(f"{i / FS:.6f},{v:.7f}\n" for i, v in enumerate(x)))
+    (folder / "c.csv").write_text(
+        "time_s,ecg\n" + "".join(f"{i / FS:.6f},{v:.7f}\n" for i, v in enumerate(x))
+    )
     with h5py.File(folder / "d.h5", "w") as file:
         file.create_dataset("ecg", data=x).attrs["fs"] = FS
     edfio = pytest.importorskip("edfio")
-    edfio.Edf([edfio.EdfSignal(x.astype(float), FS, label="ecg", physical_range=(-2, 2))]).write(folder / "e.edf")
+    edfio.Edf([edfio.EdfSignal(x.astype(float), FS, label="ecg", physical_range=(-2, 2))]).write(
+        folder / "e.edf"
+    )
     wfdb = pytest.importorskip("wfdb")
-    wfdb.wrsamp("f", FS, ["mV"], ["ecg"], x[:, None].astype(float), fmt=["16"], adc_gain=[10000], baseline=[0], write_dir=str(folder))
+    wfdb.wrsamp(
+        "f",
+        FS,
+        ["mV"],
+        ["ecg"],
+        x[:, None].astype(float),
+        fmt=["16"],
+        adc_gain=[10000],
+        baseline=[0],
+        write_dir=str(folder),
+    )
     signals = {}
     for path in sorted(folder.glob("*.[!d]*")):
         store = store_of(tmp_path, prepare, path, fs=FS if path.suffix == ".npy" else None)
@@ -92,7 +116,11 @@ def test_a_short_record_is_normalised_before_it_is_padded(tmp_path, prepare):
     item = PhysioSignalDataset(store_of(tmp_path, prepare, tmp_path / "a.npz"), 1000)[0]
     x, real = item["x"], item["real"]
     assert real.sum() == 300 and not real[300:].any()
-    assert abs(float(x[real].std(unbiased=False)) - 1) < 1e-4 and abs(float(x[real].mean())) < 1e-4 and not x[300:].any()
+    assert (
+        abs(float(x[real].std(unbiased=False)) - 1) < 1e-4
+        and abs(float(x[real].mean())) < 1e-4
+        and not x[300:].any()
+    )
 
 
 def test_an_item_depends_on_seed_epoch_and_index_alone(tmp_path, prepare):
@@ -103,7 +131,9 @@ def test_an_item_depends_on_seed_epoch_and_index_alone(tmp_path, prepare):
     for name, value in first[2].items():
         assert torch.equal(value, second[2][name]) if torch.is_tensor(value) else value == second[2][name]
     second.set_epoch(1)
-    assert not torch.equal(first[2]["x"], second[2]["x"]) and not torch.equal(first[2]["noise"], second[2]["noise"])
+    assert not torch.equal(first[2]["x"], second[2]["x"]) and not torch.equal(
+        first[2]["noise"], second[2]["noise"]
+    )
 
 
 def test_every_start_of_a_window_can_be_drawn(tmp_path, prepare):
@@ -181,7 +211,9 @@ BAD = "nan flat rate no-rate short annotation annotation-kind gain ts no-signal 
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_record_is_an_error_that_names_file_and_field_or_is_skipped_and_counted(name, tmp_path, prepare, capsys):
+def test_a_bad_record_is_an_error_that_names_file_and_field_or_is_skipped_and_counted(
+    name, tmp_path, prepare, capsys
+):
     folder = tmp_path / "data"
     folder.mkdir()
     if name == "wfdb":
@@ -195,7 +227,9 @@ def test_a_bad_record_is_an_error_that_names_file_and_field_or_is_skipped_and_co
     assert len(store.records) == 1 and "skipped 1 bad records, kept 1" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("sources, wanted", [("nowhere", "no such file or folder"), ("data", "holds no signal file")])
+@pytest.mark.parametrize(
+    "sources, wanted", [("nowhere", "no such file or folder"), ("data", "holds no signal file")]
+)
 def test_missing_and_empty_sources_are_errors(sources, wanted, tmp_path, prepare):
     (tmp_path / "data").mkdir()
     with pytest.raises(UserError, match=wanted):
@@ -211,11 +245,19 @@ def test_a_contradicted_rate_is_an_error(tmp_path):
 def test_wfdb_and_npz_forms_of_mit_bih_give_the_same_beats(tmp_path, prepare, data_root):
     pytest.importorskip("wfdb")
     prepare = Preprocess(fs=90.0)
-    stores = [build_store([data_root / "ecg" / p], prepare, tmp_path / "cache") for p in ("raw_wfdb/100.hea", "mitbih/100.npz")]
+    stores = [
+        build_store([data_root / "ecg" / p], prepare, tmp_path / "cache")
+        for p in ("raw_wfdb/100.hea", "mitbih/100.npz")
+    ]
     wfdb, npz = (load_task(store, "beat", 180) for store in stores)
     assert wfdb.counts().tolist() == npz.counts().tolist() == [2239, 33, 1, 0]
-    assert (wfdb.items["label"] == npz.items["label"]).all() and np.abs(wfdb.items["start"] - npz.items["start"]).max() <= 1
-    a, b = (DownstreamClassificationDataset(store, task, 180)[50]["x"].numpy() for store, task in zip(stores, (wfdb, npz)))
+    assert (wfdb.items["label"] == npz.items["label"]).all() and np.abs(
+        wfdb.items["start"] - npz.items["start"]
+    ).max() <= 1
+    a, b = (
+        DownstreamClassificationDataset(store, task, 180)[50]["x"].numpy()
+        for store, task in zip(stores, (wfdb, npz))
+    )
     assert np.corrcoef(a, b)[0, 1] > 0.98
 
 
@@ -224,7 +266,10 @@ def test_a_beat_comes_with_the_rhythm_around_it_and_what_is_usual_in_its_record(
     store = store_of(tmp_path, prepare, tmp_path / "a.npz")
     task = load_task(store, "beat", 100)
     seconds = store.events[1:]["seconds"]
-    assert np.array_equal(task.features, rhythm_features(seconds)) and task.features.shape == (len(task.items), 11)
+    assert np.array_equal(task.features, rhythm_features(seconds)) and task.features.shape == (
+        len(task.items),
+        11,
+    )
     early = seconds.copy()
     early[20] -= 0.4
     assert rhythm_features(early)[20, 0] < -0.4 < rhythm_features(seconds)[20, 0]
@@ -237,14 +282,18 @@ def test_a_beat_comes_with_the_rhythm_around_it_and_what_is_usual_in_its_record(
     assert close[odd].max() < 0.3 < 0.8 < close[~odd].min()  # the rare shape is not the usual one
     assert np.corrcoef(usual_of(lambda x, real: x, store, task, 100, at_most=20)[0], usual)[0, 1] > 0.95
     windows = np.stack([dataset[i]["x"] for i in range(len(task.items))])
-    assert np.allclose(usual, np.sort(windows, 0)[(len(windows) - 1) // 2])  # the median: what is rare moves a mean
+    assert np.allclose(
+        usual, np.sort(windows, 0)[(len(windows) - 1) // 2]
+    )  # the median: what is rare moves a mean
 
 
 def test_simulated_fibrillation_changes_the_rhythm_of_all_but_s(tmp_path, prepare):
     beats_npz(tmp_path / "a.npz", symbols="NNNA")
     store = store_of(tmp_path, prepare, tmp_path / "a.npz")
     task = load_task(store, "beat", 100)
-    items = [DownstreamClassificationDataset(store, task, 100, draws=200, irregular=1.0)[i] for i in range(200)]
+    items = [
+        DownstreamClassificationDataset(store, task, 100, draws=200, irregular=1.0)[i] for i in range(200)
+    ]
     own = [np.array_equal(item["features"], task.features[item["index"]]) for item in items]
     assert own == [item["label"] == 1 for item in items] and 0 < sum(own) < 200
     drawn = np.stack([item["features"] for item in items if item["label"] != 1])
@@ -265,7 +314,9 @@ def test_records_named_in_ds1_train_and_every_other_one_tests(tmp_path, prepare)
         beats_npz(tmp_path / "data" / f"{name}.npz", seed=i)
     store = store_of(tmp_path, prepare)
     parts = dict(zip(np.char.decode(store.records["name"]), split_parts(store)))
-    assert parts == {"101": "train", "106": "train", "100": "test", "my_own_record": "test"} and len(DS1) == 22
+    assert (
+        parts == {"101": "train", "106": "train", "100": "test", "my_own_record": "test"} and len(DS1) == 22
+    )
     (tmp_path / "split.json").write_text(json.dumps({"train": ["100"], "test": ["101.npz"]}))
     parts = dict(zip(np.char.decode(store.records["name"]), split_parts(store, tmp_path / "split.json")))
     assert parts == {"101": "test", "106": "", "100": "train", "my_own_record": ""}
@@ -282,7 +333,9 @@ def test_a_subject_on_both_sides_of_a_split_is_an_error(tmp_path, prepare):
 def test_folds_keep_subjects_together_and_spread_rare_classes(tmp_path, prepare):
     (tmp_path / "data").mkdir()
     for i in range(8):
-        beats_npz(tmp_path / "data" / f"r{i}.npz", seed=i, subject=f"p{i // 2}", symbols="NNNV" if i < 4 else "N")
+        beats_npz(
+            tmp_path / "data" / f"r{i}.npz", seed=i, subject=f"p{i // 2}", symbols="NNNV" if i < 4 else "N"
+        )
     store = store_of(tmp_path, prepare)
     task = load_task(store, "beat", 100)
     fold = fold_of(store, task, 2)
@@ -323,7 +376,9 @@ def test_pre_training_never_sees_the_test_series_of_a_ucr_set(tmp_path):
         x_test=np.stack([wave(1, seed=i) for i in range(9)]),
         y_test=[1] * 9,
     )
-    lines = "@problemName u\n@data\n" + "".join(",".join(f"{v:.4f}" for v in wave(1, seed=i)) + ":2\n" for i in range(3))
+    lines = "@problemName u\n@data\n" + "".join(
+        ",".join(f"{v:.4f}" for v in wave(1, seed=i)) + ":2\n" for i in range(3)
+    )
     (tmp_path / "u_TEST.ts").write_text(lines)
     prepare = Preprocess(0.0, 0.0)
     assert len(store_of(tmp_path, prepare, tmp_path / "u.npz", part="train").records) == 4
@@ -358,16 +413,32 @@ def test_mixup_blends_windows_and_says_by_how_much(tmp_path, prepare):
         i
         for i in range(len(task.items))
         if np.allclose(
-            item["share"] * plain[3]["x"] + (1 - item["share"]) * mixed.window(i, np.random.default_rng(0))["x"], item["x"], atol=1e-5
+            item["share"] * plain[3]["x"]
+            + (1 - item["share"]) * mixed.window(i, np.random.default_rng(0))["x"],
+            item["x"],
+            atol=1e-5,
         )
     )
     assert task.items["label"][other] == item["label2"] and 0 < item["share"] < 1
 
 
 def test_rhythm_windows_do_not_cross_a_change(tmp_path, prepare):
-    np.savez(tmp_path / "a.npz", sig=wave(60), fs=FS, ann_sample=[0, 25 * FS], ann_symbol=["+", "+"], ann_aux=["(N", "(AFIB"])
+    np.savez(
+        tmp_path / "a.npz",
+        sig=wave(60),
+        fs=FS,
+        ann_sample=[0, 25 * FS],
+        ann_symbol=["+", "+"],
+        ann_aux=["(N", "(AFIB"],
+    )
     task = load_task(store_of(tmp_path, prepare, tmp_path / "a.npz"), "rhythm", 1000)
-    assert task.classes == ["AFIB", "N"] and [tuple(i)[1:3] for i in task.items] == [(0, 1), (1000, 1), (2500, 0), (3500, 0), (4500, 0)]
+    assert task.classes == ["AFIB", "N"] and [tuple(i)[1:3] for i in task.items] == [
+        (0, 1),
+        (1000, 1),
+        (2500, 0),
+        (3500, 0),
+        (4500, 0),
+    ]
 
 
 def test_the_line_baseline_draws_straight_lines_between_what_is_visible():
@@ -381,7 +452,9 @@ def test_upstreams_pickles_are_converted_only_when_allowed(tmp_path, prepare):
     from cwt_mae import convert_pickles
 
     (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "p.pkl").write_bytes(pickle.dumps({"data": wave()[None], "label": [{"class": 3}], "uid": "u1", "sampling_rate": FS}))
+    (tmp_path / "in" / "p.pkl").write_bytes(
+        pickle.dumps({"data": wave()[None], "label": [{"class": 3}], "uid": "u1", "sampling_rate": FS})
+    )
     options = ["--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
     with pytest.raises(UserError, match="--allow-pickle"):
         convert_pickles.main(convert_pickles.parse_args(options))

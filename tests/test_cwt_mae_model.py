@@ -1,5 +1,6 @@
 """cwt_mae's model: properties, and every upstream defect that is mended by default (the accidents that legacy keeps are pinned
 by the golden files)."""
+
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -21,8 +22,18 @@ from cwt_mae.model import (
 from cwt_mae.model_finetune import TF_MAE_Classifier, interpolate_pos_embed, load_model, save_model
 from tests.golden import ROOT
 
-SMALL = dict(signal_len=200, cwt_scales=16, patch_size_time=20, patch_size_freq=4, embed_dim=32, depth=2, num_heads=4,
-             decoder_embed_dim=24, decoder_depth=1, decoder_num_heads=3)
+SMALL = dict(
+    signal_len=200,
+    cwt_scales=16,
+    patch_size_time=20,
+    patch_size_freq=4,
+    embed_dim=32,
+    depth=2,
+    num_heads=4,
+    decoder_embed_dim=24,
+    decoder_depth=1,
+    decoder_num_heads=3,
+)
 
 
 def signals(batch, length, seed=0, dtype=torch.float32):
@@ -34,7 +45,7 @@ def signals(batch, length, seed=0, dtype=torch.float32):
 def small(seed=0, **options):
     torch.manual_seed(seed)
     model = CWT_MAE_RoPE(**{**SMALL, **options}).eval()
-    with torch.no_grad():                                  # biases and norms that matter
+    with torch.no_grad():  # biases and norms that matter
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     return model
@@ -43,7 +54,7 @@ def small(seed=0, **options):
 def padded(x, lead, length, garbage=7.0):
     """x (B, n) with `lead` samples of garbage before it and more after it -> (B, length) and its mask."""
     out, real = torch.full((len(x), length), garbage), torch.zeros(len(x), length, dtype=torch.bool)
-    out[:, lead:lead + x.shape[1]], real[:, lead:lead + x.shape[1]] = x, True
+    out[:, lead : lead + x.shape[1]], real[:, lead : lead + x.shape[1]] = x, True
     return out, real
 
 
@@ -52,26 +63,36 @@ def direct(x, num_scales, padding, lowest=0.1, step=1.0):
     scales = lowest + step * np.arange(num_scales)
     half = int(5 * scales[-1] + 1e-3)
     modes = {"reflect": {"mode": "reflect"}, "replicate": {"mode": "edge"}, "zero": {"mode": "constant"}}
-    x = np.pad(x.double().numpy() - x.double().numpy().mean(1, keepdims=True), ((0, 0), (half + 1, half + 1)), **modes[padding])
+    x = np.pad(
+        x.double().numpy() - x.double().numpy().mean(1, keepdims=True),
+        ((0, 0), (half + 1, half + 1)),
+        **modes[padding],
+    )
     rows = np.stack([x[:, 1:-1], (x[:, 2:] - x[:, :-2]) / 2, x[:, 2:] - 2 * x[:, 1:-1] + x[:, :-2]], 1)
     t = np.arange(-half, half + 1) / scales[:, None]
     kernels = 2 / (np.sqrt(3 * scales[:, None]) * np.pi**0.25 + 1e-6) * (1 - t**2) * np.exp(-(t**2) / 2)
-    return torch.from_numpy(np.lib.stride_tricks.sliding_window_view(rows, 2 * half + 1, axis=2) @ kernels.T).transpose(2, 3)
+    return torch.from_numpy(
+        np.lib.stride_tricks.sliding_window_view(rows, 2 * half + 1, axis=2) @ kernels.T
+    ).transpose(2, 3)
 
 
 # ---- front end ----
 
 
 @pytest.mark.parametrize("padding", ["reflect", "replicate", "zero"])
-@pytest.mark.parametrize("length, num_scales, lowest, step", [
-    (300, 16, 0.1, 1.0), (90, 7, 0.5, 0.7), (3, 3, 0.1, 1.0), (700, 64, 0.1, 1.0)])
+@pytest.mark.parametrize(
+    "length, num_scales, lowest, step",
+    [(300, 16, 0.1, 1.0), (90, 7, 0.5, 0.7), (3, 3, 0.1, 1.0), (700, 64, 0.1, 1.0)],
+)
 def test_transform_equals_its_definition(length, num_scales, lowest, step, padding):
     x = signals(3, length) + 5
     expected = direct(x, num_scales, padding, lowest, step)
     peak = expected.abs().amax((0, 2, 3), keepdim=True)
     assert ((cwt_wrap(x, num_scales, lowest, step, padding=padding) - expected).abs() / peak).max() < 1e-6
     double = cwt_wrap(x.double(), num_scales, lowest, step, padding=padding)
-    assert double.dtype == torch.float64 and ((double - expected).abs() / peak).max() < 1e-6    # scales are float32
+    assert (
+        double.dtype == torch.float64 and ((double - expected).abs() / peak).max() < 1e-6
+    )  # scales are float32
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -89,7 +110,9 @@ def test_cached_and_plain_path_agree_and_normalise(legacy):
 def test_long_signals_are_filtered_in_groups_of_scales():
     x = signals(1, 90000)
     whole, part = cwt_wrap(x, 8), cwt_wrap(x[:, 40000:41000], 8)
-    assert (whole[..., 40100:40900] - part[..., 100:900])[:, 1:].abs().max() < 1e-5             # channel 0 has another mean
+    assert (whole[..., 40100:40900] - part[..., 100:900])[
+        :, 1:
+    ].abs().max() < 1e-5  # channel 0 has another mean
     assert torch.equal(whole, cwt_wrap(x, 8))
 
 
@@ -102,7 +125,7 @@ def test_thread_count_changes_nothing_and_stays():
             assert torch.equal(cwt_wrap(x, 64, normalize=True), expected)
             with torch.inference_mode():
                 assert torch.equal(cwt_wrap(x, 64, normalize=True), expected)
-            with ThreadPoolExecutor(1) as later:           # a thread that starts afterwards, such as autograd's
+            with ThreadPoolExecutor(1) as later:  # a thread that starts afterwards, such as autograd's
                 assert torch.get_num_threads() == later.submit(torch.get_num_threads).result() == threads
     finally:
         torch.set_num_threads(before)
@@ -111,7 +134,9 @@ def test_thread_count_changes_nothing_and_stays():
 def test_gradients_are_those_of_the_definition():
     x, real = padded(signals(2, 14, dtype=torch.float64), 2, 18, garbage=0.0)
     for options in ({}, {"legacy": True}, {"real": real}, {"padding": "zero"}):
-        assert torch.autograd.gradcheck(lambda x: cwt_wrap(x, 4, normalize=True, **options), x.double().requires_grad_())  # noqa: B023
+        assert torch.autograd.gradcheck(
+            lambda x: cwt_wrap(x, 4, normalize=True, **options), x.double().requires_grad_()
+        )  # noqa: B023
 
 
 def test_inference_mode_and_training_share_one_bank():
@@ -161,7 +186,7 @@ def test_kernels_do_not_depend_on_the_length_of_the_signal():
 def test_short_signals_see_wavelets_not_cut_kernels():
     x = torch.ones(1, 200)
     x[0, 0] += 1e-3
-    assert cwt_ricker(x, torch.arange(64) + 0.1)[0, 1:].abs().max() < 0.2                       # a constant has no waves
+    assert cwt_ricker(x, torch.arange(64) + 0.1)[0, 1:].abs().max() < 0.2  # a constant has no waves
     assert cwt_ricker(x, torch.arange(64) + 0.1, legacy=True)[0, -1].abs().max() > 0.4
 
 
@@ -169,7 +194,9 @@ def test_offset_of_the_signal_does_not_matter():
     x = signals(2, 500)
     images, moved = cwt_wrap(x, 16, normalize=True), cwt_wrap(x + 100, 16, normalize=True)
     assert (images - moved).abs().max() < 1e-3
-    assert (cwt_wrap(x, 16, legacy=True, normalize=True) - cwt_wrap(x + 100, 16, legacy=True, normalize=True)).abs().max() > 1
+    assert (
+        cwt_wrap(x, 16, legacy=True, normalize=True) - cwt_wrap(x + 100, 16, legacy=True, normalize=True)
+    ).abs().max() > 1
 
 
 def test_autocast_leaves_the_transform_in_float32():
@@ -184,11 +211,11 @@ def test_autocast_leaves_the_transform_in_float32():
 @pytest.mark.parametrize("legacy", [False, True])
 def test_padding_is_not_seen_by_the_transform(legacy):
     x = signals(3, 160)
-    expected = cwt_wrap(x, 16, normalize=True, legacy=legacy)                                   # 151 taps, also in legacy
+    expected = cwt_wrap(x, 16, normalize=True, legacy=legacy)  # 151 taps, also in legacy
     for lead, garbage in ((0, 3.0), (20, -50.0), (40, 0.0)):
         row, real = padded(x, lead, 200, garbage)
         images = cwt_wrap(row, 16, real=real, normalize=True, legacy=legacy)
-        assert (images[..., lead:lead + 160] - expected).abs().max() < 1e-5
+        assert (images[..., lead : lead + 160] - expected).abs().max() < 1e-5
 
 
 def test_forked_workers_can_use_the_transform_after_threads_ran():
@@ -233,7 +260,9 @@ def test_default_sizes_are_the_published_ones():
     assert sum(p.numel() for p in model.parameters()) == 95_618_954 and len(model.state_dict()) == 266
     assert sum(p.numel() for p in classifier.parameters()) == 74_458_373
     assert model.blocks[0].mlp[0].rank == 384 and TensorizedLinear(24, 96).rank == 32
-    assert not [key for key in classifier.state_dict() if "decoder" in key or "mask_token" in key or "time_" in key]
+    assert not [
+        key for key in classifier.state_dict() if "decoder" in key or "mask_token" in key or "time_" in key
+    ]
 
 
 def test_rotary_scores_depend_on_the_distance_alone():
@@ -256,7 +285,10 @@ def test_casting_the_model_leaves_the_positions_alone():
 def test_default_positions_are_times_whatever_the_length():
     short, long = (small(signal_len=length).rope_ids("cpu")[0, 1:].view(4, -1) for length in (200, 400))
     assert torch.equal(short[0], short[3]) and torch.equal(short, long[:, :10])
-    old, kept = small(legacy=True).rope_ids("cpu"), small(legacy=True, signal_len=400, rope_stride=10).rope_ids("cpu")
+    old, kept = (
+        small(legacy=True).rope_ids("cpu"),
+        small(legacy=True, signal_len=400, rope_stride=10).rope_ids("cpu"),
+    )
     assert torch.equal(old[0], torch.arange(41)) and kept[0, 1:].view(4, 20)[3, 0] == 31
 
 
@@ -266,11 +298,15 @@ def test_count_of_hidden_patches(ratio, kept, legacy_kept):
     for legacy, expected in ((False, kept), (True, legacy_kept)):
         mask, ids_restore, ids_keep, slots = small(mask_ratio=ratio, legacy=legacy).random_masking(noise)
         assert ids_keep.shape == (2, expected) and slots is None and (mask.sum(1) == 40 - expected).all()
-        assert not mask.gather(1, ids_keep).any() and torch.equal(ids_restore.sort(1)[0], torch.arange(40).expand(2, -1))
+        assert not mask.gather(1, ids_keep).any() and torch.equal(
+            ids_restore.sort(1)[0], torch.arange(40).expand(2, -1)
+        )
 
 
 def test_column_masking_hides_whole_columns():
-    mask = small(column_masking=True).forward_losses(signals(3, 200), torch.rand(3, 40))["mask"].view(3, 4, 10)
+    mask = (
+        small(column_masking=True).forward_losses(signals(3, 200), torch.rand(3, 40))["mask"].view(3, 4, 10)
+    )
     assert torch.equal(mask.amin(1), mask.amax(1)) and (mask.sum((1, 2)) == 32).all()
 
 
@@ -279,14 +315,18 @@ def test_masked_time_loss_ignores_the_visible_columns():
     out = model.forward_losses(signals(2, 200), torch.rand(2, 40))
     hidden = out["mask"].view(2, 4, 10)[:, 0].repeat_interleave(20, 1)
     wrong_seen, wrong_hidden = (out["pred_time"] + 5 * part for part in (1 - hidden, hidden))
-    assert model.forward_loss_time(out["signal"], wrong_seen, out["mask"]).item() == pytest.approx(out["loss_time"].item(), rel=1e-5)
+    assert model.forward_loss_time(out["signal"], wrong_seen, out["mask"]).item() == pytest.approx(
+        out["loss_time"].item(), rel=1e-5
+    )
     assert model.forward_loss_time(out["signal"], wrong_hidden, out["mask"]) > 2 * out["loss_time"]
 
 
 def test_channel_weights_weigh_the_image_loss():
     noise, x = torch.rand(2, 40), signals(2, 200)
+
     def loss(*weights):
         return small(channel_weights=weights).forward_losses(x, noise)["loss_spec"].item()
+
     assert loss(2, 1, 1) == pytest.approx((2 * loss(1, 0, 0) + loss(0, 1, 0) + loss(0, 0, 1)) / 4, rel=1e-4)
     assert loss(1, 0, 0) != pytest.approx(loss(0, 0, 1), rel=1e-3)
 
@@ -310,21 +350,33 @@ def test_noise_fixes_the_masks_and_its_absence_draws_them():
 # ---- padding ----
 
 
-@pytest.mark.parametrize("options", [{}, {"column_masking": True}, {"legacy": True}, {"raw_patches": True, "masked_time_loss": True}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"column_masking": True}, {"legacy": True}, {"raw_patches": True, "masked_time_loss": True}],
+)
 def test_padding_changes_no_loss_and_no_prediction(options):
     model, noise = small(**options), torch.rand(3, 40)
     real = padded(signals(3, 110), 30, 200)[1]
-    outs = [model.forward_losses(padded(signals(3, 110), 30, 200, garbage)[0], noise, real) for garbage in (0.0, 99.0)]
+    outs = [
+        model.forward_losses(padded(signals(3, 110), 30, 200, garbage)[0], noise, real)
+        for garbage in (0.0, 99.0)
+    ]
     patches = model.real_patches(real)
     assert patches.view(3, 4, 10)[:, :, 1:7].all() and patches.sum() == 3 * 4 * 6
     for name in ("loss", "loss_spec", "loss_time", "pred_spec", "pred_time"):
         assert torch.equal(outs[0][name], outs[1][name]), name
     wrong = outs[0]["pred_spec"] + 9 * model.patchify((~real)[:, None, None].float().expand(3, 3, 16, 200))
-    assert torch.equal(model.forward_loss_spec(outs[0]["imgs"], wrong, outs[0]["mask"], real), outs[0]["loss_spec"])
+    assert torch.equal(
+        model.forward_loss_spec(outs[0]["imgs"], wrong, outs[0]["mask"], real), outs[0]["loss_spec"]
+    )
     wrong = outs[0]["pred_time"] + 9 * ~real
-    assert torch.equal(model.forward_loss_time(outs[0]["signal"], wrong, outs[0]["mask"], real), outs[0]["loss_time"])
+    assert torch.equal(
+        model.forward_loss_time(outs[0]["signal"], wrong, outs[0]["mask"], real), outs[0]["loss_time"]
+    )
     hidden = (outs[0]["mask"] * patches).sum(1)
-    assert (hidden == 24 - (8 if "column_masking" in options else 6)).all()                      # the ratio holds on the real patches
+    assert (
+        hidden == 24 - (8 if "column_masking" in options else 6)
+    ).all()  # the ratio holds on the real patches
 
 
 def test_decoder_does_not_see_what_a_short_record_hides():
@@ -332,10 +384,16 @@ def test_decoder_does_not_see_what_a_short_record_hides():
     model, real = small(), padded(signals(2, 60), 40, 200)[1]
     patches = model.real_patches(real)
     mask, ids_restore, ids_keep, slots = model.random_masking(torch.rand(2, 40), patches)
-    assert slots.shape == (2, 10) and (slots.sum(1) == 3).all() and torch.equal(mask.gather(1, ids_keep) == 0, slots)
+    assert (
+        slots.shape == (2, 10)
+        and (slots.sum(1) == 3).all()
+        and torch.equal(mask.gather(1, ids_keep) == 0, slots)
+    )
     latent = torch.randn(2, 11, 32)
     other = torch.cat([latent[:, :1], torch.where(slots[..., None], latent[:, 1:], 9.0)], 1)
-    features, same = (model.forward_decoder(tokens, ids_restore, patches, slots) for tokens in (latent, other))
+    features, same = (
+        model.forward_decoder(tokens, ids_restore, patches, slots) for tokens in (latent, other)
+    )
     assert torch.equal(features, same)
 
 
@@ -344,14 +402,18 @@ def test_padded_tokens_are_as_if_the_rest_was_not_there():
     x = signals(2, 200)
     model = small(signal_len=400)
     same = TF_MAE_Classifier(None, 3, use_cot=False, hidden_dim=16, **{**SMALL, "signal_len": 400}).eval()
-    same.encoder_model.load_state_dict({k: v for k, v in model.state_dict().items() if k in same.encoder_model.state_dict()})
+    same.encoder_model.load_state_dict(
+        {k: v for k, v in model.state_dict().items() if k in same.encoder_model.state_dict()}
+    )
     tokens, patches = same.forward_features(x)
     short = TF_MAE_Classifier(None, 3, use_cot=False, hidden_dim=16, **SMALL).eval()
     table = same.encoder_model.pos_embed
     table = torch.cat([table[:, :1], table[:, 1:].unflatten(1, (4, 20))[:, :, :10].flatten(1, 2)], 1)
     short.encoder_model.load_state_dict(same.encoder_model.state_dict() | {"pos_embed": table})
     expected, none = short.forward_features(x)
-    assert none is None and (tokens.unflatten(1, (4, 20))[:, :, :10].flatten(1, 2) - expected).abs().max() < 1e-5
+    assert (
+        none is None and (tokens.unflatten(1, (4, 20))[:, :, :10].flatten(1, 2) - expected).abs().max() < 1e-5
+    )
 
 
 def test_loss_of_a_padded_batch_is_the_mean_of_its_records():
@@ -359,7 +421,7 @@ def test_loss_of_a_padded_batch_is_the_mean_of_its_records():
     model, noise = small(), torch.rand(4, 40)
     x, real = signals(4, 200), torch.arange(200) < torch.tensor([200, 150, 90, 31])[:, None]
     whole = model(x, noise, real)[0]
-    halves = [model(x[i:i + 2], noise[i:i + 2], real[i:i + 2])[0] for i in (0, 2)]
+    halves = [model(x[i : i + 2], noise[i : i + 2], real[i : i + 2])[0] for i in (0, 2)]
     assert whole.item() == pytest.approx(sum(halves).item() / 2, rel=1e-5)
 
 
@@ -373,26 +435,39 @@ def test_padding_changes_no_logits(use_cot):
     torch.manual_seed(0)
     model = TF_MAE_Classifier(None, 3, use_cot=use_cot, hidden_dim=16, **SMALL).eval()
     x, real = padded(signals(2, 90), 25, 200)
-    assert torch.equal(model(x, real), model(x + 50 * ~real, real)) and not torch.equal(model(x, real), model(x))
+    assert torch.equal(model(x, real), model(x + 50 * ~real, real)) and not torch.equal(
+        model(x, real), model(x)
+    )
 
 
 # ---- bad input ----
 
 
-@pytest.mark.parametrize("x, text", [
-    (torch.zeros(200), r"shape \(200,\)"), (torch.zeros(2, 3, 200), r"\(2, 3, 200\), expected \(batch"),
-    (torch.zeros(2, 201), "201 samples, the model takes 2 .. 200"), (torch.zeros(2, 1), "1 samples"),
-    (torch.tensor([0.0, float("nan")]).repeat(2, 100), r"NaN.*rows \[0, 1\]")])
+@pytest.mark.parametrize(
+    "x, text",
+    [
+        (torch.zeros(200), r"shape \(200,\)"),
+        (torch.zeros(2, 3, 200), r"\(2, 3, 200\), expected \(batch"),
+        (torch.zeros(2, 201), "201 samples, the model takes 2 .. 200"),
+        (torch.zeros(2, 1), "1 samples"),
+        (torch.tensor([0.0, float("nan")]).repeat(2, 100), r"NaN.*rows \[0, 1\]"),
+    ],
+)
 def test_bad_signals_are_named(x, text):
     for model in (small(), TF_MAE_Classifier(None, 2, **SMALL)):
         with pytest.raises(ValueError, match=text):
             model(x)
 
 
-@pytest.mark.parametrize("options, text", [
-    ({"signal_len": 210}, "210 is not a multiple of patch_size_time 20; use 200"),
-    ({"cwt_scales": 18}, "18 is not a multiple of patch_size_freq"),
-    ({"mask_ratio": 1.0}, "mask_ratio 1.0"), ({"num_heads": 5}, "32 does not give 5 heads")])
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        ({"signal_len": 210}, "210 is not a multiple of patch_size_time 20; use 200"),
+        ({"cwt_scales": 18}, "18 is not a multiple of patch_size_freq"),
+        ({"mask_ratio": 1.0}, "mask_ratio 1.0"),
+        ({"num_heads": 5}, "32 does not give 5 heads"),
+    ],
+)
 def test_impossible_sizes_are_named(options, text):
     with pytest.raises(ValueError, match=text):
         CWT_MAE_RoPE(**{**SMALL, **options})
@@ -417,7 +492,9 @@ def test_empty_and_wrong_masks_are_named():
 
 def test_centre_columns_and_features_reach_the_head():
     torch.manual_seed(0)
-    model = TF_MAE_Classifier(None, 3, use_cot=False, hidden_dim=16, center_columns=3, num_features=2, **SMALL).eval()
+    model = TF_MAE_Classifier(
+        None, 3, use_cot=False, hidden_dim=16, center_columns=3, num_features=2, **SMALL
+    ).eval()
     x, features = signals(2, 200), torch.randn(2, 2)
     assert model.head[0].normalized_shape == (3 * 32,)
     assert not torch.equal(model(x, features=features), model(x, features=features + 1))
@@ -431,11 +508,15 @@ def test_centre_columns_and_features_reach_the_head():
 
 def test_the_head_sees_how_a_window_differs_from_the_usual_one():
     torch.manual_seed(0)
-    model = TF_MAE_Classifier(None, 3, use_cot=False, hidden_dim=16, center_columns=3, compare=True, **SMALL).eval()
+    model = TF_MAE_Classifier(
+        None, 3, use_cot=False, hidden_dim=16, center_columns=3, compare=True, **SMALL
+    ).eval()
     x = signals(4, 200)
     own = model.middle(x)
     assert own.shape == (4, 3 * 32)
-    assert torch.allclose(model(x, usual=own), model(x, usual=own)[:1].expand(4, -1), atol=1e-5)  # no difference is no difference
+    assert torch.allclose(
+        model(x, usual=own), model(x, usual=own)[:1].expand(4, -1), atol=1e-5
+    )  # no difference is no difference
     assert torch.allclose(model(x, usual=own + 1)[2:], model(x[2:], usual=own[2:] + 1), atol=1e-5)
     with pytest.raises(ValueError, match="usual is missing"):
         model(x)
@@ -451,9 +532,11 @@ def test_unknown_arguments_are_refused_and_the_decoders_accepted():
 
 def test_encode_takes_any_length_and_rate_and_leaves_the_model_as_it_was():
     model = TF_MAE_Classifier(None, 3, **SMALL, preprocess={"fs": 50.0, "low_hz": 0.0}).train()
-    x = signals(1, 2300)[0].numpy()                        # 23 s at 100 Hz: 5 windows of 4 s and one of 3 s
+    x = signals(1, 2300)[0].numpy()  # 23 s at 100 Hz: 5 windows of 4 s and one of 3 s
     tokens, pooled = model.encode(x, fs=100)
-    assert tokens.shape == (6, 40, 32) and pooled.shape == (32,) and model.training and not tokens.requires_grad
+    assert (
+        tokens.shape == (6, 40, 32) and pooled.shape == (32,) and model.training and not tokens.requires_grad
+    )
     assert not tokens[-1].view(4, 10, 32)[:, 8:].any() and tokens[-1].view(4, 10, 32)[:, :7].any(-1).all()
     assert torch.equal(pooled, model.encode(x, fs=100)[1])
     with pytest.raises(UserError, match="NaN"):
@@ -466,6 +549,7 @@ def test_encode_takes_any_length_and_rate_and_leaves_the_model_as_it_was():
 def test_decoder_is_never_allocated(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("the decoder was built")
+
     monkeypatch.setattr(CWT_MAE_RoPE, "__init__", refuse)
     TF_MAE_Classifier(None, 2, **SMALL)
 
@@ -473,27 +557,47 @@ def test_decoder_is_never_allocated(monkeypatch):
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_saved_models_come_back_whole_with_their_configuration(tmp_path, suffix, capsys):
     path, x, noise = tmp_path / f"model{suffix}", signals(2, 200), torch.rand(2, 40)
-    model = small(log_scales=True, lowest_scale=1.0, channel_weights=(1, 0.5, 0.1), padding="replicate", mask_ratio=0.6)
+    model = small(
+        log_scales=True, lowest_scale=1.0, channel_weights=(1, 0.5, 0.1), padding="replicate", mask_ratio=0.6
+    )
     save_model(path, model)
     assert torch.equal(load_model(path)(x, noise)[0], model(x, noise)[0])
-    classifier = TF_MAE_Classifier(path, 3, use_cot=False, hidden_dim=16).eval()                # sizes from the file
-    assert classifier.config["log_scales"] and classifier.config["padding"] == "replicate" and not classifier.encoder_model.legacy
+    classifier = TF_MAE_Classifier(path, 3, use_cot=False, hidden_dim=16).eval()  # sizes from the file
+    assert (
+        classifier.config["log_scales"]
+        and classifier.config["padding"] == "replicate"
+        and not classifier.encoder_model.legacy
+    )
     assert "upstream" not in capsys.readouterr().out
     assert torch.equal(classifier.encoder_model.blocks[1].mlp[3].u.weight, model.blocks[1].mlp[3].u.weight)
     save_model(path, classifier)
     assert torch.equal(load_model(path)(x), classifier(x)) and load_model(path).config == classifier.config
-    if suffix == ".safetensors":                           # a run folder serves as well, with the configuration in its file
+    if suffix == ".safetensors":  # a run folder serves as well, with the configuration in its file
         assert load_model(tmp_path).config == classifier.config
 
 
 def test_upstream_checkpoint_runs_legacy_and_says_so(tmp_path, capsys):
     path, source = tmp_path / "checkpoint_last.pth", small(legacy=True)
-    yaml = {"train": {"epochs": 3}, "data": {"signal_len": 200, "index_path": "x"},
-            "model": {k: v for k, v in SMALL.items() if k != "signal_len"}}
-    torch.save({"model": {f"_orig_mod.module.{k}": v for k, v in source.state_dict().items()}, "config": yaml, "epoch": 2}, path)
+    yaml = {
+        "train": {"epochs": 3},
+        "data": {"signal_len": 200, "index_path": "x"},
+        "model": {k: v for k, v in SMALL.items() if k != "signal_len"},
+    }
+    torch.save(
+        {
+            "model": {f"_orig_mod.module.{k}": v for k, v in source.state_dict().items()},
+            "config": yaml,
+            "epoch": 2,
+        },
+        path,
+    )
     classifier = TF_MAE_Classifier(path, 2)
     text = capsys.readouterr().out
-    assert classifier.encoder_model.legacy and "upstream's numerics (legacy)" in text and "loaded 35 of 35" in text
+    assert (
+        classifier.encoder_model.legacy
+        and "upstream's numerics (legacy)" in text
+        and "loaded 35 of 35" in text
+    )
     x, noise = signals(2, 200), torch.rand(2, 40)
     assert torch.equal(load_model(path)(x, noise)[0], source(x, noise)[0])
     assert not TF_MAE_Classifier(path, 2, legacy=False).encoder_model.legacy
@@ -501,7 +605,10 @@ def test_upstream_checkpoint_runs_legacy_and_says_so(tmp_path, capsys):
 
 def test_checkpoint_that_does_not_fit_is_an_error(tmp_path):
     path = tmp_path / "other.pth"
-    for content in ({"a.weight": torch.zeros(3)}, {"model": {f"net.{k}": v for k, v in small().state_dict().items()}}):
+    for content in (
+        {"a.weight": torch.zeros(3)},
+        {"model": {f"net.{k}": v for k, v in small().state_dict().items()}},
+    ):
         torch.save(content, path)
         with pytest.raises(UserError, match="other.pth fits this model in only 0 of"):
             TF_MAE_Classifier(path, 2, **SMALL)
@@ -510,7 +617,7 @@ def test_checkpoint_that_does_not_fit_is_an_error(tmp_path):
     with pytest.raises(UserError, match=r"patch_embed.proj.weight has shape \(32, 3, 4, 20\) in the file"):
         TF_MAE_Classifier(path, 2, **{**SMALL, "patch_size_time": 10})
     with pytest.raises(UserError, match="fits this model in only 35 of 61"):
-        TF_MAE_Classifier(path, 2, **{**SMALL, "depth": 4})                                     # half of it would stay random
+        TF_MAE_Classifier(path, 2, **{**SMALL, "depth": 4})  # half of it would stay random
     with pytest.raises(UserError, match="no such weight file"):
         TF_MAE_Classifier(tmp_path / "none.pth", 2, **SMALL)
     path.write_bytes(b"PK\x03\x04 cut short")
@@ -522,12 +629,16 @@ def test_checkpoint_that_does_not_fit_is_an_error(tmp_path):
 def test_positions_are_interpolated_on_both_axes(tmp_path, scales, length):
     """The old grid comes from the file: with (32, 100) the table has as many patches as before, in other rows."""
     path, source = tmp_path / "model.pth", small()
-    table = torch.arange(4.0)[:, None].expand(4, 10)        # a table that says its row
+    table = torch.arange(4.0)[:, None].expand(4, 10)  # a table that says its row
     source.pos_embed.data[0, 1:] = table.reshape(-1, 1)
-    for config in (source.config, None):                    # ours, and an upstream file, whose time_reducer spans the grid
+    for config in (source.config, None):  # ours, and an upstream file, whose time_reducer spans the grid
         torch.save({"model": source.state_dict()} | ({"config": config} if config else {}), path)
         sizes = {**SMALL, "cwt_scales": scales, "signal_len": length}
-        positions = TF_MAE_Classifier(path, 2, **sizes).encoder_model.pos_embed[0, 1:].view(scales // 4, length // 20, 32)
+        positions = (
+            TF_MAE_Classifier(path, 2, **sizes)
+            .encoder_model.pos_embed[0, 1:]
+            .view(scales // 4, length // 20, 32)
+        )
         assert (positions - positions[:, :1, :1]).abs().max() < 1e-5
         assert (positions[:, 0, 0].diff() > 0).all() and abs(positions.mean() - 1.5) < 1e-5
     assert interpolate_pos_embed(source.pos_embed, (4, 10), (4, 10)) is source.pos_embed
@@ -541,7 +652,10 @@ def test_compiled_model_gives_the_same_loss():
     compiled = torch.compile(model, backend="aot_eager")
     loss = compiled(x, noise)[0]
     loss.backward()
-    assert loss.item() == pytest.approx(model(x, noise)[0].item(), rel=1e-5) and model.pos_embed.grad.abs().sum() > 0
+    assert (
+        loss.item() == pytest.approx(model(x, noise)[0].item(), rel=1e-5)
+        and model.pos_embed.grad.abs().sum() > 0
+    )
 
 
 def test_autocast_trains_in_bfloat16():
@@ -576,9 +690,11 @@ def test_a_few_steps_lower_the_loss():
 
 
 def test_example_of_the_guide_runs_inside_the_folder():
-    code = ("import torch\nfrom model import CWT_MAE_RoPE\n"
-            "model = CWT_MAE_RoPE(signal_len=3000, cwt_scales=64, mask_ratio=0.75, depth=1, decoder_depth=1)\n"
-            "loss, _, _, _ = model(torch.randn(2, 3000))\nprint(f'{loss.item():.3f}')")
+    code = (
+        "import torch\nfrom model import CWT_MAE_RoPE\n"
+        "model = CWT_MAE_RoPE(signal_len=3000, cwt_scales=64, mask_ratio=0.75, depth=1, decoder_depth=1)\n"
+        "loss, _, _, _ = model(torch.randn(2, 3000))\nprint(f'{loss.item():.3f}')"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "cwt_mae", capture_output=True, text=True)
     assert done.returncode == 0 and 0.5 < float(done.stdout) < 20, done.stderr
 

@@ -35,7 +35,11 @@ ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable, "CUDA_VISI
 def world(tmp_path_factory):
     """Built-in data, a pre-trained model and a rhythm classifier, all tiny: paths by name."""
     folder = tmp_path_factory.mktemp("cwt")
-    make_data.main(make_data.parse_args(["--out", str(folder / "data"), "--subjects", "9", "--seconds", "90", "--ppg", "2"]))
+    make_data.main(
+        make_data.parse_args(
+            ["--out", str(folder / "data"), "--subjects", "9", "--seconds", "90", "--ppg", "2"]
+        )
+    )
     paths = {
         "folder": folder,
         "data": folder / "data",
@@ -62,12 +66,18 @@ def pretrain(paths, out, *options):
 def tune(paths, out, *options):
     sizes = "--task rhythm --folds 3 --batch-size 8 --lr 1e-3 --log-every 1".split()
     model = str(paths["base"] / "model.safetensors")
-    finetune.main(finetune.parse_args([*given(paths), "--pretrained", model, *sizes, "--out", str(out), *options]))
+    finetune.main(
+        finetune.parse_args([*given(paths), "--pretrained", model, *sizes, "--out", str(out), *options])
+    )
 
 
 def losses(out):
     """{step: logged training loss} of a run."""
-    return {line["step"]: line["loss"] for line in map(json.loads, (Path(out) / "log.jsonl").read_text().splitlines()) if "loss" in line}
+    return {
+        line["step"]: line["loss"]
+        for line in map(json.loads, (Path(out) / "log.jsonl").read_text().splitlines())
+        if "loss" in line
+    }
 
 
 def same(a, b):
@@ -78,8 +88,12 @@ def same(a, b):
 def test_pre_training_logs_both_losses_beside_the_trivial_ones_and_draws(world):
     lines = [json.loads(line) for line in (world["base"] / "log.jsonl").read_text().splitlines()]
     first = next(line for line in lines if "val_spec" in line)
-    assert {"val_time", "spec_mean", "spec_line", "time_mean", "time_line", "probe_f1"} <= set(first) and first["step"] == 0
-    assert 0.9 < first["spec_mean"] < 1.1 and 0.9 < first["time_mean"] < 1.1  # predicting the mean of normalised targets
+    assert {"val_time", "spec_mean", "spec_line", "time_mean", "time_line", "probe_f1"} <= set(
+        first
+    ) and first["step"] == 0
+    assert (
+        0.9 < first["spec_mean"] < 1.1 and 0.9 < first["time_mean"] < 1.1
+    )  # predicting the mean of normalised targets
     assert {"loss_spec", "loss_time", "lr", "grad"} <= set(next(line for line in lines if "loss" in line))
     assert (world["base"] / "figures" / "reconstruction.png").stat().st_size > 10_000
     assert losses(world["base"])[6] < losses(world["base"])[1]
@@ -92,33 +106,61 @@ def test_the_test_part_is_scored_with_tables_intervals_and_pictures(world):
     result = json.loads((out / "metrics.json").read_text())
     records = (out / "per_record.csv").read_text().splitlines()
     assert {line.split(",")[0] for line in records[1:]} == set(json.loads(world["split"].read_text())["test"])
-    assert result["macro_f1_95"][0] <= result["macro_f1"] <= result["macro_f1_95"][1] and result["records"] == 3
-    assert sum(map(sum, result["confusion"])) == result["windows"] == len((out / "per_window.csv").read_text().splitlines()) - 1
+    assert (
+        result["macro_f1_95"][0] <= result["macro_f1"] <= result["macro_f1_95"][1] and result["records"] == 3
+    )
+    assert (
+        sum(map(sum, result["confusion"]))
+        == result["windows"]
+        == len((out / "per_window.csv").read_text().splitlines()) - 1
+    )
     assert (out / "figures" / "confusion.png").is_file()
-    test.main(test.parse_args([*common, "--out", str(world["folder"] / "read"), "--unlabelled", "--stride", "50"]))
+    test.main(
+        test.parse_args([*common, "--out", str(world["folder"] / "read"), "--unlabelled", "--stride", "50"])
+    )
     line = (world["folder"] / "read" / "per_record.csv").read_text().splitlines()[1].split(",")
-    assert int(line[3]) == -(-(90 * 50 - 200) // 50) + 1  # windows of 200 every 50 samples of 4,500, the last at the end
+    assert (
+        int(line[3]) == -(-(90 * 50 - 200) // 50) + 1
+    )  # windows of 200 every 50 samples of 4,500, the last at the end
 
 
 def test_ensemble_of_one_model_twice_is_that_model(world):
-    model, out = str(world["tuned"] / "model.safetensors"), [world["folder"] / "once", world["folder"] / "twice"]
+    model, out = (
+        str(world["tuned"] / "model.safetensors"),
+        [world["folder"] / "once", world["folder"] / "twice"],
+    )
     for models, folder in (([model], out[0]), ([model, model], out[1])):
-        test.main(test.parse_args(["--model", *models, *given(world), "--out", str(folder), "--resamples", "0"]))
+        test.main(
+            test.parse_args(["--model", *models, *given(world), "--out", str(folder), "--resamples", "0"])
+        )
     assert (out[0] / "per_window.csv").read_text() == (out[1] / "per_window.csv").read_text()
 
 
 def test_probe_and_picture_and_baselines_run(world):
     model, out = str(world["base"] / "model.safetensors"), str(world["folder"] / "probe")
-    probe.main(probe.parse_args(["--model", model, "--task", "rhythm", *given(world), "--out", out, "--random-seeds", "1"]))
+    probe.main(
+        probe.parse_args(
+            ["--model", model, "--task", "rhythm", *given(world), "--out", out, "--random-seeds", "1"]
+        )
+    )
     result = json.loads((world["folder"] / "probe" / "metrics.json").read_text())
-    assert result["chance"] < result["random_mean"] and result["interval"][0] <= result["macro_f1"] <= result["interval"][1]
+    assert (
+        result["chance"] < result["random_mean"]
+        and result["interval"][0] <= result["macro_f1"] <= result["interval"][1]
+    )
     data = ["--data", str(world["labelled"]), "--cache", str(world["cache"])]
-    visualize.main(visualize.parse_args(["--model", model, *data, "--out", str(world["folder"] / "p.png"), "--window", "3"]))
+    visualize.main(
+        visualize.parse_args(
+            ["--model", model, *data, "--out", str(world["folder"] / "p.png"), "--window", "3"]
+        )
+    )
     table = np.loadtxt(world["folder"] / "p.csv", delimiter=",", skiprows=1)
     assert table.shape == (200, 4) and set(table[:, 3]) == {0.0, 1.0}
     for kind in ("nn", "forest", "cnn"):
         out = world["folder"] / kind
-        options = f"--kind {kind} --task rhythm --model-fs 50 --signal-len 200 --max-steps 5 --resamples 0".split()
+        options = (
+            f"--kind {kind} --task rhythm --model-fs 50 --signal-len 200 --max-steps 5 --resamples 0".split()
+        )
         baselines.main(baselines.parse_args([*options, *given(world), "--out", str(out)]))
         assert 0 <= json.loads((out / "metrics.json").read_text())["macro_f1"] <= 1
 
@@ -137,16 +179,41 @@ def test_heads_modes_and_losses_of_fine_tuning(world):
         after = load_file(out / "model.safetensors")
         key = "blocks.0.attn.qkv.weight"
         moved = float((after[f"encoder_model.{key}"] - before[key]).abs().max())
-        assert (moved == 0) == (name in ("frozen", "compared")) and (moved > 0.05) == (name == "random"), (name, moved)
+        assert (moved == 0) == (name in ("frozen", "compared")) and (moved > 0.05) == (name == "random"), (
+            name,
+            moved,
+        )
 
 
 def test_a_model_that_compares_is_scored_with_what_is_usual_in_each_record(world):
-    tune(world, world["folder"] / "compares", "--max-steps", "3", "--freeze", "--compare", "--head", "mlp", "--center-columns", "4")
+    tune(
+        world,
+        world["folder"] / "compares",
+        "--max-steps",
+        "3",
+        "--freeze",
+        "--compare",
+        "--head",
+        "mlp",
+        "--center-columns",
+        "4",
+    )
     model, out = world["folder"] / "compares" / "model.safetensors", world["folder"] / "compares_scored"
-    options = ["--data", str(world["labelled"]), "--cache", str(world["cache"]), "--out", str(out), "--resamples", "0"]
+    options = [
+        "--data",
+        str(world["labelled"]),
+        "--cache",
+        str(world["cache"]),
+        "--out",
+        str(out),
+        "--resamples",
+        "0",
+    ]
     test.main(test.parse_args(["--model", str(model), "--split", str(world["split"]), *options]))
     lines = list(csv.DictReader(open(out / "per_window.csv")))
-    numbers = lambda name: [[float(line["p_N"]), float(line["p_AFIB"])] for line in lines if line["record"] == name]
+    numbers = lambda name: [
+        [float(line["p_N"]), float(line["p_AFIB"])] for line in lines if line["record"] == name
+    ]
     told = {name: np.array(numbers(name)) for name in ("s002", "s005")}
     classifier = load_model(model)
     store = build_store([world["labelled"]], Preprocess(**classifier.config["preprocess"]), world["cache"])
@@ -162,7 +229,14 @@ def test_a_model_that_compares_is_scored_with_what_is_usual_in_each_record(world
 
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit_with_loader_workers(world):
     whole, cut = world["folder"] / "whole", world["folder"] / "cut"
-    options = ["--max-steps", "8", "--save-every", "3", "--workers", "2"]  # epochs of 5 steps: step 3 is in mid-epoch
+    options = [
+        "--max-steps",
+        "8",
+        "--save-every",
+        "3",
+        "--workers",
+        "2",
+    ]  # epochs of 5 steps: step 3 is in mid-epoch
     pretrain(world, whole, *options)
     shutil.copytree(whole, cut, symlinks=True)
     for step in (6, 8):
@@ -171,7 +245,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit_with_loader_worke
     pretrain(world, cut, *options, "--resume")
     assert same(whole, cut) and losses(whole) == losses(cut)
     whole, cut = world["folder"] / "tuned_whole", world["folder"] / "tuned_cut"
-    options = "--max-steps 8 --save-every 3 --workers 1 --augment 1 --head mlp --dropout 0.5 --select last".split()
+    options = (
+        "--max-steps 8 --save-every 3 --workers 1 --augment 1 --head mlp --dropout 0.5 --select last".split()
+    )
     tune(world, whole, *options)
     shutil.copytree(whole, cut, symlinks=True)
     shutil.rmtree(cut / "checkpoints" / "step-00000008")
@@ -194,7 +270,9 @@ def test_twenty_kills_at_random_moments_lose_nothing(world):
                 own_locks()
                 sys.stdout = sys.stderr = open(os.devnull, "w")
                 # each life may take 3 steps more than the last checkpoint, so that the run does not end before 20 kills
-                pretrain(world, killed, *options, *(["--resume"] if (killed / "config.json").exists() else []))
+                pretrain(
+                    world, killed, *options, *(["--resume"] if (killed / "config.json").exists() else [])
+                )
             finally:
                 os._exit(0)
         time.sleep(random.uniform(0.02, 0.35) * whole_s)
@@ -203,7 +281,9 @@ def test_twenty_kills_at_random_moments_lose_nothing(world):
         os.waitpid(child, 0)
         kept = sorted((killed / "checkpoints").glob("step-*")) if (killed / "checkpoints").is_dir() else []
         assert not done or kept[-1].name >= done[-1].name, "a finished checkpoint was lost"
-        if kept and kept[-1].name == "step-00000060":  # it got to the end: take the last half away and go on killing
+        if (
+            kept and kept[-1].name == "step-00000060"
+        ):  # it got to the end: take the last half away and go on killing
             for folder in kept[-2:]:
                 shutil.rmtree(folder)
     assert kept, "no life came to a checkpoint"
@@ -224,7 +304,14 @@ def launch(script, *options, processes=1, cwd=ROOT, env=ENV):
 
 def test_two_processes_give_the_loss_curve_of_one(world):
     for processes in (1, 2):
-        options = ["--batch-size", 8 // processes, "--max-steps", 5, "--out", world["folder"] / f"p{processes}"]
+        options = [
+            "--batch-size",
+            8 // processes,
+            "--max-steps",
+            5,
+            "--out",
+            world["folder"] / f"p{processes}",
+        ]
         done = launch("train.py", *given(world), *TINY, *options, processes=processes)
         assert done.returncode == 0, done.stderr
     one, two = losses(world["folder"] / "p1"), losses(world["folder"] / "p2")
@@ -237,20 +324,42 @@ def test_two_processes_give_the_loss_curve_of_one(world):
         ("train.py", ["--data", "nowhere"], "nowhere"),
         ("train.py", ["--data", "{data}", "--signal-len", "210"], "patch_size_time"),
         ("train.py", ["--data", "{data}", "--batch-size", "100000"], "--batch-size"),
-        ("finetune.py", ["--data", "{labelled}", "--task", "rhythm", "--pretrained", "none.safetensors"], "none.safetensors"),
+        (
+            "finetune.py",
+            ["--data", "{labelled}", "--task", "rhythm", "--pretrained", "none.safetensors"],
+            "none.safetensors",
+        ),
         (
             "finetune.py",
             ["--data", "{labelled}", "--task", "series", "--pretrained", "{base}/model.safetensors"],
             "no label for task series",
         ),
-        ("finetune.py", ["--data", "{labelled}", "--task", "rhythm", "--pretrained", "{base}/model.safetensors"], "--split"),
         (
             "finetune.py",
-            ["--data", "{labelled}", "--split", "{split}", "--task", "rhythm", "--pretrained", "{base}/model.safetensors", "--compare"],
+            ["--data", "{labelled}", "--task", "rhythm", "--pretrained", "{base}/model.safetensors"],
+            "--split",
+        ),
+        (
+            "finetune.py",
+            [
+                "--data",
+                "{labelled}",
+                "--split",
+                "{split}",
+                "--task",
+                "rhythm",
+                "--pretrained",
+                "{base}/model.safetensors",
+                "--compare",
+            ],
             "--freeze",
         ),
         ("test.py", ["--data", "{labelled}", "--model", "{base}/model.safetensors"], "finetune.py"),
-        ("probe.py", ["--data", "{labelled}", "--task", "rhythm", "--model", "{tuned}/model.safetensors"], "pre-trained"),
+        (
+            "probe.py",
+            ["--data", "{labelled}", "--task", "rhythm", "--model", "{tuned}/model.safetensors"],
+            "pre-trained",
+        ),
     ],
 )
 def test_bad_inputs_are_errors_of_one_line_before_anything_is_written(script, options, wanted, world):
@@ -270,7 +379,9 @@ def test_bad_inputs_are_errors_of_one_line_before_anything_is_written(script, op
 
 def test_a_bad_input_ends_with_status_2_and_no_traceback(world):
     done = launch("train.py", "--data", "nowhere.npz", "--out", world["folder"] / "never")
-    assert done.returncode == 2 and done.stderr.startswith("error: nowhere.npz") and done.stderr.count("\n") == 1
+    assert (
+        done.returncode == 2 and done.stderr.startswith("error: nowhere.npz") and done.stderr.count("\n") == 1
+    )
 
 
 @pytest.mark.parametrize("place", ["repository", "project"])

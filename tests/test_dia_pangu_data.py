@@ -1,4 +1,5 @@
 """dia_pangu: volumes, masks, tables, and what is wrong with them."""
+
 import json
 import shutil
 
@@ -59,17 +60,28 @@ def test_cached_and_fresh_volumes_differ(data, tmp_path):
 def test_patch_labels_point_elsewhere(tmp_path):
     for side in ("left", "right"):
         for place in ("upper", "lower"):
-            _, bits = phantom(np.random.default_rng(5), {"consolidation": {"side": side, "place": place, "size": "large"}})
+            _, bits = phantom(
+                np.random.default_rng(5), {"consolidation": {"side": side, "place": place, "size": "large"}}
+            )
             save_nifti(tmp_path / "m.nii.gz", bits)
-            labels = patch_labels(tmp_path / "m.nii.gz", Grid((64, 64, 16)), (8, 8, 4)).unflatten(0, (8, 8, 4))
+            labels = patch_labels(tmp_path / "m.nii.gz", Grid((64, 64, 16)), (8, 8, 4)).unflatten(
+                0, (8, 8, 4)
+            )
             dense = labels[..., FINDINGS.index("consolidation")].numpy()
             assert labels.sum() == dense.sum() > 0
             found = locate(dense, (0.1, 0.9))
-            assert found["side"] == side and (found["height"] > 0.5) == (place == "upper"), (side, place, found)
+            assert found["side"] == side and (found["height"] > 0.5) == (place == "upper"), (
+                side,
+                place,
+                found,
+            )
 
 
 def test_phantoms_of_a_seed_change():
-    first, second = (phantom(np.random.default_rng([7, 0, 3]), draw_findings(np.random.default_rng(1)))[0] for _ in range(2))
+    first, second = (
+        phantom(np.random.default_rng([7, 0, 3]), draw_findings(np.random.default_rng(1)))[0]
+        for _ in range(2)
+    )
     assert np.array_equal(first, second)
 
 
@@ -82,7 +94,9 @@ def test_the_split_field_wins_over_the_partition(data):
 
 def test_flips_depend_on_anything_but_seed_epoch_and_index(data, llm):
     text = make_text(load_tokenizer(llm), SMALL, 500)
-    make = lambda seed: CTRGDataset(data, "train", Grid((16, 16, 16)), text, flip=0.5, seed=seed, vision=False)
+    make = lambda seed: CTRGDataset(
+        data, "train", Grid((16, 16, 16)), text, flip=0.5, seed=seed, vision=False
+    )
     first, second, other = make(1), make(1), make(2)
     assert first[3]["text"] == second[3]["text"] != other[3]["text"]
     second.set_epoch(1)
@@ -90,7 +104,10 @@ def test_flips_depend_on_anything_but_seed_epoch_and_index(data, llm):
 
 
 def test_real_files_do_not_load(data_root):
-    for path in (*sorted((data_root / "ct" / "volumes").glob("*mm.nii.gz")), data_root / "ct" / "dicom_series"):
+    for path in (
+        *sorted((data_root / "ct" / "volumes").glob("*mm.nii.gz")),
+        data_root / "ct" / "dicom_series",
+    ):
         pytest.importorskip("pydicom")
         hu, spacing = read_hu(path)
         assert hu.ndim == 3 and -3000 < hu.min() < -900 and hu.max() > 500 and 0.5 < min(spacing) < 6
@@ -99,6 +116,7 @@ def test_real_files_do_not_load(data_root):
 
 
 # Bad inputs: one line that names file and field.
+
 
 def bad_volume(path, kind):
     voxels = np.random.default_rng(0).integers(-1000, 500, (12, 12, 6)).astype(np.float32)
@@ -120,9 +138,17 @@ def bad_volume(path, kind):
         path.write_bytes(path.read_bytes()[:300])
 
 
-@pytest.mark.parametrize("kind, message", [("nan", "NaN or infinite"), ("constant", "every voxel is 7"), ("4-D", "4 dimensions"),
-                                           ("one slice", "one slice is not a volume"), ("cut", "not a readable NIfTI"),
-                                           ("affine", "affine cannot be inverted")])
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        ("nan", "NaN or infinite"),
+        ("constant", "every voxel is 7"),
+        ("4-D", "4 dimensions"),
+        ("one slice", "one slice is not a volume"),
+        ("cut", "not a readable NIfTI"),
+        ("affine", "affine cannot be inverted"),
+    ],
+)
 def test_a_bad_volume_passes(kind, message, tmp_path):
     path = tmp_path / f"{kind}.nii.gz"
     bad_volume(path, kind)
@@ -143,13 +169,15 @@ def test_bad_tables_pass(data, tmp_path):
 
     assert attempt(table, note)["id"] == "1"
     lines = table.splitlines()
-    for change, message in (((table.replace("edema", "oedema"), note), "column edema is missing"),
-                            (("\n".join([lines[0], lines[1][:-1] + "7"]), note), "line 2: no_finding = '7'"),
-                            (("\n".join([lines[0], *lines[2:]]), note), "id 1 of annotation_en.json has no row"),
-                            ((table, {**note, "train": [{"id": "1", "split": "train"}]}), "id 1: field finding is missing"),
-                            ((table, {"train": [{"finding": "x"}]}), r"train\[0\] has no field '?id"),
-                            ((table, {"test": note["test"]}), "partition train is empty"),
-                            ((table, {**note, "train": [{"id": "../x", "finding": "y"}]}), "has no row|not a plain name")):
+    for change, message in (
+        ((table.replace("edema", "oedema"), note), "column edema is missing"),
+        (("\n".join([lines[0], lines[1][:-1] + "7"]), note), "line 2: no_finding = '7'"),
+        (("\n".join([lines[0], *lines[2:]]), note), "id 1 of annotation_en.json has no row"),
+        ((table, {**note, "train": [{"id": "1", "split": "train"}]}), "id 1: field finding is missing"),
+        ((table, {"train": [{"finding": "x"}]}), r"train\[0\] has no field '?id"),
+        ((table, {"test": note["test"]}), "partition train is empty"),
+        ((table, {**note, "train": [{"id": "../x", "finding": "y"}]}), "has no row|not a plain name"),
+    ):
         with pytest.raises(UserError, match=message):
             attempt(*change)
 

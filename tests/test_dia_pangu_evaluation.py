@@ -1,4 +1,5 @@
 """dia_pangu: labeler, scores and text metrics."""
+
 import csv
 import json
 import subprocess
@@ -20,7 +21,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def python(*arguments, **options):
-    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=240, **options)
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=240, **options
+    )
 
 
 def test_the_labeler_misreads_its_own_templates():
@@ -33,12 +36,19 @@ def test_the_labeler_misreads_its_own_templates():
             assert positives([text])[0] == expected, text
 
 
-@pytest.mark.parametrize("text, finding, code", [
-    ("No pleural effusion or pneumothorax was detected.", "pleural effusion", 2),
-    ("Pericardial effusion is present.", "pleural effusion", 0), ("Consolidation cannot be excluded.", "consolidation", 3),
-    ("There is no fracture, but a large nodule is seen.", "lung lesion", 1),
-    ("未见胸腔积液。", "pleural effusion", 2), ("右侧胸腔少量积液", "pleural effusion", 1), ("考虑肺炎可能", "pneumonia", 3),
-    ("", "edema", 0)])
+@pytest.mark.parametrize(
+    "text, finding, code",
+    [
+        ("No pleural effusion or pneumothorax was detected.", "pleural effusion", 2),
+        ("Pericardial effusion is present.", "pleural effusion", 0),
+        ("Consolidation cannot be excluded.", "consolidation", 3),
+        ("There is no fracture, but a large nodule is seen.", "lung lesion", 1),
+        ("未见胸腔积液。", "pleural effusion", 2),
+        ("右侧胸腔少量积液", "pleural effusion", 1),
+        ("考虑肺炎可能", "pneumonia", 3),
+        ("", "edema", 0),
+    ],
+)
 def test_the_labeler_misses_negation_or_doubt(text, finding, code):
     assert label_report(text)[FINDINGS.index(finding)] == code
 
@@ -48,7 +58,9 @@ def test_f1_differs_from_its_definition():
     truth[:2, 0], predicted[1:3, 0], truth[:, 3], predicted[:, 3] = 1, 1, 1, 1
     scores = finding_scores(truth, predicted)
     assert scores["per_finding"][FINDINGS[0]]["F1"] == pytest.approx(0.5, abs=1e-5)
-    assert scores["micro"]["F1"] == pytest.approx(5 / 6, abs=1e-5) and scores["macro"]["F1"] == pytest.approx(1.5 / 14, abs=1e-5)
+    assert scores["micro"]["F1"] == pytest.approx(5 / 6, abs=1e-5) and scores["macro"]["F1"] == pytest.approx(
+        1.5 / 14, abs=1e-5
+    )
     assert scores["example"]["P"] == pytest.approx((1 + 1 + 0.5 + 1) / 4, abs=1e-5)
 
 
@@ -60,7 +72,9 @@ def test_calibration_loses_on_its_own_data():
     assert micro_f1(truth, probability >= thresholds) > micro_f1(truth, probability >= 0.5) + 0.3
     assert calibrate(np.full((50, 14), 0.2), np.zeros((50, 14), bool)) == [0.5] * 14
     clear = truth * 0.9
-    clear[np.flatnonzero(truth[:, 0])[0], 0] = 0.45  # a lower threshold would gain one case: too little to hold on other volumes
+    clear[np.flatnonzero(truth[:, 0])[0], 0] = (
+        0.45  # a lower threshold would gain one case: too little to hold on other volumes
+    )
     assert calibrate(clear, truth) == [0.5] * 14
 
 
@@ -69,18 +83,39 @@ def test_words_of_place_are_misread():
     assert said(text, "lung lesion") == {"side": "right", "place": "upper"}
     assert said(text, "pleural effusion") == {"side": "left", "place": ""}
     assert said("左肺下野见少量结节。", "lung lesion") == {"side": "left", "place": "lower"}
-    true, found = {"7": {"lung lesion": {"side": "right", "place": "upper"}}}, {"7": {"lung lesion": {"side": "right", "place": "lower"}}}
-    assert location_scores(true, found) == {"side": {"share": 1.0, "count": 1}, "place": {"share": 0.0, "count": 1}}
-    assert location_scores(true, {})["side"] == {"share": None, "count": 0}, "a share of none is no number, and NaN is no JSON"
+    true, found = (
+        {"7": {"lung lesion": {"side": "right", "place": "upper"}}},
+        {"7": {"lung lesion": {"side": "right", "place": "lower"}}},
+    )
+    assert location_scores(true, found) == {
+        "side": {"share": 1.0, "count": 1},
+        "place": {"share": 0.0, "count": 1},
+    }
+    assert location_scores(true, {})["side"] == {"share": None, "count": 0}, (
+        "a share of none is no number, and NaN is no JSON"
+    )
 
 
 def test_scoring_hangs_or_fails_on_odd_predictions(tmp_path):
-    truths = ["A small nodule is found.", "No effusion.", "The heart is enlarged.", "Both lungs are clear.", "Edema is seen."]
+    truths = [
+        "A small nodule is found.",
+        "No effusion.",
+        "The heart is enlarged.",
+        "Both lungs are clear.",
+        "Edema is seen.",
+    ]
     predictions = ["", "line one\nline two", "nul\0inside", "word " * 10000, "Edema is seen."]
     with open(tmp_path / "r.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([["ID", "Ground Truth", "Pred"], *zip("abcde", truths, predictions)])
-    result = python(ROOT / "dia_pangu" / "evaluate" / "nlg_eval.py", "--csv", tmp_path / "r.csv", "--out", tmp_path / "s.json",
-                    "--draws", 20)
+    result = python(
+        ROOT / "dia_pangu" / "evaluate" / "nlg_eval.py",
+        "--csv",
+        tmp_path / "r.csv",
+        "--out",
+        tmp_path / "s.json",
+        "--draws",
+        20,
+    )
     assert result.returncode == 0, result.stderr
     scores = json.loads((tmp_path / "s.json").read_text())
     assert {f"BLEU_{n}" for n in range(1, 5)} | {"METEOR", "ROUGE_L", "CIDEr"} <= set(scores)
@@ -90,9 +125,19 @@ def test_scoring_hangs_or_fails_on_odd_predictions(tmp_path):
 
 def test_missing_java_is_silent(tmp_path):
     with open(tmp_path / "r.csv", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([["Ground Truth", "Pred"], ["右侧胸腔积液。", "右侧胸腔少量积液。"], ["心影增大。", "心影不大。"]])
-    result = python(ROOT / "dia_pangu" / "evaluate" / "nlg_eval.py", "--csv", tmp_path / "r.csv", "--out", tmp_path / "s.json",
-                    "--draws", 20, env={"PATH": "/nowhere", "HOME": str(tmp_path)})
+        csv.writer(file).writerows(
+            [["Ground Truth", "Pred"], ["右侧胸腔积液。", "右侧胸腔少量积液。"], ["心影增大。", "心影不大。"]]
+        )
+    result = python(
+        ROOT / "dia_pangu" / "evaluate" / "nlg_eval.py",
+        "--csv",
+        tmp_path / "r.csv",
+        "--out",
+        tmp_path / "s.json",
+        "--draws",
+        20,
+        env={"PATH": "/nowhere", "HOME": str(tmp_path)},
+    )
     assert result.returncode == 0, result.stderr
     scores = json.loads((tmp_path / "s.json").read_text())
     assert scores["METEOR"] is None and "absent" in scores["METEOR_note"] and "METEOR absent" in result.stdout
@@ -107,10 +152,15 @@ def test_a_csv_without_predictions_passes(tmp_path):
 
 def test_real_reports_are_scored_with_and_without_a_training_part(data_root, tmp_path):
     train, held = (data_root / "ct" / f"ct_reports_{part}.json" for part in ("train", "val"))
-    for given, controls in ((None, {"all positive"}), (train, {"all positive", "TF-IDF + logistic on the 800"})):
+    for given, controls in (
+        (None, {"all positive"}),
+        (train, {"all positive", "TF-IDF + logistic on the 800"}),
+    ):
         labeler_study(SimpleNamespace(out=tmp_path), given, held)
         row = json.loads((tmp_path / "results/labeler-on-real-reports.json").read_text())
-        assert set(row["controls"]) == controls and row["controls"]["all positive"] < 0.5 < 0.85 < row["value"]
+        assert (
+            set(row["controls"]) == controls and row["controls"]["all positive"] < 0.5 < 0.85 < row["value"]
+        )
 
 
 def test_organs_lie_on_their_side_after_reading(data_root, tmp_path):

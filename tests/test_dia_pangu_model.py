@@ -1,4 +1,5 @@
 """dia_pangu: the model from volume to report: rows, pooling, what trains, losses, generation."""
+
 import csv
 import json
 import sys
@@ -12,7 +13,13 @@ from dia_pangu.src.Dataset.CTRG_dataset import CTRGDataset, collate
 from dia_pangu.src.Dataset.preprocess import Grid
 from dia_pangu.src.Dataset.prompt import FINDINGS, LATERAL
 from dia_pangu.src.Model.build import build_model, save_model
-from dia_pangu.src.Model.multimodality_model import NEVER_TRAINED, TRAINED, MultiPanguForCausalLM, add_lora, load_language_model
+from dia_pangu.src.Model.multimodality_model import (
+    NEVER_TRAINED,
+    TRAINED,
+    MultiPanguForCausalLM,
+    add_lora,
+    load_language_model,
+)
 from dia_pangu.src.Model.my_embedding_layer import lookup
 from dia_pangu.src.test import finding_rows, report_batch
 from tests.tiny_dia import *  # noqa: F403  the fixtures data, llm and model_text
@@ -43,7 +50,7 @@ def test_batch_order_or_size_changes_a_sample(model_text):
     model.eval()
     volumes = torch.rand(3, 1, 3, 16, 16, 64, generator=torch.Generator().manual_seed(1))[..., :16]
     together = model.diagnose(model.encode(volumes))
-    alone = torch.cat([model.diagnose(model.encode(volumes[i:i + 1])) for i in range(3)])
+    alone = torch.cat([model.diagnose(model.encode(volumes[i : i + 1])) for i in range(3)])
     assert torch.allclose(together, alone, atol=1e-5)
 
 
@@ -52,9 +59,13 @@ def test_several_volumes_per_sample_are_no_mean_over_volumes(model_text):
     volumes = torch.rand(2, 3, 3, 16, 16, 16)
     tokens = layer.encode(volumes)
     assert tokens.shape == (2, 3, 16, 24)
-    each = torch.stack([layer.finding_features(tokens[:, s:s + 1]) for s in range(3)], 1)
+    each = torch.stack([layer.finding_features(tokens[:, s : s + 1]) for s in range(3)], 1)
     assert torch.allclose(layer.finding_features(tokens), each.mean(1), atol=1e-6)
-    assert layer(text_input=torch.tensor([[0, layer.weight.shape[0] + 2 + 8]] * 2), tokens=tokens).shape == (2, 2, 32)
+    assert layer(text_input=torch.tensor([[0, layer.weight.shape[0] + 2 + 8]] * 2), tokens=tokens).shape == (
+        2,
+        2,
+        32,
+    )
 
 
 def test_a_volume_of_another_size_than_trained_is_accepted(model_text):
@@ -70,12 +81,19 @@ def test_the_trained_tensors_of_a_stage_are_others(model_text, llm):
     with_lora = MultiPanguForCausalLM(add_lora(load_language_model(llm)), model.embedding_layer)
     names = set(with_lora.set_trained(TRAINED["ft"]))
     everything = {name for name, _ in with_lora.named_parameters()}
-    wanted = {n for n in everything if "lora_" in n or (
-        n.startswith("embedding_layer.") and "group_cls_head" not in n and n != "embedding_layer.weight")}
+    wanted = {
+        n
+        for n in everything
+        if "lora_" in n
+        or (n.startswith("embedding_layer.") and "group_cls_head" not in n and n != "embedding_layer.weight")
+    }
     assert names == wanted
     assert {n for n in names if "lora_" in n} == {
         f"lang_model.base_model.model.model.layers.{i}.self_attn.{p}.lora_{ab}.default.weight"
-        for i in range(2) for p in ("q_proj", "v_proj") for ab in "AB"}
+        for i in range(2)
+        for p in ("q_proj", "v_proj")
+        for ab in "AB"
+    }
     assert not any(any(never in name for never in NEVER_TRAINED) for name in names)
 
 
@@ -117,9 +135,13 @@ def test_padding_changes_the_generated_report(model_text):
     model.eval()
     volumes = torch.rand(3, 1, 3, 16, 16, 16, generator=torch.Generator().manual_seed(2))
     generation = {"max_new_tokens": 12, "do_sample": False}
-    thresholds = model.diagnose(model.encode(volumes)).median(0).values.tolist()  # different statuses, so different lengths
+    thresholds = (
+        model.diagnose(model.encode(volumes)).median(0).values.tolist()
+    )  # different statuses, so different lengths
     together = report_batch(model, text, volumes, thresholds, generation)["reports"]
-    alone = [report_batch(model, text, volumes[i:i + 1], thresholds, generation)["reports"][0] for i in range(3)]
+    alone = [
+        report_batch(model, text, volumes[i : i + 1], thresholds, generation)["reports"][0] for i in range(3)
+    ]
     assert together == alone
 
 
@@ -128,9 +150,17 @@ def test_a_control_shows_the_patients_own_volume(model_text, monkeypatch):
     model.eval()
     volumes = torch.rand(3, 1, 3, 16, 16, 16, generator=torch.Generator().manual_seed(3))
     own, blank, given = model.encode(volumes), model.encode(torch.zeros_like(volumes)), {}
-    monkeypatch.setattr(type(model), "generate", lambda self, ids, mask, tokens, **options: given.update(tokens=tokens) or ids[:, :1])
-    for control, diagnosed, shown in (("none", own, own), ("swap-visual", own, own.roll(1, 0)), ("blank", blank, blank),
-                                      ("swap", own.roll(1, 0), own.roll(1, 0))):
+    monkeypatch.setattr(
+        type(model),
+        "generate",
+        lambda self, ids, mask, tokens, **options: given.update(tokens=tokens) or ids[:, :1],
+    )
+    for control, diagnosed, shown in (
+        ("none", own, own),
+        ("swap-visual", own, own.roll(1, 0)),
+        ("blank", blank, blank),
+        ("swap", own.roll(1, 0), own.roll(1, 0)),
+    ):
         made = report_batch(model, text, volumes, [0.5] * 14, {}, control=control)
         assert torch.allclose(made["probability"], model.diagnose(diagnosed), atol=1e-5), control
         assert torch.allclose(given["tokens"], shown, atol=1e-5), control
@@ -151,8 +181,24 @@ def test_sampling_forgets_its_seed_or_beams_find_less_than_greedy(data, llm, tmp
     save_model(model.state_dict(), tmp_path / "model", SMALL)
 
     def reports(name, *arguments):
-        command = ["test.py", "--ckpt-path", tmp_path / "model", "--lang-encoder-path", llm, "--data", data, "--batch-size", 3,
-                   "--max-new-tokens", 6, "--evidence", 0, "--out", tmp_path / name, *arguments]
+        command = [
+            "test.py",
+            "--ckpt-path",
+            tmp_path / "model",
+            "--lang-encoder-path",
+            llm,
+            "--data",
+            data,
+            "--batch-size",
+            3,
+            "--max-new-tokens",
+            6,
+            "--evidence",
+            0,
+            "--out",
+            tmp_path / name,
+            *arguments,
+        ]
         monkeypatch.setattr(sys, "argv", list(map(str, command)))
         report_script.main(report_script.parse_args())
         with open(tmp_path / name / "dia-pangu.csv", newline="", encoding="utf-8") as file:
@@ -171,8 +217,18 @@ def test_sampling_forgets_its_seed_or_beams_find_less_than_greedy(data, llm, tmp
     prompts = text.pad([text.sample([0, 1] * 7) for _ in volumes], left=True)
     scores = []
     for beams in (1, 4):
-        ids = model.generate(prompts["lang_x"], prompts["attention_mask"], tokens, max_new_tokens=6, min_new_tokens=6, do_sample=False,
-                             num_beams=beams, length_penalty=0.0, pad_token_id=text.pad_id, eos_token_id=text.tokenizer.eos_token_id)
+        ids = model.generate(
+            prompts["lang_x"],
+            prompts["attention_mask"],
+            tokens,
+            max_new_tokens=6,
+            min_new_tokens=6,
+            do_sample=False,
+            num_beams=beams,
+            length_penalty=0.0,
+            pad_token_id=text.pad_id,
+            eos_token_id=text.tokenizer.eos_token_id,
+        )
         whole = torch.cat([prompts["lang_x"], ids], 1)
         embeds = model.embedding_layer(text_input=whole, tokens=tokens)
         logits = model.lang_model(inputs_embeds=embeds).logits[:, -7:-1].log_softmax(-1)

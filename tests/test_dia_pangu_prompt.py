@@ -1,4 +1,5 @@
 """dia_pangu: prompts and labels, side and place in them, and the vote that decides what they say."""
+
 import json
 
 import pytest
@@ -37,7 +38,11 @@ def test_a_long_report_is_taught_to_stop_in_the_middle(llm):
     length = len(text.sample([0] * 14)["lang_x"])
     text.max_length = length + 4
     sample = text.sample([0] * 14, "A very long report that does not fit.")
-    assert len(sample["lang_x"]) == length + 4 and tokenizer.eos_token_id not in sample["lang_x"] and text.cut == 1
+    assert (
+        len(sample["lang_x"]) == length + 4
+        and tokenizer.eos_token_id not in sample["lang_x"]
+        and text.cut == 1
+    )
     text.max_length = length
     with pytest.raises(UserError, match="scan7: the prompt alone has"):
         text.sample([0] * 14, "x", "scan7")
@@ -47,7 +52,9 @@ def test_reports_cut_in_a_loader_worker_are_not_counted(data, llm):
     text = make_text(load_tokenizer(llm), SMALL, 500)
     text.max_length = len(text.sample([1] * 14)["lang_x"]) + 12
     samples = CTRGDataset(data, "train", Grid((16, 16, 16)), text, vision=False)
-    expected = sum(sample["text"]["attention_mask"][-1] for sample in samples)  # a cut report has no eos behind it
+    expected = sum(
+        sample["text"]["attention_mask"][-1] for sample in samples
+    )  # a cut report has no eos behind it
     assert text.cut == expected > 0
     batches = list(DataLoader(samples, 4, num_workers=1, collate_fn=collate))
     assert len(batches) == 2 and text.cut == 2 * expected
@@ -62,12 +69,19 @@ def test_prompts_name_places_of_what_is_absent_or_has_none(llm):
     statuses = [int(name in ("consolidation", "cardiomegaly")) for name in FINDINGS]
     places = {"consolidation": ("right", "lower"), "lung lesion": ("left", "upper")}
     english = status_text(statuses, "en", places)
-    assert 'The "consolidation" is positive, right lower. ' in english and 'The "cardiomegaly" is positive. ' in english
-    assert 'The "lung lesion" is negative. ' in english and english.replace(", right lower", "") == status_text(statuses, "en")
+    assert (
+        'The "consolidation" is positive, right lower. ' in english
+        and 'The "cardiomegaly" is positive. ' in english
+    )
+    assert 'The "lung lesion" is negative. ' in english and english.replace(
+        ", right lower", ""
+    ) == status_text(statuses, "en")
     assert '"实变" ： 存在，右下。 ' in status_text(statuses, "cn", places)
     phrases = prompt_phrases("en")
     tokenizer = make_tokenizer(["The heart is of normal size."], 300, phrases)
-    assert len(tokenizer(english).input_ids) == 15 and tokenizer.decode(tokenizer(english).input_ids) == english
+    assert (
+        len(tokenizer(english).input_ids) == 15 and tokenizer.decode(tokenizer(english).input_ids) == english
+    )
     text = ReportText(tokenizer, len(tokenizer), 0, 1)
     assert text.sample(statuses, "x", places=places)["lang_x"][:15] == tokenizer(english).input_ids
 
@@ -77,11 +91,15 @@ def test_words_of_place_weigh_as_all_others(llm):
     plain, weighed = (ReportText(tokenizer, len(tokenizer), 0, 1, key_weight=weight) for weight in (1.0, 3.0))
     assert "loss_reweight" not in plain.sample([0] * 14, "A nodule in the right upper lung.")
     sample = weighed.sample([0] * 14, "A nodule in the right upper lung.")
-    said = {tokenizer.decode([i]).strip(): w for i, w in zip(sample["labels"], sample["loss_reweight"]) if i >= 0}
+    said = {
+        tokenizer.decode([i]).strip(): w for i, w in zip(sample["labels"], sample["loss_reweight"]) if i >= 0
+    }
     assert said["right"] == said["upper"] == 3 and said["nodule"] == said["in"] == 1
-    assert all(weight == 0 for weight, label in zip(sample["loss_reweight"], sample["labels"]) if label == -100)
+    assert all(
+        weight == 0 for weight, label in zip(sample["loss_reweight"], sample["labels"]) if label == -100
+    )
     logits, labels = torch.randn(1, 4, 9), torch.tensor([[-100, 2, 5, -100]])
-    one, two = (F.cross_entropy(logits[0, i:i + 1], labels[0, i + 1:i + 2]) for i in (0, 1))
+    one, two = (F.cross_entropy(logits[0, i : i + 1], labels[0, i + 1 : i + 2]) for i in (0, 1))
     assert torch.allclose(token_loss(logits, labels), one + two)
     assert torch.allclose(token_loss(logits, labels, torch.tensor([[0.0, 3.0, 1.0, 0.0]])), 3 * one + two)
 
@@ -92,7 +110,9 @@ def test_the_vote_forgets_prototypes_or_patches(llm):
     layer, plain = MyEmbedding(**size, evidence_head=True), MyEmbedding(**size)
     plain.load_state_dict({k: v for k, v in layer.state_dict().items() if not k.startswith("evidence_")})
     tokens = torch.randn(3, 1, 16, 24)
-    assert torch.allclose(layer.probability(tokens), plain.probability(tokens), atol=1e-6), "an unfitted vote is the prototypes'"
+    assert torch.allclose(layer.probability(tokens), plain.probability(tokens), atol=1e-6), (
+        "an unfitted vote is the prototypes'"
+    )
     with torch.no_grad():
         layer.evidence_vote.weight[4, 14 + 4] = 5.0
     changed = (layer.probability(tokens) - plain.probability(tokens)).abs().amax(0)
@@ -104,8 +124,13 @@ def test_the_vote_forgets_prototypes_or_patches(llm):
     made = report_batch(model.eval(), text, volumes, [0.0] * 14, {"max_new_tokens": 2, "do_sample": False})
     for question, places in zip(made["questions"], made["places"]):
         assert f'The "fracture" is positive, {" ".join(places["fracture"])}. ' in question
-    hidden = report_batch(model, text, volumes, [0.0] * 14, {"max_new_tokens": 2, "do_sample": False}, hide_places=True)
-    assert all('The "fracture" is positive. ' in question for question in hidden["questions"]) and hidden["places"] == made["places"]
+    hidden = report_batch(
+        model, text, volumes, [0.0] * 14, {"max_new_tokens": 2, "do_sample": False}, hide_places=True
+    )
+    assert (
+        all('The "fracture" is positive. ' in question for question in hidden["questions"])
+        and hidden["places"] == made["places"]
+    )
 
 
 def test_hidden_places_are_said_or_hiding_changes_the_statuses(data, llm):
@@ -113,10 +138,25 @@ def test_hidden_places_are_said_or_hiding_changes_the_statuses(data, llm):
     seen = {str(number): {name: ("left", "upper") for name in LATERAL} for number in range(1, 9)}
 
     def prompts(share, epoch=0):
-        samples = CTRGDataset(data, "train", Grid((16, 16, 16)), text, flip=0.3, seed=1, vision=False, places=seen, hide_places=share)
+        samples = CTRGDataset(
+            data,
+            "train",
+            Grid((16, 16, 16)),
+            text,
+            flip=0.3,
+            seed=1,
+            vision=False,
+            places=seen,
+            hide_places=share,
+        )
         samples.set_epoch(epoch)
         rows = [zip(sample["text"]["lang_x"], sample["text"]["labels"]) for sample in samples]
-        return [text.tokenizer.decode([token for token, label in row if label == -100 and token < text.num_embeddings]) for row in rows]
+        return [
+            text.tokenizer.decode(
+                [token for token, label in row if label == -100 and token < text.num_embeddings]
+            )
+            for row in rows
+        ]
 
     named, hidden, some = prompts(0.0), prompts(1.0), prompts(0.5)
     assert all("left upper" in prompt for prompt in named) and not any("upper" in prompt for prompt in hidden)
@@ -127,25 +167,62 @@ def test_hidden_places_are_said_or_hiding_changes_the_statuses(data, llm):
 
 def test_pretraining_writes_no_places_or_training_does_not_take_them(data, llm, tmp_path):
     (tmp_path / "small.json").write_text(json.dumps(SMALL))
-    common = ["--data", data, "--config", tmp_path / "small.json", "--max-steps", 2, "--per-device-train-batch-size", 2]
+    common = [
+        "--data",
+        data,
+        "--config",
+        tmp_path / "small.json",
+        "--max-steps",
+        2,
+        "--per-device-train-batch-size",
+        2,
+    ]
     pre = ROOT / "dia_pangu" / "pretrain_vit.py"
-    for arguments in (["--out", tmp_path / "p"], ["--start", tmp_path / "p", "--contrast", 2, "--out", tmp_path / "c"]):
+    for arguments in (
+        ["--out", tmp_path / "p"],
+        ["--start", tmp_path / "p", "--contrast", 2, "--out", tmp_path / "c"],
+    ):
         result = python(pre, *common, *arguments)
         assert result.returncode == 0, result.stderr
     places = read_places(tmp_path / "c" / "places.json")
     assert len(places) == 11 and set(places["1"]) == set(LATERAL)  # 8 of train, 3 of val, none of test
-    command = [ROOT / "dia_pangu" / "train.py", "--stage", "ft", *common, "--gradient-accumulation-steps", 1, "--lang-encoder-path", llm]
+    command = [
+        ROOT / "dia_pangu" / "train.py",
+        "--stage",
+        "ft",
+        *common,
+        "--gradient-accumulation-steps",
+        1,
+        "--lang-encoder-path",
+        llm,
+    ]
     with_places = ["--places", tmp_path / "c" / "places.json"]
-    for arguments, message in ((["--start", tmp_path / "c"], "--freeze vision_encoder"),
-                               (["--freeze", "vision_encoder"], "evidence head"),
-                               (["--start", tmp_path / "c", "--freeze", "vision_encoder", "proj."], "no LoRA is left to train")):
+    for arguments, message in (
+        (["--start", tmp_path / "c"], "--freeze vision_encoder"),
+        (["--freeze", "vision_encoder"], "evidence head"),
+        (["--start", tmp_path / "c", "--freeze", "vision_encoder", "proj."], "no LoRA is left to train"),
+    ):
         result = python(*command, *with_places, *arguments, "--out", tmp_path / "x")
         assert result.returncode == 2 and message in result.stderr, result.stderr
-    result = python(*command, *with_places, "--start", tmp_path / "c", "--freeze", "vision_encoder", "--key-weight", 3,
-                    "--out", tmp_path / "ft")
+    result = python(
+        *command,
+        *with_places,
+        "--start",
+        tmp_path / "c",
+        "--freeze",
+        "vision_encoder",
+        "--key-weight",
+        3,
+        "--out",
+        tmp_path / "ft",
+    )
     assert result.returncode == 0, result.stderr
     model, text, config = load_model(tmp_path / "ft", llm)
     kept = load_file(tmp_path / "c" / "vision.safetensors")
     assert config["embedding"]["evidence_head"]
-    for name in ("evidence_head.weight", "evidence_vote.weight", "vision_encoder.to_patch_embedding.2.weight"):
+    for name in (
+        "evidence_head.weight",
+        "evidence_vote.weight",
+        "vision_encoder.to_patch_embedding.2.weight",
+    ):
         assert torch.equal(model.embedding_layer.state_dict()[name], kept[f"embedding_layer.{name}"]), name

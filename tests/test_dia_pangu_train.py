@@ -1,4 +1,5 @@
 """dia_pangu: training and its launcher, resume, processes, dry run, one scan."""
+
 import csv
 import json
 import os
@@ -20,10 +21,37 @@ from tests.tiny_dia import SMALL, python
 def train(data, llm, out, *more, processes=1):
     config = out.parent / "small.json"
     config.write_text(json.dumps(SMALL))
-    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    return python(*start, ROOT / "dia_pangu" / "train.py", "--stage", "ft", "--data", data, "--lang-encoder-path", llm, "--config", config,
-                  "--out", out, "--lora-dropout", "0", "--learning-rate", "3e-3", "--warmup-steps", "2", "--logging-steps", "1",
-                  "--flip", "0.1", *more, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    start = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        if processes > 1
+        else []
+    )
+    return python(
+        *start,
+        ROOT / "dia_pangu" / "train.py",
+        "--stage",
+        "ft",
+        "--data",
+        data,
+        "--lang-encoder-path",
+        llm,
+        "--config",
+        config,
+        "--out",
+        out,
+        "--lora-dropout",
+        "0",
+        "--learning-rate",
+        "3e-3",
+        "--warmup-steps",
+        "2",
+        "--logging-steps",
+        "1",
+        "--flip",
+        "0.1",
+        *more,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
 
 
 def curve(out):
@@ -32,20 +60,53 @@ def curve(out):
 
 
 def test_accumulation_processes_or_resume_change_the_training(data, llm, tmp_path):
-    whole = train(data, llm, tmp_path / "whole", "--max-steps", 4, "--per-device-train-batch-size", 4, "--gradient-accumulation-steps", 1,
-                  "--save-steps", 2)
+    whole = train(
+        data,
+        llm,
+        tmp_path / "whole",
+        "--max-steps",
+        4,
+        "--per-device-train-batch-size",
+        4,
+        "--gradient-accumulation-steps",
+        1,
+        "--save-steps",
+        2,
+    )
     assert whole.returncode == 0, whole.stderr
     reference = curve(tmp_path / "whole")
     assert len(reference) == 4 and all(np.isfinite(list(reference.values())))
     for name, batch, accumulate, processes in (("accumulated", 1, 4, 1), ("two", 2, 1, 2)):
-        result = train(data, llm, tmp_path / name, "--max-steps", 4, "--per-device-train-batch-size", batch,
-                       "--gradient-accumulation-steps", accumulate, processes=processes)
+        result = train(
+            data,
+            llm,
+            tmp_path / name,
+            "--max-steps",
+            4,
+            "--per-device-train-batch-size",
+            batch,
+            "--gradient-accumulation-steps",
+            accumulate,
+            processes=processes,
+        )
         assert result.returncode == 0, result.stderr
         assert curve(tmp_path / name) == pytest.approx(reference, abs=1e-5), name
     shutil.rmtree(tmp_path / "whole" / "checkpoints" / "step-00000004")
     weights = torch.load(tmp_path / "whole" / "pytorch_model.bin", weights_only=True)
-    again = train(data, llm, tmp_path / "whole", "--max-steps", 4, "--per-device-train-batch-size", 4, "--gradient-accumulation-steps", 1,
-                  "--save-steps", 2, "--resume")
+    again = train(
+        data,
+        llm,
+        tmp_path / "whole",
+        "--max-steps",
+        4,
+        "--per-device-train-batch-size",
+        4,
+        "--gradient-accumulation-steps",
+        1,
+        "--save-steps",
+        2,
+        "--resume",
+    )
     assert again.returncode == 0, again.stderr
     assert "resumed from" in again.stdout
     resumed = torch.load(tmp_path / "whole" / "pytorch_model.bin", weights_only=True)
@@ -57,12 +118,36 @@ def test_accumulation_processes_or_resume_change_the_training(data, llm, tmp_pat
 def test_dry_run_loads_weights_or_counts_wrong(llm, tmp_path):
     folder = tmp_path / "pangu"
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({
-        "model_type": "PanguEmbedded", "vocab_size": 153376, "hidden_size": 4096, "intermediate_size": 12800, "num_hidden_layers": 34,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "bias": True, "rms_norm_eps": 1e-5, "rope_theta": 16000000.0,
-        "max_position_embeddings": 32768, "tie_word_embeddings": False}))
-    result = python(ROOT / "dia_pangu" / "train.py", "--stage", "ft", "--data", tmp_path, "--out", tmp_path / "o", "--dry-run",
-                    "--lang-encoder-path", folder)
+    (folder / "config.json").write_text(
+        json.dumps(
+            {
+                "model_type": "PanguEmbedded",
+                "vocab_size": 153376,
+                "hidden_size": 4096,
+                "intermediate_size": 12800,
+                "num_hidden_layers": 34,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 8,
+                "bias": True,
+                "rms_norm_eps": 1e-5,
+                "rope_theta": 16000000.0,
+                "max_position_embeddings": 32768,
+                "tie_word_embeddings": False,
+            }
+        )
+    )
+    result = python(
+        ROOT / "dia_pangu" / "train.py",
+        "--stage",
+        "ft",
+        "--data",
+        tmp_path,
+        "--out",
+        tmp_path / "o",
+        "--dry-run",
+        "--lang-encoder-path",
+        folder,
+    )
     assert result.returncode == 0, result.stderr
     layer = MyEmbedding(num_embeddings=1, embedding_dim=4096)
     vision = sum(p.numel() for n, p in layer.named_parameters() if n != "weight")
@@ -72,26 +157,53 @@ def test_dry_run_loads_weights_or_counts_wrong(llm, tmp_path):
 
 
 def test_one_line_errors_have_a_traceback(data, llm, tmp_path):
-    for arguments, message in ((["--data", tmp_path / "nowhere", "--lang-encoder-path", llm], "no such data folder"),
-                               (["--data", data, "--lang-encoder-path", tmp_path], "no config.json"),
-                               (["--data", data], "--lang-encoder-path is needed"),
-                               (["--data", data, "--lang-encoder-path", llm, "--size", "tiny", "--train", "nothing"],
-                                "no parameter has such a name")):
-        result = python(ROOT / "dia_pangu" / "train.py", "--stage", "pre", "--out", tmp_path / "out", *arguments)
+    for arguments, message in (
+        (["--data", tmp_path / "nowhere", "--lang-encoder-path", llm], "no such data folder"),
+        (["--data", data, "--lang-encoder-path", tmp_path], "no config.json"),
+        (["--data", data], "--lang-encoder-path is needed"),
+        (
+            ["--data", data, "--lang-encoder-path", llm, "--size", "tiny", "--train", "nothing"],
+            "no parameter has such a name",
+        ),
+    ):
+        result = python(
+            ROOT / "dia_pangu" / "train.py", "--stage", "pre", "--out", tmp_path / "out", *arguments
+        )
         errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
-        assert result.returncode == 2 and len(errors) == 1 and message in errors[0] and "Traceback" not in result.stderr, result.stderr
+        assert (
+            result.returncode == 2
+            and len(errors) == 1
+            and message in errors[0]
+            and "Traceback" not in result.stderr
+        ), result.stderr
         assert not (tmp_path / "out").exists()
 
 
 def test_one_scan_gives_no_report(data, llm, tmp_path):
     model, _ = build_model(json.loads(json.dumps(SMALL)), llm)
     save_model(model.state_dict(), tmp_path / "model", SMALL)
-    result = python(ROOT / "dia_pangu" / "test.py", "--ckpt-path", tmp_path / "model", "--lang-encoder-path", llm, "--volume",
-                    data / "volumes" / "3.nii.gz", "--max_new_tokens=8", "--out", tmp_path / "out")
+    result = python(
+        ROOT / "dia_pangu" / "test.py",
+        "--ckpt-path",
+        tmp_path / "model",
+        "--lang-encoder-path",
+        llm,
+        "--volume",
+        data / "volumes" / "3.nii.gz",
+        "--max_new_tokens=8",
+        "--out",
+        tmp_path / "out",
+    )
     assert result.returncode == 0, result.stderr
     with open(tmp_path / "out" / "dia-pangu.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert [row["ID"] for row in rows] == ["3"] and list(rows[0]) == ["ID", "Question", "Ground Truth", "Pred", "GT_labels"]
+    assert [row["ID"] for row in rows] == ["3"] and list(rows[0]) == [
+        "ID",
+        "Question",
+        "Ground Truth",
+        "Pred",
+        "GT_labels",
+    ]
     with open(tmp_path / "out" / "findings.csv", newline="", encoding="utf-8") as file:
         assert len(list(csv.DictReader(file))) == 14
     assert (tmp_path / "out" / "evidence" / "3.png").stat().st_size > 5000
@@ -99,11 +211,30 @@ def test_one_scan_gives_no_report(data, llm, tmp_path):
 
 def test_a_launcher_works_from_one_place_only(data, llm, tmp_path):
     (tmp_path / "small.json").write_text(json.dumps(SMALL))
-    environment = {**os.environ, "DATA": str(data), "LLM": str(llm), "OUT": "run", "PYTHON": sys.executable,
-                   "OMP_NUM_THREADS": "1", "NPROC_PER_NODE": "1"}
-    command = ["bash", str(ROOT / "dia_pangu" / "run_train.sh"), "--stage", "pre", "--config", "small.json", "--max_steps", "1",
-               "--gradient_accumulation_steps", "2"]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    environment = {
+        **os.environ,
+        "DATA": str(data),
+        "LLM": str(llm),
+        "OUT": "run",
+        "PYTHON": sys.executable,
+        "OMP_NUM_THREADS": "1",
+        "NPROC_PER_NODE": "1",
+    }
+    command = [
+        "bash",
+        str(ROOT / "dia_pangu" / "run_train.sh"),
+        "--stage",
+        "pre",
+        "--config",
+        "small.json",
+        "--max_steps",
+        "1",
+        "--gradient_accumulation_steps",
+        "2",
+    ]
+    result = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
+    )
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "run" / "pytorch_model.bin").is_file()
     saved = torch.load(tmp_path / "run" / "pytorch_model.bin", weights_only=True)

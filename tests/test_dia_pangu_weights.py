@@ -1,4 +1,5 @@
 """dia_pangu: openPangu's classes and tokenizer without remote code; published checkpoints in, our own out and back."""
+
 import json
 
 import pytest
@@ -24,10 +25,24 @@ def test_a_pangu_folder_gives_other_logits_than_llama(llm, tmp_path):
     pangu.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["model_type"] == "PanguEmbedded"
-    keep = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-            "rms_norm_eps", "max_position_embeddings")
-    llama = LlamaForCausalLM(LlamaConfig(**{key: config[key] for key in keep}, attention_bias=True, mlp_bias=False,
-                                         rope_parameters={"rope_type": "default", "rope_theta": 16000000.0}))
+    keep = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "rms_norm_eps",
+        "max_position_embeddings",
+    )
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            **{key: config[key] for key in keep},
+            attention_bias=True,
+            mlp_bias=False,
+            rope_parameters={"rope_type": "default", "rope_theta": 16000000.0},
+        )
+    )
     llama.load_state_dict(pangu.state_dict(), strict=True)
     ids = torch.randint(0, 400, (2, 17), generator=torch.Generator().manual_seed(0))
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -39,9 +54,15 @@ def test_the_published_config_form_is_not_understood(llm, tmp_path):
     config = json.loads((llm / "config.json").read_text())
     for name in ("attention_bias", "rope_parameters"):
         config.pop(name, None)
-    config |= {"bias": True, "rope_theta": 16000000.0, "architectures": ["PanguEmbeddedForCausalLM"],
-               "auto_map": {"AutoConfig": "configuration_openpangu_dense.PanguEmbeddedConfig",
-                            "AutoModelForCausalLM": "modeling_openpangu_dense.PanguEmbeddedForCausalLM"}}
+    config |= {
+        "bias": True,
+        "rope_theta": 16000000.0,
+        "architectures": ["PanguEmbeddedForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_openpangu_dense.PanguEmbeddedConfig",
+            "AutoModelForCausalLM": "modeling_openpangu_dense.PanguEmbeddedForCausalLM",
+        },
+    }
     model = load_language_model(llm)
     tensors = {key: value.clone() for key, value in model.state_dict().items()}
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
@@ -60,44 +81,87 @@ def test_the_sentencepiece_tokenizer_splits_differently(tmp_path):
     lines = ["The lung opacity is positive. No effusion is seen.", "肺部阴影 ： 存在。 影像所见："] * 50
     (tmp_path / "corpus.txt").write_text("\n".join(lines), encoding="utf-8")
     sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "corpus.txt"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=300, hard_vocab_limit=False,
-        byte_fallback=True, normalization_rule_name="identity", unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
-        user_defined_symbols=["[unused9]", "[unused10]"], minloglevel=2)
-    settings = {"tokenizer_class": "PanguTokenizer", "bos_token": "<s>", "eos_token": "[unused10]", "pad_token": "<unk>",
-                "unk_token": "<unk>",
-                "auto_map": {"AutoTokenizer": ["tokenization_openpangu.PanguTokenizer", None]}}
+        input=str(tmp_path / "corpus.txt"),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=300,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        user_defined_symbols=["[unused9]", "[unused10]"],
+        minloglevel=2,
+    )
+    settings = {
+        "tokenizer_class": "PanguTokenizer",
+        "bos_token": "<s>",
+        "eos_token": "[unused10]",
+        "pad_token": "<unk>",
+        "unk_token": "<unk>",
+        "auto_map": {"AutoTokenizer": ["tokenization_openpangu.PanguTokenizer", None]},
+    }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    tokenizer, pieces = load_tokenizer(tmp_path), sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    tokenizer, pieces = (
+        load_tokenizer(tmp_path),
+        sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model")),
+    )
     for sentence in ("The lung opacity is positive.", "肺部阴影 ： 存在。 影像所见：", "unseen Ωords, 5 mm"):
         assert tokenizer(sentence).input_ids == [1, *pieces.encode(sentence)]
         assert tokenizer.decode(tokenizer(sentence).input_ids, skip_special_tokens=True) == sentence
     assert tokenizer.eos_token_id == pieces.piece_to_id("[unused10]") and tokenizer.pad_token_id == 0
-    text = ReportText(tokenizer, len(tokenizer) + 3, 2)  # a word table larger than the tokenizer: image rows still start at V
+    text = ReportText(
+        tokenizer, len(tokenizer) + 3, 2
+    )  # a word table larger than the tokenizer: image rows still start at V
     ids = text.ids(text.prompt([0] * 14))
-    assert ids[:5] == [1, text.num_embeddings, text.num_embeddings + 2, text.num_embeddings + 3, text.num_embeddings + 1]
+    assert ids[:5] == [
+        1,
+        text.num_embeddings,
+        text.num_embeddings + 2,
+        text.num_embeddings + 3,
+        text.num_embeddings + 1,
+    ]
 
 
 def test_a_saved_model_comes_back_changed(llm, tmp_path):
-    config = {**json.loads(json.dumps(SMALL)), "lora": {"r": 4, "alpha": 6, "dropout": 0.0, "targets": ["q_proj", "v_proj"]}}
+    config = {
+        **json.loads(json.dumps(SMALL)),
+        "lora": {"r": 4, "alpha": 6, "dropout": 0.0, "targets": ["q_proj", "v_proj"]},
+    }
     model, text = build_model(config, llm)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
     model.eval()
     save_model(model.state_dict(), tmp_path, config)
-    (tmp_path / "dia_config.json").write_text(json.dumps({**config, "lora": None}))  # upstream's file has no such record
+    (tmp_path / "dia_config.json").write_text(
+        json.dumps({**config, "lora": None})
+    )  # upstream's file has no such record
     again, _, found = load_model(tmp_path, llm)
-    assert found["lora"]["alpha"] == 6 and found["lora"]["r"] == 4 and found["lora"]["targets"] == ["q_proj", "v_proj"]
+    assert (
+        found["lora"]["alpha"] == 6
+        and found["lora"]["r"] == 4
+        and found["lora"]["targets"] == ["q_proj", "v_proj"]
+    )
     volume, ids = torch.rand(1, 1, 3, 16, 16, 16), torch.arange(5)[None]
     with torch.no_grad():
-        batch = {"vision_x": volume, "cls_labels": torch.ones(1, 14), "lang_x": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+        batch = {
+            "vision_x": volume,
+            "cls_labels": torch.ones(1, 14),
+            "lang_x": ids,
+            "labels": ids,
+            "attention_mask": torch.ones_like(ids),
+        }
         assert torch.equal(again(**batch)["logits"], model(**batch)["logits"])
 
 
 def test_a_dia_llama_file_overwrites_the_language_model(model_text, tmp_path, capsys):
     model, _ = model_text
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    torch.save({key: torch.randn_like(value) for key, value in before.items()}, tmp_path / "pytorch_model.bin")
+    torch.save(
+        {key: torch.randn_like(value) for key, value in before.items()}, tmp_path / "pytorch_model.bin"
+    )
     load_start(model, tmp_path / "pytorch_model.bin")
     after = model.state_dict()
     for key in before:
@@ -109,7 +173,10 @@ def test_a_dia_llama_file_overwrites_the_language_model(model_text, tmp_path, ca
 def test_radfm_parts_are_not_recognised(model_text, tmp_path):
     model, _ = model_text
     for part in ("vision_encoder", "perceiver"):
-        tensors = {key: torch.randn_like(value) for key, value in getattr(model.embedding_layer, part).state_dict().items()}
+        tensors = {
+            key: torch.randn_like(value)
+            for key, value in getattr(model.embedding_layer, part).state_dict().items()
+        }
         torch.save(tensors, tmp_path / f"{part}.pth")
         load_start(model, tmp_path / f"{part}.pth")
         for key, value in getattr(model.embedding_layer, part).state_dict().items():
@@ -117,6 +184,9 @@ def test_radfm_parts_are_not_recognised(model_text, tmp_path):
 
 
 def test_a_checkpoint_of_another_shape_passes(model_text, tmp_path):
-    torch.save({"embedding_layer.prototype": torch.zeros(14, 99), "embedding_layer.temp": torch.ones(())}, tmp_path / "other.bin")
+    torch.save(
+        {"embedding_layer.prototype": torch.zeros(14, 99), "embedding_layer.temp": torch.ones(())},
+        tmp_path / "other.bin",
+    )
     with pytest.raises(UserError, match=r"prototype \(14, 99\) where the model has \(14, 16\)"):
         load_start(model_text[0], tmp_path / "other.bin")

@@ -31,7 +31,15 @@ from em_mllm.dataset import (
 from em_mllm.em_foundation.models import SiTMAEConfig
 from em_mllm.iq_io import read_iq, windows
 from em_mllm.make_data import main as make_data_main
-from em_mllm.test import calibration_error, extract_letter, fit_temperature, score, validate_submission, wilson, write_submission
+from em_mllm.test import (
+    calibration_error,
+    extract_letter,
+    fit_temperature,
+    score,
+    validate_submission,
+    wilson,
+    write_submission,
+)
 
 QUESTION = "请依据给出的IQ信号内容，选出最符合的调制类型（四选一）。(A) GFSK (B) FM (C) MSK (D) 2FSK"
 
@@ -50,7 +58,13 @@ def write_pair(folder, count=6, points=64, questions=None, **datasets):
         file["label"] = datasets.get("label", np.arange(count, dtype=np.float32)[:, None] % 3)
     questions = (
         [
-            {"id": i, "question": QUESTION, "answer": "正确答案是：(B) FM", "iq_index_in_h5": i, "h5_path": "modulation.h5"}
+            {
+                "id": i,
+                "question": QUESTION,
+                "answer": "正确答案是：(B) FM",
+                "iq_index_in_h5": i,
+                "h5_path": "modulation.h5",
+            }
             for i in range(count)
         ]
         if questions is None
@@ -66,10 +80,15 @@ def test_seeds_own_example_is_read(tmp_path, tokenizer):
     assert batch["iq"].shape == (2, 64, 2) and float(batch["iq"].abs().amax((1, 2)).min()) == 1.0
     learned = tokenizer.decode(batch["labels"][0][batch["labels"][0] >= 0])
     assert learned.replace(" ", "") == "正确答案是：(B)FM</s>"
-    prompt = tokenizer.decode(batch["input_ids"][0][(batch["labels"][0] < 0) & batch["attention_mask"][0].bool()])
+    prompt = tokenizer.decode(
+        batch["input_ids"][0][(batch["labels"][0] < 0) & batch["attention_mask"][0].bool()]
+    )
     assert prompt.endswith("</s>") and "GFSK" in prompt
     assert parse_options({"question": QUESTION}) == {"A": "GFSK", "B": "FM", "C": "MSK", "D": "2FSK"}
-    assert parse_options({"question": "?", "Answer choices": ["(A) GFSK", "(B) AM-DSB"]}) == {"A": "GFSK", "B": "AM-DSB"}
+    assert parse_options({"question": "?", "Answer choices": ["(A) GFSK", "(B) AM-DSB"]}) == {
+        "A": "GFSK",
+        "B": "AM-DSB",
+    }
 
 
 def test_h5_path_of_the_record_wins_over_the_pairing(tmp_path, tokenizer):
@@ -105,7 +124,9 @@ def item(**changes):
     return [
         {
             k: v
-            for k, v in ({"id": 0, "question": QUESTION, "answer": "正确答案是：(B) FM", "iq_index_in_h5": 0} | changes).items()
+            for k, v in (
+                {"id": 0, "question": QUESTION, "answer": "正确答案是：(B) FM", "iq_index_in_h5": 0} | changes
+            ).items()
             if v is not None
         }
     ]
@@ -114,7 +135,10 @@ def item(**changes):
 @pytest.mark.parametrize(
     "make, words",
     [
-        (lambda f: write_pair(f, IQ_data=np.ones((6, 64), np.float32)), "IQ_data is (6, 64), expected (Num, T, 2)"),
+        (
+            lambda f: write_pair(f, IQ_data=np.ones((6, 64), np.float32)),
+            "IQ_data is (6, 64), expected (Num, T, 2)",
+        ),
         (lambda f: write_pair(f, IQ_data=np.ones((6, 64, 2), "S3")), "expected real numbers"),
         (lambda f: write_pair(f, IQ_data=np.ones((6, 64, 2), np.complex64)), "expected real numbers"),
         (lambda f: write_pair(f, label=np.ones((4, 1))), "label has 4 rows, IQ_data 6"),
@@ -128,9 +152,15 @@ def item(**changes):
         (lambda f: write_pair(f, questions=item(answer=None)), "item 0 (id 0): no answer"),
         (lambda f: write_pair(f, questions=item(answer=3)), "item 0: answer is a int"),
         (lambda f: write_pair(f, questions=item(iq_index_in_h5="3")), "iq_index_in_h5 is '3'"),
-        (lambda f: write_pair(f, questions=item(iq_index_in_h5=6)), "iq_index_in_h5 6 but modulation.h5 holds 6 signals"),
+        (
+            lambda f: write_pair(f, questions=item(iq_index_in_h5=6)),
+            "iq_index_in_h5 6 but modulation.h5 holds 6 signals",
+        ),
         (lambda f: write_pair(f, questions=item(iq_index_in_h5=-1)), "iq_index_in_h5 -1 but"),
-        (lambda f: write_pair(f, questions=item(answer="正确答案是：(E) FM")), "the answer says (E) but the options are A, B, C, D"),
+        (
+            lambda f: write_pair(f, questions=item(answer="正确答案是：(E) FM")),
+            "the answer says (E) but the options are A, B, C, D",
+        ),
         (lambda f: write_pair(f, questions=item(question=QUESTION + "字" * 900)), "but --max-length is 512"),
         (lambda f: write_pair(f, questions=item(h5_path="absent.h5")), "h5_path absent.h5 is not in"),
         (lambda f: write_pair(f, questions=item(h5_path="../modulation.h5")), "lies outside"),
@@ -168,7 +198,11 @@ def test_missing_dataset_truncated_and_missing_files(tmp_path, tokenizer):
 def test_skip_bad_leaves_out_and_counts(tmp_path, tokenizer):
     rows = [*item(), *item(iq_index_in_h5=99), *item(answer="(E) x"), *item(iq_index_in_h5=3)]
     data = QuestionDataset(write_pair(tmp_path, questions=rows, **bad_value(0)), tokenizer, skip_bad=True)
-    assert len(data) == 1 and data.skipped == {"index past the end": 1, "unknown letter": 1, "unusable signal": 1}
+    assert len(data) == 1 and data.skipped == {
+        "index past the end": 1,
+        "unknown letter": 1,
+        "unusable signal": 1,
+    }
 
 
 def test_loader_workers_read_what_the_parent_reads_after_a_fork(tmp_path, tokenizer):
@@ -176,7 +210,10 @@ def test_loader_workers_read_what_the_parent_reads_after_a_fork(tmp_path, tokeni
     data[0]  # the parent's handle is open when the workers fork
     collate = QuestionCollator(8, tokenizer.pad_token_id)
     alone = [b["iq"] for b in DataLoader(data, 3, collate_fn=collate)]
-    forked = [b["iq"] for b in DataLoader(data, 3, collate_fn=collate, num_workers=2, multiprocessing_context="fork")]
+    forked = [
+        b["iq"]
+        for b in DataLoader(data, 3, collate_fn=collate, num_workers=2, multiprocessing_context="fork")
+    ]
     assert all(torch.equal(a, b) for a, b in zip(alone, forked))
 
 
@@ -193,9 +230,13 @@ def test_packing_shows_every_signal_once_an_epoch_and_depends_on_seed_and_epoch_
     assert sorted(packed.members.tolist()) == list(range(30)) and packed.efficiency > 0.8
     again = PackedSignals(SignalDataset([tmp_path / "modulation.h5"]), config, 34, min_points=16, seed=1)
     assert all(torch.equal(packed[2][k], again[2][k]) for k in packed[2])
-    lengths = np.concatenate([(PackedSignals(packed.signals, config, 34, min_points=16, seed=s).counts) for s in range(60)])
+    lengths = np.concatenate(
+        [(PackedSignals(packed.signals, config, 34, min_points=16, seed=s).counts) for s in range(60)]
+    )
     assert lengths.min() == 2 and lengths.max() == 15  # patches of 8 in 16 to 128 points
-    assert np.mean(lengths < 2**1.5 * 2) == pytest.approx(0.5, abs=0.05)  # log-uniform: half of the signals below the geometric mean
+    assert np.mean(lengths < 2**1.5 * 2) == pytest.approx(
+        0.5, abs=0.05
+    )  # log-uniform: half of the signals below the geometric mean
     before = packed[0]["patches"]
     packed.set_epoch(1)
     assert not torch.equal(before, packed[0]["patches"])
@@ -249,11 +290,17 @@ def test_make_data_writes_the_seeds_pair_and_equal_bytes_for_equal_seeds(tmp_pat
     for name in ("a", "b"):
         make_data_main(Namespace(out=tmp_path / name, **args))
     for task in ("modulation", "radar_jamming"):
-        with h5py.File(tmp_path / "a/train" / f"{task}.h5") as a, h5py.File(tmp_path / "b/train" / f"{task}.h5") as b:
+        with (
+            h5py.File(tmp_path / "a/train" / f"{task}.h5") as a,
+            h5py.File(tmp_path / "b/train" / f"{task}.h5") as b,
+        ):
             assert a["IQ_data"].dtype == np.float32 and a["label"].shape == (len(a["IQ_data"]), 1)
             assert np.array_equal(a["IQ_data"][:], b["IQ_data"][:])
     questions = read_questions(tmp_path / "a/train/modulation.json")
-    assert set(questions[0]) == {"id", "question", "answer", "iq_index_in_h5", "h5_path"} and len(questions) == 90
+    assert (
+        set(questions[0]) == {"id", "question", "answer", "iq_index_in_h5", "h5_path"}
+        and len(questions) == 90
+    )
     right = [extract_letter(q["answer"], parse_options(q)) for q in questions if parse_options(q)]
     assert None not in right and len(set(right)) == 4
     assert "answer" not in read_questions(tmp_path / "a/test/modulation.json")[0]
@@ -371,7 +418,10 @@ def test_windows_are_the_strong_ones_in_order():
     assert [start for start, _ in cut] == [3000, 4000] and all(w.shape == (1000, 2) for _, w in cut)
     x[8000:9000] += 2 * tone(1000)
     x[4000:5000] *= 1.1
-    assert [start for start, _ in windows(x, 1000, most=2)] == [4000, 8000]  # in order of time, though 8000 is the strongest
+    assert [start for start, _ in windows(x, 1000, most=2)] == [
+        4000,
+        8000,
+    ]  # in order of time, though 8000 is the strongest
     assert len(windows(x[:500], 1000)) == 1
 
 
@@ -383,14 +433,31 @@ def test_radioml2016_comes_in_and_code_in_the_pickle_does_not_run(tmp_path):
 
     rng = np.random.default_rng(0)
     cells = {
-        (name, snr): rng.standard_normal((10, 2, 128)).astype(np.float32) for name in ("BPSK", "WBFM", "QPSK", "GFSK") for snr in (-4, 18)
+        (name, snr): rng.standard_normal((10, 2, 128)).astype(np.float32)
+        for name in ("BPSK", "WBFM", "QPSK", "GFSK")
+        for snr in (-4, 18)
     }
     (tmp_path / "r.pkl").write_bytes(pickle.dumps(cells, protocol=2))
-    convert_main(Namespace(source="radioml2016", files=[tmp_path / "r.pkl"], out=tmp_path / "out", per_cell=10, fs=1e6, seed=0))
-    counts = {part: len(SignalFile(tmp_path / "out" / part / "modulation.h5")) for part in ("train", "val", "test")}
+    convert_main(
+        Namespace(
+            source="radioml2016",
+            files=[tmp_path / "r.pkl"],
+            out=tmp_path / "out",
+            per_cell=10,
+            fs=1e6,
+            seed=0,
+        )
+    )
+    counts = {
+        part: len(SignalFile(tmp_path / "out" / part / "modulation.h5")) for part in ("train", "val", "test")
+    }
     assert counts == {"train": 48, "val": 16, "test": 16}
     file = SignalFile(tmp_path / "out/test/modulation.h5")
-    assert file.points == 128 and set(file.column("snr")) == {-4, 18} and file.classes == sorted(["BPSK", "WBFM", "QPSK", "GFSK"])
+    assert (
+        file.points == 128
+        and set(file.column("snr")) == {-4, 18}
+        and file.classes == sorted(["BPSK", "WBFM", "QPSK", "GFSK"])
+    )
     marker = tmp_path / "ran"
     evil = type("Evil", (), {"__reduce__": lambda self: (open, (str(marker), "w"))})()
     (tmp_path / "evil.pkl").write_bytes(pickle.dumps(evil))
@@ -409,9 +476,20 @@ def test_radioml2018_comes_in(tmp_path):
             np.eye(24)[label],
             np.tile([[0], [10]], (120, 1)),
         )
-    convert_main(Namespace(source="radioml2018", files=[tmp_path / "r.hdf5"], out=tmp_path / "out", per_cell=5, fs=1e6, seed=0))
+    convert_main(
+        Namespace(
+            source="radioml2018",
+            files=[tmp_path / "r.hdf5"],
+            out=tmp_path / "out",
+            per_cell=5,
+            fs=1e6,
+            seed=0,
+        )
+    )
     file = SignalFile(tmp_path / "out/train/modulation.h5")
-    assert len(file.classes) == 24 and all(file.read(i)[0, 0] == file.column("label")[i] for i in range(0, len(file), 7))
+    assert len(file.classes) == 24 and all(
+        file.read(i)[0, 0] == file.column("label")[i] for i in range(0, len(file), 7)
+    )
 
 
 @pytest.mark.parametrize(
@@ -438,7 +516,14 @@ def test_bad_capture_files_are_named_by_field(tmp_path, monkeypatch, change, wor
     )
     np.savez(tmp_path / "train.npz", **good)
     np.savez(tmp_path / "test.npz", **(good | change))
-    command = ["convert.py", "rtl433", str(tmp_path / "train.npz"), str(tmp_path / "test.npz"), "--out", str(tmp_path / "out")]
+    command = [
+        "convert.py",
+        "rtl433",
+        str(tmp_path / "train.npz"),
+        str(tmp_path / "test.npz"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     monkeypatch.setattr("sys.argv", command)
     with pytest.raises(UserError, match=words) as error:
         convert_main(convert_args())
@@ -450,7 +535,9 @@ def test_polar_view_measures_magnitude_and_frequency():
     z = burst * np.exp(2j * np.pi * np.where(burst > 1, 0.1, -0.3) * np.arange(800))
     magnitude, frequency = view(z).T
     assert np.allclose(magnitude[1:50], 1, atol=0.01) and np.allclose(magnitude[50:], -1, atol=0.01)
-    assert np.allclose(frequency[1:50], 0.2 * 2**0.5, rtol=0.02)  # strength is relative to the mean power: twice it in the burst
+    assert np.allclose(
+        frequency[1:50], 0.2 * 2**0.5, rtol=0.02
+    )  # strength is relative to the mean power: twice it in the burst
     assert np.abs(frequency[51:]).max() < 1e-5
     assert np.isfinite(view(np.ones(800))).all()
 

@@ -25,7 +25,16 @@ from em_mllm.em_foundation.utils.utils import (
     read_config,
     with_special_patches,
 )
-from em_mllm.signals import JAMMING, MODULATIONS, RADAR, channel, constellation, make_signal, root_raised_cosine, shaped
+from em_mllm.signals import (
+    JAMMING,
+    MODULATIONS,
+    RADAR,
+    channel,
+    constellation,
+    make_signal,
+    root_raised_cosine,
+    shaped,
+)
 
 SMALL = dict(
     hidden_size=32,
@@ -61,7 +70,9 @@ def test_three_attentions_agree_and_a_packed_signal_equals_the_signal_alone():
     for kind in ("sdpa", "fa2"):
         model = make(attention_type=kind)
         model.load_state_dict(convert_checkpoint(eager.state_dict(), model.state_dict()))
-        torch.testing.assert_close(model(patches, positions, ids).last_hidden_state[valid], expected[valid], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            model(patches, positions, ids).last_hidden_state[valid], expected[valid], atol=1e-5, rtol=1e-4
+        )
     alone_patches, alone_positions, alone_ids = pack_sequence([[rows[0][1]]], 8, (40 + 16))
     alone = eager(alone_patches, alone_positions, alone_ids).last_hidden_state
     torch.testing.assert_close(expected[0, 10:17], alone[0], atol=1e-5, rtol=1e-4)
@@ -73,7 +84,9 @@ def test_variable_length_path_gives_the_same_rows(monkeypatch):
     def stand_in(q, k, v, cu_q, cu_k, longest_q, longest_k):
         assert q.dtype == torch.bfloat16 and longest_q == int((cu_q[1:] - cu_q[:-1]).max())
         parts = [
-            torch.nn.functional.scaled_dot_product_attention(*(x[a:b].transpose(0, 1)[None] for x in (q, k, v)))[0].transpose(0, 1)
+            torch.nn.functional.scaled_dot_product_attention(
+                *(x[a:b].transpose(0, 1)[None] for x in (q, k, v))
+            )[0].transpose(0, 1)
             for a, b in zip(cu_q[:-1], cu_q[1:])
         ]
         return torch.cat(parts)
@@ -95,7 +108,9 @@ def test_mask_hides_the_stated_share_of_every_sample_and_never_padding():
     matrix = sample_id_matrix(ids, patches.shape[1])
     out = model(patches, positions, ids, noise=mae_scores(matrix, 2, torch.Generator().manual_seed(1)))
     assert not out.mae_mask[matrix < 0].any() and not out.mae_mask[(positions < 2) & (matrix >= 0)].any()
-    row0 = [int(out.mae_mask[0][matrix[0] == s].sum()) for s in range(3)]  # 8, 5 and 3 IQ patches, half hidden
+    row0 = [
+        int(out.mae_mask[0][matrix[0] == s].sum()) for s in range(3)
+    ]  # 8, 5 and 3 IQ patches, half hidden
     assert all(abs(h - n / 2) <= 1 for h, n in zip(row0, (8, 5, 3)))
     again = model(patches, positions, ids, noise=mae_scores(matrix, 2, torch.Generator().manual_seed(1)))
     assert torch.equal(out.mae_mask, again.mae_mask)
@@ -146,17 +161,28 @@ def test_one_label_per_packed_signal_equals_each_signal_alone(pooling):
         one = pack_sequence([[row]], 8, row.shape[1])
         losses.append(model(*one, labels=label[None]).loss)
         logits = model(*one).logits[0]
-        read = logits[0] if pooling == "cls" else logits[2:].mean(0)  # behind the cls and the sampling-rate token
+        read = (
+            logits[0] if pooling == "cls" else logits[2:].mean(0)
+        )  # behind the cls and the sampling-rate token
         torch.testing.assert_close(losses[-1], F.cross_entropy(read, label), atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(model(patches, positions, ids, labels=labels).loss, torch.stack(losses).mean(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        model(patches, positions, ids, labels=labels).loss, torch.stack(losses).mean(), atol=1e-5, rtol=1e-4
+    )
 
 
 def test_log_spectra_show_the_lines_of_psk_and_ignore_gain_and_phase():
     rng = np.random.default_rng(0)
-    middle = lambda iq: log_spectra(iq).reshape(4, 32)[:, 15:17].max(1)  # the bands beside frequency zero: z, z^2, z^4, envelope
-    bpsk, qpsk = (np.repeat(constellation(name)[rng.integers(size, size=128)], 8) for name, size in (("BPSK", 2), ("QPSK", 4)))
+    middle = lambda iq: (
+        log_spectra(iq).reshape(4, 32)[:, 15:17].max(1)
+    )  # the bands beside frequency zero: z, z^2, z^4, envelope
+    bpsk, qpsk = (
+        np.repeat(constellation(name)[rng.integers(size, size=128)], 8)
+        for name, size in (("BPSK", 2), ("QPSK", 4))
+    )
     two, four = (np.stack([z.real, z.imag], 1) for z in (bpsk, qpsk))
-    assert middle(two)[1] > 5 and middle(four)[1] < 4 and middle(four)[2] > 5  # a line holds the power of 1024 points: log 1024 = 6.9
+    assert (
+        middle(two)[1] > 5 and middle(four)[1] < 4 and middle(four)[2] > 5
+    )  # a line holds the power of 1024 points: log 1024 = 6.9
     turned = 0.3 * np.stack([bpsk.imag, -bpsk.real], 1)
     np.testing.assert_allclose(log_spectra(turned), log_spectra(two), atol=1e-4)
     assert log_spectra(two[:50]).shape == (128,) and np.isfinite(log_spectra(0 * two)).all()
@@ -174,22 +200,32 @@ def test_spectra_of_packed_signals_are_read_at_their_own_cls_token():
     alone = []
     for signal, target in zip(signals, truth):
         one = pack_sequence([[signal]], 8, signal.shape[1])
-        alone.append(model(*one, spectrum=torch.cat([target[None], torch.zeros(len(one[1][0]) - 1, 128)])[None]).spectrum_loss)
+        alone.append(
+            model(
+                *one, spectrum=torch.cat([target[None], torch.zeros(len(one[1][0]) - 1, 128)])[None]
+            ).spectrum_loss
+        )
     torch.testing.assert_close(out.spectrum_loss, torch.stack(alone).mean(), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(out.loss, out.hidden_loss + 0.5 * out.spectrum_loss)
-    assert not any("spectrum" in k for k in make(SiTMAEForPreTraining).state_dict())  # published files have no such head
+    assert not any(
+        "spectrum" in k for k in make(SiTMAEForPreTraining).state_dict()
+    )  # published files have no such head
 
 
 def test_unknown_regression_values_are_left_out_of_the_loss():
     (patches, positions, ids), _ = packed()
     model = make(SiTForMultiTask, num_labels=4, label_weights={"classification": 2.0})
-    labels = {"classification": torch.zeros(6, dtype=torch.long), "pri": torch.tensor([1.0, float("nan"), 2.0, 1.0, float("nan"), 0.0])}
+    labels = {
+        "classification": torch.zeros(6, dtype=torch.long),
+        "pri": torch.tensor([1.0, float("nan"), 2.0, 1.0, float("nan"), 0.0]),
+    }
     out = model(patches, positions, ids, labels=labels)
     cls = out.logits["pri"][(positions == 0) & (sample_id_matrix(ids, patches.shape[1]) >= 0)].flatten()
     expected = (cls - labels["pri"])[torch.tensor([0, 2, 3, 5])].abs().mean()
     torch.testing.assert_close(torch.tensor(out.loss_details["pri"]), expected.detach())
     torch.testing.assert_close(
-        out.loss.detach(), torch.tensor(2 / 3 * out.loss_details["classification"] + 1 / 3 * out.loss_details["pri"])
+        out.loss.detach(),
+        torch.tensor(2 / 3 * out.loss_details["classification"] + 1 / 3 * out.loss_details["pri"]),
     )
 
 
@@ -222,7 +258,10 @@ def test_weights_load_with_and_without_prefix_and_fused(tmp_path, capsys):
         assert not report.missing and len(report.loaded) == len(model.state_dict())
         assert torch.equal(model.embeddings.projection.weight, source.sit.embeddings.projection.weight)
     assert "loaded" in capsys.readouterr().out
-    save_file({k.removeprefix("sit."): v for k, v in source.state_dict().items() if k.startswith("sit.")}, tmp_path / "plain.safetensors")
+    save_file(
+        {k.removeprefix("sit."): v for k, v in source.state_dict().items() if k.startswith("sit.")},
+        tmp_path / "plain.safetensors",
+    )
     into = make(SiTMAEForPreTraining)
     assert len(load_encoder(into, tmp_path / "plain.safetensors").loaded) == len(make().state_dict())
 
@@ -231,7 +270,10 @@ def test_weights_load_with_and_without_prefix_and_fused(tmp_path, capsys):
     "change, words",
     [
         (lambda s: {"encoder.blocks.0.weight": torch.zeros(3)}, "holds only 0 of the encoder's"),
-        (lambda s: {**s, "embeddings.position_embeddings": s["embeddings.position_embeddings"][:10]}, "has 10 rows, the model needs 34"),
+        (
+            lambda s: {**s, "embeddings.position_embeddings": s["embeddings.position_embeddings"][:10]},
+            "has 10 rows, the model needs 34",
+        ),
         (
             lambda s: {**s, "embeddings.projection.weight": torch.zeros(32, 8)},
             "embeddings.projection.weight is (32, 8), the model needs (32, 16)",
@@ -239,7 +281,9 @@ def test_weights_load_with_and_without_prefix_and_fused(tmp_path, capsys):
     ],
 )
 def test_wrong_weight_files_are_refused_by_name(tmp_path, change, words):
-    save_file({k: v.contiguous() for k, v in change(make().state_dict()).items()}, tmp_path / "model.safetensors")
+    save_file(
+        {k: v.contiguous() for k, v in change(make().state_dict()).items()}, tmp_path / "model.safetensors"
+    )
     with pytest.raises(UserError) as error:
         load_encoder(make(), tmp_path)
     assert words in str(error.value) and str(tmp_path) in str(error.value)
@@ -249,7 +293,12 @@ def test_sizes_are_read_from_weights_without_config(tmp_path):
     model = SiTMAEModelWithoutMask(SiTMAEConfig(**{**SMALL, "hidden_size": 64, "num_attention_heads": 1}))
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     config = read_config(tmp_path)
-    assert (config.hidden_size, config.num_hidden_layers, config.patch_size, config.num_positions) == (64, 2, [8, 1], 34)
+    assert (config.hidden_size, config.num_hidden_layers, config.patch_size, config.num_positions) == (
+        64,
+        2,
+        [8, 1],
+        34,
+    )
 
 
 def test_too_long_rows_and_signals_are_errors_not_cut():
@@ -264,7 +313,9 @@ def test_too_long_rows_and_signals_are_errors_not_cut():
 def test_first_fit_keeps_every_signal_once_within_the_room():
     lengths = np.random.default_rng(0).integers(3, 60, 200).tolist()
     rows = first_fit(lengths, 66)
-    assert sorted(i for row in rows for i in row) == list(range(200)) and all(sum(lengths[i] for i in row) <= 66 for row in rows)
+    assert sorted(i for row in rows for i in row) == list(range(200)) and all(
+        sum(lengths[i] for i in row) <= 66 for row in rows
+    )
     assert sum(lengths) / (66 * len(rows)) > 0.93
 
 
@@ -331,5 +382,8 @@ def test_radar_parameters_are_those_of_the_signal():
 
 def test_rayleigh_fading_changes_power_from_draw_to_draw():
     x = np.ones(256, complex)
-    powers = [np.mean(np.abs(channel(x, np.random.default_rng(s), fading="rayleigh")[0][4:]) ** 2) for s in range(200)]
+    powers = [
+        np.mean(np.abs(channel(x, np.random.default_rng(s), fading="rayleigh")[0][4:]) ** 2)
+        for s in range(200)
+    ]
     assert 0.7 < np.mean(powers) < 1.3 and np.std(powers) > 0.5

@@ -59,7 +59,11 @@ FM9G = {
 def parts(tmp_path_factory):
     """Folders of a tiny Llama and of a tiny encoder as pretrain.py saves it."""
     folder = tmp_path_factory.mktemp("parts")
-    make_llm(folder / "llm", make_tokenizer(["(A) FM (B) AM the answer is 正确答案"] * 3, 300), initializer_range=0.2)
+    make_llm(
+        folder / "llm",
+        make_tokenizer(["(A) FM (B) AM the answer is 正确答案"] * 3, 300),
+        initializer_range=0.2,
+    )
     torch.manual_seed(7)
     SiTMAEForPreTraining(SiTMAEConfig(**ENCODER)).save_pretrained(folder / "encoder")
     return folder
@@ -79,7 +83,11 @@ def batch(tokenizer, signals=2, points=64, seed=0):
     labels[:, :5] = -100
     mask[1, 7:], labels[1, 7:] = 0, -100
     return dict(
-        iq=iq / iq.abs().amax((1, 2), keepdim=True), fs=torch.full((signals,), 20e6), input_ids=ids, attention_mask=mask, labels=labels
+        iq=iq / iq.abs().amax((1, 2), keepdim=True),
+        fs=torch.full((signals,), 20e6),
+        input_ids=ids,
+        attention_mask=mask,
+        labels=labels,
     )
 
 
@@ -113,7 +121,13 @@ def test_layout_is_start_signal_end_text_for_each_signal(parts):
     model, tokenizer = build(parts)
     b = batch(tokenizer)
     embeds, mask, labels, positions = model.embed(
-        b["iq"], b["input_ids"][:1], b["attention_mask"][:1], None, b["fs"], torch.tensor([[1, 0]]), b["labels"][:1]
+        b["iq"],
+        b["input_ids"][:1],
+        b["attention_mask"][:1],
+        None,
+        b["fs"],
+        torch.tensor([[1, 0]]),
+        b["labels"][:1],
     )
     features, _ = model.signal_features(b["iq"], None, b["fs"])
     vectors = model.signal_to_hidden(features)
@@ -121,7 +135,11 @@ def test_layout_is_start_signal_end_text_for_each_signal(parts):
     text = model.llm.get_input_embeddings()(b["input_ids"][0])
     expected = torch.cat([start[None], vectors[1], end[None], start[None], vectors[0], end[None], text])
     torch.testing.assert_close(embeds[0], expected)
-    assert labels[0].tolist() == [-100] * 20 + b["labels"][0].tolist() and mask.all() and positions[0].tolist() == list(range(29))
+    assert (
+        labels[0].tolist() == [-100] * 20 + b["labels"][0].tolist()
+        and mask.all()
+        and positions[0].tolist() == list(range(29))
+    )
     assert min(tokenizer.convert_tokens_to_ids([IQ_START, IQ_END])) >= len(
         model.llm.get_input_embeddings().weight
     )  # the LLM's table is left alone
@@ -150,7 +168,9 @@ def test_option_scores_are_log_likelihoods(parts):
         n = int(b["attention_mask"][row].sum())
         for k, choice in enumerate(options[row]):
             ids = torch.cat([b["input_ids"][row, :n], torch.tensor(choice)])[None]
-            logits = model(b["iq"][row : row + 1], ids, torch.ones_like(ids), fs=b["fs"][:1])["logits"][0].log_softmax(-1)
+            logits = model(b["iq"][row : row + 1], ids, torch.ones_like(ids), fs=b["fs"][:1])["logits"][
+                0
+            ].log_softmax(-1)
             expected = sum(logits[-len(choice) - 1 + j, t] for j, t in enumerate(choice))
             assert float(scores[row][k]) == pytest.approx(expected.item(), abs=1e-4)
 
@@ -171,7 +191,11 @@ def test_freeze_and_lora_train_exactly_the_listed_tensors(parts):
         encoder = {n for n in names if n.startswith("signal_encoder.")}
         llm = {n for n in names if n.startswith("llm.")}
         assert always <= names
-        assert encoder == (set() if freeze_encoder else {f"signal_encoder.{n}" for n, _ in model.signal_encoder.named_parameters()})
+        assert encoder == (
+            set()
+            if freeze_encoder
+            else {f"signal_encoder.{n}" for n, _ in model.signal_encoder.named_parameters()}
+        )
         if lora:
             adapters = {
                 f"llm.base_model.model.model.layers.{i}.self_attn.{t}.lora_{ab}.default.weight"
@@ -181,7 +205,9 @@ def test_freeze_and_lora_train_exactly_the_listed_tensors(parts):
             }
             assert llm == adapters
         else:
-            assert bool(llm) != bool(freeze_llm) and (freeze_llm or len(llm) == len(dict(model.llm.named_parameters())))
+            assert bool(llm) != bool(freeze_llm) and (
+                freeze_llm or len(llm) == len(dict(model.llm.named_parameters()))
+            )
         assert names == always | encoder | llm
 
 
@@ -197,7 +223,9 @@ def test_every_trained_tensor_gets_a_gradient_and_the_rest_stays(parts):
         optimizer.zero_grad()
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     still = trained(model) - moved
-    assert moved <= trained(model) and all(n.endswith("key.bias") for n in still)  # softmax does not see a shift of all keys
+    assert moved <= trained(model) and all(
+        n.endswith("key.bias") for n in still
+    )  # softmax does not see a shift of all keys
 
 
 def test_unknown_lora_target_names_the_layers_there_are(parts):
@@ -208,7 +236,9 @@ def test_unknown_lora_target_names_the_layers_there_are(parts):
 # ---- saving and loading
 
 
-@pytest.mark.parametrize("freeze_llm, lora, kind", [(False, False, "full"), (True, False, "frozen"), (False, True, "adapter")])
+@pytest.mark.parametrize(
+    "freeze_llm, lora, kind", [(False, False, "full"), (True, False, "frozen"), (False, True, "adapter")]
+)
 def test_saved_model_loads_with_one_call_and_answers_the_same(parts, tmp_path, freeze_llm, lora, kind):
     model, tokenizer = build(parts, signal_tokens=2, projector="mlp")
     set_trainable(model, freeze_llm, False, lora)
@@ -218,10 +248,16 @@ def test_saved_model_loads_with_one_call_and_answers_the_same(parts, tmp_path, f
                 p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) * 0.02)
     save_model(tmp_path / "model", model, tokenizer, parts / "llm")
     again, tokenizer_again = load_model(tmp_path / "model")
-    assert json.loads((tmp_path / "model/multimodal.json").read_text())["llm"] == kind and len(tokenizer) == len(tokenizer_again)
-    assert (tmp_path / "model/llm/adapter_model.safetensors").exists() == lora and (tmp_path / "model/llm").exists() != (kind == "frozen")
+    assert json.loads((tmp_path / "model/multimodal.json").read_text())["llm"] == kind and len(
+        tokenizer
+    ) == len(tokenizer_again)
+    assert (tmp_path / "model/llm/adapter_model.safetensors").exists() == lora and (
+        tmp_path / "model/llm"
+    ).exists() != (kind == "frozen")
     b = batch(tokenizer)
-    torch.testing.assert_close(again(**b, all_logits=True)["logits"], model.eval()(**b, all_logits=True)["logits"])
+    torch.testing.assert_close(
+        again(**b, all_logits=True)["logits"], model.eval()(**b, all_logits=True)["logits"]
+    )
     shutil.rmtree(tmp_path / "model/signal_encoder")
     with pytest.raises(UserError):
         load_model(tmp_path / "model")
@@ -230,7 +266,9 @@ def test_saved_model_loads_with_one_call_and_answers_the_same(parts, tmp_path, f
 def test_starter_kit_checkpoint_loads_and_computes_as_legacy(parts, tmp_path):
     model, tokenizer = build(parts, legacy=True, projector="mlp")
     model.llm.resize_token_embeddings(len(tokenizer))  # the kit keeps the two rows in the LLM's table
-    model.iq_tokens.data.copy_(model.llm.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids([IQ_START, IQ_END])])
+    model.iq_tokens.data.copy_(
+        model.llm.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids([IQ_START, IQ_END])]
+    )
     model.llm.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     torch.save(model.signal_to_hidden.state_dict(), tmp_path / "signal_to_hidden.pt")
@@ -247,10 +285,14 @@ def test_starter_kit_checkpoint_loads_and_computes_as_legacy(parts, tmp_path):
 def test_pretrained_weights_reach_the_encoder_and_random_ones_do_not(parts, capsys):
     saved = SiTMAEForPreTraining.from_pretrained(parts / "encoder")
     model, _ = build(parts)
-    assert torch.equal(model.signal_encoder.encoder.layer[1].w_2.weight, saved.sit.encoder.layer[1].w_2.weight)
+    assert torch.equal(
+        model.signal_encoder.encoder.layer[1].w_2.weight, saved.sit.encoder.layer[1].w_2.weight
+    )
     assert "loaded 42 of 42 tensors" in capsys.readouterr().out
     model, _ = build(parts, random_encoder=True)
-    assert not torch.equal(model.signal_encoder.encoder.layer[1].w_2.weight, saved.sit.encoder.layer[1].w_2.weight)
+    assert not torch.equal(
+        model.signal_encoder.encoder.layer[1].w_2.weight, saved.sit.encoder.layer[1].w_2.weight
+    )
 
 
 # ---- language models
@@ -266,7 +308,13 @@ def fm9g_folder(parts, folder, model_type="fm9g", **changes):
     state = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}
     torch.save(state, folder / "pytorch_model.bin")
     (folder / "config.json").write_text(
-        json.dumps({"architectures": ["FM9GForCausalLM"], "auto_map": {"AutoModelForCausalLM": "modeling_fm9g.FM9GForCausalLM"}, **config})
+        json.dumps(
+            {
+                "architectures": ["FM9GForCausalLM"],
+                "auto_map": {"AutoModelForCausalLM": "modeling_fm9g.FM9GForCausalLM"},
+                **config,
+            }
+        )
     )
     tokenizer.save_pretrained(folder)
     return config, state
@@ -294,19 +342,29 @@ def test_embeddings_are_scaled_once_on_both_fm9g_routes(parts, tmp_path):
     torch.manual_seed(0)
     encoder = build(parts)[0].signal_encoder
     ids = tokenizer.convert_tokens_to_ids([IQ_START, IQ_END])
-    models = [MultiModalModel(llm, encoder, "linear", *ids).eval() for llm in (load_llm(tmp_path / "9G4B"), llama)]
+    models = [
+        MultiModalModel(llm, encoder, "linear", *ids).eval() for llm in (load_llm(tmp_path / "9G4B"), llama)
+    ]
     models[1].signal_to_hidden.load_state_dict(models[0].signal_to_hidden.state_dict())
     b = batch(tokenizer)
     torch.testing.assert_close(models[0](**b)["logits"], models[1](**b)["logits"], atol=2e-5, rtol=1e-4)
     prompt = {k: b[k] for k in ("iq", "fs", "input_ids", "attention_mask")}
-    assert torch.equal(*(m.generate(**prompt, max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=2) for m in models))
+    assert torch.equal(
+        *(
+            m.generate(**prompt, max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=2)
+            for m in models
+        )
+    )
 
 
 def test_longrope_of_an_fm9g_config_is_mapped():
     half = FM9G["hidden_size"] // FM9G["num_attention_heads"] // 2
     config = granite_config(
         FM9G
-        | {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * half, "long_factor": [2.0] * half}, "max_position_embeddings": 64}
+        | {
+            "rope_scaling": {"type": "longrope", "short_factor": [1.0] * half, "long_factor": [2.0] * half},
+            "max_position_embeddings": 64,
+        }
     )
     assert config.rope_parameters["rope_type"] == "longrope" and config.rope_parameters["rope_theta"] == 1e6
     assert torch.isfinite(AutoModelForCausalLM.from_config(config)(torch.arange(8)[None]).logits).all()
@@ -362,7 +420,10 @@ def test_qwen3_joins_and_learns(parts, tmp_path):
 
 def test_bfloat16_llm_with_float32_encoder(parts):
     model, tokenizer = build(parts, dtype="bfloat16")
-    assert torch.isfinite(model(**batch(tokenizer))["loss"]) and model.signal_encoder.layernorm.weight.dtype == torch.float32
+    assert (
+        torch.isfinite(model(**batch(tokenizer))["loss"])
+        and model.signal_encoder.layernorm.weight.dtype == torch.float32
+    )
 
 
 def test_incomplete_llm_folders_are_one_line(parts, tmp_path):

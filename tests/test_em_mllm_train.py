@@ -32,7 +32,11 @@ def start(*command, cwd=ROOT, processes=1, check=True, **environment):
         else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     )
     done = subprocess.run(
-        [*prefix, *command], cwd=cwd, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}
+        [*prefix, *command],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )
     if check:
         assert done.returncode == 0, done.stderr[-3000:]
@@ -56,7 +60,9 @@ def inside(script, *arguments):
 def home(tmp_path_factory):
     """Data, a pre-trained encoder and a tiny LLM, made by the scripts themselves."""
     folder = tmp_path_factory.mktemp("em")
-    start(EM / "make_data.py", "--out", folder / "data", "--train", 4, "--val", 1, "--test", 1, "--points", 256)
+    start(
+        EM / "make_data.py", "--out", folder / "data", "--train", 4, "--val", 1, "--test", 1, "--points", 256
+    )
     start(EM / "make_llm.py", "--out", folder / "llm", "--steps", 2)
     (folder / "config.json").write_text(
         json.dumps(
@@ -130,17 +136,22 @@ def losses(out):
 
 
 def weights(folder):
-    return {f"{p.relative_to(folder)}:{k}": v for p in sorted(folder.rglob("*.safetensors")) for k, v in load_file(p).items()}
+    return {
+        f"{p.relative_to(folder)}:{k}": v
+        for p in sorted(folder.rglob("*.safetensors"))
+        for k, v in load_file(p).items()
+    }
 
 
 def test_pretraining_leaves_an_encoder_metrics_and_pictures(home):
     metrics = json.loads((home / "mae/metrics.json").read_text())
-    assert set(metrics["mse_hidden"]) == {"zeros", "nearest", "linear", "model"} and set(metrics["mse_spectrum"]) == {
-        "mean of these signals",
-        "model",
-    }
+    assert set(metrics["mse_hidden"]) == {"zeros", "nearest", "linear", "model"} and set(
+        metrics["mse_spectrum"]
+    ) == {"mean of these signals", "model"}
     assert 0.5 < metrics["packing_efficiency"] <= 1
-    assert (home / "mae/figures/reconstruction.png").stat().st_size > 5000 and (home / "mae/figures/reconstruction.csv").exists()
+    assert (home / "mae/figures/reconstruction.png").stat().st_size > 5000 and (
+        home / "mae/figures/reconstruction.csv"
+    ).exists()
     assert all(k.startswith(("sit.", "decoder.")) for k in load_file(home / "mae/encoder/model.safetensors"))
 
 
@@ -181,11 +192,26 @@ def test_gradient_accumulation_equals_the_larger_batch(home, tmp_path, script, r
             inside(*train(home, out, "--max-steps", 9, *sizes))
         else:
             data = home / "data/train/modulation.h5"
-            command = [EM / "finetune.py", "--train", data, "--test", data, "--signal-encoder-path", home / "mae/encoder", "--out", out]
-            inside(*command, "--steps", 9, "--log-every", 1, *sizes)  # 60 signals: 7 steps of 8, the other 4 begin no step
+            command = [
+                EM / "finetune.py",
+                "--train",
+                data,
+                "--test",
+                data,
+                "--signal-encoder-path",
+                home / "mae/encoder",
+                "--out",
+                out,
+            ]
+            inside(
+                *command, "--steps", 9, "--log-every", 1, *sizes
+            )  # 60 signals: 7 steps of 8, the other 4 begin no step
         return [json.loads(line)["grad"] for line in (out / "log.jsonl").read_text().splitlines()]
 
-    whole, halves = gradients(tmp_path / "a", "--batch-size", 8), gradients(tmp_path / "b", "--batch-size", 4, "--accum", 2)
+    whole, halves = (
+        gradients(tmp_path / "a", "--batch-size", 8),
+        gradients(tmp_path / "b", "--batch-size", 4, "--accum", 2),
+    )
     assert len(whole) == 9
     np.testing.assert_allclose(halves, whole, rtol=rtol)
 
@@ -209,9 +235,15 @@ def test_train_then_test_then_one_recording_then_submission(home, tmp_path):
     )
     assert "four-choice accuracy" in done.stdout
     metrics = json.loads((tmp_path / "test/metrics.json").read_text())
-    assert metrics["four_choice"] == 23 and metrics["open"]["count"] == 23 and set(metrics["by_task"]) == {"modulation", "radar_jamming"}
+    assert (
+        metrics["four_choice"] == 23
+        and metrics["open"]["count"] == 23
+        and set(metrics["by_task"]) == {"modulation", "radar_jamming"}
+    )
     rows = [json.loads(line) for line in (tmp_path / "test/predictions.jsonl").read_text().splitlines()]
-    assert metrics["accuracy"] == pytest.approx(np.mean([r["pred"] == r["truth"] for r in rows if "truth" in r]))
+    assert metrics["accuracy"] == pytest.approx(
+        np.mean([r["pred"] == r["truth"] for r in rows if "truth" in r])
+    )
     assert {p.name for p in (tmp_path / "test/figures").iterdir()} == {
         "accuracy_snr.png",
         "accuracy_snr.csv",
@@ -229,7 +261,13 @@ def test_train_then_test_then_one_recording_then_submission(home, tmp_path):
         ["bash", EM / "run_test.sh", *map(str, one + submission)],
         capture_output=True,
         text=True,
-        env={**os.environ, "MODEL": str(model), "PYTHON": sys.executable, "NPROC_PER_NODE": "1", "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            "MODEL": str(model),
+            "PYTHON": sys.executable,
+            "NPROC_PER_NODE": "1",
+            "OMP_NUM_THREADS": "1",
+        },
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert not (tmp_path / "run/test/figures/old.png").exists()  # run_test.sh writes beside the model
@@ -260,7 +298,18 @@ def test_train_then_test_then_one_recording_then_submission(home, tmp_path):
         (lambda h: train(h, h / "x", "--llm-model-path", h / "absent"), "absent"),
         (lambda h: train(h, h / "x", "--max-length", 5), "--max-length is 5"),
         (lambda h: train(h, h / "x", "--batch-size", 5000), "--batch-size"),
-        (lambda h: [EM / "test.py", "--model", h / "absent", "--task-dir", h / "data/test", "--out", h / "y"], "no multimodal.json"),
+        (
+            lambda h: [
+                EM / "test.py",
+                "--model",
+                h / "absent",
+                "--task-dir",
+                h / "data/test",
+                "--out",
+                h / "y",
+            ],
+            "no multimodal.json",
+        ),
         (lambda h: [EM / "pretrain.py", "--data", h / "llm", "--out", h / "x"], "holds no .h5"),
     ],
 )
@@ -280,7 +329,11 @@ def test_a_user_error_is_one_line_and_exit_status_2(home):
 def test_launchers_show_help_from_any_folder(tmp_path):
     for cwd, path in ((tmp_path, EM / "run_train.sh"), (EM, "run_test.sh")):
         done = subprocess.run(
-            ["bash", str(path), "--help"], cwd=cwd, capture_output=True, text=True, env={**os.environ, "PYTHON": sys.executable}
+            ["bash", str(path), "--help"],
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHON": sys.executable},
         )
         assert done.returncode == 0 and "usage" in done.stdout, done.stderr
 
@@ -291,11 +344,23 @@ def test_two_processes_give_the_same_answers_as_one(home, tmp_path):
     rows = []
     for processes in (1, 2):
         out = tmp_path / f"by-{processes}"
-        options = ["--task-files", *files, "--out", out, "--batch-size", 4, "--max-new-tokens", 6, "--wrong-signal"]
+        options = [
+            "--task-files",
+            *files,
+            "--out",
+            out,
+            "--batch-size",
+            4,
+            "--max-new-tokens",
+            6,
+            "--wrong-signal",
+        ]
         start(EM / "test.py", "--model", tmp_path / "run/model", *options, processes=processes)
         rows.append([json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()])
     for one, two in zip(*rows, strict=True):
-        np.testing.assert_allclose(one.pop("scores", 0), two.pop("scores", 0), atol=1e-3)  # the batches, and so their padding, differ
+        np.testing.assert_allclose(
+            one.pop("scores", 0), two.pop("scores", 0), atol=1e-3
+        )  # the batches, and so their padding, differ
         assert one == two
 
 
@@ -309,11 +374,38 @@ def test_two_processes_give_the_same_answers_as_one(home, tmp_path):
 )
 def test_every_kind_of_training_ends_in_a_model_that_answers(home, tmp_path, options, words):
     tokens = [] if "--legacy" in options else ["--signal-tokens", 2]
-    command = ["--task-dir", home / "data/train", "--signal-encoder-path", home / "mae/encoder", "--llm-model-path", home / "llm", *tokens]
-    inside(EM / "train.py", *command, "--max-steps", 2, "--log-every", 1, *options, "--output-dir", tmp_path / "run")
+    command = [
+        "--task-dir",
+        home / "data/train",
+        "--signal-encoder-path",
+        home / "mae/encoder",
+        "--llm-model-path",
+        home / "llm",
+        *tokens,
+    ]
+    inside(
+        EM / "train.py",
+        *command,
+        "--max-steps",
+        2,
+        "--log-every",
+        1,
+        *options,
+        "--output-dir",
+        tmp_path / "run",
+    )
     assert all(np.isfinite(losses(tmp_path / "run")))
     assert words.items() <= json.loads((tmp_path / "run/model/multimodal.json").read_text()).items()
-    question = ["--task-dir", home / "data/test", "--limit", 4, "--max-new-tokens", 4, "--out", tmp_path / "test"]
+    question = [
+        "--task-dir",
+        home / "data/test",
+        "--limit",
+        4,
+        "--max-new-tokens",
+        4,
+        "--out",
+        tmp_path / "test",
+    ]
     inside(EM / "test.py", "--model", tmp_path / "run/model", *question)
     assert json.loads((tmp_path / "test/metrics.json").read_text())["four_choice"] >= 4
 
@@ -321,13 +413,36 @@ def test_every_kind_of_training_ends_in_a_model_that_answers(home, tmp_path, opt
 def test_finetune_joins_classes_of_several_files_and_leaves_a_model_for_training(home, tmp_path):
     def finetune(out, train, test, *more):
         files = lambda part, names: [home / f"data/{part}/{name}.h5" for name in names]
-        start_at = ["--signal-encoder-path", home / "mae/encoder", "--batch-size", 8, "--steps", 2, "--log-every", 1]
-        return [EM / "finetune.py", "--train", *files("train", train), "--test", *files("test", test), *start_at, "--out", out, *more]
+        start_at = [
+            "--signal-encoder-path",
+            home / "mae/encoder",
+            "--batch-size",
+            8,
+            "--steps",
+            2,
+            "--log-every",
+            1,
+        ]
+        return [
+            EM / "finetune.py",
+            "--train",
+            *files("train", train),
+            "--test",
+            *files("test", test),
+            *start_at,
+            "--out",
+            out,
+            *more,
+        ]
 
     inside(*finetune(tmp_path / "a", ("modulation", "radar_jamming"), ("radar_jamming", "modulation")))
     metrics = json.loads((tmp_path / "a/metrics.json").read_text())
-    assert metrics["count"] == 23 and load_file(tmp_path / "a/model/model.safetensors")["classifier.weight"].shape == (23, 32)
-    inside(*train(home, tmp_path / "b", "--signal-encoder-path", tmp_path / "a/model", "--max-steps", 1))  # the last of two wins
+    assert metrics["count"] == 23 and load_file(tmp_path / "a/model/model.safetensors")[
+        "classifier.weight"
+    ].shape == (23, 32)
+    inside(
+        *train(home, tmp_path / "b", "--signal-encoder-path", tmp_path / "a/model", "--max-steps", 1)
+    )  # the last of two wins
     inside(*finetune(tmp_path / "c", ("radar_jamming",), ("radar_jamming",), "--multitask", "--linear-probe"))
     assert {"mae_pri", "mae_isr"} < json.loads((tmp_path / "c/metrics.json").read_text()).keys()
     with pytest.raises(UserError, match="class BPSK is not among the training classes"):
@@ -341,13 +456,24 @@ def test_finetune_joins_classes_of_several_files_and_leaves_a_model_for_training
         ({"TASK_DIR": "data/train", "SIGNAL_ENCODER_PATH": "mae/encoder", "LLM_MODEL_PATH": "llm"}, []),
         (
             {"LLM_MODEL_PATH": "llm"},
-            ["--signal-encoder-path=mae/encoder", "--task-files", "data/train/radar_jamming.h5", "data/train/radar_jamming.json"],
+            [
+                "--signal-encoder-path=mae/encoder",
+                "--task-files",
+                "data/train/radar_jamming.h5",
+                "data/train/radar_jamming.json",
+            ],
         ),
     ],
 )
 def test_run_train_launcher_trains_on_what_it_is_given(home, tmp_path, given, flags):
     command = ["bash", str(EM / "run_train.sh"), *flags, "--max-steps", "1", "--log-every", "1"]
-    given = {**given, "OUTPUT_DIR": str(tmp_path / "run"), "PYTHON": sys.executable, "NPROC_PER_NODE": "1", "OMP_NUM_THREADS": "1"}
+    given = {
+        **given,
+        "OUTPUT_DIR": str(tmp_path / "run"),
+        "PYTHON": sys.executable,
+        "NPROC_PER_NODE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run(command, cwd=home, capture_output=True, text=True, env={**os.environ, **given})
     assert done.returncode == 0 and "making" not in done.stdout, done.stderr[-2000:]
     config = json.loads((tmp_path / "run/config.json").read_text())["arguments"]
@@ -362,8 +488,12 @@ def test_study_of_real_captures_from_files_to_questions(home, tmp_path):
     for part, count in (("train", 36), ("test", 12)):
         y = np.arange(count) % 12
         carrier = 60 * np.exp(0.3j * np.arange(2048))
-        pulses = np.stack([np.arange(2048) // (16 * (k + 1)) % 2 for k in y])[..., None] * np.stack([carrier.real, carrier.imag], 1)
-        turn = slice(None, None, 1 if part == "train" else -1)  # the test file numbers the classes the other way round
+        pulses = np.stack([np.arange(2048) // (16 * (k + 1)) % 2 for k in y])[..., None] * np.stack(
+            [carrier.real, carrier.imag], 1
+        )
+        turn = slice(
+            None, None, 1 if part == "train" else -1
+        )  # the test file numbers the classes the other way round
         np.savez(
             tmp_path / f"{part}.npz",
             iq=(127.5 + pulses + rng.normal(0, 2, (count, 2048, 2))).clip(0, 255).astype(np.uint8),
@@ -376,23 +506,52 @@ def test_study_of_real_captures_from_files_to_questions(home, tmp_path):
     captures = [tmp_path / "train.npz", tmp_path / "test.npz"]
     inside(EM / "convert.py", "rtl433", *captures, "--out", tmp_path / "data", "--copies", 2)
     levels = ["clean", *(f"{n}dB" for n in (20, 10, 5, 0, -5, -10))]
-    assert {p.name for p in (tmp_path / "data/test").iterdir()} == {f"{k}{s}" for k in levels for s in ("", "_shift")}
+    assert {p.name for p in (tmp_path / "data/test").iterdir()} == {
+        f"{k}{s}" for k in levels for s in ("", "_shift")
+    }
     assert SignalFile(tmp_path / "data/test/clean/device.h5").column("label").tolist() == list(range(12))
-    inside(EM / "convert.py", "rtl433", captures[1], "--out", tmp_path / "alone")  # captures to be asked about, none to learn from
+    inside(
+        EM / "convert.py", "rtl433", captures[1], "--out", tmp_path / "alone"
+    )  # captures to be asked about, none to learn from
     assert {p.name for p in (tmp_path / "alone").iterdir()} == {"test", "tasks.json"}
     assert SignalFile(tmp_path / "alone/test/clean/device.h5").classes == names[::-1]
-    study = [EM / "rtl433.py", "--captures", *captures, "--data", tmp_path / "data", "--signal-encoder-path", home / "mae/encoder"]
+    study = [
+        EM / "rtl433.py",
+        "--captures",
+        *captures,
+        "--data",
+        tmp_path / "data",
+        "--signal-encoder-path",
+        home / "mae/encoder",
+    ]
     inside(*study, "--steps", 4, "--seeds", 2, "--out", tmp_path / "study")
     metrics = json.loads((tmp_path / "study/metrics.json").read_text())
     assert metrics["count"] == 12 and metrics["chance"] == pytest.approx(1 / 12)
     assert metrics["conditions"]["pulse lengths, clean training"]["clean"] > 0.5
     for name, runs in metrics["seeds"].items():
         assert len(runs) == 2 and runs[0] != runs[1]  # two seeds are two trainings
-        assert metrics["conditions"][name]["0dB_shift"] == pytest.approx(np.mean([r["0dB_shift"] for r in runs]))
+        assert metrics["conditions"][name]["0dB_shift"] == pytest.approx(
+            np.mean([r["0dB_shift"] for r in runs])
+        )
     assert set(metrics["few_captures"]) == {f"{n}, {k} captures" for n in metrics["seeds"] for k in (1, 3)}
-    assert all(0 <= v <= 1 for v in metrics["unseen_devices"].values()) and len(metrics["unseen_devices"]) == 6
-    tasks = [x for t in ("device", "coding", "keying") for x in (tmp_path / "data/train/device.h5", tmp_path / f"data/train/{t}.json")]
-    command = train(home, tmp_path / "run", "--signal-encoder-path", tmp_path / "study/encoder", "--task-files", *tasks, "--max-steps", 1)
+    assert (
+        all(0 <= v <= 1 for v in metrics["unseen_devices"].values()) and len(metrics["unseen_devices"]) == 6
+    )
+    tasks = [
+        x
+        for t in ("device", "coding", "keying")
+        for x in (tmp_path / "data/train/device.h5", tmp_path / f"data/train/{t}.json")
+    ]
+    command = train(
+        home,
+        tmp_path / "run",
+        "--signal-encoder-path",
+        tmp_path / "study/encoder",
+        "--task-files",
+        *tasks,
+        "--max-steps",
+        1,
+    )
     where = command.index("--task-dir")
     inside(*command[:where], *command[where + 4 :])  # without --task-dir and --val-dir
     assert (tmp_path / "run/model/multimodal.json").exists()

@@ -1,4 +1,5 @@
 """Faults of the machine, in every project's training: kill -9 in each phase, full disk, no right to write, damage, clocks that jump."""
+
 import json
 import os
 import signal
@@ -13,8 +14,15 @@ from common.checkpoint import damage
 from tests import forked
 from tests.worlds import *  # noqa: F403  the fixtures cwt, em, grounding, ct, llm
 
-TRAININGS = [("cwt", "train"), ("cwt", "finetune"), ("em", "pretrain"), ("em", "train"), ("grounding", "train"), ("ct", "train"),
-             ("llm", "heal")]
+TRAININGS = [
+    ("cwt", "train"),
+    ("cwt", "finetune"),
+    ("em", "pretrain"),
+    ("em", "train"),
+    ("grounding", "train"),
+    ("ct", "train"),
+    ("llm", "heal"),
+]
 STEPS = 5
 
 
@@ -29,8 +37,16 @@ def training(request, tmp_path):
         given = [str(a) for a in arguments(world.folder)]
         given = [a for a in given if a != "--overwrite"]
         given[given.index(str(world.folder / "run"))] = str(out)
-        return [*given, "--max-steps", STEPS, "--save-steps" if name in ("ct", "llm") else "--save-every", 1,
-                "--logging-steps" if name in ("ct", "llm") else "--log-every", 1, *more]
+        return [
+            *given,
+            "--max-steps",
+            STEPS,
+            "--save-steps" if name in ("ct", "llm") else "--save-every",
+            1,
+            "--logging-steps" if name in ("ct", "llm") else "--log-every",
+            1,
+            *more,
+        ]
 
     def start(out, *more, log="log.txt", **options):
         return forked.start(script, line(out, more), tmp_path / log, **options)
@@ -46,7 +62,11 @@ def training(request, tmp_path):
 
 
 def losses(out):
-    return {line["step"]: line["loss"] for line in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "loss" in line}
+    return {
+        line["step"]: line["loss"]
+        for line in map(json.loads, (out / "log.jsonl").read_text().splitlines())
+        if "loss" in line
+    }
 
 
 def checkpoints(out):
@@ -69,19 +89,24 @@ def slow_saves():
 
 def test_kill_in_every_phase_loses_nothing(training, tmp_path):
     out, hit = tmp_path / "cut", []
-    phases = {"load": lambda: True, "step": lambda: len(checkpoints(out)) > had or logged(out) > lines,
-              "save": lambda: list(out.glob("checkpoints/.saving-*")), "evaluate": lambda: len(checkpoints(out)) and
-              checkpoints(out)[-1] == f"step-{STEPS:08d}"}
+    phases = {
+        "load": lambda: True,
+        "step": lambda: len(checkpoints(out)) > had or logged(out) > lines,
+        "save": lambda: list(out.glob("checkpoints/.saving-*")),
+        "evaluate": lambda: len(checkpoints(out)) and checkpoints(out)[-1] == f"step-{STEPS:08d}",
+    }
     for phase, reached in phases.items():
         had, lines, before = len(checkpoints(out)), logged(out), checkpoints(out)[-1:]
-        pid = training.start(out, *(["--resume"] if (out / "config.json").exists() else []), before=slow_saves)
+        pid = training.start(
+            out, *(["--resume"] if (out / "config.json").exists() else []), before=slow_saves
+        )
         while not reached():
             ended, status = os.waitpid(pid, os.WNOHANG)
             assert not ended, (phase, training.log.read_text())
             time.sleep(0.001)
         os.kill(pid, signal.SIGKILL)
         hit += [phase] * (forked.finish(pid) == -signal.SIGKILL)
-        assert checkpoints(out)[-1:] >= before                # a finished checkpoint is never lost
+        assert checkpoints(out)[-1:] >= before  # a finished checkpoint is never lost
         assert all(not damage(out / "checkpoints" / name) for name in checkpoints(out))
     done = training.call(out, *(["--resume"] if (out / "config.json").exists() else []))
     assert done.returncode == 0 and "Traceback" not in done.text, done.text
@@ -98,7 +123,7 @@ def test_full_disk_and_no_right_to_write_are_one_line(training, tmp_path):
     assert done.returncode == 2 and "Traceback" not in done.text, done.text
     assert sum(line.startswith("error: ") for line in done.text.splitlines()) == 1
     assert all(not damage(tmp_path / "full/checkpoints" / name) for name in checkpoints(tmp_path / "full"))
-    done = training.call("/proc/run")                         # nobody may write there, root included
+    done = training.call("/proc/run")  # nobody may write there, root included
     assert done.returncode == 2 and "/proc/run" in done.text and "Traceback" not in done.text, done.text
 
 
@@ -110,12 +135,13 @@ def test_damaged_last_checkpoint_and_jumping_clock_change_nothing(training, tmp_
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    for i, name in enumerate(checkpoints(out)):               # the newest looks oldest
+    for i, name in enumerate(checkpoints(out)):  # the newest looks oldest
         os.utime(out / "checkpoints" / name, (1e9 - i, 1e9 - i))
 
     def clock_goes_back():
         now = time.time
         time.time = lambda: now() - 1e8
+
     done = training.call(out, "--resume", before=clock_goes_back)
     assert done.returncode == 0, done.text
     assert last.name in done.text and "trying the checkpoint before it" in done.text

@@ -10,7 +10,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import InternVLConfig, InternVLForConditionalGeneration, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import (
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
 
 from common.errors import UserError
 from common.weights import read_weights
@@ -132,13 +137,17 @@ def test_one_pass_after_generation_gives_the_rows_of_generation(family, tokenize
     rows = base([probe])[0]["mask_attentions"]
     for step in range(1, len(ids)):  # the row *of* token i comes with step i + 1, when it is the query
         maps = [layer[0][:, -1:, columns] for layer in out.attentions[step]]
-        torch.testing.assert_close(rows[step - 1], base.to_grid(maps, base.grid(sample))[0], atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            rows[step - 1], base.to_grid(maps, base.grid(sample))[0], atol=1e-6, rtol=0
+        )
 
 
 def test_training_a_head_leaves_every_weight_of_the_base_unchanged(tokenizer):
     base, sam = make_base("llava", tokenizer), tiny_sam()
     encoder, model = SAMImageEncoder(sam), FLMM(base.channels, base.num_layers, base.hidden_size, sam, SMALL)
-    before = {k: v.clone() for k, v in [*base.model.state_dict().items(), *encoder.encoder.state_dict().items()]}
+    before = {
+        k: v.clone() for k, v in [*base.model.state_dict().items(), *encoder.encoder.state_dict().items()]
+    }
     samples = scene_samples(base)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     for _ in range(2):
@@ -154,9 +163,13 @@ def test_training_a_head_leaves_every_weight_of_the_base_unchanged(tokenizer):
 def test_phrases_decoded_together_equal_phrases_decoded_one_by_one(tokenizer):
     base, sam = make_base("llava", tokenizer), tiny_sam()
     encoder = SAMImageEncoder(sam)
-    model = FLMM(base.channels, base.num_layers, base.hidden_size, sam, SMALL, {"per_phrase_pad": True}).eval()
+    model = FLMM(
+        base.channels, base.num_layers, base.hidden_size, sam, SMALL, {"per_phrase_pad": True}
+    ).eval()
     image = Image.fromarray(make_scene(3, 0)["image"])
-    sample = SampleBuilder.of(base)({"image": image, "pieces": caption_of_phrases(["red small circle", "cross", "blue large", "a"])})
+    sample = SampleBuilder.of(base)(
+        {"image": image, "pieces": caption_of_phrases(["red small circle", "cross", "blue large", "a"])}
+    )
     [feature] = extract(base, encoder, [sample])
     with torch.no_grad():
         [together] = model([feature])
@@ -172,18 +185,24 @@ def test_phrases_decoded_together_equal_phrases_decoded_one_by_one(tokenizer):
                     }
                 ]
             )
-            torch.testing.assert_close(alone["sam_pred_masks"][0], together["sam_pred_masks"][k], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(
+                alone["sam_pred_masks"][0], together["sam_pred_masks"][k], atol=1e-5, rtol=1e-4
+            )
             torch.testing.assert_close(alone["scores"][0], together["scores"][k], atol=1e-5, rtol=1e-4)
 
 
 def test_every_phrase_weighs_the_same_however_many_its_picture_has():
     torch.manual_seed(0)
     model, logits, target = FLMM(6, 3, 16, None, SMALL), torch.randn(4, 8, 8), torch.randint(0, 2, (4, 8, 8))
-    [whole], parts = ([{"pred_masks": p, "sam_pred_masks": None} for p in logits.split(sizes)] for sizes in ([4], [1, 3]))
+    [whole], parts = (
+        [{"pred_masks": p, "sam_pred_masks": None} for p in logits.split(sizes)] for sizes in ([4], [1, 3])
+    )
     one, two = model.compute_loss([whole], [target]), model.compute_loss(parts, target.split([1, 3]))
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, atol=1e-6, rtol=0)
-    shared = [model.compute_loss([p], [t], total=4)["loss"] for p, t in zip(parts, target.split([1, 3]))]  # one picture in each process
+    shared = [
+        model.compute_loss([p], [t], total=4)["loss"] for p, t in zip(parts, target.split([1, 3]))
+    ]  # one picture in each process
     torch.testing.assert_close(sum(shared), one["loss"], atol=1e-6, rtol=0)
 
 
@@ -192,10 +211,19 @@ def test_every_phrase_weighs_the_same_however_many_its_picture_has():
 
 def expected_keys(iou_depth=3):
     """The key list of a published head, written out from the specification."""
-    keys = {"text_layer_weights", "text_proj.weight", "text_proj.bias", "mask_head.conv_seg.weight", "mask_head.conv_seg.bias"}
+    keys = {
+        "text_layer_weights",
+        "text_proj.weight",
+        "text_proj.bias",
+        "mask_head.conv_seg.weight",
+        "mask_head.conv_seg.bias",
+    }
     for i in range(4):
         for j in range(2):
-            keys |= {f"mask_head.encoder.{i}.{min(i, 1)}.convs.{j}.{n}" for n in ("conv.weight", "gn.weight", "gn.bias")}
+            keys |= {
+                f"mask_head.encoder.{i}.{min(i, 1)}.convs.{j}.{n}"
+                for n in ("conv.weight", "gn.weight", "gn.bias")
+            }
     for i in range(3):
         keys |= {
             f"mask_head.decoder.{i}.{part}.{n}"
@@ -212,11 +240,22 @@ def expected_keys(iou_depth=3):
     keys |= {decoder + "iou_token.weight", decoder + "mask_tokens.weight"}
     blocks = [f"transformer.layers.{i}" for i in range(2)]
     parts = [
-        f"{b}.{a}.{p}_proj" for b in blocks for a in ("self_attn", "cross_attn_token_to_image", "cross_attn_image_to_token") for p in "qkv"
+        f"{b}.{a}.{p}_proj"
+        for b in blocks
+        for a in ("self_attn", "cross_attn_token_to_image", "cross_attn_image_to_token")
+        for p in "qkv"
     ]
-    parts += [f"{b}.{a}.out_proj" for b in blocks for a in ("self_attn", "cross_attn_token_to_image", "cross_attn_image_to_token")]
-    parts += [f"{b}.norm{i}" for b in blocks for i in (1, 2, 3, 4)] + [f"{b}.mlp.lin{i}" for b in blocks for i in (1, 2)]
-    parts += [f"transformer.final_attn_token_to_image.{p}_proj" for p in ("q", "k", "v", "out")] + ["transformer.norm_final_attn"]
+    parts += [
+        f"{b}.{a}.out_proj"
+        for b in blocks
+        for a in ("self_attn", "cross_attn_token_to_image", "cross_attn_image_to_token")
+    ]
+    parts += [f"{b}.norm{i}" for b in blocks for i in (1, 2, 3, 4)] + [
+        f"{b}.mlp.lin{i}" for b in blocks for i in (1, 2)
+    ]
+    parts += [f"transformer.final_attn_token_to_image.{p}_proj" for p in ("q", "k", "v", "out")] + [
+        "transformer.norm_final_attn"
+    ]
     parts += [f"output_upscaling.{i}" for i in (0, 1, 3)]
     parts += [f"output_hypernetworks_mlps.{i}.layers.{j}" for i in range(4) for j in range(3)]
     parts += [f"iou_prediction_head.layers.{j}" for j in range(iou_depth)]
@@ -241,13 +280,18 @@ def test_a_head_with_missing_keys_is_refused_with_their_names():
     model = FLMM(6, 3, 16, tiny_sam(), SMALL)
     state = model.upstream_state()
     del state["text_proj.bias"], state["mask_head.conv_seg.weight"]
-    with pytest.raises(UserError, match="2 of .* keys are missing: mask_head.conv_seg.weight, text_proj.bias"):
+    with pytest.raises(
+        UserError, match="2 of .* keys are missing: mask_head.conv_seg.weight, text_proj.bias"
+    ):
         model.load_upstream(state, "cut.pth")
 
 
 def test_a_head_of_another_base_is_refused_by_name_and_shape():
     state = FLMM(6, 3, 16, tiny_sam(), SMALL).upstream_state()
-    with pytest.raises(UserError, match=r"mask_head.encoder.0.0.convs.0.conv.weight is \(4, 6, 3, 3\), this model needs \(4, 8, 3, 3\)"):
+    with pytest.raises(
+        UserError,
+        match=r"mask_head.encoder.0.0.convs.0.conv.weight is \(4, 6, 3, 3\), this model needs \(4, 8, 3, 3\)",
+    ):
         FLMM(8, 3, 16, tiny_sam(), SMALL).load_upstream(state, "head.pth")
 
 
@@ -257,7 +301,10 @@ def test_the_score_without_sam_is_the_mean_probability_inside_the_mask():
     torch.testing.assert_close(confidence(logits), torch.stack([inside[0], torch.tensor(0.0), inside.mean()]))
 
 
-@pytest.mark.parametrize("channels,count", [(384, 7_403_969), (576, 7_514_561), (784, 7_634_369), (1024, 7_772_609), (2048, 8_362_433)])
+@pytest.mark.parametrize(
+    "channels,count",
+    [(384, 7_403_969), (576, 7_514_561), (784, 7_634_369), (1024, 7_772_609), (2048, 8_362_433)],
+)
 def test_mask_head_has_the_published_number_of_parameters(channels, count):
     from flmm.models.mask_head.mask_decoder import UNetHead
 
@@ -283,10 +330,15 @@ def test_deepspeed_shards_become_the_fp32_head(tmp_path):
     state = FLMM(6, 3, 16, tiny_sam(), SMALL).upstream_state()
     shapes = {k: v.shape for k, v in state.items()}
     flat = torch.cat([v.flatten() for v in state.values()])
-    flat = torch.cat([flat, torch.zeros(-len(flat) % 11)])  # padded so that it divides; rank 10 comes after rank 9, not after rank 1
+    flat = torch.cat(
+        [flat, torch.zeros(-len(flat) % 11)]
+    )  # padded so that it divides; rank 10 comes after rank 9, not after rank 1
     folder = tmp_path / "iter_10.pth"
     folder.mkdir()
-    torch.save({"module": {k: v.bfloat16() for k, v in state.items()}, "param_shapes": [shapes]}, folder / "mp_rank_00_model_states.pt")
+    torch.save(
+        {"module": {k: v.bfloat16() for k, v in state.items()}, "param_shapes": [shapes]},
+        folder / "mp_rank_00_model_states.pt",
+    )
     for rank, part in enumerate(flat.chunk(11)):
         torch.save(
             {"optimizer_state_dict": {"single_partition_of_fp32_groups": [part.clone()]}},
@@ -329,7 +381,8 @@ def test_a_phrase_with_a_different_word_gets_a_different_map(grounder):
     image = Image.fromarray(make_scene(0, 2)["image"])
     builder = grounder.builder
     one, two = (
-        grounder.base([builder({"image": image, "pieces": caption_of_phrases([p])})])[0]["mask_attentions"] for p in ("red", "blue")
+        grounder.base([builder({"image": image, "pieces": caption_of_phrases([p])})])[0]["mask_attentions"]
+        for p in ("red", "blue")
     )
     assert (one - two).abs().max() > 1e-4
 
@@ -357,25 +410,36 @@ def test_resampling_the_whole_picture_is_a_plain_answer_and_a_box_leaves_its_tok
     embeds, positions = seen["inputs_embeds"][0, span], seen["position_ids"][..., 0, span]
     question = "Which shape is red?"
     plain = base.generate({**sample, "input_ids": torch.tensor(base.encode_prompt(question))}, 8)
-    assert visual_cot_resample(base, sample, embeds, positions, [0, 0, 64, 64], question, 8) == tokenizer.decode(plain).strip()
+    assert (
+        visual_cot_resample(base, sample, embeds, positions, [0, 0, 64, 64], question, 8)
+        == tokenizer.decode(plain).strip()
+    )
     # 8-pixel tokens: pixels 10..17 touch columns 1 and 2, 30..31 row 3; a point still has one token
     assert tokens_in_box([10, 30, 17, 31], sample, (8, 8)).tolist() == [25, 26]
     assert tokens_in_box([64, 64, 64, 64], sample, (8, 8)).tolist() == [63]
     blank = embeds.clone()
     blank[[k for k in range(64) if k not in (25, 26)]] = 9.0  # what lies outside the box is never read
     passes = []
-    hook = text.register_forward_pre_hook(lambda module, args, inputs: passes.append(inputs["position_ids"]), with_kwargs=True)
+    hook = text.register_forward_pre_hook(
+        lambda module, args, inputs: passes.append(inputs["position_ids"]), with_kwargs=True
+    )
     one = visual_cot_resample(base, sample, embeds, positions, [10, 30, 17, 31], question, 4)
     hook.remove()
-    assert torch.equal(passes[0][..., 0, start : start + 2], positions[..., [25, 26]])  # they keep their places
+    assert torch.equal(
+        passes[0][..., 0, start : start + 2], positions[..., [25, 26]]
+    )  # they keep their places
     assert (passes[0][..., 0, start + 2 :].min() > positions.max()) and len(passes) > 1
     assert visual_cot_resample(base, sample, blank, positions, [10, 30, 17, 31], question, 4) == one
 
 
 def test_tokens_in_a_box_skip_the_padding_of_a_padded_picture(tokenizer):
     base = make_base("llava", tokenizer)
-    sample = SampleBuilder.of(base)({"image": Image.new("RGB", (128, 64)), "pieces": caption_of_phrases(["sky"])})
-    assert tokens_in_box([0, 0, 128, 64], sample, (8, 8)).tolist() == list(range(16, 48))  # two rows of padding above and below
+    sample = SampleBuilder.of(base)(
+        {"image": Image.new("RGB", (128, 64)), "pieces": caption_of_phrases(["sky"])}
+    )
+    assert tokens_in_box([0, 0, 128, 64], sample, (8, 8)).tolist() == list(
+        range(16, 48)
+    )  # two rows of padding above and below
 
 
 def test_chain_of_thought_with_resampling_names_its_box_and_refuses_tiles(grounder, monkeypatch):
@@ -390,7 +454,11 @@ def test_chain_of_thought_with_resampling_names_its_box_and_refuses_tiles(ground
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "CMYK", "P", "1", "I;16"])
 def test_pictures_of_every_mode_can_be_grounded(grounder, mode):
     image = Image.fromarray(make_scene(0, 2)["image"])
-    image = Image.fromarray(np.asarray(image.convert("L"), np.uint16) * 200) if mode == "I;16" else image.convert(mode)
+    image = (
+        Image.fromarray(np.asarray(image.convert("L"), np.uint16) * 200)
+        if mode == "I;16"
+        else image.convert(mode)
+    )
     assert grounder.ground(image, ["red"])["masks"].shape == (1, 64, 64)
 
 
@@ -409,7 +477,9 @@ def test_more_phrases_than_any_palette_has_colours():
     assert len(set(colours(150))) > 140
     masks = np.zeros((150, 8, 8), bool)
     masks[149, 0, 0] = True
-    assert overlay(Image.new("RGB", (8, 8)), masks).getpixel((0, 0)) != overlay(Image.new("RGB", (8, 8)), masks).getpixel((1, 1))
+    assert overlay(Image.new("RGB", (8, 8)), masks).getpixel((0, 0)) != overlay(
+        Image.new("RGB", (8, 8)), masks
+    ).getpixel((1, 1))
 
 
 def test_a_phrase_in_chinese_is_written_where_a_font_has_it_and_numbered_elsewhere(monkeypatch):
@@ -417,7 +487,9 @@ def test_a_phrase_in_chinese_is_written_where_a_font_has_it_and_numbered_elsewhe
 
     monkeypatch.setattr(draw, "FONTS", ("no-such-font.ttf",))
     assert draw.label("红色的车", 2) == ("phrase 2", None) and draw.label("café", 1) == ("café", None)
-    monkeypatch.setattr(draw, "FONTS", ("no-such-font.ttf", matplotlib.get_data_path() + "/fonts/ttf/DejaVuSans.ttf"))
+    monkeypatch.setattr(
+        draw, "FONTS", ("no-such-font.ttf", matplotlib.get_data_path() + "/fonts/ttf/DejaVuSans.ttf")
+    )
     text, font = draw.label("红色的车", 2)
     assert text == "红色的车" and font.getname()[0] == "DejaVu Sans"
     strip = draw.labelled_strip(Image.new("RGB", (64, 64)), [("grounded", np.zeros((1, 64, 64)))], [text])
@@ -442,7 +514,8 @@ def test_selector_joins_neighbours_and_noun_phrases_drop_what_is_not_an_object()
 def test_a_base_of_another_class_and_a_missing_class_are_named(tokenizer, tmp_path, monkeypatch):
     save_base(tiny_model("qwen", tokenizer), tokenizer, tmp_path / "qwen")
     with pytest.raises(
-        UserError, match="holds a Qwen2_5_VLForConditionalGeneration, this configuration needs a LlavaForConditionalGeneration"
+        UserError,
+        match="holds a Qwen2_5_VLForConditionalGeneration, this configuration needs a LlavaForConditionalGeneration",
     ):
         FAMILIES["llava"].load(tmp_path / "qwen")
     with pytest.raises(UserError, match="nowhere"):
@@ -476,9 +549,15 @@ def test_the_page_answers_with_masks_and_refuses_in_one_line(grounder):
         assert b"Masks for words" in urllib.request.urlopen(address).read()
         picture = io.BytesIO()
         Image.fromarray(make_scene(0, 2)["image"]).save(picture, "PNG")
-        ask = lambda content, text: json.loads(urllib.request.urlopen(f"{address}/ground?text={text}", data=content).read())  # noqa: E731
+        ask = lambda content, text: json.loads(
+            urllib.request.urlopen(f"{address}/ground?text={text}", data=content).read()
+        )  # noqa: E731
         good = ask(picture.getvalue(), "red%20circle;blue")
-        assert good["phrases"] == ["red circle", "blue"] and len(good["masks"]) == 2 and good["masks"][0].startswith("data:image/png")
+        assert (
+            good["phrases"] == ["red circle", "blue"]
+            and len(good["masks"]) == 2
+            and good["masks"][0].startswith("data:image/png")
+        )
         assert ask(picture.getvalue(), "")["answer"]
         assert "not a readable picture" in ask(b"no picture", "x")["error"]
         assert "empty phrase" in ask(picture.getvalue(), "red;;")["error"]
@@ -492,7 +571,11 @@ def test_the_diagnosis_passes_a_whole_input_and_names_a_lost_grid(monkeypatch, c
     diagnose_image_grid_thw.main(arguments)
     assert "72 image tokens" in capsys.readouterr().out
     whole = QwenImageProcessor.__call__
-    monkeypatch.setattr(QwenImageProcessor, "__call__", lambda *args: {k: v for k, v in whole(*args).items() if k != "image_grid_thw"})
+    monkeypatch.setattr(
+        QwenImageProcessor,
+        "__call__",
+        lambda *args: {k: v for k, v in whole(*args).items() if k != "image_grid_thw"},
+    )
     with pytest.raises(UserError, match="use the Qwen2-VL image processor"):
         diagnose_image_grid_thw.main(arguments)
     assert "PROBLEM the processor returns image_grid_thw" in capsys.readouterr().out
@@ -504,8 +587,14 @@ def test_a_reasoning_query_is_answered_and_the_answer_is_grounded(grounder, monk
     sample = {**sample, "mask_infos": [{"text": "Which one is round?"}], "gt_masks": sample["gt_masks"][:1]}
     answered, text = answer_then_ground(base, sample, 5)
     prompt = base.encode_prompt("Which one is round?")
-    assert answered["input_ids"][: len(prompt)].tolist() == prompt and (answered["mask_ids"][: len(prompt)] == -1).all()
-    assert text == base.tokenizer.decode(answered["input_ids"][len(prompt) :]).strip() and (answered["mask_ids"][len(prompt) :] == 0).all()
+    assert (
+        answered["input_ids"][: len(prompt)].tolist() == prompt
+        and (answered["mask_ids"][: len(prompt)] == -1).all()
+    )
+    assert (
+        text == base.tokenizer.decode(answered["input_ids"][len(prompt) :]).strip()
+        and (answered["mask_ids"][len(prompt) :] == 0).all()
+    )
     [output] = grounder.head(extract(base, grounder.sam_encoder, [answered]))
     assert output["sam_pred_masks"].shape == (1, 64, 64)
     monkeypatch.setattr(base, "generate", lambda *args: [])
@@ -518,7 +607,9 @@ def test_a_base_placed_by_device_map_reads_alike_and_stays_where_it_is(tokenizer
     plain = FAMILIES["llava"].load(tmp_path / "base", **options)
     placed = FAMILIES["llava"].load(tmp_path / "base", device_map="auto", **options).to("cpu")
     [a], [b] = plain(scene_samples(plain, 1)), placed(scene_samples(placed, 1))
-    assert torch.equal(a["mask_attentions"], b["mask_attentions"]) and torch.equal(a["hidden_states"], b["hidden_states"])
+    assert torch.equal(a["mask_attentions"], b["mask_attentions"]) and torch.equal(
+        a["hidden_states"], b["hidden_states"]
+    )
 
 
 def test_a_base_in_four_bits_reads_nearly_alike_or_names_the_missing_package(tokenizer, tmp_path):
@@ -538,7 +629,12 @@ def test_a_base_in_four_bits_reads_nearly_alike_or_names_the_missing_package(tok
 def readme_bases():
     """The classes of the README's section "A new base", executed as they stand there."""
     section = (ROOT / "flmm/README.md").read_text().split("## A new base")[1].split("\n## ")[0]
-    space = {"FrozenBase": FrozenBase, "FrozenQwen": FrozenQwen, "LlavaImageProcessor": LlavaImageProcessor, "torch": torch}
+    space = {
+        "FrozenBase": FrozenBase,
+        "FrozenQwen": FrozenQwen,
+        "LlavaImageProcessor": LlavaImageProcessor,
+        "torch": torch,
+    }
     for block in re.findall(r"```python\n(.*?)```", section, re.DOTALL):
         exec(block, space)
     return space["FrozenQwen2"], space["FrozenInternVL"]
@@ -548,7 +644,12 @@ def readme_bases():
 def test_the_new_bases_of_the_readme_read_rows_and_answer(name):
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<IMG_CONTEXT>"]})
-    text = {**TEXT, "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "vocab_size": len(tokenizer)}
+    text = {
+        **TEXT,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "vocab_size": len(tokenizer),
+    }
     token, qwen2, internvl = tokenizer.convert_tokens_to_ids, *readme_bases()
     if name == "qwen2":
         kind, grid = qwen2, (12, 16)
@@ -568,7 +669,10 @@ def test_the_new_bases_of_the_readme_read_rows_and_answer(name):
     for attention in ("rows", "eager"):
         base = kind(model, tokenizer, kind.make_processor(model.config, preprocessing), attention=attention)
         builder = SampleBuilder.of(base)
-        samples = [builder({"image": image, "pieces": caption_of_phrases(p)}) for p in (["red circle", "sky"], ["a cross"])]
+        samples = [
+            builder({"image": image, "pieces": caption_of_phrases(p)})
+            for p in (["red circle", "sky"], ["a cross"])
+        ]
         found.append(base(samples))
     for a, b in zip(*found):
         assert a["mask_attentions"].shape[1:] == (12, *grid)

@@ -42,17 +42,25 @@ def built_in(tmp_path_factory):
 def base():
     tokenizer, kind = tiny_tokenizer(), FAMILIES["llava"]
     model = tiny_model("llava", tokenizer)
-    return kind(model, tokenizer, kind.make_processor(model.config, {}), template="plain", question="Describe.")
+    return kind(
+        model, tokenizer, kind.make_processor(model.config, {}), template="plain", question="Describe."
+    )
 
 
 def png(root, split="train", build=None):
     return PNGDataset(
-        root / f"png/png_coco_{split}.json", root / f"png/panoptic_{split}.json", root / f"png/panoptic_{split}", root / "png/images", build
+        root / f"png/png_coco_{split}.json",
+        root / f"png/panoptic_{split}.json",
+        root / f"png/panoptic_{split}",
+        root / "png/images",
+        build,
     )
 
 
 def refcoco(root, **options):
-    return RefCOCODataset(root / "refcoco/instances.json", root / "refcoco/refs(unc).p", root / "png/images", "train", **options)
+    return RefCOCODataset(
+        root / "refcoco/instances.json", root / "refcoco/refs(unc).p", root / "png/images", "train", **options
+    )
 
 
 # ---- built-in scenes
@@ -62,9 +70,13 @@ def test_a_scene_depends_on_seed_and_index_alone_and_its_captions_tell_no_positi
     one, two = make_scene(3, 17), make_scene(3, 17)
     assert np.array_equal(one["image"], two["image"]) and one["pieces"] == two["pieces"]
     assert not np.array_equal(one["image"], make_scene(4, 17)["image"])
-    firsts = [make_scene(0, i)["masks"][0].nonzero()[1].mean() for i in range(300)]  # x of the object that is named first
+    firsts = [
+        make_scene(0, i)["masks"][0].nonzero()[1].mean() for i in range(300)
+    ]  # x of the object that is named first
     assert abs(np.mean(firsts) - 32) < 3
-    assert not any((make_scene(0, i)["masks"].sum(0) > 1).any() for i in range(20))  # a hidden part belongs to the object on top
+    assert not any(
+        (make_scene(0, i)["masks"].sum(0) > 1).any() for i in range(20)
+    )  # a hidden part belongs to the object on top
     for scene in (make_scene(0, i) for i in range(20)):  # its words are to be seen
         for obj, mask in zip(scene["objects"], scene["masks"]):
             assert (scene["image"][mask].std(0).max() > 15) == (obj["texture"] != "plain")
@@ -96,9 +108,7 @@ def test_expressions_are_drawn_anew_each_epoch_and_never_in_evaluation(built_in)
 
 
 def test_a_configuration_hands_on_seed_epoch_and_protocol(built_in):
-    entry = (
-        "{type: refcoco, ann_file: refcoco/instances.json, split_file: 'refcoco/refs(unc).p', image_path: png/images, split: train}"
-    )
+    entry = "{type: refcoco, ann_file: refcoco/instances.json, split_file: 'refcoco/refs(unc).p', image_path: png/images, split: train}"
     config = read_config(CONFIG, [f"data.train=[{entry}, {entry}]"])
 
     def drawn(seed, epoch):
@@ -107,8 +117,13 @@ def test_a_configuration_hands_on_seed_epoch_and_protocol(built_in):
         return [part.phrases(i) for part in both.datasets for i in range(len(part))]
 
     assert drawn(0, 0) == drawn(0, 0)
-    assert len({json.dumps(drawn(seed, 0)) for seed in range(4)}) > 1 and len({json.dumps(drawn(0, epoch)) for epoch in range(4)}) > 1
-    sentences = sum(len(r["sentences"]) for r in read_refs(built_in / "refcoco/refs(unc).p") if r["split"] == "train")
+    assert (
+        len({json.dumps(drawn(seed, 0)) for seed in range(4)}) > 1
+        and len({json.dumps(drawn(0, epoch)) for epoch in range(4)}) > 1
+    )
+    sentences = sum(
+        len(r["sentences"]) for r in read_refs(built_in / "refcoco/refs(unc).p") if r["split"] == "train"
+    )
     assert len(build_dataset(config, "train", built_in, None, per_sentence=True)) == 2 * sentences
 
 
@@ -124,7 +139,10 @@ def test_captions_without_a_grounded_phrase_are_left_out_and_nothing_is_substitu
     captions[1]["segments"] = [{"utterance": "nothing here", "segment_ids": [], "plural": False}]
     (tmp_path / "captions.json").write_text(json.dumps(captions))
     dataset = PNGDataset(
-        tmp_path / "captions.json", built_in / "png/panoptic_train.json", built_in / "png/panoptic_train", built_in / "png/images"
+        tmp_path / "captions.json",
+        built_in / "png/panoptic_train.json",
+        built_in / "png/panoptic_train",
+        built_in / "png/images",
     )
     names = [dataset.record(i)["file_name"] for i in range(len(dataset))]
     assert len(names) == 5 == len(set(names)) and f"{int(captions[1]['image_id']):012d}.png" not in names
@@ -157,7 +175,8 @@ def test_a_refs_file_runs_no_code_and_a_damaged_one_is_named(tmp_path, capsys, c
 
 
 @pytest.mark.parametrize(
-    "segmentation", ["abc", {"counts": "x"}, {"counts": [1, 2], "size": "no"}, [[1, 2]], None, {"size": [4, 4], "counts": 7}]
+    "segmentation",
+    ["abc", {"counts": "x"}, {"counts": [1, 2], "size": "no"}, [[1, 2]], None, {"size": [4, 4], "counts": 7}],
 )
 def test_a_segmentation_that_does_not_decode_is_named(segmentation):
     with pytest.raises(UserError, match="annotation 5"):
@@ -192,19 +211,30 @@ def test_missing_pictures_masks_and_annotations_are_named(built_in, tmp_path):
     with pytest.raises(UserError, match="panoptic_train.json: not a readable JSON file"):
         png(root)
     (root / "png/png_coco_train.json").unlink()
-    (root / "png/panoptic_train.json").write_text(json.dumps({"images": [], "annotations": [], "categories": []}))
+    (root / "png/panoptic_train.json").write_text(
+        json.dumps({"images": [], "annotations": [], "categories": []})
+    )
     with pytest.raises(UserError, match="png_coco_train.json: no such file"):
         png(root)
 
 
 def test_masks_of_another_size_and_phrases_without_tokens_are_refused(base):
     builder = SampleBuilder.of(base)
-    record = {"image": Image.new("RGB", (64, 48)), "pieces": [("red", 0)], "masks": np.zeros((1, 64, 48)), "file_name": "a.jpg"}
+    record = {
+        "image": Image.new("RGB", (64, 48)),
+        "pieces": [("red", 0)],
+        "masks": np.zeros((1, 64, 48)),
+        "file_name": "a.jpg",
+    }
     with pytest.raises(UserError, match="a.jpg: masks are 48 x 64 pixels, the picture is 64 x 48"):
         builder(record)
-    with pytest.raises(UserError, match="a.jpg: phrase 0 ('  ') has no token".replace("(", r"\(").replace(")", r"\)")):
+    with pytest.raises(
+        UserError, match="a.jpg: phrase 0 ('  ') has no token".replace("(", r"\(").replace(")", r"\)")
+    ):
         builder({**record, "pieces": [("  ", 0)], "masks": np.zeros((1, 48, 64))})
-    sample = builder({**record, "pieces": [("red", 1)], "masks": np.zeros((2, 48, 64))})  # phrase 0 is nowhere
+    sample = builder(
+        {**record, "pieces": [("red", 1)], "masks": np.zeros((2, 48, 64))}
+    )  # phrase 0 is nowhere
     with pytest.raises(UserError, match="a phrase has no token"):
         base([sample])
 
@@ -269,8 +299,15 @@ def test_every_published_configuration_reads_and_names_a_known_family():
 
 
 def test_deepseek_processor_truncates_where_transformers_rounds():
-    assert DeepseekImageProcessor(384)(Image.new("RGB", (640, 427)))["meta_data"]["image_shape"] == {"height": 256, "width": 384}
-    assert round(427 * 384 / 640) == 256 and DeepseekImageProcessor(384).target(423, 640) == (253, 384) and round(423 * 0.6) == 254
+    assert DeepseekImageProcessor(384)(Image.new("RGB", (640, 427)))["meta_data"]["image_shape"] == {
+        "height": 256,
+        "width": 384,
+    }
+    assert (
+        round(427 * 384 / 640) == 256
+        and DeepseekImageProcessor(384).target(423, 640) == (253, 384)
+        and round(423 * 0.6) == 254
+    )
 
 
 # ---- real photographs
@@ -302,7 +339,10 @@ def test_reasonseg_leaves_ignored_pixels_out(tmp_path):
             {
                 "text": ["what flies?", "the bird"],
                 "is_sentence": True,
-                "shapes": [{"label": "target", "points": square}, {"label": "ignore", "points": [[10, 10], [19, 10], [19, 19], [10, 19]]}],
+                "shapes": [
+                    {"label": "target", "points": square},
+                    {"label": "ignore", "points": [[10, 10], [19, 10], [19, 19], [10, 19]]},
+                ],
             }
         )
     )
@@ -321,16 +361,24 @@ def test_reasonseg_leaves_ignored_pixels_out(tmp_path):
 def test_cached_features_equal_live_ones_and_another_origin_is_refused(built_in, base, tmp_path):
     encoder = SAMImageEncoder(tiny_sam())
     dataset = png(built_in, build=SampleBuilder.of(base))
-    write_cache(tmp_path / "c", base, encoder, dataset, {"base": "tiny", "seed": [1, 2]}, Accelerator(), batch_size=4)
+    write_cache(
+        tmp_path / "c", base, encoder, dataset, {"base": "tiny", "seed": [1, 2]}, Accelerator(), batch_size=4
+    )
     cached = CachedFeatures(tmp_path / "c", {"base": "tiny", "seed": (1, 2)})
     assert len(cached) == len(dataset) and cached.dims == (base.channels, base.num_layers, base.hidden_size)
     for i in (0, 5):
         sample = dataset[i]
         [live] = extract(base, encoder, [sample])
-        torch.testing.assert_close(cached[i]["mask_attentions"], live["mask_attentions"], rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(
+            cached[i]["mask_attentions"], live["mask_attentions"], rtol=1e-3, atol=1e-6
+        )
         torch.testing.assert_close(cached[i]["hidden_states"], live["hidden_states"], rtol=2e-3, atol=2e-3)
-        torch.testing.assert_close(cached[i]["image_embedding"], live["image_embedding"], rtol=2e-3, atol=2e-3)
-        assert torch.equal(cached[i]["masks"], sample["masks"]) and torch.equal(cached[i]["gt_masks"], sample["gt_masks"])
+        torch.testing.assert_close(
+            cached[i]["image_embedding"], live["image_embedding"], rtol=2e-3, atol=2e-3
+        )
+        assert torch.equal(cached[i]["masks"], sample["masks"]) and torch.equal(
+            cached[i]["gt_masks"], sample["gt_masks"]
+        )
         assert torch.equal(cached[i]["mask_ids"], live["mask_ids"])
     with pytest.raises(UserError, match="was made with base = tiny, now other"):
         CachedFeatures(tmp_path / "c", {"base": "other", "seed": [1, 2]})
@@ -363,7 +411,9 @@ def test_a_perfect_prediction_scores_one_and_controls_what_they_should():
     assert scores["controls"]["other"] == scores["controls"]["other_coarse"] == 0
     blind, both = [{}, {}], {**output, "pred_masks": gt.amax(0).expand(2, 8, 8) * 20 - 10}
     other_phrase(both, gt, blind)
-    assert all(row == {"iou_other": 0.5, "iou_other_coarse": 0.5, "alike": 1, "all_objects": 1} for row in blind)
+    assert all(
+        row == {"iou_other": 0.5, "iou_other_coarse": 0.5, "alike": 1, "all_objects": 1} for row in blind
+    )
     assert scores["mIoU"] == scores["cIoU"] == scores["precision@0.9"] == 1
     assert scores["controls"]["whole"] == scores["controls"]["union"] == 0.5
 

@@ -107,9 +107,13 @@ def test_no_step_needs_more_memory_than_an_earlier_one(world, tmp_path, monkeypa
     def next_step(*args):  # called once per optimizer step
         if watch:
             watch[0].__exit__(None, None, None)
-            sizes = [e.nbytes() for e in watch.pop().profiler.kineto_results.events() if e.name() == "[memory]"]
+            sizes = [
+                e.nbytes() for e in watch.pop().profiler.kineto_results.events() if e.name() == "[memory]"
+            ]
             steps.append((max(np.cumsum(sizes)), sum(sizes)))
-        watch.append(torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True))
+        watch.append(
+            torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+        )
         watch[0].__enter__()
         return original(*args)
 
@@ -135,12 +139,25 @@ def test_a_sharded_base_gives_the_losses_of_the_whole_one(world, tmp_path):
 
 def test_a_head_is_trained_from_the_cache_scored_and_used(world, tmp_path):
     head = tmp_path / "run/head.safetensors"
-    out = train(world, tmp_path / "run", "--max-steps", 2, "--batch-size", 4, "--cache-attention", tmp_path / "cache")
+    out = train(
+        world, tmp_path / "run", "--max-steps", 2, "--batch-size", 4, "--cache-attention", tmp_path / "cache"
+    )
     assert "base: cached features" in out and "val_miou" in out
-    shutil.rmtree(tmp_path / "cache/val")  # as if the first run had been cut short: only what is missing is written
+    shutil.rmtree(
+        tmp_path / "cache/val"
+    )  # as if the first run had been cut short: only what is missing is written
     written = (tmp_path / "cache/train/features-00000.h5").stat().st_mtime_ns
     again = train(
-        world, tmp_path / "again", "--max-steps", 2, "--batch-size", 4, "--cache-attention", tmp_path / "cache", "--targets", "original"
+        world,
+        tmp_path / "again",
+        "--max-steps",
+        2,
+        "--batch-size",
+        4,
+        "--cache-attention",
+        tmp_path / "cache",
+        "--targets",
+        "original",
     )
     assert "base: cached features" in again and "val_miou" in again
     assert (tmp_path / "cache/train/features-00000.h5").stat().st_mtime_ns == written
@@ -152,7 +169,8 @@ def test_a_head_is_trained_from_the_cache_scored_and_used(world, tmp_path):
     assert (tmp_path / "two/results.json").read_text() == (tmp_path / "test/results.json").read_text()
     results = json.loads((tmp_path / "test/results.json").read_text())
     assert (
-        set(results["controls"]) == {"whole", "centre", "union", "other", "other_coarse", "raw"} and f"{results['phrases']} phrases" in text
+        set(results["controls"]) == {"whole", "centre", "union", "other", "other_coarse", "raw"}
+        and f"{results['phrases']} phrases" in text
     )
     assert len(list((tmp_path / "test/overlays").glob("*.png"))) == 2
     assert len(json.loads((tmp_path / "test/masks.json").read_text())) == results["phrases"]
@@ -193,8 +211,14 @@ def in_process(main, parse, monkeypatch, *arguments):
     [
         (["--image", "{world}/none.jpg", "--text", "x"], "none.jpg: no such file"),
         (["--image", "{world}/p.png", "--text", " ; x"], "empty phrase"),
-        (["--image", "{world}/p.png", "--text", "x", "--set", "base.path={world}/qwen"], "needs a LlavaForConditionalGeneration"),
-        (["--image", "{world}/p.png", "--text", "x", "--set", "base.path={world}/llava"], "none.pth: no such weight file"),
+        (
+            ["--image", "{world}/p.png", "--text", "x", "--set", "base.path={world}/qwen"],
+            "needs a LlavaForConditionalGeneration",
+        ),
+        (
+            ["--image", "{world}/p.png", "--text", "x", "--set", "base.path={world}/llava"],
+            "none.pth: no such weight file",
+        ),
     ],
 )
 def test_the_demo_refuses_before_it_writes(world, tmp_path, monkeypatch, arguments, reason):
@@ -224,7 +248,16 @@ def test_train_refuses_before_it_makes_a_run_folder(world, tmp_path, monkeypatch
 
 
 def test_a_refusal_is_one_line_and_status_two(world, tmp_path):
-    line = call(ROOT / "flmm/train.py", "--config", tmp_path / "none.yaml", "--data", world, "--out", tmp_path / "x", ok=False)
+    line = call(
+        ROOT / "flmm/train.py",
+        "--config",
+        tmp_path / "none.yaml",
+        "--data",
+        world,
+        "--out",
+        tmp_path / "x",
+        ok=False,
+    )
     assert "none.yaml: no such file" in line
 
 

@@ -2,6 +2,7 @@
 come from the metadata, tolerances from the golden README. A file of unknown kind, or an output that is not compared, fails.
 
 All of it is legacy numerics: float32 rotary tables or a centred kernel would fail here by a factor of ten and more."""
+
 import json
 
 import pytest
@@ -27,8 +28,10 @@ from cwt_mae.train import lr_at
 from cwt_mae.upstream_signals import band_pass, finetune_window, pretrain_window
 from tests.golden import golden_files
 
-MODEL_ARGS = ("signal_len cwt_scales patch_size_time patch_size_freq embed_dim depth num_heads decoder_embed_dim decoder_depth "
-              "decoder_num_heads mask_ratio mlp_rank_ratio time_loss_weight").split()
+MODEL_ARGS = (
+    "signal_len cwt_scales patch_size_time patch_size_freq embed_dim depth num_heads decoder_embed_dim decoder_depth "
+    "decoder_num_heads mask_ratio mlp_rank_ratio time_loss_weight"
+).split()
 
 
 class Golden:
@@ -47,15 +50,19 @@ class Golden:
         return self.tensors[key]
 
     def under(self, prefix):
-        return {key[len(prefix):]: value for key, value in self.tensors.items() if key.startswith(prefix)}
+        return {key[len(prefix) :]: value for key, value in self.tensors.items() if key.startswith(prefix)}
 
     def check(self, key, value, tolerance):
         expected = self.tensors["out." + key]
         self.left.discard("out." + key)
         value = torch.as_tensor(value.copy() if hasattr(value, "strides") else value).detach()
-        assert value.shape == expected.shape, f"{key}: {tuple(value.shape)} instead of {tuple(expected.shape)}"
+        assert value.shape == expected.shape, (
+            f"{key}: {tuple(value.shape)} instead of {tuple(expected.shape)}"
+        )
         assert torch.isfinite(value.float()).all(), f"{key} is not finite"
-        error = ((value.double() - expected.double()).abs().max() / expected.double().abs().max().clamp(min=1e-30)).item()
+        error = (
+            (value.double() - expected.double()).abs().max() / expected.double().abs().max().clamp(min=1e-30)
+        ).item()
         assert error <= tolerance, f"{key} is off by {error:.1e} of its peak, allowed {tolerance:.0e}"
 
 
@@ -82,9 +89,13 @@ def cwt_wrap_(g, tmp_path):
         g.check(f"{i}.std", imgs.std((2, 3), keepdim=True).clamp(min=1e-5), 5e-6)
         expected = (g.get(f"out.{i}.imgs") - g.get(f"out.{i}.mean")) / g.get(f"out.{i}.std")
         fused = cwt_wrap(x, *args, legacy=True, normalize=True)
-        assert (fused - expected).abs().max() <= 5e-6 * expected.abs().max(), f"fused normalisation of case {i}"
+        assert (fused - expected).abs().max() <= 5e-6 * expected.abs().max(), (
+            f"fused normalisation of case {i}"
+        )
         plain = cwt_wrap(x.clone().requires_grad_(), *args, legacy=True, normalize=True)
-        assert (plain - expected).abs().max() <= 5e-6 * expected.abs().max(), f"differentiable path of case {i}"
+        assert (plain - expected).abs().max() <= 5e-6 * expected.abs().max(), (
+            f"differentiable path of case {i}"
+        )
 
 
 def rope(g, tmp_path):
@@ -92,7 +103,13 @@ def rope(g, tmp_path):
         table = RotaryEmbedding(case["dim"], legacy=True)
         cos, sin = table(g.get(f"in.{i}.pos_ids"))
         q, k = apply_rotary_pos_emb(g.get(f"in.{i}.q"), g.get(f"in.{i}.k"), cos, sin)
-        for name, value in (("cos", cos), ("sin", sin), ("q_rot", q), ("k_rot", k), ("inv_freq", table.inv_freq)):
+        for name, value in (
+            ("cos", cos),
+            ("sin", sin),
+            ("q_rot", q),
+            ("k_rot", k),
+            ("inv_freq", table.inv_freq),
+        ):
             g.check(f"{i}.{name}", value, 1e-6)
 
 
@@ -110,9 +127,12 @@ def modules(g, tmp_path):
     patch_embed.load_state_dict(g.under("param.patch_embed."))
     g.check("patch_embed", patch_embed(g.get("in.imgs")), 5e-6)
     tables = RotaryEmbedding(c["dim"] // c["heads"], legacy=True)(g.get("in.pos_ids"))
-    for name, module in (("attn", RoPEAttention(c["dim"], c["heads"])), ("attn_bias", RoPEAttention(c["dim"], c["heads"], qkv_bias=True)),
-                         ("tblock", TensorizedBlock(c["dim"], c["heads"], c["mlp_ratio"], rank_ratio=c["rank_ratio"])),
-                         ("block", Block(c["dim"], c["heads"], c["mlp_ratio"]))):
+    for name, module in (
+        ("attn", RoPEAttention(c["dim"], c["heads"])),
+        ("attn_bias", RoPEAttention(c["dim"], c["heads"], qkv_bias=True)),
+        ("tblock", TensorizedBlock(c["dim"], c["heads"], c["mlp_ratio"], rank_ratio=c["rank_ratio"])),
+        ("block", Block(c["dim"], c["heads"], c["mlp_ratio"])),
+    ):
         module.load_state_dict(g.under(f"param.{name}."))
         module.eval()
         g.check(name, module(x, *tables), 5e-6)
@@ -124,7 +144,7 @@ def mae(g, tmp_path):
     model.load_state_dict(g.under("param."))
     x, noise = g.get("in.x"), g.get("in.noise")
     torch.manual_seed(g.config["noise_seed"])
-    assert torch.equal(torch.rand(noise.shape), noise)     # so a seeded model of ours draws upstream's masks
+    assert torch.equal(torch.rand(noise.shape), noise)  # so a seeded model of ours draws upstream's masks
     torch.manual_seed(g.config["noise_seed"])
     drawn = model(x)[0]
     out = model.forward_losses(x, noise)
@@ -132,18 +152,31 @@ def mae(g, tmp_path):
     mask, ids_restore, ids_keep, _ = model.random_masking(noise)
     imgs, signal, _ = model.images(x)
     latent = model.forward_encoder(imgs, signal, ids_keep=ids_keep)
-    found = {"total_loss": out["loss"], "loss_spec": out["loss_spec"], "loss_time": out["loss_time"], "pred_spec": out["pred_spec"],
-             "pred_time": out["pred_time"], "imgs": out["imgs"], "latent": latent,
-             "decoder_features": model.forward_decoder(latent, ids_restore)}
+    found = {
+        "total_loss": out["loss"],
+        "loss_spec": out["loss_spec"],
+        "loss_time": out["loss_time"],
+        "pred_spec": out["pred_spec"],
+        "pred_time": out["pred_time"],
+        "imgs": out["imgs"],
+        "latent": latent,
+        "decoder_features": model.forward_decoder(latent, ids_restore),
+    }
     exact = {"mask": mask, "ids_keep": ids_keep, "ids_restore": ids_restore}
     assert torch.equal(out["mask"], mask)
     out["loss"].backward()
     model.mask_ratio = 0.0
     whole = model.forward_losses(x[:, None])
     imgs, signal, _ = model.images(x)
-    found |= {"r0.total_loss": whole["loss"], "r0.loss_spec": whole["loss_spec"], "r0.loss_time": whole["loss_time"],
-              "r0.pred_spec": whole["pred_spec"], "r0.pred_time": whole["pred_time"], "r0.imgs": whole["imgs"],
-              "r0.latent": model.forward_encoder(imgs, signal)}
+    found |= {
+        "r0.total_loss": whole["loss"],
+        "r0.loss_spec": whole["loss_spec"],
+        "r0.loss_time": whole["loss_time"],
+        "r0.pred_spec": whole["pred_spec"],
+        "r0.pred_time": whole["pred_time"],
+        "r0.imgs": whole["imgs"],
+        "r0.latent": model.forward_encoder(imgs, signal),
+    }
     for name in g.under("out."):
         if name.startswith("grad."):
             g.check(name, model.get_parameter(name[5:]).grad, 1e-4)
@@ -155,10 +188,14 @@ def train_steps(g, tmp_path):
     c = g.config
     model = CWT_MAE_RoPE(legacy=True, **model_of(c)).train()
     model.load_state_dict(g.under("param."))
-    optimizer = torch.optim.AdamW(model.parameters(), betas=c["betas"], eps=c["eps"], weight_decay=c["weight_decay"])
+    optimizer = torch.optim.AdamW(
+        model.parameters(), betas=c["betas"], eps=c["eps"], weight_decay=c["weight_decay"]
+    )
     losses, norms = [], []
     for step, (x, noise, lr) in enumerate(zip(g.get("in.x"), g.get("in.noise"), g.get("in.lr").tolist())):
-        assert lr_at(step, c["steps"], c["warmup_steps"], c["base_lr"], c["min_lr"]) == pytest.approx(lr, rel=1e-6, abs=1e-12)
+        assert lr_at(step, c["steps"], c["warmup_steps"], c["base_lr"], c["min_lr"]) == pytest.approx(
+            lr, rel=1e-6, abs=1e-12
+        )
         optimizer.param_groups[0]["lr"] = lr
         optimizer.zero_grad()
         loss = model(x, noise)[0]
@@ -174,10 +211,21 @@ def train_steps(g, tmp_path):
 
 def classifier(g, tmp_path):
     c, path = g.config, tmp_path / "upstream.pth"
-    torch.save({"model": {c["key_prefix"] + key: value for key, value in g.under("pretrained.").items()}, "epoch": 3}, path)
+    torch.save(
+        {
+            "model": {c["key_prefix"] + key: value for key, value in g.under("pretrained.").items()},
+            "epoch": 3,
+        },
+        path,
+    )
     head = {key: c[key] for key in ("num_reasoning_tokens", "hidden_dim", "num_res_blocks") if key in c}
-    model = TF_MAE_Classifier(path, c["num_classes"], use_cot=c["use_cot"], **head,
-                              **{**model_of(c["pretrain"]), "signal_len": c["new_signal_len"]}).eval()
+    model = TF_MAE_Classifier(
+        path,
+        c["num_classes"],
+        use_cot=c["use_cot"],
+        **head,
+        **{**model_of(c["pretrain"]), "signal_len": c["new_signal_len"]},
+    ).eval()
     state = model.state_dict()
     assert set(state) == set(c["state_dict_keys"])
     for key, value in g.under("pretrained.").items():
@@ -207,7 +255,7 @@ def pos_embed_interp(g, tmp_path):
 
 def preprocess_and_schedule(g, tmp_path):
     c = g.config
-    assert c["mode"] == "test"                             # a random crop would need the generator's state
+    assert c["mode"] == "test"  # a random crop would need the generator's state
     for i in g.under("in.pretrain."):
         row = g.get(f"in.pretrain.{i}")[c["pretrain_row"]].numpy()
         g.check(f"pretrain.{i}", pretrain_window(row, c["pretrain_signal_len"]), 1e-6)
@@ -215,15 +263,28 @@ def preprocess_and_schedule(g, tmp_path):
         x = g.get(f"in.cls.{i}").numpy()
         g.check(f"cls_filtered.{i}", band_pass(x, c["cls_fs"]), 1e-6)
         g.check(f"cls.{i}", finetune_window(x, c["cls_signal_len"], c["cls_fs"]), 1e-6)
-        g.left.discard(f"out.cls_label.{i}")               # the label stored beside the record, not computed
+        g.left.discard(f"out.cls_label.{i}")  # the label stored beside the record, not computed
     lr = c["lr"]
-    rates = [lr_at(step, lr["total_steps"], lr["warmup_steps"], lr["base_lr"], lr["min_lr"]) for step in range(lr["total_steps"])]
+    rates = [
+        lr_at(step, lr["total_steps"], lr["warmup_steps"], lr["base_lr"], lr["min_lr"])
+        for step in range(lr["total_steps"])
+    ]
     g.check("lr", torch.tensor(rates, dtype=torch.float64), 1e-6)
 
 
-KINDS = {"ricker_kernels": ricker_kernels, "cwt_ricker": cwt_ricker_, "cwt_wrap": cwt_wrap_, "rope": rope,
-         "tensorized_linear": tensorized_linear, "modules": modules, "mae": mae, "train_steps": train_steps, "classifier": classifier,
-         "pos_embed_interp": pos_embed_interp, "preprocess_and_schedule": preprocess_and_schedule}
+KINDS = {
+    "ricker_kernels": ricker_kernels,
+    "cwt_ricker": cwt_ricker_,
+    "cwt_wrap": cwt_wrap_,
+    "rope": rope,
+    "tensorized_linear": tensorized_linear,
+    "modules": modules,
+    "mae": mae,
+    "train_steps": train_steps,
+    "classifier": classifier,
+    "pos_embed_interp": pos_embed_interp,
+    "preprocess_and_schedule": preprocess_and_schedule,
+}
 
 
 @pytest.mark.parametrize("path", golden_files("cwt_mae"))

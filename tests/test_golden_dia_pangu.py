@@ -2,6 +2,7 @@
 
 Files are recognised by the start of their name and configured from their own metadata.
 """
+
 import csv
 import json
 import shutil
@@ -33,8 +34,10 @@ class Golden:
             tensors = {key: file.get_tensor(key) for key in file.keys()}
             metadata = file.metadata()
         self.config, self.tolerance = json.loads(metadata["config"]), float(metadata["tolerance"])
-        self.param, self.inputs, self.out = ({key[len(start):]: value for key, value in tensors.items()
-                                              if key.startswith(start)} for start in ("param.", "in.", "out."))
+        self.param, self.inputs, self.out = (
+            {key[len(start) :]: value for key, value in tensors.items() if key.startswith(start)}
+            for start in ("param.", "in.", "out.")
+        )
         self.seen = set()
 
     def load(self, module):
@@ -45,7 +48,9 @@ class Golden:
         expected = self.out[name]
         self.seen.add(name)
         value = value.detach()
-        assert value.shape == expected.shape, f"{name}: shape {tuple(value.shape)}, expected {tuple(expected.shape)}"
+        assert value.shape == expected.shape, (
+            f"{name}: shape {tuple(value.shape)}, expected {tuple(expected.shape)}"
+        )
         error = (value.double() - expected.double()).abs().max().item()
         limit = self.tolerance * max(1.0, expected.double().abs().max().item())
         assert error <= limit, f"{name}: off by {error:.2e}, allowed {limit:.2e}"
@@ -90,8 +95,14 @@ def decoder(golden):
     config = dict(golden.config)
     num_layers, intermediate = config.pop("num_layers"), config.pop("return_intermediate")
     has_norm = any(key.startswith("norm.") for key in golden.param)
-    model = golden.load(TransformerDecoder(TransformerDecoderLayer(**config), num_layers,
-                                           torch.nn.LayerNorm(config["d_model"]) if has_norm else None, intermediate))
+    model = golden.load(
+        TransformerDecoder(
+            TransformerDecoderLayer(**config),
+            num_layers,
+            torch.nn.LayerNorm(config["d_model"]) if has_norm else None,
+            intermediate,
+        )
+    )
     inputs = {key: value.bool() if key.endswith("mask") else value for key, value in golden.inputs.items()}
     result = model(inputs.pop("tgt"), inputs.pop("memory"), **inputs)
     if intermediate:
@@ -105,9 +116,17 @@ def small_embedding(config):
     """The golden files' names for the sizes that upstream fixes, as constructor arguments."""
     vit = {key: config[key] for key in ("image_size", "frames", "depth", "heads", "dim_head", "mlp_dim")}
     perceiver = {"depth": config["pdepth"], "heads": config["pheads"], "dim_head": config["pdh"]}
-    names = ("num_embeddings", "embedding_dim", "perceiver_num", "vis_dim", "patch_size", "frame_patch_size", "n_tok", "mem")
-    return MyEmbedding(**{key: config[key] for key in names}, vit=vit, perceiver=perceiver,
-                       min_temp=None)
+    names = (
+        "num_embeddings",
+        "embedding_dim",
+        "perceiver_num",
+        "vis_dim",
+        "patch_size",
+        "frame_patch_size",
+        "n_tok",
+        "mem",
+    )
+    return MyEmbedding(**{key: config[key] for key in names}, vit=vit, perceiver=perceiver, min_temp=None)
 
 
 def my_embedding_small(golden):
@@ -115,7 +134,9 @@ def my_embedding_small(golden):
     x, labels, ids = (golden.inputs[key] for key in ("vision_x", "cls_labels", "text_input"))
     tokens = layer.encode(x)
     golden.check("tokens", tokens.flatten(0, 1))
-    similarity = layer(x, mode="cls_upstream")  # the reference pools over the wrong axis here; see MyEmbedding.similarity
+    similarity = layer(
+        x, mode="cls_upstream"
+    )  # the reference pools over the wrong axis here; see MyEmbedding.similarity
     golden.check("all_sim_cls", similarity)
     golden.check("pred_labels", (similarity[..., 0] >= similarity[..., 1]).long())
     golden.check("embeds_generate", layer(text_input=ids, tokens=tokens))
@@ -127,10 +148,10 @@ def my_embedding_small(golden):
         golden.check(name, value)
     probe_loss.backward()
     for name in [key for key in golden.out if key.startswith("grad.")]:
-        golden.check(name, layer.get_parameter(name[len("grad."):]).grad)
+        golden.check(name, layer.get_parameter(name[len("grad.") :]).grad)
     optimizer.step()
     for name in [key for key in golden.out if key.startswith("after_adamw.")]:
-        golden.check(name, layer.get_parameter(name[len("after_adamw."):]))
+        golden.check(name, layer.get_parameter(name[len("after_adamw.") :]))
 
 
 def my_embedding_realsize(golden):
@@ -141,10 +162,13 @@ def my_embedding_realsize(golden):
     for key, value in state.items():  # the recipe of the golden README: one stream of random numbers per key
         generator = torch.Generator().manual_seed((zlib.crc32(key.encode()) + config["recipe_seed"]) % 2**31)
         r = torch.randn(value.shape, generator=generator)
-        scale_like = (key.endswith("norm.weight") or key in ("vision_encoder.to_patch_embedding.1.weight",
-                                                             "vision_encoder.to_patch_embedding.3.weight")
-                      or ("norm_" in key and key.endswith("weight"))
-                      or ("perceiver" in key and key.endswith(".1.0.weight")))
+        scale_like = (
+            key.endswith("norm.weight")
+            or key
+            in ("vision_encoder.to_patch_embedding.1.weight", "vision_encoder.to_patch_embedding.3.weight")
+            or ("norm_" in key and key.endswith("weight"))
+            or ("perceiver" in key and key.endswith(".1.0.weight"))
+        )
         value.copy_(torch.tensor(0.07) if key == "temp" else 1 + 0.05 * r if scale_like else 0.03 * r)
     golden.check("param_checksum_proj_weight", layer.proj.weight.double().sum()[None])
     generator = torch.Generator().manual_seed(config["input_seed"])
@@ -154,7 +178,9 @@ def my_embedding_realsize(golden):
     assert torch.equal(labels, golden.inputs["cls_labels"])
     with torch.no_grad():
         tokens = layer.encode(vision_x)
-        embeds, sim = layer(cls_labels=labels, text_input=golden.inputs["text_input"], mode="train", tokens=tokens)
+        embeds, sim = layer(
+            cls_labels=labels, text_input=golden.inputs["text_input"], mode="train", tokens=tokens
+        )
         rows = next(key for key in golden.out if key.startswith("tokens_rows_"))
         golden.check(rows, tokens[0, 0, [int(row) for row in rows.split("_")[2:]]])
         golden.check("embeds", embeds)
@@ -174,14 +200,15 @@ def multimodal_loss(golden):
     model.set_trained(("",), never=("group_cls_head.",))
     model.eval()
     out = model(**golden.inputs)
-    embeds, sim = model.embedding_layer(golden.inputs["vision_x"], golden.inputs["cls_labels"],
-                                        golden.inputs["lang_x"], mode="train")
+    embeds, sim = model.embedding_layer(
+        golden.inputs["vision_x"], golden.inputs["cls_labels"], golden.inputs["lang_x"], mode="train"
+    )
     for name, value in {**out, "embeds": embeds, "sim": sim}.items():
         if name != "probability":  # ours alone
             golden.check(name, value)
     out["loss"].backward()
     for name in [key for key in golden.out if key.startswith("grad.")]:
-        golden.check(name, model.get_parameter(name[len("grad."):]).grad)
+        golden.check(name, model.get_parameter(name[len("grad.") :]).grad)
 
 
 def volume_preprocess(golden):
@@ -204,14 +231,25 @@ def text_layout(path):
 
     golden = json.loads(path.read_text(encoding="utf-8"))
     tokenizer_file = path.with_name(golden.get("tokenizer", "char_tokenizer.json"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_file), unk_token="<unk>", bos_token="<s>",
-                                        eos_token="</s>", pad_token="<unk>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(tokenizer_file),
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<unk>",
+    )
     assert len(tokenizer) == golden["base_vocab_size"]
     names = golden["image_token_ids"]
     count = 1 + max(int(name[6:-1]) for name in names if name not in ("<image>", "</image>"))
     for case in golden["cases"]:
-        text = ReportText(tokenizer, golden["base_vocab_size"], image_tokens=count, language=case["lang"],
-                          max_length=case["max_seq"], skip_unknown=True)
+        text = ReportText(
+            tokenizer,
+            golden["base_vocab_size"],
+            image_tokens=count,
+            language=case["lang"],
+            max_length=case["max_seq"],
+            skip_unknown=True,
+        )
         assert {name: text.tokenizer.convert_tokens_to_ids(name) for name in names} == names
         statuses = [int(code == 1) for code in case["labels_csv"]]
         assert statuses == case["cls_labels"]
@@ -240,7 +278,7 @@ def nlg_(path):
         assert scores[name] == pytest.approx(expected[name], abs=1e-9, rel=0), name
     for name in [key for key in expected if "_first" in key]:
         metric, count = name.split("_first")
-        assert samples[metric][:int(count)] == pytest.approx(expected[name], abs=1e-9, rel=0), name
+        assert samples[metric][: int(count)] == pytest.approx(expected[name], abs=1e-9, rel=0), name
     if shutil.which("java"):
         assert scores["METEOR"] == pytest.approx(expected["METEOR_jar"], abs=1e-3)
     else:
@@ -250,7 +288,7 @@ def nlg_(path):
         # Which row was emptied is not recorded: exactly one of them must give the stored scores.
         hits = 0
         for i in range(len(rows)):
-            emptied = predictions[:i] + [""] + predictions[i + 1:]
+            emptied = predictions[:i] + [""] + predictions[i + 1 :]
             if bleu(truths, emptied)[0] == pytest.approx(case["BLEU"], abs=1e-9, rel=0):
                 hits += 1
                 assert rouge_l(truths, emptied)[0] == pytest.approx(case["ROUGE_L"], abs=1e-9, rel=0)
@@ -268,9 +306,21 @@ def results_(path):
     assert path.name in named, f"{path.name}: no nlg file names it, so it is never compared"
 
 
-MODULES = {check.__name__: check for check in (
-    vit3d, posenc_learned3d, posenc_2d, perceiver, gated_cross_attention, decoder, my_embedding_small,
-    my_embedding_realsize, multimodal_loss, volume_preprocess)}
+MODULES = {
+    check.__name__: check
+    for check in (
+        vit3d,
+        posenc_learned3d,
+        posenc_2d,
+        perceiver,
+        gated_cross_attention,
+        decoder,
+        my_embedding_small,
+        my_embedding_realsize,
+        multimodal_loss,
+        volume_preprocess,
+    )
+}
 FILES_OF_TEXT = {check.__name__: check for check in (text_layout, nlg_, char_tokenizer, results_)}
 
 

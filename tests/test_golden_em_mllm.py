@@ -40,7 +40,8 @@ class Golden:
             self.config = json.loads(file.metadata()["config"])
         self.path, self.compared = path, set()
         self.param, self.input, self.out = (
-            {k.removeprefix(p): v for k, v in tensors.items() if k.startswith(p)} for p in ("param.", "in.", "out.")
+            {k.removeprefix(p): v for k, v in tensors.items() if k.startswith(p)}
+            for p in ("param.", "in.", "out.")
         )
         if "sample_ids" in self.input:
             self.ids = self.input["sample_ids"]
@@ -51,7 +52,9 @@ class Golden:
 
     def numbered(self, name):
         """in.<name>.0, in.<name>.1, ... in order."""
-        keys = sorted((k for k in self.input if k.startswith(name + ".")), key=lambda k: int(k.split(".")[-1]))
+        keys = sorted(
+            (k for k in self.input if k.startswith(name + ".")), key=lambda k: int(k.split(".")[-1])
+        )
         return [self.input[k] for k in keys]
 
     def close(self, name, actual, atol=2e-5, rtol=1e-4, where=None):
@@ -60,11 +63,15 @@ class Golden:
         assert actual.shape == expected.shape, f"{name}: {tuple(actual.shape)} for {tuple(expected.shape)}"
         if where is not None:
             actual, expected = actual[where], expected[where]
-        torch.testing.assert_close(actual.detach(), expected, atol=atol, rtol=rtol, msg=lambda m: f"{self.path.name} {name}: {m}")
+        torch.testing.assert_close(
+            actual.detach(), expected, atol=atol, rtol=rtol, msg=lambda m: f"{self.path.name} {name}: {m}"
+        )
 
     def equal(self, name, actual):
         self.compared.add(name)
-        assert torch.equal(actual.to(torch.int64), self.out[name].to(torch.int64)), f"{self.path.name} {name} differs"
+        assert torch.equal(actual.to(torch.int64), self.out[name].to(torch.int64)), (
+            f"{self.path.name} {name} differs"
+        )
 
 
 def load(module, tensors):
@@ -104,11 +111,15 @@ def check_normalize(g):
     patch = SiTMAEConfig(**g.config).patch_size[0]
     for name in [k for k in g.out if k.startswith("transform_")]:
         _, method, rate = name.split("_")
-        out = transform_downstream({"iq": iq, "fs": g.input["fs"].numpy()}, patch, rate == "fs", norm_method_iq=method)
+        out = transform_downstream(
+            {"iq": iq, "fs": g.input["fs"].numpy()}, patch, rate == "fs", norm_method_iq=method
+        )
         iq_part = torch.ones(out["iq"].shape, dtype=torch.bool)
         iq_part[:, :, patch : 2 * patch] = rate != "fs"
         g.close(name, torch.tensor(out["iq"]), 1e-9, 0, where=iq_part)
-        g.close(name, torch.tensor(out["iq"]), 1e-6, 0)  # in.fs is float32: the rate patch is no more exact than that
+        g.close(
+            name, torch.tensor(out["iq"]), 1e-6, 0
+        )  # in.fs is float32: the rate patch is no more exact than that
 
 
 def check_encoder_outputs(g, config, state):
@@ -117,13 +128,19 @@ def check_encoder_outputs(g, config, state):
         load(model, convert_checkpoint(state, model.state_dict()))
         out = model(*g.tokens, output_hidden_states=True, output_attentions=attention == "eager")
         g.close("last_hidden_state_ln", out.last_hidden_state, where=g.valid)
-        g.close("last_hidden_state_no_ln", model(*g.tokens, apply_layernorm=False).last_hidden_state, where=g.valid)
+        g.close(
+            "last_hidden_state_no_ln",
+            model(*g.tokens, apply_layernorm=False).last_hidden_state,
+            where=g.valid,
+        )
         for name in [k for k in g.out if k.startswith("hidden_states.")]:
             g.close(name, out.hidden_states[int(name.split(".")[1])], where=g.valid)
         if attention == "eager":
             for name in [k for k in g.out if k.startswith("attn.")]:
                 g.close(
-                    name, out.attentions[int(name.split(".")[1])], where=g.valid[:, None, :].expand(-1, config["num_attention_heads"], -1)
+                    name,
+                    out.attentions[int(name.split(".")[1])],
+                    where=g.valid[:, None, :].expand(-1, config["num_attention_heads"], -1),
                 )
         if "head_mask" in g.input:
             masked = model(*g.tokens, head_mask=g.input["head_mask"], apply_layernorm=False)
@@ -137,7 +154,9 @@ def check_sit_nomask(g):
 
 def check_sit_fused_qkv(g):
     model = check_encoder_outputs(g, g.config, g.param)
-    flat = model(*g.tokens).last_hidden_state[g.valid]  # upstream returns valid tokens only, in bf16 attention
+    flat = model(*g.tokens).last_hidden_state[
+        g.valid
+    ]  # upstream returns valid tokens only, in bf16 attention
     g.close("fa2_flat_ln_bf16", flat, 5e-2, 0)
 
 
@@ -145,7 +164,9 @@ def check_mae(g):
     model = load(SiTMAEForPreTraining(SiTMAEConfig(**g.config)), g.param)
     encoded = model.sit(*g.tokens, noise=g.input["noise"])
     visible = model.sit.embeddings.hide(
-        model.sit.embeddings.embed(*g.tokens[:2]), sample_id_matrix(g.ids_seq, g.ids.shape[1]), g.input["noise"]
+        model.sit.embeddings.embed(*g.tokens[:2]),
+        sample_id_matrix(g.ids_seq, g.ids.shape[1]),
+        g.input["noise"],
     )
     out = model(*g.tokens, noise=g.input["noise"])
     kept = visible[1] >= 0
@@ -160,7 +181,10 @@ def check_mae(g):
     gradients = dict(model.named_parameters())
     for name in [k for k in g.out if k.startswith("grad.")]:
         g.close(name, gradients[name.removeprefix("grad.")].grad, 5e-5, 0)
-    g.compared |= {"upstream_logits", "upstream_loss"}  # upstream's defect with rows of unequal length, not ours to repeat
+    g.compared |= {
+        "upstream_logits",
+        "upstream_loss",
+    }  # upstream's defect with rows of unequal length, not ours to repeat
 
 
 def check_cls_head(g):
@@ -192,7 +216,9 @@ def check_loader(g, tmp_path):
     model = SiTMAEModelWithoutMask(SiTMAEConfig(**g.config)).eval()
     load_encoder(model, tmp_path)
     g.close("position_embeddings", model.embeddings.position_embeddings, 0, 0)
-    g.close("last_hidden_state_no_ln", model(*g.tokens, apply_layernorm=False).last_hidden_state, where=g.valid)
+    g.close(
+        "last_hidden_state_no_ln", model(*g.tokens, apply_layernorm=False).last_hidden_state, where=g.valid
+    )
     g.close("last_hidden_state_ln", model(*g.tokens).last_hidden_state, where=g.valid)
 
 
@@ -207,7 +233,9 @@ def build_mm(g, legacy):
 
 def check_mm_legacy(g):
     model = build_mm(g, legacy=True)
-    iq, _ = collate_iq([scale_to_peak(x) for x in g.numbered("iq")], model.signal_encoder.config.patch_size[0])
+    iq, _ = collate_iq(
+        [scale_to_peak(x) for x in g.numbered("iq")], model.signal_encoder.config.patch_size[0]
+    )
     texts = [torch.cat(pair).tolist() for pair in zip(g.numbered("question"), g.numbered("answer"))]
     ids, mask, _ = collate_text(texts, [0] * len(texts), g.config["pad_id"])
     g.close("collated_iq", iq, 0, 0)
@@ -216,7 +244,9 @@ def check_mm_legacy(g):
     out = model(iq, ids, mask, labels=ids, all_logits=True)
     g.close("inputs_embeds", out["inputs_embeds"], 5e-5, 0)
     g.equal("attention_mask", out["attention_mask"])
-    labels = torch.cat([torch.full((len(ids), iq.shape[1] // model.signal_encoder.config.patch_size[0] + 2), -100), ids], 1)
+    labels = torch.cat(
+        [torch.full((len(ids), iq.shape[1] // model.signal_encoder.config.patch_size[0] + 2), -100), ids], 1
+    )
     g.equal("labels", labels)
     assert torch.equal(out["labels"], labels[:, 1:])
     g.close("logits", out["logits"], 5e-5, 0)
@@ -249,7 +279,9 @@ def check_mm_native(g):
     g.close("loss", out["loss"], 5e-5, 0)
     assert torch.equal(out["labels"], g.out["labels"][:, 1:])
     g.compared.add("labels")
-    g.close("loss", model(iq, ids, mask, labels, lengths, rates)["loss"], 5e-5, 0)  # logits only where a label is: the same loss
+    g.close(
+        "loss", model(iq, ids, mask, labels, lengths, rates)["loss"], 5e-5, 0
+    )  # logits only where a label is: the same loss
 
 
 def check_fm9g(g):
@@ -266,7 +298,11 @@ def check_fm9g(g):
 
 
 def with_head(tensors):
-    return tensors if "lm_head.weight" in tensors else {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}
+    return (
+        tensors
+        if "lm_head.weight" in tensors
+        else {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}
+    )
 
 
 CHECKS = {
@@ -288,8 +324,13 @@ CHECKS = {
 @pytest.mark.parametrize("path", golden_files("em_mllm"))
 def test_same_numbers_as_upstream(path, tmp_path):
     assert path.suffix == ".safetensors", f"{path.name}: unknown kind of golden file"
-    kind = next((k for k in CHECKS if re.match(k + r"(_|\.|-|\d|[a-z]*_|$)", path.name) or path.name.startswith(k)), None)
+    kind = next(
+        (k for k in CHECKS if re.match(k + r"(_|\.|-|\d|[a-z]*_|$)", path.name) or path.name.startswith(k)),
+        None,
+    )
     assert kind is not None, f"{path.name}: unknown kind of golden file; known are {', '.join(CHECKS)}"
     golden = Golden(path)
     CHECKS[kind](golden, *([tmp_path] if kind == "loader" else []))
-    assert golden.compared >= set(golden.out), f"{path.name}: outputs never compared: {sorted(set(golden.out) - golden.compared)}"
+    assert golden.compared >= set(golden.out), (
+        f"{path.name}: outputs never compared: {sorted(set(golden.out) - golden.compared)}"
+    )

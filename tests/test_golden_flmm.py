@@ -23,7 +23,12 @@ from flmm.conversation import find_interval, process_noun_chunks
 from flmm.data.png import PNGDataset
 from flmm.data.refcoco import RefCOCODataset
 from flmm.data.samples import SampleBuilder, caption_of_phrases
-from flmm.data.transforms import DeepseekImageProcessor, LlavaImageProcessor, LlavaNextImageProcessor, Pad2Square
+from flmm.data.transforms import (
+    DeepseekImageProcessor,
+    LlavaImageProcessor,
+    LlavaNextImageProcessor,
+    Pad2Square,
+)
 from flmm.models.attention_rows import merge_rows
 from flmm.models.flmm import FLMM
 from flmm.models.frozen_llava import FrozenLlava
@@ -69,7 +74,9 @@ def sam_parameters(path, params):
     }
     if not found:
         config, _, _ = load(path)
-        found = sam_parameters(path.parent / config["sam_params_from"], load(path.parent / config["sam_params_from"])[1])
+        found = sam_parameters(
+            path.parent / config["sam_params_from"], load(path.parent / config["sam_params_from"])[1]
+        )
     return found
 
 
@@ -91,7 +98,9 @@ def check_sam_refiner(path):
     config, params, t = load(path)
     given, originals = t.__dict__["in"], sam_parameters(path, params)
     sam = sam_from_original(originals, TINY_SAM_HEADS)
-    assert set(original_keys(sam.state_dict()).values()) - {"shared_image_embedding.positional_embedding"} == set(originals)
+    assert set(original_keys(sam.state_dict()).values()) - {
+        "shared_image_embedding.positional_embedding"
+    } == set(originals)
     image = Image.fromarray(given["image"].numpy())
     size, coarse = (image.height, image.width), given["coarse_logits"]
     texts = [given[f"text_embed_{k}"] for k in range(len(coarse))]
@@ -101,7 +110,9 @@ def check_sam_refiner(path):
     close(default.dense_pe()[..., ::8, ::8], t.out["dense_pe"], 1e-5, "dense_pe")
     close(default.prompt_masks(coarse, size)[0], t.out["prompt_mask_0"], 1e-5, "prompt_mask_0")
     close(default.boxes(coarse, size), t.out["boxes_1024"], 1e-5, "boxes_1024")
-    binary = torch.nn.functional.interpolate(coarse[:, None].sigmoid(), size=size, mode="bilinear")[:, 0] > 0.5
+    binary = (
+        torch.nn.functional.interpolate(coarse[:, None].sigmoid(), size=size, mode="bilinear")[:, 0] > 0.5
+    )
     close(binary.sum((1, 2)), t.out["binary_mask_area"], 0, "binary_mask_area")
     options = {
         "default": {},
@@ -134,7 +145,11 @@ def check_flmm(path):
     elif "ids" in config:
         columns = (given["input_ids"].flatten() == config["ids"]["image_pad"]).nonzero().flatten()
     maps = [merge_rows(layer[..., columns], phrases, config.get("merge", "mean")) for layer in attention]
-    family, grid = (FrozenLlavaNext, (config["coarse"], config["fine"])) if "fine" in config else (FrozenLlava, tuple(config["grid"]))
+    family, grid = (
+        (FrozenLlavaNext, (config["coarse"], config["fine"]))
+        if "fine" in config
+        else (FrozenLlava, tuple(config["grid"]))
+    )
     image = Image.fromarray(given["image"].numpy())
     feature = {
         "mask_attentions": family.to_grid(None, maps, grid),
@@ -164,14 +179,22 @@ def check_flmm(path):
         which = torch.cat([torch.full((end - start,), k) for k, (start, end) in enumerate(spans)])
         at = torch.cat([torch.arange(start, end) for start, end in spans])
         attention = given["ground_attention_maps"]  # (channels, T, gh, gw)
-        feature |= {"mask_attentions": torch.stack([attention[:, s:e].mean(1) for s, e in spans]), "mask_ids": which}
+        feature |= {
+            "mask_attentions": torch.stack([attention[:, s:e].mean(1) for s, e in spans]),
+            "mask_ids": which,
+        }
         with torch.no_grad():
             coarse = model.coarse([feature])
             words = model.text_proj(given["ground_hidden_states"][at])
             [(refined, _)] = model.sam(
-                [feature["image_embedding"]], [feature["image_size"]], coarse, [[words[which == k] for k in range(len(spans))]]
+                [feature["image_embedding"]],
+                [feature["image_size"]],
+                coarse,
+                [[words[which == k] for k in range(len(spans))]],
             )
-            coarse = torch.nn.functional.interpolate(coarse[0][None], size=feature["image_size"], mode="bilinear")[0]
+            coarse = torch.nn.functional.interpolate(
+                coarse[0][None], size=feature["image_size"], mode="bilinear"
+            )[0]
         close(coarse, t.out["ground_pred_masks"], 1e-4, "ground_pred_masks")
         close(refined, t.out["ground_sam_pred_masks"], 1e-4, "ground_sam_pred_masks")
 
@@ -201,8 +224,15 @@ def check_metrics(path):
     for name, value in zip(config["order"], t.out["average_accuracy"]):
         assert recalls[name] == pytest.approx(value.item(), abs=1e-9)
     assert (given["ious"].numpy() > 0.5).mean() == pytest.approx(t.out["acc_at_05"].item(), abs=1e-6)
-    close(torch.from_numpy(metrics.mask_iou(given["iou_a"], given["iou_b"])[2]), t.out["mask_iou"], 1e-6, "mask_iou")
-    parts = [metrics.mask_iou(given[k], given[k.replace("pred", "gt")]) for k in given if k.startswith("pred_")]
+    close(
+        torch.from_numpy(metrics.mask_iou(given["iou_a"], given["iou_b"])[2]),
+        t.out["mask_iou"],
+        1e-6,
+        "mask_iou",
+    )
+    parts = [
+        metrics.mask_iou(given[k], given[k.replace("pred", "gt")]) for k in given if k.startswith("pred_")
+    ]
     scores = metrics.referring_scores(*(np.concatenate([p[i] for p in parts]) for i in (0, 1)))
     assert 100 * scores["cIoU"] == pytest.approx(t.out["cIoU"].item(), rel=1e-6)
     assert 100 * scores["gIoU"] == pytest.approx(t.out["mIoU"].item(), rel=1e-6)
@@ -213,7 +243,14 @@ def check_lr_schedule(path):
     for i, case in enumerate(config["cases"]):
         total = case["max_epochs"] * case["epoch_length"]
         ours = [
-            lr_at(step, case["lr"], total, case["warmup_ratio"], case["start_factor"], upstream_one_step_warmup=True)
+            lr_at(
+                step,
+                case["lr"],
+                total,
+                case["warmup_ratio"],
+                case["start_factor"],
+                upstream_one_step_warmup=True,
+            )
             for step in range(total)
         ]
         np.testing.assert_allclose(ours, t.out[f"lr_{i}"].double().numpy(), rtol=1e-12)
@@ -226,13 +263,17 @@ def check_processors(path):
     processors = {
         "llava": LlavaImageProcessor(config["llava"]["size"]),
         "deepseek": DeepseekImageProcessor(config["deepseek"]["image_size"]),
-        "llava_next": LlavaNextImageProcessor(config["llava_next"]["size"], config["llava_next"]["pinpoints"]),
+        "llava_next": LlavaNextImageProcessor(
+            config["llava_next"]["size"], config["llava_next"]["pinpoints"]
+        ),
         "pad2square": Pad2Square(),
     }
     for name, meta in config["meta_data"].items():
         kind, i = name.rsplit("_", 1)
         ours = processors[kind](Image.fromarray(t.__dict__["in"][f"image_{i}"].numpy()))
-        close(ours["pixel_values"], t.out[f"{kind}.pixel_values_{i}"], 0 if kind == "pad2square" else 1e-5, name)
+        close(
+            ours["pixel_values"], t.out[f"{kind}.pixel_values_{i}"], 0 if kind == "pad2square" else 1e-5, name
+        )
         assert {**ours["meta_data"], "image_sizes": list(ours["image_sizes"])} == meta, name
 
 
@@ -254,7 +295,9 @@ def check_datasets(path):
     image_token, gt = config["vocab"]["<image>"], t.__dict__["in"]["refcoco_gt"].numpy()
     side = max(t.out["png.llava.padded_masks"].shape[1:])
     for kind, processor in (("llava", LlavaImageProcessor(side)), ("pad2square", Pad2Square())):
-        marked = SampleBuilder(tokenizer, prompt, processor, (image_token, -200) if kind == "pad2square" else None)
+        marked = SampleBuilder(
+            tokenizer, prompt, processor, (image_token, -200) if kind == "pad2square" else None
+        )
         png = PNGDataset(root / "png.json", root / "panoptic.json", root / "pan", root / "img", marked)
         sample, info = png[0], config["infos"][f"png.{kind}"]
         same(sample, f"png.{kind}")
@@ -264,16 +307,27 @@ def check_datasets(path):
         texts = config.get("refcoco_text") or config["infos"]["refcoco_text"]
         same(build({"image": picture, "pieces": caption_of_phrases(texts), "masks": gt}), f"refcoco.{kind}")
         for i, text in enumerate(texts):
-            same(build({"image": picture, "pieces": caption_of_phrases([text]), "masks": gt[i : i + 1]}), f"refcoco_split.{kind}.{i}")
+            same(
+                build({"image": picture, "pieces": caption_of_phrases([text]), "masks": gt[i : i + 1]}),
+                f"refcoco_split.{kind}.{i}",
+            )
     for name, items in config["infos"].items():
         if not name.startswith("refcoco."):
             continue
-        data = RefCOCODataset(root / "instances.json", next(root.glob("refs*.p")), root / "img", "val", name.removeprefix("refcoco."))
+        data = RefCOCODataset(
+            root / "instances.json",
+            next(root.glob("refs*.p")),
+            root / "img",
+            "val",
+            name.removeprefix("refcoco."),
+        )
         ours = [
             {"img_path": data.images[i]["file_name"], "img_id": i, "text": data.phrases(k), "n": len(objects)}
             for k, (i, objects) in enumerate(data.items)
         ]  # upstream's order is that of a Python set
-        assert sorted(ours, key=lambda item: item["img_id"]) == sorted(items, key=lambda item: item["img_id"]), name
+        assert sorted(ours, key=lambda item: item["img_id"]) == sorted(
+            items, key=lambda item: item["img_id"]
+        ), name
 
 
 # transformers 4 names -> 5; hub loading renames by itself
@@ -322,14 +376,20 @@ def check_llava_tiny(path):
     image_token = config.get("image_token_index", int(given["input_ids"].max()))
     if fine:
         model = LlavaNextForConditionalGeneration(
-            LlavaNextConfig(**options, image_token_index=image_token, image_grid_pinpoints=config["pinpoints"])
+            LlavaNextConfig(
+                **options, image_token_index=image_token, image_grid_pinpoints=config["pinpoints"]
+            )
         )
     else:
         model = LlavaForConditionalGeneration(LlavaConfig(**options, image_token_index=image_token))
     assert not any(model.load_state_dict(renamed(params), strict=False))
     for attention in ("rows", "eager"):
         base = (FrozenLlavaNext if fine else FrozenLlava)(model, attention=attention)
-        sample = {"input_ids": given["input_ids"][0], "mask_ids": given["mask_ids"][0].clone(), "pixel_values": given["pixel_values"][0]}
+        sample = {
+            "input_ids": given["input_ids"][0],
+            "mask_ids": given["mask_ids"][0].clone(),
+            "pixel_values": given["pixel_values"][0],
+        }
         if fine:
             image = Image.fromarray(given["image"].numpy())
             sample |= LlavaNextImageProcessor(config["vision"]["image_size"], config["pinpoints"])(image)
@@ -346,9 +406,15 @@ def check_llava_tiny(path):
 def check_qwen_tiny(path):
     config, params, t = load(path)
     given, text = t.__dict__["in"], dict(config["text"])
-    rope = {"rope_type": "default", "rope_theta": text.pop("rope_theta"), "mrope_section": config["rope_scaling"]["mrope_section"]}
+    rope = {
+        "rope_type": "default",
+        "rope_theta": text.pop("rope_theta"),
+        "mrope_section": config["rope_scaling"]["mrope_section"],
+    }
     model = Qwen2_5_VLForConditionalGeneration(
-        Qwen2_5_VLConfig(text_config={**text, "rope_parameters": rope}, vision_config=config["vision"], **config["ids"])
+        Qwen2_5_VLConfig(
+            text_config={**text, "rope_parameters": rope}, vision_config=config["vision"], **config["ids"]
+        )
     )
     assert not any(model.load_state_dict(renamed(params), strict=False))
     for attention in ("rows", "eager"):
@@ -367,13 +433,20 @@ def check_qwen_tiny(path):
 def check_mgm_attention(path):
     config, _, t = load(path)
     for i, (grid, use_global) in enumerate(config["cases"]):
-        close(mgm_maps(t.__dict__["in"][f"attn_{i}"], grid, use_global, tuple(config["clip_shape"])), t.out[f"map_{i}"], 1e-6, f"map_{i}")
+        close(
+            mgm_maps(t.__dict__["in"][f"attn_{i}"], grid, use_global, tuple(config["clip_shape"])),
+            t.out[f"map_{i}"],
+            1e-6,
+            f"map_{i}",
+        )
 
 
 def check_vcot_mask2box(path):
     _, _, t = load(path)
     given = t.__dict__["in"]
-    ours = torch.tensor([mask_to_crop(mask, float(scale)) for mask, scale in zip(given["masks"], given["scale"])])
+    ours = torch.tensor(
+        [mask_to_crop(mask, float(scale)) for mask, scale in zip(given["masks"], given["scale"])]
+    )
     assert torch.equal(ours, t.out["box"].long())
 
 

@@ -1,4 +1,5 @@
 """Every file of GOLDEN_DIR/pruning: reference logits under masks and dropped layers, distances, scores, prune maps."""
+
 import csv
 import itertools
 import json
@@ -44,9 +45,14 @@ def close(ours, theirs, tolerance):
 
 
 def make_llama(config, **changes):
-    return LlamaForCausalLM(LlamaConfig(**{**config["llama"], **changes}, rope_theta=config.get("rope_theta", 10000.0),
-                                        rope_parameters={"rope_type": "default", "rope_theta": config.get("rope_theta", 10000.0)},
-                                        attn_implementation="eager")).eval()
+    return LlamaForCausalLM(
+        LlamaConfig(
+            **{**config["llama"], **changes},
+            rope_theta=config.get("rope_theta", 10000.0),
+            rope_parameters={"rope_type": "default", "rope_theta": config.get("rope_theta", 10000.0)},
+            attn_implementation="eager",
+        )
+    ).eval()
 
 
 def partner(path, prefix, suffix):
@@ -64,8 +70,10 @@ def sensitivity_scan(path, tmp_path):
     config, tolerance, data = read(path)
     model = make_llama(config)
     model.load_state_dict(data["param"], strict=True)
-    prompts = [{"name": name, "input_ids": ids.reshape(1, -1)} for name,
-               ids in sorted(data["in"].items(), key=lambda kv: int(kv[0][6:]))]
+    prompts = [
+        {"name": name, "input_ids": ids.reshape(1, -1)}
+        for name, ids in sorted(data["in"].items(), key=lambda kv: int(kv[0][6:]))
+    ]
     checked = 0
     for key, wanted in data["out"].items():
         if match := re.fullmatch(r"base(\d+)", key):
@@ -73,8 +81,9 @@ def sensitivity_scan(path, tmp_path):
         elif match := re.fullmatch(r"masked\.(\w+)\.layer(\d+)\.prompt(\d+)", key):
             mode, layer, prompt = match[1], int(match[2]), prompts[int(match[3])]
             if "head" in mode:
-                assert partial_head_masks(model, config, layer, prompt, wanted,
-                                          tolerance) == 1, "exactly one head mask should give these logits"
+                assert partial_head_masks(model, config, layer, prompt, wanted, tolerance) == 1, (
+                    "exactly one head mask should give these logits"
+                )
             else:
                 with masked(model, layer, mode):
                     close(model(**ids(prompt)).logits[0], wanted, tolerance)
@@ -106,7 +115,11 @@ def partial_head_masks(model, config, layer, prompt, wanted, tolerance):
     attention = decoder_layers(model)[layer].self_attn
     original, (_, kv_heads, head_dim) = attention.v_proj, head_counts(model)
     given = config.get("head_mask") or config.get("v_head_mask")
-    candidates = [given] if given else [m for m in itertools.product((0.0, 1.0), repeat=kv_heads) if 0 < sum(m) < kv_heads]
+    candidates = (
+        [given]
+        if given
+        else [m for m in itertools.product((0.0, 1.0), repeat=kv_heads) if 0 < sum(m) < kv_heads]
+    )
     attention.v_proj = ProjHeadMaskWrapper(original, head_dim)
     matches = 0
     for mask in candidates:
@@ -146,13 +159,19 @@ def scores(path, tmp_path):
         for row in wanted:
             mode = row["mode"].removesuffix("_only")
             ours = rows[mode, int(row["layer"]), row["distance"]]
-            each = [v[row["distance"]] for r in records for v in r["variants"]
-                    if (v["mode"], v["layer"]) == (mode, int(row["layer"]))]
+            each = [
+                v[row["distance"]]
+                for r in records
+                for v in r["variants"]
+                if (v["mode"], v["layer"]) == (mode, int(row["layer"]))
+            ]
             assert each == pytest.approx(json.loads(row["per_prompt"]), rel=1e-5, abs=1e-7)
             assert ours["score_mean"] == pytest.approx(float(row["score_mean"]), rel=1e-5, abs=1e-7)
             assert ours["score_std"] == pytest.approx(float(row["score_std"]), rel=1e-5, abs=1e-7)
             assert ours["prompt_count"] == int(row["prompt_count"])
-        assert len(layer_scores(summarise(records), "layer", kinds[0])) == config["llama"]["num_hidden_layers"]
+        assert (
+            len(layer_scores(summarise(records), "layer", kinds[0])) == config["llama"]["num_hidden_layers"]
+        )
 
 
 def prune_by_command(folder, config, params, form, *options):
@@ -163,14 +182,33 @@ def prune_by_command(folder, config, params, form, *options):
         torch.save(params, source / "pytorch_model.bin")
     else:
         from safetensors.torch import save_file
+
         save_file(params, source / "model.safetensors")
-    (source / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"],
-                                                    **config["llama"],
-                                                    "rope_theta": config.get("rope_theta", 10000.0)}))
+    (source / "config.json").write_text(
+        json.dumps(
+            {
+                "model_type": "llama",
+                "architectures": ["LlamaForCausalLM"],
+                **config["llama"],
+                "rope_theta": config.get("rope_theta", 10000.0),
+            }
+        )
+    )
     lora = ["--lora-alpha", str(config["lora"]["lora_alpha"])] if config.get("lora") else []
-    command = [sys.executable, ROOT / "pruning/pruning_tools/prune_llm.py", "--ckpt", source, "--out-dir", out, "--drop-layers",
-               config["drop_spec"],
-               "--hf", "both", *lora, *options]
+    command = [
+        sys.executable,
+        ROOT / "pruning/pruning_tools/prune_llm.py",
+        "--ckpt",
+        source,
+        "--out-dir",
+        out,
+        "--drop-layers",
+        config["drop_spec"],
+        "--hf",
+        "both",
+        *lora,
+        *options,
+    ]
     subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True)
     merged = next(out.glob("pytorch_model_pruned_*"))
     tensors = {k: e.read() for k, e in open_checkpoint(merged).entries.items()}
@@ -191,14 +229,19 @@ def pruned_llama(config, tensors, alpha):
 @torch.no_grad()
 def layer_drop(path, tmp_path):
     config, tolerance, data = read(path)
-    wanted, out = {k.removeprefix("merged."): v for k, v in data["out"].items() if k.startswith("merged.")}, data["out"]
+    wanted, out = (
+        {k.removeprefix("merged."): v for k, v in data["out"].items() if k.startswith("merged.")},
+        data["out"],
+    )
     prompt = data["in"]["prompt0"].reshape(1, -1)
     old = config["llama"]["num_hidden_layers"]
     for form in ("bin", "safetensors"):
         tensors, report, folder = prune_by_command(tmp_path, config, data["param"], form)
         for key, value in wanted.items():
             assert torch.equal(tensors[key], value) and tensors[key].dtype == value.dtype, key
-        assert {k for k in tensors if ".layers." in k and k.startswith("lang_model")} == {k for k in wanted if ".layers." in k}
+        assert {k for k in tensors if ".layers." in k and k.startswith("lang_model")} == {
+            k for k in wanted if ".layers." in k
+        }
         for key, value in data["param"].items():
             if not key.startswith("lang_model."):
                 assert torch.equal(tensors[key], value), f"{key} is no part of the decoder and must stay"
@@ -206,19 +249,32 @@ def layer_drop(path, tmp_path):
     true_alpha = report["lora_alpha"]
     merged_logits = pruned_llama(config, tensors, true_alpha)(prompt).logits[0]
     close(merged_logits, out["logits_true_alpha_fp32"], tolerance)
-    loaded = LlamaForCausalLM.from_pretrained(next(p for p in folder.glob("hf_*") if not p.name.endswith("adapter")),
-                                              attn_implementation="eager").eval()
+    loaded = LlamaForCausalLM.from_pretrained(
+        next(p for p in folder.glob("hf_*") if not p.name.endswith("adapter")), attn_implementation="eager"
+    ).eval()
     close(loaded(prompt).logits[0], out["logits_true_alpha_fp32"], tolerance)
     for key in out:
-        assert key.startswith("merged.") or key in ("logits_true_alpha_fp32", "logits_inferred_alpha_fp32",
-                                                    "logits_upstream_merged"), f"unknown output {key}"
-    if "logits_inferred_alpha_fp32" in out:               # upstream's guess, by naming it
-        close(pruned_llama(config, tensors, 2 * config["lora"]["r"])(prompt).logits[0], out["logits_inferred_alpha_fp32"],
-              tolerance)
-    if "logits_upstream_merged" in out:                   # upstream's rounding, by asking for it
+        assert key.startswith("merged.") or key in (
+            "logits_true_alpha_fp32",
+            "logits_inferred_alpha_fp32",
+            "logits_upstream_merged",
+        ), f"unknown output {key}"
+    if "logits_inferred_alpha_fp32" in out:  # upstream's guess, by naming it
+        close(
+            pruned_llama(config, tensors, 2 * config["lora"]["r"])(prompt).logits[0],
+            out["logits_inferred_alpha_fp32"],
+            tolerance,
+        )
+    if "logits_upstream_merged" in out:  # upstream's rounding, by asking for it
         (tmp_path / "half").mkdir()
-        rounded, _, _ = prune_by_command(tmp_path / "half", config, data["param"], "bin", "--llm-dtype", "float16")
-        close(pruned_llama(config, rounded, true_alpha)(prompt).logits[0], out["logits_upstream_merged"], tolerance)
+        rounded, _, _ = prune_by_command(
+            tmp_path / "half", config, data["param"], "bin", "--llm-dtype", "float16"
+        )
+        close(
+            pruned_llama(config, rounded, true_alpha)(prompt).logits[0],
+            out["logits_upstream_merged"],
+            tolerance,
+        )
 
 
 def layer_drop_map(path, tmp_path):
@@ -232,26 +288,35 @@ def layer_drop_map(path, tmp_path):
         assert layers == case["layers"] and make_tag(layers) == case["tag"]
     config, _, data = read(partner(path, "layer_drop", ".safetensors"))
     version = wanted["prune_map"]["script_version"]
-    tensors, report, folder = prune_by_command(tmp_path, {**config, "drop_spec": wanted["spec"]}, data["param"], "bin",
-                                               "--script-version", version)
+    tensors, report, folder = prune_by_command(
+        tmp_path, {**config, "drop_spec": wanted["spec"]}, data["param"], "bin", "--script-version", version
+    )
     assert {p.name for p in folder.iterdir()} >= set(wanted["outputs"])
     assert sorted(tensors) == sorted(wanted["merged_keys"])
     llm_only = torch.load(next(folder.glob("llm_only_pruned_state_*.bin")), weights_only=True)
     assert sorted(llm_only) == sorted(wanted["llm_only_keys"])
     for key, value in wanted["prune_map"].items():
-        if key == "lora_alpha":                           # upstream guesses 2r; ours is the one it was trained with
+        if key == "lora_alpha":  # upstream guesses 2r; ours is the one it was trained with
             assert report[key] == config["lora"]["lora_alpha"]
         elif key not in ("note", "ckpt", "lang_model_path"):
             assert report[key] == value, key
     old_of = {int(new): old for new, old in report["layer_id_map"].items()}
-    for key, value in tensors.items():                    # dtype kept, where upstream rounded to float16
-        old = re.sub(wanted["prune_map"]["llm_layer_pattern"], lambda m: m[0].replace(f".{m[1]}.", f".{old_of[int(m[1])]}."), key)
+    for key, value in tensors.items():  # dtype kept, where upstream rounded to float16
+        old = re.sub(
+            wanted["prune_map"]["llm_layer_pattern"],
+            lambda m: m[0].replace(f".{m[1]}.", f".{old_of[int(m[1])]}."),
+            key,
+        )
         assert str(value.dtype) == wanted["source_dtypes"][old]
 
 
-KINDS = {"sensitivity_scan": (".safetensors", sensitivity_scan), "logprob_distance": (".safetensors", distances),
-         "sensitivity_scores": (".csv", scores),
-         "layer_drop_map": (".json", layer_drop_map), "layer_drop": (".safetensors", layer_drop)}
+KINDS = {
+    "sensitivity_scan": (".safetensors", sensitivity_scan),
+    "logprob_distance": (".safetensors", distances),
+    "sensitivity_scores": (".csv", scores),
+    "layer_drop_map": (".json", layer_drop_map),
+    "layer_drop": (".safetensors", layer_drop),
+}
 
 
 @pytest.mark.parametrize("path", golden_files("pruning"))

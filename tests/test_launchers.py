@@ -1,4 +1,5 @@
 """Every way people start a script, and the set-up that `bash run_all.sh` does on a bare machine."""
+
 import os
 import re
 import shutil
@@ -10,13 +11,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PROJECTS = [p for p in ("em_mllm", "cwt_mae", "flmm", "dia_pangu", "pruning") if (ROOT / p / "train.py").is_file()]
+PROJECTS = [
+    p for p in ("em_mllm", "cwt_mae", "flmm", "dia_pangu", "pruning") if (ROOT / p / "train.py").is_file()
+]
 # Nothing here helps a script to find its parts.
 ENV = {**{k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, "PYTHON": sys.executable}
 
 
 def call(*command, cwd=ROOT, **environment):
-    return subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True, env={**ENV, **environment})
+    return subprocess.run(
+        [str(c) for c in command], cwd=cwd, capture_output=True, text=True, env={**ENV, **environment}
+    )
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
@@ -70,10 +75,31 @@ def bare(tmp_path):
     (repo / "common").mkdir(parents=True)
     tools.mkdir()
     calls.touch()
-    for name in ("run_all.sh", "run_tests.sh", "requirements.txt", "requirements-dev.txt", "pyproject.toml", "common/env.sh",
-                 "common/env_check.py"):
+    for name in (
+        "run_all.sh",
+        "run_tests.sh",
+        "requirements.txt",
+        "requirements-dev.txt",
+        "pyproject.toml",
+        "common/env.sh",
+        "common/env_check.py",
+    ):
         shutil.copy(ROOT / name, repo / name)
-    for name in ("bash", "cat", "cksum", "tr", "dirname", "mkdir", "cp", "grep", "tail", "flock", "sleep", "realpath", "nproc"):
+    for name in (
+        "bash",
+        "cat",
+        "cksum",
+        "tr",
+        "dirname",
+        "mkdir",
+        "cp",
+        "grep",
+        "tail",
+        "flock",
+        "sleep",
+        "realpath",
+        "nproc",
+    ):
         if found := shutil.which(name):
             (tools / name).symlink_to(found)
     stub = tools / "python3"
@@ -84,14 +110,23 @@ def bare(tmp_path):
 
 def start(bare, *command, **extra):
     repo, environment, _ = bare
-    return subprocess.run([shutil.which("bash"), *command], cwd="/", capture_output=True, text=True, env={**environment, **extra})
+    return subprocess.run(
+        [shutil.which("bash"), *command],
+        cwd="/",
+        capture_output=True,
+        text=True,
+        env={**environment, **extra},
+    )
 
 
 def test_environment_is_made_once_and_again_when_the_list_changes(bare):
     repo, _, calls = bare
     for _ in range(2):
         done = start(bare, str(repo / "run_all.sh"), "--smoke")
-        assert done.returncode == 0 and f"started {repo}/.venv/bin/python: -m common.run_all --smoke" in done.stdout, done.stderr
+        assert (
+            done.returncode == 0
+            and f"started {repo}/.venv/bin/python: -m common.run_all --smoke" in done.stdout
+        ), done.stderr
     assert len(calls.read_text().splitlines()) == 1
     with open(repo / "requirements.txt", "a") as file:
         file.write("# changed\n")
@@ -113,14 +148,22 @@ def test_failed_install_says_what_failed_and_what_to_do(bare):
     repo, _, calls = bare
     done = start(bare, str(repo / "run_all.sh"), PIP_FAILS="1")
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "No matching distribution found for torch==2.13.0" in done.stderr and "Check the network" in done.stderr
-    assert start(bare, str(repo / "run_all.sh")).returncode == 0   # a failed install is tried again, not remembered as done
+    assert (
+        "No matching distribution found for torch==2.13.0" in done.stderr
+        and "Check the network" in done.stderr
+    )
+    assert (
+        start(bare, str(repo / "run_all.sh")).returncode == 0
+    )  # a failed install is tried again, not remembered as done
 
 
 def test_two_launchers_started_together_install_once(bare):
     repo, environment, calls = bare
     command = [shutil.which("bash"), str(repo / "run_all.sh")]
-    both = [subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for _ in range(2)]
+    both = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for _ in range(2)
+    ]
     assert [p.wait() for p in both] == [0, 0]
     assert len(calls.read_text().splitlines()) == 1
 
@@ -129,7 +172,11 @@ def test_no_python_is_one_line(bare):
     repo, environment, _ = bare
     (Path(environment["PATH"]) / "python3").unlink()
     done = start(bare, str(repo / "run_all.sh"))
-    assert done.returncode == 2 and done.stderr.startswith("error: no Python 3.10") and len(done.stderr.splitlines()) == 1
+    assert (
+        done.returncode == 2
+        and done.stderr.startswith("error: no Python 3.10")
+        and len(done.stderr.splitlines()) == 1
+    )
 
 
 def test_active_environment_in_range_is_used_as_it_is(bare):

@@ -1,4 +1,5 @@
 """Masks, the three scan methods, distances, resuming, choosing."""
+
 import json
 
 import pytest
@@ -15,30 +16,50 @@ from pruning.sensitivity_analyse import layer_sensitivity_scan as scanner
 from pruning.sensitivity_analyse.layer_mask import MODES, ProjHeadMaskWrapper, mask_attention_layer, masked
 from pruning.sensitivity_analyse.load_model import builtin_prompts, read_prompts
 
-BASE = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-            max_position_embeddings=64,
-            pad_token_id=0, bos_token_id=1, eos_token_id=2)
-ZOO = {"llama": {"num_key_value_heads": 2, "attention_bias": True}, "qwen2": {"num_key_value_heads": 2},
-       "qwen3": {"num_key_value_heads": 2, "head_dim": 8},
-       "gemma3_text": {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4}, "phi3": {"num_key_value_heads": 2},
-       "gpt_neox": {},
-       "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4}, "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
-       "cohere": {"num_key_value_heads": 2}, "mixtral": {"num_key_value_heads": 2, "num_local_experts": 2}}
+BASE = dict(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    max_position_embeddings=64,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+ZOO = {
+    "llama": {"num_key_value_heads": 2, "attention_bias": True},
+    "qwen2": {"num_key_value_heads": 2},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 8},
+    "gemma3_text": {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4},
+    "phi3": {"num_key_value_heads": 2},
+    "gpt_neox": {},
+    "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "cohere": {"num_key_value_heads": 2},
+    "mixtral": {"num_key_value_heads": 2, "num_local_experts": 2},
+}
 
 
 def make(model_type="llama", attention="sdpa", **config):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**BASE, **ZOO[model_type], **config}),
-                                             attn_implementation=attention).eval()
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(model_type, **{**BASE, **ZOO[model_type], **config}),
+        attn_implementation=attention,
+    ).eval()
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2) if parameter.dim() > 1 else parameter.data.add_(torch.randn_like(parameter) * 0.1)
+        torch.nn.init.normal_(parameter, std=0.2) if parameter.dim() > 1 else parameter.data.add_(
+            torch.randn_like(parameter) * 0.1
+        )
     return model
 
 
 def prompts(lengths=(7, 11, 11), vocabulary=64):
     generator = torch.Generator().manual_seed(1)
-    return [{"name": str(i), "input_ids": torch.randint(3, vocabulary, (1, n), generator=generator)} for i,
-            n in enumerate(lengths)]
+    return [
+        {"name": str(i), "input_ids": torch.randint(3, vocabulary, (1, n), generator=generator)}
+        for i, n in enumerate(lengths)
+    ]
 
 
 def scores(records, kinds):
@@ -51,10 +72,13 @@ def test_cached_and_wavefront_scores_equal_naive_in_every_decoder(model_type, at
     model, kinds = make(model_type, attention), ("l1_mean", "kl", "rms", "l1_last")
     modes = ["attention", "mlp", "head"] + (["v", "qk"] if model_type != "gpt_neox" else [])
     variants = scan_methods.list_variants(model, modes)
-    naive = scores([scan_methods.scan_batch(model, [p], variants, kinds, "naive")[0] for p in prompts()], kinds)
+    naive = scores(
+        [scan_methods.scan_batch(model, [p], variants, kinds, "naive")[0] for p in prompts()], kinds
+    )
     for method in ("cached", "wavefront"):
-        assert scores(scan_methods.scan_batch(model, prompts(), variants, kinds, method),
-                      kinds) == [pytest.approx(row, rel=1e-5, abs=1e-6) for row in naive]
+        assert scores(scan_methods.scan_batch(model, prompts(), variants, kinds, method), kinds) == [
+            pytest.approx(row, rel=1e-5, abs=1e-6) for row in naive
+        ]
     assert max(max(row) for row in naive) > 1e-3, "nothing was masked"
 
 
@@ -65,7 +89,9 @@ def test_a_batch_of_unequal_prompts_gives_each_its_own_scores(method):
     together = scan_methods.scan_batch(model, prompts((3, 12, 7)), variants, kinds, method)
     for p, record in zip(prompts((3, 12, 7)), together):
         alone = scan_methods.scan_batch(model, [p], variants, kinds, method)[0]
-        assert scores([record], kinds) == [pytest.approx(row, rel=1e-5, abs=1e-7) for row in scores([alone], kinds)]
+        assert scores([record], kinds) == [
+            pytest.approx(row, rel=1e-5, abs=1e-7) for row in scores([alone], kinds)
+        ]
         assert record["block_influence"] == pytest.approx(alone["block_influence"], abs=1e-6)
 
 
@@ -74,20 +100,27 @@ def test_angles_are_those_of_the_last_token_in_half_turns():
     model, batch = make(), prompts((5, 9))
     records = scan_methods.scan_batch(model, batch, scan_methods.list_variants(model, []), ("kl",))
     for prompt, record in zip(batch, records):
-        states = model(prompt["input_ids"], output_hidden_states=True).hidden_states[:3]                       # what each layer is given
+        states = model(prompt["input_ids"], output_hidden_states=True).hidden_states[
+            :3
+        ]  # what each layer is given
         for a in range(3):
             for b in range(3):
-                cosine = torch.cosine_similarity(states[a][0, -1].double(), states[b][0, -1].double(), dim=0).clamp(-1, 1)
-                assert record["angles"][a][b] == pytest.approx(torch.arccos(cosine).item() / 3.14159265, abs=1e-3)
+                cosine = torch.cosine_similarity(
+                    states[a][0, -1].double(), states[b][0, -1].double(), dim=0
+                ).clamp(-1, 1)
+                assert record["angles"][a][b] == pytest.approx(
+                    torch.arccos(cosine).item() / 3.14159265, abs=1e-3
+                )
 
 
 def test_scores_do_not_depend_on_the_chunk_size(monkeypatch):
     model, variants = make(), scan_methods.list_variants(make(), ["v"])
     whole = scan_methods.scan_batch(model, prompts(), variants, eval_metric.DISTANCES)
-    monkeypatch.setattr(scan_methods, "CHUNK", 3 * 64)         # three positions at a time
+    monkeypatch.setattr(scan_methods, "CHUNK", 3 * 64)  # three positions at a time
     pieces = scan_methods.scan_batch(model, prompts(), variants, eval_metric.DISTANCES)
-    assert scores(pieces, eval_metric.DISTANCES) == [pytest.approx(row, rel=1e-5, abs=1e-7)
-                                                     for row in scores(whole, eval_metric.DISTANCES)]
+    assert scores(pieces, eval_metric.DISTANCES) == [
+        pytest.approx(row, rel=1e-5, abs=1e-7) for row in scores(whole, eval_metric.DISTANCES)
+    ]
 
 
 def test_leave_one_out_is_the_model_without_that_layer():
@@ -99,7 +132,9 @@ def test_leave_one_out_is_the_model_without_that_layer():
             if decoder_layers(model)[0].self_attn.layer_idx != 0:
                 pytest.fail("kept layers were not renumbered")
         with masked(model, variant["layer"], "layer"), torch.no_grad():
-            assert variant["nll"] == pytest.approx(model(input_ids=labels, labels=labels).loss.item(), rel=1e-5)
+            assert variant["nll"] == pytest.approx(
+                model(input_ids=labels, labels=labels).loss.item(), rel=1e-5
+            )
 
 
 @torch.no_grad()
@@ -113,14 +148,19 @@ def test_masks_that_should_agree_do_and_others_differ():
     assert torch.allclose(out["q"], out["k"], atol=1e-6) and torch.allclose(out["q"], out["qk"], atol=1e-6)
     distinct = ["q", "v", "head", "attention", "mlp", "layer"]
     for i, a in enumerate(distinct):
-        for b in distinct[i + 1:]:
+        for b in distinct[i + 1 :]:
             assert not torch.allclose(out[a], out[b], atol=1e-4), (a, b)
 
 
 @torch.no_grad()
 def test_all_heads_off_one_by_one_is_attention_without_its_bias():
     model, ids = make(), prompts()[0]["input_ids"]
-    with masked(model, 0, "head", 0), masked(model, 0, "head", 1), masked(model, 0, "head", 2), masked(model, 0, "head", 3):
+    with (
+        masked(model, 0, "head", 0),
+        masked(model, 0, "head", 1),
+        masked(model, 0, "head", 2),
+        masked(model, 0, "head", 3),
+    ):
         heads = model(ids).logits
     with masked(model, 0, "v"):
         assert torch.allclose(heads, model(ids).logits, atol=1e-6)
@@ -170,10 +210,20 @@ def test_distances_are_zero_for_equal_and_shifted_logits_and_positive_otherwise(
 def test_kl_of_a_tiny_change_keeps_its_digits():
     a = torch.randn(4, 2000, generator=torch.Generator().manual_seed(0))
     b = a + 1e-3 * torch.randn(4, 2000, generator=torch.Generator().manual_seed(1))
-    exact = torch.nn.functional.kl_div(b.double().log_softmax(-1), a.double().log_softmax(-1), reduction="none",
-                                       log_target=True).sum(-1).mean().item()
-    single = eval_metric.position_distances(a.log_softmax(-1), b.log_softmax(-1), "kl").mean().item()           # as the scan does
-    assert single == pytest.approx(exact, rel=1e-3) and eval_metric.logprob_distance(a, b, "kl") == pytest.approx(exact, rel=1e-3)
+    exact = (
+        torch.nn.functional.kl_div(
+            b.double().log_softmax(-1), a.double().log_softmax(-1), reduction="none", log_target=True
+        )
+        .sum(-1)
+        .mean()
+        .item()
+    )
+    single = (
+        eval_metric.position_distances(a.log_softmax(-1), b.log_softmax(-1), "kl").mean().item()
+    )  # as the scan does
+    assert single == pytest.approx(exact, rel=1e-3) and eval_metric.logprob_distance(
+        a, b, "kl"
+    ) == pytest.approx(exact, rel=1e-3)
 
 
 def test_an_interrupted_scan_goes_on_and_ends_the_same(tmp_path, monkeypatch):
@@ -186,10 +236,11 @@ def test_an_interrupted_scan_goes_on_and_ends_the_same(tmp_path, monkeypatch):
         if len(calls) == 3:
             raise KeyboardInterrupt
         return real(*args)
+
     monkeypatch.setattr(scanner, "scan_batch", twice)
     with pytest.raises(KeyboardInterrupt):
         scanner.scan(model, prompts(), ["v"], ("kl",), journal=journal)
-    journal.write_text(journal.read_text() + '{"name": "cut he')              # killed in mid-line
+    journal.write_text(journal.read_text() + '{"name": "cut he')  # killed in mid-line
     resumed = scanner.scan(model, prompts(), ["v"], ("kl",), journal=journal, resume=True)
     assert len(calls) == 4, "prompts that were scored already must not run again"
     assert json.dumps(resumed) == json.dumps(whole)
@@ -204,7 +255,9 @@ def test_generation_without_layers_equals_a_model_built_smaller():
     model = make("gemma3_text")
     ids = prompts()[0]["input_ids"]
     small = make("gemma3_text", num_hidden_layers=2)
-    state = {k.replace("layers.2.", "layers.1."): v for k, v in model.state_dict().items() if "layers.1." not in k}
+    state = {
+        k.replace("layers.2.", "layers.1."): v for k, v in model.state_dict().items() if "layers.1." not in k
+    }
     small.load_state_dict(state)
     small.config.layer_types = [model.config.layer_types[0], model.config.layer_types[2]]
     settings = dict(max_new_tokens=8, min_new_tokens=8, do_sample=False)
@@ -225,22 +278,32 @@ def test_greedy_takes_the_best_next_layer_and_beam_is_never_worse():
     wide, wide_trace = choose_layers.search(model, calibration, 3, 10)
     assert wide_trace[-1][1] <= trace[-1][1] + 1e-9 and len(wide) == 3
     from itertools import combinations
+
     best = min(combinations(range(5), 3), key=lambda s: choose_layers.loss_without(model, calibration, s)[-1])
     assert wide == list(best), "a beam wider than all sets must find the best one"
 
 
 def test_single_shot_criteria_take_the_lowest_scores():
-    rows = [{"mode": m, "layer": i, "head": None, "distance": d, "score_mean": v} for m, d, values in (
-        ("v", "kl", [3, 1, 2, 0.5]), ("layer", "block_influence", [0.1, 5, 5, 0.2]), ("layer", "kl", [9, 0, 0.1, 9]),
-        ("layer", "nll_change", [0, 0, 5, 5]))
-        for i, v in enumerate(values)]
+    rows = [
+        {"mode": m, "layer": i, "head": None, "distance": d, "score_mean": v}
+        for m, d, values in (
+            ("v", "kl", [3, 1, 2, 0.5]),
+            ("layer", "block_influence", [0.1, 5, 5, 0.2]),
+            ("layer", "kl", [9, 0, 0.1, 9]),
+            ("layer", "nll_change", [0, 0, 5, 5]),
+        )
+        for i, v in enumerate(values)
+    ]
     assert choose_layers.choose("sensitivity", 2, 4, rows)[0] == [1, 3]
     assert choose_layers.choose("block_influence", 2, 4, rows)[0] == [0, 3]
     assert choose_layers.choose("leave_one_out", 2, 4, rows)[0] == [1, 2]
     assert choose_layers.choose("perplexity", 2, 4, rows)[0] == [0, 1]
     angles = [[[abs(a - b) if (a, b) != (2, 4) else 0.1 for b in range(5)] for a in range(5)]]
     assert choose_layers.choose("angular", 2, 4, rows, angles)[0] == [2, 3]
-    assert choose_layers.choose("last", 2, 4)[0] == [2, 3] and choose_layers.choose("first", 2, 4)[0] == [0, 1]
+    assert choose_layers.choose("last", 2, 4)[0] == [2, 3] and choose_layers.choose("first", 2, 4)[0] == [
+        0,
+        1,
+    ]
     sets = {tuple(choose_layers.choose("random_keep0", 2, 4, seed=s)[0]) for s in range(20)}
     assert len(sets) > 1 and not any(0 in s for s in sets)
     assert choose_layers.choose("random", 2, 4, seed=3) == choose_layers.choose("random", 2, 4, seed=3)
@@ -255,7 +318,10 @@ def test_window_is_the_best_window():
 
 def test_budget_is_met_with_as_few_layers_as_possible():
     model = make(num_hidden_layers=6)
-    total, each = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in decoder_layers(model)[0].parameters())
+    total, each = (
+        sum(p.numel() for p in model.parameters()),
+        sum(p.numel() for p in decoder_layers(model)[0].parameters()),
+    )
     assert choose_layers.layers_for_budget(model, total - each) == 1
     assert choose_layers.layers_for_budget(model, total - each - 1) == 2
     for impossible in (total, 10):
@@ -264,9 +330,16 @@ def test_budget_is_met_with_as_few_layers_as_possible():
 
 
 def test_builtin_prompts_are_balanced():
-    lines = [json.loads(line) for line in open(scanner.Path(scanner.__file__).with_name("prompts.jsonl"), encoding="utf-8")]
+    lines = [
+        json.loads(line)
+        for line in open(scanner.Path(scanner.__file__).with_name("prompts.jsonl"), encoding="utf-8")
+    ]
     sets = [line["set"] for line in lines]
-    assert len(builtin_prompts()) == 18 and {s: sets.count(s) for s in sets} == {"english": 6, "chinese": 6, "radiology": 6}
+    assert len(builtin_prompts()) == 18 and {s: sets.count(s) for s in sets} == {
+        "english": 6,
+        "chinese": 6,
+        "radiology": 6,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -285,10 +358,28 @@ def test_every_family_goes_the_whole_way(model_type, tmp_path):
     model.save_pretrained(tmp_path / "model"), tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "texts.txt").write_text("\n".join(builtin_prompts()[:4]))
     folder, texts = str(tmp_path / "model"), ["--texts", str(tmp_path / "texts.txt")]
-    choose_layers.main(choose_layers.parse_args(["--model", folder, "--prompts", texts[1], "--criterion", "greedy", "--ratio", "0.3",
-                                                 "--out", str(tmp_path / "plan.json")]))
+    choose_layers.main(
+        choose_layers.parse_args(
+            [
+                "--model",
+                folder,
+                "--prompts",
+                texts[1],
+                "--criterion",
+                "greedy",
+                "--ratio",
+                "0.3",
+                "--out",
+                str(tmp_path / "plan.json"),
+            ]
+        )
+    )
     spec = json.loads((tmp_path / "plan.json").read_text())["choices"][0]["drop_layers"]
-    prune_llm.main(prune_llm.parse_args(["--ckpt", folder, "--out-dir", str(tmp_path), "--plan", str(tmp_path / "plan.json")]))
+    prune_llm.main(
+        prune_llm.parse_args(
+            ["--ckpt", folder, "--out-dir", str(tmp_path), "--plan", str(tmp_path / "plan.json")]
+        )
+    )
     pruned = tmp_path / f"hf_drop{spec}_{spec}"
     loaded, ids = AutoModelForCausalLM.from_pretrained(pruned).eval(), prompts()[0]["input_ids"]
     with without_layers(model, [int(spec)]):
@@ -296,18 +387,55 @@ def test_every_family_goes_the_whole_way(model_type, tmp_path):
     count = count_params.describe(pruned, count_params.parse_args([str(pruned)]))["total"]
     assert count["layers"] == 2 and count["KV-cache of 2048 tokens, bytes"] > 0
     with torch.enable_grad():
-        train.main(train.parse_args(["--pruned_model_path", str(pruned), *texts, "--out", str(tmp_path / "healed"), "--max-steps", "2",
-                                     "--gradient-accumulation-steps", "1"]))
-        assert train.set_trained(loaded, full=True) and all(p.requires_grad for p in decoder_layers(loaded).parameters())
-    test.main(test.parse_args(["--pruned_model_path", str(tmp_path / "healed" / "model"), *texts, "--out_dir", str(tmp_path / "results")]))
+        train.main(
+            train.parse_args(
+                [
+                    "--pruned_model_path",
+                    str(pruned),
+                    *texts,
+                    "--out",
+                    str(tmp_path / "healed"),
+                    "--max-steps",
+                    "2",
+                    "--gradient-accumulation-steps",
+                    "1",
+                ]
+            )
+        )
+        assert train.set_trained(loaded, full=True) and all(
+            p.requires_grad for p in decoder_layers(loaded).parameters()
+        )
+    test.main(
+        test.parse_args(
+            [
+                "--pruned_model_path",
+                str(tmp_path / "healed" / "model"),
+                *texts,
+                "--out_dir",
+                str(tmp_path / "results"),
+            ]
+        )
+    )
     assert json.loads(next((tmp_path / "results").glob("*_scores.json")).read_text())["layers"] == 2
 
 
 def test_lora_on_modules_that_are_not_there_is_one_line(folder, tmp_path):
     (tmp_path / "texts.txt").write_text("a text of several words\n")
     with pytest.raises(UserError, match="no 'c_attn'; it has .*q_proj"):
-        train.main(train.parse_args(["--pruned_model_path", str(folder), "--texts", str(tmp_path / "texts.txt"), "--lora_target_modules",
-                                     "c_attn", "--out", str(tmp_path / "x")]))
+        train.main(
+            train.parse_args(
+                [
+                    "--pruned_model_path",
+                    str(folder),
+                    "--texts",
+                    str(tmp_path / "texts.txt"),
+                    "--lora_target_modules",
+                    "c_attn",
+                    "--out",
+                    str(tmp_path / "x"),
+                ]
+            )
+        )
 
 
 def test_prompts_that_are_no_longer_asked_for_leave_the_records(tmp_path):
@@ -319,25 +447,51 @@ def test_prompts_that_are_no_longer_asked_for_leave_the_records(tmp_path):
 
 def test_command_writes_upstreams_columns_and_the_plan_names_layers(folder, tmp_path, capsys):
     out = tmp_path / "layer_sensitivity.csv"
-    args = scanner.parse_args(["--model", str(folder), "--out", str(out), "--mode", "qv", "mlp", "--sanity_check"])
+    args = scanner.parse_args(
+        ["--model", str(folder), "--out", str(out), "--mode", "qv", "mlp", "--sanity_check"]
+    )
     scanner.main(args)
     printed = capsys.readouterr().out
-    assert out.read_text().splitlines()[0] == "layer,score_mean,score_std,prompt_count" and len(out.read_text().splitlines()) == 5
+    assert (
+        out.read_text().splitlines()[0] == "layer,score_mean,score_std,prompt_count"
+        and len(out.read_text().splitlines()) == 5
+    )
     assert "Layer 00, mean=" in printed and out.with_suffix(".png").stat().st_size > 1000
     with pytest.raises(UserError, match="--resume"):
         scanner.main(args)
     plan = tmp_path / "plan.json"
-    choose_layers.main(choose_layers.parse_args(["--records", str(out.with_suffix(".records.jsonl")), "--mode", "qv", "--ratio",
-                                                 "0.5", "--out", str(plan)]))
+    choose_layers.main(
+        choose_layers.parse_args(
+            [
+                "--records",
+                str(out.with_suffix(".records.jsonl")),
+                "--mode",
+                "qv",
+                "--ratio",
+                "0.5",
+                "--out",
+                str(plan),
+            ]
+        )
+    )
     assert json.loads(plan.read_text())["choices"][0]["layers_left"] == 2
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--mode", "z_only"], "--mode z"), (["--model", "nowhere"], "config.json"), (["--max-tokens", "1"], "--max-tokens"),
-    (["--prompts", "missing.txt"], "missing.txt"), (["--batch-size", "0"], "--batch-size")])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--mode", "z_only"], "--mode z"),
+        (["--model", "nowhere"], "config.json"),
+        (["--max-tokens", "1"], "--max-tokens"),
+        (["--prompts", "missing.txt"], "missing.txt"),
+        (["--batch-size", "0"], "--batch-size"),
+    ],
+)
 def test_bad_arguments_are_named(folder, tmp_path, arguments, message):
     with pytest.raises(UserError, match=message):
-        scanner.main(scanner.parse_args(["--model", str(folder), "--out", str(tmp_path / "s.csv"), *arguments]))
+        scanner.main(
+            scanner.parse_args(["--model", str(folder), "--out", str(tmp_path / "s.csv"), *arguments])
+        )
 
 
 def test_interrupting_the_command_says_how_to_go_on(folder, tmp_path, monkeypatch):
@@ -346,8 +500,10 @@ def test_interrupting_the_command_says_how_to_go_on(folder, tmp_path, monkeypatc
         scanner.main(scanner.parse_args(["--model", str(folder), "--out", str(tmp_path / "s.csv")]))
 
 
-@pytest.mark.parametrize("name, text, message", [("a.jsonl", "{}", "line 1"), ("b.txt", "\n \n", "no prompts"), ("c.jsonl", "x",
-    "line 1")])
+@pytest.mark.parametrize(
+    "name, text, message",
+    [("a.jsonl", "{}", "line 1"), ("b.txt", "\n \n", "no prompts"), ("c.jsonl", "x", "line 1")],
+)
 def test_bad_prompt_files_are_named(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=message):
@@ -368,5 +524,8 @@ def test_mixed_projections_say_which_modes_work():
 
 def test_bench_of_the_real_size_runs_small(capsys):
     from bench.pruning import real_size
-    rows = real_size(torch.device("cpu"), 1, layers=4, hidden=64, vocabulary=256, drops=((), (1, 2)), tokens=4)
+
+    rows = real_size(
+        torch.device("cpu"), 1, layers=4, hidden=64, vocabulary=256, drops=((), (1, 2)), tokens=4
+    )
     assert {"naive", "wavefront", "latency, 4 layers", "latency, 2 layers"} <= rows.keys()

@@ -1,4 +1,5 @@
 """Pruning on disk: equal logits, nothing else touched, little memory, one line for every mistake."""
+
 import hashlib
 import json
 import os
@@ -20,11 +21,23 @@ from pruning.pruning_tools import count_params, inspect_ckpt, prune_llm, prune_w
 from pruning.sensitivity_analyse.layer_mask import masked
 
 ROOT = Path(__file__).resolve().parents[1]
-SIZE = dict(vocab_size=48, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-CLASSES = {"llama": (LlamaConfig, LlamaForCausalLM, {"attention_bias": True}), "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
-           "pangu": (PanguEmbeddedConfig, PanguEmbeddedForCausalLM, {"bias": True})}
+SIZE = dict(
+    vocab_size=48,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+CLASSES = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {"attention_bias": True}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "pangu": (PanguEmbeddedConfig, PanguEmbeddedForCausalLM, {"bias": True}),
+}
 IDS = torch.tensor([[5, 9, 33, 21, 7, 40]])
 
 
@@ -38,7 +51,9 @@ def make(kind="llama", tied=False, dtype=torch.float32, **changes):
 
 
 def with_lora(model, r=2, alpha=16):
-    lora = get_peft_model(model, LoraConfig(r=r, lora_alpha=alpha, target_modules=["q_proj", "v_proj"])).eval()
+    lora = get_peft_model(
+        model, LoraConfig(r=r, lora_alpha=alpha, target_modules=["q_proj", "v_proj"])
+    ).eval()
     for name, parameter in lora.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -65,7 +80,9 @@ def write(folder, tensors, form):
 
 
 def digest(folder):
-    return {str(p): hashlib.sha1(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p): hashlib.sha1(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
 
 
 def prune(ckpt, out, *arguments):
@@ -76,10 +93,14 @@ def prune(ckpt, out, *arguments):
 def full_checkpoint(model):
     """The language model inside a bigger one, as dia_pangu's checkpoint holds it: decoy layers and a tied second embedding."""
     tensors = {f"lang_model.{k}": v for k, v in model.state_dict().items()}
-    tensors["embedding_layer.weight"] = next(v for k, v in tensors.items() if k.endswith("embed_tokens.weight"))
+    tensors["embedding_layer.weight"] = next(
+        v for k, v in tensors.items() if k.endswith("embed_tokens.weight")
+    )
     for i in range(4):
         tensors[f"embedding_layer.perceiver.layers.{i}.0.to_q.weight"] = torch.full((3, 3), float(i))
-        tensors[f"embedding_layer.vision_encoder.transformer.layers.{i}.0.fn.to_qkv.weight"] = torch.full((3, 3), float(i))
+        tensors[f"embedding_layer.vision_encoder.transformer.layers.{i}.0.fn.to_qkv.weight"] = torch.full(
+            (3, 3), float(i)
+        )
     return tensors
 
 
@@ -92,16 +113,25 @@ def test_pruned_on_disk_equals_layers_skipped_to_the_bit(kind, tied, form, tmp_p
     model.save_pretrained(tmp_path / "hf")
     tensors = dict(model.state_dict())
     if tied and form != "bin":
-        tensors.pop("lm_head.weight")                     # as transformers saves tied models
+        tensors.pop("lm_head.weight")  # as transformers saves tied models
     write(tmp_path / "source", tensors, form)
     before = digest(tmp_path / "source")
-    out = prune(tmp_path / "source", tmp_path / "out", "--lang-model-path", str(tmp_path / "hf"), "--drop-layers", "1-2")
+    out = prune(
+        tmp_path / "source",
+        tmp_path / "out",
+        "--lang-model-path",
+        str(tmp_path / "hf"),
+        "--drop-layers",
+        "1-2",
+    )
     pruned = AutoModelForCausalLM.from_pretrained(out / "hf_drop1_2").eval()
     with masked(model, 1, "layer"), masked(model, 2, "layer"):
         assert torch.equal(pruned(IDS).logits, model(IDS).logits)
     with without_layers(model, [1, 2]):
-        assert torch.equal(pruned.generate(IDS, max_new_tokens=5, do_sample=False),
-                           model.generate(IDS, max_new_tokens=5, do_sample=False))
+        assert torch.equal(
+            pruned.generate(IDS, max_new_tokens=5, do_sample=False),
+            model.generate(IDS, max_new_tokens=5, do_sample=False),
+        )
     assert pruned.config.num_hidden_layers == 2 and pruned.config.tie_word_embeddings == tied
     assert digest(tmp_path / "source") == before, "the source was modified"
 
@@ -114,21 +144,41 @@ def test_lora_keeps_its_strength_in_all_three_results(kind, form, tmp_path):
     make(kind).save_pretrained(tmp_path / "hf")
     ckpt = write(tmp_path / "source", full_checkpoint(model), form)
     (tmp_path / "source" / "adapter_config.json").write_text(json.dumps({"lora_alpha": 16, "r": 2}))
-    out = prune(ckpt, tmp_path / "out", "--lang-model-path", str(tmp_path / "hf"), "--drop-layers", "0,3", "--hf", "both")
+    out = prune(
+        ckpt,
+        tmp_path / "out",
+        "--lang-model-path",
+        str(tmp_path / "hf"),
+        "--drop-layers",
+        "0,3",
+        "--hf",
+        "both",
+    )
     with without_layers(model, [0, 3]):
         wanted = model(IDS).logits
     merged = next(out.glob("pytorch_model_pruned_drop0_3_merged_clean_v0112_en_cpu*"))
     tensors = {k: e.read() for k, e in shards.open_checkpoint(merged).entries.items()}
-    small = with_lora(make(kind, num_hidden_layers=2), alpha=json.loads((out / "adapter_config.json").read_text())["lora_alpha"])
-    small.load_state_dict({k.removeprefix("lang_model."): v for k, v in tensors.items() if k.startswith("lang_model.")},
-                          strict=True)
+    small = with_lora(
+        make(kind, num_hidden_layers=2),
+        alpha=json.loads((out / "adapter_config.json").read_text())["lora_alpha"],
+    )
+    small.load_state_dict(
+        {k.removeprefix("lang_model."): v for k, v in tensors.items() if k.startswith("lang_model.")},
+        strict=True,
+    )
     assert torch.equal(small(IDS).logits, wanted)
     for i in range(4):
-        assert tensors[f"embedding_layer.perceiver.layers.{i}.0.to_q.weight"].max() == i, "the Perceiver is no part of the decoder"
-    adapter = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(out / "hf_drop0_3_adapter"),
-                                        out / "hf_drop0_3_adapter" / "adapter").eval()
+        assert tensors[f"embedding_layer.perceiver.layers.{i}.0.to_q.weight"].max() == i, (
+            "the Perceiver is no part of the decoder"
+        )
+    adapter = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(out / "hf_drop0_3_adapter"),
+        out / "hf_drop0_3_adapter" / "adapter",
+    ).eval()
     assert torch.equal(adapter(IDS).logits, wanted)
-    assert torch.allclose(AutoModelForCausalLM.from_pretrained(out / "hf_drop0_3").eval()(IDS).logits, wanted, atol=1e-5)
+    assert torch.allclose(
+        AutoModelForCausalLM.from_pretrained(out / "hf_drop0_3").eval()(IDS).logits, wanted, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -138,16 +188,25 @@ def test_dtype_and_tying_are_kept(dtype, tmp_path):
     out = prune(ckpt, tmp_path / "out", "--drop-layers", "2")
     merged = torch.load(next(out.glob("pytorch_model_*")), weights_only=True)
     assert {v.dtype for k, v in merged.items() if k.startswith("lang_model")} == {dtype}
-    assert merged["embedding_layer.weight"].data_ptr() == merged["lang_model.model.embed_tokens.weight"].data_ptr(), "stored twice"
-    assert torch.equal(merged["lang_model.model.layers.2.mlp.up_proj.weight"],
-                       tensors["lang_model.model.layers.3.mlp.up_proj.weight"])
+    assert (
+        merged["embedding_layer.weight"].data_ptr()
+        == merged["lang_model.model.embed_tokens.weight"].data_ptr()
+    ), "stored twice"
+    assert torch.equal(
+        merged["lang_model.model.layers.2.mlp.up_proj.weight"],
+        tensors["lang_model.model.layers.3.mlp.up_proj.weight"],
+    )
     assert not any("layers.3." in k for k in merged if k.startswith("lang_model"))
 
 
 def test_several_sets_in_one_call_and_a_plan(tmp_path):
     make().save_pretrained(tmp_path / "hf")
-    (tmp_path / "plan.json").write_text(json.dumps({"choices": [{"drop_layers": "0"}, {"drop_layers": "1-2"}]}))
-    out = prune(tmp_path / "hf", tmp_path / "out", "--drop-layers", "3", "--plan", str(tmp_path / "plan.json"))
+    (tmp_path / "plan.json").write_text(
+        json.dumps({"choices": [{"drop_layers": "0"}, {"drop_layers": "1-2"}]})
+    )
+    out = prune(
+        tmp_path / "hf", tmp_path / "out", "--drop-layers", "3", "--plan", str(tmp_path / "plan.json")
+    )
     assert {p.name for p in out.glob("hf_*")} == {"hf_drop3_3", "hf_drop0_0", "hf_drop1_2"}
     report = json.loads((out / "prune_layer_map_drop1_2_v0112_en_cpu.json").read_text())
     assert report["layer_id_map"] == {"0": 0, "1": 3} and report["old_layers"] == 4
@@ -160,15 +219,28 @@ def test_sets_that_upstream_gives_one_name_do_not_overwrite_each_other(tmp_path)
     assert {p.name for p in out.glob("hf_*")} == {"hf_drop0_2", "hf_drop0to2"}
     for name, drop in (("hf_drop0_2", [0, 2]), ("hf_drop0to2", [0, 1, 2])):
         with without_layers(model, drop), torch.no_grad():
-            assert torch.equal(AutoModelForCausalLM.from_pretrained(out / name).eval()(IDS).logits, model(IDS).logits)
+            assert torch.equal(
+                AutoModelForCausalLM.from_pretrained(out / name).eval()(IDS).logits, model(IDS).logits
+            )
     with pytest.raises(UserError, match="names two sets"):
-        prune(tmp_path / "hf", tmp_path / "x", "--drop-layers", "0,2", "--drop-layers", "0-2", "--tag", "a", "--tag", "a")
+        prune(
+            tmp_path / "hf",
+            tmp_path / "x",
+            "--drop-layers",
+            "0,2",
+            "--drop-layers",
+            "0-2",
+            "--tag",
+            "a",
+            "--tag",
+            "a",
+        )
 
 
 def test_a_result_whose_name_begins_alike_is_not_taken_for_this_one(tmp_path):
     make().save_pretrained(tmp_path / "hf")
     out = prune(tmp_path / "hf", tmp_path / "out", "--drop-layers", "0,2,3", "--tag", "drop0_2_3")
-    prune(tmp_path / "hf", out, "--drop-layers", "0,2")   # drop0_2
+    prune(tmp_path / "hf", out, "--drop-layers", "0,2")  # drop0_2
     assert {p.name for p in out.glob("hf_*")} == {"hf_drop0_2_3", "hf_drop0_2"}
 
 
@@ -178,7 +250,9 @@ def test_large_models_are_sharded_and_load(tmp_path):
     out = prune(tmp_path / "hf", tmp_path / "out", "--drop-layers", "1", "--max-shard-gb", "0.00003")
     assert len(list((out / "hf_drop1_1").glob("model-*.safetensors"))) > 2
     with without_layers(model, [1]), torch.no_grad():
-        assert torch.equal(AutoModelForCausalLM.from_pretrained(out / "hf_drop1_1").eval()(IDS).logits, model(IDS).logits)
+        assert torch.equal(
+            AutoModelForCausalLM.from_pretrained(out / "hf_drop1_1").eval()(IDS).logits, model(IDS).logits
+        )
 
 
 @pytest.mark.parametrize("spec", ["5-2", "3-", "-3", "a", "1;2", "1--2", "2-1,0", "0-99999999999"])
@@ -193,7 +267,9 @@ def test_layer_lists_survive_being_written(layers):
 
 
 def bad_lora_ranks(tensors):
-    tensors["lang_model.base_model.model.model.layers.1.self_attn.q_proj.lora_A.default.weight"] = torch.zeros(3, 32)
+    tensors["lang_model.base_model.model.model.layers.1.self_attn.q_proj.lora_A.default.weight"] = (
+        torch.zeros(3, 32)
+    )
 
 
 def lost_layer(tensors):
@@ -201,22 +277,26 @@ def lost_layer(tensors):
         del tensors[key]
 
 
-@pytest.mark.parametrize("arguments, change, message", [
-    (["--drop-layers", ""], None, "--drop-layers is empty"),
-    (["--drop-layers", "9"], None, "layers 0-3"),
-    (["--drop-layers", "0-3"], None, "all 4 layers"),
-    (["--drop-layers", "1", "--lang-model-path", "other"], None, "num_hidden_layers is 7"),
-    (["--drop-layers", "1", "--lang-model-path", "nowhere"], None, "no config.json"),
-    (["--drop-layers", "1", "--tag", "../x"], None, "--tag"),
-    (["--drop-layers", "1", "--tag", "a", "--tag", "b"], None, "2 --tag"),
-    (["--drop-layers", "1", "--lora-r", "8"], None, "rank 2"),
-    (["--drop-layers", "1", "--lora-target-modules", "k_proj"], None, "q_proj,v_proj"),
-    (["--drop-layers", "1", "--layer-prefix", "x.layers."], None, "--layer-prefix"),
-    (["--drop-layers", "1"], bad_lora_ranks, "ranks differ"),
-    (["--drop-layers", "1"], lost_layer, "layer 1 is missing"),
-    (["--drop-layers", "1", "--out-dir", "source"], None, "own folder"),
-    (["--drop-layers", "1", "--ckpt", "missing.bin"], None, "missing.bin"),
-    (["--drop-layers", "1", "--plan", "missing.json"], None, "missing.json")])
+@pytest.mark.parametrize(
+    "arguments, change, message",
+    [
+        (["--drop-layers", ""], None, "--drop-layers is empty"),
+        (["--drop-layers", "9"], None, "layers 0-3"),
+        (["--drop-layers", "0-3"], None, "all 4 layers"),
+        (["--drop-layers", "1", "--lang-model-path", "other"], None, "num_hidden_layers is 7"),
+        (["--drop-layers", "1", "--lang-model-path", "nowhere"], None, "no config.json"),
+        (["--drop-layers", "1", "--tag", "../x"], None, "--tag"),
+        (["--drop-layers", "1", "--tag", "a", "--tag", "b"], None, "2 --tag"),
+        (["--drop-layers", "1", "--lora-r", "8"], None, "rank 2"),
+        (["--drop-layers", "1", "--lora-target-modules", "k_proj"], None, "q_proj,v_proj"),
+        (["--drop-layers", "1", "--layer-prefix", "x.layers."], None, "--layer-prefix"),
+        (["--drop-layers", "1"], bad_lora_ranks, "ranks differ"),
+        (["--drop-layers", "1"], lost_layer, "layer 1 is missing"),
+        (["--drop-layers", "1", "--out-dir", "source"], None, "own folder"),
+        (["--drop-layers", "1", "--ckpt", "missing.bin"], None, "missing.bin"),
+        (["--drop-layers", "1", "--plan", "missing.json"], None, "missing.json"),
+    ],
+)
 def test_mistakes_are_named_before_anything_is_written(arguments, change, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tensors = full_checkpoint(with_lora(make()))
@@ -227,7 +307,9 @@ def test_mistakes_are_named_before_anything_is_written(arguments, change, messag
     (tmp_path / "other" / "config.json").write_text(json.dumps({**SIZE, "num_hidden_layers": 7}))
     before = digest(tmp_path)
     with pytest.raises(UserError, match=message):
-        prune_llm.main(prune_llm.parse_args(["--ckpt", "source", "--out-dir", "out", "--lora-alpha", "16", *arguments]))
+        prune_llm.main(
+            prune_llm.parse_args(["--ckpt", "source", "--out-dir", "out", "--lora-alpha", "16", *arguments])
+        )
     assert digest(tmp_path) == before
 
 
@@ -238,7 +320,9 @@ def test_unknown_alpha_is_asked_for_and_contradictions_are_refused(tmp_path):
     (tmp_path / "source" / "adapter_config.json").write_text('{"lora_alpha": 16}')
     with pytest.raises(UserError, match="must agree"):
         prune(ckpt, tmp_path / "out", "--drop-layers", "1", "--lora-alpha", "8")
-    report = json.loads(next(prune(ckpt, tmp_path / "out", "--drop-layers", "1").glob("prune_layer_map*")).read_text())
+    report = json.loads(
+        next(prune(ckpt, tmp_path / "out", "--drop-layers", "1").glob("prune_layer_map*")).read_text()
+    )
     assert report["lora_alpha"] == 16 and report["adapter_config_used"] is True and report["lora_r"] == 2
     with pytest.raises(UserError, match="--overwrite"):
         prune(ckpt, tmp_path / "out", "--drop-layers", "1")
@@ -251,10 +335,18 @@ def test_damaged_checkpoints_are_named(damage, tmp_path):
     content = file.read_bytes()
     if damage == "shard missing":
         file.unlink()
-        (tmp_path / "hf" / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
+        (tmp_path / "hf" / "model.safetensors.index.json").write_text(
+            '{"weight_map": {"a": "gone.safetensors"}}'
+        )
     else:
-        file.write_bytes({"cut": content[:-100], "header": content[:20], "not a checkpoint": b"hello",
-                          "no tensors": (2).to_bytes(8, "little") + b"{}"}[damage])
+        file.write_bytes(
+            {
+                "cut": content[:-100],
+                "header": content[:20],
+                "not a checkpoint": b"hello",
+                "no tensors": (2).to_bytes(8, "little") + b"{}",
+            }[damage]
+        )
     with pytest.raises(UserError, match="hf"):
         prune(tmp_path / "hf", tmp_path / "out", "--drop-layers", "1")
     assert not (tmp_path / "out").exists()
@@ -270,12 +362,15 @@ def test_too_little_disk_is_said_before_writing(tmp_path, monkeypatch):
 
 def test_a_pickle_with_code_is_refused(tmp_path):
     import pickle
+
     (tmp_path / "evil.bin").write_bytes(pickle.dumps({"a": os.system}))
     with pytest.raises(UserError, match="evil.bin"):
         shards.open_checkpoint(tmp_path / "evil.bin")
 
 
-@pytest.mark.parametrize("content", [b"root:x:0:0:root:/root:/bin/bash\n", b"", b"PK\x03\x04 cut", bytes(range(256)) * 40, b"{}"])
+@pytest.mark.parametrize(
+    "content", [b"root:x:0:0:root:/root:/bin/bash\n", b"", b"PK\x03\x04 cut", bytes(range(256)) * 40, b"{}"]
+)
 def test_files_that_are_no_checkpoint_are_named(tmp_path, content):
     (tmp_path / "notes.bin").write_bytes(content)
     with pytest.raises(UserError, match="notes.bin"):
@@ -290,16 +385,22 @@ def test_copying_keeps_bytes_across_blocks_and_holes(tmp_path, monkeypatch):
     content = (tmp_path / "whole.safetensors").read_bytes()
     with open(tmp_path / "a.safetensors", "wb") as file:  # the same with a hole where the zeros are
         for start in range(0, len(content), 4096):
-            piece = content[start:start + 4096]
+            piece = content[start : start + 4096]
             file.write(piece) if any(piece) else file.seek(4096, os.SEEK_CUR)
     assert (tmp_path / "a.safetensors").read_bytes() == content
     entries = shards.open_checkpoint(tmp_path / "a.safetensors").entries
-    shards.write_safetensors(tmp_path / "b.safetensors", {"x": entries["a"], "y": entries["b"], "z": entries["empty"]})
+    shards.write_safetensors(
+        tmp_path / "b.safetensors", {"x": entries["a"], "y": entries["b"], "z": entries["empty"]}
+    )
     copied = shards.open_checkpoint(tmp_path / "b.safetensors").entries
-    assert torch.equal(copied["x"].read(), values) and torch.equal(copied["y"].read(),
-        torch.arange(7)) and copied["z"].shape == (0, 3)
+    assert (
+        torch.equal(copied["x"].read(), values)
+        and torch.equal(copied["y"].read(), torch.arange(7))
+        and copied["z"].shape == (0, 3)
+    )
     from safetensors import safe_open
-    with safe_open(tmp_path / "b.safetensors", "pt") as file:                 # the official reader agrees
+
+    with safe_open(tmp_path / "b.safetensors", "pt") as file:  # the official reader agrees
         assert torch.equal(file.get_tensor("x"), values)
 
 
@@ -317,7 +418,11 @@ def test_narrow_model_equals_the_wide_one_with_the_same_parts_zeroed(tmp_path):
     narrow.save_pretrained(tmp_path / "narrow")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "narrow").eval()
     assert torch.equal(loaded(IDS).logits, narrow(IDS).logits)
-    assert (loaded.config.intermediate_size, loaded.config.num_key_value_heads, loaded.config.num_attention_heads) == (36, 1, 2)
+    assert (
+        loaded.config.intermediate_size,
+        loaded.config.num_key_value_heads,
+        loaded.config.num_attention_heads,
+    ) == (36, 1, 2)
 
 
 @torch.no_grad()
@@ -342,6 +447,7 @@ def test_padding_has_no_part_in_the_importance():
         with prune_width.input_norms({"x": model.model.layers[1].mlp.down_proj}, real) as sums:
             model(**batch)
         return sums["x"]
+
     assert torch.allclose(importance(each), importance(each[:1]) + importance(each[1:]), rtol=1e-4)
 
 
@@ -366,11 +472,13 @@ def test_zeros_have_the_asked_share_and_shape(method, sparsity, share):
 def test_wanda_weighs_by_the_inputs_of_the_pruned_layers_before():
     model, reference = make(num_hidden_layers=2), make(num_hidden_layers=2)
     prune_width.prune_unstructured(model, [{"name": "a", "input_ids": IDS}], "wanda", "0.5")
-    for i in range(2):                                    # by hand: layer by layer, on the inputs that the pruned model produces
+    for i in range(2):  # by hand: layer by layer, on the inputs that the pruned model produces
         layer, seen = reference.model.layers[i], {}
-        hooks = [m.register_forward_pre_hook(lambda m, a, n=n, seen=seen: seen.update({n: a[0][0]})) for n,
-                 m in layer.named_modules()
-                 if isinstance(m, torch.nn.Linear)]
+        hooks = [
+            m.register_forward_pre_hook(lambda m, a, n=n, seen=seen: seen.update({n: a[0][0]}))
+            for n, m in layer.named_modules()
+            if isinstance(m, torch.nn.Linear)
+        ]
         reference(IDS)
         for hook in hooks:
             hook.remove()
@@ -384,18 +492,32 @@ def test_wanda_weighs_by_the_inputs_of_the_pruned_layers_before():
 
 def test_counting_pangu_and_its_published_drops(tmp_path, capsys):
     from bench.pruning import pangu_shapes, write_sparse
+
     write_sparse(tmp_path, pangu_shapes())
     result = count_params.describe(tmp_path, count_params.parse_args([str(tmp_path)]))["total"]
     assert result["values"] == 8_030_887_936 and result["decoder layers, values"] == 34 * 199_247_872
-    matrices = 34 * (199_247_872 - 18_432) + 4096 * 153_376                   # without biases and norms; lm_head
+    matrices = 34 * (199_247_872 - 18_432) + 4096 * 153_376  # without biases and norms; lm_head
     assert result["FLOPs per token at 2048 tokens"] == 2 * matrices + 4 * 34 * 4096 * 2048
     assert result["KV-cache of 2048 tokens, bytes"] == 2 * 34 * 8 * 128 * 2 * 2048
-    usage = subprocess.run([sys.executable, "-c", "import resource, runpy, sys\nsys.argv = "
-                                                  "sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
-                            "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)",
-                            ROOT / "pruning/pruning_tools/prune_llm.py", "--ckpt", tmp_path, "--out-dir", tmp_path / "out",
-                            "--drop-layers", "23-28"],
-                           capture_output=True, text=True, check=True)
+    usage = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import resource, runpy, sys\nsys.argv = "
+            "sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
+            "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)",
+            ROOT / "pruning/pruning_tools/prune_llm.py",
+            "--ckpt",
+            tmp_path,
+            "--out-dir",
+            tmp_path / "out",
+            "--drop-layers",
+            "23-28",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert "14.9%" in usage.stdout and int(usage.stdout.split("peak")[1]) < 3000
     after = shards.open_checkpoint(tmp_path / "out" / "hf_drop23_28").entries
     assert sum(e.numel for e in after.values()) == 6_835_400_704
@@ -405,8 +527,17 @@ def test_tools_describe_before_and_after_and_find_leftovers(tmp_path, capsys):
     make().save_pretrained(tmp_path / "hf")
     out = prune(tmp_path / "hf", tmp_path / "out", "--drop-layers", "2-3")
     capsys.readouterr()
-    count_params.main(count_params.parse_args([str(tmp_path / "hf"), "--compare", str(out / "hf_drop2_3"), "--check-layer-range",
-                                               r"layers\.[23]\."]))
+    count_params.main(
+        count_params.parse_args(
+            [
+                str(tmp_path / "hf"),
+                "--compare",
+                str(out / "hf_drop2_3"),
+                "--check-layer-range",
+                r"layers\.[23]\.",
+            ]
+        )
+    )
     printed = capsys.readouterr().out
     assert "50.0% less" in printed and "0 keys match" in printed
     inspect_ckpt.main(inspect_ckpt.parse_args([str(tmp_path / "hf"), "--keys", "2"]))

@@ -1,4 +1,5 @@
 """run_all: goes on when a project fails, waits where one needs another, and shows every result with its control."""
+
 import json
 import os
 import re
@@ -48,14 +49,25 @@ def tree(tmp_path):
 
 
 def start(tree, *options, **environment):
-    env = {**os.environ, "PYTHONPATH": str(tree), "PYTHON": sys.executable, "RUNS": str(tree / "runs"), **environment}
-    return subprocess.run([sys.executable, "-m", "common.run_all", *options], cwd=tree, capture_output=True, text=True, env=env)
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(tree),
+        "PYTHON": sys.executable,
+        "RUNS": str(tree / "runs"),
+        **environment,
+    }
+    return subprocess.run(
+        [sys.executable, "-m", "common.run_all", *options], cwd=tree, capture_output=True, text=True, env=env
+    )
 
 
 def test_one_failure_does_not_stop_the_others_and_is_named(tree):
     done = start(tree, "--jobs", "2", "--smoke")
     assert done.returncode == 1, done.stderr
-    assert "dia_pangu failed with exit status 3: error: no lungs\n" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        "dia_pangu failed with exit status 3: error: no lungs\n" in done.stderr
+        and "Traceback" not in done.stderr
+    )
     summary = {p["name"]: p for p in json.loads((tree / "runs/summary.json").read_text())["projects"]}
     assert [summary[n]["status"] for n in ("cwt_mae", "pruning")] == ["ok", "ok"]
     assert summary["cwt_mae"]["rows"][0]["controls"] == {"chance": 0.25, "random init": 0.5}
@@ -78,7 +90,7 @@ def test_pruning_starts_when_the_model_is_there_and_not_on_an_old_one(tree):
     made = tree / "runs/dia_pangu/ft/metrics.json"
     made.parent.mkdir(parents=True)
     made.touch()
-    os.utime(made, (1e9, 1e9))                            # of an earlier run
+    os.utime(made, (1e9, 1e9))  # of an earlier run
     (tree / "dia_pangu/run_builtin.sh").write_text("""set -e; sleep 2; [ ! -e "$RUNS/pruning" ]
 touch "$RUNS/dia_pangu/ft/metrics.json"; until [ -e "$RUNS/pruning/done" ]; do sleep .1; done""")
     (tree / "pruning/run_builtin.sh").write_text('touch "$RUNS/pruning/done"')
@@ -91,9 +103,14 @@ def test_cores_are_shared_out(tree):
     assert f"threads {len(os.sched_getaffinity(0))} " in (tree / "runs/cwt_mae/run_all.log").read_text()
 
 
-@pytest.mark.parametrize("options, environment, said", [
-    (["nosuch"], {}, "nosuch: no such project"), ([], {"DATA_ROOT": "/no/such"}, "DATA_ROOT=/no/such"),
-    (["--jobs", "-1"], {}, "at least 1")])
+@pytest.mark.parametrize(
+    "options, environment, said",
+    [
+        (["nosuch"], {}, "nosuch: no such project"),
+        ([], {"DATA_ROOT": "/no/such"}, "DATA_ROOT=/no/such"),
+        (["--jobs", "-1"], {}, "at least 1"),
+    ],
+)
 def test_wrong_arguments_are_one_line(tree, options, environment, said):
     done = start(tree, *options, **environment)
     assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1
@@ -103,18 +120,24 @@ def test_wrong_arguments_are_one_line(tree, options, environment, said):
 def test_ctrl_c_reaches_the_projects(tree):
     (tree / "cwt_mae/run_builtin.sh").write_text("trap 'echo saved; exit 143' TERM; echo up; sleep 60 & wait")
     env = {**os.environ, "PYTHONPATH": str(tree), "RUNS": str(tree / "runs")}
-    process = subprocess.Popen([sys.executable, "-m", "common.run_all", "cwt_mae"], cwd=tree, env=env,
-                               stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "common.run_all", "cwt_mae"],
+        cwd=tree,
+        env=env,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
     log = tree / "runs/cwt_mae/run_all.log"
     while not (log.exists() and "up" in log.read_text()):
-        time.sleep(.05)
+        time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=20)
     assert process.returncode == 130 and str(log) in error
     for _ in range(100):
         if "saved" in log.read_text():
             break
-        time.sleep(.1)
+        time.sleep(0.1)
     assert "saved" in log.read_text()
 
 

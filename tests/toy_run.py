@@ -1,4 +1,5 @@
 """A training script of the smallest size that uses all of common/; the tests start it in every way a project is started."""
+
 import argparse
 import sys
 import time
@@ -33,20 +34,35 @@ def parse_args():
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--workers", type=int, default=0)
-    parser.add_argument("--width", type=int, default=16, help="hidden width; large makes saving slow enough to be killed in it")
+    parser.add_argument(
+        "--width",
+        type=int,
+        default=16,
+        help="hidden width; large makes saving slow enough to be killed in it",
+    )
     parser.add_argument("--pause", type=float, default=0, help="seconds of sleep after each step")
     parser.add_argument("--nan-at", type=int, default=0, help="step whose loss becomes nan")
     return parser.parse_args()
 
 
 def main(args):
-    accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=0))
+    accelerator = Accelerator(
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=0)
+    )
     open_run(args.out, args, accelerator, args.resume, args.overwrite)
     seed_everything(0)
-    model = torch.nn.Sequential(torch.nn.Linear(8, args.width), torch.nn.Tanh(), torch.nn.Linear(args.width, 8))
+    model = torch.nn.Sequential(
+        torch.nn.Linear(8, args.width), torch.nn.Tanh(), torch.nn.Linear(args.width, 8)
+    )
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-    loader = torch.utils.data.DataLoader(Noise(), args.batch_size, shuffle=True, generator=torch.Generator(),
-                                         num_workers=args.workers, worker_init_fn=loader_worker)
+    loader = torch.utils.data.DataLoader(
+        Noise(),
+        args.batch_size,
+        shuffle=True,
+        generator=torch.Generator(),
+        num_workers=args.workers,
+        worker_init_fn=loader_worker,
+    )
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     state = {"step": 0, "epoch": 0, "batch": 0}
     if args.resume and (found := find_resume(args.out, accelerator)):
@@ -76,7 +92,9 @@ def main(args):
             state["epoch"], state["batch"] = state["epoch"] + 1, 0
     log.close()
     if accelerator.is_main_process:
-        print("final", torch.cat([p.detach().flatten() for p in model.parameters()]).double().sum().item().hex())
+        print(
+            "final", torch.cat([p.detach().flatten() for p in model.parameters()]).double().sum().item().hex()
+        )
 
 
 if __name__ == "__main__":

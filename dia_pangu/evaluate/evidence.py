@@ -3,6 +3,7 @@
 The maps are those of the model's evidence head where it has one (pretrain_vit.py trains it on masks, so it knows places);
 otherwise the finding's prototype weights times how far each patch leans to the positive memory, which every checkpoint has.
 """
+
 import re
 import textwrap
 
@@ -15,8 +16,13 @@ from dia_pangu.evaluate.labeler import PATTERNS, clauses, language_of
 from dia_pangu.src.Dataset.prompt import FINDINGS, LATERAL, PLACES, SIDES
 
 LUNG_LEVEL = 0.35  # of the lung window's channel: below is air-filled lung or outside
-SAID = {"right": r"\bright\b|右", "left": r"\bleft\b|左", "upper": r"\bupper\b|上(?:肺)?(?:野|部|叶)",
-        "middle": r"\bmiddle\b|中(?:肺)?(?:野|部|叶)", "lower": r"\blower\b|\bbase\b|下(?:肺)?(?:野|部|叶)|底"}
+SAID = {
+    "right": r"\bright\b|右",
+    "left": r"\bleft\b|左",
+    "upper": r"\bupper\b|上(?:肺)?(?:野|部|叶)",
+    "middle": r"\bmiddle\b|中(?:肺)?(?:野|部|叶)",
+    "lower": r"\blower\b|\bbase\b|下(?:肺)?(?:野|部|叶)|底",
+}
 
 
 @torch.no_grad()
@@ -26,7 +32,9 @@ def evidence_maps(layer, tokens: torch.Tensor, grid) -> torch.Tensor:
     if layer.evidence_head is not None:
         maps = layer.evidence_head(first).sigmoid().transpose(1, 2)
     else:
-        memory = F.normalize(layer.pos_sample_memory[:, 0], dim=-1) - F.normalize(layer.neg_sample_memory[:, 0], dim=-1)
+        memory = F.normalize(layer.pos_sample_memory[:, 0], dim=-1) - F.normalize(
+            layer.neg_sample_memory[:, 0], dim=-1
+        )
         lean = torch.einsum("bvd,cd->bcv", F.normalize(layer.proj(first), dim=-1), memory).clamp(min=0)
         maps = layer.prototype.softmax(-1) * lean
     return maps.unflatten(-1, grid).float().cpu()
@@ -39,8 +47,12 @@ def lung_range(vision_x: torch.Tensor) -> tuple[float, float]:
     """
     dark = (vision_x[0] < LUNG_LEVEL).numpy()
     solid = ~dark
-    inside = (np.maximum.accumulate(solid, 1) & np.maximum.accumulate(solid[:, ::-1], 1)[:, ::-1]
-              & np.maximum.accumulate(solid, 0) & np.maximum.accumulate(solid[::-1], 0)[::-1])
+    inside = (
+        np.maximum.accumulate(solid, 1)
+        & np.maximum.accumulate(solid[:, ::-1], 1)[:, ::-1]
+        & np.maximum.accumulate(solid, 0)
+        & np.maximum.accumulate(solid[::-1], 0)[::-1]
+    )
     share = (dark & inside).mean((0, 1))
     slices = np.flatnonzero(share > 0.02)
     depth = len(share)
@@ -54,14 +66,18 @@ def locate(evidence: np.ndarray, lungs=(0.0, 1.0)) -> dict:
     if mass <= 0:
         return {"side": "", "place": "", "height": float("nan")}
     _, w, d = evidence.shape
-    right = strong[:, :w // 2].sum() + (strong[:, w // 2].sum() / 2 if w % 2 else 0)
+    right = strong[:, : w // 2].sum() + (strong[:, w // 2].sum() / 2 if w % 2 else 0)
     height = (strong.sum((0, 1)) * (np.arange(d) + 0.5)).sum() / mass / d
-    height = (height - lungs[0]) / max(lungs[1] - lungs[0], 1e-6)  # 0 at the lowest, 1 at the highest lung slice
+    height = (height - lungs[0]) / max(
+        lungs[1] - lungs[0], 1e-6
+    )  # 0 at the lowest, 1 at the highest lung slice
     place = PLACES[2] if height < 1 / 3 else PLACES[1] if height < 2 / 3 else PLACES[0]
     return {"side": SIDES[0] if right > mass / 2 else SIDES[1], "place": place, "height": float(height)}
 
 
-def locate_all(layer, tokens: torch.Tensor, vision_x: torch.Tensor, preprocess: str) -> tuple[torch.Tensor, list[dict]]:
+def locate_all(
+    layer, tokens: torch.Tensor, vision_x: torch.Tensor, preprocess: str
+) -> tuple[torch.Tensor, list[dict]]:
     """(evidence maps (B, 14, h, w, d), [{finding: (side, place)}] for the findings that lie on one side).
 
     tokens (B, S, n_tok, dim) of vision_x (B, S, 3, H, W, D); the lungs' height is seen in the `windows` preparation only.
@@ -81,7 +97,10 @@ def said(text: str, finding: str) -> dict:
     for clause in clauses(text, language):
         if PATTERNS[language][finding].search(clause):
             hits = {word: re.search(pattern, clause, re.I) for word, pattern in SAID.items()}
-            return {"side": next((s for s in SIDES if hits[s]), ""), "place": next((p for p in PLACES if hits[p]), "")}
+            return {
+                "side": next((s for s in SIDES if hits[s]), ""),
+                "place": next((p for p in PLACES if hits[p]), ""),
+            }
     return {"side": "", "place": ""}
 
 
@@ -92,9 +111,16 @@ def location_scores(attributes: dict, found: dict) -> dict:
     """
     out = {}
     for what in ("side", "place"):
-        pairs = [(truth[what], found[name][finding].get(what, "")) for name, findings in attributes.items()
-                 for finding, truth in findings.items() if truth.get(what) and finding in found.get(name, {})]
-        out[what] = {"share": float(np.mean([a == b for a, b in pairs])) if pairs else None, "count": len(pairs)}
+        pairs = [
+            (truth[what], found[name][finding].get(what, ""))
+            for name, findings in attributes.items()
+            for finding, truth in findings.items()
+            if truth.get(what) and finding in found.get(name, {})
+        ]
+        out[what] = {
+            "share": float(np.mean([a == b for a, b in pairs])) if pairs else None,
+            "count": len(pairs),
+        }
     return out
 
 
@@ -120,7 +146,13 @@ def draw_evidence(path, vision_x, maps, rows, name: str, report: str):
         for axis, k in zip(line, slices.astype(int)):
             axis.imshow(background[:, :, k], cmap="gray", vmin=0, vmax=1)
             if finding != "no finding":
-                axis.imshow(full[:, :, k], cmap="inferno", alpha=0.55 * full[:, :, k] / max(full.max(), 1e-9), vmin=0, vmax=full.max())
+                axis.imshow(
+                    full[:, :, k],
+                    cmap="inferno",
+                    alpha=0.55 * full[:, :, k] / max(full.max(), 1e-9),
+                    vmin=0,
+                    vmax=full.max(),
+                )
             axis.set_axis_off()
         line[0].set_title(text, loc="left", fontsize=8)
     figure.suptitle(textwrap.fill(title, 130), fontsize=8)

@@ -1,4 +1,5 @@
 """Precision, recall and F1 over the 14 findings, per finding and averaged three ways; thresholds; bootstrap intervals."""
+
 import numpy as np
 
 from dia_pangu.src.Dataset.prompt import FINDINGS
@@ -7,8 +8,11 @@ EPSILON = 1e-6  # in upstream's denominators
 
 
 def _prf(tp, fp, fn) -> dict:
-    return {"P": float(tp / (tp + fp + EPSILON)), "R": float(tp / (tp + fn + EPSILON)),
-            "F1": float(tp / (tp + 0.5 * (fp + fn) + EPSILON))}
+    return {
+        "P": float(tp / (tp + fp + EPSILON)),
+        "R": float(tp / (tp + fn + EPSILON)),
+        "F1": float(tp / (tp + 0.5 * (fp + fn) + EPSILON)),
+    }
 
 
 def finding_scores(truth, predicted, names=FINDINGS) -> dict:
@@ -25,9 +29,15 @@ def finding_scores(truth, predicted, names=FINDINGS) -> dict:
     def mean(scores):
         return {key: float(np.mean([score[key] for score in scores])) for key in ("P", "R", "F1")}
 
-    per_finding = {name: {**row, "count": int(truth[:, c].sum())} for c, (name, row) in enumerate(zip(names, rows))}
-    return {"macro": mean(rows), "micro": _prf(hit.sum(), extra.sum(), missed.sum()), "example": mean(examples),
-            "per_finding": per_finding}
+    per_finding = {
+        name: {**row, "count": int(truth[:, c].sum())} for c, (name, row) in enumerate(zip(names, rows))
+    }
+    return {
+        "macro": mean(rows),
+        "micro": _prf(hit.sum(), extra.sum(), missed.sum()),
+        "example": mean(examples),
+        "per_finding": per_finding,
+    }
 
 
 def bootstrap(function, *arrays, draws: int = 500, seed: int = 0) -> tuple[float, float]:

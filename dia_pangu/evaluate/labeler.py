@@ -4,6 +4,7 @@ Codes: 0 not mentioned, 1 present, 2 absent, 3 uncertain; only 1 counts as prese
 The rules: a report is cut into sentences and these into clauses; a finding is looked for in each clause, and words of denial
 or doubt before or after it in the same clause decide the code. Present beats uncertain beats absent.
 """
+
 import re
 
 from common.errors import UserError
@@ -14,14 +15,14 @@ BLANK, PRESENT, ABSENT, UNCERTAIN = 0, 1, 2, 3
 # What names a finding. English patterns match at word starts, Chinese ones anywhere.
 ENGLISH = {
     "enlarged cardiomediastinum": r"(?:widen\w*|enlarge\w*|broaden\w*)[^,;]*mediastin|mediastin\w*[^,;]*(?:widen|enlarge|broaden|shift)|"
-                                  r"(?:aort\w*|pulmonary (?:artery|trunk|conus))[^,;]*"
-                                  r"(?:dilat|ectas|aneurysm|wider than normal|increased)|"
-                                  r"(?:dilat\w*|aneurysm\w*|ectas\w*)[^,;]*(?:aort|pulmonary (?:artery|trunk))",
+    r"(?:aort\w*|pulmonary (?:artery|trunk|conus))[^,;]*"
+    r"(?:dilat|ectas|aneurysm|wider than normal|increased)|"
+    r"(?:dilat\w*|aneurysm\w*|ectas\w*)[^,;]*(?:aort|pulmonary (?:artery|trunk))",
     "cardiomegaly": r"cardiomegal|heart[^,;]*(?:enlarge|increase|wide|big|broad)|"
-                    r"(?:enlarge\w*|increase\w*)[^,;]*(?:heart|cardiac|ventric|atri)|"
-                    r"(?:cardiac|cardiothoracic)[^,;]*(?:increase|enlarge)",
+    r"(?:enlarge\w*|increase\w*)[^,;]*(?:heart|cardiac|ventric|atri)|"
+    r"(?:cardiac|cardiothoracic)[^,;]*(?:increase|enlarge)",
     "lung opacity": r"opacit|opacif|ground.?glass|hazy|haze|infiltrat|density (?:increase|area)|"
-                    r"(?:increase\w*|patchy)[^,;]*densit",
+    r"(?:increase\w*|patchy)[^,;]*densit",
     "lung lesion": r"nodul|lesion|\bmass\b|masses|tumou?r|metasta",
     "edema": r"(?:pulmonary |interstitial |alveolar )?edema|oedema|interlobular septal thicken",
     "consolidation": r"consolidat",
@@ -29,11 +30,11 @@ ENGLISH = {
     "atelectasis": r"atelecta|collaps",
     "pneumothorax": r"pneumothora",
     "pleural effusion": r"pleural[^,;]*(?:effusion|fluid)|effusion[^,;]*pleura|hydrothora|"
-                        r"(?:fluid|effusion)[^,;]*(?:hemithora|pleural|costophrenic)",
+    r"(?:fluid|effusion)[^,;]*(?:hemithora|pleural|costophrenic)",
     "pleural other": r"pleura\w*[^,;]*(?:thick|plaque|calcif|scar)|(?:thick|plaque|calcif)\w*[^,;]*pleura",
     "fracture": r"fractur|broken rib|callus|rib break",
     "support devices": r"catheter|pacemaker|\btube\b|\bstent|\bwires?\b|prosthe|\bport\b|cannula|drain(?:age)? (?:tube|catheter)|"
-                       r"valve replacement|medical material|sternotomy|suture|clips?\b|implant|electrode",
+    r"valve replacement|medical material|sternotomy|suture|clips?\b|implant|electrode",
 }
 CHINESE = {
     "enlarged cardiomediastinum": r"纵隔(?:影)?[^，,；]{0,4}(?:增宽|增大|扩大)",
@@ -50,39 +51,81 @@ CHINESE = {
     "fracture": r"骨折|骨痂",
     "support devices": r"导管|起搏器|引流管|支架|置管|内固定",
 }
-PATTERNS = {"en": {name: re.compile(rf"\b(?:{p})", re.I) for name, p in ENGLISH.items()},
-            "cn": {name: re.compile(p) for name, p in CHINESE.items()}}
+PATTERNS = {
+    "en": {name: re.compile(rf"\b(?:{p})", re.I) for name, p in ENGLISH.items()},
+    "cn": {name: re.compile(p) for name, p in CHINESE.items()},
+}
 # Opacity words that belong to a more exact finding, and effusions of other places.
-EXCEPT = {"en": {"lung opacity": re.compile(r"suggest\w* pneumonia|pleural", re.I),
-                 "lung lesion": re.compile(r"\b(?:liver|hepatic|renal|kidney|adrenal|splen|thyroid|bone|vertebra|lymph|breast|"
-                                           r"sclerotic|lytic|cyst)|collapsed", re.I),
-                 "pleural effusion": re.compile(r"pericardi\w*[ -]effusion(?![^,;]*pleural)", re.I),
-                 "edema": re.compile(r"subcutaneous|soft tissue", re.I), "atelectasis": re.compile(r"vertebra|trachea", re.I)},
-          "cn": {"lung opacity": re.compile(r"肺炎|胸膜")}}
-DENIED_BEFORE = {"en": re.compile(r"\b(?:no|not|without|free of|absence of|negative for|neither|nor|never|rather than|"
-                                  r"regress\w*|resolv\w*)\b", re.I),
-                 "cn": re.compile(r"未|无|没有|不伴|排除")}
-DENIED_AFTER = {"en": re.compile(r"\b(?:not (?:\w+ ){0,2}(?:observed|detected|seen|found|present|identified|shown|selected|"
-                                 r"distinguished|encountered|monitored|followed|noted|enlarged|widened|increased|evident|remarkable)|"
-                                 r"(?:was|were|is|are) not|n't|absent|ruled out|(?:is|are|was|were|within) normal|resolved|"
-                                 r"disappeared|unremarkable)\b", re.I),
-                "cn": re.compile(r"不大|正常|未见|消失|吸收")}
-DOUBT = {"en": re.compile(r"\b(?:possibl\w*|may|might|could|questionabl\w*|cannot be excluded|suspicio\w*|uncertain|"
-                          r"equivocal|\?)", re.I),
-         "cn": re.compile(r"可能|疑|待排|不除外")}
-QUIET = {"en": re.compile(r"lungs? (?:\w+ ){0,3}(?:clear|normal)|normal chest|"
-                          r"no (?:active |significant |acute )?(?:finding|abnormal|disease|cardiopulmonary)|"
-                          r"heart (?:\w+ ){0,2}(?:normal|usual)", re.I),
-         "cn": re.compile(r"未见(?:明显)?异常|清晰|心肺膈未见")}
+EXCEPT = {
+    "en": {
+        "lung opacity": re.compile(r"suggest\w* pneumonia|pleural", re.I),
+        "lung lesion": re.compile(
+            r"\b(?:liver|hepatic|renal|kidney|adrenal|splen|thyroid|bone|vertebra|lymph|breast|"
+            r"sclerotic|lytic|cyst)|collapsed",
+            re.I,
+        ),
+        "pleural effusion": re.compile(r"pericardi\w*[ -]effusion(?![^,;]*pleural)", re.I),
+        "edema": re.compile(r"subcutaneous|soft tissue", re.I),
+        "atelectasis": re.compile(r"vertebra|trachea", re.I),
+    },
+    "cn": {"lung opacity": re.compile(r"肺炎|胸膜")},
+}
+DENIED_BEFORE = {
+    "en": re.compile(
+        r"\b(?:no|not|without|free of|absence of|negative for|neither|nor|never|rather than|"
+        r"regress\w*|resolv\w*)\b",
+        re.I,
+    ),
+    "cn": re.compile(r"未|无|没有|不伴|排除"),
+}
+DENIED_AFTER = {
+    "en": re.compile(
+        r"\b(?:not (?:\w+ ){0,2}(?:observed|detected|seen|found|present|identified|shown|selected|"
+        r"distinguished|encountered|monitored|followed|noted|enlarged|widened|increased|evident|remarkable)|"
+        r"(?:was|were|is|are) not|n't|absent|ruled out|(?:is|are|was|were|within) normal|resolved|"
+        r"disappeared|unremarkable)\b",
+        re.I,
+    ),
+    "cn": re.compile(r"不大|正常|未见|消失|吸收"),
+}
+DOUBT = {
+    "en": re.compile(
+        r"\b(?:possibl\w*|may|might|could|questionabl\w*|cannot be excluded|suspicio\w*|uncertain|"
+        r"equivocal|\?)",
+        re.I,
+    ),
+    "cn": re.compile(r"可能|疑|待排|不除外"),
+}
+QUIET = {
+    "en": re.compile(
+        r"lungs? (?:\w+ ){0,3}(?:clear|normal)|normal chest|"
+        r"no (?:active |significant |acute )?(?:finding|abnormal|disease|cardiopulmonary)|"
+        r"heart (?:\w+ ){0,2}(?:normal|usual)",
+        re.I,
+    ),
+    "cn": re.compile(r"未见(?:明显)?异常|清晰|心肺膈未见"),
+}
 # A normal sentence about an organ is a statement that its findings are absent.
-NORMAL = {"en": [(re.compile(r"heart (?:size |contour)?[^,;]*(?:is|are|of)[^,;]*(?:normal|usual|natural)|normal heart", re.I),
-                  ("cardiomegaly",)),
-                 (re.compile(r"pleural spaces? (?:is|are) free", re.I), ("pleural effusion", "pneumothorax")),
-                 (re.compile(r"ribs are intact", re.I), ("fracture",)),
-                 (re.compile(r"lungs are clear", re.I), ("lung opacity", "lung lesion", "consolidation"))],
-          "cn": [(re.compile(r"心(?:脏|影)[^，]*(?:不大|正常)"), ("cardiomegaly",)), (re.compile(r"肋骨完整"), ("fracture",)),
-                 (re.compile(r"胸膜腔未见异常"), ("pleural effusion", "pneumothorax")),
-                 (re.compile(r"肺野?清晰"), ("lung opacity", "lung lesion", "consolidation"))]}
+NORMAL = {
+    "en": [
+        (
+            re.compile(
+                r"heart (?:size |contour)?[^,;]*(?:is|are|of)[^,;]*(?:normal|usual|natural)|normal heart",
+                re.I,
+            ),
+            ("cardiomegaly",),
+        ),
+        (re.compile(r"pleural spaces? (?:is|are) free", re.I), ("pleural effusion", "pneumothorax")),
+        (re.compile(r"ribs are intact", re.I), ("fracture",)),
+        (re.compile(r"lungs are clear", re.I), ("lung opacity", "lung lesion", "consolidation")),
+    ],
+    "cn": [
+        (re.compile(r"心(?:脏|影)[^，]*(?:不大|正常)"), ("cardiomegaly",)),
+        (re.compile(r"肋骨完整"), ("fracture",)),
+        (re.compile(r"胸膜腔未见异常"), ("pleural effusion", "pneumothorax")),
+        (re.compile(r"肺野?清晰"), ("lung opacity", "lung lesion", "consolidation")),
+    ],
+}
 
 
 def language_of(text: str) -> str:
@@ -96,7 +139,10 @@ def clauses(text: str, language: str) -> list[str]:
     sentences = re.split(r"(?<=[^\d\W])[.;:!](?=\s|$)|(?<=\d)\.(?=\s|$)|\n|;", text)
     parts = []
     for sentence in sentences:
-        parts += re.split(r"\b(?:but|however|although|except|whereas|while)\b|,\s+(?=(?:there|a|an|mild|minimal|bilateral)\b)", sentence)
+        parts += re.split(
+            r"\b(?:but|however|although|except|whereas|while)\b|,\s+(?=(?:there|a|an|mild|minimal|bilateral)\b)",
+            sentence,
+        )
     return [part for part in parts if part and part.strip()]
 
 
@@ -122,14 +168,20 @@ def label_report(text: str) -> list[int]:
                 exception = EXCEPT[language].get(name)
                 if exception is not None and exception.search(clause):
                     continue
-                if DENIED_BEFORE[language].search(clause[:match.start()]) or DENIED_AFTER[language].search(clause[match.start():]):
+                if DENIED_BEFORE[language].search(clause[: match.start()]) or DENIED_AFTER[language].search(
+                    clause[match.start() :]
+                ):
                     say(name, ABSENT)
                 elif DOUBT[language].search(clause):
                     say(name, UNCERTAIN)
                 else:
                     say(name, PRESENT)
     found = any(codes[name] in (PRESENT, UNCERTAIN) for name in FINDINGS[:-1] if name != "support devices")
-    if not found and codes["support devices"] != PRESENT and (quiet or any(code == ABSENT for code in codes.values())):
+    if (
+        not found
+        and codes["support devices"] != PRESENT
+        and (quiet or any(code == ABSENT for code in codes.values()))
+    ):
         codes["no finding"] = PRESENT
     return [codes[name] for name in FINDINGS]
 
@@ -155,15 +207,23 @@ class CheXbert:
             config = AutoConfig.from_pretrained(bert)
             self.tokenizer = AutoTokenizer.from_pretrained(bert)
         except (OSError, ValueError) as error:
-            raise UserError(f"{bert}: not a folder with BERT's configuration and tokenizer ({str(error).splitlines()[0]})") from error
+            raise UserError(
+                f"{bert}: not a folder with BERT's configuration and tokenizer ({str(error).splitlines()[0]})"
+            ) from error
         self.bert = AutoModel.from_config(config, add_pooling_layer=True)
         # The order of the heads is that of FINDINGS.
-        self.heads = torch.nn.ModuleList(torch.nn.Linear(config.hidden_size, 4 if i < 13 else 2) for i in range(14))
-        tensors = {key: value for key, value in read_weights(weights).items() if not key.endswith("position_ids")}
+        self.heads = torch.nn.ModuleList(
+            torch.nn.Linear(config.hidden_size, 4 if i < 13 else 2) for i in range(14)
+        )
+        tensors = {
+            key: value for key, value in read_weights(weights).items() if not key.endswith("position_ids")
+        }
         module = torch.nn.ModuleDict({"bert": self.bert, "linear_heads": self.heads})
         missing, unexpected = module.load_state_dict(tensors, strict=False)
         if missing or unexpected:
-            raise UserError(f"{weights}: not CheXbert weights ({len(missing)} tensors missing, {len(unexpected)} unexpected)")
+            raise UserError(
+                f"{weights}: not CheXbert weights ({len(missing)} tensors missing, {len(unexpected)} unexpected)"
+            )
         module.eval()
 
     def __call__(self, texts, batch_size: int = 16) -> list[list[int]]:
@@ -172,8 +232,12 @@ class CheXbert:
         rows = []
         with torch.no_grad():
             for start in range(0, len(texts), batch_size):
-                cleaned = [re.sub(r"\s+", " ", text).strip() or "." for text in texts[start:start + batch_size]]
-                batch = self.tokenizer(cleaned, padding=True, truncation=True, max_length=512, return_tensors="pt")
+                cleaned = [
+                    re.sub(r"\s+", " ", text).strip() or "." for text in texts[start : start + batch_size]
+                ]
+                batch = self.tokenizer(
+                    cleaned, padding=True, truncation=True, max_length=512, return_tensors="pt"
+                )
                 first = self.bert(**batch).last_hidden_state[:, 0]
                 chosen = torch.stack([head(first).argmax(-1) for head in self.heads], dim=1)
                 rows += (chosen == 1).int().tolist()

@@ -7,6 +7,7 @@ published tables: words are what stands between spaces, case and punctuation kep
 jar. The same scores in the usual convention (lower case, punctuation apart; sacrebleu, rouge-score) stand under "standard".
 BLEU hardly tells a model from a retrieved report when reports are alike: read the finding scores first.
 """
+
 import argparse
 import ast
 import csv
@@ -18,7 +19,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root: every way of starting this file finds it
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[2])
+)  # repository root: every way of starting this file finds it
 
 import numpy as np
 from pycocoevalcap.bleu.bleu_scorer import BleuScorer
@@ -57,7 +60,9 @@ def bleu(truths, predictions) -> tuple[list[float], list[list[float]]]:
 def rouge_l(truths, predictions) -> tuple[float, list[float]]:
     """Mean ROUGE-L F with beta 1.2 on a single-space split, and per sample."""
     scorer = Rouge()
-    samples = [float(scorer.calc_score([prediction], [truth])) for truth, prediction in zip(truths, predictions)]
+    samples = [
+        float(scorer.calc_score([prediction], [truth])) for truth, prediction in zip(truths, predictions)
+    ]
     return float(np.mean(samples)), samples
 
 
@@ -79,14 +84,18 @@ def meteor(truths, predictions, language: str = "en") -> float | None:
         files = {"pred": predictions, "truth": truths}
         for name, lines in files.items():
             (Path(folder) / name).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        shutil.copy(jar, folder)                          # METEOR cannot find its data from a path with a space or beyond ASCII
+        shutil.copy(jar, folder)  # METEOR cannot find its data from a path with a space or beyond ASCII
         (Path(folder) / "data").symlink_to(jar.parent / "data")
         options = ["-l", "en", "-norm"] if language == "en" else ["-l", "other"]
         command = [java, "-Xmx2G", "-Dfile.encoding=UTF-8", "-jar", jar.name, "pred", "truth", *options]
         try:
-            result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=METEOR_SECONDS, encoding="utf-8")
+            result = subprocess.run(
+                command, cwd=folder, capture_output=True, text=True, timeout=METEOR_SECONDS, encoding="utf-8"
+            )
         except subprocess.TimeoutExpired:
-            raise UserError(f"METEOR did not end within {METEOR_SECONDS} s; leave it out with --no-meteor") from None
+            raise UserError(
+                f"METEOR did not end within {METEOR_SECONDS} s; leave it out with --no-meteor"
+            ) from None
     found = re.findall(r"Final score:\s+([0-9.eE-]+|NaN)", result.stdout)
     if not found:
         said = (result.stderr or result.stdout).strip().splitlines() or ["no output"]
@@ -94,7 +103,9 @@ def meteor(truths, predictions, language: str = "en") -> float | None:
     return 0.0 if found[-1] == "NaN" else float(found[-1])
 
 
-def published_scores(truths, predictions, language: str = "en", with_meteor: bool = True) -> tuple[dict, dict]:
+def published_scores(
+    truths, predictions, language: str = "en", with_meteor: bool = True
+) -> tuple[dict, dict]:
     """The scores of the published tables and the per-sample ROUGE_L and CIDEr. METEOR is None where Java is absent."""
     truths, predictions = ([words(text, language) for text in texts] for texts in (truths, predictions))
     scores = {f"BLEU_{n}": float(value) for n, value in enumerate(bleu(truths, predictions)[0], 1)}
@@ -110,17 +121,26 @@ def standard_scores(truths, predictions, language: str) -> dict:
     import sacrebleu
     from rouge_score import rouge_scorer
 
-    truths, predictions = ([" ".join(text.replace("\0", " ").split()) for text in texts] for texts in (truths, predictions))
-    corpus = sacrebleu.corpus_bleu(predictions, [truths], lowercase=True, tokenize="zh" if language == "cn" else "13a")
+    truths, predictions = (
+        [" ".join(text.replace("\0", " ").split()) for text in texts] for texts in (truths, predictions)
+    )
+    corpus = sacrebleu.corpus_bleu(
+        predictions, [truths], lowercase=True, tokenize="zh" if language == "cn" else "13a"
+    )
     if language == "cn":  # rouge-score's own tokenizer drops every Chinese character
+
         class Words:
             def tokenize(self, text):
                 return words(text, "cn").split()
+
         scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=Words())
     else:
         scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"])
     rows = [scorer.score(truth, prediction) for truth, prediction in zip(truths, predictions)]
-    return {"sacreBLEU": corpus.score / 100, **{name: float(np.mean([row[name].fmeasure for row in rows])) for name in rows[0]}}
+    return {
+        "sacreBLEU": corpus.score / 100,
+        **{name: float(np.mean([row[name].fmeasure for row in rows])) for name in rows[0]},
+    }
 
 
 def parse_labels(text: str) -> list[int] | None:
@@ -144,7 +164,7 @@ def clinical_scores(truths, predictions, labeler=positives, draws: int = 500) ->
 
 
 def read_csv(path) -> list[dict]:
-    csv.field_size_limit(2 ** 30)
+    csv.field_size_limit(2**30)
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
     except OSError as error:
@@ -155,7 +175,10 @@ def read_csv(path) -> list[dict]:
     rows = list(csv.DictReader(text.replace("\0", " ").splitlines(keepends=True)))
     missing = [name for name in ("Ground Truth", "Pred") if rows and name not in rows[0]]
     if not rows or missing:
-        raise UserError(f"{path}: " + (f"no column {missing[0]!r}; it has {', '.join(map(str, rows[0]))}" if rows else "no rows"))
+        raise UserError(
+            f"{path}: "
+            + (f"no column {missing[0]!r}; it has {', '.join(map(str, rows[0]))}" if rows else "no rows")
+        )
     return rows
 
 
@@ -165,7 +188,9 @@ def score_csv(path, language=None, labeler=positives, with_meteor: bool = True, 
     truths, predictions = [row["Ground Truth"] or "" for row in rows], [row["Pred"] or "" for row in rows]
     language = language or language_of(" ".join(truths))
     scores, samples = published_scores(truths, predictions, language, with_meteor)
-    scores["intervals"] = {name: bootstrap(np.mean, np.array(values), draws=draws) for name, values in samples.items()}
+    scores["intervals"] = {
+        name: bootstrap(np.mean, np.array(values), draws=draws) for name, values in samples.items()
+    }
     scores["standard"] = standard_scores(truths, predictions, language)
     scores["findings"] = clinical_scores(truths, predictions, labeler, draws)
     given = [parse_labels(row.get("GT_labels", "")) for row in rows]
@@ -173,22 +198,35 @@ def score_csv(path, language=None, labeler=positives, with_meteor: bool = True, 
         scores["findings_against_GT_labels"] = finding_scores(given, labeler(predictions))
     scores["rows"], scores["language"] = len(rows), language
     scores["empty_predictions"] = sum(not text.strip() for text in predictions)
-    scores["convention"] = "published: words between spaces, case and punctuation kept" if language == "en" else "jieba words"
+    scores["convention"] = (
+        "published: words between spaces, case and punctuation kept" if language == "en" else "jieba words"
+    )
     if scores["METEOR"] is None:
-        scores["METEOR_note"] = "absent: Java or the jar was not found" if with_meteor else "left out on request"
+        scores["METEOR_note"] = (
+            "absent: Java or the jar was not found" if with_meteor else "left out on request"
+        )
     return scores
 
 
 def show(scores: dict):
     """Print the scores as a table."""
-    print(f"{scores['rows']} reports ({scores['language']}), {scores['empty_predictions']} empty predictions; {scores['convention']}")
+    print(
+        f"{scores['rows']} reports ({scores['language']}), {scores['empty_predictions']} empty predictions; {scores['convention']}"
+    )
     names = ("BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4", "METEOR", "ROUGE_L", "CIDEr")
-    print("  ".join(f"{name} {'absent' if scores[name] is None else format(scores[name], '.4f')}" for name in names))
+    print(
+        "  ".join(
+            f"{name} {'absent' if scores[name] is None else format(scores[name], '.4f')}" for name in names
+        )
+    )
     if scores["METEOR"] is None:
         print(f"METEOR {scores['METEOR_note']}")
     print(f"{'finding':28s} {'count':>5s} {'P':>6s} {'R':>6s} {'F1':>6s}")
     found = scores["findings"]
-    for name, row in [*found["per_finding"].items(), *((key, found[key]) for key in ("macro", "micro", "example"))]:
+    for name, row in [
+        *found["per_finding"].items(),
+        *((key, found[key]) for key in ("macro", "micro", "example")),
+    ]:
         print(f"{name:28s} {row.get('count', ''):>5} {row['P']:6.3f} {row['R']:6.3f} {row['F1']:6.3f}")
     print("BLEU hardly separates a model from a retrieved report here: read the finding scores first.")
 
@@ -206,11 +244,15 @@ def main(args):
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--csv", required=True, help="file with the columns Ground Truth and Pred (and GT_labels, if there)")
+    parser.add_argument(
+        "--csv", required=True, help="file with the columns Ground Truth and Pred (and GT_labels, if there)"
+    )
     parser.add_argument("--out", help="json file to write")
     parser.add_argument("--language", choices=("en", "cn"), help="default: from the reports")
     parser.add_argument("--chexbert", help="CheXbert weights instead of the rule-based labeler (English)")
-    parser.add_argument("--bert", help="folder with configuration and tokenizer of bert-base-uncased, for --chexbert")
+    parser.add_argument(
+        "--bert", help="folder with configuration and tokenizer of bert-base-uncased, for --chexbert"
+    )
     parser.add_argument("--no-meteor", action="store_true", help="leave METEOR out")
     parser.add_argument("--draws", type=int, default=500, help="bootstrap draws (default %(default)s)")
     return parser.parse_args()

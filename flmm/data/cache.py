@@ -32,7 +32,7 @@ def write_cache(folder, base, sam_encoder, dataset, fingerprint, accelerator, ba
             file.attrs["dims"] = [base.channels, base.num_layers, base.hidden_size]
             file.attrs["processes"], file.attrs["samples"] = accelerator.num_processes, len(dataset)
             for start in progress(range(0, len(mine), batch_size), accelerator, desc="caching features"):
-                rows = mine[start: start + batch_size]
+                rows = mine[start : start + batch_size]
                 samples = [dataset[i] for i in rows]
                 for i, sample, feature in zip(rows, samples, extract(base, sam_encoder, samples)):
                     _write(file.create_group(f"{i:08d}"), sample, feature)
@@ -50,9 +50,15 @@ def _write(group, sample, feature):
     for name in ("masks", "gt_masks"):
         group[name] = np.packbits(sample[name].numpy().astype(bool), axis=-1)
         group[name].attrs["width"] = sample[name].shape[-1]
-    group.attrs["about"] = json.dumps({
-        "image_size": feature["image_size"], "meta_data": feature["meta_data"], "unpad": feature["unpad"],
-        "file_name": sample["file_name"], "mask_infos": sample["mask_infos"]})
+    group.attrs["about"] = json.dumps(
+        {
+            "image_size": feature["image_size"],
+            "meta_data": feature["meta_data"],
+            "unpad": feature["unpad"],
+            "file_name": sample["file_name"],
+            "mask_infos": sample["mask_infos"],
+        }
+    )
 
 
 class CachedFeatures(Dataset):
@@ -71,28 +77,50 @@ class CachedFeatures(Dataset):
                     self.dims = tuple(int(d) for d in file.attrs["dims"])
                     self.where.update({int(name): path for name in file})
             except (OSError, KeyError, ValueError) as error:
-                raise UserError(f"{path}: not a feature cache ({error}); delete it to write it anew") from error
+                raise UserError(
+                    f"{path}: not a feature cache ({error}); delete it to write it anew"
+                ) from error
             fresh = json.loads(json.dumps(fingerprint)) if fingerprint else stored
             if differ := sorted(k for k in stored.keys() | fresh.keys() if stored.get(k) != fresh.get(k)):
-                raise UserError(f"{path}: was made with {differ[0]} = {stored.get(differ[0])}, now {fresh.get(differ[0])}; "
-                                "choose another --cache-attention folder or delete this one")
+                raise UserError(
+                    f"{path}: was made with {differ[0]} = {stored.get(differ[0])}, now {fresh.get(differ[0])}; "
+                    "choose another --cache-attention folder or delete this one"
+                )
             if processes != len(paths):
-                raise UserError(f"{folder}: {len(paths)} files, but written by {processes} processes; delete it to write it anew")
+                raise UserError(
+                    f"{folder}: {len(paths)} files, but written by {processes} processes; delete it to write it anew"
+                )
         if len(self.where) != samples:
-            raise UserError(f"{folder}: {len(self.where)} of {samples} samples are there; delete it to write it anew")
+            raise UserError(
+                f"{folder}: {len(self.where)} of {samples} samples are there; delete it to write it anew"
+            )
 
     def __len__(self):
         return len(self.where)
 
     def __getitem__(self, index):
         path = self.where[index]
-        if path not in self.files:   # opened in the process that reads: h5py handles do not survive a fork
+        if path not in self.files:  # opened in the process that reads: h5py handles do not survive a fork
             self.files[path] = h5py.File(path, "r")
         group = self.files[path][f"{index:08d}"]
         about = json.loads(group.attrs["about"])
-        maps = torch.from_numpy(group["maps"][()]).float() * torch.from_numpy(group["scale"][()])[..., None, None]
-        masks = {name: torch.from_numpy(np.unpackbits(group[name][()], axis=-1, count=int(group[name].attrs["width"])))
-                 for name in ("masks", "gt_masks")}
-        return {"mask_attentions": maps, "hidden_states": torch.from_numpy(group["hidden_states"][()]).float(),
-                "mask_ids": torch.from_numpy(group["mask_ids"][()]), **masks, **about,
-                "image_embedding": torch.from_numpy(group["image_embedding"][()]).float() if "image_embedding" in group else None}
+        maps = (
+            torch.from_numpy(group["maps"][()]).float()
+            * torch.from_numpy(group["scale"][()])[..., None, None]
+        )
+        masks = {
+            name: torch.from_numpy(
+                np.unpackbits(group[name][()], axis=-1, count=int(group[name].attrs["width"]))
+            )
+            for name in ("masks", "gt_masks")
+        }
+        return {
+            "mask_attentions": maps,
+            "hidden_states": torch.from_numpy(group["hidden_states"][()]).float(),
+            "mask_ids": torch.from_numpy(group["mask_ids"][()]),
+            **masks,
+            **about,
+            "image_embedding": torch.from_numpy(group["image_embedding"][()]).float()
+            if "image_embedding" in group
+            else None,
+        }

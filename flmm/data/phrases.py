@@ -15,8 +15,17 @@ from common.files import inside, read_json
 from flmm.data.samples import caption_of_phrases
 from flmm.data.transforms import load_image, load_segments
 
-PHRASES = {"images": [{"id": (int, str), "file": str, "captions?": [str], "segments": [{"id": int, "isthing": (int, bool)}],
-                       "phrases": [{"caption": int, "span?": [int], "text": str, "segment_ids": [int]}]}]}
+PHRASES = {
+    "images": [
+        {
+            "id": (int, str),
+            "file": str,
+            "captions?": [str],
+            "segments": [{"id": int, "isthing": (int, bool)}],
+            "phrases": [{"caption": int, "span?": [int], "text": str, "segment_ids": [int]}],
+        }
+    ]
+}
 REASONSEG = {"text": (str, list), "shapes": [{"label": str, "points": [[float]]}]}
 
 
@@ -44,7 +53,11 @@ class PhraseDataset(Dataset):
                 phrases = [p for p in image["phrases"] if p["caption"] == caption]
                 if caption >= 0:
                     phrases.sort(key=lambda p: p["span"][0])
-                    phrases = [p for i, p in enumerate(phrases) if i == 0 or p["span"][0] >= phrases[i - 1]["span"][1]]
+                    phrases = [
+                        p
+                        for i, p in enumerate(phrases)
+                        if i == 0 or p["span"][0] >= phrases[i - 1]["span"][1]
+                    ]
                 self.items.append((image, caption, phrases))
         if not self.items:
             raise UserError(f"{source}: no picture has a phrase")
@@ -61,18 +74,30 @@ class PhraseDataset(Dataset):
         masks, infos = [], []
         for p in phrases:
             masks.append(np.isin(segments, p["segment_ids"]))
-            infos.append({"plural": len(p["segment_ids"]) > 1, "text": p["text"],
-                          "isthing": len(p["segment_ids"]) > 1 or kinds[p["segment_ids"][0]]})
+            infos.append(
+                {
+                    "plural": len(p["segment_ids"]) > 1,
+                    "text": p["text"],
+                    "isthing": len(p["segment_ids"]) > 1 or kinds[p["segment_ids"][0]],
+                }
+            )
         pieces = caption_of_phrases([p["text"] for p in phrases])
-        if caption >= 0:   # cut the caption at the spans, dropping the blanks between pieces as PNG captions do
+        if (
+            caption >= 0
+        ):  # cut the caption at the spans, dropping the blanks between pieces as PNG captions do
             text, pieces, at = info["captions"][caption], [], 0
             for k, p in enumerate(phrases):
                 start, end = p["span"]
                 pieces += [(text[at:start].strip(), -1), (text[start:end], k)]
                 at = end
             pieces = [(t, k) for t, k in [*pieces, (text[at:].strip(), -1)] if t or k >= 0]
-        return {"image": image, "pieces": pieces, "masks": np.stack(masks).astype(np.uint8), "mask_infos": infos,
-                "file_name": info["file"]}
+        return {
+            "image": image,
+            "pieces": pieces,
+            "masks": np.stack(masks).astype(np.uint8),
+            "mask_infos": infos,
+            "file_name": info["file"],
+        }
 
     def __getitem__(self, index):
         return self.build(self.record(index))
@@ -105,9 +130,14 @@ class ReasonSegDataset(Dataset):
             if "flag" not in shape["label"].lower() and len(shape["points"]) > 2:
                 ImageDraw.Draw(layers[kind]).polygon([tuple(p) for p in shape["points"]], fill=1)
         ignore = np.array(layers["ignore"])
-        return {"image": image, "pieces": caption_of_phrases([text]), "file_name": path.with_suffix(".jpg").name,
-                "masks": (np.asarray(layers["target"]) & ~ignore)[None].astype(np.uint8), "ignore": ignore,
-                "mask_infos": [{"plural": False, "isthing": True, "text": text}]}
+        return {
+            "image": image,
+            "pieces": caption_of_phrases([text]),
+            "file_name": path.with_suffix(".jpg").name,
+            "masks": (np.asarray(layers["target"]) & ~ignore)[None].astype(np.uint8),
+            "ignore": ignore,
+            "mask_infos": [{"plural": False, "isthing": True, "text": text}],
+        }
 
     def __getitem__(self, index):
         record = self.record(index)

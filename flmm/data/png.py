@@ -13,9 +13,16 @@ from common.errors import UserError
 from common.files import inside, read_json
 from flmm.data.transforms import load_image, load_segments
 
-CAPTIONS = [{"image_id": (int, str), "segments": [{"utterance": str, "segment_ids": [(int, str)], "plural": bool}]}]
-PANOPTIC = {"images": [{"id": (int, str), "file_name": str}], "categories": [{"id": int, "isthing": (int, bool)}],
-            "annotations": [{"image_id": (int, str), "file_name": str, "segments_info": [{"id": int, "category_id": int}]}]}
+CAPTIONS = [
+    {"image_id": (int, str), "segments": [{"utterance": str, "segment_ids": [(int, str)], "plural": bool}]}
+]
+PANOPTIC = {
+    "images": [{"id": (int, str), "file_name": str}],
+    "categories": [{"id": int, "isthing": (int, bool)}],
+    "annotations": [
+        {"image_id": (int, str), "file_name": str, "segments_info": [{"id": int, "category_id": int}]}
+    ],
+}
 
 
 def key(caption) -> str:
@@ -47,7 +54,9 @@ class PNGDataset(Dataset):
         """The caption's picture and segments must be annotated, with known categories."""
         annotation = self.annotations.get(key(item))
         if annotation is None:
-            raise UserError(f"{panoptic_json_file}: no annotation for image {item['image_id']} of {Path(json_file).name}")
+            raise UserError(
+                f"{panoptic_json_file}: no annotation for image {item['image_id']} of {Path(json_file).name}"
+            )
         category = {s["id"]: s["category_id"] for s in annotation["segments_info"]}
         for i in (i for part in item["segments"] for i in part["segment_ids"]):
             where = f"{panoptic_json_file}: image {item['image_id']}: segment {i} of {Path(json_file).name}"
@@ -69,14 +78,25 @@ class PNGDataset(Dataset):
                 continue
             plural = bool(part["plural"])
             masks.append(np.isin(segments, ids))
-            infos.append({"plural": plural, "isthing": plural or self.isthing[category[ids[0]]], "text": part["utterance"]})
+            infos.append(
+                {
+                    "plural": plural,
+                    "isthing": plural or self.isthing[category[ids[0]]],
+                    "text": part["utterance"],
+                }
+            )
         name = self.files.get(key(item), annotation["file_name"])
         path = inside(self.images, name)
         if not path.is_file():
             path = path.with_suffix(".jpg")
         image = load_image(path, (segments.shape[1], segments.shape[0]))
-        return {"image": image, "pieces": pieces, "masks": np.stack(masks).astype(np.uint8), "mask_infos": infos,
-                "file_name": path.name}
+        return {
+            "image": image,
+            "pieces": pieces,
+            "masks": np.stack(masks).astype(np.uint8),
+            "mask_infos": infos,
+            "file_name": path.name,
+        }
 
     def __getitem__(self, index):
         return self.build(self.record(index))

@@ -19,7 +19,9 @@ class PlainUnpickler(pickle.Unpickler):
     """Reads lists, dictionaries, strings and numbers; anything that names a class or function is refused, so nothing runs."""
 
     def find_class(self, module, name):
-        raise UserError(f"it names {module}.{name}; a refs file holds plain data only, this one is not to be trusted")
+        raise UserError(
+            f"it names {module}.{name}; a refs file holds plain data only, this one is not to be trusted"
+        )
 
     def persistent_load(self, pid):
         raise UserError("it refers to objects outside the file; a refs file holds plain data only")
@@ -36,12 +38,15 @@ def read_refs(path):
         raise UserError(f"{path}: no such file; expected the references") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except Exception as error:   # a damaged pickle can raise almost anything
+    except Exception as error:  # a damaged pickle can raise almost anything
         raise UserError(f"{path}: not a readable references file ({type(error).__name__}: {error})") from None
     return refs
 
-INSTANCES = {"images": [{"id": int, "file_name": str, "height": int, "width": int}],
-             "annotations": [{"id": int, "segmentation": (dict, list)}]}
+
+INSTANCES = {
+    "images": [{"id": int, "file_name": str, "height": int, "width": int}],
+    "annotations": [{"id": int, "segmentation": (dict, list)}],
+}
 
 
 class RefCOCODataset(Dataset):
@@ -53,7 +58,17 @@ class RefCOCODataset(Dataset):
     one_per_object: each object its own record. With "original" that is the standard per-sentence protocol.
     """
 
-    def __init__(self, ann_file, split_file, image_path, split, text_mode="random", one_per_object=False, seed=0, build=None):
+    def __init__(
+        self,
+        ann_file,
+        split_file,
+        image_path,
+        split,
+        text_mode="random",
+        one_per_object=False,
+        seed=0,
+        build=None,
+    ):
         instances, refs = read_json(ann_file, INSTANCES), read_refs(split_file)
         self.text_mode, self.seed, self.epoch, self.build = text_mode, seed, 0, build
         self.images_path, self.ann_file = Path(image_path), ann_file
@@ -68,16 +83,23 @@ class RefCOCODataset(Dataset):
         except (KeyError, TypeError) as error:
             raise UserError(f"{ann_file} or {split_file}: field {error} is missing") from error
         if not groups:
-            raise UserError(f"{split_file}: no references of split {split!r}; it has {sorted({r.get('split') for r in refs})}")
+            raise UserError(
+                f"{split_file}: no references of split {split!r}; it has {sorted({r.get('split') for r in refs})}"
+            )
         for image_id, objects in groups.items():
             lost = [ann for ann, _ in objects if ann not in self.annotations]
             if image_id not in self.images or lost:
-                raise UserError(f"{ann_file}: image {image_id} or annotation {lost[:1]} of {split_file} is missing")
+                raise UserError(
+                    f"{ann_file}: image {image_id} or annotation {lost[:1]} of {split_file} is missing"
+                )
         if text_mode == "original":
-            groups = {i: [(ann, [text]) for ann, texts in objects for text in texts] for i, objects in groups.items()}
+            groups = {
+                i: [(ann, [text]) for ann, texts in objects for text in texts]
+                for i, objects in groups.items()
+            }
         if text_mode == "concat":
             groups = {i: [(ann, ["".join(texts)]) for ann, texts in objects] for i, objects in groups.items()}
-        self.items = list(groups.items())   # (image id, [(annotation id, [expression])])
+        self.items = list(groups.items())  # (image id, [(annotation id, [expression])])
         if one_per_object:
             self.items = [(i, [one]) for i, objects in self.items for one in objects]
 
@@ -99,12 +121,22 @@ class RefCOCODataset(Dataset):
         image_id, objects = self.items[index]
         info = self.images[image_id]
         height, width = info["height"], info["width"]
-        masks = np.stack([decode_segmentation(self.annotations[ann]["segmentation"], height, width,
-                                              f"{self.ann_file}: annotation {ann}") for ann, _ in objects])
+        masks = np.stack(
+            [
+                decode_segmentation(
+                    self.annotations[ann]["segmentation"], height, width, f"{self.ann_file}: annotation {ann}"
+                )
+                for ann, _ in objects
+            ]
+        )
         phrases = self.phrases(index)
-        return {"image": load_image(inside(self.images_path, info["file_name"]), (width, height)), "masks": masks,
-                "pieces": caption_of_phrases(phrases), "file_name": info["file_name"],
-                "mask_infos": [{"plural": False, "isthing": True, "text": text} for text in phrases]}
+        return {
+            "image": load_image(inside(self.images_path, info["file_name"]), (width, height)),
+            "masks": masks,
+            "pieces": caption_of_phrases(phrases),
+            "file_name": info["file_name"],
+            "mask_infos": [{"plural": False, "isthing": True, "text": text} for text in phrases],
+        }
 
     def __getitem__(self, index):
         return self.build(self.record(index))

@@ -27,7 +27,9 @@ class SampleBuilder:
 
     def __init__(self, tokenizer, prompt_ids, image_processor, image_marker=None):
         self.tokenizer, self.image_processor = tokenizer, image_processor
-        self.prompt_ids = [image_marker[1] if image_marker and i == image_marker[0] else i for i in prompt_ids]
+        self.prompt_ids = [
+            image_marker[1] if image_marker and i == image_marker[0] else i for i in prompt_ids
+        ]
 
     @classmethod
     def of(cls, base):
@@ -42,7 +44,7 @@ class SampleBuilder:
                 raise UserError(f"{source}: phrase {k} ({text!r}) has no token; leave out empty phrases")
             input_ids += ids
             mask_ids += [k] * len(ids)
-        labels = [-100] * len(self.prompt_ids) + input_ids[len(self.prompt_ids):]
+        labels = [-100] * len(self.prompt_ids) + input_ids[len(self.prompt_ids) :]
         return torch.tensor(input_ids), torch.tensor(mask_ids), torch.tensor(labels)
 
     def __call__(self, record):
@@ -50,44 +52,68 @@ class SampleBuilder:
         canvas, gt_masks (n, H, W) at the original size, image, mask_infos, file_name. No masks key: no mask keys."""
         image, source = record["image"], record.get("file_name", "input")
         input_ids, mask_ids, labels = self.encode(record["pieces"], source)
-        sample = {"input_ids": input_ids, "mask_ids": mask_ids, "labels": labels, "image": image, "file_name": source,
-                  "mask_infos": record.get("mask_infos"), **self.image_processor(image)}
+        sample = {
+            "input_ids": input_ids,
+            "mask_ids": mask_ids,
+            "labels": labels,
+            "image": image,
+            "file_name": source,
+            "mask_infos": record.get("mask_infos"),
+            **self.image_processor(image),
+        }
         if record.get("masks") is None:
             return sample
         gt = torch.from_numpy(np.ascontiguousarray(record["masks"], np.uint8))
         if tuple(gt.shape[1:]) != (image.height, image.width):
-            raise UserError(f"{source}: masks are {gt.shape[2]} x {gt.shape[1]} pixels, the picture is "
-                            f"{image.width} x {image.height}; annotation and picture do not belong together")
+            raise UserError(
+                f"{source}: masks are {gt.shape[2]} x {gt.shape[1]} pixels, the picture is "
+                f"{image.width} x {image.height}; annotation and picture do not belong together"
+            )
         meta = sample["meta_data"]
         h, w = meta["image_shape"]["height"], meta["image_shape"]["width"]
         masks = F.interpolate(gt[None].float(), size=(h, w), mode="nearest")[0].to(torch.uint8)
         pad = meta["padding"]
-        sample.update(gt_masks=gt, masks=masks, padded_masks=F.pad(
-            masks, (pad["before_width"], pad["after_width"], pad["before_height"], pad["after_height"])))
+        sample.update(
+            gt_masks=gt,
+            masks=masks,
+            padded_masks=F.pad(
+                masks, (pad["before_width"], pad["after_width"], pad["before_height"], pad["after_height"])
+            ),
+        )
         return sample
 
 
 def decode_segmentation(segmentation, height, width, source):
     """COCO polygons, compressed or uncompressed RLE -> (height, width) uint8. UserError names `source` if it is none."""
     from pycocotools import mask as coco
+
     try:
         if isinstance(segmentation, list):
             rle = coco.merge(coco.frPyObjects(segmentation, height, width))
         elif isinstance(segmentation["counts"], list):
             rle = coco.frPyObjects(segmentation, height, width)
         else:
-            rle = {"size": segmentation["size"], "counts": segmentation["counts"].encode()
-                   if isinstance(segmentation["counts"], str) else segmentation["counts"]}
+            rle = {
+                "size": segmentation["size"],
+                "counts": segmentation["counts"].encode()
+                if isinstance(segmentation["counts"], str)
+                else segmentation["counts"],
+            }
         mask = coco.decode(rle)
-    except Exception as error:   # pycocotools raises bare Exception on some inputs
-        raise UserError(f"{source}: segmentation does not decode ({type(error).__name__}: {error})") from error
+    except Exception as error:  # pycocotools raises bare Exception on some inputs
+        raise UserError(
+            f"{source}: segmentation does not decode ({type(error).__name__}: {error})"
+        ) from error
     if mask.shape != (height, width):
-        raise UserError(f"{source}: segmentation is {mask.shape[1]} x {mask.shape[0]} pixels, the picture {width} x {height}")
+        raise UserError(
+            f"{source}: segmentation is {mask.shape[1]} x {mask.shape[0]} pixels, the picture {width} x {height}"
+        )
     return mask
 
 
 def encode_rle(mask):
     """(H, W) bool -> COCO RLE {"size", "counts"} with counts as text, ready for JSON."""
     from pycocotools import mask as coco
+
     rle = coco.encode(np.asfortranarray(mask, np.uint8))
     return {"size": list(rle["size"]), "counts": rle["counts"].decode()}

@@ -7,11 +7,19 @@ so that neither the words nor their place in the caption tell where an object is
 
 import numpy as np
 
-COLOURS = {"red": (214, 40, 40), "green": (46, 160, 67), "blue": (38, 84, 214), "yellow": (240, 208, 32),
-           "purple": (132, 48, 176), "orange": (240, 130, 24), "white": (245, 245, 245), "black": (16, 16, 16)}
+COLOURS = {
+    "red": (214, 40, 40),
+    "green": (46, 160, 67),
+    "blue": (38, 84, 214),
+    "yellow": (240, 208, 32),
+    "purple": (132, 48, 176),
+    "orange": (240, 130, 24),
+    "white": (245, 245, 245),
+    "black": (16, 16, 16),
+}
 SHAPES = ("circle", "square", "triangle", "cross")
 TEXTURES = ("plain", "striped", "dotted")
-SIZES = {"small": (0.15, 0.19), "large": (0.25, 0.32)}   # radius as a share of the side
+SIZES = {"small": (0.15, 0.19), "large": (0.25, 0.32)}  # radius as a share of the side
 QUESTION = "Describe."
 
 
@@ -32,15 +40,19 @@ def make_scene(seed, index, side=64, overlap=False, min_visible=0.7):
     """One scene: {"image" (side, side, 3) uint8, "masks" (n, side, side) bool in caption order, "phrases" [n texts],
     "objects" [n dicts], "pieces" [(text, k)]}."""
     rng = np.random.default_rng((seed, index))
-    while True:   # drawn again in the rare case that the objects do not fit
+    while True:  # drawn again in the rare case that the objects do not fit
         objects, masks, wanted = [], [], 2 + int(rng.random() < 0.35)
         for _ in range(50):
             if len(objects) == wanted:
                 break
             size = str(rng.choice(list(SIZES)))
             r = rng.uniform(*SIZES[size]) * side
-            obj = {"colour": str(rng.choice(list(COLOURS))), "size": size, "texture": str(rng.choice(TEXTURES)),
-                   "shape": str(rng.choice(SHAPES))}
+            obj = {
+                "colour": str(rng.choice(list(COLOURS))),
+                "size": size,
+                "texture": str(rng.choice(TEXTURES)),
+                "shape": str(rng.choice(SHAPES)),
+            }
             if any((o["colour"], o["shape"]) == (obj["colour"], obj["shape"]) for o in objects):
                 continue
             mask = shape_mask(obj["shape"], rng.uniform(r, side - r), rng.uniform(r, side - r), r, side)
@@ -59,21 +71,38 @@ def make_scene(seed, index, side=64, overlap=False, min_visible=0.7):
         colour = np.array(COLOURS[obj["colour"]]) + rng.normal(0, 8, 3)
         dark = colour * 0.45 + (70 if obj["colour"] == "black" else 0)
         period = max(4, side // 12)
-        pattern = {"plain": np.zeros_like(mask), "striped": (x + y) % period < period / 2,
-                   "dotted": (x % period < period / 2) & (y % period < period / 2)}[obj["texture"]]
+        pattern = {
+            "plain": np.zeros_like(mask),
+            "striped": (x + y) % period < period / 2,
+            "dotted": (x % period < period / 2) & (y % period < period / 2),
+        }[obj["texture"]]
         image[mask] = colour
         image[mask & pattern] = dark
     image = np.clip(image + rng.normal(0, 5, image.shape), 0, 255).astype(np.uint8)
     order = rng.permutation(len(objects))
     objects, masks = [objects[i] for i in order], np.stack([masks[i] for i in order])
-    phrases = [" ".join(o[k] for k in ("colour", "size", "texture", "shape") if o[k] != "plain") for o in objects]
+    phrases = [
+        " ".join(o[k] for k in ("colour", "size", "texture", "shape") if o[k] != "plain") for o in objects
+    ]
     pieces = []
     for k, phrase in enumerate(phrases):
         pieces += [("a" if k == 0 else "and a" if k == len(phrases) - 1 else ", a", -1), (phrase, k)]
-    return {"image": image, "masks": masks, "phrases": phrases, "objects": objects, "pieces": [*pieces, (".", -1)]}
+    return {
+        "image": image,
+        "masks": masks,
+        "phrases": phrases,
+        "objects": objects,
+        "pieces": [*pieces, (".", -1)],
+    }
 
 
 def all_texts():
     """Every phrase and connecting word that scenes use, for training the tokenizer."""
-    words = [f" {c} {s} {t} {h}".replace(" plain", "") for c in COLOURS for s in SIZES for t in TEXTURES for h in SHAPES]
+    words = [
+        f" {c} {s} {t} {h}".replace(" plain", "")
+        for c in COLOURS
+        for s in SIZES
+        for t in TEXTURES
+        for h in SHAPES
+    ]
     return words + [" a", " and a", " , a", " .", QUESTION, " " + QUESTION] * 40

@@ -8,7 +8,6 @@ Sizes are truncated where upstream truncates: transformers' own DeepSeek process
 of all pictures.
 """
 
-
 import numpy as np
 import torch
 from PIL import Image, ImageOps
@@ -42,7 +41,9 @@ def load_segments(path):
 
 def to_rgb(image):
     """PIL image of any mode -> RGB."""
-    if image.mode.startswith("I") or image.mode == "F":   # 16 or 32 bit: PIL would clip to 255 instead of scaling
+    if (
+        image.mode.startswith("I") or image.mode == "F"
+    ):  # 16 or 32 bit: PIL would clip to 255 instead of scaling
         values = np.asarray(image, np.float32)
         low, high = float(values.min()), float(values.max())
         image = Image.fromarray(((values - low) * (255 / max(high - low, 1e-12))).astype(np.uint8))
@@ -54,9 +55,16 @@ def to_rgb(image):
 
 def _meta(unpadded, padded, before):
     (h, w), (ph, pw), (top, left) = unpadded, padded, before
-    return {"padding": {"before_height": top, "after_height": ph - h - top, "before_width": left,
-                        "after_width": pw - w - left},
-            "image_shape": {"height": h, "width": w}, "padded_shape": {"height": ph, "width": pw}}
+    return {
+        "padding": {
+            "before_height": top,
+            "after_height": ph - h - top,
+            "before_width": left,
+            "after_width": pw - w - left,
+        },
+        "image_shape": {"height": h, "width": w},
+        "padded_shape": {"height": ph, "width": pw},
+    }
 
 
 def _normalise(pixels, mean, std):
@@ -88,8 +96,11 @@ class LlavaImageProcessor:
     def __call__(self, image):
         h, w = self.target(image.height, image.width)
         square, before = pad_to_square(image.resize((w, h), Image.BICUBIC), self.mean)
-        return {"pixel_values": _normalise(square, self.mean, self.std), "image_sizes": (image.height, image.width),
-                "meta_data": _meta((h, w), (self.size, self.size), before)}
+        return {
+            "pixel_values": _normalise(square, self.mean, self.std),
+            "image_sizes": (image.height, image.width),
+            "meta_data": _meta((h, w), (self.size, self.size), before),
+        }
 
 
 class DeepseekImageProcessor(LlavaImageProcessor):
@@ -110,7 +121,9 @@ class DeepseekImageProcessor(LlavaImageProcessor):
             square, _ = pad_to_square(image.resize((w, h), Image.BICUBIC), self.mean)
             out["high_res_pixel_values"] = _normalise(square, self.mean, self.std)
             # the hybrid tower reduces the padded square itself, so its low-resolution half must not be cut anew
-            out["pixel_values"] = _normalise(square.resize((self.size, self.size), Image.BICUBIC), self.mean, self.std)
+            out["pixel_values"] = _normalise(
+                square.resize((self.size, self.size), Image.BICUBIC), self.mean, self.std
+            )
             out["meta_data"] = _meta((h, w), square.size, ((square.height - h) // 2, (square.width - w) // 2))
         return out
 
@@ -118,23 +131,40 @@ class DeepseekImageProcessor(LlavaImageProcessor):
 class LlavaNextImageProcessor:
     """transformers' own anyres processor, plus where the picture lies on the tiled canvas."""
 
-    def __init__(self, size=336, pinpoints=((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)),
-                 mean=CLIP_MEAN, std=CLIP_STD):
+    def __init__(
+        self,
+        size=336,
+        pinpoints=((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)),
+        mean=CLIP_MEAN,
+        std=CLIP_STD,
+    ):
         from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
         self.size, self.pinpoints = size, [list(p) for p in pinpoints]
         self.processor = LlavaNextImageProcessorPil(
-            size={"shortest_edge": size}, crop_size={"height": size, "width": size}, image_grid_pinpoints=self.pinpoints,
-            image_mean=list(mean), image_std=list(std))
+            size={"shortest_edge": size},
+            crop_size={"height": size, "width": size},
+            image_grid_pinpoints=self.pinpoints,
+            image_mean=list(mean),
+            image_std=list(std),
+        )
 
     def __call__(self, image):
         from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
+
         out = self.processor(image, return_tensors="pt")
         canvas = select_best_resolution((image.height, image.width), self.pinpoints)
-        h, w = get_patch_output_size(np.empty((image.height, image.width, 3), np.uint8), canvas, input_data_format="channels_last")
+        h, w = get_patch_output_size(
+            np.empty((image.height, image.width, 3), np.uint8), canvas, input_data_format="channels_last"
+        )
         meta = _meta((h, w), canvas, ((canvas[0] - h) // 2, (canvas[1] - w) // 2))
         meta["grid_shape"] = {"height": canvas[0] // self.size, "width": canvas[1] // self.size}
         meta["ori_shape"] = {"height": image.height, "width": image.width}
-        return {"pixel_values": out["pixel_values"][0], "image_sizes": (image.height, image.width), "meta_data": meta}
+        return {
+            "pixel_values": out["pixel_values"][0],
+            "image_sizes": (image.height, image.width),
+            "meta_data": meta,
+        }
 
 
 class QwenImageProcessor:
@@ -142,7 +172,10 @@ class QwenImageProcessor:
 
     def __init__(self, **options):
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-        size = dict(options.pop("size", Qwen2VLImageProcessorPil.size))   # a copy: 5.17 writes min_pixels into the class's own
+
+        size = dict(
+            options.pop("size", Qwen2VLImageProcessorPil.size)
+        )  # a copy: 5.17 writes min_pixels into the class's own
         self.processor = Qwen2VLImageProcessorPil(size=size, **options)
 
     def __call__(self, image):
@@ -154,8 +187,12 @@ class QwenImageProcessor:
         meta = _meta((h, w), (h, w), (0, 0))
         meta["scale_factor"] = (h / image.height, w / image.width)
         meta["original_shape"] = {"height": image.height, "width": image.width}
-        return {"pixel_values": out["pixel_values"], "image_grid_thw": out["image_grid_thw"],
-                "image_sizes": (image.height, image.width), "meta_data": meta}
+        return {
+            "pixel_values": out["pixel_values"],
+            "image_grid_thw": out["image_grid_thw"],
+            "image_sizes": (image.height, image.width),
+            "meta_data": meta,
+        }
 
 
 class Pad2Square:
@@ -166,5 +203,8 @@ class Pad2Square:
 
     def __call__(self, image):
         square, before = pad_to_square(image, self.mean)
-        return {"pixel_values": torch.from_numpy(np.array(square)), "image_sizes": (image.height, image.width),
-                "meta_data": _meta((image.height, image.width), (square.height, square.width), before)}
+        return {
+            "pixel_values": torch.from_numpy(np.array(square)),
+            "image_sizes": (image.height, image.width),
+            "meta_data": _meta((image.height, image.width), (square.height, square.width), before),
+        }

@@ -11,7 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-NAME = "flmm_rows"   # the attention implementation to set on the text part of a base
+NAME = "flmm_rows"  # the attention implementation to set on the text part of a base
 
 
 def merge_rows(rows, phrase_of_row, merge="mean"):
@@ -48,12 +48,14 @@ class AttentionRows:
             q = query[b][:, rows].reshape(kv_heads, -1, query.shape[-1])
             scores = (q @ key[b].transpose(1, 2)).view(heads, len(rows), -1).float() * scaling
             if attention_mask is None:
-                last = rows + key.shape[2] - query.shape[2]   # cached tokens come before the query's
+                last = rows + key.shape[2] - query.shape[2]  # cached tokens come before the query's
                 allowed = torch.arange(key.shape[2], device=rows.device) <= last[:, None]
                 scores = scores.masked_fill(~allowed, float("-inf"))
             else:
                 mask = attention_mask[b % len(attention_mask)][:, rows, : key.shape[2]]
-                scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+                scores = (
+                    scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+                )
             # softmax over all columns, but only the image's are ever normalised and kept
             exponents = scores - scores.amax(-1, keepdim=True)
             exponents = exponents.exp_()
@@ -62,9 +64,11 @@ class AttentionRows:
         self.maps.append(layer)
 
 
-def rows_attention(module, query, key, value, attention_mask, attention_rows: AttentionRows = None, scaling=None, **kwargs):
+def rows_attention(
+    module, query, key, value, attention_mask, attention_rows: AttentionRows = None, scaling=None, **kwargs
+):
     """Attention function of transformers 5: SDPA, plus `attention_rows.record` where `model(..., attention_rows=)` is given."""
-    kwargs.pop("output_attentions", None)   # SDPA would warn about it
+    kwargs.pop("output_attentions", None)  # SDPA would warn about it
     output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if attention_rows is not None:
         attention_rows.record(query, key, attention_mask, scaling)
@@ -72,4 +76,4 @@ def rows_attention(module, query, key, value, attention_mask, attention_rows: At
 
 
 AttentionInterface.register(NAME, rows_attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)   # without it no mask is built at all
+AttentionMaskInterface.register(NAME, sdpa_mask)  # without it no mask is built at all

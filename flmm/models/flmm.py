@@ -23,10 +23,16 @@ def extract(base, sam_encoder, samples):
     Beside the base's output: image_embedding (D, e, e) or None, image_size (H, W), meta_data, unpad.
     """
     features = base(samples)
-    embeddings = sam_encoder([s["image"] for s in samples]) if sam_encoder is not None else [None] * len(samples)
+    embeddings = (
+        sam_encoder([s["image"] for s in samples]) if sam_encoder is not None else [None] * len(samples)
+    )
     for feature, sample, embedding in zip(features, samples, embeddings):
-        feature.update(image_embedding=embedding, image_size=(sample["image"].height, sample["image"].width),
-                       meta_data=sample["meta_data"], unpad=base.unpad)
+        feature.update(
+            image_embedding=embedding,
+            image_size=(sample["image"].height, sample["image"].width),
+            meta_data=sample["meta_data"],
+            unpad=base.unpad,
+        )
     return features
 
 
@@ -35,9 +41,9 @@ def unpad_crop(masks, meta):
     h, w = masks.shape[-2:]
     ph, pw = meta["padded_shape"]["height"], meta["padded_shape"]["width"]
     top, left = int(meta["padding"]["before_height"] * h / ph), int(meta["padding"]["before_width"] * w / pw)
-    height = max(1, int(meta["image_shape"]["height"] * h / ph + 0.5))   # a 1-pixel side must not vanish
+    height = max(1, int(meta["image_shape"]["height"] * h / ph + 0.5))  # a 1-pixel side must not vanish
     width = max(1, int(meta["image_shape"]["width"] * w / pw + 0.5))
-    return masks[:, top: top + height, left: left + width]
+    return masks[:, top : top + height, left : left + width]
 
 
 class FLMM(nn.Module):
@@ -83,7 +89,9 @@ class FLMM(nn.Module):
         for f in features:
             projected = self.text_proj(self.weigh_hidden(f["hidden_states"]))
             words.append([projected[f["mask_ids"] == k] for k in range(len(f["mask_attentions"]))])
-        refined = self.sam([f["image_embedding"] for f in features], [f["image_size"] for f in features], coarse, words)
+        refined = self.sam(
+            [f["image_embedding"] for f in features], [f["image_size"] for f in features], coarse, words
+        )
         return [{"pred_masks": p, "sam_pred_masks": m, "scores": s} for p, (m, s) in zip(coarse, refined)]
 
     def compute_loss(self, outputs, masks, total=None):
@@ -111,7 +119,10 @@ class FLMM(nn.Module):
     def upstream_state(self):
         """Trained tensors under upstream's key names, on the CPU."""
         parameters = dict(self.named_parameters())
-        return {theirs: parameters[ours].detach().cpu().contiguous() for ours, theirs in self.upstream_names().items()}
+        return {
+            theirs: parameters[ours].detach().cpu().contiguous()
+            for ours, theirs in self.upstream_names().items()
+        }
 
     def load_upstream(self, tensors, source="head"):
         """Load a published or own head: {upstream key: tensor}; extra keys are ignored and counted, missing ones refused.
@@ -125,18 +136,24 @@ class FLMM(nn.Module):
             raise UserError(f"{source}: {len(missing)} of {len(names)} keys are missing: {shown}")
         for ours, theirs in names.items():
             if tensors[theirs].shape != parameters[ours].shape:
-                raise UserError(f"{source}: {theirs} is {tuple(tensors[theirs].shape)}, this model needs "
-                                f"{tuple(parameters[ours].shape)}; the head belongs to another base model")
+                raise UserError(
+                    f"{source}: {theirs} is {tuple(tensors[theirs].shape)}, this model needs "
+                    f"{tuple(parameters[ours].shape)}; the head belongs to another base model"
+                )
             refuse_nan(theirs, tensors[theirs], source)
         with torch.no_grad():
             for ours, theirs in names.items():
                 parameters[ours].copy_(tensors[theirs])
-        if self.sam is not None:   # heads that carry the position buffer bring the one they were trained with
+        if self.sam is not None:  # heads that carry the position buffer bring the one they were trained with
             key = "sam.model.prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
             if key in tensors:
-                target = dict(self.named_parameters())["sam." + to_transformers_key(key.removeprefix("sam.model."))]
+                target = dict(self.named_parameters())[
+                    "sam." + to_transformers_key(key.removeprefix("sam.model."))
+                ]
                 target.data.copy_(tensors[key])
-        return f"{source}: loaded {len(names)} tensors, ignored {len(set(tensors) - set(names.values()))} others"
+        return (
+            f"{source}: loaded {len(names)} tensors, ignored {len(set(tensors) - set(names.values()))} others"
+        )
 
 
 def confidence(logits):

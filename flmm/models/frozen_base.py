@@ -21,16 +21,16 @@ from common.errors import UserError
 from common.files import reading
 from flmm.models.attention_rows import NAME, AttentionRows, merge_rows
 
-TEMPLATES = {   # INSTRUCTION only: upstream never adds the system text, nor a newline before the answer
+TEMPLATES = {  # INSTRUCTION only: upstream never adds the system text, nor a newline before the answer
     "vicuna": "USER: {input} ASSISTANT:",
     "mistral": "[INST] {input} [/INST]",
     "deepseek": "User: {input}\n\nAssistant:",
     "internlm2": "<|im_start|>user\n{input}<|im_end|>\n<|im_start|>assistant\n",
     "gemma": "<start_of_turn>user\n{input}<end_of_turn>\n<start_of_turn>model\n",
     "llama3": "<|start_header_id|>user<|end_header_id|>\n\n{input}<|eot_id|>"
-              "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    "<|start_header_id|>assistant<|end_header_id|>\n\n",
     "qwen": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{input}<|im_end|>\n"
-            "<|im_start|>assistant\n",   # the chat template of Qwen2.5-VL with one user turn
+    "<|im_start|>assistant\n",  # the chat template of Qwen2.5-VL with one user turn
     "plain": "{input}",
 }
 QUESTION = "Please give me a description of the image."
@@ -43,25 +43,45 @@ class FrozenBase:
     attention: "rows" (SDPA plus the rows needed) or "eager" (full matrices, for exact comparison with upstream).
     """
 
-    architecture = None     # transformers class
-    image_text = None       # how one picture is written in the prompt; exactly one image token in it
-    template = None         # key of TEMPLATES
-    maps_per_head = 1       # channels = layers * heads * maps_per_head
+    architecture = None  # transformers class
+    image_text = None  # how one picture is written in the prompt; exactly one image token in it
+    template = None  # key of TEMPLATES
+    maps_per_head = 1  # channels = layers * heads * maps_per_head
     unpad = True
 
-    def __init__(self, model, tokenizer=None, image_processor=None, merge="mean", attention="rows", template=None,
-                 question=QUESTION):
+    def __init__(
+        self,
+        model,
+        tokenizer=None,
+        image_processor=None,
+        merge="mean",
+        attention="rows",
+        template=None,
+        question=QUESTION,
+    ):
         self.model = model.eval().requires_grad_(False)
-        self.tokenizer, self.image_processor, self.merge, self.attention = tokenizer, image_processor, merge, attention
+        self.tokenizer, self.image_processor, self.merge, self.attention = (
+            tokenizer,
+            image_processor,
+            merge,
+            attention,
+        )
         self.template, self.question = template or self.template, question
         implementations = {"rows": NAME, "eager": "eager"}
-        for name, value, known in (("template", self.template, TEMPLATES), ("merge", merge, ("mean", "max")),
-                                   ("attention", attention, implementations)):
+        for name, value, known in (
+            ("template", self.template, TEMPLATES),
+            ("merge", merge, ("mean", "max")),
+            ("attention", attention, implementations),
+        ):
             if value not in known:
                 raise UserError(f"base.{name} is {value!r}, expected one of {', '.join(known)}")
         self.image_token_id = model.config.image_token_id
         text = model.config.text_config
-        self.num_layers, self.num_heads, self.hidden_size = text.num_hidden_layers, text.num_attention_heads, text.hidden_size
+        self.num_layers, self.num_heads, self.hidden_size = (
+            text.num_hidden_layers,
+            text.num_attention_heads,
+            text.hidden_size,
+        )
         self.channels = self.num_layers * self.num_heads * self.maps_per_head
         model.set_attn_implementation({"text_config": implementations[attention], "vision_config": "sdpa"})
 
@@ -75,12 +95,16 @@ class FrozenBase:
         """
         architecture = getattr(transformers, cls.architecture, None)
         if architecture is None:
-            raise UserError(f"transformers {transformers.__version__} has no {cls.architecture}; install a newer one")
+            raise UserError(
+                f"transformers {transformers.__version__} has no {cls.architecture}; install a newer one"
+            )
         with reading(path, "folder of the base model"):
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
             if config.architectures and config.architectures[0] != cls.architecture:
-                raise UserError(f"{path}: holds a {config.architectures[0]}, this configuration needs a {cls.architecture}")
+                raise UserError(
+                    f"{path}: holds a {config.architectures[0]}, this configuration needs a {cls.architecture}"
+                )
             if random_seed is not None:
                 torch.manual_seed(random_seed)
                 model = architecture._from_config(config)
@@ -88,12 +112,13 @@ class FrozenBase:
                 extra = {}
                 if load_in_4bit:
                     extra["quantization_config"] = transformers.BitsAndBytesConfig(
-                        load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+                        load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16
+                    )
                 model = architecture.from_pretrained(path, dtype=dtype, device_map=device_map, **extra)
         try:
             preprocessing, _ = ImageProcessingMixin.get_image_processor_dict(path)
         except OSError:
-            preprocessing = {}   # the family's published defaults
+            preprocessing = {}  # the family's published defaults
         return cls(model, tokenizer, cls.make_processor(model.config, preprocessing), **options)
 
     @staticmethod
@@ -102,8 +127,11 @@ class FrozenBase:
         raise NotImplementedError
 
     def to(self, device):
-        spread_out, quantised = getattr(self.model, "hf_device_map", None), getattr(self.model, "hf_quantizer", None)
-        if spread_out is None and quantised is None:   # these stay where from_pretrained put them
+        spread_out, quantised = (
+            getattr(self.model, "hf_device_map", None),
+            getattr(self.model, "hf_quantizer", None),
+        )
+        if spread_out is None and quantised is None:  # these stay where from_pretrained put them
             self.model.to(device)
         return self
 
@@ -113,7 +141,9 @@ class FrozenBase:
         Call it before `to`, in every process; from then on all of them must run the same number of forward passes.
         """
         if getattr(self.model, "hf_device_map", None) or getattr(self.model, "hf_quantizer", None):
-            raise UserError("--shard-base: a base in 4-bit or spread by device_map cannot be sharded too; choose one of them")
+            raise UserError(
+                "--shard-base: a base in 4-bit or spread by device_map cannot be sharded too; choose one of them"
+            )
         mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
         for layer in self.model.model.language_model.layers:
             fully_shard(layer, mesh=mesh, reshard_after_forward=True)
@@ -135,7 +165,9 @@ class FrozenBase:
         user = self.image_text + (self.question if text is None else text)
         ids = self.tokenizer(TEMPLATES[self.template].format(input=user)).input_ids
         if ids.count(self.image_token_id) < 1:
-            raise UserError(f"the tokenizer does not know the image token of {self.image_text!r} (id {self.image_token_id})")
+            raise UserError(
+                f"the tokenizer does not know the image token of {self.image_text!r} (id {self.image_token_id})"
+            )
         return ids
 
     def image_tokens(self, sample):
@@ -160,10 +192,10 @@ class FrozenBase:
         at = (ids == self.image_token_id).nonzero().flatten()
         count = self.image_tokens(sample)
         if len(at) == count:
-            return values   # already expanded
+            return values  # already expanded
         if len(at) != 1:
             raise ValueError(f"input_ids hold {len(at)} image tokens, expected 1 or {count}")
-        return torch.cat([values[: at[0]], values.new_full((count,), fill), values[at[0] + 1:]])
+        return torch.cat([values[: at[0]], values.new_full((count,), fill), values[at[0] + 1 :]])
 
     def to_grid(self, maps, grid):
         """One (H, n, N) tensor per layer, N image columns -> (n, channels, gh, gw); channel = layer * H + head."""
@@ -175,10 +207,16 @@ class FrozenBase:
         length = max(len(i) for i in ids)
         pad = self.model.config.text_config.pad_token_id or 0
         shifts = [length - len(i) for i in ids]
-        input_ids = torch.stack([torch.cat([i.new_full((k,), pad), i]) for i, k in zip(ids, shifts)]).to(self.device)
+        input_ids = torch.stack([torch.cat([i.new_full((k,), pad), i]) for i, k in zip(ids, shifts)]).to(
+            self.device
+        )
         attention_mask = torch.stack([torch.arange(length) >= k for k in shifts]).long().to(self.device)
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False,
-                **self.build_inputs(samples, input_ids, attention_mask)}, shifts
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "use_cache": False,
+            **self.build_inputs(samples, input_ids, attention_mask),
+        }, shifts
 
     # ---- the one forward pass
 
@@ -197,29 +235,51 @@ class FrozenBase:
         phrases = [m[r] for m, r in zip(mask_ids, rows)]
         for sample, p in zip(samples, phrases):
             if len(p) == 0 or len(p.unique()) != int(p.max()) + 1:
-                raise UserError(f"{sample.get('file_name', 'input')}: a phrase has no token; leave out empty phrases")
+                raise UserError(
+                    f"{sample.get('file_name', 'input')}: a phrase has no token; leave out empty phrases"
+                )
         wanted = AttentionRows(
-            rows=[(r + k).to(self.device) for r, k in zip(rows, shifts)], phrases=[p.to(self.device) for p in phrases],
-            columns=[(i == self.image_token_id).nonzero().flatten().to(self.device) + k for i, k in zip(ids, shifts)],
-            merge=self.merge)
+            rows=[(r + k).to(self.device) for r, k in zip(rows, shifts)],
+            phrases=[p.to(self.device) for p in phrases],
+            columns=[
+                (i == self.image_token_id).nonzero().flatten().to(self.device) + k
+                for i, k in zip(ids, shifts)
+            ],
+            merge=self.merge,
+        )
         hidden = self._run(inputs, wanted)
-        return [{"mask_attentions": self.to_grid([layer[b].to(self.device) for layer in wanted.maps], self.grid(sample)),
-                 "hidden_states": torch.stack([h[b] for h in hidden]), "mask_ids": phrases[b].to(self.device)}
-                for b, sample in enumerate(samples)]
+        return [
+            {
+                "mask_attentions": self.to_grid(
+                    [layer[b].to(self.device) for layer in wanted.maps], self.grid(sample)
+                ),
+                "hidden_states": torch.stack([h[b] for h in hidden]),
+                "mask_ids": phrases[b].to(self.device),
+            }
+            for b, sample in enumerate(samples)
+        ]
 
     def _run(self, inputs, wanted):
         """Fill wanted.maps; returns per layer a list of (R_b, d) hidden states of the phrase rows."""
         if self.attention == "eager":
             out = self.model.model(**inputs, output_attentions=True, output_hidden_states=True)
             for layer in out.attentions:
-                wanted.maps.append([merge_rows(layer[b][:, r][..., c].float(), p, self.merge) for b, (r, p, c)
-                                    in enumerate(zip(wanted.rows, wanted.phrases, wanted.columns))])
-            return [[h[b, r] for b, r in enumerate(wanted.rows)] for h in out.hidden_states[-self.num_layers:]]
+                wanted.maps.append(
+                    [
+                        merge_rows(layer[b][:, r][..., c].float(), p, self.merge)
+                        for b, (r, p, c) in enumerate(zip(wanted.rows, wanted.phrases, wanted.columns))
+                    ]
+                )
+            return [
+                [h[b, r] for b, r in enumerate(wanted.rows)] for h in out.hidden_states[-self.num_layers :]
+            ]
         # hooks keep the phrase rows of each layer only; the last entry is the one after the final norm
         hidden, text = [], self.model.model.language_model
+
         def keep(module, args, output):
             output = output[0] if isinstance(output, tuple) else output
             hidden.append([output[b, r.to(output.device)].to(self.device) for b, r in enumerate(wanted.rows)])
+
         hooks = [m.register_forward_hook(keep) for m in [*text.layers[:-1], text.norm]]
         try:
             self.model.model(**inputs, attention_rows=wanted)
@@ -236,10 +296,15 @@ class FrozenBase:
         ids = self.expand(sample["input_ids"], sample)[None].to(self.device)
         mask = torch.ones_like(ids)
         extra = self.build_inputs([sample], ids, mask)
-        extra.pop("position_ids", None)   # generate makes its own as the sequence grows
-        out = self.model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False,
-                                  **{**extra, **options})
-        new = out[0, ids.shape[1]:].tolist()
+        extra.pop("position_ids", None)  # generate makes its own as the sequence grows
+        out = self.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            **{**extra, **options},
+        )
+        new = out[0, ids.shape[1] :].tolist()
         ends = self.model.generation_config.eos_token_id
         ends = set(ends if isinstance(ends, list) else [ends])
         return new[: next((i for i, token in enumerate(new) if token in ends), len(new))]

@@ -17,8 +17,11 @@ class FrozenLlava(FrozenBase):
 
     @staticmethod
     def make_processor(config, preprocessing):
-        return LlavaImageProcessor(config.vision_config.image_size, preprocessing.get("image_mean", CLIP_MEAN),
-                                   preprocessing.get("image_std", CLIP_STD))
+        return LlavaImageProcessor(
+            config.vision_config.image_size,
+            preprocessing.get("image_mean", CLIP_MEAN),
+            preprocessing.get("image_std", CLIP_STD),
+        )
 
     def grid(self, sample):
         patch, shape = self.model.config.vision_config.patch_size, sample["meta_data"]["padded_shape"]
@@ -26,4 +29,7 @@ class FrozenLlava(FrozenBase):
 
     def build_inputs(self, samples, input_ids, attention_mask):
         pixels = torch.stack([s["pixel_values"] for s in samples])
-        return {"pixel_values": pixels.to(self.device, self.model.dtype), "position_ids": positions(attention_mask)}
+        return {
+            "pixel_values": pixels.to(self.device, self.model.dtype),
+            "position_ids": positions(attention_mask),
+        }

@@ -16,12 +16,16 @@ class FrozenLlavaNext(FrozenBase):
     architecture = "LlavaNextForConditionalGeneration"
     image_text, template = "<image>\n", "vicuna"
     maps_per_head = 2
-    unpad = False   # the fine grid is unpadded by the model itself
+    unpad = False  # the fine grid is unpadded by the model itself
 
     @staticmethod
     def make_processor(config, preprocessing):
-        return LlavaNextImageProcessor(config.vision_config.image_size, config.image_grid_pinpoints,
-                                       preprocessing.get("image_mean", CLIP_MEAN), preprocessing.get("image_std", CLIP_STD))
+        return LlavaNextImageProcessor(
+            config.vision_config.image_size,
+            config.image_grid_pinpoints,
+            preprocessing.get("image_mean", CLIP_MEAN),
+            preprocessing.get("image_std", CLIP_STD),
+        )
 
     def grid(self, sample):
         """((coarse rows, columns), (fine rows, columns)); the fine one by the installed model's own rounding."""
@@ -38,14 +42,19 @@ class FrozenLlavaNext(FrozenBase):
     def to_grid(self, maps, grid):
         """Coarse maps enlarged to the fine grid (bilinear), then the fine maps without the newline column."""
         (ch, cw), (fh, fw) = grid
-        maps = torch.cat(maps).transpose(0, 1)   # (n, L * H, N)
+        maps = torch.cat(maps).transpose(0, 1)  # (n, L * H, N)
         coarse = F.interpolate(maps[..., : ch * cw].unflatten(-1, (ch, cw)), size=(fh, fw), mode="bilinear")
-        fine = maps[..., ch * cw:].unflatten(-1, (fh, fw + 1))[..., :-1]
+        fine = maps[..., ch * cw :].unflatten(-1, (fh, fw + 1))[..., :-1]
         return torch.cat([coarse, fine], dim=1)
 
     def build_inputs(self, samples, input_ids, attention_mask):
         most = max(len(s["pixel_values"]) for s in samples)
-        pixels = torch.stack([F.pad(s["pixel_values"], (0, 0, 0, 0, 0, 0, 0, most - len(s["pixel_values"]))) for s in samples])
+        pixels = torch.stack(
+            [F.pad(s["pixel_values"], (0, 0, 0, 0, 0, 0, 0, most - len(s["pixel_values"]))) for s in samples]
+        )
         sizes = torch.tensor([list(s["image_sizes"]) for s in samples], device=self.device)
-        return {"pixel_values": pixels.to(self.device, self.model.dtype), "image_sizes": sizes,
-                "position_ids": positions(attention_mask)}
+        return {
+            "pixel_values": pixels.to(self.device, self.model.dtype),
+            "image_sizes": sizes,
+            "position_ids": positions(attention_mask),
+        }

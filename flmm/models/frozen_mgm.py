@@ -18,7 +18,7 @@ def mgm_maps(attention, image_grid, image_global, clip_shape):
     (ch, cw), g = clip_shape, image_grid
     tiles = attention
     if g > 1 and image_global:
-        tiles, overview = attention[..., ch * cw:], attention[..., : ch * cw].unflatten(-1, (ch, cw))
+        tiles, overview = attention[..., ch * cw :], attention[..., : ch * cw].unflatten(-1, (ch, cw))
     tiles = tiles.unflatten(-1, (g, g, ch, cw)).transpose(-3, -2).flatten(-4, -3).flatten(-2, -1)
     if g > 1 and image_global:
         overview = F.interpolate(overview.float(), scale_factor=g, mode="bilinear").to(tiles.dtype)

@@ -15,8 +15,11 @@ class FrozenQwen(FrozenBase):
         vision = config.vision_config
         names = ("min_pixels", "max_pixels", "size", "image_mean", "image_std")
         return QwenImageProcessor(
-            patch_size=vision.patch_size, merge_size=vision.spatial_merge_size, temporal_patch_size=vision.temporal_patch_size,
-            **{name: preprocessing[name] for name in names if preprocessing.get(name) is not None})
+            patch_size=vision.patch_size,
+            merge_size=vision.spatial_merge_size,
+            temporal_patch_size=vision.temporal_patch_size,
+            **{name: preprocessing[name] for name in names if preprocessing.get(name) is not None},
+        )
 
     def grid(self, sample):
         merge = self.model.config.vision_config.spatial_merge_size
@@ -24,7 +27,9 @@ class FrozenQwen(FrozenBase):
         return h // merge, w // merge
 
     def build_inputs(self, samples, input_ids, attention_mask):
-        return {"pixel_values": torch.cat([s["pixel_values"] for s in samples]).to(self.device, self.model.dtype),
-                "image_grid_thw": torch.cat([s["image_grid_thw"].view(1, 3) for s in samples]).to(self.device),
-                # without the token types the model silently falls back to plain positions
-                "mm_token_type_ids": (input_ids == self.image_token_id).int()}
+        return {
+            "pixel_values": torch.cat([s["pixel_values"] for s in samples]).to(self.device, self.model.dtype),
+            "image_grid_thw": torch.cat([s["image_grid_thw"].view(1, 3) for s in samples]).to(self.device),
+            # without the token types the model silently falls back to plain positions
+            "mm_token_type_ids": (input_ids == self.image_token_id).int(),
+        }

@@ -11,7 +11,9 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root: every way of starting this file finds it
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[2])
+)  # repository root: every way of starting this file finds it
 
 import torch
 from accelerate import Accelerator
@@ -27,7 +29,9 @@ from flmm.models.flmm import extract
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_config_arguments(parser)
     parser.add_argument("--head", type=Path, required=True, help="trained head")
     parser.add_argument("--pictures", type=int, default=12, help="pictures to ask about (default 12)")
@@ -47,7 +51,9 @@ def main(args):
         prompt = torch.tensor(base.encode_prompt())
         return [base.generate({**s, "input_ids": prompt}, 32) for s in samples]
 
-    model.set_attn_implementation({"text_config": "sdpa", "vision_config": "sdpa"})   # the model as anyone loads it
+    model.set_attn_implementation(
+        {"text_config": "sdpa", "vision_config": "sdpa"}
+    )  # the model as anyone loads it
     before = answers()
     model.set_attn_implementation({"text_config": NAME, "vision_config": "sdpa"})
     head, encoder = build_head(config, (base.channels, base.num_layers, base.hidden_size), build_sam(config))
@@ -55,21 +61,33 @@ def main(args):
     head, encoder = head.to(device), encoder and encoder.to(device)
     optimizer = torch.optim.AdamW([p for p in head.parameters() if p.requires_grad], lr=1e-3)
     for _ in range(args.steps):
-        loss = head.compute_loss(head(extract(base, encoder, samples)), [s["masks"].to(device) for s in samples])["loss"]
+        loss = head.compute_loss(
+            head(extract(base, encoder, samples)), [s["masks"].to(device) for s in samples]
+        )["loss"]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     Grounder(base, head, encoder).converse(samples[0]["image"])
     after = answers()
     stored = read_weights(config["base"]["path"])
-    changed = [k for k, v in model.state_dict().items()
-               if not torch.equal(v, untouched[k]) or (k in stored and not torch.equal(v.cpu(), stored[k]))]
+    changed = [
+        k
+        for k, v in model.state_dict().items()
+        if not torch.equal(v, untouched[k]) or (k in stored and not torch.equal(v.cpu(), stored[k]))
+    ]
     differing = sum(a != b for a, b in zip(before, after))
-    result = {"tensors": len(untouched), "tensors_changed": len(changed), "answers": len(before), "answers_changed": differing,
-              "example": base.tokenizer.decode(after[0])}
+    result = {
+        "tensors": len(untouched),
+        "tensors_changed": len(changed),
+        "answers": len(before),
+        "answers_changed": differing,
+        "example": base.tokenizer.decode(after[0]),
+    }
     atomic_write(args.out, json.dumps(result, indent=1))
-    print(f"{len(untouched) - len(changed)} of {len(untouched)} weight tensors and {len(before) - differing} of {len(before)} "
-          "answers are identical to the bit")
+    print(
+        f"{len(untouched) - len(changed)} of {len(untouched)} weight tensors and {len(before) - differing} of {len(before)} "
+        "answers are identical to the bit"
+    )
     if changed or differing:
         raise UserError(f"the base has changed: {changed[:3]}, {differing} answers")
 

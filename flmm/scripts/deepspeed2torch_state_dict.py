@@ -10,7 +10,9 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root: every way of starting this file finds it
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[2])
+)  # repository root: every way of starting this file finds it
 
 import torch
 from safetensors.torch import save_file
@@ -19,12 +21,22 @@ from common.checkpoint import atomic_path
 from common.errors import UserError, run
 from common.weights import read_checkpoint, strip_prefixes
 
-TRAINED = ("mask_head.", "text_proj.", "text_layer_weights", "sam.model.prompt_encoder.", "sam.model.mask_decoder.")
+TRAINED = (
+    "mask_head.",
+    "text_proj.",
+    "text_layer_weights",
+    "sam.model.prompt_encoder.",
+    "sam.model.mask_decoder.",
+)
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="checkpoint folder with *_model_states.pt and *_optim_states.pt")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "folder", type=Path, help="checkpoint folder with *_model_states.pt and *_optim_states.pt"
+    )
     parser.add_argument("output", type=Path, help=".safetensors to write")
     return parser.parse_args()
 
@@ -38,8 +50,10 @@ def merge_shards(shards, param_shapes):
         for name, shape in shapes.items():
             size = torch.Size(shape).numel()
             if at + size > len(flat):
-                raise UserError(f"the shards hold {len(flat)} numbers, {name} ends at {at + size}: a rank's file is missing")
-            out[name] = flat[at: at + size].view(torch.Size(shape)).clone()
+                raise UserError(
+                    f"the shards hold {len(flat)} numbers, {name} ends at {at + size}: a rank's file is missing"
+                )
+            out[name] = flat[at : at + size].view(torch.Size(shape)).clone()
             at += size
     return out
 
@@ -49,18 +63,26 @@ def main(args):
     if not models:
         raise UserError(f"{args.folder}: no *_model_states.pt; expected a DeepSpeed checkpoint folder")
     if any(p.name.startswith("zero_pp_rank") for p in models):
-        raise UserError(f"{args.folder}: ZeRO-3 checkpoint; run its zero_to_fp32.py first and load the result directly")
+        raise UserError(
+            f"{args.folder}: ZeRO-3 checkpoint; run its zero_to_fp32.py first and load the result directly"
+        )
     states = read_checkpoint(models[0])
     tensors, source = dict(states["module"]), "module weights"
-    optimizers = sorted(args.folder.glob("*optim_states.pt"), key=lambda p: (len(p.name), p.name))   # rank 10 after rank 9
+    optimizers = sorted(
+        args.folder.glob("*optim_states.pt"), key=lambda p: (len(p.name), p.name)
+    )  # rank 10 after rank 9
     try:
-        shards = [read_checkpoint(p)["optimizer_state_dict"]["single_partition_of_fp32_groups"] for p in optimizers]
+        shards = [
+            read_checkpoint(p)["optimizer_state_dict"]["single_partition_of_fp32_groups"] for p in optimizers
+        ]
         if shards and states.get("param_shapes"):
             tensors |= merge_shards(shards, states["param_shapes"])
             source = f"fp32 weights of {len(shards)} optimizer shards"
     except (KeyError, UserError) as error:
         print(f"optimizer shards not used: {error}")
-    kept = {strip_prefixes(k): v.contiguous() for k, v in tensors.items() if strip_prefixes(k).startswith(TRAINED)}
+    kept = {
+        strip_prefixes(k): v.contiguous() for k, v in tensors.items() if strip_prefixes(k).startswith(TRAINED)
+    }
     if not kept:
         raise UserError(f"{models[0]}: none of the keys belongs to a head ({', '.join(TRAINED)})")
     with atomic_path(args.output) as temporary:

@@ -12,7 +12,9 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root: every way of starting this file finds it
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[2])
+)  # repository root: every way of starting this file finds it
 
 import torch
 
@@ -26,7 +28,9 @@ KINDS = {"colour": list(COLOURS), "size": list(SIZES), "texture": list(TEXTURES[
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_config_arguments(parser)
     parser.add_argument("--split", default="test", help="part of the configuration's data (default test)")
     parser.add_argument("--out", type=Path, required=True, help=".json to write")
@@ -38,17 +42,23 @@ def main(args):
     config = read_config(args.config, args.set)
     base = build_base(config)
     dataset = build_dataset(config, args.split, args.data, SampleBuilder.of(base))
-    ids = {}   # kind -> token id of each word
+    ids = {}  # kind -> token id of each word
     for kind, words in KINDS.items():
         tokens = [base.tokenizer(" " + word, add_special_tokens=False).input_ids for word in words]
         if any(len(t) != 1 for t in tokens):
-            raise UserError(f"{args.config}: the base's tokenizer splits scene words; this script is for the tiny bases")
+            raise UserError(
+                f"{args.config}: the base's tokenizer splits scene words; this script is for the tiny bases"
+            )
         ids[kind] = torch.tensor([t[0] for t in tokens])
     samples = [dataset[i] for i in range(len(dataset))]
     hits = {kind: {"right picture": [], "next picture": []} for kind in KINDS}
     for i, sample in enumerate(samples):
         other = samples[(i + 1) % len(samples)]
-        pictures = {k: other[k] for k in ("pixel_values", "image_grid_thw", "image_sizes", "meta_data", "image") if k in other}
+        pictures = {
+            k: other[k]
+            for k in ("pixel_values", "image_grid_thw", "image_sizes", "meta_data", "image")
+            if k in other
+        }
         for name, shown in (("right picture", sample), ("next picture", {**sample, **pictures})):
             inputs, _ = base.batch([shown])
             logits = base.model(**inputs).logits[0, :-1].cpu()
@@ -56,12 +66,20 @@ def main(args):
             for kind, words in ids.items():
                 for at in torch.isin(target, words).nonzero().flatten().tolist():
                     hits[kind][name].append(bool(words[logits[at, words].argmax()] == target[at]))
-    result = {kind: {**{name: sum(h) / len(h) for name, h in parts.items()}, "chance": 1 / len(KINDS[kind]),
-                     "words": len(parts["right picture"])} for kind, parts in hits.items()}
+    result = {
+        kind: {
+            **{name: sum(h) / len(h) for name, h in parts.items()},
+            "chance": 1 / len(KINDS[kind]),
+            "words": len(parts["right picture"]),
+        }
+        for kind, parts in hits.items()
+    }
     atomic_write(args.out, json.dumps(result, indent=1))
     for kind, r in result.items():
-        print(f"{kind}: {r['right picture']:.3f} of {r['words']} words right, with the next picture {r['next picture']:.3f}, "
-              f"chance {r['chance']:.3f}")
+        print(
+            f"{kind}: {r['right picture']:.3f} of {r['words']} words right, with the next picture {r['next picture']:.3f}, "
+            f"chance {r['chance']:.3f}"
+        )
 
 
 if __name__ == "__main__":

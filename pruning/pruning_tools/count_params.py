@@ -1,14 +1,17 @@
 """Values, FLOPs per token and KV-cache of a checkpoint, by dtype and key prefix, without loading it; two checkpoints side by side.
 
-    python pruning/pruning_tools/count_params.py path/to/model --compare path/to/pruned --config path/to/llm
+python pruning/pruning_tools/count_params.py path/to/model --compare path/to/pruned --config path/to/llm
 """
+
 import argparse
 import re
 import sys
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root: every way of starting this file finds it
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[2])
+)  # repository root: every way of starting this file finds it
 from common.errors import UserError, run
 from common.files import read_json
 from pruning.layers import config_head_counts
@@ -19,15 +22,29 @@ from pruning.pruning_tools.shards import open_checkpoint
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("path", type=Path, help=".bin, .pth, .safetensors or a folder of shards")
-    p.add_argument("--compare", type=Path, help="a second checkpoint, the pruned one, for a table before/after")
-    p.add_argument("--config", type=Path, help="folder of the language model's config.json; default the checkpoint's folder")
+    p.add_argument(
+        "--compare", type=Path, help="a second checkpoint, the pruned one, for a table before/after"
+    )
+    p.add_argument(
+        "--config",
+        type=Path,
+        help="folder of the language model's config.json; default the checkpoint's folder",
+    )
     p.add_argument("--include", help="count only keys that contain this text")
     p.add_argument("--exclude", help="leave out keys that contain this text")
-    p.add_argument("--group-depth", type=int, default=2, help="leading parts of a key that make a group (default 2)")
+    p.add_argument(
+        "--group-depth", type=int, default=2, help="leading parts of a key that make a group (default 2)"
+    )
     p.add_argument("--topk", type=int, default=30, help="largest groups to list (default 30)")
-    p.add_argument("--check-layer-range", metavar="REGEX", help=r"report keys that match, such as 'layers\.(2[89]|3\d)\.': "
-                                                                r"leftovers of a pruning")
-    p.add_argument("--context", type=int, default=2048, help="tokens in the KV-cache that is reported (default 2048)")
+    p.add_argument(
+        "--check-layer-range",
+        metavar="REGEX",
+        help=r"report keys that match, such as 'layers\.(2[89]|3\d)\.': "
+        r"leftovers of a pruning",
+    )
+    p.add_argument(
+        "--context", type=int, default=2048, help="tokens in the KV-cache that is reported (default 2048)"
+    )
     return p.parse_args(argv)
 
 
@@ -35,11 +52,23 @@ def layer_cost(config: dict, entries: dict, llm, context: int) -> dict:
     """Numbers of the decoder. FLOPs per token: two for each value of a matrix that a token passes (layers and lm_head), plus
     attention over `context` tokens. KV-cache: keys and values of `context` tokens in the weights' type."""
     inside = {k: e for k, e in entries.items() if re.match(llm.pattern, k) and ".lora_" not in k}
-    head = next((e for k, e in entries.items() if k.startswith(llm.root) and k.endswith(("lm_head.weight", "embed_out.weight"))),
-                None)
-    table = next((e for k, e in entries.items() if k.startswith(llm.root)
-                  and k.endswith(("embed_tokens.weight", "wte.weight", "embed_in.weight"))), None)
-    head = head or table                                  # tied
+    head = next(
+        (
+            e
+            for k, e in entries.items()
+            if k.startswith(llm.root) and k.endswith(("lm_head.weight", "embed_out.weight"))
+        ),
+        None,
+    )
+    table = next(
+        (
+            e
+            for k, e in entries.items()
+            if k.startswith(llm.root) and k.endswith(("embed_tokens.weight", "wte.weight", "embed_in.weight"))
+        ),
+        None,
+    )
+    head = head or table  # tied
     heads, kv_heads, head_dim = config_head_counts(config)
     matrices = sum(e.numel for e in inside.values() if len(e.shape) == 2) + (head.numel if head else 0)
     dtype = next(iter(inside.values())).dtype
@@ -47,22 +76,33 @@ def layer_cost(config: dict, entries: dict, llm, context: int) -> dict:
         "layers": llm.layers,
         "decoder layers, values": sum(e.numel for e in inside.values()),
         f"FLOPs per token at {context} tokens": 2 * matrices + 4 * llm.layers * heads * head_dim * context,
-        f"KV-cache of {context} tokens, bytes": 2 * llm.layers * kv_heads * head_dim * dtype.itemsize * context,
+        f"KV-cache of {context} tokens, bytes": 2
+        * llm.layers
+        * kv_heads
+        * head_dim
+        * dtype.itemsize
+        * context,
     }
 
 
 def describe(path, args) -> dict:
     checkpoint = open_checkpoint(path)
-    entries = {k: e for k, e in checkpoint.entries.items() if (args.include or "") in k
-               and not (args.exclude and args.exclude in k)}
+    entries = {
+        k: e
+        for k, e in checkpoint.entries.items()
+        if (args.include or "") in k and not (args.exclude and args.exclude in k)
+    }
     if not entries:
         raise UserError(f"{path}: no key passes --include {args.include} --exclude {args.exclude}")
-    total = {"keys": len(entries), "values": sum(e.numel for e in entries.values()),
-             "bytes": sum(e.nbytes for e in entries.values())}
+    total = {
+        "keys": len(entries),
+        "values": sum(e.numel for e in entries.values()),
+        "bytes": sum(e.nbytes for e in entries.values()),
+    }
     dtypes, groups = Counter(), Counter()
     for key, entry in entries.items():
         dtypes[str(entry.dtype).removeprefix("torch.")] += entry.numel
-        groups[".".join(key.split(".")[:args.group_depth])] += entry.numel
+        groups[".".join(key.split(".")[: args.group_depth])] += entry.numel
     try:
         llm = find_language_model(checkpoint.entries)
     except UserError:
@@ -94,7 +134,9 @@ def main(args):
         try:
             left = [k for k in (after or before)["keys"] if re.search(args.check_layer_range, k)]
         except re.error as error:
-            raise UserError(f"--check-layer-range {args.check_layer_range}: not a regular expression ({error})") from error
+            raise UserError(
+                f"--check-layer-range {args.check_layer_range}: not a regular expression ({error})"
+            ) from error
         print(f"{len(left)} keys match {args.check_layer_range}" + "".join(f"\n  {k}" for k in left[:10]))
 
 

@@ -1,14 +1,17 @@
 """What a checkpoint holds, without loading it: number of keys, the first ones with shape and dtype, numbered prefixes, decoder, LoRA.
 
-    python pruning/pruning_tools/inspect_ckpt.py path/to/pytorch_model.bin
+python pruning/pruning_tools/inspect_ckpt.py path/to/pytorch_model.bin
 """
+
 import argparse
 import re
 import sys
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root: every way of starting this file finds it
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[2])
+)  # repository root: every way of starting this file finds it
 from common.errors import UserError, run
 from pruning.pruning_tools.prune_llm import find_language_model, find_lora
 from pruning.pruning_tools.shards import open_checkpoint
@@ -24,9 +27,11 @@ def parse_args(argv=None):
 def main(args):
     checkpoint = open_checkpoint(args.path)
     entries = checkpoint.entries
-    print(f"{args.path}: {len(entries)} keys in {len(checkpoint.files)} {checkpoint.format} file(s), "
-          f"{sum(e.nbytes for e in entries.values()) / 1e9:.3f} GB")
-    for key, entry in list(entries.items())[:args.keys]:
+    print(
+        f"{args.path}: {len(entries)} keys in {len(checkpoint.files)} {checkpoint.format} file(s), "
+        f"{sum(e.nbytes for e in entries.values()) / 1e9:.3f} GB"
+    )
+    for key, entry in list(entries.items())[: args.keys]:
         print(f"  {key}  {tuple(entry.shape)}  {str(entry.dtype).removeprefix('torch.')}")
     print("prefixes before a number, with their keys:")
     prefixes = Counter(m[1] for key in entries if (m := re.match(r"(.*?)\d+\.", key)))
@@ -40,7 +45,11 @@ def main(args):
     lora = find_lora(checkpoint, llm, None)
     print(f"decoder: {llm.layers} layers under {llm.prefix}")
     if lora:
-        alpha = "unknown: no adapter_config.json beside it" if lora.alpha is None else f"{lora.alpha:g} (adapter_config.json)"
+        alpha = (
+            "unknown: no adapter_config.json beside it"
+            if lora.alpha is None
+            else f"{lora.alpha:g} (adapter_config.json)"
+        )
         print(f"LoRA: r {lora.r}, alpha {alpha}, {', '.join(lora.target_modules)}")
 
 

@@ -11,6 +11,7 @@ wanda      sets weights to zero, score |W| times the norm of the input, within e
 magnitude  sets weights to zero, score |W|, within each matrix: the control of wanda
 --sparsity 2:4 keeps the two best of every four along the input; else a share of the weights.
 """
+
 import argparse
 import contextlib
 import json
@@ -21,7 +22,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root: every way of starting this file finds it
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[2])
+)  # repository root: every way of starting this file finds it
 from common.checkpoint import atomic_dir
 from common.errors import UserError, run
 from pruning.layers import decoder_layers, head_counts, plain
@@ -31,15 +34,28 @@ from pruning.sensitivity_analyse.scan_methods import pad_prompts, patched
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", type=Path, required=True, help="folder that from_pretrained loads (Llama-like: gate_proj, "
-                                                             "up_proj, down_proj)")
+    p.add_argument(
+        "--model",
+        type=Path,
+        required=True,
+        help="folder that from_pretrained loads (Llama-like: gate_proj, up_proj, down_proj)",
+    )
     p.add_argument("--out", type=Path, required=True, help="folder of the result")
     p.add_argument("--method", choices=("width", "wanda", "magnitude"), default="width")
-    p.add_argument("--mlp-ratio", type=float, default=0.0, help="share of MLP neurons to remove, in [0, 1) (width)")
-    p.add_argument("--kv-ratio", type=float, default=0.0, help="share of key-value heads to remove, with their query heads, in "
-                                                               "[0, 1) (width)")
-    p.add_argument("--sparsity", default="0.5", help='share of weights set to zero, in (0, 1), or "2:4" (wanda, magnitude; '
-                                                     'default 0.5)')
+    p.add_argument(
+        "--mlp-ratio", type=float, default=0.0, help="share of MLP neurons to remove, in [0, 1) (width)"
+    )
+    p.add_argument(
+        "--kv-ratio",
+        type=float,
+        default=0.0,
+        help="share of key-value heads to remove, with their query heads, in [0, 1) (width)",
+    )
+    p.add_argument(
+        "--sparsity",
+        default="0.5",
+        help='share of weights set to zero, in (0, 1), or "2:4" (wanda, magnitude; default 0.5)',
+    )
     p.add_argument("--overwrite", action="store_true")
     add_prompt_args(p)
     return p.parse_args(argv)
@@ -47,9 +63,13 @@ def parse_args(argv=None):
 
 def llama_parts(layer):
     mlp = getattr(layer, "mlp", None)
-    if not all(hasattr(mlp, n) for n in ("gate_proj", "up_proj", "down_proj")) or not hasattr(layer.self_attn, "o_proj"):
-        raise UserError(f"{type(layer).__name__}: pruning in width knows layers with self_attn.{{q,k,v,o}}_proj and "
-                        f"mlp.{{gate,up,down}}_proj only")
+    if not all(hasattr(mlp, n) for n in ("gate_proj", "up_proj", "down_proj")) or not hasattr(
+        layer.self_attn, "o_proj"
+    ):
+        raise UserError(
+            f"{type(layer).__name__}: pruning in width knows layers with self_attn.{{q,k,v,o}}_proj and "
+            f"mlp.{{gate,up,down}}_proj only"
+        )
     return layer.self_attn, layer.mlp
 
 
@@ -64,7 +84,9 @@ def input_norms(modules: dict, real: torch.Tensor, power: int = 2):
     def watch(name):
         def hook(module, args):
             sums[name] = sums.get(name, 0) + args[0][real.to(args[0].device)].float().abs().pow(power).sum(0)
+
         return hook
+
     hooks = [module.register_forward_pre_hook(watch(name)) for name, module in modules.items()]
     try:
         yield sums
@@ -81,6 +103,7 @@ def calibration_batch(model, prompts):
 
 # ------------------------------------------------------------------------------------------------ width
 
+
 @torch.no_grad()
 def prune_width(model, prompts, mlp_ratio: float, kv_ratio: float) -> dict:
     """Cut `model` in place; returns {"mlp": kept neurons of each layer, "kv": kept key-value heads of each layer}."""
@@ -96,8 +119,10 @@ def prune_width(model, prompts, mlp_ratio: float, kv_ratio: float) -> dict:
         plain(model).get_decoder()(**batch, use_cache=False)
     kept_neurons, kept_kv = neurons - round(mlp_ratio * neurons), kv_heads - round(kv_ratio * kv_heads)
     if min(kept_neurons, kept_kv) < 1:
-        raise UserError(f"--mlp-ratio {mlp_ratio} --kv-ratio {kv_ratio}: nothing would be left of {neurons} neurons or "
-                        f"{kv_heads} key-value heads")
+        raise UserError(
+            f"--mlp-ratio {mlp_ratio} --kv-ratio {kv_ratio}: nothing would be left of {neurons} neurons or "
+            f"{kv_heads} key-value heads"
+        )
     chosen = defaultdict(list)
     for i, (attention, mlp) in enumerate(parts):
         score = sums[i, "mlp"] * mlp.down_proj.weight.float().norm(dim=0)
@@ -135,11 +160,14 @@ def keep_columns(linear, index):
 
 # ------------------------------------------------------------------------------------------------ zeros
 
+
 def zero_mask(score: torch.Tensor, sparsity: str, by_row: bool) -> torch.Tensor:
     """True where a weight goes. score (out, in); by_row: the share holds within each output row, else within the matrix."""
     if sparsity == "2:4":
         if score.shape[1] % 4:
-            raise UserError(f"--sparsity 2:4: a matrix has {score.shape[1]} input features, not a multiple of 4")
+            raise UserError(
+                f"--sparsity 2:4: a matrix has {score.shape[1]} input features, not a multiple of 4"
+            )
         rank = score.view(len(score), -1, 4).argsort(dim=-1, stable=True).argsort(dim=-1, stable=True)
         return (rank < 2).view_as(score)
     flat = score if by_row else score.reshape(1, -1)
@@ -164,12 +192,15 @@ def prune_unstructured(model, prompts, method: str, sparsity: str):
                     score = linear.weight.float().abs() * (sums[name].sqrt() if method == "wanda" else 1)
                     linear.weight[zero_mask(score, sparsity, by_row=method == "wanda")] = 0
                 return original(*args, **kwargs)
+
             stack.enter_context(patched(layer, prune_then_run))
         plain(model).get_decoder()(**batch, use_cache=False)
 
 
 def main(args):
-    if args.method == "width" and not (0 <= args.mlp_ratio < 1 and 0 <= args.kv_ratio < 1 and args.mlp_ratio + args.kv_ratio > 0):
+    if args.method == "width" and not (
+        0 <= args.mlp_ratio < 1 and 0 <= args.kv_ratio < 1 and args.mlp_ratio + args.kv_ratio > 0
+    ):
         raise UserError("--method width needs --mlp-ratio or --kv-ratio, each in [0, 1)")
     try:
         valid = args.sparsity == "2:4" or 0 < float(args.sparsity) < 1
@@ -187,14 +218,18 @@ def main(args):
         prune_unstructured(model, prompts, args.method, args.sparsity)
         chosen = {"sparsity": args.sparsity}
     after = sum(p.numel() for p in model.parameters())
-    zeros = sum((p == 0).sum().item() for layer in decoder_layers(model) for p in layer.parameters() if p.dim() == 2)
+    zeros = sum(
+        (p == 0).sum().item() for layer in decoder_layers(model) for p in layer.parameters() if p.dim() == 2
+    )
     with atomic_dir(args.out) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         about = {"method": args.method, "source": str(args.model), "kept": chosen}
         (temporary / "prune_width.json").write_text(json.dumps(about))
-    print(f"{args.method}: values {before:,} -> {after:,} ({1 - after / before:.1%} removed), {zeros:,} zeros in the layers' "
-          f"matrices, in {args.out}")
+    print(
+        f"{args.method}: values {before:,} -> {after:,} ({1 - after / before:.1%} removed), {zeros:,} zeros in the layers' "
+        f"matrices, in {args.out}"
+    )
 
 
 if __name__ == "__main__":

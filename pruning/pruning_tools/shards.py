@@ -2,6 +2,7 @@
 
 A model of 8 B values is 16 GB; pruning it renames keys and needs none of these values in memory.
 """
+
 import errno
 import json
 import os
@@ -13,17 +14,30 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root: every way of starting this file finds it
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[2])
+)  # repository root: every way of starting this file finds it
 from common.checkpoint import atomic_path
 from common.errors import UserError
 from common.files import read_json, reading
 from common.weights import INDEXES, NESTS, SINGLES, read_checkpoint, strip_prefixes
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn,
-          "F8_E5M2": torch.float8_e5m2}
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-BLOCK = 1 << 24                                           # bytes copied at once
+BLOCK = 1 << 24  # bytes copied at once
 
 
 @dataclass
@@ -64,7 +78,9 @@ def open_checkpoint(path) -> Checkpoint:
     files = [path] if path.is_file() else list_shards(path)
     entries = {}
     for file in files:
-        for key, entry in (open_safetensors(file) if file.suffix == ".safetensors" else open_bin(file)).items():
+        for key, entry in (
+            open_safetensors(file) if file.suffix == ".safetensors" else open_bin(file)
+        ).items():
             entries[strip_prefixes(key)] = entry
     if not entries:
         raise UserError(f"{path}: holds no tensors")
@@ -74,10 +90,14 @@ def open_checkpoint(path) -> Checkpoint:
 def list_shards(folder: Path) -> list[Path]:
     for name in INDEXES:
         if (folder / name).is_file():
-            shards = sorted(set(read_json(folder / name, {"weight_map": dict})["weight_map"].values()), key=str)
+            shards = sorted(
+                set(read_json(folder / name, {"weight_map": dict})["weight_map"].values()), key=str
+            )
             for shard in shards:
                 if Path(str(shard)).name != shard or not (folder / shard).is_file():
-                    raise UserError(f"{folder / name}: shard {shard!r} is not in the folder; was the download cut short?")
+                    raise UserError(
+                        f"{folder / name}: shard {shard!r} is not in the folder; was the download cut short?"
+                    )
             return [folder / shard for shard in shards]
     for name in SINGLES:
         if (folder / name).is_file():
@@ -121,7 +141,11 @@ def open_bin(file: Path) -> dict[str, Entry]:
     for nest in NESTS:
         if isinstance(content.get(nest), dict):
             content = content[nest]
-    return {key: Entry(t.dtype, tuple(t.shape), lambda t=t: t) for key, t in content.items() if isinstance(t, torch.Tensor)}
+    return {
+        key: Entry(t.dtype, tuple(t.shape), lambda t=t: t)
+        for key, t in content.items()
+        if isinstance(t, torch.Tensor)
+    }
 
 
 def derived(entry: Entry, change) -> Entry:
@@ -137,11 +161,16 @@ def cast(entry: Entry, dtype: torch.dtype) -> Entry:
 
 # ------------------------------------------------------------------------------------------------ writing
 
+
 def write_safetensors(path, entries: dict[str, Entry]):
     """Write a .safetensors file, whole or not at all, one tensor at a time; bytes that lie in a file are copied."""
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for key, entry in entries.items():
-        header[key] = {"dtype": NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": [offset, offset + entry.nbytes]}
+        header[key] = {
+            "dtype": NAMES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [offset, offset + entry.nbytes],
+        }
         offset += entry.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -152,8 +181,10 @@ def write_safetensors(path, entries: dict[str, Entry]):
                 copy_range(entry.where, entry.nbytes, stream)
             else:
                 values = entry.read().contiguous()
-                stream.write(memoryview(values.reshape(-1).view(torch.uint8).numpy()) if values.numel() else b"")
-        stream.truncate(8 + len(text) + offset)           # a hole at the end counts too
+                stream.write(
+                    memoryview(values.reshape(-1).view(torch.uint8).numpy()) if values.numel() else b""
+                )
+        stream.truncate(8 + len(text) + offset)  # a hole at the end counts too
 
 
 def copy_range(where, nbytes: int, target):
@@ -182,7 +213,7 @@ def next_data(fd: int, position: int, end: int) -> tuple[int, int]:
     except (OSError, AttributeError) as error:
         if getattr(error, "errno", None) == errno.ENXIO:  # nothing but a hole up to the end
             return end, end
-        return position, end                              # a system without holes
+        return position, end  # a system without holes
 
 
 def write_shards(folder: Path, entries: dict[str, Entry], max_bytes: int, stem: str = "model"):

@@ -18,6 +18,7 @@ random            control; random_keep0 never removes layer 0 (a random set that
 Scores of single layers do not add up: greedy, beam and window measure sets instead. Random sets are the control to beat,
 above all random_keep0, because much of what every criterion knows is that the first layer must stay.
 """
+
 import argparse
 import json
 import math
@@ -25,13 +26,21 @@ import random
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root: every way of starting this file finds it
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[2])
+)  # repository root: every way of starting this file finds it
 from common.checkpoint import atomic_write
 from common.errors import UserError, run
 from pruning.layers import decoder_layers, plain, without_layers
 from pruning.pruning_tools.prune_llm import spec_of
 from pruning.sensitivity_analyse.layer_mask import plain_mode
-from pruning.sensitivity_analyse.layer_sensitivity_scan import add_prompt_args, layer_scores, load_with_prompts, scan, summarise
+from pruning.sensitivity_analyse.layer_sensitivity_scan import (
+    add_prompt_args,
+    layer_scores,
+    load_with_prompts,
+    scan,
+    summarise,
+)
 
 FROM_RECORDS = ("sensitivity", "block_influence", "leave_one_out", "perplexity", "angular")
 FROM_MODEL = ("window", "greedy", "beam")
@@ -41,16 +50,25 @@ CONTROLS = ("last", "first", "random", "random_keep0")
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--records", type=Path, help="records.jsonl of layer_sensitivity_scan.py")
-    p.add_argument("--criterion", nargs="+", default=["sensitivity"], choices=(*FROM_RECORDS, *FROM_MODEL, *CONTROLS))
+    p.add_argument(
+        "--criterion", nargs="+", default=["sensitivity"], choices=(*FROM_RECORDS, *FROM_MODEL, *CONTROLS)
+    )
     p.add_argument("--mode", default="v_only", help="mode of the scan behind sensitivity (default v_only)")
-    p.add_argument("--distance", default="kl", help="distance behind sensitivity and leave_one_out (default kl)")
+    p.add_argument(
+        "--distance", default="kl", help="distance behind sensitivity and leave_one_out (default kl)"
+    )
     size = p.add_mutually_exclusive_group(required=True)
     size.add_argument("--ratio", type=float, nargs="+", help="shares of the layers to remove, each in (0, 1)")
-    size.add_argument("--target-params", type=float, help="remove just enough layers to stay at or below this many values "
-                                                          "(needs --model)")
+    size.add_argument(
+        "--target-params",
+        type=float,
+        help="remove just enough layers to stay at or below this many values (needs --model)",
+    )
     p.add_argument("--seeds", type=int, default=5, help="how many random sets (default 5)")
     p.add_argument("--beam-width", type=int, default=3, help="sets carried along by beam (default 3)")
-    p.add_argument("--out", type=Path, default=Path("plan.json"), help="default plan.json; prune_llm.py --plan reads it")
+    p.add_argument(
+        "--out", type=Path, default=Path("plan.json"), help="default plan.json; prune_llm.py --plan reads it"
+    )
     p.add_argument("--model", type=Path, help="the model, for window, greedy, beam and --target-params")
     add_prompt_args(p)
     return p.parse_args(argv)
@@ -69,8 +87,10 @@ def layers_for_budget(model, target: float) -> int:
     each = sum(p.numel() for p in decoder_layers(model)[-1].parameters())
     count = max(0, math.ceil((total - target) / each))
     if not 0 < count < len(decoder_layers(model)):
-        raise UserError(f"--target-params {target:,.0f}: the model has {total:,} and a layer {each:,}; choose a number between "
-                        f"{total - each * (len(decoder_layers(model)) - 1):,} and {total - each:,}")
+        raise UserError(
+            f"--target-params {target:,.0f}: the model has {total:,} and a layer {each:,}; choose a number between "
+            f"{total - each * (len(decoder_layers(model)) - 1):,} and {total - each:,}"
+        )
     return count
 
 
@@ -108,26 +128,54 @@ def lowest(scores: list[float], count: int) -> list[int]:
     return sorted(sorted(range(len(scores)), key=scores.__getitem__)[:count])
 
 
-def choose(criterion: str, count: int, layers: int, rows=(), angles=(), model=None, prompts=(), mode="v", distance="kl", seed=0,
-           width=3):
+def choose(
+    criterion: str,
+    count: int,
+    layers: int,
+    rows=(),
+    angles=(),
+    model=None,
+    prompts=(),
+    mode="v",
+    distance="kl",
+    seed=0,
+    width=3,
+):
     """(layers to remove, sentence saying why). rows: of `summarise`. angles: the (L + 1, L + 1) matrices of the records."""
     if criterion in FROM_RECORDS and criterion != "angular":
-        wanted = {"sensitivity": (plain_mode(mode), distance), "block_influence": ("layer", "block_influence"),
-                  "leave_one_out": ("layer", distance), "perplexity": ("layer", "nll_change")}[criterion]
+        wanted = {
+            "sensitivity": (plain_mode(mode), distance),
+            "block_influence": ("layer", "block_influence"),
+            "leave_one_out": ("layer", distance),
+            "perplexity": ("layer", "nll_change"),
+        }[criterion]
         scores = layer_scores(rows, *wanted)
         drop = lowest(scores, count)
-        return drop, f"lowest {wanted[1]} with {wanted[0]} off: " + ", ".join(f"{i}: {scores[i]:.4g}" for i in drop)
+        return drop, f"lowest {wanted[1]} with {wanted[0]} off: " + ", ".join(
+            f"{i}: {scores[i]:.4g}" for i in drop
+        )
     if criterion == "angular":
-        mean = [sum(a[start][start + count] for a in angles) / len(angles) for start in range(layers - count + 1)]
+        mean = [
+            sum(a[start][start + count] for a in angles) / len(angles) for start in range(layers - count + 1)
+        ]
         start = mean.index(min(mean))
-        return list(range(start, start + count)), f"angular distance {mean[start]:.4f}, the smallest of all windows of {count}"
+        return list(
+            range(start, start + count)
+        ), f"angular distance {mean[start]:.4f}, the smallest of all windows of {count}"
     if criterion == "window":
-        loss = {start: loss_without(model, prompts, range(start, start + count))[-1] for start in range(layers - count + 1)}
+        loss = {
+            start: loss_without(model, prompts, range(start, start + count))[-1]
+            for start in range(layers - count + 1)
+        }
         start = min(loss, key=loss.get)
-        return list(range(start, start + count)), f"loss {loss[start]:.4f} on the calibration set, the lowest of all windows of {count}"
+        return list(
+            range(start, start + count)
+        ), f"loss {loss[start]:.4f} on the calibration set, the lowest of all windows of {count}"
     if criterion in ("greedy", "beam"):
         drop, trace = search(model, prompts, count, 1 if criterion == "greedy" else width)
-        return drop, "loss on the calibration set " + ", ".join(f"{loss:.4f} without {spec_of(d) or 'none'}" for d, loss in trace)
+        return drop, "loss on the calibration set " + ", ".join(
+            f"{loss:.4f} without {spec_of(d) or 'none'}" for d, loss in trace
+        )
     if criterion == "last":
         return list(range(layers - count, layers)), "control"
     if criterion == "first":
@@ -144,8 +192,10 @@ def read_records(path) -> list[dict]:
     try:
         return [json.loads(line) for line in Path(path).read_text().splitlines()[1:]]
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a whole records file of layer_sensitivity_scan.py ({error}); finish the scan with "
-                        f"--resume") from error
+        raise UserError(
+            f"{path}: not a whole records file of layer_sensitivity_scan.py ({error}); finish the scan with "
+            f"--resume"
+        ) from error
 
 
 def main(args):
@@ -161,7 +211,9 @@ def main(args):
     if not layers:
         raise UserError("give --records or --model, so that the number of layers is known")
     if records and len(records[0]["block_influence"]) != layers:
-        raise UserError(f"{args.records}: scanned {len(records[0]['block_influence'])} layers, {args.model} has {layers}")
+        raise UserError(
+            f"{args.records}: scanned {len(records[0]['block_influence'])} layers, {args.model} has {layers}"
+        )
     if args.target_params:
         counts = [layers_for_budget(model, args.target_params)]
     else:
@@ -170,10 +222,30 @@ def main(args):
     for criterion in args.criterion:
         for count in counts:
             for seed in range(args.seeds if criterion.startswith("random") else 1):
-                drop, why = choose(criterion, count, layers, rows, angles, model, prompts, args.mode, args.distance, seed,
-                                   args.beam_width)
-                choices.append({"criterion": criterion, "drop_layers": spec_of(drop), "layers_left": layers - count, "why": why})
-                print(f"{criterion:16} {layers} -> {layers - count} layers: --drop-layers {spec_of(drop)}   ({why})")
+                drop, why = choose(
+                    criterion,
+                    count,
+                    layers,
+                    rows,
+                    angles,
+                    model,
+                    prompts,
+                    args.mode,
+                    args.distance,
+                    seed,
+                    args.beam_width,
+                )
+                choices.append(
+                    {
+                        "criterion": criterion,
+                        "drop_layers": spec_of(drop),
+                        "layers_left": layers - count,
+                        "why": why,
+                    }
+                )
+                print(
+                    f"{criterion:16} {layers} -> {layers - count} layers: --drop-layers {spec_of(drop)}   ({why})"
+                )
     atomic_write(args.out, json.dumps({"layers": layers, "choices": choices}, indent=1))
     print(f"wrote {args.out}; prune with prune_llm.py --plan {args.out}")
 

@@ -3,6 +3,7 @@
 All are 0 for equal logits and do not change when a constant is added to a row. l1, l2 and rms average over the whole
 vocabulary, so that rare tokens dominate; kl and top1 follow behaviour more closely. Report at least two.
 """
+
 import torch
 
 DISTANCES = ("l1_mean", "l2_mean", "rms", "kl", "l1_last", "top1")

@@ -10,6 +10,7 @@ mlp         the MLP branch
 layer       both branches: the layer returns its input
 Upstream's names v_only, q_only and k_only are accepted.
 """
+
 import contextlib
 import sys
 from pathlib import Path
@@ -17,12 +18,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root: every way of starting this file finds it
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[2])
+)  # repository root: every way of starting this file finds it
 from common.errors import UserError
 from pruning.layers import ATTENTION, MLP, OUTPUT, child, decoder_layers, head_counts
 
 MODES = ("q", "k", "v", "qk", "qv", "head", "attention", "mlp", "layer")
-FUSED = ("qkv_proj", "c_attn")                            # one projection whose output is q, k, v one after the other
+FUSED = ("qkv_proj", "c_attn")  # one projection whose output is q, k, v one after the other
 
 
 class ProjHeadMaskWrapper(nn.Module):
@@ -42,8 +45,11 @@ class ProjHeadMaskWrapper(nn.Module):
         if self.num_out_heads * head_dim != width:
             raise ValueError(f"projection of width {width} is not {self.num_out_heads} heads of {head_dim}")
         weight = base_linear.weight
-        self.register_buffer("head_mask", torch.ones(self.num_out_heads, dtype=weight.dtype, device=weight.device),
-                             persistent=False)
+        self.register_buffer(
+            "head_mask",
+            torch.ones(self.num_out_heads, dtype=weight.dtype, device=weight.device),
+            persistent=False,
+        )
 
     def set_mask(self, head_mask):
         """head_mask: (heads,) of 0 and 1."""
@@ -60,7 +66,9 @@ class ProjHeadMaskWrapper(nn.Module):
         if bool((self.head_mask == 1).all()):
             return y
         heads = y.unflatten(-1, (self.num_out_heads, self.head_dim))
-        return torch.where(self.head_mask[:, None] == 0, 0, heads * self.head_mask[:, None]).flatten(-2)  # where: inf * 0 is nan
+        return torch.where(self.head_mask[:, None] == 0, 0, heads * self.head_mask[:, None]).flatten(
+            -2
+        )  # where: inf * 0 is nan
 
 
 def plain_mode(mode: str) -> str:
@@ -88,11 +96,16 @@ def mask_attention_layer(model, layer_idx: int, mode: str = "v_only"):
         masks = {fused: torch.cat([torch.full((n,), float(part not in mode)) for part, n in parts.items()])}
     elif all(hasattr(attention, f"{part}_proj") for part in parts):
         originals = {f"{part}_proj": getattr(attention, f"{part}_proj") for part in mode}
-        masks = {name: torch.tensor(0.0) for name in originals}           # every head
+        masks = {name: torch.tensor(0.0) for name in originals}  # every head
     else:
-        raise UserError(f"{type(attention).__name__} mixes q, k and v in one projection; use --mode attention, head, mlp or "
-                        f"layer")
-    wrappers = {name: ProjHeadMaskWrapper(module, head_dim).train(module.training) for name, module in originals.items()}
+        raise UserError(
+            f"{type(attention).__name__} mixes q, k and v in one projection; use --mode attention, head, mlp or "
+            f"layer"
+        )
+    wrappers = {
+        name: ProjHeadMaskWrapper(module, head_dim).train(module.training)
+        for name, module in originals.items()
+    }
     for name, wrapper in wrappers.items():
         setattr(attention, name, wrapper)
 
@@ -107,6 +120,7 @@ def mask_attention_layer(model, layer_idx: int, mode: str = "v_only"):
     def restore():
         for name, module in originals.items():
             setattr(attention, name, module)
+
     return enable_mask, disable_mask, restore
 
 
@@ -131,11 +145,20 @@ def masked(model, layer_idx: int, mode: str = "v_only", head: int | None = None)
 
         def drop_head(module, args):
             return (args[0] * keep.to(args[0]), *args[1:])
+
         restore = child(child(layer, ATTENTION), OUTPUT).register_forward_pre_hook(drop_head).remove
     else:
+
         def nothing(module, args, output):
-            return (torch.zeros_like(output[0]), *output[1:]) if isinstance(output, tuple) else torch.zeros_like(output)
-        restore = child(layer, ATTENTION if mode == "attention" else MLP).register_forward_hook(nothing).remove
+            return (
+                (torch.zeros_like(output[0]), *output[1:])
+                if isinstance(output, tuple)
+                else torch.zeros_like(output)
+            )
+
+        restore = (
+            child(layer, ATTENTION if mode == "attention" else MLP).register_forward_hook(nothing).remove
+        )
     try:
         yield
     finally:

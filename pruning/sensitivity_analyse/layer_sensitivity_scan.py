@@ -7,6 +7,7 @@ One pass also yields block influence (ShortGPT, arXiv 2403.03853), the angular d
 sensitivity-analyse/layer_sensitivity_scan.py, which runs the whole model once per layer and prompt (`--method naive`; the faster
 ones: scan_methods.py).
 """
+
 import argparse
 import contextlib
 import csv
@@ -21,7 +22,9 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root: every way of starting this file finds it
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[2])
+)  # repository root: every way of starting this file finds it
 from common.checkpoint import atomic_write
 from common.errors import Interrupted, UserError, run
 from common.figures import new_figure, save_figure
@@ -37,36 +40,85 @@ COLUMNS = ["mode", "layer", "head", "distance", "score_mean", "score_std", "prom
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", type=Path, required=True, help="causal LM: a folder that from_pretrained loads, or a dia_pangu "
-                                                             "checkpoint folder")
-    p.add_argument("--out", type=Path, default=Path("layer_sensitivity.csv"),
-                   help="csv of the first mode and distance; all others, records and picture beside it")
-    p.add_argument("--mode", nargs="+", default=["v_only"], help=f"what to switch off: {', '.join(MODES)} (upstream: v_only, qv)")
-    p.add_argument("--distance", nargs="+", default=["l1_mean", "kl"], choices=DISTANCES,
-                   help="default l1_mean and kl; the first goes to --out")
+    p.add_argument(
+        "--model",
+        type=Path,
+        required=True,
+        help="causal LM: a folder that from_pretrained loads, or a dia_pangu checkpoint folder",
+    )
+    p.add_argument(
+        "--out",
+        type=Path,
+        default=Path("layer_sensitivity.csv"),
+        help="csv of the first mode and distance; all others, records and picture beside it",
+    )
+    p.add_argument(
+        "--mode",
+        nargs="+",
+        default=["v_only"],
+        help=f"what to switch off: {', '.join(MODES)} (upstream: v_only, qv)",
+    )
+    p.add_argument(
+        "--distance",
+        nargs="+",
+        default=["l1_mean", "kl"],
+        choices=DISTANCES,
+        help="default l1_mean and kl; the first goes to --out",
+    )
     p.add_argument("--method", choices=METHODS, default="wavefront")
     add_prompt_args(p)
-    p.add_argument("--batch-size", type=int, default=1, help="prompts run together, right-padded (default 1; raise it on an "
-                                                             "accelerator, and for --method cached)")
-    p.add_argument("--sanity_check", action="store_true", help="first check that a lifted mask changes nothing and that the "
-                                                               "method equals naive")
-    p.add_argument("--resume", action="store_true", help="go on with an interrupted scan: prompts already scored are not run "
-                                                         "again")
+    p.add_argument(
+        "--batch-size",
+        type=int,
+        default=1,
+        help="prompts run together, right-padded (default 1; raise it on an "
+        "accelerator, and for --method cached)",
+    )
+    p.add_argument(
+        "--sanity_check",
+        action="store_true",
+        help="first check that a lifted mask changes nothing and that the method equals naive",
+    )
+    p.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with an interrupted scan: prompts already scored are not run again",
+    )
     p.add_argument("--overwrite", action="store_true", help="start again although --out exists")
     return p.parse_args(argv)
 
 
 def add_prompt_args(p):
     """What to run through the model; the same for the scan and for choosing by measured loss."""
-    p.add_argument("--prompts", type=Path, help="text file, one prompt a line, or .jsonl with the field text; default: 18 built-in "
-                   "ones, a third each English, Chinese and radiology")
-    p.add_argument("--task-data", type=Path, help="dia_pangu data folder: task prompts with the volume's embeddings and the report; "
-                   "--model is then a dia_pangu checkpoint")
-    p.add_argument("--lang-model-path", type=Path, help="with --task-data: folder with the language model's config and tokenizer")
-    p.add_argument("--task-samples", type=int, default=16, help="training samples used as task prompts (default 16)")
-    p.add_argument("--max-tokens", type=int, default=512, help="prompts are cut to this many tokens (default 512)")
-    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="weights' type; default as stored")
-    p.add_argument("--trust-remote-code", action="store_true", help="allow code inside the model folder to run")
+    p.add_argument(
+        "--prompts",
+        type=Path,
+        help="text file, one prompt a line, or .jsonl with the field text; default: 18 built-in "
+        "ones, a third each English, Chinese and radiology",
+    )
+    p.add_argument(
+        "--task-data",
+        type=Path,
+        help="dia_pangu data folder: task prompts with the volume's embeddings and the report; "
+        "--model is then a dia_pangu checkpoint",
+    )
+    p.add_argument(
+        "--lang-model-path",
+        type=Path,
+        help="with --task-data: folder with the language model's config and tokenizer",
+    )
+    p.add_argument(
+        "--task-samples", type=int, default=16, help="training samples used as task prompts (default 16)"
+    )
+    p.add_argument(
+        "--max-tokens", type=int, default=512, help="prompts are cut to this many tokens (default 512)"
+    )
+    p.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="weights' type; default as stored"
+    )
+    p.add_argument(
+        "--trust-remote-code", action="store_true", help="allow code inside the model folder to run"
+    )
 
 
 def load_with_prompts(args) -> tuple:
@@ -75,9 +127,16 @@ def load_with_prompts(args) -> tuple:
     if args.max_tokens < 2 or args.task_samples < 1:
         raise UserError("--max-tokens needs at least 2, --task-samples at least 1")
     if args.task_data:
-        from pruning.report_model import Encoded, load_report_model, task_prompts  # dia_pangu, needed only here
+        from pruning.report_model import (
+            Encoded,
+            load_report_model,
+            task_prompts,
+        )  # dia_pangu, needed only here
+
         if not args.lang_model_path:
-            raise UserError("--task-data needs --lang-model-path: the folder with the language model's config and tokenizer")
+            raise UserError(
+                "--task-data needs --lang-model-path: the folder with the language model's config and tokenizer"
+            )
         report_model, text, config = load_report_model(args.model, args.lang_model_path)
         report_model = report_model.to(Accelerator().device)
         samples = Encoded(report_model, text, config, args.task_data, "train", args.task_samples)
@@ -88,13 +147,16 @@ def load_with_prompts(args) -> tuple:
 
 
 def text_prompts(texts, tokenizer, max_tokens: int = 512) -> list[dict]:
-    prompts = [{"name": text, "input_ids": torch.tensor([tokenizer(text).input_ids[:max_tokens]])} for text in texts]
+    prompts = [
+        {"name": text, "input_ids": torch.tensor([tokenizer(text).input_ids[:max_tokens]])} for text in texts
+    ]
     if short := [p["name"] for p in prompts if p["input_ids"].shape[1] < 2]:
         raise UserError(f"prompt {short[0]!r} has fewer than 2 tokens; remove it")
     return prompts
 
 
 # ------------------------------------------------------------------------------------------------ many prompts
+
 
 def fingerprint(model) -> str:
     """Twelve digits that change with the architecture and with the weights (a few values of every tensor)."""
@@ -113,22 +175,36 @@ def prompt_key(prompt) -> str:
     return digest.hexdigest()[:12]
 
 
-def scan(model, prompts: list, modes=("v",), kinds=("l1_mean", "kl"), method="wavefront", batch_size=1, journal=None,
-         resume=False) -> list[dict]:
+def scan(
+    model,
+    prompts: list,
+    modes=("v",),
+    kinds=("l1_mean", "kl"),
+    method="wavefront",
+    batch_size=1,
+    journal=None,
+    resume=False,
+) -> list[dict]:
     """`scan_batch` over all prompts; one record each. journal: a .jsonl path that gets each batch's records as soon as they are known;
     with `resume`, records that stand there already are taken from it, if it belongs to this model and these settings."""
     model.eval()
     variants = list_variants(model, modes)
-    header = {"model": fingerprint(model), "modes": sorted({v[0] for v in variants}), "distances": list(kinds)}
+    header = {
+        "model": fingerprint(model),
+        "modes": sorted({v[0] for v in variants}),
+        "distances": list(kinds),
+    }
     keys = [prompt_key(prompt) for prompt in prompts]
     known = read_journal(journal, header) if journal and resume and Path(journal).exists() else {}
     done = {key: known[key] for key in keys if key in known}
-    if journal:                                           # without a cut last line and without prompts that are no longer asked for
+    if journal:  # without a cut last line and without prompts that are no longer asked for
         atomic_write(journal, "".join(json.dumps(line) + "\n" for line in [header, *done.values()]))
     waiting = [(key, prompt) for key, prompt in zip(keys, prompts) if key not in done]
     for first in progress(range(0, len(waiting), batch_size), desc=f"{method} scan", unit="batch"):
-        some = waiting[first:first + batch_size]
-        for (key, _), record in zip(some, scan_batch(model, [prompt for _, prompt in some], variants, kinds, method)):
+        some = waiting[first : first + batch_size]
+        for (key, _), record in zip(
+            some, scan_batch(model, [prompt for _, prompt in some], variants, kinds, method)
+        ):
             done[key] = {**record, "key": key}
             if journal:
                 with open(journal, "a") as file:
@@ -145,11 +221,13 @@ def read_journal(path, header) -> dict:
         return {}
     for field, value in header.items():
         if before.get(field) != value:
-            raise UserError(f"{path}: was scanned with {field} {before.get(field)}, not {value}; use --overwrite or another "
-                            f"--out")
+            raise UserError(
+                f"{path}: was scanned with {field} {before.get(field)}, not {value}; use --overwrite or another "
+                f"--out"
+            )
     whole = []
     for line in lines[1:]:
-        with contextlib.suppress(ValueError):             # the last line may be cut
+        with contextlib.suppress(ValueError):  # the last line may be cut
             whole.append(json.loads(line))
     return {record["key"]: record for record in whole}
 
@@ -169,9 +247,20 @@ def summarise(records) -> list[dict]:
     rows = []
     for (mode, layer, head, kind), scores in values.items():
         scores = torch.tensor(scores, dtype=torch.float64)
-        rows.append({"mode": mode, "layer": layer, "head": head, "distance": kind, "score_mean": scores.mean().item(),
-                     "score_std": scores.std(unbiased=False).item(), "prompt_count": len(scores)})
-    return sorted(rows, key=lambda r: (r["mode"], r["distance"], r["layer"], -1 if r["head"] is None else r["head"]))
+        rows.append(
+            {
+                "mode": mode,
+                "layer": layer,
+                "head": head,
+                "distance": kind,
+                "score_mean": scores.mean().item(),
+                "score_std": scores.std(unbiased=False).item(),
+                "prompt_count": len(scores),
+            }
+        )
+    return sorted(
+        rows, key=lambda r: (r["mode"], r["distance"], r["layer"], -1 if r["head"] is None else r["head"])
+    )
 
 
 def layer_scores(rows, mode: str, distance: str) -> list[float]:
@@ -181,7 +270,9 @@ def layer_scores(rows, mode: str, distance: str) -> list[float]:
         if (row["mode"], row["distance"]) == (mode, distance):
             by_layer[row["layer"]].append(row["score_mean"])
     if not by_layer:
-        raise UserError(f"the scan holds no {mode}/{distance}; run it with --mode {mode} --distance {distance}")
+        raise UserError(
+            f"the scan holds no {mode}/{distance}; run it with --mode {mode} --distance {distance}"
+        )
     return [sum(v) / len(v) for _, v in sorted(by_layer.items())]
 
 
@@ -199,12 +290,14 @@ def draw(rows, path, title=""):
     for row in rows:
         if row["head"] is None:
             groups[row["mode"], row["distance"]].append(row)
-    figure, axes = new_figure(math.ceil(len(groups) / 3), min(3, len(groups)), width=4.4, height=2.8, squeeze=False)
-    for ax in axes.flat[len(groups):]:
+    figure, axes = new_figure(
+        math.ceil(len(groups) / 3), min(3, len(groups)), width=4.4, height=2.8, squeeze=False
+    )
+    for ax in axes.flat[len(groups) :]:
         ax.set_axis_off()
     for ax, ((mode, distance), group) in zip(axes.flat, groups.items()):
         mean, std = [r["score_mean"] for r in group], [r["score_std"] for r in group]
-        down = std if min(mean) < 0 else [min(m, s) for m, s in zip(mean, std)]          # a distance is never below 0
+        down = std if min(mean) < 0 else [min(m, s) for m, s in zip(mean, std)]  # a distance is never below 0
         ax.bar([r["layer"] for r in group], mean, yerr=[down, std], capsize=2, ecolor="#5b6770")
         ax.set(title=f"{mode} off: {distance}" if distance != "block_influence" else distance, xlabel="layer")
         ax.locator_params(axis="x", integer=True)
@@ -215,7 +308,11 @@ def draw(rows, path, title=""):
 def write_tables(out: Path, rows, mode: str, distance: str, title: str) -> list[dict]:
     """<out>.csv of one mode and distance with upstream's columns, <out>.all.csv and <out>.png of all; returns the rows of the first."""
     chosen = [r for r in rows if (r["mode"], r["distance"]) == (mode, distance)]
-    write_csv(out, chosen, ["layer", *(["head"] if mode == "head" else []), "score_mean", "score_std", "prompt_count"])
+    write_csv(
+        out,
+        chosen,
+        ["layer", *(["head"] if mode == "head" else []), "score_mean", "score_std", "prompt_count"],
+    )
     write_csv(out.with_suffix(".all.csv"), rows, COLUMNS)
     draw(rows, out.with_suffix(".png"), title)
     return chosen
@@ -232,10 +329,14 @@ def sanity_check(model, prompt, variants, kinds, method):
     some = [v for v in variants if v[1] in (0, len(decoder_layers(model)) - 1)]
     fast, naive = (scan_batch(model, [prompt], some, kinds, m)[0]["variants"] for m in (method, "naive"))
     worst = max(abs(a[k] - b[k]) / max(1, abs(b[k])) for a, b in zip(fast, naive) for k in kinds)
-    print(f"sanity check: mask lifted, largest change {(whole - again).abs().max().item():.1e}; {method} against naive "
-          f"{worst:.1e}")
+    print(
+        f"sanity check: mask lifted, largest change {(whole - again).abs().max().item():.1e}; {method} against naive "
+        f"{worst:.1e}"
+    )
     if not torch.equal(whole, again) or not worst < (1e-4 if whole.dtype == torch.float32 else 5e-2):
-        raise UserError(f"--method {method} does not reproduce the model's own forward pass; use --method naive")
+        raise UserError(
+            f"--method {method} does not reproduce the model's own forward pass; use --method naive"
+        )
 
 
 def main(args):
@@ -244,18 +345,28 @@ def main(args):
     if args.batch_size < 1:
         raise UserError("--batch-size needs at least 1")
     if journal.exists() and not (args.resume or args.overwrite):
-        raise UserError(f"{journal}: a scan stands there; add --resume to go on with it or --overwrite to start again")
+        raise UserError(
+            f"{journal}: a scan stands there; add --resume to go on with it or --overwrite to start again"
+        )
     model, _, prompts = load_with_prompts(args)
     variants = list_variants(model, modes)
-    print(f"{len(decoder_layers(model))} layers, {len(prompts)} prompts, {len(variants)} variants, {args.method}")
+    print(
+        f"{len(decoder_layers(model))} layers, {len(prompts)} prompts, {len(variants)} variants, {args.method}"
+    )
     if args.sanity_check:
         with torch.no_grad():
             sanity_check(model, prompts[0], variants, args.distance, args.method)
     try:
-        records = scan(model, prompts, modes, args.distance, args.method, args.batch_size, journal, args.resume)
+        records = scan(
+            model, prompts, modes, args.distance, args.method, args.batch_size, journal, args.resume
+        )
     except KeyboardInterrupt:
-        raise Interrupted(f"stopped; what is scored stands in {journal}; to go on, run the same command with --resume") from None
-    for row in write_tables(args.out, summarise(records), modes[0], args.distance[0], f"{args.model.name}: {len(prompts)} prompts"):
+        raise Interrupted(
+            f"stopped; what is scored stands in {journal}; to go on, run the same command with --resume"
+        ) from None
+    for row in write_tables(
+        args.out, summarise(records), modes[0], args.distance[0], f"{args.model.name}: {len(prompts)} prompts"
+    ):
         head = "" if row["head"] is None else f" head {row['head']:02d},"
         print(f"Layer {row['layer']:02d},{head} mean={row['score_mean']:.6f}, std={row['score_std']:.6f}")
     print(f"wrote {args.out}, {args.out.with_suffix('.all.csv')}, {args.out.with_suffix('.png')}")

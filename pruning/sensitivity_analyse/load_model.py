@@ -1,11 +1,14 @@
 """The model and the prompts of a scan (upstream names this file, but never published it)."""
+
 import json
 import sys
 from pathlib import Path
 
 from transformers import AutoModelForCausalLM
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root: every way of starting this file finds it
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[2])
+)  # repository root: every way of starting this file finds it
 from common.errors import UserError
 from common.files import reading
 from dia_pangu.src.Model.pangu import load_tokenizer  # also registers openPangu's model type
@@ -17,11 +20,14 @@ def load_model(path, dtype: str | None = None, trust_remote_code: bool = False):
     """(model, tokenizer) of a folder as transformers writes it, in eval mode. dtype: "float32", ...; default as stored."""
     path = Path(path)
     if not (path / "config.json").is_file():
-        raise UserError(f"{path}: no config.json there; give the folder of a language model, with config, weights and tokenizer")
+        raise UserError(
+            f"{path}: no config.json there; give the folder of a language model, with config, weights and tokenizer"
+        )
     with reading(path, "causal language model"):
         tokenizer = load_tokenizer(path, trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", local_files_only=True,
-                                                     trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype or "auto", local_files_only=True, trust_remote_code=trust_remote_code
+        )
     return model.eval(), tokenizer
 
 

@@ -7,6 +7,7 @@
 
 All work through hooks on the model's own modules: no architecture is written again.
 """
+
 import contextlib
 import math
 import sys
@@ -17,22 +18,28 @@ from pathlib import Path
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root: every way of starting this file finds it
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[2])
+)  # repository root: every way of starting this file finds it
 from common.errors import UserError
 from pruning.layers import ATTENTION, OUTPUT, child, decoder_layers, head_counts, plain
 from pruning.sensitivity_analyse.eval_metric import combine, position_distances
 from pruning.sensitivity_analyse.layer_mask import masked, plain_mode
 
 METHODS = ("wavefront", "cached", "naive")
-CHUNK = 1 << 23                                           # log-probabilities held at once, in values
+CHUNK = 1 << 23  # log-probabilities held at once, in values
 
 
 def list_variants(model, modes) -> list[tuple]:
     """(mode, layer, head) for everything to switch off; head is None but for mode "head". Leave-one-out is always in."""
     heads = range(head_counts(model)[0])
     modes = list(dict.fromkeys([*map(plain_mode, modes), "layer"]))
-    return [(mode, layer, head) for layer in range(len(decoder_layers(model))) for mode in modes
-            for head in (heads if mode == "head" else [None])]
+    return [
+        (mode, layer, head)
+        for layer in range(len(decoder_layers(model)))
+        for mode in modes
+        for head in (heads if mode == "head" else [None])
+    ]
 
 
 @contextlib.contextmanager
@@ -45,12 +52,17 @@ def shortcut(model, layer_idx: int, mode: str, head=None):
     attention = child(decoder_layers(model)[layer_idx], ATTENTION)
     output = child(attention, OUTPUT)
     weight = next(output.parameters())
-    constant = output(torch.zeros(1, 1, head_counts(model)[0] * head_counts(model)[2], dtype=weight.dtype, device=weight.device))
+    constant = output(
+        torch.zeros(
+            1, 1, head_counts(model)[0] * head_counts(model)[2], dtype=weight.dtype, device=weight.device
+        )
+    )
     if mode == "attention":
         constant = torch.zeros_like(constant)
 
     def no_attention(hidden_states, *args, **kwargs):
         return constant.expand(*hidden_states.shape[:-1], -1), None
+
     with patched(attention, no_attention):
         yield
 
@@ -88,7 +100,9 @@ def apply_head(model, hidden_states: torch.Tensor) -> torch.Tensor:
     """Logits (..., V) of final hidden states (..., d), through the model's own head (scaling and soft caps included)."""
     rows = hidden_states.reshape(1, -1, hidden_states.shape[-1])
     with patched(model.get_decoder(), lambda *args, **kwargs: DecoderOutput(last_hidden_state=rows)):
-        logits = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=rows.device), use_cache=False).logits
+        logits = model(
+            input_ids=torch.zeros(1, 1, dtype=torch.long, device=rows.device), use_cache=False
+        ).logits
     return logits.reshape(*hidden_states.shape[:-1], -1)
 
 
@@ -105,15 +119,17 @@ class Baseline:
         for mode, layer, head in variants:
             self.by_layer[layer].append((mode, head))
         self.keep_inputs, self.inputs = keep_inputs, []
-        self.influence = [[] for _ in lengths]            # per prompt, one value a layer
-        self.last_token = [[] for _ in lengths]           # per prompt, input of each layer and output of the last
-        self.order = []                                   # variants in the order of the rows
+        self.influence = [[] for _ in lengths]  # per prompt, one value a layer
+        self.last_token = [[] for _ in lengths]  # per prompt, input of each layer and output of the last
+        self.order = []  # variants in the order of the rows
 
     def __enter__(self):
         self.hooks = []
         for i, layer in enumerate(decoder_layers(self.model)):
             self.hooks.append(layer.register_forward_pre_hook(self.fit_masks, with_kwargs=True))
-            self.hooks.append(layer.register_forward_hook(lambda *call, i=i: self.after(i, *call), with_kwargs=True))
+            self.hooks.append(
+                layer.register_forward_hook(lambda *call, i=i: self.after(i, *call), with_kwargs=True)
+            )
         return self
 
     def __exit__(self, *error):
@@ -122,22 +138,28 @@ class Baseline:
 
     def fit_masks(self, layer, args, kwargs):
         """All rows have the same causal mask; it was made for the first batch, so keep one row and let it broadcast."""
+
         def one_row(value):
             if torch.is_tensor(value) and value.dim() > 1 and self.rows > 1 and len(value) == self.rows:
                 return value[:1]
             return tuple(one_row(v) for v in value) if isinstance(value, tuple) else value
+
         return (args[0], *map(one_row, args[1:])), {k: one_row(v) for k, v in kwargs.items()}
 
     def after(self, i, layer, args, kwargs, output):
         if not torch.is_tensor(output):
-            raise UserError(f"{type(layer).__name__} returns more than its hidden states; such models cannot be scanned")
-        x, y = args[0][:self.rows], output[:self.rows]
+            raise UserError(
+                f"{type(layer).__name__} returns more than its hidden states; such models cannot be scanned"
+            )
+        x, y = args[0][: self.rows], output[: self.rows]
         if self.keep_inputs:
             self.inputs.append(x)
         for p, n in enumerate(self.lengths):
-            self.influence[p].append(1 - torch.cosine_similarity(x[p, :n].double(), y[p, :n].double(), dim=-1).mean().item())
+            self.influence[p].append(
+                1 - torch.cosine_similarity(x[p, :n].double(), y[p, :n].double(), dim=-1).mean().item()
+            )
             if i == 0:
-                self.last_token[p].append(x[p, n - 1].clone())     # a view would keep the whole batch alive
+                self.last_token[p].append(x[p, n - 1].clone())  # a view would keep the whole batch alive
             self.last_token[p].append(y[p, n - 1].clone())
         grown = [output]
         for mode, head in self.by_layer[i]:
@@ -145,7 +167,9 @@ class Baseline:
                 grown.append(x)
             else:
                 with shortcut(self.model, i, mode, head):
-                    grown.append(layer.forward(x, *args[1:], **kwargs))     # .forward: the hooks do not run again
+                    grown.append(
+                        layer.forward(x, *args[1:], **kwargs)
+                    )  # .forward: the hooks do not run again
             self.order.append((mode, i, head))
         return torch.cat(grown) if len(grown) > 1 else None
 
@@ -162,7 +186,7 @@ class Scorer:
     def __init__(self, model, prompt, base_hidden, kinds):
         self.model, self.base, self.kinds = model, base_hidden, kinds
         labels = prompt.get("labels", prompt.get("input_ids"))[0].to(base_hidden.device)
-        self.targets = torch.cat([labels[1:], labels.new_full((1,), -100)])     # what position t should predict
+        self.targets = torch.cat([labels[1:], labels.new_full((1,), -100)])  # what position t should predict
 
     @torch.no_grad()
     def __call__(self, hidden: torch.Tensor):
@@ -187,7 +211,11 @@ class Scorer:
                     values[kind][some, part] = position_distances(base, logprobs, kind).cpu()
         scores = {kind: combine(v, kind).tolist() for kind, v in values.items()}
         scores["nll"] = (nll / max(scored, 1)).tolist()
-        return [{key: v[i] for key, v in scores.items()} for i in range(len(hidden))], base_nll / max(scored, 1), scored
+        return (
+            [{key: v[i] for key, v in scores.items()} for i in range(len(hidden))],
+            base_nll / max(scored, 1),
+            scored,
+        )
 
 
 @torch.no_grad()
@@ -202,22 +230,34 @@ def scan_batch(model, prompts, variants, kinds, method="wavefront") -> list[dict
     batch = pad_prompts(prompts, device)
     lengths = [p["input_ids" if "input_ids" in p else "inputs_embeds"].shape[1] for p in prompts]
     rows = len(prompts)
-    with Baseline(model, lengths, variants if method == "wavefront" else (), keep_inputs=method == "cached") as watch:
-        hidden = model.get_decoder()(**batch, use_cache=False).last_hidden_state   # (rows * (1 + variants), N, d)
+    with Baseline(
+        model, lengths, variants if method == "wavefront" else (), keep_inputs=method == "cached"
+    ) as watch:
+        hidden = model.get_decoder()(
+            **batch, use_cache=False
+        ).last_hidden_state  # (rows * (1 + variants), N, d)
     if method == "wavefront":
-        order, masked_hidden = watch.order, hidden.unflatten(0, (-1, rows))[1:]               # (variants, rows, N, d)
+        order, masked_hidden = watch.order, hidden.unflatten(0, (-1, rows))[1:]  # (variants, rows, N, d)
     else:
         order, stored = variants, watch.inputs or [None] * len(decoder_layers(model))
-        masked_hidden = torch.stack([masked_pass(model, batch, mode, i, head, stored[i]) for mode, i, head in variants])
+        masked_hidden = torch.stack(
+            [masked_pass(model, batch, mode, i, head, stored[i]) for mode, i, head in variants]
+        )
     records = []
     for p, prompt in enumerate(prompts):
         n = lengths[p]
         results, nll, scored = Scorer(model, prompt, hidden[p, :n], kinds)(masked_hidden[:, p, :n])
-        records.append({
-            "name": prompt["name"], "tokens": n, "nll": nll, "scored": scored, "block_influence": watch.influence[p],
-            "angles": watch.angles(p),
-            "variants": [{"mode": m, "layer": i, "head": h, **r} for (m, i, h), r in zip(order, results)],
-        })
+        records.append(
+            {
+                "name": prompt["name"],
+                "tokens": n,
+                "nll": nll,
+                "scored": scored,
+                "block_influence": watch.influence[p],
+                "angles": watch.angles(p),
+                "variants": [{"mode": m, "layer": i, "head": h, **r} for (m, i, h), r in zip(order, results)],
+            }
+        )
     return records
 
 
@@ -231,7 +271,9 @@ def masked_pass(model, batch, mode, layer, head, inputs=None) -> torch.Tensor:
             for before in decoder_layers(model)[:layer]:
                 stack.enter_context(patched(before, lambda hidden_states, *args, **kwargs: inputs))
             if mode == "layer":
-                stack.enter_context(patched(decoder_layers(model)[layer], lambda hidden_states, *args, **kwargs: inputs))
+                stack.enter_context(
+                    patched(decoder_layers(model)[layer], lambda hidden_states, *args, **kwargs: inputs)
+                )
             else:
                 stack.enter_context(shortcut(model, layer, mode, head))
         return model.get_decoder()(**batch, use_cache=False).last_hidden_state

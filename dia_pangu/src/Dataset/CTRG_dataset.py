@@ -6,6 +6,7 @@
 
 The split is the partition that holds an item; the item's own field `split` contradicts it in the published file.
 """
+
 import csv
 from pathlib import Path
 
@@ -20,7 +21,17 @@ from dia_pangu.src.Dataset.preprocess import Grid, load_volume, patch_labels
 from dia_pangu.src.Dataset.prompt import COLUMNS, FINDINGS, ReportText
 
 SPLITS = ("train", "val", "test")
-CODES = {"0": 0, "0.0": 0, "": 0, "1": 1, "1.0": 1, "2": 2, "2.0": 2, "3": 3, "3.0": 3}  # blank, present, absent, uncertain
+CODES = {
+    "0": 0,
+    "0.0": 0,
+    "": 0,
+    "1": 1,
+    "1.0": 1,
+    "2": 2,
+    "2.0": 2,
+    "3": 3,
+    "3.0": 3,
+}  # blank, present, absent, uncertain
 
 
 def find_one(folder: Path, names, what: str) -> Path:
@@ -29,12 +40,18 @@ def find_one(folder: Path, names, what: str) -> Path:
         found = sorted(folder.glob(name))
         if found:
             return found[0]
-    raise UserError(f"{folder}: no {what} (looked for {', '.join(names)}); give the folder of the data with --data")
+    raise UserError(
+        f"{folder}: no {what} (looked for {', '.join(names)}); give the folder of the data with --data"
+    )
 
 
 def read_annotation(folder, language: str) -> tuple[Path, dict]:
     """(file, {split: [item, ...]}); every item has a string id and a finding."""
-    names = ("annotation_en.json", "annotation_*.json") if language == "en" else ("annotation.json", "annotation_cn.json")
+    names = (
+        ("annotation_en.json", "annotation_*.json")
+        if language == "en"
+        else ("annotation.json", "annotation_cn.json")
+    )
     path = find_one(Path(folder), (*names, "annotation*.json"), "annotation")
     content = read_json(path, {f"{split}?": [{"id": (str, int), "finding?": str}] for split in SPLITS})
     if not any(split in content for split in SPLITS):
@@ -60,7 +77,9 @@ def read_labels(folder) -> tuple[Path, dict]:
             codes = [row[column].strip() for column in COLUMNS]
             wrong = [f"{column} = {code!r}" for column, code in zip(COLUMNS, codes) if code not in CODES]
             if wrong:
-                raise UserError(f"{path}: line {line}: {wrong[0]}; codes are 0 blank, 1 present, 2 absent, 3 uncertain")
+                raise UserError(
+                    f"{path}: line {line}: {wrong[0]}; codes are 0 blank, 1 present, 2 absent, 3 uncertain"
+                )
             labels[str(row["id"]).strip()] = [CODES[code] for code in codes]
     return path, labels
 
@@ -69,7 +88,10 @@ def read_places(path) -> dict:
     """{id: {finding: (side, place)}} as pretrain_vit.py writes it."""
     places = read_json(path, dict)
     with reading(path, "places file of pretrain_vit.py"):
-        return {name: {finding: (side, place) for finding, (side, place) in found.items()} for name, found in places.items()}
+        return {
+            name: {finding: (side, place) for finding, (side, place) in found.items()}
+            for name, found in places.items()
+        }
 
 
 class CTRGDataset(Dataset):
@@ -82,9 +104,22 @@ class CTRGDataset(Dataset):
     Bad inputs raise UserError; inside a loader they come as {"error": message}, so that a worker's error stays one line.
     """
 
-    def __init__(self, data, split: str, grid: Grid, text: ReportText | None = None, language: str = "en", cache=None,
-                 flip: float = 0.0, seed: int = 0, patches=None, vision: bool = True, limit: int = 0,
-                 places: dict | None = None, hide_places: float = 0.0):
+    def __init__(
+        self,
+        data,
+        split: str,
+        grid: Grid,
+        text: ReportText | None = None,
+        language: str = "en",
+        cache=None,
+        flip: float = 0.0,
+        seed: int = 0,
+        patches=None,
+        vision: bool = True,
+        limit: int = 0,
+        places: dict | None = None,
+        hide_places: float = 0.0,
+    ):
         self.data, self.split, self.grid, self.text, self.cache = Path(data), split, grid, text, cache
         self.flip, self.seed, self.patches, self.vision, self.epoch = flip, seed, patches, vision, 0
         self.places, self.hide_places = places, hide_places
@@ -94,7 +129,7 @@ class CTRGDataset(Dataset):
         self.label_file, self.labels = read_labels(self.data)
         if not partitions.get(split):
             raise UserError(f"{self.annotation}: partition {split} is empty")
-        self.items = partitions[split][:limit or None]
+        self.items = partitions[split][: limit or None]
         self.folder = self.data / "volumes" if (self.data / "volumes").is_dir() else self.data
         self.skipped = {}
 
@@ -125,11 +160,15 @@ class CTRGDataset(Dataset):
         for item in self.items:
             self.report(item), self.codes(item["id"])
             if self.vision and not self.path(item["id"]).exists():
-                raise UserError(f"{self.path(item['id'])}: no such volume, but {self.annotation} names it; or pass --skip-bad")
+                raise UserError(
+                    f"{self.path(item['id'])}: no such volume, but {self.annotation} names it; or pass --skip-bad"
+                )
 
     def report(self, item: dict) -> str:
         if not (item.get("finding") or "").strip():
-            raise UserError(f"{self.annotation}: {self.split} id {item['id']}: field finding is missing or empty")
+            raise UserError(
+                f"{self.annotation}: {self.split} id {item['id']}: field finding is missing or empty"
+            )
         return item["finding"]
 
     def sample(self, index: int) -> dict:
@@ -143,11 +182,17 @@ class CTRGDataset(Dataset):
             rng = np.random.default_rng([self.seed, self.epoch, index])
             said = np.where(rng.random(len(FINDINGS)) < self.flip, 1 - labels, labels)
             if self.places is not None and name not in self.places:
-                raise UserError(f"{self.annotation}: id {name} has no row in the places file; run pretrain_vit.py on these data")
-            where = self.places and {finding: at for finding, at in self.places[name].items() if rng.random() >= self.hide_places}
+                raise UserError(
+                    f"{self.annotation}: id {name} has no row in the places file; run pretrain_vit.py on these data"
+                )
+            where = self.places and {
+                finding: at for finding, at in self.places[name].items() if rng.random() >= self.hide_places
+            }
             out["text"] = self.text.sample(said, report, name, where)
         if self.patches is not None:
-            out["patch_labels"] = patch_labels(self.path(name, self.data / "masks"), self.grid, self.patches, self.cache)
+            out["patch_labels"] = patch_labels(
+                self.path(name, self.data / "masks"), self.grid, self.patches, self.cache
+            )
         return out
 
     def __getitem__(self, index: int) -> dict:
@@ -166,7 +211,9 @@ class CTRGDataset(Dataset):
         for message in list(bad.values())[:5]:
             print(f"skipped: {message}")
         if len(bad) == len(self.items):
-            raise UserError(f"{self.data}: all {len(bad)} samples of {self.split} are unusable; the first: {bad[0]}")
+            raise UserError(
+                f"{self.data}: all {len(bad)} samples of {self.split} are unusable; the first: {bad[0]}"
+            )
         print(f"{self.split}: {len(bad)} of {len(self.items)} samples skipped")
         self.skipped = {self.items[i]["id"]: message for i, message in bad.items()}
         self.items = [item for i, item in enumerate(self.items) if i not in bad]
@@ -185,6 +232,8 @@ def collate(samples: list[dict]) -> dict:
         width = max(len(sample["text"]["lang_x"]) for sample in samples)
         fills = {"lang_x": 0, "attention_mask": 0, "labels": -100, "loss_reweight": 0.0}
         for key in samples[0]["text"]:
-            rows = [sample["text"][key] + [fills[key]] * (width - len(sample["text"][key])) for sample in samples]
+            rows = [
+                sample["text"][key] + [fills[key]] * (width - len(sample["text"][key])) for sample in samples
+            ]
             batch[key] = torch.tensor(rows)
     return batch

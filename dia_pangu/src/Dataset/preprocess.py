@@ -3,6 +3,7 @@
 Axes. A CT is kept as HU (H, W, D): H from front to back, W from the patient's right to left, D from feet to head, that is
 the usual radiological slice view image[:, :, k]. Spacing in mm along the same axes.
 """
+
 import hashlib
 import os
 import zlib
@@ -45,11 +46,15 @@ def read_nifti(path) -> tuple[np.ndarray, np.ndarray]:
         image = nibabel.load(path)
         voxels = np.asanyarray(image.dataobj)
     except (OSError, EOFError, ValueError, nibabel.filebasedimages.ImageFileError, zlib.error) as error:
-        raise UserError(f"{path}: not a readable NIfTI file ({str(error).splitlines()[0]}); was the copy cut short?") from error
+        raise UserError(
+            f"{path}: not a readable NIfTI file ({str(error).splitlines()[0]}); was the copy cut short?"
+        ) from error
     if voxels.ndim == 4 and voxels.shape[3] == 1:
         voxels = voxels[..., 0]
     if voxels.ndim != 3:
-        raise UserError(f"{path}: has {voxels.ndim} dimensions {voxels.shape}, expected one 3-D volume; split the series")
+        raise UserError(
+            f"{path}: has {voxels.ndim} dimensions {voxels.shape}, expected one 3-D volume; split the series"
+        )
     return voxels, image.affine
 
 
@@ -64,10 +69,23 @@ def read_dicom(folder) -> tuple[np.ndarray, np.ndarray]:
         try:
             data = pydicom.dcmread(path)
             # A pixel size or position that is absent would make the geometry a guess.
-            position, cosines = np.array(data.ImagePositionPatient, float), np.array(data.ImageOrientationPatient, float)
-            pixels = data.pixel_array * float(data.get("RescaleSlope", 1)) + float(data.get("RescaleIntercept", 0))
-            slices.append((position, cosines, np.array(data.PixelSpacing, float), pixels.astype(np.float32),
-                           str(data.get("SeriesInstanceUID", "")), float(data.get("SliceThickness", 1) or 1)))
+            position, cosines = (
+                np.array(data.ImagePositionPatient, float),
+                np.array(data.ImageOrientationPatient, float),
+            )
+            pixels = data.pixel_array * float(data.get("RescaleSlope", 1)) + float(
+                data.get("RescaleIntercept", 0)
+            )
+            slices.append(
+                (
+                    position,
+                    cosines,
+                    np.array(data.PixelSpacing, float),
+                    pixels.astype(np.float32),
+                    str(data.get("SeriesInstanceUID", "")),
+                    float(data.get("SliceThickness", 1) or 1),
+                )
+            )
         except pydicom.errors.InvalidDicomError:
             continue
         except (AttributeError, ValueError, RuntimeError, NotImplementedError) as error:
@@ -76,15 +94,21 @@ def read_dicom(folder) -> tuple[np.ndarray, np.ndarray]:
         raise UserError(f"{folder}: holds no DICOM slices")
     if len({s[4] for s in slices}) > 1:
         raise UserError(f"{folder}: holds {len({s[4] for s in slices})} series; give a folder with one")
-    if len({s[3].shape for s in slices}) > 1 or any(not np.allclose(s[1], slices[0][1], atol=1e-3) for s in slices):
-        raise UserError(f"{folder}: slices differ in size or orientation; give a folder with one axial series")
+    if len({s[3].shape for s in slices}) > 1 or any(
+        not np.allclose(s[1], slices[0][1], atol=1e-3) for s in slices
+    ):
+        raise UserError(
+            f"{folder}: slices differ in size or orientation; give a folder with one axial series"
+        )
     along_x, along_y = slices[0][1][:3], slices[0][1][3:]  # direction of rising column and row index
     normal = np.cross(along_x, along_y)
     slices.sort(key=lambda s: float(s[0] @ normal))
     height = np.array([s[0] @ normal for s in slices])
     step = float(np.median(np.diff(height))) if len(slices) > 1 else slices[0][5]
     if len(slices) > 2 and np.any(np.abs(np.diff(height) - step) > 0.5 * step):
-        raise UserError(f"{folder}: slices are missing (gaps of {np.diff(height).max():.1f} mm at a spacing of {step:.1f} mm)")
+        raise UserError(
+            f"{folder}: slices are missing (gaps of {np.diff(height).max():.1f} mm at a spacing of {step:.1f} mm)"
+        )
     row_mm, column_mm = slices[0][2]
     affine = np.eye(4)
     affine[:3, 0], affine[:3, 1], affine[:3, 2] = along_x * column_mm, along_y * row_mm, normal * step
@@ -101,8 +125,12 @@ def read_hu(path) -> tuple[np.ndarray, tuple]:
         raise UserError(f"{path}: the affine cannot be inverted, so orientation and spacing are unknown")
     if min(voxels.shape) < 2:
         raise UserError(f"{path}: is {voxels.shape} voxels; one slice is not a volume")
-    turn = orientations.ornt_transform(orientations.io_orientation(affine), orientations.axcodes2ornt(("L", "P", "S")))
-    hu = orientations.apply_orientation(voxels, turn).astype(np.float32)  # (W right to left, H front to back, D up)
+    turn = orientations.ornt_transform(
+        orientations.io_orientation(affine), orientations.axcodes2ornt(("L", "P", "S"))
+    )
+    hu = orientations.apply_orientation(voxels, turn).astype(
+        np.float32
+    )  # (W right to left, H front to back, D up)
     step = np.linalg.norm(affine[:3, :3], axis=0)
     by_axis = np.empty(3)
     by_axis[turn[:, 0].astype(int)] = step
@@ -113,7 +141,9 @@ def read_hu(path) -> tuple[np.ndarray, tuple]:
 
 def check_hu(hu: np.ndarray, path):
     if not np.isfinite(hu).all():
-        raise UserError(f"{path}: {int((~np.isfinite(hu)).sum())} voxels are NaN or infinite; repair the file")
+        raise UserError(
+            f"{path}: {int((~np.isfinite(hu)).sum())} voxels are NaN or infinite; repair the file"
+        )
     if hu.max() == hu.min():
         raise UserError(f"{path}: every voxel is {hu.max():g}; an empty volume")
 
@@ -219,19 +249,25 @@ def patch_labels(path, grid: Grid, patch, cache=None, least: float = 0.08) -> to
 
     A patch carries a finding when at least `least` of its voxels do, or when it is the finding's fullest patch.
     """
-    made = cached(path, cache, f"{grid} {tuple(patch)} {least}", lambda: _patch_labels(path, grid, patch, least))
+    made = cached(
+        path, cache, f"{grid} {tuple(patch)} {least}", lambda: _patch_labels(path, grid, patch, least)
+    )
     return torch.from_numpy(made).float()
 
 
 def _patch_labels(path, grid: Grid, patch, least: float) -> np.ndarray:
     voxels, affine = read_nifti(path)
-    turn = orientations.ornt_transform(orientations.io_orientation(affine), orientations.axcodes2ornt(("L", "P", "S")))
+    turn = orientations.ornt_transform(
+        orientations.io_orientation(affine), orientations.axcodes2ornt(("L", "P", "S"))
+    )
     bits = torch.from_numpy(orientations.apply_orientation(voxels, turn).astype(np.int32)).permute(1, 0, 2)
     step = np.empty(3)
     step[turn[:, 0].astype(int)] = np.linalg.norm(affine[:3, :3], axis=0)
     index = []
     for size, mm, target, field in zip(bits.shape, (step[1], step[0], step[2]), grid.size, grid.fov_mm):
-        at = ((np.arange(target) + 0.5) * field / target - field / 2) / mm + size / 2  # nearest voxel of the mask
+        at = (
+            (np.arange(target) + 0.5) * field / target - field / 2
+        ) / mm + size / 2  # nearest voxel of the mask
         index.append(torch.from_numpy(np.clip(np.floor(at), 0, size - 1).astype(int)))
     bits = bits[index[0]][:, index[1]][:, :, index[2]]
     planes = torch.stack([((bits >> c) & 1).float() for c in range(14)])

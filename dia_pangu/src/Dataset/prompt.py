@@ -4,17 +4,54 @@ Text: <image><image0>...<image31></image>, one sentence for each of the 14 findi
 report and eos. Upstream wrote the Chinese sentences differently in training and test, and the test's English ones in
 Chinese.
 """
+
 import torch
 
 from common.errors import UserError
 
-FINDINGS = ("enlarged cardiomediastinum", "cardiomegaly", "lung opacity", "lung lesion", "edema", "consolidation",
-            "pneumonia", "atelectasis", "pneumothorax", "pleural effusion", "pleural other", "fracture",
-            "support devices", "no finding")
-FINDINGS_CN = ("纵隔心影增大", "心脏肥大", "肺部阴影", "肺部病变", "水肿", "实变", "肺炎", "肺不张", "气胸", "胸腔积液",
-               "胸膜其他病变", "骨折", "支撑装置", "未见异常")
-LATERAL = ("lung opacity", "lung lesion", "consolidation", "pneumonia", "atelectasis", "pneumothorax", "pleural effusion",
-           "pleural other", "fracture")  # what lies on one side; the heart, the mediastinum and both hila do not
+FINDINGS = (
+    "enlarged cardiomediastinum",
+    "cardiomegaly",
+    "lung opacity",
+    "lung lesion",
+    "edema",
+    "consolidation",
+    "pneumonia",
+    "atelectasis",
+    "pneumothorax",
+    "pleural effusion",
+    "pleural other",
+    "fracture",
+    "support devices",
+    "no finding",
+)
+FINDINGS_CN = (
+    "纵隔心影增大",
+    "心脏肥大",
+    "肺部阴影",
+    "肺部病变",
+    "水肿",
+    "实变",
+    "肺炎",
+    "肺不张",
+    "气胸",
+    "胸腔积液",
+    "胸膜其他病变",
+    "骨折",
+    "支撑装置",
+    "未见异常",
+)
+LATERAL = (
+    "lung opacity",
+    "lung lesion",
+    "consolidation",
+    "pneumonia",
+    "atelectasis",
+    "pneumothorax",
+    "pleural effusion",
+    "pleural other",
+    "fracture",
+)  # what lies on one side; the heart, the mediastinum and both hila do not
 SIDES, PLACES = ("right", "left"), ("upper", "middle", "lower")
 PLACES_CN = {"right": "右", "left": "左", "upper": "上", "middle": "中", "lower": "下"}
 COLUMNS = tuple(name.replace(" ", "_") for name in FINDINGS)  # of the label csv
@@ -33,15 +70,22 @@ def status_sentence(finding: int, status, language: str, where=()) -> str:
 
 def status_text(statuses, language: str, places: dict | None = None) -> str:
     """14 statuses (1 = present) as sentences, then the guide. places: {finding: (side, place)}."""
-    said = [status_sentence(c, status, language, (places or {}).get(FINDINGS[c], ())) for c, status in enumerate(statuses)]
+    said = [
+        status_sentence(c, status, language, (places or {}).get(FINDINGS[c], ()))
+        for c, status in enumerate(statuses)
+    ]
     return "".join(said) + GUIDES[language]
 
 
 def prompt_phrases(language: str) -> list[str]:
     """Every sentence that a prompt can hold, and the guide: what the built-in tokenizer keeps whole."""
     plain = [status_sentence(c, status, language) for c in range(len(FINDINGS)) for status in (0, 1)]
-    placed = [status_sentence(FINDINGS.index(name), 1, language, (side, place))
-              for name in LATERAL for side in SIDES for place in PLACES]
+    placed = [
+        status_sentence(FINDINGS.index(name), 1, language, (side, place))
+        for name in LATERAL
+        for side in SIDES
+        for place in PLACES
+    ]
     return [*plain, *placed, GUIDES[language]]
 
 
@@ -55,23 +99,47 @@ class ReportText:
     upstream foresees 3 and leaves its list of words empty).
     """
 
-    def __init__(self, tokenizer, num_embeddings: int, image_tokens: int = 32, volumes: int = 1, language: str = "en",
-                 max_length: int = 2048, skip_unknown: bool = False, key_weight: float = 1.0):
+    def __init__(
+        self,
+        tokenizer,
+        num_embeddings: int,
+        image_tokens: int = 32,
+        volumes: int = 1,
+        language: str = "en",
+        max_length: int = 2048,
+        skip_unknown: bool = False,
+        key_weight: float = 1.0,
+    ):
         if language not in LANGUAGES:
             raise UserError(f"--language {language}: choose from {', '.join(LANGUAGES)}")
         self.tokenizer, self.num_embeddings, self.language = tokenizer, num_embeddings, language
-        self.max_length, self.skip_unknown, self.key_weight, self.weights = max_length, skip_unknown, key_weight, {}
-        self.cut = torch.zeros((), dtype=torch.int64).share_memory_()  # readings of reports that did not fit, by all loader workers
+        self.max_length, self.skip_unknown, self.key_weight, self.weights = (
+            max_length,
+            skip_unknown,
+            key_weight,
+            {},
+        )
+        self.cut = torch.zeros(
+            (), dtype=torch.int64
+        ).share_memory_()  # readings of reports that did not fit, by all loader workers
         images = [f"<image{j}>" for j in range(image_tokens * volumes)]
-        self.images = "".join("<image>" + "".join(images[i:i + image_tokens]) + "</image>"
-                              for i in range(0, len(images), max(1, image_tokens)))
+        self.images = "".join(
+            "<image>" + "".join(images[i : i + image_tokens]) + "</image>"
+            for i in range(0, len(images), max(1, image_tokens))
+        )
         names = ["<image>", "</image>", *images]
-        words = len(tokenizer) - len([name for name in tokenizer.get_added_vocab() if name.strip("</>0123456789") == "image"])
+        words = len(tokenizer) - len(
+            [name for name in tokenizer.get_added_vocab() if name.strip("</>0123456789") == "image"]
+        )
         if words > num_embeddings:
-            raise UserError(f"the tokenizer has {words} tokens, the language model only {num_embeddings} rows; "
-                            "take the tokenizer that belongs to the model (--tokenizer-path)")
+            raise UserError(
+                f"the tokenizer has {words} tokens, the language model only {num_embeddings} rows; "
+                "take the tokenizer that belongs to the model (--tokenizer-path)"
+            )
         tokenizer.add_tokens(names, special_tokens=True)
-        self.rows = {tokenizer.convert_tokens_to_ids(name): num_embeddings + j for j, name in enumerate(names)}
+        self.rows = {
+            tokenizer.convert_tokens_to_ids(name): num_embeddings + j for j, name in enumerate(names)
+        }
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
     def prompt(self, statuses, places: dict | None = None) -> str:
@@ -90,18 +158,23 @@ class ReportText:
         prompt = self.prompt(statuses, places)
         question = self.ids(prompt)
         if len(question) >= self.max_length:
-            raise UserError(f"{name or 'sample'}: the prompt alone has {len(question)} tokens, --max-length is "
-                            f"{self.max_length}; raise it or lower the number of image tokens")
+            raise UserError(
+                f"{name or 'sample'}: the prompt alone has {len(question)} tokens, --max-length is "
+                f"{self.max_length}; raise it or lower the number of image tokens"
+            )
         if report is None:
             return {"lang_x": question, "attention_mask": [1] * len(question)}
         ids = self.ids(prompt + " " + report.replace("•", ""))
         if len(ids) + 1 > self.max_length:
             self.cut += 1
-            ids, mask = ids[:self.max_length], [1] * self.max_length
+            ids, mask = ids[: self.max_length], [1] * self.max_length
         else:
             mask = [1] * len(ids) + [0]
             ids = ids + [self.tokenizer.eos_token_id]
-        labels = [-100 if i < len(question) or token >= self.num_embeddings else token for i, token in enumerate(ids)]
+        labels = [
+            -100 if i < len(question) or token >= self.num_embeddings else token
+            for i, token in enumerate(ids)
+        ]
         if self.skip_unknown:
             labels = [-100 if token == self.pad_id else token for token in labels]
         weighed = {"loss_reweight": [self.weight(label) for label in labels]} if self.key_weight != 1 else {}

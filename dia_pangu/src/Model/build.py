@@ -3,6 +3,7 @@
 A model folder holds pytorch_model.bin (upstream's name and keys), dia_config.json (sizes, grid, language, LoRA, thresholds)
 and adapter_config.json (LoRA alpha cannot be read from the weights).
 """
+
 import json
 from pathlib import Path
 
@@ -20,32 +21,76 @@ from dia_pangu.src.Model.my_embedding_layer import MyEmbedding
 from dia_pangu.src.Model.pangu import load_tokenizer
 
 # Published sizes are the defaults of MyEmbedding; TINY is the built-in run's.
-PUBLISHED = {"embedding": {}, "grid": {"size": [256, 256, 64], "fov_mm": [384.0, 384.0, 320.0], "preprocess": "windows"},
-             "language": "en", "max_length": 2048, "lora": None, "thresholds": [0.5] * 14}
-TINY = {**PUBLISHED, "max_length": 512,
-        "embedding": {"perceiver_num": 8, "vis_dim": 96, "patch_size": 8, "frame_patch_size": 4, "n_tok": 256,
-                      "vit": {"image_size": 64, "frames": 16, "depth": 3, "heads": 4, "dim_head": 24, "mlp_dim": 192,
-                              "dropout": 0.0, "emb_dropout": 0.0},
-                      "perceiver": {"depth": 2, "heads": 4, "dim_head": 24, "ff_mult": 2}},
-        "grid": {"size": [64, 64, 16], "fov_mm": [384.0, 384.0, 320.0], "preprocess": "windows"}}
+PUBLISHED = {
+    "embedding": {},
+    "grid": {"size": [256, 256, 64], "fov_mm": [384.0, 384.0, 320.0], "preprocess": "windows"},
+    "language": "en",
+    "max_length": 2048,
+    "lora": None,
+    "thresholds": [0.5] * 14,
+}
+TINY = {
+    **PUBLISHED,
+    "max_length": 512,
+    "embedding": {
+        "perceiver_num": 8,
+        "vis_dim": 96,
+        "patch_size": 8,
+        "frame_patch_size": 4,
+        "n_tok": 256,
+        "vit": {
+            "image_size": 64,
+            "frames": 16,
+            "depth": 3,
+            "heads": 4,
+            "dim_head": 24,
+            "mlp_dim": 192,
+            "dropout": 0.0,
+            "emb_dropout": 0.0,
+        },
+        "perceiver": {"depth": 2, "heads": 4, "dim_head": 24, "ff_mult": 2},
+    },
+    "grid": {"size": [64, 64, 16], "fov_mm": [384.0, 384.0, 320.0], "preprocess": "windows"},
+}
 SIZES = {"published": PUBLISHED, "tiny": TINY}
 # What dia_config.json and a --config file hold, as common.files.read_json checks it.
-CONFIG = {"embedding?": dict, "grid?": {"size": [int], "fov_mm": [float], "preprocess": str}, "language?": str, "max_length?": int,
-          "lora?": {"r": int, "alpha": float, "dropout": float, "targets": [str]}, "thresholds?": [float]}
+CONFIG = {
+    "embedding?": dict,
+    "grid?": {"size": [int], "fov_mm": [float], "preprocess": str},
+    "language?": str,
+    "max_length?": int,
+    "lora?": {"r": int, "alpha": float, "dropout": float, "targets": [str]},
+    "thresholds?": [float],
+}
 
 
 def add_model(parser):
     """The arguments that name a model: its size, language model, tokenizer and start weights."""
     group = parser.add_argument_group("model")
-    group.add_argument("--lang-encoder-path", help="folder of the language model (openPangu-Embedded-7B, Llama-2, or any causal LM)")
+    group.add_argument(
+        "--lang-encoder-path",
+        help="folder of the language model (openPangu-Embedded-7B, Llama-2, or any causal LM)",
+    )
     group.add_argument("--tokenizer-path", help="folder of its tokenizer (default: --lang-encoder-path)")
-    group.add_argument("--size", choices=SIZES, default="published", help="sizes of the vision part (default %(default)s)")
+    group.add_argument(
+        "--size", choices=SIZES, default="published", help="sizes of the vision part (default %(default)s)"
+    )
     group.add_argument("--config", help="JSON file with the keys of dia_config.json, instead of --size")
-    group.add_argument("--language", choices=LANGUAGES, help="of prompts and reports (default: the configuration's, en)")
-    group.add_argument("--preprocess", choices=PREPROCESS, help="windows: orientation, spacing and three HU windows; upstream: "
-                       "exactly as published, for published checkpoints (default: the configuration's, windows)")
-    group.add_argument("--attn", default="sdpa", choices=("sdpa", "eager"), help="attention of the language model")
-    group.add_argument("--trust-remote-code", action="store_true", help="let the model folder run its own Python code")
+    group.add_argument(
+        "--language", choices=LANGUAGES, help="of prompts and reports (default: the configuration's, en)"
+    )
+    group.add_argument(
+        "--preprocess",
+        choices=PREPROCESS,
+        help="windows: orientation, spacing and three HU windows; upstream: "
+        "exactly as published, for published checkpoints (default: the configuration's, windows)",
+    )
+    group.add_argument(
+        "--attn", default="sdpa", choices=("sdpa", "eager"), help="attention of the language model"
+    )
+    group.add_argument(
+        "--trust-remote-code", action="store_true", help="let the model folder run its own Python code"
+    )
 
 
 def read_config(args) -> dict:
@@ -64,8 +109,14 @@ def make_grid(config) -> Grid:
 
 
 def make_text(tokenizer, config, vocabulary: int) -> ReportText:
-    return ReportText(tokenizer, vocabulary, config["embedding"].get("perceiver_num", 32), 1, config["language"],
-                      config["max_length"])
+    return ReportText(
+        tokenizer,
+        vocabulary,
+        config["embedding"].get("perceiver_num", 32),
+        1,
+        config["language"],
+        config["max_length"],
+    )
 
 
 def make_embedding(config, vocabulary: int, width: int) -> MyEmbedding:
@@ -75,7 +126,9 @@ def make_embedding(config, vocabulary: int, width: int) -> MyEmbedding:
     return layer
 
 
-def build_model(config, lang_encoder_path, tokenizer_path=None, trust_remote_code=False, attn="sdpa", dtype="auto"):
+def build_model(
+    config, lang_encoder_path, tokenizer_path=None, trust_remote_code=False, attn="sdpa", dtype="auto"
+):
     """(model, text): the language model from its folder, with LoRA if the configuration has it, and a fresh embedding layer."""
     if not lang_encoder_path:
         raise UserError("--lang-encoder-path is needed: the folder of the language model")
@@ -99,8 +152,14 @@ def to_our_keys(model, tensors: dict, take: str) -> dict:
     out = {}
     wanted = model.state_dict() if take == "all" else {}
     lora = any(".lora_A." in key for key in wanted)
-    bare = {"to_patch_embedding.": "vision_encoder.", "pos_embedding.": "vision_encoder.", "transformer.": "vision_encoder.",
-            "latents": "perceiver.", "layers.": "perceiver.", "norm.": "perceiver."}
+    bare = {
+        "to_patch_embedding.": "vision_encoder.",
+        "pos_embedding.": "vision_encoder.",
+        "transformer.": "vision_encoder.",
+        "latents": "perceiver.",
+        "layers.": "perceiver.",
+        "norm.": "perceiver.",
+    }
     is_part = not any(key.startswith(("embedding_layer.", "lang_model.")) for key in tensors)
     for key, value in tensors.items():
         if is_part:
@@ -116,8 +175,12 @@ def to_our_keys(model, tensors: dict, take: str) -> dict:
                 key = key if key in wanted else f"{stem}.base_layer.{leaf}"
             elif not lora and key.startswith("lang_model.base_model.model."):
                 if ".lora_" in key:
-                    raise UserError(f"the checkpoint has LoRA weights ({key}), the model has none; train it with --stage ft")
-                key = key.replace("lang_model.base_model.model.", "lang_model.", 1).replace(".base_layer.", ".")
+                    raise UserError(
+                        f"the checkpoint has LoRA weights ({key}), the model has none; train it with --stage ft"
+                    )
+                key = key.replace("lang_model.base_model.model.", "lang_model.", 1).replace(
+                    ".base_layer.", "."
+                )
             out[key] = value
     return out
 
@@ -133,8 +196,10 @@ def load_start(model, path, take: str = "vision"):
     report = load_weights(target, renamed, str(path), min_share=0.0)
     if report.mismatched:
         key, theirs, ours = report.mismatched[0]
-        raise UserError(f"{path}: {len(report.mismatched)} tensors have another shape, {key} {theirs} where the model has {ours}; "
-                        "take the --size or --config that the checkpoint was made with")
+        raise UserError(
+            f"{path}: {len(report.mismatched)} tensors have another shape, {key} {theirs} where the model has {ours}; "
+            "take the --size or --config that the checkpoint was made with"
+        )
     if left:
         print(f"  {left} tensors of the file's language model left alone")
     return report.loaded
@@ -148,12 +213,32 @@ def save_model(weights: dict, folder, config: dict):
     atomic_write(folder / "dia_config.json", json.dumps(config, indent=1, ensure_ascii=False))
     if config["lora"]:
         lora = config["lora"]
-        atomic_write(folder / "adapter_config.json", json.dumps(
-            {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": lora["r"], "lora_alpha": lora["alpha"],
-             "lora_dropout": lora["dropout"], "target_modules": lora["targets"], "bias": "none"}, indent=1))
+        atomic_write(
+            folder / "adapter_config.json",
+            json.dumps(
+                {
+                    "peft_type": "LORA",
+                    "task_type": "CAUSAL_LM",
+                    "r": lora["r"],
+                    "lora_alpha": lora["alpha"],
+                    "lora_dropout": lora["dropout"],
+                    "target_modules": lora["targets"],
+                    "bias": "none",
+                },
+                indent=1,
+            ),
+        )
 
 
-def load_model(folder, lang_encoder_path, tokenizer_path=None, trust_remote_code=False, attn="sdpa", dtype="auto", language=None):
+def load_model(
+    folder,
+    lang_encoder_path,
+    tokenizer_path=None,
+    trust_remote_code=False,
+    attn="sdpa",
+    dtype="auto",
+    language=None,
+):
     """(model in eval mode, text, config) of a folder that `save_model` or upstream's trainer wrote, or of its .bin file.
 
     Without dia_config.json the published sizes are taken; LoRA rank and targets come from the keys, and alpha from
@@ -177,8 +262,12 @@ def load_model(folder, lang_encoder_path, tokenizer_path=None, trust_remote_code
             alpha = read_json(file, {"lora_alpha": float})["lora_alpha"]
         else:
             print(f"{home}: no adapter_config.json; taking upstream's LoRA alpha 16")
-        config["lora"] = {"r": next(iter(found.values())).shape[0], "alpha": alpha, "dropout": 0.0,
-                          "targets": sorted({key.split(".")[-4] for key in found})}
+        config["lora"] = {
+            "r": next(iter(found.values())).shape[0],
+            "alpha": alpha,
+            "dropout": 0.0,
+            "targets": sorted({key.split(".")[-4] for key in found}),
+        }
     model, text = build_model(config, lang_encoder_path, tokenizer_path, trust_remote_code, attn, dtype)
     load_weights(model, to_our_keys(model, tensors, "all"), str(folder), min_share=0.9)
     return model.eval(), text, config

@@ -2,6 +2,7 @@
 
 Dia-Pangu uses the resampler; the gated block belongs to the same file upstream and is kept exact.
 """
+
 import torch
 from einops import rearrange, repeat
 from torch import nn
@@ -10,8 +11,12 @@ from torch.nn import functional as F
 
 def FeedForward(dim: int, mult: int = 4) -> nn.Sequential:
     """LayerNorm, Linear, GELU, Linear without biases; keys 0, 1 and 3."""
-    return nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim * mult, bias=False), nn.GELU(),
-                         nn.Linear(dim * mult, dim, bias=False))
+    return nn.Sequential(
+        nn.LayerNorm(dim),
+        nn.Linear(dim, dim * mult, bias=False),
+        nn.GELU(),
+        nn.Linear(dim * mult, dim, bias=False),
+    )
 
 
 class PerceiverAttention(nn.Module):
@@ -30,8 +35,12 @@ class PerceiverAttention(nn.Module):
     def forward(self, x, latents):
         x, latents = self.norm_media(x), self.norm_latents(latents)
         q = rearrange(self.to_q(latents), "b t n (h d) -> b t h n d", h=self.heads)
-        k, v = rearrange(self.to_kv(torch.cat((x, latents), dim=-2)), "b t n (two h d) -> two b t h n d", two=2,
-                         h=self.heads)
+        k, v = rearrange(
+            self.to_kv(torch.cat((x, latents), dim=-2)),
+            "b t n (two h d) -> two b t h n d",
+            two=2,
+            h=self.heads,
+        )
         out = F.scaled_dot_product_attention(q, k, v)
         return self.to_out(rearrange(out, "b t h n d -> b t n (h d)"))
 
@@ -39,15 +48,28 @@ class PerceiverAttention(nn.Module):
 class PerceiverResampler(nn.Module):
     """Any number of visual features to `num_latents` per medium: x (b, T, F, v, D) -> (b, T, num_latents, D)."""
 
-    def __init__(self, *, dim: int, depth: int = 6, dim_head: int = 64, heads: int = 8, num_latents: int = 64,
-                 max_num_media: int | None = None, max_num_frames: int | None = None, ff_mult: int = 4):
+    def __init__(
+        self,
+        *,
+        dim: int,
+        depth: int = 6,
+        dim_head: int = 64,
+        heads: int = 8,
+        num_latents: int = 64,
+        max_num_media: int | None = None,
+        max_num_frames: int | None = None,
+        ff_mult: int = 4,
+    ):
         super().__init__()
         self.latents = nn.Parameter(torch.randn(num_latents, dim))
         self.frame_embs = nn.Parameter(torch.randn(max_num_frames, dim)) if max_num_frames else None
         self.media_time_embs = nn.Parameter(torch.randn(max_num_media, 1, dim)) if max_num_media else None
-        self.layers = nn.ModuleList(nn.ModuleList([
-            PerceiverAttention(dim=dim, dim_head=dim_head, heads=heads), FeedForward(dim, ff_mult)])
-            for _ in range(depth))
+        self.layers = nn.ModuleList(
+            nn.ModuleList(
+                [PerceiverAttention(dim=dim, dim_head=dim_head, heads=heads), FeedForward(dim, ff_mult)]
+            )
+            for _ in range(depth)
+        )
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -71,11 +93,18 @@ class MaskedCrossAttention(nn.Module):
     only_attend_immediate_media a token sees the latest medium alone, and a token before any medium gets zeros.
     """
 
-    def __init__(self, *, dim: int, dim_visual: int, dim_head: int = 64, heads: int = 8,
-                 only_attend_immediate_media: bool = True):
+    def __init__(
+        self,
+        *,
+        dim: int,
+        dim_visual: int,
+        dim_head: int = 64,
+        heads: int = 8,
+        only_attend_immediate_media: bool = True,
+    ):
         super().__init__()
         inner = dim_head * heads
-        self.heads, self.scale = heads, dim_head ** -0.5
+        self.heads, self.scale = heads, dim_head**-0.5
         self.only_attend_immediate_media = only_attend_immediate_media
         self.norm = nn.LayerNorm(dim)
         self.to_q = nn.Linear(dim, inner, bias=False)
@@ -102,11 +131,24 @@ class MaskedCrossAttention(nn.Module):
 class GatedCrossAttentionBlock(nn.Module):
     """Cross-attention and MLP added through tanh gates that start at 0, so that a new block changes nothing."""
 
-    def __init__(self, *, dim: int, dim_visual: int, dim_head: int = 64, heads: int = 8, ff_mult: int = 4,
-                 only_attend_immediate_media: bool = True):
+    def __init__(
+        self,
+        *,
+        dim: int,
+        dim_visual: int,
+        dim_head: int = 64,
+        heads: int = 8,
+        ff_mult: int = 4,
+        only_attend_immediate_media: bool = True,
+    ):
         super().__init__()
-        self.attn = MaskedCrossAttention(dim=dim, dim_visual=dim_visual, dim_head=dim_head, heads=heads,
-                                         only_attend_immediate_media=only_attend_immediate_media)
+        self.attn = MaskedCrossAttention(
+            dim=dim,
+            dim_visual=dim_visual,
+            dim_head=dim_head,
+            heads=heads,
+            only_attend_immediate_media=only_attend_immediate_media,
+        )
         self.attn_gate = nn.Parameter(torch.zeros(1))
         self.ff = FeedForward(dim, ff_mult)
         self.ff_gate = nn.Parameter(torch.zeros(1))

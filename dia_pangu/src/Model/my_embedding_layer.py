@@ -4,6 +4,7 @@ Upstream: src/Model/my_embedding_layer.py (Dia-LLaMA, arXiv 2403.16386). Same st
 looked up (upstream multiplies a one-hot matrix with a copy of the table), finding features come from one matmul, and
 several volumes per sample are averaged.
 """
+
 import torch
 from einops import rearrange
 from torch import nn
@@ -23,8 +24,10 @@ def lookup(weight: torch.Tensor, extra: torch.Tensor, ids: torch.Tensor) -> torc
     vocabulary = weight.shape[0]
     outside = ids - vocabulary
     if bool((outside >= extra.shape[1]).any()):
-        raise ValueError(f"text_input: id {int(ids.max())} has no row; the table holds {vocabulary} words and "
-                         f"{extra.shape[1]} image rows (2 + perceiver_num per volume)")
+        raise ValueError(
+            f"text_input: id {int(ids.max())} has no row; the table holds {vocabulary} words and "
+            f"{extra.shape[1]} image rows (2 + perceiver_num per volume)"
+        )
     words = F.embedding(ids.clamp(max=vocabulary - 1), weight)
     index = outside.clamp(min=0)[..., None].expand(-1, -1, extra.shape[2])
     return torch.where((outside >= 0)[..., None], extra.gather(1, index), words)
@@ -42,10 +45,21 @@ class MyEmbedding(nn.Module):
     have none).
     """
 
-    def __init__(self, num_embeddings: int = 153376, embedding_dim: int = 4096, perceiver_num: int = 32,
-                 vis_dim: int = 768, patch_size: int = 32, frame_patch_size: int = 4, n_tok: int = 1024,
-                 mem: int | None = None, vit: dict | None = None, perceiver: dict | None = None,
-                 min_temp: float | None = 0.01, evidence_head: bool = False):
+    def __init__(
+        self,
+        num_embeddings: int = 153376,
+        embedding_dim: int = 4096,
+        perceiver_num: int = 32,
+        vis_dim: int = 768,
+        patch_size: int = 32,
+        frame_patch_size: int = 4,
+        n_tok: int = 1024,
+        mem: int | None = None,
+        vit: dict | None = None,
+        perceiver: dict | None = None,
+        min_temp: float | None = 0.01,
+        evidence_head: bool = False,
+    ):
         super().__init__()
         mem = mem or vis_dim
         self.min_temp = min_temp
@@ -54,15 +68,31 @@ class MyEmbedding(nn.Module):
         self.figure_token_weight = nn.Parameter(torch.randn(2, embedding_dim))  # <image> and </image>
         self.prototype = nn.Parameter(torch.randn(NUM_FINDINGS, n_tok))
         # Never used, never trained, present in every published checkpoint.
-        self.group_cls_head = nn.ModuleList(nn.Linear(vis_dim, 2) for _ in range(NUM_FINDINGS)).requires_grad_(False)
+        self.group_cls_head = nn.ModuleList(
+            nn.Linear(vis_dim, 2) for _ in range(NUM_FINDINGS)
+        ).requires_grad_(False)
         self.proj = nn.Linear(vis_dim, mem)
         self.pos_sample_memory = nn.Parameter(torch.randn(NUM_FINDINGS, 1, mem))
         self.neg_sample_memory = nn.Parameter(torch.randn(NUM_FINDINGS, 1, mem))
         self.temp = nn.Parameter(torch.tensor(0.07))
-        self.vision_encoder = ViT(**{"image_size": 512, "frames": 512, "image_patch_size": patch_size,
-                                     "frame_patch_size": frame_patch_size, "dim": vis_dim, "depth": 12, "heads": 8,
-                                     "mlp_dim": 2048, "dropout": 0.1, "emb_dropout": 0.1, **(vit or {})})
-        self.perceiver = PerceiverResampler(**{"dim": vis_dim, "num_latents": perceiver_num, **(perceiver or {})})
+        self.vision_encoder = ViT(
+            **{
+                "image_size": 512,
+                "frames": 512,
+                "image_patch_size": patch_size,
+                "frame_patch_size": frame_patch_size,
+                "dim": vis_dim,
+                "depth": 12,
+                "heads": 8,
+                "mlp_dim": 2048,
+                "dropout": 0.1,
+                "emb_dropout": 0.1,
+                **(vit or {}),
+            }
+        )
+        self.perceiver = PerceiverResampler(
+            **{"dim": vis_dim, "num_latents": perceiver_num, **(perceiver or {})}
+        )
         self.fc = nn.Linear(vis_dim, embedding_dim)
         self.evidence_head = None
         if evidence_head:
@@ -74,11 +104,15 @@ class MyEmbedding(nn.Module):
     def encode(self, vision_x: torch.Tensor) -> torch.Tensor:
         """Volumes (B, S, 3, H, W, D) in [0, 1] to patch tokens (B, S, n_tok, vis_dim)."""
         if vision_x.ndim != 6:
-            raise ValueError(f"vision_x: shape {tuple(vision_x.shape)}, expected (batch, volumes, 3, H, W, D)")
+            raise ValueError(
+                f"vision_x: shape {tuple(vision_x.shape)}, expected (batch, volumes, 3, H, W, D)"
+            )
         h, w, d = self.vision_encoder.grid(vision_x.shape)
         if h * w * d != self.n_tok:
-            raise ValueError(f"vision_x: {h}x{w}x{d} = {h * w * d} patches, but the prototypes are made for "
-                             f"{self.n_tok}; resize the volume to the trained size")
+            raise ValueError(
+                f"vision_x: {h}x{w}x{d} = {h * w * d} patches, but the prototypes are made for "
+                f"{self.n_tok}; resize the volume to the trained size"
+            )
         tokens, _ = self.vision_encoder(vision_x.flatten(0, 1))
         return rearrange(tokens, "(b s) v d -> b s v d", b=vision_x.shape[0])
 
@@ -97,7 +131,9 @@ class MyEmbedding(nn.Module):
         if upstream_cls:
             features = (tokens * self.prototype.softmax(-1).sum(0)[:, None])[:, 0, :NUM_FINDINGS]
         z = F.normalize(self.proj(features), dim=-1)
-        memory = F.normalize(torch.cat((self.pos_sample_memory, self.neg_sample_memory), dim=1), dim=-1)  # (14, 2, mem)
+        memory = F.normalize(
+            torch.cat((self.pos_sample_memory, self.neg_sample_memory), dim=1), dim=-1
+        )  # (14, 2, mem)
         return torch.einsum("bcd,ckd->bck", z, memory)
 
     def temperature(self) -> torch.Tensor:
@@ -119,7 +155,9 @@ class MyEmbedding(nn.Module):
         """Patch tokens (B, S, n_tok, vis_dim) to (B, S * perceiver_num, embedding_dim)."""
         return self.fc(self.perceiver(tokens[:, :, None])).flatten(1, 2)
 
-    def forward(self, vision_x=None, cls_labels=None, text_input=None, key_words_query=None, mode=None, tokens=None):
+    def forward(
+        self, vision_x=None, cls_labels=None, text_input=None, key_words_query=None, mode=None, tokens=None
+    ):
         """vision_x (B, S, 3, H, W, D), or tokens (B, S, n_tok, vis_dim) from `encode` to spare the second ViT pass.
 
         text_input: (B, N) ids; V, V+1 are <image>, </image>, V+2+j is visual token j. cls_labels: (B, 14), 1 = present.

@@ -4,6 +4,7 @@ Its blocks are Llama's with a bias on q, k, v and o: the same state dict gives b
 with attention_bias=True. Importing this file registers model type `PanguEmbedded`, so that AutoModelForCausalLM loads
 the published folder. The tokenizer is the folder's own sentencepiece model, run by sentencepiece itself.
 """
+
 from pathlib import Path
 
 import sentencepiece
@@ -21,7 +22,9 @@ class PanguEmbeddedConfig(LlamaConfig):
 
 class PanguEmbeddedForCausalLM(LlamaForCausalLM):
     config_class = PanguEmbeddedConfig
-    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]  # listed in the published index, not a weight
+    _keys_to_ignore_on_load_unexpected = [
+        r"rotary_emb\.inv_freq"
+    ]  # listed in the published index, not a weight
 
 
 AutoConfig.register("PanguEmbedded", PanguEmbeddedConfig, exist_ok=True)
@@ -34,13 +37,31 @@ class PanguTokenizer(SentencePieceBackend):
     vocab_files_names = {"vocab_file": "tokenizer.model"}
     model_input_names = ["input_ids", "attention_mask"]
 
-    def __init__(self, vocab_file, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>",
-                 add_bos_token=True, add_eos_token=False, **kwargs):
+    def __init__(
+        self,
+        vocab_file,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<unk>",
+        add_bos_token=True,
+        add_eos_token=False,
+        **kwargs,
+    ):
         kwargs.pop("legacy", None)
         self.add_bos_token, self.add_eos_token = add_bos_token, add_eos_token
-        super().__init__(vocab_file=vocab_file, unk_token=unk_token, bos_token=bos_token, eos_token=eos_token,
-                         pad_token=pad_token, add_bos_token=add_bos_token, add_eos_token=add_eos_token, legacy=True,
-                         special_tokens_pattern="none", **kwargs)
+        super().__init__(
+            vocab_file=vocab_file,
+            unk_token=unk_token,
+            bos_token=bos_token,
+            eos_token=eos_token,
+            pad_token=pad_token,
+            add_bos_token=add_bos_token,
+            add_eos_token=add_eos_token,
+            legacy=True,
+            special_tokens_pattern="none",
+            **kwargs,
+        )
 
     def build_inputs_with_special_tokens(self, token_ids_0, token_ids_1=None):
         body = list(token_ids_0) + list(token_ids_1 or [])
@@ -62,7 +83,9 @@ def load_tokenizer(folder, trust_remote_code: bool = False):
     folder = Path(folder)
     settings_file = folder / "tokenizer_config.json"
     if not settings_file.is_file():
-        raise UserError(f"{folder}: no tokenizer_config.json; give --tokenizer-path the folder of the tokenizer")
+        raise UserError(
+            f"{folder}: no tokenizer_config.json; give --tokenizer-path the folder of the tokenizer"
+        )
     settings = read_json(settings_file, {"tokenizer_class?": str})
     if settings.get("tokenizer_class") != "PanguTokenizer" or trust_remote_code:
         with reading(folder, "tokenizer"):
@@ -70,6 +93,8 @@ def load_tokenizer(folder, trust_remote_code: bool = False):
     try:
         sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     except (OSError, RuntimeError) as error:
-        raise UserError(f"{folder / 'tokenizer.model'}: not a sentencepiece model ({str(error).splitlines()[0]}); "
-                        "download it again, a Git LFS pointer is not enough") from error
+        raise UserError(
+            f"{folder / 'tokenizer.model'}: not a sentencepiece model ({str(error).splitlines()[0]}); "
+            "download it again, a Git LFS pointer is not enough"
+        ) from error
     return PanguTokenizer.from_pretrained(folder)

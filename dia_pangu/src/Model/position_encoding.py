@@ -2,6 +2,7 @@
 
 Upstream: src/Model/position_encoding.py. State-dict keys: row_embed.weight, col_embed.weight, dep_embed.weight.
 """
+
 import math
 
 import torch
@@ -14,8 +15,13 @@ class PositionEmbeddingSine(nn.Module):
     mask: (B, H, W), True or 1 = padded. Returns (B, 2 * num_pos_feats, H, W): rows first, then columns.
     """
 
-    def __init__(self, num_pos_feats: int = 64, temperature: float = 10000, normalize: bool = False,
-                 scale: float | None = None):
+    def __init__(
+        self,
+        num_pos_feats: int = 64,
+        temperature: float = 10000,
+        normalize: bool = False,
+        scale: float | None = None,
+    ):
         super().__init__()
         if scale is not None and not normalize:
             raise ValueError("scale: only used with normalize=True")
@@ -60,7 +66,9 @@ class PositionEmbeddingLearned3d(nn.Module):
     forward(batch, h, w, d) returns (batch, h*w*d, 3 * num_pos_feats), tokens in (h, w, d) order, d fastest.
     """
 
-    def __init__(self, num_pos_feats: int = 256, h_patch_num: int = 16, w_patch_num: int = 16, d_patch_num: int = 64):
+    def __init__(
+        self, num_pos_feats: int = 256, h_patch_num: int = 16, w_patch_num: int = 16, d_patch_num: int = 64
+    ):
         super().__init__()
         self.row_embed = nn.Embedding(h_patch_num, num_pos_feats)
         self.col_embed = nn.Embedding(w_patch_num, num_pos_feats)
@@ -71,8 +79,10 @@ class PositionEmbeddingLearned3d(nn.Module):
     @staticmethod
     def _rows(table: nn.Embedding, size: int) -> torch.Tensor:
         if not 1 <= size <= table.num_embeddings:
-            raise ValueError(f"grid of {size} patches along one axis, but the position table holds "
-                             f"{table.num_embeddings}; resize the volume or build the ViT larger")
+            raise ValueError(
+                f"grid of {size} patches along one axis, but the position table holds "
+                f"{table.num_embeddings}; resize the volume or build the ViT larger"
+            )
         step = table.num_embeddings // size
         index = (torch.arange(size, device=table.weight.device) + 1) * step - 1
         return table.weight[index]

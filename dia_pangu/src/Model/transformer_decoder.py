@@ -3,6 +3,7 @@
 Post-norm keeps upstream's result: the output of self-attention is thrown away there (no residual add), so the layer
 does not compute it; the weights stay for the state dict.
 """
+
 import copy
 
 import torch
@@ -17,14 +18,25 @@ def with_pos(tensor, pos):
 class TransformerDecoderLayer(nn.Module):
     """Sequence first: tgt (T, B, C), memory (S, B, C). Returns the new tgt and the attention map (B, T, S)."""
 
-    def __init__(self, d_model: int, nhead: int, dim_feedforward: int = 2048, dropout: float = 0.1,
-                 activation: str = "relu", normalize_before: bool = False):
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: str = "relu",
+        normalize_before: bool = False,
+    ):
         super().__init__()
         self.self_attn = nn.MultiheadAttention(d_model, nhead, dropout=dropout)
         self.multihead_attn = nn.MultiheadAttention(d_model, nhead, dropout=dropout)
         self.linear1 = nn.Linear(d_model, dim_feedforward)
         self.linear2 = nn.Linear(dim_feedforward, d_model)
-        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(d_model), nn.LayerNorm(d_model), nn.LayerNorm(d_model)
+        self.norm1, self.norm2, self.norm3 = (
+            nn.LayerNorm(d_model),
+            nn.LayerNorm(d_model),
+            nn.LayerNorm(d_model),
+        )
         self.dropout = nn.Dropout(dropout)
         activations = {"relu": F.relu, "gelu": F.gelu, "glu": F.glu}
         if activation not in activations:
@@ -33,19 +45,35 @@ class TransformerDecoderLayer(nn.Module):
         self.normalize_before = normalize_before
 
     def _cross(self, x, memory, memory_mask, memory_key_padding_mask, pos, query_pos):
-        return self.multihead_attn(with_pos(x, query_pos), with_pos(memory, pos), memory, attn_mask=memory_mask,
-                                   key_padding_mask=memory_key_padding_mask)
+        return self.multihead_attn(
+            with_pos(x, query_pos),
+            with_pos(memory, pos),
+            memory,
+            attn_mask=memory_mask,
+            key_padding_mask=memory_key_padding_mask,
+        )
 
     def _mlp(self, x):
         return self.linear2(self.dropout(self.activation(self.linear1(x))))
 
-    def forward(self, tgt, memory, tgt_mask=None, memory_mask=None, tgt_key_padding_mask=None,
-                memory_key_padding_mask=None, pos=None, query_pos=None):
+    def forward(
+        self,
+        tgt,
+        memory,
+        tgt_mask=None,
+        memory_mask=None,
+        tgt_key_padding_mask=None,
+        memory_key_padding_mask=None,
+        pos=None,
+        query_pos=None,
+    ):
         cross_args = (memory, memory_mask, memory_key_padding_mask, pos, query_pos)
         if self.normalize_before:
             normed = self.norm1(tgt)
             q = with_pos(normed, query_pos)
-            attended = self.self_attn(q, q, normed, attn_mask=tgt_mask, key_padding_mask=tgt_key_padding_mask)[0]
+            attended = self.self_attn(
+                q, q, normed, attn_mask=tgt_mask, key_padding_mask=tgt_key_padding_mask
+            )[0]
             tgt = tgt + self.dropout(attended)
             attended, weights = self._cross(self.norm2(tgt), *cross_args)
             tgt = tgt + self.dropout(attended)
@@ -59,8 +87,13 @@ class TransformerDecoderLayer(nn.Module):
 class TransformerDecoder(nn.Module):
     """A stack of layers. Returns (output, attention maps), or with return_intermediate the normed outputs of all."""
 
-    def __init__(self, decoder_layer: nn.Module, num_layers: int, norm: nn.Module | None = None,
-                 return_intermediate: bool = False):
+    def __init__(
+        self,
+        decoder_layer: nn.Module,
+        num_layers: int,
+        norm: nn.Module | None = None,
+        return_intermediate: bool = False,
+    ):
         super().__init__()
         self.layers = nn.ModuleList(copy.deepcopy(decoder_layer) for _ in range(num_layers))
         self.norm = norm

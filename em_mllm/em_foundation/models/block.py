@@ -30,7 +30,10 @@ class SiTMAESelfAttention(nn.Module):
         self.heads, self.attention_dropout, self.dropout = heads, attention_dropout, nn.Dropout(dropout)
 
     def project(self, hidden_states):
-        return [rearrange(f(hidden_states), "b m (h d) -> b h m d", h=self.heads) for f in (self.query, self.key, self.value)]
+        return [
+            rearrange(f(hidden_states), "b m (h d) -> b h m d", h=self.heads)
+            for f in (self.query, self.key, self.value)
+        ]
 
     def finish(self, context):
         return self.dropout(self.dense(rearrange(context, "b h m d -> b m (h d)")))
@@ -38,11 +41,15 @@ class SiTMAESelfAttention(nn.Module):
     def probabilities(self, q, k, attn_mask, head_mask):
         scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
         if attn_mask is not None:
-            scores = scores.masked_fill(~attn_mask[:, None], max(-1e9, torch.finfo(scores.dtype).min))  # -1e9 overflows in half precision
+            scores = scores.masked_fill(
+                ~attn_mask[:, None], max(-1e9, torch.finfo(scores.dtype).min)
+            )  # -1e9 overflows in half precision
         weights = F.dropout(scores.softmax(-1), self.attention_dropout, self.training)
         return weights if head_mask is None else weights * head_mask[:, None, None]
 
-    def forward(self, hidden_states, attn_mask=None, sample_ids=None, head_mask=None, output_attentions=False):
+    def forward(
+        self, hidden_states, attn_mask=None, sample_ids=None, head_mask=None, output_attentions=False
+    ):
         q, k, v = self.project(hidden_states)
         weights = self.probabilities(q, k, attn_mask, head_mask)
         return self.finish(weights @ v), weights if output_attentions else None
@@ -51,13 +58,19 @@ class SiTMAESelfAttention(nn.Module):
 class SiTMAESdpaSelfAttention(SiTMAESelfAttention):
     """The same weights through torch's fused kernels; memory does not grow with M * M per head."""
 
-    def forward(self, hidden_states, attn_mask=None, sample_ids=None, head_mask=None, output_attentions=False):
+    def forward(
+        self, hidden_states, attn_mask=None, sample_ids=None, head_mask=None, output_attentions=False
+    ):
         if output_attentions or head_mask is not None:
             return super().forward(hidden_states, attn_mask, sample_ids, head_mask, output_attentions)
         q, k, v = self.project(hidden_states)
         if attn_mask is not None:  # padding rows may see everything: no row is empty
             attn_mask = (attn_mask | ~attn_mask.any(-1, keepdim=True))[:, None]
-        return self.finish(F.scaled_dot_product_attention(q, k, v, attn_mask, self.attention_dropout if self.training else 0.0)), None
+        return self.finish(
+            F.scaled_dot_product_attention(
+                q, k, v, attn_mask, self.attention_dropout if self.training else 0.0
+            )
+        ), None
 
 
 class SiTMAEFlashAttention2(SiTMAESdpaSelfAttention):
@@ -74,18 +87,28 @@ class SiTMAEFlashAttention2(SiTMAESdpaSelfAttention):
         self.heads, self.attention_dropout, self.dropout = heads, attention_dropout, nn.Dropout(dropout)
 
     def project(self, hidden_states):
-        return rearrange(self.Wqkv(hidden_states), "b m (three h d) -> three b h m d", three=3, h=self.heads).unbind(0)
+        return rearrange(
+            self.Wqkv(hidden_states), "b m (three h d) -> three b h m d", three=3, h=self.heads
+        ).unbind(0)
 
     def finish(self, context):
         return self.dropout(self.Wo(rearrange(context, "b h m d -> b m (h d)")))
 
-    def forward(self, hidden_states, attn_mask=None, sample_ids=None, head_mask=None, output_attentions=False):
-        usable = has_varlen_kernel(hidden_states) and sample_ids is not None and not (self.training and self.attention_dropout)
+    def forward(
+        self, hidden_states, attn_mask=None, sample_ids=None, head_mask=None, output_attentions=False
+    ):
+        usable = (
+            has_varlen_kernel(hidden_states)
+            and sample_ids is not None
+            and not (self.training and self.attention_dropout)
+        )
         if output_attentions or head_mask is not None or not usable:
             return super().forward(hidden_states, attn_mask, sample_ids, head_mask, output_attentions)
         rows, length, _ = hidden_states.shape
         tokens, indices, cu_seqlens, longest = unpad_input(hidden_states, sample_ids)
-        q, k, v = rearrange(self.Wqkv(tokens), "t (three h d) -> three t h d", three=3, h=self.heads).unbind(0)
+        q, k, v = rearrange(self.Wqkv(tokens), "t (three h d) -> three t h d", three=3, h=self.heads).unbind(
+            0
+        )
         half = q.dtype if q.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
         context = varlen_attn(q.to(half), k.to(half), v.to(half), cu_seqlens, cu_seqlens, longest, longest)
         out = self.dropout(self.Wo(rearrange(context, "t h d -> t (h d)").to(tokens.dtype)))
@@ -97,7 +120,11 @@ def has_varlen_kernel(hidden_states: torch.Tensor) -> bool:
     return varlen_attn is not None and hidden_states.is_cuda
 
 
-SITMAE_ATTENTION_CLASSES = {"eager": SiTMAESelfAttention, "sdpa": SiTMAESdpaSelfAttention, "fa2": SiTMAEFlashAttention2}
+SITMAE_ATTENTION_CLASSES = {
+    "eager": SiTMAESelfAttention,
+    "sdpa": SiTMAESdpaSelfAttention,
+    "fa2": SiTMAEFlashAttention2,
+}
 
 
 class SiTMAELayer(nn.Module):
@@ -106,7 +133,11 @@ class SiTMAELayer(nn.Module):
     def __init__(self, config, hidden_size, heads, intermediate_size):
         super().__init__()
         self.attention = SITMAE_ATTENTION_CLASSES[config.attention_type](
-            hidden_size, heads, config.hidden_dropout_prob, config.attention_probs_dropout_prob, config.qkv_bias
+            hidden_size,
+            heads,
+            config.hidden_dropout_prob,
+            config.attention_probs_dropout_prob,
+            config.qkv_bias,
         )
         self.norm1 = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
         self.norm2 = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
@@ -114,15 +145,26 @@ class SiTMAELayer(nn.Module):
         self.w_2 = nn.Linear(intermediate_size, hidden_size)
         self.act, self.dropout = ACT2FN[config.hidden_act], nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, hidden_states, attn_mask=None, sample_ids=None, head_mask=None, output_attentions=False):
-        attended, weights = self.attention(self.norm1(hidden_states), attn_mask, sample_ids, head_mask, output_attentions)
+    def forward(
+        self, hidden_states, attn_mask=None, sample_ids=None, head_mask=None, output_attentions=False
+    ):
+        attended, weights = self.attention(
+            self.norm1(hidden_states), attn_mask, sample_ids, head_mask, output_attentions
+        )
         hidden_states = hidden_states + attended
         hidden_states = hidden_states + self.dropout(self.w_2(self.act(self.w_1(self.norm2(hidden_states)))))
         return hidden_states, weights
 
 
 def run_layers(
-    layers, hidden_states, attn_mask, sample_ids, head_mask=None, output_attentions=False, output_hidden_states=False, checkpoint=None
+    layers,
+    hidden_states,
+    attn_mask,
+    sample_ids,
+    head_mask=None,
+    output_attentions=False,
+    output_hidden_states=False,
+    checkpoint=None,
 ):
     """Apply `layers` in turn; returns the output, (embedding output and every layer's) and attentions, each None if not asked for.
 
@@ -130,7 +172,12 @@ def run_layers(
     """
     states, attentions = [hidden_states], []
     for i, layer in enumerate(layers):
-        arguments = (attn_mask, sample_ids, head_mask if head_mask is None or head_mask.dim() == 1 else head_mask[i], output_attentions)
+        arguments = (
+            attn_mask,
+            sample_ids,
+            head_mask if head_mask is None or head_mask.dim() == 1 else head_mask[i],
+            output_attentions,
+        )
         if checkpoint is not None:
             hidden_states, weights = checkpoint(layer.__call__, hidden_states, *arguments)
         else:
@@ -138,4 +185,8 @@ def run_layers(
         if output_hidden_states:
             states.append(hidden_states)
         attentions.append(weights)
-    return hidden_states, tuple(states) if output_hidden_states else None, tuple(attentions) if output_attentions else None
+    return (
+        hidden_states,
+        tuple(states) if output_hidden_states else None,
+        tuple(attentions) if output_attentions else None,
+    )

@@ -3,7 +3,10 @@
 from transformers import PretrainedConfig
 
 REGRESSION_TASKS = ("pulse_width", "pulse_time_delay", "pri", "num_pulses", "isr")
-SPECTRUM_POWERS, SPECTRUM_BANDS = (1, 2, 4, "envelope"), 32  # of utils.log_spectra, the pre-training target beside the patches
+SPECTRUM_POWERS, SPECTRUM_BANDS = (
+    (1, 2, 4, "envelope"),
+    32,
+)  # of utils.log_spectra, the pre-training target beside the patches
 
 
 class SiTMAEConfig(PretrainedConfig):
@@ -64,20 +67,47 @@ class SiTMAEConfig(PretrainedConfig):
             raise ValueError(f"position_init={position_init!r}: choose xavier or sincos")
         if pooling not in ("cls", "mean"):
             raise ValueError(f"pooling={pooling!r}: choose cls or mean")
-        self.hidden_size, self.num_hidden_layers, self.num_attention_heads = hidden_size, num_hidden_layers, num_attention_heads
+        self.hidden_size, self.num_hidden_layers, self.num_attention_heads = (
+            hidden_size,
+            num_hidden_layers,
+            num_attention_heads,
+        )
         self.intermediate_size, self.hidden_act = intermediate_size, hidden_act
-        self.hidden_dropout_prob, self.attention_probs_dropout_prob = hidden_dropout_prob, attention_probs_dropout_prob
-        self.initializer_range, self.layer_norm_eps, self.qkv_bias = initializer_range, layer_norm_eps, qkv_bias
+        self.hidden_dropout_prob, self.attention_probs_dropout_prob = (
+            hidden_dropout_prob,
+            attention_probs_dropout_prob,
+        )
+        self.initializer_range, self.layer_norm_eps, self.qkv_bias = (
+            initializer_range,
+            layer_norm_eps,
+            qkv_bias,
+        )
         self.max_seq_len = [max_seq_len, 1] if isinstance(max_seq_len, int) else list(max_seq_len)
         self.patch_size = [patch_size, 1] if isinstance(patch_size, int) else list(patch_size)
-        self.num_channels, self.use_fs, self.fs_unit, self.attention_type = num_channels, use_fs, fs_unit, attention_type
+        self.num_channels, self.use_fs, self.fs_unit, self.attention_type = (
+            num_channels,
+            use_fs,
+            fs_unit,
+            attention_type,
+        )
         self.position_init, self.spectrum_weight, self.pooling = position_init, spectrum_weight, pooling
-        self.decoder_hidden_size, self.decoder_num_hidden_layers = decoder_hidden_size, decoder_num_hidden_layers
-        self.decoder_num_attention_heads, self.decoder_intermediate_size = decoder_num_attention_heads, decoder_intermediate_size
+        self.decoder_hidden_size, self.decoder_num_hidden_layers = (
+            decoder_hidden_size,
+            decoder_num_hidden_layers,
+        )
+        self.decoder_num_attention_heads, self.decoder_intermediate_size = (
+            decoder_num_attention_heads,
+            decoder_intermediate_size,
+        )
         self.mask_ratio, self.norm_pix_loss, self.label_weights = mask_ratio, norm_pix_loss, label_weights
-        for name, size, heads in (("", hidden_size, num_attention_heads), ("decoder_", decoder_hidden_size, decoder_num_attention_heads)):
+        for name, size, heads in (
+            ("", hidden_size, num_attention_heads),
+            ("decoder_", decoder_hidden_size, decoder_num_attention_heads),
+        ):
             if size % heads:
-                raise ValueError(f"{name}hidden_size={size} does not divide by {name}num_attention_heads={heads}")
+                raise ValueError(
+                    f"{name}hidden_size={size} does not divide by {name}num_attention_heads={heads}"
+                )
 
     @property
     def num_positions(self) -> int:

@@ -16,19 +16,25 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, hidden_size: int, frequency_embedding_size: int = 256):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(frequency_embedding_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+        self.mlp = nn.Sequential(
+            nn.Linear(frequency_embedding_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
         self.frequency_embedding_size = frequency_embedding_size
 
     @staticmethod
     def timestep_embedding(t: torch.Tensor, dim: int, max_period: float = 10000) -> torch.Tensor:
         """(N,) -> (N, dim) float32: cosines, then sines, of t at dim // 2 geometric frequencies; one zero if dim is odd."""
         half = dim // 2
-        frequencies = torch.exp(-math.log(max_period) / half * torch.arange(half, dtype=torch.float64, device=t.device))
+        frequencies = torch.exp(
+            -math.log(max_period) / half * torch.arange(half, dtype=torch.float64, device=t.device)
+        )
         phase = t.double()[:, None] * frequencies[None]
         return nn.functional.pad(torch.cat([phase.cos(), phase.sin()], -1), (0, dim % 2)).float()
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
-        return self.mlp(self.timestep_embedding(t, self.frequency_embedding_size).to(self.mlp[0].weight.dtype))
+        return self.mlp(
+            self.timestep_embedding(t, self.frequency_embedding_size).to(self.mlp[0].weight.dtype)
+        )
 
 
 def sample_id_matrix(sample_ids_seq, length: int, device=None) -> torch.Tensor:
@@ -38,7 +44,9 @@ def sample_id_matrix(sample_ids_seq, length: int, device=None) -> torch.Tensor:
     out = torch.full((len(sample_ids_seq), length), -1, dtype=torch.int64)
     for row, ids in enumerate(sample_ids_seq):
         if len(ids) > length:
-            raise ValueError(f"sample_ids_seq[{row}] has {len(ids)} ids for a row of {length} tokens; pack fewer signals into the row")
+            raise ValueError(
+                f"sample_ids_seq[{row}] has {len(ids)} ids for a row of {length} tokens; pack fewer signals into the row"
+            )
         out[row, : len(ids)] = ids
     return out.to(device)
 
@@ -48,7 +56,9 @@ def gen_attn_mask(sample_ids: torch.Tensor) -> torch.Tensor:
     return (sample_ids[:, :, None] == sample_ids[:, None, :]) & (sample_ids >= 0)[:, :, None]
 
 
-def mae_scores(sample_ids: torch.Tensor, num_special: int, generator: torch.Generator | None = None) -> torch.Tensor:
+def mae_scores(
+    sample_ids: torch.Tensor, num_special: int, generator: torch.Generator | None = None
+) -> torch.Tensor:
     """Scores that decide which tokens stay visible: (B, M) float32, the lowest are kept.
 
     cls and sampling-rate tokens 0, the other tokens of each sample an even ramp over [0, 1] in random order (so that every sample
@@ -75,12 +85,16 @@ class SiTMAEEmbeddings(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.position_embeddings = nn.Parameter(torch.zeros(config.num_positions, config.hidden_size))
         self.projection = nn.Linear(config.num_channels * config.patch_size[0], config.hidden_size)
-        self.fs_embedder = TimestepEmbedder(config.hidden_size)  # in the state dict even without use_fs, as upstream
+        self.fs_embedder = TimestepEmbedder(
+            config.hidden_size
+        )  # in the state dict even without use_fs, as upstream
 
     def embed(self, patches: torch.Tensor, patch_positions: torch.Tensor) -> torch.Tensor:
         """patches (B, M, C*P), patch_positions (B, M): 0 = cls (and padding), 1 = sampling rate, then IQ -> (B, M, D)."""
         if patches.shape[-1] != self.projection.in_features:
-            raise ValueError(f"patches have {patches.shape[-1]} values, the encoder takes {self.projection.in_features}; check patch_size")
+            raise ValueError(
+                f"patches have {patches.shape[-1]} values, the encoder takes {self.projection.in_features}; check patch_size"
+            )
         if int(patch_positions.max()) >= len(self.position_embeddings):
             raise ValueError(
                 f"position {int(patch_positions.max())} is beyond the table of {len(self.position_embeddings)}; "
@@ -109,7 +123,9 @@ class SiTMAEEmbeddings(nn.Module):
         order = scores.argsort(dim=1, stable=True)
         rank = torch.arange(length, device=h.device).expand(rows, -1)
         is_kept = rank < len_keep[:, None]
-        head = torch.where(is_kept, order, length).sort(1).values  # kept ids ascending, then `length` as filler
+        head = (
+            torch.where(is_kept, order, length).sort(1).values
+        )  # kept ids ascending, then `length` as filler
         order = torch.where(is_kept, head, order)
         ids_restore = order.argsort(dim=1, stable=True)
         ids_keep = head[:, : int(len_keep.max())]

@@ -12,9 +12,25 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from em_mllm.em_foundation.models.block import SiTMAELayer, run_layers
-from em_mllm.em_foundation.models.configuration_em import REGRESSION_TASKS, SPECTRUM_BANDS, SPECTRUM_POWERS, SiTMAEConfig
-from em_mllm.em_foundation.models.dataclass import MultiTaskOutput, SiTMAEDecoderOutput, SiTMAEForPreTrainingOutput, SiTMAEModelOutput
-from em_mllm.em_foundation.models.embedder import SiTMAEEmbeddings, TimestepEmbedder, gen_attn_mask, mae_scores, sample_id_matrix
+from em_mllm.em_foundation.models.configuration_em import (
+    REGRESSION_TASKS,
+    SPECTRUM_BANDS,
+    SPECTRUM_POWERS,
+    SiTMAEConfig,
+)
+from em_mllm.em_foundation.models.dataclass import (
+    MultiTaskOutput,
+    SiTMAEDecoderOutput,
+    SiTMAEForPreTrainingOutput,
+    SiTMAEModelOutput,
+)
+from em_mllm.em_foundation.models.embedder import (
+    SiTMAEEmbeddings,
+    TimestepEmbedder,
+    gen_attn_mask,
+    mae_scores,
+    sample_id_matrix,
+)
 
 
 class SiTMAEPreTrainedModel(PreTrainedModel):
@@ -62,7 +78,9 @@ class SiTMAEEncoder(nn.Module):
         self.gradient_checkpointing = False
 
     def forward(self, hidden_states, attn_mask, sample_ids, **options):
-        checkpoint = self._gradient_checkpointing_func if self.gradient_checkpointing and self.training else None
+        checkpoint = (
+            self._gradient_checkpointing_func if self.gradient_checkpointing and self.training else None
+        )
         return run_layers(self.layer, hidden_states, attn_mask, sample_ids, checkpoint=checkpoint, **options)
 
 
@@ -92,7 +110,9 @@ class SiTMAEModelWithoutMask(SiTMAEPreTrainedModel):
         return_dict=True,
     ):
         sample_ids = sample_id_matrix(sample_ids_seq, samples.shape[1], samples.device)
-        whole = bool((sample_ids == sample_ids[:, :1]).all()) and bool((sample_ids >= 0).all())  # one signal a row: no mask needed
+        whole = bool((sample_ids == sample_ids[:, :1]).all()) and bool(
+            (sample_ids >= 0).all()
+        )  # one signal a row: no mask needed
         h = self.embeddings.embed(samples, patch_positions)
         h, states, attentions = self.encoder(
             h,
@@ -102,7 +122,11 @@ class SiTMAEModelWithoutMask(SiTMAEPreTrainedModel):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
         )
-        out = SiTMAEModelOutput(last_hidden_state=self.layernorm(h) if apply_layernorm else h, hidden_states=states, attentions=attentions)
+        out = SiTMAEModelOutput(
+            last_hidden_state=self.layernorm(h) if apply_layernorm else h,
+            hidden_states=states,
+            attentions=attentions,
+        )
         return out if return_dict else out.to_tuple()
 
 
@@ -127,12 +151,21 @@ class SiTMAEModel(SiTMAEModelWithoutMask):
         if noise is None:
             noise = mae_scores(sample_ids, self.config.num_special)
         h = self.embeddings.embed(patches, patch_positions)
-        h, visible_ids, ids_keep, ids_restore, mae_mask = self.embeddings.hide(h, sample_ids, noise.to(h.device))
+        h, visible_ids, ids_keep, ids_restore, mae_mask = self.embeddings.hide(
+            h, sample_ids, noise.to(h.device)
+        )
         attn_mask = gen_attn_mask(visible_ids)
         h, states, attentions = self.encoder(
-            h, attn_mask, visible_ids, head_mask=head_mask, output_attentions=output_attentions, output_hidden_states=output_hidden_states
+            h,
+            attn_mask,
+            visible_ids,
+            head_mask=head_mask,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
         )
-        out = SiTMAEModelOutput(self.layernorm(h), mae_mask, ids_restore, ids_keep, attn_mask, states, attentions)
+        out = SiTMAEModelOutput(
+            self.layernorm(h), mae_mask, ids_restore, ids_keep, attn_mask, states, attentions
+        )
         return out if return_dict else out.to_tuple()
 
 
@@ -155,7 +188,15 @@ class SiTMAEDecoder(nn.Module):
             self.spectrum_pred = nn.Linear(config.hidden_size, len(SPECTRUM_POWERS) * SPECTRUM_BANDS)
         self.gradient_checkpointing = False
 
-    def forward(self, latent, ids_keep, patch_positions, sample_ids, output_attentions=False, output_hidden_states=False):
+    def forward(
+        self,
+        latent,
+        ids_keep,
+        patch_positions,
+        sample_ids,
+        output_attentions=False,
+        output_hidden_states=False,
+    ):
         """latent (B, Kmax, D) and ids_keep (B, Kmax), which holds M at filler places -> logits (B, M, C*P).
 
         Each visible token goes to its own place, row by row. Upstream un-shuffles the padded batch instead, which puts filler
@@ -166,9 +207,18 @@ class SiTMAEDecoder(nn.Module):
         h = self.mask_token.to(visible.dtype).expand(rows, length + 1, -1)  # one spare place takes the filler
         h = h.scatter(1, ids_keep[..., None].expand_as(visible), visible)[:, :length]
         h = h + self.decoder_position_embeddings[patch_positions]
-        checkpoint = self._gradient_checkpointing_func if self.gradient_checkpointing and self.training else None
+        checkpoint = (
+            self._gradient_checkpointing_func if self.gradient_checkpointing and self.training else None
+        )
         h, states, attentions = run_layers(
-            self.decoder_layers, h, gen_attn_mask(sample_ids), sample_ids, None, output_attentions, output_hidden_states, checkpoint
+            self.decoder_layers,
+            h,
+            gen_attn_mask(sample_ids),
+            sample_ids,
+            None,
+            output_attentions,
+            output_hidden_states,
+            checkpoint,
         )
         return SiTMAEDecoderOutput(self.decoder_pred(self.decoder_norm(h)), states, attentions)
 
@@ -199,17 +249,25 @@ class SiTMAEForPreTraining(SiTMAEPreTrainedModel):
         return_dict=True,
     ):
         sample_ids = sample_id_matrix(sample_ids_seq, patches.shape[1], patches.device)
-        encoded = self.sit(patches, patch_positions, sample_ids, noise, head_mask, output_attentions, output_hidden_states)
+        encoded = self.sit(
+            patches, patch_positions, sample_ids, noise, head_mask, output_attentions, output_hidden_states
+        )
         logits = self.decoder(encoded.last_hidden_state, encoded.ids_keep, patch_positions, sample_ids).logits
         target = patches
         if self.config.norm_pix_loss:
-            target = (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+            target = (patches - patches.mean(-1, keepdim=True)) / (
+                patches.var(-1, keepdim=True) + 1e-6
+            ).sqrt()
         error = ((logits - target) ** 2).mean(-1)
-        hidden_loss = (error * encoded.mae_mask).sum() / encoded.mae_mask.sum().clamp(min=1)  # mask_ratio 0 hides nothing: 0, not nan
+        hidden_loss = (error * encoded.mae_mask).sum() / encoded.mae_mask.sum().clamp(
+            min=1
+        )  # mask_ratio 0 hides nothing: 0, not nan
         loss, spectrum_loss = hidden_loss, None
         if spectrum is not None and self.config.spectrum_weight:
             is_cls = (patch_positions == 0) & (sample_ids >= 0)
-            visible_cls = F.pad(is_cls, (0, 1)).gather(1, encoded.ids_keep)  # cls tokens are never hidden; the filler is none
+            visible_cls = F.pad(is_cls, (0, 1)).gather(
+                1, encoded.ids_keep
+            )  # cls tokens are never hidden; the filler is none
             guess = self.decoder.spectrum_pred(encoded.last_hidden_state[visible_cls])
             spectrum_loss = F.mse_loss(guess, spectrum[is_cls].to(guess.dtype))
             loss = hidden_loss + self.config.spectrum_weight * spectrum_loss
@@ -245,12 +303,18 @@ class SiTMAEHeadModel(SiTMAEPreTrainedModel):
             return per_token[is_cls]
         is_iq = (patch_positions >= self.config.num_special) & (sample_ids >= 0)
         owner = (is_cls.flatten().cumsum(0) - 1)[is_iq.flatten()]  # a signal's tokens follow its cls token
-        total = per_token.new_zeros(int(is_cls.sum()), *per_token.shape[2:]).index_add(0, owner, per_token[is_iq])
+        total = per_token.new_zeros(int(is_cls.sum()), *per_token.shape[2:]).index_add(
+            0, owner, per_token[is_iq]
+        )
         return total / owner.bincount(minlength=len(total)).reshape(-1, *[1] * (total.dim() - 1))
 
     def read_out(self, per_token, labels, patch_positions, sample_ids):
         """per_token as it is when labels are per token, (B, M) or (B, M, 1), as upstream; else per signal."""
-        return per_token if labels.shape[:2] == per_token.shape[:2] else self.per_signal(per_token, patch_positions, sample_ids)
+        return (
+            per_token
+            if labels.shape[:2] == per_token.shape[:2]
+            else self.per_signal(per_token, patch_positions, sample_ids)
+        )
 
     def forward(
         self,
@@ -264,9 +328,19 @@ class SiTMAEHeadModel(SiTMAEPreTrainedModel):
         return_dict=True,
     ):
         sample_ids = sample_id_matrix(sample_ids_seq, samples.shape[1], samples.device)
-        encoded = self.sit(samples, patch_positions, sample_ids, head_mask, output_attentions, output_hidden_states, apply_layernorm=False)
+        encoded = self.sit(
+            samples,
+            patch_positions,
+            sample_ids,
+            head_mask,
+            output_attentions,
+            output_hidden_states,
+            apply_layernorm=False,
+        )
         logits = self.predict(encoded.last_hidden_state)
-        loss, details = (None, None) if labels is None else self.cost(logits, labels, patch_positions, sample_ids)
+        loss, details = (
+            (None, None) if labels is None else self.cost(logits, labels, patch_positions, sample_ids)
+        )
         out = MultiTaskOutput(loss, logits, encoded.hidden_states, encoded.attentions, details)
         return out if return_dict else out.to_tuple()
 
@@ -281,7 +355,9 @@ class SiTMAEForClassification(SiTMAEHeadModel):
     def __init__(self, config: SiTMAEConfig):
         super().__init__(config)
         self.sit = SiTMAEModelWithoutMask(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        self.classifier = (
+            nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        )
         self.post_init()
 
     def predict(self, hidden_states):
@@ -289,7 +365,9 @@ class SiTMAEForClassification(SiTMAEHeadModel):
 
     def cost(self, logits, labels, patch_positions, sample_ids):
         read = self.read_out(logits, labels, patch_positions, sample_ids)
-        guessed = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+        guessed = (
+            "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+        )
         kind = self.config.problem_type or ("regression" if self.config.num_labels == 1 else guessed)
         if kind == "regression":
             return F.mse_loss(read.squeeze(-1), labels.to(read.dtype).reshape(read.squeeze(-1).shape)), None
@@ -314,17 +392,27 @@ class SiTForMultiTask(SiTMAEHeadModel):
             setattr(
                 self,
                 f"regression_head_{name}",
-                nn.Sequential(nn.Linear(size, 2 * size), nn.LayerNorm(2 * size), nn.Dropout(0.25), nn.ReLU(), nn.Linear(2 * size, 1)),
+                nn.Sequential(
+                    nn.Linear(size, 2 * size),
+                    nn.LayerNorm(2 * size),
+                    nn.Dropout(0.25),
+                    nn.ReLU(),
+                    nn.Linear(2 * size, 1),
+                ),
             )
         self.post_init()
 
     def predict(self, hidden_states):
-        regressions = {name: getattr(self, f"regression_head_{name}")(hidden_states) for name in REGRESSION_TASKS}
+        regressions = {
+            name: getattr(self, f"regression_head_{name}")(hidden_states) for name in REGRESSION_TASKS
+        }
         return {"classification": self.classifier(hidden_states), **regressions}
 
     def cost(self, logits, labels, patch_positions, sample_ids):
         losses = {
-            name: self.task_loss(name, self.read_out(logits[name], target, patch_positions, sample_ids), target)
+            name: self.task_loss(
+                name, self.read_out(logits[name], target, patch_positions, sample_ids), target
+            )
             for name, target in labels.items()
         }
         weights = {name: float((self.config.label_weights or {}).get(name, 1.0)) for name in labels}

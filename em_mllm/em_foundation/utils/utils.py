@@ -59,7 +59,9 @@ def transform_downstream(
     iq = normalize_data(iq[keep], norm_method_iq).clip(-5, 5).transpose(0, 2, 1)[..., None]
     head = [np.zeros((*iq.shape[:2], patch_size, 1))]
     if use_fs:
-        head.append(np.broadcast_to(np.asarray(batch["fs"], np.float64)[keep][:, None, None, None], head[0].shape))
+        head.append(
+            np.broadcast_to(np.asarray(batch["fs"], np.float64)[keep][:, None, None, None], head[0].shape)
+        )
     out = {iq_column: np.concatenate([*head, iq], 2)}
     if label_column is not None:
         out[label_column] = np.asarray(batch[label_column])[keep]
@@ -85,7 +87,9 @@ def log_spectra(iq: np.ndarray) -> np.ndarray:
 
 def with_special_patches(iq: np.ndarray, patch: int, fs: float | None) -> torch.Tensor:
     """iq (N, 2) -> (2, N' , 1): a zero patch (cls), a patch filled with fs unless it is None, then the IQ cut to whole patches."""
-    iq = torch.as_tensor(np.ascontiguousarray(iq[: len(iq) // patch * patch].T), dtype=torch.float32)[..., None]
+    iq = torch.as_tensor(np.ascontiguousarray(iq[: len(iq) // patch * patch].T), dtype=torch.float32)[
+        ..., None
+    ]
     head = [torch.zeros(2, patch, 1)] + ([] if fs is None else [torch.full((2, patch, 1), float(fs))])
     return torch.cat([*head, iq], 1)
 
@@ -152,7 +156,9 @@ def convert_checkpoint(tensors: dict, wanted: dict, source="checkpoint") -> dict
         if fused_wanted and name == "query":
             parts = [out.pop(f"{stem}.attention.{n}.{kind}", None) for n in ("query", "key", "value")]
             if any(p is None for p in parts):
-                raise UserError(f"{source}: {stem}.attention has a query {kind} but no key or value {kind}; the file is damaged")
+                raise UserError(
+                    f"{source}: {stem}.attention has a query {kind} but no key or value {kind}; the file is damaged"
+                )
             out[f"{stem}.attention.Wqkv.{kind}"] = torch.cat(parts)
         elif fused_wanted and name == "dense":
             out[f"{stem}.attention.Wo.{kind}"] = out.pop(key)
@@ -227,8 +233,15 @@ def read_config(path, **overrides) -> SiTMAEConfig:
             raise UserError(f"{file}: {wrong[0]} is {fields[wrong[0]]}, no size of an encoder")
     else:
         fields = guess_config(read_weights(find_weights(path)))
-        print(f"{path}: no config.json; sizes read from the weights: " + ", ".join(f"{k} {v}" for k, v in fields.items()))
-    fields = {k: v for k, v in fields.items() if k not in ("architectures", "transformers_version", "model_type", "dtype")}
+        print(
+            f"{path}: no config.json; sizes read from the weights: "
+            + ", ".join(f"{k} {v}" for k, v in fields.items())
+        )
+    fields = {
+        k: v
+        for k, v in fields.items()
+        if k not in ("architectures", "transformers_version", "model_type", "dtype")
+    }
     try:
         return SiTMAEConfig(**{**fields, **{k: v for k, v in overrides.items() if v is not None}})
     except (ValueError, TypeError) as error:
@@ -245,7 +258,9 @@ def guess_config(tensors: dict) -> dict:
         points = plain["embeddings.position_embeddings"].shape[0] * patch - 16
         inner = plain["encoder.layer.0.w_1.weight"].shape[0]
     except (KeyError, ValueError, IndexError) as error:
-        raise UserError(f"the weights hold no SiT-MAE encoder (missing {error}); give the folder of the encoder") from error
+        raise UserError(
+            f"the weights hold no SiT-MAE encoder (missing {error}); give the folder of the encoder"
+        ) from error
     return dict(
         hidden_size=hidden,
         num_hidden_layers=layers,

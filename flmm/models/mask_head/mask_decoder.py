@@ -26,10 +26,19 @@ class BasicConvBlock(nn.Module):
 
     def __init__(self, in_channels, out_channels, num_convs, num_groups, stride=1, dilation=1):
         super().__init__()
-        self.convs = nn.Sequential(*[
-            ConvModule(in_channels if i == 0 else out_channels, out_channels, 3, num_groups,
-                       stride=stride if i == 0 else 1, dilation=1 if i == 0 else dilation)
-            for i in range(num_convs)])
+        self.convs = nn.Sequential(
+            *[
+                ConvModule(
+                    in_channels if i == 0 else out_channels,
+                    out_channels,
+                    3,
+                    num_groups,
+                    stride=stride if i == 0 else 1,
+                    dilation=1 if i == 0 else dilation,
+                )
+                for i in range(num_convs)
+            ]
+        )
 
     def forward(self, x):
         return self.convs(x)
@@ -40,7 +49,9 @@ class InterpConv(nn.Module):
 
     def __init__(self, in_channels, out_channels, num_groups):
         super().__init__()
-        self.interp_upsample = nn.Sequential(nn.Identity(), ConvModule(in_channels, out_channels, 1, num_groups))
+        self.interp_upsample = nn.Sequential(
+            nn.Identity(), ConvModule(in_channels, out_channels, 1, num_groups)
+        )
 
     def forward(self, x):
         x = F.interpolate(x.float(), scale_factor=2, mode="bilinear", align_corners=False).to(x.dtype)
@@ -50,9 +61,14 @@ class InterpConv(nn.Module):
 class UpConvBlock(nn.Module):
     def __init__(self, in_channels, out_channels, num_convs, num_groups, dilation, upsample):
         super().__init__()
-        self.conv_block = BasicConvBlock(2 * out_channels, out_channels, num_convs, num_groups, dilation=dilation)
-        self.upsample = InterpConv(in_channels, out_channels, num_groups) if upsample else \
-            ConvModule(in_channels, out_channels, 1, num_groups)
+        self.conv_block = BasicConvBlock(
+            2 * out_channels, out_channels, num_convs, num_groups, dilation=dilation
+        )
+        self.upsample = (
+            InterpConv(in_channels, out_channels, num_groups)
+            if upsample
+            else ConvModule(in_channels, out_channels, 1, num_groups)
+        )
 
     def forward(self, skip, x):
         return self.conv_block(torch.cat([skip, self.upsample(x)], dim=1))
@@ -67,12 +83,28 @@ class UNetHead(nn.Module):
     Defaults are the values of every published configuration.
     """
 
-    def __init__(self, in_channels, normalize_input=True, upsample_input=64, base_channels=64, num_stages=4,
-                 strides=(1, 1, 1, 1), enc_num_convs=(2, 2, 2, 2), dec_num_convs=(2, 2, 2),
-                 downsamples=(True, True, True), enc_dilations=(1, 1, 1, 1), dec_dilations=(1, 1, 1), num_groups=1):
+    def __init__(
+        self,
+        in_channels,
+        normalize_input=True,
+        upsample_input=64,
+        base_channels=64,
+        num_stages=4,
+        strides=(1, 1, 1, 1),
+        enc_num_convs=(2, 2, 2, 2),
+        dec_num_convs=(2, 2, 2),
+        downsamples=(True, True, True),
+        enc_dilations=(1, 1, 1, 1),
+        dec_dilations=(1, 1, 1),
+        num_groups=1,
+    ):
         super().__init__()
-        self.in_channels, self.normalize_input, self.upsample_input = in_channels, normalize_input, upsample_input
-        self.multiple = 2 ** (num_stages - 1)   # upstream pads to this, whatever is really down-sampled
+        self.in_channels, self.normalize_input, self.upsample_input = (
+            in_channels,
+            normalize_input,
+            upsample_input,
+        )
+        self.multiple = 2 ** (num_stages - 1)  # upstream pads to this, whatever is really down-sampled
         self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList()
         channels = in_channels
         for i in range(num_stages):
@@ -82,9 +114,14 @@ class UNetHead(nn.Module):
                 if strides[i] == 1 and downsamples[i - 1]:
                     stage.append(nn.MaxPool2d(2))
                 upsample = strides[i] != 1 or downsamples[i - 1]
-                self.decoder.append(UpConvBlock(width, width // 2, dec_num_convs[i - 1], num_groups,
-                                                dec_dilations[i - 1], upsample))
-            stage.append(BasicConvBlock(channels, width, enc_num_convs[i], num_groups, strides[i], enc_dilations[i]))
+                self.decoder.append(
+                    UpConvBlock(
+                        width, width // 2, dec_num_convs[i - 1], num_groups, dec_dilations[i - 1], upsample
+                    )
+                )
+            stage.append(
+                BasicConvBlock(channels, width, enc_num_convs[i], num_groups, strides[i], enc_dilations[i])
+            )
             self.encoder.append(stage)
             channels = width
         self.conv_seg = nn.Conv2d(base_channels, 1, 1)
@@ -96,8 +133,10 @@ class UNetHead(nn.Module):
 
     def forward(self, x):
         if x.shape[1] != self.in_channels:
-            raise ValueError(f"mask head takes {self.in_channels} channels, the attention has {x.shape[1]}: "
-                             "this head belongs to another base model")
+            raise ValueError(
+                f"mask head takes {self.in_channels} channels, the attention has {x.shape[1]}: "
+                "this head belongs to another base model"
+            )
         if self.normalize_input:
             if x.numel() and not (0 <= x.min() and x.max() <= 1):
                 raise ValueError("attention maps must lie in [0, 1]")

@@ -16,7 +16,7 @@ from transformers import SamConfig, SamMaskDecoderConfig, SamModel, SamPromptEnc
 
 from common.files import reading
 
-PIXEL_MEAN, PIXEL_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)   # RGB, 0..255
+PIXEL_MEAN, PIXEL_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # RGB, 0..255
 
 # original name -> transformers name, tried in order on every key (regular expressions)
 _RENAMES = [
@@ -28,8 +28,10 @@ _RENAMES = [
     (r"^image_encoder\.neck\.2\.", "vision_encoder.neck.conv2."),
     (r"^image_encoder\.neck\.3\.", "vision_encoder.neck.layer_norm2."),
     (r"^image_encoder\.", "vision_encoder."),
-    (r"^prompt_encoder\.pe_layer\.positional_encoding_gaussian_matrix$",
-     "prompt_encoder.shared_embedding.positional_embedding"),
+    (
+        r"^prompt_encoder\.pe_layer\.positional_encoding_gaussian_matrix$",
+        "prompt_encoder.shared_embedding.positional_embedding",
+    ),
     (r"^prompt_encoder\.point_embeddings\.", "prompt_encoder.point_embed."),
     (r"^prompt_encoder\.mask_downscaling\.0\.", "prompt_encoder.mask_embed.conv1."),
     (r"^prompt_encoder\.mask_downscaling\.1\.", "prompt_encoder.mask_embed.layer_norm1."),
@@ -37,7 +39,10 @@ _RENAMES = [
     (r"^prompt_encoder\.mask_downscaling\.4\.", "prompt_encoder.mask_embed.layer_norm2."),
     (r"^prompt_encoder\.mask_downscaling\.6\.", "prompt_encoder.mask_embed.conv3."),
     (r"^mask_decoder\.transformer\.norm_final_attn\.", "mask_decoder.transformer.layer_norm_final_attn."),
-    (r"^mask_decoder\.transformer\.layers\.(\d+)\.norm(\d)\.", r"mask_decoder.transformer.layers.\1.layer_norm\2."),
+    (
+        r"^mask_decoder\.transformer\.layers\.(\d+)\.norm(\d)\.",
+        r"mask_decoder.transformer.layers.\1.layer_norm\2.",
+    ),
     (r"^mask_decoder\.output_upscaling\.0\.", "mask_decoder.upscale_conv1."),
     (r"^mask_decoder\.output_upscaling\.1\.", "mask_decoder.upscale_layer_norm."),
     (r"^mask_decoder\.output_upscaling\.3\.", "mask_decoder.upscale_conv2."),
@@ -61,7 +66,10 @@ def to_transformers_key(key, iou_depth=3):
 def original_keys(names, iou_depth=3):
     """{transformers name: segment_anything name} for the given transformers names (the inverse of to_transformers_key)."""
     inverse = []
-    for pattern, replacement in _RENAMES:   # only literal text and \d+ groups occur, so the inverse is mechanical
+    for (
+        pattern,
+        replacement,
+    ) in _RENAMES:  # only literal text and \d+ groups occur, so the inverse is mechanical
         literal = pattern.strip("^$").replace("\\.", ".")
         source = re.escape(replacement).replace(r"\\1", r"(\d+)").replace(r"\\2", r"(\d)")
         first = re.sub(r"\(\\d\+?\)", r"\\1", literal, count=1)
@@ -83,34 +91,59 @@ def sam_config_from_tensors(tensors, decoder_heads=8):
 
     decoder_heads is not in the weights; every published SAM has 8.
     """
-    required = ["image_encoder.pos_embed", "image_encoder.patch_embed.proj.weight", "mask_decoder.mask_tokens.weight"]
+    required = [
+        "image_encoder.pos_embed",
+        "image_encoder.patch_embed.proj.weight",
+        "mask_decoder.mask_tokens.weight",
+    ]
     if missing := [k for k in required if k not in tensors]:
         raise KeyError(f"not an original SAM checkpoint: {', '.join(missing)} missing")
     _, grid, _, hidden = tensors["image_encoder.pos_embed"].shape
     patch = tensors["image_encoder.patch_embed.proj.weight"].shape[-1]
-    rel = [tensors[k].shape for k in sorted((k for k in tensors if k.endswith("attn.rel_pos_h")),
-                                            key=lambda k: int(k.split(".")[2]))]
+    rel = [
+        tensors[k].shape
+        for k in sorted(
+            (k for k in tensors if k.endswith("attn.rel_pos_h")), key=lambda k: int(k.split(".")[2])
+        )
+    ]
     full = 2 * grid - 1
     windows = [(length + 1) // 2 for length, _ in rel if length != full]
     dim = tensors["mask_decoder.mask_tokens.weight"].shape[1]
     return SamConfig(
         vision_config=SamVisionConfig(
-            hidden_size=hidden, output_channels=dim, num_hidden_layers=len(rel), num_attention_heads=hidden // rel[0][1],
-            image_size=grid * patch, patch_size=patch, num_pos_feats=dim // 2,
-            mlp_dim=tensors["image_encoder.blocks.0.mlp.lin1.weight"].shape[0], window_size=windows[0] if windows else 0,
-            global_attn_indexes=[i for i, (length, _) in enumerate(rel) if length == full]).to_dict(),
+            hidden_size=hidden,
+            output_channels=dim,
+            num_hidden_layers=len(rel),
+            num_attention_heads=hidden // rel[0][1],
+            image_size=grid * patch,
+            patch_size=patch,
+            num_pos_feats=dim // 2,
+            mlp_dim=tensors["image_encoder.blocks.0.mlp.lin1.weight"].shape[0],
+            window_size=windows[0] if windows else 0,
+            global_attn_indexes=[i for i, (length, _) in enumerate(rel) if length == full],
+        ).to_dict(),
         prompt_encoder_config=SamPromptEncoderConfig(
-            hidden_size=dim, image_size=grid * patch, patch_size=patch,
-            mask_input_channels=tensors["prompt_encoder.mask_downscaling.3.weight"].shape[0]).to_dict(),
+            hidden_size=dim,
+            image_size=grid * patch,
+            patch_size=patch,
+            mask_input_channels=tensors["prompt_encoder.mask_downscaling.3.weight"].shape[0],
+        ).to_dict(),
         mask_decoder_config=SamMaskDecoderConfig(
-            hidden_size=dim, num_attention_heads=decoder_heads,
+            hidden_size=dim,
+            num_attention_heads=decoder_heads,
             mlp_dim=tensors["mask_decoder.transformer.layers.0.mlp.lin1.weight"].shape[0],
-            num_hidden_layers=1 + max(int(k.split(".")[3]) for k in tensors
-                                      if k.startswith("mask_decoder.transformer.layers.")),
+            num_hidden_layers=1
+            + max(int(k.split(".")[3]) for k in tensors if k.startswith("mask_decoder.transformer.layers.")),
             num_multimask_outputs=tensors["mask_decoder.mask_tokens.weight"].shape[0] - 1,
             iou_head_hidden_dim=tensors["mask_decoder.iou_prediction_head.layers.0.weight"].shape[0],
-            iou_head_depth=1 + max(int(k.split(".")[3]) for k in tensors
-                                   if k.startswith("mask_decoder.iou_prediction_head.layers."))).to_dict())
+            iou_head_depth=1
+            + max(
+                int(k.split(".")[3])
+                for k in tensors
+                if k.startswith("mask_decoder.iou_prediction_head.layers.")
+            ),
+        ).to_dict(),
+    )
 
 
 def sam_from_original(tensors, decoder_heads=8):
@@ -118,7 +151,9 @@ def sam_from_original(tensors, decoder_heads=8):
     model = SamModel(sam_config_from_tensors(tensors, decoder_heads))
     depth = model.config.mask_decoder_config.iou_head_depth
     state = {to_transformers_key(k, depth): v for k, v in tensors.items()}
-    state["shared_image_embedding.positional_embedding"] = state["prompt_encoder.shared_embedding.positional_embedding"]
+    state["shared_image_embedding.positional_embedding"] = state[
+        "prompt_encoder.shared_embedding.positional_embedding"
+    ]
     model.load_state_dict(state)
     return model
 
@@ -155,8 +190,9 @@ class SAMImageEncoder:
         """RGB PIL image -> (3, image_size, image_size) float, long side resized, zero-padded bottom and right."""
         h, w = resized_size((image.height, image.width), self.image_size)
         pixels = torch.from_numpy(np.array(image.resize((w, h), Image.BILINEAR)))
-        pixels = (pixels.permute(2, 0, 1).float() - torch.tensor(PIXEL_MEAN)[:, None, None]) / \
-            torch.tensor(PIXEL_STD)[:, None, None]
+        pixels = (pixels.permute(2, 0, 1).float() - torch.tensor(PIXEL_MEAN)[:, None, None]) / torch.tensor(
+            PIXEL_STD
+        )[:, None, None]
         return F.pad(pixels, (0, self.image_size - w, 0, self.image_size - h))
 
     @torch.no_grad()
@@ -183,13 +219,20 @@ class SAMWrapper(nn.Module):
     result depends on the others; True uses the phrase's own minimum (changes the numbers of published heads).
     """
 
-    def __init__(self, sam: SamModel, use_text=True, use_mask=True, use_box=True, multimask_output=False,
-                 per_phrase_pad=False):
+    def __init__(
+        self,
+        sam: SamModel,
+        use_text=True,
+        use_mask=True,
+        use_box=True,
+        multimask_output=False,
+        per_phrase_pad=False,
+    ):
         super().__init__()
         self.use_text, self.use_mask, self.use_box = use_text, use_mask, use_box
         self.multimask_output, self.per_phrase_pad = multimask_output, per_phrase_pad
         self.prompt_encoder, self.mask_decoder = sam.prompt_encoder, sam.mask_decoder
-        self.prompt_encoder.shared_embedding.requires_grad_(False)   # a buffer in the original
+        self.prompt_encoder.shared_embedding.requires_grad_(False)  # a buffer in the original
         # transformers' default of 1e-6 is the image encoder's; the original decoder uses plain LayerNorm, 1e-5
         for module in self.mask_decoder.transformer.modules():
             if isinstance(module, nn.LayerNorm):
@@ -203,7 +246,7 @@ class SAMWrapper(nn.Module):
         side = self.prompt_encoder.image_embedding_size[0]
         embedding = self.prompt_encoder.shared_embedding
         at = (torch.arange(side, device=embedding.positional_embedding.device) + 0.5) / side
-        grid = torch.stack(torch.meshgrid(at, at, indexing="xy"), dim=-1)   # (e, e, 2): x, y
+        grid = torch.stack(torch.meshgrid(at, at, indexing="xy"), dim=-1)  # (e, e, 2): x, y
         return embedding(grid[None])[0].permute(2, 0, 1)[None]
 
     def prompt_masks(self, pred_masks, image_size):
@@ -211,7 +254,11 @@ class SAMWrapper(nn.Module):
         h, w = resized_size(image_size, self.image_size)
         side = 4 * self.prompt_encoder.image_embedding_size[0]
         masks = F.interpolate(pred_masks[:, None].float(), size=(h, w), mode="bilinear")
-        lowest = pred_masks.detach().float().amin((1, 2)) if self.per_phrase_pad else pred_masks.detach().float().min()
+        lowest = (
+            pred_masks.detach().float().amin((1, 2))
+            if self.per_phrase_pad
+            else pred_masks.detach().float().min()
+        )
         fill = lowest.clamp(max=-1.0).view(-1, 1, 1, 1)
         padded = fill.expand(len(masks), 1, self.image_size, self.image_size).clone()
         padded[..., :h, :w] = masks
@@ -219,7 +266,9 @@ class SAMWrapper(nn.Module):
 
     def boxes(self, pred_masks, image_size):
         """Coarse logits -> boxes (n, 4) x0 y0 x1 y1 in SAM's frame, without gradient."""
-        probs = F.interpolate(pred_masks.detach()[:, None].float().sigmoid(), size=tuple(image_size), mode="bilinear")
+        probs = F.interpolate(
+            pred_masks.detach()[:, None].float().sigmoid(), size=tuple(image_size), mode="bilinear"
+        )
         boxes = torch.tensor([mask_to_box(mask) for mask in probs[:, 0] > 0.5], dtype=torch.float64)
         new_h, new_w = resized_size(image_size, self.image_size)
         scale = torch.tensor([new_w / image_size[1], new_h / image_size[0]] * 2, dtype=torch.float64)
@@ -243,13 +292,24 @@ class SAMWrapper(nn.Module):
         low_res, scores = [None] * len(words), [None] * len(words)
         for rows in groups.values():
             sparse, dense = self.prompt_encoder(
-                None, None, boxes[rows][:, None] if self.use_box else None, prompts[rows] if self.use_mask else None)
+                None,
+                None,
+                boxes[rows][:, None] if self.use_box else None,
+                prompts[rows] if self.use_mask else None,
+            )
             if self.use_text:
-                text = torch.stack([words[k] for k in rows])[:, None]   # (m, 1, T, D), after the two box tokens
+                text = torch.stack([words[k] for k in rows])[
+                    :, None
+                ]  # (m, 1, T, D), after the two box tokens
                 sparse = text if sparse is None else torch.cat([sparse, text.to(sparse)], dim=2)
             embedding = torch.stack([image_embeddings[image_of[k]] for k in rows]).to(pe.dtype)
-            masks, ious = self.mask_decoder(embedding, pe.expand(len(rows), -1, -1, -1), sparse,
-                                            dense.expand(len(rows), -1, -1, -1), self.multimask_output)
+            masks, ious = self.mask_decoder(
+                embedding,
+                pe.expand(len(rows), -1, -1, -1),
+                sparse,
+                dense.expand(len(rows), -1, -1, -1),
+                self.multimask_output,
+            )
             for k, mask, iou in zip(rows, masks[:, 0], ious[:, 0]):
                 low_res[k], scores[k] = mask, iou
         out, start = [], 0
@@ -262,11 +322,16 @@ class SAMWrapper(nn.Module):
     def _enlarge(self, masks, scores, coarse, image_size):
         """Low-resolution candidates (n, 1 or 3, 4e, 4e) -> chosen logits (n, H, W), scores (n,)."""
         h, w = resized_size(image_size, self.image_size)
-        masks = F.interpolate(masks.float(), size=(self.image_size, self.image_size), mode="bilinear")[..., :h, :w]
+        masks = F.interpolate(masks.float(), size=(self.image_size, self.image_size), mode="bilinear")[
+            ..., :h, :w
+        ]
         masks = F.interpolate(masks, size=tuple(image_size), mode="bilinear")
         if not self.multimask_output:
             return masks[:, 0], scores[:, 0]
-        coarse = F.interpolate(coarse.detach()[:, None].float().sigmoid(), size=tuple(image_size), mode="bilinear") > 0.5
+        coarse = (
+            F.interpolate(coarse.detach()[:, None].float().sigmoid(), size=tuple(image_size), mode="bilinear")
+            > 0.5
+        )
         candidates = masks.detach() > 0
         inter, union = (candidates & coarse).sum((2, 3)), (candidates | coarse).sum((2, 3))
         best = (inter / (union + 1e-12)).argmax(1)

@@ -15,7 +15,9 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlparse
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # repository root: every way of starting this file finds it
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[3])
+)  # repository root: every way of starting this file finds it
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -27,7 +29,7 @@ from flmm.data.transforms import to_rgb
 from flmm.draw import colours
 from flmm.scripts.demo.grounded_conversation_demo import builtin_model
 
-LARGEST = 30 * 2**20   # bytes of an uploaded picture
+LARGEST = 30 * 2**20  # bytes of an uploaded picture
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Masks for words</title><style>
@@ -85,9 +87,21 @@ def reply(grounder, content, text):
         return {"error": f"not a readable picture ({html.escape(type(error).__name__)})"}
     tints, layers = colours(len(result["phrases"])), []
     for mask, tint in zip(result["masks"], tints):
-        layers.append(data_url(Image.fromarray(np.dstack([np.full((*mask.shape, 3), tint, np.uint8), mask.astype(np.uint8) * 255]))))
-    return {"image": data_url(image), "answer": result.get("answer"), "phrases": result["phrases"], "scores": result["scores"],
-            "masks": layers, "colours": ["rgb({}, {}, {})".format(*t) for t in tints]}
+        layers.append(
+            data_url(
+                Image.fromarray(
+                    np.dstack([np.full((*mask.shape, 3), tint, np.uint8), mask.astype(np.uint8) * 255])
+                )
+            )
+        )
+    return {
+        "image": data_url(image),
+        "answer": result.get("answer"),
+        "phrases": result["phrases"],
+        "scores": result["scores"],
+        "masks": layers,
+        "colours": ["rgb({}, {}, {})".format(*t) for t in tints],
+    }
 
 
 def make_server(grounder, port):
@@ -104,7 +118,11 @@ def make_server(grounder, port):
         def do_POST(self):
             size = int(self.headers.get("Content-Length", 0))
             text = parse_qs(urlparse(self.path).query).get("text", [""])[0]
-            answer = {"error": "the picture is larger than 30 MiB"} if size > LARGEST else reply(grounder, self.rfile.read(size), text)
+            answer = (
+                {"error": "the picture is larger than 30 MiB"}
+                if size > LARGEST
+                else reply(grounder, self.rfile.read(size), text)
+            )
             self.send("application/json", json.dumps(answer))
 
         def log_message(self, *args):
@@ -114,7 +132,9 @@ def make_server(grounder, port):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_config_arguments(parser, data=False, required=False)
     parser.add_argument("--head", type=Path, help="trained head, .safetensors or .pth")
     parser.add_argument("--selector", type=Path, help="trained keyword selector")
@@ -125,7 +145,9 @@ def parse_args():
 def main(args):
     if bool(args.config) != bool(args.head):
         raise UserError("give --config and --head together, or neither for the built-in model")
-    config, overrides, head, selector = (args.config, args.set, args.head, args.selector) if args.config else builtin_model()
+    config, overrides, head, selector = (
+        (args.config, args.set, args.head, args.selector) if args.config else builtin_model()
+    )
     grounder = Grounder.load(read_config(config, [*overrides, *args.set]), head, args.selector or selector)
     try:
         server = make_server(grounder, args.port)

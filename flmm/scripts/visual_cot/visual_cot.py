@@ -15,7 +15,9 @@ import math
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # repository root: every way of starting this file finds it
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[3])
+)  # repository root: every way of starting this file finds it
 
 import torch
 
@@ -63,7 +65,7 @@ def answer(grounder, images, text, started="", max_new_tokens=32):
         ids = ids + base.tokenizer(started, add_special_tokens=False).input_ids
     samples = [{"image": i, **base.image_processor(i)} for i in images]
     parts, k = [], 0
-    for token in ids:   # every picture's token becomes as many as that picture has features
+    for token in ids:  # every picture's token becomes as many as that picture has features
         if token == base.image_token_id:
             parts += [token] * base.image_tokens(samples[k])
             k += 1
@@ -73,8 +75,10 @@ def answer(grounder, images, text, started="", max_new_tokens=32):
     mask = torch.ones_like(input_ids)
     extra = base.build_inputs(samples, input_ids, mask)
     extra.pop("position_ids", None)
-    out = base.model.generate(input_ids=input_ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, **extra)
-    return base.tokenizer.decode(out[0, input_ids.shape[1]:], skip_special_tokens=True).strip()
+    out = base.model.generate(
+        input_ids=input_ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, **extra
+    )
+    return base.tokenizer.decode(out[0, input_ids.shape[1] :], skip_special_tokens=True).strip()
 
 
 def tokens_in_box(box, sample, grid):
@@ -83,9 +87,14 @@ def tokens_in_box(box, sample, grid):
     grid: (rows, columns) of the padded picture. Start rounded down, end rounded up, as upstream.
     """
     meta, image, kept = sample["meta_data"], sample["image"], []
-    for k, (side, before, original) in enumerate((("width", "before_width", image.width), ("height", "before_height", image.height))):
-        cells = grid[1 - k] / meta["padded_shape"][side]   # token sides per processed pixel
-        at = [(box[k + end] * meta["image_shape"][side] / original + meta["padding"][before]) * cells for end in (0, 2)]
+    for k, (side, before, original) in enumerate(
+        (("width", "before_width", image.width), ("height", "before_height", image.height))
+    ):
+        cells = grid[1 - k] / meta["padded_shape"][side]  # token sides per processed pixel
+        at = [
+            (box[k + end] * meta["image_shape"][side] / original + meta["padding"][before]) * cells
+            for end in (0, 2)
+        ]
         start = min(math.floor(at[0]), grid[1 - k] - 1)
         kept.append(torch.arange(start, max(start + 1, min(math.ceil(at[1]), grid[1 - k]))))
     return (kept[1][:, None] * grid[1] + kept[0]).flatten()
@@ -100,19 +109,35 @@ def visual_cot_resample(base, sample, embeds, positions, box, text, max_new_toke
     Upstream's Qwen fork drops the positions, and the picture becomes a line of text.
     """
     model, ids = base.model, base.encode_prompt(text)
-    at, chosen = ids.index(base.image_token_id), tokens_in_box(box, sample, base.grid(sample)).to(embeds.device)
+    at, chosen = (
+        ids.index(base.image_token_id),
+        tokens_in_box(box, sample, base.grid(sample)).to(embeds.device),
+    )
     words = torch.tensor(ids, device=embeds.device)
-    before, after = model.get_input_embeddings()(words[:at]), model.get_input_embeddings()(words[at + 1:])
+    before, after = model.get_input_embeddings()(words[:at]), model.get_input_embeddings()(words[at + 1 :])
     lead = positions.shape[:-1]
     steps = torch.arange(max(at, len(after)), device=positions.device)
-    where = torch.cat([steps[:at].expand(*lead, at), positions[..., chosen],
-                       (positions.max() + 1 + steps[: len(after)]).expand(*lead, len(after))], -1)
+    where = torch.cat(
+        [
+            steps[:at].expand(*lead, at),
+            positions[..., chosen],
+            (positions.max() + 1 + steps[: len(after)]).expand(*lead, len(after)),
+        ],
+        -1,
+    )
     inputs, cache, seen, new = torch.cat([before, embeds[chosen], after])[None], None, 0, []
     ends = model.generation_config.eos_token_id
     while len(new) < max_new_tokens:
-        seen += inputs.shape[1]   # without a mask, gaps between positions would be read as borders between packed texts
-        out = model.model.language_model(inputs_embeds=inputs, position_ids=where[..., None, :], past_key_values=cache,
-                                         attention_mask=torch.ones(1, seen, device=inputs.device), use_cache=True)
+        seen += inputs.shape[
+            1
+        ]  # without a mask, gaps between positions would be read as borders between packed texts
+        out = model.model.language_model(
+            inputs_embeds=inputs,
+            position_ids=where[..., None, :],
+            past_key_values=cache,
+            attention_mask=torch.ones(1, seen, device=inputs.device),
+            use_cache=True,
+        )
         token = int(model.get_output_embeddings()(out.last_hidden_state[:, -1]).argmax())
         if token in (ends if isinstance(ends, list) else [ends]):
             break
@@ -122,14 +147,19 @@ def visual_cot_resample(base, sample, embeds, positions, box, text, max_new_toke
     return base.tokenizer.decode(new, skip_special_tokens=True).strip()
 
 
-def chain_of_thought(grounder, image, question, version="v1", box_scale=1.0, discard_sam=False, resample=False):
+def chain_of_thought(
+    grounder, image, question, version="v1", box_scale=1.0, discard_sam=False, resample=False
+):
     """{"answer", "box", "thought"}; box and thought are None for v3."""
     base = grounder.base
     if version == "v3":
         return {"answer": answer(grounder, [image], f"{question} {SHORT}"), "box": None, "thought": None}
     thought = question
     if version == "v1":
-        thought = answer(grounder, [image], f"{question} {RELEVANT}", STARTED, max_new_tokens=16).split(".")[0] or question
+        thought = (
+            answer(grounder, [image], f"{question} {RELEVANT}", STARTED, max_new_tokens=16).split(".")[0]
+            or question
+        )
     kept = {}
 
     def keep(module, args, inputs):
@@ -143,27 +173,45 @@ def chain_of_thought(grounder, image, question, version="v1", box_scale=1.0, dis
     if resample:
         sample = {"image": image, **base.image_processor(image)}
         if base.maps_per_head > 1:
-            raise UserError(f"--resample: {type(base).__name__} writes a picture as tiles and no plain grid; leave the option out")
-        start = base.encode_prompt().index(base.image_token_id)   # the picture comes before every word that differs
+            raise UserError(
+                f"--resample: {type(base).__name__} writes a picture as tiles and no plain grid; leave the option out"
+            )
+        start = base.encode_prompt().index(
+            base.image_token_id
+        )  # the picture comes before every word that differs
         span = slice(start, start + base.image_tokens(sample))
-        reply = visual_cot_resample(base, sample, kept["embeds"][span], kept["positions"][..., span], box, f"{question} {SHORT}")
+        reply = visual_cot_resample(
+            base, sample, kept["embeds"][span], kept["positions"][..., span], box, f"{question} {SHORT}"
+        )
         return {"answer": reply, "box": box, "thought": thought}
-    text = (f"This is the whole image. {base.image_text}This is the image region that might help you answer the question: "
-            f"{question} {SHORT}")
+    text = (
+        f"This is the whole image. {base.image_text}This is the image region that might help you answer the question: "
+        f"{question} {SHORT}"
+    )
     return {"answer": answer(grounder, [image, image.crop(box)], text), "box": box, "thought": thought}
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_config_arguments(parser, data=False)
     parser.add_argument("--head", type=Path, required=True, help="trained head")
     parser.add_argument("--image", type=Path, help="picture to ask about")
     parser.add_argument("--question", help="what to ask")
-    parser.add_argument("--benchmark", type=Path, help="JSON list of {image, question, answer}; images relative to the file")
+    parser.add_argument(
+        "--benchmark", type=Path, help="JSON list of {image, question, answer}; images relative to the file"
+    )
     parser.add_argument("--version", choices=["v1", "v2", "v3"], default="v1", help="see above (default v1)")
-    parser.add_argument("--box-scale", type=float, default=1.0, help="enlarge the crop by this factor (default 1)")
+    parser.add_argument(
+        "--box-scale", type=float, default=1.0, help="enlarge the crop by this factor (default 1)"
+    )
     parser.add_argument("--discard-sam", action="store_true", help="crop by the coarse mask")
-    parser.add_argument("--resample", action="store_true", help="ask again with the picture's tokens inside the box, not with a crop")
+    parser.add_argument(
+        "--resample",
+        action="store_true",
+        help="ask again with the picture's tokens inside the box, not with a crop",
+    )
     parser.add_argument("--out", type=Path, help="write the results of --benchmark here (.json)")
     return parser.parse_args()
 
@@ -179,7 +227,9 @@ def main(args):
     images = [load_image(item["image"]) for item in items]
     grounder = Grounder.load(read_config(args.config, args.set), args.head)
     for item, image in zip(items, images):
-        item |= chain_of_thought(grounder, image, item["question"], args.version, args.box_scale, args.discard_sam, args.resample)
+        item |= chain_of_thought(
+            grounder, image, item["question"], args.version, args.box_scale, args.discard_sam, args.resample
+        )
         item["image"] = Path(item["image"]).name
         print(json.dumps(item))
     if args.benchmark:
