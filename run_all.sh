@@ -3,4 +3,4 @@
 #   bash run_all.sh [--smoke] [--jobs N] [project ...]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common/env.sh"
-exec "$PYTHON" -m common.run_all "$@"
+exec "$PYTHON" -m studies.run_all "$@"

@@ -23,7 +23,7 @@ sys.path.insert(
 from common.checkpoint import atomic_write
 from common.errors import UserError, run
 from common.figures import new_figure, save_figure
-from common.summary import write_result
+from studies.summary import write_result
 from cwt_mae import baselines, finetune, make_data, probe, test, train, visualize
 from cwt_mae.dataset import ROOT, find_files
 from cwt_mae.dataset_finetune import DS1

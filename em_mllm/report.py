@@ -15,7 +15,7 @@ sys.path.insert(
 import numpy as np
 
 from common.errors import UserError, run
-from common.summary import write_result
+from studies.summary import write_result
 from em_mllm.test import wilson
 
 

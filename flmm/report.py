@@ -17,7 +17,7 @@ import numpy as np
 
 from common.errors import UserError, run
 from common.figures import new_figure, save_figure
-from common.summary import write_result
+from studies.summary import write_result
 
 
 def parse_args():

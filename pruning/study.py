@@ -28,7 +28,7 @@ from common.errors import UserError, run
 from common.figures import COLOURS, new_figure, save_figure
 from common.files import read_json, reading
 from common.run import progress, seed_everything
-from common.summary import write_result
+from studies.summary import write_result
 from dia_pangu.evaluate.findings import EPSILON
 from dia_pangu.evaluate.labeler import positives
 from dia_pangu.src.Dataset.CTRG_dataset import collate

@@ -125,7 +125,7 @@ def test_environment_is_made_once_and_again_when_the_list_changes(bare):
         done = start(bare, str(repo / "run_all.sh"), "--smoke")
         assert (
             done.returncode == 0
-            and f"started {repo}/.venv/bin/python: -m common.run_all --smoke" in done.stdout
+            and f"started {repo}/.venv/bin/python: -m studies.run_all --smoke" in done.stdout
         ), done.stderr
     assert len(calls.read_text().splitlines()) == 1
     with open(repo / "requirements.txt", "a") as file:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from common.summary import write_result
+from studies.summary import write_result
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -20,7 +20,7 @@ RESULT = """
 "$PYTHON" - <<'PY'
 import os, pathlib
 from common.figures import new_figure, save_figure
-from common.summary import write_result
+from studies.summary import write_result
 folder = pathlib.Path(os.environ["RUNS"]) / "{name}"
 figure, axis = new_figure()
 axis.plot([1, 2, 3])
@@ -36,7 +36,10 @@ PY
 @pytest.fixture
 def tree(tmp_path):
     """A repository copy with three projects whose run_builtin.sh are a few lines."""
-    shutil.copytree(ROOT / "common", tmp_path / "common", ignore=shutil.ignore_patterns("__pycache__"))
+    for part in ("common", "studies"):
+        shutil.copytree(
+            ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__", "builtin.py")
+        )
     scripts = {
         "cwt_mae": RESULT.format(name="cwt_mae") + 'echo "threads $OMP_NUM_THREADS smoke $SMOKE"',
         "dia_pangu": 'sleep 1; touch "$RUNS/dia_pangu/model"; echo "error: no lungs"; echo more; exit 3',
@@ -57,7 +60,7 @@ def start(tree, *options, **environment):
         **environment,
     }
     return subprocess.run(
-        [sys.executable, "-m", "common.run_all", *options], cwd=tree, capture_output=True, text=True, env=env
+        [sys.executable, "-m", "studies.run_all", *options], cwd=tree, capture_output=True, text=True, env=env
     )
 
 
@@ -121,7 +124,7 @@ def test_ctrl_c_reaches_the_projects(tree):
     (tree / "cwt_mae/run_builtin.sh").write_text("trap 'echo saved; exit 143' TERM; echo up; sleep 60 & wait")
     env = {**os.environ, "PYTHONPATH": str(tree), "RUNS": str(tree / "runs")}
     process = subprocess.Popen(
-        [sys.executable, "-m", "common.run_all", "cwt_mae"],
+        [sys.executable, "-m", "studies.run_all", "cwt_mae"],
         cwd=tree,
         env=env,
         stderr=subprocess.PIPE,

@@ -19,7 +19,7 @@ import numpy as np
 from common.checkpoint import atomic_write
 from common.errors import UserError, run
 from common.figures import new_figure, save_figure
-from common.summary import write_result
+from studies.summary import write_result
 from dia_pangu.evaluate.evidence import location_scores, said
 from dia_pangu.evaluate.findings import bootstrap, finding_scores, micro_f1
 from dia_pangu.evaluate.labeler import positives

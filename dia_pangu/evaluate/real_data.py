@@ -27,7 +27,7 @@ from sklearn.linear_model import LogisticRegression
 
 from common.errors import UserError, run
 from common.figures import new_figure, save_figure
-from common.summary import write_result
+from studies.summary import write_result
 from dia_pangu.evaluate.findings import bootstrap, finding_scores
 from dia_pangu.evaluate.labeler import positives
 from dia_pangu.src.Dataset.preprocess import Grid, load_volume, read_hu

@@ -1,6 +1,6 @@
 """Run the projects one beside the other and show what came out (started by run_all.sh).
 
-For each project: <project>/run_builtin.sh, which makes the data, trains, runs the controls and tests. A project that
+For each project: studies/<project>/builtin.py, which makes the data, trains, runs the controls and tests. A project that
 fails does not stop the others. pruning works on dia_pangu's model and so starts when that is there.
 """
 
@@ -15,7 +15,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from common.errors import UserError, run
-from common.summary import collect, draw_curves, table, write_summary
+from studies.summary import collect, draw_curves, table, write_summary
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECTS = (
@@ -51,7 +51,7 @@ def parse_args():
 
 
 def run_project(name: str, threads: int, smoke: bool, runs: Path) -> dict:
-    """Run one project's run_builtin.sh to its end; returns name, status, seconds, peak_mb (largest process) and rows."""
+    """Run one project's recipe to its end; returns name, status, seconds, peak_mb (largest process) and rows."""
     log = runs / name / "run_all.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(runs / name / "results", ignore_errors=True)
@@ -62,14 +62,14 @@ def run_project(name: str, threads: int, smoke: bool, runs: Path) -> dict:
         "SMOKE": "1" if smoke else "",
     }
     print(f"{name}: started, log {log}", flush=True)
+    recipe = ROOT / "studies" / name / "builtin.py"
+    command = (
+        [sys.executable, str(recipe)] if recipe.is_file() else ["bash", str(ROOT / name / "run_builtin.sh")]
+    )
     start = time.monotonic()
     with open(log, "w") as file:
         process = subprocess.Popen(
-            ["bash", str(ROOT / name / "run_builtin.sh")],
-            env=environment,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
+            command, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
         running[name] = process
         _, status, usage = os.wait4(process.pid, 0)
@@ -110,7 +110,7 @@ def stop(signum, frame):
 
 
 def main(args):
-    here = [p for p in PROJECTS if (ROOT / p / "run_builtin.sh").is_file()]
+    here = [p for p in PROJECTS if (ROOT / p).is_dir()]
     unknown = [p for p in args.projects if p not in here]
     if unknown:
         raise UserError(f"{unknown[0]}: no such project; choose from {', '.join(here)}")

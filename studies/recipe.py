@@ -1,0 +1,110 @@
+"""What a recipe is made of: `stage` runs one script with keyword arguments, `size` picks the size of a full or a smoke run.
+
+A recipe is a flat Python script, studies/<room>/builtin.py or another name beside it, that calls `stage` once per step:
+
+    stage("cwt_mae/train.py", data=DATA / "cwt_mae/builtin", out=RUNS / "cwt_mae/base", max_steps=size(1500, smoke=4), overwrite=True)
+
+and ends with `if __name__ == "__main__": recipe(main)`. `studies/run_all.py` starts every room's builtin.py; by hand: `python studies/<room>/builtin.py`. The environment says the rest:
+SMOKE=1 for the smallest sizes, RUNS for the folder of the results, DATA_ROOT for real data, OMP_NUM_THREADS for the cores.
+"""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from common.errors import UserError, run
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT / "data"  # what the generators and converters write
+RUNS = Path(os.environ.get("RUNS") or ROOT / "runs").resolve()
+REAL = Path(os.environ["DATA_ROOT"]).resolve() if os.environ.get("DATA_ROOT") else None
+SMOKE = bool(os.environ.get("SMOKE"))
+CORES = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+
+_started, _running, _lock = time.monotonic(), set(), threading.Lock()
+
+
+def size(full, smoke):
+    """`smoke` where SMOKE is set, else `full`."""
+    return smoke if SMOKE else full
+
+
+def options(flags: dict) -> list[str]:
+    """Keyword arguments as command-line options: batch_size=8 -> --batch-size 8, skip_bad=True -> --skip-bad.
+
+    A list or tuple gives several values after one option; False and None leave the option out.
+    """
+    words = []
+    for name, value in flags.items():
+        if value is None or value is False:
+            continue
+        words.append("--" + name.replace("_", "-"))
+        if value is not True:
+            words += map(str, value) if isinstance(value, (list, tuple)) else [str(value)]
+    return words
+
+
+def stage(script: str, *arguments, processes: int = 1, threads: int | None = None, **flags):
+    """Run `script` (path below the repository root) with positional `arguments` and `flags`; return when it has ended well.
+
+    processes: how many torchrun starts. threads: cores of this stage (default: OMP_NUM_THREADS as it is).
+    Raises UserError naming the script when it ends with another status than 0.
+    """
+    command = [script, *map(str, arguments), *options(flags)]
+    print(f"\n== {shlex.join(command)} ({time.monotonic() - _started:.0f} s)", flush=True)
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, "NPROC_PER_NODE": str(processes), "NNODES": "1"}
+    if threads:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    launcher = [sys.executable, "-m", "common.launch", str(ROOT / script), *command[1:]]
+    with _lock:
+        process = subprocess.Popen(launcher, env=environment)
+        _running.add(process)
+    try:
+        status = process.wait()
+    finally:
+        _running.discard(process)
+    if status:
+        raise UserError(f"{script} ended with exit status {status}; its own words stand above")
+
+
+def side_by_side(*parts, cores: int = CORES):
+    """Call the functions `parts`, as many at a time as there are cores; the first that fails ends the others."""
+    with ThreadPoolExecutor(max(1, min(cores, len(parts)))) as pool:
+        jobs = [pool.submit(part) for part in parts]
+        try:
+            for job in jobs:
+                job.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            stop_all()
+            raise
+
+
+def stop_all():
+    """SIGTERM to every stage that runs; each saves itself."""
+    for process in list(_running):
+        process.terminate()
+
+
+def _stop(signum, frame):
+    stop_all()
+    print(
+        f"stopped by {signal.Signals(signum).name}; the same command starts again",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(128 + signum)
+
+
+def recipe(main, *arguments):
+    """Run the flat function `main` of a recipe: a stop signal ends its stages, a failure is one line and an exit status."""
+    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGINT, _stop)
+    run(main, *arguments)
