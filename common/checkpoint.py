@@ -8,7 +8,10 @@ recognised before anything is loaded from it.
 """
 
 import contextlib
+import csv
+import io
 import json
+import math
 import os
 import shutil
 import sys
@@ -80,6 +83,28 @@ def atomic_write(path, data: str | bytes):
     """Write `data` (text as UTF-8) to `path`, whole or not at all."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def atomic_json(path, value):
+    """Write `value` as indented JSON, whole or not at all; nan and inf, which JSON does not know, become null."""
+    atomic_write(path, json.dumps(_finite(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def atomic_csv(path, rows: list[dict]):
+    """Write `rows` as CSV with a header, whole or not at all; the columns are the keys of the first row, and all rows have them."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    atomic_write(path, text.getvalue())
 
 
 def link(out, name: str, target):

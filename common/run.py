@@ -98,7 +98,9 @@ def _open(out: Path, args, processes: int, resume: bool, overwrite: bool):
             path = out / name
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
     arguments = {
-        k: v if isinstance(v, (int, float, bool, list, type(None))) else str(v) for k, v in vars(args).items()
+        k: v if isinstance(v, (int, float, bool, list, type(None))) else str(v)
+        for k, v in vars(args).items()
+        if not k.startswith("_")
     }
     if resume:
         before = json.loads((out / "config.json").read_text())["arguments"]
@@ -214,18 +216,22 @@ class Log:
 class StopSignal:
     """Turns Ctrl-C and SIGTERM into a question that the loop asks after each step: `if stop(): save; stop.leave(path)`.
 
+    at_once: the checkpoint that holds everything, once the last step is saved; a signal then ends the run where it stands.
     Give loaders `worker_init_fn=loader_worker`. A second Ctrl-C ends the process at once.
     """
 
     def __init__(self, accelerator):
-        self.accelerator, self.signum = accelerator, 0
-        signal.signal(signal.SIGINT, self._handle)
-        signal.signal(signal.SIGTERM, self._handle)
+        self.accelerator, self.signum, self.at_once = accelerator, 0, ""
+        self.before = {
+            number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)
+        }
 
     def _handle(self, signum, frame):
         if self.signum and signum == signal.SIGINT:
             raise KeyboardInterrupt
         self.signum = signum
+        if self.at_once:
+            self.leave(self.at_once)
         if self.accelerator.is_main_process:
             print(f"{signal.Signals(signum).name}: saving after this step ...", file=sys.stderr, flush=True)
 
@@ -236,6 +242,11 @@ class StopSignal:
             most = int(self.accelerator.gather(flag[None]).max())
             self.signum = self.signum or most
         return bool(self.signum)
+
+    def restore(self):
+        """Give the signals back to whoever had them before."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def leave(self, saved):
         """End the run: the main process raises Interrupted saying where it is saved and how to resume."""

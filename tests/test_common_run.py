@@ -136,7 +136,7 @@ def test_twenty_kills_at_random_moments_lose_nothing(tmp_path):
     options = [
         "--width",
         "20000",
-        "--steps",
+        "--max-steps",
         "200",
     ]  # 4 MB to save every 5 steps: about half of the time goes into saving
     whole, out, chance, in_save = tmp_path / "whole", tmp_path / "cut", random.Random(0), 0
@@ -169,7 +169,7 @@ def test_twenty_kills_at_random_moments_lose_nothing(tmp_path):
 
 
 def test_full_disk_leaves_the_previous_checkpoint_whole(tmp_path):
-    toy(tmp_path / "a", "--steps", "10")
+    toy(tmp_path / "a", "--max-steps", "10")
     full = toy(tmp_path / "b", "--width", "1000", limit=20_000, check=False)
     assert full.returncode == 2 and "Traceback" not in full.text
     assert "step-00000005" in full.text and "last good checkpoint: none" in full.text
@@ -181,7 +181,7 @@ def test_full_disk_leaves_the_previous_checkpoint_whole(tmp_path):
 
 @pytest.mark.parametrize("harm", ["cut", "flip", "remove", "state"])
 def test_damaged_last_checkpoint_falls_back_to_the_one_before(tmp_path, harm):
-    whole, _ = toy(tmp_path / "whole"), toy(tmp_path / "a", "--steps", "15")
+    whole, _ = toy(tmp_path / "whole"), toy(tmp_path / "a", "--max-steps", "15")
     weights = tmp_path / "a/checkpoints/step-00000015/model.safetensors"
     data = bytearray(weights.read_bytes())
     if harm == "cut":
@@ -213,7 +213,7 @@ def test_second_process_on_the_same_run_is_refused(tmp_path):
 
 
 def test_used_or_foreign_folder_is_refused_and_left_alone(tmp_path):
-    toy(tmp_path / "a", "--steps", "5")
+    toy(tmp_path / "a", "--max-steps", "5")
     assert "--overwrite" in toy(tmp_path / "a", check=False).text
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("years of work")
@@ -221,11 +221,11 @@ def test_used_or_foreign_folder_is_refused_and_left_alone(tmp_path):
         done = toy(tmp_path / "mine", *options, check=False)
         assert done.returncode == 2 and "thesis.txt" in done.text
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
-    toy(tmp_path / "a", "--overwrite", "--steps", "7")
+    toy(tmp_path / "a", "--overwrite", "--max-steps", "7")
     assert len(losses(tmp_path / "a")) == 7
     (tmp_path / "killed").mkdir()
     (tmp_path / "killed/.config.json.7.tmp.json").touch()  # by a kill in the first write
-    toy(tmp_path / "killed", "--steps", "5")
+    toy(tmp_path / "killed", "--max-steps", "5")
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -285,7 +285,7 @@ def test_fsdp2_follows_the_same_curve(tmp_path):
 def test_plain_torchrun_joins_its_processes(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [*torchrun, TOY, "--out", str(tmp_path / "a"), "--steps", "2"],
+        [*torchrun, TOY, "--out", str(tmp_path / "a"), "--max-steps", "2"],
         capture_output=True,
         text=True,
         cwd="/",
@@ -298,7 +298,7 @@ def test_plain_torchrun_joins_its_processes(tmp_path):
 
 
 def test_user_error_of_one_process_ends_all_without_traceback(tmp_path):
-    toy(tmp_path / "a", "--steps", "5")
+    toy(tmp_path / "a", "--max-steps", "5")
     done = toy(tmp_path / "a", processes=2, check=False)
     assert done.returncode == 2 and "Traceback" not in done.text
     assert sum("already holds a run" in line for line in done.text.splitlines()) == 1

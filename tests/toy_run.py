@@ -1,6 +1,5 @@
 """A training script of the smallest size that uses all of common/; the tests start it in every way a project is started."""
 
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -8,94 +7,85 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration
 
-from common.checkpoint import find_resume, load_step, save_step
-from common.errors import run
-from common.run import Log, StopSignal, check_finite, loader_worker, open_run, seed_everything
+from common.arguments import Parser, add_run_arguments
+from common.errors import run as run_script
+from common.run import open_run, seed_everything
+from common.train import (
+    batches,
+    check_finite,
+    evaluation_due,
+    finish,
+    finish_step,
+    lr_at,
+    make_accelerator,
+    make_loader,
+    parameter_groups,
+    plan_steps,
+    start,
+    update,
+)
 
 
 class Noise(torch.utils.data.Dataset):
-    """64 vectors of 8; every value is a function of the index."""
+    """64 vectors of 8; every value is a function of the index. A row counts for `weight` things, 1 to 3."""
 
     def __len__(self):
         return 64
 
     def __getitem__(self, i):
-        return torch.randn(8, generator=torch.Generator().manual_seed(i)), f"record-{i}"
+        x = torch.randn(8, generator=torch.Generator().manual_seed(i))
+        return {"x": x, "weight": torch.tensor(1 + i % 3), "name": f"record-{i}"}
 
 
-def parse_args():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--overwrite", action="store_true")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--workers", type=int, default=0)
-    parser.add_argument(
-        "--width",
-        type=int,
-        default=16,
-        help="hidden width; large makes saving slow enough to be killed in it",
-    )
+def parse_args(argv=None):
+    parser = Parser(__doc__)
+    parser.add_argument("--width", type=int, default=16, help="hidden width; large makes saving slow")
     parser.add_argument("--pause", type=float, default=0, help="seconds of sleep after each step")
+    parser.add_argument(
+        "--pause-at-end", type=float, default=0, help="seconds that the closing evaluation takes"
+    )
     parser.add_argument("--nan-at", type=int, default=0, help="step whose loss becomes nan")
-    return parser.parse_args()
+    parser.add_argument("--wild-at", type=int, default=0, help="step whose update overflows the weights")
+    add_run_arguments(parser, lr=1e-2, batch_size=8, max_steps=20, warmup=0.0, save_every=5, log_every=1)
+    return parser.parse_args(argv)
 
 
 def main(args):
-    accelerator = Accelerator(
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=0)
-    )
+    accelerator = make_accelerator(args)
     open_run(args.out, args, accelerator, args.resume, args.overwrite)
     seed_everything(0)
     model = torch.nn.Sequential(
         torch.nn.Linear(8, args.width), torch.nn.Tanh(), torch.nn.Linear(args.width, 8)
     )
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-    loader = torch.utils.data.DataLoader(
-        Noise(),
-        args.batch_size,
-        shuffle=True,
-        generator=torch.Generator(),
-        num_workers=args.workers,
-        worker_init_fn=loader_worker,
-    )
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    state = {"step": 0, "epoch": 0, "batch": 0}
-    if args.resume and (found := find_resume(args.out, accelerator)):
-        state = load_step(accelerator, found)
-    stop, log = StopSignal(accelerator), Log(args.out, accelerator, args.steps, state["step"])
-    while state["step"] < args.steps:
-        loader.set_epoch(state["epoch"])
-        for x, names in accelerator.skip_first_batches(loader, state["batch"]):
-            loss = (model(x) - x).square().mean()
-            if state["step"] + 1 == args.nan_at:
+    if args.compile:
+        model.compile()
+    optimizer = torch.optim.AdamW(parameter_groups(model, args.lr, args.weight_decay))
+    model, optimizer, loader = accelerator.prepare(model, optimizer, make_loader(Noise(), args))
+    steps = plan_steps(args, loader)
+
+    run = start(accelerator, args, steps, [optimizer])
+    for batch, share in batches(run, loader, count=lambda batch: batch["weight"].sum()):
+        with accelerator.accumulate(model):
+            error = (model(batch["x"]) - batch["x"]).square().mean(1)
+            loss = (error * batch["weight"]).sum() / batch["weight"].sum() * share
+            if run.state["step"] + 1 == args.nan_at:
                 loss = loss * torch.nan
-            check_finite(loss, state["step"] + 1, names, args.out)
+            check_finite(run, batch["name"], loss=loss)
             accelerator.backward(loss)
-            optimizer.step()
-            optimizer.zero_grad()
-            state["batch"] += 1
-            state["step"] += 1
-            log.log(state["step"], loss=accelerator.reduce(loss.detach(), "mean"))
-            if state["step"] % 5 == 0:
-                save_step(accelerator, args.out, state)
-            if stop():
-                stop.leave(save_step(accelerator, args.out, state))
+            factor = lr_at(run.state["step"], steps, args.warmup)
+            grad = update(run, model, [optimizer], 1e45 if run.state["step"] + 1 == args.wild_at else factor)
+        if accelerator.sync_gradients:
+            scores = {"odd": run.state["step"] % 2} if evaluation_due(run) else {}
+            finish_step(run, grad=grad, **scores)
             time.sleep(args.pause)
-            if state["step"] == args.steps:
-                break
-        else:
-            state["epoch"], state["batch"] = state["epoch"] + 1, 0
-    log.close()
+
+    time.sleep(args.pause_at_end)
+    finish(run)
     if accelerator.is_main_process:
-        print(
-            "final", torch.cat([p.detach().flatten() for p in model.parameters()]).double().sum().item().hex()
-        )
+        total = torch.cat([p.detach().flatten() for p in model.parameters()]).double().sum().item()
+        print("final", total.hex())
 
 
 if __name__ == "__main__":
-    run(main, parse_args())
+    run_script(main, parse_args())

@@ -1,0 +1,190 @@
+"""The command line of every script: one parser, and one set of run flags with the same names everywhere."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from common.errors import UserError
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keep the paragraphs of the description and show every default that says something."""
+
+    def _get_help_string(self, action):
+        if action.default in (None, False, "", argparse.SUPPRESS) or action.default in ([], ()):
+            return action.help
+        return super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """`argparse.ArgumentParser` with our help, one-line errors, and dashes and underscores as equals (`--save_steps`, `--save-steps`).
+
+    The parsed namespace has one name more: `_given`, the set of destinations that stand on the command line, for `refuse`.
+    """
+
+    def __init__(self, description=None, **options):
+        options = {"formatter_class": Help, "allow_abbrev": False, **options}
+        super().__init__(description=description, **options)
+
+    def parse_known_args(self, args=None, namespace=None):
+        known = {name.replace("_", "-"): name for name in self._option_string_actions}
+        words, given = [], set()
+        for word in sys.argv[1:] if args is None else args:
+            name, sign, value = word.partition("=")
+            if name.startswith("-") and name.replace("_", "-") in known:
+                name = known[name.replace("_", "-")]
+                given.add(self._option_string_actions[name].dest)
+                word = name + sign + value
+            words.append(word)
+        namespace, rest = super().parse_known_args(words, namespace)
+        namespace._given = given | getattr(namespace, "_given", set())
+        return namespace, rest
+
+    def error(self, message):
+        """One line on stderr and exit status 2."""
+        self.exit(2, f"error: {message}; {self.prog} --help explains every option\n")
+
+
+def number(kind=int, low=None, high=None):
+    """`type=number(float, 0, 1)`: an int or float that must lie in [low, high]; None leaves an end open."""
+
+    def convert(text):
+        value = kind(text)
+        if not (low is None or value >= low) or not (high is None or value <= high):
+            ends = (
+                f"at least {low}"
+                if high is None
+                else f"at most {high}"
+                if low is None
+                else f"from {low} to {high}"
+            )
+            raise argparse.ArgumentTypeError(f"{text} must be {ends}")
+        return value
+
+    convert.__name__ = {int: "whole number", float: "number"}[kind]
+    return convert
+
+
+def refuse(args, names, why: str):
+    """Raise UserError if one of the destinations `names` was given on the command line although it has no effect `why`.
+
+    `refuse(args, ["eval_every"], "without --val")`: "--eval-every has no effect without --val; leave it out".
+    """
+    for name in names:
+        if name in args._given:
+            raise UserError(f"--{name.replace('_', '-')} has no effect {why}; leave it out")
+
+
+def add_run_arguments(parser, omit=(), **defaults):
+    """Add the flags of every training script, in the groups "optimisation" and "run"; upstream's names are aliases.
+
+    omit: destinations that this script has no use for. defaults: its own values, by destination, such as lr=1e-3.
+    """
+    optim, run = parser.add_argument_group("optimisation"), parser.add_argument_group("run")
+    count, steps = number(int, 1), number(int, 0)
+    flags = {
+        "lr": (optim, ["learning-rate"], 1e-4, number(float, 0), "peak learning rate"),
+        "batch_size": (
+            optim,
+            ["per-device-train-batch-size"],
+            1,
+            count,
+            "samples per process and forward pass",
+        ),
+        "accum": (
+            optim,
+            ["gradient-accumulation-steps"],
+            1,
+            count,
+            "batches accumulated in one optimizer step",
+        ),
+        "epochs": (
+            optim,
+            ["num-train-epochs"],
+            1.0,
+            number(float, 0),
+            "passes over the data; --max-steps takes their place",
+        ),
+        "max_steps": (optim, [], 0, steps, "optimizer steps; 0: --epochs decides"),
+        "warmup": (
+            optim,
+            ["warmup-steps"],
+            0.05,
+            number(float, 0),
+            "linear warm-up: below 1 a fraction of all steps, from 1 on a number of steps",
+        ),
+        "weight_decay": (optim, [], 0.01, number(float, 0), "weight decay of AdamW"),
+        "clip": (
+            optim,
+            ["max-grad-norm"],
+            1.0,
+            number(float, 0),
+            "largest norm of the gradient; 0: no clipping",
+        ),
+        "workers": (run, ["dataloader-num-workers"], 0, steps, "loader processes for each training process"),
+        "seed": (run, [], 0, number(int, 0), "random seed of the weights, the order and every other draw"),
+        "log_every": (run, ["logging-steps"], 20, count, "optimizer steps between log lines"),
+        "save_every": (
+            run,
+            ["save-steps"],
+            1000,
+            steps,
+            "optimizer steps between checkpoints; 0: only at the end",
+        ),
+        "keep": (run, ["save-total-limit"], 3, count, "newest checkpoints to keep"),
+        "eval_every": (
+            run,
+            ["eval-steps"],
+            0,
+            steps,
+            "optimizer steps between evaluations; 0: only at the end",
+        ),
+    }
+    unknown = [
+        name
+        for name in (*defaults, *omit)
+        if name not in flags and name not in ("out", "precision", "resume")
+    ]
+    assert not unknown, f"no run flag is called {unknown[0]}"
+    for name, (group, others, value, kind, text) in flags.items():
+        if name not in omit:
+            names = [f"--{n}" for n in (name.replace("_", "-"), *others)]
+            group.add_argument(*names, dest=name, type=kind, default=defaults.get(name, value), help=text)
+    optim.add_argument(
+        "--precision",
+        "--mixed-precision",
+        choices=("no", "bf16", "fp16"),
+        default=defaults.get("precision", "no"),
+        help="number format of the forward pass (autocast); no: float32",
+    )
+    run.add_argument(
+        "--out",
+        "--output-dir",
+        type=Path,
+        required="out" not in defaults,
+        default=defaults.get("out"),
+        help="run folder: configuration, log, checkpoints, results",
+    )
+    if "resume" not in omit:
+        run.add_argument(
+            "--resume", action="store_true", help="go on from the newest whole checkpoint in --out"
+        )
+    run.add_argument(
+        "--overwrite", action="store_true", help="delete the run that --out holds and start again"
+    )
+    run.add_argument("--compile", action="store_true", help="compile the model with torch.compile")
+    run.add_argument(
+        "--profile",
+        metavar="A:B",
+        type=_span,
+        help="write a PyTorch profiler trace of the steps A to B - 1 to --out",
+    )
+
+
+def _span(text: str) -> list[int]:
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not of the form A:B with whole numbers A < B, such as 10:13"
+        )
+    return [int(first), int(last)]

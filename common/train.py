@@ -1,0 +1,360 @@
+"""What every training loop is made of. A train script reads top to bottom and calls these functions in its loop:
+
+    run = start(accelerator, args, steps, optimizers)
+    for batch, share in batches(run, loader, count=lambda batch: (batch["labels"] != -100).sum()):
+        with accelerator.accumulate(model):
+            loss = model(**batch).loss * share
+            check_finite(run, batch["name"], loss=loss)
+            accelerator.backward(loss)
+            grad = update(run, model, optimizers, lr_at(run.state["step"], steps, args.warmup))
+        if accelerator.sync_gradients:
+            finish_step(run, grad=grad)
+    finish(run)
+
+Accumulating k batches equals one batch k times as large, and P processes equal one. A checkpoint is never written before all
+losses up to it, and the weights, were seen to be finite. On a CPU that is looked at before the weights change; on a GPU the
+losses stay there and are looked at where the loop waits for the device anyway: at a log line, an evaluation or a save.
+"""
+
+import itertools
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, gather_object
+from torch.utils.data import DataLoader
+
+from common.arguments import refuse
+from common.checkpoint import find_resume, load_step, save_step
+from common.errors import UserError
+from common.run import Log, StopSignal, loader_worker
+
+
+def make_accelerator(args, **options) -> Accelerator:
+    """Accelerator for --precision, --accum and --seed; `options` go to it as they are."""
+    return Accelerator(
+        mixed_precision=args.precision,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=args.accum, sync_with_dataloader=False
+        ),
+        **options,
+    )
+
+
+def make_loader(dataset, args, train: bool = True, **options) -> DataLoader:
+    """Loader with --batch-size and --workers. train: shuffled (unless `options` say otherwise), the incomplete batch dropped.
+
+    The loader's own generator is half of an exact resume, accelerate's seedable sampler the other half.
+    """
+    if train:
+        options = {"shuffle": True, "drop_last": True, **options}
+    return DataLoader(
+        dataset,
+        args.batch_size,
+        num_workers=args.workers,
+        worker_init_fn=loader_worker,
+        generator=torch.Generator(),
+        **options,
+    )
+
+
+def parameter_groups(model, lr: float, weight_decay: float, plain=("embed", "token")) -> list[dict]:
+    """AdamW groups of all trained tensors: matrices decay; vectors, and names that hold a word of `plain`, do not.
+
+    Each group carries its peak learning rate as "peak", which `update` multiplies.
+    """
+    decayed, free = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            keep = parameter.ndim < 2 or any(word in name for word in plain)
+            (free if keep else decayed).append(parameter)
+    groups = [(decayed, weight_decay), (free, 0.0)]
+    return [{"params": some, "weight_decay": decay, "lr": lr, "peak": lr} for some, decay in groups if some]
+
+
+def plan_steps(args, loader) -> int:
+    """Optimizer steps of the run: --max-steps, or --epochs over `loader` (prepared: its length is per process)."""
+    per_epoch = len(loader) // args.accum
+    if per_epoch < 1:
+        raise UserError(
+            f"{len(loader.dataset)} training samples make {len(loader)} batches of --batch-size {args.batch_size} per process, "
+            f"fewer than one optimizer step of --accum {args.accum}; lower one of them or give more data"
+        )
+    if args.max_steps:
+        refuse(args, ["epochs"], "beside --max-steps")
+    return args.max_steps or max(1, round(args.epochs * per_epoch))
+
+
+def lr_at(step, steps, warmup, schedule="cosine", floor=0.0, ramp="next", first=1e-5) -> float:
+    """Factor on the peak learning rate at optimizer step `step` (from 0) of `steps`.
+
+    warmup: below 1 a fraction of all steps, from 1 on a number of steps W. schedule: what follows, "cosine" or "linear" to
+    `floor`, or "constant". ramp: how the W steps rise: "next" is (step + 1) / W; "zero" is step / W, so that step 0 changes
+    nothing (cwt_mae's upstream); "mmengine" goes from `first` to 1 at step W - 1 (F-LMM's upstream).
+    """
+    rise = round(warmup * steps) if warmup < 1 else int(warmup)
+    if step < rise:
+        if ramp == "mmengine":
+            return first + (1 - first) * step / max(1, rise - 1)
+        return (step + (ramp == "next")) / rise
+    if schedule == "constant":
+        return 1.0
+    done = min(1.0, (step - rise) / max(1, steps - rise))
+    return floor + (1 - floor) * (0.5 * (1 + math.cos(math.pi * done)) if schedule == "cosine" else 1 - done)
+
+
+@dataclass
+class Run:
+    """What one training run carries from step to step. state is saved with every checkpoint; scripts may add to it."""
+
+    accelerator: Accelerator
+    args: object
+    steps: int
+    state: dict
+    log: Log
+    stop: StopSignal
+    sums: dict = field(default_factory=dict)  # of this step's micro-batches, on the device
+    unread: list = field(default_factory=list)  # (step, what, batch names, value): not yet known to be finite
+    samples: int = 0  # since the last log line, on this process
+    clock: float = field(default_factory=time.monotonic)
+    profiler: object = None
+
+    @property
+    def last(self) -> bool:
+        """Whether the step just made was the last one."""
+        return self.state["step"] >= self.steps
+
+
+def start(accelerator, args, steps: int, optimizers, **state) -> Run:
+    """Begin a run in --out, or go on with it under --resume. Call it after `open_run` and `accelerator.prepare`.
+
+    optimizers: the prepared ones; their settings are those of the command line, also after a resume. state: further counters
+    that checkpoints keep, with their first values.
+    """
+    run_state = {"step": 0, "epoch": 0, "batch": 0, **state}
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
+    if getattr(args, "resume", False):
+        found = find_resume(args.out, accelerator)
+        if found is None:
+            accelerator.print(f"{args.out} holds no whole checkpoint yet: starting at step 0")
+        else:
+            run_state.update(load_step(accelerator, found))
+            accelerator.print(f"resumed from {found}")
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        for group, own in zip(groups, settings):
+            group.update(own)
+    accelerator.step = 0  # accumulation starts anew, also where --accum is another than before
+    log, stop = Log(args.out, accelerator, steps, run_state["step"]), StopSignal(accelerator)
+    run = Run(accelerator, args, steps, run_state, log, stop)
+    if run.last:
+        stop.at_once = str(Path(args.out) / "last")
+    return run
+
+
+def batches(run: Run, loader, count=None):
+    """Yield (batch, share) until the last step: epochs, from the resumed batch on, without the incomplete step at an epoch's end.
+
+    count: function of a batch to the number of things its mean loss is over (tokens, patches; one number or a tensor of
+    several); default: its samples. share: this batch's count over the mean count of all batches of the optimizer step on all
+    processes, so that `mean loss * share` weighs every token of the step alike.
+    """
+    state, accum = run.state, run.args.accum
+    while not run.last:
+        _set_epoch(loader, state["epoch"])
+        whole = len(loader) // accum * accum
+        if not whole:
+            raise UserError(
+                f"the data make {len(loader)} batches per process, fewer than one step of --accum {accum}; lower it"
+            )
+        ready = iter(run.accelerator.skip_first_batches(loader, state["batch"]))
+        for _ in range(state["batch"], whole, accum):
+            window = list(
+                itertools.islice(ready, accum)
+            )  # the whole step: its counts are needed before its first backward
+            _profile(run)
+            for batch, share in zip(window, _shares(run, window, count or _samples)):
+                state["batch"] += 1
+                run.samples += _samples(batch)
+                yield batch, share
+            if run.last:
+                _profile(run)
+                return
+        state["epoch"], state["batch"] = state["epoch"] + 1, 0
+
+
+def _set_epoch(loader, epoch: int):
+    """Tell the sampler and every data set of the chain (a Subset holds another) which epoch begins."""
+    loader.set_epoch(epoch)
+    dataset = loader.dataset
+    while dataset is not None:
+        if hasattr(dataset, "set_epoch"):
+            dataset.set_epoch(epoch)
+        dataset = getattr(dataset, "dataset", None)
+
+
+def _samples(batch) -> int:
+    """Samples in a batch: its length, or that of its first entry where it is a dictionary."""
+    return len(next(iter(batch.values())) if isinstance(batch, Mapping) else batch)
+
+
+def _shares(run: Run, window, count):
+    """The share of each batch of one optimizer step; see `batches`."""
+    device = run.accelerator.device
+    counts = torch.stack([torch.as_tensor(count(b), dtype=torch.float32, device=device) for b in window])
+    mean = run.accelerator.reduce(counts.mean(0), "mean")
+    return counts / mean.masked_fill(mean == 0, 1.0)
+
+
+def _profile(run: Run):
+    """Start and end the profiler of --profile A:B around its steps; the trace opens in chrome://tracing or Perfetto."""
+    if run.profiler is not None and (run.last or run.state["step"] >= run.args.profile[1]):
+        run.profiler.stop()
+        path = Path(run.args.out) / f"profile-rank{run.accelerator.process_index}.json"
+        run.profiler.export_chrome_trace(str(path))
+        run.accelerator.print(
+            f"profile of steps {run.args.profile[0]} to {run.args.profile[1] - 1} in {path}"
+        )
+        run.profiler, run.args.profile = None, None
+    elif (
+        run.args.profile
+        and run.profiler is None
+        and run.args.profile[0] <= run.state["step"] < run.args.profile[1]
+    ):
+        run.profiler = torch.profiler.profile()
+        run.profiler.start()
+
+
+def check_finite(run: Run, names, loss, **parts):
+    """Take note of one batch's loss before its backward pass; on a CPU, refuse it at once if it is nan or inf.
+
+    names: of the batch's samples, for the message. loss, parts: scalars, already multiplied by their share; their means over
+    the whole step and all processes are logged under their names.
+    """
+    for name, value in {"loss": loss, **parts}.items():
+        run.sums[name] = run.sums.get(name, 0.0) + value.detach()
+    run.unread.append((run.state["step"] + 1, "loss", names, loss.detach()))
+    if run.accelerator.device.type == "cpu":
+        look(run)
+
+
+def look(run: Run):
+    """Wait for the device and raise UserError on all processes if any loss or gradient noted since the last look was not finite."""
+    noted, run.unread = run.unread, []
+    if not noted:
+        return
+    good = torch.stack([torch.isfinite(value) for *_, value in noted])
+    if bool(run.accelerator.reduce((~good).sum().float(), "sum") == 0):
+        return
+    message = None
+    if not bool(good.all()):
+        step, what, names, value = noted[good.tolist().index(False)]
+        names = [str(name) for name in names]
+        files = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        message = f"{what} is {value.item()} at step {step}; batch: {files}"
+    message = next(text for text in gather_object([message]) if text)
+    found = find_resume(run.args.out, run.accelerator)
+    way_out = f"; last good checkpoint: {found}" if found else "; no checkpoint was saved yet"
+    _refuse(
+        run,
+        f"{message}{way_out}; look at these inputs or lower --lr, then {'--resume' if found else '--overwrite'}",
+    )
+
+
+def _refuse(run: Run, message: str):
+    """End all processes; the main one says why."""
+    raise UserError(message) if run.accelerator.is_main_process else SystemExit(2)
+
+
+def update(run: Run, model, optimizers, factor: float):
+    """Make the optimizer step where the accumulation is complete, with every group's rate at its "peak" times `factor`.
+
+    Returns the gradient's norm before clipping (None between two steps) and counts run.state["step"].
+    """
+    accelerator, norm = run.accelerator, None
+    if accelerator.sync_gradients:
+        norm = accelerator.clip_grad_norm_(model.parameters(), run.args.clip or math.inf)
+        if (
+            norm is not None and accelerator.scaler is None
+        ):  # fp16's scaler leaves out steps with inf by itself
+            names = run.unread[-1][2] if run.unread else ["see the log"]
+            run.unread.append((run.state["step"] + 1, "gradient norm", names, norm.detach()))
+            if accelerator.device.type == "cpu":
+                look(run)
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = group["peak"] * factor
+        run.state["step"] += 1
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    return norm
+
+
+def evaluation_due(run: Run) -> bool:
+    """Whether --eval-every falls on the step just made; what the weights are worth at the end is measured after the loop."""
+    every = run.args.eval_every
+    due = bool(every) and run.state["step"] % every == 0 and not run.last
+    if due:
+        look(run)
+    return due
+
+
+def finish_step(run: Run, grad=None, save: bool = False, **scores) -> Path | None:
+    """Log, save and stop after an optimizer step; returns the checkpoint if one was written.
+
+    grad: what `update` returned. scores: of an evaluation at this step, logged in any case. save: write a checkpoint now.
+    Raises Interrupted, after saving, when a stop signal has arrived.
+    """
+    accelerator, args, state = run.accelerator, run.args, run.state
+    means = {name: value / args.accum for name, value in run.sums.items()}
+    run.sums = {}
+    asked = run.stop()
+    if state["step"] % args.log_every == 0 or state["step"] == 1 or run.last or scores:
+        look(run)
+        means = {name: accelerator.reduce(value, "mean") for name, value in means.items()}
+        rate = run.samples * accelerator.num_processes / (time.monotonic() - run.clock)
+        lr = accelerator._optimizers[0].param_groups[0]["lr"]
+        own = {} if grad is None else {"grad": grad}
+        run.log.log(state["step"], **means, lr=lr, **own, samples_per_s=rate, **scores)
+        run.samples, run.clock = 0, time.monotonic()
+    due = bool(args.save_every) and state["step"] % args.save_every == 0
+    if not (save or due or run.last or asked):
+        return None
+    look(run)
+    _look_at_weights(run)
+    saved = save_step(accelerator, args.out, state, args.keep)
+    if asked:
+        run.stop.leave(saved)
+    if run.last:
+        run.stop.at_once = str(saved)
+    return saved
+
+
+def _look_at_weights(run: Run):
+    """Refuse to save weights that are nan or inf: the last step's loss was finite, but its update may not have been."""
+    flags = [torch.zeros((), device=run.accelerator.device)]
+    for model in run.accelerator._models:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+                flags.append((~torch.isfinite(local.detach())).any().float().to(run.accelerator.device))
+    if bool(run.accelerator.reduce(torch.stack(flags).sum(), "sum") > 0):
+        found = find_resume(run.args.out, run.accelerator)
+        last = f"last good checkpoint: {found}" if found else "no checkpoint was saved yet"
+        _refuse(
+            run,
+            f"the weights are not finite after step {run.state['step']}; {last}; lower --lr and start again",
+        )
+
+
+def finish(run: Run, **scores):
+    """End a run when its evaluation and its files are done: log `scores` at the last step and give the signals back."""
+    if scores:
+        run.log.log(run.state["step"], **scores)
+    run.log.close()
+    run.stop.restore()
