@@ -62,7 +62,7 @@ def losses(out):
 def test_run_directory_describes_the_run(tmp_path):
     toy(tmp_path / "a")
     config = json.loads((tmp_path / "a/config.json").read_text())
-    assert config["arguments"]["steps"] == 20 and config["processes"] == 1 and config["versions"]["torch"]
+    assert config["arguments"]["max_steps"] == 20 and config["processes"] == 1 and config["versions"]["torch"]
     assert len(losses(tmp_path / "a")) == 20 and list((tmp_path / "a/tb").iterdir())
     assert sorted(p.name for p in (tmp_path / "a/checkpoints").iterdir()) == [
         "step-00000010",

@@ -46,7 +46,7 @@ def parse_args(argv=None):
         "--pause-at-end", type=float, default=0, help="seconds that the closing evaluation takes"
     )
     parser.add_argument("--nan-at", type=int, default=0, help="step whose loss becomes nan")
-    parser.add_argument("--wild-at", type=int, default=0, help="step whose update overflows the weights")
+    parser.add_argument("--wild-at", type=int, default=0, help="step whose update makes the weights infinite")
     add_run_arguments(parser, lr=1e-2, batch_size=8, max_steps=20, warmup=0.0, save_every=5, log_every=1)
     return parser.parse_args(argv)
 
@@ -73,9 +73,11 @@ def main(args):
                 loss = loss * torch.nan
             check_finite(run, batch["name"], loss=loss)
             accelerator.backward(loss)
-            factor = lr_at(run.state["step"], steps, args.warmup)
-            grad = update(run, model, [optimizer], 1e45 if run.state["step"] + 1 == args.wild_at else factor)
+            factor = lr_at(run.state["step"], steps, args.warmup, "constant")
+            grad = update(run, model, [optimizer], factor)
         if accelerator.sync_gradients:
+            if run.state["step"] == args.wild_at:
+                next(model.parameters()).data.fill_(torch.inf)
             scores = {"odd": run.state["step"] % 2} if evaluation_due(run) else {}
             finish_step(run, grad=grad, **scores)
             time.sleep(args.pause)
