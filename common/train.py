@@ -85,9 +85,11 @@ def plan_steps(args, loader) -> int:
             f"{len(loader.dataset)} training samples make {len(loader)} batches of --batch-size {args.batch_size} per process, "
             f"fewer than one optimizer step of --accum {args.accum}; lower one of them or give more data"
         )
-    if args.max_steps:
-        refuse(args, ["epochs"], "beside --max-steps")
-    return args.max_steps or max(1, round(args.epochs * per_epoch))
+    by_epochs = not args.max_steps or "epochs" in args._given and "max_steps" not in args._given
+    if by_epochs:
+        return max(1, round(args.epochs * per_epoch))
+    refuse(args, ["epochs"], "beside --max-steps")
+    return args.max_steps
 
 
 def lr_at(step, steps, warmup, schedule="cosine", floor=0.0, ramp="next", first=1e-5) -> float:
