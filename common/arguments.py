@@ -17,9 +17,11 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
 
 class Parser(argparse.ArgumentParser):
-    """`argparse.ArgumentParser` with our help, one-line errors, and dashes and underscores as equals (`--save_steps`, `--save-steps`).
+    """`argparse.ArgumentParser` with our help, one-line errors, and dashes and underscores as equals
+    (`--save_steps`, `--save-steps`).
 
-    The parsed namespace has one name more: `_given`, the set of destinations that stand on the command line, for `refuse`.
+    The parsed namespace has one name more: `_given`, the set of destinations that stand on the command line,
+    for `refuse`.
     """
 
     def __init__(self, description=None, **options):
@@ -66,7 +68,8 @@ def number(kind=int, low=None, high=None):
 
 
 def refuse(args, names, why: str):
-    """Raise UserError if one of the destinations `names` was given on the command line although it has no effect `why`.
+    """Raise UserError if one of the destinations `names` was given on the command line although it has no
+    effect `why`.
 
     `refuse(args, ["eval_every"], "without --val")`: "--eval-every has no effect without --val; leave it out".
     """
@@ -76,9 +79,11 @@ def refuse(args, names, why: str):
 
 
 def add_run_arguments(parser, omit=(), **defaults):
-    """Add the flags of every training script, in the groups "optimisation" and "run"; upstream's names are aliases.
+    """Add the flags of every training script, in the groups "optimisation" and "run"; upstream's names are
+    aliases.
 
-    omit: destinations that this script has no use for. defaults: its own values, by destination, such as lr=1e-3.
+    omit: destinations that this script has no use for. defaults: its own values, by destination, such as
+    lr=1e-3.
     """
     optim, run = parser.add_argument_group("optimisation"), parser.add_argument_group("run")
     count, steps = number(int, 1), number(int, 0)

@@ -1,10 +1,10 @@
 """Checkpoints that are whole or absent: written beside their place, synced to disk, then renamed.
 
-    out/checkpoints/step-00000400/   weights, optimizer and random states as accelerate writes them, and state.json
+    out/checkpoints/step-00000400/   accelerate's weights, optimizer and random states, and state.json
     out/last, out/best               links to one of these folders
 
-state.json holds the loop's counters and the size and CRC-32 of every other file, so that a damaged checkpoint is
-recognised before anything is loaded from it.
+state.json holds the loop's counters and the size and CRC-32 of every other file, so that a damaged checkpoint
+is recognised before anything is loaded from it.
 """
 
 import contextlib
@@ -32,8 +32,8 @@ os.umask(UMASK)  # it can only be read by setting it
 
 
 def _sync(path: Path):
-    """fsync one file or folder: without it a rename can reach the disk before the data it names. safetensors makes files
-    that nobody else may read; they get the rights that the user's umask gives."""
+    """fsync one file or folder: without it a rename can reach the disk before the data it names. safetensors
+    makes files that nobody else may read; they get the rights that the user's umask gives."""
     if path.is_file():
         path.chmod(0o666 & ~UMASK)
     fd = os.open(path, os.O_RDONLY)
@@ -47,7 +47,8 @@ def _sync(path: Path):
 def atomic_path(path):
     """Yield a temporary path beside `path`; when the block ends well, rename it to `path`, else delete it.
 
-    The block may write a file or make a folder there. An existing file or folder at `path` is replaced only then.
+    The block may write a file or make a folder there. An existing file or folder at `path` is replaced only
+    then.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +87,8 @@ def atomic_write(path, data: str | bytes):
 
 
 def atomic_json(path, value):
-    """Write `value` as indented JSON, whole or not at all; nan and inf, which JSON does not know, become null."""
+    """Write `value` as indented JSON, whole or not at all; nan and inf, which JSON does not know, become
+    null."""
     atomic_write(path, json.dumps(_finite(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -99,7 +101,8 @@ def _finite(value):
 
 
 def atomic_csv(path, rows: list[dict]):
-    """Write `rows` as CSV with a header, whole or not at all; the columns are the keys of the first row, and all rows have them."""
+    """Write `rows` as CSV with a header, whole or not at all; the columns are the keys of the first row, and
+    all rows have them."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
     writer.writeheader()
@@ -128,10 +131,11 @@ def _files(folder: Path):
 
 
 def save_step(accelerator, out, state: dict, keep: int = 3) -> Path:
-    """Save everything that a run needs to continue to out/checkpoints/step-<state["step"]>/ and move `last` there.
+    """Save everything that a run needs to continue to out/checkpoints/step-<state["step"]>/ and move `last`
+    there.
 
-    state: JSON-able counters of the loop with at least "step" (optimizer steps done). keep: how many of the newest
-    checkpoints to keep; the one that `best` points to always stays. All processes must call this.
+    state: JSON-able counters of the loop with at least "step" (optimizer steps done). keep: how many of the
+    newest checkpoints to keep; the one that `best` points to always stays. All processes must call this.
     Raises UserError naming the last good checkpoint when it cannot be written.
     """
     folder = Path(out) / "checkpoints"
@@ -171,7 +175,8 @@ def save_step(accelerator, out, state: dict, keep: int = 3) -> Path:
 
 
 def damage(folder: Path) -> str:
-    """What is wrong with a checkpoint folder, or an empty string when every file is there as it was written."""
+    """What is wrong with a checkpoint folder, or an empty string when every file is there as it was
+    written."""
     try:
         files = json.loads((folder / "state.json").read_text())["files"]
     except FileNotFoundError:
@@ -188,7 +193,8 @@ def damage(folder: Path) -> str:
 
 
 def find_resume(out, accelerator=None) -> Path | None:
-    """The newest whole checkpoint of run directory `out`, or None. A damaged one is named on stderr and passed over.
+    """The newest whole checkpoint of run directory `out`, or None. A damaged one is named on stderr and
+    passed over.
 
     With `accelerator`, the main process looks and tells the others.
     """
@@ -203,7 +209,8 @@ def find_resume(out, accelerator=None) -> Path | None:
 
 
 def load_step(accelerator, path) -> dict:
-    """Load weights, optimizer and the random states of every process from `path`; return the loop's counters."""
+    """Load weights, optimizer and the random states of every process from `path`; return the loop's
+    counters."""
     path = Path(path)
     if why := damage(path):
         raise UserError(f"{path}: {why}; resume from another checkpoint in {path.parent}")

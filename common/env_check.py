@@ -1,7 +1,8 @@
-"""Exit status 0 when this interpreter holds every package of the given lists (-r file ...) in the supported range.
+"""Exit status 0 when this interpreter holds every package of the given lists (-r file ...) in the supported
+range.
 
-The range comes from pyproject.toml, for packages not named there any version counts. Standard library only, because it
-runs before anything is installed.
+The range comes from pyproject.toml, for packages not named there any version counts. Standard library only,
+because it runs before anything is installed.
 """
 
 import re

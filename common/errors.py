@@ -10,7 +10,8 @@ LOST = ("Connection closed by peer", "Connection reset by peer", "remote process
 
 
 class UserError(Exception):
-    """Something the user can mend. The message is one line: which file or field, what is wrong, what to do."""
+    """Something the user can mend. The message is one line: which file or field, what is wrong, what to
+    do."""
 
 
 class Interrupted(Exception):
@@ -24,8 +25,9 @@ class Interrupted(Exception):
 def run(main, *args):
     """Call `main(*args)` and turn what a user can act on into one line and an exit status.
 
-    UserError and a full disk: 2. Interrupted, Ctrl-C: 128 + signal number, as a shell reports it. A process that lost
-    the others because one of them ended: 75. Every other exception is a defect of ours and keeps its traceback.
+    UserError and a full disk: 2. Interrupted, Ctrl-C: 128 + signal number, as a shell reports it. A process
+    that lost the others because one of them ended: 75. Every other exception is a defect of ours and keeps
+    its traceback.
     """
     try:
         main(*args)
@@ -48,7 +50,8 @@ def run(main, *args):
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
             raise
         leave(
-            f"error: {error.strerror} while writing {error.filename or 'an output file'}; make room or choose another --out",
+            f"error: {error.strerror} while writing {error.filename or 'an output file'}; make room or "
+            "choose another --out",
             2,
         )
 
@@ -61,7 +64,8 @@ def leave(message: str, status: int):
 
 
 def end(status):
-    """Exit; one of several processes at once, because gloo's threads can abort it while the interpreter shuts down."""
+    """Exit; one of several processes at once, because gloo's threads can abort it while the interpreter shuts
+    down."""
     if os.environ.get("WORLD_SIZE", "1") != "1" and (status is None or isinstance(status, int)):
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(status or 0)

@@ -1,4 +1,5 @@
-"""Reading files that people give: what is damaged or has another form becomes one line that names file and field."""
+"""Reading files that people give: what is damaged or has another form becomes one line that names file and
+field."""
 
 import json
 from contextlib import contextmanager
@@ -33,7 +34,8 @@ def reading(path, what: str):
         raise UserError(f"{path}: {first_line(error)}") from error
     except Exception as error:
         raise UserError(
-            f"{path}: not a readable {what} ({type(error).__name__}: {first_line(error)}); mend it or copy it again"
+            f"{path}: not a readable {what} ({type(error).__name__}: {first_line(error)}); mend it or copy "
+            "it again"
         ) from error
 
 
@@ -47,10 +49,11 @@ def read_json(path, shape=None):
 
 
 def check(value, shape, where, name: str = ""):
-    """UserError unless `value` has the form `shape`: a type, a tuple of types, [shape of every element] or {field: shape}.
+    """UserError unless `value` has the form `shape`: a type, a tuple of types, [shape of every element] or
+    {field: shape}.
 
-    A field written "name?" may be absent or null; fields that the shape does not list are not looked at. A whole number
-    counts as a float, true and false count as bool alone.
+    A field written "name?" may be absent or null; fields that the shape does not list are not looked at. A
+    whole number counts as a float, true and false count as bool alone.
     """
     kinds = dict if isinstance(shape, dict) else list if isinstance(shape, list) else shape
     kinds = kinds if isinstance(kinds, tuple) else (kinds,)
@@ -61,7 +64,8 @@ def check(value, shape, where, name: str = ""):
     ):
         expected = " or ".join(NAMES[kind] for kind in kinds)
         raise UserError(
-            f"{where}: {name or 'the file'} is {NAMES.get(type(value), type(value).__name__)}, expected {expected}"
+            f"{where}: {name or 'the file'} is {NAMES.get(type(value), type(value).__name__)}, expected "
+            f"{expected}"
         )
     if isinstance(shape, dict):
         for key, inner in shape.items():
@@ -76,7 +80,8 @@ def check(value, shape, where, name: str = ""):
 
 
 def inside(root, name) -> Path:
-    """root / name for a name that a data file gives; UserError if that leads out of `root` (.., an absolute path, a link)."""
+    """root / name for a name that a data file gives; UserError if that leads out of `root` (.., an absolute
+    path, a link)."""
     with reading(Path(root) / name, "path"):
         if not (Path(root) / name).resolve().is_relative_to(Path(root).resolve()):
             raise UserError(f"{Path(root) / name} lies outside {root}")

@@ -1,7 +1,8 @@
 """Start a script on every process that the environment asks for: `python -m common.launch script.py args...`
 
-One process: the script runs here. Several (NPROC_PER_NODE x NNODES > 1): torchrun's elastic launcher. ACCELERATE_CONFIG
-set: accelerate's launcher with that yaml. A process that ends with a user error ends the launch with its exit status.
+One process: the script runs here. Several (NPROC_PER_NODE x NNODES > 1): torchrun's elastic launcher.
+ACCELERATE_CONFIG set: accelerate's launcher with that yaml. A process that ends with a user error ends the
+launch with its exit status.
 """
 
 import os
@@ -31,11 +32,13 @@ def main(script: str, *arguments: str):
             raise UserError(f"ACCELERATE_CONFIG={config}: no such file, and none of {known}")
         if "deepspeed_config" in path.read_text() and find_spec("deepspeed") is None:
             raise UserError(
-                f"{path} needs DeepSpeed, which is not installed; `pip install deepspeed`, or use ACCELERATE_CONFIG=fsdp2"
+                f"{path} needs DeepSpeed, which is not installed; `pip install deepspeed`, or use "
+                "ACCELERATE_CONFIG=fsdp2"
             )
         if "_config:" in path.read_text() and not torch.accelerator.is_available():
             raise UserError(
-                f"{path}: accelerate shards models on GPUs and NPUs only, and none is here; leave ACCELERATE_CONFIG unset"
+                f"{path}: accelerate shards models on GPUs and NPUs only, and none is here; leave "
+                "ACCELERATE_CONFIG unset"
             )
         from accelerate.commands.launch import launch_command, launch_command_parser
 
@@ -72,7 +75,8 @@ def main(script: str, *arguments: str):
 
 
 def start(launcher):
-    """Run a launcher; when a process of it failed, leave with that process's exit status instead of a traceback."""
+    """Run a launcher; when a process of it failed, leave with that process's exit status instead of a
+    traceback."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 

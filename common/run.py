@@ -51,10 +51,12 @@ _locks = {}  # open files: a lock lives as long as its file
 
 
 def open_run(out, args, accelerator, resume: bool = False, overwrite: bool = False) -> Path:
-    """Make, lock and describe the run directory `out`; every process calls this once, after checking its inputs.
+    """Make, lock and describe the run directory `out`; every process calls this once, after checking its
+    inputs.
 
-    A directory that holds a run is refused unless `resume` (go on with it) or `overwrite` (delete it) is given, one
-    that holds anything else always; so is one that another process is writing to. args: the argparse namespace.
+    A directory that holds a run is refused unless `resume` (go on with it) or `overwrite` (delete it) is
+    given, one that holds anything else always; so is one that another process is writing to. args: the
+    argparse namespace.
     """
     out = Path(out)
     on_main(accelerator, lambda: _open(out, args, accelerator.num_processes, resume, overwrite))
@@ -62,7 +64,8 @@ def open_run(out, args, accelerator, resume: bool = False, overwrite: bool = Fal
 
 
 def on_main(accelerator, function):
-    """Run `function()` on the main process while the others wait; its UserError ends all of them, told once."""
+    """Run `function()` on the main process while the others wait; its UserError ends all of them, told
+    once."""
     error = None
     if accelerator.is_main_process:
         try:
@@ -121,7 +124,8 @@ def _open(out: Path, args, processes: int, resume: bool, overwrite: bool):
 
 
 def _lock(out: Path):
-    """Hold out/run.lock until this process ends. A POSIX lock: `kill -9` frees it and loader workers do not keep it."""
+    """Hold out/run.lock until this process ends. A POSIX lock: `kill -9` frees it and loader workers do not
+    keep it."""
     file = open(out / "run.lock", "a+")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -148,7 +152,8 @@ def _commit() -> str:
 
 
 def seed_everything(seed: int, rank: int = 0):
-    """Seed Python, numpy and torch. Same `seed` everywhere for the weights; add the rank for masks and dropout."""
+    """Seed Python, numpy and torch. Same `seed` everywhere for the weights; add the rank for masks and
+    dropout."""
     random.seed(seed + rank)
     np.random.seed((seed + rank) % 2**32)
     torch.manual_seed(seed + rank)
@@ -167,10 +172,11 @@ def progress(iterable=None, accelerator=None, **options):
 
 
 class Log:
-    """Numbers of a run: one printed line, one line of log.jsonl and TensorBoard scalars per call, main process only.
+    """Numbers of a run: one printed line, one line of log.jsonl and TensorBoard scalars per call, main
+    process only.
 
-    total: last step, for `step 400/20000` and the progress bar. resume_step: lines after it are dropped from an existing
-    log.jsonl, because the resumed run will write them again.
+    total: last step, for `step 400/20000` and the progress bar. resume_step: lines after it are dropped from
+    an existing log.jsonl, because the resumed run will write them again.
     """
 
     def __init__(self, out, accelerator, total: int | None = None, resume_step: int = 0):
@@ -214,10 +220,11 @@ class Log:
 
 
 class StopSignal:
-    """Turns Ctrl-C and SIGTERM into a question that the loop asks after each step: `if stop(): save; stop.leave(path)`.
+    """Turns Ctrl-C and SIGTERM into a question that the loop asks after each step: `if stop(): save;
+    stop.leave(path)`.
 
-    at_once: the checkpoint that holds everything, once the last step is saved; a signal then ends the run where it stands.
-    Give loaders `worker_init_fn=loader_worker`. A second Ctrl-C ends the process at once.
+    at_once: the checkpoint that holds everything, once the last step is saved; a signal then ends the run
+    where it stands. Give loaders `worker_init_fn=loader_worker`. A second Ctrl-C ends the process at once.
     """
 
     def __init__(self, accelerator):
@@ -256,19 +263,21 @@ class StopSignal:
 
 
 def loader_worker(worker_id: int):
-    """`worker_init_fn` of every DataLoader: a stop signal sent to the whole process group must not take the workers
-    from a parent that still finishes its step. The alarm ends a worker that outlives its parent."""
+    """`worker_init_fn` of every DataLoader: a stop signal sent to the whole process group must not take the
+    workers from a parent that still finishes its step. The alarm ends a worker that outlives its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda signum, frame: signal.alarm(30))
 
 
 def check_finite(loss: torch.Tensor, step: int, names, out):
-    """Raise UserError when `loss` (scalar) is nan or inf, naming the step, the batch's files and where to resume."""
+    """Raise UserError when `loss` (scalar) is nan or inf, naming the step, the batch's files and where to
+    resume."""
     if torch.isfinite(loss):
         return
     names = [str(n) for n in names]
     files = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     raise UserError(
-        f"loss is {loss.item()} at step {step}; batch: {files}; last good checkpoint: {find_resume(out) or 'none'}; "
+        f"loss is {loss.item()} at step {step}; batch: {files}; last good checkpoint: "
+        f"{find_resume(out) or 'none'}; "
         "look at these inputs or lower --lr, then run again with --resume"
     )

@@ -1,4 +1,5 @@
-"""Small language models and tokenizers, built locally, for the built-in runs and the tests. Nothing is downloaded."""
+"""Small language models and tokenizers, built locally, for the built-in runs and the tests. Nothing is
+downloaded."""
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -23,8 +24,8 @@ TINY = dict(
 def make_tokenizer(texts, vocab_size: int = 512, special_tokens=()) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer on `texts` (iterable of str, any language: no character is unknown).
 
-    It has <s>, </s>, <pad>, the chat markers of `CHAT_TEMPLATE` and `special_tokens`. vocab_size is at least 256 bytes
-    plus the special tokens. Deterministic for equal texts.
+    It has <s>, </s>, <pad>, the chat markers of `CHAT_TEMPLATE` and `special_tokens`. vocab_size is at least
+    256 bytes plus the special tokens. Deterministic for equal texts.
     """
     named = ["<s>", "</s>", "<pad>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", *special_tokens]
     tokenizer = Tokenizer(models.BPE())

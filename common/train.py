@@ -1,4 +1,5 @@
-"""What every training loop is made of. A train script reads top to bottom and calls these functions in its loop:
+"""What every training loop is made of. A train script reads top to bottom and calls these functions in its
+loop:
 
     run = start(accelerator, args, steps, optimizers)
     for batch, share in batches(run, loader, count=lambda batch: (batch["labels"] != -100).sum()):
@@ -11,9 +12,10 @@
             finish_step(run, grad=grad)
     finish(run)
 
-Accumulating k batches equals one batch k times as large, and P processes equal one. A checkpoint is never written before all
-losses up to it, and the weights, were seen to be finite. On a CPU that is looked at before the weights change; on a GPU the
-losses stay there and are looked at where the loop waits for the device anyway: at a log line, an evaluation or a save.
+Accumulating k batches equals one batch k times as large, and P processes equal one. A checkpoint is never
+written before all losses up to it, and the weights, were seen to be finite. On a CPU that is looked at before
+the weights change; on a GPU the losses stay there and are looked at where the loop waits for the device
+anyway: at a log line, an evaluation or a save.
 """
 
 import itertools
@@ -47,7 +49,8 @@ def make_accelerator(args, **options) -> Accelerator:
 
 
 def make_loader(dataset, args, train: bool = True, **options) -> DataLoader:
-    """Loader with --batch-size and --workers. train: shuffled (unless `options` say otherwise), the incomplete batch dropped.
+    """Loader with --batch-size and --workers. train: shuffled (unless `options` say otherwise), the
+    incomplete batch dropped.
 
     The loader's own generator is half of an exact resume, accelerate's seedable sampler the other half.
     """
@@ -64,7 +67,8 @@ def make_loader(dataset, args, train: bool = True, **options) -> DataLoader:
 
 
 def parameter_groups(model, lr: float, weight_decay: float, plain=("embed", "token")) -> list[dict]:
-    """AdamW groups of all trained tensors: matrices decay; vectors, and names that hold a word of `plain`, do not.
+    """AdamW groups of all trained tensors: matrices decay; vectors, and names that hold a word of `plain`, do
+    not.
 
     Each group carries its peak learning rate as "peak", which `update` multiplies.
     """
@@ -78,11 +82,13 @@ def parameter_groups(model, lr: float, weight_decay: float, plain=("embed", "tok
 
 
 def plan_steps(args, loader) -> int:
-    """Optimizer steps of the run: --max-steps, or --epochs over `loader` (prepared: its length is per process)."""
+    """Optimizer steps of the run: --max-steps, or --epochs over `loader` (prepared: its length is per
+    process)."""
     per_epoch = len(loader) // args.accum
     if per_epoch < 1:
         raise UserError(
-            f"{len(loader.dataset)} training samples make {len(loader)} batches of --batch-size {args.batch_size} per process, "
+            f"{len(loader.dataset)} training samples make {len(loader)} batches of --batch-size "
+            f"{args.batch_size} per process, "
             f"fewer than one optimizer step of --accum {args.accum}; lower one of them or give more data"
         )
     by_epochs = not args.max_steps or "epochs" in args._given and "max_steps" not in args._given
@@ -95,9 +101,10 @@ def plan_steps(args, loader) -> int:
 def lr_at(step, steps, warmup, schedule="cosine", floor=0.0, ramp="next", first=1e-5) -> float:
     """Factor on the peak learning rate at optimizer step `step` (from 0) of `steps`.
 
-    warmup: below 1 a fraction of all steps, from 1 on a number of steps W. schedule: what follows, "cosine" or "linear" to
-    `floor`, or "constant". ramp: how the W steps rise: "next" is (step + 1) / W; "zero" is step / W, so that step 0 changes
-    nothing (cwt_mae's upstream); "mmengine" goes from `first` to 1 at step W - 1 (F-LMM's upstream).
+    warmup: below 1 a fraction of all steps, from 1 on a number of steps W. schedule: what follows, "cosine"
+    or "linear" to `floor`, or "constant". ramp: how the W steps rise: "next" is (step + 1) / W; "zero" is
+    step / W, so that step 0 changes nothing (cwt_mae's upstream); "mmengine" goes from `first` to 1 at step W
+    - 1 (F-LMM's upstream).
     """
     rise = round(warmup * steps) if warmup < 1 else int(warmup)
     if step < rise:
@@ -112,7 +119,8 @@ def lr_at(step, steps, warmup, schedule="cosine", floor=0.0, ramp="next", first=
 
 @dataclass
 class Run:
-    """What one training run carries from step to step. state is saved with every checkpoint; scripts may add to it."""
+    """What one training run carries from step to step. state is saved with every checkpoint; scripts may add
+    to it."""
 
     accelerator: Accelerator
     args: object
@@ -133,10 +141,11 @@ class Run:
 
 
 def start(accelerator, args, steps: int, optimizers, **state) -> Run:
-    """Begin a run in --out, or go on with it under --resume. Call it after `open_run` and `accelerator.prepare`.
+    """Begin a run in --out, or go on with it under --resume. Call it after `open_run` and
+    `accelerator.prepare`.
 
-    optimizers: the prepared ones; their settings are those of the command line, also after a resume. state: further counters
-    that checkpoints keep, with their first values.
+    optimizers: the prepared ones; their settings are those of the command line, also after a resume. state:
+    further counters that checkpoints keep, with their first values.
     """
     run_state = {"step": 0, "epoch": 0, "batch": 0, **state}
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
@@ -160,11 +169,12 @@ def start(accelerator, args, steps: int, optimizers, **state) -> Run:
 
 
 def batches(run: Run, loader, count=None):
-    """Yield (batch, share) until the last step: epochs, from the resumed batch on, without the incomplete step at an epoch's end.
+    """Yield (batch, share) until the last step: epochs, from the resumed batch on, without the incomplete
+    step at an epoch's end.
 
-    count: function of a batch to the number of things its mean loss is over (tokens, patches; one number or a tensor of
-    several); default: its samples. share: this batch's count over the mean count of all batches of the optimizer step on all
-    processes, so that `mean loss * share` weighs every token of the step alike.
+    count: function of a batch to the number of things its mean loss is over (tokens, patches; one number or a
+    tensor of several); default: its samples. share: this batch's count over the mean count of all batches of
+    the optimizer step on all processes, so that `mean loss * share` weighs every token of the step alike.
     """
     state, accum = run.state, run.args.accum
     while not run.last:
@@ -172,7 +182,8 @@ def batches(run: Run, loader, count=None):
         whole = len(loader) // accum * accum
         if not whole:
             raise UserError(
-                f"the data make {len(loader)} batches per process, fewer than one step of --accum {accum}; lower it"
+                f"the data make {len(loader)} batches per process, fewer than one step of --accum {accum}; "
+                "lower it"
             )
         ready = iter(run.accelerator.skip_first_batches(loader, state["batch"]))
         for _ in range(state["batch"], whole, accum):
@@ -214,7 +225,8 @@ def _shares(run: Run, window, count):
 
 
 def _profile(run: Run):
-    """Start and end the profiler of --profile A:B around its steps; the trace opens in chrome://tracing or Perfetto."""
+    """Start and end the profiler of --profile A:B around its steps; the trace opens in chrome://tracing or
+    Perfetto."""
     if run.profiler is not None and (run.last or run.state["step"] >= run.args.profile[1]):
         run.profiler.stop()
         path = Path(run.args.out) / f"profile-rank{run.accelerator.process_index}.json"
@@ -233,10 +245,11 @@ def _profile(run: Run):
 
 
 def check_finite(run: Run, names, loss, **parts):
-    """Take note of one batch's loss before its backward pass; on a CPU, refuse it at once if it is nan or inf.
+    """Take note of one batch's loss before its backward pass; on a CPU, refuse it at once if it is nan or
+    inf.
 
-    names: of the batch's samples, for the message. loss, parts: scalars, already multiplied by their share; their means over
-    the whole step and all processes are logged under their names.
+    names: of the batch's samples, for the message. loss, parts: scalars, already multiplied by their share;
+    their means over the whole step and all processes are logged under their names.
     """
     for name, value in {"loss": loss, **parts}.items():
         run.sums[name] = run.sums.get(name, 0.0) + value.detach()
@@ -246,7 +259,8 @@ def check_finite(run: Run, names, loss, **parts):
 
 
 def look(run: Run):
-    """Wait for the device and raise UserError on all processes if any loss or gradient noted since the last look was not finite."""
+    """Wait for the device and raise UserError on all processes if any loss or gradient noted since the last
+    look was not finite."""
     noted, run.unread = run.unread, []
     if not noted:
         return
@@ -264,7 +278,8 @@ def look(run: Run):
     way_out = f"; last good checkpoint: {found}" if found else "; no checkpoint was saved yet"
     _refuse(
         run,
-        f"{message}{way_out}; look at these inputs or lower --lr, then {'--resume' if found else '--overwrite'}",
+        f"{message}{way_out}; look at these inputs or lower --lr, then "
+        f"{'--resume' if found else '--overwrite'}",
     )
 
 
@@ -274,7 +289,8 @@ def _refuse(run: Run, message: str):
 
 
 def update(run: Run, model, optimizers, factor: float):
-    """Make the optimizer step where the accumulation is complete, with every group's rate at its "peak" times `factor`.
+    """Make the optimizer step where the accumulation is complete, with every group's rate at its "peak" times
+    `factor`.
 
     Returns the gradient's norm before clipping (None between two steps) and counts run.state["step"].
     """
@@ -298,7 +314,8 @@ def update(run: Run, model, optimizers, factor: float):
 
 
 def evaluation_due(run: Run) -> bool:
-    """Whether --eval-every falls on the step just made; what the weights are worth at the end is measured after the loop."""
+    """Whether --eval-every falls on the step just made; what the weights are worth at the end is measured
+    after the loop."""
     every = run.args.eval_every
     due = bool(every) and run.state["step"] % every == 0 and not run.last
     if due:
@@ -309,8 +326,8 @@ def evaluation_due(run: Run) -> bool:
 def finish_step(run: Run, grad=None, save: bool = False, **scores) -> Path | None:
     """Log, save and stop after an optimizer step; returns the checkpoint if one was written.
 
-    grad: what `update` returned. scores: of an evaluation at this step, logged in any case. save: write a checkpoint now.
-    Raises Interrupted, after saving, when a stop signal has arrived.
+    grad: what `update` returned. scores: of an evaluation at this step, logged in any case. save: write a
+    checkpoint now. Raises Interrupted, after saving, when a stop signal has arrived.
     """
     accelerator, args, state = run.accelerator, run.args, run.state
     means = {name: value / args.accum for name, value in run.sums.items()}
@@ -338,7 +355,8 @@ def finish_step(run: Run, grad=None, save: bool = False, **scores) -> Path | Non
 
 
 def _look_at_weights(run: Run):
-    """Refuse to save weights that are nan or inf: the last step's loss was finite, but its update may not have been."""
+    """Refuse to save weights that are nan or inf: the last step's loss was finite, but its update may not
+    have been."""
     flags = [torch.zeros((), device=run.accelerator.device)]
     for model in run.accelerator._models:
         for parameter in model.parameters():
@@ -355,7 +373,8 @@ def _look_at_weights(run: Run):
 
 
 def finish(run: Run, **scores):
-    """End a run when its evaluation and its files are done: log `scores` at the last step and give the signals back."""
+    """End a run when its evaluation and its files are done: log `scores` at the last step and give the
+    signals back."""
     if scores:
         run.log.log(run.state["step"], **scores)
     run.log.close()

@@ -29,10 +29,11 @@ SINGLES = ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors"
 def read_weights(path) -> dict[str, torch.Tensor]:
     """Read a weight file or folder into {key: CPU tensor}, without running any code that the file may hold.
 
-    path: .safetensors, .bin, .pth, .pt, .ckpt, or a folder as transformers or peft write it (one file, or shards with
-    an index). A checkpoint that nests its weights under model, state_dict, model_state_dict or module is unwrapped;
-    the leading prefixes `module.` and `_orig_mod.` are removed, however often and in whatever order they stand.
-    Tensors are memory-mapped where the format allows. Raises UserError for a file that is missing, cut or not weights.
+    path: .safetensors, .bin, .pth, .pt, .ckpt, or a folder as transformers or peft write it (one file, or
+    shards with an index). A checkpoint that nests its weights under model, state_dict, model_state_dict or
+    module is unwrapped; the leading prefixes `module.` and `_orig_mod.` are removed, however often and in
+    whatever order they stand. Tensors are memory-mapped where the format allows. Raises UserError for a file
+    that is missing, cut or not weights.
     """
     path = Path(path)
     if path.is_dir():
@@ -54,7 +55,8 @@ def read_weights(path) -> dict[str, torch.Tensor]:
 
 
 def read_checkpoint(path) -> dict:
-    """`torch.load(weights_only=True)` of a whole .pth dictionary (weights, config, counters); UserError if it is none."""
+    """`torch.load(weights_only=True)` of a whole .pth dictionary (weights, config, counters); UserError if it
+    is none."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such checkpoint; check the path")
     try:
@@ -67,7 +69,8 @@ def read_checkpoint(path) -> dict:
     except pickle.UnpicklingError as error:
         reason = first_line(error)
         raise UserError(
-            f"{path}: holds more than plain weights and is refused, because loading it could run code ({reason}); "
+            f"{path}: holds more than plain weights and is refused, because loading it could run code "
+            f"({reason}); "
             "re-save its state dict alone where it was made"
         ) from error
     except Exception as error:  # whatever a reader of pickles stumbles over in other files
@@ -86,7 +89,8 @@ def _read_folder(folder: Path) -> dict[str, torch.Tensor]:
             ):
                 if Path(str(shard)).name != shard:
                     raise UserError(
-                        f"{folder / name}: shard {shard!r} lies outside the folder; the index is not to be trusted"
+                        f"{folder / name}: shard {shard!r} lies outside the folder; the index is not to be "
+                        "trusted"
                     )
                 tensors |= read_weights(folder / shard)
             return tensors
@@ -141,11 +145,13 @@ class LoadReport:
 def load_weights(
     model, tensors: dict, source, min_share: float = 0.5, convert=None, ignore=(), quiet=False
 ) -> LoadReport:
-    """Copy `tensors` into `model` by key and print what was loaded, missing, unexpected, mismatched and converted.
+    """Copy `tensors` into `model` by key and print what was loaded, missing, unexpected, mismatched and
+    converted.
 
-    source: file name for the report. min_share: least share of the model's tensors that must be loaded, else UserError
-    and the model stays as it was. convert: function (tensors) -> tensors that renames or reshapes; a key it made or
-    changed counts as converted. ignore: prefixes of keys in the file that the model does not want (a decoder, say).
+    source: file name for the report. min_share: least share of the model's tensors that must be loaded, else
+    UserError and the model stays as it was. convert: function (tensors) -> tensors that renames or reshapes;
+    a key it made or changed counts as converted. ignore: prefixes of keys in the file that the model does not
+    want (a decoder, say).
     """
     wanted, report = model.state_dict(), LoadReport()
     given = convert(dict(tensors)) if convert else tensors
@@ -162,7 +168,8 @@ def load_weights(
     report.missing = [k for k in wanted if k not in given]
     if len(report.loaded) < max(1, min_share * len(wanted)):
         raise UserError(
-            f"{source} fits this model in only {len(report.loaded)} of {len(wanted)} tensors (at least {min_share:.0%} "
+            f"{source} fits this model in only {len(report.loaded)} of {len(wanted)} tensors (at least "
+            f"{min_share:.0%} "
             f"needed): the file has {', '.join(list(given)[:3])}, the model {', '.join(list(wanted)[:3])}"
             + (
                 f"; {len(report.mismatched)} differ in shape, such as {report.mismatched[0]}"

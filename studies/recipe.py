@@ -1,11 +1,15 @@
-"""What a recipe is made of: `stage` runs one script with keyword arguments, `size` picks the size of a full or a smoke run.
+"""What a recipe is made of: `stage` runs one script with keyword arguments, `size` picks the size of a full
+or a smoke run.
 
-A recipe is a flat Python script, studies/<room>/builtin.py or another name beside it, that calls `stage` once per step:
+A recipe is a flat Python script, studies/<room>/builtin.py or another name beside it, that calls `stage` once
+per step:
 
-    stage("cwt_mae/train.py", data=DATA / "cwt_mae/builtin", out=RUNS / "cwt_mae/base", max_steps=size(1500, smoke=4), overwrite=True)
+    data, out = DATA / "cwt_mae/builtin", RUNS / "cwt_mae/base"
+    stage("cwt_mae/train.py", data=data, out=out, max_steps=size(1500, smoke=4), overwrite=True)
 
-and ends with `if __name__ == "__main__": recipe(main)`. `studies/run_all.py` starts every room's builtin.py; by hand: `python studies/<room>/builtin.py`. The environment says the rest:
-SMOKE=1 for the smallest sizes, RUNS for the folder of the results, DATA_ROOT for real data, OMP_NUM_THREADS for the cores.
+and ends with `if __name__ == "__main__": recipe(main)`. `studies/run_all.py` starts every room's builtin.py;
+by hand: `python studies/<room>/builtin.py`. The environment says the rest: SMOKE=1 for the smallest sizes,
+RUNS for the folder of the results, DATA_ROOT for real data, OMP_NUM_THREADS for the cores.
 """
 
 import os
@@ -51,7 +55,8 @@ def options(flags: dict) -> list[str]:
 
 
 def stage(script: str, *arguments, processes: int = 1, threads: int | None = None, **flags):
-    """Run `script` (path below the repository root) with positional `arguments` and `flags`; return when it has ended well.
+    """Run `script` (path below the repository root) with positional `arguments` and `flags`; return when it
+    has ended well.
 
     processes: how many torchrun starts. threads: cores of this stage (default: OMP_NUM_THREADS as it is).
     Raises UserError naming the script when it ends with another status than 0.
@@ -75,7 +80,8 @@ def stage(script: str, *arguments, processes: int = 1, threads: int | None = Non
 
 
 def side_by_side(*parts, cores: int = CORES):
-    """Call the functions `parts`, as many at a time as there are cores; the first that fails ends the others."""
+    """Call the functions `parts`, as many at a time as there are cores; the first that fails ends the
+    others."""
     with ThreadPoolExecutor(max(1, min(cores, len(parts)))) as pool:
         jobs = [pool.submit(part) for part in parts]
         try:
@@ -104,7 +110,8 @@ def _stop(signum, frame):
 
 
 def recipe(main, *arguments):
-    """Run the flat function `main` of a recipe: a stop signal ends its stages, a failure is one line and an exit status."""
+    """Run the flat function `main` of a recipe: a stop signal ends its stages, a failure is one line and an
+    exit status."""
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, _stop)
     run(main, *arguments)

@@ -1,7 +1,8 @@
 """Run the projects one beside the other and show what came out (started by run_all.sh).
 
-For each project: studies/<project>/builtin.py, which makes the data, trains, runs the controls and tests. A project that
-fails does not stop the others. pruning works on dia_pangu's model and so starts when that is there.
+For each project: studies/<project>/builtin.py, which makes the data, trains, runs the controls and tests. A
+project that fails does not stop the others. pruning works on dia_pangu's model and so starts when that is
+there.
 """
 
 import argparse
@@ -18,20 +19,15 @@ from common.errors import UserError, run
 from studies.summary import collect, draw_curves, table, write_summary
 
 ROOT = Path(__file__).resolve().parents[1]
-PROJECTS = (
-    "dia_pangu",
-    "cwt_mae",
-    "em_mllm",
-    "flmm",
-    "pruning",
-)  # dia_pangu first: pruning waits for its model
+# dia_pangu first: pruning waits for its model
+PROJECTS = ("dia_pangu", "cwt_mae", "em_mllm", "flmm", "pruning")
 NEEDS = {"pruning": ("dia_pangu", "ft/metrics.json")}
 
 
 def parse_args():
     parser = argparse.ArgumentParser(
         prog="run_all.sh",
-        description="Train and test the projects. Ends with a table, runs/summary.json and runs/summary.html.",
+        description="Train and test the projects; write a table, runs/summary.json and runs/summary.html.",
     )
     parser.add_argument(
         "projects", nargs="*", metavar="project", help=f"any of {', '.join(PROJECTS)} (default: all)"
@@ -51,7 +47,8 @@ def parse_args():
 
 
 def run_project(name: str, threads: int, smoke: bool, runs: Path) -> dict:
-    """Run one project's recipe to its end; returns name, status, seconds, peak_mb (largest process) and rows."""
+    """Run one project's recipe to its end; returns name, status, seconds, peak_mb (largest process) and
+    rows."""
     log = runs / name / "run_all.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(runs / name / "results", ignore_errors=True)
@@ -88,7 +85,8 @@ def run_project(name: str, threads: int, smoke: bool, runs: Path) -> dict:
 
 
 def can_start(name: str, names: list, finished: set, runs: Path, since: float) -> bool:
-    """Whether what a project needs of another one was made after `since` (seconds of the epoch), or will not come any more."""
+    """Whether what a project needs of another one was made after `since` (seconds of the epoch), or will not
+    come any more."""
     other, made = NEEDS.get(name, (None, None))
     if other not in names or other in finished:
         return True
@@ -117,7 +115,8 @@ def main(args):
     data_root = os.environ.get("DATA_ROOT")
     if data_root and not Path(data_root).is_dir():
         raise UserError(
-            f"DATA_ROOT={data_root}: no such folder; give the folder that holds ecg/, rf/, grounding/, ct/, ctrg/"
+            f"DATA_ROOT={data_root}: no such folder; give the folder that holds ecg/, rf/, grounding/, ct/, "
+            "ctrg/"
         )
     names = [p for p in here if not args.projects or p in args.projects]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -151,7 +150,8 @@ def main(args):
     about = (
         f"{'smoke run (numbers mean nothing)' if args.smoke else 'full run'} on "
         f"{'real data from ' + data_root if data_root else 'built-in data'}, "
-        f"{time.strftime('%Y-%m-%d %H:%M')}, {cores} cores, {jobs} side by side, {time.monotonic() - start:.0f} s in all"
+        f"{time.strftime('%Y-%m-%d %H:%M')}, {cores} cores, {jobs} side by side, "
+        f"{time.monotonic() - start:.0f} s in all"
     )
     write_summary(runs, done, about)
     print("\n" + table(done) + f"\n\n{about}\n{runs / 'summary.html'}")

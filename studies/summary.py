@@ -1,15 +1,19 @@
-"""What a run of run_all.sh shows at its end: one table, one JSON file and one self-contained page with the pictures inline.
+"""What a run of run_all.sh shows at its end: one table, one JSON file and one self-contained page with the
+pictures inline.
 
 Each project writes its results with `write_result`; `collect` reads them back, whoever wrote them.
 """
 
 import base64
-import html
 import json
 import re
 from pathlib import Path
 
+from jinja2 import Environment
+
 from common.checkpoint import atomic_write
+
+TEMPLATE = Path(__file__).with_suffix(".html")
 
 
 def write_result(
@@ -25,10 +29,11 @@ def write_result(
 ):
     """Write one row of the closing table to folder/results/<task>.json.
 
-    folder: runs/<project>. metric: its name, with unit and direction if these are not plain ("macro-F1", "MSE, lower is
-    better"). controls: {name: value} of the same metric (chance, random initialisation, a classical baseline), at least
-    one. interval: (low, high) 95 % interval of `value`. figures: (path of a .png, caption) pairs. note: one sentence on
-    how it was obtained (data, seeds, what was held out). details: anything JSON-able kept beside it.
+    folder: runs/<project>. metric: its name, with unit and direction if these are not plain ("macro-F1",
+    "MSE, lower is better"). controls: {name: value} of the same metric (chance, random initialisation, a
+    classical baseline), at least one. interval: (low, high) 95 % interval of `value`. figures: (path of a
+    .png, caption) pairs. note: one sentence on how it was obtained (data, seeds, what was held out). details:
+    anything JSON-able kept beside it.
     """
     if not controls:
         raise ValueError(f"{task}: a result needs at least one control")
@@ -54,7 +59,8 @@ def collect(runs, project: str) -> list[dict]:
 
 
 def draw_curves(runs, project: str):
-    """Picture of the training loss of every run of a project, each as a share of its first value; None if nothing was logged.
+    """Picture of the training loss of every run of a project, each as a share of its first value; None if
+    nothing was logged.
 
     Reads the field loss, or the first that starts with it, of runs/<project>/**/log.jsonl.
     """
@@ -114,95 +120,57 @@ def table(projects: list[dict]) -> str:
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines)
 
 
-STYLE = """
-:root { color-scheme: light dark; --ink: #1c2430; --soft: #5b6675; --paper: #fff; --card: #f5f7fa; --line: #d9dfe7;
-  --good: #1f7a4d; --bad: #b3372b }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e7ebf1; --soft: #a3adba; --paper: #14181e; --card: #1d232b; --line: #343d49; --good: #62c794; --bad: #f08a7d }
-}
-* { box-sizing: border-box }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif }
-main { max-width: 1080px; margin: 0 auto; padding: 24px 16px 64px }
-h1 { font-size: 1.6rem; margin: 0 0 4px }
-h2 { font-size: 1.2rem; margin: 40px 0 4px; padding-top: 16px; border-top: 1px solid var(--line) }
-p { margin: 4px 0 }
-.soft { color: var(--soft); font-size: .9rem }
-.scroll { overflow-x: auto; margin-top: 12px }
-table { border-collapse: collapse; width: 100%; font-size: .92rem }
-th, td { text-align: left; padding: 6px 12px 6px 0; border-bottom: 1px solid var(--line); vertical-align: top }
-td.n { white-space: nowrap; font-variant-numeric: tabular-nums }
-.ok { color: var(--good) }
-.failed { color: var(--bad) }
-.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 420px), 1fr)); gap: 16px; margin: 16px 0 24px }
-.wide { grid-template-columns: minmax(0, 760px) }
-figure { margin: 0; background: var(--card); border-radius: 8px; padding: 10px }
-figure img { width: 100%; height: auto; background: #fff; border-radius: 4px }
-figcaption { font-size: .88rem; color: var(--soft); margin-top: 6px }
-@media (max-width: 640px) {
-  thead { display: none }
-  tr { display: block; padding: 8px 0; border-bottom: 1px solid var(--line) }
-  td { display: block; border: 0; padding: 1px 0 }
-  td::before { content: attr(data-head) ": "; color: var(--soft) }
-  td:empty { display: none }
-}
-"""
+def plot(row: dict) -> dict:
+    """Places in percent of the width for a dot plot of a value, its interval and its controls.
+
+    The axis runs from 0 to 1 where all numbers lie there, else from the least to the largest. The strongest
+    control is the largest, or the smallest where the metric's name says "lower is better".
+    """
+    low_high = row.get("interval") or []
+    numbers = [row["value"], *row["controls"].values(), *low_high]
+    low, high = (0.0, 1.0) if all(0 <= n <= 1 for n in numbers) else (min(numbers), max(numbers))
+    place = lambda n: round(2 + 96 * (n - low) / (high - low or 1), 2)
+    best = (min if "lower" in row["metric"] else max)(row["controls"].values())
+    return {
+        "x": place(row["value"]),
+        "interval": [place(n) for n in low_high],
+        "controls": [
+            {"name": name, "value": number(value), "x": place(value), "strongest": value == best}
+            for name, value in row["controls"].items()
+        ],
+    }
+
+
+def verdict(row: dict) -> str:
+    """The strongest control in one sentence, also where it wins."""
+    lower = "lower" in row["metric"]
+    name, best = (min if lower else max)(row["controls"].items(), key=lambda control: control[1])
+    wins = best < row["value"] if lower else best > row["value"]
+    rest = len(row["controls"]) - 1
+    more = f"; {rest} more control{'s' if rest > 1 else ''}" if rest else ""
+    return f"strongest control: {name} {number(best)}" + (", which is better" if wins else "") + more
 
 
 def page(projects: list[dict], about: str) -> str:
     """The summary as one HTML page without any outside reference; pictures are inlined as base64."""
-    text = html.escape
-    head = ("project", "task", "metric", "value [95 %]", "controls", "seconds", "peak MB")
-    body, sections = [], []
+    shown = []
     for project in projects:
-        state = f'<span class="{"ok" if project["status"] == "ok" else "failed"}">{text(project["status"])}</span>'
-        for i, row in enumerate(project["rows"] or [{}]):
-            cost = (f"{project['seconds']:.0f}", f"{project['peak_mb']:.0f}") if i == 0 else ("", "")
-            cells = [
-                text(project["name"]) + " " + state if i == 0 else "",
-                text(row.get("task", "no result")),
-                text(row.get("metric", "")),
-                measured(row) if row else "",
-                text(controls(row)) if row else "",
-                *cost,
-            ]
-            kinds = ["", "", "", " class=n", "", " class=n", " class=n"]
-            body.append(
-                "<tr>"
-                + "".join(f'<td data-head="{h}"{k}>{c}</td>' for h, k, c in zip(head, kinds, cells))
-                + "</tr>"
-            )
-        sections.append(f"<h2>{text(project['name'])}</h2>")
-        shown = set()
+        rows, seen = [], set()
         for row in project["rows"]:
-            sections.append(
-                f"<p><b>{text(row['task'])}</b>: {text(row['metric'])} {measured(row)}, against {text(controls(row))}.</p>"
-            )
-            if row["note"]:
-                sections.append(f'<p class="soft">{text(row["note"])}</p>')
-            figures = [f for f in row["figures"] if Path(f["path"]).is_file() and f["path"] not in shown]
-            shown.update(f["path"] for f in figures)
-            if figures:
-                sections.append('<div class="figures">' + "".join(_figure(f) for f in figures) + "</div>")
-        if project.get("curves"):
-            curves = _figure({"path": project["curves"], "caption": "training loss of every run"})
-            sections.append(f'<div class="figures wide">{curves}</div>')
-        if project["status"] != "ok":
-            sections.append(
-                f'<p class="failed">{text(project["status"])}; the log is {text(str(project["log"]))}</p>'
-            )
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Summary of runs</title><style>{STYLE}</style></head><body><main><h1>Summary of runs</h1>"
-        f'<p class="soft">{text(about)}</p><div class="scroll"><table><thead><tr>{"".join(f"<th>{h}</th>" for h in head)}</tr></thead>'
-        f"<tbody>{''.join(body)}</tbody></table></div>{''.join(sections)}</main></body></html>"
-    )
+            figures = [f for f in row["figures"] if Path(f["path"]).is_file() and f["path"] not in seen]
+            seen.update(figure["path"] for figure in figures)
+            words = {"measured": measured(row), "against": controls(row), "verdict": verdict(row)}
+            rows.append({**row, **words, "plot": plot(row), "pictures": [_picture(**f) for f in figures]})
+        curves = project.get("curves")
+        curves = curves and _picture(curves, "training loss of every run")
+        thumb = next((picture["data"] for row in rows for picture in row["pictures"]), None)
+        shown.append({**project, "rows": rows, "curves": curves, "thumb": thumb})
+    template = Environment(autoescape=True).from_string(TEMPLATE.read_text())
+    return template.render(projects=shown, about=about)
 
 
-def _figure(figure: dict) -> str:
-    data = base64.b64encode(Path(figure["path"]).read_bytes()).decode()
-    caption = html.escape(figure["caption"])
-    return f'<figure><img alt="{caption}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
+def _picture(path, caption: str) -> dict:
+    return {"caption": caption, "data": base64.b64encode(Path(path).read_bytes()).decode()}
 
 
 def write_summary(runs, projects: list[dict], about: str):
