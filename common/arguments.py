@@ -110,7 +110,7 @@ def add_run_arguments(parser, omit=(), **defaults):
             number(float, 0),
             "passes over the data; --max-steps takes their place",
         ),
-        "max_steps": (optim, [], 0, steps, "optimizer steps; 0: --epochs decides"),
+        "max_steps": (optim, ["steps"], 0, steps, "optimizer steps; 0: --epochs decides"),
         "warmup": (
             optim,
             ["warmup-steps"],

@@ -9,28 +9,38 @@ decoder.*), out/metrics.json with trivial baselines beside the errors, and pictu
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # repository root: every way of starting this file finds it
+# repository root: every way of starting this file finds it
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
 from torch.utils.data import DataLoader
 
-from common.checkpoint import atomic_dir, atomic_write, find_resume, load_step, save_step
+from common.arguments import Parser, add_run_arguments, number, refuse
+from common.checkpoint import atomic_dir, atomic_json, atomic_write
 from common.errors import UserError, run
 from common.figures import new_figure, save_figure
-from common.run import Log, StopSignal, check_finite, describe, loader_worker, open_run, seed_everything
+from common.run import describe, open_run, seed_everything
+from common.train import (
+    batches,
+    check_finite,
+    finish,
+    finish_step,
+    lr_at,
+    make_accelerator,
+    make_loader,
+    plan_steps,
+    start,
+    update,
+)
 from em_mllm.dataset import PackedSignals, SignalDataset
 from em_mllm.em_foundation.models import SiTMAEConfig, SiTMAEForPreTraining
+from em_mllm.em_foundation.models.embedder import tokens_kept
 from em_mllm.em_foundation.utils.utils import load_encoder, read_config
-from em_mllm.optim import lr_at, make_optimizers, set_lr
+from em_mllm.optim import make_optimizers
 
 PRESETS = {
     "base": {"attention_type": "sdpa"},  # the published sizes: 86 M encoder, 112 M with decoder
@@ -53,45 +63,42 @@ PRESETS = {
 }
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_args(argv=None):
+    parser = Parser(__doc__)
     data = parser.add_argument_group("data")
     data.add_argument("--data", type=Path, nargs="+", required=True, help=".h5 files or folders of them")
-    data.add_argument(
-        "--val",
-        type=Path,
-        nargs="+",
-        default=[],
-        help=".h5 files or folders for the closing measurement (default: none)",
-    )
+    data.add_argument("--val", type=Path, nargs="+", help=".h5 files or folders for the closing measurement")
     data.add_argument(
         "--min-points",
-        type=int,
+        type=number(int, 0),
         default=0,
-        help="cut each signal to a random length from this to its own, log-uniform (default 0: keep whole)",
+        help="crop each signal to a random length between this many points and its own, log-uniform; 0: whole",
     )
     data.add_argument(
         "--row-tokens",
-        type=int,
+        type=number(int, 0),
         default=0,
-        help="tokens in a row that signals are packed into (default: the encoder's position table)",
+        help="tokens in a row that signals are packed into; 0: as many as the encoder has positions",
     )
     data.add_argument(
         "--skip-bad",
         action="store_true",
         help="leave out signals with nan, inf or only zeros instead of stopping",
     )
-    data.add_argument("--workers", type=int, default=0, help="loader processes (default 0)")
     model = parser.add_argument_group("model")
     model.add_argument(
-        "--preset", choices=PRESETS, default="base", help="sizes (default base, the published 86 M encoder)"
+        "--preset", choices=PRESETS, default="base", help="sizes; base is the published 86 M encoder"
     )
     model.add_argument("--config", type=Path, help="config.json with the sizes, instead of --preset")
-    model.add_argument("--init", type=Path, help="encoder weights to start from (file or folder)")
-    model.add_argument("--patch", type=int, help="points per patch (default: the preset's; published: 8)")
-    model.add_argument("--mask-ratio", type=float, help="share of the patches hidden (default 0.75)")
+    model.add_argument("--init", type=Path, help="encoder weights to start from, a file or folder")
+    model.add_argument(
+        "--patch", type=number(int, 1), help="points per patch instead of the preset's (published: 8)"
+    )
+    model.add_argument(
+        "--mask-ratio",
+        type=number(float, 0, 1),
+        help="fraction of the patches that is hidden (published: 0.75)",
+    )
     model.add_argument(
         "--norm-pix-loss",
         action=argparse.BooleanOptionalAction,
@@ -100,46 +107,26 @@ def parse_args():
     )
     model.add_argument(
         "--spectrum-weight",
-        type=float,
-        help="weight of a second target: the cls token predicts log spectra of the signal, its powers and its envelope (default 0: none)",
+        type=number(float, 0),
+        help="weight of a second target: the cls token predicts the log spectra of the signal, its powers and "
+        "its envelope; without it there is none",
     )
-    optim = parser.add_argument_group("optimisation")
-    optim.add_argument("--batch-size", type=int, default=32, help="rows per process (default 32)")
-    optim.add_argument("--accum", type=int, default=1, help="batches per optimizer step (default 1)")
-    optim.add_argument("--max-steps", type=int, default=10000, help="optimizer steps (default 10000)")
-    optim.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default 1e-3)")
-    optim.add_argument(
-        "--warmup",
-        type=float,
-        default=0.05,
-        help="share of the steps that the rate rises over (default 0.05)",
-    )
-    optim.add_argument("--weight-decay", type=float, default=0.05, help="of the matrices (default 0.05)")
+    optim = parser.add_argument_group("optimizer")
     optim.add_argument(
         "--optimizer",
         choices=("adamw", "muon"),
         default="adamw",
         help="muon: orthogonalised momentum for the layers' matrices",
     )
-    optim.add_argument("--clip", type=float, default=1.0, help="largest gradient norm (default 1)")
-    optim.add_argument(
-        "--precision", choices=("no", "bf16", "fp16"), default="no", help="autocast (default no: float32)"
-    )
     optim.add_argument(
         "--gradient-checkpointing",
         action="store_true",
-        help="recompute activations: less memory, a third more time",
+        help="recompute activations in the backward pass: less memory, a third more time",
     )
-    group = parser.add_argument_group("run")
-    group.add_argument(
-        "--out", type=Path, required=True, help="folder for checkpoints, encoder, metrics and pictures"
+    add_run_arguments(
+        parser, omit=["eval_every"], lr=1e-3, batch_size=32, max_steps=10000, weight_decay=0.05, epochs=0.0
     )
-    group.add_argument("--seed", type=int, default=0, help="random seed (default 0)")
-    group.add_argument("--log-every", type=int, default=20, help="steps between log lines (default 20)")
-    group.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints")
-    group.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of --out")
-    group.add_argument("--overwrite", action="store_true", help="replace an earlier run in --out")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def h5_files(paths) -> list[Path]:
@@ -252,122 +239,82 @@ def draw(shown, config, path, signals=4):
 
 
 def main(args):
-    accelerator = Accelerator(
-        mixed_precision=args.precision,
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=args.accum, sync_with_dataloader=False
-        ),
-    )
+    # model and data
+    accelerator = make_accelerator(args)
     seed_everything(args.seed)
+    if args.config:
+        refuse(args, ["preset"], "beside --config")
     config = make_config(args)
     room = args.row_tokens or config.num_positions
     signals = SignalDataset(h5_files(args.data), skip_bad=args.skip_bad, seed=args.seed)
     packed = PackedSignals(signals, config, room, args.min_points, args.seed)
-    val = (
-        PackedSignals(
-            SignalDataset(h5_files(args.val), skip_bad=args.skip_bad),
-            config,
-            room,
-            args.min_points,
-            shuffle=False,
-        )
-        if args.val
-        else None
-    )
+    val = None
+    if args.val:
+        val_signals = SignalDataset(h5_files(args.val), skip_bad=args.skip_bad)
+        val = PackedSignals(val_signals, config, room, args.min_points, shuffle=False)
     model = SiTMAEForPreTraining(config)
     if args.init:
         load_encoder(model, args.init)
+
+    # what trains, and how
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if not config.use_fs:
         model.sit.embeddings.fs_embedder.requires_grad_(False)  # no gradient reaches it
-    per_step = args.batch_size * accelerator.num_processes * args.accum
-    if len(packed) < per_step:
-        raise UserError(
-            f"{len(packed)} rows are fewer than one step of "
-            f"{args.batch_size} x {accelerator.num_processes} x {args.accum}; lower --batch-size"
-        )
-    out = open_run(args.out, args, accelerator, args.resume, args.overwrite)
-    loader = DataLoader(
-        packed,
-        args.batch_size,
-        num_workers=args.workers,
-        worker_init_fn=loader_worker,
-        drop_last=True,
-        generator=torch.Generator(),
-    )
+    if args.compile:
+        model.compile()
+    optimizers = make_optimizers(model, args.optimizer, args.lr, args.weight_decay)
+    loader = make_loader(packed, args, shuffle=False)  # the plan of rows is drawn anew for every epoch
+    model, loader, *optimizers = accelerator.prepare(model, loader, *optimizers)
+    steps = plan_steps(args, loader)
+    open_run(args.out, args, accelerator, args.resume, args.overwrite)
     accelerator.print(
-        f"{describe(model)}\n{len(signals)} signals ({sum(signals.skipped.values())} skipped) in {len(packed)} rows "
-        f"of {room} tokens, packing efficiency "
-        f"{packed.efficiency:.3f}; {args.batch_size} x {accelerator.num_processes} x {args.accum} rows a step, "
-        f"{args.max_steps} steps, lr {args.lr:g}"
+        f"{describe(model)}\n{len(signals)} signals ({sum(signals.skipped.values())} skipped) in {len(packed)} "
+        f"rows of {room} tokens, packing efficiency {packed.efficiency:.3f}; "
+        f"{args.batch_size} x {accelerator.num_processes} x {args.accum} rows a step, {steps} steps, lr {args.lr:g}"
     )
-    model, loader, *optimizers = accelerator.prepare(
-        model, loader, *make_optimizers(model, args.optimizer, args.lr, args.weight_decay)
-    )
-    state = {"step": 0, "epoch": 0, "batch": 0}
-    if args.resume and (found := find_resume(out, accelerator)):
-        state = load_step(accelerator, found)
-        accelerator.print(f"resumed from {found}")
-    log, stop = Log(out, accelerator, args.max_steps, state["step"]), StopSignal(accelerator)
-    model.train()
-    while state["step"] < args.max_steps:
-        packed.set_epoch(state["epoch"])
-        steps_per_epoch = len(packed) // per_step  # every epoch packs anew
-        for batch in accelerator.skip_first_batches(loader, state["batch"]):
-            if state["batch"] >= steps_per_epoch * args.accum:  # the rest would make an incomplete step
-                break
-            with accelerator.accumulate(model):
-                result = model(**batch)
-                counts = torch.stack(
-                    [result.mae_mask.sum(), (batch["sample_ids_seq"].amax(1) + 1).sum().float()]
-                )
-                share = (
-                    counts * accelerator.num_processes / accelerator.reduce(counts, "sum")
-                )  # rows differ in hidden patches and signals
-                loss = result.hidden_loss * share[0]
-                if config.spectrum_weight:
-                    loss = loss + config.spectrum_weight * result.spectrum_loss * share[1]
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.clip)
-                    lr = set_lr(optimizers, lr_at(state["step"], args.max_steps, args.warmup))
-                for optimizer in optimizers:
-                    optimizer.step()
-                    optimizer.zero_grad()
-            state["batch"] += 1
-            if not accelerator.sync_gradients:
-                continue
-            state["step"] += 1
-            if state["step"] % args.log_every == 0 or state["step"] == 1:
-                mean = accelerator.reduce(loss.detach(), "mean")
-                check_finite(mean, state["step"], [f"epoch {state['epoch']} batch {state['batch']}"], out)
-                log.log(state["step"], loss=mean, lr=lr, grad=grad_norm)
-            last = state["step"] == args.max_steps
-            if state["step"] % args.save_every == 0 or last:
-                save_step(accelerator, out, state)
-            if not last and stop():
-                stop.leave(save_step(accelerator, out, state))
-            if last:
-                break
-        if state["batch"] >= steps_per_epoch * args.accum:
-            state["epoch"], state["batch"] = state["epoch"] + 1, 0
-    log.close()
 
+    def count(batch):
+        """Hidden patches and signals of a batch: what the two losses are means over."""
+        ids = batch["sample_ids_seq"]
+        hidden = (ids >= 0).sum() - tokens_kept(ids, config.mask_ratio).sum()
+        return torch.stack([hidden, (ids.amax(1) + 1).sum()])
+
+    # the loop
+    training = start(accelerator, args, steps, optimizers)
+    model.train()
+    for batch, share in batches(training, loader, count):
+        with accelerator.accumulate(model):
+            result = model(**batch)
+            parts = {"hidden": result.hidden_loss * share[0]}
+            loss = parts["hidden"]
+            if config.spectrum_weight:
+                parts["spectrum"] = result.spectrum_loss * share[1]
+                loss = loss + config.spectrum_weight * parts["spectrum"]
+            state = training.state
+            check_finite(
+                training, [f"epoch {state['epoch']} batch {state['batch']} of {args.data[0]}"], loss, **parts
+            )
+            accelerator.backward(loss)
+            grad = update(training, model, optimizers, lr_at(state["step"], steps, args.warmup))
+        if accelerator.sync_gradients:
+            finish_step(training, grad=grad)
+
+    # the encoder, and what it reconstructs of validation signals
     if accelerator.is_main_process:
         model = accelerator.unwrap_model(model)
-        with atomic_dir(out / "encoder") as folder:
+        with atomic_dir(args.out / "encoder") as folder:
             model.save_pretrained(folder)
-        metrics = {"step": state["step"], "packing_efficiency": packed.efficiency}
+        metrics = {"step": training.state["step"], "packing_efficiency": packed.efficiency}
         if val is not None:
             errors, shown = measure(model, val)
             metrics |= errors
-            draw(shown, config, out / "figures" / "reconstruction.png")
+            draw(shown, config, args.out / "figures" / "reconstruction.png")
             for name, values in errors.items():
                 print(f"{name}: " + ", ".join(f"{k} {v:.5f}" for k, v in values.items()))
-        atomic_write(out / "metrics.json", json.dumps(metrics, indent=1))
-        print(f"encoder in {out / 'encoder'}")
+        atomic_json(args.out / "metrics.json", metrics)
+        print(f"encoder in {args.out / 'encoder'}")
+    finish(training)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

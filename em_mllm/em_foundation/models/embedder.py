@@ -76,6 +76,17 @@ def mae_scores(
     return scores
 
 
+def tokens_kept(sample_ids: torch.Tensor, mask_ratio: float) -> torch.Tensor:
+    """How many tokens of each row stay visible: (B, M) sample ids, -1 at padding -> (B,) int64.
+
+    2 S + (V - 2 S)(1 - mask_ratio), truncated, for S samples and V valid tokens: the 2 stands there with and
+    without a sampling-rate token, as upstream.
+    """
+    valid = (sample_ids >= 0).sum(1)
+    samples = torch.tensor([len(torch.unique(row[row >= 0])) for row in sample_ids], device=valid.device)
+    return 2 * samples + ((valid - 2 * samples) * (1 - mask_ratio)).to(torch.int64)
+
+
 class SiTMAEEmbeddings(nn.Module):
     """Patch vectors to token embeddings, with or without hiding most of them (upstream SiTMAEEmbeddings)."""
 
@@ -111,15 +122,13 @@ class SiTMAEEmbeddings(nn.Module):
     def hide(self, h: torch.Tensor, sample_ids: torch.Tensor, scores: torch.Tensor):
         """Keep the tokens of lowest score of each row.
 
-        h (B, M, D), sample_ids and scores (B, M). Row by row len_keep = 2 S + (V - 2 S)(1 - mask_ratio), truncated, for S samples
-        and V valid tokens: the 2 stands there with and without a sampling-rate token, as upstream.
+        h (B, M, D), sample_ids and scores (B, M); `tokens_kept` says how many stay.
         Returns visible (B, Kmax, D) zero padded, visible_ids (B, Kmax) sample ids with -1 at padding, ids_keep (B, Kmax) with M at
         padding, ids_restore (B, M), mae_mask (B, M) float.
         """
         rows, length = sample_ids.shape
         valid = sample_ids >= 0
-        samples = torch.tensor([len(torch.unique(row[row >= 0])) for row in sample_ids], device=h.device)
-        len_keep = 2 * samples + ((valid.sum(1) - 2 * samples) * (1 - self.config.mask_ratio)).to(torch.int64)
+        len_keep = tokens_kept(sample_ids, self.config.mask_ratio)
         order = scores.argsort(dim=1, stable=True)
         rank = torch.arange(length, device=h.device).expand(rows, -1)
         is_kept = rank < len_keep[:, None]
