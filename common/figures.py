@@ -1,11 +1,14 @@
 """Pictures with one look, drawn without a screen and written whole."""
 
+from pathlib import Path
+
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from common.checkpoint import atomic_path
+from common.checkpoint import atomic_csv, atomic_path
 
 COLOURS = ("#2a6fbb", "#d1603d", "#4f9d69", "#8a5fb0", "#c9a227", "#5b6770")
 plt.rcParams.update(
@@ -35,3 +38,28 @@ def save_figure(figure, path):
         figure.savefig(temporary)
     plt.close(figure)
     return path
+
+
+def draw_confusion(matrix, names: list[str], path, title: str = ""):
+    """Picture of a confusion matrix, and its counts as CSV beside it.
+
+    matrix: (C, C) counts, true class by row and predicted class by column. The colour is the fraction of the
+    row.
+    """
+    matrix = np.asarray(matrix)
+    side = 0.4 * len(names)
+    figure, axis = new_figure(width=side + 2.5, height=side + 2)
+    image = axis.imshow(matrix / matrix.sum(1, keepdims=True).clip(1), vmin=0, vmax=1)
+    axis.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
+    axis.set_yticks(range(len(names)), names, fontsize=8)
+    axis.set(xlabel="predicted", ylabel="true", title=title)
+    axis.grid(False)
+    if len(names) <= 10:
+        for (row, column), count in np.ndenumerate(matrix):
+            axis.text(column, row, str(count), ha="center", va="center", color="w", fontsize=8)
+    figure.colorbar(image, ax=axis, shrink=0.7, label="fraction of the true class")
+    save_figure(figure, path)
+    atomic_csv(
+        Path(path).with_suffix(".csv"),
+        [{"true": name, **dict(zip(names, row))} for name, row in zip(names, matrix.tolist())],
+    )

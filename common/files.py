@@ -2,6 +2,7 @@
 field."""
 
 import json
+import pickle
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -91,3 +92,40 @@ def inside(root, name) -> Path:
 def first_line(error: Exception) -> str:
     """What an exception says, without the paragraphs of advice that libraries add."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads lists, dictionaries, text and numbers, and numpy arrays if asked; every other name is refused, so
+    that no code runs."""
+
+    ARRAYS = {
+        ("numpy.core.multiarray", "_reconstruct"),
+        ("numpy._core.multiarray", "_reconstruct"),
+        ("numpy", "ndarray"),
+        ("numpy", "dtype"),
+        ("_codecs", "encode"),
+    }
+    arrays = False
+
+    def find_class(self, module, name):
+        if self.arrays and (module, name) in self.ARRAYS:
+            return super().find_class(module, name)
+        raise UserError(f"it names {module}.{name}, which could run code; only plain data are read")
+
+    def persistent_load(self, pid):
+        raise UserError("it refers to objects outside the file; only plain data are read")
+
+
+def read_plain_pickle(path, what: str, arrays: bool = False):
+    """The content of a pickle of plain data, and of numpy arrays where `arrays` is set; text of Python 2 is
+    read as Latin-1.
+
+    Raises UserError naming the file when it is missing or damaged, or when it holds anything else.
+    """
+    with reading(path, what), open(path, "rb") as file:
+        unpickler = _PlainUnpickler(file, encoding="latin1")
+        unpickler.arrays = arrays
+        try:
+            return unpickler.load()
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
