@@ -125,6 +125,7 @@ class Run:
     accelerator: Accelerator
     args: object
     steps: int
+    optimizers: list
     state: dict
     log: Log
     stop: StopSignal
@@ -162,7 +163,7 @@ def start(accelerator, args, steps: int, optimizers, **state) -> Run:
             group.update(own)
     accelerator.step = 0  # accumulation starts anew, also where --accum is another than before
     log, stop = Log(args.out, accelerator, steps, run_state["step"]), StopSignal(accelerator)
-    run = Run(accelerator, args, steps, run_state, log, stop)
+    run = Run(accelerator, args, steps, optimizers, run_state, log, stop)
     if run.last:
         stop.at_once = str(Path(args.out) / "last")
     return run
@@ -337,7 +338,7 @@ def finish_step(run: Run, grad=None, save: bool = False, **scores) -> Path | Non
         look(run)
         means = {name: accelerator.reduce(value, "mean") for name, value in means.items()}
         rate = run.samples * accelerator.num_processes / (time.monotonic() - run.clock)
-        lr = accelerator._optimizers[0].param_groups[0]["lr"]
+        lr = run.optimizers[0].param_groups[0]["lr"]
         own = {} if grad is None else {"grad": grad}
         run.log.log(state["step"], **means, lr=lr, **own, samples_per_s=rate, **scores)
         run.samples, run.clock = 0, time.monotonic()
