@@ -1,4 +1,6 @@
-"""What must survive: interruption, kill -9, a full disk, a damaged checkpoint, a second process, several processes."""
+"""What must survive: interruption, kill -9, a full disk, a damaged checkpoint, a second process, several
+processes.
+"""
 
 import json
 import os
@@ -13,8 +15,6 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-import torch._dynamo
-import torch.utils.tensorboard  # noqa: F401  both imported here once instead of in every fork
 
 from common.checkpoint import damage
 from tests import forked, toy_run
@@ -24,13 +24,15 @@ ROOT = Path(__file__).resolve().parents[1]
 TOY = str(ROOT / "tests/toy_run.py")
 
 
-def forked_toy(out, *options, output="forked.log", limit=None) -> int:
-    """Start toy_run.py's main in a fork and return the pid. output: file beside `out` that takes stdout and stderr."""
+def forked_toy(out, *options, output="forked.log", limit=None):
+    """Start toy_run.py's main in a fork. output: file beside `out` that takes stdout and stderr."""
     return forked.start(toy_run, ["--out", out, *options], out.parent / output, limit)
 
 
 def toy(out, *options, processes=1, check=True, limit=None, **environment):
-    """Run toy_run.py to its end: in a fork, or for several processes by the launcher; returns status and all output."""
+    """Run toy_run.py to its end: in a fork, or for several processes by the launcher; returns status and
+    all output.
+    """
     if processes == 1 and not environment:
         code = forked.finish(forked_toy(out, *options, output="toy.log", limit=limit))
         done = Done(code, (out.parent / "toy.log").read_text())
@@ -141,26 +143,26 @@ def test_twenty_kills_at_random_moments_lose_nothing(tmp_path):
     ]  # 4 MB to save every 5 steps: about half of the time goes into saving
     whole, out, chance, in_save = tmp_path / "whole", tmp_path / "cut", random.Random(0), 0
     start = time.monotonic()
-    os.waitpid(forked_toy(whole, *options), 0)
+    assert forked.finish(forked_toy(whole, *options)) == 0
     seconds = (
         time.monotonic() - start
     )  # the kills together take about a third of this, however fast the machine
     for kill in range(20):
         before = max((p.name for p in out.glob("checkpoints/step-*")), default="")
         known = (out / "log.jsonl").stat().st_size if kill else 0
-        pid = forked_toy(out, *options, *(["--resume"] if kill else []))
+        process = forked_toy(out, *options, *(["--resume"] if kill else []))
         while not (out / "log.jsonl").exists() or (out / "log.jsonl").stat().st_size == known:
-            assert os.waitpid(pid, os.WNOHANG) == (0, 0), (tmp_path / "forked.log").read_text()
+            assert process.is_alive(), (tmp_path / "forked.log").read_text()
             time.sleep(0.002)
         time.sleep(seconds / 30 * chance.random())
-        os.kill(pid, signal.SIGKILL)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+        process.kill()
+        assert forked.finish(process) == -signal.SIGKILL
         in_save += bool(list(out.glob("checkpoints/.saving-*")))
         after = max((p.name for p in out.glob("checkpoints/step-*")), default="")
         assert after >= before  # a finished checkpoint is never lost
         assert not after or not damage(out / "checkpoints" / after)
-    _, status = os.waitpid(forked_toy(out, *options, "--resume"), 0)
-    assert status == 0, (tmp_path / "forked.log").read_text()
+    code = forked.finish(forked_toy(out, *options, "--resume"))
+    assert code == 0, (tmp_path / "forked.log").read_text()
     assert in_save and "Traceback" not in (tmp_path / "forked.log").read_text()
     assert losses(out) == losses(whole) and len(losses(out)) == 200
     last = [torch.load(run / "last/optimizer.bin", weights_only=True)["state"] for run in (whole, out)]

@@ -1,4 +1,6 @@
-"""Faults of the machine, in every project's training: kill -9 in each phase, full disk, no right to write, damage, clocks that jump."""
+"""Faults of the machine, in every project's training: kill -9 in each phase, full disk, no right to write,
+damage, clocks that jump.
+"""
 
 import json
 import os
@@ -52,8 +54,7 @@ def training(request, tmp_path):
         return forked.start(script, line(out, more), tmp_path / log, **options)
 
     def call(out, *more, log="log.txt", **options):
-        code = forked.finish(start(out, *more, log=log, **options))
-        return forked.Done(code, (tmp_path / log).read_text())
+        return forked.call(script, line(out, more), tmp_path / log, **options)
 
     whole = tmp_path / "whole"
     done = call(whole)
@@ -84,7 +85,18 @@ def same(whole, cut):
 def slow_saves():
     """In the fork: a save takes long enough to be hit."""
     sync = os.fsync
-    os.fsync = lambda fd: (time.sleep(0.02), sync(fd))
+
+    def slow(fd):
+        time.sleep(0.02)
+        sync(fd)
+
+    os.fsync = slow
+
+
+def clock_goes_back():
+    """In the fork: the clock shows a time three years ago."""
+    now = time.time
+    time.time = lambda: now() - 1e8
 
 
 def test_kill_in_every_phase_loses_nothing(training, tmp_path):
@@ -97,15 +109,14 @@ def test_kill_in_every_phase_loses_nothing(training, tmp_path):
     }
     for phase, reached in phases.items():
         had, lines, before = len(checkpoints(out)), logged(out), checkpoints(out)[-1:]
-        pid = training.start(
+        process = training.start(
             out, *(["--resume"] if (out / "config.json").exists() else []), before=slow_saves
         )
         while not reached():
-            ended, status = os.waitpid(pid, os.WNOHANG)
-            assert not ended, (phase, training.log.read_text())
+            assert process.is_alive(), (phase, training.log.read_text())
             time.sleep(0.001)
-        os.kill(pid, signal.SIGKILL)
-        hit += [phase] * (forked.finish(pid) == -signal.SIGKILL)
+        process.kill()
+        hit += [phase] * (forked.finish(process) == -signal.SIGKILL)
         assert checkpoints(out)[-1:] >= before  # a finished checkpoint is never lost
         assert all(not damage(out / "checkpoints" / name) for name in checkpoints(out))
     done = training.call(out, *(["--resume"] if (out / "config.json").exists() else []))
@@ -137,11 +148,6 @@ def test_damaged_last_checkpoint_and_jumping_clock_change_nothing(training, tmp_
     file.write_bytes(data)
     for i, name in enumerate(checkpoints(out)):  # the newest looks oldest
         os.utime(out / "checkpoints" / name, (1e9 - i, 1e9 - i))
-
-    def clock_goes_back():
-        now = time.time
-        time.time = lambda: now() - 1e8
-
     done = training.call(out, "--resume", before=clock_goes_back)
     assert done.returncode == 0, done.text
     assert last.name in done.text and "trying the checkpoint before it" in done.text
@@ -155,5 +161,5 @@ def test_two_runs_in_one_folder_are_kept_apart(training, tmp_path):
         time.sleep(0.001)
     second = training.call(out, "--overwrite", log="second.txt")
     assert forked.finish(first) == 0
-    assert second.returncode == 2 and f"in use by process {first}" in second.text, second.text
+    assert second.returncode == 2 and f"in use by process {first.pid}" in second.text, second.text
     same(training.whole, out)
