@@ -1,5 +1,7 @@
 import os
+import random
 import sys
+import zlib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -9,17 +11,36 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the scripts that tests start
 for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):  # a test that reaches for a hub fails at once
     os.environ[name] = "1"
 
+import numpy as np
 import pytest
 import torch
 
 from tests.golden import SHARED
 
-torch.set_num_threads(1)  # pytest-xdist fills the other cores
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # pytest-xdist fills the other cores
+
+
+def seed(name):
+    """Seed all generators by a name, so that what is drawn does not depend on the tests that ran before."""
+    number = zlib.crc32(name.encode())
+    random.seed(number)
+    np.random.seed(number)
+    torch.manual_seed(number)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef):
+    seed(fixturedef.argname)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item):
+    seed(item.nodeid)
 
 
 @pytest.fixture(scope="session")
 def data_root() -> Path:
-    """Folder of real data: DATA_ROOT, else ../shared/data beside the repository; skips where neither is there."""
+    """The folder of real data: DATA_ROOT, else ../shared/data beside the repository; skips without either."""
     folder = Path(os.environ.get("DATA_ROOT") or SHARED / "data")
     if not folder.is_dir():
         pytest.skip(f"{folder} is absent; set DATA_ROOT")

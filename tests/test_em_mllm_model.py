@@ -392,6 +392,7 @@ def test_full_size_fm9g_has_the_stated_parameters():
 
 
 def test_qwen3_joins_and_learns(parts, tmp_path):
+    torch.manual_seed(0)
     tokenizer = load_tokenizer(parts / "llm")
     Qwen3ForCausalLM(
         Qwen3Config(

@@ -41,8 +41,6 @@ from flmm.schedule import lr_at
 from flmm.scripts.visual_cot.visual_cot import mask_to_crop
 from tests.golden import golden_files
 
-TINY_SAM_HEADS = 4  # of the reference SAM; the number of heads is not in any SAM checkpoint
-
 
 def load(path):
     with safe_open(path, "pt") as file:
@@ -80,6 +78,11 @@ def sam_parameters(path, params):
     return found
 
 
+def decoder_heads(config):
+    """Number of attention heads of the reference SAM's decoder: no weight tells it, so the metadata may."""
+    return config["sam"].get("dheads", 4)
+
+
 def check_unet_head(path):
     config, params, t = load(path)
     head = UNetHead(**config["config"], num_groups=config["num_groups"])
@@ -97,7 +100,7 @@ def check_unet_head(path):
 def check_sam_refiner(path):
     config, params, t = load(path)
     given, originals = t.__dict__["in"], sam_parameters(path, params)
-    sam = sam_from_original(originals, TINY_SAM_HEADS)
+    sam = sam_from_original(originals, decoder_heads(config))
     assert set(original_keys(sam.state_dict()).values()) - {
         "shared_image_embedding.positional_embedding"
     } == set(originals)
@@ -132,7 +135,7 @@ def check_flmm(path):
     config, params, t = load(path)
     given, L = t.__dict__["in"], config["L"]
     originals = sam_parameters(path, params)
-    sam = sam_from_original(originals, TINY_SAM_HEADS)
+    sam = sam_from_original(originals, decoder_heads(config))
     unet = {k: v for k, v in config["unet"].items() if k != "in_channels"}
     model = FLMM(config["unet"]["in_channels"], L, config["hidden"], sam, unet)
     model.load_upstream({**params, **{f"sam.model.{k}": v for k, v in originals.items()}}, path.name)
