@@ -43,8 +43,8 @@ LIMITS = {
     "cwt": 75,
     "pruning": 100,
     "attention": 50,
-    "parity": 75,
-    "scripts": 100,
+    "parity": 100,
+    "scripts": 110,
     "sharding": 60,
 }
 LEAST = 20  # seconds: with less left of the budget a step is not started
