@@ -1,6 +1,6 @@
-"""Perceiver resampler and tanh-gated cross-attention of Flamingo (Alayrac et al. 2022). Upstream: src/Model/helpers.py.
+"""Perceiver resampler of Flamingo (Alayrac et al. 2022). Upstream: src/Model/helpers.py.
 
-Dia-Pangu uses the resampler; the gated block belongs to the same file upstream and is kept exact.
+Upstream's file also holds a gated cross-attention that no model calls; it is in tests/upstream_dia_pangu.py.
 """
 
 import torch
@@ -84,75 +84,3 @@ class PerceiverResampler(nn.Module):
             latents = attention(x, latents) + latents
             latents = feed_forward(latents) + latents
         return self.norm(latents)
-
-
-class MaskedCrossAttention(nn.Module):
-    """Text x (B, N, dim) attends to media (B, T, n, dim_visual) that came before it.
-
-    media_locations: (B, N) bool, True where a medium starts; None lets every token see all media. With
-    only_attend_immediate_media a token sees the latest medium alone, and a token before any medium gets zeros.
-    """
-
-    def __init__(
-        self,
-        *,
-        dim: int,
-        dim_visual: int,
-        dim_head: int = 64,
-        heads: int = 8,
-        only_attend_immediate_media: bool = True,
-    ):
-        super().__init__()
-        inner = dim_head * heads
-        self.heads, self.scale = heads, dim_head**-0.5
-        self.only_attend_immediate_media = only_attend_immediate_media
-        self.norm = nn.LayerNorm(dim)
-        self.to_q = nn.Linear(dim, inner, bias=False)
-        self.to_kv = nn.Linear(dim_visual, inner * 2, bias=False)
-        self.to_out = nn.Linear(inner, dim, bias=False)
-
-    def forward(self, x, media, media_locations=None):
-        count, size = media.shape[1:3]
-        q = rearrange(self.to_q(self.norm(x)), "b n (h d) -> b h n d", h=self.heads) * self.scale
-        k, v = rearrange(self.to_kv(media), "b t n (two h d) -> two b h (t n) d", two=2, h=self.heads)
-        scores = q @ k.transpose(-1, -2)
-        if media_locations is not None:
-            text_time = media_locations.bool().cumsum(-1)  # how many media have started at each token
-            media_time = torch.arange(1, count + 1, device=x.device).repeat_interleave(size)
-            seen, when = text_time[:, None, :, None], media_time
-            visible = seen == when if self.only_attend_immediate_media else seen >= when
-            scores = scores.masked_fill(~visible, -torch.finfo(scores.dtype).max)
-        weights = scores.softmax(-1)
-        if media_locations is not None and self.only_attend_immediate_media:
-            weights = weights.masked_fill(text_time[:, None, :, None] == 0, 0.0)
-        return self.to_out(rearrange(weights @ v, "b h n d -> b n (h d)"))
-
-
-class GatedCrossAttentionBlock(nn.Module):
-    """Cross-attention and MLP added through tanh gates that start at 0, so that a new block changes nothing."""
-
-    def __init__(
-        self,
-        *,
-        dim: int,
-        dim_visual: int,
-        dim_head: int = 64,
-        heads: int = 8,
-        ff_mult: int = 4,
-        only_attend_immediate_media: bool = True,
-    ):
-        super().__init__()
-        self.attn = MaskedCrossAttention(
-            dim=dim,
-            dim_visual=dim_visual,
-            dim_head=dim_head,
-            heads=heads,
-            only_attend_immediate_media=only_attend_immediate_media,
-        )
-        self.attn_gate = nn.Parameter(torch.zeros(1))
-        self.ff = FeedForward(dim, ff_mult)
-        self.ff_gate = nn.Parameter(torch.zeros(1))
-
-    def forward(self, x, media, media_locations=None):
-        x = self.attn(x, media, media_locations) * self.attn_gate.tanh() + x
-        return self.ff(x) * self.ff_gate.tanh() + x
