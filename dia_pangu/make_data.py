@@ -4,33 +4,31 @@
 
     volumes/<id>.nii.gz          HU, int16, 6 x 6 x 20 mm, RAS affine
     masks/<id>.nii.gz            uint16, bit c set where finding c (order of FINDINGS) changed the voxel
-    annotation.json              {"train": [...], "val": [...], "test": [...]}, Chinese; annotation_en.json: English
+    annotation.json              {"train": [...], "val": [...], "test": [...]}, Chinese
+    annotation_en.json           the same in English
     CTRG_finding_labels.csv      id and 14 findings; 0 not mentioned, 1 present, 2 absent
     attributes.json              id -> finding -> side, place, size: what the evidence map is measured against
 
-A phantom has a body with a fat rim, lungs with texture and vessels, heart, mediastinum, aorta, trachea, spine, ribs, a
-liver dome, its own size, turn, shift and noise, and any of thirteen conditions. It is no simulation of disease: it has the
-contrasts and the places that the words of a report name. Deterministic for a seed.
+A phantom has a body with a layer of fat, lungs with texture and vessels, heart, mediastinum, aorta, trachea,
+spine, ribs and a liver dome; its own size, rotation, shift and noise; and any of thirteen conditions. It is
+no simulation of disease: it has the contrasts and the places that the words of a report name. Equal seeds
+give equal data.
 """
 
-import argparse
-import csv
 import gzip
-import io
 import json
 import sys
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # repository root: every way of starting this file finds it
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root, whatever folder we start in
 
 import nibabel
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-from common.checkpoint import atomic_write
-from common.errors import UserError, run
+from common.arguments import Parser, number
+from common.checkpoint import atomic_csv, atomic_json, atomic_write
+from common.errors import run
 from common.run import progress
 from dia_pangu.src.Dataset.prompt import COLUMNS, FINDINGS, LATERAL, PLACES, SIDES
 
@@ -50,14 +48,9 @@ PREVALENCE = {
     "fracture": 0.06,
     "support devices": 0.13,
 }
-NORMAL_SHARE = 0.06  # volumes made without any condition, beside those that get none by chance
+NORMAL_FRACTION = 0.06  # of the volumes are made without any condition, beside those that get none by chance
 SIZES = ("small", "moderate", "large")
-PLACED = {
-    "lung opacity",
-    "lung lesion",
-    "consolidation",
-    "pneumonia",
-}  # findings that lie in one zone of one lung
+PLACED = {"lung opacity", "lung lesion", "consolidation", "pneumonia"}  # these lie in one zone of one lung
 GRADED = PLACED | {"enlarged cardiomediastinum", "cardiomegaly", "edema", "pneumothorax", "pleural effusion"}
 MM = [((np.arange(n) + 0.5) * s - n * s / 2) for n, s in zip(SIZE, SPACING_MM)]
 Y, X, Z = np.meshgrid(*MM, indexing="ij")
@@ -65,12 +58,12 @@ ZONE_MM = {"upper": 75.0, "middle": 5.0, "lower": -60.0}
 
 
 def draw_findings(rng) -> dict:
-    """{finding: {side, place, size}} of one phantom; empty means a normal chest."""
+    """Draw {finding: {side, place, size}} of one phantom; an empty dictionary is a normal chest."""
     found = {}
-    if rng.random() < NORMAL_SHARE:
+    if rng.random() < NORMAL_FRACTION:
         return found
-    for name, share in PREVALENCE.items():
-        if rng.random() < share:
+    for name, prevalence in PREVALENCE.items():
+        if rng.random() < prevalence:
             found[name] = {
                 "side": str(rng.choice(SIDES)) if name in LATERAL else "",
                 "place": str(rng.choice(PLACES)) if name in PLACED else "",
@@ -80,8 +73,11 @@ def draw_findings(rng) -> dict:
 
 
 class Chest:
-    """One chest in the making. x, y, z: mm in the patient's own turned, shifted and scaled axes, right to left, front to back, feet
-    to head; hu and the finding bits; all (H, W, D). The methods paint in the order of `phantom`, later ones over earlier ones."""
+    """One chest in the making; its methods paint in the order of `phantom`, later ones over earlier ones.
+
+    x, y, z: mm in the patient's own rotated, shifted and scaled axes, from right to left, front to back, feet
+    to head. hu: the volume in HU. bits: bit c is set where finding c changed a voxel. All are (H, W, D).
+    """
 
     def __init__(self, rng, findings: dict):
         self.rng, self.findings = rng, findings
@@ -96,19 +92,20 @@ class Chest:
         self.bits = np.zeros(SIZE, np.uint16)
 
     def mark(self, name: str, where):
+        """Set the bit of a finding in the voxels `where`."""
         self.bits[where] |= np.uint16(1 << FINDINGS.index(name))
 
     def ball(self, cx, cy, cz, rx, ry, rz):
-        """Squared distance from a centre in units of the radii."""
+        """Return the squared distance from a centre in units of the radii."""
         return ((self.x - cx) / rx) ** 2 + ((self.y - cy) / ry) ** 2 + ((self.z - cz) / rz) ** 2
 
     def body_and_lungs(self):
+        """Paint the body, its fat, the lungs and their vessels."""
         x, y, z, rng = self.x, self.y, self.z, self.rng
         self.rim = (x / 165) ** 2 + (y / 118) ** 2
         self.taper = np.sqrt(np.clip(1 - ((z + 25) / 160) ** 2, 0.05, 1))
-        self.dome = (
-            -95 - 35 * ((np.abs(x) - 75) / 60) ** 2 + np.where(x < 0, 18, 0)
-        )  # the liver lifts the right side
+        self.dome = -95 - 35 * ((np.abs(x) - 75) / 60) ** 2
+        self.dome += np.where(x < 0, 18, 0)  # the liver lifts the right side
         self.edge = ((np.abs(x) - 74) / (58 * self.taper)) ** 2 + (y / (90 * self.taper)) ** 2
         self.cavity = (self.edge <= 1) & (z > self.dome) & (z < 132)
         self.texture = gaussian_filter(rng.normal(size=SIZE), (1.5, 1.5, 0.6))
@@ -127,7 +124,7 @@ class Chest:
         self.hu = np.where(self.cavity, lung, self.hu)
 
     def mediastinum_heart_and_bones(self):
-        """With their two findings: both are larger forms of what is always there."""
+        """Paint them with their two findings, which are larger forms of what is always there."""
         x, y, z, rng = self.x, self.y, self.z, self.rng
         core = ((x / 26) ** 2 + (y / 68) ** 2 <= 1) & (z > -120)
         if "enlarged cardiomediastinum" in self.findings:
@@ -156,9 +153,10 @@ class Chest:
         self.hu = np.where(ribs, 420.0, hu)
         self.soft = (
             self.cavity & ~self.heart & (self.hu < -100)
-        )  # air-holding lung, where conditions are painted
+        )  # lung with air, where conditions are painted
 
     def lung_findings(self):
+        """Paint what fills the lung: opacity, consolidation, pneumonia, lesion, edema, atelectasis."""
         x, y, z, rng, soft, hu = self.x, self.y, self.z, self.rng, self.soft, self.hu
         for name in ("lung opacity", "consolidation", "pneumonia", "lung lesion"):
             if name not in self.findings:
@@ -198,6 +196,7 @@ class Chest:
         self.hu = hu
 
     def pleural_findings(self):
+        """Paint effusion, pneumothorax and thickened pleura."""
         x, z, hu = self.x, self.z, self.hu
         depth = self.y / (90 * self.taper)
         if "pleural effusion" in self.findings:  # fluid lies at the back and rises with its amount
@@ -226,6 +225,7 @@ class Chest:
         self.hu = hu
 
     def fracture_and_devices(self):
+        """Paint a broken rib, a catheter and a pacemaker."""
         x, y, z, rng, hu = self.x, self.y, self.z, self.rng, self.hu
         if "fracture" in self.findings:  # a gap in a rib with a lump of callus
             height, turn = rng.uniform(-70, 70), rng.uniform(-0.6, 0.6)
@@ -235,7 +235,7 @@ class Chest:
             self.mark("fracture", where)
         if (
             "support devices" in self.findings
-        ):  # a catheter in the upper vein, sometimes a pacemaker box under the skin
+        ):  # a catheter in the upper vein, sometimes a pacemaker under the skin
             tube = ((x + 24) ** 2 + (y + 18) ** 2 <= 7**2) & (z > -20)
             if rng.random() < 0.4:
                 tube |= (np.abs(x - 85) < 16) & (np.abs(y + 98) < 9) & (np.abs(z - 80) < 22)
@@ -245,7 +245,7 @@ class Chest:
 
 
 def phantom(rng, findings: dict) -> tuple[np.ndarray, np.ndarray]:
-    """HU int16 and finding bits uint16, both (H, W, D)."""
+    """Return the HU (int16) and the bits of the findings (uint16) of a chest, both (H, W, D)."""
     chest = Chest(rng, findings)
     chest.body_and_lungs()
     chest.mediastinum_heart_and_bones()
@@ -256,8 +256,8 @@ def phantom(rng, findings: dict) -> tuple[np.ndarray, np.ndarray]:
     return np.clip(np.rint(hu), -1024, 3071).astype(np.int16), chest.bits
 
 
-# Two ways to say each condition in each language; {side}, {place}, {size} are filled in.
-SAY = {
+# Two sentences for each condition in each language; {side}, {place} and {size} are filled in.
+SENTENCES = {
     "enlarged cardiomediastinum": {
         "en": (
             "{Size} widening of the mediastinum is seen.",
@@ -374,8 +374,9 @@ WORDS_CN = {
 
 
 def report(rng, findings: dict, language: str) -> str:
-    """Sentences for what is there, and for most quiet regions a normal one, in the order lung to device."""
-    said = []
+    """Write a sentence for everything present and for most regions without a finding, in the order from lung
+    to device."""
+    sentences = []
     for region, names in REGIONS.items():
         present = [name for name in names if name in findings]
         for name in present:
@@ -383,16 +384,17 @@ def report(rng, findings: dict, language: str) -> str:
             if language == "cn":
                 fill = {key: WORDS_CN[value] for key, value in fill.items()}
             fill["Size"] = fill["size"].capitalize()
-            said.append(SAY[name][language][rng.integers(2)].format(**fill))
+            sentences.append(SENTENCES[name][language][rng.integers(2)].format(**fill))
         if not present and region in NORMAL and rng.random() < 0.75:
-            said.append(NORMAL[region][language][rng.integers(2)])
-    if not findings and not said:
-        said.append(NORMAL["lung"][language][0])
-    return (" " if language == "en" else "").join(said)
+            sentences.append(NORMAL[region][language][rng.integers(2)])
+    if not findings and not sentences:
+        sentences.append(NORMAL["lung"][language][0])
+    return (" " if language == "en" else "").join(sentences)
 
 
 def label_row(findings: dict) -> list[int]:
-    """The 14 codes as a labeler of reports gives them: 1 present, 2 absent where the region was looked at, 0 otherwise."""
+    """Return the 14 codes as a labeler of reports gives them: 1 present, 2 absent in a region without
+    findings, 0 otherwise."""
     row = [int(name in findings) for name in FINDINGS]
     row[-1] = int(not findings)
     for region in ("pleura", "heart", "bone"):
@@ -403,65 +405,79 @@ def label_row(findings: dict) -> list[int]:
 
 
 def save_nifti(path, array):
-    """(H, W, D) array as (X right to left becomes RAS) NIfTI with the phantom's spacing."""
+    """Write an (H, W, D) array as a NIfTI file with an affine to RAS mm and the phantom's spacing."""
     affine = np.diag([-SPACING_MM[1], -SPACING_MM[0], SPACING_MM[2], 1.0])
     affine[:3, 3] = [MM[1].max(), MM[0].max(), -MM[2].max()]
     image = nibabel.Nifti1Image(np.ascontiguousarray(array.transpose(1, 0, 2)), affine)
-    path.write_bytes(
-        gzip.compress(image.to_bytes(), 1)
-    )  # noise does not compress; level 9 takes four times as long
+    # Noise does not compress; level 9 would take four times as long.
+    path.write_bytes(gzip.compress(image.to_bytes(), 1))
+
+
+def write_split(out: Path, split: str, code: int, count: int, seed: int, number: int) -> list[dict]:
+    """Write the volumes and masks of one partition; return one record per phantom.
+
+    code: the partition's index. Every phantom is a function of (seed, code, its index). number: of the
+    volumes before these; a volume's name is its number over all partitions.
+    """
+    records = []
+    for i in progress(range(count), desc=f"phantoms, {split}"):
+        name, rng = str(number + i + 1), np.random.default_rng([seed, code, i])
+        findings = draw_findings(rng)
+        hu, bits = phantom(rng, findings)
+        save_nifti(out / "volumes" / f"{name}.nii.gz", hu)
+        save_nifti(out / "masks" / f"{name}.nii.gz", bits)
+        texts = {language: report(rng, findings, language) for language in ("en", "cn")}
+        records.append({"name": name, "findings": findings, "texts": texts})
+    return records
 
 
 def main(args):
     counts = {"train": args.train, "val": args.val, "test": args.test}
-    if min(counts.values()) < 1:
-        raise UserError("--train, --val and --test must be at least 1")
     out = Path(args.out)
-    annotation, labels, attributes = {"en": {}, "cn": {}}, [], {}
     for folder in ("volumes", "masks"):
         (out / folder).mkdir(parents=True, exist_ok=True)
-    (out / "annotation_en.json").unlink(missing_ok=True)  # written last: a folder with it is complete
-    number = 0
+    (out / "annotation_en.json").unlink(missing_ok=True)  # it is written last: a folder with it is complete
+
+    partitions, number = {}, 0
     for code, (split, count) in enumerate(counts.items()):
-        for language in annotation:
-            annotation[language][split] = []
-        for i in progress(range(count), desc=f"phantoms, {split}"):
-            number += 1
-            name, rng = str(number), np.random.default_rng([args.seed, code, i])
-            findings = draw_findings(rng)
-            hu, bits = phantom(rng, findings)
-            save_nifti(out / "volumes" / f"{name}.nii.gz", hu)
-            save_nifti(out / "masks" / f"{name}.nii.gz", bits)
-            for language in annotation:
-                text = report(rng, findings, language)
-                annotation[language][split].append(
-                    {"id": name, "split": split, "impression": "", "finding": text}
-                )
-            labels.append([name, *label_row(findings)])
-            attributes[name] = findings
-    table = io.StringIO()
-    csv.writer(table, lineterminator="\n").writerows([["id", *COLUMNS], *labels])
-    atomic_write(out / "CTRG_finding_labels.csv", table.getvalue())
-    atomic_write(out / "attributes.json", json.dumps(attributes))
+        partitions[split] = write_split(out, split, code, count, args.seed, number)
+        number += count
+    phantoms = [record for records in partitions.values() for record in records]
+
+    labels = [{"id": p["name"], **dict(zip(COLUMNS, label_row(p["findings"])))} for p in phantoms]
+    atomic_csv(out / "CTRG_finding_labels.csv", labels)
+    atomic_write(out / "attributes.json", json.dumps({p["name"]: p["findings"] for p in phantoms}))
     for language, file in (("cn", "annotation.json"), ("en", "annotation_en.json")):
-        atomic_write(out / file, json.dumps(annotation[language], ensure_ascii=False, indent=1))
-    words = [len(item["finding"].split()) for item in annotation["en"]["train"]]
+        annotation = {
+            split: [
+                {"id": r["name"], "split": split, "impression": "", "finding": r["texts"][language]}
+                for r in records
+            ]
+            for split, records in partitions.items()
+        }
+        atomic_json(out / file, annotation)
+    words = np.mean([len(p["texts"]["en"].split()) for p in partitions["train"]])
+    normal = np.mean([not p["findings"] for p in phantoms])
     print(
-        f"{out}: {number} volumes {SIZE} at {SPACING_MM} mm, {np.mean(words):.0f} English words a report, "
-        f"{np.mean([row[-1] for row in labels]):.0%} without finding"
+        f"{out}: {number} volumes {SIZE} at {SPACING_MM} mm, {words:.0f} English words a report, "
+        f"{normal:.0%} without finding"
     )
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def parse_args(argv=None):
+    parser = Parser(__doc__)
     parser.add_argument("--out", required=True, help="folder to write; files of the same name are replaced")
-    parser.add_argument("--train", type=int, default=2000, help="training volumes (default %(default)s)")
-    parser.add_argument("--val", type=int, default=200, help="validation volumes (default %(default)s)")
-    parser.add_argument("--test", type=int, default=300, help="test volumes (default %(default)s)")
+    count = number(int, 1)
+    parser.add_argument("--train", type=count, default=2000, help="training volumes")
+    parser.add_argument("--val", type=count, default=200, help="validation volumes")
+    parser.add_argument("--test", type=count, default=300, help="test volumes")
     parser.add_argument(
-        "--seed", type=int, default=0, help="every volume is a function of this, its split and its place"
+        "--seed",
+        type=number(int, 0),
+        default=0,
+        help="a volume is a function of the seed, its partition and its index there",
     )
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from tests.tiny_dia import *  # noqa: F403  the fixtures data, llm and model_tex
 from tests.tiny_dia import SMALL
 
 
-def test_orientation_changes_the_prepared_volume(data, tmp_path):
+def test_prepared_volume_is_independent_of_the_stored_orientation(data, tmp_path):
     image = nibabel.load(data / "volumes" / "1.nii.gz")
     reference = load_volume(data / "volumes" / "1.nii.gz", Grid((64, 64, 16)))
     voxels, affine = np.asanyarray(image.dataobj), image.affine
@@ -36,7 +36,7 @@ def test_orientation_changes_the_prepared_volume(data, tmp_path):
     assert hu.shape == (64, 64, 16) and spacing == pytest.approx((6.0, 6.0, 20.0))
 
 
-def test_resampling_moves_or_scales_the_body():
+def test_resampling_keeps_position_and_size_of_the_body():
     hu = np.full((40, 40, 20), -1000.0, np.float32)
     hu[10:20, 10:30, 5:15] = 50
     out = resample(hu, (3.0, 3.0, 6.0), Grid((60, 60, 30), (120.0, 120.0, 120.0)))
@@ -47,7 +47,7 @@ def test_resampling_moves_or_scales_the_body():
     assert centre == pytest.approx([14.5 / 40, 19.5 / 40, 9.5 / 20], abs=0.03)
 
 
-def test_cached_and_fresh_volumes_differ(data, tmp_path):
+def test_cached_and_fresh_volumes_are_equal(data, tmp_path):
     path = data / "volumes" / "2.nii.gz"
     fresh = load_volume(path, Grid((64, 64, 16)))
     for _ in range(2):
@@ -57,7 +57,7 @@ def test_cached_and_fresh_volumes_differ(data, tmp_path):
     assert len(list(tmp_path.glob("*.npy"))) == 2
 
 
-def test_patch_labels_point_elsewhere(tmp_path):
+def test_patch_labels_lie_where_the_finding_is(tmp_path):
     for side in ("left", "right"):
         for place in ("upper", "lower"):
             _, bits = phantom(
@@ -77,7 +77,7 @@ def test_patch_labels_point_elsewhere(tmp_path):
             )
 
 
-def test_phantoms_of_a_seed_change():
+def test_phantoms_are_a_function_of_their_seed():
     first, second = (
         phantom(np.random.default_rng([7, 0, 3]), draw_findings(np.random.default_rng(1)))[0]
         for _ in range(2)
@@ -85,14 +85,14 @@ def test_phantoms_of_a_seed_change():
     assert np.array_equal(first, second)
 
 
-def test_the_split_field_wins_over_the_partition(data):
+def test_the_partition_decides_the_split(data):
     test_set = CTRGDataset(data, "test", Grid((16, 16, 16)))
     for item in test_set.items:
         item["split"] = "train"
     assert len(test_set) == 4 and [s["id"] for s in test_set.items] == ["12", "13", "14", "15"]
 
 
-def test_flips_depend_on_anything_but_seed_epoch_and_index(data, llm):
+def test_flips_are_a_function_of_seed_epoch_and_index(data, llm):
     text = make_text(load_tokenizer(llm), SMALL, 500)
     make = lambda seed: CTRGDataset(
         data, "train", Grid((16, 16, 16)), text, flip=0.5, seed=seed, vision=False
@@ -103,7 +103,7 @@ def test_flips_depend_on_anything_but_seed_epoch_and_index(data, llm):
     assert first[3]["text"] != second[3]["text"]
 
 
-def test_real_files_do_not_load(data_root):
+def test_real_files_load(data_root):
     for path in (
         *sorted((data_root / "ct" / "volumes").glob("*mm.nii.gz")),
         data_root / "ct" / "dicom_series",
@@ -149,7 +149,7 @@ def bad_volume(path, kind):
         ("affine", "affine cannot be inverted"),
     ],
 )
-def test_a_bad_volume_passes(kind, message, tmp_path):
+def test_a_bad_volume_is_refused_in_one_line(kind, message, tmp_path):
     path = tmp_path / f"{kind}.nii.gz"
     bad_volume(path, kind)
     with pytest.raises(UserError, match=message) as error:
@@ -157,7 +157,7 @@ def test_a_bad_volume_passes(kind, message, tmp_path):
     assert path.name in str(error.value) and "\n" not in str(error.value)
 
 
-def test_bad_tables_pass(data, tmp_path):
+def test_bad_tables_are_refused_by_file_and_field(data, tmp_path):
     table = (data / "CTRG_finding_labels.csv").read_text()
     note = json.loads((data / "annotation_en.json").read_text())
 
@@ -182,7 +182,7 @@ def test_bad_tables_pass(data, tmp_path):
             attempt(*change)
 
 
-def test_skip_bad_does_not_count(data, tmp_path, capsys):
+def test_skip_bad_counts_and_leaves_out(data, tmp_path, capsys):
     shutil.copytree(data, tmp_path / "data")
     bad_volume(tmp_path / "data" / "volumes" / "2.nii.gz", "nan")
     (tmp_path / "data" / "volumes" / "5.nii.gz").unlink()

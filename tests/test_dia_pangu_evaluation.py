@@ -26,7 +26,7 @@ def python(*arguments, **options):
     )
 
 
-def test_the_labeler_misreads_its_own_templates():
+def test_the_labeler_reads_every_template_sentence():
     for i in range(60):
         rng = np.random.default_rng([9, i])
         findings = draw_findings(rng)
@@ -49,11 +49,11 @@ def test_the_labeler_misreads_its_own_templates():
         ("", "edema", 0),
     ],
 )
-def test_the_labeler_misses_negation_or_doubt(text, finding, code):
+def test_the_labeler_reads_negation_and_doubt(text, finding, code):
     assert label_report(text)[FINDINGS.index(finding)] == code
 
 
-def test_f1_differs_from_its_definition():
+def test_f1_follows_its_definition():
     truth, predicted = np.zeros((4, 14), int), np.zeros((4, 14), int)
     truth[:2, 0], predicted[1:3, 0], truth[:, 3], predicted[:, 3] = 1, 1, 1, 1
     scores = finding_scores(truth, predicted)
@@ -64,7 +64,7 @@ def test_f1_differs_from_its_definition():
     assert scores["example"]["P"] == pytest.approx((1 + 1 + 0.5 + 1) / 4, abs=1e-5)
 
 
-def test_calibration_loses_on_its_own_data():
+def test_calibration_gains_on_its_own_data_or_keeps_one_half():
     rng = np.random.default_rng(0)
     truth = rng.random((200, 14)) < 0.3
     probability = np.clip(truth * 0.2 + rng.random((200, 14)) * 0.3, 0, 1)
@@ -78,7 +78,7 @@ def test_calibration_loses_on_its_own_data():
     assert calibrate(clear, truth) == [0.5] * 14
 
 
-def test_words_of_place_are_misread():
+def test_side_and_place_are_read_from_a_report():
     text = "A small nodule is found in the right upper lung. There is fluid in the left pleural space."
     assert said(text, "lung lesion") == {"side": "right", "place": "upper"}
     assert said(text, "pleural effusion") == {"side": "left", "place": ""}
@@ -96,7 +96,7 @@ def test_words_of_place_are_misread():
     )
 
 
-def test_scoring_hangs_or_fails_on_odd_predictions(tmp_path):
+def test_odd_predictions_are_scored(tmp_path):
     truths = [
         "A small nodule is found.",
         "No effusion.",
@@ -123,7 +123,7 @@ def test_scoring_hangs_or_fails_on_odd_predictions(tmp_path):
     assert scores["METEOR"] is None or 0 < scores["METEOR"] < 1
 
 
-def test_missing_java_is_silent(tmp_path):
+def test_missing_java_is_said(tmp_path):
     with open(tmp_path / "r.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(
             [["Ground Truth", "Pred"], ["右侧胸腔积液。", "右侧胸腔少量积液。"], ["心影增大。", "心影不大。"]]
@@ -144,7 +144,7 @@ def test_missing_java_is_silent(tmp_path):
     assert scores["language"] == "cn" and scores["BLEU_1"] > 0.3
 
 
-def test_a_csv_without_predictions_passes(tmp_path):
+def test_a_csv_without_predictions_is_refused(tmp_path):
     (tmp_path / "r.csv").write_text("a,b\n1,2\n")
     result = python(ROOT / "dia_pangu" / "evaluate" / "nlg_eval.py", "--csv", tmp_path / "r.csv")
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "Ground Truth" in result.stderr

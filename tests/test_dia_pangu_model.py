@@ -26,7 +26,7 @@ from tests.tiny_dia import *  # noqa: F403  the fixtures data, llm and model_tex
 from tests.tiny_dia import SMALL
 
 
-def test_lookup_differs_from_the_one_hot_product():
+def test_lookup_equals_the_one_hot_product():
     generator = torch.Generator().manual_seed(0)
     weight, extra = torch.randn(50, 8, generator=generator), torch.randn(2, 7, 8, generator=generator)
     ids = torch.randint(0, 57, (2, 30), generator=generator)
@@ -34,18 +34,18 @@ def test_lookup_differs_from_the_one_hot_product():
     assert torch.equal(lookup(weight, extra, ids), F.one_hot(ids, 57).float() @ table)
 
 
-def test_an_id_without_row_is_taken_silently():
+def test_an_id_without_row_is_refused():
     with pytest.raises(ValueError, match="id 57 has no row"):
         lookup(torch.zeros(50, 8), torch.zeros(1, 7, 8), torch.tensor([[57]]))
 
 
-def test_one_bad_row_of_the_table_spoils_other_tokens():
+def test_one_bad_row_of_the_table_leaves_other_tokens_alone():
     weight = torch.zeros(4, 3)
     weight[3] = float("nan")
     assert torch.isfinite(lookup(weight, torch.ones(1, 2, 3), torch.tensor([[0, 1, 4]]))).all()
 
 
-def test_batch_order_or_size_changes_a_sample(model_text):
+def test_diagnosis_is_independent_of_the_batch(model_text):
     model, text = model_text
     model.eval()
     volumes = torch.rand(3, 1, 3, 16, 16, 64, generator=torch.Generator().manual_seed(1))[..., :16]
@@ -54,7 +54,7 @@ def test_batch_order_or_size_changes_a_sample(model_text):
     assert torch.allclose(together, alone, atol=1e-5)
 
 
-def test_several_volumes_per_sample_are_no_mean_over_volumes(model_text):
+def test_several_volumes_per_sample_are_averaged(model_text):
     layer = model_text[0].embedding_layer.eval()
     volumes = torch.rand(2, 3, 3, 16, 16, 16)
     tokens = layer.encode(volumes)
@@ -68,12 +68,12 @@ def test_several_volumes_per_sample_are_no_mean_over_volumes(model_text):
     )
 
 
-def test_a_volume_of_another_size_than_trained_is_accepted(model_text):
+def test_a_volume_of_another_size_than_trained_is_refused(model_text):
     with pytest.raises(ValueError, match="prototypes are made for 16"):
         model_text[0].encode(torch.zeros(1, 1, 3, 16, 16, 8))
 
 
-def test_the_trained_tensors_of_a_stage_are_others(model_text, llm):
+def test_each_stage_trains_its_own_tensors(model_text, llm):
     model, _ = model_text
     names = model.set_trained(TRAINED["pre"])
     expected = {name for name, _ in model.named_parameters() if name.startswith("embedding_layer.perceiver.")}
@@ -97,7 +97,7 @@ def test_the_trained_tensors_of_a_stage_are_others(model_text, llm):
     assert not any(any(never in name for never in NEVER_TRAINED) for name in names)
 
 
-def test_frozen_parts_run_with_dropout(llm):
+def test_frozen_parts_run_without_dropout(llm):
     config = json.loads(json.dumps(SMALL))
     config["embedding"]["vit"]["dropout"] = 0.5
     model, _ = build_model(config, llm)
@@ -107,7 +107,7 @@ def test_frozen_parts_run_with_dropout(llm):
     assert model.embedding_layer.perceiver.training
 
 
-def test_loss_of_a_batch_differs_from_its_accumulated_parts(model_text, data):
+def test_loss_of_a_batch_is_the_sum_of_its_shared_parts(model_text, data):
     model, text = model_text
     model.set_trained(TRAINED["ft"])
     model.eval()
@@ -130,7 +130,7 @@ def test_loss_of_a_batch_differs_from_its_accumulated_parts(model_text, data):
         assert torch.allclose(model.get_parameter(name).grad, gradient, atol=1e-5), name
 
 
-def test_padding_changes_the_generated_report(model_text):
+def test_padding_does_not_change_a_report(model_text):
     model, text = model_text
     model.eval()
     volumes = torch.rand(3, 1, 3, 16, 16, 16, generator=torch.Generator().manual_seed(2))
@@ -145,7 +145,7 @@ def test_padding_changes_the_generated_report(model_text):
     assert together == alone
 
 
-def test_a_control_shows_the_patients_own_volume(model_text, monkeypatch):
+def test_a_control_shows_the_volume_that_it_names(model_text, monkeypatch):
     model, text = model_text
     model.eval()
     volumes = torch.rand(3, 1, 3, 16, 16, 16, generator=torch.Generator().manual_seed(3))
@@ -166,14 +166,14 @@ def test_a_control_shows_the_patients_own_volume(model_text, monkeypatch):
         assert torch.allclose(given["tokens"], shown, atol=1e-5), control
 
 
-def test_a_finding_that_is_absent_has_a_place():
+def test_only_present_findings_have_a_place():
     statuses = [int(name == "fracture") for name in FINDINGS]
     places = {name: ("left", "upper") for name in LATERAL}
     rows = {row[1]: row[4:] for row in finding_rows("7", [0.25] * 14, statuses, [0.5] * 14, places)}
     assert rows.pop("fracture") == [1, "left", "upper"] and all(row == [0, "", ""] for row in rows.values())
 
 
-def test_sampling_forgets_its_seed_or_beams_find_less_than_greedy(data, llm, tmp_path, monkeypatch):
+def test_sampling_follows_its_seed_and_beams_find_more_than_greedy(data, llm, tmp_path, monkeypatch):
     torch.manual_seed(0)
     model, text = build_model(json.loads(json.dumps(SMALL)), llm)
     for parameter in model.lang_model.parameters():

@@ -23,7 +23,7 @@ from tests.tiny_dia import *  # noqa: F403  the fixtures data, llm and model_tex
 from tests.tiny_dia import SMALL, python
 
 
-def test_unknown_words_leave_the_loss(llm):
+def test_unknown_words_stay_in_the_loss(llm):
     tokenizer = load_tokenizer(llm)
     text = ReportText(tokenizer, 500, 3)
     sample = text.sample([0] * 14, "A nodule.")
@@ -32,7 +32,7 @@ def test_unknown_words_leave_the_loss(llm):
     assert tokenizer.decode(kept[:-1]) == " A nodule."
 
 
-def test_a_long_report_is_taught_to_stop_in_the_middle(llm):
+def test_a_report_that_is_cut_gets_no_eos(llm):
     tokenizer = load_tokenizer(llm)
     text = ReportText(tokenizer, 500, 3)
     length = len(text.sample([0] * 14)["lang_x"])
@@ -48,7 +48,7 @@ def test_a_long_report_is_taught_to_stop_in_the_middle(llm):
         text.sample([0] * 14, "x", "scan7")
 
 
-def test_reports_cut_in_a_loader_worker_are_not_counted(data, llm):
+def test_reports_cut_in_a_loader_worker_are_counted(data, llm):
     text = make_text(load_tokenizer(llm), SMALL, 500)
     text.max_length = len(text.sample([1] * 14)["lang_x"]) + 12
     samples = CTRGDataset(data, "train", Grid((16, 16, 16)), text, vision=False)
@@ -60,12 +60,12 @@ def test_reports_cut_in_a_loader_worker_are_not_counted(data, llm):
     assert len(batches) == 2 and text.cut == 2 * expected
 
 
-def test_a_tokenizer_larger_than_the_word_table_passes(llm):
+def test_a_tokenizer_larger_than_the_word_table_is_refused(llm):
     with pytest.raises(UserError, match="only 100 rows"):
         ReportText(load_tokenizer(llm), 100, 3)
 
 
-def test_prompts_name_places_of_what_is_absent_or_has_none(llm):
+def test_prompts_name_places_of_present_findings_only(llm):
     statuses = [int(name in ("consolidation", "cardiomegaly")) for name in FINDINGS]
     places = {"consolidation": ("right", "lower"), "lung lesion": ("left", "upper")}
     english = status_text(statuses, "en", places)
@@ -86,7 +86,7 @@ def test_prompts_name_places_of_what_is_absent_or_has_none(llm):
     assert text.sample(statuses, "x", places=places)["lang_x"][:15] == tokenizer(english).input_ids
 
 
-def test_words_of_place_weigh_as_all_others(llm):
+def test_words_of_place_have_the_key_weight(llm):
     tokenizer = make_tokenizer(["A nodule in the right upper lung. Uprightly."] * 9, 400)
     plain, weighed = (ReportText(tokenizer, len(tokenizer), 0, 1, key_weight=weight) for weight in (1.0, 3.0))
     assert "loss_reweight" not in plain.sample([0] * 14, "A nodule in the right upper lung.")
@@ -104,7 +104,7 @@ def test_words_of_place_weigh_as_all_others(llm):
     assert torch.allclose(token_loss(logits, labels, torch.tensor([[0.0, 3.0, 1.0, 0.0]])), 3 * one + two)
 
 
-def test_the_vote_forgets_prototypes_or_patches(llm):
+def test_the_vote_joins_prototypes_and_patches(llm):
     torch.manual_seed(0)
     size = {"num_embeddings": 5, "embedding_dim": 8, **SMALL["embedding"]}
     layer, plain = MyEmbedding(**size, evidence_head=True), MyEmbedding(**size)
@@ -133,7 +133,7 @@ def test_the_vote_forgets_prototypes_or_patches(llm):
     )
 
 
-def test_hidden_places_are_said_or_hiding_changes_the_statuses(data, llm):
+def test_hidden_places_leave_the_statuses_alone(data, llm):
     text = make_text(load_tokenizer(llm), SMALL, 500)
     seen = {str(number): {name: ("left", "upper") for name in LATERAL} for number in range(1, 9)}
 
@@ -165,7 +165,7 @@ def test_hidden_places_are_said_or_hiding_changes_the_statuses(data, llm):
     assert 0.2 < said < 0.8 and some == prompts(0.5) and some != prompts(0.5, epoch=1)
 
 
-def test_pretraining_writes_no_places_or_training_does_not_take_them(data, llm, tmp_path):
+def test_pretraining_writes_places_that_training_takes(data, llm, tmp_path):
     (tmp_path / "small.json").write_text(json.dumps(SMALL))
     common = [
         "--data",

@@ -58,7 +58,7 @@ def curve(out):
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
-def test_accumulation_processes_or_resume_change_the_training(data, llm, tmp_path):
+def test_accumulation_processes_and_resume_give_the_same_training(data, llm, tmp_path):
     whole = train(
         data,
         llm,
@@ -114,7 +114,7 @@ def test_accumulation_processes_or_resume_change_the_training(data, llm, tmp_pat
     assert json.loads((tmp_path / "whole" / "adapter_config.json").read_text())["lora_alpha"] == 16
 
 
-def test_dry_run_loads_weights_or_counts_wrong(llm, tmp_path):
+def test_dry_run_counts_the_published_parameters_without_weights(llm, tmp_path):
     folder = tmp_path / "pangu"
     folder.mkdir()
     (folder / "config.json").write_text(
@@ -155,7 +155,7 @@ def test_dry_run_loads_weights_or_counts_wrong(llm, tmp_path):
     assert not (tmp_path / "o").exists()
 
 
-def test_one_line_errors_have_a_traceback(data, llm, tmp_path):
+def test_user_errors_are_one_line(data, llm, tmp_path):
     for arguments, message in (
         (["--data", tmp_path / "nowhere", "--lang-encoder-path", llm], "no such data folder"),
         (["--data", data, "--lang-encoder-path", tmp_path], "no config.json"),
@@ -178,7 +178,7 @@ def test_one_line_errors_have_a_traceback(data, llm, tmp_path):
         assert not (tmp_path / "out").exists()
 
 
-def test_one_scan_gives_no_report(data, llm, tmp_path):
+def test_one_scan_gives_a_report(data, llm, tmp_path):
     model, _ = build_model(json.loads(json.dumps(SMALL)), llm)
     save_model(model.state_dict(), tmp_path / "model", SMALL)
     result = python(
@@ -208,7 +208,7 @@ def test_one_scan_gives_no_report(data, llm, tmp_path):
     assert (tmp_path / "out" / "evidence" / "3.png").stat().st_size > 5000
 
 
-def test_a_launcher_works_from_one_place_only(data, llm, tmp_path):
+def test_the_launcher_works_from_elsewhere(data, llm, tmp_path):
     (tmp_path / "small.json").write_text(json.dumps(SMALL))
     environment = {
         **os.environ,

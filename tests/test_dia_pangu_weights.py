@@ -16,7 +16,7 @@ from tests.tiny_dia import *  # noqa: F403  the fixtures data, llm and model_tex
 from tests.tiny_dia import SMALL
 
 
-def test_a_pangu_folder_gives_other_logits_than_llama(llm, tmp_path):
+def test_a_pangu_folder_gives_the_logits_of_llama(llm, tmp_path):
     pangu = AutoModelForCausalLM.from_pretrained(llm)
     assert type(pangu).__name__ == "PanguEmbeddedForCausalLM" and pangu.config.attention_bias
     for name, parameter in pangu.named_parameters():
@@ -50,7 +50,7 @@ def test_a_pangu_folder_gives_other_logits_than_llama(llm, tmp_path):
         assert torch.equal(llama.eval()(ids).logits, again.eval()(ids).logits)
 
 
-def test_the_published_config_form_is_not_understood(llm, tmp_path):
+def test_the_published_config_form_is_understood(llm, tmp_path):
     config = json.loads((llm / "config.json").read_text())
     for name in ("attention_bias", "rope_parameters"):
         config.pop(name, None)
@@ -75,7 +75,7 @@ def test_the_published_config_form_is_not_understood(llm, tmp_path):
         assert torch.equal(loaded.eval()(ids).logits, model.eval()(ids).logits)
 
 
-def test_the_sentencepiece_tokenizer_splits_differently(tmp_path):
+def test_the_tokenizer_splits_as_sentencepiece_does(tmp_path):
     import sentencepiece
 
     lines = ["The lung opacity is positive. No effusion is seen.", "肺部阴影 ： 存在。 影像所见："] * 50
@@ -124,7 +124,7 @@ def test_the_sentencepiece_tokenizer_splits_differently(tmp_path):
     ]
 
 
-def test_a_saved_model_comes_back_changed(llm, tmp_path):
+def test_a_saved_model_comes_back_unchanged(llm, tmp_path):
     config = {
         **json.loads(json.dumps(SMALL)),
         "lora": {"r": 4, "alpha": 6, "dropout": 0.0, "targets": ["q_proj", "v_proj"]},
@@ -156,7 +156,7 @@ def test_a_saved_model_comes_back_changed(llm, tmp_path):
         assert torch.equal(again(**batch)["logits"], model(**batch)["logits"])
 
 
-def test_a_dia_llama_file_overwrites_the_language_model(model_text, tmp_path, capsys):
+def test_a_dia_llama_file_leaves_the_language_model_alone(model_text, tmp_path, capsys):
     model, _ = model_text
     before = {key: value.clone() for key, value in model.state_dict().items()}
     torch.save(
@@ -170,7 +170,7 @@ def test_a_dia_llama_file_overwrites_the_language_model(model_text, tmp_path, ca
     assert "left alone" in capsys.readouterr().out
 
 
-def test_radfm_parts_are_not_recognised(model_text, tmp_path):
+def test_radfm_parts_are_recognised(model_text, tmp_path):
     model, _ = model_text
     for part in ("vision_encoder", "perceiver"):
         tensors = {
@@ -183,7 +183,7 @@ def test_radfm_parts_are_not_recognised(model_text, tmp_path):
             assert torch.equal(value, tensors[key]), key
 
 
-def test_a_checkpoint_of_another_shape_passes(model_text, tmp_path):
+def test_a_checkpoint_of_another_shape_is_refused(model_text, tmp_path):
     torch.save(
         {"embedding_layer.prototype": torch.zeros(14, 99), "embedding_layer.temp": torch.ones(())},
         tmp_path / "other.bin",

@@ -1,10 +1,10 @@
-"""Where in the volume a finding was seen: maps over the patch grid, the side and place they point to, and pictures.
+"""Where in the volume a finding is seen: maps over the patch grid, side and place, and pictures.
 
-The maps are those of the model's evidence head where it has one (pretrain_vit.py trains it on masks, so it knows places);
-otherwise the finding's prototype weights times how far each patch leans to the positive memory, which every checkpoint has.
+The maps are those of the model's evidence head where it has one (it was trained on masks, so that it knows
+places). Otherwise a map is the finding's prototype weights times how much more similar each patch is to the
+positive memory than to the negative one, which every checkpoint has.
 """
 
-import re
 import textwrap
 
 import numpy as np
@@ -12,38 +12,36 @@ import torch
 from torch.nn import functional as F
 
 from common.figures import new_figure, save_figure
-from dia_pangu.evaluate.labeler import PATTERNS, clauses, language_of
+from dia_pangu.evaluate.labeler import language_of
 from dia_pangu.src.Dataset.prompt import FINDINGS, LATERAL, PLACES, SIDES
 
-LUNG_LEVEL = 0.35  # of the lung window's channel: below is air-filled lung or outside
-SAID = {
-    "right": r"\bright\b|右",
-    "left": r"\bleft\b|左",
-    "upper": r"\bupper\b|上(?:肺)?(?:野|部|叶)",
-    "middle": r"\bmiddle\b|中(?:肺)?(?:野|部|叶)",
-    "lower": r"\blower\b|\bbase\b|下(?:肺)?(?:野|部|叶)|底",
-}
+LUNG_LEVEL = 0.35  # of the lung window's channel; below it is air-filled lung or the outside
 
 
 @torch.no_grad()
 def evidence_maps(layer, tokens: torch.Tensor, grid) -> torch.Tensor:
-    """(B, 14, h, w, d), not negative; tokens (B, S, n_tok, dim), first volume of each sample."""
+    """Return the evidence maps (B, 14, h, w, d), none of them negative, of the first volume of each sample.
+
+    layer: MyEmbedding. tokens: (B, S, n_tok, dim). grid: patches along H, W and D.
+    """
     first = tokens[:, 0]
     if layer.evidence_head is not None:
         maps = layer.evidence_head(first).sigmoid().transpose(1, 2)
     else:
-        memory = F.normalize(layer.pos_sample_memory[:, 0], dim=-1) - F.normalize(
-            layer.neg_sample_memory[:, 0], dim=-1
-        )
-        lean = torch.einsum("bvd,cd->bcv", F.normalize(layer.proj(first), dim=-1), memory).clamp(min=0)
-        maps = layer.prototype.softmax(-1) * lean
+        positive = F.normalize(layer.pos_sample_memory[:, 0], dim=-1)
+        negative = F.normalize(layer.neg_sample_memory[:, 0], dim=-1)
+        patches = F.normalize(layer.proj(first), dim=-1)
+        margin = torch.einsum("bvd,cd->bcv", patches, positive - negative).clamp(min=0)
+        maps = layer.prototype.softmax(-1) * margin
     return maps.unflatten(-1, grid).float().cpu()
 
 
 def lung_range(vision_x: torch.Tensor) -> tuple[float, float]:
-    """Lowest and highest slice with lung, as shares of the depth; vision_x (3, H, W, D) of the windows preparation.
+    """Return where the lungs begin and end as fractions of the depth, from a volume (3, H, W, D) of the
+    windows preparation.
 
-    Lung is what is dark in the lung window and lies inside the body, that is between brighter voxels of its row.
+    Lung is what is dark in the lung window and lies inside the body, that is between brighter voxels of its
+    row and column.
     """
     dark = (vision_x[0] < LUNG_LEVEL).numpy()
     solid = ~dark
@@ -60,7 +58,12 @@ def lung_range(vision_x: torch.Tensor) -> tuple[float, float]:
 
 
 def locate(evidence: np.ndarray, lungs=(0.0, 1.0)) -> dict:
-    """Side and third of the lungs that a map (h, w, d) points to, by the centre of mass of its strongest part."""
+    """Return the side and the third of the lungs that a map (h, w, d) points to, by the centre of mass of its
+    strongest part.
+
+    lungs: first and last slice with lung as fractions of the depth. height in the result: 0 at the lowest, 1
+    at the highest of them.
+    """
     strong = np.where(evidence >= 0.5 * evidence.max(), evidence, 0.0).astype(float)
     mass = strong.sum()
     if mass <= 0:
@@ -68,9 +71,7 @@ def locate(evidence: np.ndarray, lungs=(0.0, 1.0)) -> dict:
     _, w, d = evidence.shape
     right = strong[:, : w // 2].sum() + (strong[:, w // 2].sum() / 2 if w % 2 else 0)
     height = (strong.sum((0, 1)) * (np.arange(d) + 0.5)).sum() / mass / d
-    height = (height - lungs[0]) / max(
-        lungs[1] - lungs[0], 1e-6
-    )  # 0 at the lowest, 1 at the highest lung slice
+    height = (height - lungs[0]) / max(lungs[1] - lungs[0], 1e-6)
     place = PLACES[2] if height < 1 / 3 else PLACES[1] if height < 2 / 3 else PLACES[0]
     return {"side": SIDES[0] if right > mass / 2 else SIDES[1], "place": place, "height": float(height)}
 
@@ -78,9 +79,11 @@ def locate(evidence: np.ndarray, lungs=(0.0, 1.0)) -> dict:
 def locate_all(
     layer, tokens: torch.Tensor, vision_x: torch.Tensor, preprocess: str
 ) -> tuple[torch.Tensor, list[dict]]:
-    """(evidence maps (B, 14, h, w, d), [{finding: (side, place)}] for the findings that lie on one side).
+    """Return the evidence maps (B, 14, h, w, d), and per sample {finding: (side, place)} for the findings
+    that lie on one side.
 
-    tokens (B, S, n_tok, dim) of vision_x (B, S, 3, H, W, D); the lungs' height is seen in the `windows` preparation only.
+    tokens: (B, S, n_tok, dim) of vision_x (B, S, 3, H, W, D). preprocess: only the `windows` preparation
+    shows where the lungs begin and end; with `upstream` the thirds are those of the whole volume.
     """
     maps = evidence_maps(layer, tokens, layer.vision_encoder.grid(vision_x.shape))
     places = []
@@ -91,44 +94,12 @@ def locate_all(
     return maps, places
 
 
-def said(text: str, finding: str) -> dict:
-    """Side and place that a report's own words give to a finding; empty where it gives none."""
-    language = language_of(text)
-    for clause in clauses(text, language):
-        if PATTERNS[language][finding].search(clause):
-            hits = {word: re.search(pattern, clause, re.I) for word, pattern in SAID.items()}
-            return {
-                "side": next((s for s in SIDES if hits[s]), ""),
-                "place": next((p for p in PLACES if hits[p]), ""),
-            }
-    return {"side": "", "place": ""}
-
-
-def location_scores(attributes: dict, found: dict) -> dict:
-    """Agreement on side and place. attributes: id -> finding -> {side, place}; found: the same, for findings reported.
-
-    Counts findings that are there and were found; returns share right (None of none) and count for each of side and place.
-    """
-    out = {}
-    for what in ("side", "place"):
-        pairs = [
-            (truth[what], found[name][finding].get(what, ""))
-            for name, findings in attributes.items()
-            for finding, truth in findings.items()
-            if truth.get(what) and finding in found.get(name, {})
-        ]
-        out[what] = {
-            "share": float(np.mean([a == b for a, b in pairs])) if pairs else None,
-            "count": len(pairs),
-        }
-    return out
-
-
 def draw_evidence(path, vision_x, maps, rows, name: str, report: str):
-    """One row of slices per shown finding: the lung window with the finding's map laid over it, under the volume's name and report.
+    """Draw one row of six slices per finding: the lung window with the finding's map over it, under the
+    volume's name and report.
 
-    vision_x: (3, H, W, D); maps: (14, h, w, d); rows: [(finding, text), ...], at most five are drawn. A Chinese report is left to
-    the csv: matplotlib's own font has no Chinese characters.
+    vision_x: (3, H, W, D). maps: (14, h, w, d). rows: [(finding, caption), ...], of which at most five are
+    drawn. A Chinese report is left out, because matplotlib's own font has no Chinese characters.
     """
     title = f"{name}: {report[:400]}" if language_of(report) == "en" else name
     rows = rows[:5] or [("no finding", "nothing above its threshold")]

@@ -1,4 +1,4 @@
-"""Precision, recall and F1 over the 14 findings, per finding and averaged three ways; thresholds; bootstrap intervals."""
+"""Precision, recall and F1 of the 14 findings, averaged in three ways; thresholds; bootstrap intervals."""
 
 import numpy as np
 
@@ -8,6 +8,7 @@ EPSILON = 1e-6  # in upstream's denominators
 
 
 def _prf(tp, fp, fn) -> dict:
+    """Return precision, recall and F1 from counts of true positives, false positives and false negatives."""
     return {
         "P": float(tp / (tp + fp + EPSILON)),
         "R": float(tp / (tp + fn + EPSILON)),
@@ -16,10 +17,12 @@ def _prf(tp, fp, fn) -> dict:
 
 
 def finding_scores(truth, predicted, names=FINDINGS) -> dict:
-    """truth, predicted: (N, len(names)) of 0 and 1. Returns macro, micro, example and per_finding, each with P, R, F1.
+    """Return the scores "macro", "micro", "example" and "per_finding", each with precision P, recall R and
+    F1.
 
-    macro: mean over findings, those that never occur included, as upstream. example: mean over reports; a report with no
-    positive on either side counts 0.
+    truth, predicted: (N, len(names)) of 0 and 1. macro is the mean over the findings, those that never occur
+    included, as upstream. example is the mean over the reports, where a report without a positive on either
+    side counts 0.
     """
     truth, predicted = np.asarray(truth).astype(bool), np.asarray(predicted).astype(bool)
     hit, extra, missed = truth & predicted, ~truth & predicted, truth & ~predicted
@@ -41,7 +44,8 @@ def finding_scores(truth, predicted, names=FINDINGS) -> dict:
 
 
 def bootstrap(function, *arrays, draws: int = 500, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of function(*arrays) over resampled rows of the arrays."""
+    """Return the 95 % percentile interval of function(*arrays) over `draws` resamples of the arrays' rows
+    with replacement."""
     rng, count = np.random.default_rng(seed), len(arrays[0])
     values = []
     for _ in range(draws):
@@ -52,16 +56,18 @@ def bootstrap(function, *arrays, draws: int = 500, seed: int = 0) -> tuple[float
 
 
 def micro_f1(truth, predicted) -> float:
+    """Return F1 over all findings and reports together; truth, predicted: bool arrays of one shape."""
     hit = (truth & predicted).sum()
     return float(hit / (hit + 0.5 * (truth ^ predicted).sum() + EPSILON))
 
 
 def calibrate(probability, truth, rounds: int = 3, least: float = 0.005) -> list[float]:
-    """Thresholds (14) with the best micro-F1 on validation data, one finding changed at a time, starting from 0.5.
+    """Return the 14 thresholds with the best micro-F1 on validation data, changing one at a time and starting
+    from 0.5.
 
-    A threshold moves only if that gains `least`: a finding that the model cannot see keeps 0.5 instead of being called in
-    everyone, which its own F1 would reward, and smaller gains on a few hundred volumes do not hold on others (they cost .01 on
-    the other half of the phantoms' validation set). probability, truth: (N, 14).
+    probability, truth: (N, 14). A threshold moves only if that gains `least` of micro-F1: a finding that the
+    model cannot see keeps 0.5 instead of being reported in everyone, and smaller gains on a few hundred
+    volumes do not hold on others.
     """
     probability, truth = np.asarray(probability), np.asarray(truth).astype(bool)
     grid = sorted(np.round(np.arange(0.1, 0.91, 0.05), 2), key=lambda cut: abs(cut - 0.5))

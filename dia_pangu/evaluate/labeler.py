@@ -1,8 +1,9 @@
-"""Which of the 14 findings a report states: a rule-based labeler for English and Chinese, and CheXbert where weights are at hand.
+"""Which of the 14 findings a report states: a rule-based labeler for English and Chinese, and CheXbert.
 
-Codes: 0 not mentioned, 1 present, 2 absent, 3 uncertain; only 1 counts as present in the scores.
-The rules: a report is cut into sentences and these into clauses; a finding is looked for in each clause, and words of denial
-or doubt before or after it in the same clause decide the code. Present beats uncertain beats absent.
+The codes are 0 not mentioned, 1 present, 2 absent, 3 uncertain; only 1 counts as present in the scores. A
+report is split into sentences and these into clauses; each finding is searched in each clause, and words of
+negation or doubt in the same clause decide its code. Present overrides uncertain, and uncertain overrides
+absent.
 """
 
 import re
@@ -11,10 +12,12 @@ from common.errors import UserError
 from dia_pangu.src.Dataset.prompt import FINDINGS
 
 BLANK, PRESENT, ABSENT, UNCERTAIN = 0, 1, 2, 3
+RANK = {BLANK: 0, ABSENT: 1, UNCERTAIN: 2, PRESENT: 3}  # of two statements the one with the higher rank holds
 
-# What names a finding. English patterns match at word starts, Chinese ones anywhere.
+# Words that name a finding. English patterns match at word starts, Chinese ones anywhere.
 ENGLISH = {
-    "enlarged cardiomediastinum": r"(?:widen\w*|enlarge\w*|broaden\w*)[^,;]*mediastin|mediastin\w*[^,;]*(?:widen|enlarge|broaden|shift)|"
+    "enlarged cardiomediastinum": r"(?:widen\w*|enlarge\w*|broaden\w*)[^,;]*mediastin|"
+    r"mediastin\w*[^,;]*(?:widen|enlarge|broaden|shift)|"
     r"(?:aort\w*|pulmonary (?:artery|trunk|conus))[^,;]*"
     r"(?:dilat|ectas|aneurysm|wider than normal|increased)|"
     r"(?:dilat\w*|aneurysm\w*|ectas\w*)[^,;]*(?:aort|pulmonary (?:artery|trunk))",
@@ -33,8 +36,9 @@ ENGLISH = {
     r"(?:fluid|effusion)[^,;]*(?:hemithora|pleural|costophrenic)",
     "pleural other": r"pleura\w*[^,;]*(?:thick|plaque|calcif|scar)|(?:thick|plaque|calcif)\w*[^,;]*pleura",
     "fracture": r"fractur|broken rib|callus|rib break",
-    "support devices": r"catheter|pacemaker|\btube\b|\bstent|\bwires?\b|prosthe|\bport\b|cannula|drain(?:age)? (?:tube|catheter)|"
-    r"valve replacement|medical material|sternotomy|suture|clips?\b|implant|electrode",
+    "support devices": r"catheter|pacemaker|\btube\b|\bstent|\bwires?\b|prosthe|\bport\b|cannula|"
+    r"drain(?:age)? (?:tube|catheter)|valve replacement|medical material|sternotomy|suture|clips?\b|"
+    r"implant|electrode",
 }
 CHINESE = {
     "enlarged cardiomediastinum": r"纵隔(?:影)?[^，,；]{0,4}(?:增宽|增大|扩大)",
@@ -129,11 +133,12 @@ NORMAL = {
 
 
 def language_of(text: str) -> str:
+    """Return "cn" if the text has a Chinese character, else "en"."""
     return "cn" if re.search(r"[\u4e00-\u9fff]", text) else "en"
 
 
 def clauses(text: str, language: str) -> list[str]:
-    """Sentences, and within them the parts that a denial does not reach across."""
+    """Split a text into sentences, and these into the parts that a negation does not reach across."""
     if language == "cn":
         return [part for part in re.split(r"[。；;，,\n]", text) if part.strip()]
     sentences = re.split(r"(?<=[^\d\W])[.;:!](?=\s|$)|(?<=\d)\.(?=\s|$)|\n|;", text)
@@ -146,55 +151,58 @@ def clauses(text: str, language: str) -> list[str]:
     return [part for part in parts if part and part.strip()]
 
 
-def label_report(text: str) -> list[int]:
-    """Codes of the 14 findings of one report (English or Chinese, found by its characters)."""
-    language = language_of(text)
-    codes = dict.fromkeys(FINDINGS, BLANK)
-    rank = {BLANK: 0, ABSENT: 1, UNCERTAIN: 2, PRESENT: 3}
+def code_of(clause: str, match: re.Match, language: str) -> int:
+    """Return the code of a finding that was matched in a clause, by the words of negation or doubt around
+    it."""
+    denied_before = DENIED_BEFORE[language].search(clause[: match.start()])
+    denied_after = DENIED_AFTER[language].search(clause[match.start() :])
+    if denied_before or denied_after:
+        return ABSENT
+    return UNCERTAIN if DOUBT[language].search(clause) else PRESENT
 
-    def say(name, code):
-        if rank[code] > rank[codes[name]]:
+
+def label_clause(clause: str, language: str):
+    """Yield (finding, code) for everything that one clause states."""
+    for pattern, absent in NORMAL[language]:
+        if pattern.search(clause):
+            for name in absent:
+                yield name, ABSENT
+    for name in FINDINGS[:-1]:
+        exception = EXCEPT[language].get(name)
+        if exception is not None and exception.search(clause):
+            continue
+        for match in PATTERNS[language][name].finditer(clause):
+            yield name, code_of(clause, match, language)
+
+
+def label_report(text: str) -> list[int]:
+    """Return the codes of the 14 findings of one report, English or Chinese as its characters say."""
+    language = language_of(text)
+    parts = clauses(text, language)
+    codes = dict.fromkeys(FINDINGS, BLANK)
+    for name, code in (stated for clause in parts for stated in label_clause(clause, language)):
+        if RANK[code] > RANK[codes[name]]:
             codes[name] = code
 
-    quiet = False
-    for clause in clauses(text, language):
-        quiet = quiet or bool(QUIET[language].search(clause))
-        for pattern, absent in NORMAL[language]:
-            if pattern.search(clause):
-                for name in absent:
-                    say(name, ABSENT)
-        for name in FINDINGS[:-1]:
-            for match in PATTERNS[language][name].finditer(clause):
-                exception = EXCEPT[language].get(name)
-                if exception is not None and exception.search(clause):
-                    continue
-                if DENIED_BEFORE[language].search(clause[: match.start()]) or DENIED_AFTER[language].search(
-                    clause[match.start() :]
-                ):
-                    say(name, ABSENT)
-                elif DOUBT[language].search(clause):
-                    say(name, UNCERTAIN)
-                else:
-                    say(name, PRESENT)
+    # "No finding" is what a report with normal statements and without any finding says.
     found = any(codes[name] in (PRESENT, UNCERTAIN) for name in FINDINGS[:-1] if name != "support devices")
-    if (
-        not found
-        and codes["support devices"] != PRESENT
-        and (quiet or any(code == ABSENT for code in codes.values()))
-    ):
+    normal = ABSENT in codes.values() or any(QUIET[language].search(clause) for clause in parts)
+    if normal and not found and codes["support devices"] != PRESENT:
         codes["no finding"] = PRESENT
     return [codes[name] for name in FINDINGS]
 
 
 def positives(texts) -> list[list[int]]:
-    """1 where a report states a finding as present: (N, 14)."""
+    """Return (N, 14) rows with 1 where a report states a finding as present."""
     return [[int(code == PRESENT) for code in label_report(text)] for text in texts]
 
 
 class CheXbert:
-    """The published CheXbert labeler (BERT, 13 heads of 4 classes and one of 2) as `positives`, from its own weight file.
+    """The published CheXbert labeler (BERT, 13 heads of 4 classes and one of 2), to be called like
+    `positives`.
 
-    weights: chexbert.pth. bert: local folder of bert-base-uncased (configuration and tokenizer). Texts are cut at 512 tokens.
+    weights: its file chexbert.pth. bert: local folder with configuration and tokenizer of bert-base-uncased.
+    Texts are cut at 512 tokens.
     """
 
     def __init__(self, weights, bert):
@@ -222,7 +230,8 @@ class CheXbert:
         missing, unexpected = module.load_state_dict(tensors, strict=False)
         if missing or unexpected:
             raise UserError(
-                f"{weights}: not CheXbert weights ({len(missing)} tensors missing, {len(unexpected)} unexpected)"
+                f"{weights}: not CheXbert weights ({len(missing)} tensors missing, {len(unexpected)} "
+                "unexpected)"
             )
         module.eval()
 

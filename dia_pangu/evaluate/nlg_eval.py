@@ -1,17 +1,18 @@
-"""Score a csv of reports: BLEU, METEOR, ROUGE-L, CIDEr, and the 14 findings. Upstream: utils/nlg_eval.py, evaluate/Evaluate.py.
+"""Score a CSV of reports: BLEU, METEOR, ROUGE-L, CIDEr, and the 14 findings.
+
+Upstream: utils/nlg_eval.py, evaluate/Evaluate.py.
 
     python dia_pangu/evaluate/nlg_eval.py --csv results.csv --out scores.json
 
-Any csv with the columns `Ground Truth` and `Pred` works; no model is needed. BLEU_1 ... CIDEr at the top of the json follow the
-published tables: words are what stands between spaces, case and punctuation kept (Chinese: jieba words), METEOR is the 1.5
-jar. The same scores in the usual convention (lower case, punctuation apart; sacrebleu, rouge-score) stand under "standard".
-BLEU hardly tells a model from a retrieved report when reports are alike: read the finding scores first.
+Any CSV with the columns `Ground Truth` and `Pred` works; no model is needed. BLEU_1 to CIDEr at the top of
+the JSON follow the published tables: words are what stands between spaces, with case and punctuation
+(Chinese: the words of jieba), and METEOR is the 1.5 jar. The scores in the usual convention (lower case,
+punctuation apart; sacrebleu, rouge-score) stand under "standard". BLEU hardly separates a model from a
+retrieved report where all reports are alike: read the scores of the findings first.
 """
 
-import argparse
 import ast
 import csv
-import json
 import re
 import shutil
 import subprocess
@@ -19,9 +20,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[2])
-)  # repository root: every way of starting this file finds it
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, whatever folder we start in
 
 import numpy as np
 from pycocoevalcap.bleu.bleu_scorer import BleuScorer
@@ -29,17 +28,19 @@ from pycocoevalcap.cider.cider_scorer import CiderScorer
 from pycocoevalcap.meteor import meteor as meteor_package
 from pycocoevalcap.rouge.rouge import Rouge
 
-from common.checkpoint import atomic_write
+from common.arguments import Parser, number
+from common.checkpoint import atomic_json
 from common.errors import UserError, run
 from dia_pangu.evaluate.findings import bootstrap, finding_scores, micro_f1
 from dia_pangu.evaluate.labeler import CheXbert, language_of, positives
-from dia_pangu.src.Dataset.prompt import FINDINGS
+from dia_pangu.src.Dataset.prompt import FINDINGS, LANGUAGES
 
 METEOR_SECONDS = 600  # the jar needs about a second for 100 reports
 
 
 def words(text: str, language: str) -> str:
-    """One line with words between single spaces; NUL and line breaks are no words. Chinese is cut by jieba."""
+    """Return one line with single spaces between the words, without NUL and line breaks; jieba splits
+    Chinese."""
     text = " ".join(text.replace("\0", " ").split())
     if language != "cn":
         return text
@@ -50,7 +51,7 @@ def words(text: str, language: str) -> str:
 
 
 def bleu(truths, predictions) -> tuple[list[float], list[list[float]]]:
-    """Corpus BLEU-1..4 with the closest reference length, and the same per sample."""
+    """Return corpus BLEU-1 to BLEU-4 with the closest reference length, and the same per sample."""
     scorer = BleuScorer(n=4)
     for truth, prediction in zip(truths, predictions):
         scorer += (prediction, [truth])
@@ -58,7 +59,7 @@ def bleu(truths, predictions) -> tuple[list[float], list[list[float]]]:
 
 
 def rouge_l(truths, predictions) -> tuple[float, list[float]]:
-    """Mean ROUGE-L F with beta 1.2 on a single-space split, and per sample."""
+    """Return the mean ROUGE-L F with beta 1.2 on words between single spaces, and the value per sample."""
     scorer = Rouge()
     samples = [
         float(scorer.calc_score([prediction], [truth])) for truth, prediction in zip(truths, predictions)
@@ -67,7 +68,7 @@ def rouge_l(truths, predictions) -> tuple[float, list[float]]:
 
 
 def cider(truths, predictions) -> tuple[float, list[float]]:
-    """CIDEr-D with document frequencies from these references, and per sample."""
+    """Return CIDEr-D with document frequencies from these references, and the value per sample."""
     scorer = CiderScorer(n=4, sigma=6.0)
     for truth, prediction in zip(truths, predictions):
         scorer += (prediction, [truth])
@@ -76,7 +77,10 @@ def cider(truths, predictions) -> tuple[float, list[float]]:
 
 
 def meteor(truths, predictions, language: str = "en") -> float | None:
-    """METEOR 1.5 corpus score, or None without Java. The jar reads files: its dialogue form waits for ever on an empty line."""
+    """Return the corpus score of METEOR 1.5, or None without Java.
+
+    The jar reads files here, because its interactive form waits for ever on an empty line.
+    """
     java, jar = shutil.which("java"), Path(meteor_package.__file__).parent / "meteor-1.5.jar"
     if java is None or not jar.is_file():
         return None
@@ -98,15 +102,16 @@ def meteor(truths, predictions, language: str = "en") -> float | None:
             ) from None
     found = re.findall(r"Final score:\s+([0-9.eE-]+|NaN)", result.stdout)
     if not found:
-        said = (result.stderr or result.stdout).strip().splitlines() or ["no output"]
-        raise UserError(f"METEOR failed: {said[-1]}; leave it out with --no-meteor")
+        lines = (result.stderr or result.stdout).strip().splitlines() or ["no output"]
+        raise UserError(f"METEOR failed: {lines[-1]}; leave it out with --no-meteor")
     return 0.0 if found[-1] == "NaN" else float(found[-1])
 
 
 def published_scores(
     truths, predictions, language: str = "en", with_meteor: bool = True
 ) -> tuple[dict, dict]:
-    """The scores of the published tables and the per-sample ROUGE_L and CIDEr. METEOR is None where Java is absent."""
+    """Return the scores of the published tables, and ROUGE_L and CIDEr per sample. METEOR is None where Java
+    is absent."""
     truths, predictions = ([words(text, language) for text in texts] for texts in (truths, predictions))
     scores = {f"BLEU_{n}": float(value) for n, value in enumerate(bleu(truths, predictions)[0], 1)}
     samples = {}
@@ -117,7 +122,8 @@ def published_scores(
 
 
 def standard_scores(truths, predictions, language: str) -> dict:
-    """Usual convention: sacrebleu (13a, lower case; Chinese: zh) scaled to 0..1, and rouge-score's ROUGE-L F1 on words."""
+    """Return the scores in the usual convention: sacrebleu (13a, lower case; Chinese: zh) in 0 to 1, and
+    rouge-score's F1."""
     import sacrebleu
     from rouge_score import rouge_scorer
 
@@ -144,7 +150,8 @@ def standard_scores(truths, predictions, language: str) -> dict:
 
 
 def parse_labels(text: str) -> list[int] | None:
-    """GT_labels as upstream prints them, `tensor([0, 1, ...])`, or as a JSON list; None where there are none."""
+    """Read GT_labels as upstream prints them, `tensor([0, 1, ...])`, or as a JSON list; return None where
+    there are none."""
     found = re.search(r"\[[^\[\]]*\]", text or "")
     if not found:
         return None
@@ -156,7 +163,8 @@ def parse_labels(text: str) -> list[int] | None:
 
 
 def clinical_scores(truths, predictions, labeler=positives, draws: int = 500) -> dict:
-    """Finding scores of predicted against true reports, both labelled by `labeler`, with an interval of micro-F1."""
+    """Return the finding scores of predicted against true reports, both labelled by `labeler`, with an
+    interval of micro-F1."""
     truth, predicted = np.array(labeler(truths)).astype(bool), np.array(labeler(predictions)).astype(bool)
     scores = finding_scores(truth, predicted)
     scores["micro"]["F1_interval"] = bootstrap(micro_f1, truth, predicted, draws=draws)
@@ -164,6 +172,8 @@ def clinical_scores(truths, predictions, labeler=positives, draws: int = 500) ->
 
 
 def read_csv(path) -> list[dict]:
+    """Read a CSV with the columns `Ground Truth` and `Pred` as rows by column name; what is not UTF-8 is read
+    as GB18030."""
     csv.field_size_limit(2**30)
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
@@ -173,17 +183,16 @@ def read_csv(path) -> list[dict]:
         text = Path(path).read_bytes().decode("gb18030", errors="replace")
         print(f"{path}: not UTF-8; read as GB18030", file=sys.stderr)
     rows = list(csv.DictReader(text.replace("\0", " ").splitlines(keepends=True)))
-    missing = [name for name in ("Ground Truth", "Pred") if rows and name not in rows[0]]
-    if not rows or missing:
-        raise UserError(
-            f"{path}: "
-            + (f"no column {missing[0]!r}; it has {', '.join(map(str, rows[0]))}" if rows else "no rows")
-        )
+    if not rows:
+        raise UserError(f"{path}: no rows; the file needs a header and one row per report")
+    for name in ("Ground Truth", "Pred"):
+        if name not in rows[0]:
+            raise UserError(f"{path}: no column {name!r}; it has {', '.join(map(str, rows[0]))}")
     return rows
 
 
 def score_csv(path, language=None, labeler=positives, with_meteor: bool = True, draws: int = 500) -> dict:
-    """All scores of one csv."""
+    """Return all scores of one CSV; arguments as for `published_scores` and `clinical_scores`."""
     rows = read_csv(path)
     truths, predictions = [row["Ground Truth"] or "" for row in rows], [row["Pred"] or "" for row in rows]
     language = language or language_of(" ".join(truths))
@@ -211,7 +220,8 @@ def score_csv(path, language=None, labeler=positives, with_meteor: bool = True, 
 def show(scores: dict):
     """Print the scores as a table."""
     print(
-        f"{scores['rows']} reports ({scores['language']}), {scores['empty_predictions']} empty predictions; {scores['convention']}"
+        f"{scores['rows']} reports ({scores['language']}), {scores['empty_predictions']} empty predictions; "
+        f"{scores['convention']}"
     )
     names = ("BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4", "METEOR", "ROUGE_L", "CIDEr")
     print(
@@ -228,7 +238,7 @@ def show(scores: dict):
         *((key, found[key]) for key in ("macro", "micro", "example")),
     ]:
         print(f"{name:28s} {row.get('count', ''):>5} {row['P']:6.3f} {row['R']:6.3f} {row['F1']:6.3f}")
-    print("BLEU hardly separates a model from a retrieved report here: read the finding scores first.")
+    print("BLEU hardly separates a model from a retrieved report: read the scores of the findings first.")
 
 
 def main(args):
@@ -238,24 +248,32 @@ def main(args):
     scores = score_csv(args.csv, args.language, labeler, not args.no_meteor, args.draws)
     scores["labeler"] = "CheXbert" if args.chexbert else "rules"
     if args.out:
-        atomic_write(args.out, json.dumps(scores, indent=1, ensure_ascii=False))
+        atomic_json(args.out, scores)
     show(scores)
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def parse_args(argv=None):
+    parser = Parser(__doc__)
     parser.add_argument(
-        "--csv", required=True, help="file with the columns Ground Truth and Pred (and GT_labels, if there)"
+        "--csv",
+        required=True,
+        help="file with the columns Ground Truth and Pred, and GT_labels if there are labels",
     )
-    parser.add_argument("--out", help="json file to write")
-    parser.add_argument("--language", choices=("en", "cn"), help="default: from the reports")
-    parser.add_argument("--chexbert", help="CheXbert weights instead of the rule-based labeler (English)")
+    parser.add_argument("--out", help="JSON file to write")
+    parser.add_argument(
+        "--language", choices=LANGUAGES, help="language of the reports, if it is not to be detected"
+    )
+    parser.add_argument(
+        "--chexbert", help="CheXbert weights, instead of the rule-based labeler; English only"
+    )
     parser.add_argument(
         "--bert", help="folder with configuration and tokenizer of bert-base-uncased, for --chexbert"
     )
     parser.add_argument("--no-meteor", action="store_true", help="leave METEOR out")
-    parser.add_argument("--draws", type=int, default=500, help="bootstrap draws (default %(default)s)")
-    return parser.parse_args()
+    parser.add_argument(
+        "--draws", type=number(int, 1), default=500, help="resamples of the bootstrap intervals"
+    )
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

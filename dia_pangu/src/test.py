@@ -1,43 +1,41 @@
 """Write reports for a split or for one scan. Upstream: src/test.py.
 
-    python dia_pangu/test.py --ckpt-path runs/dia_pangu/ft --lang-encoder-path LLM --data data/dia_pangu --out results
-    python dia_pangu/test.py --ckpt-path runs/dia_pangu/ft --lang-encoder-path LLM --volume scan.nii.gz --out report
+    python dia_pangu/test.py --ckpt-path runs/ft --lang-encoder-path LLM --data CTRG --out results
+    python dia_pangu/test.py --ckpt-path runs/ft --lang-encoder-path LLM --volume scan.nii.gz --out report
 
-In --out: dia-pangu.csv (ID, Question, Ground Truth, Pred, GT_labels; UTF-8), dia-pangu_timing.csv (ID, InferTimeMs),
-findings.csv (probability, threshold, status, and side and place that the evidence map points to) and evidence/<id>.png.
+In --out: dia-pangu.csv (ID, Question, Ground Truth, Pred, GT_labels; UTF-8), dia-pangu_timing.csv (ID,
+InferTimeMs), findings.csv (probability, threshold, status, and the side and place that the evidence map
+points to) and evidence/<id>.png.
 """
 
 import argparse
-import csv
-import io
 import json
 import sys
 import time
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[2])
-)  # repository root: every way of starting this file finds it
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, whatever folder we start in
 
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from common.checkpoint import atomic_write
+from common.arguments import Parser, number, refuse
+from common.checkpoint import atomic_csv
 from common.errors import UserError, run
 from common.run import progress, seed_everything
 from dia_pangu.evaluate.evidence import draw_evidence, locate_all
-from dia_pangu.src.Dataset.CTRG_dataset import CTRGDataset, collate
+from dia_pangu.src.Dataset.CTRG_dataset import SPLITS, CTRGDataset, collate, raise_bad
 from dia_pangu.src.Dataset.preprocess import load_volume
-from dia_pangu.src.Dataset.prompt import FINDINGS
+from dia_pangu.src.Dataset.prompt import FINDINGS, LANGUAGES
 from dia_pangu.src.Model.build import load_model, make_grid
-from dia_pangu.src.My_Trainer.trainer import with_dashes
 
 CONTROLS = ("none", "blank", "swap", "swap-visual")
 
 
 def apply_control(vision_x, control: str):
-    """A blank volume (all air), or the volume of the next patient in the batch."""
+    """Return the volumes that a control puts in place of (B, 1, 3, H, W, D): all air, or the next patient's
+    of the batch."""
     if control == "blank":
         return torch.zeros_like(vision_x)
     return vision_x.roll(1, 0) if control == "swap" else vision_x
@@ -54,25 +52,30 @@ def report_batch(
     control: str = "none",
     hide_places: bool = False,
 ) -> dict:
-    """Reports for volumes (B, 1, 3, H, W, D): the ViT runs once, the diagnosis goes into the prompt, the batch is generated.
+    """Write reports for volumes (B, 1, 3, H, W, D): one ViT pass, the diagnosis into the prompt, one
+    generation for the batch.
 
-    With an evidence head the prompt also names side and place, unless hide_places. Returns probability (B, 14), statuses (B, 14), maps
-    (B, 14, h, w, d), places [{finding: (side, place)}], questions and reports.
+    thresholds: 14 probabilities from which on a finding is present. generation: keyword arguments of
+    transformers' `generate`. With an evidence head the prompt also names side and place, unless hide_places.
+    Returns probability (B, 14), statuses (B, 14), maps (B, 14, h, w, d), places [{finding: (side, place)}],
+    questions and reports.
     """
     vision_x = apply_control(vision_x, control)
     tokens = model.encode(vision_x)
     maps, places = locate_all(model.embedding_layer, tokens, vision_x, preprocess)
-    named = (
-        places
-        if model.embedding_layer.evidence_head is not None and not hide_places
-        else [None] * len(places)
-    )
+    named = places
+    if model.embedding_layer.evidence_head is None or hide_places:
+        named = [None] * len(places)
+
+    # The model's own diagnosis becomes the sentences of the prompt.
     probability = model.diagnose(tokens).float().cpu()
     statuses = (probability >= torch.tensor(thresholds)).long()
     prompts = text.pad(
         [text.sample(row.tolist(), places=where) for row, where in zip(statuses, named)], left=True
     )
     prompts = {key: value.to(tokens.device) for key, value in prompts.items()}
+
+    # The language model sees prompt and image tokens; the control "swap-visual" exchanges the latter alone.
     seen = tokens.roll(1, 0) if control == "swap-visual" else tokens
     ids = model.generate(
         prompts["lang_x"],
@@ -92,36 +95,76 @@ def report_batch(
     }
 
 
-def finding_rows(name, probability, statuses, thresholds, places):
-    """Rows of findings.csv for one volume; side and place only for what is present and lies on one side."""
+def finding_rows(name, probability, statuses, thresholds, places) -> list[dict]:
+    """Return the rows of findings.csv for one volume; side and place stand only where a present finding lies
+    on one side."""
     rows = []
     for c, finding in enumerate(FINDINGS):
         side, place = places.get(finding, ("", "")) if statuses[c] else ("", "")
         rows.append(
-            [name, finding, f"{probability[c]:.4f}", f"{thresholds[c]:.2f}", int(statuses[c]), side, place]
+            {
+                "ID": name,
+                "finding": finding,
+                "probability": f"{probability[c]:.4f}",
+                "threshold": f"{thresholds[c]:.2f}",
+                "status": int(statuses[c]),
+                "side": side,
+                "place": place,
+            }
         )
     return rows
 
 
-def write_csv(path, header, rows):
-    table = io.StringIO()
-    csv.writer(table, lineterminator="\n").writerows([header, *rows])
-    atomic_write(path, table.getvalue())
+def captions(rows: list[dict]) -> list[tuple[str, str]]:
+    """Return (finding, caption) of what is present, for the evidence picture."""
+    shown = []
+    for row in rows[:-1]:  # "no finding" has no place
+        if row["status"]:
+            where = f"{row['side']} {row['place']}".strip()
+            caption = f"{row['finding']}: p {float(row['probability']):.2f}"
+            shown.append((row["finding"], f"{caption}, {where}" if where else caption))
+    return shown
+
+
+def check_flags(args, processes: int):
+    """Refuse flags that contradict each other, and flags that have no effect in the given mode."""
+    if bool(args.data) == bool(args.volume):
+        raise UserError("give either --data (a folder in the CTRG format) or --volume (one scan)")
+    if args.volume:
+        unused = ["split", "cache", "limit", "skip_bad", "batch_size", "workers"]
+        refuse(args, unused, "with --volume, which is one scan")
+    if not args.do_sample:
+        refuse(args, ["temperature", "top_k", "top_p"], "without --do-sample")
+    if args.control.startswith("swap") and (args.volume or args.batch_size < 2):
+        raise UserError(
+            f"--control {args.control} takes the next patient of the batch; give --data and a --batch-size "
+            "of at least 2"
+        )
+    if processes > 1:
+        raise UserError(
+            "reports are written by one process; start test.py without torchrun, or one per --split"
+        )
+
+
+def read_batches(args, grid, language: str):
+    """Yield the batches to report on: those of --split, or the one scan of --volume."""
+    if args.volume:
+        name = Path(args.volume).name.split(".")[0]
+        return [{"id": [name], "report": [""], "vision_x": load_volume(args.volume, grid)[None, None]}]
+    data = CTRGDataset(args.data, args.split, grid, language=language, cache=args.cache, limit=args.limit)
+    if args.skip_bad:
+        data.drop_bad(args.workers)
+    else:
+        data.check()
+    return DataLoader(data, args.batch_size, collate_fn=collate, num_workers=args.workers)
 
 
 def main(args):
     accelerator = Accelerator()
+    check_flags(args, accelerator.num_processes)
     seed_everything(args.seed)
-    if bool(args.data) == bool(args.volume):
-        raise UserError("give either --data (a folder in the CTRG format) or --volume (one scan)")
-    if args.control.startswith("swap") and args.batch_size < 2:
-        raise UserError(
-            f"--control {args.control} needs --batch-size of at least 2: it takes the next patient of the batch"
-        )
-    if accelerator.num_processes > 1:
-        raise UserError(
-            "reports are written by one process; start test.py without torchrun, or one per --split"
-        )
+
+    # The model, its prompt writer and its thresholds come from the folder that train.py wrote.
     dtype = torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
     model, text, config = load_model(
         args.ckpt_path,
@@ -133,7 +176,7 @@ def main(args):
         args.language,
     )
     model = model.to(accelerator.device)
-    grid, thresholds, out = make_grid(config), config["thresholds"], Path(args.out)
+    grid, thresholds, out = make_grid(config), config["thresholds"], args.out
     generation = {
         "max_new_tokens": args.max_new_tokens,
         "do_sample": args.do_sample,
@@ -142,30 +185,14 @@ def main(args):
     if args.do_sample:
         generation |= {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
 
-    if args.volume:
-        batches = [
-            {
-                "id": [Path(args.volume).name.split(".")[0]],
-                "report": [""],
-                "cls_labels": None,
-                "vision_x": load_volume(args.volume, grid)[None, None],
-            }
-        ]
-    else:
-        data = CTRGDataset(
-            args.data, args.split, grid, language=config["language"], cache=args.cache, limit=args.limit
-        )
-        data.drop_bad(args.dataloader_num_workers) if args.skip_bad else data.check()
-        batches = DataLoader(
-            data, args.batch_size, collate_fn=collate, num_workers=args.dataloader_num_workers
-        )
+    # One batch after the other: reports, their time, the table of findings, the first evidence pictures.
     results, timing, findings, drawn = [], [], [], 0
-    for batch in progress(batches, desc="reports"):
-        if "error" in batch:
-            raise UserError(batch["error"])
+    for batch in progress(read_batches(args, grid, config["language"]), desc="reports"):
+        raise_bad(batch)
         if args.control.startswith("swap") and len(batch["id"]) < 2:
             raise UserError(
-                "the last batch holds one volume and has nobody to swap with; choose another --batch-size"
+                "the last batch holds one volume, which has no other to swap with; choose another "
+                "--batch-size"
             )
         start = time.perf_counter()
         made = report_batch(
@@ -180,125 +207,136 @@ def main(args):
         )
         elapsed_ms = 1000 * (time.perf_counter() - start) / len(batch["id"])
         for i, name in enumerate(batch["id"]):
-            labels = batch["cls_labels"][i].tolist() if batch["cls_labels"] is not None else ""
             results.append(
-                [
-                    name,
-                    made["questions"][i],
-                    batch["report"][i],
-                    made["reports"][i],
-                    json.dumps(labels) if labels else "",
-                ]
+                {
+                    "ID": name,
+                    "Question": made["questions"][i],
+                    "Ground Truth": batch["report"][i],
+                    "Pred": made["reports"][i],
+                    "GT_labels": json.dumps(batch["cls_labels"][i].tolist()) if "cls_labels" in batch else "",
+                }
             )
-            timing.append([name, f"{elapsed_ms:.2f}"])
+            timing.append({"ID": name, "InferTimeMs": f"{elapsed_ms:.2f}"})
             rows = finding_rows(
                 name, made["probability"][i], made["statuses"][i], thresholds, made["places"][i]
             )
             findings += rows
             if drawn < args.evidence:
                 drawn += 1
-                shown = [
-                    (
-                        row[1],
-                        ", ".join(
-                            filter(None, (f"{row[1]}: p {float(row[2]):.2f}", f"{row[5]} {row[6]}".strip()))
-                        ),
-                    )
-                    for row in rows[:-1]
-                    if row[4]
-                ]
-                draw_evidence(
-                    out / "evidence" / f"{name}.png",
-                    batch["vision_x"][i, 0],
-                    made["maps"][i],
-                    shown,
-                    name,
-                    made["reports"][i],
-                )
+                picture = out / "evidence" / f"{name}.png"
+                volume, maps, report = batch["vision_x"][i, 0], made["maps"][i], made["reports"][i]
+                draw_evidence(picture, volume, maps, captions(rows), name, report)
 
-    write_csv(out / "dia-pangu.csv", ["ID", "Question", "Ground Truth", "Pred", "GT_labels"], results)
-    write_csv(out / "dia-pangu_timing.csv", ["ID", "InferTimeMs"], timing)
-    write_csv(
-        out / "findings.csv",
-        ["ID", "finding", "probability", "threshold", "status", "side", "place"],
-        findings,
-    )
-    empty = sum(not row[3] for row in results)
-    per_report = sum(float(row[1]) for row in timing) / len(timing)
+    # Three tables and a summary; for one scan also the report itself.
+    atomic_csv(out / "dia-pangu.csv", results)
+    atomic_csv(out / "dia-pangu_timing.csv", timing)
+    atomic_csv(out / "findings.csv", findings)
+    empty = sum(not row["Pred"] for row in results)
+    mean_ms = sum(float(row["InferTimeMs"]) for row in timing) / len(timing)
     print(
-        f"{out / 'dia-pangu.csv'}: {len(results)} reports, {empty} empty, {per_report:.0f} ms each; findings.csv and "
+        f"{out / 'dia-pangu.csv'}: {len(results)} reports, {empty} of them empty, {mean_ms:.0f} ms each; "
+        "findings.csv and "
         f"{drawn} evidence pictures beside it"
     )
     if args.volume:
-        print(results[0][3] or "(empty report)")
+        print(results[0]["Pred"] or "(empty report)")
         for row in findings:
-            print(
-                f"  {row[1]:28s} p {row[2]} (threshold {row[3]})  {'present' if row[4] else '-':8s} {row[5]} {row[6]}".rstrip()
+            status = "present" if row["status"] else "-"
+            line = (
+                f"  {row['finding']:28s} p {row['probability']} (threshold {row['threshold']})  {status:8s}"
             )
+            print(f"{line} {row['side']} {row['place']}".rstrip())
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
+def parse_args(argv=None):
+    parser = Parser(__doc__)
+
+    group = parser.add_argument_group("model")
+    group.add_argument(
         "--ckpt-path", required=True, help="folder that train.py wrote, or a published pytorch_model.bin"
     )
-    parser.add_argument("--lang-encoder-path", required=True, help="folder of the language model")
-    parser.add_argument("--tokenizer-path", help="folder of its tokenizer (default: --lang-encoder-path)")
-    parser.add_argument("--data", help="folder in the CTRG format")
-    parser.add_argument("--volume", help="one scan instead: .nii, .nii.gz or a DICOM folder")
-    parser.add_argument(
-        "--split", choices=("train", "val", "test"), default="test", help="(default %(default)s)"
+    group.add_argument("--lang-encoder-path", required=True, help="folder of the language model")
+    group.add_argument("--tokenizer-path", help="folder of its tokenizer, if that is not --lang-encoder-path")
+    group.add_argument(
+        "--language", choices=LANGUAGES, help="language of the prompt, instead of the trained one"
     )
-    parser.add_argument(
-        "--out",
-        default=str(Path(__file__).resolve().parents[1] / "results"),
-        help="folder to write (default: dia_pangu/results)",
+    group.add_argument(
+        "--attn", default="sdpa", choices=("sdpa", "eager"), help="attention code of the language model"
     )
-    parser.add_argument("--cache", help="folder for prepared volumes")
-    parser.add_argument("--limit", type=int, default=0, help="only the first samples; 0: all")
-    parser.add_argument(
+    group.add_argument(
+        "--trust-remote-code", action="store_true", help="let the model folder run its own Python code"
+    )
+
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", help="folder in the CTRG format")
+    group.add_argument(
+        "--volume", help="one scan in place of --data: a .nii or .nii.gz file, or a DICOM folder"
+    )
+    group.add_argument("--split", choices=SPLITS, default="test", help="partition of --data")
+    group.add_argument("--cache", help="folder for prepared volumes")
+    group.add_argument(
+        "--limit", type=number(int, 0), default=0, help="report on the first volumes only; 0: all"
+    )
+    group.add_argument(
         "--skip-bad",
         action="store_true",
         help="read every sample first and leave out those that cannot be used",
     )
-    parser.add_argument("--language", choices=("en", "cn"), help="of the prompt (default: as trained)")
-    parser.add_argument(
-        "--batch-size", type=int, default=8, help="reports generated together (default %(default)s)"
+    group.add_argument(
+        "--batch-size", type=number(int, 1), default=8, help="volumes whose reports are generated together"
     )
-    parser.add_argument("--max-new-tokens", type=int, default=300, help="(default %(default)s)")
-    parser.add_argument(
+    group.add_argument(
+        "--workers", "--dataloader-num-workers", type=number(int, 0), default=0, help="loader processes"
+    )
+
+    group = parser.add_argument_group("generation")
+    group.add_argument("--max-new-tokens", type=number(int, 1), default=300, help="longest report, in tokens")
+    group.add_argument(
         "--do-sample",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="sample instead of greedy (upstream sampled: --do-sample --temperature 0.7 --top-k 50 --top-p 0.95)",
+        help="sample instead of decoding greedily; upstream: --do-sample --temperature 0.7 --top-k 50 "
+        "--top-p 0.95",
     )
-    parser.add_argument("--temperature", type=float, default=0.7, help="(default %(default)s)")
-    parser.add_argument("--top-k", type=int, default=50, help="(default %(default)s)")
-    parser.add_argument("--top-p", type=float, default=0.95, help="(default %(default)s)")
-    parser.add_argument("--num-beams", type=int, default=1, help="(default %(default)s)")
-    parser.add_argument("--seed", type=int, default=20, help="of sampling (default %(default)s, upstream's)")
-    parser.add_argument(
-        "--evidence", type=int, default=6, help="how many evidence pictures to draw (default %(default)s)"
+    group.add_argument(
+        "--temperature", type=number(float, 0), default=0.7, help="temperature of the sampling"
     )
-    parser.add_argument(
+    group.add_argument(
+        "--top-k", type=number(int, 0), default=50, help="sample from this many tokens; 0: from all"
+    )
+    group.add_argument(
+        "--top-p",
+        type=number(float, 0, 1),
+        default=0.95,
+        help="sample from the tokens with this probability together",
+    )
+    group.add_argument("--num-beams", type=number(int, 1), default=1, help="beams of the search; 1: greedy")
+    group.add_argument(
+        "--seed", type=number(int, 0), default=20, help="random seed of the sampling, upstream's 20"
+    )
+
+    group = parser.add_argument_group("controls and output")
+    group.add_argument(
         "--control",
         choices=CONTROLS,
         default="none",
-        help="blank: an empty volume; swap: the next patient's volume; "
-        "swap-visual: own findings in the prompt, the next patient's image tokens (default %(default)s)",
+        help="blank: an empty volume; swap: the next patient's volume; swap-visual: the own findings in the "
+        "prompt with the "
+        "next patient's image tokens",
     )
-    parser.add_argument(
+    group.add_argument(
         "--hide-places",
         action="store_true",
-        help="leave side and place out of the prompt: what the report then says of "
-        "them comes from the image tokens",
+        help="leave side and place out of the prompt, so that what the report says of them comes from the "
+        "image tokens",
     )
-    parser.add_argument("--attn", default="sdpa", choices=("sdpa", "eager"))
-    parser.add_argument("--dataloader-num-workers", type=int, default=0)
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="let the model folder run its own Python code"
+    group.add_argument(
+        "--evidence", type=number(int, 0), default=6, help="number of evidence pictures to draw"
     )
-    return parser.parse_args(with_dashes(sys.argv[1:]))
+    group.add_argument(
+        "--out", type=Path, default=Path(__file__).resolve().parents[1] / "results", help="folder to write"
+    )
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

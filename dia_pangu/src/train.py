@@ -1,31 +1,45 @@
-"""Train Dia-Pangu. Upstream: src/train.py (train_pre.py) and train_ft.py.
+"""Train Dia-Pangu on chest CT volumes and their reports. Upstream: src/train.py, train_pre.py, train_ft.py.
 
-    python dia_pangu/train.py --stage pre --data data/dia_pangu --lang-encoder-path LLM --start DIA_LLAMA --out runs/dia_pangu/pre
-    python dia_pangu/train.py --stage ft  --data data/dia_pangu --lang-encoder-path LLM --start runs/dia_pangu/pre --out runs/dia_pangu/ft
-    NPROC_PER_NODE=8 bash dia_pangu/scripts/train.sh --stage ft ...      ACCELERATE_CONFIG=fsdp2 for fully sharded training
+    python dia_pangu/train.py --stage pre --data CTRG --lang-encoder-path LLM --start DIA_LLAMA --out runs/pre
+    python dia_pangu/train.py --stage ft --data CTRG --lang-encoder-path LLM --start runs/pre --out runs/ft
+    NPROC_PER_NODE=8 bash dia_pangu/run_train.sh --stage ft ...   (ACCELERATE_CONFIG=fsdp2 shards the model)
 
-Stage pre trains the Perceiver; stage ft LoRA on the language model and the whole embedding layer; --train and --freeze change
-that by parts of parameter names. --dry-run prints parameters and memory without loading any weights.
+Stage pre trains the Perceiver. Stage ft trains LoRA on the language model and the whole embedding layer.
+--train and --freeze change that by parts of parameter names. --dry-run prints the parameters and a memory
+plan without loading any weights.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[2])
-)  # repository root: every way of starting this file finds it
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, whatever folder we start in
 
+import numpy as np
 import torch
-from accelerate import Accelerator
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from common.checkpoint import atomic_write
-from common.errors import UserError, run
+from common.arguments import Parser, add_run_arguments, number, refuse
+from common.checkpoint import atomic_json
+from common.errors import UserError
+from common.errors import run as run_script
 from common.run import open_run, seed_everything
+from common.train import (
+    batches,
+    check_finite,
+    evaluation_due,
+    finish,
+    finish_step,
+    lr_at,
+    make_accelerator,
+    make_loader,
+    parameter_groups,
+    plan_steps,
+    start,
+    update,
+)
 from dia_pangu.evaluate.findings import calibrate, finding_scores
-from dia_pangu.src.Dataset.CTRG_dataset import CTRGDataset, collate, read_places
+from dia_pangu.src.Dataset.CTRG_dataset import CTRGDataset, collate, raise_bad, read_places
 from dia_pangu.src.Model.build import (
     add_model,
     build_model,
@@ -36,79 +50,43 @@ from dia_pangu.src.Model.build import (
     read_config,
     save_model,
 )
-from dia_pangu.src.Model.multimodality_model import NEVER_TRAINED, TRAINED, MultiPanguForCausalLM, add_lora
-from dia_pangu.src.My_Trainer.trainer import Trainer, add_optimization, with_dashes
+from dia_pangu.src.Model.multimodality_model import (
+    NEVER_TRAINED,
+    TRAINED,
+    MultiPanguForCausalLM,
+    add_lora,
+    label_count,
+)
 
 BATCH_KEYS = ("lang_x", "vision_x", "cls_labels", "attention_mask", "labels")
+# --lr-scheduler-type, by its names in transformers -> the schedule of common.train.lr_at
+SCHEDULES = {
+    "constant_with_warmup": "constant",
+    "cosine": "cosine",
+    "linear": "linear",
+    "constant": "constant",
+}
+# Learned tables and vectors that weight decay would only shrink.
+PLAIN = ("prototype", "sample_memory", "latents", "pos_embedding", "figure_token")
 
 
-@torch.no_grad()
-def diagnose_all(model, loader, accelerator):
-    """Probabilities and labels (N, 14) over a loader, and the mean losses per batch."""
-    probabilities, labels, losses = [], [], []
-    for batch in loader:
-        if "error" in batch:
-            raise UserError(batch["error"])
-        out = model(**{key: batch[key] for key in BATCH_KEYS})
-        probability, truth = accelerator.gather_for_metrics((out["probability"], batch["cls_labels"]))
-        probabilities.append(probability.float().cpu())
-        labels.append(truth.cpu())
-        losses.append(torch.stack([out["lm_loss"], out["ctr_loss"]]).float())
-    mean = accelerator.reduce(torch.stack(losses).mean(0), reduction="mean")
-    return torch.cat(probabilities).numpy(), torch.cat(labels).numpy(), mean
+def check_flags(args):
+    """Refuse flags that contradict each other, and flags that have no effect in the given mode."""
+    if not args.lang_encoder_path:
+        raise UserError("--lang-encoder-path is needed: the folder of the language model")
+    if args.stage == "pre":
+        refuse(args, ["lora_r", "lora_alpha", "lora_dropout", "lora_targets"], "with --stage pre")
+    if not args.places:
+        refuse(args, ["hide_places"], "without --places, because no prompt then names a place")
+    if not args.start:
+        refuse(args, ["take"], "without --start")
+    if args.lr_scheduler_type == "constant":
+        refuse(args, ["warmup"], "with --lr-scheduler-type constant; take constant_with_warmup")
+        args.warmup = 0
 
 
-def evaluate(model, loader, accelerator) -> dict:
-    """Validation losses and the findings' F1 at threshold 0.5."""
-    probability, labels, losses = diagnose_all(model, loader, accelerator)
-    scores = finding_scores(labels, probability >= 0.5)
-    return {
-        "lm_loss": losses[0].item(),
-        "ctr_loss": losses[1].item(),
-        "micro_f1": scores["micro"]["F1"],
-        "macro_f1": scores["macro"]["F1"],
-    }
-
-
-def dry_run(args, config):
-    """Print parameters, what trains, and a memory estimate; nothing is loaded, every tensor is on the meta device."""
-    llm_config = AutoConfig.from_pretrained(args.lang_encoder_path, trust_remote_code=args.trust_remote_code)
-    with torch.device("meta"):
-        llm = AutoModelForCausalLM.from_config(llm_config)
-        if config["lora"]:
-            llm = add_lora(
-                llm,
-                config["lora"]["r"],
-                config["lora"]["alpha"],
-                config["lora"]["dropout"],
-                config["lora"]["targets"],
-            )
-        table = llm.get_input_embeddings().weight
-        model = MultiPanguForCausalLM(llm, make_embedding(config, *table.shape))
-    names = model.set_trained(args.train or TRAINED[args.stage], (*NEVER_TRAINED, *args.freeze))
-    print_model(model, names)
-    total = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    width, layers = llm_config.hidden_size, llm_config.num_hidden_layers
-    tokens = args.per_device_train_batch_size * min(config["max_length"], 320)
-    # bf16 activations: about 18 widths per token and layer, or one (the layer's input) with checkpointing plus one open layer
-    kept = (layers + 18) if args.gradient_checkpointing else 18 * layers
-    gib = 2**30
-    plan = {
-        "weights (bf16)": 2 * total,
-        "gradients of what trains": 4 * trained,
-        "AdamW state (two float32)": 8 * trained,
-        "activations (bf16, typical 320 tokens a sample)": 2 * kept * width * tokens,
-        "logits (float32)": 4 * 2 * llm_config.vocab_size * tokens,
-    }
-    for what, size in plan.items():
-        print(f"  {what}: {size / gib:.2f} GiB")
-    print(
-        f"  together {sum(plan.values()) / gib:.2f} GiB per process without sharding; an estimate, a run on a GPU prints its real peak"
-    )
-
-
-def main(args):
+def model_config(args) -> dict:
+    """Return the model's configuration as the flags say it: sizes, LoRA, evidence head."""
     config = read_config(args)
     if args.stage == "ft":
         config["lora"] = {
@@ -119,43 +97,84 @@ def main(args):
         }
     if args.places:
         config["embedding"]["evidence_head"] = True
-    if not args.lang_encoder_path:
-        raise UserError("--lang-encoder-path is needed: the folder of the language model")
-    if args.hide_places and not args.places:
-        raise UserError("--hide-places needs --places: without it no prompt names a place")
-    if args.dry_run:
-        return dry_run(args, config)
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
-    seed_everything(args.seed)
-    dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
+    return config
+
+
+def dry_run(args, config):
+    """Print the parameters, what trains, and an estimate of the memory; every tensor is on the meta device,
+    nothing is loaded."""
+    llm_config = AutoConfig.from_pretrained(args.lang_encoder_path, trust_remote_code=args.trust_remote_code)
+    with torch.device("meta"):
+        llm = AutoModelForCausalLM.from_config(llm_config)
+        if config["lora"]:
+            llm = add_lora(llm, **config["lora"])
+        table = llm.get_input_embeddings().weight
+        model = MultiPanguForCausalLM(llm, make_embedding(config, *table.shape))
+    names = model.set_trained(args.train or TRAINED[args.stage], (*NEVER_TRAINED, *args.freeze))
+    print_model(model, names)
+
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    width, layers = llm_config.hidden_size, llm_config.num_hidden_layers
+    tokens = args.batch_size * min(config["max_length"], 320)
+    # bf16 activations are about 18 widths per token and layer; with checkpointing, one per layer and one open
+    # layer.
+    kept = (layers + 18) if args.gradient_checkpointing else 18 * layers
+    plan = {
+        "weights (bf16)": 2 * total,
+        "gradients of what trains": 4 * trained,
+        "AdamW state (two float32)": 8 * trained,
+        "activations (bf16, typical 320 tokens a sample)": 2 * kept * width * tokens,
+        "logits (float32)": 4 * 2 * llm_config.vocab_size * tokens,
+    }
+    for what, size in plan.items():
+        print(f"  {what}: {size / 2**30:.2f} GiB")
+    print(
+        f"  together {sum(plan.values()) / 2**30:.2f} GiB per process without sharding; this is an estimate, "
+        "a run on a GPU prints its real peak"
+    )
+
+
+def make_model(args, config):
+    """Build the model, load the start weights and set what trains; returns (model, prompt writer, names of
+    what trains)."""
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     model, text = build_model(
         config, args.lang_encoder_path, args.tokenizer_path, args.trust_remote_code, args.attn, dtype
     )
     text.key_weight = args.key_weight
-    taken = [key for start in args.start for key in load_start(model, start, args.take)]
+    taken = [key for folder in args.start for key in load_start(model, folder, args.take)]
     if args.places and not any("evidence_head." in key for key in taken):
         raise UserError(
             f"--places {args.places} needs the evidence head of the same run; name its folder in --start"
         )
+
     names = model.set_trained(args.train or TRAINED[args.stage], (*NEVER_TRAINED, *args.freeze))
     if args.stage == "ft" and not args.train and not any("lora_" in name for name in names):
         raise UserError(
-            f"--freeze {' '.join(args.freeze)}: no LoRA is left to train (q_proj. and its like hold proj.; "
-            "write embedding_layer.proj.)"
+            f"--freeze {' '.join(args.freeze)}: no LoRA is left to train, because q_proj. and its like "
+            "contain proj. too; "
+            "write embedding_layer.proj."
         )
     if args.places and any("vision_encoder." in name for name in names):
         raise UserError(
             "--places: the file says what the evidence head sees behind this ViT; add --freeze vision_encoder"
         )
+    if all(name.startswith("embedding_layer.") for name in names):
+        refuse(args, ["llm_lr_scale"], "while nothing of the language model trains")
+
     if args.gradient_checkpointing:
         model.lang_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # AdamW steps of 1e-5 vanish in bf16
-    if accelerator.is_main_process:
-        print_model(model, names)
+    return model, text, names
 
+
+def make_sets(args, config, text):
+    """Return the training and the validation set; only the training prompts get flips and hidden places."""
     options = {
+        "grid": make_grid(config),
         "language": config["language"],
         "cache": args.cache,
         "text": text,
@@ -163,119 +182,190 @@ def main(args):
         "seed": args.seed,
         "places": read_places(args.places) if args.places else None,
     }
-    train_set = CTRGDataset(
-        args.data, "train", make_grid(config), flip=args.flip, hide_places=args.hide_places, **options
-    )
-    val_set = CTRGDataset(args.data, "val", make_grid(config), **options)
+    train_set = CTRGDataset(args.data, "train", flip=args.flip, hide_places=args.hide_places, **options)
+    val_set = CTRGDataset(args.data, "val", **options)
     for data in (train_set, val_set):
-        data.drop_bad(args.dataloader_num_workers) if args.skip_bad else data.check()
-    effective = (
-        args.per_device_train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    )
-    accelerator.print(
-        f"{len(train_set)} training and {len(val_set)} validation volumes; {effective} samples a step"
-    )
-    out = open_run(args.output_dir, args, accelerator, args.resume, args.overwrite)
-    named = dict(model.named_parameters())
-    lora = [named[name] for name in names if not name.startswith("embedding_layer.")]
-    groups = [
-        {"params": [named[name] for name in names if name.startswith("embedding_layer.")]},
-        {"params": lora, "lr_scale": args.llm_lr_scale},
-    ]
-    trainer = Trainer(
-        model,
-        args,
-        accelerator,
-        train_set,
-        collate,
-        (*BATCH_KEYS, "loss_reweight"),
-        [g for g in groups if g["params"]],
-        val_set,
-        evaluate,
-    )
-    scores = trainer.train()
-    if text.cut:
-        accelerator.print(f"{text.cut} times a report was longer than --max-length and was cut")
+        if args.skip_bad:
+            data.drop_bad(args.workers)
+        else:
+            data.check()
+    return train_set, val_set
 
-    trainer.model.eval()
-    probability, labels, _ = diagnose_all(trainer.model, trainer.eval_loader, accelerator)
-    config["thresholds"] = calibrate(probability, labels)
-    calibrated = finding_scores(labels, probability >= torch.tensor(config["thresholds"]).numpy())
-    accelerator.print(
-        f"validation findings: micro-F1 {scores['micro_f1']:.3f} at 0.5, {calibrated['micro']['F1']:.3f} with thresholds "
-        "calibrated on the same volumes"
+
+def loss_counts(batch) -> torch.Tensor:
+    """Count what the two losses of a batch are means over: label tokens and samples."""
+    raise_bad(batch)
+    return torch.stack(
+        [label_count(batch["labels"]), torch.tensor(len(batch["id"])).to(batch["labels"].device)]
     )
-    weights = accelerator.get_state_dict(trainer.model)
+
+
+@torch.no_grad()
+def diagnose_all(model, loader, accelerator):
+    """Return probabilities and labels of the findings, both (N, 14), and the mean losses over a loader."""
+    model.eval()
+    probabilities, labels, sums = [], [], torch.zeros(2, 2, device=accelerator.device)
+    for batch in loader:
+        counts = loss_counts(batch).to(accelerator.device)
+        out = model(**{key: batch[key] for key in BATCH_KEYS})
+        sums += torch.stack([torch.stack([out["lm_loss"], out["ctr_loss"]]).float() * counts, counts.float()])
+        probability, truth = accelerator.gather_for_metrics((out["probability"], batch["cls_labels"]))
+        probabilities.append(probability.float().cpu())
+        labels.append(truth.cpu())
+    model.train()
+    sums = accelerator.reduce(sums, "sum")
+    losses = dict(zip(("lm_loss", "ctr_loss"), (sums[0] / sums[1].clamp(min=1)).tolist()))
+    return torch.cat(probabilities).numpy(), torch.cat(labels).numpy(), losses
+
+
+def evaluate(model, loader, accelerator) -> tuple[dict, np.ndarray, np.ndarray]:
+    """Return the validation losses with the findings' F1 at threshold 0.5, the probabilities and the
+    labels."""
+    probability, labels, losses = diagnose_all(model, loader, accelerator)
+    found = finding_scores(labels, probability >= 0.5)
+    scores = {**losses, "micro_f1": found["micro"]["F1"], "macro_f1": found["macro"]["F1"]}
+    return scores, probability, labels
+
+
+def main(args):
+    # Flags that contradict each other end the run before anything is loaded.
+    check_flags(args)
+    config = model_config(args)
+    if args.dry_run:
+        return dry_run(args, config)
+
+    # Model and data: LLM and tokenizer from their folder, start weights, the CTRG partitions train and val.
+    accelerator = make_accelerator(args)
+    seed_everything(args.seed)
+    model, text, names = make_model(args, config)
+    if accelerator.is_main_process:
+        print_model(model, names)
+    train_set, val_set = make_sets(args, config, text)
+    effective = args.batch_size * args.accum * accelerator.num_processes
+    accelerator.print(
+        f"{len(train_set)} training and {len(val_set)} validation volumes; {effective} samples in an "
+        "optimizer step"
+    )
+    out = open_run(args.out, args, accelerator, args.resume, args.overwrite)
+
+    # AdamW with one learning rate for the embedding layer and a multiple of it for the language model.
+    groups = parameter_groups(model.embedding_layer, args.lr, args.weight_decay, PLAIN)
+    groups += parameter_groups(model.lang_model, args.lr * args.llm_lr_scale, args.weight_decay, PLAIN)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.adam_beta2))
+    if args.compile:
+        model.compile()
+    loader = make_loader(train_set, args, collate_fn=collate)
+    val_loader = make_loader(val_set, args, train=False, collate_fn=collate)
+    model, optimizer, loader, val_loader = accelerator.prepare(model, optimizer, loader, val_loader)
+    steps, schedule = plan_steps(args, loader), SCHEDULES[args.lr_scheduler_type]
+    inputs, lambda_ctr = (*BATCH_KEYS, "loss_reweight"), accelerator.unwrap_model(model).lambda_ctr
+
+    # The two losses are means over different things, so each has its own share of the optimizer step.
+    run = start(accelerator, args, steps, [optimizer])
+    model.train()
+    for batch, (label_share, sample_share) in batches(run, loader, loss_counts):
+        with accelerator.accumulate(model):
+            losses = model(**{key: batch[key] for key in inputs if key in batch})
+            lm_loss, ctr_loss = losses["lm_loss"] * label_share, losses["ctr_loss"] * sample_share
+            loss = lm_loss + lambda_ctr * ctr_loss
+            check_finite(run, batch["id"], loss=loss, lm_loss=lm_loss, ctr_loss=ctr_loss)
+            accelerator.backward(loss)
+            grad = update(run, model, [optimizer], lr_at(run.state["step"], steps, args.warmup, schedule))
+        if accelerator.sync_gradients:
+            scores = evaluate(model, val_loader, accelerator)[0] if evaluation_due(run) else {}
+            finish_step(run, grad=grad, **{f"eval_{key}": value for key, value in scores.items()})
+    if text.cut:
+        accelerator.print(f"{text.cut} times a report was longer than max_length tokens and was cut")
+
+    # The validation volumes also give the thresholds that test.py uses.
+    scores, probability, labels = evaluate(model, val_loader, accelerator)
+    config["thresholds"] = calibrate(probability, labels)
+    calibrated = finding_scores(labels, probability >= np.array(config["thresholds"]))
+    accelerator.print(
+        f"validation findings: micro-F1 {scores['micro_f1']:.3f} at threshold 0.5, "
+        f"{calibrated['micro']['F1']:.3f} with "
+        "thresholds calibrated on the same volumes"
+    )
+
+    # The model folder, under upstream's file name and keys; metrics.json comes last: a folder that has it is
+    # complete.
+    weights = accelerator.get_state_dict(model)
     if accelerator.is_main_process:
         save_model(weights, out, config)
-        metrics = {"validation": scores, "validation_calibrated": calibrated, "trained": names}
-        atomic_write(out / "metrics.json", json.dumps(metrics, indent=1))
+        atomic_json(
+            out / "metrics.json",
+            {"validation": scores, "validation_calibrated": calibrated, "trained": names},
+        )
     if torch.cuda.is_available():
         accelerator.print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+    finish(run, **{f"eval_{key}": value for key, value in scores.items()})
     accelerator.end_training()
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--stage",
-        choices=TRAINED,
-        default="pre",
-        help="pre: Perceiver; ft: LoRA and embedding layer (default %(default)s)",
+def parse_args(argv=None):
+    parser = Parser(__doc__)
+    fraction = number(float, 0, 1)
+
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", required=True, help="folder in the CTRG format")
+    group.add_argument("--cache", help="folder for prepared volumes, which makes the second epoch fast")
+    group.add_argument(
+        "--limit", type=number(int, 0), default=0, help="use only the first samples of each split; 0: all"
     )
-    parser.add_argument("--data", required=True, help="folder in the CTRG format")
-    parser.add_argument("--cache", help="folder for prepared volumes; makes the second epoch fast")
-    parser.add_argument(
-        "--limit", type=int, default=0, help="use only the first samples of each split; 0: all"
-    )
-    parser.add_argument(
+    group.add_argument(
         "--skip-bad",
         action="store_true",
         help="read every sample first and leave out those that cannot be used",
     )
-    parser.add_argument(
+    group.add_argument(
         "--places",
-        help="places.json of pretrain_vit.py, whose run belongs into --start: prompts name the side and "
-        "place that the evidence head sees",
+        help="places.json beside the evidence head named in --start; prompts then name the side and the "
+        "place that the head sees",
     )
-    parser.add_argument(
+    group.add_argument(
         "--hide-places",
-        type=float,
+        type=fraction,
         default=0.0,
-        help="share of findings whose side and place the training prompt leaves out, so that the report has to take them "
-        "from the image tokens (default %(default)s)",
+        help="fraction of the findings whose side and place the training prompt leaves out, so that the "
+        "report has to take "
+        "them from the image tokens",
     )
-    parser.add_argument(
+    group.add_argument(
         "--key-weight",
-        type=float,
+        type=number(float, 0),
         default=1.0,
-        help="weight in the loss of the words that name side and place (default %(default)s; upstream foresees 3)",
+        help="weight in the loss of the words that name side and place; upstream intends 3",
     )
-    parser.add_argument(
+    group.add_argument(
         "--flip",
-        type=float,
+        type=fraction,
         default=0.0,
-        help="share of true statuses turned over in training prompts (default %(default)s)",
+        help="fraction of the true statuses that are inverted in the training prompts",
     )
     add_model(parser)
+
     group = parser.add_argument_group("what trains")
+    group.add_argument(
+        "--stage", choices=TRAINED, default="pre", help="pre: the Perceiver; ft: LoRA and the embedding layer"
+    )
     group.add_argument(
         "--start",
         nargs="*",
         default=[],
-        help="start weights of the vision part: Dia-LLaMA, Dia-Pangu or RadFM files or folders",
+        help="files or folders with start weights of the vision part: Dia-LLaMA, Dia-Pangu or RadFM",
     )
     group.add_argument(
         "--take",
         choices=("vision", "all"),
         default="vision",
-        help="all: take the files' language model and LoRA too, which only a Dia-Pangu checkpoint of the same language "
-        "model should give (default %(default)s)",
+        help="what to take from --start; all: also the language model and LoRA, which only a Dia-Pangu "
+        "checkpoint of the "
+        "same language model should give",
     )
     group.add_argument(
         "--train",
         nargs="+",
-        help="parts of parameter names to train instead of the stage's: "
+        help="parts of parameter names to train instead of the stage's own: "
         + "; ".join(f"{stage}: {' '.join(parts)}" for stage, parts in TRAINED.items()),
     )
     group.add_argument(
@@ -284,30 +374,39 @@ def parse_args():
         default=[],
         help="parts of parameter names to leave out, such as vision_encoder",
     )
-    group.add_argument("--lora-r", type=int, default=4, help="(default %(default)s)")
-    group.add_argument("--lora-alpha", type=int, default=16, help="(default %(default)s)")
-    group.add_argument("--lora-dropout", type=float, default=0.1, help="(default %(default)s)")
+    group.add_argument("--lora-r", type=number(int, 1), default=4, help="rank of LoRA")
     group.add_argument(
-        "--lora-targets", nargs="+", default=["q_proj", "v_proj"], help="(default %(default)s)"
+        "--lora-alpha", type=number(int, 1), default=16, help="alpha of LoRA; its scale is alpha / rank"
+    )
+    group.add_argument("--lora-dropout", type=fraction, default=0.1, help="dropout in front of LoRA")
+    group.add_argument(
+        "--lora-targets", nargs="+", default=["q_proj", "v_proj"], help="linear layers that get LoRA"
     )
     group.add_argument(
         "--llm-lr-scale",
-        type=float,
+        type=number(float, 0),
         default=1.0,
-        help="rate of the language model's trained part, as a multiple",
+        help="learning rate of the language model's trained part as a multiple of --lr",
     )
+    group.add_argument(
+        "--lr-scheduler-type",
+        choices=SCHEDULES,
+        default="constant_with_warmup",
+        help="learning rate schedule",
+    )
+    group.add_argument("--adam-beta2", type=fraction, default=0.999, help="beta 2 of AdamW")
     group.add_argument(
         "--gradient-checkpointing",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="recompute the language model's layers in the backward pass",
+        help="recompute the language model's layers in the backward pass, which saves memory",
     )
     group.add_argument(
-        "--dry-run", action="store_true", help="print parameters and a memory plan, load nothing"
+        "--dry-run", action="store_true", help="print the parameters and a memory plan, load nothing"
     )
-    add_optimization(parser, learning_rate=5e-5, lr_scheduler_type="constant_with_warmup")
-    return parser.parse_args(with_dashes(sys.argv[1:]))
+    add_run_arguments(parser, lr=5e-5, weight_decay=0.0, warmup=20, epochs=3.0, accum=8, seed=42)
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    run(main, parse_args())
+    run_script(main, parse_args())

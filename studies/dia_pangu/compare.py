@@ -1,34 +1,63 @@
-"""Gather a model's results, its controls and the baselines into one table, one picture and the rows of the summary.
+r"""Gather a model's results, its controls and the baselines into one table, one picture and the summary.
 
-    python dia_pangu/evaluate/compare.py --data data/dia_pangu --model runs/dia_pangu/results --control blank=... \\
+    python studies/dia_pangu/compare.py --data data/dia_pangu --model runs/dia_pangu/test-none \
+        --control "blank volume=runs/dia_pangu/test-blank" \
         --baselines runs/dia_pangu/baselines --out runs/dia_pangu
 """
 
-import argparse
 import csv
 import json
 import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[2])
-)  # repository root: every way of starting this file finds it
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, whatever folder we start in
 
 import numpy as np
 
-from common.checkpoint import atomic_write
+from common.arguments import Parser
+from common.checkpoint import atomic_json
 from common.errors import UserError, run
 from common.figures import new_figure, save_figure
-from studies.summary import write_result
-from dia_pangu.evaluate.evidence import location_scores, said
+from common.files import read_json
 from dia_pangu.evaluate.findings import bootstrap, finding_scores, micro_f1
-from dia_pangu.evaluate.labeler import positives
+from dia_pangu.evaluate.labeler import language_of, positives
 from dia_pangu.evaluate.nlg_eval import bleu, read_csv, words
 from dia_pangu.src.Dataset.prompt import FINDINGS
+from studies.dia_pangu.locations import location_scores, reported
+from studies.summary import write_result
+
+CHANCE = {"side": 1 / 2, "place": 1 / 3}
+
+
+@dataclass
+class Row:
+    """One line of the table; None stands where a method has no such score."""
+
+    diagnosis_micro: float | None = None
+    diagnosis_macro: float | None = None
+    report_micro: float | None = None
+    report_macro: float | None = None
+    bleu_1: float | None = None
+    bleu_4: float | None = None
+
+
+@dataclass
+class Tested:
+    """One folder of test.py: rows of dia-pangu.csv, findings as {id: {finding: row}}, four bool arrays (N,
+    14), the scores."""
+
+    rows: list
+    findings: dict
+    labels: np.ndarray  # of the data set
+    statuses: np.ndarray  # the model's diagnosis
+    truth: np.ndarray  # what the true report states
+    told: np.ndarray  # what the model's report states
+    scores: dict  # "diagnosis" and "report", see finding_scores
 
 
 def read_findings(folder) -> dict:
-    """findings.csv as {id: {finding: {status, side, place}}}."""
+    """Read findings.csv as {id: {finding: row}}."""
     out = {}
     with open(Path(folder) / "findings.csv", newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
@@ -36,170 +65,185 @@ def read_findings(folder) -> dict:
     return out
 
 
-def scored(folder) -> dict:
-    """Diagnosis and report scores of one folder that test.py wrote, with the arrays behind them."""
-    rows, found = read_csv(Path(folder) / "dia-pangu.csv"), read_findings(folder)
+def read_tested(folder) -> Tested:
+    """Read a folder of test.py and score its diagnosis and its reports."""
+    rows, findings = read_csv(Path(folder) / "dia-pangu.csv"), read_findings(folder)
     labels = np.array([json.loads(row["GT_labels"]) for row in rows]).astype(bool)
-    status = np.array([[found[row["ID"]][name]["status"] == "1" for name in FINDINGS] for row in rows])
-    truth, told = (
-        np.array(positives([row[key] for row in rows])).astype(bool) for key in ("Ground Truth", "Pred")
+    statuses = np.array([[findings[row["ID"]][f]["status"] == "1" for f in FINDINGS] for row in rows])
+    truth = np.array(positives([row["Ground Truth"] for row in rows])).astype(bool)
+    told = np.array(positives([row["Pred"] for row in rows])).astype(bool)
+    scores = {"diagnosis": finding_scores(labels, statuses), "report": finding_scores(truth, told)}
+    return Tested(rows, findings, labels, statuses, truth, told, scores)
+
+
+def corpus_bleu(rows) -> tuple[float, float]:
+    """Return BLEU-1 and BLEU-4 of a CSV's rows in the published convention."""
+    language = language_of(rows[0]["Ground Truth"])
+    truths, predictions = ([words(row[key], language) for row in rows] for key in ("Ground Truth", "Pred"))
+    corpus = bleu(truths, predictions)[0]
+    return float(corpus[0]), float(corpus[3])
+
+
+def table_row(scores: dict, rows=None) -> Row:
+    """Return a line of the table from scores by kind ("diagnosis", "report") and, if there are reports,
+    their CSV rows."""
+    row = Row()
+    if "diagnosis" in scores:
+        micro, macro = scores["diagnosis"]["micro"]["F1"], scores["diagnosis"]["macro"]["F1"]
+        row.diagnosis_micro, row.diagnosis_macro = micro, macro
+    if "report" in scores:
+        row.report_micro, row.report_macro = scores["report"]["micro"]["F1"], scores["report"]["macro"]["F1"]
+    if rows:
+        row.bleu_1, row.bleu_4 = corpus_bleu(rows)
+    return row
+
+
+def make_table(model: Tested, controls: dict, baselines: dict, folder) -> dict[str, Row]:
+    """Return {name: Row} of the model, its controls and the baselines, whose reports lie in `folder`."""
+    table = {name: table_row(t.scores, t.rows) for name, t in {"model": model, **controls}.items()}
+    for name, scores in baselines.items():
+        file = Path(folder) / f"{name}.csv"
+        table[name] = table_row(scores, read_csv(file) if file.is_file() else None)
+    return table
+
+
+def print_table(table: dict[str, Row]):
+    """Print the table, and what to read in it."""
+    width = max(map(len, table))
+    print(f"{'':{width}s} diagnosis micro macro   report micro macro   BLEU-1 BLEU-4")
+    for name, row in table.items():
+        cells = ("    -" if value is None else f"{value:.3f}" for value in asdict(row).values())
+        print(f"{name:{width}s} " + "  ".join(cells))
+    print(
+        "BLEU hardly separates a model from retrieval here, because the reports share their sentences: "
+        "judge by the scores of the findings."
     )
-    language = "cn" if any("\u4e00" <= c <= "\u9fff" for c in rows[0]["Ground Truth"]) else "en"
-    corpus = bleu(
-        [words(row["Ground Truth"], language) for row in rows], [words(row["Pred"], language) for row in rows]
-    )[0]
+
+
+def reported_places(tested: Tested) -> dict:
+    """Return {id: {finding: {side, place}}} in the words of the reports, for the findings that they state."""
     return {
-        "rows": rows,
-        "found": found,
-        "arrays": (labels, status, truth, told),
-        "diagnosis": finding_scores(labels, status),
-        "report": finding_scores(truth, told),
-        "BLEU_4": float(corpus[3]),
-        "BLEU_1": float(corpus[0]),
+        row["ID"]: {f: reported(row["Pred"], f) for f, stated in zip(FINDINGS[:-1], told) if stated}
+        for row, told in zip(tested.rows, tested.told)
     }
 
 
-def places_said(scores: dict) -> dict:
-    """{id: {finding: {side, place}}} in the words of the reports, for the findings they state."""
-    told = scores["arrays"][3]
-    return {
-        row["ID"]: {name: said(row["Pred"], name) for name, code in zip(FINDINGS[:-1], told[i]) if code}
-        for i, row in enumerate(scores["rows"])
+def locate_findings(attributes: dict, model: Tested, controls: dict) -> dict:
+    """Return the accuracy of side and place by the evidence map, by the reports' words, and by the
+    controls' words."""
+    here = {row["ID"]: attributes[row["ID"]] for row in model.rows}
+    mapped = {
+        name: {f: row for f, row in found.items() if row["status"] == "1"}
+        for name, found in model.findings.items()
     }
+    location = {
+        "evidence map": location_scores(here, mapped),
+        "report's own words": location_scores(here, reported_places(model)),
+    }
+    for name, control in controls.items():
+        location[f"words, {name}"] = location_scores(here, reported_places(control))
+    for name, scores in location.items():
+        parts = []
+        for what, chance in CHANCE.items():
+            accuracy = scores[what]["accuracy"]
+            shown = "-" if accuracy is None else f"{accuracy:.3f}"
+            parts.append(f"{what} {shown} of {scores[what]['count']} (chance {chance:.2f})")
+        print(f"{name}: {', '.join(parts)}")
+    return location
+
+
+def draw_findings(model: Tested, baselines: dict, path) -> Path:
+    """Draw the F1 of each finding: the model's diagnosis, the model's report, the linear model on voxels."""
+    per_finding = {
+        "model, diagnosis": model.scores["diagnosis"]["per_finding"],
+        "model, report": model.scores["report"]["per_finding"],
+        "linear on voxels": baselines["linear"]["diagnosis"]["per_finding"],
+    }
+    figure, axis = new_figure(1, 1, 9.5, 4)
+    at, width = np.arange(len(FINDINGS)), 0.27
+    for k, (name, scores) in enumerate(per_finding.items()):
+        axis.bar(at + width * k, [scores[f]["F1"] for f in FINDINGS], width, label=name)
+    counts = per_finding["model, diagnosis"]
+    names = [f"{f} ({counts[f]['count']})" for f in FINDINGS]
+    axis.set_xticks(at + width, names, rotation=40, ha="right")
+    axis.set(ylabel="F1", title="Held-out volumes; number of cases in brackets", ylim=(0, 1))
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return save_figure(figure, path)
+
+
+def write_results(out, table, model: Tested, location, details, picture, evidence):
+    """Write the rows of the summary: findings of the volume, findings of the report, side and place."""
+
+    def others(field):
+        scores = {name: getattr(row, field) for name, row in table.items() if name != "model"}
+        return {name: value for name, value in scores.items() if value is not None}
+
+    write_result(
+        out,
+        "findings of a volume",
+        "micro-F1",
+        table["model"].diagnosis_micro,
+        others("diagnosis_micro"),
+        bootstrap(micro_f1, model.labels, model.statuses),
+        [(picture, "F1 by finding")],
+        f"{len(model.labels)} held-out phantoms, one training seed; the interval is over these volumes; "
+        "thresholds calibrated on validation",
+        details,
+    )
+    bleu_model, bleu_nearest = table["model"].bleu_4, table["nearest"].bleu_4
+    write_result(
+        out,
+        "findings of the report",
+        "micro-F1",
+        table["model"].report_micro,
+        others("report_micro"),
+        bootstrap(micro_f1, model.truth, model.told),
+        [(path, "evidence maps") for path in evidence],
+        "Read from the generated text by the rule-based labeler; BLEU-4 "
+        f"{bleu_model:.2f} against {bleu_nearest:.2f} for retrieval hardly separates",
+    )
+    for what, chance in CHANCE.items():
+        accuracy = {name: scores[what]["accuracy"] for name, scores in location.items()}
+        accuracy = {name: value for name, value in accuracy.items() if value is not None}
+        if "evidence map" in accuracy:
+            write_result(
+                out,
+                f"{what} of a finding by the evidence map",
+                "accuracy",
+                accuracy.pop("evidence map"),
+                {"chance": chance, **accuracy},
+                note=f"{location['evidence map'][what]['count']} findings that are present and were found",
+            )
 
 
 def main(args):
-    model, controls = scored(args.model), {}
+    # Everything that test.py and baselines.py wrote.
+    model, controls = read_tested(args.model), {}
     for pair in args.control:
         name, _, folder = pair.partition("=")
         if not folder:
             raise UserError(f"--control {pair}: write it as name=folder")
-        controls[name] = scored(folder)
-    base = json.loads((Path(args.baselines) / "baselines.json").read_text())
-    labels, status, truth, told = model["arrays"]
-    table = {
-        name: [run_[kind][mean]["F1"] for kind in ("diagnosis", "report") for mean in ("micro", "macro")]
-        + [run_["BLEU_1"], run_["BLEU_4"]]
-        for name, run_ in {"model": model, **controls}.items()
-    }
-    for name, kinds in base.items():
-        row = table[name] = [float("nan")] * 6
-        for k, kind in enumerate(("diagnosis", "report")):
-            if kind in kinds:
-                row[2 * k], row[2 * k + 1] = kinds[kind]["micro"]["F1"], kinds[kind]["macro"]["F1"]
-        file = Path(args.baselines) / f"{name}.csv"
-        if file.is_file():
-            rows = read_csv(file)
-            corpus = bleu(
-                [words(r["Ground Truth"], "en") for r in rows], [words(r["Pred"], "en") for r in rows]
-            )[0]
-            row[4], row[5] = float(corpus[0]), float(corpus[3])
-    width = max(map(len, table))
-    print(f"{'':{width}s} diagnosis micro macro   report micro macro   BLEU-1 BLEU-4")
-    for name, numbers in table.items():
-        print(f"{name:{width}s} " + "  ".join("    -" if np.isnan(n) else f"{n:.3f}" for n in numbers))
-    print(
-        "BLEU hardly separates a model from retrieval here, because the reports share their sentences: judge by the finding scores."
-    )
+        controls[name] = read_tested(folder)
+    baselines = read_json(Path(args.baselines) / "baselines.json", dict)
+    attributes = read_json(Path(args.data) / "attributes.json", dict)
 
-    attributes = json.loads((Path(args.data) / "attributes.json").read_text())
-    here = {row["ID"]: attributes[row["ID"]] for row in model["rows"]}
-    mapped = {
-        name: {f: row for f, row in found.items() if row["status"] == "1"}
-        for name, found in model["found"].items()
-    }
-    location = {
-        "evidence map": location_scores(here, mapped),
-        "report's own words": location_scores(here, places_said(model)),
-    }
-    location |= {
-        f"words, {name}": location_scores(here, places_said(run_)) for name, run_ in controls.items()
-    }
-    for name, scores in location.items():
-        print(
-            f"{name}: "
-            + ", ".join(
-                f"{what} {'-' if scores[what]['share'] is None else format(scores[what]['share'], '.3f')} of "
-                f"{scores[what]['count']} (chance {chance})"
-                for what, chance in (("side", ".5"), ("place", ".33"))
-            )
-        )
-
-    figure, axis = new_figure(1, 1, 9.5, 4)
-    at = np.arange(len(FINDINGS))
-    for k, (name, kind) in enumerate((("diagnosis", "diagnosis"), ("report", "report"))):
-        axis.bar(
-            at + 0.27 * k,
-            [model[kind]["per_finding"][f]["F1"] for f in FINDINGS],
-            0.27,
-            label=f"model, {name}",
-        )
-    axis.bar(
-        at + 0.54,
-        [base["linear"]["diagnosis"]["per_finding"][f]["F1"] for f in FINDINGS],
-        0.27,
-        label="linear on voxels",
-    )
-    axis.set_xticks(
-        at + 0.27,
-        [f"{f} ({model['diagnosis']['per_finding'][f]['count']})" for f in FINDINGS],
-        rotation=40,
-        ha="right",
-    )
-    axis.set(ylabel="F1", title="Held-out volumes; number of cases in brackets", ylim=(0, 1))
-    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    picture = save_figure(figure, Path(args.out) / "figures" / "findings.png")
-    evidence = sorted((Path(args.model) / "evidence").glob("*.png"))[:2]
+    # One table of scores, one of sides and places, one picture.
+    table = make_table(model, controls, baselines, args.baselines)
+    print_table(table)
+    location = locate_findings(attributes, model, controls)
+    picture = draw_findings(model, baselines, Path(args.out) / "figures" / "findings.png")
     details = {
-        "table": [[name, *(None if np.isnan(n) else n for n in numbers)] for name, numbers in table.items()],
+        "table": {name: asdict(row) for name, row in table.items()},
         "location": location,
-        "per_finding": {kind: model[kind]["per_finding"] for kind in ("diagnosis", "report")},
+        "per_finding": {kind: model.scores[kind]["per_finding"] for kind in ("diagnosis", "report")},
     }
-    atomic_write(Path(args.out) / "figures" / "findings.json", json.dumps(details, indent=1))
-
-    write_result(
-        args.out,
-        "findings of a volume",
-        "micro-F1",
-        table["model"][0],
-        {name: row[0] for name, row in table.items() if name != "model" and not np.isnan(row[0])},
-        bootstrap(micro_f1, labels, status),
-        [(picture, "F1 by finding")],
-        f"{len(labels)} held-out phantoms, one seed; thresholds calibrated on validation",
-        details,
-    )
-    write_result(
-        args.out,
-        "findings of the report",
-        "micro-F1",
-        table["model"][2],
-        {name: row[2] for name, row in table.items() if name != "model" and not np.isnan(row[2])},
-        bootstrap(micro_f1, truth, told),
-        [(path, "evidence maps") for path in evidence],
-        "Read from the generated text by the rule-based labeler; BLEU-4 "
-        f"{model['BLEU_4']:.2f} against {table['nearest'][5]:.2f} for retrieval hardly separates",
-    )
-    for what, chance in (("side", 0.5), ("place", 1 / 3)):
-        shares = {
-            name: scores[what]["share"]
-            for name, scores in location.items()
-            if scores[what]["share"] is not None
-        }
-        if "evidence map" in shares:
-            write_result(
-                args.out,
-                f"{what} of a finding by the evidence map",
-                "share right",
-                shares.pop("evidence map"),
-                {"chance": chance, **shares},
-                None,
-                [],
-                f"{location['evidence map'][what]['count']} findings that are there and were found",
-            )
+    atomic_json(Path(args.out) / "figures" / "findings.json", details)
+    evidence = sorted((Path(args.model) / "evidence").glob("*.png"))[:2]
+    write_results(args.out, table, model, location, details, picture, evidence)
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def parse_args(argv=None):
+    parser = Parser(__doc__)
     parser.add_argument("--data", required=True, help="folder of make_data.py, for attributes.json")
     parser.add_argument("--model", required=True, help="folder that test.py wrote")
     parser.add_argument(
@@ -207,7 +251,7 @@ def parse_args():
     )
     parser.add_argument("--baselines", required=True, help="folder of baselines.py")
     parser.add_argument("--out", required=True, help="folder for figures/ and results/")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

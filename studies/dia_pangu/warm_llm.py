@@ -1,63 +1,76 @@
-"""Train a causal language model on report text alone, before it sees a volume.
+r"""Train a causal language model on report text alone, before it sees a volume.
 
-    python dia_pangu/warm_llm.py --data data/dia_pangu --make 4 --out runs/dia_pangu/llm
-    python dia_pangu/warm_llm.py --reports ct_reports_train.json --eval-reports ct_reports_val.json --make 4 --out runs/dia_pangu/llm_real
+    python studies/dia_pangu/warm_llm.py --data data/dia_pangu --make 4 --out runs/llm
+    python studies/dia_pangu/warm_llm.py --reports ct_reports_train.json --eval-reports ct_reports_val.json \
+        --make 4 --out runs/llm_real
 
---make N builds a small model of openPangu's class (N layers, bias on q, k, v and o) with its own tokenizer, in which each status
-sentence of a prompt is one token: a large model reads "is positive", a small one need not spend its training on that. Without it,
---lang-encoder-path names the model to train on. The text is the finding sentences, the guide and the report; plain report
-files ({"cases": [{"report": ...}]}) have the guide alone. Writes a model folder that --lang-encoder-path takes.
+--make N builds a small model of openPangu's class (N layers, bias on q, k, v and o) with its own tokenizer,
+in which each status sentence of a prompt is one token: a large model reads "is positive", a small one need
+not spend its training on that. Without it, --lang-encoder-path names the model to train on. The text is the
+finding sentences, the guide and the report; plain report files ({"cases": [{"id": ..., "report": ...}]}) have
+the guide alone. Writes a model folder that --lang-encoder-path takes.
 """
 
-import argparse
-import json
 import math
 import sys
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # repository root: every way of starting this file finds it
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, whatever folder we start in
 
 import torch
-from accelerate import Accelerator
-from torch import nn
 from torch.utils.data import Dataset
 
-from common.checkpoint import atomic_dir, atomic_write
-from common.errors import UserError, run
+from common.arguments import Parser, add_run_arguments, number, refuse
+from common.checkpoint import atomic_dir, atomic_json
+from common.errors import UserError
+from common.errors import run as run_script
+from common.files import read_json
 from common.run import describe, open_run, seed_everything
 from common.tiny_llm import make_llm, make_tokenizer
-from dia_pangu.src.Dataset.CTRG_dataset import CTRGDataset, collate, read_places
+from common.train import (
+    batches,
+    check_finite,
+    evaluation_due,
+    finish,
+    finish_step,
+    lr_at,
+    make_accelerator,
+    make_loader,
+    parameter_groups,
+    plan_steps,
+    start,
+    update,
+)
+from dia_pangu.src.Dataset.CTRG_dataset import CTRGDataset, collate, raise_bad, read_places
 from dia_pangu.src.Dataset.preprocess import Grid
 from dia_pangu.src.Dataset.prompt import GUIDES, LANGUAGES, ReportText, prompt_phrases, status_text
-from dia_pangu.src.Model.multimodality_model import load_language_model, token_loss
+from dia_pangu.src.Model.multimodality_model import label_count, load_language_model, token_loss
 from dia_pangu.src.Model.pangu import load_tokenizer
-from dia_pangu.src.My_Trainer.trainer import Trainer, add_optimization, with_dashes
 
 
-class TextOnly(ReportText):
-    """The same layout without image tokens."""
+class StatusOnly(ReportText):
+    """The layout of a report model's text without the image tokens."""
 
     def prompt(self, statuses, places=None) -> str:
         return status_text(statuses, self.language, places)
 
 
+class GuideOnly(ReportText):
+    """The guide alone in front of the report, for reports without labels."""
+
+    def prompt(self, statuses, places=None) -> str:
+        return GUIDES[self.language]
+
+
 class Reports(Dataset):
-    """Plain reports: the guide, then the text."""
+    """Plain reports of a JSON file. text: writes the ids; it is set when the tokenizer is known."""
 
-    def __init__(self, path, language: str, limit: int = 0):
-        try:
-            cases = json.loads(Path(path).read_text(encoding="utf-8"))["cases"][: limit or None]
-            self.reports = [(str(case["id"]), case["report"]) for case in cases]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f'{path}: expected {{"cases": [{{"id": ..., "report": ...}}]}} ({error})'
-            ) from error
-        self.language, self.text = language, None
-
-    def set_epoch(self, epoch):
-        pass
+    def __init__(self, path, limit: int = 0):
+        cases = read_json(path, {"cases": [{"id": (str, int), "report": str}]})["cases"][: limit or None]
+        if not cases:
+            raise UserError(f"{path}: field cases is empty; it needs at least one report")
+        self.reports = [(str(case["id"]), case["report"]) for case in cases]
+        self.text = None
 
     def __len__(self):
         return len(self.reports)
@@ -67,168 +80,193 @@ class Reports(Dataset):
         return {"id": name, "report": report, "text": self.text.sample([], report, name)}
 
 
-class GuideOnly(TextOnly):
-    def prompt(self, statuses, places=None) -> str:
-        return GUIDES[self.language]
+def make_sets(args):
+    """Return training set, validation set, the class that writes their text, and the phrases that stay one
+    token."""
+    if args.reports:
+        sets = Reports(args.reports, args.limit), Reports(args.eval_reports, args.limit)
+        return *sets, GuideOnly, [GUIDES[args.language]]
+    options = {
+        "grid": Grid(),
+        "language": args.language,
+        "vision": False,
+        "limit": args.limit,
+        "places": read_places(args.places) if args.places else None,
+    }
+    sets = CTRGDataset(args.data, "train", **options), CTRGDataset(args.data, "val", **options)
+    return *sets, StatusOnly, prompt_phrases(args.language)
 
 
-class TextModel(nn.Module):
-    """A language model whose loss is this batch's share of the mean over the label tokens of the global batch."""
+def make_small(folder, args, reports, phrases):
+    """Write a small model of openPangu's class with random weights, and a tokenizer trained on `reports`,
+    to `folder`."""
+    make_llm(
+        folder,
+        make_tokenizer(reports, args.vocab_size, phrases),
+        "PanguEmbedded",
+        args.seed,
+        hidden_size=args.width,
+        intermediate_size=2 * args.width,
+        num_hidden_layers=args.make,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bias=True,
+        rope_theta=16000000.0,
+        max_position_embeddings=max(1024, args.max_length),
+    )
 
-    def __init__(self, lang_model):
-        super().__init__()
-        self.lang_model = lang_model
 
-    def forward(self, lang_x, attention_mask, labels, loss_reweight=None, num_tokens=None, num_samples=None):
-        logits = self.lang_model(input_ids=lang_x, attention_mask=attention_mask).logits
-        return {
-            "loss": token_loss(logits, labels, loss_reweight) / (num_tokens or (labels[:, 1:] != -100).sum())
-        }
+def count_labels(batch) -> torch.Tensor:
+    """Count the labels that the mean loss of a batch is over."""
+    raise_bad(batch)
+    return label_count(batch["labels"])
 
 
+def mean_loss(model, batch) -> torch.Tensor:
+    """Return the mean loss over the labels of a batch, each times its weight where weights are given."""
+    logits = model(input_ids=batch["lang_x"], attention_mask=batch["attention_mask"]).logits
+    return token_loss(logits, batch["labels"], batch.get("loss_reweight")) / count_labels(batch).clamp(min=1)
+
+
+@torch.no_grad()
 def evaluate(model, loader, accelerator) -> dict:
-    """Mean loss per report token and its perplexity."""
-    sums = torch.zeros(2, device=accelerator.device, dtype=torch.float64)
+    """Return the mean loss per report token, its perplexity, and the number of tokens; every token weighs
+    1."""
+    model.eval()
+    sums = torch.zeros(2, device=accelerator.device)
     for batch in loader:
-        count = (batch["labels"][:, 1:] != -100).sum()
-        loss = model(batch["lang_x"], batch["attention_mask"], batch["labels"])["loss"]
-        sums += torch.stack([loss * count, count]).double()
-    sums = accelerator.reduce(sums, reduction="sum")
-    loss = (sums[0] / sums[1]).item()
-    return {"loss": loss, "perplexity": math.exp(min(loss, 50)), "tokens": sums[1].item()}
+        batch.pop("loss_reweight", None)
+        sums += torch.stack([mean_loss(model, batch) * count_labels(batch), count_labels(batch)]).float()
+    model.train()
+    total, tokens = accelerator.reduce(sums, "sum").tolist()
+    return {"loss": total / tokens, "perplexity": math.exp(min(total / tokens, 50)), "tokens": tokens}
 
 
-def main(args):
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
-    seed_everything(args.seed)
+def check_flags(args):
+    """Refuse flags that contradict each other, and flags that have no effect in the given mode."""
     if bool(args.data) == bool(args.reports):
-        raise UserError("give either --data (a folder in the CTRG format) or --reports (a json file)")
+        raise UserError("give either --data (a folder in the CTRG format) or --reports (a JSON file)")
     if bool(args.make) == bool(args.lang_encoder_path):
         raise UserError(
             "give either --make LAYERS (a new small model) or --lang-encoder-path (one to train on)"
         )
-    if args.data:
-        options = {
-            "grid": Grid(),
-            "language": args.language,
-            "vision": False,
-            "limit": args.limit,
-            "places": read_places(args.places) if args.places else None,
-        }
-        train_set, val_set = (
-            CTRGDataset(args.data, "train", **options),
-            CTRGDataset(args.data, "val", **options),
-        )
-        reports = [item["finding"] for item in train_set.items]
-        kind, phrases = TextOnly, prompt_phrases(args.language)
+    if bool(args.reports) != bool(args.eval_reports):
+        raise UserError("--reports and --eval-reports go together: the perplexity is that of other reports")
+    if args.reports:
+        refuse(args, ["places"], "with --reports, whose prompts name no place")
+    if args.make:
+        refuse(args, ["trust_remote_code"], "with --make")
     else:
-        train_set = Reports(args.reports, args.language, args.limit)
-        val_set = Reports(args.eval_reports or args.reports, args.language, args.limit)
-        reports, kind, phrases = (
-            [report for _, report in train_set.reports],
-            GuideOnly,
-            [GUIDES[args.language]],
-        )
+        refuse(args, ["width", "vocab_size"], "without --make")
 
-    out = open_run(args.output_dir, args, accelerator, args.resume, args.overwrite)
+
+def main(args):
+    check_flags(args)
+    accelerator = make_accelerator(args)
+    seed_everything(args.seed)
+    train_set, val_set, writer, phrases = make_sets(args)
+    out = open_run(args.out, args, accelerator, args.resume, args.overwrite)
+
+    # The model: an existing folder, or a small new one whose tokenizer is trained on the training reports
+    # alone.
     folder = out / "checkpoints" / "start" if args.make else Path(args.lang_encoder_path)
     if args.make and not folder.is_dir():
         if accelerator.is_main_process:
-            tokenizer = make_tokenizer(reports, args.vocab_size, phrases)
-            make_llm(
-                folder,
-                tokenizer,
-                "PanguEmbedded",
-                args.seed,
-                hidden_size=args.width,
-                intermediate_size=2 * args.width,
-                num_hidden_layers=args.make,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                bias=True,
-                rope_theta=16000000.0,
-                max_position_embeddings=max(1024, args.max_length),
-            )
+            make_small(folder, args, training_reports(train_set), phrases)
         accelerator.wait_for_everyone()
-    model = TextModel(
-        load_language_model(folder, args.trust_remote_code, torch.float32 if args.make else "auto")
+    model = load_language_model(folder, args.trust_remote_code, torch.float32 if args.make else "auto")
+    tokenizer, rows = (
+        load_tokenizer(folder, args.trust_remote_code),
+        model.get_input_embeddings().num_embeddings,
     )
-    tokenizer = load_tokenizer(folder, args.trust_remote_code)
     for data in (train_set, val_set):
-        data.text = kind(
-            tokenizer,
-            model.lang_model.get_input_embeddings().num_embeddings,
-            0,
-            1,
-            args.language,
-            args.max_length,
-            key_weight=args.key_weight,
-        )
-    accelerator.print(describe(model), "| reports", len(train_set))
-    trainer = Trainer(
-        model,
-        args,
-        accelerator,
-        train_set,
-        collate,
-        ("lang_x", "attention_mask", "labels", "loss_reweight"),
-        None,
-        val_set,
-        evaluate,
+        data.text = writer(tokenizer, rows, 0, 1, args.language, args.max_length, key_weight=args.key_weight)
+    accelerator.print(f"{describe(model)} | {len(train_set)} training and {len(val_set)} held-out reports")
+
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, args.lr, args.weight_decay), lr=args.lr, betas=(0.9, args.adam_beta2)
     )
-    scores = trainer.train()
+    if args.compile:
+        model.compile()
+    loader = make_loader(train_set, args, collate_fn=collate)
+    val_loader = make_loader(val_set, args, train=False, collate_fn=collate)
+    model, optimizer, loader, val_loader = accelerator.prepare(model, optimizer, loader, val_loader)
+    steps = plan_steps(args, loader)
+
+    run = start(accelerator, args, steps, [optimizer])
+    model.train()
+    for batch, share in batches(run, loader, count_labels):
+        with accelerator.accumulate(model):
+            loss = mean_loss(model, batch) * share
+            check_finite(run, batch["id"], loss=loss)
+            accelerator.backward(loss)
+            grad = update(run, model, [optimizer], lr_at(run.state["step"], steps, args.warmup))
+        if accelerator.sync_gradients:
+            scores = evaluate(model, val_loader, accelerator) if evaluation_due(run) else {}
+            finish_step(run, grad=grad, **{f"eval_{key}": value for key, value in scores.items()})
+
+    # The model folder gets the tokenizer as it was, without image tokens; metrics.json comes last.
+    scores = evaluate(model, val_loader, accelerator)
     accelerator.print(
         f"perplexity {scores['perplexity']:.2f} over {scores['tokens']:.0f} held-out tokens; "
         f"{train_set.text.cut + val_set.text.cut} times a text was cut at --max-length"
     )
     if accelerator.is_main_process:
-        tokenizer = load_tokenizer(folder, args.trust_remote_code)  # as it was, without image tokens
         with atomic_dir(out / "model") as temporary:
-            accelerator.unwrap_model(trainer.model).lang_model.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
-        atomic_write(out / "metrics.json", json.dumps(scores, indent=1))
+            accelerator.unwrap_model(model).save_pretrained(temporary)
+            load_tokenizer(folder, args.trust_remote_code).save_pretrained(temporary)
+        atomic_json(out / "metrics.json", scores)
+    finish(run, **{f"eval_{key}": value for key, value in scores.items()})
     accelerator.end_training()
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", help="folder in the CTRG format")
-    parser.add_argument(
-        "--places", help="with --data: places.json of pretrain_vit.py, for prompts that name side and place"
+def training_reports(train_set) -> list[str]:
+    """Return the report texts of a training set of either kind."""
+    if isinstance(train_set, Reports):
+        return [report for _, report in train_set.reports]
+    return [item["finding"] for item in train_set.items]
+
+
+def parse_args(argv=None):
+    parser = Parser(__doc__)
+
+    group = parser.add_argument_group("text")
+    group.add_argument("--data", help="folder in the CTRG format")
+    group.add_argument("--places", help="with --data: places.json, for prompts that name side and place")
+    group.add_argument("--reports", help="JSON file of plain reports to train on, in place of --data")
+    group.add_argument("--eval-reports", help="JSON file of other plain reports, for the perplexity")
+    group.add_argument("--limit", type=number(int, 0), default=0, help="use only the first reports; 0: all")
+    group.add_argument("--language", choices=LANGUAGES, default="en", help="language of prompts and reports")
+    group.add_argument(
+        "--max-length", type=number(int, 8), default=512, help="tokens of a text; longer ones are cut"
     )
-    parser.add_argument(
+    group.add_argument(
         "--key-weight",
-        type=float,
+        type=number(float, 0),
         default=1.0,
-        help="weight in the loss of the words that name side and place (default %(default)s; upstream foresees 3)",
+        help="weight in the loss of the words that name side and place; upstream intends 3",
     )
-    parser.add_argument("--reports", help="json file of plain reports to train on")
-    parser.add_argument("--eval-reports", help="json file of plain reports for the perplexity")
-    parser.add_argument("--limit", type=int, default=0, help="use only the first reports; 0: all")
-    parser.add_argument("--language", choices=LANGUAGES, default="en", help="(default %(default)s)")
-    parser.add_argument(
-        "--make", type=int, default=0, metavar="LAYERS", help="build a new small model with so many layers"
+
+    group = parser.add_argument_group("model")
+    group.add_argument("--lang-encoder-path", help="folder of the model to train on")
+    group.add_argument(
+        "--make",
+        type=number(int, 0),
+        default=0,
+        metavar="LAYERS",
+        help="build a new small model with this many layers",
     )
-    parser.add_argument("--width", type=int, default=128, help="hidden width of --make (default %(default)s)")
-    parser.add_argument("--vocab-size", type=int, default=700, help="tokens of --make (default %(default)s)")
-    parser.add_argument(
-        "--max-length",
-        type=int,
-        default=512,
-        help="tokens of a text; longer ones are cut (default %(default)s)",
+    group.add_argument("--width", type=number(int, 4), default=128, help="hidden width of the new model")
+    group.add_argument("--vocab-size", type=number(int, 1), default=700, help="tokens of the new tokenizer")
+    group.add_argument(
+        "--trust-remote-code", action="store_true", help="let the model folder run its own Python code"
     )
-    parser.add_argument("--lang-encoder-path", help="folder of the model to train on")
-    parser.add_argument("--trust-remote-code", action="store_true")
-    add_optimization(
-        parser,
-        learning_rate=3e-3,
-        max_steps=350,
-        per_device_train_batch_size=16,
-        gradient_accumulation_steps=1,
-        adam_beta2=0.98,
+    group.add_argument("--adam-beta2", type=number(float, 0, 1), default=0.98, help="beta 2 of AdamW")
+    add_run_arguments(
+        parser, lr=3e-3, weight_decay=0.0, max_steps=350, batch_size=16, accum=1, warmup=20, seed=42
     )
-    return parser.parse_args(with_dashes(sys.argv[1:]))
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    run(main, parse_args())
+    run_script(main, parse_args())

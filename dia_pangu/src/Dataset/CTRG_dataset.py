@@ -1,10 +1,13 @@
-"""CTRG-Chest-548K as published: volumes, reports in two languages, finding labels. Upstream: src/Dataset/my_dataset.
+"""CTRG-Chest-548K as it is published: volumes, reports in two languages, labels of the findings.
+
+Upstream: src/Dataset/my_dataset/CTRG_dataset.py, dataset_train.py, dataset_val.py, dataset_test.py.
 
     <data>/annotation.json (Chinese), annotation_en.json (English); other names: annotation*.json
     <data>/CTRG_finding_labels.csv; other names: *finding_labels*.csv
     <data>/volumes/<id>.nii.gz, or <data>/<id>.nii.gz; a DICOM series is a folder <id>
 
-The split is the partition that holds an item; the item's own field `split` contradicts it in the published file.
+The split is the partition that holds an item; the item's own field `split` contradicts it in the published
+file. An id belongs to one partition only.
 """
 
 import csv
@@ -21,21 +24,14 @@ from dia_pangu.src.Dataset.preprocess import Grid, load_volume, patch_labels
 from dia_pangu.src.Dataset.prompt import COLUMNS, FINDINGS, ReportText
 
 SPLITS = ("train", "val", "test")
-CODES = {
-    "0": 0,
-    "0.0": 0,
-    "": 0,
-    "1": 1,
-    "1.0": 1,
-    "2": 2,
-    "2.0": 2,
-    "3": 3,
-    "3.0": 3,
-}  # blank, present, absent, uncertain
+CODES = {  # blank, present, absent, uncertain
+    **{"": 0, "0": 0, "0.0": 0, "1": 1, "1.0": 1},
+    **{"2": 2, "2.0": 2, "3": 3, "3.0": 3},
+}
 
 
 def find_one(folder: Path, names, what: str) -> Path:
-    """The first of `names` (globs) that is in `folder`."""
+    """Return the first file of `folder` that matches one of the globs `names`, tried in their order."""
     for name in names:
         found = sorted(folder.glob(name))
         if found:
@@ -46,7 +42,7 @@ def find_one(folder: Path, names, what: str) -> Path:
 
 
 def read_annotation(folder, language: str) -> tuple[Path, dict]:
-    """(file, {split: [item, ...]}); every item has a string id and a finding."""
+    """Return (file, {split: [item, ...]}); every item has a string id, which no other partition holds."""
     names = (
         ("annotation_en.json", "annotation_*.json")
         if language == "en"
@@ -56,13 +52,20 @@ def read_annotation(folder, language: str) -> tuple[Path, dict]:
     content = read_json(path, {f"{split}?": [{"id": (str, int), "finding?": str}] for split in SPLITS})
     if not any(split in content for split in SPLITS):
         raise UserError(f"{path}: expected an object with the lists {', '.join(SPLITS)}")
-    for item in (item for split in SPLITS for item in content.get(split) or []):
-        item["id"] = str(item["id"])
+    home = {}
+    for split in SPLITS:
+        for item in content.get(split) or []:
+            item["id"] = str(item["id"])
+            if home.setdefault(item["id"], split) != split:
+                raise UserError(
+                    f"{path}: id {item['id']} is in the partitions {home[item['id']]} and {split}; "
+                    "leave it in one, or the test would be about training volumes"
+                )
     return path, content
 
 
 def read_labels(folder) -> tuple[Path, dict]:
-    """(file, {id: 14 codes 0 blank, 1 present, 2 absent, 3 uncertain})."""
+    """Return (file, {id: 14 codes}); the codes are 0 blank, 1 present, 2 absent, 3 uncertain."""
     path = find_one(Path(folder), ("CTRG_finding_labels.csv", "*finding_labels*.csv"), "label csv")
     with reading(path, "csv file"), open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
@@ -85,9 +88,10 @@ def read_labels(folder) -> tuple[Path, dict]:
 
 
 def read_places(path) -> dict:
-    """{id: {finding: (side, place)}} as pretrain_vit.py writes it."""
+    """Return {id: {finding: (side, place)}} from a places.json, which studies/dia_pangu/pretrain_vit.py
+    writes."""
     places = read_json(path, dict)
-    with reading(path, "places file of pretrain_vit.py"):
+    with reading(path, "places file"):
         return {
             name: {finding: (side, place) for finding, (side, place) in found.items()}
             for name, found in places.items()
@@ -95,13 +99,21 @@ def read_places(path) -> dict:
 
 
 class CTRGDataset(Dataset):
-    """One sample: vision_x (1, 3, H, W, D) float32 in [0, 1], cls_labels (14,), and ids of prompt and report.
+    """The volumes, labels and reports of one partition.
 
-    text: writes the prompt. flip: share of statuses in the training prompt that are turned over, as the model's own
-    diagnosis will be wrong at test time; drawn from (seed, epoch, index). patches: size of a patch in voxels (H, W, D), for
-    patch_labels (n_tok, 14) from masks/. places: as `read_places`; the prompt then names side and place of what is present, but for a share
-    `hide_places` of the findings, drawn like the flips: what the prompt leaves out, the report has to take from the image tokens.
-    Bad inputs raise UserError; inside a loader they come as {"error": message}, so that a worker's error stays one line.
+    A sample holds id, report, cls_labels (14,) with 1 = present, vision_x (1, 3, H, W, D) float32 in [0, 1],
+    and text, the ids of prompt and report that `text` writes.
+
+    data: folder in the CTRG format. split: train, val or test. grid: what the model sees. cache: folder for
+    prepared volumes. flip: fraction of the statuses in the prompt that are inverted, because the model's own
+    diagnosis will sometimes be wrong at test time; drawn from (seed, epoch, index). patches: size of a patch
+    in voxels (H, W, D); a sample then also holds patch_labels (n_tok, 14) from masks/. vision: False leaves
+    the volume out. limit: use only the first items; 0: all. places: from `read_places`; the prompt then names
+    the side and place of what is present, except for a fraction `hide_places` of the findings, drawn like the
+    flips: the report has to take those from the image tokens.
+
+    `sample` raises UserError for a bad input; indexing returns {"error": message, "index": index} instead, so
+    that an error in a loader's worker stays one line.
     """
 
     def __init__(
@@ -121,8 +133,9 @@ class CTRGDataset(Dataset):
         hide_places: float = 0.0,
     ):
         self.data, self.split, self.grid, self.text, self.cache = Path(data), split, grid, text, cache
-        self.flip, self.seed, self.patches, self.vision, self.epoch = flip, seed, patches, vision, 0
-        self.places, self.hide_places = places, hide_places
+        self.patches, self.vision = patches, vision
+        self.places, self.hide_places, self.flip = places, hide_places, flip
+        self.seed, self.epoch = seed, 0
         if not self.data.is_dir():
             raise UserError(f"{data}: no such data folder; make the built-in one with dia_pangu/make_data.py")
         self.annotation, partitions = read_annotation(self.data, language)
@@ -137,9 +150,12 @@ class CTRGDataset(Dataset):
         return len(self.items)
 
     def set_epoch(self, epoch: int):
+        """Begin an epoch: flips and hidden places are drawn anew."""
         self.epoch = epoch
 
     def path(self, name: str, folder: Path | None = None) -> Path:
+        """Return the file or DICOM folder of an id in `folder` (default: the volumes), whether it exists or
+        not."""
         if Path(name).name != name or name in ("", ".", ".."):
             raise UserError(f"{self.annotation}: id {name!r} is not a plain name")
         folder = folder or self.folder
@@ -147,24 +163,29 @@ class CTRGDataset(Dataset):
         return next((path for path in options if path.exists()), options[0])
 
     def codes(self, name: str) -> list[int]:
+        """Return the 14 codes of an id, see `read_labels`."""
         if name not in self.labels:
             raise UserError(f"{self.label_file}: id {name} of {self.annotation.name} has no row")
         return self.labels[name]
 
     def statuses(self, index: int) -> np.ndarray:
-        """14 labels, 1 where the code says present."""
+        """Return the 14 labels of a sample, 1 where the code says present."""
         return (np.array(self.codes(self.items[index]["id"])) == 1).astype(np.int64)
 
     def check(self):
-        """UserError for the first item without report, label row or volume file; what a volume holds shows when it is read."""
+        """Raise UserError for the first item without report, label row or volume; what a volume holds is seen
+        when it is read."""
         for item in self.items:
-            self.report(item), self.codes(item["id"])
+            self.report(item)
+            self.codes(item["id"])
             if self.vision and not self.path(item["id"]).exists():
                 raise UserError(
-                    f"{self.path(item['id'])}: no such volume, but {self.annotation} names it; or pass --skip-bad"
+                    f"{self.path(item['id'])}: no such volume, but {self.annotation} names it; or pass "
+                    "--skip-bad"
                 )
 
     def report(self, item: dict) -> str:
+        """Return the report of an item, its field `finding`."""
         if not (item.get("finding") or "").strip():
             raise UserError(
                 f"{self.annotation}: {self.split} id {item['id']}: field finding is missing or empty"
@@ -172,6 +193,7 @@ class CTRGDataset(Dataset):
         return item["finding"]
 
     def sample(self, index: int) -> dict:
+        """Return one sample, see the class; raise UserError for a bad input."""
         item = self.items[index]
         name, report = item["id"], self.report(item)
         labels = self.statuses(index)
@@ -180,15 +202,17 @@ class CTRGDataset(Dataset):
             out["vision_x"] = load_volume(self.path(name), self.grid, self.cache)[None]
         if self.text is not None:
             rng = np.random.default_rng([self.seed, self.epoch, index])
-            said = np.where(rng.random(len(FINDINGS)) < self.flip, 1 - labels, labels)
+            statuses = np.where(rng.random(len(FINDINGS)) < self.flip, 1 - labels, labels)
             if self.places is not None and name not in self.places:
                 raise UserError(
-                    f"{self.annotation}: id {name} has no row in the places file; run pretrain_vit.py on these data"
+                    f"{self.annotation}: id {name} has no row in the places file; make that file from these "
+                    "data "
+                    "with studies/dia_pangu/pretrain_vit.py"
                 )
             where = self.places and {
                 finding: at for finding, at in self.places[name].items() if rng.random() >= self.hide_places
             }
-            out["text"] = self.text.sample(said, report, name, where)
+            out["text"] = self.text.sample(statuses, report, name, where)
         if self.patches is not None:
             out["patch_labels"] = patch_labels(
                 self.path(name, self.data / "masks"), self.grid, self.patches, self.cache
@@ -202,7 +226,8 @@ class CTRGDataset(Dataset):
             return {"error": str(error), "index": index}
 
     def drop_bad(self, workers: int = 0):
-        """Read every sample once, leave out those that cannot be used, and say how many (fills the cache on the way)."""
+        """Read every sample once, leave out those that cannot be used, and print how many; this also fills
+        the cache."""
         loader = DataLoader(self, batch_size=1, num_workers=workers, collate_fn=lambda samples: samples[0])
         bad = {}
         for sample in progress(loader, desc=f"checking {self.split}"):
@@ -219,8 +244,14 @@ class CTRGDataset(Dataset):
         self.items = [item for i, item in enumerate(self.items) if i not in bad]
 
 
+def raise_bad(batch: dict):
+    """Raise UserError if a sample of a collated batch could not be read."""
+    if "error" in batch:
+        raise UserError(batch["error"])
+
+
 def collate(samples: list[dict]) -> dict:
-    """Samples to a batch; text is padded to the longest of this batch."""
+    """Join samples to a batch; the text is padded on the right to the longest of the batch."""
     errors = [sample["error"] for sample in samples if "error" in sample]
     if errors:
         return {"error": errors[0]}

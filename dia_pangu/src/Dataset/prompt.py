@@ -1,8 +1,8 @@
-"""The one place that writes prompts, for training and test, in English and Chinese, and turns them into ids and labels.
+"""The one place that writes prompts, in English and Chinese, and turns them into token ids and labels.
 
-Text: <image><image0>...<image31></image>, one sentence for each of the 14 findings, the guide; in training one space, the
-report and eos. Upstream wrote the Chinese sentences differently in training and test, and the test's English ones in
-Chinese.
+The text is <image><image0>...<image31></image>, one sentence for each of the 14 findings, and the guide; in
+training one space, the report and eos follow. Upstream wrote the Chinese sentences differently in training
+and test, and in its English test in Chinese.
 """
 
 import torch
@@ -60,25 +60,31 @@ LANGUAGES = tuple(GUIDES)
 
 
 def status_sentence(finding: int, status, language: str, where=()) -> str:
-    """The prompt's sentence for a finding (its number). where: (side, place) of one that is present; upstream names none."""
+    """Return the prompt's sentence for a finding.
+
+    finding: its index in FINDINGS. status: 1 = present. where: (side, place) of a finding that is present;
+    upstream names none.
+    """
     words = [word for word in where if word] if status else []
     if language == "en":
-        return f'The "{FINDINGS[finding]}" is {"positive" if status else "negative"}{", " * bool(words)}{" ".join(words)}. '
-    where = "".join(PLACES_CN[word] for word in words)
-    return f'"{FINDINGS_CN[finding]}" ： {"存在" if status else "不存在"}{"，" * bool(words)}{where}。 '
+        location = f", {' '.join(words)}" if words else ""
+        return f'The "{FINDINGS[finding]}" is {"positive" if status else "negative"}{location}. '
+    location = "，" + "".join(PLACES_CN[word] for word in words) if words else ""
+    return f'"{FINDINGS_CN[finding]}" ： {"存在" if status else "不存在"}{location}。 '
 
 
 def status_text(statuses, language: str, places: dict | None = None) -> str:
-    """14 statuses (1 = present) as sentences, then the guide. places: {finding: (side, place)}."""
-    said = [
+    """Return the sentences of 14 statuses (1 = present), then the guide. places: {finding: (side, place)}."""
+    sentences = [
         status_sentence(c, status, language, (places or {}).get(FINDINGS[c], ()))
         for c, status in enumerate(statuses)
     ]
-    return "".join(said) + GUIDES[language]
+    return "".join(sentences) + GUIDES[language]
 
 
 def prompt_phrases(language: str) -> list[str]:
-    """Every sentence that a prompt can hold, and the guide: what the built-in tokenizer keeps whole."""
+    """Return every sentence that a prompt can hold, and the guide; the built-in tokenizer keeps each as one
+    token."""
     plain = [status_sentence(c, status, language) for c in range(len(FINDINGS)) for status in (0, 1)]
     placed = [
         status_sentence(FINDINGS.index(name), 1, language, (side, place))
@@ -90,13 +96,14 @@ def prompt_phrases(language: str) -> list[str]:
 
 
 class ReportText:
-    """Prompts and reports as ids.
+    """Turn prompts and reports into token ids, and generated ids into text.
 
-    tokenizer: of the language model; <image>, </image> and <image0>... are added to it. num_embeddings: rows V of the
-    word table. Image tokens get the ids V, V+1 and V+2+j that MyEmbedding expects, whatever ids the tokenizer gave them:
-    they are found by name. skip_unknown: upstream's labels, which leave unknown words out of the loss because openPangu's
-    pad token is its unknown token. key_weight: weight in the loss of the words that name side and place (`loss_reweight`;
-    upstream foresees 3 and leaves its list of words empty).
+    tokenizer: that of the language model; <image>, </image> and <image0>... are added to it. num_embeddings:
+    rows V of the word table. Image tokens get the ids V, V+1 and V+2+j that MyEmbedding expects, whatever ids
+    the tokenizer gave them: they are found by name. image_tokens: visual tokens of a volume. volumes: volumes
+    in a prompt. skip_unknown: leave unknown words out of the labels, as upstream does because openPangu's pad
+    token is its unknown token. key_weight: weight in the loss of the words that name side and place
+    (`loss_reweight`; upstream intends 3 and leaves its list of words empty).
     """
 
     def __init__(
@@ -113,15 +120,10 @@ class ReportText:
         if language not in LANGUAGES:
             raise UserError(f"--language {language}: choose from {', '.join(LANGUAGES)}")
         self.tokenizer, self.num_embeddings, self.language = tokenizer, num_embeddings, language
-        self.max_length, self.skip_unknown, self.key_weight, self.weights = (
-            max_length,
-            skip_unknown,
-            key_weight,
-            {},
-        )
-        self.cut = torch.zeros(
-            (), dtype=torch.int64
-        ).share_memory_()  # readings of reports that did not fit, by all loader workers
+        self.max_length, self.skip_unknown = max_length, skip_unknown
+        self.key_weight, self.weights = key_weight, {}
+        # How often a report did not fit; shared memory, so that loader workers count too.
+        self.cut = torch.zeros((), dtype=torch.int64).share_memory_()
         images = [f"<image{j}>" for j in range(image_tokens * volumes)]
         self.images = "".join(
             "<image>" + "".join(images[i : i + image_tokens]) + "</image>"
@@ -143,17 +145,20 @@ class ReportText:
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
     def prompt(self, statuses, places: dict | None = None) -> str:
+        """Return the prompt's text: the image tokens, the status sentences and the guide."""
         return self.images + status_text(statuses, self.language, places)
 
     def ids(self, text: str) -> list[int]:
-        """Token ids with bos; image tokens as row numbers of the embedding table."""
+        """Return token ids with bos in front; image tokens become row numbers of the embedding table."""
         return [self.rows.get(token, token) for token in self.tokenizer(text).input_ids]
 
     def sample(self, statuses, report: str | None = None, name: str = "", places: dict | None = None) -> dict:
-        """lang_x, attention_mask, labels as lists. Without a report: the prompt alone, for generation.
+        """Return lang_x, attention_mask and labels as lists; without a report, lang_x and attention_mask of
+        the prompt alone.
 
-        The eos after the report keeps attention mask 0, as upstream (nothing follows it). Labels cover the space, the
-        report and eos. A report beyond max_length is cut and gets no eos, so that nobody learns to stop in mid-sentence.
+        The eos after the report keeps attention mask 0, as upstream (nothing follows it). The labels cover
+        the space, the report and eos. A report beyond max_length is cut and gets no eos, so that the model
+        does not learn to stop in mid-sentence. name: the sample's name for the error message.
         """
         prompt = self.prompt(statuses, places)
         question = self.ids(prompt)
@@ -181,7 +186,8 @@ class ReportText:
         return {"lang_x": ids, "attention_mask": mask, "labels": labels, **weighed}
 
     def weight(self, label: int) -> float:
-        """Weight of a label in the loss: 0 for none, key_weight for a piece of text that names a side or place, else 1."""
+        """Return the weight of a label in the loss: 0 for -100, key_weight for a side or a place, 1 for
+        everything else."""
         if label not in self.weights:
             piece = self.tokenizer.decode([label]).strip() if label >= 0 else ""
             named = piece.lower() in (*SIDES, *PLACES) or any(word in piece for word in PLACES_CN.values())
@@ -189,7 +195,8 @@ class ReportText:
         return self.weights[label]
 
     def pad(self, samples: list[dict], left: bool = False, length: int | None = None) -> dict:
-        """Samples to tensors (B, longest) or (B, length); `left` puts the padding before the text, for generation."""
+        """Join samples to tensors (B, longest) or (B, length); `left` puts the padding before the text, for
+        generation."""
         width = length or max(len(sample["lang_x"]) for sample in samples)
         fill = {"lang_x": self.pad_id, "attention_mask": 0, "labels": -100, "loss_reweight": 0.0}
         out = {}
@@ -199,6 +206,6 @@ class ReportText:
         return out
 
     def decode(self, ids) -> str:
-        """Generated ids to one line of text: special tokens, NUL and line breaks removed."""
+        """Return generated ids as one line of text without special tokens, NUL and line breaks."""
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
         return " ".join(text.replace("\0", " ").split())

@@ -1,7 +1,8 @@
-"""From a configuration and folders to a model, from published files to its start weights, and back to one file.
+"""Build a model from its configuration and folders, load published start weights into it, and write it to one
+file.
 
-A model folder holds pytorch_model.bin (upstream's name and keys), dia_config.json (sizes, grid, language, LoRA, thresholds)
-and adapter_config.json (LoRA alpha cannot be read from the weights).
+A model folder holds pytorch_model.bin (upstream's name and keys), dia_config.json (sizes, grid, language,
+LoRA, thresholds) and adapter_config.json (because LoRA's alpha cannot be read from the weights).
 """
 
 import json
@@ -9,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from common.checkpoint import atomic_path, atomic_write
+from common.arguments import refuse
+from common.checkpoint import atomic_json, atomic_path
 from common.errors import UserError
 from common.files import read_json
 from common.run import describe
@@ -20,7 +22,7 @@ from dia_pangu.src.Model.multimodality_model import MultiPanguForCausalLM, add_l
 from dia_pangu.src.Model.my_embedding_layer import MyEmbedding
 from dia_pangu.src.Model.pangu import load_tokenizer
 
-# Published sizes are the defaults of MyEmbedding; TINY is the built-in run's.
+# The published sizes are the defaults of MyEmbedding; TINY is for the built-in phantoms.
 PUBLISHED = {
     "embedding": {},
     "grid": {"size": [256, 256, 64], "fov_mm": [384.0, 384.0, 320.0], "preprocess": "windows"},
@@ -53,7 +55,7 @@ TINY = {
     "grid": {"size": [64, 64, 16], "fov_mm": [384.0, 384.0, 320.0], "preprocess": "windows"},
 }
 SIZES = {"published": PUBLISHED, "tiny": TINY}
-# What dia_config.json and a --config file hold, as common.files.read_json checks it.
+# The form of dia_config.json and of a --config file, as common.files.read_json checks it.
 CONFIG = {
     "embedding?": dict,
     "grid?": {"size": [int], "fov_mm": [float], "preprocess": str},
@@ -65,28 +67,29 @@ CONFIG = {
 
 
 def add_model(parser):
-    """The arguments that name a model: its size, language model, tokenizer and start weights."""
+    """Add the flags that name a model: its sizes, its language model and its tokenizer."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--lang-encoder-path",
         help="folder of the language model (openPangu-Embedded-7B, Llama-2, or any causal LM)",
     )
-    group.add_argument("--tokenizer-path", help="folder of its tokenizer (default: --lang-encoder-path)")
-    group.add_argument(
-        "--size", choices=SIZES, default="published", help="sizes of the vision part (default %(default)s)"
-    )
+    group.add_argument("--tokenizer-path", help="folder of its tokenizer, if that is not --lang-encoder-path")
+    group.add_argument("--size", choices=SIZES, default="published", help="sizes of the vision part")
     group.add_argument("--config", help="JSON file with the keys of dia_config.json, instead of --size")
     group.add_argument(
-        "--language", choices=LANGUAGES, help="of prompts and reports (default: the configuration's, en)"
+        "--language",
+        choices=LANGUAGES,
+        help="language of prompts and reports, instead of the configuration's (en)",
     )
     group.add_argument(
         "--preprocess",
         choices=PREPROCESS,
-        help="windows: orientation, spacing and three HU windows; upstream: "
-        "exactly as published, for published checkpoints (default: the configuration's, windows)",
+        help="preparation of the volumes, instead of the configuration's (windows); windows: orientation, "
+        "spacing and three HU "
+        "windows; upstream: exactly as published, for published checkpoints",
     )
     group.add_argument(
-        "--attn", default="sdpa", choices=("sdpa", "eager"), help="attention of the language model"
+        "--attn", default="sdpa", choices=("sdpa", "eager"), help="attention code of the language model"
     )
     group.add_argument(
         "--trust-remote-code", action="store_true", help="let the model folder run its own Python code"
@@ -94,9 +97,11 @@ def add_model(parser):
 
 
 def read_config(args) -> dict:
-    """The model configuration that the arguments name: --config file, or --size; --language and --preprocess win."""
+    """Return the configuration that the flags name: the file --config, or --size; --language and --preprocess
+    override it."""
     config = json.loads(json.dumps(SIZES[args.size]))
     if args.config:
+        refuse(args, ["size"], "beside --config")
         config = {**json.loads(json.dumps(PUBLISHED)), **read_json(args.config, CONFIG)}
     config["language"] = args.language or config["language"]
     config["grid"]["preprocess"] = args.preprocess or config["grid"]["preprocess"]
@@ -104,11 +109,13 @@ def read_config(args) -> dict:
 
 
 def make_grid(config) -> Grid:
+    """Return the grid of voxels that the configuration asks for."""
     grid = config["grid"]
     return Grid(tuple(grid["size"]), tuple(grid["fov_mm"]), grid["preprocess"])
 
 
 def make_text(tokenizer, config, vocabulary: int) -> ReportText:
+    """Return the writer of prompts for a tokenizer and a word table of `vocabulary` rows."""
     return ReportText(
         tokenizer,
         vocabulary,
@@ -120,7 +127,8 @@ def make_text(tokenizer, config, vocabulary: int) -> ReportText:
 
 
 def make_embedding(config, vocabulary: int, width: int) -> MyEmbedding:
-    """MyEmbedding of the configuration; its word table is a placeholder on the meta device until the LLM's replaces it."""
+    """Return MyEmbedding as configured; its word table is a placeholder on the meta device until the language
+    model's replaces it."""
     layer = MyEmbedding(num_embeddings=1, embedding_dim=width, **config["embedding"])
     layer.weight = torch.nn.Parameter(torch.empty(vocabulary, width, device="meta"))
     return layer
@@ -129,7 +137,11 @@ def make_embedding(config, vocabulary: int, width: int) -> MyEmbedding:
 def build_model(
     config, lang_encoder_path, tokenizer_path=None, trust_remote_code=False, attn="sdpa", dtype="auto"
 ):
-    """(model, text): the language model from its folder, with LoRA if the configuration has it, and a fresh embedding layer."""
+    """Return (model, text): the language model of a folder, with LoRA if the configuration has it, around a
+    new embedding layer.
+
+    text is the writer of prompts that belongs to it. dtype and attn are those of the language model.
+    """
     if not lang_encoder_path:
         raise UserError("--lang-encoder-path is needed: the folder of the language model")
     llm = load_language_model(lang_encoder_path, trust_remote_code, dtype, attn)
@@ -137,57 +149,66 @@ def build_model(
     vocabulary, width = llm.get_input_embeddings().weight.shape
     text = make_text(tokenizer, config, vocabulary)
     if config["lora"]:
-        lora = config["lora"]
-        llm = add_lora(llm, lora["r"], lora["alpha"], lora["dropout"], lora["targets"])
+        llm = add_lora(llm, **config["lora"])
     return MultiPanguForCausalLM(llm, make_embedding(config, vocabulary, width)), text
+
+
+# RadFM keeps ViT and Perceiver in files of their own, whose keys begin with these words.
+PARTS = {
+    **dict.fromkeys(("to_patch_embedding.", "pos_embedding.", "transformer."), "vision_encoder."),
+    **dict.fromkeys(("latents", "layers.", "norm."), "perceiver."),
+}
 
 
 def to_our_keys(model, tensors: dict, take: str) -> dict:
     """Rename published keys to this model's.
 
-    take 'vision': only the vision part, whatever else the file holds (Dia-LLaMA's LLM has the names and shapes of
-    Pangu's, so loading all of it would overwrite Pangu layers with Llama's). RadFM's separate files have bare ViT or
-    Perceiver keys. take 'all': also the language model, with or without LoRA names as the model needs them.
+    take "vision": only the vision part, whatever else the file holds (Dia-LLaMA's language model has the
+    names and shapes of Pangu's, so that loading all of it would overwrite Pangu layers with Llama's). RadFM's
+    separate files have bare ViT or Perceiver keys. take "all": also the language model, with or without
+    LoRA's names as the model needs them.
     """
-    out = {}
     wanted = model.state_dict() if take == "all" else {}
-    lora = any(".lora_A." in key for key in wanted)
-    bare = {
-        "to_patch_embedding.": "vision_encoder.",
-        "pos_embedding.": "vision_encoder.",
-        "transformer.": "vision_encoder.",
-        "latents": "perceiver.",
-        "layers.": "perceiver.",
-        "norm.": "perceiver.",
-    }
-    is_part = not any(key.startswith(("embedding_layer.", "lang_model.")) for key in tensors)
+    if not any(key.startswith(("embedding_layer.", "lang_model.")) for key in tensors):
+        tensors = {f"embedding_layer.{part_of(key)}{key}": value for key, value in tensors.items()}
+    out = {}
     for key, value in tensors.items():
-        if is_part:
-            start = next((prefix for bare_key, prefix in bare.items() if key.startswith(bare_key)), "")
-            key = f"embedding_layer.{start}{key}"
         if key.startswith("embedding_layer."):
             if key != "embedding_layer.weight" or take == "all":
                 out[key] = value
         elif take == "all" and key.startswith("lang_model."):
-            if lora and not key.startswith("lang_model.base_model."):
-                key = key.replace("lang_model.", "lang_model.base_model.model.", 1)
-                stem, leaf = key.rsplit(".", 1)
-                key = key if key in wanted else f"{stem}.base_layer.{leaf}"
-            elif not lora and key.startswith("lang_model.base_model.model."):
-                if ".lora_" in key:
-                    raise UserError(
-                        f"the checkpoint has LoRA weights ({key}), the model has none; train it with --stage ft"
-                    )
-                key = key.replace("lang_model.base_model.model.", "lang_model.", 1).replace(
-                    ".base_layer.", "."
-                )
-            out[key] = value
+            out[language_key(key, wanted)] = value
     return out
 
 
+def part_of(key: str) -> str:
+    """Return the prefix of the part that a bare RadFM key belongs to, or an empty string."""
+    return next((part for word, part in PARTS.items() if key.startswith(word)), "")
+
+
+def language_key(key: str, wanted: dict) -> str:
+    """Rename a key of the language model so that it fits a model with the keys `wanted`, with or without
+    LoRA."""
+    lora = any(".lora_A." in name for name in wanted)
+    if lora and not key.startswith("lang_model.base_model."):
+        key = key.replace("lang_model.", "lang_model.base_model.model.", 1)
+        stem, leaf = key.rsplit(".", 1)
+        return key if key in wanted else f"{stem}.base_layer.{leaf}"
+    if not lora and key.startswith("lang_model.base_model.model."):
+        if ".lora_" in key:
+            raise UserError(
+                f"the checkpoint has LoRA weights ({key}), the model has none; train it with --stage ft"
+            )
+        key = key.replace("lang_model.base_model.model.", "lang_model.", 1).replace(".base_layer.", ".")
+    return key
+
+
 def load_start(model, path, take: str = "vision"):
-    """Start weights from a Dia-LLaMA, Dia-Pangu or RadFM file or folder, or from a run of pretrain_vit.py; prints what was
-    taken and what not, returns the keys taken. take: 'vision' or 'all', see `to_our_keys`."""
+    """Load start weights, print what was taken and what not, and return the keys that were taken.
+
+    path: a Dia-LLaMA, Dia-Pangu or RadFM file or folder, or a folder with vision.safetensors. take: "vision"
+    or "all", see `to_our_keys`. Raises UserError if a tensor has another shape than the model's.
+    """
     path = Path(path)
     tensors = read_weights(path / "vision.safetensors" if (path / "vision.safetensors").is_file() else path)
     renamed = to_our_keys(model, tensors, take)
@@ -197,7 +218,8 @@ def load_start(model, path, take: str = "vision"):
     if report.mismatched:
         key, theirs, ours = report.mismatched[0]
         raise UserError(
-            f"{path}: {len(report.mismatched)} tensors have another shape, {key} {theirs} where the model has {ours}; "
+            f"{path}: {len(report.mismatched)} tensors have another shape, {key} {theirs} where the model "
+            f"has {ours}; "
             "take the --size or --config that the checkpoint was made with"
         )
     if left:
@@ -206,28 +228,24 @@ def load_start(model, path, take: str = "vision"):
 
 
 def save_model(weights: dict, folder, config: dict):
-    """Write a state dict as pytorch_model.bin, and dia_config.json and, with LoRA, adapter_config.json to `folder`."""
+    """Write a state dict as pytorch_model.bin, with dia_config.json and, for LoRA, adapter_config.json beside
+    it."""
     folder = Path(folder)
     with atomic_path(folder / "pytorch_model.bin") as temporary:
         torch.save({key: value.detach().cpu().contiguous() for key, value in weights.items()}, temporary)
-    atomic_write(folder / "dia_config.json", json.dumps(config, indent=1, ensure_ascii=False))
+    atomic_json(folder / "dia_config.json", config)
     if config["lora"]:
         lora = config["lora"]
-        atomic_write(
-            folder / "adapter_config.json",
-            json.dumps(
-                {
-                    "peft_type": "LORA",
-                    "task_type": "CAUSAL_LM",
-                    "r": lora["r"],
-                    "lora_alpha": lora["alpha"],
-                    "lora_dropout": lora["dropout"],
-                    "target_modules": lora["targets"],
-                    "bias": "none",
-                },
-                indent=1,
-            ),
-        )
+        adapter = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "r": lora["r"],
+            "lora_alpha": lora["alpha"],
+            "lora_dropout": lora["dropout"],
+            "target_modules": lora["targets"],
+            "bias": "none",
+        }
+        atomic_json(folder / "adapter_config.json", adapter)
 
 
 def load_model(
@@ -239,10 +257,11 @@ def load_model(
     dtype="auto",
     language=None,
 ):
-    """(model in eval mode, text, config) of a folder that `save_model` or upstream's trainer wrote, or of its .bin file.
+    """Return (model in eval mode, text, config) of a folder that `save_model` or upstream's trainer wrote, or
+    of its .bin file.
 
-    Without dia_config.json the published sizes are taken; LoRA rank and targets come from the keys, and alpha from
-    adapter_config.json or, if that is absent, upstream's 16.
+    Without dia_config.json the published sizes are taken; LoRA's rank and targets come from the keys, and its
+    alpha from adapter_config.json or, if that is absent, upstream's 16.
     """
     folder = Path(folder)
     home = folder if folder.is_dir() else folder.parent
@@ -274,7 +293,7 @@ def load_model(
 
 
 def print_model(model, names: list[str]):
-    """What trains, by part, with counts."""
+    """Print the parameters of the model and what trains of it, part by part."""
     parts = {}
     sizes = dict(model.named_parameters())
     for name in names:

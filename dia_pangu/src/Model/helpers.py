@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 
 def FeedForward(dim: int, mult: int = 4) -> nn.Sequential:
-    """LayerNorm, Linear, GELU, Linear without biases; keys 0, 1 and 3."""
+    """Return LayerNorm, Linear, GELU and Linear, the linear layers without biases; state-dict keys 0, 1 and
+    3."""
     return nn.Sequential(
         nn.LayerNorm(dim),
         nn.Linear(dim, dim * mult, bias=False),
@@ -20,7 +21,7 @@ def FeedForward(dim: int, mult: int = 4) -> nn.Sequential:
 
 
 class PerceiverAttention(nn.Module):
-    """Latents (b, T, n, D) attend to the media x (b, T, v, D) and to themselves."""
+    """Let latents (b, T, n, D) attend to the media x (b, T, v, D) and to themselves."""
 
     def __init__(self, *, dim: int, dim_head: int = 64, heads: int = 8):
         super().__init__()
@@ -46,7 +47,8 @@ class PerceiverAttention(nn.Module):
 
 
 class PerceiverResampler(nn.Module):
-    """Any number of visual features to `num_latents` per medium: x (b, T, F, v, D) -> (b, T, num_latents, D)."""
+    """Resample any number of visual features to `num_latents` per medium: x (b, T, F, v, D) -> (b, T,
+    num_latents, D)."""
 
     def __init__(
         self,

@@ -1,7 +1,9 @@
-"""Language model + MyEmbedding: loss, diagnosis and report generation. Upstream: src/Model/multimodality_model.py.
+"""The language model and MyEmbedding together: losses, diagnosis, generation. Upstream:
+src/Model/multimodality_model.py.
 
-Upstream defects left behind: device names, generation of one sample only and without attention mask, two ViT passes
-per report, frozen parts that run with dropout, image tokens found by an assumed vocabulary size.
+What differs from upstream: no device is named; a batch is generated together and with its attention mask; the
+ViT runs once per report; frozen parts run without dropout; image tokens are found by name, not by an assumed
+size of the vocabulary.
 """
 
 from pathlib import Path
@@ -19,17 +21,26 @@ from dia_pangu.src.Model.my_embedding_layer import MyEmbedding
 
 LAMBDA_CTR = 4.0
 
-# What each stage trains, as parts of parameter names. `pre` is upstream's stage 1; `ft` its LoRA stage, where the whole
-# embedding layer trains as well. The word table and the unused group_cls_head never train, the evidence head only in
-# pretrain_vit.py.
+# What each stage trains, as parts of parameter names. `pre` is upstream's stage 1; `ft` is its LoRA stage,
+# where the whole embedding layer trains as well. The word table and the unused group_cls_head never train;
+# the evidence head is trained by studies/dia_pangu/pretrain_vit.py alone.
 TRAINED = {"pre": ("embedding_layer.perceiver.",), "ft": ("lora_", "embedding_layer.")}
 NEVER_TRAINED = ("embedding_layer.weight", "embed_tokens.", "group_cls_head.", "evidence_")
+
+
+def label_count(labels: torch.Tensor) -> torch.Tensor:
+    """Number of labels (B, N) that a loss is taken over: all but the first column, which nothing predicts,
+    and the ignored -100."""
+    return (labels[:, 1:] != -100).sum()
 
 
 def token_loss(
     logits: torch.Tensor, labels: torch.Tensor, loss_reweight: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Summed cross entropy of the next labels (B, N) that are not -100, each times its weight (B, N) where weights are given."""
+    """Sum the cross entropy of the next label over the labels (B, N) that are not -100.
+
+    logits: (B, N, V). loss_reweight: (B, N) factors on the single losses; None: all 1.
+    """
     losses = F.cross_entropy(
         logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100, reduction="none"
     )
@@ -37,10 +48,11 @@ def token_loss(
 
 
 class MultiPanguForCausalLM(nn.Module):
-    """Reports from CT volumes.
+    """Write reports about CT volumes with a language model that sees the volume as visual tokens.
 
-    lang_model: any causal LM of transformers, bare or with LoRA. embedding_layer: MyEmbedding; its word table is replaced
-    by the language model's (one tensor under two state-dict keys, as in published checkpoints).
+    lang_model: any causal LM of transformers, bare or with LoRA. embedding_layer: MyEmbedding; its word table
+    is replaced by the language model's (one tensor under two state-dict keys, as in published checkpoints).
+    lambda_ctr: weight of the contrastive loss in the sum of the losses.
     """
 
     def __init__(self, lang_model: nn.Module, embedding_layer: MyEmbedding, lambda_ctr: float = LAMBDA_CTR):
@@ -60,7 +72,8 @@ class MultiPanguForCausalLM(nn.Module):
         )  # what FSDP2 shards as one piece
 
     def set_trained(self, patterns, never=NEVER_TRAINED) -> list[str]:
-        """Train the parameters whose names contain one of `patterns`, freeze the rest; returns the trained names."""
+        """Train the parameters whose names contain one of `patterns`, freeze the rest; returns the trained
+        names."""
         names = []
         for name, parameter in self.named_parameters():
             trained = any(p in name for p in patterns) and not any(p in name for p in never)
@@ -75,7 +88,8 @@ class MultiPanguForCausalLM(nn.Module):
         return names
 
     def train(self, mode: bool = True):
-        """Frozen parts stay in eval mode: no dropout in a ViT that does not learn."""
+        """Switch to training mode, but keep frozen parts in eval mode: no dropout in a ViT that does not
+        learn."""
         super().train(mode)
         for module in self.modules():
             parameters = list(module.parameters())
@@ -93,28 +107,25 @@ class MultiPanguForCausalLM(nn.Module):
         loss_reweight=None,
         key_words_query=None,
         tokens=None,
-        num_tokens=None,
-        num_samples=None,
     ) -> dict:
-        """lang_x, attention_mask, labels: (B, N); vision_x: (B, S, 3, H, W, D) or tokens from `encode`; cls_labels: (B, 14).
+        """Compute the losses and the diagnosis of one batch.
 
-        Returns loss = lm_loss + lambda_ctr * ctr_loss, both parts, logits (B, N, V), and the findings' probability (B, 14) as
-        `diagnose` gives it (so that evaluation needs nothing but this forward, sharded or not). The losses are means over this
-        batch; num_tokens and num_samples, counted over a larger global batch, turn them into this batch's share of
-        its mean, so that accumulation and several processes give the loss of one large batch. loss_reweight: (B, N) weights
-        of the labels' losses, which upstream accepts and ignores; key_words_query is accepted and unused, as upstream.
+        lang_x, attention_mask, labels: (B, N) token ids, 1 for real tokens, next-token targets with -100 =
+        ignored. vision_x: (B, S, 3, H, W, D) in [0, 1], or tokens: (B, S, n_tok, vis_dim) from `encode`.
+        cls_labels: (B, 14), 1 = present. loss_reweight: (B, N) weights of the labels' losses, which upstream
+        accepts and ignores. key_words_query is accepted and unused, as upstream.
+
+        Returns lm_loss, the mean over the labels of this batch; ctr_loss, the mean over its samples; loss =
+        lm_loss + lambda_ctr * ctr_loss; logits (B, N, V); and probability (B, 14) as `diagnose` gives it, so
+        that an evaluation needs nothing but this forward pass, also of a sharded model.
         """
         tokens = self.encode(vision_x) if tokens is None else tokens
         embeds, sim = self.embedding_layer(None, cls_labels, lang_x, mode="train", tokens=tokens)
         logits = self.lang_model(
             inputs_embeds=embeds.to(self.lang_model.dtype), attention_mask=attention_mask
         ).logits
-        targets = labels[:, 1:].flatten()
-        lm_sum = token_loss(logits, labels, loss_reweight)
-        lm_loss = lm_sum / ((targets != -100).sum() if num_tokens is None else num_tokens)
+        lm_loss = token_loss(logits, labels, loss_reweight) / label_count(labels).clamp(min=1)
         ctr_loss = F.cross_entropy(sim.float(), sim.new_zeros(len(sim), dtype=torch.long))
-        if num_samples is not None:
-            ctr_loss = ctr_loss * len(lang_x) / num_samples
         return {
             "loss": lm_loss + self.lambda_ctr * ctr_loss,
             "lm_loss": lm_loss,
@@ -124,17 +135,22 @@ class MultiPanguForCausalLM(nn.Module):
         }
 
     def encode(self, vision_x: torch.Tensor) -> torch.Tensor:
-        """Patch tokens (B, S, n_tok, vis_dim); compute them once and pass them to `diagnose`, `generate` or forward."""
+        """Turn volumes into patch tokens (B, S, n_tok, vis_dim), to be passed to `diagnose`, `generate` or
+        the forward pass."""
         return self.embedding_layer.encode(vision_x)
 
     @torch.no_grad()
     def diagnose(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Probability of the 14 findings (B, 14). At threshold 0.5 this is upstream's similarity vote, ties present."""
+        """Return the probability of the 14 findings, (B, 14). At threshold 0.5 without an evidence head this
+        is upstream's choice of the more similar memory, where a tie counts as present."""
         return self.embedding_layer.probability(tokens)
 
     @torch.no_grad()
     def generate(self, lang_x, attention_mask, tokens, **generation) -> torch.Tensor:
-        """New token ids (B, M) after the left-padded prompts lang_x (B, N); keywords as in transformers' generate."""
+        """Return the new token ids (B, M) after the left-padded prompts lang_x (B, N).
+
+        attention_mask: (B, N), 0 for padding. generation: keyword arguments of transformers' `generate`.
+        """
         embeds = self.embedding_layer(text_input=lang_x, tokens=tokens)
         return self.lang_model.generate(
             inputs_embeds=embeds.to(self.lang_model.dtype), attention_mask=attention_mask, **generation
@@ -142,7 +158,8 @@ class MultiPanguForCausalLM(nn.Module):
 
 
 def load_language_model(folder, trust_remote_code: bool = False, dtype="auto", attn: str = "sdpa"):
-    """A causal LM from a local folder: openPangu by its registered alias, Llama-2 and every other class by its own."""
+    """Load a causal language model from a local folder: openPangu by its registered alias, every other class
+    by its own."""
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise UserError(
@@ -156,7 +173,7 @@ def load_language_model(folder, trust_remote_code: bool = False, dtype="auto", a
 
 
 def add_lora(lang_model, r: int = 4, alpha: int = 16, dropout: float = 0.1, targets=("q_proj", "v_proj")):
-    """LoRA as the later Dia-Pangu has it (Dia-LLaMA: r 8, alpha 32)."""
+    """Wrap a language model in LoRA; the defaults are the later Dia-Pangu's (Dia-LLaMA: r 8, alpha 32)."""
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,

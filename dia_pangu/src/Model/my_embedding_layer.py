@@ -1,8 +1,9 @@
-"""Vision encoder, disease prototypes and memory, and the embedding table that mixes words with volumes.
+"""The vision encoder, the disease prototypes and memories, and the embedding table that mixes words with
+volumes.
 
-Upstream: src/Model/my_embedding_layer.py (Dia-LLaMA, arXiv 2403.16386). Same state-dict keys. Differences: rows are
-looked up (upstream multiplies a one-hot matrix with a copy of the table), finding features come from one matmul, and
-several volumes per sample are averaged.
+Upstream: src/Model/my_embedding_layer.py (Dia-LLaMA, arXiv 2403.16386), with the same state-dict keys.
+Differences: rows are looked up where upstream multiplies a one-hot matrix with a copy of the table, the
+features of the findings come from one matrix product, and several volumes per sample are averaged.
 """
 
 import torch
@@ -17,7 +18,8 @@ NUM_FINDINGS = 14
 
 
 def lookup(weight: torch.Tensor, extra: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Rows of [weight; extra[b]] for ids (B, N): weight (V, E) is shared, extra (B, M, E) belongs to the sample.
+    """Look up rows of [weight; extra[b]] for ids (B, N): weight (V, E) is shared, extra (B, M, E) belongs to
+    sample b.
 
     Bit-equal to one_hot(ids) @ table, without the (N, V) matrix. Raises ValueError for an id beyond V + M.
     """
@@ -34,15 +36,16 @@ def lookup(weight: torch.Tensor, extra: torch.Tensor, ids: torch.Tensor) -> torc
 
 
 class MyEmbedding(nn.Module):
-    """Embeds a prompt that mentions CT volumes, and compares the volumes with disease prototypes.
+    """Embed a prompt that mentions CT volumes, and compare the volumes with disease prototypes.
 
-    num_embeddings, embedding_dim: size V x E of the word table, replaced by the language model's own Parameter.
-    perceiver_num: visual tokens per volume. vis_dim: ViT width. n_tok: patch tokens of one volume, which the prototypes
-    fix: with the defaults 256 x 256 x 64 voxels. mem: width of the memory vectors. vit and perceiver: overrides
-    of the published sizes, keywords of ViT and PerceiverResampler. min_temp: the learned temperature is used no smaller
-    than this; None leaves it free to reach 0 or change its sign, as upstream. evidence_head: also a linear head that says
-    which findings each patch shows, and a vote of prototypes and patches (both from pretrain_vit.py; published checkpoints
-    have none).
+    num_embeddings, embedding_dim: size V x E of the word table, replaced by the language model's own
+    Parameter. perceiver_num: visual tokens per volume. vis_dim: ViT width. n_tok: patch tokens of one volume,
+    which the prototypes fix: with the defaults 256 x 256 x 64 voxels. mem: width of the memory vectors. vit
+    and perceiver: overrides of the published sizes, keywords of ViT and PerceiverResampler. min_temp: the
+    learned temperature is used no smaller than this; None leaves it free to reach 0 or change its sign, as
+    upstream. evidence_head: add a linear head that says which findings each patch shows, and a logistic vote
+    of prototypes and patches (studies/dia_pangu/pretrain_vit.py trains both; published checkpoints have
+    neither).
     """
 
     def __init__(
@@ -102,7 +105,7 @@ class MyEmbedding(nn.Module):
             nn.init.zeros_(self.evidence_vote.bias)
 
     def encode(self, vision_x: torch.Tensor) -> torch.Tensor:
-        """Volumes (B, S, 3, H, W, D) in [0, 1] to patch tokens (B, S, n_tok, vis_dim)."""
+        """Turn volumes (B, S, 3, H, W, D) in [0, 1] into patch tokens (B, S, n_tok, vis_dim)."""
         if vision_x.ndim != 6:
             raise ValueError(
                 f"vision_x: shape {tuple(vision_x.shape)}, expected (batch, volumes, 3, H, W, D)"
@@ -117,15 +120,17 @@ class MyEmbedding(nn.Module):
         return rearrange(tokens, "(b s) v d -> b s v d", b=vision_x.shape[0])
 
     def finding_features(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Tokens (B, S, n_tok, vis_dim) pooled by each prototype's weights, mean over volumes: (B, 14, vis_dim)."""
+        """Pool tokens (B, S, n_tok, vis_dim) by each prototype's weights and average over the volumes: (B,
+        14, vis_dim)."""
         return (self.prototype.softmax(-1) @ tokens).mean(1)
 
     def similarity(self, tokens: torch.Tensor, upstream_cls: bool = False) -> torch.Tensor:
-        """Cosine of every finding's feature with its positive and negative memory: (B, 14, 2).
+        """Return the cosine of every finding's feature with its positive and its negative memory, (B, 14, 2).
 
-        upstream_cls: what upstream's `cls` mode computes. It sums the weighted tokens over the findings where its
-        training mode sums over the tokens, so that finding c is read from patch token c alone; its published diagnoses
-        (micro-F1 about 0.29) come from that. Ours reads what the contrastive loss has trained.
+        upstream_cls: compute what upstream's `cls` mode does. It sums the weighted tokens over the findings
+        where its training mode sums over the tokens, so that finding c is read from patch token c alone; its
+        published diagnoses (micro-F1 about 0.29) come from that. The default reads what the contrastive loss
+        has trained.
         """
         features = self.finding_features(tokens)
         if upstream_cls:
@@ -137,34 +142,48 @@ class MyEmbedding(nn.Module):
         return torch.einsum("bcd,ckd->bck", z, memory)
 
     def temperature(self) -> torch.Tensor:
+        """Return the learned temperature, no smaller than `min_temp`."""
         return self.temp if self.min_temp is None else self.temp.clamp(min=self.min_temp)
 
     def probability(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Probability of the findings (B, 14): the share of the positive memory in the softmax that the contrastive loss
-        trains; with an evidence head, its vote with the most suspicious patch of each finding."""
+        """Return the probability of the findings, (B, 14).
+
+        It is the positive memory's part in the softmax that the contrastive loss trains, that is the sigmoid
+        of `prototype_logits`; with an evidence head it is the logistic vote of prototypes and patches.
+        """
         if self.evidence_head is None:
             return (self.similarity(tokens) / self.temperature()).softmax(-1)[..., 0]
-        return self.evidence_vote(self.witnesses(tokens)).sigmoid()
+        return self.evidence_vote(self.vote_inputs(tokens)).sigmoid()
 
-    def witnesses(self, tokens: torch.Tensor) -> torch.Tensor:
-        """What the vote hears: the log odds of the findings by the prototypes, then by their most suspicious patch: (B, 28)."""
+    def prototype_logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the log odds of every finding by its prototype and its two memories, (B, 14)."""
         sim = self.similarity(tokens) / self.temperature()
-        return torch.cat((sim[..., 0] - sim[..., 1], self.evidence_head(tokens).amax((1, 2))), dim=-1)
+        return sim[..., 0] - sim[..., 1]
+
+    def patch_logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the log odds of every finding in the patch that shows it most clearly, (B, 14)."""
+        return self.evidence_head(tokens).amax((1, 2))
+
+    def vote_inputs(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the inputs of the vote, (B, 28): the log odds by the prototypes, then by the patches."""
+        return torch.cat((self.prototype_logits(tokens), self.patch_logits(tokens)), dim=-1)
 
     def visual_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Patch tokens (B, S, n_tok, vis_dim) to (B, S * perceiver_num, embedding_dim)."""
+        """Resample patch tokens (B, S, n_tok, vis_dim) to visual tokens (B, S * perceiver_num,
+        embedding_dim)."""
         return self.fc(self.perceiver(tokens[:, :, None])).flatten(1, 2)
 
     def forward(
         self, vision_x=None, cls_labels=None, text_input=None, key_words_query=None, mode=None, tokens=None
     ):
-        """vision_x (B, S, 3, H, W, D), or tokens (B, S, n_tok, vis_dim) from `encode` to spare the second ViT pass.
+        """Embed a prompt, compare a volume with the prototypes, or both, as `mode` says.
 
-        text_input: (B, N) ids; V, V+1 are <image>, </image>, V+2+j is visual token j. cls_labels: (B, 14), 1 = present.
-        mode 'cls': similarities (B, 14, 2); 'cls_upstream': see `similarity`. mode 'train': embeddings (B, N, E) and
-        sim (B * 14, 2), own memory first, divided by the temperature; the contrastive loss is its cross entropy with
-        target 0. None: embeddings.
-        key_words_query is accepted and unused, as upstream.
+        vision_x: (B, S, 3, H, W, D), or tokens: (B, S, n_tok, vis_dim) from `encode`, which saves the second
+        ViT pass. text_input: (B, N) ids; V and V+1 are <image> and </image>, V+2+j is visual token j.
+        cls_labels: (B, 14), 1 = present. mode "cls": return similarities (B, 14, 2); "cls_upstream": see
+        `similarity`. mode "train": return embeddings (B, N, E) and sim (B * 14, 2), the similarity to the
+        finding's own memory first, divided by the temperature; the contrastive loss is the cross entropy of
+        sim with target 0. mode None: return embeddings. key_words_query is accepted and unused, as upstream.
         """
         if tokens is None:
             tokens = self.encode(vision_x)

@@ -1,8 +1,9 @@
 """openPangu-Embedded under its own names, without remote code.
 
-Its blocks are Llama's with a bias on q, k, v and o: the same state dict gives bit-equal logits under LlamaForCausalLM
-with attention_bias=True. Importing this file registers model type `PanguEmbedded`, so that AutoModelForCausalLM loads
-the published folder. The tokenizer is the folder's own sentencepiece model, run by sentencepiece itself.
+Its blocks are Llama's with a bias on q, k, v and o: the same state dict gives bit-equal logits under
+LlamaForCausalLM with attention_bias=True. Importing this file registers the model type `PanguEmbedded`, so
+that AutoModelForCausalLM loads the published folder. The tokenizer is the folder's own sentencepiece model,
+run by sentencepiece itself.
 """
 
 from pathlib import Path
@@ -22,9 +23,8 @@ class PanguEmbeddedConfig(LlamaConfig):
 
 class PanguEmbeddedForCausalLM(LlamaForCausalLM):
     config_class = PanguEmbeddedConfig
-    _keys_to_ignore_on_load_unexpected = [
-        r"rotary_emb\.inv_freq"
-    ]  # listed in the published index, not a weight
+    # The published index lists these although they are no weights.
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]
 
 
 AutoConfig.register("PanguEmbedded", PanguEmbeddedConfig, exist_ok=True)
@@ -32,7 +32,8 @@ AutoModelForCausalLM.register(PanguEmbeddedConfig, PanguEmbeddedForCausalLM, exi
 
 
 class PanguTokenizer(SentencePieceBackend):
-    """`tokenizer.model` of openPangu: bos before every text, no eos, spaces kept as the pieces have them."""
+    """The `tokenizer.model` of openPangu: bos stands before every text, no eos behind it, spaces stay as the
+    pieces have them."""
 
     vocab_files_names = {"vocab_file": "tokenizer.model"}
     model_input_names = ["input_ids", "attention_mask"]
@@ -68,7 +69,7 @@ class PanguTokenizer(SentencePieceBackend):
         return [self.bos_token_id] * self.add_bos_token + body + [self.eos_token_id] * self.add_eos_token
 
     def convert_tokens_to_string(self, tokens):
-        """Pieces to text; byte pieces such as <0xE8> are joined to characters by sentencepiece."""
+        """Join pieces to text; sentencepiece joins byte pieces such as <0xE8> to characters."""
         text, pieces = "", []
         for token in tokens:
             if token in self.all_special_tokens:
@@ -79,7 +80,7 @@ class PanguTokenizer(SentencePieceBackend):
 
 
 def load_tokenizer(folder, trust_remote_code: bool = False):
-    """The tokenizer of a language-model folder; a Pangu folder's own sentencepiece model goes without remote code."""
+    """Load the tokenizer of a language-model folder; that of a Pangu folder needs no remote code."""
     folder = Path(folder)
     settings_file = folder / "tokenizer_config.json"
     if not settings_file.is_file():

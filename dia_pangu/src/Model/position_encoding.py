@@ -1,7 +1,8 @@
 """Learned position table of the 3-D ViT. Upstream: src/Model/position_encoding.py.
 
-State-dict keys: row_embed.weight, col_embed.weight, dep_embed.weight. Upstream's file also holds two 2-D tables that no
-model calls; they are in tests/upstream_dia_pangu.py, where their golden tensors are still compared.
+State-dict keys: row_embed.weight, col_embed.weight, dep_embed.weight. Upstream's file also holds two 2-D
+tables that no model calls; they are in tests/upstream_dia_pangu.py, where their golden tensors are still
+compared.
 """
 
 import torch
@@ -9,9 +10,10 @@ from torch import nn
 
 
 class PositionEmbeddingLearned3d(nn.Module):
-    """Learned 3-D table; smaller grids take evenly spread rows of it.
+    """A learned position table per axis; grids smaller than the table take evenly spread rows of it.
 
-    forward(batch, h, w, d) returns (batch, h*w*d, 3 * num_pos_feats), tokens in (h, w, d) order, d fastest.
+    forward(batch, h, w, d) returns (batch, h*w*d, 3 * num_pos_feats), the tokens in (h, w, d) order with d
+    fastest.
     """
 
     def __init__(

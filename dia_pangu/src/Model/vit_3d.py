@@ -1,6 +1,8 @@
-"""3-D vision transformer of RadFM and Dia-LLaMA. Upstream: src/Model/vit_3d.py; same classes and state-dict keys.
+"""The 3-D vision transformer of RadFM and Dia-LLaMA. Upstream: src/Model/vit_3d.py, with its classes and
+state-dict keys.
 
-Attention runs through scaled_dot_product_attention (1.4 times as fast as the written-out softmax, same numbers).
+Attention runs through scaled_dot_product_attention, which gives the numbers of the written-out softmax in
+less time.
 """
 
 import torch
@@ -13,7 +15,7 @@ from dia_pangu.src.Model.position_encoding import PositionEmbeddingLearned3d
 
 
 def pair(size) -> tuple[int, int]:
-    """An int or an (h, w) tuple as (h, w)."""
+    """Return an int or an (h, w) tuple as (h, w)."""
     return tuple(size) if isinstance(size, (tuple, list)) else (size, size)
 
 
@@ -78,11 +80,12 @@ class Transformer(nn.Module):
 
 
 class ViT(nn.Module):
-    """Volume to patch tokens.
+    """Turn a volume into patch tokens.
 
-    video: (B, channels, H, W, D) float in [0, 1]; H, W multiples of image_patch_size, D of frame_patch_size, and at
-    most image_size and frames. Returns tokens (B, h*w*d, dim) in (h, w, d) order with d fastest, and the position
-    code (B, h*w*d, dim) that was added. dim must divide by 3 (one third each for row, column and depth).
+    video: (B, channels, H, W, D) float in [0, 1]; H, W multiples of image_patch_size, D of frame_patch_size,
+    and at most image_size and frames. Returns tokens (B, h*w*d, dim) in (h, w, d) order with d fastest, and
+    the position code (B, h*w*d, dim) that was added. dim must divide by 3 (one third each for row, column and
+    depth).
     """
 
     def __init__(
@@ -122,7 +125,8 @@ class ViT(nn.Module):
         self.transformer = Transformer(dim, depth, heads, dim_head, mlp_dim, dropout)
 
     def grid(self, shape) -> tuple[int, int, int]:
-        """Patches along H, W, D of a volume whose last three sizes are `shape[-3:]`."""
+        """Return the number of patches along H, W and D of a volume whose last three sizes are
+        `shape[-3:]`."""
         sizes = tuple(shape[-3:])
         if any(size % patch for size, patch in zip(sizes, self.patch)):
             raise ValueError(f"volume {sizes} does not divide by the patch {self.patch}")

@@ -1,8 +1,9 @@
-"""One small training loop for every stage. Upstream: src/My_Trainer/trainer.py, which ignored accumulation, schedule,
-weight decay, saving, evaluation and resume, and ran several processes as independent copies.
+"""One small training loop for every stage. Upstream: src/My_Trainer/trainer.py, which ignored accumulation,
+schedule, weight decay, saving, evaluation and resume, and ran several processes as independent copies.
 
-A model here is a module whose forward(**batch, num_tokens=, num_samples=) returns {"loss": ..., ...}: the share of this batch
-in the mean over the global batch, so that accumulation and several processes give the loss curve of one large batch.
+A model here is a module whose forward(**batch, num_tokens=, num_samples=) returns {"loss": ..., ...}: the
+share of this batch in the mean over the global batch, so that accumulation and several processes give the
+loss curve of one large batch.
 """
 
 import math
@@ -97,7 +98,8 @@ def with_dashes(arguments) -> list[str]:
 
 
 def lr_at(step: int, total: int, args) -> float:
-    """Learning rate of optimizer step `step` (from 0): linear warm-up, then constant or half a cosine to 0."""
+    """Learning rate of optimizer step `step` (from 0): linear warm-up, then constant or half a cosine to
+    0."""
     if step < args.warmup_steps and args.lr_scheduler_type != "constant":
         return args.learning_rate * (step + 1) / args.warmup_steps
     if args.lr_scheduler_type != "cosine":
@@ -109,8 +111,8 @@ def lr_at(step: int, total: int, args) -> float:
 class Trainer:
     """train(), evaluate(), save() around one model.
 
-    groups: AdamW parameter groups; a key `lr_scale` multiplies the common rate. inputs: batch keys that the model takes.
-    evaluate: function (model, loader, accelerator) -> {name: number}, run on all processes.
+    groups: AdamW parameter groups; a key `lr_scale` multiplies the common rate. inputs: batch keys that the
+    model takes. evaluate: function (model, loader, accelerator) -> {name: number}, run on all processes.
     """
 
     def __init__(
@@ -165,7 +167,8 @@ class Trainer:
         )  # a short last window is left out
         if self.per_epoch < 1:
             raise UserError(
-                f"{len(train_dataset)} training samples make {len(self.loader)} batches a process, fewer than "
+                f"{len(train_dataset)} training samples make {len(self.loader)} batches a process, fewer "
+                "than "
                 f"--gradient-accumulation-steps {args.gradient_accumulation_steps}; lower it"
             )
         self.total = args.max_steps or max(1, round(args.num_train_epochs * self.per_epoch))
