@@ -25,10 +25,11 @@ from torch.nn import functional as F
 
 from common.checkpoint import atomic_write
 from common.errors import run
+from common.llm import add_lora
 from common.tiny_llm import make_tokenizer
 from dia_pangu.src.Dataset.prompt import ReportText, status_text
 from dia_pangu.src.Model.build import TINY
-from dia_pangu.src.Model.multimodality_model import TRAINED, MultiPanguForCausalLM, add_lora
+from dia_pangu.src.Model.multimodality_model import LORA, TRAINED, MultiPanguForCausalLM
 from dia_pangu.src.Model.my_embedding_layer import MyEmbedding, lookup
 from dia_pangu.src.Model.pangu import PanguEmbeddedConfig, PanguEmbeddedForCausalLM
 from dia_pangu.src.Model.vit_3d import Attention, Transformer
@@ -168,7 +169,7 @@ def make_model(llm_config: dict, embedding: dict, lora: bool):
     layer.weight = nn.Parameter(
         torch.empty(llm_config["vocab_size"], llm_config["hidden_size"], device="meta")
     )
-    return MultiPanguForCausalLM(add_lora(llm) if lora else llm, layer)
+    return MultiPanguForCausalLM(add_lora(llm, **LORA) if lora else llm, layer)
 
 
 def batch_of(text: ReportText, shape, length=None, size: int = 1, device="cpu", dtype=torch.float32) -> dict:

@@ -229,8 +229,9 @@ def report_batch(size, length, padded, vocabulary, rows, grid, device) -> dict:
 
 def dia(dry):
     """One training step of stage ft and generation at openPangu-7B's size."""
+    from common.llm import add_lora
     from dia_pangu.src.Model import my_embedding_layer
-    from dia_pangu.src.Model.multimodality_model import TRAINED, MultiPanguForCausalLM, add_lora
+    from dia_pangu.src.Model.multimodality_model import LORA, TRAINED, MultiPanguForCausalLM
     from dia_pangu.src.Model.pangu import PanguEmbeddedConfig, PanguEmbeddedForCausalLM
 
     device, shape = device_of(dry), smaller(PANGU) if dry else PANGU
@@ -243,7 +244,7 @@ def dia(dry):
             num_embeddings=1, embedding_dim=shape["hidden_size"], **(TINY_EMBEDDING if dry else {})
         )
     layer.weight = torch.nn.Parameter(torch.empty(vocabulary, shape["hidden_size"], device="meta"))
-    model = MultiPanguForCausalLM(add_lora(llm), layer)
+    model = MultiPanguForCausalLM(add_lora(llm, **LORA), layer)
     model.set_trained(TRAINED["ft"])
     float_trained(model)
     for name, parameter in model.embedding_layer.named_parameters():

@@ -5,17 +5,17 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from dia_pangu.evaluate.evidence import location_scores, said
 from dia_pangu.evaluate.findings import calibrate, finding_scores, micro_f1
 from dia_pangu.evaluate.labeler import label_report, positives
-from dia_pangu.evaluate.real_data import labeler_study, landmarks
 from dia_pangu.make_data import draw_findings, report
 from dia_pangu.src.Dataset.prompt import FINDINGS
+from studies.dia_pangu.locations import location_scores, reported
+from studies.dia_pangu.real_reports import labeler_study
+from studies.dia_pangu.real_volumes import landmarks
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -80,19 +80,19 @@ def test_calibration_gains_on_its_own_data_or_keeps_one_half():
 
 def test_side_and_place_are_read_from_a_report():
     text = "A small nodule is found in the right upper lung. There is fluid in the left pleural space."
-    assert said(text, "lung lesion") == {"side": "right", "place": "upper"}
-    assert said(text, "pleural effusion") == {"side": "left", "place": ""}
-    assert said("左肺下野见少量结节。", "lung lesion") == {"side": "left", "place": "lower"}
+    assert reported(text, "lung lesion") == {"side": "right", "place": "upper"}
+    assert reported(text, "pleural effusion") == {"side": "left", "place": ""}
+    assert reported("左肺下野见少量结节。", "lung lesion") == {"side": "left", "place": "lower"}
     true, found = (
         {"7": {"lung lesion": {"side": "right", "place": "upper"}}},
         {"7": {"lung lesion": {"side": "right", "place": "lower"}}},
     )
     assert location_scores(true, found) == {
-        "side": {"share": 1.0, "count": 1},
-        "place": {"share": 0.0, "count": 1},
+        "side": {"accuracy": 1.0, "count": 1},
+        "place": {"accuracy": 0.0, "count": 1},
     }
-    assert location_scores(true, {})["side"] == {"share": None, "count": 0}, (
-        "a share of none is no number, and NaN is no JSON"
+    assert location_scores(true, {})["side"] == {"accuracy": None, "count": 0}, (
+        "an accuracy of none is no number, and NaN is no JSON"
     )
 
 
@@ -156,7 +156,7 @@ def test_real_reports_are_scored_with_and_without_a_training_part(data_root, tmp
         (None, {"all positive"}),
         (train, {"all positive", "TF-IDF + logistic on the 800"}),
     ):
-        labeler_study(SimpleNamespace(out=tmp_path), given, held)
+        labeler_study(tmp_path, held, given)
         row = json.loads((tmp_path / "results/labeler-on-real-reports.json").read_text())
         assert (
             set(row["controls"]) == controls and row["controls"]["all positive"] < 0.5 < 0.85 < row["value"]

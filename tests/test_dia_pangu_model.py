@@ -8,20 +8,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from common.llm import add_lora, load_llm
 from dia_pangu.src import test as report_script
 from dia_pangu.src.Dataset.CTRG_dataset import CTRGDataset, collate
 from dia_pangu.src.Dataset.preprocess import Grid
 from dia_pangu.src.Dataset.prompt import FINDINGS, LATERAL
 from dia_pangu.src.Model.build import build_model, save_model
-from dia_pangu.src.Model.multimodality_model import (
-    NEVER_TRAINED,
-    TRAINED,
-    MultiPanguForCausalLM,
-    add_lora,
-    load_language_model,
-)
+from dia_pangu.src.Model.multimodality_model import LORA, NEVER_TRAINED, TRAINED, MultiPanguForCausalLM
 from dia_pangu.src.Model.my_embedding_layer import lookup
 from dia_pangu.src.test import finding_rows, report_batch
+from dia_pangu.src.train import loss_counts
 from tests.tiny_dia import *  # noqa: F403  the fixtures data, llm and model_text
 from tests.tiny_dia import SMALL
 
@@ -78,7 +74,7 @@ def test_each_stage_trains_its_own_tensors(model_text, llm):
     names = model.set_trained(TRAINED["pre"])
     expected = {name for name, _ in model.named_parameters() if name.startswith("embedding_layer.perceiver.")}
     assert set(names) == expected and "embedding_layer.perceiver.latents" in names
-    with_lora = MultiPanguForCausalLM(add_lora(load_language_model(llm)), model.embedding_layer)
+    with_lora = MultiPanguForCausalLM(add_lora(load_llm(llm), **LORA), model.embedding_layer)
     names = set(with_lora.set_trained(TRAINED["ft"]))
     everything = {name for name, _ in with_lora.named_parameters()}
     wanted = {
@@ -118,11 +114,12 @@ def test_loss_of_a_batch_is_the_sum_of_its_shared_parts(model_text, data):
     loss.backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    totals = {"num_tokens": (whole["labels"][:, 1:] != -100).sum(), "num_samples": 4}
     parts = 0
     for sample in samples:
         batch = collate([sample])
-        part = model(**{key: batch[key] for key in keys}, **totals)["loss"]
+        out = model(**{key: batch[key] for key in keys})
+        label_share = loss_counts(batch)[0] / loss_counts(whole)[0]
+        part = out["lm_loss"] * label_share + model.lambda_ctr * out["ctr_loss"] / len(samples)
         part.backward()
         parts += part.detach()
     assert parts.item() == pytest.approx(loss.item(), abs=1e-5)
@@ -169,8 +166,10 @@ def test_a_control_shows_the_volume_that_it_names(model_text, monkeypatch):
 def test_only_present_findings_have_a_place():
     statuses = [int(name == "fracture") for name in FINDINGS]
     places = {name: ("left", "upper") for name in LATERAL}
-    rows = {row[1]: row[4:] for row in finding_rows("7", [0.25] * 14, statuses, [0.5] * 14, places)}
-    assert rows.pop("fracture") == [1, "left", "upper"] and all(row == [0, "", ""] for row in rows.values())
+    rows = finding_rows("7", [0.25] * 14, statuses, [0.5] * 14, places)
+    told = {row["finding"]: (row["status"], row["side"], row["place"]) for row in rows}
+    assert told.pop("fracture") == (1, "left", "upper")
+    assert all(row == (0, "", "") for row in told.values())
 
 
 def test_sampling_follows_its_seed_and_beams_find_more_than_greedy(data, llm, tmp_path, monkeypatch):

@@ -177,7 +177,7 @@ def test_pretraining_writes_places_that_training_takes(data, llm, tmp_path):
         "--per-device-train-batch-size",
         2,
     ]
-    pre = ROOT / "dia_pangu" / "pretrain_vit.py"
+    pre = ROOT / "studies" / "dia_pangu" / "pretrain_vit.py"
     for arguments in (
         ["--out", tmp_path / "p"],
         ["--start", tmp_path / "p", "--contrast", 2, "--out", tmp_path / "c"],

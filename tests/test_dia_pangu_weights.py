@@ -8,9 +8,9 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from common.errors import UserError
+from common.llm import load_llm
 from dia_pangu.src.Dataset.prompt import ReportText
 from dia_pangu.src.Model.build import build_model, load_model, load_start, save_model
-from dia_pangu.src.Model.multimodality_model import load_language_model
 from dia_pangu.src.Model.pangu import load_tokenizer
 from tests.tiny_dia import *  # noqa: F403  the fixtures data, llm and model_text
 from tests.tiny_dia import SMALL
@@ -63,12 +63,12 @@ def test_the_published_config_form_is_understood(llm, tmp_path):
             "AutoModelForCausalLM": "modeling_openpangu_dense.PanguEmbeddedForCausalLM",
         },
     }
-    model = load_language_model(llm)
+    model = load_llm(llm)
     tensors = {key: value.clone() for key, value in model.state_dict().items()}
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    loaded = load_language_model(tmp_path)
+    loaded = load_llm(tmp_path)
     assert loaded.config.rope_parameters["rope_theta"] == 16000000.0 and loaded.config.attention_bias
     ids = torch.arange(10)[None]
     with torch.no_grad():

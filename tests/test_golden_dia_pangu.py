@@ -13,8 +13,9 @@ import torch
 from safetensors import safe_open
 from torch.nn import functional as F
 
+from common.llm import add_lora
 from dia_pangu.src.Model.helpers import PerceiverResampler
-from dia_pangu.src.Model.multimodality_model import MultiPanguForCausalLM, add_lora
+from dia_pangu.src.Model.multimodality_model import MultiPanguForCausalLM
 from dia_pangu.src.Model.my_embedding_layer import MyEmbedding
 from dia_pangu.src.Model.position_encoding import PositionEmbeddingLearned3d
 from dia_pangu.src.Model.vit_3d import ViT
@@ -196,7 +197,7 @@ def multimodal_loss(golden):
     config = golden.config
     llm = LlamaForCausalLM(LlamaConfig(**config["llama"]))
     lora = config["lora"]
-    llm = add_lora(llm, r=lora["r"], alpha=lora["lora_alpha"], targets=lora["target_modules"])
+    llm = add_lora(llm, lora["r"], lora["lora_alpha"], 0.1, targets=lora["target_modules"])
     model = MultiPanguForCausalLM(llm, small_embedding(config["embedding"]), lambda_ctr=config["lambda_ctr"])
     model.load_state_dict(golden.param, strict=True)
     model.set_trained(("",), never=("group_cls_head.",))

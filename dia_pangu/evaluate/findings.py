@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from common.intervals import bootstrap  # noqa: F401  pruning/test.py still takes it from here
 from dia_pangu.src.Dataset.prompt import FINDINGS
 
 EPSILON = 1e-6  # in upstream's denominators
@@ -41,18 +42,6 @@ def finding_scores(truth, predicted, names=FINDINGS) -> dict:
         "example": mean(examples),
         "per_finding": per_finding,
     }
-
-
-def bootstrap(function, *arrays, draws: int = 500, seed: int = 0) -> tuple[float, float]:
-    """Return the 95 % percentile interval of function(*arrays) over `draws` resamples of the arrays' rows
-    with replacement."""
-    rng, count = np.random.default_rng(seed), len(arrays[0])
-    values = []
-    for _ in range(draws):
-        rows = rng.integers(0, count, count)
-        values.append(function(*(array[rows] for array in arrays)))
-    low, high = np.percentile(values, (2.5, 97.5))
-    return float(low), float(high)
 
 
 def micro_f1(truth, predicted) -> float:

@@ -31,7 +31,8 @@ from pycocoevalcap.rouge.rouge import Rouge
 from common.arguments import Parser, number
 from common.checkpoint import atomic_json
 from common.errors import UserError, run
-from dia_pangu.evaluate.findings import bootstrap, finding_scores, micro_f1
+from common.intervals import bootstrap
+from dia_pangu.evaluate.findings import finding_scores, micro_f1
 from dia_pangu.evaluate.labeler import CheXbert, language_of, positives
 from dia_pangu.src.Dataset.prompt import FINDINGS, LANGUAGES
 

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from common.arguments import Parser, number, refuse
 from common.checkpoint import atomic_csv
 from common.errors import UserError, run
+from common.llm import add_trust_argument
 from common.run import progress, seed_everything
 from dia_pangu.evaluate.evidence import draw_evidence, locate_all
 from dia_pangu.src.Dataset.CTRG_dataset import SPLITS, CTRGDataset, collate, raise_bad
@@ -263,9 +264,7 @@ def parse_args(argv=None):
     group.add_argument(
         "--attn", default="sdpa", choices=("sdpa", "eager"), help="attention code of the language model"
     )
-    group.add_argument(
-        "--trust-remote-code", action="store_true", help="let the model folder run its own Python code"
-    )
+    add_trust_argument(group)
 
     group = parser.add_argument_group("data")
     group.add_argument("--data", help="folder in the CTRG format")

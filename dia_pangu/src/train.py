@@ -23,6 +23,7 @@ from common.arguments import Parser, add_run_arguments, number, refuse
 from common.checkpoint import atomic_json
 from common.errors import UserError
 from common.errors import run as run_script
+from common.llm import add_lora
 from common.run import open_run, seed_everything
 from common.train import (
     batches,
@@ -51,10 +52,10 @@ from dia_pangu.src.Model.build import (
     save_model,
 )
 from dia_pangu.src.Model.multimodality_model import (
+    LORA,
     NEVER_TRAINED,
     TRAINED,
     MultiPanguForCausalLM,
-    add_lora,
     label_count,
 )
 
@@ -374,13 +375,18 @@ def parse_args(argv=None):
         default=[],
         help="parts of parameter names to leave out, such as vision_encoder",
     )
-    group.add_argument("--lora-r", type=number(int, 1), default=4, help="rank of LoRA")
+    group.add_argument("--lora-r", type=number(int, 1), default=LORA["r"], help="rank of LoRA")
     group.add_argument(
-        "--lora-alpha", type=number(int, 1), default=16, help="alpha of LoRA; its scale is alpha / rank"
+        "--lora-alpha",
+        type=number(int, 1),
+        default=LORA["alpha"],
+        help="alpha of LoRA; its scale is alpha / rank",
     )
-    group.add_argument("--lora-dropout", type=fraction, default=0.1, help="dropout in front of LoRA")
     group.add_argument(
-        "--lora-targets", nargs="+", default=["q_proj", "v_proj"], help="linear layers that get LoRA"
+        "--lora-dropout", type=fraction, default=LORA["dropout"], help="dropout in front of LoRA"
+    )
+    group.add_argument(
+        "--lora-targets", nargs="+", default=LORA["targets"], help="linear layers that get LoRA"
     )
     group.add_argument(
         "--llm-lr-scale",

@@ -20,7 +20,8 @@ from common.checkpoint import atomic_json
 from common.errors import UserError, run
 from common.figures import new_figure, save_figure
 from common.files import read_json
-from dia_pangu.evaluate.findings import bootstrap, finding_scores, micro_f1
+from common.intervals import bootstrap
+from dia_pangu.evaluate.findings import finding_scores, micro_f1
 from dia_pangu.evaluate.labeler import language_of, positives
 from dia_pangu.evaluate.nlg_eval import bleu, read_csv, words
 from dia_pangu.src.Dataset.prompt import FINDINGS

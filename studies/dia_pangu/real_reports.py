@@ -22,7 +22,8 @@ from sklearn.linear_model import LogisticRegression
 from common.arguments import Parser
 from common.errors import UserError, run
 from common.files import read_json
-from dia_pangu.evaluate.findings import bootstrap, finding_scores
+from common.intervals import bootstrap
+from dia_pangu.evaluate.findings import finding_scores
 from dia_pangu.evaluate.labeler import positives
 from dia_pangu.src.Dataset.prompt import FINDINGS
 from dia_pangu.src.Model.pangu import load_tokenizer

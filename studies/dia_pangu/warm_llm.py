@@ -25,6 +25,7 @@ from common.checkpoint import atomic_dir, atomic_json
 from common.errors import UserError
 from common.errors import run as run_script
 from common.files import read_json
+from common.llm import add_trust_argument, load_llm
 from common.run import describe, open_run, seed_everything
 from common.tiny_llm import make_llm, make_tokenizer
 from common.train import (
@@ -44,7 +45,7 @@ from common.train import (
 from dia_pangu.src.Dataset.CTRG_dataset import CTRGDataset, collate, raise_bad, read_places
 from dia_pangu.src.Dataset.preprocess import Grid
 from dia_pangu.src.Dataset.prompt import GUIDES, LANGUAGES, ReportText, prompt_phrases, status_text
-from dia_pangu.src.Model.multimodality_model import label_count, load_language_model, token_loss
+from dia_pangu.src.Model.multimodality_model import label_count, token_loss
 from dia_pangu.src.Model.pangu import load_tokenizer
 
 
@@ -174,7 +175,7 @@ def main(args):
         if accelerator.is_main_process:
             make_small(folder, args, training_reports(train_set), phrases)
         accelerator.wait_for_everyone()
-    model = load_language_model(folder, args.trust_remote_code, torch.float32 if args.make else "auto")
+    model = load_llm(folder, torch.float32 if args.make else "auto", args.trust_remote_code)
     tokenizer, rows = (
         load_tokenizer(folder, args.trust_remote_code),
         model.get_input_embeddings().num_embeddings,
@@ -258,9 +259,7 @@ def parse_args(argv=None):
     )
     group.add_argument("--width", type=number(int, 4), default=128, help="hidden width of the new model")
     group.add_argument("--vocab-size", type=number(int, 1), default=700, help="tokens of the new tokenizer")
-    group.add_argument(
-        "--trust-remote-code", action="store_true", help="let the model folder run its own Python code"
-    )
+    add_trust_argument(group)
     group.add_argument("--adam-beta2", type=number(float, 0, 1), default=0.98, help="beta 2 of AdamW")
     add_run_arguments(
         parser, lr=3e-3, weight_decay=0.0, max_steps=350, batch_size=16, accum=1, warmup=20, seed=42

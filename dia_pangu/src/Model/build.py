@@ -14,11 +14,12 @@ from common.arguments import refuse
 from common.checkpoint import atomic_json, atomic_path
 from common.errors import UserError
 from common.files import read_json
+from common.llm import add_lora, add_trust_argument, load_llm
 from common.run import describe
 from common.weights import load_weights, read_weights
 from dia_pangu.src.Dataset.preprocess import PREPROCESS, Grid
 from dia_pangu.src.Dataset.prompt import LANGUAGES, ReportText
-from dia_pangu.src.Model.multimodality_model import MultiPanguForCausalLM, add_lora, load_language_model
+from dia_pangu.src.Model.multimodality_model import MultiPanguForCausalLM
 from dia_pangu.src.Model.my_embedding_layer import MyEmbedding
 from dia_pangu.src.Model.pangu import load_tokenizer
 
@@ -91,9 +92,7 @@ def add_model(parser):
     group.add_argument(
         "--attn", default="sdpa", choices=("sdpa", "eager"), help="attention code of the language model"
     )
-    group.add_argument(
-        "--trust-remote-code", action="store_true", help="let the model folder run its own Python code"
-    )
+    add_trust_argument(group)
 
 
 def read_config(args) -> dict:
@@ -144,7 +143,7 @@ def build_model(
     """
     if not lang_encoder_path:
         raise UserError("--lang-encoder-path is needed: the folder of the language model")
-    llm = load_language_model(lang_encoder_path, trust_remote_code, dtype, attn)
+    llm = load_llm(lang_encoder_path, dtype, trust_remote_code, attn_implementation=attn)
     tokenizer = load_tokenizer(tokenizer_path or lang_encoder_path, trust_remote_code)
     vocabulary, width = llm.get_input_embeddings().weight.shape
     text = make_text(tokenizer, config, vocabulary)

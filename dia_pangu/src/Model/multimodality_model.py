@@ -6,20 +6,17 @@ ViT runs once per report; frozen parts run without dropout; image tokens are fou
 size of the vocabulary.
 """
 
-from pathlib import Path
-
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from common.errors import UserError
-from common.files import reading
 from dia_pangu.src.Model import pangu  # noqa: F401  registers model type PanguEmbedded
 from dia_pangu.src.Model.my_embedding_layer import MyEmbedding
 
 LAMBDA_CTR = 4.0
+# LoRA of the later Dia-Pangu; Dia-LLaMA has r 8 and alpha 32.
+LORA = {"r": 4, "alpha": 16, "dropout": 0.1, "targets": ["q_proj", "v_proj"]}
 
 # What each stage trains, as parts of parameter names. `pre` is upstream's stage 1; `ft` is its LoRA stage,
 # where the whole embedding layer trains as well. The word table and the unused group_cls_head never train;
@@ -155,31 +152,3 @@ class MultiPanguForCausalLM(nn.Module):
         return self.lang_model.generate(
             inputs_embeds=embeds.to(self.lang_model.dtype), attention_mask=attention_mask, **generation
         )
-
-
-def load_language_model(folder, trust_remote_code: bool = False, dtype="auto", attn: str = "sdpa"):
-    """Load a causal language model from a local folder: openPangu by its registered alias, every other class
-    by its own."""
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise UserError(
-            f"{folder}: no config.json; --lang-encoder-path takes the folder of the language model"
-        )
-    with reading(folder, "language model"):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        return AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, attn_implementation=attn, trust_remote_code=trust_remote_code
-        )
-
-
-def add_lora(lang_model, r: int = 4, alpha: int = 16, dropout: float = 0.1, targets=("q_proj", "v_proj")):
-    """Wrap a language model in LoRA; the defaults are the later Dia-Pangu's (Dia-LLaMA: r 8, alpha 32)."""
-    config = LoraConfig(
-        r=r,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        bias="none",
-        target_modules=list(targets),
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(lang_model, config)
