@@ -1,7 +1,7 @@
 """The decoder layers of a causal language model of transformers: finding them, and taking some out in memory.
 
-Works for Llama, Pangu, Qwen, Mistral, Mixtral, Gemma, Phi, GPT-2, GPT-NeoX, OPT and whatever else keeps its blocks in one
-ModuleList of `config.num_hidden_layers` entries, also under a PEFT adapter.
+Works for Llama, Pangu, Qwen, Mistral, Mixtral, Gemma, Phi, GPT-2, GPT-NeoX, OPT and whatever else keeps its
+blocks in one ModuleList of `config.num_hidden_layers` entries, also under a PEFT adapter.
 """
 
 import contextlib
@@ -43,7 +43,8 @@ def find_layers(model) -> tuple[nn.Module, str]:
             holder, _, name = path.rpartition(".")
             return model.get_submodule(holder), name
     raise UserError(
-        f"{type(model).__name__}: no list of {count} decoder layers with attention found; only transformer decoders "
+        f"{type(model).__name__}: no list of {count} decoder layers with attention found; only transformer "
+        "decoders "
         f"can be pruned"
     )
 
@@ -68,7 +69,8 @@ def config_head_counts(config: dict) -> tuple[int, int, int]:
     heads, hidden = (config.get(config_key(config, name)) for name in ("num_attention_heads", "hidden_size"))
     if not heads or not hidden:
         raise UserError(
-            "config.json has no num_attention_heads or no hidden_size; only transformer decoders can be pruned"
+            "config.json has no num_attention_heads or no hidden_size; only transformer decoders can be "
+            "pruned"
         )
     return heads, config.get("num_key_value_heads") or heads, config.get("head_dim") or hidden // heads
 
@@ -89,7 +91,8 @@ def check_drop(drop_layers, count: int) -> list[int]:
 
 
 def shorter_config(config: dict, keep: list[int]) -> dict:
-    """A config dictionary for the kept layers: the count, and every list with one entry per layer (layer_types, ...)."""
+    """A config dictionary for the kept layers: the count, and every list with one entry per layer
+    (layer_types, ...)."""
     name = config_key(config, "num_hidden_layers")
     count = config.get(name)
     per_layer = {
@@ -103,8 +106,8 @@ def shorter_config(config: dict, keep: list[int]) -> dict:
 def remove_layers(model, drop_layers):
     """Take layers out of `model` in place and return a function that puts them back.
 
-    The kept layers are renumbered: the KV cache is addressed by `layer_idx`, and a gap there breaks generation
-    without a word. Nothing is copied.
+    The kept layers are renumbered: the KV cache is addressed by `layer_idx`, and a gap there breaks
+    generation without a word. Nothing is copied.
     """
     holder, name = find_layers(model)
     config, layers = plain(model).config.get_text_config(), getattr(holder, name)

@@ -1,14 +1,12 @@
 #!/usr/bin/env bash
-# The whole study on a report model: scan, choose, prune at several ratios, heal, test, draw. Any argument of study.py may follow.
-#   MODEL=runs/dia_pangu/ft LLM=runs/dia_pangu/llm/model DATA=data/dia_pangu OUT=runs/pruning/mine bash pruning/run_train.sh --ratio 0.25 0.5
-# Without MODEL, the built-in data and model are made first (run_builtin.sh). To heal one pruned checkpoint: python pruning/train.py.
+# Heal one pruned model; arguments go to train.py, such as --distill 0.5 --teacher folder, --places file.
+#   MODEL   merged checkpoint of prune_llm.py, with MAP (its prune map), LLM (folder of the language model) and DATA (a CTRG folder);
+#           or its hf_<tag> folder, with TEXTS (a file of texts)
+#   OUT     run folder (default: RUNS/pruning/healed)        NPROC_PER_NODE=8 for several GPUs
+# Nothing at hand: `python studies/pruning/builtin.py` makes data and a model, prunes, heals and tests.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common/env.sh"
-show_help "$ROOT/pruning/study.py" "$@"
-if [ -z "${MODEL:-}" ]; then
-  echo "no MODEL given: making the built-in data and model, then the study"
-  exec bash "$ROOT/pruning/run_builtin.sh" "$@"
-fi
-[ -n "${LLM:-}" ] || { echo "error: MODEL is set but LLM is not; LLM takes the folder of its language model" >&2; exit 2; }
-"$PYTHON" "$ROOT/pruning/study.py" --model "$MODEL" --lang-model-path "$LLM" --data "${DATA:-$ROOT/data/dia_pangu}" \
-  --out "${OUT:-$RUNS/pruning/study}" "$@"
+show_help "$ROOT/pruning/train.py" "$@"
+[ -n "${MODEL:-}" ] || env_fail "MODEL is not set: give the checkpoint or folder that prune_llm.py wrote; for a first try with built-in data: python studies/pruning/builtin.py"
+launch "$ROOT/pruning/train.py" --pruned_model_path "$MODEL" ${MAP:+--prune_map_path "$MAP"} ${LLM:+--lang-model-path "$LLM"} \
+  ${DATA:+--data "$DATA"} ${TEXTS:+--texts "$TEXTS"} --out "${OUT:-$RUNS/pruning/healed}" "$@"

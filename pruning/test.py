@@ -1,14 +1,15 @@
-"""Test a pruned report model: reports and their scores, perplexity, latency, memory (upstream: test_pruned_{CN,EN}_cli.py).
+"""Test a pruned model: the reports it writes and their scores, perplexity, latency and memory.
 
-    python pruning/test.py --pruned_model_path pruned/pytorch_model_pruned_drop23_28_merged_clean_v0112_en_cpu.bin \\
-        --prune_map_path pruned/prune_layer_map_drop23_28_v0112_en_cpu.json --lang-model-path LLM --data DATA --out_dir results
     python pruning/test.py --pruned_model_path pruned/hf_drop23_28 --texts reports.txt --out_dir results
+    python pruning/test.py --data data/dia_pangu --lang-model-path path/to/llm --out_dir results \\
+        --pruned_model_path pruned/pytorch_model_pruned_drop23_28_merged_clean_v0112_en_cpu.bin \\
+        --prune_map_path pruned/prune_layer_map_drop23_28_v0112_en_cpu.json
 
-Writes <prefix>_<tag>.csv (ID, Question, Ground Truth, Pred, GT_labels; UTF-8), <prefix>_<tag>_per_sample_timing.csv, _timing.json
-and _scores.json. A plain language model gets perplexity, latency and memory only.
+Of a report model it writes <prefix>_<tag>.csv with the columns ID, Question, Ground Truth, Pred and GT_labels
+(UTF-8), <prefix>_<tag>_per_sample_timing.csv, _timing.json and _scores.json; of a plain language model
+_scores.json with perplexity, latency and memory. Upstream: after-pruning-tools/test_pruned_{CN,EN}_cli.py.
 """
 
-import argparse
 import csv
 import io
 import json
@@ -18,72 +19,90 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
+# repository root: every way of starting this file finds it
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import torch
 from accelerate import Accelerator
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # repository root: every way of starting this file finds it
+from common.arguments import Parser, number, refuse
 from common.checkpoint import atomic_write
 from common.errors import UserError, run
 from common.run import seed_everything
-from dia_pangu.evaluate.findings import bootstrap, finding_scores, micro_f1
-from dia_pangu.evaluate.labeler import positives
-from dia_pangu.evaluate.nlg_eval import published_scores
 from pruning.layers import decoder_layers, head_counts
-from pruning.report_model import (
-    Encoded,
-    load_report_model,
-    perplexity,
-    read_map,
-    report_losses,
-    write_reports,
-)
+from pruning.pruning_tools.prune_llm import read_map
+from pruning.sensitivity_analyse.eval_metric import perplexity
 from pruning.sensitivity_analyse.load_model import load_model, read_prompts
+
+SAMPLING = {"do_sample": True, "temperature": 0.7, "top_k": 50, "top_p": 0.95}  # upstream's
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument(
+    p = Parser(__doc__)
+    add_model_arguments(p.add_argument_group("model"))
+    add_test_arguments(p.add_argument_group("data and test"))
+    out = p.add_argument_group("results")
+    out.add_argument("--out_dir", "--out", type=Path, required=True, help="folder of the results")
+    out.add_argument("--out_prefix", default="dia-pangu-pruned", help="first part of their names")
+    out.add_argument(
+        "--tag_style", choices=("c", "drop"), default="drop", help="second part: c23_28 or drop23_28"
+    )
+    out.add_argument(
+        "--tag_override",
+        help="the second part itself; left out: the tag of the map, else the name of the checkpoint",
+    )
+    return p.parse_args(argv)
+
+
+def add_model_arguments(group):
+    group.add_argument(
         "--pruned_model_path",
         "--ckpt_path",
         type=Path,
         required=True,
-        help="file or folder; of a folder with checkpoints, the newest",
+        help="a merged checkpoint, the run folder of pruning/train.py, or the folder of a language model",
     )
-    p.add_argument(
+    group.add_argument(
         "--prune_map_path",
+        "--prune_map",
         type=Path,
-        help="prune_layer_map_*.json; needed when --lang-model-path is the unpruned model",
+        help="prune_layer_map_*.json; needed where --lang-model-path is the unpruned model",
     )
-    p.add_argument(
-        "--lang-model-path", type=Path, help="folder with config and tokenizer of the language model"
+    group.add_argument(
+        "--lang-model-path", type=Path, help="folder with the language model's config.json and tokenizer"
     )
-    p.add_argument(
-        "--lora-alpha", "--lora_alpha", type=float, help="of the checkpoint's LoRA, if nothing else says it"
+    group.add_argument("--lora_alpha", type=float, help="alpha of LoRA, where nothing else says it")
+    group.add_argument(
+        "--trust-remote-code", action="store_true", help="let the Python code inside the model folder run"
     )
-    p.add_argument("--data", type=Path, help="CTRG folder")
-    p.add_argument("--texts", type=Path, help="texts, one a line, for a plain language model")
-    p.add_argument("--split", choices=("train", "val", "test"), default="test")
-    p.add_argument("--limit", type=int, default=0, help="use only the first samples; 0: all")
-    p.add_argument("--cache", help="folder for prepared volumes")
-    p.add_argument("--batch-size", type=int, default=16)
-    p.add_argument("--max-new-tokens", type=int, default=300, help="(default 300, upstream's)")
-    p.add_argument(
+
+
+def add_test_arguments(group):
+    group.add_argument("--data", type=Path, help="a CTRG folder, to test a report model")
+    group.add_argument(
+        "--texts", type=Path, help="texts, one a line or a .jsonl file, to test a plain language model"
+    )
+    group.add_argument(
+        "--split", choices=("train", "val", "test"), default="test", help="partition of --data"
+    )
+    group.add_argument(
+        "--limit", type=number(int, 0), default=0, help="use only the first samples; 0: use all"
+    )
+    group.add_argument("--cache", type=Path, help="folder for prepared volumes")
+    group.add_argument("--batch-size", type=number(int, 1), default=16, help="samples at a time")
+    group.add_argument(
+        "--max-new-tokens", type=number(int, 1), default=300, help="longest report in tokens (upstream 300)"
+    )
+    group.add_argument(
         "--do-sample",
         action="store_true",
-        help="sample (temperature 0.7, top-k 50, top-p 0.95, upstream's) instead of greedy",
+        help="sample with upstream's temperature 0.7, top-k 50 and top-p 0.95; else greedy",
     )
-    p.add_argument("--seed", type=int, default=20, help="of sampling (default 20, upstream's)")
-    p.add_argument("--out_dir", "--out", type=Path, required=True)
-    p.add_argument("--out_prefix", default="dia-pangu-pruned", help="(default dia-pangu-pruned)")
-    p.add_argument("--tag_style", choices=("c", "drop"), default="drop", help="c23_28 or drop23_28")
-    p.add_argument("--tag_override", help="the tag itself; default from the map, else the checkpoint's name")
-    return p.parse_args(argv)
+    group.add_argument("--seed", type=int, default=20, help="random seed of the sampling (upstream 20)")
 
 
 def make_name(args) -> str:
+    """The second part of the results' names."""
     if args.tag_override:
         return args.tag_override
     tag = args.pruned_model_path.stem
@@ -92,30 +111,14 @@ def make_name(args) -> str:
     return tag.replace("drop", "c", 1) if args.tag_style == "c" else tag
 
 
-def nearest_rank(values, share: float) -> float:
-    """Percentile as upstream: the value at position round((n - 1) * share) of the sorted list."""
-    return sorted(values)[round((len(values) - 1) * share)]
-
-
-def report_scores(truths, reports, labels, losses) -> dict:
-    """Findings (by the rule-based labeler, against the labels), text scores and perplexity. labels (N, 14); losses (N, 2)."""
-    labels, said = np.asarray(labels).astype(bool), np.asarray(positives(reports)).astype(bool)
-    published = {
-        k: v for k, v in published_scores(truths, reports, with_meteor=False)[0].items() if v is not None
-    }
-    return {
-        "reports": len(reports),
-        "finding_micro_f1": micro_f1(labels, said),
-        "finding_micro_f1_interval": bootstrap(micro_f1, labels, said),
-        "finding_macro_f1": finding_scores(labels, said)["macro"]["F1"],
-        "perplexity": perplexity(losses),
-        **published,
-    }
+def nearest_rank(values, fraction: float) -> float:
+    """Percentile as upstream: the value at position round((n - 1) * fraction) of the sorted list."""
+    return sorted(values)[round((len(values) - 1) * fraction)]
 
 
 @torch.no_grad()
 def text_losses(model, tokenizer, texts, max_length: int = 512) -> torch.Tensor:
-    """(N, 2): summed loss and number of scored tokens of each text."""
+    """(N, 2): the summed loss and the number of scored tokens of each text, cut to `max_length` tokens."""
     rows = []
     for text in texts:
         ids = torch.tensor([tokenizer(text).input_ids[:max_length]], device=model.device)
@@ -126,7 +129,11 @@ def text_losses(model, tokenizer, texts, max_length: int = 512) -> torch.Tensor:
 
 @torch.no_grad()
 def latency(lang_model, prompt_tokens: int = 64, new_tokens: int = 32, repeats: int = 3) -> dict:
-    """Seconds to generate `new_tokens` after a prompt, fastest of `repeats`; values of the decoder; KV-cache bytes per token."""
+    """Time and size of a language model.
+
+    seconds: to generate `new_tokens` after a prompt of `prompt_tokens`, the fastest of `repeats`. parameters
+    and weight_bytes: tied tensors count once. kv_cache_bytes_per_token: keys and values of all layers.
+    """
     embedding = lang_model.get_input_embeddings().weight
     prompt = torch.arange(prompt_tokens, device=embedding.device)[None] % (len(embedding) - 3) + 3
     times = []
@@ -141,82 +148,109 @@ def latency(lang_model, prompt_tokens: int = 64, new_tokens: int = 32, repeats: 
         )
         times.append(time.perf_counter() - start)
     _, kv_heads, head_dim = head_counts(lang_model)
-    kv = 2 * len(decoder_layers(lang_model)) * kv_heads * head_dim * embedding.element_size()
+    layers = len(decoder_layers(lang_model))
     unique = {id(p): p for p in lang_model.parameters()}.values()
     return {
         "seconds": min(times),
         "tokens_per_second": new_tokens / min(times),
         "parameters": sum(p.numel() for p in unique),
         "weight_bytes": sum(p.numel() * p.element_size() for p in unique),
-        "kv_cache_bytes_per_token": kv,
+        "kv_cache_bytes_per_token": 2 * layers * kv_heads * head_dim * embedding.element_size(),
     }
 
 
 def write_table(path, header, rows):
+    """Write a CSV file, whole or not at all."""
     table = io.StringIO()
     csv.writer(table, lineterminator="\n").writerows([header, *rows])
     atomic_write(path, table.getvalue())
 
 
-def main(args):
+def check(args):
+    """Refuse what is missing and what would have no effect, before anything is loaded."""
     if bool(args.data) == bool(args.texts):
-        raise UserError(
-            "give either --data (a report model on a CTRG folder) or --texts (a plain language model)"
-        )
-    if args.data and not args.lang_model_path:
-        raise UserError(
-            "--lang-model-path is needed with --data: the folder with the language model's config and tokenizer"
-        )
-    accelerator = Accelerator()
-    seed_everything(args.seed)
-    stem, started = args.out_dir / f"{args.out_prefix}_{make_name(args)}", time.perf_counter()
+        raise UserError("give --data (a report model on a CTRG folder) or --texts (a plain language model)")
     if args.texts:
-        model, tokenizer = load_model(args.pruned_model_path)
-        model = model.to(accelerator.device)
-        losses = text_losses(model, tokenizer, read_prompts(args.texts)[: args.limit or None])
-        scores, lang_model = {"texts": len(losses), "perplexity": perplexity(losses)}, model
-        loaded = time.perf_counter() - started
+        only_reports = ["lang_model_path", "lora_alpha", "split", "cache", "batch_size", "max_new_tokens"]
+        refuse(args, [*only_reports, "do_sample", "seed"], "with --texts")
     else:
-        model, text, config = load_report_model(
-            args.pruned_model_path, args.lang_model_path, args.prune_map_path, args.lora_alpha
-        )
-        model, lang_model = model.to(accelerator.device), model.lang_model
-        loaded = time.perf_counter() - started
-        samples = Encoded(
-            model, text, config, args.data, args.split, args.limit, args.cache, batch=args.batch_size
-        )
-        generation = (
-            {"do_sample": True, "temperature": 0.7, "top_k": 50, "top_p": 0.95} if args.do_sample else {}
-        )
-        made = write_reports(model, text, samples, args.max_new_tokens, args.batch_size, **generation)
-        items = [samples[i] for i in range(len(samples))]
-        truths, labels = [s["report"] for s in items], [s["cls_labels"].tolist() for s in items]
-        scores = report_scores(
-            truths, made["reports"], labels, report_losses(model, text, samples, args.batch_size)
-        )
-        rows = [
-            [s["id"], question, truth, report, json.dumps(codes)]
-            for s, question, truth, report, codes in zip(
-                items, made["questions"], truths, made["reports"], labels
+        refuse(args, ["trust_remote_code"], "with --data")
+        if not args.do_sample:
+            refuse(args, ["seed"], "without --do-sample")
+        if not args.lang_model_path:
+            raise UserError(
+                "--data needs --lang-model-path, the folder with the language model's configuration and "
+                "tokenizer"
             )
-        ]
-        write_table(
-            stem.with_name(stem.name + ".csv"), ["ID", "Question", "Ground Truth", "Pred", "GT_labels"], rows
-        )
-        times = made["milliseconds"]
-        write_table(
-            stem.with_name(stem.name + "_per_sample_timing.csv"),
-            ["ID", "InferTimeMs"],
-            [[s["id"], f"{ms:.2f}"] for s, ms in zip(items, times)],
-        )
-        timing = {
-            "load_seconds": loaded,
-            "avg_ms": sum(times) / len(times),
-            "min_ms": min(times),
-            "max_ms": max(times),
-            **{f"p{p}_ms": nearest_rank(times, p / 100) for p in (50, 90, 95, 99)},
-        }
-        atomic_write(stem.with_name(stem.name + "_timing.json"), json.dumps(timing, indent=1))
+    if args.tag_override:
+        refuse(args, ["tag_style"], "beside --tag_override")
+
+
+def score_texts(args, device):
+    """Return (language model, its scores on --texts)."""
+    model, tokenizer = load_model(args.pruned_model_path, trust_remote_code=args.trust_remote_code)
+    losses = text_losses(model.to(device), tokenizer, read_prompts(args.texts)[: args.limit or None])
+    return model, {"texts": len(losses), "perplexity": perplexity(losses)}
+
+
+def score_reports(args, device, stem: Path):
+    """Write the reports of one partition and their timing beside `stem`; return (language model, scores)."""
+    from pruning import report_model  # dia_pangu's code, which plain language models do not need
+
+    # the model, and what its vision part sees
+    started = time.perf_counter()
+    model, text, config = report_model.load_report_model(
+        args.pruned_model_path, args.lang_model_path, args.prune_map_path, args.lora_alpha
+    )
+    model = model.to(device)
+    loaded = time.perf_counter() - started
+    samples = report_model.Encoded(
+        model, text, config, args.data, args.split, args.limit, args.cache, batch=args.batch_size
+    )
+
+    # the reports, in upstream's columns
+    sampling = SAMPLING if args.do_sample else {}
+    made = report_model.write_reports(model, text, samples, args.max_new_tokens, args.batch_size, **sampling)
+    items = [samples[i] for i in range(len(samples))]
+    truths, labels = [s["report"] for s in items], [s["cls_labels"].tolist() for s in items]
+    rows = [
+        [s["id"], question, s["report"], report, json.dumps(codes)]
+        for s, question, report, codes in zip(items, made["questions"], made["reports"], labels)
+    ]
+    header = ["ID", "Question", "Ground Truth", "Pred", "GT_labels"]
+    write_table(stem.with_name(stem.name + ".csv"), header, rows)
+
+    # how long each took
+    times = made["milliseconds"]
+    rows = [[s["id"], f"{milliseconds:.2f}"] for s, milliseconds in zip(items, times)]
+    write_table(stem.with_name(stem.name + "_per_sample_timing.csv"), ["ID", "InferTimeMs"], rows)
+    timing = {
+        "load_seconds": loaded,
+        "avg_ms": sum(times) / len(times),
+        "min_ms": min(times),
+        "max_ms": max(times),
+        **{f"p{p}_ms": nearest_rank(times, p / 100) for p in (50, 90, 95, 99)},
+    }
+    atomic_write(stem.with_name(stem.name + "_timing.json"), json.dumps(timing, indent=1))
+
+    # what they are worth
+    losses = report_model.report_losses(model, text, samples, args.batch_size)
+    return model.lang_model, report_model.report_scores(truths, made["reports"], labels, losses)
+
+
+def main(args):
+    check(args)
+    device = Accelerator().device
+    seed_everything(args.seed)
+    stem = args.out_dir / f"{args.out_prefix}_{make_name(args)}"
+
+    # quality
+    if args.texts:
+        lang_model, scores = score_texts(args, device)
+    else:
+        lang_model, scores = score_reports(args, device, stem)
+
+    # cost
     scores |= {
         "layers": len(decoder_layers(lang_model)),
         **latency(lang_model),
@@ -224,10 +258,13 @@ def main(args):
     }
     atomic_write(stem.with_name(stem.name + "_scores.json"), json.dumps(scores, indent=1))
     for name, value in scores.items():
-        print(
-            f"  {name:28} {value if not isinstance(value, float) else f'{value:.4f}' if math.isfinite(value) else value}"
-        )
+        print(f"  {name:28} {shown(value)}")
     print(f"wrote {stem}_scores.json")
+
+
+def shown(value) -> str:
+    """A score for the screen: four digits behind the point where it is a number with a fraction."""
+    return f"{value:.4f}" if isinstance(value, float) and math.isfinite(value) else str(value)
 
 
 if __name__ == "__main__":

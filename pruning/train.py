@@ -1,148 +1,172 @@
-"""Heal a pruned model: train LoRA, or everything, for a short while (upstream: after-pruning-tools/train_pruned_{CN,EN}_cli.py).
+"""Heal a pruned model: train LoRA, or all weights of the layers, for a short while.
 
-    python pruning/train.py --pruned_model_path pruned/pytorch_model_pruned_drop23_28_merged_clean_v0112_en_cpu.bin \\
-        --prune_map_path pruned/prune_layer_map_drop23_28_v0112_en_cpu.json --lang-model-path path/to/llm --data data/dia_pangu --out healed
     python pruning/train.py --pruned_model_path pruned/hf_drop23_28 --texts reports.txt --out healed
+    python pruning/train.py --data data/dia_pangu --lang-model-path path/to/llm --out healed \\
+        --pruned_model_path pruned/pytorch_model_pruned_drop23_28_merged_clean_v0112_en_cpu.bin \\
+        --prune_map_path pruned/prune_layer_map_drop23_28_v0112_en_cpu.json
     torchrun --nproc_per_node 8 pruning/train.py ...
 
-A report model trains on volumes and reports, a plain language-model folder on texts. With --distill the loss is mixed with the
-distance to the unpruned model's distributions. Upstream's two scripts could not start (each imports from the other's file).
+With --texts it heals a plain language model, with --data a report model of dia_pangu on volumes and their
+reports. With --distill the loss is mixed with the distance to the unpruned model's predictions. Upstream:
+after-pruning-tools/train_pruned_{CN,EN}_cli.py, which could not start: each imports from the other's file.
 """
 
-import argparse
 import json
-import signal
 import sys
 import time
 from pathlib import Path
 
+# repository root: every way of starting this file finds it
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import torch
-from accelerate import Accelerator
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
-from transformers.pytorch_utils import Conv1D
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # repository root: every way of starting this file finds it
+from common.arguments import Parser, add_run_arguments, number, refuse
 from common.checkpoint import atomic_dir, atomic_write
-from common.errors import UserError, run
+from common.errors import Interrupted, UserError, run
+from common.llm import add_lora, usual_targets
 from common.run import describe, open_run, seed_everything
-from dia_pangu.src.Dataset.CTRG_dataset import CTRGDataset, collate, read_places
-from dia_pangu.src.Model.build import make_grid, save_model
-from dia_pangu.src.Model.multimodality_model import add_lora
-from dia_pangu.src.My_Trainer.trainer import Trainer, add_optimization, with_dashes
+from common.train import (
+    batches,
+    check_finite,
+    finish,
+    finish_step,
+    lr_at,
+    make_accelerator,
+    make_loader,
+    parameter_groups,
+    plan_steps,
+    start,
+    update,
+)
 from pruning.layers import decoder_layers
-from pruning.pruning_tools.prune_llm import parse_drop_layers
-from pruning.report_model import load_report_model, read_map
-from pruning.sensitivity_analyse.layer_mask import FUSED
+from pruning.pruning_tools.prune_llm import parse_drop_layers, read_map
 from pruning.sensitivity_analyse.load_model import load_model, read_prompts
 
 INPUTS = ("lang_x", "vision_x", "tokens", "attention_mask", "labels")
+# Upstream's names of the schedules, and what follows the warm-up in each.
+SCHEDULES = {"constant_with_warmup": "constant", "cosine": "cosine", "constant": "constant"}
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument(
+    p = Parser(__doc__)
+    add_model_arguments(p.add_argument_group("model"))
+    add_data_arguments(p.add_argument_group("data"))
+    add_healing_arguments(p.add_argument_group("healing"))
+    # the defaults are those of upstream's recipe
+    add_run_arguments(
+        p, omit=["eval_every"], lr=5e-5, epochs=5.0, accum=8, warmup=20, weight_decay=0.0, seed=42
+    )
+    return p.parse_args(argv)
+
+
+def add_model_arguments(group):
+    group.add_argument(
         "--pruned_model_path",
         "--pruned_merged_ckpt",
         type=Path,
         required=True,
-        help="merged checkpoint of prune_llm.py, or its hf_<tag> folder",
+        help="the merged checkpoint that prune_llm.py wrote, or its hf_<tag> folder",
     )
-    p.add_argument(
+    group.add_argument(
         "--prune_map_path",
         "--prune_map",
         type=Path,
-        help="prune_layer_map_*.json; needed when --lang-model-path is the unpruned model",
+        help="prune_layer_map_*.json; needed where --lang-model-path is the unpruned model",
     )
-    p.add_argument("--drop_layers", help="only checked against the map")
-    p.add_argument(
-        "--lang-model-path", type=Path, help="folder with config and tokenizer of the language model"
-    )
-    p.add_argument("--data", type=Path, help="CTRG folder: heal a report model")
-    p.add_argument(
-        "--texts",
-        type=Path,
-        help="texts, one a line, or .jsonl with the field text: heal a plain language model",
-    )
-    p.add_argument("--limit", type=int, default=0, help="use only the first samples; 0: all")
-    p.add_argument("--cache", help="folder for prepared volumes")
-    p.add_argument(
-        "--flip",
-        type=float,
-        default=0.02,
-        help="share of true statuses turned over in training prompts (default 0.02)",
-    )
-    p.add_argument(
-        "--places",
-        type=Path,
-        help="with --data: places.json of dia_pangu/pretrain_vit.py, for a model whose prompts name "
-        "side and place",
-    )
-    p.add_argument(
-        "--max-length", type=int, default=512, help="tokens of a text; longer ones are cut (default 512)"
-    )
-    group = p.add_argument_group("healing")
+    group.add_argument("--drop_layers", help="the layers that were removed; only checked against the map")
     group.add_argument(
-        "--full", action="store_true", help="train every weight of the language model instead of LoRA"
-    )
-    group.add_argument(
-        "--lora_target_modules",
-        help="for a checkpoint without LoRA, comma separated (default q_proj,v_proj, or the "
-        "projection that holds both)",
-    )
-    group.add_argument("--lora_r", type=int, default=4, help="for a checkpoint without LoRA (default 4)")
-    group.add_argument(
-        "--lora_alpha",
-        "--lora-alpha",
-        type=float,
-        help="of the checkpoint's LoRA if nothing else says it; of a new one 4 r unless given",
-    )
-    group.add_argument(
-        "--lora_dropout", type=float, default=0.0, help="of a new LoRA (default 0; upstream 0.1 and 0.2)"
-    )
-    group.add_argument(
-        "--distill",
-        type=float,
-        default=0.0,
-        help="weight of the distance to the teacher, in [0, 1]; 0: none (default)",
+        "--lang-model-path", type=Path, help="folder with the language model's config.json and tokenizer"
     )
     group.add_argument("--teacher", type=Path, help="the unpruned checkpoint or folder, for --distill")
     group.add_argument(
-        "--teacher-lang-model-path", type=Path, help="the teacher's language model, if not --lang-model-path"
+        "--teacher-lang-model-path",
+        type=Path,
+        help="folder of the teacher's language model, where it is not --lang-model-path",
     )
-    add_optimization(
-        p,
-        learning_rate=5e-5,
-        num_train_epochs=5.0,
-        gradient_accumulation_steps=8,
-        lr_scheduler_type="constant_with_warmup",
+    group.add_argument(
+        "--trust-remote-code", action="store_true", help="let the Python code inside the model folder run"
     )
-    # upstream writes --save_steps, the loop --save-steps: both are understood
-    known = p._option_string_actions
-    argv = sys.argv[1:] if argv is None else argv
-    return p.parse_args([with_dashes([a])[0] if a.split("=")[0] not in known else a for a in argv])
+
+
+def add_data_arguments(group):
+    group.add_argument("--data", type=Path, help="a CTRG folder, to heal a report model")
+    group.add_argument(
+        "--texts",
+        type=Path,
+        help="texts, to heal a plain language model: one a line, or a .jsonl file with the field text",
+    )
+    group.add_argument(
+        "--limit", type=number(int, 0), default=0, help="use only the first samples; 0: use all"
+    )
+    group.add_argument(
+        "--max-length", type=number(int, 2), default=512, help="longest text in tokens; longer ones are cut"
+    )
+    group.add_argument("--cache", type=Path, help="folder for prepared volumes")
+    group.add_argument(
+        "--flip",
+        type=number(float, 0, 1),
+        default=0.02,
+        help="fraction of the true statuses that the training prompts state wrongly",
+    )
+    group.add_argument(
+        "--places",
+        type=Path,
+        help="places.json of dia_pangu/pretrain_vit.py, for a model whose prompts name side and place",
+    )
+
+
+def add_healing_arguments(group):
+    group.add_argument(
+        "--full", action="store_true", help="train every weight of the decoder layers instead of LoRA"
+    )
+    group.add_argument(
+        "--lora_target_modules",
+        help="linear modules for a new LoRA, separated by commas; left out: q_proj and v_proj, or the one "
+        "projection that holds both. Where the checkpoint has LoRA this is only checked",
+    )
+    group.add_argument(
+        "--lora_r",
+        type=number(int, 1),
+        default=4,
+        help="rank of a new LoRA. Where the checkpoint has LoRA this is only checked",
+    )
+    group.add_argument(
+        "--lora_alpha",
+        type=float,
+        help="alpha of the checkpoint's LoRA, where nothing else says it; of a new one, 4 r if left out",
+    )
+    group.add_argument(
+        "--lora_dropout", type=number(float, 0, 1), default=0.0, help="dropout of LoRA (upstream 0.1 and 0.2)"
+    )
+    group.add_argument(
+        "--distill",
+        type=number(float, 0, 1),
+        default=0.0,
+        help="weight of the distance to the teacher beside the cross entropy",
+    )
+    group.add_argument(
+        "--lr-scheduler-type",
+        choices=SCHEDULES,
+        default="constant_with_warmup",
+        help="course of the learning rate",
+    )
+    group.add_argument(
+        "--adam-beta2", type=number(float, 0, 1), default=0.999, help="second decay rate of AdamW"
+    )
 
 
 class Texts(Dataset):
-    """Texts as ids with eos; every token is scored. epoch changes nothing."""
+    """Texts as token ids with the end-of-text token behind them; every token is scored."""
 
     def __init__(self, path, tokenizer, max_length: int, limit: int = 0):
         self.rows = []
         for i, text in enumerate(read_prompts(path)[: limit or None]):
             ids = (tokenizer(text).input_ids + [tokenizer.eos_token_id])[:max_length]
-            self.rows.append(
-                {
-                    "id": f"{Path(path).name}:{i + 1}",
-                    "report": text,
-                    "text": {"lang_x": ids, "attention_mask": [1] * len(ids), "labels": ids},
-                }
-            )
-
-    def set_epoch(self, epoch: int):
-        pass
+            self.rows.append({"id": f"{Path(path).name}:{i + 1}", "ids": torch.tensor(ids)})
 
     def __len__(self):
         return len(self.rows)
@@ -151,105 +175,112 @@ class Texts(Dataset):
         return self.rows[index]
 
 
-class Healing(nn.Module):
-    """The student's loss, mixed with the distance to a teacher.
+def collate_texts(samples: list[dict]) -> dict:
+    """Pad token ids on the right: lang_x and attention_mask with 0, labels with -100; each (B, N)."""
 
-    loss = (1 - distill) * cross entropy + distill * KL(teacher || student), per scored token of the global batch. student and
-    teacher: report models (embedding_layer and lang_model) or plain causal LMs. The teacher is no part of the module, so that
-    checkpoints do not hold it.
+    def padded(rows, value=0):
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+
+    ids = [sample["ids"] for sample in samples]
+    return {
+        "id": [sample["id"] for sample in samples],
+        "lang_x": padded(ids),
+        "attention_mask": padded([torch.ones_like(row) for row in ids]),
+        "labels": padded(ids, -100),
+    }
+
+
+class Healing(nn.Module):
+    """The student's loss, mixed with its distance to a teacher.
+
+    loss = (1 - distill) * cross entropy + distill * KL(teacher || student), both means over the batch's
+    scored tokens. student and teacher are report models (with embedding_layer and lang_model) or plain causal
+    language models. The teacher is no part of the module, so that checkpoints do not hold it.
     """
 
     def __init__(self, student, teacher=None, distill: float = 0.0):
         super().__init__()
-        self.student, self.teachers, self.distill = student, [teacher] if teacher is not None else [], distill
+        self.student, self.distill = student, distill
+        self.teachers = [] if teacher is None else [teacher]
 
     @staticmethod
     def logits(model, lang_x, attention_mask, vision_x, tokens):
+        """Logits (B, N, V) of either kind of model."""
         if not hasattr(model, "embedding_layer"):
             return model(input_ids=lang_x, attention_mask=attention_mask).logits
         with torch.no_grad():  # the vision part is frozen
             tokens = model.encode(vision_x) if tokens is None else tokens
             embeds = model.embedding_layer(text_input=lang_x, tokens=tokens)
-        return model.lang_model(
-            inputs_embeds=embeds.to(model.lang_model.dtype), attention_mask=attention_mask
-        ).logits
+        embeds = embeds.to(model.lang_model.dtype)
+        return model.lang_model(inputs_embeds=embeds, attention_mask=attention_mask).logits
 
-    def forward(
-        self, lang_x, attention_mask, labels, vision_x=None, tokens=None, num_tokens=None, num_samples=None
-    ):
+    def forward(self, lang_x, attention_mask, labels, vision_x=None, tokens=None) -> dict:
+        """labels (B, N), -100 where nothing is scored. Returns loss and, with a teacher, its two parts."""
+        inputs = (lang_x, attention_mask, vision_x, tokens)
         wanted = labels[:, 1:] != -100
-        num_tokens = num_tokens or wanted.sum()
-        logits = self.logits(self.student, lang_x, attention_mask, vision_x, tokens)[:, :-1][wanted].float()
-        lm_loss = F.cross_entropy(logits, labels[:, 1:][wanted], reduction="sum") / num_tokens
+        count = wanted.sum().clamp(min=1)  # a report that the length limit cut away leaves nothing to score
+        logits = self.logits(self.student, *inputs)[:, :-1][wanted].float()
+        lm_loss = F.cross_entropy(logits, labels[:, 1:][wanted], reduction="sum") / count
         if not self.distill:
             return {"loss": lm_loss}
         with torch.no_grad():
-            target = self.logits(self.teachers[0], lang_x, attention_mask, vision_x, tokens)
-            target = target[:, :-1][wanted].float().log_softmax(-1)
-        distance = F.kl_div(logits.log_softmax(-1), target, reduction="sum", log_target=True) / num_tokens
-        return {
-            "loss": (1 - self.distill) * lm_loss + self.distill * distance,
-            "lm_loss": lm_loss,
-            "distance": distance,
-        }
+            target = self.logits(self.teachers[0], *inputs)[:, :-1][wanted].float().log_softmax(-1)
+        distance = F.kl_div(logits.log_softmax(-1), target, reduction="sum", log_target=True) / count
+        loss = (1 - self.distill) * lm_loss + self.distill * distance
+        return {"loss": loss, "lm_loss": lm_loss, "distance": distance}
 
 
 def set_trained(model, full: bool) -> list[str]:
-    """LoRA alone, or all decoder layers; embeddings, head and vision part stay frozen. Returns the names."""
+    """Let LoRA alone train, or (full) all decoder layers; return the names of the trained tensors.
+
+    Embeddings, output head and vision part stay frozen. Trained tensors become float32: in half precision the
+    steps of AdamW, about 1e-5, would vanish.
+    """
     layers = set(decoder_layers(getattr(model, "lang_model", model)).parameters())
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter in layers if full else "lora_" in name)
-    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for parameter in trained.values():
+        parameter.data = parameter.data.float()
+    return list(trained)
 
 
-def heal(model, train_set, collate_fn, args, accelerator, teacher=None, distill: float = 0.0):
-    """Train what requires a gradient in `model`, with dia_pangu's loop; returns the `Healing` module as it was trained,
-    perhaps sharded."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    trainer = Trainer(Healing(model, teacher, distill), args, accelerator, train_set, collate_fn, INPUTS)
-    trainer.train()
-    for number, handler in handlers.items():  # the loop's "save, then stop" ends with the loop
-        signal.signal(number, handler)
-    trainer.model.eval()
-    return trainer.model
-
-
-def new_lora(
-    model, r: int = 4, alpha: float | None = None, dropout: float = 0.0, targets: str | None = None
-) -> tuple:
-    """(`model` with a new LoRA, its settings). targets: names of linear modules, comma separated; default as the help says."""
-    names = {
-        name.rpartition(".")[2]
-        for name, m in decoder_layers(model)[0].named_modules()
-        if isinstance(m, (nn.Linear, Conv1D))
-    }
-    if targets is None:
-        fused = [name for name in (*FUSED, "query_key_value") if name in names]
-        targets = "q_proj,v_proj" if {"q_proj", "v_proj"} <= names else ",".join(fused)
+def new_lora(model, r: int = 4, alpha: float | None = None, dropout: float = 0.0, targets=None) -> tuple:
+    """Return (`model` with a new LoRA, its settings). targets: module names separated by commas."""
     lora = {
         "r": r,
         "alpha": 4 * r if alpha is None else alpha,
         "dropout": dropout,
-        "targets": targets.split(","),
+        "targets": usual_targets(model) if targets is None else targets.split(","),
     }
-    if missing := sorted(set(lora["targets"]) - names):
-        raise UserError(
-            f"--lora_target_modules {targets}: a decoder layer has no {missing[0]!r}; it has {', '.join(sorted(names))}"
-        )
-    return add_lora(model, lora["r"], lora["alpha"], lora["dropout"], lora["targets"]), lora
+    return add_lora(model, *lora.values(), option="--lora_target_modules"), lora
 
 
 def check(args):
+    """Refuse what contradicts itself and what would have no effect, before anything is loaded."""
     if bool(args.data) == bool(args.texts):
-        raise UserError(
-            "give either --data (a report model on a CTRG folder) or --texts (a plain language model)"
-        )
-    if args.data and not args.lang_model_path:
-        raise UserError(
-            "--lang-model-path is needed with --data: the folder with the language model's config and tokenizer"
-        )
-    if not 0 <= args.distill <= 1 or (args.distill and not args.teacher):
-        raise UserError("--distill takes a weight in [0, 1] and needs --teacher, the unpruned model")
+        raise UserError("give --data (a report model on a CTRG folder) or --texts (a plain language model)")
+    if args.texts:
+        only_reports = ["lang_model_path", "teacher_lang_model_path", "cache", "flip", "places"]
+        refuse(args, only_reports, "with --texts")
+        if not args.drop_layers:
+            refuse(args, ["prune_map_path"], "with --texts and without --drop_layers")
+    else:
+        refuse(args, ["max_length", "trust_remote_code"], "with --data")
+        if not args.lang_model_path:
+            raise UserError(
+                "--data needs --lang-model-path, the folder with the language model's configuration and "
+                "tokenizer"
+            )
+    if args.full:
+        own = ["lora_r", "lora_dropout", "lora_target_modules"]
+        refuse(args, own + (["lora_alpha"] if args.texts else []), "with --full")
+    if args.distill and not args.teacher:
+        raise UserError("--distill needs --teacher, the unpruned model")
+    if not args.distill:
+        refuse(args, ["teacher", "teacher_lang_model_path"], "without --distill")
+    if args.lr_scheduler_type == "constant":
+        refuse(args, ["warmup"], "with --lr-scheduler-type constant")
     if args.drop_layers:
         if not args.prune_map_path:
             raise UserError("--drop_layers is checked against the map; name it with --prune_map_path")
@@ -258,83 +289,150 @@ def check(args):
             raise UserError(f"--drop_layers {args.drop_layers}: {args.prune_map_path} says {dropped}")
 
 
+def load_report_task(args):
+    """Return (model, teacher or None, training set, collate function, settings) of a report model."""
+    from pruning import report_model  # dia_pangu's code, which plain language models do not need
+
+    loaded = report_model.load_report_model(
+        args.pruned_model_path, args.lang_model_path, args.prune_map_path, args.lora_alpha, args.lora_dropout
+    )
+    model, text, config = loaded
+    if config["lora"]:
+        check_lora(args, config["lora"])
+    elif not args.full:
+        model.lang_model, config["lora"] = new_lora(
+            model.lang_model, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target_modules
+        )
+    teacher = None
+    if args.distill:
+        teacher_llm = args.teacher_lang_model_path or args.lang_model_path
+        teacher = report_model.load_report_model(args.teacher, teacher_llm)[0]
+    train_set = report_model.training_set(model, text, config, args)
+    return model, teacher, train_set, report_model.collate, config
+
+
+def check_lora(args, lora: dict):
+    """Refuse --lora_r and --lora_target_modules that contradict the LoRA of the checkpoint."""
+    if "lora_r" in args._given and args.lora_r != lora["r"]:
+        raise UserError(f"--lora_r {args.lora_r}: the checkpoint's LoRA has rank {lora['r']}")
+    if args.lora_target_modules and sorted(args.lora_target_modules.split(",")) != sorted(lora["targets"]):
+        raise UserError(
+            f"--lora_target_modules {args.lora_target_modules}: the checkpoint's LoRA has "
+            f"{','.join(lora['targets'])}"
+        )
+
+
+def scored(batch) -> torch.Tensor:
+    """Number of scored tokens: what a batch's loss is the mean over."""
+    return torch.zeros(()) if "error" in batch else (batch["labels"][:, 1:] != -100).sum()
+
+
+def refuse_bad_sample(accelerator, batch):
+    """End every process with one line where any process met a sample that it cannot read."""
+    bad = torch.tensor(float("error" in batch), device=accelerator.device)
+    if accelerator.num_processes > 1:
+        bad = accelerator.reduce(bad)
+    if bad:
+        raise UserError(batch.get("error", "another process met a sample that it cannot read"))
+
+
+def heal(model, train_set, collate_fn, args, accelerator, teacher=None):
+    """Train the tensors of `model` that require a gradient; log and checkpoints go to args.out.
+
+    Returns the `Healing` module as it was trained, which may be sharded over the processes.
+    """
+    # what trains, and how
+    healing = Healing(model, teacher, args.distill)
+    groups = parameter_groups(healing, args.lr, args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, args.adam_beta2))
+    loader = make_loader(train_set, args, collate_fn=collate_fn)
+    if args.compile:
+        healing.compile()
+    healing, optimizer, loader = accelerator.prepare(healing, optimizer, loader)
+    steps = plan_steps(args, loader)
+    warmup = 0 if args.lr_scheduler_type == "constant" else args.warmup
+    schedule = SCHEDULES[args.lr_scheduler_type]
+
+    # the loop: a report's tokens all weigh the same, whichever batch or process they are in
+    training = start(accelerator, args, steps, [optimizer])
+    healing.train()
+    for batch, share in batches(training, loader, count=scored):
+        refuse_bad_sample(accelerator, batch)
+        inputs = {name: batch[name] for name in INPUTS if name in batch}
+        with accelerator.accumulate(healing):
+            losses = {name: value * share for name, value in healing(**inputs).items()}
+            check_finite(training, batch["id"], **losses)
+            accelerator.backward(losses["loss"])
+            factor = lr_at(training.state["step"], steps, warmup, schedule)
+            grad = update(training, healing, [optimizer], factor)
+        if accelerator.sync_gradients:
+            finish_step(training, grad=grad)
+    finish(training)
+    return healing.eval()
+
+
 def main(args):
     check(args)
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    accelerator = make_accelerator(args)
     seed_everything(args.seed)
-    new = (args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target_modules)
-    teacher = config = tokenizer = None
+
+    # the pruned model, its teacher and what it trains on
+    config = tokenizer = teacher = None
     if args.data:
-        model, text, config = load_report_model(
-            args.pruned_model_path, args.lang_model_path, args.prune_map_path, args.lora_alpha
-        )
-        if args.distill:
-            teacher = load_report_model(args.teacher, args.teacher_lang_model_path or args.lang_model_path)[0]
-        if not config["lora"] and not args.full:
-            model.lang_model, config["lora"] = new_lora(model.lang_model, *new)
-        places = read_places(args.places) if args.places else None
-        train_set = CTRGDataset(
-            args.data,
-            "train",
-            make_grid(config),
-            text,
-            config["language"],
-            args.cache,
-            args.flip,
-            args.seed,
-            limit=args.limit,
-            places=places,
-        )
-        if (model.embedding_layer.evidence_head is None) != (args.places is None):
-            raise UserError(
-                f"--places: the prompts of {args.pruned_model_path} "
-                + (
-                    "name no side and place; leave it out"
-                    if args.places
-                    else "name side and place; give the places.json of dia_pangu/pretrain_vit.py"
-                )
-            )
+        model, teacher, train_set, collate_fn, config = load_report_task(args)
     else:
-        model, tokenizer = load_model(args.pruned_model_path)
+        model, tokenizer = load_model(args.pruned_model_path, trust_remote_code=args.trust_remote_code)
         if args.distill:
-            teacher = load_model(args.teacher)[0]
+            teacher = load_model(args.teacher, trust_remote_code=args.trust_remote_code)[0]
         if not args.full:
-            model, _ = new_lora(model, *new)
-        train_set = Texts(args.texts, tokenizer, args.max_length, args.limit)
+            lora = (args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target_modules)
+            model, _ = new_lora(model, *lora)
+        train_set, collate_fn = Texts(args.texts, tokenizer, args.max_length, args.limit), collate_texts
+
+    # what of it trains
     names = set_trained(model, args.full)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()  # AdamW steps of 1e-5 vanish in half precision
     if teacher is not None:
         teacher = teacher.to(accelerator.device).requires_grad_(False)
     accelerator.print(f"{describe(model)} in {len(names)} tensors | {len(train_set)} samples")
-    out, started = open_run(args.output_dir, args, accelerator, args.resume, args.overwrite), time.time()
-    timing = {"status": "failed"}
+
+    # healing; timing.json says how it ended, also when it was stopped
+    open_run(args.out, args, accelerator, args.resume, args.overwrite)
+    started, status = time.time(), "failed"
     try:
-        healing = heal(model, train_set, collate, args, accelerator, teacher, args.distill)
-        timing["status"] = "finished"
-    except BaseException as error:
-        timing["status"] = (
-            "interrupted" if type(error).__name__ in ("Interrupted", "KeyboardInterrupt") else "failed"
-        )
+        healing = heal(model, train_set, collate_fn, args, accelerator, teacher)
+        status = "finished"
+    except (Interrupted, KeyboardInterrupt):
+        status = "interrupted"
         raise
     finally:
         if accelerator.is_main_process:
-            atomic_write(
-                out / "timing.json",
-                json.dumps({**timing, "started": started, "wall_seconds": time.time() - started}, indent=1),
-            )
+            timing = {"status": status, "started": started, "wall_seconds": time.time() - started}
+            atomic_write(args.out / "timing.json", json.dumps(timing, indent=1))
+
+    # the healed model, in the form that it came in
     weights = accelerator.get_state_dict(healing)  # every process takes part, in case it is sharded
-    if accelerator.is_main_process and args.data:
-        save_model({key.removeprefix("student."): value for key, value in weights.items()}, out, config)
-        print(f"wrote {out}/pytorch_model.bin; test it with pruning/test.py --pruned_model_path {out}")
-    elif accelerator.is_main_process:
-        model = accelerator.unwrap_model(healing).student
-        with atomic_dir(out / "model") as temporary:
-            (model if args.full else model.merge_and_unload()).save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
-        print(f"wrote {out}/model, LoRA merged" if not args.full else f"wrote {out}/model")
-    accelerator.end_training()
+    if accelerator.is_main_process:
+        if args.data:
+            save_report(weights, args.out, config)
+        else:
+            save_plain(accelerator.unwrap_model(healing).student, tokenizer, args.out, args.full)
+
+
+def save_report(weights: dict, out: Path, config: dict):
+    """Write a healed report model as dia_pangu does, LoRA beside the weights."""
+    from pruning.report_model import save_model
+
+    save_model({key.removeprefix("student."): value for key, value in weights.items()}, out, config)
+    print(f"wrote {out}/pytorch_model.bin; test it with pruning/test.py --pruned_model_path {out}")
+
+
+def save_plain(model, tokenizer, out: Path, full: bool):
+    """Write a healed language model as a folder that transformers loads, LoRA merged into the weights."""
+    with atomic_dir(out / "model") as temporary:
+        whole = model if full else model.merge_and_unload()
+        whole.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    print(f"wrote {out}/model" + ("" if full else ", LoRA merged into the weights"))
 
 
 if __name__ == "__main__":

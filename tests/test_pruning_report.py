@@ -18,12 +18,13 @@ from common.tiny_llm import make_llm, make_tokenizer
 from dia_pangu import make_data
 from dia_pangu.src.Dataset.prompt import LATERAL
 from dia_pangu.src.Model.build import TINY, build_model, save_model
-from pruning import study, test, train
+from pruning import test, train
 from pruning.layers import without_layers
 from pruning.pruning_tools import prune_llm
 from pruning.report_model import Encoded, load_report_model, report_losses, task_prompts, write_reports
 from pruning.sensitivity_analyse import layer_sensitivity_scan as scanner
 from pruning.sensitivity_analyse.load_model import load_model
+from studies.pruning import study, tables
 from tests.parity import assert_same_first_step
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -213,27 +214,19 @@ def test_healing_lowers_the_loss_and_touches_lora_alone(world, tmp_path):
         train.main(train.parse_args(heal_args(world, tmp_path / "x", "--drop_layers", "1")))
 
 
-def test_upstreams_spelling_of_options_is_understood():
-    args = train.parse_args(
-        [
-            "--pruned_model_path",
-            "x",
-            "--output_dir",
-            "y",
-            "--save_steps",
-            "7",
-            "--lora_dropout",
-            "0.2",
-            "--num_train_epochs",
-            "3",
-        ]
-    )
-    assert (args.save_steps, args.lora_dropout, args.num_train_epochs, str(args.output_dir)) == (
-        7,
-        0.2,
-        3.0,
-        "y",
-    )
+def test_upstreams_names_and_underscores_are_understood():
+    flags = {"--output_dir": "y", "--save_steps": "7", "--lora_dropout": "0.2", "--num_train_epochs": "3"}
+    flags |= {
+        "--per_device_train_batch_size": "2",
+        "--gradient_accumulation_steps": "5",
+        "--warmup_steps": "9",
+    }
+    words = [word for pair in flags.items() for word in pair]
+    args = train.parse_args(["--pruned_merged_ckpt", "x", "--prune_map", "m", *words])
+    assert (str(args.pruned_model_path), str(args.prune_map_path), str(args.out)) == ("x", "m", "y")
+    assert (args.save_every, args.lora_dropout, args.epochs, args.warmup) == (7, 0.2, 3.0, 9)
+    assert (args.batch_size, args.accum) == (2, 5)
+    assert train.parse_args(["--pruned-model-path=x", "--out=y"]).lora_r == 4
 
 
 def test_full_healing_trains_the_layers_and_nothing_else(world):
@@ -464,9 +457,9 @@ def test_the_study_leaves_the_model_as_it_was_and_reuses_equal_sets(world, tmp_p
     )
     out = tmp_path / "study"
     table = list(csv.DictReader(open(out / "table.csv")))
-    assert [r["criterion"] for r in table] == ["unpruned", *study.CRITERIA, *study.CONTROLS]
+    assert [r["criterion"] for r in table] == ["unpruned", *tables.CRITERIA, *tables.CONTROLS]
     assert all(float(r["parameters"]) < float(table[0]["parameters"]) for r in table[1:])
-    assert "largest difference of a test sample's loss 0.0e+00" in capsys.readouterr().out
+    assert "largest difference of a test sample's loss is 0.0e+00" in capsys.readouterr().out
     for name in ("tradeoff.png", "healing.png", "layer_sensitivity.png"):
         assert (out / name).stat().st_size > 5000
     result = json.loads(next((tmp_path / "results").glob("*f1.json")).read_text())
@@ -478,7 +471,7 @@ def test_the_study_leaves_the_model_as_it_was_and_reuses_equal_sets(world, tmp_p
     rows = {r["criterion"]: r for r in csv.DictReader(open(out / "table.csv"))}
     assert all(
         rows[f"{name}_elsewhere"]["perplexity_after"] == rows[name]["perplexity_after"]
-        for name in study.CRITERIA
+        for name in tables.CRITERIA
     )
     assert capsys.readouterr().out.count("1.00, without layer 0 1.00") == 5
     with pytest.raises(UserError, match="another study"):
@@ -564,12 +557,12 @@ def test_intervals_are_paired_and_say_when_nothing_differs():
         {
             "criterion": c,
             "ratio": 0.5,
-            "drop_layers": "0" if c in study.CRITERIA else "1" if c == "last" else "2",
+            "drop_layers": "0" if c in tables.CRITERIA else "1" if c == "last" else "2",
         }
-        for c in (*study.CRITERIA, *study.CONTROLS)
+        for c in (*tables.CRITERIA, *tables.CONTROLS)
     ]
     verdicts = {
-        (c["metric"], c["control"]): c["verdict"] for c in study.compare(choices, sets, ("f1", "perplexity"))
+        (c["metric"], c["control"]): c["verdict"] for c in tables.compare(choices, sets, ("f1", "perplexity"))
     }
     for metric in ("f1", "perplexity"):
         assert verdicts[metric, "last"] == "no difference" and verdicts[metric, "random"] == "better"
@@ -583,7 +576,7 @@ def test_the_interval_of_a_random_control_covers_its_sets():
         {"counts": [[2.0, errors]] * 30, "losses": [[1.0 + errors, 10.0]] * 30} for errors in (0.0, 4.0)
     ]  # all reports alike
     for metric in ("f1", "perplexity"):
-        assert np.ptp(study.quality(sets[:1], metric)[1]) < 1e-9
-        ends = [study.quality([s], metric)[0] for s in sets]
-        low, high = np.percentile(study.quality(sets, metric)[1], (2.5, 97.5))
+        assert np.ptp(tables.quality(sets[:1], metric)[1]) < 1e-9
+        ends = [tables.quality([s], metric)[0] for s in sets]
+        low, high = np.percentile(tables.quality(sets, metric)[1], (2.5, 97.5))
         assert (low, high) == pytest.approx(sorted(ends))

@@ -1,4 +1,5 @@
-"""Values, FLOPs per token and KV-cache of a checkpoint, by dtype and key prefix, without loading it; two checkpoints side by side.
+"""Values, FLOPs per token and KV-cache of a checkpoint, by dtype and key prefix, without loading it; two
+checkpoints side by side.
 
 python pruning/pruning_tools/count_params.py path/to/model --compare path/to/pruned --config path/to/llm
 """
@@ -49,8 +50,9 @@ def parse_args(argv=None):
 
 
 def layer_cost(config: dict, entries: dict, llm, context: int) -> dict:
-    """Numbers of the decoder. FLOPs per token: two for each value of a matrix that a token passes (layers and lm_head), plus
-    attention over `context` tokens. KV-cache: keys and values of `context` tokens in the weights' type."""
+    """Numbers of the decoder. FLOPs per token: two for each value of a matrix that a token passes (layers and
+    lm_head), plus attention over `context` tokens. KV-cache: keys and values of `context` tokens in the
+    weights' type."""
     inside = {k: e for k, e in entries.items() if re.match(llm.pattern, k) and ".lora_" not in k}
     head = next(
         (

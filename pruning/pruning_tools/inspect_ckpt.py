@@ -1,4 +1,5 @@
-"""What a checkpoint holds, without loading it: number of keys, the first ones with shape and dtype, numbered prefixes, decoder, LoRA.
+"""What a checkpoint holds, without loading it: number of keys, the first ones with shape and dtype, numbered
+prefixes, decoder, LoRA.
 
 python pruning/pruning_tools/inspect_ckpt.py path/to/pytorch_model.bin
 """

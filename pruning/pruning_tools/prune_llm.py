@@ -1,10 +1,12 @@
-"""Remove decoder layers from a checkpoint on disk (upstream: prune_llm_only_and_merge_{CN,EN}_cli.py with msmodelslim).
+"""Remove decoder layers from a checkpoint on disk (upstream: prune_llm_only_and_merge_{CN,EN}_cli.py with
+msmodelslim).
 
     python pruning/pruning_tools/prune_llm.py --ckpt runs/dia_pangu/ft --lang-model-path path/to/llm --out-dir pruned --drop-layers 23-28
 
-Removing layers is renaming keys, so no model is built and no value changes: dtype, tied embeddings and LoRA weights stay
-as they are, and the LoRA alpha, which decides how strongly they act, is carried along (upstream guessed it, halved it and
-rounded to float16). The source is never modified. From a checkpoint that holds more than a language model, it writes
+Removing layers is renaming keys, so no model is built and no value changes: dtype, tied embeddings and LoRA
+weights stay as they are, and the LoRA alpha, which decides how strongly they act, is carried along (upstream
+guessed it, halved it and rounded to float16). The source is never modified. From a checkpoint that holds more
+than a language model, it writes
 
     llm_only_pruned_state_{tag}_{version}_cpu.bin              the language model's tensors
     pytorch_model_pruned_{tag}_merged_clean_{version}_cpu.bin  all tensors (.safetensors, or a folder of shards, if the source is so)
@@ -30,7 +32,7 @@ sys.path.insert(
 )  # repository root: every way of starting this file finds it
 from common.checkpoint import atomic_dir, atomic_write
 from common.errors import UserError, run
-from common.files import read_json
+from common.files import check, read_json
 from pruning.layers import ATTENTION, check_drop, config_key, shorter_config
 from pruning.pruning_tools.shards import (
     Checkpoint,
@@ -97,7 +99,8 @@ def parse_args(argv=None):
         "--hf",
         choices=("none", "merged", "adapter", "both"),
         default="none",
-        help="for a checkpoint with more than a language model: also write it as a folder for from_pretrained, LoRA "
+        help="for a checkpoint with more than a language model: also write it as a folder for "
+        "from_pretrained, LoRA "
         "merged "
         "into the weights, as a peft folder adapter/ beside them, or both folders (default none)",
     )
@@ -121,11 +124,13 @@ def parse_args(argv=None):
     return p.parse_args(argv)
 
 
-# ------------------------------------------------------------------------------------------------ which layers
+# ------------------------------------------------------------------------------------------------ which
+# layers
 
 
 def parse_drop_layers(spec: str) -> list[int]:
-    """Sorted unique layer ids of a list such as "23-28" or "0-2, 5 7-9" (separated by commas or blanks); ranges ascend."""
+    """Sorted unique layer ids of a list such as "23-28" or "0-2, 5 7-9" (separated by commas or blanks);
+    ranges ascend."""
     layers = set()
     for part in re.split(r"[,\s]+", spec.strip()):
         if not part:
@@ -172,7 +177,8 @@ def spec_of(drop_layers: list[int]) -> str:
     return ",".join(f"{a}-{b}" if a != b else str(a) for a, b in runs)
 
 
-# ------------------------------------------------------------------------------------------------ what the checkpoint holds
+# ------------------------------------------------------------------------------------------------ what the
+# checkpoint holds
 
 
 @dataclass
@@ -185,7 +191,8 @@ class Lora:
 
 @dataclass
 class LanguageModel:
-    """Where a checkpoint keeps its decoder. prefix: before the layer number. root: before the plain model's own keys."""
+    """Where a checkpoint keeps its decoder. prefix: before the layer number. root: before the plain model's
+    own keys."""
 
     prefix: str
     root: str
@@ -197,7 +204,8 @@ class LanguageModel:
 
 
 def find_language_model(keys, prefix: str | None = None) -> LanguageModel:
-    """Find the decoder layers among checkpoint keys; other parts (vision encoder, Perceiver) have .layers. too and are left alone."""
+    """Find the decoder layers among checkpoint keys; other parts (vision encoder, Perceiver) have .layers.
+    too and are left alone."""
     attention = re.compile(rf"(.*?\.?(?:layers|h|blocks)\.)(\d+)\.(?:{'|'.join(ATTENTION)})\.")
     found = {}
     for key in keys:
@@ -231,10 +239,11 @@ def find_language_model(keys, prefix: str | None = None) -> LanguageModel:
 
 
 def find_lora(checkpoint: Checkpoint, llm: LanguageModel, alpha: float | None) -> Lora | None:
-    """LoRA of the decoder: targets and rank from the keys, alpha from adapter_config.json beside them or from `alpha`.
+    """LoRA of the decoder: targets and rank from the keys, alpha from adapter_config.json beside them or from
+    `alpha`.
 
-    Returns None for a checkpoint without LoRA. Its alpha stays None when it is not known. UserError if ranks differ or
-    if the two sources of alpha contradict each other.
+    Returns None for a checkpoint without LoRA. Its alpha stays None when it is not known. UserError if ranks
+    differ or if the two sources of alpha contradict each other.
     """
     ranks = {}
     for key, entry in checkpoint.entries.items():
@@ -263,10 +272,20 @@ def read_config(folder: Path, llm: LanguageModel) -> dict | None:
     count = config.get(config_key(config, "num_hidden_layers"))
     if count is not None and count != llm.layers:
         raise UserError(
-            f"{path}: num_hidden_layers is {count}, the checkpoint holds {llm.layers} layers; this config is of "
+            f"{path}: num_hidden_layers is {count}, the checkpoint holds {llm.layers} layers; this config is "
+            "of "
             f"another model"
         )
     return config
+
+
+def read_map(path) -> dict:
+    """The prune map that upstream's tool or ours wrote: which old layer each new layer was."""
+    fields = {"new_layers": int, "layer_id_map": dict, "old_layers?": int, "lora_alpha?": float, "tag?": str}
+    prune_map = read_json(path, fields)
+    every = {str(new): int for new in range(prune_map["new_layers"])}
+    check(prune_map["layer_id_map"], every, path, "layer_id_map")
+    return prune_map
 
 
 # ------------------------------------------------------------------------------------------------ pruning
@@ -288,8 +307,8 @@ def prune_keys(entries: dict, llm: LanguageModel, drop_layers) -> tuple[dict, di
 
 
 def plain_entries(entries: dict, llm: LanguageModel, lora: Lora | None, merge: bool) -> tuple[dict, dict]:
-    """(tensors under the plain model's own key names, adapter tensors under peft's names); with `merge` the adapter is added
-    into the weights, in float32, and rounded once to their type."""
+    """(tensors under the plain model's own key names, adapter tensors under peft's names); with `merge` the
+    adapter is added into the weights, in float32, and rounded once to their type."""
     weights, adapter = {}, {}
     for key, entry in entries.items():
         if not key.startswith(llm.root) or key.endswith("rotary_emb.inv_freq"):
@@ -314,8 +333,8 @@ def plain_entries(entries: dict, llm: LanguageModel, lora: Lora | None, merge: b
 
 
 def hf_config(config: dict, layer_id_map: dict, weights: dict) -> dict:
-    """config.json of the pruned model. openPangu's remote class is a Llama with biases on the attention projections, and is
-    written as such, so that no remote code is needed."""
+    """config.json of the pruned model. openPangu's remote class is a Llama with biases on the attention
+    projections, and is written as such, so that no remote code is needed."""
     config = shorter_config(config, list(layer_id_map.values()))
     if config.get("model_type") == "PanguEmbedded":
         config = {k: v for k, v in config.items() if k not in ("auto_map", "bias")} | {
@@ -374,8 +393,8 @@ def write_adapter_config(folder: Path, lora: Lora):
 
 
 def result_names(tag: str, version: str) -> list[str]:
-    """What one drop set makes: upstream's names, without ending, of the language model's tensors, of all tensors and of the map;
-    then our two folders."""
+    """What one drop set makes: upstream's names, without ending, of the language model's tensors, of all
+    tensors and of the map; then our two folders."""
     return [
         f"llm_only_pruned_state_{tag}_{version}_cpu",
         f"pytorch_model_pruned_{tag}_merged_clean_{version}_cpu",
@@ -485,7 +504,8 @@ def check_space(folder: Path, needed: int):
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
-            f"{folder}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free; make room or choose "
+            f"{folder}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free; make room or "
+            "choose "
             f"another --out-dir"
         )
 
@@ -503,7 +523,8 @@ def main(args):
     lora = find_lora(checkpoint, llm, args.lora_alpha)
     if lora and lora.alpha is None:
         raise UserError(
-            f"{args.ckpt} holds LoRA weights of rank {lora.r} but no adapter_config.json says their alpha; pass "
+            f"{args.ckpt} holds LoRA weights of rank {lora.r} but no adapter_config.json says their alpha; "
+            "pass "
             "--lora-alpha (Dia-Pangu was trained with 16)"
         )
     if lora and args.lora_r not in (None, lora.r):
@@ -514,7 +535,8 @@ def main(args):
         and sorted(args.lora_target_modules.split(",")) != lora.target_modules
     ):
         raise UserError(
-            f"--lora-target-modules {args.lora_target_modules}: the checkpoint has {','.join(lora.target_modules)}"
+            f"--lora-target-modules {args.lora_target_modules}: the checkpoint has "
+            f"{','.join(lora.target_modules)}"
         )
     for drop, _ in sets:
         check_drop(drop, llm.layers)
@@ -531,7 +553,8 @@ def main(args):
         )
     if args.out_dir.resolve() == checkpoint.folder.resolve():
         raise UserError(
-            f"--out-dir {args.out_dir} is the source's own folder; choose another, so that the source stays as it is"
+            f"--out-dir {args.out_dir} is the source's own folder; choose another, so that the source stays "
+            "as it is"
         )
     total = sum(e.nbytes for e in checkpoint.entries.values())
     copies = (2 if llm.root else 0) + {"none": 0, "merged": 1, "adapter": 1, "both": 2}[
@@ -540,14 +563,16 @@ def main(args):
     check_space(args.out_dir, int(copies * total * sum(1 - len(drop) / llm.layers for drop, _ in sets)))
     args.out_dir.mkdir(parents=True, exist_ok=True)
     print(
-        f"{args.ckpt}: {llm.layers} layers under {llm.prefix}, {len(checkpoint.entries)} tensors, {total / 1e9:.3f} GB"
+        f"{args.ckpt}: {llm.layers} layers under {llm.prefix}, {len(checkpoint.entries)} tensors, "
+        f"{total / 1e9:.3f} GB"
         + (f"; LoRA r {lora.r}, alpha {lora.alpha:g}, {', '.join(lora.target_modules)}" if lora else "")
     )
     for drop, tag in sets:
         report = prune(checkpoint, llm, lora, config, drop, tag, args, source)
         share = 1 - report["parameters_after"] / report["parameters_before"]
         print(
-            f"{tag}: layers {llm.layers} -> {report['new_layers']}, values {report['parameters_before']:,} -> "
+            f"{tag}: layers {llm.layers} -> {report['new_layers']}, values {report['parameters_before']:,} "
+            "-> "
             f"{report['parameters_after']:,} ({share:.1%} removed), in {args.out_dir}"
             + ("" if llm.root else f"/hf_{tag}")
         )

@@ -1,12 +1,15 @@
-"""Narrower layers, or zeros inside them, chosen by the activations on a calibration set: what dropping layers competes with.
+"""Narrower layers, or zeros inside them, chosen by the activations on a calibration set: what dropping layers
+competes with.
 
     python pruning/pruning_tools/prune_width.py --model path/to/hf --out path/to/narrow --mlp-ratio 0.25 --kv-ratio 0.25
     python pruning/pruning_tools/prune_width.py --model path/to/hf --out path/to/sparse --method wanda --sparsity 0.5
 
-width      removes MLP neurons and whole key-value heads with their query heads, as many in every layer, so that the result
+width      removes MLP neurons and whole key-value heads with their query heads, as many in every layer, so
+that the result
            is an ordinary smaller model. Score of a neuron: mean |activation| times the norm of its column in down_proj; of a
            head group: the same over its part of o_proj's input (activation importance of Minitron, arXiv 2407.14679)
-wanda      sets weights to zero, score |W| times the norm of the input, within each output row (arXiv 2306.11695), layer after
+wanda      sets weights to zero, score |W| times the norm of the input, within each output row (arXiv
+2306.11695), layer after
            layer on the activations of the layers pruned before
 magnitude  sets weights to zero, score |W|, within each matrix: the control of wanda
 --sparsity 2:4 keeps the two best of every four along the input; else a share of the weights.
@@ -75,7 +78,8 @@ def llama_parts(layer):
 
 @contextlib.contextmanager
 def input_norms(modules: dict, real: torch.Tensor, power: int = 2):
-    """{name: sum over real tokens of |input|^power for each input feature} of Linear modules, filled while the block runs.
+    """{name: sum over real tokens of |input|^power for each input feature} of Linear modules, filled while
+    the block runs.
 
     real: (B, N) bool, False at padding.
     """
@@ -106,7 +110,8 @@ def calibration_batch(model, prompts):
 
 @torch.no_grad()
 def prune_width(model, prompts, mlp_ratio: float, kv_ratio: float) -> dict:
-    """Cut `model` in place; returns {"mlp": kept neurons of each layer, "kv": kept key-value heads of each layer}."""
+    """Cut `model` in place; returns {"mlp": kept neurons of each layer, "kv": kept key-value heads of each
+    layer}."""
     parts = [llama_parts(layer) for layer in decoder_layers(model)]
     config = plain(model).config
     heads, kv_heads, head_dim = head_counts(model)
@@ -162,7 +167,8 @@ def keep_columns(linear, index):
 
 
 def zero_mask(score: torch.Tensor, sparsity: str, by_row: bool) -> torch.Tensor:
-    """True where a weight goes. score (out, in); by_row: the share holds within each output row, else within the matrix."""
+    """True where a weight goes. score (out, in); by_row: the share holds within each output row, else within
+    the matrix."""
     if sparsity == "2:4":
         if score.shape[1] % 4:
             raise UserError(
@@ -177,8 +183,8 @@ def zero_mask(score: torch.Tensor, sparsity: str, by_row: bool) -> torch.Tensor:
 
 @torch.no_grad()
 def prune_unstructured(model, prompts, method: str, sparsity: str):
-    """Set weights of every Linear in the decoder layers to zero, in place. wanda sees each layer's input as the pruned
-    layers before it produce it, within one forward pass over all prompts."""
+    """Set weights of every Linear in the decoder layers to zero, in place. wanda sees each layer's input as
+    the pruned layers before it produce it, within one forward pass over all prompts."""
     batch, real = calibration_batch(model, prompts)
     with contextlib.ExitStack() as stack:
         for layer in decoder_layers(model):
@@ -227,7 +233,8 @@ def main(args):
         about = {"method": args.method, "source": str(args.model), "kept": chosen}
         (temporary / "prune_width.json").write_text(json.dumps(about))
     print(
-        f"{args.method}: values {before:,} -> {after:,} ({1 - after / before:.1%} removed), {zeros:,} zeros in the layers' "
+        f"{args.method}: values {before:,} -> {after:,} ({1 - after / before:.1%} removed), {zeros:,} zeros "
+        "in the layers' "
         f"matrices, in {args.out}"
     )
 

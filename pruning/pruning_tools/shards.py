@@ -1,4 +1,5 @@
-"""Checkpoints as lists of tensors that stay on disk: any format read lazily, safetensors written by copying bytes.
+"""Checkpoints as lists of tensors that stay on disk: any format read lazily, safetensors written by copying
+bytes.
 
 A model of 8 B values is 16 GB; pruning it renames keys and needs none of these values in memory.
 """
@@ -42,7 +43,8 @@ BLOCK = 1 << 24  # bytes copied at once
 
 @dataclass
 class Entry:
-    """One tensor of a checkpoint. read() gives it; where = (file, offset) of its bytes, if they lie in a file as they are."""
+    """One tensor of a checkpoint. read() gives it; where = (file, offset) of its bytes, if they lie in a file
+    as they are."""
 
     dtype: torch.dtype
     shape: tuple
@@ -60,7 +62,8 @@ class Entry:
 
 @dataclass
 class Checkpoint:
-    """entries: {key: Entry} with the leading `module.` and `_orig_mod.` removed. files: where they lie. format: safetensors or bin."""
+    """entries: {key: Entry} with the leading `module.` and `_orig_mod.` removed. files: where they lie.
+    format: safetensors or bin."""
 
     path: Path
     entries: dict
@@ -73,7 +76,8 @@ class Checkpoint:
 
 
 def open_checkpoint(path) -> Checkpoint:
-    """Open a weight file or a folder of shards without reading the values. UserError if it is missing, cut or no checkpoint."""
+    """Open a weight file or a folder of shards without reading the values. UserError if it is missing, cut or
+    no checkpoint."""
     path = Path(path)
     files = [path] if path.is_file() else list_shards(path)
     entries = {}
@@ -163,7 +167,8 @@ def cast(entry: Entry, dtype: torch.dtype) -> Entry:
 
 
 def write_safetensors(path, entries: dict[str, Entry]):
-    """Write a .safetensors file, whole or not at all, one tensor at a time; bytes that lie in a file are copied."""
+    """Write a .safetensors file, whole or not at all, one tensor at a time; bytes that lie in a file are
+    copied."""
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for key, entry in entries.items():
         header[key] = {
@@ -188,7 +193,8 @@ def write_safetensors(path, entries: dict[str, Entry]):
 
 
 def copy_range(where, nbytes: int, target):
-    """Append `nbytes` bytes from where = (file, offset) to the open file `target`; holes of a sparse file stay holes."""
+    """Append `nbytes` bytes from where = (file, offset) to the open file `target`; holes of a sparse file
+    stay holes."""
     file, position = where
     end = position + nbytes
     with open(file, "rb", buffering=0) as source:
@@ -217,7 +223,8 @@ def next_data(fd: int, position: int, end: int) -> tuple[int, int]:
 
 
 def write_shards(folder: Path, entries: dict[str, Entry], max_bytes: int, stem: str = "model"):
-    """Write entries as transformers does: one `model.safetensors`, or numbered shards of at most `max_bytes` and an index."""
+    """Write entries as transformers does: one `model.safetensors`, or numbered shards of at most `max_bytes`
+    and an index."""
     shards, size = [{}], 0
     for key, entry in entries.items():
         if shards[-1] and size + entry.nbytes > max_bytes:
@@ -238,6 +245,7 @@ def write_shards(folder: Path, entries: dict[str, Entry], max_bytes: int, stem: 
 
 
 def write_bin(path, entries: dict[str, Entry]):
-    """Write a torch state dict, whole or not at all. Tensors that shared memory in the source (tied embeddings) still do."""
+    """Write a torch state dict, whole or not at all. Tensors that shared memory in the source (tied
+    embeddings) still do."""
     with atomic_path(path) as temporary:
         torch.save({key: entry.read() for key, entry in entries.items()}, temporary)

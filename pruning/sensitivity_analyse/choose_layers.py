@@ -15,8 +15,9 @@ last, first       controls                                                      
 random            control; random_keep0 never removes layer 0 (a random set that already    -
                   keeps it is the same in both, so that fewer sets need to be evaluated)
 
-Scores of single layers do not add up: greedy, beam and window measure sets instead. Random sets are the control to beat,
-above all random_keep0, because much of what every criterion knows is that the first layer must stay.
+Scores of single layers do not add up: greedy, beam and window measure sets instead. Random sets are the
+control to beat, above all random_keep0, because much of what every criterion knows is that the first layer
+must stay.
 """
 
 import argparse
@@ -88,14 +89,16 @@ def layers_for_budget(model, target: float) -> int:
     count = max(0, math.ceil((total - target) / each))
     if not 0 < count < len(decoder_layers(model)):
         raise UserError(
-            f"--target-params {target:,.0f}: the model has {total:,} and a layer {each:,}; choose a number between "
+            f"--target-params {target:,.0f}: the model has {total:,} and a layer {each:,}; choose a number "
+            "between "
             f"{total - each * (len(decoder_layers(model)) - 1):,} and {total - each:,}"
         )
     return count
 
 
 def loss_without(model, prompts, drop_layers=()) -> dict[int, float]:
-    """Mean loss per scored token when `drop_layers` are gone (key -1), and when one more layer is gone too (its old number)."""
+    """Mean loss per scored token when `drop_layers` are gone (key -1), and when one more layer is gone too
+    (its old number)."""
     keep = [i for i in range(len(decoder_layers(model))) if i not in drop_layers]
     with without_layers(model, drop_layers):
         records = scan(model, prompts, modes=(), kinds=())
@@ -141,7 +144,8 @@ def choose(
     seed=0,
     width=3,
 ):
-    """(layers to remove, sentence saying why). rows: of `summarise`. angles: the (L + 1, L + 1) matrices of the records."""
+    """(layers to remove, sentence saying why). rows: of `summarise`. angles: the (L + 1, L + 1) matrices of
+    the records."""
     if criterion in FROM_RECORDS and criterion != "angular":
         wanted = {
             "sensitivity": (plain_mode(mode), distance),
@@ -244,7 +248,8 @@ def main(args):
                     }
                 )
                 print(
-                    f"{criterion:16} {layers} -> {layers - count} layers: --drop-layers {spec_of(drop)}   ({why})"
+                    f"{criterion:16} {layers} -> {layers - count} layers: --drop-layers {spec_of(drop)}   "
+                    f"({why})"
                 )
     atomic_write(args.out, json.dumps({"layers": layers, "choices": choices}, indent=1))
     print(f"wrote {args.out}; prune with prune_llm.py --plan {args.out}")

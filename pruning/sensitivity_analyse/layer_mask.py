@@ -1,8 +1,9 @@
-"""Switching off a part of one decoder layer, without changing a weight (upstream: sensitivity-analyse/layer_mask.py).
+"""Switching off a part of one decoder layer, without changing a weight (upstream:
+sensitivity-analyse/layer_mask.py).
 
-mode        what is zero                              effect
-q, k, qk    output of the projection(s), after bias   all scores equal: every position averages its past (q, k, qk agree)
-v, qv       output of v (and q), after bias           attention returns o_proj(0), the o bias (v and qv agree: with
+mode        what is zero                              effect q, k, qk    output of the projection(s), after
+bias   all scores equal: every position averages its past (q, k, qk agree) v, qv       output of v (and q),
+after bias           attention returns o_proj(0), the o bias (v and qv agree: with
                                                       V = 0 the weights do not matter)
 head        one query head before o_proj
 attention   the attention branch, o bias included
@@ -31,10 +32,10 @@ FUSED = ("qkv_proj", "c_attn")  # one projection whose output is q, k, v one aft
 class ProjHeadMaskWrapper(nn.Module):
     """A projection whose output heads can be switched off.
 
-    base_linear: Linear, LoRA Linear or Conv1D with output (..., heads * head_dim). num_out_heads: counted from the
-    weight when None (upstream counted in the first forward, which forgot a mask set before it).
-    forward returns the projection bit for bit while every head is on; else each head times its mask, after the bias,
-    so that a head that is off is exactly 0.
+    base_linear: Linear, LoRA Linear or Conv1D with output (..., heads * head_dim). num_out_heads: counted
+    from the weight when None (upstream counted in the first forward, which forgot a mask set before it).
+    forward returns the projection bit for bit while every head is on; else each head times its mask, after
+    the bias, so that a head that is off is exactly 0.
     """
 
     def __init__(self, base_linear: nn.Module, head_dim: int, num_out_heads: int | None = None):
@@ -80,10 +81,11 @@ def plain_mode(mode: str) -> str:
 
 
 def mask_attention_layer(model, layer_idx: int, mode: str = "v_only"):
-    """Wrap the projections named in `mode` (q, k, v, qk, qv) of one layer; returns (enable_mask, disable_mask, restore).
+    """Wrap the projections named in `mode` (q, k, v, qk, qv) of one layer; returns (enable_mask,
+    disable_mask, restore).
 
-    enable_mask zeroes them, disable_mask makes the layer bit-equal to the original, restore puts the modules back.
-    Prefer `masked`, which restores also when something raises.
+    enable_mask zeroes them, disable_mask makes the layer bit-equal to the original, restore puts the modules
+    back. Prefer `masked`, which restores also when something raises.
     """
     attention = child(decoder_layers(model)[layer_idx], ATTENTION)
     query_heads, kv_heads, head_dim = head_counts(model)
@@ -99,7 +101,8 @@ def mask_attention_layer(model, layer_idx: int, mode: str = "v_only"):
         masks = {name: torch.tensor(0.0) for name in originals}  # every head
     else:
         raise UserError(
-            f"{type(attention).__name__} mixes q, k and v in one projection; use --mode attention, head, mlp or "
+            f"{type(attention).__name__} mixes q, k and v in one projection; use --mode attention, head, mlp "
+            "or "
             f"layer"
         )
     wrappers = {
@@ -126,7 +129,8 @@ def mask_attention_layer(model, layer_idx: int, mode: str = "v_only"):
 
 @contextlib.contextmanager
 def masked(model, layer_idx: int, mode: str = "v_only", head: int | None = None):
-    """Inside the with block, layer `layer_idx` runs with `mode` switched off; it is whole again afterwards, always.
+    """Inside the with block, layer `layer_idx` runs with `mode` switched off; it is whole again afterwards,
+    always.
 
     head: which query head, for mode "head".
     """

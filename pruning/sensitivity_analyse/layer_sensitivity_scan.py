@@ -2,10 +2,10 @@
 
     python pruning/sensitivity_analyse/layer_sensitivity_scan.py --model path/to/hf_folder --mode v_only --out layer_sensitivity.csv
 
-One pass also yields block influence (ShortGPT, arXiv 2403.03853), the angular distance of every window of layers
-(arXiv 2403.17887) and, for each layer left out, the distance and the change of the loss. Upstream:
-sensitivity-analyse/layer_sensitivity_scan.py, which runs the whole model once per layer and prompt (`--method naive`; the faster
-ones: scan_methods.py).
+One pass also yields block influence (ShortGPT, arXiv 2403.03853), the angular distance of every window of
+layers (arXiv 2403.17887) and, for each layer left out, the distance and the change of the loss. Upstream:
+sensitivity-analyse/layer_sensitivity_scan.py, which runs the whole model once per layer and prompt (`--method
+naive`; the faster ones: scan_methods.py).
 """
 
 import argparse
@@ -122,8 +122,8 @@ def add_prompt_args(p):
 
 
 def load_with_prompts(args) -> tuple:
-    """(model, tokenizer, prompts) that `add_prompt_args` and --model asked for. A prompt is a dict with name, input_ids or
-    inputs_embeds, and labels for task prompts."""
+    """(model, tokenizer, prompts) that `add_prompt_args` and --model asked for. A prompt is a dict with name,
+    input_ids or inputs_embeds, and labels for task prompts."""
     if args.max_tokens < 2 or args.task_samples < 1:
         raise UserError("--max-tokens needs at least 2, --task-samples at least 1")
     if args.task_data:
@@ -135,7 +135,8 @@ def load_with_prompts(args) -> tuple:
 
         if not args.lang_model_path:
             raise UserError(
-                "--task-data needs --lang-model-path: the folder with the language model's config and tokenizer"
+                "--task-data needs --lang-model-path: the folder with the language model's config and "
+                "tokenizer"
             )
         report_model, text, config = load_report_model(args.model, args.lang_model_path)
         report_model = report_model.to(Accelerator().device)
@@ -155,7 +156,8 @@ def text_prompts(texts, tokenizer, max_tokens: int = 512) -> list[dict]:
     return prompts
 
 
-# ------------------------------------------------------------------------------------------------ many prompts
+# ------------------------------------------------------------------------------------------------ many
+# prompts
 
 
 def fingerprint(model) -> str:
@@ -185,8 +187,9 @@ def scan(
     journal=None,
     resume=False,
 ) -> list[dict]:
-    """`scan_batch` over all prompts; one record each. journal: a .jsonl path that gets each batch's records as soon as they are known;
-    with `resume`, records that stand there already are taken from it, if it belongs to this model and these settings."""
+    """`scan_batch` over all prompts; one record each. journal: a .jsonl path that gets each batch's records
+    as soon as they are known; with `resume`, records that stand there already are taken from it, if it
+    belongs to this model and these settings."""
     model.eval()
     variants = list_variants(model, modes)
     header = {
@@ -222,7 +225,8 @@ def read_journal(path, header) -> dict:
     for field, value in header.items():
         if before.get(field) != value:
             raise UserError(
-                f"{path}: was scanned with {field} {before.get(field)}, not {value}; use --overwrite or another "
+                f"{path}: was scanned with {field} {before.get(field)}, not {value}; use --overwrite or "
+                "another "
                 f"--out"
             )
     whole = []
@@ -233,7 +237,8 @@ def read_journal(path, header) -> dict:
 
 
 def summarise(records) -> list[dict]:
-    """Rows {mode, layer, head, distance, score_mean, score_std, prompt_count}; std is the population's, as upstream."""
+    """Rows {mode, layer, head, distance, score_mean, score_std, prompt_count}; std is the population's, as
+    upstream."""
     values = defaultdict(list)
     for record in records:
         for variant in record["variants"]:
@@ -306,7 +311,8 @@ def draw(rows, path, title=""):
 
 
 def write_tables(out: Path, rows, mode: str, distance: str, title: str) -> list[dict]:
-    """<out>.csv of one mode and distance with upstream's columns, <out>.all.csv and <out>.png of all; returns the rows of the first."""
+    """<out>.csv of one mode and distance with upstream's columns, <out>.all.csv and <out>.png of all; returns
+    the rows of the first."""
     chosen = [r for r in rows if (r["mode"], r["distance"]) == (mode, distance)]
     write_csv(
         out,
@@ -319,7 +325,8 @@ def write_tables(out: Path, rows, mode: str, distance: str, title: str) -> list[
 
 
 def sanity_check(model, prompt, variants, kinds, method):
-    """Print the distance with a lifted mask (0) and the largest difference between `method` and naive on one prompt."""
+    """Print the distance with a lifted mask (0) and the largest difference between `method` and naive on one
+    prompt."""
     prompt = {key: value[:, :64] if torch.is_tensor(value) else value for key, value in prompt.items()}
     batch = pad_prompts([prompt], next(model.parameters()).device)
     whole = plain(model).get_decoder()(**batch, use_cache=False).last_hidden_state
@@ -330,7 +337,8 @@ def sanity_check(model, prompt, variants, kinds, method):
     fast, naive = (scan_batch(model, [prompt], some, kinds, m)[0]["variants"] for m in (method, "naive"))
     worst = max(abs(a[k] - b[k]) / max(1, abs(b[k])) for a, b in zip(fast, naive) for k in kinds)
     print(
-        f"sanity check: mask lifted, largest change {(whole - again).abs().max().item():.1e}; {method} against naive "
+        f"sanity check: mask lifted, largest change {(whole - again).abs().max().item():.1e}; {method} "
+        "against naive "
         f"{worst:.1e}"
     )
     if not torch.equal(whole, again) or not worst < (1e-4 if whole.dtype == torch.float32 else 5e-2):
@@ -351,7 +359,8 @@ def main(args):
     model, _, prompts = load_with_prompts(args)
     variants = list_variants(model, modes)
     print(
-        f"{len(decoder_layers(model))} layers, {len(prompts)} prompts, {len(variants)} variants, {args.method}"
+        f"{len(decoder_layers(model))} layers, {len(prompts)} prompts, {len(variants)} variants, "
+        f"{args.method}"
     )
     if args.sanity_check:
         with torch.no_grad():

@@ -4,31 +4,40 @@ import json
 import sys
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM
+# repository root: every way of starting this file finds it
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[2])
-)  # repository root: every way of starting this file finds it
+from common import llm
 from common.errors import UserError
-from common.files import reading
-from dia_pangu.src.Model.pangu import load_tokenizer  # also registers openPangu's model type
+from common.files import read_json, reading
 
 PROMPTS = Path(__file__).with_name("prompts.jsonl")
 
 
 def load_model(path, dtype: str | None = None, trust_remote_code: bool = False):
-    """(model, tokenizer) of a folder as transformers writes it, in eval mode. dtype: "float32", ...; default as stored."""
-    path = Path(path)
-    if not (path / "config.json").is_file():
-        raise UserError(
-            f"{path}: no config.json there; give the folder of a language model, with config, weights and tokenizer"
-        )
-    with reading(path, "causal language model"):
-        tokenizer = load_tokenizer(path, trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype or "auto", local_files_only=True, trust_remote_code=trust_remote_code
-        )
-    return model.eval(), tokenizer
+    """Return (causal language model in eval mode, tokenizer) of a folder as transformers writes it.
+
+    dtype: "float32", "bfloat16" or "float16"; None: as stored.
+    """
+    if is_pangu(path) and not trust_remote_code:
+        # openPangu under its own names needs dia_pangu's classes; the import registers them with transformers
+        from pruning.report_model import load_tokenizer
+    else:
+        load_tokenizer = llm.load_tokenizer
+    model = llm.load_llm(path, dtype or "auto", trust_remote_code)
+    return model, load_tokenizer(path, trust_remote_code)
+
+
+def is_pangu(path) -> bool:
+    """Whether a folder's model or tokenizer is openPangu's own class, which is not part of transformers."""
+    config, tokenizer = Path(path) / "config.json", Path(path) / "tokenizer_config.json"
+    model_type = read_json(config, {"model_type?": str}).get("model_type") if config.is_file() else None
+    name = (
+        read_json(tokenizer, {"tokenizer_class?": str}).get("tokenizer_class")
+        if tokenizer.is_file()
+        else None
+    )
+    return model_type == "PanguEmbedded" or name == "PanguTokenizer"
 
 
 def builtin_prompts() -> list[str]:
@@ -37,7 +46,10 @@ def builtin_prompts() -> list[str]:
 
 
 def read_prompts(path) -> list[str]:
-    """One prompt a line; a .jsonl file holds objects with the field `text`. Empty lines are passed over."""
+    """The texts of a file: one a line, or objects with the field `text` in a .jsonl file.
+
+    Empty lines are passed over. UserError names a line that cannot be read.
+    """
     with reading(path, "UTF-8 text file"):
         lines = [line for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     if Path(path).suffix == ".jsonl":

@@ -31,7 +31,8 @@ CHUNK = 1 << 23  # log-probabilities held at once, in values
 
 
 def list_variants(model, modes) -> list[tuple]:
-    """(mode, layer, head) for everything to switch off; head is None but for mode "head". Leave-one-out is always in."""
+    """(mode, layer, head) for everything to switch off; head is None but for mode "head". Leave-one-out is
+    always in."""
     heads = range(head_counts(model)[0])
     modes = list(dict.fromkeys([*map(plain_mode, modes), "layer"]))
     return [
@@ -44,7 +45,8 @@ def list_variants(model, modes) -> list[tuple]:
 
 @contextlib.contextmanager
 def shortcut(model, layer_idx: int, mode: str, head=None):
-    """As `masked`, but a layer without attention does not compute any: with v masked it returns o_proj(0), bit for bit."""
+    """As `masked`, but a layer without attention does not compute any: with v masked it returns o_proj(0),
+    bit for bit."""
     if mode not in ("v", "qv", "attention"):
         with masked(model, layer_idx, mode, head):
             yield
@@ -82,8 +84,8 @@ def patched(module, forward):
 
 
 def pad_prompts(prompts, device) -> dict:
-    """Stack prompts (1, n) or (1, n, d) with zeros on the right. Attention is causal, so no mask is needed: the real
-    positions never see the padding, and the rest is not scored."""
+    """Stack prompts (1, n) or (1, n, d) with zeros on the right. Attention is causal, so no mask is needed:
+    the real positions never see the padding, and the rest is not scored."""
     key = "input_ids" if "input_ids" in prompts[0] else "inputs_embeds"
     tensors = [p[key][0].to(device) for p in prompts]
     return {key: torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True)}
@@ -91,13 +93,15 @@ def pad_prompts(prompts, device) -> dict:
 
 @dataclass
 class DecoderOutput(BaseModelOutputWithPastAndCrossAttentions):
-    """What any model's head may look for behind its decoder; mixtures of experts look for router_logits too."""
+    """What any model's head may look for behind its decoder; mixtures of experts look for router_logits
+    too."""
 
     router_logits: tuple | None = None
 
 
 def apply_head(model, hidden_states: torch.Tensor) -> torch.Tensor:
-    """Logits (..., V) of final hidden states (..., d), through the model's own head (scaling and soft caps included)."""
+    """Logits (..., V) of final hidden states (..., d), through the model's own head (scaling and soft caps
+    included)."""
     rows = hidden_states.reshape(1, -1, hidden_states.shape[-1])
     with patched(model.get_decoder(), lambda *args, **kwargs: DecoderOutput(last_hidden_state=rows)):
         logits = model(
@@ -107,10 +111,11 @@ def apply_head(model, hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 class Baseline:
-    """Hooks that watch the unmasked rows of a forward pass: layer inputs, block influence, hidden states for the angles.
+    """Hooks that watch the unmasked rows of a forward pass: layer inputs, block influence, hidden states for
+    the angles.
 
-    rows: number of unmasked rows, the first ones. lengths: real tokens of each. keep_inputs: store what each layer is
-    called with. variants: grow the batch behind each layer (the wavefront).
+    rows: number of unmasked rows, the first ones. lengths: real tokens of each. keep_inputs: store what each
+    layer is called with. variants: grow the batch behind each layer (the wavefront).
     """
 
     def __init__(self, model, lengths, variants=(), keep_inputs=False):
@@ -137,7 +142,8 @@ class Baseline:
             hook.remove()
 
     def fit_masks(self, layer, args, kwargs):
-        """All rows have the same causal mask; it was made for the first batch, so keep one row and let it broadcast."""
+        """All rows have the same causal mask; it was made for the first batch, so keep one row and let it
+        broadcast."""
 
         def one_row(value):
             if torch.is_tensor(value) and value.dim() > 1 and self.rows > 1 and len(value) == self.rows:
@@ -174,14 +180,15 @@ class Baseline:
         return torch.cat(grown) if len(grown) > 1 else None
 
     def angles(self, prompt: int) -> list[list[float]]:
-        """Angular distance in [0, 1] between the hidden states before layers a and b at the last token, (L + 1, L + 1)."""
+        """Angular distance in [0, 1] between the hidden states before layers a and b at the last token, (L +
+        1, L + 1)."""
         states = torch.nn.functional.normalize(torch.stack(self.last_token[prompt]).double(), dim=-1)
         return (torch.arccos((states @ states.T).clamp(-1, 1)) / math.pi).tolist()
 
 
 class Scorer:
-    """Compares final hidden states with the baseline's, `CHUNK` log-probabilities at a time, so that memory does not
-    grow with prompts, layers or a vocabulary of 153376."""
+    """Compares final hidden states with the baseline's, `CHUNK` log-probabilities at a time, so that memory
+    does not grow with prompts, layers or a vocabulary of 153376."""
 
     def __init__(self, model, prompt, base_hidden, kinds):
         self.model, self.base, self.kinds = model, base_hidden, kinds
@@ -190,7 +197,8 @@ class Scorer:
 
     @torch.no_grad()
     def __call__(self, hidden: torch.Tensor):
-        """hidden (K, N, d) of K variants -> K dictionaries of distances and nll, the baseline's nll, number of scored tokens."""
+        """hidden (K, N, d) of K variants -> K dictionaries of distances and nll, the baseline's nll, number
+        of scored tokens."""
         vocabulary = apply_head(self.model, self.base[:1]).shape[-1]
         positions = max(1, min(len(self.base), CHUNK // vocabulary))
         group = max(1, CHUNK // (vocabulary * positions))
@@ -220,10 +228,11 @@ class Scorer:
 
 @torch.no_grad()
 def scan_batch(model, prompts, variants, kinds, method="wavefront") -> list[dict]:
-    """Scores of a batch of prompts (dicts with name, input_ids (1, n) or inputs_embeds (1, n, d), and optional labels).
+    """Scores of a batch of prompts (dicts with name, input_ids (1, n) or inputs_embeds (1, n, d), and
+    optional labels).
 
-    Returns a record for each prompt: name, tokens, nll (per scored token), scored, block_influence (L,), angles
-    (L+1, L+1) and variants: [{mode, layer, head, <distance> ..., nll}].
+    Returns a record for each prompt: name, tokens, nll (per scored token), scored, block_influence (L,),
+    angles (L+1, L+1) and variants: [{mode, layer, head, <distance> ..., nll}].
     """
     model = plain(model)
     device = next(model.parameters()).device
@@ -262,8 +271,8 @@ def scan_batch(model, prompts, variants, kinds, method="wavefront") -> list[dict
 
 
 def masked_pass(model, batch, mode, layer, head, inputs=None) -> torch.Tensor:
-    """Final hidden states (rows, N, d) of a padded batch with one part off; `inputs` (rows, N, d) of that layer spares the layers
-    before it."""
+    """Final hidden states (rows, N, d) of a padded batch with one part off; `inputs` (rows, N, d) of that
+    layer spares the layers before it."""
     with contextlib.ExitStack() as stack:
         if inputs is None:
             stack.enter_context(masked(model, layer, mode, head))
