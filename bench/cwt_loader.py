@@ -2,9 +2,10 @@
 
     python bench/cwt_loader.py [--records 100 1000 10000]
 
-For each number of records: the store is built from that many files of one minute at 100 Hz, then a fresh process maps it and
-draws 20,000 random windows of 10 s. Beside it, the same windows by reading and uncompressing the record's npz file for
-every window, which is what a loader without a store does. Writes bench/results/cwt_loader.json.
+For each number of records: the store is built from that many files of one minute at 100 Hz, then a fresh
+process maps it and draws 20,000 random windows of 10 s. Beside it, the same windows by reading and
+uncompressing the record's npz file for every window, which is what a loader without a store does. Writes
+bench/results/cwt_loader.json.
 """
 
 import argparse
@@ -29,7 +30,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def draw(folder: str, windows: int):
-    """Run in a process of its own: one JSON line with windows/s and this process's own memory (without mapped files)."""
+    """Run in a process of its own: one JSON line with windows/s and this process's own memory (without mapped
+    files)."""
     before = resident_mb("RssAnon")
     dataset = PhysioSignalDataset(Store(folder), 1000, num_patches=20)
     places = np.random.default_rng(0).integers(len(dataset), size=windows)

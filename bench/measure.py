@@ -4,7 +4,8 @@ from pathlib import Path
 
 
 def resident_mb(field: str = "VmRSS") -> float:
-    """MB now; "VmHWM": at the highest since the start or the last `added_peak_mb`; "RssAnon": without the pages of mapped files."""
+    """MB now; "VmHWM": at the highest since the start or the last `added_peak_mb`; "RssAnon": without the
+    pages of mapped files."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 

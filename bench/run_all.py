@@ -4,8 +4,8 @@
     python bench/run_all.py cwt pruning     # some of them
     python bench/run_all.py --table         # only the table, from the numbers in bench/results/
 
-Each bench runs in a process of its own and writes bench/results/<name>.json. A claim is a ratio to a named baseline measured
-in the same run; `CLAIMS` says where it stands in that file.
+Each bench runs in a process of its own and writes bench/results/<name>.json. A claim is a ratio to a named
+baseline measured in the same run; `CLAIMS` says where it stands in that file.
 """
 
 import argparse
@@ -116,7 +116,8 @@ CLAIMS = {
             "24 layers x 16 heads x 900 tokens",
             "eager, full matrices",
             lambda d: (
-                f"{d['rows']['attention_speedup']:.1f} x faster, {d['rows']['memory_ratio']:.0f} x less extra memory"
+                f"{d['rows']['attention_speedup']:.1f} x faster, {d['rows']['memory_ratio']:.0f} x less "
+                "extra memory"
             ),
         ),
         (
@@ -184,13 +185,49 @@ def result(name):
     return json.loads(path.read_text()) if path.is_file() else None
 
 
+def gpu_table() -> list[str]:
+    """The section on the GPU, from the JSON of `bench/gpu.sh`: every row, whether its goal was reached or
+    not."""
+    data = result("gpu")
+    if data is None:
+        return ["", "No GPU was at hand; `bash bench/gpu.sh` measures the real sizes on one."]
+    about = data["about"]
+    lines = [
+        "",
+        "## On a GPU, at the real sizes",
+        "",
+        f"`bash bench/gpu.sh` on one {about['device']}, torch {about['torch']}, transformers "
+        f"{about['transformers']}; "
+        "random weights, bfloat16. The ratio is how many times faster or smaller ours is, unless the note "
+        "says otherwise.",
+        "",
+        "| what | ours | baseline | ratio | goal | note |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for step in data["steps"].values():
+        for row in step.get("rows", []):
+            ours = "-" if row["value"] is None else f"{row['value']:.4g} {row['unit']}"
+            baseline = row["baseline"] or ""
+            if row["baseline_value"] is not None:
+                baseline += f": {row['baseline_value']:.4g}"
+            ratio = "" if row["ratio"] is None else f"{row['ratio']:.3g}"
+            goal = f"{row['goal']}: {'' if row['reached'] else 'not '}reached" if row["goal"] else ""
+            lines.append(f"| {row['what']} | {ours} | {baseline} | {ratio} | {goal} | {row['note'] or ''} |")
+    for name, step in data["steps"].items():
+        if why := step.get("failed") or step.get("skipped"):
+            lines.append(f"| the rest of the step `{name}` | not measured: {why} | | | | |")
+    return lines
+
+
 def write_table():
     """bench/README.md from the JSON files that are there; a bench without one is named as not measured."""
     lines = [
         "# Measured claims",
         "",
-        "Ratios to a baseline in the same run, on CPU; each from the command in the last column, which prints absolute times too.",
-        "Machines differ and this one was shared, so expect other ratios on yours. Made by `python bench/run_all.py`.",
+        "Ratios to a baseline in the same run, on CPU; each from the command in the last column, which "
+        "prints absolute times too.",
+        "Machines differ and this one was shared, so expect other ratios on yours. Made by `python "
+        "bench/run_all.py`.",
         "",
         "| claim | size | baseline | measured | command |",
         "| --- | --- | --- | --- | --- |",
@@ -204,7 +241,8 @@ def write_table():
         "",
         "## Growth",
         "",
-        "Slopes on logarithmic axes, `python bench/scaling.py`: 1 is growth in proportion, 0 none. Memory is what a call adds at its",
+        "Slopes on logarithmic axes, `python bench/scaling.py`: 1 is growth in proportion, 0 none. Memory is "
+        "what a call adds at its",
         "peak, with the part that does not grow.",
         "",
         "| what | grows with | sizes | time | memory | at the largest |",
@@ -213,13 +251,11 @@ def write_table():
     for case in result("scaling") or []:
         sizes, last = [row["size"] for row in case["rows"]], case["rows"][-1]
         lines.append(
-            f"| {case['what']} | {case['grows']} | {sizes[0]:,} to {sizes[-1]:,} | {case['time']:.2f} | {case['memory']:.2f} | "
+            f"| {case['what']} | {case['grows']} | {sizes[0]:,} to {sizes[-1]:,} | {case['time']:.2f} | "
+            f"{case['memory']:.2f} | "
             f"{1e3 * last['seconds']:.0f} ms, {last['megabytes']:.0f} MB |"
         )
-    lines += [
-        "",
-        "No GPU was at hand: the scripts measure the real sizes in bfloat16 where there is one (`--help`).",
-    ]
+    lines += gpu_table()
     lines += ["", (HERE / "proof.md").read_text().rstrip()]  # written by hand: what was seen, and when
     atomic_write(HERE / "README.md", "\n".join(lines) + "\n")
 

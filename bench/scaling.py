@@ -2,8 +2,8 @@
 
     python bench/scaling.py
 
-A slope of 1 is growth in proportion, 2 is quadratic, 0 none. Every size runs in a fork of its own on one thread: CPU seconds of a
-call (median of --repeats), and the memory that one call adds at its peak.
+A slope of 1 is growth in proportion, 2 is quadratic, 0 none. Every size runs in a fork of its own on one
+thread: CPU seconds of a call (median of --repeats), and the memory that one call adds at its peak.
 """
 
 import argparse
@@ -75,7 +75,8 @@ def refiner(phrases: int):
 
 
 def scan(layers: int):
-    """Wavefront scan of one prompt of 64 tokens: at layer i there are i + 1 variants, so quadratic is what can be had."""
+    """Wavefront scan of one prompt of 64 tokens: at layer i there are i + 1 variants, so quadratic is what
+    can be had."""
     model = LlamaForCausalLM(
         LlamaConfig(
             hidden_size=128,
@@ -114,7 +115,8 @@ CASES = [
 
 
 def measure(make, size: int, repeats: int, work) -> dict:
-    """{"size", "seconds", "megabytes"} of one call of make(size), in a fork whose working directory is `work`."""
+    """{"size", "seconds", "megabytes"} of one call of make(size), in a fork whose working directory is
+    `work`."""
     read, write = os.pipe()
     if os.fork() == 0:
         os.chdir(work)
