@@ -82,15 +82,22 @@ def stage(script: str, *arguments, processes: int = 1, threads: int | None = Non
 def side_by_side(*parts, cores: int = CORES):
     """Call the functions `parts`, as many at a time as there are cores; the first that fails ends the
     others."""
-    with ThreadPoolExecutor(max(1, min(cores, len(parts)))) as pool:
-        jobs = [pool.submit(part) for part in parts]
+    errors = []
+
+    def begin(part):
+        if errors:
+            return
         try:
-            for job in jobs:
-                job.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            part()
+        except BaseException as error:
+            errors.append(error)
             stop_all()
-            raise
+
+    with ThreadPoolExecutor(max(1, min(cores, len(parts)))) as pool:
+        for part in parts:
+            pool.submit(begin, part)
+    if errors:
+        raise errors[0]
 
 
 def stop_all():

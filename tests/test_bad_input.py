@@ -1,4 +1,6 @@
-"""Good inputs broken systematically: every project refuses each with status 2 and one line that names the file, writing nothing."""
+"""Good inputs broken systematically: every project refuses each with status 2 and one line that names the
+file, writing nothing.
+"""
 
 import json
 from functools import partial
@@ -27,17 +29,18 @@ from pruning.pruning_tools.shards import open_checkpoint
 from pruning.report_model import read_map
 from pruning.sensitivity_analyse.load_model import read_prompts
 from tests import forked
-from tests.mutants import broken, csv_fields, fresh, h5_fields, json_fields, npz_fields, tensors, tree
+from tests.broken_inputs import broken, csv_fields, fresh, h5_fields, json_fields, npz_fields, tensors, tree
 from tests.worlds import *  # noqa: F403  the fixtures cwt, em, grounding, ct, llm
 
 
 def refuse_all(world, target, command, mutators, harmless=(), names=(), lazy=False):
-    """Each mutant of one file, in a fresh copy of the folder: refused, or listed in one failure with what happened instead.
+    """Each mutant of one file, in a fresh copy of the folder: refused, or listed in one failure with what
+    happened instead.
 
-    world: folder of good inputs and {command: (script, function of the copy that gives the command line)}; the command
-    writes to copy/run over an earlier run. harmless: mutants ("field=kind", or "field" for all kinds) that need not be
-    refused. names: what the error line may name beside the file. lazy: read in mid-run, so that the run folder may have
-    been opened, but no result may be in it.
+    world: folder of good inputs and {command: (script, function of the copy that gives the command line)};
+    the command writes to copy/run over an earlier run. harmless: mutants ("field=kind", or "field" for all
+    kinds) that need not be refused. names: what the error line may name beside the file. lazy: read in
+    mid-run, so that the run folder may have been opened, but no result may be in it.
     """
     copy, (script, arguments), failures, count = (
         world.folder.parent / "mutant",
