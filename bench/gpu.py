@@ -23,6 +23,7 @@ reported with its reason and keeps the rows that it measured before; the other s
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -91,10 +92,14 @@ def run_step(name: str, dry_run: bool, limit: float) -> dict:
     late = threading.Event()
 
     def stop():
-        late.set()
-        os.killpg(child.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
 
-    timer = threading.Timer(limit, stop)
+    def stop_late():
+        late.set()
+        stop()
+
+    timer = threading.Timer(limit, stop_late)
     timer.start()
     try:
         for line in child.stdout:
@@ -108,8 +113,7 @@ def run_step(name: str, dry_run: bool, limit: float) -> dict:
         status = child.wait()
     finally:
         timer.cancel()
-        if child.poll() is None:
-            stop()
+        stop()  # what the step has left running ends too
     result["seconds"] = round(time.monotonic() - start, 1)
     if late.is_set():
         result["failed"] = f"stopped after its {limit:.0f} seconds"

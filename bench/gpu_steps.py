@@ -1151,6 +1151,9 @@ Accelerator.__init__ = in_bf16
 """
 
 
+SCRIPT_SECONDS = 95  # less than the step's own limit
+
+
 def scripts(dry):
     """The five rooms' built-in recipes at their smallest size with bfloat16 autocast; a dry run takes one
     room."""
@@ -1178,26 +1181,30 @@ def scripts(dry):
 
         for room in rooms:
             begin(room)
-        while started:
+        while started and time.monotonic() - start < SCRIPT_SECONDS:
             time.sleep(0.2)
             for room, child in list(started.items()):
                 if child.poll() is None:
                     continue
                 del started[room]
-                lines = Path(f"{work}/{room}.log").read_text(errors="replace").strip().splitlines()
-                note = (
-                    "bfloat16, smallest size" if child.returncode == 0 else (lines or ["no output"])[-1][:200]
-                )
-                emit(
-                    f"built-in recipe of {room}",
-                    time.monotonic() - start,
-                    "s",
-                    goal="ends well",
-                    reached=child.returncode == 0,
-                    note=note,
-                )
+                show_recipe(work, room, time.monotonic() - start, child.returncode)
                 if room == "dia_pangu" and child.returncode == 0:
                     begin("pruning")  # prunes the model that dia_pangu has just trained
+        for room, child in started.items():
+            child.kill()
+            show_recipe(work, room, SCRIPT_SECONDS, None)
+
+
+def show_recipe(work, room, seconds, status):
+    """Emit how a recipe ended: `status` 0 is well, None means that it was stopped on time."""
+    lines = Path(f"{work}/{room}.log").read_text(errors="replace").strip().splitlines() or ["no output"]
+    note = "bfloat16, smallest size"
+    if status is None:
+        note = f"stopped on time, no error so far; last line: {lines[-1][:120]}"
+    elif status:
+        note = lines[-1][:200]
+    goal = {"goal": "ends well", "reached": status == 0}
+    emit(f"built-in recipe of {room}", seconds, "s", note=note, **goal)
 
 
 # ---- sharding
