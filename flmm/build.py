@@ -12,7 +12,7 @@ import yaml
 from common.errors import UserError
 from common.files import check, inside, reading
 from common.weights import read_weights
-from flmm.data.phrases import PhraseDataset, ReasonSegDataset, Together
+from flmm.data.phrases import PhraseDataset, ReasonSegDataset, MixedData
 from flmm.data.png import PNGDataset
 from flmm.data.refcoco import RefCOCODataset
 from flmm.models.flmm import FLMM
@@ -75,6 +75,8 @@ CONFIG = {
         "batch_size?": int,
         "accum?": int,
         "weight_decay?": float,
+        "warmup?": float,
+        "clip?": float,
         "coarse_first?": int,
     },
     "data": {},
@@ -203,4 +205,4 @@ def build_dataset(config, split, root, build, seed=0, per_sentence=False):
             parts.append(DATASETS[kind](**entry, build=build))
         except TypeError as error:
             raise UserError(f"data.{split}: {error}") from error
-    return parts[0] if len(parts) == 1 else Together(parts)
+    return parts[0] if len(parts) == 1 else MixedData(parts)

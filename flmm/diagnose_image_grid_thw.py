@@ -4,33 +4,30 @@ python flmm/diagnose_image_grid_thw.py --path Qwen/Qwen2.5-VL-3B-Instruct      #
 python flmm/diagnose_image_grid_thw.py                                         # a tiny model of the same class
 """
 
-import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # repository root: every way of starting this file finds it
+# repository root: every way of starting this file finds it
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 from PIL import Image
 
+from common.arguments import Parser
 from common.errors import UserError, run
 from flmm.data.samples import SampleBuilder, caption_of_phrases
 from flmm.models.frozen_qwen import FrozenQwen
 from flmm.models.tiny import tiny_model, tiny_tokenizer
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_args(argv=None):
+    parser = Parser(__doc__)
     parser.add_argument(
         "--path", help="Qwen2.5-VL folder or hub name (default: a tiny random model of the same class)"
     )
-    parser.add_argument("--width", type=int, default=640, help="test picture, pixels (default 640)")
-    parser.add_argument("--height", type=int, default=480, help="test picture, pixels (default 480)")
-    return parser.parse_args()
+    parser.add_argument("--width", type=int, default=640, help="test picture, pixels")
+    parser.add_argument("--height", type=int, default=480, help="test picture, pixels")
+    return parser.parse_args(argv)
 
 
 def main(args):

@@ -3,11 +3,11 @@
 # Without DATA: the head of run_train.sh on the held-out built-in scenes, with controls.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common/env.sh"
+show_help "$ROOT/flmm/test.py" "$@"
 P=$ROOT/flmm OUT=${OUT:-$RUNS/flmm/test}
-if [ -n "${DATA:-}" ]; then
-  launch "$P/test.py" --config "${CONFIG:-$P/configs/deepseek_vl/frozen_deepseek_vl_1_3b_chat_unet_sam_l_refcoco_png.yaml}" \
-    --data "$DATA" --head "${HEAD:-$RUNS/flmm/train/head.safetensors}" --split "${SPLIT:-refcoco_val}" --out "$OUT" "$@"
-else
-  launch "$P/test.py" --config "$P/configs/tiny/scenes.yaml" --base-path "$RUNS/flmm/base-train/base" --data "$ROOT/data/flmm" \
-    --head "${HEAD:-$RUNS/flmm/train/head.safetensors}" --controls --out "$OUT" "$@"
+if [ -z "${DATA:-}" ]; then
+  DATA=$ROOT/data/flmm-first-try CONFIG=$P/configs/tiny/scenes.yaml SPLIT=test
+  set -- --base-path "$DATA/base" --controls "$@"
 fi
+launch "$P/test.py" --config "${CONFIG:-$P/configs/deepseek_vl/frozen_deepseek_vl_1_3b_chat_unet_sam_l_refcoco_png.yaml}" \
+  --data "$DATA" --head "${HEAD:-$RUNS/flmm/train/head.safetensors}" --split "${SPLIT:-refcoco_val}" --out "$OUT" "$@"

@@ -3,30 +3,27 @@
     python flmm/test.py --config flmm/configs/deepseek_vl/frozen_deepseek_vl_1_3b_chat_unet_sam_l_refcoco_png.yaml \\
         --data /data/coco --head head.safetensors --split refcoco_val --out runs/flmm/test_refcoco_val
 
---protocol upstream: the first expression of every object, all objects of a picture in one caption (later ones see earlier
-ones through causal attention); published F-LMM numbers are of this kind. --protocol sentence: one forward per sentence, as
-other papers count. OUT gets results.json, phrases.csv, masks.json (COCO RLE) and overlays/*.png.
+With --protocol upstream the first expression of every object counts, and all objects of a picture stand in one
+caption, in which later ones see earlier ones through causal attention; published F-LMM numbers are of this
+kind. With --protocol sentence each sentence is a forward pass of its own, as other papers count. OUT gets
+results.json, phrases.csv, masks.json (COCO RLE) and overlays/*.png.
 Upstream: scripts/multiprocess_eval_{refcoco,png}.py.
 """
 
-import argparse
-import csv
-import io
-import json
 import shutil
 import sys
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # repository root: every way of starting this file finds it
+# repository root: every way of starting this file finds it
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Subset
 
-from common.checkpoint import atomic_write
+from common.arguments import Parser, number
+from common.checkpoint import atomic_csv, atomic_json
 from common.errors import UserError, run
 from common.run import open_run, progress, seed_everything
 from common.weights import read_weights
@@ -46,75 +43,119 @@ from flmm.evaluation import (
 from flmm.models.flmm import extract
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_args(argv=None):
+    parser = Parser(__doc__)
     add_config_arguments(parser)
-    parser.add_argument(
-        "--split", default="test", help="part of the configuration's data to score (default test)"
-    )
+    parser.add_argument("--split", default="test", help="part of the configuration's data to score")
     parser.add_argument(
         "--head", type=Path, required=True, help="trained head: ours or upstream's, .safetensors or .pth"
     )
     parser.add_argument(
-        "--base-path", help="folder or hub name of the base (default: base.path of the configuration)"
+        "--base-path", help="folder or hub name of the base instead of the configuration's base.path"
     )
     parser.add_argument(
-        "--random-base", type=int, metavar="SEED", help="control: random weights instead of the base's"
+        "--random-base",
+        type=number(int, 0),
+        metavar="SEED",
+        help="control: the base gets random weights of this seed instead of its own",
     )
-    parser.add_argument("--attention", choices=["rows", "eager"], help="how attention is read (default rows)")
+    parser.add_argument(
+        "--attention",
+        choices=["rows", "eager"],
+        help="how attention is read: only the rows that are needed (rows, which is what happens without this "
+        "option), or full matrices (eager)",
+    )
     parser.add_argument(
         "--protocol",
         choices=["upstream", "sentence"],
         default="upstream",
-        help="for RefCOCO (default upstream)",
+        help="how the sentences of RefCOCO are counted; see above",
     )
     parser.add_argument(
         "--answer-first",
         action="store_true",
-        help="ReasonSeg: the base answers each query, the answer is grounded; "
-        "answers go to phrases.csv (default: the query itself is grounded)",
+        help="ReasonSeg: the base answers each query and its answer is grounded instead of the query; answers "
+        "go to phrases.csv",
     )
     parser.add_argument(
         "--controls",
         action="store_true",
-        help="also score whole picture, centre box, union of objects, "
-        "another phrase, and the best raw map (chosen on the train split)",
+        help="also score the whole picture, a centred box, the union of all objects, another phrase's mask, and "
+        "the best raw attention map, which is chosen on the train split",
     )
-    parser.add_argument("--limit", type=int, help="score only the first so many records")
-    parser.add_argument("--batch-size", type=int, default=1, help="pictures per forward (default 1)")
-    parser.add_argument("--pictures", type=int, default=8, help="overlays to draw (default 8)")
+    parser.add_argument("--limit", type=number(int, 1), help="score only the first so many records")
+    parser.add_argument("--batch-size", type=number(int, 1), default=1, help="pictures per forward pass")
+    parser.add_argument("--pictures", type=number(int, 0), default=8, help="number of overlays to draw")
     parser.add_argument("--out", type=Path, required=True, help="run folder")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in OUT")
-    return parser.parse_args()
+    parser.add_argument(
+        "--overwrite", action="store_true", help="delete the run that --out holds and start again"
+    )
+    return parser.parse_args(argv)
 
 
-def score(samples, features, outputs, controls, raw):
-    """Rows of one batch: scores, names and RLE of every phrase."""
+def choose_raw_map(base, dataset, accelerator):
+    """The single attention map and threshold that fit the first 150 training records best; alike on every process."""
+    raw = RawMaps()
+    for i in progress(range(min(150, len(dataset))), accelerator, desc="choosing the raw map"):
+        sample = dataset[i]
+        feature = base([sample])[0] | {"unpad": base.unpad, "meta_data": sample["meta_data"]}
+        raw.fit(feature, sample["gt_masks"])
+    return raw.choose()
+
+
+def score(samples, features, outputs, raw=None):
+    """One row per phrase of a batch: file, phrase, scores and the mask as RLE.
+
+    raw: the chosen raw map; with it the controls are scored, too.
+    """
     rows = []
     for sample, feature, output in zip(samples, features, outputs):
         gt = sample["gt_masks"]
-        new = phrase_rows(output, gt, sample.get("ignore"))
+        scores = phrase_rows(output, gt, sample.get("ignore"))
         masks = binary_masks(final_logits(output), gt.shape[1:]).cpu().numpy()
-        for row, info, mask in zip(new, sample["mask_infos"], masks):
-            row.update(
-                file=sample["file_name"],
-                phrase=info["text"].strip(),
-                plural=info["plural"],
-                isthing=info["isthing"],
-                rle=encode_rle(mask),
-            )
-        if controls:
-            trivial_controls(gt, new)
-            other_phrase(output, gt, new)
-            raw.score(feature, gt, new)
-        rows += new
+        if raw is not None:
+            trivial_controls(gt, scores)
+            other_phrase(output, gt, scores)
+            raw.score(feature, gt, scores)
+        for row, info, mask in zip(scores, sample["mask_infos"], masks):
+            name = {"file": sample["file_name"], "phrase": info["text"].strip()}
+            kind = {"plural": info["plural"], "isthing": info["isthing"]}
+            rows.append({**name, **row, **kind, "rle": encode_rle(mask)})
     return rows
+
+
+def draw(sample, output, path):
+    """One picture: the true masks, the coarse ones and the refined ones, with the phrases in their colours."""
+    size = sample["gt_masks"].shape[1:]
+    columns = [
+        ("truth", sample["gt_masks"].numpy()),
+        ("coarse", binary_masks(output["pred_masks"], size).cpu().numpy()),
+    ]
+    if output["sam_pred_masks"] is not None:
+        columns.append(("refined", binary_masks(output["sam_pred_masks"], size).cpu().numpy()))
+    texts = [info["text"].strip() for info in sample["mask_infos"]]
+    save_image(labelled_strip(sample["image"], columns, texts), path)
+
+
+def write_results(out, rows, split, protocol):
+    """results.json, masks.json and phrases.csv of the rows of all processes; returns the scores."""
+    rows.sort(key=lambda row: (row["file"], row["phrase"]))
+    results = {"split": split, "protocol": protocol, **summarise(rows)}
+    masks = [
+        {"file": row["file"], "phrase": row["phrase"], "score": row["score"], "segmentation": row.pop("rle")}
+        for row in rows
+    ]
+    # Pictures with a single phrase have no score of another phrase: their cells stay empty.
+    names = ["file", "phrase", *sorted({name for row in rows for name in row} - {"file", "phrase"})]
+    atomic_json(out / "results.json", results)
+    atomic_json(out / "masks.json", masks)
+    atomic_csv(out / "phrases.csv", [{name: row.get(name, "") for name in names} for row in rows])
+    return results
 
 
 @torch.no_grad()
 def main(args):
+    # The model: the frozen base, its data, and the trained head.
     accelerator = Accelerator()
     config = read_config(args.config, args.set)
     if args.base_path:
@@ -123,84 +164,61 @@ def main(args):
     base = build_base(config, random_seed=args.random_base, attention=args.attention).to(accelerator.device)
     builder = SampleBuilder.of(base)
     dataset = build_dataset(config, args.split, args.data, builder, per_sentence=args.protocol == "sentence")
-    head, sam_encoder = build_head(
-        config, (base.channels, base.num_layers, base.hidden_size), build_sam(config)
-    )
+    dims = (base.channels, base.num_layers, base.hidden_size)
+    head, sam_encoder = build_head(config, dims, build_sam(config))
     report = head.load_upstream(read_weights(args.head), args.head)
     head.to(accelerator.device).eval()
     if sam_encoder is not None:
         sam_encoder.to(accelerator.device)
-    out = open_run(args.out, args, accelerator, overwrite=args.overwrite)
-    if accelerator.is_main_process:
-        shutil.rmtree(out / "overlays", ignore_errors=True)  # pictures of an earlier run have other names
-        print(report)
 
-    raw = RawMaps()
-    if args.controls:  # every process chooses alike, from the same records
-        train = build_dataset(config, "train", args.data, builder)
-        for i in progress(range(min(150, len(train))), accelerator, desc="choosing the raw map"):
-            sample = train[i]
-            raw.fit(
-                base([sample])[0] | {"unpad": base.unpad, "meta_data": sample["meta_data"]},
-                sample["gt_masks"],
-            )
-        raw.choose()
+    # The run folder; overlays of an earlier run may have other names and would stay beside the new ones.
+    out = open_run(args.out, args, accelerator, overwrite=args.overwrite)
+    accelerator.print(report)
+    if accelerator.is_main_process:
+        shutil.rmtree(out / "overlays", ignore_errors=True)
+    raw = None
+    if args.controls:
+        raw = choose_raw_map(base, build_dataset(config, "train", args.data, builder), accelerator)
+
+    # Every process scores its share of the records.
     total = min(len(dataset), args.limit or len(dataset))
-    mine = list(range(accelerator.process_index, total, accelerator.num_processes))
-    rows, drawn = [], 0
+    mine = range(accelerator.process_index, total, accelerator.num_processes)
     loader = DataLoader(Subset(dataset, mine), args.batch_size, collate_fn=list)
+    rows, drawn = [], 0
     for samples in progress(loader, accelerator, desc=args.split):
+        answers = None
         if args.answer_first:
             if any(len(s["mask_infos"]) > 1 for s in samples):
                 raise UserError(
-                    f"--answer-first: {args.split} has captions with several phrases; it is for ReasonSeg, one query a record"
+                    f"--answer-first: {args.split} has captions with several phrases; it is for ReasonSeg, one "
+                    "query a record"
                 )
             samples, answers = zip(*[answer_then_ground(base, s) for s in samples])
         features = extract(base, sam_encoder, samples)
         outputs = head(features)
-        new = score(samples, features, outputs, args.controls, raw)
-        if args.answer_first:
-            new = [{**row, "answer": answer} for row, answer in zip(new, answers)]
-        rows += new
+        batch_rows = score(samples, features, outputs, raw)
+        if answers is not None:
+            batch_rows = [{**row, "answer": answer} for row, answer in zip(batch_rows, answers)]
+        rows += batch_rows
+
+        # The main process draws its first pictures.
         for sample, output in zip(samples, outputs):
             if accelerator.is_main_process and drawn < args.pictures:
-                size = sample["gt_masks"].shape[1:]
-                columns = [
-                    ("truth", sample["gt_masks"].numpy()),
-                    ("coarse", binary_masks(output["pred_masks"], size).cpu().numpy()),
-                ]
-                if output["sam_pred_masks"] is not None:
-                    columns.append(("refined", binary_masks(output["sam_pred_masks"], size).cpu().numpy()))
-                strip = labelled_strip(
-                    sample["image"], columns, [i["text"].strip() for i in sample["mask_infos"]]
-                )
-                save_image(strip, out / "overlays" / f"{drawn:02d}_{Path(sample['file_name']).stem}.png")
+                draw(sample, output, out / "overlays" / f"{drawn:02d}_{Path(sample['file_name']).stem}.png")
                 drawn += 1
+
+    # The rows of all processes make one file.
     rows = gather_object(rows)
     if not accelerator.is_main_process:
         return
     if not rows:
         raise UserError(f"--split {args.split}: no phrase to score")
-    rows.sort(key=lambda r: (r["file"], r["phrase"]))
-    results = {"split": args.split, "protocol": args.protocol, **summarise(rows)}
-    masks = [
-        {"file": r["file"], "phrase": r["phrase"], "score": r["score"], "segmentation": r.pop("rle")}
-        for r in rows
-    ]
-    atomic_write(out / "results.json", json.dumps(results, indent=1))
-    atomic_write(out / "masks.json", json.dumps(masks))
-    text = io.StringIO()
-    writer = csv.DictWriter(
-        text, ["file", "phrase", *sorted({k for r in rows for k in r} - {"file", "phrase"})]
-    )
-    writer.writeheader()
-    writer.writerows(rows)
-    atomic_write(out / "phrases.csv", text.getvalue())
-    controls = " ".join(f"{k} {v:.3f}" for k, v in results["controls"].items())
+    results = write_results(out, rows, args.split, args.protocol)
+    controls = " ".join(f"{name} {value:.3f}" for name, value in results["controls"].items())
     print(
-        f"{args.split} ({args.protocol}): {len(rows)} phrases, mIoU {results['mIoU']:.3f} (coarse {results['mIoU_coarse']:.3f}), "
-        f"cIoU {results['cIoU']:.3f}, precision@0.5 {results['precision@0.5']:.3f}"
-        + (f"; controls: {controls}" if controls else "")
+        f"{args.split} ({args.protocol}): {len(rows)} phrases, mIoU {results['mIoU']:.3f} "
+        f"(coarse {results['mIoU_coarse']:.3f}), cIoU {results['cIoU']:.3f}, "
+        f"precision@0.5 {results['precision@0.5']:.3f}" + (f"; controls: {controls}" if controls else "")
     )
     print(f"wrote {out}/results.json, phrases.csv, masks.json, overlays/")
 

@@ -11,7 +11,6 @@ import importlib
 import multiprocessing
 import os
 import resource
-import socket
 import sys
 import threading
 import traceback
@@ -35,47 +34,37 @@ SLOW_IMPORTS = (
 _server = multiprocessing.get_context("forkserver")
 
 
-def start(
-    script, arguments, log, limit=None, before=None, cwd=None, environment=()
-) -> multiprocessing.Process:
+def start(script, arguments, log, limit=None, before=None) -> multiprocessing.Process:
     """Run `script.main(script.parse_args())` in a fork of the server as the command line would; returns the
     process.
 
     script: an imported module. log: file that takes stdout and stderr. limit: bytes beyond which a write to
-    a file fails. before: function called in the fork first, one that its module's name finds. cwd: folder
-    that the script stands in. environment: variables that differ from this process's.
+    a file fails. before: function called in the fork first, one that its module's name finds.
     """
-    words = [str(a) for a in arguments]
-    variables = {**os.environ, **dict(environment)}
-    return _start(_main, script.__name__, words, log, limit, before, cwd or os.getcwd(), variables)
-
-
-def _start(function, *arguments):
     imported = [name for name in sys.modules if name.split(".")[0] in ROOMS]
-    _server.set_forkserver_preload([*SLOW_IMPORTS, *imported])  # counts at the first start, the server's own
-    process = _server.Process(target=function, args=arguments)
+    _server.set_forkserver_preload(
+        [*SLOW_IMPORTS, *imported]
+    )  # counts at the first call, which starts the server
+    words = [str(a) for a in arguments]
+    process = _server.Process(
+        target=_main, args=(script.__name__, words, log, limit, before, dict(os.environ))
+    )
     process.start()
     return process
 
 
-def check(function, *arguments, seconds=120):
-    """Call a module's function in a new process, which may fork; fail if it raises."""
-    assert finish(_start(function, *arguments), seconds) == 0, "the error is printed above"
-
-
-def _main(name, arguments, log, limit, before, cwd, environment):
+def _main(name, arguments, log, limit, before, environment):
     """What the fork does; it ends here, with the script's exit status."""
     code = 1
     try:
         os.environ.clear()
         os.environ.update(environment)
-        tqdm.set_lock(threading.RLock())  # the server's is shared: a killed process would keep it for ever
+        own_locks()
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "w") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-        os.chdir(cwd)
         if limit:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
         if before:
@@ -93,6 +82,13 @@ def _main(name, arguments, log, limit, before, cwd, environment):
     os._exit(code)
 
 
+def own_locks():
+    """For a fork that may be killed: tqdm's lock is shared with the parent, which would wait for the dead
+    fork for ever.
+    """
+    tqdm.set_lock(threading.RLock())
+
+
 def finish(process, seconds=None) -> int:
     """Wait for a process: its exit status, negative for a signal; one that takes longer than `seconds` is
     killed.
@@ -108,22 +104,3 @@ def call(script, arguments, log, seconds=120, **options) -> Done:
     """Run a script to its end; one that takes longer than `seconds` is killed."""
     code = finish(start(script, arguments, log, **options), seconds)
     return Done(code, log.read_text(errors="replace"))
-
-
-def call_on(processes, script, arguments, log, seconds=120, **options) -> Done:
-    """Run a script on several processes that find each other as torchrun's do.
-
-    The status is that of the first rank that failed, else 0; the text is that of all ranks.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    world = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1"}
-    started, logs = [], [log.with_name(f"{log.stem}-{rank}{log.suffix}") for rank in range(processes)]
-    for rank, path in enumerate(logs):
-        variables = {**world, "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank}
-        variables = {name: str(value) for name, value in variables.items()}
-        started.append(start(script, arguments, path, environment=variables, **options))
-    codes = [finish(process, seconds) for process in started]
-    text = "".join(path.read_text(errors="replace") for path in logs)
-    return Done(next((code for code in codes if code), 0), text)

@@ -18,7 +18,6 @@ from dia_pangu.src.Model.multimodality_model import TRAINED, token_loss
 from dia_pangu.src.Model.my_embedding_layer import MyEmbedding
 from dia_pangu.src.Model.pangu import load_tokenizer
 from dia_pangu.src.test import report_batch
-from tests import forked
 from tests.golden import ROOT
 from tests.tiny_dia import *  # noqa: F403  the fixtures data, llm and model_text
 from tests.tiny_dia import SMALL, python
@@ -49,7 +48,7 @@ def test_a_report_that_is_cut_gets_no_eos(llm):
         text.sample([0] * 14, "x", "scan7")
 
 
-def count_cut_reports(data, llm):
+def test_reports_cut_in_a_loader_worker_are_counted(data, llm):
     text = make_text(load_tokenizer(llm), SMALL, 500)
     text.max_length = len(text.sample([1] * 14)["lang_x"]) + 12
     samples = CTRGDataset(data, "train", Grid((16, 16, 16)), text, vision=False)
@@ -59,10 +58,6 @@ def count_cut_reports(data, llm):
     assert text.cut == expected > 0
     batches = list(DataLoader(samples, 4, num_workers=1, collate_fn=collate))
     assert len(batches) == 2 and text.cut == 2 * expected
-
-
-def test_reports_cut_in_a_loader_worker_are_counted(data, llm):
-    forked.check(count_cut_reports, data, llm)
 
 
 def test_a_tokenizer_larger_than_the_word_table_is_refused(llm):

@@ -200,10 +200,6 @@ def test_every_phrase_weighs_the_same_however_many_its_picture_has():
     one, two = model.compute_loss([whole], [target]), model.compute_loss(parts, target.split([1, 3]))
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, atol=1e-6, rtol=0)
-    shared = [
-        model.compute_loss([p], [t], total=4)["loss"] for p, t in zip(parts, target.split([1, 3]))
-    ]  # one picture in each process
-    torch.testing.assert_close(sum(shared), one["loss"], atol=1e-6, rtol=0)
 
 
 # ---- checkpoints

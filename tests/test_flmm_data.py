@@ -34,7 +34,7 @@ CONFIG = "flmm/configs/tiny/scenes.yaml"
 @pytest.fixture(scope="module")
 def built_in(tmp_path_factory):
     root = tmp_path_factory.mktemp("scenes") / "data"
-    make_data(Namespace(out=root, train=6, val=2, test=2, overlap=1, side=64, seed=0))
+    make_data(Namespace(out=root, train=6, val=2, test=2, overlap=1, side=64, seed=0, base=None))
     return root
 
 
@@ -294,7 +294,8 @@ def test_every_published_configuration_reads_and_names_a_known_family():
     runnable = [read_config(f)["base"]["family"] for f in files if f.parent.name not in ("hpt", "mgm")]
     assert len(runnable) == 7 and set(runnable) <= set(FAMILIES)
     config = read_config("flmm/configs/qwen/frozen_qwen2_5_vl_3b_instruct_unet_sam_l_refcoco_png.yaml")
-    assert config["optim"] == {"lr": 1e-4, "epochs": 8, "batch_size": 8, "accum": 8, "weight_decay": 0.01}
+    recipe = {"lr": 1e-4, "epochs": 8, "weight_decay": 0.01, "warmup": 0.03, "clip": 1.0}
+    assert config["optim"] == {**recipe, "batch_size": 8, "accum": 8}
     assert len(config["data"]["train"]) == 4
 
 

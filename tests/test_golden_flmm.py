@@ -18,6 +18,7 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
+from common.train import lr_at
 from flmm import losses, metrics
 from flmm.conversation import find_interval, process_noun_chunks
 from flmm.data.png import PNGDataset
@@ -37,8 +38,8 @@ from flmm.models.frozen_mgm import mgm_maps
 from flmm.models.frozen_qwen import FrozenQwen
 from flmm.models.mask_head.mask_decoder import UNetHead
 from flmm.models.mask_head.mask_refiner import SAMImageEncoder, SAMWrapper, original_keys, sam_from_original
-from flmm.schedule import lr_at
 from flmm.scripts.visual_cot.visual_cot import mask_to_crop
+from flmm.train import warmup_steps
 from tests.golden import golden_files
 
 
@@ -244,21 +245,17 @@ def check_metrics(path):
 def check_lr_schedule(path):
     config, _, t = load(path)
     for i, case in enumerate(config["cases"]):
-        total = case["max_epochs"] * case["epoch_length"]
+        total, lr = case["max_epochs"] * case["epoch_length"], case["lr"]
+        warmup = warmup_steps(case["warmup_ratio"], total)
         ours = [
-            lr_at(
-                step,
-                case["lr"],
-                total,
-                case["warmup_ratio"],
-                case["start_factor"],
-                upstream_one_step_warmup=True,
-            )
+            lr * lr_at(step, total, warmup, ramp="mmengine", first=case["start_factor"])
             for step in range(total)
         ]
-        np.testing.assert_allclose(ours, t.out[f"lr_{i}"].double().numpy(), rtol=1e-12)
-        if int(case["warmup_ratio"] * total) == 1:  # the trap, mended: a short run starts at the peak
-            assert lr_at(0, case["lr"], total, case["warmup_ratio"], case["start_factor"]) == case["lr"]
+        theirs = t.out[f"lr_{i}"].double().numpy()
+        if warmup != 1:
+            np.testing.assert_allclose(ours, theirs, rtol=1e-12)
+        else:  # upstream's trap, mended: after a warm-up of one step its rate stays that small for the whole run
+            assert theirs.max() == pytest.approx(lr * case["start_factor"]) and max(ours) > 0.9 * lr
 
 
 def check_processors(path):

@@ -144,8 +144,8 @@ class ReasonSegDataset(Dataset):
         return {**self.build(record), "ignore": record["ignore"]}
 
 
-class Together(ConcatDataset):
-    """Several data sets as one; passes the epoch on."""
+class MixedData(ConcatDataset):
+    """Several data sets as one, which tells each of them the epoch."""
 
     def set_epoch(self, epoch):
         for part in self.datasets:

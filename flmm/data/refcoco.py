@@ -3,43 +3,22 @@
 Layout: instances.json (COCO) and refs(unc).p or refs(umd).p, a pickle of plain lists and dictionaries; COCO train2014.
 """
 
-import pickle
 from pathlib import Path
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from common.errors import UserError
-from common.files import inside, read_json
+from common.files import inside, read_json, read_plain_pickle
 from flmm.data.samples import caption_of_phrases, decode_segmentation
 from flmm.data.transforms import load_image
 
 
-class PlainUnpickler(pickle.Unpickler):
-    """Reads lists, dictionaries, strings and numbers; anything that names a class or function is refused, so nothing runs."""
-
-    def find_class(self, module, name):
-        raise UserError(
-            f"it names {module}.{name}; a refs file holds plain data only, this one is not to be trusted"
-        )
-
-    def persistent_load(self, pid):
-        raise UserError("it refers to objects outside the file; a refs file holds plain data only")
-
-
 def read_refs(path):
-    """List of referring expressions from refs(*).p."""
-    try:
-        with open(path, "rb") as file:
-            refs = PlainUnpickler(file, encoding="latin1").load()
-        if not isinstance(refs, list) or not all(isinstance(r, dict) for r in refs):
-            raise UserError("it does not hold a list of references")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; expected the references") from None
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except Exception as error:  # a damaged pickle can raise almost anything
-        raise UserError(f"{path}: not a readable references file ({type(error).__name__}: {error})") from None
+    """List of referring expressions from refs(*).p; nothing in the file runs."""
+    refs = read_plain_pickle(path, "references file")
+    if not isinstance(refs, list) or not all(isinstance(ref, dict) for ref in refs):
+        raise UserError(f"{path}: it does not hold a list of references; take refs(*).p as RefCOCO has it")
     return refs
 
 

@@ -94,12 +94,13 @@ class FLMM(nn.Module):
         )
         return [{"pred_masks": p, "sam_pred_masks": m, "scores": s} for p, (m, s) in zip(coarse, refined)]
 
-    def compute_loss(self, outputs, masks, total=None):
-        """The four losses and the metrics, each phrase weighing the same. masks: (n_i, h, w) targets per image.
+    def compute_loss(self, outputs, masks):
+        """The total loss, its four parts and the metrics: means over all phrases of the images, in which every
+        phrase weighs the same however many its image has.
 
-        total: number of phrases to divide by, default those given; several processes pass the sum over all of them.
+        outputs: of `forward`. masks: for each image the targets of its n phrases, (n, h, w).
         """
-        parts, count = {}, total or sum(len(o["pred_masks"]) for o in outputs)
+        parts, count = {}, sum(len(o["pred_masks"]) for o in outputs)
         for output, target in zip(outputs, masks):
             share = len(output["pred_masks"]) / count
             for name, value in mask_losses(output["pred_masks"], output["sam_pred_masks"], target).items():

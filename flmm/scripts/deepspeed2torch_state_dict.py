@@ -6,17 +6,16 @@ fp32 weights are put together from the optimizer shards; where these cannot be r
 are taken. Only the trained keys are kept. ZeRO-3 spreads the module itself: run DeepSpeed's zero_to_fp32.py there first.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[2])
-)  # repository root: every way of starting this file finds it
+# repository root: every way of starting this file finds it
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from safetensors.torch import save_file
 
+from common.arguments import Parser
 from common.checkpoint import atomic_path
 from common.errors import UserError, run
 from common.weights import read_checkpoint, strip_prefixes
@@ -30,15 +29,13 @@ TRAINED = (
 )
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_args(argv=None):
+    parser = Parser(__doc__)
     parser.add_argument(
         "folder", type=Path, help="checkpoint folder with *_model_states.pt and *_optim_states.pt"
     )
     parser.add_argument("output", type=Path, help=".safetensors to write")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def merge_shards(shards, param_shapes):

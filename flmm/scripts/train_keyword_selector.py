@@ -1,77 +1,91 @@
 """Train the paper's keyword selector: which words of a caption deserve a mask.
 
-    python flmm/scripts/train_keyword_selector.py --config CONFIG --data DATA --out selector.safetensors
+    python flmm/scripts/train_keyword_selector.py --config CONFIG --data DATA --out runs/flmm/selector
 
-It learns from the captions of the configuration's train split (words inside a phrase count) and is scored on its val split:
-F1, precision and recall over words, beside noun phrases by spaCy or rule and beside "every word".
+It learns from the captions of the configuration's train split, where the words inside a phrase count as
+keywords. It is scored on the val split by F1, precision and recall over words, beside the noun phrases of
+spaCy or of a rule and beside "every word". Writes OUT/model.safetensors, which --selector of the demo takes,
+and OUT/metrics.json.
 """
 
-import argparse
-import json
 import sys
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[2])
-)  # repository root: every way of starting this file finds it
+# repository root: every way of starting this file finds it
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from safetensors.torch import save_file
 
-from common.checkpoint import atomic_path, atomic_write
+from common.arguments import Parser, add_run_arguments, number
+from common.checkpoint import atomic_json, atomic_path
 from common.errors import run
+from common.run import describe, open_run, seed_everything
+from common.train import (
+    batches,
+    check_finite,
+    evaluation_due,
+    finish,
+    finish_step,
+    lr_at,
+    make_accelerator,
+    make_loader,
+    plan_steps,
+    start,
+    update,
+)
 from flmm.build import add_config_arguments, build_base, build_dataset, read_config
 from flmm.conversation import KeywordSelector, noun_phrases
 from flmm.data.samples import SampleBuilder
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_args(argv=None):
+    parser = Parser(__doc__)
     add_config_arguments(parser)
-    parser.add_argument("--records", type=int, default=150, help="captions to learn from (default 150)")
     parser.add_argument(
-        "--steps", type=int, default=300, help="optimizer steps, one caption each (default 300)"
+        "--records", type=number(int, 1), default=150, help="number of captions to learn from, the first ones"
     )
-    parser.add_argument("--seed", type=int, default=0, help="weights (default 0)")
     parser.add_argument(
-        "--out", type=Path, required=True, help=".safetensors to write; scores go beside it as .json"
+        "--val-records", type=number(int, 1), default=100, help="number of captions to score, the first ones"
     )
-    return parser.parse_args()
+    add_run_arguments(parser, lr=1e-2, batch_size=1, max_steps=300, warmup=0.0, save_every=0, log_every=50)
+    return parser.parse_args(argv)
 
 
+@torch.no_grad()
 def caption_states(base, record):
-    """Hidden states (L, T, d) of the T tokens of a record's caption, and which of them lie in a phrase (T,) bool."""
+    """What a record's caption looks like to the selector.
+
+    Returns {"hidden_states" (L, T, d) of the caption's T tokens, "wanted" (T,) bool: the token lies in a phrase,
+    "nouns" (T,) bool: it lies in a noun phrase by spaCy or by rule, "name": of the picture}.
+    """
     sample = SampleBuilder.of(base)({k: record[k] for k in ("image", "pieces", "file_name")})
     caption = sample["labels"] != -100
     wanted = sample["mask_ids"][caption] >= 0
-    sample["mask_ids"] = torch.where(
-        caption, caption.cumsum(0) - 1, -1
-    )  # every token its own phrase, so that none is left out
-    return base([sample])[0]["hidden_states"], wanted
+    # Every token becomes a phrase of its own, so that the base gives the state of each.
+    sample["mask_ids"] = torch.where(caption, caption.cumsum(0) - 1, -1)
+    hidden_states = base([sample])[0]["hidden_states"].cpu()
+
+    # A piece of the caption counts as a noun phrase when it lies inside one.
+    phrases = noun_phrases(" ".join(text.strip() for text, _ in record["pieces"]))
+    nouns, at = torch.zeros_like(wanted), 0
+    for text, _ in record["pieces"]:
+        length = len(base.tokenizer(text, add_special_tokens=False).input_ids)
+        nouns[at : at + length] = any(text.strip() and text.strip() in phrase for phrase in phrases)
+        at += length
+    return {"hidden_states": hidden_states, "wanted": wanted, "nouns": nouns, "name": record["file_name"]}
 
 
-def train_selector(base, records, steps=200, lr=1e-2, seed=0):
-    """Fit a KeywordSelector: every caption token inside a phrase counts as a keyword. BCE, AdamW, one record a step."""
-    torch.manual_seed(seed)
-    selector = KeywordSelector(base.num_layers, base.hidden_size).to(base.device)
-    optimizer, captions = (
-        torch.optim.AdamW(selector.parameters(), lr=lr),
-        [caption_states(base, record) for record in records],
-    )
-    for step in range(steps):
-        hidden, wanted = captions[step % len(captions)]
-        F.binary_cross_entropy_with_logits(selector(hidden), wanted.float().to(hidden.device)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return selector.eval()
+def keyword_loss(selector, captions, device):
+    """Binary cross-entropy of a list of captions, a mean over their tokens."""
+    logits = torch.cat([selector(caption["hidden_states"].to(device)) for caption in captions])
+    wanted = torch.cat([caption["wanted"] for caption in captions]).float().to(device)
+    return F.binary_cross_entropy_with_logits(logits, wanted)
 
 
 def f1(pairs):
-    """pairs of (predicted, wanted) bool tensors -> F1, precision, recall over all of them."""
+    """F1, precision and recall over all tokens of `pairs`, each (predicted, wanted) of two bool tensors (T,)."""
     predicted, wanted = (torch.cat(part) for part in zip(*pairs))
     hit = (predicted & wanted).sum().item()
     precision, recall = hit / max(1, predicted.sum().item()), hit / max(1, wanted.sum().item())
@@ -83,39 +97,68 @@ def f1(pairs):
 
 
 @torch.no_grad()
-def score(base, selector: KeywordSelector, records):
-    """Scores over the caption tokens of the selector, of noun phrases and of every word."""
+def score(selector, captions, device):
+    """Scores over the caption tokens: of the selector, of noun phrases, and of taking every word."""
     pairs = {"selector": [], "noun phrases": [], "every word": []}
-    for record in records:
-        hidden, wanted = caption_states(base, record)
-        chosen = selector(hidden).sigmoid().cpu() > selector.threshold
+    for caption in captions:
+        wanted = caption["wanted"]
+        chosen = selector(caption["hidden_states"].to(device)).sigmoid().cpu() > KeywordSelector.threshold
         pairs["selector"].append((chosen, wanted))
+        pairs["noun phrases"].append((caption["nouns"], wanted))
         pairs["every word"].append((torch.ones_like(wanted), wanted))
-        words = noun_phrases(" ".join(text.strip() for text, _ in record["pieces"]))
-        nouns, at = torch.zeros_like(wanted), 0
-        for text, _ in record["pieces"]:  # a piece counts when it lies inside a noun phrase
-            n = len(base.tokenizer(text, add_special_tokens=False).input_ids)
-            nouns[at : at + n] = any(text.strip() and text.strip() in phrase for phrase in words)
-            at += n
-        pairs["noun phrases"].append((nouns, wanted))
     return {name: f1(part) for name, part in pairs.items()}
 
 
 def main(args):
+    # The base runs once over each caption; the selector then learns from the states that it left.
     config = read_config(args.config, args.set)
-    base = build_base(config).to(Accelerator().device)
-    train = build_dataset(config, "train", args.data, None)
-    val = build_dataset(config, "val", args.data, None)
-    selector = train_selector(
-        base, [train.record(i) for i in range(min(args.records, len(train)))], args.steps, seed=args.seed
-    )
-    scores = score(base, selector, [val.record(i) for i in range(min(100, len(val)))])
-    for name, values in scores.items():
-        print(f"{name}: " + ", ".join(f"{k} {v:.3f}" for k, v in values.items()))
-    with atomic_path(args.out) as temporary:
-        save_file({k: v.cpu().contiguous() for k, v in selector.state_dict().items()}, temporary)
-    atomic_write(args.out.with_suffix(".json"), json.dumps(scores, indent=1))
-    print(f"wrote {args.out}")
+    accelerator = make_accelerator(args)
+    base = build_base(config).to(accelerator.device)
+    captions = {}
+    for split, limit in (("train", args.records), ("val", args.val_records)):
+        dataset = build_dataset(config, split, args.data, None)
+        captions[split] = [caption_states(base, dataset.record(i)) for i in range(min(limit, len(dataset)))]
+
+    # A linear map and one weight a layer; no warm-up and a constant rate are enough for it.
+    seed_everything(args.seed)
+    selector = KeywordSelector(base.num_layers, base.hidden_size)
+    if args.compile:
+        selector.compile()
+    group = {"params": list(selector.parameters()), "lr": args.lr, "peak": args.lr}
+    optimizer = torch.optim.AdamW([group], weight_decay=args.weight_decay)
+    loader = make_loader(captions["train"], args, collate_fn=list)
+    model, optimizer, loader = accelerator.prepare(selector, optimizer, loader)
+    steps = plan_steps(args, loader)
+    out = open_run(args.out, args, accelerator, args.resume, args.overwrite)
+    accelerator.print(f"selector: {describe(selector)}; {len(captions['train'])} captions, {steps} steps")
+
+    # The loop. The loss of a batch is a mean over its tokens, so its share is counted in tokens.
+    training = start(accelerator, args, steps, [optimizer])
+    for batch, share in batches(training, loader, lambda batch: sum(len(c["wanted"]) for c in batch)):
+        with accelerator.accumulate(model):
+            loss = keyword_loss(model, batch, accelerator.device) * share
+            check_finite(training, [caption["name"] for caption in batch], loss=loss)
+            accelerator.backward(loss)
+            factor = lr_at(training.state["step"], steps, args.warmup, "constant")
+            grad = update(training, model, [optimizer], factor)
+        if accelerator.sync_gradients:
+            scores = {}
+            if evaluation_due(training):
+                scores = {"val_F1": score(selector, captions["val"], accelerator.device)["selector"]["F1"]}
+            finish_step(training, grad=grad, **scores)
+
+    # The weights, and their scores beside those of two rules that have learned nothing.
+    scores = score(selector, captions["val"], accelerator.device)
+    if accelerator.is_main_process:
+        with atomic_path(out / "model.safetensors") as temporary:
+            save_file({k: v.cpu().contiguous() for k, v in selector.state_dict().items()}, temporary)
+        atomic_json(out / "metrics.json", scores)
+        for name, values in scores.items():
+            print(f"{name}: " + ", ".join(f"{k} {v:.3f}" for k, v in values.items()))
+        print(f"wrote {out / 'model.safetensors'}")
+    finish(training, val_F1=scores["selector"]["F1"])
+    model, optimizer = accelerator.free_memory(model, optimizer)
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

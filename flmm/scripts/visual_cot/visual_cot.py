@@ -9,18 +9,17 @@ crop that is encoded anew (upstream: visual_cot_resample of the Qwen fork). --be
 reference.
 """
 
-import argparse
 import json
 import math
 import sys
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[3])
-)  # repository root: every way of starting this file finds it
+# repository root: every way of starting this file finds it
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 import torch
 
+from common.arguments import Parser
 from common.checkpoint import atomic_write
 from common.errors import UserError, run
 from common.files import inside, read_json
@@ -191,10 +190,8 @@ def chain_of_thought(
     return {"answer": answer(grounder, [image, image.crop(box)], text), "box": box, "thought": thought}
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_args(argv=None):
+    parser = Parser(__doc__)
     add_config_arguments(parser, data=False)
     parser.add_argument("--head", type=Path, required=True, help="trained head")
     parser.add_argument("--image", type=Path, help="picture to ask about")
@@ -202,10 +199,8 @@ def parse_args():
     parser.add_argument(
         "--benchmark", type=Path, help="JSON list of {image, question, answer}; images relative to the file"
     )
-    parser.add_argument("--version", choices=["v1", "v2", "v3"], default="v1", help="see above (default v1)")
-    parser.add_argument(
-        "--box-scale", type=float, default=1.0, help="enlarge the crop by this factor (default 1)"
-    )
+    parser.add_argument("--version", choices=["v1", "v2", "v3"], default="v1", help="see above")
+    parser.add_argument("--box-scale", type=float, default=1.0, help="enlarge the crop by this factor")
     parser.add_argument("--discard-sam", action="store_true", help="crop by the coarse mask")
     parser.add_argument(
         "--resample",
@@ -213,7 +208,7 @@ def parse_args():
         help="ask again with the picture's tokens inside the box, not with a crop",
     )
     parser.add_argument("--out", type=Path, help="write the results of --benchmark here (.json)")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def main(args):

@@ -1,24 +1,22 @@
 """Which words of a caption does the tiny base know? Accuracy of each kind of word, choosing among the words of that kind.
 
-    python flmm/scripts/score_words.py --config CONFIG --data DATA --out words.json
+    python studies/flmm/score_words.py --config CONFIG --data DATA --out words.json
 
 Teacher-forced on the test split of make_data.py: before each word of a phrase, the base's most likely word of the same kind
 (colour, size, texture, shape). Controls: the same with the next picture, and chance. The first colour of a caption cannot be
 known, since objects are named in random order; so colours stay below 1 however good the base is.
 """
 
-import argparse
-import json
 import sys
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[2])
-)  # repository root: every way of starting this file finds it
+# repository root: every way of starting this file finds it
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from common.checkpoint import atomic_write
+from common.arguments import Parser
+from common.checkpoint import atomic_json
 from common.errors import UserError, run
 from flmm.build import add_config_arguments, build_base, build_dataset, read_config
 from flmm.data.samples import SampleBuilder
@@ -27,14 +25,12 @@ from flmm.data.scenes import COLOURS, SHAPES, SIZES, TEXTURES
 KINDS = {"colour": list(COLOURS), "size": list(SIZES), "texture": list(TEXTURES[1:]), "shape": list(SHAPES)}
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_args(argv=None):
+    parser = Parser(__doc__)
     add_config_arguments(parser)
-    parser.add_argument("--split", default="test", help="part of the configuration's data (default test)")
+    parser.add_argument("--split", default="test", help="part of the configuration's data")
     parser.add_argument("--out", type=Path, required=True, help=".json to write")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 @torch.no_grad()
@@ -74,7 +70,7 @@ def main(args):
         }
         for kind, parts in hits.items()
     }
-    atomic_write(args.out, json.dumps(result, indent=1))
+    atomic_json(args.out, result)
     for kind, r in result.items():
         print(
             f"{kind}: {r['right picture']:.3f} of {r['words']} words right, with the next picture {r['next picture']:.3f}, "

@@ -1,24 +1,22 @@
 """Show that grounding leaves the base as it was: same weights, same answers, to the bit.
 
-    python flmm/scripts/check_base_untouched.py --config CONFIG --data DATA --head HEAD --out untouched.json
+    python studies/flmm/check_base_untouched.py --config CONFIG --data DATA --head HEAD --out untouched.json
 
 In one process: answers with transformers' own attention function; then a head is trained on the base for a few steps and phrases
 are grounded; then the weights are compared with those before and with the file, and the questions are asked again.
 """
 
-import argparse
-import json
 import sys
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[2])
-)  # repository root: every way of starting this file finds it
+# repository root: every way of starting this file finds it
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from accelerate import Accelerator
 
-from common.checkpoint import atomic_write
+from common.arguments import Parser
+from common.checkpoint import atomic_json
 from common.errors import UserError, run
 from common.weights import read_weights
 from flmm.build import add_config_arguments, build_base, build_dataset, build_head, build_sam, read_config
@@ -28,16 +26,14 @@ from flmm.models.attention_rows import NAME
 from flmm.models.flmm import extract
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_args(argv=None):
+    parser = Parser(__doc__)
     add_config_arguments(parser)
     parser.add_argument("--head", type=Path, required=True, help="trained head")
-    parser.add_argument("--pictures", type=int, default=12, help="pictures to ask about (default 12)")
-    parser.add_argument("--steps", type=int, default=3, help="training steps in between (default 3)")
+    parser.add_argument("--pictures", type=int, default=12, help="pictures to ask about")
+    parser.add_argument("--steps", type=int, default=3, help="training steps in between")
     parser.add_argument("--out", type=Path, required=True, help=".json to write")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def main(args):
@@ -83,7 +79,7 @@ def main(args):
         "answers_changed": differing,
         "example": base.tokenizer.decode(after[0]),
     }
-    atomic_write(args.out, json.dumps(result, indent=1))
+    atomic_json(args.out, result)
     print(
         f"{len(untouched) - len(changed)} of {len(untouched)} weight tensors and {len(before) - differing} of {len(before)} "
         "answers are identical to the bit"

@@ -1,0 +1,289 @@
+"""Collect the built-in study, or the one on photographs, into results and figures for the closing table.
+
+python studies/flmm/report.py --runs runs --base llava --seeds 0 1 2
+"""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+# repository root: every way of starting this file finds it
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+
+from common.arguments import Parser, refuse
+from common.errors import UserError, run
+from common.figures import new_figure, save_figure
+from common.intervals import bootstrap
+from studies.summary import write_result
+
+
+def parse_args(argv=None):
+    parser = Parser(__doc__)
+    parser.add_argument("--runs", type=Path, required=True, help="folder that holds flmm/test-*")
+    parser.add_argument("--base", default="llava", help="family of the base of the built-in study")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="seeds of the built-in study")
+    parser.add_argument("--photos", action="store_true", help="report the photographs instead")
+    return parser.parse_args(argv)
+
+
+def read(path):
+    """Content of a JSON file that an earlier stage has written."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run the recipe of this study from its start") from None
+
+
+def results(folder):
+    """Scores of one run of test.py."""
+    return read(folder / "results.json")
+
+
+def rows(folder):
+    """Phrases of one run of test.py, as dictionaries of text."""
+    with open(folder / "phrases.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def interval(tables, name):
+    """95 % interval of the mean of column `name` over the phrases of all tables; whole pictures are resampled."""
+    values = np.array([float(row[name]) for table in tables for row in table])
+    pictures = [f"{k} {row['file']}" for k, table in enumerate(tables) for row in table]
+    return bootstrap(np.mean, values, groups=pictures)
+
+
+def per_word(table):
+    """Mean IoU of the phrases that hold each word."""
+    words = sorted({word for row in table for word in row["phrase"].split()})
+    return {
+        word: float(np.mean([float(row["iou"]) for row in table if word in row["phrase"].split()]))
+        for word in words
+    }
+
+
+def confident(table):
+    """Mean IoU when a mask of predicted IoU below one half counts as none, and the fraction of masks that stay."""
+    kept = np.array([float(row["score"]) > 0.5 for row in table])
+    ious = np.array([float(row["iou"]) for row in table])
+    return float((ious * kept).mean()), float(kept.mean())
+
+
+def average(parts, *keys):
+    """Mean over the parts of parts[i][key][key]..."""
+    values = parts
+    for key in keys:
+        values = [value[key] for value in values]
+    return float(np.mean(values))
+
+
+def draw_scores(trained, random, words, path):
+    """Chart: held-out phrases beside every control, and mean IoU by word. trained, random: scores, one per seed."""
+    bars = {
+        "refined": average(trained, "mIoU"),
+        "coarse": average(trained, "mIoU_coarse"),
+        "random\nbase,\nrefined": average(random, "mIoU"),
+        "random\nbase,\ncoarse": average(random, "mIoU_coarse"),
+    }
+    controls = {
+        "union of\nobjects": "union",
+        "best raw\nmap": "raw",
+        "centre\nbox": "centre",
+        "whole\npicture": "whole",
+        "another\nphrase": "other",
+    }
+    bars |= {label: average(trained, "controls", name) for label, name in controls.items()}
+    figure, (left, right) = new_figure(1, 2)
+    left.bar(range(len(bars)), bars.values(), color=["#2a6fbb"] * 2 + ["#d1603d"] * 2 + ["#5b6770"] * 5)
+    left.set_xticks(range(len(bars)), bars, fontsize=7)
+    left.set_ylabel("mean IoU of held-out phrases")
+    order = sorted(words, key=words.get)
+    right.barh(range(len(order)), [words[word] for word in order])
+    right.set_yticks(range(len(order)), order, fontsize=7)
+    right.set_xlabel("mean IoU of phrases with this word")
+    return save_figure(figure, path)
+
+
+def blind_controls(trained):
+    """What needs no word of the phrase: means over the seeds."""
+    names = {
+        "best raw map": "raw",
+        "union of all objects": "union",
+        "whole picture": "whole",
+        "centre box": "centre",
+    }
+    return {label: average(trained, "controls", name) for label, name in names.items()}
+
+
+def coarse_masks(folder, base, seeds, trained, random, tables, note):
+    """Row of the mask head alone, with the chart and some pictures."""
+    words = per_word([row for table in tables for row in table])
+    chart = draw_scores(trained, random, words, folder / "figures" / f"{base}.png")
+    overlays = sorted((folder / f"test-{base}-{seeds[0]}" / "overlays").glob("*.png"))[:4]
+    write_result(
+        folder,
+        f"mask head on a frozen tiny {base} base",
+        "mean IoU of coarse masks",
+        average(trained, "mIoU_coarse"),
+        {
+            "same head on a random base": average(random, "mIoU_coarse"),
+            "another phrase's mask on a random base": average(random, "controls", "other_coarse"),
+            "another phrase's coarse mask": average(trained, "controls", "other_coarse"),
+            **blind_controls(trained),
+        },
+        interval(tables, "iou_coarse"),
+        [
+            (chart, "held-out phrases against controls, and by word"),
+            *((path, "picture, truth, coarse and refined masks") for path in overlays),
+        ],
+        note,
+        {
+            "per_seed": [scores["mIoU_coarse"] for scores in trained],
+            "per_seed_random": [scores["mIoU_coarse"] for scores in random],
+            "by_word": words,
+        },
+    )
+
+
+def refined_masks(folder, base, trained, random, tables, random_tables, note):
+    """Row of the masks after SAM, with what a random base's masks have in common."""
+    sure, kept = np.mean([confident(table) for table in tables], axis=0).tolist()
+    sure_random, kept_random = np.mean([confident(table) for table in random_tables], axis=0).tolist()
+    write_result(
+        folder,
+        f"SAM refiner after it, {base}",
+        "mean IoU of refined masks",
+        average(trained, "mIoU"),
+        {
+            "coarse masks": average(trained, "mIoU_coarse"),
+            "refiner on a random base": average(random, "mIoU"),
+            "another phrase's mask on a random base": average(random, "controls", "other"),
+            "another phrase's mask": average(trained, "controls", "other"),
+            **blind_controls(trained),
+        },
+        interval(tables, "iou"),
+        note=f"{note}. The masks of two phrases of a picture have an IoU of {average(trained, 'alike'):.3f}, on a "
+        f"random base of {average(random, 'alike'):.3f}, and there of {average(random, 'all_objects'):.3f} with "
+        "all objects together (near 1: every object, whatever the phrase). With masks of predicted IoU below .5 "
+        f"counted as none: {sure:.3f}, on a random base {sure_random:.3f}",
+        details={
+            "per_seed": [scores["mIoU"] for scores in trained],
+            "per_seed_random": [scores["mIoU"] for scores in random],
+            "cIoU": average(trained, "cIoU"),
+            "predicted_iou": average(trained, "score"),
+            "predicted_iou_random": average(random, "score"),
+            "confident_masks_only": {"mIoU": sure, "kept": kept},
+            "confident_masks_only_random": {"mIoU": sure_random, "kept": kept_random},
+        },
+    )
+
+
+def scenes(folder, base, seeds):
+    """Coarse and refined masks of held-out scenes beside every control, means over the seeds."""
+    folders = [folder / f"test-{base}-{seed}" for seed in seeds]
+    random_folders = [folder / f"test-{base}-{seed}-random" for seed in seeds]
+    trained, random = [results(f) for f in folders], [results(f) for f in random_folders]
+    tables, random_tables = [rows(f) for f in folders], [rows(f) for f in random_folders]
+    note = (
+        f"{trained[0]['phrases']} phrases of held-out scenes, seeds {seeds} (base, scenes of its pre-training, head); "
+        "the interval covers other pictures, not other seeds"
+    )
+    coarse_masks(folder, base, seeds, trained, random, tables, note)
+    refined_masks(folder, base, trained, random, tables, random_tables, note)
+
+
+def beside_the_masks(folder, base, seeds):
+    """Objects that hide each other, the words that the base knows, the base left untouched, the keyword selector."""
+    overlap = [results(folder / f"test-{base}-{seed}-overlap") for seed in seeds]
+    controls = {
+        name: average(overlap, "controls", name) for name in ("other", "union", "raw", "whole", "centre")
+    }
+    write_result(
+        folder,
+        f"objects that hide each other, {base}",
+        "mean IoU of refined masks",
+        average(overlap, "mIoU"),
+        {"coarse masks": average(overlap, "mIoU_coarse"), **controls},
+        note=f"the head has been trained on separate objects only; seeds {seeds}",
+        details={"per_seed": [scores["mIoU"] for scores in overlap]},
+    )
+    known = [read(folder / f"words-{base}-{seed}.json") for seed in seeds]
+    write_result(
+        folder,
+        f"shape words of the base, {base}",
+        "fraction right among the four",
+        average(known, "shape", "right picture"),
+        {"next picture": average(known, "shape", "next picture"), "chance": known[0]["shape"]["chance"]},
+        note=f"teacher-forced captions of held-out scenes, seeds {seeds}; colours, sizes and textures are in the "
+        "details",
+        details={kind: [words[kind]["right picture"] for words in known] for kind in known[0]},
+    )
+    untouched = read(folder / f"untouched-{base}.json")
+    write_result(
+        folder,
+        f"base untouched, {base}",
+        "weights and answers changed (0 is right)",
+        untouched["tensors_changed"] + untouched["answers_changed"],
+        {"compared": untouched["tensors"] + untouched["answers"]},
+        note=f"greedy answer: {untouched['example']!r}",
+    )
+    scores = read(folder / f"selector-{base}" / "metrics.json")
+    write_result(
+        folder,
+        f"keyword selector, {base}",
+        "F1 over words",
+        scores["selector"]["F1"],
+        {name: scores[name]["F1"] for name in ("noun phrases", "every word")},
+        note="validation scenes",
+    )
+
+
+def photos(folder):
+    """The study on photographs: the held-out ones, and eight pictures learned by heart."""
+    held_out, by_heart = results(folder / "test-photos"), results(folder / "test-photos-overfit")
+    write_result(
+        folder,
+        "photographs",
+        "mean IoU",
+        held_out["mIoU"],
+        {
+            "coarse": held_out["mIoU_coarse"],
+            "whole picture": held_out["controls"]["whole"],
+            "centre box": held_out["controls"]["centre"],
+            "best raw map": held_out["controls"]["raw"],
+            "another phrase's mask": held_out["controls"]["other"],
+        },
+        interval([rows(folder / "test-photos")], "iou"),
+        note="the base has never seen a photograph: no grounding is to be expected, only that loader and metric are "
+        "right",
+        details=held_out,
+    )
+    overlays = sorted((folder / "test-photos-overfit" / "overlays").glob("*.png"))[:3]
+    write_result(
+        folder,
+        "photographs, 8 pictures by heart",
+        "mean IoU on these pictures",
+        by_heart["mIoU"],
+        {"whole picture": by_heart["controls"]["whole"], "centre box": by_heart["controls"]["centre"]},
+        figures=[(path, "picture, truth, coarse, refined") for path in overlays],
+        note="learned by heart: the pipeline can fit real masks; says nothing about other pictures",
+    )
+
+
+def main(args):
+    folder = args.runs / "flmm"
+    if args.photos:
+        refuse(args, ["base", "seeds"], "beside --photos")
+        photos(folder)
+    else:
+        scenes(folder, args.base, args.seeds)
+        beside_the_masks(folder, args.base, args.seeds)
+    print(
+        f"results in {folder / 'results'}, chart in {folder / 'figures'}, pictures in {folder}/test-*/overlays"
+    )
+
+
+if __name__ == "__main__":
+    run(main, parse_args())
