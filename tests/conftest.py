@@ -20,6 +20,33 @@ from tests.golden import SHARED
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # pytest-xdist fills the other cores
 
 
+class Engine:
+    """Autograd's engine, which notes that it ran in this process."""
+
+    def __init__(self, engine):
+        self.engine, self.ran = engine, False
+
+    def __getattr__(self, name):
+        return getattr(self.engine, name)
+
+    def run_backward(self, *arguments, **options):
+        self.ran = True
+        return self.engine.run_backward(*arguments, **options)
+
+
+engine = torch.autograd.Variable._execution_engine = Engine(torch.autograd.Variable._execution_engine)
+
+
+def refuse_fork_after_autograd(event, _):
+    if event == "os.fork" and engine.ran:
+        raise RuntimeError(
+            "a fork after autograd ran can hang or fail: start the script with tests/forked.py"
+        )
+
+
+sys.addaudithook(refuse_fork_after_autograd)
+
+
 def seed(name):
     """Seed all generators by a name, so that what is drawn does not depend on the tests that ran before."""
     number = zlib.crc32(name.encode())

@@ -11,9 +11,14 @@ import importlib
 import multiprocessing
 import os
 import resource
+import runpy
+import socket
 import sys
+import tempfile
 import threading
 import traceback
+from pathlib import Path
+from types import SimpleNamespace
 
 from tqdm import tqdm
 
@@ -34,44 +39,64 @@ SLOW_IMPORTS = (
 _server = multiprocessing.get_context("forkserver")
 
 
-def start(script, arguments, log, limit=None, before=None) -> multiprocessing.Process:
+def start(
+    script, arguments, log, limit=None, before=None, cwd=None, environment=(), errors=None
+) -> multiprocessing.Process:
     """Run `script.main(script.parse_args())` in a fork of the server as the command line would; returns the
     process.
 
-    script: an imported module. log: file that takes stdout and stderr. limit: bytes beyond which a write to
-    a file fails. before: function called in the fork first, one that its module's name finds.
+    script: an imported module, or the path of a file that is run as __main__. log: file that takes stdout
+    and stderr. limit: bytes beyond which a write to a file fails. before: function called in the fork first,
+    one that its module's name finds. cwd: folder that the script stands in. environment: variables that
+    differ from this process's. errors: file that takes stderr instead.
     """
-    imported = [name for name in sys.modules if name.split(".")[0] in ROOMS]
-    _server.set_forkserver_preload(
-        [*SLOW_IMPORTS, *imported]
-    )  # counts at the first call, which starts the server
     words = [str(a) for a in arguments]
-    process = _server.Process(
-        target=_main, args=(script.__name__, words, log, limit, before, dict(os.environ))
-    )
+    variables = {**os.environ, **dict(environment)}
+    name = script if isinstance(script, Path) else script.__name__
+    return _start(_main, name, words, log, limit, before, cwd or os.getcwd(), variables, errors or log)
+
+
+def _start(function, *arguments):
+    imported = [name for name in sys.modules if name.split(".")[0] in ROOMS]
+    _server.set_forkserver_preload([*SLOW_IMPORTS, *imported])  # counts at the first start, the server's own
+    process = _server.Process(target=function, args=arguments)
     process.start()
     return process
 
 
-def _main(name, arguments, log, limit, before, environment):
+def check(function, *arguments, seconds=120):
+    """Call a module's function in a new process, which may fork; fail if it raises."""
+    assert finish(_start(function, *arguments), seconds) == 0, "the error is printed above"
+
+
+def _main(script, arguments, log, limit, before, cwd, environment, errors):
     """What the fork does; it ends here, with the script's exit status."""
     code = 1
     try:
         os.environ.clear()
         os.environ.update(environment)
-        own_locks()
+        tqdm.set_lock(threading.RLock())  # the server's is shared: a killed process would keep it for ever
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "w") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
+        if errors != log:
+            with open(errors, "w") as file:
+                os.dup2(file.fileno(), 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        os.chdir(cwd)
         if limit:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
         if before:
             before()
-        script = importlib.import_module(name)
-        sys.argv = [script.__file__, *arguments]
-        run(script.main, script.parse_args())
+        if isinstance(script, Path):
+            sys.argv = [str(script), *arguments]
+            sys.path.insert(0, str(script.parent))
+            runpy.run_path(str(script), run_name="__main__")
+        else:
+            script = importlib.import_module(script)
+            sys.argv = [script.__file__, *arguments]
+            run(script.main, script.parse_args())
         code = 0
     except SystemExit as leaving:
         code = leaving.code or 0
@@ -80,13 +105,6 @@ def _main(name, arguments, log, limit, before, environment):
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def own_locks():
-    """For a fork that may be killed: tqdm's lock is shared with the parent, which would wait for the dead
-    fork for ever.
-    """
-    tqdm.set_lock(threading.RLock())
 
 
 def finish(process, seconds=None) -> int:
@@ -104,3 +122,32 @@ def call(script, arguments, log, seconds=120, **options) -> Done:
     """Run a script to its end; one that takes longer than `seconds` is killed."""
     code = finish(start(script, arguments, log, **options), seconds)
     return Done(code, log.read_text(errors="replace"))
+
+
+def run_file(path, *arguments, processes=1, cwd=None, seconds=300, **environment):
+    """Do what `python path arguments` does, or torchrun with several processes, but start at once.
+
+    Returns what subprocess.run would: returncode (that of the first rank that failed), stdout and stderr (of
+    all ranks).
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    variables = {name: str(value) for name, value in environment.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        started, folder = [], Path(folder)
+        for rank in range(processes):
+            if processes > 1:
+                ranks = {
+                    "RANK": rank,
+                    "LOCAL_RANK": rank,
+                    "WORLD_SIZE": processes,
+                    "LOCAL_WORLD_SIZE": processes,
+                }
+                meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                variables |= {name: str(value) for name, value in {**ranks, **meeting}.items()}
+            logs = {"log": folder / f"out-{rank}", "errors": folder / f"err-{rank}"}
+            started.append(start(Path(path), arguments, cwd=cwd, environment=variables, **logs))
+        codes = [finish(process, seconds) for process in started]
+        out, err = ("".join(p.read_text() for p in sorted(folder.glob(f"{k}-*"))) for k in ("out", "err"))
+    return SimpleNamespace(returncode=next((code for code in codes if code), 0), stdout=out, stderr=err)

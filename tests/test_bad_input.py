@@ -116,6 +116,7 @@ NOT_READ = ("missing", "a folder", "a link to itself")  # a folder of files is s
         ("tuned.safetensors", "test", [broken, partial(tensors, names=["encoder_model.pos_embed"])], {}),
     ],
 )
+@pytest.mark.slow
 def test_cwt_mae(cwt, target, command, mutators, options):
     refuse_all(cwt, target, command, mutators, **options)
 
@@ -189,6 +190,7 @@ SIGMF = partial(json_fields, fields=["global", "global.core:datatype", "global.c
         ),
     ],
 )
+@pytest.mark.slow
 def test_em_mllm(em, target, command, mutators, options):
     refuse_all(em, target, command, mutators, **options)
 
@@ -254,6 +256,7 @@ NOT_USED = (
         ("base/tokenizer.json", "train", [broken], {"names": ["base"]}),
     ],
 )
+@pytest.mark.slow
 def test_flmm(grounding, target, command, mutators, options):
     refuse_all(grounding, target, command, mutators, **options)
 
@@ -300,6 +303,7 @@ OTHER_FIELDS = tuple(
         ("llm/tokenizer.json", "train", [broken], {"names": ["llm"]}),
     ],
 )
+@pytest.mark.slow
 def test_dia_pangu(ct, target, command, mutators, options):
     refuse_all(ct, target, command, mutators, **options)
 
@@ -331,6 +335,7 @@ def test_dia_pangu(ct, target, command, mutators, options):
         ("prompts.jsonl", "heal", [broken], {}),
     ],
 )
+@pytest.mark.slow
 def test_pruning(llm, target, command, mutators, options):
     refuse_all(llm, target, command, mutators, **options)
 

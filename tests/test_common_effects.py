@@ -15,10 +15,12 @@ TABLE = {
 }
 
 
+@pytest.mark.slow
 def test_every_run_flag_has_its_effect(tmp_path):
     check_effects(toy_run, RUN_BASE, TABLE, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_missing_or_unknown_option_and_an_effect_that_does_not_show_are_named(tmp_path):
     table = {name: "left out here" for name in TABLE if name != "--clip"}
     table |= {

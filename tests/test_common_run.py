@@ -81,6 +81,7 @@ def test_run_directory_describes_the_run(tmp_path):
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.slow
 def test_stopped_run_says_how_to_resume_and_ends_bit_equal(tmp_path, signum, processes):
     size = str(8 // processes)
     whole = toy(tmp_path / "whole", "--workers", "2", "--batch-size", size, processes=processes)
@@ -107,6 +108,7 @@ def test_stopped_run_says_how_to_resume_and_ends_bit_equal(tmp_path, signum, pro
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_one_of_two_processes_killed_ends_both_and_the_run_goes_on(tmp_path):
     whole = toy(tmp_path / "whole", "--batch-size", "4", processes=2)
     options = ["--out", str(tmp_path / "cut"), "--batch-size", "4", "--pause", ".1"]
@@ -135,6 +137,7 @@ def test_one_of_two_processes_killed_ends_both_and_the_run_goes_on(tmp_path):
     assert final(resumed) == final(whole) and losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_twenty_kills_at_random_moments_lose_nothing(tmp_path):
     options = [
         "--width",
@@ -201,6 +204,7 @@ def test_damaged_last_checkpoint_falls_back_to_the_one_before(tmp_path, harm):
     assert final(resumed) == final(whole)
 
 
+@pytest.mark.slow
 def test_second_process_on_the_same_run_is_refused(tmp_path):
     first = subprocess.Popen(
         [sys.executable, TOY, "--out", str(tmp_path / "a"), "--pause", "1"],
@@ -232,6 +236,7 @@ def test_used_or_foreign_folder_is_refused_and_left_alone(tmp_path):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.slow
 def test_nan_loss_names_step_batch_and_last_good_checkpoint(tmp_path, processes):
     done = toy(
         tmp_path / "a", "--nan-at", "8", "--batch-size", str(8 // processes), processes=processes, check=False
@@ -241,6 +246,7 @@ def test_nan_loss_names_step_batch_and_last_good_checkpoint(tmp_path, processes)
     assert "step 8" in line and "record-" in line and "step-00000005" in line and "Traceback" not in done.text
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_first_step_of_one(tmp_path):
     toy(tmp_path / "one", "--batch-size", "8", "--max-steps", "1")
     toy(tmp_path / "two", "--batch-size", "4", "--max-steps", "1", processes=2)
@@ -257,6 +263,7 @@ def test_two_processes_take_the_first_step_of_one(tmp_path):
         ("zero9", "none of fsdp2, zero2, zero3"),
     ],
 )
+@pytest.mark.slow
 def test_accelerate_config_that_cannot_be_used_is_one_line(tmp_path, name, said):
     done = toy(tmp_path / "a", check=False, ACCELERATE_CONFIG=name)
     assert done.returncode == 2 and re.search(said, done.text) and len(done.text.strip().splitlines()) == 1
@@ -285,6 +292,7 @@ def test_fsdp2_follows_the_same_curve(tmp_path):
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_plain_torchrun_joins_its_processes(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
@@ -300,6 +308,7 @@ def test_plain_torchrun_joins_its_processes(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_user_error_of_one_process_ends_all_without_traceback(tmp_path):
     toy(tmp_path / "a", "--max-steps", "5")
     done = toy(tmp_path / "a", processes=2, check=False)

@@ -59,6 +59,7 @@ def test_accumulated_batches_equal_one_large_batch_though_samples_weigh_differen
     assert near(whole["loss"], halves["loss"]) and near(whole["grad"], halves["grad"])
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path, toy):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", TOY]
     options = ["--batch-size", "4", "--accum", "2", "--max-steps", "1"]
@@ -209,6 +210,7 @@ def test_a_stop_is_honoured_in_the_step_it_comes_in(toy, tmp_path, monkeypatch, 
     )
 
 
+@pytest.mark.slow
 def test_a_stop_after_the_last_step_ends_the_closing_evaluation_at_once(tmp_path):
     process = subprocess.Popen(
         [sys.executable, TOY, "--out", str(tmp_path / "a"), "--max-steps", "2", "--pause-at-end", "600"],

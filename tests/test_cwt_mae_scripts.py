@@ -5,7 +5,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -21,7 +20,7 @@ from cwt_mae import baselines, finetune, make_data, probe, test, train, visualiz
 from cwt_mae.dataset import Preprocess, build_store
 from cwt_mae.dataset_finetune import DownstreamClassificationDataset, load_task
 from cwt_mae.model_finetune import load_model
-from tests.forked import own_locks
+from tests import forked
 from tests.parity import assert_same_first_step, assert_same_scores
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,16 +59,30 @@ def given(paths, data="labelled"):
     return ["--data", str(paths[data]), "--split", str(paths["split"]), "--cache", str(paths["cache"])]
 
 
+def pretraining(paths, out, *options):
+    """The options of a tiny pre-training."""
+    return [*given(paths, "data"), "--out", str(out), *TINY, *options]
+
+
+def tuning(paths, out, *options):
+    """The options of a tiny fine-tuning."""
+    sizes = "--task rhythm --folds 3 --batch-size 8 --lr 1e-3 --log-every 1".split()
+    model = str(paths["base"] / "model.safetensors")
+    return [*given(paths), "--pretrained", model, *sizes, "--out", str(out), *options]
+
+
 def pretrain(paths, out, *options):
-    train.main(train.parse_args([*given(paths, "data"), "--out", str(out), *TINY, *options]))
+    train.main(train.parse_args(pretraining(paths, out, *options)))
 
 
 def tune(paths, out, *options):
-    sizes = "--task rhythm --folds 3 --batch-size 8 --lr 1e-3 --log-every 1".split()
-    model = str(paths["base"] / "model.safetensors")
-    finetune.main(
-        finetune.parse_args([*given(paths), "--pretrained", model, *sizes, "--out", str(out), *options])
-    )
+    finetune.main(finetune.parse_args(tuning(paths, out, *options)))
+
+
+def run_apart(script, options, log):
+    """Run a script in a process of its own, which may fork loader workers."""
+    done = forked.call(script, options, log)
+    assert done.returncode == 0, done.text
 
 
 def losses(out):
@@ -228,58 +241,46 @@ def test_a_model_that_compares_is_scored_with_what_is_usual_in_each_record(world
         assert np.abs(found[:, [task.classes.index(c) for c in ("N", "AFIB")]] - wanted).max() < 2e-4, name
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit_with_loader_workers(world):
-    whole, cut = world["folder"] / "whole", world["folder"] / "cut"
-    options = [
-        "--max-steps",
-        "8",
-        "--save-every",
-        "3",
-        "--workers",
-        "2",
-    ]  # epochs of 5 steps: step 3 is in mid-epoch
-    pretrain(world, whole, *options)
+    whole, cut, log = world["folder"] / "whole", world["folder"] / "cut", world["folder"] / "resumed.txt"
+    options = "--max-steps 8 --save-every 3 --workers 2".split()  # epochs of 5 steps: step 3 is in mid-epoch
+    run_apart(train, pretraining(world, whole, *options), log)
     shutil.copytree(whole, cut, symlinks=True)
     for step in (6, 8):
         shutil.rmtree(cut / "checkpoints" / f"step-{step:08d}")
     (cut / "model.safetensors").unlink()
-    pretrain(world, cut, *options, "--resume")
+    run_apart(train, pretraining(world, cut, *options, "--resume"), log)
     assert same(whole, cut) and losses(whole) == losses(cut)
     whole, cut = world["folder"] / "tuned_whole", world["folder"] / "tuned_cut"
     options = (
         "--max-steps 8 --save-every 3 --workers 1 --augment 1 --head mlp --dropout 0.5 --select last".split()
     )
-    tune(world, whole, *options)
+    run_apart(finetune, tuning(world, whole, *options), log)
     shutil.copytree(whole, cut, symlinks=True)
     shutil.rmtree(cut / "checkpoints" / "step-00000008")
-    tune(world, cut, *options, "--resume")
+    run_apart(finetune, tuning(world, cut, *options, "--resume"), log)
     assert same(whole, cut) and losses(whole) == losses(cut)
 
 
+@pytest.mark.slow
 def test_twenty_kills_at_random_moments_lose_nothing(world):
-    """Children are forked, so that a life costs no import; each is killed after a random while and the next one resumes."""
+    """Each run is killed after a random while and resumed by the next one."""
     whole, killed = world["folder"] / "unkilled", world["folder"] / "killed"
-    options = ["--max-steps", "60", "--save-every", "2", "--eval-every", "1000"]
+    log = world["folder"] / "kills.txt"
+    options = "--max-steps 60 --save-every 2 --eval-every 1000".split()
+    run_apart(train, ["--help"], log)  # the server of tests/forked.py starts
     start = time.monotonic()
-    pretrain(world, whole, *options)
+    run_apart(train, pretraining(world, whole, *options), log)
     whole_s = time.monotonic() - start  # lives are parts of this, on a busy machine too
     random.seed(1)
     for _ in range(20):
-        child = os.fork()
-        if child == 0:
-            try:
-                own_locks()
-                sys.stdout = sys.stderr = open(os.devnull, "w")
-                # each life may take 3 steps more than the last checkpoint, so that the run does not end before 20 kills
-                pretrain(
-                    world, killed, *options, *(["--resume"] if (killed / "config.json").exists() else [])
-                )
-            finally:
-                os._exit(0)
+        resume = ["--resume"] if (killed / "config.json").exists() else []
+        process = forked.start(train, pretraining(world, killed, *options, *resume), log)
         time.sleep(random.uniform(0.02, 0.35) * whole_s)
         done = sorted((killed / "checkpoints").glob("step-*")) if (killed / "checkpoints").is_dir() else []
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        process.kill()
+        forked.finish(process)
         kept = sorted((killed / "checkpoints").glob("step-*")) if (killed / "checkpoints").is_dir() else []
         assert not done or kept[-1].name >= done[-1].name, "a finished checkpoint was lost"
         if (
@@ -288,7 +289,7 @@ def test_twenty_kills_at_random_moments_lose_nothing(world):
             for folder in kept[-2:]:
                 shutil.rmtree(folder)
     assert kept, "no life came to a checkpoint"
-    pretrain(world, killed, *options, "--resume")
+    run_apart(train, pretraining(world, killed, *options, "--resume"), log)
     assert same(whole, killed) and losses(whole) == losses(killed)
 
 
@@ -303,6 +304,7 @@ def launch(script, *options, processes=1, cwd=ROOT, env=ENV):
     )
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_first_step_of_one(world):
     for processes in (1, 2):
         options = [
@@ -377,6 +379,7 @@ def test_bad_inputs_are_errors_of_one_line_before_anything_is_written(script, op
     assert wanted in str(error.value) and "\n" not in str(error.value) and not out.exists()
 
 
+@pytest.mark.slow
 def test_a_bad_input_ends_with_status_2_and_no_traceback(world):
     done = launch("train.py", "--data", "nowhere.npz", "--out", world["folder"] / "never")
     assert (
@@ -385,6 +388,7 @@ def test_a_bad_input_ends_with_status_2_and_no_traceback(world):
 
 
 @pytest.mark.parametrize("place", ["repository", "project"])
+@pytest.mark.slow
 def test_launchers_run_from_two_directories(place, world, tmp_path):
     cwd = {"repository": ROOT, "project": ROOT / "cwt_mae"}[place]
     env = ENV | {"DATA": os.path.relpath(world["data"], cwd), "OUT": os.path.relpath(tmp_path / "base", cwd)}

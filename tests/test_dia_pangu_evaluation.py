@@ -96,6 +96,7 @@ def test_side_and_place_are_read_from_a_report():
     )
 
 
+@pytest.mark.slow
 def test_odd_predictions_are_scored(tmp_path):
     truths = [
         "A small nodule is found.",

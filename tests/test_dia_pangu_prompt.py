@@ -18,6 +18,7 @@ from dia_pangu.src.Model.multimodality_model import TRAINED, token_loss
 from dia_pangu.src.Model.my_embedding_layer import MyEmbedding
 from dia_pangu.src.Model.pangu import load_tokenizer
 from dia_pangu.src.test import report_batch
+from tests import forked
 from tests.golden import ROOT
 from tests.tiny_dia import *  # noqa: F403  the fixtures data, llm and model_text
 from tests.tiny_dia import SMALL, python
@@ -48,7 +49,7 @@ def test_a_report_that_is_cut_gets_no_eos(llm):
         text.sample([0] * 14, "x", "scan7")
 
 
-def test_reports_cut_in_a_loader_worker_are_counted(data, llm):
+def count_cut_reports(data, llm):
     text = make_text(load_tokenizer(llm), SMALL, 500)
     text.max_length = len(text.sample([1] * 14)["lang_x"]) + 12
     samples = CTRGDataset(data, "train", Grid((16, 16, 16)), text, vision=False)
@@ -58,6 +59,10 @@ def test_reports_cut_in_a_loader_worker_are_counted(data, llm):
     assert text.cut == expected > 0
     batches = list(DataLoader(samples, 4, num_workers=1, collate_fn=collate))
     assert len(batches) == 2 and text.cut == 2 * expected
+
+
+def test_reports_cut_in_a_loader_worker_are_counted(data, llm):
+    forked.check(count_cut_reports, data, llm)
 
 
 def test_a_tokenizer_larger_than_the_word_table_is_refused(llm):
@@ -165,6 +170,7 @@ def test_hidden_places_leave_the_statuses_alone(data, llm):
     assert 0.2 < said < 0.8 and some == prompts(0.5) and some != prompts(0.5, epoch=1)
 
 
+@pytest.mark.slow
 def test_pretraining_writes_places_that_training_takes(data, llm, tmp_path):
     (tmp_path / "small.json").write_text(json.dumps(SMALL))
     common = [

@@ -8,10 +8,12 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 import torch
 
 from dia_pangu.src.Model.build import build_model, save_model
 from dia_pangu.src.Model.my_embedding_layer import MyEmbedding
+from tests import forked
 from tests.golden import ROOT
 from tests.parity import assert_same_first_step
 from tests.tiny_dia import *  # noqa: F403  the fixtures data, llm and model_text
@@ -21,13 +23,7 @@ from tests.tiny_dia import SMALL, python
 def train(data, llm, out, *more, processes=1):
     config = out.parent / "small.json"
     config.write_text(json.dumps(SMALL))
-    start = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        if processes > 1
-        else []
-    )
-    return python(
-        *start,
+    return forked.run_file(
         ROOT / "dia_pangu" / "train.py",
         "--stage",
         "ft",
@@ -50,6 +46,7 @@ def train(data, llm, out, *more, processes=1):
         "--flip",
         "0.1",
         *more,
+        processes=processes,
     )
 
 
@@ -58,6 +55,7 @@ def curve(out):
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
+@pytest.mark.slow
 def test_accumulation_processes_and_resume_give_the_same_training(data, llm, tmp_path):
     whole = train(
         data,
@@ -114,6 +112,7 @@ def test_accumulation_processes_and_resume_give_the_same_training(data, llm, tmp
     assert json.loads((tmp_path / "whole" / "adapter_config.json").read_text())["lora_alpha"] == 16
 
 
+@pytest.mark.slow
 def test_dry_run_counts_the_published_parameters_without_weights(llm, tmp_path):
     folder = tmp_path / "pangu"
     folder.mkdir()
@@ -155,6 +154,7 @@ def test_dry_run_counts_the_published_parameters_without_weights(llm, tmp_path):
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.slow
 def test_user_errors_are_one_line(data, llm, tmp_path):
     for arguments, message in (
         (["--data", tmp_path / "nowhere", "--lang-encoder-path", llm], "no such data folder"),
@@ -178,6 +178,7 @@ def test_user_errors_are_one_line(data, llm, tmp_path):
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_one_scan_gives_a_report(data, llm, tmp_path):
     model, _ = build_model(json.loads(json.dumps(SMALL)), llm)
     save_model(model.state_dict(), tmp_path / "model", SMALL)
@@ -208,6 +209,7 @@ def test_one_scan_gives_a_report(data, llm, tmp_path):
     assert (tmp_path / "out" / "evidence" / "3.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_the_launcher_works_from_elsewhere(data, llm, tmp_path):
     (tmp_path / "small.json").write_text(json.dumps(SMALL))
     environment = {

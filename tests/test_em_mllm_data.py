@@ -40,6 +40,7 @@ from em_mllm.test import (
     wilson,
     write_submission,
 )
+from tests import forked
 
 QUESTION = "请依据给出的IQ信号内容，选出最符合的调制类型（四选一）。(A) GFSK (B) FM (C) MSK (D) 2FSK"
 
@@ -205,16 +206,18 @@ def test_skip_bad_leaves_out_and_counts(tmp_path, tokenizer):
     }
 
 
-def test_loader_workers_read_what_the_parent_reads_after_a_fork(tmp_path, tokenizer):
-    data = QuestionDataset(write_pair(tmp_path, 12), tokenizer)
+def compare_workers_with_parent(folder, tokenizer):
+    data = QuestionDataset(write_pair(folder, 12), tokenizer)
     data[0]  # the parent's handle is open when the workers fork
     collate = QuestionCollator(8, tokenizer.pad_token_id)
     alone = [b["iq"] for b in DataLoader(data, 3, collate_fn=collate)]
-    forked = [
-        b["iq"]
-        for b in DataLoader(data, 3, collate_fn=collate, num_workers=2, multiprocessing_context="fork")
-    ]
-    assert all(torch.equal(a, b) for a, b in zip(alone, forked))
+    workers = DataLoader(data, 3, collate_fn=collate, num_workers=2, multiprocessing_context="fork")
+    read = [b["iq"] for b in workers]
+    assert len(alone) == len(read) and all(torch.equal(a, b) for a, b in zip(alone, read))
+
+
+def test_loader_workers_read_what_the_parent_reads_after_a_fork(tmp_path, tokenizer):
+    forked.check(compare_workers_with_parent, tmp_path, tokenizer)
 
 
 def test_records_are_flat_bytes_and_come_back_equal():

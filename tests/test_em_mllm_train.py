@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from common.errors import UserError
 from em_mllm import rtl433
 from em_mllm.dataset import SignalFile
+from tests import forked
 from tests.parity import assert_same_first_step
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,16 +26,8 @@ EM = ROOT / "em_mllm"
 
 
 def start(*command, cwd=ROOT, processes=1, check=True, **environment):
-    """Run a script of em_mllm; several processes through torchrun on gloo."""
-    command = [str(c) for c in command]
-    prefix = (
-        [sys.executable]
-        if processes == 1
-        else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    )
-    done = subprocess.run(
-        [*prefix, *command], cwd=cwd, capture_output=True, text=True, env={**os.environ, **environment}
-    )
+    """Run a script of em_mllm in processes of its own; several on gloo."""
+    done = forked.run_file(*command, cwd=cwd, processes=processes, **environment)
     if check:
         assert done.returncode == 0, done.stderr[-3000:]
     return done
@@ -153,6 +146,7 @@ def test_pretraining_leaves_an_encoder_metrics_and_pictures(home):
 
 
 @pytest.mark.parametrize("script", [pretrain, train])
+@pytest.mark.slow
 def test_two_processes_take_the_first_step_of_one(home, tmp_path, script):
     inside(*script(home, tmp_path / "one"), "--max-steps", 1, "--batch-size", 4)
     start(*script(home, tmp_path / "two"), "--max-steps", 1, "--batch-size", 2, processes=2)
@@ -160,6 +154,7 @@ def test_two_processes_take_the_first_step_of_one(home, tmp_path, script):
 
 
 @pytest.mark.parametrize("script", [pretrain, train])
+@pytest.mark.slow
 def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(home, tmp_path, script):
     """Stopped in mid-epoch after step 3 of 7 and gone on: the same weights as without the stop."""
     folder = {pretrain: "encoder", train: "model"}[script]
@@ -211,6 +206,7 @@ def test_gradient_accumulation_equals_the_larger_batch(home, tmp_path, script, r
     np.testing.assert_allclose(halves, whole, rtol=rtol)
 
 
+@pytest.mark.slow
 def test_train_then_test_then_one_recording_then_submission(home, tmp_path):
     inside(*train(home, tmp_path / "run", "--max-steps", 2, "--batch-size", 4, "--freeze-llm"))
     model, data = tmp_path / "run/model", home / "data/test"
@@ -315,6 +311,7 @@ def test_a_user_error_is_one_line_and_exit_status_2(home):
     assert done.stderr.strip().splitlines()[-1].startswith("error: ") and not (home / "x").exists()
 
 
+@pytest.mark.slow
 def test_launchers_show_help_from_any_folder(tmp_path):
     for cwd, path in ((tmp_path, EM / "run_train.sh"), (EM, "run_test.sh")):
         done = subprocess.run(
@@ -327,6 +324,7 @@ def test_launchers_show_help_from_any_folder(tmp_path):
         assert done.returncode == 0 and "usage" in done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_answers_as_one(home, tmp_path):
     inside(*train(home, tmp_path / "run", "--max-steps", 2, "--batch-size", 4, "--freeze-llm"))
     files = [home / "data/test/radar_jamming.h5", home / "data/test/radar_jamming.json"]
@@ -361,6 +359,7 @@ def test_two_processes_give_the_same_answers_as_one(home, tmp_path):
         (["--dtype", "bfloat16", "--use-lora"], {"dtype": "bfloat16", "llm": "adapter"}),
     ],
 )
+@pytest.mark.slow
 def test_every_kind_of_training_ends_in_a_model_that_answers(home, tmp_path, options, words):
     tokens = [] if "--legacy" in options else ["--signal-tokens", 2]
     command = [
@@ -454,6 +453,7 @@ def test_finetune_joins_classes_of_several_files_and_leaves_a_model_for_training
         ),
     ],
 )
+@pytest.mark.slow
 def test_run_train_launcher_trains_on_what_it_is_given(home, tmp_path, given, flags):
     command = ["bash", str(EM / "run_train.sh"), *flags, "--max-steps", "1", "--log-every", "1"]
     given = {**given, "OUTPUT_DIR": str(tmp_path / "run"), "PYTHON": sys.executable, "NPROC_PER_NODE": "1"}
@@ -464,6 +464,7 @@ def test_run_train_launcher_trains_on_what_it_is_given(home, tmp_path, given, fl
     assert bool(config["task_files"]) == bool(flags) and (tmp_path / "run/model/multimodal.json").exists()
 
 
+@pytest.mark.slow
 def test_study_of_real_captures_from_files_to_questions(home, tmp_path):
     """Captures of twelve devices that differ in pulse length: every condition is measured, and questions about device, coding, keying."""
     names = [*rtl433.UNSEEN, *(f"device_{i}" for i in range(8))]

@@ -16,6 +16,7 @@ from common.checkpoint import damage
 from tests import forked
 from tests.worlds import *  # noqa: F403  the fixtures cwt, em, grounding, ct, llm
 
+pytestmark = pytest.mark.slow
 TRAININGS = [
     ("cwt", "train"),
     ("cwt", "finetune"),

@@ -21,6 +21,7 @@ from flmm.make_data import main as make_data
 from flmm.models.tiny import save_base, tiny_model, tiny_sam, tiny_tokenizer
 from flmm.scripts.demo import grounded_conversation_demo as demo
 from flmm.scripts.visual_cot.visual_cot import contains, mask_to_crop
+from tests import forked
 from tests.parity import assert_same_first_step, assert_same_scores
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,20 +41,8 @@ def world(tmp_path_factory):
 
 
 def call(*arguments, cwd=ROOT, processes=1, ok=True):
-    """Run a script in a process of its own; returns stdout, or stderr where it must fail with status 2."""
-    launcher = (
-        [sys.executable]
-        if processes == 1
-        else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    )
-    done = subprocess.run(
-        [*launcher, *map(str, arguments)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "PYTHONPATH": "", "CUDA_VISIBLE_DEVICES": ""},
-    )
+    """Run a script in processes of its own; returns stdout, or stderr where it must fail with status 2."""
+    done = forked.run_file(*arguments, cwd=cwd, processes=processes, CUDA_VISIBLE_DEVICES="")
     if ok:
         assert done.returncode == 0, done.stderr[-2000:]
         return done.stdout
@@ -88,6 +77,7 @@ def losses(out):
     return [line["loss"] for line in lines if "loss" in line]  # the closing validation has a line of its own
 
 
+@pytest.mark.slow
 def test_resumed_equals_uninterrupted_to_the_bit_and_two_processes_equal_one(world, tmp_path):
     train(world, tmp_path / "whole", "--max-steps", 3, "--batch-size", 4, "--save-every", 1)
     shutil.copytree(tmp_path / "whole", tmp_path / "cut", symlinks=True)
@@ -102,6 +92,7 @@ def test_resumed_equals_uninterrupted_to_the_bit_and_two_processes_equal_one(wor
     assert_same_first_step(tmp_path / "whole", tmp_path / "two")
 
 
+@pytest.mark.slow
 def test_no_step_needs_more_memory_than_an_earlier_one(world, tmp_path, monkeypatch):
     """Every step sees all eight pictures; bytes are counted by the allocator, so one kept map of one phrase would show."""
     steps, watch, original = [], [], trainer.lr_at
@@ -129,6 +120,7 @@ def test_no_step_needs_more_memory_than_an_earlier_one(world, tmp_path, monkeypa
     assert abs(sum(kept[2:])) < 2000, kept  # nothing stays behind: one phrase's maps alone are 3 KB
 
 
+@pytest.mark.slow
 def test_a_sharded_base_gives_the_losses_of_the_whole_one(world, tmp_path):
     held = []
     for name, options in (("whole", []), ("sharded", ["--shard-base"])):
@@ -139,6 +131,7 @@ def test_a_sharded_base_gives_the_losses_of_the_whole_one(world, tmp_path):
     assert "needs several processes" in train(world, tmp_path / "one", "--shard-base", ok=False)
 
 
+@pytest.mark.slow
 def test_a_head_is_trained_from_the_cache_scored_and_used(world, tmp_path):
     head = tmp_path / "run/head.safetensors"
     out = train(
@@ -189,7 +182,7 @@ def test_a_head_is_trained_from_the_cache_scored_and_used(world, tmp_path):
     Image.new("CMYK", (50, 40)).save(tmp_path / "p.jpg")
     script = ROOT / "flmm/scripts/demo/grounded_conversation_demo.py"
     out = call(
-        "grounded_conversation_demo.py",
+        script,
         *model,
         "--image",
         tmp_path / "p.jpg",
@@ -264,9 +257,12 @@ def test_a_refusal_is_one_line_and_status_two(world, tmp_path):
 
 
 @pytest.mark.parametrize("start", [["train.py"], ["-m", "flmm.train"]])
+@pytest.mark.slow
 def test_scripts_start_from_their_folder_and_from_the_root(start):
-    out = call(*start, "--help", cwd=ROOT / "flmm" if start == ["train.py"] else ROOT)
-    assert "--config" in out
+    command, folder = [sys.executable, *start, "--help"], ROOT / "flmm" if start == ["train.py"] else ROOT
+    environment = {**os.environ, "PYTHONPATH": ""}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+    assert "--config" in done.stdout
 
 
 def test_crop_of_a_chain_of_thought_is_clipped_and_scored_offline():

@@ -2,10 +2,7 @@
 
 import csv
 import json
-import os
 import shutil
-import subprocess
-import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -25,6 +22,7 @@ from pruning.report_model import Encoded, load_report_model, report_losses, task
 from pruning.sensitivity_analyse import layer_sensitivity_scan as scanner
 from pruning.sensitivity_analyse.load_model import load_model
 from studies.pruning import study, tables
+from tests import forked
 from tests.parity import assert_same_first_step
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -251,20 +249,13 @@ def test_distillation_from_itself_starts_at_distance_zero_and_mixes(world, tmp_p
         train.check(train.parse_args(heal_args(world, tmp_path, "--distill", "0.5")))
 
 
+@pytest.mark.slow
 def test_two_processes_heal_as_one_and_resume_is_exact(world, tmp_path):
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
 
     def launch(processes, out, *more):
-        start = [sys.executable]
-        if processes == 2:
-            start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        subprocess.run(
-            [*start, ROOT / "pruning/train.py", *heal_args(world, out, *more)],
-            check=True,
-            capture_output=True,
-            text=True,
-            env=environment,
-        )
+        line = [ROOT / "pruning/train.py", *heal_args(world, out, *more)]
+        done = forked.run_file(*line, processes=processes, CUDA_VISIBLE_DEVICES="")
+        assert done.returncode == 0, done.stderr
 
     launch(1, tmp_path / "one", "--max-steps", "3", "--save-steps", "1")
     launch(2, tmp_path / "two", "--max-steps", "1", "--per-device-train-batch-size", "1")
@@ -413,6 +404,7 @@ def test_plain_language_models_heal_and_test_on_texts(world, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_the_study_leaves_the_model_as_it_was_and_reuses_equal_sets(world, tmp_path, monkeypatch, capsys):
     args = study.parse_args(
         [

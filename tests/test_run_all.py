@@ -64,6 +64,7 @@ def start(tree, *options, **environment):
     )
 
 
+@pytest.mark.slow
 def test_one_failure_does_not_stop_the_others_and_is_named(tree):
     done = start(tree, "--jobs", "2", "--smoke")
     assert done.returncode == 1, done.stderr
@@ -89,6 +90,7 @@ def test_page_is_one_file_with_inline_pictures_alt_text_and_escapes(tree):
     assert not re.search(r'(href|src)="https?:', page)
 
 
+@pytest.mark.slow
 def test_pruning_starts_when_the_model_is_there_and_not_on_an_old_one(tree):
     made = tree / "runs/dia_pangu/ft/metrics.json"
     made.parent.mkdir(parents=True)
@@ -120,6 +122,7 @@ def test_wrong_arguments_are_one_line(tree, options, environment, said):
     assert not (tree / "runs").exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_reaches_the_projects(tree):
     (tree / "cwt_mae/run_builtin.sh").write_text("trap 'echo saved; exit 143' TERM; echo up; sleep 60 & wait")
     env = {**os.environ, "PYTHONPATH": str(tree), "RUNS": str(tree / "runs")}

@@ -10,6 +10,7 @@ import torch
 from common.tiny_llm import make_llm, make_tokenizer
 from dia_pangu.src.Dataset.prompt import status_text
 from dia_pangu.src.Model.build import build_model
+from tests import forked
 from tests.golden import ROOT
 
 __all__ = ["data", "llm", "model_text"]  # the fixtures
@@ -40,10 +41,11 @@ SMALL = {
 }
 
 
-def python(*arguments, **options):
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=240, **options
-    )
+def python(file, *arguments, cwd=None):
+    """Run a file, or `-m` and a module, in a process of its own."""
+    if file != "-m":
+        return forked.run_file(file, *arguments, cwd=cwd)
+    return subprocess.run([sys.executable, "-m", *arguments], cwd=cwd, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
