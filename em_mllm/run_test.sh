@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
-# Test a trained model.  MODEL (default: what run_train.sh wrote)  TASK_DIR (or DATA)  OUT; arguments go to test.py, such as --iq file --question "..."
+# Test a trained model; arguments go to test.py, such as --iq file --question "...".
+#   MODEL    model folder (default: what run_train.sh and studies/em_mllm/first.py write)
+#   TASK_DIR (or DATA)    folder of questions (default: the built-in ones of first.py)
+#   OUT    folder of the results (default: test/ beside the model)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common/env.sh"
-HERE=$ROOT/em_mllm
-show_help "$HERE/test.py" "$@"
+show_help "$ROOT/em_mllm/test.py" "$@"
 MODEL=${MODEL:-$RUNS/em_mllm/base/model}
+OUT=${OUT:-$(dirname "$MODEL")/test}
 case " $* " in
   *" --iq "* | *" --validate "*) ;;
-  *" --task-files "*) set -- --out "${OUT:-$(dirname "$MODEL")/test}" "$@" ;;
-  *) set -- --task-dir "${TASK_DIR:-${DATA:-$ROOT/data/em_mllm/small/test}}" --out "${OUT:-$(dirname "$MODEL")/test}" "$@" ;;
+  *" --task-files "*) set -- --out "$OUT" "$@" ;;
+  *) set -- --task-dir "${TASK_DIR:-${DATA:-$ROOT/data/em_mllm/first/data/test}}" --out "$OUT" "$@" ;;
 esac
-launch "$HERE/test.py" --model "$MODEL" "$@"
+launch "$ROOT/em_mllm/test.py" --model "$MODEL" "$@"

@@ -22,7 +22,6 @@ import dia_pangu.make_data
 import dia_pangu.src.test
 import dia_pangu.src.train
 import em_mllm.make_data
-import em_mllm.make_llm
 import em_mllm.pretrain
 import em_mllm.test
 import em_mllm.train
@@ -32,6 +31,7 @@ import flmm.train
 import pruning.pruning_tools.prune_llm
 import pruning.sensitivity_analyse.layer_sensitivity_scan
 import pruning.train
+import studies.em_mllm.make_llm
 from common.tiny_llm import make_llm, make_tokenizer
 from dia_pangu.src.Model.build import TINY, build_model, save_model
 from flmm.models.tiny import save_base, tiny_model, tiny_sam, tiny_tokenizer
@@ -143,7 +143,7 @@ def em(tmp_path_factory):
         128,
         log=log,
     )
-    made(em_mllm.make_llm, "--out", folder / "llm", "--steps", 1, log=log)
+    made(studies.em_mllm.make_llm, "--out", folder / "llm", "--steps", 1, log=log)
     sizes = {
         "hidden_size": 32,
         "num_hidden_layers": 1,

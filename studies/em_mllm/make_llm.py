@@ -4,51 +4,50 @@ It is trained on text alone, never on a signal: where the signal vectors will st
 an unsure signal would say them, and the model learns to find it among the options and to answer with its letter. What is left for the
 joint training is to turn signals into something that reads like a name.
 
-    python em_mllm/make_llm.py --out data/em_mllm_llm --steps 500
+    python studies/em_mllm/make_llm.py --out data/em_mllm_llm --steps 500
 """
 
-import argparse
 import json
 import shutil
 import sys
 import time
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # repository root: every way of starting this file finds it
+# repository root: every way of starting this file finds it
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
+from common.arguments import Parser
 from common.checkpoint import atomic_dir
 from common.errors import UserError, run
 from common.run import progress, seed_everything
 from common.tiny_llm import make_llm, make_tokenizer
+from common.train import lr_at
 from em_mllm.dataset import collate_text, parse_options
 from em_mllm.make_data import LETTERS, NOUN, four_choice, open_question
 from em_mllm.model import IQ_END, IQ_START
-from em_mllm.optim import lr_at, make_optimizers, set_lr
+from em_mllm.optim import make_optimizers
 from em_mllm.signals import TASKS
+from studies.em_mllm import short
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_args(argv=None):
+    parser = Parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the model")
-    parser.add_argument("--steps", type=int, default=500, help="training steps (default 500)")
-    parser.add_argument("--batch-size", type=int, default=64, help="texts per step (default 64)")
-    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default 1e-3)")
-    parser.add_argument("--hidden-size", type=int, default=96, help="width of the model (default 96)")
-    parser.add_argument("--layers", type=int, default=2, help="layers of the model (default 2)")
+    parser.add_argument("--steps", type=int, default=500, help="training steps")
+    parser.add_argument("--batch-size", type=int, default=64, help="texts per step")
+    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
+    parser.add_argument("--hidden-size", type=int, default=96, help="width of the model")
+    parser.add_argument("--layers", type=int, default=2, help="layers of the model")
     parser.add_argument(
         "--slots",
         type=int,
         default=9,
-        help="places that the class name fills where signal vectors will stand (default 9)",
+        help="places that the class name fills where signal vectors will stand",
     )
     parser.add_argument(
         "--tasks",
@@ -56,9 +55,9 @@ def parse_args():
         help='JSON of other tasks to ask about: {"device": {"noun": ["设备型号", "device"], "names": ["a", "b"]}} '
         "(default: the built-in ones)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="random seed (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed")
     parser.add_argument("--overwrite", action="store_true", help="replace the model in --out")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def read_tasks(path) -> list[tuple[list[str], tuple[str, str]]]:
@@ -173,7 +172,6 @@ def main(args):
             attention.o_proj.weight.data.copy_(attention.v_proj.weight.T)
         optimizers = make_optimizers(llm, "muon", args.lr, 0.05)
         for step in progress(range(args.steps), desc="warm-up on text", unit="step"):
-            set_lr(optimizers, lr_at(step, args.steps, warmup=0.03))
             recite = (
                 1.0 if step < 0.4 * args.steps else 0.3
             )  # recitation first: every pair in it is a lesson in binding
@@ -181,11 +179,7 @@ def main(args):
             hidden = llm.model(input_ids=ids, attention_mask=mask).last_hidden_state[:, :-1]
             learned = labels[:, 1:] >= 0
             loss = F.cross_entropy(llm.lm_head(hidden[learned]), labels[:, 1:][learned])
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(llm.parameters(), 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
+            short.step(llm, optimizers, loss, lr_at(step, args.steps, warmup=0.03), clip=1.0)
             if (step + 1) % 100 == 0:
                 print(
                     f"step {step + 1}/{args.steps} | loss {loss.item():.3f} | letter accuracy "

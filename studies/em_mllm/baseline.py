@@ -1,19 +1,16 @@
 """A small convolutional network on the same IQ: the classical baseline beside every number of this project.
 
-    python em_mllm/baseline.py --train data/em_mllm/train --test data/em_mllm/test --out runs/em_mllm/cnn
+    python studies/em_mllm/baseline.py --train data/em_mllm/train --test data/em_mllm/test --out runs/em_mllm/cnn
 
 One network per task (x.h5), trained on `label`. Its four-choice answer to x.json is the likeliest of the four options.
 """
 
-import argparse
-import json
 import sys
 import time
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # repository root: every way of starting this file finds it
+# repository root: every way of starting this file finds it
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch
@@ -22,17 +19,19 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader
 
-from common.checkpoint import atomic_write
+from common.arguments import Parser, number
+from common.checkpoint import atomic_json
 from common.errors import UserError, run
 from common.run import describe, open_run, progress, seed_everything
+from common.train import lr_at
 from em_mllm.dataset import SignalDataset, parse_options, read_questions
-from em_mllm.optim import lr_at, make_optimizers, set_lr
+from em_mllm.optim import make_optimizers
+from em_mllm.scores import HIGH_SNR_DB
+from studies.em_mllm import short
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_args(argv=None):
+    parser = Parser(__doc__)
     parser.add_argument("--train", type=Path, required=True, help="folder of x.h5 with labels")
     parser.add_argument(
         "--test",
@@ -41,12 +40,12 @@ def parse_args():
         help="folder of x.h5 (and x.json for the four-choice score) with the same names",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for metrics.json")
-    parser.add_argument("--steps", type=int, default=400, help="training steps per task (default 400)")
-    parser.add_argument("--batch-size", type=int, default=64, help="signals per step (default 64)")
-    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate (default 3e-3)")
-    parser.add_argument("--seed", type=int, default=0, help="random seed (default 0)")
+    parser.add_argument("--steps", type=number(int, 1), default=400, help="training steps of each task")
+    parser.add_argument("--batch-size", type=number(int, 1), default=64, help="signals of one step")
+    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
+    parser.add_argument("--seed", type=int, default=0, help="random seed")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in --out")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 class SignalCNN(nn.Module):
@@ -93,11 +92,7 @@ def train_cnn(data, classes, steps, batch_size, lr, accelerator, seed=0):
         loader.set_epoch(epoch)
         getattr(data, "dataset", data).set_epoch(epoch)  # of a Subset, its data set
         for iq, label in loader:
-            set_lr(optimizers, lr_at(step, steps, 0.05))
-            accelerator.backward(F.cross_entropy(model(iq), label))
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
+            short.step(model, optimizers, F.cross_entropy(model(iq), label), lr_at(step, steps, 0.05))
             step += 1
             if step == steps:
                 break
@@ -154,7 +149,7 @@ def main(args):
         hit, snr = log_probs.argmax(1) == test.columns["label"], test.columns["snr"]
         metrics[task] = {
             "accuracy": float(hit.mean()),
-            "accuracy_high_snr": float(hit[snr >= 10].mean()),
+            "accuracy_high_snr": float(hit[snr >= HIGH_SNR_DB].mean()),
             "model": describe(model),
         }
         if (args.test / f"{task}.json").exists():
@@ -164,11 +159,11 @@ def main(args):
         snr, good = (np.concatenate(x) for x in zip(*choice))
         metrics["four_choice"] = {
             "accuracy": float(good.mean()),
-            "accuracy_high_snr": float(good[snr >= 10].mean()),
+            "accuracy_high_snr": float(good[snr >= HIGH_SNR_DB].mean()),
             "count": len(good),
         }
     metrics["cpu_seconds"] = time.process_time() - start
-    atomic_write(out / "metrics.json", json.dumps(metrics, indent=1))
+    atomic_json(out / "metrics.json", metrics)
     print("\n".join(f"{k}: {v}" for k, v in metrics.items()))
 
 

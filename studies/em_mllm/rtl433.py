@@ -2,22 +2,19 @@
 
     python em_mllm/convert.py rtl433 .../rtl433_train.npz .../rtl433_test.npz --out data/em_mllm/rtl433
     python em_mllm/pretrain.py --data data/em_mllm/rtl433/train --out runs/em_mllm/rtl433_pretrain \\
-        --config em_mllm/rtl433_config.json --spectrum-weight 0.5 --max-steps 200 ...
-    python em_mllm/rtl433.py --captures .../rtl433_train.npz .../rtl433_test.npz --data data/em_mllm/rtl433 \\
+        --config studies/em_mllm/rtl433_config.json --spectrum-weight 0.5 --max-steps 200 ...
+    python studies/em_mllm/rtl433.py --captures .../rtl433_train.npz .../rtl433_test.npz --data data/em_mllm/rtl433 \\
         --signal-encoder-path runs/em_mllm/rtl433_pretrain/encoder --out runs/em_mllm/rtl433
 
 Training and test captures come from the same sittings with the same receiver: nothing here follows for another receiver.
 Unseen devices: the encoder is trained on eight classes; the other four are told apart from a few captures each by its embeddings.
 """
 
-import argparse
-import json
 import sys
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # repository root: every way of starting this file finds it
+# repository root: every way of starting this file finds it
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 from accelerate import Accelerator
@@ -26,23 +23,22 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch.utils.data import Subset
 
-from common.checkpoint import atomic_dir, atomic_write
+from common.arguments import Parser
+from common.checkpoint import atomic_csv, atomic_dir, atomic_json
 from common.errors import run
 from common.figures import new_figure, save_figure
 from common.run import open_run, seed_everything
-from em_mllm.baseline import predict, train_cnn
 from em_mllm.convert import NOISE_DB, disturb, read_rtl433
 from em_mllm.dataset import SignalDataset
-from em_mllm.fewshot import classify, embed, fit, make_encoder, probe
+from studies.em_mllm.baseline import predict, train_cnn
+from studies.em_mllm.fewshot import classify, embed, fit, make_encoder, probe
 
 UNSEEN = ("auriol_z31055", "door_bell", "hyundai_key", "dsc")
 EDGES = np.geomspace(10, 20000, 17)  # samples at 250 kHz: 40 us to 80 ms
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_args(argv=None):
+    parser = Parser(__doc__)
     parser.add_argument(
         "--captures", type=Path, nargs=2, required=True, metavar=("TRAIN", "TEST"), help="the two npz files"
     )
@@ -54,13 +50,13 @@ def parse_args():
         "--steps",
         type=int,
         default=450,
-        help="training steps of encoder and CNN on all captures, a quarter of it on few (default 450)",
+        help="training steps of encoder and CNN on all captures, a quarter of it on few",
     )
-    parser.add_argument("--seeds", type=int, default=1, help="repetitions with other seeds (default 1)")
+    parser.add_argument("--seeds", type=int, default=1, help="repetitions with other seeds")
     parser.add_argument("--out", type=Path, required=True, help="folder for encoder, metrics and pictures")
-    parser.add_argument("--seed", type=int, default=0, help="random seed (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in --out")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def pulse_features(z) -> np.ndarray:
@@ -173,8 +169,8 @@ def draw(conditions, count, chance, folder):
     axis.set(xlabel="noise below burst power", ylabel="accuracy", ylim=(0, 1.02), title=title)
     axis.legend(fontsize=8)
     save_figure(figure, folder / "devices.png")
-    rows = [f"{name}," + ",".join(f"{scores[k]:.4f}" for k in levels) for name, scores in conditions.items()]
-    atomic_write(folder / "devices.csv", "\n".join(["method," + ",".join(levels), *rows]) + "\n")
+    rows = [{"method": name, **{k: scores[k] for k in levels}} for name, scores in conditions.items()]
+    atomic_csv(folder / "devices.csv", rows)
 
 
 def main(args):
@@ -228,7 +224,7 @@ def main(args):
         "few_captures": {name: mean(runs) for name, runs in few.items()},
         "unseen_devices": unseen_devices(args, train, names, capture, device),
     }
-    atomic_write(args.out / "metrics.json", json.dumps(metrics, indent=1))
+    atomic_json(args.out / "metrics.json", metrics)
     draw(conditions, metrics["count"], metrics["chance"], args.out / "figures")
     for part in ("conditions", "few_captures"):
         for name, scores in metrics[part].items():

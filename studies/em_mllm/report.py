@@ -1,30 +1,29 @@
-"""Rows of the closing table from the metrics that run_builtin.sh left:
+"""Rows of the closing table from the metrics that builtin.py and real.py left:
 
-python em_mllm/report.py builtin|devices|questions --runs runs/em_mllm
+python studies/em_mllm/report.py builtin|devices|questions --runs runs/em_mllm
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # repository root: every way of starting this file finds it
+# repository root: every way of starting this file finds it
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 
+from common.arguments import Parser
 from common.errors import UserError, run
+from em_mllm.scores import wilson
 from studies.summary import write_result
-from em_mllm.test import wilson
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_args(argv=None):
+    parser = Parser(__doc__)
     parser.add_argument(
-        "study", choices=("builtin", "devices", "questions"), help="which part of run_builtin.sh"
+        "study",
+        choices=("builtin", "devices", "questions"),
+        help="builtin: of builtin.py; devices, questions: of real.py",
     )
     parser.add_argument(
         "--runs",
@@ -32,16 +31,14 @@ def parse_args():
         required=True,
         help="the folder that holds seed-0/, seed-1/, ... or rtl433/, rtl433_joint/",
     )
-    parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[0], help="the seeds that were run (default 0)"
-    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="the seeds that were run")
     parser.add_argument("--smoke", action="store_true", help="say that the numbers mean nothing")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def read(path: Path) -> dict:
     if not path.is_file():
-        raise UserError(f"{path}: missing; run run_builtin.sh to its end first")
+        raise UserError(f"{path}: missing; run studies/em_mllm/builtin.py or real.py to its end first")
     return json.loads(path.read_text())
 
 

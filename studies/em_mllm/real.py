@@ -1,0 +1,101 @@
+"""The study on real rtl_433 captures of DATA_ROOT/rf: devices in noise, few captures, unseen devices, and
+questions.
+
+    DATA_ROOT=... python studies/em_mllm/real.py
+    DATA_ROOT=... SEEDS="0 1 2" python studies/em_mllm/real.py        # repeats the device study
+
+rtl433_train.npz is there to learn from, rtl433_test.npz or one of another name to be asked about. A folder with
+test captures only is scored with the model of an earlier run.
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+# repository root: every way of starting this file finds it
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from common.errors import UserError
+from studies.em_mllm.joint import ENCODER, LLM_STEPS, join
+from studies.recipe import DATA, REAL, ROOT, RUNS, SMOKE, recipe, size, stage
+
+BASE, RUN = DATA / "em_mllm" / size("", smoke="smoke"), RUNS / "em_mllm"
+VIEWS = BASE / "rtl433"
+
+
+def questions(folder) -> list:
+    """The three question files about the captures of one folder, each after its .h5, as --task-files takes
+    them."""
+    return [
+        path
+        for task in ("device", "coding", "keying")
+        for path in (folder / "device.h5", folder / f"{task}.json")
+    ]
+
+
+def learn(train, test):
+    """Train on the captures `train`: device classifiers once for each of SEEDS, everything else once."""
+    seeds = [int(s) for s in os.environ.get("SEEDS", "0").split()]
+    stage("em_mllm/convert.py", "rtl433", train, test, out=VIEWS, copies=size(20, smoke=2))
+    stage(
+        "em_mllm/pretrain.py",
+        data=VIEWS / "train",
+        val=VIEWS / "val",
+        out=RUN / "rtl433_pretrain",
+        config=ROOT / "studies/em_mllm/rtl433_config.json",
+        max_steps=size(200, smoke=4),
+        **ENCODER,
+    )
+
+    # devices in noise, from few captures, and devices never seen
+    stage(
+        "studies/em_mllm/rtl433.py",
+        captures=[train, test],
+        data=VIEWS,
+        signal_encoder_path=RUN / "rtl433_pretrain/encoder",
+        steps=size(450, smoke=4),
+        seed=seeds[0],
+        seeds=len(seeds),
+        out=RUN / "rtl433",
+        overwrite=True,
+    )
+    stage("studies/em_mllm/report.py", "devices", runs=RUN, seeds=seeds, smoke=SMOKE)
+
+    # a tiny language model that knows the names of the devices, then joint training
+    llm = BASE / "llm_rtl433"
+    stage("studies/em_mllm/make_llm.py", out=llm, tasks=VIEWS / "tasks.json", steps=LLM_STEPS, overwrite=True)
+    join(
+        RUN / "rtl433_joint", 0, RUN / "rtl433/encoder", llm, task_files=questions(VIEWS / "train"), roll=True
+    )
+
+
+def main():
+    if not REAL or not (REAL / "rf").is_dir():
+        raise UserError("DATA_ROOT: names no folder that holds rf/; set it to the folder of the real data")
+    train, test = REAL / "rf/rtl433_train.npz", REAL / "rf/rtl433_test.npz"
+    if not test.is_file():
+        test = next((p for p in sorted(test.parent.glob("rtl433_*.npz")) if p != train), test)
+    shutil.rmtree(VIEWS, ignore_errors=True)
+    if train.is_file():
+        learn(train, test)
+    elif (RUN / "rtl433_joint/model").is_dir():
+        stage("em_mllm/convert.py", "rtl433", test, out=VIEWS)
+    else:
+        raise UserError(
+            f"{train}: no such file, and {RUN / 'rtl433_joint'} holds no model of an earlier run; train on "
+            "captures first"
+        )
+    for condition in ("clean", "10dB", "0dB", "-10dB", "clean_shift"):
+        stage(
+            "em_mllm/test.py",
+            model=RUN / "rtl433_joint/model",
+            task_files=questions(VIEWS / "test" / condition),
+            wrong_signal=True,
+            out=RUN / f"rtl433_joint/test_{condition}",
+        )
+    stage("studies/em_mllm/report.py", "questions", runs=RUN, smoke=SMOKE)
+
+
+if __name__ == "__main__":
+    recipe(main)
