@@ -12,22 +12,20 @@ RadioML is known to be irregular: SNR labels of 2016.10a are not the measured SN
 2018.01a is in the wrong order; the corrected order is used here.
 """
 
-import argparse
-import io
 import json
-import pickle
 import sys
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # repository root: every way of starting this file finds it
+# repository root: every way of starting this file finds it
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import h5py
 import numpy as np
 
+from common.arguments import Parser, number, refuse
 from common.checkpoint import atomic_dir
 from common.errors import UserError, run
+from common.files import read_plain_pickle
 from common.run import progress
 from em_mllm.make_data import NOUN, write_questions
 
@@ -65,10 +63,8 @@ DEVICE = {
 NOISE_DB = (20, 10, 5, 0, -5, -10)
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_args(argv=None):
+    parser = Parser(__doc__)
     parser.add_argument(
         "source", choices=("radioml2016", "radioml2018", "rtl433"), help="where the files come from"
     )
@@ -81,21 +77,18 @@ def parse_args():
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must be empty or absent")
     parser.add_argument(
         "--per-cell",
-        type=int,
+        type=number(int, 1),
         default=1000,
-        help="radioml: most signals of each (class, SNR) cell (default 1000)",
+        help="radioml: most signals of each (class, SNR) cell",
     )
     parser.add_argument(
         "--fs",
         type=float,
         default=1e6,
-        help="radioml: nominal sampling rate in Hz, which the files do not hold (default 1e6)",
+        help="radioml: nominal sampling rate in Hz, which the files do not hold",
     )
     parser.add_argument(
-        "--copies",
-        type=int,
-        default=40,
-        help="rtl433: augmented copies of each training capture (default 40)",
+        "--copies", type=number(int, 1), default=40, help="rtl433: augmented copies of each training capture"
     )
     parser.add_argument(
         "--clean",
@@ -106,42 +99,18 @@ def parse_args():
         "--view",
         choices=("polar", "iq"),
         default="polar",
-        help="rtl433: magnitude and frequency, or I and Q, averaged over 8 samples (default polar)",
+        help="rtl433: magnitude and frequency, or I and Q, averaged over 8 samples",
     )
-    parser.add_argument("--seed", type=int, default=0, help="random seed (default 0)")
-    return parser.parse_args()
+    parser.add_argument("--seed", type=int, default=0, help="random seed")
+    return parser.parse_args(argv)
 
 
 # ---- RadioML
 
 
-class ArraysOnly(pickle.Unpickler):
-    """Reads a pickle of numpy arrays and nothing else: any other name in it is refused, so that no code of the file can run."""
-
-    ALLOWED = {
-        ("numpy.core.multiarray", "_reconstruct"),
-        ("numpy._core.multiarray", "_reconstruct"),
-        ("numpy", "ndarray"),
-        ("numpy", "dtype"),
-        ("_codecs", "encode"),
-    }
-
-    def find_class(self, module, name):
-        if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"{module}.{name}")
-        return super().find_class(module, name)
-
-
 def read_radioml2016(path: Path):
-    """Yields (class name, SNR in dB, signals (n, T, 2)) of a RML2016 dictionary {(name, snr): (n, 2, T)}."""
-    try:
-        cells = ArraysOnly(io.BytesIO(path.read_bytes()), encoding="latin1").load()
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{path}: refused, it holds more than arrays ({error})") from error
-    except (EOFError, ValueError, OSError, AttributeError, IndexError) as error:
-        raise UserError(
-            f"{path}: not a readable RadioML pickle ({error}); was the download cut short?"
-        ) from error
+    """Yield (class name, SNR in dB, signals (n, T, 2)) of a RML2016 dictionary {(name, snr): (n, 2, T)}."""
+    cells = read_plain_pickle(path, "RadioML pickle", arrays=True)
     if not isinstance(cells, dict) or not all(
         isinstance(k, tuple) and len(k) == 2 and getattr(v, "ndim", 0) == 3 and v.shape[1] == 2
         for k, v in cells.items()
@@ -375,24 +344,21 @@ def main(args):
         raise UserError(f"{args.out} is not empty; choose another --out")
     for path in args.files:
         if not path.is_file():
-            raise UserError(f"{path}: no such file")
-    if len(args.files) > (2 if args.source == "rtl433" else 1):
-        raise UserError(
-            "rtl433 takes the training and the test file"
-            if args.source == "rtl433"
-            else f"{args.source} takes one file"
-        )
+            raise UserError(f"{path}: no such file; check the path")
+    most = 2 if args.source == "rtl433" else 1
+    if len(args.files) > most:
+        what = "a training and a test file" if most == 2 else "one file"
+        raise UserError(f"{args.source} takes {what}, {len(args.files)} are given")
     with atomic_dir(args.out) as out:
         if args.source == "rtl433":
+            refuse(args, ["per_cell", "fs"], "with rtl433")
+            if len(args.files) == 1:
+                refuse(args, ["copies", "clean"], "without a training file")
             convert_rtl433(args.files, out, args)
         else:
-            convert_radioml(
-                (read_radioml2016 if args.source == "radioml2016" else read_radioml2018)(args.files[0]),
-                out,
-                args.per_cell,
-                args.fs,
-                args.seed,
-            )
+            refuse(args, ["copies", "clean", "view"], f"with {args.source}")
+            read = read_radioml2016 if args.source == "radioml2016" else read_radioml2018
+            convert_radioml(read(args.files[0]), out, args.per_cell, args.fs, args.seed)
     print(f"written to {args.out}")
 
 

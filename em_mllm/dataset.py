@@ -13,15 +13,15 @@ import re
 import sys
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # repository root: every way of starting this file finds it
+# repository root: every way of starting this file finds it
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import h5py
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from common.arguments import number
 from common.errors import UserError
 from common.files import inside, read_json
 from common.run import progress
@@ -36,6 +36,24 @@ from em_mllm.em_foundation.utils.utils import (
 
 DEFAULT_FS = 20e6  # Hz, what the seed script assumes
 OPTION = re.compile(r"\(([A-Z])\)\s*(.+?)\s*(?=\([A-Z]\)|$)")
+
+
+def add_augmentation_arguments(group):
+    """Add the flags of what is done to a training signal, anew in each epoch."""
+    group.add_argument(
+        "--noise-db",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="augmentation: white noise at an SNR drawn uniformly from LOW to HIGH dB",
+    )
+    group.add_argument(
+        "--shift-hz",
+        type=number(float, 0),
+        default=0.0,
+        help="augmentation: frequency shift by up to this many Hz up or down",
+    )
+    group.add_argument("--roll", action="store_true", help="augmentation: circular shift by a random offset")
 
 
 class SignalFile:
@@ -145,6 +163,12 @@ def parse_options(record: dict) -> dict[str, str]:
     """{"A": "GFSK", ...} from "Answer choices" or from the question; empty for an open question."""
     choices = record.get("Answer choices")
     return dict(OPTION.findall(" ".join(choices) if choices else record["question"]))
+
+
+def _indices(record: dict) -> list[int]:
+    """The rows of the signals that a record is about."""
+    index = record["iq_index_in_h5"]
+    return index if isinstance(index, list) else [index]
 
 
 def task_pairs(task_dir=None, task_files=None) -> list[tuple[Path, Path]]:
@@ -291,8 +315,7 @@ class QuestionDataset(Dataset):
             owners = [self.open(known, path, h5, r.get("h5_path"), n) for n, r in enumerate(questions)]
             lengths = [len(ids) for ids, _ in self.encode(questions)]
             for n, (r, owner, length) in enumerate(zip(questions, owners, lengths)):
-                index = r["iq_index_in_h5"]
-                why = self.fault(r, owner, index if isinstance(index, list) else [index], length, max_length)
+                why = self.fault(r, owner, _indices(r), length, max_length)
                 if why and not skip_bad:
                     raise UserError(
                         f"{path}: item {n} (id {r.get('id')}): {why}; mend it, or leave such items out with --skip-bad"
@@ -303,7 +326,7 @@ class QuestionDataset(Dataset):
                 records.append(r)
                 self.file_of.append(owner)
                 self.task_of.append(task)
-                signals.append((owner, *(index if isinstance(index, list) else [index])))
+                signals.append((owner, *_indices(r)))
         if not records:
             raise UserError(f"{pairs[0][1]}: no usable question is left of {sum(self.skipped.values())}")
         self.records = Records(records)
@@ -357,6 +380,18 @@ class QuestionDataset(Dataset):
     def set_epoch(self, epoch: int):
         self.epoch = epoch
 
+    def name(self, row: int) -> str:
+        """What a message calls a question: its file and its id."""
+        return f"{self.tasks[self.task_of[row]]}.json id {self.records[row].get('id')}"
+
+    def signals_of(self, i: int) -> set[tuple[int, int]]:
+        """The signals of item i, as (number of the file, row in the file)."""
+        return {
+            (int(self.file_of[row]), k)
+            for row in self.rows[self.ends[i] : self.ends[i + 1]]
+            for k in _indices(self.records[row])
+        }
+
     def __len__(self):
         return len(self.ends) - 1
 
@@ -366,8 +401,8 @@ class QuestionDataset(Dataset):
         if self.questions_per_signal and len(rows) > self.questions_per_signal:
             rows = rng.choice(rows, self.questions_per_signal, replace=False)
         records = [self.records[r] for r in rows]
-        file, index = self.files[self.file_of[rows[0]]], records[0]["iq_index_in_h5"]
-        signals = [file.read(k) for k in (index if isinstance(index, list) else [index])]
+        file = self.files[self.file_of[rows[0]]]
+        signals = [file.read(k) for k in _indices(records[0])]
         if self.noise_db is not None or self.shift_hz:
             signals = [augment(x, file.fs, rng, self.noise_db, self.shift_hz) for x in signals]
         if self.roll:

@@ -1,117 +1,120 @@
-"""The encoder alone with labels: classification, or classification with the five regressions, fine-tuned whole or as a linear probe.
+"""Train the signal encoder with labels: classification, and the five regressions with --multitask.
 
-    python em_mllm/finetune.py --train data/em_mllm/train/radar_jamming.h5 --test data/em_mllm/test/radar_jamming.h5 \\
-        --signal-encoder-path runs/em_mllm/pretrain/encoder --multitask --out runs/em_mllm/multitask
+    python em_mllm/finetune.py --train data/em_mllm/train/modulation.h5 --test data/em_mllm/test/modulation.h5 \\
+        --signal-encoder-path runs/em_mllm/pretrain/encoder --out runs/em_mllm/finetune
+    torchrun --nproc_per_node=4 em_mllm/finetune.py ... --precision bf16
 
-Writes out/model (SiTMAEForClassification or SiTForMultiTask, upstream's key names), metrics.json with the chance level or the error of the
-training median beside each number, and a confusion matrix.
+Writes out/model/ (config.json, model.safetensors), an encoder folder that train.py takes, out/metrics.json and
+a picture of the confusion matrix.
 """
 
-import argparse
-import json
 import sys
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # repository root: every way of starting this file finds it
+# repository root: every way of starting this file finds it
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
 from torch.utils.data import DataLoader
 
-from common.checkpoint import atomic_dir, atomic_write, find_resume, load_step, save_step
+from common.arguments import Parser, add_run_arguments, refuse
+from common.checkpoint import atomic_dir, atomic_json
 from common.errors import UserError, run
-from common.run import Log, StopSignal, check_finite, describe, loader_worker, open_run, seed_everything
-from em_mllm.dataset import SignalCollator, SignalDataset, encoder_inputs
+from common.figures import draw_confusion
+from common.run import describe, open_run, seed_everything
+from common.train import (
+    batches,
+    check_finite,
+    evaluation_due,
+    finish,
+    finish_step,
+    lr_at,
+    make_accelerator,
+    make_loader,
+    plan_steps,
+    start,
+    update,
+)
+from em_mllm.dataset import SignalCollator, SignalDataset, add_augmentation_arguments, encoder_inputs
 from em_mllm.em_foundation.models import SiTForMultiTask, SiTMAEForClassification
 from em_mllm.em_foundation.models.configuration_em import REGRESSION_TASKS
 from em_mllm.em_foundation.utils.utils import load_encoder, read_config
-from em_mllm.figures import draw_confusion
-from em_mllm.optim import lr_at, make_optimizers, set_lr
+from em_mllm.optim import make_optimizers
+from em_mllm.scores import HIGH_SNR_DB
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
+def parse_args(argv=None):
+    parser = Parser(__doc__)
+    data = parser.add_argument_group("data")
+    data.add_argument(
         "--train",
         type=Path,
         nargs="+",
         required=True,
-        help=".h5 files with label; their classes are joined by name",
+        help=".h5 files with the dataset label; their classes are joined by name",
     )
-    parser.add_argument(
+    data.add_argument(
         "--test", type=Path, nargs="+", required=True, help=".h5 files to measure on, once, at the end"
     )
-    parser.add_argument(
-        "--signal-encoder-path", type=Path, required=True, help="encoder folder or weight file"
+    data.add_argument(
+        "--val", type=Path, nargs="+", help=".h5 files to measure on every --eval-every steps, as a log line"
     )
-    parser.add_argument(
-        "--random-encoder", action="store_true", help="control: the encoder's sizes without its weights"
-    )
-    parser.add_argument("--linear-probe", action="store_true", help="train the head alone")
-    parser.add_argument(
+    data.add_argument(
         "--multitask",
         action="store_true",
         help=f"also regress {', '.join(REGRESSION_TASKS)} where the files have these columns",
     )
-    parser.add_argument(
-        "--noise-db",
-        type=float,
-        nargs=2,
-        metavar=("LOW", "HIGH"),
-        help="add white noise at a random SNR of this range in training",
-    )
-    parser.add_argument(
-        "--shift-hz", type=float, default=0.0, help="shift in frequency by up to this in training (default 0)"
-    )
-    parser.add_argument(
+    add_augmentation_arguments(data)
+    data.add_argument(
         "--skip-bad",
         action="store_true",
         help="leave out signals with nan, inf or only zeros instead of stopping",
     )
-    parser.add_argument("--steps", type=int, default=500, help="optimizer steps (default 500)")
-    parser.add_argument(
-        "--batch-size", type=int, default=32, help="signals per process and batch (default 32)"
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--signal-encoder-path", type=Path, required=True, help="folder of the encoder, or its weight file"
     )
-    parser.add_argument("--accum", type=int, default=1, help="batches per optimizer step (default 1)")
-    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default 1e-3)")
-    parser.add_argument(
+    model.add_argument(
+        "--random-encoder", action="store_true", help="control: the encoder's sizes without its weights"
+    )
+    model.add_argument("--linear-probe", action="store_true", help="train the head on a frozen encoder")
+    model.add_argument(
         "--optimizer",
         choices=("adamw", "muon"),
         default="adamw",
-        help="muon: orthogonalised momentum for the layers' matrices (default adamw)",
+        help="muon: orthogonalised momentum for the matrices of the layers",
     )
-    parser.add_argument("--weight-decay", type=float, default=0.05, help="of the matrices (default 0.05)")
-    parser.add_argument(
-        "--precision", choices=("no", "bf16", "fp16"), default="no", help="autocast (default no: float32)"
-    )
-    parser.add_argument("--workers", type=int, default=0, help="loader processes (default 0)")
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder for checkpoints, model, metrics and pictures"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="random seed (default 0)")
-    parser.add_argument("--log-every", type=int, default=50, help="steps between log lines (default 50)")
-    parser.add_argument(
-        "--save-every", type=int, default=1000, help="steps between checkpoints (default 1000)"
-    )
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of --out")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in --out")
-    return parser.parse_args()
+    add_run_arguments(parser, lr=1e-3, batch_size=32, max_steps=500, weight_decay=0.05, log_every=50)
+    return parser.parse_args(argv)
 
 
-def join_classes(train, test) -> list[str]:
-    """Names of all classes of the training files; the labels of both data sets are renumbered to this list.
+def read_data(args) -> tuple[SignalDataset, SignalDataset | None, SignalDataset, list[str]]:
+    """Read the labelled signals; returns (training, validation or None, test, names of the classes)."""
+    columns = ("label", "snr", *(REGRESSION_TASKS if args.multitask else ()))
+    train = SignalDataset(
+        args.train, columns, args.skip_bad, args.seed, args.noise_db, args.shift_hz, args.roll
+    )
+    val = SignalDataset(args.val, columns, args.skip_bad) if args.val else None
+    test = SignalDataset(args.test, columns, args.skip_bad)
+    for data in filter(None, (train, val, test)):
+        label = data.columns["label"]
+        if not np.isfinite(label).all() or (label < 0).any():
+            raise UserError(
+                f"{data.files[0].path}: label is missing or not a class number; write a dataset label (Num, 1) of "
+                "0, 1, 2, ..."
+            )
+    return train, val, test, join_classes(train, *filter(None, (val, test)))
+
+
+def join_classes(train, *others) -> list[str]:
+    """Names of all classes of the training files; the labels of all data sets are renumbered to this list.
 
     A file without class names counts its labels as the first training file does.
     """
     first = train.files[0].classes or [str(i) for i in range(int(train.columns["label"].max()) + 1)]
     names = list(dict.fromkeys([*first, *(n for file in train.files for n in file.classes or ())]))
-    for data in (train, test):
+    for data in (train, *others):
         for f, file in enumerate(data.files):
             rows, own = data.owner == f, file.classes or first
             label = data.columns["label"][rows].astype(int)
@@ -127,165 +130,163 @@ def join_classes(train, test) -> list[str]:
     return names
 
 
-def split_labels(batch, scale):
-    """A collated batch -> inputs of the model, labels of the model (regressions divided by their training scale)."""
+def regression_scales(args, train) -> dict[str, float]:
+    """{regression task: mean magnitude over the training signals} of the tasks that have any value; empty
+    without --multitask."""
+    if not args.multitask:
+        return {}
+    known = {name: train.columns[name] for name in REGRESSION_TASKS}
+    scales = {name: float(np.nanmean(np.abs(v))) for name, v in known.items() if np.isfinite(v).any()}
+    if not scales:
+        raise UserError(
+            f"--multitask: {args.train[0]} has none of the datasets {', '.join(REGRESSION_TASKS)}"
+        )
+    return scales
+
+
+def make_model(args, classes: int, scales: dict):
+    """The encoder with its heads, and what of it is trained."""
+    config = read_config(args.signal_encoder_path, num_labels=classes, attention_type="sdpa")
+    model = (SiTForMultiTask if scales else SiTMAEForClassification)(config)
+    if not args.random_encoder:
+        load_encoder(model, args.signal_encoder_path)
+    # the un-normalised features are loud: start undecided rather than wrong
+    torch.nn.init.zeros_(model.classifier.weight)
+    model.sit.requires_grad_(not args.linear_probe)
+
+    # what no gradient reaches: the heads read the un-normalised output, as upstream; unused tasks and rate token
+    model.sit.layernorm.requires_grad_(False)
+    if not config.use_fs:
+        model.sit.embeddings.fs_embedder.requires_grad_(False)
+    if scales:
+        for name in set(REGRESSION_TASKS) - set(scales):
+            getattr(model, f"regression_head_{name}").requires_grad_(False)
+    return model
+
+
+def split_labels(batch, scales):
+    """Split a collated batch into inputs and labels of the model; regressions are divided by their scale."""
     inputs, label = encoder_inputs(batch), batch["label"].long()
-    if not scale:
+    if not scales:
         return inputs, label
-    return inputs, {
-        "classification": label,
-        **{name: batch[name].float() / value for name, value in scale.items()},
-    }
+    values = {name: batch[name].float() / scale for name, scale in scales.items()}
+    return inputs, {"classification": label, **values}
 
 
 @torch.no_grad()
-def measure(model, data, scale, batch_size=64):
-    """Predicted class and regressions (in the columns' units) for every signal."""
+def predict(model, data, scales, batch_size=64):
+    """Predicted class, and regressions in the units of the columns, of every signal."""
+    was_training = model.training
     model.eval()
-    collate, classes, values = SignalCollator(model.config), [], {name: [] for name in scale}
+    collate, classes, values = SignalCollator(model.config), [], {name: [] for name in scales}
     for batch in DataLoader(data, batch_size, collate_fn=collate):
         inputs = encoder_inputs(batch, model.device)
         logits, where = model(**inputs).logits, (inputs["patch_positions"], inputs["sample_ids_seq"])
-        classes.append(
-            model.per_signal(logits["classification"] if scale else logits, *where).argmax(-1).cpu()
-        )
-        for name in scale:
-            values[name].append(model.per_signal(logits[name], *where)[:, 0].cpu() * scale[name])
+        scores = model.per_signal(logits["classification"] if scales else logits, *where)
+        classes.append(scores.argmax(-1).cpu())
+        for name in scales:
+            values[name].append(model.per_signal(logits[name], *where)[:, 0].cpu() * scales[name])
+    model.train(was_training)
     return torch.cat(classes).numpy(), {name: torch.cat(v).numpy() for name, v in values.items()}
 
 
-def main(args):
-    accelerator = Accelerator(
-        mixed_precision=args.precision,
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=args.accum, sync_with_dataloader=False
-        ),
-    )
-    seed_everything(args.seed)
-    regressions = REGRESSION_TASKS if args.multitask else ()
-    columns = ("label", "snr", *regressions)
-    train = SignalDataset(args.train, columns, args.skip_bad, args.seed, args.noise_db, args.shift_hz)
-    test = SignalDataset(args.test, columns, args.skip_bad)
-    for path, data in ((args.train[0], train), (args.test[0], test)):
-        if not np.isfinite(data.columns["label"]).all() or (data.columns["label"] < 0).any():
-            raise UserError(
-                f"{path}: label is missing or not a class number; write a dataset label (Num, 1) of 0, 1, 2, ..."
-            )
-    classes = join_classes(train, test)
-    scale = {
-        name: float(np.nanmean(np.abs(train.columns[name])))
-        for name in regressions
-        if np.isfinite(train.columns[name]).any()
+def score(label, predicted, snr) -> dict:
+    """Accuracy over all signals and over those of high SNR, beside the fraction of the largest class."""
+    hit = predicted == label
+    scores = {
+        "accuracy": float(hit.mean()),
+        "chance": float(np.bincount(label).max() / len(label)),
+        "count": len(label),
     }
-    if args.multitask and not scale:
-        raise UserError(f"--multitask: {args.train[0]} has none of {', '.join(REGRESSION_TASKS)}")
-    config = read_config(args.signal_encoder_path, num_labels=len(classes), attention_type="sdpa")
-    model = (SiTForMultiTask if scale else SiTMAEForClassification)(config)
-    if not args.random_encoder:
-        load_encoder(model, args.signal_encoder_path)
-    torch.nn.init.zeros_(
-        model.classifier.weight
-    )  # the un-normalised features are loud: start undecided rather than wrong
-    model.sit.requires_grad_(not args.linear_probe)
-    model.sit.layernorm.requires_grad_(False)  # the heads read the un-normalised output, as upstream
-    if not config.use_fs:
-        model.sit.embeddings.fs_embedder.requires_grad_(False)
-    if scale:
-        for name in set(REGRESSION_TASKS) - set(scale):
-            getattr(model, f"regression_head_{name}").requires_grad_(False)
-    size = min(args.batch_size, len(train))
-    per_step = size * accelerator.num_processes * args.accum
-    steps_per_epoch = len(train) // per_step
-    if steps_per_epoch < 1:
-        raise UserError(
-            f"{len(train)} signals are fewer than one step of {size} x {accelerator.num_processes} x {args.accum}; lower --batch-size"
-        )
-    out = open_run(args.out, args, accelerator, args.resume, args.overwrite)
-    loader = DataLoader(
-        train,
-        size,
-        shuffle=True,
-        collate_fn=SignalCollator(config),
-        num_workers=args.workers,
-        worker_init_fn=loader_worker,
-        drop_last=True,
-        generator=torch.Generator(),
-    )
-    accelerator.print(
-        f"{describe(model)}; {len(train)} training and {len(test)} test signals, {len(classes)} classes, "
-        f"{per_step} signals a step, {args.steps} steps, lr {args.lr:g}"
-    )
-    model, loader, *optimizers = accelerator.prepare(
-        model, loader, *make_optimizers(model, args.optimizer, args.lr, args.weight_decay)
-    )
-    state = {"step": 0, "epoch": 0, "batch": 0}
-    if args.resume and (found := find_resume(out, accelerator)):
-        state = load_step(accelerator, found)
-        accelerator.print(f"resumed from {found}")
-    log, stop = Log(out, accelerator, args.steps, state["step"]), StopSignal(accelerator)
-    model.train()
-    while state["step"] < args.steps:
-        loader.set_epoch(state["epoch"])
-        train.set_epoch(state["epoch"])
-        for batch in accelerator.skip_first_batches(loader, state["batch"]):
-            if state["batch"] >= steps_per_epoch * args.accum:  # the rest would make an incomplete step
-                break
-            inputs, labels = split_labels(batch, scale)
-            with accelerator.accumulate(model):
-                loss = model(**inputs, labels=labels).loss
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    grad_norm = accelerator.clip_grad_norm_(model.parameters(), 1.0)
-                    lr = set_lr(optimizers, lr_at(state["step"], args.steps, 0.05))
-                for optimizer in optimizers:
-                    optimizer.step()
-                    optimizer.zero_grad()
-            state["batch"] += 1
-            if not accelerator.sync_gradients:
-                continue
-            state["step"] += 1
-            if state["step"] % args.log_every == 0 or state["step"] == 1:
-                mean = accelerator.reduce(loss.detach(), "mean")
-                check_finite(mean, state["step"], batch["index"].tolist(), out)
-                log.log(state["step"], loss=mean, lr=lr, grad=grad_norm)
-            last = state["step"] == args.steps
-            if state["step"] % args.save_every == 0 or last:
-                save_step(accelerator, out, state)
-            if not last and stop():
-                stop.leave(save_step(accelerator, out, state))
-            if last:
-                break
-        if state["batch"] >= steps_per_epoch * args.accum:
-            state["epoch"], state["batch"] = state["epoch"] + 1, 0
-    log.close()
+    high = snr >= HIGH_SNR_DB  # nan where the SNR is not known
+    if high.any():
+        scores["accuracy_high_snr"] = float(hit[high].mean())
+    return scores
 
-    if accelerator.is_main_process:
-        model = accelerator.unwrap_model(model)
-        with atomic_dir(out / "model") as folder:
-            model.save_pretrained(folder)
-        predicted, values = measure(model, test, scale)
-        label, snr = test.columns["label"].astype(int), test.columns["snr"]
-        hit = predicted == label
-        metrics = {
-            "accuracy": float(hit.mean()),
-            "chance": float(np.bincount(label).max() / len(label)),
-            "count": len(label),
+
+def regression_errors(values, train, test) -> dict:
+    """Mean absolute error of every regression, beside that of the training median."""
+    errors = {}
+    for name, guess in values.items():
+        known = np.isfinite(test.columns[name])
+        truth, median = test.columns[name][known], float(np.nanmedian(train.columns[name]))
+        errors[f"mae_{name}"] = {
+            "model": float(np.abs(guess[known] - truth).mean()),
+            "training median": float(np.abs(median - truth).mean()),
         }
-        if np.isfinite(snr).any():
-            metrics["accuracy_high_snr"] = float(hit[snr >= 10].mean())
-        for name, guess in values.items():
-            known = np.isfinite(test.columns[name])
-            truth, median = test.columns[name][known], float(np.nanmedian(train.columns[name]))
-            metrics[f"mae_{name}"] = {
-                "model": float(np.abs(guess[known] - truth).mean()),
-                "training median": float(np.abs(median - truth).mean()),
-            }
-        atomic_write(out / "metrics.json", json.dumps(metrics, indent=1))
+    return errors
+
+
+def main(args):
+    # labelled signals; everything is checked before anything is written
+    if not args.val:
+        refuse(args, ["eval_every"], "without --val")
+    accelerator = make_accelerator(args)
+    seed_everything(args.seed)
+    train, val, test, classes = read_data(args)
+    scales = regression_scales(args, train)
+    tasks = ["classification", *scales]
+
+    # model, loader and optimizer
+    model = make_model(args, len(classes), scales)
+    loader = make_loader(train, args, collate_fn=SignalCollator(model.config))
+    optimizers = make_optimizers(model, args.optimizer, args.lr, args.weight_decay)
+    about = describe(model)
+    if args.compile:
+        model.compile()
+    model, loader, *optimizers = accelerator.prepare(model, loader, *optimizers)
+    plain = accelerator.unwrap_model(model)
+    steps = plan_steps(args, loader)
+
+    # the run folder, and what is about to happen in one line
+    open_run(args.out, args, accelerator, args.resume, args.overwrite)
+    accelerator.print(
+        f"{about}; {len(train)} training and {len(test)} test signals, {len(classes)} classes; {args.batch_size} x "
+        f"{accelerator.num_processes} x {args.accum} signals a step, {steps} steps, lr {args.lr:g}"
+    )
+
+    def known(batch):
+        """For each task the number of signals of a batch that have a value: what its mean loss is over."""
+        return torch.stack(
+            [torch.isfinite(batch["label" if t == "classification" else t]).sum() for t in tasks]
+        )
+
+    # the loop: `share` weighs all signals of a step alike, task by task
+    training = start(accelerator, args, steps, optimizers)
+    model.train()
+    for batch, share in batches(training, loader, known):
+        inputs, labels = split_labels(batch, scales)
+        with accelerator.accumulate(model):
+            result, parts = model(**inputs, labels=labels), {}
+            if scales:
+                parts = {t: result.loss_details[t] * share[k] for k, t in enumerate(tasks)}
+                loss = plain.weigh(parts)
+            else:
+                loss = result.loss * share[0]
+            check_finite(training, (f"signal {int(i)}" for i in batch["index"]), loss, **parts)
+            accelerator.backward(loss)
+            factor = lr_at(training.state["step"], steps, args.warmup)
+            grad = update(training, model, optimizers, factor)
+        if accelerator.sync_gradients:
+            scores = {}
+            if evaluation_due(training):
+                predicted, _ = predict(plain, val, scales)
+                scores["val_accuracy"] = float((predicted == val.columns["label"]).mean())
+            finish_step(training, grad=grad, **scores)
+
+    # the model, and what it is worth on the test signals
+    if accelerator.is_main_process:
+        with atomic_dir(args.out / "model") as folder:
+            plain.save_pretrained(folder)
+        predicted, values = predict(plain, test, scales)
+        label = test.columns["label"].astype(int)
+        metrics = score(label, predicted, test.columns["snr"]) | regression_errors(values, train, test)
+        atomic_json(args.out / "metrics.json", metrics)
         matrix = np.zeros((len(classes), len(classes)), int)
         np.add.at(matrix, (label, predicted), 1)
-        draw_confusion(matrix, classes, "share of signals", out / "figures" / "confusion.png")
+        draw_confusion(matrix, classes, args.out / "figures" / "confusion.png", "fraction of signals")
         print("\n".join(f"{k}: {v}" for k, v in metrics.items()))
+    finish(training)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

@@ -12,13 +12,13 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # repository root: every way of starting this file finds it
+# repository root: every way of starting this file finds it
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import h5py
 import numpy as np
 
+from common.arguments import Parser
 from common.checkpoint import atomic_dir
 from common.errors import UserError, run
 from common.run import progress
@@ -39,52 +39,41 @@ CHOICE = [
 OPEN = [("该信号的{zh}是什么？", "{name}"), ("What is the {en} of this signal?", "{name}")]
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_args(argv=None):
+    parser = Parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not hold other data")
     parser.add_argument(
         "--train",
         type=int,
         default=1300,
-        help="training signals per modulation class; half as many per radar_jamming class (default 1300)",
+        help="training signals per modulation class; half as many per radar_jamming class",
     )
-    parser.add_argument("--val", type=int, default=40, help="validation signals per class (default 40)")
-    parser.add_argument("--test", type=int, default=65, help="test signals per class (default 65)")
-    parser.add_argument(
-        "--points", type=int, default=1024, help="points per signal (default 1024, the seed's)"
-    )
+    parser.add_argument("--val", type=int, default=40, help="validation signals per class")
+    parser.add_argument("--test", type=int, default=65, help="test signals per class")
+    parser.add_argument("--points", type=int, default=1024, help="points per signal")
     parser.add_argument(
         "--snr",
         type=float,
         nargs=2,
         default=(-10, 20),
         metavar=("LOW", "HIGH"),
-        help="SNR range in dB over the full band (default -10 20)",
+        help="SNR range in dB over the full band",
     )
-    parser.add_argument("--fs", type=float, default=20e6, help="sampling rate in Hz (default 20e6)")
+    parser.add_argument("--fs", type=float, default=20e6, help="sampling rate in Hz")
+    parser.add_argument("--fading", choices=("none", "rician", "rayleigh"), default="none", help="multipath")
     parser.add_argument(
-        "--fading", choices=("none", "rician", "rayleigh"), default="none", help="multipath (default none)"
+        "--choice-questions", type=int, default=2, help="four-choice questions per training signal"
     )
-    parser.add_argument(
-        "--choice-questions",
-        type=int,
-        default=2,
-        help="four-choice questions per training signal (default 2)",
-    )
-    parser.add_argument(
-        "--open-questions", type=int, default=2, help="open questions per training signal (default 2)"
-    )
+    parser.add_argument("--open-questions", type=int, default=2, help="open questions per training signal")
     parser.add_argument(
         "--test-answers",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="write the answers into test/*.json",
     )
-    parser.add_argument("--seed", type=int, default=0, help="random seed (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed")
     parser.add_argument("--overwrite", action="store_true", help="replace what make_data wrote before")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def four_choice(names, name: str, noun: tuple[str, str], rng: np.random.Generator) -> dict:

@@ -9,27 +9,22 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # repository root: every way of starting this file finds it
+# repository root: every way of starting this file finds it
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GraniteForCausalLM,
-    LlamaTokenizerFast,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoTokenizer, GraniteForCausalLM, LlamaTokenizerFast, PreTrainedTokenizerFast
 
+import common.llm
 from common.checkpoint import atomic_dir
 from common.errors import UserError
 from common.files import read_json, reading
+from common.llm import add_lora, check_llm
 from common.weights import load_weights, read_weights
 from em_mllm.em_foundation.models import SiTMAEConfig, SiTMAEModelWithoutMask
 from em_mllm.em_foundation.utils.utils import load_encoder, read_config
@@ -327,31 +322,23 @@ def pad_rows(rows, value, left):
 
 
 def load_llm(path, dtype="float32", trust_remote_code=False):
-    """Any local causal LM folder; fm9g and minicpm folders load natively as Granite unless trust_remote_code is set."""
+    """Load a causal language model folder; fm9g and minicpm load natively as Granite unless trust_remote_code."""
     path = Path(path)
-    if not (path / "config.json").exists():
-        raise UserError(
-            f"--llm-model-path {path}: no config.json there; give the folder of a language model (for FM9G-4B: 9G4B/)"
-        )
+    check_llm(path, trust_remote_code or is_fm9g(path))
     if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
         raise UserError(
-            f"--llm-model-path {path}: holds a configuration but no weights (*.safetensors or *.bin); download them into it"
+            f"--llm-model-path {path}: holds a configuration but no weights (*.safetensors or *.bin); download "
+            "them into it"
         )
-    dtype = getattr(torch, dtype)
-    if is_fm9g(path) and not trust_remote_code:
-        config = granite_config(read_json(path / "config.json"))
-        print(
-            f"{path}: {config.num_hidden_layers} layers of FM9G / MiniCPM loaded natively as Granite (the same arithmetic and names)"
-        )
-        with reading(path, "language model"):
-            return GraniteForCausalLM.from_pretrained(path, config=config, dtype=dtype)
-    with reading(
-        path,
-        "language model"
-        if trust_remote_code
-        else "language model without running its own code (--trust-remote-code)",
-    ):
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
+    if not is_fm9g(path) or trust_remote_code:
+        return common.llm.load_llm(path, dtype, trust_remote_code)
+    config = granite_config(read_json(path / "config.json"))
+    print(
+        f"{path}: {config.num_hidden_layers} layers of FM9G / MiniCPM loaded natively as Granite (the same "
+        "arithmetic and names)"
+    )
+    with reading(path, "language model"):
+        return GraniteForCausalLM.from_pretrained(path, config=config, dtype=getattr(torch, dtype))
 
 
 def load_tokenizer(path, trust_remote_code=False):
@@ -403,26 +390,16 @@ def build_model(
     dtype="float32",
     legacy=False,
     trust_remote_code=False,
-    random_encoder=False,
-    max_points=None,
     attention_type=None,
 ):
-    """LLM folder + encoder folder -> (MultiModalModel, tokenizer). The encoder computes in float32 or in `dtype` as the rest.
+    """Join the language model and the encoder of two folders; returns (MultiModalModel, tokenizer).
 
-    random_encoder: take the encoder's sizes but not its weights (the control that shows what pre-training is worth).
+    dtype: of the language model; the encoder computes in float32.
     """
     tokenizer = load_tokenizer(llm_path, trust_remote_code)
     llm = load_llm(llm_path, dtype, trust_remote_code)
-    config = read_config(
-        encoder_path,
-        max_seq_len=None if max_points is None else [max_points, 1],
-        attention_type=attention_type,
-    )
-    encoder = SiTMAEModelWithoutMask(config)
-    if random_encoder:
-        print(f"{encoder_path}: sizes taken, weights left random as asked")
-    else:
-        load_encoder(encoder, encoder_path)
+    encoder = SiTMAEModelWithoutMask(read_config(encoder_path, attention_type=attention_type))
+    load_encoder(encoder, encoder_path)
     ids = tokenizer.convert_tokens_to_ids([IQ_START, IQ_END])
     model = MultiModalModel(llm, encoder, projector, *ids, signal_tokens=signal_tokens, legacy=legacy)
     return model, tokenizer
@@ -431,44 +408,30 @@ def build_model(
 def set_trainable(
     model: MultiModalModel, freeze_llm: bool, freeze_signal_encoder: bool, use_lora: bool, lora=None
 ):
-    """Choose what is trained. Projector and IQ_START / IQ_END rows always are.
+    """Choose what is trained. The projector and the rows of IQ_START and IQ_END always are.
 
-    use_lora: adapters are trained, the LLM under them never is. freeze_llm without LoRA: nothing of the LLM, its head included.
-    freeze_signal_encoder: nothing of the encoder. An unfrozen encoder leaves out the sampling-rate MLP if it does not use one.
-    lora: {"r", "lora_alpha", "lora_dropout", "target_modules"}.
+    use_lora: adapters are trained, the language model under them never is. freeze_llm without LoRA: nothing of
+    the language model, its head included. freeze_signal_encoder: nothing of the encoder. An unfrozen encoder
+    leaves out the MLP of the sampling rate if it does not use one.
+    lora: {"r", "alpha", "dropout", "targets"}, arguments of common.llm.add_lora.
     """
     if isinstance(model.llm, PeftModel):  # continued from a run with adapters: the same ones go on
         for name, parameter in model.llm.named_parameters():
             parameter.requires_grad_("lora_" in name)
     elif use_lora:
-        lora = {
-            "r": 8,
-            "lora_alpha": 16,
-            "lora_dropout": 0.1,
-            "target_modules": list(LORA_TARGETS),
-            **(lora or {}),
-        }
-        linear = {name.split(".")[-1] for name, m in model.llm.named_modules() if isinstance(m, nn.Linear)}
-        absent = [t for t in lora["target_modules"] if t not in linear]
-        if absent:
-            raise UserError(
-                f"--lora-targets {absent[0]}: this LLM has no such layer; it has {', '.join(sorted(linear - {'lm_head'}))}"
-            )
-        model.llm = get_peft_model(model.llm, LoraConfig(bias="none", task_type="CAUSAL_LM", **lora))
+        usual = {"r": 8, "alpha": 16, "dropout": 0.1, "targets": LORA_TARGETS}
+        model.llm = add_lora(model.llm, **{**usual, **(lora or {})})
     elif freeze_llm:
         model.llm.requires_grad_(False)
     model.signal_encoder.requires_grad_(not freeze_signal_encoder)
+    # a tensor that gets no gradient breaks DDP
     if not model.signal_encoder.config.use_fs or model.legacy:
-        model.signal_encoder.embeddings.fs_embedder.requires_grad_(
-            False
-        )  # a tensor that gets no gradient breaks DDP
+        model.signal_encoder.embeddings.fs_embedder.requires_grad_(False)
     if model.legacy:
         model.signal_encoder.layernorm.requires_grad_(False)
 
 
-def save_model(
-    folder, model: MultiModalModel, tokenizer, llm_path, dtype="float32", llm_changed=False, **notes
-):
+def save_model(folder, model: MultiModalModel, tokenizer, llm_path, llm_changed=False, **notes):
     """Write everything that load_model needs, whole or not at all.
 
     llm/ (weights if they were trained, PEFT adapter under LoRA, nothing if frozen: then `llm_path` is remembered), tokenizer/,
@@ -494,7 +457,7 @@ def save_model(
                 {
                     "llm": kind,
                     "llm_model_path": str(Path(llm_path).resolve()),
-                    "dtype": dtype,
+                    "dtype": str(model.llm.dtype).removeprefix("torch."),
                     "projector": model.projector,
                     "signal_tokens": model.signal_tokens,
                     "legacy": model.legacy,
@@ -521,7 +484,7 @@ def load_model(folder, llm_model_path=None, trust_remote_code=False):
         raise UserError(
             f"{folder} was trained on the LLM in {base}, which is not there; say where it is with --llm-model-path"
         )
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=trust_remote_code)
+    tokenizer = common.llm.load_tokenizer(folder / "tokenizer", trust_remote_code)
     llm = load_llm(base, notes["dtype"], trust_remote_code)
     encoder = SiTMAEModelWithoutMask(read_config(folder / "signal_encoder"))
     load_encoder(encoder, folder / "signal_encoder", quiet=True)

@@ -1,35 +1,34 @@
-"""Ask a trained model: a test set with its scores and pictures, one recording of any format, or a competition file.
+"""Ask a trained model: a test set with its scores and pictures, one recording of any format, or a competition
+file.
 
     python em_mllm/test.py --model runs/em_mllm/base/model --task-dir data/em_mllm/test --out runs/em_mllm/base/test
-    python em_mllm/test.py --model runs/em_mllm/base/model --iq capture.sigmf-meta --question "What is the modulation type of this signal?"
-    python em_mllm/test.py --model ... --task-files round1.h5 round1.json --submission round1_answers.json --team-name us
-    python em_mllm/test.py --validate round1_answers.json --task-files round1.h5 round1.json
+    python em_mllm/test.py --model runs/em_mllm/base/model --iq capture.sigmf-meta --question "What is it?"
+    python em_mllm/test.py --model ... --task-files round1.h5 round1.json --submission answers.json --team-name us
+    python em_mllm/test.py --validate answers.json --task-files round1.h5 round1.json
 
-A four-choice answer is read twice: from generated text (the letter in brackets, else the option that the text names, else the
-likeliest) and by the likelihood of the four complete answers. Writes out/metrics.json, predictions.jsonl, and figures/*.png with a .csv
-beside each.
+A four-choice answer is read twice: from generated text (the letter in brackets, else the option that the text
+names, else the likeliest) and by the likelihood of the four complete answers. Writes out/metrics.json,
+predictions.jsonl, and figures/*.png with a .csv beside each.
 """
 
-import argparse
 import json
 import re
 import shutil
 import sys
-from datetime import datetime
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # repository root: every way of starting this file finds it
+# repository root: every way of starting this file finds it
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from common.checkpoint import atomic_write
+from common.arguments import Parser, number, refuse
+from common.checkpoint import atomic_json, atomic_write
 from common.errors import UserError, run
-from common.figures import new_figure, save_figure
+from common.llm import add_trust_argument
 from common.run import progress
 from em_mllm.dataset import (
     DEFAULT_FS,
@@ -41,38 +40,36 @@ from em_mllm.dataset import (
     task_pairs,
 )
 from em_mllm.em_foundation.utils.utils import scale_to_peak
-from em_mllm.figures import draw_confusion
 from em_mllm.iq_io import FORMATS, read_iq, windows
 from em_mllm.model import load_model, read_notes
+from em_mllm.scores import HIGH_SNR_DB, draw, fit_temperature, score
+from em_mllm.submission import validate_submission, write_submission
 
-HIGH_SNR_DB = 10.0
 
-
-def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_args(argv=None):
+    parser = Parser(__doc__)
+    count = number(int, 1)
     parser.add_argument("--model", type=Path, help="the model/ folder that train.py wrote")
     parser.add_argument(
-        "--llm-model-path", type=Path, help="where the base LLM is now, if it has moved since training"
+        "--llm-model-path", type=Path, help="where the language model is now, if it has moved since training"
     )
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run the Python code in the LLM folder"
-    )
+    add_trust_argument(parser)
     data = parser.add_argument_group("a test set")
     data.add_argument("--task-dir", type=Path, help="folder in which every x.h5 has its x.json")
-    data.add_argument("--task-files", type=Path, nargs="+", help="h5 json h5 json ...")
+    data.add_argument("--task-files", type=Path, nargs="+", help="instead of it: h5 json h5 json ...")
     data.add_argument(
         "--out",
         type=Path,
-        help="folder for metrics, predictions and pictures (replaced if it holds such results)",
+        help="folder for metrics, predictions and pictures; replaced if it holds such results",
     )
-    data.add_argument("--limit", type=int, default=0, help="only the first n questions of each file")
+    data.add_argument(
+        "--limit", type=number(int, 0), default=0, help="ask the first n questions of each file; 0: all"
+    )
     data.add_argument(
         "--skip-bad", action="store_true", help="leave out and count unusable questions and signals"
     )
-    data.add_argument("--batch-size", type=int, default=64, help="questions at a time (default 64)")
-    data.add_argument("--max-new-tokens", type=int, default=24, help="most tokens to generate (default 24)")
+    data.add_argument("--batch-size", type=count, default=64, help="questions asked at a time")
+    data.add_argument("--max-new-tokens", type=count, default=24, help="largest number of generated tokens")
     data.add_argument(
         "--wrong-signal",
         action="store_true",
@@ -81,11 +78,11 @@ def parse_args():
     data.add_argument(
         "--calibrate-dir",
         type=Path,
-        help="validation folder on which the confidence temperature is fitted (default: none, temperature 1)",
+        help="validation folder to fit the temperature of the confidence on; without it the model's own, or 1",
     )
     data.add_argument("--submission", type=Path, help="write the competition's answer file here")
-    data.add_argument("--team-name", default="team", help="for the answer file (default team)")
-    data.add_argument("--model-name", default="em_mllm", help="for the answer file (default em_mllm)")
+    data.add_argument("--team-name", default="team", help="name of the team in the answer file")
+    data.add_argument("--model-name", default="em_mllm", help="name of the model in the answer file")
     data.add_argument("--validate", type=Path, help="check an answer file against the questions and stop")
     one = parser.add_argument_group("one recording")
     one.add_argument("--iq", type=Path, help=f"a recording: {FORMATS}")
@@ -95,22 +92,22 @@ def parse_args():
         help="what to ask; options as (A) ... (B) ... give a choice",
     )
     one.add_argument(
-        "--index", type=int, default=0, help="which signal of a file that holds many (default 0)"
+        "--index", type=number(int, 0), default=0, help="which signal of a file that holds many, from 0"
     )
     one.add_argument(
         "--fs",
         type=float,
-        help="sampling rate in Hz, where the file does not say (default: the training default)",
+        help="sampling rate in Hz where the file does not say; without it that of training",
     )
     one.add_argument(
         "--window",
-        type=int,
-        help="points per window of a long capture (default: 1024, or the encoder's most)",
+        type=count,
+        help="points per window of a long capture; without it 1024, or the encoder's most",
     )
     one.add_argument(
-        "--windows", type=int, default=16, help="most windows to ask about, the strongest (default 16)"
+        "--windows", type=count, default=16, help="largest number of windows to ask about, the strongest ones"
     )
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 # ---- reading answers
@@ -142,13 +139,6 @@ def candidate(question: str, letter: str, name: str) -> str:
         if re.search(r"[\u4e00-\u9fff]", question)
         else f"The correct answer is: ({letter}) {name}"
     )
-
-
-class Words:
-    """Tokenizer for ROUGE: each Chinese character, and each run of letters and digits."""
-
-    def tokenize(self, text):
-        return re.findall(r"[\u4e00-\u9fff]|[A-Za-z0-9\-]+", text.lower())
 
 
 @torch.no_grad()
@@ -253,194 +243,11 @@ def other_signals(data: QuestionDataset, seed=0) -> dict:
     return swap
 
 
-# ---- scores
-
-
-def wilson(hits: int, count: int) -> tuple[float, float]:
-    """95 % interval of a proportion."""
-    p, z = hits / count, 1.96
-    centre, half = p + z * z / (2 * count), z * np.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
-    return (centre - half) / (1 + z * z / count), (centre + half) / (1 + z * z / count)
-
-
-def accuracy(rows, key="pred") -> float:
-    return float(np.mean([r[key] == r["truth"] for r in rows])) if rows else float("nan")
-
-
-def fit_temperature(rows) -> float:
-    """The temperature that makes softmax(scores / T) likeliest for the true letters (grid search)."""
-    scores = [(torch.tensor(r["scores"]), list(r["options"]).index(r["truth"])) for r in rows]
-    grid = np.exp(np.linspace(np.log(0.2), np.log(10), 60))
-    return float(min(grid, key=lambda t: sum(float(-(s / t).log_softmax(0)[k]) for s, k in scores)))
-
-
-def calibration_error(rows, temperature, bins=10) -> float:
-    """Expected calibration error of the likelihood answer's confidence."""
-    confidence = np.array([float((torch.tensor(r["scores"]) / temperature).softmax(0).max()) for r in rows])
-    hit = np.array([r["likeliest"] == r["truth"] for r in rows])
-    which = np.minimum((confidence * bins).astype(int), bins - 1)
-    return float(
-        sum(
-            abs(hit[which == b].mean() - confidence[which == b].mean()) * (which == b).mean()
-            for b in range(bins)
-            if (which == b).any()
-        )
-    )
-
-
-def open_scores(rows) -> dict:
-    """ROUGE-L, BLEU and exact match of answers to open questions."""
-    from rouge_score.rouge_scorer import RougeScorer
-    from sacrebleu import BLEU
-
-    scorer = RougeScorer(["rougeL"], tokenizer=Words())
-    rouge = [scorer.score(r["answer"], r["text"])["rougeL"].fmeasure for r in rows]
-    bleu = BLEU(tokenize="zh", effective_order=True).corpus_score(
-        [r["text"] for r in rows], [[r["answer"] for r in rows]]
-    )
-    same = [re.sub(r"\s", "", r["answer"]) == re.sub(r"\s", "", r["text"]) for r in rows]
-    return {
-        "count": len(rows),
-        "rougeL": float(np.mean(rouge)),
-        "bleu": bleu.score / 100,
-        "exact": float(np.mean(same)),
-    }
-
-
-def score(answers, temperature=1.0) -> dict:
-    """Everything that metrics.json holds about one pass over the questions."""
-    choice = [a for a in answers if a.get("truth")]
-    free = [a for a in answers if "options" not in a and a.get("answer")]
-    metrics = {"questions": len(answers)}
-    if choice:
-        high = [a for a in choice if a["snr_db"] is not None and a["snr_db"] >= HIGH_SNR_DB]
-        hits = sum(a["pred"] == a["truth"] for a in choice)
-        metrics |= {
-            "four_choice": len(choice),
-            "accuracy": accuracy(choice),
-            "interval": wilson(hits, len(choice)),
-            "accuracy_by_likelihood": accuracy(choice, "likeliest"),
-            "valid_letters": float(np.mean([a["extracted"] is not None for a in choice])),
-            "high_snr_count": len(high),
-            "accuracy_high_snr": accuracy(high),
-            "accuracy_high_snr_by_likelihood": accuracy(high, "likeliest"),
-            "high_snr_interval": wilson(sum(a["pred"] == a["truth"] for a in high), len(high))
-            if high
-            else None,
-            "by_task": {
-                t: accuracy([a for a in choice if a["task"] == t])
-                for t in sorted({a["task"] for a in choice})
-            },
-            "by_class": {
-                c: accuracy([a for a in choice if a["class"] == c])
-                for c in sorted({a["class"] for a in choice})
-            },
-            "by_class_high_snr": {
-                c: accuracy([a for a in high if a["class"] == c]) for c in sorted({a["class"] for a in high})
-            },
-            "letters_given": {
-                x: sum(a["pred"] == x for a in choice) for x in sorted({a["pred"] for a in choice})
-            },
-            "temperature": temperature,
-            "calibration_error": calibration_error(choice, temperature),
-        }
-        metrics["by_snr"] = {
-            f"{low}": accuracy(part)
-            for low in range(-30, 40, 5)
-            if (part := [a for a in choice if a["snr_db"] is not None and low <= a["snr_db"] < low + 5])
-        }
-    if free:
-        high = [a for a in free if a["snr_db"] is not None and a["snr_db"] >= HIGH_SNR_DB]
-        metrics["open"] = open_scores(free) | ({"exact_high_snr": open_scores(high)["exact"]} if high else {})
-    return metrics
-
-
-def draw(answers, metrics, folder):
-    """Accuracy against SNR, and which option was chosen for each class; numbers as .csv beside each picture."""
-    choice = [a for a in answers if a.get("truth")]
-    if not choice:
-        return
-    if metrics["by_snr"]:
-        bins = {float(k): v for k, v in metrics["by_snr"].items()}
-        figure, axis = new_figure()
-        axis.plot([b + 2.5 for b in bins], list(bins.values()), marker="o")
-        axis.axhline(np.mean([1 / len(a["options"]) for a in choice]), color="0.6", ls="--", lw=1)
-        axis.set(
-            xlabel="SNR (dB, 5 dB bins)",
-            ylabel="accuracy",
-            ylim=(0, 1.02),
-            title="four-choice accuracy; dashed: chance",
-        )
-        save_figure(figure, folder / "accuracy_snr.png")
-        atomic_write(
-            folder / "accuracy_snr.csv",
-            "snr_from_db,accuracy\n" + "".join(f"{b:g},{v:.4f}\n" for b, v in bins.items()),
-        )
-    names = sorted({n for a in choice for n in a["options"].values()})
-    matrix = np.zeros((len(names), len(names)), int)
-    for a in choice:
-        matrix[names.index(a["class"]), names.index(a["options"][a["pred"]])] += 1
-    draw_confusion(matrix, names, "share of questions", folder / "confusion.png")
-
-
-# ---- the competition's file
-
-
-def write_submission(path, answers, team_name, model_name):
-    """{"team_name", "model_name", "evaluation_time", "answers": [{"id", "pred"}]} of the four-choice questions."""
-    content = {
-        "team_name": team_name,
-        "model_name": model_name,
-        "evaluation_time": datetime.now().strftime("%Y-%m-%d %H:%M:%S"),
-        "answers": [{"id": a["id"], "pred": a["pred"]} for a in answers if "pred" in a],
-    }
-    atomic_write(path, json.dumps(content, ensure_ascii=False, indent=1))
-
-
-def validate_submission(path, questions) -> str:
-    """Check an answer file against the question records; returns a summary, raises UserError naming the first fault."""
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path}: not a readable JSON file ({error})") from error
-    if not isinstance(content, dict):
-        raise UserError(
-            f"{path}: holds a {type(content).__name__}, expected an object with team_name, model_name, evaluation_time, answers"
-        )
-    for name in ("team_name", "model_name", "evaluation_time"):
-        if not isinstance(content.get(name), str) or not content[name]:
-            raise UserError(f"{path}: {name} is missing or not text")
-    try:
-        datetime.strptime(content["evaluation_time"], "%Y-%m-%d %H:%M:%S")
-    except ValueError as error:
-        raise UserError(
-            f"{path}: evaluation_time is {content['evaluation_time']!r}, expected YYYY-MM-DD HH:MM:SS"
-        ) from error
-    if not isinstance(content.get("answers"), list):
-        raise UserError(f"{path}: answers is missing or not a list")
-    wanted, seen = {r.get("id"): parse_options(r) for r in questions if parse_options(r)}, set()
-    for n, a in enumerate(content["answers"]):
-        if not isinstance(a, dict) or type(a.get("id")) is not int:
-            raise UserError(f"{path}: answers[{n}]: id is missing or not a whole number")
-        if a["id"] not in wanted:
-            raise UserError(f"{path}: answers[{n}]: id {a['id']} is not among the questions")
-        if a["id"] in seen:
-            raise UserError(f"{path}: answers[{n}]: id {a['id']} is answered twice")
-        if a.get("pred") not in wanted[a["id"]]:
-            raise UserError(
-                f"{path}: answers[{n}] (id {a['id']}): pred is {a.get('pred')!r}, expected one of {', '.join(wanted[a['id']])}"
-            )
-        seen.add(a["id"])
-    if missing := [i for i in wanted if i not in seen]:
-        raise UserError(f"{path}: {len(missing)} questions have no answer, the first is id {missing[0]}")
-    return f"{path}: valid, {len(seen)} answers"
-
-
 # ---- one recording
 
 
 def answer_recording(model, tokenizer, args, notes):
-    """Ask about each window of a recording, print the answers and what most of them say."""
+    """Ask about each window of a recording; print the answers, and what they say together."""
     iq, fs = read_iq(args.iq, args.index)
     config = model.signal_encoder.config
     longest = (config.num_positions - config.num_special) * config.patch_size[0]
@@ -448,6 +255,8 @@ def answer_recording(model, tokenizer, args, notes):
     if not config.patch_size[0] <= points <= longest:
         raise UserError(f"--window {points}: the encoder takes {config.patch_size[0]} to {longest} points")
     fs = args.fs or fs or notes.get("default_fs", DEFAULT_FS)
+
+    # the strongest windows, all with the same question
     cut = windows(iq, points, args.windows)
     record = {"id": 0, "question": args.question}
     collate = QuestionCollator(config.patch_size[0], tokenizer.pad_token_id)
@@ -456,45 +265,49 @@ def answer_recording(model, tokenizer, args, notes):
         {"iq": [scale_to_peak(w - w.mean(0))], "fs": [fs], "texts": [prompt], "rows": [0]} for _, w in cut
     ]
     answers = ask(model, tokenizer, collate(items), [record] * len(items), args.max_new_tokens)
-    print(
-        f"{args.iq}: {len(iq)} samples at {fs:g} Hz, {len(cut)} window(s) of {min(points, len(iq))} asked\n{args.question}"
-    )
-    for (start, _), a in zip(cut, answers):
-        print(f"  {start / fs:10.6f} s  {a['text']}")
+    print(f"{args.iq}: {len(iq)} samples at {fs:g} Hz, {len(cut)} window(s) of {min(points, len(iq))} asked")
+    print(args.question)
+    for (start, _), answer in zip(cut, answers):
+        print(f"  {start / fs:10.6f} s  {answer['text']}")
+
+    # together: the mean of the log-likelihoods (windows are not independent), or the commonest answer
     if "pred" in answers[0]:
-        mean = torch.stack([torch.tensor(a["scores"]).log_softmax(0) for a in answers]).mean(
-            0
-        )  # a mean: windows are not independent
-        share = (mean / notes.get("temperature", 1.0)).softmax(0)
-        best = int(share.argmax())
+        mean = torch.stack([torch.tensor(a["scores"]).log_softmax(0) for a in answers]).mean(0)
+        probability = (mean / notes.get("temperature", 1.0)).softmax(0)
+        best = int(probability.argmax())
         letter, name = list(answers[0]["options"].items())[best]
-        print(f"answer: ({letter}) {name}, confidence {float(share[best]):.2f}")
+        print(f"answer: ({letter}) {name}, confidence {float(probability[best]):.2f}")
     else:
         texts = [a["text"] for a in answers]
         most = max(set(texts), key=texts.count)
         print(f"answer: {most} ({texts.count(most)} of {len(texts)} windows)")
 
 
-def main(args):
+# ---- a test set
+
+
+def check_options(args):
+    """Refuse what is missing, what would have no effect, and an --out that holds other files."""
+    one = ["question", "index", "fs", "window", "windows"]
+    many = ["task_dir", "task_files", "limit", "skip_bad", "batch_size", "wrong_signal", "calibrate_dir"]
+    writes = ["out", "submission", "team_name", "model_name"]
     if args.validate:
-        print(
-            validate_submission(
-                args.validate,
-                [r for _, path in task_pairs(args.task_dir, args.task_files) for r in read_questions(path)],
-            )
-        )
+        refuse(args, ["model", "iq", *one, "out", "submission", "wrong_signal"], "beside --validate")
         return
     if args.model is None:
-        raise UserError("--model: give the model/ folder that train.py wrote")
-    notes = read_notes(args.model)
+        raise UserError("--model is missing; give the model/ folder that train.py wrote")
     if args.iq:
-        read_iq(args.iq, args.index)  # a bad file is named before the model is loaded
-        model, tokenizer = load_model(args.model, args.llm_model_path, args.trust_remote_code)
-        answer_recording(model, tokenizer, args, notes)
+        refuse(args, [*many, *writes], "beside --iq")
         return
+    refuse(args, one, "without --iq")
+    if not args.submission:
+        refuse(args, ["team_name", "model_name"], "without --submission")
+    if args.task_dir:
+        refuse(args, ["task_files"], "beside --task-dir")
     if args.out is None and args.submission is None:
         raise UserError(
-            "nothing to write: give --out for scores and pictures, or --submission, or ask about one recording with --iq"
+            "nothing to write: give --out for scores and pictures, or --submission, or ask about one recording "
+            "with --iq"
         )
     if (
         args.out
@@ -503,6 +316,52 @@ def main(args):
         and not (args.out / "metrics.json").exists()
     ):
         raise UserError(f"{args.out} holds other files; choose another --out")
+
+
+def write_scores(args, data, answers, metrics):
+    """Write metrics, predictions and pictures to --out, and print the numbers."""
+    lines = [json.dumps(a, ensure_ascii=False) + "\n" for a in answers]
+    atomic_write(args.out / "predictions.jsonl", "".join(lines))
+    atomic_json(args.out / "metrics.json", metrics)
+    # none of an earlier test may stay beside these numbers
+    shutil.rmtree(args.out / "figures", ignore_errors=True)
+    draw(answers, metrics, args.out / "figures")
+    if "accuracy" in metrics:
+        low, high = metrics["interval"]
+        parts = [
+            f"four-choice accuracy {metrics['accuracy']:.3f} [{low:.3f}, {high:.3f}] of {metrics['four_choice']} "
+            f"(chance {metrics['chance']:.2f})"
+        ]
+        if metrics["high_snr_count"]:
+            parts.append(f"at SNR >= {HIGH_SNR_DB:g} dB {metrics['accuracy_high_snr']:.3f}")
+        parts.append(f"by likelihood {metrics['accuracy_by_likelihood']:.3f}")
+        parts.append(f"valid letters {metrics['valid_letters']:.1%}")
+        if "wrong_signal" in metrics:
+            parts.append(f"with wrong signals {metrics['wrong_signal']['accuracy']:.3f}")
+        print(", ".join(parts))
+    if "open" in metrics:
+        values = {k: f"{v:.3f}" if isinstance(v, float) else v for k, v in metrics["open"].items()}
+        print("open questions: " + ", ".join(f"{k} {v}" for k, v in values.items()))
+    print(f"results in {args.out}")
+
+
+def main(args):
+    # an answer file is checked without a model
+    check_options(args)
+    if args.validate:
+        pairs = task_pairs(args.task_dir, args.task_files)
+        print(validate_submission(args.validate, [r for _, path in pairs for r in read_questions(path)]))
+        return
+
+    # one recording; a bad file is named before the model is loaded
+    notes = read_notes(args.model)
+    if args.iq:
+        read_iq(args.iq, args.index)
+        model, tokenizer = load_model(args.model, args.llm_model_path, args.trust_remote_code)
+        answer_recording(model, tokenizer, args, notes)
+        return
+
+    # the model and the questions
     accelerator = Accelerator()
     model, tokenizer = load_model(args.model, args.llm_model_path, args.trust_remote_code)
     model.to(accelerator.device)
@@ -516,75 +375,42 @@ def main(args):
         limit=args.limit,
     )
     data = QuestionDataset(task_pairs(args.task_dir, args.task_files), **options)
-    if args.submission and len({data.records[r].get("id") for r in range(len(data.records))}) < len(
-        data.records
-    ):
+    ids = {data.records[r].get("id") for r in range(len(data.records))}
+    if args.submission and len(ids) < len(data.records):
         raise UserError(
             "--submission: an id stands twice in these questions; give one question file with --task-files"
         )
-    common = (accelerator, args.batch_size, args.max_new_tokens)
-    temperature = notes.get("temperature", 1.0)
+
+    # the temperature of the confidence, fitted on validation questions and kept with the model
+    how = (accelerator, args.batch_size, args.max_new_tokens)
+    temperature, extra = notes.get("temperature", 1.0), {}
     if args.calibrate_dir:
-        held = answer_set(
-            model, tokenizer, QuestionDataset(task_pairs(args.calibrate_dir), **options), *common
-        )
+        held = QuestionDataset(task_pairs(args.calibrate_dir), **options)
+        held = answer_set(model, tokenizer, held, *how)
         temperature = fit_temperature([a for a in held if a.get("truth")])
+        extra["validation"] = score(held, temperature)
         if accelerator.is_main_process:
-            atomic_write(
-                args.model / "multimodal.json",
-                json.dumps({**notes, "temperature": temperature}, indent=1, ensure_ascii=False),
-            )
-    answers = answer_set(model, tokenizer, data, *common)
-    wrong = (
-        answer_set(model, tokenizer, data, *common, swap=other_signals(data)) if args.wrong_signal else None
-    )
+            atomic_json(args.model / "multimodal.json", {**notes, "temperature": temperature})
+
+    # the answers, and the control: the same questions about signals of other classes
+    answers = answer_set(model, tokenizer, data, *how)
+    if args.wrong_signal:
+        control = score(answer_set(model, tokenizer, data, *how, swap=other_signals(data)))
+        shown = ("accuracy", "accuracy_high_snr", "valid_letters", "letters_given")
+        extra["wrong_signal"] = {name: control[name] for name in shown if name in control}
     if not accelerator.is_main_process:
         return
+
+    # files
     if args.submission:
         write_submission(args.submission, answers, args.team_name, args.model_name)
         print(f"{args.submission}: {sum('pred' in a for a in answers)} answers")
     if args.out:
-        metrics = score(answers, temperature) | {"skipped": data.skipped}
-        if wrong:
-            control = score(wrong)
-            metrics["wrong_signal"] = {
-                k: control[k]
-                for k in ("accuracy", "accuracy_high_snr", "valid_letters", "letters_given")
-                if k in control
-            }
-        if args.calibrate_dir:
-            metrics["validation"] = score(held, temperature)
-        if any("options" in a for a in answers):
-            metrics["chance"] = float(np.mean([1 / len(a["options"]) for a in answers if "options" in a]))
-        atomic_write(
-            args.out / "predictions.jsonl", "".join(json.dumps(a, ensure_ascii=False) + "\n" for a in answers)
-        )
-        atomic_write(args.out / "metrics.json", json.dumps(metrics, indent=1, ensure_ascii=False))
-        shutil.rmtree(
-            args.out / "figures", ignore_errors=True
-        )  # none of an earlier test may stay beside these numbers
-        draw(answers, metrics, args.out / "figures")
-        if "accuracy" in metrics:
-            low, high = metrics["interval"]
-            print(
-                f"four-choice accuracy {metrics['accuracy']:.3f} [{low:.3f}, {high:.3f}] of {metrics['four_choice']} "
-                f"(chance {metrics['chance']:.2f}), "
-                + (
-                    f"at SNR >= {HIGH_SNR_DB:g} dB {metrics['accuracy_high_snr']:.3f}, "
-                    if metrics["high_snr_count"]
-                    else ""
-                )
-                + f"by likelihood {metrics['accuracy_by_likelihood']:.3f}, valid letters {metrics['valid_letters']:.1%}"
-                + (f", with wrong signals {metrics['wrong_signal']['accuracy']:.3f}" if wrong else "")
-            )
-        if "open" in metrics:
-            print(
-                "open questions: "
-                + ", ".join(
-                    f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics["open"].items()
-                )
-            )
-        print(f"results in {args.out}")
+        metrics = score(answers, temperature) | {"skipped": data.skipped} | extra
+        choice = [1 / len(a["options"]) for a in answers if "options" in a]
+        if choice:
+            metrics["chance"] = float(np.mean(choice))
+        write_scores(args, data, answers, metrics)
 
 
 if __name__ == "__main__":

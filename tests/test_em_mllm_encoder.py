@@ -222,10 +222,9 @@ def test_unknown_regression_values_are_left_out_of_the_loss():
     out = model(patches, positions, ids, labels=labels)
     cls = out.logits["pri"][(positions == 0) & (sample_id_matrix(ids, patches.shape[1]) >= 0)].flatten()
     expected = (cls - labels["pri"])[torch.tensor([0, 2, 3, 5])].abs().mean()
-    torch.testing.assert_close(torch.tensor(out.loss_details["pri"]), expected.detach())
+    torch.testing.assert_close(out.loss_details["pri"].detach(), expected.detach())
     torch.testing.assert_close(
-        out.loss.detach(),
-        torch.tensor(2 / 3 * out.loss_details["classification"] + 1 / 3 * out.loss_details["pri"]),
+        out.loss.detach(), 2 / 3 * out.loss_details["classification"] + 1 / 3 * out.loss_details["pri"]
     )
 
 

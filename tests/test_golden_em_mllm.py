@@ -202,7 +202,7 @@ def check_multitask_head(g):
     out = model(*g.tokens, labels=labels)
     for name in labels:
         g.close(f"logits.{name}", out.logits[name], where=g.valid)
-        g.close(f"loss_details.{name}", torch.tensor(out.loss_details[name]))
+        g.close(f"loss_details.{name}", out.loss_details[name])
     g.close("loss", out.loss)
     for name in REGRESSION_TASKS:
         if f"logits.{name}" in g.out:

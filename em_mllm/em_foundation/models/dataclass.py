@@ -48,7 +48,7 @@ class SiTMAEForPreTrainingOutput(ModelOutput):
 
 @dataclass
 class MultiTaskOutput(ModelOutput):
-    """logits: {task: tensor}; loss_details: {task: unweighted loss as a float}. Heads share this and the class model's output."""
+    """logits: {task: tensor}; loss_details: {task: unweighted loss}."""
 
     loss: torch.Tensor | None = None
     logits: dict | torch.Tensor | None = None

@@ -415,9 +415,12 @@ class SiTForMultiTask(SiTMAEHeadModel):
             )
             for name, target in labels.items()
         }
-        weights = {name: float((self.config.label_weights or {}).get(name, 1.0)) for name in labels}
-        loss = sum(weights[name] / sum(weights.values()) * value for name, value in losses.items())
-        return loss, {name: value.item() for name, value in losses.items()}
+        return self.weigh(losses), losses
+
+    def weigh(self, losses: dict) -> torch.Tensor:
+        """Weighted mean of {task: loss}, by the configuration's label_weights."""
+        weights = {name: float((self.config.label_weights or {}).get(name, 1.0)) for name in losses}
+        return sum(weights[name] / sum(weights.values()) * value for name, value in losses.items())
 
     @staticmethod
     def task_loss(name, logits, target):

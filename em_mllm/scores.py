@@ -1,0 +1,158 @@
+"""Scores of answers: accuracy with its interval, calibration, open questions, and pictures of them.
+
+An answer is a dictionary as test.py writes it to predictions.jsonl: "text", "task", "snr_db", "answer" (the true
+one); of a four-choice question also "options" {letter: name}, "pred", "truth", "likeliest" and "extracted"
+(letters), "class" (name of the truth) and "scores" (log-likelihood of each option, in their order).
+"""
+
+import re
+import sys
+from pathlib import Path
+
+# repository root: every way of starting this file finds it
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+
+from common.checkpoint import atomic_csv
+from common.figures import draw_confusion, new_figure, save_figure
+
+HIGH_SNR_DB = 10.0  # dB; from here on accuracy is reported apart
+SNR_BINS_DB = range(-30, 40, 5)
+
+
+def wilson(hits: int, count: int) -> tuple[float, float]:
+    """95 % interval of a proportion by Wilson's score; it covers other test items, not other trainings."""
+    p, z = hits / count, 1.959964
+    centre, half = p + z * z / (2 * count), z * np.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
+    return (centre - half) / (1 + z * z / count), (centre + half) / (1 + z * z / count)
+
+
+def accuracy(answers, key="pred") -> float | None:
+    """Fraction of four-choice answers whose letter `key` is the true one; None where there are no answers."""
+    return float(np.mean([a[key] == a["truth"] for a in answers])) if answers else None
+
+
+def accuracy_by(answers, key) -> dict:
+    """{value of the field `key`: accuracy} in the order of the values."""
+    values = sorted({a[key] for a in answers})
+    return {value: accuracy([a for a in answers if a[key] == value]) for value in values}
+
+
+def fit_temperature(answers) -> float:
+    """The temperature T for which softmax(scores / T) is likeliest for the true letters, of 60 between .2 and
+    10."""
+    scores = [(torch.tensor(a["scores"]), list(a["options"]).index(a["truth"])) for a in answers]
+    grid = np.exp(np.linspace(np.log(0.2), np.log(10), 60))
+    return float(min(grid, key=lambda t: sum(float(-(s / t).log_softmax(0)[k]) for s, k in scores)))
+
+
+def calibration_error(answers, temperature: float, bins: int = 10) -> float:
+    """Expected calibration error: |accuracy - confidence| of the likeliest options, averaged over equal bins
+    of confidence by their counts."""
+    scores = [torch.tensor(a["scores"]) / temperature for a in answers]
+    confidence = np.array([float(s.softmax(0).max()) for s in scores])
+    hit = np.array([a["likeliest"] == a["truth"] for a in answers])
+    which = np.minimum((confidence * bins).astype(int), bins - 1)
+    total = 0.0
+    for b in np.unique(which):
+        inside = which == b
+        total += abs(hit[inside].mean() - confidence[inside].mean()) * inside.mean()
+    return float(total)
+
+
+class Words:
+    """Tokenizer for ROUGE: each Chinese character, and each run of letters and digits, is a word."""
+
+    def tokenize(self, text):
+        return re.findall(r"[\u4e00-\u9fff]|[A-Za-z0-9\-]+", text.lower())
+
+
+def open_scores(answers) -> dict:
+    """ROUGE-L (F), BLEU (0 to 1) and exact match without white space of answers to open questions."""
+    from rouge_score.rouge_scorer import RougeScorer
+    from sacrebleu import BLEU
+
+    true, given = [a["answer"] for a in answers], [a["text"] for a in answers]
+    scorer = RougeScorer(["rougeL"], tokenizer=Words())
+    rouge = [scorer.score(t, g)["rougeL"].fmeasure for t, g in zip(true, given)]
+    bleu = BLEU(tokenize="zh", effective_order=True).corpus_score(given, [true])
+    same = [re.sub(r"\s", "", t) == re.sub(r"\s", "", g) for t, g in zip(true, given)]
+    return {
+        "count": len(answers),
+        "rougeL": float(np.mean(rouge)),
+        "bleu": bleu.score / 100,
+        "exact": float(np.mean(same)),
+    }
+
+
+def at_high_snr(answers) -> list[dict]:
+    """The answers about signals of at least HIGH_SNR_DB."""
+    return [a for a in answers if a["snr_db"] is not None and a["snr_db"] >= HIGH_SNR_DB]
+
+
+def choice_scores(choice, temperature: float) -> dict:
+    """Scores of the four-choice answers `choice`; temperature: of the confidence, see `fit_temperature`."""
+    high = at_high_snr(choice)
+    by_snr = {}
+    for low in SNR_BINS_DB:
+        inside = [
+            a for a in choice if a["snr_db"] is not None and low <= a["snr_db"] < low + SNR_BINS_DB.step
+        ]
+        if inside:
+            by_snr[str(low)] = accuracy(inside)
+    letters = sorted({a["pred"] for a in choice})
+    return {
+        "four_choice": len(choice),
+        "accuracy": accuracy(choice),
+        "interval": wilson(sum(a["pred"] == a["truth"] for a in choice), len(choice)),
+        "accuracy_by_likelihood": accuracy(choice, "likeliest"),
+        "valid_letters": float(np.mean([a["extracted"] is not None for a in choice])),
+        "high_snr_count": len(high),
+        "accuracy_high_snr": accuracy(high),
+        "accuracy_high_snr_by_likelihood": accuracy(high, "likeliest"),
+        "high_snr_interval": wilson(sum(a["pred"] == a["truth"] for a in high), len(high)) if high else None,
+        "by_task": accuracy_by(choice, "task"),
+        "by_class": accuracy_by(choice, "class"),
+        "by_class_high_snr": accuracy_by(high, "class"),
+        "by_snr": by_snr,
+        "letters_given": {letter: sum(a["pred"] == letter for a in choice) for letter in letters},
+        "temperature": temperature,
+        "calibration_error": calibration_error(choice, temperature),
+    }
+
+
+def score(answers, temperature: float = 1.0) -> dict:
+    """Everything that metrics.json holds about one pass over the questions."""
+    metrics = {"questions": len(answers)}
+    if choice := [a for a in answers if a.get("truth")]:
+        metrics |= choice_scores(choice, temperature)
+    if free := [a for a in answers if "options" not in a and a.get("answer")]:
+        metrics["open"] = open_scores(free)
+        if high := at_high_snr(free):
+            metrics["open"]["exact_high_snr"] = open_scores(high)["exact"]
+    return metrics
+
+
+def draw(answers, metrics, folder):
+    """Draw accuracy against SNR, and the chosen option for each class; a .csv with the numbers beside each."""
+    choice = [a for a in answers if a.get("truth")]
+    if not choice:
+        return
+    if metrics["by_snr"]:
+        rows = [{"snr_from_db": int(low), "accuracy": value} for low, value in metrics["by_snr"].items()]
+        chance = np.mean([1 / len(a["options"]) for a in choice])
+        middle = [row["snr_from_db"] + SNR_BINS_DB.step / 2 for row in rows]
+        figure, axis = new_figure()
+        axis.plot(middle, [row["accuracy"] for row in rows], marker="o")
+        axis.axhline(chance, color="0.6", ls="--", lw=1)
+        axis.set(xlabel="SNR (dB, 5 dB bins)", ylabel="accuracy", ylim=(0, 1.02))
+        axis.set_title("four-choice accuracy; dashed: chance")
+        save_figure(figure, folder / "accuracy_snr.png")
+        atomic_csv(folder / "accuracy_snr.csv", rows)
+    names = sorted({name for a in choice for name in a["options"].values()})
+    matrix = np.zeros((len(names), len(names)), int)
+    for a in choice:
+        matrix[names.index(a["class"]), names.index(a["options"][a["pred"]])] += 1
+    draw_confusion(matrix, names, folder / "confusion.png", "fraction of questions")
