@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
-# Set up the environment if needed, then run the tests: bash run_tests.sh [pytest arguments]
+# Set up the environment if needed, then run the tests: bash run_tests.sh [--fast] [pytest arguments]
+# --fast leaves out the tests that are marked slow: several processes, launchers, faults, broken inputs.
 # GOLDEN_DIR and DATA_ROOT name the reference tensors and the real data; by default they are looked for beside this folder.
 set -euo pipefail
 ENV_EXTRA=requirements-dev.txt source "$(dirname "${BASH_SOURCE[0]}")/common/env.sh"
 here=$PWD
 cd "$ROOT"
 paths=()
-for argument in "$@"; do                                  # a test path given from another folder still means that file
+for argument in "$@"; do
+  if [ "$argument" = --fast ]; then paths+=(-m "not slow"); continue; fi
+  # a test path given from another folder still means that file
   if [ ! -e "$argument" ] && [ -e "$here/${argument%%::*}" ]; then argument=$here/$argument; fi
   paths+=("$argument")
 done
