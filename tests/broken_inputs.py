@@ -1,4 +1,4 @@
-"""Systematic ways to break a good input file. Every mutant is (what was done, function that does it to the path)."""
+"""Systematic ways to break a good input. A mutant is (what was done, function that does it to a path)."""
 
 import copy
 import csv
@@ -68,7 +68,8 @@ def change(value, place, kind, new):
 
 
 def json_fields(path, fields=None):
-    """Each field (or each of `fields`) dropped and given each wrong value; text that is not UTF-8, or of another form."""
+    """Each field (or each of `fields`) dropped and given each wrong value; text that is not UTF-8, or of
+    another form."""
     value = json.loads(path.read_text())
     yield "not UTF-8", lambda p: p.write_bytes(p.read_bytes()[:-2] + b"\xff\xfe" + p.read_bytes()[-2:])
     yield "a number", lambda p: p.write_text("7")
@@ -137,7 +138,7 @@ def h5_fields(path, fields=None):
 
 
 def csv_fields(path):
-    """Each column dropped, renamed, with a word in its first row; header only, a short row, twice the same header."""
+    """Each column dropped, renamed, with a word in its first row; header only, no header, a short row."""
     rows = list(csv.reader(path.read_text().splitlines()))
 
     def write(table):

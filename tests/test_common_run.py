@@ -62,6 +62,20 @@ def losses(out):
     return [json.loads(line)["loss"] for line in open(out / "log.jsonl")]
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """uninterrupted(processes) -> (output, run folder) of one whole run with 8 samples in each step."""
+    runs = {}
+
+    def whole(processes):
+        if processes not in runs:
+            out = tmp_path_factory.mktemp("whole") / "run"
+            runs[processes] = toy(out, "--batch-size", str(8 // processes), processes=processes), out
+        return runs[processes]
+
+    return whole
+
+
 def test_run_directory_describes_the_run(tmp_path):
     toy(tmp_path / "a")
     config = json.loads((tmp_path / "a/config.json").read_text())
@@ -79,12 +93,12 @@ def test_run_directory_describes_the_run(tmp_path):
     assert {p.stat().st_mode for p in (tmp_path / "a/last").resolve().iterdir()} == {plain}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.slow
-def test_stopped_run_says_how_to_resume_and_ends_bit_equal(tmp_path, signum, processes):
+def test_stopped_run_says_how_to_resume_and_ends_bit_equal(tmp_path, uninterrupted, signum, processes):
+    whole, folder = uninterrupted(processes)
     size = str(8 // processes)
-    whole = toy(tmp_path / "whole", "--workers", "2", "--batch-size", size, processes=processes)
     options = ["--out", str(tmp_path / "cut"), "--workers", "2", "--batch-size", size, "--pause", ".2"]
     process = subprocess.Popen(
         [sys.executable, "-m", "common.launch", TOY, *options],
@@ -105,12 +119,12 @@ def test_stopped_run_says_how_to_resume_and_ends_bit_equal(tmp_path, signum, pro
     assert "--resume" in text and "Traceback" not in text
     resumed = toy(tmp_path / "cut", "--workers", "2", "--batch-size", size, "--resume", processes=processes)
     assert final(resumed) == final(whole)
-    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert losses(tmp_path / "cut") == losses(folder)
 
 
 @pytest.mark.slow
-def test_one_of_two_processes_killed_ends_both_and_the_run_goes_on(tmp_path):
-    whole = toy(tmp_path / "whole", "--batch-size", "4", processes=2)
+def test_one_of_two_processes_killed_ends_both_and_the_run_goes_on(tmp_path, uninterrupted):
+    whole, folder = uninterrupted(2)
     options = ["--out", str(tmp_path / "cut"), "--batch-size", "4", "--pause", ".1"]
     launcher = subprocess.Popen(
         [sys.executable, "-m", "common.launch", TOY, *options],
@@ -134,7 +148,7 @@ def test_one_of_two_processes_killed_ends_both_and_the_run_goes_on(tmp_path):
     )
     assert not damage(tmp_path / "cut/checkpoints/step-00000005")
     resumed = toy(tmp_path / "cut", "--batch-size", "4", "--resume", processes=2)
-    assert final(resumed) == final(whole) and losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert final(resumed) == final(whole) and losses(tmp_path / "cut") == losses(folder)
 
 
 @pytest.mark.slow

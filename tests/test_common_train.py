@@ -27,7 +27,7 @@ TOY = str(Path(toy_run.__file__))
 
 @pytest.fixture
 def toy(tmp_path, capfd):
-    """Run the toy script in this process: toy("name", "--option", "value") -> (run folder, log lines, printed text)."""
+    """toy("name", "--option", "value") runs the toy script in this process: (run folder, log lines, text)."""
 
     def call(name, *options):
         AcceleratorState._reset_state(reset_partial_state=True)

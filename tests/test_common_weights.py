@@ -192,7 +192,10 @@ def test_link_moves_in_one_step(tmp_path):
 
 
 def test_user_error_is_one_line_and_status_2(tmp_path):
-    code = "from common.errors import UserError, run\ndef main(): raise UserError('a.h5: /iq is\\n missing')\nrun(main)"
+    code = """from common.errors import UserError, run
+def main():
+    raise UserError('a.h5: /iq is\\n missing')
+run(main)"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr == "error: a.h5: /iq is missing\n"
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import forked
+
 ROOT = Path(__file__).resolve().parents[1]
 PROJECTS = [
     p for p in ("em_mllm", "cwt_mae", "flmm", "dia_pangu", "pruning") if (ROOT / p / "train.py").is_file()
@@ -24,28 +26,50 @@ def call(*command, cwd=ROOT, **environment):
     )
 
 
+# A fresh interpreter takes seconds to import torch. So each script is tried in forks without our modules and
+# our sys.path, and each launcher starts for real once for each project.
+FORKED = {
+    "python from root": lambda p: (f"{p}/train.py", ROOT),
+    "python from its folder": lambda p: ("train.py", ROOT / p),
+    "python from elsewhere": lambda p: (f"{ROOT}/{p}/test.py", "/"),
+}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
-WAYS = {
-    "bash from its folder": lambda p: (["bash", "run_train.sh", "--help"], ROOT / p),
-    "python from its folder": lambda p: ([sys.executable, "train.py", "--help"], ROOT / p),
-    "python from elsewhere": lambda p: ([sys.executable, ROOT / p / "test.py", "--help"], "/"),
-    "python -m": lambda p: ([sys.executable, "-m", f"{p}.train", "--help"], ROOT),
-    "bash test from elsewhere": lambda p: (["bash", ROOT / p / "run_test.sh", "--help"], "/"),
+REAL = {
+    "bash from its folder": lambda p: (["bash", "run_train.sh"], ROOT / p),
+    "bash test from elsewhere": lambda p: (["bash", ROOT / p / "run_test.sh"], "/"),
+    "python -m": lambda p: ([sys.executable, "-m", f"{p}.train"], ROOT),
 }
 # Ways in which the projects cannot differ: the project's own file was started above.
 ALIKE = {
-    "bash from root": lambda p: (["bash", f"{p}/run_train.sh", "--help"], ROOT),
-    "python from root": lambda p: ([sys.executable, f"{p}/train.py", "--help"], ROOT),
-    "torchrun": lambda p: ([*TORCHRUN, f"{p}/train.py", "--help"], ROOT),
+    "bash from root": lambda p: (["bash", f"{p}/run_train.sh"], ROOT),
+    "python from root": lambda p: ([sys.executable, f"{p}/train.py"], ROOT),
+    "torchrun": lambda p: ([*TORCHRUN, f"{p}/train.py"], ROOT),
 }
-STARTS = [(p, way) for way in WAYS for p in PROJECTS] + [(PROJECTS[0], way) for way in ALIKE]
+STARTS = [(p, way) for way in REAL for p in PROJECTS] + [(PROJECTS[0], way) for way in ALIKE]
+
+
+def fresh():
+    """In a fork: what a fresh interpreter knows of this repository, which is nothing."""
+    os.environ.pop("PYTHONPATH", None)
+    for name in [name for name in sys.modules if name.split(".")[0] in (*forked.ROOMS, "tests")]:
+        del sys.modules[name]
+    sys.path[:] = [folder for folder in sys.path if folder not in ("", str(ROOT))]
+
+
+@pytest.mark.parametrize("project", PROJECTS)
+@pytest.mark.parametrize("way", FORKED)
+def test_a_script_finds_its_parts_from_every_folder(project, way, tmp_path):
+    script, cwd = FORKED[way](project)
+    done = forked.call(Path(script), ["--help"], tmp_path / "log.txt", before=fresh, cwd=cwd)
+    assert done.returncode == 0, done.text
+    assert "usage:" in done.text and "default" in done.text
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("project, way", STARTS)
 def test_every_way_to_start_a_script(project, way):
-    command, cwd = {**WAYS, **ALIKE}[way](project)
-    done = call(*command, cwd=cwd)
+    command, cwd = {**REAL, **ALIKE}[way](project)
+    done = call(*command, "--help", cwd=cwd)
     assert done.returncode == 0, done.stderr
     assert "usage:" in done.stdout and "default" in done.stdout
 
@@ -58,7 +82,8 @@ def test_the_seeds_import_works_from_the_project_folder():
     assert done.stdout == "ok\n", done.stderr
 
 
-# ---- environment: a copy of the launch files in a path with a space and Chinese characters, and a stub for Python ----
+# ---- environment: a copy of the launch files in a path with a space and Chinese characters, and a stub that
+# stands for Python ----
 
 STUB = """#!/usr/bin/env bash
 # Stands for a bare Python: it can make a venv (of itself) and its pip writes down what it was asked for.
@@ -67,7 +92,10 @@ case "$*" in
   *env_check.py*) exit 1 ;;
   "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
   "-m pip install "*) echo "$*" >>"{calls}"; sleep 1
-    if [ -n "${{PIP_FAILS:-}}" ]; then echo "ERROR: No matching distribution found for torch==2.13.0"; exit 1; fi ;;
+    if [ -n "${{PIP_FAILS:-}}" ]; then
+      echo "ERROR: No matching distribution found for torch==2.13.0"
+      exit 1
+    fi ;;
   *) echo "started $0: $*" ;;
 esac
 """

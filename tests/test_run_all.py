@@ -1,4 +1,4 @@
-"""run_all: goes on when a project fails, waits where one needs another, and shows every result with its control."""
+"""run_all goes on when a project fails, waits where one needs another, shows results with their control."""
 
 import json
 import os
@@ -25,10 +25,12 @@ folder = pathlib.Path(os.environ["RUNS"]) / "{name}"
 figure, axis = new_figure()
 axis.plot([1, 2, 3])
 save_figure(figure, folder / "figures/loss.png")
-write_result(folder, "beats & <rhythm>", "macro-F1", 0.61, {{"chance": 0.25, "random init": 0.5}}, interval=(0.58, 0.64),
+write_result(folder, "beats & <rhythm>", "macro-F1", 0.61, {{"chance": 0.25, "random init": 0.5}},
+             interval=(0.58, 0.64),
              figures=[(folder / "figures/loss.png", "loss against step")], note="held-out records, 3 seeds")
 (folder / "base").mkdir()
-(folder / "base/log.jsonl").write_text('{{"step": 1, "loss": 2.0}}\\n{{"step": 9, "loss_spec": 1.0}}\\n{{"step": 10, "lo')
+lines = ['{{"step": 1, "loss": 2.0}}', '{{"step": 9, "loss_spec": 1.0}}', '{{"step": 10, "lo']
+(folder / "base/log.jsonl").write_text("\\n".join(lines))
 PY
 """
 
@@ -104,8 +106,22 @@ touch "$RUNS/dia_pangu/ft/metrics.json"; until [ -e "$RUNS/pruning/done" ]; do s
 
 
 def test_cores_are_shared_out(tree):
-    start(tree, "cwt_mae", "--jobs", "1")
-    assert f"threads {len(os.sched_getaffinity(0))} " in (tree / "runs/cwt_mae/run_all.log").read_text()
+    cores = len(os.sched_getaffinity(0))
+    (tree / "pruning/run_builtin.sh").write_text('echo "threads $OMP_NUM_THREADS "')
+    start(tree, "cwt_mae", "pruning", "--jobs", "2")
+    for name in ("cwt_mae", "pruning"):
+        assert f"threads {max(1, cores // 2)} " in (tree / f"runs/{name}/run_all.log").read_text()
+    if cores > 1:
+        start(tree, "pruning", "--jobs", "1")
+        assert f"threads {cores} " in (tree / "runs/pruning/run_all.log").read_text()
+
+
+def test_results_of_an_earlier_run_are_gone_when_a_project_fails(tree):
+    write_result(tree / "runs/dia_pangu", "old reports", "BLEU-4", 0.5, {"chance": 0.1})
+    (tree / "dia_pangu/run_builtin.sh").write_text("exit 3")
+    done = start(tree, "dia_pangu")
+    assert done.returncode == 1 and "old reports" not in done.stdout
+    assert not json.loads((tree / "runs/summary.json").read_text())["projects"][0]["rows"]
 
 
 @pytest.mark.parametrize(
