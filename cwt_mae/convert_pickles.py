@@ -2,37 +2,43 @@
 
     python cwt_mae/convert_pickles.py --allow-pickle --input FOLDER --output FOLDER --fs 100
 
-Reading a pickle can run any code that its author put into it: convert only files that you made or whose author you trust.
-Every other script refuses pickles, or reads them with an unpickler that admits plain data only.
-Known forms: {"data": (channels, L)} of pre-training, {"data": (L,) or
-(channels, L), "label": [{"class": int}, ...], "uid": ..., "sampling_rate": ...} of fine-tuning.
+Known forms: {"data": (channels, L)} of pre-training, and {"data": (L,) or (channels, L), "label": [{"class":
+int}, ...], "uid": ..., "sampling_rate": ...} of fine-tuning. Reading a pickle can run any code that its
+author put into it, so convert only files that you made or whose author you trust. Every other script refuses
+pickles.
 """
 
-import argparse
 import pickle
 import sys
 from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # repository root: every way of starting this file finds it
+# repository root: every way of starting this file finds it
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common.arguments import Parser, number
 from common.checkpoint import atomic_path
 from common.errors import UserError, run
 from common.run import progress
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--input", required=True, help="folder of .pkl and .pickle files, searched downwards")
-    parser.add_argument("--output", required=True, help="folder for the npz files, same names")
-    parser.add_argument("--fs", type=float, help="sampling rate of files that do not say it, Hz")
-    parser.add_argument("--task-index", type=int, default=0, help="which entry of the list label")
+    parser = Parser(__doc__)
     parser.add_argument(
-        "--allow-pickle", action="store_true", help="I trust these files: reading them can run code"
+        "--input", required=True, help="folder of .pkl and .pickle files, searched with all folders below it"
+    )
+    parser.add_argument("--output", required=True, help="folder for the npz files, which keep their names")
+    parser.add_argument("--fs", type=float, help="sampling rate of files that do not state it, Hz")
+    parser.add_argument(
+        "--task-index",
+        type=number(int, 0),
+        default=0,
+        help="which entry of the list `label` becomes the label",
+    )
+    parser.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="confirm that you trust these files: reading them can run code",
     )
     return parser.parse_args(argv)
 

@@ -3,8 +3,9 @@
     files (WFDB, EDF, npz, npy, csv, HDF5) --read_records--> channels in physical units at their own rate
     --build_store--> one flat float32 file at the model's rate --PhysioSignalDataset--> windows
 
-The store is memory-mapped, so memory does not grow with the number or the length of records. Pre-training, fine-tuning
-and inference all read it: one resampling, one band-pass and one normalisation for the three of them.
+The store is memory-mapped, so memory does not grow with the number or the length of records. Pre-training,
+fine-tuning and inference all read it: one resampling, one band-pass and one normalisation for the three of
+them.
 
 Upstream file: dataset.py (PhysioSignalDataset). Its pickles are read by convert_pickles.py only.
 """
@@ -23,9 +24,8 @@ import torch
 from scipy.signal import butter, resample_poly, sosfiltfilt
 from torch.utils.data import Dataset
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # repository root: every way of starting this file finds it
+# repository root: every way of starting this file finds it
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.checkpoint import atomic_dir
 from common.errors import UserError
 from common.files import reading
@@ -60,7 +60,8 @@ NOT_SIGNALS = ("fs", "gain", "lead", "names", "subject", "units", "label")
 
 @dataclass
 class Record:
-    """One recording. channels: {name: float array (L,)}; events: sample index, symbol and aux text, all of one length."""
+    """One recording. channels: {name: float array (L,)}; events: sample index, symbol and aux text, all of
+    one length."""
 
     name: str
     source: Path
@@ -71,12 +72,14 @@ class Record:
 
 
 def check_rate(fs, source, given=None) -> float:
-    """The sampling rate in Hz: from the file, else `given` (--input-fs); UserError when absent, impossible or contradicted."""
+    """The sampling rate in Hz: from the file, else `given` (--input-fs); UserError when absent, impossible or
+    contradicted."""
     if fs is None and given is None:
         raise UserError(f"{source}: has no field fs; pass the sampling rate in Hz with --input-fs")
     if fs is not None and given is not None and abs(float(np.asarray(fs).reshape(-1)[0]) / given - 1) > 0.01:
         raise UserError(
-            f"{source}: field fs is {float(np.asarray(fs).reshape(-1)[0]):g} Hz but --input-fs says {given:g}; "
+            f"{source}: field fs is {float(np.asarray(fs).reshape(-1)[0]):g} Hz but --input-fs says "
+            f"{given:g}; "
             "leave it out or mend the file"
         )
     try:
@@ -99,13 +102,15 @@ def rows_of(array, name, source) -> dict:
         )
     if array.ndim == 2 and array.shape[0] > array.shape[1]:
         raise UserError(
-            f"{source}: field {name} is {array.shape}, expected (channels, L) with fewer channels than samples; transpose it"
+            f"{source}: field {name} is {array.shape}, expected (channels, L) with fewer channels than "
+            "samples; transpose it"
         )
     return {name: array} if array.ndim == 1 else {f"{name}{i}": row for i, row in enumerate(array)}
 
 
 def read_wfdb(path: Path, fs=None) -> list[Record]:
-    """A WFDB header (.hea) with its signal files and, where there is one, its .atr beat and rhythm annotations."""
+    """A WFDB header (.hea) with its signal files and, where there is one, its .atr beat and rhythm
+    annotations."""
     wfdb = extra("wfdb", path)
     stem = str(path.with_suffix(""))
     with reading(path, "WFDB record"):
@@ -138,10 +143,12 @@ def read_edf(path: Path, fs=None) -> list[Record]:
 
 
 def read_npz(path: Path, fs=None) -> list[Record]:
-    """npz: one record (`sig` or one array per channel, `fs`, optional gain, names, subject, ann_*) or a UCR set.
+    """npz: one record (`sig` or one array per channel, `fs`, optional gain, names, subject, ann_*) or a UCR
+    set.
 
-    A UCR set (x_train, y_train and perhaps x_test, y_test or y_test_<name>) gives a record per series, named train-0,
-    test-0 ..., with one event whose symbol is the label and whose aux is the part. Its time axis counts as 1 Hz.
+    A UCR set (x_train, y_train and perhaps x_test, y_test or y_test_<name>) gives a record per series, named
+    train-0, test-0 ..., with one event whose symbol is the label and whose aux is the part. Its time axis
+    counts as 1 Hz.
     """
     with reading(path, "npz file of plain arrays"), np.load(path) as file:
         data = {key: file[key] for key in file.files}
@@ -162,7 +169,8 @@ def read_npz(path: Path, fs=None) -> list[Record]:
                 channels |= rows_of(array, key, path)
     if not channels:
         raise UserError(
-            f"{path}: holds no signal (fields: {', '.join(data) or 'none'}); expected sig, or one array per channel"
+            f"{path}: holds no signal (fields: {', '.join(data) or 'none'}); expected sig, or one array per "
+            "channel"
         )
     channels = {name: row / np.float32(gain) if gain != 1 else row for name, row in channels.items()}
     events = []
@@ -170,11 +178,13 @@ def read_npz(path: Path, fs=None) -> list[Record]:
         lengths = {key: len(data[key]) for key in ("ann_sample", "ann_symbol", "ann_aux") if key in data}
         if len(set(lengths.values())) > 1 or "ann_symbol" not in data:
             raise UserError(
-                f"{path}: fields ann_* have lengths {lengths}, expected ann_sample and ann_symbol of one length"
+                f"{path}: fields ann_* have lengths {lengths}, expected ann_sample and ann_symbol of one "
+                "length"
             )
         if data["ann_sample"].dtype.kind not in "iu" or data["ann_sample"].ndim != 1:
             raise UserError(
-                f"{path}: field ann_sample is {data['ann_sample'].dtype} {data['ann_sample'].shape}, expected whole numbers (beats,)"
+                f"{path}: field ann_sample is {data['ann_sample'].dtype} {data['ann_sample'].shape}, "
+                "expected whole numbers (beats,)"
             )
         aux = data["ann_aux"] if "ann_aux" in data else [""] * len(data["ann_sample"])
         events = list(zip(data["ann_sample"].tolist(), map(str, data["ann_symbol"]), map(str, aux)))
@@ -185,7 +195,8 @@ def read_npz(path: Path, fs=None) -> list[Record]:
 
 
 def ucr_records(path: Path, data: dict) -> list[Record]:
-    """Records of a UCR set. Where the test labels are of another kind (y_test_abnormal), the same kind is used in training."""
+    """Records of a UCR set. Where the test labels are of another kind (y_test_abnormal), the same kind is
+    used in training."""
     records = []
     kind = next((key[len("y_test") :] for key in data if key.startswith("y_test")), "")
     for part in ("train", "test"):
@@ -194,7 +205,8 @@ def ucr_records(path: Path, data: dict) -> list[Record]:
         x, y = data[f"x_{part}"], data.get(f"y_{part}{kind}")
         if x.ndim != 2 or y is None or len(x) != len(y):
             raise UserError(
-                f"{path}: fields x_{part} {x.shape} and y_{part}{kind} {getattr(y, 'shape', 'missing')} do not belong together"
+                f"{path}: fields x_{part} {x.shape} and y_{part}{kind} {getattr(y, 'shape', 'missing')} do "
+                "not belong together"
             )
         records += [
             Record(f"{part}-{i}", path, 1.0, {"x": row}, f"{part}-{i}", [(-1, str(label), part)])
@@ -204,7 +216,8 @@ def ucr_records(path: Path, data: dict) -> list[Record]:
 
 
 def read_ts(path: Path, fs=None) -> list[Record]:
-    """A UCR/UEA .ts file, univariate: `name_TRAIN.ts` or `name_TEST.ts`; lines `v1,v2,...:label` after @data."""
+    """A UCR/UEA .ts file, univariate: `name_TRAIN.ts` or `name_TEST.ts`; lines `v1,v2,...:label` after
+    @data."""
     lines, records = path.read_text(errors="replace").splitlines(), []
     part = "test" if path.stem.upper().endswith("TEST") else "train"
     start = next((i for i, line in enumerate(lines) if line.strip().lower() == "@data"), None)
@@ -238,7 +251,8 @@ def read_npy(path: Path, fs=None) -> list[Record]:
 
 
 def read_csv(path: Path, fs=None) -> list[Record]:
-    """csv: a header line with channel names, one sample a line; a column time, time_s or time_ms gives the rate."""
+    """csv: a header line with channel names, one sample a line; a column time, time_s or time_ms gives the
+    rate."""
     with open(path, encoding="utf-8-sig", errors="replace") as file:
         names = [name.strip() for name in file.readline().strip().split(",")]
     try:
@@ -266,7 +280,8 @@ def read_csv(path: Path, fs=None) -> list[Record]:
                 np.isfinite(steps).all() and steps.min() > 0 and np.ptp(steps) < 0.5 * steps.mean()
             ):
                 raise UserError(
-                    f"{path}: column {name} does not rise evenly; resample it or drop the column and pass --input-fs"
+                    f"{path}: column {name} does not rise evenly; resample it or drop the column and pass "
+                    "--input-fs"
                 )
             rate = 1 / steps.mean()
     if not columns:
@@ -275,7 +290,8 @@ def read_csv(path: Path, fs=None) -> list[Record]:
 
 
 def read_hdf5(path: Path, fs=None) -> list[Record]:
-    """HDF5: each data set (L,) or (channels, L) is a record, or a channel of its group; attribute fs on it, its group or the file."""
+    """HDF5: each data set (L,) or (channels, L) is a record, or a channel of its group; attribute fs on it,
+    its group or the file."""
     import h5py
 
     records = {}
@@ -353,10 +369,11 @@ def find_files(sources) -> list[Path]:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """What turns a raw channel into the model's signal; stored in every checkpoint and used wherever it is run.
+    """What turns a raw channel into the model's signal; stored in every checkpoint and used wherever it is
+    run.
 
-    fs: rate of the model in Hz; 0 keeps each file's own rate (series without a time unit). low_hz, high_hz: edges of a
-    zero-phase Butterworth filter in Hz, 0 = none. channel: "auto", "all", a name or an index.
+    fs: rate of the model in Hz; 0 keeps each file's own rate (series without a time unit). low_hz, high_hz:
+    edges of a zero-phase Butterworth filter in Hz, 0 = none. channel: "auto", "all", a name or an index.
     """
 
     fs: float = 100.0
@@ -365,17 +382,20 @@ class Preprocess:
     channel: str = "auto"
 
     def signal(self, x, fs: float, where: str) -> np.ndarray:
-        """Raw channel (L,) at `fs` Hz -> float32 (L',) at the model's rate. UserError naming `where` for NaN or a flat line."""
+        """Raw channel (L,) at `fs` Hz -> float32 (L',) at the model's rate. UserError naming `where` for NaN
+        or a flat line."""
         x = np.asarray(x, np.float64)
         bad = ~np.isfinite(x)
         if bad.any():
             raise UserError(
-                f"{where}: {bad.sum()} of {len(x)} samples are NaN or infinite, the first is sample {bad.argmax()}; "
+                f"{where}: {bad.sum()} of {len(x)} samples are NaN or infinite, the first is sample "
+                f"{bad.argmax()}; "
                 "mend it or pass --skip-bad"
             )
         if np.ptp(x) <= 1e-9 * max(1.0, abs(x).max()):
             raise UserError(
-                f"{where}: flat line, all {len(x)} samples are {x[0]:g}; check the electrode or pass --skip-bad"
+                f"{where}: flat line, all {len(x)} samples are {x[0]:g}; check the electrode or pass "
+                "--skip-bad"
             )
         rate = self.fs or fs
         if fs != rate:
@@ -392,7 +412,8 @@ class Preprocess:
 
     @staticmethod
     def window(x: np.ndarray, length: int, lead: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """z-score of the samples there are, then padding: x (n,), n + lead <= length -> float32 (length,), bool (length,) True = real."""
+        """z-score of the samples there are, then padding: x (n,), n + lead <= length -> float32 (length,),
+        bool (length,) True = real."""
         out, real = np.zeros(length, np.float32), np.zeros(length, bool)
         out[lead : lead + len(x)] = (x - x.mean()) / max(float(x.std()), 1e-6)
         real[lead : lead + len(x)] = True
@@ -414,7 +435,8 @@ def pick_channels(record: Record, channel: str) -> dict:
 
 
 class Store:
-    """A folder of prepared signals, memory-mapped: samples.f32, records.npy (RECORDS), events.npy (EVENTS), about.json."""
+    """A folder of prepared signals, memory-mapped: samples.f32, records.npy (RECORDS), events.npy (EVENTS),
+    about.json."""
 
     def __init__(self, folder):
         folder = Path(folder)
@@ -435,7 +457,12 @@ class Store:
         row = self.records[index]
         return self.samples[int(row["offset"]) : int(row["offset"] + row["length"])]
 
+    def hours(self, rows) -> float:
+        """Duration of the records `rows`, hours (samples / 3600 for series without a time unit)."""
+        return float(self.records["length"][rows].sum() / (self.prepare.fs or 1.0) / 3600)
+
     def where(self, index: int) -> str:
+        """File, record and channel of one record, for messages."""
         row = self.records[index]
         return f"{row['source'].decode()} record {row['name'].decode()} channel {row['channel'].decode()}"
 
@@ -450,11 +477,12 @@ def build_store(
     skip_bad: bool = False,
     quiet: bool = False,
 ) -> Store:
-    """Read, check and resample every signal under `sources` once; later calls with unchanged files reuse the result.
+    """Read, check and resample every signal under `sources` once; later calls with unchanged files reuse the
+    result.
 
-    part: "train" leaves out the test series of UCR sets (pre-training must not see them). min_seconds: shortest usable
-    record (samples for series without a time unit). skip_bad: leave bad records out instead of stopping; named and counted on
-    the screen unless quiet.
+    part: "train" leaves out the test series of UCR sets (pre-training must not see them). min_seconds:
+    shortest usable record (samples for series without a time unit). skip_bad: leave bad records out instead
+    of stopping; named and counted on the screen unless quiet.
     """
     paths = find_files(sources)
     cache = Path(cache) if cache else ROOT / "data" / "cwt_mae" / "cache"
@@ -537,7 +565,8 @@ def _fill(folder: Path, paths, request: dict, prepare: Preprocess):
                     offset += len(x)
     if not rows:
         raise UserError(
-            f"no usable record among {len(paths)} files; the first problem: {skipped[0] if skipped else 'no training part'}"
+            f"no usable record among {len(paths)} files; the first problem: "
+            f"{skipped[0] if skipped else 'no training part'}"
         )
     np.save(
         folder / "records.npy",
@@ -558,13 +587,15 @@ def check_record(record: Record, min_seconds: float) -> Record:
     length = min(len(x) for x in record.channels.values())
     if length < max(8, min_seconds * record.fs):
         raise UserError(
-            f"{record.source}: record {record.name} is too short: {length} samples ({length / record.fs:.2f} s at {record.fs:g} Hz), "
+            f"{record.source}: record {record.name} is too short: {length} samples ({length / record.fs:.2f} "
+            f"s at {record.fs:g} Hz), "
             f"needed {max(8, math.ceil(min_seconds * record.fs))}; leave it out or pass --skip-bad"
         )
     last = max((sample for sample, _, _ in record.events), default=0)
     if last >= length or any(sample < -1 for sample, _, _ in record.events):
         raise UserError(
-            f"{record.source}: field ann_sample reaches {last} but record {record.name} has {length} samples; is the rate wrong?"
+            f"{record.source}: field ann_sample reaches {last} but record {record.name} has {length} "
+            "samples; is the rate wrong?"
         )
     return record
 
@@ -577,10 +608,11 @@ def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
 class PhysioSignalDataset(Dataset):
     """Windows of `signal_len` samples for pre-training.
 
-    An epoch holds every record ceil(length / signal_len) times, at random places in "train" mode and side by side in
-    "test" mode; `windows` > 0 fixes the size of the epoch instead. rows: use these records of the store only.
-    num_patches > 0 adds the masking noise. An item is a pure function of (seed, epoch, index): x float32 (signal_len,),
-    real bool (signal_len,) False = padding, noise float32 (num_patches,), name "record@first sample".
+    An epoch holds every record ceil(length / signal_len) times, at random places in "train" mode and side by
+    side in "test" mode; `windows` > 0 fixes the size of the epoch instead. rows: use these records of the
+    store only. num_patches > 0 adds the masking noise. An item is a pure function of (seed, epoch, index): x
+    float32 (signal_len,), real bool (signal_len,) False = padding, noise float32 (num_patches,), name
+    "record@first sample".
     """
 
     def __init__(

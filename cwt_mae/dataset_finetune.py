@@ -6,8 +6,8 @@ Three tasks on the same store of prepared signals (dataset.py):
     rhythm  windows side by side, labelled by the rhythm annotation in force; windows across a change are left out
     series  one label for a whole record: UCR sets, and npz files with a field `label`; longer records give several windows
 
-Records are split by subject: part "train" or "test" from the files themselves (UCR), a split file, or the inter-patient
-list DS1 of de Chazal et al. 2004, in which a record of any other name belongs to the test part.
+Records are split by subject: part "train" or "test" from the files themselves (UCR), a split file, or the
+inter-patient list DS1 of de Chazal et al. 2004, in which a record of any other name belongs to the test part.
 
 Upstream file: dataset_cls.py (PPGAugmentor, DownstreamClassificationDataset).
 """
@@ -21,9 +21,8 @@ import torch
 from scipy.ndimage import median_filter
 from torch.utils.data import DataLoader, Dataset
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # repository root: every way of starting this file finds it
+# repository root: every way of starting this file finds it
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.errors import UserError
 from common.files import read_json
 from cwt_mae.dataset import Store, sample_rng
@@ -49,14 +48,21 @@ class Task:
     features: np.ndarray
 
     def select(self, keep) -> "Task":
+        """The windows that `keep` picks, a mask or indices."""
         return Task(self.kind, self.classes, self.items[keep], self.features)
 
+    def without_features(self) -> "Task":
+        """The same windows for a head that gets no features."""
+        return Task(self.kind, self.classes, self.items, self.features[:, :0])
+
     def counts(self) -> np.ndarray:
+        """Windows of each class: (classes,)."""
         return np.bincount(self.items["label"], minlength=len(self.classes))
 
 
 def load_task(store: Store, kind: str, signal_len: int, classes=None, skip_bad: bool = False) -> Task:
-    """All labelled windows of a store. classes: known class names, in order; a label outside them is an error."""
+    """All labelled windows of a store. classes: known class names, in order; a label outside them is an
+    error."""
     makers = {"beat": beat_items, "rhythm": rhythm_items, "series": series_items}
     names, rows, features = makers[kind](store, signal_len)
     if not rows:
@@ -71,7 +77,8 @@ def load_task(store: Store, kind: str, signal_len: int, classes=None, skip_bad: 
     if unknown and not skip_bad:
         record, start = rows[unknown[0]][:2]
         raise UserError(
-            f"{store.where(record)}: label {names[unknown[0]]!r} at sample {start} is none of {', '.join(classes)}; "
+            f"{store.where(record)}: label {names[unknown[0]]!r} at sample {start} is none of "
+            f"{', '.join(classes)}; "
             "mend it or pass --skip-bad"
         )
     if unknown:
@@ -104,7 +111,8 @@ def events_of(store: Store):
 
 
 def beats_of(store: Store):
-    """(record index, its beat events) for each record with at least three beats; UserError for an unknown annotation code."""
+    """(record index, its beat events) for each record with at least three beats; UserError for an unknown
+    annotation code."""
     for record, events in events_of(store):
         events = events[events["seconds"] >= 0]
         odd = [s.decode() for s in set(events["symbol"]) if s not in AAMI_OF and s.decode() not in NOT_BEATS]
@@ -135,11 +143,12 @@ def cut_edges(signal: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray
 
 
 def rhythm_features(seconds: np.ndarray) -> np.ndarray:
-    """What a record's beat times, in seconds, say about each beat, without using any label: (beats, 11) float32.
+    """What a record's beat times, in seconds, say about each beat, without using any label: (beats, 11)
+    float32.
 
-    Logarithms of the intervals before and after it, relative to the record's or the neighbourhood's own (a ratio means the
-    same in every patient), and how irregular that neighbourhood is (an early beat means little in atrial fibrillation).
-    Clipped to +-4.
+    Logarithms of the intervals before and after it, relative to the record's or the neighbourhood's own (a
+    ratio means the same in every patient), and how irregular that neighbourhood is (an early beat means
+    little in atrial fibrillation). Clipped to +-4.
     """
     gaps = np.clip(np.diff(seconds), 0.15, 3.0)
     before, after = np.r_[gaps[:1], gaps], np.r_[gaps, gaps[-1:]]
@@ -169,7 +178,8 @@ def rhythm_features(seconds: np.ndarray) -> np.ndarray:
 
 
 def fibrillation(records: int = 64, beats: int = 500) -> np.ndarray:
-    """`rhythm_features` of simulated atrial fibrillation, intervals that vary by 10 to 25 % without order: (records * beats, 11)."""
+    """`rhythm_features` of simulated atrial fibrillation, intervals that vary by 10 to 25 % without order:
+    (records * beats, 11)."""
     rng = np.random.default_rng(0)
     spreads = rng.uniform(0.1, 0.25, (records, 1))
     gaps = np.clip(0.75 * np.exp(spreads * rng.standard_normal((records, beats))), 0.3, 2.0)
@@ -177,7 +187,8 @@ def fibrillation(records: int = 64, beats: int = 500) -> np.ndarray:
 
 
 def rhythm_items(store: Store, signal_len: int):
-    """Windows side by side within each stretch of one rhythm; the label is the annotation's text without its bracket."""
+    """Windows side by side within each stretch of one rhythm; the label is the annotation's text without its
+    bracket."""
     names, rows = [], []
     for record, events in events_of(store):
         marks = events[[aux.startswith(b"(") for aux in events["aux"]]]
@@ -207,14 +218,15 @@ def series_items(store: Store, signal_len: int):
     return names, rows, np.zeros((1, 0), np.float32)
 
 
-# ---- splits -----------------------------------------------------------------------------------------------------------
+# ---- splits
+# -----------------------------------------------------------------------------------------------------------
 
 
 def split_parts(store: Store, split_file=None) -> np.ndarray:
     """(records,) str: "train", "test" or "" (in neither list of a split file).
 
-    In this order: split_file, JSON {"train": [names], "test": [names]}; the parts of a UCR set; a record named in DS1 is
-    for training and any other is for the test.
+    In this order: split_file, JSON {"train": [names], "test": [names]}; the parts of a UCR set; a record
+    named in DS1 is for training and any other is for the test.
     """
     names = np.char.decode(store.records["name"])
     if split_file:
@@ -224,7 +236,8 @@ def split_parts(store: Store, split_file=None) -> np.ndarray:
             lost = sorted(listed.difference(names))
             if 0 < len(lost) < len(listed) and not store.about["skipped"]:
                 raise UserError(
-                    f"{split_file}: the data hold {len(listed) - len(lost)} records of {part}, but not {', '.join(lost[:5])}"
+                    f"{split_file}: the data hold {len(listed) - len(lost)} records of {part}, but not "
+                    f"{', '.join(lost[:5])}"
                 )
         parts = np.array(
             ["train" if n in lists["train"] else "test" if n in lists["test"] else "" for n in names]
@@ -239,7 +252,8 @@ def split_parts(store: Store, split_file=None) -> np.ndarray:
     both = set(store.records["subject"][parts == "train"]) & set(store.records["subject"][parts == "test"])
     if both:
         raise UserError(
-            f"subject {sorted(both)[0].decode()} has records in the training and in the test part; put them into one"
+            f"subject {sorted(both)[0].decode()} has records in the training and in the test part; put them "
+            "into one"
         )
     return parts
 
@@ -249,17 +263,19 @@ def training_part(task: Task, parts: np.ndarray) -> Task:
     train = task.select(parts[task.items["record"]] == "train")
     if not len(train.items):
         raise UserError(
-            f"no labelled window for task {task.kind} belongs to the training part (UCR training series, records named in DS1); "
+            f"no labelled window for task {task.kind} belongs to the training part (UCR training series, "
+            "records named in DS1); "
             "pass --split with a JSON file of the lists train and test"
         )
     return train
 
 
 def fold_of(store: Store, task: Task, folds: int) -> np.ndarray:
-    """(records,) int: which of `folds` validation folds each record's subject is in; -1 for a record without a window.
+    """(records,) int: which of `folds` validation folds each record's subject is in; -1 for a record without
+    a window.
 
-    Subjects are sorted by how many windows of the rarest classes they have and dealt out in turn, so that every fold holds
-    some of each class where that is possible.
+    Subjects are sorted by how many windows of the rarest classes they have and dealt out in turn, so that
+    every fold holds some of each class where that is possible.
     """
     counts = np.zeros((len(store.records), len(task.classes)), int)
     np.add.at(counts, (task.items["record"], task.items["label"]), 1)
@@ -276,11 +292,13 @@ def fold_of(store: Store, task: Task, folds: int) -> np.ndarray:
     return fold[number]
 
 
-# ---- windows ----------------------------------------------------------------------------------------------------------
+# ---- windows
+# ----------------------------------------------------------------------------------------------------------
 
 
 def augment(x: np.ndarray, rng: np.random.Generator, rate: float, strength: float, flip: bool) -> np.ndarray:
-    """Gain, slow drift and noise of a z-scored window (L,), and its sign if `flip` (PPG, not ECG). strength 0 = none."""
+    """Gain, slow drift and noise of a z-scored window (L,), and its sign if `flip` (PPG, not ECG). strength 0
+    = none."""
     time = np.arange(len(x)) / rate
     drift = np.sin(2 * np.pi * (rng.uniform(0.1, 0.5) * time + rng.random()))
     sign = -1 if flip and rng.random() < 0.5 else 1
@@ -292,15 +310,21 @@ def augment(x: np.ndarray, rng: np.random.Generator, rate: float, strength: floa
 
 
 class DownstreamClassificationDataset(Dataset):
-    """Windows of a task: x and real as in pre-training, label, features (F,), index into the task's items, name; and `usual`,
-    what the record's windows are usually like, once the attribute `usual` holds it (see `usual_of`).
+    """Windows of a task. An item is a pure function of (seed, epoch, index) and holds
 
-    Without `draws` every window once, in order. With draws > 0 (training) an epoch is that many draws with replacement,
-    each with probability in proportion to count(class)^power / count(class): power 1 keeps the data's own distribution, 0
-    makes all classes equally frequent; windows are then moved by up to `jitter` samples, augmented by `strength`, their
-    features perturbed (a share `irregular` of beats other than S gets those of `fibrillation`: few patients have it, and
-    an early normal beat is normal there), and (mixup > 0) blended with a second draw: `share` is the part of `label`, the rest of `label2`.
-    An item is a pure function of (seed, epoch, index).
+        x, real        signal float32 (signal_len,) and bool, False = padding, as in pre-training
+        label          index of the class
+        features       float32 (F,), the rhythm around a beat; F = 0 for other tasks
+        index, name    place among the task's items, and "record@first sample"
+        median_beat    what the windows of this record are usually like, once `median_beats` holds it (see there)
+        label2, blend  with mixup: the second window's label, and the weight of the first one
+
+    Without `draws` every window comes once, in order. With draws > 0 (training) an epoch is that many draws
+    with replacement. A class is drawn in proportion to its count to the power `power`: 1 keeps the data's own
+    distribution, 0 makes all classes equally frequent. Windows are shifted by up to `jitter` samples and
+    augmented by `strength`, their features perturbed. A fraction `fibrillation_fraction` of the beats other
+    than S gets the features of simulated atrial fibrillation: few patients have it, and an early normal beat
+    is normal there. mixup > 0 blends each window with a second draw, by a weight from Beta(mixup, mixup).
     """
 
     def __init__(
@@ -315,24 +339,23 @@ class DownstreamClassificationDataset(Dataset):
         jitter: int = 0,
         flip: bool = False,
         mixup: float = 0.0,
-        irregular: float = 0.0,
+        fibrillation_fraction: float = 0.0,
     ):
         self.store, self.task, self.signal_len, self.seed, self.draws = store, task, signal_len, seed, draws
         self.strength, self.jitter, self.flip, self.mixup = strength, jitter, flip, mixup
-        self.irregular, self.fibrillation = irregular, fibrillation() if irregular else None
-        self.usual = {}
+        self.fibrillation_fraction = fibrillation_fraction
+        self.fibrillation = fibrillation() if fibrillation_fraction else None
+        self.median_beats = {}
         if draws:
             counts = task.counts()
-            present = counts > 0
-            self.drawn_prior = (
-                np.where(present, counts.astype(float) ** power, 0.0)
-                / (counts[present].astype(float) ** power).sum()
-            )
+            powers = np.where(counts > 0, counts.astype(float) ** power, 0.0)
+            self.drawn_prior = powers / powers.sum()
             weights = (self.drawn_prior / np.maximum(counts, 1))[task.items["label"]]
             self.cumulative = np.cumsum(weights) / weights.sum()
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int):
+        """Draw the windows of an epoch."""
         self.epoch = epoch
         if self.draws:
             self.drawn = self.pick(np.random.default_rng((self.seed, epoch)).random(self.draws))
@@ -349,15 +372,13 @@ class DownstreamClassificationDataset(Dataset):
         rng = sample_rng(self.seed, self.epoch, int(index))
         item = self.window(place, rng)
         if self.draws and self.mixup:
-            other, share = (
-                self.window(int(self.pick(rng.random())), rng),
-                np.float32(rng.beta(self.mixup, self.mixup)),
-            )
+            other = self.window(int(self.pick(rng.random())), rng)
+            blend = np.float32(rng.beta(self.mixup, self.mixup))
             item["real"] &= other["real"]
-            for name in {"x", "features", "usual"} & set(item):
-                item[name] = share * item[name] + (1 - share) * other[name]
+            for name in {"x", "features", "median_beat"} & set(item):
+                item[name] = blend * item[name] + (1 - blend) * other[name]
             item["x"][~item["real"]] = 0
-            item |= {"label2": other["label"], "share": share}
+            item |= {"label2": other["label"], "blend": blend}
         return item
 
     def window(self, place: int, rng: np.random.Generator) -> dict:
@@ -367,27 +388,18 @@ class DownstreamClassificationDataset(Dataset):
         signal, row = self.store.signal(record), self.store.records[record]
         if self.draws and self.jitter:
             start += int(rng.integers(-self.jitter, self.jitter + 1))
-        lead = max(0, -start) if self.task.kind == "beat" else 0  # a beat stays in the middle of its window
+        # A beat stays in the middle of its window, so what lies before the record is padded on the left.
+        lead = max(0, -start) if self.task.kind == "beat" else 0
         cut = signal[max(0, start) : max(0, start) + self.signal_len - lead]
-        features = self.task.features[item["beat"]]
-        if (
-            self.draws
-            and self.irregular
-            and self.task.classes[item["label"]] != "S"
-            and rng.random() < self.irregular
-        ):
-            features = self.fibrillation[rng.integers(len(self.fibrillation))]
+        features = self.features_of(item, rng)
         if self.draws and self.strength:
             rate = self.store.prepare.fs or float(row["fs"])
-            cut = augment(
-                (cut - cut.mean()) / max(float(cut.std()), 1e-6), rng, rate, self.strength, self.flip
-            )
-            features = features + np.float32(0.1 * self.strength) * rng.standard_normal(
-                len(features), np.float32
-            )
+            standard = (cut - cut.mean()) / max(float(cut.std()), 1e-6)
+            cut = augment(standard, rng, rate, self.strength, self.flip)
+            noise = rng.standard_normal(len(features), np.float32)
+            features = features + np.float32(0.1 * self.strength) * noise
         x, real = self.store.prepare.window(cut, self.signal_len, lead)
-        usual = {"usual": self.usual[record]} if record in self.usual else {}
-        return usual | {
+        found = {
             "x": torch.from_numpy(x),
             "real": torch.from_numpy(real),
             "label": int(item["label"]),
@@ -395,13 +407,26 @@ class DownstreamClassificationDataset(Dataset):
             "index": place,
             "name": f"{row['name'].decode()}@{start}",
         }
+        if record in self.median_beats:
+            found["median_beat"] = self.median_beats[record]
+        return found
+
+    def features_of(self, item, rng: np.random.Generator) -> np.ndarray:
+        """The beat's own features, or in training now and then those of simulated fibrillation (not for
+        S)."""
+        if self.draws and self.fibrillation_fraction and self.task.classes[item["label"]] != "S":
+            if rng.random() < self.fibrillation_fraction:
+                return self.fibrillation[rng.integers(len(self.fibrillation))]
+        return self.task.features[item["beat"]]
 
 
 @torch.no_grad()
-def usual_of(measure, store: Store, task: Task, signal_len: int, at_most: int = 512) -> dict:
-    """{record: median of measure(x, real) over its windows}: what is a patient's own, whatever is rare in the record left out.
+def median_beats(measure, store: Store, task: Task, signal_len: int, at_most: int = 512) -> dict:
+    """{record: median over its windows of measure(x, real)}: what is the patient's own; rare beats do not
+    move a median.
 
-    measure: (B, L) float32, (B, L) bool -> (B, M) on the CPU. No label is used. at_most: windows of each record, evenly spread.
+    measure: x (B, L) float32, real (B, L) bool -> (B, M) on the CPU. No label is used. at_most: windows of
+    each record, evenly spread.
     """
     found = {}
     for record in np.unique(task.items["record"]).tolist():

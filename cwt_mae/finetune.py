@@ -2,216 +2,285 @@
 
     python cwt_mae/finetune.py --pretrained runs/cwt_mae/base/model.safetensors --data FOLDER --task beat --out runs/cwt_mae/beat
 
-Records are split by subject into training, validation (one of --folds parts of the training records) and test. The test
-records are never looked at here: steps, the checkpoint and the correction of the class frequencies are chosen on validation.
+Records are split by subject into training, validation (one of --folds parts of the training records) and
+test. The test records are never looked at here: the checkpoint and the correction of the class frequencies
+are chosen on validation.
 
-Upstream file: finetune.py (layer-wise learning rates, mixup, label smoothing). Differences: README.md.
+Upstream file: finetune.py (layer-wise learning rates, mixup, label smoothing). README.md lists the
+differences.
 """
 
 import argparse
-import json
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration
+from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # repository root: every way of starting this file finds it
-from common.checkpoint import atomic_write, find_resume, load_step, save_step
+# repository root: every way of starting this file finds it
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common.arguments import Parser, add_run_arguments, number, refuse
+from common.checkpoint import atomic_json
 from common.errors import UserError, run
-from common.run import (
-    Log,
-    StopSignal,
+from common.files import read_json
+from common.run import describe, on_main, open_run, seed_everything
+from common.train import (
+    batches,
     check_finite,
-    describe,
-    loader_worker,
-    on_main,
-    open_run,
-    seed_everything,
+    evaluation_due,
+    finish,
+    finish_step,
+    lr_at,
+    make_accelerator,
+    make_loader,
+    plan_steps,
+    start,
+    update,
 )
+from cwt_mae.config import parse_changes, shape_of
 from cwt_mae.dataset import Preprocess, build_store
 from cwt_mae.dataset_finetune import (
     DownstreamClassificationDataset,
     fold_of,
     load_task,
+    median_beats,
     split_parts,
     training_part,
-    usual_of,
 )
 from cwt_mae.metrics import describe_scores, scores
 from cwt_mae.model_finetune import ENCODER_ARGS, TF_MAE_Classifier, read_model, save_model
-from cwt_mae.train import lr_at, only_padded
+from cwt_mae.validation import only_padded
+
+# Sizes of the two heads that --set may change
+COT_SIZES = ("num_reasoning_tokens",)
+MLP_SIZES = ("hidden_dim", "num_res_blocks", "dropout_rate")
+HEAD_SHAPE = {
+    name: kind
+    for name, kind in shape_of(TF_MAE_Classifier).items()
+    if name in (*COT_SIZES, *MLP_SIZES, "input_dropout")
+}
+TAUS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    parser = Parser(__doc__)
+    add_data_arguments(parser)
+    add_model_arguments(parser)
+    add_loss_arguments(parser)
+    add_run_arguments(
+        parser,
+        max_steps=1000,
+        epochs=30.0,
+        batch_size=32,
+        lr=1e-4,
+        weight_decay=0.05,
+        clip=3.0,
+        seed=42,
+        log_every=50,
+        save_every=500,
+        eval_every=500,
     )
-    flag = argparse.BooleanOptionalAction
+    selection = parser.add_argument_group("selection")
+    selection.add_argument(
+        "--select",
+        choices=("best", "last"),
+        default="best",
+        help="weights to keep: those of the best validation score, or the last",
+    )
+    return parser.parse_args(argv)
+
+
+def add_data_arguments(parser: argparse.ArgumentParser):
+    """Options that say which windows there are and which of them train."""
     data = parser.add_argument_group("data")
-    data.add_argument("--data", nargs="+", required=True, help="labelled files and folders of them")
+    data.add_argument(
+        "--data", "--data-root", nargs="+", required=True, help="labelled files, or folders of them"
+    )
     data.add_argument(
         "--task",
         choices=("beat", "rhythm", "series"),
         required=True,
-        help="what a label belongs to (dataset_finetune.py)",
+        help="what a label belongs to: a heart beat, a stretch of one rhythm, or a whole record",
     )
     data.add_argument(
         "--split",
-        help="JSON {train: [names], test: [names]} (None: UCR parts, or the list DS1 for training and the rest for the test)",
+        "--split-file",
+        help="JSON file {train: [names], test: [names]}; without it the parts of a UCR set, else the list "
+        "DS1 for training "
+        "and every other record for the test",
     )
     data.add_argument(
-        "--folds", type=int, default=4, help="parts of the training subjects; one is the validation part"
+        "--folds",
+        type=number(int, 2),
+        default=4,
+        help="parts that the training subjects are dealt out to; one of them validates",
     )
     data.add_argument(
         "--fold",
-        type=int,
+        type=number(int, -1),
         default=0,
-        help="which part validates; -1: none, train on all and keep the last weights",
+        help="which part validates, from 0; -1: none, train on all and keep the last weights",
     )
-    data.add_argument("--cache", help="folder for the prepared signals (None: data/cwt_mae/cache)")
-    data.add_argument("--input-fs", type=float, help="sampling rate of files that do not say it, Hz")
+    data.add_argument("--cache", help="folder for the prepared signals; data/cwt_mae/cache without it")
+    data.add_argument("--input-fs", type=float, help="sampling rate of files that do not state it, Hz")
     data.add_argument(
         "--skip-bad",
         action="store_true",
-        help="leave bad records and labels out, counted, instead of stopping",
+        help="leave out bad records and labels, counted, instead of stopping at the first",
     )
-    data.add_argument("--workers", type=int, default=0, help="loader processes for each training process")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser):
+    """Options of the encoder and of the head on it."""
     model = parser.add_argument_group("model")
     model.add_argument(
         "--pretrained",
+        "--pretrained-path",
         required=True,
         help="model.safetensors of train.py, or an upstream checkpoint; its configuration is used",
     )
     model.add_argument(
         "--random-init",
         action="store_true",
-        help="keep the configuration but not the weights: the control of pre-training",
+        help="keep the configuration of --pretrained but not its weights: the control of pre-training",
     )
     model.add_argument(
         "--signal-len",
-        type=int,
+        type=number(int, 0),
         default=0,
-        help="window, samples; 0 = as pre-trained, else positions are interpolated",
+        help="length of the window, samples; 0: as pre-trained; else the positions are interpolated",
     )
     model.add_argument("--freeze", action="store_true", help="train the head alone")
     model.add_argument(
         "--head",
         choices=("cot", "mlp"),
         default="cot",
-        help="latent reasoning tokens, or residual MLP on the mean token",
+        help="cot: reasoning tokens that attend to the patches; mlp: residual MLP on the mean of the patches",
     )
-    model.add_argument("--reasoning-tokens", type=int, default=8, help="of the cot head")
     model.add_argument(
         "--center-columns",
-        type=int,
+        type=number(int, 0),
         default=0,
-        help="mlp head: join this many time columns round the middle; 0 = mean of all",
+        help="mlp head: join this many time columns around the middle; 0: the mean of all",
     )
-    model.add_argument("--hidden-dim", type=int, default=512, help="width of the mlp head")
-    model.add_argument("--res-blocks", type=int, default=2, help="of the mlp head")
-    model.add_argument("--dropout", type=float, default=0.0, help="in the mlp head")
-    model.add_argument("--input-dropout", type=float, default=0.0, help="of what the head is given")
+    model.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=VALUE",
+        help="sizes of the head: num_reasoning_tokens=8 (cot), hidden_dim=512, num_res_blocks=2, "
+        "dropout_rate=0 (mlp), "
+        "input_dropout=0",
+    )
     model.add_argument(
         "--features",
-        action=flag,
+        action=argparse.BooleanOptionalAction,
         default=True,
-        help="beats: give the head numbers of the rhythm around the beat",
+        help="beats: give the head numbers about the rhythm around the beat",
     )
     model.add_argument(
         "--compare",
-        action=flag,
-        default=False,
-        help="with --freeze and --center-columns: give the head the tokens' difference from the record's median tokens",
+        action="store_true",
+        help="with --freeze and --center-columns: give the head the difference between the tokens and the "
+        "median tokens "
+        "of the record",
     )
-    optim = parser.add_argument_group("optimisation")
-    optim.add_argument("--max-steps", type=int, default=1000, help="optimizer steps")
-    optim.add_argument(
-        "--batch-size", type=int, default=32, help="windows for each process and accumulated step"
-    )
-    optim.add_argument("--accum", type=int, default=1, help="batches accumulated in an optimizer step")
-    optim.add_argument("--lr", type=float, default=1e-4, help="peak learning rate of the head")
+
+
+def add_loss_arguments(parser: argparse.ArgumentParser):
+    """Options of the loss, the learning rates, the sampling and the augmentation."""
+    optim = parser.add_argument_group("loss and sampling")
     optim.add_argument(
         "--schedule",
         choices=("cosine", "constant"),
         default="cosine",
-        help="after 5 %% of warm-up (upstream: constant)",
+        help="learning rate after the warm-up (upstream: constant)",
     )
     optim.add_argument(
         "--layer-decay",
-        type=float,
+        type=number(float, 0, 1),
         default=0.65,
-        help="factor of the learning rate from one block to the one before",
+        help="factor on the learning rate from one block to the one before it",
     )
     optim.add_argument(
-        "--weight-decay", type=float, default=0.05, help="not on biases, norms, tokens and positions"
+        "--label-smoothing",
+        type=number(float, 0, 1),
+        default=0.1,
+        help="fraction of the target that is spread over all classes",
     )
-    optim.add_argument("--clip", type=float, default=3.0, help="largest gradient norm")
     optim.add_argument(
-        "--label-smoothing", type=float, default=0.1, help="share of the target spread over all classes"
-    )
-    optim.add_argument(
-        "--mixup",
-        type=float,
-        default=0.0,
-        help="Beta(a, a) of the blend of two windows; 0 = none (upstream 0.2)",
+        "--class-weights", action="store_true", help="weigh the loss by the inverse of the class frequency"
     )
     optim.add_argument(
         "--sampling-power",
-        type=float,
+        type=number(float, 0, 1),
         default=1.0,
-        help="a class is drawn in proportion to count^power: 1 as it is, 0 balanced",
+        help="a class is drawn in proportion to its count to this power: 1 as it is, 0 balanced",
     )
-    optim.add_argument(
-        "--class-weights", action=flag, default=False, help="weigh the loss by 1 / class frequency"
+    augmentation = parser.add_argument_group("augmentation")
+    augmentation.add_argument(
+        "--mixup",
+        type=number(float, 0),
+        default=0.0,
+        help="parameter a of the distribution Beta(a, a) of the blend of two windows; 0: none (upstream: "
+        "0.2)",
     )
-    optim.add_argument(
+    augmentation.add_argument(
         "--augment",
-        type=float,
+        type=number(float, 0),
         default=0.0,
-        help="strength of gain, drift and noise; 1 = up to 20 %%, 15 %%, 8 %%",
+        help="strength of gain, baseline drift and noise; 1: up to 20 %%, 15 %% and 8 %%",
     )
-    optim.add_argument("--jitter", type=int, default=0, help="largest shift of a window, samples")
-    optim.add_argument(
-        "--irregular",
-        type=float,
+    augmentation.add_argument(
+        "--flip",
+        action="store_true",
+        help="with --augment: flip the sign of half of the windows (PPG, not ECG)",
+    )
+    augmentation.add_argument(
+        "--jitter", type=number(int, 0), default=0, help="largest shift of a window, samples"
+    )
+    augmentation.add_argument(
+        "--fibrillation",
+        type=number(float, 0, 1),
         default=0.0,
-        help="beats: share of windows other than S that get the rhythm numbers of simulated atrial fibrillation",
+        help="beats: fraction of the windows other than S that get the rhythm features of simulated atrial "
+        "fibrillation",
     )
-    optim.add_argument("--flip", action=flag, default=False, help="augment by the sign too (PPG, not ECG)")
-    optim.add_argument("--bf16", action="store_true", help="bfloat16 mixed precision")
-    out = parser.add_argument_group("run")
-    out.add_argument("--out", required=True, help="run folder")
-    out.add_argument("--seed", type=int, default=42, help="of the head's weights, windows and augmentation")
-    out.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint in --out")
-    out.add_argument(
-        "--overwrite", action="store_true", help="delete the run that --out holds and start again"
-    )
-    out.add_argument("--log-every", type=int, default=50, help="steps")
-    out.add_argument("--save-every", type=int, default=500, help="steps")
-    out.add_argument("--eval-every", type=int, default=500, help="steps between validations")
-    out.add_argument(
-        "--select",
-        choices=("best", "last"),
-        default="best",
-        help="weights to keep: best validation score, or the last",
-    )
-    return parser.parse_args(argv)
 
 
-TAUS = (0.0, 0.25, 0.5, 0.75, 1.0)
+def check_options(args, head_sizes: dict):
+    """Refuse options that contradict each other or have no effect in this mode."""
+    if args.compare and not args.freeze:
+        raise UserError(
+            "--compare needs --freeze: the median tokens are those of the encoder before the training"
+        )
+    if args.fold >= args.folds:
+        raise UserError(f"--fold {args.fold}: there are --folds {args.folds}, numbered from 0")
+    if args.fold < 0:
+        refuse(args, ["folds", "select", "eval_every"], "without a validation part (--fold -1)")
+    if args.task != "beat":
+        refuse(args, ["features", "fibrillation"], f"for --task {args.task}")
+    if not args.features:
+        refuse(args, ["fibrillation"], "with --no-features")
+    if args.freeze:
+        refuse(args, ["layer_decay"], "with --freeze")
+    if not args.augment:
+        refuse(args, ["flip"], "without --augment")
+    if args.head == "cot":
+        refuse(args, ["center_columns"], "with --head cot")
+    for name in MLP_SIZES if args.head == "cot" else COT_SIZES:
+        if name in head_sizes:
+            raise UserError(f"--set {name} has no effect with --head {args.head}; leave it out")
 
 
 def layer_groups(model, lr: float, decay: float, weight_decay: float) -> list[dict]:
-    """AdamW groups whose `scale` falls by `decay` a layer, from the head and last norm (1) down to the embedding; biases, norms,
-    tokens and positions have no weight decay (upstream: all of them do)."""
+    """AdamW groups whose peak learning rate falls by `decay` from layer to layer: `lr` in the head and the
+    last norm, lowest in the patch embedding. Biases, norms, tokens and positions are not decayed (upstream:
+    all of them are)."""
     depth, groups = len(model.encoder_model.blocks), {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -222,32 +291,61 @@ def layer_groups(model, lr: float, decay: float, weight_decay: float) -> list[di
         elif name.startswith("encoder_model.") and not name.startswith("encoder_model.norm"):
             level = 0
         decayed = not (parameter.ndim < 2 or "pos_embed" in name or "token" in name)
-        group = {
-            "params": [],
-            "scale": decay ** (depth + 1 - level),
-            "weight_decay": weight_decay if decayed else 0.0,
-            "lr": lr,
-        }
+        rate = lr * decay ** (depth + 1 - level)
+        group = {"params": [], "lr": rate, "peak": rate, "weight_decay": weight_decay if decayed else 0.0}
         groups.setdefault((level, decayed), group)["params"].append(parameter)
     return list(groups.values())
 
 
 def loss_of(logits, batch, smoothing: float, weights):
-    """Cross-entropy with label smoothing, blended where the batch is, weighed by class: mean over the batch."""
+    """Mean cross-entropy over the batch with label smoothing, blended where the windows are, weighed by class
+    (C,) or None."""
 
     def one(labels):
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing, reduction="none")
         return loss if weights is None else loss * weights[labels]
 
-    if "share" not in batch:
+    if "blend" not in batch:
         return one(batch["label"]).mean()
-    return (batch["share"] * one(batch["label"]) + (1 - batch["share"]) * one(batch["label2"])).mean()
+    return (batch["blend"] * one(batch["label"]) + (1 - batch["blend"]) * one(batch["label2"])).mean()
 
 
-def usual_tokens(model, store, task, device) -> dict:
-    """{record: median of its windows' middle tokens}, what a model built with compare=True compares with."""
+def class_weights(counts: np.ndarray) -> torch.Tensor:
+    """Weights (C,) of the loss in inverse proportion to the class counts; their mean over the windows is
+    1."""
+    weights = np.where(counts > 0, counts.sum() / np.maximum(counts, 1) / (counts > 0).sum(), 0.0)
+    return torch.tensor(weights, dtype=torch.float32)
+
+
+def prior_shift(drawn_prior: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Logarithm (C,) of how much more often a class was drawn in training than it occurs; 0 for a class that
+    is absent."""
+    prior = counts / counts.sum()
+    return np.where(counts > 0, np.log(np.maximum(drawn_prior, 1e-9) / np.maximum(prior, 1e-9)), 0.0)
+
+
+def feature_scale(task):
+    """(mean, standard deviation) of the features of a task's windows, float32 (F,) each; None if it has no
+    features."""
+    if not task.features.shape[1]:
+        return None
+    seen = task.features[task.items["beat"]]
+    return torch.from_numpy(seen.mean(0)), torch.from_numpy(seen.std(0) + 1e-3)
+
+
+def standardised(batch, scale, device):
+    """The features of a batch (B, F), less their mean and over their standard deviation; None if the model
+    takes none."""
+    if scale is None:
+        return None
+    mean, deviation = (part.to(device) for part in scale)
+    return (batch["features"].to(device) - mean) / deviation
+
+
+def median_tokens(model, store, task, device) -> dict:
+    """{record: median of its windows' middle tokens}: what a model built with compare=True compares with."""
     model.to(device)
-    return usual_of(
+    return median_beats(
         lambda x, real: model.middle(x.to(device), real.to(device)).cpu(),
         store,
         task,
@@ -256,273 +354,211 @@ def usual_tokens(model, store, task, device) -> dict:
 
 
 @torch.no_grad()
-def predict(model, dataset, features, device, batch_size: int = 512) -> np.ndarray:
-    """Logits (windows, C) float64 of a data set, in its order. features: (mean, deviation), or None if the model takes none."""
+def predict(model, dataset, scale, device, batch_size: int = 512) -> np.ndarray:
+    """Logits (windows, C) float64 of a data set, in its order. scale: of the features, or None if the model
+    takes none."""
     training = model.training
     model.eval()
     rows = []
     for batch in DataLoader(dataset, batch_size, generator=torch.Generator()):
         real = only_padded(batch["real"])
-        numbers = None if features is None else ((batch["features"] - features[0]) / features[1]).to(device)
-        usual = batch["usual"].to(device) if "usual" in batch else None
-        rows.append(
-            model(batch["x"].to(device), None if real is None else real.to(device), numbers, usual)
-            .double()
-            .cpu()
-            .numpy()
-        )
+        real = None if real is None else real.to(device)
+        median_beat = batch["median_beat"].to(device) if "median_beat" in batch else None
+        logits = model(batch["x"].to(device), real, standardised(batch, scale, device), median_beat)
+        rows.append(logits.double().cpu().numpy())
     model.train(training)
     return np.concatenate(rows)
 
 
 def corrected(logits: np.ndarray, shift: np.ndarray, tau: float) -> np.ndarray:
-    """Probabilities with the frequencies that the classes had in training undone by the share tau: logits - tau * shift."""
+    """Probabilities (n, C) of logits - tau * shift: the class frequencies of the training undone by the
+    fraction tau."""
     logits = logits - tau * shift
     logits = np.exp(logits - logits.max(1, keepdims=True))
     return logits / logits.sum(1, keepdims=True)
 
 
-def validate(model, dataset, features, shift: np.ndarray, device) -> tuple[float, dict, float]:
-    """(tau, scores, value) of the validation part: the share of the prior correction that scores best, and the number that
-    selects the weights: AUROC of two classes, macro-F1 of more."""
+def validate(model, dataset, scale, shift: np.ndarray, device) -> tuple[float, dict, float]:
+    """(tau, scores, value) of the validation part: the fraction of the prior correction that scores best, and
+    the number that selects the weights: AUROC of two classes, macro-F1 of more."""
     classes, labels = dataset.task.classes, dataset.task.items["label"]
-    logits = predict(model, dataset, features, device)
+    logits = predict(model, dataset, scale, device)
     taus = TAUS if np.abs(shift).max() > 0.01 else (0.0,)
     found = {tau: scores(corrected(logits, shift, tau), labels, classes) for tau in taus}
     tau = max(found, key=lambda tau: (found[tau]["macro_f1"], -tau))
     result = found[tau]
-    return (
-        tau,
-        result,
-        result["auroc"] if len(classes) == 2 and np.isfinite(result["auroc"]) else result["macro_f1"],
-    )
+    two = len(classes) == 2 and np.isfinite(result["auroc"])
+    return tau, result, result["auroc"] if two else result["macro_f1"]
 
 
-def make_sets(args, accelerator, preprocess: dict, signal_len: int, size: int):
-    """(store, task, its training part, training set, validation set or None). size: windows of a step; the data are prepared as the
-    pre-trained model's were."""
-    if args.compare and not args.freeze:
-        raise UserError(
-            "--compare needs --freeze: the tokens to compare with are those of the encoder as it is before training"
+def make_sets(args, accelerator, preprocess: dict, signal_len: int):
+    """(training set, validation set or None): windows of the training records, those of one fold of the
+    subjects held out.
+
+    The signals are prepared as the pre-trained model's were. An epoch draws as many windows as there are, and
+    at least those of one step.
+    """
+
+    def load(quiet=False):
+        return build_store(
+            args.data,
+            Preprocess(**preprocess),
+            args.cache,
+            args.input_fs,
+            skip_bad=args.skip_bad,
+            quiet=quiet,
         )
-    if args.irregular and (args.task != "beat" or not args.features):
-        raise UserError(
-            "--irregular changes the rhythm numbers of beats: it needs --task beat and --features"
-        )
-    if args.fold >= args.folds:
-        raise UserError(f"--fold {args.fold}: there are --folds {args.folds}, numbered from 0")
-    load = lambda quiet=False: build_store(
-        args.data, Preprocess(**preprocess), args.cache, args.input_fs, skip_bad=args.skip_bad, quiet=quiet
-    )
+
+    # One process reads the files and tells what it skipped; the others map what it wrote.
     on_main(accelerator, load)
     store = load(quiet=True)
     task = load_task(store, args.task, signal_len, skip_bad=args.skip_bad)
-    train = training_part(task, split_parts(store, args.split))
-    held = (
-        fold_of(store, train, args.folds)[train.items["record"]] == args.fold
-        if args.fold >= 0
-        else np.zeros(len(train.items), bool)
-    )
+    if not args.features:
+        task = task.without_features()
+    task = training_part(task, split_parts(store, args.split))
+    train, validation = task, None
+    if args.fold >= 0:
+        held_out = fold_of(store, task, args.folds)[task.items["record"]] == args.fold
+        train = task.select(~held_out)
+        validation = DownstreamClassificationDataset(store, task.select(held_out), signal_len)
     train_set = DownstreamClassificationDataset(
         store,
-        train.select(~held),
+        train,
         signal_len,
         args.seed,
-        draws=size * min(200, args.max_steps),
+        draws=max(len(train.items), args.batch_size * accelerator.num_processes * args.accum),
         power=args.sampling_power,
         strength=args.augment,
         jitter=args.jitter,
         flip=args.flip,
         mixup=args.mixup,
-        irregular=args.irregular,
+        fibrillation_fraction=args.fibrillation,
     )
-    return (
-        store,
-        task,
-        train,
-        train_set,
-        DownstreamClassificationDataset(store, train.select(held), signal_len) if args.fold >= 0 else None,
-    )
+    return train_set, validation
 
 
-def make_model(args, config: dict, num_classes: int, num_features: int) -> TF_MAE_Classifier:
-    """The classifier on the pre-trained encoder, or on random weights of its sizes."""
+def make_model(args, config: dict, head_sizes: dict, task) -> TF_MAE_Classifier:
+    """The classifier on the pre-trained encoder, or on random weights of its sizes; only the head is trained
+    under --freeze."""
     try:
-        return TF_MAE_Classifier(
+        model = TF_MAE_Classifier(
             None if args.random_init else args.pretrained,
-            num_classes,
+            len(task.classes),
             use_cot=args.head == "cot",
-            num_reasoning_tokens=args.reasoning_tokens,
-            hidden_dim=args.hidden_dim,
-            dropout_rate=args.dropout,
-            input_dropout=args.input_dropout,
-            num_res_blocks=args.res_blocks,
             center_columns=args.center_columns,
             compare=args.compare,
-            num_features=num_features,
+            num_features=task.features.shape[1],
+            **head_sizes,
             **config,
         )
     except ValueError as error:
         raise UserError(str(error)) from error
+    if args.freeze:
+        model.encoder_model.requires_grad_(False)
+    return model
+
+
+def describe_windows(dataset) -> str:
+    """Records and windows of each class, for the screen."""
+    if dataset is None:
+        return "none"
+    task = dataset.task
+    counts = dict(zip(task.classes, task.counts().tolist()))
+    return f"{len(np.unique(task.items['record']))} records, windows {counts}"
+
+
+def evaluate(training, model, validation, scale, card: dict) -> dict:
+    """Score the validation part and keep the weights if they are to be kept; done by the main process, told
+    to all.
+
+    Updates "best" and "tau" of the training's state. card: what test.py needs beside the weights.
+    """
+    accelerator, out, news, result = training.accelerator, Path(training.args.out), {}, None
+    state = dict(training.state)
+    if accelerator.is_main_process:
+        plain, value = accelerator.unwrap_model(model), 0.0
+        if validation:
+            tau, result, value = validate(
+                plain, validation, scale, np.array(card["shift"]), accelerator.device
+            )
+            news = {f"val_{name}": result[name] for name in ("macro_f1", "accuracy", "auroc")} | {"tau": tau}
+        if not validation or training.args.select == "last" or value > state["best"]:
+            state |= {"best": float(value), "tau": news.get("tau", 0.0)}
+            save_model(out / "model.safetensors", plain, **card, tau=state["tau"], step=state["step"])
+            atomic_json(
+                out / "metrics.json", {"step": state["step"], "tau": state["tau"], "validation": result or {}}
+            )
+    state, news = broadcast_object_list([state, news])
+    training.state.update(state)
+    return news
 
 
 def main(args):
-    accelerator = Accelerator(
-        gradient_accumulation_steps=args.accum,
-        mixed_precision="bf16" if args.bf16 else "no",
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
-    )
+    accelerator = make_accelerator(args)
     seed_everything(args.seed)
+    head_sizes = parse_changes(args.set, HEAD_SHAPE)
+    check_options(args, head_sizes)
 
+    # Data, prepared and cut as the pre-trained model wants them
     config = {name: value for name, value in read_model(args.pretrained)[1].items() if name in ENCODER_ARGS}
-    signal_len = args.signal_len or config.get("signal_len", 3000)
-    size = args.batch_size * accelerator.num_processes * args.accum
-    store, task, train, train_set, val_set = make_sets(
-        args, accelerator, config.get("preprocess") or {}, signal_len, size
-    )
-    counts, classes = train_set.task.counts(), task.classes
-    prior = counts / counts.sum()
-    shift = np.where(
-        counts > 0, np.log(np.maximum(train_set.drawn_prior, 1e-9) / np.maximum(prior, 1e-9)), 0.0
-    )
-    weights = (
-        torch.tensor(
-            np.where(counts > 0, counts.sum() / np.maximum(counts, 1) / (counts > 0).sum(), 0.0),
-            dtype=torch.float32,
-        )
-        if args.class_weights
-        else None
-    )
-    use_features = args.features and task.features.shape[1] > 0
-    seen = task.features[train_set.task.items["beat"]] if use_features else None
-    features = (
-        (torch.from_numpy(seen.mean(0)), torch.from_numpy(seen.std(0) + 1e-3)) if use_features else None
-    )
-    # the data set draws, so nothing is shuffled; a generator of its own keeps the loader from moving dropout's on a resume
-    loader = DataLoader(
-        train_set,
-        args.batch_size,
-        drop_last=True,
-        num_workers=args.workers,
-        worker_init_fn=loader_worker,
-        generator=torch.Generator(),
-    )
+    config["signal_len"] = args.signal_len or config.get("signal_len", 3000)
+    train_set, validation = make_sets(args, accelerator, config.get("preprocess") or {}, config["signal_len"])
+    task, scale = train_set.task, feature_scale(train_set.task)
+    weights = class_weights(task.counts()).to(accelerator.device) if args.class_weights else None
+    # The data set draws its windows itself, so nothing is shuffled here
+    loader = make_loader(train_set, args, shuffle=False)
 
-    model = make_model(
-        args, config | {"signal_len": signal_len}, len(classes), task.features.shape[1] if use_features else 0
-    )
-    if args.freeze:
-        model.encoder_model.requires_grad_(False)
+    # Model: random where it is new; with --compare it needs the median tokens of every record
+    model = make_model(args, config, head_sizes, task)
     if args.compare:
-        train_set.usual = usual_tokens(model, store, train, accelerator.device)
-        if val_set:
-            val_set.usual = train_set.usual
+        for part in filter(None, (train_set, validation)):
+            part.median_beats = median_tokens(model, part.store, part.task, accelerator.device)
+
+    # Optimizer: learning rates that fall towards the input
     optimizer = torch.optim.AdamW(layer_groups(model, args.lr, args.layer_decay, args.weight_decay))
-    out = open_run(args.out, args, accelerator, args.resume, args.overwrite)
-    stop = StopSignal(accelerator)
+    if args.compile:
+        model.compile()
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    plain, device = accelerator.unwrap_model(model), accelerator.device
-    state = {"step": 0, "epoch": 0, "batch": 0, "best": -1.0, "tau": 0.0}
-    if args.resume and (path := find_resume(out, accelerator)):
-        state = load_step(accelerator, path)
-        accelerator.print(f"resumed from {path}")
-    if accelerator.is_main_process:
-        contents = lambda part: (
-            f"{len(set(part.task.items['record']))} records, windows {dict(zip(classes, part.task.counts().tolist()))}"
-        )
-        print(
-            f"{describe(plain)} | training {contents(train_set)} | validation {contents(val_set) if val_set else 'none'} | "
-            f"batch {size} | {args.max_steps} steps, lr {args.lr:g}"
-        )
-    log = Log(out, accelerator, args.max_steps, state["step"])
-    feature_lists = None if features is None else [f.tolist() for f in features]
+    steps = plan_steps(args, loader)
+    open_run(args.out, args, accelerator, args.resume, args.overwrite)
+    accelerator.print(
+        f"{describe(model)} | training {describe_windows(train_set)} | validation "
+        f"{describe_windows(validation)} | "
+        f"{args.batch_size} x {accelerator.num_processes} x {args.accum} windows a step | {steps} steps, "
+        f"learning rate {args.lr:g}"
+    )
+    card = {
+        "task": args.task,
+        "classes": task.classes,
+        "features": None if scale is None else [part.tolist() for part in scale],
+        "shift": prior_shift(train_set.drawn_prior, task.counts()).tolist(),
+    }
 
-    def evaluate():
-        """Score the validation part on the main process; keep the weights if they are the best so far."""
-        if accelerator.is_main_process:
-            tau, result, value = 0.0, {}, -1.0
-            if val_set:
-                tau, result, value = validate(plain, val_set, features, shift, device)
-                log.log(
-                    state["step"],
-                    **{f"val_{name}": result[name] for name in ("macro_f1", "accuracy", "auroc")},
-                    tau=tau,
-                )
-            if not val_set or args.select == "last" or value > state["best"]:
-                state.update(best=float(value), tau=tau)
-                card = {
-                    "task": args.task,
-                    "classes": classes,
-                    "features": feature_lists,
-                    "shift": shift.tolist(),
-                    "tau": tau,
-                }
-                save_model(out / "model.safetensors", plain, **card, step=state["step"])
-                atomic_write(
-                    out / "metrics.json",
-                    json.dumps({"step": state["step"], "tau": tau, "validation": result}, indent=1),
-                )
-        accelerator.wait_for_everyone()
+    training = start(accelerator, args, steps, [optimizer], best=-1.0, tau=0.0)
+    model.train()
+    for batch, share in batches(training, loader):
+        with accelerator.accumulate(model):
+            features = standardised(batch, scale, accelerator.device)
+            logits = model(batch["x"], only_padded(batch["real"]), features, batch.get("median_beat"))
+            loss = loss_of(logits, batch, args.label_smoothing, weights) * share
+            check_finite(training, batch["name"], loss=loss)
+            accelerator.backward(loss)
+            factor = lr_at(training.state["step"], steps, args.warmup, args.schedule, ramp="zero")
+            grad = update(training, model, [optimizer], factor)
+        if accelerator.sync_gradients:
+            found = {}
+            if validation and evaluation_due(training):
+                found = evaluate(training, model, validation, scale, card)
+            finish_step(training, grad=grad, **found)
 
-    tick = time.perf_counter()
-    while state["step"] < args.max_steps:
-        train_set.set_epoch(state["epoch"])
-        loader.set_epoch(state["epoch"])
-        for batch in accelerator.skip_first_batches(loader, state["batch"]):
-            with accelerator.accumulate(model):
-                numbers = (
-                    None
-                    if features is None
-                    else (batch["features"] - features[0].to(device)) / features[1].to(device)
-                )
-                logits = model(batch["x"], only_padded(batch["real"]), numbers, batch.get("usual"))
-                loss = loss_of(
-                    logits, batch, args.label_smoothing, None if weights is None else weights.to(device)
-                )
-                check_finite(loss.detach(), state["step"], batch["name"], out)
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    grad = accelerator.clip_grad_norm_(model.parameters(), args.clip)
-                    warmup = args.max_steps // 20
-                    rate = (
-                        lr_at(state["step"], args.max_steps, warmup, args.lr, 0.0)
-                        if args.schedule == "cosine" or state["step"] < warmup
-                        else args.lr
-                    )
-                    for group in optimizer.param_groups:
-                        group["lr"] = rate * group["scale"]
-                optimizer.step()
-                optimizer.zero_grad()
-            state["batch"] += 1
-            if not accelerator.sync_gradients:
-                continue
-            state["step"] += 1
-            done = state["step"] == args.max_steps
-            if state["step"] % args.log_every == 0 or done:
-                log.log(
-                    state["step"],
-                    loss=accelerator.gather(loss.detach()[None]).mean(),
-                    lr=rate,
-                    grad=grad,
-                    steps_per_s=args.log_every / (time.perf_counter() - tick),
-                )
-                tick = time.perf_counter()
-            if state["step"] % args.eval_every == 0 or done:
-                evaluate()
-            if stop():
-                stop.leave(save_step(accelerator, out, state))
-            if state["step"] % args.save_every == 0 or done:
-                save_step(accelerator, out, state)
-            if done:
-                break
-        else:
-            state["epoch"], state["batch"] = state["epoch"] + 1, 0
-    log.close()
-    if accelerator.is_main_process and val_set:
-        kept = json.loads((out / "metrics.json").read_text())
+    # The end: the last weights are candidates too; what was kept is told
+    finish(training, **evaluate(training, model, validation, scale, card))
+    if accelerator.is_main_process and validation:
+        kept = read_json(args.out / "metrics.json")
         print(f"validation, step {kept['step']}: {describe_scores(kept['validation'])}")
     accelerator.print(
-        f"done; classifier in {out / 'model.safetensors'}; score the test records with cwt_mae/test.py"
+        f"done; the classifier is {args.out / 'model.safetensors'}; score the test records with "
+        "cwt_mae/test.py"
     )
     accelerator.end_training()
 

@@ -1,4 +1,5 @@
-"""Write a small built-in data set: ECG of several subjects in five rhythms, and PPG, in the format of real records.
+"""Write a small built-in data set: ECG of several subjects in five rhythms, and PPG, in the format of real
+records.
 
     python cwt_mae/make_data.py --out data/cwt_mae/builtin
 
@@ -6,28 +7,28 @@
     labelled/split.json     {"train": [...], "test": [...]}; no subject is in both
     ppg/p000.csv, p001.h5   unlabelled pulse waves, for pre-training
 
-Every subject has an own heart: wave shapes, rate, noise and sampling rate. Rhythms: N sinus, AFIB (no P wave, irregular),
-B (bigeminy: every second beat ventricular), SVTA (fast, narrow, no P wave), VT (fast, wide). The signals are drawn, not
-recorded: they train nothing that should meet a patient.
+Every subject has an own heart: wave shapes, rate, noise and sampling rate. Rhythms: N sinus, AFIB (no P wave,
+irregular), B (bigeminy: every second beat ventricular), SVTA (fast, narrow, no P wave), VT (fast, wide). The
+signals are drawn, not recorded: they train nothing that should meet a patient.
 """
 
-import argparse
-import json
 import sys
 from pathlib import Path
 
+import h5py
 import numpy as np
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # repository root: every way of starting this file finds it
-from common.checkpoint import atomic_dir
-from common.errors import UserError, run
+# repository root: every way of starting this file finds it
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common.arguments import Parser, number
+from common.checkpoint import atomic_dir, atomic_json
+from common.errors import run
 from common.run import progress
 
 RHYTHMS = ("N", "AFIB", "B", "SVTA", "VT")
 AAMI_NUMBER = {"N": 0, "A": 1, "V": 2}
-# (time from the R peak in s, width in s, height in mV) of P, Q, R, S and T; a ventricular beat is wide and its T opposite
+# (time from the R peak in s, width in s, height in mV) of P, Q, R, S and T; a ventricular beat is wide and
+# its T opposite
 NORMAL = np.array(
     [
         (-0.17, 0.022, 0.12),
@@ -41,19 +42,24 @@ VENTRICULAR = np.array([(-0.01, 0.045, 1.2), (0.09, 0.045, -0.5), (0.28, 0.060, 
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    parser = Parser(__doc__)
+    parser.add_argument("--out", required=True, help="folder to write; it is replaced as a whole")
+    parser.add_argument(
+        "--subjects", type=number(int, 6), default=30, help="subjects; a third of them is for the test"
     )
-    parser.add_argument("--out", required=True, help="folder to write; replaced as a whole")
-    parser.add_argument("--subjects", type=int, default=30, help="a third of them for the test")
-    parser.add_argument("--seconds", type=float, default=300, help="length of each labelled record, seconds")
-    parser.add_argument("--ppg", type=int, default=4, help="unlabelled PPG records")
-    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn")
+    parser.add_argument(
+        "--seconds", type=number(float, 60), default=300.0, help="length of each labelled record, seconds"
+    )
+    parser.add_argument("--ppg", type=number(int, 0), default=4, help="unlabelled PPG records")
+    parser.add_argument(
+        "--seed", type=number(int, 0), default=0, help="random seed of everything that is drawn"
+    )
     return parser.parse_args(argv)
 
 
 def beat_times(rhythm: str, seconds: float, rate: float, rng) -> list[tuple[float, str]]:
-    """(time of the R peak in s, beat code) over one stretch of a rhythm; rate: the subject's sinus rate in beats/s."""
+    """(time of the R peak in s, beat code) over one stretch of a rhythm; rate: the subject's sinus rate in
+    beats/s."""
     times, now, odd = [], rng.uniform(0.2, 0.6), False
     while now < seconds - 0.5:
         odd = not odd
@@ -141,12 +147,6 @@ def draw_ppg(rng, seconds: float, fs: float) -> np.ndarray:
 
 
 def main(args):
-    import h5py
-
-    if args.subjects < 6 or args.seconds < 60:
-        raise UserError(
-            f"--subjects {args.subjects} --seconds {args.seconds:g}: at least 6 subjects of 60 s are needed"
-        )
     with atomic_dir(args.out) as folder:
         (folder / "labelled").mkdir()
         (folder / "ppg").mkdir()
@@ -169,8 +169,8 @@ def main(args):
                 ann_aami=np.array([AAMI_NUMBER.get(s, -1) for s in symbol], np.int8),
             )
         test = names[2::3]
-        (folder / "labelled" / "split.json").write_text(
-            json.dumps({"train": [n for n in names if n not in test], "test": test}, indent=1)
+        atomic_json(
+            folder / "labelled" / "split.json", {"train": [n for n in names if n not in test], "test": test}
         )
         for i in range(args.ppg):
             rng = np.random.default_rng((args.seed, 10_000 + i))
@@ -183,7 +183,8 @@ def main(args):
                 lines = [f"{k / fs:.4f},{v:.2f}" for k, v in enumerate(signal)]
                 path.with_suffix(".csv").write_text("\n".join(["time_s,PPG", *lines]) + "\n")
     print(
-        f"{args.out}: {args.subjects} ECG records of {args.seconds:g} s ({len(test)} for the test), {args.ppg} PPG records"
+        f"{args.out}: {args.subjects} ECG records of {args.seconds:g} s ({len(test)} for the test), "
+        f"{args.ppg} PPG records"
     )
 
 

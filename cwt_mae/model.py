@@ -3,15 +3,15 @@
     signal (B, L) -> Ricker wavelet images (B, 3, scales, L) -> patches -> transformer encoder on the visible ones
     -> transformer decoder on all -> hidden patches of the image, and the signal itself
 
-Names, shapes and state-dict keys follow the public repository Dryilv/Wearable-Foundation-Model (file model.py, stage of
-2026-01-21); the wavelet front end follows Mobile-Sensing-and-UbiComp-Laboratory/NormWear, the masking
-facebookresearch/mae (He et al. 2022), the position encoding RoFormer (Su et al. 2021).
+Names, shapes and state-dict keys follow the public repository Dryilv/Wearable-Foundation-Model (file
+model.py, stage of 2026-01-21); the wavelet front end follows Mobile-Sensing-and-UbiComp-Laboratory/NormWear,
+the masking facebookresearch/mae (He et al. 2022), the position encoding RoFormer (Su et al. 2021).
 
-Upstream's numerics had accidents (README.md, "Differences from upstream"). They are mended by default; `legacy=True`
-keeps them, for weights that were trained with them.
+Upstream's numerics had accidents (README.md, "Differences from upstream"). They are mended by default;
+`legacy=True` keeps them, for weights that were trained with them.
 
-This file imports torch alone. `from cwt_mae.model import cwt_wrap` is a batched, differentiable wavelet transform for
-any device that needs nothing else from here.
+This file imports torch alone. `from cwt_mae.model import cwt_wrap` is a batched, differentiable wavelet
+transform for any device that needs nothing else from here.
 """
 
 import functools
@@ -23,14 +23,16 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# ---- front end: Ricker filter bank -----------------------------------------------------------------------------------
+# ---- front end: Ricker filter bank
+# -----------------------------------------------------------------------------------
 
 
 def create_ricker_wavelets(points: int, scales: torch.Tensor) -> torch.Tensor:
-    """Ricker ("Mexican hat") kernels of unit L2 norm: scales (S,), in samples -> (S, 1, points), dtype of `scales`.
+    """Ricker ("Mexican hat") kernels of unit L2 norm: scales (S,), in samples -> (S, 1, points), dtype of
+    `scales`.
 
-    psi_a(t) = 2 / (sqrt(3 a) pi^(1/4) + 1e-6) * (1 - t^2/a^2) * exp(-t^2 / 2a^2), t = 0 in the middle of the kernel:
-    between two samples if `points` is even.
+    psi_a(t) = 2 / (sqrt(3 a) pi^(1/4) + 1e-6) * (1 - t^2/a^2) * exp(-t^2 / 2a^2), t = 0 in the middle of the
+    kernel: between two samples if `points` is even.
     """
     t = torch.arange(points, dtype=torch.float64, device=scales.device) - (points - 1) / 2
     a = scales.double()[:, None]
@@ -43,8 +45,9 @@ def create_ricker_wavelets(points: int, scales: torch.Tensor) -> torch.Tensor:
 def _kernel_points(largest: float, length: int, legacy: bool) -> int:
     """Taps of every kernel of a bank: five widths of the largest scale to each side of the centre.
 
-    Legacy: upstream's rule in Python floats. 10 * 63.1 in float32 is just below 631, so it gives 630 taps, and all
-    images are half a sample late; other scale counts are not, and a short signal cuts the kernels to its own length.
+    Legacy: upstream's rule in Python floats. 10 * 63.1 in float32 is just below 631, so it gives 630 taps,
+    and all images are half a sample late; other scale counts are not, and a short signal cuts the kernels to
+    its own length.
     """
     if not legacy:
         return 2 * int(5 * largest + 1e-3) + 1
@@ -57,8 +60,8 @@ def _kernel_points(largest: float, length: int, legacy: bool) -> int:
 def _spectra(scales: tuple, points: int, n: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Fourier transforms (S, 2F) of the kernels centred on sample 0, F = n // 2 + 1.
 
-    A symmetric kernel has a real transform. Each value stands there twice, for the real and the imaginary part of the
-    signal's transform seen as 2F floats: a product of floats costs a quarter of a complex one.
+    A symmetric kernel has a real transform. Each value stands there twice, for the real and the imaginary
+    part of the signal's transform seen as 2F floats: a product of floats costs a quarter of a complex one.
     """
     kernels = create_ricker_wavelets(points, torch.tensor(scales, dtype=torch.float64))[:, 0]
     angle = torch.arange(n // 2 + 1, dtype=torch.float64) * (math.pi * (points - 1) / n)
@@ -67,7 +70,8 @@ def _spectra(scales: tuple, points: int, n: int, dtype: torch.dtype, device: tor
 
 
 def _extend(x: torch.Tensor, margin: int, padding: str, real: torch.Tensor | None, zero=0.0) -> torch.Tensor:
-    """x (B, L) -> (B, L + 2 margin), continued on both sides of its real part (B, L), all of it by default."""
+    """x (B, L) -> (B, L + 2 margin), continued on both sides of its real part (B, L), all of it by
+    default."""
     length = x.shape[1]
     t = torch.arange(length, device=x.device)
     real = torch.ones_like(x, dtype=torch.bool) if real is None else real
@@ -93,16 +97,18 @@ def _fft_length(points: int) -> int:
 
 @functools.lru_cache(1)
 def _threads(process: int) -> ThreadPoolExecutor:
-    """Threads of this process. They stay: MKL holds a lock while a thread of its ends, and a process forked just then would
-    wait for it for ever."""
+    """Threads of this process. They stay: MKL holds a lock while a thread of its ends, and a process forked
+    just then would wait for it for ever."""
     return ThreadPoolExecutor(os.cpu_count())
 
 
 class _FilterBank:
-    """Images (B, C, S, L) of signals x (B, L): prepare(x, real) gives rows (B, C, L + points - 1) for all kernels.
+    """Images (B, C, S, L) of signals x (B, L): prepare(x, real) gives rows (B, C, L + points - 1) for all
+    kernels.
 
-    One transform of each row, then S products with real spectra and S inverse transforms. On a CPU every thread takes a
-    share of the signals and works alone on it: threads inside an image would wait for each other more than they work.
+    One transform of each row, then S products with real spectra and S inverse transforms. On a CPU every
+    thread takes a share of the signals and works alone on it: threads inside an image would wait for each
+    other more than they work.
     """
 
     def __init__(self, scales, points: int, length: int, like: torch.Tensor, normalize: bool, prepare):
@@ -165,7 +171,8 @@ class _FilterBank:
         return images
 
     def fill(self, x, real, images):
-        """The same into `images`, few at a time (of long signals: few scales), in buffers that stay in the cache."""
+        """The same into `images`, few at a time (of long signals: few scales), in buffers that stay in the
+        cache."""
         spectra, images = self.spectra(x, real).flatten(0, 1), images.flatten(0, 1)  # (R, 2F), (R, S, L)
         mask = None if real is None else real.to(x.dtype).repeat_interleave(len(images) // len(x), 0)[:, None]
         count = self.length if mask is None else mask.sum(2, keepdim=True)  # real samples
@@ -199,9 +206,11 @@ class _FilterBank:
 def cwt_ricker(
     x: torch.Tensor, scales: torch.Tensor, legacy: bool = False, padding: str = "reflect"
 ) -> torch.Tensor:
-    """Ricker wavelet transform: x (B, L), scales (S,) ascending, in samples -> (B, S, L) float32 (float64 for float64).
+    """Ricker wavelet transform: x (B, L), scales (S,) ascending, in samples -> (B, S, L) float32 (float64 for
+    float64).
 
-    Kernels are odd and of fixed length, the signal continues by `padding`. Legacy: zeros, and upstream's kernel length.
+    Kernels are odd and of fixed length, the signal continues by `padding`. Legacy: zeros, and upstream's
+    kernel length.
     """
     x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     points = _kernel_points(float(scales[-1]), x.shape[1], legacy)
@@ -232,14 +241,15 @@ def cwt_wrap(
 ) -> torch.Tensor:
     """Wavelet images of a signal, its first and its second difference: x (B, L) -> (B, 3, num_scales, L).
 
-    Scales, in samples: lowest_scale + step * (0 .. num_scales - 1), or as many between the same ends in equal ratios
-    (`log_scales`). Float32, also under autocast (float64 for float64 x). Differentiable in x.
+    Scales, in samples: lowest_scale + step * (0 .. num_scales - 1), or as many between the same ends in equal
+    ratios (`log_scales`). Float32, also under autocast (float64 for float64 x). Differentiable in x.
 
-    padding: how the signal, less its mean, goes on beyond its ends: "reflect" (default), "replicate" or "zero".
-    real (B, L) bool: one run of samples of each row that are signal; the rest is padding, ignored, 0 in the images.
-    normalize: each image to mean 0 and (unbiased) deviation 1 over scale and real time.
-    legacy: upstream's numbers: a transform with an even or cut kernel (`_kernel_points`), zeros beyond the ends of a
-    signal whose mean was left in, and a backward difference, half a sample off the second one (default: a central one).
+    padding: how the signal, less its mean, goes on beyond its ends: "reflect" (default), "replicate" or
+    "zero". real (B, L) bool: one run of samples of each row that are signal; the rest is padding, ignored, 0
+    in the images. normalize: each image to mean 0 and (unbiased) deviation 1 over scale and real time.
+    legacy: upstream's numbers: a transform with an even or cut kernel (`_kernel_points`), zeros beyond the
+    ends of a signal whose mean was left in, and a backward difference, half a sample off the second one
+    (default: a central one).
     """
     if x.ndim != 2:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, samples)")
@@ -278,14 +288,16 @@ def _differences(x, real, half: int, legacy: bool, padding: str):
     return torch.stack([now - mean - rest, (before + after) / 2, after - before], 1)
 
 
-# ---- parts of the transformer ----------------------------------------------------------------------------------------
+# ---- parts of the transformer
+# ----------------------------------------------------------------------------------------
 
 
 class RotaryEmbedding(nn.Module):
     """Rotary position tables, computed from the position ids in float32 at every call (Su et al. 2021).
 
-    Nothing is cached: any position is allowed, no device is asked for a maximum, and `.half()` cannot spoil the angles.
-    `inv_freq` is kept as a buffer for upstream's state-dict key. Legacy: tables rounded to bfloat16.
+    Nothing is cached: any position is allowed, no device is asked for a maximum, and `.half()` cannot spoil
+    the angles. `inv_freq` is kept as a buffer for upstream's state-dict key. Legacy: tables rounded to
+    bfloat16.
     """
 
     def __init__(self, dim: int, legacy: bool = False):
@@ -305,7 +317,8 @@ class RotaryEmbedding(nn.Module):
 
 
 def apply_rotary_pos_emb(q, k, cos, sin):
-    """Rotate q and k (B, n, heads, dim) by the tables (B, n, 1, dim); the halves of dim are the two coordinates."""
+    """Rotate q and k (B, n, heads, dim) by the tables (B, n, 1, dim); the halves of dim are the two
+    coordinates."""
 
     def rotate(x):
         first, second = x.chunk(2, dim=-1)
@@ -317,7 +330,8 @@ def apply_rotary_pos_emb(q, k, cos, sin):
 class TensorizedLinear(nn.Module):
     """Linear layer of low rank: y = u(v(x)), rank = max(32, int(min(in, out) * rank_ratio)).
 
-    Smaller than a dense layer below rank in * out / (in + out) only; the floor of 32 makes small layers larger.
+    Smaller than a dense layer below rank in * out / (in + out) only; the floor of 32 makes small layers
+    larger.
     """
 
     def __init__(self, in_features: int, out_features: int, rank_ratio: float = 0.5, bias: bool = True):
@@ -332,7 +346,8 @@ class TensorizedLinear(nn.Module):
 
 
 class DecomposedPatchEmbed(nn.Module):
-    """Cut images (B, C, S, L) into patches of `patch_size` (scales, samples) -> (B, N, D), all times of a row first."""
+    """Cut images (B, C, S, L) into patches of `patch_size` (scales, samples) -> (B, N, D), all times of a row
+    first."""
 
     def __init__(
         self,
@@ -446,7 +461,8 @@ class TensorizedBlock(Block):
 
 
 def init_weights(module: nn.Module):
-    """In all of `module`: Linear weights Xavier-uniform, biases 0; LayerNorm 1 and 0; convolutions Xavier-uniform."""
+    """In all of `module`: Linear weights Xavier-uniform, biases 0; LayerNorm 1 and 0; convolutions
+    Xavier-uniform."""
     for part in module.modules():
         if isinstance(part, (nn.Linear, nn.Conv1d, nn.Conv2d)):
             nn.init.xavier_uniform_(part.weight)
@@ -457,21 +473,22 @@ def init_weights(module: nn.Module):
             nn.init.zeros_(part.bias)
 
 
-# ---- the model -------------------------------------------------------------------------------------------------------
+# ---- the model
+# -------------------------------------------------------------------------------------------------------
 
 
 class CWT_Encoder(nn.Module):
     """Front end and encoder: what pre-training and every later use share. The same keys as in `CWT_MAE_RoPE`.
 
     signal_len, patch_size_time: samples. cwt_scales, patch_size_freq: scales. Both pairs must divide.
-    preprocess: how signals were prepared for the model (fields of dataset.Preprocess), kept for whoever runs it.
-    legacy: upstream's numerics in the wavelet images, the rotary tables and positions, and the count of kept patches.
-    padding, lowest_scale, scale_step, log_scales: see `cwt_wrap`.
-    rope_stride: a patch in row h and column w of the grid has rotary position 1 + h * rope_stride + w. Default 0, time
-    alone; in legacy the grid's width, upstream's flattened index. Give an upstream model the width that it was trained
-    with to keep its relative positions at another signal length.
-    patch_norm: LayerNorm after the patch embedding (which takes the amplitude away).
-    raw_patches: add an embedding of the plain signal under each patch, with a learned gain.
+    preprocess: how signals were prepared for the model (fields of dataset.Preprocess), kept for whoever runs
+    it. legacy: upstream's numerics in the wavelet images, the rotary tables and positions, and the count of
+    kept patches. padding, lowest_scale, scale_step, log_scales: see `cwt_wrap`. rope_stride: a patch in row h
+    and column w of the grid has rotary position 1 + h * rope_stride + w. Default 0, time alone; in legacy the
+    grid's width, upstream's flattened index. Give an upstream model the width that it was trained with to
+    keep its relative positions at another signal length. patch_norm: LayerNorm after the patch embedding
+    (which takes the amplitude away). raw_patches: add an embedding of the plain signal under each patch, with
+    a learned gain.
 
     `config` holds all of these as plain values: CWT_MAE_RoPE(**config) builds the same model.
     """
@@ -535,10 +552,11 @@ class CWT_Encoder(nn.Module):
 
     @torch.compiler.disable
     def images(self, x: torch.Tensor, real: torch.Tensor | None = None):
-        """x (B, L) or (B, 1, L), L up to signal_len -> images (B, 3, S, signal_len), signal and real (B, signal_len).
+        """x (B, L) or (B, 1, L), L up to signal_len -> images (B, 3, S, signal_len), signal and real (B,
+        signal_len).
 
-        The images are normalised; the signal has mean 0 and deviation 1 over its real part and is 0 outside of it. A
-        shorter signal is padded at its end. real: bool, or None where there is no padding.
+        The images are normalised; the signal has mean 0 and deviation 1 over its real part and is 0 outside
+        of it. A shorter signal is padded at its end. real: bool, or None where there is no padding.
         """
         x, real = self.checked(x, real)
         config = self.config
@@ -602,9 +620,11 @@ class CWT_Encoder(nn.Module):
         return F.pad((1 + rows[:, None] * self.rope_stride + columns).flatten(), (1, 0))[None]
 
     def forward_encoder(self, imgs, x=None, patches=None, ids_keep=None, slots=None):
-        """Encode patches of imgs (B, 3, S, L): all of them, or those of ids_keep (B, K) -> (B, 1 + N or K, D).
+        """Encode patches of imgs (B, 3, S, L): all of them, or those of ids_keep (B, K) -> (B, 1 + N or K,
+        D).
 
-        x: signal as `images` gives it, for raw_patches. patches (B, N), slots (B, K): bool, those that may be attended.
+        x: signal as `images` gives it, for raw_patches. patches (B, N), slots (B, K): bool, those that may be
+        attended.
         """
         dtype = self.pos_embed.dtype  # images are float32 even where the weights are not
         tokens = self.patch_embed(imgs.to(dtype))
@@ -630,11 +650,11 @@ class CWT_Encoder(nn.Module):
 class CWT_MAE_RoPE(CWT_Encoder):
     """Masked autoencoder of wavelet images: `loss, pred_spec, pred_time, imgs = model(x)`.
 
-    mask_ratio: share of patches hidden from the encoder. time_loss_weight: weight of the signal's loss beside it.
-    column_masking: hide all scales of a time column together, so that nothing can be read off a neighbouring row.
-    masked_time_loss: weigh the signal's squared error by the hidden share of its column (upstream: the whole signal).
-    channel_weights: weights of the three images (signal, first and second difference) in the image loss.
-    **encoder: see `CWT_Encoder`. Default sizes have 95,618,954 parameters.
+    mask_ratio: share of patches hidden from the encoder. time_loss_weight: weight of the signal's loss beside
+    it. column_masking: hide all scales of a time column together, so that nothing can be read off a
+    neighbouring row. masked_time_loss: weigh the signal's squared error by the hidden share of its column
+    (upstream: the whole signal). channel_weights: weights of the three images (signal, first and second
+    difference) in the image loss. **encoder: see `CWT_Encoder`. Default sizes have 95,618,954 parameters.
     """
 
     def __init__(
@@ -684,8 +704,9 @@ class CWT_MAE_RoPE(CWT_Encoder):
     def random_masking(self, noise: torch.Tensor, patches=None):
         """Choose the visible patches: those of lowest noise (B, N), padding last.
 
-        Returns mask (B, N) float, 1 = hidden; ids_restore (B, N); ids_keep (B, K); and slots (B, K) bool, None if all
-        True: False where a record has too few patches for its place among the visible (padding keeps the ratio).
+        Returns mask (B, N) float, 1 = hidden; ids_restore (B, N); ids_keep (B, K); and slots (B, K) bool,
+        None if all True: False where a record has too few patches for its place among the visible (padding
+        keeps the ratio).
         """
         keep = 1 - self.mask_ratio
         height, width = self.grid_size
@@ -746,8 +767,8 @@ class CWT_MAE_RoPE(CWT_Encoder):
         )
 
     def forward_loss_spec(self, imgs, pred, mask, real=None):
-        """Mean squared error of the hidden patches, averaged over each record and then over records, so that a batch in
-        parts gives the same; real (B, L) bool leaves padding out."""
+        """Mean squared error of the hidden patches, averaged over each record and then over records, so that
+        a batch in parts gives the same; real (B, L) bool leaves padding out."""
         weights = torch.tensor(self.channel_weights, dtype=imgs.dtype, device=imgs.device).view(1, 3, 1, 1)
         weights = weights.expand(1, 3, self.cwt_scales, self.signal_len)
         if real is not None:
@@ -770,8 +791,8 @@ class CWT_MAE_RoPE(CWT_Encoder):
         """x (B, L) or (B, 1, L), in any unit -> loss, loss_spec, loss_time, mask (B, N) with 1 = hidden,
         pred_spec (B, N, 3 * p_f * p_t), pred_time (B, L), imgs (B, 3, S, L), signal (B, L) normalised.
 
-        noise (B, N) in [0, 1): fixes the masks; drawn here if absent. real (B, L) bool: one run of samples that are
-        signal; the rest is padding and left out of statistics, attention and losses.
+        noise (B, N) in [0, 1): fixes the masks; drawn here if absent. real (B, L) bool: one run of samples
+        that are signal; the rest is padding and left out of statistics, attention and losses.
         """
         imgs, signal, real = self.images(x, real)
         patches = self.real_patches(real)
@@ -803,7 +824,7 @@ class CWT_MAE_RoPE(CWT_Encoder):
         }
 
     def forward(self, x, noise=None, real=None, details: bool = False):
-        """(loss, pred_spec, pred_time, imgs), as upstream; with `details` the dictionary of `forward_losses`, for
-        training loops: they call the model through a wrapper that knows `forward` alone."""
+        """(loss, pred_spec, pred_time, imgs), as upstream; with `details` the dictionary of `forward_losses`,
+        for training loops: they call the model through a wrapper that knows `forward` alone."""
         out = self.forward_losses(x, noise, real)
         return out if details else (out["loss"], out["pred_spec"], out["pred_time"], out["imgs"])

@@ -1,7 +1,9 @@
-"""A pre-trained CWT-MAE-RoPE encoder with a classification head, and the reading and writing of both models' files.
+"""A pre-trained CWT-MAE-RoPE encoder with a classification head, and the reading and writing of both models'
+files.
 
-Upstream file: model_finetune.py (LatentReasoningHead, ResidualMLPBlock, TF_MAE_Classifier), with its state-dict keys. The
-decoder is never allocated, and a checkpoint that does not fit is an error instead of a random encoder.
+Upstream file: model_finetune.py (LatentReasoningHead, ResidualMLPBlock, TF_MAE_Classifier), with its
+state-dict keys. The decoder is never allocated, and a checkpoint that does not fit is an error instead of a
+random encoder.
 
     model = TF_MAE_Classifier("checkpoint_last.pth", num_classes=5, signal_len=1000)
     tokens, pooled = model.encode(signal, fs=250)
@@ -19,9 +21,8 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # repository root: every way of starting this file finds it
+# repository root: every way of starting this file finds it
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.checkpoint import atomic_path
 from common.errors import UserError
 from common.weights import load_weights, read_checkpoint, read_weights
@@ -34,7 +35,8 @@ DECODER_KEYS = ("decoder_", "mask_token", "time_reducer", "time_pred", "rope_dec
 
 
 class LatentReasoningHead(nn.Module):
-    """Learned tokens that ask the encoder's tokens: cross-attention, self-attention, MLP (post-norm), mean, classifier.
+    """Learned tokens that ask the encoder's tokens: cross-attention, self-attention, MLP (post-norm), mean,
+    classifier.
 
     forward: x (B, N, D), real (B, N) bool or None -> logits (B, C).
     """
@@ -96,18 +98,20 @@ class ResidualMLPBlock(nn.Module):
 class TF_MAE_Classifier(nn.Module):
     """Encoder without masking, class token dropped, and one of two heads -> logits (B, num_classes).
 
-    pretrained_path: a file of `train.py`, an upstream checkpoint, or None for random weights. The file's own configuration
-    builds the encoder; what is passed here overrides it (signal_len, most often: the position table is interpolated).
-    A file without our configuration is an upstream one: it runs with upstream's numerics (legacy) and says so.
-    use_cot: `LatentReasoningHead` with num_reasoning_tokens, else an MLP of num_res_blocks blocks of width hidden_dim with
-    dropout dropout_rate, on the mean of the tokens or, for center_columns = k > 0, on the k time columns round the middle,
-    joined (the window is then about what stands in its middle, say a heart beat).
-    compare: the MLP head is given how the middle tokens differ from `usual`, the median of the record's own (what is the
-    patient's, noise included, is taken out); without layer norms, because it matters how far the two are apart.
-    num_features: numbers known beside the signal (say, beat intervals), given to `forward`: a small network of their own adds
-    its logits to the head's, so that few strong numbers are not lost among many tokens. input_dropout: of what the head is given.
-    **encoder: arguments of CWT_MAE_RoPE; those of its decoder are accepted and ignored, so that one configuration
-    serves both models. `config` holds everything: TF_MAE_Classifier(None, **config) builds the same model.
+    pretrained_path: a file of `train.py`, an upstream checkpoint, or None for random weights. The file's own
+    configuration builds the encoder; what is passed here overrides it (signal_len, most often: the position
+    table is interpolated). A file without our configuration is an upstream one: it runs with upstream's
+    numerics (legacy) and says so. use_cot: `LatentReasoningHead` with num_reasoning_tokens, else an MLP of
+    num_res_blocks blocks of width hidden_dim with dropout dropout_rate, on the mean of the tokens or, for
+    center_columns = k > 0, on the k time columns round the middle, joined (the window is then about what
+    stands in its middle, say a heart beat). compare: the MLP head is given how the middle tokens differ from
+    `median_beat`, the median of the record's own (what is the patient's, noise included, is taken out);
+    without layer norms, because it matters how far the two are apart. num_features: numbers known beside the
+    signal (say, beat intervals), given to `forward`: a small network of their own adds its logits to the
+    head's, so that few strong numbers are not lost among many tokens. input_dropout: of what the head is
+    given. **encoder: arguments of CWT_MAE_RoPE; those of its decoder are accepted and ignored, so that one
+    configuration serves both models. `config` holds everything: TF_MAE_Classifier(None, **config) builds the
+    same model.
     """
 
     def __init__(
@@ -158,7 +162,8 @@ class TF_MAE_Classifier(nn.Module):
         )
         if not 0 <= center_columns <= columns or center_columns and use_cot:
             raise ValueError(
-                f"center_columns {center_columns}: expected 0 .. {columns}, above 0 for the MLP head (use_cot=False) only"
+                f"center_columns {center_columns}: expected 0 .. {columns}, above 0 for the MLP head "
+                "(use_cot=False) only"
             )
         if compare and not center_columns:
             raise ValueError(
@@ -187,7 +192,8 @@ class TF_MAE_Classifier(nn.Module):
             )
 
     def forward_features(self, x, real=None):
-        """x (B, L) or (B, 1, L), real (B, L) bool or None -> patch tokens (B, N, D), and their mask (B, N) or None."""
+        """x (B, L) or (B, 1, L), real (B, L) bool or None -> patch tokens (B, N, D), and their mask (B, N) or
+        None."""
         imgs, signal, real = self.encoder_model.images(x, real)
         patches = self.encoder_model.real_patches(real)
         return self.encoder_model.forward_encoder(imgs, signal, patches)[:, 1:], patches
@@ -200,20 +206,22 @@ class TF_MAE_Classifier(nn.Module):
         first = (columns.shape[1] - self.center_columns) // 2
         return columns[:, first : first + self.center_columns].flatten(1)
 
-    def forward(self, x, real=None, features=None, usual=None):
-        """x as in `forward_features`, features (B, num_features), usual (B, center_columns * D) -> logits (B, num_classes)."""
+    def forward(self, x, real=None, features=None, median_beat=None):
+        """x as in `forward_features`, features (B, num_features), median_beat (B, center_columns * D) ->
+        logits (B, num_classes)."""
         given = 0 if features is None else features.shape[1]
         if given != self.num_features:
             raise ValueError(
                 f"features holds {given} numbers for each record, the model was built for {self.num_features}"
             )
-        if self.compare != (usual is not None):
+        if self.compare != (median_beat is not None):
             raise ValueError(
-                f"usual is {'missing' if self.compare else 'given'}, the model was built with compare={self.compare}"
+                f"median_beat is {'missing' if self.compare else 'given'}, the model was built with "
+                f"compare={self.compare}"
             )
         if self.center_columns:
             tokens = self.middle(x, real)
-            logits = self.head(self.input_dropout(tokens - usual if self.compare else tokens))
+            logits = self.head(self.input_dropout(tokens - median_beat if self.compare else tokens))
         elif self.use_cot:
             tokens, patches = self.forward_features(x, real)
             logits = self.head(self.input_dropout(tokens), patches)
@@ -223,10 +231,11 @@ class TF_MAE_Classifier(nn.Module):
 
     @torch.no_grad()
     def encode(self, signal, fs: float):
-        """Features of one record of any length and rate: signal (L,), fs in Hz -> tokens (windows, N, D), pooled (D,).
+        """Features of one record of any length and rate: signal (L,), fs in Hz -> tokens (windows, N, D),
+        pooled (D,).
 
-        Prepared as in training (config's `preprocess`), cut into windows of signal_len side by side, the last one padded
-        and masked: tokens of padding are 0 and not in `pooled`, the mean of the others.
+        Prepared as in training (config's `preprocess`), cut into windows of signal_len side by side, the last
+        one padded and masked: tokens of padding are 0 and not in `pooled`, the mean of the others.
         """
         prepare = Preprocess(**(self.config["preprocess"] or {}))
         signal = prepare.signal(signal, fs, "signal")
@@ -255,7 +264,8 @@ def masked_mean(tokens, mask=None):
 
 
 def interpolate_pos_embed(pos_embed, old_grid, new_grid):
-    """Position table (1, 1 + N, D) of one grid (rows, columns) for another: bicubic on both axes, class row kept."""
+    """Position table (1, 1 + N, D) of one grid (rows, columns) for another: bicubic on both axes, class row
+    kept."""
     if tuple(old_grid) == tuple(new_grid):
         return pos_embed
     table = pos_embed[:, 1:].float().unflatten(1, tuple(old_grid)).permute(0, 3, 1, 2)  # (1, D, H, W)
@@ -268,10 +278,11 @@ def interpolate_pos_embed(pos_embed, old_grid, new_grid):
 
 
 def load_encoder(encoder: CWT_Encoder, tensors: dict, config: dict, source):
-    """Load the encoder's part of `tensors` and print the report; UserError if more than a tenth of it is missing or any of another shape.
+    """Load the encoder's part of `tensors` and print the report; UserError if more than a tenth of it is
+    missing or any of another shape.
 
-    The position table's old grid comes from the file: from its configuration, else from the height of `time_reducer`,
-    which spans it, else (weights of a classifier alone) it counts as high as the new one.
+    The position table's old grid comes from the file: from its configuration, else from the height of
+    `time_reducer`, which spans it, else (weights of a classifier alone) it counts as high as the new one.
     """
     tensors = {
         key.removeprefix("encoder_model."): value
@@ -290,12 +301,14 @@ def load_encoder(encoder: CWT_Encoder, tensors: dict, config: dict, source):
             count = given["pos_embed"].shape[1] - 1
             if count % height:
                 raise UserError(
-                    f"{source}: pos_embed has {count} patches, which are not {height} rows; pass the cwt_scales and "
+                    f"{source}: pos_embed has {count} patches, which are not {height} rows; pass the "
+                    "cwt_scales and "
                     "patch_size_freq that the model was trained with"
                 )
             if (height, count // height) != (rows, columns):
                 print(
-                    f"{source}: position table interpolated from {height} x {count // height} to {rows} x {columns} patches"
+                    f"{source}: position table interpolated from {height} x {count // height} to {rows} x "
+                    f"{columns} patches"
                 )
                 given["pos_embed"] = interpolate_pos_embed(
                     given["pos_embed"], (height, count // height), (rows, columns)
@@ -306,14 +319,17 @@ def load_encoder(encoder: CWT_Encoder, tensors: dict, config: dict, source):
     if report.mismatched:
         key, old, new = report.mismatched[0]
         raise UserError(
-            f"{source}: {key} has shape {old} in the file, {new} in the model; pass the sizes that it was trained with"
+            f"{source}: {key} has shape {old} in the file, {new} in the model; pass the sizes that it was "
+            "trained with"
         )
 
 
 def read_model(path):
-    """(tensors, configuration) of a model file: ours or upstream's, .pth or .safetensors, pre-trained or fine-tuned.
+    """(tensors, configuration) of a model file: ours or upstream's, .pth or .safetensors, pre-trained or
+    fine-tuned.
 
-    Configuration: ours as it stands; of an upstream file what its `config` says, and legacy=True, with a notice.
+    Configuration: ours as it stands; of an upstream file what its `config` says, and legacy=True, with a
+    notice.
     """
     path, config = Path(path), None
     if (path / "model.safetensors").is_file():  # a run folder of train.py or finetune.py
@@ -331,13 +347,15 @@ def read_model(path):
     for section in (sections.get("data"), sections.get("model")):
         config |= {key: value for key, value in (section or {}).items() if key in ENCODER_ARGS | DECODER_ARGS}
     print(
-        f"{path}: no configuration of ours, so an upstream checkpoint: running with upstream's numerics (legacy)"
+        f"{path}: no configuration of ours, so an upstream checkpoint: running with upstream's numerics "
+        "(legacy)"
     )
     return tensors, config
 
 
 def save_model(path, model, **extra):
-    """Write {'model', 'config', **extra} (.pth), or tensors with the configuration in the metadata (.safetensors); whole or not at all."""
+    """Write {'model', 'config', **extra} (.pth), or tensors with the configuration in the metadata
+    (.safetensors); whole or not at all."""
     tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     with atomic_path(path) as temporary:
         if Path(path).suffix == ".safetensors":
@@ -353,14 +371,16 @@ def save_model(path, model, **extra):
 def load_model(path, **config):
     """The model that `path` holds, whole: CWT_MAE_RoPE or TF_MAE_Classifier, on the CPU, in eval mode.
 
-    An upstream file does not say all its sizes: pass those (num_classes and use_cot of a classifier among them).
+    An upstream file does not say all its sizes: pass those (num_classes and use_cot of a classifier among
+    them).
     """
     tensors, found = read_model(path)
     config = found | config
     if any(key.startswith("head.") for key in tensors):
         if "num_classes" not in config:
             raise UserError(
-                f"{path}: a classifier without a configuration; pass num_classes, use_cot and the encoder's sizes"
+                f"{path}: a classifier without a configuration; pass num_classes, use_cot and the encoder's "
+                "sizes"
             )
         model = TF_MAE_Classifier(None, **config)
     else:
@@ -368,7 +388,8 @@ def load_model(path, **config):
     report = load_weights(model, tensors, path, min_share=1.0)
     if report.unexpected:
         raise UserError(
-            f"{path}: holds {len(report.unexpected)} tensors that the model lacks, such as {report.unexpected[0]}; "
+            f"{path}: holds {len(report.unexpected)} tensors that the model lacks, such as "
+            f"{report.unexpected[0]}; "
             "pass the sizes that it was trained with"
         )
     return model.eval()

@@ -1,18 +1,16 @@
-"""Score fine-tuned classifiers on labelled records, or let them read unlabelled ones.
+"""Score fine-tuned classifiers on labelled records, or classify the windows of unlabelled ones.
 
     python cwt_mae/test.py --model runs/cwt_mae/beat/model.safetensors --data FOLDER --out runs/cwt_mae/beat_test
     python cwt_mae/test.py --model ... --data FOLDER --unlabelled --stride 250 --out ...
 
-Writes metrics.json (accuracy, macro-F1, AUROC, per class, 95 % intervals), per_window.csv, per_record.csv and
-figures/confusion.png. Several --model are one ensemble: their probabilities are averaged. The prior correction that was
-chosen on validation, stored in each model file, is applied.
+Writes metrics.json (accuracy, macro-F1, AUROC, scores per class, 95 % intervals), per_window.csv,
+per_record.csv and figures/confusion.png. Several --model are one ensemble: their probabilities are averaged.
+The correction of the class frequencies that was chosen on validation is stored in each model file and applied
+here; nothing is chosen here.
 
-Upstream file: inference.py (sliding windows, one line a patient), which let the test choose the model; here nothing is chosen.
+Upstream file: inference.py (sliding windows, one line per patient).
 """
 
-import argparse
-import csv
-import io
 import json
 import sys
 from pathlib import Path
@@ -22,58 +20,72 @@ import torch
 from accelerate import Accelerator
 from safetensors import safe_open
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # repository root: every way of starting this file finds it
-from common.checkpoint import atomic_write
+# repository root: every way of starting this file finds it
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common.arguments import Parser, number, refuse
+from common.checkpoint import atomic_csv, atomic_json
 from common.errors import UserError, run
+from common.figures import draw_confusion
 from common.files import reading
 from common.run import open_run, progress
 from cwt_mae.dataset import Preprocess, build_store
 from cwt_mae.dataset_finetune import ITEMS, DownstreamClassificationDataset, Task, load_task, split_parts
-from cwt_mae.finetune import corrected, predict, usual_tokens
-from cwt_mae.metrics import describe_scores, draw_confusion, scores
+from cwt_mae.finetune import corrected, median_tokens, predict
+from cwt_mae.metrics import describe_scores, scores
 from cwt_mae.model_finetune import load_model
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument(
-        "--model", nargs="+", required=True, help="model.safetensors of finetune.py; several are averaged"
+        "--model",
+        nargs="+",
+        required=True,
+        help="model.safetensors of finetune.py; the probabilities of several are averaged",
     )
-    parser.add_argument("--data", nargs="+", required=True, help="files and folders of them")
-    parser.add_argument("--out", required=True, help="folder for the results")
+    parser.add_argument("--data", "--data-root", nargs="+", required=True, help="files, or folders of them")
+    parser.add_argument("--out", "--output-dir", type=Path, required=True, help="folder for the results")
     parser.add_argument(
-        "--part", choices=("test", "train", "all"), default="test", help="which records to score"
+        "--part", choices=("test", "train", "all"), default="test", help="which part of the records is scored"
     )
     parser.add_argument(
         "--split",
-        help="JSON {train: [names], test: [names]} (None: UCR parts, or the list DS1 for training and the rest for the test)",
+        "--split-file",
+        help="JSON file {train: [names], test: [names]}; without it the parts of a UCR set, else the list "
+        "DS1 for training "
+        "and every other record for the test",
     )
     parser.add_argument(
         "--unlabelled",
         action="store_true",
-        help="read every record in sliding windows; no label is needed (not for beats)",
+        help="classify sliding windows over every record; no label is needed (not for beats)",
     )
     parser.add_argument(
-        "--stride", type=int, default=0, help="samples between sliding windows; 0 = half a window"
+        "--stride",
+        type=number(int, 0),
+        default=0,
+        help="with --unlabelled: samples between two windows; 0: half a window",
     )
-    parser.add_argument("--resamples", type=int, default=1000, help="bootstrap draws for the intervals")
-    parser.add_argument("--input-fs", type=float, help="sampling rate of files that do not say it, Hz")
-    parser.add_argument("--cache", help="folder for the prepared signals (None: data/cwt_mae/cache)")
+    parser.add_argument(
+        "--resamples",
+        type=number(int, 0),
+        default=1000,
+        help="bootstrap draws for the intervals; 0: no interval",
+    )
+    parser.add_argument("--input-fs", type=float, help="sampling rate of files that do not state it, Hz")
+    parser.add_argument("--cache", help="folder for the prepared signals; data/cwt_mae/cache without it")
     parser.add_argument(
         "--skip-bad",
         action="store_true",
-        help="leave bad records and labels out, counted, instead of stopping",
+        help="leave out bad records and labels, counted, instead of stopping at the first",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the results that --out holds")
     return parser.parse_args(argv)
 
 
 def read_card(path) -> dict:
-    """What finetune.py stored beside the weights: task, classes, features, shift, tau; UserError for another file."""
+    """What finetune.py stored beside the weights: task, classes, features, shift, tau; UserError for another
+    file."""
     if Path(path).suffix != ".safetensors" or not Path(path).is_file():
         raise UserError(f"{path}: expected the model.safetensors of a finetune.py run")
     with reading(path, "weight file"), safe_open(path, "pt") as file:
@@ -85,6 +97,19 @@ def read_card(path) -> dict:
     return card
 
 
+def load_models(paths, device):
+    """(models, cards) of an ensemble; UserError unless all were trained for the same task, classes, window
+    and preparation."""
+    cards = [read_card(path) for path in paths]
+    if any((card["task"], card["classes"]) != (cards[0]["task"], cards[0]["classes"]) for card in cards):
+        raise UserError("--model: the files were trained for different tasks or classes")
+    models = [load_model(path).to(device) for path in paths]
+    inputs = [(model.encoder_model.signal_len, model.config["preprocess"]) for model in models]
+    if any(other != inputs[0] for other in inputs):
+        raise UserError("--model: the files take windows of different lengths or preparation")
+    return models, cards
+
+
 def sliding_items(store, signal_len: int, stride: int) -> np.ndarray:
     """ITEMS of windows every `stride` samples over every record, the last one at its end; label -1."""
     rows = []
@@ -94,135 +119,117 @@ def sliding_items(store, signal_len: int, stride: int) -> np.ndarray:
     return np.array(rows, ITEMS)
 
 
-def as_csv(header: list, rows) -> str:
-    """One csv text of a header and rows."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    return text.getvalue()
+def choose_windows(args, store, card: dict, signal_len: int) -> Task:
+    """The windows to score: labelled ones of --part, or with --unlabelled sliding ones of all records."""
+    if args.unlabelled:
+        refuse(args, ["part", "split", "resamples"], "with --unlabelled")
+        if card["task"] == "beat":
+            raise UserError(
+                "--unlabelled: a beat classifier needs the beats' positions; give records with beat "
+                "annotations"
+            )
+        items = sliding_items(store, signal_len, args.stride or signal_len // 2)
+        return Task(card["task"], card["classes"], items, np.zeros((1, 0), np.float32))
+    refuse(args, ["stride"], "without --unlabelled")
+    task = load_task(store, card["task"], signal_len, card["classes"], args.skip_bad)
+    if args.part == "all":
+        refuse(args, ["split"], "with --part all")
+    else:
+        task = task.select(split_parts(store, args.split)[task.items["record"]] == args.part)
+    if not len(task.items):
+        raise UserError(f"no labelled window in part {args.part}; choose another --part or check --split")
+    return task
 
 
-def record_lines(store, items, probabilities, classes, labelled: bool):
-    """One line a record: mean probability of each class over its windows, and how many windows were right."""
-    header = [
-        "record",
-        "subject",
-        "channel",
-        "windows",
-        "predicted",
-        "confidence",
-        *(f"p_{name}" for name in classes),
-    ]
-    header += (
-        ["accuracy", *(f"true_{name}" for name in classes), *(f"predicted_{name}" for name in classes)]
-        if labelled
-        else []
-    )
-    rows = []
-    for record in np.unique(items["record"]):
-        here = items["record"] == record
-        mean, row = probabilities[here].mean(0), store.records[record]
-        line = [
-            row["name"].decode(),
-            row["subject"].decode(),
-            row["channel"].decode(),
-            int(here.sum()),
-            classes[mean.argmax()],
-            f"{mean.max():.4f}",
-            *(f"{p:.4f}" for p in mean),
-        ]
+def ensemble(models, cards, store, task, device) -> np.ndarray:
+    """Probabilities (windows, C): the mean over the models, each with its own correction of the class
+    frequencies."""
+    dataset = DownstreamClassificationDataset(store, task, models[0].encoder_model.signal_len)
+    total = np.zeros((len(task.items), len(task.classes)))
+    for model, card in zip(progress(models, desc="scoring", unit="model"), cards):
+        scale = None if card["features"] is None else tuple(torch.tensor(f) for f in card["features"])
+        dataset.median_beats = median_tokens(model, store, task, device) if model.compare else {}
+        logits = predict(model, dataset, scale, device)
+        total += corrected(logits, np.array(card["shift"]), card["tau"])
+    return total / len(models)
+
+
+def window_rows(store, task, probabilities) -> list[dict]:
+    """One row per window: record, start in seconds, true and predicted class, probabilities."""
+    rate, rows = store.prepare.fs or 1.0, []
+    for item, values in zip(task.items, probabilities):
+        rows.append(
+            {
+                "record": store.records["name"][item["record"]].decode(),
+                "start_s": f"{item['start'] / rate:.3f}",
+                "true": "" if item["label"] < 0 else task.classes[item["label"]],
+                "predicted": task.classes[values.argmax()],
+                **{f"p_{name}": f"{value:.4f}" for name, value in zip(task.classes, values)},
+            }
+        )
+    return rows
+
+
+def record_rows(store, task, probabilities, labelled: bool) -> list[dict]:
+    """One row per record: the mean probability of each class over its windows; with labels, how many windows
+    were right."""
+    classes, rows = task.classes, []
+    for record in np.unique(task.items["record"]):
+        here = task.items["record"] == record
+        mean, about = probabilities[here].mean(0), store.records[record]
+        row = {name: about[name].decode() for name in ("name", "subject", "channel")}
+        row = {"record": row.pop("name"), **row}
+        row |= {
+            "windows": int(here.sum()),
+            "predicted": classes[mean.argmax()],
+            "confidence": f"{mean.max():.4f}",
+            **{f"p_{name}": f"{value:.4f}" for name, value in zip(classes, mean)},
+        }
         if labelled:
-            predicted, labels = probabilities[here].argmax(1), items["label"][here]
-            line += [
-                f"{(predicted == labels).mean():.4f}",
-                *np.bincount(labels, minlength=len(classes)),
-                *np.bincount(predicted, minlength=len(classes)),
-            ]
-        rows.append(line)
-    return as_csv(header, rows)
+            predicted, labels = probabilities[here].argmax(1), task.items["label"][here]
+            row["accuracy"] = f"{(predicted == labels).mean():.4f}"
+            for title, found in (("true", labels), ("predicted", predicted)):
+                counts = np.bincount(found, minlength=len(classes))
+                row |= {f"{title}_{name}": count for name, count in zip(classes, counts)}
+        rows.append(row)
+    return rows
 
 
 def main(args):
+    # Models, and the windows that they are asked about
     accelerator = Accelerator()
-    cards = [read_card(path) for path in args.model]
-    task_name, classes = cards[0]["task"], cards[0]["classes"]
-    if any((card["task"], card["classes"]) != (task_name, classes) for card in cards):
-        raise UserError("--model: the files were trained for different tasks or classes")
-    models = [load_model(path).to(accelerator.device) for path in args.model]
-    signal_len, prepare = models[0].encoder_model.signal_len, models[0].config["preprocess"]
-    if any(
-        (model.encoder_model.signal_len, model.config["preprocess"]) != (signal_len, prepare)
-        for model in models
-    ):
-        raise UserError("--model: the files take windows of different lengths or preparation")
+    models, cards = load_models(args.model, accelerator.device)
+    signal_len, preprocess = models[0].encoder_model.signal_len, models[0].config["preprocess"] or {}
     store = build_store(
-        args.data, Preprocess(**(prepare or {})), args.cache, args.input_fs, skip_bad=args.skip_bad
+        args.data, Preprocess(**preprocess), args.cache, args.input_fs, skip_bad=args.skip_bad
     )
-    if args.unlabelled:
-        if task_name == "beat":
-            raise UserError(
-                "--unlabelled: a beat classifier needs the beats' positions; give records with beat annotations"
-            )
-        task = Task(
-            task_name,
-            classes,
-            sliding_items(store, signal_len, args.stride or signal_len // 2),
-            np.zeros((1, 0), np.float32),
-        )
-    else:
-        task = load_task(store, task_name, signal_len, classes, args.skip_bad)
-        if args.part != "all":
-            task = task.select(split_parts(store, args.split)[task.items["record"]] == args.part)
-    if not len(task.items):
-        raise UserError(f"no labelled window in part {args.part}; choose another --part or check --split")
+    task = choose_windows(args, store, cards[0], signal_len)
     out = open_run(args.out, args, accelerator, overwrite=args.overwrite)
 
-    dataset, probabilities = DownstreamClassificationDataset(store, task, signal_len), 0.0
-    for model, card in zip(progress(models, desc="scoring", unit="model"), cards):
-        features = None if card["features"] is None else tuple(torch.tensor(f) for f in card["features"])
-        dataset.usual = usual_tokens(model, store, task, accelerator.device) if model.compare else {}
-        logits = predict(model, dataset, features, accelerator.device)
-        probabilities = probabilities + corrected(logits, np.array(card["shift"]), card["tau"]) / len(models)
-
-    items = task.items
-    names, rate = np.char.decode(store.records["name"][items["record"]]), store.prepare.fs or 1.0
-    truth = ["" if label < 0 else classes[label] for label in items["label"]]
-    atomic_write(
-        out / "per_window.csv",
-        as_csv(
-            ["record", "start_s", "true", "predicted", *(f"p_{c}" for c in classes)],
-            (
-                [n, f"{s / rate:.3f}", t, classes[p.argmax()], *(f"{v:.4f}" for v in p)]
-                for n, s, t, p in zip(names, items["start"], truth, probabilities)
-            ),
-        ),
-    )
-    atomic_write(
-        out / "per_record.csv", record_lines(store, items, probabilities, classes, not args.unlabelled)
-    )
+    # Predictions, by window and by record
+    probabilities = ensemble(models, cards, store, task, accelerator.device)
+    records = len(np.unique(task.items["record"]))
+    atomic_csv(out / "per_window.csv", window_rows(store, task, probabilities))
+    atomic_csv(out / "per_record.csv", record_rows(store, task, probabilities, not args.unlabelled))
     if args.unlabelled:
-        print(
-            f"{len(items)} windows of {len(np.unique(items['record']))} records read; predictions in {out / 'per_record.csv'}"
-        )
+        print(f"{len(task.items)} windows of {records} records; predictions in {out / 'per_record.csv'}")
         return
-    groups = None if len(np.unique(items["record"])) == len(items) else items["record"]
-    result = scores(probabilities, items["label"], classes, groups, args.resamples)
-    result["records"] = len(np.unique(items["record"]))
-    if len(classes) == 4 and task_name == "beat":
-        result["macro_f1_without_F"] = float(np.mean([result["per_class"][c]["f1"] for c in classes[:3]]))
-    draw_confusion(
-        result["confusion"],
-        classes,
-        out / "figures" / "confusion.png",
-        f"{result['windows']} windows, macro-F1 {result['macro_f1']:.3f}",
-    )
-    atomic_write(
-        out / "metrics.json",
-        json.dumps({"task": task_name, "part": args.part, "models": args.model, **result}, indent=1),
-    )
+
+    # Scores: the intervals draw whole records, because windows of one record are not independent
+    groups = None if records == len(task.items) else task.items["record"]
+    result = scores(probabilities, task.items["label"], task.classes, groups, args.resamples)
+    result["records"] = records
+    if task.kind == "beat":
+        result["macro_f1_without_F"] = float(np.mean([result["per_class"][c]["f1"] for c in "NSV"]))
+    title = f"{result['windows']} windows, macro-F1 {result['macro_f1']:.3f}"
+    draw_confusion(result["confusion"], task.classes, out / "figures" / "confusion.png", title)
+    about = {"task": task.kind, "part": args.part, "models": [str(path) for path in args.model]}
+    atomic_json(out / "metrics.json", about | result)
     if len(set(probabilities.argmax(1))) == 1:
-        print(f"warning: every window is called {classes[probabilities[0].argmax()]}", file=sys.stderr)
+        print(
+            f"warning: every window is predicted as {task.classes[probabilities[0].argmax()]}",
+            file=sys.stderr,
+        )
     print(describe_scores(result))
     print(f"results in {out}")
 

@@ -1,50 +1,55 @@
-"""Look at a model: what it hides, what it reconstructs, and the wavelet image it sees.
+"""Draw what a pre-trained model hides and reconstructs of a signal, and the wavelet image that it sees.
 
     python cwt_mae/visualize.py --model runs/cwt_mae/base/model.safetensors --data record.npz --out picture.png
 
-Writes the picture and, beside it, a csv with the signal, its reconstruction and whether each sample was hidden.
-Upstream files: visualize_recon.py, visualize_recon_data.py.
+Writes the picture and, beside it, a csv file with the signal, its reconstruction and the fraction of each
+sample's patches that was hidden. Upstream files: visualize_recon.py, visualize_recon_data.py.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # repository root: every way of starting this file finds it
-from common.checkpoint import atomic_write
+# repository root: every way of starting this file finds it
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common.arguments import Parser, number
+from common.checkpoint import atomic_csv
 from common.errors import UserError, run
 from common.figures import new_figure, save_figure
+from cwt_mae.dataset import PhysioSignalDataset, Preprocess, build_store
+from cwt_mae.model import CWT_MAE_RoPE
+from cwt_mae.model_finetune import load_model
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument(
         "--model", required=True, help="model.safetensors of a pre-training run, or an upstream checkpoint"
     )
-    parser.add_argument("--data", nargs="+", required=True, help="signal files or folders")
+    parser.add_argument("--data", nargs="+", required=True, help="signal files, or folders of them")
     parser.add_argument("--out", required=True, help="picture to write (.png)")
     parser.add_argument(
-        "--window", type=int, default=0, help="which window of the data, counted side by side"
+        "--window",
+        type=number(int, 0),
+        default=0,
+        help="which window of the data, counted side by side from 0",
     )
-    parser.add_argument("--input-fs", type=float, help="sampling rate of files that do not say it, Hz")
-    parser.add_argument("--cache", help="folder for the prepared signals (None: data/cwt_mae/cache)")
-    parser.add_argument("--seed", type=int, default=0, help="of the mask")
+    parser.add_argument("--input-fs", type=float, help="sampling rate of files that do not state it, Hz")
+    parser.add_argument("--cache", help="folder for the prepared signals; data/cwt_mae/cache without it")
+    parser.add_argument("--seed", type=number(int, 0), default=0, help="random seed of the mask")
     return parser.parse_args(argv)
 
 
 @torch.no_grad()
 def draw_reconstruction(model, batch, path, title: str = "") -> np.ndarray:
-    """Draw the first window of `batch` (as PhysioSignalDataset gives it): signal and image, masked and reconstructed.
+    """Draw the first window of `batch` (as PhysioSignalDataset gives it): signal and image, masked and
+    reconstructed.
 
-    Hidden columns are shaded in the signal, hidden patches grey in the image; where a patch was visible the original is
-    shown. Returns (L, 3): signal, reconstruction, hidden share of each sample's patches.
+    Hidden columns are shaded in the signal, hidden patches grey in the image; where a patch was visible the
+    original is shown. Returns (L, 3): the signal, its reconstruction, and the fraction of each sample's
+    patches that was hidden.
     """
     training, device = model.training, next(model.parameters()).device
     model.eval()
@@ -58,7 +63,7 @@ def draw_reconstruction(model, batch, path, title: str = "") -> np.ndarray:
     image = out["imgs"][0, 0].float().cpu().numpy()
     predicted = model.unpatchify(out["pred_spec"].float())[0, 0].cpu().numpy()
     signal, guess = out["signal"][0].float().cpu().numpy(), out["pred_time"][0].float().cpu().numpy()
-    share = np.repeat(hidden.mean(0), columns)
+    fraction = np.repeat(hidden.mean(0), columns)  # of the patches over each sample
     fs = (model.config["preprocess"] or {}).get("fs")
     time = np.arange(len(signal)) / (fs or 1)
     figure, axes = new_figure(4, 1, width=8.0, height=1.9, sharex=True)
@@ -67,7 +72,7 @@ def draw_reconstruction(model, batch, path, title: str = "") -> np.ndarray:
     axes[0].fill_between(
         time,
         *axes[0].get_ylim(),
-        where=share > 0.99,
+        where=fraction > 0.99,
         color="0.5",
         alpha=0.2,
         lw=0,
@@ -96,14 +101,11 @@ def draw_reconstruction(model, batch, path, title: str = "") -> np.ndarray:
         axis.grid(False)
     axes[3].set_xlabel("seconds" if fs else "samples")
     save_figure(figure, path)
-    return np.stack([signal, guess, share], 1)
+    return np.stack([signal, guess, fraction], 1)
 
 
 def main(args):
-    from cwt_mae.dataset import PhysioSignalDataset, Preprocess, build_store
-    from cwt_mae.model import CWT_MAE_RoPE
-    from cwt_mae.model_finetune import load_model
-
+    # The model, and one window of the data, prepared as the model's training data were
     model = load_model(args.model)
     if not isinstance(model, CWT_MAE_RoPE):
         raise UserError(
@@ -117,11 +119,12 @@ def main(args):
     item = dataset[args.window]
     batch = {name: value[None] if torch.is_tensor(value) else value for name, value in item.items()}
     table = draw_reconstruction(model, batch, args.out, item["name"])
-    lines = [f"{i},{a:.5f},{b:.5f},{c:.3f}" for i, (a, b, c) in enumerate(table)]
-    atomic_write(
-        Path(args.out).with_suffix(".csv"),
-        "\n".join(["sample,signal,reconstruction,hidden_share", *lines]) + "\n",
-    )
+    # The numbers of the picture, for whoever wants to draw it otherwise
+    rows = [
+        {"sample": i, "signal": f"{a:.5f}", "reconstruction": f"{b:.5f}", "hidden_fraction": f"{c:.3f}"}
+        for i, (a, b, c) in enumerate(table)
+    ]
+    atomic_csv(Path(args.out).with_suffix(".csv"), rows)
     print(
         f"{args.out}: {item['name']}, mean squared error of the signal "
         f"{np.mean((table[:, 0] - table[:, 1]) ** 2):.3f} (predicting its mean: 1)"

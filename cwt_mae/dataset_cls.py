@@ -1,0 +1,3 @@
+"""Upstream's name for dataset_finetune.py."""
+
+from cwt_mae.dataset_finetune import *  # noqa: F403

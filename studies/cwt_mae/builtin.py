@@ -1,0 +1,190 @@
+"""cwt_mae on the built-in data: pre-training, linear probe and fine-tuning, each beside its controls.
+
+    python studies/cwt_mae/builtin.py                            # the built-in data
+    DATA_ROOT=/data python studies/cwt_mae/builtin.py            # MIT-BIH and UCR sets below /data/ecg too
+
+Small models gain more from one core each: with three cores or more the seeds of MIT-BIH (SEEDS, default "0 1
+2") and the UCR sets run beside each other and beside the built-in data; with fewer there is one seed.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+# repository root: every way of starting this file finds it
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from common.files import read_json
+from studies.recipe import CORES, DATA, REAL, ROOT, RUNS, SMOKE, recipe, side_by_side, size, stage
+from studies.summary import write_result
+
+OUT = RUNS / "cwt_mae"
+SMALL = ROOT / "cwt_mae" / "config_small.yaml"
+SEEDS = os.environ.get("SEEDS", "0 1 2" if CORES >= 3 and not SMOKE else "0").split()
+
+
+def builtin():
+    """Pre-train on ECG and PPG, probe and fine-tune on five rhythms, score the test subjects; four rows of
+    the closing table."""
+    data, out = DATA / "cwt_mae" / size("builtin", smoke="builtin-smoke"), OUT / "builtin"
+    labelled, split, model = (
+        data / "labelled",
+        data / "labelled" / "split.json",
+        out / "base" / "model.safetensors",
+    )
+    steps = size(300, smoke=10)
+    stage(
+        "cwt_mae/make_data.py", out=data, subjects=size(30, smoke=9), seconds=size(300, smoke=120), threads=1
+    )
+
+    # Pre-training without labels, the test subjects left out; windows of 10 s
+    stage(
+        "cwt_mae/train.py",
+        data=data,
+        split=split,
+        config=SMALL,
+        model_fs=50,
+        windows=size(6400, smoke=640),
+        batch_size=64,
+        lr=2e-3,
+        max_steps=size(1500, smoke=15),
+        eval_every=500,
+        save_every=500,
+        log_every=100,
+        probe="rhythm",
+        out=out / "base",
+        overwrite=True,
+        threads=1,
+    )
+    stage("cwt_mae/visualize.py", model=model, data=data / "ppg", out=out / "ppg.png", window=1, threads=1)
+
+    # What the frozen encoder says about the rhythms, beside the same encoder with random weights
+    stage(
+        "studies/cwt_mae/probe.py",
+        data=labelled,
+        split=split,
+        model=model,
+        task="rhythm",
+        random_seeds=size(3, smoke=1),
+        out=out / "probe",
+        overwrite=True,
+        threads=1,
+    )
+
+    # Fine-tuning of the trained encoder and of a random one
+    for name, layer_decay in (("tuned", 0.75), ("random", 1)):
+        stage(
+            "cwt_mae/finetune.py",
+            data=labelled,
+            split=split,
+            pretrained=model,
+            random_init=name == "random",
+            task="rhythm",
+            folds=3,
+            lr=1e-3,
+            layer_decay=layer_decay,
+            sampling_power=0.5,
+            augment=1,
+            max_steps=steps,
+            eval_every=100,
+            log_every=100,
+            out=out / name,
+            overwrite=True,
+            threads=1,
+        )
+        stage(
+            "cwt_mae/test.py",
+            data=labelled,
+            split=split,
+            model=out / name / "model.safetensors",
+            out=out / f"{name}-test",
+            overwrite=True,
+            threads=1,
+        )
+
+    # Controls that know nothing of wavelets
+    windows = dict(data=labelled, split=split, task="rhythm", model_fs=50, signal_len=500)
+    stage(
+        "studies/cwt_mae/forest.py", kind="forest", **windows, out=out / "forest", overwrite=True, threads=1
+    )
+    stage("studies/cwt_mae/cnn.py", **windows, max_steps=steps, out=out / "cnn", overwrite=True, threads=1)
+    report(out)
+
+
+def report(out):
+    """The four rows of the closing table."""
+    found = {
+        name: read_json(out / name / "metrics.json")
+        for name in ("base", "probe", "tuned-test", "random-test", "forest", "cnn")
+    }
+    base, linear, tuned = found["base"], found["probe"], found["tuned-test"]
+    write_result(
+        OUT,
+        "built-in ECG, image reconstruction",
+        "MSE of hidden patches, lower is better",
+        base["val_spec"],
+        {"predict the mean": base["spec_mean"], "straight lines": base["spec_line"]},
+        figures=[
+            (out / "base" / "figures" / "reconstruction.png", "ECG: hidden, reconstructed, original"),
+            (out / "ppg.png", "the same for PPG"),
+        ],
+        note="Normalised wavelet images of subjects held out of the pre-training.",
+    )
+    write_result(
+        OUT,
+        "built-in ECG, signal reconstruction",
+        "MSE, lower is better",
+        base["val_time"],
+        {"predict the mean": base["time_mean"], "straight lines": base["time_line"]},
+        note="The whole normalised signal of the same subjects, visible parts included.",
+    )
+    write_result(
+        OUT,
+        "built-in rhythms, linear probe",
+        "macro-F1",
+        linear["macro_f1"],
+        {"random weights": linear["random_mean"], "most frequent class": linear["chance"]},
+        interval=linear["interval"],
+        figures=[(out / "probe" / "figures" / "probe.png", "linear probe of frozen features")],
+        note="Logistic regression on frozen features, scored on other subjects. The interval is a bootstrap over the test "
+        "records; random weights: mean of the seeds.",
+    )
+    write_result(
+        OUT,
+        "built-in rhythms, fine-tuned",
+        "macro-F1",
+        tuned["macro_f1"],
+        {
+            "random weights, fine-tuned": found["random-test"]["macro_f1"],
+            "random forest": found["forest"]["macro_f1"],
+            "small CNN": found["cnn"]["macro_f1"],
+            "most frequent class": linear["chance"],
+        },
+        interval=tuned["macro_f1_95"],
+        figures=[(out / "tuned-test" / "figures" / "confusion.png", "fine-tuned, test records")],
+        note="Windows of 10 s of subjects that no training saw.",
+    )
+
+
+def main():
+    parts, mitbih, sets = [builtin], None, []
+    if REAL and (REAL / "ecg" / "mitbih").is_dir():
+        mitbih = dict(data=REAL / "ecg" / "mitbih", out=OUT / "mitbih")
+    if REAL:
+        sets = sorted((REAL / "ecg").glob("*.npz"))
+
+    # Every part is a process of its own, so that the cores are shared out among them
+    if mitbih:
+        for seed in SEEDS:
+            parts.append(lambda seed=seed: stage("studies/cwt_mae/mitbih.py", "train", **mitbih, seed=seed))
+        parts.append(lambda: stage("studies/cwt_mae/mitbih.py", "forest", **mitbih))
+    for file in sets:
+        parts.append(lambda file=file: stage("studies/cwt_mae/ucr.py", data=file, out=OUT / file.stem))
+    side_by_side(*parts, cores=CORES)
+
+    # The test records of MIT-BIH come last, when all that is scored on them is trained
+    if mitbih:
+        stage("studies/cwt_mae/mitbih.py", "score", **mitbih, seeds=SEEDS)
+
+
+if __name__ == "__main__":
+    recipe(main)
