@@ -2,9 +2,12 @@
 
 Three tasks on the same store of prepared signals (dataset.py):
 
-    beat    a window centred on every annotated beat, and the rhythm around it as numbers; AAMI classes N S V F
-    rhythm  windows side by side, labelled by the rhythm annotation in force; windows across a change are left out
-    series  one label for a whole record: UCR sets, and npz files with a field `label`; longer records give several windows
+    beat    a window centred on every annotated beat, and the rhythm around it as features; AAMI classes
+            N, S, V and F
+    rhythm  windows side by side, labelled by the rhythm annotation in force; windows across a change are
+            left out
+    series  one label for a whole record: UCR sets, and npz files with a field `label`; longer records give
+            several windows
 
 Records are split by subject: part "train" or "test" from the files themselves (UCR), a split file, or the
 inter-patient list DS1 of de Chazal et al. 2004, in which a record of any other name belongs to the test part.

@@ -1,6 +1,7 @@
-"""Fine-tune a pre-trained CWT-MAE encoder to classify windows: heart beats, rhythms, or whole series.
+r"""Fine-tune a pre-trained CWT-MAE encoder to classify windows: heart beats, rhythms, or whole series.
 
-    python cwt_mae/finetune.py --pretrained runs/cwt_mae/base/model.safetensors --data FOLDER --task beat --out runs/cwt_mae/beat
+    python cwt_mae/finetune.py --pretrained runs/cwt_mae/base/model.safetensors --data FOLDER --task beat \
+        --out runs/cwt_mae/beat
 
 Records are split by subject into training, validation (one of --folds parts of the training records) and
 test. The test records are never looked at here: the checkpoint and the correction of the class frequencies

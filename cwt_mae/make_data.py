@@ -3,7 +3,8 @@ records.
 
     python cwt_mae/make_data.py --out data/cwt_mae/builtin
 
-    labelled/s000.npz ...   as the real MIT-BIH npz files: sig (int16), fs, gain, lead, subject, ann_sample, ann_symbol, ann_aux, ann_aami
+    labelled/s000.npz ...   as the real MIT-BIH npz files: sig (int16), fs, gain, lead, subject, ann_sample,
+                            ann_symbol, ann_aux, ann_aami
     labelled/split.json     {"train": [...], "test": [...]}; no subject is in both
     ppg/p000.csv, p001.h5   unlabelled pulse waves, for pre-training
 

@@ -1,6 +1,7 @@
 """CWT-MAE-RoPE: a masked autoencoder of wavelet images of one-dimensional signals.
 
-    signal (B, L) -> Ricker wavelet images (B, 3, scales, L) -> patches -> transformer encoder on the visible ones
+    signal (B, L) -> Ricker wavelet images (B, 3, scales, L) -> patches
+    -> transformer encoder on the visible patches
     -> transformer decoder on all -> hidden patches of the image, and the signal itself
 
 Names, shapes and state-dict keys follow the public repository Dryilv/Wearable-Foundation-Model (file

@@ -1,6 +1,6 @@
 """Score fine-tuned classifiers on labelled records, or classify the windows of unlabelled ones.
 
-    python cwt_mae/test.py --model runs/cwt_mae/beat/model.safetensors --data FOLDER --out runs/cwt_mae/beat_test
+    python cwt_mae/test.py --model runs/cwt_mae/beat/model.safetensors --data FOLDER --out runs/cwt_mae/test
     python cwt_mae/test.py --model ... --data FOLDER --unlabelled --stride 250 --out ...
 
 Writes metrics.json (accuracy, macro-F1, AUROC, scores per class, 95 % intervals), per_window.csv,

@@ -1,6 +1,6 @@
 """Draw what a pre-trained model hides and reconstructs of a signal, and the wavelet image that it sees.
 
-    python cwt_mae/visualize.py --model runs/cwt_mae/base/model.safetensors --data record.npz --out picture.png
+    python cwt_mae/visualize.py --model runs/cwt_mae/base/model.safetensors --data record.npz --out p.png
 
 Writes the picture and, beside it, a csv file with the signal, its reconstruction and the fraction of each
 sample's patches that was hidden. Upstream files: visualize_recon.py, visualize_recon_data.py.

@@ -17,9 +17,9 @@ from cwt_mae.dataset_finetune import (
     load_task,
     rhythm_features,
     split_parts,
-    usual_of,
+    median_beats,
 )
-from cwt_mae.train import bridge
+from cwt_mae.validation import bridge
 
 FS = 200
 
@@ -261,7 +261,7 @@ def test_wfdb_and_npz_forms_of_mit_bih_give_the_same_beats(tmp_path, prepare, da
     assert np.corrcoef(a, b)[0, 1] > 0.98
 
 
-def test_a_beat_comes_with_the_rhythm_around_it_and_what_is_usual_in_its_record(tmp_path, prepare):
+def test_a_beat_comes_with_the_rhythm_around_it_and_the_median_beat_of_its_record(tmp_path, prepare):
     beats_npz(tmp_path / "a.npz", symbols="NNNNV")
     store = store_of(tmp_path, prepare, tmp_path / "a.npz")
     task = load_task(store, "beat", 100)
@@ -274,16 +274,16 @@ def test_a_beat_comes_with_the_rhythm_around_it_and_what_is_usual_in_its_record(
     early[20] -= 0.4
     assert rhythm_features(early)[20, 0] < -0.4 < rhythm_features(seconds)[20, 0]
     dataset = DownstreamClassificationDataset(store, task, 100)
-    dataset.usual = usual_of(lambda x, real: x, store, task, 100)
-    usual = dataset[0]["usual"].numpy()
-    assert list(dataset.usual) == [0] and usual.shape == (100,) and usual.argmax() == 50
-    close = np.array([np.corrcoef(dataset[i]["x"], usual)[0, 1] for i in range(5, 15)])
+    dataset.median_beats = median_beats(lambda x, real: x, store, task, 100)
+    median_beat = dataset[0]["median_beat"].numpy()
+    assert list(dataset.median_beats) == [0] and median_beat.shape == (100,) and median_beat.argmax() == 50
+    close = np.array([np.corrcoef(dataset[i]["x"], median_beat)[0, 1] for i in range(5, 15)])
     odd = task.items["label"][5:15] == 2
-    assert close[odd].max() < 0.3 < 0.8 < close[~odd].min()  # the rare shape is not the usual one
-    assert np.corrcoef(usual_of(lambda x, real: x, store, task, 100, at_most=20)[0], usual)[0, 1] > 0.95
+    assert close[odd].max() < 0.3 < 0.8 < close[~odd].min()  # the rare shape is not the median_beat one
+    assert np.corrcoef(median_beats(lambda x, real: x, store, task, 100, at_most=20)[0], median_beat)[0, 1] > 0.95
     windows = np.stack([dataset[i]["x"] for i in range(len(task.items))])
     assert np.allclose(
-        usual, np.sort(windows, 0)[(len(windows) - 1) // 2]
+        median_beat, np.sort(windows, 0)[(len(windows) - 1) // 2]
     )  # the median: what is rare moves a mean
 
 
@@ -292,7 +292,7 @@ def test_simulated_fibrillation_changes_the_rhythm_of_all_but_s(tmp_path, prepar
     store = store_of(tmp_path, prepare, tmp_path / "a.npz")
     task = load_task(store, "beat", 100)
     items = [
-        DownstreamClassificationDataset(store, task, 100, draws=200, irregular=1.0)[i] for i in range(200)
+        DownstreamClassificationDataset(store, task, 100, draws=200, fibrillation_fraction=1.0)[i] for i in range(200)
     ]
     own = [np.array_equal(item["features"], task.features[item["index"]]) for item in items]
     assert own == [item["label"] == 1 for item in items] and 0 < sum(own) < 200
@@ -413,13 +413,13 @@ def test_mixup_blends_windows_and_says_by_how_much(tmp_path, prepare):
         i
         for i in range(len(task.items))
         if np.allclose(
-            item["share"] * plain[3]["x"]
-            + (1 - item["share"]) * mixed.window(i, np.random.default_rng(0))["x"],
+            item["blend"] * plain[3]["x"]
+            + (1 - item["blend"]) * mixed.window(i, np.random.default_rng(0))["x"],
             item["x"],
             atol=1e-5,
         )
     )
-    assert task.items["label"][other] == item["label2"] and 0 < item["share"] < 1
+    assert task.items["label"][other] == item["label2"] and 0 < item["blend"] < 1
 
 
 def test_rhythm_windows_do_not_cross_a_change(tmp_path, prepare):

@@ -506,7 +506,7 @@ def test_centre_columns_and_features_reach_the_head():
         TF_MAE_Classifier(None, 3, center_columns=3, **SMALL)
 
 
-def test_the_head_sees_how_a_window_differs_from_the_usual_one():
+def test_the_head_sees_the_difference_from_the_median_beat():
     torch.manual_seed(0)
     model = TF_MAE_Classifier(
         None, 3, use_cot=False, hidden_dim=16, center_columns=3, compare=True, **SMALL
@@ -515,10 +515,10 @@ def test_the_head_sees_how_a_window_differs_from_the_usual_one():
     own = model.middle(x)
     assert own.shape == (4, 3 * 32)
     assert torch.allclose(
-        model(x, usual=own), model(x, usual=own)[:1].expand(4, -1), atol=1e-5
+        model(x, median_beat=own), model(x, median_beat=own)[:1].expand(4, -1), atol=1e-5
     )  # no difference is no difference
-    assert torch.allclose(model(x, usual=own + 1)[2:], model(x[2:], usual=own[2:] + 1), atol=1e-5)
-    with pytest.raises(ValueError, match="usual is missing"):
+    assert torch.allclose(model(x, median_beat=own + 1)[2:], model(x[2:], median_beat=own[2:] + 1), atol=1e-5)
+    with pytest.raises(ValueError, match="median_beat is missing"):
         model(x)
     with pytest.raises(ValueError, match="compare needs center_columns"):
         TF_MAE_Classifier(None, 3, use_cot=False, compare=True, **SMALL)

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from common.errors import UserError
-from cwt_mae import baselines, finetune, make_data, probe, test, train, visualize
+from cwt_mae import finetune, make_data, test, train, visualize
 from cwt_mae.dataset import Preprocess, build_store
 from cwt_mae.dataset_finetune import DownstreamClassificationDataset, load_task
 from cwt_mae.model_finetune import load_model
@@ -25,8 +25,8 @@ from tests.parity import assert_same_first_step, assert_same_scores
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = (
-    "--model-fs 50 --signal-len 200 --patch-size-time 20 --cwt-scales 8 --patch-size-freq 8 --embed-dim 16 --depth 1 --num-heads 2 "
-    "--decoder-embed-dim 16 --decoder-depth 1 --decoder-num-heads 2 --batch-size 8 --windows 40 --eval-windows 16 --lr 1e-3 --log-every 1"
+    "--model-fs 50 --set signal_len=200 patch_size_time=20 cwt_scales=8 patch_size_freq=8 embed_dim=16 depth=1 num_heads=2 "
+    "decoder_embed_dim=16 decoder_depth=1 decoder_num_heads=2 --batch-size 8 --windows 40 --eval-windows 16 --lr 1e-3 --log-every 1"
 ).split()
 ENV = os.environ | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
 
@@ -199,7 +199,7 @@ def test_heads_modes_and_losses_of_fine_tuning(world):
         )
 
 
-def test_a_model_that_compares_is_scored_with_what_is_usual_in_each_record(world):
+def test_a_model_that_compares_is_scored_with_the_median_tokens_of_each_record(world):
     tune(
         world,
         world["folder"] / "compares",

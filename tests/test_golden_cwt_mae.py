@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 
+from common.train import lr_at
 from cwt_mae.model import (
     Block,
     CWT_MAE_RoPE,
@@ -24,9 +25,8 @@ from cwt_mae.model import (
     cwt_wrap,
 )
 from cwt_mae.model_finetune import TF_MAE_Classifier, interpolate_pos_embed
-from cwt_mae.train import lr_at
-from cwt_mae.upstream_signals import band_pass, finetune_window, pretrain_window
 from tests.golden import golden_files
+from tests.upstream_cwt_mae import band_pass, finetune_window, pretrain_window
 
 MODEL_ARGS = (
     "signal_len cwt_scales patch_size_time patch_size_freq embed_dim depth num_heads decoder_embed_dim decoder_depth "
@@ -64,6 +64,13 @@ class Golden:
             (value.double() - expected.double()).abs().max() / expected.double().abs().max().clamp(min=1e-30)
         ).item()
         assert error <= tolerance, f"{key} is off by {error:.1e} of its peak, allowed {tolerance:.0e}"
+
+
+def rate_at(step, steps, config):
+    """The learning rate at `step` as train.py sets it, with the numbers of a golden file."""
+    base = config["base_lr"]
+    floor = config["min_lr"] / base
+    return base * lr_at(step, steps, config["warmup_steps"], floor=floor, ramp="zero")
 
 
 def model_of(config):
@@ -193,7 +200,7 @@ def train_steps(g, tmp_path):
     )
     losses, norms = [], []
     for step, (x, noise, lr) in enumerate(zip(g.get("in.x"), g.get("in.noise"), g.get("in.lr").tolist())):
-        assert lr_at(step, c["steps"], c["warmup_steps"], c["base_lr"], c["min_lr"]) == pytest.approx(
+        assert rate_at(step, c["steps"], c) == pytest.approx(
             lr, rel=1e-6, abs=1e-12
         )
         optimizer.param_groups[0]["lr"] = lr
@@ -266,7 +273,7 @@ def preprocess_and_schedule(g, tmp_path):
         g.left.discard(f"out.cls_label.{i}")  # the label stored beside the record, not computed
     lr = c["lr"]
     rates = [
-        lr_at(step, lr["total_steps"], lr["warmup_steps"], lr["base_lr"], lr["min_lr"])
+        rate_at(step, lr["total_steps"], lr)
         for step in range(lr["total_steps"])
     ]
     g.check("lr", torch.tensor(rates, dtype=torch.float64), 1e-6)

@@ -63,8 +63,9 @@ def cwt(tmp_path_factory):
     """Labelled records with a split, PPG as csv, a pre-trained model and a classifier."""
     home = tmp_path_factory.mktemp("cwt")
     tiny = (
-        "--model-fs 50 --signal-len 200 --patch-size-time 20 --cwt-scales 8 --patch-size-freq 8 --embed-dim 16 --depth 1 --num-heads 2 "
-        "--decoder-embed-dim 16 --decoder-depth 1 --decoder-num-heads 2 --windows 8 --eval-windows 4"
+        "--model-fs 50 --set signal_len=200 patch_size_time=20 cwt_scales=8 patch_size_freq=8 embed_dim=16 "
+        "depth=1 num_heads=2 decoder_embed_dim=16 decoder_depth=1 decoder_num_heads=2 --windows 8 "
+        "--eval-windows 4"
     ).split()
     made(
         cwt_mae.make_data,

@@ -19,7 +19,7 @@ import torch.nn as nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common.arguments import Parser, add_run_arguments, number, refuse
 from common.checkpoint import atomic_json
-from common.errors import UserError, run
+from common.errors import run
 from common.figures import draw_confusion
 from common.run import describe, open_run, seed_everything
 from common.train import (

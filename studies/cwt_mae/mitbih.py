@@ -1,9 +1,11 @@
 """Heart beats of MIT-BIH in four AAMI classes: trained on the records of DS1, scored once on every other
 record.
 
-    python studies/cwt_mae/mitbih.py train  --data mitbih --out runs/cwt_mae/mitbih --seed 0        # one seed of everything
-    python studies/cwt_mae/mitbih.py forest --data mitbih --out runs/cwt_mae/mitbih                 # two random forests
-    python studies/cwt_mae/mitbih.py score  --data mitbih --out runs/cwt_mae/mitbih --seeds 0 1 2   # the test records
+    python studies/cwt_mae/mitbih.py train  --data mitbih --out runs/cwt_mae/mitbih --seed 0
+    python studies/cwt_mae/mitbih.py forest --data mitbih --out runs/cwt_mae/mitbih
+    python studies/cwt_mae/mitbih.py score  --data mitbih --out runs/cwt_mae/mitbih --seeds 0 1 2
+
+train makes one seed of every model, forest fits two random forests, score looks at the test records.
 
 A folder that holds test records only is scored with the classifiers of an earlier run. RESULTS.md holds what
 came out.
