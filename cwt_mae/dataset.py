@@ -13,7 +13,6 @@ Upstream file: dataset.py (PhysioSignalDataset). Its pickles are read by convert
 import fcntl
 import hashlib
 import json
-import math
 import sys
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -586,10 +585,10 @@ def check_record(record: Record, min_seconds: float) -> Record:
     """The record, if it is long enough and its annotations lie inside it."""
     length = min(len(x) for x in record.channels.values())
     if length < max(8, min_seconds * record.fs):
+        needed = f"--min-seconds {min_seconds:g} asks for more" if min_seconds else "at least 8 are needed"
         raise UserError(
             f"{record.source}: record {record.name} is too short: {length} samples ({length / record.fs:.2f} "
-            f"s at {record.fs:g} Hz), "
-            f"needed {max(8, math.ceil(min_seconds * record.fs))}; leave it out or pass --skip-bad"
+            f"s at {record.fs:g} Hz), {needed}; leave it out or pass --skip-bad"
         )
     last = max((sample for sample, _, _ in record.events), default=0)
     if last >= length or any(sample < -1 for sample, _, _ in record.events):

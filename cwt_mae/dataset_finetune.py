@@ -319,7 +319,7 @@ class DownstreamClassificationDataset(Dataset):
         label          index of the class
         features       float32 (F,), the rhythm around a beat; F = 0 for other tasks
         index, name    place among the task's items, and "record@first sample"
-        median_beat    what the windows of this record are usually like, once `median_beats` holds it (see there)
+        median_beat    median over the windows of the record, where the attribute `median_beats` holds it
         label2, blend  with mixup: the second window's label, and the weight of the first one
 
     Without `draws` every window comes once, in order. With draws > 0 (training) an epoch is that many draws

@@ -15,9 +15,9 @@ from cwt_mae.dataset_finetune import (
     DownstreamClassificationDataset,
     fold_of,
     load_task,
+    median_beats,
     rhythm_features,
     split_parts,
-    median_beats,
 )
 from cwt_mae.validation import bridge
 
@@ -207,7 +207,10 @@ def spoil(name, folder):
     return "WFDB"
 
 
-BAD = "nan flat rate no-rate short annotation annotation-kind gain ts no-signal text objects transposed cut csv wfdb".split()
+BAD = (
+    "nan flat rate no-rate short annotation annotation-kind gain ts no-signal text objects transposed cut "
+    "csv wfdb"
+).split()
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -280,7 +283,10 @@ def test_a_beat_comes_with_the_rhythm_around_it_and_the_median_beat_of_its_recor
     close = np.array([np.corrcoef(dataset[i]["x"], median_beat)[0, 1] for i in range(5, 15)])
     odd = task.items["label"][5:15] == 2
     assert close[odd].max() < 0.3 < 0.8 < close[~odd].min()  # the rare shape is not the median_beat one
-    assert np.corrcoef(median_beats(lambda x, real: x, store, task, 100, at_most=20)[0], median_beat)[0, 1] > 0.95
+    assert (
+        np.corrcoef(median_beats(lambda x, real: x, store, task, 100, at_most=20)[0], median_beat)[0, 1]
+        > 0.95
+    )
     windows = np.stack([dataset[i]["x"] for i in range(len(task.items))])
     assert np.allclose(
         median_beat, np.sort(windows, 0)[(len(windows) - 1) // 2]
@@ -292,7 +298,8 @@ def test_simulated_fibrillation_changes_the_rhythm_of_all_but_s(tmp_path, prepar
     store = store_of(tmp_path, prepare, tmp_path / "a.npz")
     task = load_task(store, "beat", 100)
     items = [
-        DownstreamClassificationDataset(store, task, 100, draws=200, fibrillation_fraction=1.0)[i] for i in range(200)
+        DownstreamClassificationDataset(store, task, 100, draws=200, fibrillation_fraction=1.0)[i]
+        for i in range(200)
     ]
     own = [np.array_equal(item["features"], task.features[item["index"]]) for item in items]
     assert own == [item["label"] == 1 for item in items] and 0 < sum(own) < 200

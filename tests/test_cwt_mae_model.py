@@ -1,5 +1,5 @@
-"""cwt_mae's model: properties, and every upstream defect that is mended by default (the accidents that legacy keeps are pinned
-by the golden files)."""
+"""cwt_mae's model: properties, and every upstream defect that is mended by default (the accidents that legacy
+keeps are pinned by the golden files)."""
 
 import subprocess
 import sys
@@ -59,7 +59,8 @@ def padded(x, lead, length, garbage=7.0):
 
 
 def direct(x, num_scales, padding, lowest=0.1, step=1.0):
-    """The default transform by its definition: float64, one explicit sum for each output, numpy's own padding."""
+    """The default transform by its definition: float64, one explicit sum for each output, numpy's own
+    padding."""
     scales = lowest + step * np.arange(num_scales)
     half = int(5 * scales[-1] + 1e-3)
     modes = {"reflect": {"mode": "reflect"}, "replicate": {"mode": "edge"}, "zero": {"mode": "constant"}}
@@ -135,8 +136,8 @@ def test_gradients_are_those_of_the_definition():
     x, real = padded(signals(2, 14, dtype=torch.float64), 2, 18, garbage=0.0)
     for options in ({}, {"legacy": True}, {"real": real}, {"padding": "zero"}):
         assert torch.autograd.gradcheck(
-            lambda x: cwt_wrap(x, 4, normalize=True, **options), x.double().requires_grad_()
-        )  # noqa: B023
+            lambda x, options=options: cwt_wrap(x, 4, normalize=True, **options), x.double().requires_grad_()
+        )
 
 
 def test_inference_mode_and_training_share_one_bank():
@@ -150,7 +151,8 @@ def test_inference_mode_and_training_share_one_bank():
 
 @pytest.mark.parametrize("legacy", [False, True])
 def test_other_devices_get_plain_operations_on_one_device(legacy):
-    """The meta device computes nothing, but refuses to mix with the CPU and to be asked for values, as CUDA graphs do."""
+    """The meta device computes nothing, but refuses to mix with the CPU and to be asked for values, as CUDA
+    graphs do."""
     x, real = torch.empty(5, 1000, device="meta"), torch.empty(5, 1000, dtype=torch.bool, device="meta")
     for mask in (None, real):
         assert cwt_wrap(x, 64, legacy=legacy, real=mask, normalize=True).shape == (5, 3, 64, 1000)
@@ -161,7 +163,8 @@ def test_other_devices_get_plain_operations_on_one_device(legacy):
 
 
 def test_impulse_gives_images_centred_on_it():
-    """Upstream's 630 taps are half a sample late at 64 scales and its first difference is half a sample off the second."""
+    """Upstream's 630 taps are half a sample late at 64 scales and its first difference is half a sample off
+    the second."""
     x = torch.zeros(1, 1401)
     x[0, 700] = 1
     image = cwt_wrap(x, 64)[0]
@@ -173,7 +176,8 @@ def test_impulse_gives_images_centred_on_it():
 
 
 def test_kernels_do_not_depend_on_the_length_of_the_signal():
-    """Upstream's row of scale 0.1 is dead at 3000 samples and dominant at 600, and short signals cut the kernels."""
+    """Upstream's row of scale 0.1 is dead at 3000 samples and dominant at 600, and short signals cut the
+    kernels."""
     x = signals(1, 3000)
     x = x - x.mean()
     whole, part = cwt_wrap(x, 64)[0, 1:], cwt_wrap(x[:, 1000:1700], 64)[0, 1:]
@@ -380,7 +384,8 @@ def test_padding_changes_no_loss_and_no_prediction(options):
 
 
 def test_decoder_does_not_see_what_a_short_record_hides():
-    """A record with few real patches keeps fewer of them than its batch has room for; the rest of the room holds hidden ones."""
+    """A record with few real patches keeps fewer of them than its batch has room for; the rest of the room
+    holds hidden ones."""
     model, real = small(), padded(signals(2, 60), 40, 200)[1]
     patches = model.real_patches(real)
     mask, ids_restore, ids_keep, slots = model.random_masking(torch.rand(2, 40), patches)
@@ -627,7 +632,8 @@ def test_checkpoint_that_does_not_fit_is_an_error(tmp_path):
 
 @pytest.mark.parametrize("scales, length", [(8, 200), (32, 100), (24, 400)])
 def test_positions_are_interpolated_on_both_axes(tmp_path, scales, length):
-    """The old grid comes from the file: with (32, 100) the table has as many patches as before, in other rows."""
+    """The old grid comes from the file: with (32, 100) the table has as many patches as before, in other
+    rows."""
     path, source = tmp_path / "model.pth", small()
     table = torch.arange(4.0)[:, None].expand(4, 10)  # a table that says its row
     source.pos_embed.data[0, 1:] = table.reshape(-1, 1)

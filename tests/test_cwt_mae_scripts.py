@@ -20,13 +20,15 @@ from cwt_mae import finetune, make_data, test, train, visualize
 from cwt_mae.dataset import Preprocess, build_store
 from cwt_mae.dataset_finetune import DownstreamClassificationDataset, load_task
 from cwt_mae.model_finetune import load_model
+from studies.cwt_mae import cnn, forest, probe
 from tests import forked
 from tests.parity import assert_same_first_step, assert_same_scores
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = (
-    "--model-fs 50 --set signal_len=200 patch_size_time=20 cwt_scales=8 patch_size_freq=8 embed_dim=16 depth=1 num_heads=2 "
-    "decoder_embed_dim=16 decoder_depth=1 decoder_num_heads=2 --batch-size 8 --windows 40 --eval-windows 16 --lr 1e-3 --log-every 1"
+    "--model-fs 50 --set signal_len=200 patch_size_time=20 cwt_scales=8 patch_size_freq=8 embed_dim=16 "
+    "depth=1 num_heads=2 decoder_embed_dim=16 decoder_depth=1 decoder_num_heads=2 "
+    "--batch-size 8 --windows 40 --eval-windows 16 --lr 1e-3 --log-every 1"
 ).split()
 ENV = os.environ | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
 
@@ -129,9 +131,8 @@ def test_the_test_part_is_scored_with_tables_intervals_and_pictures(world):
         == len((out / "per_window.csv").read_text().splitlines()) - 1
     )
     assert (out / "figures" / "confusion.png").is_file()
-    test.main(
-        test.parse_args([*common, "--out", str(world["folder"] / "read"), "--unlabelled", "--stride", "50"])
-    )
+    everything = [*common[:4], "--cache", str(world["cache"]), "--unlabelled", "--stride", "50"]
+    test.main(test.parse_args([*everything, "--out", str(world["folder"] / "read")]))
     line = (world["folder"] / "read" / "per_record.csv").read_text().splitlines()[1].split(",")
     assert (
         int(line[3]) == -(-(90 * 50 - 200) // 50) + 1
@@ -150,7 +151,7 @@ def test_ensemble_of_one_model_twice_is_that_model(world):
     assert_same_scores(out[0] / "per_window.csv", out[1] / "per_window.csv")
 
 
-def test_probe_and_picture_and_baselines_run(world):
+def test_the_probe_the_picture_and_the_controls_run(world):
     model, out = str(world["base"] / "model.safetensors"), str(world["folder"] / "probe")
     probe.main(
         probe.parse_args(
@@ -170,13 +171,14 @@ def test_probe_and_picture_and_baselines_run(world):
     )
     table = np.loadtxt(world["folder"] / "p.csv", delimiter=",", skiprows=1)
     assert table.shape == (200, 4) and set(table[:, 3]) == {0.0, 1.0}
-    for kind in ("nn", "forest", "cnn"):
+    options = "--task rhythm --model-fs 50 --signal-len 200 --resamples 0".split()
+    for kind in ("nn", "forest"):
         out = world["folder"] / kind
-        options = (
-            f"--kind {kind} --task rhythm --model-fs 50 --signal-len 200 --max-steps 5 --resamples 0".split()
-        )
-        baselines.main(baselines.parse_args([*options, *given(world), "--out", str(out)]))
-        assert 0 <= json.loads((out / "metrics.json").read_text())["macro_f1"] <= 1
+        forest.main(forest.parse_args([*options, *given(world), "--kind", kind, "--out", str(out)]))
+        assert 0 < json.loads((out / "metrics.json").read_text())["macro_f1"] <= 1
+    out = world["folder"] / "cnn"
+    cnn.main(cnn.parse_args([*options, *given(world), "--max-steps", "5", "--out", str(out)]))
+    assert 0 < json.loads((out / "metrics.json").read_text())["accuracy"] <= 1
 
 
 def test_heads_modes_and_losses_of_fine_tuning(world):
@@ -253,9 +255,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit_with_loader_worke
     run_apart(train, pretraining(world, cut, *options, "--resume"), log)
     assert same(whole, cut) and losses(whole) == losses(cut)
     whole, cut = world["folder"] / "tuned_whole", world["folder"] / "tuned_cut"
-    options = (
-        "--max-steps 8 --save-every 3 --workers 1 --augment 1 --head mlp --dropout 0.5 --select last".split()
-    )
+    options = "--max-steps 8 --save-every 3 --workers 1 --augment 1 --head mlp --set dropout_rate=0.5".split()
+    options += ["--select", "last"]
     run_apart(finetune, tuning(world, whole, *options), log)
     shutil.copytree(whole, cut, symlinks=True)
     shutil.rmtree(cut / "checkpoints" / "step-00000008")
@@ -293,6 +294,12 @@ def test_twenty_kills_at_random_moments_lose_nothing(world):
     assert same(whole, killed) and losses(whole) == losses(killed)
 
 
+def bash(script, *options, cwd, env):
+    """Start one of the room's launchers from `cwd`."""
+    command = ["bash", os.path.relpath(ROOT / "cwt_mae" / script, cwd), *options]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
+
+
 def launch(script, *options, processes=1, cwd=ROOT, env=ENV):
     return subprocess.run(
         [sys.executable, "-m", "common.launch", str(ROOT / "cwt_mae" / script), *map(str, options)],
@@ -324,7 +331,7 @@ def test_two_processes_take_the_first_step_of_one(world):
     "script, options, wanted",
     [
         ("train.py", ["--data", "nowhere"], "nowhere"),
-        ("train.py", ["--data", "{data}", "--signal-len", "210"], "patch_size_time"),
+        ("train.py", ["--data", "{data}", "--set", "signal_len=210"], "patch_size_time"),
         ("train.py", ["--data", "{data}", "--batch-size", "100000"], "--batch-size"),
         (
             "finetune.py",
@@ -369,11 +376,7 @@ def test_bad_inputs_are_errors_of_one_line_before_anything_is_written(script, op
     module = {"train.py": train, "finetune.py": finetune, "test.py": test, "probe.py": probe}[script]
     options = [o.format(**world) for o in options]
     if script == "train.py":
-        tiny = list(TINY)
-        for name in ("--signal-len", "--batch-size"):
-            if name in options:
-                del tiny[tiny.index(name) : tiny.index(name) + 2]
-        options += [*tiny, "--max-steps", "1"]
+        options = [*TINY, "--max-steps", "1", *options]
     with pytest.raises(UserError) as error:
         module.main(module.parse_args([*options, "--cache", str(world["cache"]), "--out", str(out)]))
     assert wanted in str(error.value) and "\n" not in str(error.value) and not out.exists()
@@ -387,30 +390,19 @@ def test_a_bad_input_ends_with_status_2_and_no_traceback(world):
     )
 
 
-@pytest.mark.parametrize("place", ["repository", "project"])
 @pytest.mark.slow
+@pytest.mark.parametrize("place", ["repository", "project"])
 def test_launchers_run_from_two_directories(place, world, tmp_path):
-    cwd = {"repository": ROOT, "project": ROOT / "cwt_mae"}[place]
-    env = ENV | {"DATA": os.path.relpath(world["data"], cwd), "OUT": os.path.relpath(tmp_path / "base", cwd)}
-    done = subprocess.run(
-        [
-            "bash",
-            os.path.relpath(ROOT / "cwt_mae" / "run_train.sh", cwd),
-            "--split",
-            str(world["split"]),
-            "--cache",
-            str(world["cache"]),
-            *TINY,
-            "--max-steps",
-            "2",
-        ],
-        cwd=cwd,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0 and (tmp_path / "base" / "model.safetensors").is_file(), done.stderr
+    """Data and outputs are relative to the caller; without OUT the run goes below RUNS."""
+    cwd, base = {"repository": (ROOT, "runs/cwt_mae/base"), "project": (ROOT / "cwt_mae", "base")}[place]
+    folder = {"repository": {"RUNS": tmp_path / "runs"}, "project": {"OUT": tmp_path / "base"}}[place]
+    env = ENV | {"DATA": os.path.relpath(world["data"], cwd)}
+    env |= {name: os.path.relpath(path, cwd) for name, path in folder.items()}
+    options = ["--split", str(world["split"]), "--cache", str(world["cache"]), *TINY, "--max-steps", "2"]
+    done = bash("run_train.sh", *options, cwd=cwd, env=env)
+    assert done.returncode == 0 and (tmp_path / base / "model.safetensors").is_file(), done.stderr
+    if place == "repository":  # the other launchers from one place only: each start costs seconds
+        return
     env |= {
         "DATA": os.path.relpath(world["labelled"], cwd),
         "OUT": os.path.relpath(tmp_path / "classifier", cwd),
@@ -418,14 +410,33 @@ def test_launchers_run_from_two_directories(place, world, tmp_path):
         "SPLIT": os.path.relpath(world["split"], cwd),
         "MODEL": os.path.relpath(tmp_path / "base" / "model.safetensors", cwd),
     }
-    if place == "project":  # the second launcher from one place: each start costs seconds
-        done = subprocess.run(
-            ["bash", "run_test.sh", "--cache", str(world["cache"]), "--max-steps", "2", "--folds", "3"],
-            cwd=cwd,
-            env=env,
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-        assert done.returncode == 0, done.stderr
-        assert (tmp_path / "classifier-test" / "metrics.json").is_file()
+    options = ["--cache", str(world["cache"]), "--max-steps", "2", "--folds", "3"]
+    done = bash("run_finetune.sh", *options, cwd=cwd, env=env)
+    assert done.returncode == 0, done.stderr
+    kept = (tmp_path / "classifier" / "model.safetensors").stat().st_mtime_ns
+    env |= {"OUT": str(tmp_path / "scored"), "MODEL": str(tmp_path / "classifier" / "model.safetensors")}
+    done = bash("run_test.sh", "--cache", str(world["cache"]), cwd=cwd, env=env)
+    assert done.returncode == 0 and (tmp_path / "scored" / "metrics.json").is_file(), done.stderr
+    assert not (tmp_path / "scored" / "checkpoints").exists()  # it trains nothing
+    assert (tmp_path / "classifier" / "model.safetensors").stat().st_mtime_ns == kept
+
+
+@pytest.mark.parametrize("script, wanted", [("run_finetune.sh", "base"), ("run_test.sh", "classifier")])
+def test_launchers_look_into_the_folder_RUNS(script, wanted, tmp_path):
+    done = bash(script, cwd=ROOT / "cwt_mae", env=ENV | {"RUNS": str(tmp_path)})
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {tmp_path}/cwt_mae/{wanted}/model.safetensors: no such")
+
+
+def test_upstreams_names_are_doors(world, tmp_path):
+    from cwt_mae import dataset_cls, dataset_finetune, inference
+
+    assert dataset_cls.DownstreamClassificationDataset is dataset_finetune.DownstreamClassificationDataset
+    assert inference.main is test.main and inference.parse_args is test.parse_args
+
+
+def test_four_epochs_make_as_many_steps_as_whole_steps_fit(world, tmp_path):
+    """Three batches an epoch, two in a step: one whole step an epoch, and the loop makes all four."""
+    options = "--max-steps 0 --epochs 4 --accum 2 --windows 24 --log-every 1".split()
+    pretrain({**world, "data": world["labelled"]}, tmp_path / "run", *options)
+    assert sorted(losses(tmp_path / "run")) == [1, 2, 3, 4]

@@ -1,7 +1,9 @@
-"""Every file of GOLDEN_DIR/cwt_mae: tensors that upstream's own modules produced. The kind is the start of the file name, sizes
-come from the metadata, tolerances from the golden README. A file of unknown kind, or an output that is not compared, fails.
+"""Every file of GOLDEN_DIR/cwt_mae: tensors that upstream's own modules produced. The kind is the start of
+the file name, sizes come from the metadata, tolerances from the golden README. A file of unknown kind, or an
+output that is not compared, fails.
 
-All of it is legacy numerics: float32 rotary tables or a centred kernel would fail here by a factor of ten and more."""
+All of it is legacy numerics: float32 rotary tables or a centred kernel would fail here by a factor of ten and
+more."""
 
 import json
 
@@ -29,8 +31,8 @@ from tests.golden import golden_files
 from tests.upstream_cwt_mae import band_pass, finetune_window, pretrain_window
 
 MODEL_ARGS = (
-    "signal_len cwt_scales patch_size_time patch_size_freq embed_dim depth num_heads decoder_embed_dim decoder_depth "
-    "decoder_num_heads mask_ratio mlp_rank_ratio time_loss_weight"
+    "signal_len cwt_scales patch_size_time patch_size_freq embed_dim depth num_heads decoder_embed_dim "
+    "decoder_depth decoder_num_heads mask_ratio mlp_rank_ratio time_loss_weight"
 ).split()
 
 
@@ -200,9 +202,7 @@ def train_steps(g, tmp_path):
     )
     losses, norms = [], []
     for step, (x, noise, lr) in enumerate(zip(g.get("in.x"), g.get("in.noise"), g.get("in.lr").tolist())):
-        assert rate_at(step, c["steps"], c) == pytest.approx(
-            lr, rel=1e-6, abs=1e-12
-        )
+        assert rate_at(step, c["steps"], c) == pytest.approx(lr, rel=1e-6, abs=1e-12)
         optimizer.param_groups[0]["lr"] = lr
         optimizer.zero_grad()
         loss = model(x, noise)[0]
@@ -272,10 +272,7 @@ def preprocess_and_schedule(g, tmp_path):
         g.check(f"cls.{i}", finetune_window(x, c["cls_signal_len"], c["cls_fs"]), 1e-6)
         g.left.discard(f"out.cls_label.{i}")  # the label stored beside the record, not computed
     lr = c["lr"]
-    rates = [
-        rate_at(step, lr["total_steps"], lr)
-        for step in range(lr["total_steps"])
-    ]
+    rates = [rate_at(step, lr["total_steps"], lr) for step in range(lr["total_steps"])]
     g.check("lr", torch.tensor(rates, dtype=torch.float64), 1e-6)
 
 

@@ -146,8 +146,7 @@ def report(out):
         interval=linear["interval"],
         figures=[(out / "probe" / "figures" / "probe.png", "linear probe of frozen features")],
         note="Logistic regression on frozen features, scored on other subjects. "
-        "The interval is a bootstrap over the test "
-        "records; random weights: mean of the seeds.",
+        "The interval is a bootstrap over the test records; random weights: mean of the seeds.",
     )
     write_result(
         OUT,

@@ -8,7 +8,6 @@ part in one go.
 """
 
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -125,7 +124,6 @@ def main(args):
     seed_everything(args.seed)
     if args.task != "beat":
         refuse(args, ["fibrillation"], f"for --task {args.task}")
-    began = time.process_time()
 
     # Data: an epoch draws as many windows as there are, at least those of one step
     windows = split_windows(args)
@@ -176,20 +174,20 @@ def main(args):
             tau = validate(plain, validation, scale, shift, accelerator.device)[0]
         scored = dataset_of(args, windows.store, windows.scored)
         found = corrected(predict(plain, scored, scale, accelerator.device), shift, tau)
-        save_scores(out, "cnn", found, windows.scored, args.resamples, time.process_time() - began)
+        save_scores(out, "cnn", found, windows.scored, args.resamples)
     finish(training)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
-def save_scores(out, kind: str, found: np.ndarray, task, resamples: int, cpu_seconds: float):
+def save_scores(out, kind: str, found: np.ndarray, task, resamples: int):
     """Write metrics.json and the confusion picture of probabilities `found` (windows, C)."""
     records = task.items["record"]
     groups = None if len(np.unique(records)) == len(records) else records
     result = scores(found, task.items["label"], task.classes, groups, resamples)
     title = f"{kind}, macro-F1 {result['macro_f1']:.3f}"
     draw_confusion(result["confusion"], task.classes, out / "figures" / "confusion.png", title)
-    atomic_json(out / "metrics.json", {"kind": kind, "cpu_seconds": cpu_seconds, **result})
+    atomic_json(out / "metrics.json", {"kind": kind, **result})
     print(f"{kind}: {describe_scores(result)}")
 
 

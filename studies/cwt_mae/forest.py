@@ -10,7 +10,6 @@ the data's own description, on 130 samples around the beat, every third,
 """
 
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +80,6 @@ def main(args):
     out = open_run(args.out, args, Accelerator(), overwrite=args.overwrite)
 
     # Fit to the training windows, then probabilities of the scored ones; a class that training lacks keeps 0
-    began = time.process_time()
     model = KNeighborsClassifier(1)
     if args.kind != "nn":
         model = RandomForestClassifier(args.trees, random_state=args.seed)
@@ -91,7 +89,7 @@ def main(args):
     found[:, model.classes_] = model.predict_proba(
         table_of(args.kind, windows.store, scored, args.signal_len)
     )
-    save_scores(out, args.kind, found, scored, args.resamples, time.process_time() - began)
+    save_scores(out, args.kind, found, scored, args.resamples)
 
 
 if __name__ == "__main__":

@@ -275,10 +275,10 @@ def report(args, rows: dict, records: str):
                 "pre-training: hidden, reconstructed, original",
             ),
         ],
-        note=f"Mean of {len(args.seeds)} seeds, each pre-trained and fitted on all of DS1 (standard deviation "
-        f"{deviation.get('pre-trained', float('nan')):.3f}); the recipe was chosen on folds of DS1 records. "
-        "The interval is a "
-        f"bootstrap over the test records. Ensemble of the seeds: {best['macro_f1']:.3f}.",
+        note=f"Mean of {len(args.seeds)} seeds, each pre-trained and fitted on all of DS1 (standard "
+        f"deviation {deviation.get('pre-trained', float('nan')):.3f}); the recipe was chosen on folds of DS1 "
+        "records. The interval is a bootstrap over the test records. "
+        f"Ensemble of the seeds: {best['macro_f1']:.3f}.",
         details={
             "seeds": args.seeds,
             "per_seed": {name: [r["macro_f1"] for r in results] for name, results in rows.items()},

@@ -1,6 +1,6 @@
 """Linear probe: how much do frozen features say about a task, with trained weights and with random ones?
 
-    python studies/cwt_mae/probe.py --model runs/base/model.safetensors --task rhythm --data FOLDER --out runs/probe
+    python studies/cwt_mae/probe.py --model base/model.safetensors --task rhythm --data FOLDER --out probe
 
 A logistic regression on the mean and the standard deviation of the frozen encoder's tokens, fitted to the
 training records and scored on the test records. The same encoder with random weights is the control: on many

@@ -1,0 +1,225 @@
+"""cwt_mae: no split leaks, at the level of the arrays that reach the models.
+
+Every record is a sine of a frequency of its own, so that whatever reaches a model says which record it came
+from."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from cwt_mae import finetune, test, train, validation
+from cwt_mae.model import CWT_MAE_RoPE
+from cwt_mae.model_finetune import TF_MAE_Classifier
+from studies.cwt_mae import cnn, forest, probe
+from studies.cwt_mae import windows as study_windows
+
+FS, SECONDS, LENGTH = 50, 40, 200
+TINY = (
+    f"--model-fs {FS} --low-hz 0 --set signal_len={LENGTH} patch_size_time=20 cwt_scales=8 patch_size_freq=8 "
+    "embed_dim=16 depth=1 num_heads=2 decoder_embed_dim=16 decoder_depth=1 decoder_num_heads=2"
+).split()
+# Two records of each subject; s0 to s5 train, s6 to s8 test
+NAMES = [f"s{subject}{record}" for subject in range(9) for record in "ab"]
+HZ = {name: 2.0 + 0.75 * i for i, name in enumerate(NAMES)}
+TEST = {name for name in NAMES if name[1] in "678"}
+TRAIN = set(NAMES) - TEST
+
+
+def subjects(names) -> set:
+    return {name[:2] for name in names}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Records with two rhythms each, a split file, and a pre-trained model: paths by name."""
+    folder = tmp_path_factory.mktemp("leak")
+    (folder / "data").mkdir()
+    clock = np.arange(FS * SECONDS) / FS
+    for name in NAMES:
+        np.savez(
+            folder / "data" / f"{name}.npz",
+            sig=np.sin(2 * np.pi * HZ[name] * clock).astype(np.float32),
+            fs=FS,
+            subject=name[:2],
+            ann_sample=[0, FS * SECONDS // 2],
+            ann_symbol=["+", "+"],
+            ann_aux=["(N", "(AFIB"],
+        )
+    split = {"train": sorted(TRAIN), "test": sorted(TEST)}
+    (folder / "split.json").write_text(json.dumps(split))
+    paths = {"folder": folder, "base": folder / "base" / "model.safetensors"}
+    pretrain(paths, "base", "--max-steps", "1")
+    return paths
+
+
+def given(world):
+    folder = world["folder"]
+    return [
+        "--data",
+        str(folder / "data"),
+        "--split",
+        str(folder / "split.json"),
+        "--cache",
+        str(folder / "cache"),
+    ]
+
+
+def pretrain(world, name, *options):
+    out = ["--out", str(world["folder"] / name)]
+    options = [*given(world), *TINY, *out, "--batch-size", "8", "--lr", "1e-3", *options]
+    train.main(train.parse_args(options))
+
+
+def tune(world, name, *options):
+    out = ["--out", str(world["folder"] / name), "--pretrained", str(world["base"])]
+    options = [*given(world), *out, "--task", "rhythm", "--batch-size", "8", "--max-steps", "20", *options]
+    finetune.main(finetune.parse_args(options))
+
+
+def records_of(x) -> set:
+    """Names of the records that rows x (B, L) were cut from, by the frequency of their highest peak."""
+    x = torch.as_tensor(np.asarray(x), dtype=torch.float64).reshape(-1, LENGTH)
+    window = torch.hann_window(LENGTH, dtype=torch.float64)
+    spectrum = torch.fft.rfft(x * window, 8 * LENGTH).abs()
+    spectrum[:, : 8 * LENGTH // FS] = 0  # below 1 Hz: the drift of the augmentation
+    peaks = spectrum.argmax(1).double() * FS / (8 * LENGTH)
+    names, hz = list(HZ), torch.tensor(list(HZ.values()), dtype=torch.float64)
+    distance = (peaks[:, None] - hz).abs()
+    assert float(distance.amin(1).max()) < 0.3, "an array is none of the records"
+    return {names[i] for i in distance.argmin(1).tolist()}
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """{"train": names, "eval": names} of the records whose arrays reach a model in training and in evaluation
+    mode."""
+    found = {"train": set(), "eval": set()}
+
+    def watch(owner, name):
+        plain = getattr(owner, name)
+
+        def watched(self, x, *arguments, **options):
+            found["train" if self.training else "eval"] |= records_of(x.detach())
+            return plain(self, x, *arguments, **options)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(CWT_MAE_RoPE, "forward")
+    watch(TF_MAE_Classifier, "forward")
+    watch(cnn.SmallCNN, "forward")
+    return found
+
+
+def test_pre_training_leaves_out_validation_and_test_subjects(world, seen):
+    pretrain(world, "pre", "--max-steps", "30", "--val-fraction", "0.3", "--eval-windows", "1000")
+    assert len(subjects(seen["eval"])) == 2 and seen["eval"] <= TRAIN
+    assert seen["train"] == TRAIN - seen["eval"] and not subjects(seen["train"]) & subjects(seen["eval"])
+
+
+def test_pre_training_without_a_split_takes_every_record_but_the_validation_subjects(world, seen):
+    out = ["--out", str(world["folder"] / "all"), "--batch-size", "8", "--lr", "1e-3", "--max-steps", "40"]
+    data = given(world)
+    train.main(train.parse_args([*data[:2], *data[4:], *TINY, *out, "--eval-windows", "1000"]))
+    assert seen["train"] | seen["eval"] == set(NAMES)
+    assert len(subjects(seen["eval"])) == 1 and not subjects(seen["train"]) & subjects(seen["eval"])
+
+
+def test_the_probe_of_pre_training_is_fitted_and_scored_on_different_training_subjects(world, monkeypatch):
+    fits = []
+    monkeypatch.setattr(validation, "probe_features", lambda model, dataset, device: stacked(dataset))
+    monkeypatch.setattr(
+        validation,
+        "linear_probe",
+        lambda x, y, other: fits.append((x, y, other)) or np.full((len(other), 2), 0.5),
+    )
+    pretrain(world, "probed", "--max-steps", "1", "--probe", "rhythm")
+    for x, y, other in fits:
+        fitted, scored = records_of(x), records_of(other)
+        assert len(x) == len(y) and fitted | scored == TRAIN
+        assert not subjects(fitted) & subjects(scored)
+    assert len(fits) == 2  # before the first step and after the last
+
+
+def stacked(dataset) -> np.ndarray:
+    return np.stack([dataset[i]["x"].numpy() for i in range(len(dataset))])
+
+
+@pytest.mark.parametrize("fold", [0, 1, 2])
+def test_fine_tuning_never_sees_its_fold_in_training_nor_a_test_record(world, seen, fold):
+    tune(world, f"fold{fold}", "--folds", "3", "--fold", str(fold), "--augment", "1", "--jitter", "2")
+    assert len(subjects(seen["eval"])) == 2 and seen["eval"] <= TRAIN
+    assert seen["train"] == TRAIN - seen["eval"] and not subjects(seen["train"]) & subjects(seen["eval"])
+
+
+def test_fine_tuning_on_all_training_records_evaluates_on_none(world, seen):
+    tune(world, "whole", "--fold", "-1")
+    assert seen["train"] == TRAIN and not seen["eval"]
+
+
+@pytest.mark.parametrize("part, wanted", [("test", TEST), ("train", TRAIN), ("all", set(NAMES))])
+def test_scoring_takes_the_part_that_was_asked_for(world, seen, part, wanted):
+    if not (world["folder"] / "tuned").exists():
+        tune(world, "tuned", "--folds", "3", "--max-steps", "1")
+    seen["train"].clear()
+    seen["eval"].clear()
+    options = [*given(world)] if part != "all" else [*given(world)[:2], *given(world)[4:]]
+    model, out = world["folder"] / "tuned" / "model.safetensors", world["folder"] / f"scored-{part}"
+    test.main(test.parse_args([*options, "--model", str(model), "--part", part, "--out", str(out)]))
+    assert seen["eval"] == wanted and not seen["train"]
+
+
+def test_the_probe_of_the_study_is_fitted_to_training_and_scored_on_test_records(world, monkeypatch):
+    monkeypatch.setattr(probe, "probe_features", lambda model, dataset, device: stacked(dataset))
+    fits = []
+    monkeypatch.setattr(
+        probe, "linear_probe", lambda x, y, other: fits.append((x, other)) or np.full((len(other), 2), 0.5)
+    )
+    options = ["--model", str(world["base"]), "--task", "rhythm", "--random-seeds", "1", "--resamples", "2"]
+    probe.main(probe.parse_args([*given(world), *options, "--out", str(world["folder"] / "probe")]))
+    assert [(records_of(x), records_of(other)) for x, other in fits] == [(TRAIN, TEST)] * 2
+
+
+WINDOWS = [
+    "--task",
+    "rhythm",
+    "--model-fs",
+    str(FS),
+    "--low-hz",
+    "0",
+    "--signal-len",
+    str(LENGTH),
+    "--resamples",
+    "0",
+]
+
+
+@pytest.mark.parametrize("validate", [False, True])
+def test_the_convolutional_control_is_scored_on_what_it_was_not_trained_on(world, seen, validate):
+    out = ["--out", str(world["folder"] / f"cnn{validate}"), "--max-steps", "20", "--batch-size", "8"]
+    fold = ["--fold", "0", "--folds", "3", "--validate"] if validate else []
+    cnn.main(cnn.parse_args([*given(world), *WINDOWS, *out, *fold]))
+    assert not subjects(seen["train"]) & subjects(seen["eval"])
+    assert seen["eval"] == (TRAIN - seen["train"] if validate else TEST)
+    assert len(subjects(seen["train"])) == (4 if validate else 6)
+
+
+def test_the_forest_is_scored_on_what_it_was_not_fitted_to(world, monkeypatch):
+    tables, plain = [], forest.table_of
+    monkeypatch.setattr(forest, "table_of", lambda *arguments: tables.append(plain(*arguments)) or tables[-1])
+    out = ["--out", str(world["folder"] / "nn"), "--kind", "nn"]
+    forest.main(forest.parse_args([*given(world), *WINDOWS, *out]))
+    assert [records_of(table) for table in tables] == [TRAIN, TEST]
+
+
+def test_train_validation_and_scored_windows_of_the_controls_are_disjoint(world):
+    for fold in (0, 1):
+        options = [*given(world), *WINDOWS, "--out", "x", "--fold", str(fold), "--folds", "3"]
+        split = study_windows.split_windows(cnn.parse_args(options))
+        names = [
+            set(np.char.decode(split.store.records["name"][task.items["record"]]).tolist())
+            for task in (split.train, split.validation, split.scored)
+        ]
+        assert names[2] == TEST and names[0] | names[1] == TRAIN and len(names[1]) == 4
+        assert not subjects(names[0]) & subjects(names[1])
