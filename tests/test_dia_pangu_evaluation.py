@@ -2,13 +2,11 @@
 
 import csv
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from dia_pangu.evaluate import nlg_eval
 from dia_pangu.evaluate.findings import calibrate, finding_scores, micro_f1
 from dia_pangu.evaluate.labeler import label_report, positives
 from dia_pangu.make_data import draw_findings, report
@@ -16,14 +14,7 @@ from dia_pangu.src.Dataset.prompt import FINDINGS
 from studies.dia_pangu.locations import location_scores, reported
 from studies.dia_pangu.real_reports import labeler_study
 from studies.dia_pangu.real_volumes import landmarks
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def python(*arguments, **options):
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=240, **options
-    )
+from tests.tiny_dia import call
 
 
 def test_the_labeler_reads_every_template_sentence():
@@ -108,47 +99,33 @@ def test_odd_predictions_are_scored(tmp_path):
     predictions = ["", "line one\nline two", "nul\0inside", "word " * 10000, "Edema is seen."]
     with open(tmp_path / "r.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([["ID", "Ground Truth", "Pred"], *zip("abcde", truths, predictions)])
-    result = python(
-        ROOT / "dia_pangu" / "evaluate" / "nlg_eval.py",
-        "--csv",
-        tmp_path / "r.csv",
-        "--out",
-        tmp_path / "s.json",
-        "--draws",
-        20,
-    )
-    assert result.returncode == 0, result.stderr
+    arguments = ["--csv", tmp_path / "r.csv", "--out", tmp_path / "s.json", "--draws", 20]
+    done = call(nlg_eval, *arguments, log=tmp_path / "log.txt")
+    assert done.returncode == 0, done.text
     scores = json.loads((tmp_path / "s.json").read_text())
     assert {f"BLEU_{n}" for n in range(1, 5)} | {"METEOR", "ROUGE_L", "CIDEr"} <= set(scores)
     assert scores["empty_predictions"] == 1 and scores["rows"] == 5
     assert scores["METEOR"] is None or 0 < scores["METEOR"] < 1
 
 
-def test_missing_java_is_said(tmp_path):
+def test_missing_java_is_said(tmp_path, monkeypatch):
     with open(tmp_path / "r.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(
             [["Ground Truth", "Pred"], ["右侧胸腔积液。", "右侧胸腔少量积液。"], ["心影增大。", "心影不大。"]]
         )
-    result = python(
-        ROOT / "dia_pangu" / "evaluate" / "nlg_eval.py",
-        "--csv",
-        tmp_path / "r.csv",
-        "--out",
-        tmp_path / "s.json",
-        "--draws",
-        20,
-        env={"PATH": "/nowhere", "HOME": str(tmp_path)},
-    )
-    assert result.returncode == 0, result.stderr
+    monkeypatch.setenv("PATH", "/nowhere")
+    arguments = ["--csv", tmp_path / "r.csv", "--out", tmp_path / "s.json", "--draws", 20]
+    done = call(nlg_eval, *arguments, log=tmp_path / "log.txt")
+    assert done.returncode == 0, done.text
     scores = json.loads((tmp_path / "s.json").read_text())
-    assert scores["METEOR"] is None and "absent" in scores["METEOR_note"] and "METEOR absent" in result.stdout
+    assert scores["METEOR"] is None and "absent" in scores["METEOR_note"] and "METEOR absent" in done.text
     assert scores["language"] == "cn" and scores["BLEU_1"] > 0.3
 
 
 def test_a_csv_without_predictions_is_refused(tmp_path):
     (tmp_path / "r.csv").write_text("a,b\n1,2\n")
-    result = python(ROOT / "dia_pangu" / "evaluate" / "nlg_eval.py", "--csv", tmp_path / "r.csv")
-    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "Ground Truth" in result.stderr
+    done = call(nlg_eval, "--csv", tmp_path / "r.csv", log=tmp_path / "log.txt")
+    assert done.returncode == 2 and done.text.count("\n") == 1 and "Ground Truth" in done.text
 
 
 def test_real_reports_are_scored_with_and_without_a_training_part(data_root, tmp_path):

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from common.errors import UserError
 from common.tiny_llm import make_tokenizer
+from dia_pangu.src import train
 from dia_pangu.src.Dataset.CTRG_dataset import CTRGDataset, collate, read_places
 from dia_pangu.src.Dataset.preprocess import Grid
 from dia_pangu.src.Dataset.prompt import FINDINGS, LATERAL, ReportText, prompt_phrases, status_text
@@ -18,10 +19,10 @@ from dia_pangu.src.Model.multimodality_model import TRAINED, token_loss
 from dia_pangu.src.Model.my_embedding_layer import MyEmbedding
 from dia_pangu.src.Model.pangu import load_tokenizer
 from dia_pangu.src.test import report_batch
+from studies.dia_pangu import pretrain_vit
 from tests import forked
-from tests.golden import ROOT
 from tests.tiny_dia import *  # noqa: F403  the fixtures data, llm and model_text
-from tests.tiny_dia import SMALL, python
+from tests.tiny_dia import SMALL, call
 
 
 def test_unknown_words_stay_in_the_loss(llm):
@@ -170,59 +171,31 @@ def test_hidden_places_leave_the_statuses_alone(data, llm):
     assert 0.2 < said < 0.8 and some == prompts(0.5) and some != prompts(0.5, epoch=1)
 
 
-@pytest.mark.slow
 def test_pretraining_writes_places_that_training_takes(data, llm, tmp_path):
     (tmp_path / "small.json").write_text(json.dumps(SMALL))
-    common = [
-        "--data",
-        data,
-        "--config",
-        tmp_path / "small.json",
-        "--max-steps",
-        2,
-        "--per-device-train-batch-size",
-        2,
-    ]
-    pre = ROOT / "studies" / "dia_pangu" / "pretrain_vit.py"
+    common = ["--data", data, "--config", tmp_path / "small.json", "--max-steps", 2, "--batch-size", 2]
+    log = tmp_path / "log.txt"
     for arguments in (
         ["--out", tmp_path / "p"],
         ["--start", tmp_path / "p", "--contrast", 2, "--out", tmp_path / "c"],
     ):
-        result = python(pre, *common, *arguments)
-        assert result.returncode == 0, result.stderr
+        done = call(pretrain_vit, *common, *arguments, log=log)
+        assert done.returncode == 0, done.text
     places = read_places(tmp_path / "c" / "places.json")
     assert len(places) == 11 and set(places["1"]) == set(LATERAL)  # 8 of train, 3 of val, none of test
-    command = [
-        ROOT / "dia_pangu" / "train.py",
-        "--stage",
-        "ft",
-        *common,
-        "--gradient-accumulation-steps",
-        1,
-        "--lang-encoder-path",
-        llm,
-    ]
-    with_places = ["--places", tmp_path / "c" / "places.json"]
+    command = ["--stage", "ft", *common, "--accum", 1, "--lang-encoder-path", llm]
+    command += ["--places", tmp_path / "c" / "places.json"]
+    started = ["--start", tmp_path / "c"]
     for arguments, message in (
-        (["--start", tmp_path / "c"], "--freeze vision_encoder"),
+        (started, "--freeze vision_encoder"),
         (["--freeze", "vision_encoder"], "evidence head"),
-        (["--start", tmp_path / "c", "--freeze", "vision_encoder", "proj."], "no LoRA is left to train"),
+        ([*started, "--freeze", "vision_encoder", "proj."], "no LoRA is left to train"),
     ):
-        result = python(*command, *with_places, *arguments, "--out", tmp_path / "x")
-        assert result.returncode == 2 and message in result.stderr, result.stderr
-    result = python(
-        *command,
-        *with_places,
-        "--start",
-        tmp_path / "c",
-        "--freeze",
-        "vision_encoder",
-        "--key-weight",
-        3,
-        "--out",
-        tmp_path / "ft",
-    )
-    assert result.returncode == 0, result.stderr
+        done = call(train, *command, *arguments, "--out", tmp_path / "x", log=log)
+        assert done.returncode == 2 and message in done.text, done.text
+    frozen = [*started, "--freeze", "vision_encoder", "--key-weight", 3]
+    done = call(train, *command, *frozen, "--out", tmp_path / "ft", log=log)
+    assert done.returncode == 0, done.text
     model, text, config = load_model(tmp_path / "ft", llm)
     kept = load_file(tmp_path / "c" / "vision.safetensors")
     assert config["embedding"]["evidence_head"]

@@ -1,4 +1,5 @@
-"""dia_pangu: openPangu's classes and tokenizer without remote code; published checkpoints in, our own out and back."""
+"""dia_pangu: openPangu's classes and tokenizer without remote code; published checkpoints in, our own out
+and back."""
 
 import json
 

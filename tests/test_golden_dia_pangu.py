@@ -1,4 +1,5 @@
-"""Every file of GOLDEN_DIR/dia_pangu: modules, losses, gradients, text layout, preprocessing and metrics of upstream.
+"""Every file of GOLDEN_DIR/dia_pangu: modules, losses, gradients, text layout, preprocessing and metrics of
+upstream.
 
 Files are recognised by the start of their name and configured from their own metadata.
 """
@@ -30,7 +31,8 @@ from tests.upstream_dia_pangu import (
 
 
 class Golden:
-    """param.*, in.* and out.* of one file, its configuration and its tolerance max |a-b| <= tol * max(1, max |b|)."""
+    """param.*, in.* and out.* of one file, its configuration and its tolerance max |a-b| <= tol * max(1,
+    max |b|)."""
 
     def __init__(self, path):
         with safe_open(path, "pt") as file:

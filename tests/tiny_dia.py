@@ -1,17 +1,16 @@
-"""What the tests of dia_pangu share: the smallest sizes, a few phantoms, a small language model of openPangu's class."""
+"""What the tests of dia_pangu share: the smallest sizes, a few phantoms, a small language model of
+openPangu's class."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from common.tiny_llm import make_llm, make_tokenizer
+from dia_pangu import make_data
 from dia_pangu.src.Dataset.prompt import status_text
 from dia_pangu.src.Model.build import build_model
 from tests import forked
-from tests.golden import ROOT
 
 __all__ = ["data", "llm", "model_text"]  # the fixtures
 SMALL = {
@@ -41,27 +40,26 @@ SMALL = {
 }
 
 
-def python(file, *arguments, cwd=None):
-    """Run a file, or `-m` and a module, in a process of its own."""
-    if file != "-m":
-        return forked.run_file(file, *arguments, cwd=cwd)
-    return subprocess.run([sys.executable, "-m", *arguments], cwd=cwd, capture_output=True, text=True)
+def call(script, *arguments, log):
+    """Run the main of an imported script in a fork; returns (returncode, text of stdout and stderr)."""
+    return forked.call(script, arguments, log, 240)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
+    """Phantoms in the CTRG format: 8 volumes for training, 3 for validation, 4 for the test."""
     folder = tmp_path_factory.mktemp("dia_data")
-    result = python(
-        ROOT / "dia_pangu" / "make_data.py", "--out", folder, "--train", 8, "--val", 3, "--test", 4
-    )
-    assert result.returncode == 0, result.stderr
+    arguments = ["--out", str(folder), "--train", "8", "--val", "3", "--test", "4"]
+    make_data.main(make_data.parse_args(arguments))
     return folder
 
 
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory):
+    """A small language model of openPangu's class; two layers of width 32."""
     folder = tmp_path_factory.mktemp("dia_llm") / "model"
     texts = [status_text([i % 2] * 14, language) for i in range(4) for language in ("en", "cn")]
+    texts += ["The right upper and the left lower lung."] * 9  # words of place become tokens of their own
     make_llm(
         folder,
         make_tokenizer(texts, 420),
@@ -79,5 +77,6 @@ def llm(tmp_path_factory):
 
 @pytest.fixture()
 def model_text(llm):
+    """A report model of the sizes SMALL with random weights, and its writer of prompts."""
     torch.manual_seed(0)
     return build_model(json.loads(json.dumps(SMALL)), llm)

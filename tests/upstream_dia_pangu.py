@@ -1,8 +1,9 @@
 """Modules that upstream carries and never calls, kept exact so that their golden tensors are still compared.
 
-The DETR decoder (upstream: src/Model/transformer_decoder.py), two 2-D position codes (position_encoding.py) and Flamingo's
-tanh-gated cross-attention (helpers.py). Post-norm in the decoder keeps upstream's result: the output of self-attention is
-thrown away there (no residual is added), so the layer does not compute it; the weights stay for the state dict.
+The DETR decoder (upstream: src/Model/transformer_decoder.py), two 2-D position codes (position_encoding.py)
+and Flamingo's tanh-gated cross-attention (helpers.py). Post-norm in the decoder keeps upstream's result:
+the output of self-attention is thrown away there (no residual is added), so the layer does not compute it;
+the weights stay for the state dict.
 """
 
 import copy
@@ -21,7 +22,8 @@ def with_pos(tensor, pos):
 
 
 class TransformerDecoderLayer(nn.Module):
-    """Sequence first: tgt (T, B, C), memory (S, B, C). Returns the new tgt and the attention map (B, T, S)."""
+    """Sequence first: tgt (T, B, C), memory (S, B, C). Returns the new tgt and the attention map (B, T,
+    S)."""
 
     def __init__(
         self,
@@ -90,7 +92,8 @@ class TransformerDecoderLayer(nn.Module):
 
 
 class TransformerDecoder(nn.Module):
-    """A stack of layers. Returns (output, attention maps), or with return_intermediate the normed outputs of all."""
+    """A stack of layers. Returns (output, attention maps), or with return_intermediate the normed outputs
+    of all."""
 
     def __init__(
         self,
@@ -149,7 +152,8 @@ class PositionEmbeddingSine(nn.Module):
 
 
 class PositionEmbeddingLearned(nn.Module):
-    """Learned 2-D table for grids up to 50 x 50. Returns (B, 2 * num_pos_feats, H, W): columns first, then rows."""
+    """Learned 2-D table for grids up to 50 x 50. Returns (B, 2 * num_pos_feats, H, W): columns first, then
+    rows."""
 
     def __init__(self, num_pos_feats: int = 256):
         super().__init__()
@@ -168,7 +172,8 @@ class MaskedCrossAttention(nn.Module):
     """Text x (B, N, dim) attends to media (B, T, n, dim_visual) that came before it.
 
     media_locations: (B, N) bool, True where a medium starts; None lets every token see all media. With
-    only_attend_immediate_media a token sees the latest medium alone, and a token before any medium gets zeros.
+    only_attend_immediate_media a token sees the latest medium alone, and a token before any medium gets
+    zeros.
     """
 
     def __init__(
@@ -207,7 +212,8 @@ class MaskedCrossAttention(nn.Module):
 
 
 class GatedCrossAttentionBlock(nn.Module):
-    """Cross-attention and MLP added through tanh gates that start at 0, so that a new block changes nothing."""
+    """Cross-attention and MLP added through tanh gates that start at 0, so that a new block changes
+    nothing."""
 
     def __init__(
         self,

@@ -61,9 +61,11 @@ def report_batch(
     Returns probability (B, 14), statuses (B, 14), maps (B, 14, h, w, d), places [{finding: (side, place)}],
     questions and reports.
     """
+    # What the model gets to see, and where in it the findings lie.
     vision_x = apply_control(vision_x, control)
     tokens = model.encode(vision_x)
     maps, places = locate_all(model.embedding_layer, tokens, vision_x, preprocess)
+    # A published checkpoint was trained without places, so that its prompts must not name any.
     named = places
     if model.embedding_layer.evidence_head is None or hide_places:
         named = [None] * len(places)
@@ -101,6 +103,7 @@ def finding_rows(name, probability, statuses, thresholds, places) -> list[dict]:
     on one side."""
     rows = []
     for c, finding in enumerate(FINDINGS):
+        # A place is a claim about something present; an absent finding has none.
         side, place = places.get(finding, ("", "")) if statuses[c] else ("", "")
         rows.append(
             {
@@ -116,6 +119,19 @@ def finding_rows(name, probability, statuses, thresholds, places) -> list[dict]:
     return rows
 
 
+def result_row(batch, made, i: int) -> dict:
+    """Return the row of dia-pangu.csv for volume `i` of a batch; GT_labels is a JSON list, empty for a scan
+    without labels."""
+    labels = json.dumps(batch["cls_labels"][i].tolist()) if "cls_labels" in batch else ""
+    return {
+        "ID": batch["id"][i],
+        "Question": made["questions"][i],
+        "Ground Truth": batch["report"][i],
+        "Pred": made["reports"][i],
+        "GT_labels": labels,
+    }
+
+
 def captions(rows: list[dict]) -> list[tuple[str, str]]:
     """Return (finding, caption) of what is present, for the evidence picture."""
     shown = []
@@ -129,18 +145,22 @@ def captions(rows: list[dict]) -> list[tuple[str, str]]:
 
 def check_flags(args, processes: int):
     """Refuse flags that contradict each other, and flags that have no effect in the given mode."""
+    # One source of volumes.
     if bool(args.data) == bool(args.volume):
         raise UserError("give either --data (a folder in the CTRG format) or --volume (one scan)")
     if args.volume:
         unused = ["split", "cache", "limit", "skip_bad", "batch_size", "workers"]
         refuse(args, unused, "with --volume, which is one scan")
+    # Greedy decoding and beam search draw nothing.
     if not args.do_sample:
         refuse(args, ["temperature", "top_k", "top_p"], "without --do-sample")
+    # A swapped volume is the neighbour's in the batch.
     if args.control.startswith("swap") and (args.volume or args.batch_size < 2):
         raise UserError(
             f"--control {args.control} takes the next patient of the batch; give --data and a --batch-size "
             "of at least 2"
         )
+    # Two processes would write one file.
     if processes > 1:
         raise UserError(
             "reports are written by one process; start test.py without torchrun, or one per --split"
@@ -152,6 +172,7 @@ def read_batches(args, grid, language: str):
     if args.volume:
         name = Path(args.volume).name.split(".")[0]
         return [{"id": [name], "report": [""], "vision_x": load_volume(args.volume, grid)[None, None]}]
+    # The prompt is written after the diagnosis, so that the data set needs no tokenizer.
     data = CTRGDataset(args.data, args.split, grid, language=language, cache=args.cache, limit=args.limit)
     if args.skip_bad:
         data.drop_bad(args.workers)
@@ -161,7 +182,7 @@ def read_batches(args, grid, language: str):
 
 
 def main(args):
-    accelerator = Accelerator()
+    accelerator = Accelerator()  # finds the device
     check_flags(args, accelerator.num_processes)
     seed_everything(args.seed)
 
@@ -177,7 +198,8 @@ def main(args):
         args.language,
     )
     model = model.to(accelerator.device)
-    grid, thresholds, out = make_grid(config), config["thresholds"], args.out
+    grid, thresholds = make_grid(config), config["thresholds"]
+    # Greedy decoding is the default, so that two runs give one report; upstream sampled.
     generation = {
         "max_new_tokens": args.max_new_tokens,
         "do_sample": args.do_sample,
@@ -189,12 +211,13 @@ def main(args):
     # One batch after the other: reports, their time, the table of findings, the first evidence pictures.
     results, timing, findings, drawn = [], [], [], 0
     for batch in progress(read_batches(args, grid, config["language"]), desc="reports"):
-        raise_bad(batch)
+        raise_bad(batch)  # one line that names the file, from the worker that read it
         if args.control.startswith("swap") and len(batch["id"]) < 2:
             raise UserError(
                 "the last batch holds one volume, which has no other to swap with; choose another "
                 "--batch-size"
             )
+        # The time of a report holds the ViT, the diagnosis and the generation, not the reading of the file.
         start = time.perf_counter()
         made = report_batch(
             model,
@@ -208,45 +231,67 @@ def main(args):
         )
         elapsed_ms = 1000 * (time.perf_counter() - start) / len(batch["id"])
         for i, name in enumerate(batch["id"]):
-            results.append(
-                {
-                    "ID": name,
-                    "Question": made["questions"][i],
-                    "Ground Truth": batch["report"][i],
-                    "Pred": made["reports"][i],
-                    "GT_labels": json.dumps(batch["cls_labels"][i].tolist()) if "cls_labels" in batch else "",
-                }
-            )
+            results.append(result_row(batch, made, i))
             timing.append({"ID": name, "InferTimeMs": f"{elapsed_ms:.2f}"})
-            rows = finding_rows(
-                name, made["probability"][i], made["statuses"][i], thresholds, made["places"][i]
-            )
+            statuses, places = made["statuses"][i], made["places"][i]
+            rows = finding_rows(name, made["probability"][i], statuses, thresholds, places)
             findings += rows
             if drawn < args.evidence:
                 drawn += 1
-                picture = out / "evidence" / f"{name}.png"
+                picture = args.out / "evidence" / f"{name}.png"
                 volume, maps, report = batch["vision_x"][i, 0], made["maps"][i], made["reports"][i]
                 draw_evidence(picture, volume, maps, captions(rows), name, report)
 
     # Three tables and a summary; for one scan also the report itself.
-    atomic_csv(out / "dia-pangu.csv", results)
-    atomic_csv(out / "dia-pangu_timing.csv", timing)
-    atomic_csv(out / "findings.csv", findings)
+    atomic_csv(args.out / "dia-pangu.csv", results)
+    atomic_csv(args.out / "dia-pangu_timing.csv", timing)
+    atomic_csv(args.out / "findings.csv", findings)
     empty = sum(not row["Pred"] for row in results)
     mean_ms = sum(float(row["InferTimeMs"]) for row in timing) / len(timing)
     print(
-        f"{out / 'dia-pangu.csv'}: {len(results)} reports, {empty} of them empty, {mean_ms:.0f} ms each; "
-        "findings.csv and "
-        f"{drawn} evidence pictures beside it"
+        f"{args.out / 'dia-pangu.csv'}: {len(results)} reports, {empty} of them empty, {mean_ms:.0f} ms each, "
+        f"findings.csv and {drawn} evidence pictures beside it"
     )
     if args.volume:
-        print(results[0]["Pred"] or "(empty report)")
-        for row in findings:
-            status = "present" if row["status"] else "-"
-            line = (
-                f"  {row['finding']:28s} p {row['probability']} (threshold {row['threshold']})  {status:8s}"
-            )
-            print(f"{line} {row['side']} {row['place']}".rstrip())
+        show_scan(results[0]["Pred"], findings)
+
+
+def show_scan(report: str, findings: list[dict]):
+    """Print the report of one scan and its table of findings."""
+    print(report or "(empty report)")
+    for row in findings:
+        status = "present" if row["status"] else "-"
+        line = f"  {row['finding']:28s} p {row['probability']} (threshold {row['threshold']})  {status:8s}"
+        print(f"{line} {row['side']} {row['place']}".rstrip())
+
+
+def add_generation(parser):
+    """Add the flags of the generation; their names and values are those of transformers' `generate`."""
+    group = parser.add_argument_group("generation")
+    group.add_argument("--max-new-tokens", type=number(int, 1), default=300, help="longest report, in tokens")
+    group.add_argument(
+        "--do-sample",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="sample instead of decoding greedily; upstream: --do-sample --temperature 0.7 --top-k 50 "
+        "--top-p 0.95",
+    )
+    group.add_argument(
+        "--temperature", type=number(float, 0), default=0.7, help="temperature of the sampling"
+    )
+    group.add_argument(
+        "--top-k", type=number(int, 0), default=50, help="sample from this many tokens; 0: from all"
+    )
+    group.add_argument(
+        "--top-p",
+        type=number(float, 0, 1),
+        default=0.95,
+        help="sample from the tokens with this probability together",
+    )
+    group.add_argument("--num-beams", type=number(int, 1), default=1, help="beams of the search; 1: greedy")
+    group.add_argument(
+        "--seed", type=number(int, 0), default=20, help="random seed of the sampling, upstream's 20"
+    )
 
 
 def parse_args(argv=None):
@@ -288,40 +333,15 @@ def parse_args(argv=None):
         "--workers", "--dataloader-num-workers", type=number(int, 0), default=0, help="loader processes"
     )
 
-    group = parser.add_argument_group("generation")
-    group.add_argument("--max-new-tokens", type=number(int, 1), default=300, help="longest report, in tokens")
-    group.add_argument(
-        "--do-sample",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="sample instead of decoding greedily; upstream: --do-sample --temperature 0.7 --top-k 50 "
-        "--top-p 0.95",
-    )
-    group.add_argument(
-        "--temperature", type=number(float, 0), default=0.7, help="temperature of the sampling"
-    )
-    group.add_argument(
-        "--top-k", type=number(int, 0), default=50, help="sample from this many tokens; 0: from all"
-    )
-    group.add_argument(
-        "--top-p",
-        type=number(float, 0, 1),
-        default=0.95,
-        help="sample from the tokens with this probability together",
-    )
-    group.add_argument("--num-beams", type=number(int, 1), default=1, help="beams of the search; 1: greedy")
-    group.add_argument(
-        "--seed", type=number(int, 0), default=20, help="random seed of the sampling, upstream's 20"
-    )
+    add_generation(parser)
 
     group = parser.add_argument_group("controls and output")
     group.add_argument(
         "--control",
         choices=CONTROLS,
         default="none",
-        help="blank: an empty volume; swap: the next patient's volume; swap-visual: the own findings in the "
-        "prompt with the "
-        "next patient's image tokens",
+        help="blank: an empty volume; swap: the next patient's volume; swap-visual: the own findings in "
+        "the prompt with the next patient's image tokens",
     )
     group.add_argument(
         "--hide-places",

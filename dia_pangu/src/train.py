@@ -59,6 +59,7 @@ from dia_pangu.src.Model.multimodality_model import (
     label_count,
 )
 
+# What the model reads of a batch; training adds loss_reweight, where the key words weigh more.
 BATCH_KEYS = ("lang_x", "vision_x", "cls_labels", "attention_mask", "labels")
 # --lr-scheduler-type, by its names in transformers -> the schedule of common.train.lr_at
 SCHEDULES = {
@@ -73,14 +74,17 @@ PLAIN = ("prototype", "sample_memory", "latents", "pos_embedding", "figure_token
 
 def check_flags(args):
     """Refuse flags that contradict each other, and flags that have no effect in the given mode."""
+    # The language model is the one part that this repository does not bring along.
     if not args.lang_encoder_path:
         raise UserError("--lang-encoder-path is needed: the folder of the language model")
+    # Stage pre has no LoRA.
     if args.stage == "pre":
         refuse(args, ["lora_r", "lora_alpha", "lora_dropout", "lora_targets"], "with --stage pre")
     if not args.places:
         refuse(args, ["hide_places"], "without --places, because no prompt then names a place")
     if not args.start:
         refuse(args, ["take"], "without --start")
+    # "constant" is transformers' name for a schedule without warm-up.
     if args.lr_scheduler_type == "constant":
         refuse(args, ["warmup"], "with --lr-scheduler-type constant; take constant_with_warmup")
         args.warmup = 0
@@ -96,6 +100,7 @@ def model_config(args) -> dict:
             "dropout": args.lora_dropout,
             "targets": args.lora_targets,
         }
+    # Prompts that name places need the head that sees them, in training and at test time.
     if args.places:
         config["embedding"]["evidence_head"] = True
     return config
@@ -139,23 +144,26 @@ def dry_run(args, config):
 def make_model(args, config):
     """Build the model, load the start weights and set what trains; returns (model, prompt writer, names of
     what trains)."""
+    # Frozen weights are stored in the precision that they are used in.
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     model, text = build_model(
         config, args.lang_encoder_path, args.tokenizer_path, args.trust_remote_code, args.attn, dtype
     )
     text.key_weight = args.key_weight
+
+    # Start weights; by default of the vision part alone, because Llama's layers have the names of Pangu's.
     taken = [key for folder in args.start for key in load_start(model, folder, args.take)]
     if args.places and not any("evidence_head." in key for key in taken):
         raise UserError(
             f"--places {args.places} needs the evidence head of the same run; name its folder in --start"
         )
 
+    # What trains is chosen by parts of parameter names; three choices that are surely mistakes are refused.
     names = model.set_trained(args.train or TRAINED[args.stage], (*NEVER_TRAINED, *args.freeze))
     if args.stage == "ft" and not args.train and not any("lora_" in name for name in names):
         raise UserError(
             f"--freeze {' '.join(args.freeze)}: no LoRA is left to train, because q_proj. and its like "
-            "contain proj. too; "
-            "write embedding_layer.proj."
+            "contain proj. too; write embedding_layer.proj."
         )
     if args.places and any("vision_encoder." in name for name in names):
         raise UserError(
@@ -164,6 +172,7 @@ def make_model(args, config):
     if all(name.startswith("embedding_layer.") for name in names):
         refuse(args, ["llm_lr_scale"], "while nothing of the language model trains")
 
+    # Reentrant checkpointing would lose the gradient, because the inputs of the first layer need none.
     if args.gradient_checkpointing:
         model.lang_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for parameter in model.parameters():
@@ -174,6 +183,7 @@ def make_model(args, config):
 
 def make_sets(args, config, text):
     """Return the training and the validation set; only the training prompts get flips and hidden places."""
+    # Both sets see volumes and prompts in the same way ...
     options = {
         "grid": make_grid(config),
         "language": config["language"],
@@ -183,8 +193,10 @@ def make_sets(args, config, text):
         "seed": args.seed,
         "places": read_places(args.places) if args.places else None,
     }
+    # ... but only in training a status may be inverted or a place hidden.
     train_set = CTRGDataset(args.data, "train", flip=args.flip, hide_places=args.hide_places, **options)
     val_set = CTRGDataset(args.data, "val", **options)
+    # A missing file shows before the first step, not in the middle of an epoch.
     for data in (train_set, val_set):
         if args.skip_bad:
             data.drop_bad(args.workers)
@@ -196,20 +208,22 @@ def make_sets(args, config, text):
 def loss_counts(batch) -> torch.Tensor:
     """Count what the two losses of a batch are means over: label tokens and samples."""
     raise_bad(batch)
-    return torch.stack(
-        [label_count(batch["labels"]), torch.tensor(len(batch["id"])).to(batch["labels"].device)]
-    )
+    labels = label_count(batch["labels"])
+    return torch.stack([labels, labels.new_tensor(len(batch["id"]))])
 
 
 @torch.no_grad()
 def diagnose_all(model, loader, accelerator):
     """Return probabilities and labels of the findings, both (N, 14), and the mean losses over a loader."""
     model.eval()
-    probabilities, labels, sums = [], [], torch.zeros(2, 2, device=accelerator.device)
+    probabilities, labels = [], []
+    sums = torch.zeros(2, 2, device=accelerator.device)  # of the two losses, and what they are means over
     for batch in loader:
-        counts = loss_counts(batch).to(accelerator.device)
+        counts = loss_counts(batch).float()
         out = model(**{key: batch[key] for key in BATCH_KEYS})
-        sums += torch.stack([torch.stack([out["lm_loss"], out["ctr_loss"]]).float() * counts, counts.float()])
+        losses = torch.stack([out["lm_loss"], out["ctr_loss"]]).float()
+        sums += torch.stack([losses * counts, counts])  # every token and every sample weighs 1
+        # The last batch of several processes is filled up; gather_for_metrics drops what came twice.
         probability, truth = accelerator.gather_for_metrics((out["probability"], batch["cls_labels"]))
         probabilities.append(probability.float().cpu())
         labels.append(truth.cpu())
@@ -238,40 +252,47 @@ def main(args):
     # Model and data: LLM and tokenizer from their folder, start weights, the CTRG partitions train and val.
     accelerator = make_accelerator(args)
     seed_everything(args.seed)
-    model, text, names = make_model(args, config)
+    model, text, names = make_model(args, config)  # text writes the prompts
     if accelerator.is_main_process:
         print_model(model, names)
     train_set, val_set = make_sets(args, config, text)
+
+    # What one optimizer step sees is printed before step 0; then the run folder is made and locked.
     effective = args.batch_size * args.accum * accelerator.num_processes
     accelerator.print(
         f"{len(train_set)} training and {len(val_set)} validation volumes; {effective} samples in an "
         "optimizer step"
     )
-    out = open_run(args.out, args, accelerator, args.resume, args.overwrite)
+    folder = open_run(args.out, args, accelerator, args.resume, args.overwrite)
 
     # AdamW with one learning rate for the embedding layer and a multiple of it for the language model.
     groups = parameter_groups(model.embedding_layer, args.lr, args.weight_decay, PLAIN)
     groups += parameter_groups(model.lang_model, args.lr * args.llm_lr_scale, args.weight_decay, PLAIN)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.adam_beta2))
+    lambda_ctr = model.lambda_ctr  # weight of the contrastive loss, upstream's 4
+
+    # Accelerate wraps all of it for one device, several processes, or shards.
     if args.compile:
         model.compile()
     loader = make_loader(train_set, args, collate_fn=collate)
     val_loader = make_loader(val_set, args, train=False, collate_fn=collate)
     model, optimizer, loader, val_loader = accelerator.prepare(model, optimizer, loader, val_loader)
     steps, schedule = plan_steps(args, loader), SCHEDULES[args.lr_scheduler_type]
-    inputs, lambda_ctr = (*BATCH_KEYS, "loss_reweight"), accelerator.unwrap_model(model).lambda_ctr
 
     # The two losses are means over different things, so each has its own share of the optimizer step.
     run = start(accelerator, args, steps, [optimizer])
     model.train()
     for batch, (label_share, sample_share) in batches(run, loader, loss_counts):
         with accelerator.accumulate(model):
-            losses = model(**{key: batch[key] for key in inputs if key in batch})
-            lm_loss, ctr_loss = losses["lm_loss"] * label_share, losses["ctr_loss"] * sample_share
+            # Forward: the diagnosis against the labels, and the report after the prompt.
+            out = model(**{key: batch[key] for key in (*BATCH_KEYS, "loss_reweight") if key in batch})
+            lm_loss, ctr_loss = out["lm_loss"] * label_share, out["ctr_loss"] * sample_share
             loss = lm_loss + lambda_ctr * ctr_loss
+            # A loss that is nan or inf ends the run before it reaches the weights.
             check_finite(run, batch["id"], loss=loss, lm_loss=lm_loss, ctr_loss=ctr_loss)
             accelerator.backward(loss)
             grad = update(run, model, [optimizer], lr_at(run.state["step"], steps, args.warmup, schedule))
+        # Once per optimizer step: evaluate where it is due, log, save, stop when asked to.
         if accelerator.sync_gradients:
             scores = evaluate(model, val_loader, accelerator)[0] if evaluation_due(run) else {}
             finish_step(run, grad=grad, **{f"eval_{key}": value for key, value in scores.items()})
@@ -284,29 +305,25 @@ def main(args):
     calibrated = finding_scores(labels, probability >= np.array(config["thresholds"]))
     accelerator.print(
         f"validation findings: micro-F1 {scores['micro_f1']:.3f} at threshold 0.5, "
-        f"{calibrated['micro']['F1']:.3f} with "
-        "thresholds calibrated on the same volumes"
+        f"{calibrated['micro']['F1']:.3f} with thresholds calibrated on the same volumes"
     )
 
-    # The model folder, under upstream's file name and keys; metrics.json comes last: a folder that has it is
+    # The model folder, under upstream's file name and keys. metrics.json comes last: with it a folder is
     # complete.
-    weights = accelerator.get_state_dict(model)
+    weights = accelerator.get_state_dict(model)  # all processes take part, in case the model is sharded
     if accelerator.is_main_process:
-        save_model(weights, out, config)
-        atomic_json(
-            out / "metrics.json",
-            {"validation": scores, "validation_calibrated": calibrated, "trained": names},
-        )
+        save_model(weights, folder, config)
+        metrics = {"validation": scores, "validation_calibrated": calibrated, "trained": names}
+        atomic_json(folder / "metrics.json", metrics)
     if torch.cuda.is_available():
         accelerator.print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
     finish(run, **{f"eval_{key}": value for key, value in scores.items()})
     accelerator.end_training()
 
 
-def parse_args(argv=None):
-    parser = Parser(__doc__)
+def add_data_arguments(parser):
+    """Add the flags of volumes, reports and prompts."""
     fraction = number(float, 0, 1)
-
     group = parser.add_argument_group("data")
     group.add_argument("--data", required=True, help="folder in the CTRG format")
     group.add_argument("--cache", help="folder for prepared volumes, which makes the second epoch fast")
@@ -318,6 +335,7 @@ def parse_args(argv=None):
         action="store_true",
         help="read every sample first and leave out those that cannot be used",
     )
+    # What the prompt says of each finding, beside its status.
     group.add_argument(
         "--places",
         help="places.json beside the evidence head named in --start; prompts then name the side and the "
@@ -328,8 +346,7 @@ def parse_args(argv=None):
         type=fraction,
         default=0.0,
         help="fraction of the findings whose side and place the training prompt leaves out, so that the "
-        "report has to take "
-        "them from the image tokens",
+        "report has to take them from the image tokens",
     )
     group.add_argument(
         "--key-weight",
@@ -343,12 +360,15 @@ def parse_args(argv=None):
         default=0.0,
         help="fraction of the true statuses that are inverted in the training prompts",
     )
-    add_model(parser)
 
+
+def add_training_arguments(parser):
+    """Add the flags that say what trains and from what it starts."""
     group = parser.add_argument_group("what trains")
     group.add_argument(
         "--stage", choices=TRAINED, default="pre", help="pre: the Perceiver; ft: LoRA and the embedding layer"
     )
+    # Upstream names one Dia-LLaMA file in its code; RadFM keeps ViT and Perceiver in two.
     group.add_argument(
         "--start",
         nargs="*",
@@ -360,8 +380,7 @@ def parse_args(argv=None):
         choices=("vision", "all"),
         default="vision",
         help="what to take from --start; all: also the language model and LoRA, which only a Dia-Pangu "
-        "checkpoint of the "
-        "same language model should give",
+        "checkpoint of the same language model should give",
     )
     group.add_argument(
         "--train",
@@ -375,6 +394,7 @@ def parse_args(argv=None):
         default=[],
         help="parts of parameter names to leave out, such as vision_encoder",
     )
+    # LoRA of the language model, with upstream's values.
     group.add_argument("--lora-r", type=number(int, 1), default=LORA["r"], help="rank of LoRA")
     group.add_argument(
         "--lora-alpha",
@@ -383,11 +403,12 @@ def parse_args(argv=None):
         help="alpha of LoRA; its scale is alpha / rank",
     )
     group.add_argument(
-        "--lora-dropout", type=fraction, default=LORA["dropout"], help="dropout in front of LoRA"
+        "--lora-dropout", type=number(float, 0, 1), default=LORA["dropout"], help="dropout in front of LoRA"
     )
     group.add_argument(
         "--lora-targets", nargs="+", default=LORA["targets"], help="linear layers that get LoRA"
     )
+    # AdamW beyond the shared run flags.
     group.add_argument(
         "--llm-lr-scale",
         type=number(float, 0),
@@ -400,7 +421,7 @@ def parse_args(argv=None):
         default="constant_with_warmup",
         help="learning rate schedule",
     )
-    group.add_argument("--adam-beta2", type=fraction, default=0.999, help="beta 2 of AdamW")
+    group.add_argument("--adam-beta2", type=number(float, 0, 1), default=0.999, help="beta 2 of AdamW")
     group.add_argument(
         "--gradient-checkpointing",
         action=argparse.BooleanOptionalAction,
@@ -410,6 +431,14 @@ def parse_args(argv=None):
     group.add_argument(
         "--dry-run", action="store_true", help="print the parameters and a memory plan, load nothing"
     )
+
+
+def parse_args(argv=None):
+    parser = Parser(__doc__)
+    add_data_arguments(parser)
+    add_model(parser)
+    add_training_arguments(parser)
+    # Upstream's values, so that its recipes need the same words here as there.
     add_run_arguments(parser, lr=5e-5, weight_decay=0.0, warmup=20, epochs=3.0, accum=8, seed=42)
     return parser.parse_args(argv)
 

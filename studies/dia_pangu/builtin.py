@@ -2,7 +2,8 @@
 
     python studies/dia_pangu/builtin.py
 
-SEED=1 RUNS=runs/seed-1 trains from another seed, SMOKE=1 runs the smallest sizes. With DATA_ROOT the parts that real data can test follow (real.py). RESULTS.md holds what came out.
+SEED=1 RUNS=runs/seed-1 trains from another seed, SMOKE=1 runs the smallest sizes. With DATA_ROOT the parts
+that real data can test follow (real.py). RESULTS.md holds what came out.
 """
 
 import sys

@@ -200,8 +200,8 @@ def write_results(out, table, model: Tested, location, details, picture, evidenc
         others("report_micro"),
         bootstrap(micro_f1, model.truth, model.told),
         [(path, "evidence maps") for path in evidence],
-        "Read from the generated text by the rule-based labeler; BLEU-4 "
-        f"{bleu_model:.2f} against {bleu_nearest:.2f} for retrieval hardly separates",
+        f"Read from the generated text by the rule-based labeler; BLEU-4 {bleu_model:.2f} against "
+        f"{bleu_nearest:.2f} for retrieval hardly separates",
     )
     for what, chance in CHANCE.items():
         accuracy = {name: scores[what]["accuracy"] for name, scores in location.items()}

@@ -76,6 +76,7 @@ class PatchModel(nn.Module):
 
         vision_x: (B, 1, 3, H, W, D). patch_labels: (B, n_tok, 14). cls_labels: (B, 14), 1 = present.
         """
+        # Every patch says which findings it shows.
         layer = self.embedding_layer
         tokens = layer.encode(vision_x)
         logits = layer.evidence_head(tokens[:, 0])
@@ -86,6 +87,7 @@ class PatchModel(nn.Module):
                 "patch_loss": patch_loss,
                 "probability": logits.sigmoid().amax(1).detach(),
             }
+        # The pooled features are compared with the finding's own memory and with the opposite one.
         sim = layer.similarity(tokens)
         own_first = torch.where(cls_labels.bool()[..., None], sim, sim.flip(-1)) / layer.temperature()
         target = own_first.new_zeros(own_first.shape[:2], dtype=torch.long)
@@ -101,6 +103,7 @@ class PatchModel(nn.Module):
 def patch_statistics(train_set, n_tok: int) -> tuple[torch.Tensor, range]:
     """Return how often each patch carries each finding, (n_tok, 14), over at most 400 training volumes, and
     their indices."""
+    # A few hundred volumes say enough about where findings lie.
     counted = range(0, len(train_set), max(1, len(train_set) // 400))
     frequency = torch.zeros(n_tok, NUM_FINDINGS)
     for i in counted:
@@ -119,18 +122,21 @@ def start_memories(layer: MyEmbedding, data: CTRGDataset, volumes):
     without each finding. That separates the findings before any training; from random memories it takes
     many epochs.
     """
+    # Features of the volumes and the labels of their findings.
     layer.eval()
     samples = [collate([data[i]]) for i in volumes]
     features = torch.cat(
         [layer.finding_features(layer.encode(b["vision_x"])) for b in samples]
     )  # (N, 14, dim)
     present = torch.cat([b["cls_labels"] for b in samples]).float()
+    # ZCA whitening; axes of almost no variance are held back, they are noise.
     centred = (features - features.mean(0)).flatten(0, 1)
     variance, axes = torch.linalg.eigh(centred.T @ centred / len(centred))
     whiten = (axes * variance.clamp(min=1e-4 * variance.max()).rsqrt()) @ axes.T
     layer.proj.weight.copy_(whiten)
     layer.proj.bias.copy_(-whiten @ features.mean((0, 1)))
 
+    # A finding that never occurs keeps its random memory.
     z = F.normalize(layer.proj(features), dim=-1)
     for memory, chosen in ((layer.pos_sample_memory, present), (layer.neg_sample_memory, 1 - present)):
         count = chosen.sum(0)[:, None]
@@ -160,6 +166,7 @@ def look_at_all(layer: MyEmbedding, data: CTRGDataset, device) -> tuple[dict, to
     """Look at every volume of a set once; return {id: {finding: (side, place)}}, the vote's inputs (N, 28)
     and labels (N, 14)."""
     places, inputs, labels = {}, [], []
+    # Batches of 8: as many as fit beside a training that has just ended.
     for first in progress(range(0, len(data), 8), desc=f"evidence, {data.split}"):
         batch = collate([data[i] for i in range(first, min(first + 8, len(data)))])
         raise_bad(batch)
@@ -204,6 +211,24 @@ def make_groups(layer: MyEmbedding, args) -> list[dict]:
     return groups
 
 
+def save_vision(layer: MyEmbedding, out, train_set, val_set, contrast: bool, device):
+    """Write vision.safetensors and, after the contrastive training, fit the vote and write places.json."""
+    # The vote is fitted on training volumes alone; the places of val are read off, nothing is fitted on them.
+    if contrast:
+        places, inputs, labels = look_at_all(layer, train_set, device)
+        fit_vote(layer, inputs, labels)
+        places |= look_at_all(layer, val_set, device)[0]
+        atomic_json(out / "places.json", places)
+    # Only the vision part is kept: the language model comes later.
+    keep = {
+        f"embedding_layer.{key}": value.cpu().contiguous()
+        for key, value in layer.state_dict().items()
+        if key.startswith(KEPT)
+    }
+    with atomic_path(out / "vision.safetensors") as temporary:
+        save_file(keep, temporary)
+
+
 def main(args):
     if not args.contrast:
         refuse(args, ["prototype_lr_scale"], "without --contrast")
@@ -235,6 +260,7 @@ def main(args):
     accelerator.print(f"{describe(model)} | {layer.n_tok} patches | {len(train_set)} volumes")
     out = open_run(args.out, args, accelerator, args.resume, args.overwrite)
 
+    # Two learning rates, one for the network and one for the prototypes.
     optimizer = torch.optim.AdamW(make_groups(layer, args), lr=args.lr, betas=(0.9, args.adam_beta2))
     if args.compile:
         model.compile()
@@ -247,6 +273,7 @@ def main(args):
         raise_bad(batch)
         return len(batch["id"])
 
+    # The loop: a batch's share is its number of volumes.
     run = start(accelerator, args, steps, [optimizer])
     model.train()
     for batch, share in batches(run, loader, count):
@@ -260,23 +287,13 @@ def main(args):
         if accelerator.sync_gradients:
             scores = evaluate(model, val_loader, accelerator) if evaluation_due(run) else {}
             finish_step(run, grad=grad, **{f"eval_{key}": value for key, value in scores.items()})
+    # What the head is worth on the validation volumes.
     scores = evaluate(model, val_loader, accelerator)
 
-    # The vote is fitted on training volumes alone; the places of val are read off, nothing is fitted on them.
+    # The evidence: vote, places, and the folder that --start of the next stage takes.
     if accelerator.is_main_process:
         layer = accelerator.unwrap_model(model).embedding_layer.eval()
-        if args.contrast:
-            places, inputs, labels = look_at_all(layer, train_set, accelerator.device)
-            fit_vote(layer, inputs, labels)
-            places |= look_at_all(layer, val_set, accelerator.device)[0]
-            atomic_json(out / "places.json", places)
-        keep = {
-            f"embedding_layer.{key}": value.cpu().contiguous()
-            for key, value in layer.state_dict().items()
-            if key.startswith(KEPT)
-        }
-        with atomic_path(out / "vision.safetensors") as temporary:
-            save_file(keep, temporary)
+        save_vision(layer, out, train_set, val_set, bool(args.contrast), accelerator.device)
     finish(run, **{f"eval_{key}": value for key, value in scores.items()})
     accelerator.end_training()
 
@@ -306,6 +323,7 @@ def parse_args(argv=None):
     )
     parser.add_argument("--adam-beta2", type=number(float, 0, 1), default=0.98, help="beta 2 of AdamW")
     parser.set_defaults(language=None)  # no text is read here
+    # Small batches and a high rate: the ViT of the phantoms is small.
     add_run_arguments(
         parser, lr=2e-3, weight_decay=0.0, max_steps=800, batch_size=8, accum=1, warmup=20, seed=42
     )

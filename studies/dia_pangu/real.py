@@ -52,8 +52,8 @@ def main():
         )
     else:
         print(
-            "the language model on real reports is left out: "
-            "it needs ct_reports_train.json and ct_reports_val.json"
+            "the language model on real reports is left out: it needs ct_reports_train.json and "
+            "ct_reports_val.json"
         )
 
     # Real scans through reading, preparation and the model.

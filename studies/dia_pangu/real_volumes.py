@@ -85,9 +85,8 @@ def main(args):
         {"chance": 0.5},
         None,
         figures,
-        "Organs of the segmented volume named left or right, liver and spleen, and the vertebrae at the back. "
-        "All files also pass the model by --volume; it has seen phantoms alone, so that its reports of them "
-        "mean nothing",
+        "Organs named left or right, liver and spleen, and the vertebrae at the back. All files also pass "
+        "the model by --volume; it has seen phantoms alone, so that its reports of them mean nothing",
         {"files": facts, "organs": right},
     )
 

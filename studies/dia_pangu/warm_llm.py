@@ -84,9 +84,11 @@ class Reports(Dataset):
 def make_sets(args):
     """Return training set, validation set, the class that writes their text, and the phrases that stay one
     token."""
+    # Plain reports have no labels, so that the guide is their whole prompt.
     if args.reports:
         sets = Reports(args.reports, args.limit), Reports(args.eval_reports, args.limit)
         return *sets, GuideOnly, [GUIDES[args.language]]
+    # Labelled reports get the prompt of a report model, without image tokens.
     options = {
         "grid": Grid(),
         "language": args.language,
@@ -136,7 +138,7 @@ def evaluate(model, loader, accelerator) -> dict:
     model.eval()
     sums = torch.zeros(2, device=accelerator.device)
     for batch in loader:
-        batch.pop("loss_reweight", None)
+        batch.pop("loss_reweight", None)  # a perplexity counts every token alike
         sums += torch.stack([mean_loss(model, batch) * count_labels(batch), count_labels(batch)]).float()
     model.train()
     total, tokens = accelerator.reduce(sums, "sum").tolist()
@@ -145,6 +147,7 @@ def evaluate(model, loader, accelerator) -> dict:
 
 def check_flags(args):
     """Refuse flags that contradict each other, and flags that have no effect in the given mode."""
+    # One source of text, one source of the model.
     if bool(args.data) == bool(args.reports):
         raise UserError("give either --data (a folder in the CTRG format) or --reports (a JSON file)")
     if bool(args.make) == bool(args.lang_encoder_path):
@@ -153,6 +156,7 @@ def check_flags(args):
         )
     if bool(args.reports) != bool(args.eval_reports):
         raise UserError("--reports and --eval-reports go together: the perplexity is that of other reports")
+    # Flags of the other source.
     if args.reports:
         refuse(args, ["places"], "with --reports, whose prompts name no place")
     if args.make:
@@ -162,6 +166,7 @@ def check_flags(args):
 
 
 def main(args):
+    # Text first: an unreadable file ends the run before a folder is made.
     check_flags(args)
     accelerator = make_accelerator(args)
     seed_everything(args.seed)
@@ -180,10 +185,12 @@ def main(args):
         load_tokenizer(folder, args.trust_remote_code),
         model.get_input_embeddings().num_embeddings,
     )
+    # The writers of the text: no image tokens, one volume.
     for data in (train_set, val_set):
         data.text = writer(tokenizer, rows, 0, 1, args.language, args.max_length, key_weight=args.key_weight)
     accelerator.print(f"{describe(model)} | {len(train_set)} training and {len(val_set)} held-out reports")
 
+    # All weights train.
     optimizer = torch.optim.AdamW(
         parameter_groups(model, args.lr, args.weight_decay), lr=args.lr, betas=(0.9, args.adam_beta2)
     )
@@ -194,6 +201,7 @@ def main(args):
     model, optimizer, loader, val_loader = accelerator.prepare(model, optimizer, loader, val_loader)
     steps = plan_steps(args, loader)
 
+    # The loop: a batch's share is its number of labels.
     run = start(accelerator, args, steps, [optimizer])
     model.train()
     for batch, share in batches(run, loader, count_labels):
@@ -248,6 +256,7 @@ def parse_args(argv=None):
         help="weight in the loss of the words that name side and place; upstream intends 3",
     )
 
+    # Either an existing model or a new small one.
     group = parser.add_argument_group("model")
     group.add_argument("--lang-encoder-path", help="folder of the model to train on")
     group.add_argument(

@@ -206,8 +206,7 @@ class CTRGDataset(Dataset):
             if self.places is not None and name not in self.places:
                 raise UserError(
                     f"{self.annotation}: id {name} has no row in the places file; make that file from these "
-                    "data "
-                    "with studies/dia_pangu/pretrain_vit.py"
+                    "data with studies/dia_pangu/pretrain_vit.py"
                 )
             where = self.places and {
                 finding: at for finding, at in self.places[name].items() if rng.random() >= self.hide_places
@@ -228,7 +227,14 @@ class CTRGDataset(Dataset):
     def drop_bad(self, workers: int = 0):
         """Read every sample once, leave out those that cannot be used, and print how many; this also fills
         the cache."""
-        loader = DataLoader(self, batch_size=1, num_workers=workers, collate_fn=lambda samples: samples[0])
+        # Its own generator, so that checking does not change what the training draws afterwards.
+        loader = DataLoader(
+            self,
+            batch_size=1,
+            num_workers=workers,
+            collate_fn=lambda samples: samples[0],
+            generator=torch.Generator(),
+        )
         bad = {}
         for sample in progress(loader, desc=f"checking {self.split}"):
             if "error" in sample:

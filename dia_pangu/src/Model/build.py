@@ -86,8 +86,7 @@ def add_model(parser):
         "--preprocess",
         choices=PREPROCESS,
         help="preparation of the volumes, instead of the configuration's (windows); windows: orientation, "
-        "spacing and three HU "
-        "windows; upstream: exactly as published, for published checkpoints",
+        "spacing and three HU windows; upstream: exactly as published, for published checkpoints",
     )
     group.add_argument(
         "--attn", default="sdpa", choices=("sdpa", "eager"), help="attention code of the language model"
@@ -218,8 +217,7 @@ def load_start(model, path, take: str = "vision"):
         key, theirs, ours = report.mismatched[0]
         raise UserError(
             f"{path}: {len(report.mismatched)} tensors have another shape, {key} {theirs} where the model "
-            f"has {ours}; "
-            "take the --size or --config that the checkpoint was made with"
+            f"has {ours}; take the --size or --config that the checkpoint was made with"
         )
     if left:
         print(f"  {left} tensors of the file's language model left alone")

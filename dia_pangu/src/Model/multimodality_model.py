@@ -87,12 +87,19 @@ class MultiPanguForCausalLM(nn.Module):
 
     def train(self, mode: bool = True):
         """Switch to training mode, but keep frozen parts in eval mode: no dropout in a ViT that does not
-        learn."""
+        learn.
+
+        A frozen layer with gradient checkpointing says that it trains, because transformers would not
+        checkpoint it otherwise; the parts of that layer stay in eval mode.
+        """
         super().train(mode)
         for module in self.modules():
             parameters = list(module.parameters())
             if parameters and not any(p.requires_grad for p in parameters):
                 module.eval()
+        for module in self.modules():
+            if mode and getattr(module, "gradient_checkpointing", False):
+                module.training = True
         return self
 
     def forward(

@@ -168,8 +168,7 @@ class Trainer:
         if self.per_epoch < 1:
             raise UserError(
                 f"{len(train_dataset)} training samples make {len(self.loader)} batches a process, fewer "
-                "than "
-                f"--gradient-accumulation-steps {args.gradient_accumulation_steps}; lower it"
+                f"than --gradient-accumulation-steps {args.gradient_accumulation_steps}; lower it"
             )
         self.total = args.max_steps or max(1, round(args.num_train_epochs * self.per_epoch))
 
