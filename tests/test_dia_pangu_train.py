@@ -114,7 +114,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_batch(data, llm, t
 
 
 def test_gradient_checkpointing_keeps_the_gradient_and_recomputes(llm, data):
-    """The gradients are equal, and the layers' forward pass runs twice."""
+    """The gradients are equal, and a layer runs forward a second time."""
     gradients, calls = {}, {}
     for checkpointing in (False, True):
         torch.manual_seed(0)
@@ -126,7 +126,7 @@ def test_gradient_checkpointing_keeps_the_gradient_and_recomputes(llm, data):
         model.train()
         count = []
         layer = model.lang_model.model.layers[0].mlp
-        layer.register_forward_hook(lambda *_, count=count: count.append(1))
+        layer.register_forward_pre_hook(lambda *_, count=count: count.append(1))
         batch = collate([CTRGDataset(data, "train", Grid((16, 16, 16)), text)[0]])
         model(**{key: batch[key] for key in script.BATCH_KEYS})["loss"].backward()
         gradients[checkpointing], calls[checkpointing] = (
