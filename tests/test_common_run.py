@@ -12,11 +12,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
 
-from common.checkpoint import damage
+from common.checkpoint import damage, link
+from common.run import seed_everything
 from tests import forked, toy_run
 from tests.forked import Done
 from tests.parity import assert_same_first_step
@@ -216,6 +218,25 @@ def test_damaged_last_checkpoint_falls_back_to_the_one_before(tmp_path, harm):
     resumed = toy(tmp_path / "a", "--resume")
     assert "step-00000015" in resumed.text and "trying the checkpoint before it" in resumed.text
     assert final(resumed) == final(whole)
+
+
+def test_the_best_checkpoint_stays_when_old_ones_go(tmp_path):
+    toy(tmp_path / "a", "--max-steps", "5")
+    link(tmp_path / "a", "best", tmp_path / "a/checkpoints/step-00000005")
+    toy(tmp_path / "a", "--keep", "1", "--resume")
+    kept = sorted(p.name for p in (tmp_path / "a/checkpoints").iterdir())
+    assert kept == ["step-00000005", "step-00000020"]
+
+
+def test_equal_seeds_give_equal_draws_and_ranks_differ():
+    def draws(seed, rank):
+        seed_everything(seed, rank)
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    first, again, other_rank, other_seed = draws(3, 0), draws(3, 0), draws(3, 1), draws(5, 0)
+    assert first == again
+    for one, rank, seed in zip(first, other_rank, other_seed):  # Python, numpy, torch
+        assert len({one, rank, seed}) == 3
 
 
 @pytest.mark.slow

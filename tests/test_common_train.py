@@ -79,6 +79,7 @@ def test_an_incomplete_step_at_the_end_of_an_epoch_is_left_out(toy, monkeypatch)
     for epoch in range(3):  # no sample comes twice in an epoch
         names = [name for batch in seen[6 * epoch : 6 * epoch + 6] for name in batch]
         assert len(set(names)) == 48
+    assert len({tuple(names) for names in seen}) == 18  # and each epoch has an order of its own
 
 
 def test_epochs_on_the_command_line_take_the_place_of_a_default_number_of_steps(toy):
@@ -162,10 +163,20 @@ def test_on_a_gpu_the_losses_are_looked_at_before_a_save_and_the_right_batch_is_
         toy("a", "--log-every", 50, "--save-every", 4)
 
 
+def test_clip_0_leaves_the_gradient_as_it_is(toy):
+    def final(name, clip):
+        text = toy(name, "--clip", clip, "--max-steps", 2)[2]
+        return next(line for line in text.splitlines() if line.startswith("final"))
+
+    assert final("none", 0) == final("large", 1e9) != final("small", 1e-3)
+
+
 def test_losses_are_logged_as_means_over_the_whole_step(toy):
     _, one, _ = toy("a", "--batch-size", 8, "--max-steps", 1)
     _, two, _ = toy("b", "--batch-size", 4, "--accum", 2, "--max-steps", 1)
     assert near(one[0]["loss"], two[0]["loss"])
+    _, still, _ = toy("c", "--batch-size", 64, "--max-steps", 3, "--lr", 0)  # all samples in each step
+    assert near(still[0]["loss"], still[2]["loss"])
 
 
 # --- resume, evaluation, stop

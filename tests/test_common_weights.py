@@ -150,6 +150,12 @@ def test_report_names_every_kind(tensors, capsys):
     assert torch.equal(target[0].weight, given["0.weight"])
 
 
+def test_a_nan_anywhere_in_a_weight_is_refused_and_named(tensors):
+    tensors["0.weight"][2, 1] = torch.nan
+    with pytest.raises(UserError, match="w.pth: 0.weight holds nan"):
+        load_weights(model(), tensors, "w.pth")
+
+
 def test_converted_keys_are_counted(tensors):
     report = load_weights(
         model(),
@@ -170,7 +176,11 @@ def test_too_little_loaded_is_an_error_and_changes_nothing(tensors):
 
 
 def test_atomic_writes_leave_old_content_on_failure(tmp_path):
+    atomic_write(tmp_path / "a.txt", "older")
+    os.link(tmp_path / "a.txt", tmp_path / "reader.txt")  # stands for a program that has it open
     atomic_write(tmp_path / "a.txt", "old")
+    assert (tmp_path / "reader.txt").read_text() == "older"
+    (tmp_path / "reader.txt").unlink()
     with pytest.raises(ZeroDivisionError), atomic_path(tmp_path / "a.txt") as path:
         path.write_text("half")
         raise ZeroDivisionError
