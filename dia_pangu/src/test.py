@@ -249,7 +249,7 @@ def main(args):
     empty = sum(not row["Pred"] for row in results)
     mean_ms = sum(float(row["InferTimeMs"]) for row in timing) / len(timing)
     print(
-        f"{args.out / 'dia-pangu.csv'}: {len(results)} reports, {empty} of them empty, {mean_ms:.0f} ms each, "
+        f"{args.out / 'dia-pangu.csv'}: {len(results)} reports, {empty} empty, {mean_ms:.0f} ms each; "
         f"findings.csv and {drawn} evidence pictures beside it"
     )
     if args.volume:

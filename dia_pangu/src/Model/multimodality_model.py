@@ -11,7 +11,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from common.errors import UserError
-from common.llm import add_lora  # noqa: F401  pruning still takes it from here
 from dia_pangu.src.Model import pangu  # noqa: F401  registers model type PanguEmbedded
 from dia_pangu.src.Model.my_embedding_layer import MyEmbedding
 
