@@ -1,0 +1,202 @@
+"""em_mllm: every option of its training scripts does what it is for, or is refused."""
+
+import json
+
+import h5py
+import numpy as np
+import pytest
+
+import em_mllm.finetune
+import em_mllm.make_data
+import em_mllm.pretrain
+import em_mllm.train
+import studies.em_mllm.make_llm
+from tests import forked
+from tests.effects import RUN_BASE, RUN_FLAGS, Effect, check_effects
+
+SIZES = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "patch_size": [16, 1],
+    "max_seq_len": [144, 1],
+    "decoder_hidden_size": 16,
+    "decoder_num_hidden_layers": 1,
+    "decoder_num_attention_heads": 2,
+    "decoder_intermediate_size": 16,
+    "initializer_range": 0.1,
+    "attention_type": "sdpa",
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Signals with questions, a tiny language model, two encoders, and a joined model."""
+    folder = tmp_path_factory.mktemp("em_effects")
+
+    def make(script, *arguments):
+        done = forked.call(script, arguments, folder / "log.txt", 300)
+        assert done.returncode == 0, done.text
+
+    data = folder / "data"
+    counts = ("--train", 4, "--val", 1, "--test", 1, "--points", 128, "--snr", 0, 20)
+    make(em_mllm.make_data, "--out", data, *counts)
+    make(studies.em_mllm.make_llm, "--out", folder / "llm", "--steps", 1, "--hidden-size", 16)
+    (folder / "sizes.json").write_text(json.dumps(SIZES))
+    train = ("--data", data / "train", "--config", folder / "sizes.json", "--max-steps", 1, "--batch-size", 2)
+    make(em_mllm.pretrain, *train, "--out", folder / "mae")
+    make(em_mllm.pretrain, *train, "--seed", 9, "--out", folder / "other")
+    parts = ("--signal-encoder-path", folder / "mae/encoder", "--llm-model-path", folder / "llm")
+    make(em_mllm.train, *parts, "--task-dir", data / "train", "--max-steps", 1, "--out", folder / "joined")
+
+    # a copy of the training signals of which one holds nan
+    (folder / "bad").mkdir()
+    for path in (data / "train").iterdir():
+        (folder / "bad" / path.name).write_bytes(path.read_bytes())
+    with h5py.File(folder / "bad/radar_jamming.h5", "r+") as file:
+        file["IQ_data"][0] = np.nan
+        del file.attrs["fs"]
+    return folder
+
+
+@pytest.mark.slow
+def test_every_option_of_pretrain_has_its_effect(world, tmp_path):
+    data, sizes = world / "data", world / "sizes.json"
+    base = [*RUN_BASE, "--data", data / "train", "--config", sizes, "--min-points", 64]
+    table = {
+        **{name: effect for name, effect in RUN_FLAGS.items() if name != "--eval-every"},
+        "--data": Effect([data / "train/modulation.h5"], "weights"),
+        "--val": [
+            Effect([data / "val"], ("files", "same weights")),
+            Effect([data / "train/modulation.h5"], "refused"),
+        ],
+        "--min-points": Effect(32, "weights"),
+        "--row-tokens": Effect(24, "weights"),
+        "--skip-bad": Effect(True, ("text", "weights"), alone=("--data", world / "bad")),
+        "--preset": Effect("tiny", "refused"),  # beside --config
+        "--config": "the sizes that a run needs: every test of this room",
+        "--init": Effect(world / "other/encoder", "weights"),
+        "--patch": Effect(32, "shape"),
+        "--mask-ratio": Effect(0.5, "weights"),
+        "--norm-pix-loss": Effect(True, "weights"),
+        "--spectrum-weight": [Effect(0.5, "shape"), Effect(1.0, "weights", given=("--spectrum-weight", 0.5))],
+        "--optimizer": Effect("muon", "weights"),
+        "--gradient-checkpointing": Effect(True, computed_again),
+    }
+    check_effects(em_mllm.pretrain, base, table, tmp_path)
+
+
+def computed_again(base, variant) -> str:
+    """For --gradient-checkpointing: the losses are the same; tests/test_em_mllm_encoder.py looks at what is
+    computed again."""
+    one, two = ([line["loss"] for line in trial.log() if "loss" in line] for trial in (base, variant))
+    same = np.allclose(one, two, rtol=1e-4)
+    return "" if same else "the losses differ"
+
+
+@pytest.mark.slow
+def test_every_option_of_finetune_has_its_effect(world, tmp_path):
+    data = world / "data"
+    radar = data / "train/radar_jamming.h5"
+    test, val = data / "test/radar_jamming.h5", data / "val/radar_jamming.h5"
+    base = [*RUN_BASE, "--train", radar, "--test", test, "--signal-encoder-path", world / "mae/encoder"]
+    table = {
+        **RUN_FLAGS,
+        "--eval-every": [Effect(1, ("log", "same weights"), given=("--val", val)), Effect(1, "refused")],
+        "--train": [
+            Effect([data / "train/modulation.h5"], "shape", alone=("--test", data / "test/modulation.h5")),
+            Effect([test], "refused", alone=("--test", test)),
+        ],
+        "--test": [Effect([val], ("predictions", "same weights")), Effect([radar], "refused")],
+        "--val": [
+            Effect([val], ("log", "same weights"), alone=("--eval-every", 1)),
+            Effect([radar], "refused"),
+        ],
+        "--multitask": Effect(True, "shape"),
+        "--noise-db": Effect([0, 5], "weights"),
+        "--shift-hz": Effect(1e6, "weights"),
+        "--roll": Effect(True, "weights"),
+        "--skip-bad": Effect(True, ("text", "weights"), alone=("--train", world / "bad/radar_jamming.h5")),
+        "--signal-encoder-path": Effect(world / "other/encoder", "weights"),
+        "--random-encoder": Effect(True, "weights"),
+        "--linear-probe": Effect(True, "weights"),
+        "--optimizer": [Effect("muon", "weights"), Effect("muon", "refused", given=("--linear-probe",))],
+    }
+    # a file that is refused as --test or --val is named by that option
+    table["--train"] = table["--train"][0]
+    check_effects(em_mllm.finetune, base, table, tmp_path)
+
+
+@pytest.mark.slow
+def test_every_option_of_train_has_its_effect(world, tmp_path):
+    data, joined = world / "data", world / "joined/model"
+    pair = [data / "train/radar_jamming.h5", data / "train/radar_jamming.json"]
+    encoder, llm = ("--signal-encoder-path", world / "mae/encoder"), ("--llm-model-path", world / "llm")
+    base = [*RUN_BASE, "--task-files", *pair, *encoder, *llm]
+    table = {
+        **RUN_FLAGS,
+        "--task-dir": "excludes --task-files of the base: test_every_option_of_train_that_excludes_another",
+        "--task-files": Effect([data / "train/modulation.h5", data / "train/modulation.json"], "weights"),
+        "--val-dir": Effect(data / "val", "predictions"),
+        "--questions-per-signal": Effect(2, "weights"),
+        "--noise-db": Effect([0, 5], "weights"),
+        "--shift-hz": Effect(1e6, "weights"),
+        "--roll": Effect(True, "weights"),
+        "--fs": Effect(
+            1e6,
+            "weights",
+            given=(
+                "--skip-bad",
+                "--task-files",
+                world / "bad/radar_jamming.h5",
+                world / "bad/radar_jamming.json",
+            ),
+        ),
+        "--skip-bad": Effect(
+            True,
+            ("text", "weights"),
+            alone=("--task-files", world / "bad/radar_jamming.h5", world / "bad/radar_jamming.json"),
+        ),
+        "--signal-encoder-path": Effect(world / "other/encoder", "weights"),
+        "--llm-model-path": "the language model that a run needs: every test of this room",
+        "--trained-dir": "excludes the paths of the base: test_every_option_of_train_that_excludes_another",
+        "--projector": Effect("mlp", "shape"),
+        "--signal-tokens": Effect(2, "weights"),
+        "--attention-type": Effect("eager", computed_again),  # the same mathematics
+        "--max-length": Effect(5, "refused"),  # every text is longer
+        "--chat-template": Effect(True, "weights"),
+        "--freeze-llm": Effect(True, "files"),
+        "--freeze-signal-encoder": Effect(True, "weights"),
+        "--use-lora": Effect(True, "files"),
+        "--lora-r": [Effect(4, "shape", given=("--use-lora",)), Effect(4, "refused")],
+        "--lora-alpha": [Effect(64, "weights", given=("--use-lora",)), Effect(4, "refused")],
+        "--lora-dropout": [Effect(0.9, "weights", given=("--use-lora",)), Effect(0.5, "refused")],
+        "--lora-targets": [Effect(["k_proj"], "shape", given=("--use-lora",)), Effect(["k_proj"], "refused")],
+        "--legacy": Effect(True, "weights"),
+        "--trust-remote-code": "a folder with code of its own: tests/test_em_mllm_model.py",
+        "--optimizer": [
+            Effect("muon", "weights"),
+            Effect("muon", "refused", given=("--freeze-llm", "--freeze-signal-encoder")),
+        ],
+        "--schedule": Effect("cosine", "weights"),
+        "--dtype": Effect("bfloat16", "weights"),
+        "--gradient-checkpointing": Effect(True, computed_again),
+    }
+    check_effects(em_mllm.train, base, table, tmp_path)
+
+    # what the options of the base exclude
+    run = (*RUN_BASE, "--max-steps", 1, "--task-dir", data / "train", "--val-dir", data / "val")
+    cases = (
+        (["--trained-dir", joined], ""),
+        ([*encoder, *llm], ""),
+        ([*encoder, *llm, "--task-files", *pair], "--task-files"),
+        ([*llm], "--signal-encoder-path"),
+        (["--trained-dir", joined, *encoder], "--signal-encoder-path"),
+        (["--trained-dir", joined, "--projector", "mlp"], "--projector"),
+        (["--trained-dir", joined, "--val-dir", data / "train"], "--val-dir"),
+    )
+    for number, (options, refused) in enumerate(cases):
+        command = [*run, *options, "--out", tmp_path / f"case-{number}"]
+        done = forked.call(em_mllm.train, command, tmp_path / "log.txt", 300)
+        assert done.returncode == (2 if refused else 0) and f"error: {refused}" * bool(refused) in done.text
