@@ -1,8 +1,9 @@
 """A small convolutional network on the same IQ: the classical baseline beside every number of this project.
 
-    python studies/em_mllm/baseline.py --train data/em_mllm/train --test data/em_mllm/test --out runs/em_mllm/cnn
+    python studies/em_mllm/baseline.py --train data/em_mllm/train --test data/em_mllm/test --out runs/cnn
 
-One network per task (x.h5), trained on `label`. Its four-choice answer to x.json is the likeliest of the four options.
+One network per task (x.h5), trained on `label`. Its four-choice answer to x.json is the likeliest of the four
+options.
 """
 
 import sys

@@ -1,12 +1,14 @@
-"""What pre-training is worth at few labels: accuracy against labels per class, with and without it, and beside a CNN. Embeddings to a file.
+"""What pre-training is worth at few labels: accuracy against labels per class, with and without it, and
+beside a CNN. Embeddings to a file.
 
-    python studies/em_mllm/fewshot.py --train data/em_mllm/train/modulation.h5 --test data/em_mllm/test/modulation.h5 \\
+    python studies/em_mllm/fewshot.py --train train/modulation.h5 --test test/modulation.h5 \\
         --signal-encoder-path runs/em_mllm/pretrain/encoder --out runs/em_mllm/fewshot
     python studies/em_mllm/fewshot.py --embed embeddings.h5 --test data/em_mllm/test/modulation.h5 \\
         --signal-encoder-path runs/em_mllm/pretrain/encoder
 
-probe: ridge regression on [cls, mean, spread] of the frozen encoder's normalised output, its strength chosen by leave-one-out error inside
-the shots. finetune: the whole encoder. Every draw takes other shots and, for the random encoder, other weights.
+probe: ridge regression on [cls, mean, spread] of the frozen encoder's normalised output, its strength chosen
+by leave-one-out error inside the shots. finetune: the whole encoder. Every draw takes other shots and, for
+the random encoder, other weights.
 """
 
 import sys
@@ -101,7 +103,8 @@ def probe(x, y, test_x):
 
 
 def fit(encoder_path, pretrained: bool, seed, data, rows, classes, steps, lr, device, batch_size=32):
-    """Encoder and linear head, trained for `steps` steps on `rows` of `data`; pretrained False takes the encoder's sizes alone."""
+    """Encoder and linear head, trained for `steps` steps on `rows` of `data`; pretrained False takes the
+    encoder's sizes alone."""
     torch.manual_seed(seed)
     model = SiTMAEForClassification(read_config(encoder_path, attention_type="sdpa", num_labels=classes))
     if pretrained:
@@ -122,8 +125,8 @@ def fit(encoder_path, pretrained: bool, seed, data, rows, classes, steps, lr, de
 def classify(model, data, shifts=1, batch_size=64) -> np.ndarray:
     """Predicted class of every signal.
 
-    shifts: the logits are means over this many circular shifts of the signal inside a patch. Captures begin anywhere, and the grid of
-    patches, unlike a convolution, does not move with them.
+    shifts: the logits are means over this many circular shifts of the signal inside a patch. Captures begin
+    anywhere, and the grid of patches, unlike a convolution, does not move with them.
     """
     collate, patch, classes = SignalCollator(model.config), model.config.patch_size[0], []
     for start in range(0, len(data), batch_size):

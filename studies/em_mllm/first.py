@@ -1,4 +1,5 @@
-"""A first try from nothing: small data, a tiny language model and a tiny encoder, joined and tested in 3 minutes.
+"""A first try from nothing: small data, a tiny language model and a tiny encoder, joined and tested in 3
+minutes.
 
     python studies/em_mllm/first.py
     bash em_mllm/run_test.sh --iq capture.cu8 --question "Which one is it? (A) FM (B) OOK (C) MSK (D) 2FSK"

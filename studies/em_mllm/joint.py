@@ -15,9 +15,9 @@ LLM_STEPS = size(800, smoke=20)
 
 
 def join(out, seed: int, encoder, llm, **options):
-    """Join `encoder` and `llm` into out/model: first the projector alone learns to speak to the language model,
-    then encoder, projector and language model learn together. options: further flags of both stages, the data
-    among them.
+    """Join `encoder` and `llm` into out/model: first the projector alone learns to speak to the language
+    model, then encoder, projector and language model learn together. options: further flags of both stages,
+    the data among them.
     """
     options = dict(
         signal_encoder_path=encoder,

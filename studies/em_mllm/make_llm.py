@@ -1,8 +1,10 @@
-"""Make a tiny language model that can answer multiple-choice questions, so that everything runs without a download.
+"""Make a tiny language model that can answer multiple-choice questions, so that everything runs without a
+download.
 
-It is trained on text alone, never on a signal: where the signal vectors will stand, the name of a class stands, with some wrong names as
-an unsure signal would say them, and the model learns to find it among the options and to answer with its letter. What is left for the
-joint training is to turn signals into something that reads like a name.
+It is trained on text alone, never on a signal: where the signal vectors will stand, the name of a class
+stands, with some wrong names as an unsure signal would say them, and the model learns to find it among the
+options and to answer with its letter. What is left for the joint training is to turn signals into something
+that reads like a name.
 
     python studies/em_mllm/make_llm.py --out data/em_mllm_llm --steps 500
 """
@@ -52,8 +54,8 @@ def parse_args(argv=None):
     parser.add_argument(
         "--tasks",
         type=Path,
-        help='JSON of other tasks to ask about: {"device": {"noun": ["设备型号", "device"], "names": ["a", "b"]}} '
-        "(default: the built-in ones)",
+        help="JSON of other tasks to ask about, instead of the built-in ones: "
+        '{"device": {"noun": ["设备型号", "device"], "names": ["a", "b"]}}',
     )
     parser.add_argument("--seed", type=int, default=0, help="random seed")
     parser.add_argument("--overwrite", action="store_true", help="replace the model in --out")
@@ -71,7 +73,8 @@ def read_tasks(path) -> list[tuple[list[str], tuple[str, str]]]:
 
 
 def build_tokenizer(tasks):
-    """Byte-level BPE on the templates; a letter in brackets and a class name are one token each, so that one can be bound to the other."""
+    """Byte-level BPE on the templates; a letter in brackets and a class name are one token each, so that one
+    can be bound to the other."""
     rng = np.random.default_rng(0)
     texts = [
         text

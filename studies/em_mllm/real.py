@@ -4,8 +4,8 @@ questions.
     DATA_ROOT=... python studies/em_mllm/real.py
     DATA_ROOT=... SEEDS="0 1 2" python studies/em_mllm/real.py        # repeats the device study
 
-rtl433_train.npz is there to learn from, rtl433_test.npz or one of another name to be asked about. A folder with
-test captures only is scored with the model of an earlier run.
+rtl433_train.npz is there to learn from, rtl433_test.npz or one of another name to be asked about. A folder
+with test captures only is scored with the model of an earlier run.
 """
 
 import os

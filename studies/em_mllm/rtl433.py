@@ -1,13 +1,15 @@
-"""Real captures: which device, clean and in noise, with few labels and for devices never seen, beside two classical baselines.
+"""Real captures: which device, clean and in noise, with few labels and for devices never seen, beside two
+classical baselines.
 
     python em_mllm/convert.py rtl433 .../rtl433_train.npz .../rtl433_test.npz --out data/em_mllm/rtl433
     python em_mllm/pretrain.py --data data/em_mllm/rtl433/train --out runs/em_mllm/rtl433_pretrain \\
         --config studies/em_mllm/rtl433_config.json --spectrum-weight 0.5 --max-steps 200 ...
-    python studies/em_mllm/rtl433.py --captures .../rtl433_train.npz .../rtl433_test.npz --data data/em_mllm/rtl433 \\
-        --signal-encoder-path runs/em_mllm/rtl433_pretrain/encoder --out runs/em_mllm/rtl433
+    python studies/em_mllm/rtl433.py --captures .../rtl433_train.npz .../rtl433_test.npz \\
+        --signal-encoder-path runs/em_mllm/rtl433_pretrain/encoder --data data/em_mllm/rtl433 --out runs/r
 
-Training and test captures come from the same sittings with the same receiver: nothing here follows for another receiver.
-Unseen devices: the encoder is trained on eight classes; the other four are told apart from a few captures each by its embeddings.
+Training and test captures come from the same sittings with the same receiver: nothing here follows for
+another receiver. Unseen devices: the encoder is trained on eight classes; the other four are told apart from
+a few captures each by its embeddings.
 """
 
 import sys
@@ -60,7 +62,8 @@ def parse_args(argv=None):
 
 
 def pulse_features(z) -> np.ndarray:
-    """33 numbers: shares of pulse lengths and of gap lengths in 16 logarithmic classes each, and the log of the number of pulses."""
+    """33 numbers: shares of pulse lengths and of gap lengths in 16 logarithmic classes each, and the log of
+    the number of pulses."""
     envelope = np.convolve(np.abs(z - z.mean()), np.ones(16) / 16, "same")
     on = envelope > 0.5 * np.percentile(envelope, 99)
     edges = np.nonzero(np.diff(on.astype(int)))[0]
@@ -71,7 +74,8 @@ def pulse_features(z) -> np.ndarray:
 
 
 def pulse_regression(train, test, augmented: bool, rng) -> dict:
-    """Accuracy in each condition of a logistic regression on pulse_features, trained on clean captures or on disturbed copies too."""
+    """Accuracy in each condition of a logistic regression on pulse_features, trained on clean captures or on
+    disturbed copies too."""
     signals, labels = list(train["iq"]), list(train["y"])
     if augmented:
         for _ in range(8):
@@ -95,7 +99,8 @@ def pulse_regression(train, test, augmented: bool, rng) -> dict:
 
 
 def learn(args, train, rows, classes, steps, seed, device) -> dict:
-    """The encoder from both starts and the CNN, trained on `rows`: {name: function from a data set to classes}, pre-trained encoder."""
+    """The encoder from both starts and the CNN, trained on `rows`: {name: function from a data set to
+    classes}, pre-trained encoder."""
     models = {
         "encoder, pre-trained": fit(
             args.signal_encoder_path, True, seed, train, rows, classes, steps, 1e-3, device
@@ -125,8 +130,9 @@ def by_condition(answer, data: Path) -> dict:
 def unseen_devices(args, train, names, capture, device, draws=10) -> dict:
     """Accuracy among the four UNSEEN classes from 1 and 2 captures each: {(encoder, shots): mean over draws}.
 
-    The encoders: random, pre-trained by masking on all training captures without labels, and trained with labels on the other classes.
-    capture: which capture each row of `train` is a copy of. Shots and test items are different captures; every one is seen in all copies.
+    The encoders: random, pre-trained by masking on all training captures without labels, and trained with
+    labels on the other classes. capture: which capture each row of `train` is a copy of. Shots and test items
+    are different captures; every one is seen in all copies.
     """
     label = train.columns["label"].astype(int)
     unseen = np.isin(np.array(names)[label], UNSEEN)
