@@ -2,14 +2,14 @@
 
     python em_mllm/convert.py radioml2016 RML2016.10a_dict.pkl --out data/radioml2016
     python em_mllm/convert.py radioml2018 GOLD_XYZ_OSC.0001_1024.hdf5 --out data/radioml2018 --per-cell 200
-    python em_mllm/convert.py rtl433 shared/data/rf/rtl433_train.npz shared/data/rf/rtl433_test.npz --out data/rtl433
+    python em_mllm/convert.py rtl433 rtl433_train.npz rtl433_test.npz --out data/rtl433
 
-radioml*: train/ val/ test/ at 60 : 20 : 20 of every (class, SNR) cell by --seed.
-rtl433: train/ of augmented copies, val/ of other copies of the same captures, test/<condition>/ of the untouched test captures, clean and
+radioml*: train/ val/ test/ at 60 : 20 : 20 of every (class, SNR) cell by --seed. rtl433: train/ of augmented
+copies, val/ of other copies of the same captures, test/<condition>/ of the untouched test captures, clean and
 with noise from 20 to -10 dB below the burst's power, with and without a frequency shift.
 
-RadioML is known to be irregular: SNR labels of 2016.10a are not the measured SNR of each signal, and the class list published with
-2018.01a is in the wrong order; the corrected order is used here.
+RadioML is known to be irregular: SNR labels of 2016.10a are not the measured SNR of each signal, and the
+class list published with 2018.01a is in the wrong order; the corrected order is used here.
 """
 
 import json
@@ -121,7 +121,8 @@ def read_radioml2016(path: Path):
 
 
 def read_radioml2018(path: Path):
-    """Yields (class name, SNR in dB, signals (n, T, 2)) of a 2018.01a file: X (N, T, 2), Y one-hot (N, 24), Z SNR (N, 1)."""
+    """Yields (class name, SNR in dB, signals (n, T, 2)) of a 2018.01a file: X (N, T, 2), Y one-hot (N, 24), Z
+    SNR (N, 1)."""
     try:
         with h5py.File(path, "r") as file:
             if any(k not in file for k in "XYZ"):
@@ -188,8 +189,8 @@ def convert_radioml(cells, out: Path, per_cell: int, fs: float, seed: int):
 
 
 def read_rtl433(path: Path, train=None) -> dict:
-    """iq (n, 32768) complex64 around zero, y (n,), and per class names, modulation, coding; fs. train: content of the training file, whose
-    numbering of the classes the captures then follow."""
+    """iq (n, 32768) complex64 around zero, y (n,), and per class names, modulation, coding; fs. train:
+    content of the training file, whose numbering of the classes the captures then follow."""
     try:
         with np.load(path) as file:
             missing = [k for k in ("iq", "y", "classes", "modulation", "coding", "fs") if k not in file]
@@ -209,11 +210,13 @@ def read_rtl433(path: Path, train=None) -> dict:
         or y.max() >= len(classes)
     ):
         raise UserError(
-            f"{path}: y is {y.shape} {y.dtype}, expected for each of the {len(iq)} captures the number of one of {len(classes)} classes"
+            f"{path}: y is {y.shape} {y.dtype}, expected for each of the {len(iq)} captures the number of "
+            f"one of {len(classes)} classes"
         )
     if wrong := [k for k in ("modulation", "coding") if content[k].shape != classes.shape]:
         raise UserError(
-            f"{path}: {wrong[0]} is {content[wrong[0]].shape}, expected one entry for each of the {len(classes)} classes"
+            f"{path}: {wrong[0]} is {content[wrong[0]].shape}, expected one entry for each of the "
+            f"{len(classes)} classes"
         )
     if content["fs"].size != 1 or content["fs"].dtype.kind not in "uif" or not content["fs"] > 0:
         raise UserError(f"{path}: fs is {content['fs']}, expected samples per second")
@@ -237,13 +240,15 @@ def read_rtl433(path: Path, train=None) -> dict:
 
 
 def burst_power(z: np.ndarray) -> float:
-    """Mean power of the samples that belong to bursts: those above a quarter of the peak magnitude of the smoothed envelope."""
+    """Mean power of the samples that belong to bursts: those above a quarter of the peak magnitude of the
+    smoothed envelope."""
     envelope = np.convolve(np.abs(z - z.mean()), np.ones(16) / 16, "same")
     return float(np.mean(np.abs(z[envelope > 0.25 * envelope.max()]) ** 2))
 
 
 def disturb(z, fs, rng, noise_db=None, shift_hz=0.0):
-    """z shifted by shift_hz and turned by a random phase, with white noise noise_db dB below the burst power."""
+    """z shifted by shift_hz and turned by a random phase, with white noise noise_db dB below the burst
+    power."""
     z = z * np.exp(1j * (rng.uniform(0, 2 * np.pi) + 2 * np.pi * shift_hz / fs * np.arange(len(z))))
     if noise_db is not None:
         level = np.sqrt(burst_power(z) / 2 * 10 ** (-noise_db / 10))
@@ -252,10 +257,12 @@ def disturb(z, fs, rng, noise_db=None, shift_hz=0.0):
 
 
 def view(z: np.ndarray, kind: str = "polar", factor: int = 8) -> np.ndarray:
-    """(T,) complex to (T / factor, 2), each point from `factor` samples: magnitude and frequency, or the averaged I and Q.
+    """(T,) complex to (T / factor, 2), each point from `factor` samples: magnitude and frequency, or the
+    averaged I and Q.
 
-    Magnitude: standardised over the capture, or noise would leave of it a large mean and little else. Frequency (-1..1 = +-fs/2): the angle
-    of the mean of z[t] conj(z[t-1]), times the relative strength of that mean, so that it stays quiet where there is no signal.
+    Magnitude: standardised over the capture, or noise would leave of it a large mean and little else.
+    Frequency (-1..1 = +-fs/2): the angle of the mean of z[t] conj(z[t-1]), times the relative strength of
+    that mean, so that it stays quiet where there is no signal.
     """
     blocks = z[: len(z) // factor * factor].reshape(-1, factor)
     if kind == "iq":

@@ -1,10 +1,12 @@
-"""Signals and questions from disk: `x.h5` (IQ_data, label) and `x.json` (question, answer) as in the seed; nothing is held in memory.
+"""Signals and questions from disk: `x.h5` (IQ_data, label) and `x.json` (question, answer) as in the seed;
+nothing is held in memory.
 
-    modulation.h5     IQ_data float32 (Num, T, 2); label float32 (Num, 1); attributes fs (Hz), classes (JSON list);
-                      optional (Num, 1): snr, pulse_width, pulse_time_delay, pri, num_pulses, isr
+    modulation.h5     IQ_data float32 (Num, T, 2); label float32 (Num, 1); attributes fs (Hz), classes
+                      (JSON list); optional (Num, 1): snr, pulse_width, pulse_time_delay, pri, num_pulses, isr
     modulation.json   [{"id", "question", "answer" (absent in test files), "iq_index_in_h5", "h5_path"}, ...]
 
-Every random choice is a function of (seed, epoch, sample), so that the number of processes and a resume do not change it.
+Every random choice is a function of (seed, epoch, sample), so that the number of processes and a resume do
+not change it.
 """
 
 import json
@@ -57,9 +59,11 @@ def add_augmentation_arguments(group):
 
 
 class SignalFile:
-    """One .h5 of signals, opened anew in each process (an HDF5 handle must not cross a fork) and read row by row.
+    """One .h5 of signals, opened anew in each process (an HDF5 handle must not cross a fork) and read row by
+    row.
 
-    Attributes: points (T), fs in Hz, classes (list of names or None), columns (names of the other datasets). UserError says what is wrong.
+    Attributes: points (T), fs in Hz, classes (list of names or None), columns (names of the other datasets).
+    UserError says what is wrong.
     """
 
     def __init__(self, path, default_fs=DEFAULT_FS):
@@ -71,7 +75,8 @@ class SignalFile:
             with h5py.File(self.path, "r") as file:
                 if "IQ_data" not in file:
                     raise UserError(
-                        f"{path}: has no dataset IQ_data (it has {', '.join(file) or 'nothing'}); store the signals there"
+                        f"{path}: has no dataset IQ_data (it has {', '.join(file) or 'nothing'}); store the "
+                        "signals there"
                     )
                 data = file["IQ_data"]
                 if data.ndim != 3 or data.shape[2] != 2:
@@ -80,7 +85,8 @@ class SignalFile:
                     )
                 if data.dtype.kind not in "fiu":
                     raise UserError(
-                        f"{path}: IQ_data is {data.dtype}, expected real numbers such as float32; store I and Q as two columns"
+                        f"{path}: IQ_data is {data.dtype}, expected real numbers such as float32; store I "
+                        "and Q as two columns"
                     )
                 self.count, self.points = data.shape[:2]
                 self.fs = float(file.attrs.get("fs", default_fs))
@@ -95,7 +101,8 @@ class SignalFile:
         for name, shape in self.columns.items():
             if shape[:1] != (self.count,):
                 raise UserError(
-                    f"{path}: {name} has {shape[0] if shape else 'no'} rows, IQ_data {self.count}; write one row per signal"
+                    f"{path}: {name} has {shape[0] if shape else 'no'} rows, IQ_data {self.count}; write one "
+                    "row per signal"
                 )
 
     @property
@@ -128,14 +135,16 @@ class SignalFile:
         return self.file[name][:].reshape(self.count, -1)[:, 0]
 
     def bad_signals(self, wanted=None, chunk=2048) -> dict[int, str]:
-        """{index: what is wrong} for signals with nan, inf or nothing but zeros; reads the file once, chunk by chunk."""
+        """{index: what is wrong} for signals with nan, inf or nothing but zeros; reads the file once, chunk
+        by chunk."""
         bad = {}
         for start in progress(range(0, self.count, chunk), desc=f"checking {self.path.name}", leave=False):
             try:
                 x = self.file["IQ_data"][start : start + chunk]
             except OSError as error:
                 raise UserError(
-                    f"{self.path}: IQ_data[{start}:{start + chunk}] cannot be read ({error}); was the copy cut short?"
+                    f"{self.path}: IQ_data[{start}:{start + chunk}] cannot be read ({error}); was the copy "
+                    "cut short?"
                 ) from error
             finite = np.isfinite(x).all((1, 2))
             silent = ~np.any(x, (1, 2))
@@ -144,8 +153,16 @@ class SignalFile:
         return bad if wanted is None else {i: why for i, why in bad.items() if i in wanted}
 
 
+def refuse_shared(train: list[SignalFile], others: list[SignalFile], option: str):
+    """Raise UserError when a file of signals, followed through links, is for training and for `option`."""
+    shared = {f.path.resolve() for f in train} & {f.path.resolve() for f in others}
+    if shared:
+        raise UserError(f"{option}: {min(shared)} is among the training files, too; give other signals")
+
+
 class Records:
-    """A list of JSON objects as one byte string and offsets: a tenth of the objects' memory, and forked workers share it."""
+    """A list of JSON objects as one byte string and offsets: a tenth of the objects' memory, and forked
+    workers share it."""
 
     def __init__(self, records):
         encoded = [json.dumps(r, ensure_ascii=False).encode() for r in records]
@@ -172,7 +189,8 @@ def _indices(record: dict) -> list[int]:
 
 
 def task_pairs(task_dir=None, task_files=None) -> list[tuple[Path, Path]]:
-    """The (h5, json) pairs of --task-dir (every x.h5 with x.json beside it) or of --task-files (h5 json h5 json ...)."""
+    """The (h5, json) pairs of --task-dir (every x.h5 with x.json beside it) or of --task-files (h5 json h5
+    json ...)."""
     if task_dir:
         folder = Path(task_dir)
         if not folder.is_dir():
@@ -183,12 +201,14 @@ def task_pairs(task_dir=None, task_files=None) -> list[tuple[Path, Path]]:
     elif task_files:
         if len(task_files) % 2:
             raise UserError(
-                f"--task-files: {len(task_files)} files given; give h5 and json in turn: a.h5 a.json b.h5 b.json"
+                f"--task-files: {len(task_files)} files given; give h5 and json in turn: a.h5 a.json b.h5 "
+                "b.json"
             )
         pairs = [(Path(a), Path(b)) for a, b in zip(task_files[::2], task_files[1::2])]
     else:
         raise UserError(
-            "no data: give --task-dir (a folder of x.h5 with x.json beside it) or --task-files (h5 json h5 json ...)"
+            "no data: give --task-dir (a folder of x.h5 with x.json beside it) or --task-files (h5 json h5 "
+            "json ...)"
         )
     for h5, questions in pairs:
         for path in (h5, questions):
@@ -230,7 +250,8 @@ def read_questions(path: Path) -> list[dict]:
 
 
 def encode_text(tokenizer, question: str, answer: str | None, chat: bool = False) -> tuple[list[int], int]:
-    """Token ids of question + eos + answer + eos (as the seed), or of the chat template's turns; and how many belong to the prompt.
+    """Token ids of question + eos + answer + eos (as the seed), or of the chat template's turns; and how many
+    belong to the prompt.
 
     answer None: the prompt alone. Only the answer and its end token are learned.
     """
@@ -259,7 +280,8 @@ def encode_text(tokenizer, question: str, answer: str | None, chat: bool = False
 def augment(
     iq: np.ndarray, fs: float, rng: np.random.Generator, noise_db=None, shift_hz: float = 0.0
 ) -> np.ndarray:
-    """iq (T, 2) turned by a random phase, shifted by up to +-shift_hz, with white noise noise_db = (low, high) dB below its mean power."""
+    """iq (T, 2) turned by a random phase, shifted by up to +-shift_hz, with white noise noise_db = (low,
+    high) dB below its mean power."""
     z = iq[:, 0] + 1j * iq[:, 1]
     z = z * np.exp(
         1j
@@ -274,11 +296,11 @@ def augment(
 class QuestionDataset(Dataset):
     """Questions about signals, read from (h5, json) pairs.
 
-    questions_per_signal: 0 makes every question an item; n > 0 makes every signal an item, with n of its questions drawn anew each
-    epoch and the signal encoded once for all of them.
-    An item is {"iq": [(T, 2) ...], "fs": [...], "texts": [(ids, prompt length) ...], "rows": [...]}.
-    roll: turn every signal by a random number of points, anew each epoch; for captures that begin anywhere.
-    Everything is checked here, before anything is written: `skip_bad` leaves out what is wrong and counts it in `skipped`.
+    questions_per_signal: 0 makes every question an item; n > 0 makes every signal an item, with n of its
+    questions drawn anew each epoch and the signal encoded once for all of them. An item is {"iq": [(T, 2)
+    ...], "fs": [...], "texts": [(ids, prompt length) ...], "rows": [...]}. roll: turn every signal by a
+    random number of points, anew each epoch; for captures that begin anywhere. Everything is checked here,
+    before anything is written: `skip_bad` leaves out what is wrong and counts it in `skipped`.
     """
 
     def __init__(
@@ -318,7 +340,8 @@ class QuestionDataset(Dataset):
                 why = self.fault(r, owner, _indices(r), length, max_length)
                 if why and not skip_bad:
                     raise UserError(
-                        f"{path}: item {n} (id {r.get('id')}): {why}; mend it, or leave such items out with --skip-bad"
+                        f"{path}: item {n} (id {r.get('id')}): {why}; mend it, or leave such items out with "
+                        "--skip-bad"
                     )
                 if why:
                     self.skipped[why.split(",")[0]] = self.skipped.get(why.split(",")[0], 0) + 1
@@ -343,7 +366,8 @@ class QuestionDataset(Dataset):
         if path not in known:
             if not path.is_file():
                 raise UserError(
-                    f"{json_path}: item {n}: h5_path {named} is not in {json_path.parent}; put it there or correct the field"
+                    f"{json_path}: item {n}: h5_path {named} is not in {json_path.parent}; put it there or "
+                    "correct the field"
                 )
             self.files.append(SignalFile(path, self.default_fs))
             self.files[-1].bad = self.files[-1].bad_signals()
@@ -359,7 +383,8 @@ class QuestionDataset(Dataset):
         ]
 
     def fault(self, record, owner, indices, length, max_length) -> str:
-        """What is wrong with a record, or an empty string. The text up to the comma is the kind that --skip-bad counts."""
+        """What is wrong with a record, or an empty string. The text up to the comma is the kind that
+        --skip-bad counts."""
         file = self.files[owner]
         for i in indices:
             if not 0 <= i < len(file):
@@ -374,7 +399,8 @@ class QuestionDataset(Dataset):
             return f"text too long, {length} tokens but --max-length is {max_length}"
         options, letter = parse_options(record), re.match(r"[^()]*\(([A-Z])\)", record.get("answer") or "")
         if self.with_answers and options and letter and letter.group(1) not in options:
-            return f"unknown letter, the answer says ({letter.group(1)}) but the options are {', '.join(sorted(options))}"
+            given = ", ".join(sorted(options))
+            return f"unknown letter, the answer says ({letter.group(1)}) but the options are {given}"
         return ""
 
     def set_epoch(self, epoch: int):
@@ -425,7 +451,8 @@ def collate_iq(signals, patch: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def collate_text(texts, prompt_lengths, pad_id: int):
-    """Token lists -> ids, attention_mask, labels (B, L), right padded; labels are -100 over the prompt and the padding."""
+    """Token lists -> ids, attention_mask, labels (B, L), right padded; labels are -100 over the prompt and
+    the padding."""
     longest = max(len(t) for t in texts)
     ids = torch.full((len(texts), longest), pad_id)
     mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
@@ -436,7 +463,8 @@ def collate_text(texts, prompt_lengths, pad_id: int):
 
 
 class QuestionCollator:
-    """Items of QuestionDataset -> keyword arguments of MultiModalModel.forward, and "rows" (which question each row is).
+    """Items of QuestionDataset -> keyword arguments of MultiModalModel.forward, and "rows" (which question
+    each row is).
 
     legacy: labels are the raw ids, question and padding included, as in the starter kit.
     """
@@ -469,8 +497,8 @@ class QuestionCollator:
 class SignalDataset(Dataset):
     """Labelled (or unlabelled) signals of several .h5 files for the encoder alone.
 
-    columns: which per-signal values to give with each signal ("label", "snr", "pri", ...). Item: {"iq" (T, 2), "fs", "index", columns}.
-    roll: as in QuestionDataset.
+    columns: which per-signal values to give with each signal ("label", "snr", "pri", ...). Item: {"iq" (T,
+    2), "fs", "index", columns}. roll: as in QuestionDataset.
     """
 
     def __init__(
@@ -499,7 +527,8 @@ class SignalDataset(Dataset):
             if bad and not skip_bad:
                 i = min(bad)
                 raise UserError(
-                    f"{file.path}: IQ_data[{i}] {bad[i]} ({len(bad)} such signals); mend them, or leave them out with --skip-bad"
+                    f"{file.path}: IQ_data[{i}] {bad[i]} ({len(bad)} such signals); mend them, or leave them "
+                    "out with --skip-bad"
                 )
             for why in bad.values():
                 self.skipped[why] = self.skipped.get(why, 0) + 1
@@ -543,8 +572,9 @@ class SignalDataset(Dataset):
 class PackedSignals(Dataset):
     """Rows of several signals for MAE pre-training; item i is row i of this epoch's plan.
 
-    Each epoch the signals are shuffled, cut to a random length of at least min_points (0: kept whole) and packed first-fit, `window`
-    signals at a time, into rows of `room` tokens. Plan, cuts and mask scores depend on (seed, epoch) alone.
+    Each epoch the signals are shuffled, cut to a random length of at least min_points (0: kept whole) and
+    packed first-fit, `window` signals at a time, into rows of `room` tokens. Plan, cuts and mask scores
+    depend on (seed, epoch) alone.
     """
 
     def __init__(
@@ -580,7 +610,8 @@ class PackedSignals(Dataset):
         tokens = counts + special
         if tokens.max() > self.room:
             raise UserError(
-                f"a signal of {counts.max() * patch} points takes {tokens.max()} tokens, a row has {self.room}; raise --row-tokens"
+                f"a signal of {counts.max() * patch} points takes {tokens.max()} tokens, a row has "
+                f"{self.room}; raise --row-tokens"
             )
         rows = [
             [start + k for k in row]

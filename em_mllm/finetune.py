@@ -1,11 +1,12 @@
 """Train the signal encoder with labels: classification, and the five regressions with --multitask.
 
-    python em_mllm/finetune.py --train data/em_mllm/train/modulation.h5 --test data/em_mllm/test/modulation.h5 \\
+    python em_mllm/finetune.py --train data/em_mllm/train/modulation.h5 \\
+        --test data/em_mllm/test/modulation.h5 \\
         --signal-encoder-path runs/em_mllm/pretrain/encoder --out runs/em_mllm/finetune
     torchrun --nproc_per_node=4 em_mllm/finetune.py ... --precision bf16
 
-Writes out/model/ (config.json, model.safetensors), an encoder folder that train.py takes, out/metrics.json and
-a picture of the confusion matrix.
+Writes out/model/ (config.json, model.safetensors), an encoder folder that train.py takes, out/metrics.json
+and a picture of the confusion matrix.
 """
 
 import sys
@@ -36,7 +37,13 @@ from common.train import (
     start,
     update,
 )
-from em_mllm.dataset import SignalCollator, SignalDataset, add_augmentation_arguments, encoder_inputs
+from em_mllm.dataset import (
+    SignalCollator,
+    SignalDataset,
+    add_augmentation_arguments,
+    encoder_inputs,
+    refuse_shared,
+)
 from em_mllm.em_foundation.models import SiTForMultiTask, SiTMAEForClassification
 from em_mllm.em_foundation.models.configuration_em import REGRESSION_TASKS
 from em_mllm.em_foundation.utils.utils import load_encoder, read_config
@@ -97,11 +104,15 @@ def read_data(args) -> tuple[SignalDataset, SignalDataset | None, SignalDataset,
     )
     val = SignalDataset(args.val, columns, args.skip_bad) if args.val else None
     test = SignalDataset(args.test, columns, args.skip_bad)
+    refuse_shared(train.files, test.files, "--test")
+    if val:
+        refuse_shared(train.files, val.files, "--val")
     for data in filter(None, (train, val, test)):
         label = data.columns["label"]
         if not np.isfinite(label).all() or (label < 0).any():
             raise UserError(
-                f"{data.files[0].path}: label is missing or not a class number; write a dataset label (Num, 1) of "
+                f"{data.files[0].path}: label is missing or not a class number; write a dataset label (Num, "
+                "1) of "
                 "0, 1, 2, ..."
             )
     return train, val, test, join_classes(train, *filter(None, (val, test)))
@@ -154,7 +165,8 @@ def make_model(args, classes: int, scales: dict):
     torch.nn.init.zeros_(model.classifier.weight)
     model.sit.requires_grad_(not args.linear_probe)
 
-    # what no gradient reaches: the heads read the un-normalised output, as upstream; unused tasks and rate token
+    # what no gradient reaches: the heads read the un-normalised output, as upstream; unused tasks and rate
+    # token
     model.sit.layernorm.requires_grad_(False)
     if not config.use_fs:
         model.sit.embeddings.fs_embedder.requires_grad_(False)
@@ -171,6 +183,12 @@ def split_labels(batch, scales):
         return inputs, label
     values = {name: batch[name].float() / scale for name, scale in scales.items()}
     return inputs, {"classification": label, **values}
+
+
+def known_values(batch, tasks):
+    """For each task the number of signals of a batch that have a value: what its mean loss is over."""
+    columns = [batch["label" if task == "classification" else task] for task in tasks]
+    return torch.stack([torch.isfinite(column).sum() for column in columns])
 
 
 @torch.no_grad()
@@ -241,20 +259,15 @@ def main(args):
     # the run folder, and what is about to happen in one line
     open_run(args.out, args, accelerator, args.resume, args.overwrite)
     accelerator.print(
-        f"{about}; {len(train)} training and {len(test)} test signals, {len(classes)} classes; {args.batch_size} x "
+        f"{about}; {len(train)} training and {len(test)} test signals, {len(classes)} classes; "
+        f"{args.batch_size} x "
         f"{accelerator.num_processes} x {args.accum} signals a step, {steps} steps, lr {args.lr:g}"
     )
-
-    def known(batch):
-        """For each task the number of signals of a batch that have a value: what its mean loss is over."""
-        return torch.stack(
-            [torch.isfinite(batch["label" if t == "classification" else t]).sum() for t in tasks]
-        )
 
     # the loop: `share` weighs all signals of a step alike, task by task
     training = start(accelerator, args, steps, optimizers)
     model.train()
-    for batch, share in batches(training, loader, known):
+    for batch, share in batches(training, loader, lambda batch: known_values(batch, tasks)):
         inputs, labels = split_labels(batch, scales)
         with accelerator.accumulate(model):
             result, parts = model(**inputs, labels=labels), {}

@@ -1,8 +1,10 @@
-"""FM9G-4B (folder 9G4B/, model type "fm9g") and its relatives of the MiniCPM recipe, natively, without the code in their folder.
+"""FM9G-4B (folder 9G4B/, model type "fm9g") and its relatives of the MiniCPM recipe, natively, without the
+code in their folder.
 
-The recipe is Llama with three factors:  x0 = scale_emb * E[ids];  x += scale_depth / sqrt(layers) * sublayer(norm(x));
-logits = head(norm(x) * dim_model_base / hidden).  Granite of the transformers library has a multiplier in each of these places and
-Llama's tensor names, so the published file loads unchanged. Folding the factors into the weights gives a plain Llama with equal logits.
+The recipe is Llama with three factors:  x0 = scale_emb * E[ids];  x += scale_depth / sqrt(layers) *
+sublayer(norm(x)); logits = head(norm(x) * dim_model_base / hidden).  Granite of the transformers library has
+a multiplier in each of these places and Llama's tensor names, so the published file loads unchanged. Folding
+the factors into the weights gives a plain Llama with equal logits.
 """
 
 from pathlib import Path
@@ -33,13 +35,15 @@ SHARED = (
 
 
 def is_fm9g(folder) -> bool:
-    """True when folder/config.json describes a model of this recipe (and not of MiniCPM3's latent attention)."""
+    """True when folder/config.json describes a model of this recipe (and not of MiniCPM3's latent
+    attention)."""
     path = Path(folder) / "config.json"
     return path.exists() and read_json(path, {"model_type?": str}).get("model_type") in MODEL_TYPES
 
 
 def shared_fields(config: dict) -> dict:
-    """The fields that FM9G has in common with Llama and Granite; a rope_scaling entry (longrope) becomes rope_parameters."""
+    """The fields that FM9G has in common with Llama and Granite; a rope_scaling entry (longrope) becomes
+    rope_parameters."""
     rope = {
         "rope_type": "default",
         **(config.get("rope_scaling") or {}),
@@ -68,7 +72,8 @@ def granite_config(config: dict) -> GraniteConfig:
 
 
 def fold_to_llama(config: dict, tensors: dict) -> tuple[LlamaConfig, dict[str, torch.Tensor]]:
-    """FM9G configuration and weights to a plain Llama with the factors in its weights and an untied head; equal logits."""
+    """FM9G configuration and weights to a plain Llama with the factors in its weights and an untied head;
+    equal logits."""
     residual = config.get("scale_depth", 1) / config["num_hidden_layers"] ** 0.5
     embedding = tensors["model.embed_tokens.weight"]
     out = {

@@ -1,7 +1,7 @@
 """Recordings of any common format as (N, 2) float32 with their sampling rate, and long ones as windows.
 
-.h5 (IQ_data)  .npy  .mat  .cu8 .cs8 .cs16 .cf32 .cfile .cs32 .cf64 (raw, interleaved I and Q)  .sigmf-meta / .sigmf-data / .sigmf
-.wav (I left, Q right)
+.h5 (IQ_data)  .npy  .mat  .cu8 .cs8 .cs16 .cf32 .cfile .cs32 .cf64 (raw, interleaved I and Q)  .sigmf-meta /
+.sigmf-data / .sigmf .wav (I left, Q right)
 """
 
 import re
@@ -38,8 +38,8 @@ FORMATS = ".h5 .npy .mat .wav .sigmf-meta .sigmf-data .sigmf " + " ".join(RAW)
 def read_iq(path, index: int = 0) -> tuple[np.ndarray, float | None]:
     """(N, 2) float32 and the sampling rate in Hz (None if the file does not say).
 
-    index: which signal of a .h5, .npy or .mat that holds many.
-    Raises UserError for an unknown format, an empty or cut file, a wrong shape, nan or inf, and a signal of zeros.
+    index: which signal of a .h5, .npy or .mat that holds many. Raises UserError for an unknown format, an
+    empty or cut file, a wrong shape, nan or inf, and a signal of zeros.
     """
     path = Path(path)
     if path.name.endswith((".sigmf-meta", ".sigmf-data", ".sigmf")):
@@ -70,7 +70,8 @@ def read_iq(path, index: int = 0) -> tuple[np.ndarray, float | None]:
         raise UserError(f"{path}: holds no samples; was the copy cut short?")
     if not np.isfinite(iq).all():
         raise UserError(
-            f"{path}: sample {int(np.nonzero(~np.isfinite(iq).all(1))[0][0])} is nan or inf; mend or cut the recording"
+            f"{path}: sample {int(np.nonzero(~np.isfinite(iq).all(1))[0][0])} is nan or inf; mend or cut the "
+            "recording"
         )
     if not iq.any():
         raise UserError(f"{path}: every sample is zero; nothing was recorded")
@@ -83,14 +84,16 @@ def read_raw(path: Path, dtype: str) -> np.ndarray:
     size = path.stat().st_size
     if size % width:
         raise UserError(
-            f"{path}: {size} bytes are no whole number of {width}-byte IQ pairs; was the copy cut short, or is the suffix wrong?"
+            f"{path}: {size} bytes are no whole number of {width}-byte IQ pairs; was the copy cut short, or "
+            "is the suffix wrong?"
         )
     iq = np.fromfile(path, dtype).reshape(-1, 2).astype(np.float32)
     return iq - 127.5 if dtype == "u1" else iq
 
 
 def rate_in_name(name: str) -> float | None:
-    """250000.0 from g001_433.92M_250k.cu8, as rtl_433 names its captures: the last number with k, else None."""
+    """250000.0 from g001_433.92M_250k.cu8, as rtl_433 names its captures: the last number with k, else
+    None."""
     found = re.findall(r"_(\d+(?:\.\d+)?)([kM])(?:sps|Hz)?(?=[_.])", name)
     return float(found[-1][0]) * {"k": 1e3, "M": 1e6}[found[-1][1]] if found else None
 
@@ -120,7 +123,8 @@ def analytic(samples: np.ndarray, path) -> np.ndarray:
 
 
 def read_mat(path: Path, index: int):
-    """The array of a MATLAB file that can be IQ, and fs or Fs or sample_rate if it is there. Version 7.3 files are HDF5."""
+    """The array of a MATLAB file that can be IQ, and fs or Fs or sample_rate if it is there. Version 7.3
+    files are HDF5."""
     with reading(path, "MATLAB file"):
         try:
             content = {k: v for k, v in scipy.io.loadmat(path).items() if not k.startswith("__")}
@@ -142,7 +146,8 @@ def read_mat(path: Path, index: int):
 
 
 def read_sigmf(path: Path):
-    """First channel of a SigMF recording (meta and data beside each other, or an archive) and its sampling rate."""
+    """First channel of a SigMF recording (meta and data beside each other, or an archive) and its sampling
+    rate."""
     try:
         import sigmf
     except ImportError as error:
@@ -168,8 +173,8 @@ def windows(
 ) -> list[tuple[int, np.ndarray]]:
     """Cut a capture into windows of `points`: (first sample, window), at most `most`, in order of time.
 
-    Windows more than below_db weaker than the strongest are left out (a capture is mostly silence), then the strongest are taken. A capture
-    shorter than one window is returned whole.
+    Windows more than below_db weaker than the strongest are left out (a capture is mostly silence), then the
+    strongest are taken. A capture shorter than one window is returned whole.
     """
     if len(iq) <= points:
         return [(0, iq)]

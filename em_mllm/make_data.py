@@ -3,8 +3,8 @@
     python em_mllm/make_data.py --out data/em_mllm --train 1500 --val 50 --test 80      # signals per class
 
     out/{train,val,test}/modulation.h5 + .json, radar_jamming.h5 + .json
-The three parts come from different seeds. SNR is uniform over --snr, over the full band. test/ has no signal of the other two; its answers
-are kept, the competition's test files leave them out (--no-test-answers).
+The three parts come from different seeds. SNR is uniform over --snr, over the full band. test/ has no signal
+of the other two; its answers are kept, the competition's test files leave them out (--no-test-answers).
 """
 
 import argparse
@@ -77,7 +77,8 @@ def parse_args(argv=None):
 
 
 def four_choice(names, name: str, noun: tuple[str, str], rng: np.random.Generator) -> dict:
-    """A question with the right name among up to three others of `names`, in random order. noun: what is asked for, (Chinese, English)."""
+    """A question with the right name among up to three others of `names`, in random order. noun: what is
+    asked for, (Chinese, English)."""
     others = [n for n in names if n != name]
     options = [name, *(others[i] for i in rng.choice(len(others), min(3, len(others)), replace=False))]
     options = [options[i] for i in rng.permutation(len(options))]
@@ -99,7 +100,8 @@ def open_question(name: str, noun: tuple[str, str], rng: np.random.Generator) ->
 def write_questions(
     path: Path, names, labels, noun, h5_name: str, rng, choices: int, opens: int, answers=True
 ):
-    """The .json of one task: for signal i of class labels[i], `choices` four-choice and `opens` open questions."""
+    """The .json of one task: for signal i of class labels[i], `choices` four-choice and `opens` open
+    questions."""
     records = []
     for i, label in enumerate(labels):
         name = names[int(label)]
@@ -115,7 +117,8 @@ def write_questions(
 def write_pair(
     folder: Path, task: str, labels: np.ndarray, args, rng, choices: int, opens: int, answers=True
 ):
-    """folder/<task>.h5 and .json: signals of the given labels, each with its questions. Written a thousand signals at a time."""
+    """folder/<task>.h5 and .json: signals of the given labels, each with its questions. Written a thousand
+    signals at a time."""
     names, count = TASKS[task], len(labels)
     with h5py.File(folder / f"{task}.h5", "w") as file:
         file.attrs["fs"], file.attrs["classes"] = args.fs, json.dumps(names)
@@ -180,7 +183,8 @@ def main(args):
                 )
         (out / "make_data.json").write_text(json.dumps({k: str(v) for k, v in vars(args).items()}))
     print(
-        f"{args.out}: {args.train} training signals per modulation class, {args.test} test signals per class, "
+        f"{args.out}: {args.train} training signals per modulation class, {args.test} test signals per "
+        "class, "
         f"{args.points} points, SNR {args.snr[0]:g} to {args.snr[1]:g} dB"
     )
 

@@ -1,8 +1,10 @@
-"""A language model that reads radio signals: encoder, projector and any causal LLM (upstream MultiModalModel of train_mllm.py).
+"""A language model that reads radio signals: encoder, projector and any causal LLM (upstream MultiModalModel
+of train_mllm.py).
 
 [<IQ_START>] K signal vectors [<IQ_END>]  (once per signal)  question  answer
 
-model, tokenizer = load_model("runs/em_mllm/base/model")       # everything that save_model wrote, with one call
+model, tokenizer = load_model("runs/em_mllm/base/model")       # everything that save_model wrote, with one
+call
 """
 
 import json
@@ -58,8 +60,9 @@ PROJECTORS = {
 def embedding_scales(llm) -> tuple[float, float]:
     """(factor for looked-up text embeddings, factor for signal vectors) before both go in as `inputs_embeds`.
 
-    Granite multiplies whatever comes in as inputs_embeds, so signal vectors are divided by that factor first. Code of the FM9G family
-    from a model folder scales only what it looks up itself, so text that we look up must be scaled here.
+    Granite multiplies whatever comes in as inputs_embeds, so signal vectors are divided by that factor first.
+    Code of the FM9G family from a model folder scales only what it looks up itself, so text that we look up
+    must be scaled here.
     """
     config = llm.config
     if getattr(config, "embedding_multiplier", None):
@@ -70,11 +73,12 @@ def embedding_scales(llm) -> tuple[float, float]:
 class MultiModalModel(nn.Module):
     """llm: a causal LM; signal_encoder: SiTMAEModelWithoutMask; projector: "linear", "mlp" or "merlin".
 
-    signal_tokens: 0 gives the LLM one vector per patch, as the seed; n > 0 gives n means over equal stretches of the signal and cls.
-    iq_start_id, iq_end_id: their embedding rows start the parameter `iq_tokens` (2, d_llm), which stands for them from then on; an LLM
-    whose table does not reach that far is left as it is and the rows start like a typical one. So they are trained whether the LLM
-    is frozen, adapted or not (upstream resizes the table and leaves the new rows at random under LoRA).
-    legacy: the starter kit's arithmetic (specified in `legacy_features`), for checkpoints trained with it.
+    signal_tokens: 0 gives the LLM one vector per patch, as the seed; n > 0 gives n means over equal stretches
+    of the signal and cls. iq_start_id, iq_end_id: their embedding rows start the parameter `iq_tokens` (2,
+    d_llm), which stands for them from then on; an LLM whose table does not reach that far is left as it is
+    and the rows start like a typical one. So they are trained whether the LLM is frozen, adapted or not
+    (upstream resizes the table and leaves the new rows at random under LoRA). legacy: the starter kit's
+    arithmetic (specified in `legacy_features`), for checkpoints trained with it.
     """
 
     def __init__(
@@ -115,7 +119,8 @@ class MultiModalModel(nn.Module):
             nn.init.zeros_(self.signal_to_hidden.bias)
 
     def signal_features(self, iq, iq_lengths=None, fs=None):
-        """iq (S, N, 2) scaled by its peak, iq_lengths (S,) valid points, fs (S,) Hz -> features (S, K, D), valid (S, K) bool.
+        """iq (S, N, 2) scaled by its peak, iq_lengths (S,) valid points, fs (S,) Hz -> features (S, K, D),
+        valid (S, K) bool.
 
         A patch counts as valid if it holds at least one point of the signal.
         """
@@ -148,8 +153,9 @@ class MultiModalModel(nn.Module):
         return features, valid
 
     def legacy_features(self, iq):
-        """What the starter kit computes: patch elements interleaved I, Q, I, Q; no cls or rate token, so the first two patches are
-        overwritten by them; every patch a sample of its own, so none attends to another; no final LayerNorm."""
+        """What the starter kit computes: patch elements interleaved I, Q, I, Q; no cls or rate token, so the
+        first two patches are overwritten by them; every patch a sample of its own, so none attends to
+        another; no final LayerNorm."""
         patch = self.signal_encoder.config.patch_size[0]
         patches = rearrange(F.pad(iq, (0, 0, 0, -iq.shape[1] % patch)), "s (k p) c -> s k (p c)", p=patch)
         each = torch.arange(patches.shape[1], device=iq.device).expand(patches.shape[:2])
@@ -169,8 +175,9 @@ class MultiModalModel(nn.Module):
     ):
         """Lay signals and text out as one sequence per question.
 
-        input_ids, attention_mask (B, L); signal_index (B, n): which signals a question is about, -1 for none (default: row i has signal i).
-        Returns inputs_embeds (B, T, d_llm), attention_mask, labels and position_ids (B, T); padded on the right, or left for generation.
+        input_ids, attention_mask (B, L); signal_index (B, n): which signals a question is about, -1 for none
+        (default: row i has signal i). Returns inputs_embeds (B, T, d_llm), attention_mask, labels and
+        position_ids (B, T); padded on the right, or left for generation.
         """
         features, valid = (
             self.legacy_features(iq) if self.legacy else self.signal_features(iq, iq_lengths, fs)
@@ -233,7 +240,8 @@ class MultiModalModel(nn.Module):
         signal_index=None,
         all_logits=False,
     ):
-        """Returns {"loss": mean over answer tokens, "logits", "labels"}; logits only where a label is, unless all_logits.
+        """Returns {"loss": mean over answer tokens, "logits", "labels"}; logits only where a label is, unless
+        all_logits.
 
         labels (B, L): -100 everywhere but at answer tokens, the end token included.
         """
@@ -285,7 +293,8 @@ class MultiModalModel(nn.Module):
     ):
         """Log-likelihood of each continuation after its prompt, all in one pass.
 
-        options: for each row a list of token-id lists. Returns a list of float vectors: the summed log-probability of each continuation.
+        options: for each row a list of token-id lists. Returns a list of float vectors: the summed
+        log-probability of each continuation.
         """
         embeds, mask, _, _ = self.embed(
             iq, input_ids, attention_mask, iq_lengths, fs, signal_index, left=True
@@ -322,12 +331,14 @@ def pad_rows(rows, value, left):
 
 
 def load_llm(path, dtype="float32", trust_remote_code=False):
-    """Load a causal language model folder; fm9g and minicpm load natively as Granite unless trust_remote_code."""
+    """Load a causal language model folder; fm9g and minicpm load natively as Granite unless
+    trust_remote_code."""
     path = Path(path)
     check_llm(path, trust_remote_code or is_fm9g(path))
     if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
         raise UserError(
-            f"--llm-model-path {path}: holds a configuration but no weights (*.safetensors or *.bin); download "
+            f"--llm-model-path {path}: holds a configuration but no weights (*.safetensors or *.bin); "
+            "download "
             "them into it"
         )
     if not is_fm9g(path) or trust_remote_code:
@@ -344,7 +355,8 @@ def load_llm(path, dtype="float32", trust_remote_code=False):
 def load_tokenizer(path, trust_remote_code=False):
     """The folder's tokenizer with <IQ_START>, <IQ_END> and a pad token added where it has none.
 
-    Where the tokenizer class is code of the folder (FM9G), tokenizer.json or tokenizer.model is read by the Llama class instead.
+    Where the tokenizer class is code of the folder (FM9G), tokenizer.json or tokenizer.model is read by the
+    Llama class instead.
     """
     path = Path(path)
     try:
@@ -365,7 +377,8 @@ def load_tokenizer(path, trust_remote_code=False):
             tokenizer = LlamaTokenizerFast.from_pretrained(path)
         else:
             raise UserError(
-                f"{path}: no readable tokenizer ({str(error).splitlines()[0]}); copy tokenizer.json or tokenizer.model into it"
+                f"{path}: no readable tokenizer ({str(error).splitlines()[0]}); copy tokenizer.json or "
+                "tokenizer.model into it"
             ) from error
     if tokenizer.eos_token is None:
         marker = next(
@@ -373,7 +386,8 @@ def load_tokenizer(path, trust_remote_code=False):
         )
         if marker is None:
             raise UserError(
-                f"{path}: the tokenizer has no end-of-text token; set eos_token in {path / 'tokenizer_config.json'}"
+                f"{path}: the tokenizer has no end-of-text token; set eos_token in "
+                f"{path / 'tokenizer_config.json'}"
             )
         tokenizer.eos_token = marker
     if tokenizer.pad_token is None:
@@ -410,10 +424,10 @@ def set_trainable(
 ):
     """Choose what is trained. The projector and the rows of IQ_START and IQ_END always are.
 
-    use_lora: adapters are trained, the language model under them never is. freeze_llm without LoRA: nothing of
-    the language model, its head included. freeze_signal_encoder: nothing of the encoder. An unfrozen encoder
-    leaves out the MLP of the sampling rate if it does not use one.
-    lora: {"r", "alpha", "dropout", "targets"}, arguments of common.llm.add_lora.
+    use_lora: adapters are trained, the language model under them never is. freeze_llm without LoRA: nothing
+    of the language model, its head included. freeze_signal_encoder: nothing of the encoder. An unfrozen
+    encoder leaves out the MLP of the sampling rate if it does not use one. lora: {"r", "alpha", "dropout",
+    "targets"}, arguments of common.llm.add_lora.
     """
     if isinstance(model.llm, PeftModel):  # continued from a run with adapters: the same ones go on
         for name, parameter in model.llm.named_parameters():
@@ -434,9 +448,10 @@ def set_trainable(
 def save_model(folder, model: MultiModalModel, tokenizer, llm_path, llm_changed=False, **notes):
     """Write everything that load_model needs, whole or not at all.
 
-    llm/ (weights if they were trained, PEFT adapter under LoRA, nothing if frozen: then `llm_path` is remembered), tokenizer/,
-    signal_encoder/ and signal_to_hidden.safetensors, and multimodal.json with the wiring and `notes`. llm_changed: the LLM differs from
-    llm_path's by an earlier run, so write it even if this run froze it.
+    llm/ (weights if they were trained, PEFT adapter under LoRA, nothing if frozen: then `llm_path` is
+    remembered), tokenizer/, signal_encoder/ and signal_to_hidden.safetensors, and multimodal.json with the
+    wiring and `notes`. llm_changed: the LLM differs from llm_path's by an earlier run, so write it even if
+    this run froze it.
     """
     is_peft = isinstance(model.llm, PeftModel)
     frozen = not is_peft and not llm_changed and not any(p.requires_grad for p in model.llm.parameters())
@@ -477,12 +492,14 @@ def read_notes(folder) -> dict:
 
 
 def load_model(folder, llm_model_path=None, trust_remote_code=False):
-    """What save_model wrote -> (MultiModalModel in eval mode, tokenizer). llm_model_path: where the base LLM is now, if it has moved."""
+    """What save_model wrote -> (MultiModalModel in eval mode, tokenizer). llm_model_path: where the base LLM
+    is now, if it has moved."""
     folder, notes = Path(folder), read_notes(folder)
     base = folder / "llm" if notes["llm"] == "full" else Path(llm_model_path or notes["llm_model_path"])
     if not base.exists():
         raise UserError(
-            f"{folder} was trained on the LLM in {base}, which is not there; say where it is with --llm-model-path"
+            f"{folder} was trained on the LLM in {base}, which is not there; say where it is with "
+            "--llm-model-path"
         )
     tokenizer = common.llm.load_tokenizer(folder / "tokenizer", trust_remote_code)
     llm = load_llm(base, notes["dtype"], trust_remote_code)
@@ -503,8 +520,8 @@ def load_model(folder, llm_model_path=None, trust_remote_code=False):
 def load_starter_kit(folder, llm_model_path, encoder_config: SiTMAEConfig, trust_remote_code=False):
     """A checkpoint folder of the starter kit -> (MultiModalModel with legacy=True, tokenizer).
 
-    folder: adapter or LLM weights and tokenizer (save_pretrained), signal_to_hidden.pt, signal_encoder.pt. The projector kind is read from
-    the keys. encoder_config: the sizes, which the starter kit does not save.
+    folder: adapter or LLM weights and tokenizer (save_pretrained), signal_to_hidden.pt, signal_encoder.pt.
+    The projector kind is read from the keys. encoder_config: the sizes, which the starter kit does not save.
     """
     folder = Path(folder)
     projection = read_weights(folder / "signal_to_hidden.pt")

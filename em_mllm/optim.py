@@ -12,8 +12,9 @@ def make_optimizers(
     """AdamW over all trained tensors; kind "muon": the matrices of the transformer layers go to Muon instead,
     at ten times the learning rate.
 
-    Vectors and embedding tables are not decayed. Every group carries its peak rate as "peak". Muon learned the
-    built-in signals in two thirds of AdamW's steps; it needs whole matrices, so use AdamW with FSDP and ZeRO.
+    Vectors and embedding tables are not decayed. Every group carries its peak rate as "peak". Muon learned
+    the built-in signals in two thirds of AdamW's steps; it needs whole matrices, so use AdamW with FSDP and
+    ZeRO.
     """
     matrices = []
     if kind == "muon":

@@ -1,11 +1,13 @@
-"""MAE pre-training of the signal encoder on raw IQ of mixed lengths, several signals packed into a row (arXiv 2508.00274, 2508.18785).
+"""MAE pre-training of the signal encoder on raw IQ of mixed lengths, several signals packed into a row (arXiv
+2508.00274, 2508.18785).
 
     python em_mllm/pretrain.py --data data/em_mllm/train --out runs/em_mllm/pretrain --preset tiny
-    torchrun --nproc_per_node=8 em_mllm/pretrain.py --data /data/iq --out runs/em_mllm/base --batch-size 32 --precision bf16
+    torchrun --nproc_per_node=8 em_mllm/pretrain.py --data /data/iq --out runs/em_mllm/base --precision bf16
 
---data: .h5 files, or folders of them, with IQ_data (Num, T, 2); labels are not read. Targets: the hidden patches, and with
---spectrum-weight the log spectra of the whole signal. Writes out/encoder/ (config.json, model.safetensors with the keys sit.* and
-decoder.*), out/metrics.json with trivial baselines beside the errors, and pictures of reconstructions. Upstream published no trainer.
+--data: .h5 files, or folders of them, with IQ_data (Num, T, 2); labels are not read. Targets: the hidden
+patches, and with --spectrum-weight the log spectra of the whole signal. Writes out/encoder/ (config.json,
+model.safetensors with the keys sit.* and decoder.*), out/metrics.json with trivial baselines beside the
+errors, and pictures of reconstructions. Upstream published no trainer.
 """
 
 import argparse
@@ -20,7 +22,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from common.arguments import Parser, add_run_arguments, number, refuse
-from common.checkpoint import atomic_dir, atomic_json, atomic_write
+from common.checkpoint import atomic_csv, atomic_dir, atomic_json
 from common.errors import UserError, run
 from common.figures import new_figure, save_figure
 from common.run import describe, open_run, seed_everything
@@ -36,7 +38,7 @@ from common.train import (
     start,
     update,
 )
-from em_mllm.dataset import PackedSignals, SignalDataset
+from em_mllm.dataset import PackedSignals, SignalDataset, refuse_shared
 from em_mllm.em_foundation.models import SiTMAEConfig, SiTMAEForPreTraining
 from em_mllm.em_foundation.models.embedder import tokens_kept
 from em_mllm.em_foundation.utils.utils import load_encoder, read_config
@@ -72,7 +74,8 @@ def parse_args(argv=None):
         "--min-points",
         type=number(int, 0),
         default=0,
-        help="crop each signal to a random length between this many points and its own, log-uniform; 0: whole",
+        help="crop each signal to a random length between this many points and its own, log-uniform; 0: "
+        "whole",
     )
     data.add_argument(
         "--row-tokens",
@@ -108,7 +111,8 @@ def parse_args(argv=None):
     model.add_argument(
         "--spectrum-weight",
         type=number(float, 0),
-        help="weight of a second target: the cls token predicts the log spectra of the signal, its powers and "
+        help="weight of a second target: the cls token predicts the log spectra of the signal, its powers "
+        "and "
         "its envelope; without it there is none",
     )
     optim = parser.add_argument_group("optimizer")
@@ -138,6 +142,9 @@ def h5_files(paths) -> list[Path]:
 
 
 def make_config(args) -> SiTMAEConfig:
+    """The sizes of --config or --preset, with the flags that are given on the command line."""
+    if args.config:
+        refuse(args, ["preset"], "beside --config")
     own = dict(
         patch_size=args.patch and [args.patch, 1],
         mask_ratio=args.mask_ratio,
@@ -153,10 +160,11 @@ def make_config(args) -> SiTMAEConfig:
 
 
 def simple_guesses(patches, sample_ids, mae_mask, special):
-    """Errors of reconstructions that need no model, on the hidden patches: {"zeros", "nearest", "linear"}: (B, M) squared error.
+    """Errors of reconstructions that need no model, on the hidden patches: {"zeros", "nearest", "linear"}:
+    (B, M) squared error.
 
-    nearest: copy the closest visible patch of the same signal; linear: interpolate from the last point of the visible patch before to the
-    first point of the one after, as a detector of smooth signals would.
+    nearest: copy the closest visible patch of the same signal; linear: interpolate from the last point of the
+    visible patch before to the first point of the one after, as a detector of smooth signals would.
     """
     patch = patches.shape[-1] // 2
     nearest, linear = torch.zeros_like(patches), torch.zeros_like(patches)
@@ -183,8 +191,9 @@ def simple_guesses(patches, sample_ids, mae_mask, special):
 
 @torch.no_grad()
 def measure(model, packed, batches=16, batch_size=8):
-    """Mean squared errors on `packed` and one batch to draw: {"mse_hidden": of the hidden patches, by the model and by simple_guesses},
-    and with spectrum_weight {"mse_spectrum": of the log spectra, by the model and by the mean over these signals}."""
+    """Mean squared errors on `packed` and one batch to draw: {"mse_hidden": of the hidden patches, by the
+    model and by simple_guesses}, and with spectrum_weight {"mse_spectrum": of the log spectra, by the model
+    and by the mean over these signals}."""
     model.eval()
     config, sums, count, shown, spectra, missed = model.config, {}, 0, None, [], 0.0
     for batch in list(DataLoader(packed, batch_size))[:batches]:
@@ -213,12 +222,13 @@ def measure(model, packed, batches=16, batch_size=8):
 
 
 def draw(shown, config, path, signals=4):
-    """I of the first signals: true, what the encoder saw, and the reconstruction of the rest; the numbers in a .csv beside it."""
+    """I of the first signals: true, what the encoder saw, and the reconstruction of the rest; the numbers in
+    a .csv beside it."""
     patches, logits, mask, ids = shown
     patch, special = config.patch_size[0], config.num_special
     pick = [(r, s) for r in range(len(ids)) for s in range(int(ids[r].max()) + 1)][:signals]
     figure, axes = new_figure(len(pick), 1, width=9, height=1.7, sharex=False, squeeze=False)
-    table = ["signal,point,true,seen,reconstructed"]
+    table = []
     for n, (axis, (r, s)) in enumerate(zip(axes[:, 0], pick)):
         where = torch.nonzero(ids[r] == s).flatten()[special:][: 256 // patch]
         true, guess = patches[r, where, :patch].flatten(), logits[r, where, :patch].flatten()
@@ -228,62 +238,90 @@ def draw(shown, config, path, signals=4):
         axis.plot(seen, lw=1.6, label="seen")
         axis.plot(rebuilt, lw=1.2, label="reconstructed")
         axis.set_ylabel("I / peak")
-        table += [
-            f"{n},{t},{a:.5f},{b:.5f},{c:.5f}"
-            for t, (a, b, c) in enumerate(zip(true.tolist(), seen.tolist(), rebuilt.tolist()))
-        ]
+        waves = {"true": true, "seen": seen, "reconstructed": rebuilt}
+        for t in range(len(true)):
+            table.append({"signal": n, "point": t, **{name: f"{w[t]:.5f}" for name, w in waves.items()}})
     axes[0, 0].legend(ncol=3, loc="upper right", fontsize=8)
     axes[-1, 0].set_xlabel("point")
     save_figure(figure, path)
-    atomic_write(path.with_suffix(".csv"), "\n".join(table) + "\n")
+    atomic_csv(path.with_suffix(".csv"), table)
 
 
-def main(args):
-    # model and data
-    accelerator = make_accelerator(args)
-    seed_everything(args.seed)
-    if args.config:
-        refuse(args, ["preset"], "beside --config")
-    config = make_config(args)
-    room = args.row_tokens or config.num_positions
+def counts(batch, mask_ratio: float):
+    """Hidden patches and signals of a batch: what the losses of patches and of spectra are means over."""
+    ids = batch["sample_ids_seq"]
+    hidden = (ids >= 0).sum() - tokens_kept(ids, mask_ratio).sum()
+    return torch.stack([hidden, (ids.amax(1) + 1).sum()])
+
+
+def read_data(args, config, room: int):
+    """Read the signals; returns (signals, training rows, validation rows or None). room: tokens a row."""
     signals = SignalDataset(h5_files(args.data), skip_bad=args.skip_bad, seed=args.seed)
     packed = PackedSignals(signals, config, room, args.min_points, args.seed)
-    val = None
-    if args.val:
-        val_signals = SignalDataset(h5_files(args.val), skip_bad=args.skip_bad)
-        val = PackedSignals(val_signals, config, room, args.min_points, shuffle=False)
+    if not args.val:
+        return signals, packed, None
+    val = SignalDataset(h5_files(args.val), skip_bad=args.skip_bad)
+    refuse_shared(signals.files, val.files, "--val")
+    return signals, packed, PackedSignals(val, config, room, args.min_points, shuffle=False)
+
+
+def make_model(args, config):
+    """Encoder and decoder, from random weights or from --init."""
     model = SiTMAEForPreTraining(config)
     if args.init:
         load_encoder(model, args.init)
-
-    # what trains, and how
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if not config.use_fs:
         model.sit.embeddings.fs_embedder.requires_grad_(False)  # no gradient reaches it
+    return model
+
+
+def save(args, model, val, metrics: dict):
+    """Write out/encoder, the closing measurement on the validation rows `val` and its picture."""
+    with atomic_dir(args.out / "encoder") as folder:
+        model.save_pretrained(folder)
+    if val is not None:
+        errors, shown = measure(model, val)
+        metrics |= errors
+        draw(shown, model.config, args.out / "figures" / "reconstruction.png")
+        for name, values in errors.items():
+            print(f"{name}: " + ", ".join(f"{k} {v:.5f}" for k, v in values.items()))
+    atomic_json(args.out / "metrics.json", metrics)
+    print(f"encoder in {args.out / 'encoder'}")
+
+
+def main(args):
+    # signals, packed into rows; everything is checked before anything is written
+    accelerator = make_accelerator(args)
+    seed_everything(args.seed)
+    config = make_config(args)
+    room = args.row_tokens or config.num_positions
+    signals, packed, val = read_data(args, config, room)
+
+    # model, loader and optimizer; the loader keeps the order of the rows, whose plan is drawn anew each epoch
+    model = make_model(args, config)
+    optimizers = make_optimizers(model, args.optimizer, args.lr, args.weight_decay)
+    about = describe(model)
     if args.compile:
         model.compile()
-    optimizers = make_optimizers(model, args.optimizer, args.lr, args.weight_decay)
-    loader = make_loader(packed, args, shuffle=False)  # the plan of rows is drawn anew for every epoch
+    loader = make_loader(packed, args, shuffle=False)
     model, loader, *optimizers = accelerator.prepare(model, loader, *optimizers)
     steps = plan_steps(args, loader)
+
+    # the run folder, and what is about to happen
     open_run(args.out, args, accelerator, args.resume, args.overwrite)
     accelerator.print(
-        f"{describe(model)}\n{len(signals)} signals ({sum(signals.skipped.values())} skipped) in {len(packed)} "
-        f"rows of {room} tokens, packing efficiency {packed.efficiency:.3f}; "
-        f"{args.batch_size} x {accelerator.num_processes} x {args.accum} rows a step, {steps} steps, lr {args.lr:g}"
+        f"{about}\n{len(signals)} signals ({sum(signals.skipped.values())} skipped) in "
+        f"{len(packed)} rows of {room} tokens, packing efficiency {packed.efficiency:.3f}; "
+        f"{args.batch_size} x {accelerator.num_processes} x {args.accum} rows a step, {steps} steps, lr "
+        f"{args.lr:g}"
     )
 
-    def count(batch):
-        """Hidden patches and signals of a batch: what the two losses are means over."""
-        ids = batch["sample_ids_seq"]
-        hidden = (ids >= 0).sum() - tokens_kept(ids, config.mask_ratio).sum()
-        return torch.stack([hidden, (ids.amax(1) + 1).sum()])
-
-    # the loop
+    # the loop: the shares weigh all hidden patches, and all signals, of a step alike
     training = start(accelerator, args, steps, optimizers)
     model.train()
-    for batch, share in batches(training, loader, count):
+    for batch, share in batches(training, loader, lambda batch: counts(batch, config.mask_ratio)):
         with accelerator.accumulate(model):
             result = model(**batch)
             parts = {"hidden": result.hidden_loss * share[0]}
@@ -302,18 +340,8 @@ def main(args):
 
     # the encoder, and what it reconstructs of validation signals
     if accelerator.is_main_process:
-        model = accelerator.unwrap_model(model)
-        with atomic_dir(args.out / "encoder") as folder:
-            model.save_pretrained(folder)
         metrics = {"step": training.state["step"], "packing_efficiency": packed.efficiency}
-        if val is not None:
-            errors, shown = measure(model, val)
-            metrics |= errors
-            draw(shown, config, args.out / "figures" / "reconstruction.png")
-            for name, values in errors.items():
-                print(f"{name}: " + ", ".join(f"{k} {v:.5f}" for k, v in values.items()))
-        atomic_json(args.out / "metrics.json", metrics)
-        print(f"encoder in {args.out / 'encoder'}")
+        save(args, accelerator.unwrap_model(model), val, metrics)
     finish(training)
     accelerator.wait_for_everyone()
     accelerator.end_training()

@@ -1,8 +1,9 @@
 """Scores of answers: accuracy with its interval, calibration, open questions, and pictures of them.
 
-An answer is a dictionary as test.py writes it to predictions.jsonl: "text", "task", "snr_db", "answer" (the true
-one); of a four-choice question also "options" {letter: name}, "pred", "truth", "likeliest" and "extracted"
-(letters), "class" (name of the truth) and "scores" (log-likelihood of each option, in their order).
+An answer is a dictionary as test.py writes it to predictions.jsonl: "text", "task", "snr_db", "answer" (the
+true one); of a four-choice question also "options" {letter: name}, "pred", "truth", "likeliest" and
+"extracted" (letters), "class" (name of the truth) and "scores" (log-likelihood of each option, in their
+order).
 """
 
 import re
@@ -136,7 +137,8 @@ def score(answers, temperature: float = 1.0) -> dict:
 
 
 def draw(answers, metrics, folder):
-    """Draw accuracy against SNR, and the chosen option for each class; a .csv with the numbers beside each."""
+    """Draw accuracy against SNR, and the chosen option for each class; a .csv with the numbers beside
+    each."""
     choice = [a for a in answers if a.get("truth")]
     if not choice:
         return

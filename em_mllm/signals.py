@@ -1,7 +1,8 @@
 """Synthetic radio signals with known labels: communications, radar pulses and jamming, as complex baseband.
 
-Nothing here is learned or downloaded. Each function states the theory that the tests check it against: symbol constellation,
-occupied bandwidth, modulation index, measured SNR. Frequencies are in cycles per sample (1.0 = the sampling rate), times in samples.
+Nothing here is learned or downloaded. Each function states the theory that the tests check it against: symbol
+constellation, occupied bandwidth, modulation index, measured SNR. Frequencies are in cycles per sample (1.0 =
+the sampling rate), times in samples.
 
     iq, info = make_signal("QPSK", n=1024, snr_db=10, rng=np.random.default_rng(0))
 """
@@ -93,7 +94,8 @@ def linear(name, n, rng):
 
 
 def frequency_shift(name, n, rng):
-    """Continuous-phase FSK: phase = pi * index * integral of the symbol levels; GFSK smooths the levels with a Gaussian filter."""
+    """Continuous-phase FSK: phase = pi * index * integral of the symbol levels; GFSK smooths the levels with
+    a Gaussian filter."""
     sps = rng.uniform(4, 10)
     index = {
         "2FSK": rng.uniform(0.8, 2),
@@ -166,7 +168,8 @@ def ofdm(name, n, rng, bins=128):
 
 
 def pulse_train(name, n, rng):
-    """Radar pulses; the modulation inside the pulse is none, a linear sweep, a Barker-13 or a 16-chip Frank phase code."""
+    """Radar pulses; the modulation inside the pulse is none, a linear sweep, a Barker-13 or a 16-chip Frank
+    phase code."""
     pri = float(rng.uniform(100, 400))
     width = pri * rng.uniform(0.1, 0.3)
     first = float(rng.uniform(0, min(pri - width, n / 2)))  # at least one pulse begins in a short record
@@ -229,7 +232,8 @@ MAKERS = {
 def channel(x, rng, carrier_offset=0.01, phase_noise=0.003, fading="none"):
     """Random phase, carrier offset up to +-carrier_offset, Wiener phase noise (rad per sample) and multipath.
 
-    fading: "none", "rician" (one echo, 10 dB below, up to 4 samples later) or "rayleigh" (three taps of equal mean power).
+    fading: "none", "rician" (one echo, 10 dB below, up to 4 samples later) or "rayleigh" (three taps of equal
+    mean power).
     """
     n = len(x)
     if fading == "rician":
@@ -264,8 +268,9 @@ def make_signal(
 ) -> tuple[np.ndarray, dict]:
     """One labelled signal.
 
-    Returns iq (n, 2) float32 of unit rms and its parameters: bandwidth (cycles per sample), carrier_offset, and what the kind has
-    (sps, rolloff, index, pulse_width, pri, pulse_time_delay in samples, num_pulses, isr in dB). SNR is taken over the full band.
+    Returns iq (n, 2) float32 of unit rms and its parameters: bandwidth (cycles per sample), carrier_offset,
+    and what the kind has (sps, rolloff, index, pulse_width, pri, pulse_time_delay in samples, num_pulses, isr
+    in dB). SNR is taken over the full band.
     """
     x, info = MAKERS[name](name, n, rng)
     x, info["carrier_offset"] = channel(x, rng, **impairments)

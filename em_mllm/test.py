@@ -1,9 +1,9 @@
 """Ask a trained model: a test set with its scores and pictures, one recording of any format, or a competition
 file.
 
-    python em_mllm/test.py --model runs/em_mllm/base/model --task-dir data/em_mllm/test --out runs/em_mllm/base/test
+    python em_mllm/test.py --model runs/em_mllm/base/model --task-dir data/em_mllm/test --out runs/test
     python em_mllm/test.py --model runs/em_mllm/base/model --iq capture.sigmf-meta --question "What is it?"
-    python em_mllm/test.py --model ... --task-files round1.h5 round1.json --submission answers.json --team-name us
+    python em_mllm/test.py --model ... --task-files round1.h5 round1.json --submission answers.json
     python em_mllm/test.py --validate answers.json --task-files round1.h5 round1.json
 
 A four-choice answer is read twice: from generated text (the letter in brackets, else the option that the text
@@ -78,7 +78,8 @@ def parse_args(argv=None):
     data.add_argument(
         "--calibrate-dir",
         type=Path,
-        help="validation folder to fit the temperature of the confidence on; without it the model's own, or 1",
+        help="validation folder to fit the temperature of the confidence on; without it the model's own, or "
+        "1",
     )
     data.add_argument("--submission", type=Path, help="write the competition's answer file here")
     data.add_argument("--team-name", default="team", help="name of the team in the answer file")
@@ -114,7 +115,8 @@ def parse_args(argv=None):
 
 
 def extract_letter(text: str, options: dict) -> str | None:
-    """The letter that `text` answers with: in brackets, else alone at the start, else of the one option that it names; else None."""
+    """The letter that `text` answers with: in brackets, else alone at the start, else of the one option that
+    it names; else None."""
     found = [a for a in re.findall(r"[(（]\s*([A-Z])\s*[)）]", text) if a in options]
     if found:
         return found[0]
@@ -143,7 +145,8 @@ def candidate(question: str, letter: str, name: str) -> str:
 
 @torch.no_grad()
 def ask(model, tokenizer, batch, records, max_new_tokens):
-    """Generate for one collated batch and score the options of its four-choice questions; one dict per record."""
+    """Generate for one collated batch and score the options of its four-choice questions; one dict per
+    record."""
     inputs = {k: batch[k] for k in ("iq", "iq_lengths", "fs", "signal_index", "input_ids", "attention_mask")}
     stop = [tokenizer.eos_token_id] + [
         i for t in ("<|im_end|>",) if (i := tokenizer.get_vocab().get(t)) is not None
@@ -225,7 +228,8 @@ def answer_set(model, tokenizer, data: QuestionDataset, accelerator, batch_size,
 
 
 def other_signals(data: QuestionDataset, seed=0) -> dict:
-    """For each four-choice question another question's row whose signal has a different label (of the same task where there is one)."""
+    """For each four-choice question another question's row whose signal has a different label (of the same
+    task where there is one)."""
     labels = [f.column("label") if "label" in f.columns else np.arange(len(f)) for f in data.files]
     first = [
         i[0] if isinstance(i := data.records[r]["iq_index_in_h5"], list) else i
@@ -306,7 +310,8 @@ def check_options(args):
         refuse(args, ["task_files"], "beside --task-dir")
     if args.out is None and args.submission is None:
         raise UserError(
-            "nothing to write: give --out for scores and pictures, or --submission, or ask about one recording "
+            "nothing to write: give --out for scores and pictures, or --submission, or ask about one "
+            "recording "
             "with --iq"
         )
     if (
@@ -329,7 +334,8 @@ def write_scores(args, data, answers, metrics):
     if "accuracy" in metrics:
         low, high = metrics["interval"]
         parts = [
-            f"four-choice accuracy {metrics['accuracy']:.3f} [{low:.3f}, {high:.3f}] of {metrics['four_choice']} "
+            f"four-choice accuracy {metrics['accuracy']:.3f} [{low:.3f}, {high:.3f}] of "
+            f"{metrics['four_choice']} "
             f"(chance {metrics['chance']:.2f})"
         ]
         if metrics["high_snr_count"]:

@@ -1,10 +1,10 @@
 """Join the signal encoder to a language model and train them on questions about signals (upstream
 train_mllm.py).
 
-    python em_mllm/train.py --task-dir data/em_mllm/train --signal-encoder-path runs/em_mllm/pretrain/encoder \\
-        --llm-model-path data/em_mllm/llm --output-dir runs/em_mllm/base
-    torchrun --nproc_per_node=4 em_mllm/train.py ... --llm-model-path 9G4B --use-lora --freeze-signal-encoder \\
-        --precision bf16 --dtype bfloat16
+    python em_mllm/train.py --task-dir data/em_mllm/train --llm-model-path data/em_mllm/llm \\
+        --signal-encoder-path runs/em_mllm/pretrain/encoder --output-dir runs/em_mllm/base
+    torchrun --nproc_per_node=4 em_mllm/train.py ... --llm-model-path 9G4B --use-lora \\
+        --freeze-signal-encoder --precision bf16 --dtype bfloat16
 
 Writes out/model/ (adapter or language model, tokenizer, projector, encoder), which test.py and
 model.load_model read, and out/metrics.json with the validation loss. Signals stand before the text:
@@ -44,6 +44,7 @@ from em_mllm.dataset import (
     QuestionCollator,
     QuestionDataset,
     add_augmentation_arguments,
+    refuse_shared,
     task_pairs,
 )
 from em_mllm.model import (
@@ -69,7 +70,8 @@ def parse_args(argv=None):
     data.add_argument(
         "--val-dir",
         type=Path,
-        help=f"such a folder for validation; without it {HELD_OUT} items, and every other question about their "
+        help=f"such a folder for validation; without it {HELD_OUT} items, and every other question about "
+        "their "
         "signals, are held out",
     )
     data.add_argument(
@@ -127,7 +129,8 @@ def add_model_arguments(group):
     group.add_argument(
         "--trained-dir",
         type=Path,
-        help="model/ folder of an earlier run to continue from, instead of the two paths; a new run with a new "
+        help="model/ folder of an earlier run to continue from, instead of the two paths; a new run with a "
+        "new "
         "optimizer",
     )
     group.add_argument(
@@ -140,7 +143,8 @@ def add_model_arguments(group):
         "--signal-tokens",
         type=number(int, 0),
         default=0,
-        help="vectors per signal that the language model reads: n means over equal stretches and the cls vector; "
+        help="vectors per signal that the language model reads: n means over equal stretches and the cls "
+        "vector; "
         "0: one per patch",
     )
     group.add_argument(
@@ -169,6 +173,17 @@ def add_model_arguments(group):
         action="store_true",
         help="train LoRA adapters on the language model, which stays frozen",
     )
+    add_lora_arguments(group)
+    group.add_argument(
+        "--legacy",
+        action="store_true",
+        help="the starter kit's arithmetic and labels, for those who hold its checkpoints",
+    )
+    add_trust_argument(group)
+
+
+def add_lora_arguments(group):
+    """What the adapters of --use-lora are like."""
     group.add_argument("--lora-r", type=number(int, 1), default=8, help="rank of the adapters")
     group.add_argument(
         "--lora-alpha", type=number(float, 0), default=16, help="strength of the adapters is alpha / r"
@@ -182,12 +197,6 @@ def add_model_arguments(group):
         default=list(LORA_TARGETS),
         help="names of the layers that get an adapter",
     )
-    group.add_argument(
-        "--legacy",
-        action="store_true",
-        help="the starter kit's arithmetic and labels, for those who hold its checkpoints",
-    )
-    add_trust_argument(group)
 
 
 def check_options(args):
@@ -213,8 +222,8 @@ def check_options(args):
 def make_data(args, tokenizer):
     """Read the questions; returns (all training questions, training set, validation set).
 
-    The validation set is --val-dir, or HELD_OUT items of a seeded shuffle, at most a tenth; no signal of theirs
-    is in the training set, and they are not augmented.
+    The validation set is --val-dir, or HELD_OUT items of a seeded shuffle, at most a tenth; no signal of
+    theirs is in the training set, and they are not augmented.
     """
     common = dict(
         tokenizer=tokenizer,
@@ -233,7 +242,9 @@ def make_data(args, tokenizer):
         **common,
     )
     if args.val_dir:
-        return source, source, QuestionDataset(task_pairs(args.val_dir), **common)
+        val = QuestionDataset(task_pairs(args.val_dir), **common)
+        refuse_shared(source.files, val.files, "--val-dir")
+        return source, source, val
 
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(42)).tolist()
     held = order[: min(HELD_OUT, len(source) // 10)]
@@ -267,7 +278,8 @@ def make_model(args, files):
     for file in files:
         if file.points > longest:
             raise UserError(
-                f"{file.path}: IQ_data has signals of {file.points} points, the encoder takes {longest}; cut them, "
+                f"{file.path}: IQ_data has signals of {file.points} points, the encoder takes {longest}; cut "
+                "them, "
                 "or pre-train an encoder with a larger max_seq_len"
             )
     lora = dict(r=args.lora_r, alpha=args.lora_alpha, dropout=args.lora_dropout, targets=args.lora_targets)
@@ -300,6 +312,17 @@ def validation_loss(model, loader, accelerator) -> float:
     return float(total[0] / total[1].clamp(min=1))
 
 
+def save(args, model, tokenizer):
+    """Write out/model. A model of --trained-dir remembers which language model it stands on, and whether that
+    was trained."""
+    llm_path, llm_changed = args.llm_model_path, False
+    if args.trained_dir:
+        notes = read_notes(args.trained_dir)
+        llm_path, llm_changed = llm_path or notes["llm_model_path"], notes["llm"] == "full"
+    text = dict(chat=args.chat_template, max_length=args.max_length, default_fs=args.fs)
+    save_model(args.out / "model", model, tokenizer, llm_path, llm_changed=llm_changed, **text)
+
+
 def main(args):
     # questions and model; everything is checked before anything is written
     check_options(args)
@@ -308,10 +331,6 @@ def main(args):
     where = args.trained_dir / "tokenizer" if args.trained_dir else args.llm_model_path
     source, train_set, val_set = make_data(args, load_tokenizer(where, args.trust_remote_code))
     model, tokenizer = make_model(args, source.files)
-    llm_path, llm_changed = args.llm_model_path, False
-    if args.trained_dir:  # the model remembers which language model it stands on, and whether it was trained
-        notes = read_notes(args.trained_dir)
-        llm_path, llm_changed = llm_path or notes["llm_model_path"], notes["llm"] == "full"
 
     # loaders and optimizer; a batch holds whole items, the loss counts their answer tokens
     collate = QuestionCollator(
@@ -330,8 +349,10 @@ def main(args):
     open_run(args.out, args, accelerator, args.resume, args.overwrite)
     skipped = ", ".join(f"{n} x {why}" for why, n in source.skipped.items()) or "none"
     accelerator.print(
-        f"{about}; {len(train_set)} training and {len(val_set)} validation items ({len(source.records)} questions), "
-        f"skipped: {skipped}; {args.batch_size} x {accelerator.num_processes} x {args.accum} items a step, {steps} "
+        f"{about}; {len(train_set)} training and {len(val_set)} validation items ({len(source.records)} "
+        "questions), "
+        f"skipped: {skipped}; {args.batch_size} x {accelerator.num_processes} x {args.accum} items a step, "
+        f"{steps} "
         f"steps, lr {args.lr:g}"
     )
 
@@ -355,17 +376,7 @@ def main(args):
     # the trained model and its loss on validation questions; all checkpoints are written by now
     loss = validation_loss(model, val_loader, accelerator)
     if accelerator.is_main_process:
-        trained = accelerator.unwrap_model(model)
-        save_model(
-            args.out / "model",
-            trained,
-            tokenizer,
-            llm_path,
-            llm_changed=llm_changed,
-            chat=args.chat_template,
-            max_length=args.max_length,
-            default_fs=args.fs,
-        )
+        save(args, accelerator.unwrap_model(model), tokenizer)
         atomic_json(
             args.out / "metrics.json",
             {"step": training.state["step"], "validation_loss": loss, "skipped": source.skipped},

@@ -79,7 +79,8 @@ def test_three_attentions_agree_and_a_packed_signal_equals_the_signal_alone():
 
 
 def test_variable_length_path_gives_the_same_rows(monkeypatch):
-    """The kernel itself needs CUDA; a plain softmax per sample stands in for it here, in bf16 as the kernel computes."""
+    """The kernel itself needs CUDA; a plain softmax per sample stands in for it here, in bf16 as the kernel
+    computes."""
 
     def stand_in(q, k, v, cu_q, cu_k, longest_q, longest_k):
         assert q.dtype == torch.bfloat16 and longest_q == int((cu_q[1:] - cu_q[:-1]).max())
@@ -330,7 +331,8 @@ def test_signal_is_reproducible_unit_power_and_finite(name):
 
 
 def test_measured_snr_is_the_stated_one():
-    """A cyclic shift changes neither a tone nor its power; what is left after the tone's bin is removed is the noise."""
+    """A cyclic shift changes neither a tone nor its power; what is left after the tone's bin is removed is
+    the noise."""
     from em_mllm.signals import add_noise
 
     n = 1 << 16

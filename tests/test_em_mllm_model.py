@@ -332,7 +332,8 @@ def test_fm9g_folder_loads_natively_and_equals_the_folded_llama(parts, tmp_path,
 
 
 def test_embeddings_are_scaled_once_on_both_fm9g_routes(parts, tmp_path):
-    """Text is scaled by scale_emb and signal vectors are not, whichever route computes: FM9G's own convention."""
+    """Text is scaled by scale_emb and signal vectors are not, whichever route computes: FM9G's own
+    convention."""
     config, state = fm9g_folder(parts, tmp_path / "9G4B")
     llama_config, folded = fold_to_llama(config, state)
     llama = AutoModelForCausalLM.from_config(llama_config)

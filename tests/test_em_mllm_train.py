@@ -1,4 +1,5 @@
-"""em_mllm: the scripts as a user starts them. Resume is exact, two processes equal one, launchers and errors behave."""
+"""em_mllm: the scripts as a user starts them. Resume is exact, two processes equal one, launchers and errors
+behave."""
 
 import importlib
 import json
@@ -181,8 +182,9 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(home, tmp_path, sc
 
 @pytest.mark.parametrize("script", ["finetune", "multitask", "train"])
 def test_gradient_accumulation_equals_the_larger_batch(home, tmp_path, script, monkeypatch):
-    """Also where the epoch ends between two steps, and where the micro-batches differ in answer tokens or known
-    values. With so small a rate the weights stay, so that rounding errors do not grow from step to step."""
+    """Also where the epoch ends between two steps, and where the micro-batches differ in answer tokens or
+    known values. With so small a rate the weights stay, so that rounding errors do not grow from step to
+    step."""
     monkeypatch.setattr(torch.nn.Dropout, "forward", lambda self, x: x)  # its masks belong to a micro-batch
 
     def gradients(out, *sizes):
@@ -196,7 +198,7 @@ def test_gradient_accumulation_equals_the_larger_batch(home, tmp_path, script, m
                 "--train",
                 data,
                 "--test",
-                data,
+                str(data).replace("/train/", "/test/"),
                 "--signal-encoder-path",
                 home / "mae/encoder",
                 "--out",
@@ -474,7 +476,8 @@ def test_run_train_launcher_trains_on_what_it_is_given(home, tmp_path, given, fl
 
 @pytest.mark.slow
 def test_study_of_real_captures_from_files_to_questions(home, tmp_path):
-    """Captures of twelve devices that differ in pulse length: every condition is measured, and questions about device, coding, keying."""
+    """Captures of twelve devices that differ in pulse length: every condition is measured, and questions
+    about device, coding, keying."""
     names = [*rtl433.UNSEEN, *(f"device_{i}" for i in range(8))]
     rng = np.random.default_rng(0)
     for part, count in (("train", 36), ("test", 12)):

@@ -1,5 +1,6 @@
-"""Every file of GOLDEN_DIR/em_mllm: tensors that upstream's own modules produced. The kind is the start of the file name, sizes come from
-the metadata, the tolerance from the golden README. A file of unknown kind, or an output that is not compared, fails."""
+"""Every file of GOLDEN_DIR/em_mllm: tensors that upstream's own modules produced. The kind is the start of
+the file name, sizes come from the metadata, the tolerance from the golden README. A file of unknown kind, or
+an output that is not compared, fails."""
 
 import json
 import re

@@ -15,10 +15,12 @@ except ImportError:  # before torch 2.10
 
 
 class SiTMAESelfAttention(nn.Module):
-    """softmax(q k^T / sqrt(d)) v with the scores written out; the only one that returns probabilities or takes a head mask.
+    """softmax(q k^T / sqrt(d)) v with the scores written out; the only one that returns probabilities or
+    takes a head mask.
 
-    hidden_states (B, M, D), attn_mask (B, M, M) bool or None (all see all), sample_ids (B, M) -> (B, M, D), probabilities or None.
-    A row of the mask without any True (padding) attends evenly to everything; its output must not be used.
+    hidden_states (B, M, D), attn_mask (B, M, M) bool or None (all see all), sample_ids (B, M) -> (B, M, D),
+    probabilities or None. A row of the mask without any True (padding) attends evenly to everything; its
+    output must not be used.
     """
 
     def __init__(self, hidden_size, heads, dropout, attention_dropout, bias):
@@ -76,8 +78,8 @@ class SiTMAESdpaSelfAttention(SiTMAESelfAttention):
 class SiTMAEFlashAttention2(SiTMAESdpaSelfAttention):
     """Fused weights (Wqkv rows: q, k, v; Wo), valid tokens only through the variable-length kernel.
 
-    That kernel needs CUDA and half precision; float32 activations are cast to bf16 for it, as upstream. Elsewhere the SDPA path gives
-    the same numbers. The output keeps the shape (B, M, D).
+    That kernel needs CUDA and half precision; float32 activations are cast to bf16 for it, as upstream.
+    Elsewhere the SDPA path gives the same numbers. The output keeps the shape (B, M, D).
     """
 
     def __init__(self, hidden_size, heads, dropout, attention_dropout, bias):
@@ -166,7 +168,8 @@ def run_layers(
     output_hidden_states=False,
     checkpoint=None,
 ):
-    """Apply `layers` in turn; returns the output, (embedding output and every layer's) and attentions, each None if not asked for.
+    """Apply `layers` in turn; returns the output, (embedding output and every layer's) and attentions, each
+    None if not asked for.
 
     head_mask: (heads,) or (layers, heads). checkpoint: transformers' checkpointing function, or None.
     """

@@ -12,18 +12,17 @@ SPECTRUM_POWERS, SPECTRUM_BANDS = (
 class SiTMAEConfig(PretrainedConfig):
     """Sizes of encoder and decoder; every field that upstream has, with its default.
 
-    max_seq_len (points, 1) and patch_size (points, 1) may be tuples, lists (as JSON gives them) or plain integers.
-    attention_type: "eager", "sdpa" (same weights, same results) or "fa2" (fused Wqkv / Wo weights, variable-length kernel
-    where the device has one).
-    fs_unit: unit in which the sampling rate is put into its token, "mhz" or "hz". In Hz the phases of the sinusoids are huge
-    and mean little; published weights do not say which they used.
-    position_init: "xavier" (upstream's) or "sincos" (as in the image MAE): how the trained position tables start. Neighbouring patches
-    start alike with "sincos", which short training runs need.
-    spectrum_weight: what the prediction of log spectra (utils.log_spectra) from the cls token counts in pre-training beside the
-    reconstruction; 0, upstream's, leaves it and its head `decoder.spectrum_pred` out.
-    pooling: what the heads read for one signal, its cls token ("cls", as upstream) or the mean over its IQ tokens ("mean"), which the
-    bursts of a noisy capture need.
-    label_weights: {task: weight} of SiTForMultiTask. Other keyword arguments are kept and not used.
+    max_seq_len (points, 1) and patch_size (points, 1) may be tuples, lists (as JSON gives them) or plain
+    integers. attention_type: "eager", "sdpa" (same weights, same results) or "fa2" (fused Wqkv / Wo weights,
+    variable-length kernel where the device has one). fs_unit: unit in which the sampling rate is put into its
+    token, "mhz" or "hz". In Hz the phases of the sinusoids are huge and mean little; published weights do not
+    say which they used. position_init: "xavier" (upstream's) or "sincos" (as in the image MAE): how the
+    trained position tables start. Neighbouring patches start alike with "sincos", which short training runs
+    need. spectrum_weight: what the prediction of log spectra (utils.log_spectra) from the cls token counts in
+    pre-training beside the reconstruction; 0, upstream's, leaves it and its head `decoder.spectrum_pred` out.
+    pooling: what the heads read for one signal, its cls token ("cls", as upstream) or the mean over its IQ
+    tokens ("mean"), which the bursts of a noisy capture need. label_weights: {task: weight} of
+    SiTForMultiTask. Other keyword arguments are kept and not used.
     """
 
     model_type = "sit_mae"
@@ -111,7 +110,8 @@ class SiTMAEConfig(PretrainedConfig):
 
     @property
     def num_positions(self) -> int:
-        """Rows of the position table. The 16 (with fs) or 8 extra points are constants of upstream, whatever the patch."""
+        """Rows of the position table. The 16 (with fs) or 8 extra points are constants of upstream, whatever
+        the patch."""
         return (self.max_seq_len[0] + (16 if self.use_fs else 8)) // self.patch_size[0]
 
     @property

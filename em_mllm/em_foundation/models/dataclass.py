@@ -8,7 +8,8 @@ from transformers.utils import ModelOutput
 
 @dataclass
 class SiTMAEModelOutput(ModelOutput):
-    """mae_mask (B, M) is 1 at hidden tokens; ids_keep (B, Kmax) and attn_mask (B, Kmax, Kmax) belong to the visible ones."""
+    """mae_mask (B, M) is 1 at hidden tokens; ids_keep (B, Kmax) and attn_mask (B, Kmax, Kmax) belong to the
+    visible ones."""
 
     last_hidden_state: torch.Tensor | None = None
     mae_mask: torch.Tensor | None = None
@@ -30,7 +31,8 @@ class SiTMAEDecoderOutput(ModelOutput):
 
 @dataclass
 class SiTMAEForPreTrainingOutput(ModelOutput):
-    """loss: hidden_loss (mean squared error over hidden patches) + spectrum_weight * spectrum_loss, where there is one.
+    """loss: hidden_loss (mean squared error over hidden patches) + spectrum_weight * spectrum_loss, where
+    there is one.
 
     attn_mask: the encoder's (B, Kmax, Kmax).
     """

@@ -11,7 +11,8 @@ from em_mllm.em_foundation.models.configuration_em import SiTMAEConfig
 class TimestepEmbedder(nn.Module):
     """Sinusoids of a scalar, then Linear - SiLU - Linear (upstream TimestepEmbedder).
 
-    t (N,) -> (N, hidden_size). Phases are computed in float64: at 20e6 a float32 phase is off by up to 0.8 rad.
+    t (N,) -> (N, hidden_size). Phases are computed in float64: at 20e6 a float32 phase is off by up to 0.8
+    rad.
     """
 
     def __init__(self, hidden_size: int, frequency_embedding_size: int = 256):
@@ -23,7 +24,8 @@ class TimestepEmbedder(nn.Module):
 
     @staticmethod
     def timestep_embedding(t: torch.Tensor, dim: int, max_period: float = 10000) -> torch.Tensor:
-        """(N,) -> (N, dim) float32: cosines, then sines, of t at dim // 2 geometric frequencies; one zero if dim is odd."""
+        """(N,) -> (N, dim) float32: cosines, then sines, of t at dim // 2 geometric frequencies; one zero if
+        dim is odd."""
         half = dim // 2
         frequencies = torch.exp(
             -math.log(max_period) / half * torch.arange(half, dtype=torch.float64, device=t.device)
@@ -38,21 +40,24 @@ class TimestepEmbedder(nn.Module):
 
 
 def sample_id_matrix(sample_ids_seq, length: int, device=None) -> torch.Tensor:
-    """List of B id vectors (one id per valid token of the row), or a (B, M) tensor with -1 at padding -> (B, length) int64."""
+    """List of B id vectors (one id per valid token of the row), or a (B, M) tensor with -1 at padding -> (B,
+    length) int64."""
     if isinstance(sample_ids_seq, torch.Tensor):
         return sample_ids_seq.to(device)
     out = torch.full((len(sample_ids_seq), length), -1, dtype=torch.int64)
     for row, ids in enumerate(sample_ids_seq):
         if len(ids) > length:
             raise ValueError(
-                f"sample_ids_seq[{row}] has {len(ids)} ids for a row of {length} tokens; pack fewer signals into the row"
+                f"sample_ids_seq[{row}] has {len(ids)} ids for a row of {length} tokens; pack fewer signals "
+                "into the row"
             )
         out[row, : len(ids)] = ids
     return out.to(device)
 
 
 def gen_attn_mask(sample_ids: torch.Tensor) -> torch.Tensor:
-    """(B, M) ids, -1 at padding -> (B, M, M) bool: True where both tokens are valid and belong to the same sample."""
+    """(B, M) ids, -1 at padding -> (B, M, M) bool: True where both tokens are valid and belong to the same
+    sample."""
     return (sample_ids[:, :, None] == sample_ids[:, None, :]) & (sample_ids >= 0)[:, :, None]
 
 
@@ -61,8 +66,8 @@ def mae_scores(
 ) -> torch.Tensor:
     """Scores that decide which tokens stay visible: (B, M) float32, the lowest are kept.
 
-    cls and sampling-rate tokens 0, the other tokens of each sample an even ramp over [0, 1] in random order (so that every sample
-    keeps the same share), row padding +inf. As upstream; `generator` fixes the draw.
+    cls and sampling-rate tokens 0, the other tokens of each sample an even ramp over [0, 1] in random order
+    (so that every sample keeps the same share), row padding +inf. As upstream; `generator` fixes the draw.
     """
     scores = torch.full(sample_ids.shape, float("inf"))
     for row, ids in enumerate(sample_ids.cpu()):
@@ -101,14 +106,17 @@ class SiTMAEEmbeddings(nn.Module):
         )  # in the state dict even without use_fs, as upstream
 
     def embed(self, patches: torch.Tensor, patch_positions: torch.Tensor) -> torch.Tensor:
-        """patches (B, M, C*P), patch_positions (B, M): 0 = cls (and padding), 1 = sampling rate, then IQ -> (B, M, D)."""
+        """patches (B, M, C*P), patch_positions (B, M): 0 = cls (and padding), 1 = sampling rate, then IQ ->
+        (B, M, D)."""
         if patches.shape[-1] != self.projection.in_features:
             raise ValueError(
-                f"patches have {patches.shape[-1]} values, the encoder takes {self.projection.in_features}; check patch_size"
+                f"patches have {patches.shape[-1]} values, the encoder takes {self.projection.in_features}; "
+                "check patch_size"
             )
         if int(patch_positions.max()) >= len(self.position_embeddings):
             raise ValueError(
-                f"position {int(patch_positions.max())} is beyond the table of {len(self.position_embeddings)}; "
+                f"position {int(patch_positions.max())} is beyond the table of "
+                f"{len(self.position_embeddings)}; "
                 f"signals longer than max_seq_len={self.config.max_seq_len[0]} points must be cut"
             )
         h = self.projection(patches.to(self.projection.weight.dtype))
@@ -122,8 +130,8 @@ class SiTMAEEmbeddings(nn.Module):
     def hide(self, h: torch.Tensor, sample_ids: torch.Tensor, scores: torch.Tensor):
         """Keep the tokens of lowest score of each row.
 
-        h (B, M, D), sample_ids and scores (B, M); `tokens_kept` says how many stay.
-        Returns visible (B, Kmax, D) zero padded, visible_ids (B, Kmax) sample ids with -1 at padding, ids_keep (B, Kmax) with M at
+        h (B, M, D), sample_ids and scores (B, M); `tokens_kept` says how many stay. Returns visible (B, Kmax,
+        D) zero padded, visible_ids (B, Kmax) sample ids with -1 at padding, ids_keep (B, Kmax) with M at
         padding, ids_restore (B, M), mae_mask (B, M) float.
         """
         rows, length = sample_ids.shape

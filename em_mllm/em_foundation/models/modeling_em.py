@@ -1,8 +1,10 @@
-"""SiT-MAE: a transformer over patches of raw IQ, trained by hiding three quarters of them (upstream modeling_em.py).
+"""SiT-MAE: a transformer over patches of raw IQ, trained by hiding three quarters of them (upstream
+modeling_em.py).
 
 Inputs of every model (B rows of M tokens, several signals may share a row):
     patches          (B, M, C*P) float, channel-major patch vectors I0..I(P-1), Q0..Q(P-1)
-    patch_positions  (B, M) int64, per signal 0 = cls, 1 = sampling rate (if use_fs), then the IQ patches; 0 at row padding
+    patch_positions  (B, M) int64, per signal 0 = cls, 1 = sampling rate (if use_fs), then the IQ patches;
+                     0 at row padding
     sample_ids_seq   list of B vectors with one signal id per valid token, or (B, M) with -1 at padding
 """
 
@@ -41,7 +43,8 @@ class SiTMAEPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
 
     def _init_weights(self, module):
-        """Upstream's rule: Linear N(0, initializer_range) with zero bias, LayerNorm 1 and 0, position tables Xavier-uniform."""
+        """Upstream's rule: Linear N(0, initializer_range) with zero bias, LayerNorm 1 and 0, position tables
+        Xavier-uniform."""
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
             if module.bias is not None:
@@ -87,8 +90,9 @@ class SiTMAEEncoder(nn.Module):
 class SiTMAEModelWithoutMask(SiTMAEPreTrainedModel):
     """The encoder as a feature extractor.
 
-    last_hidden_state (B, M, D) has passed the final LayerNorm; upstream skips it on the eager path (its module stays untrained
-    there): apply_layernorm=False gives that. hidden_states: embedding output and each layer's output, never normalised.
+    last_hidden_state (B, M, D) has passed the final LayerNorm; upstream skips it on the eager path (its
+    module stays untrained there): apply_layernorm=False gives that. hidden_states: embedding output and each
+    layer's output, never normalised.
     """
 
     def __init__(self, config: SiTMAEConfig):
@@ -199,8 +203,8 @@ class SiTMAEDecoder(nn.Module):
     ):
         """latent (B, Kmax, D) and ids_keep (B, Kmax), which holds M at filler places -> logits (B, M, C*P).
 
-        Each visible token goes to its own place, row by row. Upstream un-shuffles the padded batch instead, which puts filler
-        vectors where the mask token belongs in every row shorter than the longest.
+        Each visible token goes to its own place, row by row. Upstream un-shuffles the padded batch instead,
+        which puts filler vectors where the mask token belongs in every row shorter than the longest.
         """
         visible = self.decoder_embed(latent)
         rows, length = sample_ids.shape
@@ -224,10 +228,12 @@ class SiTMAEDecoder(nn.Module):
 
 
 class SiTMAEForPreTraining(SiTMAEPreTrainedModel):
-    """Masked autoencoder: loss = mean squared error of the hidden patches (standardised per patch with norm_pix_loss).
+    """Masked autoencoder: loss = mean squared error of the hidden patches (standardised per patch with
+    norm_pix_loss).
 
-    spectrum (B, M, 128): with spectrum_weight, the log spectra of each whole signal in the row of its cls token; the encoder's cls
-    output, which has seen the visible patches alone, predicts them, and their mean squared error joins the loss.
+    spectrum (B, M, 128): with spectrum_weight, the log spectra of each whole signal in the row of its cls
+    token; the encoder's cls output, which has seen the visible patches alone, predicts them, and their mean
+    squared error joins the loss.
     """
 
     def __init__(self, config: SiTMAEConfig):
@@ -286,7 +292,8 @@ class SiTMAEForPreTraining(SiTMAEPreTrainedModel):
 
 
 class SiTMAEHeadModel(SiTMAEPreTrainedModel):
-    """The encoder `sit` with heads on its un-normalised output, as upstream. A subclass says what they predict and what that costs."""
+    """The encoder `sit` with heads on its un-normalised output, as upstream. A subclass says what they
+    predict and what that costs."""
 
     def predict(self, hidden_states):
         """(B, M, D) -> logits of every token."""
@@ -297,7 +304,8 @@ class SiTMAEHeadModel(SiTMAEPreTrainedModel):
         raise NotImplementedError
 
     def per_signal(self, per_token, patch_positions, sample_ids):
-        """per_token (B, M, ...) -> (S, ...), one row per signal in the order of the packed rows, read as config.pooling says."""
+        """per_token (B, M, ...) -> (S, ...), one row per signal in the order of the packed rows, read as
+        config.pooling says."""
         is_cls = (patch_positions == 0) & (sample_ids >= 0)
         if self.config.pooling == "cls":
             return per_token[is_cls]
@@ -348,8 +356,9 @@ class SiTMAEHeadModel(SiTMAEPreTrainedModel):
 class SiTMAEForClassification(SiTMAEHeadModel):
     """One linear head.
 
-    labels: one per signal (S,) in the order of the packed rows, read by config.pooling, or one per token (B, M) as upstream; multi-label
-    and regression targets have a last axis of num_labels. logits: (B, M, num_labels) always.
+    labels: one per signal (S,) in the order of the packed rows, read by config.pooling, or one per token (B,
+    M) as upstream; multi-label and regression targets have a last axis of num_labels. logits: (B, M,
+    num_labels) always.
     """
 
     def __init__(self, config: SiTMAEConfig):
@@ -377,10 +386,12 @@ class SiTMAEForClassification(SiTMAEHeadModel):
 
 
 class SiTForMultiTask(SiTMAEHeadModel):
-    """A classifier and five regression heads on one encoder; loss = sum of w_k / sum(w) * loss_k over the labels given.
+    """A classifier and five regression heads on one encoder; loss = sum of w_k / sum(w) * loss_k over the
+    labels given.
 
-    labels: {"classification": ids, "pulse_width": values, ...}, per signal or per token as in SiTMAEForClassification.
-    Cross-entropy for the classes, mean absolute error for the rest; a regression value of nan means "not known" and is left out.
+    labels: {"classification": ids, "pulse_width": values, ...}, per signal or per token as in
+    SiTMAEForClassification. Cross-entropy for the classes, mean absolute error for the rest; a regression
+    value of nan means "not known" and is left out.
     """
 
     def __init__(self, config: SiTMAEConfig):

@@ -1,4 +1,5 @@
-"""From padded rows to a flat list of valid tokens and back (the layout that variable-length attention kernels take)."""
+"""From padded rows to a flat list of valid tokens and back (the layout that variable-length attention kernels
+take)."""
 
 import torch
 
@@ -6,8 +7,8 @@ import torch
 def unpad_input(hidden_states: torch.Tensor, sample_ids: torch.Tensor):
     """hidden_states (B, M, D), sample_ids (B, M) with -1 at padding.
 
-    Returns tokens (total, D), indices (total,) into the flattened rows, cu_seqlens (samples + 1,) int32 and the longest sample.
-    A sample is a run of equal ids inside one row.
+    Returns tokens (total, D), indices (total,) into the flattened rows, cu_seqlens (samples + 1,) int32 and
+    the longest sample. A sample is a run of equal ids inside one row.
     """
     flat = sample_ids.flatten()
     indices = torch.nonzero(flat >= 0).flatten()

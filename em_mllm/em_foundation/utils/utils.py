@@ -1,4 +1,5 @@
-"""Preparing IQ for the encoder and reading its weights (upstream utils.py and the loader of train_mllm.py)."""
+"""Preparing IQ for the encoder and reading its weights (upstream utils.py and the loader of
+train_mllm.py)."""
 
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from em_mllm.em_foundation.models.configuration_em import SPECTRUM_BANDS, SPECTR
 
 
 def normalize_data(x: np.ndarray, method: str = "abs", axis=None) -> np.ndarray | None:
-    """ "abs": x / (max|x| + 1e-6); "std": (x - mean) / max(std, 1e-6), population std; float64; None when a nan or inf is present.
+    """ "abs": x / (max|x| + 1e-6); "std": (x - mean) / max(std, 1e-6), population std; float64; None when a
+    nan or inf is present.
 
     axis: the axes that share statistics; default all but the first (the batch), I and Q together.
     """
@@ -46,9 +48,9 @@ def transform_downstream(
 ) -> dict | None:
     """Columns of N signals to encoder tensors: batch[iq_column] (N, T, 2), batch["fs"] (N,) if use_fs.
 
-    Rows with nan or inf are dropped; IQ is normalised, clipped to [-5, 5], laid out (N, 2, T', 1) float64, and preceded by a zero patch
-    (cls) and, with use_fs, a patch filled with the sampling rate. Returns {"iq": ..., label and regression columns}, None if no row is
-    left.
+    Rows with nan or inf are dropped; IQ is normalised, clipped to [-5, 5], laid out (N, 2, T', 1) float64,
+    and preceded by a zero patch (cls) and, with use_fs, a patch filled with the sampling rate. Returns {"iq":
+    ..., label and regression columns}, None if no row is left.
     """
     iq = np.asarray(batch[iq_column], np.float64)
     keep = np.isfinite(iq).reshape(len(iq), -1).all(1)
@@ -72,10 +74,11 @@ def transform_downstream(
 
 
 def log_spectra(iq: np.ndarray) -> np.ndarray:
-    """iq (N, 2) -> (4 * 32,) float32: log of the strongest power in 32 equal bands of z, z^2, z^4 and of the envelope |z|^2 - 1.
+    """iq (N, 2) -> (4 * 32,) float32: log of the strongest power in 32 equal bands of z, z^2, z^4 and of the
+    envelope |z|^2 - 1.
 
-    z has unit mean power. The powers undo phase modulation (z^2 of BPSK and z^4 of QPSK are lines), the envelope shows symbol rate and
-    pulses: what an expert would look at first, computed from the signal alone.
+    z has unit mean power. The powers undo phase modulation (z^2 of BPSK and z^4 of QPSK are lines), the
+    envelope shows symbol rate and pulses: what an expert would look at first, computed from the signal alone.
     """
     z = iq[:, 0] + 1j * iq[:, 1]
     z = z / np.sqrt(np.mean(np.abs(z) ** 2) + 1e-12)
@@ -86,7 +89,8 @@ def log_spectra(iq: np.ndarray) -> np.ndarray:
 
 
 def with_special_patches(iq: np.ndarray, patch: int, fs: float | None) -> torch.Tensor:
-    """iq (N, 2) -> (2, N' , 1): a zero patch (cls), a patch filled with fs unless it is None, then the IQ cut to whole patches."""
+    """iq (N, 2) -> (2, N' , 1): a zero patch (cls), a patch filled with fs unless it is None, then the IQ cut
+    to whole patches."""
     iq = torch.as_tensor(np.ascontiguousarray(iq[: len(iq) // patch * patch].T), dtype=torch.float32)[
         ..., None
     ]
@@ -97,9 +101,10 @@ def with_special_patches(iq: np.ndarray, patch: int, fs: float | None) -> torch.
 def pack_sequence(rows: list, patch: int, max_seq_len: int):
     """Rows of signals to one padded batch.
 
-    rows: list of lists of (C, N, 1) tensors, special patches included, N a multiple of `patch`. Returns patches
-    (B, M, C * patch) with M = max_seq_len // patch, patch_positions (B, M), and sample_ids_seq, a list of B id vectors.
-    A row that holds more than M patches is an error (upstream cuts the patches and keeps the ids).
+    rows: list of lists of (C, N, 1) tensors, special patches included, N a multiple of `patch`. Returns
+    patches (B, M, C * patch) with M = max_seq_len // patch, patch_positions (B, M), and sample_ids_seq, a
+    list of B id vectors. A row that holds more than M patches is an error (upstream cuts the patches and
+    keeps the ids).
     """
     length = max_seq_len // patch
     channels = rows[0][0].shape[0]
@@ -111,7 +116,8 @@ def pack_sequence(rows: list, patch: int, max_seq_len: int):
         counts = [len(x) for x in cut]
         if sum(counts) > length:
             raise ValueError(
-                f"row {r} holds {sum(counts)} patches, room is for {length}; pack fewer signals or raise max_seq_len={max_seq_len}"
+                f"row {r} holds {sum(counts)} patches, room is for {length}; pack fewer signals or raise "
+                f"max_seq_len={max_seq_len}"
             )
         patches[r, : sum(counts)] = torch.cat(cut)
         positions[r, : sum(counts)] = torch.cat([torch.arange(n) for n in counts])
@@ -139,7 +145,8 @@ def first_fit(lengths, room: int) -> list[list[int]]:
 def convert_checkpoint(tensors: dict, wanted: dict, source="checkpoint") -> dict:
     """Rename and reshape a published encoder checkpoint to the keys of `wanted` (a state dict).
 
-    Adds or removes the prefix `sit.`, splits or fuses q, k, v as the model needs, and cuts the position tables to the model's length.
+    Adds or removes the prefix `sit.`, splits or fuses q, k, v as the model needs, and cuts the position
+    tables to the model's length.
     """
     out = {}
     prefixed = any(k.startswith("sit.") for k in wanted)
@@ -157,7 +164,8 @@ def convert_checkpoint(tensors: dict, wanted: dict, source="checkpoint") -> dict
             parts = [out.pop(f"{stem}.attention.{n}.{kind}", None) for n in ("query", "key", "value")]
             if any(p is None for p in parts):
                 raise UserError(
-                    f"{source}: {stem}.attention has a query {kind} but no key or value {kind}; the file is damaged"
+                    f"{source}: {stem}.attention has a query {kind} but no key or value {kind}; the file is "
+                    "damaged"
                 )
             out[f"{stem}.attention.Wqkv.{kind}"] = torch.cat(parts)
         elif fused_wanted and name == "dense":
@@ -171,7 +179,8 @@ def convert_checkpoint(tensors: dict, wanted: dict, source="checkpoint") -> dict
         have, need = out[key].shape[0], wanted[key].shape[0]
         if have < need:
             raise UserError(
-                f"{source}: {key} has {have} rows, the model needs {need}; lower max_seq_len or keep the checkpoint's patch_size and use_fs"
+                f"{source}: {key} has {have} rows, the model needs {need}; lower max_seq_len or keep the "
+                "checkpoint's patch_size and use_fs"
             )
         if have > need:
             out[key] = out[key][:need]
@@ -179,7 +188,8 @@ def convert_checkpoint(tensors: dict, wanted: dict, source="checkpoint") -> dict
 
 
 def find_weights(path) -> Path:
-    """The weight file or folder behind --signal-encoder-path: a file, or a folder with model.safetensors (or a .pt beside it)."""
+    """The weight file or folder behind --signal-encoder-path: a file, or a folder with model.safetensors (or
+    a .pt beside it)."""
     path = Path(path)
     if path.is_dir() and not (path / "model.safetensors").exists() and (path / "signal_encoder.pt").exists():
         return path / "signal_encoder.pt"
@@ -189,8 +199,9 @@ def find_weights(path) -> Path:
 def load_encoder(model, path, quiet: bool = False):
     """Load published or own encoder weights into `model` (any class of modeling_em) and print the report.
 
-    path: weight file or folder. Decoder and head keys that the model lacks are ignored. UserError if less than half of the model's
-    tensors are found, and if any tensor that both have differs in shape other than by position-table length.
+    path: weight file or folder. Decoder and head keys that the model lacks are ignored. UserError if less
+    than half of the model's tensors are found, and if any tensor that both have differs in shape other than
+    by position-table length.
     """
     path = find_weights(path)
     tensors = read_weights(path)
@@ -206,7 +217,8 @@ def load_encoder(model, path, quiet: bool = False):
     found = sum(k in converted for k in body)
     if found < 0.5 * len(body):
         raise UserError(
-            f"{path}: holds only {found} of the encoder's {len(body)} tensors (it has {', '.join(list(tensors)[:3])}, "
+            f"{path}: holds only {found} of the encoder's {len(body)} tensors (it has "
+            f"{', '.join(list(tensors)[:3])}, "
             f"the model {', '.join(body[:3])}); is this an encoder checkpoint?"
         )
     return load_weights(
@@ -224,7 +236,8 @@ SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediat
 
 
 def read_config(path, **overrides) -> SiTMAEConfig:
-    """A .json file, or the config.json beside the weights, or sizes guessed from the weights when there is none; `overrides` win."""
+    """A .json file, or the config.json beside the weights, or sizes guessed from the weights when there is
+    none; `overrides` win."""
     path = Path(path)
     file = path if path.suffix == ".json" else (path if path.is_dir() else path.parent) / "config.json"
     if file.exists():
@@ -249,7 +262,8 @@ def read_config(path, **overrides) -> SiTMAEConfig:
 
 
 def guess_config(tensors: dict) -> dict:
-    """Sizes of an encoder from its tensors. Heads are 64 wide (as published) and use_fs is on, which no tensor shows."""
+    """Sizes of an encoder from its tensors. Heads are 64 wide (as published) and use_fs is on, which no
+    tensor shows."""
     plain = {k.removeprefix("sit."): v for k, v in tensors.items()}
     try:
         hidden = plain["embeddings.cls_token"].shape[-1]
