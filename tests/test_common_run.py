@@ -7,6 +7,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -279,6 +280,33 @@ def test_nan_loss_names_step_batch_and_last_good_checkpoint(tmp_path, processes)
     assert done.returncode == 2, done.text
     line = next(line for line in done.text.splitlines() if "loss is nan" in line)
     assert "step 8" in line and "record-" in line and "step-00000005" in line and "Traceback" not in done.text
+
+
+def print_names():
+    """In the fork: each batch's names are printed where the loop takes note of its loss."""
+    note = toy_run.check_finite
+
+    def check_finite(run, names, loss):
+        print("names", *names)
+        note(run, names, loss)
+
+    toy_run.check_finite = check_finite
+
+
+@pytest.mark.slow
+def test_two_processes_share_out_an_epoch_without_overlap(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    line = ["--out", tmp_path / "a", "--batch-size", "4", "--epochs", "1"]
+    logs, started = [tmp_path / "0.txt", tmp_path / "1.txt"], []
+    for rank, log in enumerate(logs):
+        place = {**world, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        started.append(forked.start(toy_run, line, log, before=print_names, environment=place))
+    assert [forked.finish(process, 120) for process in started] == [0, 0], logs[0].read_text()
+    lines = [line.split()[1:] for log in logs for line in log.read_text().splitlines() if "names" in line]
+    names = [name for line in lines for name in line]
+    assert len(lines) == 16 and sorted(names) == sorted(f"record-{i}" for i in range(64))
 
 
 @pytest.mark.slow
