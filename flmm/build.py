@@ -1,7 +1,8 @@
 """From a configuration file to base, SAM, head and data; used by train.py, test.py and the demo.
 
-A configuration is a YAML file with the parts base, sam, unet, optim, data; `include` names another one beside it whose
-values it overrides. Every value can be overridden on the command line: --set base.path=/models/llava optim.lr=2e-4.
+A configuration is a YAML file with the parts base, sam, unet, optim, data; `include` names another one beside
+it whose values it overrides. Every value can be overridden on the command line: --set base.path=/models/llava
+optim.lr=2e-4.
 """
 
 import re
@@ -12,7 +13,7 @@ import yaml
 from common.errors import UserError
 from common.files import check, inside, reading
 from common.weights import read_weights
-from flmm.data.phrases import PhraseDataset, ReasonSegDataset, MixedData
+from flmm.data.phrases import MixedData, PhraseDataset, ReasonSegDataset
 from flmm.data.png import PNGDataset
 from flmm.data.refcoco import RefCOCODataset
 from flmm.models.flmm import FLMM
@@ -35,7 +36,8 @@ DATASETS = {
     "phrases": PhraseDataset,
     "reasonseg": ReasonSegDataset,
 }
-# all that a configuration may say, but for `include`; each of data's lists has dictionaries of a type and its class's arguments
+# all that a configuration may say, but for `include`; each of data's lists has dictionaries of a type and its
+# class's arguments
 CONFIG = {
     "base": {
         "family?": str,
@@ -93,7 +95,8 @@ YAML.add_implicit_resolver(
 
 
 def read_config(path, overrides=()):
-    """Configuration as a dictionary with all its parts. overrides: "part.name=value" strings, values in YAML."""
+    """Configuration as a dictionary with all its parts. overrides: "part.name=value" strings, values in
+    YAML."""
     path = Path(path)
     with reading(path, "configuration"):
         given, parent = yaml.load(path.read_text(encoding="utf-8"), YAML), {}
@@ -140,7 +143,8 @@ def build_base(config, **options):
     family = base.pop("family", None)
     if family in ("hpt", "mgm"):
         raise UserError(
-            f"base.family {family}: transformers has no class for this base, so it cannot run; see flmm/README.md"
+            f"base.family {family}: transformers has no class for this base, so it cannot run; see "
+            "flmm/README.md"
         )
     if family not in FAMILIES:
         raise UserError(f"base.family is {family!r}, expected one of {', '.join(FAMILIES)}")
@@ -156,13 +160,15 @@ def build_sam(config):
         return None
     if not Path(path).exists():
         raise UserError(
-            f"sam.path {path}: no such file; download sam_vit_l_0b3195.pth, or --set sam.path=null for coarse masks"
+            f"sam.path {path}: no such file; download sam_vit_l_0b3195.pth, or --set sam.path=null for "
+            "coarse masks"
         )
     return load_sam(path, read_weights)
 
 
 def build_head(config, dims, sam):
-    """FLMM for a base with dims = (channels, layers, hidden size), and the frozen SAM image encoder (or None)."""
+    """FLMM for a base with dims = (channels, layers, hidden size), and the frozen SAM image encoder (or
+    None)."""
     options = {k: v for k, v in config["sam"].items() if k != "path"}
     head = FLMM(*dims, sam=sam, unet=config["unet"], sam_options=options)
     return head, SAMImageEncoder(sam) if sam is not None else None
@@ -171,8 +177,8 @@ def build_head(config, dims, sam):
 def build_dataset(config, split, root, build, seed=0, per_sentence=False):
     """Data sets of config["data"][split] put together; every entry has a type and its class's arguments.
 
-    Relative paths are relative to root; a path that leads out of root is refused. per_sentence: of the RefCOCO sets every
-    sentence is a record of its own.
+    Relative paths are relative to root; a path that leads out of root is refused. per_sentence: of the
+    RefCOCO sets every sentence is a record of its own.
     """
     entries = config["data"].get(split)
     if not entries:

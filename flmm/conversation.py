@@ -5,8 +5,9 @@
     result = grounder.ground(image, text="A man beside a car.")  # noun phrases of the text
     result = grounder.converse(image, "What do you see?")        # answer and the masks of its noun phrases
 
-Upstream: scripts/demo/grounded_conversation.py (DeepSeek-VL only, asks at the terminal for every phrase). Here the answer
-is generated with SDPA and read in one teacher-forced pass afterwards: the same rows, without keeping all attention.
+Upstream: scripts/demo/grounded_conversation.py (DeepSeek-VL only, asks at the terminal for every phrase).
+Here the answer is generated with SDPA and read in one teacher-forced pass afterwards: the same rows, without
+keeping all attention.
 """
 
 import re
@@ -27,28 +28,32 @@ from flmm.models.mask_head.mask_refiner import mask_to_box
 PRONOUNS = set("it this that those these them he she you i they me her him a what which whose who".split())
 # words that a noun phrase does not cross, for texts in English when spaCy is not installed
 BREAKS = set(
-    """is are was were be been being has have had do does did can could will would may might must and or but while as
-    if then than so because with without in on at by of to from into onto over under above below near behind beside between
-    through across around against for about up down out off along toward towards during there here not no also just very
-    sits stands sitting standing lies lying holds holding wears wearing looks looking shows showing plays playing walks
-    walking rides riding next it he she they we you i this that these those which who whose what where when how his""".split()
+    """is are was were be been being has have had do does did can could will would may might must and or but
+    while as if then than so because with without in on at by of to from into onto over under above below near
+    behind beside between through across around against for about up down out off along toward towards during
+    there here not no also just very sits stands sitting standing lies lying holds holding wears wearing looks
+    looking shows showing plays playing walks walking rides riding next it he she they we you i this that
+    these those which who whose what where when how his""".split()
 )
 
 
 def process_noun_chunks(chunks):
-    """Noun chunks worth grounding, in the order given: no "image", no lone pronoun, none repeated or inside a longer one."""
+    """Noun chunks worth grounding, in the order given: no "image", no lone pronoun, none repeated or inside a
+    longer one."""
     kept = [c for c in chunks if "image" not in c.lower() and c.lower() not in PRONOUNS]
     kept = list(dict.fromkeys(kept))
     return [c for c in kept if not any(c != other and c in other for other in kept)]
 
 
 def find_interval(intervals, index):
-    """Number of the half-open interval [start, end) that holds `index`; len(intervals) behind the last one."""
+    """Number of the half-open interval [start, end) that holds `index`; len(intervals) behind the last
+    one."""
     return next((i for i, (start, end) in enumerate(intervals) if start <= index < end), len(intervals))
 
 
 def noun_phrases(text):
-    """Noun phrases of a text: spaCy's en_core_web_sm where it is installed, else runs of words between BREAKS."""
+    """Noun phrases of a text: spaCy's en_core_web_sm where it is installed, else runs of words between
+    BREAKS."""
     try:
         import spacy
 
@@ -68,9 +73,11 @@ def noun_phrases(text):
 
 
 class KeywordSelector(nn.Module):
-    """Which words of an answer deserve a mask, read from the base's hidden states (paper, section on the keyword selector).
+    """Which words of an answer deserve a mask, read from the base's hidden states (paper, section on the
+    keyword selector).
 
-    A linear map of the layer-averaged hidden state (d -> 1), sigmoid, threshold 0.3; neighbours above it form one phrase.
+    A linear map of the layer-averaged hidden state (d -> 1), sigmoid, threshold 0.3; neighbours above it form
+    one phrase.
     """
 
     threshold = 0.3
@@ -102,7 +109,8 @@ def runs(flags):
 
 
 class Grounder:
-    """Base, head and SAM together, ready for pictures. Image features of the last picture are kept for the next turn."""
+    """Base, head and SAM together, ready for pictures. Image features of the last picture are kept for the
+    next turn."""
 
     def __init__(self, base, head, sam_encoder, selector=None):
         self.base, self.head, self.sam_encoder, self.selector = base, head.eval(), sam_encoder, selector
@@ -110,7 +118,8 @@ class Grounder:
 
     @classmethod
     def load(cls, config, head_path, selector_path=None, device=None):
-        """config: dictionary of read_config. head_path, selector_path: weight files. device: accelerate's choice by default."""
+        """config: dictionary of read_config. head_path, selector_path: weight files. device: accelerate's
+        choice by default."""
         device = device or Accelerator().device
         base = build_base(config).to(device)
         head, encoder = build_head(
@@ -152,8 +161,8 @@ class Grounder:
     def ground(self, image, phrases=None, text=None):
         """Masks for given phrases, or for the noun phrases of `text` in its place.
 
-        image: PIL, any mode. Returns {"phrases", "masks" (n, H, W) bool, "coarse_masks", "boxes", "rle", "scores"}.
-        Raises UserError for an empty phrase or a text without any noun phrase.
+        image: PIL, any mode. Returns {"phrases", "masks" (n, H, W) bool, "coarse_masks", "boxes", "rle",
+        "scores"}. Raises UserError for an empty phrase or a text without any noun phrase.
         """
         image = to_rgb(image)
         if phrases is None:
@@ -177,7 +186,8 @@ class Grounder:
     def converse(self, image, question=None, max_new_tokens=128):
         """Ask, answer, ground: {"answer", and the result of `ground` for the phrases of the answer}.
 
-        Phrases come from the keyword selector if one is loaded, else from noun_phrases; without any the whole answer counts.
+        Phrases come from the keyword selector if one is loaded, else from noun_phrases; without any the whole
+        answer counts.
         """
         image = to_rgb(image)
         sample = {
@@ -216,9 +226,11 @@ class Grounder:
 
 
 def answer_then_ground(base, sample, max_new_tokens=32):
-    """Reasoning segmentation: the base answers the query (the sample's only phrase), and the answer is what is grounded.
+    """Reasoning segmentation: the base answers the query (the sample's only phrase), and the answer is what
+    is grounded.
 
-    Returns a copy of `sample` whose phrase is the answer, and the answer's text; the query itself is kept where the base is silent.
+    Returns a copy of `sample` whose phrase is the answer, and the answer's text; the query itself is kept
+    where the base is silent.
     """
     [info] = sample["mask_infos"]
     prompt = torch.tensor(base.encode_prompt(info["text"].strip()))

@@ -1,7 +1,9 @@
-"""Check that pictures reach a Qwen-VL base whole: `image_grid_thw`, the number of image tokens, and the data sample.
+"""Check that pictures reach a Qwen-VL base whole: `image_grid_thw`, the number of image tokens, and the data
+sample.
 
 python flmm/diagnose_image_grid_thw.py --path Qwen/Qwen2.5-VL-3B-Instruct      # or a local folder
-python flmm/diagnose_image_grid_thw.py                                         # a tiny model of the same class
+python flmm/diagnose_image_grid_thw.py                                         # a tiny model of the same
+class
 """
 
 import sys

@@ -23,7 +23,8 @@ def colours(count):
 
 
 def overlay(image, masks, strength=0.55):
-    """The picture in grey with masks (n, H, W) laid over it, each in its colour; the later one wins where two overlap."""
+    """The picture in grey with masks (n, H, W) laid over it, each in its colour; the later one wins where two
+    overlap."""
     pixels = np.array(image.convert("L").convert("RGB"), np.float32)
     for mask, colour in zip(np.asarray(masks, bool), colours(len(masks))):
         pixels[mask] = (1 - strength) * pixels[mask] + strength * np.array(colour, np.float32)
@@ -31,7 +32,8 @@ def overlay(image, masks, strength=0.55):
 
 
 def label(phrase, number):
-    """A phrase as (text, font) that can be drawn; beyond Latin letters and without one of FONTS its number stands for it."""
+    """A phrase as (text, font) that can be drawn; beyond Latin letters and without one of FONTS its number
+    stands for it."""
     try:
         phrase.encode("latin-1")
         return phrase, None
@@ -45,7 +47,8 @@ def label(phrase, number):
 
 
 def labelled_strip(image, columns, phrases, height=256):
-    """One picture for a report: the image, then one overlay per (title, masks), with the phrases in their colours below."""
+    """One picture for a report: the image, then one overlay per (title, masks), with the phrases in their
+    colours below."""
     width = max(64, round(image.width * height / image.height))
     panels = [("picture", image), *((title, overlay(image, masks)) for title, masks in columns)]
     line = 14

@@ -8,7 +8,8 @@ from flmm.models.flmm import unpad_crop
 
 
 def binary_masks(logits, size):
-    """(n, h, w) logits -> (n, *size) bool: sigmoid, bilinear to the size of the ground truth, > .5 (upstream's order)."""
+    """(n, h, w) logits -> (n, *size) bool: sigmoid, bilinear to the size of the ground truth, > .5
+    (upstream's order)."""
     return F.interpolate(logits.float().sigmoid()[None], size=tuple(size), mode="bilinear")[0] > 0.5
 
 
@@ -18,7 +19,8 @@ def final_logits(output):
 
 
 def phrase_rows(output, gt_masks, ignore=None):
-    """One row per phrase: IoU, intersection and union of the final mask (SAM's where there is one) and of the coarse one.
+    """One row per phrase: IoU, intersection and union of the final mask (SAM's where there is one) and of the
+    coarse one.
 
     ignore: (H, W) bool pixels that count for nothing (ReasonSeg).
     """
@@ -43,9 +45,11 @@ def phrase_rows(output, gt_masks, ignore=None):
 
 
 def trivial_controls(gt_masks, rows):
-    """IoU (per phrase) of predictions that read no word: the whole picture, a centred half-size box, all objects at once.
+    """IoU (per phrase) of predictions that read no word: the whole picture, a centred half-size box, all
+    objects at once.
 
-    Adds iou_whole, iou_centre and iou_union to `rows`. The union is perfect about the objects and blind to the phrase.
+    Adds iou_whole, iou_centre and iou_union to `rows`. The union is perfect about the objects and blind to
+    the phrase.
     """
     gt = gt_masks.bool()
     n, h, w = gt.shape
@@ -63,8 +67,9 @@ def trivial_controls(gt_masks, rows):
 def other_phrase(output, gt_masks, rows):
     """What the words decide, for pictures of several phrases.
 
-    Adds iou_other and iou_other_coarse: the mask of the picture's next phrase scored against this phrase's object;
-    alike: IoU of this phrase's mask and the next one's; all_objects: IoU of this phrase's mask and all objects together.
+    Adds iou_other and iou_other_coarse: the mask of the picture's next phrase scored against this phrase's
+    object; alike: IoU of this phrase's mask and the next one's; all_objects: IoU of this phrase's mask and
+    all objects together.
     """
     if len(gt_masks) > 1:
         gt = gt_masks.bool()
@@ -83,7 +88,8 @@ def other_phrase(output, gt_masks, rows):
 
 
 class RawMaps:
-    """The best single attention map: one channel and one threshold, chosen on training phrases, no learning."""
+    """The best single attention map: one channel and one threshold, chosen on training phrases, no
+    learning."""
 
     thresholds = torch.arange(0.1, 0.95, 0.05)
 
@@ -121,7 +127,8 @@ class RawMaps:
 
 
 def summarise(rows):
-    """All scores of a list of phrase rows: refined and coarse, referring protocol and panoptic narrative grounding, controls."""
+    """All scores of a list of phrase rows: refined and coarse, referring protocol and panoptic narrative
+    grounding, controls."""
 
     def mean(key):
         values = [r[key] for r in rows if key in r]

@@ -1,4 +1,5 @@
-"""Losses and training metrics of F-LMM, without mmdet. Upstream: mmdet 3.3.0 DiceLoss (naive) and CrossEntropyLoss, flmm/utils.py."""
+"""Losses and training metrics of F-LMM, without mmdet. Upstream: mmdet 3.3.0 DiceLoss (naive) and
+CrossEntropyLoss, flmm/utils.py."""
 
 import torch
 import torch.nn.functional as F
@@ -7,7 +8,8 @@ EPS32 = torch.finfo(torch.float32).eps
 
 
 def dice_loss(logits, target):
-    """(n, h, w) logits and {0, 1} targets -> scalar: mean over masks of 1 - (2 sum(pt) + 1) / (sum p + sum t + 1)."""
+    """(n, h, w) logits and {0, 1} targets -> scalar: mean over masks of 1 - (2 sum(pt) + 1) / (sum p + sum t
+    + 1)."""
     p, t = logits.float().sigmoid().flatten(1), target.float().flatten(1)
     per_mask = 1 - (2 * (p * t).sum(1) + 1) / (p.sum(1) + t.sum(1) + 1)
     return per_mask.sum() / (len(logits) + EPS32)
@@ -39,7 +41,8 @@ def resize_masks(masks, size):
 def mask_losses(pred_masks, sam_pred_masks, masks):
     """The four losses of one image and its logged metrics, each a mean over the image's n phrases.
 
-    pred_masks (n, h, w) coarse logits, sam_pred_masks (n, H, W) refined logits or None, masks (n, h0, w0) targets.
+    pred_masks (n, h, w) coarse logits, sam_pred_masks (n, H, W) refined logits or None, masks (n, h0, w0)
+    targets.
     """
     out, heads = {}, {"": pred_masks, "sam_": sam_pred_masks}
     for prefix, logits in heads.items():

@@ -1,4 +1,5 @@
-"""Write the built-in data set: scenes of coloured shapes in the formats of panoptic narrative grounding and of RefCOCO.
+"""Write the built-in data set: scenes of coloured shapes in the formats of panoptic narrative grounding and
+of RefCOCO.
 
     python flmm/make_data.py --out data/flmm
 
@@ -155,7 +156,8 @@ def main(args):
         counts = {name: getattr(args, name) for name in (*FIRST_INDEX, "side", "seed")}
         atomic_json(png / "built-in.json", counts)
     print(
-        f"wrote {args.train} + {args.val} + {args.test} + {args.overlap} scenes of {args.side} x {args.side} pixels "
+        f"wrote {args.train} + {args.val} + {args.test} + {args.overlap} scenes of {args.side} x {args.side} "
+        "pixels "
         f"to {args.out}"
     )
 

@@ -1,6 +1,7 @@
 """Scores of referring segmentation and panoptic narrative grounding.
 
-Upstream: mmdet 3.3.0 RefSegMetric, scripts/multiprocess_eval_{refcoco,png}.py. Masks are bool arrays, IoUs lie in [0, 1].
+Upstream: mmdet 3.3.0 RefSegMetric, scripts/multiprocess_eval_{refcoco,png}.py. Masks are bool arrays, IoUs
+lie in [0, 1].
 """
 
 import numpy as np
@@ -17,7 +18,8 @@ def mask_iou(pred, gt):
 
 
 def average_recall(ious):
-    """Area under the recall-threshold curve of panoptic narrative grounding: thresholds k * 1e-5, k = 0..99998.
+    """Area under the recall-threshold curve of panoptic narrative grounding: thresholds k * 1e-5, k =
+    0..99998.
 
     An IoU counts for a threshold if IoU >= threshold. Empty input gives nan.
     """
@@ -30,7 +32,8 @@ def average_recall(ious):
 
 
 def average_recalls(ious, plural, isthing):
-    """Average recall of all, singular, plural, thing and stuff phrases (upstream's order; plurals count as things)."""
+    """Average recall of all, singular, plural, thing and stuff phrases (upstream's order; plurals count as
+    things)."""
     ious, plural, isthing = np.asarray(ious), np.asarray(plural, bool), np.asarray(isthing, bool)
     groups = {"all": slice(None), "singular": ~plural, "plural": plural, "thing": isthing, "stuff": ~isthing}
     return {name: average_recall(ious[rows]) for name, rows in groups.items()}
@@ -39,7 +42,8 @@ def average_recalls(ious, plural, isthing):
 def referring_scores(inter, union):
     """Scores over all masks of a subset. inter, union: (n,) pixels.
 
-    cIoU = sum(inter) / sum(union); gIoU (= mIoU) = mean IoU, 0/0 as 0; precision@t = share of masks with IoU > t.
+    cIoU = sum(inter) / sum(union); gIoU (= mIoU) = mean IoU, 0/0 as 0; precision@t = share of masks with IoU
+    > t.
     """
     inter, union = np.asarray(inter, np.float64), np.asarray(union, np.float64)
     iou = inter / np.maximum(union, 1)

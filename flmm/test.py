@@ -1,13 +1,13 @@
-"""Score trained heads: referring segmentation, panoptic narrative grounding, ReasonSeg. One or several processes.
+"""Score trained heads: referring segmentation, panoptic narrative grounding, ReasonSeg.
 
-    python flmm/test.py --config flmm/configs/deepseek_vl/frozen_deepseek_vl_1_3b_chat_unet_sam_l_refcoco_png.yaml \\
+    python flmm/test.py --config flmm/configs/llava/frozen_llava_1_5_vicuna_7b_unet_sam_l_refcoco_png.yaml \\
         --data /data/coco --head head.safetensors --split refcoco_val --out runs/flmm/test_refcoco_val
 
-With --protocol upstream the first expression of every object counts, and all objects of a picture stand in one
-caption, in which later ones see earlier ones through causal attention; published F-LMM numbers are of this
-kind. With --protocol sentence each sentence is a forward pass of its own, as other papers count. OUT gets
-results.json, phrases.csv, masks.json (COCO RLE) and overlays/*.png.
-Upstream: scripts/multiprocess_eval_{refcoco,png}.py.
+With --protocol upstream the first expression of every object counts, and all objects of a picture stand in
+one caption, in which later ones see earlier ones through causal attention; published F-LMM numbers are of
+this kind. With --protocol sentence each sentence is a forward pass of its own, as other papers count. OUT
+gets results.json, phrases.csv, masks.json (COCO RLE) and overlays/*.png; several processes write the files of
+one. Upstream: scripts/multiprocess_eval_{refcoco,png}.py.
 """
 
 import shutil
@@ -74,13 +74,15 @@ def parse_args(argv=None):
     parser.add_argument(
         "--answer-first",
         action="store_true",
-        help="ReasonSeg: the base answers each query and its answer is grounded instead of the query; answers "
+        help="ReasonSeg: the base answers each query and its answer is grounded instead of the query; "
+        "answers "
         "go to phrases.csv",
     )
     parser.add_argument(
         "--controls",
         action="store_true",
-        help="also score the whole picture, a centred box, the union of all objects, another phrase's mask, and "
+        help="also score the whole picture, a centred box, the union of all objects, another phrase's mask, "
+        "and "
         "the best raw attention map, which is chosen on the train split",
     )
     parser.add_argument("--limit", type=number(int, 1), help="score only the first so many records")
@@ -94,7 +96,8 @@ def parse_args(argv=None):
 
 
 def choose_raw_map(base, dataset, accelerator):
-    """The single attention map and threshold that fit the first 150 training records best; alike on every process."""
+    """The single attention map and threshold that fit the first 150 training records best; alike on every
+    process."""
     raw = RawMaps()
     for i in progress(range(min(150, len(dataset))), accelerator, desc="choosing the raw map"):
         sample = dataset[i]
@@ -125,7 +128,8 @@ def score(samples, features, outputs, raw=None):
 
 
 def draw(sample, output, path):
-    """One picture: the true masks, the coarse ones and the refined ones, with the phrases in their colours."""
+    """One picture: the true masks, the coarse ones and the refined ones, with the phrases in their
+    colours."""
     size = sample["gt_masks"].shape[1:]
     columns = [
         ("truth", sample["gt_masks"].numpy()),
@@ -190,7 +194,8 @@ def main(args):
         if args.answer_first:
             if any(len(s["mask_infos"]) > 1 for s in samples):
                 raise UserError(
-                    f"--answer-first: {args.split} has captions with several phrases; it is for ReasonSeg, one "
+                    f"--answer-first: {args.split} has captions with several phrases; it is for ReasonSeg, "
+                    "one "
                     "query a record"
                 )
             samples, answers = zip(*[answer_then_ground(base, s) for s in samples])

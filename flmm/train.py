@@ -1,8 +1,8 @@
-"""Train F-LMM's heads (UNet mask head, text projection, SAM decoder) on a frozen multimodal LLM (arXiv 2406.05821).
+"""Train F-LMM's heads (UNet mask head, text projection, SAM decoder) on a frozen LLM. arXiv 2406.05821.
 
     python flmm/train.py --config flmm/configs/llava/frozen_llava_1_5_vicuna_7b_unet_sam_l_refcoco_png.yaml \\
         --data /data/coco --out runs/flmm/llava
-    torchrun --nproc_per_node 8 flmm/train.py ...          # DDP: every GPU holds the base (bf16) and the heads
+    torchrun --nproc_per_node 8 flmm/train.py ...      # DDP: every GPU holds the base (bf16) and the heads
 
 Upstream: `xtuner train configs/...py --deepspeed deepspeed_zero2`. Only the heads are trained and saved;
 OUT/head.safetensors has upstream's key names. With --cache-attention the base runs once over the data and is
@@ -75,7 +75,8 @@ def parse_args(argv=None):
         "--cache-attention",
         type=Path,
         metavar="DIR",
-        help="keep the frozen features in this folder and train from them; expressions are then drawn only once",
+        help="keep the frozen features in this folder and train from them; expressions are then drawn only "
+        "once",
     )
     data.add_argument("--init-head", type=Path, help="start from this trained head instead of a random one")
     data.add_argument(
@@ -103,7 +104,8 @@ def warmup_steps(warmup: float, steps: int) -> int:
 
 
 def to_device(features, device):
-    """Move the tensors of a list of feature dictionaries to `device`; pictures and texts stay where they are."""
+    """Move the tensors of a list of feature dictionaries to `device`; pictures and texts stay where they
+    are."""
     return [{k: v.to(device) if torch.is_tensor(v) else v for k, v in f.items()} for f in features]
 
 
@@ -155,7 +157,8 @@ def frozen_part(config, args, accelerator, sam):
 def validation_loader(dataset, args, accelerator):
     """This process's share of the validation samples, in order.
 
-    With --shard-base every process must run the base equally often, so up to one sample a process is left out.
+    With --shard-base every process must run the base equally often, so up to one sample a process is left
+    out.
     """
     total = len(dataset)
     if args.shard_base:
@@ -166,7 +169,8 @@ def validation_loader(dataset, args, accelerator):
 
 @torch.no_grad()
 def validate(head, loader, get_features, accelerator):
-    """Mean IoU over the phrases of all processes at the original size of the pictures, of coarse and refined masks."""
+    """Mean IoU over the phrases of all processes at the original size of the pictures, of coarse and refined
+    masks."""
     head.eval()
     rows = []
     for samples in loader:
@@ -251,12 +255,14 @@ def main(args):
         f"{args.batch_size * args.accum * accelerator.num_processes}, {steps} steps, lr {args.lr:g}"
     )
 
-    # The loop. The losses of a batch are means over its phrases, so the share of a batch is counted in phrases.
+    # The loop. The losses of a batch are means over its phrases, so the share of a batch is counted in
+    # phrases.
     training = start(accelerator, args, steps, [optimizer])
     model.train()
     for samples, share in batches(training, loader, lambda batch: sum(len(s["masks"]) for s in batch)):
         with accelerator.accumulate(model):
-            # SAM's decoder joins after `coarse_first` steps: its prompts, the coarse masks, mean nothing before.
+            # SAM's decoder joins after `coarse_first` steps: its prompts, the coarse masks, mean nothing
+            # before.
             outputs = model(get_features(samples), refine=training.state["step"] >= coarse_first)
             name = "gt_masks" if args.targets == "original" else "masks"
             targets = [sample[name].to(accelerator.device) for sample in samples]
@@ -274,8 +280,8 @@ def main(args):
             scores = validate(head, val_loader, get_features, accelerator) if due else {}
             finish_step(training, grad=grad, **scores)
 
-    # The head alone, and what it is worth on the validation split. Every step is saved: a stop signal now ends
-    # the run at once.
+    # The head alone, and what it is worth on the validation split. Every step is saved: a stop signal now
+    # ends the run at once.
     scores = validate(head, val_loader, get_features, accelerator) if val_loader is not None else {}
     if accelerator.is_main_process:
         save_head(head, dims, out / "head.safetensors")

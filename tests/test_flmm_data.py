@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from common.errors import UserError
+from flmm import losses
 from flmm.build import FAMILIES, build_dataset, read_config
 from flmm.data.cache import CachedFeatures, write_cache
 from flmm.data.phrases import PhraseDataset, ReasonSegDataset
@@ -23,7 +24,7 @@ from flmm.data.scenes import make_scene
 from flmm.data.transforms import DeepseekImageProcessor, load_image
 from flmm.evaluation import RawMaps, other_phrase, phrase_rows, summarise, trivial_controls
 from flmm.make_data import main as make_data
-from flmm.metrics import average_recall, mask_iou
+from flmm.metrics import average_recall, average_recalls, mask_iou, referring_scores
 from flmm.models.flmm import extract
 from flmm.models.mask_head.mask_refiner import SAMImageEncoder
 from flmm.models.tiny import tiny_model, tiny_sam, tiny_tokenizer
@@ -108,7 +109,8 @@ def test_expressions_are_drawn_anew_each_epoch_and_never_in_evaluation(built_in)
 
 
 def test_a_configuration_hands_on_seed_epoch_and_protocol(built_in):
-    entry = "{type: refcoco, ann_file: refcoco/instances.json, split_file: 'refcoco/refs(unc).p', image_path: png/images, split: train}"
+    paths = "ann_file: refcoco/instances.json, split_file: 'refcoco/refs(unc).p', image_path: png/images"
+    entry = f"{{type: refcoco, {paths}, split: train}}"
     config = read_config(CONFIG, [f"data.train=[{entry}, {entry}]"])
 
     def drawn(seed, epoch):
@@ -431,3 +433,49 @@ def test_the_raw_map_control_finds_the_channel_that_holds_the_mask():
     rows = [{}]
     raw.score(feature, gt, rows)
     assert rows[0]["iou_raw"] == 1
+
+
+def test_scores_of_referring_segmentation_follow_their_definitions():
+    """Three masks of IoU 1/2, 9/10 and 0/0: an equal threshold does not count, 0/0 counts as 0."""
+    scores = referring_scores([5, 90, 0], [10, 100, 0])
+    assert scores["cIoU"] == pytest.approx(95 / 110)
+    assert scores["gIoU"] == pytest.approx((0.5 + 0.9 + 0) / 3)
+    thresholds = {0.5: 1, 0.6: 1, 0.7: 1, 0.8: 1, 0.9: 0}
+    assert {t: scores[f"precision@{t}"] * 3 for t in thresholds} == pytest.approx(thresholds)
+
+
+def test_average_recalls_take_each_group_by_itself_and_plurals_are_things():
+    recalls = average_recalls([0.2, 0.4, 0.9], [False, True, False], [False, True, True])
+    wanted = {"all": 0.5, "singular": 0.55, "plural": 0.4, "thing": 0.65, "stuff": 0.2}
+    assert recalls == pytest.approx(wanted, abs=1e-4)
+    assert np.isnan(average_recall([]))
+
+
+def test_losses_equal_their_definitions():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 5, 7, generator=generator)
+    target = (torch.rand(2, 5, 7, generator=generator) > 0.5).float()
+    plain = torch.nn.functional.binary_cross_entropy_with_logits(logits, target)
+    torch.testing.assert_close(losses.bce_loss(logits, target), plain)
+    p = logits.sigmoid()
+    dice = [(2 * (a * b).sum() + 1) / (a.sum() + b.sum() + 1) for a, b in zip(p, target)]
+    torch.testing.assert_close(losses.dice_loss(logits, target), 1 - torch.stack(dice).mean())
+    inside = p > 0.5
+    ious = [(a & b).sum() / (a | b).sum() for a, b in zip(inside, target.bool())]
+    torch.testing.assert_close(losses.average_iou(logits, target), torch.stack(ious).mean())
+    assert losses.accuracy(logits, target) == (inside == target.bool()).float().mean()
+
+
+def test_a_centred_box_has_half_the_sides_and_the_row_of_a_phrase_its_own_numbers():
+    gt = torch.zeros(1, 8, 12)
+    gt[0, 2:6, 3:9] = 1  # the centred box itself
+    rows = [{}]
+    trivial_controls(gt, rows)
+    assert rows[0] == {"iou_whole": 24 / 96, "iou_centre": 1, "iou_union": 1}
+    coarse = torch.full((1, 8, 12), -9.0)
+    coarse[0, 2:6, 3:6] = 9  # half of it
+    output = {"pred_masks": coarse, "sam_pred_masks": gt * 18 - 9, "scores": torch.tensor([0.7])}
+    [row] = phrase_rows(output, gt)
+    assert (row["inter"], row["union"], row["iou"], row["accuracy"]) == (24, 24, 1, 1)
+    assert (row["inter_coarse"], row["union_coarse"], row["iou_coarse"]) == (12, 24, 0.5)
+    assert row["accuracy_coarse"] == pytest.approx(84 / 96) and row["score"] == pytest.approx(0.7)

@@ -94,7 +94,8 @@ def test_resumed_equals_uninterrupted_to_the_bit_and_two_processes_equal_one(wor
 
 @pytest.mark.slow
 def test_no_step_needs_more_memory_than_an_earlier_one(world, tmp_path, monkeypatch):
-    """Every step sees all eight pictures; bytes are counted by the allocator, so one kept map of one phrase would show."""
+    """Every step sees all eight pictures; bytes are counted by the allocator, so one kept map of one phrase
+    would show."""
     steps, watch, original = [], [], trainer.lr_at
 
     def next_step(*args, **options):  # called once per optimizer step
@@ -111,9 +112,10 @@ def test_no_step_needs_more_memory_than_an_earlier_one(world, tmp_path, monkeypa
         return original(*args, **options)
 
     monkeypatch.setattr(trainer, "lr_at", next_step)
-    in_process(trainer.main, trainer.parse_args, monkeypatch, "--config", CONFIG, "--data", world / "data", "--base-path", world / "llava",
-               "--set", f"sam.path={world / 'sam'}", "unet.base_channels=4", "--batch-size", 8, "--max-steps", 9, "--log-every", 3,
-               "--out", tmp_path / "run")  # fmt: skip
+    model = ["--base-path", world / "llava", "--set", f"sam.path={world / 'sam'}", "unet.base_channels=4"]
+    steps = ["--batch-size", 8, "--max-steps", 9, "--log-every", 3, "--out", tmp_path / "run"]
+    options = ["--config", CONFIG, "--data", world / "data", *model, *steps]
+    in_process(trainer.main, trainer.parse_args, monkeypatch, *options)
     watch[0].__exit__(None, None, None)
     peaks, kept = zip(*steps)
     assert len(steps) == 8 and max(peaks[4:]) <= 1.01 * max(peaks[1:4]), peaks
@@ -156,8 +158,24 @@ def test_a_head_is_trained_from_the_cache_scored_and_used(world, tmp_path):
     )
     assert "base: cached features" in again and "val_miou" in again
     assert (tmp_path / "cache/train/features-00000.h5").stat().st_mtime_ns == written
-    scoring = [ROOT / "flmm/test.py", "--config", CONFIG, "--data", world / "data", "--base-path", world / "llava", "--head", head,
-               "--set", f"sam.path={world / 'sam'}", "unet.base_channels=4", "--controls", "--pictures", 2]  # fmt: skip
+    scoring = [
+        ROOT / "flmm/test.py",
+        "--config",
+        CONFIG,
+        "--data",
+        world / "data",
+        "--base-path",
+        world / "llava",
+        "--head",
+        head,
+        # fmt: skip
+        "--set",
+        f"sam.path={world / 'sam'}",
+        "unet.base_channels=4",
+        "--controls",
+        "--pictures",
+        2,
+    ]
     text = call(*scoring, "--out", tmp_path / "test")
     call(*scoring, "--out", tmp_path / "two", processes=2)  # the same scores, phrase by phrase
     for file in ("phrases.csv", "results.json"):
@@ -220,8 +238,16 @@ def test_the_demo_refuses_before_it_writes(world, tmp_path, monkeypatch, argumen
     Image.new("RGB", (40, 30)).save(world / "p.png")
     arguments = [a.format(world=world) for a in arguments]
     with pytest.raises(UserError, match=reason):
-        in_process(demo.main, demo.parse_args, monkeypatch, "--config", CONFIG, "--head", world / "none.pth", *arguments,
-                   "--out", tmp_path / "refused")  # fmt: skip
+        options = [
+            "--config",
+            CONFIG,
+            "--head",
+            world / "none.pth",
+            *arguments,
+            "--out",
+            tmp_path / "refused",
+        ]
+        in_process(demo.main, demo.parse_args, monkeypatch, *options)
     assert not list(tmp_path.iterdir())
 
 
@@ -237,8 +263,10 @@ def test_the_demo_refuses_before_it_writes(world, tmp_path, monkeypatch, argumen
 def test_train_refuses_before_it_makes_a_run_folder(world, tmp_path, monkeypatch, arguments, reason):
     arguments = [a.format(world=world) for a in arguments]
     with pytest.raises(UserError, match=reason):
-        in_process(trainer.main, trainer.parse_args, monkeypatch, "--config", CONFIG, "--data", world / "data",
-                   "--base-path", world / "llava", "--out", tmp_path / "x", *arguments)  # fmt: skip
+        options = ["--config", CONFIG, "--data", world / "data", "--base-path", world / "llava"]
+        in_process(
+            trainer.main, trainer.parse_args, monkeypatch, *options, "--out", tmp_path / "x", *arguments
+        )
     assert not (tmp_path / "x").exists()
 
 

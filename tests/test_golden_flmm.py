@@ -1,4 +1,5 @@
-"""Every reference file of GOLDEN_DIR/flmm, by kind (file-name prefix); the configuration comes from the file's metadata."""
+"""Every reference file of GOLDEN_DIR/flmm, by kind (file-name prefix); the configuration comes from the
+file's metadata."""
 
 import json
 import re
@@ -254,7 +255,8 @@ def check_lr_schedule(path):
         theirs = t.out[f"lr_{i}"].double().numpy()
         if warmup != 1:
             np.testing.assert_allclose(ours, theirs, rtol=1e-12)
-        else:  # upstream's trap, mended: after a warm-up of one step its rate stays that small for the whole run
+        # upstream's trap, mended: after a warm-up of one step its rate stays that small for the whole run
+        else:
             assert theirs.max() == pytest.approx(lr * case["start_factor"]) and max(ours) > 0.9 * lr
 
 

@@ -1,7 +1,8 @@
 """Frozen features on disk: run the base once, then train heads without it.
 
-One HDF5 file per process, one group per sample. Maps are fp16 relative to each map's own maximum (attention over hundreds
-of columns falls into fp16's subnormal range otherwise); states and image embeddings are fp16; masks are packed bits.
+One HDF5 file per process, one group per sample. Maps are fp16 relative to each map's own maximum (attention
+over hundreds of columns falls into fp16's subnormal range otherwise); states and image embeddings are fp16;
+masks are packed bits.
 """
 
 import json
@@ -19,7 +20,8 @@ from flmm.models.flmm import extract
 
 
 def write_cache(folder, base, sam_encoder, dataset, fingerprint, accelerator, batch_size=8):
-    """Extract features of every sample of `dataset`, shared out over the processes, to folder/features-<rank>.h5.
+    """Extract features of every sample of `dataset`, shared out over the processes, to
+    folder/features-<rank>.h5.
 
     fingerprint: dictionary of what the features depend on; kept in the files and compared by CachedFeatures.
     """
@@ -62,7 +64,8 @@ def _write(group, sample, feature):
 
 
 class CachedFeatures(Dataset):
-    """Features and masks of `write_cache`, read lazily; `dims` = (channels, layers, hidden size) of the base."""
+    """Features and masks of `write_cache`, read lazily; `dims` = (channels, layers, hidden size) of the
+    base."""
 
     def __init__(self, folder, fingerprint=None):
         self.files, self.where = {}, {}
@@ -83,12 +86,14 @@ class CachedFeatures(Dataset):
             fresh = json.loads(json.dumps(fingerprint)) if fingerprint else stored
             if differ := sorted(k for k in stored.keys() | fresh.keys() if stored.get(k) != fresh.get(k)):
                 raise UserError(
-                    f"{path}: was made with {differ[0]} = {stored.get(differ[0])}, now {fresh.get(differ[0])}; "
+                    f"{path}: was made with {differ[0]} = {stored.get(differ[0])}, now "
+                    f"{fresh.get(differ[0])}; "
                     "choose another --cache-attention folder or delete this one"
                 )
             if processes != len(paths):
                 raise UserError(
-                    f"{folder}: {len(paths)} files, but written by {processes} processes; delete it to write it anew"
+                    f"{folder}: {len(paths)} files, but written by {processes} processes; delete it to write "
+                    "it anew"
                 )
         if len(self.where) != samples:
             raise UserError(

@@ -1,7 +1,8 @@
 """Plain phrase annotations, ReasonSeg, and data sets put together.
 
-PhraseDataset reads folders with images/, masks/<id>.png (pixel = segment id) and annotations.json: images [{id, file,
-captions, segments [{id, category, isthing}], phrases [{caption, span [start, end), text, segment_ids}]}].
+PhraseDataset reads folders with images/, masks/<id>.png (pixel = segment id) and annotations.json: images
+[{id, file, captions, segments [{id, category, isthing}], phrases [{caption, span [start, end), text,
+segment_ids}]}].
 """
 
 from pathlib import Path
@@ -104,7 +105,8 @@ class PhraseDataset(Dataset):
 
 
 class ReasonSegDataset(Dataset):
-    """ReasonSeg: <name>.jpg beside <name>.json {"text": [...], "shapes": [{"label", "points"}]}; one record per query.
+    """ReasonSeg: <name>.jpg beside <name>.json {"text": [...], "shapes": [{"label", "points"}]}; one record
+    per query.
 
     Pixels labelled "ignore" are in record["ignore"] (H, W) bool and count neither as hit nor as miss.
     """

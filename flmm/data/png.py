@@ -1,7 +1,7 @@
 """Panoptic narrative grounding. Upstream: flmm/datasets/png.py (PNGDataset).
 
-Layout: png_coco_{split}.json [{image_id, segments [{utterance, segment_ids, plural}]}], panoptic_{split}.json with its
-folder of PNGs (segment id = R + 256 G + 65536 B), pictures <image_id, 12 digits>.jpg.
+Layout: png_coco_{split}.json [{image_id, segments [{utterance, segment_ids, plural}]}], panoptic_{split}.json
+with its folder of PNGs (segment id = R + 256 G + 65536 B), pictures <image_id, 12 digits>.jpg.
 """
 
 from pathlib import Path
@@ -31,8 +31,8 @@ def key(caption) -> str:
 
 
 class PNGDataset(Dataset):
-    """One record per caption. Captions without any grounded utterance are left out at load: upstream replaces them at random,
-    in evaluation too, so that some pictures count twice."""
+    """One record per caption. Captions without any grounded utterance are left out at load: upstream replaces
+    them at random, in evaluation too, so that some pictures count twice."""
 
     def __init__(self, json_file, panoptic_json_file, panoptic_png_path, image_path, build=None):
         panoptic = read_json(panoptic_json_file, PANOPTIC)

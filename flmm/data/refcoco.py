@@ -1,6 +1,8 @@
-"""RefCOCO, RefCOCO+, RefCOCOg. Upstream: mmdet 3.3.0 RefCocoDataset and RefCOCO2PNG of flmm/datasets/transforms.py.
+"""RefCOCO, RefCOCO+, RefCOCOg. Upstream: mmdet 3.3.0 RefCocoDataset and RefCOCO2PNG of
+flmm/datasets/transforms.py.
 
-Layout: instances.json (COCO) and refs(unc).p or refs(umd).p, a pickle of plain lists and dictionaries; COCO train2014.
+Layout: instances.json (COCO) and refs(unc).p or refs(umd).p, a pickle of plain lists and dictionaries; COCO
+train2014.
 """
 
 from pathlib import Path
@@ -31,10 +33,10 @@ INSTANCES = {
 class RefCOCODataset(Dataset):
     """One record per picture with all its objects of the split, or one per object, or one per sentence.
 
-    text_mode: "random" (training: one expression per object, drawn anew every epoch from seed, epoch and index;
-    upstream drew once at load), "select_first" (evaluation), "original" (every expression, its mask repeated),
-    "concat" (expressions of an object joined without separator, as upstream does).
-    one_per_object: each object its own record. With "original" that is the standard per-sentence protocol.
+    text_mode: "random" (training: one expression per object, drawn anew every epoch from seed, epoch and
+    index; upstream drew once at load), "select_first" (evaluation), "original" (every expression, its mask
+    repeated), "concat" (expressions of an object joined without separator, as upstream does). one_per_object:
+    each object its own record. With "original" that is the standard per-sentence protocol.
     """
 
     def __init__(
@@ -63,7 +65,8 @@ class RefCOCODataset(Dataset):
             raise UserError(f"{ann_file} or {split_file}: field {error} is missing") from error
         if not groups:
             raise UserError(
-                f"{split_file}: no references of split {split!r}; it has {sorted({r.get('split') for r in refs})}"
+                f"{split_file}: no references of split {split!r}; it has "
+                f"{sorted({r.get('split') for r in refs})}"
             )
         for image_id, objects in groups.items():
             lost = [ann for ann, _ in objects if ann not in self.annotations]

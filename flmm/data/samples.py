@@ -1,8 +1,8 @@
 """From a picture with phrases and masks to the sample that a base and a head read.
 
-A record is what every data set yields: {"image" RGB PIL, "pieces" [(text, k)] with k = -1 for words of no phrase, "masks"
-(n, H, W) uint8, "mask_infos" [{"plural", "isthing", "text"}], "file_name"}. `SampleBuilder` turns it into tensors.
-Upstream: the sample code of flmm/datasets/{png,transforms}.py.
+A record is what every data set yields: {"image" RGB PIL, "pieces" [(text, k)] with k = -1 for words of no
+phrase, "masks" (n, H, W) uint8, "mask_infos" [{"plural", "isthing", "text"}], "file_name"}. `SampleBuilder`
+turns it into tensors. Upstream: the sample code of flmm/datasets/{png,transforms}.py.
 """
 
 import numpy as np
@@ -20,9 +20,9 @@ def caption_of_phrases(phrases):
 class SampleBuilder:
     """record -> sample, with the tokenizer, prompt and image processor of one base.
 
-    Pieces are tokenised one by one without special tokens and joined: the ids are not those of the joined text
-    (SentencePiece adds a space to each piece), and published heads were trained so.
-    image_marker: (image token id, -200) writes the marker of bases with their own image expansion (HPT, MGM).
+    Pieces are tokenised one by one without special tokens and joined: the ids are not those of the joined
+    text (SentencePiece adds a space to each piece), and published heads were trained so. image_marker: (image
+    token id, -200) writes the marker of bases with their own image expansion (HPT, MGM).
     """
 
     def __init__(self, tokenizer, prompt_ids, image_processor, image_marker=None):
@@ -48,8 +48,9 @@ class SampleBuilder:
         return torch.tensor(input_ids), torch.tensor(mask_ids), torch.tensor(labels)
 
     def __call__(self, record):
-        """Sample: ids, the processor's output, masks (n, h, w) at the processed unpadded size, padded_masks on the padded
-        canvas, gt_masks (n, H, W) at the original size, image, mask_infos, file_name. No masks key: no mask keys."""
+        """Sample: ids, the processor's output, masks (n, h, w) at the processed unpadded size, padded_masks
+        on the padded canvas, gt_masks (n, H, W) at the original size, image, mask_infos, file_name. No masks
+        key: no mask keys."""
         image, source = record["image"], record.get("file_name", "input")
         input_ids, mask_ids, labels = self.encode(record["pieces"], source)
         sample = {
@@ -84,7 +85,8 @@ class SampleBuilder:
 
 
 def decode_segmentation(segmentation, height, width, source):
-    """COCO polygons, compressed or uncompressed RLE -> (height, width) uint8. UserError names `source` if it is none."""
+    """COCO polygons, compressed or uncompressed RLE -> (height, width) uint8. UserError names `source` if it
+    is none."""
     from pycocotools import mask as coco
 
     try:
@@ -106,7 +108,8 @@ def decode_segmentation(segmentation, height, width, source):
         ) from error
     if mask.shape != (height, width):
         raise UserError(
-            f"{source}: segmentation is {mask.shape[1]} x {mask.shape[0]} pixels, the picture {width} x {height}"
+            f"{source}: segmentation is {mask.shape[1]} x {mask.shape[0]} pixels, the picture {width} x "
+            f"{height}"
         )
     return mask
 

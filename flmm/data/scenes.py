@@ -1,8 +1,8 @@
 """Seeded scenes of coloured, textured shapes, with captions, phrases and masks: the built-in data.
 
-A scene is a pure function of (seed, index). With `overlap`, a later object may hide part of an earlier one, and each keeps
-at least `min_visible` of its pixels. Words of an object: COLOUR SIZE [TEXTURE] SHAPE; objects are named in random order,
-so that neither the words nor their place in the caption tell where an object is.
+A scene is a pure function of (seed, index). With `overlap`, a later object may hide part of an earlier one,
+and each keeps at least `min_visible` of its pixels. Words of an object: COLOUR SIZE [TEXTURE] SHAPE; objects
+are named in random order, so that neither the words nor their place in the caption tell where an object is.
 """
 
 import numpy as np
@@ -37,8 +37,8 @@ def shape_mask(shape, cx, cy, r, side):
 
 
 def make_scene(seed, index, side=64, overlap=False, min_visible=0.7):
-    """One scene: {"image" (side, side, 3) uint8, "masks" (n, side, side) bool in caption order, "phrases" [n texts],
-    "objects" [n dicts], "pieces" [(text, k)]}."""
+    """One scene: {"image" (side, side, 3) uint8, "masks" (n, side, side) bool in caption order, "phrases" [n
+    texts], "objects" [n dicts], "pieces" [(text, k)]}."""
     rng = np.random.default_rng((seed, index))
     while True:  # drawn again in the rare case that the objects do not fit
         objects, masks, wanted = [], [], 2 + int(rng.random() < 0.35)

@@ -1,11 +1,12 @@
-"""Pictures in, tensors and geometry out: one processor per base family, and loading a picture whatever its mode.
+"""Pictures in, tensors and geometry out: one processor per base family, and loading a picture whatever its
+mode.
 
-Upstream: flmm/datasets/{llava_processors,llava_next_processors,pad2square_processor,qwen_image_processor}.py and
-deepseek_vl's VLMImageProcessor. Each processor is called with an RGB PIL image and returns
+Upstream: flmm/datasets/{llava_processors,llava_next_processors,pad2square_processor,qwen_image_processor}.py
+and deepseek_vl's VLMImageProcessor. Each processor is called with an RGB PIL image and returns
     {"pixel_values", ..., "meta_data": {"padding": {before_height, after_height, before_width, after_width},
      "image_shape": {height, width} unpadded, "padded_shape": {height, width}}}
-Sizes are truncated where upstream truncates: transformers' own DeepSeek processor rounds, and gives other sizes for half
-of all pictures.
+Sizes are truncated where upstream truncates: transformers' own DeepSeek processor rounds, and gives other
+sizes for half of all pictures.
 """
 
 import numpy as np
@@ -19,7 +20,8 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 
 
 def load_image(path, size=None):
-    """Read any picture as upright RGB. size: (width, height) of the annotation, for pictures annotated before rotation.
+    """Read any picture as upright RGB. size: (width, height) of the annotation, for pictures annotated before
+    rotation.
 
     Grey, palette, CMYK and 16-bit pictures are converted, transparency is laid on white.
     """
@@ -33,7 +35,8 @@ def load_image(path, size=None):
 
 
 def load_segments(path):
-    """(H, W) int64 segment ids of a panoptic PNG (R + 256 G + 65536 B) or of a grey or palette PNG (its values)."""
+    """(H, W) int64 segment ids of a panoptic PNG (R + 256 G + 65536 B) or of a grey or palette PNG (its
+    values)."""
     with reading(path, "mask picture"), Image.open(path) as opened:
         values = np.asarray(opened, np.int64)
         return values if values.ndim == 2 else values[..., :3] @ np.array([1, 256, 65536])
@@ -74,7 +77,8 @@ def _normalise(pixels, mean, std):
 
 
 def pad_to_square(image, mean):
-    """Centre a PIL image on a square of the (rounded-down) mean colour; returns the square and (top, left)."""
+    """Centre a PIL image on a square of the (rounded-down) mean colour; returns the square and (top,
+    left)."""
     side = max(image.size)
     left, top = (side - image.width) // 2, (side - image.height) // 2
     square = Image.new("RGB", (side, side), tuple(int(m * 255) for m in mean))
@@ -83,7 +87,8 @@ def pad_to_square(image, mean):
 
 
 class LlavaImageProcessor:
-    """Long side to `size`, bicubic, no crop, mean-colour padding to a square. min_size: least short side (DeepSeek: 14)."""
+    """Long side to `size`, bicubic, no crop, mean-colour padding to a square. min_size: least short side
+    (DeepSeek: 14)."""
 
     def __init__(self, size=336, mean=CLIP_MEAN, std=CLIP_STD, min_size=1):
         self.size, self.mean, self.std, self.min_size = size, mean, std, min_size
@@ -104,7 +109,8 @@ class LlavaImageProcessor:
 
 
 class DeepseekImageProcessor(LlavaImageProcessor):
-    """DeepSeek-VL: `max(int(side / long * size), 14)`; hybrid bases also get the picture at `high_res` pixels."""
+    """DeepSeek-VL: `max(int(side / long * size), 14)`; hybrid bases also get the picture at `high_res`
+    pixels."""
 
     def __init__(self, size=384, mean=CLIP_MEAN, std=CLIP_STD, min_size=14, high_res=None):
         super().__init__(size, mean, std, min_size)
@@ -120,7 +126,8 @@ class DeepseekImageProcessor(LlavaImageProcessor):
             h, w = high.target(image.height, image.width)
             square, _ = pad_to_square(image.resize((w, h), Image.BICUBIC), self.mean)
             out["high_res_pixel_values"] = _normalise(square, self.mean, self.std)
-            # the hybrid tower reduces the padded square itself, so its low-resolution half must not be cut anew
+            # the hybrid tower reduces the padded square itself, so its low-resolution half must not be cut
+            # anew
             out["pixel_values"] = _normalise(
                 square.resize((self.size, self.size), Image.BICUBIC), self.mean, self.std
             )

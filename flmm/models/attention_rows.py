@@ -1,7 +1,8 @@
 """Attention rows without attention matrices: SDPA for the model, and beside it only what F-LMM reads.
 
-`output_attentions=True` keeps layers x heads x S x S numbers; the mask head reads the rows of the phrase tokens and the
-columns of the image tokens. `rows_attention` computes exactly these, merges them per phrase and drops the rest.
+`output_attentions=True` keeps layers x heads x S x S numbers; the mask head reads the rows of the phrase
+tokens and the columns of the image tokens. `rows_attention` computes exactly these, merges them per phrase
+and drops the rest.
 """
 
 from dataclasses import dataclass, field
@@ -15,7 +16,8 @@ NAME = "flmm_rows"  # the attention implementation to set on the text part of a 
 
 
 def merge_rows(rows, phrase_of_row, merge="mean"):
-    """rows (H, R, N), phrase_of_row (R,) with values 0..n-1 -> (H, n, N): mean or max over the rows of each phrase."""
+    """rows (H, R, N), phrase_of_row (R,) with values 0..n-1 -> (H, n, N): mean or max over the rows of each
+    phrase."""
     count = int(phrase_of_row.max()) + 1
     parts = [rows[:, phrase_of_row == k] for k in range(count)]
     if empty := [k for k, part in enumerate(parts) if not part.shape[1]]:
@@ -27,9 +29,9 @@ def merge_rows(rows, phrase_of_row, merge="mean"):
 class AttentionRows:
     """What to keep of one forward pass, and what was kept.
 
-    rows, phrases, columns: one LongTensor per sample of the batch: token positions of the phrase tokens (R,), phrase
-    number of each (R,), token positions of the image (N,). maps: after the pass one list per layer with one (H, n, N)
-    float32 tensor per sample.
+    rows, phrases, columns: one LongTensor per sample of the batch: token positions of the phrase tokens (R,),
+    phrase number of each (R,), token positions of the image (N,). maps: after the pass one list per layer
+    with one (H, n, N) float32 tensor per sample.
     """
 
     rows: list
@@ -39,7 +41,8 @@ class AttentionRows:
     maps: list = field(default_factory=list)
 
     def record(self, query, key, attention_mask, scaling):
-        """query (B, H, Q, D), key (B, KV, K, D), attention_mask (B or 1, 1, Q, K) bool, additive or None = causal."""
+        """query (B, H, Q, D), key (B, KV, K, D), attention_mask (B or 1, 1, Q, K) bool, additive or None =
+        causal."""
         heads, kv_heads = query.shape[1], key.shape[1]
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         layer = []
@@ -67,7 +70,8 @@ class AttentionRows:
 def rows_attention(
     module, query, key, value, attention_mask, attention_rows: AttentionRows = None, scaling=None, **kwargs
 ):
-    """Attention function of transformers 5: SDPA, plus `attention_rows.record` where `model(..., attention_rows=)` is given."""
+    """Attention function of transformers 5: SDPA, plus `attention_rows.record` where `model(...,
+    attention_rows=)` is given."""
     kwargs.pop("output_attentions", None)  # SDPA would warn about it
     output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if attention_rows is not None:

@@ -1,10 +1,10 @@
 """F-LMM (arXiv 2406.05821): the trained part, and the frozen part that feeds it.
 
-    frozen   base + SAM image encoder   picture, words -> attention maps, hidden states, image embedding (`extract`)
+    frozen   base + SAM image encoder   picture, words -> attention maps, hidden states, image embedding
     trained  FLMM                       these -> coarse masks (UNet) -> refined masks (SAM decoder)
 
-What is frozen is not a parameter of what is trained: a checkpoint holds the trainable keys only, DDP and the optimizer see
-nothing else, and features can be cached on disk so that heads train without the base.
+What is frozen is not a parameter of what is trained: a checkpoint holds the trainable keys only, DDP and the
+optimizer see nothing else, and features can be cached on disk so that heads train without the base.
 """
 
 import torch
@@ -49,8 +49,8 @@ def unpad_crop(masks, meta):
 class FLMM(nn.Module):
     """Mask head, text projection and SAM decoder on the features of a frozen base.
 
-    channels, num_layers, hidden_size: of the base (`base.channels` ...). sam: SamModel or None (coarse masks only).
-    unet, sam_options: keyword arguments of UNetHead and SAMWrapper.
+    channels, num_layers, hidden_size: of the base (`base.channels` ...). sam: SamModel or None (coarse masks
+    only). unet, sam_options: keyword arguments of UNetHead and SAMWrapper.
     """
 
     def __init__(self, channels, num_layers, hidden_size, sam=None, unet=None, sam_options=None):
@@ -68,7 +68,8 @@ class FLMM(nn.Module):
         return torch.einsum("l,lrd->rd", weights, hidden_states.to(weights.dtype))
 
     def coarse(self, features):
-        """Coarse logits per image, (n_i, h_i, w_i); phrases with maps of one size share one pass of the UNet."""
+        """Coarse logits per image, (n_i, h_i, w_i); phrases with maps of one size share one pass of the
+        UNet."""
         maps, out = [f["mask_attentions"].float() for f in features], [None] * len(features)
         for shape in {m.shape[1:] for m in maps}:
             rows = [i for i, m in enumerate(maps) if m.shape[1:] == shape]
@@ -78,9 +79,11 @@ class FLMM(nn.Module):
         return out
 
     def forward(self, features, refine=True):
-        """List of feature dicts -> list of {"pred_masks" (n, h, w), "sam_pred_masks" (n, H, W) or None, "scores" (n,)}.
+        """List of feature dicts -> list of {"pred_masks" (n, h, w), "sam_pred_masks" (n, H, W) or None,
+        "scores" (n,)}.
 
-        refine=False leaves SAM out. Logits; scores are SAM's predicted IoU (without SAM: the mean probability inside the coarse mask).
+        refine=False leaves SAM out. Logits; scores are SAM's predicted IoU (without SAM: the mean probability
+        inside the coarse mask).
         """
         coarse = self.coarse(features)
         if self.sam is None or not refine:
@@ -95,8 +98,8 @@ class FLMM(nn.Module):
         return [{"pred_masks": p, "sam_pred_masks": m, "scores": s} for p, (m, s) in zip(coarse, refined)]
 
     def compute_loss(self, outputs, masks):
-        """The total loss, its four parts and the metrics: means over all phrases of the images, in which every
-        phrase weighs the same however many its image has.
+        """The total loss, its four parts and the metrics: means over all phrases of the images, in which
+        every phrase weighs the same however many its image has.
 
         outputs: of `forward`. masks: for each image the targets of its n phrases, (n, h, w).
         """
@@ -126,10 +129,11 @@ class FLMM(nn.Module):
         }
 
     def load_upstream(self, tensors, source="head"):
-        """Load a published or own head: {upstream key: tensor}; extra keys are ignored and counted, missing ones refused.
+        """Load a published or own head: {upstream key: tensor}; extra keys are ignored and counted, missing
+        ones refused.
 
-        Raises UserError that lists what is missing, or names the key whose shape differs (a head of another base).
-        Returns one line on what was loaded.
+        Raises UserError that lists what is missing, or names the key whose shape differs (a head of another
+        base). Returns one line on what was loaded.
         """
         parameters, names = dict(self.named_parameters()), self.upstream_names()
         if missing := sorted(set(names.values()) - set(tensors)):

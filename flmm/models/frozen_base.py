@@ -1,4 +1,5 @@
-"""What every frozen base shares: load it, build its inputs, run it once, keep attention rows and hidden states.
+"""What every frozen base shares: load it, build its inputs, run it once, keep attention rows and hidden
+states.
 
 A new base is a subclass with five short answers (see the README for a worked example):
     build_inputs  the extra model inputs (pictures, grids) of a batch
@@ -29,8 +30,9 @@ TEMPLATES = {  # INSTRUCTION only: upstream never adds the system text, nor a ne
     "gemma": "<start_of_turn>user\n{input}<end_of_turn>\n<start_of_turn>model\n",
     "llama3": "<|start_header_id|>user<|end_header_id|>\n\n{input}<|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\n",
-    "qwen": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{input}<|im_end|>\n"
-    "<|im_start|>assistant\n",  # the chat template of Qwen2.5-VL with one user turn
+    # the chat template of Qwen2.5-VL with one user turn
+    "qwen": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "<|im_start|>user\n{input}<|im_end|>\n<|im_start|>assistant\n",
     "plain": "{input}",
 }
 QUESTION = "Please give me a description of the image."
@@ -40,7 +42,8 @@ class FrozenBase:
     """A multimodal LLM that is read, never changed.
 
     model: the transformers class named by `architecture`. merge: "mean" or "max" over the rows of a phrase.
-    attention: "rows" (SDPA plus the rows needed) or "eager" (full matrices, for exact comparison with upstream).
+    attention: "rows" (SDPA plus the rows needed) or "eager" (full matrices, for exact comparison with
+    upstream).
     """
 
     architecture = None  # transformers class
@@ -91,7 +94,8 @@ class FrozenBase:
     def load(cls, path, dtype="auto", random_seed=None, load_in_4bit=False, device_map=None, **options):
         """Base, tokenizer and image processor from a folder or hub name; code that lies there is never run.
 
-        random_seed: random weights instead, the control. dtype, load_in_4bit, device_map: as from_pretrained takes them.
+        random_seed: random weights instead, the control. dtype, load_in_4bit, device_map: as from_pretrained
+        takes them.
         """
         architecture = getattr(transformers, cls.architecture, None)
         if architecture is None:
@@ -103,7 +107,8 @@ class FrozenBase:
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
             if config.architectures and config.architectures[0] != cls.architecture:
                 raise UserError(
-                    f"{path}: holds a {config.architectures[0]}, this configuration needs a {cls.architecture}"
+                    f"{path}: holds a {config.architectures[0]}, this configuration needs a "
+                    f"{cls.architecture}"
                 )
             if random_seed is not None:
                 torch.manual_seed(random_seed)
@@ -123,7 +128,8 @@ class FrozenBase:
 
     @staticmethod
     def make_processor(config, preprocessing):
-        """Image processor of the family. preprocessing: the content of preprocessor_config.json, may be empty."""
+        """Image processor of the family. preprocessing: the content of preprocessor_config.json, may be
+        empty."""
         raise NotImplementedError
 
     def to(self, device):
@@ -138,11 +144,13 @@ class FrozenBase:
     def shard(self, device):
         """Keep only this process's part of each decoder layer (FSDP2); a layer is gathered while it runs.
 
-        Call it before `to`, in every process; from then on all of them must run the same number of forward passes.
+        Call it before `to`, in every process; from then on all of them must run the same number of forward
+        passes.
         """
         if getattr(self.model, "hf_device_map", None) or getattr(self.model, "hf_quantizer", None):
             raise UserError(
-                "--shard-base: a base in 4-bit or spread by device_map cannot be sharded too; choose one of them"
+                "--shard-base: a base in 4-bit or spread by device_map cannot be sharded too; choose one of "
+                "them"
             )
         mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
         for layer in self.model.model.language_model.layers:
@@ -161,12 +169,14 @@ class FrozenBase:
     # ---- inputs
 
     def encode_prompt(self, text=None):
-        """Token ids of the instruction with one image token. text: the user's words, default the training question."""
+        """Token ids of the instruction with one image token. text: the user's words, default the training
+        question."""
         user = self.image_text + (self.question if text is None else text)
         ids = self.tokenizer(TEMPLATES[self.template].format(input=user)).input_ids
         if ids.count(self.image_token_id) < 1:
             raise UserError(
-                f"the tokenizer does not know the image token of {self.image_text!r} (id {self.image_token_id})"
+                f"the tokenizer does not know the image token of {self.image_text!r} (id "
+                f"{self.image_token_id})"
             )
         return ids
 
@@ -186,7 +196,8 @@ class FrozenBase:
     def expand(self, ids, sample, values=None, fill=None):
         """One image token -> as many as the picture has features.
 
-        ids (S,) holds one image token. values (S,): mask_ids (fill -1) or labels (fill -100) to widen in step, default ids.
+        ids (S,) holds one image token. values (S,): mask_ids (fill -1) or labels (fill -100) to widen in
+        step, default ids.
         """
         values, fill = (ids, self.image_token_id) if values is None else (values, fill)
         at = (ids == self.image_token_id).nonzero().flatten()
@@ -198,7 +209,8 @@ class FrozenBase:
         return torch.cat([values[: at[0]], values.new_full((count,), fill), values[at[0] + 1 :]])
 
     def to_grid(self, maps, grid):
-        """One (H, n, N) tensor per layer, N image columns -> (n, channels, gh, gw); channel = layer * H + head."""
+        """One (H, n, N) tensor per layer, N image columns -> (n, channels, gh, gw); channel = layer * H +
+        head."""
         return torch.cat([m.unflatten(-1, grid) for m in maps]).transpose(0, 1)
 
     def batch(self, samples):
@@ -224,9 +236,10 @@ class FrozenBase:
     def __call__(self, samples):
         """Run the base on a list of samples and keep what the heads need.
 
-        A sample has input_ids (S,), mask_ids (S,) (-1 = no phrase, k = token of phrase k) and the processor's output.
-        Returns per sample {"mask_attentions" (n, channels, gh, gw) float32, "hidden_states" (L, R, d): the phrase rows
-        of the last L entries of the hidden-state tuple (after the final norm at the end), "mask_ids" (R,)}.
+        A sample has input_ids (S,), mask_ids (S,) (-1 = no phrase, k = token of phrase k) and the processor's
+        output. Returns per sample {"mask_attentions" (n, channels, gh, gw) float32, "hidden_states" (L, R,
+        d): the phrase rows of the last L entries of the hidden-state tuple (after the final norm at the end),
+        "mask_ids" (R,)}.
         """
         inputs, shifts = self.batch(samples)
         ids = [row[k:] for row, k in zip(inputs["input_ids"].cpu(), shifts)]
@@ -292,7 +305,8 @@ class FrozenBase:
 
     @torch.no_grad()
     def generate(self, sample, max_new_tokens=128, **options):
-        """Greedy answer to sample["input_ids"] (1-D, one image token); returns the new ids without the end token."""
+        """Greedy answer to sample["input_ids"] (1-D, one image token); returns the new ids without the end
+        token."""
         ids = self.expand(sample["input_ids"], sample)[None].to(self.device)
         mask = torch.ones_like(ids)
         extra = self.build_inputs([sample], ids, mask)

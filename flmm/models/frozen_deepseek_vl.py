@@ -1,4 +1,5 @@
-"""DeepSeek-VL 1.3B (SigLIP) and 7B (SigLIP + SAM-B hybrid) as frozen bases. Upstream: flmm/models/frozen_deepseek_vl.py."""
+"""DeepSeek-VL 1.3B (SigLIP) and 7B (SigLIP + SAM-B hybrid) as frozen bases. Upstream:
+flmm/models/frozen_deepseek_vl.py."""
 
 import torch
 

@@ -7,7 +7,8 @@ from flmm.models.frozen_base import FrozenBase
 
 
 def positions(attention_mask):
-    """Position of every token counted from the first real one (B, S): left padding must not shift the rotary phase."""
+    """Position of every token counted from the first real one (B, S): left padding must not shift the rotary
+    phase."""
     return (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
 

@@ -1,6 +1,7 @@
 """LLaVA-NeXT (1.6, Vicuna or Mistral) as a frozen base. Upstream: flmm/models/frozen_llava_next.py.
 
-The image span is the base tile (coarse grid), then the unpadded tiles (fine grid) with a newline token after every row.
+The image span is the base tile (coarse grid), then the unpadded tiles (fine grid) with a newline token after
+every row.
 """
 
 import torch
@@ -28,7 +29,8 @@ class FrozenLlavaNext(FrozenBase):
         )
 
     def grid(self, sample):
-        """((coarse rows, columns), (fine rows, columns)); the fine one by the installed model's own rounding."""
+        """((coarse rows, columns), (fine rows, columns)); the fine one by the installed model's own
+        rounding."""
         vision = self.model.config.vision_config
         side = vision.image_size // vision.patch_size
         canvas = sample["meta_data"]["padded_shape"]

@@ -1,4 +1,5 @@
-"""Qwen2.5-VL as a frozen base: pictures of any size, M-RoPE. Upstream: flmm/models/frozen_qwen.py of the Qwen fork."""
+"""Qwen2.5-VL as a frozen base: pictures of any size, M-RoPE. Upstream: flmm/models/frozen_qwen.py of the Qwen
+fork."""
 
 import torch
 

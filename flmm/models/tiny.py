@@ -1,4 +1,5 @@
-"""Tiny bases and a tiny SAM of the real transformers classes, for the built-in run and the tests. Nothing is downloaded."""
+"""Tiny bases and a tiny SAM of the real transformers classes, for the built-in run and the tests. Nothing is
+downloaded."""
 
 import torch
 from tokenizers.pre_tokenizers import ByteLevel

@@ -2,8 +2,9 @@
 
     python flmm/scripts/deepspeed2torch_state_dict.py iter_95080.pth head.safetensors
 
-fp32 weights are put together from the optimizer shards; where these cannot be read safely, the module's own (bf16) weights
-are taken. Only the trained keys are kept. ZeRO-3 spreads the module itself: run DeepSpeed's zero_to_fp32.py there first.
+fp32 weights are put together from the optimizer shards; where these cannot be read safely, the module's own
+(bf16) weights are taken. Only the trained keys are kept. ZeRO-3 spreads the module itself: run DeepSpeed's
+zero_to_fp32.py there first.
 """
 
 import sys
@@ -39,8 +40,8 @@ def parse_args(argv=None):
 
 
 def merge_shards(shards, param_shapes):
-    """fp32 tensors by name. shards: per rank the list of flat partitions (one per parameter group); param_shapes: per group
-    {name: shape} in the order in which they lie in the joined partitions."""
+    """fp32 tensors by name. shards: per rank the list of flat partitions (one per parameter group);
+    param_shapes: per group {name: shape} in the order in which they lie in the joined partitions."""
     out = {}
     for group, shapes in enumerate(param_shapes):
         flat, at = torch.cat([rank[group].flatten() for rank in shards]), 0
@@ -48,7 +49,8 @@ def merge_shards(shards, param_shapes):
             size = torch.Size(shape).numel()
             if at + size > len(flat):
                 raise UserError(
-                    f"the shards hold {len(flat)} numbers, {name} ends at {at + size}: a rank's file is missing"
+                    f"the shards hold {len(flat)} numbers, {name} ends at {at + size}: a rank's file is "
+                    "missing"
                 )
             out[name] = flat[at : at + size].view(torch.Size(shape)).clone()
             at += size

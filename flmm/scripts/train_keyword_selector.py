@@ -57,8 +57,8 @@ def parse_args(argv=None):
 def caption_states(base, record):
     """What a record's caption looks like to the selector.
 
-    Returns {"hidden_states" (L, T, d) of the caption's T tokens, "wanted" (T,) bool: the token lies in a phrase,
-    "nouns" (T,) bool: it lies in a noun phrase by spaCy or by rule, "name": of the picture}.
+    Returns {"hidden_states" (L, T, d) of the caption's T tokens, "wanted" (T,) bool: the token lies in a
+    phrase, "nouns" (T,) bool: it lies in a noun phrase by spaCy or by rule, "name": of the picture}.
     """
     sample = SampleBuilder.of(base)({k: record[k] for k in ("image", "pieces", "file_name")})
     caption = sample["labels"] != -100
@@ -85,7 +85,8 @@ def keyword_loss(selector, captions, device):
 
 
 def f1(pairs):
-    """F1, precision and recall over all tokens of `pairs`, each (predicted, wanted) of two bool tensors (T,)."""
+    """F1, precision and recall over all tokens of `pairs`, each (predicted, wanted) of two bool tensors
+    (T,)."""
     predicted, wanted = (torch.cat(part) for part in zip(*pairs))
     hit = (predicted & wanted).sum().item()
     precision, recall = hit / max(1, predicted.sum().item()), hit / max(1, wanted.sum().item())

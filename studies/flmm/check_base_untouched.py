@@ -2,8 +2,9 @@
 
     python studies/flmm/check_base_untouched.py --config CONFIG --data DATA --head HEAD --out untouched.json
 
-In one process: answers with transformers' own attention function; then a head is trained on the base for a few steps and phrases
-are grounded; then the weights are compared with those before and with the file, and the questions are asked again.
+In one process: answers with transformers' own attention function; then a head is trained on the base for a
+few steps and phrases are grounded; then the weights are compared with those before and with the file, and the
+questions are asked again.
 """
 
 import sys
@@ -81,7 +82,8 @@ def main(args):
     }
     atomic_json(args.out, result)
     print(
-        f"{len(untouched) - len(changed)} of {len(untouched)} weight tensors and {len(before) - differing} of {len(before)} "
+        f"{len(untouched) - len(changed)} of {len(untouched)} weight tensors and {len(before) - differing} "
+        f"of {len(before)} "
         "answers are identical to the bit"
     )
     if changed or differing:

@@ -1,4 +1,5 @@
-"""Study on photographs: DATA_ROOT=/data python studies/flmm/photos.py, after builtin.py has made a base and SAM.
+"""Study on photographs: DATA_ROOT=/data python studies/flmm/photos.py, after builtin.py has made a base and
+SAM.
 
 DATA_ROOT/grounding holds folders in the plain phrase format (images/, masks/, annotations.json). Those named
 train* are learned from and the others scored; without training folders the head of an earlier run is scored.
@@ -47,7 +48,8 @@ def main(base: str = "llava", seed: int = 0):
         )
     elif not head.is_file():
         raise UserError(
-            f"{data}: no folder train* to learn from, and no head of an earlier run in {head.parent}; train on "
+            f"{data}: no folder train* to learn from, and no head of an earlier run in {head.parent}; train "
+            "on "
             "photographs first"
         )
     stage(

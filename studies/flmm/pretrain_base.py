@@ -1,5 +1,5 @@
-"""Pre-train a tiny multimodal LLM (a native transformers class) to caption the built-in scenes; it is the base to
-freeze.
+"""Pre-train a tiny multimodal LLM (a native transformers class) to caption the built-in scenes; it is the
+base to freeze.
 
     python studies/flmm/pretrain_base.py --base llava --out runs/flmm/base-0
 
@@ -67,8 +67,8 @@ class FreshScenes(torch.utils.data.Dataset):
         return self.count
 
     def scene(self, index: int):
-        """The scene of one index; indices of seed s begin at (s + 1) million, those of make_data.py at 10 million."""
-        return make_scene(self.seed, (self.seed + 1) * 1_000_000 + index, overlap=True)
+        """The scene of one index, beyond all that make_data.py draws."""
+        return make_scene(self.seed, 500_000_000 + index, overlap=True)
 
     def __getitem__(self, index: int):
         scene = self.scene(index)

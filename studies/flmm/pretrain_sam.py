@@ -1,9 +1,11 @@
-"""Pre-train a tiny SAM (transformers' SamModel) on the built-in scenes, prompted by boxes and by blurred masks.
+"""Pre-train a tiny SAM (transformers' SamModel) on the built-in scenes, prompted by boxes and by blurred
+masks.
 
     python studies/flmm/pretrain_sam.py --out runs/flmm/sam
 
-It knows no words: it learns to cut out what a prompt points at, as the published SAM does. OUT/sam_tiny.safetensors
-has the original key names, so that the built-in run loads it through the same conversion as sam_vit_l_0b3195.pth.
+It knows no words: it learns to cut out what a prompt points at, as the published SAM does.
+OUT/sam_tiny.safetensors has the original key names, so that the built-in run loads it through the same
+conversion as sam_vit_l_0b3195.pth.
 """
 
 import sys
@@ -55,14 +57,16 @@ def parse_args(argv=None):
 
 
 def blurred_logits(masks, generator):
-    """Coarse logits (n, 32, 32) of masks (n, H, W): what an attention map might give, about 8 x 8 in detail and noisy."""
+    """Coarse logits (n, 32, 32) of masks (n, H, W): what an attention map might give, about 8 x 8 in detail
+    and noisy."""
     coarse = F.interpolate(masks[:, None].float(), size=(8, 8), mode="area")
     coarse = coarse + 0.15 * torch.randn(coarse.shape, generator=generator)
     return F.interpolate(6 * (coarse - 0.4), size=(32, 32), mode="bilinear")[:, 0]
 
 
 class Prompts(torch.utils.data.Dataset):
-    """`count` scenes with a blurred version of every mask, none of which any other part of this repository draws."""
+    """`count` scenes with a blurred version of every mask, none of which any other part of this repository
+    draws."""
 
     def __init__(self, seed: int, count: int):
         self.seed, self.count = seed, count
@@ -70,8 +74,12 @@ class Prompts(torch.utils.data.Dataset):
     def __len__(self):
         return self.count
 
+    def scene(self, index: int):
+        """The scene of one index, beyond all that make_data.py and pretrain_base.py draw."""
+        return make_scene(self.seed, 900_000_000 + index, overlap=True)
+
     def __getitem__(self, index: int):
-        scene = make_scene(self.seed, 900_000_000 + index, overlap=True)
+        scene = self.scene(index)
         masks = torch.from_numpy(scene["masks"])
         generator = torch.Generator().manual_seed(self.seed * 1_000_000 + index)
         return {
@@ -92,7 +100,8 @@ class PromptedSAM(torch.nn.Module):
         self.refiner.prompt_encoder.shared_embedding.requires_grad_(False)
 
     def forward(self, samples, use_mask: bool):
-        """Logits (n, H, W) and predicted IoU (n,) of all masks of the samples; their boxes are always prompts."""
+        """Logits (n, H, W) and predicted IoU (n,) of all masks of the samples; their boxes are always
+        prompts."""
         pixels = torch.stack([self.encoder.preprocess(s["image"]) for s in samples])
         embeddings = self.encoder.encoder(pixels.to(next(self.parameters()).device)).last_hidden_state
         self.refiner.use_mask = use_mask

@@ -49,7 +49,8 @@ def rows(folder):
 
 
 def interval(tables, name):
-    """95 % interval of the mean of column `name` over the phrases of all tables; whole pictures are resampled."""
+    """95 % interval of the mean of column `name` over the phrases of all tables; whole pictures are
+    resampled."""
     values = np.array([float(row[name]) for table in tables for row in table])
     pictures = [f"{k} {row['file']}" for k, table in enumerate(tables) for row in table]
     return bootstrap(np.mean, values, groups=pictures)
@@ -65,7 +66,8 @@ def per_word(table):
 
 
 def confident(table):
-    """Mean IoU when a mask of predicted IoU below one half counts as none, and the fraction of masks that stay."""
+    """Mean IoU when a mask of predicted IoU below one half counts as none, and the fraction of masks that
+    stay."""
     kept = np.array([float(row["score"]) > 0.5 for row in table])
     ious = np.array([float(row["iou"]) for row in table])
     return float((ious * kept).mean()), float(kept.mean())
@@ -80,7 +82,8 @@ def average(parts, *keys):
 
 
 def draw_scores(trained, random, words, path):
-    """Chart: held-out phrases beside every control, and mean IoU by word. trained, random: scores, one per seed."""
+    """Chart: held-out phrases beside every control, and mean IoU by word. trained, random: scores, one per
+    seed."""
     bars = {
         "refined": average(trained, "mIoU"),
         "coarse": average(trained, "mIoU_coarse"),
@@ -164,9 +167,11 @@ def refined_masks(folder, base, trained, random, tables, random_tables, note):
             **blind_controls(trained),
         },
         interval(tables, "iou"),
-        note=f"{note}. The masks of two phrases of a picture have an IoU of {average(trained, 'alike'):.3f}, on a "
-        f"random base of {average(random, 'alike'):.3f}, and there of {average(random, 'all_objects'):.3f} with "
-        "all objects together (near 1: every object, whatever the phrase). With masks of predicted IoU below .5 "
+        note=f"{note}. The masks of two phrases of a picture have an IoU of {average(trained, 'alike'):.3f}, "
+        f"on a random base of {average(random, 'alike'):.3f}, and there of {average(random, 'all_objects'):.3f} "
+        "with "
+        "all objects together (near 1: every object, whatever the phrase). With masks of predicted IoU below "
+        ".5 "
         f"counted as none: {sure:.3f}, on a random base {sure_random:.3f}",
         details={
             "per_seed": [scores["mIoU"] for scores in trained],
@@ -187,7 +192,8 @@ def scenes(folder, base, seeds):
     trained, random = [results(f) for f in folders], [results(f) for f in random_folders]
     tables, random_tables = [rows(f) for f in folders], [rows(f) for f in random_folders]
     note = (
-        f"{trained[0]['phrases']} phrases of held-out scenes, seeds {seeds} (base, scenes of its pre-training, head); "
+        f"{trained[0]['phrases']} phrases of held-out scenes, seeds {seeds} (base, scenes of its "
+        "pre-training, head); "
         "the interval covers other pictures, not other seeds"
     )
     coarse_masks(folder, base, seeds, trained, random, tables, note)
@@ -195,7 +201,8 @@ def scenes(folder, base, seeds):
 
 
 def beside_the_masks(folder, base, seeds):
-    """Objects that hide each other, the words that the base knows, the base left untouched, the keyword selector."""
+    """Objects that hide each other, the words that the base knows, the base left untouched, the keyword
+    selector."""
     overlap = [results(folder / f"test-{base}-{seed}-overlap") for seed in seeds]
     controls = {
         name: average(overlap, "controls", name) for name in ("other", "union", "raw", "whole", "centre")
@@ -216,8 +223,8 @@ def beside_the_masks(folder, base, seeds):
         "fraction right among the four",
         average(known, "shape", "right picture"),
         {"next picture": average(known, "shape", "next picture"), "chance": known[0]["shape"]["chance"]},
-        note=f"teacher-forced captions of held-out scenes, seeds {seeds}; colours, sizes and textures are in the "
-        "details",
+        note=f"teacher-forced captions of held-out scenes, seeds {seeds}; colours, sizes and textures are in "
+        "the details",
         details={kind: [words[kind]["right picture"] for words in known] for kind in known[0]},
     )
     untouched = read(folder / f"untouched-{base}.json")
@@ -256,8 +263,8 @@ def photos(folder):
             "another phrase's mask": held_out["controls"]["other"],
         },
         interval([rows(folder / "test-photos")], "iou"),
-        note="the base has never seen a photograph: no grounding is to be expected, only that loader and metric are "
-        "right",
+        note="the base has never seen a photograph: no grounding is to be expected, only that loader and "
+        "metric are right",
         details=held_out,
     )
     overlays = sorted((folder / "test-photos-overfit" / "overlays").glob("*.png"))[:3]
@@ -281,7 +288,8 @@ def main(args):
         scenes(folder, args.base, args.seeds)
         beside_the_masks(folder, args.base, args.seeds)
     print(
-        f"results in {folder / 'results'}, chart in {folder / 'figures'}, pictures in {folder}/test-*/overlays"
+        f"results in {folder / 'results'}, chart in {folder / 'figures'}, pictures in "
+        f"{folder}/test-*/overlays"
     )
 
 

@@ -1,10 +1,12 @@
-"""Which words of a caption does the tiny base know? Accuracy of each kind of word, choosing among the words of that kind.
+"""Which words of a caption does the tiny base know? Accuracy of each kind of word, choosing among the words
+of that kind.
 
     python studies/flmm/score_words.py --config CONFIG --data DATA --out words.json
 
-Teacher-forced on the test split of make_data.py: before each word of a phrase, the base's most likely word of the same kind
-(colour, size, texture, shape). Controls: the same with the next picture, and chance. The first colour of a caption cannot be
-known, since objects are named in random order; so colours stay below 1 however good the base is.
+Teacher-forced on the test split of make_data.py: before each word of a phrase, the base's most likely word of
+the same kind (colour, size, texture, shape). Controls: the same with the next picture, and chance. The first
+colour of a caption cannot be known, since objects are named in random order; so colours stay below 1 however
+good the base is.
 """
 
 import sys
@@ -73,7 +75,8 @@ def main(args):
     atomic_json(args.out, result)
     for kind, r in result.items():
         print(
-            f"{kind}: {r['right picture']:.3f} of {r['words']} words right, with the next picture {r['next picture']:.3f}, "
+            f"{kind}: {r['right picture']:.3f} of {r['words']} words right, with the next picture "
+            f"{r['next picture']:.3f}, "
             f"chance {r['chance']:.3f}"
         )
 

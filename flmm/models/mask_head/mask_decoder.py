@@ -1,6 +1,7 @@
 """Mask head of F-LMM (arXiv 2406.05821): a small UNet that turns attention maps into mask logits.
 
-Upstream: flmm/models/mask_head/mask_decoder.py (UNetHead on mmseg's UNet); state-dict keys are the same, mmseg is not needed.
+Upstream: flmm/models/mask_head/mask_decoder.py (UNetHead on mmseg's UNet); state-dict keys are the same,
+mmseg is not needed.
 """
 
 import torch
@@ -77,8 +78,8 @@ class UpConvBlock(nn.Module):
 class UNetHead(nn.Module):
     """UNet over per-phrase attention maps.
 
-    x: (n, in_channels, h, w), every value in [0, 1] when `normalize_input`; n phrases, in_channels = layers * heads.
-    Returns logits (n, 1, h', w'); h', w' = floor(side * s), s = max(1, upsample_input / longer side).
+    x: (n, in_channels, h, w), every value in [0, 1] when `normalize_input`; n phrases, in_channels = layers *
+    heads. Returns logits (n, 1, h', w'); h', w' = floor(side * s), s = max(1, upsample_input / longer side).
     Raises ValueError for another channel count (a head of another base) or for values outside [0, 1].
     Defaults are the values of every published configuration.
     """

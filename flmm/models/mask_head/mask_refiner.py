@@ -1,4 +1,5 @@
-"""SAM as mask refiner: the frozen image encoder and the trained prompt encoder + mask decoder, on transformers' classes.
+"""SAM as mask refiner: the frozen image encoder and the trained prompt encoder + mask decoder, on
+transformers' classes.
 
 Upstream: flmm/models/mask_head/mask_refiner.py (SAMWrapper). On disk the key names are those of the original
 segment_anything; `to_transformers_key` and `to_original_key` translate.
@@ -51,7 +52,8 @@ _MLP = re.compile(r"^(mask_decoder\.(?:output_hypernetworks_mlps\.\d+|iou_predic
 
 
 def to_transformers_key(key, iou_depth=3):
-    """segment_anything parameter name -> transformers SamModel name. iou_depth: layers of the IoU MLP (published: 3)."""
+    """segment_anything parameter name -> transformers SamModel name. iou_depth: layers of the IoU MLP
+    (published: 3)."""
     if match := _MLP.match(key):
         depth = iou_depth if "iou_prediction_head" in key else 3
         layer, rest = re.match(r"layers\.(\d+)\.(.*)", match[2]).groups()
@@ -64,7 +66,8 @@ def to_transformers_key(key, iou_depth=3):
 
 
 def original_keys(names, iou_depth=3):
-    """{transformers name: segment_anything name} for the given transformers names (the inverse of to_transformers_key)."""
+    """{transformers name: segment_anything name} for the given transformers names (the inverse of
+    to_transformers_key)."""
     inverse = []
     for (
         pattern,
@@ -147,7 +150,8 @@ def sam_config_from_tensors(tensors, decoder_heads=8):
 
 
 def sam_from_original(tensors, decoder_heads=8):
-    """SamModel with the weights of an original SAM state dict (`sam_vit_{b,l,h}_*.pth`, read by the caller)."""
+    """SamModel with the weights of an original SAM state dict (`sam_vit_{b,l,h}_*.pth`, read by the
+    caller)."""
     model = SamModel(sam_config_from_tensors(tensors, decoder_heads))
     depth = model.config.mask_decoder_config.iou_head_depth
     state = {to_transformers_key(k, depth): v for k, v in tensors.items()}
@@ -159,7 +163,8 @@ def sam_from_original(tensors, decoder_heads=8):
 
 
 def load_sam(path, read_weights):
-    """SamModel from an original checkpoint file or from a transformers folder. read_weights: path -> dict of tensors."""
+    """SamModel from an original checkpoint file or from a transformers folder. read_weights: path -> dict of
+    tensors."""
     if Path(path).is_dir():
         with reading(path, "SAM folder"):
             return SamModel.from_pretrained(path)
@@ -187,7 +192,8 @@ class SAMImageEncoder:
         return self
 
     def preprocess(self, image):
-        """RGB PIL image -> (3, image_size, image_size) float, long side resized, zero-padded bottom and right."""
+        """RGB PIL image -> (3, image_size, image_size) float, long side resized, zero-padded bottom and
+        right."""
         h, w = resized_size((image.height, image.width), self.image_size)
         pixels = torch.from_numpy(np.array(image.resize((w, h), Image.BILINEAR)))
         pixels = (pixels.permute(2, 0, 1).float() - torch.tensor(PIXEL_MEAN)[:, None, None]) / torch.tensor(
@@ -212,11 +218,13 @@ def mask_to_box(mask):
 
 
 class SAMWrapper(nn.Module):
-    """The trained half of SAM: prompt encoder and mask decoder, prompted by the coarse mask, its box and the words.
+    """The trained half of SAM: prompt encoder and mask decoder, prompted by the coarse mask, its box and the
+    words.
 
     sam: SamModel. multimask_output: choose, among three candidates, the one nearest to the coarse mask.
-    per_phrase_pad: upstream pads the mask prompt with the minimum over *all* phrases of the image, so one phrase's
-    result depends on the others; True uses the phrase's own minimum (changes the numbers of published heads).
+    per_phrase_pad: upstream pads the mask prompt with the minimum over *all* phrases of the image, so one
+    phrase's result depends on the others; True uses the phrase's own minimum (changes the numbers of
+    published heads).
     """
 
     def __init__(
@@ -233,7 +241,8 @@ class SAMWrapper(nn.Module):
         self.multimask_output, self.per_phrase_pad = multimask_output, per_phrase_pad
         self.prompt_encoder, self.mask_decoder = sam.prompt_encoder, sam.mask_decoder
         self.prompt_encoder.shared_embedding.requires_grad_(False)  # a buffer in the original
-        # transformers' default of 1e-6 is the image encoder's; the original decoder uses plain LayerNorm, 1e-5
+        # transformers' default of 1e-6 is the image encoder's; the original decoder uses plain LayerNorm,
+        # 1e-5
         for module in self.mask_decoder.transformer.modules():
             if isinstance(module, nn.LayerNorm):
                 module.eps = 1e-5
@@ -250,7 +259,8 @@ class SAMWrapper(nn.Module):
         return embedding(grid[None])[0].permute(2, 0, 1)[None]
 
     def prompt_masks(self, pred_masks, image_size):
-        """Coarse logits (n, h, w) -> mask prompts (n, 1, 4e, 4e) in SAM's padded frame (logits, not probabilities)."""
+        """Coarse logits (n, h, w) -> mask prompts (n, 1, 4e, 4e) in SAM's padded frame (logits, not
+        probabilities)."""
         h, w = resized_size(image_size, self.image_size)
         side = 4 * self.prompt_encoder.image_embedding_size[0]
         masks = F.interpolate(pred_masks[:, None].float(), size=(h, w), mode="bilinear")
@@ -277,9 +287,10 @@ class SAMWrapper(nn.Module):
     def forward(self, image_embeddings, image_sizes, pred_masks, text_embeds):
         """Refine the phrases of a list of images; phrases with equally many words are decoded together.
 
-        Per image: image_embeddings (D, e, e) of SAMImageEncoder, image_sizes (H, W) original pixels, pred_masks (n, h, w)
-        coarse logits, text_embeds n tensors (T_k, D). Returns per image logits (n, H, W) and SAM's predicted IoU (n,).
-        No mask exists for padded sparse tokens, so unequal lengths are not padded but decoded in groups.
+        Per image: image_embeddings (D, e, e) of SAMImageEncoder, image_sizes (H, W) original pixels,
+        pred_masks (n, h, w) coarse logits, text_embeds n tensors (T_k, D). Returns per image logits (n, H, W)
+        and SAM's predicted IoU (n,). No mask exists for padded sparse tokens, so unequal lengths are not
+        padded but decoded in groups.
         """
         prompts = torch.cat([self.prompt_masks(p, size) for p, size in zip(pred_masks, image_sizes)])
         boxes = torch.cat([self.boxes(p, size) for p, size in zip(pred_masks, image_sizes)])

@@ -2,7 +2,7 @@
 
     python flmm/scripts/demo/grounded_conversation_demo.py --config CONFIG --head head.safetensors \\
         --image street.jpg --text "a red car"
-    ... --image street.jpg                              # the base describes the picture; its noun phrases are grounded
+    ... --image street.jpg                   # the base describes the picture; its noun phrases are grounded
     ... --image street.jpg --question "Where can I sit?"
 
 Writes OUT.png (the picture with its masks) and OUT.json (phrases, boxes in pixels, scores, COCO RLE). Asks
@@ -63,7 +63,8 @@ def load_grounder(args) -> Grounder:
     head, selector = runs / "head-llava-0" / "head.safetensors", runs / "selector-llava" / "model.safetensors"
     if not head.is_file():
         raise UserError(
-            "there is no --config and no --head, and the built-in study has not been run yet: give both, or run "
+            "there is no --config and no --head, and the built-in study has not been run yet: give both, or "
+            "run "
             "bash run_all.sh flmm first"
         )
     overrides = [

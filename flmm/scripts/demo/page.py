@@ -1,9 +1,10 @@
-"""A local page: choose a picture, type phrases or nothing, and see masks light up as the pointer moves over words.
+"""A local page: choose a picture, type phrases or nothing, and see masks light up as the pointer moves over
+words.
 
     python flmm/scripts/demo/page.py --config CONFIG --head head.safetensors      # then open http://127.0.0.1:8000
 
-Without --config and --head the model of the built-in study is used. The server needs the standard library only
-and answers to this machine alone; the page itself is page.html.
+Without --config and --head the model of the built-in study is used. The server needs the standard library
+only and answers to this machine alone; the page itself is page.html.
 """
 
 import base64
@@ -51,8 +52,8 @@ def mask_layer(mask, colour):
 
 
 def reply(grounder, content, text):
-    """What the page draws for the bytes of a picture and the typed text; {"error"} in one line for what a user can
-    mend."""
+    """What the page draws for the bytes of a picture and the typed text; {"error"} in one line for what a
+    user can mend."""
     try:
         image = to_rgb(ImageOps.exif_transpose(Image.open(io.BytesIO(content))))
         image.thumbnail((1600, 1600))

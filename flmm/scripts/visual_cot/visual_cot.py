@@ -1,12 +1,13 @@
 """Visual chain-of-thought: look for the object that matters, cut it out, ask again with both pictures.
 
-    python flmm/scripts/visual_cot/visual_cot.py --config CONFIG --head HEAD --image street.jpg --question "What is on the sign?"
+    python flmm/scripts/visual_cot/visual_cot.py --config CONFIG --head HEAD \\
+        --image street.jpg --question "What is on the sign?"
 
-Versions as upstream (scripts/visual_cot): v1 asks for the most relevant object and grounds that answer, v2 grounds the
-question, v3 is the baseline without a crop. --resample asks again with the picture's own tokens inside the box instead of a
-crop that is encoded anew (upstream: visual_cot_resample of the Qwen fork). --benchmark FILE scores a list [{"image",
-"question", "answer"}] with a scorer that can be replaced: the built-in one counts an answer as right if it contains the
-reference.
+Versions as upstream (scripts/visual_cot): v1 asks for the most relevant object and grounds that answer, v2
+grounds the question, v3 is the baseline without a crop. --resample asks again with the picture's own tokens
+inside the box instead of a crop that is encoded anew (upstream: visual_cot_resample of the Qwen fork).
+--benchmark FILE scores a list [{"image", "question", "answer"}] with a scorer that can be replaced: the
+built-in one counts an answer as right if it contains the reference.
 """
 
 import json
@@ -34,7 +35,8 @@ SHORT = "Answer the question using a single word or phrase."
 
 
 def mask_to_crop(mask, scale=1.0):
-    """(H, W) mask, > 0 inside -> crop [x0, y0, x1, y1] in whole pixels: half sides at least 8, enlarged by `scale`, clipped.
+    """(H, W) mask, > 0 inside -> crop [x0, y0, x1, y1] in whole pixels: half sides at least 8, enlarged by
+    `scale`, clipped.
 
     The whole picture if the mask is empty.
     """
@@ -81,7 +83,8 @@ def answer(grounder, images, text, started="", max_new_tokens=32):
 
 
 def tokens_in_box(box, sample, grid):
-    """Flat indices of the image tokens that a box [x0, y0, x1, y1] in pixels of the picture touches, at least one.
+    """Flat indices of the image tokens that a box [x0, y0, x1, y1] in pixels of the picture touches, at least
+    one.
 
     grid: (rows, columns) of the padded picture. Start rounded down, end rounded up, as upstream.
     """
@@ -103,9 +106,10 @@ def tokens_in_box(box, sample, grid):
 def visual_cot_resample(base, sample, embeds, positions, box, text, max_new_tokens=32):
     """Greedy answer to `text` that sees only the image tokens inside `box`; the picture is not encoded again.
 
-    embeds (N, d), positions (..., N): the image tokens' input embeddings and rotary positions in an earlier pass over the same
-    picture. The tokens left keep their places and the text its own, as if the others were there and nobody looked at them.
-    Upstream's Qwen fork drops the positions, and the picture becomes a line of text.
+    embeds (N, d), positions (..., N): the image tokens' input embeddings and rotary positions in an earlier
+    pass over the same picture. The tokens left keep their places and the text its own, as if the others were
+    there and nobody looked at them. Upstream's Qwen fork drops the positions, and the picture becomes a line
+    of text.
     """
     model, ids = base.model, base.encode_prompt(text)
     at, chosen = (
@@ -173,7 +177,8 @@ def chain_of_thought(
         sample = {"image": image, **base.image_processor(image)}
         if base.maps_per_head > 1:
             raise UserError(
-                f"--resample: {type(base).__name__} writes a picture as tiles and no plain grid; leave the option out"
+                f"--resample: {type(base).__name__} writes a picture as tiles and no plain grid; leave the "
+                "option out"
             )
         start = base.encode_prompt().index(
             base.image_token_id
@@ -184,7 +189,8 @@ def chain_of_thought(
         )
         return {"answer": reply, "box": box, "thought": thought}
     text = (
-        f"This is the whole image. {base.image_text}This is the image region that might help you answer the question: "
+        f"This is the whole image. {base.image_text}This is the image region that might help you answer the "
+        "question: "
         f"{question} {SHORT}"
     )
     return {"answer": answer(grounder, [image, image.crop(box)], text), "box": box, "thought": thought}

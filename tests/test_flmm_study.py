@@ -1,0 +1,143 @@
+"""studies/flmm: the recipes at smoke size, and what the report computes."""
+
+import importlib
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import studies.recipe
+from common.errors import UserError
+from flmm.data.scenes import make_scene
+from flmm.models.tiny import tiny_sam
+from studies.flmm import builtin, model, photos, report
+from studies.flmm.pretrain_sam import PromptedSAM, Prompts
+from tests import forked
+
+ROOT = studies.recipe.ROOT
+
+
+def photographs(folder):
+    """Scenes in the plain phrase format in place of photographs: a training and a held-out folder."""
+    for name, indices in (("train_a", range(8)), ("val_b", range(8, 10))):
+        images = []
+        for i in indices:
+            scene, segments = make_scene(5, i), np.zeros((64, 64), np.uint8)
+            for k, mask in enumerate(scene["masks"]):
+                segments[mask] = k + 1
+            for kind, array in (("images", scene["image"]), ("masks", segments)):
+                (folder / name / kind).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(array).save(folder / name / kind / f"{i}.png")
+            ids = range(1, len(scene["masks"]) + 1)
+            images.append(
+                {
+                    "id": i,
+                    "file": f"{i}.png",
+                    "segments": [{"id": k, "category": 1, "isthing": True} for k in ids],
+                    "phrases": [
+                        {"caption": -1, "text": text, "segment_ids": [k]}
+                        for k, text in zip(ids, scene["phrases"])
+                    ],
+                }
+            )
+        (folder / name / "annotations.json").write_text(json.dumps({"images": images}))
+
+
+@pytest.mark.slow
+def test_the_recipes_run_from_data_to_report(tmp_path, monkeypatch):
+    """Every stage runs in a fork instead of a process of its own, with the options of the command line."""
+    runs, stages = tmp_path / "runs", []
+    photographs(tmp_path / "real/grounding")
+
+    def stage(script, *arguments, **flags):
+        stages.append(script)
+        module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+        words = [*arguments, *studies.recipe.options(flags)]
+        done = forked.call(module, words, tmp_path / f"{len(stages)}.txt", 300)
+        assert done.returncode == 0, f"{script}: {done.text[-3000:]}"
+
+    monkeypatch.setattr(studies.recipe, "SMOKE", True)
+    monkeypatch.setenv("OMP_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
+    monkeypatch.setenv("SEEDS", "0")
+    for module in (builtin, photos):
+        monkeypatch.setattr(module, "stage", stage)
+        monkeypatch.setattr(module, "REAL", tmp_path / "real")
+        monkeypatch.setattr(module, "RUNS", runs)
+        monkeypatch.setattr(module, "OUT", runs / "flmm")
+    for module in (model, builtin):
+        monkeypatch.setattr(module, "SAM", runs / "flmm/sam/sam_tiny.safetensors")
+    monkeypatch.setattr(model, "OUT", runs / "flmm")
+    monkeypatch.setattr(builtin, "SCENES", tmp_path / "scenes")
+    builtin.main()
+
+    assert stages.count("flmm/train.py") == 4 and stages[-1] == "studies/flmm/report.py"
+    rows = [json.loads(path.read_text()) for path in (runs / "flmm/results").glob("*.json")]
+    assert {row["task"] for row in rows} == {
+        "mask head on a frozen tiny llava base",
+        "SAM refiner after it, llava",
+        "objects that hide each other, llava",
+        "shape words of the base, llava",
+        "base untouched, llava",
+        "keyword selector, llava",
+        "photographs",
+        "photographs, 8 pictures by heart",
+    }
+    untouched = next(row for row in rows if row["task"] == "base untouched, llava")
+    assert untouched["value"] == 0 and untouched["controls"]["compared"] > 0
+    assert not list((runs / "flmm").glob("cache*"))  # features are only kept while a head needs them
+
+
+def test_photographs_without_training_folders_need_an_earlier_head(tmp_path, monkeypatch):
+    photographs(tmp_path / "grounding")
+    (tmp_path / "grounding/train_a").rename(tmp_path / "elsewhere")
+    monkeypatch.setattr(photos, "REAL", tmp_path)
+    monkeypatch.setattr(photos, "OUT", tmp_path / "runs")
+    with pytest.raises(UserError, match="no folder train\\*"):
+        photos.main()
+
+
+def test_the_tiny_sam_learns_with_its_image_encoder_and_keeps_its_position_code():
+    prompted, samples = PromptedSAM(tiny_sam()), [Prompts(0, 4)[i] for i in range(2)]
+    logits, scores = prompted(samples, use_mask=True)
+    assert (
+        logits.shape == (sum(len(s["masks"]) for s in samples), 64, 64) and scores.shape == logits.shape[:1]
+    )
+    logits.sum().backward()
+    assert prompted.sam.vision_encoder.patch_embed.projection.weight.grad.abs().sum() > 0
+    assert prompted.sam.prompt_encoder.shared_embedding.positional_embedding.grad is None
+    assert torch.equal(
+        Prompts(0, 4)[3]["blurred"], Prompts(0, 9)[3]["blurred"]
+    )  # a scene is its seed and index
+
+
+# --- the report
+
+
+TABLE = [
+    {"file": "a", "phrase": "red circle", "iou": "0.8", "score": "0.9"},
+    {"file": "a", "phrase": "red cross", "iou": "0.4", "score": "0.5"},
+    {"file": "b", "phrase": "blue cross", "iou": "0.3", "score": "0.6"},
+]
+
+
+def test_words_and_confident_masks_are_averaged_over_their_phrases():
+    words = report.per_word(TABLE)
+    assert words == pytest.approx({"red": 0.6, "circle": 0.8, "cross": 0.35, "blue": 0.3})
+    assert report.confident(TABLE) == pytest.approx((1.1 / 3, 2 / 3))  # a score of .5 is not above one half
+
+
+def test_the_interval_covers_other_pictures_and_keeps_their_phrases_together():
+    """Two pictures: the mean is that of one, of the other, or of both; of 1000 draws a quarter is each of the
+    first."""
+    low, high = report.interval([TABLE], "iou")
+    assert (low, high) == pytest.approx((0.3, 0.6))
+    one = report.interval([[{"file": "a", "iou": "0.1"}], [{"file": "a", "iou": "0.9"}]], "iou")
+    assert one == pytest.approx((0.1, 0.9))  # equal names of two seeds are two pictures
+
+
+def test_an_average_goes_over_the_seeds():
+    parts = [{"controls": {"raw": 0.2}}, {"controls": {"raw": 0.6}}]
+    assert report.average(parts, "controls", "raw") == pytest.approx(0.4)
