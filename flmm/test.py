@@ -127,6 +127,16 @@ def score(samples, features, outputs, raw=None):
     return rows
 
 
+def answer_queries(base, samples, split):
+    """Let the base answer the query of each sample: samples whose phrase is the answer, and the answers."""
+    if any(len(sample["mask_infos"]) > 1 for sample in samples):
+        raise UserError(
+            f"--answer-first: {split} has captions with several phrases; it is for ReasonSeg, one query a "
+            "record"
+        )
+    return zip(*[answer_then_ground(base, sample) for sample in samples])
+
+
 def draw(sample, output, path):
     """One picture: the true masks, the coarse ones and the refined ones, with the phrases in their
     colours."""
@@ -170,6 +180,7 @@ def main(args):
     dataset = build_dataset(config, args.split, args.data, builder, per_sentence=args.protocol == "sentence")
     dims = (base.channels, base.num_layers, base.hidden_size)
     head, sam_encoder = build_head(config, dims, build_sam(config))
+    # A head with missing tensors or of another base is refused before anything is written.
     report = head.load_upstream(read_weights(args.head), args.head)
     head.to(accelerator.device).eval()
     if sam_encoder is not None:
@@ -181,7 +192,7 @@ def main(args):
     if accelerator.is_main_process:
         shutil.rmtree(out / "overlays", ignore_errors=True)
     raw = None
-    if args.controls:
+    if args.controls:  # chosen on training records, whatever split is scored
         raw = choose_raw_map(base, build_dataset(config, "train", args.data, builder), accelerator)
 
     # Every process scores its share of the records.
@@ -190,15 +201,12 @@ def main(args):
     loader = DataLoader(Subset(dataset, mine), args.batch_size, collate_fn=list)
     rows, drawn = [], 0
     for samples in progress(loader, accelerator, desc=args.split):
+        # Reasoning: the base's answer takes the place of the query as the phrase to ground.
         answers = None
         if args.answer_first:
-            if any(len(s["mask_infos"]) > 1 for s in samples):
-                raise UserError(
-                    f"--answer-first: {args.split} has captions with several phrases; it is for ReasonSeg, "
-                    "one "
-                    "query a record"
-                )
-            samples, answers = zip(*[answer_then_ground(base, s) for s in samples])
+            samples, answers = answer_queries(base, samples, args.split)
+
+        # The frozen part, then the head, then one row per phrase.
         features = extract(base, sam_encoder, samples)
         outputs = head(features)
         batch_rows = score(samples, features, outputs, raw)
@@ -218,6 +226,8 @@ def main(args):
         return
     if not rows:
         raise UserError(f"--split {args.split}: no phrase to score")
+
+    # The files, and the numbers that one looks at first.
     results = write_results(out, rows, args.split, args.protocol)
     controls = " ".join(f"{name} {value:.3f}" for name, value in results["controls"].items())
     print(

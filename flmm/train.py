@@ -91,11 +91,25 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def settle_options(args, optim: dict):
-    """Let the configuration's part `optim` decide about what the command line leaves open."""
+def settle_options(args, config):
+    """Bring command line and configuration together: `optim` decides about what the command line leaves
+    open."""
+    optim = config["optim"]
+    if args.base_path:
+        config["base"]["path"] = args.base_path
     for name in ("lr", "epochs", "batch_size", "accum", "weight_decay", "warmup", "clip"):
         if name in optim and name not in args._given:
             setattr(args, name, optim[name])
+
+
+def refuse_idle_options(args, config, processes: int):
+    """Refuse what has no effect with this configuration and this number of processes."""
+    if config["optim"].get("coarse_first") and not config["sam"].get("path"):
+        raise UserError("optim.coarse_first has no effect without sam.path; leave it out")
+    if not config["data"].get("val"):
+        refuse(args, ["eval_every"], "without data.val in the configuration")
+    if args.shard_base and (processes == 1 or args.cache_attention):
+        raise UserError("--shard-base needs several processes (NPROC_PER_NODE=8) and no --cache-attention")
 
 
 def warmup_steps(warmup: float, steps: int) -> int:
@@ -170,7 +184,9 @@ def validation_loader(dataset, args, accelerator):
 @torch.no_grad()
 def validate(head, loader, get_features, accelerator):
     """Mean IoU over the phrases of all processes at the original size of the pictures, of coarse and refined
-    masks."""
+    masks; nothing where there is no validation split."""
+    if loader is None:
+        return {}
     head.eval()
     rows = []
     for samples in loader:
@@ -184,6 +200,36 @@ def validate(head, loader, get_features, accelerator):
     return {"val_miou_coarse": coarse / max(count, 1), "val_miou": refined / max(count, 1)}
 
 
+def describe_base(base) -> str:
+    """Class and size of the base, or that its features were cached."""
+    if base is None:
+        return "cached features"
+    return f"{type(base).__name__} {describe(base.model)}, {base.values_here:,} held by this process"
+
+
+def make_head(config, dims, sam, args, accelerator):
+    """The part that is trained, and SAM's frozen image encoder on the device (or None)."""
+    head, sam_encoder = build_head(config, dims, sam)
+    if args.init_head:
+        accelerator.print(head.load_upstream(read_weights(args.init_head), args.init_head))
+    if sam_encoder is not None:
+        sam_encoder.to(accelerator.device)
+    # Only the parts that see nothing but tensors; lists of pictures of different sizes stay outside.
+    if args.compile:
+        head.mask_head.compile()
+        if head.sam is not None:
+            head.sam.mask_decoder.compile()
+    return head, sam_encoder
+
+
+def make_optimizer(head, args):
+    """AdamW with one group, so that weight decay holds for every tensor, as upstream; the schedule multiplies
+    "peak"."""
+    trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
+    group = {"params": trained, "lr": args.lr, "peak": args.lr, "weight_decay": args.weight_decay}
+    return torch.optim.AdamW([group])
+
+
 def save_head(head, dims, path):
     """Write the trained tensors under upstream's names; `dims` of the base go into the file's metadata."""
     with atomic_path(path) as temporary:
@@ -193,21 +239,14 @@ def save_head(head, dims, path):
 def main(args):
     # The configuration says what the model is and how it is trained; the command line has the last word.
     config = read_config(args.config, args.set)
-    settle_options(args, config["optim"])
-    if args.base_path:
-        config["base"]["path"] = args.base_path
+    settle_options(args, config)
     coarse_first = config["optim"].get("coarse_first", 0)
-    if coarse_first and not config["sam"].get("path"):
-        raise UserError("optim.coarse_first has no effect without sam.path; leave it out")
-    if not config["data"].get("val"):
-        refuse(args, ["eval_every"], "without data.val in the configuration")
+    mask_name = "gt_masks" if args.targets == "original" else "masks"
 
     # Parts of SAM's prompt encoder and its IoU head get no gradient: DDP has to look for them.
-    accelerator = make_accelerator(
-        args, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]
-    )
-    if args.shard_base and (accelerator.num_processes == 1 or args.cache_attention):
-        raise UserError("--shard-base needs several processes (NPROC_PER_NODE=8) and no --cache-attention")
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
+    accelerator = make_accelerator(args, kwargs_handlers=[ddp])
+    refuse_idle_options(args, config, accelerator.num_processes)
     seed_everything(args.seed)
 
     # What is frozen: the base, its data sets (or the features that it left), and SAM's image encoder.
@@ -216,56 +255,33 @@ def main(args):
 
     # What is trained; the same seed gives the same head whether or not features were cached just now.
     seed_everything(args.seed)
-    head, sam_encoder = build_head(config, dims, sam)
-    if args.init_head:
-        accelerator.print(head.load_upstream(read_weights(args.init_head), args.init_head))
-    if sam_encoder is not None:
-        sam_encoder.to(accelerator.device)
-    if args.compile:  # the parts that only see tensors; lists of pictures of different sizes stay outside
-        head.mask_head.compile()
-        if head.sam is not None:
-            head.sam.mask_decoder.compile()
+    head, sam_encoder = make_head(config, dims, sam, args, accelerator)
 
     def get_features(samples):
         """Features of a batch on the device: the cached ones, or what the frozen part makes of it now."""
         return to_device(samples if base is None else extract(base, sam_encoder, samples), accelerator.device)
 
-    # One group with weight decay on everything, as upstream; `peak` is what the schedule multiplies.
-    group = {
-        "params": [p for p in head.parameters() if p.requires_grad],
-        "lr": args.lr,
-        "peak": args.lr,
-        "weight_decay": args.weight_decay,
-    }
-    optimizer = torch.optim.AdamW([group])
+    # The number of steps follows from the prepared loader, whose length is that of one process.
     loader = make_loader(sets["train"], args, collate_fn=list)
-    model, optimizer, loader = accelerator.prepare(head, optimizer, loader)
+    model, optimizer, loader = accelerator.prepare(head, make_optimizer(head, args), loader)
     val_loader = validation_loader(sets["val"], args, accelerator) if "val" in sets else None
     steps = plan_steps(args, loader)
     warmup = warmup_steps(args.warmup, steps)
 
-    # From here on the run folder holds what happens.
+    # Everything is checked: from here on the run folder holds what happens.
     out = open_run(args.out, args, accelerator, args.resume, args.overwrite)
-    frozen = "cached features"
-    if base is not None:
-        frozen = f"{type(base).__name__} {describe(base.model)}, {base.values_here:,} held by this process"
-    accelerator.print(
-        f"base: {frozen}; attention channels {dims[0]}\nhead: {describe(head)}\n"
-        f"{len(sets['train'])} samples, effective batch "
-        f"{args.batch_size * args.accum * accelerator.num_processes}, {steps} steps, lr {args.lr:g}"
-    )
+    accelerator.print(f"base: {describe_base(base)}; attention channels {dims[0]}\nhead: {describe(head)}")
+    pictures = args.batch_size * args.accum * accelerator.num_processes
+    accelerator.print(f"{len(sets['train'])} samples, {pictures} a step, {steps} steps, lr {args.lr:g}")
 
-    # The loop. The losses of a batch are means over its phrases, so the share of a batch is counted in
-    # phrases.
+    # The loop. The losses of a batch are means over its phrases, so its share is counted in phrases.
     training = start(accelerator, args, steps, [optimizer])
     model.train()
     for samples, share in batches(training, loader, lambda batch: sum(len(s["masks"]) for s in batch)):
         with accelerator.accumulate(model):
-            # SAM's decoder joins after `coarse_first` steps: its prompts, the coarse masks, mean nothing
-            # before.
+            # SAM's decoder joins after `coarse_first` steps: before, its prompts (coarse masks) mean nothing.
             outputs = model(get_features(samples), refine=training.state["step"] >= coarse_first)
-            name = "gt_masks" if args.targets == "original" else "masks"
-            targets = [sample[name].to(accelerator.device) for sample in samples]
+            targets = [sample[mask_name].to(accelerator.device) for sample in samples]
             parts = {key: value * share for key, value in head.compute_loss(outputs, targets).items()}
 
             # A loss that is not finite ends the run before the weights change.
@@ -276,13 +292,11 @@ def main(args):
 
         # After the last batch of an optimizer step: validate where it is due, log, save, stop.
         if accelerator.sync_gradients:
-            due = evaluation_due(training)
-            scores = validate(head, val_loader, get_features, accelerator) if due else {}
+            scores = validate(head, val_loader, get_features, accelerator) if evaluation_due(training) else {}
             finish_step(training, grad=grad, **scores)
 
-    # The head alone, and what it is worth on the validation split. Every step is saved: a stop signal now
-    # ends the run at once.
-    scores = validate(head, val_loader, get_features, accelerator) if val_loader is not None else {}
+    # The head alone and its validation; every step is saved, so a stop signal now ends the run at once.
+    scores = validate(head, val_loader, get_features, accelerator)
     if accelerator.is_main_process:
         save_head(head, dims, out / "head.safetensors")
         atomic_json(out / "metrics.json", {"steps": steps, **scores})

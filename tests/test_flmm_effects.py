@@ -127,7 +127,7 @@ def test_what_the_configuration_says_about_training_holds_until_the_command_line
         "clip": 2.0,
     }
     args = flmm.train.parse_args("--config c --data d --out o --learning-rate 0.1 --accum 2".split())
-    flmm.train.settle_options(args, recipe)
+    flmm.train.settle_options(args, {"optim": recipe, "base": {}})
     for name, value in {**recipe, "lr": 0.1, "accum": 2}.items():
         assert getattr(args, name) == value, name
 

@@ -113,8 +113,8 @@ def test_no_step_needs_more_memory_than_an_earlier_one(world, tmp_path, monkeypa
 
     monkeypatch.setattr(trainer, "lr_at", next_step)
     model = ["--base-path", world / "llava", "--set", f"sam.path={world / 'sam'}", "unet.base_channels=4"]
-    steps = ["--batch-size", 8, "--max-steps", 9, "--log-every", 3, "--out", tmp_path / "run"]
-    options = ["--config", CONFIG, "--data", world / "data", *model, *steps]
+    length = ["--batch-size", 8, "--max-steps", 9, "--log-every", 3, "--out", tmp_path / "run"]
+    options = ["--config", CONFIG, "--data", world / "data", *model, *length]
     in_process(trainer.main, trainer.parse_args, monkeypatch, *options)
     watch[0].__exit__(None, None, None)
     peaks, kept = zip(*steps)

@@ -127,6 +127,7 @@ def main(args):
         selector.compile()
     group = {"params": list(selector.parameters()), "lr": args.lr, "peak": args.lr}
     optimizer = torch.optim.AdamW([group], weight_decay=args.weight_decay)
+    # Captions differ in length, so a batch stays a list.
     loader = make_loader(captions["train"], args, collate_fn=list)
     model, optimizer, loader = accelerator.prepare(selector, optimizer, loader)
     steps = plan_steps(args, loader)
@@ -142,6 +143,7 @@ def main(args):
             accelerator.backward(loss)
             factor = lr_at(training.state["step"], steps, args.warmup, "constant")
             grad = update(training, model, [optimizer], factor)
+        # After an optimizer step: score where it is due, log, save, stop.
         if accelerator.sync_gradients:
             scores = {}
             if evaluation_due(training):
@@ -158,6 +160,8 @@ def main(args):
             print(f"{name}: " + ", ".join(f"{k} {v:.3f}" for k, v in values.items()))
         print(f"wrote {out / 'model.safetensors'}")
     finish(training, val_F1=scores["selector"]["F1"])
+
+    # DDP's reducer must go before the process group: the other way round gloo waits for ever.
     model, optimizer = accelerator.free_memory(model, optimizer)
     accelerator.end_training()
 

@@ -125,6 +125,7 @@ def main(args):
         with accelerator.accumulate(model):
             batch = caption_batch(base, samples)
             output = model(**batch)
+            # Accuracy over the words that are to be predicted, each from those before it.
             labels = batch["labels"][:, 1:]
             hit = (output.logits[:, :-1].argmax(-1) == labels)[labels != -100].float().mean()
             loss = output.loss * share
@@ -132,6 +133,7 @@ def main(args):
             accelerator.backward(loss)
             factor = lr_at(training.state["step"], steps, args.warmup, floor=0.05)
             grad = update(training, model, [optimizer], factor)
+        # After an optimizer step: log, save, stop.
         if accelerator.sync_gradients:
             finish_step(training, grad=grad)
 
@@ -140,6 +142,8 @@ def main(args):
         save_base(base.model.eval().cpu(), tokenizer, out / "base")
         print(f"wrote {out / 'base'}")
     finish(training)
+
+    # DDP's reducer must go before the process group: the other way round gloo waits for ever.
     model, optimizer = accelerator.free_memory(model, optimizer)
     accelerator.end_training()
 

@@ -115,6 +115,7 @@ class PromptedSAM(torch.nn.Module):
 
 
 def main(args):
+    # A random SAM, all of which trains.
     accelerator = make_accelerator(args)
     seed_everything(args.seed)
     sam = tiny_sam(args.seed)
@@ -138,6 +139,7 @@ def main(args):
         with accelerator.accumulate(model):
             logits, scores = model(samples, use_mask=training.state["step"] % 2 == 1)
             target = torch.cat([s["masks"] for s in samples]).to(logits.device)
+            # The predicted IoU is trained towards the true one.
             with torch.no_grad():
                 inside = logits > 0
                 hits = (inside & target).sum((1, 2)) / (inside | target).sum((1, 2)).clamp(min=1)
@@ -147,6 +149,7 @@ def main(args):
             accelerator.backward(loss * share)
             factor = lr_at(training.state["step"], steps, args.warmup, floor=0.05)
             grad = update(training, model, [optimizer], factor)
+        # After an optimizer step: log, save, stop.
         if accelerator.sync_gradients:
             finish_step(training, grad=grad)
 
@@ -158,6 +161,8 @@ def main(args):
             save_file({names[k]: v.cpu().contiguous().clone() for k, v in state.items()}, temporary)
         print(f"wrote {out / 'sam_tiny.safetensors'}")
     finish(training)
+
+    # DDP's reducer must go before the process group: the other way round gloo waits for ever.
     model, optimizer = accelerator.free_memory(model, optimizer)
     accelerator.end_training()
 

@@ -168,10 +168,9 @@ def refined_masks(folder, base, trained, random, tables, random_tables, note):
         },
         interval(tables, "iou"),
         note=f"{note}. The masks of two phrases of a picture have an IoU of {average(trained, 'alike'):.3f}, "
-        f"on a random base of {average(random, 'alike'):.3f}, and there of {average(random, 'all_objects'):.3f} "
-        "with "
-        "all objects together (near 1: every object, whatever the phrase). With masks of predicted IoU below "
-        ".5 "
+        f"on a random base of {average(random, 'alike'):.3f}, and there of "
+        f"{average(random, 'all_objects'):.3f} with all objects together (near 1: every object, whatever the "
+        "phrase). With masks of predicted IoU below .5 "
         f"counted as none: {sure:.3f}, on a random base {sure_random:.3f}",
         details={
             "per_seed": [scores["mIoU"] for scores in trained],

@@ -12,8 +12,8 @@ MUTANTS = [
     # options
     Mutant(
         "flmm/train.py",
-        '        "weight_decay": args.weight_decay,\n',
-        '        "weight_decay": 0.01,\n',
+        '"weight_decay": args.weight_decay}',
+        '"weight_decay": 0.01}',
         f"{EFFECTS}::test_the_weight_decay_holds_for_every_trained_tensor",
         "--weight-decay is ignored",
     ),
@@ -34,8 +34,8 @@ MUTANTS = [
     ),
     Mutant(
         "flmm/train.py",
-        'name = "gt_masks" if args.targets == "original" else "masks"',
-        'name = "masks"',
+        'mask_name = "gt_masks" if args.targets == "original" else "masks"',
+        'mask_name = "masks"',
         TRAIN_FLAGS,
         "--targets is ignored",
     ),
