@@ -100,7 +100,8 @@ class Trial:
 
     def predictions(self) -> dict:
         names = [n for n in self.files() if Path(n).suffix in (".csv", ".json", ".jsonl")]
-        kept = [n for n in names if Path(n).name not in ("config.json", "log.jsonl", "state.json")]
+        times = ("config.json", "log.jsonl", "state.json", "timing.json")
+        kept = [n for n in names if Path(n).name not in times]
         return {n: (self.folder / n).read_text().replace(str(self.folder), "") for n in kept}
 
     def log(self) -> list:
