@@ -1,15 +1,16 @@
-"""pruning: the scan by three methods, its memory at a large vocabulary, and pruning an 8 B checkpoint in little memory.
+"""pruning: the scan by three methods, its memory at a large vocabulary, and pruning 8 B values in little RAM.
 
     python bench/pruning.py [--repeats 3] [--out bench/results/pruning.json]
 
-scan      24 layers x 256, vocabulary 4096, 12 prompts of 9 to 30 tokens, v masked in every layer, float32. naive is upstream's
-          way: one full forward pass for each layer and prompt, and the distance from two sets of logits.
-memory    34 layers x 64 at vocabulary 153376: peak memory above that of the loaded model, with all log-probabilities of a
-          prompt at once and in chunks.
-prune     safetensors shards with openPangu-7B's shapes (8.03 B values, bfloat16, 16 GB, sparse files): peak memory and
-          seconds of prune_llm.py.
-real size only with an accelerator: 34 layers x 4096 in bfloat16, random weights: naive against wavefront, and the latency of
-          34, 28 and 17 layers.
+scan       24 layers x 256, vocabulary 4096, 12 prompts of 9 to 30 tokens, v masked in every layer, float32.
+           naive is upstream's way: one full forward pass for each layer and prompt, and the distance from two
+           sets of logits.
+memory     34 layers x 64 at vocabulary 153376: peak memory above that of the loaded model, with all
+           log-probabilities of a prompt at once and in chunks.
+prune      safetensors shards with openPangu-7B's shapes (8.03 B values, bfloat16, 16 GB, sparse files): peak
+           memory and seconds of prune_llm.py.
+real size  only with an accelerator: 34 layers x 4096 in bfloat16, random weights; naive against wavefront,
+           and the latency of 34, 28 and 17 layers.
 """
 
 import argparse
@@ -156,20 +157,17 @@ def scan_speed(repeats):
     for name, case in cases.items():
         start = time.process_time()
         rows[name] = seconds(case, repeats)
-        cpu[name] = (
-            time.process_time() - start
-        ) / repeats  # what the clock hides when others use the machine too
+        # the clock counts others that use the machine too
+        cpu[name] = (time.process_time() - start) / repeats
     reference = scores["naive (upstream)"]
     worst = {name: max(abs(s[k] - v) / v for k, v in reference.items()) for name, s in scores.items()}
     print(f"\nscan, 24 layers x 256, 12 prompts, {torch.get_num_threads()} thread(s), best of {repeats}")
-    print(
-        f"{'method':38}{'seconds':>9}{'speed-up':>10}{'CPU s':>9}{'speed-up':>10}{'largest relative difference':>30}"
-    )
+    times = f"{'seconds':>9}{'speed-up':>10}{'CPU s':>9}{'speed-up':>10}"
+    print(f"{'method':38}{times}{'largest relative difference':>30}")
     for name, spent in rows.items():
-        print(
-            f"{name:38}{spent:9.2f}{rows['naive (upstream)'] / spent:9.2f}x{cpu[name]:9.2f}{cpu['naive (upstream)'] / cpu[name]:9.2f}x"
-            f"{worst[name]:30.1e}"
-        )
+        faster, cpu_faster = (some["naive (upstream)"] / some[name] for some in (rows, cpu))
+        times = f"{spent:9.2f}{faster:9.2f}x{cpu[name]:9.2f}{cpu_faster:9.2f}x"
+        print(f"{name:38}{times}{worst[name]:30.1e}")
     return {
         "seconds": rows,
         "cpu_seconds": cpu,
@@ -179,7 +177,8 @@ def scan_speed(repeats):
 
 
 def peak_memory(chunk):
-    """In a process of its own: peak memory of a wavefront at vocabulary 153376, above that of the loaded model; printed in MB."""
+    """In a process of its own: peak memory of a wavefront at vocabulary 153376, above that of the loaded
+    model; printed in MB."""
     scan_methods.CHUNK = chunk
     model, prompts = make_model(34, 64, PANGU["vocab_size"]), make_prompts(4096, (30,))
     print(
@@ -215,7 +214,8 @@ def pangu_shapes() -> dict:
 
 
 def write_sparse(folder: Path, shapes: dict, shards: int = 4):
-    """safetensors shards of these shapes in bfloat16 that take no room on disk: headers, and holes for the values."""
+    """safetensors shards of these shapes in bfloat16 that take no room on disk: headers, and holes for the
+    values."""
     keys, weight_map = list(shapes), {}
     for number in range(shards):
         part = keys[number * len(keys) // shards : (number + 1) * len(keys) // shards]
@@ -292,7 +292,8 @@ def real_size(
     drops=((), range(23, 29), range(17, 34)),
     tokens=64,
 ):
-    """Scan and latency at openPangu's sizes with random weights in bfloat16; smaller sizes exercise the same code elsewhere."""
+    """Scan and latency at openPangu's sizes with random weights in bfloat16; smaller sizes exercise the same
+    code elsewhere."""
     sync = getattr(torch, device.type).synchronize if device.type != "cpu" else (lambda: None)
     size = (
         {
@@ -337,7 +338,8 @@ def real_size(
             spent = seconds(generate, repeats, sync)
         rows[f"latency, {layers - len(drop)} layers"] = spent
         print(
-            f"latency of {layers - len(drop)} layers, 256 + {tokens} tokens {spent:9.2f} s, {tokens / spent:.0f} tokens/s"
+            f"latency of {layers - len(drop)} layers, 256 + {tokens} tokens {spent:9.2f} s, "
+            f"{tokens / spent:.0f} tokens/s"
         )
     return rows
 

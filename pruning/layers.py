@@ -10,19 +10,15 @@ from pathlib import Path
 
 from torch import nn
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # repository root: every way of starting this file finds it
+# repository root: every way of starting this file finds it
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.errors import UserError
 
 ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "fc2")
 OUTPUT = ("o_proj", "out_proj", "dense", "c_proj", "wo")
-CONFIG_NAMES = {
-    "num_hidden_layers": "n_layer",
-    "num_attention_heads": "n_head",
-    "hidden_size": "n_embd",
-}  # as GPT-2 calls them
+# As GPT-2 calls them.
+CONFIG_NAMES = {"num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "hidden_size": "n_embd"}
 
 
 def plain(model):
@@ -43,13 +39,13 @@ def find_layers(model) -> tuple[nn.Module, str]:
             holder, _, name = path.rpartition(".")
             return model.get_submodule(holder), name
     raise UserError(
-        f"{type(model).__name__}: no list of {count} decoder layers with attention found; only transformer "
-        "decoders "
+        f"{type(model).__name__}: no list of {count} decoder layers with attention found; only decoders "
         f"can be pruned"
     )
 
 
 def decoder_layers(model) -> nn.ModuleList:
+    """The decoder layers of a causal language model; UserError where it has none."""
     holder, name = find_layers(model)
     return getattr(holder, name)
 
@@ -69,8 +65,7 @@ def config_head_counts(config: dict) -> tuple[int, int, int]:
     heads, hidden = (config.get(config_key(config, name)) for name in ("num_attention_heads", "hidden_size"))
     if not heads or not hidden:
         raise UserError(
-            "config.json has no num_attention_heads or no hidden_size; only transformer decoders can be "
-            "pruned"
+            "config.json has no num_attention_heads or no hidden_size; only decoders can be pruned"
         )
     return heads, config.get("num_key_value_heads") or heads, config.get("head_dim") or hidden // heads
 
@@ -91,8 +86,7 @@ def check_drop(drop_layers, count: int) -> list[int]:
 
 
 def shorter_config(config: dict, keep: list[int]) -> dict:
-    """A config dictionary for the kept layers: the count, and every list with one entry per layer
-    (layer_types, ...)."""
+    """A config dictionary for the layers `keep`: their count, and every list with one entry per layer."""
     name = config_key(config, "num_hidden_layers")
     count = config.get(name)
     per_layer = {

@@ -140,7 +140,7 @@ def load_report_model(ckpt, lang_model_path, prune_map=None, lora_alpha=None, lo
         if pruned is None:
             raise UserError(
                 f"{ckpt} has {llm.layers} layers, {lang_model_path} {old_layers}; name the prune map with "
-                "--prune_map_path"
+                "--prune-map-path"
             )
         keep = [pruned["layer_id_map"][str(i)] for i in range(llm.layers)]
         llm_config = type(llm_config).from_dict(shorter_config(llm_config.to_dict(), keep))

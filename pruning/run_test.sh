@@ -6,5 +6,5 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common/env.sh"
 show_help "$ROOT/pruning/test.py" "$@"
-NPROC_PER_NODE=1 launch "$ROOT/pruning/test.py" --pruned_model_path "${MODEL:-$RUNS/pruning/healed}" ${MAP:+--prune_map_path "$MAP"} \
-  ${LLM:+--lang-model-path "$LLM"} ${DATA:+--data "$DATA"} ${TEXTS:+--texts "$TEXTS"} --out_dir "${OUT:-$RUNS/pruning/test}" "$@"
+NPROC_PER_NODE=1 launch "$ROOT/pruning/test.py" --pruned-model-path "${MODEL:-$RUNS/pruning/healed}" ${MAP:+--prune-map-path "$MAP"} \
+  ${LLM:+--lang-model-path "$LLM"} ${DATA:+--data "$DATA"} ${TEXTS:+--texts "$TEXTS"} --out-dir "${OUT:-$RUNS/pruning/test}" "$@"

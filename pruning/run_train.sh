@@ -8,5 +8,5 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common/env.sh"
 show_help "$ROOT/pruning/train.py" "$@"
 [ -n "${MODEL:-}" ] || env_fail "MODEL is not set: give the checkpoint or folder that prune_llm.py wrote; for a first try with built-in data: python studies/pruning/builtin.py"
-launch "$ROOT/pruning/train.py" --pruned_model_path "$MODEL" ${MAP:+--prune_map_path "$MAP"} ${LLM:+--lang-model-path "$LLM"} \
+launch "$ROOT/pruning/train.py" --pruned-model-path "$MODEL" ${MAP:+--prune-map-path "$MAP"} ${LLM:+--lang-model-path "$LLM"} \
   ${DATA:+--data "$DATA"} ${TEXTS:+--texts "$TEXTS"} --out "${OUT:-$RUNS/pruning/healed}" "$@"

@@ -1,9 +1,9 @@
 """Test a pruned model: the reports it writes and their scores, perplexity, latency and memory.
 
-    python pruning/test.py --pruned_model_path pruned/hf_drop23_28 --texts reports.txt --out_dir results
-    python pruning/test.py --data data/dia_pangu --lang-model-path path/to/llm --out_dir results \\
-        --pruned_model_path pruned/pytorch_model_pruned_drop23_28_merged_clean_v0112_en_cpu.bin \\
-        --prune_map_path pruned/prune_layer_map_drop23_28_v0112_en_cpu.json
+    python pruning/test.py --pruned-model-path pruned/hf_drop23_28 --texts reports.txt --out-dir results
+    python pruning/test.py --data data/dia_pangu --lang-model-path path/to/llm --out-dir results \\
+        --pruned-model-path pruned/pytorch_model_pruned_drop23_28_merged_clean_v0112_en_cpu.bin \\
+        --prune-map-path pruned/prune_layer_map_drop23_28_v0112_en_cpu.json
 
 Of a report model it writes <prefix>_<tag>.csv with the columns ID, Question, Ground Truth, Pred and GT_labels
 (UTF-8), <prefix>_<tag>_per_sample_timing.csv, _timing.json and _scores.json; of a plain language model
@@ -42,13 +42,13 @@ def parse_args(argv=None):
     add_model_arguments(p.add_argument_group("model"))
     add_test_arguments(p.add_argument_group("data and test"))
     out = p.add_argument_group("results")
-    out.add_argument("--out_dir", "--out", type=Path, required=True, help="folder of the results")
-    out.add_argument("--out_prefix", default="dia-pangu-pruned", help="first part of their names")
+    out.add_argument("--out-dir", "--out", type=Path, required=True, help="folder of the results")
+    out.add_argument("--out-prefix", default="dia-pangu-pruned", help="first part of their names")
     out.add_argument(
-        "--tag_style", choices=("c", "drop"), default="drop", help="second part: c23_28 or drop23_28"
+        "--tag-style", choices=("c", "drop"), default="drop", help="second part: c23_28 or drop23_28"
     )
     out.add_argument(
-        "--tag_override",
+        "--tag-override",
         help="the second part itself; left out: the tag of the map, else the name of the checkpoint",
     )
     return p.parse_args(argv)
@@ -56,22 +56,22 @@ def parse_args(argv=None):
 
 def add_model_arguments(group):
     group.add_argument(
-        "--pruned_model_path",
-        "--ckpt_path",
+        "--pruned-model-path",
+        "--ckpt-path",
         type=Path,
         required=True,
         help="a merged checkpoint, the run folder of pruning/train.py, or the folder of a language model",
     )
     group.add_argument(
-        "--prune_map_path",
-        "--prune_map",
+        "--prune-map-path",
+        "--prune-map",
         type=Path,
         help="prune_layer_map_*.json; needed where --lang-model-path is the unpruned model",
     )
     group.add_argument(
         "--lang-model-path", type=Path, help="folder with the language model's config.json and tokenizer"
     )
-    group.add_argument("--lora_alpha", type=float, help="alpha of LoRA, where nothing else says it")
+    group.add_argument("--lora-alpha", type=float, help="alpha of LoRA, where nothing else says it")
     group.add_argument(
         "--trust-remote-code", action="store_true", help="let the Python code inside the model folder run"
     )
@@ -120,6 +120,7 @@ def nearest_rank(values, fraction: float) -> float:
 def text_losses(model, tokenizer, texts, max_length: int = 512) -> torch.Tensor:
     """(N, 2): the summed loss and the number of scored tokens of each text, cut to `max_length` tokens."""
     rows = []
+    # one at a time: no padding, and the longest text decides the memory
     for text in texts:
         ids = torch.tensor([tokenizer(text).input_ids[:max_length]], device=model.device)
         loss = model(input_ids=ids, labels=ids).loss.double().item()
@@ -137,6 +138,7 @@ def latency(lang_model, prompt_tokens: int = 64, new_tokens: int = 32, repeats: 
     embedding = lang_model.get_input_embeddings().weight
     prompt = torch.arange(prompt_tokens, device=embedding.device)[None] % (len(embedding) - 3) + 3
     times = []
+    # always the same number of new tokens, so that models compare
     for _ in range(repeats):
         start = time.perf_counter()
         lang_model.generate(
@@ -147,6 +149,8 @@ def latency(lang_model, prompt_tokens: int = 64, new_tokens: int = 32, repeats: 
             do_sample=False,
         )
         times.append(time.perf_counter() - start)
+
+    # what it weighs, and what each token of context adds
     _, kv_heads, head_dim = head_counts(lang_model)
     layers = len(decoder_layers(lang_model))
     unique = {id(p): p for p in lang_model.parameters()}.values()
@@ -170,6 +174,7 @@ def check(args):
     """Refuse what is missing and what would have no effect, before anything is loaded."""
     if bool(args.data) == bool(args.texts):
         raise UserError("give --data (a report model on a CTRG folder) or --texts (a plain language model)")
+    # what belongs to the other kind of model
     if args.texts:
         only_reports = ["lang_model_path", "lora_alpha", "split", "cache", "batch_size", "max_new_tokens"]
         refuse(args, [*only_reports, "do_sample", "seed"], "with --texts")
@@ -183,7 +188,7 @@ def check(args):
                 "tokenizer"
             )
     if args.tag_override:
-        refuse(args, ["tag_style"], "beside --tag_override")
+        refuse(args, ["tag_style"], "beside --tag-override")
 
 
 def score_texts(args, device):

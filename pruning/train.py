@@ -1,9 +1,9 @@
 """Heal a pruned model: train LoRA, or all weights of the layers, for a short while.
 
-    python pruning/train.py --pruned_model_path pruned/hf_drop23_28 --texts reports.txt --out healed
+    python pruning/train.py --pruned-model-path pruned/hf_drop23_28 --texts reports.txt --out healed
     python pruning/train.py --data data/dia_pangu --lang-model-path path/to/llm --out healed \\
-        --pruned_model_path pruned/pytorch_model_pruned_drop23_28_merged_clean_v0112_en_cpu.bin \\
-        --prune_map_path pruned/prune_layer_map_drop23_28_v0112_en_cpu.json
+        --pruned-model-path pruned/pytorch_model_pruned_drop23_28_merged_clean_v0112_en_cpu.bin \\
+        --prune-map-path pruned/prune_layer_map_drop23_28_v0112_en_cpu.json
     torchrun --nproc_per_node 8 pruning/train.py ...
 
 With --texts it heals a plain language model, with --data a report model of dia_pangu on volumes and their
@@ -65,19 +65,19 @@ def parse_args(argv=None):
 
 def add_model_arguments(group):
     group.add_argument(
-        "--pruned_model_path",
-        "--pruned_merged_ckpt",
+        "--pruned-model-path",
+        "--pruned-merged-ckpt",
         type=Path,
         required=True,
         help="the merged checkpoint that prune_llm.py wrote, or its hf_<tag> folder",
     )
     group.add_argument(
-        "--prune_map_path",
-        "--prune_map",
+        "--prune-map-path",
+        "--prune-map",
         type=Path,
         help="prune_layer_map_*.json; needed where --lang-model-path is the unpruned model",
     )
-    group.add_argument("--drop_layers", help="the layers that were removed; only checked against the map")
+    group.add_argument("--drop-layers", help="the layers that were removed; only checked against the map")
     group.add_argument(
         "--lang-model-path", type=Path, help="folder with the language model's config.json and tokenizer"
     )
@@ -124,23 +124,23 @@ def add_healing_arguments(group):
         "--full", action="store_true", help="train every weight of the decoder layers instead of LoRA"
     )
     group.add_argument(
-        "--lora_target_modules",
+        "--lora-target-modules",
         help="linear modules for a new LoRA, separated by commas; left out: q_proj and v_proj, or the one "
         "projection that holds both. Where the checkpoint has LoRA this is only checked",
     )
     group.add_argument(
-        "--lora_r",
+        "--lora-r",
         type=number(int, 1),
         default=4,
         help="rank of a new LoRA. Where the checkpoint has LoRA this is only checked",
     )
     group.add_argument(
-        "--lora_alpha",
+        "--lora-alpha",
         type=float,
         help="alpha of the checkpoint's LoRA, where nothing else says it; of a new one, 4 r if left out",
     )
     group.add_argument(
-        "--lora_dropout", type=number(float, 0, 1), default=0.0, help="dropout of LoRA (upstream 0.1 and 0.2)"
+        "--lora-dropout", type=number(float, 0, 1), default=0.0, help="dropout of LoRA (upstream 0.1 and 0.2)"
     )
     group.add_argument(
         "--distill",
@@ -165,6 +165,7 @@ class Texts(Dataset):
     def __init__(self, path, tokenizer, max_length: int, limit: int = 0):
         self.rows = []
         for i, text in enumerate(read_prompts(path)[: limit or None]):
+            # the end-of-text token is learnt too, except where the text was cut before it
             ids = (tokenizer(text).input_ids + [tokenizer.eos_token_id])[:max_length]
             self.rows.append({"id": f"{Path(path).name}:{i + 1}", "ids": torch.tensor(ids)})
 
@@ -201,7 +202,7 @@ class Healing(nn.Module):
     def __init__(self, student, teacher=None, distill: float = 0.0):
         super().__init__()
         self.student, self.distill = student, distill
-        self.teachers = [] if teacher is None else [teacher]
+        self.teachers = [] if teacher is None else [teacher]  # a list hides it from checkpoints
 
     @staticmethod
     def logits(model, lang_x, attention_mask, vision_x, tokens):
@@ -216,6 +217,7 @@ class Healing(nn.Module):
 
     def forward(self, lang_x, attention_mask, labels, vision_x=None, tokens=None) -> dict:
         """labels (B, N), -100 where nothing is scored. Returns loss and, with a teacher, its two parts."""
+        # the student's cross entropy: position t predicts the token at t + 1
         inputs = (lang_x, attention_mask, vision_x, tokens)
         wanted = labels[:, 1:] != -100
         count = wanted.sum().clamp(min=1)  # a report that the length limit cut away leaves nothing to score
@@ -223,6 +225,7 @@ class Healing(nn.Module):
         lm_loss = F.cross_entropy(logits, labels[:, 1:][wanted], reduction="sum") / count
         if not self.distill:
             return {"loss": lm_loss}
+        # its distance to the teacher's distributions at the same positions
         with torch.no_grad():
             target = self.logits(self.teachers[0], *inputs)[:, :-1][wanted].float().log_softmax(-1)
         distance = F.kl_div(logits.log_softmax(-1), target, reduction="sum", log_target=True) / count
@@ -236,6 +239,7 @@ def set_trained(model, full: bool) -> list[str]:
     Embeddings, output head and vision part stay frozen. Trained tensors become float32: in half precision the
     steps of AdamW, about 1e-5, would vanish.
     """
+    # a report model's own parts keep what dia_pangu trained
     layers = set(decoder_layers(getattr(model, "lang_model", model)).parameters())
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter in layers if full else "lora_" in name)
@@ -253,18 +257,19 @@ def new_lora(model, r: int = 4, alpha: float | None = None, dropout: float = 0.0
         "dropout": dropout,
         "targets": usual_targets(model) if targets is None else targets.split(","),
     }
-    return add_lora(model, *lora.values(), option="--lora_target_modules"), lora
+    return add_lora(model, *lora.values(), option="--lora-target-modules"), lora
 
 
 def check(args):
     """Refuse what contradicts itself and what would have no effect, before anything is loaded."""
     if bool(args.data) == bool(args.texts):
         raise UserError("give --data (a report model on a CTRG folder) or --texts (a plain language model)")
+    # what belongs to the other kind of model
     if args.texts:
         only_reports = ["lang_model_path", "teacher_lang_model_path", "cache", "flip", "places"]
         refuse(args, only_reports, "with --texts")
         if not args.drop_layers:
-            refuse(args, ["prune_map_path"], "with --texts and without --drop_layers")
+            refuse(args, ["prune_map_path"], "with --texts and without --drop-layers")
     else:
         refuse(args, ["max_length", "trust_remote_code"], "with --data")
         if not args.lang_model_path:
@@ -272,21 +277,24 @@ def check(args):
                 "--data needs --lang-model-path, the folder with the language model's configuration and "
                 "tokenizer"
             )
+    # LoRA does not exist under --full; a report checkpoint may still hold one, whose alpha matters
     if args.full:
         own = ["lora_r", "lora_dropout", "lora_target_modules"]
         refuse(args, own + (["lora_alpha"] if args.texts else []), "with --full")
+    # distillation, and the warm-up that a constant rate does not have
     if args.distill and not args.teacher:
         raise UserError("--distill needs --teacher, the unpruned model")
     if not args.distill:
         refuse(args, ["teacher", "teacher_lang_model_path"], "without --distill")
     if args.lr_scheduler_type == "constant":
         refuse(args, ["warmup"], "with --lr-scheduler-type constant")
+    # upstream's --drop_layers says again what the map says
     if args.drop_layers:
         if not args.prune_map_path:
-            raise UserError("--drop_layers is checked against the map; name it with --prune_map_path")
+            raise UserError("--drop-layers is checked against the map; name it with --prune-map-path")
         dropped = read_map(args.prune_map_path).get("drop_layers")
         if parse_drop_layers(args.drop_layers) != dropped:
-            raise UserError(f"--drop_layers {args.drop_layers}: {args.prune_map_path} says {dropped}")
+            raise UserError(f"--drop-layers {args.drop_layers}: {args.prune_map_path} says {dropped}")
 
 
 def load_report_task(args):
@@ -297,12 +305,16 @@ def load_report_task(args):
         args.pruned_model_path, args.lang_model_path, args.prune_map_path, args.lora_alpha, args.lora_dropout
     )
     model, text, config = loaded
+
+    # LoRA: the checkpoint's own goes on training, else it gets a new one
     if config["lora"]:
         check_lora(args, config["lora"])
     elif not args.full:
         model.lang_model, config["lora"] = new_lora(
             model.lang_model, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target_modules
         )
+
+    # the teacher sees the same prompts
     teacher = None
     if args.distill:
         teacher_llm = args.teacher_lang_model_path or args.lang_model_path
@@ -312,12 +324,12 @@ def load_report_task(args):
 
 
 def check_lora(args, lora: dict):
-    """Refuse --lora_r and --lora_target_modules that contradict the LoRA of the checkpoint."""
+    """Refuse --lora-r and --lora-target-modules that contradict the LoRA of the checkpoint."""
     if "lora_r" in args._given and args.lora_r != lora["r"]:
-        raise UserError(f"--lora_r {args.lora_r}: the checkpoint's LoRA has rank {lora['r']}")
+        raise UserError(f"--lora-r {args.lora_r}: the checkpoint's LoRA has rank {lora['r']}")
     if args.lora_target_modules and sorted(args.lora_target_modules.split(",")) != sorted(lora["targets"]):
         raise UserError(
-            f"--lora_target_modules {args.lora_target_modules}: the checkpoint's LoRA has "
+            f"--lora-target-modules {args.lora_target_modules}: the checkpoint's LoRA has "
             f"{','.join(lora['targets'])}"
         )
 
@@ -347,7 +359,7 @@ def heal(model, train_set, collate_fn, args, accelerator, teacher=None):
     optimizer = torch.optim.AdamW(groups, betas=(0.9, args.adam_beta2))
     loader = make_loader(train_set, args, collate_fn=collate_fn)
     if args.compile:
-        healing.compile()
+        healing.compile()  # in place: checkpoints keep their names
     healing, optimizer, loader = accelerator.prepare(healing, optimizer, loader)
     steps = plan_steps(args, loader)
     warmup = 0 if args.lr_scheduler_type == "constant" else args.warmup
@@ -360,13 +372,14 @@ def heal(model, train_set, collate_fn, args, accelerator, teacher=None):
         refuse_bad_sample(accelerator, batch)
         inputs = {name: batch[name] for name in INPUTS if name in batch}
         with accelerator.accumulate(healing):
+            # mean losses, weighted so that accumulation and processes give one large batch's mean
             losses = {name: value * share for name, value in healing(**inputs).items()}
             check_finite(training, batch["id"], **losses)
             accelerator.backward(losses["loss"])
             factor = lr_at(training.state["step"], steps, warmup, schedule)
             grad = update(training, healing, [optimizer], factor)
         if accelerator.sync_gradients:
-            finish_step(training, grad=grad)
+            finish_step(training, grad=grad)  # log, save, stop
     finish(training)
     return healing.eval()
 
@@ -406,6 +419,7 @@ def main(args):
         raise
     finally:
         if accelerator.is_main_process:
+            # upstream's file, in its words: finished, interrupted or failed
             timing = {"status": status, "started": started, "wall_seconds": time.time() - started}
             atomic_write(args.out / "timing.json", json.dumps(timing, indent=1))
 
@@ -423,7 +437,7 @@ def save_report(weights: dict, out: Path, config: dict):
     from pruning.report_model import save_model
 
     save_model({key.removeprefix("student."): value for key, value in weights.items()}, out, config)
-    print(f"wrote {out}/pytorch_model.bin; test it with pruning/test.py --pruned_model_path {out}")
+    print(f"wrote {out}/pytorch_model.bin; test it with pruning/test.py --pruned-model-path {out}")
 
 
 def save_plain(model, tokenizer, out: Path, full: bool):

@@ -352,7 +352,7 @@ def folder(tmp_path_factory):
 @torch.no_grad()
 @pytest.mark.parametrize("model_type", ["gpt2", "gpt_neox", "opt", "phi3", "mixtral"])
 def test_every_family_goes_the_whole_way(model_type, tmp_path):
-    """Layers chosen by measured loss, pruned on disk, counted, healed by LoRA and tested: configs and projections have other names."""
+    """Chosen by loss, pruned on disk, counted, healed, tested: configs and projections have other names."""
     tokenizer = make_tokenizer(builtin_prompts(), 400)
     model = make(model_type, vocab_size=len(tokenizer), max_position_embeddings=256)
     model.save_pretrained(tmp_path / "model"), tokenizer.save_pretrained(tmp_path / "model")
@@ -421,7 +421,7 @@ def test_every_family_goes_the_whole_way(model_type, tmp_path):
 
 def test_lora_on_modules_that_are_not_there_is_one_line(folder, tmp_path):
     (tmp_path / "texts.txt").write_text("a text of several words\n")
-    with pytest.raises(UserError, match="no 'c_attn'; it has .*q_proj"):
+    with pytest.raises(UserError, match="no linear module 'c_attn'; it has .*q_proj"):
         train.main(
             train.parse_args(
                 [
@@ -482,9 +482,9 @@ def test_command_writes_upstreams_columns_and_the_plan_names_layers(folder, tmp_
     [
         (["--mode", "z_only"], "--mode z"),
         (["--model", "nowhere"], "config.json"),
-        (["--max-tokens", "1"], "--max-tokens"),
         (["--prompts", "missing.txt"], "missing.txt"),
-        (["--batch-size", "0"], "--batch-size"),
+        (["--task-samples", "4"], "--task-samples has no effect without --task-data"),
+        (["--task-data", "x", "--dtype", "float16"], "--dtype has no effect with --task-data"),
     ],
 )
 def test_bad_arguments_are_named(folder, tmp_path, arguments, message):
@@ -492,6 +492,31 @@ def test_bad_arguments_are_named(folder, tmp_path, arguments, message):
         scanner.main(
             scanner.parse_args(["--model", str(folder), "--out", str(tmp_path / "s.csv"), *arguments])
         )
+
+
+@pytest.mark.parametrize("words", [["--max-tokens", "1"], ["--batch-size", "0"], ["--distance", "l3"]])
+def test_numbers_out_of_range_end_with_one_line_and_status_2(words, capsys):
+    with pytest.raises(SystemExit) as leaving:
+        scanner.parse_args(["--model", "x", *words])
+    error = capsys.readouterr().err
+    assert leaving.value.code == 2 and words[0] in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--criterion", "greedy", "--model", "x", "--mode", "mlp"], "--mode has no effect"),
+        (["--criterion", "last", "--model", "x", "--distance", "kl"], "--distance has no effect"),
+        (["--criterion", "last", "--model", "x", "--seeds", "3"], "--seeds has no effect"),
+        (["--criterion", "greedy", "--model", "x", "--beam-width", "3"], "--beam-width has no effect"),
+        (["--criterion", "greedy"], "--model is needed"),
+        (["--criterion", "block_influence"], "needs --records"),
+        (["--criterion", "last"], "give --records or --model"),
+    ],
+)
+def test_options_of_choosing_without_effect_are_refused(words, message):
+    with pytest.raises(UserError, match=message):
+        choose_layers.main(choose_layers.parse_args(["--ratio", "0.5", *words]))
 
 
 def test_interrupting_the_command_says_how_to_go_on(folder, tmp_path, monkeypatch):

@@ -91,7 +91,7 @@ def prune(ckpt, out, *arguments):
 
 
 def full_checkpoint(model):
-    """The language model inside a bigger one, as dia_pangu's checkpoint holds it: decoy layers and a tied second embedding."""
+    """The language model inside dia_pangu's: other parts with layers, and a tied second embedding."""
     tensors = {f"lang_model.{k}": v for k, v in model.state_dict().items()}
     tensors["embedding_layer.weight"] = next(
         v for k, v in tensors.items() if k.endswith("embed_tokens.weight")
@@ -272,6 +272,11 @@ def bad_lora_ranks(tensors):
     )
 
 
+def without_lora(tensors):
+    for key in [k for k in tensors if "lora_" in k]:
+        del tensors[key]
+
+
 def lost_layer(tensors):
     for key in [k for k in tensors if ".layers.1." in k and k.startswith("lang_model")]:
         del tensors[key]
@@ -295,6 +300,7 @@ def lost_layer(tensors):
         (["--drop-layers", "1", "--out-dir", "source"], None, "own folder"),
         (["--drop-layers", "1", "--ckpt", "missing.bin"], None, "missing.bin"),
         (["--drop-layers", "1", "--plan", "missing.json"], None, "missing.json"),
+        (["--drop-layers", "1"], without_lora, "--lora-alpha has no effect"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_written(arguments, change, message, tmp_path, monkeypatch):

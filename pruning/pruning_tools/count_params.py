@@ -1,18 +1,17 @@
-"""Values, FLOPs per token and KV-cache of a checkpoint, by dtype and key prefix, without loading it; two
-checkpoints side by side.
+"""Values, FLOPs per token and KV-cache of a checkpoint, without loading it; two checkpoints side by side.
 
 python pruning/pruning_tools/count_params.py path/to/model --compare path/to/pruned --config path/to/llm
 """
 
-import argparse
 import re
 import sys
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[2])
-)  # repository root: every way of starting this file finds it
+# repository root: every way of starting this file finds it
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from common.arguments import Parser, number
 from common.errors import UserError, run
 from common.files import read_json
 from pruning.layers import config_head_counts
@@ -21,79 +20,62 @@ from pruning.pruning_tools.shards import open_checkpoint
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p, count = Parser(__doc__), number(int, 1)
     p.add_argument("path", type=Path, help=".bin, .pth, .safetensors or a folder of shards")
+    p.add_argument("--compare", type=Path, help="a second checkpoint, the pruned one, for a table of both")
     p.add_argument(
-        "--compare", type=Path, help="a second checkpoint, the pruned one, for a table before/after"
-    )
-    p.add_argument(
-        "--config",
-        type=Path,
-        help="folder of the language model's config.json; default the checkpoint's folder",
+        "--config", type=Path, help="folder of the language model's config.json; left out: the checkpoint's"
     )
     p.add_argument("--include", help="count only keys that contain this text")
     p.add_argument("--exclude", help="leave out keys that contain this text")
     p.add_argument(
-        "--group-depth", type=int, default=2, help="leading parts of a key that make a group (default 2)"
+        "--group-depth", type=count, default=2, help="leading parts of a key, up to a dot, that make a group"
     )
-    p.add_argument("--topk", type=int, default=30, help="largest groups to list (default 30)")
+    p.add_argument("--topk", type=count, default=30, help="largest groups to list")
     p.add_argument(
         "--check-layer-range",
         metavar="REGEX",
-        help=r"report keys that match, such as 'layers\.(2[89]|3\d)\.': "
-        r"leftovers of a pruning",
+        help=r"report keys that match, such as 'layers\.(2[89]|3\d)\.': leftovers of a pruning",
     )
-    p.add_argument(
-        "--context", type=int, default=2048, help="tokens in the KV-cache that is reported (default 2048)"
-    )
+    p.add_argument("--context", type=count, default=2048, help="tokens in the KV-cache that is reported")
     return p.parse_args(argv)
 
 
+def ends_with(entries: dict, root: str, endings: tuple):
+    """The first entry below `root` whose key ends with one of `endings`, or None."""
+    return next((e for k, e in entries.items() if k.startswith(root) and k.endswith(endings)), None)
+
+
 def layer_cost(config: dict, entries: dict, llm, context: int) -> dict:
-    """Numbers of the decoder. FLOPs per token: two for each value of a matrix that a token passes (layers and
-    lm_head), plus attention over `context` tokens. KV-cache: keys and values of `context` tokens in the
-    weights' type."""
+    """Numbers of the decoder, from its config.json and the checkpoint's entries.
+
+    FLOPs per token: two for each value of a matrix that a token passes (layers and output head), plus
+    attention over `context` tokens. KV-cache: keys and values of `context` tokens in the weights' type.
+    """
     inside = {k: e for k, e in entries.items() if re.match(llm.pattern, k) and ".lora_" not in k}
-    head = next(
-        (
-            e
-            for k, e in entries.items()
-            if k.startswith(llm.root) and k.endswith(("lm_head.weight", "embed_out.weight"))
-        ),
-        None,
-    )
-    table = next(
-        (
-            e
-            for k, e in entries.items()
-            if k.startswith(llm.root) and k.endswith(("embed_tokens.weight", "wte.weight", "embed_in.weight"))
-        ),
-        None,
-    )
-    head = head or table  # tied
+    table = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
+    head = ends_with(entries, llm.root, ("lm_head.weight", "embed_out.weight"))
+    head = head or ends_with(entries, llm.root, table)  # tied
     heads, kv_heads, head_dim = config_head_counts(config)
     matrices = sum(e.numel for e in inside.values() if len(e.shape) == 2) + (head.numel if head else 0)
-    dtype = next(iter(inside.values())).dtype
+    itemsize = next(iter(inside.values())).dtype.itemsize
+    attention = 4 * llm.layers * heads * head_dim * context
     return {
         "layers": llm.layers,
         "decoder layers, values": sum(e.numel for e in inside.values()),
-        f"FLOPs per token at {context} tokens": 2 * matrices + 4 * llm.layers * heads * head_dim * context,
-        f"KV-cache of {context} tokens, bytes": 2
-        * llm.layers
-        * kv_heads
-        * head_dim
-        * dtype.itemsize
-        * context,
+        f"FLOPs per token at {context} tokens": 2 * matrices + attention,
+        f"KV-cache of {context} tokens, bytes": 2 * llm.layers * kv_heads * head_dim * itemsize * context,
     }
 
 
 def describe(path, args) -> dict:
+    """Totals, values by type and by key group, and the keys of one checkpoint.
+
+    Returns {"total": {name: number}, "dtypes": Counter, "groups": Counter, "keys": list}.
+    """
     checkpoint = open_checkpoint(path)
-    entries = {
-        k: e
-        for k, e in checkpoint.entries.items()
-        if (args.include or "") in k and not (args.exclude and args.exclude in k)
-    }
+    include, exclude = args.include or "", args.exclude
+    entries = {k: e for k, e in checkpoint.entries.items() if include in k and not (exclude and exclude in k)}
     if not entries:
         raise UserError(f"{path}: no key passes --include {args.include} --exclude {args.exclude}")
     total = {
@@ -105,20 +87,23 @@ def describe(path, args) -> dict:
     for key, entry in entries.items():
         dtypes[str(entry.dtype).removeprefix("torch.")] += entry.numel
         groups[".".join(key.split(".")[: args.group_depth])] += entry.numel
+    found = {"total": total, "dtypes": dtypes, "groups": groups, "keys": list(entries)}
     try:
         llm = find_language_model(checkpoint.entries)
     except UserError:
-        return {"total": total, "dtypes": dtypes, "groups": groups, "keys": list(entries)}
+        return found
     total["layers"] = llm.layers
     file = (args.config or checkpoint.folder) / "config.json"
     if file.is_file():
         total |= layer_cost(read_json(file, dict), checkpoint.entries, llm, args.context)
-    return {"total": total, "dtypes": dtypes, "groups": groups, "keys": list(entries)}
+    return found
 
 
 def main(args):
     before = describe(args.path, args)
     after = describe(args.compare, args) if args.compare else None
+
+    # one column, or both with what was saved
     print(f"{args.path}" + (f"  ->  {args.compare}" if after else ""))
     for name, value in before["total"].items():
         if after and name in after["total"]:
@@ -126,6 +111,8 @@ def main(args):
             print(f"  {name:38} {value:>18,}  {other:>18,}  {1 - other / value:>7.1%} less")
         else:
             print(f"  {name:38} {value:>18,}")
+
+    # where the values are
     print("by type (a tensor that stands under two keys counts twice):")
     for name, value in before["dtypes"].most_common():
         print(f"  {name:38} {value:>18,}")
@@ -133,13 +120,16 @@ def main(args):
     for name, value in before["groups"].most_common(args.topk):
         print(f"  {name:38} {value:>18,}")
     if args.check_layer_range:
-        try:
-            left = [k for k in (after or before)["keys"] if re.search(args.check_layer_range, k)]
-        except re.error as error:
-            raise UserError(
-                f"--check-layer-range {args.check_layer_range}: not a regular expression ({error})"
-            ) from error
-        print(f"{len(left)} keys match {args.check_layer_range}" + "".join(f"\n  {k}" for k in left[:10]))
+        print_matches((after or before)["keys"], args.check_layer_range)
+
+
+def print_matches(keys, pattern: str):
+    """Say how many keys match a regular expression, and list the first ten."""
+    try:
+        left = [key for key in keys if re.search(pattern, key)]
+    except re.error as error:
+        raise UserError(f"--check-layer-range {pattern}: not a regular expression ({error})") from error
+    print(f"{len(left)} keys match {pattern}" + "".join(f"\n  {key}" for key in left[:10]))
 
 
 if __name__ == "__main__":

@@ -1,27 +1,26 @@
-"""What a checkpoint holds, without loading it: number of keys, the first ones with shape and dtype, numbered
-prefixes, decoder, LoRA.
+"""What a checkpoint holds, without loading it: keys with shapes and types, numbered prefixes, decoder, LoRA.
 
 python pruning/pruning_tools/inspect_ckpt.py path/to/pytorch_model.bin
 """
 
-import argparse
 import re
 import sys
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[2])
-)  # repository root: every way of starting this file finds it
+# repository root: every way of starting this file finds it
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from common.arguments import Parser, number
 from common.errors import UserError, run
 from pruning.pruning_tools.prune_llm import find_language_model, find_lora
 from pruning.pruning_tools.shards import open_checkpoint
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__)
     p.add_argument("path", type=Path, help=".bin, .pth, .safetensors or a folder of shards")
-    p.add_argument("--keys", type=int, default=30, help="how many keys to list (default 30)")
+    p.add_argument("--keys", type=number(int, 0), default=30, help="how many keys to list")
     return p.parse_args(argv)
 
 

@@ -1,23 +1,24 @@
-"""Remove decoder layers from a checkpoint on disk (upstream: prune_llm_only_and_merge_{CN,EN}_cli.py with
-msmodelslim).
+"""Remove decoder layers from a checkpoint on disk.
 
-    python pruning/pruning_tools/prune_llm.py --ckpt runs/dia_pangu/ft --lang-model-path path/to/llm --out-dir pruned --drop-layers 23-28
+    python pruning/pruning_tools/prune_llm.py --ckpt path/to/llm --out-dir pruned --drop-layers 23-28
+    python pruning/pruning_tools/prune_llm.py --ckpt runs/dia_pangu/ft --lang-model-path path/to/llm \\
+        --out-dir pruned --drop-layers 23-28
 
-Removing layers is renaming keys, so no model is built and no value changes: dtype, tied embeddings and LoRA
-weights stay as they are, and the LoRA alpha, which decides how strongly they act, is carried along (upstream
-guessed it, halved it and rounded to float16). The source is never modified. From a checkpoint that holds more
-than a language model, it writes
+Removing layers renames keys, so no model is built and no value changes: dtype, tied embeddings and LoRA
+weights stay as they are, and the alpha of LoRA, which decides how strongly it acts, is carried along
+(upstream guessed it, halved it and rounded to float16). The source is never modified. From a checkpoint that
+holds more than a language model it writes
 
     llm_only_pruned_state_{tag}_{version}_cpu.bin              the language model's tensors
-    pytorch_model_pruned_{tag}_merged_clean_{version}_cpu.bin  all tensors (.safetensors, or a folder of shards, if the source is so)
+    pytorch_model_pruned_{tag}_merged_clean_{version}_cpu.bin  all tensors (safetensors if the source is so)
     prune_layer_map_{tag}_{version}_cpu.json                   what was removed, with upstream's fields
-    adapter_config.json                                        LoRA rank, alpha and targets
+    adapter_config.json                                        rank, alpha and targets of LoRA
     hf_{tag}/                                                  with --hf: a folder that from_pretrained loads
 
-and from a plain language model the map and hf_{tag}/.
+and from a plain language model the map and hf_{tag}/. Upstream: prune_llm_only_and_merge_{CN,EN}_cli.py with
+msmodelslim.
 """
 
-import argparse
 import json
 import re
 import shutil
@@ -25,11 +26,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+# repository root: every way of starting this file finds it
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 import torch
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[2])
-)  # repository root: every way of starting this file finds it
+from common.arguments import Parser, refuse
 from common.checkpoint import atomic_dir, atomic_write
 from common.errors import UserError, run
 from common.files import check, read_json
@@ -55,82 +57,98 @@ TOKENIZER_FILES = (
     "generation_config.json",
     "chat_template*",
 )
+# --hf: whether LoRA is merged, for each folder that is written.
+HF = {"none": (), "merged": (True,), "adapter": (False,), "both": (True, False)}
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument(
+    p = Parser(__doc__)
+    add_source_arguments(p.add_argument_group("checkpoint"))
+    add_layer_arguments(p.add_argument_group("layers"))
+    add_result_arguments(p.add_argument_group("results"))
+    return p.parse_args(argv)
+
+
+def add_source_arguments(group):
+    group.add_argument(
         "--ckpt",
         type=Path,
         required=True,
-        help=".bin, .pth, .safetensors, or a folder (one file or shards with an index)",
+        help=".bin, .pth, .safetensors, or a folder with one of them or with shards and their index",
     )
-    p.add_argument(
+    group.add_argument(
         "--lang-model-path",
         type=Path,
-        help="folder with the language model's config.json and tokenizer; default the checkpoint's folder",
+        help="folder with the language model's config.json and tokenizer; left out: the checkpoint's folder",
     )
-    p.add_argument("--out-dir", type=Path, required=True)
-    p.add_argument(
+    group.add_argument(
+        "--lora-alpha",
+        type=float,
+        help="alpha of LoRA, where no adapter_config.json stands beside the checkpoint",
+    )
+    group.add_argument("--lora-r", type=int, help="rank of LoRA; only checked against the checkpoint")
+    group.add_argument(
+        "--lora-target-modules",
+        help="targets of LoRA, separated by commas; only checked against the checkpoint",
+    )
+    group.add_argument(
+        "--layer-prefix", help="keys before the layer number, where the checkpoint holds several decoders"
+    )
+
+
+def add_layer_arguments(group):
+    group.add_argument(
         "--drop-layers",
         action="append",
         default=[],
         metavar="SPEC",
-        help='layers to remove, such as 23-28 or "0-2,5,7-9"; repeat for several models',
+        help='layers to remove, such as 23-28 or "0-2,5,7-9"; repeat it for several models',
     )
-    p.add_argument("--plan", type=Path, help="json of choose_layers.py: prune every set in it")
-    p.add_argument(
+    group.add_argument("--plan", type=Path, help="JSON file of choose_layers.py: prune every set in it")
+
+
+def add_result_arguments(group):
+    group.add_argument("--out-dir", type=Path, required=True, help="folder of the results")
+    group.add_argument(
         "--tag",
         action="append",
         default=[],
-        help="name of the result, once for each --drop-layers; default drop<first>_<last> or drop<ids>",
+        help="name of a result, once for each set of layers; left out: drop<first>_<last> or drop<layers>",
     )
-    p.add_argument(
-        "--lora-alpha",
-        type=float,
-        help="LoRA alpha, when no adapter_config.json stands beside the checkpoint",
-    )
-    p.add_argument("--lora-r", type=int, help="only checked against the checkpoint, which knows its rank")
-    p.add_argument("--lora-target-modules", help="comma separated; only checked against the checkpoint")
-    p.add_argument(
-        "--layer-prefix", help="keys before the layer number, if the checkpoint holds several decoders"
-    )
-    p.add_argument(
+    group.add_argument(
         "--hf",
-        choices=("none", "merged", "adapter", "both"),
+        choices=HF,
         default="none",
-        help="for a checkpoint with more than a language model: also write it as a folder for "
-        "from_pretrained, LoRA "
-        "merged "
-        "into the weights, as a peft folder adapter/ beside them, or both folders (default none)",
+        help="of a checkpoint with more than a language model, also write a folder for from_pretrained: LoRA "
+        "merged into the weights, beside them as a peft folder adapter/, or both folders",
     )
-    p.add_argument(
+    group.add_argument(
         "--llm-dtype",
         choices=("keep", "float32", "float16", "bfloat16"),
         default="keep",
-        help="type of the language model's tensors (upstream: float16)",
+        help="number format of the language model's tensors (upstream: float16)",
     )
-    p.add_argument(
+    group.add_argument(
         "--format",
         choices=("source", "bin", "safetensors"),
         default="source",
-        help="of the merged file; default as the source",
+        help="format of the merged file; source: as the checkpoint's",
     )
-    p.add_argument("--max-shard-gb", type=float, default=5.0, help="largest shard, 10^9 bytes (default 5)")
-    p.add_argument(
+    group.add_argument("--max-shard-gb", type=float, default=5.0, help="largest shard in 10^9 bytes")
+    group.add_argument(
         "--script-version", choices=VERSIONS, default=VERSIONS[0], help="part of upstream's file names"
     )
-    p.add_argument("--overwrite", action="store_true", help="replace results of the same tag")
-    return p.parse_args(argv)
+    group.add_argument("--overwrite", action="store_true", help="replace results of the same tag")
 
 
-# ------------------------------------------------------------------------------------------------ which
-# layers
+# ---------------------------------------- which layers
 
 
 def parse_drop_layers(spec: str) -> list[int]:
-    """Sorted unique layer ids of a list such as "23-28" or "0-2, 5 7-9" (separated by commas or blanks);
-    ranges ascend."""
+    """Sorted unique layer numbers of a list such as "23-28" or "0-2, 5 7-9", with commas or blanks between.
+
+    UserError for anything else, such as a descending range.
+    """
     layers = set()
     for part in re.split(r"[,\s]+", spec.strip()):
         if not part:
@@ -154,11 +172,8 @@ def make_tag(drop_layers: list[int]) -> str:
     if not drop_layers:
         return "dropNone"
     first, last = drop_layers[0], drop_layers[-1]
-    return (
-        f"drop{first}_{last}"
-        if last - first + 1 == len(drop_layers)
-        else "drop" + "_".join(map(str, drop_layers))
-    )
+    contiguous = last - first + 1 == len(drop_layers)
+    return "drop" + "_".join(map(str, (first, last) if contiguous else drop_layers))
 
 
 def plain_tag(drop_layers: list[int]) -> str:
@@ -177,12 +192,13 @@ def spec_of(drop_layers: list[int]) -> str:
     return ",".join(f"{a}-{b}" if a != b else str(a) for a, b in runs)
 
 
-# ------------------------------------------------------------------------------------------------ what the
-# checkpoint holds
+# ---------------------------------------- what the checkpoint holds
 
 
 @dataclass
 class Lora:
+    """Settings of a checkpoint's LoRA; alpha is None where nothing says it."""
+
     r: int
     alpha: float | None
     target_modules: list
@@ -191,8 +207,11 @@ class Lora:
 
 @dataclass
 class LanguageModel:
-    """Where a checkpoint keeps its decoder. prefix: before the layer number. root: before the plain model's
-    own keys."""
+    """Where a checkpoint keeps its decoder.
+
+    prefix: what stands before the layer number. root: what stands before the plain model's own keys. layers:
+    how many there are.
+    """
 
     prefix: str
     root: str
@@ -204,16 +223,21 @@ class LanguageModel:
 
 
 def find_language_model(keys, prefix: str | None = None) -> LanguageModel:
-    """Find the decoder layers among checkpoint keys; other parts (vision encoder, Perceiver) have .layers.
-    too and are left alone."""
+    """Find the decoder layers among a checkpoint's keys, or those under `prefix`.
+
+    Other parts, such as a vision encoder or a Perceiver, have `.layers.` too and are left alone. UserError
+    where there is no decoder, or more than one, or one with a gap.
+    """
+    # everything that looks like numbered layers with attention
     attention = re.compile(rf"(.*?\.?(?:layers|h|blocks)\.)(\d+)\.(?:{'|'.join(ATTENTION)})\.")
     found = {}
     for key in keys:
         if match := attention.match(key):
             found.setdefault(match[1], set()).add(int(match[2]))
-    language = [
-        p for p in found if p.startswith(("lang_model.", "language_model.")) or ".language_model." in p
-    ]
+
+    # of these the language model's
+    named = ("lang_model.", "language_model.")
+    language = [p for p in found if p.startswith(named) or ".language_model." in p]
     others = [p for p in found if not re.search("vision|visual|audio|perceiver|encoder", p)]
     candidates = [prefix] if prefix else language or others
     candidates = [p for p in candidates if p in found]
@@ -226,24 +250,22 @@ def find_language_model(keys, prefix: str | None = None) -> LanguageModel:
         raise UserError(
             f"the checkpoint holds several decoders; choose one with --layer-prefix: {', '.join(candidates)}"
         )
+
+    # whole, and where the plain model's own keys begin
     prefix = candidates[0]
     missing = sorted(set(range(max(found[prefix]) + 1)) - found[prefix])
     if missing:
         raise UserError(f"layer {missing[0]} is missing under {prefix}; the checkpoint is not whole")
-    root = (
-        prefix.removesuffix("model.layers.")
-        if prefix.startswith(("lang_model.", "base_model.model."))
-        else ""
-    )
+    inner = prefix.startswith(("lang_model.", "base_model.model."))
+    root = prefix.removesuffix("model.layers.") if inner else ""
     return LanguageModel(prefix, root, len(found[prefix]))
 
 
 def find_lora(checkpoint: Checkpoint, llm: LanguageModel, alpha: float | None) -> Lora | None:
-    """LoRA of the decoder: targets and rank from the keys, alpha from adapter_config.json beside them or from
-    `alpha`.
+    """LoRA of the decoder, None for a checkpoint without.
 
-    Returns None for a checkpoint without LoRA. Its alpha stays None when it is not known. UserError if ranks
-    differ or if the two sources of alpha contradict each other.
+    Targets and rank come from the keys, alpha from adapter_config.json beside the checkpoint or from `alpha`.
+    UserError if ranks differ or if the two sources of alpha contradict each other.
     """
     ranks = {}
     for key, entry in checkpoint.entries.items():
@@ -273,8 +295,7 @@ def read_config(folder: Path, llm: LanguageModel) -> dict | None:
     if count is not None and count != llm.layers:
         raise UserError(
             f"{path}: num_hidden_layers is {count}, the checkpoint holds {llm.layers} layers; this config is "
-            "of "
-            f"another model"
+            "of another model"
         )
     return config
 
@@ -288,11 +309,11 @@ def read_map(path) -> dict:
     return prune_map
 
 
-# ------------------------------------------------------------------------------------------------ pruning
+# ---------------------------------------- pruning
 
 
 def prune_keys(entries: dict, llm: LanguageModel, drop_layers) -> tuple[dict, dict]:
-    """({key: Entry} without the dropped layers and with the rest renumbered, {new: old} layer ids)."""
+    """Return ({key: Entry} without the dropped layers, the rest renumbered; {new: old} layer numbers)."""
     drop = check_drop(drop_layers, llm.layers)
     layer_id_map = dict(enumerate(i for i in range(llm.layers) if i not in drop))
     new_of = {old: new for new, old in layer_id_map.items()}
@@ -307,8 +328,10 @@ def prune_keys(entries: dict, llm: LanguageModel, drop_layers) -> tuple[dict, di
 
 
 def plain_entries(entries: dict, llm: LanguageModel, lora: Lora | None, merge: bool) -> tuple[dict, dict]:
-    """(tensors under the plain model's own key names, adapter tensors under peft's names); with `merge` the
-    adapter is added into the weights, in float32, and rounded once to their type."""
+    """Return (tensors under the plain model's own key names, adapter tensors under peft's names).
+
+    merge: add the adapter into the weights, in float32, rounded once to their type; the second is then empty.
+    """
     weights, adapter = {}, {}
     for key, entry in entries.items():
         if not key.startswith(llm.root) or key.endswith("rotary_emb.inv_freq"):
@@ -333,8 +356,11 @@ def plain_entries(entries: dict, llm: LanguageModel, lora: Lora | None, merge: b
 
 
 def hf_config(config: dict, layer_id_map: dict, weights: dict) -> dict:
-    """config.json of the pruned model. openPangu's remote class is a Llama with biases on the attention
-    projections, and is written as such, so that no remote code is needed."""
+    """config.json of the pruned model.
+
+    openPangu's remote class is a Llama with biases on the attention projections, and is written as such, so
+    that no remote code is needed.
+    """
     config = shorter_config(config, list(layer_id_map.values()))
     if config.get("model_type") == "PanguEmbedded":
         config = {k: v for k, v in config.items() if k not in ("auto_map", "bias")} | {
@@ -350,27 +376,19 @@ def hf_config(config: dict, layer_id_map: dict, weights: dict) -> dict:
     return config
 
 
-def write_hf(
-    folder: Path,
-    entries: dict,
-    llm,
-    lora,
-    config: dict,
-    source: Path,
-    layer_id_map: dict,
-    merge: bool,
-    shard_bytes: int,
-):
-    weights, adapter = plain_entries(entries, llm, lora, merge)
+def write_hf(folder: Path, parts: tuple, lora, config: dict, source: Path, shard_bytes: int):
+    """Write a folder that from_pretrained loads, whole or not at all.
+
+    parts: of `plain_entries`; an adapter goes to adapter/, for peft. config: of `hf_config`. source: the
+    folder whose tokenizer is copied.
+    """
+    weights, adapter = parts
     with atomic_dir(folder) as temporary:
         write_shards(temporary, weights, shard_bytes)
-        (temporary / "config.json").write_text(
-            json.dumps(hf_config(config, layer_id_map, weights), indent=1, ensure_ascii=False)
-        )
-        for pattern in TOKENIZER_FILES:
-            for file in source.glob(pattern):
-                if file.is_file():
-                    shutil.copyfile(file, temporary / file.name)
+        (temporary / "config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False))
+        for file in (file for pattern in TOKENIZER_FILES for file in source.glob(pattern)):
+            if file.is_file():
+                shutil.copyfile(file, temporary / file.name)
         if adapter:
             (temporary / "adapter").mkdir()
             write_safetensors(temporary / "adapter" / "adapter_model.safetensors", adapter)
@@ -378,6 +396,7 @@ def write_hf(
 
 
 def write_adapter_config(folder: Path, lora: Lora):
+    """Write adapter_config.json as peft does, which carries the alpha of LoRA."""
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -393,8 +412,11 @@ def write_adapter_config(folder: Path, lora: Lora):
 
 
 def result_names(tag: str, version: str) -> list[str]:
-    """What one drop set makes: upstream's names, without ending, of the language model's tensors, of all
-    tensors and of the map; then our two folders."""
+    """The names of what one set of layers makes.
+
+    The first three are upstream's, without their ending: of the language model's tensors, of all tensors and
+    of the map; then our two folders follow.
+    """
     return [
         f"llm_only_pruned_state_{tag}_{version}_cpu",
         f"pytorch_model_pruned_{tag}_merged_clean_{version}_cpu",
@@ -404,49 +426,49 @@ def result_names(tag: str, version: str) -> list[str]:
     ]
 
 
+def write_merged(stem: Path, entries: dict, checkpoint: Checkpoint, lora, args):
+    """Write tensors under upstream's name `stem`, in the format of the source or of --format."""
+    form = checkpoint.format if args.format == "source" else args.format
+    if form == "bin":
+        write_bin(stem.with_name(stem.name + ".bin"), entries)
+    elif len(checkpoint.files) == 1:
+        write_safetensors(stem.with_name(stem.name + ".safetensors"), entries)
+    else:
+        with atomic_dir(stem) as temporary:
+            write_shards(temporary, entries, int(args.max_shard_gb * 1e9))
+        if lora:
+            write_adapter_config(stem, lora)
+
+
 def prune(checkpoint: Checkpoint, llm, lora, config, drop_layers, tag: str, args, source: Path) -> dict:
-    """Write everything for one drop set; returns the map."""
+    """Write everything for one set of layers; returns the map."""
+    # which tensors stay, and under which names
     entries, layer_id_map = prune_keys(checkpoint.entries, llm, drop_layers)
     if args.llm_dtype != "keep":
         dtype = getattr(torch, args.llm_dtype)
         entries = {k: cast(e, dtype) if k.startswith(llm.root) else e for k, e in entries.items()}
-    llm_only, merged, map_name, hf_merged, hf_adapter = (
-        args.out_dir / name for name in result_names(tag, args.script_version)
-    )
-    out, shard_bytes = args.out_dir, int(args.max_shard_gb * 1e9)
-    form = checkpoint.format if args.format == "source" else args.format
+    names = result_names(tag, args.script_version)
+    llm_only, merged, map_name, hf_merged, hf_adapter = (args.out_dir / name for name in names)
+
+    # upstream's files
     if llm.root:
-        for stem, part in (
-            (llm_only, {k: e for k, e in entries.items() if k.startswith(llm.root)}),
-            (merged, entries),
-        ):
-            if form == "bin":
-                write_bin(stem.with_name(stem.name + ".bin"), part)
-            elif len(checkpoint.files) == 1:
-                write_safetensors(stem.with_name(stem.name + ".safetensors"), part)
-            else:
-                with atomic_dir(stem) as temporary:
-                    write_shards(temporary, part, shard_bytes)
-                if lora:
-                    write_adapter_config(stem, lora)
+        own = {k: e for k, e in entries.items() if k.startswith(llm.root)}
+        write_merged(llm_only, own, checkpoint, lora, args)
+        write_merged(merged, entries, checkpoint, lora, args)
         if lora:
-            write_adapter_config(out, lora)
-        if (checkpoint.folder / "dia_config.json").is_file():  # sizes and thresholds of dia_pangu
-            shutil.copyfile(checkpoint.folder / "dia_config.json", out / "dia_config.json")
-    for merge in {"none": (), "merged": (True,), "adapter": (False,), "both": (True, False)}[
-        args.hf if llm.root else "merged"
-    ]:
-        write_hf(
-            hf_merged if merge else hf_adapter,
-            entries,
-            llm,
-            lora,
-            config,
-            source,
-            layer_id_map,
-            merge,
-            shard_bytes,
-        )
+            write_adapter_config(args.out_dir, lora)
+        settings = checkpoint.folder / "dia_config.json"  # sizes and thresholds of dia_pangu
+        if settings.is_file():
+            shutil.copyfile(settings, args.out_dir / settings.name)
+
+    # folders for from_pretrained
+    for merge in hf_folders(args, llm):
+        parts = plain_entries(entries, llm, lora, merge)
+        own_config = hf_config(config, layer_id_map, parts[0])
+        folder, shard_bytes = hf_merged if merge else hf_adapter, int(args.max_shard_gb * 1e9)
+        write_hf(folder, parts, lora, own_config, source, shard_bytes)
+
+    # the map, which says that all is there
     report = {
         "tag": tag,
         "old_layers": llm.layers,
@@ -467,14 +489,18 @@ def prune(checkpoint: Checkpoint, llm, lora, config, drop_layers, tag: str, args
         "parameters_before": sum(e.numel for e in checkpoint.entries.values()),
         "parameters_after": sum(e.numel for e in entries.values()),
     }
-    atomic_write(
-        map_name.with_name(map_name.name + ".json"), json.dumps(report, indent=2, ensure_ascii=False)
-    )
+    text = json.dumps(report, indent=2, ensure_ascii=False)
+    atomic_write(map_name.with_name(map_name.name + ".json"), text)
     return report
 
 
+def hf_folders(args, llm) -> tuple:
+    """Whether LoRA is merged, for each folder to write; a plain language model is always written as one."""
+    return HF[args.hf] if llm.root else HF["merged"]
+
+
 def wanted_sets(args) -> list[tuple[list[int], str]]:
-    """(drop layers, tag) of every model to write."""
+    """Return (layers to drop, tag) of every model to write."""
     sets = [parse_drop_layers(spec) for spec in args.drop_layers]
     if args.plan:
         plan = read_json(args.plan, {"choices": [{"drop_layers": str}]})
@@ -499,54 +525,41 @@ def wanted_sets(args) -> list[tuple[list[int], str]]:
 
 
 def check_space(folder: Path, needed: int):
+    """Raise UserError where the disk of `folder` has fewer than `needed` bytes free."""
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
             f"{folder}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free; make room or "
-            "choose "
-            f"another --out-dir"
+            "choose another --out-dir"
         )
 
 
-def main(args):
-    sets = wanted_sets(args)
-    checkpoint = open_checkpoint(args.ckpt)
-    llm = find_language_model(checkpoint.entries, args.layer_prefix)
-    source = args.lang_model_path or checkpoint.folder
-    config = read_config(source, llm)
-    if config is None and (args.lang_model_path or args.hf != "none" or not llm.root):
-        raise UserError(
-            f"{source}: no config.json there; name the language model's folder with --lang-model-path"
-        )
-    lora = find_lora(checkpoint, llm, args.lora_alpha)
-    if lora and lora.alpha is None:
+def check_lora(args, lora: Lora | None):
+    """Refuse a LoRA whose alpha nothing says, and options that contradict the checkpoint."""
+    if lora is None:
+        refuse(args, ["lora_alpha", "lora_r", "lora_target_modules"], "for a checkpoint without LoRA")
+        return
+    if lora.alpha is None:
         raise UserError(
             f"{args.ckpt} holds LoRA weights of rank {lora.r} but no adapter_config.json says their alpha; "
-            "pass "
-            "--lora-alpha (Dia-Pangu was trained with 16)"
+            "pass --lora-alpha (Dia-Pangu was trained with 16)"
         )
-    if lora and args.lora_r not in (None, lora.r):
+    if args.lora_r not in (None, lora.r):
         raise UserError(f"--lora-r {args.lora_r}: the checkpoint has rank {lora.r}")
-    if (
-        lora
-        and args.lora_target_modules
-        and sorted(args.lora_target_modules.split(",")) != lora.target_modules
-    ):
+    targets = args.lora_target_modules
+    if targets and sorted(targets.split(",")) != lora.target_modules:
         raise UserError(
-            f"--lora-target-modules {args.lora_target_modules}: the checkpoint has "
-            f"{','.join(lora.target_modules)}"
+            f"--lora-target-modules {targets}: the checkpoint has {','.join(lora.target_modules)}"
         )
-    for drop, _ in sets:
-        check_drop(drop, llm.layers)
-    names = {
-        name + end
-        for _, tag in sets
-        for name in result_names(tag, args.script_version)
-        for end in ("", *ENDINGS)
-    }
-    present = sorted(name for name in names if (args.out_dir / name).exists())
+
+
+def check_results(args, checkpoint: Checkpoint, sets):
+    """Refuse to write over results, or over the source."""
+    names = [name for _, tag in sets for name in result_names(tag, args.script_version)]
+    files = sorted(name + end for name in names for end in ("", *ENDINGS))
+    present = [name for name in files if (args.out_dir / name).exists()]
     if present and not args.overwrite:
         raise UserError(
             f"{args.out_dir} holds {present[0]} already; add --overwrite or choose another --out-dir"
@@ -556,25 +569,47 @@ def main(args):
             f"--out-dir {args.out_dir} is the source's own folder; choose another, so that the source stays "
             "as it is"
         )
+
+
+def main(args):
+    sets = wanted_sets(args)
+
+    # what the checkpoint holds
+    checkpoint = open_checkpoint(args.ckpt)
+    llm = find_language_model(checkpoint.entries, args.layer_prefix)
+    if not llm.root:
+        refuse(args, ["hf", "format"], "for a plain language model, whose result is always such a folder")
+    source = args.lang_model_path or checkpoint.folder
+    config = read_config(source, llm)
+    if config is None and (args.lang_model_path or args.hf != "none" or not llm.root):
+        raise UserError(
+            f"{source}: no config.json there; name the language model's folder with --lang-model-path"
+        )
+    lora = find_lora(checkpoint, llm, args.lora_alpha)
+
+    # whatever could fail fails before anything is written
+    check_lora(args, lora)
+    for drop, _ in sets:
+        check_drop(drop, llm.layers)
+    check_results(args, checkpoint, sets)
     total = sum(e.nbytes for e in checkpoint.entries.values())
-    copies = (2 if llm.root else 0) + {"none": 0, "merged": 1, "adapter": 1, "both": 2}[
-        args.hf if llm.root else "merged"
-    ]
+    copies = (2 if llm.root else 0) + len(hf_folders(args, llm))
     check_space(args.out_dir, int(copies * total * sum(1 - len(drop) / llm.layers for drop, _ in sets)))
+
+    # one model after the other
     args.out_dir.mkdir(parents=True, exist_ok=True)
+    about = f"; LoRA r {lora.r}, alpha {lora.alpha:g}, {', '.join(lora.target_modules)}" if lora else ""
     print(
         f"{args.ckpt}: {llm.layers} layers under {llm.prefix}, {len(checkpoint.entries)} tensors, "
-        f"{total / 1e9:.3f} GB"
-        + (f"; LoRA r {lora.r}, alpha {lora.alpha:g}, {', '.join(lora.target_modules)}" if lora else "")
+        f"{total / 1e9:.3f} GB{about}"
     )
     for drop, tag in sets:
         report = prune(checkpoint, llm, lora, config, drop, tag, args, source)
-        share = 1 - report["parameters_after"] / report["parameters_before"]
+        before, after = report["parameters_before"], report["parameters_after"]
+        folder = args.out_dir if llm.root else args.out_dir / f"hf_{tag}"
         print(
-            f"{tag}: layers {llm.layers} -> {report['new_layers']}, values {report['parameters_before']:,} "
-            "-> "
-            f"{report['parameters_after']:,} ({share:.1%} removed), in {args.out_dir}"
-            + ("" if llm.root else f"/hf_{tag}")
+            f"{tag}: layers {llm.layers} -> {report['new_layers']}, values {before:,} -> {after:,} "
+            f"({1 - after / before:.1%} removed), in {folder}"
         )
 
 

@@ -1,70 +1,72 @@
-"""Narrower layers, or zeros inside them, chosen by the activations on a calibration set: what dropping layers
-competes with.
+"""Narrower layers, or zeros inside them, chosen by the activations on a calibration set.
 
-    python pruning/pruning_tools/prune_width.py --model path/to/hf --out path/to/narrow --mlp-ratio 0.25 --kv-ratio 0.25
-    python pruning/pruning_tools/prune_width.py --model path/to/hf --out path/to/sparse --method wanda --sparsity 0.5
+    python pruning/pruning_tools/prune_width.py --model path/to/llm --out narrow --mlp-ratio 0.25
+    python pruning/pruning_tools/prune_width.py --model path/to/llm --out sparse --method wanda --sparsity 0.5
 
-width      removes MLP neurons and whole key-value heads with their query heads, as many in every layer, so
-that the result
-           is an ordinary smaller model. Score of a neuron: mean |activation| times the norm of its column in down_proj; of a
-           head group: the same over its part of o_proj's input (activation importance of Minitron, arXiv 2407.14679)
-wanda      sets weights to zero, score |W| times the norm of the input, within each output row (arXiv
-2306.11695), layer after
-           layer on the activations of the layers pruned before
-magnitude  sets weights to zero, score |W|, within each matrix: the control of wanda
---sparsity 2:4 keeps the two best of every four along the input; else a share of the weights.
+This is what removing whole layers competes with.
+
+width      removes MLP neurons, and whole key-value heads with their query heads, as many in every layer, so
+           that the result is an ordinary smaller model. The score of a neuron is its mean |activation| times
+           the norm of its column in down_proj; of a head group, the same over its part of o_proj's input
+           (activation importance of Minitron, arXiv 2407.14679)
+wanda      sets weights to zero by the score |W| times the norm of the input, within each output row (arXiv
+           2306.11695), layer after layer on the activations of the layers pruned before
+magnitude  sets weights to zero by the score |W|, within each matrix: the control of wanda
+
+--sparsity 2:4 keeps the two best of every four weights along the input.
 """
 
-import argparse
 import contextlib
 import json
 import sys
 from collections import defaultdict
 from pathlib import Path
 
+# repository root: every way of starting this file finds it
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 import torch
 from torch import nn
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[2])
-)  # repository root: every way of starting this file finds it
+from common.arguments import Parser, refuse
 from common.checkpoint import atomic_dir
 from common.errors import UserError, run
 from pruning.layers import decoder_layers, head_counts, plain
-from pruning.sensitivity_analyse.layer_sensitivity_scan import add_prompt_args, load_with_prompts
+from pruning.sensitivity_analyse.layer_sensitivity_scan import add_prompt_arguments, load_with_prompts
 from pruning.sensitivity_analyse.scan_methods import pad_prompts, patched
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__)
     p.add_argument(
         "--model",
         type=Path,
         required=True,
-        help="folder that from_pretrained loads (Llama-like: gate_proj, up_proj, down_proj)",
+        help="folder of a language model; width needs Llama's gate_proj, up_proj and down_proj",
     )
     p.add_argument("--out", type=Path, required=True, help="folder of the result")
-    p.add_argument("--method", choices=("width", "wanda", "magnitude"), default="width")
+    p.add_argument("--method", choices=("width", "wanda", "magnitude"), default="width", help="see above")
     p.add_argument(
-        "--mlp-ratio", type=float, default=0.0, help="share of MLP neurons to remove, in [0, 1) (width)"
+        "--mlp-ratio", type=float, default=0.0, help="width: fraction of the MLP neurons to remove, in [0, 1)"
     )
     p.add_argument(
         "--kv-ratio",
         type=float,
         default=0.0,
-        help="share of key-value heads to remove, with their query heads, in [0, 1) (width)",
+        help="width: fraction of the key-value heads to remove, in [0, 1), with their query heads",
     )
     p.add_argument(
         "--sparsity",
         default="0.5",
-        help='share of weights set to zero, in (0, 1), or "2:4" (wanda, magnitude; default 0.5)',
+        help="wanda, magnitude: fraction of the weights that become zero, in (0, 1), or 2:4",
     )
-    p.add_argument("--overwrite", action="store_true")
-    add_prompt_args(p)
+    p.add_argument("--overwrite", action="store_true", help="replace the folder --out")
+    add_prompt_arguments(p.add_argument_group("calibration prompts"))
     return p.parse_args(argv)
 
 
 def llama_parts(layer):
+    """(attention, MLP) of a decoder layer; UserError where they are not built as Llama's are."""
     mlp = getattr(layer, "mlp", None)
     if not all(hasattr(mlp, n) for n in ("gate_proj", "up_proj", "down_proj")) or not hasattr(
         layer.self_attn, "o_proj"
@@ -78,10 +80,9 @@ def llama_parts(layer):
 
 @contextlib.contextmanager
 def input_norms(modules: dict, real: torch.Tensor, power: int = 2):
-    """{name: sum over real tokens of |input|^power for each input feature} of Linear modules, filled while
-    the block runs.
+    """Sum |input|^power over all real tokens, for each input feature of the Linear modules {name: module}.
 
-    real: (B, N) bool, False at padding.
+    Yields {name: (features,)}, filled while the block runs. real: (B, N) bool, False at padding.
     """
     sums = {}
 
@@ -100,22 +101,25 @@ def input_norms(modules: dict, real: torch.Tensor, power: int = 2):
 
 
 def calibration_batch(model, prompts):
+    """Return (all prompts padded to one batch, (B, N) bool that is True at real tokens)."""
     batch = pad_prompts(prompts, next(model.parameters()).device)
     lengths = torch.tensor([p[next(iter(batch))].shape[1] for p in prompts])
     return batch, torch.arange(next(iter(batch.values())).shape[1])[None] < lengths[:, None]
 
 
-# ------------------------------------------------------------------------------------------------ width
+# ---------------------------------------- width
 
 
 @torch.no_grad()
 def prune_width(model, prompts, mlp_ratio: float, kv_ratio: float) -> dict:
-    """Cut `model` in place; returns {"mlp": kept neurons of each layer, "kv": kept key-value heads of each
-    layer}."""
+    """Cut `model` in place, in fractions of its neurons and key-value heads.
+
+    Returns {"mlp": kept neurons of each layer, "kv": kept key-value heads of each layer}.
+    """
     parts = [llama_parts(layer) for layer in decoder_layers(model)]
     config = plain(model).config
     heads, kv_heads, head_dim = head_counts(model)
-    neurons = parts[0][1].down_proj.in_features
+    neurons = next(mlp for _, mlp in parts).down_proj.in_features
     watched = {}
     for i, (attention, mlp) in enumerate(parts):
         watched |= {(i, "mlp"): mlp.down_proj, (i, "kv"): attention.o_proj}
@@ -152,6 +156,7 @@ def prune_width(model, prompts, mlp_ratio: float, kv_ratio: float) -> dict:
 
 
 def keep_rows(linear, index):
+    """Keep these output features of a Linear, in place."""
     linear.weight = nn.Parameter(linear.weight[index].clone(), requires_grad=linear.weight.requires_grad)
     if linear.bias is not None:
         linear.bias = nn.Parameter(linear.bias[index].clone(), requires_grad=linear.bias.requires_grad)
@@ -159,16 +164,19 @@ def keep_rows(linear, index):
 
 
 def keep_columns(linear, index):
+    """Keep these input features of a Linear, in place."""
     linear.weight = nn.Parameter(linear.weight[:, index].clone(), requires_grad=linear.weight.requires_grad)
     linear.in_features = len(index)
 
 
-# ------------------------------------------------------------------------------------------------ zeros
+# ---------------------------------------- zeros
 
 
 def zero_mask(score: torch.Tensor, sparsity: str, by_row: bool) -> torch.Tensor:
-    """True where a weight goes. score (out, in); by_row: the share holds within each output row, else within
-    the matrix."""
+    """True where a weight becomes zero. score: (out, in), low where a weight matters little.
+
+    by_row: the fraction holds within each output row, else within the whole matrix.
+    """
     if sparsity == "2:4":
         if score.shape[1] % 4:
             raise UserError(
@@ -183,8 +191,10 @@ def zero_mask(score: torch.Tensor, sparsity: str, by_row: bool) -> torch.Tensor:
 
 @torch.no_grad()
 def prune_unstructured(model, prompts, method: str, sparsity: str):
-    """Set weights of every Linear in the decoder layers to zero, in place. wanda sees each layer's input as
-    the pruned layers before it produce it, within one forward pass over all prompts."""
+    """Set weights of every Linear in the decoder layers to zero, in place.
+
+    wanda sees each layer's input as the pruned layers before it produce it, all in one forward pass.
+    """
     batch, real = calibration_batch(model, prompts)
     with contextlib.ExitStack() as stack:
         for layer in decoder_layers(model):
@@ -203,20 +213,30 @@ def prune_unstructured(model, prompts, method: str, sparsity: str):
         plain(model).get_decoder()(**batch, use_cache=False)
 
 
-def main(args):
-    if args.method == "width" and not (
-        0 <= args.mlp_ratio < 1 and 0 <= args.kv_ratio < 1 and args.mlp_ratio + args.kv_ratio > 0
-    ):
-        raise UserError("--method width needs --mlp-ratio or --kv-ratio, each in [0, 1)")
+def check(args):
+    """Refuse numbers out of range and what would have no effect."""
+    if args.method == "width":
+        refuse(args, ["sparsity"], "with --method width")
+        ratios = (args.mlp_ratio, args.kv_ratio)
+        if not all(0 <= ratio < 1 for ratio in ratios) or sum(ratios) == 0:
+            raise UserError("--method width needs --mlp-ratio or --kv-ratio, each in [0, 1)")
+        return
+    refuse(args, ["mlp_ratio", "kv_ratio"], f"with --method {args.method}")
     try:
         valid = args.sparsity == "2:4" or 0 < float(args.sparsity) < 1
     except ValueError:
         valid = False
     if not valid:
-        raise UserError(f"--sparsity {args.sparsity}: give a share between 0 and 1, or 2:4")
+        raise UserError(f"--sparsity {args.sparsity}: give a fraction between 0 and 1, or 2:4")
+
+
+def main(args):
+    check(args)
     if args.out.exists() and not args.overwrite:
         raise UserError(f"{args.out} exists; add --overwrite or choose another --out")
     model, tokenizer, prompts = load_with_prompts(args)
+
+    # prune in memory
     before = sum(p.numel() for p in model.parameters())
     if args.method == "width":
         chosen = prune_width(model, prompts, args.mlp_ratio, args.kv_ratio)
@@ -224,9 +244,10 @@ def main(args):
         prune_unstructured(model, prompts, args.method, args.sparsity)
         chosen = {"sparsity": args.sparsity}
     after = sum(p.numel() for p in model.parameters())
-    zeros = sum(
-        (p == 0).sum().item() for layer in decoder_layers(model) for p in layer.parameters() if p.dim() == 2
-    )
+    matrices = [p for layer in decoder_layers(model) for p in layer.parameters() if p.dim() == 2]
+    zeros = sum((matrix == 0).sum().item() for matrix in matrices)
+
+    # write a folder that transformers loads
     with atomic_dir(args.out) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
@@ -234,8 +255,7 @@ def main(args):
         (temporary / "prune_width.json").write_text(json.dumps(about))
     print(
         f"{args.method}: values {before:,} -> {after:,} ({1 - after / before:.1%} removed), {zeros:,} zeros "
-        "in the layers' "
-        f"matrices, in {args.out}"
+        f"in the layers' matrices, in {args.out}"
     )
 
 

@@ -1,5 +1,4 @@
-"""Checkpoints as lists of tensors that stay on disk: any format read lazily, safetensors written by copying
-bytes.
+"""Checkpoints as lists of tensors that stay on disk: any format is read lazily, safetensors copied bytewise.
 
 A model of 8 B values is 16 GB; pruning it renames keys and needs none of these values in memory.
 """
@@ -15,9 +14,8 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[2])
-)  # repository root: every way of starting this file finds it
+# repository root: every way of starting this file finds it
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common.checkpoint import atomic_path
 from common.errors import UserError
 from common.files import read_json, reading
@@ -43,8 +41,10 @@ BLOCK = 1 << 24  # bytes copied at once
 
 @dataclass
 class Entry:
-    """One tensor of a checkpoint. read() gives it; where = (file, offset) of its bytes, if they lie in a file
-    as they are."""
+    """One tensor of a checkpoint.
+
+    read: function that returns it. where: (file, offset) of its bytes, where they lie in a file as they are.
+    """
 
     dtype: torch.dtype
     shape: tuple
@@ -62,8 +62,11 @@ class Entry:
 
 @dataclass
 class Checkpoint:
-    """entries: {key: Entry} with the leading `module.` and `_orig_mod.` removed. files: where they lie.
-    format: safetensors or bin."""
+    """An opened checkpoint.
+
+    entries: {key: Entry}, without the leading `module.` and `_orig_mod.`. files: where they lie. format:
+    safetensors or bin.
+    """
 
     path: Path
     entries: dict
@@ -76,8 +79,10 @@ class Checkpoint:
 
 
 def open_checkpoint(path) -> Checkpoint:
-    """Open a weight file or a folder of shards without reading the values. UserError if it is missing, cut or
-    no checkpoint."""
+    """Open a weight file or a folder of shards without reading the values.
+
+    UserError if it is missing, cut or no checkpoint.
+    """
     path = Path(path)
     files = [path] if path.is_file() else list_shards(path)
     entries = {}
@@ -163,12 +168,11 @@ def cast(entry: Entry, dtype: torch.dtype) -> Entry:
     return Entry(dtype, entry.shape, lambda: entry.read().to(dtype))
 
 
-# ------------------------------------------------------------------------------------------------ writing
+# ---------------------------------------- writing
 
 
 def write_safetensors(path, entries: dict[str, Entry]):
-    """Write a .safetensors file, whole or not at all, one tensor at a time; bytes that lie in a file are
-    copied."""
+    """Write a .safetensors file, whole or not at all, one tensor at a time, copying bytes where they lie."""
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for key, entry in entries.items():
         header[key] = {
@@ -193,8 +197,10 @@ def write_safetensors(path, entries: dict[str, Entry]):
 
 
 def copy_range(where, nbytes: int, target):
-    """Append `nbytes` bytes from where = (file, offset) to the open file `target`; holes of a sparse file
-    stay holes."""
+    """Append `nbytes` bytes from where = (file, offset) to the open file `target`.
+
+    The holes of a sparse file stay holes.
+    """
     file, position = where
     end = position + nbytes
     with open(file, "rb", buffering=0) as source:
@@ -223,8 +229,10 @@ def next_data(fd: int, position: int, end: int) -> tuple[int, int]:
 
 
 def write_shards(folder: Path, entries: dict[str, Entry], max_bytes: int, stem: str = "model"):
-    """Write entries as transformers does: one `model.safetensors`, or numbered shards of at most `max_bytes`
-    and an index."""
+    """Write entries as transformers does.
+
+    That is one `model.safetensors`, or numbered shards of at most `max_bytes` and their index.
+    """
     shards, size = [{}], 0
     for key, entry in entries.items():
         if shards[-1] and size + entry.nbytes > max_bytes:
@@ -245,7 +253,9 @@ def write_shards(folder: Path, entries: dict[str, Entry], max_bytes: int, stem: 
 
 
 def write_bin(path, entries: dict[str, Entry]):
-    """Write a torch state dict, whole or not at all. Tensors that shared memory in the source (tied
-    embeddings) still do."""
+    """Write a torch state dict, whole or not at all.
+
+    Tensors that shared memory in the source, such as tied embeddings, still do.
+    """
     with atomic_path(path) as temporary:
         torch.save({key: entry.read() for key, entry in entries.items()}, temporary)

@@ -1,9 +1,10 @@
-"""From scores to a list of layers to remove, for a share of the layers or a parameter budget.
+"""From scores to a list of layers to remove, for a fraction of the layers or a parameter budget.
 
-    python pruning/sensitivity_analyse/choose_layers.py --records layer_sensitivity.records.jsonl --ratio 0.25 0.5 --out plan.json
+    python pruning/sensitivity_analyse/choose_layers.py --records layer_sensitivity.records.jsonl \\
+        --ratio 0.25 0.5 --out plan.json
 
 criterion         removes                                                                   needs
-sensitivity       the layers whose masked part moves the output least (mode of the scan)    records
+sensitivity       the layers whose masked part moves the output least (--mode of the scan)  records
 block_influence   the layers that turn the hidden state least (ShortGPT)                    records
 leave_one_out     the layers whose removal, alone, moves the output least                   records
 perplexity        the layers whose removal, alone, raises the loss least                    records
@@ -11,32 +12,31 @@ angular           the window of neighbours that turns the hidden state least    
 window            the window of neighbours whose removal raises the loss least              model
 greedy            one layer after the other, each time the one that raises the loss least   model
 beam              as greedy, with the best few sets carried along                           model
-last, first       controls                                                                  -
-random            control; random_keep0 never removes layer 0 (a random set that already    -
-                  keeps it is the same in both, so that fewer sets need to be evaluated)
+last, first       controls                                                                  nothing
+random            control; random_keep0 never removes layer 0                               nothing
 
 Scores of single layers do not add up: greedy, beam and window measure sets instead. Random sets are the
 control to beat, above all random_keep0, because much of what every criterion knows is that the first layer
-must stay.
+must stay. A random set that keeps layer 0 by chance is the same in both, so that it is evaluated only once.
 """
 
-import argparse
 import json
 import math
 import random
 import sys
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[2])
-)  # repository root: every way of starting this file finds it
+# repository root: every way of starting this file finds it
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from common.arguments import Parser, number, refuse
 from common.checkpoint import atomic_write
 from common.errors import UserError, run
 from pruning.layers import decoder_layers, plain, without_layers
 from pruning.pruning_tools.prune_llm import spec_of
 from pruning.sensitivity_analyse.layer_mask import plain_mode
 from pruning.sensitivity_analyse.layer_sensitivity_scan import (
-    add_prompt_args,
+    add_prompt_arguments,
     layer_scores,
     load_with_prompts,
     scan,
@@ -49,36 +49,44 @@ CONTROLS = ("last", "first", "random", "random_keep0")
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--records", type=Path, help="records.jsonl of layer_sensitivity_scan.py")
-    p.add_argument(
-        "--criterion", nargs="+", default=["sensitivity"], choices=(*FROM_RECORDS, *FROM_MODEL, *CONTROLS)
-    )
-    p.add_argument("--mode", default="v_only", help="mode of the scan behind sensitivity (default v_only)")
-    p.add_argument(
-        "--distance", default="kl", help="distance behind sensitivity and leave_one_out (default kl)"
-    )
-    size = p.add_mutually_exclusive_group(required=True)
-    size.add_argument("--ratio", type=float, nargs="+", help="shares of the layers to remove, each in (0, 1)")
-    size.add_argument(
-        "--target-params",
-        type=float,
-        help="remove just enough layers to stay at or below this many values (needs --model)",
-    )
-    p.add_argument("--seeds", type=int, default=5, help="how many random sets (default 5)")
-    p.add_argument("--beam-width", type=int, default=3, help="sets carried along by beam (default 3)")
-    p.add_argument(
-        "--out", type=Path, default=Path("plan.json"), help="default plan.json; prune_llm.py --plan reads it"
-    )
+    p = Parser(__doc__)
+    p.add_argument("--records", type=Path, help="the .records.jsonl file of layer_sensitivity_scan.py")
     p.add_argument("--model", type=Path, help="the model, for window, greedy, beam and --target-params")
-    add_prompt_args(p)
+    p.add_argument(
+        "--out", type=Path, default=Path("plan.json"), help="JSON file that prune_llm.py --plan reads"
+    )
+    add_choice_arguments(p.add_argument_group("choice"))
+    add_prompt_arguments(p.add_argument_group("prompts of the measured loss"))
     return p.parse_args(argv)
 
 
+def add_choice_arguments(group):
+    group.add_argument(
+        "--criterion",
+        nargs="+",
+        default=["sensitivity"],
+        choices=(*FROM_RECORDS, *FROM_MODEL, *CONTROLS),
+        help="one or several of the table above",
+    )
+    group.add_argument("--mode", default="v_only", help="mode of the scan behind sensitivity")
+    group.add_argument("--distance", default="kl", help="distance behind sensitivity and leave_one_out")
+    size = group.add_mutually_exclusive_group(required=True)
+    size.add_argument(
+        "--ratio", type=float, nargs="+", help="fractions of the layers to remove, each in (0, 1)"
+    )
+    size.add_argument(
+        "--target-params",
+        type=float,
+        help="remove just enough layers to stay at or below this many parameters",
+    )
+    group.add_argument("--seeds", type=number(int, 1), default=5, help="random sets of each kind")
+    group.add_argument("--beam-width", type=number(int, 1), default=3, help="sets that beam carries along")
+
+
 def layers_to_remove(layers: int, ratio: float) -> int:
-    """How many of `layers` a share of them is: rounded, at least one, at least one kept."""
+    """How many of `layers` a fraction of them is: rounded, at least one removed, at least one kept."""
     if not 0 < ratio < 1:
-        raise UserError(f"--ratio {ratio:g}: give a share between 0 and 1")
+        raise UserError(f"--ratio {ratio:g}: give a fraction between 0 and 1")
     return min(max(1, round(ratio * layers)), layers - 1)
 
 
@@ -88,17 +96,19 @@ def layers_for_budget(model, target: float) -> int:
     each = sum(p.numel() for p in decoder_layers(model)[-1].parameters())
     count = max(0, math.ceil((total - target) / each))
     if not 0 < count < len(decoder_layers(model)):
+        least = total - each * (len(decoder_layers(model)) - 1)
         raise UserError(
             f"--target-params {target:,.0f}: the model has {total:,} and a layer {each:,}; choose a number "
-            "between "
-            f"{total - each * (len(decoder_layers(model)) - 1):,} and {total - each:,}"
+            f"between {least:,} and {total - each:,}"
         )
     return count
 
 
 def loss_without(model, prompts, drop_layers=()) -> dict[int, float]:
-    """Mean loss per scored token when `drop_layers` are gone (key -1), and when one more layer is gone too
-    (its old number)."""
+    """Mean loss per scored token without `drop_layers`.
+
+    Key -1 holds it with no further layer gone, every other key with that one gone too (its old number).
+    """
     keep = [i for i in range(len(decoder_layers(model))) if i not in drop_layers]
     with without_layers(model, drop_layers):
         records = scan(model, prompts, modes=(), kinds=())
@@ -112,8 +122,11 @@ def loss_without(model, prompts, drop_layers=()) -> dict[int, float]:
 
 
 def search(model, prompts, count: int, width: int) -> tuple[list[int], list]:
-    """Greedy (width 1) or beam search for `count` layers with the lowest loss. Returns the set and its trace:
-    [(layers so far, loss), ...]. Each step scores every next layer of a set in one wavefront."""
+    """Greedy (width 1) or beam search for the `count` layers without which the loss is lowest.
+
+    Returns the set and its trace [(layers so far, loss), ...]. Each step scores every next layer of a set in
+    one wavefront.
+    """
     beam = [((), [((), None)])]
     for _ in range(count):
         reached = {}
@@ -122,13 +135,67 @@ def search(model, prompts, count: int, width: int) -> tuple[list[int], list]:
             trace = [*trace[:-1], (drop, losses.pop(-1))]
             for layer, loss in losses.items():
                 reached.setdefault(tuple(sorted({*drop, layer})), (loss, trace))
-        best = sorted(reached.items(), key=lambda item: item[1][0])[:width]
-        beam = [(drop, [*trace, (drop, loss)]) for drop, (loss, trace) in best]
-    return list(beam[0][0]), beam[0][1]
+        best = sorted(reached, key=lambda drop: reached[drop][0])[:width]
+        beam = [(drop, [*reached[drop][1], (drop, reached[drop][0])]) for drop in best]
+    (drop, trace), *_ = beam
+    return list(drop), trace
 
 
 def lowest(scores: list[float], count: int) -> list[int]:
+    """The layers of the `count` lowest scores, ascending."""
     return sorted(sorted(range(len(scores)), key=scores.__getitem__)[:count])
+
+
+def windows(layers: int, count: int) -> list[range]:
+    """Every stretch of `count` neighbouring layers."""
+    return [range(start, start + count) for start in range(layers - count + 1)]
+
+
+def by_scores(criterion: str, count: int, rows, mode: str, distance: str) -> tuple[list[int], str]:
+    """The layers with the lowest scores of a scan; rows: of `summarise`."""
+    mode, distance = {
+        "sensitivity": (plain_mode(mode), distance),
+        "block_influence": ("layer", "block_influence"),
+        "leave_one_out": ("layer", distance),
+        "perplexity": ("layer", "nll_change"),
+    }[criterion]
+    scores = layer_scores(rows, mode, distance)
+    drop = lowest(scores, count)
+    return drop, f"lowest {distance} with {mode} off: " + ", ".join(f"{i}: {scores[i]:.4g}" for i in drop)
+
+
+def by_angle(count: int, layers: int, angles) -> tuple[list[int], str]:
+    """The window between whose ends the hidden state turns least; angles: (L + 1, L + 1) of each prompt."""
+    turn = {w: sum(a[w.start][w.stop] for a in angles) / len(angles) for w in windows(layers, count)}
+    best = min(turn, key=turn.get)
+    return list(best), f"angular distance {turn[best]:.4f}, the smallest of all windows of {count}"
+
+
+def by_loss(criterion: str, count: int, layers: int, model, prompts, width: int) -> tuple[list[int], str]:
+    """The set without which the loss on the calibration prompts is lowest, of all sets that are looked at."""
+    if criterion == "window":
+        loss = {window: loss_without(model, prompts, window)[-1] for window in windows(layers, count)}
+        best = min(loss, key=loss.get)
+        return list(
+            best
+        ), f"loss {loss[best]:.4f} on the calibration set, the lowest of all windows of {count}"
+    drop, trace = search(model, prompts, count, 1 if criterion == "greedy" else width)
+    steps = ", ".join(f"{loss:.4f} without {spec_of(some) or 'none'}" for some, loss in trace)
+    return drop, f"loss on the calibration set {steps}"
+
+
+def control(criterion: str, count: int, layers: int, seed: int) -> tuple[list[int], str]:
+    """Layers that nothing was measured for."""
+    if criterion == "last":
+        return list(range(layers - count, layers)), "control"
+    if criterion == "first":
+        return list(range(count)), "control"
+    order = random.Random(seed).sample(range(layers), layers)
+    if criterion == "random_keep0":
+        order.remove(0)
+    if count > len(order):
+        raise UserError(f"{criterion}: cannot remove {count} of {layers} layers; lower --ratio")
+    return sorted(order[:count]), f"control, seed {seed}"
 
 
 def choose(
@@ -144,113 +211,82 @@ def choose(
     seed=0,
     width=3,
 ):
-    """(layers to remove, sentence saying why). rows: of `summarise`. angles: the (L + 1, L + 1) matrices of
-    the records."""
-    if criterion in FROM_RECORDS and criterion != "angular":
-        wanted = {
-            "sensitivity": (plain_mode(mode), distance),
-            "block_influence": ("layer", "block_influence"),
-            "leave_one_out": ("layer", distance),
-            "perplexity": ("layer", "nll_change"),
-        }[criterion]
-        scores = layer_scores(rows, *wanted)
-        drop = lowest(scores, count)
-        return drop, f"lowest {wanted[1]} with {wanted[0]} off: " + ", ".join(
-            f"{i}: {scores[i]:.4g}" for i in drop
-        )
+    """Return (`count` of `layers` layers to remove, a sentence that says why).
+
+    rows: of `summarise`. angles: (L + 1, L + 1) of each record. model, prompts: for the criteria that measure
+    the loss. mode, distance: of the scan. seed: of the random controls. width: of the beam.
+    """
     if criterion == "angular":
-        mean = [
-            sum(a[start][start + count] for a in angles) / len(angles) for start in range(layers - count + 1)
-        ]
-        start = mean.index(min(mean))
-        return list(
-            range(start, start + count)
-        ), f"angular distance {mean[start]:.4f}, the smallest of all windows of {count}"
-    if criterion == "window":
-        loss = {
-            start: loss_without(model, prompts, range(start, start + count))[-1]
-            for start in range(layers - count + 1)
-        }
-        start = min(loss, key=loss.get)
-        return list(
-            range(start, start + count)
-        ), f"loss {loss[start]:.4f} on the calibration set, the lowest of all windows of {count}"
-    if criterion in ("greedy", "beam"):
-        drop, trace = search(model, prompts, count, 1 if criterion == "greedy" else width)
-        return drop, "loss on the calibration set " + ", ".join(
-            f"{loss:.4f} without {spec_of(d) or 'none'}" for d, loss in trace
-        )
-    if criterion == "last":
-        return list(range(layers - count, layers)), "control"
-    if criterion == "first":
-        return list(range(count)), "control"
-    order = random.Random(seed).sample(range(layers), layers)
-    if criterion == "random_keep0":
-        order.remove(0)
-    if count > len(order):
-        raise UserError(f"{criterion}: cannot remove {count} of {layers} layers")
-    return sorted(order[:count]), f"control, seed {seed}"
+        return by_angle(count, layers, angles)
+    if criterion in FROM_RECORDS:
+        return by_scores(criterion, count, rows, mode, distance)
+    if criterion in FROM_MODEL:
+        return by_loss(criterion, count, layers, model, prompts, width)
+    return control(criterion, count, layers, seed)
 
 
 def read_records(path) -> list[dict]:
+    """The records of a whole scan; UserError for a file that is cut or no records file."""
     try:
         return [json.loads(line) for line in Path(path).read_text().splitlines()[1:]]
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path}: not a whole records file of layer_sensitivity_scan.py ({error}); finish the scan with "
-            f"--resume"
+            "--resume"
         ) from error
 
 
-def main(args):
+def check(args):
+    """Refuse what is missing and what would have no effect."""
     wanted = set(args.criterion)
-    if wanted & {*FROM_RECORDS} and not args.records:
-        raise UserError(f"--criterion {' '.join(wanted & {*FROM_RECORDS})} needs --records of a scan")
+    if scanned := sorted(wanted & {*FROM_RECORDS}):
+        if not args.records:
+            raise UserError(f"--criterion {' '.join(scanned)} needs --records of a scan")
     if (wanted & {*FROM_MODEL} or args.target_params) and not args.model:
         raise UserError("--model is needed for window, greedy, beam and --target-params")
-    records = read_records(args.records) if args.records else []
-    rows, angles = summarise(records), [r["angles"] for r in records]
-    model, _, prompts = load_with_prompts(args) if args.model else (None, None, [])
-    layers = len(decoder_layers(model)) if model else len(records[0]["block_influence"]) if records else 0
-    if not layers:
+    if not (args.records or args.model):
         raise UserError("give --records or --model, so that the number of layers is known")
-    if records and len(records[0]["block_influence"]) != layers:
-        raise UserError(
-            f"{args.records}: scanned {len(records[0]['block_influence'])} layers, {args.model} has {layers}"
-        )
+    if "sensitivity" not in wanted:
+        refuse(args, ["mode"], "without --criterion sensitivity")
+    if not wanted & {"sensitivity", "leave_one_out"}:
+        refuse(args, ["distance"], "without --criterion sensitivity or leave_one_out")
+    if not wanted & {"random", "random_keep0"}:
+        refuse(args, ["seeds"], "without --criterion random or random_keep0")
+    if "beam" not in wanted:
+        refuse(args, ["beam_width"], "without --criterion beam")
+
+
+def main(args):
+    check(args)
+
+    # what a scan measured, and the model where a criterion measures more
+    records = read_records(args.records) if args.records else []
+    rows, angles = summarise(records), [record["angles"] for record in records]
+    model, _, prompts = load_with_prompts(args) if args.model else (None, None, [])
+    scanned = len(records[0]["block_influence"]) if records else 0
+    layers = len(decoder_layers(model)) if model else scanned
+    if scanned not in (0, layers):
+        raise UserError(f"{args.records}: scanned {scanned} layers, {args.model} has {layers}")
+    if not layers:
+        raise UserError(f"{args.records}: holds no record; finish the scan with --resume")
+
+    # how many layers go
     if args.target_params:
         counts = [layers_for_budget(model, args.target_params)]
     else:
         counts = [layers_to_remove(layers, ratio) for ratio in args.ratio]
+
+    # which ones, by every criterion
     choices = []
-    for criterion in args.criterion:
-        for count in counts:
-            for seed in range(args.seeds if criterion.startswith("random") else 1):
-                drop, why = choose(
-                    criterion,
-                    count,
-                    layers,
-                    rows,
-                    angles,
-                    model,
-                    prompts,
-                    args.mode,
-                    args.distance,
-                    seed,
-                    args.beam_width,
-                )
-                choices.append(
-                    {
-                        "criterion": criterion,
-                        "drop_layers": spec_of(drop),
-                        "layers_left": layers - count,
-                        "why": why,
-                    }
-                )
-                print(
-                    f"{criterion:16} {layers} -> {layers - count} layers: --drop-layers {spec_of(drop)}   "
-                    f"({why})"
-                )
+    for criterion, count in ((criterion, count) for criterion in args.criterion for count in counts):
+        for seed in range(args.seeds if criterion.startswith("random") else 1):
+            measured = (rows, angles, model, prompts, args.mode, args.distance)
+            drop, why = choose(criterion, count, layers, *measured, seed, args.beam_width)
+            choice = {"criterion": criterion, "drop_layers": spec_of(drop), "layers_left": layers - count}
+            choices.append({**choice, "why": why})
+            print(
+                f"{criterion:16} {layers} -> {layers - count} layers: --drop-layers {spec_of(drop)}   ({why})"
+            )
     atomic_write(args.out, json.dumps({"layers": layers, "choices": choices}, indent=1))
     print(f"wrote {args.out}; prune with prune_llm.py --plan {args.out}")
 

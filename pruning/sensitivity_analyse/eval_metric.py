@@ -1,9 +1,8 @@
-"""How far the next-token distributions of two models lie apart (upstream names this file, but never published
-it).
+"""How far the next-token distributions of two models lie apart, and perplexity.
 
-All are 0 for equal logits and do not change when a constant is added to a row. l1, l2 and rms average over
-the whole vocabulary, so that rare tokens dominate; kl and top1 follow behaviour more closely. Report at least
-two.
+Upstream names this file, but never published it. All distances are 0 for equal logits and do not change when
+a constant is added to a row. l1, l2 and rms average over the whole vocabulary, so that rare tokens dominate;
+kl and top1 follow behaviour more closely. Report at least two.
 """
 
 import math
@@ -14,8 +13,7 @@ DISTANCES = ("l1_mean", "l2_mean", "rms", "kl", "l1_last", "top1")
 
 
 def position_distances(base_logprobs: torch.Tensor, logprobs: torch.Tensor, kind: str) -> torch.Tensor:
-    """One value for each position; both inputs (..., N, V) log-probabilities. `combine` turns N values into
-    the score."""
+    """One value for each position, (..., N), of log-probabilities (..., N, V); see `combine`."""
     difference = base_logprobs - logprobs
     if kind in ("l1_mean", "l1_last"):
         return difference.abs().mean(-1)
@@ -24,8 +22,7 @@ def position_distances(base_logprobs: torch.Tensor, logprobs: torch.Tensor, kind
     if kind == "rms":
         return difference.square().mean(-1)
     if kind == "kl":
-        # sum p (log p - log q), plus sum (q - p) = 0: every term is then >= 0 and float32 keeps small values
-        # exact
+        # sum p (log p - log q) plus sum (q - p) = 0: every term is >= 0, so float32 keeps small values exact
         return (base_logprobs.exp() * (difference + torch.expm1(-difference))).sum(-1)
     if kind == "top1":
         best = base_logprobs.argmax(-1, keepdim=True).expand(*difference.shape[:-1], 1)

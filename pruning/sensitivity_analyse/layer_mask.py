@@ -19,9 +19,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[2])
-)  # repository root: every way of starting this file finds it
+# repository root: every way of starting this file finds it
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common.errors import UserError
 from pruning.layers import ATTENTION, MLP, OUTPUT, child, decoder_layers, head_counts
 
@@ -102,8 +101,7 @@ def mask_attention_layer(model, layer_idx: int, mode: str = "v_only"):
     else:
         raise UserError(
             f"{type(attention).__name__} mixes q, k and v in one projection; use --mode attention, head, mlp "
-            "or "
-            f"layer"
+            "or layer"
         )
     wrappers = {
         name: ProjHeadMaskWrapper(module, head_dim).train(module.training)
@@ -129,10 +127,9 @@ def mask_attention_layer(model, layer_idx: int, mode: str = "v_only"):
 
 @contextlib.contextmanager
 def masked(model, layer_idx: int, mode: str = "v_only", head: int | None = None):
-    """Inside the with block, layer `layer_idx` runs with `mode` switched off; it is whole again afterwards,
-    always.
+    """Inside the with block, layer `layer_idx` runs with `mode` switched off.
 
-    head: which query head, for mode "head".
+    It is whole again afterwards, also when the block raises. head: which query head, for mode "head".
     """
     mode = plain_mode(mode)
     layer = decoder_layers(model)[layer_idx]
@@ -154,15 +151,12 @@ def masked(model, layer_idx: int, mode: str = "v_only", head: int | None = None)
     else:
 
         def nothing(module, args, output):
-            return (
-                (torch.zeros_like(output[0]), *output[1:])
-                if isinstance(output, tuple)
-                else torch.zeros_like(output)
-            )
+            if isinstance(output, tuple):
+                return (torch.zeros_like(output[0]), *output[1:])
+            return torch.zeros_like(output)
 
-        restore = (
-            child(layer, ATTENTION if mode == "attention" else MLP).register_forward_hook(nothing).remove
-        )
+        branch = child(layer, ATTENTION if mode == "attention" else MLP)
+        restore = branch.register_forward_hook(nothing).remove
     try:
         yield
     finally:

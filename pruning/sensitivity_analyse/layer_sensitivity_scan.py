@@ -1,14 +1,14 @@
 """Which layers of a language model matter: switch each one off and measure how far the output moves.
 
-    python pruning/sensitivity_analyse/layer_sensitivity_scan.py --model path/to/hf_folder --mode v_only --out layer_sensitivity.csv
+    python pruning/sensitivity_analyse/layer_sensitivity_scan.py --model path/to/llm --mode v_only \\
+        --out layer_sensitivity.csv
 
 One pass also yields block influence (ShortGPT, arXiv 2403.03853), the angular distance of every window of
 layers (arXiv 2403.17887) and, for each layer left out, the distance and the change of the loss. Upstream:
 sensitivity-analyse/layer_sensitivity_scan.py, which runs the whole model once per layer and prompt (`--method
-naive`; the faster ones: scan_methods.py).
+naive`; scan_methods.py describes the faster ones).
 """
 
-import argparse
 import contextlib
 import csv
 import hashlib
@@ -19,15 +19,17 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+# repository root: every way of starting this file finds it
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 import torch
 from accelerate import Accelerator
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[2])
-)  # repository root: every way of starting this file finds it
+from common.arguments import Parser, number, refuse
 from common.checkpoint import atomic_write
 from common.errors import Interrupted, UserError, run
 from common.figures import new_figure, save_figure
+from common.llm import add_trust_argument
 from common.run import progress
 from pruning.layers import decoder_layers, plain
 from pruning.sensitivity_analyse.eval_metric import DISTANCES
@@ -39,115 +41,121 @@ COLUMNS = ["mode", "layer", "head", "distance", "score_mean", "score_std", "prom
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__)
     p.add_argument(
         "--model",
         type=Path,
         required=True,
-        help="causal LM: a folder that from_pretrained loads, or a dia_pangu checkpoint folder",
+        help="folder of a language model; with --task-data, a checkpoint folder of dia_pangu",
     )
     p.add_argument(
         "--out",
         type=Path,
         default=Path("layer_sensitivity.csv"),
-        help="csv of the first mode and distance; all others, records and picture beside it",
+        help="CSV of the first mode and distance; the table of all, the records and the picture go beside it",
     )
-    p.add_argument(
-        "--mode",
-        nargs="+",
-        default=["v_only"],
-        help=f"what to switch off: {', '.join(MODES)} (upstream: v_only, qv)",
-    )
-    p.add_argument(
-        "--distance",
-        nargs="+",
-        default=["l1_mean", "kl"],
-        choices=DISTANCES,
-        help="default l1_mean and kl; the first goes to --out",
-    )
-    p.add_argument("--method", choices=METHODS, default="wavefront")
-    add_prompt_args(p)
-    p.add_argument(
-        "--batch-size",
-        type=int,
-        default=1,
-        help="prompts run together, right-padded (default 1; raise it on an "
-        "accelerator, and for --method cached)",
-    )
-    p.add_argument(
-        "--sanity_check",
-        action="store_true",
-        help="first check that a lifted mask changes nothing and that the method equals naive",
-    )
+    add_scan_arguments(p.add_argument_group("scan"))
+    add_prompt_arguments(p.add_argument_group("prompts"))
     p.add_argument(
         "--resume",
         action="store_true",
-        help="go on with an interrupted scan: prompts already scored are not run again",
+        help="go on with an interrupted scan: scored prompts do not run again",
     )
     p.add_argument("--overwrite", action="store_true", help="start again although --out exists")
     return p.parse_args(argv)
 
 
-def add_prompt_args(p):
-    """What to run through the model; the same for the scan and for choosing by measured loss."""
-    p.add_argument(
+def add_scan_arguments(group):
+    group.add_argument(
+        "--mode",
+        nargs="+",
+        default=["v_only"],
+        help=f"what to switch off, one or several of {', '.join(MODES)} (upstream: v_only, qv)",
+    )
+    group.add_argument(
+        "--distance",
+        nargs="+",
+        default=["l1_mean", "kl"],
+        choices=DISTANCES,
+        help="distances to measure; the first goes to --out",
+    )
+    group.add_argument("--method", choices=METHODS, default="wavefront", help="how the masked passes are run")
+    group.add_argument(
+        "--batch-size",
+        type=number(int, 1),
+        default=1,
+        help="prompts that run together, padded on the right; raise it on an accelerator",
+    )
+    group.add_argument(
+        "--sanity-check",
+        action="store_true",
+        help="first check that a lifted mask changes nothing and that --method equals naive",
+    )
+
+
+def add_prompt_arguments(group):
+    """Add what to run through the model; the same for scanning, choosing and pruning in width."""
+    group.add_argument(
         "--prompts",
         type=Path,
-        help="text file, one prompt a line, or .jsonl with the field text; default: 18 built-in "
-        "ones, a third each English, Chinese and radiology",
+        help="texts, one a line, or a .jsonl file with the field text; left out: 18 built-in ones, a third "
+        "each English, Chinese and radiology",
     )
-    p.add_argument(
+    group.add_argument(
         "--task-data",
         type=Path,
-        help="dia_pangu data folder: task prompts with the volume's embeddings and the report; "
-        "--model is then a dia_pangu checkpoint",
+        help="a CTRG folder: the prompts are its volumes and reports, and --model is a dia_pangu checkpoint",
     )
-    p.add_argument(
+    group.add_argument(
         "--lang-model-path",
         type=Path,
-        help="with --task-data: folder with the language model's config and tokenizer",
+        help="with --task-data: the folder with the language model's configuration and tokenizer",
     )
-    p.add_argument(
-        "--task-samples", type=int, default=16, help="training samples used as task prompts (default 16)"
+    group.add_argument(
+        "--task-samples",
+        type=number(int, 1),
+        default=16,
+        help="with --task-data: training samples that are used",
     )
-    p.add_argument(
-        "--max-tokens", type=int, default=512, help="prompts are cut to this many tokens (default 512)"
+    group.add_argument(
+        "--max-tokens", type=number(int, 2), default=512, help="longest prompt in tokens; longer ones are cut"
     )
-    p.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="weights' type; default as stored"
+    group.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="number format of the weights; left out: as stored",
     )
-    p.add_argument(
-        "--trust-remote-code", action="store_true", help="allow code inside the model folder to run"
-    )
+    add_trust_argument(group)
 
 
 def load_with_prompts(args) -> tuple:
-    """(model, tokenizer, prompts) that `add_prompt_args` and --model asked for. A prompt is a dict with name,
-    input_ids or inputs_embeds, and labels for task prompts."""
-    if args.max_tokens < 2 or args.task_samples < 1:
-        raise UserError("--max-tokens needs at least 2, --task-samples at least 1")
-    if args.task_data:
-        from pruning.report_model import (
-            Encoded,
-            load_report_model,
-            task_prompts,
-        )  # dia_pangu, needed only here
+    """Return (model, tokenizer, prompts) as --model and `add_prompt_arguments` ask for.
 
+    A prompt is a dictionary with name, input_ids (1, N) or inputs_embeds (1, N, d), and labels (1, N) where
+    only a part is scored.
+    """
+    device = Accelerator().device
+    if args.task_data:
+        refuse(args, ["prompts", "max_tokens", "dtype", "trust_remote_code"], "with --task-data")
         if not args.lang_model_path:
             raise UserError(
-                "--task-data needs --lang-model-path: the folder with the language model's config and "
+                "--task-data needs --lang-model-path, the folder with the language model's configuration and "
                 "tokenizer"
             )
-        report_model, text, config = load_report_model(args.model, args.lang_model_path)
-        report_model = report_model.to(Accelerator().device)
-        samples = Encoded(report_model, text, config, args.task_data, "train", args.task_samples)
-        return report_model.lang_model, text.tokenizer, list(task_prompts(report_model, text, samples))
+        from pruning import report_model  # dia_pangu's code, which plain language models do not need
+
+        loaded = report_model.load_report_model(args.model, args.lang_model_path)
+        model, text, config = loaded[0].to(device), *loaded[1:]
+        samples = report_model.Encoded(model, text, config, args.task_data, "train", args.task_samples)
+        return model.lang_model, text.tokenizer, list(report_model.task_prompts(model, text, samples))
+    refuse(args, ["lang_model_path", "task_samples"], "without --task-data")
     model, tokenizer = load_model(args.model, args.dtype, args.trust_remote_code)
     texts = read_prompts(args.prompts) if args.prompts else builtin_prompts()
-    return model.to(Accelerator().device), tokenizer, text_prompts(texts, tokenizer, args.max_tokens)
+    return model.to(device), tokenizer, text_prompts(texts, tokenizer, args.max_tokens)
 
 
 def text_prompts(texts, tokenizer, max_tokens: int = 512) -> list[dict]:
+    """Prompts of plain texts, cut to `max_tokens`; one token predicts nothing and is refused."""
     prompts = [
         {"name": text, "input_ids": torch.tensor([tokenizer(text).input_ids[:max_tokens]])} for text in texts
     ]
@@ -156,7 +164,7 @@ def text_prompts(texts, tokenizer, max_tokens: int = 512) -> list[dict]:
     return prompts
 
 
-# ------------------------------------------------------------------------------------------------ many
+# ---------------------------------------- many
 # prompts
 
 
@@ -187,14 +195,16 @@ def scan(
     journal=None,
     resume=False,
 ) -> list[dict]:
-    """`scan_batch` over all prompts; one record each. journal: a .jsonl path that gets each batch's records
-    as soon as they are known; with `resume`, records that stand there already are taken from it, if it
-    belongs to this model and these settings."""
+    """Run `scan_batch` over all prompts; returns one record for each.
+
+    journal: a .jsonl file that gets each batch's records as soon as they are known. resume: take the records
+    that stand there already, if they are of this model and these settings; else UserError.
+    """
     model.eval()
     variants = list_variants(model, modes)
     header = {
         "model": fingerprint(model),
-        "modes": sorted({v[0] for v in variants}),
+        "modes": sorted({variant.mode for variant in variants}),
         "distances": list(kinds),
     }
     keys = [prompt_key(prompt) for prompt in prompts]
@@ -204,10 +214,8 @@ def scan(
         atomic_write(journal, "".join(json.dumps(line) + "\n" for line in [header, *done.values()]))
     waiting = [(key, prompt) for key, prompt in zip(keys, prompts) if key not in done]
     for first in progress(range(0, len(waiting), batch_size), desc=f"{method} scan", unit="batch"):
-        some = waiting[first : first + batch_size]
-        for (key, _), record in zip(
-            some, scan_batch(model, [prompt for _, prompt in some], variants, kinds, method)
-        ):
+        some = dict(waiting[first : first + batch_size])
+        for key, record in zip(some, scan_batch(model, list(some.values()), variants, kinds, method)):
             done[key] = {**record, "key": key}
             if journal:
                 with open(journal, "a") as file:
@@ -226,8 +234,7 @@ def read_journal(path, header) -> dict:
         if before.get(field) != value:
             raise UserError(
                 f"{path}: was scanned with {field} {before.get(field)}, not {value}; use --overwrite or "
-                "another "
-                f"--out"
+                "another --out"
             )
     whole = []
     for line in lines[1:]:
@@ -237,8 +244,10 @@ def read_journal(path, header) -> dict:
 
 
 def summarise(records) -> list[dict]:
-    """Rows {mode, layer, head, distance, score_mean, score_std, prompt_count}; std is the population's, as
-    upstream."""
+    """Rows {mode, layer, head, distance, score_mean, score_std, prompt_count} over all prompts.
+
+    score_std is the population's standard deviation, as upstream's.
+    """
     values = defaultdict(list)
     for record in records:
         for variant in record["variants"]:
@@ -252,20 +261,13 @@ def summarise(records) -> list[dict]:
     rows = []
     for (mode, layer, head, kind), scores in values.items():
         scores = torch.tensor(scores, dtype=torch.float64)
-        rows.append(
-            {
-                "mode": mode,
-                "layer": layer,
-                "head": head,
-                "distance": kind,
-                "score_mean": scores.mean().item(),
-                "score_std": scores.std(unbiased=False).item(),
-                "prompt_count": len(scores),
-            }
-        )
-    return sorted(
-        rows, key=lambda r: (r["mode"], r["distance"], r["layer"], -1 if r["head"] is None else r["head"])
-    )
+        mean, std = scores.mean().item(), scores.std(unbiased=False).item()
+        rows.append(dict(zip(COLUMNS, (mode, layer, head, kind, mean, std, len(scores)))))
+
+    def order(row):
+        return row["mode"], row["distance"], row["layer"], -1 if row["head"] is None else row["head"]
+
+    return sorted(rows, key=order)
 
 
 def layer_scores(rows, mode: str, distance: str) -> list[float]:
@@ -282,6 +284,7 @@ def layer_scores(rows, mode: str, distance: str) -> list[float]:
 
 
 def write_csv(path, rows, columns):
+    """Write dictionaries as a CSV file with these columns, whole or not at all."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
@@ -311,36 +314,31 @@ def draw(rows, path, title=""):
 
 
 def write_tables(out: Path, rows, mode: str, distance: str, title: str) -> list[dict]:
-    """<out>.csv of one mode and distance with upstream's columns, <out>.all.csv and <out>.png of all; returns
-    the rows of the first."""
+    """Write <out>.csv of one mode and distance with upstream's columns, <out>.all.csv and <out>.png of all.
+
+    Returns the rows of the first.
+    """
     chosen = [r for r in rows if (r["mode"], r["distance"]) == (mode, distance)]
-    write_csv(
-        out,
-        chosen,
-        ["layer", *(["head"] if mode == "head" else []), "score_mean", "score_std", "prompt_count"],
-    )
+    columns = ["layer", "head", "score_mean", "score_std", "prompt_count"]
+    write_csv(out, chosen, [name for name in columns if name != "head" or mode == "head"])
     write_csv(out.with_suffix(".all.csv"), rows, COLUMNS)
     draw(rows, out.with_suffix(".png"), title)
     return chosen
 
 
 def sanity_check(model, prompt, variants, kinds, method):
-    """Print the distance with a lifted mask (0) and the largest difference between `method` and naive on one
-    prompt."""
+    """Print how far a lifted mask and `method` are from naive on one prompt; UserError where they differ."""
     prompt = {key: value[:, :64] if torch.is_tensor(value) else value for key, value in prompt.items()}
     batch = pad_prompts([prompt], next(model.parameters()).device)
     whole = plain(model).get_decoder()(**batch, use_cache=False).last_hidden_state
-    with masked(model, 0, variants[0][0], variants[0][2]):
+    with masked(model, 0, variants[0].mode, variants[0].head):
         pass
     again = plain(model).get_decoder()(**batch, use_cache=False).last_hidden_state
-    some = [v for v in variants if v[1] in (0, len(decoder_layers(model)) - 1)]
+    some = [v for v in variants if v.layer in (0, len(decoder_layers(model)) - 1)]
     fast, naive = (scan_batch(model, [prompt], some, kinds, m)[0]["variants"] for m in (method, "naive"))
     worst = max(abs(a[k] - b[k]) / max(1, abs(b[k])) for a, b in zip(fast, naive) for k in kinds)
-    print(
-        f"sanity check: mask lifted, largest change {(whole - again).abs().max().item():.1e}; {method} "
-        "against naive "
-        f"{worst:.1e}"
-    )
+    change = (whole - again).abs().max().item()
+    print(f"sanity check: mask lifted, largest change {change:.1e}; {method} against naive {worst:.1e}")
     if not torch.equal(whole, again) or not worst < (1e-4 if whole.dtype == torch.float32 else 5e-2):
         raise UserError(
             f"--method {method} does not reproduce the model's own forward pass; use --method naive"
@@ -350,32 +348,32 @@ def sanity_check(model, prompt, variants, kinds, method):
 def main(args):
     modes = [plain_mode(mode) for mode in args.mode]
     journal = args.out.with_suffix(".records.jsonl")
-    if args.batch_size < 1:
-        raise UserError("--batch-size needs at least 1")
     if journal.exists() and not (args.resume or args.overwrite):
         raise UserError(
             f"{journal}: a scan stands there; add --resume to go on with it or --overwrite to start again"
         )
+
+    # the model, its prompts, and everything to switch off
     model, _, prompts = load_with_prompts(args)
     variants = list_variants(model, modes)
-    print(
-        f"{len(decoder_layers(model))} layers, {len(prompts)} prompts, {len(variants)} variants, "
-        f"{args.method}"
-    )
+    layers = len(decoder_layers(model))
+    print(f"{layers} layers, {len(prompts)} prompts, {len(variants)} variants, {args.method}")
     if args.sanity_check:
         with torch.no_grad():
             sanity_check(model, prompts[0], variants, args.distance, args.method)
+
+    # the scan; its records are written as soon as they are known
+    settings = (modes, args.distance, args.method, args.batch_size, journal, args.resume)
     try:
-        records = scan(
-            model, prompts, modes, args.distance, args.method, args.batch_size, journal, args.resume
-        )
+        records = scan(model, prompts, *settings)
     except KeyboardInterrupt:
         raise Interrupted(
             f"stopped; what is scored stands in {journal}; to go on, run the same command with --resume"
         ) from None
-    for row in write_tables(
-        args.out, summarise(records), modes[0], args.distance[0], f"{args.model.name}: {len(prompts)} prompts"
-    ):
+
+    # tables and picture, and upstream's lines on the screen
+    title = f"{args.model.name}: {len(prompts)} prompts"
+    for row in write_tables(args.out, summarise(records), modes[0], args.distance[0], title):
         head = "" if row["head"] is None else f" head {row['head']:02d},"
         print(f"Layer {row['layer']:02d},{head} mean={row['score_mean']:.6f}, std={row['score_std']:.6f}")
     print(f"wrote {args.out}, {args.out.with_suffix('.all.csv')}, {args.out.with_suffix('.png')}")

@@ -2,8 +2,8 @@
 
     naive      1 + L full forward passes per prompt, through the model's own forward: the reference
     cached     the pass with layer i masked starts from the stored input of layer i: half the arithmetic
-    wavefront  one pass; behind layer i the batch grows by the variant masked at i, so that a layer's weights are read once or
-               twice per batch instead of L / 2 times
+    wavefront  one pass; behind layer i the batch grows by the variant masked at i, so that a layer's weights
+               are read once or twice per batch instead of L / 2 times
 
 All work through hooks on the model's own modules: no architecture is written again.
 """
@@ -14,13 +14,13 @@ import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[2])
-)  # repository root: every way of starting this file finds it
+# repository root: every way of starting this file finds it
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common.errors import UserError
 from pruning.layers import ATTENTION, OUTPUT, child, decoder_layers, head_counts, plain
 from pruning.sensitivity_analyse.eval_metric import combine, position_distances
@@ -30,13 +30,20 @@ METHODS = ("wavefront", "cached", "naive")
 CHUNK = 1 << 23  # log-probabilities held at once, in values
 
 
-def list_variants(model, modes) -> list[tuple]:
-    """(mode, layer, head) for everything to switch off; head is None but for mode "head". Leave-one-out is
-    always in."""
+class Variant(NamedTuple):
+    """One thing to switch off: `mode` in decoder layer `layer`; head is None but for mode "head"."""
+
+    mode: str
+    layer: int
+    head: int | None = None
+
+
+def list_variants(model, modes) -> list[Variant]:
+    """Everything to switch off for these modes; leaving out each whole layer is always among it."""
     heads = range(head_counts(model)[0])
     modes = list(dict.fromkeys([*map(plain_mode, modes), "layer"]))
     return [
-        (mode, layer, head)
+        Variant(mode, layer, head)
         for layer in range(len(decoder_layers(model)))
         for mode in modes
         for head in (heads if mode == "head" else [None])
@@ -45,8 +52,10 @@ def list_variants(model, modes) -> list[tuple]:
 
 @contextlib.contextmanager
 def shortcut(model, layer_idx: int, mode: str, head=None):
-    """As `masked`, but a layer without attention does not compute any: with v masked it returns o_proj(0),
-    bit for bit."""
+    """As `masked`, but a layer whose attention is off does not compute any.
+
+    With v masked, attention returns o_proj(0), bit for bit.
+    """
     if mode not in ("v", "qv", "attention"):
         with masked(model, layer_idx, mode, head):
             yield
@@ -54,11 +63,8 @@ def shortcut(model, layer_idx: int, mode: str, head=None):
     attention = child(decoder_layers(model)[layer_idx], ATTENTION)
     output = child(attention, OUTPUT)
     weight = next(output.parameters())
-    constant = output(
-        torch.zeros(
-            1, 1, head_counts(model)[0] * head_counts(model)[2], dtype=weight.dtype, device=weight.device
-        )
-    )
+    heads, _, head_dim = head_counts(model)
+    constant = output(torch.zeros(1, 1, heads * head_dim, dtype=weight.dtype, device=weight.device))
     if mode == "attention":
         constant = torch.zeros_like(constant)
 
@@ -84,8 +90,11 @@ def patched(module, forward):
 
 
 def pad_prompts(prompts, device) -> dict:
-    """Stack prompts (1, n) or (1, n, d) with zeros on the right. Attention is causal, so no mask is needed:
-    the real positions never see the padding, and the rest is not scored."""
+    """Stack prompts (1, n) or (1, n, d) with zeros on the right.
+
+    Attention is causal, so no mask is needed: the real positions never see the padding, and the rest is not
+    scored.
+    """
     key = "input_ids" if "input_ids" in prompts[0] else "inputs_embeds"
     tensors = [p[key][0].to(device) for p in prompts]
     return {key: torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True)}
@@ -93,29 +102,29 @@ def pad_prompts(prompts, device) -> dict:
 
 @dataclass
 class DecoderOutput(BaseModelOutputWithPastAndCrossAttentions):
-    """What any model's head may look for behind its decoder; mixtures of experts look for router_logits
-    too."""
+    """What any model's head may look for behind its decoder; mixtures of experts want router_logits too."""
 
     router_logits: tuple | None = None
 
 
 def apply_head(model, hidden_states: torch.Tensor) -> torch.Tensor:
-    """Logits (..., V) of final hidden states (..., d), through the model's own head (scaling and soft caps
-    included)."""
+    """Logits (..., V) of final hidden states (..., d), through the model's own head.
+
+    Scaling and soft caps are included: the whole model runs, with a decoder that returns these states.
+    """
     rows = hidden_states.reshape(1, -1, hidden_states.shape[-1])
+    token = torch.zeros(1, 1, dtype=torch.long, device=rows.device)
     with patched(model.get_decoder(), lambda *args, **kwargs: DecoderOutput(last_hidden_state=rows)):
-        logits = model(
-            input_ids=torch.zeros(1, 1, dtype=torch.long, device=rows.device), use_cache=False
-        ).logits
+        logits = model(input_ids=token, use_cache=False).logits
     return logits.reshape(*hidden_states.shape[:-1], -1)
 
 
 class Baseline:
-    """Hooks that watch the unmasked rows of a forward pass: layer inputs, block influence, hidden states for
-    the angles.
+    """Hooks that watch the unmasked rows of a forward pass, which are the first ones.
 
-    rows: number of unmasked rows, the first ones. lengths: real tokens of each. keep_inputs: store what each
-    layer is called with. variants: grow the batch behind each layer (the wavefront).
+    They collect block influence and the hidden states for the angles. lengths: real tokens of each row.
+    keep_inputs: store what each layer is called with. variants: grow the batch behind each layer by its
+    masked variants (the wavefront).
     """
 
     def __init__(self, model, lengths, variants=(), keep_inputs=False):
@@ -142,8 +151,7 @@ class Baseline:
             hook.remove()
 
     def fit_masks(self, layer, args, kwargs):
-        """All rows have the same causal mask; it was made for the first batch, so keep one row and let it
-        broadcast."""
+        """Keep one row of each mask: it was made for the first rows, and is the same causal mask for all."""
 
         def one_row(value):
             if torch.is_tensor(value) and value.dim() > 1 and self.rows > 1 and len(value) == self.rows:
@@ -153,6 +161,7 @@ class Baseline:
         return (args[0], *map(one_row, args[1:])), {k: one_row(v) for k, v in kwargs.items()}
 
     def after(self, i, layer, args, kwargs, output):
+        """Watch layer `i`, and add its masked variants behind the rows that there are."""
         if not torch.is_tensor(output):
             raise UserError(
                 f"{type(layer).__name__} returns more than its hidden states; such models cannot be scanned"
@@ -172,23 +181,22 @@ class Baseline:
             if mode == "layer":
                 grown.append(x)
             else:
-                with shortcut(self.model, i, mode, head):
-                    grown.append(
-                        layer.forward(x, *args[1:], **kwargs)
-                    )  # .forward: the hooks do not run again
-            self.order.append((mode, i, head))
+                with shortcut(self.model, i, mode, head):  # .forward: the hooks do not run again
+                    grown.append(layer.forward(x, *args[1:], **kwargs))
+            self.order.append(Variant(mode, i, head))
         return torch.cat(grown) if len(grown) > 1 else None
 
     def angles(self, prompt: int) -> list[list[float]]:
-        """Angular distance in [0, 1] between the hidden states before layers a and b at the last token, (L +
-        1, L + 1)."""
+        """(L + 1, L + 1) angular distances in [0, 1] between the states before layers a and b, last token."""
         states = torch.nn.functional.normalize(torch.stack(self.last_token[prompt]).double(), dim=-1)
         return (torch.arccos((states @ states.T).clamp(-1, 1)) / math.pi).tolist()
 
 
 class Scorer:
-    """Compares final hidden states with the baseline's, `CHUNK` log-probabilities at a time, so that memory
-    does not grow with prompts, layers or a vocabulary of 153376."""
+    """Compares final hidden states with the baseline's, `CHUNK` log-probabilities at a time.
+
+    Memory does not grow with the prompts, the layers or a vocabulary of 153376.
+    """
 
     def __init__(self, model, prompt, base_hidden, kinds):
         self.model, self.base, self.kinds = model, base_hidden, kinds
@@ -197,8 +205,10 @@ class Scorer:
 
     @torch.no_grad()
     def __call__(self, hidden: torch.Tensor):
-        """hidden (K, N, d) of K variants -> K dictionaries of distances and nll, the baseline's nll, number
-        of scored tokens."""
+        """Score the final hidden states (K, N, d) of K variants.
+
+        Returns K dictionaries of distances and nll, the baseline's nll, and the number of scored tokens.
+        """
         vocabulary = apply_head(self.model, self.base[:1]).shape[-1]
         positions = max(1, min(len(self.base), CHUNK // vocabulary))
         group = max(1, CHUNK // (vocabulary * positions))
@@ -228,30 +238,32 @@ class Scorer:
 
 @torch.no_grad()
 def scan_batch(model, prompts, variants, kinds, method="wavefront") -> list[dict]:
-    """Scores of a batch of prompts (dicts with name, input_ids (1, n) or inputs_embeds (1, n, d), and
-    optional labels).
+    """Scores of a batch of prompts {name, input_ids (1, n) or inputs_embeds (1, n, d), and perhaps labels}.
 
     Returns a record for each prompt: name, tokens, nll (per scored token), scored, block_influence (L,),
     angles (L+1, L+1) and variants: [{mode, layer, head, <distance> ..., nll}].
     """
-    model = plain(model)
+    # the pass without masks, which the wavefront extends by the masked variants
+    model, variants = plain(model), [Variant(*variant) for variant in variants]
     device = next(model.parameters()).device
     batch = pad_prompts(prompts, device)
     lengths = [p["input_ids" if "input_ids" in p else "inputs_embeds"].shape[1] for p in prompts]
     rows = len(prompts)
-    with Baseline(
-        model, lengths, variants if method == "wavefront" else (), keep_inputs=method == "cached"
-    ) as watch:
+    grown = variants if method == "wavefront" else ()
+    with Baseline(model, lengths, grown, keep_inputs=method == "cached") as watch:
         hidden = model.get_decoder()(
             **batch, use_cache=False
         ).last_hidden_state  # (rows * (1 + variants), N, d)
+
+    # the masked variants, (variants, rows, N, d)
     if method == "wavefront":
-        order, masked_hidden = watch.order, hidden.unflatten(0, (-1, rows))[1:]  # (variants, rows, N, d)
+        order, masked_hidden = watch.order, hidden.unflatten(0, (-1, rows))[1:]
     else:
         order, stored = variants, watch.inputs or [None] * len(decoder_layers(model))
-        masked_hidden = torch.stack(
-            [masked_pass(model, batch, mode, i, head, stored[i]) for mode, i, head in variants]
-        )
+        passes = [masked_pass(model, batch, *variant, stored[variant.layer]) for variant in variants]
+        masked_hidden = torch.stack(passes)
+
+    # their scores
     records = []
     for p, prompt in enumerate(prompts):
         n = lengths[p]
@@ -264,15 +276,17 @@ def scan_batch(model, prompts, variants, kinds, method="wavefront") -> list[dict
                 "scored": scored,
                 "block_influence": watch.influence[p],
                 "angles": watch.angles(p),
-                "variants": [{"mode": m, "layer": i, "head": h, **r} for (m, i, h), r in zip(order, results)],
+                "variants": [{**v._asdict(), **result} for v, result in zip(order, results)],
             }
         )
     return records
 
 
 def masked_pass(model, batch, mode, layer, head, inputs=None) -> torch.Tensor:
-    """Final hidden states (rows, N, d) of a padded batch with one part off; `inputs` (rows, N, d) of that
-    layer spares the layers before it."""
+    """Final hidden states (rows, N, d) of a padded batch with one part off.
+
+    inputs: (rows, N, d), what that layer is given; it spares the layers before it.
+    """
     with contextlib.ExitStack() as stack:
         if inputs is None:
             stack.enter_context(masked(model, layer, mode, head))

@@ -159,9 +159,14 @@ class TextTask:
         self.model = self.trained = self.lang_model = train.new_lora(model.to(device))[0].eval()
         self.collate = train.collate_texts
         self.train_set = train.Texts(args.texts, self.tokenizer, MAX_TOKENS, args.train_samples)
-        self.test_texts = read_prompts(args.test_texts)[: args.test_samples]
-        calibration = read_prompts(args.texts)[: args.calibration]
-        self.prompts = text_prompts(calibration, self.tokenizer, MAX_TOKENS)
+        self.test_texts, known = read_prompts(args.test_texts), read_prompts(args.texts)
+        if shared := sorted(set(self.test_texts) & set(known)):
+            raise UserError(
+                f"{args.test_texts}: {len(shared)} of its texts stand in {args.texts} too, such as "
+                f"{shared[0][:40]!r}; a text is trained on or tested, not both"
+            )
+        self.test_texts = self.test_texts[: args.test_samples]
+        self.prompts = text_prompts(known[: args.calibration], self.tokenizer, MAX_TOKENS)
 
     def losses(self) -> torch.Tensor:
         return text_losses(self.model, self.tokenizer, self.test_texts, MAX_TOKENS)
@@ -195,7 +200,7 @@ def choose_all(task, args, rows) -> list[dict]:
 def chosen_elsewhere(args, rows, layers: int) -> list[dict]:
     """The choices of the study --also, as criteria of their own; prints how the layer scores agree."""
     plan_file, table_file = args.also / "plan.json", args.also / "layer_sensitivity.all.csv"
-    fields = {"criterion": str, "ratio": float, "drop_layers": str}
+    fields = {"criterion": str, "ratio": float, "drop_layers": str, "layers_left": int}
     plan = read_json(plan_file, {"layers": int, "choices": [fields]})
     if plan["layers"] != layers:
         raise UserError(f"{plan_file}: is of a model with {plan['layers']} layers, this one has {layers}")
