@@ -1173,9 +1173,7 @@ def scripts(dry):
         start, started = time.monotonic(), {}
 
         def begin(room):
-            recipe = ROOT / "studies" / room / "builtin.py"
-            old = ["bash", str(ROOT / room / "run_builtin.sh")]
-            command = [sys.executable, str(recipe)] if recipe.is_file() else old
+            command = [sys.executable, str(ROOT / "studies" / room / "builtin.py")]
             log = open(f"{work}/{room}.log", "w")
             started[room] = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=ROOT)
 

@@ -25,7 +25,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
-from common.checkpoint import atomic_write, find_resume
+from common.checkpoint import atomic_write
 from common.errors import Interrupted, UserError
 
 OURS = (
@@ -267,17 +267,3 @@ def loader_worker(worker_id: int):
     workers from a parent that still finishes its step. The alarm ends a worker that outlives its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda signum, frame: signal.alarm(30))
-
-
-def check_finite(loss: torch.Tensor, step: int, names, out):
-    """Raise UserError when `loss` (scalar) is nan or inf, naming the step, the batch's files and where to
-    resume."""
-    if torch.isfinite(loss):
-        return
-    names = [str(n) for n in names]
-    files = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    raise UserError(
-        f"loss is {loss.item()} at step {step}; batch: {files}; last good checkpoint: "
-        f"{find_resume(out) or 'none'}; "
-        "look at these inputs or lower --lr, then run again with --resume"
-    )

@@ -59,10 +59,7 @@ def run_project(name: str, threads: int, smoke: bool, runs: Path) -> dict:
         "SMOKE": "1" if smoke else "",
     }
     print(f"{name}: started, log {log}", flush=True)
-    recipe = ROOT / "studies" / name / "builtin.py"
-    command = (
-        [sys.executable, str(recipe)] if recipe.is_file() else ["bash", str(ROOT / name / "run_builtin.sh")]
-    )
+    command = [sys.executable, str(ROOT / "studies" / name / "builtin.py")]
     start = time.monotonic()
     with open(log, "w") as file:
         process = subprocess.Popen(

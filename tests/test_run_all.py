@@ -37,7 +37,7 @@ PY
 
 @pytest.fixture
 def tree(tmp_path):
-    """A repository copy with three projects whose run_builtin.sh are a few lines."""
+    """A repository copy with three projects whose recipes are a few lines of bash."""
     for part in ("common", "studies"):
         shutil.copytree(
             ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__", "builtin.py")
@@ -48,9 +48,15 @@ def tree(tmp_path):
         "pruning": 'test -e "$RUNS/dia_pangu/model" || exit 9\n' + RESULT.format(name="pruning"),
     }
     for name, text in scripts.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "run_builtin.sh").write_text("set -e\n" + text)
+        (tmp_path / name).mkdir(exist_ok=True)
+        recipe(tmp_path, name, "set -e\n" + text)
     return tmp_path
+
+
+def recipe(tree, name, text):
+    """Write studies/<name>/builtin.py, which becomes a bash that runs `text`."""
+    code = f"import os\nos.execvp('bash', ['bash', '-c', {text!r}])\n"
+    (tree / "studies" / name / "builtin.py").write_text(code)
 
 
 def start(tree, *options, **environment):
@@ -98,16 +104,20 @@ def test_pruning_starts_when_the_model_is_there_and_not_on_an_old_one(tree):
     made.parent.mkdir(parents=True)
     made.touch()
     os.utime(made, (1e9, 1e9))  # of an earlier run
-    (tree / "dia_pangu/run_builtin.sh").write_text("""set -e; sleep 2; [ ! -e "$RUNS/pruning" ]
-touch "$RUNS/dia_pangu/ft/metrics.json"; until [ -e "$RUNS/pruning/done" ]; do sleep .1; done""")
-    (tree / "pruning/run_builtin.sh").write_text('touch "$RUNS/pruning/done"')
+    recipe(
+        tree,
+        "dia_pangu",
+        """set -e; sleep 2; [ ! -e "$RUNS/pruning" ]
+touch "$RUNS/dia_pangu/ft/metrics.json"; until [ -e "$RUNS/pruning/done" ]; do sleep .1; done""",
+    )
+    recipe(tree, "pruning", 'touch "$RUNS/pruning/done"')
     done = start(tree, "dia_pangu", "pruning", "--jobs", "2")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_cores_are_shared_out(tree):
     cores = len(os.sched_getaffinity(0))
-    (tree / "pruning/run_builtin.sh").write_text('echo "threads $OMP_NUM_THREADS "')
+    recipe(tree, "pruning", 'echo "threads $OMP_NUM_THREADS "')
     start(tree, "cwt_mae", "pruning", "--jobs", "2")
     for name in ("cwt_mae", "pruning"):
         assert f"threads {max(1, cores // 2)} " in (tree / f"runs/{name}/run_all.log").read_text()
@@ -118,7 +128,7 @@ def test_cores_are_shared_out(tree):
 
 def test_results_of_an_earlier_run_are_gone_when_a_project_fails(tree):
     write_result(tree / "runs/dia_pangu", "old reports", "BLEU-4", 0.5, {"chance": 0.1})
-    (tree / "dia_pangu/run_builtin.sh").write_text("exit 3")
+    recipe(tree, "dia_pangu", "exit 3")
     done = start(tree, "dia_pangu")
     assert done.returncode == 1 and "old reports" not in done.stdout
     assert not json.loads((tree / "runs/summary.json").read_text())["projects"][0]["rows"]
@@ -140,7 +150,7 @@ def test_wrong_arguments_are_one_line(tree, options, environment, said):
 
 @pytest.mark.slow
 def test_ctrl_c_reaches_the_projects(tree):
-    (tree / "cwt_mae/run_builtin.sh").write_text("trap 'echo saved; exit 143' TERM; echo up; sleep 60 & wait")
+    recipe(tree, "cwt_mae", "trap 'echo saved; exit 143' TERM; echo up; sleep 60 & wait")
     env = {**os.environ, "PYTHONPATH": str(tree), "RUNS": str(tree / "runs")}
     process = subprocess.Popen(
         [sys.executable, "-m", "studies.run_all", "cwt_mae"],
