@@ -2,19 +2,21 @@
 
     python bench/cwt.py [--batch 32] [--length 3000] [--scales 64] [--repeats 5]
 
-Signals (batch, length), their first and second differences, all Ricker scales: every method makes a new output tensor
-(batch, 3, scales, length) from the same signals. Methods take turns within a repeat, so that a busy machine hurts them
-alike; each number is the median over the repeats.
+Signals (batch, length), their first and second differences, all Ricker scales: every method makes a new
+output tensor (batch, 3, scales, length) from the same signals. Methods take turns within a repeat, so that a
+busy machine hurts them alike; each number is the median over the repeats.
 
   cpu_ms      processor time on one thread, user and system; a busy machine changes it least
   wall_ms     time on the clock with 2 and with 4 threads
   memory_mb   highest resident memory above that before the call, in a process of its own; the output counts
-  error       largest difference from the same transform by direct convolution in float64, in parts of its peak, worst channel
+  error       largest difference from the same transform by direct convolution in float64, as a fraction of
+              its peak, of the worst channel
 
-The direct method is upstream's: conv1d with 630 taps and zeros beyond the ends (legacy), then mean and deviation. `cwt_wrap
-legacy` computes the same numbers; `cwt_wrap` is the default, with 631 taps and reflected ends, compared with the direct
-form of that. PyWavelets and ptwt (pip install pywavelets ptwt; left out where missing) sample an integrated wavelet and
-round its length, so their error is a difference of method; they have no scale below 0.5, for which they get scale 1.
+The direct method is upstream's: conv1d with 630 taps and zeros beyond the ends (legacy), then mean and
+deviation. `cwt_wrap legacy` computes the same numbers; `cwt_wrap` is the default, with 631 taps and reflected
+ends, compared with the direct form of that. PyWavelets and ptwt (pip install pywavelets ptwt; left out where
+missing) sample an integrated wavelet and round its length, so their error is a difference of method; they
+have no scale below 0.5, for which they get scale 1.
 
 Writes bench/results/cwt.json.
 """
@@ -44,7 +46,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def direct(x, scales, points, reflect=False):
-    """Upstream's way, in the dtype of x: differences, one conv1d with all kernels. reflect: the default of `cwt_wrap`."""
+    """Upstream's way, in the dtype of x: differences, one conv1d with all kernels. reflect: the default of
+    `cwt_wrap`."""
     half, length = points // 2, x.shape[1]
     if reflect:
         edge = F.pad((x - x.mean(1, keepdim=True))[:, None], (half + 1, half + 1), mode="reflect")[:, 0]
@@ -198,11 +201,14 @@ def main():
         )
     output_mb = args.batch * 3 * args.scales * args.length * 4 / 1e6
     print(
-        f"{args.batch} signals x {args.length} samples x {args.scales} scales x 3 channels, output {output_mb:.0f} MB; "
-        f"torch {torch.__version__}, numpy {np.__version__}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+        f"{args.batch} signals x {args.length} samples x {args.scales} scales x 3 channels, output "
+        f"{output_mb:.0f} MB; "
+        f"torch {torch.__version__}, numpy {np.__version__}, {os.cpu_count()} cores, load "
+        f"{os.getloadavg()[0]:.1f}"
     )
     print(
-        f"{'method':24}{'cpu ms':>8}{'x':>6}{'2 threads':>11}{'x':>6}{'4 threads':>11}{'x':>6}{'memory MB':>11}{'error':>9}"
+        f"{'method':24}{'cpu ms':>8}{'x':>6}{'2 threads':>11}{'x':>6}{'4 threads':>11}{'x':>6}"
+        f"{'memory MB':>11}{'error':>9}"
     )
     for name, row in rows.items():
         print(

@@ -1,10 +1,11 @@
 """Side-by-side measurements of dia_pangu against upstream's way of computing the same numbers.
 
     python bench/dia.py                 CPU: everything but the real model
-    python bench/dia.py --gpu           on a GPU: the real sizes too (8 B language model, random weights, bf16)
+    python bench/dia.py --gpu           on a GPU: the real sizes too (8 B model, random weights, bf16)
 
-Prints a table and writes it as JSON. Both ways run in this process, on the same inputs, alternately; the median counts, and
-the results are compared before anything is timed. Ratios depend little on the machine, seconds do.
+Prints a table and writes it as JSON. Both ways run in this process, on the same inputs, alternately; the
+median counts, and the results are compared before anything is timed. Ratios depend little on the machine,
+seconds do.
 """
 
 import argparse
@@ -232,7 +233,8 @@ def generation(new_tokens: int):
 
 
 def real_sizes() -> list[dict]:
-    """Step time and peak memory of both stages and one report's latency at the published sizes, bf16, random weights."""
+    """Step time and peak memory of both stages and one report's latency at the published sizes, bf16, random
+    weights."""
     rows = []
     for stage in ("pre", "ft"):
         torch.cuda.empty_cache()

@@ -2,15 +2,19 @@
 
     python bench/em.py [--repeats 3] [--parts encoder step loading generation gpu]
 
-Every variant runs in a process of its own; `seconds` is processor time of one thread (median over the repeats, variants in turn),
-`peak_mb` the highest resident memory above that before the work (on a GPU: torch's peak allocation), `ratio` the other way's number
-divided by ours.
+Every variant runs in a process of its own; `seconds` is processor time of one thread (median over the
+repeats, variants in turn), `peak_mb` the highest resident memory above that before the work (on a GPU:
+torch's peak allocation), `ratio` the other way's number divided by ours.
 
-  encoder     64 signals of 128 to 4096 points: packed rows and SDPA against one padded row a signal and eager attention; outputs compared
-  step        one training step with frozen LLM, vocabulary 32,000: logits only where a label is, against all logits, question and padding
-  loading     resident memory after reading random signals of a small and a tenfold .h5; signals a second with 0, 2 and 4 workers
+  encoder     64 signals of 128 to 4096 points: packed rows and SDPA against one padded row a signal and
+              eager attention; outputs compared
+  step        one training step with frozen LLM, vocabulary 32,000: logits only where a label is, against
+              all logits, question and padding
+  loading     resident memory after reading random signals of a small and a tenfold .h5; signals a second
+              with 0, 2 and 4 workers
   generation  64 new tokens for 4 questions: one batch with cache against running each whole prefix again
-  gpu         where CUDA is there: the 86 M encoder, and a random FM9G-4B in bf16 with LoRA (tokens a second, peak memory, MFU)
+  gpu         where CUDA is there: the 86 M encoder, and a random FM9G-4B in bf16 with LoRA (tokens a second,
+              peak memory, MFU)
 
 Writes bench/results/em.json.
 """
@@ -222,7 +226,8 @@ def loading(variant):
 
 
 def gpu(variant):
-    """Real sizes on one CUDA device: encoder samples a second, and a LoRA step of a random FM9G-4B in bf16."""
+    """Real sizes on one CUDA device: encoder samples a second, and a LoRA step of a random FM9G-4B in
+    bf16."""
     device, out = torch.device("cuda"), {}
     config = SiTMAEConfig(attention_type="sdpa")
     encoder = SiTMAEModelWithoutMask(config).to(device, torch.bfloat16).eval()
@@ -273,7 +278,8 @@ def gpu(variant):
     out |= {
         "lora_tokens_per_second": tokens / seconds,
         "lora_peak_gb": torch.cuda.max_memory_allocated() / 1e9,
-        # 4 FLOP a parameter and token: forward, and backward to the activations; what checkpointing computes again does not count
+        # 4 FLOP a parameter and token: forward, and backward to the activations; what checkpointing computes
+        # again does not count
         "mfu_percent_of_989_tflops": 100 * 4 * 4.13e9 * tokens / seconds / 989e12,
         "device": torch.cuda.get_device_name(),
     }

@@ -1,10 +1,11 @@
-"""flmm: what reading only the needed attention costs, what decoding phrases together saves, what the feature cache saves.
+"""flmm: what reading only the needed attention costs, what decoding phrases together saves, what the feature
+cache saves.
 
     OMP_NUM_THREADS=1 python bench/flmm.py            # CPU, about three minutes
-    python bench/flmm.py --gpu                        # the real Qwen2.5-VL-3B and LLaVA-1.5-7B shapes, random weights, bf16
+    python bench/flmm.py --gpu                        # the shapes of Qwen2.5-VL-3B and LLaVA-1.5-7B, bf16
 
-Modes are interleaved within one process and the least of several rounds is kept; memory is measured in a fresh process for
-each mode. Prints tables and writes bench/results/flmm.json.
+Modes are interleaved within one process and the least of several rounds is kept; memory is measured in a
+fresh process for each mode. Prints tables and writes bench/results/flmm.json.
 """
 
 import argparse
@@ -59,7 +60,8 @@ def parse_args():
 
 
 def least(functions, rounds, clock=time.process_time):
-    """{name: least seconds of `rounds` calls}, the functions taking turns; processor time, which a busy machine changes least."""
+    """{name: least seconds of `rounds` calls}, the functions taking turns; processor time, which a busy
+    machine changes least."""
     times = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
@@ -175,7 +177,8 @@ def bench_rows(rounds):
 
 @torch.no_grad()
 def bench_refiner(rounds, phrases=8):
-    """k phrases of a picture: encoded once and decoded together, against one by one with encoding each time."""
+    """k phrases of a picture: encoded once and decoded together, against one by one with encoding each
+    time."""
     torch.manual_seed(0)
     sam = SamModel(
         SamConfig(vision_config={"image_size": 512}, prompt_encoder_config={"image_size": 512})
@@ -237,7 +240,8 @@ def bench_cache(rounds, pictures=8):
 
 @torch.no_grad()
 def bench_gpu(rounds):
-    """The published shapes with random weights: pictures/s and peak memory of rows against eager, and the largest picture."""
+    """The published shapes with random weights: pictures/s and peak memory of rows against eager, and the
+    largest picture."""
     from transformers import (
         LlavaConfig,
         LlavaForConditionalGeneration,
@@ -344,7 +348,8 @@ def main(args):
     }
     rows, refiner, cache = results["rows"], results["refiner"], results["cache"]
     print(
-        f"attention rows, {LAYERS} layers x {HEADS} heads x {TOKENS} tokens, {ROWS} rows x {COLUMNS} columns, "
+        f"attention rows, {LAYERS} layers x {HEADS} heads x {TOKENS} tokens, {ROWS} rows x {COLUMNS} "
+        "columns, "
         f"{torch.get_num_threads()} thread(s)"
     )
     print(f"{'':24}{'eager':>10}{'rows':>10}{'sdpa':>10}")
@@ -358,11 +363,13 @@ def main(args):
         )
     print(
         f"rows against eager: attention {rows['attention_speedup']:.2f} x faster (claim: 3), "
-        f"memory {rows['memory_ratio']:.1f} x less (claim: 8), difference {rows['largest_difference']:.1e} (claim: 1e-6); "
+        f"memory {rows['memory_ratio']:.1f} x less (claim: 8), difference {rows['largest_difference']:.1e} "
+        "(claim: 1e-6); "
         f"whole model rows / sdpa {rows['model_rows_over_sdpa']:.3f} (claim: 1.05)"
     )
     print(
-        f"refiner (SAM-B at 512 pixels), {refiner['phrases']} phrases: encoded once, decoded together {refiner['speedup']:.2f} x faster "
+        f"refiner (SAM-B at 512 pixels), {refiner['phrases']} phrases: encoded once, decoded together "
+        f"{refiner['speedup']:.2f} x faster "
         f"(claim: {0.8 * refiner['phrases']:.1f}), difference {refiner['largest_difference']:.1e}"
     )
     print(f"head training step: from the cache {cache['speedup']:.2f} x faster than with the tiny base")
