@@ -12,8 +12,9 @@ SHARED = ROOT.parent / "shared"
 def golden_files(project: str) -> list:
     """Every reference file of `project`, for `pytest.mark.parametrize`.
 
-    GOLDEN_DIR set: its folder must hold this project's files, else the collection fails. Unset: ../shared/golden beside
-    the repository, and one skipped test with the reason where that is absent (a user's clone).
+    GOLDEN_DIR set: its folder must hold this project's files, else the collection fails. Unset:
+    ../shared/golden beside the repository, and one skipped test with the reason where that is absent (a
+    user's clone).
     """
     named = os.environ.get("GOLDEN_DIR")
     folder = (Path(named) if named else SHARED / "golden") / project

@@ -1,4 +1,5 @@
-"""Every file of GOLDEN_DIR/pruning: reference logits under masks and dropped layers, distances, scores, prune maps."""
+"""Every file of GOLDEN_DIR/pruning: reference logits under masks and dropped layers, distances, scores, prune
+maps."""
 
 import csv
 import itertools
@@ -175,7 +176,8 @@ def scores(path, tmp_path):
 
 
 def prune_by_command(folder, config, params, form, *options):
-    """Write `params` as a checkpoint, prune it with the command line, return (merged tensors, map, output folder)."""
+    """Write `params` as a checkpoint, prune it with the command line, return (merged tensors, map, output
+    folder)."""
     source, out = folder / f"source_{form}", folder / f"out_{form}"
     source.mkdir()
     if form == "bin":

@@ -1,4 +1,5 @@
-"""A training script of the smallest size that uses all of common/; the tests start it in every way a project is started."""
+"""A training script of the smallest size that uses all of common/; the tests start it in every way a project
+is started."""
 
 import sys
 import time

@@ -1,7 +1,9 @@
-"""Small good inputs of every project and the commands that read them, as fixtures for test_bad_input.py and test_faults.py.
+"""Small good inputs of every project and the commands that read them, as fixtures for test_bad_input.py and
+test_faults.py.
 
-A world is a folder and {command: (script, function of a folder like it that gives the command line)}; every command writes to
-<folder>/run, and was seen to work on the good input: a command that always fails would pass every test of failure.
+A world is a folder and {command: (script, function of a folder like it that gives the command line)}; every
+command writes to <folder>/run, and was seen to work on the good input: a command that always fails would pass
+every test of failure.
 """
 
 import json
@@ -48,7 +50,8 @@ def made(script, *arguments, log):
 
 
 def good(home, log, commands, results=()):
-    """Check that every command works on the good input; results: {command: {file of its run: name to keep it under}}."""
+    """Check that every command works on the good input; results: {command: {file of its run: name to keep it
+    under}}."""
     folder = home / "good"
     for name, (script, arguments) in commands.items():
         made(script, *arguments(folder), log=log)
