@@ -605,13 +605,15 @@ def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
 
 
 class PhysioSignalDataset(Dataset):
-    """Windows of `signal_len` samples for pre-training.
+    """Windows of `signal_len` samples for pre-training. An item is a pure function of (seed, epoch, index):
+
+        x, real   signal float32 (signal_len,), z-scored, and bool, False = padding
+        noise     float32 (num_patches,) in [0, 1), which decides the masks; num_patches = 0: empty
+        name      "record@first sample"
 
     An epoch holds every record ceil(length / signal_len) times, at random places in "train" mode and side by
-    side in "test" mode; `windows` > 0 fixes the size of the epoch instead. rows: use these records of the
-    store only. num_patches > 0 adds the masking noise. An item is a pure function of (seed, epoch, index): x
-    float32 (signal_len,), real bool (signal_len,) False = padding, noise float32 (num_patches,), name
-    "record@first sample".
+    side in "test" mode; `windows` > 0 fixes the size of the epoch instead. rows: indices of the records that
+    are used; all by default.
     """
 
     def __init__(

@@ -73,7 +73,7 @@ def parse_args(argv=None):
     add_loss_arguments(parser)
     add_run_arguments(
         parser,
-        max_steps=1000,
+        max_steps=1000,  # a pass over a small set is very little, so steps are the default
         epochs=30.0,
         batch_size=32,
         lr=1e-4,
@@ -84,6 +84,7 @@ def parse_args(argv=None):
         save_every=500,
         eval_every=500,
     )
+    # Which weights end up in model.safetensors.
     selection = parser.add_argument_group("selection")
     selection.add_argument(
         "--select",
@@ -100,6 +101,7 @@ def add_data_arguments(parser: argparse.ArgumentParser):
     data.add_argument(
         "--data", "--data-root", nargs="+", required=True, help="labelled files, or folders of them"
     )
+    # The task says what a window is; the split, which windows may train.
     data.add_argument(
         "--task",
         choices=("beat", "rhythm", "series"),
@@ -113,6 +115,7 @@ def add_data_arguments(parser: argparse.ArgumentParser):
         "DS1 for training "
         "and every other record for the test",
     )
+    # The validation part is a fold of the training subjects, so that the test part stays unseen.
     data.add_argument(
         "--folds",
         type=number(int, 2),
@@ -125,6 +128,7 @@ def add_data_arguments(parser: argparse.ArgumentParser):
         default=0,
         help="which part validates, from 0; -1: none, train on all and keep the last weights",
     )
+    # How files are read; the preparation of the signals comes with the pre-trained model.
     data.add_argument("--cache", help="folder for the prepared signals; data/cwt_mae/cache without it")
     data.add_argument("--input-fs", type=float, help="sampling rate of files that do not state it, Hz")
     data.add_argument(
@@ -136,6 +140,7 @@ def add_data_arguments(parser: argparse.ArgumentParser):
 
 def add_model_arguments(parser: argparse.ArgumentParser):
     """Options of the encoder and of the head on it."""
+    # The encoder: where it comes from, and whether it is trained.
     model = parser.add_argument_group("model")
     model.add_argument(
         "--pretrained",
@@ -148,6 +153,7 @@ def add_model_arguments(parser: argparse.ArgumentParser):
         action="store_true",
         help="keep the configuration of --pretrained but not its weights: the control of pre-training",
     )
+    # A window of another length than in pre-training is possible.
     model.add_argument(
         "--signal-len",
         type=number(int, 0),
@@ -155,6 +161,7 @@ def add_model_arguments(parser: argparse.ArgumentParser):
         help="length of the window, samples; 0: as pre-trained; else the positions are interpolated",
     )
     model.add_argument("--freeze", action="store_true", help="train the head alone")
+    # The head: upstream's two, chosen on the command line.
     model.add_argument(
         "--head",
         choices=("cot", "mlp"),
@@ -177,6 +184,7 @@ def add_model_arguments(parser: argparse.ArgumentParser):
         "dropout_rate=0 (mlp), "
         "input_dropout=0",
     )
+    # What the head of a beat classifier is given beside the tokens.
     model.add_argument(
         "--features",
         action=argparse.BooleanOptionalAction,
@@ -194,6 +202,7 @@ def add_model_arguments(parser: argparse.ArgumentParser):
 
 def add_loss_arguments(parser: argparse.ArgumentParser):
     """Options of the loss, the learning rates, the sampling and the augmentation."""
+    # Learning rates and loss; upstream: constant after the warm-up, decay 0.65, smoothing 0.1.
     optim = parser.add_argument_group("loss and sampling")
     optim.add_argument(
         "--schedule",
@@ -213,6 +222,7 @@ def add_loss_arguments(parser: argparse.ArgumentParser):
         default=0.1,
         help="fraction of the target that is spread over all classes",
     )
+    # Two ways to treat rare classes: in the loss, or by drawing them more often.
     optim.add_argument(
         "--class-weights", action="store_true", help="weigh the loss by the inverse of the class frequency"
     )
@@ -222,6 +232,7 @@ def add_loss_arguments(parser: argparse.ArgumentParser):
         default=1.0,
         help="a class is drawn in proportion to its count to this power: 1 as it is, 0 balanced",
     )
+    # All of it is off by default: what helps depends on the sensor.
     augmentation = parser.add_argument_group("augmentation")
     augmentation.add_argument(
         "--mixup",
@@ -244,6 +255,7 @@ def add_loss_arguments(parser: argparse.ArgumentParser):
     augmentation.add_argument(
         "--jitter", type=number(int, 0), default=0, help="largest shift of a window, samples"
     )
+    # Few patients are in atrial fibrillation, where an early normal beat is normal.
     augmentation.add_argument(
         "--fibrillation",
         type=number(float, 0, 1),
@@ -255,12 +267,14 @@ def add_loss_arguments(parser: argparse.ArgumentParser):
 
 def check_options(args, head_sizes: dict):
     """Refuse options that contradict each other or have no effect in this mode."""
+    # Contradictions first,
     if args.compare and not args.freeze:
         raise UserError(
             "--compare needs --freeze: the median tokens are those of the encoder before the training"
         )
     if args.fold >= args.folds:
         raise UserError(f"--fold {args.fold}: there are --folds {args.folds}, numbered from 0")
+    # then what would silently do nothing.
     if args.fold < 0:
         refuse(args, ["folds", "select", "eval_every"], "without a validation part (--fold -1)")
     if args.task != "beat":
@@ -284,6 +298,7 @@ def layer_groups(model, lr: float, decay: float, weight_decay: float) -> list[di
     all of them are)."""
     depth, groups = len(model.encoder_model.blocks), {}
     for name, parameter in model.named_parameters():
+        # Frozen parameters are in no group.
         if not parameter.requires_grad:
             continue
         level = depth + 1
@@ -291,6 +306,7 @@ def layer_groups(model, lr: float, decay: float, weight_decay: float) -> list[di
             level = int(name.split(".")[2]) + 1
         elif name.startswith("encoder_model.") and not name.startswith("encoder_model.norm"):
             level = 0
+        # Weight decay pulls towards 0, which is no natural place for gains, tokens and positions.
         decayed = not (parameter.ndim < 2 or "pos_embed" in name or "token" in name)
         rate = lr * decay ** (depth + 1 - level)
         group = {"params": [], "lr": rate, "peak": rate, "weight_decay": weight_decay if decayed else 0.0}
@@ -306,6 +322,7 @@ def loss_of(logits, batch, smoothing: float, weights):
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing, reduction="none")
         return loss if weights is None else loss * weights[labels]
 
+    # Mixup: the loss is blended as the windows were.
     if "blend" not in batch:
         return one(batch["label"]).mean()
     return (batch["blend"] * one(batch["label"]) + (1 - batch["blend"]) * one(batch["label2"])).mean()
@@ -330,6 +347,7 @@ def feature_scale(task):
     features."""
     if not task.features.shape[1]:
         return None
+    # The small constant keeps a feature that never changes finite.
     seen = task.features[task.items["beat"]]
     return torch.from_numpy(seen.mean(0)), torch.from_numpy(seen.std(0) + 1e-3)
 
@@ -358,9 +376,10 @@ def median_tokens(model, store, task, device) -> dict:
 def predict(model, dataset, scale, device, batch_size: int = 512) -> np.ndarray:
     """Logits (windows, C) float64 of a data set, in its order. scale: of the features, or None if the model
     takes none."""
-    training = model.training
+    training = model.training  # given back at the end
     model.eval()
     rows = []
+    # A generator of its own, so that the loader leaves the random state of dropout alone.
     for batch in DataLoader(dataset, batch_size, generator=torch.Generator()):
         real = only_padded(batch["real"])
         real = None if real is None else real.to(device)
@@ -375,6 +394,7 @@ def corrected(logits: np.ndarray, shift: np.ndarray, tau: float) -> np.ndarray:
     """Probabilities (n, C) of logits - tau * shift: the class frequencies of the training undone by the
     fraction tau."""
     logits = logits - tau * shift
+    # Less the largest one, so that no exponential overflows.
     logits = np.exp(logits - logits.max(1, keepdims=True))
     return logits / logits.sum(1, keepdims=True)
 
@@ -384,10 +404,13 @@ def validate(model, dataset, scale, shift: np.ndarray, device) -> tuple[float, d
     the number that selects the weights: AUROC of two classes, macro-F1 of more."""
     classes, labels = dataset.task.classes, dataset.task.items["label"]
     logits = predict(model, dataset, scale, device)
+    # Where the classes are drawn as they are, there is nothing to correct.
     taus = TAUS if np.abs(shift).max() > 0.01 else (0.0,)
     found = {tau: scores(corrected(logits, shift, tau), labels, classes) for tau in taus}
+    # Of equally good corrections the smallest.
     tau = max(found, key=lambda tau: (found[tau]["macro_f1"], -tau))
     result = found[tau]
+    # AUROC needs no threshold, but it is defined for two classes only.
     two = len(classes) == 2 and np.isfinite(result["auroc"])
     return tau, result, result["auroc"] if two else result["macro_f1"]
 
@@ -416,12 +439,15 @@ def make_sets(args, accelerator, preprocess: dict, signal_len: int):
     task = load_task(store, args.task, signal_len, skip_bad=args.skip_bad)
     if not args.features:
         task = task.without_features()
+    # From here on there are training records only.
     task = training_part(task, split_parts(store, args.split))
     train, validation = task, None
     if args.fold >= 0:
+        # Folds are made of subjects and share out rare classes.
         held_out = fold_of(store, task, args.folds)[task.items["record"]] == args.fold
         train = task.select(~held_out)
         validation = DownstreamClassificationDataset(store, task.select(held_out), signal_len)
+    # Only the training windows are drawn by class, augmented and blended.
     train_set = DownstreamClassificationDataset(
         store,
         train,
@@ -443,6 +469,7 @@ def make_model(args, config: dict, head_sizes: dict, task) -> TF_MAE_Classifier:
     under --freeze."""
     try:
         model = TF_MAE_Classifier(
+            # what has another shape than in the file is an error, not a random encoder
             None if args.random_init else args.pretrained,
             len(task.classes),
             use_cot=args.head == "cot",
@@ -455,8 +482,21 @@ def make_model(args, config: dict, head_sizes: dict, task) -> TF_MAE_Classifier:
     except ValueError as error:
         raise UserError(str(error)) from error
     if args.freeze:
-        model.encoder_model.requires_grad_(False)
+        model.encoder_model.requires_grad_(False)  # its dropout is 0, so training mode does not matter
     return model
+
+
+def make_card(train_set, scale) -> dict:
+    """What test.py needs beside the weights; it goes into the metadata of model.safetensors."""
+    task = train_set.task
+    return {
+        "task": task.kind,
+        "classes": task.classes,
+        # Features are standardised in a test as they were in training.
+        "features": None if scale is None else [part.tolist() for part in scale],
+        # How much more often each class was drawn than it occurs; validation says how much of it is undone.
+        "shift": prior_shift(train_set.drawn_prior, task.counts()).tolist(),
+    }
 
 
 def describe_windows(dataset) -> str:
@@ -475,7 +515,7 @@ def evaluate(training, model, validation, scale, card: dict) -> dict:
     Updates "best" and "tau" of the training's state. card: what test.py needs beside the weights.
     """
     accelerator, out, news, result = training.accelerator, Path(training.args.out), {}, None
-    state = dict(training.state)
+    state = dict(training.state)  # changed on the main process, then sent to all
     if accelerator.is_main_process:
         plain, value = accelerator.unwrap_model(model), 0.0
         if validation:
@@ -483,18 +523,21 @@ def evaluate(training, model, validation, scale, card: dict) -> dict:
                 plain, validation, scale, np.array(card["shift"]), accelerator.device
             )
             news = {f"val_{name}": result[name] for name in ("macro_f1", "accuracy", "auroc")} | {"tau": tau}
+        # Without a validation part the last weights are all there is.
         if not validation or training.args.select == "last" or value > state["best"]:
             state |= {"best": float(value), "tau": news.get("tau", 0.0)}
             save_model(out / "model.safetensors", plain, **card, tau=state["tau"], step=state["step"])
             atomic_json(
                 out / "metrics.json", {"step": state["step"], "tau": state["tau"], "validation": result or {}}
             )
+    # Every process keeps the same state, which the checkpoints hold.
     state, news = broadcast_object_list([state, news])
     training.state.update(state)
     return news
 
 
 def main(args):
+    # What the options say, before anything is read
     accelerator = make_accelerator(args)
     seed_everything(args.seed)
     head_sizes = parse_changes(args.set, HEAD_SHAPE)
@@ -505,6 +548,7 @@ def main(args):
     config["signal_len"] = args.signal_len or config.get("signal_len", 3000)
     train_set, validation = make_sets(args, accelerator, config.get("preprocess") or {}, config["signal_len"])
     task, scale = train_set.task, feature_scale(train_set.task)
+    # Rare classes may weigh more in the loss; how often they are drawn is the data set's business.
     weights = class_weights(task.counts()).to(accelerator.device) if args.class_weights else None
     # The data set draws its windows itself, so nothing is shuffled here
     loader = make_loader(train_set, args, shuffle=False)
@@ -515,11 +559,12 @@ def main(args):
         for part in filter(None, (train_set, validation)):
             part.median_beats = median_tokens(model, part.store, part.task, accelerator.device)
 
-    # Optimizer: learning rates that fall towards the input
+    # Optimizer: learning rates that fall towards the input, where pre-training learned what is general
     optimizer = torch.optim.AdamW(layer_groups(model, args.lr, args.layer_decay, args.weight_decay))
     if args.compile:
-        model.compile()
+        model.compile()  # all but the wavelet transform
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    # Everything that can be wrong was looked at by now; only here the run folder is made.
     steps = plan_steps(args, loader)
     open_run(args.out, args, accelerator, args.resume, args.overwrite)
     accelerator.print(
@@ -528,26 +573,24 @@ def main(args):
         f"{args.batch_size} x {accelerator.num_processes} x {args.accum} windows a step | {steps} steps, "
         f"learning rate {args.lr:g}"
     )
-    card = {
-        "task": args.task,
-        "classes": task.classes,
-        "features": None if scale is None else [part.tolist() for part in scale],
-        "shift": prior_shift(train_set.drawn_prior, task.counts()).tolist(),
-    }
+    card = make_card(train_set, scale)
 
+    # The loop; best and tau are in every checkpoint, so that a resumed run selects as the whole one does
     training = start(accelerator, args, steps, [optimizer], best=-1.0, tau=0.0)
     model.train()
     for batch, share in batches(training, loader):
         with accelerator.accumulate(model):
             features = standardised(batch, scale, accelerator.device)
             logits = model(batch["x"], only_padded(batch["real"]), features, batch.get("median_beat"))
+            # share makes the accumulation of k batches equal one batch that is k times as large.
             loss = loss_of(logits, batch, args.label_smoothing, weights) * share
-            check_finite(training, batch["name"], loss=loss)
+            check_finite(training, batch["name"], loss=loss)  # before the weights change; names the records
             accelerator.backward(loss)
+            # Linear from 0 at step 0, then --schedule; every group multiplies its own peak.
             factor = lr_at(training.state["step"], steps, args.warmup, args.schedule, ramp="zero")
             grad = update(training, model, [optimizer], factor)
         if accelerator.sync_gradients:
-            found = {}
+            found = {}  # logged with the loss of the step
             if validation and evaluation_due(training):
                 found = evaluate(training, model, validation, scale, card)
             finish_step(training, grad=grad, **found)
@@ -558,8 +601,7 @@ def main(args):
         kept = read_json(args.out / "metrics.json")
         print(f"validation, step {kept['step']}: {describe_scores(kept['validation'])}")
     accelerator.print(
-        f"done; the classifier is {args.out / 'model.safetensors'}; score the test records with "
-        "cwt_mae/test.py"
+        f"done; score the test records with cwt_mae/test.py --model {args.out}/model.safetensors"
     )
     accelerator.end_training()
 

@@ -108,7 +108,7 @@ class _FilterBank:
     kernels.
 
     One transform of each row, then S products with real spectra and S inverse transforms. On a CPU every
-    thread takes a share of the signals and works alone on it: threads inside an image would wait for each
+    thread takes a part of the signals and works alone on it: threads inside an image would wait for each
     other more than they work.
     """
 
@@ -245,12 +245,14 @@ def cwt_wrap(
     Scales, in samples: lowest_scale + step * (0 .. num_scales - 1), or as many between the same ends in equal
     ratios (`log_scales`). Float32, also under autocast (float64 for float64 x). Differentiable in x.
 
-    padding: how the signal, less its mean, goes on beyond its ends: "reflect" (default), "replicate" or
-    "zero". real (B, L) bool: one run of samples of each row that are signal; the rest is padding, ignored, 0
-    in the images. normalize: each image to mean 0 and (unbiased) deviation 1 over scale and real time.
+    padding: how the signal, less its mean, continues beyond its ends: "reflect" (default), "replicate" or
+        "zero".
+    real: (B, L) bool, one run of samples of each row that are signal. The rest is padding: it is ignored, and
+        0 in the images.
+    normalize: each image to mean 0 and (unbiased) standard deviation 1 over scale and real time.
     legacy: upstream's numbers: a transform with an even or cut kernel (`_kernel_points`), zeros beyond the
-    ends of a signal whose mean was left in, and a backward difference, half a sample off the second one
-    (default: a central one).
+        ends of a signal whose mean was left in, and a backward difference, half a sample off the second one
+        (default: a central one).
     """
     if x.ndim != 2:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, samples)")
@@ -479,17 +481,20 @@ def init_weights(module: nn.Module):
 
 
 class CWT_Encoder(nn.Module):
-    """Front end and encoder: what pre-training and every later use share. The same keys as in `CWT_MAE_RoPE`.
+    """Front end and encoder: what pre-training and every later use share, with the keys of `CWT_MAE_RoPE`.
 
-    signal_len, patch_size_time: samples. cwt_scales, patch_size_freq: scales. Both pairs must divide.
+    signal_len, patch_size_time: samples; the second divides the first.
+    cwt_scales, patch_size_freq: scales; the second divides the first.
     preprocess: how signals were prepared for the model (fields of dataset.Preprocess), kept for whoever runs
-    it. legacy: upstream's numerics in the wavelet images, the rotary tables and positions, and the count of
-    kept patches. padding, lowest_scale, scale_step, log_scales: see `cwt_wrap`. rope_stride: a patch in row h
-    and column w of the grid has rotary position 1 + h * rope_stride + w. Default 0, time alone; in legacy the
-    grid's width, upstream's flattened index. Give an upstream model the width that it was trained with to
-    keep its relative positions at another signal length. patch_norm: LayerNorm after the patch embedding
-    (which takes the amplitude away). raw_patches: add an embedding of the plain signal under each patch, with
-    a learned gain.
+        it.
+    legacy: upstream's numerics in the wavelet images, the rotary tables and positions, and the number of kept
+        patches.
+    padding, lowest_scale, scale_step, log_scales: see `cwt_wrap`.
+    rope_stride: a patch in row h and column w of the grid has the rotary position 1 + h * rope_stride + w.
+        Default 0, time alone; in legacy the width of the grid, upstream's flattened index. Give an upstream
+        model the width that it was trained with to keep its relative positions at another signal length.
+    patch_norm: LayerNorm after the patch embedding (which removes the amplitude).
+    raw_patches: add an embedding of the plain signal under each patch, with a learned gain.
 
     `config` holds all of these as plain values: CWT_MAE_RoPE(**config) builds the same model.
     """
@@ -651,11 +656,16 @@ class CWT_Encoder(nn.Module):
 class CWT_MAE_RoPE(CWT_Encoder):
     """Masked autoencoder of wavelet images: `loss, pred_spec, pred_time, imgs = model(x)`.
 
-    mask_ratio: share of patches hidden from the encoder. time_loss_weight: weight of the signal's loss beside
-    it. column_masking: hide all scales of a time column together, so that nothing can be read off a
-    neighbouring row. masked_time_loss: weigh the signal's squared error by the hidden share of its column
-    (upstream: the whole signal). channel_weights: weights of the three images (signal, first and second
-    difference) in the image loss. **encoder: see `CWT_Encoder`. Default sizes have 95,618,954 parameters.
+    mask_ratio: fraction of the patches that is hidden from the encoder.
+    time_loss_weight: weight of the signal's loss beside the image's.
+    column_masking: hide all scales of a time column together, so that nothing can be read off a neighbouring
+        row.
+    masked_time_loss: weigh the signal's squared error by the hidden fraction of its column (upstream: the
+        whole signal).
+    channel_weights: weights of the three images (signal, first and second difference) in the image's loss.
+    **encoder: see `CWT_Encoder`.
+
+    Default sizes have 95,618,954 parameters.
     """
 
     def __init__(
@@ -784,7 +794,7 @@ class CWT_MAE_RoPE(CWT_Encoder):
         """Mean squared error of the normalised signal x (B, L), averaged in the same way."""
         weights = torch.ones_like(x) if real is None else real.to(x.dtype)
         if self.masked_time_loss:
-            hidden = mask.unflatten(1, self.grid_size).mean(1)  # (B, W) hidden share
+            hidden = mask.unflatten(1, self.grid_size).mean(1)  # (B, W) hidden fraction
             weights = weights * hidden.repeat_interleave(self.patch_size_time, dim=1)
         return (((pred.to(x.dtype) - x).square() * weights).sum(1) / weights.sum(1).clamp(min=1e-6)).mean()
 

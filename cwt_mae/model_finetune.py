@@ -99,19 +99,23 @@ class TF_MAE_Classifier(nn.Module):
     """Encoder without masking, class token dropped, and one of two heads -> logits (B, num_classes).
 
     pretrained_path: a file of `train.py`, an upstream checkpoint, or None for random weights. The file's own
-    configuration builds the encoder; what is passed here overrides it (signal_len, most often: the position
-    table is interpolated). A file without our configuration is an upstream one: it runs with upstream's
-    numerics (legacy) and says so. use_cot: `LatentReasoningHead` with num_reasoning_tokens, else an MLP of
-    num_res_blocks blocks of width hidden_dim with dropout dropout_rate, on the mean of the tokens or, for
-    center_columns = k > 0, on the k time columns round the middle, joined (the window is then about what
-    stands in its middle, say a heart beat). compare: the MLP head is given how the middle tokens differ from
-    `median_beat`, the median of the record's own (what is the patient's, noise included, is taken out);
-    without layer norms, because it matters how far the two are apart. num_features: numbers known beside the
-    signal (say, beat intervals), given to `forward`: a small network of their own adds its logits to the
-    head's, so that few strong numbers are not lost among many tokens. input_dropout: of what the head is
-    given. **encoder: arguments of CWT_MAE_RoPE; those of its decoder are accepted and ignored, so that one
-    configuration serves both models. `config` holds everything: TF_MAE_Classifier(None, **config) builds the
-    same model.
+        configuration builds the encoder; what is passed here overrides it (most often signal_len: the
+        position table is interpolated). A file without our configuration is an upstream one: it runs with
+        upstream's numerics (legacy) and says so.
+    use_cot: `LatentReasoningHead` with num_reasoning_tokens; else an MLP of num_res_blocks blocks of width
+        hidden_dim with dropout dropout_rate, on the mean of the tokens.
+    center_columns: k > 0 gives the MLP the k time columns around the middle, joined, for windows that are
+        about what stands in their middle, such as a heart beat.
+    compare: the MLP gets the difference between the middle tokens and `median_beat`, the median over the
+        record. That removes what is the patient's own, noise included; there are no layer norms then, because
+        it matters how far the two are apart.
+    num_features: numbers known beside the signal (say, beat intervals), given to `forward`. A small network
+        of their own adds its logits to the head's: joined to many tokens, few strong numbers would be lost.
+    input_dropout: of what the head is given.
+    **encoder: arguments of CWT_MAE_RoPE; those of its decoder are accepted and ignored, so that one
+        configuration serves both models.
+
+    `config` holds all of these as plain values: TF_MAE_Classifier(None, **config) builds the same model.
     """
 
     def __init__(
@@ -153,43 +157,44 @@ class TF_MAE_Classifier(nn.Module):
             input_dropout=input_dropout,
             compare=compare,
         )
-        width, columns = self.encoder_model.config["embed_dim"], self.encoder_model.grid_size[1]
-        self.use_cot, self.num_features, self.center_columns, self.compare = (
-            use_cot,
-            num_features,
-            center_columns,
-            compare,
-        )
-        if not 0 <= center_columns <= columns or center_columns and use_cot:
-            raise ValueError(
-                f"center_columns {center_columns}: expected 0 .. {columns}, above 0 for the MLP head "
-                "(use_cot=False) only"
-            )
-        if compare and not center_columns:
-            raise ValueError(
-                "compare needs center_columns above 0: what is compared is the middle of the window"
-            )
-        if use_cot:
-            self.head = LatentReasoningHead(
-                width, self.encoder_model.config["num_heads"], num_classes, num_reasoning_tokens, dropout=0.2
-            )
-        else:
-            joined, norm = width * max(1, center_columns), nn.Identity if compare else nn.LayerNorm
-            self.head = nn.Sequential(
-                norm(joined),
-                nn.Linear(joined, hidden_dim),
-                nn.GELU(),
-                nn.Dropout(dropout_rate),
-                *(ResidualMLPBlock(hidden_dim, dropout_rate) for _ in range(num_res_blocks)),
-                norm(hidden_dim),
-                nn.Linear(hidden_dim, num_classes),
-            )
-            init_weights(self.head)
+        self.use_cot, self.compare = use_cot, compare
+        self.num_features, self.center_columns = num_features, center_columns
+        self.head = self.make_head()
         self.input_dropout = nn.Dropout(input_dropout)
         if num_features:
             self.feature_head = nn.Sequential(
                 nn.Linear(num_features, 64), nn.GELU(), nn.Dropout(0.2), nn.Linear(64, num_classes)
             )
+
+    def make_head(self):
+        """The head that `config` describes; ValueError for columns that do not fit."""
+        config, columns = self.config, self.encoder_model.grid_size[1]
+        center_columns, hidden_dim = config["center_columns"], config["hidden_dim"]
+        if not 0 <= center_columns <= columns or center_columns and config["use_cot"]:
+            raise ValueError(
+                f"center_columns {center_columns}: expected 0 .. {columns}, above 0 for the MLP head "
+                "(use_cot=False) only"
+            )
+        if config["compare"] and not center_columns:
+            raise ValueError(
+                "compare needs center_columns above 0: what is compared is the middle of the window"
+            )
+        if config["use_cot"]:
+            heads, tokens = config["num_heads"], config["num_reasoning_tokens"]
+            return LatentReasoningHead(config["embed_dim"], heads, config["num_classes"], tokens, dropout=0.2)
+        joined, dropout = config["embed_dim"] * max(1, center_columns), config["dropout_rate"]
+        norm = nn.Identity if config["compare"] else nn.LayerNorm
+        head = nn.Sequential(
+            norm(joined),
+            nn.Linear(joined, hidden_dim),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            *(ResidualMLPBlock(hidden_dim, dropout) for _ in range(config["num_res_blocks"])),
+            norm(hidden_dim),
+            nn.Linear(hidden_dim, config["num_classes"]),
+        )
+        init_weights(head)
+        return head
 
     def forward_features(self, x, real=None):
         """x (B, L) or (B, 1, L), real (B, L) bool or None -> patch tokens (B, N, D), and their mask (B, N) or

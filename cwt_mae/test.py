@@ -37,6 +37,7 @@ from cwt_mae.model_finetune import load_model
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
+    # What is asked for: classifiers, records, and where the results go.
     parser.add_argument(
         "--model",
         nargs="+",
@@ -55,6 +56,7 @@ def parse_args(argv=None):
         "DS1 for training "
         "and every other record for the test",
     )
+    # Records without labels are read in sliding windows.
     parser.add_argument(
         "--unlabelled",
         action="store_true",
@@ -66,12 +68,14 @@ def parse_args(argv=None):
         default=0,
         help="with --unlabelled: samples between two windows; 0: half a window",
     )
+    # How certain the scores are.
     parser.add_argument(
         "--resamples",
         type=number(int, 0),
         default=1000,
         help="bootstrap draws for the intervals; 0: no interval",
     )
+    # How files are read; the preparation of the signals comes with the model.
     parser.add_argument("--input-fs", type=float, help="sampling rate of files that do not state it, Hz")
     parser.add_argument("--cache", help="folder for the prepared signals; data/cwt_mae/cache without it")
     parser.add_argument(
@@ -86,6 +90,7 @@ def parse_args(argv=None):
 def read_card(path) -> dict:
     """What finetune.py stored beside the weights: task, classes, features, shift, tau; UserError for another
     file."""
+    # Only the metadata are read here; the weights are checked when they are loaded.
     if Path(path).suffix != ".safetensors" or not Path(path).is_file():
         raise UserError(f"{path}: expected the model.safetensors of a finetune.py run")
     with reading(path, "weight file"), safe_open(path, "pt") as file:
@@ -100,9 +105,11 @@ def read_card(path) -> dict:
 def load_models(paths, device):
     """(models, cards) of an ensemble; UserError unless all were trained for the same task, classes, window
     and preparation."""
+    # Averaged probabilities make sense only if the models mean the same classes,
     cards = [read_card(path) for path in paths]
     if any((card["task"], card["classes"]) != (cards[0]["task"], cards[0]["classes"]) for card in cards):
         raise UserError("--model: the files were trained for different tasks or classes")
+    # and see the same window, prepared alike.
     models = [load_model(path).to(device) for path in paths]
     inputs = [(model.encoder_model.signal_len, model.config["preprocess"]) for model in models]
     if any(other != inputs[0] for other in inputs):
@@ -114,6 +121,7 @@ def sliding_items(store, signal_len: int, stride: int) -> np.ndarray:
     """ITEMS of windows every `stride` samples over every record, the last one at its end; label -1."""
     rows = []
     for record, length in enumerate(store.records["length"].tolist()):
+        # A record shorter than the window gives one, which is padded.
         last = max(0, length - signal_len)
         rows += [(record, start, -1, 0) for start in [*range(0, last, stride), last]]
     return np.array(rows, ITEMS)
@@ -130,8 +138,10 @@ def choose_windows(args, store, card: dict, signal_len: int) -> Task:
             )
         items = sliding_items(store, signal_len, args.stride or signal_len // 2)
         return Task(card["task"], card["classes"], items, np.zeros((1, 0), np.float32))
+    # Labelled windows: a label that the model does not know is an error, never class 0.
     refuse(args, ["stride"], "without --unlabelled")
     task = load_task(store, card["task"], signal_len, card["classes"], args.skip_bad)
+    # The parts are those of fine-tuning: the same function says which record is in which.
     if args.part == "all":
         refuse(args, ["split"], "with --part all")
     else:
@@ -144,19 +154,23 @@ def choose_windows(args, store, card: dict, signal_len: int) -> Task:
 def ensemble(models, cards, store, task, device) -> np.ndarray:
     """Probabilities (windows, C): the mean over the models, each with its own correction of the class
     frequencies."""
+    # Every window once, in order, without augmentation.
     dataset = DownstreamClassificationDataset(store, task, models[0].encoder_model.signal_len)
     total = np.zeros((len(task.items), len(task.classes)))
     for model, card in zip(progress(models, desc="scoring", unit="model"), cards):
+        # Features are standardised as in training, with the numbers in the model's file.
         scale = None if card["features"] is None else tuple(torch.tensor(f) for f in card["features"])
+        # A model that compares needs the median tokens of each record; no label goes into them.
         dataset.median_beats = median_tokens(model, store, task, device) if model.compare else {}
         logits = predict(model, dataset, scale, device)
+        # How much of the class frequencies is undone stands in the file; nothing is chosen here.
         total += corrected(logits, np.array(card["shift"]), card["tau"])
     return total / len(models)
 
 
 def window_rows(store, task, probabilities) -> list[dict]:
     """One row per window: record, start in seconds, true and predicted class, probabilities."""
-    rate, rows = store.prepare.fs or 1.0, []
+    rate, rows = store.prepare.fs or 1.0, []  # series without a time unit count samples
     for item, values in zip(task.items, probabilities):
         rows.append(
             {
@@ -176,6 +190,7 @@ def record_rows(store, task, probabilities, labelled: bool) -> list[dict]:
     classes, rows = task.classes, []
     for record in np.unique(task.items["record"]):
         here = task.items["record"] == record
+        # A record is predicted as the class of the highest mean probability.
         mean, about = probabilities[here].mean(0), store.records[record]
         row = {name: about[name].decode() for name in ("name", "subject", "channel")}
         row = {"record": row.pop("name"), **row}
@@ -188,6 +203,7 @@ def record_rows(store, task, probabilities, labelled: bool) -> list[dict]:
         if labelled:
             predicted, labels = probabilities[here].argmax(1), task.items["label"][here]
             row["accuracy"] = f"{(predicted == labels).mean():.4f}"
+            # How often each class was true, and how often it was predicted
             for title, found in (("true", labels), ("predicted", predicted)):
                 counts = np.bincount(found, minlength=len(classes))
                 row |= {f"{title}_{name}": count for name, count in zip(classes, counts)}
@@ -216,15 +232,18 @@ def main(args):
         return
 
     # Scores: the intervals draw whole records, because windows of one record are not independent
+    # Where each record is one window (UCR), windows are drawn instead.
     groups = None if records == len(task.items) else task.items["record"]
     result = scores(probabilities, task.items["label"], task.classes, groups, args.resamples)
     result["records"] = records
     if task.kind == "beat":
+        # Nearly all F come from one record of the test part; the mean without it is the steadier number.
         result["macro_f1_without_F"] = float(np.mean([result["per_class"][c]["f1"] for c in "NSV"]))
     title = f"{result['windows']} windows, macro-F1 {result['macro_f1']:.3f}"
     draw_confusion(result["confusion"], task.classes, out / "figures" / "confusion.png", title)
     about = {"task": task.kind, "part": args.part, "models": [str(path) for path in args.model]}
     atomic_json(out / "metrics.json", about | result)
+    # A collapsed model can have a fine accuracy where one class dominates, so say it.
     if len(set(probabilities.argmax(1))) == 1:
         print(
             f"warning: every window is predicted as {task.classes[probabilities[0].argmax()]}",

@@ -56,6 +56,7 @@ HERE = Path(__file__).resolve().parent
 def parse_args(argv=None):
     parser = Parser(__doc__)
     add_data_arguments(parser)
+    # Sizes stand in a YAML file with upstream's names, so that the two can be compared line by line.
     model = parser.add_argument_group("model")
     model.add_argument(
         "--config", type=Path, default=HERE / "config.yaml", help="YAML file with the model's sizes"
@@ -68,6 +69,7 @@ def parse_args(argv=None):
         metavar="NAME=VALUE",
         help="sizes that differ from --config, such as cwt_scales=16 depth=3",
     )
+    # The shared run flags follow; these two belong to this script alone.
     optim = parser.add_argument_group("learning rate and AdamW")
     optim.add_argument(
         "--min-lr", type=number(float, 0), default=1e-6, help="learning rate at the end of the cosine"
@@ -81,7 +83,7 @@ def parse_args(argv=None):
     )
     add_run_arguments(
         parser,
-        lr=1.5e-4,
+        lr=1.5e-4,  # upstream: for any batch size
         batch_size=256,
         epochs=100.0,
         weight_decay=0.05,
@@ -90,6 +92,7 @@ def parse_args(argv=None):
         log_every=50,
         eval_every=1000,
     )
+    # What is measured at step 0, every --eval-every steps, and at the end.
     evaluation = parser.add_argument_group("evaluation")
     evaluation.add_argument(
         "--eval-windows", type=number(int, 1), default=256, help="validation windows at most"
@@ -106,6 +109,7 @@ def parse_args(argv=None):
 
 def add_data_arguments(parser: argparse.ArgumentParser):
     """Options that say which signals are read and how they are prepared."""
+    # Which records: files, and the test part to leave out.
     data = parser.add_argument_group("data")
     data.add_argument(
         "--data",
@@ -119,6 +123,7 @@ def add_data_arguments(parser: argparse.ArgumentParser):
         "the list DS1",
     )
     data.add_argument("--cache", help="folder for the prepared signals; data/cwt_mae/cache without it")
+    # How a raw channel becomes the signal; it is stored with the weights, and every later script repeats it.
     data.add_argument(
         "--model-fs",
         type=number(float, 0),
@@ -133,6 +138,7 @@ def add_data_arguments(parser: argparse.ArgumentParser):
         default="auto",
         help="auto (MLII, II, ECG, PLETH, PPG, else the first), all, a name or an index",
     )
+    # What is too short or damaged is an error by default, because silence would hide it.
     data.add_argument(
         "--min-seconds", type=number(float, 0), default=0.0, help="shortest usable record, seconds"
     )
@@ -141,6 +147,7 @@ def add_data_arguments(parser: argparse.ArgumentParser):
         action="store_true",
         help="leave out bad records, named and counted, instead of stopping at the first",
     )
+    # How many windows an epoch draws, and whose are held out.
     data.add_argument(
         "--windows",
         type=number(int, 0),
@@ -168,6 +175,7 @@ def read_signals(args, accelerator):
     # One process reads the files and tells what it skipped; the others map what it wrote.
     on_main(accelerator, load)
     store = load(quiet=True)
+    # Only --split and the probe ask for parts; other data need not belong to any split.
     if not args.split and args.probe == "none":
         return store, None
     return store, split_parts(store, None if args.split in (None, "ds1") else args.split)
@@ -181,6 +189,7 @@ def split_records(args, store, parts) -> tuple[np.ndarray, np.ndarray]:
         raise UserError(
             f"--split {args.split}: every record belongs to the test part; none is left to train on"
         )
+    # Subjects are held out, not records: two records of one heart resemble each other.
     subjects = np.unique(store.records["subject"][usable])
     count = int(np.ceil(len(subjects) * args.val_fraction))
     if len(subjects) < 5:
@@ -188,6 +197,7 @@ def split_records(args, store, parts) -> tuple[np.ndarray, np.ndarray]:
         count = 0
     if count == len(subjects):
         raise UserError(f"--val-fraction {args.val_fraction:g} leaves no subject to train on; lower it")
+    # The same seed holds out the same subjects on every process and after a resume.
     held_out = np.random.default_rng(args.seed).permutation(subjects)[:count]
     is_validation = np.isin(store.records["subject"][usable], held_out)
     return usable[~is_validation], usable[is_validation]
@@ -195,7 +205,7 @@ def split_records(args, store, parts) -> tuple[np.ndarray, np.ndarray]:
 
 def make_model(args, preprocess: dict) -> CWT_MAE_RoPE:
     """The model that --config and --set describe; UserError for sizes that do not fit each other."""
-    sizes = read_config(args.config) | parse_changes(args.set, SHAPE)
+    sizes = read_config(args.config) | parse_changes(args.set, SHAPE)  # --set wins
     try:
         return CWT_MAE_RoPE(**sizes, preprocess=preprocess)
     except ValueError as error:
@@ -208,8 +218,10 @@ def make_sets(args, store, parts, model: CWT_MAE_RoPE):
     train, validation = split_records(args, store, parts)
     length, patches = model.signal_len, model.num_patches
     train_set = PhysioSignalDataset(store, length, "train", args.seed, patches, args.windows, train)
+    # Side by side and with fixed masks, so that the evaluations of one run can be compared.
     rows = validation if len(validation) else train
     windows = PhysioSignalDataset(store, length, "test", args.seed, patches, 0, rows)
+    # At most --eval-windows of them, spread evenly over all records.
     spread = np.linspace(0, len(windows) - 1, min(args.eval_windows, len(windows))).astype(int)
     return train_set, Subset(windows, spread.tolist()), "val" if len(validation) else "train"
 
@@ -222,20 +234,25 @@ def evaluate(training, model, loader, prefix: str, probe=None) -> dict:
     """
     accelerator, step, scores = training.accelerator, training.state["step"], {}
     if accelerator.is_main_process:
+        # without the wrapper of DDP, which would wait for the other processes
         plain = accelerator.unwrap_model(model)
         losses, batch = validate(plain, loader, accelerator.device)
         scores = {
             f"{prefix}_{name}" if name in ("spec", "time") else name: value for name, value in losses.items()
         }
+        # Are the features good for anything? No reconstruction loss answers that.
         if probe:
             scores["probe_f1"] = probe_score(plain, probe, accelerator.device)
+        # The first window as a picture, and the scores for whoever reads files
         picture = Path(training.args.out) / "figures" / "reconstruction.png"
         draw_reconstruction(plain, batch, picture, f"step {step}")
         atomic_json(Path(training.args.out) / "metrics.json", {"step": step, **scores})
+    # All processes need the scores, because they log them together.
     return broadcast_object_list([scores])[0]
 
 
 def main(args):
+    # Equal seeds on all processes give equal weights; windows and masks follow from (seed, epoch, index).
     accelerator = make_accelerator(args)
     seed_everything(args.seed)
     if args.min_lr > args.lr:
@@ -255,8 +272,9 @@ def main(args):
     groups = parameter_groups(model, args.lr, args.weight_decay, plain=("pos_embed", "token"))
     optimizer = torch.optim.AdamW(groups, betas=tuple(args.betas))
     if args.compile:
-        model.compile()
+        model.compile()  # all but the wavelet transform
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    # Everything that can be wrong was looked at by now; only here the run folder is made.
     steps = plan_steps(args, loader)
     open_run(args.out, args, accelerator, args.resume, args.overwrite)
     accelerator.print(
@@ -272,19 +290,24 @@ def main(args):
     if training.state["step"] == 0:
         training.log.log(0, **evaluate(training, model, eval_loader, prefix, probe))
 
+    # The loop: its body is passed once per batch, an optimizer step is made every --accum batches.
     # The learning rate is 0 at step 0, as upstream's
     floor = args.min_lr / args.lr if args.lr else 0.0
     model.train()
     for batch, share in batches(training, loader):
         with accelerator.accumulate(model):
+            # The noise says which patches are hidden; it comes with the window, so a resumed run hides the
+            # same.
             out = model(batch["x"], batch["noise"], only_padded(batch["real"]), details=True)
+            # share makes the accumulation of k batches equal one batch that is k times as large.
             losses = {name: out[name] * share for name in ("loss", "loss_spec", "loss_time")}
-            check_finite(training, batch["name"], **losses)
+            check_finite(training, batch["name"], **losses)  # before the weights change; names the records
             accelerator.backward(losses["loss"])
+            # Linear from 0 at step 0 as upstream, then half a cosine down to --min-lr.
             factor = lr_at(training.state["step"], steps, args.warmup, floor=floor, ramp="zero")
             grad = update(training, model, [optimizer], factor)
         if accelerator.sync_gradients:
-            scores = {}
+            scores = {}  # logged with the losses of the step
             if evaluation_due(training):
                 scores = evaluate(training, model, eval_loader, prefix, probe)
             saved = finish_step(training, grad=grad, **scores)

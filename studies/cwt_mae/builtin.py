@@ -26,15 +26,9 @@ def builtin():
     """Pre-train on ECG and PPG, probe and fine-tune on five rhythms, score the test subjects; four rows of
     the closing table."""
     data, out = DATA / "cwt_mae" / size("builtin", smoke="builtin-smoke"), OUT / "builtin"
-    labelled, split, model = (
-        data / "labelled",
-        data / "labelled" / "split.json",
-        out / "base" / "model.safetensors",
-    )
-    steps = size(300, smoke=10)
-    stage(
-        "cwt_mae/make_data.py", out=data, subjects=size(30, smoke=9), seconds=size(300, smoke=120), threads=1
-    )
+    split, model = data / "labelled" / "split.json", out / "base" / "model.safetensors"
+    minutes = size(5, smoke=2)
+    stage("cwt_mae/make_data.py", out=data, subjects=size(30, smoke=9), seconds=60 * minutes, threads=1)
 
     # Pre-training without labels, the test subjects left out; windows of 10 s
     stage(
@@ -56,26 +50,30 @@ def builtin():
         threads=1,
     )
     stage("cwt_mae/visualize.py", model=model, data=data / "ppg", out=out / "ppg.png", window=1, threads=1)
+    rhythms(out, model, dict(data=data / "labelled", split=split, overwrite=True, threads=1))
+    report(out)
+
+
+def rhythms(out, model, labelled: dict):
+    """Probe and fine-tuned classifier of five rhythms, and their controls. labelled: the options that all
+    stages share."""
+    steps = size(300, smoke=10)
 
     # What the frozen encoder says about the rhythms, beside the same encoder with random weights
     stage(
         "studies/cwt_mae/probe.py",
-        data=labelled,
-        split=split,
+        **labelled,
         model=model,
         task="rhythm",
         random_seeds=size(3, smoke=1),
         out=out / "probe",
-        overwrite=True,
-        threads=1,
     )
 
     # Fine-tuning of the trained encoder and of a random one
     for name, layer_decay in (("tuned", 0.75), ("random", 1)):
         stage(
             "cwt_mae/finetune.py",
-            data=labelled,
-            split=split,
+            **labelled,
             pretrained=model,
             random_init=name == "random",
             task="rhythm",
@@ -88,26 +86,14 @@ def builtin():
             eval_every=100,
             log_every=100,
             out=out / name,
-            overwrite=True,
-            threads=1,
         )
-        stage(
-            "cwt_mae/test.py",
-            data=labelled,
-            split=split,
-            model=out / name / "model.safetensors",
-            out=out / f"{name}-test",
-            overwrite=True,
-            threads=1,
-        )
+        classifier = out / name / "model.safetensors"
+        stage("cwt_mae/test.py", **labelled, model=classifier, out=out / f"{name}-test")
 
     # Controls that know nothing of wavelets
-    windows = dict(data=labelled, split=split, task="rhythm", model_fs=50, signal_len=500)
-    stage(
-        "studies/cwt_mae/forest.py", kind="forest", **windows, out=out / "forest", overwrite=True, threads=1
-    )
-    stage("studies/cwt_mae/cnn.py", **windows, max_steps=steps, out=out / "cnn", overwrite=True, threads=1)
-    report(out)
+    windows = dict(labelled, task="rhythm", model_fs=50, signal_len=500)
+    stage("studies/cwt_mae/forest.py", **windows, kind="forest", out=out / "forest")
+    stage("studies/cwt_mae/cnn.py", **windows, max_steps=steps, out=out / "cnn")
 
 
 def report(out):

@@ -3,10 +3,10 @@ finetune.py and test.py.
 
     python studies/cwt_mae/forest.py --kind forest --task beat --data FOLDER --out runs/cwt_mae/forest
 
-nn       1-nearest neighbour, Euclidean, on the windows forest   random forest on every third sample of the
-window and on the features that the fine-tuned head gets readme   for beats at 180 Hz: the random forest of
-the data's own description, on 130 samples around the beat, every third,
-         less their mean, and on five numbers of the RR intervals
+    nn       1-nearest neighbour, Euclidean, on the windows
+    forest   random forest on every third sample of the window and on the features that the head gets
+    readme   for beats at 180 Hz, the random forest of the data's own description: every third of 130 samples
+             around the beat, less their mean, and five numbers of the RR intervals
 """
 
 import sys

@@ -49,77 +49,81 @@ def patch_size(points: int) -> int:
 
 
 def main(args):
-    name, out, seeds = args.data.stem, args.out, args.seeds[: size(None, smoke=1)]
+    seeds = args.seeds[: size(None, smoke=1)]
     with reading(args.data, "UCR set"), np.load(args.data) as file:
         if "x_train" not in file:
             raise UserError(f"{args.data}: has no field x_train; expected a UCR set")
         points = file["x_train"].shape[1]
-    patch, steps = patch_size(points), size(200, smoke=5)
+    patch = patch_size(points)
     length = -(-points // patch) * patch  # an awkward length is padded, and the padding masked
     common = dict(data=args.data, cache=args.cache, overwrite=True, threads=1)
-    windows = dict(model_fs=0, low_hz=0, signal_len=length)
+    windows = dict(common, model_fs=0, low_hz=0, signal_len=length, task="series")
+
     accuracy = {"pre-trained": [], "random": [], "cnn": []}
-
     for seed in seeds:
-        # Pre-training on the training series, all of them
-        model = out / f"pretrained-{seed}" / "model.safetensors"
-        stage(
-            "cwt_mae/train.py",
-            **common,
-            seed=seed,
-            config=ROOT / "cwt_mae" / "config_small.yaml",
-            set=[f"signal_len={length}", f"patch_size_time={patch}"],
-            model_fs=0,
-            low_hz=0,
-            windows=640,
-            val_fraction=0,
-            batch_size=64,
-            lr=2e-3,
-            max_steps=size(300, smoke=5),
-            eval_every=0,
-            log_every=100,
-            out=model.parent,
-        )
-
-        # Fine-tuning of the trained encoder and of a random one, on all training series
-        for kind, layer_decay in (("pre-trained", 0.75), ("random", 1)):
-            stage(
-                "cwt_mae/finetune.py",
-                **common,
-                seed=seed,
-                task="series",
-                fold=-1,
-                pretrained=model,
-                random_init=kind == "random",
-                head="mlp",
-                set=["hidden_dim=32", "num_res_blocks=0", "dropout_rate=0.2"],
-                batch_size=32,
-                lr=2e-3,
-                layer_decay=layer_decay,
-                label_smoothing=0.05,
-                augment=1,
-                jitter=2,
-                max_steps=steps,
-                out=out / f"{kind}-{seed}",
-            )
-            tested = out / f"{kind}-{seed}-test"
-            stage("cwt_mae/test.py", **common, model=out / f"{kind}-{seed}" / "model.safetensors", out=tested)
-            accuracy[kind].append(read_json(tested / "metrics.json")["accuracy"])
-
-        cnn = out / f"cnn-{seed}"
-        stage(
-            "studies/cwt_mae/cnn.py",
-            **common,
-            **windows,
-            seed=seed,
-            task="series",
-            max_steps=steps,
-            batch_size=32,
-            out=cnn,
-        )
+        model = pretrain(common, seed, length, patch, args.out / f"pretrained-{seed}")
+        for kind in ("pre-trained", "random"):
+            accuracy[kind].append(finetune(common, seed, model, kind, args.out))
+        cnn = args.out / f"cnn-{seed}"
+        steps = size(200, smoke=5)
+        stage("studies/cwt_mae/cnn.py", **windows, seed=seed, max_steps=steps, batch_size=32, out=cnn)
         accuracy["cnn"].append(read_json(cnn / "metrics.json")["accuracy"])
+    stage("studies/cwt_mae/forest.py", **windows, kind="nn", out=args.out / "nn")
+    report(args, seeds, accuracy)
 
-    stage("studies/cwt_mae/forest.py", **common, **windows, kind="nn", task="series", out=out / "nn")
+
+def pretrain(common: dict, seed: int, length: int, patch: int, out: Path) -> Path:
+    """Pre-train on all training series; returns the model's file."""
+    stage(
+        "cwt_mae/train.py",
+        **common,
+        seed=seed,
+        config=ROOT / "cwt_mae" / "config_small.yaml",
+        set=[f"signal_len={length}", f"patch_size_time={patch}"],
+        model_fs=0,
+        low_hz=0,
+        windows=640,
+        val_fraction=0,
+        batch_size=64,
+        lr=2e-3,
+        max_steps=size(300, smoke=5),
+        eval_every=0,
+        log_every=100,
+        out=out,
+    )
+    return out / "model.safetensors"
+
+
+def finetune(common: dict, seed: int, model: Path, kind: str, out: Path) -> float:
+    """Fine-tune on all training series, from `model` or ("random") from random weights; returns the test
+    accuracy."""
+    stage(
+        "cwt_mae/finetune.py",
+        **common,
+        seed=seed,
+        task="series",
+        fold=-1,
+        pretrained=model,
+        random_init=kind == "random",
+        head="mlp",
+        set=["hidden_dim=32", "num_res_blocks=0", "dropout_rate=0.2"],
+        batch_size=32,
+        lr=2e-3,
+        layer_decay=0.75 if kind == "pre-trained" else 1,
+        label_smoothing=0.05,
+        augment=1,
+        jitter=2,
+        max_steps=size(200, smoke=5),
+        out=out / f"{kind}-{seed}",
+    )
+    tested = out / f"{kind}-{seed}-test"
+    stage("cwt_mae/test.py", **common, model=out / f"{kind}-{seed}" / "model.safetensors", out=tested)
+    return read_json(tested / "metrics.json")["accuracy"]
+
+
+def report(args, seeds: list, accuracy: dict):
+    """The row of the closing table. accuracy: {model: one value a seed}."""
+    name, out = args.data.stem, args.out
     mean = {kind: float(np.mean(values)) for kind, values in accuracy.items()}
     write_result(
         out.parent,
