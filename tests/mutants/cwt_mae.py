@@ -190,8 +190,8 @@ MUTANTS = [
     ),
     Mutant(
         "cwt_mae/finetune.py",
-        "        model.encoder_model.requires_grad_(False)\n",
-        "        pass\n",
+        "model.encoder_model.requires_grad_(False)",
+        "model.encoder_model.requires_grad_(True)",
         f"{SCRIPTS}::test_heads_modes_and_losses_of_fine_tuning",
         "--freeze ignored",
     ),
