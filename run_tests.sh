@@ -13,9 +13,5 @@ for argument in "$@"; do
   if [ ! -e "$argument" ] && [ -e "$here/${argument%%::*}" ]; then argument=$here/$argument; fi
   paths+=("$argument")
 done
-if [ $# = 0 ]; then                                       # the whole suite: the form is looked at first
-  "$PYTHON" -m ruff check --quiet .
-  "$PYTHON" -m ruff format --check --quiet .
-fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}              # one core each: pytest-xdist fills the others
 exec "$PYTHON" -m pytest -n "${PYTEST_WORKERS:-auto}" ${paths[@]+"${paths[@]}"}
