@@ -167,6 +167,18 @@ def check_flags(args, processes: int):
         )
 
 
+def generation_options(args) -> dict:
+    """Return the keyword arguments of `generate`; greedy by default, so that two runs give one report."""
+    options = {
+        "max_new_tokens": args.max_new_tokens,
+        "num_beams": args.num_beams,
+        "do_sample": args.do_sample,
+    }
+    if args.do_sample:  # upstream sampled
+        options |= {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    return options
+
+
 def read_batches(args, grid, language: str):
     """Yield the batches to report on: those of --split, or the one scan of --volume."""
     if args.volume:
@@ -199,14 +211,7 @@ def main(args):
     )
     model = model.to(accelerator.device)
     grid, thresholds = make_grid(config), config["thresholds"]
-    # Greedy decoding is the default, so that two runs give one report; upstream sampled.
-    generation = {
-        "max_new_tokens": args.max_new_tokens,
-        "do_sample": args.do_sample,
-        "num_beams": args.num_beams,
-    }
-    if args.do_sample:
-        generation |= {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    generation = generation_options(args)
 
     # One batch after the other: reports, their time, the table of findings, the first evidence pictures.
     results, timing, findings, drawn = [], [], [], 0

@@ -181,6 +181,14 @@ def make_model(args, config):
     return model, text, names
 
 
+def make_optimizer(model, args):
+    """Return AdamW over what trains, with the learning rate of the language model as a multiple of the
+    rest's."""
+    groups = parameter_groups(model.embedding_layer, args.lr, args.weight_decay, PLAIN)
+    groups += parameter_groups(model.lang_model, args.lr * args.llm_lr_scale, args.weight_decay, PLAIN)
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.adam_beta2))
+
+
 def make_sets(args, config, text):
     """Return the training and the validation set; only the training prompts get flips and hidden places."""
     # Both sets see volumes and prompts in the same way ...
@@ -265,10 +273,7 @@ def main(args):
     )
     folder = open_run(args.out, args, accelerator, args.resume, args.overwrite)
 
-    # AdamW with one learning rate for the embedding layer and a multiple of it for the language model.
-    groups = parameter_groups(model.embedding_layer, args.lr, args.weight_decay, PLAIN)
-    groups += parameter_groups(model.lang_model, args.lr * args.llm_lr_scale, args.weight_decay, PLAIN)
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.adam_beta2))
+    optimizer = make_optimizer(model, args)
     lambda_ctr = model.lambda_ctr  # weight of the contrastive loss, upstream's 4
 
     # Accelerate wraps all of it for one device, several processes, or shards.
