@@ -137,6 +137,17 @@ def test_a_warm_up_rounds_down_as_mmengines_does():
     assert flmm.train.warmup_steps(5, 100) == 5
 
 
+def test_the_learning_rate_rises_and_falls_as_mmengine_lets_it(world, tmp_path):
+    """LinearLR from 1e-5 of the peak over the warm-up, then CosineAnnealingLR to zero, by optimizer step."""
+    extra = ["--max-steps", 8, "--warmup", 4, "--lr", 1e-3]
+    train(world.folder, extra, tmp_path / "run", world.options)
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    rising = [1e-5 + (1 - 1e-5) * k / 3 for k in range(4)]
+    falling = [(1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)]
+    factors = [line["lr"] / 1e-3 for line in lines if "lr" in line]
+    assert factors == pytest.approx(rising + falling, abs=1e-9)
+
+
 def test_the_weight_decay_holds_for_every_trained_tensor(world, tmp_path, monkeypatch):
     """As upstream: also for vectors, which the other rooms leave out."""
     made = []

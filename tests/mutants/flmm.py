@@ -17,7 +17,13 @@ MUTANTS = [
         f"{EFFECTS}::test_the_weight_decay_holds_for_every_trained_tensor",
         "--weight-decay is ignored",
     ),
-    Mutant("flmm/train.py", 'ramp="mmengine"', 'ramp="next"', TRAIN_FLAGS, "the warm-up is not upstream's"),
+    Mutant(
+        "flmm/train.py",
+        'ramp="mmengine"',
+        'ramp="next"',
+        f"{EFFECTS}::test_the_learning_rate_rises_and_falls_as_mmengine_lets_it",
+        "the warm-up is not upstream's",
+    ),
     Mutant(
         "flmm/train.py",
         "    return int(warmup if warmup >= 1 else warmup * steps)",
