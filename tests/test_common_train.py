@@ -286,8 +286,10 @@ def test_warm_up_is_a_fraction_below_one_and_a_number_of_steps_from_one_on():
     assert lr_at(0, 40, 0) == 1.0 and lr_at(0, 40, 1) == 1.0
 
 
-def test_schedules_end_at_their_floor():
+def test_schedules_fall_from_one_to_their_floor():
     for schedule in ("cosine", "linear"):
+        assert lr_at(10, 100, 0.1, schedule, floor=0.2) == pytest.approx(1.0)
+        assert lr_at(55, 100, 0.1, schedule, floor=0.2) == pytest.approx(0.6)
         assert lr_at(100, 100, 0.1, schedule, floor=0.2) == pytest.approx(0.2)
         assert lr_at(55, 100, 10, schedule) == pytest.approx(0.5)
     assert lr_at(99, 100, 0.1, "constant", floor=0.2) == 1.0

@@ -81,7 +81,7 @@ MUTANTS = [
         "common/train.py",
         "return floor + (1 - floor) * (",
         "return floor + (",
-        f"{TRAIN}::test_schedules_end_at_their_floor",
+        f"{TRAIN}::test_schedules_fall_from_one_to_their_floor",
         "a schedule with a floor starts above its peak",
     ),
     Mutant(
