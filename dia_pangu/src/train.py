@@ -250,6 +250,12 @@ def evaluate(model, loader, accelerator) -> tuple[dict, np.ndarray, np.ndarray]:
     return scores, probability, labels
 
 
+def thresholds_of(probability, labels) -> tuple[list[float], dict]:
+    """Return calibrated thresholds, and the scores with them on the volumes they were calibrated on."""
+    thresholds = calibrate(probability, labels)
+    return thresholds, finding_scores(labels, probability >= np.array(thresholds))
+
+
 def main(args):
     # Flags that contradict each other end the run before anything is loaded.
     check_flags(args)
@@ -306,15 +312,11 @@ def main(args):
 
     # The validation volumes also give the thresholds that test.py uses.
     scores, probability, labels = evaluate(model, val_loader, accelerator)
-    config["thresholds"] = calibrate(probability, labels)
-    calibrated = finding_scores(labels, probability >= np.array(config["thresholds"]))
-    accelerator.print(
-        f"validation findings: micro-F1 {scores['micro_f1']:.3f} at threshold 0.5, "
-        f"{calibrated['micro']['F1']:.3f} with thresholds calibrated on the same volumes"
-    )
+    config["thresholds"], calibrated = thresholds_of(probability, labels)
+    micro = scores["micro_f1"], calibrated["micro"]["F1"]
+    accelerator.print("validation micro-F1 {:.3f} at threshold 0.5, {:.3f} calibrated on it".format(*micro))
 
-    # The model folder, under upstream's file name and keys. metrics.json comes last: with it a folder is
-    # complete.
+    # Upstream's file name and keys. metrics.json comes last: with it a folder is complete.
     weights = accelerator.get_state_dict(model)  # all processes take part, in case the model is sharded
     if accelerator.is_main_process:
         save_model(weights, folder, config)
