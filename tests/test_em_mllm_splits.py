@@ -17,8 +17,18 @@ from common.errors import UserError
 from common.tiny_llm import make_tokenizer
 from em_mllm.dataset import SignalDataset, SignalFile, task_pairs
 from em_mllm.em_foundation.models import SiTMAEConfig, SiTMAEForPreTraining
+from em_mllm.optim import make_optimizers
 from em_mllm.pretrain import h5_files, simple_guesses
-from em_mllm.scores import HIGH_SNR_DB, accuracy_by, at_high_snr, fit_temperature, open_scores, wilson
+from em_mllm.scores import (
+    HIGH_SNR_DB,
+    accuracy_by,
+    at_high_snr,
+    calibration_error,
+    draw,
+    fit_temperature,
+    open_scores,
+    wilson,
+)
 from em_mllm.test import QuestionDataset, other_signals
 from studies.em_mllm import fewshot, rtl433
 
@@ -279,8 +289,8 @@ def test_class_scores_and_regression_errors_of_known_numbers():
 
 
 def test_guesses_without_a_model_on_a_ramp():
-    """One signal of 5 patches of 4 points, the third hidden: linear interpolation is exact, the nearest is one
-    patch off."""
+    """One signal of 5 patches of 4 points, the third hidden: linear interpolation is exact, the nearest patch
+    is 4 off."""
     ramp = torch.arange(20.0).reshape(5, 4)
     patches = torch.cat([torch.zeros(1, 8), torch.cat([ramp, -ramp], 1)])[None]
     ids = torch.zeros(1, 6, dtype=torch.int64)
@@ -299,3 +309,36 @@ def test_regression_targets_are_scaled_by_training_signals(data):
     )
     assert scales["pri"] == pytest.approx(expected)
     assert em_mllm.finetune.regression_scales(SimpleNamespace(multitask=False), None) == {}
+
+
+def test_confusion_matrix_has_the_truth_by_row(tmp_path):
+    answers = [
+        {"options": {"A": "x", "B": "y"}, "truth": "A", "pred": "B", "class": "x", "snr_db": None},
+        {"options": {"A": "x", "B": "y"}, "truth": "B", "pred": "B", "class": "y", "snr_db": None},
+    ]
+    draw(answers, {"by_snr": {}}, tmp_path)
+    assert (tmp_path / "confusion.csv").read_text() == "true,x,y\nx,0,1\ny,0,1\n"
+
+
+def test_calibration_error_is_of_the_likeliest_option():
+    """Two answers of confidence .731, one right: |.5 - .731|; what the generated text says does not count."""
+    one = {"options": {"A": "x", "B": "y"}, "scores": [1.0, 0.0], "likeliest": "A", "pred": "B"}
+    answers = [{**one, "truth": "A"}, {**one, "truth": "B"}, {**one, "truth": "A"}]
+    assert calibration_error(answers, 1.0) == pytest.approx(torch.sigmoid(torch.tensor(1.0)).item() - 2 / 3)
+    assert calibration_error(answers, 1 / np.log(2)) == pytest.approx(0, abs=1e-6)  # confidence is 2 / 3
+
+
+def test_vectors_and_embeddings_are_not_decayed_and_muon_takes_the_matrices_of_the_layers():
+    parts = {"embeddings": torch.nn.Embedding(4, 3), "layers": torch.nn.ModuleList([torch.nn.Linear(3, 3)])}
+    model = torch.nn.ModuleDict({"body": torch.nn.ModuleDict(parts), "head": torch.nn.Linear(3, 2)})
+    matrix = parts["layers"][0].weight
+    (adamw,) = make_optimizers(model, "adamw", 0.1, 0.5)
+    decay = {id(p): group["weight_decay"] for group in adamw.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        assert decay[id(parameter)] == (0.5 if parameter.ndim == 2 and "embed" not in name else 0), name
+    adamw, muon = make_optimizers(model, "muon", 0.1, 0.5)
+    (group,) = muon.param_groups
+    assert group["params"] == [matrix] and group["peak"] == pytest.approx(1.0)
+    assert all(p is not matrix for g in adamw.param_groups for p in g["params"])
+    with pytest.raises(UserError, match="--optimizer muon has no effect"):
+        make_optimizers(model["head"], "muon", 0.1, 0.5)

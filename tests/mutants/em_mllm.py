@@ -1,0 +1,249 @@
+"""Faults of em_mllm and its study."""
+
+from tests.mutants import Mutant
+
+SPLITS = "tests/test_em_mllm_splits.py"
+DATA = "tests/test_em_mllm_data.py"
+MODEL = "tests/test_em_mllm_model.py"
+ENCODER = "tests/test_em_mllm_encoder.py"
+GOLDEN = "tests/test_golden_em_mllm.py"
+TRAIN = "tests/test_em_mllm_train.py"
+ACCUM = f"{TRAIN}::test_gradient_accumulation_equals_the_larger_batch"
+EFFECTS = "tests/test_em_mllm_effects.py::test_every_option_of"
+
+MUTANTS = [
+    # --- splits
+    Mutant(
+        "em_mllm/train.py",
+        "kept = [i for i in order[len(held) :] if shown.isdisjoint(source.signals_of(i))]",
+        "kept = order[len(held) :]",
+        SPLITS,
+        "signals of held-out questions are trained on with their other questions",
+    ),
+    Mutant(
+        "em_mllm/train.py",
+        "plain.noise_db, plain.shift_hz, plain.roll = None, 0.0, False",
+        "plain.noise_db, plain.shift_hz = None, 0.0",
+        SPLITS,
+        "validation signals are augmented",
+    ),
+    Mutant(
+        "em_mllm/train.py",
+        "val = QuestionDataset(task_pairs(args.val_dir), **common)",
+        "val = QuestionDataset(task_pairs(args.task_dir), **common)",
+        SPLITS,
+        "--val-dir ignored: validation on the training questions",
+    ),
+    Mutant(
+        "em_mllm/finetune.py",
+        "loader = make_loader(train, args, collate_fn=SignalCollator(model.config))",
+        "loader = make_loader(test, args, collate_fn=SignalCollator(model.config))",
+        SPLITS,
+        "training on test records",
+    ),
+    Mutant(
+        "em_mllm/finetune.py",
+        "predicted, values = predict(plain, test, scales)",
+        "predicted, values = predict(plain, train, scales)",
+        SPLITS,
+        "the test accuracy is measured on training signals",
+    ),
+    Mutant(
+        "em_mllm/finetune.py",
+        "predicted, _ = predict(plain, val, scales)",
+        "predicted, _ = predict(plain, test, scales)",
+        SPLITS,
+        "test signals are looked at during training",
+    ),
+    Mutant(
+        "em_mllm/make_data.py",
+        "rng = np.random.default_rng((args.seed, number, t))",
+        "rng = np.random.default_rng((args.seed, t))",
+        SPLITS,
+        "test signals are those of training",
+    ),
+    Mutant(
+        "em_mllm/convert.py",
+        'for part, start, stop in zip(("train", "val", "test"), bounds, bounds[1:]):',
+        'for part, start, stop in zip(("train", "val", "test"), (0, *bounds), bounds[1:]):',
+        SPLITS,
+        "RadioML parts overlap",
+    ),
+    Mutant(
+        "em_mllm/convert.py",
+        "test = read_rtl433(paths[1], train) if len(paths) > 1 else train",
+        "test = train",
+        SPLITS,
+        "training captures are asked about",
+    ),
+    Mutant(
+        "studies/em_mllm/fewshot.py",
+        "shown = Subset(train, rows.tolist())",
+        "shown = Subset(test, range(len(rows)))",
+        SPLITS,
+        "a probe fitted on its own test part",
+    ),
+    Mutant(
+        "studies/em_mllm/rtl433.py",
+        "probe(x[shown], target[shown], x[~shown])",
+        "probe(x, target, x[~shown])",
+        SPLITS,
+        "a probe of unseen devices sees their test captures",
+    ),
+    Mutant(
+        "em_mllm/test.py",
+        "same_task = (data.task_of == data.task_of[r]) & (label != label[r])",
+        "same_task = data.task_of == data.task_of[r]",
+        SPLITS,
+        "the wrong-signal control may show the right class",
+    ),
+    # --- scores
+    Mutant(
+        "em_mllm/scores.py", "hits / count, 1.959964", "hits / count, 1.644854", SPLITS, "a 90 % interval"
+    ),
+    Mutant(
+        "em_mllm/scores.py",
+        'a["snr_db"] >= HIGH_SNR_DB]',
+        'a["snr_db"] > HIGH_SNR_DB]',
+        SPLITS,
+        "10 dB is not high SNR",
+    ),
+    Mutant(
+        "em_mllm/scores.py",
+        "np.linspace(np.log(0.2), np.log(10), 60)",
+        "np.linspace(np.log(0.2), np.log(2), 60)",
+        SPLITS,
+        "the temperature cannot exceed 2",
+    ),
+    Mutant(
+        "em_mllm/scores.py",
+        'matrix[names.index(a["class"]), names.index(a["options"][a["pred"]])] += 1',
+        'matrix[names.index(a["options"][a["pred"]]), names.index(a["class"])] += 1',
+        SPLITS,
+        "confusion matrix transposed",
+    ),
+    Mutant(
+        "em_mllm/scores.py",
+        'hit = np.array([a["likeliest"] == a["truth"] for a in answers])',
+        'hit = np.array([a["pred"] == a["truth"] for a in answers])',
+        f"{DATA} {SPLITS}",
+        "calibration of the generated answer, not of the likeliest",
+    ),
+    Mutant(
+        "em_mllm/finetune.py",
+        "truth, median = test.columns[name][known], float(np.nanmedian(train.columns[name]))",
+        "truth, median = test.columns[name][known], float(np.nanmedian(test.columns[name]))",
+        SPLITS,
+        "the median baseline knows the test set",
+    ),
+    Mutant(
+        "em_mllm/pretrain.py",
+        "closest = seen[(where[:, None] - seen).abs().argmin(1)]",
+        "closest = seen[(where[:, None] - seen).abs().argmax(1)]",
+        SPLITS,
+        "the nearest-patch baseline copies the farthest",
+    ),
+    # --- training
+    Mutant(
+        "em_mllm/train.py",
+        '    return (batch["labels"] != -100).sum()',
+        '    return (batch["labels"] != -100).any(1).sum()',
+        ACCUM,
+        "micro-batches are weighed by questions, not by answer tokens",
+    ),
+    Mutant(
+        "em_mllm/finetune.py",
+        "parts = {t: result.loss_details[t] * share[k] for k, t in enumerate(tasks)}",
+        "parts = {t: result.loss_details[t] * share[0] for k, t in enumerate(tasks)}",
+        ACCUM,
+        "unknown regression values count in the share of a micro-batch",
+    ),
+    Mutant(
+        "em_mllm/train.py",
+        'factor = lr_at(training.state["step"], steps, args.warmup, args.schedule)',
+        'factor = lr_at(training.state["step"], steps, args.warmup)',
+        f"{EFFECTS}_train_has_its_effect",
+        "--schedule ignored",
+    ),
+    Mutant(
+        "em_mllm/train.py",
+        "set_trainable(model, args.freeze_llm, args.freeze_signal_encoder, args.use_lora, lora)",
+        "set_trainable(model, args.freeze_llm, False, args.use_lora, lora)",
+        f"{EFFECTS}_train_has_its_effect",
+        "--freeze-signal-encoder ignored",
+    ),
+    Mutant(
+        "em_mllm/train.py",
+        "dropout=args.lora_dropout,",
+        "dropout=0.1,",
+        f"{EFFECTS}_train_has_its_effect",
+        "--lora-dropout ignored",
+    ),
+    Mutant(
+        "em_mllm/pretrain.py",
+        'lr_at(state["step"], steps, args.warmup)',
+        'lr_at(state["step"], steps, 0.05)',
+        f"{EFFECTS}_pretrain_has_its_effect",
+        "--warmup ignored",
+    ),
+    Mutant(
+        "em_mllm/finetune.py",
+        "model.sit.requires_grad_(not args.linear_probe)",
+        "model.sit.requires_grad_(True)",
+        f"{EFFECTS}_finetune_has_its_effect",
+        "--linear-probe ignored",
+    ),
+    Mutant(
+        "em_mllm/dataset.py",
+        "            signals = [np.roll(x, int(rng.integers(len(x))), 0) for x in signals]",
+        "            signals = [np.roll(x, int(rng.integers(len(x))), 1) for x in signals]",
+        DATA,
+        "the circular shift exchanges I and Q instead of moving time",
+    ),
+    Mutant(
+        "em_mllm/dataset.py",
+        "rng = np.random.default_rng((self.seed, self.epoch, i))\n        if self.questions_per_signal",
+        "rng = np.random.default_rng((self.seed, i))\n        if self.questions_per_signal",
+        DATA,
+        "augmentation is the same in every epoch",
+    ),
+    # --- data and model
+    Mutant(
+        "em_mllm/dataset.py",
+        "labels[i, n : len(t)] = torch.tensor(t[n:])",
+        "labels[i, n - 1 : len(t)] = torch.tensor(t[n - 1 :])",
+        DATA,
+        "the last token of the question is learned, too",
+    ),
+    Mutant(
+        "em_mllm/model.py",
+        "target = labels[:, where + 1]",
+        "target = labels[:, where]",
+        MODEL,
+        "labels are not shifted",
+    ),
+    Mutant(
+        "em_mllm/model.py",
+        "torch.arange(count, device=iq.device) < (lengths[:, None] + patch - 1) // patch",
+        "torch.arange(count, device=iq.device) < lengths[:, None] // patch",
+        f"{MODEL} {GOLDEN}",
+        "a signal's last, incomplete patch is not shown",
+    ),
+    Mutant(
+        "em_mllm/model.py",
+        "return 1.0, 1.0 / config.embedding_multiplier",
+        "return 1.0, 1.0",
+        MODEL,
+        "signal vectors are scaled by Granite's multiplier",
+    ),
+    Mutant(
+        "em_mllm/signals.py",
+        "power / 2 * 10 ** (-snr_db / 10)",
+        "power * 10 ** (-snr_db / 10)",
+        ENCODER,
+        "noise is 3 dB too strong",
+    ),
+    Mutant(
+        "em_mllm/optim.py", 'plain=("embed",)', 'plain=("nothing",)', SPLITS, "embedding tables are decayed"
+    ),
+]
