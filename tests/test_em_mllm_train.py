@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from common.errors import UserError
 from em_mllm.dataset import SignalFile
 from studies.em_mllm import rtl433
+from studies.recipe import options
 from tests import forked
 from tests.parity import assert_same_first_step
 
@@ -550,3 +551,35 @@ def test_study_of_real_captures_from_files_to_questions(home, tmp_path):
     where = command.index("--task-dir")
     inside(*command[:where], *command[where + 4 :])  # without --task-dir and --val-dir
     assert (tmp_path / "run/model/multimodal.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe, results", [("first", 0), ("builtin", 5)])
+def test_recipes_run_from_nothing_at_smoke_size(tmp_path, recipe, results):
+    """The stages of the recipe in forks of this test's server; data and runs below tmp_path."""
+    if recipe == "builtin":
+        pytest.importorskip("rouge_score")
+    module = importlib.import_module(f"studies.em_mllm.{recipe}")
+    base, run = tmp_path / "data", tmp_path / "em_mllm"
+
+    def stage(script, *arguments, threads=None, **flags):
+        words = [*arguments, *options(flags)]
+        if script.endswith("make_data.py"):
+            words += ["--points", 256]
+        done = forked.run_file(ROOT / script, *words)
+        assert done.returncode == 0, f"{script} {words}: {done.stderr[-2000:]}"
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in {module.__name__, "studies.em_mllm.joint"}:
+            patch.setattr(importlib.import_module(name), "stage", stage)
+            patch.setattr(importlib.import_module(name), "size", lambda full, smoke: smoke)
+        patch.setattr(module, "BASE", base)
+        patch.setattr(module, "RUN", run)
+        if recipe == "builtin":
+            for name, value in {"REAL": None, "SMOKE": True, "CORES": 1, "LABEL_STEPS": 2}.items():
+                patch.setattr(module, name, value)
+            patch.setattr(module, "LLM_STEPS", 2)
+        module.main()
+    assert len(list((run / "results").glob("*.json"))) >= results
+    model = run / ("seed-0/joint/model" if recipe == "builtin" else "base/model")
+    assert (model / "multimodal.json").is_file()

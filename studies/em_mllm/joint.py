@@ -20,10 +20,6 @@ def join(out, seed: int, encoder, llm, **options):
     the data among them.
     """
     options = dict(
-        signal_encoder_path=encoder,
-        llm_model_path=llm,
-        signal_tokens=8,
-        optimizer="muon",
         weight_decay=0.05,
         warmup=0.03,
         schedule="cosine",
@@ -37,19 +33,22 @@ def join(out, seed: int, encoder, llm, **options):
     aligned = out.with_name(f"{out.name}_align")
     stage(
         "em_mllm/train.py",
-        output_dir=aligned,
+        signal_encoder_path=encoder,
+        llm_model_path=llm,
+        signal_tokens=8,
         freeze_llm=True,
         freeze_signal_encoder=True,
         lr=3e-3,
         max_steps=size(100, smoke=6),
+        output_dir=aligned,
         **options,
     )
-    del options["signal_tokens"]  # from here on a property of the model in trained_dir
     stage(
         "em_mllm/train.py",
-        output_dir=out,
         trained_dir=aligned / "model",
+        optimizer="muon",
         lr=5e-4,
         max_steps=size(250, smoke=6),
+        output_dir=out,
         **options,
     )
