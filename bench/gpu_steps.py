@@ -1079,7 +1079,7 @@ def golden(dry):
         command = [sys.executable, "-m", "pytest", "--tb=line", "-p", "no:cacheprovider", *plugin, *files]
         if not dry and importlib.util.find_spec("xdist"):
             command += ["-n", "4"]
-        environment = {**os.environ, "GOLDEN_DIR": str(place)}
+        environment = {"CUDA_VISIBLE_DEVICES": "0", **os.environ, "GOLDEN_DIR": str(place)}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
         lines = done.stdout.strip().splitlines() or [done.stderr[-200:]]
         counts = {word: int(n) for n, word in zip(*[iter(words_of(lines[-1]))] * 2) if n.isdigit()}

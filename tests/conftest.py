@@ -8,6 +8,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = str(ROOT)  # subprocesses of the tests find common/ too
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the scripts that tests start
+# The suite is one of the CPU, also where there is a GPU; bench/gpu.sh shows the GPU to the golden tests.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):  # a test that reaches for a hub fails at once
     os.environ[name] = "1"
 
