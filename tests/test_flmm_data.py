@@ -344,7 +344,7 @@ def test_reasonseg_leaves_ignored_pixels_out(tmp_path):
                 "is_sentence": True,
                 "shapes": [
                     {"label": "target", "points": square},
-                    {"label": "ignore", "points": [[10, 10], [19, 10], [19, 19], [10, 19]]},
+                    {"label": "ignore", "points": [[8, 8], [19, 8], [19, 19], [8, 19]]},
                 ],
             }
         )
@@ -355,7 +355,8 @@ def test_reasonseg_leaves_ignored_pixels_out(tmp_path):
     logits = torch.full((1, 20, 20), 9.0)
     output = {"pred_masks": logits, "sam_pred_masks": None, "scores": torch.ones(1)}
     [row] = phrase_rows(output, torch.from_numpy(record["masks"]), record["ignore"])
-    assert row["union"] == 400 - 100 and row["inter"] == 100
+    # 144 pixels are ignored, four of them where the target lies
+    assert record["masks"].sum() == 96 and row["union"] == 400 - 144 and row["inter"] == 96
 
 
 # ---- cache
