@@ -49,12 +49,8 @@ def mean(runs: list, *keys) -> float:
     return float(np.mean(runs))
 
 
-def builtin(runs: Path, seeds: list[int], note: str):
-    first = runs / f"seed-{seeds[0]}"
-    names = ("joint/test", "joint_random/test", "finetune", "finetune_random", "cnn", "pretrain", "fewshot")
-    joint, control, tuned, tuned_random, cnn, mae, few = (
-        [read(runs / f"seed-{s}" / n / "metrics.json") for s in seeds] for n in names
-    )
+def answers(runs: Path, first: Path, seeds: list[int], note: str, joint, control, cnn):
+    """Rows of the answers of the joined model; control: without pre-training; cnn: on the same IQ."""
     pictures = [
         (first / "joint/test/figures/accuracy_snr.png", "four-choice accuracy against SNR"),
         (first / "joint/test/figures/confusion.png", "chosen option for each class"),
@@ -98,6 +94,17 @@ def builtin(runs: Path, seeds: list[int], note: str):
         {"no pre-training": mean(control, "open", "exact")},
         note=f"ROUGE-L {mean(joint, 'open', 'rougeL'):.3f}, BLEU {mean(joint, 'open', 'bleu'):.3f}{note}",
     )
+
+
+def builtin(runs: Path, seeds: list[int], note: str):
+    """Rows of the built-in study: means over the seeds, the controls beside each."""
+
+    def metrics(name):
+        return [read(runs / f"seed-{seed}" / name / "metrics.json") for seed in seeds]
+
+    first = runs / f"seed-{seeds[0]}"
+    answers(runs, first, seeds, note, metrics("joint/test"), metrics("joint_random/test"), metrics("cnn"))
+    tuned, tuned_random, mae = metrics("finetune"), metrics("finetune_random"), metrics("pretrain")
     write_result(
         runs,
         "class from the encoder alone, 23 classes",
@@ -114,6 +121,7 @@ def builtin(runs: Path, seeds: list[int], note: str):
         {"mean spectrum": mean(mae, "mse_spectrum", "mean of these signals")},
         figures=[(first / "pretrain/figures/reconstruction.png", "true, seen and reconstructed I")],
     )
+    few = metrics("fewshot")
     curves = [m["curves"] for m in few]
     for shots in list(curves[0]["probe, pre-trained"])[1:]:
         write_result(

@@ -3,10 +3,14 @@
 from transformers import PretrainedConfig
 
 REGRESSION_TASKS = ("pulse_width", "pulse_time_delay", "pri", "num_pulses", "isr")
-SPECTRUM_POWERS, SPECTRUM_BANDS = (
-    (1, 2, 4, "envelope"),
-    32,
-)  # of utils.log_spectra, the pre-training target beside the patches
+# of utils.log_spectra, the pre-training target beside the patches
+SPECTRUM_POWERS, SPECTRUM_BANDS = (1, 2, 4, "envelope"), 32
+CHOICES = {
+    "attention_type": ("eager", "sdpa", "fa2"),
+    "fs_unit": ("hz", "mhz"),
+    "position_init": ("xavier", "sincos"),
+    "pooling": ("cls", "mean"),
+}
 
 
 class SiTMAEConfig(PretrainedConfig):
@@ -58,54 +62,45 @@ class SiTMAEConfig(PretrainedConfig):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        if attention_type not in ("eager", "sdpa", "fa2"):
-            raise ValueError(f"attention_type={attention_type!r}: choose eager, sdpa or fa2")
-        if fs_unit not in ("hz", "mhz"):
-            raise ValueError(f"fs_unit={fs_unit!r}: choose hz or mhz")
-        if position_init not in ("xavier", "sincos"):
-            raise ValueError(f"position_init={position_init!r}: choose xavier or sincos")
-        if pooling not in ("cls", "mean"):
-            raise ValueError(f"pooling={pooling!r}: choose cls or mean")
-        self.hidden_size, self.num_hidden_layers, self.num_attention_heads = (
-            hidden_size,
-            num_hidden_layers,
-            num_attention_heads,
-        )
-        self.intermediate_size, self.hidden_act = intermediate_size, hidden_act
-        self.hidden_dropout_prob, self.attention_probs_dropout_prob = (
-            hidden_dropout_prob,
-            attention_probs_dropout_prob,
-        )
-        self.initializer_range, self.layer_norm_eps, self.qkv_bias = (
-            initializer_range,
-            layer_norm_eps,
-            qkv_bias,
-        )
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.intermediate_size = intermediate_size
+        self.hidden_act = hidden_act
+        self.hidden_dropout_prob = hidden_dropout_prob
+        self.attention_probs_dropout_prob = attention_probs_dropout_prob
+        self.initializer_range = initializer_range
+        self.layer_norm_eps = layer_norm_eps
+        self.qkv_bias = qkv_bias
         self.max_seq_len = [max_seq_len, 1] if isinstance(max_seq_len, int) else list(max_seq_len)
         self.patch_size = [patch_size, 1] if isinstance(patch_size, int) else list(patch_size)
-        self.num_channels, self.use_fs, self.fs_unit, self.attention_type = (
-            num_channels,
-            use_fs,
-            fs_unit,
-            attention_type,
-        )
-        self.position_init, self.spectrum_weight, self.pooling = position_init, spectrum_weight, pooling
-        self.decoder_hidden_size, self.decoder_num_hidden_layers = (
-            decoder_hidden_size,
-            decoder_num_hidden_layers,
-        )
-        self.decoder_num_attention_heads, self.decoder_intermediate_size = (
-            decoder_num_attention_heads,
-            decoder_intermediate_size,
-        )
-        self.mask_ratio, self.norm_pix_loss, self.label_weights = mask_ratio, norm_pix_loss, label_weights
-        for name, size, heads in (
-            ("", hidden_size, num_attention_heads),
-            ("decoder_", decoder_hidden_size, decoder_num_attention_heads),
-        ):
+        self.num_channels = num_channels
+        self.use_fs = use_fs
+        self.fs_unit = fs_unit
+        self.attention_type = attention_type
+        self.position_init = position_init
+        self.spectrum_weight = spectrum_weight
+        self.pooling = pooling
+        self.decoder_hidden_size = decoder_hidden_size
+        self.decoder_num_hidden_layers = decoder_num_hidden_layers
+        self.decoder_num_attention_heads = decoder_num_attention_heads
+        self.decoder_intermediate_size = decoder_intermediate_size
+        self.mask_ratio = mask_ratio
+        self.norm_pix_loss = norm_pix_loss
+        self.label_weights = label_weights
+        self.check()
+
+    def check(self):
+        """Raise ValueError naming the field whose value is not among the possible ones."""
+        for field, values in CHOICES.items():
+            if getattr(self, field) not in values:
+                choices = f"{', '.join(values[:-1])} or {values[-1]}"
+                raise ValueError(f"{field}={getattr(self, field)!r}: choose {choices}")
+        for part in ("", "decoder_"):
+            size, heads = getattr(self, f"{part}hidden_size"), getattr(self, f"{part}num_attention_heads")
             if size % heads:
                 raise ValueError(
-                    f"{name}hidden_size={size} does not divide by {name}num_attention_heads={heads}"
+                    f"{part}hidden_size={size} does not divide by {part}num_attention_heads={heads}"
                 )
 
     @property
