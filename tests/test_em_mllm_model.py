@@ -106,6 +106,15 @@ def test_batch_padding_of_signal_and_text_never_changes_the_answer(parts, option
     torch.testing.assert_close(together["logits"][1, :count], alone["logits"][0], atol=2e-5, rtol=1e-4)
 
 
+def test_a_signals_last_incomplete_patch_is_shown(parts):
+    model, _ = build(parts)
+    patch = model.signal_encoder.config.patch_size[0]
+    iq = torch.randn(2, 4 * patch, 2)
+    lengths = torch.tensor([4 * patch, 2 * patch + 1])
+    _, valid = model.signal_features(iq, lengths, torch.full((2,), 20e6))
+    assert valid.tolist() == [[True] * 4, [True] * 3 + [False]]
+
+
 def test_logits_only_where_a_label_is_give_the_same_loss_and_gradient(parts):
     results = []
     for everywhere in (True, False):

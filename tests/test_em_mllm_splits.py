@@ -283,9 +283,9 @@ def test_class_scores_and_regression_errors_of_known_numbers():
     scores = em_mllm.finetune.score(label, np.array([0, 1, 0, 0]), snr)
     assert scores == {"accuracy": 0.5, "chance": 0.75, "count": 4, "accuracy_high_snr": 0.5}
     train = SimpleNamespace(columns={"pri": np.array([1.0, 2.0, 30.0, np.nan])})
-    test = SimpleNamespace(columns={"pri": np.array([2.0, np.nan, 5.0])})
-    errors = em_mllm.finetune.regression_errors({"pri": np.array([3.0, 99.0, 5.0])}, train, test)
-    assert errors == {"mae_pri": {"model": 0.5, "training median": 1.5}}
+    test = SimpleNamespace(columns={"pri": np.array([3.0, np.nan, 6.0])})
+    errors = em_mllm.finetune.regression_errors({"pri": np.array([4.0, 99.0, 6.0])}, train, test)
+    assert errors == {"mae_pri": {"model": 0.5, "training median": 2.5}}
 
 
 def test_guesses_without_a_model_on_a_ramp():
