@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from common import figures
 from common.errors import UserError
 from common.figures import draw_confusion
 from common.files import read_plain_pickle
@@ -78,3 +79,13 @@ def test_confusion_writes_counts_with_the_true_class_by_row(tmp_path):
             {"true": "V", "N": "0", "V": "4"},
         ]
     assert (tmp_path / "confusion.png").stat().st_size > 1000
+
+
+def test_the_colours_of_a_confusion_picture_are_fractions_of_the_true_class(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: drawn.append(figure))
+    figures.draw_confusion([[6, 2], [0, 4]], ["N", "V"], tmp_path / "confusion.png")
+    axes = drawn[0].axes[0]
+    assert axes.images[0].get_array().tolist() == [[0.75, 0.25], [0.0, 1.0]]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "true")
+    figures.plt.close(drawn[0])

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -19,7 +20,7 @@ import pytest
 import torch
 
 from common.checkpoint import damage, link
-from common.run import seed_everything
+from common.run import StopSignal, seed_everything
 from tests import forked, toy_run
 from tests.forked import Done
 from tests.parity import assert_same_first_step
@@ -123,6 +124,18 @@ def test_stopped_run_says_how_to_resume_and_ends_bit_equal(tmp_path, uninterrupt
     resumed = toy(tmp_path / "cut", "--workers", "2", "--batch-size", size, "--resume", processes=processes)
     assert final(resumed) == final(whole)
     assert losses(tmp_path / "cut") == losses(folder)
+
+
+def test_a_signal_to_one_process_stops_all_in_the_same_step():
+    asked = torch.tensor([0.0, float(signal.SIGTERM)])  # of this process and of another
+    two = SimpleNamespace(num_processes=2, device="cpu", is_main_process=True, gather=lambda own: asked)
+    stop = StopSignal(two)
+    try:
+        assert stop() and stop.signum == signal.SIGTERM
+        asked.zero_()
+        assert stop(), "what was asked once is not forgotten"
+    finally:
+        stop.restore()
 
 
 @pytest.mark.slow

@@ -231,7 +231,7 @@ MUTANTS = [
         "common/run.py",
         "        if self.accelerator.num_processes > 1:  # signals reach",
         "        if False:  # signals reach",
-        f"{STOPPED}[2-15]",
+        f"{RUN}::test_a_signal_to_one_process_stops_all_in_the_same_step",
         "two processes stop at different steps",
     ),
     Mutant(
