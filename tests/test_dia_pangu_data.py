@@ -92,6 +92,20 @@ def test_the_partition_decides_the_split(data):
     assert len(test_set) == 4 and [s["id"] for s in test_set.items] == ["12", "13", "14", "15"]
 
 
+def test_labels_are_1_for_present_findings_only(data):
+    """Code 2 (absent) and code 3 (uncertain) are no positive labels; the truth is what the phantom holds."""
+    attributes = json.loads((data / "attributes.json").read_text())
+    train = CTRGDataset(data, "train", Grid((16, 16, 16)), vision=False)
+    codes = [train.codes(item["id"]) for item in train.items]
+    assert {1, 2} <= {code for row in codes for code in row}
+    for i, item in enumerate(train.items):
+        present = attributes[item["id"]]
+        expected = [int(name in present) for name in FINDINGS[:-1]] + [int(not present)]
+        assert train.statuses(i).tolist() == expected
+    train.labels["1"] = [3] * 14
+    assert not train.statuses(0).any()
+
+
 def test_flips_are_a_function_of_seed_epoch_and_index(data, llm):
     text = make_text(load_tokenizer(llm), SMALL, 500)
     make = lambda seed: CTRGDataset(
