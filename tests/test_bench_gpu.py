@@ -27,17 +27,19 @@ def test_steps_and_limits_name_the_same_things():
 
 
 @pytest.mark.slow
-def test_dry_run_measures_something_in_every_step(tmp_path):
-    done, results = start(tmp_path, "--dry-run")
+def test_dry_run_measures_something_in_each_of_its_steps(tmp_path):
+    """Three of the nine steps; `bash bench/gpu.sh --dry-run` runs them all."""
+    steps = ["cwt", "pruning", "attention"]
+    done, results = start(tmp_path, "--dry-run", "--steps", *steps)
     assert done.returncode == 0, done.stderr
     for name, step in results["steps"].items():
         assert step["rows"] and "failed" not in step, (name, step)
         for row in step["rows"]:
             assert not row["note"].startswith("failed"), row
-    assert list(results["steps"]) == list(gpu.LIMITS)
+    assert list(results["steps"]) == steps
     assert results["about"]["torch"] and results["about"]["transformers"]
     named = [row for step in results["steps"].values() for row in step["rows"] if row["baseline"]]
-    assert len(named) > 20 and all(row["unit"] is not None for row in named)
+    assert len(named) > 8 and all(row["unit"] is not None for row in named)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for the sentence that no GPU was at hand")
