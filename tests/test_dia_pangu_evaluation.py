@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from sklearn.metrics import precision_recall_fscore_support
 
 from dia_pangu.evaluate import nlg_eval
 from dia_pangu.evaluate.findings import calibrate, finding_scores, micro_f1
@@ -53,6 +54,28 @@ def test_f1_follows_its_definition():
         1.5 / 14, abs=1e-5
     )
     assert scores["example"]["P"] == pytest.approx((1 + 1 + 0.5 + 1) / 4, abs=1e-5)
+
+
+def test_scores_agree_with_scikit_learn():
+    """Precision, recall and F1, per finding and in the three means, where precision and recall differ."""
+    rng = np.random.default_rng(3)
+    truth, predicted = rng.random((50, 14)) < 0.3, rng.random((50, 14)) < 0.6
+    scores = finding_scores(truth, predicted)
+    for ours, theirs in (("macro", "macro"), ("micro", "micro"), ("example", "samples")):
+        expected = precision_recall_fscore_support(truth, predicted, average=theirs, zero_division=0)
+        assert [scores[ours][key] for key in ("P", "R", "F1")] == pytest.approx(expected[:3], abs=1e-5), ours
+    single = precision_recall_fscore_support(truth, predicted, zero_division=0)
+    for key, values in zip(("P", "R", "F1"), single):
+        found = [row[key] for row in scores["per_finding"].values()]
+        assert found == pytest.approx(list(values), abs=1e-5)
+    assert micro_f1(truth, predicted) == pytest.approx(scores["micro"]["F1"])
+
+
+def test_a_place_that_is_not_stated_counts_as_wrong():
+    true = {"7": {"lung lesion": {"side": "right", "place": "upper"}}, "8": {"fracture": {"side": "left"}}}
+    found = {"7": {"lung lesion": {"side": "right", "place": ""}}, "8": {"fracture": {"side": ""}}}
+    scores = location_scores(true, found)
+    assert scores == {"side": {"accuracy": 0.5, "count": 2}, "place": {"accuracy": 0.0, "count": 1}}
 
 
 def test_calibration_gains_on_its_own_data_or_keeps_one_half():

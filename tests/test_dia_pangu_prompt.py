@@ -123,6 +123,11 @@ def test_the_vote_joins_prototypes_and_patches(llm):
         layer.evidence_vote.weight[4, 14 + 4] = 5.0
     changed = (layer.probability(tokens) - plain.probability(tokens)).abs().amax(0)
     assert changed[4] > 1e-3 and changed[:4].max() < 1e-6
+    patches = layer.evidence_head(tokens)[:, 0]  # (3, 16 patches, 14 findings)
+    assert torch.equal(layer.patch_logits(tokens), patches.max(1).values)
+    odds = layer.prototype_logits(tokens)
+    assert torch.allclose(odds.sigmoid(), plain.probability(tokens), atol=1e-6)
+    assert torch.equal(layer.vote_inputs(tokens), torch.cat((odds, patches.max(1).values), 1))
     model, text = build_model({**SMALL, "embedding": {**SMALL["embedding"], "evidence_head": True}}, llm)
     names = model.set_trained(TRAINED["ft"])
     assert not any("evidence_" in name for name in names)
