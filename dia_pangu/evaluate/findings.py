@@ -25,7 +25,7 @@ def finding_scores(truth, predicted, names=FINDINGS) -> dict:
     side counts 0.
     """
     truth, predicted = np.asarray(truth).astype(bool), np.asarray(predicted).astype(bool)
-    hit, extra, missed = truth & predicted, truth & ~predicted, ~truth & predicted
+    hit, extra, missed = truth & predicted, ~truth & predicted, truth & ~predicted
     rows = [_prf(hit[:, c].sum(), extra[:, c].sum(), missed[:, c].sum()) for c in range(len(names))]
     examples = [_prf(h.sum(), e.sum(), m.sum()) for h, e, m in zip(hit, extra, missed)]
 

@@ -162,7 +162,7 @@ class MyEmbedding(nn.Module):
 
     def patch_logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the log odds of every finding in the patch that shows it most clearly, (B, 14)."""
-        return self.evidence_head(tokens).mean((1, 2))
+        return self.evidence_head(tokens).amax((1, 2))
 
     def vote_inputs(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the inputs of the vote, (B, 28): the log odds by the prototypes, then by the patches."""
