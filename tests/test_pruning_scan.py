@@ -2,8 +2,10 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from scipy.stats import entropy
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from common.errors import Interrupted, UserError
@@ -205,6 +207,34 @@ def test_distances_are_zero_for_equal_and_shifted_logits_and_positive_otherwise(
     assert eval_metric.logprob_distance(a, a, kind) == 0
     assert eval_metric.logprob_distance(a, a + 7.5, kind) < 1e-5
     assert eval_metric.logprob_distance(a, b, kind) > 0.01
+
+
+def test_distances_are_those_of_their_formulas():
+    logits, other = torch.randn(2, 5, 33, generator=torch.Generator().manual_seed(2)).double()
+    p, q = logits.log_softmax(-1).numpy(), other.log_softmax(-1).numpy()
+    rows, best = np.arange(5), p.argmax(-1)
+    wanted = {
+        "l1_mean": np.abs(p - q).mean(),
+        "l2_mean": np.sqrt(((p - q) ** 2).sum(-1)).mean(),
+        "rms": np.sqrt(((p - q) ** 2).mean()),
+        "kl": np.mean([entropy(np.exp(a), np.exp(b)) for a, b in zip(p, q)]),
+        "l1_last": np.abs(p[-1] - q[-1]).mean(),
+        "top1": np.abs(p[rows, best] - q[rows, best]).mean(),
+    }
+    assert wanted.keys() == set(eval_metric.DISTANCES)
+    for kind, value in wanted.items():
+        assert eval_metric.logprob_distance(logits, other, kind) == pytest.approx(value, rel=1e-6), kind
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("head", [0, 2])
+def test_a_head_that_is_off_takes_no_part_in_the_output_projection(head):
+    model, ids = make(), prompts()[0]["input_ids"]
+    with masked(model, 1, "head", head):
+        off = model(ids).logits
+    weight = decoder_layers(model)[1].self_attn.o_proj.weight
+    weight.view(32, 4, 8)[:, head] = 0  # (hidden, query heads, width of a head)
+    assert torch.allclose(off, model(ids).logits, atol=1e-6)
 
 
 def test_kl_of_a_tiny_change_keeps_its_digits():

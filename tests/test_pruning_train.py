@@ -293,7 +293,7 @@ def test_every_option_of_healing_a_report_model_has_its_effect(world, tmp_path):
         "--lora-target-modules": [Effect("q_proj,v_proj", "same weights"), Effect("q_proj", "refused")],
         "--lora-r": [Effect(2, "same weights"), Effect(4, "refused")],
         "--lora-alpha": [Effect(16, "same weights"), Effect(4, "refused")],
-        "--lora-dropout": Effect(0.5, "weights"),
+        "--lora-dropout": Effect(0.5, ("weights", "predictions")),  # and in the settings beside them
         "--distill": Effect(0.5, "weights", alone=("--teacher", world / "lora")),
         "--lr-scheduler-type": EARLIER,
         "--adam-beta2": EARLIER,

@@ -167,7 +167,11 @@ MUTANTS = [
     ),
     # --- scanning
     Mutant(
-        METRICS, "return values[..., -1]", "return values[..., 0]", SCAN, "l1_last takes the first position"
+        METRICS,
+        "return values[..., -1]",
+        "return values[..., 0]",
+        f"{SCAN}::test_distances_are_those_of_their_formulas",
+        "l1_last takes the first position",
     ),
     Mutant(
         METRICS,
@@ -201,7 +205,7 @@ MUTANTS = [
         "pruning/sensitivity_analyse/layer_mask.py",
         "keep = torch.arange(query_heads * head_dim) // head_dim != head",
         "keep = torch.arange(query_heads * head_dim) % query_heads != head",
-        f"{SCAN}::test_all_heads_off_one_by_one_is_attention_without_its_bias tests/test_golden_pruning.py",
+        f"{SCAN}::test_a_head_that_is_off_takes_no_part_in_the_output_projection",
         "a head's features taken across all heads",
     ),
     Mutant(
