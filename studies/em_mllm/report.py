@@ -82,7 +82,7 @@ def answers(runs: Path, first: Path, seeds: list[int], note: str, joint, control
     write_result(
         runs,
         "valid letters in generated answers",
-        "share",
+        "fraction",
         mean(joint, "valid_letters"),
         {"no pre-training": mean(control, "valid_letters")},
     )

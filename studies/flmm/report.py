@@ -230,7 +230,7 @@ def beside_the_masks(folder, base, seeds):
     write_result(
         folder,
         f"base untouched, {base}",
-        "weights and answers changed (0 is right)",
+        "weights and answers that training changed, lower is better",
         untouched["tensors_changed"] + untouched["answers_changed"],
         {"compared": untouched["tensors"] + untouched["answers"]},
         note=f"greedy answer: {untouched['example']!r}",
