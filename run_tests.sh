@@ -14,4 +14,4 @@ for argument in "$@"; do
   paths+=("$argument")
 done
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}              # one core each: pytest-xdist fills the others
-exec "$PYTHON" -m pytest -n "${PYTEST_WORKERS:-auto}" ${paths[@]+"${paths[@]}"}
+exec "$PYTHON" -m pytest -n "${PYTEST_WORKERS:-auto}" --dist worksteal ${paths[@]+"${paths[@]}"}

@@ -28,7 +28,11 @@ def recipes(tmp_path, monkeypatch, data_root):
         (real / "volumes" / file.name).symlink_to(file)
     for name, value in {"SMOKE": "1", "RUNS": tmp_path / "runs", "DATA_ROOT": tmp_path / "real"}.items():
         monkeypatch.setenv(name, str(value))
+    # Other tests of this process keep their modules, as entries and as attributes of the package.
     for name in ("studies.recipe", *(f"studies.dia_pangu.{name}" for name in RECIPES)):
+        package, _, last = name.rpartition(".")
+        if hasattr(sys.modules.get(package), last):
+            monkeypatch.setattr(sys.modules[package], last, getattr(sys.modules[package], last))
         monkeypatch.delitem(sys.modules, name, raising=False)
     recipe = importlib.import_module("studies.recipe")
     recipe.DATA = tmp_path / "data"
