@@ -74,3 +74,13 @@ def data_root() -> Path:
     if not folder.is_dir():
         pytest.skip(f"{folder} is absent; set DATA_ROOT")
     return folder
+
+
+@pytest.fixture
+def bfloat16():
+    """Skip where ATEN_CPU_CAPABILITY forbids AVX-512 to a processor that has it.
+
+    torch's attention in bfloat16 asks the processor alone, and then refuses to pack.
+    """
+    if torch.cpu._is_avx512_supported() and "AVX512" not in torch.backends.cpu.get_cpu_capability():
+        pytest.skip("torch's bfloat16 attention does not heed ATEN_CPU_CAPABILITY")

@@ -90,7 +90,7 @@ def test_rows_equal_full_matrices_alone_and_in_a_left_padded_batch(family, merge
     assert wanted[0]["mask_attentions"].shape[1] == base.channels
 
 
-def test_rows_in_bf16_stay_near_the_full_path(tokenizer):
+def test_rows_in_bf16_stay_near_the_full_path(tokenizer, bfloat16):
     base, eager = make_base("llava", tokenizer), make_base("llava", tokenizer, "eager")
     base.model.bfloat16()
     samples = scene_samples(base)

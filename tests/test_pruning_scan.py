@@ -577,7 +577,7 @@ def test_mixed_projections_say_which_modes_work():
             pass
 
 
-def test_bench_of_the_real_size_runs_small(capsys):
+def test_bench_of_the_real_size_runs_small(capsys, bfloat16):
     from bench.pruning import real_size
 
     rows = real_size(
