@@ -1,17 +1,21 @@
 """What a recipe is made of: `stage` runs one script with keyword arguments, `size` picks the size of a full
 or a smoke run.
 
-A recipe is a flat Python script, studies/<room>/builtin.py or another name beside it, that calls `stage` once
-per step:
+A recipe is a flat Python script, studies/<room>/builtin.py, real.py or another name beside it, that calls
+`stage` once per step:
 
     data, out = DATA / "cwt_mae/builtin", RUNS / "cwt_mae/base"
     stage("cwt_mae/train.py", data=data, out=out, max_steps=size(1500, smoke=4), overwrite=True)
 
-and ends with `if __name__ == "__main__": recipe(main)`. `studies/run_all.py` starts every room's builtin.py;
-by hand: `python studies/<room>/builtin.py`. The environment says the rest: SMOKE=1 for the smallest sizes,
-RUNS for the folder of the results, DATA_ROOT for real data, OMP_NUM_THREADS for the cores.
+and ends with `if __name__ == "__main__": recipe(main)`. `studies/run_all.py` starts every room's
+builtin.py, or with --real its real.py; by hand: `python studies/<room>/builtin.py`. The environment says the
+rest: SMOKE=1 for the smallest sizes, RUNS for the folder of the results, DATA_ROOT for real data,
+OMP_NUM_THREADS for the cores, SKIP_DONE=1 to leave out every stage that has ended well before with the same
+arguments.
 """
 
+import hashlib
+import json
 import os
 import shlex
 import signal
@@ -22,6 +26,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from common.checkpoint import atomic_write
 from common.errors import UserError, run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,6 +34,7 @@ DATA = ROOT / "data"  # what the generators and converters write
 RUNS = Path(os.environ.get("RUNS") or ROOT / "runs").resolve()
 REAL = Path(os.environ["DATA_ROOT"]).resolve() if os.environ.get("DATA_ROOT") else None
 SMOKE = bool(os.environ.get("SMOKE"))
+SKIP_DONE = bool(os.environ.get("SKIP_DONE"))
 CORES = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
 
 _started, _running, _lock = time.monotonic(), set(), threading.Lock()
@@ -59,10 +65,17 @@ def stage(script: str, *arguments, processes: int = 1, threads: int | None = Non
     has ended well.
 
     processes: how many torchrun starts. threads: cores of this stage (default: OMP_NUM_THREADS as it is).
-    Raises UserError naming the script when it ends with another status than 0.
+    With SKIP_DONE a stage that has ended well is noted in RUNS/done and left out the next time, if its `out`
+    is still there. Raises UserError naming the script when it ends with another status than 0.
     """
     command = [script, *map(str, arguments), *options(flags)]
-    print(f"\n== {shlex.join(command)} ({time.monotonic() - _started:.0f} s)", flush=True)
+    words = shlex.join(command)
+    note = RUNS / "done" / f"{hashlib.sha256(words.encode()).hexdigest()[:16]}.json"
+    if SKIP_DONE and note.is_file() and Path(flags.get("out") or RUNS).exists():
+        print(f"\n== {words}: done before; delete {note} to run it again", flush=True)
+        return
+    begin = time.monotonic()
+    print(f"\n== {words} ({begin - _started:.0f} s)", flush=True)
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path, "NPROC_PER_NODE": str(processes), "NNODES": "1"}
     if threads:
@@ -77,6 +90,9 @@ def stage(script: str, *arguments, processes: int = 1, threads: int | None = Non
         _running.discard(process)
     if status:
         raise UserError(f"{script} ended with exit status {status}; its own words stand above")
+    if SKIP_DONE:
+        seconds = round(time.monotonic() - begin)
+        atomic_write(note, json.dumps({"stage": words, "seconds": seconds}, ensure_ascii=False) + "\n")
 
 
 def side_by_side(*parts, cores: int = CORES):

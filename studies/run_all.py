@@ -3,6 +3,9 @@
 For each project: studies/<project>/builtin.py, which makes the data, trains, runs the controls and tests. A
 project that fails does not stop the others. pruning works on dia_pangu's model and so starts when that is
 there.
+
+--real starts studies/<project>/real.py instead: pretrained weights (studies/real_models.py) on the real data
+of DATA_ROOT, with results in RUNS/real. A second start leaves out every stage that has ended well.
 """
 
 import argparse
@@ -22,6 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # dia_pangu first: pruning waits for its model
 PROJECTS = ("dia_pangu", "cwt_mae", "em_mllm", "flmm", "pruning")
 NEEDS = {"pruning": ("dia_pangu", "ft/metrics.json")}
+# Minutes that the real study of a project takes on one core, from which the time left is told
+REAL_MINUTES = {"dia_pangu": 25, "cwt_mae": 30, "em_mllm": 25, "flmm": 40, "pruning": 25}
 
 
 def parse_args():
@@ -38,6 +43,12 @@ def parse_args():
         help="smallest sizes, 2 minutes on 4 cores: shows that all runs, not how well",
     )
     parser.add_argument(
+        "--real",
+        action="store_true",
+        help="train and test pretrained models on the real data of DATA_ROOT; a second start goes on where "
+        "the first one ended",
+    )
+    parser.add_argument(
         "--jobs",
         type=int,
         default=0,
@@ -46,20 +57,22 @@ def parse_args():
     return parser.parse_args()
 
 
-def run_project(name: str, threads: int, smoke: bool, runs: Path) -> dict:
+def run_project(name: str, threads: int, args, runs: Path) -> dict:
     """Run one project's recipe to its end; returns name, status, seconds, peak_mb (largest process) and
     rows."""
     log = runs / name / "run_all.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(runs / name / "results", ignore_errors=True)
+    if not args.real:  # a real run goes on: what its stages have written stays
+        shutil.rmtree(runs / name / "results", ignore_errors=True)
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": str(threads),
         "RUNS": str(runs),
-        "SMOKE": "1" if smoke else "",
+        "SMOKE": "1" if args.smoke else "",
+        "SKIP_DONE": "1" if args.real else "",
     }
     print(f"{name}: started, log {log}", flush=True)
-    command = [sys.executable, str(ROOT / "studies" / name / "builtin.py")]
+    command = [sys.executable, str(ROOT / "studies" / name / ("real.py" if args.real else "builtin.py"))]
     start = time.monotonic()
     with open(log, "w") as file:
         process = subprocess.Popen(
@@ -91,6 +104,12 @@ def can_start(name: str, names: list, finished: set, runs: Path, since: float) -
     return made.is_file() and made.stat().st_mtime > since
 
 
+def minutes_left(names: list, done: list, jobs: int) -> float:
+    """Minutes that the real studies not yet done take, `jobs` side by side, by what they took on one core."""
+    left = [REAL_MINUTES[name] for name in set(names) - {d["name"] for d in done}]
+    return max([sum(left) / jobs, *left], default=0)
+
+
 running: dict[str, subprocess.Popen] = {}
 
 
@@ -110,10 +129,10 @@ def main(args):
     if unknown:
         raise UserError(f"{unknown[0]}: no such project; choose from {', '.join(here)}")
     data_root = os.environ.get("DATA_ROOT")
-    if data_root and not Path(data_root).is_dir():
+    if args.real and not (data_root and Path(data_root).is_dir()):
         raise UserError(
-            f"DATA_ROOT={data_root}: no such folder; give the folder that holds ecg/, rf/, grounding/, ct/, "
-            "ctrg/"
+            f"DATA_ROOT={data_root or ''}: no such folder; --real needs the folder that holds ecg/, rf/, "
+            "grounding/, ct/, ctrg/"
         )
     names = [p for p in here if not args.projects or p in args.projects]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -121,32 +140,41 @@ def main(args):
     if jobs < 1:
         raise UserError(f"--jobs {args.jobs}: must be at least 1")
     threads = max(1, cores // jobs)
-    runs = Path(os.environ["RUNS"])
+    runs = Path(os.environ["RUNS"]) / ("real" if args.real else "")
     runs.mkdir(parents=True, exist_ok=True)
+    if args.real:  # before the projects start side by side, so that it is made once
+        made = subprocess.run(
+            [sys.executable, str(ROOT / "studies/real_models.py")], env={**os.environ, "RUNS": str(runs)}
+        )
+        if made.returncode:
+            sys.exit(made.returncode)
+        print(f"about {minutes_left(names, [], jobs):.0f} minutes with {jobs} side by side")
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     start, since, waiting, pending, done = time.monotonic(), time.time(), list(names), {}, []
     with ThreadPoolExecutor(jobs) as pool:
         while waiting or pending:
             finished = {d["name"] for d in done}
-            for name in [n for n in waiting if can_start(n, names, finished, runs, since)][
+            for name in [n for n in waiting if args.real or can_start(n, names, finished, runs, since)][
                 : jobs - len(pending)
             ]:
                 waiting.remove(name)
-                pending[pool.submit(run_project, name, threads, args.smoke, runs)] = name
+                pending[pool.submit(run_project, name, threads, args, runs)] = name
             ready, _ = wait(
                 pending, timeout=1, return_when=FIRST_COMPLETED
             )  # wakes up for a signal that came just before
             for future in ready:
                 del pending[future]
                 done.append(future.result())
+                if args.real and (left := minutes_left(names, done, jobs)):
+                    print(f"about {left:.0f} minutes left", flush=True)
     done = [
         {**d, "curves": draw_curves(runs, d["name"])}
         for d in sorted(done, key=lambda d: PROJECTS.index(d["name"]))
     ]
     about = (
         f"{'smoke run (numbers mean nothing)' if args.smoke else 'full run'} on "
-        f"{'real data from ' + data_root if data_root else 'built-in data'}, "
+        f"{'real data from ' + data_root if args.real else 'built-in data'}, "
         f"{time.strftime('%Y-%m-%d %H:%M')}, {cores} cores, {jobs} side by side, "
         f"{time.monotonic() - start:.0f} s in all"
     )

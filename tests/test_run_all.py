@@ -53,10 +53,10 @@ def tree(tmp_path):
     return tmp_path
 
 
-def recipe(tree, name, text):
-    """Write studies/<name>/builtin.py, which becomes a bash that runs `text`."""
+def recipe(tree, name, text, file="builtin.py"):
+    """Write studies/<name>/builtin.py, or another file, which becomes a bash that runs `text`."""
     code = f"import os\nos.execvp('bash', ['bash', '-c', {text!r}])\n"
-    (tree / "studies" / name / "builtin.py").write_text(code)
+    (tree / "studies" / name / file).write_text(code)
 
 
 def start(tree, *options, **environment):
@@ -87,6 +87,18 @@ def test_one_failure_does_not_stop_the_others_and_is_named(tree):
     for text in ("macro-F1", "0.610 [0.580, 0.640]", "random init 0.500", "dia_pangu (failed"):
         assert text in done.stdout
     assert "smoke 1" in (tree / "runs/cwt_mae/run_all.log").read_text()
+
+
+def test_a_real_run_starts_the_real_recipes_and_keeps_what_was_done(tree):
+    (tree / "studies/real_models.py").write_text("import os\nprint('models in', os.environ['RUNS'])\n")
+    bash = RESULT.format(name="cwt_mae") + 'echo "data $DATA_ROOT skip $SKIP_DONE"'
+    recipe(tree, "cwt_mae", bash, "real.py")
+    write_result(tree / "runs/real/cwt_mae", "an earlier stage", "AUC", 0.7, {"chance": 0.5})
+    done = start(tree, "--real", "cwt_mae", DATA_ROOT=str(tree))
+    assert done.returncode == 0, done.stderr
+    assert f"models in {tree}/runs/real" in done.stdout and "about 30 minutes" in done.stdout
+    assert "an earlier stage" in done.stdout and "real data from" in done.stdout
+    assert f"data {tree} skip 1" in (tree / "runs/real/cwt_mae/run_all.log").read_text()
 
 
 def test_page_is_one_file_with_inline_pictures_alt_text_and_escapes(tree):
@@ -138,7 +150,7 @@ def test_results_of_an_earlier_run_are_gone_when_a_project_fails(tree):
     "options, environment, said",
     [
         (["nosuch"], {}, "nosuch: no such project"),
-        ([], {"DATA_ROOT": "/no/such"}, "DATA_ROOT=/no/such"),
+        (["--real"], {"DATA_ROOT": "/no/such"}, "DATA_ROOT=/no/such"),
         (["--jobs", "-1"], {}, "at least 1"),
     ],
 )
