@@ -22,6 +22,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
 from common.errors import UserError
+from common.sharding import load_state
 
 # What a full disk looks like, depending on who was writing: Python, torch.save, safetensors.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
@@ -214,7 +215,7 @@ def load_step(accelerator, path) -> dict:
     path = Path(path)
     if why := damage(path):
         raise UserError(f"{path}: {why}; resume from another checkpoint in {path.parent}")
-    accelerator.load_state(str(path))
+    load_state(accelerator, path)
     state = json.loads((path / "state.json").read_text())
     del state["files"]
     return state

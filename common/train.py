@@ -34,11 +34,12 @@ from common.arguments import refuse
 from common.checkpoint import find_resume, load_step, save_step
 from common.errors import UserError
 from common.run import Log, StopSignal, loader_worker
+from common.sharding import average_whole_gradients, settle
 
 
 def make_accelerator(args, **options) -> Accelerator:
     """Accelerator for --precision, --accum and --seed; `options` go to it as they are."""
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=args.precision,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
         gradient_accumulation_plugin=GradientAccumulationPlugin(
@@ -46,6 +47,8 @@ def make_accelerator(args, **options) -> Accelerator:
         ),
         **options,
     )
+    settle(accelerator)
+    return accelerator
 
 
 def make_loader(dataset, args, train: bool = True, **options) -> DataLoader:
@@ -297,7 +300,10 @@ def update(run: Run, model, optimizers, factor: float):
     """
     accelerator, norm = run.accelerator, None
     if accelerator.sync_gradients:
+        average_whole_gradients(accelerator)
         norm = accelerator.clip_grad_norm_(model.parameters(), run.args.clip or math.inf)
+        if hasattr(norm, "full_tensor"):  # of sharded gradients
+            norm = norm.full_tensor()
         if (
             norm is not None and accelerator.scaler is None
         ):  # fp16's scaler leaves out steps with inf by itself

@@ -28,6 +28,7 @@ from common.checkpoint import atomic_json
 from common.errors import UserError, run
 from common.files import read_json
 from common.run import describe, on_main, open_run, seed_everything
+from common.sharding import refuse_sharding
 from common.train import (
     batches,
     check_finite,
@@ -539,6 +540,7 @@ def evaluate(training, model, validation, scale, card: dict) -> dict:
 def main(args):
     # What the options say, before anything is read
     accelerator = make_accelerator(args)
+    refuse_sharding(accelerator, "CWT-MAE fits on every GPU; leave ACCELERATE_CONFIG unset, for DDP")
     seed_everything(args.seed)
     head_sizes = parse_changes(args.set, HEAD_SHAPE)
     check_options(args, head_sizes)

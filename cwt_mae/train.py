@@ -28,6 +28,7 @@ from common.arguments import Parser, add_run_arguments, number, refuse
 from common.checkpoint import atomic_json
 from common.errors import UserError, run
 from common.run import describe, on_main, open_run, seed_everything
+from common.sharding import refuse_sharding
 from common.train import (
     batches,
     check_finite,
@@ -254,6 +255,7 @@ def evaluate(training, model, loader, prefix: str, probe=None) -> dict:
 def main(args):
     # Equal seeds on all processes give equal weights; windows and masks follow from (seed, epoch, index).
     accelerator = make_accelerator(args)
+    refuse_sharding(accelerator, "CWT-MAE fits on every GPU; leave ACCELERATE_CONFIG unset, for DDP")
     seed_everything(args.seed)
     if args.min_lr > args.lr:
         raise UserError(f"--min-lr {args.min_lr:g} is above --lr {args.lr:g}; lower it")

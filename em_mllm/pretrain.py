@@ -26,6 +26,7 @@ from common.checkpoint import atomic_csv, atomic_dir, atomic_json
 from common.errors import UserError, run
 from common.figures import new_figure, save_figure
 from common.run import describe, open_run, seed_everything
+from common.sharding import export_model, prepare
 from common.train import (
     batches,
     check_finite,
@@ -306,7 +307,7 @@ def main(args):
     if args.compile:
         model.compile()
     loader = make_loader(packed, args, shuffle=False)
-    model, loader, *optimizers = accelerator.prepare(model, loader, *optimizers)
+    model, loader, *optimizers = prepare(accelerator, model, loader, *optimizers)
     steps = plan_steps(args, loader)
 
     # the run folder, and what is about to happen
@@ -339,9 +340,10 @@ def main(args):
             finish_step(training, grad=grad)
 
     # the encoder, and what it reconstructs of validation signals
+    whole = export_model(accelerator, model)  # all processes take part, in case the model is sharded
     if accelerator.is_main_process:
         metrics = {"step": training.state["step"], "packing_efficiency": packed.efficiency}
-        save(args, accelerator.unwrap_model(model), val, metrics)
+        save(args, whole, val, metrics)
     finish(training)
     accelerator.wait_for_everyone()
     accelerator.end_training()

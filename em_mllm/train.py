@@ -26,6 +26,7 @@ from common.checkpoint import atomic_json
 from common.errors import UserError, run
 from common.llm import add_trust_argument
 from common.run import describe, open_run, seed_everything
+from common.sharding import export_model, prepare
 from common.train import (
     batches,
     check_finite,
@@ -342,7 +343,7 @@ def main(args):
     about = describe(model)
     if args.compile:
         model.compile()
-    model, loader, val_loader, *optimizers = accelerator.prepare(model, loader, val_loader, *optimizers)
+    model, loader, val_loader, *optimizers = prepare(accelerator, model, loader, val_loader, *optimizers)
     steps = plan_steps(args, loader)
 
     # the run folder, and what is about to happen in one line
@@ -375,8 +376,9 @@ def main(args):
 
     # the trained model and its loss on validation questions; all checkpoints are written by now
     loss = validation_loss(model, val_loader, accelerator)
+    whole = export_model(accelerator, model)  # all processes take part, in case the model is sharded
     if accelerator.is_main_process:
-        save(args, accelerator.unwrap_model(model), tokenizer)
+        save(args, whole, tokenizer)
         atomic_json(
             args.out / "metrics.json",
             {"step": training.state["step"], "validation_loss": loss, "skipped": source.skipped},

@@ -26,6 +26,7 @@ from common.arguments import Parser, add_run_arguments, number, refuse
 from common.checkpoint import atomic_json, atomic_path
 from common.errors import UserError, run
 from common.run import describe, open_run, seed_everything
+from common.sharding import refuse_sharding
 from common.train import (
     batches,
     check_finite,
@@ -246,6 +247,8 @@ def main(args):
     # Parts of SAM's prompt encoder and its IoU head get no gradient: DDP has to look for them.
     ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
     accelerator = make_accelerator(args, kwargs_handlers=[ddp])
+    way_out = "the heads are small, and --shard-base spreads the base; leave ACCELERATE_CONFIG unset, for DDP"
+    refuse_sharding(accelerator, way_out)
     refuse_idle_options(args, config, accelerator.num_processes)
     seed_everything(args.seed)
 

@@ -29,6 +29,7 @@ from common.checkpoint import atomic_dir, atomic_write
 from common.errors import Interrupted, UserError, run
 from common.llm import add_lora, usual_targets
 from common.run import describe, open_run, seed_everything
+from common.sharding import export_model, prepare
 from common.train import (
     batches,
     check_finite,
@@ -360,7 +361,7 @@ def heal(model, train_set, collate_fn, args, accelerator, teacher=None):
     loader = make_loader(train_set, args, collate_fn=collate_fn)
     if args.compile:
         healing.compile()  # in place: checkpoints keep their names
-    healing, optimizer, loader = accelerator.prepare(healing, optimizer, loader)
+    healing, optimizer, loader = prepare(accelerator, healing, optimizer, loader)
     steps = plan_steps(args, loader)
     warmup = 0 if args.lr_scheduler_type == "constant" else args.warmup
     schedule = SCHEDULES[args.lr_scheduler_type]
@@ -424,19 +425,19 @@ def main(args):
             atomic_write(args.out / "timing.json", json.dumps(timing, indent=1))
 
     # the healed model, in the form that it came in
-    weights = accelerator.get_state_dict(healing)  # every process takes part, in case it is sharded
+    whole = export_model(accelerator, healing)  # every process takes part, in case it is sharded
     if accelerator.is_main_process:
         if args.data:
-            save_report(weights, args.out, config)
+            save_report(whole.student.state_dict(), args.out, config)
         else:
-            save_plain(accelerator.unwrap_model(healing).student, tokenizer, args.out, args.full)
+            save_plain(whole.student, tokenizer, args.out, args.full)
 
 
 def save_report(weights: dict, out: Path, config: dict):
     """Write a healed report model as dia_pangu does, LoRA beside the weights."""
     from pruning.report_model import save_model
 
-    save_model({key.removeprefix("student."): value for key, value in weights.items()}, out, config)
+    save_model(weights, out, config)
     print(f"wrote {out}/pytorch_model.bin; test it with pruning/test.py --pruned-model-path {out}")
 
 

@@ -25,6 +25,7 @@ from common.errors import UserError
 from common.errors import run as run_script
 from common.llm import add_lora
 from common.run import open_run, seed_everything
+from common.sharding import export_state, prepare
 from common.train import (
     batches,
     check_finite,
@@ -287,7 +288,7 @@ def main(args):
         model.compile()
     loader = make_loader(train_set, args, collate_fn=collate)
     val_loader = make_loader(val_set, args, train=False, collate_fn=collate)
-    model, optimizer, loader, val_loader = accelerator.prepare(model, optimizer, loader, val_loader)
+    model, optimizer, loader, val_loader = prepare(accelerator, model, optimizer, loader, val_loader)
     steps, schedule = plan_steps(args, loader), SCHEDULES[args.lr_scheduler_type]
 
     # The two losses are means over different things, so each has its own share of the optimizer step.
@@ -317,7 +318,7 @@ def main(args):
     accelerator.print("validation micro-F1 {:.3f} at threshold 0.5, {:.3f} calibrated on it".format(*micro))
 
     # Upstream's file name and keys. metrics.json comes last: with it a folder is complete.
-    weights = accelerator.get_state_dict(model)  # all processes take part, in case the model is sharded
+    weights = export_state(accelerator, model)  # all processes take part, in case the model is sharded
     if accelerator.is_main_process:
         save_model(weights, folder, config)
         metrics = {"validation": scores, "validation_calibrated": calibrated, "trained": names}

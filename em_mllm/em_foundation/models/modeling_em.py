@@ -41,6 +41,7 @@ class SiTMAEPreTrainedModel(PreTrainedModel):
     main_input_name = "patches"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
+    _no_split_modules = ["SiTMAELayer"]  # what FSDP2 shards as one piece
 
     def _init_weights(self, module):
         """Upstream's rule: Linear N(0, initializer_range) with zero bias, LayerNorm 1 and 0, position tables

@@ -1,0 +1,112 @@
+"""The five projects' trainings under DDP and FSDP2: train, save, go on with as many processes or one, export."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.sharded import checkpoint_weights, fsdp2_on_cpu, world
+from tests.worlds import *  # noqa: F403  the fixtures cwt, em, grounding, ct, llm
+
+pytestmark = pytest.mark.slow
+SHARDED = [("em", "pretrain"), ("em", "train"), ("ct", "train"), ("llm", "heal")]
+WHOLE = [("cwt", "train"), ("cwt", "finetune"), ("grounding", "train")]
+
+
+class Training:
+    """One project's training of two steps; each is saved."""
+
+    def __init__(self, request, tmp_path):
+        name, command = request.param
+        self.folder, self.tmp = request.getfixturevalue(name), tmp_path
+        self.script, self.arguments = self.folder.commands[command]
+
+    def __call__(self, out, *more, processes=2, sharded=False):
+        line = [str(a) for a in self.arguments(self.folder.folder)]
+        line[line.index(str(self.folder.folder / "run"))] = str(out)
+        line = [a for a in line if a != "--overwrite"]
+        line += ["--max-steps", "2", "--save-steps", "1", "--logging-steps", "1", *map(str, more)]
+        # as many samples in a step with one process as with two
+        line += ["--per-device-train-batch-size", 2 // processes]
+        before = fsdp2_on_cpu if sharded else None
+        return world(self.script, line, self.tmp / "log", processes, before)
+
+
+@pytest.fixture(params=SHARDED, ids=["-".join(t) for t in SHARDED])
+def training(request, tmp_path):
+    return Training(request, tmp_path)
+
+
+@pytest.fixture(params=WHOLE, ids=["-".join(t) for t in WHOLE])
+def small_training(request, tmp_path):
+    return Training(request, tmp_path)
+
+
+def step(out, number):
+    return checkpoint_weights(out / f"checkpoints/step-{number:08d}")
+
+
+def exported(out):
+    """{file: {key: tensor}} of what a run leaves for other scripts."""
+    files = {}
+    for path in sorted(p for p in out.rglob("*") if "checkpoints" not in p.parts and "last" not in p.parts):
+        if path.suffix == ".safetensors":
+            files[str(path.relative_to(out))] = load_file(path)
+        elif path.suffix == ".bin":
+            files[str(path.relative_to(out))] = torch.load(path, weights_only=True)
+    return files
+
+
+def assert_near(one, two, start=None):
+    """Equal keys, and tensors whose difference is small beside what the last step changed: Adam makes a whole
+    step of a gradient near zero, whatever its sign."""
+    both = one.keys() & two.keys()  # a whole checkpoint keeps shared tensors under one of their names
+    assert both == min(one.keys(), two.keys(), key=len)
+    change = sum((one[k] - start[k]).double().square().sum() for k in both) if start else None
+    error = sum((one[k] - two[k]).double().square().sum() for k in both)
+    scale = change if start else sum(one[k].double().square().sum() for k in one)
+    assert scale > 0 and (error / scale).sqrt() < (0.05 if start else 1e-4), (error, scale)
+
+
+def cut(out, to):
+    """A copy of a run that has only its first step."""
+    shutil.copytree(out / "checkpoints/step-00000001", to / "checkpoints/step-00000001")
+    shutil.copy(out / "config.json", to)
+    return to
+
+
+def test_a_sharded_run_saves_resumes_on_two_and_one_and_exports_the_whole_model(training, tmp_path):
+    runs = {"ddp": False, "fsdp2": True}
+    for name, sharded in runs.items():
+        done = training(tmp_path / name, sharded=sharded)
+        assert done.returncode == 0, done.text
+    start, end = step(tmp_path / "ddp", 1), step(tmp_path / "ddp", 2)
+    assert_near(end, step(tmp_path / "fsdp2", 2), start)
+
+    # what others read has the same keys and shapes, and the values that were trained
+    one, two = exported(tmp_path / "ddp"), exported(tmp_path / "fsdp2")
+    assert one.keys() == two.keys() and one
+    for file in one:
+        assert {k: v.shape for k, v in one[file].items()} == {k: v.shape for k, v in two[file].items()}
+        assert_near(one[file], two[file])
+
+    # either kind of checkpoint goes on, sharded or not, on two processes or one
+    assert list((tmp_path / "fsdp2/checkpoints/step-00000001").glob("pytorch_model_fsdp_0/*.distcp"))
+    for name, origin, processes, sharded in (
+        ("shards on two", "fsdp2", 2, True),
+        ("shards on one", "fsdp2", 1, False),
+        ("whole to shards", "ddp", 2, True),
+        ("whole on one", "ddp", 1, False),
+    ):
+        out = cut(tmp_path / origin, tmp_path / name)
+        done = training(out, "--resume", processes=processes, sharded=sharded)
+        assert done.returncode == 0 and "resumed from" in done.text, (name, done.text)
+        assert_near(end, step(out, 2), start)
+
+
+def test_small_models_refuse_to_be_sharded_in_one_line(small_training, tmp_path):
+    done = small_training(tmp_path / "run", sharded=True)
+    assert done.returncode == 2 and "Traceback" not in done.text, done.text
+    said = [line for line in done.text.splitlines() if line.startswith("error: ACCELERATE_CONFIG=fsdp2")]
+    assert len(said) == 1 and "leave ACCELERATE_CONFIG unset" in said[0]
