@@ -113,8 +113,9 @@ def _shard(accelerator, model):
     for tensor in (*whole, *model.buffers()):
         tensor.data = tensor.data.to(device)
     policy = MixedPrecisionPolicy()
-    if accelerator.mixed_precision == "bf16":
+    if accelerator.mixed_precision == "bf16" and device.type != "cpu":
         # Weights are gathered as bf16, so that none of them is kept as a cast copy; autocast does the rest.
+        # (Not on a CPU, whose norms refuse an input of another type than their weights.)
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     options = {
         "mesh": init_device_mesh(device.type, (accelerator.num_processes,)),
