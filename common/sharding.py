@@ -35,8 +35,8 @@ def refuse_sharding(accelerator, why: str):
     """UserError if this run spreads its parameters although the script cannot, or need not; `why` says the
     way out."""
     if is_sharded(accelerator):
-        name = os.environ.get("ACCELERATE_CONFIG") or "this accelerate configuration"
-        raise UserError(f"ACCELERATE_CONFIG={name} spreads the model's parameters: {why}")
+        kind = "FSDP2" if accelerator.is_fsdp2 else "ZeRO stage 3"
+        raise UserError(f"{kind} would spread this model over the processes, but {why}")
 
 
 def settle(accelerator):

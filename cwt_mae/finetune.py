@@ -540,7 +540,7 @@ def evaluate(training, model, validation, scale, card: dict) -> dict:
 def main(args):
     # What the options say, before anything is read
     accelerator = make_accelerator(args)
-    refuse_sharding(accelerator, "CWT-MAE fits on every GPU; leave ACCELERATE_CONFIG unset, for DDP")
+    refuse_sharding(accelerator, "it fits on every GPU; leave ACCELERATE_CONFIG unset, for DDP")
     seed_everything(args.seed)
     head_sizes = parse_changes(args.set, HEAD_SHAPE)
     check_options(args, head_sizes)

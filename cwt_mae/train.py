@@ -255,7 +255,7 @@ def evaluate(training, model, loader, prefix: str, probe=None) -> dict:
 def main(args):
     # Equal seeds on all processes give equal weights; windows and masks follow from (seed, epoch, index).
     accelerator = make_accelerator(args)
-    refuse_sharding(accelerator, "CWT-MAE fits on every GPU; leave ACCELERATE_CONFIG unset, for DDP")
+    refuse_sharding(accelerator, "it fits on every GPU; leave ACCELERATE_CONFIG unset, for DDP")
     seed_everything(args.seed)
     if args.min_lr > args.lr:
         raise UserError(f"--min-lr {args.min_lr:g} is above --lr {args.lr:g}; lower it")

@@ -247,7 +247,7 @@ def main(args):
     # Parts of SAM's prompt encoder and its IoU head get no gradient: DDP has to look for them.
     ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
     accelerator = make_accelerator(args, kwargs_handlers=[ddp])
-    way_out = "the heads are small, and --shard-base spreads the base; leave ACCELERATE_CONFIG unset, for DDP"
+    way_out = "its heads are small, and --shard-base spreads the base; leave ACCELERATE_CONFIG unset, for DDP"
     refuse_sharding(accelerator, way_out)
     refuse_idle_options(args, config, accelerator.num_processes)
     seed_everything(args.seed)
