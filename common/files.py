@@ -2,9 +2,15 @@
 field."""
 
 import json
+import math
+import os
 import pickle
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
+
+import h5py
+import numpy as np
 
 from common.errors import UserError
 
@@ -81,12 +87,103 @@ def check(value, shape, where, name: str = ""):
 
 
 def inside(root, name) -> Path:
-    """root / name for a name that a data file gives; UserError if that leads out of `root` (.., an absolute
-    path, a link)."""
-    with reading(Path(root) / name, "path"):
-        if not (Path(root) / name).resolve().is_relative_to(Path(root).resolve()):
-            raise UserError(f"{Path(root) / name} lies outside {root}")
-    return Path(root) / name
+    """root / name for a name that a data file gives; UserError if the name leads out of `root` (.., an
+    absolute path). Links below `root` are followed: the user has made them."""
+    root = Path(os.path.abspath(root))
+    with reading(root / name, "path"):
+        path = Path(
+            os.path.normpath(root / name)
+        )  # without "..", which would leave a linked folder backwards
+        os.fsencode(path)  # refuses what no file system takes
+        if "\0" in str(name):
+            raise ValueError("a name cannot hold a NUL")
+    if not path.is_relative_to(root):
+        raise UserError(f"{root / name} lies outside {root}")
+    return path
+
+
+DEFLATE = 1032  # the largest ratio that deflate reaches (zlib.net/zlib_tech.html)
+SMALL = 1 << 26  # 64 MiB are never too much
+
+
+def free_memory() -> int:
+    """Bytes of memory that a new array can take without swapping."""
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def check_size(path, what: str, declared: int, stored: int):
+    """UserError when the part `what` of a file declares more bytes than its `stored` bytes hold even when
+    compressed, or than fit in memory. To be asked before anything of that size is made."""
+    if declared <= SMALL:
+        return
+    if declared > DEFLATE * stored:
+        raise UserError(
+            f"{path}: {what} declares {declared / 1e9:.3g} GB but only {stored:,} bytes are stored; the file "
+            "is damaged, cut short or made to fill the memory"
+        )
+    if declared > (free := free_memory()):
+        raise UserError(
+            f"{path}: {what} takes {declared / 1e9:.3g} GB and {free / 1e9:.3g} GB of memory are free; split "
+            "it or use a larger machine"
+        )
+
+
+def hdf5_item(file, name: str, whole: bool = True):
+    """The data set or group `name` of an open h5py.File or group, whose data lie in the file itself.
+
+    Links inside the file are followed. UserError for links and storage in other files, for links in a circle
+    and for sizes that the file cannot hold. whole: the caller reads all of it, so it has to fit in memory;
+    else one row (the first axis) has to. Raises KeyError when there is no such name.
+    """
+    path, item, hops = Path(file.file.filename), file, 0
+    parts = [part for part in name.split("/") if part]
+    while parts:
+        part = parts.pop(0)
+        link = item.get(part, getlink=True) if isinstance(item, h5py.Group) else None
+        if isinstance(link, h5py.ExternalLink):
+            raise UserError(
+                f"{path}: {name} lies in another file, {link.filename}; copy the data into this one"
+            )
+        if isinstance(link, h5py.SoftLink):
+            hops += 1
+            if hops > 16:
+                raise UserError(f"{path}: {name} is a link that leads to itself; store the data there")
+            item = item.file if link.path.startswith("/") else item
+            parts = [p for p in link.path.split("/") if p] + parts
+            continue
+        if link is None:
+            raise KeyError(name)
+        item = item[part]
+    if isinstance(item, h5py.Dataset):
+        others = [outer[0] for outer in item.external or ()]
+        if item.is_virtual:
+            others += [source.file_name for source in item.virtual_sources() if source.file_name != "."]
+        if others:
+            raise UserError(f"{path}: {name} lies in another file, {others[0]}; copy the data into this one")
+        declared = math.prod(item.shape or ()) * item.dtype.itemsize
+        stored = declared if item.is_virtual else item.id.get_storage_size()
+        rows = 1 if whole or not item.shape else max(item.shape[0], 1)
+        check_size(path, name if whole else f"a row of {name}", declared // rows, -(-stored // rows))
+    return item
+
+
+@contextmanager
+def open_npz(path):
+    """`with open_npz(path) as arrays:` reads a .npz of plain arrays after its declared sizes were checked."""
+    with zipfile.ZipFile(path) as archive:
+        for part in archive.infolist():
+            with archive.open(part) as file:
+                version = np.lib.format.read_magic(file)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else None
+                shape, _, dtype = (read or np.lib.format.read_array_header_2_0)(file)
+            declared = math.prod(shape) * dtype.itemsize
+            check_size(path, part.filename, declared, min(part.compress_size, part.file_size))
+    with np.load(path, allow_pickle=False) as arrays:
+        yield arrays
 
 
 def first_line(error: Exception) -> str:

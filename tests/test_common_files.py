@@ -1,16 +1,19 @@
-"""common/: plain pickles, intervals, confusion pictures."""
+"""common/: plain pickles, confined names, declared sizes, intervals, confusion pictures."""
 
 import csv
+import io
 import pickle
+import zipfile
 
+import h5py
 import numpy as np
 import pytest
 from scipy import stats
 
-from common import figures
+from common import figures, files
 from common.errors import UserError
 from common.figures import draw_confusion
-from common.files import read_plain_pickle
+from common.files import hdf5_item, inside, open_npz, read_plain_pickle
 from common.intervals import bootstrap
 
 
@@ -89,3 +92,122 @@ def test_the_colours_of_a_confusion_picture_are_fractions_of_the_true_class(tmp_
     assert axes.images[0].get_array().tolist() == [[0.75, 0.25], [0.0, 1.0]]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "true")
     figures.plt.close(drawn[0])
+
+
+def test_names_in_data_files_stay_below_their_folder_and_links_are_followed(tmp_path):
+    root = tmp_path / "data"
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/a.png").write_text("a")
+    root.mkdir()
+    (root / "images").symlink_to(tmp_path / "elsewhere")
+    (root / "b.png").symlink_to(tmp_path / "elsewhere/a.png")
+    for name in ("images/a.png", "b.png", "./images//a.png", "images/../b.png", root / "b.png"):
+        assert inside(root, name).read_text() == "a"
+    for name in ("../elsewhere/a.png", "images/../../secret", "/etc/passwd", "..", "a/../..", "x\0y"):
+        with pytest.raises(UserError, match="lies outside|not a readable path"):
+            inside(root, name)
+    # a linked folder is not left backwards: that would be its target's parent
+    assert inside(root, "images/../elsewhere") == root / "elsewhere"
+
+
+@pytest.fixture
+def hdf5(tmp_path):
+    """An open file a.h5 with an array x, and b.h5 beside it."""
+    with h5py.File(tmp_path / "b.h5", "w") as other:
+        other["x"] = np.ones(4)
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["x"] = np.arange(4.0)
+        file["group/deep"] = np.arange(3.0)
+        yield file
+
+
+def test_hdf5_names_and_links_inside_the_file_are_followed(hdf5):
+    hdf5["soft"] = h5py.SoftLink("/x")
+    hdf5["group/up"] = h5py.SoftLink("/soft")
+    hdf5["group/near"] = h5py.SoftLink("deep")
+    for name in ("x", "/x", "soft", "group/up"):
+        assert hdf5_item(hdf5, name)[:].tolist() == [0, 1, 2, 3]
+    assert hdf5_item(hdf5, "group/near").shape == hdf5_item(hdf5["group"], "deep").shape == (3,)
+    assert isinstance(hdf5_item(hdf5, "group"), h5py.Group)
+    for name in ("y", "x/y", "group/y"):
+        with pytest.raises(KeyError):
+            hdf5_item(hdf5, name)
+
+
+def make_external_link(file):
+    file["bad"] = h5py.ExternalLink("b.h5", "/x")
+
+
+def make_group_in_another_file(file):
+    file["far"] = h5py.ExternalLink("b.h5", "/")
+    file["bad"] = h5py.SoftLink("/far/x")
+
+
+def make_external_storage(file):
+    file.create_dataset("bad", (4,), "i1", external=[("b.h5", 0, 4)])
+
+
+def make_virtual(file):
+    layout = h5py.VirtualLayout((4,), "f8")
+    layout[:] = h5py.VirtualSource("b.h5", "x", (4,))
+    file.create_virtual_dataset("bad", layout)
+
+
+def make_circle(file):
+    file["bad"], file["other"] = h5py.SoftLink("/other"), h5py.SoftLink("/bad")
+
+
+def make_declared(file):
+    file.create_dataset("bad", (6_000_000_000,), "f8")
+
+
+def make_declared_in_chunks(file):
+    file.create_dataset("bad", (6_000_000_000,), "f8", chunks=(1000,), compression="gzip")[:3] = 1
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        make_external_link,
+        make_group_in_another_file,
+        make_external_storage,
+        make_virtual,
+        make_circle,
+        make_declared,
+        make_declared_in_chunks,
+    ],
+)
+def test_hdf5_items_that_lie_elsewhere_or_only_declare_their_size_are_one_line(hdf5, make):
+    make(hdf5)
+    said = "lies in another file|leads to itself|bytes are stored"
+    with pytest.raises(UserError, match=f"a.h5: .*({said})") as error:
+        hdf5_item(hdf5, "bad")
+    assert "\n" not in str(error.value)
+
+
+def test_rows_that_fit_are_read_from_a_set_that_does_not(hdf5, monkeypatch):
+    data = hdf5.create_dataset("many", (40, 1 << 21), "f8", chunks=(1, 1 << 18), compression="gzip")
+    data[0] = np.random.default_rng(0).normal(size=1 << 21)
+    monkeypatch.setattr(files, "free_memory", lambda: 100_000_000)
+    assert hdf5_item(hdf5, "many", whole=False).shape == (40, 1 << 21)
+    with pytest.raises(UserError, match="GB of memory are free"):
+        hdf5_item(hdf5, "many")
+
+
+def test_an_npz_that_declares_more_than_it_holds_is_one_line(tmp_path, monkeypatch):
+    np.savez(tmp_path / "a.npz", x=np.arange(3), text=np.array("a"))
+    with open_npz(tmp_path / "a.npz") as arrays:
+        assert arrays["x"].tolist() == [0, 1, 2] and str(arrays["text"]) == "a"
+    header = io.BytesIO()
+    np.lib.format.write_array_header_2_0(
+        header, {"descr": "<f8", "fortran_order": False, "shape": (6_000_000_000,)}
+    )
+    with zipfile.ZipFile(tmp_path / "lie.npz", "w") as archive:
+        archive.writestr("x.npy", header.getvalue() + bytes(64))
+    with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        with archive.open("x.npy", "w") as file:
+            np.lib.format.write_array(file, np.zeros(1 << 24))
+    monkeypatch.setattr(files, "free_memory", lambda: 1 << 26)
+    for name, said in (("lie.npz", "bytes are stored"), ("bomb.npz", "memory are free")):
+        with pytest.raises(UserError, match=f"{name}: x.npy .*{said}"), open_npz(tmp_path / name):
+            pass
