@@ -94,9 +94,9 @@ def locate_all(
     return maps, places
 
 
-def draw_evidence(path, vision_x, maps, rows, name: str, report: str):
+def draw_evidence(path, vision_x, maps, rows, name: str, report: str, verdict: str = ""):
     """Draw one row of six slices per finding: the lung window with the finding's map over it, under the
-    volume's name and report.
+    volume's name, report and verdict.
 
     vision_x: (3, H, W, D). maps: (14, h, w, d). rows: [(finding, caption), ...], of which at most five are
     drawn. A Chinese report is left out, because matplotlib's own font has no Chinese characters.
@@ -126,5 +126,5 @@ def draw_evidence(path, vision_x, maps, rows, name: str, report: str):
                 )
             axis.set_axis_off()
         line[0].set_title(text, loc="left", fontsize=8)
-    figure.suptitle(textwrap.fill(title, 130), fontsize=8)
+    figure.suptitle("\n".join(textwrap.fill(text, 130) for text in (title, verdict) if text), fontsize=8)
     return save_figure(figure, path)

@@ -5,7 +5,8 @@
 
 In --out: dia-pangu.csv (ID, Question, Ground Truth, Pred, GT_labels; UTF-8), dia-pangu_timing.csv (ID,
 InferTimeMs), findings.csv (probability, threshold, status, and the side and place that the evidence map
-points to) and evidence/<id>.png.
+points to), verdicts.csv (what each scan is: HU or not, units, orientation, chest or not) and
+evidence/<id>.png. Where a scan's left and right are unknown, no side is named.
 """
 
 import argparse
@@ -27,8 +28,10 @@ from common.llm import add_trust_argument
 from common.run import progress, seed_everything
 from dia_pangu.evaluate.evidence import draw_evidence, locate_all
 from dia_pangu.src.Dataset.CTRG_dataset import SPLITS, CTRGDataset, collate, raise_bad
-from dia_pangu.src.Dataset.preprocess import load_volume
-from dia_pangu.src.Dataset.prompt import FINDINGS, LANGUAGES
+from dia_pangu.src.Dataset.preprocess import load_scan
+from dia_pangu.src.Dataset.prompt import FINDINGS, LANGUAGES, without_sides
+from dia_pangu.src.Dataset.scan import scan_name
+from dia_pangu.src.Dataset.verdict import say
 from dia_pangu.src.Model.build import load_model, make_grid
 
 CONTROLS = ("none", "blank", "swap", "swap-visual")
@@ -52,12 +55,14 @@ def report_batch(
     preprocess: str = "windows",
     control: str = "none",
     hide_places: bool = False,
+    sides=None,
 ) -> dict:
     """Write reports for volumes (B, 1, 3, H, W, D): one ViT pass, the diagnosis into the prompt, one
     generation for the batch.
 
     thresholds: 14 probabilities from which on a finding is present. generation: keyword arguments of
-    transformers' `generate`. With an evidence head the prompt also names side and place, unless hide_places.
+    transformers' `generate`. With an evidence head the prompt also names side and place, unless hide_places;
+    sides: for each volume whether left and right are known (None: they are), else no side is named.
     Returns probability (B, 14), statuses (B, 14), maps (B, 14, h, w, d), places [{finding: (side, place)}],
     questions and reports.
     """
@@ -65,6 +70,9 @@ def report_batch(
     vision_x = apply_control(vision_x, control)
     tokens = model.encode(vision_x)
     maps, places = locate_all(model.embedding_layer, tokens, vision_x, preprocess)
+    for where, known in zip(places, sides or ()):
+        if not known:
+            where.update({name: ("", place) for name, (_, place) in where.items()})
     # A published checkpoint was trained without places, so that its prompts must not name any.
     named = places
     if model.embedding_layer.evidence_head is None or hide_places:
@@ -151,6 +159,8 @@ def check_flags(args, processes: int):
     if args.volume:
         unused = ["split", "cache", "limit", "skip_bad", "batch_size", "workers"]
         refuse(args, unused, "with --volume, which is one scan")
+    else:
+        refuse(args, ["series"], "without --volume")
     # Greedy decoding and beam search draw nothing.
     if not args.do_sample:
         refuse(args, ["temperature", "top_k", "top_p"], "without --do-sample")
@@ -182,8 +192,10 @@ def generation_options(args) -> dict:
 def read_batches(args, grid, language: str):
     """Yield the batches to report on: those of --split, or the one scan of --volume."""
     if args.volume:
-        name = Path(args.volume).name.split(".")[0]
-        return [{"id": [name], "report": [""], "vision_x": load_volume(args.volume, grid)[None, None]}]
+        name = scan_name(args.volume)
+        volume, verdict = load_scan(args.volume, grid, series=args.series)
+        say(args.volume, verdict.notes)
+        return [{"id": [name], "report": [""], "vision_x": volume[None, None], "verdict": [verdict]}]
     # The prompt is written after the diagnosis, so that the data set needs no tokenizer.
     data = CTRGDataset(args.data, args.split, grid, language=language, cache=args.cache, limit=args.limit)
     if args.skip_bad:
@@ -214,7 +226,7 @@ def main(args):
     generation = generation_options(args)
 
     # One batch after the other: reports, their time, the table of findings, the first evidence pictures.
-    results, timing, findings, drawn = [], [], [], 0
+    results, timing, findings, verdicts, drawn = [], [], [], [], 0
     for batch in progress(read_batches(args, grid, config["language"]), desc="reports"):
         raise_bad(batch)  # one line that names the file, from the worker that read it
         if args.control.startswith("swap") and len(batch["id"]) < 2:
@@ -233,9 +245,14 @@ def main(args):
             grid.preprocess,
             args.control,
             args.hide_places,
+            [verdict.side == "known" for verdict in batch["verdict"]],
         )
         elapsed_ms = 1000 * (time.perf_counter() - start) / len(batch["id"])
-        for i, name in enumerate(batch["id"]):
+        for i, (name, verdict) in enumerate(zip(batch["id"], batch["verdict"])):
+            # The reports of a data set are scored as they are; that of a lone scan is read by a person.
+            if args.volume and verdict.side != "known":
+                made["reports"][i] = without_sides(made["reports"][i])
+            verdicts.append({"ID": name, **verdict.row()})
             results.append(result_row(batch, made, i))
             timing.append({"ID": name, "InferTimeMs": f"{elapsed_ms:.2f}"})
             statuses, places = made["statuses"][i], made["places"][i]
@@ -245,12 +262,13 @@ def main(args):
                 drawn += 1
                 picture = args.out / "evidence" / f"{name}.png"
                 volume, maps, report = batch["vision_x"][i, 0], made["maps"][i], made["reports"][i]
-                draw_evidence(picture, volume, maps, captions(rows), name, report)
+                draw_evidence(picture, volume, maps, captions(rows), name, report, verdict.line())
 
-    # Three tables and a summary; for one scan also the report itself.
+    # Four tables and a summary; for one scan also the report itself.
     atomic_csv(args.out / "dia-pangu.csv", results)
     atomic_csv(args.out / "dia-pangu_timing.csv", timing)
     atomic_csv(args.out / "findings.csv", findings)
+    atomic_csv(args.out / "verdicts.csv", verdicts)
     empty = sum(not row["Pred"] for row in results)
     mean_ms = sum(float(row["InferTimeMs"]) for row in timing) / len(timing)
     print(
@@ -258,6 +276,7 @@ def main(args):
         f"findings.csv and {drawn} evidence pictures beside it"
     )
     if args.volume:
+        print(verdict.line())
         show_scan(results[0]["Pred"], findings)
 
 
@@ -319,7 +338,12 @@ def parse_args(argv=None):
     group = parser.add_argument_group("data")
     group.add_argument("--data", help="folder in the CTRG format")
     group.add_argument(
-        "--volume", help="one scan in place of --data: a .nii or .nii.gz file, or a DICOM folder"
+        "--volume",
+        help="one scan in place of --data: a NIfTI, MetaImage or NRRD file, or a folder of DICOM files",
+    )
+    group.add_argument(
+        "--series",
+        help="with --volume: series of a DICOM folder, by its number in the table or the end of its UID",
     )
     group.add_argument("--split", choices=SPLITS, default="test", help="partition of --data")
     group.add_argument("--cache", help="folder for prepared volumes")

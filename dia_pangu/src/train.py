@@ -45,12 +45,14 @@ from dia_pangu.src.Dataset.CTRG_dataset import CTRGDataset, collate, raise_bad, 
 from dia_pangu.src.Model.build import (
     add_model,
     build_model,
+    check_preparation,
     load_start,
     make_embedding,
     make_grid,
     print_model,
     read_config,
     save_model,
+    settle_preparation,
 )
 from dia_pangu.src.Model.multimodality_model import (
     LORA,
@@ -166,6 +168,7 @@ def make_model(args, config):
             f"--freeze {' '.join(args.freeze)}: no LoRA is left to train, because q_proj. and its like "
             "contain proj. too; write embedding_layer.proj."
         )
+    check_preparation(config, args.start, names)
     if args.places and any("vision_encoder." in name for name in names):
         raise UserError(
             "--places: the file says what the evidence head sees behind this ViT; add --freeze vision_encoder"
@@ -263,6 +266,7 @@ def main(args):
     config = model_config(args)
     if args.dry_run:
         return dry_run(args, config)
+    config = settle_preparation(config, args, args.start)
 
     # Model and data: LLM and tokenizer from their folder, start weights, the CTRG partitions train and val.
     accelerator = make_accelerator(args)

@@ -48,7 +48,7 @@ from dia_pangu.evaluate.evidence import locate_all
 from dia_pangu.evaluate.findings import finding_scores
 from dia_pangu.src.Dataset.CTRG_dataset import CTRGDataset, collate, raise_bad
 from dia_pangu.src.Dataset.preprocess import PREPROCESS
-from dia_pangu.src.Model.build import SIZES, load_start, make_grid, read_config
+from dia_pangu.src.Model.build import SIZES, load_start, make_grid, read_config, settle_preparation
 from dia_pangu.src.Model.my_embedding_layer import NUM_FINDINGS, MyEmbedding
 
 # The few parameters of the contrastive loss, which get a higher learning rate than the network.
@@ -211,8 +211,10 @@ def make_groups(layer: MyEmbedding, args) -> list[dict]:
     return groups
 
 
-def save_vision(layer: MyEmbedding, out, train_set, val_set, contrast: bool, device):
-    """Write vision.safetensors and, after the contrastive training, fit the vote and write places.json."""
+def save_vision(layer: MyEmbedding, out, train_set, val_set, contrast: bool, device, config: dict):
+    """Write vision.safetensors with its configuration and, after the contrastive training, fit the vote and
+    write places.json."""
+    atomic_json(out / "dia_config.json", config)  # how volumes are prepared belongs to the weights
     # The vote is fitted on training volumes alone; the places of val are read off, nothing is fitted on them.
     if contrast:
         places, inputs, labels = look_at_all(layer, train_set, device)
@@ -236,7 +238,7 @@ def main(args):
     seed_everything(args.seed)
 
     # Data: volumes with patch labels; the report language does not matter here.
-    config = read_config(args)
+    config = settle_preparation(read_config(args), args, [args.start] if args.start else [])
     grid = make_grid(config)
     layer = MyEmbedding(num_embeddings=1, embedding_dim=8, **config["embedding"] | {"evidence_head": True})
     options = {"cache": args.cache, "patches": layer.vision_encoder.patch, "limit": args.limit}
@@ -293,7 +295,7 @@ def main(args):
     # The evidence: vote, places, and the folder that --start of the next stage takes.
     if accelerator.is_main_process:
         layer = accelerator.unwrap_model(model).embedding_layer.eval()
-        save_vision(layer, out, train_set, val_set, bool(args.contrast), accelerator.device)
+        save_vision(layer, out, train_set, val_set, bool(args.contrast), accelerator.device, config)
     finish(run, **{f"eval_{key}": value for key, value in scores.items()})
     accelerator.end_training()
 
@@ -304,7 +306,7 @@ def parse_args(argv=None):
     parser.add_argument("--size", choices=SIZES, default="tiny", help="sizes of the vision part")
     parser.add_argument("--config", help="JSON file with the keys of dia_config.json, instead of --size")
     parser.add_argument(
-        "--preprocess", choices=PREPROCESS, help="preparation, instead of the configuration's (windows)"
+        "--preprocess", choices=PREPROCESS, help="preparation, instead of that of --start or of the data"
     )
     parser.add_argument("--cache", help="folder for prepared volumes, which makes the second epoch fast")
     parser.add_argument("--limit", type=number(int, 0), default=0, help="use only the first volumes; 0: all")

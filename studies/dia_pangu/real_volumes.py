@@ -15,7 +15,7 @@ from common.arguments import Parser
 from common.errors import run
 from common.figures import new_figure, save_figure
 from common.files import read_json
-from dia_pangu.src.Dataset.preprocess import Grid, load_volume, read_hu
+from dia_pangu.src.Dataset.preprocess import Grid, load_volume, read_hu, read_labels_volume
 from studies.summary import write_result
 
 
@@ -45,7 +45,7 @@ def draw_windows(path, out: Path) -> tuple[Path, dict]:
 
 
 def landmarks(folder) -> dict:
-    """Return {organ: whether its centre lies where it should after `read_hu`} from the segmentations in a
+    """Return {organ: whether its centre lies where it should after reading} from the segmentations in a
     folder.
 
     A segmentation is <name>_seg.nii.gz with <name>_seg_labels.json, {number: organ}. Judged are organs
@@ -54,7 +54,7 @@ def landmarks(folder) -> dict:
     out = {}
     for path in sorted(Path(folder).glob("*_seg.nii.gz")):
         names = read_json(path.with_name(path.name.replace("_seg.nii.gz", "_seg_labels.json")), dict)
-        labels, _ = read_hu(path)  # (H front to back, W right to left, D)
+        labels, _ = read_labels_volume(path)  # (H front to back, W right to left, D)
         for number, name in names.items():
             where = np.argwhere(labels == int(number))
             if not len(where):

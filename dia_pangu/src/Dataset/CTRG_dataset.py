@@ -4,7 +4,7 @@ Upstream: src/Dataset/my_dataset/CTRG_dataset.py, dataset_train.py, dataset_val.
 
     <data>/annotation.json (Chinese), annotation_en.json (English); other names: annotation*.json
     <data>/CTRG_finding_labels.csv; other names: *finding_labels*.csv
-    <data>/volumes/<id>.nii.gz, or <data>/<id>.nii.gz; a DICOM series is a folder <id>
+    <data>/volumes/<id>.nii.gz, or <data>/<id>.nii.gz; a series of DICOM or JPG files is a folder <id>
 
 The split is the partition that holds an item; the item's own field `split` contradicts it in the published
 file. An id belongs to one partition only.
@@ -20,8 +20,9 @@ from torch.utils.data import DataLoader, Dataset
 from common.errors import UserError
 from common.files import read_json, reading
 from common.run import progress
-from dia_pangu.src.Dataset.preprocess import Grid, load_volume, patch_labels
+from dia_pangu.src.Dataset.preprocess import Grid, load_scan, patch_labels
 from dia_pangu.src.Dataset.prompt import COLUMNS, FINDINGS, ReportText
+from dia_pangu.src.Dataset.verdict import say
 
 SPLITS = ("train", "val", "test")
 CODES = {  # blank, present, absent, uncertain
@@ -101,8 +102,8 @@ def read_places(path) -> dict:
 class CTRGDataset(Dataset):
     """The volumes, labels and reports of one partition.
 
-    A sample holds id, report, cls_labels (14,) with 1 = present, vision_x (1, 3, H, W, D) float32 in [0, 1],
-    and text, the ids of prompt and report that `text` writes.
+    A sample holds id, report, cls_labels (14,) with 1 = present, vision_x (1, 3, H, W, D) float32 in [0, 1]
+    with its verdict, and text, the ids of prompt and report that `text` writes.
 
     data: folder in the CTRG format. split: train, val or test. grid: what the model sees. cache: folder for
     prepared volumes. flip: fraction of the statuses in the prompt that are inverted, because the model's own
@@ -159,7 +160,9 @@ class CTRGDataset(Dataset):
         if Path(name).name != name or name in ("", ".", ".."):
             raise UserError(f"{self.annotation}: id {name!r} is not a plain name")
         folder = folder or self.folder
-        options = [folder / f"{name}.nii.gz", folder / f"{name}.nii", folder / name]
+        options = [
+            folder / f"{name}{suffix}" for suffix in (".nii.gz", ".nii", "", ".mha", ".mhd", ".nrrd", ".dcm")
+        ]
         return next((path for path in options if path.exists()), options[0])
 
     def codes(self, name: str) -> list[int]:
@@ -199,7 +202,9 @@ class CTRGDataset(Dataset):
         labels = self.statuses(index)
         out = {"id": name, "report": report, "cls_labels": torch.from_numpy(labels)}
         if self.vision:
-            out["vision_x"] = load_volume(self.path(name), self.grid, self.cache)[None]
+            volume, out["verdict"] = load_scan(self.path(name), self.grid, self.cache)
+            out["vision_x"] = volume[None]
+            say(self.path(name), out["verdict"].notes, once_per_kind=True)
         if self.text is not None:
             rng = np.random.default_rng([self.seed, self.epoch, index])
             statuses = np.where(rng.random(len(FINDINGS)) < self.flip, 1 - labels, labels)
@@ -261,7 +266,7 @@ def collate(samples: list[dict]) -> dict:
     errors = [sample["error"] for sample in samples if "error" in sample]
     if errors:
         return {"error": errors[0]}
-    batch = {key: [sample[key] for sample in samples] for key in ("id", "report")}
+    batch = {key: [s[key] for s in samples] for key in ("id", "report", "verdict") if key in samples[0]}
     for key in ("vision_x", "cls_labels", "patch_labels"):
         if key in samples[0]:
             batch[key] = torch.stack([sample[key] for sample in samples])

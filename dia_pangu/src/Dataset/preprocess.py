@@ -1,25 +1,26 @@
-"""From CT files to model input: reading NIfTI and DICOM, orientation, spacing, HU windows; and upstream's
-exact preparation.
+"""From CT files to model input: orientation, spacing, HU windows; and upstream's exact preparation.
 
-A CT is kept as HU (H, W, D): H runs from front to back, W from the patient's right to left, D from feet to
-head, so that image[:, :, k] is the usual radiological view of a slice. Spacing is in mm along the same axes.
+scan.py reads the files. A CT is kept as HU (H, W, D): H runs from front to back, W from the patient's right
+to left, D from feet to head, so that image[:, :, k] is the usual radiological view of a slice. Spacing is in
+mm along the same axes.
 """
 
 import hashlib
+import json
 import os
-import zlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import nibabel
 import numpy as np
 import torch
-from nibabel import orientations
 from torch.nn import functional as F
 
 from common.errors import UserError
+from dia_pangu.src.Dataset.scan import read_ct, read_hu, read_labels_volume, read_nifti, read_scan  # noqa: F401  read_hu and read_nifti are used from here
+from dia_pangu.src.Dataset.verdict import AIR_HU, OTHER, Verdict, say
 
-AIR_HU = -1024.0
+# Part of the cache's key: arrays of an earlier reader are made anew.
+READER = 2
 # (low, high) HU of the three channels of the default preparation: lung, soft tissue, bone.
 WINDOWS = ((-1350.0, 150.0), (-160.0, 240.0), (-500.0, 1300.0))
 PREPROCESS = ("windows", "upstream")
@@ -37,145 +38,6 @@ class Grid:
     @property
     def spacing_mm(self) -> tuple:
         return tuple(f / s for f, s in zip(self.fov_mm, self.size))
-
-
-def read_nifti(path) -> tuple[np.ndarray, np.ndarray]:
-    """Return voxels as stored (X, Y, Z) and the 4x4 affine to RAS mm; raise UserError for a file that is no
-    3-D volume."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such volume; the annotation names an id without a file")
-    try:
-        image = nibabel.load(path)
-        voxels = np.asanyarray(image.dataobj)
-    except (OSError, EOFError, ValueError, nibabel.filebasedimages.ImageFileError, zlib.error) as error:
-        raise UserError(
-            f"{path}: not a readable NIfTI file ({str(error).splitlines()[0]}); was the copy cut short?"
-        ) from error
-    if voxels.ndim == 4 and voxels.shape[3] == 1:
-        voxels = voxels[..., 0]
-    if voxels.ndim != 3:
-        raise UserError(
-            f"{path}: has {voxels.ndim} dimensions {voxels.shape}, expected one 3-D volume; split the series"
-        )
-    return voxels, image.affine
-
-
-@dataclass
-class Slice:
-    """One DICOM slice: position (mm) and direction cosines in DICOM's axes, pixel size (row, column; mm), HU
-    (rows, columns)."""
-
-    position: np.ndarray
-    cosines: np.ndarray
-    pixel_mm: np.ndarray
-    hu: np.ndarray
-    series: str
-    thickness_mm: float
-
-
-def read_slices(folder: Path) -> list[Slice]:
-    """Read the DICOM slices of a folder, in the order of the file names; files that are not DICOM are passed
-    over."""
-    try:
-        import pydicom
-    except ImportError as error:
-        raise UserError("reading DICOM needs pydicom; pip install 'pydicom' (extra [dicom])") from error
-    slices = []
-    for path in sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")):
-        try:
-            data = pydicom.dcmread(path)
-            slope, offset = float(data.get("RescaleSlope", 1)), float(data.get("RescaleIntercept", 0))
-            slices.append(
-                Slice(  # a position or pixel size that is absent raises: the geometry would be a guess
-                    position=np.array(data.ImagePositionPatient, float),
-                    cosines=np.array(data.ImageOrientationPatient, float),
-                    pixel_mm=np.array(data.PixelSpacing, float),
-                    hu=(data.pixel_array * slope + offset).astype(np.float32),
-                    series=str(data.get("SeriesInstanceUID", "")),
-                    thickness_mm=float(data.get("SliceThickness", 1) or 1),
-                )
-            )
-        except pydicom.errors.InvalidDicomError:
-            continue
-        except (AttributeError, ValueError, RuntimeError, NotImplementedError) as error:
-            raise UserError(f"{path}: not a usable CT slice ({str(error).splitlines()[0]})") from error
-    return slices
-
-
-def check_slices(slices: list[Slice], folder: Path):
-    """Raise UserError unless the slices are those of one series with one size and one orientation."""
-    if not slices:
-        raise UserError(f"{folder}: holds no DICOM slices")
-    if len({s.series for s in slices}) > 1:
-        raise UserError(f"{folder}: holds {len({s.series for s in slices})} series; give a folder with one")
-    alike = all(np.allclose(s.cosines, slices[0].cosines, atol=1e-3) for s in slices)
-    if len({s.hu.shape for s in slices}) > 1 or not alike:
-        raise UserError(
-            f"{folder}: slices differ in size or orientation; give a folder with one axial series"
-        )
-
-
-def read_dicom(folder) -> tuple[np.ndarray, np.ndarray]:
-    """Read one DICOM series as HU (X, Y, Z) and its affine to RAS mm; slices are sorted by their position
-    along the normal."""
-    folder = Path(folder)
-    slices = read_slices(folder)
-    check_slices(slices, folder)
-    first = slices[0]
-    along_x, along_y = first.cosines[:3], first.cosines[3:]  # direction of rising column and row index
-    normal = np.cross(along_x, along_y)
-    slices.sort(key=lambda s: float(s.position @ normal))
-    height = np.array([s.position @ normal for s in slices])
-    step = float(np.median(np.diff(height))) if len(slices) > 1 else first.thickness_mm
-    if len(slices) > 2 and np.any(np.abs(np.diff(height) - step) > 0.5 * step):
-        raise UserError(
-            f"{folder}: slices are missing (gaps of {np.diff(height).max():.1f} mm at a spacing of "
-            f"{step:.1f} mm)"
-        )
-    row_mm, column_mm = slices[0].pixel_mm
-    affine = np.eye(4)
-    affine[:3, 0], affine[:3, 1], affine[:3, 2] = along_x * column_mm, along_y * row_mm, normal * step
-    affine[:3, 3] = slices[0].position
-    affine[:2] *= -1  # DICOM counts towards left and back, NIfTI towards right and front
-    return np.stack([s.hu.T for s in slices], axis=-1), affine
-
-
-def turn_to_lps(affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return what turns a volume to right-left, front-back, feet-head (nibabel's form), and the spacing in mm
-    along those axes."""
-    turn = orientations.ornt_transform(
-        orientations.io_orientation(affine), orientations.axcodes2ornt(("L", "P", "S"))
-    )
-    spacing_mm = np.empty(3)
-    spacing_mm[turn[:, 0].astype(int)] = np.linalg.norm(affine[:3, :3], axis=0)
-    return turn, spacing_mm
-
-
-def read_hu(path) -> tuple[np.ndarray, tuple]:
-    """Read a NIfTI file or a DICOM folder as HU float32 (H, W, D) in the axes of this file, and its spacing
-    in mm."""
-    path = Path(path)
-    voxels, affine = read_dicom(path) if path.is_dir() else read_nifti(path)
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-6:
-        raise UserError(f"{path}: the affine cannot be inverted, so orientation and spacing are unknown")
-    if min(voxels.shape) < 2:
-        raise UserError(f"{path}: is {voxels.shape} voxels; one slice is not a volume")
-    turn, spacing_mm = turn_to_lps(affine)
-    hu = orientations.apply_orientation(voxels, turn).astype(np.float32)  # (W, H, D)
-    hu = np.ascontiguousarray(hu.transpose(1, 0, 2))
-    check_hu(hu, path)
-    return hu, (float(spacing_mm[1]), float(spacing_mm[0]), float(spacing_mm[2]))
-
-
-def check_hu(hu: np.ndarray, path):
-    """Raise UserError for a volume with NaN or infinite voxels, or with one value everywhere."""
-    if not np.isfinite(hu).all():
-        raise UserError(
-            f"{path}: {int((~np.isfinite(hu)).sum())} voxels are NaN or infinite; repair the file"
-        )
-    if hu.max() == hu.min():
-        raise UserError(f"{path}: every voxel is {hu.max():g}; an empty volume")
 
 
 def resample(hu: np.ndarray, spacing_mm, grid: Grid) -> torch.Tensor:
@@ -232,15 +94,17 @@ def to_test_grid(image: torch.Tensor, size=(256, 256, 64)) -> torch.Tensor:
     return F.interpolate(image[None], size=tuple(size), mode="nearest")
 
 
-def prepare(path, grid: Grid) -> np.ndarray:
+def prepare(path, grid: Grid, series=None) -> tuple[np.ndarray, Verdict]:
     """Prepare a volume file without the last scaling: uint8 (3, H, W, D), or float32 (1, H, W, D) with
-    upstream's preparation."""
+    upstream's preparation; and return what is known of the scan."""
     if grid.preprocess == "upstream":
-        path = Path(path)
-        voxels, _ = read_dicom(path) if path.is_dir() else read_nifti(path)
-        check_hu(np.asarray(voxels, np.float32), path)
-        return to_test_grid(upstream_image(voxels.transpose(2, 1, 0))[:1], grid.size)[0].numpy()
-    return windows(resample(*read_hu(path), grid)).numpy()
+        scan = read_scan(path, series)
+        if scan.verdict.values == OTHER:
+            scan.verdict.note(f"no HU and no grey levels ({scan.verdict.why})")
+        image = upstream_image(scan.voxels.transpose(2, 1, 0))[:1]
+        return to_test_grid(image, grid.size)[0].numpy(), scan.verdict
+    hu, spacing_mm, verdict = read_ct(path, series)
+    return windows(resample(hu, spacing_mm, grid)).numpy(), verdict
 
 
 def to_input(prepared: np.ndarray) -> torch.Tensor:
@@ -249,35 +113,67 @@ def to_input(prepared: np.ndarray) -> torch.Tensor:
     return tensor.float() / 255 if tensor.dtype == torch.uint8 else tensor.expand(3, -1, -1, -1)
 
 
-def cached(path, cache, settings: str, make) -> np.ndarray:
-    """Return the array `make()` of a volume file, kept in the folder `cache` (None: made afresh).
+def stamp(path: Path) -> str:
+    """Return what changes when a volume is written anew: size and times of its file and of the files beside
+    it that belong to it, or of all files of a folder."""
+    pairs = {".img": ".hdr", ".hdr": ".img", ".mhd": ".*", ".nhdr": ".*"}
+    files = [path]
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.is_file())
+    elif path.suffix in pairs:
+        files = sorted(path.parent.glob(f"{path.stem}{pairs[path.suffix]}")) or [path]
+    try:
+        stats = [(p.name, p.stat()) for p in files]
+    except OSError as error:
+        raise UserError(f"{path}: no such volume; the annotation names an id without a file") from error
+    return " ".join(f"{n} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}" for n, s in stats)
 
-    settings: what else the array depends on. The key also holds the file's size and time, so that a changed
+
+def cached(path, cache, settings: str, make):
+    """Return (array, verdict) that `make()` gives of a volume file, kept in the folder `cache` (None: made
+    afresh).
+
+    settings: what else they depend on. The key also holds sizes and times of the files, so that a changed
     file is read again, and several workers may fill the folder at once.
     """
     if cache is None:
         return make()
     path = Path(path)
-    try:
-        stat = path.stat()
-    except OSError as error:
-        raise UserError(f"{path}: no such volume; the annotation names an id without a file") from error
-    key = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {settings}"
+    key = f"{path.resolve()} {stamp(path)} {READER} {settings}"
     stored = Path(cache) / f"{hashlib.sha1(key.encode()).hexdigest()}.npy"
     if stored.is_file():
-        return np.load(stored)
-    made = make()
+        facts = json.loads(stored.with_suffix(".json").read_text(encoding="utf-8"))
+        return np.load(stored), Verdict(**facts) if facts else None
+    made, verdict = make()
     stored.parent.mkdir(parents=True, exist_ok=True)
-    temporary = stored.with_suffix(f".{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        np.save(file, made)
-    os.replace(temporary, stored)
-    return made
+    # The verdict is there before the array, so that an array never stands alone.
+    facts = json.dumps(asdict(verdict) if verdict else None, ensure_ascii=False)
+    for target, write in (
+        (stored.with_suffix(".json"), lambda file: file.write(facts.encode())),
+        (stored, lambda file: np.save(file, made)),
+    ):
+        temporary = target.with_suffix(f".{os.getpid()}.tmp")
+        with open(temporary, "wb") as file:
+            write(file)
+        os.replace(temporary, target)
+    return made, verdict
 
 
-def load_volume(path, grid: Grid, cache=None) -> torch.Tensor:
-    """Read and prepare a volume as (3, H, W, D) float32 in [0, 1]. cache: folder for prepared arrays."""
-    return to_input(cached(path, cache, f"{grid} {WINDOWS}", lambda: prepare(path, grid)))
+def load_scan(path, grid: Grid, cache=None, series=None) -> tuple[torch.Tensor, Verdict]:
+    """Read and prepare a volume as (3, H, W, D) float32 in [0, 1], and return what is known of the scan.
+
+    cache: folder for prepared arrays. series: of a DICOM folder with several, see dicom.choose_series.
+    """
+    settings = f"{grid} {WINDOWS} {series}"
+    prepared, verdict = cached(path, cache, settings, lambda: prepare(path, grid, series))
+    return to_input(prepared), verdict
+
+
+def load_volume(path, grid: Grid, cache=None, series=None) -> torch.Tensor:
+    """Read and prepare a volume as (3, H, W, D) float32 in [0, 1]; what is doubtful about it is printed."""
+    image, verdict = load_scan(path, grid, cache, series)
+    say(path, verdict.notes)
+    return image
 
 
 def patch_labels(path, grid: Grid, patch, cache=None, least: float = 0.08) -> torch.Tensor:
@@ -287,18 +183,16 @@ def patch_labels(path, grid: Grid, patch, cache=None, least: float = 0.08) -> to
     A patch carries a finding when at least the fraction `least` of its voxels does, or when it is the
     finding's fullest patch. patch: size of a patch in voxels (H, W, D).
     """
-    made = cached(
-        path, cache, f"{grid} {tuple(patch)} {least}", lambda: _patch_labels(path, grid, patch, least)
-    )
+    settings = f"{grid} {tuple(patch)} {least}"
+    made, _ = cached(path, cache, settings, lambda: (_patch_labels(path, grid, patch, least), None))
     return torch.from_numpy(made).float()
 
 
 def _patch_labels(path, grid: Grid, patch, least: float) -> np.ndarray:
-    voxels, affine = read_nifti(path)
-    turn, step = turn_to_lps(affine)
-    bits = torch.from_numpy(orientations.apply_orientation(voxels, turn).astype(np.int32)).permute(1, 0, 2)
+    voxels, step = read_labels_volume(path)
+    bits = torch.from_numpy(voxels.astype(np.int32))
     index = []
-    for size, mm, target, field in zip(bits.shape, (step[1], step[0], step[2]), grid.size, grid.fov_mm):
+    for size, mm, target, field in zip(bits.shape, step, grid.size, grid.fov_mm):
         at = (
             (np.arange(target) + 0.5) * field / target - field / 2
         ) / mm + size / 2  # nearest voxel of the mask

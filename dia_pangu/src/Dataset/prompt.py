@@ -5,6 +5,8 @@ training one space, the report and eos follow. Upstream wrote the Chinese senten
 and test, and in its English test in Chinese.
 """
 
+import re
+
 import torch
 
 from common.errors import UserError
@@ -57,6 +59,12 @@ PLACES_CN = {"right": "右", "left": "左", "upper": "上", "middle": "中", "lo
 COLUMNS = tuple(name.replace(" ", "_") for name in FINDINGS)  # of the label csv
 GUIDES = {"en": "Imaging findings:", "cn": "影像所见："}
 LANGUAGES = tuple(GUIDES)
+
+
+def without_sides(report: str) -> str:
+    """Return a report whose words for left and right are replaced, for a scan whose sides are unknown."""
+    report = re.sub(r"\b(?:right|left)\b", "[side unknown]", report, flags=re.I)
+    return re.sub(r"左右|[左右]侧?", "（侧别不明）", report)
 
 
 def status_sentence(finding: int, status, language: str, where=()) -> str:

@@ -6,6 +6,7 @@ LoRA, thresholds) and adapter_config.json (because LoRA's alpha cannot be read f
 """
 
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -17,8 +18,10 @@ from common.files import read_json
 from common.llm import add_lora, add_trust_argument, load_llm
 from common.run import describe
 from common.weights import load_weights, read_weights
-from dia_pangu.src.Dataset.preprocess import PREPROCESS, Grid
+from dia_pangu.src.Dataset.CTRG_dataset import CTRGDataset
+from dia_pangu.src.Dataset.preprocess import PREPROCESS, Grid, read_scan
 from dia_pangu.src.Dataset.prompt import LANGUAGES, ReportText
+from dia_pangu.src.Dataset.verdict import GREY
 from dia_pangu.src.Model.multimodality_model import MultiPanguForCausalLM
 from dia_pangu.src.Model.my_embedding_layer import MyEmbedding
 from dia_pangu.src.Model.pangu import load_tokenizer
@@ -85,8 +88,11 @@ def add_model(parser):
     group.add_argument(
         "--preprocess",
         choices=PREPROCESS,
-        help="preparation of the volumes, instead of the configuration's (windows); windows: orientation, "
-        "spacing and three HU windows; upstream: exactly as published, for published checkpoints",
+        help="preparation of the volumes; windows: orientation, spacing and three HU windows; upstream: "
+        "exactly "
+        "as published. Without it, that of the weights in --start, or windows for a CT in HU and upstream "
+        "for "
+        "grey levels",
     )
     group.add_argument(
         "--attn", default="sdpa", choices=("sdpa", "eager"), help="attention code of the language model"
@@ -104,6 +110,76 @@ def read_config(args) -> dict:
     config["language"] = args.language or config["language"]
     config["grid"]["preprocess"] = args.preprocess or config["grid"]["preprocess"]
     return config
+
+
+def prepared_as(path) -> dict:
+    """Return what the configuration beside start weights says of their grid; weights without one are
+    published ones, which upstream's preparation has made."""
+    path = Path(path)
+    home = path if path.is_dir() else path.parent
+    if (home / "dia_config.json").is_file():
+        return read_json(home / "dia_config.json", CONFIG).get("grid") or {}
+    return {} if (home / "vision.safetensors").is_file() else {"preprocess": "upstream"}
+
+
+def settle_preparation(config: dict, args, starts) -> dict:
+    """Choose how volumes are prepared, say so in one line, and return the configuration.
+
+    The preparation belongs to the weights: those of `starts` decide, and they decide the grid too. Without
+    them, and without --preprocess or --config, the first training volume decides.
+    """
+    implied = {str(path): prepared_as(path) for path in starts}
+    kinds = {path: grid["preprocess"] for path, grid in implied.items() if grid.get("preprocess")}
+    if len(set(kinds.values())) > 1:
+        raise UserError(f"--start: the weights differ in preparation ({kinds}); take those of one")
+    for path, grid in implied.items():
+        for name in ("size", "fov_mm"):
+            if name in grid and list(grid[name]) != list(config["grid"][name]):
+                raise UserError(
+                    f"--start {path}: its grid has {name} {grid[name]}, the configuration "
+                    f"{config['grid'][name]}; "
+                    "take the --size or --config that it was trained with"
+                )
+    if kinds:
+        path, kind = next(iter(kinds.items()))
+        if args.preprocess and args.preprocess != kind:
+            tell(f"--preprocess {args.preprocess}, although {path} was trained with {kind}")
+            return config
+        config["grid"]["preprocess"] = kind
+        tell(f"volumes are prepared with --preprocess {kind}, as {path} was trained")
+    elif not args.preprocess and not args.config:
+        config["grid"]["preprocess"] = kind = preparation_of(args.data, config["language"])
+        if kind == "upstream":
+            tell("the volumes are grey levels, no HU: they are prepared with --preprocess upstream")
+    return config
+
+
+def tell(text: str):
+    """Print a line once, however many processes run."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text)
+
+
+def preparation_of(data, language: str) -> str:
+    """Return upstream's preparation for data whose first training volume holds grey levels, else windows."""
+    first = CTRGDataset(data, "train", Grid(), language=language, limit=1)
+    try:
+        return "upstream" if read_scan(first.path(first.items[0]["id"])).verdict.values == GREY else "windows"
+    except UserError:
+        return "windows"  # the data set says what is wrong with the volume when it reads it
+
+
+def check_preparation(config: dict, starts, names: list[str]):
+    """Raise UserError where a frozen ViT would see volumes that are prepared otherwise than it was
+    trained."""
+    kind = config["grid"]["preprocess"]
+    for path in starts:
+        trained = prepared_as(path).get("preprocess", kind)
+        if trained != kind and not any("vision_encoder." in name for name in names):
+            raise UserError(
+                f"--preprocess {kind}: the ViT of {path} was trained with {trained} and is frozen; leave "
+                "--preprocess out, or train vision_encoder"
+            )
 
 
 def make_grid(config) -> Grid:

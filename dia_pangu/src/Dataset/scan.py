@@ -1,0 +1,389 @@
+"""One reader for every form in which a scan comes: NIfTI, Analyze, MGH, DICOM, MetaImage, NRRD, and folders
+of pictures as CTRG publishes them.
+
+    scan = read_scan(path)          voxels as stored, the way to millimetres, and what is known of both
+    hu, spacing_mm = read_hu(path)  HU in the axes front to back, right to left, feet to head
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel
+import numpy as np
+from nibabel import orientations
+from PIL import Image
+from scipy.ndimage import affine_transform
+
+from common.errors import UserError
+from common.files import reading
+from dia_pangu.src.Dataset.dicom import read_dicom
+from dia_pangu.src.Dataset.verdict import (
+    AIR_HU,
+    HU,
+    Verdict,
+    judge_chest,
+    judge_values,
+    require_hu,
+    say,
+    to_mm,
+)
+
+NIFTI = (".nii", ".nii.gz", ".img", ".hdr", ".img.gz", ".hdr.gz", ".mgh", ".mgz")
+ITK = (".mha", ".mhd", ".nrrd", ".nhdr")
+PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
+SUFFIXES = (*NIFTI, *ITK, ".dcm", ".dicom", ".ima")
+MOST_VOXELS = 2**31
+
+
+@dataclass
+class Scan:
+    """voxels: (X, Y, Z) as stored, rescaled by the header. affine: voxel to RAS mm. verdict: what is
+    known."""
+
+    voxels: np.ndarray
+    affine: np.ndarray
+    verdict: Verdict
+
+
+def scan_name(path) -> str:
+    """Return the name of a scan without the suffix of its format; a folder named by a UID keeps its dots."""
+    path = Path(path).resolve()
+    lower = path.name.lower()
+    fits = [suffix for suffix in SUFFIXES if lower.endswith(suffix)]
+    return path.name if path.is_dir() or not fits else path.name[: -max(map(len, fits))] or path.name
+
+
+def plain(voxels: np.ndarray, path) -> np.ndarray:
+    """Return real voxels with three axes; UserError for colours, complex numbers, phases and single
+    slices."""
+    if voxels.dtype.names or voxels.dtype.kind not in "iufb":
+        kind = "colours" if voxels.dtype.names else f"{voxels.dtype} numbers"
+        raise UserError(f"{path}: voxels are {kind}, no CT values; give the CT itself")
+    while voxels.ndim > 3 and voxels.shape[-1] == 1:
+        voxels = voxels[..., 0]
+    if voxels.ndim != 3:
+        what = f"{voxels.shape[3]} phases or channels; " if voxels.ndim == 4 else ""
+        raise UserError(
+            f"{path}: has {voxels.ndim} dimensions {voxels.shape}, {what}expected one 3-D volume; split the "
+            "series"
+        )
+    if min(voxels.shape) < 2:
+        raise UserError(f"{path}: is {voxels.shape} voxels; one slice is not a volume")
+    return voxels.astype(np.uint8) if voxels.dtype.kind == "b" else voxels
+
+
+def open_nifti(path):
+    """Return nibabel's image of a file whose header is possible."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such volume; the annotation names an id without a file")
+    with reading(path, "NIfTI file; was the copy cut short?"):
+        image = nibabel.load(path)
+        size = np.prod([max(0, int(n)) for n in image.shape], dtype=float)
+    if not 0 < size <= MOST_VOXELS:
+        raise UserError(f"{path}: its header says {image.shape} voxels; the header is damaged")
+    return image
+
+
+def nifti_voxels(image, path) -> np.ndarray:
+    """Return the voxels of an image that `open_nifti` opened, as stored."""
+    try:
+        with reading(path, "NIfTI file; was the copy cut short?"):
+            return plain(np.asanyarray(image.dataobj), path)
+    except MemoryError as error:
+        raise UserError(f"{path}: its header says {image.shape} voxels, more than fit into memory") from error
+
+
+def read_nifti(path) -> tuple[np.ndarray, np.ndarray]:
+    """Return voxels as stored (X, Y, Z) and the 4x4 affine to RAS of the header; raise UserError for a file
+    that is no 3-D volume."""
+    image = open_nifti(path)
+    return nifti_voxels(image, path), image.affine
+
+
+def stored_sform(header) -> np.ndarray:
+    """Return the sform of a NIfTI header, also where its code switches it off."""
+    return np.array([header[f"srow_{axis}"] for axis in "xyz"], float)
+
+
+def nifti_orientation(image, verdict: Verdict):
+    """Fill in whether a NIfTI, Analyze or MGH header says which side is which."""
+    header = image.header
+    if isinstance(image, nibabel.Nifti1Pair):
+        codes = int(header["qform_code"]), int(header["sform_code"])
+        sform = stored_sform(header)
+        if codes == (0, 0):
+            unknown(verdict, "the header has no orientation (form codes 0)")
+        elif codes[0] > 0 and np.isfinite(sform).all() and abs(np.linalg.det(sform[:, :3])) > 1e-9:
+            names = [
+                nibabel.aff2axcodes(form) for form in (image.get_qform(), np.vstack([sform, [0, 0, 0, 1]]))
+            ]
+            if names[0] != names[1]:
+                both = " and ".join("".join(map(str, name)) for name in names)
+                unknown(verdict, f"qform and sform contradict each other ({both})")
+    elif isinstance(image, nibabel.AnalyzeImage):
+        unknown(verdict, "the Analyze format has no orientation")
+    elif hasattr(header, "get") and "goodRASFlag" in header and not int(header["goodRASFlag"]):
+        unknown(verdict, "the header has no orientation (goodRASFlag 0)")
+
+
+def unknown(verdict: Verdict, why: str):
+    """Fill in that left and right are not known."""
+    verdict.side, verdict.orientation = "unknown", f"guessed: {why}"
+    verdict.note(f"{why}; orientation is guessed, left and right are unknown")
+
+
+def scan_nifti(path) -> Scan:
+    """Read a file of nibabel's formats."""
+    image = open_nifti(path)
+    voxels = nifti_voxels(image, path)
+    kind = type(image).__name__.removesuffix("Image").removesuffix("Pair")
+    verdict = Verdict(
+        kind.replace("Nifti1", "NIfTI").replace("Nifti2", "NIfTI-2").replace("Spm99", "").replace("Spm2", "")
+    )
+    with reading(path, "NIfTI header"):
+        nifti_orientation(image, verdict)
+        unit = ""
+        if isinstance(image, nibabel.Nifti1Pair):
+            unit = image.header.get_xyzt_units()[0]
+        elif isinstance(image, nibabel.MGHImage):
+            unit = "mm"
+        affine = np.array(image.affine, float)
+    check_affine(affine, path)
+    affine = to_mm(verdict, affine, voxels.shape, unit, path)
+    if np.array_equal(affine, np.eye(4)):
+        unknown(verdict, "the affine is the identity, which converters leave where they know nothing")
+        verdict.spacing = "1 mm, a default and no measurement"
+    return Scan(voxels, affine, verdict)
+
+
+def scan_itk(path) -> Scan:
+    """Read a MetaImage or NRRD file with SimpleITK, whose axes count towards left, back and head."""
+    try:
+        import SimpleITK
+    except ImportError as error:
+        raise UserError(f"{path}: needs SimpleITK; pip install SimpleITK (extra [itk])") from error
+    SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
+    with reading(path, "image file"):
+        reader = SimpleITK.ImageFileReader()
+        reader.SetFileName(str(path))
+        reader.ReadImageInformation()
+        if np.prod(reader.GetSize(), dtype=float) > MOST_VOXELS:
+            raise UserError(f"{path}: its header says {reader.GetSize()} voxels; the header is damaged")
+        image = reader.Execute()
+        if image.GetNumberOfComponentsPerPixel() > 1:
+            raise UserError(f"{path}: voxels are colours or vectors, no CT values; give the CT itself")
+        voxels = SimpleITK.GetArrayFromImage(image).T
+        space, origin = np.array(image.GetSpacing()), np.array(image.GetOrigin())
+        turn = np.array(image.GetDirection()).reshape(len(space), -1)
+        named = reader.GetMetaData("NRRD_space") if reader.HasMetaDataKey("NRRD_space") else ""
+    voxels = plain(voxels, path)
+    verdict = Verdict("NRRD" if Path(path).suffix in (".nrrd", ".nhdr") else "MetaImage")
+    affine = np.eye(4)
+    affine[:3, :3], affine[:3, 3] = turn[:3, :3] * space[:3], origin[:3]
+    default = np.array_equal(affine, np.eye(4))
+    affine[:2] *= -1
+    if default or verdict.format == "NRRD" and not named:
+        unknown(verdict, "the header names no space" if not default else "the header has no orientation")
+    check_affine(affine, path)
+    return Scan(voxels, to_mm(verdict, affine, voxels.shape, "", path), verdict)
+
+
+def natural(path: Path) -> list:
+    """Return a key that sorts 2.jpg before 10.jpg."""
+    return [int(part) if part.isdigit() else part.lower() for part in re.split(r"(\d+)", path.name)]
+
+
+def picture_files(folder) -> list[Path]:
+    """Return the pictures of a folder in the order of their numbers."""
+    files = [p for p in Path(folder).iterdir() if p.suffix.lower() in PICTURES and not p.name.startswith(".")]
+    return sorted(files, key=natural)
+
+
+def read_pictures(folder) -> np.ndarray:
+    """Return the slices of a folder of pictures, (W, H, D) uint8, in the order of the numbers in their
+    names; colours become grey."""
+    slices = []
+    for path in picture_files(folder):
+        with reading(path, "picture"), Image.open(path) as image:
+            if image.width * image.height > 2**26:
+                raise UserError(f"{path}: is {image.width} x {image.height} pixels; no CT slice is as large")
+            slices.append(np.asarray(image.convert("L")))
+        if slices[-1].shape != slices[0].shape:
+            raise UserError(f"{path}: is {slices[-1].shape} pixels, the slices before {slices[0].shape}")
+    return plain(np.stack(slices).transpose(2, 1, 0), folder)
+
+
+def scan_pictures(folder) -> Scan:
+    """Read a folder of pictures: grey levels, with nothing known of sizes and sides. The first row of a
+    picture is taken for the front, the first column for the right, the first picture for the head."""
+    verdict = Verdict("pictures", units="unknown", spacing="unknown")
+    unknown(verdict, "pictures have no header")
+    affine = np.diag([-1.0, -1.0, -1.0, 1.0])
+    return Scan(read_pictures(folder), affine, verdict)
+
+
+def check_affine(affine: np.ndarray, path):
+    """Raise UserError for an affine without an inverse."""
+    steps = np.linalg.norm(affine[:3, :3], axis=0)
+    if not np.isfinite(affine).all() or (steps == 0).any():
+        flat = True
+    else:
+        flat = abs(np.linalg.det(affine[:3, :3] / steps)) < 1e-4
+    if flat:
+        raise UserError(f"{path}: the affine cannot be inverted, so orientation and spacing are unknown")
+
+
+def read_scan(path, series=None) -> Scan:
+    """Read a scan of any form and judge its values. series: see `dicom.choose_series`.
+
+    Raises UserError, one line that names the file, for everything that is no scan.
+    """
+    path, declared = Path(path), False
+    lower = path.name.lower()
+    if not path.exists():
+        raise UserError(f"{path}: no such volume; the annotation names an id without a file")
+    if path.is_dir() and picture_files(path):
+        scan = scan_pictures(path)
+    elif path.is_dir() or path.name.upper() == "DICOMDIR" or is_dicom(path):
+        folder = path if path.is_dir() else path.parent
+        only = None if path.is_dir() or path.name.upper() == "DICOMDIR" else path
+        values, affine, verdict, declared = read_dicom(folder, series, only)
+        check_affine(affine, path)
+        scan = Scan(values, to_mm(verdict, affine, values.shape, "mm", path), verdict)
+    elif lower.endswith(ITK):
+        scan = scan_itk(path)
+    else:
+        scan = scan_nifti(path)
+    if series is not None and scan.verdict.format != "DICOM":
+        raise UserError(f"--series {series}: {path} is no DICOM folder")
+    check_values(scan.voxels, path)
+    judge_values(scan.verdict, scan.voxels, declared)
+    return scan
+
+
+def is_dicom(path: Path) -> bool:
+    """Return whether a file is DICOM by its preamble, or by its name and its first group number."""
+    if path.name.lower().endswith((*NIFTI, *ITK)):
+        return False
+    with reading(path, "file"), open(path, "rb") as file:
+        head = file.read(132)
+    return head[128:] == b"DICM" or head[:2] in (b"\x02\x00", b"\x08\x00")
+
+
+def check_values(voxels: np.ndarray, path):
+    """Raise UserError for a volume with NaN or infinite voxels, or with one value everywhere."""
+    bad = int((~np.isfinite(voxels)).sum()) if voxels.dtype.kind == "f" else 0
+    if bad:
+        raise UserError(f"{path}: {bad} voxels are NaN or infinite; repair the file")
+    if voxels.max() == voxels.min():
+        raise UserError(f"{path}: every voxel is {voxels.max():g}; an empty volume")
+
+
+def turn_to_lps(affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return what turns a volume to right-left, front-back, feet-head (nibabel's form), and the spacing in mm
+    along those axes."""
+    turn = orientations.ornt_transform(
+        orientations.io_orientation(affine), orientations.axcodes2ornt(("L", "P", "S"))
+    )
+    spacing_mm = np.empty(3)
+    spacing_mm[turn[:, 0].astype(int)] = np.linalg.norm(affine[:3, :3], axis=0)
+    return turn, spacing_mm
+
+
+def straighten(voxels, affine, verdict: Verdict | None = None, order: int = 1, outside: float = 0.0):
+    """Resample a tilted or oblique volume (X, Y, Z) to the patient's axes; returns (voxels, affine).
+
+    A gantry tilt shears the volume: its slices lie at an angle to the table, along which they follow each
+    other. The centre and the numbers of voxels stay; what then lies outside is cut off. Volumes within two
+    degrees of the axes stay as they are. order: 1 interpolates, 0 takes the nearest voxel (for labels).
+    """
+    steps = np.linalg.norm(affine[:3, :3], axis=0)
+    towards = affine[:3, :3] / steps
+    # Which world axis each voxel axis is nearest to, and how far it is turned away from it.
+    turn = orientations.io_orientation(affine)
+    if np.isnan(turn).any():
+        raise UserError("the affine cannot be inverted, so orientation and spacing are unknown")
+    world, sign = turn[:, 0].astype(int), turn[:, 1]
+    angles = np.degrees(np.arccos(np.clip(np.abs(towards[world, range(3)]), 0, 1)))
+    if angles.max() < 2.0:
+        return voxels, affine
+    skew = np.degrees(np.arcsin(np.clip(np.abs(towards.T @ towards - np.eye(3)).max(), 0, 1)))
+    sheared = skew > 1.0
+    size = np.abs(affine[world, range(3)]) if sheared else steps
+    target = np.zeros((3, 3))
+    target[world, range(3)] = sign * size
+    middle = (np.array(voxels.shape) - 1) / 2
+    inverse = np.linalg.inv(affine[:3, :3])
+    matrix = inverse @ target
+    out = affine_transform(
+        voxels.astype(np.float32, copy=False),
+        matrix,
+        offset=middle - matrix @ middle,
+        order=order,
+        mode="constant",
+        cval=outside,
+    )
+    straight = np.eye(4)
+    straight[:3, :3] = target
+    straight[:3, 3] = affine[:3, :3] @ middle + affine[:3, 3] - target @ middle
+    if verdict is not None:
+        kind = (
+            f"slices are tilted by {skew:.1f} degrees" if sheared else f"turned by {angles.max():.1f} degrees"
+        )
+        verdict.tilt = f"{kind}, straightened"
+        verdict.note(f"{kind}; resampled to the patient's axes")
+    return out, straight
+
+
+def orient(voxels, affine, path) -> tuple[np.ndarray, tuple]:
+    """Turn (X, Y, Z) to (H, W, D): front to back, right to left, feet to head; returns it with its
+    spacing."""
+    with reading(path, "orientation"):
+        turn, spacing_mm = turn_to_lps(affine)
+        turned = orientations.apply_orientation(voxels, turn)
+    out = np.ascontiguousarray(turned.transpose(1, 0, 2))
+    return out, (float(spacing_mm[1]), float(spacing_mm[0]), float(spacing_mm[2]))
+
+
+def read_labels_volume(path) -> tuple[np.ndarray, tuple]:
+    """Read a mask or a segmentation (H, W, D) as stored, in the axes of `read_hu`, and its spacing in mm."""
+    voxels, affine = read_nifti(path)
+    check_affine(affine, path)
+    straight, affine = straighten(voxels, affine, order=0)
+    return orient(straight.astype(voxels.dtype), affine, path)
+
+
+def read_native(path, series=None) -> tuple[np.ndarray, tuple, np.ndarray, Verdict]:
+    """Read a scan as HU float32 (H, W, D), its spacing in mm, the affine to RAS mm of the array (W, H, D),
+    and its verdict; UserError where it is no HU."""
+    scan = read_scan(path, series)
+    require_hu(scan.verdict, path)
+    hu = scan.voxels.astype(np.float32)
+    if scan.verdict.offset:
+        hu -= np.float32(scan.verdict.offset)
+    np.maximum(hu, np.float32(AIR_HU), out=hu)  # what lies below air is padding
+    hu, affine = straighten(hu, scan.affine, scan.verdict, outside=AIR_HU)
+    turned = affine @ orientations.inv_ornt_aff(turn_to_lps(affine)[0], hu.shape)
+    hu, spacing_mm = orient(hu, affine, path)
+    check_values(hu, path)
+    judge_chest(scan.verdict, hu, spacing_mm)
+    return hu, spacing_mm, turned, scan.verdict
+
+
+def read_ct(path, series=None) -> tuple[np.ndarray, tuple, Verdict]:
+    """Read a scan as HU float32 (H, W, D), its spacing in mm, and its verdict; UserError where it is no
+    HU."""
+    hu, spacing_mm, _, verdict = read_native(path, series)
+    return hu, spacing_mm, verdict
+
+
+def read_hu(path, series=None) -> tuple[np.ndarray, tuple]:
+    """Read a scan as HU float32 (H, W, D) and its spacing in mm; what is doubtful about it is printed."""
+    hu, spacing_mm, verdict = read_ct(path, series)
+    say(path, verdict.notes)
+    return hu, spacing_mm
+
+
+__all__ = ["AIR_HU", "HU", "Scan", "read_ct", "read_hu", "read_nifti", "read_scan", "scan_name"]

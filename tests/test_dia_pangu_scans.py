@@ -1,0 +1,400 @@
+"""dia_pangu: every kind of scan is read right, put right with a note, or refused in one line."""
+
+import math
+import os
+import random
+import shutil
+
+import nibabel
+import numpy as np
+import pydicom
+import pytest
+from PIL import Image
+
+from common.errors import UserError
+from dia_pangu.src.Dataset.preprocess import Grid, load_scan, load_volume, read_hu, resample
+from dia_pangu.src.Dataset.scan import read_ct, read_scan, scan_name
+from tests import ct_files
+from tests.ct_files import COUNT, LPS, RAS, STEP_MM, save, series, volume
+
+GRID = Grid((40, 40, 24), (320.0, 320.0, 264.0))
+
+
+def truth() -> np.ndarray:
+    """HU of the chest where GRID has its voxels, (H, W, D)."""
+    axes = [(np.arange(n) + 0.5) * f / n - f / 2 for n, f in zip(GRID.size, GRID.fov_mm)]
+    h, w, d = np.meshgrid(*axes, indexing="ij")
+    return ct_files.chest_hu(np.stack([w, h, d], -1)).clip(-1000, 400)
+
+
+def wrong_by(path, **options) -> float:
+    """Mean difference in HU from the truth of a scan that is read and resampled to GRID."""
+    hu, spacing_mm, _ = read_ct(path, **options)
+    return float(np.abs(resample(hu, spacing_mm, GRID).numpy().clip(-1000, 400) - truth()).mean())
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory) -> float:
+    """The difference that sampling alone makes."""
+    return wrong_by(save(tmp_path_factory.mktemp("good") / "a.nii.gz", volume().astype(np.int16)))
+
+
+def nifti_kinds(folder):
+    """Yield (name, path, a word of the note, "" for none, or None and a word of the refusal)."""
+    hu = volume()
+    whole = hu.astype(np.int16)
+    yield "float64", save(folder / "0.nii", hu.astype(np.float64)), ""
+    yield "HU+1024", save(folder / "1.nii", (hu + 1024).clip(0).astype(np.uint16)), "1024"
+    yield "HU+1000", save(folder / "2.nii", (hu + 1000).clip(0).astype(np.uint16)), "1000"
+    yield "HU+32768", save(folder / "3.nii", (hu + 32768).astype(np.uint16)), "32768"
+    yield "HU+2048 as float", save(folder / "4.nii", hu + 2048), "2048"
+    yield "microns", save(folder / "5.nii", whole, np.diag([1e3, 1e3, 1e3, 1]) @ RAS, unit="micron"), "micron"
+    yield "metres", save(folder / "6.nii", whole, np.diag([1e-3, 1e-3, 1e-3, 1]) @ RAS, unit="meter"), "meter"
+    yield (
+        "microns, said to be mm",
+        save(folder / "7.nii", whole, np.diag([1e3, 1e3, 1e3, 1]) @ RAS),
+        "only that is possible",
+    )
+    yield "mm, said to be microns", save(folder / "8.nii", whole, unit="micron"), "only that is possible"
+    padded = hu.copy()
+    padded[:3] = -3024
+    yield "padding -3024", save(folder / "9.nii", padded), ""
+    metal = hu.copy()
+    metal[20:22, 20:22, 15] = 30000
+    yield "metal", save(folder / "10.nii", metal), ""
+    yield "trailing axes", save(folder / "11.nii", whole[..., None, None]), ""
+    turned = LPS.copy()
+    a = math.radians(15)
+    turned[:3, :3] = (
+        np.array([[math.cos(a), -math.sin(a), 0], [math.sin(a), math.cos(a), 0], [0, 0, 1]]) * STEP_MM
+    )
+    turned[:3, 3] = -turned[:3, :3] @ (COUNT - 1) / 2
+    oblique = volume(turned).astype(np.int16)
+    yield "oblique", save(folder / "12.nii", oblique, np.diag([-1, -1, 1, 1]) @ turned), "turned by 15.0"
+
+
+def test_values_units_and_axes_of_nifti_files_are_put_right_with_a_note(tmp_path, good):
+    for name, path, note in nifti_kinds(tmp_path):
+        assert wrong_by(path) < good + (35 if name == "oblique" else 12), name  # interpolation blurs edges
+        notes = read_ct(path)[2].notes
+        assert (note in " ".join(notes)) if note else not notes, (name, notes)
+
+
+@pytest.mark.parametrize(
+    "name, make, message",
+    [
+        ("0..255", lambda v: ((v + 1350) / 1500 * 255).clip(0, 255).astype(np.uint8), "8-bit grey levels"),
+        ("0..255 as float", lambda v: ((v + 160) / 400 * 255).clip(0, 255), "8-bit grey levels"),
+        ("0..1", lambda v: ((v + 1000) / 1400).clip(0, 1), "normalised"),
+        ("-1..1", lambda v: ((v + 1000) / 700 - 1).clip(-1, 1), "normalised"),
+        ("z-scores", lambda v: (v - v.mean()) / v.std(), "no HU"),
+        ("tenfold", lambda v: v * 10, "no HU"),
+        ("MR", lambda v: np.abs(v) * 0.7 + 80, "no HU"),
+        ("mask", lambda v: (v > 0).astype(np.uint8), "a mask"),
+        ("labels", lambda v: np.digitize(v, [-900, -500, 0, 55, 200]).astype(np.uint8), "no HU"),
+        ("complex", lambda v: v.astype(np.complex64), "complex64"),
+        ("colours", lambda v: np.zeros(v.shape, [("R", "u1"), ("G", "u1"), ("B", "u1")]), "colours"),
+        ("phases", lambda v: np.stack([v, v], -1), "2 phases"),
+        ("NaN", lambda v: np.where(np.arange(len(v))[:, None, None] < 2, np.nan, v), "NaN"),
+    ],
+)
+def test_what_is_no_hu_is_refused_and_named(name, make, message, tmp_path):
+    path = save(tmp_path / "a.nii.gz", make(volume()))
+    with pytest.raises(UserError, match=message) as error:
+        read_hu(path)
+    assert "\n" not in str(error.value) and "a.nii.gz" in str(error.value)
+
+
+def test_a_side_is_known_only_where_a_header_says_so(tmp_path):
+    whole = volume().astype(np.int16)
+    known = {"plain": save(tmp_path / "a.nii", whole)}
+    half = np.diag([1.0, 1.0, -1.0, 1.0]) @ RAS
+    known["from head to feet"] = save(tmp_path / "b.nii", whole[..., ::-1].copy(), half)
+    guessed = {
+        "form codes 0": save(tmp_path / "c.nii", whole, qform_code=0, sform_code=0),
+        "identity": save(tmp_path / "d.nii", whole, np.eye(4)),
+        "front and back exchanged": save(tmp_path / "e.nii", whole, np.diag([8.0, 8.0, 9.0, 1.0])),
+    }
+    nibabel.save(nibabel.AnalyzeImage(whole, RAS), tmp_path / "f.img")
+    guessed["Analyze"] = tmp_path / "f.img"
+    image = nibabel.Nifti1Image(whole, RAS)
+    image.set_sform(RAS, 2)
+    image.set_qform(np.diag([8.0, 8.0, 9.0, 1.0]), 1)
+    nibabel.save(image, tmp_path / "g.nii")
+    guessed["qform against sform"] = tmp_path / "g.nii"
+    for expected, paths in (("known", known), ("unknown", guessed)):
+        for name, path in paths.items():
+            verdict = read_ct(path)[2]
+            assert verdict.side == expected, (name, verdict)
+            assert bool(verdict.notes) == (expected == "unknown")
+
+
+def test_a_scan_without_lungs_is_named(tmp_path, capsys):
+    hu = volume()
+    assert read_ct(save(tmp_path / "chest.nii", hu))[2].chest == "yes"
+    hu[(hu < -500) & (np.abs(ct_files.grid()[..., 0]) < 130) & (np.abs(ct_files.grid()[..., 1]) < 85)] = 30
+    read_hu(save(tmp_path / "belly.nii", hu))
+    assert "this is no chest" in capsys.readouterr().err
+
+
+# DICOM
+
+
+@pytest.mark.parametrize("degrees", [8, 15, 25])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_gantry_tilt_is_straightened(degrees, sign, tmp_path, good):
+    t = math.radians(degrees * sign)
+    series(tmp_path / "s", cosines=(1, 0, 0, 0, math.cos(t), math.sin(t)))
+    hu, spacing_mm, verdict = read_ct(tmp_path / "s")
+    assert spacing_mm[2] == pytest.approx(9.0, abs=0.01) and f"{degrees}.0 degrees" in verdict.tilt
+    spine = np.argwhere(hu[..., 10:20] > 300)
+    rows = [spine[spine[:, 2] == k, 0].mean() * spacing_mm[0] for k in (0, 9)]
+    assert abs(rows[0] - rows[1]) < 3
+    # The wedges at both ends are not in the scan; the middle half is compared.
+    out = resample(hu, spacing_mm, GRID).numpy().clip(-1000, 400)[..., 8:16]
+    assert np.abs(out - truth()[..., 8:16]).mean() < good + 30  # interpolation blurs edges
+
+
+def test_series_of_other_forms_give_the_same_volume(tmp_path, good):
+    series(tmp_path / "plain")
+    series(tmp_path / "backwards", heights=range(29, -1, -1))
+    series(tmp_path / "flipped", cosines=(-1, 0, 0, 0, 1, 0))
+    series(tmp_path / "deep/in/folders")
+    ct_files.enhanced(tmp_path / "enhanced.dcm")
+    for name in ("plain", "backwards", "flipped", "deep", "enhanced.dcm", "plain/007.dcm"):
+        assert wrong_by(tmp_path / name) < good + 3, name
+    for name, note in (("twice", "equal pixels"), ("changing", "spacing changes"), ("bare", "")):
+        heights = {"twice": [*range(30), 4, 9], "changing": [*range(15), *np.arange(15, 29.5, 1.4)]}
+        series(tmp_path / name, heights=heights.get(name))
+        if name == "bare":  # without preamble
+            for file in (tmp_path / name).iterdir():
+                file.write_bytes(file.read_bytes()[132:])
+        assert wrong_by(tmp_path / name) < good + 5, name
+        assert note in " ".join(read_ct(tmp_path / name)[2].notes)
+
+
+def test_acquisitions_that_lie_over_each_other_are_told_apart(tmp_path, good):
+    for tag, offset in (("AcquisitionNumber", 0.0), ("ConvolutionKernel", 0.0), ("TriggerTime", 0.4)):
+        folder = tmp_path / tag
+        heights = [k + offset * (n == 1) for k in range(30) for n in range(2)]
+
+        def change(data, n, tag=tag):
+            setattr(data, tag, ["1", "2"][n % 2])
+            if n % 2:
+                stored = np.frombuffer(data.PixelData, np.uint16)
+                data.PixelData = np.where(stored > 900, stored + 150, stored).astype(np.uint16).tobytes()
+
+        series(folder, heights=heights, change=change)
+        verdict = read_ct(folder)[2]
+        assert "2 acquisitions" in verdict.phases and tag in verdict.phases
+        assert wrong_by(folder) < good + 3, tag
+
+    def brighter(data, n):
+        if n % 2:
+            data.PixelData = (np.frombuffer(data.PixelData, np.uint16) + 99).astype(np.uint16).tobytes()
+
+    series(tmp_path / "x", heights=[k for k in range(30) for _ in range(2)], change=brighter)
+    with pytest.raises(UserError, match="at one place with different pixels"):
+        read_hu(tmp_path / "x")
+
+
+def test_stations_that_follow_each_other_stay_together(tmp_path, good):
+    def change(data, n):
+        data.AcquisitionNumber = 1 + n // 10
+
+    assert wrong_by(series(tmp_path / "s", change=change)) < good + 3
+    assert read_ct(tmp_path / "s")[2].phases == "one"
+
+
+def test_the_chest_is_found_among_series_localizers_and_dose_pages(tmp_path, good, capsys):
+    folder = tmp_path / "study"
+    series(folder / "a", SeriesInstanceUID="1.2.3.11", SeriesDescription="ABDOMEN", heights=range(30))
+    series(folder / "b", SeriesInstanceUID="1.2.3.22", SeriesDescription="CHEST 5mm", heights=range(0, 30, 2))
+    series(folder / "c", SeriesInstanceUID="1.2.3.33", SeriesDescription="Chest 1mm")
+    series(folder / "d", SeriesInstanceUID="1.2.3.44", ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    series(folder / "e", SeriesInstanceUID="1.2.3.55", Modality="MR", SeriesDescription="chest")
+    page = {"ImagePositionPatient": None, "ImageOrientationPatient": None, "PixelSpacing": None}
+    series(folder / "f", heights=[0], SeriesInstanceUID="1.2.3.66", **page)
+    (folder / "DICOMDIR").write_bytes(b"x" * 300)
+    (folder / "Thumbs.db").write_bytes(b"junk")
+    verdict = read_ct(folder)[2]
+    assert verdict.series == "1.2.3.33" and "best of 3" in " ".join(verdict.notes)
+    table = capsys.readouterr().err
+    for word in ("ABDOMEN", "CHEST 5mm", "a localizer", "modality MR", "no ImagePositionPatient", "--series"):
+        assert word in table, word
+    assert read_ct(folder, series="1.2.3.22")[2].series == "1.2.3.22"
+    assert "another body part" in " ".join(read_ct(folder, series="3")[2].notes)
+    for wanted in ("99", "1.2.3.44", "7.7"):
+        with pytest.raises(UserError, match="series"):
+            read_ct(folder, series=wanted)
+    assert wrong_by(folder) < good + 3
+    # A localizer under the chest's own UID.
+    series(tmp_path / "same")
+    series(tmp_path / "one", heights=[3], cosines=(1, 0, 0, 0, 0, -1))
+    shutil.copy(tmp_path / "one/000.dcm", tmp_path / "same/loc.dcm")
+    assert wrong_by(tmp_path / "same") < good + 3
+
+
+def spoil(tag, value, only=None):
+    """Return an editor of slices that sets a tag in all slices, or in number `only`."""
+
+    def change(data, n):
+        if only is None or n == only:
+            if value is None and tag in data:
+                delattr(data, tag)
+            else:
+                setattr(data, tag, value)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (spoil("ImagePositionPatient", "", 5), "005.dcm: ImagePositionPatient is missing or empty"),
+        (spoil("ImageOrientationPatient", "", 5), "005.dcm: ImageOrientationPatient is missing or empty"),
+        (spoil("PixelSpacing", ""), "no PixelSpacing"),
+        (spoil("PixelSpacing", [8.0, 9.0], 4), "PixelSpacing differs"),
+        (spoil("RescaleSlope", "", 4), "some slices have RescaleSlope"),
+        (spoil("PixelData", b"\0" * 100, 3), "003.dcm: not a usable CT slice"),
+        (spoil("PixelData", None, 3), "003.dcm: not a usable CT slice"),
+        (spoil("Modality", "MR"), "modality MR"),
+        (spoil("Modality", "PT"), "modality PT"),
+        (spoil("RescaleType", "Z_EFF"), "RescaleType Z_EFF"),
+        (lambda data, n: n not in (9, 10), "slices are missing"),
+        (lambda data, n: n == 0, "one slice is not a volume"),
+        (spoil("ImagePositionPatient", [-100.0, -124.0, -130.5 + 9 * 7], 7), "shifted against each other"),
+    ],
+)
+def test_a_series_that_cannot_be_read_is_refused_in_one_line(change, message, tmp_path):
+    with pytest.raises(UserError, match=message) as error:
+        read_hu(series(tmp_path / "s", change=change))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("tag", ["RescaleSlope", "both"])
+def test_missing_rescale_tags_are_seen_from_the_values(tag, tmp_path, good):
+    tags = {"RescaleSlope": None, "RescaleIntercept": None} if tag == "both" else {"RescaleSlope": ""}
+    path = series(tmp_path / "s", **tags)
+    assert wrong_by(path) < good + 3
+    assert ("1024 is taken off" in " ".join(read_ct(path)[2].notes)) == (tag == "both")
+
+
+def test_padding_outside_the_circle_is_air(tmp_path, good):
+    def change(data, n):
+        stored = np.frombuffer(data.PixelData, np.uint16).reshape(data.Rows, -1).copy()
+        stored[:, :2] = stored[:, -2:] = 63000
+        data.PixelPaddingValue = 63000
+        data.PixelData = stored.tobytes()
+
+    assert wrong_by(series(tmp_path / "s", change=change)) < good + 3
+
+
+def test_compressed_slices_equal_plain_ones(tmp_path, monkeypatch):
+    plain = read_hu(series(tmp_path / "plain"))[0]
+    syntaxes = {
+        pydicom.uid.RLELossless: None,
+        pydicom.uid.JPEGLSLossless: "jpeg_ls",
+        pydicom.uid.JPEG2000Lossless: "openjpeg",
+    }
+    for syntax, package in syntaxes.items():
+        if package:
+            pytest.importorskip(package)
+        folder = series(tmp_path / syntax, change=lambda data, n, s=syntax: data.compress(s) and None)
+        assert np.array_equal(read_hu(folder)[0], plain), syntax.name
+    # A decoder that is not installed is named.
+    jpeg_2000 = pydicom.pixels.get_decoder(pydicom.uid.JPEG2000Lossless)
+    monkeypatch.setattr(type(jpeg_2000), "is_available", False)
+    with pytest.raises(UserError, match="JPEG 2000 needs a decoder; pip install pylibjpeg"):
+        read_hu(tmp_path / pydicom.uid.JPEG2000Lossless)
+
+
+# Other files
+
+
+@pytest.mark.parametrize("suffix", ["mha", "mhd", "nrrd"])
+def test_metaimage_and_nrrd_are_read(suffix, tmp_path, good):
+    itk = pytest.importorskip("SimpleITK")
+    image = itk.GetImageFromArray(volume().astype(np.int16).transpose(2, 1, 0))
+    image.SetSpacing(STEP_MM.tolist())
+    image.SetOrigin(LPS[:3, 3].tolist())
+    itk.WriteImage(image, str(tmp_path / f"a.{suffix}"))
+    assert wrong_by(tmp_path / f"a.{suffix}") < good + 3
+    assert read_ct(tmp_path / f"a.{suffix}")[2].side == "known"
+    image.SetSpacing((1.0, 1.0, 1.0))
+    image.SetOrigin((0.0, 0.0, 0.0))
+    itk.WriteImage(image, str(tmp_path / f"b.{suffix}"))
+    assert read_ct(tmp_path / f"b.{suffix}")[2].side == "unknown"
+
+
+def pictures(folder, count=12) -> np.ndarray:
+    """Write slices as CTRG has them, numbered without zeros in front; returns them as they come back."""
+    folder.mkdir(parents=True)
+    hu = volume().transpose(2, 1, 0)[:count]
+    out = []
+    for k, plane in enumerate(((hu + 1000) / 1400 * 255).clip(0, 255).astype(np.uint8)):
+        Image.fromarray(plane).resize((48, 48)).save(folder / f"{k + 1}.jpg", quality=90)
+        out.append(np.asarray(Image.open(folder / f"{k + 1}.jpg")))
+    return np.stack(out)
+
+
+def test_pictures_are_grey_levels_prepared_as_upstream(tmp_path):
+    """The same slices as a folder of JPG and as NIfTI give what upstream's function gives for their stack."""
+    from dia_pangu.src.Dataset.preprocess import to_test_grid, upstream_image
+
+    stack = pictures(tmp_path / "7")
+    save(tmp_path / "7.nii.gz", stack.transpose(2, 1, 0).copy(), np.eye(4))
+    expected = to_test_grid(upstream_image(stack)).numpy()[0]
+    for path in (tmp_path / "7", tmp_path / "7.nii.gz"):
+        image, verdict = load_scan(path, Grid(preprocess="upstream"))
+        assert verdict.values == "grey levels" and verdict.side == "unknown"
+        assert np.abs(image.numpy() - expected).max() < 1e-6
+        with pytest.raises(UserError, match="8-bit grey levels"):
+            load_volume(path, Grid())
+
+
+def test_a_cache_is_read_anew_when_a_file_changes(tmp_path):
+    folder, small = series(tmp_path / "s"), Grid((8, 8, 8))
+    first = load_volume(folder, small, tmp_path / "cache")
+    series(folder, change=spoil("RescaleIntercept", -900))
+    assert not np.array_equal(load_volume(folder, small, tmp_path / "cache"), first)
+    # A rewritten file of the same size with its old time.
+    path = save(tmp_path / "a.nii", volume().astype(np.int16))
+    first, old = load_volume(path, small, tmp_path / "cache"), path.stat()
+    save(path, (volume() + 200).astype(np.int16))
+    os.utime(path, ns=(old.st_atime_ns, old.st_mtime_ns))
+    assert not np.array_equal(load_volume(path, small, tmp_path / "cache"), first)
+    again, verdict = load_scan(path, small, tmp_path / "cache")
+    assert verdict.chest == "yes" and verdict.values == "HU"
+
+
+def test_the_name_of_a_scan_loses_its_suffix_alone(tmp_path):
+    (tmp_path / "1.2.840.113619.2").mkdir()
+    assert scan_name(tmp_path / "1.2.840.113619.2") == "1.2.840.113619.2"
+    for name, expected in (("a.b.nii.gz", "a.b"), ("7.nii", "7"), ("x.mha", "x"), ("IM0001", "IM0001")):
+        assert scan_name(tmp_path / name) == expected
+
+
+@pytest.mark.slow
+def test_damaged_headers_never_end_in_a_traceback(tmp_path):
+    """Single bytes of the header and of the tags are overwritten; what still reads is fine, the rest is one
+    line."""
+    rng = random.Random(5)
+    save(tmp_path / "a.nii", volume()[::4, ::4, ::4].astype(np.int16))
+    whole = (tmp_path / "a.nii").read_bytes()
+    series(tmp_path / "s", heights=range(4))
+    part = (tmp_path / "s/001.dcm").read_bytes()
+    for _ in range(150):
+        spoiled = bytearray(whole)
+        for _ in range(rng.randint(1, 4)):
+            spoiled[rng.randrange(348)] = rng.randrange(256)
+        (tmp_path / "b.nii").write_bytes(spoiled)
+        spoiled = bytearray(part)
+        for _ in range(rng.randint(1, 4)):
+            spoiled[rng.randrange(1100)] = rng.randrange(256)
+        (tmp_path / "s/001.dcm").write_bytes(spoiled)
+        for path in (tmp_path / "b.nii", tmp_path / "s"):
+            try:
+                read_scan(path)
+            except UserError as error:
+                assert "\n" not in str(error)
