@@ -2,7 +2,11 @@
 and back."""
 
 import json
+import shutil
+from types import SimpleNamespace
 
+import nibabel
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -11,7 +15,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from common.errors import UserError
 from common.llm import load_llm
 from dia_pangu.src.Dataset.prompt import ReportText
-from dia_pangu.src.Model.build import build_model, load_model, load_start, save_model
+from dia_pangu.src.Model.build import (
+    build_model,
+    check_preparation,
+    load_model,
+    load_start,
+    save_model,
+    settle_preparation,
+)
 from dia_pangu.src.Model.pangu import load_tokenizer
 from tests.tiny_dia import *  # noqa: F403  the fixtures data, llm and model_text
 from tests.tiny_dia import SMALL
@@ -191,3 +202,42 @@ def test_a_checkpoint_of_another_shape_is_refused(model_text, tmp_path):
     )
     with pytest.raises(UserError, match=r"prototype \(14, 99\) where the model has \(14, 16\)"):
         load_start(model_text[0], tmp_path / "other.bin")
+
+
+def test_the_preparation_belongs_to_the_weights(data, llm, tmp_path):
+    """Published weights imply upstream's preparation, our own folders theirs, and data alone what they
+    are."""
+    torch.save({"embedding_layer.temp": torch.ones(())}, tmp_path / "dia-llama.bin")
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours/dia_config.json").write_text(json.dumps(SMALL))
+
+    def settle(*starts, data=data, preprocess=None, config=None):
+        args = SimpleNamespace(data=data, preprocess=preprocess, config=config)
+        chosen = json.loads(json.dumps(SMALL))
+        chosen["grid"]["preprocess"] = preprocess or "windows"
+        return settle_preparation(chosen, args, [tmp_path / name for name in starts])
+
+    assert settle()["grid"]["preprocess"] == "windows"
+    assert settle("dia-llama.bin")["grid"]["preprocess"] == "upstream"
+    assert settle("ours")["grid"]["preprocess"] == "windows"
+    with pytest.raises(UserError, match="differ in preparation"):
+        settle("ours", "dia-llama.bin")
+    # A frozen ViT must see what it was trained on; one that trains may learn another preparation.
+    other = settle("dia-llama.bin", preprocess="windows")
+    assert other["grid"]["preprocess"] == "windows"
+    check_preparation(other, [tmp_path / "dia-llama.bin"], ["embedding_layer.vision_encoder.x"])
+    with pytest.raises(UserError, match="trained with upstream and is frozen"):
+        check_preparation(other, [tmp_path / "dia-llama.bin"], ["embedding_layer.perceiver.x"])
+    # The grid too.
+    wide = json.loads(json.dumps(SMALL))
+    wide["grid"]["fov_mm"] = [500.0, 500.0, 400.0]
+    (tmp_path / "ours/dia_config.json").write_text(json.dumps(wide))
+    with pytest.raises(UserError, match="its grid has fov_mm"):
+        settle("ours")
+    # Grey levels.
+    shutil.copytree(data, tmp_path / "grey")
+    for path in (tmp_path / "grey/volumes").iterdir():
+        voxels = np.asanyarray(nibabel.load(path).dataobj)
+        grey = ((voxels + 1350.0) / 1500 * 255).clip(0, 255).astype(np.uint8)
+        nibabel.save(nibabel.Nifti1Image(grey, np.eye(4)), path)
+    assert settle(data=tmp_path / "grey")["grid"]["preprocess"] == "upstream"

@@ -211,10 +211,8 @@ def make_groups(layer: MyEmbedding, args) -> list[dict]:
     return groups
 
 
-def save_vision(layer: MyEmbedding, out, train_set, val_set, contrast: bool, device, config: dict):
-    """Write vision.safetensors with its configuration and, after the contrastive training, fit the vote and
-    write places.json."""
-    atomic_json(out / "dia_config.json", config)  # how volumes are prepared belongs to the weights
+def save_vision(layer: MyEmbedding, out, train_set, val_set, contrast: bool, device):
+    """Write vision.safetensors and, after the contrastive training, fit the vote and write places.json."""
     # The vote is fitted on training volumes alone; the places of val are read off, nothing is fitted on them.
     if contrast:
         places, inputs, labels = look_at_all(layer, train_set, device)
@@ -295,7 +293,8 @@ def main(args):
     # The evidence: vote, places, and the folder that --start of the next stage takes.
     if accelerator.is_main_process:
         layer = accelerator.unwrap_model(model).embedding_layer.eval()
-        save_vision(layer, out, train_set, val_set, bool(args.contrast), accelerator.device, config)
+        save_vision(layer, out, train_set, val_set, bool(args.contrast), accelerator.device)
+        atomic_json(out / "dia_config.json", config)  # how volumes are prepared belongs to the weights
     finish(run, **{f"eval_{key}": value for key, value in scores.items()})
     accelerator.end_training()
 
