@@ -192,12 +192,14 @@ def first_line(error: Exception) -> str:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Reads lists, dictionaries, text and numbers, and numpy arrays if asked; every other name is refused, so
-    that no code runs."""
+    """Reads lists, dictionaries, text and numbers, and numpy arrays and numbers if asked; every other name is
+    refused, so that no code runs."""
 
     ARRAYS = {
         ("numpy.core.multiarray", "_reconstruct"),
         ("numpy._core.multiarray", "_reconstruct"),
+        ("numpy.core.multiarray", "scalar"),
+        ("numpy._core.multiarray", "scalar"),
         ("numpy", "ndarray"),
         ("numpy", "dtype"),
         ("_codecs", "encode"),

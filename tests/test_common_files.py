@@ -37,6 +37,8 @@ def test_arrays_are_read_only_where_they_are_asked_for(tmp_path):
     path = tmp_path / "a.p"
     path.write_bytes(pickle.dumps({("BPSK", 10): np.arange(6.0).reshape(1, 2, 3)}))
     assert read_plain_pickle(path, "RadioML file", arrays=True)["BPSK", 10].shape == (1, 2, 3)
+    (tmp_path / "number.p").write_bytes(pickle.dumps([np.int64(7), np.float32(0.5)]))
+    assert read_plain_pickle(tmp_path / "number.p", "references file", arrays=True) == [7, 0.5]
     with pytest.raises(UserError, match="numpy"):
         read_plain_pickle(path, "list of references")
 
