@@ -6,16 +6,18 @@ optim.lr=2e-4.
 """
 
 import re
+import sys
 from pathlib import Path
 
 import yaml
 
 from common.errors import UserError
-from common.files import check, inside, reading
+from common.files import check, reading
 from common.weights import read_weights
 from flmm.data.phrases import MixedData, PhraseDataset, ReasonSegDataset
 from flmm.data.png import PNGDataset
 from flmm.data.refcoco import RefCOCODataset
+from flmm.data.skip import Bad
 from flmm.models.flmm import FLMM
 from flmm.models.frozen_deepseek_vl import FrozenDeepseekVL, FrozenDeepseekVLHybrid
 from flmm.models.frozen_llava import FrozenLlava
@@ -23,6 +25,7 @@ from flmm.models.frozen_llava_next import FrozenLlavaNext
 from flmm.models.frozen_qwen import FrozenQwen
 from flmm.models.mask_head.mask_refiner import SAMImageEncoder, load_sam
 
+ROOT = Path(__file__).resolve().parents[1]
 FAMILIES = {
     "llava": FrozenLlava,
     "llava_next": FrozenLlavaNext,
@@ -95,17 +98,13 @@ YAML.add_implicit_resolver(
 
 
 def read_config(path, overrides=()):
-    """Configuration as a dictionary with all its parts. overrides: "part.name=value" strings, values in
-    YAML."""
+    """Configuration as a dictionary with all its parts. overrides: "part.name=value" strings, values in YAML.
+
+    Paths that the file names are relative to the repository, then to the file; those of an override to the
+    folder one is in, then likewise.
+    """
     path = Path(path)
-    with reading(path, "configuration"):
-        given, parent = yaml.load(path.read_text(encoding="utf-8"), YAML), {}
-        check(given, {"include?": str, **{f"{part}?": dict for part in CONFIG}}, path)
-        if include := given.pop("include", None):
-            parent = read_config(path.parent / include)
-    if unknown := sorted(set(given) - set(CONFIG), key=str):
-        raise UserError(f"{path}: unknown part {unknown[0]!r}; expected {', '.join(CONFIG)}")
-    config = {part: {**parent.get(part, {}), **(given.get(part) or {})} for part in CONFIG}
+    config = read_parts(path)
     for override in overrides:
         name, equals, value = override.partition("=")
         part, dot, key = name.partition(".")
@@ -115,6 +114,8 @@ def read_config(path, overrides=()):
             )
         with reading(f"--set {override}", "value"):
             config[part][key] = yaml.load(value, YAML)
+        if key == "path":
+            config[part][key] = locate(config[part][key], Path.cwd(), ROOT, path.parent)
     for part, values in config.items():
         check(values, CONFIG[part], path, part)
         known = [name.removesuffix("?") for name in CONFIG[part]]
@@ -123,6 +124,30 @@ def read_config(path, overrides=()):
     return {
         part: {k: v for k, v in values.items() if v is not None} for part, values in config.items()
     }  # null: the default
+
+
+def read_parts(path):
+    """The parts of a configuration file over those of the file that it includes."""
+    with reading(path, "configuration"):
+        given, parent = yaml.load(path.read_text(encoding="utf-8"), YAML), {}
+        check(given, {"include?": str, **{f"{part}?": dict for part in CONFIG}}, path)
+        if include := given.pop("include", None):
+            parent = read_parts(path.parent / include)
+    if unknown := sorted(set(given) - set(CONFIG), key=str):
+        raise UserError(f"{path}: unknown part {unknown[0]!r}; expected {', '.join(CONFIG)}")
+    config = {part: {**parent.get(part, {}), **(given.get(part) or {})} for part in CONFIG}
+    for values in config.values():
+        if "path" in values:
+            values["path"] = locate(values["path"], ROOT, path.parent, Path.cwd())
+    return config
+
+
+def locate(name, *folders):
+    """The first of `folders` / name that exists, as text; else `name` as it is, such as one on the hub."""
+    if not isinstance(name, str) or not name:
+        return name
+    found = (str(folder / name) for folder in folders if (folder / name).exists())
+    return next(found, name)
 
 
 def add_config_arguments(parser, data=True, required=True):
@@ -135,6 +160,16 @@ def add_config_arguments(parser, data=True, required=True):
         parser.add_argument(
             "--data", type=Path, required=True, help="root of the data paths of the configuration"
         )
+
+
+def add_skip_argument(parser):
+    """--skip-bad, alike in training and scoring."""
+    parser.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="leave out faulty annotations, masks and pictures and say how many, instead of ending with the "
+        "first",
+    )
 
 
 def build_base(config, **options):
@@ -160,8 +195,8 @@ def build_sam(config):
         return None
     if not Path(path).exists():
         raise UserError(
-            f"sam.path {path}: no such file; download sam_vit_l_0b3195.pth, or --set sam.path=null for "
-            "coarse masks"
+            f"sam.path {path}: no such file in {ROOT} or beside the configuration; put "
+            "sam_vit_l_0b3195.pth there, or --set sam.path=null for coarse masks"
         )
     return load_sam(path, read_weights)
 
@@ -174,11 +209,25 @@ def build_head(config, dims, sam):
     return head, SAMImageEncoder(sam) if sam is not None else None
 
 
-def build_dataset(config, split, root, build, seed=0, per_sentence=False):
+# the arguments of a data set that are paths below --data
+PATHS = (
+    "json_file",
+    "panoptic_json_file",
+    "panoptic_png_path",
+    "image_path",
+    "ann_file",
+    "split_file",
+    "folder",
+)
+
+
+def build_dataset(config, split, root, build=None, seed=0, protocol="upstream", skip_bad=False):
     """Data sets of config["data"][split] put together; every entry has a type and its class's arguments.
 
-    Relative paths are relative to root; a path that leads out of root is refused. per_sentence: of the
-    RefCOCO sets every sentence is a record of its own.
+    Relative paths are relative to root, and any of them may be a link. build: what makes a sample of a record
+    (SampleBuilder); `attach` gives it later, so that data are checked before a base is loaded. protocol: of
+    the RefCOCO sets; "object" makes each object a record of its own, "sentence" each sentence. skip_bad:
+    faulty items are left out and counted.
     """
     entries = config["data"].get(split)
     if not entries:
@@ -192,23 +241,40 @@ def build_dataset(config, split, root, build, seed=0, per_sentence=False):
         kind = entry.pop("type")
         if kind not in DATASETS:
             raise UserError(f"data.{split}: type is {kind!r}, expected one of {', '.join(DATASETS)}")
-        for key, value in entry.items():
-            if key in (
-                "json_file",
-                "panoptic_json_file",
-                "panoptic_png_path",
-                "image_path",
-                "ann_file",
-                "split_file",
-                "folder",
-            ):
-                entry[key] = inside(root, value)
+        for key in PATHS:
+            if isinstance(entry.get(key), str):
+                entry[key] = Path(root) / entry[key]
         if kind == "refcoco":
             entry.setdefault("seed", seed)
-            if per_sentence:
-                entry |= {"text_mode": "original", "one_per_object": True}
+            if protocol != "upstream":
+                entry["one_per_object"] = True
+            if protocol == "sentence":
+                entry["text_mode"] = "original"
         try:
-            parts.append(DATASETS[kind](**entry, build=build))
+            parts.append(DATASETS[kind](**entry, build=build, bad=Bad(skip_bad)))
         except TypeError as error:
             raise UserError(f"data.{split}: {error}") from error
+        tell_faults(parts[-1], split)
     return parts[0] if len(parts) == 1 else MixedData(parts)
+
+
+def tell_faults(dataset, split):
+    """One line on stderr about what was left out of a data set."""
+    if dataset.bad.faults:
+        print(
+            f"data.{split}: {len(dataset.bad.faults)} bad items were left out, the first: "
+            f"{dataset.bad.faults[0]}",
+            file=sys.stderr,
+        )
+    if dropped := getattr(dataset, "dropped_parts", 0):
+        print(
+            f"data.{split}: {dropped} parts of polygons with fewer than three corners were left out",
+            file=sys.stderr,
+        )
+
+
+def attach(dataset, build):
+    """Give the data sets of `build_dataset` what makes samples of their records; returns `dataset`."""
+    for part in getattr(dataset, "datasets", [dataset]):
+        part.build = build
+    return dataset

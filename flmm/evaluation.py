@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from flmm.metrics import average_recalls, mask_iou, referring_scores
+from flmm.metrics import average_recalls, mask_iou, referring_scores, target_accuracies
 from flmm.models.flmm import unpad_crop
 
 
@@ -30,6 +30,9 @@ def phrase_rows(output, gt_masks, ignore=None):
         pred = binary_masks(logits, gt.shape[1:]).cpu()
         if ignore is not None:
             pred &= ~torch.as_tensor(ignore)
+        if not suffix:
+            for row, mask, true in zip(rows, pred, gt):
+                row.update(found=bool(mask.any()), target=bool(true.any()))
         inter, union, iou = mask_iou(pred, gt)
         accuracy = (pred == gt).float().mean((1, 2))
         for row, i, u, v, a in zip(rows, inter, union, iou, accuracy):
@@ -146,6 +149,7 @@ def summarise(rows):
     for suffix in ("", "_coarse"):
         scores = referring_scores([r[f"inter{suffix}"] for r in rows], [r[f"union{suffix}"] for r in rows])
         out |= {f"{k}{suffix}": v for k, v in scores.items()}
+    out |= target_accuracies([r["found"] for r in rows], [r["target"] for r in rows])
     if rows and "plural" in rows[0]:
         recalls = average_recalls(
             [r["iou"] for r in rows], [r["plural"] for r in rows], [r["isthing"] for r in rows]

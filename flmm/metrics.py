@@ -42,15 +42,30 @@ def average_recalls(ious, plural, isthing):
 def referring_scores(inter, union):
     """Scores over all masks of a subset. inter, union: (n,) pixels.
 
-    cIoU = sum(inter) / sum(union); gIoU (= mIoU) = mean IoU, 0/0 as 0; precision@t = share of masks with IoU
-    > t.
+    cIoU = sum(inter) / sum(union); mIoU = mean IoU, 0/0 as 0 (mmdet); gIoU = the same, but an empty mask for
+    an empty target counts 1, as LISA (ReasonSeg) and gRefCOCO count it; precision@t = share of masks with
+    IoU > t.
     """
     inter, union = np.asarray(inter, np.float64), np.asarray(union, np.float64)
     iou = inter / np.maximum(union, 1)
     scores = {
         "cIoU": float(inter.sum() / max(union.sum(), 1)),
-        "gIoU": float(iou.mean()) if len(iou) else float("nan"),
+        "mIoU": float(iou.mean()) if len(iou) else float("nan"),
+        "gIoU": float(np.where(union == 0, 1.0, iou).mean()) if len(iou) else float("nan"),
     }
     for threshold in (0.5, 0.6, 0.7, 0.8, 0.9):
         scores[f"precision@{threshold}"] = float((iou > threshold).mean()) if len(iou) else float("nan")
     return scores
+
+
+def target_accuracies(found, target):
+    """N-acc and T-acc of gRefCOCO: the share of expressions without any object whose mask is empty, and of
+    those with objects whose mask is not; None where there is no such expression.
+
+    found, target: (n,) bool, whether the predicted and the true mask hold a pixel.
+    """
+    found, target = np.asarray(found, bool), np.asarray(target, bool)
+    return {
+        "N_acc": float((~found[~target]).mean()) if (~target).any() else None,
+        "T_acc": float(found[target].mean()) if target.any() else None,
+    }

@@ -5,7 +5,9 @@
 
 With --protocol upstream the first expression of every object counts, and all objects of a picture stand in
 one caption, in which later ones see earlier ones through causal attention; published F-LMM numbers are of
-this kind. With --protocol sentence each sentence is a forward pass of its own, as other papers count. OUT
+this kind (upstream's --concat). With --protocol object each object is a forward pass of its own, with its
+first expression: upstream's script without --concat. With --protocol sentence each sentence is one, as other
+papers count. OUT
 gets results.json, phrases.csv, masks.json (COCO RLE) and overlays/*.png; several processes write the files of
 one. Upstream: scripts/multiprocess_eval_{refcoco,png}.py.
 """
@@ -25,11 +27,21 @@ from torch.utils.data import DataLoader, Subset
 from common.arguments import Parser, number
 from common.checkpoint import atomic_csv, atomic_json
 from common.errors import UserError, run
-from common.run import open_run, progress, seed_everything
+from common.run import loader_worker, open_run, progress, seed_everything
 from common.weights import read_weights
-from flmm.build import add_config_arguments, build_base, build_dataset, build_head, build_sam, read_config
+from flmm.build import (
+    add_config_arguments,
+    add_skip_argument,
+    attach,
+    build_base,
+    build_dataset,
+    build_head,
+    build_sam,
+    read_config,
+)
 from flmm.conversation import answer_then_ground
 from flmm.data.samples import SampleBuilder, encode_rle
+from flmm.data.skip import SkipBad, keep_good
 from flmm.draw import labelled_strip, save_image
 from flmm.evaluation import (
     RawMaps,
@@ -67,7 +79,7 @@ def parse_args(argv=None):
     )
     parser.add_argument(
         "--protocol",
-        choices=["upstream", "sentence"],
+        choices=["upstream", "object", "sentence"],
         default="upstream",
         help="how the sentences of RefCOCO are counted; see above",
     )
@@ -85,8 +97,12 @@ def parse_args(argv=None):
         "and "
         "the best raw attention map, which is chosen on the train split",
     )
+    add_skip_argument(parser)
     parser.add_argument("--limit", type=number(int, 1), help="score only the first so many records")
     parser.add_argument("--batch-size", type=number(int, 1), default=1, help="pictures per forward pass")
+    parser.add_argument(
+        "--workers", type=number(int, 0), default=0, help="loader processes for each scoring process"
+    )
     parser.add_argument("--pictures", type=number(int, 0), default=8, help="number of overlays to draw")
     parser.add_argument("--out", type=Path, required=True, help="run folder")
     parser.add_argument(
@@ -151,10 +167,11 @@ def draw(sample, output, path):
     save_image(labelled_strip(sample["image"], columns, texts), path)
 
 
-def write_results(out, rows, split, protocol):
-    """results.json, masks.json and phrases.csv of the rows of all processes; returns the scores."""
+def write_results(out, rows, **about):
+    """results.json, masks.json and phrases.csv of the rows of all processes; returns the scores. about: what
+    else results.json says."""
     rows.sort(key=lambda row: (row["file"], row["phrase"]))
-    results = {"split": split, "protocol": protocol, **summarise(rows)}
+    results = {**about, **summarise(rows)}
     masks = [
         {"file": row["file"], "phrase": row["phrase"], "score": row["score"], "segmentation": row.pop("rle")}
         for row in rows
@@ -175,13 +192,20 @@ def main(args):
     if args.base_path:
         config["base"]["path"] = args.base_path
     seed_everything(0)
+    # What costs little is checked before the base is loaded: the data, the head's file, SAM.
+    weights, sam = read_weights(args.head), build_sam(config)
+    options = {"skip_bad": args.skip_bad}
+    dataset = build_dataset(config, args.split, args.data, protocol=args.protocol, **options)
+    fitting = build_dataset(config, "train", args.data, **options) if args.controls else None
     base = build_base(config, random_seed=args.random_base, attention=args.attention).to(accelerator.device)
     builder = SampleBuilder.of(base)
-    dataset = build_dataset(config, args.split, args.data, builder, per_sentence=args.protocol == "sentence")
+    dataset = attach(dataset, builder)
+    if args.skip_bad:
+        dataset = SkipBad(dataset, replace=False)
     dims = (base.channels, base.num_layers, base.hidden_size)
-    head, sam_encoder = build_head(config, dims, build_sam(config))
+    head, sam_encoder = build_head(config, dims, sam)
     # A head with missing tensors or of another base is refused before anything is written.
-    report = head.load_upstream(read_weights(args.head), args.head)
+    report = head.load_upstream(weights, args.head)
     head.to(accelerator.device).eval()
     if sam_encoder is not None:
         sam_encoder.to(accelerator.device)
@@ -193,14 +217,24 @@ def main(args):
         shutil.rmtree(out / "overlays", ignore_errors=True)
     raw = None
     if args.controls:  # chosen on training records, whatever split is scored
-        raw = choose_raw_map(base, build_dataset(config, "train", args.data, builder), accelerator)
+        fitting = attach(fitting, builder)
+        raw = choose_raw_map(base, SkipBad(fitting, True) if args.skip_bad else fitting, accelerator)
 
     # Every process scores its share of the records.
     total = min(len(dataset), args.limit or len(dataset))
     mine = range(accelerator.process_index, total, accelerator.num_processes)
-    loader = DataLoader(Subset(dataset, mine), args.batch_size, collate_fn=list)
-    rows, drawn = [], 0
+    loader = DataLoader(
+        Subset(dataset, mine),
+        args.batch_size,
+        num_workers=args.workers,
+        worker_init_fn=loader_worker,
+        collate_fn=keep_good,
+    )
+    rows, drawn, read = [], 0, 0
     for samples in progress(loader, accelerator, desc=args.split):
+        read += len(samples)
+        if not samples:
+            continue
         # Reasoning: the base's answer takes the place of the query as the phrase to ground.
         answers = None
         if args.answer_first:
@@ -221,14 +255,15 @@ def main(args):
                 drawn += 1
 
     # The rows of all processes make one file.
-    rows = gather_object(rows)
+    rows, skipped = gather_object(rows), total - sum(gather_object([read]))
     if not accelerator.is_main_process:
         return
     if not rows:
         raise UserError(f"--split {args.split}: no phrase to score")
 
     # The files, and the numbers that one looks at first.
-    results = write_results(out, rows, args.split, args.protocol)
+    about = {"split": args.split, "protocol": args.protocol, "skipped": skipped}
+    results = write_results(out, rows, **about)
     controls = " ".join(f"{name} {value:.3f}" for name, value in results["controls"].items())
     print(
         f"{args.split} ({args.protocol}): {len(rows)} phrases, mIoU {results['mIoU']:.3f} "

@@ -41,9 +41,19 @@ from common.train import (
     update,
 )
 from common.weights import read_weights
-from flmm.build import add_config_arguments, build_base, build_dataset, build_head, build_sam, read_config
+from flmm.build import (
+    add_config_arguments,
+    add_skip_argument,
+    attach,
+    build_base,
+    build_dataset,
+    build_head,
+    build_sam,
+    read_config,
+)
 from flmm.data.cache import CachedFeatures, write_cache
 from flmm.data.samples import SampleBuilder
+from flmm.data.skip import SkipBad, keep_good
 from flmm.evaluation import phrase_rows
 from flmm.models.flmm import extract
 
@@ -87,6 +97,7 @@ def parse_args(argv=None):
         help="resolution of the masks that the losses compare with: the size of the processed picture, as "
         "upstream, or that of the original picture",
     )
+    add_skip_argument(data)
     # upstream's recipe
     add_run_arguments(parser, lr=1e-4, epochs=8.0, warmup=0.03, save_every=500)
     return parser.parse_args(argv)
@@ -138,15 +149,24 @@ def frozen_part(config, args, accelerator, sam):
     if not missing:
         refuse(args, ["attention", "shard_base"], f"because {cache} holds the features already")
 
-    # The base is loaded only if it has to run.
-    base, sets, dims = None, {}, None
+    # The data are checked before the base is loaded, which happens only if it has to run.
+    base, dims = None, None
+    sets = {
+        split: build_dataset(config, split, args.data, seed=args.seed, skip_bad=args.skip_bad)
+        for split in missing
+    }
     if missing:
         base = build_base(config, random_seed=args.random_base, attention=args.attention)
         if args.shard_base:
             base.shard(accelerator.device)
         base.to(accelerator.device)
         builder, dims = SampleBuilder.of(base), (base.channels, base.num_layers, base.hidden_size)
-        sets = {split: build_dataset(config, split, args.data, builder, args.seed) for split in missing}
+        sets = {split: attach(dataset, builder) for split, dataset in sets.items()}
+    if args.skip_bad:
+        sets = {
+            split: SkipBad(dataset, replace=split == "train" or cache is not None)
+            for split, dataset in sets.items()
+        }
     if cache is None:
         return base, sets, dims
 
@@ -156,6 +176,7 @@ def frozen_part(config, args, accelerator, sam):
         "random_base": args.random_base,
         "data_root": str(args.data.resolve()),
         "sam": config["sam"].get("path"),
+        "skip_bad": args.skip_bad,
     }
     encoder = build_head(config, dims, sam)[1] if missing and sam is not None else None
     if encoder is not None:
@@ -179,7 +200,7 @@ def validation_loader(dataset, args, accelerator):
     if args.shard_base:
         total -= total % accelerator.num_processes
     mine = range(accelerator.process_index, total, accelerator.num_processes)
-    return DataLoader(Subset(dataset, mine), args.batch_size, collate_fn=list)
+    return DataLoader(Subset(dataset, mine), args.batch_size, collate_fn=keep_good)
 
 
 @torch.no_grad()
@@ -190,7 +211,7 @@ def validate(head, loader, get_features, accelerator):
         return {}
     head.eval()
     rows = []
-    for samples in loader:
+    for samples in filter(None, loader):
         for sample, output in zip(samples, head(get_features(samples))):
             rows += phrase_rows(output, sample["gt_masks"])
     head.train()

@@ -126,7 +126,7 @@ def test_a_configuration_hands_on_seed_epoch_and_protocol(built_in):
     sentences = sum(
         len(r["sentences"]) for r in read_refs(built_in / "refcoco/refs(unc).p") if r["split"] == "train"
     )
-    assert len(build_dataset(config, "train", built_in, None, per_sentence=True)) == 2 * sentences
+    assert len(build_dataset(config, "train", built_in, None, protocol="sentence")) == 2 * sentences
 
 
 def test_sentence_protocol_has_one_record_per_sentence(built_in):
@@ -162,7 +162,7 @@ class Evil:
     "content,reason",
     [
         (pickle.dumps([{"sentences": Evil()}]), "builtins.print"),
-        (pickle.dumps(np.zeros(3)), "numpy"),
+        (pickle.dumps(np.zeros(3)), "list of references"),
         (b"garbage", "not a readable references file"),
         (pickle.dumps({"a": 1}), "list of references"),
         (b"", "not a readable references file"),
@@ -250,12 +250,6 @@ def test_exif_rotation_follows_the_annotation(tmp_path):
     (tmp_path / "broken.jpg").write_bytes((tmp_path / "turned.jpg").read_bytes()[:200])
     with pytest.raises(UserError, match="broken.jpg: not a readable picture"):
         load_image(tmp_path / "broken.jpg")
-
-
-def test_paths_do_not_leave_the_data_root(built_in):
-    config = read_config(CONFIG, ["data.train=[{type: phrases, folder: ../../etc}]"])
-    with pytest.raises(UserError, match="lies outside"):
-        build_dataset(config, "train", built_in, None)
 
 
 @pytest.mark.parametrize(
@@ -350,13 +344,13 @@ def test_reasonseg_leaves_ignored_pixels_out(tmp_path):
         )
     )
     dataset = ReasonSegDataset(tmp_path)
-    assert len(dataset) == 2
+    assert len(dataset) == 1 and len(ReasonSegDataset(tmp_path, wordings="all")) == 2
     record = dataset.record(0)
     logits = torch.full((1, 20, 20), 9.0)
     output = {"pred_masks": logits, "sam_pred_masks": None, "scores": torch.ones(1)}
     [row] = phrase_rows(output, torch.from_numpy(record["masks"]), record["ignore"])
-    # 144 pixels are ignored, four of them where the target lies
-    assert record["masks"].sum() == 96 and row["union"] == 400 - 144 and row["inter"] == 96
+    # 144 pixels lie in the ignored square; the target is the smaller one and keeps the four that they share
+    assert record["masks"].sum() == 100 and row["union"] == 400 - 140 and row["inter"] == 100
 
 
 # ---- cache
@@ -437,10 +431,11 @@ def test_the_raw_map_control_finds_the_channel_that_holds_the_mask():
 
 
 def test_scores_of_referring_segmentation_follow_their_definitions():
-    """Three masks of IoU 1/2, 9/10 and 0/0: an equal threshold does not count, 0/0 counts as 0."""
+    """Three masks of IoU 1/2, 9/10 and 0/0: an equal threshold does not count; nothing for nothing is right
+    for gIoU and a miss for precision."""
     scores = referring_scores([5, 90, 0], [10, 100, 0])
     assert scores["cIoU"] == pytest.approx(95 / 110)
-    assert scores["gIoU"] == pytest.approx((0.5 + 0.9 + 0) / 3)
+    assert scores["gIoU"] == pytest.approx((0.5 + 0.9 + 1) / 3)
     thresholds = {0.5: 1, 0.6: 1, 0.7: 1, 0.8: 1, 0.9: 0}
     assert {t: scores[f"precision@{t}"] * 3 for t in thresholds} == pytest.approx(thresholds)
 

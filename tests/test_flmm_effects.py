@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -90,6 +91,7 @@ def test_every_option_of_train_has_its_effect(world, tmp_path):
             "--cache-attention": Effect(world.folder / "another-cache", "text"),
             "--init-head": Effect(world.head, "weights"),
             "--targets": Effect("original", "weights"),
+            "--skip-bad": "what is left out: test_what_cannot_be_read_is_left_out_and_counted",
             "--eval-every": [
                 Effect(1, ("log", "same weights")),
                 Effect(1, "refused", given=["--set", "data.val=null"]),
@@ -97,6 +99,31 @@ def test_every_option_of_train_has_its_effect(world, tmp_path):
         },
         tmp_path,
     )
+
+
+def test_what_cannot_be_read_is_left_out_and_counted(world, tmp_path, capsys):
+    data = shutil.copytree(world.folder / "data", tmp_path / "data")
+    config = read_config(world.folder / "config.yaml")
+    names = {split: build_dataset(config, split, data).record(0)["file_name"] for split in ("train", "test")}
+    for name in names.values():  # found only when the picture is decoded
+        (data / "png/images" / name).write_bytes(b"no picture")
+    captions = json.loads((data / "png/png_coco_train.json").read_text())
+    captions[1]["segments"][1]["segment_ids"] = ["987"]  # found at once
+    (data / "png/png_coco_train.json").write_text(json.dumps(captions))
+    options = ["--config", world.folder / "config.yaml", "--data", data]
+    with pytest.raises(UserError, match="segment 987 .* is not in segments_info"):
+        train(world.folder, ["--max-steps", 1], tmp_path / "run", options)
+    train(world.folder, ["--max-steps", 2, "--skip-bad"], tmp_path / "run", options)
+    told = capsys.readouterr()
+    assert "1 bad items were left out, the first:" in told.err and f"{names['train']}: not a" in told.err
+    words = [*options, "--split", "test", "--head", world.head, "--out", tmp_path / "test"]
+    with pytest.raises(UserError, match=f"{names['test']}: not a readable picture"):
+        flmm.test.main(flmm.test.parse_args([str(word) for word in words]))
+    words += ["--skip-bad", "--overwrite"]
+    flmm.test.main(flmm.test.parse_args([str(word) for word in words]))
+    files = {row["file"] for row in json.loads((tmp_path / "test/masks.json").read_text())}
+    assert len(files) == 2 and names["test"] not in files
+    assert json.loads((tmp_path / "test/results.json").read_text())["skipped"] == 1
 
 
 @pytest.mark.slow

@@ -240,7 +240,7 @@ def check_metrics(path):
     ]
     scores = metrics.referring_scores(*(np.concatenate([p[i] for p in parts]) for i in (0, 1)))
     assert 100 * scores["cIoU"] == pytest.approx(t.out["cIoU"].item(), rel=1e-6)
-    assert 100 * scores["gIoU"] == pytest.approx(t.out["mIoU"].item(), rel=1e-6)
+    assert 100 * scores["mIoU"] == pytest.approx(t.out["mIoU"].item(), rel=1e-6)
 
 
 def check_lr_schedule(path):

@@ -5,15 +5,17 @@ PhraseDataset reads folders with images/, masks/<id>.png (pixel = segment id) an
 segment_ids}]}].
 """
 
+import json
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
 from torch.utils.data import ConcatDataset, Dataset
 
 from common.errors import UserError
-from common.files import inside, read_json
+from common.files import check, inside, read_json, reading
+from flmm.data.polygons import polygon
 from flmm.data.samples import caption_of_phrases
+from flmm.data.skip import Bad
 from flmm.data.transforms import load_image, load_segments
 
 PHRASES = {
@@ -36,32 +38,39 @@ class PhraseDataset(Dataset):
     limit: only the first so many pictures that have phrases. captions: at most so many captions of each.
     """
 
-    def __init__(self, folder, build=None, limit=None, captions=None):
-        self.folder, self.build = Path(folder), build
+    def __init__(self, folder, build=None, limit=None, captions=None, bad=None):
+        self.folder, self.build, self.bad = Path(folder), build, bad or Bad()
         source = self.folder / "annotations.json"
         self.items = []
         for image in read_json(source, PHRASES)["images"]:
             if limit is not None and len({i["id"] for i, _, _ in self.items}) == limit:
                 break
-            known, texts = {s["id"] for s in image["segments"]}, image.get("captions") or []
-            for p in image["phrases"]:
-                where = f"{source}: image {image['id']}: phrase {p['text']!r}"
-                if not p["segment_ids"] or not known.issuperset(p["segment_ids"]):
-                    raise UserError(f"{where} has unknown segments")
-                if p["caption"] >= 0 and not (p["caption"] < len(texts) and len(p.get("span") or []) == 2):
-                    raise UserError(f"{where} needs its caption {p['caption']} and a span [start, end)")
-            for caption in sorted({p["caption"] for p in image["phrases"]})[:captions]:
-                phrases = [p for p in image["phrases"] if p["caption"] == caption]
-                if caption >= 0:
-                    phrases.sort(key=lambda p: p["span"][0])
-                    phrases = [
-                        p
-                        for i, p in enumerate(phrases)
-                        if i == 0 or p["span"][0] >= phrases[i - 1]["span"][1]
-                    ]
-                self.items.append((image, caption, phrases))
+            with self.bad.collect():
+                self.items += self.captions_of(image, source, captions)
         if not self.items:
             raise UserError(f"{source}: no picture has a phrase")
+
+    @staticmethod
+    def captions_of(image, source, captions):
+        """[(picture, caption number, its phrases in order)] of a picture; UserError where its annotation
+        contradicts itself."""
+        known, texts = {s["id"] for s in image["segments"]}, image.get("captions") or []
+        for p in image["phrases"]:
+            where = f"{source}: image {image['id']}: phrase {p['text']!r}"
+            if not p["segment_ids"] or not known.issuperset(p["segment_ids"]):
+                raise UserError(f"{where} has unknown segments")
+            if p["caption"] >= 0 and not (p["caption"] < len(texts) and len(p.get("span") or []) == 2):
+                raise UserError(f"{where} needs its caption {p['caption']} and a span [start, end)")
+        items = []
+        for caption in sorted({p["caption"] for p in image["phrases"]})[:captions]:
+            phrases = [p for p in image["phrases"] if p["caption"] == caption]
+            if caption >= 0:  # of phrases that overlap the first one counts
+                phrases.sort(key=lambda p: p["span"][0])
+                phrases = [
+                    p for i, p in enumerate(phrases) if i == 0 or p["span"][0] >= phrases[i - 1]["span"][1]
+                ]
+            items.append((image, caption, phrases))
+        return items
 
     def __len__(self):
         return len(self.items)
@@ -104,19 +113,42 @@ class PhraseDataset(Dataset):
         return self.build(self.record(index))
 
 
-class ReasonSegDataset(Dataset):
-    """ReasonSeg: <name>.jpg beside <name>.json {"text": [...], "shapes": [{"label", "points"}]}; one record
-    per query.
+def read_reasonseg(path):
+    """Content of a ReasonSeg annotation; where it is not UTF-8 it is cp1252, as in some published files."""
+    try:
+        return read_json(path, REASONSEG)
+    except UserError as error:
+        if "UnicodeDecodeError" not in str(error):
+            raise
+    with reading(path, "JSON file"):
+        content = json.loads(Path(path).read_text(encoding="cp1252"))
+    check(content, REASONSEG, path)
+    return content
 
-    Pixels labelled "ignore" are in record["ignore"] (H, W) bool and count neither as hit nor as miss.
+
+class ReasonSegDataset(Dataset):
+    """ReasonSeg as LISA scores it: <name>.jpg beside <name>.json {"text": [...], "shapes": [{"label",
+    "points"}]}; one record per picture, with its first wording.
+
+    wordings: "first", or "all" for a record per wording. Polygons are painted by falling area, so that of two
+    the smaller wins. Pixels labelled "ignore" are in record["ignore"] (H, W) bool and count neither as hit
+    nor as miss. Pictures are read upright, as cv2.imread reads them there. bad: see PNGDataset.
     """
 
-    def __init__(self, folder, build=None):
-        self.build, self.items = build, []
+    def __init__(self, folder, build=None, wordings="first", bad=None):
+        if wordings not in ("first", "all"):
+            raise UserError(f"wordings is {wordings!r}, expected first or all")
+        self.build, self.items, self.bad = build, [], bad or Bad()
         for path in sorted(Path(folder).glob("*.json")):
-            content = read_json(path, REASONSEG)
-            texts = content["text"]
-            self.items += [(path, content, text) for text in ([texts] if isinstance(texts, str) else texts)]
+            with self.bad.collect():
+                content = read_reasonseg(path)
+                texts = content["text"] if isinstance(content["text"], list) else [content["text"]]
+                if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+                    raise UserError(f"{path}: text is no list of questions; write one at least")
+                if not all(len(p) == 2 for shape in content["shapes"] for p in shape["points"]):
+                    raise UserError(f"{path}: shapes has points that are no pair x, y")
+                texts = texts[:1] if wordings == "first" else texts
+                self.items += [(path, content, text) for text in texts]
         if not self.items:
             raise UserError(f"{folder}: no ReasonSeg annotation (*.json)")
 
@@ -126,18 +158,18 @@ class ReasonSegDataset(Dataset):
     def record(self, index):
         path, content, text = self.items[index]
         image = load_image(path.with_suffix(".jpg"))
-        layers = {"target": Image.new("1", image.size), "ignore": Image.new("1", image.size)}
-        for shape in content["shapes"]:
-            kind = "ignore" if "ignore" in shape["label"].lower() else "target"
-            if "flag" not in shape["label"].lower() and len(shape["points"]) > 2:
-                ImageDraw.Draw(layers[kind]).polygon([tuple(p) for p in shape["points"]], fill=1)
-        ignore = np.array(layers["ignore"])
+        # 1 is the target, 2 is ignored: the order decides where two overlap
+        shapes = [s for s in content["shapes"] if s["label"].lower() != "flag" and s["points"]]
+        drawn = [polygon(s["points"], image.height, image.width) for s in shapes]
+        labels = np.zeros((image.height, image.width), np.uint8)
+        for at in np.argsort([int(mask.sum()) for mask in drawn])[::-1]:
+            labels[drawn[at]] = 2 if "ignore" in shapes[at]["label"].lower() else 1
         return {
             "image": image,
             "pieces": caption_of_phrases([text]),
             "file_name": path.with_suffix(".jpg").name,
-            "masks": (np.asarray(layers["target"]) & ~ignore)[None].astype(np.uint8),
-            "ignore": ignore,
+            "masks": (labels == 1)[None].astype(np.uint8),
+            "ignore": labels == 2,
             "mask_infos": [{"plural": False, "isthing": True, "text": text}],
         }
 

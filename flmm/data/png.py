@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from common.errors import UserError
 from common.files import inside, read_json
+from flmm.data.skip import Bad
 from flmm.data.transforms import load_image, load_segments
 
 CAPTIONS = [
@@ -32,38 +33,52 @@ def key(caption) -> str:
 
 class PNGDataset(Dataset):
     """One record per caption. Captions without any grounded utterance are left out at load: upstream replaces
-    them at random, in evaluation too, so that some pictures count twice."""
+    them at random, in evaluation too, so that some pictures count twice.
 
-    def __init__(self, json_file, panoptic_json_file, panoptic_png_path, image_path, build=None):
+    bad: a flmm.data.skip.Bad that collects faulty captions instead of raising.
+    """
+
+    def __init__(self, json_file, panoptic_json_file, panoptic_png_path, image_path, build=None, bad=None):
+        self.bad = bad or Bad()
         panoptic = read_json(panoptic_json_file, PANOPTIC)
         captions = read_json(json_file, CAPTIONS)
         self.isthing = {c["id"]: bool(c["isthing"]) for c in panoptic["categories"]}
         self.files = {str(image["id"]).zfill(12): image["file_name"] for image in panoptic["images"]}
         self.annotations = {str(a["image_id"]).zfill(12): a for a in panoptic["annotations"]}
-        self.items = [c for c in captions if any(s["segment_ids"] for s in c["segments"])]
+        self.items = []
+        for item in captions:
+            if any(s["segment_ids"] for s in item["segments"]):
+                with self.bad.collect():
+                    self.check_segments(item, json_file, panoptic_json_file)
+                    self.items.append(item)
         if not self.items:
             raise UserError(f"{json_file}: no caption has a grounded phrase (segment_ids)")
-        for item in self.items:
-            self.check_segments(item, json_file, panoptic_json_file)
         self.pngs, self.images, self.build = Path(panoptic_png_path), Path(image_path), build
 
     def __len__(self):
         return len(self.items)
 
     def check_segments(self, item, json_file, panoptic_json_file):
-        """The caption's picture and segments must be annotated, with known categories."""
+        """The caption's picture must be annotated, and a single segment be of a known category.
+
+        Segments of a plural may be missing in segments_info, as some are in the published file: upstream
+        takes the pixels that there are and looks up no category.
+        """
         annotation = self.annotations.get(key(item))
         if annotation is None:
             raise UserError(
                 f"{panoptic_json_file}: no annotation for image {item['image_id']} of {Path(json_file).name}"
             )
         category = {s["id"]: s["category_id"] for s in annotation["segments_info"]}
-        for i in (i for part in item["segments"] for i in part["segment_ids"]):
-            where = f"{panoptic_json_file}: image {item['image_id']}: segment {i} of {Path(json_file).name}"
-            if not str(i).isdecimal() or int(i) not in category:
-                raise UserError(f"{where} is not in segments_info")
-            if category[int(i)] not in self.isthing:
-                raise UserError(f"{where}: category_id {category[int(i)]} is not in categories")
+        for part in item["segments"]:
+            for i in part["segment_ids"]:
+                where = (
+                    f"{panoptic_json_file}: image {item['image_id']}: segment {i} of {Path(json_file).name}"
+                )
+                if not str(i).isdecimal() or not part["plural"] and int(i) not in category:
+                    raise UserError(f"{where} is not in segments_info")
+                if not part["plural"] and category[int(i)] not in self.isthing:
+                    raise UserError(f"{where}: category_id {category[int(i)]} is not in categories")
 
     def record(self, index):
         item = self.items[index]

@@ -1,8 +1,8 @@
-"""RefCOCO, RefCOCO+, RefCOCOg. Upstream: mmdet 3.3.0 RefCocoDataset and RefCOCO2PNG of
+"""RefCOCO, RefCOCO+, RefCOCOg and gRefCOCO. Upstream: mmdet 3.3.0 RefCocoDataset and RefCOCO2PNG of
 flmm/datasets/transforms.py.
 
-Layout: instances.json (COCO) and refs(unc).p or refs(umd).p, a pickle of plain lists and dictionaries; COCO
-train2014.
+Layout: instances.json (COCO); refs(unc).p or refs(umd).p, a pickle of plain lists and dictionaries, or
+gRefCOCO's grefs(unc).json, whose expressions have any number of objects, also none; COCO train2014.
 """
 
 from pathlib import Path
@@ -12,22 +12,47 @@ from torch.utils.data import Dataset
 
 from common.errors import UserError
 from common.files import inside, read_json, read_plain_pickle
-from flmm.data.samples import caption_of_phrases, decode_segmentation
+from flmm.data.samples import caption_of_phrases, decode_segmentation, polygon_parts
+from flmm.data.skip import Bad
 from flmm.data.transforms import load_image
-
-
-def read_refs(path):
-    """List of referring expressions from refs(*).p; nothing in the file runs."""
-    refs = read_plain_pickle(path, "references file")
-    if not isinstance(refs, list) or not all(isinstance(ref, dict) for ref in refs):
-        raise UserError(f"{path}: it does not hold a list of references; take refs(*).p as RefCOCO has it")
-    return refs
-
 
 INSTANCES = {
     "images": [{"id": int, "file_name": str, "height": int, "width": int}],
     "annotations": [{"id": int, "segmentation": (dict, list)}],
 }
+
+
+def plain(value):
+    """Numbers of numpy, which some tools leave in a pickle, as those of Python."""
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(inner) for inner in value]
+    return value.tolist() if isinstance(value, (np.generic, np.ndarray)) else value
+
+
+def read_refs(path):
+    """List of referring expressions from refs(*).p or grefs(*).json; nothing in the file runs."""
+    if Path(path).suffix == ".json":
+        refs = read_json(path)
+    else:
+        refs = plain(read_plain_pickle(path, "references file", arrays=True))
+    if not isinstance(refs, list) or not all(isinstance(ref, dict) for ref in refs):
+        raise UserError(f"{path}: it does not hold a list of references; take refs(*).p as RefCOCO has it")
+    return refs
+
+
+def annotation_ids(ref) -> tuple:
+    """Annotations of a reference's objects: RefCOCO has one, gRefCOCO a list; [-1], -1, [] and None are
+    none."""
+    ids = ref["ann_id"]
+    ids = ids if isinstance(ids, list) else [ids]
+    if ref.get("no_target"):
+        ids = []
+    ids = [i for i in ids if i not in (-1, None)]
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        raise TypeError(f"ann_id is {ref['ann_id']!r}, expected a whole number or a list of them")
+    return tuple(ids)
 
 
 class RefCOCODataset(Dataset):
@@ -36,7 +61,9 @@ class RefCOCODataset(Dataset):
     text_mode: "random" (training: one expression per object, drawn anew every epoch from seed, epoch and
     index; upstream drew once at load), "select_first" (evaluation), "original" (every expression, its mask
     repeated), "concat" (expressions of an object joined without separator, as upstream does). one_per_object:
-    each object its own record. With "original" that is the standard per-sentence protocol.
+    each object its own record; with "original" that is the standard per-sentence protocol. Of references to
+    one annotation mmdet keeps the last, and so do all modes but the per-sentence protocol, which counts all.
+    bad: a flmm.data.skip.Bad that collects faulty references instead of raising.
     """
 
     def __init__(
@@ -49,31 +76,18 @@ class RefCOCODataset(Dataset):
         one_per_object=False,
         seed=0,
         build=None,
+        bad=None,
     ):
+        if text_mode not in ("random", "select_first", "original", "concat"):
+            raise UserError(f"text_mode is {text_mode!r}, expected random, select_first, original or concat")
         instances, refs = read_json(ann_file, INSTANCES), read_refs(split_file)
         self.text_mode, self.seed, self.epoch, self.build = text_mode, seed, 0, build
-        self.images_path, self.ann_file = Path(image_path), ann_file
-        try:
-            self.images = {i["id"]: i for i in instances["images"]}
-            self.annotations = {a["id"]: a for a in instances["annotations"]}
-            groups = {}
-            for ref in refs:
-                if ref["split"] == split:
-                    texts = [s["raw"].lower() for s in ref["sentences"]]
-                    groups.setdefault(ref["image_id"], []).append((ref["ann_id"], texts))
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{ann_file} or {split_file}: field {error} is missing") from error
-        if not groups:
-            raise UserError(
-                f"{split_file}: no references of split {split!r}; it has "
-                f"{sorted({r.get('split') for r in refs})}"
-            )
-        for image_id, objects in groups.items():
-            lost = [ann for ann, _ in objects if ann not in self.annotations]
-            if image_id not in self.images or lost:
-                raise UserError(
-                    f"{ann_file}: image {image_id} or annotation {lost[:1]} of {split_file} is missing"
-                )
+        self.images_path, self.ann_file, self.split_file = Path(image_path), ann_file, split_file
+        self.bad, self.dropped_parts = bad or Bad(), 0
+        self.images = {i["id"]: i for i in instances["images"]}
+        self.annotations = {a["id"]: a for a in instances["annotations"]}
+        sentences = text_mode == "original" and one_per_object
+        groups = self.group(refs, split, keep_all=sentences)
         if text_mode == "original":
             groups = {
                 i: [(ann, [text]) for ann, texts in objects for text in texts]
@@ -81,9 +95,59 @@ class RefCOCODataset(Dataset):
             }
         if text_mode == "concat":
             groups = {i: [(ann, ["".join(texts)]) for ann, texts in objects] for i, objects in groups.items()}
-        self.items = list(groups.items())  # (image id, [(annotation id, [expression])])
+        self.items = list(groups.items())  # (image id, [(annotation ids, [expression])])
         if one_per_object:
             self.items = [(i, [one]) for i, objects in self.items for one in objects]
+
+    def group(self, refs, split, keep_all):
+        """{image id: [(annotation ids, texts)]} of the references of `split`, in the order of the file.
+
+        keep_all: references to the same objects stay apart; else the last takes the place of the first.
+        """
+        groups, seen, splits = {}, {}, set()
+        for number, ref in enumerate(refs):
+            with self.bad.collect(f"{self.split_file}: reference {ref.get('ref_id', number)}"):
+                splits.add(str(ref.get("split")))
+                if ref["split"] != split:
+                    continue
+                ids, texts, image = self.checked(ref)
+                objects = groups.setdefault(image, [])
+                if ids in seen and ids and not keep_all:
+                    objects = groups[seen[ids][0]]
+                    objects[seen[ids][1]] = (ids, texts)
+                    continue
+                seen[ids] = image, len(objects)
+                objects.append((ids, texts))
+        groups = {image: objects for image, objects in groups.items() if objects}
+        if not groups:
+            raise UserError(
+                f"{self.split_file}: no references of split {split!r}; it has {', '.join(sorted(splits))}"
+            )
+        return groups
+
+    def checked(self, ref):
+        """(annotation ids, texts, image id) of a reference; whatever is wrong with it is raised here."""
+        try:
+            ids, image = annotation_ids(ref), ref["image_id"]
+            texts = [s["raw" if "raw" in s else "sent"].lower() for s in ref["sentences"]]
+        except KeyError as error:
+            raise UserError(f"field {error} is missing") from error
+        except (TypeError, AttributeError) as error:
+            raise UserError(f"not as RefCOCO has it ({error})") from error
+        if not any(text.strip() for text in texts):
+            raise UserError("it has no sentence; leave it out")
+        texts = [text for text in texts if text.strip()]
+        info = self.images.get(image) if isinstance(image, int) else None
+        if info is None:
+            raise UserError(f"image {image!r} is not in {self.ann_file}")
+        for i in ids:
+            if i not in self.annotations:
+                raise UserError(f"annotation {i} is not in {self.ann_file}")
+            segmentation = self.annotations[i]["segmentation"]
+            if isinstance(segmentation, list):
+                kept = polygon_parts(segmentation, f"{self.ann_file}: annotation {i}")
+                self.dropped_parts += len(segmentation) - len(kept)
+        return ids, texts, image
 
     def set_epoch(self, epoch):
         self.epoch = epoch
@@ -99,25 +163,28 @@ class RefCOCODataset(Dataset):
         rng = np.random.default_rng((self.seed, self.epoch, index))
         return [texts[rng.integers(len(texts))] for _, texts in objects]
 
+    def mask(self, ids, height, width):
+        """(height, width) uint8: the objects `ids` together; all zero without any."""
+        mask = np.zeros((height, width), np.uint8)
+        for i in ids:
+            where = f"{self.ann_file}: annotation {i}"
+            mask |= decode_segmentation(self.annotations[i]["segmentation"], height, width, where)
+        return mask
+
     def record(self, index):
         image_id, objects = self.items[index]
         info = self.images[image_id]
         height, width = info["height"], info["width"]
-        masks = np.stack(
-            [
-                decode_segmentation(
-                    self.annotations[ann]["segmentation"], height, width, f"{self.ann_file}: annotation {ann}"
-                )
-                for ann, _ in objects
-            ]
-        )
         phrases = self.phrases(index)
         return {
             "image": load_image(inside(self.images_path, info["file_name"]), (width, height)),
-            "masks": masks,
+            "masks": np.stack([self.mask(ids, height, width) for ids, _ in objects]),
             "pieces": caption_of_phrases(phrases),
             "file_name": info["file_name"],
-            "mask_infos": [{"plural": False, "isthing": True, "text": text} for text in phrases],
+            "mask_infos": [
+                {"plural": len(ids) > 1, "isthing": True, "text": text, "no_target": not ids}
+                for (ids, _), text in zip(objects, phrases)
+            ],
         }
 
     def __getitem__(self, index):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from common.errors import UserError
+from flmm.data.text import encode_text
 
 
 def caption_of_phrases(phrases):
@@ -39,7 +40,7 @@ class SampleBuilder:
         """pieces [(text, k)] -> input_ids, mask_ids, labels (S,); labels are -100 on the prompt."""
         input_ids, mask_ids = list(self.prompt_ids), [-1] * len(self.prompt_ids)
         for text, k in pieces:
-            ids = self.tokenizer(text, add_special_tokens=False).input_ids
+            ids = encode_text(self.tokenizer, text)
             if k >= 0 and not (text.strip() and ids):
                 raise UserError(f"{source}: phrase {k} ({text!r}) has no token; leave out empty phrases")
             input_ids += ids
@@ -84,34 +85,72 @@ class SampleBuilder:
         return sample
 
 
-def decode_segmentation(segmentation, height, width, source):
-    """COCO polygons, compressed or uncompressed RLE -> (height, width) uint8. UserError names `source` if it
-    is none."""
+def polygon_parts(parts, source):
+    """The parts of a COCO polygon that have an area: three corners or more. UserError where none is left, or
+    a part is no list of x, y pairs."""
+    for part in parts:
+        numbers = isinstance(part, list) and all(isinstance(v, (int, float)) for v in part)
+        if not numbers or len(part) % 2 or not np.isfinite(part).all():
+            raise UserError(f"{source}: a polygon is no list of x, y pairs: {str(part)[:60]}")
+    kept = [part for part in parts if len(part) >= 6]
+    if not kept:
+        raise UserError(f"{source}: no polygon has three corners; leave the annotation out")
+    return kept
+
+
+def rle_counts(text: bytes) -> list[int]:
+    """Run lengths of a compressed COCO RLE: five bits a letter, each run from the third on relative to the
+    last but one. IndexError where the text ends in the middle of a number."""
+    counts, at = [], 0
+    while at < len(text):
+        value, shift, more = 0, 0, True
+        while more:
+            letter = text[at] - 48
+            value |= (letter & 31) << shift
+            shift, at, more = shift + 5, at + 1, letter & 32
+        if letter & 16:
+            value -= 1 << shift
+        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+    return counts
+
+
+def to_rle(segmentation, height, width, source):
+    """COCO polygons, compressed or uncompressed RLE -> compressed RLE of a picture of width x height pixels.
+
+    UserError names `source` where it is none, is of another size, or has runs that do not fill the picture:
+    pycocotools would decode those into memory that nothing has written.
+    """
     from pycocotools import mask as coco
 
+    if isinstance(segmentation, list):
+        return coco.merge(coco.frPyObjects(polygon_parts(segmentation, source), height, width))
+    if not isinstance(segmentation, dict) or not {"size", "counts"} <= segmentation.keys():
+        raise UserError(f"{source}: segmentation is neither polygons nor an RLE with size and counts")
+    size, counts = segmentation["size"], segmentation["counts"]
     try:
-        if isinstance(segmentation, list):
-            rle = coco.merge(coco.frPyObjects(segmentation, height, width))
-        elif isinstance(segmentation["counts"], list):
-            rle = coco.frPyObjects(segmentation, height, width)
-        else:
-            rle = {
-                "size": segmentation["size"],
-                "counts": segmentation["counts"].encode()
-                if isinstance(segmentation["counts"], str)
-                else segmentation["counts"],
-            }
-        mask = coco.decode(rle)
-    except Exception as error:  # pycocotools raises bare Exception on some inputs
+        if isinstance(counts, str):
+            counts = counts.encode("ascii")
+        runs = rle_counts(counts) if isinstance(counts, bytes) else [int(c) for c in counts if c == int(c)]
+        h, w = map(int, size)
+    except (TypeError, ValueError, IndexError) as error:
+        raise UserError(f"{source}: segmentation does not decode ({type(error).__name__}: {error})") from None
+    if (h, w) != (height, width):
+        raise UserError(f"{source}: segmentation is {w} x {h} pixels, the picture {width} x {height}")
+    if len(runs) != len(counts) and not isinstance(counts, bytes) or min(runs, default=0) < 0:
+        raise UserError(f"{source}: segmentation does not decode (a run is no whole number from 0 on)")
+    if sum(runs) != height * width:
         raise UserError(
-            f"{source}: segmentation does not decode ({type(error).__name__}: {error})"
-        ) from error
-    if mask.shape != (height, width):
-        raise UserError(
-            f"{source}: segmentation is {mask.shape[1]} x {mask.shape[0]} pixels, the picture {width} x "
-            f"{height}"
+            f"{source}: segmentation does not decode (its runs have {sum(runs)} pixels, the picture "
+            f"{height * width})"
         )
-    return mask
+    return coco.frPyObjects({"size": [h, w], "counts": runs}, h, w)
+
+
+def decode_segmentation(segmentation, height, width, source):
+    """`to_rle` as a mask (height, width) uint8."""
+    from pycocotools import mask as coco
+
+    return coco.decode(to_rle(segmentation, height, width, source))
 
 
 def encode_rle(mask):

@@ -20,17 +20,19 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 
 
 def load_image(path, size=None):
-    """Read any picture as upright RGB. size: (width, height) of the annotation, for pictures annotated before
-    rotation.
+    """Read any picture as RGB. size: (width, height) of its annotation, for training and scoring.
 
-    Grey, palette, CMYK and 16-bit pictures are converted, transparency is laid on white.
+    Without `size` a picture is turned upright by its EXIF tag. With it the pixels stay as they are stored, as
+    upstream reads them, since masks and polygons lie on those; only if the annotation's sides are those of
+    the upright picture and not of the stored one, it is turned. Grey, palette, CMYK and 16-bit pictures are
+    converted, transparency is laid on white.
     """
     with reading(path, "picture"):
-        stored = Image.open(path)
-        stored.load()
-    image = ImageOps.exif_transpose(stored)
-    if size is not None and image.size != tuple(size) and stored.size == tuple(size):
-        image = stored
+        image = Image.open(path)
+        image.load()
+    upright = ImageOps.exif_transpose(image)
+    if size is None or image.size != tuple(size) and upright.size == tuple(size):
+        image = upright
     return to_rgb(image)
 
 
@@ -135,6 +137,15 @@ class DeepseekImageProcessor(LlavaImageProcessor):
         return out
 
 
+def fine_grid(canvas, patch, image_size):
+    """(rows, columns) of patches that are left of a canvas (height, width) when the padding around a picture
+    of image_size (height, width) is cut off, by the installed model's own rounding."""
+    from transformers.models.llava_next.modeling_llava_next import unpad_image
+
+    tiles = torch.empty(1, canvas[0] // patch, canvas[1] // patch)
+    return tuple(unpad_image(tiles, tuple(image_size)).shape[1:])
+
+
 class LlavaNextImageProcessor:
     """transformers' own anyres processor, plus where the picture lies on the tiled canvas."""
 
@@ -144,10 +155,11 @@ class LlavaNextImageProcessor:
         pinpoints=((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)),
         mean=CLIP_MEAN,
         std=CLIP_STD,
+        patch=14,
     ):
         from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-        self.size, self.pinpoints = size, [list(p) for p in pinpoints]
+        self.size, self.pinpoints, self.patch = size, [list(p) for p in pinpoints], patch
         self.processor = LlavaNextImageProcessorPil(
             size={"shortest_edge": size},
             crop_size={"height": size, "width": size},
@@ -159,8 +171,13 @@ class LlavaNextImageProcessor:
     def __call__(self, image):
         from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
 
-        out = self.processor(image, return_tensors="pt")
         canvas = select_best_resolution((image.height, image.width), self.pinpoints)
+        if 0 in fine_grid(canvas, self.patch, (image.height, image.width)):
+            raise UserError(
+                f"picture of {image.width} x {image.height} pixels: so thin that not one row of the model's "
+                "patches is left of it; crop it"
+            )
+        out = self.processor(image, return_tensors="pt")
         h, w = get_patch_output_size(
             np.empty((image.height, image.width, 3), np.uint8), canvas, input_data_format="channels_last"
         )

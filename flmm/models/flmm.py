@@ -16,6 +16,10 @@ from flmm.losses import mask_losses
 from flmm.models.mask_head.mask_decoder import UNetHead
 from flmm.models.mask_head.mask_refiner import SAMWrapper, original_keys, to_transformers_key
 
+# what the trained part of SAM is called in a head's file, and the buffer among it that is not trained
+SAM_PARTS = ("text_proj.", "text_layer_weights", "sam.model.prompt_encoder.", "sam.model.mask_decoder.")
+BUFFERS = ("sam.model.prompt_encoder.pe_layer.positional_encoding_gaussian_matrix",)
+
 
 def extract(base, sam_encoder, samples):
     """Frozen features of a list of samples, one dict each, all that `FLMM.forward` needs.
@@ -129,13 +133,23 @@ class FLMM(nn.Module):
         }
 
     def load_upstream(self, tensors, source="head"):
-        """Load a published or own head: {upstream key: tensor}; extra keys are ignored and counted, missing
-        ones refused.
+        """Load a published or own head: {upstream key: tensor}. Keys of other parts (the base, SAM's image
+        encoder) are ignored and counted; missing ones, and keys of the mask head or of SAM's decoder that
+        this model does not have, are refused.
 
-        Raises UserError that lists what is missing, or names the key whose shape differs (a head of another
-        base). Returns one line on what was loaded.
+        Raises UserError that lists them, or names the key whose shape differs (a head of another base).
+        Returns one line on what was loaded.
         """
         parameters, names = dict(self.named_parameters()), self.upstream_names()
+        own = ("mask_head.", *(SAM_PARTS if self.sam is not None else ()))
+        left = {k for k in set(tensors) - set(names.values()) if k.startswith(own) and k not in BUFFERS}
+        if left:
+            shown = ", ".join(sorted(left)[:4]) + (f" and {len(left) - 4} more" if len(left) > 4 else "")
+            raise UserError(
+                f"{source}: {len(left)} tensors have no place in this model: {shown}; the head has another "
+                "shape, so set unet.* (num_stages, enc_num_convs, dec_num_convs) and sam.path as it was "
+                "trained"
+            )
         if missing := sorted(set(names.values()) - set(tensors)):
             shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
             raise UserError(f"{source}: {len(missing)} of {len(names)} keys are missing: {shown}")
@@ -150,7 +164,7 @@ class FLMM(nn.Module):
             for ours, theirs in names.items():
                 parameters[ours].copy_(tensors[theirs])
         if self.sam is not None:  # heads that carry the position buffer bring the one they were trained with
-            key = "sam.model.prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
+            [key] = BUFFERS
             if key in tensors:
                 target = dict(self.named_parameters())[
                     "sam." + to_transformers_key(key.removeprefix("sam.model."))

@@ -20,6 +20,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 from common.errors import UserError
 from common.files import reading
+from flmm.data.text import encode_parts
 from flmm.models.attention_rows import NAME, AttentionRows, merge_rows
 
 TEMPLATES = {  # INSTRUCTION only: upstream never adds the system text, nor a newline before the answer
@@ -169,10 +170,16 @@ class FrozenBase:
     # ---- inputs
 
     def encode_prompt(self, text=None):
-        """Token ids of the instruction with one image token. text: the user's words, default the training
-        question."""
-        user = self.image_text + (self.question if text is None else text)
-        ids = self.tokenizer(TEMPLATES[self.template].format(input=user)).input_ids
+        """Token ids of the instruction with one image token for each picture.
+
+        text: the user's words, default the training question; a list of them has a picture before each.
+        """
+        before, after = TEMPLATES[self.template].split("{input}")
+        texts = [self.question] if text is None else [text] if isinstance(text, str) else text
+        parts = [(before, False)]
+        for words in texts:
+            parts += [(self.image_text, False), (words, True)]
+        ids = encode_parts(self.tokenizer, [*parts, (after, False)])
         if ids.count(self.image_token_id) < 1:
             raise UserError(
                 f"the tokenizer does not know the image token of {self.image_text!r} (id "

@@ -6,9 +6,8 @@ every row.
 
 import torch
 import torch.nn.functional as F
-from transformers.models.llava_next.modeling_llava_next import unpad_image
 
-from flmm.data.transforms import CLIP_MEAN, CLIP_STD, LlavaNextImageProcessor
+from flmm.data.transforms import CLIP_MEAN, CLIP_STD, LlavaNextImageProcessor, fine_grid
 from flmm.models.frozen_base import FrozenBase
 from flmm.models.frozen_llava import positions
 
@@ -26,16 +25,15 @@ class FrozenLlavaNext(FrozenBase):
             config.image_grid_pinpoints,
             preprocessing.get("image_mean", CLIP_MEAN),
             preprocessing.get("image_std", CLIP_STD),
+            config.vision_config.patch_size,
         )
 
     def grid(self, sample):
-        """((coarse rows, columns), (fine rows, columns)); the fine one by the installed model's own
-        rounding."""
-        vision = self.model.config.vision_config
+        """((coarse rows, columns), (fine rows, columns))."""
+        vision, canvas = self.model.config.vision_config, sample["meta_data"]["padded_shape"]
         side = vision.image_size // vision.patch_size
-        canvas = sample["meta_data"]["padded_shape"]
-        tiles = torch.empty(1, canvas["height"] // vision.patch_size, canvas["width"] // vision.patch_size)
-        return (side, side), tuple(unpad_image(tiles, tuple(sample["image_sizes"])).shape[1:])
+        fine = fine_grid((canvas["height"], canvas["width"]), vision.patch_size, sample["image_sizes"])
+        return (side, side), fine
 
     def image_tokens(self, sample):
         (ch, cw), (fh, fw) = self.grid(sample)

@@ -38,6 +38,7 @@ from common.train import (
 from flmm.build import add_config_arguments, build_base, build_dataset, read_config
 from flmm.conversation import KeywordSelector, noun_phrases
 from flmm.data.samples import SampleBuilder
+from flmm.data.text import encode_text
 
 
 def parse_args(argv=None):
@@ -71,7 +72,7 @@ def caption_states(base, record):
     phrases = noun_phrases(" ".join(text.strip() for text, _ in record["pieces"]))
     nouns, at = torch.zeros_like(wanted), 0
     for text, _ in record["pieces"]:
-        length = len(base.tokenizer(text, add_special_tokens=False).input_ids)
+        length = len(encode_text(base.tokenizer, text))
         nouns[at : at + length] = any(text.strip() and text.strip() in phrase for phrase in phrases)
         at += length
     return {"hidden_states": hidden_states, "wanted": wanted, "nouns": nouns, "name": record["file_name"]}

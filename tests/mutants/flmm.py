@@ -126,8 +126,8 @@ MUTANTS = [
     ),
     Mutant(
         "flmm/test.py",
-        'choose_raw_map(base, build_dataset(config, "train", args.data, builder), accelerator)',
-        "choose_raw_map(base, dataset, accelerator)",
+        'fitting = build_dataset(config, "train", args.data, **options) if args.controls else None',
+        "fitting = dataset if args.controls else None",
         f"{EFFECTS}::test_scores_are_of_the_asked_split_and_the_raw_map_is_chosen_without_it",
         "the raw-map control is chosen on the test pictures",
     ),

@@ -26,6 +26,7 @@ from common.errors import UserError, run
 from common.files import inside, read_json
 from flmm.build import add_config_arguments, read_config
 from flmm.conversation import Grounder
+from flmm.data.text import encode_text
 from flmm.data.transforms import load_image
 
 RELEVANT = "First think which object in this image is most relevant to the question."
@@ -63,7 +64,7 @@ def answer(grounder, images, text, started="", max_new_tokens=32):
     base = grounder.base
     ids = base.encode_prompt(text)
     if started:
-        ids = ids + base.tokenizer(started, add_special_tokens=False).input_ids
+        ids = ids + encode_text(base.tokenizer, started)
     samples = [{"image": i, **base.image_processor(i)} for i in images]
     parts, k = [], 0
     for token in ids:  # every picture's token becomes as many as that picture has features
@@ -188,11 +189,10 @@ def chain_of_thought(
             base, sample, kept["embeds"][span], kept["positions"][..., span], box, f"{question} {SHORT}"
         )
         return {"answer": reply, "box": box, "thought": thought}
-    text = (
-        f"This is the whole image. {base.image_text}This is the image region that might help you answer the "
-        "question: "
-        f"{question} {SHORT}"
-    )
+    text = [
+        "This is the whole image. ",
+        f"This is the image region that might help you answer the question: {question} {SHORT}",
+    ]
     return {"answer": answer(grounder, [image, image.crop(box)], text), "box": box, "thought": thought}
 
 
