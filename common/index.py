@@ -1,0 +1,140 @@
+"""What a data set holds: found in one pass over its folders, and remembered for the next start.
+
+    files = scan([folder], (".npz", ".csv"))                 # one pass, whatever the number of files
+    arrays = remember(make, files, about={"rate": 250}, cache=cache)   # make() once, then read back
+    for result in in_parallel(read, [file.path for file in files], workers=2): ...
+
+A file is known by its whole path, its size and the time of its last change.
+"""
+
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from common.checkpoint import atomic_path
+from common.errors import UserError
+from common.run import progress
+
+
+class File(NamedTuple):
+    """path: absolute. name: relative to the folder that was searched, with slashes. size in bytes, changed in
+    nanoseconds."""
+
+    path: str
+    name: str
+    size: int
+    changed: int
+
+
+def scan(sources, suffixes, option: str = "--data") -> list[File]:
+    """The files of `sources` (files, and folders searched downwards) whose lower-case names end in one of
+    `suffixes`, sorted by path; hidden files and folders are passed over.
+
+    Each folder is listed once and each file is looked at once. Links are followed, after everything that is
+    no link, so that a file has the same name whatever the order of the disk. UserError naming `option` for a
+    source that is not there or holds nothing.
+    """
+    suffixes, found, seen, links = tuple(suffixes), [], set(), []
+
+    def search(folder: str, root: str):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:
+            return
+        seen.add((status.st_dev, status.st_ino))
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    search(entry.path, root)
+                elif entry.is_dir():
+                    links.append((entry.path, root))
+                elif entry.name.lower().endswith(suffixes) and entry.is_file():
+                    status = entry.stat()
+                    name = os.path.relpath(entry.path, root) if folder != root else entry.name
+                    found.append(File(entry.path, name, status.st_size, status.st_mtime_ns))
+
+    for source in map(os.path.abspath, sources):
+        if os.path.isdir(source):
+            search(source, source)
+        elif os.path.isfile(source):
+            status = os.stat(source)
+            found.append(File(source, os.path.basename(source), status.st_size, status.st_mtime_ns))
+        else:
+            raise UserError(f"{source}: no such file or folder; check {option}")
+    while links:
+        links.sort(reverse=True)
+        search(*links.pop())
+    if not found:
+        raise UserError(
+            f"{', '.join(map(str, sources))}: holds no file of {', '.join(suffixes)}; check {option}"
+        )
+    return sorted(set(found))
+
+
+def fingerprint(files, about) -> str:
+    """A name for `files` and `about` (anything JSON-able): another one as soon as a file or a setting
+    changes."""
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
+    for file in files:
+        digest.update(f"{file.path}\0{file.size}\0{file.changed}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()[:24]
+
+
+def remember(make, files, about, cache) -> dict[str, np.ndarray]:
+    """The arrays that make() returns by name, kept in cache/<fingerprint>.npz until a file or `about`
+    changes.
+
+    Several processes that start together wait for the one that makes them.
+    """
+    path = Path(cache) / f"{fingerprint(files, about)}.npz"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with only_one(path):
+        if not path.is_file():
+            arrays = make()
+            with atomic_path(path) as temporary, open(temporary, "wb") as file:
+                np.savez(file, **arrays)
+        with np.load(path, allow_pickle=False) as arrays:
+            return dict(arrays)
+
+
+class only_one:
+    """`with only_one(path):` lets one process of this machine at a time into the block for `path`."""
+
+    def __init__(self, path):
+        self.path = Path(path).with_suffix(".lock")
+
+    def __enter__(self):
+        self.file = open(self.path, "w")
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks: each process makes its own, and the last one stays
+            pass
+
+    def __exit__(self, *error):
+        self.file.close()
+
+
+def in_parallel(function, items, workers: int = 0, desc: str = "reading"):
+    """Yield function(item) for all items in their order, computed by `workers` processes (0: here).
+
+    function: at the top level of a module, so that another process can import it. What it raises is raised
+    here.
+    """
+    items = list(items)
+    if workers < 2 or len(items) < 64:
+        yield from progress(map(function, items), total=len(items), desc=desc, unit="file")
+        return
+    # fresh processes: a fork of a process with threads may hang
+    context = multiprocessing.get_context("forkserver")
+    chunk = max(1, min(64, len(items) // (4 * workers)))
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        results = pool.map(function, items, chunksize=chunk)
+        yield from progress(results, total=len(items), desc=desc, unit="file")

@@ -1,0 +1,101 @@
+"""common/index.py: files are found once, known by their whole names, and read again only after a change."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common.errors import UserError
+from common.index import fingerprint, in_parallel, remember, scan
+
+
+@pytest.fixture
+def tree(tmp_path):
+    for name in ("b/rec_1.npz", "a/rec_1.npz", "a/deep/er/x.NPZ", "a/note.txt", ".git/y.npz", "a/.z.npz"):
+        path = tmp_path / "data" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(name.encode())
+    return tmp_path / "data"
+
+
+def test_files_of_equal_names_are_told_apart_by_their_folders(tree):
+    long = "病人" * 40 + ".npz"
+    (tree / "a" / long).write_bytes(b"")
+    assert [f.name for f in scan([tree], (".npz",))] == [
+        "a/deep/er/x.NPZ",
+        "a/rec_1.npz",
+        f"a/{long}",
+        "b/rec_1.npz",
+    ]
+
+
+def test_links_are_followed_and_circles_end(tree, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk/c.npz").write_bytes(b"c")
+    (tree / "linked").symlink_to(tmp_path / "disk")
+    (tree / "a/one.npz").symlink_to(tmp_path / "disk/c.npz")
+    (tree / "a/again").symlink_to(tree)
+    (tree / "a/aside").symlink_to(tree / "b")
+    (tree / "a/broken.npz").symlink_to(tmp_path / "nowhere")
+    names = [f.name for f in scan([tree], (".npz",))]
+    assert names == ["a/deep/er/x.NPZ", "a/one.npz", "a/rec_1.npz", "b/rec_1.npz", "linked/c.npz"]
+
+
+def test_a_source_that_is_absent_or_empty_is_one_line(tree, tmp_path):
+    with pytest.raises(UserError, match="nowhere: no such file or folder; check --val"):
+        scan([tmp_path / "nowhere"], (".npz",), "--val")
+    with pytest.raises(UserError, match="holds no file of .edf"):
+        scan([tree], (".edf",))
+
+
+def test_each_folder_is_listed_once(tree, monkeypatch):
+    listed, scandir = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: listed.append(path) or scandir(path))
+    scan([tree, tree / "b"], (".npz",))
+    assert len(listed) == len(set(listed)) == 5
+
+
+def test_what_was_made_is_read_back_until_a_file_or_a_setting_changes(tree, tmp_path):
+    made = []
+
+    def make():
+        made.append(1)
+        return {"length": np.array([3, 4]), "name": np.array(["a", "信号"])}
+
+    def get(rate=250):
+        return remember(make, scan([tree], (".npz",)), {"rate": rate}, tmp_path / "cache")
+
+    first, again = get(), get()
+    assert len(made) == 1 and all((first[key] == again[key]).all() for key in first)
+    get(rate=500)
+    (tree / "a/rec_1.npz").write_bytes(b"longer than it was")
+    get()
+    os.utime(tree / "b/rec_1.npz", ns=(1, 1))
+    get()
+    assert len(made) == 4
+
+
+def test_a_cut_write_is_not_read_back(tree, tmp_path):
+    files = scan([tree], (".npz",))
+
+    def breaks():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        remember(breaks, files, {}, tmp_path / "cache")
+    assert remember(lambda: {"x": np.ones(1)}, files, {}, tmp_path / "cache")["x"] == 1
+
+
+def test_no_two_lists_of_files_share_a_fingerprint(tree):
+    files = scan([tree], (".npz",))
+    names = {fingerprint(part, about) for part in (files, files[:-1], files[1:]) for about in ({}, {"a": 1})}
+    assert len(names) == 6
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_results_come_in_order_and_errors_come_through(workers):
+    items = [f"folder/{i}.npz" for i in range(150)]
+    assert list(in_parallel(os.path.basename, items, workers)) == [f"{i}.npz" for i in range(150)]
+    with pytest.raises(FileNotFoundError):
+        list(in_parallel(os.stat, [Path("nowhere")] * 70, workers))
