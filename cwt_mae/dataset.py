@@ -1,7 +1,7 @@
 """Signals for pre-training: read once from any common format, kept on disk, cut into windows.
 
-    files (WFDB, EDF, npz, npy, csv, HDF5) --read_records--> channels in physical units at their own rate
-    --build_store--> one flat float32 file at the model's rate --PhysioSignalDataset--> windows
+    files --layouts.py--> names and subjects --readers.py--> recordings: channels at their own rates
+    --build_store--> one flat float32 file at the model's rate, cut at gaps --PhysioSignalDataset--> windows
 
 The store is memory-mapped, so memory does not grow with the number or the length of records. Pre-training,
 fine-tuning and inference all read it: one resampling, one band-pass and one normalisation for the three of
@@ -10,360 +10,68 @@ them.
 Upstream file: dataset.py (PhysioSignalDataset). Its pickles are read by convert_pickles.py only.
 """
 
+import bisect
 import fcntl
+import functools
 import hashlib
 import json
+import os
+import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.signal import butter, resample_poly, sosfiltfilt
+from scipy.signal import butter, firwin, resample_poly, sosfiltfilt
 from torch.utils.data import Dataset
 
 # repository root: every way of starting this file finds it
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.checkpoint import atomic_dir
 from common.errors import UserError
-from common.files import reading
 from common.run import progress
+from cwt_mae import readers
+from cwt_mae.layouts import SUFFIXES, find_files, find_recordings, hypnogram_of, tell  # noqa: F401
+from cwt_mae.recording import Recording
+from cwt_mae.tables import read_table
 
 ROOT = Path(__file__).resolve().parents[1]
-SUFFIXES = (".hea", ".edf", ".npz", ".npy", ".csv", ".h5", ".hdf5", ".ts")
-RECORDS = np.dtype(
-    [
-        ("name", "S64"),
-        ("subject", "S64"),
-        ("channel", "S32"),
-        ("source", "S256"),
-        ("fs", "f8"),
-        ("offset", "i8"),
-        ("length", "i8"),
-        ("std", "f4"),
-    ]
-)
-EVENTS = np.dtype(
-    [("record", "i4"), ("seconds", "f8"), ("symbol", "S16"), ("aux", "S16")]
-)  # seconds -1: the whole record
-PREFERRED = (
-    "MLII",
-    "II",
-    "ECG",
-    "PLETH",
-    "PPG",
-)  # --channel auto takes the first of these, else the first channel
-NOT_SIGNALS = ("fs", "gain", "lead", "names", "subject", "units", "label")
-
-
-@dataclass
-class Record:
-    """One recording. channels: {name: float array (L,)}; events: sample index, symbol and aux text, all of
-    one length."""
-
-    name: str
-    source: Path
-    fs: float
-    channels: dict
-    subject: str = ""
-    events: list = field(default_factory=list)
-
-
-def check_rate(fs, source, given=None) -> float:
-    """The sampling rate in Hz: from the file, else `given` (--input-fs); UserError when absent, impossible or
-    contradicted."""
-    if fs is None and given is None:
-        raise UserError(f"{source}: has no field fs; pass the sampling rate in Hz with --input-fs")
-    if fs is not None and given is not None and abs(float(np.asarray(fs).reshape(-1)[0]) / given - 1) > 0.01:
-        raise UserError(
-            f"{source}: field fs is {float(np.asarray(fs).reshape(-1)[0]):g} Hz but --input-fs says "
-            f"{given:g}; "
-            "leave it out or mend the file"
-        )
-    try:
-        rate = float(given if fs is None else np.asarray(fs).reshape(-1)[0])
-    except (ValueError, IndexError):
-        raise UserError(f"{source}: field fs is {fs!r}, expected a number in Hz") from None
-    if not 0.1 <= rate <= 1e6:
-        raise UserError(
-            f"{source}: field fs is {rate:g} Hz, expected 0.1 to 1,000,000; mend the file or pass --input-fs"
-        )
-    return rate
-
-
-def rows_of(array, name, source) -> dict:
-    """{channel name: row} of an array (L,) or (channels, L)."""
-    array = np.asarray(array)
-    if array.ndim not in (1, 2) or array.dtype.kind not in "iuf" or not array.size:
-        raise UserError(
-            f"{source}: field {name} is {array.dtype} {array.shape}, expected numbers (L,) or (channels, L)"
-        )
-    if array.ndim == 2 and array.shape[0] > array.shape[1]:
-        raise UserError(
-            f"{source}: field {name} is {array.shape}, expected (channels, L) with fewer channels than "
-            "samples; transpose it"
-        )
-    return {name: array} if array.ndim == 1 else {f"{name}{i}": row for i, row in enumerate(array)}
-
-
-def read_wfdb(path: Path, fs=None) -> list[Record]:
-    """A WFDB header (.hea) with its signal files and, where there is one, its .atr beat and rhythm
-    annotations."""
-    wfdb = extra("wfdb", path)
-    stem = str(path.with_suffix(""))
-    with reading(path, "WFDB record"):
-        header = wfdb.rdheader(stem)
-        record = wfdb.rdrecord(stem)
-        atr = wfdb.rdann(stem, "atr") if path.with_suffix(".atr").is_file() else None
-    channels = {str(name): record.p_signal[:, i] for i, name in enumerate(record.sig_name)}
-    events = (
-        []
-        if atr is None
-        else list(zip(atr.sample.tolist(), atr.symbol, (a.strip("\x00 ") for a in atr.aux_note)))
-    )
-    return [Record(path.stem, path, check_rate(header.fs, path, fs), channels, events=events)]
-
-
-def read_edf(path: Path, fs=None) -> list[Record]:
-    """An EDF or EDF+ file; channels of another rate than the first are left out and named."""
-    edfio = extra("edfio", path)
-    with reading(path, "EDF file"):
-        edf = edfio.read_edf(path)
-        rate = edf.signals[0].sampling_frequency
-        channels = {s.label: s.data for s in edf.signals if s.sampling_frequency == rate}
-    left_out = [s.label for s in edf.signals if s.sampling_frequency != rate]
-    if left_out:
-        print(f"{path}: channels of another rate left out: {', '.join(left_out)}", file=sys.stderr)
-    code = getattr(edf.patient, "code", "X") if hasattr(edf, "patient") else "X"
-    return [
-        Record(path.stem, path, check_rate(rate, path, fs), channels, subject="" if code == "X" else code)
-    ]
-
-
-def read_npz(path: Path, fs=None) -> list[Record]:
-    """npz: one record (`sig` or one array per channel, `fs`, optional gain, names, subject, ann_*) or a UCR
-    set.
-
-    A UCR set (x_train, y_train and perhaps x_test, y_test or y_test_<name>) gives a record per series, named
-    train-0, test-0 ..., with one event whose symbol is the label and whose aux is the part. Its time axis
-    counts as 1 Hz.
-    """
-    with reading(path, "npz file of plain arrays"), np.load(path) as file:
-        data = {key: file[key] for key in file.files}
-    if "x_train" in data:
-        return ucr_records(path, data)
-    gain = np.asarray(data.get("gain", 1.0))
-    if gain.size != 1 or gain.dtype.kind not in "iuf" or not np.isfinite(gain).all() or not (gain > 0).all():
-        raise UserError(f"{path}: field gain is {gain}, expected one number above 0, units per physical unit")
-    gain = float(gain.reshape(()))
-    if "sig" in data:
-        channels = rows_of(data["sig"], "sig", path)
-        names = [str(n) for n in np.atleast_1d(data["names"] if "names" in data else data.get("lead", "sig"))]
-        channels = {names[i] if i < len(names) else key: row for i, (key, row) in enumerate(channels.items())}
-    else:
-        channels = {}
-        for key, array in data.items():
-            if key not in NOT_SIGNALS and not key.startswith(("ann_", "time")):
-                channels |= rows_of(array, key, path)
-    if not channels:
-        raise UserError(
-            f"{path}: holds no signal (fields: {', '.join(data) or 'none'}); expected sig, or one array per "
-            "channel"
-        )
-    channels = {name: row / np.float32(gain) if gain != 1 else row for name, row in channels.items()}
-    events = []
-    if "ann_sample" in data:
-        lengths = {key: len(data[key]) for key in ("ann_sample", "ann_symbol", "ann_aux") if key in data}
-        if len(set(lengths.values())) > 1 or "ann_symbol" not in data:
-            raise UserError(
-                f"{path}: fields ann_* have lengths {lengths}, expected ann_sample and ann_symbol of one "
-                "length"
-            )
-        if data["ann_sample"].dtype.kind not in "iu" or data["ann_sample"].ndim != 1:
-            raise UserError(
-                f"{path}: field ann_sample is {data['ann_sample'].dtype} {data['ann_sample'].shape}, "
-                "expected whole numbers (beats,)"
-            )
-        aux = data["ann_aux"] if "ann_aux" in data else [""] * len(data["ann_sample"])
-        events = list(zip(data["ann_sample"].tolist(), map(str, data["ann_symbol"]), map(str, aux)))
-    if "label" in data:
-        events.append((-1, str(data["label"]), ""))
-    subject = str(data["subject"]) if "subject" in data else ""
-    return [Record(path.stem, path, check_rate(data.get("fs"), path, fs), channels, subject, events)]
-
-
-def ucr_records(path: Path, data: dict) -> list[Record]:
-    """Records of a UCR set. Where the test labels are of another kind (y_test_abnormal), the same kind is
-    used in training."""
-    records = []
-    kind = next((key[len("y_test") :] for key in data if key.startswith("y_test")), "")
-    for part in ("train", "test"):
-        if f"x_{part}" not in data:
-            continue
-        x, y = data[f"x_{part}"], data.get(f"y_{part}{kind}")
-        if x.ndim != 2 or y is None or len(x) != len(y):
-            raise UserError(
-                f"{path}: fields x_{part} {x.shape} and y_{part}{kind} {getattr(y, 'shape', 'missing')} do "
-                "not belong together"
-            )
-        records += [
-            Record(f"{part}-{i}", path, 1.0, {"x": row}, f"{part}-{i}", [(-1, str(label), part)])
-            for i, (row, label) in enumerate(zip(x, y))
-        ]
-    return records
-
-
-def read_ts(path: Path, fs=None) -> list[Record]:
-    """A UCR/UEA .ts file, univariate: `name_TRAIN.ts` or `name_TEST.ts`; lines `v1,v2,...:label` after
-    @data."""
-    lines, records = path.read_text(errors="replace").splitlines(), []
-    part = "test" if path.stem.upper().endswith("TEST") else "train"
-    start = next((i for i, line in enumerate(lines) if line.strip().lower() == "@data"), None)
-    if start is None:
-        raise UserError(f"{path}: has no @data line; expected the UCR .ts format")
-    for number, line in enumerate(lines[start + 1 :], start + 2):
-        if line.strip():
-            values, _, label = line.strip().rpartition(":")
-            try:
-                row = np.array([float(v) for v in values.split(",")], np.float32)
-            except ValueError:
-                raise UserError(f"{path}: line {number}: not numbers with a label after a colon") from None
-            records.append(
-                Record(
-                    f"{part}-{len(records)}",
-                    path,
-                    1.0,
-                    {"x": row},
-                    f"{part}-{len(records)}",
-                    [(-1, label, part)],
-                )
-            )
-    return records
-
-
-def read_npy(path: Path, fs=None) -> list[Record]:
-    """npy: (L,) or (channels, L), memory-mapped; the rate comes from --input-fs."""
-    with reading(path, "npy file of plain numbers"):
-        array = np.load(path, mmap_mode="r")
-    return [Record(path.stem, path, check_rate(None, path, fs), rows_of(array, "sig", path))]
-
-
-def read_csv(path: Path, fs=None) -> list[Record]:
-    """csv: a header line with channel names, one sample a line; a column time, time_s or time_ms gives the
-    rate."""
-    with open(path, encoding="utf-8-sig", errors="replace") as file:
-        names = [name.strip() for name in file.readline().strip().split(",")]
-    try:
-        [float(name) for name in names]
-        raise UserError(f"{path}: line 1 holds numbers; expected a header line with the channel names")
-    except ValueError:
-        pass
-    try:
-        table = np.genfromtxt(
-            path, delimiter=",", skip_header=1, ndmin=2, dtype=np.float64, encoding="utf-8-sig"
-        )
-    except ValueError as error:
-        raise UserError(
-            f"{path}: lines do not all have {len(names)} columns ({' '.join(str(error).split())[:80]})"
-        ) from error
-    if table.shape[1] != len(names) or not len(table):
-        raise UserError(
-            f"{path}: header names {len(names)} columns, the data have {table.shape[1]} in {len(table)} lines"
-        )
-    columns, rate = dict(zip(names, table.T)), None
-    for name, unit in (("time", 1.0), ("time_s", 1.0), ("time_ms", 1e-3)):
-        if name in columns:
-            steps = np.diff(columns.pop(name)) * unit
-            if not len(steps) or not (
-                np.isfinite(steps).all() and steps.min() > 0 and np.ptp(steps) < 0.5 * steps.mean()
-            ):
-                raise UserError(
-                    f"{path}: column {name} does not rise evenly; resample it or drop the column and pass "
-                    "--input-fs"
-                )
-            rate = 1 / steps.mean()
-    if not columns:
-        raise UserError(f"{path}: holds a time column but no channel")
-    return [Record(path.stem, path, check_rate(rate, path, fs), columns)]
-
-
-def read_hdf5(path: Path, fs=None) -> list[Record]:
-    """HDF5: each data set (L,) or (channels, L) is a record, or a channel of its group; attribute fs on it,
-    its group or the file."""
-    import h5py
-
-    records = {}
-
-    def visit(name, item):
-        if (
-            not isinstance(item, h5py.Dataset)
-            or item.ndim not in (1, 2)
-            or item.dtype.kind not in "iuf"
-            or item.shape[-1] < 2
-        ):
-            return
-        group = item.parent
-        rate = next((a["fs"] for a in (item.attrs, group.attrs, file.attrs) if "fs" in a), None)
-        subject = next((str(a["subject"]) for a in (item.attrs, group.attrs) if "subject" in a), "")
-        key = path.stem + (f":{group.name.strip('/')}" if group.name != "/" else "")
-        record = records.setdefault(
-            key, Record(key, path, check_rate(rate, f"{path}: {name}", fs), {}, subject)
-        )
-        record.channels |= rows_of(item[:], name.split("/")[-1], f"{path}: {name}")
-
-    with reading(path, "HDF5 file"), h5py.File(path, "r") as file:
-        file.visititems(visit)
-    if not records:
-        raise UserError(f"{path}: holds no data set of numbers (L,) or (channels, L)")
-    return list(records.values())
-
-
 READERS = {
-    ".hea": read_wfdb,
-    ".edf": read_edf,
-    ".npz": read_npz,
-    ".npy": read_npy,
-    ".csv": read_csv,
-    ".h5": read_hdf5,
-    ".hdf5": read_hdf5,
-    ".ts": read_ts,
+    ".hea": readers.read_wfdb,
+    ".edf": readers.read_edf,
+    ".bdf": readers.read_edf,
+    ".dcm": readers.read_dicom,
+    ".npz": readers.read_npz,
+    ".npy": readers.read_npy,
+    ".csv": read_table,
+    ".tsv": read_table,
+    ".h5": readers.read_hdf5,
+    ".hdf5": readers.read_hdf5,
+    ".ts": readers.read_ts,
+    ".arff": readers.read_arff,
 }
+DAY = 86400.0  # seconds over which resampling keeps every sample in its place
 
 
-def extra(module: str, path: Path):
-    """Import a reader of one file format, or say which package to install."""
-    import importlib
+def read_records(path, fs=None, annotator: str = "") -> list[Recording]:
+    """All recordings of one file; UserError naming the file and the field when it cannot be used.
 
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise UserError(f"{path}: reading it needs the package {module}; pip install {module}") from None
-
-
-def read_records(path, fs=None) -> list[Record]:
-    """All records of one file; UserError naming the file and the field when it cannot be used."""
+    fs: rate in Hz of a file that does not state it. annotator: suffix of the annotation file of WFDB records.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; check the path")
     if path.suffix.lower() not in READERS:
         raise UserError(f"{path}: unknown format {path.suffix!r}; known: {', '.join(SUFFIXES)}")
-    return READERS[path.suffix.lower()](path, fs)
-
-
-def find_files(sources) -> list[Path]:
-    """Signal files of `sources` (files and folders, searched downwards), sorted."""
-    paths = []
-    for source in map(Path, sources):
-        if source.is_dir():
-            paths += sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-        elif source.is_file():
-            paths.append(source)
-        else:
-            raise UserError(f"{source}: no such file or folder; check --data")
-    if not paths:
-        raise UserError(f"{', '.join(map(str, sources))}: holds no signal file ({', '.join(SUFFIXES)})")
-    return paths
+    if path.suffix.lower() == ".hea":
+        return readers.read_wfdb(path, fs, annotator)
+    records = READERS[path.suffix.lower()](path, fs)
+    if (stages := hypnogram_of(path)) is not None:
+        with readers.reading(stages, "EDF file"):
+            records[0].events += readers.edf_events(readers.extra("edfio", stages).read_edf(stages))
+    return records
 
 
 @dataclass(frozen=True)
@@ -397,9 +105,7 @@ class Preprocess:
                 "--skip-bad"
             )
         rate = self.fs or fs
-        if fs != rate:
-            ratio = Fraction(rate / fs).limit_denominator(1000)
-            x = resample_poly(x - x.mean(), ratio.numerator, ratio.denominator, padtype="line")
+        x = resampled(x, fs, rate)
         edges = [edge for edge in (self.low_hz, min(self.high_hz, 0.49 * rate)) if 0 < edge < 0.5 * rate]
         if edges and len(x) > 30:
             kind = "bandpass" if len(edges) == 2 else "highpass" if self.low_hz else "lowpass"
@@ -419,23 +125,92 @@ class Preprocess:
         return out, real
 
 
-def pick_channels(record: Record, channel: str) -> dict:
-    """The channels that --channel asks for."""
+def ratio_of(fs: float, rate: float) -> Fraction:
+    """rate / fs as the simplest fraction that is off by less than a tenth of a sample in a day."""
+    exact = Fraction(rate) / Fraction(fs)
+    error = Fraction(0.1) / (Fraction(max(rate, fs)) * int(DAY)) * exact
+    limit = 1
+    while abs((found := exact.limit_denominator(limit)) - exact) > error or found == 0:
+        limit *= 2
+    return found
+
+
+def resampled(x: np.ndarray, fs: float, rate: float) -> np.ndarray:
+    """x (L,) at `fs` Hz -> at `rate` Hz, by a polyphase filter; sample k of the result lies at k / rate
+    seconds."""
+    ratio = ratio_of(fs, rate)
+    if ratio == 1:
+        return x
+    up, down = ratio.numerator, ratio.denominator
+    return resample_poly(x - x.mean(), up, down, window=low_pass(max(up, down)), padtype="line")
+
+
+@functools.lru_cache(8)
+def low_pass(largest: int) -> np.ndarray:
+    """The filter that `scipy.signal.resample_poly` makes for itself, kept: for rates that are nearly equal it
+    has a million taps."""
+    return firwin(20 * largest + 1, 1 / largest, window=("kaiser", 5.0))
+
+
+LEAD = re.compile(
+    r"(?i)^(?:ECG|EKG)?[ _-]*(?:LEAD)?[ _-]*(ML?I{1,3}|I{1,3}|AV[RLF]|V[1-9]?|MV[1-9]|MCL[1-6])$"
+)
+ECG = re.compile(r"(?i)(?<![a-z])(?:ECG|EKG)(?![a-z])|^(?:ECG|EKG)")
+PULSE = re.compile(r"(?i)(?<![a-z])(?:PLETH|PPG|BVP)")
+
+
+def lead_of(name: str) -> str:
+    """The ECG lead that a channel's name states, "ECG II" -> "II"; "" if none."""
+    found = LEAD.match(name.split("#")[0].strip())
+    return found[1].upper() if found else ""
+
+
+def preferred(names: list[str]) -> str:
+    """The channel that --channel auto takes: MLII or II, else another ECG, else a pulse wave, else an ECG
+    lead, else the first."""
+    tests = (
+        lambda n: lead_of(n) == "MLII",
+        lambda n: lead_of(n) == "II",
+        lambda n: bool(ECG.search(n)),
+        lambda n: bool(PULSE.search(n)),
+        lambda n: bool(lead_of(n)),
+    )
+    return next((n for test in tests for n in names if test(n)), names[0])
+
+
+def find_channel(record: Recording, channel: str) -> str | None:
+    """Name of the channel that a name, in any case and with or without "ECG ", or an index means; None if
+    there is none."""
     names = list(record.channels)
+    if channel in names:
+        return channel
+    if channel.isdigit() and int(channel) < len(names):
+        return names[int(channel)]
+    same = [n for n in names if n.lower() == channel.lower()]
+    same += [n for n in names if lead_of(n) and lead_of(n) == (lead_of(channel) or channel.upper())]
+    return next(iter(same), None)
+
+
+def pick_channels(record: Recording, channel: str) -> dict:
+    """The channels that --channel asks for."""
     if channel == "all":
         return record.channels
-    if channel == "auto":
-        channel = next((n for p in PREFERRED for n in names if n.upper() == p), names[0])
-    if channel.isdigit() and channel not in names and int(channel) < len(names):
-        channel = names[int(channel)]
-    if channel not in names:
-        raise UserError(f"{record.source}: has no channel {channel!r}; it has {', '.join(names)}")
-    return {channel: record.channels[channel]}
+    name = preferred(list(record.channels)) if channel == "auto" else find_channel(record, channel)
+    if name is None:
+        raise UserError(f"{record.source}: has no channel {channel!r}; it has {', '.join(record.channels)}")
+    return {name: record.channels[name]}
 
 
 class Store:
-    """A folder of prepared signals, memory-mapped: samples.f32, records.npy (RECORDS), events.npy (EVENTS),
-    about.json."""
+    """A folder of prepared signals, memory-mapped: samples.f32, records.npy, events.npy, labels.npy,
+    about.json.
+
+    records: one row for each channel and gapless run of a recording: name, subject, part, channel, source,
+        fs (the file's), start (second of the run on the recording's clock), recording (its number), offset,
+        length, std.
+    events: record (a row), seconds (from the run's start), duration, symbol, aux. labels: record, level,
+        label.
+    """
 
     def __init__(self, folder):
         folder = Path(folder)
@@ -443,6 +218,7 @@ class Store:
         self.prepare = Preprocess(**self.about["preprocess"])
         self.records = np.load(folder / "records.npy", mmap_mode="r")
         self.events = np.load(folder / "events.npy", mmap_mode="r")
+        self.labels = np.load(folder / "labels.npy", mmap_mode="r")
         self.samples = np.memmap(folder / "samples.f32", np.float32, "r")
 
     def __getstate__(self):
@@ -456,9 +232,14 @@ class Store:
         row = self.records[index]
         return self.samples[int(row["offset"]) : int(row["offset"] + row["length"])]
 
+    def rate(self, index: int) -> float:
+        """Samples a second of one record's signal here; 1 for series without a time unit."""
+        return self.prepare.fs or float(self.records[index]["fs"])
+
     def hours(self, rows) -> float:
         """Duration of the records `rows`, hours (samples / 3600 for series without a time unit)."""
-        return float(self.records["length"][rows].sum() / (self.prepare.fs or 1.0) / 3600)
+        rates = self.prepare.fs or self.records["fs"][rows]
+        return float((self.records["length"][rows] / rates).sum() / 3600)
 
     def where(self, index: int) -> str:
         """File, record and channel of one record, for messages."""
@@ -475,29 +256,32 @@ def build_store(
     min_seconds: float = 0.0,
     skip_bad: bool = False,
     quiet: bool = False,
+    manifest=None,
+    annotator: str = "",
 ) -> Store:
     """Read, check and resample every signal under `sources` once; later calls with unchanged files reuse the
     result.
 
-    part: "train" leaves out the test series of UCR sets (pre-training must not see them). min_seconds:
-    shortest usable record (samples for series without a time unit). skip_bad: leave bad records out instead
-    of stopping; named and counted on the screen unless quiet.
+    part: "train" leaves out the recordings that files or tables put into another part (pre-training must not
+    see them). min_seconds: shortest usable run without a gap (samples for series without a time unit).
+    skip_bad: leave bad records out instead of stopping; named and counted on the screen unless quiet.
+    manifest: csv of subjects, folds, rates and labels (layouts.read_manifest). annotator: see `read_records`.
     """
-    paths = find_files(sources)
+    found = find_recordings(sources, manifest)
     cache = Path(cache) if cache else ROOT / "data" / "cwt_mae" / "cache"
-    parts = [
-        part for p in paths for part in (sorted(p.parent.glob(f"{p.stem}.*")) if p.suffix == ".hea" else [p])
-    ]  # with .dat and .atr
-    stats = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in parts]
+    stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files_of(found.files)]
     request = {
         "preprocess": vars(prepare),
         "fs": fs,
         "part": part,
         "min_seconds": min_seconds,
         "skip_bad": skip_bad,
-        "version": 1,
+        "annotator": annotator,
+        "version": 2,
     }
-    key = hashlib.sha256(json.dumps([request, stats], sort_keys=True).encode()).hexdigest()[:16]
+    about = [(name, vars(value)) for name, value in sorted(found.about.items())]
+    whole = [request, stats, [name for _, name in found.files], about]
+    key = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
     cache.mkdir(parents=True, exist_ok=True)
     with open(
         cache / f"{key}.lock", "w"
@@ -505,98 +289,209 @@ def build_store(
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (cache / key / "about.json").is_file():
             with atomic_dir(cache / key) as folder:
-                _fill(folder, paths, request, prepare)
+                Filling(folder, request, prepare).fill(found)
     store = Store(cache / key)
-    skipped = [] if quiet else store.about["skipped"]
-    for line in skipped[:5]:
-        print(f"skipped: {line}", file=sys.stderr)
-    if skipped:
-        print(f"skipped {len(skipped)} bad records, kept {len(store.records)}", file=sys.stderr)
+    if not quiet:
+        tell(found.notes + store.about["notes"])
+        skipped = store.about["skipped"]
+        tell([f"skipped: {line}" for line in skipped[:5]])
+        if skipped:
+            names = len(set(store.records["name"].tolist()))
+            tell([f"skipped {len(skipped)} bad records, kept {names}"])
     return store
 
 
-def _fill(folder: Path, paths, request: dict, prepare: Preprocess):
-    """Write one store: samples go to disk record by record."""
-    rows, events, skipped, offset = [], [], [], 0
-    with open(folder / "samples.f32", "wb") as out:
-        for path in progress(paths, desc="reading signals", unit="file"):
-            try:
-                found = read_records(path, request["fs"])
-            except UserError as error:
-                if not request["skip_bad"]:
-                    raise
-                skipped.append(str(error).rsplit("; ", 1)[0])  # without the advice
+def files_of(files) -> list[Path]:
+    """Every file that recordings are read from: of WFDB the signals and annotations too, of Sleep-EDF the
+    stages."""
+    every, folders = [], {}
+    for path, _ in files:
+        if path.suffix.lower() != ".hea":
+            every += [path, *filter(None, [hypnogram_of(path)])]
+            continue
+        if path.parent not in folders:
+            folders[path.parent] = sorted(os.listdir(path.parent))
+        # All names that begin as this one does: signals, annotations, segments
+        names = folders[path.parent]
+        first, last = (
+            bisect.bisect_left(names, path.stem),
+            bisect.bisect_right(names, f"{path.stem}\U0010ffff"),
+        )
+        every += [path.parent / name for name in names[first:last]]
+    return list(dict.fromkeys(every))
+
+
+class Filling:
+    """Writes one store: samples go to disk run by run, tables at the end."""
+
+    def __init__(self, folder: Path, request: dict, prepare: Preprocess):
+        self.folder, self.request, self.prepare = folder, request, prepare
+        self.rows, self.events, self.labels, self.skipped = [], [], [], []
+        self.offset, self.count, self.late = 0, 0, 0
+        self.lost = {"samples": 0, "seconds": 0.0, "channels": 0, "short runs": 0, "flat runs": 0}
+
+    def fill(self, found):
+        """Read the files of `found` and write the store."""
+        with open(self.folder / "samples.f32", "wb") as out:
+            for path, name in progress(found.files, desc="reading signals", unit="file"):
+                for record in self.usable(self.read, found, path, name) or []:
+                    self.usable(self.add, record, out)
+        if not self.rows:
+            raise UserError(
+                f"no usable record among {len(found.files)} files; the first problem: "
+                f"{self.skipped[0] if self.skipped else 'no training part'}"
+            )
+        self.write(len(found.files))
+
+    def usable(self, work, *what):
+        """work(*what), or None where --skip-bad leaves out what it raises."""
+        try:
+            return work(*what)
+        except UserError as error:
+            if not self.request["skip_bad"]:
+                raise
+            self.skipped.append(str(error).rsplit("; ", 1)[0])  # without the advice
+            return None
+
+    def read(self, found, path: Path, name: str) -> list[Recording]:
+        """The recordings of one file that belong to the part that is asked for."""
+        about = found.about.get(name)
+        records = read_records(
+            path, (about.fs if about else None) or self.request["fs"], self.request["annotator"]
+        )
+        records = [r for r in (found.describe(record, name) for record in records) if r is not None]
+        part = self.request["part"]
+        return [record for record in records if not part or record.part in ("", part)]
+
+    def add(self, record: Recording, out):
+        """Prepare the runs of the chosen channels of one recording, then write them: whole or not at all."""
+        ready = []
+        for name, channel in pick_channels(record, self.prepare.channel).items():
+            ready += self.runs_of(record, name, channel)
+        self.check_events(record)
+        for name, channel, start, x in ready:
+            row = (record.name, record.subject, record.part, name, str(record.source), channel.fs, start)
+            self.rows.append((*row, self.count, self.offset, len(x), x.std()))
+            self.add_events(record, start, len(x) / (self.prepare.fs or channel.fs))
+            for level, names in record.labels.items():
+                # An empty level says that nothing applies, which is a label too.
+                self.labels += [(len(self.rows) - 1, level, label) for label in names or [""]]
+            out.write(x.tobytes())
+            self.offset += len(x)
+        self.count += 1
+
+    def runs_of(self, record: Recording, name: str, channel) -> list:
+        """[(channel's name, channel, start, prepared samples)] of the runs that are long enough and not
+        flat."""
+        runs, ready, problem = channel.runs(), [], None
+        needed = max(8, self.request["min_seconds"] * channel.fs)
+        for x, start in runs:
+            if len(x) < needed:
+                self.lost["short runs"] += len(runs) > 1
                 continue
-            for record in found:
-                if request["part"] and any(
-                    aux not in ("", request["part"]) for sample, _, aux in record.events if sample == -1
-                ):
-                    continue
-                try:
-                    usable = check_record(record, request["min_seconds"])
-                    signals = {
-                        name: prepare.signal(x, usable.fs, f"{path}: record {record.name} channel {name}")
-                        for name, x in pick_channels(record, prepare.channel).items()
-                    }
-                except UserError as error:
-                    if not request["skip_bad"]:
-                        raise
-                    skipped.append(str(error).rsplit("; ", 1)[0])  # without the advice
-                    continue
-                for name, x in signals.items():
-                    rows.append(
-                        (
-                            record.name,
-                            record.subject or record.name,
-                            name,
-                            str(path),
-                            record.fs,
-                            offset,
-                            len(x),
-                            x.std(),
-                        )
-                    )
-                    events += [
-                        (len(rows) - 1, s if s < 0 else s / record.fs, symbol, aux)
-                        for s, symbol, aux in record.events
-                    ]
-                    out.write(x.tobytes())
-                    offset += len(x)
-    if not rows:
-        raise UserError(
-            f"no usable record among {len(paths)} files; the first problem: "
-            f"{skipped[0] if skipped else 'no training part'}"
-        )
-    np.save(
-        folder / "records.npy",
-        np.array(
-            [tuple(v.encode()[:256] if isinstance(v, str) else v for v in row) for row in rows], RECORDS
-        ),
-    )
-    np.save(
-        folder / "events.npy", np.array([(r, s, a.encode(), b.encode()) for r, s, a, b in events], EVENTS)
-    )
-    (folder / "about.json").write_text(
-        json.dumps({**request, "skipped": skipped, "files": len(paths)}, indent=1)
-    )
+            where = f"{record.source}: record {record.name} channel {name}"
+            try:
+                ready.append((name, channel, start, self.prepare.signal(x, channel.fs, where)))
+            except UserError as error:
+                problem = error
+                self.lost["flat runs"] += len(runs) > 1
+        if not ready and problem is not None:
+            raise problem
+        if not ready:
+            longest = max((len(x) for x, _ in runs), default=0)
+            asks = self.request["min_seconds"]
+            needs = f"--min-seconds {asks:g} asks for more" if asks else "at least 8 are needed"
+            what = "too short" if longest else "without a single measured sample"
+            raise UserError(
+                f"{record.source}: record {record.name} channel {name} is {what}: {longest} samples "
+                f"({longest / channel.fs:.2f} s at {channel.fs:g} Hz), {needs}; leave it out or pass "
+                "--skip-bad"
+            )
+        gone = len(channel) - sum(len(x) for x, start in runs if any(start == s for _, _, s, _ in ready))
+        if gone:
+            self.lost["samples"] += gone
+            self.lost["seconds"] += gone / channel.fs
+            self.lost["channels"] += 1
+        return ready
+
+    def check_events(self, record: Recording):
+        """UserError for a beat outside of the recording: its rate is wrong. Remarks after the end are
+        counted."""
+        last, end = max((e.seconds for e in record.events if e.symbol), default=0.0), record.seconds()
+        first = min((e.seconds for e in record.events if e.symbol), default=0.0)
+        if last >= end + 1e-6 or first < 0:
+            raise UserError(
+                f"{record.source}: annotations (field ann_sample) reach from second {first:.2f} to "
+                f"{last:.2f} but "
+                f"record {record.name} lasts {end:.2f} s; is a rate wrong?"
+            )
+        self.late += sum(e.seconds >= end or e.seconds + e.duration < 0 for e in record.events)
+
+    def add_events(self, record: Recording, start: float, seconds: float):
+        """The events of one run, on its own clock; what lasts into it begins with it."""
+        row, holding = len(self.rows) - 1, None
+        for e in sorted(record.events, key=lambda e: e.seconds):
+            first, last = e.seconds - start, e.seconds + e.duration - start
+            if first >= seconds:
+                break
+            if first < 0 and e.text.startswith("("):
+                holding = e  # a rhythm holds until the next mark
+            if first >= 0 or last > 0:
+                duration = min(last, seconds) - max(first, 0.0) if e.duration else 0.0
+                self.events.append((row, max(first, 0.0), duration, e.symbol, e.text))
+        if holding is not None:
+            self.events.append((row, 0.0, 0.0, "", holding.text))
+        self.events.sort(key=lambda event: event[:2])
+
+    def write(self, files: int):
+        """The tables; text fields are as wide as their longest entry."""
+        text = "name subject part channel source".split()
+        kinds = [*((n, "S") for n in text), ("fs", "f8"), ("start", "f8"), ("recording", "i4")]
+        kinds += [("offset", "i8"), ("length", "i8"), ("std", "f4")]
+        np.save(self.folder / "records.npy", table_of(self.rows, kinds))
+        kinds = [("record", "i4"), ("seconds", "f8"), ("duration", "f8"), ("symbol", "S"), ("aux", "S")]
+        np.save(self.folder / "events.npy", table_of(self.events, kinds))
+        kinds = [("record", "i4"), ("level", "S"), ("label", "S")]
+        np.save(self.folder / "labels.npy", table_of(self.labels, kinds))
+        about = {
+            **self.request,
+            "skipped": self.skipped,
+            "files": files,
+            "lost": self.lost,
+            "notes": self.notes(),
+        }
+        (self.folder / "about.json").write_text(json.dumps(about, indent=1))
+
+    def notes(self) -> list[str]:
+        """What was left out or chosen, in words."""
+        notes, lost = [], self.lost
+        if lost["samples"]:
+            notes.append(
+                f"left out {lost['samples']} samples ({lost['seconds']:.1f} s) in gaps and short or flat "
+                "runs of "
+                f"{lost['channels']} channels; cut there into {len(self.rows)} runs"
+            )
+        if self.late:
+            notes.append(f"left out {self.late} remarks that lie outside of their recordings")
+        channels = [row[3] for row in self.rows]
+        if self.prepare.channel == "auto" and not all(
+            ECG.search(c) or PULSE.search(c) or lead_of(c) for c in channels
+        ):
+            counts = {c: channels.count(c) for c in dict.fromkeys(channels)}
+            words = ", ".join(f"{name} ({count})" for name, count in list(counts.items())[:8])
+            if set(counts) - {"x", "sig"}:
+                notes.append(f"--channel auto took {words}; name another with --channel")
+        return notes
 
 
-def check_record(record: Record, min_seconds: float) -> Record:
-    """The record, if it is long enough and its annotations lie inside it."""
-    length = min(len(x) for x in record.channels.values())
-    if length < max(8, min_seconds * record.fs):
-        needed = f"--min-seconds {min_seconds:g} asks for more" if min_seconds else "at least 8 are needed"
-        raise UserError(
-            f"{record.source}: record {record.name} is too short: {length} samples ({length / record.fs:.2f} "
-            f"s at {record.fs:g} Hz), {needed}; leave it out or pass --skip-bad"
-        )
-    last = max((sample for sample, _, _ in record.events), default=0)
-    if last >= length or any(sample < -1 for sample, _, _ in record.events):
-        raise UserError(
-            f"{record.source}: field ann_sample reaches {last} but record {record.name} has {length} "
-            "samples; is the rate wrong?"
-        )
-    return record
+def table_of(rows: list, kinds: list) -> np.ndarray:
+    """A structured array of `rows`; a field of kind "S" becomes as wide as its longest entry, in UTF-8."""
+    rows = [tuple(v.encode() if isinstance(v, str) else v for v in row) for row in rows]
+    wide = []
+    for i, (name, kind) in enumerate(kinds):
+        longest = max((len(row[i]) for row in rows), default=0) if kind == "S" else 0
+        wide.append((name, f"S{max(1, longest)}" if kind == "S" else kind))
+    return np.array(rows, wide)
 
 
 def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:

@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.errors import UserError
 from common.files import read_json
 from cwt_mae.dataset import Store, sample_rng
+from cwt_mae.layouts import name_of
 
 DS1 = "101 106 108 109 112 114 115 116 118 119 122 124 201 203 205 207 208 209 215 220 223 230".split()
 AAMI = {"N": "NLRejB", "S": "AaJSn", "V": "VEr", "F": "F", "Q": "/fQ?"}  # WFDB beat codes of each AAMI class
@@ -117,7 +118,6 @@ def beats_of(store: Store):
     """(record index, its beat events) for each record with at least three beats; UserError for an unknown
     annotation code."""
     for record, events in events_of(store):
-        events = events[events["seconds"] >= 0]
         odd = [s.decode() for s in set(events["symbol"]) if s not in AAMI_OF and s.decode() not in NOT_BEATS]
         if odd:
             raise UserError(
@@ -132,7 +132,7 @@ def beat_items(store: Store, signal_len: int):
     """One window around each beat, with `rhythm_features`."""
     names, rows, features = [], [], []
     for record, beats in beats_of(store):
-        rate = store.prepare.fs or float(store.records[record]["fs"])
+        rate = store.rate(record)
         centres = np.round(beats["seconds"] * rate).astype(int)
         features.append(rhythm_features(beats["seconds"]))
         names += [AAMI_OF[s] for s in beats["symbol"]]
@@ -194,31 +194,52 @@ def rhythm_items(store: Store, signal_len: int):
     bracket."""
     names, rows = [], []
     for record, events in events_of(store):
-        marks = events[[aux.startswith(b"(") for aux in events["aux"]]]
-        rate, total = (
-            store.prepare.fs or float(store.records[record]["fs"]),
-            int(store.records[record]["length"]),
-        )
-        ends = np.r_[marks["seconds"][1:], total / rate]
-        for mark, end in zip(marks, ends):
-            first = round(float(mark["seconds"]) * rate)
+        rate, total = store.rate(record), int(store.records[record]["length"])
+        for name, begin, end in rhythm_spans(events, total / rate):
+            first = round(begin * rate)
             for start in range(first, min(round(end * rate), total) - signal_len + 1, signal_len):
-                names.append(mark["aux"].decode()[1:])
+                names.append(name)
                 rows.append((record, start, 0))
     return names, rows, np.zeros((1, 0), np.float32)
+
+
+def rhythm_spans(events: np.ndarray, seconds: float) -> list[tuple[str, float, float]]:
+    """(name, begin, end) in seconds of each stretch of one rhythm: from a mark "(AFIB" to the next one, or as
+    long as an annotation states."""
+    marks = events[[aux.startswith(b"(") for aux in events["aux"]]]
+    ends = np.r_[marks["seconds"][1:], seconds]
+    spans = [(m["aux"].decode()[1:], float(m["seconds"]), float(end)) for m, end in zip(marks, ends)]
+    for event in events[(events["duration"] > 0) & (events["aux"] != b"")]:
+        if not event["aux"].startswith(b"("):
+            begin = float(event["seconds"])
+            spans.append((event["aux"].decode(), begin, begin + float(event["duration"])))
+    return spans
 
 
 def series_items(store: Store, signal_len: int):
     """Windows side by side over each labelled record; a record shorter than the window gives one, padded."""
     names, rows = [], []
-    for record, events in events_of(store):
-        labels = events[events["seconds"] < 0]
-        if len(labels):
-            total = int(store.records[record]["length"])
-            starts = range(0, max(1, total - signal_len + 1), signal_len)
-            names += [labels[0]["symbol"].decode()] * len(starts)
-            rows += [(record, start, 0) for start in starts]
+    for record, label in labels_of(store).items():
+        total = int(store.records[record]["length"])
+        starts = range(0, max(1, total - signal_len + 1), signal_len)
+        names += [label] * len(starts)
+        rows += [(record, start, 0) for start in starts]
     return names, rows, np.zeros((1, 0), np.float32)
+
+
+def labels_of(store: Store, level: str = "") -> dict:
+    """{record: label}: the one label of each labelled record; UserError where one has several or none."""
+    found = {}
+    for row in store.labels[store.labels["level"] == level.encode()]:
+        record = int(row["record"])
+        if record in found or not row["label"]:
+            raise UserError(
+                f"{store.where(record)}: has {'several labels' if row['label'] else 'no label'}, but --task "
+                "series "
+                "wants one for each record"
+            )
+        found[record] = row["label"].decode()
+    return found
 
 
 # ---- splits
@@ -226,39 +247,68 @@ def series_items(store: Store, signal_len: int):
 
 
 def split_parts(store: Store, split_file=None) -> np.ndarray:
-    """(records,) str: "train", "test" or "" (in neither list of a split file).
+    """(records,) str: "train", "val", "test" or "" (in no list of a split file).
 
-    In this order: split_file, JSON {"train": [names], "test": [names]}; the parts of a UCR set; a record
-    named in DS1 is for training and any other is for the test.
+    In this order: split_file, JSON {"train": [names], "test": [names], "val": [names]}; the parts that the
+    files themselves, a manifest or a database's tables state; a record named in DS1 is for training and any
+    other is for the test.
     """
     names = np.char.decode(store.records["name"])
     if split_file:
-        lists = read_json(split_file, {"train": [str], "test": [str]})
-        lists = {part: {Path(name).stem for name in lists[part]} for part in ("train", "test")}
-        for part, listed in lists.items():
-            lost = sorted(listed.difference(names))
-            if 0 < len(lost) < len(listed) and not store.about["skipped"]:
-                raise UserError(
-                    f"{split_file}: the data hold {len(listed) - len(lost)} records of {part}, but not "
-                    f"{', '.join(lost[:5])}"
-                )
-        parts = np.array(
-            ["train" if n in lists["train"] else "test" if n in lists["test"] else "" for n in names]
-        )
+        parts = listed_parts(store, split_file, names)
     else:
-        own = {
-            record: events[0]["aux"].decode()
-            for record, events in events_of(store)
-            if events[0]["seconds"] < 0 and events[0]["aux"]
-        }
-        parts = np.array([own.get(i) or ("train" if n in DS1 else "test") for i, n in enumerate(names)])
-    both = set(store.records["subject"][parts == "train"]) & set(store.records["subject"][parts == "test"])
-    if both:
-        raise UserError(
-            f"subject {sorted(both)[0].decode()} has records in the training and in the test part; put them "
-            "into one"
-        )
+        own = np.char.decode(store.records["part"])
+        ds1 = np.array([name_of(Path(name)).rpartition("/")[2] in DS1 for name in names])
+        parts = np.where(own != "", own, np.where(ds1, "train", "test"))
+    check_parts(store, parts)
     return parts
+
+
+def listed_parts(store: Store, split_file, names: np.ndarray) -> np.ndarray:
+    """The part of each record in the lists of a split file. A listed name is a record's whole name, or the
+    end of it where only one record ends so; a file that holds several records stands for all of them."""
+    lists = read_json(split_file, {"train": [str], "test": [str], "val?": [str]})
+    known, parts = sorted(set(names.tolist())), np.full(len(names), "", dtype="<U5")
+    for part in ("train", "val", "test"):
+        listed, lost = lists.get(part) or [], []
+        for entry in listed:
+            wanted = name_of(Path(entry))
+            whole = [
+                n for n in known if n == entry or name_of(Path(n)) == wanted or n.startswith(f"{wanted}:")
+            ]
+            ends = [
+                n for n in known if f"/{name_of(Path(n))}".endswith(f"/{wanted}") or f"/{wanted}:" in f"/{n}"
+            ]
+            if not whole and len({n.partition(":")[0] for n in ends}) > 1:
+                raise UserError(
+                    f"{split_file}: {entry} could be {' or '.join(ends[:3])}; write the whole name"
+                )
+            if not whole and not ends:
+                lost.append(entry)
+            chosen = np.isin(names, whole or ends)
+            if (parts[chosen] != "").any() and (parts[chosen] != part).any():
+                raise UserError(f"{split_file}: {entry} stands in two lists; leave it in one")
+            parts[chosen] = part
+        if 0 < len(lost) < len(listed) and not store.about["skipped"]:
+            raise UserError(
+                f"{split_file}: the data hold {len(listed) - len(lost)} records of {part}, but not "
+                f"{', '.join(sorted(lost)[:5])}"
+            )
+    return parts
+
+
+def check_parts(store: Store, parts: np.ndarray):
+    """UserError for a subject that has records in two parts."""
+    subjects = store.records["subject"]
+    for first, second in (("train", "test"), ("train", "val"), ("val", "test")):
+        both = set(subjects[parts == first]) & set(subjects[parts == second])
+        if both:
+            names = {"train": "training", "val": "validation", "test": "test"}
+            raise UserError(
+                f"subject {sorted(both)[0].decode()} has records in the {names[first]} and in the "
+                f"{names[second]} "
+                "part; put them into one"
+            )
 
 
 def training_part(task: Task, parts: np.ndarray) -> Task:
@@ -396,7 +446,7 @@ class DownstreamClassificationDataset(Dataset):
         cut = signal[max(0, start) : max(0, start) + self.signal_len - lead]
         features = self.features_of(item, rng)
         if self.draws and self.strength:
-            rate = self.store.prepare.fs or float(row["fs"])
+            rate = self.store.rate(record)
             standard = (cut - cut.mean()) / max(float(cut.std()), 1e-6)
             cut = augment(standard, rng, rate, self.strength, self.flip)
             noise = rng.standard_normal(len(features), np.float32)

@@ -170,12 +170,13 @@ def ensemble(models, cards, store, task, device) -> np.ndarray:
 
 def window_rows(store, task, probabilities) -> list[dict]:
     """One row per window: record, start in seconds, true and predicted class, probabilities."""
-    rate, rows = store.prepare.fs or 1.0, []  # series without a time unit count samples
+    rows = []  # series without a time unit count samples
     for item, values in zip(task.items, probabilities):
+        begin = float(store.records["start"][item["record"]])
         rows.append(
             {
                 "record": store.records["name"][item["record"]].decode(),
-                "start_s": f"{item['start'] / rate:.3f}",
+                "start_s": f"{begin + item['start'] / store.rate(item['record']):.3f}",
                 "true": "" if item["label"] < 0 else task.classes[item["label"]],
                 "predicted": task.classes[values.argmax()],
                 **{f"p_{name}": f"{value:.4f}" for name, value in zip(task.classes, values)},

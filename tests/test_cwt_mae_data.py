@@ -156,9 +156,8 @@ def spoil(name, folder):
     """Write one bad file; returns what its error must say."""
     x = wave()
     if name == "nan":
-        x[7] = np.nan
-        np.savez(folder / "bad.npz", sig=x, fs=FS)
-        return "NaN"
+        np.savez(folder / "bad.npz", sig=x * np.nan, fs=FS)
+        return "without a single measured sample"
     if name == "flat":
         np.savez(folder / "bad.npz", sig=np.zeros(4000), fs=FS)
         return "flat line"

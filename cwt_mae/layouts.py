@@ -1,0 +1,346 @@
+"""Which files hold recordings, and whose they are: names, subjects, parts and labels.
+
+A recording's name is its path relative to the data root, without suffix: two files never share one. The
+subject is, in this order, what the manifest says, what the tables of a known database say, what the file
+says, the innermost folder called like a person (patient001, Person_01, p10000032, sub-01), else the name.
+
+    manifest csv      path, subject, fold, fs, label, label_<name>: see `read_manifest`
+    PTB-XL            ptbxl_database.csv, scp_statements.csv: patients, folds, six levels of labels
+    CODE-15           exams.csv beside exams_part*.hdf5
+    MIMIC-IV-ECG      record_list.csv, or files/p1000/p10000032/s.../
+    Sleep-EDF         SC4ssNE0-PSG.edf with SC4ssNEC-Hypnogram.edf
+    PhysioNet Challenge, MIT-BIH, PTB, ECG-ID    by their headers and folders
+"""
+
+import ast
+import csv
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from common.errors import UserError
+from common.files import reading
+from cwt_mae.recording import Recording
+
+SUFFIXES = ".hea .edf .bdf .dcm .npz .npy .csv .tsv .h5 .hdf5 .ts .arff".split()
+PERSON = re.compile(r"(?i)(p|pat|patient|person|subject|subj|sub|participant)[-_ ]?\d+[a-z]?$")
+# Tables that accompany recordings and are none themselves
+TABLES = {
+    "ptbxl_database.csv",
+    "scp_statements.csv",
+    "exams.csv",
+    "record_list.csv",
+    "machine_measurements.csv",
+}
+TABLES |= {
+    "machine_measurements_data_dictionary.csv",
+    "waveform_note_links.csv",
+    "reference.csv",
+    "records.csv",
+}
+TABLES |= {"conditionnames_snomed-ct.csv", "dx_mapping_scored.csv", "dx_mapping_unscored.csv"}
+SLEEP = re.compile(r"((SC4|ST7)\d\d)\d[A-Z]\w-(PSG|Hypnogram)$")
+PARTS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+}
+PARTS |= {"test": "test", "testing": "test", "": ""}
+LEVELS = ("all", "diagnostic", "subdiagnostic", "superdiagnostic", "form", "rhythm")  # of PTB-XL
+
+
+@dataclass
+class About:
+    """What tables say about one recording; None or {} where they are silent."""
+
+    subject: str | None = None
+    part: str | None = None
+    fs: float | None = None
+    labels: dict = field(default_factory=dict)
+
+
+@dataclass
+class Found:
+    """Files of recordings below a root: [(path, name)], and what tables say, {name: About}."""
+
+    files: list
+    about: dict
+    manifest: bool = False
+    notes: list = field(default_factory=list)
+
+    def describe(self, record: Recording, name: str) -> Recording | None:
+        """Give a recording read from the file called `name` its full name, subject, part and labels.
+
+        None: a manifest is given and does not list it.
+        """
+        folder, inner = name.rpartition("/")[0], record.name.removeprefix(record.source.stem)
+        record.name, plain = name + inner, name_of(Path(name)) + inner
+        about = self.about.get(plain) or self.about.get(name_of(Path(name)))
+        if about is None and self.manifest:
+            return None
+        about = about or About()
+        own = record.subject
+        if record.series and own:
+            own = f"{folder}/{own}" if folder else own
+        record.subject = about.subject or own or person_of(record.source, plain) or plain
+        record.part = record.part if about.part is None else about.part
+        record.labels = record.labels | about.labels
+        return record
+
+
+def person_of(path: Path, name: str) -> str:
+    """The innermost folder of a relative name that is called like a person, with the folders above it; "" if
+    none is."""
+    folders = name.split("/")[:-1]
+    for depth in range(len(folders), 0, -1):
+        if PERSON.match(folders[depth - 1]):
+            return "/".join(folders[:depth])
+    # A file that was given alone, out of the folder of its person
+    parent = path.resolve().parent.name
+    if not folders and PERSON.match(parent):
+        return parent
+    sleep = SLEEP.match(path.stem)
+    return sleep[1] if sleep else ""
+
+
+def name_of(path: Path) -> str:
+    """A path as a name: with slashes, without the suffix of a signal file."""
+    text = path.as_posix()
+    return text[: -len(path.suffix)] if path.suffix.lower() in SUFFIXES else text
+
+
+def find_files(sources) -> list[Path]:
+    """Signal files of `sources` (files and folders, searched downwards), sorted."""
+    return [path for path, _ in find_recordings(sources).files]
+
+
+def find_recordings(sources, manifest=None) -> Found:
+    """Signal files of `sources`, named relative to their common root, with what manifest and tables say of
+    them."""
+    sources = [Path(source) for source in sources]
+    for source in sources:
+        if not source.exists():
+            raise UserError(f"{source}: no such file or folder; check --data")
+    root = common_root(sources)
+    given = {source for source in sources if source.is_file()}
+    paths, tables = [], []
+    for source in sources:
+        inside = sorted(p for p in source.rglob("*") if p.is_file()) if source.is_dir() else [source]
+        tables += [p for p in inside if p.name.lower() in TABLES]
+        paths += [
+            p for p in inside if p.suffix.lower() in SUFFIXES and p.name.lower() not in TABLES or p in given
+        ]
+    paths = list(
+        dict.fromkeys(p for p in paths if manifest is None or p.resolve() != Path(manifest).resolve())
+    )
+    paths = without_parts(paths, given)
+    names = [relative(p, root) for p in paths]
+    # Files that differ in the suffix alone keep it in their names; their subject is the same.
+    names = [f"{n}{p.suffix}" if names.count(n) > 1 else n for n, p in zip(names, paths)]
+    found = Found(list(zip(paths, names)), {}, bool(manifest))
+    for table in tables:
+        read = {"ptbxl_database.csv": ptb_xl, "exams.csv": code_15, "record_list.csv": mimic}.get(
+            table.name.lower()
+        )
+        if read:
+            read(found, table, root)
+    if manifest:
+        read_manifest(found, Path(manifest), root)
+    if not found.files:
+        raise UserError(f"{', '.join(map(str, sources))}: holds no signal file ({', '.join(SUFFIXES)})")
+    return found
+
+
+def common_root(sources: list[Path]) -> Path:
+    """The folder that names are relative to: the source itself, or what several have in common."""
+    folders = [source if source.is_dir() else source.parent for source in (s.resolve() for s in sources)]
+    root = folders[0]
+    while not all(folder.is_relative_to(root) for folder in folders):
+        root = root.parent
+    return root
+
+
+def relative(path: Path, root: Path) -> str:
+    """Name of a file relative to the root; links inside the root keep their own name."""
+    absolute = path if path.is_absolute() else Path.cwd() / path
+    for place in (absolute, path.resolve()):
+        if place.is_relative_to(root):
+            return name_of(place.relative_to(root))
+    return name_of(Path(*path.resolve().parts[1:]))
+
+
+def without_parts(paths: list[Path], given: set) -> list[Path]:
+    """Leave out files that belong to another: segments of a multi-segment record, and hypnograms."""
+    segments = set()
+    for path in paths:
+        if path.suffix.lower() != ".hea":
+            continue
+        lines = [
+            line for line in path.read_text(errors="replace").splitlines() if line.strip() and line[0] != "#"
+        ]
+        if lines and "/" in lines[0].split()[0]:
+            segments |= {path.with_name(f"{line.split()[0]}.hea") for line in lines[1:]}
+    return [p for p in paths if p in given or p not in segments and not p.stem.endswith("-Hypnogram")]
+
+
+def hypnogram_of(path: Path) -> Path | None:
+    """The file of sleep stages that belongs to a recording of Sleep-EDF, or None."""
+    if not SLEEP.match(path.stem) or not path.stem.endswith("-PSG"):
+        return None
+    return next(iter(sorted(path.parent.glob(f"{path.stem[:7]}?-Hypnogram{path.suffix}"))), None)
+
+
+def rows_in(table: Path, needed: list) -> list[dict]:
+    """Rows of a csv file with a header; UserError naming the column that is missing."""
+    with reading(table, "csv table"), open(table, newline="", encoding="utf-8-sig") as file:
+        text = file.read()
+    first = text.split("\n", 1)[0]
+    delimiter = max(",;\t", key=first.count)
+    rows = list(csv.DictReader(text.splitlines(), delimiter=delimiter))
+    names = [name.strip() for name in first.strip().split(delimiter)]
+    for name in needed:
+        if name not in [n.strip('"') for n in names]:
+            raise UserError(f"{table}: has no column {name}; it has {', '.join(names)}")
+    return rows
+
+
+def ptb_xl(found: Found, table: Path, root: Path):
+    """Patients, folds and labels of PTB-XL. Of an ECG at both rates the one at 500 Hz is taken."""
+    statements = {}
+    if (table.parent / "scp_statements.csv").is_file():
+        listed = rows_in(table.parent / "scp_statements.csv", ["diagnostic", "form", "rhythm"])
+        statements = {next(iter(row.values())): row for row in listed}
+    rows = rows_in(table, ["patient_id", "scp_codes", "strat_fold", "filename_lr", "filename_hr"])
+    have, drop = {name for _, name in found.files}, set()
+    base = relative(table.parent / "x", root)[:-1]
+    for number, row in enumerate(rows, 2):
+        try:
+            codes = ast.literal_eval(row["scp_codes"])
+            fold, patient = int(float(row["strat_fold"])), row["patient_id"].removesuffix(".0")
+            codes = {str(code): float(weight) for code, weight in codes.items()}
+        except (ValueError, SyntaxError, AttributeError) as error:
+            raise UserError(f"{table}: line {number}: {error}; copy the file again") from error
+        about = About(f"ptb-xl/{patient}", "train" if fold <= 8 else "val" if fold == 9 else "test")
+        about.labels = scp_levels(codes, statements)
+        names = [base + name_of(Path(row[key])) for key in ("filename_hr", "filename_lr")]
+        found.about |= dict.fromkeys(names, about)
+        if set(names) <= have:
+            drop.add(names[1])
+    found.files = [(path, name) for path, name in found.files if name not in drop]
+    if drop:
+        found.notes.append(
+            f"PTB-XL: {len(drop)} ECGs stand there at both rates; those at 100 Hz are left out"
+        )
+
+
+def scp_levels(codes: dict, statements: dict) -> dict:
+    """{level: names} of the codes of one ECG, as PTB-XL's own tables group them."""
+    levels = {level: set() for level in LEVELS}
+    levels["all"] = set(codes)
+    for code in codes:
+        row = statements.get(code, {})
+        for kind in ("diagnostic", "form", "rhythm"):
+            if row.get(kind) and float(row[kind]):
+                levels[kind].add(code)
+        if code in levels["diagnostic"]:
+            levels["superdiagnostic"].add(row.get("diagnostic_class") or "")
+            levels["subdiagnostic"].add(row.get("diagnostic_subclass") or "")
+    return {level: sorted(names - {""}) for level, names in levels.items()}
+
+
+def code_15(found: Found, table: Path, root: Path):
+    """Patients and six diagnoses of CODE-15; the recordings are rows of exams_part*.hdf5."""
+    classes = ("1dAVb", "RBBB", "LBBB", "SB", "ST", "AF")
+    rows = rows_in(table, ["exam_id", "patient_id", "trace_file", *classes])
+    base = relative(table.parent / "x", root)[:-1]
+    for row in rows:
+        on = [name for name in classes if row[name].strip().lower() in ("true", "1", "1.0")]
+        about = About(f"code-15/{row['patient_id']}", labels={"": on or ["normal"]})
+        found.about[f"{base}{name_of(Path(row['trace_file']))}:{row['exam_id']}"] = about
+
+
+def mimic(found: Found, table: Path, root: Path):
+    """Patients of MIMIC-IV-ECG."""
+    base = relative(table.parent / "x", root)[:-1]
+    for row in rows_in(table, ["subject_id", "path"]):
+        found.about[base + name_of(Path(row["path"]))] = About(f"mimic-iv/{row['subject_id']}")
+
+
+def read_manifest(found: Found, manifest: Path, root: Path):
+    """Apply a manifest: a csv with the column path and any of subject, fold, fs, label and label_<name>.
+
+    path: relative to the manifest's folder or to the data root, with or without suffix; `file:inner` names a
+    recording inside a file. fold: train, val or test, or numbers, of which the last tests and the last but
+    one validates. label: names with ; between them; label_<name>: 1 where it applies. What the manifest does
+    not list is left out.
+    """
+    rows, about = rows_in(manifest, ["path"]), {}
+    folds = parts_of(manifest, [row.get("fold") or "" for row in rows])
+    names = {name for _, name in found.files}
+    places = [relative(manifest.parent / "x", root)[:-1], ""]
+    for number, (row, part) in enumerate(zip(rows, folds), 2):
+        path = (row["path"] or "").strip()
+        inner = path.rpartition(":")[2] if ":" in path else ""
+        plain = name_of(Path(path.removesuffix(f":{inner}") if inner else path))
+        name = next((p + plain for p in places if p + plain in names), None)
+        if name is None:
+            raise UserError(f"{manifest}: line {number}: {path} is no signal file below --data")
+        key = f"{name}:{inner}" if inner else name
+        if key in about:
+            raise UserError(f"{manifest}: line {number}: {path} is listed twice")
+        try:
+            rate = float(row["fs"]) if (row.get("fs") or "").strip() else None
+        except ValueError:
+            raise UserError(f"{manifest}: line {number}: field fs is {row['fs']!r}, expected Hz") from None
+        labels = [v.strip() for v in re.split(r"[;|]", row.get("label") or "") if v.strip()]
+        named = [c for c in row if c and c.startswith("label_")]
+        labels += [c[6:] for c in named if (row[c] or "").strip().lower() in ("1", "1.0", "true", "yes")]
+        stated = bool(named) or "label" in row
+        subject = (row.get("subject") or "").strip() or None
+        about[key] = About(subject, part if "fold" in row else None, rate, {"": labels} if stated else {})
+    left_out = names - {key for key in about} - {key.rpartition(":")[0] for key in about}
+    if left_out:
+        found.notes.append(f"{manifest}: {len(left_out)} files that it does not list are left out")
+    found.files = [(path, name) for path, name in found.files if name not in left_out]
+    found.about = found.about | {key: merged(found.about.get(key), value) for key, value in about.items()}
+
+
+def merged(old: About | None, new: About) -> About:
+    """What the manifest says, and where it is silent what a table said."""
+    if old is None:
+        return new
+    part = old.part if new.part is None else new.part
+    return About(new.subject or old.subject, part, new.fs or old.fs, old.labels | new.labels)
+
+
+def parts_of(manifest, folds: list) -> list[str]:
+    """The part of each fold: by its word, or by its number."""
+    words = [fold.strip().lower() for fold in folds]
+    if all(word in PARTS for word in words):
+        return [PARTS[word] for word in words]
+    try:
+        values = [float(word) for word in words]
+    except ValueError:
+        odd = next(word for word in words if word not in PARTS)
+        raise UserError(
+            f"{manifest}: field fold is {odd!r}, expected train, val, test, or a number"
+        ) from None
+    order = sorted(set(values))
+    if len(order) < 2:
+        raise UserError(
+            f"{manifest}: field fold has one value, {order[0]:g}; two are needed, to train and to test"
+        )
+    names = dict.fromkeys(order, "train") | {order[-1]: "test"}
+    if len(order) > 2:
+        names[order[-2]] = "val"
+    return [names[value] for value in values]
+
+
+def tell(notes: list):
+    """Print remarks about what was left out."""
+    for note in notes:
+        print(note, file=sys.stderr)

@@ -1,0 +1,546 @@
+"""Readers of signal files: each turns one file into recordings (recording.py).
+
+    WFDB .hea, EDF and BDF, DICOM waveforms .dcm, npz, npy, HDF5, UCR .ts .tsv .arff; tables: tables.py
+
+A reader states what the file says and nothing else: every channel keeps its own rate and unit, annotations
+become seconds by their own clock, what was not measured is nan. Who a recording belongs to is layouts.py's
+business.
+"""
+
+import importlib
+import re
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import UserError
+from common.files import reading
+from cwt_mae.recording import Event, Recording, as_channel, check_rate, unique
+
+ANNOTATORS = ("atr", "qrs", "ecg", "ari", "ecg_ann", "wqrs", "epi")  # the first that a record has
+LEADS = "I II III AVR AVL AVF V1 V2 V3 V4 V5 V6".split()  # the order of 12 unnamed channels
+RATES = ("fs", "sampling_rate", "sampling_frequency", "sample_rate", "frequency", "rate", "Fs", "hz")
+NOT_SIGNALS = ("gain", "lead", "leads", "names", "subject", "units", "label", "labels", *RATES)
+
+
+def extra(module: str, path):
+    """Import a reader of one file format, or say which package to install."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise UserError(f"{path}: reading it needs the package {module}; pip install {module}") from None
+
+
+def rows_of(array, name, source) -> dict:
+    """{channel name: row} of an array (L,) or (channels, L)."""
+    array = np.asarray(array)
+    if array.ndim not in (1, 2) or array.dtype.kind not in "iuf" or not array.size:
+        raise UserError(
+            f"{source}: field {name} is {array.dtype} {array.shape}, expected numbers (L,) or (channels, L)"
+        )
+    if array.ndim == 2 and array.shape[0] > array.shape[1]:
+        raise UserError(
+            f"{source}: field {name} is {array.shape}, expected (channels, L) with fewer channels than "
+            "samples; transpose it"
+        )
+    return {name: array} if array.ndim == 1 else {f"{name}{i}": row for i, row in enumerate(array)}
+
+
+# ---- WFDB
+
+
+def read_wfdb(path: Path, fs=None, annotator: str = "") -> list[Recording]:
+    """A WFDB header (.hea) with its signal files, of one or several segments and frequencies, and its
+    annotations.
+
+    annotator: suffix of the annotation file; without it the first of ANNOTATORS that there is. A header line
+    `# Dx: code,code` (PhysioNet Challenge) becomes labels.
+    """
+    wfdb, stem = extra("wfdb", path), str(path.with_suffix(""))
+    with reading(path, "WFDB record"):
+        header = wfdb.rdheader(stem)
+        record = wfdb.rdrecord(stem, smooth_frames=False)
+    if not header.sig_len or not record.e_p_signal:
+        raise UserError(f"{path}: holds no signal, only a header; give the record that uses it")
+    rate = check_rate(header.fs, path, fs)
+    frames = record.samps_per_frame or [1] * len(record.sig_name)
+    units = record.units if hasattr(record, "units") and record.units else [""] * len(record.sig_name)
+    channels = {
+        name: as_channel(x, rate * count, unit=unit or "")
+        for name, x, count, unit in zip(unique(record.sig_name), record.e_p_signal, frames, units)
+    }
+    comments = [*(header.comments or []), *(getattr(record, "comments", None) or [])]
+    codes = next((text.split(":", 1)[1] for text in comments if re.match(r"\s*Dx\s*:", text)), "")
+    labels = [code for code in re.split(r"[,\s]+", codes.strip()) if code and code.lower() != "unknown"]
+    who = (
+        re.match(r"(?i)\W*(?:patient|subject)(?:[ _](?:id|number|no))?\s*[:=]\s*(\S+)", c) for c in comments
+    )
+    subject = next((found[1] for found in who if found), "")
+    events = wfdb_events(wfdb, path, rate, annotator)
+    return [Recording(path.stem, path, channels, subject, events, {"": labels} if labels else {})]
+
+
+def wfdb_events(wfdb, path: Path, rate: float, annotator: str) -> list[Event]:
+    """Annotations of a record in seconds: by the annotation file's own ticks, else by the record's frames."""
+    wanted = [annotator.lstrip(".")] if annotator else ANNOTATORS
+    suffix = next((s for s in wanted if path.with_suffix(f".{s}").is_file()), None)
+    if suffix is None:
+        if annotator:
+            raise UserError(f"{path}: has no annotation file .{wanted[0]}; check --annotator")
+        return []
+    with reading(path.with_suffix(f".{suffix}"), "WFDB annotation file"):
+        found = wfdb.rdann(str(path.with_suffix("")), suffix)
+    ticks = float(found.fs or rate)
+    texts = (text.strip("\x00 ") for text in found.aux_note)
+    return [
+        Event(s / ticks, symbol, text) for s, symbol, text in zip(found.sample.tolist(), found.symbol, texts)
+    ]
+
+
+# ---- EDF
+
+
+def read_edf(path: Path, fs=None) -> list[Recording]:
+    """An EDF, EDF+ or BDF file: every channel at its own rate, annotations in seconds, gaps of EDF+D kept."""
+    edfio = extra("edfio", path)
+    with reading(path, "EDF file"):
+        # Without a signal some versions of the package fail in many ways, so the header is asked first.
+        count, onsets, duration = edf_clock(path)
+    if not count:
+        raise UserError(
+            f"{path}: holds annotations but no signal; a *-Hypnogram.edf is read with the *-PSG.edf beside it"
+        )
+    with reading(path, "EDF file"):
+        read = edfio.read_bdf if path.suffix.lower() == ".bdf" else edfio.read_edf
+        edf = read(path)
+        labels = unique(signal.label for signal in edf.signals)
+        raw = [(s.data, s.sampling_frequency, s.physical_dimension) for s in edf.signals]
+        events = edf_events(edf)
+        code = (
+            str(getattr(edf.patient, "code", "X")) if str(edf.reserved).startswith(("EDF+", "BDF+")) else "X"
+        )
+    channels = {}
+    for name, (x, rate, unit) in zip(labels, raw):
+        each = rate * duration  # samples of a data record
+        jumps = [
+            (round(i * each), onsets[i])
+            for i in range(1, len(onsets))
+            if abs(onsets[i] - onsets[i - 1] - duration) > 1e-6
+        ]
+        start = onsets[0] if onsets else 0.0
+        channels[name] = as_channel(x, check_rate(rate, path, fs), unit=unit, start=start, jumps=jumps)
+    return [Recording(path.stem, path, channels, "" if code in ("X", "") else code, events)]
+
+
+def edf_events(edf) -> list[Event]:
+    """The annotations of an open EDF file."""
+    return [Event(float(a.onset), "", a.text.strip(), float(a.duration or 0)) for a in edf.annotations]
+
+
+def edf_clock(path: Path) -> tuple[int, list[float], float]:
+    """(ordinary signals, onset of each data record in seconds, its duration) from the bytes of an EDF file.
+
+    Onsets stand in the first annotation list of each record; [] where there is none: the file is continuous.
+    """
+    with open(path, "rb") as file:
+        head = file.read(256)
+        size, records, duration, count = (
+            kind(head[a:b])
+            for a, b, kind in ((184, 192, int), (236, 244, int), (244, 252, float), (252, 256, int))
+        )
+        table = file.read(256 * count)
+        names = [table[16 * i : 16 * i + 16].decode("latin1").strip() for i in range(count)]
+        at = 216 * count
+        lengths = [int(table[at + 8 * i : at + 8 * i + 8]) for i in range(count)]
+        width = 3 if path.suffix.lower() == ".bdf" else 2
+        notes = [i for i, name in enumerate(names) if name in ("EDF Annotations", "BDF Annotations")]
+        if not notes:
+            return count, [], duration
+        onsets, whole = [], width * sum(lengths)
+        records = records if records >= 0 else (path.stat().st_size - size) // max(1, whole)
+        for record in range(records):
+            file.seek(size + record * whole + width * sum(lengths[: notes[0]]))
+            found = re.match(rb"([+-]\d+(?:\.\d*)?)\x14", file.read(width * lengths[notes[0]]))
+            if not found:
+                return count - len(notes), [], duration
+            onsets.append(float(found[1]))
+    # The clock of the file begins with its first record, as its annotations do.
+    return count - len(notes), [onset - onsets[0] for onset in onsets], duration
+
+
+# ---- DICOM
+
+
+def read_dicom(path: Path, fs=None) -> list[Recording]:
+    """A DICOM ECG or other waveform: a recording for each multiplex group, channels in physical units."""
+    pydicom = extra("pydicom", path)
+    with reading(path, "DICOM file"):
+        data = pydicom.dcmread(path)
+        groups = list(data.get("WaveformSequence", []))
+        found = [(group, data.waveform_array(i)) for i, group in enumerate(groups)]
+    if not found:
+        raise UserError(f"{path}: a DICOM file without a waveform; pictures are not read here")
+    records = []
+    for i, (group, x) in enumerate(found):
+        names, units = [], []
+        for channel in group.ChannelDefinitionSequence:
+            source = channel.get("ChannelSourceSequence") or [None]
+            meaning = str(source[0].get("CodeMeaning", "")) if source[0] is not None else ""
+            lead = re.match(r"(?i)lead\s+([a-z]+\d?)", meaning)
+            names.append(lead[1] if lead else meaning or str(channel.get("ChannelLabel", "channel")))
+            unit = channel.get("ChannelSensitivityUnitsSequence") or [None]
+            units.append(str(unit[0].get("CodeValue", "")) if unit[0] is not None else "")
+        rate = check_rate(float(group.SamplingFrequency), path, fs)
+        channels = {n: as_channel(x[:, k], rate, unit=units[k]) for k, n in enumerate(unique(names))}
+        name = str(group.get("MultiplexGroupLabel", "") or i) if len(found) > 1 else ""
+        subject = str(data.get("PatientID", "") or "")
+        records.append(Recording(f"{path.stem}:{name}" if i else path.stem, path, channels, subject))
+    return records
+
+
+# ---- npz and npy
+
+
+def read_npz(path: Path, fs=None) -> list[Recording]:
+    """npz: one recording (`sig`, or one array per channel; `fs`, or `fs_<channel>`; gain, names, subject,
+    ann_*, label), many series (`X` (N, T) or (N, C, T) and `y`), or a UCR set (x_train, y_train, x_test ...).
+    """
+    with reading(path, "npz file of plain arrays"), np.load(path) as file:
+        data = {key: file[key] for key in file.files}
+    lower = {key.lower(): value for key, value in data.items()}
+    if "x_train" in lower:
+        return ucr_records(path, lower)
+    if "x" in lower and np.ndim(lower["x"]) >= 2 and set(lower) & {"y", "label", "labels", "target"}:
+        return series_records(path, lower, fs)
+    arrays = npz_arrays(path, data)
+    rates = npz_rates(path, data, list(arrays), fs)
+    gains = npz_gains(path, data, list(arrays))
+    channels = {
+        n: as_channel(x, rates[n], gains[n], unit_of(data, i)) for i, (n, x) in enumerate(arrays.items())
+    }
+    subject = str(data["subject"]) if "subject" in data else ""
+    labels = np.atleast_1d(data["label"] if "label" in data else data.get("labels", [])).tolist()
+    events = npz_events(path, data, channels)
+    return [
+        Recording(
+            path.stem, path, channels, subject, events, {"": [str(v) for v in labels]} if labels else {}
+        )
+    ]
+
+
+def npz_arrays(path, data: dict) -> dict:
+    """{channel: samples} of an npz file."""
+    if "sig" in data:
+        rows = list(rows_of(data["sig"], "sig", path).items())
+        given = [str(n) for n in np.atleast_1d(data["names"] if "names" in data else data.get("lead", []))]
+        names = unique(given[i] if i < len(given) else key for i, (key, _) in enumerate(rows))
+        return dict(zip(names, (row for _, row in rows)))
+    arrays = {}
+    for key, array in data.items():
+        word = key.lower()
+        about = word.startswith(("ann_", "time", "fs_", "rate_")) or word.endswith(("_fs", "_rate", "_unit"))
+        if word not in map(str.lower, NOT_SIGNALS) and not about:
+            arrays |= rows_of(array, key, path)
+    if not arrays:
+        raise UserError(
+            f"{path}: holds no signal (fields: {', '.join(data) or 'none'}); expected sig, or one array per "
+            "channel"
+        )
+    return arrays
+
+
+def unit_of(data: dict, index: int) -> str:
+    units = np.atleast_1d(data.get("units", ""))
+    return str(units[index]) if index < len(units) else str(units[0]) if units.size == 1 else ""
+
+
+def npz_rates(path, data: dict, names: list, fs) -> dict:
+    """{channel: rate}: a field of the channel's own, else one number for all, else a number for each."""
+    shared = next((data[key] for key in RATES if key in data), None)
+    rates = {}
+    for i, name in enumerate(names):
+        plain = re.sub(r"\d+$", "", name)
+        keys = [k.format(n) for n in (name, plain) for k in ("fs_{}", "{}_fs", "rate_{}", "{}_rate")]
+        own = next((data[key] for key in keys if key in data), None)
+        if own is None and shared is not None and np.size(shared) > 1:
+            if np.size(shared) != len(names):
+                raise UserError(
+                    f"{path}: field fs holds {np.size(shared)} rates for {len(names)} channels "
+                    f"({', '.join(names)}); give one, or one for each"
+                )
+            own = np.ravel(shared)[i]
+        rates[name] = check_rate(shared if own is None else own, path, fs)
+    return rates
+
+
+def npz_gains(path, data: dict, names: list) -> dict:
+    """{channel: units per physical unit}: one number for all, or one for each."""
+    gain = np.asarray(data.get("gain", 1.0))
+    good = gain.dtype.kind in "iuf" and np.isfinite(gain).all() and bool((gain > 0).all())
+    if not good or gain.size not in (1, len(names)):
+        raise UserError(
+            f"{path}: field gain is {gain}, expected one number above 0 (units per physical unit), or one "
+            "for "
+            "each channel"
+        )
+    return dict(zip(names, np.broadcast_to(gain.ravel(), (len(names),)).tolist()))
+
+
+def npz_events(path, data: dict, channels: dict) -> list[Event]:
+    """ann_sample (or ann_seconds), ann_symbol and ann_aux as events. Samples count at `ann_fs`, else at the
+    channels' common rate."""
+    if "ann_sample" not in data and "ann_seconds" not in data:
+        return []
+    key = "ann_seconds" if "ann_seconds" in data else "ann_sample"
+    places = np.asarray(data[key])
+    lengths = {k: np.size(data[k]) for k in (key, "ann_symbol", "ann_aux") if k in data}
+    if len(set(lengths.values())) > 1 or not {"ann_symbol", "ann_aux"} & set(data):
+        raise UserError(
+            f"{path}: fields ann_* have lengths {lengths}, expected {key} and ann_symbol of one length"
+        )
+    if places.dtype.kind not in ("iu" if key == "ann_sample" else "iuf") or places.ndim != 1:
+        raise UserError(
+            f"{path}: field {key} is {places.dtype} {places.shape}, expected "
+            f"{'whole ' if key == 'ann_sample' else ''}numbers (beats,)"
+        )
+    rate = 1.0
+    if key == "ann_sample":
+        rates = {channel.fs for channel in channels.values()}
+        if "ann_fs" in data:
+            rates = {check_rate(data["ann_fs"], f"{path}: ann_fs")}
+        if len(rates) > 1:
+            raise UserError(
+                f"{path}: field ann_sample counts samples, but the channels have the rates "
+                f"{', '.join(f'{r:g}' for r in sorted(rates))} Hz; add ann_fs or give ann_seconds"
+            )
+        rate = rates.pop()
+    symbols, texts = (data.get(k, [""] * len(places)) for k in ("ann_symbol", "ann_aux"))
+    return [Event(s / rate, str(a), str(b)) for s, a, b in zip(places.tolist(), symbols, texts)]
+
+
+def ucr_records(path: Path, data: dict) -> list[Recording]:
+    """Records of a UCR set. Where the test labels are of another kind (y_test_abnormal), the same kind is
+    used in training."""
+    records = []
+    kind = next((key[len("y_test") :] for key in data if key.startswith("y_test")), "")
+    for part in ("train", "val", "test"):
+        if f"x_{part}" not in data:
+            continue
+        x, y = data[f"x_{part}"], data.get(f"y_{part}{kind}")
+        if x.ndim not in (2, 3) or y is None or len(x) != len(y):
+            raise UserError(
+                f"{path}: fields x_{part} {x.shape} and y_{part}{kind} {getattr(y, 'shape', 'missing')} do "
+                "not belong together"
+            )
+        records += [series_record(path, part, i, row, str(label)) for i, (row, label) in enumerate(zip(x, y))]
+    return records
+
+
+def series_record(path, part: str, index: int, rows, label: str | list, names=None) -> Recording:
+    """One labelled series, (L,) or (channels, L), without a time unit; ends where nothing was measured are
+    cut off, lines go over the gaps between."""
+    rows = bridged([rows] if np.ndim(rows[0]) == 0 else list(rows))
+    channels = {name: as_channel(x, 1.0) for name, x in zip(names or ["x"], rows)}
+    name = f"{path.stem}:{part + '-' if part else ''}{index}"
+    labels = [label] if isinstance(label, str) else label
+    return Recording(name, path, channels, name, labels={"": labels}, part=part, series=True)
+
+
+def bridged(rows: list) -> list[np.ndarray]:
+    """Rows of one series without the ends that all of them miss, and with straight lines over what is missing
+    inside."""
+    rows = [np.asarray(x) for x in rows]
+    if all(x.dtype.kind in "iu" or np.isfinite(x).all() for x in rows):
+        return rows
+    if len({len(x) for x in rows}) == 1:
+        there = np.flatnonzero(np.isfinite(rows).any(0))
+        if len(there):
+            rows = [x[there[0] : there[-1] + 1] for x in rows]
+    filled = []
+    for x in rows:
+        good = np.isfinite(x)
+        filled.append(np.interp(np.arange(len(x)), np.flatnonzero(good), x[good]) if good.any() else x)
+    return filled
+
+
+def series_records(path: Path, data: dict, fs) -> list[Recording]:
+    """npz `X` (N, T), (N, C, T) or (N, T, C) and `y` (N,), or (N, K) of zeros and ones; perhaps `fs`,
+    `names`, `subject` (N,)."""
+    x = np.asarray(data["x"])
+    key = next(k for k in ("y", "label", "labels", "target") if k in data)
+    y = np.asarray(data[key])
+    if x.ndim not in (2, 3) or x.dtype.kind not in "iuf" or y.ndim not in (1, 2) or len(x) != len(y):
+        raise UserError(
+            f"{path}: fields X {x.shape} and {key} {y.shape} do not belong together; expected (N, T) or "
+            "(N, channels, T), and N labels"
+        )
+    if x.ndim == 3 and x.shape[1] > x.shape[2]:
+        x = x.transpose(0, 2, 1)
+    names = [str(n) for n in np.atleast_1d(data.get("names", data.get("leads", [])))]
+    if not names and x.ndim == 3:
+        names = LEADS if x.shape[1] == 12 else [f"x{i}" for i in range(x.shape[1])]
+    classes = [
+        str(c) for c in np.atleast_1d(data.get("classes", np.arange(y.shape[1] if y.ndim == 2 else 0)))
+    ]
+    rate = next((data[k.lower()] for k in RATES if k.lower() in data), fs)
+    subjects = next((data[k] for k in ("subject", "subjects", "groups", "patient_id") if k in data), None)
+    parts = data.get("part", data.get("split"))
+    records = []
+    for i, (row, label) in enumerate(zip(x, y)):
+        label = str(label) if y.ndim == 1 else [c for c, on in zip(classes, label) if on]
+        part = "" if parts is None else str(parts[i])
+        record = series_record(path, part, i, row, label, (names or ["x"]) if x.ndim == 3 else ["x"])
+        if rate is not None:
+            record.series = False
+            for channel in record.channels.values():
+                channel.fs = check_rate(rate, path, fs)
+        record.subject = record.subject if subjects is None else str(subjects[i])
+        records.append(record)
+    return records
+
+
+def read_npy(path: Path, fs=None) -> list[Recording]:
+    """npy: (L,) or (channels, L), memory-mapped; the rate comes from --input-fs."""
+    with reading(path, "npy file of plain numbers"):
+        array = np.load(path, mmap_mode="r")
+    rate = check_rate(None, path, fs)
+    channels = {n: as_channel(x, rate) for n, x in rows_of(array, "sig", path).items()}
+    return [Recording(path.stem, path, channels)]
+
+
+# ---- HDF5
+
+
+def read_hdf5(path: Path, fs=None) -> list[Recording]:
+    """HDF5: each data set (L,) or (channels, L) is a recording, or a channel of its group; a rate (attribute
+    fs) on it, its group or the file, or a number fs beside it. `tracings` (N, T, 12) and `exam_id` are
+    CODE-15.
+    """
+    h5py = extra("h5py", path)
+    records = {}
+
+    def rate_of(item, file):
+        places = [item.attrs, item.parent.attrs, file.attrs]
+        found = next((place[key] for place in places for key in RATES if key in place), None)
+        if found is None:
+            near = (item.parent.get(key) for key in (f"{item.name.split('/')[-1]}_fs", *RATES))
+            found = next(
+                (n[()] for n in near if n is not None and n.size == 1 and n.dtype.kind in "iuf"), None
+            )
+        return found
+
+    def visit(name, item):
+        plain = isinstance(item, h5py.Dataset) and item.dtype.kind in "iuf" and item.ndim in (1, 2)
+        if not plain or item.shape[-1] < 2 or name.split("/")[-1] in NOT_SIGNALS:
+            return
+        group, where = item.parent, f"{path}: {name}"
+        key = path.stem + (f":{group.name.strip('/')}" if group.name != "/" else "")
+        subject = next((str(a["subject"]) for a in (item.attrs, group.attrs) if "subject" in a), "")
+        record = records.setdefault(key, Recording(key, path, {}, subject))
+        rate, unit = check_rate(rate_of(item, file), where, fs), str(item.attrs.get("units", ""))
+        gain = float(item.attrs.get("gain", 1.0))
+        for label, row in rows_of(item[:], name.split("/")[-1], where).items():
+            record.channels[label] = as_channel(row, rate, gain, unit)
+
+    with reading(path, "HDF5 file"), h5py.File(path, "r") as file:
+        if "tracings" in file and file["tracings"].ndim == 3:
+            return tracings(path, file, fs)
+        file.visititems(visit)
+    if not records:
+        raise UserError(f"{path}: holds no data set of numbers (L,) or (channels, L)")
+    return list(records.values())
+
+
+def tracings(path: Path, file, fs) -> list[Recording]:
+    """Recordings of a CODE-15 file: `tracings` (N, T, 12) at 400 Hz, `exam_id` (N,); zeros that pad both ends
+    are gaps."""
+    ids = file["exam_id"][:] if "exam_id" in file else np.arange(len(file["tracings"]))
+    rate, records = check_rate(400.0 if fs is None else fs, path), []
+    for exam, x in zip(ids.tolist(), file["tracings"]):
+        x = np.array(x, np.float32)
+        if not exam and not x.any():  # the last row of each published file is empty
+            continue
+        there = np.flatnonzero(x.any(1))
+        if len(there):
+            x[: there[0]], x[there[-1] + 1 :] = np.nan, np.nan
+        names = LEADS if x.shape[1] == 12 else [f"x{i}" for i in range(x.shape[1])]
+        channels = {n: as_channel(x[:, i], rate) for i, n in enumerate(names)}
+        records.append(Recording(f"{path.stem}:{exam}", path, channels))
+    return records
+
+
+# ---- UCR
+
+
+def read_ts(path: Path, fs=None) -> list[Recording]:
+    """A UCR/UEA .ts file, `name_TRAIN.ts` or `name_TEST.ts`: lines `v1,v2,...:w1,w2,...:label` after @data,
+    one group of values for each dimension, ? for what is missing."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    lines = text.splitlines()
+    start = next((i for i, line in enumerate(lines) if line.strip().lower() == "@data"), None)
+    if start is None:
+        raise UserError(f"{path}: has no @data line; expected the UCR .ts format")
+    head = {w[0].lower(): [v.lower() for v in w[1:]] for w in (s.split() for s in lines[:start]) if w}
+    labelled = head.get("@classlabel", ["true"])[:1] != ["false"] or head.get("@targetlabel") == ["true"]
+    if head.get("@timestamps", ["false"])[:1] == ["true"]:
+        raise UserError(f"{path}: holds time stamps, which are not read; write the values alone")
+    records, part = [], part_of(path)
+    for number, line in enumerate(lines[start + 1 :], start + 2):
+        if not line.strip() or line.startswith("#"):
+            continue
+        groups = line.strip().split(":")
+        label = groups.pop().strip() if labelled else ""
+        try:
+            if not groups:
+                raise ValueError
+            rows = [[np.nan if v.strip() in ("?", "NaN") else float(v) for v in g.split(",")] for g in groups]
+            rows = [np.array(row, np.float64) for row in rows]
+        except ValueError:
+            raise UserError(f"{path}: line {number}: not numbers with a label after a colon") from None
+        records.append(series_of(path, part, len(records), rows, label))
+    return records
+
+
+def series_of(path, part, index, rows: list, label: str) -> Recording:
+    """A series of one or several dimensions; one dimension is called x, several x0, x1 ..."""
+    names = ["x"] if len(rows) == 1 else [f"x{i}" for i in range(len(rows))]
+    record = series_record(path, part, index, rows, label, names)
+    record.labels = record.labels if label else {}
+    return record
+
+
+def part_of(path: Path) -> str:
+    """The part that a UCR file's name states: name_TRAIN, name_TEST."""
+    return "test" if path.stem.upper().endswith("TEST") else "train"
+
+
+def read_arff(path: Path, fs=None) -> list[Recording]:
+    """A UCR/UEA .arff file: values and a label between commas after @data; dimensions as quoted lines with
+    \\n between them."""
+    lines, records, part = path.read_text(encoding="utf-8", errors="replace").splitlines(), [], part_of(path)
+    start = next((i for i, line in enumerate(lines) if line.strip().lower() == "@data"), None)
+    if start is None:
+        raise UserError(f"{path}: has no @data line; expected the ARFF format")
+    for number, line in enumerate(lines[start + 1 :], start + 2):
+        line = line.strip()
+        if not line or line.startswith("%"):
+            continue
+        quoted = re.match(r"""(['"])(.*)\1\s*,(.*)$""", line)
+        groups, label = (
+            (quoted[2].split("\\n"), quoted[3])
+            if quoted
+            else ([line.rpartition(",")[0]], line.rpartition(",")[2])
+        )
+        try:
+            rows = [
+                np.array([np.nan if v.strip() == "?" else float(v) for v in g.split(",")]) for g in groups
+            ]
+        except ValueError:
+            raise UserError(f"{path}: line {number}: not numbers with a label at the end") from None
+        records.append(series_of(path, part, len(records), rows, label.strip().strip("'\"")))
+    return records
+
+
+def read_ucr_tsv(path: Path, table: np.ndarray) -> list[Recording]:
+    """A UCR .tsv file: the label, then the values."""
+    return [series_of(path, part_of(path), i, [row[1:]], f"{row[0]:g}") for i, row in enumerate(table)]

@@ -1,0 +1,323 @@
+"""Signals in text tables: .csv and .tsv as people and programs write them.
+
+    encoding      UTF-8, UTF-16 or Latin-1          delimiter     comma, semicolon, tab, | or spaces
+    numbers       decimal point or comma            missing       empty, ?, nan, NA, null
+    header        none, plain, quoted, after #; perhaps a line of units below it
+    clock         a column of seconds, milliseconds or microseconds, of ISO times, or of times of day
+
+A column of text is left out and named. A table of more than 64 nameless columns holds a series in each line
+and its label at the end (Kaggle's heart beats); name_TRAIN.tsv and name_TEST.tsv are UCR sets.
+"""
+
+import csv
+import io
+import re
+import sys
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import UserError
+from common.files import reading
+from cwt_mae.readers import read_ucr_tsv, series_record
+from cwt_mae.recording import Recording, as_channel, check_rate, unique
+
+MISSING = {"", "?", "nan", "na", "n/a", "null", "none", "-", "inf", "-inf"}
+CLOCKS = ("time", "t", "timestamp", "elapsed time", "seconds", "sec", "secs", "datetime", "date", "date time")
+CLOCKS += ("date_time", "clock", "ms", "millis", "milliseconds", "index_time", "time stamp", "zeit", "temps")
+COUNTERS = ("", "index", "sample", "samples", "sample #", "n", "no", "nr", "i", "frame", "row", "unnamed: 0")
+UNITS = {"s": 1.0, "sec": 1.0, "secs": 1.0, "second": 1.0, "seconds": 1.0, "ms": 1e-3, "msec": 1e-3}
+UNITS |= {"millis": 1e-3, "milliseconds": 1e-3, "us": 1e-6, "µs": 1e-6, "microseconds": 1e-6, "ns": 1e-9}
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$")
+TIME = re.compile(
+    r"(\d{4}[-/]\d\d?[-/]\d\d?[T ])?\d{1,2}:\d\d(:\d\d)?([.,]\d+)?(Z|[+-]\d\d:?\d\d)?$|\d{1,2}:\d\d[.,]\d+$"
+)
+WIDE = 64
+
+
+def read_table(path: Path, fs=None) -> list[Recording]:
+    """One text table: a column for each channel and a sample in each line, or a series in each line."""
+    path = Path(path)
+    names, units, delimiter, lines, first = split_table(path)
+    named = names is not None
+    width = len(fields(lines[0], delimiter))
+    if path.suffix.lower() == ".tsv" and re.search(r"_(TRAIN|TEST)$", path.stem, re.I) and not named:
+        return read_ucr_tsv(path, numbers(path, lines, delimiter, range(width), first))
+    if width > WIDE and (not named or sum(bool(re.fullmatch(r"\w{0,3}\d+", n)) for n in names) > 0.9 * width):
+        return kaggle_records(path, numbers(path, lines, delimiter, range(width), first))
+    if (
+        named
+        and len(names) != width
+        and not (len(names) == width - 1 and not fields(lines[0], delimiter)[-1])
+    ):
+        raise UserError(f"{path}: header names {len(names)} columns, the data have {width}")
+    names = unique_columns(names, width)
+    kinds = [kind_of(lines, delimiter, i) for i in range(width)]
+    wanted = [i for i, kind in enumerate(kinds) if kind == "number"]
+    table = dict(zip(wanted, numbers(path, lines, delimiter, wanted, first, width).T))
+    rate, start, jumps, used = clock_of(path, names, units, kinds, table, lines, delimiter)
+    text = [names[i] for i, kind in enumerate(kinds) if kind == "text"]
+    if text:
+        print(f"{path}: columns of text left out: {', '.join(text)}", file=sys.stderr)
+    chosen = [i for i in wanted if i not in used and not (np.isnan(table[i]).all() and not names[i])]
+    if not chosen:
+        raise UserError(f"{path}: holds no channel of numbers{' beside its time column' if used else ''}")
+    labels = unique(names[i] or f"c{i}" for i in chosen)
+    rate = check_rate(rate, path, fs)
+    channels = {
+        label: as_channel(table[i], rate, unit=units[i] if i < len(units) else "", start=start, jumps=jumps)
+        for label, i in zip(labels, chosen)
+    }
+    return [Recording(path.stem, path, channels)]
+
+
+def unique_columns(names, width: int) -> list[str]:
+    """A name for each of `width` columns; "" where there is none."""
+    return [*(names or []), *[""] * width][:width]
+
+
+def decoded(path: Path) -> str:
+    """The text of a file in UTF-8, UTF-16 (with or without its mark) or Latin-1."""
+    data = path.read_bytes()
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        encoding = "utf-16"
+    elif data[:200].count(0) > len(data[:200]) // 4:
+        encoding = "utf-16-le" if data[1:2] == b"\0" else "utf-16-be"
+    else:
+        encoding = "utf-8-sig"
+    with reading(path, "text table"):
+        try:
+            return data.decode(encoding)
+        except UnicodeDecodeError:
+            return data.decode("latin1")
+
+
+def split_table(path: Path):
+    """(column names or None, units, delimiter, lines of data with decimal points, number of the first of
+    them)."""
+    lines = decoded(path).replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    at, comment = 0, ""
+    delimiter = None
+    while at < len(lines):
+        line = lines[at].strip()
+        if re.match(r"(?i)sep=.$", line):
+            delimiter = line[-1]
+        elif line.startswith(("#", "%", "//")):
+            comment = line.lstrip("#%/ ")
+        elif line:
+            break
+        at += 1
+    rest = [(i, line) for i, line in enumerate(lines[at : at + 200], at) if line.strip()]
+    if not rest:
+        raise UserError(f"{path}: holds no line of data")
+    delimiter = delimiter or find_delimiter([line for _, line in rest])
+    head, units, names = fields(lines[at], delimiter), [], None
+    if not all(is_value(v) for v in head):
+        names, at = head, at + 1
+        while at < len(lines) and not lines[at].strip():
+            at += 1
+        second = fields(lines[at], delimiter) if at < len(lines) else []
+        if second and not any(is_value(v) and v for v in second):
+            units, at = [v.strip("()[] ") for v in second], at + 1
+    elif comment and len(fields(comment, delimiter)) == len(head):
+        names = fields(comment, delimiter)
+    body = [line for line in lines[at:] if line and not line.startswith(("#", "%"))]
+    if not body:
+        raise UserError(f"{path}: holds a header but no line of data")
+    if any('"' in line for line in body[:5]):
+        body = [line.replace('"', "") for line in body]
+    if delimiter != "," and any(re.search(r"\d,\d", line) for line in body[:50]):
+        body = [line.replace(",", ".") for line in body]
+    return names, units, delimiter, body, at + 1
+
+
+def find_delimiter(lines: list) -> str | None:
+    """The delimiter that cuts the last of these lines into most equal rows; None: spaces."""
+    tail = lines[len(lines) // 2 :][:20]
+    for delimiter in ("\t", ";", "|", ","):
+        counts = {line.count(delimiter) for line in tail}
+        if len(counts) == 1 and counts != {0}:
+            return delimiter
+    for delimiter in ("\t", ";", "|", ","):
+        if any(delimiter in line for line in tail):
+            return delimiter
+    return None
+
+
+def fields(line: str, delimiter) -> list[str]:
+    """The fields of one line, without quotes and blanks."""
+    if delimiter is None:
+        return line.split()
+    return [field.strip().strip("'\" ") for field in next(csv.reader([line], delimiter=delimiter))]
+
+
+def is_value(text: str) -> bool:
+    """Whether a field is a number, a time, or missing: what data consist of."""
+    text = text.strip()
+    return text.lower() in MISSING or bool(NUMBER.match(text.replace(",", "."))) or bool(TIME.match(text))
+
+
+def kind_of(lines: list, delimiter, column: int) -> str:
+    """ "number", "time" or "text": what the column holds in some of the lines."""
+    seen = []
+    for line in lines[:50] + lines[len(lines) // 2 : len(lines) // 2 + 20] + lines[-20:]:
+        row = fields(line, delimiter)
+        if column < len(row) and row[column].lower() not in MISSING:
+            seen.append(row[column])
+    if all(NUMBER.match(v.replace(",", ".")) for v in seen):
+        return "number"
+    return "time" if all(TIME.match(v) for v in seen) else "text"
+
+
+def numbers(path, lines: list, delimiter, columns, first: int, width: int = 0) -> np.ndarray:
+    """(lines, columns) float64: the given columns; what is missing is nan. UserError naming the line
+    otherwise."""
+    options = dict(delimiter=delimiter, ndmin=2, dtype=np.float64, comments=None)
+    if len(columns) != width:
+        options["usecols"] = list(columns)
+    try:
+        return np.loadtxt(io.StringIO("\n".join(lines)), **options)
+    except ValueError as error:
+        complaint = " ".join(str(error).split())
+    mark = re.escape(delimiter) if delimiter else r"\s"
+    gap = re.compile(rf"(?i)(?<![^{mark}\n])[ ]*(?:\?|nan|na|n/a|null|none|-)?[ ]*(?![^{mark}\n])")
+    text = "\n".join(gap.sub("nan", line) for line in lines) if delimiter else "\n".join(lines)
+    try:
+        return np.loadtxt(io.StringIO(text), **options)
+    except ValueError as error:
+        complaint = " ".join(str(error).split())
+    row = re.search(r"row (\d+)", complaint)
+    where = (
+        f"line {int(row[1]) + first - ('column' in complaint and 'changed' in complaint)}: " if row else ""
+    )
+    raise UserError(f"{path}: {where}lines do not all have the same columns of numbers ({complaint[:100]})")
+
+
+def clock_of(path, names, units, kinds, table, lines, delimiter):
+    """(rate or None, start, jumps, columns used) of the column that holds the time."""
+    used, rate = set(), None
+    for i, name in enumerate(names):
+        word, unit = clock_name(name, units[i] if i < len(units) else "")
+        if kinds[i] == "time":
+            values = times_of(path, [fields(line, delimiter)[i] for line in lines])
+            used.add(i)
+            return *steps_of(path, name or "time", values, 1.0), used
+        if kinds[i] != "number":
+            continue
+        x = table[i]
+        if word in COUNTERS and evenly(x) and abs(float(x[1] - x[0]) - 1) < 1e-9:
+            used.add(i)  # a plain count of the lines says nothing about the rate
+        elif word in CLOCKS or word == "" and evenly(x):
+            if unit is None and not word and x[1] - x[0] >= 1:
+                used.add(i)
+                continue
+            used.add(i)
+            return *steps_of(path, name or f"column {i + 1}", x, clock_unit(path, name, unit, x)), used
+        elif evenly(x) and word.split(" ")[0] in ("time", "elapsed", "sample", "index", "frame"):
+            used.add(i)
+    return rate, 0.0, [], used
+
+
+def clock_name(name: str, unit: str):
+    """(word, seconds of its unit or None) of a column name: "Time (ms)" -> ("time", .001), "time_s" ->
+    ("time", 1)."""
+    text = name.strip().lower()
+    found = re.match(r"(.*?)[\s_]*[\(\[\{/]\s*([a-zµ]+)\s*[\)\]\}]?$", text) or re.match(
+        r"(.*)_([a-zµ]+)$", text
+    )
+    if found and found[2] in UNITS:
+        return found[1].strip(" _"), UNITS[found[2]]
+    if text in UNITS and text != "s":
+        return "time", UNITS[text]
+    return text, UNITS.get(unit.strip().lower())
+
+
+def clock_unit(path, name: str, unit, x) -> float:
+    """Seconds of the clock's unit; UserError where neither name nor values can tell."""
+    if unit is not None:
+        return unit
+    steps = np.diff(x)
+    step = float(np.median(steps)) if len(steps) else 0.0
+    if abs(x[0]) > 1e17:
+        return 1e-9
+    if abs(x[0]) > 1e14:
+        return 1e-6
+    if abs(x[0]) > 1e11:
+        return 1e-3
+    if step >= 2 and abs(x[0]) < 1e9:
+        raise UserError(
+            f"{path}: column {name} goes in steps of {step:g} of an unnamed unit; call it time_s, time_ms or "
+            "time_us"
+        )
+    return 1.0
+
+
+def evenly(x) -> bool:
+    """Whether a column rises by the same step throughout, as no signal does."""
+    steps = np.diff(x)
+    return len(steps) > 1 and bool(
+        np.isfinite(steps).all() and steps.min() > 0 and np.ptp(steps) < 1e-3 * steps[0]
+    )
+
+
+def times_of(path, texts: list) -> np.ndarray:
+    """Seconds (L,) of ISO times or times of day, from the first one on; midnight may pass."""
+    try:
+        if re.match(r"\d{4}[-/]", texts[0]):
+            stamps = [
+                datetime.fromisoformat(t.replace("/", "-").replace(",", ".").replace("Z", "+00:00"))
+                for t in texts
+            ]
+            return np.array([(stamp - stamps[0]).total_seconds() for stamp in stamps])
+        seconds = np.array(
+            [
+                sum(float(p.replace(",", ".")) * 60.0**k for k, p in enumerate(t.split(":")[::-1]))
+                for t in texts
+            ]
+        )
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: a time is not readable ({error}); write ISO times or seconds") from error
+    return seconds + 86400 * np.cumsum(np.r_[0, np.diff(seconds) < -43200])
+
+
+def steps_of(path, name: str, x, unit: float):
+    """(rate in Hz, start, jumps) of a clock column: even steps but for jumps forward, which are gaps."""
+    seconds = (x - x[0]) * unit
+    steps = np.diff(seconds)
+    if len(steps) and np.isfinite(steps).all() and steps.min() >= 0:
+        step = float(np.median(steps))
+        # Written with too few digits, a time can stand still for a line; over the whole it must not.
+        jumps = np.flatnonzero(steps > 1.5 * step) if step > 0 else np.arange(len(steps))
+        even = np.delete(steps, jumps)
+        if step > 0 and len(jumps) <= 0.01 * len(steps) + 1 and len(even):
+            rate = 1 / even.mean()
+            if np.abs(even - step).max() < 0.5 * step:
+                return rate, 0.0, [(int(j) + 1, float(seconds[j + 1])) for j in jumps]
+    raise UserError(
+        f"{path}: column {name} does not rise evenly; resample it or drop the column and pass --input-fs"
+    )
+
+
+def kaggle_records(path: Path, table: np.ndarray) -> list[Recording]:
+    """A series in each line; the last column is the label if it holds whole numbers alone. Zeros at the end
+    of Kaggle's 187 samples are padding."""
+    labels = table[:, -1]
+    few = len(np.unique(labels)) <= max(2, len(labels) // 2) or table.shape[1] == 188
+    labelled = few and bool((labels == np.round(labels)).all())
+    part = (
+        "test"
+        if re.search(r"(?i)(^|_)test$", path.stem)
+        else "train"
+        if re.search(r"(?i)(^|_)train$", path.stem)
+        else ""
+    )
+    records = []
+    for i, row in enumerate(table[:, :-1] if labelled else table):
+        if len(row) == 187:
+            there = np.flatnonzero(row)
+            row = row[: there[-1] + 1] if len(there) else row
+        record = series_record(path, part, i, row, f"{labels[i]:g}", ["x"])
+        record.labels = record.labels if labelled else {}
+        records.append(record)
+    return records

@@ -1,0 +1,578 @@
+"""cwt_mae: what recordings say about themselves: rates, clocks, gaps, units, subjects, parts and labels."""
+
+import json
+
+import h5py
+import numpy as np
+import pytest
+
+from common.errors import UserError
+from cwt_mae.dataset import Preprocess, build_store, preferred, ratio_of, read_records, resampled
+from cwt_mae.dataset_finetune import beats_of, load_task, rhythm_spans, split_parts
+from cwt_mae.layouts import find_recordings
+from cwt_mae.recording import as_channel, sentinels
+
+FS = 100
+
+
+def ecg(fs, seconds, phase=0.0):
+    return np.sin(2 * np.pi * (1.2 * np.arange(int(fs * seconds)) / fs + phase)) ** 31
+
+
+def store_of(tmp_path, source=None, **options):
+    prepare = options.pop("prepare", Preprocess(FS, 0.0))
+    return build_store([source or tmp_path / "data"], prepare, tmp_path / "cache", **options)
+
+
+def write(path, text, encoding="utf-8"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding=encoding)
+    return path
+
+
+def npz(path, **fields):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(path, **fields)
+    return path
+
+
+def wfdb_record(path, channels, fs, **options):
+    wfdb = pytest.importorskip("wfdb")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    names, columns = list(channels), np.stack(list(channels.values()), 1)
+    units, fmt = ["mV"] * len(names), ["16"] * len(names)
+    wfdb.wrsamp(path.name, fs, units, names, columns, fmt=fmt, write_dir=str(path.parent), **options)
+    return path.with_suffix(".hea")
+
+
+# ---- clocks
+
+
+@pytest.mark.parametrize("fs, ticks", [(360, 250), (250, 1000), (128, 128), (500, 62.5)])
+def test_annotations_of_another_clock_than_the_signal_lie_on_their_peaks(fs, ticks, tmp_path):
+    wfdb = pytest.importorskip("wfdb")
+    peaks = np.arange(2, 58, 2.0)
+    x = np.zeros(60 * fs)
+    x[np.round(peaks * fs).astype(int)] = 1
+    header = wfdb_record(tmp_path / "a", {"MLII": x}, fs)
+    samples = np.round(peaks * ticks).astype(int)
+    wfdb.wrann("a", "atr", samples, ["N"] * len(peaks), fs=ticks, write_dir=str(tmp_path))
+    seconds = [event.seconds for event in read_records(header)[0].events]
+    assert np.abs(np.array(seconds) - peaks).max() <= 0.5 / ticks
+
+
+@pytest.mark.parametrize("annotator, wanted", [("", "N"), ("qrs", "V"), (".qrs", "V")])
+def test_the_annotator_can_be_named(annotator, wanted, tmp_path):
+    wfdb = pytest.importorskip("wfdb")
+    header = wfdb_record(tmp_path / "a", {"II": ecg(FS, 10)}, FS)
+    for suffix, symbol in (("atr", "N"), ("qrs", "V")):
+        wfdb.wrann("a", suffix, np.array([100, 200, 300]), [symbol] * 3, write_dir=str(tmp_path))
+    assert {event.symbol for event in read_records(header, annotator=annotator)[0].events} == {wanted}
+    with pytest.raises(UserError, match="no annotation file .ecg"):
+        read_records(header, annotator="ecg")
+
+
+@pytest.mark.parametrize(
+    "fs, rate",
+    [
+        (249.89, 250),
+        (249.8899, 250),
+        (116.98775447, 100),
+        (100, 100.0003),
+        (360, 90),
+        (1 / 3, 0.5),
+        (999.97, 1000),
+    ],
+)
+def test_nearly_equal_rates_drift_by_less_than_a_sample_in_a_day(fs, rate):
+    assert abs(float(ratio_of(fs, rate)) * fs / rate - 1) * 86400 * max(fs, rate) < 1
+
+
+@pytest.mark.parametrize("fs, rate", [(249.89, 250), (116.98775447, 100), (360, 90)])
+def test_a_resampled_wave_stays_in_phase_to_its_end(fs, rate):
+    seconds, hz = 600, 7.3
+    x = np.sin(2 * np.pi * hz * np.arange(int(seconds * fs)) / fs)
+    y = resampled(x, fs, rate)
+    wanted = np.sin(2 * np.pi * hz * np.arange(len(y)) / rate)
+    assert abs(len(y) / rate - seconds) < 2 / rate and np.abs(y - wanted)[50:-50].max() < 0.02
+
+
+def test_channels_of_one_npz_file_have_the_rates_that_it_states(tmp_path):
+    path = npz(tmp_path / "a.npz", ecg=ecg(250, 20), ppg=ecg(50, 20), fs_ecg=250, fs_ppg=50)
+    assert read_records(path)[0].rates == {"ecg": 250.0, "ppg": 50.0}
+    path = npz(tmp_path / "b.npz", ecg=ecg(250, 20), ppg=ecg(50, 20), fs=[250, 50])
+    assert read_records(path)[0].rates == {"ecg": 250.0, "ppg": 50.0}
+    for channel, length in (("ecg", 2000), ("ppg", 2000)):
+        assert (
+            store_of(tmp_path, path, prepare=Preprocess(FS, 0, channel=channel)).records["length"] == length
+        )
+    with pytest.raises(UserError, match="holds 3 rates for 2 channels"):
+        read_records(npz(tmp_path / "c.npz", ecg=ecg(250, 20), ppg=ecg(50, 20), fs=[250, 50, 1]))
+    fields = dict(ecg=ecg(250, 20), ppg=ecg(50, 20), fs=[250, 50], ann_sample=[5], ann_symbol=["N"])
+    with pytest.raises(UserError, match="add ann_fs"):
+        read_records(npz(tmp_path / "d.npz", **fields))
+    assert read_records(npz(tmp_path / "e.npz", **fields, ann_fs=50))[0].events[0].seconds == 0.1
+
+
+def test_data_sets_of_one_hdf5_file_have_their_own_rates(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        for name, fs in (("ecg", 250), ("ppg", 50)):
+            file.create_dataset(name, data=ecg(fs, 20)).attrs["sampling_rate"] = fs
+    assert read_records(tmp_path / "a.h5")[0].rates == {"ecg": 250.0, "ppg": 50.0}
+
+
+# ---- EDF
+
+
+def edf(path, signals, **options):
+    edfio = pytest.importorskip("edfio")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    edfio.Edf([edfio.EdfSignal(x, fs, label=label) for label, x, fs in signals], **options).write(path)
+    return path
+
+
+def test_an_edf_file_keeps_all_channels_with_their_rates_and_its_annotations(tmp_path):
+    edfio = pytest.importorskip("edfio")
+    notes = [edfio.EdfAnnotation(10, 30, "Sleep stage W"), edfio.EdfAnnotation(40, 20, "AFIB")]
+    signals = [("SpO2", ecg(1, 60), 1), ("ECG", ecg(256, 60), 256), ("ECG", -ecg(64, 60), 64)]
+    record = read_records(edf(tmp_path / "a.edf", signals, annotations=notes))[0]
+    assert record.rates == {"SpO2": 1.0, "ECG": 256.0, "ECG#2": 64.0}
+    assert [tuple(event) for event in record.events] == [(10, "", "Sleep stage W", 30), (40, "", "AFIB", 20)]
+    store = store_of(tmp_path, tmp_path / "a.edf")
+    assert store.records["channel"].tolist() == [b"ECG"] and store.records["length"].tolist() == [6000]
+    assert rhythm_spans(store.events, 60.0) == [("Sleep stage W", 10.0, 40.0), ("AFIB", 40.0, 60.0)]
+    assert load_task(store, "rhythm", 1000).counts().tolist() == [2, 3]
+
+
+def discontinuous(path, onsets):
+    """Make an EDF+C file with records of a second an EDF+D file whose records begin at `onsets`."""
+    b = bytearray(path.read_bytes())
+    b[192:197] = b"EDF+D"
+    count, header = int(b[252:256]), int(b[184:192])
+    sizes = [int(b[256 + 216 * count + 8 * i : 264 + 216 * count + 8 * i]) for i in range(count)]
+    labels = [bytes(b[256 + 16 * i : 272 + 16 * i]).decode().strip() for i in range(count)]
+    notes, whole = labels.index("EDF Annotations"), 2 * sum(sizes)
+    for k, onset in enumerate(onsets):
+        at = header + k * whole + 2 * sum(sizes[:notes])
+        stamp = f"+{onset}".encode() + b"\x14\x14\x00"
+        b[at : at + 2 * sizes[notes]] = stamp.ljust(2 * sizes[notes], b"\x00")
+    path.write_bytes(bytes(b))
+
+
+def test_edf_with_gaps_is_cut_there_and_each_run_knows_when_it_begins(tmp_path):
+    edfio = pytest.importorskip("edfio")
+    path = tmp_path / "d.edf"
+    notes = [edfio.EdfAnnotation(1.5, None, "a remark that is long enough for every time stamp")]
+    edf(path, [("ECG", ecg(256, 12), 256)], annotations=notes, data_record_duration=1)
+    discontinuous(path, [0, 1, 2, 100.5, 101.5, 102.5, 103.5, 1000, 1001, 1002, 1003, 1004])
+    store = store_of(tmp_path, path)
+    assert store.records["length"].tolist() == [300, 400, 500]
+    assert store.records["start"].tolist() == [0.0, 100.5, 1000.0]
+    assert len(set(store.records["recording"].tolist())) == 1 and read_records(path)[0].seconds() == 1005
+
+
+def test_an_edf_file_of_annotations_alone_is_refused_in_one_line(tmp_path):
+    edfio = pytest.importorskip("edfio")
+    with pytest.raises(UserError, match="holds annotations but no signal"):
+        read_records(edf(tmp_path / "n.edf", [], annotations=[edfio.EdfAnnotation(1, None, "x")]))
+
+
+@pytest.mark.parametrize(
+    "names, wanted",
+    [
+        (["EEG C3-A2", "ECG II"], "ECG II"),
+        (["SpO2", "Pleth", "ECG"], "ECG"),
+        (["RESP", "PLETH", "V", "AVR", "II"], "II"),
+        (["V5", "MLII"], "MLII"),
+        (["EOG left", "EKG R-L"], "EKG R-L"),
+        (["Resp chest", "PPG 1"], "PPG 1"),
+        (["EEG Fpz-Cz", "Resp oro-nasal"], "EEG Fpz-Cz"),
+        (["aVF", "lead ii"], "lead ii"),
+        (["SECG", "V1"], "V1"),
+    ],
+)
+def test_the_channel_taken_by_itself_is_an_ecg_before_a_pulse_wave_before_anything_else(names, wanted):
+    assert preferred(names) == wanted
+
+
+# ---- WFDB
+
+
+def test_a_wfdb_record_of_two_frequencies_keeps_both(tmp_path):
+    wfdb = pytest.importorskip("wfdb")
+    fast, slow = ecg(500, 20), ecg(125, 20)
+    wfdb.wrsamp(
+        "m", 125, ["mV", "mmHg"], ["ECG", "ABP"], e_p_signal=[fast, slow], samps_per_frame=[4, 1],
+        fmt=["16", "16"], write_dir=str(tmp_path),
+    )  # fmt: skip
+    record = read_records(tmp_path / "m.hea")[0]
+    assert record.rates == {"ECG": 500.0, "ABP": 125.0} and record.channels["ABP"].unit == "mmHg"
+    assert np.abs(record.channels["ECG"] - fast).max() < 1e-3
+
+
+def test_records_with_gaps_are_cut_into_runs_and_what_is_lost_is_counted(tmp_path, capsys):
+    x = ecg(250, 40)
+    x[2500:2520] = np.nan
+    wfdb_record(tmp_path / "data" / "g", {"II": x}, 250)
+    store = store_of(tmp_path)
+    assert store.records["start"].tolist() == [0.0, 2520 / 250]
+    assert store.records["length"].tolist() == [1000, 2992]
+    assert "left out 20 samples (0.1 s)" in capsys.readouterr().err and store.about["lost"]["samples"] == 20
+
+
+def test_segments_of_a_record_are_not_counted_again(tmp_path):
+    folder = tmp_path / "data"
+    for i in (1, 2):
+        wfdb_record(folder / f"m_{i}", {"II": ecg(250, 20)}, 250)
+    write(folder / "m.hea", "m/2 1 250 10000\nm_1 5000\nm_2 5000\n")
+    store = store_of(tmp_path)
+    assert store.records["name"].tolist() == [b"m"] and store.records["length"].tolist() == [4000]
+
+
+def test_a_variable_layout_record_gives_the_segments_of_each_channel(tmp_path):
+    folder, n = tmp_path / "data", 5000
+    wfdb_record(folder / "v_1", {"II": ecg(250, 20), "V": ecg(250, 20)}, 250)
+    wfdb_record(folder / "v_2", {"PLETH": ecg(250, 20)}, 250)
+    layout = "v_layout 2 250 0\n~ 0 200/mV 16 0 0 0 0 II\n~ 0 200/mV 16 0 0 0 0 PLETH\n"
+    write(folder / "v_layout.hea", layout)
+    write(folder / "v.hea", f"v/4 2 250 {2 * n + 1000}\nv_layout 0\nv_1 {n}\n~ 1000\nv_2 {n}\n")
+    for channel, start in (("II", 0.0), ("PLETH", 24.0)):
+        store = store_of(tmp_path, prepare=Preprocess(FS, 0, channel=channel))
+        assert store.records["length"].tolist() == [2000] and store.records["start"].tolist() == [start]
+
+
+def test_beats_and_rhythms_of_a_record_with_a_gap_stay_where_they_are(tmp_path):
+    x, peaks = np.zeros(60 * FS), np.arange(1, 59, 2) * FS
+    x[peaks] = 1
+    x[2000:2500] = np.nan
+    npz(
+        tmp_path / "data" / "a.npz", sig=x, fs=FS, ann_sample=np.r_[10, peaks],
+        ann_symbol=["+"] + ["N"] * len(peaks), ann_aux=["(AFIB"] + [""] * len(peaks),
+    )  # fmt: skip
+    store = store_of(tmp_path)
+    for row, beats in beats_of(store):
+        centres = np.round(beats["seconds"] * FS).astype(int)
+        assert store.signal(row)[centres].min() > 0.5
+    assert sum(len(beats) for _, beats in beats_of(store)) == len(peaks) - 2  # two beats lie in the gap
+    task = load_task(store, "rhythm", 500)
+    assert task.classes == ["AFIB"] and set(task.items["record"].tolist()) == {0, 1}
+
+
+@pytest.mark.parametrize("value", [-32768, -9999, 99999])
+@pytest.mark.parametrize("kind", [np.int32, np.float64])
+def test_values_that_stand_for_nothing_are_gaps(value, kind, tmp_path):
+    x = (500 * ecg(FS, 30)).astype(kind)
+    x[1000:1100] = value
+    store = store_of(tmp_path, npz(tmp_path / "a.npz", sig=x, fs=FS, gain=200))
+    assert store.records["length"].tolist() == [1000, 1900]
+    assert max(np.abs(store.signal(i)).max() for i in (0, 1)) < 3
+
+
+def test_a_signal_that_reaches_a_round_value_is_not_taken_for_a_gap():
+    x = np.linspace(-9999, 9000, 500)
+    assert sentinels(x) is None and len(as_channel(x, 1.0).runs()) == 1
+    assert len(as_channel(np.r_[-32768, np.arange(-32000, 32000, 100)].astype(np.int16), 1.0).runs()) == 1
+
+
+def test_a_record_without_one_measured_sample_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="without a single measured sample"):
+        store_of(tmp_path, npz(tmp_path / "a.npz", sig=np.full(1000, np.nan), fs=FS))
+
+
+# ---- csv
+
+
+CLOCK = np.arange(400) / 250
+VALUES = np.round(ecg(250, 1.6), 4)
+ROWS = list(zip(CLOCK, VALUES))
+CSV = {
+    "semicolon": "time;ecg\n" + "".join(f"{t:.3f};{v}\n" for t, v in ROWS),
+    "tab": "Time (ms)\tecg\n" + "".join(f"{1e3 * t:.0f}\t{v}\n" for t, v in ROWS),
+    "decimal comma": "Zeit;ecg\n" + "".join(f"{t:.3f};{v}\n" for t, v in ROWS).replace(".", ","),
+    "quoted header": '"Elapsed time","ecg"\n' + "".join(f"{t:.3f},{v}\n" for t, v in ROWS),
+    "units line": "'Elapsed time','ecg'\n'seconds','mV'\n" + "".join(f"{t:.3f},{v}\n" for t, v in ROWS),
+    "comments": "# a device\n# 2024\nt,ecg\n" + "".join(f"{t:.3f},{v}\n" for t, v in ROWS),
+    "header in a comment": "# time_s,ecg\n" + "".join(f"{t:.3f},{v}\n" for t, v in ROWS),
+    "iso": "timestamp,ecg\n" + "".join(f"2024-05-01T10:00:{t:09.6f},{v}\n" for t, v in ROWS),
+    "time of day": "clock,ecg\n" + "".join(f"23:59:{59 + t:06.3f},{v}\n" for t, v in ROWS[:200]),
+    "blanks": "time_us ecg\n" + "".join(f"{1e6 * t:.0f} {v}\n" for t, v in ROWS),
+    "sep line": "sep=;\ntime_s;ecg\n" + "".join(f"{t:.3f};{v}\n" for t, v in ROWS),
+    "index column": ",time_s,ecg\n" + "".join(f"{i},{t:.3f},{v}\n" for i, (t, v) in enumerate(ROWS)),
+    "epoch": "timestamp,ecg\n" + "".join(f"{1700000000 + t:.3f},{v}\n" for t, v in ROWS),
+    "text column": "time_s,ecg,note\n" + "".join(f"{t:.3f},{v},fine\n" for t, v in ROWS),
+    "windows": "time_s,ecg\r\n" + "".join(f"{t:.3f},{v}\r\n" for t, v in ROWS),
+    "no header": "".join(f"{t:.3f},{v}\n" for t, v in ROWS),
+}
+
+
+@pytest.mark.parametrize("form", CSV)
+def test_a_csv_file_of_any_form_gives_the_signal_and_its_rate(form, tmp_path):
+    record = read_records(write(tmp_path / "a.csv", CSV[form]))[0]
+    assert len(record.channels) == 1, list(record.channels)
+    (name, channel), wanted = *record.channels.items(), VALUES[:200] if form == "time of day" else VALUES
+    assert np.abs(channel - wanted).max() < 1e-6 and name == ("c1" if form == "no header" else "ecg")
+    assert abs(channel.fs - 250) < 0.01
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "latin1", "utf-8-sig"])
+def test_a_csv_file_of_any_encoding_is_read(encoding, tmp_path):
+    text = "time_s,Überblick µ\n".replace("Ü", "U") + "".join(f"{t:.3f},{v}\n" for t, v in ROWS)
+    assert read_records(write(tmp_path / "a.csv", text, encoding))[0].fs == pytest.approx(250)
+
+
+def test_missing_fields_and_jumps_of_the_clock_are_gaps(tmp_path):
+    lines = [f"{t:.3f},{v}" for t, v in ROWS]
+    lines[100:110] = [line.split(",")[0] + "," for line in lines[100:110]]
+    lines[300:] = [f"{t + 60:.3f},{v}" for t, v in ROWS[300:]]
+    record = read_records(write(tmp_path / "a.csv", "time_s,ecg\n" + "\n".join(lines) + "\n"))[0]
+    found = [(len(x), round(start, 3)) for x, start in record.channels["ecg"].runs()]
+    assert found == [(100, 0.0), (190, 0.44), (100, 61.2)]
+
+
+@pytest.mark.parametrize(
+    "text, wanted",
+    [
+        ("ecg\n1\n2\n3\n", "--input-fs"),
+        ("time_s,ecg\n0,1\n1,2,3\n", "columns"),
+        ("time,ecg\n0,1\n4,2\n8,3\n12,2\n", "time_ms"),
+        ("time_s,ecg\n0,1\n1,2\n1.2,3\n7,2\n9,1\n", "evenly"),
+        ("name,town\nada,rome\nbob,oslo\n", "no channel of numbers"),
+        ("time_s,ecg\n", "no line of data"),
+        ("", "no line of data"),
+    ],
+)
+def test_a_csv_file_that_cannot_be_used_says_why(text, wanted, tmp_path):
+    with pytest.raises(UserError, match=wanted) as error:
+        read_records(write(tmp_path / "a.csv", text))
+    assert "a.csv" in str(error.value)
+
+
+# ---- series
+
+
+def test_ucr_files_of_every_form_give_the_same_series(tmp_path):
+    x = np.round(np.random.default_rng(0).normal(size=(4, 30)), 3)
+    rows = [",".join(map(str, row)) for row in x]
+    y = ["1", "2", "1", "2"]
+    files = {
+        "A_TRAIN.ts": "@problemName A\n@data\n" + "".join(f"{r}:{c}\n" for r, c in zip(rows, y)),
+        "B_TRAIN.tsv": "".join(f"{c}\t" + r.replace(",", "\t") + "\n" for r, c in zip(rows, y)),
+        "C_TRAIN.arff": "@relation C\n@attribute a numeric\n@DATA\n"
+        + "".join(f"{r},{c}\n" for r, c in zip(rows, y)),
+    }
+    for name, text in files.items():
+        records = read_records(write(tmp_path / name, text))
+        assert [record.labels[""] for record in records] == [[c] for c in y] and records[0].series
+        assert all(np.allclose(r.channels["x"], row) for r, row in zip(records, x)), name
+        assert {record.part for record in records} == {"train"}
+
+
+def test_missing_values_and_dimensions_of_ts_files(tmp_path):
+    text = "@dimensions 2\n@classLabel true a b\n@data\n?,1,2,?,4,5,6,7,8,9:0,1,2,3,4,5,6,7,8,9:a\n"
+    record = read_records(write(tmp_path / "m_TEST.ts", text))[0]
+    assert list(record.channels) == ["x0", "x1"] and record.part == "test" and record.labels == {"": ["a"]}
+    assert record.channels["x0"].tolist() == [1, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+
+
+def test_two_sets_in_one_folder_are_different_subjects(tmp_path):
+    for name in "ab":
+        x = np.random.default_rng(0).normal(size=(3, 40))
+        npz(tmp_path / "data" / f"{name}.npz", x_train=x, y_train=[1, 2, 1], x_test=x + 1, y_test=[1, 2, 1])
+    store = store_of(tmp_path, prepare=Preprocess(0, 0))
+    assert len(set(store.records["subject"].tolist())) == len(set(store.records["name"].tolist())) == 12
+    assert (split_parts(store) == "test").sum() == 6
+
+
+@pytest.mark.parametrize("shape", [(6, 50), (6, 12, 50), (6, 50, 12)])
+def test_npz_of_many_series_and_labels(shape, tmp_path):
+    x = np.random.default_rng(0).normal(size=shape)
+    records = read_records(npz(tmp_path / "a.npz", X=x, y=np.array([0, 1, 0, 1, 0, 1])))
+    assert len(records) == 6 and records[1].labels == {"": ["1"]}
+    assert len(records[0].channels) == (1 if len(shape) == 2 else 12)
+    assert "AVF" in records[0].channels or len(shape) == 2
+    many = npz(tmp_path / "b.npz", X=x, y=np.eye(6), classes=list("abcdef"), subject=list("uuvvww"), fs=50)
+    records = read_records(many)
+    assert records[2].labels == {"": ["c"]} and records[2].subject == "v" and records[2].fs == 50
+
+
+def test_kaggles_beats_are_a_series_a_line(tmp_path):
+    rng = np.random.default_rng(0)
+    table = np.c_[rng.random((5, 150)) + 0.1, np.zeros((5, 37)), [0, 1, 2, 3, 4]]
+    path = write(tmp_path / "mitbih_train.csv", "\n".join(",".join(f"{v:.5e}" for v in row) for row in table))
+    records = read_records(path)
+    assert len(records) == 5 and records[3].labels == {"": ["3"]} and records[0].part == "train"
+    assert len(records[0].channels["x"]) == 150
+
+
+def test_the_dicom_waveform_of_pydicom_has_its_leads(tmp_path):
+    data = pytest.importorskip("pydicom.data")
+    record = read_records(data.get_testdata_file("waveform_ecg.dcm", download=False))[0]
+    assert record.fs == 1000 and list(record.channels)[:4] == ["I", "II", "III", "aVR"]
+    assert len(record.channels) == 12 and record.seconds() == pytest.approx(10)
+    store = store_of(tmp_path, record.source)
+    assert store.records["channel"].tolist() == [b"II"] * len(store.records)
+
+
+# ---- who is it?
+
+
+@pytest.mark.parametrize(
+    "paths, subjects",
+    [
+        (["Person_01/rec_1", "Person_01/rec_2", "Person_02/rec_1"], ["Person_01", "Person_01", "Person_02"]),
+        (["patient001/s0010_re", "patient002/s0010_re"], ["patient001", "patient002"]),
+        (["files/p1000/p10000032/s406/406", "files/p1000/p10000032/s407/407"], ["files/p1000/p10000032"] * 2),
+        (["sub-01/ses-1/ecg", "sub-02/ses-1/ecg"], ["sub-01", "sub-02"]),
+        (["a/100", "b/100"], ["a/100", "b/100"]),
+    ],
+)
+def test_the_same_name_in_two_folders_is_two_records_and_a_persons_folder_is_one_subject(
+    paths, subjects, tmp_path
+):
+    for i, path in enumerate(paths):
+        npz(tmp_path / "data" / f"{path}.npz", sig=ecg(FS, 10, 0.1 * i), fs=FS)
+    store = store_of(tmp_path)
+    assert store.records["name"].astype(str).tolist() == sorted(paths)
+    assert store.records["subject"].astype(str).tolist() == [s for _, s in sorted(zip(paths, subjects))]
+
+
+def test_long_names_are_not_cut(tmp_path):
+    names = ["x" * 90 + end for end in "ab"]
+    for name in names:
+        npz(
+            tmp_path / "data" / f"{name}.npz",
+            sig=ecg(FS, 10),
+            fs=FS,
+            lead="a lead with a name of many words " * 2,
+        )
+    assert store_of(tmp_path).records["name"].astype(str).tolist() == names
+
+
+def test_the_same_record_in_two_formats_is_one_subject(tmp_path):
+    npz(tmp_path / "data" / "a.npz", sig=ecg(FS, 10), fs=FS)
+    write(
+        tmp_path / "data" / "a.csv",
+        "time_s,ecg\n" + "".join(f"{i / FS},{v}\n" for i, v in enumerate(ecg(FS, 10))),
+    )
+    store = store_of(tmp_path)
+    assert store.records["name"].astype(str).tolist() == ["a.csv", "a.npz"]
+    assert set(store.records["subject"].tolist()) == {b"a"}
+
+
+def test_a_manifest_states_subjects_parts_rates_and_labels(tmp_path, capsys):
+    for name in "abcde":
+        npz(tmp_path / "data" / "x" / f"{name}.npz", sig=ecg(FS, 10))
+    manifest = write(
+        tmp_path / "data" / "list.csv",
+        "path,subject,fold,fs,label\nx/a.npz,p1,1,100,AF;PVC\nx/b,p1,1,100,N\nx/c.npz,p2,2,100,N\nx/d,p3,3,100,\n",
+    )
+    store = store_of(tmp_path, manifest=manifest)
+    assert store.records["name"].astype(str).tolist() == ["x/a", "x/b", "x/c", "x/d"]
+    assert store.records["subject"].astype(str).tolist() == ["p1", "p1", "p2", "p3"]
+    assert split_parts(store).tolist() == ["train", "train", "val", "test"]
+    labels = [(int(r), b.decode()) for r, _, b in store.labels.tolist()]
+    assert labels == [(0, "AF"), (0, "PVC"), (1, "N"), (2, "N"), (3, "")]
+    assert "1 files that it does not list are left out" in capsys.readouterr().err
+    assert len(store_of(tmp_path, manifest=manifest, part="train").records) == 2
+
+
+@pytest.mark.parametrize(
+    "text, wanted",
+    [
+        ("file,label\na,N\n", "no column path"),
+        ("path,label\nnowhere,N\n", "line 2: nowhere is no signal file"),
+        ("path,fold\na,first\n", "field fold is 'first'"),
+        ("path,fs\na,fast\n", "field fs is 'fast'"),
+        ("path,fold\na,3\n", "has one value"),
+        ("path\na\na.npz\n", "listed twice"),
+    ],
+)
+def test_a_manifest_that_is_wrong_says_where(text, wanted, tmp_path):
+    npz(tmp_path / "data" / "a.npz", sig=ecg(FS, 10), fs=FS)
+    with pytest.raises(UserError, match=wanted):
+        store_of(tmp_path, manifest=write(tmp_path / "list.csv", text))
+
+
+PTB_XL = """ecg_id,patient_id,report,scp_codes,strat_fold,filename_lr,filename_hr
+1,15709.0,"sinus, normal","{'NORM': 100.0, 'SR': 0.0}",3,records100/00000/00001_lr,records500/00000/00001_hr
+2,15709.0,x,"{'IMI': 35.0, 'ABQRS': 0.0}",3,records100/00000/00002_lr,records500/00000/00002_hr
+3,17.0,x,"{'AFIB': 0.0}",9,records100/00000/00003_lr,records500/00000/00003_hr
+4,18.0,x,"{}",10,records100/00000/00004_lr,records500/00000/00004_hr
+"""
+SCP = """,description,diagnostic,form,rhythm,diagnostic_class,diagnostic_subclass
+NORM,normal,1.0,,,NORM,NORM
+IMI,infarct,1.0,,,MI,IMI
+ABQRS,abnormal QRS,,1.0,,,
+SR,sinus,,,1.0,,
+AFIB,fibrillation,,,1.0,,
+"""
+
+
+def test_ptb_xl_has_patients_folds_and_six_levels_of_labels(tmp_path):
+    folder = tmp_path / "data"
+    for i in range(1, 5):
+        for rate, end in ((100, "lr"), (500, "hr")):
+            leads = {"I": ecg(rate, 10), "II": ecg(rate, 10, 0.1)}
+            wfdb_record(folder / f"records{rate}" / "00000" / f"0000{i}_{end}", leads, rate)
+    write(folder / "ptbxl_database.csv", PTB_XL)
+    write(folder / "scp_statements.csv", SCP)
+    store = store_of(tmp_path)
+    assert store.records["name"].astype(str).tolist() == [f"records500/00000/0000{i}_hr" for i in range(1, 5)]
+    assert len(set(store.records["subject"].tolist())) == 3
+    assert split_parts(store).tolist() == ["train", "train", "val", "test"]
+    found = {(int(r), level.decode()): label.decode() for r, level, label in store.labels.tolist()}
+    assert found[0, "superdiagnostic"] == "NORM" and found[1, "superdiagnostic"] == "MI"
+    assert found[1, "subdiagnostic"] == "IMI" and found[1, "form"] == "ABQRS" and found[2, "rhythm"] == "AFIB"
+    assert found[3, "superdiagnostic"] == "" == found[2, "diagnostic"]
+
+
+def test_code_15_and_the_challenge_and_sleep_edf_are_known_by_their_layouts(tmp_path):
+    edfio = pytest.importorskip("edfio")
+    folder = tmp_path / "code"
+    folder.mkdir()
+    x = np.zeros((3, 4096, 12), np.float32)
+    x[:, 500:3500] = ecg(400, 7.5)[None, :, None]
+    with h5py.File(folder / "exams_part0.hdf5", "w") as file:
+        file["tracings"], file["exam_id"] = x, np.array([11, 12, 13])
+    classes = "1dAVb,RBBB,LBBB,SB,ST,AF"
+    rows = "11,5,exams_part0.hdf5,False,True,False,False,False,True\n12,5,exams_part0.hdf5" + ",False" * 6
+    write(folder / "exams.csv", f"exam_id,patient_id,trace_file,{classes}\n{rows}\n")
+    store = store_of(tmp_path, folder)
+    assert store.records["name"].astype(str).tolist() == [f"exams_part0:{i}" for i in (11, 12, 13)]
+    assert store.records["subject"].astype(str).tolist()[:2] == ["code-15/5"] * 2
+    assert store.records["length"].tolist() == [750] * 3 and 500 <= 400 * store.records["start"][0] < 504
+    assert [row[2] for row in store.labels.tolist() if row[0] < 2] == [b"RBBB", b"AF", b"normal"]
+    comments = ["Age: 74", "Sex: Male", "Dx: 426783006,59118001"]
+    record = read_records(
+        wfdb_record(tmp_path / "ch" / "A0001", {"I": ecg(500, 10)}, 500, comments=comments)
+    )[0]
+    assert record.labels == {"": ["426783006", "59118001"]}
+    sleep = tmp_path / "sleep"
+    for night in (1, 2):
+        edf(sleep / f"SC400{night}E0-PSG.edf", [("EEG Fpz-Cz", ecg(100, 90), 100)])
+        stages = [edfio.EdfAnnotation(0, 60, "Sleep stage W"), edfio.EdfAnnotation(60, 30, "Sleep stage 2")]
+        edf(sleep / f"SC400{night}EC-Hypnogram.edf", [], annotations=stages)
+    store = store_of(tmp_path, sleep)
+    assert store.records["subject"].astype(str).tolist() == ["SC400"] * 2
+    assert load_task(store, "rhythm", 3000).counts().tolist() == [2, 4]
+
+
+def test_a_split_file_names_records_by_path_and_refuses_what_is_ambiguous(tmp_path):
+    for i, name in enumerate(("a/100", "b/100", "b/101")):
+        npz(tmp_path / "data" / f"{name}.npz", sig=ecg(FS, 10, 0.1 * i), fs=FS)
+    store, split = store_of(tmp_path), tmp_path / "split.json"
+    write(split, json.dumps({"train": ["a/100"], "test": ["101", "b/100.npz"]}))
+    assert split_parts(store, split).tolist() == ["train", "test", "test"]
+    write(split, json.dumps({"train": ["100"], "test": ["101"]}))
+    with pytest.raises(UserError, match="could be a/100 or b/100"):
+        split_parts(store, split)
+    write(split, json.dumps({"train": ["a/100"], "test": ["a/100"]}))
+    with pytest.raises(UserError, match="stands in two lists"):
+        split_parts(store, split)
+
+
+def test_find_recordings_names_files_relative_to_what_several_sources_share(tmp_path):
+    for name in ("x/a/100.npz", "x/b/100.npz"):
+        npz(tmp_path / name, sig=ecg(FS, 10), fs=FS)
+    found = find_recordings([tmp_path / "x" / "a", tmp_path / "x" / "b"])
+    assert [name for _, name in found.files] == ["a/100", "b/100"]
