@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Write and score the reports of the test split: CKPT (folder of train.py), LLM, DATA and OUT name the folders.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"   # started with sh, which may be dash
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../../common/env.sh"
 show_help "$ROOT/dia_pangu/src/test.py" "$@"

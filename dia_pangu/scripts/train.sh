@@ -3,6 +3,7 @@
 # the CTRG format, the run, and the language model). Without DATA it trains on built-in phantoms with small bases, which
 # studies/dia_pangu/bases.py makes first (some minutes). Upstream's recipes:
 #   --stage pre --epochs 50 --lr 5e-5        --stage ft --epochs 3 --lr 1e-5 --weight-decay 0.01 --lr-scheduler-type cosine
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"   # started with sh, which may be dash
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../../common/env.sh"
 show_help "$ROOT/dia_pangu/src/train.py" "$@"
