@@ -171,6 +171,7 @@ def test_logits_at_the_labels_give_the_loss_and_the_gradients_of_all(data, llm):
     text.key_weight = 3.0
     batch = collate([CTRGDataset(data, "train", Grid((16, 16, 16)), text)[i] for i in range(3)])
     keys = (*script.BATCH_KEYS, "loss_reweight")
+    model.train()
     out = model(**{key: batch[key] for key in keys})
     out["lm_loss"].backward()
     found = model.embedding_layer.fc.weight.grad.clone()

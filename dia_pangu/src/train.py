@@ -239,7 +239,7 @@ def diagnose_all(model, loader, accelerator):
     sums = torch.zeros(2, 2, device=accelerator.device)  # of the two losses, and what they are means over
     for batch in loader:
         counts = loss_counts(batch).float()
-        out = model(**{key: batch[key] for key in BATCH_KEYS})
+        out = model(**{key: batch[key] for key in BATCH_KEYS}, all_logits=False)
         losses = torch.stack([out["lm_loss"], out["ctr_loss"]]).float()
         sums += torch.stack([losses * counts, counts])  # every token and every sample weighs 1
         # The last batch of several processes is filled up; gather_for_metrics drops what came twice.

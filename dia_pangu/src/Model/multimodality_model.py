@@ -47,6 +47,16 @@ def token_loss(
     return losses.sum() if loss_reweight is None else (losses * loss_reweight.flatten()).sum()
 
 
+def label_columns(labels: torch.Tensor) -> torch.Tensor:
+    """Return which positions (N - 1,) predict a label of any row of labels (B, N)."""
+    return (labels[:, 1:] != -100).any(0)
+
+
+def kept_columns(loss_reweight, labels: torch.Tensor):
+    """Return the weights (B, K) of the labels that `answer_logits` keeps; None for None."""
+    return None if loss_reweight is None else loss_reweight[:, 1:][:, label_columns(labels)]
+
+
 def answer_logits(lang_model, labels: torch.Tensor, **inputs) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the logits (B, K, V) at the K positions whose next token is a label in any row, and those labels
     (B, K).
@@ -55,7 +65,7 @@ def answer_logits(lang_model, labels: torch.Tensor, **inputs) -> tuple[torch.Ten
     get no logits: at openPangu's vocabulary that is a sixth of the memory. A model of foreign code that knows
     no `logits_to_keep` computes all.
     """
-    keep = (labels[:, 1:] != -100).any(0).nonzero()[:, 0]
+    keep = label_columns(labels).nonzero()[:, 0]
     base = lang_model.get_base_model() if hasattr(lang_model, "get_base_model") else lang_model
     if "logits_to_keep" not in signature(base.forward).parameters:
         return lang_model(**inputs).logits[:, keep], labels[:, keep + 1]
@@ -131,6 +141,7 @@ class MultiPanguForCausalLM(nn.Module):
         tokens=None,
         num_tokens=None,
         num_samples=None,
+        all_logits=None,
     ) -> dict:
         """Compute the losses and the diagnosis of one batch.
 
@@ -139,23 +150,26 @@ class MultiPanguForCausalLM(nn.Module):
         cls_labels: (B, 14), 1 = present. loss_reweight: (B, N) weights of the labels' losses, which upstream
         accepts and ignores. key_words_query is accepted and unused, as upstream.
 
-        num_tokens, num_samples: what the sums of the two losses are divided by, instead of this batch's
-        numbers of labels and of samples.
+        all_logits: whether the logits of all positions are computed, as upstream does; None: in eval mode
+        alone. num_tokens, num_samples: what the sums of the two losses are divided by, instead of this
+        batch's numbers of labels and of samples.
 
         Returns lm_loss, the mean over the labels of this batch; ctr_loss, the mean over its samples; loss =
-        lm_loss + lambda_ctr * ctr_loss; logits (B, K, V) at the K positions that predict a label (see
-        `answer_logits`); and probability (B, 14) as `diagnose` gives it, so that an evaluation needs nothing
-        but this forward pass, also of a sharded model.
+        lm_loss + lambda_ctr * ctr_loss; logits (B, N, V), or (B, K, V) at the K positions that predict a
+        label (see `answer_logits`); and probability (B, 14) as `diagnose` gives it, so that an evaluation
+        needs nothing but this forward pass, also of a sharded model.
         """
         tokens = self.encode(vision_x) if tokens is None else tokens
         embeds, sim = self.embedding_layer(None, cls_labels, lang_x, mode="train", tokens=tokens)
         embeds = embeds.to(self.lang_model.dtype)
-        logits, wanted = answer_logits(
-            self.lang_model, labels, inputs_embeds=embeds, attention_mask=attention_mask
-        )
-        if loss_reweight is not None:
-            loss_reweight = loss_reweight[:, 1:][:, (labels[:, 1:] != -100).any(0)]
-        lm_loss = token_loss(logits, wanted, loss_reweight)
+        inputs = {"inputs_embeds": embeds, "attention_mask": attention_mask}
+        if not self.training if all_logits is None else all_logits:
+            logits = self.lang_model(**inputs).logits
+            weights = None if loss_reweight is None else loss_reweight[:, 1:]
+            lm_loss = token_loss(logits[:, :-1], labels[:, 1:], weights)
+        else:
+            logits, wanted = answer_logits(self.lang_model, labels, **inputs)
+            lm_loss = token_loss(logits, wanted, kept_columns(loss_reweight, labels))
         lm_loss = lm_loss / (num_tokens or label_count(labels).clamp(min=1))
         ctr_loss = F.cross_entropy(sim.float(), sim.new_zeros(len(sim), dtype=torch.long))
         if num_samples:
