@@ -316,7 +316,7 @@ def open_wav(path: Path) -> Recording:
 
 # ---- SigMF
 
-META = {"global": {"core:datatype": str, "core:num_channels?": int}, "captures?": [dict]}
+META = {"global": {"core:datatype": str, "core:num_channels?": int, "core:dataset?": str}, "captures": [dict]}
 
 
 def open_sigmf(path: Path) -> Recording:
@@ -325,19 +325,19 @@ def open_sigmf(path: Path) -> Recording:
     Header and trailing bytes, a first sample_start above 0, core:offset and non-conforming data sets
     (core:dataset) are as in the specification 1.2.
     """
-    what, base = "SigMF recording (.sigmf-meta and .sigmf-data side by side)", 0
+    what, base, size = "SigMF recording (.sigmf-meta and .sigmf-data side by side)", 0, None
     if path.suffix.lower() == ".sigmf":
         meta, data, base, size = read_archive(path)
     else:
-        file = path.with_suffix(".sigmf-meta")
-        meta = read_json(file)
-        named = (meta.get("global") or {}).get("core:dataset") if isinstance(meta, dict) else None
-        data = inside(path.parent, named) if named else path.with_suffix(".sigmf-data")
-        size = data.stat().st_size if data.is_file() else 0
+        meta = read_json(path.with_suffix(".sigmf-meta"))
     try:
         check(meta, META, path)
     except UserError as error:
         raise UserError(f"{path}: not a readable {what}: {first_line(error)}") from error
+    if size is None:
+        named = meta["global"].get("core:dataset")
+        data = inside(path.parent, named) if named else path.with_suffix(".sigmf-data")
+        size = data.stat().st_size if data.is_file() else 0
     if not size:
         raise UserError(f"{data}: no samples there; put the data of the SigMF recording beside its meta file")
     settings = meta["global"]

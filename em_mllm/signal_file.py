@@ -22,7 +22,7 @@ import numpy as np
 
 from common.checkpoint import atomic_path
 from common.errors import UserError
-from common.files import first_line
+from common.files import first_line, hdf5_item
 from common.run import progress
 from em_mllm.em_foundation.models.configuration_em import REGRESSION_TASKS
 from em_mllm.prepare import VIEWS
@@ -104,12 +104,12 @@ class SignalFile:
     def _look(self, file, default_fs):
         """Read the shapes and everything that stands beside the signals."""
         path = self.path
-        if not isinstance(file.get("IQ_data"), h5py.Dataset):
+        if "IQ_data" not in file.keys() or not isinstance(hdf5_item(file, "IQ_data", False), h5py.Dataset):
             raise UserError(
                 f"{path}: has no dataset IQ_data (it has {', '.join(file) or 'nothing'}); store the signals "
                 "there"
             )
-        data = file["IQ_data"]
+        data = hdf5_item(file, "IQ_data", whole=False)
         if data.ndim != 3 or data.shape[2] != 2:
             raise UserError(
                 f"{path}: IQ_data is {data.shape}, expected (Num, T, 2); put I and Q on the last axis"
@@ -122,8 +122,13 @@ class SignalFile:
         self.count, self.points = data.shape[:2]
         if self.count == 0 or self.points == 0:
             raise UserError(f"{path}: IQ_data is empty, {(self.count, self.points, 2)}")
-        sets = {name: item for name, item in file.items() if isinstance(item, h5py.Dataset)}
-        sets.pop("IQ_data")
+        beside = [name for name in file.keys() if name != "IQ_data" and not self._leads_out(file, name)]
+        sets = {name: hdf5_item(file, name, whole=False) for name in beside}
+        sets = {
+            name: item
+            for name, item in sets.items()
+            if isinstance(item, h5py.Dataset) and item.shape is not None
+        }
         self.columns = {name: item.shape for name, item in sets.items() if item.shape[:1] == (self.count,)}
         for name in COLUMNS:
             if name in sets and name not in self.columns:
@@ -146,6 +151,13 @@ class SignalFile:
             )
         # a chunk is read and unpacked whole, also for one row of it
         self.slow = data.chunks is not None and data.chunks[0] > 4
+
+    @staticmethod
+    def _leads_out(file, name: str) -> bool:
+        """Whether something that is not read here is a link to another file or to nothing."""
+        link = file.get(name, getlink=True)
+        wanted = (*COLUMNS, *RATE_NAMES, "classes", "view", "view_factor")
+        return name not in wanted and not isinstance(link, h5py.HardLink)
 
     def _read_rates(self, beside: dict, default_fs):
         name = next((name for name in RATE_NAMES if name in beside), None)

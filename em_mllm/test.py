@@ -34,7 +34,7 @@ from common.llm import add_trust_argument
 from common.run import progress
 from em_mllm.answering import ask
 from em_mllm.dataset import QuestionCollator, QuestionDataset, encode_text, read_questions, task_pairs
-from em_mllm.iq_io import FORMATS, MANY, find_recordings, open_recording
+from em_mllm.iq_io import BLOCK, FORMATS, MANY, find_recordings, open_recording
 from em_mllm.model import base_folder, load_model, read_notes
 from em_mllm.options import extract_letter, looks_like_choice, parse_options, stated_letter
 from em_mllm.prepare import SignalSpec
@@ -240,7 +240,8 @@ def check_recordings(args):
     if not any(path.suffix.lower() in MANY for path in paths):
         refuse(args, ["index"], "on recordings that hold one signal")
     if len(paths) == 1:
-        open_recording(paths[0], args.index, args.iq_format)
+        recording = open_recording(paths[0], args.index, args.iq_format)
+        recording.read(0, min(BLOCK, recording.length))
     check_out(args.out, "answers.jsonl")
 
 
