@@ -172,7 +172,13 @@ def add_run_arguments(parser, omit=(), **defaults):
     )
     if "resume" not in omit:
         run.add_argument(
-            "--resume", action="store_true", help="go on from the newest whole checkpoint in --out"
+            "--resume",
+            nargs="?",
+            const=True,
+            default=False,
+            choices=("auto",),
+            help="go on from the newest whole checkpoint in --out; with the word auto start a new run where "
+            "there is none, so that first start and requeue are one command",
         )
     run.add_argument(
         "--overwrite", action="store_true", help="delete the run that --out holds and start again"

@@ -8,6 +8,11 @@ import sys
 # How gloo and NCCL say that another process of the run has gone.
 LOST = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
 
+# A disk that is full, over quota, read-only or broken, and a file that may not grow.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
+# How torch.save's writer of zip files says the same.
+ZIP_WRITER = ("inline_container.cc", "PytorchStreamWriter failed", "iostream error")
+
 
 class UserError(Exception):
     """Something the user can mend. The message is one line: which file or field, what is wrong, what to
@@ -29,6 +34,10 @@ def run(main, *args):
     that lost the others because one of them ended: 75. Every other exception is a defect of ours and keeps
     its traceback.
     """
+    if os.environ.get("RANK", "0") == "0":  # the others may wait for it in a call that no handler interrupts
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            if signal.getsignal(number) == signal.SIG_DFL:
+                signal.signal(number, _stop_early)
     try:
         main(*args)
     except SystemExit as leaving:
@@ -42,18 +51,43 @@ def run(main, *args):
     except BrokenPipeError:  # `... | head`: the reader left, nothing to report
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
-    except RuntimeError as error:
+    except Exception as error:
+        if problem := write_problem(error):
+            name = getattr(error, "filename", None) or "an output file"
+            leave(f"error: {problem} while writing {name}; make room or choose another --out", 2)
+        if type(error).__name__ == "OutOfMemoryError":  # of torch, on a GPU
+            leave(f"error: {str(error).splitlines()[0]}; lower --batch-size, or see --dry-run", 2)
         if os.environ.get("WORLD_SIZE", "1") == "1" or not any(text in str(error) for text in LOST):
             raise
         leave("lost the other processes; the first error above says why", 75)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
-            raise
-        leave(
-            f"error: {error.strerror} while writing {error.filename or 'an output file'}; make room or "
-            "choose another --out",
-            2,
-        )
+
+
+def _stop_early(signum, frame):
+    """End while data and model are still being prepared; what is half written is deleted on the way out."""
+    print(
+        f"{signal.Signals(signum).name} before the first step: nothing to save", file=sys.stderr, flush=True
+    )
+    sys.exit(128 + signum)
+
+
+def write_problem(error: BaseException) -> str:
+    """What kept a file from being written, such as a full disk; "" if the error is another one.
+
+    Python says it by an OSError, safetensors by an error of its own, torch.save by a RuntimeError of its zip
+    writer, and a distributed save by the errors of all processes. Other RuntimeErrors are none: a GPU without
+    memory, say.
+    """
+    for inner in getattr(error, "failures", {}).values():  # torch.distributed.checkpoint
+        if problem := write_problem(inner[0]):
+            return problem
+    if isinstance(error, OSError) and error.errno in FULL:
+        return error.strerror
+    text = str(error).strip().splitlines()[0] if str(error).strip() else ""
+    if type(error).__name__ == "SafetensorError" and "os error" in text:
+        return text
+    if isinstance(error, RuntimeError) and any(word in str(error) for word in ZIP_WRITER):
+        return "the file system took no more data"
+    return ""
 
 
 def leave(message: str, status: int):
@@ -67,6 +101,9 @@ def end(status):
     """Exit; one of several processes at once, because gloo's threads can abort it while the interpreter shuts
     down."""
     if os.environ.get("WORLD_SIZE", "1") != "1" and (status is None or isinstance(status, int)):
+        from common.lock import release
+
+        release()
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(status or 0)
     sys.exit(status)

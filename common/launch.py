@@ -1,8 +1,10 @@
 """Start a script on every process that the environment asks for: `python -m common.launch script.py args...`
 
 One process: the script runs here. Several (NPROC_PER_NODE x NNODES > 1): torchrun's elastic launcher.
-ACCELERATE_CONFIG set: accelerate's launcher with that yaml. A process that ends with a user error ends the
-launch with its exit status.
+ACCELERATE_CONFIG set: accelerate's launcher with that yaml. What these two lack and this file adds: a process
+that ends with a user error ends the launch with its exit status; after a stop signal (SIGUSR1 too) all
+processes have STOP_TIMEOUT seconds to save themselves, where torchrun kills them after 30, and the exit
+status says whether they did. MAX_RESTARTS=3 starts failed processes again: give the script --resume auto.
 """
 
 import os
@@ -16,13 +18,15 @@ import torch
 from common.errors import UserError, run
 
 CONFIGS = Path(__file__).parent / "accelerate"
+STOP_TIMEOUT = 1800  # seconds; a checkpoint of 84 GB takes minutes to write
+SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # that the launcher passes on
 
 
 def main(script: str, *arguments: str):
     processes, nodes = int(os.environ.get("NPROC_PER_NODE", 1)), int(os.environ.get("NNODES", 1))
     rank = os.environ.get("NODE_RANK", "0")
     address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "29500")
-    config = os.environ.get("ACCELERATE_CONFIG", "")
+    config, restarts = os.environ.get("ACCELERATE_CONFIG", ""), os.environ.get("MAX_RESTARTS", "0")
     if processes > 1:  # share the cores out instead of one thread for each process
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     if config:
@@ -55,6 +59,8 @@ def main(script: str, *arguments: str):
             address,
             "--main_process_port",
             port,
+            "--max_restarts",
+            restarts,
         ]
         start(lambda: launch_command(launch_command_parser().parse_args([*options, script, *arguments])))
     elif processes * nodes > 1:
@@ -67,7 +73,8 @@ def main(script: str, *arguments: str):
             f"--master_port={port}",
         ]
         place = ["--standalone"] if nodes == 1 else place
-        start(lambda: torchrun([*place, f"--nproc_per_node={processes}", script, *arguments]))
+        place += [f"--nproc_per_node={processes}", f"--max_restarts={restarts}"]
+        start(lambda: torchrun([*place, script, *arguments]))
     else:
         sys.argv = [script, *arguments]
         sys.path[0] = str(Path(script).resolve().parent)
@@ -80,13 +87,43 @@ def start(launcher):
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", SIGNALS)
+    statuses = patient_shutdown(float(os.environ.get("STOP_TIMEOUT") or STOP_TIMEOUT))
     try:
         launcher()
     except ChildFailedError as error:
         codes = [failure.exitcode for failure in error.failures.values()]
         sys.exit(min((code for code in codes if code > 0), default=1))
-    except SignalException as error:  # the processes have saved themselves
-        sys.exit(128 + error.sigval)
+    except SignalException as error:
+        # By their status the processes say whether they saved themselves (75: another one had left already).
+        asked, fine = int(error.sigval), (128 + error.sigval, -error.sigval, 75, 0)
+        bad = {rank: code for rank, code in statuses.items() if code not in fine}
+        if bad:
+            told = ", ".join(f"process {rank} ended with {code}" for rank, code in bad.items())
+            print(f"stopped, but not saved: {told}", file=sys.stderr)
+            sys.exit(min((code for code in bad.values() if code > 0), default=1))
+        sys.exit(128 + asked)
+
+
+def patient_shutdown(seconds: float) -> dict[int, int]:
+    """Let torchrun's processes take `seconds` to end after a stop signal to the launcher.
+
+    Those that hang because another one failed still get torchrun's own 30. Returns {rank: exit status},
+    which is filled when they have ended.
+    """
+    from torch.distributed.elastic.multiprocessing.api import PContext, SignalException
+
+    close, statuses = PContext.close, {}
+
+    def patient(self, death_sig=None, timeout=30):
+        stopped = isinstance(sys.exc_info()[1], SignalException)
+        close(self, death_sig, seconds if stopped else timeout)
+        if stopped:
+            handlers = getattr(self, "subprocess_handlers", {})
+            statuses.update({rank: handler.proc.returncode for rank, handler in handlers.items()})
+
+    PContext.close = patient
+    return statuses
 
 
 if __name__ == "__main__":

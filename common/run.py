@@ -4,7 +4,7 @@ out/config.json   arguments, package versions, commit, number of processes
 out/log.jsonl     one line per logged step; the same numbers under out/tb/ for TensorBoard
 """
 
-import fcntl
+import contextlib
 import json
 import logging
 import math
@@ -16,17 +16,21 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
+import uuid
 import warnings
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
 from common.checkpoint import atomic_write
-from common.errors import Interrupted, UserError
+from common.errors import Interrupted, UserError, write_problem
+from common.lock import hold
 
 OURS = (
     "config.json",
@@ -47,20 +51,51 @@ if not torch.accelerator.is_available():  # else accelerate would run each of to
 # What nobody can act on: peft asks transformers by an old name, and accelerate stores tied weights once.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
-_locks = {}  # open files: a lock lives as long as its file
 
 
-def open_run(out, args, accelerator, resume: bool = False, overwrite: bool = False) -> Path:
+def open_run(out, args, accelerator, resume: bool | str = False, overwrite: bool = False) -> Path:
     """Make, lock and describe the run directory `out`; every process calls this once, after checking its
     inputs.
 
     A directory that holds a run is refused unless `resume` (go on with it) or `overwrite` (delete it) is
     given, one that holds anything else always; so is one that another process is writing to. args: the
-    argparse namespace.
+    argparse namespace. resume: False, True, or "auto" (go on if there is a run, else start one).
     """
     out = Path(out)
+    _refuse_private_disk(out, accelerator)
     on_main(accelerator, lambda: _open(out, args, accelerator.num_processes, resume, overwrite))
     return out
+
+
+PROBE_SECONDS = 10  # a network file system shows a new file after a while
+
+
+def _refuse_private_disk(out: Path, accelerator):
+    """UserError unless the processes on all machines see one folder `out`: a checkpoint is written by all."""
+    if int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)) == accelerator.num_processes:
+        return
+    probe = out / f".probe-{uuid.uuid4().hex}"
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    if accelerator.is_main_process:
+        with contextlib.suppress(OSError):  # _open says what is wrong
+            out.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+    name, there = broadcast_object_list([probe.name, probe.exists()])
+    deadline = time.monotonic() + PROBE_SECONDS
+    while there and not (seen := (out / name).exists()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    blind = [host for host in gather_object([None if not there or seen else platform.node()]) if host]
+    if accelerator.is_main_process:
+        probe.unlink(missing_ok=True)
+        for folder in made if blind else ():
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+    if blind:
+        if not accelerator.is_main_process:
+            raise SystemExit(2)
+        raise UserError(
+            f"{blind[0]} does not see {out} of {platform.node()}; give an --out on a disk that all share"
+        )
 
 
 def on_main(accelerator, function):
@@ -76,13 +111,16 @@ def on_main(accelerator, function):
         raise error or SystemExit(2)
 
 
-def _open(out: Path, args, processes: int, resume: bool, overwrite: bool):
+def _open(out: Path, args, processes: int, resume, overwrite: bool):
     present = (
         sorted(p.name for p in out.iterdir() if p.name != "run.lock" and not p.name.startswith("."))
         if out.is_dir()
         else []
     )
-    if present and "config.json" not in present:
+    before = _read_config(out)
+    if resume == "auto":  # the first start and every later one have the same command
+        resume = bool(present)
+    if present and not (before or (out / "run.lock").exists()):  # the lock is what a run makes first
         raise UserError(f"{out} holds {present[0]} but no run; choose an empty folder with --out")
     if present and not (resume or overwrite):
         go_on = "--resume to go on with it or " if "resume" in args else ""
@@ -91,25 +129,19 @@ def _open(out: Path, args, processes: int, resume: bool, overwrite: bool):
         raise UserError(f"{out} holds no run to resume; leave out --resume to start one")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        _lock(out)
+        hold(out)
+        _delete(out, OURS if overwrite and not resume else ())
     except OSError as error:
         raise UserError(
             f"{out}: cannot write there ({error.strerror}); choose another folder with --out"
         ) from error
-    if overwrite and not resume:
-        for name in OURS:
-            path = out / name
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
-    arguments = {
-        k: v if isinstance(v, (int, float, bool, list, type(None))) else str(v)
-        for k, v in vars(args).items()
-        if not k.startswith("_")
-    }
-    if resume:
-        before = json.loads((out / "config.json").read_text())["arguments"]
-        for name in sorted(arguments.keys() - {"resume", "overwrite"}):
-            if before.get(name) != arguments[name]:
-                print(f"resuming with {name} = {arguments[name]} (was {before.get(name)})")
+    arguments = {k: v for k, v in vars(args).items() if not k.startswith("_")}
+    arguments = json.loads(json.dumps(arguments, ensure_ascii=False, default=str))
+    if resume and not before:
+        print(f"{out / 'config.json'} is missing or damaged; going on without the run's own arguments")
+    for name in sorted(arguments.keys() - {"resume", "overwrite"}) if resume and before else ():
+        if before["arguments"].get(name) != arguments[name]:
+            print(f"resuming with {name} = {arguments[name]} (was {before['arguments'].get(name)})")
     config = {
         "arguments": arguments,
         "command": shlex.join(sys.argv),
@@ -120,24 +152,39 @@ def _open(out: Path, args, processes: int, resume: bool, overwrite: bool):
             **{p: version(p) for p in ("torch", "transformers", "accelerate")},
         },
     }
-    atomic_write(out / "config.json", json.dumps(config, indent=1, ensure_ascii=False, default=str))
+    # What is resumed keeps its description until its checkpoint was seen to fit: see keep_config.
+    name = ".config.next.json" if resume and before else "config.json"
+    atomic_write(out / name, json.dumps(config, indent=1, ensure_ascii=False))
 
 
-def _lock(out: Path):
-    """Hold out/run.lock until this process ends. A POSIX lock: `kill -9` frees it and loader workers do not
-    keep it."""
-    file = open(out / "run.lock", "a+")
+def keep_config(out):
+    """Let the description of a resumed run take the place of the one before."""
+    if (Path(out) / ".config.next.json").exists():
+        os.replace(Path(out) / ".config.next.json", Path(out) / "config.json")
+
+
+def _read_config(out: Path) -> dict:
+    """The description of the run in `out`; {} where there is none, or a damaged one, or that of a model."""
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.seek(0)
-        raise UserError(
-            f"{out} is in use by process {file.read().strip() or '?'}; wait for it or choose another --out"
-        ) from None
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
-    _locks[out.resolve()] = file
+        config = json.loads((out / "config.json").read_text())
+        return config if isinstance(config["arguments"], dict) else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _delete(out: Path, names):
+    """Delete `names` in `out`, and what an earlier deletion or save left when it was killed.
+
+    A folder is renamed first, so that nothing half deleted is ever resumed; config.json goes last.
+    """
+    for name in sorted(names, key="config.json".__eq__):
+        path = out / name
+        if path.is_dir() and not path.is_symlink():
+            path.rename(out / f".deleted-{name}-{os.getpid()}")
+        else:
+            path.unlink(missing_ok=True)
+    for rest in (*out.glob(".deleted-*"), *out.glob("checkpoints/.saving-*")):
+        shutil.rmtree(rest, ignore_errors=True)
 
 
 def _commit() -> str:
@@ -183,9 +230,8 @@ class Log:
         self.path, self.total, self.active = Path(out) / "log.jsonl", total, accelerator.is_main_process
         self.bar = progress(accelerator=accelerator, total=total, initial=resume_step, unit="step")
         if self.active:
-            from torch.utils.tensorboard import (
-                SummaryWriter,
-            )  # a second of import that --help need not wait for
+            # A second of import that --help need not wait for.
+            from torch.utils.tensorboard import SummaryWriter
 
             if self.path.exists():
                 whole = [line for line in self.path.read_text().splitlines() if line.endswith("}")]
@@ -193,13 +239,33 @@ class Log:
                     self.path,
                     "".join(line + "\n" for line in whole if json.loads(line)["step"] <= resume_step),
                 )
-            self.board = SummaryWriter(str(Path(out) / "tb"), purge_step=resume_step + 1)
+            # Its thread would print a traceback; the next line of the log tells the error instead.
+            hook = threading.excepthook
+            threading.excepthook = lambda raised: None if write_problem(raised.exc_value) else hook(raised)
+            with self.writing():
+                self.board = SummaryWriter(str(Path(out) / "tb"), purge_step=resume_step + 1)
 
     def log(self, step: int, **numbers):
         """numbers: floats (nan allowed) or tensors of one element; printed in the order given."""
         if not self.active:
             return
         numbers = {k: float(v) for k, v in numbers.items()}
+        with self.writing():
+            self._write(step, numbers)
+
+    @contextlib.contextmanager
+    def writing(self):
+        """Turn a full disk, also one that TensorBoard's thread met, into one line and the way on."""
+        try:
+            yield
+        except Exception as error:
+            if not (problem := write_problem(error)):
+                raise
+            raise UserError(
+                f"{self.path}: the log could not be written ({problem}); make room, then --resume"
+            ) from error
+
+    def _write(self, step: int, numbers: dict):
         self.bar.update(step - self.bar.n)
         head = f"step {step}" + (f"/{self.total}" if self.total else "")
         tqdm.write(
@@ -216,27 +282,33 @@ class Log:
     def close(self):
         self.bar.close()
         if self.active:
-            self.board.close()
+            with self.writing():
+                self.board.close()
 
 
 class StopSignal:
-    """Turns Ctrl-C and SIGTERM into a question that the loop asks after each step: `if stop(): save;
-    stop.leave(path)`.
+    """Turns Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 into a question that the loop asks after each step:
+    `if stop(): save; stop.leave(path)`.
 
     at_once: the checkpoint that holds everything, once the last step is saved; a signal then ends the run
     where it stands. Give loaders `worker_init_fn=loader_worker`. A second Ctrl-C ends the process at once.
     """
 
     def __init__(self, accelerator):
-        self.accelerator, self.signum, self.at_once = accelerator, 0, ""
+        self.accelerator, self.signum, self.at_once, self.group = accelerator, 0, "", None
+        if accelerator.num_processes > 1:  # the processes ask each other without waiting for their devices
+            self.group = torch.distributed.new_group(backend="gloo")
         self.before = {
-            number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)
+            number: signal.signal(number, self._handle)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN  # nohup
         }
 
     def _handle(self, signum, frame):
-        if self.signum and signum == signal.SIGINT:
+        # A terminal's Ctrl-C arrives twice under torchrun, which passes it on: not what a user means by it.
+        if self.signum and signum == signal.SIGINT and time.monotonic() - self.asked > 1:
             raise KeyboardInterrupt
-        self.signum = signum
+        self.signum, self.asked = signum, time.monotonic()
         if self.at_once:
             self.leave(self.at_once)
         if self.accelerator.is_main_process:
@@ -244,10 +316,10 @@ class StopSignal:
 
     def __call__(self) -> bool:
         """True on every process once any process has been asked to stop."""
-        if self.accelerator.num_processes > 1:  # signals reach the processes at different steps
-            flag = torch.tensor(float(self.signum), device=self.accelerator.device)
-            most = int(self.accelerator.gather(flag[None]).max())
-            self.signum = self.signum or most
+        if self.group is not None:  # signals reach the processes at different steps
+            flag = torch.tensor([int(self.signum)])
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, self.group)
+            self.signum = self.signum or int(flag)
         return bool(self.signum)
 
     def restore(self):
@@ -265,5 +337,6 @@ class StopSignal:
 def loader_worker(worker_id: int):
     """`worker_init_fn` of every DataLoader: a stop signal sent to the whole process group must not take the
     workers from a parent that still finishes its step. The alarm ends a worker that outlives its parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda signum, frame: signal.alarm(30))

@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader
 from common.arguments import refuse
 from common.checkpoint import find_resume, load_step, save_step
 from common.errors import UserError
-from common.run import Log, StopSignal, loader_worker
+from common.run import Log, StopSignal, keep_config, loader_worker, seed_everything
 from common.sharding import average_whole_gradients, settle
 
 
@@ -132,6 +132,7 @@ class Run:
     state: dict
     log: Log
     stop: StopSignal
+    evaluate: object = None  # function of no arguments that returns the scores of an evaluation
     sums: dict = field(default_factory=dict)  # of this step's micro-batches, on the device
     unread: list = field(default_factory=list)  # (step, what, batch names, value): not yet known to be finite
     samples: int = 0  # since the last log line, on this process
@@ -144,12 +145,12 @@ class Run:
         return self.state["step"] >= self.steps
 
 
-def start(accelerator, args, steps: int, optimizers, **state) -> Run:
-    """Begin a run in --out, or go on with it under --resume. Call it after `open_run` and
-    `accelerator.prepare`.
+def start(accelerator, args, steps: int, optimizers, evaluate=None, **state) -> Run:
+    """Begin a run in --out, or go on with it under --resume. Call it after `open_run` and `prepare`.
 
-    optimizers: the prepared ones; their settings are those of the command line, also after a resume. state:
-    further counters that checkpoints keep, with their first values.
+    optimizers: the prepared ones; their settings are those of the command line, also after a resume.
+    evaluate: function without arguments that returns the scores of an evaluation; `finish_step` calls it
+    where --eval-every says so. state: further counters that checkpoints keep, with their first values.
     """
     run_state = {"step": 0, "epoch": 0, "batch": 0, **state}
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
@@ -161,15 +162,59 @@ def start(accelerator, args, steps: int, optimizers, **state) -> Run:
         else:
             run_state.update(load_step(accelerator, found))
             accelerator.print(f"resumed from {found}")
+            _tell_missing_random_states(accelerator, found, args.seed, run_state["step"])
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         for group, own in zip(groups, settings):
             group.update(own)
+    if accelerator.is_main_process:
+        keep_config(args.out)
+    _go_on_by_samples(accelerator, args, run_state)
     accelerator.step = 0  # accumulation starts anew, also where --accum is another than before
     log, stop = Log(args.out, accelerator, steps, run_state["step"]), StopSignal(accelerator)
-    run = Run(accelerator, args, steps, optimizers, run_state, log, stop)
+    run = Run(accelerator, args, steps, optimizers, run_state, log, stop, evaluate)
     if run.last:
         stop.at_once = str(Path(args.out) / "last")
     return run
+
+
+def _tell_missing_random_states(accelerator, found: Path, seed: int, step: int):
+    """Seed the processes that the checkpoint has no random states for, because there were fewer, and say
+    so."""
+    missing = not (found / f"random_states_{accelerator.process_index}.pkl").is_file()
+    if missing:
+        seed_everything(seed + step, accelerator.process_index)
+    ranks = [str(rank) for rank, lacks in enumerate(gather_object([missing])) if lacks]
+    if ranks:
+        accelerator.print(
+            f"{found} holds no random states of process {', '.join(ranks)}: seeded anew with --seed and step"
+        )
+
+
+def _go_on_by_samples(accelerator, args, state: dict):
+    """Where the step is made of other batches than before: go on in the epoch behind the samples that were
+    seen.
+
+    All processes together take whole batches from the front of the epoch's order, so what was seen is a
+    front of it, however it was dealt out.
+    """
+    now = {"batch_size": args.batch_size, "processes": accelerator.num_processes, "accum": args.accum}
+    before = state.get("world", now)
+    state["world"] = now
+    if before == now:
+        return
+
+    def product(of):
+        return f"{of['batch_size']} x {of['processes']} x {of['accum']} = {math.prod(of.values())}"
+
+    seen = state["batch"] * before["batch_size"] * before["processes"]
+    together = now["batch_size"] * now["processes"]
+    state["batch"] = seen // (together * now["accum"]) * now["accum"]
+    again = seen - state["batch"] * together
+    accelerator.print(
+        f"samples in a step: {product(before)} before, {product(now)} now (batch size x processes x accum); "
+        f"{seen} samples of epoch {state['epoch']} were seen"
+        + (f", {again} of them come again" if again else "")
+    )
 
 
 def batches(run: Run, loader, count=None):
@@ -181,6 +226,11 @@ def batches(run: Run, loader, count=None):
     the optimizer step on all processes, so that `mean loss * share` weighs every token of the step alike.
     """
     state, accum = run.state, run.args.accum
+    if "owes_evaluation" in state:  # the run was stopped within it, and saved
+        if scores := _scores(run):
+            run.log.log(state["step"], **scores)
+        if run.stop():
+            run.stop.leave(Path(run.args.out) / "last")
     while not run.last:
         _set_epoch(loader, state["epoch"])
         whole = len(loader) // accum * accum
@@ -320,25 +370,52 @@ def update(run: Run, model, optimizers, factor: float):
     return norm
 
 
-def evaluation_due(run: Run) -> bool:
-    """Whether --eval-every falls on the step just made; what the weights are worth at the end is measured
-    after the loop."""
-    every = run.args.eval_every
+class EvaluationStopped(Exception):
+    """A stop signal came within an evaluation."""
+
+
+def watched(run: Run, loader, together: bool = True):
+    """Yield the batches of an evaluation's loader; a stop signal ends it there, by EvaluationStopped on all
+    processes.
+
+    together: the processes have equally many batches. If not, each looks at its own signal alone, and all
+    meet at the end: one without batches passes an empty list.
+    """
+    for batch in loader:
+        if run.stop() if together else run.stop.signum:
+            break
+        yield batch
+    if run.stop():
+        raise EvaluationStopped
+
+
+def _scores(run: Run) -> dict:
+    """Scores of the evaluation that is due after this step, or that a stop kept from being made; {} if none
+    is."""
+    every = getattr(run.args, "eval_every", 0)
+    owed = run.state.pop("owes_evaluation", False)
     due = bool(every) and run.state["step"] % every == 0 and not run.last
-    if due:
-        look(run)
-    return due
+    if run.evaluate is None or not (due or owed):
+        return {}
+    look(run)
+    try:
+        return run.evaluate()
+    except EvaluationStopped:
+        run.state["owes_evaluation"] = True
+        return {}
 
 
 def finish_step(run: Run, grad=None, save: bool = False, **scores) -> Path | None:
-    """Log, save and stop after an optimizer step; returns the checkpoint if one was written.
+    """Evaluate where it is due, log, save and stop after an optimizer step; returns the checkpoint if one was
+    written.
 
-    grad: what `update` returned. scores: of an evaluation at this step, logged in any case. save: write a
+    grad: what `update` returned. scores: further numbers of this step, logged in any case. save: write a
     checkpoint now. Raises Interrupted, after saving, when a stop signal has arrived.
     """
     accelerator, args, state = run.accelerator, run.args, run.state
     means = {name: value / args.accum for name, value in run.sums.items()}
     run.sums = {}
+    scores |= _scores(run)
     asked = run.stop()
     if state["step"] % args.log_every == 0 or state["step"] == 1 or run.last or scores:
         look(run)

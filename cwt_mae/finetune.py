@@ -32,7 +32,6 @@ from common.sharding import refuse_sharding
 from common.train import (
     batches,
     check_finite,
-    evaluation_due,
     finish,
     finish_step,
     lr_at,
@@ -41,6 +40,7 @@ from common.train import (
     plan_steps,
     start,
     update,
+    watched,
 )
 from cwt_mae.config import parse_changes, shape_of
 from cwt_mae.dataset import Preprocess, build_store
@@ -374,14 +374,14 @@ def median_tokens(model, store, task, device) -> dict:
 
 
 @torch.no_grad()
-def predict(model, dataset, scale, device, batch_size: int = 512) -> np.ndarray:
+def predict(model, dataset, scale, device, batch_size: int = 512, watch=iter) -> np.ndarray:
     """Logits (windows, C) float64 of a data set, in its order. scale: of the features, or None if the model
-    takes none."""
+    takes none. watch: function that passes the batches of the loader on."""
     training = model.training  # given back at the end
     model.eval()
     rows = []
     # A generator of its own, so that the loader leaves the random state of dropout alone.
-    for batch in DataLoader(dataset, batch_size, generator=torch.Generator()):
+    for batch in watch(DataLoader(dataset, batch_size, generator=torch.Generator())):
         real = only_padded(batch["real"])
         real = None if real is None else real.to(device)
         median_beat = batch["median_beat"].to(device) if "median_beat" in batch else None
@@ -400,11 +400,11 @@ def corrected(logits: np.ndarray, shift: np.ndarray, tau: float) -> np.ndarray:
     return logits / logits.sum(1, keepdims=True)
 
 
-def validate(model, dataset, scale, shift: np.ndarray, device) -> tuple[float, dict, float]:
+def validate(model, dataset, scale, shift: np.ndarray, device, watch=iter) -> tuple[float, dict, float]:
     """(tau, scores, value) of the validation part: the fraction of the prior correction that scores best, and
     the number that selects the weights: AUROC of two classes, macro-F1 of more."""
     classes, labels = dataset.task.classes, dataset.task.items["label"]
-    logits = predict(model, dataset, scale, device)
+    logits = predict(model, dataset, scale, device, watch=watch)
     # Where the classes are drawn as they are, there is nothing to correct.
     taus = TAUS if np.abs(shift).max() > 0.01 else (0.0,)
     found = {tau: scores(corrected(logits, shift, tau), labels, classes) for tau in taus}
@@ -520,9 +520,8 @@ def evaluate(training, model, validation, scale, card: dict) -> dict:
     if accelerator.is_main_process:
         plain, value = accelerator.unwrap_model(model), 0.0
         if validation:
-            tau, result, value = validate(
-                plain, validation, scale, np.array(card["shift"]), accelerator.device
-            )
+            shift, watch = np.array(card["shift"]), lambda loader: watched(training, loader, together=False)
+            tau, result, value = validate(plain, validation, scale, shift, accelerator.device, watch)
             news = {f"val_{name}": result[name] for name in ("macro_f1", "accuracy", "auroc")} | {"tau": tau}
         # Without a validation part the last weights are all there is.
         if not validation or training.args.select == "last" or value > state["best"]:
@@ -531,6 +530,8 @@ def evaluate(training, model, validation, scale, card: dict) -> dict:
             atomic_json(
                 out / "metrics.json", {"step": state["step"], "tau": state["tau"], "validation": result or {}}
             )
+    elif validation:  # the other processes learn here whether a stop signal ended it
+        list(watched(training, [], together=False))
     # Every process keeps the same state, which the checkpoints hold.
     state, news = broadcast_object_list([state, news])
     training.state.update(state)
@@ -578,7 +579,11 @@ def main(args):
     card = make_card(train_set, scale)
 
     # The loop; best and tau are in every checkpoint, so that a resumed run selects as the whole one does
-    training = start(accelerator, args, steps, [optimizer], best=-1.0, tau=0.0)
+    def find_best():
+        return evaluate(training, model, validation, scale, card)
+
+    every = find_best if validation else None
+    training = start(accelerator, args, steps, [optimizer], every, best=-1.0, tau=0.0)
     model.train()
     for batch, share in batches(training, loader):
         with accelerator.accumulate(model):
@@ -592,13 +597,10 @@ def main(args):
             factor = lr_at(training.state["step"], steps, args.warmup, args.schedule, ramp="zero")
             grad = update(training, model, [optimizer], factor)
         if accelerator.sync_gradients:
-            found = {}  # logged with the loss of the step
-            if validation and evaluation_due(training):
-                found = evaluate(training, model, validation, scale, card)
-            finish_step(training, grad=grad, **found)
+            finish_step(training, grad=grad)  # evaluate where it is due, log, save, stop
 
     # The end: the last weights are candidates too; what was kept is told
-    finish(training, **evaluate(training, model, validation, scale, card))
+    finish(training, **find_best())
     if accelerator.is_main_process and validation:
         kept = read_json(args.out / "metrics.json")
         print(f"validation, step {kept['step']}: {describe_scores(kept['validation'])}")

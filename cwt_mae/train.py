@@ -32,7 +32,6 @@ from common.sharding import refuse_sharding
 from common.train import (
     batches,
     check_finite,
-    evaluation_due,
     finish,
     finish_step,
     lr_at,
@@ -42,6 +41,7 @@ from common.train import (
     plan_steps,
     start,
     update,
+    watched,
 )
 from cwt_mae.config import SHAPE, parse_changes, read_config
 from cwt_mae.dataset import PhysioSignalDataset, Preprocess, build_store
@@ -237,7 +237,7 @@ def evaluate(training, model, loader, prefix: str, probe=None) -> dict:
     if accelerator.is_main_process:
         # without the wrapper of DDP, which would wait for the other processes
         plain = accelerator.unwrap_model(model)
-        losses, batch = validate(plain, loader, accelerator.device)
+        losses, batch = validate(plain, watched(training, loader, together=False), accelerator.device)
         scores = {
             f"{prefix}_{name}" if name in ("spec", "time") else name: value for name, value in losses.items()
         }
@@ -248,6 +248,8 @@ def evaluate(training, model, loader, prefix: str, probe=None) -> dict:
         picture = Path(training.args.out) / "figures" / "reconstruction.png"
         draw_reconstruction(plain, batch, picture, f"step {step}")
         atomic_json(Path(training.args.out) / "metrics.json", {"step": step, **scores})
+    else:  # the other processes learn here whether a stop signal ended it
+        list(watched(training, [], together=False))
     # All processes need the scores, because they log them together.
     return broadcast_object_list([scores])[0]
 
@@ -287,10 +289,11 @@ def main(args):
         f"a step | {steps} steps, learning rate {args.lr:g}"
     )
 
-    # What random weights reach: the control of every later line of the log
-    training = start(accelerator, args, steps, [optimizer])
-    if training.state["step"] == 0:
-        training.log.log(0, **evaluate(training, model, eval_loader, prefix, probe))
+    # The first evaluation is of random weights: the control of every later line of the log.
+    def scores():
+        return evaluate(training, model, eval_loader, prefix, probe)
+
+    training = start(accelerator, args, steps, [optimizer], scores, owes_evaluation=True)
 
     # The loop: its body is passed once per batch, an optimizer step is made every --accum batches.
     # The learning rate is 0 at step 0, as upstream's
@@ -309,10 +312,7 @@ def main(args):
             factor = lr_at(training.state["step"], steps, args.warmup, floor=floor, ramp="zero")
             grad = update(training, model, [optimizer], factor)
         if accelerator.sync_gradients:
-            scores = {}  # logged with the losses of the step
-            if evaluation_due(training):
-                scores = evaluate(training, model, eval_loader, prefix, probe)
-            saved = finish_step(training, grad=grad, **scores)
+            saved = finish_step(training, grad=grad)  # evaluate where it is due, log, save, stop
             # The encoder so far, for whoever does not want to wait for the end
             if saved and accelerator.is_main_process:
                 save_model(args.out / "model.safetensors", accelerator.unwrap_model(model))
@@ -320,7 +320,7 @@ def main(args):
     # The end: weights first, then what they are worth
     if accelerator.is_main_process:
         save_model(args.out / "model.safetensors", accelerator.unwrap_model(model))
-    finish(training, **evaluate(training, model, eval_loader, prefix, probe))
+    finish(training, **scores())
     accelerator.print(f"done; the pre-trained model is {args.out / 'model.safetensors'}")
     accelerator.end_training()
 

@@ -30,7 +30,6 @@ from common.sharding import refuse_sharding
 from common.train import (
     batches,
     check_finite,
-    evaluation_due,
     finish,
     finish_step,
     lr_at,
@@ -39,6 +38,7 @@ from common.train import (
     plan_steps,
     start,
     update,
+    watched,
 )
 from common.weights import read_weights
 from flmm.build import (
@@ -49,7 +49,6 @@ from flmm.build import (
     build_dataset,
     build_head,
     build_sam,
-    family_of,
     read_config,
 )
 from flmm.data.cache import CachedFeatures, write_cache
@@ -263,7 +262,6 @@ def main(args):
     # The configuration says what the model is and how it is trained; the command line has the last word.
     config = read_config(args.config, args.set)
     settle_options(args, config)
-    family_of(config)
     coarse_first = config["optim"].get("coarse_first", 0)
     mask_name = "gt_masks" if args.targets == "original" else "masks"
 
@@ -300,8 +298,12 @@ def main(args):
     pictures = args.batch_size * args.accum * accelerator.num_processes
     accelerator.print(f"{len(sets['train'])} samples, {pictures} a step, {steps} steps, lr {args.lr:g}")
 
+    def scores():
+        seen = val_loader and watched(training, val_loader, together=args.shard_base)
+        return validate(head, seen, get_features, accelerator)
+
     # The loop. The losses of a batch are means over its phrases, so its share is counted in phrases.
-    training = start(accelerator, args, steps, [optimizer])
+    training = start(accelerator, args, steps, [optimizer], scores)
     model.train()
     for samples, share in batches(training, loader, lambda batch: sum(len(s["masks"]) for s in batch)):
         with accelerator.accumulate(model):
@@ -318,16 +320,15 @@ def main(args):
 
         # After the last batch of an optimizer step: validate where it is due, log, save, stop.
         if accelerator.sync_gradients:
-            scores = validate(head, val_loader, get_features, accelerator) if evaluation_due(training) else {}
-            finish_step(training, grad=grad, **scores)
+            finish_step(training, grad=grad)
 
     # The head alone and its validation; every step is saved, so a stop signal now ends the run at once.
-    scores = validate(head, val_loader, get_features, accelerator)
+    found = scores()
     if accelerator.is_main_process:
         save_head(head, dims, out / "head.safetensors")
-        atomic_json(out / "metrics.json", {"steps": steps, **scores})
-        print(" ".join([f"wrote {out / 'head.safetensors'}", *(f"{k} {v:.3f}" for k, v in scores.items())]))
-    finish(training, **scores)
+        atomic_json(out / "metrics.json", {"steps": steps, **found})
+        print(" ".join([f"wrote {out / 'head.safetensors'}", *(f"{k} {v:.3f}" for k, v in found.items())]))
+    finish(training, **found)
 
     # DDP's reducer must go before the process group: the other way round gloo waits for ever.
     model, optimizer = accelerator.free_memory(model, optimizer)

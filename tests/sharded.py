@@ -1,4 +1,4 @@
-"""FSDP2 on CPU processes, which accelerate offers on GPUs alone, and several processes of a script at once."""
+"""FSDP2 on CPU processes, which accelerate offers on GPUs alone, and scripts on several processes."""
 
 import os
 import socket

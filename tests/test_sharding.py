@@ -1,4 +1,4 @@
-"""The five projects' trainings under DDP and FSDP2: train, save, go on with as many processes or one, export."""
+"""The five projects' trainings under DDP and FSDP2: train, save, go on with two processes or one, export."""
 
 import shutil
 

@@ -15,7 +15,6 @@ from common.run import open_run, seed_everything
 from common.train import (
     batches,
     check_finite,
-    evaluation_due,
     finish,
     finish_step,
     lr_at,
@@ -25,6 +24,7 @@ from common.train import (
     plan_steps,
     start,
     update,
+    watched,
 )
 
 
@@ -65,7 +65,11 @@ def main(args):
     model, optimizer, loader = accelerator.prepare(model, optimizer, make_loader(Noise(), args))
     steps = plan_steps(args, loader)
 
-    run = start(accelerator, args, steps, [optimizer])
+    def evaluate():
+        rows = [row for row in watched(run, range(3))]
+        return {"odd": run.state["step"] % len(rows[1:])}
+
+    run = start(accelerator, args, steps, [optimizer], evaluate)
     for batch, share in batches(run, loader, count=lambda batch: batch["weight"].sum()):
         with accelerator.accumulate(model):
             error = (model(batch["x"]) - batch["x"]).square().mean(1)
@@ -79,8 +83,7 @@ def main(args):
         if accelerator.sync_gradients:
             if run.state["step"] == args.wild_at:
                 next(model.parameters()).data.fill_(torch.inf)
-            scores = {"odd": run.state["step"] % 2} if evaluation_due(run) else {}
-            finish_step(run, grad=grad, **scores)
+            finish_step(run, grad=grad)
             time.sleep(args.pause)
 
     time.sleep(args.pause_at_end)

@@ -25,11 +25,10 @@ from common.errors import UserError
 from common.errors import run as run_script
 from common.llm import add_lora
 from common.run import open_run, seed_everything
-from common.sharding import export_state, keep_trained, prepare
+from common.sharding import export_state, prepare
 from common.train import (
     batches,
     check_finite,
-    evaluation_due,
     finish,
     finish_step,
     lr_at,
@@ -39,6 +38,7 @@ from common.train import (
     plan_steps,
     start,
     update,
+    watched,
 )
 from dia_pangu.evaluate.findings import calibrate, finding_scores
 from dia_pangu.src.Dataset.CTRG_dataset import CTRGDataset, collate, raise_bad, read_places
@@ -122,26 +122,19 @@ def dry_run(args, config):
     names = model.set_trained(args.train or TRAINED[args.stage], (*NEVER_TRAINED, *args.freeze))
     print_model(model, names)
 
-    # Frozen weights of the language model have the number format of the run, everything else is float32.
-    size = 2 if args.precision == "bf16" else 4
+    total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.lang_model.parameters() if not p.requires_grad)
-    rest = sum(p.numel() for p in model.parameters()) - frozen
     width, layers = llm_config.hidden_size, llm_config.num_hidden_layers
     tokens = args.batch_size * min(config["max_length"], 320)
-    # Activations are about 18 widths per token and layer; with checkpointing, one per layer and one open
+    # bf16 activations are about 18 widths per token and layer; with checkpointing, one per layer and one open
     # layer.
     kept = (layers + 18) if args.gradient_checkpointing else 18 * layers
-    kind = "bf16" if size == 2 else "float32"
     plan = {
-        f"weights ({kind}, what trains in float32)": size * frozen + 4 * rest,
+        "weights (bf16)": 2 * total,
         "gradients of what trains": 4 * trained,
         "AdamW state (two float32)": 8 * trained,
-        f"activations ({kind}, typical {tokens // args.batch_size} tokens a sample)": size
-        * kept
-        * width
-        * tokens,
-        "logits of the report (float32)": 4 * 2 * llm_config.vocab_size * (tokens // 2),
+        "activations (bf16, typical 320 tokens a sample)": 2 * kept * width * tokens,
+        "logits (float32)": 4 * 2 * llm_config.vocab_size * tokens,
     }
     for what, size in plan.items():
         print(f"  {what}: {size / 2**30:.2f} GiB")
@@ -239,7 +232,7 @@ def diagnose_all(model, loader, accelerator):
     sums = torch.zeros(2, 2, device=accelerator.device)  # of the two losses, and what they are means over
     for batch in loader:
         counts = loss_counts(batch).float()
-        out = model(**{key: batch[key] for key in BATCH_KEYS}, all_logits=False)
+        out = model(**{key: batch[key] for key in BATCH_KEYS})
         losses = torch.stack([out["lm_loss"], out["ctr_loss"]]).float()
         sums += torch.stack([losses * counts, counts])  # every token and every sample weighs 1
         # The last batch of several processes is filled up; gather_for_metrics drops what came twice.
@@ -300,11 +293,14 @@ def main(args):
     loader = make_loader(train_set, args, collate_fn=collate)
     val_loader = make_loader(val_set, args, train=False, collate_fn=collate)
     model, optimizer, loader, val_loader = prepare(accelerator, model, optimizer, loader, val_loader)
-    keep_trained(accelerator)  # frozen weights come back with --lang-encoder-path and --start
     steps, schedule = plan_steps(args, loader), SCHEDULES[args.lr_scheduler_type]
 
+    def eval_scores():
+        found = evaluate(model, watched(run, val_loader), accelerator)[0]
+        return {f"eval_{key}": value for key, value in found.items()}
+
     # The two losses are means over different things, so each has its own share of the optimizer step.
-    run = start(accelerator, args, steps, [optimizer])
+    run = start(accelerator, args, steps, [optimizer], eval_scores)
     model.train()
     for batch, (label_share, sample_share) in batches(run, loader, loss_counts):
         with accelerator.accumulate(model):
@@ -318,8 +314,7 @@ def main(args):
             grad = update(run, model, [optimizer], lr_at(run.state["step"], steps, args.warmup, schedule))
         # Once per optimizer step: evaluate where it is due, log, save, stop when asked to.
         if accelerator.sync_gradients:
-            scores = evaluate(model, val_loader, accelerator)[0] if evaluation_due(run) else {}
-            finish_step(run, grad=grad, **{f"eval_{key}": value for key, value in scores.items()})
+            finish_step(run, grad=grad)
     if text.cut:
         accelerator.print(f"{text.cut} times a report was longer than max_length tokens and was cut")
 
@@ -335,8 +330,8 @@ def main(args):
         save_model(weights, folder, config)
         metrics = {"validation": scores, "validation_calibrated": calibrated, "trained": names}
         atomic_json(folder / "metrics.json", metrics)
-    if accelerator.device.type != "cpu":
-        accelerator.print(f"peak memory {torch.accelerator.max_memory_allocated() / 2**30:.1f} GiB")
+    if torch.cuda.is_available():
+        accelerator.print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
     finish(run, **{f"eval_{key}": value for key, value in scores.items()})
     accelerator.end_training()
 
