@@ -2,6 +2,7 @@
 # Set up the environment if needed, then train and test the projects on built-in data, or with --real pretrained
 # models on the real data of DATA_ROOT:
 #   bash run_all.sh [--smoke] [--real] [--jobs N] [project ...]
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"   # started with sh, which may be dash
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common/env.sh"
 case " $* " in *" --real "*)

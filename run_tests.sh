@@ -2,6 +2,7 @@
 # Set up the environment if needed, then run the tests: bash run_tests.sh [--fast] [pytest arguments]
 # --fast leaves out the tests that are marked slow: several processes, launchers, faults, broken inputs.
 # GOLDEN_DIR and DATA_ROOT name the reference tensors and the real data; by default they are looked for beside this folder.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"   # started with sh, which may be dash
 set -euo pipefail
 ENV_EXTRA=requirements-dev.txt source "$(dirname "${BASH_SOURCE[0]}")/common/env.sh"
 here=$PWD

@@ -4,6 +4,7 @@
 #
 #   PYTHON=python3 bash bench/gpu.sh [--out FOLDER] [--budget SECONDS] [--steps dia em ...]
 #   bash bench/gpu.sh --dry-run          tiny shapes on the CPU: the same code, numbers without meaning
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"   # started with sh, which may be dash
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 if [ -z "${PYTHON:-}" ]; then

@@ -12,7 +12,9 @@ and leaves loops, checkpoints and clipping to accelerate.
 """
 
 import copy
+import json
 import os
+import zlib
 from pathlib import Path
 
 import torch
@@ -207,6 +209,54 @@ def export_model(accelerator, model):
 # ---- checkpoints: whichever way they were written, they load into every other
 
 
+FROZEN = "frozen.json"  # beside a checkpoint that leaves the frozen weights out
+
+
+def keep_trained(accelerator):
+    """Let checkpoints hold what trains alone, where the frozen weights are the start's own and come back with
+    it. Call it after `prepare`; spread models and DeepSpeed go on saving everything.
+
+    frozen.json holds a CRC-32 of the first values of every tensor that is left out, so that a run is not
+    resumed on other start weights.
+    """
+
+    def leave_out(models, weights, folder):
+        for model, state in zip(models, weights):
+            frozen = _frozen(model)
+            for key in frozen:
+                state.pop(key, None)
+            if accelerator.is_main_process:
+                (Path(folder) / FROZEN).write_text(json.dumps(frozen))
+
+    accelerator.register_save_state_pre_hook(leave_out)
+
+
+def _frozen(model) -> dict[str, int]:
+    """CRC-32 of the first 256 values of every tensor of a state dict that no training changes."""
+    tensors = model.state_dict(keep_vars=True)
+    still = {k: v for k, v in tensors.items() if isinstance(v, nn.Parameter) and not v.requires_grad}
+    first = {k: v.detach().flatten()[:256].float().cpu().numpy().tobytes() for k, v in still.items()}
+    return {key: zlib.crc32(value) for key, value in first.items()}
+
+
+def _add_frozen(model, tensors: dict, folder: Path):
+    """Add the weights that a checkpoint left out to its tensors, from the model; UserError if they differ
+    from those that the run began with."""
+    if not (folder / FROZEN).is_file():
+        return
+    own, frozen = model.state_dict(), json.loads((folder / FROZEN).read_text())
+    noted = {key.removeprefix("module."): value for key, value in frozen.items()}
+    here = _frozen(model)
+    other = next((key for key, value in noted.items() if here.get(key) != value), None)
+    if other is not None:
+        raise UserError(
+            f"{folder}: was saved over other start weights ({other} differs); resume with the language model "
+            "and "
+            "the --start that the run began with"
+        )
+    tensors |= {key: own[key] for key in noted if key not in tensors}
+
+
 def load_state(accelerator, folder: Path):
     """Load weights, optimizer and random states that `Accelerator.save_state` wrote to `folder`.
 
@@ -250,6 +300,8 @@ def _load_whole(accelerator, model, optimizers, folder: Path):
     tensors = {
         key.removeprefix("module."): value for key, value in load_file(folder / "model.safetensors").items()
     }
+    if not accelerator.is_fsdp2:
+        _add_frozen(model, tensors, folder)
     states = [
         torch.load(folder / f"optimizer{f'_{i}' if i else ''}.bin", map_location="cpu", weights_only=True)
         for i in range(len(optimizers))
@@ -267,7 +319,7 @@ def _load_whole(accelerator, model, optimizers, folder: Path):
         return
     from torch.distributed.checkpoint import state_dict as kit
 
-    options = kit.StateDictOptions(full_state_dict=True)
+    options = kit.StateDictOptions(full_state_dict=True, strict=not (folder / FROZEN).is_file())
     kit.set_model_state_dict(model, tensors, options=options)
     names = {parameter: name for name, parameter in model.named_parameters()}
     for optimizer, state in zip(optimizers, states):

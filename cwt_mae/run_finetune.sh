@@ -2,6 +2,7 @@
 # Fine-tune a pre-trained model (MODEL) to TASK. Without DATA: the built-in records and their rhythms.
 #   DATA=/data/mitbih TASK=beat MODEL=runs/cwt_mae/base/model.safetensors bash cwt_mae/run_finetune.sh --max-steps 3000
 # SPLIT=file.json names the training and the test records. The classifier goes to OUT; run_test.sh scores it.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"   # started with sh, which may be dash
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common/env.sh"
 show_help "$ROOT/cwt_mae/finetune.py" "$@"

@@ -2,6 +2,7 @@
 # Score a fine-tuned classifier (MODEL) on the test records. Without DATA: those of the built-in data.
 #   DATA=/data/mitbih MODEL=runs/cwt_mae/classifier/model.safetensors bash cwt_mae/run_test.sh
 # SPLIT=file.json names the training and the test records.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"   # started with sh, which may be dash
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common/env.sh"
 show_help "$ROOT/cwt_mae/test.py" "$@"

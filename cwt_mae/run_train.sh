@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Pre-train. DATA=folder trains the published sizes on it; without DATA a small model is trained on the built-in data.
 #   DATA=/data/ecg OUT=runs/cwt_mae/base bash cwt_mae/run_train.sh --skip-bad
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"   # started with sh, which may be dash
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common/env.sh"
 show_help "$ROOT/cwt_mae/train.py" "$@"

@@ -28,6 +28,7 @@ from common.errors import UserError, run
 from common.files import read_plain_pickle
 from common.run import progress
 from em_mllm.make_data import NOUN, write_questions
+from em_mllm.prepare import view
 
 RADIOML2018 = (
     "OOK",
@@ -60,6 +61,7 @@ DEVICE = {
     "coding": ("编码方式", "coding"),
     "keying": ("调制方式", "modulation"),
 }
+FACTOR = 8  # samples of an rtl_433 capture that make one point
 NOISE_DB = (20, 10, 5, 0, -5, -10)
 
 
@@ -156,7 +158,7 @@ def convert_radioml(cells, out: Path, per_cell: int, fs: float, seed: int):
                     (0, *chosen.shape[1:]),
                     "float32",
                     maxshape=(None, *chosen.shape[1:]),
-                    chunks=(64, *chosen.shape[1:]),
+                    chunks=(1, *chosen.shape[1:]),
                 )
                 for column in ("label", "snr"):
                     file.create_dataset(column, (0, 1), "float32", maxshape=(None, 1))
@@ -256,32 +258,15 @@ def disturb(z, fs, rng, noise_db=None, shift_hz=0.0):
     return z
 
 
-def view(z: np.ndarray, kind: str = "polar", factor: int = 8) -> np.ndarray:
-    """(T,) complex to (T / factor, 2), each point from `factor` samples: magnitude and frequency, or the
-    averaged I and Q.
-
-    Magnitude: standardised over the capture, or noise would leave of it a large mean and little else.
-    Frequency (-1..1 = +-fs/2): the angle of the mean of z[t] conj(z[t-1]), times the relative strength of
-    that mean, so that it stays quiet where there is no signal.
-    """
-    blocks = z[: len(z) // factor * factor].reshape(-1, factor)
-    if kind == "iq":
-        mean = blocks.mean(1)
-        return np.stack([mean.real, mean.imag], 1).astype(np.float32)
-    step = np.concatenate([[0], z[1:] * z[:-1].conj()])[: len(blocks) * factor].reshape(-1, factor).mean(1)
-    strength = np.abs(step) / np.sqrt(np.mean(np.abs(step) ** 2))
-    magnitude = np.abs(blocks).mean(1)
-    magnitude = (magnitude - magnitude.mean()) / (magnitude.std() + 1e-6)
-    return np.stack([magnitude, np.angle(step) / np.pi * strength], 1).astype(np.float32)
-
-
-def write_captures(folder: Path, views, y, meta, fs, rng, choices, opens):
-    """folder/device.h5 and the questions about device, coding and keying in three .json."""
+def write_captures(folder: Path, views, y, meta, fs, rng, choices, opens, kind):
+    """folder/device.h5, of captures in the view `kind`, and the questions about device, coding and keying in
+    three .json."""
     folder.mkdir(parents=True)
     names = [str(c) for c in meta["classes"]]
     with h5py.File(folder / "device.h5", "w") as file:
         file["IQ_data"], file["label"] = np.stack(views), np.asarray(y, np.float32)[:, None]
         file.attrs["fs"], file.attrs["classes"] = fs, json.dumps(names)
+        file.attrs["view"], file.attrs["view_factor"] = kind, FACTOR
     write_questions(folder / "device.json", names, y, DEVICE["device"], "device.h5", rng, choices, opens)
     for task, column in (("coding", "coding"), ("keying", "modulation")):
         values = [str(v) or "none" for v in meta[column]]
@@ -322,16 +307,17 @@ def convert_rtl433(paths, out: Path, args):
             views,
             labels,
             train,
-            fs / 8,
+            fs / FACTOR,
             rng,
             2 if part == "train" else 1,
             1 if part == "train" else 0,
+            args.view,
         )
     for noise in (None, *NOISE_DB):
         for shift in (0.0, 15e3):
             views = [view(disturb(z, fs, rng, noise, shift), args.view) for z in test["iq"]]
             name = ("clean" if noise is None else f"{noise}dB") + ("_shift" if shift else "")
-            write_captures(out / "test" / name, views, test["y"], test, fs / 8, rng, 1, 0)
+            write_captures(out / "test" / name, views, test["y"], test, fs / FACTOR, rng, 1, 0, args.view)
     values = {
         "device": [str(c) for c in train["classes"]],
         "coding": sorted({str(v) or "none" for v in train["coding"]}),

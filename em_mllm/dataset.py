@@ -10,34 +10,27 @@ not change it.
 """
 
 import json
-import os
-import re
 import sys
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 # repository root: every way of starting this file finds it
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import h5py
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from common.arguments import number
 from common.errors import UserError
-from common.files import inside, read_json
-from common.run import progress
+from common.files import inside, reading
 from em_mllm.em_foundation.models.embedder import mae_scores
-from em_mllm.em_foundation.utils.utils import (
-    first_fit,
-    log_spectra,
-    pack_sequence,
-    scale_to_peak,
-    with_special_patches,
-)
-
-DEFAULT_FS = 20e6  # Hz, what the seed script assumes
-OPTION = re.compile(r"\(([A-Z])\)\s*(.+?)\s*(?=\([A-Z]\)|$)")
+from em_mllm.em_foundation.utils.utils import first_fit, log_spectra, pack_sequence, with_special_patches
+from em_mllm.options import language, looks_like_choice, parse_options, stated_letter, wording
+from em_mllm.prepare import AS_RECORDED, SignalSpec, check_rate, prepare
+from em_mllm.signal_file import DEFAULT_FS, SignalFile
 
 
 def add_augmentation_arguments(group):
@@ -56,101 +49,72 @@ def add_augmentation_arguments(group):
         help="augmentation: frequency shift by up to this many Hz up or down",
     )
     group.add_argument("--roll", action="store_true", help="augmentation: circular shift by a random offset")
+    group.add_argument(
+        "--phase", action="store_true", help="augmentation: turn the carrier by a random phase"
+    )
+    group.add_argument(
+        "--conjugate",
+        action="store_true",
+        help="augmentation: mirror the spectrum of every other signal; not where a class is told by the "
+        "direction of a sweep or by its side band",
+    )
 
 
-class SignalFile:
-    """One .h5 of signals, opened anew in each process (an HDF5 handle must not cross a fork) and read row by
-    row.
+@dataclass(frozen=True)
+class Augmentation:
+    """What is done to the recorded samples of a training signal; the defaults do nothing. Gain needs none:
+    every signal is scaled to its peak."""
 
-    Attributes: points (T), fs in Hz, classes (list of names or None), columns (names of the other datasets).
-    UserError says what is wrong.
-    """
+    noise_db: tuple | None = None
+    shift_hz: float = 0.0
+    roll: bool = False
+    phase: bool = False
+    conjugate: bool = False
 
-    def __init__(self, path, default_fs=DEFAULT_FS):
-        self.path = Path(path)
-        self._file, self._pid = None, None
-        if not self.path.is_file():
-            raise UserError(f"{path}: no such file; check the path")
-        try:
-            with h5py.File(self.path, "r") as file:
-                if "IQ_data" not in file:
-                    raise UserError(
-                        f"{path}: has no dataset IQ_data (it has {', '.join(file) or 'nothing'}); store the "
-                        "signals there"
-                    )
-                data = file["IQ_data"]
-                if data.ndim != 3 or data.shape[2] != 2:
-                    raise UserError(
-                        f"{path}: IQ_data is {data.shape}, expected (Num, T, 2); put I and Q on the last axis"
-                    )
-                if data.dtype.kind not in "fiu":
-                    raise UserError(
-                        f"{path}: IQ_data is {data.dtype}, expected real numbers such as float32; store I "
-                        "and Q as two columns"
-                    )
-                self.count, self.points = data.shape[:2]
-                self.fs = float(file.attrs.get("fs", default_fs))
-                self.classes = json.loads(file.attrs["classes"]) if "classes" in file.attrs else None
-                self.columns = {name: file[name].shape for name in file if name != "IQ_data"}
-        except OSError as error:
+    @staticmethod
+    def of(args) -> "Augmentation":
+        """From the flags of `add_augmentation_arguments`."""
+        noise = tuple(args.noise_db) if args.noise_db is not None else None
+        return Augmentation(noise, args.shift_hz, args.roll, args.phase, args.conjugate)
+
+    def changes_waves(self) -> bool:
+        """Whether it does more than to begin the signal elsewhere: then it needs I and Q."""
+        return self.noise_db is not None or bool(self.shift_hz) or self.phase or self.conjugate
+
+    def __call__(self, iq: np.ndarray, fs: float, rng: np.random.Generator) -> np.ndarray:
+        if self.conjugate and rng.uniform() < 0.5:
+            iq = iq * np.array([1, -1], iq.dtype)
+        if self.noise_db is not None or self.shift_hz or self.phase:
+            iq = augment(iq, fs, rng, self.noise_db, self.shift_hz)
+        return np.roll(iq, int(rng.integers(len(iq))), 0) if self.roll else iq
+
+
+def signal_spec(files: list[SignalFile], remove_dc=False, resample=False) -> SignalSpec:
+    """The specification of what a model learns from these training files."""
+    views = {file.done for file in files} - {AS_RECORDED} or {AS_RECORDED}
+    if len(views) > 1:
+        (one, by), (other, by_other) = sorted(views)[:2]
+        raise UserError(f"the files hold views {one} x {by} and {other} x {by_other}; train on one of them")
+    (kind, factor) = views.pop()
+    share = {file: factor if file.done == AS_RECORDED else 1 for file in files}
+    return SignalSpec(
+        points=max(file.points // share[file] for file in files),
+        remove_dc=remove_dc,
+        view=kind,
+        factor=factor,
+        rates=tuple(sorted({rate / share[file] for file in files for rate in file.rates()})),
+        resample=resample,
+    )
+
+
+def check_augmentation(files: list[SignalFile], augmentation: Augmentation):
+    """Raise UserError where waves are to be changed of rows that are waves no more."""
+    for file in files:
+        if augmentation.changes_waves() and file.done != AS_RECORDED:
             raise UserError(
-                f"{path}: not a readable HDF5 file ({str(error).splitlines()[0]}); was the copy cut short?"
-            ) from error
-        if self.count == 0 or self.points == 0:
-            raise UserError(f"{path}: IQ_data is empty, {(self.count, self.points, 2)}")
-        for name, shape in self.columns.items():
-            if shape[:1] != (self.count,):
-                raise UserError(
-                    f"{path}: {name} has {shape[0] if shape else 'no'} rows, IQ_data {self.count}; write one "
-                    "row per signal"
-                )
-
-    @property
-    def file(self):
-        if self._pid != os.getpid():
-            self._file, self._pid = h5py.File(self.path, "r"), os.getpid()
-        return self._file
-
-    def __getstate__(self):
-        return {**self.__dict__, "_file": None, "_pid": None}
-
-    def __len__(self):
-        return self.count
-
-    def read(self, index: int) -> np.ndarray:
-        """Signal `index` as (T, 2) float32, as stored."""
-        try:
-            return self.file["IQ_data"][int(index)].astype(np.float32)
-        except OSError as error:
-            raise UserError(
-                f"{self.path}: IQ_data[{index}] cannot be read ({error}); was the copy cut short?"
-            ) from error
-
-    def column(self, name: str) -> np.ndarray:
-        """A per-signal column as a flat array: `label`, `snr`, `pri`, ..."""
-        if name not in self.columns:
-            raise UserError(
-                f"{self.path}: has no dataset {name} (it has {', '.join(self.columns) or 'IQ_data alone'})"
+                f"{file.path}: its rows are magnitude and frequency, or averages; of the augmentations only "
+                "--roll works on them, leave out the others"
             )
-        return self.file[name][:].reshape(self.count, -1)[:, 0]
-
-    def bad_signals(self, wanted=None, chunk=2048) -> dict[int, str]:
-        """{index: what is wrong} for signals with nan, inf or nothing but zeros; reads the file once, chunk
-        by chunk."""
-        bad = {}
-        for start in progress(range(0, self.count, chunk), desc=f"checking {self.path.name}", leave=False):
-            try:
-                x = self.file["IQ_data"][start : start + chunk]
-            except OSError as error:
-                raise UserError(
-                    f"{self.path}: IQ_data[{start}:{start + chunk}] cannot be read ({error}); was the copy "
-                    "cut short?"
-                ) from error
-            finite = np.isfinite(x).all((1, 2))
-            silent = ~np.any(x, (1, 2))
-            for i in np.nonzero(~finite | silent)[0]:
-                bad[start + int(i)] = "is all zero" if finite[i] else "holds nan or inf"
-        return bad if wanted is None else {i: why for i, why in bad.items() if i in wanted}
 
 
 def refuse_shared(train: list[SignalFile], others: list[SignalFile], option: str):
@@ -176,21 +140,22 @@ class Records:
         return json.loads(self.bytes[self.ends[i] : self.ends[i + 1]].tobytes())
 
 
-def parse_options(record: dict) -> dict[str, str]:
-    """{"A": "GFSK", ...} from "Answer choices" or from the question; empty for an open question."""
-    choices = record.get("Answer choices")
-    return dict(OPTION.findall(" ".join(choices) if choices else record["question"]))
-
-
 def _indices(record: dict) -> list[int]:
     """The rows of the signals that a record is about."""
     index = record["iq_index_in_h5"]
     return index if isinstance(index, list) else [index]
 
 
+class Chosen(NamedTuple):
+    """A pair that the user put together: the questions are about these signals, whatever file they name."""
+
+    h5: Path
+    questions: Path
+
+
 def task_pairs(task_dir=None, task_files=None) -> list[tuple[Path, Path]]:
-    """The (h5, json) pairs of --task-dir (every x.h5 with x.json beside it) or of --task-files (h5 json h5
-    json ...)."""
+    """The (h5, json) pairs of --task-dir (every x.h5 with x.json beside it), or of --task-files (h5 json h5
+    json ...), which are `Chosen`."""
     if task_dir:
         folder = Path(task_dir)
         if not folder.is_dir():
@@ -204,7 +169,7 @@ def task_pairs(task_dir=None, task_files=None) -> list[tuple[Path, Path]]:
                 f"--task-files: {len(task_files)} files given; give h5 and json in turn: a.h5 a.json b.h5 "
                 "b.json"
             )
-        pairs = [(Path(a), Path(b)) for a, b in zip(task_files[::2], task_files[1::2])]
+        pairs = [Chosen(Path(a), Path(b)) for a, b in zip(task_files[::2], task_files[1::2])]
     else:
         raise UserError(
             "no data: give --task-dir (a folder of x.h5 with x.json beside it) or --task-files (h5 json h5 "
@@ -217,9 +182,20 @@ def task_pairs(task_dir=None, task_files=None) -> list[tuple[Path, Path]]:
     return pairs
 
 
+def read_json_text(path: Path):
+    """Parsed JSON of a file in UTF-8, with or without a byte-order mark, or in the Chinese encoding GBK."""
+    with reading(path, "JSON file"):
+        content = Path(path).read_bytes()
+        try:
+            text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        except UnicodeDecodeError:
+            text = content.decode("gb18030")
+        return json.loads(text)
+
+
 def read_questions(path: Path) -> list[dict]:
     """The records of a question file, with the fields that every record must have checked."""
-    records = read_json(path)
+    records = read_json_text(path)
     if not isinstance(records, list):
         raise UserError(
             f"{path}: holds a {type(records).__name__}, expected a list of questions; wrap the objects in [ ]"
@@ -253,28 +229,49 @@ def encode_text(tokenizer, question: str, answer: str | None, chat: bool = False
     """Token ids of question + eos + answer + eos (as the seed), or of the chat template's turns; and how many
     belong to the prompt.
 
-    answer None: the prompt alone. Only the answer and its end token are learned.
+    answer None: the prompt alone. Only the answer and its end token are learned. Control tokens such as
+    <IQ_START> that stand in a question or an answer are text like any other.
     """
     if chat:
         if not tokenizer.chat_template:
             raise UserError("--chat-template: this tokenizer has none; leave the option out")
-        prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}],
-            add_generation_prompt=True,
-            tokenize=False,
-            enable_thinking=False,
-        )
-        prompt = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        prompt = encode_chat(tokenizer, question)
     else:
-        prompt = tokenizer(question)["input_ids"]
+        prompt = tokenizer(question, split_special_tokens=True)["input_ids"]
         prompt = (prompt[:-1] if prompt and prompt[-1] == tokenizer.eos_token_id else prompt) + [
             tokenizer.eos_token_id
         ]
     if answer is None:
         return prompt, len(prompt)
-    return prompt + tokenizer(answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id], len(
-        prompt
+    ids = tokenizer(answer, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return prompt + ids + [tokenizer.eos_token_id], len(prompt)
+
+
+def encode_chat(tokenizer, question: str) -> list[int]:
+    """The user's turn by the tokenizer's chat template, up to where the answer begins."""
+    lay_out = lambda content: tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=False,
+        enable_thinking=False,
     )
+    if not any(token in question for token in control_tokens(tokenizer)):
+        return tokenizer(lay_out(question), add_special_tokens=False)["input_ids"]
+    # the template's own control tokens stay, those of the question are text
+    mark = "\ue000"
+    before, _, after = lay_out(mark).partition(mark)
+    parts = ((before, False), (question, True), (after, False))
+    return [
+        i
+        for text, plain in parts
+        for i in tokenizer(text, add_special_tokens=False, split_special_tokens=plain)["input_ids"]
+    ]
+
+
+def control_tokens(tokenizer) -> list[str]:
+    """The texts that a tokenizer reads as control tokens."""
+    added = tokenizer.added_tokens_decoder.values()
+    return [str(token) for token in added if getattr(token, "special", True)]
 
 
 def augment(
@@ -298,9 +295,11 @@ class QuestionDataset(Dataset):
 
     questions_per_signal: 0 makes every question an item; n > 0 makes every signal an item, with n of its
     questions drawn anew each epoch and the signal encoded once for all of them. An item is {"iq": [(T, 2)
-    ...], "fs": [...], "texts": [(ids, prompt length) ...], "rows": [...]}. roll: turn every signal by a
-    random number of points, anew each epoch; for captures that begin anywhere. Everything is checked here,
-    before anything is written: `skip_bad` leaves out what is wrong and counts it in `skipped`.
+    ...], "fs": [...], "texts": [(ids, prompt length) ...], "rows": [...]}. augmentation: what is done to the
+    signals, anew each epoch. signal: the specification of the model that is asked; without it the one that
+    these files give, to be kept with the model they train. Everything is checked here, before anything is
+    written: `skip_bad` leaves out what is wrong and counts it in `skipped`. `unread` counts the questions
+    with options that could not be read; `wordings` are the commonest wordings of answers with options.
     """
 
     def __init__(
@@ -313,28 +312,22 @@ class QuestionDataset(Dataset):
         seed=0,
         chat=False,
         skip_bad=False,
-        noise_db=None,
-        shift_hz=0.0,
-        roll=False,
+        augmentation=Augmentation(),
         default_fs=DEFAULT_FS,
         limit=0,
+        signal: SignalSpec | None = None,
     ):
-        self.tokenizer, self.chat, self.with_answers, self.seed, self.epoch = (
-            tokenizer,
-            chat,
-            with_answers,
-            seed,
-            0,
-        )
-        self.noise_db, self.shift_hz, self.roll = noise_db, shift_hz, roll
+        self.tokenizer, self.chat, self.with_answers = tokenizer, chat, with_answers
+        self.seed, self.epoch, self.augmentation = seed, 0, augmentation
         self.questions_per_signal, self.default_fs = questions_per_signal, default_fs
-        self.files, self.tasks, self.skipped = [], [], {}
+        self.files, self.tasks, self.skipped, self.unread = [], [], {}, 0
         known, records, self.file_of, self.task_of, signals = {}, [], [], [], []
-        for h5, path in pairs:
+        for pair in pairs:
+            h5, path = pair
             task = len(self.tasks)
             self.tasks.append(path.stem)
             questions = read_questions(path)[: limit or None]
-            owners = [self.open(known, path, h5, r.get("h5_path"), n) for n, r in enumerate(questions)]
+            owners = self.open_all(known, pair, questions)
             lengths = [len(ids) for ids, _ in self.encode(questions)]
             for n, (r, owner, length) in enumerate(zip(questions, owners, lengths)):
                 why = self.fault(r, owner, _indices(r), length, max_length)
@@ -352,13 +345,38 @@ class QuestionDataset(Dataset):
                 signals.append((owner, *_indices(r)))
         if not records:
             raise UserError(f"{pairs[0][1]}: no usable question is left of {sum(self.skipped.values())}")
+        self.unread = sum(looks_like_choice(r) and not parse_options(r) for r in records)
+        self.wordings = common_wordings(records)
+        self.prepare_for(signal)
         self.records = Records(records)
         self.file_of, self.task_of = np.array(self.file_of, np.int32), np.array(self.task_of, np.int32)
         groups = {}
-        for row, signal in enumerate(signals):
-            groups.setdefault(signal if questions_per_signal else row, []).append(row)
+        for row, owned in enumerate(signals):
+            groups.setdefault(owned if questions_per_signal else row, []).append(row)
         self.rows = np.concatenate(list(groups.values()))
         self.ends = np.cumsum([0] + [len(g) for g in groups.values()])
+
+    def prepare_for(self, signal: SignalSpec | None):
+        """Read the signals as `signal` says (None: as these files give it), and say what is unlike
+        training."""
+        self.signal = signal_spec(self.files) if signal is None else signal
+        check_augmentation(self.files, self.augmentation)
+        if signal is not None:
+            for file in self.files:
+                for rate in file.rates():
+                    check_rate(signal, rate, file.path, file.done)
+
+    def open_all(self, known, pair, questions) -> list[int]:
+        """For each record the number of its signal file.
+
+        In a folder a record's own h5_path beside the json wins over the file of the same name. A `Chosen`
+        pair wins over what the records say, unless they name several files.
+        """
+        h5, path = pair
+        named = {r.get("h5_path") for r in questions}
+        if isinstance(pair, Chosen) and len(named - {None}) <= 1:
+            return [self.open(known, path, h5, None, 0)] * len(questions)
+        return [self.open(known, path, h5, r.get("h5_path"), n) for n, r in enumerate(questions)]
 
     def open(self, known, json_path, paired, named, n) -> int:
         """Number of the signal file of one record: its own h5_path beside the json, else the paired file."""
@@ -370,6 +388,7 @@ class QuestionDataset(Dataset):
                     "correct the field"
                 )
             self.files.append(SignalFile(path, self.default_fs))
+            self.files[-1].pack()
             self.files[-1].bad = self.files[-1].bad_signals()
             known[path] = len(self.files) - 1
         return known[path]
@@ -397,10 +416,10 @@ class QuestionDataset(Dataset):
             return "no answer, training needs one"
         if length > max_length:
             return f"text too long, {length} tokens but --max-length is {max_length}"
-        options, letter = parse_options(record), re.match(r"[^()]*\(([A-Z])\)", record.get("answer") or "")
-        if self.with_answers and options and letter and letter.group(1) not in options:
+        options, letter = parse_options(record), stated_letter(record.get("answer") or "")
+        if self.with_answers and options and letter and letter not in options:
             given = ", ".join(sorted(options))
-            return f"unknown letter, the answer says ({letter.group(1)}) but the options are {given}"
+            return f"unknown letter, the answer says ({letter}) but the options are {given}"
         return ""
 
     def set_epoch(self, epoch: int):
@@ -428,17 +447,26 @@ class QuestionDataset(Dataset):
             rows = rng.choice(rows, self.questions_per_signal, replace=False)
         records = [self.records[r] for r in rows]
         file = self.files[self.file_of[rows[0]]]
-        signals = [file.read(k) for k in _indices(records[0])]
-        if self.noise_db is not None or self.shift_hz:
-            signals = [augment(x, file.fs, rng, self.noise_db, self.shift_hz) for x in signals]
-        if self.roll:
-            signals = [np.roll(x, int(rng.integers(len(x))), 0) for x in signals]
+        augment = lambda iq, fs: self.augmentation(iq, fs, rng)
+        signals = [
+            prepare(file.read(k), file.rate(k), self.signal, file.done, augment) for k in _indices(records[0])
+        ]
         return {
-            "iq": [scale_to_peak(x) for x in signals],
-            "fs": [file.fs] * len(signals),
+            "iq": [iq for iq, _ in signals],
+            "fs": [fs for _, fs in signals],
             "texts": self.encode(records),
             "rows": rows.tolist(),
         }
+
+
+def common_wordings(records) -> dict[str, str]:
+    """The commonest wording of answers to questions with options, for each language that occurs."""
+    counts = {}
+    for record in records:
+        options = parse_options(record) if record.get("answer") else {}
+        if options and (template := wording(record["answer"], options)):
+            counts.setdefault(language(record["question"]), Counter())[template] += 1
+    return {key: count.most_common(1)[0][0] for key, count in sorted(counts.items())}
 
 
 def collate_iq(signals, patch: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -498,31 +526,20 @@ class SignalDataset(Dataset):
     """Labelled (or unlabelled) signals of several .h5 files for the encoder alone.
 
     columns: which per-signal values to give with each signal ("label", "snr", "pri", ...). Item: {"iq" (T,
-    2), "fs", "index", columns}. roll: as in QuestionDataset.
+    2), "fs", "index", columns}. augmentation: what is done to the signals, anew each epoch. Rows as recorded
+    stand beside rows of a view in the same view.
     """
 
     def __init__(
-        self,
-        paths,
-        columns=(),
-        skip_bad=False,
-        seed=0,
-        noise_db=None,
-        shift_hz=0.0,
-        roll=False,
-        default_fs=DEFAULT_FS,
+        self, paths, columns=(), skip_bad=False, seed=0, augmentation=Augmentation(), default_fs=DEFAULT_FS
     ):
         self.files = [SignalFile(p, default_fs) for p in paths]
-        self.seed, self.epoch, self.noise_db, self.shift_hz, self.roll, self.skipped = (
-            seed,
-            0,
-            noise_db,
-            shift_hz,
-            roll,
-            {},
-        )
+        self.seed, self.epoch, self.augmentation, self.skipped = seed, 0, augmentation, {}
+        self.signal = signal_spec(self.files)
+        check_augmentation(self.files, augmentation)
         owner, index = [], []
         for f, file in enumerate(self.files):
+            file.pack()
             bad = file.bad_signals()
             if bad and not skip_bad:
                 i = min(bad)
@@ -554,19 +571,11 @@ class SignalDataset(Dataset):
         self.epoch = epoch
 
     def __getitem__(self, i):
-        file = self.files[self.owner[i]]
-        iq = file.read(self.index[i])
+        file, row = self.files[self.owner[i]], self.index[i]
         rng = np.random.default_rng((self.seed, self.epoch, i))
-        if self.noise_db is not None or self.shift_hz:
-            iq = augment(iq, file.fs, rng, self.noise_db, self.shift_hz)
-        if self.roll:
-            iq = np.roll(iq, int(rng.integers(len(iq))), 0)
-        return {
-            "iq": scale_to_peak(iq),
-            "fs": file.fs,
-            "index": i,
-            **{k: v[i] for k, v in self.columns.items()},
-        }
+        augment = lambda iq, fs: self.augmentation(iq, fs, rng)
+        iq, fs = prepare(file.read(row), file.rate(row), self.signal, file.done, augment)
+        return {"iq": iq, "fs": fs, "index": i, **{k: v[i] for k, v in self.columns.items()}}
 
 
 class PackedSignals(Dataset):
@@ -598,9 +607,9 @@ class PackedSignals(Dataset):
         patch, special = self.config.patch_size[0], self.config.num_special
         order = rng.permutation(len(self.signals)) if self.shuffle else np.arange(len(self.signals))
         longest = (self.config.num_positions - special) * patch
-        points = np.minimum(
-            np.array([f.points for f in self.signals.files])[self.signals.owner[order]], longest
-        )
+        factor = self.signals.signal.factor
+        own = [f.points // (factor if f.done == AS_RECORDED else 1) for f in self.signals.files]
+        points = np.minimum(np.array(own)[self.signals.owner[order]], longest)
         if self.min_points:  # log-uniform: as many short signals as long ones
             low = np.minimum(self.min_points, points)
             points = (low * (points / low) ** rng.uniform(size=len(points))).astype(int)

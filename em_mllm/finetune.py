@@ -38,6 +38,7 @@ from common.train import (
     update,
 )
 from em_mllm.dataset import (
+    Augmentation,
     SignalCollator,
     SignalDataset,
     add_augmentation_arguments,
@@ -99,9 +100,7 @@ def parse_args(argv=None):
 def read_data(args) -> tuple[SignalDataset, SignalDataset | None, SignalDataset, list[str]]:
     """Read the labelled signals; returns (training, validation or None, test, names of the classes)."""
     columns = ("label", "snr", *(REGRESSION_TASKS if args.multitask else ()))
-    train = SignalDataset(
-        args.train, columns, args.skip_bad, args.seed, args.noise_db, args.shift_hz, args.roll
-    )
+    train = SignalDataset(args.train, columns, args.skip_bad, args.seed, Augmentation.of(args))
     val = SignalDataset(args.val, columns, args.skip_bad) if args.val else None
     test = SignalDataset(args.test, columns, args.skip_bad)
     refuse_shared(train.files, test.files, "--test")

@@ -1,11 +1,16 @@
-"""Recordings of any common format as (N, 2) float32 with their sampling rate, and long ones as windows.
+"""Recordings of any common format as (N, 2) float32 with their sampling rate, whole or piece by piece, and
+long ones as windows.
 
-.h5 (IQ_data)  .npy  .mat  .cu8 .cs8 .cs16 .cf32 .cfile .cs32 .cf64 (raw, interleaved I and Q)  .sigmf-meta /
-.sigmf-data / .sigmf .wav (I left, Q right)
+.h5 .hdf5 (IQ_data)  .npy .npz .mat  .wav (I left, Q right)  .sigmf-meta .sigmf-data .sigmf; raw, interleaved
+I and Q: .cu8 .cs8 .cs16 .cf32 .cfile .cu16 .cs32 .cf64 .complex .complex16u .complex16s ...; .raw .iq .bin
+.dat with the name of their format. Suffixes in capital letters are the same.
 """
 
+import heapq
+import json
 import re
 import sys
+import tarfile
 from pathlib import Path
 
 # repository root: every way of starting this file finds it
@@ -18,169 +23,431 @@ import scipy.io.wavfile
 import scipy.signal
 
 from common.errors import UserError
-from common.files import reading
-from em_mllm.dataset import SignalFile
+from common.files import check, first_line, inside, read_json, reading
+from em_mllm.prepare import AS_RECORDED
+from em_mllm.signal_file import DEFAULT_FS, RATE_NAMES, SignalFile, read_rate
 
+# interleaved I and Q: name of the format -> numpy type
 RAW = {
-    ".cu8": "u1",
-    ".cs8": "i1",
-    ".cs16": "<i2",
-    ".sc16": "<i2",
-    ".cs32": "<i4",
-    ".cf32": "<f4",
-    ".cfile": "<f4",
-    ".fc32": "<f4",
-    ".cf64": "<f8",
+    "cu8": "u1",
+    "cs8": "i1",
+    "cu16": "<u2",
+    "cs16": "<i2",
+    "cu32": "<u4",
+    "cs32": "<i4",
+    "cf32": "<f4",
+    "cf64": "<f8",
 }
-FORMATS = ".h5 .npy .mat .wav .sigmf-meta .sigmf-data .sigmf " + " ".join(RAW)
+# suffixes that name a format; complex16u and complex16s are those of Universal Radio Hacker
+SUFFIXES = {
+    **{f".{name}": name for name in RAW},
+    ".sc8": "cs8",
+    ".sc16": "cs16",
+    ".cfile": "cf32",
+    ".fc32": "cf32",
+    ".complex": "cf32",
+    ".complex64": "cf32",
+    ".complex128": "cf64",
+    ".complex16u": "cu8",
+    ".complex16s": "cs8",
+    ".complex32u": "cu16",
+    ".complex32s": "cs16",
+}
+UNNAMED = (".raw", ".iq", ".bin", ".dat", ".data")
+SIGMF = (".sigmf-meta", ".sigmf-data", ".sigmf")
+H5 = (".h5", ".hdf5")
+FORMATS = f".h5 .hdf5 .npy .npz .mat .wav {' '.join(SIGMF)} {' '.join(SUFFIXES)} {' '.join(UNNAMED)}"
+MANY = (*H5, ".npy", ".npz", ".mat")  # formats of which a file may hold many signals
+BLOCK = 2**18  # samples read at a time
 
 
-def read_iq(path, index: int = 0) -> tuple[np.ndarray, float | None]:
+class Recording:
+    """One signal of a file: `length` samples, `fs` in Hz (None if the file does not say), done (view, factor)
+    as in `SignalFile`, and `read(start, count)` -> (count, 2) float32.
+    """
+
+    def __init__(self, path, length: int, fs, read, done=AS_RECORDED):
+        self.path, self.length, self.fs, self._read, self.done = Path(path), length, fs, read, done
+        if not length:
+            raise UserError(f"{path}: holds no samples; was the copy cut short?")
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        with reading(self.path, "recording"):
+            iq = np.ascontiguousarray(self._read(start, count), np.float32)
+        if not np.isfinite(iq).all():
+            bad = start + int(np.nonzero(~np.isfinite(iq).all(1))[0][0])
+            raise UserError(f"{self.path}: sample {bad} is nan or inf; mend or cut the recording")
+        return iq
+
+    def blocks(self, size: int = BLOCK):
+        """Yield (first sample, samples) from the beginning to the end."""
+        for start in range(0, self.length, size):
+            yield start, self.read(start, min(size, self.length - start))
+
+
+def read_iq(path, index: int = 0, iq_format: str | None = None) -> tuple[np.ndarray, float | None]:
     """(N, 2) float32 and the sampling rate in Hz (None if the file does not say).
 
-    index: which signal of a .h5, .npy or .mat that holds many. Raises UserError for an unknown format, an
-    empty or cut file, a wrong shape, nan or inf, and a signal of zeros.
+    index: which signal of a .h5, .npy, .npz or .mat that holds many. iq_format: of raw samples whose suffix
+    does not say it, such as "cs16". Raises UserError for an unknown format, an empty or cut file, a wrong
+    shape, nan or inf, and a signal of zeros.
     """
-    path = Path(path)
-    if path.name.endswith((".sigmf-meta", ".sigmf-data", ".sigmf")):
-        iq, fs = read_sigmf(path)
-    elif not path.is_file():
-        raise UserError(f"{path}: no such file; check the path")
-    elif path.suffix == ".h5":
-        file = SignalFile(path)
-        if not 0 <= index < len(file):
-            raise UserError(f"{path}: --index {index} is past the end, the file holds {len(file)} signals")
-        iq, fs = file.read(index), file.fs
-    elif path.suffix == ".npy":
-        with reading(path, "array of plain numbers"):
-            iq, fs = two_columns(np.load(path, mmap_mode="r"), path, index), None
-    elif path.suffix == ".mat":
-        iq, fs = read_mat(path, index)
-    elif path.suffix == ".wav":
-        with reading(path, "WAV file"):
-            rate, samples = scipy.io.wavfile.read(path)
-        fs, samples = float(rate), samples.astype(np.float32) - (128 if samples.dtype == np.uint8 else 0)
-        iq = analytic(samples, path) if samples.ndim == 1 else samples[:, :2]
-    elif path.suffix in RAW:
-        iq, fs = read_raw(path, RAW[path.suffix]), rate_in_name(path.name)
-    else:
-        raise UserError(f"{path}: format {path.suffix or '(none)'} is not known; known are {FORMATS}")
-    iq = np.ascontiguousarray(iq, np.float32)
-    if len(iq) == 0:
-        raise UserError(f"{path}: holds no samples; was the copy cut short?")
-    if not np.isfinite(iq).all():
-        raise UserError(
-            f"{path}: sample {int(np.nonzero(~np.isfinite(iq).all(1))[0][0])} is nan or inf; mend or cut the "
-            "recording"
-        )
+    recording = open_recording(path, index, iq_format)
+    iq = recording.read(0, recording.length)
     if not iq.any():
         raise UserError(f"{path}: every sample is zero; nothing was recorded")
-    return iq, fs
+    return iq, recording.fs
 
 
-def read_raw(path: Path, dtype: str) -> np.ndarray:
-    """Interleaved I, Q of a numpy dtype; unsigned bytes are centred on 127.5."""
-    width = 2 * np.dtype(dtype).itemsize
-    size = path.stat().st_size
+def open_recording(
+    path, index: int = 0, iq_format: str | None = None, default_fs: float = DEFAULT_FS
+) -> Recording:
+    """The recording in a file, of which nothing but its description is read yet; see `read_iq`.
+
+    default_fs: of a .h5 that does not state its rate.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; check the path")
+    if iq_format is not None and (suffix in (*MANY, ".wav", *SIGMF)):
+        raise UserError(
+            f"{path}: --iq-format has no effect on {suffix}, which names its format; leave it out"
+        )
+    if index and suffix not in MANY:
+        raise UserError(f"{path}: --index {index} is past the end, a {suffix} file holds one signal")
+    if iq_format is not None or suffix in SUFFIXES:
+        return open_raw(path, raw_type(path, iq_format or SUFFIXES[suffix]))
+    if suffix in SIGMF:
+        return open_sigmf(path)
+    if suffix in H5:
+        file = SignalFile(path, default_fs)
+        if not 0 <= index < len(file):
+            raise UserError(f"{path}: --index {index} is past the end, the file holds {len(file)} signals")
+        read = lambda start, count: file.read(index, start, count)
+        return Recording(path, file.points, file.rate(index), read, file.done)
+    if suffix == ".wav":
+        return open_wav(path)
+    if suffix in MANY:
+        return open_arrays(path, suffix, index)
+    if suffix in UNNAMED:
+        raise UserError(
+            f"{path}: the suffix {suffix} does not say how the samples are stored; say it with --iq-format, "
+            "one "
+            f"of {', '.join(RAW)}"
+        )
+    raise UserError(f"{path}: format {suffix or '(none)'} is not known; known are {FORMATS}")
+
+
+# ---- raw samples
+
+
+def raw_type(where, name: str) -> str:
+    """numpy type of a raw format: a name of RAW, or of SigMF such as ci16_be."""
+    if name in RAW:
+        return RAW[name]
+    match = re.fullmatch(r"c([fiu])(8|16|32|64)(_le|_be)?", name)
+    if not match or match[1] == "f" and match[2] in ("8", "16"):
+        raise UserError(
+            f"{where}: the format {name!r} is not known; known are {', '.join(RAW)} and SigMF's names"
+        )
+    return f"{'>' if match[3] == '_be' else '<'}{match[1]}{int(match[2]) // 8}"
+
+
+def open_raw(path: Path, dtype: str) -> Recording:
+    """Interleaved I, Q of a numpy type; unsigned numbers are centred."""
+    width, size = 2 * np.dtype(dtype).itemsize, path.stat().st_size
     if size % width:
         raise UserError(
             f"{path}: {size} bytes are no whole number of {width}-byte IQ pairs; was the copy cut short, or "
             "is the suffix wrong?"
         )
-    iq = np.fromfile(path, dtype).reshape(-1, 2).astype(np.float32)
-    return iq - 127.5 if dtype == "u1" else iq
+    read = lambda start, count: read_pairs(path, dtype, start * width, count)
+    return Recording(path, size // width, rate_in_name(path.name), read)
+
+
+def read_pairs(path, dtype: str, offset: int, count: int, channels: int = 2, used=slice(0, 2)) -> np.ndarray:
+    """`count` samples of `channels` numbers from byte `offset` on, of which the columns `used` are kept."""
+    values = np.fromfile(path, dtype, count * channels, offset=offset).reshape(-1, channels)[:, used]
+    centre = (np.iinfo(dtype).max) / 2 if np.dtype(dtype).kind == "u" else 0
+    return values.astype(np.float32) - np.float32(centre)
 
 
 def rate_in_name(name: str) -> float | None:
-    """250000.0 from g001_433.92M_250k.cu8, as rtl_433 names its captures: the last number with k, else
-    None."""
-    found = re.findall(r"_(\d+(?:\.\d+)?)([kM])(?:sps|Hz)?(?=[_.])", name)
-    return float(found[-1][0]) * {"k": 1e3, "M": 1e6}[found[-1][1]] if found else None
+    """250000.0 from g001_433.92M_250k.cu8: the sampling rate that a file's name states, else None.
+
+    As rtl_433 reads names: a bare M or G is the centre frequency, a bare k the rate; Hz is a frequency, Sps a
+    rate, whatever the prefix. gqrx: the second number of gqrx_20240101_120000_433920000_1800000_fc.raw.
+    Several different rates are none.
+    """
+    if match := re.match(r"gqrx_\d{8}_\d{6}_\d+_(\d+)_fc", name):
+        return float(match[1])
+    found = re.findall(
+        r"(?<![A-Za-z0-9.])(\d+(?:[._]\d+)?)([kKMG]?)(Hz|hz|HZ|[sS]ps|SPS|[sS]/s|[mM]sps|[kK]sps)?(?![A-Za-z0-9])",
+        re.sub(r"(\d)([MmKk])(sps|SPS|Sps)", lambda m: m[1] + ("k" if m[2] in "kK" else "M") + "Sps", name),
+    )
+    scale = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9}
+    rates = {
+        float(number.replace("_", ".")) * scale[prefix]
+        for number, prefix, unit in found
+        if unit.lower().endswith(("sps", "s/s")) or not unit and prefix in ("k", "K")
+    }
+    return rates.pop() if len(rates) == 1 else None
+
+
+# ---- arrays
 
 
 def two_columns(x: np.ndarray, path, index: int = 0) -> np.ndarray:
     """An array as (N, 2): complex (N,), real (N, 2) or (2, N), or entry `index` of a stack of these."""
-    x = np.squeeze(np.asarray(x))
+    x = np.asarray(x)
+    x = np.squeeze(x, tuple(axis for axis, size in enumerate(x.shape) if size == 1)) if x.ndim > 1 else x
+    if x.dtype.names and {"real", "imag"} <= set(x.dtype.names):
+        x = x["real"] + 1j * x["imag"]
     if x.dtype.kind not in "fiuc":
         raise UserError(f"{path}: holds {x.dtype}, expected real or complex numbers")
-    is_pair = not np.iscomplexobj(x) and 2 in x.shape[-2:]
+    if not np.iscomplexobj(x) and x.ndim == 3 and x.shape[2] != 2 and x.shape[0] == 2:
+        x = x.transpose(2, 1, 0)  # (2, T, Num)
     if x.ndim == (2 if np.iscomplexobj(x) else 3):
         if not 0 <= index < len(x):
             raise UserError(f"{path}: --index {index} is past the end, the file holds {len(x)} signals")
         x = x[index]
+    elif index:
+        raise UserError(f"{path}: --index {index} is past the end, the file holds 1 signal")
     if np.iscomplexobj(x) and x.ndim == 1:
         return np.stack([x.real, x.imag], 1)
-    if is_pair and x.ndim == 2:
+    if x.ndim == 2 and 2 in x.shape:
         return x if x.shape[1] == 2 else x.T
     raise UserError(f"{path}: an array of shape {x.shape}, expected complex (N,) or real (N, 2)")
 
 
-def analytic(samples: np.ndarray, path) -> np.ndarray:
-    """A real recording as the analytic signal, its positive frequencies."""
-    print(f"{path}: one real channel; its analytic signal stands for IQ")
-    z = scipy.signal.hilbert(samples)
-    return np.stack([z.real, z.imag], 1)
+def open_arrays(path: Path, suffix: str, index: int) -> Recording:
+    """The array of a .npy, .npz or .mat file that can be IQ, and its rate if it is there."""
+    if suffix == ".npy":
+        with reading(path, "array of plain numbers"):
+            x, fs = two_columns(np.load(path, mmap_mode="r"), path, index), None
+    elif suffix == ".npz":
+        with reading(path, "archive of plain arrays"), np.load(path) as file:
+            content = {name: file[name] for name in file.files}
+        name, fs = choose_array(content, path)
+        x = two_columns(content[name], f"{path}: {name}", index)
+    else:
+        x, fs = read_mat(path, index)
+    if x.dtype.kind == "u" and x.dtype.itemsize == 1:
+        x = x.astype(np.float32) - 127.5
+    return Recording(path, len(x), fs, lambda start, count: x[start : start + count])
+
+
+def choose_array(content: dict, path) -> tuple[str, float | None]:
+    """Name of the array of samples among the arrays of a file, and the sampling rate or None."""
+    rate = next((k for k in (*RATE_NAMES, "SampleRate", "samplerate") if k in content), None)
+    fs = None if rate is None else read_rate(content[rate], f"{path}: {rate}")
+    arrays = {
+        k: v
+        for k, v in content.items()
+        if getattr(v, "size", 0) > 16 and (v.dtype.kind in "fiuc" or v.dtype.names) and k != rate
+    }
+    if not arrays:
+        raise UserError(f"{path}: holds no array of samples (variables: {', '.join(content) or 'none'})")
+    usual = [n for n in ("IQ_data", "iq", "IQ", "x", "X", "signal", "data") if n in arrays]
+    largest = max(arrays, key=lambda n: arrays[n].size)
+    return (usual or [largest])[0], fs
 
 
 def read_mat(path: Path, index: int):
-    """The array of a MATLAB file that can be IQ, and fs or Fs or sample_rate if it is there. Version 7.3
-    files are HDF5."""
+    """The samples of a MATLAB file and its rate. Version 7.3 files are HDF5, whose axes stand the other way
+    round.
+
+    Complex N x M, as MATLAB's functions take it, is a capture a column; I and Q may be two variables.
+    """
     with reading(path, "MATLAB file"):
         try:
             content = {k: v for k, v in scipy.io.loadmat(path).items() if not k.startswith("__")}
         except NotImplementedError:
             with h5py.File(path, "r") as file:
-                content = {k: v[()] for k, v in file.items() if isinstance(v, h5py.Dataset)}
+                content = {k: v[()].T for k, v in file.items() if isinstance(v, h5py.Dataset) and v.shape}
             content = {k: v["real"] + 1j * v["imag"] if v.dtype.names else v for k, v in content.items()}
-    fs = next(
-        (float(np.asarray(content[k]).ravel()[0]) for k in ("fs", "Fs", "sample_rate") if k in content), None
-    )
-    arrays = {k: v for k, v in content.items() if getattr(v, "size", 0) > 16 and v.dtype.kind in "fiuc"}
-    if not arrays:
-        raise UserError(f"{path}: holds no array of samples (variables: {', '.join(content) or 'none'})")
-    name = next(
-        (n for n in ("IQ_data", "iq", "IQ", "x", "signal") if n in arrays),
-        max(arrays, key=lambda n: arrays[n].size),
-    )
-    return two_columns(arrays[name], f"{path}: {name}", index), fs
+    for i, q in (("I", "Q"), ("i", "q"), ("real", "imag")):
+        if i in content and q in content and content[i].size == content[q].size > 16:
+            content = {**content, "iq": content.pop(i).ravel() + 1j * content.pop(q).ravel()}
+    name, fs = choose_array(content, path)
+    x = content[name]
+    if np.iscomplexobj(x) and x.ndim == 2 and min(x.shape) > 1:
+        if x.shape[0] >= 16:
+            x = x.T
+        print(f"{path}: {name} is {content[name].shape}, taken as {len(x)} captures of {x.shape[1]} samples")
+    return two_columns(x, f"{path}: {name}", index), fs
 
 
-def read_sigmf(path: Path):
-    """First channel of a SigMF recording (meta and data beside each other, or an archive) and its sampling
-    rate."""
+# ---- one real channel, WAV
+
+
+def analytic(samples: np.ndarray) -> np.ndarray:
+    """A real recording as the analytic signal, its positive frequencies."""
+    z = scipy.signal.hilbert(samples)
+    return np.stack([z.real, z.imag], 1)
+
+
+def analytic_reader(read_real, length: int, edge: int = 4096):
+    """`read` of a Recording from one that gives real samples: the analytic signal of the piece, with `edge`
+    samples more on both sides."""
+
+    def read(start, count):
+        first, last = max(0, start - edge), min(length, start + count + edge)
+        return analytic(read_real(first, last - first))[start - first :][:count]
+
+    return read
+
+
+def open_wav(path: Path) -> Recording:
+    """Two channels are I and Q; of one the analytic signal is taken."""
+    with reading(path, "WAV file"):
+        try:
+            rate, samples = scipy.io.wavfile.read(path, mmap=True)
+        except ValueError:  # 24 bits and compressed kinds cannot be mapped
+            rate, samples = scipy.io.wavfile.read(path)
+    centre = 128 if samples.dtype == np.uint8 else 0
+    values = lambda start, count: samples[start : start + count].astype(np.float32) - centre
+    if samples.ndim == 1:
+        print(f"{path}: one real channel; its analytic signal stands for IQ")
+        return Recording(path, len(samples), float(rate), analytic_reader(values, len(samples)))
+    return Recording(path, len(samples), float(rate), lambda start, count: values(start, count)[:, :2])
+
+
+# ---- SigMF
+
+META = {"global": {"core:datatype": str, "core:num_channels?": int, "core:dataset?": str}, "captures": [dict]}
+
+
+def open_sigmf(path: Path) -> Recording:
+    """First channel of a SigMF recording: meta and data beside each other, or an archive of both.
+
+    Header and trailing bytes, a first sample_start above 0, core:offset and non-conforming data sets
+    (core:dataset) are as in the specification 1.2.
+    """
+    what, base, size = "SigMF recording (.sigmf-meta and .sigmf-data side by side)", 0, None
+    if path.suffix.lower() == ".sigmf":
+        meta, data, base, size = read_archive(path)
+    else:
+        meta = read_json(path.with_suffix(".sigmf-meta"))
     try:
-        import sigmf
-    except ImportError as error:
-        raise UserError(f"{path}: reading SigMF needs the package sigmf; pip install sigmf") from error
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; check the path")
-    meta = path.with_suffix(".sigmf-meta") if path.suffix == ".sigmf-data" else path
-    with reading(path, "SigMF recording (.sigmf-meta and .sigmf-data side by side)"):
-        recording = sigmf.sigmffile.fromfile(str(meta))
-        samples = recording.read_samples()
-        rate = recording.get_global_field("core:sample_rate")
+        check(meta, META, path)
+    except UserError as error:
+        raise UserError(f"{path}: not a readable {what}: {first_line(error)}") from error
+    if size is None:
+        named = meta["global"].get("core:dataset")
+        data = inside(path.parent, named) if named else path.with_suffix(".sigmf-data")
+        size = data.stat().st_size if data.is_file() else 0
+    if not size:
+        raise UserError(f"{data}: no samples there; put the data of the SigMF recording beside its meta file")
+    settings = meta["global"]
+    rate = settings.get("core:sample_rate")
     if rate is not None and not (isinstance(rate, (int, float)) and rate > 0):
         raise UserError(f"{path}: core:sample_rate is {rate!r}, expected samples per second")
-    if samples.ndim == 2:
-        print(f"{path}: {samples.shape[1]} channels; the first is read")
-        samples = samples[:, 0]
-    iq = np.stack([samples.real, samples.imag], 1) if np.iscomplexobj(samples) else analytic(samples, path)
-    return iq, None if rate is None else float(rate)
+    kind = settings["core:datatype"]
+    dtype = raw_type(f"{path}: core:datatype", "c" + kind[1:] if kind[:1] in "rc" else kind)
+    numbers = 2 if kind.startswith("c") else 1
+    channels = settings.get("core:num_channels") or 1
+    if channels > 1:
+        print(f"{path}: {channels} channels; the first is read")
+    width = np.dtype(dtype).itemsize * numbers * channels
+    pieces = sigmf_pieces(path, meta, base, size - (settings.get("core:trailing_bytes") or 0), width)
+    length = sum(count for _, count in pieces)
+    layout = (dtype, width, numbers * channels, slice(0, numbers))
+    read = lambda start, count: read_pieces(data, pieces, layout, start, count)
+    if numbers == 1:
+        print(f"{path}: one real channel; its analytic signal stands for IQ")
+        read = analytic_reader(lambda start, count, real=read: real(start, count)[:, 0], length)
+    return Recording(path, length, None if rate is None else float(rate), read)
+
+
+def sigmf_pieces(path, meta: dict, base: int, size: int, width: int) -> list[tuple[int, int]]:
+    """(first byte, number of samples) of every capture segment in the data file."""
+    captures = sorted(meta.get("captures") or [{}], key=lambda c: c.get("core:sample_start", 0))
+    offset = meta["global"].get("core:offset") or 0
+    starts = [c.get("core:sample_start", 0) - (offset if "core:sample_start" in c else 0) for c in captures]
+    headers = np.cumsum([c.get("core:header_bytes", 0) for c in captures])
+    firsts = [base + start * width + int(head) for start, head in zip(starts, headers)]
+    counts = [after - start for start, after in zip(starts, starts[1:])]
+    counts.append((base + size - firsts[-1]) // width)
+    if min(counts) < 0 or min(starts) < 0:
+        raise UserError(f"{path}: a capture begins behind the end of the data; was the copy cut short?")
+    return list(zip(firsts, counts))
+
+
+def read_pieces(data, pieces, layout, start: int, count: int) -> np.ndarray:
+    """`count` samples from `start` on of the segments one behind the other."""
+    dtype, width, numbers, used = layout
+    parts, passed = [], 0
+    for first, length in pieces:
+        low, high = max(start, passed), min(start + count, passed + length)
+        if low < high:
+            place = first + (low - passed) * width
+            parts.append(read_pairs(data, dtype, place, high - low, numbers, used))
+        passed += length
+    return np.concatenate(parts)
+
+
+def read_archive(path: Path):
+    """Meta of a .sigmf archive, and (file, first byte, size) of its data, which stand uncompressed in it."""
+    with reading(path, "SigMF archive"):
+        with tarfile.open(path, "r:") as archive:
+            members = {Path(m.name).suffix: m for m in archive.getmembers() if m.isfile()}
+            meta = json.load(archive.extractfile(members[".sigmf-meta"]))
+            data = members[".sigmf-data"]
+    return meta, path, data.offset_data, data.size
+
+
+# ---- windows
 
 
 def windows(
     iq: np.ndarray, points: int, most: int = 16, below_db: float = 10.0
 ) -> list[tuple[int, np.ndarray]]:
-    """Cut a capture into windows of `points`: (first sample, window), at most `most`, in order of time.
+    """Cut samples in memory into windows, as `strong_windows` does."""
+    recording = Recording("samples", len(iq), None, lambda start, count: iq[start : start + count])
+    return strong_windows(recording, points, points, most, below_db)
+
+
+def strong_windows(
+    recording: Recording, points: int, stride: int = 0, most: int = 16, below_db: float = 10.0
+) -> list[tuple[int, np.ndarray]]:
+    """Windows of `points` samples, `stride` apart: (first sample, window), at most `most`, in order of time.
 
     Windows more than below_db weaker than the strongest are left out (a capture is mostly silence), then the
-    strongest are taken. A capture shorter than one window is returned whole.
+    strongest are taken. The recording is read once, piece by piece, and `most` windows of it are held. One
+    shorter than a window is returned whole.
     """
-    if len(iq) <= points:
-        return [(0, iq)]
-    starts = np.arange(0, len(iq) - points + 1, points)
-    centred = iq - iq.mean(0)
-    power = np.array([np.mean(centred[s : s + points] ** 2) for s in starts])
-    kept = np.nonzero(power >= power.max() * 10 ** (-below_db / 10))[0]
-    kept = np.sort(kept[np.argsort(-power[kept])[:most]])
-    return [(int(starts[k]), iq[starts[k] : starts[k] + points]) for k in kept]
+    if recording.length <= points:
+        return [(0, recording.read(0, recording.length))]
+    stride = stride or points
+    best, peak, rest, begin = [], 0.0, np.zeros((0, 2), np.float32), 0
+    for _, block in recording.blocks(max(BLOCK, 4 * points)):
+        rest = np.concatenate([rest, block])
+        place = 0
+        while place + points <= len(rest):
+            window = rest[place : place + points]
+            power = float(window.var(0, dtype=np.float64).sum())  # a carrier at zero is no signal
+            peak = max(peak, power)
+            if len(best) < most or power > best[0][0]:
+                item = (power, -(begin + place), window.copy())
+                (heapq.heappushpop if len(best) == most else heapq.heappush)(best, item)
+            place += stride
+        rest, begin = rest[place:], begin + place
+    kept = [(-first, window) for power, first, window in best if power >= peak * 10 ** (-below_db / 10)]
+    return sorted(kept, key=lambda item: item[0])
+
+
+def find_recordings(paths) -> list[Path]:
+    """The files of `paths`, of which folders stand for the recordings below them, each once and sorted."""
+    found = []
+    for path in map(Path, paths):
+        if not path.is_dir():
+            found.append(path)
+            continue
+        known = {*SUFFIXES, *UNNAMED, *MANY, ".wav", ".sigmf-meta", ".sigmf"}
+        inner = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in known)
+        if not inner:
+            raise UserError(f"{path}: holds no recording; known are {FORMATS}")
+        found += inner
+    return list(dict.fromkeys(found))

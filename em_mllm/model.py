@@ -7,6 +7,7 @@ model, tokenizer = load_model("runs/em_mllm/base/model")       # everything that
 call
 """
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -109,6 +110,7 @@ class MultiModalModel(nn.Module):
             )
         self.iq_tokens = nn.Parameter(rows)
         self.text_scale, self.signal_scale = embedding_scales(llm)
+        self.llm_changed, self.llm_fingerprint = False, None  # see `save_model`
         if (
             projector == "linear" and not legacy
         ):  # normalised features of width D: start as loud as the text embeddings
@@ -424,19 +426,23 @@ def set_trainable(
 ):
     """Choose what is trained. The projector and the rows of IQ_START and IQ_END always are.
 
-    use_lora: adapters are trained, the language model under them never is. freeze_llm without LoRA: nothing
-    of the language model, its head included. freeze_signal_encoder: nothing of the encoder. An unfrozen
-    encoder leaves out the MLP of the sampling rate if it does not use one. lora: {"r", "alpha", "dropout",
-    "targets"}, arguments of common.llm.add_lora.
+    use_lora: adapters are trained, those of an earlier run if there are any; the language model under them
+    never is. freeze_llm without LoRA: nothing of the language model, its head and adapters included. Neither:
+    all of it, with the adapters of an earlier run merged into it. freeze_signal_encoder: nothing of the
+    encoder. An unfrozen encoder leaves out the MLP of the sampling rate if it does not use one. lora: {"r",
+    "alpha", "dropout", "targets"}, arguments of common.llm.add_lora.
     """
-    if isinstance(model.llm, PeftModel):  # continued from a run with adapters: the same ones go on
+    if isinstance(model.llm, PeftModel) and not (use_lora or freeze_llm):
+        model.llm = model.llm.merge_and_unload()  # the adapters of an earlier run become part of it
+        model.llm.requires_grad_(True)
+    elif isinstance(model.llm, PeftModel):  # those of an earlier run go on, or stay as they are
         for name, parameter in model.llm.named_parameters():
-            parameter.requires_grad_("lora_" in name)
+            parameter.requires_grad_(use_lora and "lora_" in name)
     elif use_lora:
         usual = {"r": 8, "alpha": 16, "dropout": 0.1, "targets": LORA_TARGETS}
         model.llm = add_lora(model.llm, **{**usual, **(lora or {})})
-    elif freeze_llm:
-        model.llm.requires_grad_(False)
+    else:
+        model.llm.requires_grad_(not freeze_llm)
     model.signal_encoder.requires_grad_(not freeze_signal_encoder)
     # a tensor that gets no gradient breaks DDP
     if not model.signal_encoder.config.use_fs or model.legacy:
@@ -445,75 +451,119 @@ def set_trainable(
         model.signal_encoder.layernorm.requires_grad_(False)
 
 
+def base_state(llm) -> dict:
+    """The tensors of a language model under their own names, without the adapters that stand in it."""
+    base = llm.get_base_model() if isinstance(llm, PeftModel) else llm
+    tensors = base.state_dict().items()
+    return {k.replace(".base_layer.", "."): v for k, v in tensors if "lora_" not in k}
+
+
+def fingerprint(llm) -> str:
+    """Sixteen hex digits of the names, shapes and first values of a language model's tensors."""
+    digest = hashlib.sha256()
+    for name, value in sorted(base_state(llm).items()):
+        digest.update(f"{name}{tuple(value.shape)}".encode())
+        digest.update(value.detach().flatten()[:16].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def save_model(folder, model: MultiModalModel, tokenizer, llm_path, llm_changed=False, **notes):
     """Write everything that load_model needs, whole or not at all.
 
-    llm/ (weights if they were trained, PEFT adapter under LoRA, nothing if frozen: then `llm_path` is
-    remembered), tokenizer/, signal_encoder/ and signal_to_hidden.safetensors, and multimodal.json with the
-    wiring and `notes`. llm_changed: the LLM differs from llm_path's by an earlier run, so write it even if
-    this run froze it.
+    llm/ (weights if they were trained in this run or an earlier one, PEFT adapter under LoRA, nothing if
+    frozen: then `llm_path` is remembered), llm_base/ (the language model under an adapter, where an earlier
+    run trained it), tokenizer/, signal_encoder/ and signal_to_hidden.safetensors, and multimodal.json with
+    the wiring and `notes`. llm_changed: the LLM differs from llm_path's by an earlier run, which `load_model`
+    also remembers in the model.
     """
     is_peft = isinstance(model.llm, PeftModel)
-    frozen = not is_peft and not llm_changed and not any(p.requires_grad for p in model.llm.parameters())
+    trained = not is_peft and any(p.requires_grad for p in model.llm.parameters())
+    own_base = trained or llm_changed or model.llm_changed
+    kind = "adapter" if is_peft else "full" if own_base else "frozen"
     with atomic_dir(folder) as out:
-        if not frozen:
-            model.llm.save_pretrained(
-                out / "llm", **({"save_embedding_layers": False} if is_peft else {})
-            )  # the table is never trained
+        if is_peft:
+            model.llm.save_pretrained(out / "llm", save_embedding_layers=False)  # the table is never trained
+        if own_base:
+            base = model.llm.get_base_model() if is_peft else model.llm
+            base.save_pretrained(out / ("llm_base" if is_peft else "llm"), state_dict=base_state(model.llm))
         tokenizer.save_pretrained(out / "tokenizer")
         model.signal_encoder.save_pretrained(out / "signal_encoder")
         state = {k: v.detach().contiguous().cpu() for k, v in model.signal_to_hidden.state_dict().items()}
         save_file(
             {**state, "iq_tokens": model.iq_tokens.detach().cpu()}, out / "signal_to_hidden.safetensors"
         )
-        kind = "adapter" if is_peft else "frozen" if frozen else "full"
-        (out / "multimodal.json").write_text(
-            json.dumps(
-                {
-                    "llm": kind,
-                    "llm_model_path": str(Path(llm_path).resolve()),
-                    "dtype": str(model.llm.dtype).removeprefix("torch."),
-                    "projector": model.projector,
-                    "signal_tokens": model.signal_tokens,
-                    "legacy": model.legacy,
-                    **notes,
-                },
-                indent=1,
-                ensure_ascii=False,
-            )
-        )
+        content = {
+            "llm": kind,
+            "llm_model_path": str(Path(llm_path).resolve()),
+            "llm_fingerprint": None if own_base else model.llm_fingerprint or fingerprint(model.llm),
+            "dtype": str(model.llm.dtype).removeprefix("torch."),
+            "projector": model.projector,
+            "signal_tokens": model.signal_tokens,
+            "legacy": model.legacy,
+            **notes,
+        }
+        text = json.dumps(content, indent=1, ensure_ascii=False)
+        (out / "multimodal.json").write_text(text, encoding="utf-8")
 
 
 def read_notes(folder) -> dict:
     path = Path(folder) / "multimodal.json"
     if not path.exists():
         raise UserError(f"{folder}: no multimodal.json; give the `model` folder that train.py wrote")
-    return read_json(path, {"llm": str, "llm_model_path?": str})
+    return read_json(path, {"llm": str, "llm_model_path?": str, "signal?": dict, "lineage?": list})
 
 
-def load_model(folder, llm_model_path=None, trust_remote_code=False):
-    """What save_model wrote -> (MultiModalModel in eval mode, tokenizer). llm_model_path: where the base LLM
-    is now, if it has moved."""
-    folder, notes = Path(folder), read_notes(folder)
-    base = folder / "llm" if notes["llm"] == "full" else Path(llm_model_path or notes["llm_model_path"])
+def base_folder(folder, notes: dict, llm_model_path=None) -> Path:
+    """Where the language model of a model folder lies: in it, at `llm_model_path`, or where it lay."""
+    folder = Path(folder)
+    own = folder / ("llm" if notes["llm"] == "full" else "llm_base")
+    if notes["llm"] == "full" or own.exists():
+        if llm_model_path and Path(llm_model_path).resolve() != Path(notes["llm_model_path"]).resolve():
+            raise UserError(
+                f"--llm-model-path has no effect: {folder} holds its own language model, which was trained; "
+                "leave it out"
+            )
+        return own
+    base = Path(llm_model_path or notes["llm_model_path"])
     if not base.exists():
         raise UserError(
             f"{folder} was trained on the LLM in {base}, which is not there; say where it is with "
             "--llm-model-path"
         )
+    return base
+
+
+def load_model(folder, llm_model_path=None, trust_remote_code=False, dtype=None):
+    """What save_model wrote -> (MultiModalModel in eval mode, tokenizer).
+
+    llm_model_path: where the base LLM is now, if it has moved. dtype: of the language model, instead of that
+    in which it was trained.
+    """
+    folder, notes = Path(folder), read_notes(folder)
+    base = base_folder(folder, notes, llm_model_path)
     tokenizer = common.llm.load_tokenizer(folder / "tokenizer", trust_remote_code)
     llm = load_llm(base, notes["dtype"], trust_remote_code)
+    own_base = base.parent.resolve() == folder.resolve()
+    expected = notes.get("llm_fingerprint")
+    if not own_base and expected and fingerprint(llm) != expected:
+        raise UserError(
+            f"{base} is another language model than the one that {folder} was trained on; say where that is "
+            "with --llm-model-path"
+        )
     encoder = SiTMAEModelWithoutMask(read_config(folder / "signal_encoder"))
     load_encoder(encoder, folder / "signal_encoder", quiet=True)
     ids = tokenizer.convert_tokens_to_ids([IQ_START, IQ_END])
     model = MultiModalModel(
         llm, encoder, notes["projector"], *ids, signal_tokens=notes["signal_tokens"], legacy=notes["legacy"]
     )
+    model.llm_changed, model.llm_fingerprint = own_base, expected
     if notes["llm"] == "adapter":
         model.llm = PeftModel.from_pretrained(model.llm, folder / "llm")
     tensors = load_file(folder / "signal_to_hidden.safetensors")
     model.iq_tokens.data.copy_(tensors.pop("iq_tokens"))
     model.signal_to_hidden.load_state_dict(tensors)
+    if dtype:
+        model.llm.to(getattr(torch, dtype))
     return model.eval(), tokenizer
 
 

@@ -3,6 +3,7 @@
 #   MODEL    model folder (default: what run_train.sh and studies/em_mllm/first.py write)
 #   TASK_DIR (or DATA)    folder of questions (default: the built-in ones of first.py)
 #   OUT    folder of the results (default: test/ beside the model)
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"   # started with sh, which may be dash
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common/env.sh"
 show_help "$ROOT/em_mllm/test.py" "$@"

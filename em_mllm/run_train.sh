@@ -5,6 +5,7 @@
 #   LLM_MODEL_PATH         language model's folder (default: em_mllm/9G4B)
 #   OUTPUT_DIR (or OUT)    run folder (default: RUNS/em_mllm/base)        NPROC_PER_NODE=8 for several GPUs
 # Nothing at hand: `python studies/em_mllm/first.py` makes small data and tiny models and trains them.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"   # started with sh, which may be dash
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common/env.sh"
 show_help "$ROOT/em_mllm/train.py" "$@"

@@ -49,12 +49,57 @@ def fit_temperature(answers) -> float:
     return float(min(grid, key=lambda t: sum(float(-(s / t).log_softmax(0)[k]) for s, k in scores)))
 
 
+def confidences(answers, temperature: float) -> tuple[np.ndarray, np.ndarray]:
+    """Probability of the likeliest option of each answer, and whether that option is the true one."""
+    sure = [float((torch.tensor(a["scores"]) / temperature).softmax(0).max()) for a in answers]
+    return np.array(sure), np.array([a["likeliest"] == a["truth"] for a in answers])
+
+
+def choose_threshold(answers, temperature: float, target: float) -> dict:
+    """The lowest confidence from which on answers to validation questions reach the accuracy `target`.
+
+    Returns {"threshold", "target_accuracy", "questions", "coverage", "accuracy", "curve"}, the coverage being
+    the share of questions answered at all; where no threshold reaches the target, the one of the surest
+    tenth, and what it reaches.
+    """
+    sure, hit = confidences(answers, temperature)
+    order = np.argsort(-sure, kind="stable")
+    reached = np.cumsum(hit[order]) / np.arange(1, len(order) + 1)
+    least = max(1, len(order) // 10)  # fewer answers prove nothing
+    good = np.nonzero(reached[least - 1 :] >= target)[0]
+    last = least - 1 + (int(good[-1]) if len(good) else 0)
+    shares = [round(len(order) * k / 10) - 1 for k in range(1, 11)]
+    curve = [
+        {"coverage": (k + 1) / len(order), "threshold": float(sure[order[k]]), "accuracy": float(reached[k])}
+        for k in shares
+        if k >= 0
+    ]
+    return {
+        "threshold": float(sure[order[last]]),
+        "target_accuracy": target,
+        "questions": len(answers),
+        "coverage": (last + 1) / len(order),
+        "accuracy": float(reached[last]),
+        "curve": curve,
+    }
+
+
+def coverage(answers, temperature: float, threshold: float) -> dict:
+    """The share of answers at least as sure as `threshold`, and their accuracy (None where there are
+    none)."""
+    sure, hit = confidences(answers, temperature)
+    given = sure >= threshold
+    return {
+        "threshold": threshold,
+        "coverage": float(given.mean()),
+        "accuracy": float(hit[given].mean()) if given.any() else None,
+    }
+
+
 def calibration_error(answers, temperature: float, bins: int = 10) -> float:
     """Expected calibration error: |accuracy - confidence| of the likeliest options, averaged over equal bins
     of confidence by their counts."""
-    scores = [torch.tensor(a["scores"]) / temperature for a in answers]
-    confidence = np.array([float(s.softmax(0).max()) for s in scores])
-    hit = np.array([a["likeliest"] == a["truth"] for a in answers])
+    confidence, hit = confidences(answers, temperature)
     which = np.minimum((confidence * bins).astype(int), bins - 1)
     total = 0.0
     for b in np.unique(which):
@@ -124,11 +169,17 @@ def choice_scores(choice, temperature: float) -> dict:
     }
 
 
-def score(answers, temperature: float = 1.0) -> dict:
-    """Everything that metrics.json holds about one pass over the questions."""
+def score(answers, calibration: dict | None = None) -> dict:
+    """Everything that metrics.json holds about one pass over the questions.
+
+    calibration: {"temperature", "threshold"}; without a threshold everything is answered.
+    """
+    calibration = {"temperature": 1.0, **(calibration or {})}
     metrics = {"questions": len(answers)}
     if choice := [a for a in answers if a.get("truth")]:
-        metrics |= choice_scores(choice, temperature)
+        metrics |= choice_scores(choice, calibration["temperature"])
+        if "threshold" in calibration:
+            metrics["coverage"] = coverage(choice, calibration["temperature"], calibration["threshold"])
     if free := [a for a in answers if "options" not in a and a.get("answer")]:
         metrics["open"] = open_scores(free)
         if high := at_high_snr(free):

@@ -1,18 +1,20 @@
-"""Ask a trained model: a test set with its scores and pictures, one recording of any format, or a competition
+"""Ask a trained model: a test set with its scores and pictures, recordings of any format, or a competition
 file.
 
     python em_mllm/test.py --model runs/em_mllm/base/model --task-dir data/em_mllm/test --out runs/test
     python em_mllm/test.py --model runs/em_mllm/base/model --iq capture.sigmf-meta --question "What is it?"
     python em_mllm/test.py --model ... --task-files round1.h5 round1.json --submission answers.json
     python em_mllm/test.py --validate answers.json --task-files round1.h5 round1.json
+    python em_mllm/test.py --model ... --task-dir test --calibrate-dir val --out runs/test
+    python em_mllm/test.py --model ... --iq captures/ --calibration runs/test/calibration.json --out runs/ask
 
 A four-choice answer is read twice: from generated text (the letter in brackets, else the option that the text
 names, else the likeliest) and by the likelihood of the four complete answers. Writes out/metrics.json,
-predictions.jsonl, and figures/*.png with a .csv beside each.
+predictions.jsonl, and figures/*.png with a .csv beside each; with --calibrate-dir calibration.json; of
+recordings answers.jsonl. The model's folder is only read.
 """
 
 import json
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -21,28 +23,24 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from common.arguments import Parser, number, refuse
 from common.checkpoint import atomic_json, atomic_write
 from common.errors import UserError, run
+from common.files import read_json
 from common.llm import add_trust_argument
 from common.run import progress
-from em_mllm.dataset import (
-    DEFAULT_FS,
-    QuestionCollator,
-    QuestionDataset,
-    encode_text,
-    parse_options,
-    read_questions,
-    task_pairs,
-)
-from em_mllm.em_foundation.utils.utils import scale_to_peak
-from em_mllm.iq_io import FORMATS, read_iq, windows
-from em_mllm.model import load_model, read_notes
-from em_mllm.scores import HIGH_SNR_DB, draw, fit_temperature, score
+from em_mllm.answering import ask
+from em_mllm.dataset import QuestionCollator, QuestionDataset, encode_text, read_questions, task_pairs
+from em_mllm.iq_io import BLOCK, FORMATS, MANY, find_recordings, open_recording
+from em_mllm.model import base_folder, load_model, read_notes
+from em_mllm.options import extract_letter, looks_like_choice, parse_options, stated_letter
+from em_mllm.prepare import SignalSpec
+from em_mllm.recordings import answer_recordings
+from em_mllm.scores import HIGH_SNR_DB, choose_threshold, draw, fit_temperature, score
+from em_mllm.signal_file import DEFAULT_FS
 from em_mllm.submission import validate_submission, write_submission
 
 
@@ -53,23 +51,32 @@ def parse_args(argv=None):
     parser.add_argument(
         "--llm-model-path", type=Path, help="where the language model is now, if it has moved since training"
     )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="number format of the language model; without it that of its training",
+    )
+    parser.add_argument("--batch-size", type=count, default=64, help="questions asked at a time")
+    parser.add_argument("--max-new-tokens", type=count, default=24, help="largest number of generated tokens")
+    parser.add_argument(
+        "--calibration", type=Path, help="calibration.json of an earlier --calibrate-dir, to answer with"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder for metrics, predictions and pictures, or answers.jsonl; replaced if it holds such "
+        "results",
+    )
     add_trust_argument(parser)
     data = parser.add_argument_group("a test set")
     data.add_argument("--task-dir", type=Path, help="folder in which every x.h5 has its x.json")
     data.add_argument("--task-files", type=Path, nargs="+", help="instead of it: h5 json h5 json ...")
-    data.add_argument(
-        "--out",
-        type=Path,
-        help="folder for metrics, predictions and pictures; replaced if it holds such results",
-    )
     data.add_argument(
         "--limit", type=number(int, 0), default=0, help="ask the first n questions of each file; 0: all"
     )
     data.add_argument(
         "--skip-bad", action="store_true", help="leave out and count unusable questions and signals"
     )
-    data.add_argument("--batch-size", type=count, default=64, help="questions asked at a time")
-    data.add_argument("--max-new-tokens", type=count, default=24, help="largest number of generated tokens")
     data.add_argument(
         "--wrong-signal",
         action="store_true",
@@ -78,15 +85,25 @@ def parse_args(argv=None):
     data.add_argument(
         "--calibrate-dir",
         type=Path,
-        help="validation folder to fit the temperature of the confidence on; without it the model's own, or "
-        "1",
+        help="validation folder on which the temperature of the confidence is fitted, and the confidence "
+        "below which the answer is that it cannot tell; written to --out",
+    )
+    data.add_argument(
+        "--target-accuracy",
+        type=number(float, 0, 1),
+        default=0.95,
+        help="accuracy that the answers given on the validation folder are to have",
     )
     data.add_argument("--submission", type=Path, help="write the competition's answer file here")
     data.add_argument("--team-name", default="team", help="name of the team in the answer file")
     data.add_argument("--model-name", default="em_mllm", help="name of the model in the answer file")
     data.add_argument("--validate", type=Path, help="check an answer file against the questions and stop")
-    one = parser.add_argument_group("one recording")
-    one.add_argument("--iq", type=Path, help=f"a recording: {FORMATS}")
+    one = parser.add_argument_group("recordings")
+    one.add_argument("--iq", type=Path, nargs="+", help=f"recordings, or folders of them: {FORMATS}")
+    one.add_argument(
+        "--iq-format",
+        help="how raw samples are stored whose suffix does not say it: cs16, cf32, ..., or SigMF's names",
+    )
     one.add_argument(
         "--question",
         default="What is the modulation type of this signal?",
@@ -96,14 +113,12 @@ def parse_args(argv=None):
         "--index", type=number(int, 0), default=0, help="which signal of a file that holds many, from 0"
     )
     one.add_argument(
-        "--fs",
-        type=float,
-        help="sampling rate in Hz where the file does not say; without it that of training",
+        "--fs", type=float, help="sampling rate in Hz, which a file that does not state it needs"
     )
     one.add_argument(
         "--window",
         type=count,
-        help="points per window of a long capture; without it 1024, or the encoder's most",
+        help="points per window of a long recording; without it as many as the signals of training had",
     )
     one.add_argument(
         "--windows", type=count, default=16, help="largest number of windows to ask about, the strongest ones"
@@ -111,89 +126,16 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-# ---- reading answers
+# ---- asking
 
 
-def extract_letter(text: str, options: dict) -> str | None:
-    """The letter that `text` answers with: in brackets, else alone at the start, else of the one option that
-    it names; else None."""
-    found = [a for a in re.findall(r"[(（]\s*([A-Z])\s*[)）]", text) if a in options]
-    if found:
-        return found[0]
-    start = re.match(r"\s*([A-Z])(?![A-Za-z0-9])", text)
-    if start and start.group(1) in options:
-        return start.group(1)
-    named = [
-        a
-        for a, name in options.items()
-        if re.search(rf"(?<![A-Za-z0-9]){re.escape(name)}(?![A-Za-z0-9])", text)
-    ]
-    longest = [
-        a for a in named if not any(options[a] != options[b] and options[a] in options[b] for b in named)
-    ]
-    return longest[0] if len(longest) == 1 else None
-
-
-def candidate(question: str, letter: str, name: str) -> str:
-    """A complete answer in the language of the question, in the seed's words."""
-    return (
-        f"正确答案是：({letter}) {name}"
-        if re.search(r"[\u4e00-\u9fff]", question)
-        else f"The correct answer is: ({letter}) {name}"
-    )
-
-
-@torch.no_grad()
-def ask(model, tokenizer, batch, records, max_new_tokens):
-    """Generate for one collated batch and score the options of its four-choice questions; one dict per
-    record."""
-    inputs = {k: batch[k] for k in ("iq", "iq_lengths", "fs", "signal_index", "input_ids", "attention_mask")}
-    stop = [tokenizer.eos_token_id] + [
-        i for t in ("<|im_end|>",) if (i := tokenizer.get_vocab().get(t)) is not None
-    ]
-    ids = model.generate(
-        **inputs,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=stop,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    texts = [t.strip() for t in tokenizer.batch_decode(ids, skip_special_tokens=True)]
-    options = [parse_options(r) for r in records]
-    scored = [i for i, o in enumerate(options) if o]
-    likelihood = {}
-    if scored:
-        tails = [
-            [
-                tokenizer(candidate(records[i]["question"], a, n), add_special_tokens=False)["input_ids"]
-                for a, n in options[i].items()
-            ]
-            for i in scored
-        ]
-        part = {k: v if k in ("iq", "iq_lengths", "fs") else v[scored] for k, v in inputs.items()}
-        likelihood = dict(zip(scored, model.option_scores(options=tails, **part)))
-    answers = []
-    for i, (record, text) in enumerate(zip(records, texts)):
-        answer = {"id": record.get("id"), "text": text}
-        if options[i]:
-            letters = list(options[i])
-            extracted = extract_letter(text, options[i])
-            best = letters[int(likelihood[i].argmax())]
-            answer |= {
-                "options": options[i],
-                "extracted": extracted,
-                "pred": extracted or best,
-                "likeliest": best,
-                "scores": [round(float(v), 5) for v in likelihood[i]],
-            }
-        answers.append(answer)
-    return answers
-
-
-def answer_set(model, tokenizer, data: QuestionDataset, accelerator, batch_size, max_new_tokens, swap=None):
+def answer_set(
+    model, tokenizer, data: QuestionDataset, accelerator, batch_size, max_new_tokens, wordings=None, swap=None
+):
     """Predictions for every question, in order, with task, truth, class and SNR.
 
-    swap: {row: row whose signal is shown instead}; then only these rows are asked.
+    wordings: of complete answers, see `ask`. swap: {row: row whose signal is shown instead}; then only these
+    rows are asked.
     """
     collate = QuestionCollator(model.signal_encoder.config.patch_size[0], tokenizer.pad_token_id)
     snr = [f.column("snr") if "snr" in f.columns else None for f in data.files]
@@ -211,7 +153,7 @@ def answer_set(model, tokenizer, data: QuestionDataset, accelerator, batch_size,
             batch = {k: v.to(accelerator.device) for k, v in collate(items).items()}
             records = [data.records[r] for r in rows]
             for r, record, answer in zip(
-                rows, records, ask(model, tokenizer, batch, records, max_new_tokens)
+                rows, records, ask(model, tokenizer, batch, records, max_new_tokens, wordings)
             ):
                 index = record["iq_index_in_h5"]
                 level = snr[data.file_of[r]]
@@ -247,80 +189,67 @@ def other_signals(data: QuestionDataset, seed=0) -> dict:
     return swap
 
 
-# ---- one recording
-
-
-def answer_recording(model, tokenizer, args, notes):
-    """Ask about each window of a recording; print the answers, and what they say together."""
-    iq, fs = read_iq(args.iq, args.index)
-    config = model.signal_encoder.config
-    longest = (config.num_positions - config.num_special) * config.patch_size[0]
-    points = args.window or min(longest, 1024)
-    if not config.patch_size[0] <= points <= longest:
-        raise UserError(f"--window {points}: the encoder takes {config.patch_size[0]} to {longest} points")
-    fs = args.fs or fs or notes.get("default_fs", DEFAULT_FS)
-
-    # the strongest windows, all with the same question
-    cut = windows(iq, points, args.windows)
-    record = {"id": 0, "question": args.question}
-    collate = QuestionCollator(config.patch_size[0], tokenizer.pad_token_id)
-    prompt = encode_text(tokenizer, args.question, None, notes.get("chat", False))
-    items = [
-        {"iq": [scale_to_peak(w - w.mean(0))], "fs": [fs], "texts": [prompt], "rows": [0]} for _, w in cut
-    ]
-    answers = ask(model, tokenizer, collate(items), [record] * len(items), args.max_new_tokens)
-    print(f"{args.iq}: {len(iq)} samples at {fs:g} Hz, {len(cut)} window(s) of {min(points, len(iq))} asked")
-    print(args.question)
-    for (start, _), answer in zip(cut, answers):
-        print(f"  {start / fs:10.6f} s  {answer['text']}")
-
-    # together: the mean of the log-likelihoods (windows are not independent), or the commonest answer
-    if "pred" in answers[0]:
-        mean = torch.stack([torch.tensor(a["scores"]).log_softmax(0) for a in answers]).mean(0)
-        probability = (mean / notes.get("temperature", 1.0)).softmax(0)
-        best = int(probability.argmax())
-        letter, name = list(answers[0]["options"].items())[best]
-        print(f"answer: ({letter}) {name}, confidence {float(probability[best]):.2f}")
-    else:
-        texts = [a["text"] for a in answers]
-        most = max(set(texts), key=texts.count)
-        print(f"answer: {most} ({texts.count(most)} of {len(texts)} windows)")
-
-
 # ---- a test set
+
+
+ONE = ("question", "index", "fs", "window", "windows", "iq_format")
+TESTED = ("limit", "skip_bad", "wrong_signal", "calibrate_dir", "target_accuracy")
+ASKED = ("llm_model_path", "trust_remote_code", "dtype", "batch_size", "max_new_tokens", "calibration")
 
 
 def check_options(args):
     """Refuse what is missing, what would have no effect, and an --out that holds other files."""
-    one = ["question", "index", "fs", "window", "windows"]
-    many = ["task_dir", "task_files", "limit", "skip_bad", "batch_size", "wrong_signal", "calibrate_dir"]
-    writes = ["out", "submission", "team_name", "model_name"]
+    submits = ["submission", "team_name", "model_name"]
+    if args.task_dir:
+        refuse(args, ["task_files"], "beside --task-dir")
     if args.validate:
-        refuse(args, ["model", "iq", *one, "out", "submission", "wrong_signal"], "beside --validate")
+        refuse(args, ["model", "iq", "out", *submits, *ONE, *TESTED, *ASKED], "beside --validate")
         return
     if args.model is None:
         raise UserError("--model is missing; give the model/ folder that train.py wrote")
     if args.iq:
-        refuse(args, [*many, *writes], "beside --iq")
+        refuse(args, ["task_dir", "task_files", *TESTED, *submits], "beside --iq")
+        check_recordings(args)
         return
-    refuse(args, one, "without --iq")
+    refuse(args, ONE, "without --iq")
     if not args.submission:
         refuse(args, ["team_name", "model_name"], "without --submission")
-    if args.task_dir:
-        refuse(args, ["task_files"], "beside --task-dir")
-    if args.out is None and args.submission is None:
-        raise UserError(
-            "nothing to write: give --out for scores and pictures, or --submission, or ask about one "
-            "recording "
-            "with --iq"
-        )
-    if (
-        args.out
-        and args.out.exists()
-        and any(args.out.iterdir())
-        and not (args.out / "metrics.json").exists()
-    ):
-        raise UserError(f"{args.out} holds other files; choose another --out")
+    if args.calibrate_dir:
+        refuse(args, ["calibration"], "beside --calibrate-dir, which makes one")
+    else:
+        refuse(args, ["target_accuracy"], "without --calibrate-dir")
+    if args.out is None:
+        refuse(args, ["calibrate_dir", "calibration", "wrong_signal"], "without --out")
+        if args.submission is None:
+            raise UserError(
+                "nothing to write: give --out for scores and pictures, or --submission, or ask about "
+                "recordings with --iq"
+            )
+    check_out(args.out, "metrics.json")
+
+
+def check_out(out, name: str):
+    """Refuse a folder that holds other files than an earlier result called `name`."""
+    if out and out.exists() and any(out.iterdir()) and not (out / name).exists():
+        raise UserError(f"{out} holds other files; choose another --out")
+
+
+def check_recordings(args):
+    """Name a bad file before the model is loaded, and options that none of the files needs."""
+    paths = find_recordings(args.iq)
+    if not any(path.suffix.lower() in MANY for path in paths):
+        refuse(args, ["index"], "on recordings that hold one signal")
+    if len(paths) == 1:
+        recording = open_recording(paths[0], args.index, args.iq_format)
+        recording.read(0, min(BLOCK, recording.length))
+    check_out(args.out, "answers.jsonl")
+
+
+def read_calibration(path, notes: dict) -> dict:
+    """{"temperature", "threshold"} of a file that --calibrate-dir wrote; without one, nothing is doubted."""
+    if path is None:
+        return {"temperature": notes.get("temperature", 1.0)}
+    return read_json(path, {"temperature": float, "threshold": float})
 
 
 def write_scores(args, data, answers, metrics):
@@ -342,6 +271,11 @@ def write_scores(args, data, answers, metrics):
             parts.append(f"at SNR >= {HIGH_SNR_DB:g} dB {metrics['accuracy_high_snr']:.3f}")
         parts.append(f"by likelihood {metrics['accuracy_by_likelihood']:.3f}")
         parts.append(f"valid letters {metrics['valid_letters']:.1%}")
+        if "coverage" in metrics:
+            covered = metrics["coverage"]
+            parts.append(f"answered {covered['coverage']:.1%} with accuracy {covered['accuracy'] or 0:.3f}")
+        if metrics["unread"]:
+            parts.append(f"options not read in {metrics['unread']} questions")
         if "wrong_signal" in metrics:
             parts.append(f"with wrong signals {metrics['wrong_signal']['accuracy']:.3f}")
         print(", ".join(parts))
@@ -349,6 +283,41 @@ def write_scores(args, data, answers, metrics):
         values = {k: f"{v:.3f}" if isinstance(v, float) else v for k, v in metrics["open"].items()}
         print("open questions: " + ", ".join(f"{k} {v}" for k, v in values.items()))
     print(f"results in {args.out}")
+
+
+def load(args, accelerator):
+    """The model on its device, its tokenizer and its notes."""
+    notes = read_notes(args.model)
+    base_folder(args.model, notes, args.llm_model_path)
+    if args.dtype == notes["dtype"]:
+        refuse(args, ["dtype"], f"on a model trained in {args.dtype}")
+    model, tokenizer = load_model(args.model, args.llm_model_path, args.trust_remote_code, args.dtype)
+    return model.to(accelerator.device), tokenizer, notes
+
+
+def fill_unread(data: QuestionDataset, answers: list[dict]) -> int:
+    """Give every question with options that could not be read the letter that its generated text states, or
+    A; returns how many there are."""
+    count = 0
+    for row, answer in enumerate(answers):
+        if "pred" not in answer and looks_like_choice(data.records[row]):
+            answer["pred"] = stated_letter(answer["text"]) or "A"
+            count += 1
+    return count
+
+
+def submit(args, data, answers):
+    """Write the answer file and say what it holds and what not."""
+    unread = fill_unread(data, answers)
+    write_submission(args.submission, answers, args.team_name, args.model_name)
+    left = sum("pred" not in a for a in answers)
+    print(
+        f"{args.submission}: {len(answers) - left} answers"
+        + f"; options of {unread} questions could not be read: the letter in the text, or A, stands there"
+        * bool(unread)
+        + f"; {left} open questions have no place in it" * bool(left)
+        + f"; {sum(data.skipped.values())} questions left out by --skip-bad" * bool(data.skipped)
+    )
 
 
 def main(args):
@@ -359,18 +328,16 @@ def main(args):
         print(validate_submission(args.validate, [r for _, path in pairs for r in read_questions(path)]))
         return
 
-    # one recording; a bad file is named before the model is loaded
-    notes = read_notes(args.model)
+    # the model, and what it was trained to read
+    accelerator = Accelerator()
+    model, tokenizer, notes = load(args, accelerator)
+    spec = SignalSpec.from_json(notes.get("signal"))
+    calibration = read_calibration(args.calibration, notes)
     if args.iq:
-        read_iq(args.iq, args.index)
-        model, tokenizer = load_model(args.model, args.llm_model_path, args.trust_remote_code)
-        answer_recording(model, tokenizer, args, notes)
+        answer_recordings(model, tokenizer, args, notes, spec, calibration)
         return
 
-    # the model and the questions
-    accelerator = Accelerator()
-    model, tokenizer = load_model(args.model, args.llm_model_path, args.trust_remote_code)
-    model.to(accelerator.device)
+    # the questions
     options = dict(
         tokenizer=tokenizer,
         max_length=notes.get("max_length", 512),
@@ -379,6 +346,7 @@ def main(args):
         skip_bad=args.skip_bad,
         default_fs=notes.get("default_fs", DEFAULT_FS),
         limit=args.limit,
+        signal=spec,
     )
     data = QuestionDataset(task_pairs(args.task_dir, args.task_files), **options)
     ids = {data.records[r].get("id") for r in range(len(data.records))}
@@ -387,16 +355,18 @@ def main(args):
             "--submission: an id stands twice in these questions; give one question file with --task-files"
         )
 
-    # the temperature of the confidence, fitted on validation questions and kept with the model
-    how = (accelerator, args.batch_size, args.max_new_tokens)
-    temperature, extra = notes.get("temperature", 1.0), {}
+    # how sure an answer has to be, from validation questions; never kept in the model's folder
+    how, extra = (accelerator, args.batch_size, args.max_new_tokens, notes.get("wordings")), {}
     if args.calibrate_dir:
         held = QuestionDataset(task_pairs(args.calibrate_dir), **options)
         held = answer_set(model, tokenizer, held, *how)
-        temperature = fit_temperature([a for a in held if a.get("truth")])
-        extra["validation"] = score(held, temperature)
-        if accelerator.is_main_process:
-            atomic_json(args.model / "multimodal.json", {**notes, "temperature": temperature})
+        known = [a for a in held if a.get("truth")]
+        temperature = fit_temperature(known)
+        calibration = {
+            "temperature": temperature,
+            **choose_threshold(known, temperature, args.target_accuracy),
+        }
+        extra["validation"] = score(held, calibration)
 
     # the answers, and the control: the same questions about signals of other classes
     answers = answer_set(model, tokenizer, data, *how)
@@ -408,15 +378,16 @@ def main(args):
         return
 
     # files
-    if args.submission:
-        write_submission(args.submission, answers, args.team_name, args.model_name)
-        print(f"{args.submission}: {sum('pred' in a for a in answers)} answers")
     if args.out:
-        metrics = score(answers, temperature) | {"skipped": data.skipped} | extra
+        metrics = score(answers, calibration) | {"skipped": data.skipped, "unread": data.unread} | extra
         choice = [1 / len(a["options"]) for a in answers if "options" in a]
         if choice:
             metrics["chance"] = float(np.mean(choice))
         write_scores(args, data, answers, metrics)
+        if args.calibrate_dir:
+            atomic_json(args.out / "calibration.json", calibration)
+    if args.submission:
+        submit(args, data, answers)
 
 
 if __name__ == "__main__":

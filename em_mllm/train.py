@@ -13,6 +13,7 @@ model.load_model read, and out/metrics.json with the validation loss. Signals st
 
 import copy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 # repository root: every way of starting this file finds it
@@ -24,6 +25,7 @@ from torch.utils.data import Subset
 from common.arguments import Parser, add_run_arguments, number, refuse
 from common.checkpoint import atomic_json
 from common.errors import UserError, run
+from common.files import read_json
 from common.llm import add_trust_argument
 from common.run import describe, open_run, seed_everything
 from common.sharding import export_model, prepare
@@ -41,16 +43,18 @@ from common.train import (
     watched,
 )
 from em_mllm.dataset import (
-    DEFAULT_FS,
+    Augmentation,
     QuestionCollator,
     QuestionDataset,
     add_augmentation_arguments,
     refuse_shared,
     task_pairs,
 )
+from em_mllm.em_foundation.utils.utils import read_config
 from em_mllm.model import (
     LORA_TARGETS,
     PROJECTORS,
+    base_folder,
     build_model,
     load_model,
     load_tokenizer,
@@ -59,6 +63,8 @@ from em_mllm.model import (
     set_trainable,
 )
 from em_mllm.optim import make_optimizers
+from em_mllm.prepare import SignalSpec
+from em_mllm.signal_file import DEFAULT_FS
 
 HELD_OUT = 50  # items held out for validation where no --val-dir is given, as upstream
 
@@ -84,6 +90,14 @@ def parse_args(argv=None):
     add_augmentation_arguments(data)
     data.add_argument(
         "--fs", type=float, default=DEFAULT_FS, help="sampling rate in Hz of files without the attribute fs"
+    )
+    data.add_argument(
+        "--remove-dc", action="store_true", help="take the mean off the recorded samples of every signal"
+    )
+    data.add_argument(
+        "--resample",
+        action="store_true",
+        help="let the model bring signals of other sampling rates to the nearest one of training",
     )
     data.add_argument(
         "--skip-bad",
@@ -200,24 +214,75 @@ def add_lora_arguments(group):
     )
 
 
+INHERITED = {  # option: where the model folder keeps it
+    "projector": "projector",
+    "signal_tokens": "signal_tokens",
+    "legacy": "legacy",
+    "dtype": "dtype",
+    "chat_template": "chat",
+    "remove_dc": ("signal", "remove_dc"),
+    "resample": ("signal", "resample"),
+}
+
+
 def check_options(args):
-    """Refuse what is missing and what would have no effect."""
+    """Refuse what is missing and what would have no effect; take over what --trained-dir holds."""
     if args.task_dir:
         refuse(args, ["task_files"], "beside --task-dir")
     if args.trained_dir:
-        own = ["signal_encoder_path", "projector", "signal_tokens", "attention_type", "legacy", "dtype"]
-        refuse(args, own, "beside --trained-dir, which holds the model")
+        inherit(args)
     else:
         for name in ("signal_encoder_path", "llm_model_path"):
             if getattr(args, name) is None:
                 raise UserError(f"--{name.replace('_', '-')} is missing; give the folder, or --trained-dir")
-    if args.legacy:
-        refuse(args, ["signal_tokens"], "beside --legacy")
-    lora = ["lora_r", "lora_alpha", "lora_dropout", "lora_targets"]
+        if args.legacy:
+            refuse(args, ["signal_tokens"], "beside --legacy")
     if not args.use_lora:
-        refuse(args, lora, "without --use-lora")
-    elif args.trained_dir and read_notes(args.trained_dir)["llm"] == "adapter":
-        refuse(args, ["use_lora", *lora], "beside --trained-dir, which holds adapters")
+        refuse(args, ["lora_r", "lora_alpha", "lora_dropout", "lora_targets"], "without --use-lora")
+
+
+def contradiction(args, name: str, stored):
+    """Refuse an option that says otherwise than the model of --trained-dir; one that agrees is let pass."""
+    given = getattr(args, name)
+    if name in args._given and given != stored:
+        shown = " ".join(map(str, given)) if isinstance(given, list) else given
+        raise UserError(
+            f"--{name.replace('_', '-')} {shown} has no effect beside --trained-dir, whose model has "
+            f"{stored}; "
+            "leave it out"
+        )
+
+
+def inherit(args):
+    """Take the settings of the model in --trained-dir over into `args`; refuse options that contradict them.
+
+    --max-length and --fs are of the questions and files, so they may be given anew.
+    """
+    notes = read_notes(args.trained_dir)
+    base_folder(args.trained_dir, notes, args.llm_model_path)
+    for name, key in INHERITED.items():
+        part = notes.get(key[0]) or {} if isinstance(key, tuple) else notes
+        stored = part.get(key[-1] if isinstance(key, tuple) else key, False)
+        contradiction(args, name, stored)
+        setattr(args, name, stored)
+    for name, key in (("max_length", "max_length"), ("fs", "default_fs")):
+        if name not in args._given:
+            setattr(args, name, notes.get(key, getattr(args, name)))
+    encoder = read_config(args.trained_dir / "signal_encoder")
+    contradiction(args, "attention_type", encoder.attention_type)
+    if args.signal_encoder_path is not None:
+        first = (notes.get("lineage") or [{}])[0].get("signal_encoder_path")
+        if first != str(args.signal_encoder_path.resolve()):
+            raise UserError(
+                f"--signal-encoder-path {args.signal_encoder_path} has no effect beside --trained-dir, which "
+                "holds its encoder; leave it out"
+            )
+    if args.use_lora and notes["llm"] == "adapter":
+        stored = read_json(args.trained_dir / "llm/adapter_config.json")
+        for name, key in (("lora_r", "r"), ("lora_alpha", "lora_alpha"), ("lora_dropout", "lora_dropout")):
+            contradiction(args, name, stored[key])
+        args.lora_targets = sorted(args.lora_targets)
+        contradiction(args, "lora_targets", sorted(stored["target_modules"]))
 
 
 def make_data(args, tokenizer):
@@ -237,13 +302,14 @@ def make_data(args, tokenizer):
         task_pairs(args.task_dir, args.task_files),
         questions_per_signal=args.questions_per_signal,
         seed=args.seed,
-        noise_db=args.noise_db,
-        shift_hz=args.shift_hz,
-        roll=args.roll,
+        augmentation=Augmentation.of(args),
         **common,
     )
+    if all(file.fs_stated for file in source.files):
+        refuse(args, ["fs"], "where every file states its own")
+    source.prepare_for(trained_signal(args, source.signal))
     if args.val_dir:
-        val = QuestionDataset(task_pairs(args.val_dir), **common)
+        val = QuestionDataset(task_pairs(args.val_dir), signal=source.signal, **common)
         refuse_shared(source.files, val.files, "--val-dir")
         return source, source, val
 
@@ -252,8 +318,21 @@ def make_data(args, tokenizer):
     shown = set().union(*(source.signals_of(i) for i in held))
     kept = [i for i in order[len(held) :] if shown.isdisjoint(source.signals_of(i))]
     plain = copy.copy(source)
-    plain.noise_db, plain.shift_hz, plain.roll = None, 0.0, False
+    plain.augmentation = Augmentation()
     return source, Subset(source, kept), Subset(plain, held)
+
+
+def trained_signal(args, found: SignalSpec) -> SignalSpec:
+    """The specification of the model's signals: of these files, or of --trained-dir with their rates
+    added."""
+    stored = read_notes(args.trained_dir).get("signal") if args.trained_dir else None
+    if stored is None:
+        return replace(found, remove_dc=args.remove_dc, resample=args.resample)
+    spec = SignalSpec.from_json(stored)
+    if spec.resample or (found.view, found.factor) != (spec.view, spec.factor):
+        return spec
+    rates = tuple(sorted({*spec.rates, *found.rates}))
+    return replace(spec, points=max(spec.points, found.points), rates=rates)
 
 
 def make_model(args, files):
@@ -261,6 +340,7 @@ def make_model(args, files):
 
     Returns (model, tokenizer). Raises UserError when a signal of `files` is longer than the encoder takes.
     """
+    check_options(args)
     if args.trained_dir:
         model, tokenizer = load_model(args.trained_dir, args.llm_model_path, args.trust_remote_code)
     else:
@@ -313,15 +393,27 @@ def validation_loss(model, loader, accelerator) -> float:
     return float(total[0] / total[1].clamp(min=1))
 
 
-def save(args, model, tokenizer):
-    """Write out/model. A model of --trained-dir remembers which language model it stands on, and whether that
-    was trained."""
-    llm_path, llm_changed = args.llm_model_path, False
-    if args.trained_dir:
-        notes = read_notes(args.trained_dir)
-        llm_path, llm_changed = llm_path or notes["llm_model_path"], notes["llm"] == "full"
-    text = dict(chat=args.chat_template, max_length=args.max_length, default_fs=args.fs)
-    save_model(args.out / "model", model, tokenizer, llm_path, llm_changed=llm_changed, **text)
+def save(args, model, tokenizer, source):
+    """Write out/model with the contract of its texts and signals, and with the runs that it comes from."""
+    before = read_notes(args.trained_dir) if args.trained_dir else {}
+    step = {
+        "trained_dir": args.trained_dir and str(args.trained_dir.resolve()),
+        "signal_encoder_path": args.signal_encoder_path and str(args.signal_encoder_path.resolve()),
+        "language_model": "adapter" if args.use_lora else "frozen" if args.freeze_llm else "full",
+        "signal_encoder": "frozen" if args.freeze_signal_encoder else "full",
+    }
+    save_model(
+        args.out / "model",
+        model,
+        tokenizer,
+        args.llm_model_path or before["llm_model_path"],
+        chat=args.chat_template,
+        max_length=args.max_length,
+        default_fs=args.fs,
+        signal=source.signal.to_json(),
+        wordings={**before.get("wordings", {}), **source.wordings},
+        lineage=[*before.get("lineage", []), step],
+    )
 
 
 def main(args):
@@ -378,7 +470,7 @@ def main(args):
     loss = validation_loss(model, val_loader, accelerator)
     whole = export_model(accelerator, model)  # all processes take part, in case the model is sharded
     if accelerator.is_main_process:
-        save(args, whole, tokenizer)
+        save(args, whole, tokenizer, source)
         atomic_json(
             args.out / "metrics.json",
             {"step": training.state["step"], "validation_loss": loss, "skipped": source.skipped},

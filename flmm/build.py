@@ -20,9 +20,14 @@ from flmm.data.refcoco import RefCOCODataset
 from flmm.data.skip import Bad
 from flmm.models.flmm import FLMM
 from flmm.models.frozen_deepseek_vl import FrozenDeepseekVL, FrozenDeepseekVLHybrid
+from flmm.models.frozen_gemma3 import FrozenGemma3
+from flmm.models.frozen_internvl import FrozenInternVL
 from flmm.models.frozen_llava import FrozenLlava
 from flmm.models.frozen_llava_next import FrozenLlavaNext
+from flmm.models.frozen_llava_onevision import FrozenLlavaOnevision
 from flmm.models.frozen_qwen import FrozenQwen
+from flmm.models.frozen_qwen3_vl import FrozenQwen3VL
+from flmm.models.frozen_smolvlm import FrozenIdefics3, FrozenSmolVLM
 from flmm.models.mask_head.mask_refiner import SAMImageEncoder, load_sam
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,6 +37,12 @@ FAMILIES = {
     "deepseek_vl": FrozenDeepseekVL,
     "deepseek_vl_hybrid": FrozenDeepseekVLHybrid,
     "qwen": FrozenQwen,
+    "qwen3_vl": FrozenQwen3VL,
+    "internvl": FrozenInternVL,
+    "gemma3": FrozenGemma3,
+    "smolvlm": FrozenSmolVLM,
+    "idefics3": FrozenIdefics3,
+    "llava_onevision": FrozenLlavaOnevision,
 }
 DATASETS = {
     "png": PNGDataset,
@@ -172,10 +183,9 @@ def add_skip_argument(parser):
     )
 
 
-def build_base(config, **options):
-    """Frozen base of config["base"]: family, path, and options of FrozenBase.load."""
-    base = {**config["base"], **{k: v for k, v in options.items() if v is not None}}
-    family = base.pop("family", None)
+def family_of(config):
+    """Class of the base that a configuration names; UserError before anything is loaded or asked for."""
+    family = config["base"].get("family")
     if family in ("hpt", "mgm"):
         raise UserError(
             f"base.family {family}: transformers has no class for this base, so it cannot run; see "
@@ -183,9 +193,16 @@ def build_base(config, **options):
         )
     if family not in FAMILIES:
         raise UserError(f"base.family is {family!r}, expected one of {', '.join(FAMILIES)}")
-    if not base.get("path"):
+    if not config["base"].get("path"):
         raise UserError("base.path is missing; give a model folder or hub name with --set base.path=...")
-    return FAMILIES[family].load(base.pop("path"), **base)
+    return FAMILIES[family]
+
+
+def build_base(config, **options):
+    """Frozen base of config["base"]: family, path, and options of FrozenBase.load."""
+    kind = family_of(config)
+    base = {**config["base"], **{k: v for k, v in options.items() if v is not None}}
+    return kind.load(base.pop("path"), **{k: v for k, v in base.items() if k != "family"})
 
 
 def build_sam(config):

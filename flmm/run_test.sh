@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Score a head: DATA=<root> CONFIG=<yaml> HEAD=<file> SPLIT=refcoco_val bash flmm/run_test.sh [options of test.py]
 # Without DATA: the head of run_train.sh on the held-out built-in scenes, with controls.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"   # started with sh, which may be dash
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common/env.sh"
 show_help "$ROOT/flmm/test.py" "$@"

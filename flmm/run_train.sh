@@ -2,6 +2,7 @@
 # Train heads: DATA=<root of coco, png, refcoco...> CONFIG=<yaml> bash flmm/run_train.sh [options of train.py]
 # Without DATA: a first try on built-in scenes, with a tiny base of random weights and coarse masks only. What the
 # method is worth there, with a base that has learned to caption, says bash run_all.sh flmm.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"   # started with sh, which may be dash
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common/env.sh"
 show_help "$ROOT/flmm/train.py" "$@"

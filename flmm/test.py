@@ -37,6 +37,7 @@ from flmm.build import (
     build_dataset,
     build_head,
     build_sam,
+    family_of,
     read_config,
 )
 from flmm.conversation import answer_then_ground
@@ -191,6 +192,7 @@ def main(args):
     config = read_config(args.config, args.set)
     if args.base_path:
         config["base"]["path"] = args.base_path
+    family_of(config)
     seed_everything(0)
     # What costs little is checked before the base is loaded: the data, the head's file, SAM.
     weights, sam = read_weights(args.head), build_sam(config)

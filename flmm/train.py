@@ -49,6 +49,7 @@ from flmm.build import (
     build_dataset,
     build_head,
     build_sam,
+    family_of,
     read_config,
 )
 from flmm.data.cache import CachedFeatures, write_cache
@@ -262,6 +263,7 @@ def main(args):
     # The configuration says what the model is and how it is trained; the command line has the last word.
     config = read_config(args.config, args.set)
     settle_options(args, config)
+    family_of(config)
     coarse_first = config["optim"].get("coarse_first", 0)
     mask_name = "gt_masks" if args.targets == "original" else "masks"
 

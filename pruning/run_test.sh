@@ -3,6 +3,7 @@
 #   MODEL   a checkpoint or a run folder of train.py (default: RUNS/pruning/healed), with MAP (its prune map), LLM (folder of the
 #           language model) and DATA (a CTRG folder); or a language model's folder, with TEXTS (a file of texts)
 #   OUT     folder of the results (default: RUNS/pruning/test)
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"   # started with sh, which may be dash
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common/env.sh"
 show_help "$ROOT/pruning/test.py" "$@"

@@ -4,6 +4,7 @@
 #           or its hf_<tag> folder, with TEXTS (a file of texts)
 #   OUT     run folder (default: RUNS/pruning/healed)        NPROC_PER_NODE=8 for several GPUs
 # Nothing at hand: `python studies/pruning/builtin.py` makes data and a model, prunes, heals and tests.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"   # started with sh, which may be dash
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common/env.sh"
 show_help "$ROOT/pruning/train.py" "$@"

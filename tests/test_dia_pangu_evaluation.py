@@ -5,6 +5,8 @@ import json
 
 import numpy as np
 import pytest
+from pycocoevalcap.rouge.rouge import Rouge
+from rouge_score import rouge_scorer
 from sklearn.metrics import precision_recall_fscore_support
 
 from dia_pangu.evaluate import nlg_eval
@@ -168,3 +170,25 @@ def test_organs_lie_on_their_side_after_reading(data_root, tmp_path):
     sides = landmarks(data_root / "ct/volumes")
     assert len(sides) > 20 and all(sides.values())
     assert landmarks(tmp_path) == {}
+
+
+def test_rouge_l_equals_upstreams_and_keeps_runs_of_spaces():
+    rng = np.random.default_rng(0)
+    texts = [" ".join(f"w{i}" for i in rng.integers(0, 30, rng.integers(1, 60))) for _ in range(40)]
+    truths = [*texts[:20], "a  b c", "a b", "", "a  a"]
+    predictions = [*texts[20:], "a b   c", "", "a b", "a   a"]
+    upstream = [float(Rouge().calc_score([p], [t])) for t, p in zip(truths, predictions)]
+    assert nlg_eval.rouge_l(truths, predictions)[1] == pytest.approx(upstream, abs=1e-12)
+    spaced = nlg_eval.published_scores(["a  b c"] * 2, ["a b   c"] * 2, with_meteor=False)[0]
+    assert spaced["ROUGE_L"] == pytest.approx(upstream[20]) and spaced["BLEU_1"] == pytest.approx(1)
+
+
+def test_the_standard_rouge_is_that_of_rouge_score():
+    rng = np.random.default_rng(1)
+    words = ["Heart", "heart", "size", "normal,", "5-mm", "nodule.", "no"]
+    texts = [" ".join(rng.choice(words, rng.integers(0, 12))) for _ in range(40)]
+    scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"])
+    for truth, prediction in zip(texts[:20], texts[20:]):
+        expected = scorer.score(truth, prediction)
+        ours = nlg_eval.standard_rouge(*(nlg_eval.default_words(text) for text in (truth, prediction)))
+        assert ours == pytest.approx({name: value.fmeasure for name, value in expected.items()})

@@ -117,6 +117,8 @@ def test_every_option_of_finetune_has_its_effect(world, tmp_path):
         "--noise-db": Effect([0, 5], "weights"),
         "--shift-hz": Effect(1e6, "weights"),
         "--roll": Effect(True, "weights"),
+        "--phase": Effect(True, "weights"),
+        "--conjugate": Effect(True, "weights"),
         "--skip-bad": Effect(True, ("text", "weights"), alone=("--train", world / "bad/radar_jamming.h5")),
         "--signal-encoder-path": Effect(world / "other/encoder", "weights"),
         "--random-encoder": Effect(True, "weights"),
@@ -143,6 +145,8 @@ def test_every_option_of_train_has_its_effect(world, tmp_path):
         "--noise-db": Effect([0, 5], "weights"),
         "--shift-hz": Effect(1e6, "weights"),
         "--roll": Effect(True, "weights"),
+        "--phase": Effect(True, "weights"),
+        "--conjugate": Effect(True, "weights"),
         "--fs": Effect(
             1e6,
             "weights",
@@ -158,6 +162,8 @@ def test_every_option_of_train_has_its_effect(world, tmp_path):
             ("text", "weights"),
             alone=("--task-files", world / "bad/radar_jamming.h5", world / "bad/radar_jamming.json"),
         ),
+        "--remove-dc": Effect(True, ("weights", "predictions")),
+        "--resample": Effect(True, "predictions"),  # kept for signals of other rates: tests of the contract
         "--signal-encoder-path": Effect(world / "other/encoder", "weights"),
         "--llm-model-path": "the language model that a run needs: every test of this room",
         "--trained-dir": "excludes the paths of the base: test_every_option_of_train_that_excludes_another",
@@ -192,7 +198,10 @@ def test_every_option_of_train_has_its_effect(world, tmp_path):
         ([*encoder, *llm], ""),
         ([*encoder, *llm, "--task-files", *pair], "--task-files"),
         ([*llm], "--signal-encoder-path"),
-        (["--trained-dir", joined, *encoder], "--signal-encoder-path"),
+        (
+            ["--trained-dir", joined, "--signal-encoder-path", world / "other/encoder"],
+            "--signal-encoder-path",
+        ),
         (["--trained-dir", joined, "--projector", "mlp"], "--projector"),
         (["--trained-dir", joined, "--val-dir", data / "train"], "--val-dir"),
     )

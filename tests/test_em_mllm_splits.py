@@ -15,7 +15,7 @@ import em_mllm.make_data
 import em_mllm.train
 from common.errors import UserError
 from common.tiny_llm import make_tokenizer
-from em_mllm.dataset import SignalDataset, SignalFile, task_pairs
+from em_mllm.dataset import QuestionDataset, SignalDataset, SignalFile, task_pairs
 from em_mllm.em_foundation.models import SiTMAEConfig, SiTMAEForPreTraining
 from em_mllm.optim import make_optimizers
 from em_mllm.pretrain import h5_files, simple_guesses
@@ -29,7 +29,7 @@ from em_mllm.scores import (
     open_scores,
     wilson,
 )
-from em_mllm.test import QuestionDataset, other_signals
+from em_mllm.test import other_signals
 from studies.em_mllm import fewshot, rtl433
 
 
@@ -132,6 +132,12 @@ def test_questions_held_out_show_no_training_signal(data, tokenizer, questions_p
         noise_db=None,
         shift_hz=0.0,
         roll=False,
+        phase=False,
+        conjugate=False,
+        trained_dir=None,
+        remove_dc=False,
+        resample=False,
+        _given=set(),
     )
     source, train, val = em_mllm.train.make_data(args, tokenizer)
     assert_disjoint(shown(train), shown(val))

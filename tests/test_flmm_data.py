@@ -14,7 +14,7 @@ from PIL import Image
 
 from common.errors import UserError
 from flmm import losses
-from flmm.build import FAMILIES, build_dataset, read_config
+from flmm.build import FAMILIES, build_dataset, family_of, read_config
 from flmm.data.cache import CachedFeatures, write_cache
 from flmm.data.phrases import PhraseDataset, ReasonSegDataset
 from flmm.data.png import PNGDataset
@@ -287,8 +287,8 @@ def test_every_published_configuration_reads_and_names_a_known_family():
     from pathlib import Path
 
     files = sorted(Path("flmm/configs").glob("*/frozen_*_unet_sam_l_refcoco_png.yaml"))
-    runnable = [read_config(f)["base"]["family"] for f in files if f.parent.name not in ("hpt", "mgm")]
-    assert len(runnable) == 7 and set(runnable) <= set(FAMILIES)
+    named = [family_of(read_config(f)) for f in files]  # no configuration that cannot run
+    assert len(named) == 14 and set(named) == set(FAMILIES.values())
     config = read_config("flmm/configs/qwen/frozen_qwen2_5_vl_3b_instruct_unet_sam_l_refcoco_png.yaml")
     recipe = {"lr": 1e-4, "epochs": 8, "weight_decay": 0.01, "warmup": 0.03, "clip": 1.0}
     assert config["optim"] == {**recipe, "batch_size": 8, "accum": 8}

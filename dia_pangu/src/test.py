@@ -211,7 +211,7 @@ def main(args):
     seed_everything(args.seed)
 
     # The model, its prompt writer and its thresholds come from the folder that train.py wrote.
-    dtype = torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
+    dtype = torch.float32 if accelerator.device.type == "cpu" else torch.bfloat16
     model, text, config = load_model(
         args.ckpt_path,
         args.lang_encoder_path,

@@ -25,7 +25,7 @@ from common.errors import UserError
 from common.errors import run as run_script
 from common.llm import add_lora
 from common.run import open_run, seed_everything
-from common.sharding import export_state, prepare
+from common.sharding import export_state, keep_trained, prepare
 from common.train import (
     batches,
     check_finite,
@@ -122,19 +122,26 @@ def dry_run(args, config):
     names = model.set_trained(args.train or TRAINED[args.stage], (*NEVER_TRAINED, *args.freeze))
     print_model(model, names)
 
-    total = sum(p.numel() for p in model.parameters())
+    # Frozen weights of the language model have the number format of the run, everything else is float32.
+    size = 2 if args.precision == "bf16" else 4
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.lang_model.parameters() if not p.requires_grad)
+    rest = sum(p.numel() for p in model.parameters()) - frozen
     width, layers = llm_config.hidden_size, llm_config.num_hidden_layers
     tokens = args.batch_size * min(config["max_length"], 320)
-    # bf16 activations are about 18 widths per token and layer; with checkpointing, one per layer and one open
+    # Activations are about 18 widths per token and layer; with checkpointing, one per layer and one open
     # layer.
     kept = (layers + 18) if args.gradient_checkpointing else 18 * layers
+    kind = "bf16" if size == 2 else "float32"
     plan = {
-        "weights (bf16)": 2 * total,
+        f"weights ({kind}, what trains in float32)": size * frozen + 4 * rest,
         "gradients of what trains": 4 * trained,
         "AdamW state (two float32)": 8 * trained,
-        "activations (bf16, typical 320 tokens a sample)": 2 * kept * width * tokens,
-        "logits (float32)": 4 * 2 * llm_config.vocab_size * tokens,
+        f"activations ({kind}, typical {tokens // args.batch_size} tokens a sample)": size
+        * kept
+        * width
+        * tokens,
+        "logits of the report (float32)": 4 * 2 * llm_config.vocab_size * (tokens // 2),
     }
     for what, size in plan.items():
         print(f"  {what}: {size / 2**30:.2f} GiB")
@@ -232,7 +239,7 @@ def diagnose_all(model, loader, accelerator):
     sums = torch.zeros(2, 2, device=accelerator.device)  # of the two losses, and what they are means over
     for batch in loader:
         counts = loss_counts(batch).float()
-        out = model(**{key: batch[key] for key in BATCH_KEYS})
+        out = model(**{key: batch[key] for key in BATCH_KEYS}, all_logits=False)
         losses = torch.stack([out["lm_loss"], out["ctr_loss"]]).float()
         sums += torch.stack([losses * counts, counts])  # every token and every sample weighs 1
         # The last batch of several processes is filled up; gather_for_metrics drops what came twice.
@@ -293,6 +300,7 @@ def main(args):
     loader = make_loader(train_set, args, collate_fn=collate)
     val_loader = make_loader(val_set, args, train=False, collate_fn=collate)
     model, optimizer, loader, val_loader = prepare(accelerator, model, optimizer, loader, val_loader)
+    keep_trained(accelerator)  # frozen weights come back with --lang-encoder-path and --start
     steps, schedule = plan_steps(args, loader), SCHEDULES[args.lr_scheduler_type]
 
     def eval_scores():
@@ -330,8 +338,8 @@ def main(args):
         save_model(weights, folder, config)
         metrics = {"validation": scores, "validation_calibrated": calibrated, "trained": names}
         atomic_json(folder / "metrics.json", metrics)
-    if torch.cuda.is_available():
-        accelerator.print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+    if accelerator.device.type != "cpu":
+        accelerator.print(f"peak memory {torch.accelerator.max_memory_allocated() / 2**30:.1f} GiB")
     finish(run, **{f"eval_{key}": value for key, value in scores.items()})
     accelerator.end_training()
 

@@ -53,8 +53,9 @@ def _without_control(tokenizer) -> Tokenizer:
     return plain
 
 
-def encode_parts(tokenizer, parts) -> list[int]:
-    """Ids, special tokens around them included, of the parts [(text, is it a user's words?)] of a prompt.
+def encode_parts(tokenizer, parts, **options) -> list[int]:
+    """Ids of the parts [(text, is it a user's words?)] of a prompt. options: for the tokenizer, which adds
+    its special tokens around the whole unless they say otherwise.
 
     Parts of a template keep their control tokens; those in a user's words are split into letters. Where no
     words hold any, all parts are tokenised as one string, as upstream does; else one by one.
@@ -62,9 +63,9 @@ def encode_parts(tokenizer, parts) -> list[int]:
     control = control_tokens(tokenizer).keys()
     words = [text for text, users in parts if users]
     if not any(control & set(tokenizer(text, add_special_tokens=False).input_ids) for text in words):
-        return tokenizer("".join(text for text, _ in parts)).input_ids
+        return tokenizer("".join(text for text, _ in parts), **options).input_ids
     (first, _), *rest = parts
-    ids = tokenizer(first).input_ids
+    ids = tokenizer(first, **options).input_ids
     for text, users in rest:
         ids += encode_text(tokenizer, text) if users else tokenizer(text, add_special_tokens=False).input_ids
     return ids

@@ -157,16 +157,17 @@ class LlavaNextImageProcessor:
         std=CLIP_STD,
         patch=14,
     ):
+        self.size, self.pinpoints, self.patch = size, [list(p) for p in pinpoints], patch
+        self.processor = self.native(
+            image_grid_pinpoints=self.pinpoints, image_mean=list(mean), image_std=list(std)
+        )
+
+    def native(self, **options):
+        """transformers' processor."""
         from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-        self.size, self.pinpoints, self.patch = size, [list(p) for p in pinpoints], patch
-        self.processor = LlavaNextImageProcessorPil(
-            size={"shortest_edge": size},
-            crop_size={"height": size, "width": size},
-            image_grid_pinpoints=self.pinpoints,
-            image_mean=list(mean),
-            image_std=list(std),
-        )
+        crop = {"height": self.size, "width": self.size}
+        return LlavaNextImageProcessorPil(size={"shortest_edge": self.size}, crop_size=crop, **options)
 
     def __call__(self, image):
         from transformers.image_processing_utils import get_patch_output_size, select_best_resolution

@@ -12,6 +12,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from common.errors import UserError
+
 NAME = "flmm_rows"  # the attention implementation to set on the text part of a base
 
 
@@ -41,8 +43,8 @@ class AttentionRows:
     maps: list = field(default_factory=list)
 
     def record(self, query, key, attention_mask, scaling):
-        """query (B, H, Q, D), key (B, KV, K, D), attention_mask (B or 1, 1, Q, K) bool, additive or None =
-        causal."""
+        """query (B, H, Q, D), key (B, KV, K, D), attention_mask (B or 1, 1 or H, Q, K) bool, additive or
+        None = causal."""
         heads, kv_heads = query.shape[1], key.shape[1]
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         layer = []
@@ -67,15 +69,39 @@ class AttentionRows:
         self.maps.append(layer)
 
 
+# Arguments of an attention call that change what is attended, beyond the mask: SDPA refuses or ignores them.
+UNKNOWN = ("softcap", "s_aux", "sinks", "position_bias", "attention_bias", "alibi", "head_mask", "cache")
+
+
+def attended(module, query, key, attention_mask, is_causal=None):
+    """(keys, mask) that SDPA really uses: without a mask it is causal only if the module says so.
+
+    The mask stays None for the plain causal case of equally many queries and keys.
+    """
+    queries, keys = query.shape[2], key.shape[2]
+    if attention_mask is not None:
+        return key, attention_mask
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if queries == 1 or not causal:  # one query, or every query, sees all there is
+        return key, torch.ones(1, 1, 1, 1, dtype=torch.bool, device=key.device).expand(1, 1, queries, keys)
+    return key[:, :, :queries], None  # a cache that is allocated ahead holds nothing behind the queries yet
+
+
 def rows_attention(
     module, query, key, value, attention_mask, attention_rows: AttentionRows = None, scaling=None, **kwargs
 ):
     """Attention function of transformers 5: SDPA, plus `attention_rows.record` where `model(...,
-    attention_rows=)` is given."""
+    attention_rows=)` is given. UserError for a model whose attention is more than a softmax under a mask."""
     kwargs.pop("output_attentions", None)  # SDPA would warn about it
+    if strange := [name for name in UNKNOWN if kwargs.get(name) is not None]:
+        raise UserError(
+            f"{type(module).__name__} attends with {strange[0]}, which SDPA does not know; read this base "
+            "with --attention eager"
+        )
     output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if attention_rows is not None:
-        attention_rows.record(query, key, attention_mask, scaling)
+        key, mask = attended(module, query, key, attention_mask, kwargs.get("is_causal"))
+        attention_rows.record(query, key, mask, scaling)
     return output, None
 
 

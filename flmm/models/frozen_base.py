@@ -1,17 +1,20 @@
 """What every frozen base shares: load it, build its inputs, run it once, keep attention rows and hidden
 states.
 
-A new base is a subclass with five short answers (see the README for a worked example):
+A new base is a subclass with a few short answers (see the README for a worked example):
     build_inputs  the extra model inputs (pictures, grids) of a batch
     image_tokens  how many tokens one picture becomes
+    image_ids     those tokens and the separators between them, if there are any
     grid          the shape of its attention map
     to_grid       attention over the image columns -> maps (n, channels, gh, gw)
     unpad         whether the padded border must be cut from the mask
+`python flmm/check_base.py` says whether they are right.
 The base never trains: no gradient, always in eval mode, not a parameter of anything that is saved.
 """
 
 import torch
 import transformers
+from jinja2 import TemplateError
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -36,6 +39,7 @@ TEMPLATES = {  # INSTRUCTION only: upstream never adds the system text, nor a ne
     "<|im_start|>user\n{input}<|im_end|>\n<|im_start|>assistant\n",
     "plain": "{input}",
 }
+CHAT = "chat"  # the template that the tokenizer itself carries
 QUESTION = "Please give me a description of the image."
 
 
@@ -49,7 +53,8 @@ class FrozenBase:
 
     architecture = None  # transformers class
     image_text = None  # how one picture is written in the prompt; exactly one image token in it
-    template = None  # key of TEMPLATES
+    chat_image = None  # what the tokenizer's chat template writes for a picture, if that is not image_text
+    template = None  # key of TEMPLATES, or CHAT
     maps_per_head = 1  # channels = layers * heads * maps_per_head
     unpad = True
 
@@ -73,14 +78,14 @@ class FrozenBase:
         self.template, self.question = template or self.template, question
         implementations = {"rows": NAME, "eager": "eager"}
         for name, value, known in (
-            ("template", self.template, TEMPLATES),
+            ("template", self.template, (*TEMPLATES, CHAT)),
             ("merge", merge, ("mean", "max")),
             ("attention", attention, implementations),
         ):
             if value not in known:
                 raise UserError(f"base.{name} is {value!r}, expected one of {', '.join(known)}")
         self.image_token_id = model.config.image_token_id
-        text = model.config.text_config
+        text = model.config.get_text_config()
         self.num_layers, self.num_heads, self.hidden_size = (
             text.num_hidden_layers,
             text.num_attention_heads,
@@ -154,7 +159,7 @@ class FrozenBase:
                 "them"
             )
         mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-        for layer in self.model.model.language_model.layers:
+        for layer in self.decoder.layers:
             fully_shard(layer, mesh=mesh, reshard_after_forward=True)
         return self
 
@@ -162,6 +167,17 @@ class FrozenBase:
     def values_here(self) -> int:
         """Parameters that this process holds: all of them, or its parts of the sharded ones."""
         return sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in self.model.parameters())
+
+    @property
+    def decoder(self):
+        """The text model inside the base, with its `layers` and its final `norm`, whatever it is called."""
+        decoder = self.model.get_decoder()
+        if not (hasattr(decoder, "layers") and hasattr(decoder, "norm")):
+            raise UserError(
+                f"{type(self.model).__name__}: its text model {type(decoder).__name__} has no layers and "
+                "norm; hidden states cannot be read from it"
+            )
+        return decoder
 
     @property
     def device(self):
@@ -174,18 +190,49 @@ class FrozenBase:
 
         text: the user's words, default the training question; a list of them has a picture before each.
         """
-        before, after = TEMPLATES[self.template].split("{input}")
+        before, after, options = self.template_parts()
         texts = [self.question] if text is None else [text] if isinstance(text, str) else text
         parts = [(before, False)]
         for words in texts:
             parts += [(self.image_text, False), (words, True)]
-        ids = encode_parts(self.tokenizer, [*parts, (after, False)])
+        ids = encode_parts(self.tokenizer, [*parts, (after, False)], **options)
         if ids.count(self.image_token_id) < 1:
             raise UserError(
                 f"the tokenizer does not know the image token of {self.image_text!r} (id "
                 f"{self.image_token_id})"
             )
         return ids
+
+    def template_parts(self):
+        """What stands before and after the user's words, and how it is tokenised.
+
+        The text is one of TEMPLATES, or with "chat" what the tokenizer's own template makes of one user turn;
+        that one writes the special tokens around it itself.
+        """
+        if self.template != CHAT:
+            return *TEMPLATES[self.template].split("{input}"), {}
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise UserError(
+                "base.template is 'chat', but the tokenizer has no chat template; choose one of "
+                f"{', '.join(TEMPLATES)}"
+            )
+        mark, image = "<<<words>>>", self.chat_image or self.image_text
+        picture, words = {"type": "image"}, {"type": "text", "text": mark}
+        for content in ([picture, words], [words], mark):  # templates take parts, or text alone
+            try:
+                turn = [{"role": "user", "content": content}]
+                text = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+            except (TypeError, ValueError, TemplateError):
+                continue
+            before, _, after = text.partition(mark)
+            pictured = isinstance(content, list) and picture in content
+            if text.count(mark) != 1 or "'type'" in text or pictured and not before.endswith(image):
+                continue
+            before = before.removesuffix(image) if pictured else before
+            return before, after, {"add_special_tokens": False}
+        raise UserError(
+            "the tokenizer's chat template does not give back the user's words; set base.template"
+        )
 
     def image_tokens(self, sample):
         """Number of image tokens that the picture of `sample` becomes."""
@@ -200,20 +247,29 @@ class FrozenBase:
         """Model inputs besides the ids: input_ids and attention_mask are (B, S), expanded and left-padded."""
         raise NotImplementedError
 
+    def image_ids(self, sample):
+        """The ids that one image token becomes: the picture's features, and separators between its parts."""
+        return [self.image_token_id] * self.image_tokens(sample)
+
     def expand(self, ids, sample, values=None, fill=None):
-        """One image token -> as many as the picture has features.
+        """One image token -> as many as the picture has features, with the separators between its parts.
 
         ids (S,) holds one image token. values (S,): mask_ids (fill -1) or labels (fill -100) to widen in
         step, default ids.
         """
-        values, fill = (ids, self.image_token_id) if values is None else (values, fill)
+        span = self.image_ids(sample)
+        inner = ids.new_tensor(span) if values is None else values.new_full((len(span),), fill)
+        values = ids if values is None else values
         at = (ids == self.image_token_id).nonzero().flatten()
-        count = self.image_tokens(sample)
-        if len(at) == count:
-            return values  # already expanded
+        if len(at) == span.count(self.image_token_id):
+            start = int(at[0]) - span.index(self.image_token_id)
+            if start >= 0 and ids[start : start + len(span)].tolist() == span:
+                return values  # already expanded
         if len(at) != 1:
-            raise ValueError(f"input_ids hold {len(at)} image tokens, expected 1 or {count}")
-        return torch.cat([values[: at[0]], values.new_full((count,), fill), values[at[0] + 1 :]])
+            raise ValueError(
+                f"input_ids hold {len(at)} image tokens, expected 1 or {span.count(self.image_token_id)}"
+            )
+        return torch.cat([values[: at[0]], inner, values[at[0] + 1 :]])
 
     def to_grid(self, maps, grid):
         """One (H, n, N) tensor per layer, N image columns -> (n, channels, gh, gw); channel = layer * H +
@@ -224,7 +280,7 @@ class FrozenBase:
         """Model inputs of several samples, left-padded, and by how many tokens each was shifted."""
         ids = [self.expand(s["input_ids"], s) for s in samples]
         length = max(len(i) for i in ids)
-        pad = self.model.config.text_config.pad_token_id or 0
+        pad = self.model.config.get_text_config().pad_token_id or 0
         shifts = [length - len(i) for i in ids]
         input_ids = torch.stack([torch.cat([i.new_full((k,), pad), i]) for i, k in zip(ids, shifts)]).to(
             self.device
@@ -294,7 +350,7 @@ class FrozenBase:
                 [h[b, r] for b, r in enumerate(wanted.rows)] for h in out.hidden_states[-self.num_layers :]
             ]
         # hooks keep the phrase rows of each layer only; the last entry is the one after the final norm
-        hidden, text = [], self.model.model.language_model
+        hidden, text = [], self.decoder
 
         def keep(module, args, output):
             output = output[0] if isinstance(output, tuple) else output

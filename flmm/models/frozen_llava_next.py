@@ -4,6 +4,8 @@ The image span is the base tile (coarse grid), then the unpadded tiles (fine gri
 every row.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -33,6 +35,11 @@ class FrozenLlavaNext(FrozenBase):
         vision, canvas = self.model.config.vision_config, sample["meta_data"]["padded_shape"]
         side = vision.image_size // vision.patch_size
         fine = fine_grid((canvas["height"], canvas["width"]), vision.patch_size, sample["image_sizes"])
+        # LLaVA-OneVision ("anyres_max_9") shrinks what is more than so many tiles
+        most = getattr(self.model.config, "vision_aspect_ratio", "anyres").partition("_max_")[2]
+        ratio = math.sqrt(fine[0] * fine[1] / (int(most) * side**2)) if most else 0
+        if ratio > 1.1:
+            fine = int(fine[0] // ratio), int(fine[1] // ratio)
         return (side, side), fine
 
     def image_tokens(self, sample):

@@ -45,7 +45,7 @@ from common.train import (
 from dia_pangu.src.Dataset.CTRG_dataset import CTRGDataset, collate, raise_bad, read_places
 from dia_pangu.src.Dataset.preprocess import Grid
 from dia_pangu.src.Dataset.prompt import GUIDES, LANGUAGES, ReportText, prompt_phrases, status_text
-from dia_pangu.src.Model.multimodality_model import label_count, token_loss
+from dia_pangu.src.Model.multimodality_model import answer_logits, kept_columns, label_count, token_loss
 from dia_pangu.src.Model.pangu import load_tokenizer
 
 
@@ -127,8 +127,10 @@ def count_labels(batch) -> torch.Tensor:
 
 def mean_loss(model, batch) -> torch.Tensor:
     """Return the mean loss over the labels of a batch, each times its weight where weights are given."""
-    logits = model(input_ids=batch["lang_x"], attention_mask=batch["attention_mask"]).logits
-    return token_loss(logits, batch["labels"], batch.get("loss_reweight")) / count_labels(batch).clamp(min=1)
+    inputs = {"input_ids": batch["lang_x"], "attention_mask": batch["attention_mask"]}
+    logits, labels = answer_logits(model, batch["labels"], **inputs)
+    weights = kept_columns(batch.get("loss_reweight"), batch["labels"])
+    return token_loss(logits, labels, weights) / count_labels(batch).clamp(min=1)
 
 
 @torch.no_grad()

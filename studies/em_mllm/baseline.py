@@ -25,8 +25,9 @@ from common.checkpoint import atomic_json
 from common.errors import UserError, run
 from common.run import describe, open_run, progress, seed_everything
 from common.train import lr_at
-from em_mllm.dataset import SignalDataset, parse_options, read_questions
+from em_mllm.dataset import SignalDataset, read_questions
 from em_mllm.optim import make_optimizers
+from em_mllm.options import parse_options
 from em_mllm.scores import HIGH_SNR_DB
 from studies.em_mllm import short
 

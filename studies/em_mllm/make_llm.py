@@ -29,10 +29,11 @@ from common.errors import UserError, run
 from common.run import progress, seed_everything
 from common.tiny_llm import make_llm, make_tokenizer
 from common.train import lr_at
-from em_mllm.dataset import collate_text, parse_options
+from em_mllm.dataset import collate_text
 from em_mllm.make_data import LETTERS, NOUN, four_choice, open_question
 from em_mllm.model import IQ_END, IQ_START
 from em_mllm.optim import make_optimizers
+from em_mllm.options import parse_options
 from em_mllm.signals import TASKS
 from studies.em_mllm import short
 

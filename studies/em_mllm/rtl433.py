@@ -31,7 +31,7 @@ from common.errors import run
 from common.figures import new_figure, save_figure
 from common.run import open_run, seed_everything
 from em_mllm.convert import NOISE_DB, disturb, read_rtl433
-from em_mllm.dataset import SignalDataset
+from em_mllm.dataset import Augmentation, SignalDataset
 from studies.em_mllm.baseline import predict, train_cnn
 from studies.em_mllm.fewshot import classify, embed, fit, make_encoder, probe
 
@@ -184,7 +184,9 @@ def main(args):
     device = accelerator.device
     train_captures = read_rtl433(args.captures[0])
     test_captures = read_rtl433(args.captures[1], train_captures)
-    train = SignalDataset([args.data / "train" / "device.h5"], ("label",), seed=args.seed, roll=True)
+    train = SignalDataset(
+        [args.data / "train" / "device.h5"], ("label",), seed=args.seed, augmentation=Augmentation(roll=True)
+    )
     names = train.files[0].classes
     everything = np.arange(len(train))
     capture = everything % len(train_captures["y"])  # copies of all captures follow one another in the file

@@ -59,6 +59,8 @@ PLACES_CN = {"right": "右", "left": "左", "upper": "上", "middle": "中", "lo
 COLUMNS = tuple(name.replace(" ", "_") for name in FINDINGS)  # of the label csv
 GUIDES = {"en": "Imaging findings:", "cn": "影像所见："}
 LANGUAGES = tuple(GUIDES)
+# openPangu thinks from the one to the other before it answers.
+THINKING, SPEAKING = "[unused16]", "[unused17]"
 
 
 def without_sides(report: str) -> str:
@@ -213,7 +215,29 @@ class ReportText:
             out[key] = torch.tensor([pad + s[key] if left else s[key] + pad for s, pad in zip(samples, rows)])
         return out
 
+    def spoken(self, ids: list[int]) -> list[int]:
+        """Return ids without what stands from THINKING to the next SPEAKING, or to the end, and without marks
+        that stand alone."""
+        begin, end = (self.mark_id(mark) for mark in (THINKING, SPEAKING))
+        out, thinking = [], False
+        for token in ids:
+            if token in (begin, end):
+                thinking = token == begin
+            elif not thinking:
+                out.append(token)
+        return out
+
+    def mark_id(self, mark: str) -> int:
+        """Return the id of a mark where the tokenizer has it as one token, else -1."""
+        token = self.tokenizer.convert_tokens_to_ids(mark)
+        unknown = token is None or token == self.tokenizer.unk_token_id
+        return -1 if unknown else token
+
     def decode(self, ids) -> str:
-        """Return generated ids as one line of text without special tokens, NUL and line breaks."""
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        """Return generated ids as one line of text without special tokens, NUL and line breaks, and without
+        the thinking that openPangu puts between two of them."""
+        text = self.tokenizer.decode(self.spoken([int(token) for token in ids]), skip_special_tokens=True)
+        # A model that has seen the marks as plain text may also write them so.
+        text = re.sub(r"\[unused16\].*?(?:\[unused17\]|$)", " ", text, flags=re.S)
+        text = re.sub(r"\[unused\d+\]", " ", text)
         return " ".join(text.replace("\0", " ").split())

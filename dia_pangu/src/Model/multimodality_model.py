@@ -6,11 +6,14 @@ ViT runs once per report; frozen parts run without dropout; image tokens are fou
 size of the vocabulary.
 """
 
+from inspect import signature
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from common.errors import UserError
+from common.llm import load_llm as load_language_model  # noqa: F401  upstream's users look for it here
 from dia_pangu.src.Model import pangu  # noqa: F401  registers model type PanguEmbedded
 from dia_pangu.src.Model.my_embedding_layer import MyEmbedding
 
@@ -34,14 +37,39 @@ def label_count(labels: torch.Tensor) -> torch.Tensor:
 def token_loss(
     logits: torch.Tensor, labels: torch.Tensor, loss_reweight: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Sum the cross entropy of the next label over the labels (B, N) that are not -100.
+    """Sum the cross entropy over the labels (B, K) that are not -100, each at the position that predicts it.
 
-    logits: (B, N, V). loss_reweight: (B, N) factors on the single losses; None: all 1.
+    logits: (B, K, V). loss_reweight: (B, K) factors on the single losses; None: all 1.
     """
     losses = F.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100, reduction="none"
+        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="none"
     )
-    return losses.sum() if loss_reweight is None else (losses * loss_reweight[:, 1:].flatten()).sum()
+    return losses.sum() if loss_reweight is None else (losses * loss_reweight.flatten()).sum()
+
+
+def label_columns(labels: torch.Tensor) -> torch.Tensor:
+    """Return which positions (N - 1,) predict a label of any row of labels (B, N)."""
+    return (labels[:, 1:] != -100).any(0)
+
+
+def kept_columns(loss_reweight, labels: torch.Tensor):
+    """Return the weights (B, K) of the labels that `answer_logits` keeps; None for None."""
+    return None if loss_reweight is None else loss_reweight[:, 1:][:, label_columns(labels)]
+
+
+def answer_logits(lang_model, labels: torch.Tensor, **inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the logits (B, K, V) at the K positions whose next token is a label in any row, and those labels
+    (B, K).
+
+    labels: (B, N), -100 = ignored. inputs: of the language model. The prompt's positions, most of a sample,
+    get no logits: at openPangu's vocabulary that is a sixth of the memory. A model of foreign code that knows
+    no `logits_to_keep` computes all.
+    """
+    keep = label_columns(labels).nonzero()[:, 0]
+    base = lang_model.get_base_model() if hasattr(lang_model, "get_base_model") else lang_model
+    if "logits_to_keep" not in signature(base.forward).parameters:
+        return lang_model(**inputs).logits[:, keep], labels[:, keep + 1]
+    return lang_model(**inputs, logits_to_keep=keep).logits, labels[:, keep + 1]
 
 
 class MultiPanguForCausalLM(nn.Module):
@@ -111,6 +139,9 @@ class MultiPanguForCausalLM(nn.Module):
         loss_reweight=None,
         key_words_query=None,
         tokens=None,
+        num_tokens=None,
+        num_samples=None,
+        all_logits=None,
     ) -> dict:
         """Compute the losses and the diagnosis of one batch.
 
@@ -119,17 +150,30 @@ class MultiPanguForCausalLM(nn.Module):
         cls_labels: (B, 14), 1 = present. loss_reweight: (B, N) weights of the labels' losses, which upstream
         accepts and ignores. key_words_query is accepted and unused, as upstream.
 
+        all_logits: whether the logits of all positions are computed, as upstream does; None: in eval mode
+        alone. num_tokens, num_samples: what the sums of the two losses are divided by, instead of this
+        batch's numbers of labels and of samples.
+
         Returns lm_loss, the mean over the labels of this batch; ctr_loss, the mean over its samples; loss =
-        lm_loss + lambda_ctr * ctr_loss; logits (B, N, V); and probability (B, 14) as `diagnose` gives it, so
-        that an evaluation needs nothing but this forward pass, also of a sharded model.
+        lm_loss + lambda_ctr * ctr_loss; logits (B, N, V), or (B, K, V) at the K positions that predict a
+        label (see `answer_logits`); and probability (B, 14) as `diagnose` gives it, so that an evaluation
+        needs nothing but this forward pass, also of a sharded model.
         """
         tokens = self.encode(vision_x) if tokens is None else tokens
         embeds, sim = self.embedding_layer(None, cls_labels, lang_x, mode="train", tokens=tokens)
-        logits = self.lang_model(
-            inputs_embeds=embeds.to(self.lang_model.dtype), attention_mask=attention_mask
-        ).logits
-        lm_loss = token_loss(logits, labels, loss_reweight) / label_count(labels).clamp(min=1)
+        embeds = embeds.to(self.lang_model.dtype)
+        inputs = {"inputs_embeds": embeds, "attention_mask": attention_mask}
+        if not self.training if all_logits is None else all_logits:
+            logits = self.lang_model(**inputs).logits
+            weights = None if loss_reweight is None else loss_reweight[:, 1:]
+            lm_loss = token_loss(logits[:, :-1], labels[:, 1:], weights)
+        else:
+            logits, wanted = answer_logits(self.lang_model, labels, **inputs)
+            lm_loss = token_loss(logits, wanted, kept_columns(loss_reweight, labels))
+        lm_loss = lm_loss / (num_tokens or label_count(labels).clamp(min=1))
         ctr_loss = F.cross_entropy(sim.float(), sim.new_zeros(len(sim), dtype=torch.long))
+        if num_samples:
+            ctr_loss = ctr_loss * len(lang_x) / num_samples
         return {
             "loss": lm_loss + self.lambda_ctr * ctr_loss,
             "lm_loss": lm_loss,

@@ -135,7 +135,7 @@ def visual_cot_resample(base, sample, embeds, positions, box, text, max_new_toke
         seen += inputs.shape[
             1
         ]  # without a mask, gaps between positions would be read as borders between packed texts
-        out = model.model.language_model(
+        out = base.decoder(
             inputs_embeds=inputs,
             position_ids=where[..., None, :],
             past_key_values=cache,
@@ -169,7 +169,7 @@ def chain_of_thought(
     def keep(module, args, inputs):
         kept.update(embeds=inputs["inputs_embeds"][0], positions=inputs["position_ids"][..., 0, :])
 
-    hook = base.model.model.language_model.register_forward_pre_hook(keep, with_kwargs=True)
+    hook = base.decoder.register_forward_pre_hook(keep, with_kwargs=True)
     result = grounder.ground(image, phrases=[thought])
     hook.remove()
     mask = torch.from_numpy(result["coarse_masks" if discard_sam else "masks"][0])

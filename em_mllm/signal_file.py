@@ -1,0 +1,280 @@
+"""One .h5 of signals, read row by row.
+
+IQ_data real (Num, T, 2); optional, as attributes of the file or of IQ_data, or as data sets: fs (Hz; a
+number, text such as "1 MHz", or one for each signal), classes (a JSON list, or an array of names), view and
+view_factor (what `prepare.view` did to the rows); optional columns, one value for each signal: label, snr,
+pulse_width, ... Groups and other data sets may stand beside them.
+"""
+
+import hashlib
+import json
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+# repository root: every way of starting this file finds it
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import h5py
+import numpy as np
+
+from common.checkpoint import atomic_path
+from common.errors import UserError
+from common.files import first_line, hdf5_item
+from common.run import progress
+from em_mllm.em_foundation.models.configuration_em import REGRESSION_TASKS
+from em_mllm.prepare import VIEWS
+
+DEFAULT_FS = 20e6  # Hz, what the seed script assumes
+RATE_NAMES = ("fs", "Fs", "FS", "sample_rate", "sampling_rate", "samp_rate")
+COLUMNS = ("label", "snr", *REGRESSION_TASKS)
+BLOCK = 2**22  # values read at a time
+
+
+def plain_text(value) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+
+
+def read_rate(value, where: str) -> float:
+    """A sampling rate in Hz from a number, an array of one, or text such as "1 MHz" or "250k"."""
+    value = np.asarray(value)
+    if value.size != 1:
+        raise UserError(f"{where} is an array of {value.size} values, expected one rate in Hz")
+    value = value.ravel()[0]
+    if isinstance(value, (bytes, str)):
+        text = plain_text(value)
+        match = re.fullmatch(
+            r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([kKMG]?)(?:[hH]z|[sS]ps|SPS|[sS]a?/s|s/s)?\s*", text
+        )
+        if not match:
+            raise UserError(f"{where} is {text!r}, expected a rate such as 1000000 or '1 MHz'")
+        value = float(match[1]) * {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9}[match[2]]
+    try:
+        rate = float(value)
+    except (TypeError, ValueError):
+        rate = float("nan")
+    if not (np.isfinite(rate) and rate > 0):
+        raise UserError(f"{where} is {value!r}, expected a rate in Hz above 0")
+    return rate
+
+
+def read_names(value, where: str) -> list[str]:
+    """Class names from a JSON list or object, from text with commas, or from an array of names."""
+    if isinstance(value, (bytes, str, np.bytes_, np.str_)):
+        text = plain_text(value)
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = [part.strip() for part in re.split(r"[,;\n]", text) if part.strip()]
+    if isinstance(value, dict):  # number -> name, or name -> number
+        numbered = all(re.fullmatch(r"\d+", str(k)) for k in value)
+        pairs = [(int(k), v) for k, v in value.items()] if numbered else [(v, k) for k, v in value.items()]
+        value = [name for _, name in sorted(pairs)]
+    names = [plain_text(name) for name in np.asarray(value, object).ravel().tolist()]
+    if not names or len(set(names)) < len(names):
+        raise UserError(f"{where}: expected a list of different class names, it holds {names[:8]}")
+    return names
+
+
+class SignalFile:
+    """One .h5 of signals, opened anew in each process (an HDF5 handle must not cross a fork) and read row by
+    row.
+
+    Attributes: count, points (T), fs in Hz (of the first signal where they differ; `rate(i)` of each),
+    fs_stated (whether the file says it), classes (list of names or None), columns {name: shape}, done (view,
+    factor) of the rows. UserError says what is wrong.
+    """
+
+    def __init__(self, path, default_fs=DEFAULT_FS):
+        self.path = Path(path)
+        self._file, self._pid, self._rates = None, None, None
+        self.packed, self._map = None, None  # see `pack`
+        if not self.path.is_file():
+            raise UserError(f"{path}: no such file; check the path")
+        try:
+            with h5py.File(self.path, "r") as file:
+                self._look(file, default_fs)
+        except OSError as error:
+            raise UserError(
+                f"{path}: not a readable HDF5 file ({first_line(error)}); was the copy cut short?"
+            ) from error
+
+    def _look(self, file, default_fs):
+        """Read the shapes and everything that stands beside the signals."""
+        path = self.path
+        if "IQ_data" not in file.keys() or not isinstance(hdf5_item(file, "IQ_data", False), h5py.Dataset):
+            raise UserError(
+                f"{path}: has no dataset IQ_data (it has {', '.join(file) or 'nothing'}); store the signals "
+                "there"
+            )
+        data = hdf5_item(file, "IQ_data", whole=False)
+        if data.ndim != 3 or data.shape[2] != 2:
+            raise UserError(
+                f"{path}: IQ_data is {data.shape}, expected (Num, T, 2); put I and Q on the last axis"
+            )
+        if data.dtype.kind not in "fiu":
+            raise UserError(
+                f"{path}: IQ_data is {data.dtype}, expected real numbers such as float32; store I and Q as "
+                "two columns"
+            )
+        self.count, self.points = data.shape[:2]
+        if self.count == 0 or self.points == 0:
+            raise UserError(f"{path}: IQ_data is empty, {(self.count, self.points, 2)}")
+        beside = [name for name in file.keys() if name != "IQ_data" and not self._leads_out(file, name)]
+        sets = {name: hdf5_item(file, name, whole=False) for name in beside}
+        sets = {
+            name: item
+            for name, item in sets.items()
+            if isinstance(item, h5py.Dataset) and item.shape is not None
+        }
+        self.columns = {name: item.shape for name, item in sets.items() if item.shape[:1] == (self.count,)}
+        for name in COLUMNS:
+            if name in sets and name not in self.columns:
+                rows = sets[name].shape[0] if sets[name].shape else "no"
+                raise UserError(
+                    f"{path}: {name} has {rows} rows, IQ_data {self.count}; write one row per signal"
+                )
+        beside = {**sets, **data.attrs, **file.attrs}
+        self._read_rates(beside, default_fs)
+        names = beside.get("classes")
+        names = names[()] if isinstance(names, h5py.Dataset) else names
+        self.classes = None if names is None else read_names(names, f"{path}: classes")
+        if self.classes is None and "label" in sets and sets["label"].dtype.kind in "OSU":
+            self.classes = sorted({plain_text(name) for name in sets["label"][()].ravel()})
+        self.done = (plain_text(beside.get("view", "iq")), int(np.ravel(beside.get("view_factor", 1))[0]))
+        if self.done[0] not in VIEWS or self.done[1] < 1:
+            raise UserError(
+                f"{path}: view is {self.done[0]} x {self.done[1]}, expected {' or '.join(VIEWS)}; update or "
+                "convert again"
+            )
+        # a chunk is read and unpacked whole, also for one row of it
+        self.slow = data.chunks is not None and data.chunks[0] > 4
+
+    @staticmethod
+    def _leads_out(file, name: str) -> bool:
+        """Whether something that is not read here is a link to another file or to nothing."""
+        link = file.get(name, getlink=True)
+        wanted = (*COLUMNS, *RATE_NAMES, "classes", "view", "view_factor")
+        return name not in wanted and not isinstance(link, h5py.HardLink)
+
+    def _read_rates(self, beside: dict, default_fs):
+        name = next((name for name in RATE_NAMES if name in beside), None)
+        self.fs_stated = name is not None
+        if name is None:
+            self.fs = float(default_fs)
+            return
+        where, value = f"{self.path}: {name}", beside[name]
+        value = value[()] if isinstance(value, h5py.Dataset) else value
+        if np.size(value) == self.count > 1:
+            rates = np.ravel(value)
+            if rates.dtype.kind in "OSU":
+                rates = np.array([read_rate(rate, where) for rate in rates])
+            self._rates = rates.astype(float)
+            if not (np.isfinite(self._rates) & (self._rates > 0)).all():
+                raise UserError(f"{where} holds values that are no rate in Hz above 0")
+            self.fs = float(self._rates[0])
+        else:
+            self.fs = read_rate(value, where)
+
+    def rate(self, index: int) -> float:
+        """Sampling rate of signal `index` in Hz."""
+        return self.fs if self._rates is None else float(self._rates[int(index)])
+
+    def rates(self) -> list[float]:
+        """The different sampling rates of the file in Hz, in ascending order."""
+        return [self.fs] if self._rates is None else sorted(set(self._rates.tolist()))
+
+    @property
+    def file(self):
+        if self._pid != os.getpid():
+            self._file, self._pid = h5py.File(self.path, "r"), os.getpid()
+        return self._file
+
+    def __getstate__(self):
+        return {**self.__dict__, "_file": None, "_pid": None, "_map": None}
+
+    def __len__(self):
+        return self.count
+
+    def _rows(self, rows) -> np.ndarray:
+        try:
+            if self.packed is not None:
+                if self._map is None:
+                    self._map = np.load(self.packed, mmap_mode="r")
+                return np.array(self._map[rows])
+            return self.file["IQ_data"][rows].astype(np.float32)
+        except OSError as error:
+            span = f"{rows.start}:{rows.stop}" if isinstance(rows, slice) else rows
+            raise UserError(
+                f"{self.path}: IQ_data[{span}] cannot be read ({error}); was the copy cut short?"
+            ) from error
+
+    def read(self, index: int, start: int = 0, count: int | None = None) -> np.ndarray:
+        """Signal `index` as (T, 2) float32, as stored; or `count` of its samples from `start` on."""
+        if start or count is not None:
+            stop = self.points if count is None else start + count
+            return self.file["IQ_data"][int(index), start:stop].astype(np.float32)
+        return self._rows(int(index))
+
+    def column(self, name: str) -> np.ndarray:
+        """A per-signal column as a flat array: `label`, `snr`, `pri`, ...; class names as their numbers."""
+        if name not in self.columns:
+            raise UserError(
+                f"{self.path}: has no dataset {name} (it has {', '.join(self.columns) or 'IQ_data alone'})"
+            )
+        values = self.file[name][()].reshape(self.count, -1)[:, 0]
+        if values.dtype.kind not in "OSU":
+            return values
+        names = [plain_text(value) for value in values]
+        if name == "label" and not (unknown := set(names) - set(self.classes)):
+            return np.array([self.classes.index(n) for n in names], float)
+        raise UserError(
+            f"{self.path}: {name} holds text such as {names[0]!r}"
+            + (f"; {min(unknown)!r} is not among the classes" if name == "label" else ", expected numbers")
+        )
+
+    def pack(self):
+        """Copy signals that are stored in large or compressed chunks once, row by row, into a cache, from
+        which single signals are read a hundred times as fast.
+
+        The cache lies in EM_MLLM_CACHE, or in a folder of the temporary files; other content, another copy.
+        """
+        if not self.slow or self.packed is not None:
+            return
+        state = self.path.stat()
+        key = f"{self.path.resolve()}:{state.st_size}:{state.st_mtime_ns}"
+        folder = Path(os.environ.get("EM_MLLM_CACHE") or f"{tempfile.gettempdir()}/em_mllm-{os.getuid()}")
+        cache = folder / f"{hashlib.sha1(key.encode()).hexdigest()}.npy"
+        if not cache.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            size = 8 * self.count * self.points / 1e6
+            print(f"{self.path}: stored in chunks; copied once to {cache} ({size:.0f} MB) for fast reading")
+            with atomic_path(cache) as temporary, open(temporary, "wb") as out:
+                header = {"descr": "<f4", "fortran_order": False, "shape": (self.count, self.points, 2)}
+                np.lib.format.write_array_header_1_0(out, header)
+                for part in self._blocks():
+                    out.write(self._rows(part).astype("<f4").tobytes())
+        self.packed = cache
+
+    def _blocks(self):
+        """Slices of rows that are read at a time: whole chunks of the file."""
+        chunks = self.file["IQ_data"].chunks
+        rows = max(1, BLOCK // (2 * self.points))
+        if chunks:
+            rows = max(1, rows // chunks[0]) * chunks[0]
+        starts = progress(range(0, self.count, rows), desc=f"reading {self.path.name}", leave=False)
+        return (slice(start, min(start + rows, self.count)) for start in starts)
+
+    def bad_signals(self) -> dict[int, str]:
+        """{index: what is wrong} for signals with nan, inf or nothing but zeros; reads the file once, block
+        by block."""
+        bad = {}
+        for part in self._blocks():
+            x = self._rows(part)
+            finite = np.isfinite(x).all((1, 2))
+            silent = ~np.any(x, (1, 2))
+            for i in np.nonzero(~finite | silent)[0]:
+                bad[part.start + int(i)] = "is all zero" if finite[i] else "holds nan or inf"
+        return bad

@@ -1,0 +1,114 @@
+"""Tiny random models of the real transformers classes of every family, to check an adapter without a
+download."""
+
+import torch
+import transformers as hf
+
+from flmm.models.tiny import TEXT, TINY_FAMILIES, tiny_model, tiny_tokenizer
+
+VISION = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+SPECIAL = [
+    *("<IMG_CONTEXT>", "<img>", "</img>", "<start_of_image>", "<image_soft_token>", "<end_of_image>"),
+    *("<fake_token_around_image>", "<global-img>", "<end_of_utterance>"),
+    *(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)),
+]
+# One user turn, as the tokenizers of these models write it; what stands for a picture differs.
+CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}IMAGE{% else %}"
+    "{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def check_tokenizer(family):
+    """A tokenizer with the special tokens of `family`, and a chat template where the family asks for one."""
+    from flmm.build import FAMILIES
+
+    tokenizer, kind = tiny_tokenizer(), FAMILIES[family]
+    if family not in TINY_FAMILIES:
+        tokenizer.add_special_tokens({"additional_special_tokens": [*SPECIAL, "<|im_start|>", "<|im_end|>"]})
+        tokenizer.chat_template = CHAT.replace("IMAGE", kind.chat_image or kind.image_text)
+    return tokenizer
+
+
+def tiny_base(family, seed=0, attention="rows", **options):
+    """A frozen base of `family` with random weights and a tokenizer of its own."""
+    from flmm.build import FAMILIES
+
+    kind, tokenizer = FAMILIES[family], check_tokenizer(family)
+    if family in TINY_FAMILIES:
+        model, options = tiny_model(family, tokenizer, seed), {"template": "plain", **options}
+    else:
+        torch.manual_seed(seed)
+        model = new_model(family, tokenizer)
+    sizes = {"size": {"shortest_edge": 1024, "longest_edge": 20_000}} if family.startswith("qwen") else {}
+    if family in ("smolvlm", "idefics3"):
+        sizes = {"size": {"longest_edge": 128}}
+    if family == "internvl":
+        sizes = {"max_patches": 6}
+    processor = kind.make_processor(model.config, sizes)
+    return kind(model, tokenizer, processor, attention=attention, question="Describe.", **options)
+
+
+def new_model(family, tokenizer):
+    """A random model of one of the families that transformers added since the paper."""
+    token = tokenizer.convert_tokens_to_ids
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    text = {**TEXT, **{name: getattr(tokenizer, name) for name in names}, "vocab_size": len(tokenizer)}
+    grouped = {**text, "num_key_value_heads": 2, "head_dim": 32}
+    siglip = dict(VISION, model_type="siglip_vision_model", image_size=64, patch_size=8)
+    if family == "qwen3_vl":
+        rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
+        rope["mrope_interleaved"] = True
+        vision = dict(depth=3, hidden_size=96, intermediate_size=192, num_heads=4, patch_size=8)
+        vision |= dict(spatial_merge_size=2, temporal_patch_size=2, out_hidden_size=128)
+        config = hf.Qwen3VLConfig(
+            text_config={**grouped, "rope_parameters": rope},
+            vision_config={**vision, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 256},
+            image_token_id=token("<|image_pad|>"),
+            video_token_id=token("<|video_pad|>"),
+            vision_start_token_id=token("<|vision_start|>"),
+            vision_end_token_id=token("<|vision_end|>"),
+        )
+    elif family == "internvl":
+        config = hf.InternVLConfig(
+            vision_config=dict(VISION, image_size=[64, 64], patch_size=[8, 8]),
+            text_config=dict(model_type="qwen2", **text),
+            image_token_id=token("<IMG_CONTEXT>"),
+            downsample_ratio=0.5,
+        )
+    elif family == "gemma3":
+        kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+        config = hf.Gemma3Config(
+            text_config={**grouped, "sliding_window": 16, "layer_types": kinds, "query_pre_attn_scalar": 32},
+            vision_config=dict(VISION, image_size=64, patch_size=8),
+            mm_tokens_per_image=16,
+            image_token_index=token("<image_soft_token>"),
+            boi_token_index=token("<start_of_image>"),
+            eoi_token_index=token("<end_of_image>"),
+        )
+    elif family in ("smolvlm", "idefics3"):
+        kind = hf.SmolVLMConfig if family == "smolvlm" else hf.Idefics3Config
+        config = kind(
+            text_config={"model_type": "llama", **text},
+            vision_config=dict(VISION, image_size=64, patch_size=8),
+            image_token_id=token("<image>"),
+            scale_factor=2,
+        )
+    else:
+        config = hf.LlavaOnevisionConfig(
+            text_config={"model_type": "qwen2", **text},
+            vision_config=siglip,
+            image_token_index=token("<image>"),
+            image_token_id=token("<image>"),
+            image_grid_pinpoints=[[64 * i, 64 * j] for i in range(1, 7) for j in range(1, 7)],
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="full",
+        )
+    from flmm.build import FAMILIES
+
+    model = getattr(hf, FAMILIES[family].architecture)(config)
+    if family == "gemma3":  # its projection starts at zero, so every picture would look alike
+        torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.05)
+    return model

@@ -1,0 +1,361 @@
+"""em_mllm: a model folder carries its whole contract. One preparation of signals from training to a single
+recording, every kind of continued training read back as it was left, and options that contradict the folder
+refused."""
+
+import itertools
+import json
+import os
+import shutil
+from types import SimpleNamespace
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+import em_mllm.test
+import em_mllm.train
+from common.errors import UserError
+from common.tiny_llm import make_llm, make_tokenizer
+from em_mllm.convert import view as convert_view
+from em_mllm.dataset import Augmentation, QuestionCollator, QuestionDataset, SignalDataset, task_pairs
+from em_mllm.em_foundation.models import SiTMAEConfig, SiTMAEModelWithoutMask
+from em_mllm.model import load_model, read_notes, save_model, set_trainable
+from em_mllm.prepare import AS_RECORDED, SignalSpec, check_rate, prepare
+from em_mllm.recordings import CANNOT_TELL, cut, together
+
+QUESTION = "选出最符合的调制类型。(A) CW (B) 2ASK (C) BPSK"
+NAMES = ["CW", "2ASK", "BPSK"]
+SIZES = dict(
+    hidden_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    intermediate_size=16,
+    patch_size=(16, 1),
+    max_seq_len=(272, 1),
+    attention_type="sdpa",
+)
+
+
+def run(module, *arguments):
+    args = module.parse_args([str(a) for a in arguments])
+    module.main(args)
+    return args
+
+
+def write_task(folder, points=128, count=9, offset=2.0, questions=2, **attributes):
+    """Signals with a large mean, so that a preparation that takes it off in one place only is seen."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(len(str(folder)))
+    with h5py.File(folder / "x.h5", "w") as file:
+        file["IQ_data"] = (rng.standard_normal((count, points, 2)) + [offset, 0]).astype("f4")
+        file["label"] = np.arange(count, dtype="f4")[:, None] % 3
+        file.attrs.update(attributes)
+    rows = [
+        {
+            "id": i,
+            "question": QUESTION,
+            "answer": f"正确答案是：({'ABC'[i % 3]}) {NAMES[i % 3]}",
+            "iq_index_in_h5": i,
+            "h5_path": "x.h5",
+        }
+        for i in range(count)
+    ]
+    (folder / "x.json").write_text(json.dumps(rows * questions, ensure_ascii=False), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("contract")
+    make_llm(
+        folder / "llm",
+        make_tokenizer([QUESTION, *NAMES, "正确答案是："] * 3, 400),
+        hidden_size=16,
+        intermediate_size=16,
+        initializer_range=0.2,
+    )
+    torch.manual_seed(1)
+    SiTMAEModelWithoutMask(SiTMAEConfig(**SIZES)).save_pretrained(folder / "encoder")
+    write_task(folder / "train")
+    write_task(folder / "polar", view="polar", view_factor=8, fs=31250.0)
+    write_task(folder / "test", questions=1)
+    (folder / "test/y").mkdir()
+    return folder
+
+
+def train(world, out, *more, data="train", parts=True, max_steps=1):
+    paths = ("--signal-encoder-path", world / "encoder", "--llm-model-path", world / "llm")
+    command = ("--task-dir", world / data, "--signal-tokens", 2, "--batch-size", 3, "--lr", 1e-2)
+    if not parts:
+        paths, command = (), command[:2] + command[4:]
+    return run(em_mllm.train, *command, *paths, "--max-steps", max_steps, "--out", out, *more)
+
+
+@pytest.fixture(scope="module")
+def folders(world):
+    """Model folders of the three kinds, of a model that takes the mean off, and of one that reads a view."""
+    kinds = {"frozen": ["--freeze-llm"], "full": [], "adapter": ["--use-lora"]}
+    for name, options in kinds.items():
+        train(world, world / name, *options, max_steps=2)
+    train(world, world / "dc", "--freeze-llm", "--remove-dc", "--resample")
+    train(world, world / "seen", "--freeze-llm", data="polar")
+    return world
+
+
+# ---- one preparation
+
+
+@pytest.mark.parametrize("name, data", [("frozen", "test"), ("dc", "test"), ("seen", "polar")])
+def test_a_recording_is_asked_as_the_test_set_is_to_the_bit(folders, tmp_path, capsys, name, data):
+    """Row i of a .h5 through --iq and through --task-dir: the same tensors, and so the same scores."""
+    model = folders / name / "model"
+    task = ("--model", model, "--task-dir", folders / data, "--batch-size", 1, "--out", tmp_path / "out")
+    run(em_mllm.test, *task, "--max-new-tokens", 2)
+    rows = [json.loads(line) for line in open(tmp_path / "out/predictions.jsonl", encoding="utf-8")]
+    notes = read_notes(model)
+    spec = SignalSpec.from_json(notes["signal"])
+    loaded, tokenizer = load_model(model)
+    dataset = QuestionDataset(task_pairs(folders / data), tokenizer, with_answers=False, signal=spec)
+    for i in (0, 4):
+        command = ("--model", model, "--iq", folders / data / "x.h5", "--index", i, "--question", QUESTION)
+        args = em_mllm.test.parse_args([str(a) for a in (*command, "--max-new-tokens", 2)])
+        _, fs, ((start, window),) = cut(args, args.iq[0], notes, spec, loaded.signal_encoder.config)
+        iq, rate = prepare(window, fs, spec, dataset.files[0].done)
+        assert start == 0 and np.array_equal(iq, dataset[i]["iq"][0]) and rate == dataset[i]["fs"][0]
+        em_mllm.test.main(em_mllm.test.parse_args([*map(str, command), "--out", str(tmp_path / f"iq-{i}")]))
+        window, capture = (json.loads(t) for t in open(tmp_path / f"iq-{i}/answers.jsonl", encoding="utf-8"))
+        probability = torch.tensor(rows[i]["scores"]).softmax(0)
+        assert list(window["probabilities"].values()) == [round(float(p), 5) for p in probability]
+        assert capture["answer"] == rows[i]["likeliest"] and capture["agreement"] == 1.0
+        assert f"answer: ({capture['answer']})" in capsys.readouterr().out
+
+
+def test_a_raw_capture_goes_through_the_view_of_training(folders, tmp_path):
+    """An rtl_433 capture as recorded, asked of a model that learned magnitude and frequency, 8 to a point."""
+    notes = read_notes(folders / "seen/model")
+    spec = SignalSpec.from_json(notes["signal"])
+    assert (spec.view, spec.factor, spec.points, spec.rates) == ("polar", 8, 128, (31250.0,))
+    raw = np.random.default_rng(0).integers(0, 255, (1024, 2)).astype("u1")
+    raw.tofile(tmp_path / "g001_433.92M_250k.cu8")
+    args = SimpleNamespace(index=0, iq_format=None, fs=None, window=None, windows=4)
+    config = SiTMAEConfig(**SIZES)
+    recording, fs, ((_, window),) = cut(args, tmp_path / "g001_433.92M_250k.cu8", notes, spec, config)
+    iq, rate = prepare(window, fs, spec, recording.done)
+    z = (raw.astype("f4") - 127.5) @ np.array([1, 1j])
+    expected = convert_view(z.astype(np.complex64))
+    assert rate == 31250.0 and iq.shape == (128, 2)
+    np.testing.assert_allclose(iq, expected / np.abs(expected).max(), atol=1e-5)
+
+
+def test_preparation_takes_the_mean_off_resamples_and_refuses_another_view():
+    iq = np.ones((64, 2), "f4") + np.linspace(-1, 1, 64)[:, None]
+    plain, _ = prepare(iq, 1e6, SignalSpec())
+    centred, _ = prepare(iq, 1e6, SignalSpec(remove_dc=True))
+    assert plain.min() >= 0 and centred.mean() == pytest.approx(0, abs=1e-6)
+    z = np.exp(2j * np.pi * 0.05 * np.arange(512))
+    tone = np.stack([z.real, z.imag], 1)
+    slow, fs = prepare(tone, 2e6, SignalSpec(points=512, rates=(1e6,), resample=True))
+    turned = np.angle((slow[1:] @ [1, 1j]) * (slow[:-1] @ [1, -1j]))[50:-50]
+    assert fs == 1e6 and len(slow) == 256
+    np.testing.assert_allclose(turned / 2 / np.pi, 0.1, atol=1e-3)  # the same Hz, at half the rate
+    assert prepare(tone, 1.02e6, SignalSpec(points=512, rates=(1e6,), resample=True))[1] == 1.02e6
+    with pytest.raises(UserError, match="polar x 8, the model reads iq x 1"):
+        prepare(iq, 1e6, SignalSpec(), ("polar", 8))
+
+
+def test_a_rate_unlike_training_is_told_in_one_line(capsys):
+    spec = SignalSpec(rates=(1e6, 2e6))
+    for fs in (1e6, 1.03e6, 2e6):
+        check_rate(spec, fs, "a")
+    assert capsys.readouterr().err == ""
+    check_rate(spec, 48e3, "a")
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_waves_of_a_view_are_not_augmented(world):
+    file = world / "polar/x.h5"
+    for flags in ({"noise_db": (0, 5)}, {"shift_hz": 10.0}, {"phase": True}, {"conjugate": True}):
+        with pytest.raises(UserError, match="leave out the others"):
+            SignalDataset([file], augmentation=Augmentation(**flags))
+    SignalDataset([file], augmentation=Augmentation(roll=True))[0]
+
+
+def test_phase_and_mirror_are_what_they_say():
+    rng = np.random.default_rng(0)
+    iq = rng.standard_normal((64, 2)).astype("f4")
+    z, seen = iq @ [1, 1j], set()
+    for _ in range(20):
+        turned = Augmentation(phase=True)(iq, 1e6, rng) @ [1, 1j]
+        assert np.ptp(np.angle(turned / z)) < 1e-4 or np.ptp(np.angle(-turned / z)) < 1e-4
+        mirrored = Augmentation(conjugate=True)(iq, 1e6, rng) @ [1, 1j]
+        seen.add("same" if np.allclose(mirrored, z) else "mirrored")
+        assert np.allclose(mirrored, z) or np.allclose(mirrored, z.conj())
+    assert seen == {"same", "mirrored"}
+
+
+# ---- continued training
+
+
+def loss_of(model, tokenizer, world):
+    dataset = QuestionDataset(task_pairs(world / "test"), tokenizer)
+    batch = QuestionCollator(16, tokenizer.pad_token_id)([dataset[i] for i in range(9)])
+    batch.pop("rows")
+    with torch.no_grad():
+        return float(model.eval()(**batch)["loss"])
+
+
+KINDS = ("frozen", "full", "adapter")
+FLAGS = {"frozen": ["--freeze-llm"], "full": [], "adapter": ["--use-lora"]}
+
+
+@pytest.mark.parametrize("first, second", itertools.product(KINDS, KINDS))
+def test_continued_training_is_read_back_as_it_was_left(folders, tmp_path, first, second):
+    """The loss before saving is the loss after loading, whatever was trained before and now."""
+    kept = []
+    with pytest.MonkeyPatch.context() as patch:
+
+        def save(out, model, tokenizer, *rest, **notes):
+            kept.append(loss_of(model, tokenizer, folders))
+            return save_model(out, model, tokenizer, *rest, **notes)
+
+        patch.setattr(em_mllm.train, "save_model", save)
+        before = folders / first / "model"
+        train(folders, tmp_path / "run", "--trained-dir", before, *FLAGS[second], parts=False, max_steps=2)
+    model, tokenizer = load_model(tmp_path / "run/model")
+    assert loss_of(model, tokenizer, folders) == pytest.approx(kept[0], abs=1e-6)
+    assert kept[0] != pytest.approx(loss_of(*load_model(before), folders), abs=1e-4)
+    notes = read_notes(tmp_path / "run/model")
+    assert [step["language_model"] for step in notes["lineage"]] == [first, second]
+
+
+@pytest.mark.parametrize("first", KINDS)
+def test_nothing_of_a_frozen_language_model_moves_its_adapters_included(folders, first):
+    model, _ = load_model(folders / first / "model")
+    set_trainable(model, freeze_llm=True, freeze_signal_encoder=True, use_lora=False)
+    assert not any(p.requires_grad for p in model.llm.parameters())
+
+
+def test_another_language_model_under_an_adapter_is_refused(folders, tmp_path):
+    shutil.copytree(folders / "llm", tmp_path / "llm")
+    load_model(folders / "adapter/model", tmp_path / "llm")  # the same one, moved
+    make_llm(
+        tmp_path / "other",
+        make_tokenizer([QUESTION, *NAMES, "正确答案是："] * 3, 400),
+        seed=5,
+        hidden_size=16,
+        intermediate_size=16,
+    )
+    with pytest.raises(UserError, match="another language model"):
+        load_model(folders / "adapter/model", tmp_path / "other")
+    with pytest.raises(UserError, match="--llm-model-path has no effect"):
+        load_model(folders / "full/model", tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    "kind, options, word",
+    [
+        ("frozen", ["--signal-encoder-path", "/does/not/exist"], "--signal-encoder-path"),
+        ("frozen", ["--projector", "mlp"], "--projector"),
+        ("frozen", ["--signal-tokens", "0"], "--signal-tokens"),
+        ("frozen", ["--dtype", "bfloat16"], "--dtype"),
+        ("frozen", ["--attention-type", "eager"], "--attention-type"),
+        ("frozen", ["--legacy"], "--legacy"),
+        ("frozen", ["--chat-template"], "--chat-template"),
+        ("frozen", ["--remove-dc"], "--remove-dc"),
+        ("frozen", ["--resample"], "--resample"),
+        ("frozen", ["--lora-r", "4"], "--lora-r"),
+        ("full", ["--llm-model-path", "/does/not/exist"], "--llm-model-path"),
+        ("adapter", ["--use-lora", "--lora-r", "64"], "--lora-r"),
+        ("adapter", ["--use-lora", "--lora-alpha", "64"], "--lora-alpha"),
+        ("adapter", ["--use-lora", "--lora-dropout", "0.5"], "--lora-dropout"),
+        ("adapter", ["--use-lora", "--lora-targets", "nonsense"], "--lora-targets"),
+    ],
+)
+def test_an_option_that_contradicts_the_model_is_refused(folders, kind, options, word):
+    command = ["--task-dir", str(folders / "train"), "--trained-dir", str(folders / kind / "model"), *options]
+    with pytest.raises(UserError, match=word) as error:
+        em_mllm.train.make_model(em_mllm.train.parse_args(command), [])
+    assert "\n" not in str(error.value)
+
+
+def test_what_the_model_holds_is_inherited_and_may_be_said_again(folders):
+    command = [
+        "--task-dir",
+        str(folders / "train"),
+        "--trained-dir",
+        str(folders / "dc/model"),
+        "--freeze-llm",
+    ]
+    same = ["--signal-encoder-path", folders / "encoder", "--llm-model-path", folders / "llm"]
+    same += ["--signal-tokens", 2, "--remove-dc", "--projector", "linear"]
+    args = em_mllm.train.parse_args([*command, *map(str, same)])
+    em_mllm.train.check_options(args)
+    assert (args.signal_tokens, args.remove_dc, args.resample, args.dtype) == (2, True, True, "float32")
+
+
+# ---- the folder is only read
+
+
+def snapshot(folder):
+    return {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_testing_twice_is_testing_the_same_model_also_from_a_read_only_folder(folders, tmp_path):
+    model = folders / "frozen/model"
+    before = snapshot(model)
+    os.chmod(model, 0o555)
+    try:
+        results = []
+        for name in ("one", "two"):
+            out = tmp_path / name
+            held = ("--calibrate-dir", folders / "train", "--target-accuracy", 0.5)
+            run(em_mllm.test, "--model", model, "--task-dir", folders / "test", *held, "--out", out)
+            results.append((out / "metrics.json").read_text())
+        assert results[0] == results[1] and snapshot(model) == before
+    finally:
+        os.chmod(model, 0o755)
+    calibration = json.loads((tmp_path / "one/calibration.json").read_text())
+    assert calibration["temperature"] == json.loads(results[0])["temperature"]
+    ask = ("--model", model, "--iq", folders / "test/x.h5", "--question", QUESTION, "--out", tmp_path / "iq")
+    (tmp_path / "sure.json").write_text(json.dumps({"temperature": 1.0, "threshold": 1.1}))
+    run(em_mllm.test, *ask, "--calibration", tmp_path / "sure.json")
+    *_, capture = (json.loads(line) for line in open(tmp_path / "iq/answers.jsonl", encoding="utf-8"))
+    assert capture["answer"] == CANNOT_TELL and capture["likeliest"] in "ABC"
+
+
+def test_windows_speak_together_by_their_mean_log_likelihood():
+    answers = [
+        {
+            "options": {"A": "x", "B": "y"},
+            "scores": s,
+            "likeliest": "AB"[s[1] > s[0]],
+            "pred": "A",
+            "text": "",
+        }
+        for s in ([2.0, 0.0], [0.0, 1.0], [0.5, 0.0])
+    ]
+    whole = together(answers, {"temperature": 1.0})
+    assert whole["answer"] == "A" and whole["agreement"] == pytest.approx(2 / 3)
+    unsure = together(answers, {"temperature": 1.0, "threshold": 0.99})
+    assert unsure["answer"] == CANNOT_TELL and unsure["probabilities"] == whole["probabilities"]
+
+
+def test_folders_of_recordings_are_asked_and_a_bad_one_is_named(folders, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for name in ("a.CF32", "sub/b.cf32"):
+        (tmp_path / "rec" / name).parent.mkdir(exist_ok=True, parents=True)
+        rng.standard_normal((600, 2)).astype("f4").tofile(tmp_path / "rec" / name)
+    (tmp_path / "rec/c.cf32").write_bytes(b"12345")
+    command = ("--model", folders / "frozen/model", "--iq", tmp_path / "rec", "--fs", 20e6, "--windows", 3)
+    with pytest.raises(UserError, match="1 of 3 recordings"):
+        run(em_mllm.test, *command, "--question", QUESTION, "--out", tmp_path / "out")
+    lines = [json.loads(line) for line in open(tmp_path / "out/answers.jsonl", encoding="utf-8")]
+    assert sorted(line["kind"] for line in lines) == ["capture"] * 2 + ["error"] + ["window"] * 6
+    assert all(line["start"] % 128 == 0 for line in lines if line["kind"] == "window")
+    assert "c.cf32" in capsys.readouterr().err
+
+
+def test_recorded_rows_are_as_recorded(world):
+    dataset = SignalDataset([world / "train/x.h5"])
+    assert dataset.files[0].done == AS_RECORDED and dataset.signal == SignalSpec(points=128, rates=(20e6,))

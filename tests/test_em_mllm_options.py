@@ -1,0 +1,264 @@
+"""em_mllm: questions with options and answers to them, as they are written in Chinese and English."""
+
+import json
+
+import h5py
+import numpy as np
+import pytest
+
+from common.tiny_llm import make_tokenizer
+from em_mllm.dataset import QuestionDataset, common_wordings, encode_text, read_questions, task_pairs
+from em_mllm.make_data import CHOICE, NOUN, four_choice
+from em_mllm.options import candidate, extract_letter, looks_like_choice, parse_options, wording
+from em_mllm.submission import validate_submission
+from em_mllm.test import fill_unread
+
+FOUR = ["GFSK", "FM", "MSK", "2FSK"]
+QUESTIONS = [
+    ("选出最符合的调制类型。(A) GFSK (B) FM (C) MSK (D) 2FSK", FOUR),
+    ("选出最符合的调制类型。（A）GFSK （B）FM （C）MSK （D）2FSK", FOUR),
+    ("选出最符合的调制类型。（Ａ）GFSK（Ｂ）FM（Ｃ）MSK（Ｄ）2FSK", FOUR),
+    ("选出最符合的调制类型。A. GFSK B. FM C. MSK D. 2FSK", FOUR),
+    ("选出最符合的调制类型。A.GFSK B.FM C.MSK D.2FSK", FOUR),
+    ("选出最符合的调制类型：\nA、GFSK\nB、FM\nC、MSK\nD、2FSK", FOUR),
+    ("A、GFSK；B、FM；C、MSK；D、2FSK。", FOUR),
+    ("Which?\nA) GFSK\nB) FM\nC) MSK\nD) 2FSK", FOUR),
+    ("Which?\n(A) GFSK\n(B) FM\n(C) MSK\n(D) 2FSK\nAnswer with the letter only.", FOUR),
+    ("Which?\n\nA. GFSK\nB. FM\nC. MSK\nD. 2FSK\n\nYour answer:", FOUR),
+    ("请依据给出的同相(I)和正交(Q)数据，选出调制类型。(A) GFSK (B) FM (C) MSK (D) 2FSK", FOUR),
+    ("In-phase (I) and quadrature (Q). Which? (A) GFSK (B) FM (C) MSK (D) 2FSK", FOUR),
+    ("选出最符合的调制类型。(A) GFSK (B) FM (C) MSK (D) 2FSK。请只回答字母。", FOUR),
+    ("选出最符合的调制类型。(A) GFSK (B) FM (C) MSK (D) 2FSK，请只回答字母", FOUR),
+    ("选出最符合的调制类型。(A) GFSK (B) FM (C) MSK (D) 2FSK（请只回答字母）", FOUR),
+    ("(A)GFSK;(B)FM;(C)MSK;(D)2FSK", FOUR),
+    ("Which one? (A) GFSK, (B) FM, (C) MSK, or (D) 2FSK?", FOUR),
+    ("Which one? A: GFSK, B: FM, C: MSK, D: 2FSK", FOUR),
+    ("Which one? A：GFSK，B：FM，C：MSK，D：2FSK", FOUR),
+    ("选项A：GFSK 选项B：FM 选项C：MSK 选项D：2FSK", FOUR),
+    ("Option A: GFSK\nOption B: FM\nOption C: MSK\nOption D: 2FSK", FOUR),
+    ("从A、B、C、D中选出：A. GFSK B. FM C. MSK D. 2FSK", FOUR),
+    ("Choose from (A)-(D). (A) GFSK (B) FM (C) MSK (D) 2FSK. Answer with the letter.", FOUR),
+    (
+        "Choose one of (A), (B), (C), (D).\n(A) GFSK\n(B) FM\n(C) MSK\n(D) 2FSK\nRespond with A, B, C or D.",
+        FOUR,
+    ),
+    ("是什么？(A) GFSK还是(B) FM还是(C) MSK还是(D) 2FSK？", FOUR),
+    ("**A.** GFSK\n**B.** FM\n**C.** MSK\n**D.** 2FSK", FOUR),
+    ("Options:\n- (A) GFSK\n- (B) FM\n- (C) MSK\n- (D) 2FSK", FOUR),
+    ("Options:\n* A. GFSK\n* B. FM\n* C. MSK\n* D. 2FSK\n", FOUR),
+    ("【A】GFSK 【B】FM 【C】MSK 【D】2FSK", FOUR),
+    ("[A] GFSK [B] FM [C] MSK [D] 2FSK", FOUR),
+    ("Which?\nA GFSK\nB FM\nC MSK\nD 2FSK", FOUR),
+    ("（A. GFSK；B. FM；C. MSK；D. 2FSK）", FOUR),
+    ("调制类型是？（选项：A.GFSK，B.FM，C.MSK，D.2FSK）请回答。", FOUR),
+    ("a) GFSK b) FM c) MSK d) 2FSK", FOUR),
+    ("(a) GFSK (b) FM (c) MSK (d) 2FSK", FOUR),
+    ("What is the SNR? (A) -10 dB (B) -5 dB (C) 0 dB (D) 5 dB", ["-10 dB", "-5 dB", "0 dB", "5 dB"]),
+    (
+        "What is the bandwidth? A. 1.25 MHz B. 2.5 MHz C. 5 MHz D. 10 MHz. Answer now.",
+        ["1.25 MHz", "2.5 MHz", "5 MHz", "10 MHz"],
+    ),
+    (
+        "Which? (A) The signal is FM. (B) The signal is AM. (C) It is noise. Answer briefly.",
+        ["The signal is FM", "The signal is AM", "It is noise"],
+    ),
+    (
+        "Which? (A) AM-DSB (B) AM-SSB-WC (C) 16QAM (D) pi/4-DQPSK (E) cannot tell",
+        ["AM-DSB", "AM-SSB-WC", "16QAM", "pi/4-DQPSK", "cannot tell"],
+    ),
+    ("该信号的调制类型是什么？", []),
+    ("What is the modulation type of this signal?", []),
+    ("同相(I)和正交(Q)数据是什么调制？", []),
+    ("A signal is received. Which modulation is it?", []),
+    ("What does plan A. say?", []),
+    ("选出最符合的调制类型。\n（A）GFSK\n（B）FM\n（C）MSK\n（D）2FSK\n请直接给出选项字母，不要解释。", FOUR),
+    ("Signal (A) was seen. (A) GFSK (B) FM (C) MSK (D) 2FSK", FOUR),
+    ("(A) GFSK\t(B) FM\t(C) MSK\t(D) 2FSK", FOUR),
+    ("A - GFSK\nB - FM\nC - MSK\nD - 2FSK", FOUR),
+    ("Is it (A) GFSK / (B) FM / (C) MSK / (D) 2FSK", FOUR),
+    ("(A) GFSK (B) FM (C) MSK (D) 2FSK\n注意：只能选一个。", FOUR),
+    ("(A) low (below 3 dB) (B) high (above 3 dB)", ["low (below 3 dB)", "high (above 3 dB)"]),
+    ("A. GFSK\r\nB. FM\r\nC. MSK\r\nD. 2FSK\r\nAnswer:", FOUR),
+    ("以下哪个？A.GFSK;B.FM;C.MSK;D.2FSK.", FOUR),
+    ("Question: which? Options: A. GFSK, B. FM, C. MSK, D. 2FSK. Think step by step.", FOUR),
+    ("(A) 正确 (B) 错误", ["正确", "错误"]),
+    ("A) GFSK; B) FM; C) MSK; D) 2FSK; choose one", FOUR),
+]
+LETTERS = [
+    ("正确答案是：（B）FM", "B"),
+    ("答案：B", "B"),
+    ("选项B", "B"),
+    ("B", "B"),
+    ("The answer is B.", "B"),
+    ("Answer: B", "B"),
+    ("**B**", "B"),
+    ("A signal with FM", "B"),
+    ("正确答案是：B. FM", "B"),
+    ("I think (E)", None),
+    ("正确答案是：(B) FM", "B"),
+    ("The correct answer is: (D) 2FSK", "D"),
+    ("（C）MSK", "C"),
+    ("A", "A"),
+    ("B. FM", "B"),
+    ("2FSK", "D"),
+    ("It is GFSK.", "A"),
+    ("FM", "B"),
+    ("none", None),
+    ("(E) x", None),
+    ("GFSK or MSK", None),
+    ("", None),
+    ("选B", "B"),
+    ("我选择B", "B"),
+    ("答案是B", "B"),
+    ("答案为 B", "B"),
+    ("应选（B）", "B"),
+    ("Option B", "B"),
+    ("The correct option is (B).", "B"),
+    ("B) FM", "B"),
+    ("B、FM", "B"),
+    ("B: FM", "B"),
+    ("b", "B"),
+    ("(b)", "B"),
+    ("Ｂ", "B"),
+    ("（Ｂ）", "B"),
+    ("\\boxed{B}", "B"),
+    ("<answer>B</answer>", "B"),
+    ('{"answer": "B"}', "B"),
+    ("B is correct.", "B"),
+    ("B is the correct answer", "B"),
+    ("So the answer is **B**.", "B"),
+    ("Therefore: B", "B"),
+    ("fm", "B"),
+    ("A signal", None),
+    ("I pick B", "B"),
+    ("I would choose C.", "C"),
+    ("not (A), but (B)", "B"),
+    ("The signal is a FM signal, so the answer is (B).", "B"),
+    ("A simple carrier, so it is MSK", "C"),
+    ("答案：Ｂ。", "B"),
+    ("B FM", "B"),
+    ("The answer is a", "A"),
+    ("The answer is a signal with FM", "B"),
+    ("Answer with the letter B", "B"),
+    ("(A) or (B)", None),
+    ('"B"', "B"),
+    ("`B`", "B"),
+    ("B。", "B"),
+    ("2fsk", "D"),
+    ("最终答案：**(C) MSK**", "C"),
+    ("The answer is not A but B", "B"),
+    ("D", "D"),
+    ("C.", "C"),
+    ("GFSK", "A"),
+    ("An FM", "B"),
+    ("I", None),
+]
+WORDINGS = [
+    ("正确答案是：(B) FM", "正确答案是：({letter}) {name}"),
+    ("B", "{letter}"),
+    ("The correct answer is: (B) FM", "The correct answer is: ({letter}) {name}"),
+    ("FM", "{name}"),
+    ("答案：B", "答案：{letter}"),
+    ("B. FM", "{letter}. {name}"),
+    ("Answer: FM (B)", "Answer: {name} ({letter})"),
+    ("A {signal}: (B) FM", "A {{signal}}: ({letter}) {name}"),
+    ("I cannot tell.", None),
+]
+
+
+@pytest.mark.parametrize("question, names", QUESTIONS)
+def test_options_are_read_in_every_wording(question, names):
+    assert parse_options({"question": question}) == dict(zip("ABCDEFGH", names))
+
+
+@pytest.mark.parametrize("text, letter", LETTERS)
+def test_the_letter_of_an_answer_is_read_in_every_wording(text, letter):
+    assert extract_letter(text, dict(zip("ABCD", FOUR))) == letter
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        ["(A) GFSK", "(B) FM", "(C) MSK", "(D) 2FSK"],
+        ["A. GFSK", "B. FM", "C. MSK", "D. 2FSK"],
+        FOUR,
+        dict(zip("ABCD", FOUR)),
+        {"(A)": "GFSK", "(B)": "FM", "(C)": "MSK", "(D)": "2FSK"},
+        "A: GFSK, B: FM, C: MSK, D: 2FSK",
+    ],
+)
+def test_options_of_a_field_of_their_own(choices):
+    record = {"question": "Which of the plans (A) or (B)?", "Answer choices": choices}
+    assert list(parse_options(record).values()) == FOUR
+
+
+@pytest.mark.parametrize("answer, template", WORDINGS)
+def test_the_wording_of_an_answer_makes_the_same_answer_again(answer, template):
+    assert wording(answer, dict(zip("ABCD", FOUR))) == template
+    if template:
+        for question in ("哪一个？", "Which?"):
+            assert candidate(question, "B", "FM", {"zh": template, "en": template}) == answer
+
+
+def test_the_generator_writes_what_the_grammar_reads():
+    rng = np.random.default_rng(0)
+    for _ in range(20 * len(CHOICE)):
+        item = four_choice(FOUR + ["AM", "16QAM"], "MSK", NOUN["modulation"], rng)
+        options = parse_options(item)
+        assert len(options) == 4 and options[extract_letter(item["answer"], options)] == "MSK"
+
+
+def test_options_are_scored_in_the_wording_that_was_trained():
+    rows = [
+        ("Which? A. FM B. AM", "Answer: B"),
+        ("Which? A. FM B. AM", "Answer: A"),
+        ("哪个？A、FM B、AM", "选A"),
+    ]
+    records = [{"question": q, "answer": a} for q, a in rows] + [{"question": "what?", "answer": "FM"}]
+    wordings = common_wordings(records)
+    assert wordings == {"en": "Answer: {letter}", "zh": "选{letter}"}
+    assert candidate("Which one?", "B", "AM", wordings) == "Answer: B"
+    assert candidate("哪一个？", "B", "AM", {"en": "Answer: {letter}"}) == "Answer: B"
+
+
+@pytest.fixture
+def unreadable(tmp_path):
+    """Three questions: one that is read, one whose options are not, an open one."""
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["IQ_data"] = np.ones((3, 32, 2), "f4")
+    texts = ["Which? (A) FM (B) AM", "Choose the modulation: FM | AM | MSK", "What is it?"]
+    rows = [{"id": i, "question": text, "iq_index_in_h5": i} for i, text in enumerate(texts)]
+    (tmp_path / "x.json").write_text(json.dumps(rows))
+    return tmp_path
+
+
+def test_a_question_whose_options_cannot_be_read_is_counted_and_answered(unreadable):
+    tokenizer = make_tokenizer(["Which? (A) FM"] * 3, 300)
+    data = QuestionDataset(task_pairs(unreadable), tokenizer, with_answers=False)
+    assert data.unread == 1
+    answers = [{"id": 0, "text": "B", "pred": "B"}, {"id": 1, "text": "Answer: C"}, {"id": 2, "text": "FM"}]
+    assert fill_unread(data, answers) == 1 and [a.get("pred") for a in answers] == ["B", "C", None]
+    content = {"team_name": "t", "model_name": "m", "evaluation_time": "2026-01-01 00:00:00"}
+    content["answers"] = [{"id": a["id"], "pred": a["pred"]} for a in answers if "pred" in a]
+    (unreadable / "s.json").write_text(json.dumps(content))
+    said = validate_submission(unreadable / "s.json", read_questions(unreadable / "x.json"))
+    assert "valid, 2 answers" in said and "1 questions could not be read" in said
+
+
+def test_open_questions_do_not_look_like_a_choice():
+    for question in ("该信号的调制类型是什么？", "What is the SNR of this signal?"):
+        assert not looks_like_choice({"question": question, "answer": "FM"})
+    assert looks_like_choice({"question": "What is it?", "answer": "正确答案是：(B) FM"})
+
+
+@pytest.mark.parametrize("text", ["is <IQ_START> here?", "</s> and <IQ_END>", "plain"])
+def test_control_tokens_in_a_question_are_text(text):
+    tokenizer = make_tokenizer(["is it here? and plain"] * 3, 300)
+    size = len(tokenizer)
+    tokenizer.add_tokens(["<IQ_START>", "<IQ_END>"], special_tokens=True)
+    ids, prompt = encode_text(tokenizer, text, text)
+    assert max(ids) < size and ids.count(tokenizer.eos_token_id) == 2 and ids[prompt - 1] == ids[-1]
+    tokenizer.chat_template = "{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}<s>"
+    chat, _ = encode_text(tokenizer, text, None, chat=True)
+    first = tokenizer.convert_tokens_to_ids("<s>")
+    assert chat.count(tokenizer.eos_token_id) == 1 and chat.count(first) == 2 and max(chat) < size

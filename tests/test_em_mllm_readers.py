@@ -1,0 +1,479 @@
+"""em_mllm: recordings and data sets as their formats allow them; what a file does not tell is asked for."""
+
+import io
+import json
+import pickle
+import tarfile
+
+import h5py
+import numpy as np
+import pytest
+import scipy.io
+import scipy.io.wavfile
+
+from common.errors import UserError
+from common.tiny_llm import make_tokenizer
+from em_mllm.convert import read_radioml2016
+from em_mllm.dataset import QuestionDataset, read_questions, task_pairs
+from em_mllm.iq_io import find_recordings, open_recording, rate_in_name, read_iq, strong_windows
+from em_mllm.signal_file import SignalFile, read_names, read_rate
+
+N = 3000
+T = np.arange(N)
+Z = (0.7 * np.exp(2j * np.pi * 0.05 * T) * (1 + 0.3 * np.cos(2 * np.pi * T / 200))).astype(np.complex64)
+PAIR = np.stack([Z.real, Z.imag], 1)
+
+
+def assert_same(iq, z=Z):
+    y = iq[:, 0] + 1j * iq[:, 1]
+    assert len(y) == len(z)
+    assert abs(np.vdot(z, y)) / (np.linalg.norm(z) * np.linalg.norm(y)) > 0.999
+
+
+# ---- rates
+
+
+@pytest.mark.parametrize(
+    "name, rate",
+    [
+        ("g001_433.92M_250k.cu8", 250e3),
+        ("g001_250k_433.92M.cu8", 250e3),
+        ("g001_433.92M.cu8", None),
+        ("g001_433920k_1024k.cu8", None),  # two rates: which?
+        ("g001_868.3M_1000k.cs16", 1e6),
+        ("capture_2.4Msps.cf32", 2.4e6),
+        ("capture_2400ksps_cf32.cf32", 2.4e6),
+        ("capture_100MHz_2MSps.cf32", 2e6),
+        ("RTL-SDR-20200101_000000-433_92MHz-1MSps-1MHz.complex16u", 1e6),
+        ("HDSDR_20130101_120000Z_7100kHz_RF.cs16", None),
+        ("gqrx_20240101_120000_433920000_1800000_fc.raw", 1.8e6),
+        ("recording.cf32", None),
+        ("block_3k5.cf32", None),
+        ("x_250K.cu8", 250e3),
+    ],
+)
+def test_rates_in_names_follow_the_conventions_of_sdr_programs(name, rate):
+    assert rate_in_name(name) == rate
+
+
+@pytest.mark.parametrize(
+    "value, rate",
+    [
+        (1e6, 1e6),
+        ("1 MHz", 1e6),
+        ("250k", 250e3),
+        (b"20 MS/s", 20e6),
+        (np.array([5e5]), 5e5),
+        (np.array([[2]]), 2.0),
+        ("1e6", 1e6),
+        ("2.5 Msps", 2.5e6),
+    ],
+)
+def test_a_rate_may_be_number_text_or_array(value, rate):
+    assert read_rate(value, "x") == rate
+
+
+@pytest.mark.parametrize("value", ["fast", "", -1.0, np.nan, 0, np.array([1.0, 2.0]), "1 MHz or 2"])
+def test_what_is_no_rate_is_refused(value):
+    with pytest.raises(UserError, match="x "):
+        read_rate(value, "x")
+
+
+# ---- .h5
+
+
+def write_h5(path, build=lambda file: None, count=3):
+    with h5py.File(path, "w") as file:
+        file["IQ_data"] = np.stack([PAIR * (k + 1) for k in range(count)]).astype("f4")
+        build(file)
+    return path
+
+
+@pytest.mark.parametrize(
+    "build, fs, classes",
+    [
+        (lambda f: f.create_dataset("fs", data=1e6), 1e6, None),
+        (lambda f: f.create_dataset("fs", data=[1e6]), 1e6, None),
+        (lambda f: f.create_dataset("sample_rate", data="1 MHz"), 1e6, None),
+        (lambda f: f.attrs.update(fs="1 MHz"), 1e6, None),
+        (lambda f: f.attrs.update(Fs=np.array([1e6])), 1e6, None),
+        (lambda f: f["IQ_data"].attrs.update(fs=1e6), 1e6, None),
+        (lambda f: f.create_dataset("fs", data=np.array([[1e6], [2e6], [3e6]])), 1e6, None),
+        (lambda f: f.create_group("meta").create_dataset("x", data=[1]), 20e6, None),
+        (lambda f: f.create_dataset("notes", data=np.zeros((7, 2))), 20e6, None),
+        (lambda f: f.create_dataset("title", data="a recording"), 20e6, None),
+        (lambda f: f.attrs.create("classes", ["AM", "FM"], dtype=h5py.string_dtype()), 20e6, ["AM", "FM"]),
+        (lambda f: f.attrs.create("classes", np.array([b"AM", b"FM"])), 20e6, ["AM", "FM"]),
+        (lambda f: f.attrs.update(classes='["AM", "FM"]'), 20e6, ["AM", "FM"]),
+        (lambda f: f.attrs.update(classes="AM, FM"), 20e6, ["AM", "FM"]),
+        (lambda f: f.attrs.update(classes='{"1": "FM", "0": "AM"}'), 20e6, ["AM", "FM"]),
+        (
+            lambda f: f.create_dataset("classes", data=["AM", "FM"], dtype=h5py.string_dtype()),
+            20e6,
+            ["AM", "FM"],
+        ),
+        (lambda f: f.create_dataset("label", data=np.array([b"FM", b"AM", b"FM"])), 20e6, ["AM", "FM"]),
+    ],
+)
+def test_legal_hdf5_is_read(tmp_path, build, fs, classes):
+    path = write_h5(tmp_path / "x.h5", build)
+    file = SignalFile(path)
+    assert (file.fs, file.classes) == (fs, classes) and len(file) == 3 and not file.bad_signals()
+    iq, rate = read_iq(path, 1)
+    assert_same(iq)
+    assert rate == file.rate(1)
+
+
+def test_labels_may_be_names_and_rates_may_differ_from_signal_to_signal(tmp_path):
+    def build(file):
+        file["label"] = np.array([[b"FM"], [b"AM"], [b"FM"]])
+        file["fs"] = np.array([1e6, 2e6, 4e6])
+        file["group/inner"] = [1, 2, 3]
+
+    file = SignalFile(write_h5(tmp_path / "x.h5", build))
+    assert file.column("label").tolist() == [1, 0, 1] and file.rates() == [1e6, 2e6, 4e6]
+    assert file.rate(2) == 4e6 and "group" not in file.columns
+
+
+@pytest.mark.parametrize(
+    "build, words",
+    [
+        (lambda f: f.attrs.update(fs="fast"), "x.h5: fs is 'fast'"),
+        (lambda f: f.create_dataset("fs", data=[1e6, 2e6]), "fs is an array of 2 values"),
+        (lambda f: f.create_dataset("fs", data=[1e6, 0, 1e6]), "fs holds values"),
+        (lambda f: f.attrs.update(classes='["AM", "AM"]'), "different class names"),
+        (lambda f: f.create_dataset("snr", data=[1.0, 2.0]), "snr has 2 rows, IQ_data 3"),
+        (lambda f: f.attrs.update(view="waterfall"), "view is waterfall"),
+    ],
+)
+def test_what_cannot_be_meant_in_hdf5_is_one_line(tmp_path, build, words):
+    with pytest.raises(UserError, match=words) as error:
+        SignalFile(write_h5(tmp_path / "x.h5", build))
+    assert "\n" not in str(error.value)
+
+
+def test_class_names_of_an_object_of_numbers():
+    assert read_names('{"FM": 1, "AM": 0}', "x") == ["AM", "FM"]
+
+
+@pytest.mark.parametrize(
+    "options", [{"compression": "gzip"}, {"chunks": (64, 200, 1)}, {"chunks": (256, 8, 2)}]
+)
+def test_chunked_signals_are_copied_once_and_read_the_same(tmp_path, monkeypatch, capsys, options):
+    monkeypatch.setenv("EM_MLLM_CACHE", str(tmp_path / "cache"))
+    x = np.random.default_rng(0).standard_normal((300, 200, 2)).astype("f4")
+    x[7, 3, 0], x[200] = np.nan, 0
+    chunks = {"chunks": (64, 200, 2), **options}
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file.create_dataset("IQ_data", data=x, **chunks)
+    for said in (1, 0):
+        file = SignalFile(tmp_path / "x.h5")
+        assert file.slow
+        file.pack()
+        assert capsys.readouterr().out.count("copied once") == said
+        assert file.bad_signals() == {7: "holds nan or inf", 200: "is all zero"}
+        assert all(np.array_equal(file.read(i), x[i], equal_nan=True) for i in (0, 7, 64, 299))
+    with h5py.File(tmp_path / "plain.h5", "w") as file:
+        file["IQ_data"] = x
+    assert not SignalFile(tmp_path / "plain.h5").slow
+
+
+# ---- raw
+
+
+RAW = {
+    ".cu8": ("u1", 120, 127.5),
+    ".complex16u": ("u1", 120, 127.5),
+    ".cs8": ("i1", 120, 0),
+    ".complex16s": ("i1", 120, 0),
+    ".cs16": ("<i2", 30000, 0),
+    ".cu16": ("<u2", 30000, 32767.5),
+    ".cs32": ("<i4", 1e9, 0),
+    ".cf32": ("<f4", 1, 0),
+    ".cfile": ("<f4", 1, 0),
+    ".complex": ("<f4", 1, 0),
+    ".cf64": ("<f8", 1, 0),
+    ".CU8": ("u1", 120, 127.5),
+    ".Cf32": ("<f4", 1, 0),
+}
+
+
+def stored(dtype, scale, offset):
+    values = PAIR.astype(float) * scale + offset
+    return (values if np.dtype(dtype).kind == "f" else values.round()).astype(dtype)
+
+
+@pytest.mark.parametrize("suffix", RAW)
+def test_raw_formats_of_any_spelling(tmp_path, suffix):
+    stored(*RAW[suffix]).tofile(tmp_path / f"a_250k{suffix}")
+    iq, fs = read_iq(tmp_path / f"a_250k{suffix}")
+    assert_same(iq)
+    assert fs == 250e3
+
+
+@pytest.mark.parametrize("suffix", [".raw", ".iq", ".bin", ".dat", ".DAT"])
+def test_a_suffix_that_names_no_format_is_asked_for(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    stored(*RAW[".cs16"]).tofile(path)
+    with pytest.raises(UserError, match="--iq-format") as error:
+        read_iq(path)
+    assert "\n" not in str(error.value)
+    assert_same(read_iq(path, iq_format="cs16")[0])
+    stored(*RAW[".cs16"]).astype(">i2").tofile(path)
+    assert_same(read_iq(path, iq_format="ci16_be")[0])
+    with pytest.raises(UserError, match="'cs12' is not known"):
+        read_iq(path, iq_format="cs12")
+
+
+def test_a_format_that_a_file_names_itself_is_not_overruled(tmp_path):
+    np.save(tmp_path / "a.npy", Z)
+    with pytest.raises(UserError, match="--iq-format has no effect"):
+        read_iq(tmp_path / "a.npy", iq_format="cs16")
+    stored(*RAW[".cf32"]).tofile(tmp_path / "a.cf32")
+    with pytest.raises(UserError, match="--index 2"):
+        read_iq(tmp_path / "a.cf32", 2)
+
+
+# ---- arrays
+
+
+def mat73(path, content):
+    with h5py.File(path, "w", userblock_size=512) as file:
+        for key, value in content.items():
+            value = np.atleast_2d(value).T  # MATLAB writes its columns first
+            if np.iscomplexobj(value):
+                both = np.empty(value.shape, [("real", "f4"), ("imag", "f4")])
+                both["real"], both["imag"] = value.real, value.imag
+                value = both
+            file.create_dataset(key, data=value)
+    head = b"MATLAB 7.3 MAT-file, Platform: GLNXA64, Created on: Mon Jan 1 00:00:00 2024 HDF5 schema 1.00 ."
+    with open(path, "r+b") as file:
+        file.write(head.ljust(116) + b" " * 8 + b"\x00\x02IM")
+
+
+@pytest.mark.parametrize("write", [scipy.io.savemat, mat73])
+@pytest.mark.parametrize(
+    "content, index",
+    [
+        ({"x": Z[:, None]}, 0),
+        ({"x": Z[None]}, 0),
+        ({"x": np.stack([Z, Z * 0 + 1, Z * 0 + 2], 1)}, 0),
+        ({"x": np.stack([Z * 0 + 1, Z * 0 + 2, Z], 1)}, 2),
+        ({"x": np.stack([Z * 0 + 1, Z], 1)}, 1),
+        ({"x": np.stack([PAIR * 0, PAIR])}, 1),
+        ({"x": PAIR}, 0),
+        ({"x": PAIR.T}, 0),
+        ({"x": np.stack([PAIR.T * 0, PAIR.T, PAIR.T * 0])}, 1),  # (Num, 2, T)
+        ({"I": PAIR[:, 0], "Q": PAIR[:, 1]}, 0),
+        ({"other": np.zeros(40), "iq": Z}, 0),
+    ],
+)
+def test_both_mat_versions_give_the_same_signal(tmp_path, write, content, index):
+    write(tmp_path / "a.mat", {**content, "Fs": 1e6})
+    iq, fs = read_iq(tmp_path / "a.mat", index)
+    assert_same(iq)
+    assert fs == 1e6
+
+
+def test_npz_and_stacks_and_wav(tmp_path):
+    np.savez(tmp_path / "a.npz", iq=np.stack([PAIR * 0 + 1, PAIR]), fs=5e5, y=np.arange(2))
+    iq, fs = read_iq(tmp_path / "a.npz", 1)
+    assert_same(iq)
+    assert fs == 5e5
+    np.savez(tmp_path / "b.npz", iq=stored("u1", 120, 127.5))
+    (tmp_path / "b.npz").rename(tmp_path / "b.NPZ")
+    assert_same(read_iq(tmp_path / "b.NPZ")[0])
+    np.save(tmp_path / "a.npy", np.stack([Z * 0, Z]))
+    assert_same(read_iq(tmp_path / "a.npy", 1)[0])
+    scipy.io.wavfile.write(tmp_path / "a.WAV", 48000, (PAIR * 30000).astype("i2"))
+    iq, fs = read_iq(tmp_path / "a.WAV")
+    assert_same(iq)
+    assert fs == 48000
+    scipy.io.wavfile.write(tmp_path / "real.wav", 48000, PAIR[:, 0].astype("f4"))
+    recording = open_recording(tmp_path / "real.wav")
+    assert_same(np.concatenate([block for _, block in recording.blocks(700)])[50:-50], Z[50:-50])
+
+
+# ---- SigMF
+
+BODY, HEAD = (PAIR * 30000).round().astype("<i2").tobytes(), b"\x7f" * 64
+
+
+def sigmf(folder, data, captures, name="a", **more):
+    settings = {"core:datatype": "ci16_le", "core:sample_rate": 1e6, "core:version": "1.2.0", **more}
+    meta = {"global": settings, "captures": captures, "annotations": []}
+    (folder / more.get("core:dataset", f"{name}.sigmf-data")).write_bytes(data)
+    (folder / f"{name}.sigmf-meta").write_text(json.dumps(meta))
+    return folder / f"{name}.sigmf-meta"
+
+
+FIRST = [{"core:sample_start": 0}]
+
+
+@pytest.mark.parametrize(
+    "data, captures, more",
+    [
+        (BODY, FIRST, {}),
+        (BODY, [], {}),
+        (HEAD + BODY, [{"core:sample_start": 0, "core:header_bytes": 64}], {}),
+        (
+            HEAD + BODY[:8000] + HEAD + BODY[8000:],
+            [{"core:sample_start": s, "core:header_bytes": 64} for s in (0, 2000)],
+            {"core:dataset": "a.iq"},
+        ),
+        (
+            BODY[:8000] + HEAD + BODY[8000:],
+            [*FIRST, {"core:sample_start": 2000, "core:header_bytes": 64}],
+            {},
+        ),
+        (b"\x07\x00" * 1000 + BODY, [{"core:sample_start": 500}], {}),
+        (BODY + b"12345678", FIRST, {"core:trailing_bytes": 8}),
+        (BODY, [{"core:sample_start": 700}], {"core:offset": 700}),
+        (BODY, [{"core:sample_start": 2000}, *FIRST], {}),
+        ((PAIR * 30000).round().astype(">i2").tobytes(), FIRST, {"core:datatype": "ci16_be"}),
+        ((PAIR * 120 + 127.5).round().astype("u1").tobytes(), FIRST, {"core:datatype": "cu8"}),
+        (PAIR.astype("<f8").tobytes(), FIRST, {"core:datatype": "cf64_le"}),
+        (
+            np.repeat(PAIR[:, None], 2, 1).tobytes(),
+            FIRST,
+            {"core:datatype": "cf32_le", "core:num_channels": 2},
+        ),
+    ],
+)
+def test_sigmf_as_the_specification_allows_it(tmp_path, data, captures, more):
+    iq, fs = read_iq(sigmf(tmp_path, data, captures, **more))
+    assert_same(iq)
+    assert fs == 1e6
+
+
+def test_a_sigmf_archive_is_read_where_it_lies(tmp_path):
+    path = sigmf(tmp_path, HEAD + BODY, [{"core:sample_start": 0, "core:header_bytes": 64}])
+    with tarfile.open(tmp_path / "a.sigmf", "w") as archive:
+        for part in (path, path.with_suffix(".sigmf-data")):
+            archive.add(part, f"a/{part.name}")
+    assert_same(read_iq(tmp_path / "a.sigmf")[0])
+
+
+@pytest.mark.parametrize(
+    "data, captures, more, words",
+    [
+        (BODY, FIRST, {"core:datatype": "ci12"}, "core:datatype: the format 'ci12' is not known"),
+        (BODY, FIRST, {"core:sample_rate": "fast"}, "core:sample_rate is 'fast'"),
+        (BODY, [{"core:sample_start": 9000}], {}, "behind the end of the data"),
+        (b"", FIRST, {}, "no samples there"),
+    ],
+)
+def test_sigmf_that_cannot_be_meant_is_one_line(tmp_path, data, captures, more, words):
+    with pytest.raises(UserError, match=words) as error:
+        read_iq(sigmf(tmp_path, data, captures, **more))
+    assert "\n" not in str(error.value)
+
+
+def test_a_sigmf_data_set_may_not_lie_elsewhere(tmp_path):
+    (tmp_path / "in").mkdir()
+    path = sigmf(tmp_path / "in", BODY, FIRST, **{"core:dataset": "a.iq"})
+    path.write_text(path.read_text().replace("a.iq", "../b.iq"))
+    (tmp_path / "b.iq").write_bytes(BODY)
+    with pytest.raises(UserError, match="lies outside"):
+        read_iq(path)
+
+
+# ---- streams
+
+
+def test_windows_of_a_stream_are_those_of_the_whole(tmp_path):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((50000, 2)).astype("f4") * 0.01
+    for start in (4000, 20000, 20200, 41000):
+        x[start : start + 900] += PAIR[:900] * rng.uniform(1, 2)
+    x.tofile(tmp_path / "a.cf32")
+    recording = open_recording(tmp_path / "a.cf32")
+    whole = {s: x[s : s + 256] for s in range(0, 50000 - 255, 128)}
+    power = {s: w.var(0).sum() for s, w in whole.items()}
+    strong = [s for s in power if power[s] >= max(power.values()) / 10]
+    expected = sorted(sorted(strong, key=lambda s: -power[s])[:6])
+    recording.blocks = lambda size, blocks=recording.blocks: blocks(1000)  # every border is crossed
+    found = strong_windows(recording, 256, 128, most=6)
+    assert [start for start, _ in found] == expected
+    assert all(np.array_equal(window, whole[start]) for start, window in found)
+
+
+def test_folders_stand_for_the_recordings_below_them(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("b.cf32", "a.CU8", "sub/c.h5", "notes.txt", "d.sigmf-meta", "d.sigmf-data"):
+        (tmp_path / name).write_bytes(b"")
+    names = [p.name for p in find_recordings([tmp_path, tmp_path / "b.cf32"])]
+    assert names == ["a.CU8", "b.cf32", "d.sigmf-meta", "c.h5"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no recording"):
+        find_recordings([tmp_path / "empty"])
+
+
+# ---- questions
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer(["Which? (A) FM (B) AM"] * 3, 300)
+
+
+def questions(path, *h5_paths, encoding="utf-8"):
+    rows = [
+        {
+            "id": i,
+            "question": "哪个？(A) FM (B) AM",
+            "answer": "(A) FM",
+            "iq_index_in_h5": i % 3,
+            "h5_path": name,
+        }
+        for i, name in enumerate(h5_paths)
+    ]
+    path.write_text(json.dumps(rows, ensure_ascii=False), encoding=encoding)
+    return path
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "gbk", "gb18030", "utf-16"])
+def test_question_files_of_any_usual_encoding(tmp_path, encoding):
+    read = read_questions(questions(tmp_path / "x.json", "x.h5", encoding=encoding))
+    assert read[0]["question"].startswith("哪个")
+
+
+def test_a_pair_put_together_by_the_user_wins_over_what_the_questions_name(tmp_path, tokenizer):
+    (tmp_path / "signals").mkdir()
+    (tmp_path / "texts").mkdir()
+    h5 = write_h5(tmp_path / "signals/renamed.h5", lambda f: f.attrs.update(fs=1e6))
+    write_h5(tmp_path / "texts/x.h5")
+    for named in ("x.h5", "/data/elsewhere/x.h5", "../signals/renamed.h5", "absent.h5", None):
+        pair = task_pairs(None, [h5, questions(tmp_path / "texts/x.json", named, named)])
+        data = QuestionDataset(pair, tokenizer)
+        assert [f.path for f in data.files] == [h5] and data[1]["fs"] == [1e6]
+    # in a folder, a file that a question names lies in the folder
+    for named, words in (("/data/elsewhere/x.h5", "lies outside"), ("../signals/renamed.h5", "lies outside")):
+        questions(tmp_path / "texts/x.json", named)
+        with pytest.raises(UserError, match=words):
+            QuestionDataset(task_pairs(tmp_path / "texts"), tokenizer)
+    # questions that name several files are about those
+    write_h5(tmp_path / "texts/y.h5")
+    pair = task_pairs(None, [h5, questions(tmp_path / "texts/x.json", "x.h5", "y.h5")])
+    assert [f.path.name for f in QuestionDataset(pair, tokenizer).files] == ["x.h5", "y.h5"]
+
+
+def test_a_radioml_pickle_that_was_saved_again_is_read(tmp_path):
+    cells = {(name, np.int64(snr)): np.ones((2, 2, 8), "f4") for name in ("AM", "FM") for snr in (-4, 18)}
+    for protocol in (2, 5):
+        (tmp_path / "r.pkl").write_bytes(pickle.dumps(cells, protocol=protocol))
+        read = list(read_radioml2016(tmp_path / "r.pkl"))
+        assert [(name, snr, x.shape) for name, snr, x in read][:2] == [
+            ("AM", -4.0, (2, 8, 2)),
+            ("AM", 18.0, (2, 8, 2)),
+        ]
+
+
+def test_an_object_in_a_resaved_pickle_still_runs_nothing(tmp_path):
+    evil = type("Evil", (), {"__reduce__": lambda self: (open, (str(tmp_path / "ran"), "w"))})()
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([evil], object), allow_pickle=True)
+    (tmp_path / "r.pkl").write_bytes(pickle.dumps({("AM", 0): np.array([evil], object)}))
+    with pytest.raises(UserError):
+        list(read_radioml2016(tmp_path / "r.pkl"))
+    assert not (tmp_path / "ran").exists()

@@ -1,0 +1,217 @@
+"""flmm: every family reads what its model really attended, and the check of a base sees what is wrong."""
+
+import pytest
+import torch
+from transformers import GptOssConfig, GptOssForCausalLM, PaliGemmaConfig, PaliGemmaForConditionalGeneration
+
+from common.errors import UserError
+from flmm import check_base
+from flmm.build import FAMILIES
+from flmm.data.samples import SampleBuilder
+from flmm.models import attention_rows
+from flmm.models.attention_rows import NAME, AttentionRows, attended, rows_attention
+from flmm.models.frozen_base import CHAT
+from flmm.models.frozen_llava import FrozenLlava
+from flmm.models.tiny import TEXT
+from flmm.models.tiny_bases import VISION, check_tokenizer, tiny_base
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "deepseek_vl_hybrid"])
+def test_every_family_passes_the_check_of_a_base(family):
+    base = tiny_base(family)
+    wrong = [line for line in check_base.check_base(base) if not line[2]]
+    assert not wrong
+    prompt = torch.tensor(base.encode_prompt())
+    one = check_base.sample(base, (90, 96))
+    assert len(base.generate({**one, "input_ids": prompt}, 3)) <= 3
+    wide = base.expand(one["input_ids"], one)
+    assert torch.equal(base.expand(wide, one), wide)  # what is expanded stays as it is
+
+
+def test_the_check_sees_a_turned_grid_a_wrong_mask_and_lost_separators(monkeypatch):
+    def wrong(base):
+        return {
+            name.split(" of ")[0].split(" against")[0]
+            for name, _, right in check_base.check_base(base)
+            if not right
+        }
+
+    turned = tiny_base("internvl")
+    turned.to_grid = lambda maps, grid: FAMILIES["internvl"].to_grid(
+        turned,
+        [
+            torch.cat(
+                [m[..., :-16].unflatten(-1, (-1, 4, 4)).transpose(-1, -2).flatten(-3), m[..., -16:]], -1
+            )
+            for m in maps
+        ],
+        grid,
+    )
+    assert wrong(turned) == {"places"}
+
+    base = tiny_base("llava")
+    monkeypatch.setattr(
+        attention_rows,
+        "attended",
+        lambda module, q, k, mask, causal=None: (
+            k,
+            torch.ones(1, 1, q.shape[2], k.shape[2], dtype=torch.bool),
+        ),
+    )
+    assert "rows" in wrong(base)
+
+
+def test_the_check_is_a_command_that_ends_with_status_one_where_something_is_wrong(monkeypatch, capsys):
+    check_base.main(check_base.parse_args(["--tiny", "llava"]))
+    assert "14 of 14 checks passed" in capsys.readouterr().out
+    monkeypatch.setattr(FAMILIES["llava"], "channels", 3, raising=False)
+    monkeypatch.setattr(check_base, "places_found", lambda base, size: 3)
+    with pytest.raises(SystemExit) as left:
+        check_base.main(check_base.parse_args(["--tiny", "llava"]))
+    assert left.value.code == 1 and "FAIL" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--config, or --tiny"):
+        check_base.main(check_base.parse_args([]))
+
+
+# ---- what SDPA attended
+
+
+def record(query, key, mask, causal=None, module=None):
+    """Merged rows of one phrase over all columns, beside those of SDPA itself (read off with unit values)."""
+    module = module or torch.nn.Module()
+    columns = torch.arange(query.shape[2])  # keys behind the queries hold nothing where it is causal
+    kept = AttentionRows([torch.tensor([1, 3])], [torch.tensor([0, 0])], [columns])
+    units = torch.eye(key.shape[2]).expand(1, key.shape[1], -1, -1)
+    options = {} if causal is None else {"is_causal": causal}
+    output, _ = rows_attention(module, query, key, units, mask, attention_rows=kept, **options)
+    return kept.maps[0][0][:, 0], output[0, [1, 3]].mean(0)[:, columns]  # (H, Q) both
+
+
+@pytest.mark.parametrize("keys", [6, 9])
+@pytest.mark.parametrize(
+    "case", ["causal", "module says no", "call says no", "mask", "bias", "bias per head"]
+)
+def test_recorded_rows_are_those_that_sdpa_attended(case, keys):
+    torch.manual_seed(0)
+    query, key = torch.randn(1, 2, 6, 8), torch.randn(1, 2, keys, 8)
+    module, mask, causal = torch.nn.Module(), None, None
+    if case == "module says no":
+        module.is_causal = False
+    if case == "call says no":
+        module.is_causal, causal = True, False
+    if case == "mask":
+        mask = torch.rand(1, 1, 6, keys) < 0.7
+        mask[..., 0] = True
+    if case == "bias":
+        mask = torch.randn(1, 1, 6, keys)
+    if case == "bias per head":
+        mask = torch.randn(1, 2, 6, keys)
+    ours, theirs = record(query, key, mask, causal, module)
+    if (
+        ours.shape != theirs.shape or keys > 6 and case == "causal"
+    ):  # keys behind the queries hold nothing yet
+        theirs = theirs[:, : ours.shape[1]]
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+
+
+def test_a_single_query_sees_every_key():
+    key, mask = attended(torch.nn.Module(), torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 7, 4), None)
+    assert key.shape[2] == 7 and mask.shape == (1, 1, 1, 7) and mask.all()
+
+
+@pytest.mark.parametrize("name", attention_rows.UNKNOWN)
+def test_attention_that_is_more_than_a_masked_softmax_is_refused(name):
+    query = torch.zeros(1, 1, 4, 4)
+    with pytest.raises(
+        UserError, match=f"attends with {name}, which SDPA does not know; .*--attention eager"
+    ):
+        rows_attention(torch.nn.Module(), query, query, query, None, **{name: torch.ones(1)})
+
+
+def test_a_model_with_attention_sinks_is_refused_by_its_own_call():
+    config = GptOssConfig(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        vocab_size=32,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+    )
+    model = GptOssForCausalLM(config).eval()
+    model.set_attn_implementation(NAME)
+    with pytest.raises(UserError, match="GptOssAttention attends with s_aux"):
+        model(torch.zeros(1, 4, dtype=torch.long))
+
+
+def test_a_base_that_is_not_causal_gives_the_rows_that_it_attended(monkeypatch):
+    """PaliGemma without token types: no mask is given and its modules are not causal."""
+    tokenizer = check_tokenizer("llava")
+    text = {
+        **TEXT,
+        "vocab_size": len(tokenizer),
+        "head_dim": 32,
+        "num_key_value_heads": 2,
+        "model_type": "gemma",
+    }
+    vision = dict(VISION, model_type="siglip_vision_model", image_size=64, patch_size=8, projection_dim=128)
+    config = PaliGemmaConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        projection_dim=128,
+    )
+    torch.manual_seed(0)
+
+    class FrozenPali(FrozenLlava):
+        architecture, image_text, template = "PaliGemmaForConditionalGeneration", "<image>", "plain"
+
+    model = PaliGemmaForConditionalGeneration(config)
+    base = FrozenPali(model, tokenizer, FrozenPali.make_processor(model.config, {}))
+    gaps, own = [], AttentionRows.record
+
+    def record(self, query, key, mask, scaling):
+        own(self, query, key, mask, scaling)
+        [rows], [columns], [phrases] = self.rows, self.columns, self.phrases
+        keys = key[0].repeat_interleave(query.shape[1] // key.shape[1], 0)
+        full = (query[0][:, rows] @ keys.transpose(1, 2) * scaling).softmax(-1)[..., columns]
+        gaps.append((attention_rows.merge_rows(full, phrases) - self.maps[-1][0]).abs().max().item())
+
+    monkeypatch.setattr(AttentionRows, "record", record)
+    base([check_base.sample(base, (90, 96))])
+    assert len(gaps) == 3 and max(gaps) < 1e-6
+
+
+# ---- prompts
+
+
+PART = "{% if p['type'] == 'image' %}<image>{{ '\n' }}{% else %}{{ p['text'] }}{% endif %}"
+PARTS = "{% for p in m['content'] %}INNER{% endfor %}"
+TURN = "{% for m in messages %}U: INNER{{ '\n' }}{% endfor %}A:"
+TEMPLATES = {
+    "of parts with pictures": TURN.replace("INNER", PARTS.replace("INNER", PART)),
+    "of parts of text": TURN.replace("INNER", PARTS.replace("INNER", "{{ p['text'] }}")),
+    "of text": TURN.replace("INNER", "{{ m['content'] + '' }}"),
+    "of text that joins": TURN.replace("INNER", "{{ '' ~ m['content'] }}"),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_tokenizers_own_template_is_followed_whatever_form_it_takes(name):
+    base = tiny_base("llava")
+    base.tokenizer.chat_template = TEMPLATES[name]
+    base.template = CHAT
+    ids = base.encode_prompt("Where?")
+    assert ids == base.tokenizer("U: <image>\nWhere?\nA:", add_special_tokens=False).input_ids
+    asked = base.encode_prompt("<image> A:")  # the user's words are letters, those of the template are not
+    assert asked.count(base.image_token_id) == 1
+    assert SampleBuilder.of(base).prompt_ids == base.encode_prompt()
+
+
+def test_without_a_chat_template_the_configuration_has_to_name_one():
+    base = tiny_base("llava")
+    base.tokenizer.chat_template, base.template = None, CHAT
+    with pytest.raises(UserError, match="has no chat template; choose one of vicuna"):
+        base.encode_prompt()
