@@ -11,302 +11,66 @@ the masking facebookresearch/mae (He et al. 2022), the position encoding RoForme
 Upstream's numerics had accidents (README.md, "Differences from upstream"). They are mended by default;
 `legacy=True` keeps them, for weights that were trained with them.
 
-This file imports torch alone. `from cwt_mae.model import cwt_wrap` is a batched, differentiable wavelet
-transform for any device that needs nothing else from here.
+The wavelet transform is wavelet.py's; its names can be imported from here too, as upstream's.
 """
 
 import functools
+import json
 import math
-import os
-from concurrent.futures import ThreadPoolExecutor
+import sys
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# ---- front end: Ricker filter bank
-# -----------------------------------------------------------------------------------
-
-
-def create_ricker_wavelets(points: int, scales: torch.Tensor) -> torch.Tensor:
-    """Ricker ("Mexican hat") kernels of unit L2 norm: scales (S,), in samples -> (S, 1, points), dtype of
-    `scales`.
-
-    psi_a(t) = 2 / (sqrt(3 a) pi^(1/4) + 1e-6) * (1 - t^2/a^2) * exp(-t^2 / 2a^2), t = 0 in the middle of the
-    kernel: between two samples if `points` is even.
-    """
-    t = torch.arange(points, dtype=torch.float64, device=scales.device) - (points - 1) / 2
-    a = scales.double()[:, None]
-    kernels = (
-        2 / (torch.sqrt(3 * a) * math.pi**0.25 + 1e-6) * (1 - (t / a) ** 2) * torch.exp(-((t / a) ** 2) / 2)
-    )
-    return kernels[:, None].to(scales.dtype)
-
-
-def _kernel_points(largest: float, length: int, legacy: bool) -> int:
-    """Taps of every kernel of a bank: five widths of the largest scale to each side of the centre.
-
-    Legacy: upstream's rule in Python floats. 10 * 63.1 in float32 is just below 631, so it gives 630 taps,
-    and all images are half a sample late; other scale counts are not, and a short signal cuts the kernels to
-    its own length.
-    """
-    if not legacy:
-        return 2 * int(5 * largest + 1e-3) + 1
-    points = min(10 * largest, length)
-    return int(points + 1 if points % 2 == 0 else points)
-
-
-@functools.lru_cache(maxsize=16)
-@torch.inference_mode(False)  # a bank made for inference serves training too
-def _spectra(scales: tuple, points: int, n: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Fourier transforms (S, 2F) of the kernels centred on sample 0, F = n // 2 + 1.
-
-    A symmetric kernel has a real transform. Each value stands there twice, for the real and the imaginary
-    part of the signal's transform seen as 2F floats: a product of floats costs a quarter of a complex one.
-    """
-    kernels = create_ricker_wavelets(points, torch.tensor(scales, dtype=torch.float64))[:, 0]
-    angle = torch.arange(n // 2 + 1, dtype=torch.float64) * (math.pi * (points - 1) / n)
-    spectra = torch.fft.rfft(kernels, n) * torch.polar(torch.ones_like(angle), angle)
-    return spectra.real.repeat_interleave(2, dim=1).to(device, dtype)
-
-
-def _extend(x: torch.Tensor, margin: int, padding: str, real: torch.Tensor | None, zero=0.0) -> torch.Tensor:
-    """x (B, L) -> (B, L + 2 margin), continued on both sides of its real part (B, L), all of it by
-    default."""
-    length = x.shape[1]
-    t = torch.arange(length, device=x.device)
-    real = torch.ones_like(x, dtype=torch.bool) if real is None else real
-    first = torch.where(real, t, length).amin(1, keepdim=True)
-    last = torch.where(real, t, 0).amax(1, keepdim=True)
-    t = torch.arange(-margin, length + margin, device=x.device)[None]
-    inside = t.maximum(first).minimum(last)
-    if padding == "zero":
-        return torch.where((t >= first) & (t <= last), x.gather(1, inside), zero)
-    if padding == "replicate":
-        return x.gather(1, inside)
-    if padding != "reflect":
-        raise ValueError(f"padding={padding!r}: use zero, reflect or replicate")
-    period = (2 * (last - first)).clamp(min=1)  # the signal forth and back, as often as needed
-    t = (t - first) % period
-    return x.gather(1, first + t.minimum(period - t))
-
-
-def _fft_length(points: int) -> int:
-    """The smallest fast transform length (2^k, 3 2^k or 5 2^k) that holds `points` samples."""
-    return min(m << max(0, math.ceil(math.log2(points / m))) for m in (1, 3, 5))
-
-
-@functools.lru_cache(1)
-def _threads(process: int) -> ThreadPoolExecutor:
-    """Threads of this process. They stay: MKL holds a lock while a thread of its ends, and a process forked
-    just then would wait for it for ever."""
-    return ThreadPoolExecutor(os.cpu_count())
-
-
-class _FilterBank:
-    """Images (B, C, S, L) of signals x (B, L): prepare(x, real) gives rows (B, C, L + points - 1) for all
-    kernels.
-
-    One transform of each row, then S products with real spectra and S inverse transforms. On a CPU every
-    thread takes a part of the signals and works alone on it: threads inside an image would wait for each
-    other more than they work.
-    """
-
-    def __init__(self, scales, points: int, length: int, like: torch.Tensor, normalize: bool, prepare):
-        self.length, self.normalize, self.prepare = length, normalize, prepare
-        self.start, self.even = points // 2, points % 2 == 0
-        self.n = _fft_length(length + 2 * self.start)
-        self.bank = _spectra(tuple(scales.tolist()), points, self.n, like.dtype, like.device)  # (S, 2F)
-
-    def __call__(self, x, real, channels: int):
-        budget = 2**22 if x.device.type == "cpu" else 2**24
-        block = max(1, budget // (channels * self.bank.numel()))  # signals at a time in plain operations
-        blocks = list(zip(x.split(block), [None] * len(x) if real is None else real.split(block)))
-        if x.requires_grad and torch.is_grad_enabled():
-            return torch.cat([self.plain(*part) for part in blocks])
-        with torch.inference_mode(False):  # worker threads may write to it
-            images = torch.empty(
-                len(x), channels, len(self.bank), self.length, dtype=x.dtype, device=x.device
-            )
-        if x.device.type != "cpu":
-            for out, part in zip(images.split(block), blocks):
-                out.copy_(self.plain(*part))
-            return images
-        threads = torch.get_num_threads()
-        workers = max(1, min(threads, len(x), images.numel() >> 19))  # handing over costs like 2^18 samples
-        masks = [None] * workers if real is None else real.tensor_split(workers)
-        parts = x.detach().tensor_split(workers), masks, images.tensor_split(workers)
-        if workers == 1:
-            self.fill(x.detach(), real, images)
-        else:
-            list(_threads(os.getpid()).map(self.fill_alone, *parts))
-            torch.set_num_threads(threads)  # the workers' 1 would become the default of later threads
-        return images
-
-    def fill_alone(self, *part):
-        torch.set_num_threads(1)
-        self.fill(*part)
-
-    def spectra(self, x, real):
-        """x (B, L) -> transforms of its rows (B, C, 2F), real and imaginary parts in turn."""
-        spectrum = torch.fft.rfft(self.prepare(x, real), self.n)
-        if self.even:  # the kernels' centre lies between two samples
-            angle = torch.arange(spectrum.shape[2], dtype=torch.float64) * (-math.pi / self.n)
-            spectrum = spectrum * torch.polar(torch.ones_like(angle), angle).to(spectrum)
-        return torch.view_as_real(spectrum).flatten(2)
-
-    def plain(self, x, real):
-        """Images in plain operations: differentiable, for any device."""
-        products = (self.spectra(x, real)[:, :, None] * self.bank).unflatten(3, (-1, 2))
-        images = torch.fft.irfft(torch.view_as_complex(products), self.n)[..., self.start :][
-            ..., : self.length
-        ]
-        mask = x.new_ones(1, 1, 1, self.length) if real is None else real[:, None, None].to(x.dtype)
-        images = images * mask
-        if self.normalize:
-            count = mask.sum(3, keepdim=True) * len(self.bank)
-            images = (images - images.sum((2, 3), keepdim=True) / count) * mask
-            images = (
-                images / (images.square().sum((2, 3), keepdim=True) / (count - 1)).clamp(min=1e-10).sqrt()
-            )
-        return images
-
-    def fill(self, x, real, images):
-        """The same into `images`, few at a time (of long signals: few scales), in buffers that stay in the
-        cache."""
-        spectra, images = self.spectra(x, real).flatten(0, 1), images.flatten(0, 1)  # (R, 2F), (R, S, L)
-        mask = None if real is None else real.to(x.dtype).repeat_interleave(len(images) // len(x), 0)[:, None]
-        count = self.length if mask is None else mask.sum(2, keepdim=True)  # real samples
-        rows, scales = (
-            max(1, 2**18 // (len(self.bank) * self.n)),
-            min(len(self.bank), max(1, 2**18 // self.n)),
-        )
-        product, waves = x.new_empty(rows, scales, self.bank.shape[1]), x.new_empty(rows, scales, self.n)
-        for r in range(0, len(images), rows):
-            some, here = images[r : r + rows], slice(r, r + rows)
-            for s in range(0, len(self.bank), scales):
-                bank = self.bank[s : s + scales]
-                part, wave = product[: len(some), : len(bank)], waves[: len(some), : len(bank)]
-                torch.mul(spectra[here, None], bank, out=part)
-                torch.fft.irfft(torch.view_as_complex(part.unflatten(2, (-1, 2))), self.n, out=wave)
-                some[:, s : s + scales] = wave[..., self.start : self.start + self.length]
-            if mask is not None:
-                some *= mask[here]
-            if self.normalize:
-                pixels = (count if mask is None else count[here]) * len(self.bank)
-                some -= some.sum((1, 2), keepdim=True) / pixels
-                if mask is not None:
-                    some *= mask[here]
-                norm = torch.linalg.vector_norm(some, dim=2).norm(
-                    dim=1
-                )  # in two steps: in one it loses two digits
-                some /= (norm[:, None, None] / (pixels - 1) ** 0.5).clamp(min=1e-5)
-
-
-@torch.compiler.disable
-def cwt_ricker(
-    x: torch.Tensor, scales: torch.Tensor, legacy: bool = False, padding: str = "reflect"
-) -> torch.Tensor:
-    """Ricker wavelet transform: x (B, L), scales (S,) ascending, in samples -> (B, S, L) float32 (float64 for
-    float64).
-
-    Kernels are odd and of fixed length, the signal continues by `padding`. Legacy: zeros, and upstream's
-    kernel length.
-    """
-    x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    points = _kernel_points(float(scales[-1]), x.shape[1], legacy)
-    padding = "zero" if legacy else padding
-    bank = _FilterBank(
-        scales,
-        points,
-        x.shape[1],
-        x,
-        normalize=False,
-        prepare=lambda x, real: _extend(x, points // 2, padding, real)[:, None],
-    )
-    return bank(x, None, 1)[:, 0]
-
-
-@torch.compiler.disable
-def cwt_wrap(
-    x: torch.Tensor,
-    num_scales: int = 64,
-    lowest_scale: float = 0.1,
-    step: float = 1.0,
-    legacy: bool = False,
-    *,
-    padding: str | None = None,
-    log_scales: bool = False,
-    real: torch.Tensor | None = None,
-    normalize: bool = False,
-) -> torch.Tensor:
-    """Wavelet images of a signal, its first and its second difference: x (B, L) -> (B, 3, num_scales, L).
-
-    Scales, in samples: lowest_scale + step * (0 .. num_scales - 1), or as many between the same ends in equal
-    ratios (`log_scales`). Float32, also under autocast (float64 for float64 x). Differentiable in x.
-
-    padding: how the signal, less its mean, continues beyond its ends: "reflect" (default), "replicate" or
-        "zero".
-    real: (B, L) bool, one run of samples of each row that are signal. The rest is padding: it is ignored, and
-        0 in the images.
-    normalize: each image to mean 0 and (unbiased) standard deviation 1 over scale and real time.
-    legacy: upstream's numbers: a transform with an even or cut kernel (`_kernel_points`), zeros beyond the
-        ends of a signal whose mean was left in, and a backward difference, half a sample off the second one
-        (default: a central one).
-    """
-    if x.ndim != 2:
-        raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, samples)")
-    x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    padding = padding or ("zero" if legacy else "reflect")
-    scales = torch.arange(num_scales) * step + lowest_scale
-    if log_scales:
-        scales = torch.logspace(math.log10(lowest_scale), math.log10(scales[-1]), num_scales)
-    points = _kernel_points(float(scales[-1]), x.shape[1], legacy)
-    bank = _FilterBank(
-        scales,
-        points,
-        x.shape[1],
-        x,
-        normalize,
-        functools.partial(_differences, half=points // 2, legacy=legacy, padding=padding),
-    )
-    return bank(x, None if real is None else real.to(x.device), 3)
-
-
-def _differences(x, real, half: int, legacy: bool, padding: str):
-    """x (B, L) -> signal, first and second difference, continued by `half` samples: (B, 3, L + 2 half)."""
-    if legacy:
-        edge = _extend(x, 1, "replicate", real)
-        now, before, after = edge[:, 1:-1], edge[:, 1:-1] - edge[:, :-2], edge[:, 2:] - edge[:, 1:-1]
-        rows = torch.stack([now, before, after - before], 1).flatten(0, 1)
-        real = None if real is None else real.repeat_interleave(3, 0)
-        return _extend(rows, half, padding, real).unflatten(0, (-1, 3))
-    weights = torch.ones_like(x) if real is None else real
-    mean = (x * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
-    rest = ((x - mean) * weights).sum(1, keepdim=True) / weights.sum(
-        1, keepdim=True
-    )  # lost in float32 by a large mean
-    edge = _extend(x, half + 1, padding, real, zero=mean)
-    now, before, after = edge[:, 1:-1], edge[:, 1:-1] - edge[:, :-2], edge[:, 2:] - edge[:, 1:-1]
-    return torch.stack([now - mean - rest, (before + after) / 2, after - before], 1)
-
+# repository root: every way of starting a script of this folder finds it
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from cwt_mae.wavelet import create_ricker_wavelets, cwt_ricker, cwt_wrap  # noqa: F401
 
 # ---- parts of the transformer
 # ----------------------------------------------------------------------------------------
+
+
+OURS = 1 + 2**-7  # exact in float32, float16 and bfloat16
+
+
+def _mark_numerics(module, state_dict, prefix, metadata):
+    """Write whose numerics `module` computes with into its state dict."""
+    mark = state_dict[prefix + "inv_freq"].detach().clone()
+    if mark.numel():
+        mark[0] = 1.0 if module.legacy else OURS
+    state_dict[prefix + "inv_freq"] = mark
+
+
+def keep_config(module, state_dict, prefix, metadata):
+    """Write the model's whole configuration beside the state dict: `torch.save` keeps it."""
+    metadata["config"] = json.dumps(module.config)
+
+
+def numerics_of(tensors: dict) -> bool | None:
+    """Whether the weights of a state dict were trained with upstream's numerics; None without rotary
+    tables."""
+    found = next((value for key, value in tensors.items() if key.endswith("rope_encoder.inv_freq")), None)
+    return None if found is None or not found.numel() else bool(abs(float(found[0]) - OURS) > 2**-9)
 
 
 class RotaryEmbedding(nn.Module):
     """Rotary position tables, computed from the position ids in float32 at every call (Su et al. 2021).
 
     Nothing is cached: any position is allowed, no device is asked for a maximum, and `.half()` cannot spoil
-    the angles. `inv_freq` is kept as a buffer for upstream's state-dict key. Legacy: tables rounded to
-    bfloat16.
+    the angles. Legacy: tables rounded to bfloat16.
+
+    `inv_freq` is kept as a buffer for upstream's state-dict key, and nothing is computed from it. Its first
+    number says whose numerics the weights beside it were trained with (`numerics_of`): 1, as in every file
+    of upstream, or `OURS`.
     """
 
     def __init__(self, dim: int, legacy: bool = False):
         super().__init__()
         self.dim, self.legacy = dim, legacy
         self.register_buffer("inv_freq", self.frequencies(None))
+        self.register_state_dict_post_hook(_mark_numerics)
 
     def frequencies(self, device) -> torch.Tensor:
         return 1.0 / (10000 ** (torch.arange(0, self.dim, 2, device=device).float() / self.dim))
@@ -555,8 +319,8 @@ class CWT_Encoder(nn.Module):
         init_weights(self)
         for tokens in (self.cls_token, self.pos_embed):
             nn.init.normal_(tokens, std=0.02)
+        self.register_state_dict_post_hook(keep_config)
 
-    @torch.compiler.disable
     def images(self, x: torch.Tensor, real: torch.Tensor | None = None):
         """x (B, L) or (B, 1, L), L up to signal_len -> images (B, 3, S, signal_len), signal and real (B,
         signal_len).
@@ -579,6 +343,7 @@ class CWT_Encoder(nn.Module):
         )
         mask = torch.ones_like(x) if real is None else real
         count = mask.sum(1, keepdim=True)
+        x = x if real is None else torch.where(real, x, 0.0)
         x = (x - (x * mask).sum(1, keepdim=True) / count) * mask
         x = x / (x.square().sum(1, keepdim=True) / (count - 1)).clamp(min=1e-10).sqrt()
         return imgs, x, real
@@ -599,8 +364,10 @@ class CWT_Encoder(nn.Module):
             )
         if real is not None and real.shape != x.shape:
             raise ValueError(f"real has shape {tuple(real.shape)}, expected {tuple(x.shape)} as x")
-        if x.device.type == "cpu":  # on an accelerator these questions would stall its queue
-            bad = ~torch.isfinite(x).all(1)
+        # On an accelerator these questions would stall its queue, and a compiler cannot ask them.
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            fine = torch.isfinite(x) if real is None else torch.isfinite(x) | ~real.to(x.device)
+            bad = ~fine.all(1)
             if bad.any():
                 raise ValueError(f"x holds NaN or infinite values in rows {bad.nonzero().flatten().tolist()}")
             empty = real.sum(1) < 2 if real is not None else bad

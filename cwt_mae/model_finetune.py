@@ -27,7 +27,7 @@ from common.checkpoint import atomic_path
 from common.errors import UserError
 from common.weights import load_weights, read_checkpoint, read_weights
 from cwt_mae.dataset import Preprocess
-from cwt_mae.model import CWT_Encoder, CWT_MAE_RoPE, init_weights
+from cwt_mae.model import CWT_Encoder, CWT_MAE_RoPE, init_weights, keep_config, numerics_of
 
 ENCODER_ARGS = set(inspect.signature(CWT_Encoder.__init__).parameters) - {"self"}
 DECODER_ARGS = set(inspect.signature(CWT_MAE_RoPE.__init__).parameters) - {"self", "encoder"}
@@ -100,8 +100,7 @@ class TF_MAE_Classifier(nn.Module):
 
     pretrained_path: a file of `train.py`, an upstream checkpoint, or None for random weights. The file's own
         configuration builds the encoder; what is passed here overrides it (most often signal_len: the
-        position table is interpolated). A file without our configuration is an upstream one: it runs with
-        upstream's numerics (legacy) and says so.
+        position table is interpolated). An upstream file runs with upstream's numerics (legacy) and says so.
     use_cot: `LatentReasoningHead` with num_reasoning_tokens; else an MLP of num_res_blocks blocks of width
         hidden_dim with dropout dropout_rate, on the mean of the tokens.
     center_columns: k > 0 gives the MLP the k time columns around the middle, joined, for windows that are
@@ -157,6 +156,7 @@ class TF_MAE_Classifier(nn.Module):
             input_dropout=input_dropout,
             compare=compare,
         )
+        self.register_state_dict_post_hook(keep_config)
         self.use_cot, self.compare = use_cot, compare
         self.num_features, self.center_columns = num_features, center_columns
         self.head = self.make_head()
@@ -331,10 +331,11 @@ def load_encoder(encoder: CWT_Encoder, tensors: dict, config: dict, source):
 
 def read_model(path):
     """(tensors, configuration) of a model file: ours or upstream's, .pth or .safetensors, pre-trained or
-    fine-tuned.
+    fine-tuned, or a bare state dict.
 
-    Configuration: ours as it stands; of an upstream file what its `config` says, and legacy=True, with a
-    notice.
+    Configuration: ours as it stands, which `torch.save(model.state_dict())` keeps too. A file that lost it
+    still says whose numerics its weights want (model.numerics_of), with a notice; sizes must then be passed.
+    Of an upstream file: what its `config` says.
     """
     path, config = Path(path), None
     if (path / "model.safetensors").is_file():  # a run folder of train.py or finetune.py
@@ -344,18 +345,35 @@ def read_model(path):
         with safe_open(path, "pt") as file:
             config = json.loads((file.metadata() or {}).get("config", "null"))
     elif path.is_file():
-        config = read_checkpoint(path).get("config")
+        content = read_checkpoint(path)
+        config = content.get("config") or kept_config(content)
     if isinstance(config, dict) and "legacy" in config:
         return tensors, config
+    legacy = numerics_of(tensors) is not False
     sections = config if isinstance(config, dict) else {}
-    config = {"legacy": True}
+    config = {"legacy": legacy}
     for section in (sections.get("data"), sections.get("model")):
         config |= {key: value for key, value in (section or {}).items() if key in ENCODER_ARGS | DECODER_ARGS}
-    print(
-        f"{path}: no configuration of ours, so an upstream checkpoint: running with upstream's numerics "
-        "(legacy)"
-    )
+    if legacy:
+        print(f"{path}: an upstream checkpoint, running with upstream's numerics (legacy)")
+    else:
+        print(
+            f"{path}: weights of ours without their configuration; sizes, scales and preparation are those "
+            "that "
+            "are passed"
+        )
     return tensors, config
+
+
+def kept_config(content: dict):
+    """The configuration that a state dict of ours carries in its metadata; of several modules the fullest
+    one. None without it."""
+    found = []
+    for value in (content, *(v for v in content.values() if isinstance(v, dict))):
+        for entry in getattr(value, "_metadata", {}).values():
+            if isinstance(entry, dict) and isinstance(entry.get("config"), str):
+                found.append(json.loads(entry["config"]))
+    return max(found, key=len, default=None)
 
 
 def save_model(path, model, **extra):
