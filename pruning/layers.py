@@ -1,78 +1,83 @@
-"""The decoder layers of a causal language model of transformers: finding them, and taking some out in memory.
+"""The decoder layers of a causal language model: how they are written, found, and taken out in memory.
 
-Works for Llama, Pangu, Qwen, Mistral, Mixtral, Gemma, Phi, GPT-2, GPT-NeoX, OPT and whatever else keeps its
-blocks in one ModuleList of `config.num_hidden_layers` entries, also under a PEFT adapter.
+Works for every decoder of transformers that keeps its blocks in one ModuleList of
+`config.num_hidden_layers` entries, also under a PEFT adapter and inside a model that sees pictures.
 """
 
 import contextlib
+import re
 import sys
 from pathlib import Path
 
+import torch
 from torch import nn
 
 # repository root: every way of starting this file finds it
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.errors import UserError
+from pruning.shorter import check_sources, shorter
 
 ATTENTION = ("self_attn", "attn", "attention", "self_attention")
-MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "fc2")
-OUTPUT = ("o_proj", "out_proj", "dense", "c_proj", "wo")
-# As GPT-2 calls them.
-CONFIG_NAMES = {"num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "hidden_size": "n_embd"}
+# What mixes tokens: attention, and what stands in its place or beside it in hybrids.
+MIXERS = (*ATTENTION, "cross_attn", "linear_attn", "mamba", "mixer", "temporal_block", "conv", "mlstm_layer")
+# What tells a decoder layer from other numbered modules.
+MARKS = (*MIXERS, "norm_attn_norm", "shared_transf", "shared_transformer", "mamba_decoder")
+MLP = ("mlp", "mlp_block", "feed_forward", "ffn", "block_sparse_moe", "shared_mlp", "moe", "fc2", "experts")
+OUTPUT = ("o_proj", "out_proj", "dense", "c_proj", "wo", "resid_out")
+
+# Tensors outside the layers with one part for each, along this axis (Gemma 3n and 4).
+PER_LAYER = {"embed_tokens_per_layer.weight": 1, "per_layer_model_projection.weight": 0}
 
 
-def plain(model):
-    """The transformers model under a PEFT adapter, or the model itself; its LoRA layers stay in place."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+# ---------------------------------------- lists of layers in words
 
 
-def find_layers(model) -> tuple[nn.Module, str]:
-    """(holder, name) such that getattr(holder, name) is the ModuleList of decoder layers."""
-    model = plain(model)
-    count = model.config.get_text_config().num_hidden_layers
-    for path, module in model.named_modules():
-        if (
-            isinstance(module, nn.ModuleList)
-            and len(module) == count
-            and child(module[0], ATTENTION) is not None
-        ):
-            holder, _, name = path.rpartition(".")
-            return model.get_submodule(holder), name
-    raise UserError(
-        f"{type(model).__name__}: no list of {count} decoder layers with attention found; only decoders "
-        f"can be pruned"
-    )
+def parse_drop_layers(spec: str) -> list[int]:
+    """Sorted unique layer numbers of a list such as "23-28" or "0-2, 5 7-9", with commas or blanks between.
+
+    UserError for anything else, such as a descending range.
+    """
+    layers = set()
+    for part in re.split(r"[,\s]+", spec.strip()):
+        if not part:
+            continue
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        if not match:
+            raise UserError(
+                f"--drop-layers {spec!r}: {part!r} is neither a layer number nor a range such as 23-28"
+            )
+        first, last = int(match[1]), int(match[2] or match[1])
+        if first > last:
+            raise UserError(f"--drop-layers {spec!r}: the range {part} descends; write {last}-{first}")
+        if last >= 100_000:  # a slip of the keyboard should not fill the memory
+            raise UserError(f"--drop-layers {spec!r}: no model has a layer {last}")
+        layers.update(range(first, last + 1))
+    return sorted(layers)
 
 
-def decoder_layers(model) -> nn.ModuleList:
-    """The decoder layers of a causal language model; UserError where it has none."""
-    holder, name = find_layers(model)
-    return getattr(holder, name)
+def spec_of(drop_layers) -> str:
+    """The shortest --drop-layers text of a set: [1, 2, 3, 5] -> "1-3,5"."""
+    runs = []
+    for layer in sorted(drop_layers):
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    return ",".join(f"{a}-{b}" if a != b else str(a) for a, b in runs)
 
 
-def child(module, names):
-    """The first of `names` that `module` has, or None."""
-    return next((getattr(module, name) for name in names if hasattr(module, name)), None)
+def make_tag(drop_layers: list[int]) -> str:
+    """Upstream's name of a drop set: drop23_28 when contiguous, drop0_2_5 otherwise, dropNone when empty."""
+    if not drop_layers:
+        return "dropNone"
+    first, last = drop_layers[0], drop_layers[-1]
+    contiguous = last - first + 1 == len(drop_layers)
+    return "drop" + "_".join(map(str, (first, last) if contiguous else drop_layers))
 
 
-def config_key(config: dict, name: str) -> str:
-    """The key under which a config.json holds the number that most models call `name`."""
-    return name if name in config else CONFIG_NAMES[name] if CONFIG_NAMES[name] in config else name
-
-
-def config_head_counts(config: dict) -> tuple[int, int, int]:
-    """(query heads, key-value heads, width of a head). UserError if the config does not say them."""
-    heads, hidden = (config.get(config_key(config, name)) for name in ("num_attention_heads", "hidden_size"))
-    if not heads or not hidden:
-        raise UserError(
-            "config.json has no num_attention_heads or no hidden_size; only decoders can be pruned"
-        )
-    return heads, config.get("num_key_value_heads") or heads, config.get("head_dim") or hidden // heads
-
-
-def head_counts(model) -> tuple[int, int, int]:
-    """`config_head_counts` of a model: attention modules no longer carry them."""
-    return config_head_counts(plain(model).config.get_text_config().to_dict())
+def plain_tag(drop_layers: list[int]) -> str:
+    """A name that only one set has: drop5to7 and drop5_7, which upstream both calls drop5_7."""
+    return "drop" + spec_of(drop_layers).replace("-", "to").replace(",", "_")
 
 
 def check_drop(drop_layers, count: int) -> list[int]:
@@ -85,52 +90,175 @@ def check_drop(drop_layers, count: int) -> list[int]:
     return drop
 
 
-def shorter_config(config: dict, keep: list[int]) -> dict:
-    """A config dictionary for the layers `keep`: their count, and every list with one entry per layer."""
-    name = config_key(config, "num_hidden_layers")
-    count = config.get(name)
-    per_layer = {
-        k: [v[i] for i in keep]
-        for k, v in config.items()
-        if isinstance(v, list) and len(v) == count and "layer" in k
-    }
-    return {**config, **per_layer, name: len(keep)}
+# ---------------------------------------- finding them in a model
+
+
+def plain(model):
+    """The transformers model under a PEFT adapter, or the model itself; its LoRA layers stay in place."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def text_config(model):
+    """The configuration of the decoder, which a multimodal model keeps inside its own."""
+    return plain(model).config.get_text_config(decoder=True)
+
+
+def find_layers(model) -> tuple[nn.Module, str]:
+    """(holder, name) such that getattr(holder, name) is the ModuleList of decoder layers."""
+    model = plain(model)
+    count = getattr(text_config(model), "num_hidden_layers", None)
+    lists = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) == count
+        and not re.search("vision|visual|audio|perceiver", path)
+        and any(child(layer, MARKS) is not None for layer in module)
+    ]
+    if not lists or getattr(model.config, "is_encoder_decoder", False):
+        raise UserError(
+            f"{type(model).__name__}: no list of {count} decoder layers found; only decoders can be pruned"
+        )
+    holder, _, name = min(lists, key=lambda found: found[0].count("."))[0].rpartition(".")
+    return model.get_submodule(holder), name
+
+
+def decoder(model) -> nn.Module:
+    """The module from token ids to final hidden states: the one around the layers that embeds tokens too."""
+    model = plain(model)
+    holder = find_layers(model)[0]
+    around = [module for module in model.modules() if any(part is holder for part in module.modules())]
+    embeds = [m for m in around if any(isinstance(part, nn.Embedding) for part in m.modules())]
+    return embeds[-1]
+
+
+def decoder_layers(model) -> nn.ModuleList:
+    """The decoder layers of a causal language model; UserError where it has none."""
+    holder, name = find_layers(model)
+    return getattr(holder, name)
+
+
+def child(module, names):
+    """The first of `names` that `module` has, or None."""
+    return next((getattr(module, name) for name in names if getattr(module, name, None) is not None), None)
+
+
+def children(module, names) -> list:
+    """All of `names` that `module` has: a mixture of experts may stand beside a shared MLP."""
+    return [getattr(module, name) for name in names if getattr(module, name, None) is not None]
+
+
+def head_counts(model) -> tuple[int, int, int]:
+    """(query heads, key-value heads, width of a head). UserError if the configuration does not say them."""
+    config = text_config(model)
+    try:
+        heads, hidden = config.num_attention_heads, config.hidden_size
+        kv_heads, width = getattr(config, "num_key_value_heads", None), getattr(config, "head_dim", None)
+        if not isinstance(heads, int) or not isinstance(hidden, int):
+            raise AttributeError
+    except AttributeError as error:  # lists, or other numbers in each layer
+        raise UserError(
+            f"{type(plain(model)).__name__}: its configuration has no one number of heads"
+        ) from error
+    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
+        kv_heads = 1  # GPT-BigCode's and Falcon's one pair of keys and values
+    return heads, kv_heads or heads, width or hidden // heads
+
+
+def query_heads(model, layer: int) -> tuple[int, int]:
+    """(query heads of one layer, the width that each has before the output projection).
+
+    UserError where that layer has no attention with heads side by side.
+    """
+    output = child(child(decoder_layers(model)[layer], ATTENTION), OUTPUT)
+    heads = getattr(text_config(model), "num_attention_heads", None)
+    heads = heads[layer] if isinstance(heads, (list, tuple)) else heads
+    width = input_width(output) if output is not None else 0
+    if not isinstance(heads, int) or not width or width % heads:
+        raise UserError(f"layer {layer} has no attention whose heads stand side by side before a projection")
+    return heads, width // heads
+
+
+def input_width(module) -> int:
+    """Input features of a Linear, LoRA Linear or Conv1D."""
+    return getattr(module, "in_features", None) or module.weight.shape[0]
+
+
+# ---------------------------------------- taking some out in memory
 
 
 def remove_layers(model, drop_layers):
     """Take layers out of `model` in place and return a function that puts them back.
 
     The kept layers are renumbered: the KV cache is addressed by `layer_idx`, and a gap there breaks
-    generation without a word. Nothing is copied.
+    generation without a word. Nothing is copied but Gemma's tables with a part for each layer.
     """
     holder, name = find_layers(model)
-    config, layers = plain(model).config.get_text_config(), getattr(holder, name)
+    config, layers = text_config(model), getattr(holder, name)
     drop = check_drop(drop_layers, len(layers))
     keep = [i for i in range(len(layers)) if i not in drop]
+
+    # the configuration, and the lists with one entry a layer that the decoder itself holds
     before = config.to_dict()
-    after = shorter_config(before, keep)
-    changed = [k for k in after if after[k] != before[k]]
+    check_sources(config, keep)
+    after = shorter(before, keep, before, len(layers))
+    changed = {key: before.get(key) for key in after if after[key] != before.get(key)}
+    lists = {
+        key: value
+        for key, value in vars(holder).items()
+        if isinstance(value, (list, tuple)) and len(value) == len(layers)
+    }
+    tables = {
+        name.removesuffix(".weight"): axis
+        for name, axis in PER_LAYER.items()
+        if hasattr(holder, name.removesuffix(".weight"))
+    }
+    whole = {name: getattr(holder, name).weight for name in tables}
     numbered = [
-        (module, module.layer_idx, new)
+        (module, field, getattr(module, field), new)
         for new, old in enumerate(keep)
         for module in layers[old].modules()
-        if getattr(module, "layer_idx", None) is not None
+        for field in ("layer_idx", "layer_id")
+        if isinstance(getattr(module, field, None), int)
     ]
 
     setattr(holder, name, nn.ModuleList(layers[i] for i in keep))
     for key in changed:
-        setattr(config, key, after[key])
-    for module, _, new in numbered:
-        module.layer_idx = new
+        set_field(config, key, after[key])
+    for key, value in lists.items():
+        setattr(holder, key, type(value)(value[i] for i in keep))
+    for module, field, _, new in numbered:
+        setattr(module, field, new)
+    for module, axis in tables.items():
+        part = parts_of(whole[module].detach(), axis, keep, len(layers))
+        getattr(holder, module).weight = nn.Parameter(part, requires_grad=whole[module].requires_grad)
 
     def restore():
         setattr(holder, name, layers)
-        for key in changed:
-            setattr(config, key, before[key])
-        for module, old, _ in numbered:
-            module.layer_idx = old
+        for key, value in changed.items():
+            set_field(config, key, value)
+        for key, value in lists.items():
+            setattr(holder, key, value)
+        for module, field, old, _ in numbered:
+            setattr(module, field, old)
+        for module, weight in whole.items():
+            getattr(holder, module).weight = weight
 
     return restore
+
+
+def parts_of(tensor, axis: int, keep: list[int], layers: int):
+    """The parts of the layers `keep` of a tensor with one part a layer, one after the other along `axis`."""
+    parts = tensor.unflatten(axis, (layers, -1)).index_select(axis, torch.tensor(keep, device=tensor.device))
+    return parts.flatten(axis, axis + 1)
+
+
+def set_field(config, key: str, value):
+    """Set one field of a configuration; a class that compares fields with each other is passed by."""
+    try:
+        setattr(config, key, value)
+    except Exception:
+        object.__setattr__(config, key, value)
 
 
 @contextlib.contextmanager

@@ -39,10 +39,10 @@ from dia_pangu.src.Model.build import (
 )
 from dia_pangu.src.Model.multimodality_model import MultiPanguForCausalLM
 from dia_pangu.src.Model.pangu import load_tokenizer  # also registers openPangu's model type
-from pruning.layers import shorter_config
 from pruning.pruning_tools.prune_llm import find_language_model, find_lora, read_map
 from pruning.pruning_tools.shards import open_checkpoint
 from pruning.sensitivity_analyse.eval_metric import perplexity
+from pruning.shorter import shorter_config
 
 __all__ = ["collate", "load_tokenizer", "save_model"]  # for the other files of this room
 

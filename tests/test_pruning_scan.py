@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import entropy
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from common.errors import Interrupted, UserError
 from common.tiny_llm import make_llm, make_tokenizer
@@ -565,10 +565,10 @@ def test_bad_prompt_files_are_named(tmp_path, name, text, message):
         read_prompts(tmp_path / name)
 
 
-def test_a_model_without_attention_layers_is_refused():
-    config = AutoConfig.for_model("mamba", vocab_size=32, hidden_size=16, num_hidden_layers=2, state_size=4)
-    with pytest.raises(UserError, match="decoder layers"):
-        decoder_layers(AutoModelForCausalLM.from_config(config))
+def test_a_model_that_is_no_decoder_is_refused():
+    config = AutoConfig.for_model("t5", vocab_size=32, d_model=16, num_layers=2, d_kv=4, num_heads=2, d_ff=16)
+    with pytest.raises(UserError, match="only decoders"):
+        decoder_layers(AutoModelForSeq2SeqLM.from_config(config))
 
 
 def test_mixed_projections_say_which_modes_work():

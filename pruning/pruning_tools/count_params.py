@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common.arguments import Parser, number
 from common.errors import UserError, run
 from common.files import read_json
-from pruning.layers import config_head_counts
 from pruning.pruning_tools.prune_llm import find_language_model
 from pruning.pruning_tools.shards import open_checkpoint
+from pruning.shorter import config_head_counts
 
 
 def parse_args(argv=None):

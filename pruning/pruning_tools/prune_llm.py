@@ -35,9 +35,20 @@ from common.arguments import Parser, refuse
 from common.checkpoint import atomic_dir, atomic_write
 from common.errors import UserError, run
 from common.files import check, read_json
-from pruning.layers import ATTENTION, check_drop, config_key, shorter_config
+from pruning.layers import (
+    MARKS,
+    PER_LAYER,
+    check_drop,
+    make_tag,
+    parse_drop_layers,
+    parts_of,
+    plain_tag,
+    spec_of,
+)
+from pruning.pruning_tools import read_back
 from pruning.pruning_tools.shards import (
     Checkpoint,
+    Entry,
     cast,
     derived,
     open_checkpoint,
@@ -45,17 +56,36 @@ from pruning.pruning_tools.shards import (
     write_safetensors,
     write_shards,
 )
+from pruning.shorter import config_object, layer_count, prediction_layers, shorter_config
+
+__all__ = [
+    "parse_drop_layers",
+    "plain_tag",
+    "spec_of",
+]  # the grammar of layer lists, for those who look for it here
 
 VERSIONS = ("v0112_en", "CN")
 ENDINGS = (".bin", ".safetensors", ".json")
-TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "vocab*",
-    "merges.txt",
-    "added_tokens.json",
-    "generation_config.json",
-    "chat_template*",
+# What a folder holds beside its weights and belongs to the model: tokenizer, processor, templates, code,
+# terms.
+COMPANIONS = (
+    "*.json",
+    "*.py",
+    "*.txt",
+    "*.model",
+    "*.tiktoken",
+    "*.jinja",
+    "LICEN[CS]E*",
+    "NOTICE*",
+    "README.md",
+)
+OWN = (
+    "config.json",
+    "adapter_config.json",
+    "dia_config.json",
+    "prune_width.json",
+    "timing.json",
+    "metrics.json",
 )
 # --hf: whether LoRA is merged, for each folder that is written.
 HF = {"none": (), "merged": (True,), "adapter": (False,), "both": (True, False)}
@@ -138,58 +168,12 @@ def add_result_arguments(group):
     group.add_argument(
         "--script-version", choices=VERSIONS, default=VERSIONS[0], help="part of upstream's file names"
     )
+    group.add_argument(
+        "--unchecked",
+        action="store_true",
+        help="write a model whose class transformers does not know, so that its layers cannot be compared",
+    )
     group.add_argument("--overwrite", action="store_true", help="replace results of the same tag")
-
-
-# ---------------------------------------- which layers
-
-
-def parse_drop_layers(spec: str) -> list[int]:
-    """Sorted unique layer numbers of a list such as "23-28" or "0-2, 5 7-9", with commas or blanks between.
-
-    UserError for anything else, such as a descending range.
-    """
-    layers = set()
-    for part in re.split(r"[,\s]+", spec.strip()):
-        if not part:
-            continue
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
-        if not match:
-            raise UserError(
-                f"--drop-layers {spec!r}: {part!r} is neither a layer number nor a range such as 23-28"
-            )
-        first, last = int(match[1]), int(match[2] or match[1])
-        if first > last:
-            raise UserError(f"--drop-layers {spec!r}: the range {part} descends; write {last}-{first}")
-        if last >= 100_000:  # a slip of the keyboard should not fill the memory
-            raise UserError(f"--drop-layers {spec!r}: no model has a layer {last}")
-        layers.update(range(first, last + 1))
-    return sorted(layers)
-
-
-def make_tag(drop_layers: list[int]) -> str:
-    """Upstream's name of a drop set: drop23_28 when contiguous, drop0_2_5 otherwise, dropNone when empty."""
-    if not drop_layers:
-        return "dropNone"
-    first, last = drop_layers[0], drop_layers[-1]
-    contiguous = last - first + 1 == len(drop_layers)
-    return "drop" + "_".join(map(str, (first, last) if contiguous else drop_layers))
-
-
-def plain_tag(drop_layers: list[int]) -> str:
-    """A name that only one set has: drop5to7 and drop5_7, which upstream both calls drop5_7."""
-    return "drop" + spec_of(drop_layers).replace("-", "to").replace(",", "_")
-
-
-def spec_of(drop_layers: list[int]) -> str:
-    """The shortest --drop-layers text of a set: [1, 2, 3, 5] -> "1-3,5"."""
-    runs = []
-    for layer in sorted(drop_layers):
-        if runs and layer == runs[-1][1] + 1:
-            runs[-1][1] = layer
-        else:
-            runs.append([layer, layer])
-    return ",".join(f"{a}-{b}" if a != b else str(a) for a, b in runs)
 
 
 # ---------------------------------------- what the checkpoint holds
@@ -210,35 +194,39 @@ class LanguageModel:
     """Where a checkpoint keeps its decoder.
 
     prefix: what stands before the layer number. root: what stands before the plain model's own keys. layers:
-    how many there are.
+    how many there are. extra: layers behind them, which predict further tokens.
     """
 
     prefix: str
     root: str
     layers: int
+    extra: int = 0
 
     @property
     def pattern(self) -> str:
         return re.escape(self.prefix) + r"(\d+)\."
 
 
-def find_language_model(keys, prefix: str | None = None) -> LanguageModel:
+def find_language_model(keys, prefix: str | None = None, config: dict | None = None) -> LanguageModel:
     """Find the decoder layers among a checkpoint's keys, or those under `prefix`.
 
-    Other parts, such as a vision encoder or a Perceiver, have `.layers.` too and are left alone. UserError
-    where there is no decoder, or more than one, or one with a gap.
+    Other parts, such as a vision encoder or a Perceiver, have `.layers.` too and are left alone. config: the
+    decoder's config.json, which says how many there are. UserError where there is no decoder, or more than
+    one, or one with a gap.
     """
-    # everything that looks like numbered layers with attention
-    attention = re.compile(rf"(.*?\.?(?:layers|h|blocks)\.)(\d+)\.(?:{'|'.join(ATTENTION)})\.")
-    found = {}
-    for key in keys:
-        if match := attention.match(key):
-            found.setdefault(match[1], set()).add(int(match[2]))
+    # numbered layers; those of a decoder have attention, or what stands in its place
+    numbered = re.compile(r"((?:.*?\.)?(?:layers|h|blocks)\.)(\d+)\.(\w+)")
+    found, mixed = {}, set()
+    for match in filter(None, map(numbered.match, keys)):
+        found.setdefault(match[1], set()).add(int(match[2]))
+        if match[3] in MARKS:
+            mixed.add(match[1])
+    found = {name: ids for name, ids in found.items() if name in mixed}
 
     # of these the language model's
     named = ("lang_model.", "language_model.")
     language = [p for p in found if p.startswith(named) or ".language_model." in p]
-    others = [p for p in found if not re.search("vision|visual|audio|perceiver|encoder", p)]
+    others = [p for p in found if not re.search("vision|visual|audio|perceiver|encoder|^mtp", p)]
     candidates = [prefix] if prefix else language or others
     candidates = [p for p in candidates if p in found]
     if not candidates:
@@ -258,7 +246,10 @@ def find_language_model(keys, prefix: str | None = None) -> LanguageModel:
         raise UserError(f"layer {missing[0]} is missing under {prefix}; the checkpoint is not whole")
     inner = prefix.startswith(("lang_model.", "base_model.model."))
     root = prefix.removesuffix("model.layers.") if inner else ""
-    return LanguageModel(prefix, root, len(found[prefix]))
+    held = len(found[prefix])
+    count = layer_count(config) if config else None
+    ahead = count is not None and held - count in range(1, 1 + prediction_layers(config))
+    return LanguageModel(prefix, root, count, held - count) if ahead else LanguageModel(prefix, root, held)
 
 
 def find_lora(checkpoint: Checkpoint, llm: LanguageModel, alpha: float | None) -> Lora | None:
@@ -285,19 +276,21 @@ def find_lora(checkpoint: Checkpoint, llm: LanguageModel, alpha: float | None) -
     return Lora(rank, alpha if stored is None else stored, sorted(ranks), stored is not None)
 
 
-def read_config(folder: Path, llm: LanguageModel) -> dict | None:
-    """The language model's config.json, checked against the checkpoint; None if the folder has none."""
+def read_config(folder: Path) -> dict | None:
+    """The language model's config.json; None if the folder has none."""
     path = Path(folder) / "config.json"
-    if not path.is_file():
-        return None
-    config = read_json(path, dict)
-    count = config.get(config_key(config, "num_hidden_layers"))
+    return read_json(path, dict) if path.is_file() else None
+
+
+def check_config(folder: Path, config: dict, llm: LanguageModel):
+    """UserError unless the configuration counts the layers that the checkpoint holds."""
+    count = layer_count(config)
     if count is not None and count != llm.layers:
         raise UserError(
-            f"{path}: num_hidden_layers is {count}, the checkpoint holds {llm.layers} layers; this config is "
-            "of another model"
+            f"{folder / 'config.json'}: num_hidden_layers is {count}, the checkpoint holds {llm.layers} "
+            "layers; "
+            "this config is of another model"
         )
-    return config
 
 
 def read_map(path) -> dict:
@@ -317,14 +310,26 @@ def prune_keys(entries: dict, llm: LanguageModel, drop_layers) -> tuple[dict, di
     drop = check_drop(drop_layers, llm.layers)
     layer_id_map = dict(enumerate(i for i in range(llm.layers) if i not in drop))
     new_of = {old: new for new, old in layer_id_map.items()}
+    new_of |= {llm.layers + i: len(layer_id_map) + i for i in range(llm.extra)}
     kept = {}
     for key, entry in entries.items():
         match = re.match(llm.pattern, key)
         if match is None:
-            kept[key] = entry
+            kept[key] = by_layer(key, entry, list(layer_id_map.values()), llm.layers)
         elif int(match[1]) in new_of:
             kept[f"{llm.prefix}{new_of[int(match[1])]}{key[match.end(1) :]}"] = entry
     return kept, layer_id_map
+
+
+def by_layer(key: str, entry, keep: list[int], layers: int):
+    """The entry of a tensor outside the layers; Gemma's tables with a part for each layer lose the parts of
+    the dropped ones."""
+    axis = next((axis for name, axis in PER_LAYER.items() if key.endswith(name)), None)
+    if axis is None or len(keep) == layers or entry.shape[axis] % layers:
+        return entry
+    shape = list(entry.shape)
+    shape[axis] = shape[axis] // layers * len(keep)
+    return Entry(entry.dtype, tuple(shape), lambda: parts_of(entry.read(), axis, keep, layers))
 
 
 def plain_entries(entries: dict, llm: LanguageModel, lora: Lora | None, merge: bool) -> tuple[dict, dict]:
@@ -355,44 +360,73 @@ def plain_entries(entries: dict, llm: LanguageModel, lora: Lora | None, merge: b
     return weights, adapter
 
 
-def hf_config(config: dict, layer_id_map: dict, weights: dict) -> dict:
-    """config.json of the pruned model.
+def untied(weights: dict, config: dict) -> dict:
+    """`weights` with tensors that lie in one memory once, where the model ties its embeddings anyway."""
+    known = config_object(config)
+    if known is None or not getattr(known, "tie_word_embeddings", False):
+        return weights
+    once = {}
+    for key, entry in weights.items():
+        place = key if entry.where else (entry.read().data_ptr(), entry.shape)
+        once.setdefault(place, (key, entry))
+    return dict(once.values())
 
-    openPangu's remote class is a Llama with biases on the attention projections, and is written as such, so
-    that no remote code is needed.
-    """
-    config = shorter_config(config, list(layer_id_map.values()))
-    if config.get("model_type") == "PanguEmbedded":
-        config = {k: v for k, v in config.items() if k not in ("auto_map", "bias")} | {
-            "model_type": "llama",
-            "architectures": ["LlamaForCausalLM"],
-            "attention_bias": config.get("bias", True),
-            "mlp_bias": False,
-        }
-    dtypes = {str(e.dtype).removeprefix("torch.") for e in weights.values() if e.dtype.is_floating_point}
-    if len(dtypes) == 1:
-        config.pop("torch_dtype", None)
-        config["dtype"] = dtypes.pop()
-    return config
+
+def as_llama(config: dict) -> dict:
+    """openPangu's remote class is a Llama with biases on the attention projections, and is written as such,
+    so that no remote code is needed; any other config.json stays as it is."""
+    if config.get("model_type") != "PanguEmbedded":
+        return config
+    return {k: v for k, v in config.items() if k not in ("auto_map", "bias")} | {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": config.get("bias", True),
+        "mlp_bias": False,
+    }
+
+
+def hf_config(config: dict, keep: list[int], unchecked: bool) -> dict:
+    """config.json of the pruned model, whose layers were compared with those that they were."""
+    config = as_llama(config)
+    shorter = shorter_config(config, keep)
+    if not read_back.check_layers(config, shorter, keep) and not unchecked:
+        raise UserError(
+            f"transformers does not know model_type {config.get('model_type')!r}, so that nothing can be "
+            "compared; "
+            "add --unchecked to write it all the same, and compare it yourself"
+        )
+    return shorter
 
 
 def write_hf(folder: Path, parts: tuple, lora, config: dict, source: Path, shard_bytes: int):
-    """Write a folder that from_pretrained loads, whole or not at all.
+    """Write a folder that from_pretrained loads, whole or not at all; it is loaded, without its values,
+    first.
 
     parts: of `plain_entries`; an adapter goes to adapter/, for peft. config: of `hf_config`. source: the
-    folder whose tokenizer is copied.
+    folder whose other files are copied: tokenizer, processor, chat template, code, licence.
     """
     weights, adapter = parts
+    dtypes = {str(e.dtype).removeprefix("torch.") for e in weights.values() if e.dtype.is_floating_point}
+    if len(dtypes) == 1:
+        config = {key: value for key, value in config.items() if key != "torch_dtype"} | {
+            "dtype": dtypes.pop()
+        }
     with atomic_dir(folder) as temporary:
         write_shards(temporary, weights, shard_bytes)
         (temporary / "config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False))
-        for file in (file for pattern in TOKENIZER_FILES for file in source.glob(pattern)):
-            if file.is_file():
-                shutil.copyfile(file, temporary / file.name)
+        for file in companions(source):
+            shutil.copyfile(file, temporary / file.name)
+        read_back.check_folder(temporary, strict=False)
         if adapter:
             (temporary / "adapter").mkdir()
             write_safetensors(temporary / "adapter" / "adapter_model.safetensors", adapter)
             write_adapter_config(temporary / "adapter", lora)
+
+
+def companions(source: Path) -> list[Path]:
+    """The files of a model's folder that are neither weights nor written anew."""
+    files = {file for pattern in COMPANIONS for file in source.glob(pattern) if file.is_file()}
+    return sorted(file for file in files if file.name not in OWN and not file.name.endswith(".index.json"))
 
 
 def write_adapter_config(folder: Path, lora: Lora):
@@ -463,10 +497,10 @@ def prune(checkpoint: Checkpoint, llm, lora, config, drop_layers, tag: str, args
 
     # folders for from_pretrained
     for merge in hf_folders(args, llm):
-        parts = plain_entries(entries, llm, lora, merge)
-        own_config = hf_config(config, layer_id_map, parts[0])
+        weights, adapter = plain_entries(entries, llm, lora, merge)
+        parts = untied(weights, config), adapter
         folder, shard_bytes = hf_merged if merge else hf_adapter, int(args.max_shard_gb * 1e9)
-        write_hf(folder, parts, lora, own_config, source, shard_bytes)
+        write_hf(folder, parts, lora, config, source, shard_bytes)
 
     # the map, which says that all is there
     report = {
@@ -576,11 +610,13 @@ def main(args):
 
     # what the checkpoint holds
     checkpoint = open_checkpoint(args.ckpt)
-    llm = find_language_model(checkpoint.entries, args.layer_prefix)
+    source = args.lang_model_path or checkpoint.folder
+    config = read_config(source)
+    llm = find_language_model(checkpoint.entries, args.layer_prefix, config)
+    if config:
+        check_config(source, config, llm)
     if not llm.root:
         refuse(args, ["hf", "format"], "for a plain language model, whose result is always such a folder")
-    source = args.lang_model_path or checkpoint.folder
-    config = read_config(source, llm)
     if config is None and (args.lang_model_path or args.hf != "none" or not llm.root):
         raise UserError(
             f"{source}: no config.json there; name the language model's folder with --lang-model-path"
@@ -592,6 +628,9 @@ def main(args):
     for drop, _ in sets:
         check_drop(drop, llm.layers)
     check_results(args, checkpoint, sets)
+    configs = {}
+    for drop, tag in sets if hf_folders(args, llm) else ():
+        configs[tag] = hf_config(config, [i for i in range(llm.layers) if i not in drop], args.unchecked)
     total = sum(e.nbytes for e in checkpoint.entries.values())
     copies = (2 if llm.root else 0) + len(hf_folders(args, llm))
     check_space(args.out_dir, int(copies * total * sum(1 - len(drop) / llm.layers for drop, _ in sets)))
@@ -604,7 +643,7 @@ def main(args):
         f"{total / 1e9:.3f} GB{about}"
     )
     for drop, tag in sets:
-        report = prune(checkpoint, llm, lora, config, drop, tag, args, source)
+        report = prune(checkpoint, llm, lora, configs.get(tag), drop, tag, args, source)
         before, after = report["parameters_before"], report["parameters_after"]
         folder = args.out_dir if llm.root else args.out_dir / f"hf_{tag}"
         print(

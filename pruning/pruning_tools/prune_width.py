@@ -31,7 +31,7 @@ from torch import nn
 from common.arguments import Parser, refuse
 from common.checkpoint import atomic_dir
 from common.errors import UserError, run
-from pruning.layers import decoder_layers, head_counts, plain
+from pruning.layers import decoder, decoder_layers, head_counts, plain
 from pruning.sensitivity_analyse.layer_sensitivity_scan import add_prompt_arguments, load_with_prompts
 from pruning.sensitivity_analyse.scan_methods import pad_prompts, patched
 
@@ -125,7 +125,7 @@ def prune_width(model, prompts, mlp_ratio: float, kv_ratio: float) -> dict:
         watched |= {(i, "mlp"): mlp.down_proj, (i, "kv"): attention.o_proj}
     batch, real = calibration_batch(model, prompts)
     with input_norms(watched, real, power=1) as sums:
-        plain(model).get_decoder()(**batch, use_cache=False)
+        decoder(model)(**batch, use_cache=False)
     kept_neurons, kept_kv = neurons - round(mlp_ratio * neurons), kv_heads - round(kv_ratio * kv_heads)
     if min(kept_neurons, kept_kv) < 1:
         raise UserError(
@@ -210,7 +210,7 @@ def prune_unstructured(model, prompts, method: str, sparsity: str):
                 return original(*args, **kwargs)
 
             stack.enter_context(patched(layer, prune_then_run))
-        plain(model).get_decoder()(**batch, use_cache=False)
+        decoder(model)(**batch, use_cache=False)
 
 
 def check(args):

@@ -34,6 +34,10 @@ DTYPES = {
     "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 BLOCK = 1 << 24  # bytes copied at once
@@ -50,6 +54,8 @@ class Entry:
     shape: tuple
     read: Callable[[], torch.Tensor]
     where: tuple | None = None
+    kind: str | None = None  # a safetensors type that torch has no name for here: its bytes are copied
+    size: int | None = None  # and how many they are
 
     @property
     def numel(self) -> int:
@@ -57,7 +63,7 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
+        return self.numel * self.dtype.itemsize if self.size is None else self.size
 
 
 @dataclass
@@ -126,7 +132,11 @@ def open_safetensors(file: Path) -> dict[str, Entry]:
         entries = {}
         for key, value in header.items():
             start, end = value["data_offsets"]
-            entry = Entry(DTYPES[value["dtype"]], tuple(value["shape"]), None, (file, 8 + length + start))
+            entry = Entry(torch.uint8, tuple(value["shape"]), None, (file, 8 + length + start))
+            if value["dtype"] in DTYPES:
+                entry.dtype = DTYPES[value["dtype"]]
+            else:  # newer than this file, or of less than a byte
+                entry.kind, entry.size = str(value["dtype"]), end - start
             if end - start != entry.nbytes or 8 + length + end > size or start < 0:
                 raise ValueError(f"{key} reaches beyond the end")
             entry.read = lambda entry=entry: read_bytes(entry)
@@ -141,7 +151,7 @@ def read_bytes(entry: Entry) -> torch.Tensor:
     with open(file, "rb") as stream:
         stream.seek(offset)
         stream.readinto(memoryview(data.numpy()))
-    return data.view(entry.dtype).reshape(entry.shape)
+    return data if entry.kind else data.view(entry.dtype).reshape(entry.shape)
 
 
 def open_bin(file: Path) -> dict[str, Entry]:
@@ -176,7 +186,7 @@ def write_safetensors(path, entries: dict[str, Entry]):
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for key, entry in entries.items():
         header[key] = {
-            "dtype": NAMES[entry.dtype],
+            "dtype": entry.kind or NAMES[entry.dtype],
             "shape": list(entry.shape),
             "data_offsets": [offset, offset + entry.nbytes],
         }

@@ -32,8 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common.arguments import Parser, number, refuse
 from common.checkpoint import atomic_write
 from common.errors import UserError, run
-from pruning.layers import decoder_layers, plain, without_layers
-from pruning.pruning_tools.prune_llm import spec_of
+from pruning.layers import decoder_layers, plain, spec_of, without_layers
 from pruning.sensitivity_analyse.layer_mask import plain_mode
 from pruning.sensitivity_analyse.layer_sensitivity_scan import (
     add_prompt_arguments,

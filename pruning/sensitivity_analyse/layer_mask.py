@@ -1,15 +1,18 @@
 """Switching off a part of one decoder layer, without changing a weight (upstream:
 sensitivity-analyse/layer_mask.py).
 
-mode        what is zero                              effect q, k, qk    output of the projection(s), after
-bias   all scores equal: every position averages its past (q, k, qk agree) v, qv       output of v (and q),
-after bias           attention returns o_proj(0), the o bias (v and qv agree: with
-                                                      V = 0 the weights do not matter)
+mode        what is zero                              effect
+q, k, qk    output of the projection(s), after bias   all scores equal: every position averages its past
+                                                      (q, k and qk agree)
+v, qv       output of v (and q), after bias           attention returns o_proj(0), the o bias (v and qv agree:
+                                                      with V = 0 the weights do not matter)
 head        one query head before o_proj
-attention   the attention branch, o bias included
-mlp         the MLP branch
+attention   the attention branch, o bias included; in a hybrid, whatever mixes tokens there
+mlp         the MLP branch: experts and shared MLP too
 layer       both branches: the layer returns its input
-Upstream's names v_only, q_only and k_only are accepted.
+
+Upstream's names v_only, q_only and k_only are accepted. A layer that has no such part, as some layers of a
+hybrid, has no such mode (`applies`).
 """
 
 import contextlib
@@ -22,10 +25,20 @@ from torch import nn
 # repository root: every way of starting this file finds it
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common.errors import UserError
-from pruning.layers import ATTENTION, MLP, OUTPUT, child, decoder_layers, head_counts
+from pruning.layers import (
+    ATTENTION,
+    MIXERS,
+    MLP,
+    OUTPUT,
+    child,
+    children,
+    decoder_layers,
+    query_heads,
+    text_config,
+)
 
 MODES = ("q", "k", "v", "qk", "qv", "head", "attention", "mlp", "layer")
-FUSED = ("qkv_proj", "c_attn")  # one projection whose output is q, k, v one after the other
+FUSED = ("qkv_proj", "c_attn")  # one projection whose output may be q, k, v one after the other
 
 
 class ProjHeadMaskWrapper(nn.Module):
@@ -87,26 +100,24 @@ def mask_attention_layer(model, layer_idx: int, mode: str = "v_only"):
     back. Prefer `masked`, which restores also when something raises.
     """
     attention = child(decoder_layers(model)[layer_idx], ATTENTION)
-    query_heads, kv_heads, head_dim = head_counts(model)
     mode = plain_mode(mode)
-    parts = {"q": query_heads, "k": kv_heads, "v": kv_heads}
-    if not set(mode) <= set(parts):
+    if not set(mode) <= set("qkv"):
         raise ValueError(f"{mode}: mask_attention_layer masks q, k, v, qk or qv; use masked() for the rest")
-    if fused := next((name for name in FUSED if hasattr(attention, name)), None):
-        originals = {fused: getattr(attention, fused)}
-        masks = {fused: torch.cat([torch.full((n,), float(part not in mode)) for part, n in parts.items()])}
-    elif all(hasattr(attention, f"{part}_proj") for part in parts):
-        originals = {f"{part}_proj": getattr(attention, f"{part}_proj") for part in mode}
-        masks = {name: torch.tensor(0.0) for name in originals}  # every head
+    if why := why_not(model, layer_idx, mode):
+        raise UserError(why)
+    if fused := fused_heads(model, layer_idx):
+        # one mask entry for each head of q, k and v, one after the other
+        name, width = fused["name"], fused["width"]
+        originals = {name: getattr(attention, name)}
+        masks = {name: torch.cat([torch.full((fused[part],), float(part not in mode)) for part in "qkv"])}
+        wrappers = {name: ProjHeadMaskWrapper(originals[name], width)}
     else:
-        raise UserError(
-            f"{type(attention).__name__} mixes q, k and v in one projection; use --mode attention, head, mlp "
-            "or layer"
-        )
-    wrappers = {
-        name: ProjHeadMaskWrapper(module, head_dim).train(module.training)
-        for name, module in originals.items()
-    }
+        # every head of a projection of its own
+        originals = {f"{part}_proj": getattr(attention, f"{part}_proj") for part in mode}
+        masks = {name: torch.tensor(0.0) for name in originals}
+        wrappers = {name: ProjHeadMaskWrapper(m, output_width(m)) for name, m in originals.items()}
+    for name, wrapper in wrappers.items():
+        wrapper.train(originals[name].training)
     for name, wrapper in wrappers.items():
         setattr(attention, name, wrapper)
 
@@ -125,6 +136,88 @@ def mask_attention_layer(model, layer_idx: int, mode: str = "v_only"):
     return enable_mask, disable_mask, restore
 
 
+def output_width(module) -> int:
+    """Output features of a Linear, LoRA Linear or Conv1D."""
+    return getattr(module, "out_features", None) or module.nf
+
+
+def why_not(model, layer_idx: int, mode: str) -> str:
+    """Why `mode` cannot be switched off in one layer, an empty text where it can."""
+    layer = decoder_layers(model)[layer_idx]
+    name, attention = type(layer).__name__, child(layer, ATTENTION)
+    if mode == "layer":
+        return ""
+    if mode == "attention":
+        return (
+            ""
+            if mixers(layer)
+            else f"layer {layer_idx}, a {name}, has no branch of its own that mixes tokens"
+        )
+    if mode == "mlp":
+        return "" if mlps(layer) else f"layer {layer_idx}, a {name}, has no MLP branch of its own"
+    if attention is None:
+        return f"layer {layer_idx}, a {name}, has no attention"
+    if mode == "head":
+        try:
+            query_heads(model, layer_idx)
+        except UserError as error:
+            return str(error)
+        return ""
+    if all(getattr(attention, f"{part}_proj", None) is not None for part in "qkv"):
+        return ""
+    if fused_heads(model, layer_idx):
+        return ""
+    return (
+        f"layer {layer_idx}: {type(attention).__name__} has no projections of its own for q, k and v; use "
+        "--mode attention, mlp or layer"
+    )
+
+
+def fused_heads(model, layer_idx: int) -> dict:
+    """{"name": the one projection whose output is q, k and v one after the other, "q", "k", "v": heads of
+    each, "width": of a head} of a layer; empty where it has none."""
+    attention = child(decoder_layers(model)[layer_idx], ATTENTION)
+    name = next((part for part in FUSED if hasattr(attention, part)), None)
+    alternating = getattr(text_config(model), "multi_query", None) is False  # GPT-BigCode's other form
+    if name is None or alternating or child(attention, ("o_proj", "c_proj")) is None:
+        return {}
+    heads, width = query_heads(model, layer_idx)
+    rest = output_width(getattr(attention, name)) - heads * width
+    kv_heads = rest // (2 * width)
+    if kv_heads < 1 or rest != 2 * kv_heads * width or heads % kv_heads:
+        return {}
+    return {"name": name, "q": heads, "k": kv_heads, "v": kv_heads, "width": width}
+
+
+def mixers(layer) -> list:
+    """The branches of a layer that mix tokens."""
+    return [part for part in children(layer, MIXERS) if part not in mlps(layer)]
+
+
+def mlps(layer) -> list:
+    """The branches of a layer that work on each token alone; Nemotron-H calls them `mixer` too."""
+    mixer = getattr(layer, "mixer", None)
+    alone = any(word in type(mixer).__name__ for word in ("MLP", "MoE"))
+    return children(layer, MLP) + ([mixer] if alone else [])
+
+
+def zeros(module, args, output):
+    """A forward hook that returns nothing but zeros in place of the first output."""
+    if isinstance(output, tuple):
+        return (torch.zeros_like(output[0]), *output[1:])
+    return torch.zeros_like(output)
+
+
+def as_output(output, hidden_states):
+    """`hidden_states` in the form of a layer's output, which may be a tuple."""
+    return (hidden_states, *output[1:]) if isinstance(output, tuple) else hidden_states
+
+
+def layer_input(args, kwargs):
+    """The hidden states that a layer was called with."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
 @contextlib.contextmanager
 def masked(model, layer_idx: int, mode: str = "v_only", head: int | None = None):
     """Inside the with block, layer `layer_idx` runs with `mode` switched off.
@@ -133,31 +226,33 @@ def masked(model, layer_idx: int, mode: str = "v_only", head: int | None = None)
     """
     mode = plain_mode(mode)
     layer = decoder_layers(model)[layer_idx]
+    if why := why_not(model, layer_idx, mode):
+        raise UserError(why)
     if set(mode) <= set("qkv"):
         enable, _, restore = mask_attention_layer(model, layer_idx, mode)
         enable()
+        restores = [restore]
     elif mode == "layer":
-        restore = layer.register_forward_hook(lambda module, args, output: args[0]).remove
+
+        def skip(module, args, kwargs, output):
+            return as_output(output, layer_input(args, kwargs))
+
+        restores = [layer.register_forward_hook(skip, with_kwargs=True).remove]
     elif mode == "head":
-        query_heads, _, head_dim = head_counts(model)
-        if head is None or not 0 <= head < query_heads:
-            raise ValueError(f"head {head}: the model has query heads 0-{query_heads - 1}")
-        keep = torch.arange(query_heads * head_dim) // head_dim != head
+        heads, head_dim = query_heads(model, layer_idx)
+        if head is None or not 0 <= head < heads:
+            raise ValueError(f"head {head}: the layer has query heads 0-{heads - 1}")
+        keep = torch.arange(heads * head_dim) // head_dim != head
 
         def drop_head(module, args):
             return (args[0] * keep.to(args[0]), *args[1:])
 
-        restore = child(child(layer, ATTENTION), OUTPUT).register_forward_pre_hook(drop_head).remove
+        restores = [child(child(layer, ATTENTION), OUTPUT).register_forward_pre_hook(drop_head).remove]
     else:
-
-        def nothing(module, args, output):
-            if isinstance(output, tuple):
-                return (torch.zeros_like(output[0]), *output[1:])
-            return torch.zeros_like(output)
-
-        branch = child(layer, ATTENTION if mode == "attention" else MLP)
-        restore = branch.register_forward_hook(nothing).remove
+        branches = mixers(layer) if mode == "attention" else mlps(layer)
+        restores = [branch.register_forward_hook(zeros).remove for branch in branches]
     try:
         yield
     finally:
-        restore()
+        for restore in restores:
+            restore()

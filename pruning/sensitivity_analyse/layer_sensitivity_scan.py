@@ -31,7 +31,7 @@ from common.errors import Interrupted, UserError, run
 from common.figures import new_figure, save_figure
 from common.llm import add_trust_argument
 from common.run import progress
-from pruning.layers import decoder_layers, plain
+from pruning.layers import decoder, decoder_layers, plain
 from pruning.sensitivity_analyse.eval_metric import DISTANCES
 from pruning.sensitivity_analyse.layer_mask import MODES, masked, plain_mode
 from pruning.sensitivity_analyse.load_model import builtin_prompts, load_model, read_prompts
@@ -330,10 +330,10 @@ def sanity_check(model, prompt, variants, kinds, method):
     """Print how far a lifted mask and `method` are from naive on one prompt; UserError where they differ."""
     prompt = {key: value[:, :64] if torch.is_tensor(value) else value for key, value in prompt.items()}
     batch = pad_prompts([prompt], next(model.parameters()).device)
-    whole = plain(model).get_decoder()(**batch, use_cache=False).last_hidden_state
+    whole = decoder(model)(**batch, use_cache=False).last_hidden_state
     with masked(model, 0, variants[0].mode, variants[0].head):
         pass
-    again = plain(model).get_decoder()(**batch, use_cache=False).last_hidden_state
+    again = decoder(model)(**batch, use_cache=False).last_hidden_state
     some = [v for v in variants if v.layer in (0, len(decoder_layers(model)) - 1)]
     fast, naive = (scan_batch(model, [prompt], some, kinds, m)[0]["variants"] for m in (method, "naive"))
     worst = max(abs(a[k] - b[k]) / max(1, abs(b[k])) for a, b in zip(fast, naive) for k in kinds)

@@ -22,9 +22,18 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 # repository root: every way of starting this file finds it
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common.errors import UserError
-from pruning.layers import ATTENTION, OUTPUT, child, decoder_layers, head_counts, plain
+from pruning.layers import (
+    OUTPUT,
+    child,
+    decoder,
+    decoder_layers,
+    input_width,
+    plain,
+    query_heads,
+    text_config,
+)
 from pruning.sensitivity_analyse.eval_metric import combine, position_distances
-from pruning.sensitivity_analyse.layer_mask import masked, plain_mode
+from pruning.sensitivity_analyse.layer_mask import as_output, layer_input, masked, mixers, plain_mode, why_not
 
 METHODS = ("wavefront", "cached", "naive")
 CHUNK = 1 << 23  # log-probabilities held at once, in values
@@ -39,39 +48,49 @@ class Variant(NamedTuple):
 
 
 def list_variants(model, modes) -> list[Variant]:
-    """Everything to switch off for these modes; leaving out each whole layer is always among it."""
-    heads = range(head_counts(model)[0])
+    """Everything to switch off for these modes; leaving out each whole layer is always among it.
+
+    A layer without such a part, as in hybrids, is left out; UserError where no layer has one.
+    """
     modes = list(dict.fromkeys([*map(plain_mode, modes), "layer"]))
+    layers = range(len(decoder_layers(model)))
+    reasons = {(layer, mode): why_not(model, layer, mode) for layer in layers for mode in modes}
+    for mode in modes:
+        if all(reasons[layer, mode] for layer in layers):
+            raise UserError(f"--mode {mode}: {reasons[0, mode]}")
     return [
         Variant(mode, layer, head)
-        for layer in range(len(decoder_layers(model)))
+        for layer in layers
         for mode in modes
-        for head in (heads if mode == "head" else [None])
+        if not reasons[layer, mode]
+        for head in (range(query_heads(model, layer)[0]) if mode == "head" else [None])
     ]
 
 
 @contextlib.contextmanager
-def shortcut(model, layer_idx: int, mode: str, head=None):
+def shortcut(model, layer_idx: int, mode: str, head, form):
     """As `masked`, but a layer whose attention is off does not compute any.
 
-    With v masked, attention returns o_proj(0), bit for bit.
+    With v masked, attention returns o_proj(0), bit for bit. form: what attention returned in this layer, a
+    tensor or a tuple whose first element counts; None where it is not known.
     """
-    if mode not in ("v", "qv", "attention"):
+    branches = mixers(decoder_layers(model)[layer_idx])
+    output = child(branches[0], OUTPUT) if branches else None
+    simple = form is not None and len(branches) == 1 and (mode == "attention" or output is not None)
+    if mode not in ("v", "qv", "attention") or not simple:
         with masked(model, layer_idx, mode, head):
             yield
         return
-    attention = child(decoder_layers(model)[layer_idx], ATTENTION)
-    output = child(attention, OUTPUT)
-    weight = next(output.parameters())
-    heads, _, head_dim = head_counts(model)
-    constant = output(torch.zeros(1, 1, heads * head_dim, dtype=weight.dtype, device=weight.device))
-    if mode == "attention":
-        constant = torch.zeros_like(constant)
+    states = form[0] if isinstance(form, tuple) else form
+    constant = torch.zeros(1, 1, states.shape[-1], dtype=states.dtype, device=states.device)
+    if mode != "attention":
+        constant = output(torch.zeros(1, 1, input_width(output), dtype=states.dtype, device=states.device))
 
-    def no_attention(hidden_states, *args, **kwargs):
-        return constant.expand(*hidden_states.shape[:-1], -1), None
+    def no_attention(*args, **kwargs):
+        nothing = constant.expand(*layer_input(args, kwargs).shape[:-1], -1)
+        return as_output(form, nothing)
 
-    with patched(attention, no_attention):
+    with patched(branches[0], no_attention):
         yield
 
 
@@ -106,6 +125,11 @@ class DecoderOutput(BaseModelOutputWithPastAndCrossAttentions):
 
     router_logits: tuple | None = None
 
+    def __getattr__(self, name):
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return None  # whatever else a model hands from its decoder to its output
+
 
 def apply_head(model, hidden_states: torch.Tensor) -> torch.Tensor:
     """Logits (..., V) of final hidden states (..., d), through the model's own head.
@@ -114,7 +138,7 @@ def apply_head(model, hidden_states: torch.Tensor) -> torch.Tensor:
     """
     rows = hidden_states.reshape(1, -1, hidden_states.shape[-1])
     token = torch.zeros(1, 1, dtype=torch.long, device=rows.device)
-    with patched(model.get_decoder(), lambda *args, **kwargs: DecoderOutput(last_hidden_state=rows)):
+    with patched(decoder(model), lambda *args, **kwargs: DecoderOutput(last_hidden_state=rows)):
         logits = model(input_ids=token, use_cache=False).logits
     return logits.reshape(*hidden_states.shape[:-1], -1)
 
@@ -124,10 +148,13 @@ class Baseline:
 
     They collect block influence and the hidden states for the angles. lengths: real tokens of each row.
     keep_inputs: store what each layer is called with. variants: grow the batch behind each layer by its
-    masked variants (the wavefront).
+    masked variants (the wavefront). split: end with the first rows alone, for a decoder that gives its output
+    the shape of its input; the variants then wait in `grown`. one_row: see `fit_rows`.
     """
 
-    def __init__(self, model, lengths, variants=(), keep_inputs=False):
+    def __init__(self, model, lengths, variants=(), keep_inputs=False, one_row=True, split=False):
+        self.one_row = one_row
+        self.split, self.grown, self.last_output, self.forms = split, None, None, {}
         self.model, self.lengths, self.rows = model, lengths, len(lengths)
         self.by_layer = defaultdict(list)
         for mode, layer, head in variants:
@@ -139,36 +166,57 @@ class Baseline:
 
     def __enter__(self):
         self.hooks = []
-        for i, layer in enumerate(decoder_layers(self.model)):
-            self.hooks.append(layer.register_forward_pre_hook(self.fit_masks, with_kwargs=True))
+        self.layers = decoder_layers(self.model)
+        for i, layer in enumerate(self.layers):
+            self.hooks.append(layer.register_forward_pre_hook(self.fit_rows, with_kwargs=True))
             self.hooks.append(
                 layer.register_forward_hook(lambda *call, i=i: self.after(i, *call), with_kwargs=True)
             )
+            branches = mixers(layer)
+            if self.by_layer[i] and len(branches) == 1 or self.keep_inputs and len(branches) == 1:
+                hook = branches[0].register_forward_hook(lambda *call, i=i: self.note(i, call[-1]))
+                self.hooks.append(hook)
         return self
 
     def __exit__(self, *error):
         for hook in self.hooks:
             hook.remove()
 
-    def fit_masks(self, layer, args, kwargs):
-        """Keep one row of each mask: it was made for the first rows, and is the same causal mask for all."""
+    def note(self, i, output):
+        """Remember what form the token mixer of layer `i` returns its states in."""
+        self.forms[i] = output
 
-        def one_row(value):
-            if torch.is_tensor(value) and value.dim() > 1 and self.rows > 1 and len(value) == self.rows:
-                return value[:1]
-            return tuple(one_row(v) for v in value) if isinstance(value, tuple) else value
+    def fit_rows(self, layer, args, kwargs):
+        """Make what was made for the first rows fit all: one row where all are equal, such as causal masks,
+        else (and for a model that wants a mask for each row) the same rows again for every group."""
+        groups = len(layer_input(args, kwargs)) // self.rows
+        if groups == 1:
+            return None
 
-        return (args[0], *map(one_row, args[1:])), {k: one_row(v) for k, v in kwargs.items()}
+        def fit(value, name=""):
+            if torch.is_tensor(value) and name == "alibi":  # rows and heads in one axis
+                return value.repeat(groups, *[1] * (value.dim() - 1))
+            if torch.is_tensor(value) and value.dim() > 1 and len(value) == self.rows > self.one_row:
+                if self.one_row and torch.equal(value, value[:1].expand_as(value)):
+                    return value[:1]
+                return value.repeat(groups, *[1] * (value.dim() - 1))
+            return tuple(fit(v) for v in value) if isinstance(value, tuple) else value
+
+        kept = {k: v if k == "hidden_states" else fit(v, k) for k, v in kwargs.items()}
+        return (*args[:1], *map(fit, args[1:])), kept
 
     def after(self, i, layer, args, kwargs, output):
         """Watch layer `i`, and add its masked variants behind the rows that there are."""
-        if not torch.is_tensor(output):
+        states = output[0] if isinstance(output, tuple) else output
+        if states.dim() != 3:
             raise UserError(
-                f"{type(layer).__name__} returns more than its hidden states; such models cannot be scanned"
+                f"{type(layer).__name__} works on several streams of hidden states at once; such models "
+                "cannot "
+                "be scanned"
             )
-        x, y = args[0][: self.rows], output[: self.rows]
+        x, y = layer_input(args, kwargs)[: self.rows], states[: self.rows]
         if self.keep_inputs:
-            self.inputs.append(x)
+            self.inputs.append(as_output(output, x))
         for p, n in enumerate(self.lengths):
             self.influence[p].append(
                 1 - torch.cosine_similarity(x[p, :n].double(), y[p, :n].double(), dim=-1).mean().item()
@@ -176,15 +224,30 @@ class Baseline:
             if i == 0:
                 self.last_token[p].append(x[p, n - 1].clone())  # a view would keep the whole batch alive
             self.last_token[p].append(y[p, n - 1].clone())
-        grown = [output]
+        grown = [states]
         for mode, head in self.by_layer[i]:
             if mode == "layer":
                 grown.append(x)
             else:
-                with shortcut(self.model, i, mode, head):  # .forward: the hooks do not run again
-                    grown.append(layer.forward(x, *args[1:], **kwargs))
+                total = len(states)
+                own = {k: self.first_rows(v, total, k) for k, v in kwargs.items()}
+                rest = [self.first_rows(v, total) for v in args[1:]]
+                with shortcut(self.model, i, mode, head, self.forms.get(i)):  # .forward: no hook runs again
+                    masked_output = layer.forward(*([x] if args else []), *rest, **own)
+                grown.append(masked_output[0] if isinstance(masked_output, tuple) else masked_output)
             self.order.append(Variant(mode, i, head))
-        return torch.cat(grown) if len(grown) > 1 else None
+        if self.split and i == len(self.layers) - 1:
+            self.grown, self.last_output = torch.cat(grown)[self.rows :], output
+            return as_output(output, y)
+        return as_output(output, torch.cat(grown)) if len(grown) > 1 else None
+
+    def first_rows(self, value, total: int, name: str = ""):
+        """What `fit_rows` repeated up to `total` rows, for the first rows alone."""
+        if torch.is_tensor(value) and name == "alibi":
+            return value[: len(value) // (total // self.rows)]
+        if torch.is_tensor(value) and value.dim() > 1 and self.rows < total == len(value):
+            return value[: self.rows]
+        return tuple(self.first_rows(v, total) for v in value) if isinstance(value, tuple) else value
 
     def angles(self, prompt: int) -> list[list[float]]:
         """(L + 1, L + 1) angular distances in [0, 1] between the states before layers a and b, last token."""
@@ -245,22 +308,28 @@ def scan_batch(model, prompts, variants, kinds, method="wavefront") -> list[dict
     """
     # the pass without masks, which the wavefront extends by the masked variants
     model, variants = plain(model), [Variant(*variant) for variant in variants]
-    device = next(model.parameters()).device
-    batch = pad_prompts(prompts, device)
+    if method != "naive" and getattr(text_config(model), "num_kv_shared_layers", 0):
+        raise UserError(
+            f"--method {method}: layers of {type(model).__name__} share keys and values; use --method naive"
+        )
+    batch = pad_prompts(prompts, next(model.parameters()).device)
     lengths = [p["input_ids" if "input_ids" in p else "inputs_embeds"].shape[1] for p in prompts]
+    if getattr(text_config(model), "index_topk", None) and len(set(lengths)) > 1:
+        raise UserError(
+            f"{type(model).__name__} chooses the tokens that it attends to by the length of the prompt, so "
+            "that "
+            "padding would matter; use --batch-size 1"
+        )
     rows = len(prompts)
     grown = variants if method == "wavefront" else ()
-    with Baseline(model, lengths, grown, keep_inputs=method == "cached") as watch:
-        hidden = model.get_decoder()(
-            **batch, use_cache=False
-        ).last_hidden_state  # (rows * (1 + variants), N, d)
+    hidden, watch = watched_pass(model, batch, lengths, grown, method == "cached")
 
     # the masked variants, (variants, rows, N, d)
     if method == "wavefront":
         order, masked_hidden = watch.order, hidden.unflatten(0, (-1, rows))[1:]
     else:
         order, stored = variants, watch.inputs or [None] * len(decoder_layers(model))
-        passes = [masked_pass(model, batch, *variant, stored[variant.layer]) for variant in variants]
+        passes = [masked_pass(model, batch, variant, stored, watch.forms) for variant in variants]
         masked_hidden = torch.stack(passes)
 
     # their scores
@@ -282,21 +351,49 @@ def scan_batch(model, prompts, variants, kinds, method="wavefront") -> list[dict
     return records
 
 
-def masked_pass(model, batch, mode, layer, head, inputs=None) -> torch.Tensor:
+def watched_pass(model, batch, lengths, variants, keep_inputs) -> tuple:
+    """(final hidden states (rows * (1 + variants), N, d), the `Baseline` that watched the pass)."""
+    whole, split = {"one_row": True}, {"one_row": False, "split": True}
+    for options in (whole, {"one_row": False}, split) if variants else (whole,):
+        try:
+            with Baseline(model, lengths, variants, keep_inputs, **options) as watch:
+                hidden = decoder(model)(**batch, use_cache=False).last_hidden_state
+            break
+        except (RuntimeError, ValueError) as error:
+            # some want a mask for every row, some give their output the shape of their input
+            if options is split or not variants or isinstance(error, torch.OutOfMemoryError):
+                raise
+    if not variants or watch.grown is None:
+        return hidden, watch
+
+    # each group once more through what follows the layers
+    parts = [final_states(model, batch, s, watch.last_output) for s in watch.grown.split(len(lengths))]
+    return torch.cat([hidden, *parts]), watch
+
+
+def final_states(model, batch, states, form) -> torch.Tensor:
+    """What a decoder makes of the states (rows, N, d) behind its last layer, which returns them as `form`."""
+    with contextlib.ExitStack() as stack:
+        for layer in decoder_layers(model):
+            stack.enter_context(patched(layer, lambda *args, **kwargs: as_output(form, states)))
+        return decoder(model)(**batch, use_cache=False).last_hidden_state
+
+
+def masked_pass(model, batch, variant, stored, forms) -> torch.Tensor:
     """Final hidden states (rows, N, d) of a padded batch with one part off.
 
-    inputs: (rows, N, d), what that layer is given; it spares the layers before it.
+    stored: what each layer returns when it is passed by, its input (rows, N, d); None where nothing was kept.
+    That spares the layers before. forms: of `Baseline`.
     """
+    mode, layer, head = variant
+    inputs = stored[layer]
     with contextlib.ExitStack() as stack:
         if inputs is None:
             stack.enter_context(masked(model, layer, mode, head))
         else:
-            for before in decoder_layers(model)[:layer]:
-                stack.enter_context(patched(before, lambda hidden_states, *args, **kwargs: inputs))
-            if mode == "layer":
-                stack.enter_context(
-                    patched(decoder_layers(model)[layer], lambda hidden_states, *args, **kwargs: inputs)
-                )
-            else:
-                stack.enter_context(shortcut(model, layer, mode, head))
-        return model.get_decoder()(**batch, use_cache=False).last_hidden_state
+            before = decoder_layers(model)[: layer + (mode == "layer")]
+            for passed in before:
+                stack.enter_context(patched(passed, lambda *args, **kwargs: inputs))
+            if mode != "layer":
+                stack.enter_context(shortcut(model, layer, mode, head, forms.get(layer)))
+        return decoder(model)(**batch, use_cache=False).last_hidden_state

@@ -1,0 +1,344 @@
+"""A configuration for fewer layers: every field that counts, lists or numbers layers follows the kept ones.
+
+    shorter_config(config, keep)        the dictionary of a config.json, plain or multimodal
+
+A decoder's configuration numbers its layers in many ways: lists with one entry a layer, lists of layer
+numbers (some count from 1), "the first k", "the last k", periods, dictionaries by number, names of modules
+that a quantization leaves alone. What a class derives and its file leaves out (a default period of layer
+types, say) is written down, because the derived value would be another one for the new numbers. read_back.py
+then compares the layers that come out with those that went in: a field that this file does not know is
+refused there.
+"""
+
+import json
+import math
+import re
+import tempfile
+from pathlib import Path
+
+from transformers import AutoConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from common.errors import UserError
+from common.files import first_line
+
+# Under which names a configuration holds a number that most call by the first of them.
+NAMES = {
+    "num_hidden_layers": ("n_layer", "n_layers", "num_layers", "num_blocks"),
+    "num_attention_heads": ("n_head", "n_heads", "num_heads"),
+    "hidden_size": ("n_embd", "d_model"),
+}
+# Where a multimodal configuration keeps its decoder's own.
+NESTED = ("text_config", "llm_config", "language_config", "thinker_config", "language_model_config")
+INDEX_LIST = re.compile(
+    r"(^|_)(only_layers|layer_ids|layer_indices|layer_idxs|layers_idx|attn_idxs|moe_layers|kda_layers"
+    r"|full_attn_layers|cross_attention_layers|rope_scaling_layers|global_layers|local_layers)$"
+)
+ONE_BASED = ("kda_layers", "full_attn_layers", "ple_layer_ids")
+NO_LAYERS = re.compile(
+    "token|architectures|label|language|rope_(theta|param|scaling$)|vision|audio|image|dtype"
+)
+FIRST = (
+    "first_k_dense_replace",
+    "max_window_layers",
+    "num_dense_layers",
+    "dense_mlp_idx",
+    "moe_layer_start_index",
+    "num_first_full_attention_layers",
+)
+LAST = ("num_kv_shared_layers", "num_last_full_attention_layers")
+PREDICTION = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
+PERIODS = {"attn_layer_period": "attn_layer_offset", "expert_layer_period": "expert_layer_offset"}
+# A module's layer number, or what a regular expression has in its place: [23], (2|3), \d+ or [0-9]+.
+LAYER_NAME = re.compile(
+    r"((?:layers|layer|\bh|blocks)\\?\.)((?:\d|\\d|\[[^\]]+\]|\([^()]*\)|[+*?])+)(?=\\?\.|$)"
+)
+
+
+def config_key(config: dict, name: str) -> str:
+    """The key under which a configuration holds the number that most models call `name`."""
+    return next((key for key in (name, *NAMES[name]) if config.get(key) is not None), name)
+
+
+def text_part(config: dict) -> dict:
+    """The decoder's own part of a config.json, which may be all of it."""
+    for name in NESTED:
+        if isinstance(config.get(name), dict):
+            return text_part(config[name])
+    return config
+
+
+def config_object(config: dict, strict: bool = False):
+    """The configuration of transformers that a config.json stands for, read as from_pretrained reads it.
+
+    None where transformers knows no such model, or where the class refuses the fields; strict: the latter is
+    a UserError.
+    """
+    if config.get("model_type") not in CONFIG_MAPPING:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config, default=str))
+        try:
+            return AutoConfig.from_pretrained(folder, local_files_only=True)
+        except Exception as error:
+            if strict:
+                raise UserError(f"config.json: its class refuses it: {first_line(error)}") from error
+            return None
+
+
+def layer_count(config: dict) -> int | None:
+    """How many decoder layers a config.json counts, None where it does not say."""
+    whole, text = config_object(config), text_part(config)
+    count = text.get(config_key(text, "num_hidden_layers"))
+    if count is None and whole is not None:
+        count = getattr(whole.get_text_config(decoder=True), "num_hidden_layers", None)
+    return count if isinstance(count, int) else None
+
+
+def prediction_layers(config: dict) -> int:
+    """Layers for the prediction of further tokens, which stand behind the last decoder layer."""
+    text = text_part(config)
+    return next((text[name] for name in PREDICTION if isinstance(text.get(name), int)), 0)
+
+
+def config_head_counts(config: dict) -> tuple[int, int, int]:
+    """(query heads, key-value heads, width of a head). UserError if the config does not say them."""
+    text = text_part(config)
+    heads, hidden = (text.get(config_key(text, name)) for name in ("num_attention_heads", "hidden_size"))
+    if not isinstance(heads, int) or not hidden:
+        raise UserError(
+            "config.json has no num_attention_heads or no hidden_size; only decoders can be pruned"
+        )
+    kv_heads = text.get("num_key_value_heads")
+    return heads, kv_heads if isinstance(kv_heads, int) else heads, text.get("head_dim") or hidden // heads
+
+
+def shorter_config(config: dict, keep: list[int]) -> dict:
+    """A config dictionary for the decoder layers `keep` (old numbers, ascending). UserError where it cannot
+    say what these layers are."""
+    whole = config_object(config)
+    if whole is not None:
+        check_sources(whole.get_text_config(decoder=True), keep)
+        check_pictures(config, keep)
+    derived = {} if whole is None else whole.get_text_config(decoder=True).to_dict()
+    return shorter(config, keep, derived, layer_count(config))
+
+
+def shorter(config: dict, keep, derived: dict, count: int) -> dict:
+    """`shorter_config` of a dictionary and of the nested one that holds the decoder's fields.
+
+    derived: what its class makes of these. count: layers before.
+    """
+    nested = next((name for name in NESTED if isinstance(config.get(name), dict)), None)
+    names = {}
+    if isinstance(config.get("quantization_config"), dict):
+        names["quantization_config"] = quantized_names(config["quantization_config"], keep, count)
+    if nested:
+        inner = shorter(config[nested], keep, derived, count)
+        total = config_key(config, "num_hidden_layers")  # some repeat the number outside
+        outer = {total: len(keep)} if total in config else {}
+        return {**config, **names, **outer, nested: inner}
+    fields = {
+        **needed(derived, count),
+        **{k: v for k, v in config.items() if v is not None or k not in derived},
+    }
+    new = {
+        name: renumbered(name, value, keep, count, prediction_layers(config))
+        for name, value in fields.items()
+    }
+    new |= periods(fields, keep, count)
+    for name in ("num_hidden_layers", *NAMES["num_hidden_layers"]):
+        if fields.get(name) == count and (name in config or name in derived):
+            new[name] = len(keep)
+    written = {name: value for name, value in new.items() if name in config or value != derived.get(name)}
+    return {**config, **written, **names}
+
+
+def needed(derived: dict, count: int) -> dict:
+    """The fields that number layers among those that a class derives or takes as defaults."""
+    return {
+        name: value
+        for name, value in derived.items()
+        if name in (*FIRST, *LAST, *PERIODS, *PERIODS.values(), "decoder_sparse_step", "scale_depth")
+        or name.startswith("moe_layer_")
+        or name == "block_types"
+        or INDEX_LIST.search(name)
+        or isinstance(value, (list, dict))
+        and not NO_LAYERS.search(name)
+        and ("layer" in name or len(value) == count)
+    }
+
+
+def renumbered(name: str, value, keep, count: int, extra: int = 0):
+    """The value of one field after all layers but `keep` are gone; the same value where it numbers none."""
+    new_of = {old: new for new, old in enumerate(keep)}
+    if NO_LAYERS.search(name) or value is None or isinstance(value, bool):
+        return value
+    if name == "block_types" and isinstance(value, (list, tuple)):  # Griffin's: repeated up to the last layer
+        return [value[i % len(value)] for i in keep]
+    if name == "kv_source_layers":
+        return [new_of[value[old]] for old in keep]
+    if name == "scale_depth":  # of a residual: scale_depth / sqrt(layers)
+        return value * math.sqrt(len(keep) / count)
+    if name in FIRST and isinstance(value, int):
+        return sum(old < value for old in keep)
+    if name in LAST and isinstance(value, int):
+        return sum(old >= count - value for old in keep)
+    if isinstance(value, (list, tuple)):
+        base = int(name in ONE_BASED)
+        if INDEX_LIST.search(name) and not (len(value) == count and set(value) <= {0, 1} and count > 2):
+            return [new_of[i - base] + base for i in value if i - base in new_of]
+        if len(value) in (count, count + extra):
+            return [value[i] for i in keep] + list(value[count:])
+    if isinstance(value, str) and "pattern" in name and len(value) == count:
+        return "".join(value[i] for i in keep)
+    if isinstance(value, dict):
+        numbers = [key for key in value if str(key).isdigit()]
+        if "layer" in name and numbers:
+            moved = {new_of[int(key)]: value[key] for key in numbers if int(key) in new_of}
+            words = {key: part for key, part in value.items() if key not in numbers}
+            return {**words, **{type(numbers[0])(key): part for key, part in moved.items()}}
+        if re.search("attn|attention|moe|mamba|ssm|linear", name):
+            return {key: renumbered(key, part, keep, count) for key, part in value.items()}
+    return value
+
+
+def periods(fields: dict, keep, count: int) -> dict:
+    """The fields of a pattern that repeats, for the kept layers: an explicit list where the class has one."""
+    new = {}
+    step = fields.get("decoder_sparse_step")
+    if isinstance(step, int) and step > 1:  # Qwen's mixtures: every step-th layer, less a list
+        dense = set(fields.get("mlp_only_layers") or [])
+        dense |= {i for i in range(count) if (i + 1) % step}
+        new |= {"decoder_sparse_step": 1}
+        new["mlp_only_layers"] = [i for i, old in enumerate(keep) if old in dense]
+    for period, offset in PERIODS.items():
+        if isinstance(fields.get(period), int) and isinstance(fields.get(offset), int):
+            wanted = [old % fields[period] == fields[offset] for old in keep]
+            new |= fitted(period, offset, wanted, lambda i, p, o: i % p == o)
+    interval = fields.get("moe_layer_interval")
+    if isinstance(interval, int):  # ERNIE's: every interval-th layer of a stretch
+        start, end = fields.get("moe_layer_start_index", 0), fields.get("moe_layer_end_index", -1)
+        end = count - 1 if end in (-1, None) else end
+        wanted = [(old + 1) % interval == 0 and start <= old <= end for old in keep]
+        new |= stretch(wanted)
+    if isinstance(fields.get("attention_types"), list) and isinstance(fields.get("attention_layers"), list):
+        new["attention_types"] = [[[fields["attention_layers"][old]], 1] for old in keep]  # GPT-Neo's
+    return new
+
+
+def fitted(period: str, offset: str, wanted: list[bool], rule) -> dict:
+    """The least period and offset that mark the layers `wanted`; UserError where there is none."""
+    for p in range(1, len(wanted) + 2):
+        for o in range(p):
+            if [rule(i, p, o) for i in range(len(wanted))] == wanted:
+                return {period: p, offset: o}
+    marked = [i for i, yes in enumerate(wanted) if yes]
+    raise UserError(
+        f"config.json: the kept layers would need {period} and {offset} for the new numbers {marked} of "
+        f"{len(wanted)}, which no period gives; choose --drop-layers that keep the rhythm of the model"
+    )
+
+
+def stretch(wanted: list[bool]) -> dict:
+    """moe_layer_interval, _start_index and _end_index that mark the layers `wanted`; UserError without."""
+    marked = [i for i, yes in enumerate(wanted) if yes]
+    if not marked:
+        return {
+            "moe_layer_interval": 1,
+            "moe_layer_start_index": len(wanted),
+            "moe_layer_end_index": len(wanted),
+        }
+    first, last = marked[0], marked[-1]
+    for step in range(1, len(wanted) + 1):
+        if [i for i in range(first, last + 1) if (i + 1) % step == 0] == marked:
+            return {"moe_layer_interval": step, "moe_layer_start_index": first, "moe_layer_end_index": last}
+    raise UserError(
+        f"config.json: no moe_layer_interval marks the new layers {marked} of {len(wanted)}; choose "
+        "--drop-layers that keep the rhythm of the model"
+    )
+
+
+def quantized_names(value, keep, count: int):
+    """A quantization's settings with the numbers of layers inside module names replaced.
+
+    Names of dropped layers vanish; a regular expression that chooses between numbers gets the new ones.
+    """
+    if isinstance(value, str):
+        return moved_name(value, keep, count)
+    if isinstance(value, list):
+        return [new for new in (quantized_names(part, keep, count) for part in value) if new is not None]
+    if isinstance(value, dict):
+        pairs = ((moved_name(str(k), keep, count), quantized_names(v, keep, count)) for k, v in value.items())
+        return {key: part for key, part in pairs if key is not None}
+    return value
+
+
+def moved_name(name: str, keep, count: int) -> str | None:
+    """A module's name, or a regular expression of names, for the new layer numbers; None where all are
+    gone."""
+    found = LAYER_NAME.search(name)
+    if found is None:
+        return name
+    try:
+        meant = [old for old in range(count) if re.fullmatch(found[2], str(old))]
+    except re.error:
+        return name
+    if len(meant) == count and count > 1:
+        return name
+    new = [str(i) for i, old in enumerate(keep) if old in meant]
+    number = new[0] if len(new) == 1 else f"({'|'.join(new)})"
+    return f"{name[: found.start(2)]}{number}{name[found.end(2) :]}" if new else None
+
+
+def check_sources(config, keep):
+    """UserError where a kept layer works with what a dropped one computed.
+
+    config: of the decoder, before pruning.
+    """
+    kept = set(keep)
+    kinds = getattr(config, "layer_types", None) or []
+    attending = [i for i, kind in enumerate(kinds) if "attention" in str(kind) and "linear" not in str(kind)]
+    if attending and not kept & {*attending}:
+        raise UserError(
+            f"attention stands in layer {', '.join(map(str, attending))} alone; keep at least one of these"
+        )
+    if getattr(config, "num_mem_blocks", None):
+        raise UserError("the layers share blocks that are told apart by layer numbers; they cannot be pruned")
+    shared = getattr(config, "num_kv_shared_layers", 0) or 0
+    if shared and kinds:
+        own = len(kinds) - shared  # the layers behind these work with the last own keys of their kind
+        for user in (i for i in keep if i >= own):
+            source = max((i for i in range(own) if kinds[i] == kinds[user]), default=user)
+            if source not in kept:
+                raise UserError(
+                    f"layer {user} works with the keys and values of layer {source}; drop both or keep layer "
+                    f"{source}"
+                )
+    for user, source in enumerate(getattr(config, "kv_source_layers", None) or []):
+        if user in kept and source not in kept:
+            raise UserError(
+                f"layer {user} works with the keys and values of layer {source}; drop both or keep layer "
+                f"{source}"
+            )
+    source = None
+    for i, kind in enumerate(getattr(config, "indexer_types", None) or []):
+        source = i if kind == "full" else source
+        if kind == "shared" and i in kept and source not in kept:
+            raise UserError(
+                f"layer {i} attends to the tokens that the indexer of layer {source} chose; drop both or "
+                "keep "
+                f"layer {source}"
+            )
+
+
+def check_pictures(config: dict, keep):
+    """UserError where features of a picture are added behind a layer that is to go."""
+    vision = config.get("vision_config") or {}
+    places = vision.get("deepstack_visual_indexes") if isinstance(vision, dict) else None
+    gone = [i for i in range(len(places or [])) if i not in keep]
+    if gone:
+        raise UserError(
+            f"layer {gone[0]}: the features of pictures are added behind layers 0-{len(places) - 1} "
+            "(deepstack_visual_indexes); keep these"
+        )

@@ -1,0 +1,296 @@
+"""Every decoder that transformers knows: pruned on disk and in memory it is the model with layers skipped."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+from common.errors import UserError
+from pruning.layers import decoder_layers, without_layers
+from pruning.pruning_tools import prune_llm, read_back
+from pruning.sensitivity_analyse import scan_methods
+from pruning.shorter import quantized_names, shorter_config
+from tests import pruning_zoo
+from tests.pruning_zoo import BASE, GPT, LINEAR, REFUSED, ZOO
+
+IDS = torch.tensor([[5, 9, 33, 21, 7, 40, 11, 62, 3]])
+DROP = [2, 4]
+# Their modes for attention and MLP alone do not exist, or the fast methods do not apply: words that say so.
+UNSCANNED = {
+    "gemma3n_text": "several streams",
+    "gemma4_text": "share keys and values",
+    "mamba": "no MLP branch",
+    "mamba2": "no MLP branch",
+    "falcon_mamba": "no MLP branch",
+}
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    with read_back.quiet():
+        yield
+
+
+def skipped(model, drop, ids=IDS):
+    """Logits with the layers `drop` returning their input."""
+
+    def skip(module, args, kwargs, output):
+        states = args[0] if args else kwargs["hidden_states"]
+        return (states, *output[1:]) if isinstance(output, tuple) else states
+
+    hooks = [decoder_layers(model)[i].register_forward_hook(skip, with_kwargs=True) for i in drop]
+    try:
+        return model(input_ids=ids, use_cache=False).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def prune(source, out, drop=DROP, *more):
+    spec = ",".join(map(str, drop))
+    words = ["--ckpt", str(source), "--out-dir", str(out), "--drop-layers", spec, *more]
+    prune_llm.main(prune_llm.parse_args(words))
+    return next(out.glob("hf_*"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ZOO)
+def test_pruned_on_disk_and_in_memory_equals_layers_skipped(name, tmp_path):
+    model = pruning_zoo.make(name, ZOO[name])
+    model.save_pretrained(tmp_path / "source")
+    wanted = skipped(model, DROP)
+    with without_layers(model, DROP):
+        assert torch.allclose(model(input_ids=IDS, use_cache=False).logits, wanted, atol=1e-5)
+    assert torch.equal(skipped(model, DROP), wanted), "the model was not put together again"
+    folder = prune(tmp_path / "source", tmp_path / "out")
+    loaded, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    logits = loaded.eval()(input_ids=IDS, use_cache=False).logits
+    assert torch.allclose(logits, wanted, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ZOO)
+def test_fast_scans_equal_naive_or_say_why_not(name):
+    model = pruning_zoo.make(name, ZOO[name])
+    prompt = {"name": "a", "input_ids": IDS}
+
+    def scan(method):
+        variants = [v for v in scan_methods.list_variants(model, ["attention", "mlp"]) if v.layer in (1, 5)]
+        record = scan_methods.scan_batch(model, [prompt], variants, ("kl",), method)[0]
+        return [value for v in record["variants"] for value in (v["kl"], v["nll"])]
+
+    if name in UNSCANNED:
+        with pytest.raises(UserError, match=UNSCANNED[name]):
+            scan("wavefront")
+        return
+    naive = scan("naive")
+    assert max(naive) > 1e-3, "nothing was masked"
+    for method in ("cached", "wavefront"):
+        assert scan(method) == pytest.approx(naive, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_no_configuration_says_is_refused_for_the_true_reason(name, tmp_path):
+    settings, reason = REFUSED[name]
+    pruning_zoo.make(name, settings).save_pretrained(tmp_path / "source")
+    with pytest.raises(UserError, match=reason):
+        prune(tmp_path / "source", tmp_path / "out")
+    assert not (tmp_path / "out").exists(), "refused, and written"
+
+
+# ---------------------------------------- models that see pictures
+
+TEXT = {k: v for k, v in BASE.items() if not k.endswith("token_id")}
+SIGHT = dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    image_size=28,
+    patch_size=14,
+)
+QWEN = dict(**SIGHT, depth=2, num_heads=4, out_hidden_size=32, embed_dim=32)
+ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+SEEING = {
+    "gemma3": {
+        "text_config": {**TEXT, "model_type": "gemma3_text", "sliding_window": 4},
+        "vision_config": {**SIGHT, "model_type": "siglip_vision_model"},
+    },
+    "llava": {
+        "text_config": {**TEXT, "model_type": "llama"},
+        "vision_config": {**SIGHT, "model_type": "clip_vision_model", "projection_dim": 32},
+    },
+    "mistral3": {
+        "text_config": {**TEXT, "model_type": "mistral"},
+        "vision_config": {**SIGHT, "model_type": "pixtral", "head_dim": 8},
+    },
+    "qwen2_vl": {
+        "text_config": {**TEXT, "model_type": "qwen2_vl_text", "rope_parameters": ROPE},
+        "vision_config": {**QWEN, "model_type": "qwen2_vl"},
+    },
+    "qwen2_5_vl": {
+        "text_config": {**TEXT, "model_type": "qwen2_5_vl_text", "rope_parameters": ROPE},
+        "vision_config": {**QWEN, "model_type": "qwen2_5_vl", "fullatt_block_indexes": [1]},
+    },
+    "qwen3_vl": {
+        "text_config": {**TEXT, "model_type": "qwen3_vl_text", "rope_parameters": ROPE},
+        "vision_config": {**QWEN, "model_type": "qwen3_vl", "deepstack_visual_indexes": [0, 1]},
+    },
+    "internvl": {
+        "text_config": {**TEXT, "model_type": "qwen2"},
+        "vision_config": {**SIGHT, "model_type": "internvl_vision", "image_size": [28, 28]},
+    },
+    "idefics3": {
+        "text_config": {**TEXT, "model_type": "llama"},
+        "vision_config": {**SIGHT, "model_type": "idefics3_vision"},
+    },
+    "llama4": {
+        "text_config": {**TEXT, **pruning_zoo.ZOO["llama4_text"], "model_type": "llama4_text"},
+        "vision_config": {
+            **SIGHT,
+            "model_type": "llama4_vision_model",
+            "vision_output_dim": 32,
+            "projector_input_dim": 32,
+            "projector_output_dim": 32,
+        },
+    },
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", SEEING)
+def test_the_nested_layer_count_of_a_model_that_sees_follows(kind, tmp_path):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **SEEING[kind])
+    model = AutoModelForImageTextToText.from_config(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(tmp_path / "source")
+    folder = prune(tmp_path / "source", tmp_path / "out")
+    loaded, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+    assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert json.loads((folder / "config.json").read_text())["text_config"]["num_hidden_layers"] == 4
+    logits = loaded.eval()(input_ids=IDS, use_cache=False).logits
+    assert torch.allclose(logits, skipped(model, DROP), atol=1e-5)
+
+
+def test_layers_that_features_of_pictures_are_added_to_stay(tmp_path):
+    model = AutoModelForImageTextToText.from_config(AutoConfig.for_model("qwen3_vl", **SEEING["qwen3_vl"]))
+    model.save_pretrained(tmp_path / "source")
+    with pytest.raises(UserError, match="layer 1: the features of pictures are added behind layers 0-1"):
+        prune(tmp_path / "source", tmp_path / "out", [1, 4])
+
+
+# ---------------------------------------- fields and names that number layers
+
+
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        ("lm_head", "lm_head"),
+        ("model.layers.2.mlp.down_proj", None),
+        ("model.layers.3.mlp.down_proj", "model.layers.2.mlp.down_proj"),
+        ("model.layers.5", "model.layers.3"),
+        (r"re:.*layers\.3\..*", r"re:.*layers\.2\..*"),
+        (r"re:.*layers\.[35]\..*", r"re:.*layers\.(2|3)\..*"),
+        (r"re:.*layers\.(0|2)\.mlp.*", r"re:.*layers\.0\.mlp.*"),
+        (r"re:.*layers\.\d+\.mlp.*", r"re:.*layers\.\d+\.mlp.*"),
+        (r"re:.*layers\.[0-9]+\.mlp.*", r"re:.*layers\.[0-9]+\.mlp.*"),
+        (r"-:model\.layers\.4\..*", None),
+        ("transformer.h.1.attn", "transformer.h.1.attn"),
+        ("transformer.h.11.attn", None),
+    ],
+)
+def test_names_of_a_quantization_follow_their_layers(before, after):
+    keep = [0, 1, 3, 5]
+    wanted = [] if after is None else [after]
+    assert quantized_names([before], keep, 6) == wanted
+    assert quantized_names({before: {"bits": 4}}, keep, 6) == dict.fromkeys(wanted, {"bits": 4})
+
+
+def test_a_quantization_that_names_layers_is_written_for_the_new_ones(tmp_path):
+    pruning_zoo.make("llama", {}).save_pretrained(tmp_path / "source")
+    file = tmp_path / "source" / "config.json"
+    config = json.loads(file.read_text())
+    ignore = ["lm_head", "model.layers.3.mlp.down_proj"]
+    config["quantization_config"] = {"quant_method": "compressed-tensors", "ignore": ignore}
+    file.write_text(json.dumps(config))
+    folder = prune(tmp_path / "source", tmp_path / "out")
+    written = json.loads((folder / "config.json").read_text())["quantization_config"]["ignore"]
+    assert written == ["lm_head", "model.layers.2.mlp.down_proj"]
+
+
+def test_derived_types_are_written_down_where_the_file_leaves_them_to_the_class():
+    config = {"model_type": "gemma2", **BASE, "num_hidden_layers": 6}
+    kinds = AutoConfig.for_model("gemma2", **BASE).layer_types
+    assert shorter_config(config, [1, 3, 5])["layer_types"] == [kinds[i] for i in (1, 3, 5)]
+    assert shorter_config({**config, "layer_types": None}, [1, 3])["layer_types"] == [
+        kinds[i] for i in (1, 3)
+    ]
+
+
+def test_lists_that_number_no_layers_stay_whatever_their_length():
+    config = {"model_type": "llama", **BASE, "eos_token_id": [1, 2, 3, 4, 5, 6], "architectures": ["x"] * 6}
+    shorter = shorter_config(config, [0, 5])
+    assert shorter["eos_token_id"] == [1, 2, 3, 4, 5, 6] and shorter["architectures"] == ["x"] * 6
+    assert shorter["num_hidden_layers"] == 2
+
+
+@torch.no_grad()
+def test_layers_that_predict_further_tokens_are_kept_behind_the_last(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = pruning_zoo.make("glm4_moe", ZOO["glm4_moe"])
+    model.save_pretrained(tmp_path / "source")
+    file = tmp_path / "source" / "model.safetensors"
+    tensors = load_file(file)
+    ahead = {k.replace("layers.5.", "layers.6."): v.clone() for k, v in tensors.items() if "layers.5." in k}
+    save_file({**tensors, **ahead}, file, metadata={"format": "pt"})
+    config = json.loads((tmp_path / "source" / "config.json").read_text())
+    (tmp_path / "source" / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 1}))
+    folder = prune(tmp_path / "source", tmp_path / "out")
+    written = load_file(folder / "model.safetensors")
+    for key, value in ahead.items():
+        assert torch.equal(written[key.replace("layers.6.", "layers.4.")], value)
+    loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert torch.allclose(loaded(input_ids=IDS).logits, skipped(model, DROP), atol=1e-5)
+
+
+def test_a_model_that_transformers_does_not_know_needs_a_word(tmp_path):
+    pruning_zoo.make("llama", {}).save_pretrained(tmp_path / "source")
+    file = tmp_path / "source" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "model_type": "own_code"}))
+    with pytest.raises(UserError, match="does not know model_type 'own_code'"):
+        prune(tmp_path / "source", tmp_path / "out")
+    folder = prune(tmp_path / "source", tmp_path / "out", DROP, "--unchecked")
+    assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 4
+
+
+def test_what_is_written_is_read_back_before_it_is_there(tmp_path, monkeypatch):
+    pruning_zoo.make("llama", {}).save_pretrained(tmp_path / "source")
+    original = prune_llm.plain_entries
+
+    def one_lost(*args):
+        weights, adapter = original(*args)
+        return {k: v for k, v in weights.items() if "layers.3.mlp.up_proj" not in k}, adapter
+
+    monkeypatch.setattr(prune_llm, "plain_entries", one_lost)
+    with pytest.raises(UserError, match="model.layers.3.mlp.up_proj.weight is missing"):
+        prune(tmp_path / "source", tmp_path / "out")
+    assert not list((tmp_path / "out").glob("hf_*"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "phi3", "gpt2", "gpt_bigcode", "qwen3_next", "diffllama", "opt"])
+def test_with_v_off_attention_returns_the_projection_of_nothing(name):
+    settings = {"gpt2": {**GPT, "scale_attn_weights": True}, "diffllama": {}, "qwen3_next": {**LINEAR}}
+    model = pruning_zoo.make(name, settings.get(name, ZOO.get(name, {})))
+    variants = [v for v in scan_methods.list_variants(model, ["v"]) if v.mode == "v"]
+    prompt = {"name": "a", "input_ids": IDS}
+    naive, fast = (
+        [v["kl"] for v in scan_methods.scan_batch(model, [prompt], variants, ("kl",), method)[0]["variants"]]
+        for method in ("naive", "wavefront")
+    )
+    assert fast == pytest.approx(naive, rel=1e-4) and min(naive) > 0
