@@ -83,7 +83,7 @@ def main():
             )
             row = {
                 "records": count,
-                "store_mb": (store.folder / "samples.f32").stat().st_size / 1e6,
+                "store_mb": store.records["length"].sum() * 4 / 1e6,
                 "build_records_per_s": count / build,
                 **json.loads(out.stdout),
             }

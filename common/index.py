@@ -39,7 +39,7 @@ def scan(sources, suffixes, option: str = "--data") -> list[File]:
 
     Each folder is listed once and each file is looked at once. Links are followed, after everything that is
     no link, so that a file has the same name whatever the order of the disk. UserError naming `option` for a
-    source that is not there or holds nothing.
+    source that is not there.
     """
     suffixes, found, seen, links = tuple(suffixes), [], set(), []
 
@@ -72,10 +72,6 @@ def scan(sources, suffixes, option: str = "--data") -> list[File]:
     while links:
         links.sort(reverse=True)
         search(*links.pop())
-    if not found:
-        raise UserError(
-            f"{', '.join(map(str, sources))}: holds no file of {', '.join(suffixes)}; check {option}"
-        )
     return sorted(set(found))
 
 
@@ -129,12 +125,12 @@ def in_parallel(function, items, workers: int = 0, desc: str = "reading"):
     here.
     """
     items = list(items)
-    if workers < 2 or len(items) < 64:
-        yield from progress(map(function, items), total=len(items), desc=desc, unit="file")
+    if workers < 2 or len(items) < 2:
+        yield from progress(map(function, items), total=len(items), desc=desc, leave=False)
         return
     # fresh processes: a fork of a process with threads may hang
     context = multiprocessing.get_context("forkserver")
     chunk = max(1, min(64, len(items) // (4 * workers)))
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with ProcessPoolExecutor(min(workers, len(items)), mp_context=context) as pool:
         results = pool.map(function, items, chunksize=chunk)
-        yield from progress(results, total=len(items), desc=desc, unit="file")
+        yield from progress(results, total=len(items), desc=desc, leave=False)

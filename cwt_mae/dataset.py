@@ -1,7 +1,7 @@
 """Signals for pre-training: read once from any common format, kept on disk, cut into windows.
 
     files --layouts.py--> names and subjects --readers.py--> recordings: channels at their own rates
-    --build_store--> one flat float32 file at the model's rate, cut at gaps --PhysioSignalDataset--> windows
+    --build_store--> flat float32 files at the model's rate, cut at gaps --PhysioSignalDataset--> windows
 
 The store is memory-mapped, so memory does not grow with the number or the length of records. Pre-training,
 fine-tuning and inference all read it: one resampling, one band-pass and one normalisation for the three of
@@ -11,13 +11,12 @@ Upstream file: dataset.py (PhysioSignalDataset). Its pickles are read by convert
 """
 
 import bisect
-import fcntl
 import functools
-import hashlib
 import json
 import os
 import re
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -31,9 +30,9 @@ from torch.utils.data import Dataset
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.checkpoint import atomic_dir
 from common.errors import UserError
-from common.run import progress
+from common.index import fingerprint, in_parallel, only_one, scan
 from cwt_mae import readers
-from cwt_mae.layouts import SUFFIXES, find_files, find_recordings, hypnogram_of, tell  # noqa: F401
+from cwt_mae.layouts import SUFFIXES, Found, find_files, find_recordings, hypnogram_of, name_of, tell  # noqa: F401
 from cwt_mae.recording import Recording
 from cwt_mae.tables import read_table
 
@@ -52,6 +51,7 @@ READERS = {
     ".ts": readers.read_ts,
     ".arff": readers.read_arff,
 }
+SHARD = 1000  # files of signals in one shard of a store
 DAY = 86400.0  # seconds over which resampling keeps every sample in its place
 
 
@@ -202,12 +202,12 @@ def pick_channels(record: Recording, channel: str) -> dict:
 
 
 class Store:
-    """A folder of prepared signals, memory-mapped: samples.f32, records.npy, events.npy, labels.npy,
-    about.json.
+    """Prepared signals, memory-mapped: a folder of records.npy, events.npy, labels.npy and about.json, beside
+    the shards that hold the samples (SHARD files of signals each).
 
     records: one row for each channel and gapless run of a recording: name, subject, part, channel, source,
-        fs (the file's), start (second of the run on the recording's clock), recording (its number), offset,
-        length, std.
+        fs (the file's), start (second of the run on the recording's clock), recording (its number), shard,
+        offset (in the shard, samples), length, std.
     events: record (a row), seconds (from the run's start), duration, symbol, aux. labels: record, level,
         label.
     """
@@ -219,7 +219,7 @@ class Store:
         self.records = np.load(folder / "records.npy", mmap_mode="r")
         self.events = np.load(folder / "events.npy", mmap_mode="r")
         self.labels = np.load(folder / "labels.npy", mmap_mode="r")
-        self.samples = np.memmap(folder / "samples.f32", np.float32, "r")
+        self.shards = {}
 
     def __getstate__(self):
         return self.folder  # a loader worker maps the files itself
@@ -230,7 +230,11 @@ class Store:
     def signal(self, index: int) -> np.ndarray:
         """The whole signal of one record, float32 (length,), a view of the map."""
         row = self.records[index]
-        return self.samples[int(row["offset"]) : int(row["offset"] + row["length"])]
+        shard = int(row["shard"])
+        if shard not in self.shards:
+            file = self.folder.parent / self.about["shards"][shard] / "samples.f32"
+            self.shards[shard] = np.memmap(file, np.float32, "r")
+        return self.shards[shard][int(row["offset"]) : int(row["offset"] + row["length"])]
 
     def rate(self, index: int) -> float:
         """Samples a second of one record's signal here; 1 for series without a time unit."""
@@ -267,9 +271,8 @@ def build_store(
     skip_bad: leave bad records out instead of stopping; named and counted on the screen unless quiet.
     manifest: csv of subjects, folds, rates and labels (layouts.read_manifest). annotator: see `read_records`.
     """
-    found = find_recordings(sources, manifest)
     cache = Path(cache) if cache else ROOT / "data" / "cwt_mae" / "cache"
-    stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files_of(found.files)]
+    cache.mkdir(parents=True, exist_ok=True)
     request = {
         "preprocess": vars(prepare),
         "fs": fs,
@@ -277,28 +280,120 @@ def build_store(
         "min_seconds": min_seconds,
         "skip_bad": skip_bad,
         "annotator": annotator,
-        "version": 2,
+        "version": 3,
     }
-    about = [(name, vars(value)) for name, value in sorted(found.about.items())]
-    whole = [request, stats, [name for _, name in found.files], about]
-    key = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
-    cache.mkdir(parents=True, exist_ok=True)
-    with open(
-        cache / f"{key}.lock", "w"
-    ) as lock:  # several runs that start together: one makes it, the others wait
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    listed = scan(sources, ("",)) + (scan([manifest], ("",), "--manifest") if manifest else [])
+    key = fingerprint(that_matter(listed), [request, sorted(map(os.path.abspath, sources)), bool(manifest)])
+    with only_one(cache / key):  # several runs that start together: one makes it, the others wait
         if not (cache / key / "about.json").is_file():
-            with atomic_dir(cache / key) as folder:
-                Filling(folder, request, prepare).fill(found)
+            fill(cache / key, find_recordings(sources, manifest), request, prepare)
     store = Store(cache / key)
     if not quiet:
-        tell(found.notes + store.about["notes"])
+        tell(store.about["notes"])
         skipped = store.about["skipped"]
         tell([f"skipped: {line}" for line in skipped[:5]])
         if skipped:
             names = len(set(store.records["name"].tolist()))
             tell([f"skipped {len(skipped)} bad records, kept {names}"])
     return store
+
+
+def that_matter(listed: list) -> list:
+    """Of all files, those that recordings can be read from: signals and tables, and what lies beside a WFDB
+    header."""
+    folders = {os.path.dirname(file.path) for file in listed if file.path.lower().endswith(".hea")}
+    known = tuple(SUFFIXES)
+    return [f for f in listed if f.path.lower().endswith(known) or os.path.dirname(f.path) in folders]
+
+
+def fill(folder: Path, found: Found, request: dict, prepare: Preprocess):
+    """Read the files of `found`, SHARD at a time on all cores, and write the store `folder`. Shards whose
+    files have not changed are taken as they are."""
+    keys, tasks = sorted(found.about), []
+    for first in range(0, len(found.files), SHARD):
+        files = found.files[first : first + SHARD]
+        about = {}
+        for _, name in files:  # what the tables say of these files and of the recordings in them
+            plain = name_of(Path(name))
+            for key in keys[bisect.bisect_left(keys, plain) :]:
+                if not key.startswith(plain):
+                    break
+                about[key] = found.about[key]
+        paths = [str(path) for path in files_of(files)]
+        words = [request, files, sorted((name, vars(value)) for name, value in about.items())]
+        key = f"shard-{fingerprint(scan(paths, ('',)), words)}"
+        tasks.append((folder.parent / key, request, prepare, Found(files, about, found.manifest)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    shards = list(in_parallel(fill_shard, tasks, cores, "reading signals, in shards"))
+    join(folder, shards, found, request, prepare)
+
+
+def fill_shard(task) -> Path:
+    """Read the files of one shard and write its folder, unless it is there; returns the folder."""
+    folder, request, prepare, found = task
+    with only_one(folder):
+        if not (folder / "about.json").is_file():
+            with atomic_dir(folder) as temporary:
+                Filling(temporary, request, prepare).fill(found)
+    return folder
+
+
+def join(folder: Path, shards: list[Path], found: Found, request: dict, prepare: Preprocess):
+    """Write the store `folder`: the tables of its shards one after the other, with rows and recordings
+    counted through."""
+    tables, abouts = {"records": [], "events": [], "labels": []}, []
+    rows = recordings = 0
+    for number, shard in enumerate(shards):
+        parts = {name: np.load(shard / f"{name}.npy") for name in tables}
+        parts["records"]["shard"] = number
+        parts["records"]["recording"] += recordings
+        for name in ("events", "labels"):
+            parts[name]["record"] += rows
+        for name, part in parts.items():
+            tables[name].append(part)
+        abouts.append(json.loads((shard / "about.json").read_text()))
+        rows, recordings = rows + len(parts["records"]), recordings + abouts[-1]["recordings"]
+    skipped = [line for about in abouts for line in about["skipped"]]
+    if not rows:
+        raise UserError(
+            f"no usable record among {len(found.files)} files; the first problem: "
+            f"{skipped[0] if skipped else 'no training part'}"
+        )
+    about = {
+        **request,
+        "shards": [shard.name for shard in shards],
+        "skipped": skipped,
+        "files": len(found.files),
+        "lost": sum_of([about["lost"] for about in abouts]),
+        "notes": found.notes + notes_of(abouts, prepare),
+    }
+    with atomic_dir(folder) as temporary:
+        for name, parts in tables.items():
+            np.save(temporary / f"{name}.npy", np.concatenate(parts))
+        (temporary / "about.json").write_text(json.dumps(about, indent=1))
+
+
+def sum_of(counts: list[dict]) -> dict:
+    """Dictionaries of numbers, added up name by name."""
+    return {name: sum(c.get(name, 0) for c in counts) for name in dict.fromkeys(k for c in counts for k in c)}
+
+
+def notes_of(abouts: list[dict], prepare: Preprocess) -> list[str]:
+    """What was left out or chosen, in words."""
+    notes, lost = [], sum_of([about["lost"] for about in abouts])
+    counts = sum_of([about["chosen"] for about in abouts])
+    if lost["samples"]:
+        notes.append(
+            f"left out {lost['samples']} samples ({lost['seconds']:.1f} s) in gaps and short or flat runs of "
+            f"{lost['channels']} channels; cut there into {sum(counts.values())} runs"
+        )
+    if late := sum(about["late"] for about in abouts):
+        notes.append(f"left out {late} remarks that lie outside of their recordings")
+    if prepare.channel == "auto" and not all(ECG.search(c) or PULSE.search(c) or lead_of(c) for c in counts):
+        words = ", ".join(f"{name} ({count})" for name, count in list(counts.items())[:8])
+        if set(counts) - {"x", "sig"}:
+            notes.append(f"--channel auto took {words}; name another with --channel")
+    return notes
 
 
 def files_of(files) -> list[Path]:
@@ -322,7 +417,7 @@ def files_of(files) -> list[Path]:
 
 
 class Filling:
-    """Writes one store: samples go to disk run by run, tables at the end."""
+    """Writes one shard: samples go to disk run by run, tables at the end."""
 
     def __init__(self, folder: Path, request: dict, prepare: Preprocess):
         self.folder, self.request, self.prepare = folder, request, prepare
@@ -331,17 +426,12 @@ class Filling:
         self.lost = {"samples": 0, "seconds": 0.0, "channels": 0, "short runs": 0, "flat runs": 0}
 
     def fill(self, found):
-        """Read the files of `found` and write the store."""
+        """Read the files of `found` and write the shard."""
         with open(self.folder / "samples.f32", "wb") as out:
-            for path, name in progress(found.files, desc="reading signals", unit="file"):
+            for path, name in found.files:
                 for record in self.usable(self.read, found, path, name) or []:
                     self.usable(self.add, record, out)
-        if not self.rows:
-            raise UserError(
-                f"no usable record among {len(found.files)} files; the first problem: "
-                f"{self.skipped[0] if self.skipped else 'no training part'}"
-            )
-        self.write(len(found.files))
+        self.write()
 
     def usable(self, work, *what):
         """work(*what), or None where --skip-bad leaves out what it raises."""
@@ -371,7 +461,7 @@ class Filling:
         self.check_events(record)
         for name, channel, start, x in ready:
             row = (record.name, record.subject, record.part, name, str(record.source), channel.fs, start)
-            self.rows.append((*row, self.count, self.offset, len(x), x.std()))
+            self.rows.append((*row, self.count, 0, self.offset, len(x), x.std()))
             self.add_events(record, start, len(x) / (self.prepare.fs or channel.fs))
             for level, names in record.labels.items():
                 # An empty level says that nothing applies, which is a label too.
@@ -443,45 +533,24 @@ class Filling:
             self.events.append((row, 0.0, 0.0, "", holding.text))
         self.events.sort(key=lambda event: event[:2])
 
-    def write(self, files: int):
+    def write(self):
         """The tables; text fields are as wide as their longest entry."""
         text = "name subject part channel source".split()
         kinds = [*((n, "S") for n in text), ("fs", "f8"), ("start", "f8"), ("recording", "i4")]
-        kinds += [("offset", "i8"), ("length", "i8"), ("std", "f4")]
+        kinds += [("shard", "i4"), ("offset", "i8"), ("length", "i8"), ("std", "f4")]
         np.save(self.folder / "records.npy", table_of(self.rows, kinds))
         kinds = [("record", "i4"), ("seconds", "f8"), ("duration", "f8"), ("symbol", "S"), ("aux", "S")]
         np.save(self.folder / "events.npy", table_of(self.events, kinds))
         kinds = [("record", "i4"), ("level", "S"), ("label", "S")]
         np.save(self.folder / "labels.npy", table_of(self.labels, kinds))
         about = {
-            **self.request,
             "skipped": self.skipped,
-            "files": files,
             "lost": self.lost,
-            "notes": self.notes(),
+            "late": self.late,
+            "recordings": self.count,
+            "chosen": dict(Counter(row[3] for row in self.rows)),
         }
         (self.folder / "about.json").write_text(json.dumps(about, indent=1))
-
-    def notes(self) -> list[str]:
-        """What was left out or chosen, in words."""
-        notes, lost = [], self.lost
-        if lost["samples"]:
-            notes.append(
-                f"left out {lost['samples']} samples ({lost['seconds']:.1f} s) in gaps and short or flat "
-                "runs of "
-                f"{lost['channels']} channels; cut there into {len(self.rows)} runs"
-            )
-        if self.late:
-            notes.append(f"left out {self.late} remarks that lie outside of their recordings")
-        channels = [row[3] for row in self.rows]
-        if self.prepare.channel == "auto" and not all(
-            ECG.search(c) or PULSE.search(c) or lead_of(c) for c in channels
-        ):
-            counts = {c: channels.count(c) for c in dict.fromkeys(channels)}
-            words = ", ".join(f"{name} ({count})" for name, count in list(counts.items())[:8])
-            if set(counts) - {"x", "sig"}:
-                notes.append(f"--channel auto took {words}; name another with --channel")
-        return notes
 
 
 def table_of(rows: list, kinds: list) -> np.ndarray:

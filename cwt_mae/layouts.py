@@ -16,11 +16,13 @@ import ast
 import csv
 import re
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.errors import UserError
 from common.files import reading
+from common.index import scan
 from cwt_mae.recording import Recording
 
 SUFFIXES = ".hea .edf .bdf .dcm .npz .npy .csv .tsv .h5 .hdf5 .ts .arff".split()
@@ -129,7 +131,7 @@ def find_recordings(sources, manifest=None) -> Found:
     given = {source for source in sources if source.is_file()}
     paths, tables = [], []
     for source in sources:
-        inside = sorted(p for p in source.rglob("*") if p.is_file()) if source.is_dir() else [source]
+        inside = [Path(file.path) for file in scan([source], ("",))] if source.is_dir() else [source]
         tables += [p for p in inside if p.name.lower() in TABLES]
         paths += [
             p for p in inside if p.suffix.lower() in SUFFIXES and p.name.lower() not in TABLES or p in given
@@ -140,7 +142,8 @@ def find_recordings(sources, manifest=None) -> Found:
     paths = without_parts(paths, given)
     names = [relative(p, root) for p in paths]
     # Files that differ in the suffix alone keep it in their names; their subject is the same.
-    names = [f"{n}{p.suffix}" if names.count(n) > 1 else n for n, p in zip(names, paths)]
+    counts = Counter(names)
+    names = [f"{n}{p.suffix}" if counts[n] > 1 else n for n, p in zip(names, paths)]
     found = Found(list(zip(paths, names)), {}, bool(manifest))
     for table in tables:
         read = {"ptbxl_database.csv": ptb_xl, "exams.csv": code_15, "record_list.csv": mimic}.get(

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from common.errors import UserError
+from cwt_mae import dataset as dataset_module
 from cwt_mae.dataset import PhysioSignalDataset, Preprocess, build_store, read_records
 from cwt_mae.dataset_finetune import (
     DS1,
@@ -145,9 +146,65 @@ def test_every_start_of_a_window_can_be_drawn(tmp_path, prepare):
 def test_a_store_is_mapped_not_read_and_made_once(tmp_path, prepare):
     np.savez(tmp_path / "a.npz", sig=wave(), fs=FS)
     store = store_of(tmp_path, prepare, tmp_path / "a.npz")
-    made = (store.folder / "samples.f32").stat().st_mtime_ns
-    assert isinstance(store.samples, np.memmap) and len(pickle.dumps(store)) < 500
-    assert (store_of(tmp_path, prepare, tmp_path / "a.npz").folder / "samples.f32").stat().st_mtime_ns == made
+    made = (store.folder / "records.npy").stat().st_mtime_ns
+    assert isinstance(store.signal(0).base, np.memmap) and len(pickle.dumps(store)) < 500
+    assert (store_of(tmp_path, prepare, tmp_path / "a.npz").folder / "records.npy").stat().st_mtime_ns == made
+
+
+def many_files(tmp_path):
+    """Seven files of one or two channels with events, below two folders."""
+    rng = np.random.default_rng(0)
+    for i in range(7):
+        path = tmp_path / "data" / f"p{i % 2}" / f"r{i}.npz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(
+            path,
+            sig=wave() + rng.normal(size=len(wave())),
+            fs=FS,
+            ann_sample=[5, 9 + i],
+            ann_symbol=["N", "V"],
+        )
+    return tmp_path / "data"
+
+
+def test_shards_hold_what_one_store_holds(tmp_path, prepare, monkeypatch):
+    data = many_files(tmp_path)
+    whole = build_store([data], prepare, tmp_path / "one")
+    monkeypatch.setattr(dataset_module, "SHARD", 3)
+    monkeypatch.setattr(dataset_module.os, "sched_getaffinity", lambda pid: {0}, raising=False)
+    cut = build_store([data], prepare, tmp_path / "three")
+    assert len(whole.about["shards"]) == 1 and len(cut.about["shards"]) == 3
+    for name in ("name", "subject", "recording", "length", "std"):
+        assert (whole.records[name] == cut.records[name]).all()
+    assert all((whole.signal(i) == cut.signal(i)).all() for i in range(7))
+    assert whole.events.tolist() == cut.events.tolist() and len(cut.events) == 14
+
+
+def test_a_changed_file_is_read_again_and_the_others_are_not(tmp_path, prepare, monkeypatch):
+    data, read = many_files(tmp_path), []
+    monkeypatch.setattr(dataset_module, "SHARD", 2)
+    monkeypatch.setattr(dataset_module.os, "sched_getaffinity", lambda pid: {0}, raising=False)
+    original = dataset_module.read_records
+    monkeypatch.setattr(
+        dataset_module, "read_records", lambda path, *a: read.append(path.name) or original(path, *a)
+    )
+    before = build_store([data], prepare, tmp_path / "cache")
+    assert len(read) == 7
+    np.savez(data / "p1/r3.npz", sig=2 * wave() + 1, fs=FS)
+    after = build_store([data], prepare, tmp_path / "cache")
+    assert len(read) == 9 and {"r3.npz"} < set(read[7:])
+    assert (after.signal(0) == before.signal(0)).all() and len(after.events) == 12
+
+
+@pytest.mark.slow
+def test_several_processes_fill_the_same_store(tmp_path, prepare, monkeypatch):
+    data = many_files(tmp_path)
+    whole = build_store([data], prepare, tmp_path / "one")
+    monkeypatch.setattr(dataset_module, "SHARD", 2)
+    monkeypatch.setattr(dataset_module.os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    cut = build_store([data], prepare, tmp_path / "two")
+    assert (whole.records["name"] == cut.records["name"]).all()
+    assert all((whole.signal(i) == cut.signal(i)).all() for i in range(7))
     np.savez(tmp_path / "a.npz", sig=wave(seconds=10), fs=FS)  # the file changed: so does the store
     assert store_of(tmp_path, prepare, tmp_path / "a.npz").records["length"][0] == 1000
 
