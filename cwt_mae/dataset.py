@@ -30,26 +30,38 @@ from torch.utils.data import Dataset
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.checkpoint import atomic_dir
 from common.errors import UserError
+from common.files import reading
 from common.index import fingerprint, in_parallel, only_one, scan
-from cwt_mae import readers
 from cwt_mae.layouts import SUFFIXES, Found, find_files, find_recordings, hypnogram_of, name_of, tell  # noqa: F401
+from cwt_mae.readers import (
+    edf_events,
+    extra,
+    read_arff,
+    read_dicom,
+    read_edf,
+    read_hdf5,
+    read_npy,
+    read_npz,
+    read_ts,
+    read_wfdb,
+)
 from cwt_mae.recording import Recording
 from cwt_mae.tables import read_table
 
 ROOT = Path(__file__).resolve().parents[1]
 READERS = {
-    ".hea": readers.read_wfdb,
-    ".edf": readers.read_edf,
-    ".bdf": readers.read_edf,
-    ".dcm": readers.read_dicom,
-    ".npz": readers.read_npz,
-    ".npy": readers.read_npy,
+    ".hea": read_wfdb,
+    ".edf": read_edf,
+    ".bdf": read_edf,
+    ".dcm": read_dicom,
+    ".npz": read_npz,
+    ".npy": read_npy,
     ".csv": read_table,
     ".tsv": read_table,
-    ".h5": readers.read_hdf5,
-    ".hdf5": readers.read_hdf5,
-    ".ts": readers.read_ts,
-    ".arff": readers.read_arff,
+    ".h5": read_hdf5,
+    ".hdf5": read_hdf5,
+    ".ts": read_ts,
+    ".arff": read_arff,
 }
 SHARD = 1000  # files of signals in one shard of a store
 DAY = 86400.0  # seconds over which resampling keeps every sample in its place
@@ -66,11 +78,11 @@ def read_records(path, fs=None, annotator: str = "") -> list[Recording]:
     if path.suffix.lower() not in READERS:
         raise UserError(f"{path}: unknown format {path.suffix!r}; known: {', '.join(SUFFIXES)}")
     if path.suffix.lower() == ".hea":
-        return readers.read_wfdb(path, fs, annotator)
+        return read_wfdb(path, fs, annotator)
     records = READERS[path.suffix.lower()](path, fs)
     if (stages := hypnogram_of(path)) is not None:
-        with readers.reading(stages, "EDF file"):
-            records[0].events += readers.edf_events(readers.extra("edfio", stages).read_edf(stages))
+        with reading(stages, "EDF file"):
+            records[0].events += edf_events(extra("edfio", stages).read_edf(stages))
     return records
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError
-from common.files import reading
+from common.files import hdf5_item, open_npz, reading
 from cwt_mae.recording import Event, Recording, as_channel, check_rate, unique
 
 ANNOTATORS = ("atr", "qrs", "ecg", "ari", "ecg_ann", "wqrs", "epi")  # the first that a record has
@@ -205,7 +205,7 @@ def read_npz(path: Path, fs=None) -> list[Recording]:
     """npz: one recording (`sig`, or one array per channel; `fs`, or `fs_<channel>`; gain, names, subject,
     ann_*, label), many series (`X` (N, T) or (N, C, T) and `y`), or a UCR set (x_train, y_train, x_test ...).
     """
-    with reading(path, "npz file of plain arrays"), np.load(path) as file:
+    with reading(path, "npz file of plain arrays"), open_npz(path) as file:
         data = {key: file[key] for key in file.files}
     lower = {key.lower(): value for key, value in data.items()}
     if "x_train" in lower:
@@ -433,6 +433,7 @@ def read_hdf5(path: Path, fs=None) -> list[Recording]:
         plain = isinstance(item, h5py.Dataset) and item.dtype.kind in "iuf" and item.ndim in (1, 2)
         if not plain or item.shape[-1] < 2 or name.split("/")[-1] in NOT_SIGNALS:
             return
+        item = hdf5_item(file, name)
         group, where = item.parent, f"{path}: {name}"
         key = path.stem + (f":{group.name.strip('/')}" if group.name != "/" else "")
         subject = next((str(a["subject"]) for a in (item.attrs, group.attrs) if "subject" in a), "")
@@ -443,7 +444,7 @@ def read_hdf5(path: Path, fs=None) -> list[Recording]:
             record.channels[label] = as_channel(row, rate, gain, unit)
 
     with reading(path, "HDF5 file"), h5py.File(path, "r") as file:
-        if "tracings" in file and file["tracings"].ndim == 3:
+        if "tracings" in file and hdf5_item(file, "tracings", whole=False).ndim == 3:
             return tracings(path, file, fs)
         file.visititems(visit)
     if not records:
@@ -454,7 +455,7 @@ def read_hdf5(path: Path, fs=None) -> list[Recording]:
 def tracings(path: Path, file, fs) -> list[Recording]:
     """Recordings of a CODE-15 file: `tracings` (N, T, 12) at 400 Hz, `exam_id` (N,); zeros that pad both ends
     are gaps."""
-    ids = file["exam_id"][:] if "exam_id" in file else np.arange(len(file["tracings"]))
+    ids = hdf5_item(file, "exam_id")[:] if "exam_id" in file else np.arange(len(file["tracings"]))
     rate, records = check_rate(400.0 if fs is None else fs, path), []
     for exam, x in zip(ids.tolist(), file["tracings"]):
         x = np.array(x, np.float32)
