@@ -15,6 +15,7 @@ import functools
 import math
 import os
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -282,19 +283,59 @@ def filter_into(images, deviation, rows, mask, scales, points: int, normalize: b
     scales = tuple(scales)
     if rows.device.type == "cpu":
         return fill_by_threads(images, deviation, rows.detach(), mask, scales, points, normalize)
-    plain = by_convolution if rows.device.type == "cuda" else by_fft
     # As many signals at a time as make a product of 2^28 floats
-    n = fft_length(rows.shape[2])
-    block = max(1, 2**28 // (rows.shape[1] * len(scales) * n))
+    block = max(1, 2**28 // (rows.shape[1] * len(scales) * fft_length(rows.shape[2])))
     masks = [None] * len(rows) if mask is None else mask.split(block)
     for out, spread, part, real in zip(images.split(block), deviation.split(block), rows.split(block), masks):
-        plain(out, part, scales, points)
+        faster_form(out, part, scales, points)(out, part, scales, points)
         if real is not None:
             out.mul_(real[:, None, None])
         if normalize:
-            rest, degrees = centred(out, real)
-            spread.copy_((rest.square().sum((2, 3)) / degrees.reshape(-1, 1)).sqrt().clamp(min=LEAST))
-            torch.div(rest, spread[:, :, None, None], out=out)
+            normalise_into(out, spread, real)
+
+
+def normalise_into(images, deviation, mask):
+    """Normalise images (B, C, S, L) where they stand, in two passes over the memory where there is no
+    mask."""
+    if mask is None:
+        variance, mean = torch.var_mean(images, (2, 3), keepdim=True)
+        wide = variance.sqrt().clamp(min=LEAST)
+        torch.addcmul(-mean / wide, images, 1 / wide, out=images)
+    else:
+        rest, degrees = centred(images, mask)
+        wide = (rest.square().sum((2, 3), keepdim=True) / degrees).sqrt().clamp(min=LEAST)
+        torch.div(rest, wide, out=images)
+    deviation.copy_(wide[:, :, 0, 0])
+
+
+_FASTER = {}  # (device, sizes) -> by_fft or by_convolution
+
+
+def faster_form(out, rows, scales: tuple, points: int):
+    """The form that computes these sizes faster on this device: timed once, where there is a clock for it.
+
+    Which one it is differs between accelerators; their numbers differ by rounding alone.
+    """
+    capturing = rows.is_cuda and torch.cuda.is_current_stream_capturing()
+    if not rows.is_cuda or capturing:
+        return by_fft
+    key = (rows.device, rows.dtype, len(scales), points, rows.shape[2], rows.shape[:2].numel().bit_length())
+    if key not in _FASTER:
+        _FASTER[key] = min(
+            (by_fft, by_convolution), key=lambda form: seconds_of(form, out, rows, scales, points)
+        )
+    return _FASTER[key]
+
+
+def seconds_of(form, *arguments) -> float:
+    """Seconds on the clock of the device of three calls, after one that warms up."""
+    form(*arguments)
+    torch.cuda.synchronize(arguments[0].device)
+    start = time.perf_counter()
+    for _ in range(3):
+        form(*arguments)
+    torch.cuda.synchronize(arguments[0].device)
+    return time.perf_counter() - start
 
 
 def by_fft(out, rows, scales, points: int):

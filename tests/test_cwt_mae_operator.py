@@ -208,6 +208,11 @@ def test_the_plain_forms_of_accelerators_give_the_same_numbers(points):
         out = torch.empty_like(wanted)
         form(out, rows, scales, points)
         assert (out - wanted).abs().max() < 1e-12
+    for real in (None, mask_of(2, out.shape[3])):
+        wanted, spread = ricker_bank(rows, real, scales, points, True)
+        out = ricker_bank(rows, real, scales, points, False)[0]
+        wavelet.normalise_into(out, deviation := torch.empty_like(spread), real)
+        assert (out - wanted).abs().max() < 1e-12 and (deviation - spread).abs().max() < 1e-12
 
 
 # ---- numerics travel with the weights
