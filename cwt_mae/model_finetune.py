@@ -28,6 +28,7 @@ from common.errors import UserError
 from common.weights import load_weights, read_checkpoint, read_weights
 from cwt_mae.dataset import Preprocess
 from cwt_mae.model import CWT_Encoder, CWT_MAE_RoPE, init_weights, keep_config, numerics_of
+from cwt_mae.recording import as_channel
 
 ENCODER_ARGS = set(inspect.signature(CWT_Encoder.__init__).parameters) - {"self"}
 DECODER_ARGS = set(inspect.signature(CWT_MAE_RoPE.__init__).parameters) - {"self", "encoder"}
@@ -235,30 +236,49 @@ class TF_MAE_Classifier(nn.Module):
         return logits if features is None else logits + self.feature_head(features.to(logits.dtype))
 
     @torch.no_grad()
-    def encode(self, signal, fs: float):
+    def encode(self, signal, fs: float, tokens: bool = True):
         """Features of one record of any length and rate: signal (L,), fs in Hz -> tokens (windows, N, D),
         pooled (D,).
 
-        Prepared as in training (config's `preprocess`), cut into windows of signal_len side by side, the last
-        one padded and masked: tokens of padding are 0 and not in `pooled`, the mean of the others.
+        Windows as in `encode_windows`; tokens of padding are 0 and not in `pooled`, the mean of the others.
+        tokens=False: (None, pooled), for a long record, whose tokens would not fit into memory.
+        """
+        kept, total, count = [], 0.0, 0
+        for _, found, patches in self.encode_windows(signal, fs):
+            found = found * patches[..., None]
+            if tokens:
+                kept.append(found)
+            total, count = total + found.sum((0, 1), dtype=torch.float64), count + patches.sum()
+        return torch.cat(kept) if tokens else None, (total / count).float()
+
+    @torch.no_grad()
+    def encode_windows(self, signal, fs: float):
+        """Yield (second of the first window, tokens (n, N, D), their mask (n, N)), n windows at a time.
+
+        signal (L,) at fs Hz is prepared as in training (config's `preprocess`), cut at nan into runs, and
+        these into windows of signal_len side by side, the last one padded and masked. Only what a few windows
+        need is in memory at a time.
         """
         prepare = Preprocess(**(self.config["preprocess"] or {}))
-        signal = prepare.signal(signal, fs, "signal")
-        length, patch = self.encoder_model.signal_len, self.encoder_model.patch_size_time
-        starts = range(
-            0, max(1, len(signal) - patch + 1), length
-        )  # a rest shorter than one patch is left out
-        windows = [prepare.window(signal[start : start + length], length) for start in starts]
-        x, real = (
-            torch.from_numpy(np.stack(part)).to(self.encoder_model.cls_token.device) for part in zip(*windows)
-        )
-        training = self.training
-        self.eval()
-        tokens, patches = self.forward_features(x, real)
-        self.train(training)
-        return tokens * patches[..., None], masked_mean(tokens.flatten(0, 1)[None], patches.flatten()[None])[
-            0
-        ]
+        encoder, training = self.encoder_model, self.training
+        length, patch = encoder.signal_len, encoder.patch_size_time
+        count = encoder.windows_at_once()
+        for run, begin in as_channel(signal, fs).runs():
+            if len(run) < 8:
+                continue
+            run = prepare.signal(run, fs, "signal")
+            # A rest shorter than one patch is left out.
+            starts = range(0, max(1, len(run) - patch + 1), length)
+            for first in range(0, len(starts), count):
+                some = starts[first : first + count]
+                windows = [prepare.window(run[start : start + length], length) for start in some]
+                x, real = (
+                    torch.from_numpy(np.stack(part)).to(encoder.cls_token.device) for part in zip(*windows)
+                )
+                self.eval()
+                found, patches = self.forward_features(x, real)
+                self.train(training)
+                yield begin + some[0] / (prepare.fs or fs), found, patches
 
 
 def masked_mean(tokens, mask=None):

@@ -33,28 +33,58 @@ def trivial_losses(model, out: dict, real) -> dict:
     """Losses of two trivial predictors on the same hidden patches: {"spec_mean", "spec_line", "time_mean",
     "time_line"}.
 
-    mean: predicts 0, the mean of what is normalised. line: straight lines in time between the visible patches
-    of the same scales; for the signal, between the columns of which anything is visible. out: as
-    `forward_losses` returns it.
+    mean: predicts 0, the mean of what is normalised. line: see `line_predictions`. out: as `forward_losses`
+    returns it.
     """
     imgs, signal, mask = out["imgs"].float(), out["signal"].float(), out["mask"]
-    (height, width), rows = model.grid_size, model.patch_size_freq
-    grid = mask.bool().reshape(-1, height, width)
-    hidden = grid.repeat_interleave(model.patch_size_time, 2).cpu().numpy()  # (B, H, L)
-    lines, straight = imgs.cpu().numpy().copy(), signal.cpu().numpy().copy()
-    for i in range(len(lines)):
-        for h in range(height):
-            band = lines[i, :, h * rows : (h + 1) * rows]
-            bridged = bridge(band.reshape(-1, band.shape[-1]), hidden[i, h])
-            lines[i, :, h * rows : (h + 1) * rows] = bridged.reshape(band.shape)
-        straight[i] = bridge(straight[i][None], hidden[i].all(0))[0]
-    lines, straight = torch.from_numpy(lines).to(imgs), torch.from_numpy(straight).to(signal)
+    lines, straight = line_predictions(model, imgs, mask, real)
     return {
         "spec_mean": model.forward_loss_spec(imgs, model.patchify(torch.zeros_like(imgs)), mask, real),
         "spec_line": model.forward_loss_spec(imgs, model.patchify(lines), mask, real),
         "time_mean": model.forward_loss_time(signal, torch.zeros_like(signal), mask, real),
         "time_line": model.forward_loss_time(signal, straight, mask, real),
     }
+
+
+def line_predictions(model, imgs, mask, real=None):
+    """(images (B, 3, S, L), signal (B, L)) guessed from the visible patches alone, which is what the model
+    reads.
+
+    Images: straight lines in time between the visible patches of the same scales. Signal: the sum of the rows
+    of these images that rebuilds a random walk best (`rebuilding_weights`), less its mean and over its
+    deviation, as the target is.
+    """
+    (height, width), rows = model.grid_size, model.patch_size_freq
+    grid = mask.bool().reshape(-1, height, width)
+    hidden = grid.repeat_interleave(model.patch_size_time, 2).cpu().numpy()  # (B, H, L)
+    lines = imgs.float().cpu().numpy().copy()
+    for i in range(len(lines)):
+        for h in range(height):
+            band = lines[i, :, h * rows : (h + 1) * rows]
+            bridged = bridge(band.reshape(-1, band.shape[-1]), hidden[i, h])
+            lines[i, :, h * rows : (h + 1) * rows] = bridged.reshape(band.shape)
+    lines = torch.from_numpy(lines).to(imgs.device)
+    straight = torch.einsum("bcsl,cs->bl", lines, rebuilding_weights(model).to(lines))
+    weights = torch.ones_like(straight) if real is None else real.to(straight)
+    count = weights.sum(1, keepdim=True)
+    straight = (straight - (straight * weights).sum(1, keepdim=True) / count) * weights
+    return lines, straight / (straight.square().sum(1, keepdim=True) / (count - 1)).clamp(min=1e-10).sqrt()
+
+
+@torch.no_grad()
+def rebuilding_weights(model) -> torch.Tensor:
+    """Weights (3, S) with which the rows of whole images give the signal back, by least squares on random
+    walks drawn from a fixed seed."""
+    if not hasattr(model, "_rebuilding"):
+        noise = torch.randn(8, model.signal_len, generator=torch.Generator().manual_seed(0))
+        device = model.pos_embed.device
+        imgs, signal, _ = model.images((noise.cumsum(1) + noise).to(device))
+        table = imgs.double().permute(0, 3, 1, 2).flatten(0, 1).flatten(1).cpu()  # (B * L, 3 S)
+        square = table.T @ table
+        square += 1e-6 * square.diagonal().mean() * torch.eye(len(square), dtype=square.dtype)
+        found = torch.linalg.solve(square, table.T @ signal.double().flatten().cpu())
+        model._rebuilding = found.view(3, -1).float()
+    return model._rebuilding
 
 
 @torch.no_grad()
@@ -82,7 +112,7 @@ def probe_features(model, dataset, device) -> np.ndarray:
     D)."""
     model.eval()
     rows = []
-    for batch in DataLoader(dataset, 256, generator=torch.Generator()):
+    for batch in DataLoader(dataset, min(256, model.windows_at_once()), generator=torch.Generator()):
         real = only_padded(batch["real"])
         imgs, signal, real = model.images(batch["x"].to(device), None if real is None else real.to(device))
         tokens = model.forward_encoder(imgs, signal, model.real_patches(real))[:, 1:].float()

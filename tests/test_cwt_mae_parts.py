@@ -13,9 +13,9 @@ from sklearn import metrics as library
 from common.errors import UserError
 from cwt_mae import finetune, make_data, metrics, train
 from cwt_mae.config import SHAPE, parse_changes, read_config
-from cwt_mae.model import CWT_MAE_RoPE
+from cwt_mae.model import CWT_Encoder, CWT_MAE_RoPE
 from cwt_mae.model_finetune import TF_MAE_Classifier
-from cwt_mae.validation import trivial_losses
+from cwt_mae.validation import line_predictions, trivial_losses
 from studies.cwt_mae import forest, mitbih, ucr
 
 SIZES = dict(
@@ -236,11 +236,61 @@ def test_trivial_losses_are_those_of_the_mean_and_of_lines_between_the_visible_c
     with torch.no_grad():
         out = model(x, noise, details=True)
         found = trivial_losses(model, out, None)
-    time, signal = np.arange(200), out["signal"][0].numpy()
+    time, signal, image = np.arange(200), out["signal"][0].numpy(), out["imgs"][0, 0, 3].numpy()
     hidden = time // 20 % 2 == 1
-    lines = np.interp(time[hidden], time[~hidden], signal[~hidden])
+    lines = line_predictions(model, out["imgs"], out["mask"])[0][0, 0, 3].numpy()
+    assert np.allclose(lines[hidden], np.interp(time[hidden], time[~hidden], image[~hidden]), atol=1e-5)
     assert found["time_mean"] == pytest.approx(np.square(signal[hidden]).mean(), rel=1e-4)
-    assert found["time_line"] == pytest.approx(np.square(lines - signal[hidden]).mean(), rel=1e-4)
+    assert found["spec_mean"] == pytest.approx(float(out["imgs"][..., hidden].square().mean()), rel=1e-3)
+
+
+@pytest.mark.parametrize("columns", [False, True])
+def test_the_line_baseline_reads_what_the_model_may_read_and_no_more(columns):
+    model = CWT_MAE_RoPE(**SIZES, column_masking=columns).eval()
+    x = torch.randn(3, 200, generator=torch.Generator().manual_seed(0)).cumsum(1)
+    with torch.no_grad():
+        out = model(x, torch.rand(3, 20, generator=torch.Generator().manual_seed(1)), details=True)
+        visible = model.unpatchify((1 - out["mask"])[..., None].expand(-1, -1, model.patch_pixels)) > 0
+        spoiled = torch.where(visible, out["imgs"], 1e3)
+        for plain, other in zip(*(line_predictions(model, i, out["mask"]) for i in (out["imgs"], spoiled))):
+            assert torch.equal(plain, other)
+        lines, straight = line_predictions(model, out["imgs"], torch.zeros_like(out["mask"]))
+    # Where everything is visible the signal comes back, so the guess is not a weak one.
+    assert torch.equal(lines, out["imgs"]) and (straight - out["signal"]).square().mean() < 0.05
+
+
+# ---- memory
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+def test_encoding_in_pieces_gives_what_encoding_at_once_gives(limit, monkeypatch):
+    model = TF_MAE_Classifier(None, 2, preprocess={"fs": 50.0}, **SIZES).eval()
+    signal = np.random.default_rng(0).standard_normal(100 * 47)
+    tokens, pooled = model.encode(signal, 100)
+    monkeypatch.setattr(CWT_Encoder, "windows_at_once", lambda self: limit)
+    pieces = list(model.encode_windows(signal, 100))
+    assert max(len(found) for _, found, _ in pieces) == limit and len(tokens) == 12
+    assert [second for second, _, _ in pieces] == [4.0 * limit * i for i in range(len(pieces))]
+    again, mean = model.encode(signal, 100)
+    assert (again - tokens).abs().max() < 1e-5 and (mean - pooled).abs().max() < 1e-6
+    assert model.encode(signal, 100, tokens=False)[0] is None
+
+
+def test_a_record_with_a_gap_is_encoded_run_by_run():
+    model = TF_MAE_Classifier(None, 2, preprocess={"fs": 50.0, "low_hz": 0.0}, **SIZES).eval()
+    signal = np.random.default_rng(0).standard_normal(4000)
+    signal[1000:1600] = np.nan
+    tokens, pooled = model.encode(signal, 50)
+    runs = [model.encode(part, 50)[0] for part in (signal[:1000], signal[1600:])]
+    assert (tokens - torch.cat(runs)).abs().max() < 1e-5 and torch.isfinite(pooled).all()
+    assert [second for second, _, _ in model.encode_windows(signal, 50)] == [0.0, 32.0]
+
+
+def test_batches_are_as_large_as_the_memory_allows():
+    published = CWT_Encoder.windows_at_once
+    with torch.device("meta"):
+        large, small = CWT_Encoder(), CWT_Encoder(signal_len=200, embed_dim=16, num_heads=2, depth=1)
+    assert 1 <= published(large) < 20 < 200 < published(small) and published(large, 1.0) == 1
 
 
 # ---- sizes
