@@ -9,6 +9,8 @@
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export ROOT PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
+# Freed memory stays with the process (glibc): a large new tensor then costs no page faults.
+export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-2147483648} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-8589934592} MALLOC_TOP_PAD_=${MALLOC_TOP_PAD_:-268435456}
 [ -t 2 ] || export HF_HUB_DISABLE_PROGRESS_BARS=1         # bars for people, not for log files
 for name in DATA_ROOT DATA OUT RUNS GOLDEN_DIR; do
   value=${!name:-}
