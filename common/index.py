@@ -12,6 +12,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -38,8 +39,8 @@ def scan(sources, suffixes, option: str = "--data") -> list[File]:
     `suffixes`, sorted by path; hidden files and folders are passed over.
 
     Each folder is listed once and each file is looked at once. Links are followed, after everything that is
-    no link, so that a file has the same name whatever the order of the disk. UserError naming `option` for a
-    source that is not there.
+    no link, so that a file has the same name whatever the order of the disk. A source such as
+    shards/{000..099}.tar stands for 100 files. UserError naming `option` for a source that is not there.
     """
     suffixes, found, seen, links = tuple(suffixes), [], set(), []
 
@@ -61,7 +62,7 @@ def scan(sources, suffixes, option: str = "--data") -> list[File]:
                     name = os.path.relpath(entry.path, root) if folder != root else entry.name
                     found.append(File(entry.path, name, status.st_size, status.st_mtime_ns))
 
-    for source in map(os.path.abspath, sources):
+    for source in map(os.path.abspath, expand(sources)):
         if os.path.isdir(source):
             search(source, source)
         elif os.path.isfile(source):
@@ -73,6 +74,21 @@ def scan(sources, suffixes, option: str = "--data") -> list[File]:
         links.sort(reverse=True)
         search(*links.pop())
     return sorted(set(found))
+
+
+def expand(sources) -> list[str]:
+    """`sources` with each {first..last} written out, as the shell does; numbers keep their leading zeros."""
+    names = []
+    for name in map(str, sources):
+        span = re.search(r"\{(\d+)\.\.(\d+)\}", name)
+        if span is None or os.path.exists(name):
+            names.append(name)
+            continue
+        first, last = span.groups()
+        width = max(len(first), len(last)) if "0" in (first[0], last[0]) else 0
+        for number in range(int(first), int(last) + 1):
+            names += expand([f"{name[: span.start()]}{number:0{width}}{name[span.end() :]}"])
+    return names
 
 
 def fingerprint(files, about) -> str:

@@ -16,6 +16,8 @@ import json
 import os
 import re
 import sys
+import tarfile
+import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
@@ -30,9 +32,18 @@ from torch.utils.data import Dataset
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.checkpoint import atomic_dir
 from common.errors import UserError
-from common.files import reading
+from common.files import check_size, reading
 from common.index import fingerprint, in_parallel, only_one, scan
-from cwt_mae.layouts import SUFFIXES, Found, find_files, find_recordings, hypnogram_of, name_of, tell  # noqa: F401
+from cwt_mae.layouts import (  # noqa: F401
+    SUFFIXES,
+    Found,
+    find_files,
+    find_recordings,
+    hypnogram_of,
+    name_of,
+    person_of,
+    tell,
+)
 from cwt_mae.readers import (
     edf_events,
     extra,
@@ -75,14 +86,45 @@ def read_records(path, fs=None, annotator: str = "") -> list[Recording]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; check the path")
-    if path.suffix.lower() not in READERS:
+    if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"{path}: unknown format {path.suffix!r}; known: {', '.join(SUFFIXES)}")
+    if path.suffix.lower() == ".tar":
+        return read_tar(path, fs, annotator)
     if path.suffix.lower() == ".hea":
         return read_wfdb(path, fs, annotator)
     records = READERS[path.suffix.lower()](path, fs)
     if (stages := hypnogram_of(path)) is not None:
         with reading(stages, "EDF file"):
             records[0].events += edf_events(extra("edfio", stages).read_edf(stages))
+    return records
+
+
+def read_tar(path: Path, fs=None, annotator: str = "") -> list[Recording]:
+    """A tar shard in the form of WebDataset: signal files of any of these formats, and for each, if there is
+    one, a file of the same name with .cls instead of its suffix, which holds the label.
+
+    Who a recording belongs to does not depend on the shard: the folder of a person in the shard, or its name.
+    """
+    records = []
+    with tempfile.TemporaryDirectory() as folder:
+        with reading(path, "tar file"), tarfile.open(path, "r:") as archive:
+            check_size(path, "its content", sum(member.size for member in archive), path.stat().st_size)
+            archive.extractall(folder, filter="data")
+        for file in scan([folder], [suffix for suffix in SUFFIXES if suffix != ".tar"]):
+            inside, label = name_of(Path(file.name)), Path(file.path).with_suffix(".cls")
+            try:
+                found = read_records(file.path, fs, annotator)
+            except UserError as error:
+                raise UserError(str(error).replace(f"{folder}/", f"{path}: ")) from None
+            for record in found:
+                inner = record.name.removeprefix(record.source.stem)
+                record.name, record.source = f"{path.stem}/{inside}{inner}", path
+                record.subject = record.subject or person_of(Path(file.name), inside) or inside + inner
+                if label.is_file():
+                    record.labels = {"": [label.read_text(encoding="utf-8").strip()]}
+            records += found
+    if not records:
+        raise UserError(f"{path}: holds no signal file ({', '.join(SUFFIXES)})")
     return records
 
 

@@ -22,10 +22,10 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.files import reading
-from common.index import scan
+from common.index import expand, scan
 from cwt_mae.recording import Recording
 
-SUFFIXES = ".hea .edf .bdf .dcm .npz .npy .csv .tsv .h5 .hdf5 .ts .arff".split()
+SUFFIXES = ".hea .edf .bdf .dcm .npz .npy .csv .tsv .h5 .hdf5 .ts .arff .tar".split()
 PERSON = re.compile(r"(?i)(p|pat|patient|person|subject|subj|sub|participant)[-_ ]?\d+[a-z]?$")
 # Tables that accompany recordings and are none themselves
 TABLES = {
@@ -123,7 +123,7 @@ def find_files(sources) -> list[Path]:
 def find_recordings(sources, manifest=None) -> Found:
     """Signal files of `sources`, named relative to their common root, with what manifest and tables say of
     them."""
-    sources = [Path(source) for source in sources]
+    sources = [Path(source) for source in expand(sources)]
     for source in sources:
         if not source.exists():
             raise UserError(f"{source}: no such file or folder; check --data")

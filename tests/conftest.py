@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.effects import bfloat16_works
 from tests.golden import SHARED
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # pytest-xdist fills the other cores
@@ -78,9 +79,6 @@ def data_root() -> Path:
 
 @pytest.fixture
 def bfloat16():
-    """Skip where ATEN_CPU_CAPABILITY forbids AVX-512 to a processor that has it.
-
-    torch's attention in bfloat16 asks the processor alone, and then refuses to pack.
-    """
-    if torch.cpu._is_avx512_supported() and "AVX512" not in torch.backends.cpu.get_cpu_capability():
+    """Skip where torch's attention in bfloat16 does not heed ATEN_CPU_CAPABILITY."""
+    if not bfloat16_works():
         pytest.skip("torch's bfloat16 attention does not heed ATEN_CPU_CAPABILITY")

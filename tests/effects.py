@@ -163,6 +163,12 @@ def resumed(base: Trial, variant: Trial) -> str:
     return ""
 
 
+def bfloat16_works() -> bool:
+    """False where ATEN_CPU_CAPABILITY forbids AVX-512 to a processor that has it: attention in bfloat16
+    asks the processor alone, and then refuses to pack."""
+    return not torch.cpu._is_avx512_supported() or "AVX512" in torch.backends.cpu.get_cpu_capability()
+
+
 # What the base of RUN_FLAGS needs; a script's own options stand after it and win.
 RUN_BASE = (
     "--max-steps 3 --batch-size 2 --accum 1 --warmup 0 --weight-decay 0 "
@@ -181,7 +187,7 @@ RUN_FLAGS = {
     "--warmup": Effect(2, "weights"),
     "--weight-decay": Effect(0.5, "weights"),
     "--clip": Effect(1e-3, "weights"),
-    "--precision": Effect("bf16", "weights"),
+    "--precision": Effect("bf16", "weights") if bfloat16_works() else "torch cannot do it here",
     "--workers": Effect(1, ("text", "same weights")),
     "--seed": Effect(1, "weights"),
     "--log-every": Effect(3, ("log", "same weights")),  # the first and the last step are always logged

@@ -27,7 +27,7 @@ def test_steps_and_limits_name_the_same_things():
 
 
 @pytest.mark.slow
-def test_dry_run_measures_something_in_each_of_its_steps(tmp_path):
+def test_dry_run_measures_something_in_each_of_its_steps(tmp_path, bfloat16):
     """Three of the nine steps; `bash bench/gpu.sh --dry-run` runs them all."""
     steps = ["cwt", "pruning", "attention"]
     done, results = start(tmp_path, "--dry-run", "--steps", *steps)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from common.index import fingerprint, in_parallel, remember, scan
+from common.index import expand, fingerprint, in_parallel, remember, scan
 
 
 @pytest.fixture
@@ -40,6 +40,15 @@ def test_links_are_followed_and_circles_end(tree, tmp_path):
     (tree / "a/broken.npz").symlink_to(tmp_path / "nowhere")
     names = [f.name for f in scan([tree], (".npz",))]
     assert names == ["a/deep/er/x.NPZ", "a/one.npz", "a/rec_1.npz", "b/rec_1.npz", "linked/c.npz"]
+
+
+def test_spans_are_written_out(tree):
+    assert expand(["s/{08..11}.tar", "x"]) == ["s/08.tar", "s/09.tar", "s/10.tar", "s/11.tar", "x"]
+    assert expand(["{1..2}/{0..1}"]) == ["1/0", "1/1", "2/0", "2/1"]
+    assert expand(["{2..1}", "{a..b}", "{1,2}"]) == ["{a..b}", "{1,2}"]
+    assert [f.name for f in scan([tree / "a/rec_{1..1}.npz"], (".npz",))] == ["rec_1.npz"]
+    (tree / "a/{1..2}.npz").write_bytes(b"")
+    assert [f.name for f in scan([tree / "a/{1..2}.npz"], (".npz",))] == ["{1..2}.npz"]
 
 
 def test_a_source_that_is_absent_is_one_line(tree, tmp_path):

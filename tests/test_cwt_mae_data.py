@@ -1,7 +1,9 @@
 """cwt_mae: reading, preparing, cutting and splitting signals."""
 
+import io
 import json
 import pickle
+import tarfile
 
 import h5py
 import numpy as np
@@ -149,6 +151,48 @@ def test_a_store_is_mapped_not_read_and_made_once(tmp_path, prepare):
     made = (store.folder / "records.npy").stat().st_mtime_ns
     assert isinstance(store.signal(0).base, np.memmap) and len(pickle.dumps(store)) < 500
     assert (store_of(tmp_path, prepare, tmp_path / "a.npz").folder / "records.npy").stat().st_mtime_ns == made
+
+
+def test_tar_shards_give_what_their_files_give(tmp_path, prepare):
+    data = many_files(tmp_path)
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"s{shard}.tar", "w") as archive:
+            archive.add(data / f"p{shard}", f"p{shard}")
+            archive.addfile(tarfile.TarInfo(f"p{shard}/r{shard}.cls"))
+    tars = build_store([tmp_path / "s{0..1}.tar"], prepare, tmp_path / "cache")
+    plain = build_store([data], prepare, tmp_path / "cache")
+    assert [n.decode().partition("/")[2] for n in tars.records["name"]] == [
+        n.decode() for n in plain.records["name"]
+    ]
+    assert (tars.records["subject"] == plain.records["subject"]).all()
+    assert all((tars.signal(i) == plain.signal(i)).all() for i in range(7))
+    assert len(tars.labels) == 2
+
+
+def test_a_tar_that_leads_out_or_is_broken_is_one_line(tmp_path, prepare):
+    def refused(said):
+        with pytest.raises(UserError, match=f"a.tar.*{said}"):
+            build_store([tmp_path / "a.tar"], prepare, tmp_path / "cache")
+
+    def write(name, content=b"", link=None):
+        with tarfile.open(tmp_path / "a.tar", "w") as archive:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            if link:
+                info.type, info.linkname = tarfile.SYMTYPE, link
+            archive.addfile(info, io.BytesIO(content))
+
+    write("../out.npz", b"x")
+    refused("not a readable tar")
+    write("x.npz", link="/etc/passwd")
+    refused("not a readable tar")
+    write("x.npz", b"no npz")
+    refused("x.npz: not a readable npz")
+    write("readme.txt", b"nothing")
+    refused("holds no signal file")
+    (tmp_path / "a.tar").write_bytes(b"\0" * 100)
+    refused("")
+    assert not (tmp_path / "out.npz").exists()
 
 
 def many_files(tmp_path):
