@@ -103,6 +103,11 @@ def parse_args(argv=None):
         default="polar",
         help="rtl433: magnitude and frequency, or I and Q, averaged over 8 samples",
     )
+    parser.add_argument(
+        "--sentences",
+        action="store_true",
+        help="rtl433: also ask open questions about test captures, answered in whole sentences",
+    )
     parser.add_argument("--seed", type=int, default=0, help="random seed")
     return parser.parse_args(argv)
 
@@ -258,7 +263,7 @@ def disturb(z, fs, rng, noise_db=None, shift_hz=0.0):
     return z
 
 
-def write_captures(folder: Path, views, y, meta, fs, rng, choices, opens, kind):
+def write_captures(folder: Path, views, y, meta, fs, rng, choices, opens, kind, sentences=False):
     """folder/device.h5, of captures in the view `kind`, and the questions about device, coding and keying in
     three .json."""
     folder.mkdir(parents=True)
@@ -267,7 +272,8 @@ def write_captures(folder: Path, views, y, meta, fs, rng, choices, opens, kind):
         file["IQ_data"], file["label"] = np.stack(views), np.asarray(y, np.float32)[:, None]
         file.attrs["fs"], file.attrs["classes"] = fs, json.dumps(names)
         file.attrs["view"], file.attrs["view_factor"] = kind, FACTOR
-    write_questions(folder / "device.json", names, y, DEVICE["device"], "device.h5", rng, choices, opens)
+    how = dict(choices=choices, opens=opens, sentences=sentences)
+    write_questions(folder / "device.json", names, y, DEVICE["device"], "device.h5", rng, **how)
     for task, column in (("coding", "coding"), ("keying", "modulation")):
         values = [str(v) or "none" for v in meta[column]]
         kinds = sorted(set(values))
@@ -278,8 +284,7 @@ def write_captures(folder: Path, views, y, meta, fs, rng, choices, opens, kind):
             DEVICE[task],
             "device.h5",
             rng,
-            choices,
-            opens,
+            **how,
         )
 
 
@@ -312,12 +317,24 @@ def convert_rtl433(paths, out: Path, args):
             2 if part == "train" else 1,
             1 if part == "train" else 0,
             args.view,
+            args.sentences,
         )
     for noise in (None, *NOISE_DB):
         for shift in (0.0, 15e3):
             views = [view(disturb(z, fs, rng, noise, shift), args.view) for z in test["iq"]]
             name = ("clean" if noise is None else f"{noise}dB") + ("_shift" if shift else "")
-            write_captures(out / "test" / name, views, test["y"], test, fs / FACTOR, rng, 1, 0, args.view)
+            write_captures(
+                out / "test" / name,
+                views,
+                test["y"],
+                test,
+                fs / FACTOR,
+                rng,
+                1,
+                int(args.sentences),
+                args.view,
+                args.sentences,
+            )
     values = {
         "device": [str(c) for c in train["classes"]],
         "coding": sorted({str(v) or "none" for v in train["coding"]}),
@@ -349,7 +366,7 @@ def main(args):
                 refuse(args, ["copies", "clean"], "without a training file")
             convert_rtl433(args.files, out, args)
         else:
-            refuse(args, ["copies", "clean", "view"], f"with {args.source}")
+            refuse(args, ["copies", "clean", "view", "sentences"], f"with {args.source}")
             read = read_radioml2016 if args.source == "radioml2016" else read_radioml2018
             convert_radioml(read(args.files[0]), out, args.per_cell, args.fs, args.seed)
     print(f"written to {args.out}")

@@ -437,6 +437,11 @@ class QuestionDataset(Dataset):
             for k in _indices(self.records[row])
         }
 
+    def signal_at(self, row: int) -> tuple[np.ndarray, float]:
+        """The first signal of question `row` as the encoder reads it, not augmented, and its rate in Hz."""
+        file, k = self.files[self.file_of[row]], _indices(self.records[row])[0]
+        return prepare(file.read(k), file.rate(k), self.signal, file.done)
+
     def __len__(self):
         return len(self.ends) - 1
 

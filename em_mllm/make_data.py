@@ -37,6 +37,10 @@ CHOICE = [
     ("Choose the {en} that fits the signal. {options}", "The correct answer is: ({letter}) {name}"),
 ]
 OPEN = [("该信号的{zh}是什么？", "{name}"), ("What is the {en} of this signal?", "{name}")]
+SENTENCES = [
+    ("该信号的{zh}是什么？", "该信号的{zh}是{name}。"),
+    ("What is the {en} of this signal?", "The {en} of this signal is {name}."),
+]
 
 
 def parse_args(argv=None):
@@ -65,6 +69,7 @@ def parse_args(argv=None):
         "--choice-questions", type=int, default=2, help="four-choice questions per training signal"
     )
     parser.add_argument("--open-questions", type=int, default=2, help="open questions per training signal")
+    parser.add_argument("--sentences", action="store_true", help="answer open questions in whole sentences")
     parser.add_argument(
         "--test-answers",
         action=argparse.BooleanOptionalAction,
@@ -92,13 +97,24 @@ def four_choice(names, name: str, noun: tuple[str, str], rng: np.random.Generato
     }
 
 
-def open_question(name: str, noun: tuple[str, str], rng: np.random.Generator) -> dict:
-    question, answer = OPEN[rng.integers(len(OPEN))]
-    return {"question": question.format(zh=noun[0], en=noun[1]), "answer": answer.format(name=name)}
+def open_question(name: str, noun: tuple[str, str], rng: np.random.Generator, sentences=False) -> dict:
+    """A question without options. sentences: it is answered by a whole sentence, not by the name alone."""
+    question, answer = (SENTENCES if sentences else OPEN)[rng.integers(len(OPEN))]
+    words = {"zh": noun[0], "en": noun[1], "name": name}
+    return {"question": question.format(**words), "answer": answer.format(**words)}
 
 
 def write_questions(
-    path: Path, names, labels, noun, h5_name: str, rng, choices: int, opens: int, answers=True
+    path: Path,
+    names,
+    labels,
+    noun,
+    h5_name: str,
+    rng,
+    choices: int,
+    opens: int,
+    answers=True,
+    sentences=False,
 ):
     """The .json of one task: for signal i of class labels[i], `choices` four-choice and `opens` open
     questions."""
@@ -106,7 +122,7 @@ def write_questions(
     for i, label in enumerate(labels):
         name = names[int(label)]
         for item in [four_choice(names, name, noun, rng) for _ in range(choices)] + [
-            open_question(name, noun, rng) for _ in range(opens)
+            open_question(name, noun, rng, sentences) for _ in range(opens)
         ]:
             if not answers:
                 del item["answer"]
@@ -140,9 +156,8 @@ def write_pair(
             columns["label"][part, 0], columns["snr"][part, 0] = labels[part], snr
             for name in REGRESSION_TASKS:
                 columns[name][part, 0] = [info.get(name, np.nan) for _, info in made]
-    write_questions(
-        folder / f"{task}.json", names, labels, NOUN[task], f"{task}.h5", rng, choices, opens, answers
-    )
+    about = (folder / f"{task}.json", names, labels, NOUN[task], f"{task}.h5", rng)
+    write_questions(*about, choices, opens, answers, args.sentences)
 
 
 def main(args):

@@ -189,47 +189,33 @@ class MultiModalModel(nn.Module):
             * self.signal_scale
         )
         text = self.llm.get_input_embeddings()(input_ids) * self.text_scale
-        width = vectors.shape[1]
-        table = torch.cat(
-            [
-                x.reshape(-1, x.shape[-1]).to(text.dtype)
-                for x in (self.iq_tokens * self.text_scale, vectors, text)
-            ]
-        )
         if signal_index is None:
             signal_index = torch.arange(len(input_ids), device=iq.device)[:, None]
-        device, label_rows = iq.device, []
-        plan = []
-        text_start = 2 + vectors.shape[0] * width
-        for row in range(len(input_ids)):
-            parts = []
-            for s in signal_index[row][signal_index[row] >= 0]:
-                inside = 2 + s * width + torch.nonzero(valid[s]).flatten()
-                parts += [
-                    torch.zeros(1, dtype=torch.long, device=device),
-                    inside,
-                    torch.ones(1, dtype=torch.long, device=device),
-                ]
-            prefix = torch.cat(parts)
-            # legacy keeps padding tokens and their labels, as the starter kit's collator
-            kept = (
-                torch.arange(input_ids.shape[1], device=device)
-                if self.legacy
-                else torch.nonzero(attention_mask[row]).flatten()
-            )
-            plan.append(torch.cat([prefix, text_start + row * input_ids.shape[1] + kept]))
-            if labels is not None:
-                label_rows.append(torch.cat([torch.full_like(prefix, -100), labels[row, kept]]))
-        index, mask = pad_rows(plan, 0, left)
+
+        # every row with room for all its signals and its text: (B, n * (K + 2) + L)
+        shown, which = signal_index >= 0, signal_index.clamp(min=0)
+        start, end = (self.iq_tokens * self.text_scale).to(text.dtype)
+        marks = [mark.expand(*which.shape, 1, -1) for mark in (start, end)]
+        blocks = torch.cat([marks[0], vectors[which].to(text.dtype), marks[1]], 2).flatten(1, 2)
+        kept = F.pad(valid[which], (1, 1), value=True) & shown[..., None]
+        # legacy keeps padding tokens and their labels, as the starter kit's collator
+        text_kept = torch.ones_like(attention_mask) if self.legacy else attention_mask
+        kept = torch.cat([kept.flatten(1), text_kept.bool()], 1)
+
+        # what is kept moves together, in its order; padding goes to the other side
+        order = (kept if left else ~kept).long().argsort(dim=1, stable=True)
+        length = int(kept.sum(1).max())
+        order = order[:, -length:] if left else order[:, :length]
+        mask = kept.gather(1, order).long()
+        whole = torch.cat([blocks, text], 1)
+        embeds = whole.gather(1, order[..., None].expand(-1, -1, whole.shape[-1])) * mask[..., None]
+        if labels is not None:
+            whole_labels = F.pad(labels, (blocks.shape[1], 0), value=-100)
+            labels = whole_labels.gather(1, order).masked_fill(mask == 0, -100)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         if self.legacy:
             mask[:, -input_ids.shape[1] :] = attention_mask
-        return (
-            table[index],
-            mask,
-            pad_rows(label_rows, -100, left)[0] if labels is not None else None,
-            positions,
-        )
+        return embeds, mask, labels, positions
 
     def forward(
         self,
@@ -293,7 +279,7 @@ class MultiModalModel(nn.Module):
     def option_scores(
         self, iq, input_ids, attention_mask, options, iq_lengths=None, fs=None, signal_index=None
     ):
-        """Log-likelihood of each continuation after its prompt, all in one pass.
+        """Log-likelihood of each continuation after its prompt, which is read once.
 
         options: for each row a list of token-id lists. Returns a list of float vectors: the summed
         log-probability of each continuation.
@@ -301,20 +287,29 @@ class MultiModalModel(nn.Module):
         embeds, mask, _, _ = self.embed(
             iq, input_ids, attention_mask, iq_lengths, fs, signal_index, left=True
         )
+        lay = dict(attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
+        prompt = self.llm(inputs_embeds=embeds, use_cache=True, logits_to_keep=1, **lay)
+
+        # the prompts are read once; each option goes on from a copy of its row of the cache
         row = torch.tensor([r for r, choices in enumerate(options) for _ in choices], device=iq.device)
         tail, tail_mask = pad_rows(
             [torch.tensor(c, device=iq.device) for choices in options for c in choices], 0, left=False
         )
-        text = self.llm.get_input_embeddings()(tail) * self.text_scale
-        whole_mask = torch.cat([mask[row], tail_mask], 1)
-        positions = (whole_mask.cumsum(1) - 1).clamp(min=0)
-        logits = self.llm(
-            inputs_embeds=torch.cat([embeds[row], text.to(embeds.dtype)], 1),
-            attention_mask=whole_mask,
-            position_ids=positions,
-            use_cache=False,
-            logits_to_keep=tail.shape[1] + 1,
-        ).logits[:, :-1]
+        logits = prompt.logits[row]
+        if tail.shape[1] > 1:
+            cache = prompt.past_key_values
+            cache.batch_select_indices(row)
+            text = self.llm.get_input_embeddings()(tail[:, :-1]) * self.text_scale
+            whole_mask = torch.cat([mask[row], tail_mask[:, :-1]], 1)
+            positions = (whole_mask.cumsum(1) - 1).clamp(min=0)[:, mask.shape[1] :]
+            rest = self.llm(
+                inputs_embeds=text.to(embeds.dtype),
+                attention_mask=whole_mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            ).logits
+            logits = torch.cat([logits, rest], 1)
         scores = (logits.float().log_softmax(-1).gather(-1, tail[..., None])[..., 0] * tail_mask).sum(1)
         return list(scores.cpu().split([len(choices) for choices in options]))
 

@@ -47,6 +47,7 @@ from em_mllm.dataset import (
     QuestionCollator,
     QuestionDataset,
     add_augmentation_arguments,
+    collate_iq,
     refuse_shared,
     task_pairs,
 )
@@ -63,6 +64,7 @@ from em_mllm.model import (
     set_trainable,
 )
 from em_mllm.optim import make_optimizers
+from em_mllm.options import extract_letter, parse_options
 from em_mllm.prepare import SignalSpec
 from em_mllm.signal_file import DEFAULT_FS
 
@@ -155,6 +157,11 @@ def add_model_arguments(group):
         help="from encoder to language model. linear: the seed's; mlp: the starter kit's; merlin: MERLIN's",
     )
     group.add_argument(
+        "--align-projector",
+        action="store_true",
+        help="start a linear projector where least squares put it: signals near the words of their answers",
+    )
+    group.add_argument(
         "--signal-tokens",
         type=number(int, 0),
         default=0,
@@ -236,7 +243,11 @@ def check_options(args):
             if getattr(args, name) is None:
                 raise UserError(f"--{name.replace('_', '-')} is missing; give the folder, or --trained-dir")
         if args.legacy:
-            refuse(args, ["signal_tokens"], "beside --legacy")
+            refuse(args, ["signal_tokens", "align_projector"], "beside --legacy")
+    if args.trained_dir:
+        refuse(args, ["align_projector"], "beside --trained-dir, whose projector is trained")
+    if args.projector != "linear":
+        refuse(args, ["align_projector"], f"on --projector {args.projector}")
     if not args.use_lora:
         refuse(args, ["lora_r", "lora_alpha", "lora_dropout", "lora_targets"], "without --use-lora")
 
@@ -371,6 +382,46 @@ def make_model(args, files):
     return model, tokenizer
 
 
+@torch.no_grad()
+def align_projector(model, tokenizer, source: QuestionDataset, most=2048, ridge=1.0):
+    """Fit the linear projector by least squares: features of a signal -> mean embedding of the words that its
+    answer names, of up to `most` questions. The language model then begins with words that it knows.
+    """
+    rows, names = [], []
+    for row in torch.randperm(len(source.records), generator=torch.Generator().manual_seed(0)).tolist():
+        record = source.records[row]
+        options, answer = parse_options(record), record.get("answer", "")
+        name = options.get(extract_letter(answer, options)) if options else None
+        if name and isinstance(record["iq_index_in_h5"], int):
+            rows.append(row)
+            names.append(name)
+        if len(rows) == most:
+            break
+    if not rows:
+        raise UserError("--align-projector has no effect: no question has options and an answer among them")
+    table = model.llm.get_input_embeddings()
+    words = {}
+    for name in set(names):
+        ids = tokenizer(name, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+        mean = table(ids).float().mean(0)
+        words[name] = mean * table.weight.float().norm(dim=1).mean() / mean.norm() * model.text_scale
+    inputs, targets = [], []
+    for first in range(0, len(rows), 64):
+        some = [source.signal_at(row) for row in rows[first : first + 64]]
+        iq, lengths = collate_iq([x for x, _ in some], model.signal_encoder.config.patch_size[0])
+        features, valid = model.signal_features(iq, lengths, torch.tensor([fs for _, fs in some]))
+        inputs.append(features[valid])
+        vectors = torch.stack([words[name] for name in names[first : first + 64]])
+        targets.append(vectors.repeat_interleave(valid.sum(1), 0))
+    x, y = torch.cat(inputs).double(), torch.cat(targets).double() / model.signal_scale
+    centre, level = x.mean(0), y.mean(0)
+    gram = (x - centre).T @ (x - centre) + ridge * torch.eye(x.shape[1], dtype=x.dtype)
+    weight = torch.linalg.solve(gram, (x - centre).T @ (y - level)).T
+    model.signal_to_hidden.weight.copy_(weight)
+    model.signal_to_hidden.bias.copy_(level - weight @ centre)
+    print(f"projector aligned with the names of {len(rows)} signals")
+
+
 def answer_tokens(batch):
     """Number of tokens that the mean loss of a batch is over."""
     return (batch["labels"] != -100).sum()
@@ -424,6 +475,8 @@ def main(args):
     where = args.trained_dir / "tokenizer" if args.trained_dir else args.llm_model_path
     source, train_set, val_set = make_data(args, load_tokenizer(where, args.trust_remote_code))
     model, tokenizer = make_model(args, source.files)
+    if args.align_projector:
+        align_projector(model, tokenizer, source)
 
     # loaders and optimizer; a batch holds whole items, the loss counts their answer tokens
     collate = QuestionCollator(

@@ -282,6 +282,7 @@ def test_make_data_writes_the_seeds_pair_and_equal_bytes_for_equal_seeds(tmp_pat
         fading="none",
         choice_questions=2,
         open_questions=1,
+        sentences=False,
         test_answers=False,
         seed=0,
         overwrite=False,
