@@ -47,6 +47,7 @@ from em_mllm.dataset import (
 )
 from em_mllm.em_foundation.models import SiTForMultiTask, SiTMAEForClassification
 from em_mllm.em_foundation.models.configuration_em import REGRESSION_TASKS
+from em_mllm.em_foundation.models.modeling_cnn import cnn_config
 from em_mllm.em_foundation.utils.utils import load_encoder, read_config
 from em_mllm.optim import make_optimizers
 from em_mllm.scores import HIGH_SNR_DB
@@ -81,7 +82,18 @@ def parse_args(argv=None):
     )
     model = parser.add_argument_group("model")
     model.add_argument(
-        "--signal-encoder-path", type=Path, required=True, help="folder of the encoder, or its weight file"
+        "--encoder",
+        choices=("sit", "cnn"),
+        default="sit",
+        help="sit: the one in --signal-encoder-path; cnn: a convolutional one from random weights, best with "
+        "many labels",
+    )
+    model.add_argument("--signal-encoder-path", type=Path, help="folder of the encoder, or its weight file")
+    model.add_argument(
+        "--pooling",
+        choices=("cls", "mean"),
+        help="what the head reads of the encoder: its cls token, or the mean over the IQ tokens; without it "
+        "as the encoder's configuration says",
     )
     model.add_argument(
         "--random-encoder", action="store_true", help="control: the encoder's sizes without its weights"
@@ -154,11 +166,15 @@ def regression_scales(args, train) -> dict[str, float]:
     return scales
 
 
-def make_model(args, classes: int, scales: dict):
-    """The encoder with its heads, and what of it is trained."""
-    config = read_config(args.signal_encoder_path, num_labels=classes, attention_type="sdpa")
+def make_model(args, classes: int, scales: dict, points: int):
+    """The encoder with its heads, and what of it is trained. points: of the longest training signal."""
+    more = dict(num_labels=classes, pooling=args.pooling)
+    if args.encoder == "cnn":
+        config = cnn_config(points, **{k: v for k, v in more.items() if v is not None})
+    else:
+        config = read_config(args.signal_encoder_path, attention_type="sdpa", **more)
     model = (SiTForMultiTask if scales else SiTMAEForClassification)(config)
-    if not args.random_encoder:
+    if args.encoder == "sit" and not args.random_encoder:
         load_encoder(model, args.signal_encoder_path)
     # the un-normalised features are loud: start undecided rather than wrong
     torch.nn.init.zeros_(model.classifier.weight)
@@ -167,7 +183,7 @@ def make_model(args, classes: int, scales: dict):
     # what no gradient reaches: the heads read the un-normalised output, as upstream; unused tasks and rate
     # token
     model.sit.layernorm.requires_grad_(False)
-    if not config.use_fs:
+    if config.encoder == "sit" and not config.use_fs:
         model.sit.embeddings.fs_embedder.requires_grad_(False)
     if scales:
         for name in set(REGRESSION_TASKS) - set(scales):
@@ -238,6 +254,10 @@ def main(args):
     # labelled signals; everything is checked before anything is written
     if not args.val:
         refuse(args, ["eval_every"], "without --val")
+    if args.encoder == "cnn":
+        refuse(args, ["signal_encoder_path", "random_encoder", "linear_probe"], "beside --encoder cnn")
+    elif args.signal_encoder_path is None:
+        raise UserError("--signal-encoder-path is missing; give the encoder's folder, or --encoder cnn")
     accelerator = make_accelerator(args)
     seed_everything(args.seed)
     train, val, test, classes = read_data(args)
@@ -245,7 +265,7 @@ def main(args):
     tasks = ["classification", *scales]
 
     # model, loader and optimizer
-    model = make_model(args, len(classes), scales)
+    model = make_model(args, len(classes), scales, train.signal.points)
     loader = make_loader(train, args, collate_fn=SignalCollator(model.config))
     optimizers = make_optimizers(model, args.optimizer, args.lr, args.weight_decay)
     about = describe(model)

@@ -29,7 +29,8 @@ from common.errors import UserError
 from common.files import read_json, reading
 from common.llm import add_lora, check_llm
 from common.weights import load_weights, read_weights
-from em_mllm.em_foundation.models import SiTMAEConfig, SiTMAEModelWithoutMask
+from em_mllm.em_foundation.models import SiTMAEConfig
+from em_mllm.em_foundation.models.modeling_cnn import make_encoder
 from em_mllm.em_foundation.utils.utils import load_encoder, read_config
 from em_mllm.fm9g import granite_config, is_fm9g
 
@@ -72,7 +73,7 @@ def embedding_scales(llm) -> tuple[float, float]:
 
 
 class MultiModalModel(nn.Module):
-    """llm: a causal LM; signal_encoder: SiTMAEModelWithoutMask; projector: "linear", "mlp" or "merlin".
+    """llm: a causal LM; signal_encoder: SiTMAEModelWithoutMask or SignalCNNModel; projector: "linear", "mlp" or "merlin".
 
     signal_tokens: 0 gives the LLM one vector per patch, as the seed; n > 0 gives n means over equal stretches
     of the signal and cls. iq_start_id, iq_end_id: their embedding rows start the parameter `iq_tokens` (2,
@@ -409,7 +410,7 @@ def build_model(
     """
     tokenizer = load_tokenizer(llm_path, trust_remote_code)
     llm = load_llm(llm_path, dtype, trust_remote_code)
-    encoder = SiTMAEModelWithoutMask(read_config(encoder_path, attention_type=attention_type))
+    encoder = make_encoder(read_config(encoder_path, attention_type=attention_type))
     load_encoder(encoder, encoder_path)
     ids = tokenizer.convert_tokens_to_ids([IQ_START, IQ_END])
     model = MultiModalModel(llm, encoder, projector, *ids, signal_tokens=signal_tokens, legacy=legacy)
@@ -440,7 +441,8 @@ def set_trainable(
         model.llm.requires_grad_(not freeze_llm)
     model.signal_encoder.requires_grad_(not freeze_signal_encoder)
     # a tensor that gets no gradient breaks DDP
-    if not model.signal_encoder.config.use_fs or model.legacy:
+    is_sit = model.signal_encoder.config.encoder == "sit"
+    if is_sit and (not model.signal_encoder.config.use_fs or model.legacy):
         model.signal_encoder.embeddings.fs_embedder.requires_grad_(False)
     if model.legacy:
         model.signal_encoder.layernorm.requires_grad_(False)
@@ -545,7 +547,7 @@ def load_model(folder, llm_model_path=None, trust_remote_code=False, dtype=None)
             f"{base} is another language model than the one that {folder} was trained on; say where that is "
             "with --llm-model-path"
         )
-    encoder = SiTMAEModelWithoutMask(read_config(folder / "signal_encoder"))
+    encoder = make_encoder(read_config(folder / "signal_encoder"))
     load_encoder(encoder, folder / "signal_encoder", quiet=True)
     ids = tokenizer.convert_tokens_to_ids([IQ_START, IQ_END])
     model = MultiModalModel(
@@ -578,7 +580,7 @@ def load_starter_kit(folder, llm_model_path, encoder_config: SiTMAEConfig, trust
         llm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     if adapter:
         llm = PeftModel.from_pretrained(llm, folder)
-    encoder = SiTMAEModelWithoutMask(encoder_config)
+    encoder = make_encoder(encoder_config)
     load_encoder(encoder, folder / "signal_encoder.pt")
     model = MultiModalModel(
         llm, encoder, kind, *tokenizer.convert_tokens_to_ids([IQ_START, IQ_END]), legacy=True

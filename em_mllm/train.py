@@ -377,7 +377,7 @@ def make_model(args, files):
     lora = dict(r=args.lora_r, alpha=args.lora_alpha, dropout=args.lora_dropout, targets=args.lora_targets)
     set_trainable(model, args.freeze_llm, args.freeze_signal_encoder, args.use_lora, lora)
     if args.gradient_checkpointing:
-        for part in (model.llm, model.signal_encoder):
+        for part in (p for p in (model.llm, model.signal_encoder) if p.supports_gradient_checkpointing):
             part.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model, tokenizer
 

@@ -16,6 +16,7 @@ from em_mllm.em_foundation.models import (
     block,
 )
 from em_mllm.em_foundation.models.embedder import mae_scores, sample_id_matrix
+from em_mllm.em_foundation.models.modeling_cnn import cnn_config
 from em_mllm.em_foundation.utils.utils import (
     convert_checkpoint,
     first_fit,
@@ -388,3 +389,33 @@ def test_rayleigh_fading_changes_power_from_draw_to_draw():
         for s in range(200)
     ]
     assert 0.7 < np.mean(powers) < 1.3 and np.std(powers) > 0.5
+
+
+# ---- the convolutional encoder
+
+
+def test_a_padded_signal_reads_as_alone_by_the_convolutional_encoder_and_a_frozen_one_stays():
+    torch.manual_seed(0)
+    model = SiTMAEForClassification(cnn_config(256, num_labels=3))
+    iq = torch.randn(4, 2, 256)
+
+    def patches(x):
+        cut = x.reshape(len(x), 2, -1, 32).transpose(1, 2).flatten(2)
+        return torch.cat([torch.zeros(len(x), 1, 64), cut], 1)
+
+    places = torch.arange(9).expand(4, -1)
+    ids = torch.zeros(4, 9, dtype=torch.long)
+    model.train()
+    model(patches(iq), places, ids, labels=torch.tensor([0, 1, 2, 0])).loss.backward()  # moves the statistics
+    assert all(p.grad is not None for n, p in model.named_parameters() if "layernorm" not in n)
+    model.eval()
+    alone = model.sit(patches(iq[:1, :, :128]), places[:1, :5], ids[:1, :5]).last_hidden_state
+    padded = torch.cat([iq[:1, :, :128], torch.zeros(1, 2, 128)], 2)
+    mask = torch.where(torch.arange(9) < 5, 0, -1)[None]
+    together = model.sit(patches(padded), places[:1], mask).last_hidden_state
+    torch.testing.assert_close(together[:, :5], alone)
+    before = {k: v.clone() for k, v in model.sit.state_dict().items()}
+    model.sit.requires_grad_(False)
+    model.train()
+    model.sit(patches(iq), places, ids)
+    assert all(torch.equal(v, before[k]) for k, v in model.sit.state_dict().items())

@@ -10,6 +10,7 @@ CHOICES = {
     "fs_unit": ("hz", "mhz"),
     "position_init": ("xavier", "sincos"),
     "pooling": ("cls", "mean"),
+    "encoder": ("sit", "cnn"),
 }
 
 
@@ -25,7 +26,8 @@ class SiTMAEConfig(PretrainedConfig):
     need. spectrum_weight: what the prediction of log spectra (utils.log_spectra) from the cls token counts in
     pre-training beside the reconstruction; 0, upstream's, leaves it and its head `decoder.spectrum_pred` out.
     pooling: what the heads read for one signal, its cls token ("cls", as upstream) or the mean over its IQ
-    tokens ("mean"), which the bursts of a noisy capture need. label_weights: {task: weight} of
+    tokens ("mean"), which the bursts of a noisy capture need. encoder: "sit", or "cnn" for the convolutional
+    one of modeling_cnn, which reads hidden_size and patch_size alone. label_weights: {task: weight} of
     SiTForMultiTask. Other keyword arguments are kept and not used.
     """
 
@@ -58,6 +60,7 @@ class SiTMAEConfig(PretrainedConfig):
         position_init="xavier",
         spectrum_weight=0.0,
         pooling="cls",
+        encoder="sit",
         label_weights=None,
         **kwargs,
     ):
@@ -81,6 +84,7 @@ class SiTMAEConfig(PretrainedConfig):
         self.position_init = position_init
         self.spectrum_weight = spectrum_weight
         self.pooling = pooling
+        self.encoder = encoder
         self.decoder_hidden_size = decoder_hidden_size
         self.decoder_num_hidden_layers = decoder_num_hidden_layers
         self.decoder_num_attention_heads = decoder_num_attention_heads

@@ -292,6 +292,13 @@ class SiTMAEForPreTraining(SiTMAEPreTrainedModel):
         return out if return_dict else out.to_tuple()
 
 
+def encoder_of(config: SiTMAEConfig):
+    """The encoder under a head: this file's, or the convolutional one."""
+    from em_mllm.em_foundation.models.modeling_cnn import make_encoder  # which builds on this file
+
+    return make_encoder(config)
+
+
 class SiTMAEHeadModel(SiTMAEPreTrainedModel):
     """The encoder `sit` with heads on its un-normalised output, as upstream. A subclass says what they
     predict and what that costs."""
@@ -341,9 +348,9 @@ class SiTMAEHeadModel(SiTMAEPreTrainedModel):
             samples,
             patch_positions,
             sample_ids,
-            head_mask,
-            output_attentions,
-            output_hidden_states,
+            head_mask=head_mask,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
             apply_layernorm=False,
         )
         logits = self.predict(encoded.last_hidden_state)
@@ -364,7 +371,7 @@ class SiTMAEForClassification(SiTMAEHeadModel):
 
     def __init__(self, config: SiTMAEConfig):
         super().__init__(config)
-        self.sit = SiTMAEModelWithoutMask(config)
+        self.sit = encoder_of(config)
         self.classifier = (
             nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
         )
@@ -397,7 +404,7 @@ class SiTForMultiTask(SiTMAEHeadModel):
 
     def __init__(self, config: SiTMAEConfig):
         super().__init__(config)
-        self.sit = SiTMAEModelWithoutMask(config)
+        self.sit = encoder_of(config)
         size = config.hidden_size
         self.classifier = nn.Linear(size, config.num_labels)
         for name in REGRESSION_TASKS:
