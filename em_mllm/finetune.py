@@ -27,7 +27,6 @@ from common.run import describe, open_run, seed_everything
 from common.train import (
     batches,
     check_finite,
-    evaluation_due,
     finish,
     finish_step,
     lr_at,
@@ -283,8 +282,12 @@ def main(args):
         f"{accelerator.num_processes} x {args.accum} signals a step, {steps} steps, lr {args.lr:g}"
     )
 
+    def scores():
+        predicted, _ = predict(plain, val, scales)
+        return {"val_accuracy": float((predicted == val.columns["label"]).mean())}
+
     # the loop: `share` weighs all signals of a step alike, task by task
-    training = start(accelerator, args, steps, optimizers)
+    training = start(accelerator, args, steps, optimizers, scores)
     model.train()
     for batch, share in batches(training, loader, lambda batch: known_values(batch, tasks)):
         inputs, labels = split_labels(batch, scales)
@@ -300,11 +303,7 @@ def main(args):
             factor = lr_at(training.state["step"], steps, args.warmup)
             grad = update(training, model, optimizers, factor)
         if accelerator.sync_gradients:
-            scores = {}
-            if evaluation_due(training):
-                predicted, _ = predict(plain, val, scales)
-                scores["val_accuracy"] = float((predicted == val.columns["label"]).mean())
-            finish_step(training, grad=grad, **scores)
+            finish_step(training, grad=grad)  # validate where it is due, log, save, stop
 
     # the model, and what it is worth on the test signals
     if accelerator.is_main_process:

@@ -73,7 +73,7 @@ def embedding_scales(llm) -> tuple[float, float]:
 
 
 class MultiModalModel(nn.Module):
-    """llm: a causal LM; signal_encoder: SiTMAEModelWithoutMask or SignalCNNModel; projector: "linear", "mlp" or "merlin".
+    """llm: a causal LM; signal_encoder: SiTMAEModelWithoutMask or SignalCNNModel; projector: of PROJECTORS.
 
     signal_tokens: 0 gives the LLM one vector per patch, as the seed; n > 0 gives n means over equal stretches
     of the signal and cls. iq_start_id, iq_end_id: their embedding rows start the parameter `iq_tokens` (2,
@@ -215,7 +215,7 @@ class MultiModalModel(nn.Module):
             labels = whole_labels.gather(1, order).masked_fill(mask == 0, -100)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         if self.legacy:
-            mask[:, -input_ids.shape[1] :] = attention_mask
+            mask = torch.cat([mask[:, : -input_ids.shape[1]], attention_mask], 1)
         return embeds, mask, labels, positions
 
     def forward(

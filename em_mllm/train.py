@@ -28,7 +28,7 @@ from common.errors import UserError, run
 from common.files import read_json
 from common.llm import add_trust_argument
 from common.run import describe, open_run, seed_everything
-from common.sharding import export_model, prepare
+from common.sharding import export_model, keep_trained, prepare
 from common.train import (
     batches,
     check_finite,
@@ -119,6 +119,18 @@ def parse_args(argv=None):
         choices=("linear", "cosine"),
         default="linear",
         help="decay of the learning rate after warm-up",
+    )
+    optim.add_argument(
+        "--select",
+        choices=("best", "last"),
+        default="best",
+        help="which weights become the model: of the lowest validation loss at --eval-every, or the last",
+    )
+    optim.add_argument(
+        "--patience",
+        type=number(int, 0),
+        default=0,
+        help="stop after this many evaluations in a row without a lower validation loss; 0: never",
     )
     optim.add_argument(
         "--dtype",
@@ -248,6 +260,8 @@ def check_options(args):
         refuse(args, ["align_projector"], "beside --trained-dir, whose projector is trained")
     if args.projector != "linear":
         refuse(args, ["align_projector"], f"on --projector {args.projector}")
+    if not args.eval_every:
+        refuse(args, ["select", "patience"], "without --eval-every")
     if not args.use_lora:
         refuse(args, ["lora_r", "lora_alpha", "lora_dropout", "lora_targets"], "without --use-lora")
 
@@ -467,6 +481,29 @@ def save(args, model, tokenizer, source):
     )
 
 
+def keep_best(args, training, model, tokenizer, source, loss: float):
+    """Write the model where its validation loss is the lowest so far, or always with --select last; after
+    --patience evaluations without a lower one the run ends with this step."""
+    state, accelerator = training.state, training.accelerator
+    better = state["best_loss"] is None or loss < state["best_loss"]
+    if not better and args.select == "best":
+        state["waited"] += 1
+        stop_waiting(args, training)
+        return
+    state |= {"best_loss": loss, "best_step": state["step"], "waited": 0 if better else state["waited"] + 1}
+    if args.select == "best" or training.last:
+        whole = export_model(accelerator, model)  # all processes take part, in case the model is sharded
+        if accelerator.is_main_process:
+            save(args, whole, tokenizer, source)
+    stop_waiting(args, training)
+
+
+def stop_waiting(args, training):
+    """Make the step just made the last one where --patience is used up."""
+    if args.patience and training.state["waited"] >= args.patience:
+        training.steps = training.state["step"]
+
+
 def main(args):
     # questions and model; everything is checked before anything is written
     check_options(args)
@@ -489,6 +526,7 @@ def main(args):
     if args.compile:
         model.compile()
     model, loader, val_loader, *optimizers = prepare(accelerator, model, loader, val_loader, *optimizers)
+    keep_trained(accelerator)  # frozen weights come back with the paths that the run began with
     steps = plan_steps(args, loader)
 
     # the run folder, and what is about to happen in one line
@@ -503,10 +541,13 @@ def main(args):
     )
 
     def scores():
-        return {"val_loss": validation_loss(model, watched(training, val_loader), accelerator)}
+        loss = validation_loss(model, watched(training, val_loader), accelerator)
+        keep_best(args, training, model, tokenizer, source, loss)
+        return {"val_loss": loss}
 
     # the loop: `share` weighs the answer tokens of all micro-batches and processes of a step alike
-    training = start(accelerator, args, steps, optimizers, scores)
+    training = start(accelerator, args, steps, optimizers, scores, best_loss=None, best_step=0, waited=0)
+    stop_waiting(args, training)
     model.train()
     for batch, share in batches(training, loader, answer_tokens):
         rows = batch.pop("rows")
@@ -521,14 +562,22 @@ def main(args):
 
     # the trained model and its loss on validation questions; all checkpoints are written by now
     loss = validation_loss(model, val_loader, accelerator)
-    whole = export_model(accelerator, model)  # all processes take part, in case the model is sharded
+    keep_best(args, training, model, tokenizer, source, loss)
     if accelerator.is_main_process:
-        save(args, whole, tokenizer, source)
+        state = training.state
         atomic_json(
             args.out / "metrics.json",
-            {"step": training.state["step"], "validation_loss": loss, "skipped": source.skipped},
+            {
+                "step": state["step"],
+                "best_step": state["best_step"],
+                "validation_loss": state["best_loss"],
+                "skipped": source.skipped,
+            },
         )
-        print(f"validation loss {loss:.4f} per answer token; model in {args.out / 'model'}")
+        print(
+            f"validation loss {state['best_loss']:.4f} per answer token at step {state['best_step']}; model "
+            f"in {args.out / 'model'}"
+        )
     finish(training, val_loss=loss)
     accelerator.wait_for_everyone()
     accelerator.end_training()

@@ -359,3 +359,60 @@ def test_folders_of_recordings_are_asked_and_a_bad_one_is_named(folders, tmp_pat
 def test_recorded_rows_are_as_recorded(world):
     dataset = SignalDataset([world / "train/x.h5"])
     assert dataset.files[0].done == AS_RECORDED and dataset.signal == SignalSpec(points=128, rates=(20e6,))
+
+
+# ---- the best model, and what a checkpoint holds
+
+
+def test_the_best_weights_are_kept_and_waiting_ends_the_run(folders, tmp_path, monkeypatch):
+    losses = iter([3.0, 1.0, 2.0, 2.5, 9.0, 9.0])
+    monkeypatch.setattr(em_mllm.train, "validation_loss", lambda *_: next(losses))
+    saved = []
+
+    def save(out, model, *rest, **notes):
+        saved.append(model.iq_tokens.detach().clone())
+        return save_model(out, model, *rest, **notes)
+
+    monkeypatch.setattr(em_mllm.train, "save_model", save)
+    options = ("--eval-every", 1, "--patience", 2, "--save-every", 1, "--freeze-llm")
+    train(folders, tmp_path / "run", *options, max_steps=20)
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert (metrics["step"], metrics["best_step"], metrics["validation_loss"]) == (4, 2, 1.0)
+    model, _ = load_model(tmp_path / "run/model")
+    assert len(saved) == 2 and torch.equal(model.iq_tokens, saved[1])
+    # gone on with, it stays ended
+    train(folders, tmp_path / "run", *options, "--resume", max_steps=20)
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["step"] == 4
+
+
+def test_checkpoints_hold_what_is_trained_alone(folders):
+    from safetensors.torch import load_file
+
+    for kind, all_trained in (("full", True), ("adapter", False), ("frozen", False)):
+        tensors = load_file(folders / kind / "last/model.safetensors")
+        llm = {k for k in tensors if k.startswith("llm.")}
+        assert bool(llm) == (kind != "frozen")
+        assert all("lora_" in k for k in llm) != all_trained or kind == "frozen"
+        assert any(k.startswith("signal_encoder.") for k in tensors) and "iq_tokens" in tensors
+
+
+def test_an_aligned_projector_says_the_names(folders, tmp_path, capsys):
+    """Signals near the words of their answers from the first step on: least squares of features that tell the
+    classes apart."""
+    args = ("--align-projector", "--freeze-signal-encoder", "--freeze-llm", "--lr", 0)
+    train(folders, tmp_path / "run", *args)
+    assert "aligned with the names of 18 signals" in capsys.readouterr().out
+    model, tokenizer = load_model(tmp_path / "run/model")
+    data = QuestionDataset(task_pairs(folders / "train"), tokenizer)
+    table, hits = model.llm.get_input_embeddings(), 0
+    words = torch.stack([table(torch.tensor(tokenizer(n)["input_ids"])).mean(0) for n in NAMES])
+    with torch.no_grad():
+        for row in range(9):
+            iq, fs = data.signal_at(row)
+            features, _ = model.signal_features(torch.tensor(iq)[None], None, torch.tensor([fs]))
+            vector = model.signal_to_hidden(features).mean((0, 1))
+            near = torch.cosine_similarity(vector - words.mean(0), words - words.mean(0), dim=1)
+            hits += int(near.argmax()) == row % 3
+    assert hits >= 7
+    with pytest.raises(UserError, match="--align-projector"):
+        train(folders, tmp_path / "again", "--trained-dir", tmp_path / "run/model", *args[:1], parts=False)

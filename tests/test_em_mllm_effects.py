@@ -120,6 +120,10 @@ def test_every_option_of_finetune_has_its_effect(world, tmp_path):
         "--phase": Effect(True, "weights"),
         "--conjugate": Effect(True, "weights"),
         "--skip-bad": Effect(True, ("text", "weights"), alone=("--train", world / "bad/radar_jamming.h5")),
+        "--encoder": [
+            Effect("cnn", "refused")  # beside --signal-encoder-path: tests/test_em_mllm_train.py has it alone
+        ],
+        "--pooling": Effect("mean", "weights"),
         "--signal-encoder-path": Effect(world / "other/encoder", "weights"),
         "--random-encoder": Effect(True, "weights"),
         "--linear-probe": Effect(True, "weights"),
@@ -186,6 +190,11 @@ def test_every_option_of_train_has_its_effect(world, tmp_path):
             Effect("muon", "refused", given=("--freeze-llm", "--freeze-signal-encoder")),
         ],
         "--schedule": Effect("cosine", "weights"),
+        "--select": Effect(
+            "last", "refused"
+        ),  # without --eval-every; with it: tests/test_em_mllm_contract.py
+        "--patience": Effect(1, "refused"),
+        "--align-projector": [Effect(True, "weights"), Effect(True, "refused", given=("--projector", "mlp"))],
         "--dtype": Effect("bfloat16", "weights"),
         "--gradient-checkpointing": Effect(True, computed_again),
     }

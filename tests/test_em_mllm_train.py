@@ -444,6 +444,11 @@ def test_finetune_joins_classes_of_several_files_and_leaves_a_model_for_training
     )  # the last of two wins
     inside(*finetune(tmp_path / "c", ("radar_jamming",), ("radar_jamming",), "--multitask", "--linear-probe"))
     assert {"mae_pri", "mae_isr"} < json.loads((tmp_path / "c/metrics.json").read_text()).keys()
+    cnn = ["--encoder", "cnn", "--conjugate", "--phase"]
+    command = finetune(tmp_path / "cnn", ("radar_jamming",), ("radar_jamming",), *cnn)
+    where = command.index("--signal-encoder-path")
+    inside(*command[:where], *command[where + 2 :])
+    inside(*train(home, tmp_path / "e", "--signal-encoder-path", tmp_path / "cnn/model", "--max-steps", 1))
     with pytest.raises(UserError, match="class BPSK is not among the training classes"):
         inside(*finetune(tmp_path / "d", ("radar_jamming",), ("modulation",)))
     assert not (tmp_path / "d").exists()
