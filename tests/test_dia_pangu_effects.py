@@ -3,6 +3,8 @@
 import json
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import dia_pangu.src.train
 import studies.dia_pangu.pretrain_vit
@@ -79,6 +81,7 @@ def test_every_option_of_train_has_its_effect(world, data, llm, tmp_path):
             "--size": Effect("tiny", "refused"),  # beside --config
             "--config": Effect(world / "wide.json", "shape"),
             "--language": Effect("cn", "weights"),
+            "--prompt": Effect("positives", "weights"),
             "--preprocess": Effect("upstream", "weights"),
             "--attn": Effect("eager", "weights"),  # the same numbers, summed in another order
             "--trust-remote-code": "tests/test_common_llm.py",
@@ -154,7 +157,34 @@ def test_every_option_of_warm_llm_has_its_effect(world, data, llm, tmp_path):
             "--width": Effect(24, "shape"),
             "--vocab-size": Effect(450, "shape"),
             "--trust-remote-code": Effect(True, "refused"),  # with --make
+            "--lora-r": Effect(2, "refused"),  # with --make; without it: the test below
+            "--full": Effect(True, "refused"),
             "--adam-beta2": Effect(0.5, "weights"),
         },
         tmp_path / "runs",
     )
+
+
+def test_a_given_language_model_trains_by_lora_or_in_full(llm, tmp_path):
+    """Each way changes what it says, at its own rate, and keeps float32."""
+    reports = tmp_path / "reports.json"
+    cases = [{"id": i, "report": f"Report {i}: the right lung is clear."} for i in range(9)]
+    reports.write_text(json.dumps({"cases": cases}))
+    base = ["--reports", reports, "--eval-reports", reports, "--lang-encoder-path", llm, *RUN_BASE]
+    start, made, rates = load_file(llm / "model.safetensors"), {}, {}
+    for name, options in (("lora", ()), ("small", ("--lora-r", 2)), ("full", ("--full",))):
+        done = forked.call(
+            studies.dia_pangu.warm_llm, [*base, *options, "--out", tmp_path / name], tmp_path / "log"
+        )
+        assert done.returncode == 0, done.text
+        made[name] = load_file(tmp_path / name / "model/model.safetensors")
+        rates[name] = json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[0])["lr"]
+        assert made[name].keys() == start.keys() and all(
+            v.dtype == torch.float32 for v in made[name].values()
+        )
+    changed = {name: {k for k in start if not torch.equal(start[k], new[k])} for name, new in made.items()}
+    assert changed["lora"] == changed["small"] and all("proj." in key for key in changed["lora"])
+    assert changed["lora"] < changed["full"] and "model.embed_tokens.weight" in changed["full"]
+    assert rates["full"] < rates["lora"] == rates["small"] < 3e-3
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(made["lora"][name], made["small"][name])

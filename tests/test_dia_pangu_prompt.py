@@ -92,6 +92,16 @@ def test_prompts_name_places_of_present_findings_only(llm):
     assert text.sample(statuses, "x", places=places)["lang_x"][:15] == tokenizer(english).input_ids
 
 
+def test_short_prompts_name_what_is_present_alone(llm):
+    text = ReportText(load_tokenizer(llm), 500, 0, layout="positives")
+    shown = text.prompt([int(name in ("edema", "fracture")) for name in FINDINGS])
+    assert shown == 'The "edema" is positive. The "fracture" is positive. Imaging findings:'
+    assert text.prompt([0] * 13 + [1]) == 'The "no finding" is positive. Imaging findings:'
+    # The layout belongs to the weights.
+    assert make_text(load_tokenizer(llm), {**SMALL, "prompt": "positives"}, 500).layout == "positives"
+    assert make_text(load_tokenizer(llm), SMALL, 500).layout == "all"
+
+
 def test_words_of_place_have_the_key_weight(llm):
     tokenizer = make_tokenizer(["A nodule in the right upper lung. Uprightly."] * 9, 400)
     plain, weighed = (ReportText(tokenizer, len(tokenizer), 0, 1, key_weight=weight) for weight in (1.0, 3.0))

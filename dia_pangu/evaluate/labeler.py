@@ -1,9 +1,12 @@
-"""Which of the 14 findings a report states: a rule-based labeler for English and Chinese, and CheXbert.
+"""Which findings a report states: a rule-based labeler for English and Chinese, and CheXbert.
 
 The codes are 0 not mentioned, 1 present, 2 absent, 3 uncertain; only 1 counts as present in the scores. A
-report is split into sentences and these into clauses; each finding is searched in each clause, and words of
-negation or doubt in the same clause decide its code. Present overrides uncertain, and uncertain overrides
-absent.
+report is split into sentences and these into clauses. In each clause the words of a finding are looked for,
+and for each of them: the organ that it is said of (a thyroid nodule is no lung lesion), whether it is denied,
+doubted or only history, and what is said of its change ("no change in the nodule" denies no nodule). Present
+overrides uncertain, and uncertain overrides absent.
+
+Two label spaces: the 14 findings of the prompt, and the 18 labels of CT-RATE.
 """
 
 import re
@@ -16,98 +19,318 @@ RANK = {BLANK: 0, ABSENT: 1, UNCERTAIN: 2, PRESENT: 3}  # of two statements the 
 
 # Words that name a finding. English patterns match at word starts, Chinese ones anywhere.
 ENGLISH = {
-    "enlarged cardiomediastinum": r"(?:widen\w*|enlarge\w*|broaden\w*)[^,;]*mediastin|"
-    r"mediastin\w*[^,;]*(?:widen|enlarge|broaden|shift)|"
+    "enlarged cardiomediastinum": r"(?:widen\w*|enlarge\w*|broaden\w*)[^,;]*mediastin(?!\w* (?:lymph|"
+    r"node))|"
+    r"mediastin\w*[^,;]*(?:widen|enlarge|broaden)(?!\w* lymph)|"
     r"(?:aort\w*|pulmonary (?:artery|trunk|conus))[^,;]*"
-    r"(?:dilat|ectas|aneurysm|wider than normal|increased)|"
-    r"(?:dilat\w*|aneurysm\w*|ectas\w*)[^,;]*(?:aort|pulmonary (?:artery|trunk))",
-    "cardiomegaly": r"cardiomegal|heart[^,;]*(?:enlarge|increase|wide|big|broad)|"
-    r"(?:enlarge\w*|increase\w*)[^,;]*(?:heart|cardiac|ventric|atri)|"
-    r"(?:cardiac|cardiothoracic)[^,;]*(?:increase|enlarge)",
-    "lung opacity": r"opacit|opacif|ground.?glass|hazy|haze|infiltrat|density (?:increase|area)|"
-    r"(?:increase\w*|patchy)[^,;]*densit",
-    "lung lesion": r"nodul|lesion|\bmass\b|masses|tumou?r|metasta",
-    "edema": r"(?:pulmonary |interstitial |alveolar )?edema|oedema|interlobular septal thicken",
+    r"(?:dilat|ecta[st]|aneurysm|widen|increased|enlarge)|aort\w*[^;]*wider than (?:normal|usual)|"
+    r"(?:dilat\w*|aneurysm\w*|ectas\w*|widen\w*|enlarge\w*)[^,;]*(?:aort|pulmonary (?:artery|trunk))",
+    "cardiomegaly": r"cardiomegal|(?:heart|cardiac)[^,;]*(?:enlarge|increase|wide|big|broad|dilat)|"
+    r"(?:enlarge\w*|increase\w*|dilat\w*)[^,;]*(?:heart|cardiac|ventric|\batri)|"
+    "(?:left|right) "
+    r"(?:ventric\w*|atri\w*)[^,;]*(?:enlarge|dilat|increase)|cardiothoracic[^,;]*(?:increase|enlarge)",
+    "lung opacity": r"opacit|opacif|ground.?glass(?! (?:density )?nodul)|hazy|haze|infiltrat|"
+    r"airspace disease|crazy.?paving|"
+    r"density (?:increase|area)|(?:increase\w*|patchy)[^,;]*densit|tree.?in.?bud",
+    "lung lesion": r"nodul|micronodul|lesion|\bmass\b|masses|tumou?r|metasta|carcinoma|malignan|cancer|"
+    r"neoplas",
+    "edema": r"(?:pulmonary |interstitial |alveolar )?(?:edema|oedema)|interlobular septal thicken|"
+    r"thicken\w* (?:of|in) (?:the )?interlobular sept",
     "consolidation": r"consolidat",
-    "pneumonia": r"pneumoni|infecti|infective|covid",
-    "atelectasis": r"atelecta|collaps",
-    "pneumothorax": r"pneumothora",
-    "pleural effusion": r"pleural[^,;]*(?:effusion|fluid)|effusion[^,;]*pleura|hydrothora|"
-    r"(?:fluid|effusion)[^,;]*(?:hemithora|pleural|costophrenic)",
-    "pleural other": r"pleura\w*[^,;]*(?:thick|plaque|calcif|scar)|(?:thick|plaque|calcif)\w*[^,;]*pleura",
-    "fracture": r"fractur|broken rib|callus|rib break",
-    "support devices": r"catheter|pacemaker|\btube\b|\bstent|\bwires?\b|prosthe|\bport\b|cannula|"
-    r"drain(?:age)? (?:tube|catheter)|valve replacement|medical material|sternotomy|suture|clips?\b|"
-    r"implant|electrode",
+    "pneumonia": r"(?:broncho)?pneumoni(?!ti)|infecti|infective|covid",
+    "atelectasis": r"atelecta|collaps|volume loss",
+    "pneumothorax": r"(?:hydro|hemo|haemo)?pneumothora",
+    "pleural effusion": r"effusions?|hydrothora|hydropneumothora|hemothora|haemothora|empyema|"
+    r"pleural[^,;]*fluid|fluid[^,;]*(?:hemithora|pleura|costophrenic|fissur)",
+    "pleural other": r"pleura\w*(?: and \w+)?(?:[^,;](?!effusion\b|fluid\b)){0,40}?(?:thick|plaque|calcif|"
+    r"scar|adhes)|"
+    r"(?:thick|plaque|calcif)\w*[^,;]*(?<!sub)pleura(?!l effusion)|effusion.thicken",
+    "fracture": r"fractur|broken rib|callus|rib break|cortical disruption",
+    "support devices": r"catheter|pacemaker|pacing|\btubes?\b|\bstent|\bwires?\b|prosthe|\bport\b|"
+    r"\bport-a-cath|cannula|"
+    r"drain(?:age|s)?\b(?! (?:vein|lymph|node))|valve replacement|medical "
+    r"material|sternotomy|suture|clips?\b|"
+    r"implant|electrode|\bleads?\b(?= (?:tip|of|in|are|is|end))|\bICD\b|defibrillator|metal\w* "
+    "(?:material|plate|screw)|"
+    r"\bplate and screw|fixation",
 }
 CHINESE = {
-    "enlarged cardiomediastinum": r"纵隔(?:影)?[^，,；]{0,4}(?:增宽|增大|扩大)",
-    "cardiomegaly": r"心(?:脏|影|室|房)[^，,；]{0,6}(?:增大|扩大|肥大)",
-    "lung opacity": r"磨玻璃|模糊(?:阴)?影|阴影|密度增高",
-    "lung lesion": r"结节|肿块|病灶|占位",
+    "enlarged cardiomediastinum": r"纵隔(?:影)?[^，,；]{0,4}(?:增宽|增大|扩大)|"
+    r"(?:主动脉|肺动脉)[^，,；]{0,8}(?:增宽|增粗|扩张|瘤样|动脉瘤|夹层动脉瘤)|(?:主动脉|肺动脉)瘤",
+    "cardiomegaly": r"(?:心(?:脏|影|室|房|腔|胸比)|全心|[左右]心|[左右][室房])[^，,；]{0,8}(?:增大|扩大|"
+    r"肥大|饱满|扩张)|巨心",
+    "lung opacity": r"磨玻璃|毛玻璃|模糊(?:阴)?影|阴影|密度增高|密度增加|片絮|絮状|云雾状|浸润|渗出|"
+    r"高密度影|斑片|片状影|片影|树芽",
+    "lung lesion": r"结节|肿块|肿物|病灶|占位|空洞|转移瘤|转移灶|转移|肿瘤|[肺叶]癌|包块|团块",
     "edema": r"水肿",
     "consolidation": r"实变",
-    "pneumonia": r"肺炎|炎症|感染",
-    "atelectasis": r"不张|膨胀不全",
+    "pneumonia": r"肺炎|炎症|感染|炎性",
+    "atelectasis": r"不张|膨胀不全|含气不全|充气不全",
     "pneumothorax": r"气胸",
-    "pleural effusion": r"胸(?:腔|膜腔)?[^，,；]{0,8}(?:积液|液体)|积液",
-    "pleural other": r"胸膜[^，,；腔]{0,6}(?:增厚|肥厚|钙化|粘连|斑)",
-    "fracture": r"骨折|骨痂",
-    "support devices": r"导管|起搏器|引流管|支架|置管|内固定",
+    "pleural effusion": r"积液|胸水|液体|积血|脓胸|血胸|液气胸",
+    "pleural other": r"胸膜[^，,；腔]{0,8}(?:增厚|肥厚|钙化|粘连|斑)",
+    "fracture": r"骨折|骨痂|骨质断裂|皮质断裂|骨皮质(?:不连续|中断)|断端",
+    "support devices": r"(?<!动脉)(?<!胰)(?<!胸)(?<!腺)导管|起搏器|引流管|支架|置管|内固定|插管|胃管|"
+    r"鼻饲管|PICC|输液港|"
+    r"人工瓣|机械瓣|瓣膜?置换|瓣膜?成形|钢丝|缝线|金属夹|钛夹|吻合钉|假体|植入物|固定器|钢板|除颤器|电极",
 }
+# Only where the sentence states no pneumonia these words are a finding of their own.
+WEAK = {"en": re.compile(r"shadow", re.I), "cn": re.compile(r"斑片$|片状影|片影")}
+
+# CT-RATE's labels that are not among the 14.
+ENGLISH_18 = {
+    "Arterial wall calcification": r"(?:aort\w*|arter\w*|vascular|supra.?aortic|atheroscl\w*|"
+    r"athero\w*)[^;]*"
+    r"(?:calcif|atheroscl|atheroma)|(?:calcif\w*|atheroscl\w*|atheroma\w*)[^;]*(?:aort|arter|vascular)|"
+    r"atheroscl\w*",
+    "Pericardial effusion": r"pericardi\w*[ -](?:effusion|fluid)|(?:effusion|fluid)[^,;]*pericardi",
+    "Coronary artery wall "
+    "calcification": r"(?:coronar\w*|\bLAD\b|circumflex|RCA)[^;]*(?:calcif|atheroscl|atheroma|plaque)|"
+    r"(?:calcif\w*|atheroscl\w*|atheroma\w*|plaque\w*)[^;]*(?:coronar|\bLAD\b)",
+    "Hiatal hernia": r"hiat\w*[ -]hernia|hernia\w*[^,;]*hiat|hiat\w*[^,;]*hernia|sliding[^,;]*hernia",
+    "Lymphadenopathy": r"lymphadenopath|\bLAPs?\b|(?:enlarge\w*|patholog\w*|conglomerat\w*)[^,;]*(?:lymph|"
+    r"nodes?)|"
+    r"lymph nodes?[^;]*(?:enlarge|patholog|short (?:axis|diameter)|\d+ ?x ?\d+|measuring|larg|up to|reach)",
+    "Emphysema": r"emphysem",
+    "Pulmonary fibrotic "
+    "sequela": r"sequela|fibro\w*|(?:pleuro)?parenchymal (?:band|dens)|band (?:atelect|format)|"
+    r"linear (?:atelect|densit)|honeycomb|reticul",
+    "Mosaic attenuation pattern": r"mosaic",
+    "Peribronchial thickening": r"peribronch\w*[^,;]*(?:thick|cuff|increase)|bronch\w* wall[^,;]*thick|"
+    r"thick\w*[^,;]*(?:peribronch|bronch\w* wall)",
+    "Bronchiectasis": r"bronchiect|bronchioloect|(?:dilat\w*|ectas\w*)[^,;]*bronch|"
+    r"bronch\w*[^,;]*(?:dilat|ectas)",
+}
+CHINESE_18 = {
+    "Arterial wall calcification": r"动脉[^，,；]{0,8}(?:钙化|粥样硬化)|动脉硬化",
+    "Pericardial effusion": r"心包[^，,；胸]{0,8}(?:积液|液体)",
+    "Coronary artery wall calcification": r"冠(?:状动)?脉[^，,；]{0,10}(?:钙化|硬化|斑块)",
+    "Hiatal hernia": r"食管裂孔疝|裂孔疝",
+    "Lymphadenopathy": r"淋巴结[^，,；]{0,8}(?:肿大|增大)|肿大淋巴结|增大淋巴结",
+    "Emphysema": r"肺气肿",
+    "Pulmonary fibrotic sequela": r"纤维|条索|陈旧(?:性)?(?:病变|病灶|灶)|蜂窝|网格",
+    "Mosaic attenuation pattern": r"马赛克",
+    "Peribronchial thickening": r"支气管[^，,；]{0,4}壁[^，,；]{0,4}增厚|支气管周围[^，,；]{0,4}增厚",
+    "Bronchiectasis": r"支气管[^，,；]{0,6}扩张|支扩",
+}
+# CT-RATE's label -> ours. Septal thickening is the CT sign of interstitial edema; "Medical material" is a
+# device or suture.
+SAME_18 = {
+    "Medical material": "support devices",
+    "Cardiomegaly": "cardiomegaly",
+    "Atelectasis": "atelectasis",
+    "Lung nodule": "lung lesion",
+    "Lung opacity": "lung opacity",
+    "Pleural effusion": "pleural effusion",
+    "Consolidation": "consolidation",
+    "Interlobular septal thickening": "edema",
+}
+LABELS_18 = (
+    *("Medical material", "Arterial wall calcification", "Cardiomegaly", "Pericardial effusion"),
+    *("Coronary artery wall calcification", "Hiatal hernia", "Lymphadenopathy", "Emphysema", "Atelectasis"),
+    *("Lung nodule", "Lung opacity", "Pulmonary fibrotic sequela", "Pleural effusion"),
+    *("Mosaic attenuation pattern", "Peribronchial thickening", "Consolidation", "Bronchiectasis"),
+    "Interlobular septal thickening",
+)
 PATTERNS = {
-    "en": {name: re.compile(rf"\b(?:{p})", re.I) for name, p in ENGLISH.items()},
-    "cn": {name: re.compile(p) for name, p in CHINESE.items()},
+    "en": {name: re.compile(rf"\b(?:{p})", re.I) for name, p in (ENGLISH | ENGLISH_18).items()},
+    "cn": {name: re.compile(p) for name, p in (CHINESE | CHINESE_18).items()},
 }
-# Opacity words that belong to a more exact finding, and effusions of other places.
-EXCEPT = {
+
+# Organs, as the words that name them; of two that match at one place the longer counts.
+ORGANS = {
     "en": {
-        "lung opacity": re.compile(r"suggest\w* pneumonia|pleural", re.I),
-        "lung lesion": re.compile(
-            r"\b(?:liver|hepatic|renal|kidney|adrenal|splen|thyroid|bone|vertebra|lymph|breast|"
-            r"sclerotic|lytic|cyst)|collapsed",
-            re.I,
-        ),
-        "pleural effusion": re.compile(r"pericardi\w*[ -]effusion(?![^,;]*pleural)", re.I),
-        "edema": re.compile(r"subcutaneous|soft tissue", re.I),
-        "atelectasis": re.compile(r"vertebra|trachea", re.I),
+        "lung": r"lungs?\b|pulmonary\b(?! (?:arter|trunk|conus|vein))|lobes?\b|lobar|lingul\w*|segment\w*|"
+        r"apical|apex|"
+        r"hilum|hila\b|hilar|\b[RL][UML]L\b|parenchym\w*|subpleural|fissur\w*|perifissural|bronch\w*|"
+        r"basal|bases\b|"
+        r"hemithora\w*|airway\w*|alveol\w*|perihilar",
+        "pleura": r"pleura\w*|costophrenic",
+        "heart": r"heart|cardiac|ventric\w*|atri(?:al|um|a)\b|myocard\w*",
+        "pericardium": r"pericardi\w*",
+        "mediastinum": r"mediastin\w*|aort\w*|thym\w*|(?:pulmonary (?:artery|trunk|conus))",
+        "esophagus": r"o?esophag\w*",
+        "bone": r"bones?\b|bony|osseous|vertebra\w*|\bribs?\b|sternum|clavic\w*|scapul\w*|humer\w*|"
+        r"spin(?:e|al)|"
+        r"sclerotic|lytic|costal|corpus|skelet\w*|acromi\w*|iliac",
+        "node": r"lymph\w*|axilla\w*|\bnodes?\b",
+        "breast": r"breast\w*|mammar\w*|nipple",
+        "thyroid": r"thyroid\w*|neck\b|cervical",
+        "skin": r"skin|subcutan\w*|cutan\w*|soft tissue|muscle\w*|chest wall|abdominal wall",
+        "abdomen": r"liver|hepat\w*|kidney\w*|renal|adrenal\w*|suprarenal|splen\w*|spleen|pancrea\w*|"
+        r"gall ?bladder|bile|"
+        r"biliar\w*|stomach|gastri\w*|colon\w*|bowel|intestin\w*|abdom\w*|periton\w*|ascit\w*|pelvi\w*|"
+        r"ovar\w*|uter\w*|prostat\w*|bladder|duoden\w*|mesent\w*|perihepatic|perisplenic|cholecyst\w*",
+        "head": r"brain|cereb\w*|intracranial|knee|joint|hip\b|elbow|wrist|ankle|shoulder|dental|sinus\w*|"
+        r"urinary",
+        "trachea": r"trache\w*",
     },
-    "cn": {"lung opacity": re.compile(r"肺炎|胸膜")},
+    "cn": {
+        "lung": r"肺(?!动脉|静脉)|[上中下舌]叶|叶段|段|气管|胸腔内|叶间",
+        "pleura": r"胸膜|胸腔|胸水|肋膈角",
+        "heart": r"心(?:脏|影|室|房|腔|肌)",
+        "pericardium": r"心包",
+        "mediastinum": r"纵隔|主动脉|肺动脉|胸腺",
+        "esophagus": r"食管|食道",
+        "bone": r"椎(?:体|骨)?|胸骨|锁骨|肩胛骨|肋骨|骨质|骨(?!折|痂|皮)",
+        "node": r"淋巴结?|腋窝|腋下",
+        "breast": r"乳(?:腺|房)|乳头|[左右双]乳",
+        "thyroid": r"甲状(?:旁)?腺|颈部",
+        "skin": r"皮下|皮肤|软组织|胸壁|肌肉|腹壁",
+        "abdomen": r"肝|胆|脾|胰|肾(?:上腺)?|胃(?!管)|肠|腹(?!侧)|盆腔|膀胱|子宫|卵巢|前列腺|网膜|腹膜",
+        "head": r"脑|颅|关节|膝|髋|鼻窦|[上筛蝶额][颌]?窦|尿路|泌尿",
+        "trachea": r"(?<!支)气管",
+    },
+}
+ORGANS = {
+    language: re.compile("|".join(f"(?P<{name}>{p})" for name, p in organs.items()), re.I)
+    for language, organs in ORGANS.items()
+}
+ELSEWHERE = {"bone", "node", "breast", "thyroid", "skin", "abdomen", "head"}
+# Organs of which a finding is not said, whatever its word is.
+NOT_OF = {
+    **dict.fromkeys(("lung opacity", "consolidation", "pneumonia", "atelectasis", "edema"), ELSEWHERE),
+    "lung lesion": ELSEWHERE | {"esophagus", "heart", "pericardium", "mediastinum"},
+    "pleural effusion": (ELSEWHERE | {"pericardium"}) - {"bone"},
+    "support devices": {"breast", "head"},
+    "fracture": set(),
+}
+# A word that hides another finding's word or says something else.
+IGNORE = {
+    "en": re.compile(
+        r"collapsed (?:gallbladder|bladder|stomach|bowel|vertebra\w*)|vertebra\w*[^,;.]*collaps\w*|mass "
+        "effect|"
+        r"known (?:\w+ ){0,2}(?:cancer|carcinoma|malignanc\w*|tumou?r)|body "
+        r"mass|post.?infectio\w*|non.?infecti\w*|space.occupying lesion (?:was|is) not|infectious disease "
+        "clinic",
+        re.I,
+    ),
+    "cn": re.compile(
+        r"椎体[^，。；]{0,6}不张|炎性假瘤|无名动脉|感染科|结节性甲状腺肿|转移酶|淋巴结转移|"
+        r"[肺叶]癌(?:根治|切除)?术后|(?:结节|肿瘤|肿物|占位|转移瘤)(?:切除)?术后"
+    ),
+}
+
+# What is said of change neither denies nor doubts.
+CHANGE = {
+    "en": re.compile(
+        r"\b(?:no|without|not)\b (?:\w+ly )?(?:\w+ "
+        r"){0,3}?(?:change|changed|difference|progress\w*|regress\w*|growth|"
+        r"grown|increase\w* in (?:size|number)|decrease\w* in (?:size|number)|enlarged since|interval \w+|"
+        r"increased since|decreased since)\b(?: (?:was|is|were|has been) \w+)?|"
+        r"\bnot (?:\w+ ){0,3}?(?:previous\w*|prior|before|earlier|old|on the last)\b(?: "
+        r"(?:seen|observed|present|examination\w*|"
+        r"CT|study))*|not (?:yet |fully |completely |entirely )(?:healed|resolved|resorbed|regressed)|"
+        r"\bnot only\b|\bno longer than\b|not well (?:seen|defined)|not clearly demarcated|"
+        r"nor? (?:\w+ )?contrast|without (?:\w+ )?contrast\w*",
+        re.I,
+    ),
+    "cn": re.compile(
+        r"(?:较?前|与前)?[^，。；]{0,6}(?:无|未见)(?:明显|显著|著|任何|确切)?(?:变化|改变|著变|进展|吸收|"
+        r"好转)|"
+        r"(?:较前|与前|(?:结节|肿块|肿物|病灶|占位|积液|范围)[^，。；]{0,4})[^，。；]{0,4}(?:无|"
+        r"未见)(?:明显)?(?:增大|缩小|增多|减少)|"
+        r""
+        r"未(?:完全|明显|见明显|充分|彻底)?(?:吸收|愈合|消散|消失|复张|闭合|好转)|不(?:均匀|规则|规整|"
+        r"光整|清楚|清晰|整齐|光滑|连续)|"
+        r"无明显诱因|无症状|未(?:行|扫及|包括|做)|(?:此前|前片|前次|既往|原片)未(?:见|显示)(?:显示)?|前片无"
+    ),
 }
 DENIED_BEFORE = {
     "en": re.compile(
-        r"\b(?:no|not|without|free of|absence of|negative for|neither|nor|never|rather than|"
-        r"regress\w*|resolv\w*)\b",
+        r"\b(?:no|not|without|free of|absence of|absent|negative for|neither|nor|never|rather than|lack of|"
+        "resolution of|resolved|regression of|disappearance of|clearing of|removal "
+        r"of|removed|excludes?|denies)\b",
         re.I,
     ),
-    "cn": re.compile(r"未|无|没有|不伴|排除"),
+    "cn": re.compile(r"未(?!来|能|确)|无|没有|不伴|排除|不存在|除外|阴性|已拔除|已取出|拔除"),
+}
+# After one of these words a new statement begins, which an earlier denial does not reach.
+ANEW = {
+    "en": re.compile(
+        r"\b(?:is|are|was|were|has|have)\b[^,;]*?(?:,|\band\b|\bbut\b|\bwith\b)|\bthere "
+        r"(?:is|are|was|were)\b(?! no)|"
+        r",\s*the\b|,\s*(?:and "
+        r")?(?:both|bilateral|in|left|right|small|large|a|an)\b[^,;]*\b(?:is|are|was|were)\b|"
+        r"\bother than\b|\bapart from\b|\bexcept for\b|\bdue to\b|\bsecondary to\b|\bin a patient "
+        r"with\b|\bonly\b",
+        re.I,
+    ),
+    "cn": re.compile(r"可见|但|而|仅见|只见|另见|(?<!未)(?<!未再)见(?!明显)|除(?=[^，。]*外)"),
+}
+# A finding's words may stand apart, with the denial between them.
+DENIED_INSIDE = {
+    "en": re.compile(r"\b(?:no|not|without)\b|(?<!than )\bnormal\b", re.I),
+    "cn": re.compile(r"未|无|不(?!张|全)|正常"),
 }
 DENIED_AFTER = {
     "en": re.compile(
-        r"\b(?:not (?:\w+ ){0,2}(?:observed|detected|seen|found|present|identified|shown|selected|"
-        r"distinguished|encountered|monitored|followed|noted|enlarged|widened|increased|evident|remarkable)|"
-        r"(?:was|were|is|are) not|n't|absent|ruled out|(?:is|are|was|were|within) normal|resolved|"
-        r"disappeared|unremarkable)\b",
+        r"^(?:(?!\b(?:is|are|was|were) "
+        r"(?:seen|observed|noted|present|detected|found|identified|visible|available)\b)"
+        r"[^,;])*?(?:,? (?:or|and|nor)[^;]*?)?\b(?:not (?:\w+ "
+        r"){0,2}(?:observed|detected|seen|found|present|identified|"
+        r"shown|selected|distinguished|encountered|monitored|followed|noted|enlarged|widened|increased|"
+        r"dilated|evident|"
+        r"remarkable|visible|visualized|demonstrated|appreciated|thickened)|"
+        r"(?:was|were|is|are) not|isn't|aren't|wasn't|weren't|absent|(?:is|are|was|were|within) (?:\w+ "
+        ")?normal|"
+        r"(?:has|have|had|is|are|was|were) (?:\w+ "
+        r"){0,2}(?:resolved|disappeared|cleared|removed|resorbed|regressed completely)|"
+        r"resolved|disappeared|unremarkable|ruled out|excluded|no longer)\b",
         re.I,
     ),
-    "cn": re.compile(r"不大|正常|未见|消失|吸收"),
+    "cn": re.compile(
+        r"^[^，,；]{0,16}?(?:未见(?:显示|显影|确切显示|异常)?$|不大|正常|消失|(?<!未)(?:已|完全|全部|"
+        r"基本)(?:被)?(?:吸收|消散|复张)|"
+        r"吸收消散|阴性|已拔除|已取出|拔除|不存在|除外$|不明显$|未显示$|未累及)"
+    ),
 }
-DOUBT = {
+DOUBT_BEFORE = {
     "en": re.compile(
-        r"\b(?:possibl\w*|may|might|could|questionabl\w*|cannot be excluded|suspicio\w*|uncertain|"
-        r"equivocal|\?)",
+        r"\b(?:possibl\w*|may|might|could|questionabl\w*|suspicio\w*|suspect\w*|uncertain|equivocal|"
+        r"concern\w* for|"
+        r"rule out|r/o|evaluat\w* for|exclude|query|differential\w*|versus|vs\.?|whether|if)\b|\?",
         re.I,
     ),
-    "cn": re.compile(r"可能|疑|待排|不除外"),
+    "cn": re.compile(r"可能|疑|不除外|不能除外|不排除|不能排除|除外(?=.)|待除外|警惕|是否"),
+}
+DOUBT_AFTER = {
+    "en": re.compile(
+        r"^\s*(?:\w+ )?(?:versus|vs\.?) |^[^,;]*?(?:\?|\b(?:can(?:not| not|'t) be (?:\w+ "
+        r")?(?:excluded|ruled "
+        "out)|(?:is|are|was|were) not (?:excluded|ruled out)|"
+        r"(?:is|are|was|were) (?:possible|suspected|questionable|uncertain|considered possible|equivocal)|"
+        r"(?:could|may|might) (?:not )?be\b(?! (?:due|related|caused|secondary|from|seen))|not "
+        r"excluded|should be (?:excluded|ruled out))\b)",
+        re.I,
+    ),
+    "cn": re.compile(r"^[^，,；]*?(?:可能|待排|不除外|不能除外|不排除|待查|可疑|待除外|\?|？)"),
+}
+# Masked before denial is looked for: these words doubt.
+NOT_DENIED = {
+    "en": re.compile(
+        r"can(?:not| not|'t) be (?:\w+ )?(?:excluded|ruled out)|not (?:be )?(?:excluded|ruled out)", re.I
+    ),
+    "cn": re.compile(r"不除外|不能除外|未除外|不排除|不能排除|待除外"),
+}
+HISTORY = {
+    "en": re.compile(
+        r"\b(?:history of|h/o|operated (?:for|due to)|previous(?:ly)? (?:treated|diagnosed|operated)|"
+        r"status "
+        "post (?:resection|lobectomy|surgery) (?:of|for|due to)|resected|"
+        r"follow.?up (?:for|of)|treated for|past medical|clinical information|indication)\b",
+        re.I,
+    ),
+    "cn": re.compile(r"病史|既往(?!未)|曾有|曾患|史$"),
 }
 QUIET = {
     "en": re.compile(
-        r"lungs? (?:\w+ ){0,3}(?:clear|normal)|normal chest|"
-        r"no (?:active |significant |acute )?(?:finding|abnormal|disease|cardiopulmonary)|"
+        r"lungs? (?:\w+ ){0,3}(?:clear|normal)|normal chest|within normal|"
+        r"no (?:active |significant |acute )?(?:finding|abnormal|disease|cardiopulmonary|patholog)|"
         r"heart (?:\w+ ){0,2}(?:normal|usual)",
         re.I,
     ),
-    "cn": re.compile(r"未见(?:明显)?异常|清晰|心肺膈未见"),
+    "cn": re.compile(r"未见(?:明显|明确)?(?:异常|活动)|清晰|心肺膈未见|正常"),
 }
 # A normal sentence about an organ is a statement that its findings are absent.
 NORMAL = {
@@ -127,74 +350,153 @@ NORMAL = {
         (re.compile(r"心(?:脏|影)[^，]*(?:不大|正常)"), ("cardiomegaly",)),
         (re.compile(r"肋骨完整"), ("fracture",)),
         (re.compile(r"胸膜腔未见异常"), ("pleural effusion", "pneumothorax")),
-        (re.compile(r"肺野?清晰"), ("lung opacity", "lung lesion", "consolidation")),
+        (re.compile(r"双肺(?:野)?清晰"), ("lung opacity", "lung lesion", "consolidation")),
     ],
 }
 
 
 def language_of(text: str) -> str:
-    """Return "cn" if the text has a Chinese character, else "en"."""
-    return "cn" if re.search(r"[\u4e00-\u9fff]", text) else "en"
+    """Return "cn" for a text with more Chinese characters than Latin letters, else "en"."""
+    chinese = len(re.findall(r"[\u4e00-\u9fff]", text or ""))
+    return "cn" if chinese > len(re.findall(r"[A-Za-z]", text or "")) else "en"
+
+
+def sentences(text: str, language: str) -> list[str]:
+    """Split a text into sentences."""
+    if language == "cn":
+        return [part for part in re.split(r"[。\n]", text) if part.strip()]
+    parts = re.split(r"(?<=[^\d\W])[.:!](?=\s|$)|(?<=[\d)\"])\.(?=\s|$)|\n|\"", text)
+    return [part for part in parts if part.strip()]
 
 
 def clauses(text: str, language: str) -> list[str]:
-    """Split a text into sentences, and these into the parts that a negation does not reach across."""
+    """Split a text into the parts that a negation does not reach across."""
+    return [part for sentence in sentences(text, language) for part in split_clauses(sentence, language)]
+
+
+def split_clauses(sentence: str, language: str) -> list[str]:
+    """Split one sentence into clauses."""
     if language == "cn":
-        return [part for part in re.split(r"[。；;，,\n]", text) if part.strip()]
-    sentences = re.split(r"(?<=[^\d\W])[.;:!](?=\s|$)|(?<=\d)\.(?=\s|$)|\n|;", text)
-    parts = []
-    for sentence in sentences:
-        parts += re.split(
-            r"\b(?:but|however|although|except|whereas|while)\b|,\s+(?=(?:there|a|an|mild|minimal|bilateral)\b)",
+        parts = re.split(r"[；;，,]", sentence)
+    else:
+        parts = re.split(
+            r";|\b(?:but|however|although|though|except|whereas|while|despite)\b|"
+            r",\s+(?=(?:and )?(?:there|a|an|mild|minimal|bilateral|with|no|without|which)\b)",
             sentence,
         )
     return [part for part in parts if part and part.strip()]
 
 
+def blank(pattern: re.Pattern, text: str) -> str:
+    """Return a text with every match of a pattern overwritten by blanks, so that places stay."""
+    return pattern.sub(lambda match: "\0" * len(match.group()), text)
+
+
+def organ_of(clause: str, match: re.Match, language: str, carried: str) -> str:
+    """Return the organ that a finding's word is said of, or an empty string.
+
+    It is inside the word, or the last organ before it; where a verb lies between, or none stands there, the
+    first behind it. carried: the organ of the clause before, for a clause that names none.
+    """
+    inside = [m.lastgroup for m in ORGANS[language].finditer(match.group())]
+    before = list(ORGANS[language].finditer(clause, 0, match.start()))
+    after = list(ORGANS[language].finditer(clause, match.end()))
+    if inside and (language == "en" or not before):
+        return inside[-1]
+    if language == "cn":
+        return before[-1].lastgroup if before else inside[-1] if inside else carried
+    gap = clause[before[-1].end() : match.start()] if before else ""
+    said = re.search(r"\b(?:is|are|was|were|has|have|seen|observed|normal)\b|,", gap)
+    near = after and re.match(
+        r"[^,;]{0,40}?\b(?:in|of|within|at|on|involving|from|to|along|adjacent)\b[^,;]{0,40}$",
+        clause[match.end() : after[0].start()],
+    )
+    if before and not (said and after):
+        if near and not re.match(r"\s*$|[\s\w-]{0,14}$", gap):
+            return after[0].lastgroup
+        return before[-1].lastgroup
+    return after[0].lastgroup if after else carried
+
+
+def is_denied(clause: str, match: re.Match, language: str) -> bool:
+    """Return whether a clause denies what was matched in it, by words before, in or behind it."""
+    plain = blank(CHANGE[language], blank(NOT_DENIED[language], clause))
+    for word in DENIED_BEFORE[language].finditer(plain, 0, match.start()):
+        if not ANEW[language].search(plain, word.end(), match.start()):
+            return True
+    if DENIED_INSIDE[language].search(plain[match.start() : match.end()]):
+        return True
+    return bool(DENIED_AFTER[language].search(plain[match.end() :]))
+
+
 def code_of(clause: str, match: re.Match, language: str) -> int:
-    """Return the code of a finding that was matched in a clause, by the words of negation or doubt around
-    it."""
-    denied_before = DENIED_BEFORE[language].search(clause[: match.start()])
-    denied_after = DENIED_AFTER[language].search(clause[match.start() :])
-    if denied_before or denied_after:
+    """Return the code of a finding that was matched in a clause, by the words of history, denial and doubt
+    around it."""
+    if HISTORY[language].search(clause[: match.start()]) or (
+        language == "cn" and re.match(r"[^，,；]{0,4}病?史", clause[match.end() :])
+    ):
+        return BLANK
+    if is_denied(clause, match, language):
         return ABSENT
-    return UNCERTAIN if DOUBT[language].search(clause) else PRESENT
+    doubted = DOUBT_BEFORE[language].search(clause[: match.start()]) or DOUBT_AFTER[language].search(
+        clause[match.end() :]
+    )
+    return UNCERTAIN if doubted else PRESENT
 
 
-def label_clause(clause: str, language: str):
-    """Yield (finding, code) for everything that one clause states."""
-    for pattern, absent in NORMAL[language]:
-        if pattern.search(clause):
-            for name in absent:
-                yield name, ABSENT
-    for name in FINDINGS[:-1]:
-        exception = EXCEPT[language].get(name)
-        if exception is not None and exception.search(clause):
-            continue
-        for match in PATTERNS[language][name].finditer(clause):
-            yield name, code_of(clause, match, language)
+def label_sentence(sentence: str, language: str, names):
+    """Yield (finding, code) for everything that one sentence states of the findings `names`."""
+    carried, pneumonia = "", False
+    found = []
+    for clause in split_clauses(sentence, language):
+        for pattern, absent in NORMAL[language]:
+            if pattern.search(clause):
+                found += [(name, ABSENT, "") for name in absent if name in names]
+        clause = blank(IGNORE[language], clause)
+        for name in names:
+            for match in PATTERNS[language][name].finditer(clause):
+                if organ_of(clause, match, language, carried) in NOT_OF.get(name, ()):
+                    continue
+                code = code_of(clause, match, language)
+                found.append((name, code, match.group()))
+                pneumonia |= name == "pneumonia" and code == PRESENT
+        organs = [m.lastgroup for m in ORGANS[language].finditer(clause)]
+        carried = organs[-1] if organs else carried
+    for name, code, word in found:
+        if not (name == "lung opacity" and pneumonia and WEAK[language].search(word)):
+            yield name, code
+
+
+def label_names(text: str, names) -> dict:
+    """Return {finding: code} of a report, English or Chinese as its characters say."""
+    language, codes = language_of(text), dict.fromkeys(names, BLANK)
+    for sentence in sentences(text, language):
+        for name, code in label_sentence(sentence, language, names):
+            if RANK[code] > RANK[codes[name]]:
+                codes[name] = code
+    return codes
 
 
 def label_report(text: str) -> list[int]:
-    """Return the codes of the 14 findings of one report, English or Chinese as its characters say."""
-    language = language_of(text)
-    parts = clauses(text, language)
-    codes = dict.fromkeys(FINDINGS, BLANK)
-    for name, code in (stated for clause in parts for stated in label_clause(clause, language)):
-        if RANK[code] > RANK[codes[name]]:
-            codes[name] = code
-
+    """Return the codes of the 14 findings of one report."""
+    codes = label_names(text, FINDINGS[:-1])
     # "No finding" is what a report with normal statements and without any finding says.
-    found = any(codes[name] in (PRESENT, UNCERTAIN) for name in FINDINGS[:-1] if name != "support devices")
-    normal = ABSENT in codes.values() or any(QUIET[language].search(clause) for clause in parts)
-    if normal and not found and codes["support devices"] != PRESENT:
-        codes["no finding"] = PRESENT
-    return [codes[name] for name in FINDINGS]
+    found = any(code in (PRESENT, UNCERTAIN) for name, code in codes.items() if name != "support devices")
+    quiet = QUIET[language_of(text)].search(text or "")
+    normal = ABSENT in codes.values() or bool(quiet)
+    none = PRESENT if normal and not found and codes["support devices"] != PRESENT else BLANK
+    return [*codes.values(), none]
 
 
 def positives(texts) -> list[list[int]]:
     """Return (N, 14) rows with 1 where a report states a finding as present."""
     return [[int(code == PRESENT) for code in label_report(text)] for text in texts]
+
+
+def positives_18(texts) -> list[list[int]]:
+    """Return (N, 18) rows with 1 where a report states one of CT-RATE's labels as present."""
+    names = [SAME_18.get(name, name) for name in LABELS_18]
+    return [[int(code == PRESENT) for code in label_names(text, names).values()] for text in texts]
 
 
 class CheXbert:

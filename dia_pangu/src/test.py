@@ -221,6 +221,8 @@ def main(args):
         dtype,
         args.language,
     )
+    if config["lora"]:  # its product is added to the weights once, not in every step of the generation
+        model.lang_model = model.lang_model.merge_and_unload()
     model = model.to(accelerator.device)
     grid, thresholds = make_grid(config), config["thresholds"]
     generation = generation_options(args)

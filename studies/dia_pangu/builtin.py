@@ -2,8 +2,8 @@
 
     python studies/dia_pangu/builtin.py
 
-SEED=1 RUNS=runs/seed-1 trains from another seed, SMOKE=1 runs the smallest sizes. With DATA_ROOT the parts
-that real data can test follow (real.py). RESULTS.md holds what came out.
+SEED=1 RUNS=runs/seed-1 trains from another seed, SMOKE=1 runs the smallest sizes. RESULTS.md holds what came
+out.
 """
 
 import sys
@@ -11,9 +11,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, whatever folder we start in
 
-from studies.dia_pangu import builtin_model, real
+from studies.dia_pangu import builtin_model
 from studies.dia_pangu.bases import data, out, vision
-from studies.recipe import REAL, recipe, size, stage
+from studies.recipe import recipe, size, stage
 
 CONTROLS = ("none", "blank", "swap", "swap-visual")
 
@@ -49,8 +49,6 @@ def main():
         ],
         out=out,
     )
-    if REAL is not None and (REAL / "ct").is_dir():
-        real.main()
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Recipe of what real data can test: the labeler, a language model on real reports, reading CT files.
+"""Recipe of the real study: a real language model, real reports, real CT files.
 
-    DATA_ROOT=... python studies/dia_pangu/real.py      (after builtin_model.py, whose model it uses)
+    DATA_ROOT=... bash run_all.sh --real dia_pangu
 
-DATA_ROOT/ct holds volumes/*.nii.gz, dicom_series/ and ct_reports_{train,val}.json (CT-RATE reports with 18
-labels); what needs a part that is not there is left out, and a line says so. No public volume comes with
-its report, so that no report of a real volume is scored: the model has seen phantoms alone, and its reports
-of real scans show that the path works, not what is in the scan.
+SmolLM2-135M-Instruct writes the reports of phantoms (no public volume comes with its report), with controls,
+and learns 800 real reports. DATA_ROOT/ct holds volumes/*.nii.gz, dicom_series/ and
+ct_reports_{train,val}.json (CT-RATE reports with 18 labels); what needs a part that is not there is left out,
+and a line says so. The reports of the real scans show that the path works, not what is in the scan.
 """
 
 import sys
@@ -15,48 +15,95 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, whatever folder we start in
 
 from common.errors import UserError
-from studies.dia_pangu.bases import out
-from studies.recipe import REAL, recipe, size, stage
+from studies.real_models import smollm2
+from studies.recipe import REAL, RUNS, recipe, size, stage
+
+out = RUNS / "dia_pangu"
+data = out / "phantoms"
+run = {"overwrite": True, "seed": 42, "log_every": size(10, smoke=2)}
+CONTROLS = ("none", "blank", "swap", "swap-visual")
 
 
-def main():
-    if REAL is None or not (REAL / "ct").is_dir():
-        raise UserError(f"DATA_ROOT={REAL}: it has no folder ct/; give the folder that holds ct/")
-    train, val = REAL / "ct/ct_reports_train.json", REAL / "ct/ct_reports_val.json"
+def report_model(llm):
+    """Phantoms, a vision part for them, and LoRA on the language model; then the test volumes, once, with
+    controls."""
+    parts = {"train": size(800, smoke=24), "val": size(60, smoke=8), "test": size(60, smoke=8)}
+    stage("dia_pangu/make_data.py", out=data, seed=3, **parts)
+    vision = {"data": data, "size": "tiny", "cache": data / "cache", **run}
+    pretrain = "studies/dia_pangu/pretrain_vit.py"
+    stage(pretrain, **vision, max_steps=size(900, smoke=4), out=out / "patches")
+    contrast = {"start": out / "patches", "contrast": 2, "lr": 1e-3, "max_steps": size(300, smoke=2)}
+    stage(pretrain, **vision, **contrast, out=out / "contrast")
 
-    # The rule-based labeler against labels set by hand; with training reports also a learned labeler beside
-    # it.
-    if val.is_file():
-        reports = train if train.is_file() else None
-        stage("studies/dia_pangu/real_reports.py", reports=val, train_reports=reports, out=out)
+    # Prompts name what is present alone, so that most of a sample is the report.
+    stage(
+        "dia_pangu/train.py",
+        **vision,
+        stage="ft",
+        prompt="positives",
+        lang_encoder_path=llm,
+        start=out / "contrast",
+        places=out / "contrast/places.json",
+        freeze=["vision_encoder", "prototype", "sample_memory", "embedding_layer.proj.", "temp"],
+        lora_r=16,
+        lora_alpha=32,
+        lora_dropout=0,
+        lora_targets=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        lr=1e-3,
+        lr_scheduler_type="cosine",
+        warmup=5,
+        batch_size=8,
+        accum=1,
+        max_steps=size(70, smoke=2),
+        out=out / "ft",
+    )
+    test = {"ckpt_path": out / "ft", "lang_encoder_path": llm, "data": data, "cache": data / "cache"}
+    for control in CONTROLS:
+        words = {"max_new_tokens": size(110, smoke=8), "batch_size": size(20, smoke=4), "evidence": 2}
+        stage("dia_pangu/test.py", **test, **words, control=control, out=out / f"test-{control}")
+    stage(
+        "studies/dia_pangu/baselines.py", data=data, size="tiny", cache=data / "cache", out=out / "baselines"
+    )
+    stage(
+        "studies/dia_pangu/compare.py",
+        data=data,
+        model=out / "test-none",
+        baselines=out / "baselines",
+        control=[
+            f"blank volume={out / 'test-blank'}",
+            f"other patient={out / 'test-swap'}",
+            f"other patient's image tokens={out / 'test-swap-visual'}",
+        ],
+        out=out,
+    )
 
-    # A small language model on the training reports, beside a unigram model.
-    if val.is_file() and train.is_file():
-        stage(
-            "studies/dia_pangu/warm_llm.py",
-            reports=train,
-            eval_reports=val,
-            make=4,
-            vocab_size=1500,
-            batch_size=8,
-            max_steps=size(150, smoke=4),
-            overwrite=True,
-            out=out / "llm_real",
-        )
-        stage(
-            "studies/dia_pangu/real_reports.py",
-            reports=val,
-            train_reports=train,
-            language_model=out / "llm_real",
-            out=out,
-        )
-    else:
-        print(
-            "the language model on real reports is left out: it needs ct_reports_train.json and "
-            "ct_reports_val.json"
-        )
 
-    # Real scans through reading, preparation and the model.
+def real_reports(llm, train, val):
+    """The labeler against labels set by hand; LoRA on the training reports, and what it writes."""
+    reports = "studies/dia_pangu/real_reports.py"
+    stage(reports, reports=val, train_reports=train, out=out)
+    texts = {"reports": train, "eval_reports": val, **run}
+    small = {"make": 4, "vocab_size": 1500, "batch_size": 8, "max_steps": size(150, smoke=2)}
+    stage("studies/dia_pangu/warm_llm.py", **texts, **small, out=out / "llm-small")
+    lora = {"lang_encoder_path": llm, "batch_size": 4, "max_steps": size(50, smoke=2), "max_length": 384}
+    stage("studies/dia_pangu/warm_llm.py", **texts, **lora, warmup=5, out=out / "llm-lora")
+    stage(
+        reports,
+        reports=val,
+        train_reports=train,
+        language_models=[
+            f"SmolLM2 with LoRA={out / 'llm-lora/model'}",
+            f"SmolLM2 as it is={llm}",
+            f"small model from these reports={out / 'llm-small/model'}",
+        ],
+        out=out,
+    )
+    limit = size(0, smoke=4)
+    stage("studies/dia_pangu/impressions.py", reports=val, model=out / "llm-lora/model", limit=limit, out=out)
+
+
+def real_scans(llm):
+    """Real scans through reading, preparation and the model."""
     scans = sorted(p for p in (REAL / "ct/volumes").glob("*.nii.gz") if not p.name.endswith("_seg.nii.gz"))
     if (REAL / "ct/dicom_series").is_dir():
         if find_spec("pydicom"):
@@ -66,16 +113,23 @@ def main():
     if not scans:
         print(f"{REAL / 'ct/volumes'}: no scans; nothing to read")
         return
+    model = {"ckpt_path": out / "ft", "lang_encoder_path": llm, "max_new_tokens": 60}
     for scan in scans:
-        stage(
-            "dia_pangu/test.py",
-            ckpt_path=out / "ft-hidden",
-            lang_encoder_path=out / "llm/model",
-            volume=scan,
-            max_new_tokens=60,
-            out=out / f"real-{scan.name.split('.')[0]}",
-        )
+        stage("dia_pangu/test.py", **model, volume=scan, out=out / f"real-{scan.name.split('.')[0]}")
     stage("studies/dia_pangu/real_volumes.py", volumes=scans, segmentations=REAL / "ct/volumes", out=out)
+
+
+def main():
+    if REAL is None or not (REAL / "ct").is_dir():
+        raise UserError(f"DATA_ROOT={REAL}: it has no folder ct/; give the folder that holds ct/")
+    llm = smollm2()
+    report_model(llm)
+    train, val = (REAL / f"ct/ct_reports_{part}.json" for part in ("train", "val"))
+    if train.is_file() and val.is_file():
+        real_reports(llm, train, val)
+    else:
+        print("real reports are left out: they need ct_reports_train.json and ct_reports_val.json")
+    real_scans(llm)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ r"""Train a causal language model on report text alone, before it sees a volume.
 
 --make N builds a small model of openPangu's class (N layers, bias on q, k, v and o) with its own tokenizer,
 in which each status sentence of a prompt is one token: a large model reads "is positive", a small one need
-not spend its training on that. Without it, --lang-encoder-path names the model to train on. The text is the
+not spend its training on that. Without it, --lang-encoder-path names the model to train on: LoRA on all its
+linear layers, merged into the weights at the end, or with --full all weights. The text is the
 finding sentences, the guide and the report; plain report files ({"cases": [{"id": ..., "report": ...}]}) have
 the guide alone. Writes a model folder that --lang-encoder-path takes.
 """
@@ -25,7 +26,7 @@ from common.checkpoint import atomic_dir, atomic_json
 from common.errors import UserError
 from common.errors import run as run_script
 from common.files import read_json
-from common.llm import add_trust_argument, load_llm
+from common.llm import add_lora, add_trust_argument, linear_names, load_llm
 from common.run import describe, open_run, seed_everything
 from common.tiny_llm import make_llm, make_tokenizer
 from common.train import (
@@ -162,9 +163,14 @@ def check_flags(args):
     if args.reports:
         refuse(args, ["places"], "with --reports, whose prompts name no place")
     if args.make:
-        refuse(args, ["trust_remote_code"], "with --make")
+        refuse(args, ["trust_remote_code", "full", "lora_r"], "with --make")
     else:
         refuse(args, ["width", "vocab_size"], "without --make")
+    if args.full:
+        refuse(args, ["lora_r"], "with --full")
+    # Random weights learn fast; trained ones are lost at such a rate.
+    if "lr" not in args._given:
+        args.lr = 3e-3 if args.make else 2e-5 if args.full else 5e-4
 
 
 def main(args):
@@ -175,6 +181,7 @@ def main(args):
     train_set, val_set, writer, phrases = make_sets(args)
     out = open_run(args.out, args, accelerator, args.resume, args.overwrite)
 
+    # Of a model with trained weights LoRA alone trains, unless --full asks for all of it, in float32.
     # The model: an existing folder, or a small new one whose tokenizer is trained on the training reports
     # alone.
     folder = out / "checkpoints" / "start" if args.make else Path(args.lang_encoder_path)
@@ -182,7 +189,9 @@ def main(args):
         if accelerator.is_main_process:
             make_small(folder, args, training_reports(train_set), phrases)
         accelerator.wait_for_everyone()
-    model = load_llm(folder, torch.float32 if args.make else "auto", args.trust_remote_code)
+    model = load_llm(folder, torch.float32, args.trust_remote_code)
+    if not args.make and not args.full:
+        model = add_lora(model, args.lora_r, 2 * args.lora_r, targets=linear_names(model))
     tokenizer, rows = (
         load_tokenizer(folder, args.trust_remote_code),
         model.get_input_embeddings().num_embeddings,
@@ -192,7 +201,6 @@ def main(args):
         data.text = writer(tokenizer, rows, 0, 1, args.language, args.max_length, key_weight=args.key_weight)
     accelerator.print(f"{describe(model)} | {len(train_set)} training and {len(val_set)} held-out reports")
 
-    # All weights train.
     optimizer = torch.optim.AdamW(
         parameter_groups(model, args.lr, args.weight_decay), lr=args.lr, betas=(0.9, args.adam_beta2)
     )
@@ -224,7 +232,9 @@ def main(args):
     )
     if accelerator.is_main_process:
         with atomic_dir(out / "model") as temporary:
-            accelerator.unwrap_model(model).save_pretrained(temporary)
+            whole = accelerator.unwrap_model(model)
+            whole = whole.merge_and_unload() if hasattr(whole, "merge_and_unload") else whole
+            whole.save_pretrained(temporary)
             load_tokenizer(folder, args.trust_remote_code).save_pretrained(temporary)
         atomic_json(out / "metrics.json", scores)
     finish(run, **{f"eval_{key}": value for key, value in scores.items()})
@@ -270,6 +280,13 @@ def parse_args(argv=None):
     )
     group.add_argument("--width", type=number(int, 4), default=128, help="hidden width of the new model")
     group.add_argument("--vocab-size", type=number(int, 1), default=700, help="tokens of the new tokenizer")
+    group.add_argument(
+        "--lora-r",
+        type=number(int, 1),
+        default=16,
+        help="rank of LoRA, which trains of a model that is given",
+    )
+    group.add_argument("--full", action="store_true", help="train every weight of a model that is given")
     add_trust_argument(group)
     group.add_argument("--adam-beta2", type=number(float, 0, 1), default=0.98, help="beta 2 of AdamW")
     add_run_arguments(

@@ -59,6 +59,7 @@ PLACES_CN = {"right": "右", "left": "左", "upper": "上", "middle": "中", "lo
 COLUMNS = tuple(name.replace(" ", "_") for name in FINDINGS)  # of the label csv
 GUIDES = {"en": "Imaging findings:", "cn": "影像所见："}
 LANGUAGES = tuple(GUIDES)
+LAYOUTS = ("all", "positives")  # which findings the prompt has a sentence for
 # openPangu thinks from the one to the other before it answers.
 THINKING, SPEAKING = "[unused16]", "[unused17]"
 
@@ -83,11 +84,16 @@ def status_sentence(finding: int, status, language: str, where=()) -> str:
     return f'"{FINDINGS_CN[finding]}" ： {"存在" if status else "不存在"}{location}。 '
 
 
-def status_text(statuses, language: str, places: dict | None = None) -> str:
-    """Return the sentences of 14 statuses (1 = present), then the guide. places: {finding: (side, place)}."""
+def status_text(statuses, language: str, places: dict | None = None, layout: str = "all") -> str:
+    """Return the sentences of 14 statuses (1 = present), then the guide.
+
+    places: {finding: (side, place)}. layout: "all" has a sentence for each finding, as upstream; "positives"
+    leaves out those of absent findings, which are most of a sample.
+    """
     sentences = [
         status_sentence(c, status, language, (places or {}).get(FINDINGS[c], ()))
         for c, status in enumerate(statuses)
+        if status or layout == "all"
     ]
     return "".join(sentences) + GUIDES[language]
 
@@ -126,11 +132,12 @@ class ReportText:
         max_length: int = 2048,
         skip_unknown: bool = False,
         key_weight: float = 1.0,
+        layout: str = "all",
     ):
         if language not in LANGUAGES:
             raise UserError(f"--language {language}: choose from {', '.join(LANGUAGES)}")
         self.tokenizer, self.num_embeddings, self.language = tokenizer, num_embeddings, language
-        self.max_length, self.skip_unknown = max_length, skip_unknown
+        self.max_length, self.skip_unknown, self.layout = max_length, skip_unknown, layout
         self.key_weight, self.weights = key_weight, {}
         # How often a report did not fit; shared memory, so that loader workers count too.
         self.cut = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -156,7 +163,7 @@ class ReportText:
 
     def prompt(self, statuses, places: dict | None = None) -> str:
         """Return the prompt's text: the image tokens, the status sentences and the guide."""
-        return self.images + status_text(statuses, self.language, places)
+        return self.images + status_text(statuses, self.language, places, self.layout)
 
     def ids(self, text: str) -> list[int]:
         """Return token ids with bos in front; image tokens become row numbers of the embedding table."""

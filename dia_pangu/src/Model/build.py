@@ -20,7 +20,7 @@ from common.run import describe
 from common.weights import load_weights, read_weights
 from dia_pangu.src.Dataset.CTRG_dataset import CTRGDataset
 from dia_pangu.src.Dataset.preprocess import PREPROCESS, Grid, read_scan
-from dia_pangu.src.Dataset.prompt import LANGUAGES, ReportText
+from dia_pangu.src.Dataset.prompt import LANGUAGES, LAYOUTS, ReportText
 from dia_pangu.src.Dataset.verdict import GREY
 from dia_pangu.src.Model.multimodality_model import MultiPanguForCausalLM
 from dia_pangu.src.Model.my_embedding_layer import MyEmbedding
@@ -31,6 +31,7 @@ PUBLISHED = {
     "embedding": {},
     "grid": {"size": [256, 256, 64], "fov_mm": [384.0, 384.0, 320.0], "preprocess": "windows"},
     "language": "en",
+    "prompt": "all",
     "max_length": 2048,
     "lora": None,
     "thresholds": [0.5] * 14,
@@ -64,6 +65,7 @@ CONFIG = {
     "embedding?": dict,
     "grid?": {"size": [int], "fov_mm": [float], "preprocess": str},
     "language?": str,
+    "prompt?": str,
     "max_length?": int,
     "lora?": {"r": int, "alpha": float, "dropout": float, "targets": [str]},
     "thresholds?": [float],
@@ -84,6 +86,13 @@ def add_model(parser):
         "--language",
         choices=LANGUAGES,
         help="language of prompts and reports, instead of the configuration's (en)",
+    )
+    group.add_argument(
+        "--prompt",
+        choices=LAYOUTS,
+        help="findings that the prompt has a sentence for, instead of the configuration's (all); positives: "
+        "those "
+        "that are present, which makes prompts short",
     )
     group.add_argument(
         "--preprocess",
@@ -108,6 +117,7 @@ def read_config(args) -> dict:
         refuse(args, ["size"], "beside --config")
         config = {**json.loads(json.dumps(PUBLISHED)), **read_json(args.config, CONFIG)}
     config["language"] = args.language or config["language"]
+    config["prompt"] = getattr(args, "prompt", None) or config.get("prompt") or "all"
     config["grid"]["preprocess"] = args.preprocess or config["grid"]["preprocess"]
     return config
 
@@ -197,6 +207,7 @@ def make_text(tokenizer, config, vocabulary: int) -> ReportText:
         1,
         config["language"],
         config["max_length"],
+        layout=config.get("prompt") or "all",
     )
 
 
