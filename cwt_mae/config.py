@@ -30,6 +30,7 @@ SHAPE = shape_of(CWT_Encoder, CWT_MAE_RoPE) | {
     "padding": (str, type(None)),
     "rope_stride": (int, type(None)),
     "channel_weights": [float],
+    "leads": (list, type(None)),
 }
 
 

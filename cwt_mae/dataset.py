@@ -12,6 +12,7 @@ Upstream file: dataset.py (PhysioSignalDataset). Its pickles are read by convert
 
 import bisect
 import functools
+import itertools
 import json
 import os
 import re
@@ -134,13 +135,19 @@ class Preprocess:
     run.
 
     fs: rate of the model in Hz; 0 keeps each file's own rate (series without a time unit). low_hz, high_hz:
-    edges of a zero-phase Butterworth filter in Hz, 0 = none. channel: "auto", "all", a name or an index.
+    edges of a zero-phase Butterworth filter in Hz, 0 = none. channel: "auto", "all", a name or an index; or
+    several names with commas between them, the leads of a model of several leads.
     """
 
     fs: float = 100.0
     low_hz: float = 0.5
     high_hz: float = 0.0
     channel: str = "auto"
+
+    @property
+    def leads(self) -> list[str]:
+        """Names of the leads of a model of several leads, else []."""
+        return [name.strip() for name in self.channel.split(",")] if "," in self.channel else []
 
     def signal(self, x, fs: float, where: str) -> np.ndarray:
         """Raw channel (L,) at `fs` Hz -> float32 (L',) at the model's rate. UserError naming `where` for NaN
@@ -206,6 +213,14 @@ def low_pass(largest: int) -> np.ndarray:
     return firwin(20 * largest + 1, 1 / largest, window=("kaiser", 5.0))
 
 
+def standardised_leads(x: np.ndarray, real: np.ndarray) -> np.ndarray:
+    """x (M, length), each lead with mean 0 and deviation 1 over its real samples, and 0 elsewhere."""
+    for lead in np.flatnonzero(real.any(1)):
+        cut = x[lead, real[lead]]
+        x[lead, real[lead]] = (cut - cut.mean()) / max(float(cut.std()), 1e-6)
+    return np.where(real, x, np.float32(0))
+
+
 LEAD = re.compile(
     r"(?i)^(?:ECG|EKG)?[ _-]*(?:LEAD)?[ _-]*(ML?I{1,3}|I{1,3}|AV[RLF]|V[1-9]?|MV[1-9]|MCL[1-6])$"
 )
@@ -249,6 +264,14 @@ def pick_channels(record: Recording, channel: str) -> dict:
     """The channels that --channel asks for."""
     if channel == "all":
         return record.channels
+    if "," in channel:
+        named = [name.strip() for name in channel.split(",")]
+        found = {name: find_channel(record, name) for name in named}
+        if not any(found.values()):
+            raise UserError(
+                f"{record.source}: has none of the leads {channel}; it has {', '.join(record.channels)}"
+            )
+        return {name: record.channels[own] for name, own in found.items() if own}
     name = preferred(list(record.channels)) if channel == "auto" else find_channel(record, channel)
     if name is None:
         raise UserError(f"{record.source}: has no channel {channel!r}; it has {', '.join(record.channels)}")
@@ -273,7 +296,7 @@ class Store:
         self.records = np.load(folder / "records.npy", mmap_mode="r")
         self.events = np.load(folder / "events.npy", mmap_mode="r")
         self.labels = np.load(folder / "labels.npy", mmap_mode="r")
-        self.shards = {}
+        self.shards, self._anchors = {}, None
 
     def __getstate__(self):
         return self.folder  # a loader worker maps the files itself
@@ -289,6 +312,44 @@ class Store:
             file = self.folder.parent / self.about["shards"][shard] / "samples.f32"
             self.shards[shard] = np.memmap(file, np.float32, "r")
         return self.shards[shard][int(row["offset"]) : int(row["offset"] + row["length"])]
+
+    @property
+    def anchors(self) -> np.ndarray:
+        """Rows that windows are counted on: all of them, or of several leads the rows of that one in each
+        recording that has most samples."""
+        if self._anchors is None:
+            self._anchors = np.arange(len(self.records))
+            if self.prepare.leads:
+                chosen, channels, lengths = [], self.records["channel"], self.records["length"]
+                # The rows of a recording stand together.
+                edges = np.flatnonzero(np.diff(self.records["recording"], prepend=-1, append=-1))
+                for first, last in zip(edges[:-1].tolist(), edges[1:].tolist()):
+                    names, sums = channels[first:last], {}
+                    for name, length in zip(names, lengths[first:last]):
+                        sums[name] = sums.get(name, 0) + int(length)
+                    chosen += (first + np.flatnonzero(names == max(sums, key=sums.get))).tolist()
+                self._anchors = np.array(chosen)
+        return self._anchors
+
+    def leads(self, index: int, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """The window of all leads at sample `start` of the row `index`: float32 (M, length), each lead
+        z-scored over what there is of it, and bool, True = real. A missing lead is 0 and not real."""
+        row, rate, names = self.records[index], self.rate(index), self.prepare.leads
+        x, real = np.zeros((len(names), length), np.float32), np.zeros((len(names), length), bool)
+        first = int(index)
+        while first and self.records["recording"][first - 1] == row["recording"]:
+            first -= 1
+        for other in itertools.count(first):
+            if other == len(self.records) or self.records["recording"][other] != row["recording"]:
+                break
+            lead = names.index(self.records["channel"][other].decode())
+            # Where the other row's first sample lies in this window
+            place = round((float(self.records["start"][other]) - float(row["start"])) * rate) - start
+            begin, end = max(0, place), min(length, place + int(self.records["length"][other]))
+            if begin < end:
+                x[lead, begin:end] = self.signal(other)[begin - place : end - place]
+                real[lead, begin:end] = True
+        return standardised_leads(x, real), real
 
     def rate(self, index: int) -> float:
         """Samples a second of one record's signal here; 1 for series without a time unit."""
@@ -340,7 +401,10 @@ def build_store(
     key = fingerprint(that_matter(listed), [request, sorted(map(os.path.abspath, sources)), bool(manifest)])
     with only_one(cache / key):  # several runs that start together: one makes it, the others wait
         if not (cache / key / "about.json").is_file():
-            fill(cache / key, find_recordings(sources, manifest), request, prepare)
+            found = find_recordings(sources, manifest)
+            if annotator and not any(path.suffix.lower() == ".hea" for path, _ in found.files):
+                raise UserError("--annotator has no effect without WFDB records; leave it out")
+            fill(cache / key, found, request, prepare)
     store = Store(cache / key)
     if not quiet:
         tell(store.about["notes"])
@@ -625,7 +689,8 @@ def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
 class PhysioSignalDataset(Dataset):
     """Windows of `signal_len` samples for pre-training. An item is a pure function of (seed, epoch, index):
 
-        x, real   signal float32 (signal_len,), z-scored, and bool, False = padding
+        x, real   signal float32 (signal_len,), z-scored, and bool, False = padding; of several leads
+                  (M, signal_len)
         noise     float32 (num_patches,) in [0, 1), which decides the masks; num_patches = 0: empty
         name      "record@first sample"
 
@@ -646,7 +711,7 @@ class PhysioSignalDataset(Dataset):
     ):
         self.store, self.signal_len, self.mode, self.seed = store, signal_len, mode, seed
         self.num_patches, self.windows, self.epoch = num_patches, windows, 0
-        self.rows = np.arange(len(store.records)) if rows is None else rows
+        self.rows = store.anchors if rows is None else rows
         self.ends = np.cumsum(-(-store.records["length"][self.rows] // signal_len))
 
     def set_epoch(self, epoch: int):
@@ -670,7 +735,10 @@ class PhysioSignalDataset(Dataset):
             cut = signal[start : start + self.signal_len]
             if not train or cut.std() > 1e-4 * row["std"]:
                 break
-        x, real = self.store.prepare.window(cut, self.signal_len)
+        if self.store.prepare.leads:
+            x, real = self.store.leads(self.rows[place], start, self.signal_len)
+        else:
+            x, real = self.store.prepare.window(cut, self.signal_len)
         return {
             "x": torch.from_numpy(x),
             "real": torch.from_numpy(real),

@@ -1,6 +1,6 @@
 """Labelled windows for fine-tuning and testing.
 
-Three tasks on the same store of prepared signals (dataset.py):
+Four tasks on the same store of prepared signals (dataset.py):
 
     beat    a window centred on every annotated beat, and the rhythm around it as features; AAMI classes
             N, S, V and F
@@ -8,6 +8,7 @@ Three tasks on the same store of prepared signals (dataset.py):
             left out
     series  one label for a whole record: UCR sets, and npz files with a field `label`; longer records give
             several windows
+    labels  none, one or several labels for a whole record: PTB-XL, PhysioNet Challenge, CODE-15, manifests
 
 Records are split by subject: part "train" or "test" from the files themselves (UCR), a split file, or the
 inter-patient list DS1 of de Chazal et al. 2004, in which a record of any other name belongs to the test part.
@@ -30,6 +31,7 @@ from common.errors import UserError
 from common.files import read_json
 from cwt_mae.dataset import Store, sample_rng
 from cwt_mae.layouts import name_of
+from cwt_mae.readers import extra
 
 DS1 = "101 106 108 109 112 114 115 116 118 119 122 124 201 203 205 207 208 209 215 220 223 230".split()
 AAMI = {"N": "NLRejB", "S": "AaJSn", "V": "VEr", "F": "F", "Q": "/fQ?"}  # WFDB beat codes of each AAMI class
@@ -43,30 +45,39 @@ ITEMS = np.dtype([("record", "i4"), ("start", "i8"), ("label", "i2"), ("beat", "
 class Task:
     """Labelled windows of one task. items: ITEMS, start in samples (negative: begins before the record).
 
-    features: (beats, F) float32 that the head gets, F = 0 but for beats.
+    features: (beats, F) float32 that the head gets, F = 0 but for beats. targets: (windows, C) bool of a task
+    in which several labels may apply to a window; its items have the label 0.
     """
 
     kind: str
     classes: list
     items: np.ndarray
     features: np.ndarray
+    targets: np.ndarray | None = None
 
     def select(self, keep) -> "Task":
         """The windows that `keep` picks, a mask or indices."""
-        return Task(self.kind, self.classes, self.items[keep], self.features)
+        targets = None if self.targets is None else self.targets[keep]
+        return Task(self.kind, self.classes, self.items[keep], self.features, targets)
 
     def without_features(self) -> "Task":
         """The same windows for a head that gets no features."""
-        return Task(self.kind, self.classes, self.items, self.features[:, :0])
+        return Task(self.kind, self.classes, self.items, self.features[:, :0], self.targets)
 
     def counts(self) -> np.ndarray:
         """Windows of each class: (classes,)."""
+        if self.targets is not None:
+            return self.targets.sum(0)
         return np.bincount(self.items["label"], minlength=len(self.classes))
 
 
-def load_task(store: Store, kind: str, signal_len: int, classes=None, skip_bad: bool = False) -> Task:
+def load_task(
+    store: Store, kind: str, signal_len: int, classes=None, skip_bad: bool = False, level: str = ""
+) -> Task:
     """All labelled windows of a store. classes: known class names, in order; a label outside them is an
-    error."""
+    error. level: which labels of a record count, for task labels."""
+    if kind == "labels":
+        return many_labels(store, signal_len, classes, skip_bad, level)
     makers = {"beat": beat_items, "rhythm": rhythm_items, "series": series_items}
     names, rows, features = makers[kind](store, signal_len)
     if not rows:
@@ -91,6 +102,36 @@ def load_task(store: Store, kind: str, signal_len: int, classes=None, skip_bad: 
     return Task(kind, list(classes), np.array(kept, ITEMS), features)
 
 
+def many_labels(store: Store, signal_len: int, classes, skip_bad: bool, level: str) -> Task:
+    """Windows side by side over each record that has labels of `level`, all of which apply to each window."""
+    levels = sorted(set(np.char.decode(store.labels["level"]).tolist()))
+    if level not in levels:
+        known = ", ".join(name or "''" for name in levels) or "none"
+        raise UserError(
+            f"the records have no labels of level {level!r}; levels: {known}; choose one with --level"
+        )
+    rows = store.labels[store.labels["level"] == level.encode()]
+    own = {}
+    for record, label in zip(rows["record"].tolist(), np.char.decode(rows["label"]).tolist()):
+        own.setdefault(record, set()).update({label} - {""})
+    names = sorted(set().union(*own.values()), key=natural)
+    classes = list(classes or names)
+    unknown = sorted(set(names) - set(classes))
+    if unknown and not skip_bad:
+        raise UserError(f"label {unknown[0]!r} is none of {', '.join(classes)}; mend it or pass --skip-bad")
+    items, targets = [], []
+    for record in (r for r in store.anchors.tolist() if r in own):
+        total, applies = int(store.records[record]["length"]), [name in own[record] for name in classes]
+        for start in range(0, max(1, total - signal_len + 1), signal_len):
+            items.append((record, start, 0, 0))
+            targets.append(applies)
+    if not items:
+        raise UserError(f"{store.about['files']} files hold no label for task labels")
+    return Task(
+        "labels", classes, np.array(items, ITEMS), np.zeros((1, 0), np.float32), np.array(targets, bool)
+    )
+
+
 LABELS = {
     "beat": "beat annotations (.atr, or ann_sample and ann_symbol)",
     "rhythm": "rhythm annotations such as (AFIB in ann_aux",
@@ -107,11 +148,11 @@ def natural(name: str):
 
 
 def events_of(store: Store):
-    """(record index, its events) for each record that has any."""
+    """(record index, its events) for each record that windows are counted on and that has any."""
     edges = np.searchsorted(store.events["record"], np.arange(len(store.records) + 1))
-    for record, (first, last) in enumerate(zip(edges[:-1], edges[1:])):
-        if last > first:
-            yield record, store.events[first:last]
+    for record in store.anchors.tolist():
+        if edges[record + 1] > edges[record]:
+            yield record, store.events[edges[record] : edges[record + 1]]
 
 
 def beats_of(store: Store):
@@ -138,6 +179,30 @@ def beat_items(store: Store, signal_len: int):
         names += [AAMI_OF[s] for s in beats["symbol"]]
         rows += [(record, int(c) - signal_len // 2, len(rows) + i) for i, c in enumerate(centres)]
     return names, rows, np.concatenate(features) if features else np.zeros((0, 0), np.float32)
+
+
+def detected_beats(store: Store, classes: list, signal_len: int) -> Task:
+    """Windows without labels at the R peaks that the detector XQRS of the package wfdb finds in each record,
+    with `rhythm_features`."""
+    processing = extra("wfdb.processing", "--unlabelled with a beat classifier")
+    items, features = [], []
+    for record in store.anchors.tolist():
+        rate = store.rate(record)
+        peaks = processing.xqrs_detect(store.signal(record).astype(np.float64), rate, verbose=False)
+        if len(peaks) < 3:
+            continue
+        peaks = on_the_peak(store.signal(record), np.asarray(peaks), round(0.06 * rate))
+        items += [(record, int(p) - signal_len // 2, -1, len(items) + i) for i, p in enumerate(peaks)]
+        features.append(rhythm_features(peaks / rate))
+    if not items:
+        raise UserError("no record holds three heart beats that the detector finds; check --channel")
+    return Task("beat", classes, np.array(items, ITEMS), np.concatenate(features))
+
+
+def on_the_peak(signal: np.ndarray, peaks: np.ndarray, reach: int) -> np.ndarray:
+    """Places (n,) moved by up to `reach` samples to where the signal lies furthest from its median."""
+    near = np.clip(peaks[:, None] + np.arange(-reach, reach + 1), 0, len(signal) - 1)
+    return near[np.arange(len(peaks)), np.abs(signal[near] - np.median(signal)).argmax(1)]
 
 
 def cut_edges(signal: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
@@ -230,7 +295,8 @@ def series_items(store: Store, signal_len: int):
 def labels_of(store: Store, level: str = "") -> dict:
     """{record: label}: the one label of each labelled record; UserError where one has several or none."""
     found = {}
-    for row in store.labels[store.labels["level"] == level.encode()]:
+    rows = store.labels[store.labels["level"] == level.encode()]
+    for row in rows[np.isin(rows["record"], store.anchors)]:
         record = int(row["record"])
         if record in found or not row["label"]:
             raise UserError(
@@ -365,8 +431,8 @@ def augment(x: np.ndarray, rng: np.random.Generator, rate: float, strength: floa
 class DownstreamClassificationDataset(Dataset):
     """Windows of a task. An item is a pure function of (seed, epoch, index) and holds
 
-        x, real        signal float32 (signal_len,) and bool, False = padding, as in pre-training
-        label          index of the class
+        x, real        signal float32 (signal_len,) or (M, signal_len), and bool, False = padding
+        label          index of the class, or for task labels float32 (C,), 1 for each that applies
         features       float32 (F,), the rhythm around a beat; F = 0 for other tasks
         index, name    place among the task's items, and "record@first sample"
         median_beat    median over the windows of the record, where the attribute `median_beats` holds it
@@ -404,6 +470,8 @@ class DownstreamClassificationDataset(Dataset):
             powers = np.where(counts > 0, counts.astype(float) ** power, 0.0)
             self.drawn_prior = powers / powers.sum()
             weights = (self.drawn_prior / np.maximum(counts, 1))[task.items["label"]]
+            if task.targets is not None:  # no window belongs to one class
+                weights = np.ones(len(task.items))
             self.cumulative = np.cumsum(weights) / weights.sum()
         self.set_epoch(0)
 
@@ -451,11 +519,14 @@ class DownstreamClassificationDataset(Dataset):
             cut = augment(standard, rng, rate, self.strength, self.flip)
             noise = rng.standard_normal(len(features), np.float32)
             features = features + np.float32(0.1 * self.strength) * noise
-        x, real = self.store.prepare.window(cut, self.signal_len, lead)
+        if self.store.prepare.leads:
+            x, real = self.several_leads(record, start, rng)
+        else:
+            x, real = self.store.prepare.window(cut, self.signal_len, lead)
         found = {
             "x": torch.from_numpy(x),
             "real": torch.from_numpy(real),
-            "label": int(item["label"]),
+            "label": self.label(place),
             "features": torch.from_numpy(features),
             "index": place,
             "name": f"{row['name'].decode()}@{start}",
@@ -463,6 +534,21 @@ class DownstreamClassificationDataset(Dataset):
         if record in self.median_beats:
             found["median_beat"] = self.median_beats[record]
         return found
+
+    def label(self, place: int):
+        """Index of the class, or where several labels may apply 1 for each that does: float32 (C,)."""
+        if self.task.targets is None:
+            return int(self.task.items["label"][place])
+        return self.task.targets[place].astype(np.float32)
+
+    def several_leads(self, record: int, start: int, rng: np.random.Generator):
+        """The window of all leads, augmented lead by lead in training."""
+        x, real = self.store.leads(record, start, self.signal_len)
+        if self.draws and self.strength:
+            for lead in np.flatnonzero(real.any(1)):
+                x[lead] = augment(x[lead], rng, self.store.rate(record), self.strength, self.flip)
+            x[~real] = 0
+        return x, real
 
     def features_of(self, item, rng: np.random.Generator) -> np.ndarray:
         """The beat's own features, or in training now and then those of simulated fibrillation (not for

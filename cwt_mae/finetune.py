@@ -52,7 +52,8 @@ from cwt_mae.dataset_finetune import (
     split_parts,
     training_part,
 )
-from cwt_mae.metrics import describe_scores, scores
+from cwt_mae.layouts import add_file_arguments
+from cwt_mae.metrics import describe_label_scores, describe_scores, label_scores, scores
 from cwt_mae.model_finetune import ENCODER_ARGS, TF_MAE_Classifier, read_model, save_model
 from cwt_mae.validation import only_padded
 
@@ -105,9 +106,16 @@ def add_data_arguments(parser: argparse.ArgumentParser):
     # The task says what a window is; the split, which windows may train.
     data.add_argument(
         "--task",
-        choices=("beat", "rhythm", "series"),
+        choices=("beat", "rhythm", "series", "labels"),
         required=True,
-        help="what a label belongs to: a heart beat, a stretch of one rhythm, or a whole record",
+        help="what a label belongs to: a heart beat, a stretch of one rhythm, a whole record; labels: none, "
+        "one or "
+        "several for a whole record",
+    )
+    data.add_argument(
+        "--level",
+        default="",
+        help="labels: which of a record's levels of labels, such as superdiagnostic of PTB-XL",
     )
     data.add_argument(
         "--split",
@@ -131,6 +139,7 @@ def add_data_arguments(parser: argparse.ArgumentParser):
     )
     # How files are read; the preparation of the signals comes with the pre-trained model.
     data.add_argument("--cache", help="folder for the prepared signals; data/cwt_mae/cache without it")
+    add_file_arguments(data)
     data.add_argument("--input-fs", type=float, help="sampling rate of files that do not state it, Hz")
     data.add_argument(
         "--skip-bad",
@@ -280,6 +289,10 @@ def check_options(args, head_sizes: dict):
         refuse(args, ["folds", "select", "eval_every"], "without a validation part (--fold -1)")
     if args.task != "beat":
         refuse(args, ["features", "fibrillation"], f"for --task {args.task}")
+    if args.task == "labels":
+        refuse(args, ["class_weights", "sampling_power", "label_smoothing", "mixup"], "for --task labels")
+    else:
+        refuse(args, ["level"], f"for --task {args.task}")
     if not args.features:
         refuse(args, ["fibrillation"], "with --no-features")
     if args.freeze:
@@ -318,6 +331,10 @@ def layer_groups(model, lr: float, decay: float, weight_decay: float) -> list[di
 def loss_of(logits, batch, smoothing: float, weights):
     """Mean cross-entropy over the batch with label smoothing, blended where the windows are, weighed by class
     (C,) or None."""
+
+    # Several labels may apply: a yes or no for each, the same weight for all of them.
+    if batch["label"].ndim == 2:
+        return F.binary_cross_entropy_with_logits(logits.float(), batch["label"])
 
     def one(labels):
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing, reduction="none")
@@ -400,11 +417,32 @@ def corrected(logits: np.ndarray, shift: np.ndarray, tau: float) -> np.ndarray:
     return logits / logits.sum(1, keepdims=True)
 
 
+def sigmoid(logits: np.ndarray) -> np.ndarray:
+    """Probability of each label on its own."""
+    return 0.5 * (1 + np.tanh(0.5 * logits))
+
+
+def by_record(probabilities: np.ndarray, dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(mean probabilities, targets, a row of the store) of each recording, from those of its windows."""
+    task, store = dataset.task, dataset.store
+    recordings = store.records["recording"][task.items["record"]]
+    _, first, place, counts = np.unique(
+        recordings, return_index=True, return_inverse=True, return_counts=True
+    )
+    sums = np.zeros((len(first), probabilities.shape[1]))
+    np.add.at(sums, place, probabilities)
+    return sums / counts[:, None], task.targets[first], task.items["record"][first]
+
+
 def validate(model, dataset, scale, shift: np.ndarray, device, watch=iter) -> tuple[float, dict, float]:
     """(tau, scores, value) of the validation part: the fraction of the prior correction that scores best, and
-    the number that selects the weights: AUROC of two classes, macro-F1 of more."""
+    the number that selects the weights: AUROC of two classes, macro-F1 of more, macro-AUROC of several labels
+    for a record."""
     classes, labels = dataset.task.classes, dataset.task.items["label"]
     logits = predict(model, dataset, scale, device, watch=watch)
+    if dataset.task.targets is not None:
+        found = label_scores(*by_record(sigmoid(logits), dataset)[:2], classes)
+        return 0.0, found, found["macro_auroc"] if np.isfinite(found["macro_auroc"]) else found["f_max"]
     # Where the classes are drawn as they are, there is nothing to correct.
     taus = TAUS if np.abs(shift).max() > 0.01 else (0.0,)
     found = {tau: scores(corrected(logits, shift, tau), labels, classes) for tau in taus}
@@ -432,18 +470,25 @@ def make_sets(args, accelerator, preprocess: dict, signal_len: int):
             args.input_fs,
             skip_bad=args.skip_bad,
             quiet=quiet,
+            manifest=args.manifest,
+            annotator=args.annotator,
         )
 
     # One process reads the files and tells what it skipped; the others map what it wrote.
     on_main(accelerator, load)
     store = load(quiet=True)
-    task = load_task(store, args.task, signal_len, skip_bad=args.skip_bad)
+    task = load_task(store, args.task, signal_len, skip_bad=args.skip_bad, level=args.level)
     if not args.features:
         task = task.without_features()
-    # From here on there are training records only.
-    task = training_part(task, split_parts(store, args.split))
+    # From here on there are training and validation records only.
+    parts = split_parts(store, args.split)
+    own = task.select(parts[task.items["record"]] == "val")
+    task = training_part(task, parts)
     train, validation = task, None
-    if args.fold >= 0:
+    if len(own.items) and not args._given & {"fold", "folds"}:
+        # Manifests and databases such as PTB-XL name their own validation part.
+        validation = DownstreamClassificationDataset(store, own, signal_len)
+    elif args.fold >= 0:
         # Folds are made of subjects and share out rare classes.
         held_out = fold_of(store, task, args.folds)[task.items["record"]] == args.fold
         train = task.select(~held_out)
@@ -487,16 +532,19 @@ def make_model(args, config: dict, head_sizes: dict, task) -> TF_MAE_Classifier:
     return model
 
 
-def make_card(train_set, scale) -> dict:
+def make_card(train_set, scale, level: str) -> dict:
     """What test.py needs beside the weights; it goes into the metadata of model.safetensors."""
     task = train_set.task
     return {
         "task": task.kind,
         "classes": task.classes,
+        "level": level,
         # Features are standardised in a test as they were in training.
         "features": None if scale is None else [part.tolist() for part in scale],
         # How much more often each class was drawn than it occurs; validation says how much of it is undone.
-        "shift": prior_shift(train_set.drawn_prior, task.counts()).tolist(),
+        "shift": [0.0] * len(task.classes)
+        if task.targets is not None
+        else prior_shift(train_set.drawn_prior, task.counts()).tolist(),
     }
 
 
@@ -522,7 +570,8 @@ def evaluate(training, model, validation, scale, card: dict) -> dict:
         if validation:
             shift, watch = np.array(card["shift"]), lambda loader: watched(training, loader, together=False)
             tau, result, value = validate(plain, validation, scale, shift, accelerator.device, watch)
-            news = {f"val_{name}": result[name] for name in ("macro_f1", "accuracy", "auroc")} | {"tau": tau}
+            told = ("macro_f1", "accuracy", "auroc", "macro_auroc", "f_max")
+            news = {f"val_{name}": result[name] for name in told if name in result} | {"tau": tau}
         # Without a validation part the last weights are all there is.
         if not validation or training.args.select == "last" or value > state["best"]:
             state |= {"best": float(value), "tau": news.get("tau", 0.0)}
@@ -576,7 +625,7 @@ def main(args):
         f"{args.batch_size} x {accelerator.num_processes} x {args.accum} windows a step | {steps} steps, "
         f"learning rate {args.lr:g}"
     )
-    card = make_card(train_set, scale)
+    card = make_card(train_set, scale, args.level)
 
     # The loop; best and tau are in every checkpoint, so that a resumed run selects as the whole one does
     def find_best():
@@ -603,7 +652,8 @@ def main(args):
     finish(training, **find_best())
     if accelerator.is_main_process and validation:
         kept = read_json(args.out / "metrics.json")
-        print(f"validation, step {kept['step']}: {describe_scores(kept['validation'])}")
+        tell = describe_label_scores if args.task == "labels" else describe_scores
+        print(f"validation, step {kept['step']}: {tell(kept['validation'])}")
     accelerator.print(
         f"done; score the test records with cwt_mae/test.py --model {args.out}/model.safetensors"
     )

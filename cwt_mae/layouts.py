@@ -14,6 +14,7 @@ says, the innermost folder called like a person (patient001, Person_01, p1000003
 
 import ast
 import csv
+import os
 import re
 import sys
 from collections import Counter
@@ -283,13 +284,16 @@ def read_manifest(found: Found, manifest: Path, root: Path):
     """
     rows, about = rows_in(manifest, ["path"]), {}
     folds = parts_of(manifest, [row.get("fold") or "" for row in rows])
-    names = {name for _, name in found.files}
-    places = [relative(manifest.parent / "x", root)[:-1], ""]
+    names, where = {name for _, name in found.files}, {}
+    for path, name in found.files:
+        where |= {os.path.abspath(path): name, os.path.abspath(name_of(path)): name}
     for number, (row, part) in enumerate(zip(rows, folds), 2):
         path = (row["path"] or "").strip()
         inner = path.rpartition(":")[2] if ":" in path else ""
         plain = name_of(Path(path.removesuffix(f":{inner}") if inner else path))
-        name = next((p + plain for p in places if p + plain in names), None)
+        beside = where.get(os.path.abspath(manifest.parent / plain))
+        beside = where.get(os.path.abspath(manifest.parent / path.removesuffix(f":{inner}")), beside)
+        name = beside or next((n for n in (path, plain) if n in names), None)
         if name is None:
             raise UserError(f"{manifest}: line {number}: {path} is no signal file below --data")
         key = f"{name}:{inner}" if inner else name
@@ -341,6 +345,17 @@ def parts_of(manifest, folds: list) -> list[str]:
     if len(order) > 2:
         names[order[-2]] = "val"
     return [names[value] for value in values]
+
+
+def add_file_arguments(group):
+    """Options that say whose the recordings are and which annotations count, the same in every script."""
+    group.add_argument(
+        "--manifest",
+        help="csv of the recordings to take: path, and subject, fold, fs, label or label_<name> where known",
+    )
+    group.add_argument(
+        "--annotator", default="", help="suffix of the annotation files of WFDB records, such as atr or qrs"
+    )
 
 
 def tell(notes: list):

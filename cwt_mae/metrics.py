@@ -86,6 +86,76 @@ def scores(probabilities, labels, classes: list, groups=None, resamples: int = 0
     return result
 
 
+def best_f1(probabilities, targets) -> float:
+    """F_max: the highest F1 of one threshold for all classes, of precision and recall averaged over
+    records."""
+    best = 0.0
+    for threshold in np.unique(np.quantile(probabilities, np.linspace(0, 1, 101))):
+        said = probabilities >= threshold
+        hits, some = (said & targets).sum(1), said.any(1)
+        labelled = targets.any(1)
+        if not some.any() or not labelled.any():
+            continue
+        precision = (hits[some] / said[some].sum(1)).mean()
+        recall = (hits[labelled] / targets[labelled].sum(1)).mean()
+        best = max(best, 2 * precision * recall / max(precision + recall, 1e-12))
+    return float(best)
+
+
+def label_areas(probabilities, targets) -> np.ndarray:
+    """Area under the ROC curve of each class (C,), nan for one that always or never applies."""
+    applies = targets.sum(0)
+    return np.array(
+        [
+            roc_auc_score(targets[:, c], probabilities[:, c]) if 0 < applies[c] < len(targets) else np.nan
+            for c in range(targets.shape[1])
+        ]
+    )
+
+
+def label_scores(probabilities, targets, classes: list, groups=None, resamples: int = 0) -> dict:
+    """Macro-AUROC over the classes for which it is defined, F_max, and AUROC per class, as plain numbers.
+
+    probabilities, targets (n, C), one row a record. groups (n,): subjects. With resamples > 0 there are 95 %
+    intervals that draw whole subjects with replacement.
+    """
+    targets = np.asarray(targets, bool)
+    areas = label_areas(probabilities, targets)
+    per_class = {
+        name: {"auroc": None if np.isnan(area) else float(area), "records": int(count)}
+        for name, area, count in zip(classes, areas, targets.sum(0))
+    }
+    mean = lambda areas: float(np.nanmean(areas)) if np.isfinite(areas).any() else float("nan")
+    result = {"records": len(targets), "macro_auroc": mean(areas), "f_max": best_f1(probabilities, targets)}
+    if resamples:
+        units = np.arange(len(targets)) if groups is None else np.unique(groups, return_inverse=True)[1]
+        members, rng = [np.flatnonzero(units == u) for u in range(units.max() + 1)], np.random.default_rng(0)
+        drawn = []
+        for _ in range(resamples):
+            rows = np.concatenate([members[u] for u in rng.integers(len(members), size=len(members))])
+            drawn.append(label_areas(probabilities[rows], targets[rows]))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # a class that no draw holds
+            ends = np.nanpercentile(drawn, [2.5, 97.5], axis=0).T.tolist()
+            result["macro_auroc_95"] = np.percentile([mean(areas) for areas in drawn], [2.5, 97.5]).tolist()
+        for name, interval in zip(classes, ends):
+            per_class[name]["auroc_95"] = interval
+    return result | {"per_class": per_class}
+
+
+def describe_label_scores(result: dict) -> str:
+    """A few lines for the screen."""
+    interval = " [{:.3f}, {:.3f}]".format(*result["macro_auroc_95"]) if "macro_auroc_95" in result else ""
+    lines = [
+        f"{result['records']} records | macro-AUROC {result['macro_auroc']:.3f}{interval} | F_max "
+        f"{result['f_max']:.3f}"
+    ]
+    for name, row in result["per_class"].items():
+        area = "   nan" if row["auroc"] is None else f"{row['auroc']:6.3f}"
+        lines.append(f"  {name:12} {row['records']:8d} records  AUROC {area}")
+    return "\n".join(lines)
+
+
 def linear_probe(train_x, train_y, test_x) -> np.ndarray:
     """Probabilities (n, C) for test_x (n, D) of a logistic regression on standardised features; its strength
     of regularisation is fixed, nothing is tuned."""

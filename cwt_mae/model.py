@@ -227,6 +227,29 @@ class TensorizedBlock(Block):
         )
 
 
+class LeadAttention(nn.Module):
+    """Attention between the leads of a recording, at the same place of each: x (B * M, n, D) -> the same.
+
+    present: (B, M) bool, leads that there are; the others are not attended to. It adds nothing until it is
+    trained, so that weights of one lead mean what they meant.
+    """
+
+    def __init__(self, dim: int, num_heads: int, leads: int):
+        super().__init__()
+        self.leads, self.norm = leads, nn.LayerNorm(dim)
+        self.attn = RoPEAttention(dim, num_heads)
+
+    def forward(self, x, present=None):
+        by_place = self.norm(x).unflatten(0, (-1, self.leads)).transpose(1, 2)  # (B, n, M, D)
+        mask = None
+        if present is not None:
+            # A recording without any lead attends to all of them, which no loss looks at.
+            present = present | ~present.any(1, keepdim=True)
+            mask = present.repeat_interleave(x.shape[1], 0)
+        mixed = self.attn(by_place.flatten(0, 1), attn_mask=mask).unflatten(0, by_place.shape[:2])
+        return x + mixed.transpose(1, 2).flatten(0, 1)
+
+
 def init_weights(module: nn.Module):
     """In all of `module`: Linear weights Xavier-uniform, biases 0; LayerNorm 1 and 0; convolutions
     Xavier-uniform."""
@@ -257,8 +280,10 @@ class CWT_Encoder(nn.Module):
     rope_stride: a patch in row h and column w of the grid has the rotary position 1 + h * rope_stride + w.
         Default 0, time alone; in legacy the width of the grid, upstream's flattened index. Give an upstream
         model the width that it was trained with to keep its relative positions at another signal length.
-    patch_norm: LayerNorm after the patch embedding (which removes the amplitude).
-    raw_patches: add an embedding of the plain signal under each patch, with a learned gain.
+    patch_norm: LayerNorm after the patch embedding (which removes the amplitude). raw_patches: add an
+    embedding of the plain signal under each patch, with a learned gain. leads: names of the leads of a
+    recording, in the order of x (B, M, L). They share the patch embedding; each
+        block attends within a lead, then between leads. None: one signal, x (B, L).
 
     `config` holds all of these as plain values: CWT_MAE_RoPE(**config) builds the same model.
     """
@@ -282,6 +307,7 @@ class CWT_Encoder(nn.Module):
         rope_stride: int | None = None,
         patch_norm: bool = True,
         raw_patches: bool = False,
+        leads: list | None = None,
     ):
         config = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
         super().__init__()
@@ -316,20 +342,35 @@ class CWT_Encoder(nn.Module):
         if raw_patches:
             self.raw_embed = nn.Conv1d(1, embed_dim, patch_size_time, stride=patch_size_time)
             self.raw_gain = nn.Parameter(torch.tensor(0.1))
+        self.leads = len(leads or [None])
+        if leads:
+            self.lead_embed = nn.Parameter(torch.empty(self.leads, embed_dim))
+            self.lead_blocks = nn.ModuleList(
+                LeadAttention(embed_dim, num_heads, self.leads) for _ in range(depth)
+            )
         init_weights(self)
+        if leads:
+            nn.init.normal_(self.lead_embed, std=0.02)
+            for block in self.lead_blocks:
+                nn.init.zeros_(block.attn.proj.weight)
         for tokens in (self.cls_token, self.pos_embed):
             nn.init.normal_(tokens, std=0.02)
         self.register_state_dict_post_hook(keep_config)
 
     def images(self, x: torch.Tensor, real: torch.Tensor | None = None):
         """x (B, L) or (B, 1, L), L up to signal_len -> images (B, 3, S, signal_len), signal and real (B,
-        signal_len).
+        signal_len). With leads x and real are (B, M, L), and every row stands for a lead: B * M rows.
 
         The images are normalised; the signal has mean 0 and deviation 1 over its real part and is 0 outside
-        of it. A shorter signal is padded at its end. real: bool, or None where there is no padding.
+        of it. A shorter signal is padded at its end. real: bool, or None where there is no padding; a lead
+        without a real sample is missing.
         """
         x, real = self.checked(x, real)
-        config = self.config
+        config, mask = self.config, real
+        if real is not None and self.leads > 1:
+            # A missing lead has no mean and no deviation: it is a zero line, which nothing looks at.
+            missing = real.sum(1, keepdim=True) < 2
+            mask, x = real | missing, torch.where(missing, 0.0, x)
         imgs = cwt_wrap(
             x,
             self.cwt_scales,
@@ -338,20 +379,27 @@ class CWT_Encoder(nn.Module):
             self.legacy,
             padding=config["padding"],
             log_scales=config["log_scales"],
-            real=real,
+            real=mask,
             normalize=True,
         )
-        mask = torch.ones_like(x) if real is None else real
+        x = x if mask is None else torch.where(mask, x, 0.0)
+        mask = torch.ones_like(x) if mask is None else mask
         count = mask.sum(1, keepdim=True)
-        x = x if real is None else torch.where(real, x, 0.0)
         x = (x - (x * mask).sum(1, keepdim=True) / count) * mask
         x = x / (x.square().sum(1, keepdim=True) / (count - 1)).clamp(min=1e-10).sqrt()
         return imgs, x, real
 
     def checked(self, x: torch.Tensor, real: torch.Tensor | None):
         """x as (B, signal_len) floats and its mask, or a ValueError that says what is wrong."""
-        if x.ndim == 3 and x.shape[1] == 1:
-            x = x[:, 0]
+        if self.leads > 1:
+            if x.ndim != 3 or x.shape[1] != self.leads:
+                raise ValueError(
+                    f"x has shape {tuple(x.shape)}, expected (batch, {self.leads} leads, samples) for "
+                    f"{', '.join(self.config['leads'])}"
+                )
+            x, real = x.flatten(0, 1), None if real is None else real.flatten(0, 1)
+        elif x.ndim == 3 and x.shape[1] == 1:
+            x, real = x[:, 0], real[:, 0] if real is not None and real.ndim == 3 else real
         if x.ndim != 2:
             raise ValueError(
                 f"x has shape {tuple(x.shape)}, expected (batch, samples) or (batch, 1, samples)"
@@ -371,6 +419,8 @@ class CWT_Encoder(nn.Module):
             if bad.any():
                 raise ValueError(f"x holds NaN or infinite values in rows {bad.nonzero().flatten().tolist()}")
             empty = real.sum(1) < 2 if real is not None else bad
+            if self.leads > 1:
+                empty = empty.unflatten(0, (-1, self.leads)).all(1)
             if empty.any():
                 raise ValueError(
                     f"real leaves fewer than 2 samples in rows {empty.nonzero().flatten().tolist()}"
@@ -411,6 +461,10 @@ class CWT_Encoder(nn.Module):
             raw = self.raw_embed(x[:, None].to(dtype)).transpose(1, 2)  # (B, W, D)
             tokens = tokens + self.raw_gain * raw.repeat(1, self.grid_size[0], 1)
         tokens = tokens + self.pos_embed[:, 1:]
+        present = None
+        if self.leads > 1:
+            tokens = tokens + self.lead_embed.repeat(len(tokens) // self.leads, 1)[:, None]
+            present = None if patches is None else patches.any(1).unflatten(0, (-1, self.leads))
         pos_ids, mask = self.rope_ids(tokens.device), patches
         if ids_keep is not None:
             tokens = tokens.gather(1, ids_keep[..., None].expand(-1, -1, tokens.shape[-1]))
@@ -421,9 +475,22 @@ class CWT_Encoder(nn.Module):
         cos, sin = self.rope_encoder(pos_ids)
         if mask is not None:
             mask = F.pad(mask, (1, 0), value=True)
-        for block in self.blocks:
+        for i, block in enumerate(self.blocks):
             tokens = block(tokens, cos, sin, mask)
+            if self.leads > 1:
+                tokens = self.lead_blocks[i](tokens, present)
         return self.norm(tokens)
+
+    def patch_tokens(self, x, real=None):
+        """x and real as `images` takes them -> tokens (B, M * N, D) of all patches of all leads, class tokens
+        left out, and their mask or None."""
+        imgs, signal, real = self.images(x, real)
+        patches = self.real_patches(real)
+        tokens = self.forward_encoder(imgs, signal, patches)[:, 1:]
+        if self.leads > 1:
+            tokens = tokens.unflatten(0, (-1, self.leads)).flatten(1, 2)
+            patches = None if patches is None else patches.unflatten(0, (-1, self.leads)).flatten(1, 2)
+        return tokens, patches
 
 
 class CWT_MAE_RoPE(CWT_Encoder):
@@ -514,6 +581,17 @@ class CWT_MAE_RoPE(CWT_Encoder):
         mask = (ids_restore >= count).float()
         return mask, ids_restore, ids_keep, slots
 
+    def mask_leads(self, noise, patches):
+        """`random_masking`, the same for all leads of a recording: else one would show what another hides."""
+        if self.leads == 1:
+            return self.random_masking(noise, patches)
+        joint = None if patches is None else patches.unflatten(0, (-1, self.leads)).any(1)
+        found = self.random_masking(noise, joint)
+        mask, ids_restore, ids_keep, slots = (
+            None if part is None else part.repeat_interleave(self.leads, 0) for part in found
+        )
+        return mask, ids_restore, ids_keep, None if slots is None else slots & patches.gather(1, ids_keep)
+
     def forward_decoder(self, latent, ids_restore, patches=None, slots=None):
         """latent (B, 1 + K, D) -> features of all patches (B, N, E)."""
         tokens = self.decoder_embed(latent)
@@ -561,7 +639,7 @@ class CWT_MAE_RoPE(CWT_Encoder):
         error = (pred.to(imgs.dtype) - self.patchify(imgs)).square()
         loss = torch.linalg.vecdot(error, weights) / weights.sum(-1).clamp(min=1e-6)  # (B, N)
         mask = mask * (weights.sum(-1) > 0)
-        return ((loss * mask).sum(1) / (mask.sum(1) + 1e-6)).mean()
+        return self.mean_of_rows((loss * mask).sum(1) / (mask.sum(1) + 1e-6), real)
 
     def forward_loss_time(self, x, pred, mask, real=None):
         """Mean squared error of the normalised signal x (B, L), averaged in the same way."""
@@ -569,7 +647,15 @@ class CWT_MAE_RoPE(CWT_Encoder):
         if self.masked_time_loss:
             hidden = mask.unflatten(1, self.grid_size).mean(1)  # (B, W) hidden fraction
             weights = weights * hidden.repeat_interleave(self.patch_size_time, dim=1)
-        return (((pred.to(x.dtype) - x).square() * weights).sum(1) / weights.sum(1).clamp(min=1e-6)).mean()
+        rows = ((pred.to(x.dtype) - x).square() * weights).sum(1) / weights.sum(1).clamp(min=1e-6)
+        return self.mean_of_rows(rows, real)
+
+    def mean_of_rows(self, rows, real):
+        """Mean over recordings and, where there are several, over the leads that are there."""
+        if self.leads == 1 or real is None:
+            return rows.mean()
+        there = real.any(1).to(rows.dtype)
+        return (rows * there).sum() / there.sum().clamp(min=1)
 
     def forward_losses(self, x, noise=None, real=None) -> dict:
         """x (B, L) or (B, 1, L), in any unit -> loss, loss_spec, loss_time, mask (B, N) with 1 = hidden,
@@ -589,8 +675,8 @@ class CWT_MAE_RoPE(CWT_Encoder):
             mask = torch.zeros(ids_restore.shape, device=imgs.device)
         else:
             if noise is None:
-                noise = torch.rand(len(imgs), self.num_patches, device=imgs.device)
-            mask, ids_restore, ids_keep, slots = self.random_masking(noise.to(imgs.device), patches)
+                noise = torch.rand(len(imgs) // self.leads, self.num_patches, device=imgs.device)
+            mask, ids_restore, ids_keep, slots = self.mask_leads(noise.to(imgs.device), patches)
             latent = self.forward_encoder(imgs, signal, patches, ids_keep, slots)
         features = self.forward_decoder(latent, ids_restore, patches, slots)
         pred_spec, pred_time = self.decoder_pred_spec(features), self.predict_time(features)

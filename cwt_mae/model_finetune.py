@@ -10,6 +10,7 @@ random encoder.
 """
 
 import inspect
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -26,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.checkpoint import atomic_path
 from common.errors import UserError
 from common.weights import load_weights, read_checkpoint, read_weights
-from cwt_mae.dataset import Preprocess
+from cwt_mae.dataset import Preprocess, standardised_leads
 from cwt_mae.model import CWT_Encoder, CWT_MAE_RoPE, init_weights, keep_config, numerics_of
 from cwt_mae.recording import as_channel
 
@@ -198,17 +199,20 @@ class TF_MAE_Classifier(nn.Module):
         return head
 
     def forward_features(self, x, real=None):
-        """x (B, L) or (B, 1, L), real (B, L) bool or None -> patch tokens (B, N, D), and their mask (B, N) or
-        None."""
-        imgs, signal, real = self.encoder_model.images(x, real)
-        patches = self.encoder_model.real_patches(real)
-        return self.encoder_model.forward_encoder(imgs, signal, patches)[:, 1:], patches
+        """x (B, L), (B, 1, L) or with leads (B, M, L), real alike or None -> patch tokens (B, M * N, D), and
+        their mask or None."""
+        return self.encoder_model.patch_tokens(x, real)
 
     def middle(self, x, real=None):
         """Tokens of the center_columns in the middle of the window, joined: (B, center_columns * D)."""
-        columns = (
-            self.forward_features(x, real)[0].unflatten(1, self.encoder_model.grid_size).mean(1)
-        )  # (B, W, D)
+        tokens, patches = self.forward_features(x, real)
+        grid = (-1, self.encoder_model.grid_size[1])
+        columns = tokens.unflatten(1, grid)  # (B, M * H, W, D)
+        if self.encoder_model.leads > 1 and patches is not None:
+            there = patches.unflatten(1, grid)[..., None]
+            columns = (columns * there).sum(1) / there.sum(1).clamp(min=1)
+        else:
+            columns = columns.mean(1)
         first = (columns.shape[1] - self.center_columns) // 2
         return columns[:, first : first + self.center_columns].flatten(1)
 
@@ -255,30 +259,63 @@ class TF_MAE_Classifier(nn.Module):
     def encode_windows(self, signal, fs: float):
         """Yield (second of the first window, tokens (n, N, D), their mask (n, N)), n windows at a time.
 
-        signal (L,) at fs Hz is prepared as in training (config's `preprocess`), cut at nan into runs, and
-        these into windows of signal_len side by side, the last one padded and masked. Only what a few windows
-        need is in memory at a time.
+        signal (L,), or of a model of several leads (M, L) with nan for a missing lead, at fs Hz. It is
+        prepared as in training (config's `preprocess`), cut at nan into runs, and these into windows of
+        signal_len side by side, the last one padded and masked. Only what a few windows need is in memory.
         """
+        encoder, training, device = self.encoder_model, self.training, self.encoder_model.cls_token.device
+        windows = lead_windows if encoder.leads > 1 else run_windows
         prepare = Preprocess(**(self.config["preprocess"] or {}))
-        encoder, training = self.encoder_model, self.training
-        length, patch = encoder.signal_len, encoder.patch_size_time
-        count = encoder.windows_at_once()
-        for run, begin in as_channel(signal, fs).runs():
-            if len(run) < 8:
-                continue
-            run = prepare.signal(run, fs, "signal")
-            # A rest shorter than one patch is left out.
-            starts = range(0, max(1, len(run) - patch + 1), length)
-            for first in range(0, len(starts), count):
-                some = starts[first : first + count]
-                windows = [prepare.window(run[start : start + length], length) for start in some]
-                x, real = (
-                    torch.from_numpy(np.stack(part)).to(encoder.cls_token.device) for part in zip(*windows)
-                )
-                self.eval()
-                found, patches = self.forward_features(x, real)
-                self.train(training)
-                yield begin + some[0] / (prepare.fs or fs), found, patches
+        found = windows(prepare, np.asarray(signal), fs, encoder.signal_len, encoder.patch_size_time)
+        count = max(1, encoder.windows_at_once() // encoder.leads)
+        while some := list(itertools.islice(found, count)):
+            seconds, *parts = zip(*some)
+            x, real = (torch.from_numpy(np.stack(part)).to(device) for part in parts)
+            self.eval()
+            tokens, patches = self.forward_features(x, real)
+            self.train(training)
+            yield seconds[0], tokens, patches
+
+
+def runs_of(prepare: Preprocess, signal, fs: float) -> list:
+    """[(prepared samples, second of the first)] of the runs of signal (L,) without nan."""
+    found = [(run, begin) for run, begin in as_channel(signal, fs).runs() if len(run) >= 8]
+    return [(prepare.signal(run, fs, "signal"), begin) for run, begin in found]
+
+
+def run_windows(prepare: Preprocess, signal, fs: float, length: int, patch: int):
+    """Yield (second, x (length,), real) of each window of one signal (L,)."""
+    runs = runs_of(prepare, signal, fs)
+    if not runs:
+        raise UserError("signal: holds no 8 samples in a row without NaN; check it")
+    for run, begin in runs:
+        # A rest shorter than one patch is left out.
+        for start in range(0, max(1, len(run) - patch + 1), length):
+            yield begin + start / (prepare.fs or fs), *prepare.window(run[start : start + length], length)
+
+
+def lead_windows(prepare: Preprocess, signals, fs: float, length: int, patch: int):
+    """Yield (second, x (M, length), real) of each window of several leads (M, L), on one clock."""
+    leads, rate = prepare.leads, prepare.fs or fs
+    if signals.ndim != 2 or len(signals) != len(leads):
+        raise UserError(
+            f"signal has shape {signals.shape}, expected ({len(leads)}, L) for {', '.join(leads)}"
+        )
+    runs = [
+        (i, round(s * rate), run) for i, row in enumerate(signals) for run, s in runs_of(prepare, row, fs)
+    ]
+    if not runs:
+        raise UserError("signal: holds no 8 samples in a row without NaN; check it")
+    total = max(place + len(run) for _, place, run in runs)
+    for start in range(0, max(1, total - patch + 1), length):
+        x, real = np.zeros((len(leads), length), np.float32), np.zeros((len(leads), length), bool)
+        for lead, place, run in runs:
+            begin, end = max(0, place - start), min(length, place - start + len(run))
+            if begin < end:
+                x[lead, begin:end] = run[begin + start - place : end + start - place]
+                real[lead, begin:end] = True
+        if real.any():
+            yield start / rate, standardised_leads(x, real), real
 
 
 def masked_mean(tokens, mask=None):
@@ -340,6 +377,10 @@ def load_encoder(encoder: CWT_Encoder, tensors: dict, config: dict, source):
                 )
         return given
 
+    if encoder.leads > 1 and "lead_embed" not in tensors:
+        # Weights of one lead serve several: what joins the leads begins as new.
+        tensors |= {key: value for key, value in encoder.state_dict().items() if key.startswith("lead_")}
+        print(f"{source}: trained on one lead; the attention between {encoder.leads} leads begins as new")
     report = load_weights(encoder, tensors, source, min_share=0.9, convert=fit_positions, ignore=DECODER_KEYS)
     if report.mismatched:
         key, old, new = report.mismatched[0]

@@ -29,10 +29,20 @@ from common.figures import draw_confusion
 from common.files import reading
 from common.run import open_run, progress
 from cwt_mae.dataset import Preprocess, build_store
-from cwt_mae.dataset_finetune import ITEMS, DownstreamClassificationDataset, Task, load_task, split_parts
-from cwt_mae.finetune import corrected, median_tokens, predict
-from cwt_mae.metrics import describe_scores, scores
+from cwt_mae.dataset_finetune import (
+    ITEMS,
+    DownstreamClassificationDataset,
+    Task,
+    detected_beats,
+    load_task,
+    split_parts,
+)
+from cwt_mae.finetune import by_record, corrected, median_tokens, predict, sigmoid
+from cwt_mae.layouts import add_file_arguments
+from cwt_mae.metrics import describe_label_scores, describe_scores, label_scores, scores
 from cwt_mae.model_finetune import load_model
+
+ABOUT = ("task", "classes", "level")  # what models of one ensemble must share
 
 
 def parse_args(argv=None):
@@ -60,7 +70,9 @@ def parse_args(argv=None):
     parser.add_argument(
         "--unlabelled",
         action="store_true",
-        help="classify sliding windows over every record; no label is needed (not for beats)",
+        help="classify sliding windows over every record, or for beats those at the R peaks that a detector "
+        "finds; "
+        "no label is needed",
     )
     parser.add_argument(
         "--stride",
@@ -76,6 +88,7 @@ def parse_args(argv=None):
         help="bootstrap draws for the intervals; 0: no interval",
     )
     # How files are read; the preparation of the signals comes with the model.
+    add_file_arguments(parser)
     parser.add_argument("--input-fs", type=float, help="sampling rate of files that do not state it, Hz")
     parser.add_argument("--cache", help="folder for the prepared signals; data/cwt_mae/cache without it")
     parser.add_argument(
@@ -107,7 +120,7 @@ def load_models(paths, device):
     and preparation."""
     # Averaged probabilities make sense only if the models mean the same classes,
     cards = [read_card(path) for path in paths]
-    if any((card["task"], card["classes"]) != (cards[0]["task"], cards[0]["classes"]) for card in cards):
+    if any([card.get(k) for k in ABOUT] != [cards[0].get(k) for k in ABOUT] for card in cards):
         raise UserError("--model: the files were trained for different tasks or classes")
     # and see the same window, prepared alike.
     models = [load_model(path).to(device) for path in paths]
@@ -120,7 +133,8 @@ def load_models(paths, device):
 def sliding_items(store, signal_len: int, stride: int) -> np.ndarray:
     """ITEMS of windows every `stride` samples over every record, the last one at its end; label -1."""
     rows = []
-    for record, length in enumerate(store.records["length"].tolist()):
+    for record in store.anchors.tolist():
+        length = int(store.records["length"][record])
         # A record shorter than the window gives one, which is padded.
         last = max(0, length - signal_len)
         rows += [(record, start, -1, 0) for start in [*range(0, last, stride), last]]
@@ -132,15 +146,14 @@ def choose_windows(args, store, card: dict, signal_len: int) -> Task:
     if args.unlabelled:
         refuse(args, ["part", "split", "resamples"], "with --unlabelled")
         if card["task"] == "beat":
-            raise UserError(
-                "--unlabelled: a beat classifier needs the beats' positions; give records with beat "
-                "annotations"
-            )
+            refuse(args, ["stride"], "for a beat classifier, whose windows lie at the beats")
+            return detected_beats(store, card["classes"], signal_len)
         items = sliding_items(store, signal_len, args.stride or signal_len // 2)
         return Task(card["task"], card["classes"], items, np.zeros((1, 0), np.float32))
     # Labelled windows: a label that the model does not know is an error, never class 0.
     refuse(args, ["stride"], "without --unlabelled")
-    task = load_task(store, card["task"], signal_len, card["classes"], args.skip_bad)
+    level = card.get("level", "")
+    task = load_task(store, card["task"], signal_len, card["classes"], args.skip_bad, level)
     # The parts are those of fine-tuning: the same function says which record is in which.
     if args.part == "all":
         refuse(args, ["split"], "with --part all")
@@ -164,20 +177,29 @@ def ensemble(models, cards, store, task, device) -> np.ndarray:
         dataset.median_beats = median_tokens(model, store, task, device) if model.compare else {}
         logits = predict(model, dataset, scale, device)
         # How much of the class frequencies is undone stands in the file; nothing is chosen here.
-        total += corrected(logits, np.array(card["shift"]), card["tau"])
+        several = card["task"] == "labels"
+        total += sigmoid(logits) if several else corrected(logits, np.array(card["shift"]), card["tau"])
     return total / len(models)
+
+
+def true_labels(task, index: int) -> str:
+    """The label of a window, several with ; between them; "" where none is known."""
+    if task.targets is not None:
+        return ";".join(name for name, applies in zip(task.classes, task.targets[index]) if applies)
+    label = task.items["label"][index]
+    return "" if label < 0 else task.classes[label]
 
 
 def window_rows(store, task, probabilities) -> list[dict]:
     """One row per window: record, start in seconds, true and predicted class, probabilities."""
     rows = []  # series without a time unit count samples
-    for item, values in zip(task.items, probabilities):
+    for i, (item, values) in enumerate(zip(task.items, probabilities)):
         begin = float(store.records["start"][item["record"]])
         rows.append(
             {
                 "record": store.records["name"][item["record"]].decode(),
                 "start_s": f"{begin + item['start'] / store.rate(item['record']):.3f}",
-                "true": "" if item["label"] < 0 else task.classes[item["label"]],
+                "true": true_labels(task, i),
                 "predicted": task.classes[values.argmax()],
                 **{f"p_{name}": f"{value:.4f}" for name, value in zip(task.classes, values)},
             }
@@ -201,7 +223,9 @@ def record_rows(store, task, probabilities, labelled: bool) -> list[dict]:
             "confidence": f"{mean.max():.4f}",
             **{f"p_{name}": f"{value:.4f}" for name, value in zip(classes, mean)},
         }
-        if labelled:
+        if labelled and task.targets is not None:
+            row["true"] = true_labels(task, int(np.flatnonzero(here)[0]))
+        elif labelled:
             predicted, labels = probabilities[here].argmax(1), task.items["label"][here]
             row["accuracy"] = f"{(predicted == labels).mean():.4f}"
             # How often each class was true, and how often it was predicted
@@ -212,13 +236,31 @@ def record_rows(store, task, probabilities, labelled: bool) -> list[dict]:
     return rows
 
 
+def score_labels(args, out, store, task, probabilities):
+    """Scores of several labels for a record: the mean over its windows counts; the intervals draw
+    subjects."""
+    dataset = DownstreamClassificationDataset(store, task, 1)
+    mean, targets, rows = by_record(probabilities, dataset)
+    result = label_scores(mean, targets, task.classes, store.records["subject"][rows], args.resamples)
+    about = {"task": task.kind, "part": args.part, "models": [str(path) for path in args.model]}
+    atomic_json(out / "metrics.json", about | result)
+    print(describe_label_scores(result))
+    print(f"results in {out}")
+
+
 def main(args):
     # Models, and the windows that they are asked about
     accelerator = Accelerator()
     models, cards = load_models(args.model, accelerator.device)
     signal_len, preprocess = models[0].encoder_model.signal_len, models[0].config["preprocess"] or {}
     store = build_store(
-        args.data, Preprocess(**preprocess), args.cache, args.input_fs, skip_bad=args.skip_bad
+        args.data,
+        Preprocess(**preprocess),
+        args.cache,
+        args.input_fs,
+        skip_bad=args.skip_bad,
+        manifest=args.manifest,
+        annotator=args.annotator,
     )
     task = choose_windows(args, store, cards[0], signal_len)
     out = open_run(args.out, args, accelerator, overwrite=args.overwrite)
@@ -231,6 +273,9 @@ def main(args):
     if args.unlabelled:
         print(f"{len(task.items)} windows of {records} records; predictions in {out / 'per_record.csv'}")
         return
+
+    if task.targets is not None:
+        return score_labels(args, out, store, task, probabilities)
 
     # Scores: the intervals draw whole records, because windows of one record are not independent
     # Where each record is one window (UCR), windows are drawn instead.

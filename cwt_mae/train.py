@@ -46,6 +46,7 @@ from common.train import (
 from cwt_mae.config import SHAPE, parse_changes, read_config
 from cwt_mae.dataset import PhysioSignalDataset, Preprocess, build_store
 from cwt_mae.dataset_finetune import split_parts
+from cwt_mae.layouts import add_file_arguments
 from cwt_mae.model import CWT_MAE_RoPE
 from cwt_mae.model_finetune import save_model
 from cwt_mae.validation import make_probe, only_padded, probe_score, validate
@@ -149,6 +150,7 @@ def add_data_arguments(parser: argparse.ArgumentParser):
         help="leave out bad records, named and counted, instead of stopping at the first",
     )
     # How many windows an epoch draws, and whose are held out.
+    add_file_arguments(data)
     data.add_argument(
         "--windows",
         type=number(int, 0),
@@ -170,7 +172,16 @@ def read_signals(args, accelerator):
 
     def load(quiet=False):
         return build_store(
-            args.data, prepare, args.cache, args.input_fs, "train", args.min_seconds, args.skip_bad, quiet
+            args.data,
+            prepare,
+            args.cache,
+            args.input_fs,
+            "train",
+            args.min_seconds,
+            args.skip_bad,
+            quiet,
+            args.manifest,
+            args.annotator,
         )
 
     # One process reads the files and tells what it skipped; the others map what it wrote.
@@ -185,7 +196,9 @@ def read_signals(args, accelerator):
 def split_records(args, store, parts) -> tuple[np.ndarray, np.ndarray]:
     """Indices of the training and of the validation records: no subject is in both, no test record in
     either."""
-    usable = np.flatnonzero(parts != "test") if args.split else np.arange(len(store.records))
+    usable = store.anchors
+    if args.split:
+        usable = usable[parts[usable] != "test"]
     if not len(usable):
         raise UserError(
             f"--split {args.split}: every record belongs to the test part; none is left to train on"
@@ -207,6 +220,10 @@ def split_records(args, store, parts) -> tuple[np.ndarray, np.ndarray]:
 def make_model(args, preprocess: dict) -> CWT_MAE_RoPE:
     """The model that --config and --set describe; UserError for sizes that do not fit each other."""
     sizes = read_config(args.config) | parse_changes(args.set, SHAPE)  # --set wins
+    leads = Preprocess(**preprocess).leads
+    if sizes.get("leads") not in (None, leads):
+        raise UserError("the leads of a model are those of --channel; leave them out of --config and --set")
+    sizes["leads"] = leads or None
     try:
         return CWT_MAE_RoPE(**sizes, preprocess=preprocess)
     except ValueError as error:

@@ -37,6 +37,7 @@ def trivial_losses(model, out: dict, real) -> dict:
     returns it.
     """
     imgs, signal, mask = out["imgs"].float(), out["signal"].float(), out["mask"]
+    real = real.flatten(0, 1) if real is not None and real.ndim == 3 else real
     lines, straight = line_predictions(model, imgs, mask, real)
     return {
         "spec_mean": model.forward_loss_spec(imgs, model.patchify(torch.zeros_like(imgs)), mask, real),
@@ -78,7 +79,10 @@ def rebuilding_weights(model) -> torch.Tensor:
     if not hasattr(model, "_rebuilding"):
         noise = torch.randn(8, model.signal_len, generator=torch.Generator().manual_seed(0))
         device = model.pos_embed.device
-        imgs, signal, _ = model.images((noise.cumsum(1) + noise).to(device))
+        walk = (noise.cumsum(1) + noise).to(device)
+        imgs, signal, _ = model.images(
+            walk if model.leads == 1 else walk[:, None].expand(-1, model.leads, -1)
+        )
         table = imgs.double().permute(0, 3, 1, 2).flatten(0, 1).flatten(1).cpu()  # (B * L, 3 S)
         square = table.T @ table
         square += 1e-6 * square.diagonal().mean() * torch.eye(len(square), dtype=square.dtype)
@@ -114,8 +118,9 @@ def probe_features(model, dataset, device) -> np.ndarray:
     rows = []
     for batch in DataLoader(dataset, min(256, model.windows_at_once()), generator=torch.Generator()):
         real = only_padded(batch["real"])
-        imgs, signal, real = model.images(batch["x"].to(device), None if real is None else real.to(device))
-        tokens = model.forward_encoder(imgs, signal, model.real_patches(real))[:, 1:].float()
+        tokens = model.patch_tokens(batch["x"].to(device), None if real is None else real.to(device))[
+            0
+        ].float()
         rows.append(torch.cat([tokens.mean(1), tokens.std(1)], 1).cpu().numpy())
     model.train()
     return np.concatenate(rows)

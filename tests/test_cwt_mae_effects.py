@@ -55,6 +55,13 @@ def six_records(world) -> Effect:
     return Effect(files, "weights", alone=("--split", world["folder"] / "split6.json"))
 
 
+def six_listed(world) -> Effect:
+    """A manifest of fewer records, and the split that belongs to them."""
+    path = world["labelled"].parent / "list.csv"
+    path.write_text("path\n" + "".join(f"labelled/s00{i}.npz\n" for i in range(6)))
+    return Effect(path, "weights", alone=("--split", world["folder"] / "split6.json"))
+
+
 def skipped(base, variant):
     """For --skip-bad: the record is left out and said so."""
     return "" if "skipped 1 bad records" in variant.text else f"not skipped: {variant.text[-300:]}"
@@ -84,6 +91,8 @@ def test_every_option_of_train_has_its_effect(world, tmp_path):
             ],
             "--data": six_records(world),
             "--split": Effect("ds1", "refused"),  # no record of the list DS1 is among these
+            "--manifest": six_listed(world),
+            "--annotator": Effect("qrs", "refused"),  # none of the records is a WFDB one
             "--cache": Effect(tmp_path / "cache", "same weights"),
             "--model-fs": Effect(60, "weights"),
             "--input-fs": Effect(77, "refused"),  # the files state another rate
@@ -149,6 +158,9 @@ def test_every_option_of_finetune_has_its_effect(world, tmp_path):
             "--data": six_records(world),
             "--task": Effect("beat", "shape"),
             "--split": Effect(split, "weights"),
+            "--manifest": six_listed(world),
+            "--annotator": Effect("qrs", "refused"),  # none of the records is a WFDB one
+            "--level": Effect("form", "refused"),  # for task labels: tests/test_cwt_mae_leads.py
             "--folds": Effect(2, "weights"),
             "--fold": [Effect(1, "weights"), Effect(5, "refused"), Effect(-1, "refused")],
             "--cache": Effect(tmp_path / "cache", "same weights"),
