@@ -3,16 +3,21 @@
     python em_mllm/convert.py radioml2016 RML2016.10a_dict.pkl --out data/radioml2016
     python em_mllm/convert.py radioml2018 GOLD_XYZ_OSC.0001_1024.hdf5 --out data/radioml2018 --per-cell 200
     python em_mllm/convert.py rtl433 rtl433_train.npz rtl433_test.npz --out data/rtl433
+    python em_mllm/convert.py merlin Modulation.jsonl Anti_CJ.jsonl --out data/em_bench
 
 radioml*: train/ val/ test/ at 60 : 20 : 20 of every (class, SNR) cell by --seed. rtl433: train/ of augmented
 copies, val/ of other copies of the same captures, test/<condition>/ of the untouched test captures, clean and
 with noise from 20 to -10 dB below the burst's power, with and without a frequency shift.
+
+merlin: lines {id, conversations, iq_data} of EM-134K and EM-Bench, each file to a .h5 for each length of
+its signals and one .json. The signals of a question stand before its text here, wherever <iq_data> stood.
 
 RadioML is known to be irregular: SNR labels of 2016.10a are not the measured SNR of each signal, and the
 class list published with 2018.01a is in the wrong order; the corrected order is used here.
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -25,10 +30,11 @@ import numpy as np
 from common.arguments import Parser, number, refuse
 from common.checkpoint import atomic_dir
 from common.errors import UserError, run
-from common.files import read_plain_pickle
+from common.files import check, read_plain_pickle, reading
 from common.run import progress
 from em_mllm.make_data import NOUN, write_questions
 from em_mllm.prepare import view
+from em_mllm.signal_file import DEFAULT_FS
 
 RADIOML2018 = (
     "OOK",
@@ -68,7 +74,7 @@ NOISE_DB = (20, 10, 5, 0, -5, -10)
 def parse_args(argv=None):
     parser = Parser(__doc__)
     parser.add_argument(
-        "source", choices=("radioml2016", "radioml2018", "rtl433"), help="where the files come from"
+        "source", choices=("radioml2016", "radioml2018", "rtl433", "merlin"), help="where the files come from"
     )
     parser.add_argument(
         "files",
@@ -86,8 +92,8 @@ def parse_args(argv=None):
     parser.add_argument(
         "--fs",
         type=float,
-        default=1e6,
-        help="radioml: nominal sampling rate in Hz, which the files do not hold",
+        help="radioml, merlin: nominal sampling rate in Hz, which the files do not hold; without it 1 MHz, "
+        "20 MHz",
     )
     parser.add_argument(
         "--copies", type=number(int, 1), default=40, help="rtl433: augmented copies of each training capture"
@@ -349,13 +355,100 @@ def convert_rtl433(paths, out: Path, args):
     )
 
 
+# ---- MERLIN: EM-134K and EM-Bench
+
+ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
+PLACEHOLDER = re.compile(r"[ \t]*<(?:iq_data|iq|signal|IQ)>[ \t]*")
+
+
+def read_merlin(path: Path):
+    """Yield (id, question, answer or None, list of signals (T, 2)) of every answered turn of a .jsonl."""
+    with reading(path, "file of JSON lines"), open(path, encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            where = f"{path}: line {number}"
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{where}: not JSON ({error}); mend the line") from error
+            check(record, {"conversations": [{"from": str, "value": str}], "iq_data": list}, where)
+            signals = merlin_signals(record["iq_data"], where)
+            for question, answer in merlin_turns(record["conversations"], where):
+                yield record.get("id", number - 1), question, answer, signals
+
+
+def merlin_signals(data, where: str) -> list[np.ndarray]:
+    """One signal (T, 2), or several."""
+    try:
+        arrays = [np.asarray(data, np.float32)]
+        arrays = list(arrays[0]) if arrays[0].ndim == 3 else arrays
+    except ValueError:  # several of different lengths
+        arrays = [np.asarray(signal, np.float32) for signal in data]
+    arrays = [a.T if a.ndim == 2 and a.shape[0] == 2 != a.shape[1] else a for a in arrays]
+    if not arrays or any(a.ndim != 2 or a.shape[1] != 2 or not len(a) for a in arrays):
+        shapes = ", ".join(str(a.shape) for a in arrays[:3]) or "empty"
+        raise UserError(f"{where}: iq_data is {shapes}, expected pairs of I and Q")
+    return arrays
+
+
+def merlin_turns(conversations, where: str) -> list[tuple[str, str | None]]:
+    """(question, answer or None) of a conversation; what was said before stands before each question."""
+    told, turns = [], []
+    for turn in conversations:
+        role = ROLES.get(turn["from"].lower())
+        if role is None:
+            raise UserError(f"{where}: conversations: from is {turn['from']!r}, expected human or gpt")
+        text = PLACEHOLDER.sub(" ", turn["value"]).strip()
+        if role == "gpt":
+            if not turns:
+                raise UserError(f"{where}: conversations: the first turn is gpt's; it answers no question")
+            turns[-1] = (turns[-1][0], text or None)
+        elif role == "human":
+            turns.append(("\n".join([*told, text]), None))
+        told.append(text)
+    if not turns:
+        raise UserError(f"{where}: conversations: holds no turn of human")
+    return turns
+
+
+def convert_merlin(paths, out: Path, fs: float):
+    """Every file to <name>.json and, for each length of its signals, <name>.h5 or <name>_<points>.h5."""
+    for path in paths:
+        kept, records = {}, []
+        for number, question, answer, signals in progress(read_merlin(path), desc=path.stem):
+            points = {len(signal) for signal in signals}
+            if len(points) > 1:
+                raise UserError(
+                    f"{path}: id {number}: its signals differ in length, {sorted(points)}; cut them"
+                )
+            store = kept.setdefault(points.pop(), [])
+            rows = list(range(len(store), len(store) + len(signals)))
+            store += signals
+            record = {"id": len(records), "source_id": number, "question": question}
+            record |= {"answer": answer} if answer else {}
+            index = rows[0] if len(rows) == 1 else rows
+            records.append({**record, "iq_index_in_h5": index, "h5_path": len(signals[0])})
+        if not records:
+            raise UserError(f"{path}: holds no record")
+        names = {points: f"{path.stem}{f'_{points}' if n else ''}.h5" for n, points in enumerate(kept)}
+        for points, signals in kept.items():
+            with h5py.File(out / names[points], "w") as file:
+                file["IQ_data"], file.attrs["fs"] = np.stack(signals), fs
+        for record in records:
+            record["h5_path"] = names[record["h5_path"]]
+        text = json.dumps(records, ensure_ascii=False, indent=0)
+        (out / f"{path.stem}.json").write_text(text, encoding="utf-8")
+        print(f"{path.stem}: {len(records)} questions, signals of {', '.join(map(str, sorted(kept)))} points")
+
+
 def main(args):
     if args.out.exists() and any(args.out.iterdir()):
         raise UserError(f"{args.out} is not empty; choose another --out")
     for path in args.files:
         if not path.is_file():
             raise UserError(f"{path}: no such file; check the path")
-    most = 2 if args.source == "rtl433" else 1
+    most = {"rtl433": 2, "merlin": len(args.files)}.get(args.source, 1)
     if len(args.files) > most:
         what = "a training and a test file" if most == 2 else "one file"
         raise UserError(f"{args.source} takes {what}, {len(args.files)} are given")
@@ -365,10 +458,13 @@ def main(args):
             if len(args.files) == 1:
                 refuse(args, ["copies", "clean"], "without a training file")
             convert_rtl433(args.files, out, args)
+        elif args.source == "merlin":
+            refuse(args, ["per_cell", "copies", "clean", "view", "sentences", "seed"], "with merlin")
+            convert_merlin(args.files, out, args.fs or DEFAULT_FS)
         else:
             refuse(args, ["copies", "clean", "view", "sentences"], f"with {args.source}")
             read = read_radioml2016 if args.source == "radioml2016" else read_radioml2018
-            convert_radioml(read(args.files[0]), out, args.per_cell, args.fs, args.seed)
+            convert_radioml(read(args.files[0]), out, args.per_cell, args.fs or 1e6, args.seed)
     print(f"written to {args.out}")
 
 

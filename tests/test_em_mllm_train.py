@@ -581,7 +581,7 @@ def test_recipes_run_from_nothing_at_smoke_size(tmp_path, recipe, results):
         patch.setattr(module, "BASE", base)
         patch.setattr(module, "RUN", run)
         if recipe == "builtin":
-            for name, value in {"REAL": None, "SMOKE": True, "CORES": 1, "LABEL_STEPS": 2}.items():
+            for name, value in {"SMOKE": True, "CORES": 1, "LABEL_STEPS": 2}.items():
                 patch.setattr(module, name, value)
             patch.setattr(module, "LLM_STEPS", 2)
         module.main()

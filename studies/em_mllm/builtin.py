@@ -5,8 +5,7 @@ controls and tests.
     SEEDS="3 4" python studies/em_mllm/builtin.py
 
 8 to 11 minutes on one core a seed (SMOKE=1: about one). Seeds 0, 1 and 2 run side by side on three cores or
-more, seed 0 alone where run_all.sh shares the machine out. With DATA_ROOT, the study on the real captures of
-its folder rf/ runs instead (real.py).
+more, seed 0 alone where run_all.sh shares the machine out. real.py is the study on real captures.
 """
 
 import os
@@ -16,9 +15,8 @@ from pathlib import Path
 # repository root: every way of starting this file finds it
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from studies.em_mllm import real
 from studies.em_mllm.joint import ENCODER, LLM_STEPS, join
-from studies.recipe import CORES, DATA, REAL, RUNS, SMOKE, recipe, side_by_side, size, stage
+from studies.recipe import CORES, DATA, RUNS, SMOKE, recipe, side_by_side, size, stage
 
 BASE, RUN = DATA / "em_mllm" / size("", smoke="smoke"), RUNS / "em_mllm"
 LABEL_STEPS = size(800, smoke=8)
@@ -113,9 +111,6 @@ def one_seed(seed: int, threads: int | None):
 
 
 def main():
-    if REAL and (REAL / "rf").is_dir():
-        real.main()
-        return
     several = CORES >= 3
     seeds = [int(s) for s in os.environ.get("SEEDS", "").split()] or (
         [0, 1, 2] if several and not SMOKE else [0]

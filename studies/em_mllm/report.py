@@ -1,6 +1,6 @@
 """Rows of the closing table from the metrics that builtin.py and real.py left:
 
-python studies/em_mllm/report.py builtin|devices|questions --runs runs/em_mllm
+python studies/em_mllm/report.py builtin|devices|questions|smollm2 --runs runs/em_mllm
 """
 
 import json
@@ -22,8 +22,8 @@ def parse_args(argv=None):
     parser = Parser(__doc__)
     parser.add_argument(
         "study",
-        choices=("builtin", "devices", "questions"),
-        help="builtin: of builtin.py; devices, questions: of real.py",
+        choices=("builtin", "devices", "questions", "smollm2"),
+        help="builtin: of builtin.py; the others: of real.py",
     )
     parser.add_argument(
         "--runs",
@@ -198,12 +198,54 @@ def questions(runs: Path, note: str):
         )
 
 
+def smollm2(runs: Path, note: str):
+    """Rows of SmolLM2 on the questions that the tiny language model answered, and of what its English lost."""
+    for condition in ("clean", "0dB"):
+        ours = read(runs / f"smollm2/test_{condition}/metrics.json")
+        tiny = read(runs / f"rtl433_joint/test_{condition}/metrics.json")
+        controls = {"chance": ours["chance"], "tiny language model": tiny["accuracy"]}
+        if "wrong_signal" in ours:
+            controls["wrong signal"] = ours["wrong_signal"]["accuracy"]
+        write_result(
+            runs,
+            f"questions about a capture, SmolLM2-135M, {condition}",
+            "accuracy",
+            ours["accuracy"],
+            controls,
+            ours["interval"],
+            note=f"{ours['four_choice']} questions with options; valid letters {ours['valid_letters']:.3f}{note}",
+            details={"by_task": ours["by_task"], "open": ours.get("open")},
+        )
+    if "open" in ours:
+        write_result(
+            runs,
+            "open questions in whole sentences, SmolLM2-135M, 0dB",
+            "exact match",
+            ours["open"]["exact"],
+            {"tiny language model": tiny["open"]["exact"]},
+            note=f"ROUGE-L {ours['open']['rougeL']:.3f}{note}",
+        )
+    language = read(runs / "smollm2/language/metrics.json")
+    write_result(
+        runs,
+        "plain English after training on signals, SmolLM2-135M",
+        "perplexity, lower is better",
+        language["perplexity_after"],
+        {"before": language["perplexity_before"]},
+        note="without its adapters the model is the base"
+        + (" to the bit" if language["adapters_off_equals_base"] else ": NO, it differs")
+        + note,
+    )
+
+
 def main(args):
     note = "; smoke run, the numbers mean nothing" if args.smoke else f"; seeds {args.seeds}"
     if args.study == "builtin":
         builtin(args.runs, args.seeds, note)
     elif args.study == "devices":
         devices(args.runs, note)
+    elif args.study == "smollm2":
+        smollm2(args.runs, note)
     else:
         questions(args.runs, note)
     print(f"results in {args.runs / 'results'}")
