@@ -413,25 +413,26 @@ def merlin_turns(conversations, where: str) -> list[tuple[str, str | None]]:
 
 
 def convert_merlin(paths, out: Path, fs: float):
-    """Every file to <name>.json and, for each length of its signals, <name>.h5 or <name>_<points>.h5."""
+    """Every file to <name>.json and <name>.h5; signals of another length to <name>_<points>.hdf5, which no
+    json of its own belongs to."""
     for path in paths:
         kept, records = {}, []
-        for number, question, answer, signals in progress(read_merlin(path), desc=path.stem):
+        for name, question, answer, signals in progress(read_merlin(path), desc=path.stem):
             points = {len(signal) for signal in signals}
             if len(points) > 1:
                 raise UserError(
-                    f"{path}: id {number}: its signals differ in length, {sorted(points)}; cut them"
+                    f"{path}: id {name}: its signals differ in length, {sorted(points)}; cut them"
                 )
             store = kept.setdefault(points.pop(), [])
             rows = list(range(len(store), len(store) + len(signals)))
             store += signals
-            record = {"id": len(records), "source_id": number, "question": question}
+            record = {"id": len(records), "source_id": name, "question": question}
             record |= {"answer": answer} if answer else {}
             index = rows[0] if len(rows) == 1 else rows
             records.append({**record, "iq_index_in_h5": index, "h5_path": len(signals[0])})
         if not records:
             raise UserError(f"{path}: holds no record")
-        names = {points: f"{path.stem}{f'_{points}' if n else ''}.h5" for n, points in enumerate(kept)}
+        names = {points: f"{path.stem}{f'_{points}.hdf5' if n else '.h5'}" for n, points in enumerate(kept)}
         for points, signals in kept.items():
             with h5py.File(out / names[points], "w") as file:
                 file["IQ_data"], file.attrs["fs"] = np.stack(signals), fs

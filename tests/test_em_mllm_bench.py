@@ -126,11 +126,7 @@ def test_lines_of_conversations_come_in_with_signals_in_the_middle_of_a_turn(tmp
     assert [r["iq_index_in_h5"] for r in records] == [0, [1, 2], 0, 1]
     assert [r["source_id"] for r in records] == ["m1", 2, 2, 2]
     tokenizer = make_tokenizer(["Look at and choose"] * 3, 300)
-    data = QuestionDataset(
-        task_pairs(None, [tmp_path / "out/Modulation.h5", tmp_path / "out/Modulation.json"]),
-        tokenizer,
-        with_answers=False,
-    )
+    data = QuestionDataset(task_pairs(tmp_path / "out"), tokenizer, with_answers=False)
     assert [len(data[i]["iq"]) for i in range(4)] == [1, 2, 1, 1] and len(data[2]["iq"][0]) == 96
     scale = np.abs(one).max()
     np.testing.assert_allclose(data[0]["iq"][0], np.array(one) / scale, atol=1e-6)

@@ -199,7 +199,7 @@ def questions(runs: Path, note: str):
 
 
 def smollm2(runs: Path, note: str):
-    """Rows of SmolLM2 on the questions that the tiny language model answered, and of what its English lost."""
+    """Rows of SmolLM2 on the questions that the tiny language model answered, and of its English."""
     for condition in ("clean", "0dB"):
         ours = read(runs / f"smollm2/test_{condition}/metrics.json")
         tiny = read(runs / f"rtl433_joint/test_{condition}/metrics.json")
@@ -213,7 +213,7 @@ def smollm2(runs: Path, note: str):
             ours["accuracy"],
             controls,
             ours["interval"],
-            note=f"{ours['four_choice']} questions with options; valid letters {ours['valid_letters']:.3f}{note}",
+            note=f"{ours['four_choice']} questions; valid letters {ours['valid_letters']:.3f}{note}",
             details={"by_task": ours["by_task"], "open": ours.get("open")},
         )
     if "open" in ours:
