@@ -2,7 +2,7 @@
 
     python em_mllm/make_data.py --out data/em_mllm --train 1500 --val 50 --test 80      # signals per class
 
-    out/{train,val,test}/modulation.h5 + .json, radar_jamming.h5 + .json
+    out/{train,val,test}/modulation.h5 + .json, radar_jamming.h5 + .json; bandwidth.* with several --fs
 The three parts come from different seeds. SNR is uniform over --snr, over the full band. test/ has no signal
 of the other two; its answers are kept, the competition's test files leave them out (--no-test-answers).
 """
@@ -23,12 +23,13 @@ from common.checkpoint import atomic_dir
 from common.errors import UserError, run
 from common.run import progress
 from em_mllm.em_foundation.models.configuration_em import REGRESSION_TASKS
-from em_mllm.signals import TASKS, make_signal
+from em_mllm.signals import RATE_TASKS, TASKS, make_band, make_signal
 
 LETTERS = "ABCD"
 NOUN = {
     "modulation": ("调制类型", "modulation type"),
     "radar_jamming": ("雷达或干扰类型", "radar or jamming type"),
+    "bandwidth": ("占用带宽", "occupied bandwidth"),
 }
 CHOICE = [
     ("请依据给出的IQ信号内容，选出最符合的{zh}{how}。{options}", "正确答案是：({letter}) {name}"),
@@ -63,7 +64,15 @@ def parse_args(argv=None):
         metavar=("LOW", "HIGH"),
         help="SNR range in dB over the full band",
     )
-    parser.add_argument("--fs", type=float, default=20e6, help="sampling rate in Hz")
+    parser.add_argument(
+        "--fs",
+        type=float,
+        nargs="+",
+        default=[20e6],
+        help="sampling rate in Hz; of several, each signal draws one, and the bandwidth in MHz is asked "
+        "about, "
+        "too",
+    )
     parser.add_argument("--fading", choices=("none", "rician", "rayleigh"), default="none", help="multipath")
     parser.add_argument(
         "--choice-questions", type=int, default=2, help="four-choice questions per training signal"
@@ -135,9 +144,14 @@ def write_pair(
 ):
     """folder/<task>.h5 and .json: signals of the given labels, each with its questions. Written a thousand
     signals at a time."""
-    names, count = TASKS[task], len(labels)
+    names, count, rates = {**TASKS, **RATE_TASKS}[task], len(labels), np.atleast_1d(args.fs)
     with h5py.File(folder / f"{task}.h5", "w") as file:
-        file.attrs["fs"], file.attrs["classes"] = args.fs, json.dumps(names)
+        file.attrs["classes"] = json.dumps(names)
+        if len(rates) == 1:
+            file.attrs["fs"] = rates[0]
+        else:
+            file["fs"] = rng.choice(rates, (count, 1))
+        fs = np.full(count, rates[0]) if len(rates) == 1 else file["fs"][:, 0]
         data = file.create_dataset("IQ_data", (count, args.points, 2), "float32")
         columns = {
             name: file.create_dataset(name, (count, 1), "float32")
@@ -149,8 +163,10 @@ def write_pair(
             part = slice(start, min(start + 1000, count))
             snr = rng.uniform(*args.snr, part.stop - start)
             made = [
-                make_signal(names[int(k)], args.points, s, rng, fading=args.fading)
-                for k, s in zip(labels[part], snr)
+                make_band(names[int(k)], args.points, s, rng, f, fading=args.fading)
+                if task in RATE_TASKS
+                else make_signal(names[int(k)], args.points, s, rng, fading=args.fading)
+                for k, s, f in zip(labels[part], snr, fs[part])
             ]
             data[part] = np.stack([iq for iq, _ in made])
             columns["label"][part, 0], columns["snr"][part, 0] = labels[part], snr
@@ -177,10 +193,11 @@ def main(args):
             (("train", args.train), ("val", args.val), ("test", args.test))
         ):
             (out / part).mkdir()
-            for t, task in enumerate(TASKS):
+            for t, task in enumerate((*TASKS, *(RATE_TASKS if np.size(args.fs) > 1 else ()))):
                 rng = np.random.default_rng((args.seed, number, t))
-                each = per_class if task == "modulation" or part != "train" else max(1, per_class // 2)
-                labels = rng.permutation(np.repeat(np.arange(len(TASKS[task])), each))
+                each = per_class if task != "radar_jamming" or part != "train" else max(1, per_class // 2)
+                count = len({**TASKS, **RATE_TASKS}[task])
+                labels = rng.permutation(np.repeat(np.arange(count), each))
                 choices, opens = (
                     (args.choice_questions, args.open_questions)
                     if part == "train"

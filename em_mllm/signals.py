@@ -30,6 +30,10 @@ RADAR = ("PULSE", "LFM", "BARKER", "FRANK")
 JAMMING = ("TONE", "COMB", "BARRAGE", "SWEEP")
 TASKS = {"modulation": MODULATIONS, "radar_jamming": RADAR + JAMMING}
 
+# asked about where signals have several sampling rates: what the rate alone decides
+BANDWIDTHS_HZ = {"0.5 MHz": 0.5e6, "1 MHz": 1e6, "2 MHz": 2e6, "4 MHz": 4e6}
+RATE_TASKS = {"bandwidth": tuple(BANDWIDTHS_HZ)}
+
 BARKER13 = np.array([1, 1, 1, 1, 1, -1, -1, 1, 1, -1, 1, -1, 1])
 
 
@@ -261,6 +265,20 @@ def add_noise(x: np.ndarray, snr_db: float, rng: np.random.Generator) -> np.ndar
     )
     y = x + noise
     return y / np.sqrt(np.mean(np.abs(y) ** 2))
+
+
+def make_band(name: str, n: int, snr_db: float, rng, fs: float, **impairments) -> tuple[np.ndarray, dict]:
+    """A QPSK signal of an occupied bandwidth `name` of BANDWIDTHS_HZ, sampled at `fs` Hz; see `make_signal`.
+
+    The samples tell the bandwidth as a share of the rate: which of the four it is, the rate decides.
+    """
+    width, rolloff = BANDWIDTHS_HZ[name] / fs, 0.35
+    sps, delay = (1 + rolloff) / width, rng.uniform(0, 1)
+    x = shaped(rng.choice(constellation("QPSK"), int(n / sps) + 20), n, sps, rolloff, delay)
+    x, offset = channel(x, rng, **impairments)
+    y = add_noise(x, snr_db, rng)
+    info = {"bandwidth": width, "sps": sps, "rolloff": rolloff, "delay": delay, "carrier_offset": offset}
+    return np.stack([y.real, y.imag], 1).astype(np.float32), info
 
 
 def make_signal(

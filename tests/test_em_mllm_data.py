@@ -278,7 +278,7 @@ def test_make_data_writes_the_seeds_pair_and_equal_bytes_for_equal_seeds(tmp_pat
         test=1,
         points=256,
         snr=(-10, 20),
-        fs=20e6,
+        fs=[20e6],
         fading="none",
         choice_questions=2,
         open_questions=1,
@@ -306,6 +306,27 @@ def test_make_data_writes_the_seeds_pair_and_equal_bytes_for_equal_seeds(tmp_pat
     assert "answer" not in read_questions(tmp_path / "a/test/modulation.json")[0]
     with pytest.raises(UserError, match="is not empty"):
         make_data_main(Namespace(out=tmp_path / "a", **args))
+
+
+def test_signals_of_several_rates_are_asked_for_what_the_rate_decides(tmp_path):
+    from em_mllm.make_data import parse_args
+
+    rates = [10e6, 20e6, 40e6]
+    words = ["--out", tmp_path / "d", "--train", 6, "--val", 1, "--test", 1, "--points", 512, "--snr", 30, 30]
+    make_data_main(parse_args([str(w) for w in (*words, "--fs", *rates)]))
+    file = SignalFile(tmp_path / "d/train/bandwidth.h5")
+    assert file.rates() == rates and file.classes == ["0.5 MHz", "1 MHz", "2 MHz", "4 MHz"]
+    for i in range(len(file)):
+        z = file.read(i) @ [1, 1j]
+        power = np.abs(np.fft.fft(z)) ** 2
+        hz = np.abs(np.fft.fftfreq(512, 1 / file.rate(i)))
+        width = float(file.classes[int(file.column("label")[i])].split()[0]) * 1e6
+        inside = hz <= width / 2 + 0.015 * file.rate(i)  # and the carrier's offset
+        assert power[inside].sum() > 0.95 * power.sum()
+        assert power[hz <= width / 8].sum() < 0.8 * power.sum()
+    assert SignalFile(tmp_path / "d/test/modulation.h5").fs_stated
+    questions = read_questions(tmp_path / "d/train/bandwidth.json")
+    assert any("MHz" in str(parse_options(q)) for q in questions)
 
 
 # ---- recordings
