@@ -26,11 +26,14 @@ from torch.utils.data import Dataset
 from common.arguments import number
 from common.errors import UserError
 from common.files import inside, reading
+from common.index import remember, scan
 from em_mllm.em_foundation.models.embedder import mae_scores
 from em_mllm.em_foundation.utils.utils import first_fit, log_spectra, pack_sequence, with_special_patches
 from em_mllm.options import language, looks_like_choice, parse_options, stated_letter, wording
 from em_mllm.prepare import AS_RECORDED, SignalSpec, check_rate, prepare
-from em_mllm.signal_file import DEFAULT_FS, SignalFile
+from em_mllm.signal_file import DEFAULT_FS, SignalFile, cache_folder
+
+MANY = 2000  # questions of one file from which what was found in them is remembered
 
 
 def add_augmentation_arguments(group):
@@ -321,16 +324,16 @@ class QuestionDataset(Dataset):
         self.seed, self.epoch, self.augmentation = seed, 0, augmentation
         self.questions_per_signal, self.default_fs = questions_per_signal, default_fs
         self.files, self.tasks, self.skipped, self.unread = [], [], {}, 0
-        known, records, self.file_of, self.task_of, signals = {}, [], [], [], []
+        known, records, self.file_of, self.task_of, signals, wordings = {}, [], [], [], [], {}
         for pair in pairs:
             h5, path = pair
             task = len(self.tasks)
             self.tasks.append(path.stem)
             questions = read_questions(path)[: limit or None]
             owners = self.open_all(known, pair, questions)
-            lengths = [len(ids) for ids, _ in self.encode(questions)]
-            for n, (r, owner, length) in enumerate(zip(questions, owners, lengths)):
-                why = self.fault(r, owner, _indices(r), length, max_length)
+            looked = self.look(path, questions, owners, max_length, limit)
+            for n, (r, owner) in enumerate(zip(questions, owners)):
+                why = looked["why"][n]
                 if why and not skip_bad:
                     raise UserError(
                         f"{path}: item {n} (id {r.get('id')}): {why}; mend it, or leave such items out with "
@@ -340,13 +343,15 @@ class QuestionDataset(Dataset):
                     self.skipped[why.split(",")[0]] = self.skipped.get(why.split(",")[0], 0) + 1
                     continue
                 records.append(r)
+                self.unread += looked["unread"][n]
+                if looked["wording"][n]:
+                    wordings.setdefault(looked["language"][n], Counter())[looked["wording"][n]] += 1
                 self.file_of.append(owner)
                 self.task_of.append(task)
                 signals.append((owner, *_indices(r)))
         if not records:
             raise UserError(f"{pairs[0][1]}: no usable question is left of {sum(self.skipped.values())}")
-        self.unread = sum(looks_like_choice(r) and not parse_options(r) for r in records)
-        self.wordings = common_wordings(records)
+        self.wordings = {key: count.most_common(1)[0][0] for key, count in sorted(wordings.items())}
         self.prepare_for(signal)
         self.records = Records(records)
         self.file_of, self.task_of = np.array(self.file_of, np.int32), np.array(self.task_of, np.int32)
@@ -393,6 +398,31 @@ class QuestionDataset(Dataset):
             known[path] = len(self.files) - 1
         return known[path]
 
+    def look(self, path: Path, questions: list, owners: list, max_length: int, limit: int) -> dict:
+        """What is known of each question before a run: why it cannot be used ("" where it can), whether it
+        has options that cannot be read, and of an answer with options its wording and language.
+
+        For many questions it is remembered until a file, the tokenizer or an option changes.
+        """
+
+        def inspect():
+            rows = []
+            for r, owner, (ids, _) in zip(questions, owners, self.encode(questions)):
+                options = parse_options(r)
+                template = wording(r["answer"], options) if options and r.get("answer") else None
+                why = self.fault(r, owner, options, len(ids), max_length)
+                unread = looks_like_choice(r) and not options
+                rows.append((why, unread, template or "", language(r["question"])))
+            return dict(zip(("why", "unread", "wording", "language"), map(np.array, zip(*rows))))
+
+        if len(questions) < MANY:
+            found = inspect()
+        else:
+            files = scan([path, *{self.files[owner].path for owner in owners}], ("",))
+            about = [tokenizer_words(self.tokenizer), self.with_answers, self.chat, max_length, limit, 1]
+            found = remember(inspect, files, about, cache_folder())
+        return {name: column.tolist() for name, column in found.items()}
+
     def encode(self, questions):
         return [
             encode_text(
@@ -401,11 +431,11 @@ class QuestionDataset(Dataset):
             for r in questions
         ]
 
-    def fault(self, record, owner, indices, length, max_length) -> str:
+    def fault(self, record, owner, options, length, max_length) -> str:
         """What is wrong with a record, or an empty string. The text up to the comma is the kind that
         --skip-bad counts."""
         file = self.files[owner]
-        for i in indices:
+        for i in _indices(record):
             if not 0 <= i < len(file):
                 return (
                     f"index past the end, iq_index_in_h5 {i} but {file.path.name} holds {len(file)} signals"
@@ -416,8 +446,8 @@ class QuestionDataset(Dataset):
             return "no answer, training needs one"
         if length > max_length:
             return f"text too long, {length} tokens but --max-length is {max_length}"
-        options, letter = parse_options(record), stated_letter(record.get("answer") or "")
-        if self.with_answers and options and letter and letter not in options:
+        letter = stated_letter(record.get("answer") or "") if options else None
+        if self.with_answers and letter and letter not in options:
             given = ", ".join(sorted(options))
             return f"unknown letter, the answer says ({letter}) but the options are {given}"
         return ""
@@ -464,14 +494,11 @@ class QuestionDataset(Dataset):
         }
 
 
-def common_wordings(records) -> dict[str, str]:
-    """The commonest wording of answers to questions with options, for each language that occurs."""
-    counts = {}
-    for record in records:
-        options = parse_options(record) if record.get("answer") else {}
-        if options and (template := wording(record["answer"], options)):
-            counts.setdefault(language(record["question"]), Counter())[template] += 1
-    return {key: count.most_common(1)[0][0] for key, count in sorted(counts.items())}
+def tokenizer_words(tokenizer) -> str:
+    """All that decides what a tokenizer makes of a text."""
+    inner = getattr(tokenizer, "backend_tokenizer", None)
+    words = inner.to_str() if inner is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    return f"{type(tokenizer).__name__}\n{words}\n{tokenizer.special_tokens_map}\n{tokenizer.chat_template}"
 
 
 def collate_iq(signals, patch: int) -> tuple[torch.Tensor, torch.Tensor]:

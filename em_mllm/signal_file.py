@@ -23,6 +23,7 @@ import numpy as np
 from common.checkpoint import atomic_path
 from common.errors import UserError
 from common.files import first_line, hdf5_item
+from common.index import remember, scan
 from common.run import progress
 from em_mllm.em_foundation.models.configuration_em import REGRESSION_TASKS
 from em_mllm.prepare import VIEWS
@@ -31,6 +32,7 @@ DEFAULT_FS = 20e6  # Hz, what the seed script assumes
 RATE_NAMES = ("fs", "Fs", "FS", "sample_rate", "sampling_rate", "samp_rate")
 COLUMNS = ("label", "snr", *REGRESSION_TASKS)
 BLOCK = 2**22  # values read at a time
+LARGE = 2**24  # bytes of a file from which what was found in it is remembered
 
 
 def plain_text(value) -> str:
@@ -76,6 +78,11 @@ def read_names(value, where: str) -> list[str]:
     if not names or len(set(names)) < len(names):
         raise UserError(f"{where}: expected a list of different class names, it holds {names[:8]}")
     return names
+
+
+def cache_folder() -> Path:
+    """EM_MLLM_CACHE, or a folder of the temporary files."""
+    return Path(os.environ.get("EM_MLLM_CACHE") or f"{tempfile.gettempdir()}/em_mllm-{os.getuid()}")
 
 
 class SignalFile:
@@ -245,7 +252,7 @@ class SignalFile:
             return
         state = self.path.stat()
         key = f"{self.path.resolve()}:{state.st_size}:{state.st_mtime_ns}"
-        folder = Path(os.environ.get("EM_MLLM_CACHE") or f"{tempfile.gettempdir()}/em_mllm-{os.getuid()}")
+        folder = cache_folder()
         cache = folder / f"{hashlib.sha1(key.encode()).hexdigest()}.npy"
         if not cache.is_file():
             folder.mkdir(parents=True, exist_ok=True)
@@ -269,7 +276,18 @@ class SignalFile:
 
     def bad_signals(self) -> dict[int, str]:
         """{index: what is wrong} for signals with nan, inf or nothing but zeros; reads the file once, block
-        by block."""
+        by block, and remembers what it found in a large one."""
+
+        def find():
+            bad = self._bad_signals()
+            return {"row": np.array(list(bad), int), "why": np.array(list(bad.values()), str)}
+
+        if self.path.stat().st_size < LARGE:
+            return self._bad_signals()
+        found = remember(find, scan([self.path], ("",)), "bad signals, 1", cache_folder())
+        return dict(zip(found["row"].tolist(), found["why"].tolist()))
+
+    def _bad_signals(self) -> dict[int, str]:
         bad = {}
         for part in self._blocks():
             x = self._rows(part)

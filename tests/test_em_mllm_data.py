@@ -13,6 +13,8 @@ from torch.utils.data import DataLoader
 
 from common.errors import UserError
 from common.tiny_llm import make_tokenizer
+from em_mllm import dataset as dataset_module
+from em_mllm import signal_file
 from em_mllm.convert import main as convert_main
 from em_mllm.convert import parse_args as convert_args
 from em_mllm.convert import read_radioml2016
@@ -622,3 +624,38 @@ def test_scores_are_right_on_a_known_case():
         ]
     )["open"]
     assert free["exact"] == 0.5 and free["rougeL"] == 0.5 and 0.4 < free["bleu"] < 0.6
+
+
+def test_what_was_found_in_many_questions_is_remembered(tmp_path, monkeypatch):
+    """The second start equals the first without a look at questions or signals; a change is seen."""
+    monkeypatch.setenv("EM_MLLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(dataset_module, "MANY", 4)
+    monkeypatch.setattr(signal_file, "LARGE", 1)
+    iq = np.random.default_rng(0).normal(size=(6, 32, 2)).astype("f4")
+    iq[2] = 0
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["IQ_data"] = iq
+        file.attrs["fs"] = 1e6
+    ask = "What is it? (A) BPSK (B) QPSK"
+    questions = [
+        {"id": i, "question": ask, "answer": f"({'AB'[i % 2]}) it is", "iq_index_in_h5": i} for i in range(6)
+    ]
+    (tmp_path / "x.json").write_text(json.dumps(questions))
+    tokenizer, looked = make_tokenizer([ask, "it is"] * 3, 200), []
+    original = QuestionDataset.fault
+    monkeypatch.setattr(QuestionDataset, "fault", lambda *a: looked.append(1) or original(*a))
+
+    def start(**options):
+        looked.clear()
+        data = QuestionDataset(
+            [(tmp_path / "x.h5", tmp_path / "x.json")], tokenizer, skip_bad=True, **options
+        )
+        found = (data.skipped, data.unread, data.wordings, [data[i]["texts"] for i in range(len(data))])
+        return found, len(looked)
+
+    first, second = start(), start()
+    assert first == (second[0], 6) and second[1] == 0 and len(first[0][3]) == 5
+    assert start(max_length=400)[1] == 6 and start(with_answers=False)[1] == 6
+    with h5py.File(tmp_path / "x.h5", "a") as file:
+        file["IQ_data"][4] = 0
+    assert len(start()[0][3]) == 4
