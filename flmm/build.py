@@ -20,6 +20,7 @@ from flmm.data.refcoco import RefCOCODataset
 from flmm.data.skip import Bad
 from flmm.models.flmm import FLMM
 from flmm.models.frozen_deepseek_vl import FrozenDeepseekVL, FrozenDeepseekVLHybrid
+from flmm.models.frozen_efficientnet import FrozenEfficientNet
 from flmm.models.frozen_gemma3 import FrozenGemma3
 from flmm.models.frozen_internvl import FrozenInternVL
 from flmm.models.frozen_llava import FrozenLlava
@@ -43,6 +44,7 @@ FAMILIES = {
     "smolvlm": FrozenSmolVLM,
     "idefics3": FrozenIdefics3,
     "llava_onevision": FrozenLlavaOnevision,
+    "efficientnet": FrozenEfficientNet,
 }
 DATASETS = {
     "png": PNGDataset,

@@ -21,7 +21,8 @@ from common.weights import read_weights
 from flmm.build import build_base, build_head, build_sam
 from flmm.data.samples import SampleBuilder, caption_of_phrases, encode_rle
 from flmm.data.transforms import to_rgb
-from flmm.evaluation import binary_masks, final_logits
+from flmm.evaluation import binary_masks
+from flmm.models.calibration import Calibration, phrase_features
 from flmm.models.flmm import extract
 from flmm.models.mask_head.mask_refiner import mask_to_box
 
@@ -112,14 +113,15 @@ class Grounder:
     """Base, head and SAM together, ready for pictures. Image features of the last picture are kept for the
     next turn."""
 
-    def __init__(self, base, head, sam_encoder, selector=None):
+    def __init__(self, base, head, sam_encoder, selector=None, calibration=None):
         self.base, self.head, self.sam_encoder, self.selector = base, head.eval(), sam_encoder, selector
+        self.calibration = calibration
         self.builder, self._kept = SampleBuilder.of(base), (None, None)
 
     @classmethod
     def load(cls, config, head_path, selector_path=None, device=None):
-        """config: dictionary of read_config. head_path, selector_path: weight files. device: accelerate's
-        choice by default."""
+        """config: dictionary of read_config. head_path, selector_path: weight files; calibration.json in the
+        head's folder is taken along. device: accelerate's choice by default."""
         device = device or Accelerator().device
         base = build_base(config).to(device)
         head, encoder = build_head(
@@ -131,7 +133,8 @@ class Grounder:
             selector = KeywordSelector(base.num_layers, base.hidden_size)
             selector.load_state_dict(read_weights(selector_path))
             selector.to(device)
-        return cls(base, head.to(device), encoder and encoder.to(device), selector)
+        calibration = Calibration.beside(head_path)
+        return cls(base, head.to(device), encoder and encoder.to(device), selector, calibration)
 
     def _encode(self, images):
         """SAM embedding, computed once for as many turns as the picture stays the same."""
@@ -142,11 +145,17 @@ class Grounder:
     @torch.no_grad()
     def _masks(self, image, sample, texts):
         """Result for a sample whose mask_ids name the phrases `texts`."""
-        [feature] = extract(self.base, self.sam_encoder and self._encode, [sample])
-        [output] = self.head([feature])
+        likely = self.calibration is not None
+        [feature] = extract(self.base, self.sam_encoder and self._encode, [sample], likely)
+
+        # Of a large picture only the masks are kept, and each phrase's logits are let go.
         size = (image.height, image.width)
-        masks = binary_masks(final_logits(output), size).cpu()
-        coarse = binary_masks(output["pred_masks"], size).cpu()
+        [output] = self.head([feature], finish=lambda logits: binary_masks(logits, size).cpu())
+        coarse = torch.cat([binary_masks(m[None], size).cpu() for m in output["pred_masks"]])
+        masks = coarse if output["sam_pred_masks"] is None else output["sam_pred_masks"]
+        presence, scores = None, output["scores"]
+        if likely:
+            presence, scores = self.calibration(phrase_features(feature, output))
         return {
             "phrases": texts,
             "masks": masks.numpy(),
@@ -155,14 +164,17 @@ class Grounder:
                 mask_to_box(m) if m.any() else None for m in masks
             ],  # x0, y0, x1, y1 in pixels; None: nothing found
             "rle": [encode_rle(m.numpy()) for m in masks],
-            "scores": [round(float(s), 4) for s in output["scores"]],
+            "scores": [round(float(s), 4) for s in scores],
+            "presence": presence if presence is None else [round(float(p), 4) for p in presence],
         }
 
     def ground(self, image, phrases=None, text=None):
         """Masks for given phrases, or for the noun phrases of `text` in its place.
 
         image: PIL, any mode. Returns {"phrases", "masks" (n, H, W) bool, "coarse_masks", "boxes", "rle",
-        "scores"}. Raises UserError for an empty phrase or a text without any noun phrase.
+        "scores", "presence"}: with a calibration beside the head, the IoU to expect and the probability that
+        the thing is there; without one, SAM's predicted IoU and None. Raises UserError for an empty phrase or
+        a text without any noun phrase.
         """
         image = to_rgb(image)
         if phrases is None:

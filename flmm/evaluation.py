@@ -143,6 +143,7 @@ def summarise(rows):
         "mIoU_coarse": mean("iou_coarse"),
         "pixel_accuracy": mean("accuracy"),
         "score": mean("score"),
+        "presence": mean("presence"),
         "alike": mean("alike"),
         "all_objects": mean("all_objects"),
     }

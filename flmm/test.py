@@ -53,6 +53,7 @@ from flmm.evaluation import (
     summarise,
     trivial_controls,
 )
+from flmm.models.calibration import Calibration, phrase_features
 from flmm.models.flmm import extract
 
 
@@ -123,15 +124,20 @@ def choose_raw_map(base, dataset, accelerator):
     return raw.choose()
 
 
-def score(samples, features, outputs, raw=None):
+def score(samples, features, outputs, raw=None, calibration=None):
     """One row per phrase of a batch: file, phrase, scores and the mask as RLE.
 
-    raw: the chosen raw map; with it the controls are scored, too.
+    raw: the chosen raw map; with it the controls are scored, too. calibration: turns SAM's predicted IoU into
+    a calibrated score and adds the probability that the thing is there.
     """
     rows = []
     for sample, feature, output in zip(samples, features, outputs):
         gt = sample["gt_masks"]
         scores = phrase_rows(output, gt, sample.get("ignore"))
+        if calibration is not None:
+            presence, expected = calibration(phrase_features(feature, output))
+            for row, there, iou in zip(scores, presence.tolist(), expected.tolist()):
+                row |= {"score": iou, "presence": there, "found": row["found"] and there >= 0.5}
         masks = binary_masks(final_logits(output), gt.shape[1:]).cpu().numpy()
         if raw is not None:
             trivial_controls(gt, scores)
@@ -195,7 +201,7 @@ def main(args):
     family_of(config)
     seed_everything(0)
     # What costs little is checked before the base is loaded: the data, the head's file, SAM.
-    weights, sam = read_weights(args.head), build_sam(config)
+    weights, sam, calibration = read_weights(args.head), build_sam(config), Calibration.beside(args.head)
     options = {"skip_bad": args.skip_bad}
     dataset = build_dataset(config, args.split, args.data, protocol=args.protocol, **options)
     fitting = build_dataset(config, "train", args.data, **options) if args.controls else None
@@ -243,9 +249,9 @@ def main(args):
             samples, answers = answer_queries(base, samples, args.split)
 
         # The frozen part, then the head, then one row per phrase.
-        features = extract(base, sam_encoder, samples)
+        features = extract(base, sam_encoder, samples, likelihood=calibration is not None)
         outputs = head(features)
-        batch_rows = score(samples, features, outputs, raw)
+        batch_rows = score(samples, features, outputs, raw, calibration)
         if answers is not None:
             batch_rows = [{**row, "answer": answer} for row, answer in zip(batch_rows, answers)]
         rows += batch_rows

@@ -1,8 +1,12 @@
 """flmm: bases, rows, heads, checkpoints, conversation."""
 
+import http.client
 import importlib.util
+import io
 import json
 import re
+import socket
+import threading
 from argparse import Namespace
 from pathlib import Path
 
@@ -32,6 +36,7 @@ from flmm.models.frozen_qwen import FrozenQwen
 from flmm.models.mask_head.mask_refiner import SAMImageEncoder, load_sam, original_keys, sam_from_original
 from flmm.models.tiny import TEXT, save_base, tiny_model, tiny_sam, tiny_tokenizer
 from flmm.scripts.deepspeed2torch_state_dict import main as deepspeed2torch
+from flmm.scripts.demo.page import make_server
 from flmm.scripts.visual_cot.visual_cot import chain_of_thought, tokens_in_box, visual_cot_resample
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -530,35 +535,92 @@ def test_a_saved_base_loads_and_answers_alike_and_random_weights_are_another_bas
     assert not torch.equal(control([sample])[0]["mask_attentions"], base([sample])[0]["mask_attentions"])
 
 
-def test_the_page_answers_with_masks_and_refuses_in_one_line(grounder):
-    import io
-    import threading
-    import urllib.request
-
-    from flmm.scripts.demo.page import make_server
-
+@pytest.fixture
+def page(grounder):
+    """A running page: ask(content, path, **headers) -> (status, answer)."""
     server = make_server(grounder, 0)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}"
-    try:
-        assert b"Masks for words" in urllib.request.urlopen(address).read()
-        picture = io.BytesIO()
-        Image.fromarray(make_scene(0, 2)["image"]).save(picture, "PNG")
-        ask = lambda content, text: json.loads(
-            urllib.request.urlopen(f"{address}/ground?text={text}", data=content).read()
-        )  # noqa: E731
-        good = ask(picture.getvalue(), "red%20circle;blue")
-        assert (
-            good["phrases"] == ["red circle", "blue"]
-            and len(good["masks"]) == 2
-            and good["masks"][0].startswith("data:image/png")
-        )
-        assert ask(picture.getvalue(), "")["answer"]
-        assert "not a readable picture" in ask(b"no picture", "x")["error"]
-        assert "empty phrase" in ask(picture.getvalue(), "red;;")["error"]
-    finally:
-        server.shutdown()
-        server.server_close()
+
+    def ask(content=None, path="/ground?text=red", method="POST", **headers):
+        connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
+        given = {"Host": f"127.0.0.1:{server.server_port}", **headers}
+        connection.putrequest(method, path, skip_host=True)
+        if content is not None and "Content-Length" not in given:
+            given["Content-Length"] = str(len(content))
+        for name, value in given.items():
+            connection.putheader(name.replace("_", "-"), value)
+        connection.endheaders()
+        try:
+            connection.send(content or b"")
+        except OSError:
+            pass  # the server need not read what it refuses
+        answer = connection.getresponse()
+        body = answer.read().decode()
+        return answer.status, json.loads(body) if body.startswith("{") else body
+
+    ask.port = server.server_port
+    yield ask
+    server.shutdown()
+    server.server_close()
+
+
+def png_bytes(image):
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_the_page_answers_with_masks_and_refuses_in_one_line(page):
+    status, text = page(path="/", method="GET")
+    assert status == 200 and "Masks for words" in text
+    picture = png_bytes(Image.fromarray(make_scene(0, 2)["image"]))
+    status, good = page(picture, "/ground?text=red%20circle;blue")
+    assert status == 200 and good["phrases"] == ["red circle", "blue"] and len(good["masks"]) == 2
+    assert good["masks"][0].startswith("data:image/png") and good["presence"] is None
+    assert page(picture, "/ground?text=")[1]["answer"]
+    assert "not a readable picture" in page(b"no picture")[1]["error"]
+    assert "empty phrase" in page(picture, "/ground?text=red;;")[1]["error"]
+
+
+def test_the_page_takes_pictures_of_a_sane_length_kind_and_size(page, monkeypatch):
+    for length, status in (("x", 411), ("-5", 411), ("", 411), ("\u00b2", 411), (str(2**40), 413)):
+        assert page(b"", Content_Length=length.encode("utf8"))[0] == status
+    assert page(b"", method="POST", Content_Length="0")[1]["error"].startswith("not a readable picture")
+    bomb = png_bytes(Image.new("1", (9000, 9000)))  # twelve kilobytes that hold 81 million pixels
+    assert "more than 50 million pixels" in page(bomb)[1]["error"]
+    tiff = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(tiff, "TIFF")
+    assert "not a readable picture of the kinds JPEG" in page(tiff.getvalue())[1]["error"]
+    assert page(path="/etc/passwd", method="GET")[0] == 404
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_the_page_answers_to_itself_alone(page, method):
+    host, path = f"localhost:{page.port}", "/" if method == "GET" else "/ground"
+    picture = png_bytes(Image.new("RGB", (32, 32)))
+    content = None if method == "GET" else picture
+    for headers in (
+        {"Host": "evil.example"},
+        {"Host": f"evil.example:{page.port}"},
+        {"Host": "127.0.0.1"},
+        {"Host": host, "Origin": "http://evil.example"},
+        {"Host": host, "Origin": "null"},
+        {"Host": host, "Origin": f"https://{host}"},
+    ):
+        status, answer = page(content, path, method, **headers)
+        assert status == 403 and "its own page" in answer["error"]
+    assert page(content, path, method, Host=host, Origin=f"http://{host}")[0] == 200
+
+
+def test_a_client_that_sends_nothing_keeps_nobody_waiting(page):
+    with socket.create_connection(("127.0.0.1", page.port)) as silent:
+        silent.sendall(b"POST /ground?text=x HTTP/1.1\r\nHost: localhost:%d\r\n" % page.port)
+        with socket.create_connection(("127.0.0.1", page.port)) as slow:
+            slow.sendall(
+                b"POST /ground HTTP/1.1\r\nHost: localhost:%d\r\nContent-Length: 99\r\n\r\n" % page.port
+            )
+            assert page(path="/", method="GET")[0] == 200
+            assert page(png_bytes(Image.new("RGB", (32, 32))))[0] == 200
 
 
 def test_the_diagnosis_passes_a_whole_input_and_names_a_lost_grid(monkeypatch, capsys):

@@ -261,7 +261,7 @@ def spy(monkeypatch, module):
     """Collect what the base sees: (gradients are on, digest)."""
     seen, original = [], module.extract
 
-    def extract(base, encoder, samples):
+    def extract(base, encoder, samples, **options):
         seen.extend((torch.is_grad_enabled(), digest(sample)) for sample in samples)
         return original(base, encoder, samples)
 

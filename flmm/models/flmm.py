@@ -14,19 +14,20 @@ from common.errors import UserError
 from common.weights import refuse_nan
 from flmm.losses import mask_losses
 from flmm.models.mask_head.mask_decoder import UNetHead
-from flmm.models.mask_head.mask_refiner import SAMWrapper, original_keys, to_transformers_key
+from flmm.models.mask_head.mask_refiner import GROUP, SAMWrapper, original_keys, to_transformers_key
 
 # what the trained part of SAM is called in a head's file, and the buffer among it that is not trained
 SAM_PARTS = ("text_proj.", "text_layer_weights", "sam.model.prompt_encoder.", "sam.model.mask_decoder.")
 BUFFERS = ("sam.model.prompt_encoder.pe_layer.positional_encoding_gaussian_matrix",)
 
 
-def extract(base, sam_encoder, samples):
-    """Frozen features of a list of samples, one dict each, all that `FLMM.forward` needs.
+def extract(base, sam_encoder, samples, likelihood=False):
+    """Frozen features of a list of samples, one dict each, all that `FLMM.forward` needs; with `likelihood`
+    also what a calibration does.
 
     Beside the base's output: image_embedding (D, e, e) or None, image_size (H, W), meta_data, unpad.
     """
-    features = base(samples)
+    features = base(samples, likelihood) if likelihood else base(samples)
     embeddings = (
         sam_encoder([s["image"] for s in samples]) if sam_encoder is not None else [None] * len(samples)
     )
@@ -75,6 +76,11 @@ class FLMM(nn.Module):
         """Coarse logits per image, (n_i, h_i, w_i); phrases with maps of one size share one pass of the
         UNet."""
         maps, out = [f["mask_attentions"].float() for f in features], [None] * len(features)
+        if not torch.is_grad_enabled():  # one picture after the other, its phrases in groups
+            logits = [torch.cat([self.mask_head(part)[:, 0] for part in m.split(GROUP)]) for m in maps]
+            return [
+                unpad_crop(part, f["meta_data"]) if f["unpad"] else part for part, f in zip(logits, features)
+            ]
         for shape in {m.shape[1:] for m in maps}:
             rows = [i for i, m in enumerate(maps) if m.shape[1:] == shape]
             logits = self.mask_head(torch.cat([maps[i] for i in rows]))[:, 0]
@@ -82,12 +88,12 @@ class FLMM(nn.Module):
                 out[i] = unpad_crop(part, features[i]["meta_data"]) if features[i]["unpad"] else part
         return out
 
-    def forward(self, features, refine=True):
+    def forward(self, features, refine=True, finish=None):
         """List of feature dicts -> list of {"pred_masks" (n, h, w), "sam_pred_masks" (n, H, W) or None,
         "scores" (n,)}.
 
-        refine=False leaves SAM out. Logits; scores are SAM's predicted IoU (without SAM: the mean probability
-        inside the coarse mask).
+        refine=False leaves SAM out; finish is applied to the refined logits (1, H, W) of each phrase. Logits;
+        scores are SAM's predicted IoU (without SAM: the mean probability inside the coarse mask).
         """
         coarse = self.coarse(features)
         if self.sam is None or not refine:
@@ -96,10 +102,17 @@ class FLMM(nn.Module):
         for f in features:
             projected = self.text_proj(self.weigh_hidden(f["hidden_states"]))
             words.append([projected[f["mask_ids"] == k] for k in range(len(f["mask_attentions"]))])
-        refined = self.sam(
-            [f["image_embedding"] for f in features], [f["image_size"] for f in features], coarse, words
+        refined = self.sam.refine(
+            [f["image_embedding"] for f in features],
+            [f["image_size"] for f in features],
+            coarse,
+            words,
+            finish,
         )
-        return [{"pred_masks": p, "sam_pred_masks": m, "scores": s} for p, (m, s) in zip(coarse, refined)]
+        return [
+            {"pred_masks": p, "sam_pred_masks": m, "scores": s, "sureness": sure}
+            for p, (m, s, *sure) in zip(coarse, refined)
+        ]
 
     def compute_loss(self, outputs, masks):
         """The total loss, its four parts and the metrics: means over all phrases of the images, in which

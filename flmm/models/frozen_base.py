@@ -296,13 +296,13 @@ class FrozenBase:
     # ---- the one forward pass
 
     @torch.no_grad()
-    def __call__(self, samples):
+    def __call__(self, samples, likelihood=False):
         """Run the base on a list of samples and keep what the heads need.
 
         A sample has input_ids (S,), mask_ids (S,) (-1 = no phrase, k = token of phrase k) and the processor's
         output. Returns per sample {"mask_attentions" (n, channels, gh, gw) float32, "hidden_states" (L, R,
         d): the phrase rows of the last L entries of the hidden-state tuple (after the final norm at the end),
-        "mask_ids" (R,)}.
+        "mask_ids" (R,)}; likelihood adds "log_probs" (R,), log p of each phrase token after all before it.
         """
         inputs, shifts = self.batch(samples)
         ids = [row[k:] for row, k in zip(inputs["input_ids"].cpu(), shifts)]
@@ -323,8 +323,8 @@ class FrozenBase:
             ],
             merge=self.merge,
         )
-        hidden = self._run(inputs, wanted)
-        return [
+        hidden, before = self._run(inputs, wanted)
+        outputs = [
             {
                 "mask_attentions": self.to_grid(
                     [layer[b].to(self.device) for layer in wanted.maps], self.grid(sample)
@@ -334,9 +334,20 @@ class FrozenBase:
             }
             for b, sample in enumerate(samples)
         ]
+        if likelihood:
+            for b, output in enumerate(outputs):
+                output["log_probs"] = self.log_probs(before[b], inputs["input_ids"][b, wanted.rows[b]])
+        return outputs
+
+    def log_probs(self, before, tokens):
+        """log p of `tokens` (R,) given the normed states `before` them (R, d): (R,) float32."""
+        head = self.model.get_output_embeddings()
+        logits = head(before.to(head.weight.device, head.weight.dtype)).float()
+        return logits.log_softmax(-1).gather(1, tokens.to(logits.device)[:, None])[:, 0].to(self.device)
 
     def _run(self, inputs, wanted):
-        """Fill wanted.maps; returns per layer a list of (R_b, d) hidden states of the phrase rows."""
+        """Fill wanted.maps; returns per layer a list of (R_b, d) hidden states of the phrase rows, and of the
+        tokens before these the last ones."""
         if self.attention == "eager":
             out = self.model.model(**inputs, output_attentions=True, output_hidden_states=True)
             for layer in out.attentions:
@@ -346,23 +357,27 @@ class FrozenBase:
                         for b, (r, p, c) in enumerate(zip(wanted.rows, wanted.phrases, wanted.columns))
                     ]
                 )
-            return [
-                [h[b, r] for b, r in enumerate(wanted.rows)] for h in out.hidden_states[-self.num_layers :]
-            ]
+            states = out.hidden_states[-self.num_layers :]
+            before = [states[-1][b, r - 1] for b, r in enumerate(wanted.rows)]
+            return [[h[b, r] for b, r in enumerate(wanted.rows)] for h in states], before
         # hooks keep the phrase rows of each layer only; the last entry is the one after the final norm
-        hidden, text = [], self.decoder
+        hidden, before, text = [], [], self.decoder
 
         def keep(module, args, output):
             output = output[0] if isinstance(output, tuple) else output
             hidden.append([output[b, r.to(output.device)].to(self.device) for b, r in enumerate(wanted.rows)])
 
+        def keep_before(module, args, output):
+            before.extend(output[b, r.to(output.device) - 1] for b, r in enumerate(wanted.rows))
+
         hooks = [m.register_forward_hook(keep) for m in [*text.layers[:-1], text.norm]]
+        hooks.append(text.norm.register_forward_hook(keep_before))
         try:
             self.model.model(**inputs, attention_rows=wanted)
         finally:
             for hook in hooks:
                 hook.remove()
-        return hidden
+        return hidden, before
 
     # ---- conversation
 

@@ -17,6 +17,7 @@ from transformers import SamConfig, SamMaskDecoderConfig, SamModel, SamPromptEnc
 
 from common.files import reading
 
+GROUP = 8  # phrases that are decoded together where no gradient is wanted
 PIXEL_MEAN, PIXEL_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # RGB, 0..255
 
 # original name -> transformers name, tried in order on every key (regular expressions)
@@ -217,6 +218,18 @@ def mask_to_box(mask):
     return [xs.min().item(), ys.min().item(), xs.max().item() + 1, ys.max().item() + 1]
 
 
+@torch.no_grad()
+def sureness(logits, size):
+    """How sure masks are, from their logits (n, H, W): (n, 2), the mean probability inside and the share of
+    the mask that stays when the threshold rises from -1 to 1; and (n, *size), what is inside on a grid."""
+    logits = logits.detach().float()
+    probs, inside = logits.sigmoid(), logits > 0
+    mean = (probs * inside).sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)
+    steady = (logits > 1).sum((1, 2)) / (logits > -1).sum((1, 2)).clamp(min=1)
+    small = F.interpolate(logits[None], size=tuple(size), mode="bilinear")[0] > 0
+    return torch.stack([mean, steady], 1), small
+
+
 class SAMWrapper(nn.Module):
     """The trained half of SAM: prompt encoder and mask decoder, prompted by the coarse mask, its box and the
     words.
@@ -258,17 +271,14 @@ class SAMWrapper(nn.Module):
         grid = torch.stack(torch.meshgrid(at, at, indexing="xy"), dim=-1)  # (e, e, 2): x, y
         return embedding(grid[None])[0].permute(2, 0, 1)[None]
 
-    def prompt_masks(self, pred_masks, image_size):
+    def prompt_masks(self, pred_masks, image_size, lowest=None):
         """Coarse logits (n, h, w) -> mask prompts (n, 1, 4e, 4e) in SAM's padded frame (logits, not
-        probabilities)."""
+        probabilities). lowest: least logit over all phrases of the image, default over these."""
         h, w = resized_size(image_size, self.image_size)
         side = 4 * self.prompt_encoder.image_embedding_size[0]
         masks = F.interpolate(pred_masks[:, None].float(), size=(h, w), mode="bilinear")
-        lowest = (
-            pred_masks.detach().float().amin((1, 2))
-            if self.per_phrase_pad
-            else pred_masks.detach().float().min()
-        )
+        own = pred_masks.detach().float().amin((1, 2))
+        lowest = own if self.per_phrase_pad else own.min() if lowest is None else lowest
         fill = lowest.clamp(max=-1.0).view(-1, 1, 1, 1)
         padded = fill.expand(len(masks), 1, self.image_size, self.image_size).clone()
         padded[..., :h, :w] = masks
@@ -285,50 +295,64 @@ class SAMWrapper(nn.Module):
         return (boxes * scale).float().to(pred_masks.device)
 
     def forward(self, image_embeddings, image_sizes, pred_masks, text_embeds):
+        """Per image refined logits (n, H, W) and SAM's predicted IoU (n,); see `refine`."""
+        return [part[:2] for part in self.refine(image_embeddings, image_sizes, pred_masks, text_embeds)]
+
+    def refine(self, image_embeddings, image_sizes, pred_masks, text_embeds, finish=None):
         """Refine the phrases of a list of images; phrases with equally many words are decoded together.
 
         Per image: image_embeddings (D, e, e) of SAMImageEncoder, image_sizes (H, W) original pixels,
-        pred_masks (n, h, w) coarse logits, text_embeds n tensors (T_k, D). Returns per image logits (n, H, W)
-        and SAM's predicted IoU (n,). No mask exists for padded sparse tokens, so unequal lengths are not
-        padded but decoded in groups.
+        pred_masks (n, h, w) coarse logits, text_embeds n tensors (T_k, D). Returns per image logits
+        (n, H, W), SAM's predicted IoU (n,) and the two parts of `sureness`. finish is applied to the logits
+        (1, H, W) of each phrase, so that large pictures need not keep them. No mask exists for padded sparse
+        tokens, so unequal lengths are not padded but decoded in groups.
         """
-        prompts = torch.cat([self.prompt_masks(p, size) for p, size in zip(pred_masks, image_sizes)])
-        boxes = torch.cat([self.boxes(p, size) for p, size in zip(pred_masks, image_sizes)])
+        coarse = [mask for masks in pred_masks for mask in masks]
         words = [text for texts in text_embeds for text in texts]
         image_of = [i for i, p in enumerate(pred_masks) for _ in range(len(p))]
+        lowest = [p.detach().float().amin() for p in pred_masks]  # over all phrases of an image
         groups = {}
         for k, text in enumerate(words):
             groups.setdefault(len(text) if self.use_text else 0, []).append(k)
+        size = len(words) if torch.is_grad_enabled() else GROUP
+        out = [None] * len(words)
+        for rows in [part[i : i + size] for part in groups.values() for i in range(0, len(part), size)]:
+            sizes = [image_sizes[image_of[k]] for k in rows]
+            prompts = torch.cat(
+                [self.prompt_masks(coarse[k][None], s, lowest[image_of[k]]) for k, s in zip(rows, sizes)]
+            )
+            boxes = torch.cat([self.boxes(coarse[k][None], s) for k, s in zip(rows, sizes)])
+            low_res, scores = self._decode(
+                torch.stack([image_embeddings[image_of[k]] for k in rows]),
+                prompts,
+                boxes,
+                [words[k] for k in rows],
+            )
+            for n, (k, s) in enumerate(zip(rows, sizes)):
+                logits, score = self._enlarge(low_res[n : n + 1], scores[n : n + 1], coarse[k][None], s)
+                kept = logits if finish is None else finish(logits)
+                out[k] = kept, score, *sureness(logits, coarse[k].shape)
+        ends = torch.tensor([0, *(len(p) for p in pred_masks)]).cumsum(0).tolist()
+        parts = [out[a:b] for a, b in zip(ends, ends[1:])]
+        return [tuple(torch.cat(part) for part in zip(*phrases)) for phrases in parts]
+
+    def _decode(self, embeddings, prompts, boxes, words):
+        """Candidates (m, 1 or 3, 4e, 4e) and their predicted IoU of m phrases with equally many words."""
         pe = self.dense_pe()
-        low_res, scores = [None] * len(words), [None] * len(words)
-        for rows in groups.values():
-            sparse, dense = self.prompt_encoder(
-                None,
-                None,
-                boxes[rows][:, None] if self.use_box else None,
-                prompts[rows] if self.use_mask else None,
-            )
-            if self.use_text:
-                text = torch.stack([words[k] for k in rows])[
-                    :, None
-                ]  # (m, 1, T, D), after the two box tokens
-                sparse = text if sparse is None else torch.cat([sparse, text.to(sparse)], dim=2)
-            embedding = torch.stack([image_embeddings[image_of[k]] for k in rows]).to(pe.dtype)
-            masks, ious = self.mask_decoder(
-                embedding,
-                pe.expand(len(rows), -1, -1, -1),
-                sparse,
-                dense.expand(len(rows), -1, -1, -1),
-                self.multimask_output,
-            )
-            for k, mask, iou in zip(rows, masks[:, 0], ious[:, 0]):
-                low_res[k], scores[k] = mask, iou
-        out, start = [], 0
-        for coarse, size in zip(pred_masks, image_sizes):
-            part = slice(start, start + len(coarse))
-            out.append(self._enlarge(torch.stack(low_res[part]), torch.stack(scores[part]), coarse, size))
-            start = part.stop
-        return out
+        sparse, dense = self.prompt_encoder(
+            None, None, boxes[:, None] if self.use_box else None, prompts if self.use_mask else None
+        )
+        if self.use_text:
+            text = torch.stack(words)[:, None]  # (m, 1, T, D), after the two box tokens
+            sparse = text if sparse is None else torch.cat([sparse, text.to(sparse)], dim=2)
+        masks, ious = self.mask_decoder(
+            embeddings.to(pe.dtype),
+            pe.expand(len(words), -1, -1, -1),
+            sparse,
+            dense.expand(len(words), -1, -1, -1),
+            self.multimask_output,
+        )
+        return masks[:, 0], ious[:, 0]
 
     def _enlarge(self, masks, scores, coarse, image_size):
         """Low-resolution candidates (n, 1 or 3, 4e, 4e) -> chosen logits (n, H, W), scores (n,)."""

@@ -4,14 +4,16 @@ words.
     python flmm/scripts/demo/page.py --config CONFIG --head head.safetensors      # then open http://127.0.0.1:8000
 
 Without --config and --head the model of the built-in study is used. The server needs the standard library
-only and answers to this machine alone; the page itself is page.html.
+only; the page itself is page.html. It answers to this machine alone, and only to its own page: another site
+that your browser has open can neither send it pictures nor read what it answers.
 """
 
 import base64
 import io
 import json
 import sys
-from http.server import BaseHTTPRequestHandler, HTTPServer
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlparse
 
@@ -28,6 +30,9 @@ from flmm.draw import colours
 from flmm.scripts.demo.grounded_conversation_demo import add_model_arguments, load_grounder
 
 LARGEST = 30 * 2**20  # bytes of an uploaded picture
+PIXELS = 50_000_000  # of a picture: few bytes can hold very many
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+PATIENCE = 20  # seconds that a client may be silent
 PAGE = Path(__file__).with_suffix(".html")
 
 
@@ -55,50 +60,103 @@ def reply(grounder, content, text):
     """What the page draws for the bytes of a picture and the typed text; {"error"} in one line for what a
     user can mend."""
     try:
-        image = to_rgb(ImageOps.exif_transpose(Image.open(io.BytesIO(content))))
+        opened = Image.open(io.BytesIO(content), formats=FORMATS)
+        if opened.width * opened.height > PIXELS:
+            return {"error": f"the picture has more than {PIXELS // 10**6} million pixels; make it smaller"}
+        image = to_rgb(ImageOps.exif_transpose(opened))
         image.thumbnail((1600, 1600))
         phrases = [phrase.strip() for phrase in text.split(";")] if text.strip() else None
         result = grounder.ground(image, phrases) if phrases else grounder.converse(image)
     except UserError as error:
         return {"error": str(error)}
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return {"error": f"not a readable picture ({type(error).__name__})"}
+        return {"error": f"not a readable picture of the kinds {', '.join(FORMATS)} ({type(error).__name__})"}
     tints = colours(len(result["phrases"]))
     return {
         "image": data_url(image),
         "answer": result.get("answer", ""),
         "phrases": result["phrases"],
         "scores": result["scores"],
+        "presence": result["presence"],
         "masks": [mask_layer(mask, tint) for mask, tint in zip(result["masks"], tints)],
         "colours": ["rgb({}, {}, {})".format(*tint) for tint in tints],
     }
 
 
 def make_server(grounder, port):
-    """HTTP server on this machine: GET gives the page, POST /ground?text=... with a picture its masks."""
+    """HTTP server on this machine: GET gives the page, POST /ground?text=... with a picture its masks.
+
+    Every client has a thread, so that one that sends nothing keeps nobody waiting; the model works for one at
+    a time.
+    """
+    turn = threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
-        def send(self, kind, content):
-            self.send_response(200)
+        timeout = PATIENCE
+
+        def send(self, kind, content, status=200):
+            body = content.encode()
+            self.send_response(status)
             self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("X-Content-Type-Options", "nosniff")
             self.end_headers()
-            self.wfile.write(content.encode())
+            self.wfile.write(body)
+
+        def refuse(self, status, reason):
+            """One line as JSON; what the client has still to send is not read."""
+            self.close_connection = True
+            self.send("application/json", json.dumps({"error": reason}), status)
+
+        def ours(self):
+            """Whether the request names this machine and comes from this page or from no page at all: a name
+            that leads here by way of a foreign DNS server, or a foreign page, is refused."""
+            port = self.server.server_port
+            hosts = {f"{name}:{port}" for name in ("127.0.0.1", "localhost")}
+            origin = self.headers.get("Origin")
+            named = self.headers.get_all("Host") or []
+            mine = len(named) == 1 and named[0].lower() in hosts
+            if mine and (origin is None or origin.lower() in {f"http://{host}" for host in hosts}):
+                return True
+            self.refuse(403, "this server answers to its own page on this machine only")
+            return False
 
         def do_GET(self):
+            if not self.ours():
+                return
+            if urlparse(self.path).path != "/":
+                self.refuse(404, "there is nothing here")
+                return
             self.send("text/html; charset=utf-8", PAGE.read_text(encoding="utf-8"))
 
         def do_POST(self):
-            size = int(self.headers.get("Content-Length", 0))
-            text = parse_qs(urlparse(self.path).query).get("text", [""])[0]
-            answer = {"error": "the picture is larger than 30 MiB"}
-            if size <= LARGEST:
-                answer = reply(grounder, self.rfile.read(size), text)
-            self.send("application/json", json.dumps(answer))
+            if not self.ours():
+                return
+            length = self.headers.get("Content-Length", "")
+            if not (length.isascii() and length.isdecimal()):
+                self.refuse(411, "the length of the picture is missing")
+            elif int(length) > LARGEST:
+                self.refuse(413, f"the picture is larger than {LARGEST // 2**20} MiB")
+            else:
+                content = self.rfile.read(int(length))
+                if len(content) < int(length):
+                    self.refuse(400, "the picture was cut off")
+                    return
+                text = parse_qs(urlparse(self.path).query).get("text", [""])[0]
+                with turn:
+                    answer = reply(grounder, content, text)
+                self.send("application/json", json.dumps(answer))
 
         def log_message(self, *args):
             """Keep the terminal quiet."""
 
-    return HTTPServer(("127.0.0.1", port), Handler)
+    class Server(ThreadingHTTPServer):
+        def handle_error(self, request, client_address):
+            """A client that went away is no news; anything else is."""
+            if not isinstance(sys.exc_info()[1], ConnectionError):
+                super().handle_error(request, client_address)
+
+    return Server(("127.0.0.1", port), Handler)
 
 
 def main(args):
