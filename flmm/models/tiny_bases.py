@@ -4,6 +4,7 @@ download."""
 import torch
 import transformers as hf
 
+from flmm.models.frozen_efficientnet import EfficientNetLiteConfig
 from flmm.models.tiny import TEXT, TINY_FAMILIES, tiny_model, tiny_tokenizer
 
 VISION = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
@@ -87,6 +88,14 @@ def new_model(family, tokenizer):
             image_token_index=token("<image_soft_token>"),
             boi_token_index=token("<start_of_image>"),
             eoi_token_index=token("<end_of_image>"),
+        )
+    elif family == "efficientnet":
+        config = hf.LlavaConfig(
+            vision_config=EfficientNetLiteConfig(image_size=256),
+            text_config=hf.LlamaConfig(**text),
+            image_token_id=token("<image>"),
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="full",
         )
     elif family in ("smolvlm", "idefics3"):
         kind = hf.SmolVLMConfig if family == "smolvlm" else hf.Idefics3Config
