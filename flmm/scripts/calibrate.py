@@ -39,6 +39,8 @@ from flmm.evaluation import phrase_rows
 from flmm.models.calibration import Calibration, auc, phrase_features
 from flmm.models.flmm import extract
 
+TOGETHER = 8  # questions in one forward pass
+
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
@@ -69,17 +71,20 @@ def questions(record, others, rng):
 def ask(base, head, sam_encoder, record, asked):
     """Rows (features, present, IoU, kind) of the questions about one picture, which is encoded once."""
     build, rows = SampleBuilder.of(base), []
-    embedding = sam_encoder([record["image"]]) if sam_encoder is not None else None
-    for pieces, k, true, kind in asked:
-        [feature] = extract(base, None, [build({**record, "pieces": pieces, "masks": None})], likelihood=True)
-        feature["image_embedding"] = embedding if embedding is None else embedding[0]
-        [output] = head([feature])
-        iou = 0.0
-        if true is not None:
-            one = {name: output[name] for name in ("pred_masks", "sam_pred_masks", "scores")}
-            one = {name: value if value is None else value[k : k + 1] for name, value in one.items()}
-            iou = phrase_rows(one, torch.from_numpy(record["masks"][true][None]))[0]["iou"]
-        rows.append((phrase_features(feature, output)[k], true is not None, iou, kind))
+    embedding = sam_encoder([record["image"]])[0] if sam_encoder is not None else None
+    samples = [build({**record, "pieces": pieces, "masks": None}) for pieces, _, _, _ in asked]
+    for start in range(0, len(asked), TOGETHER):
+        features = extract(base, None, samples[start : start + TOGETHER], likelihood=True)
+        for feature in features:
+            feature["image_embedding"] = embedding
+        outputs = head(features)
+        for feature, output, (_, k, true, kind) in zip(features, outputs, asked[start:]):
+            iou = 0.0
+            if true is not None:
+                one = {name: output[name] for name in ("pred_masks", "sam_pred_masks", "scores")}
+                one = {name: value if value is None else value[k : k + 1] for name, value in one.items()}
+                iou = phrase_rows(one, torch.from_numpy(record["masks"][true][None]))[0]["iou"]
+            rows.append((phrase_features(feature, output)[k], true is not None, iou, kind))
     return rows
 
 

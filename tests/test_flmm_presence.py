@@ -1,0 +1,224 @@
+"""flmm: presence and score, and the cheap order of the mask head."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common.errors import UserError
+from flmm import make_data
+from flmm.conversation import Grounder
+from flmm.data.absent import KINDS, absent_phrases, exchanged, holds, nonsense
+from flmm.data.samples import SampleBuilder, caption_of_phrases
+from flmm.models.calibration import FEATURES, Calibration, auc, phrase_features
+from flmm.models.flmm import FLMM, extract
+from flmm.models.mask_head import mask_decoder
+from flmm.models.mask_head.mask_decoder import UNetHead
+from flmm.models.mask_head.mask_refiner import SAMImageEncoder, sureness
+from flmm.models.tiny import save_base, tiny_model, tiny_sam, tiny_tokenizer
+from flmm.models.tiny_bases import tiny_base
+from flmm.scripts import calibrate
+
+SMALL = {"base_channels": 4, "upsample_input": 16}
+
+
+def one_sample(base, pieces, seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 255, (48, 64, 3), np.uint8)
+    return SampleBuilder.of(base)({"image": Image.fromarray(pixels), "pieces": pieces})
+
+
+# ---- the base's own probability
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen", "smolvlm", "gemma3"])
+@pytest.mark.parametrize("attention", ["rows", "eager"])
+def test_log_probs_are_those_of_the_whole_model(family, attention):
+    base = tiny_base(family, attention=attention)
+    samples = [
+        one_sample(base, [("a", -1), ("red car", 0), ("and", -1), ("the sky", 1)]),
+        one_sample(base, [("sky", 0)], 1),  # shorter: left-padded in the batch
+    ]
+    for sample, together in zip(samples, base(samples, likelihood=True)):
+        inputs, _ = base.batch([sample])
+        ids = inputs["input_ids"][0]
+        rows = (
+            (base.expand(sample["input_ids"], sample, sample["mask_ids"], fill=-1) >= 0).nonzero().flatten()
+        )
+        with torch.no_grad():
+            wanted = base.model(**inputs).logits[0].float().log_softmax(-1)[rows - 1, ids[rows]]
+        torch.testing.assert_close(together["log_probs"], wanted, atol=1e-4, rtol=0)
+    assert "log_probs" not in base(samples)[0]  # only where it is asked for
+
+
+# ---- calibration
+
+
+def made_up(count, seed=0):
+    """Features of phrases, of which the first number decides presence and the sixth the IoU."""
+    rng = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, len(FEATURES), generator=rng)
+    present = (x[:, 0] + 0.3 * torch.randn(count, generator=rng)) > 0
+    return x, present, present * (x[:, 5] * 2).sigmoid()
+
+
+def test_a_fit_tells_presence_apart_and_its_score_goes_with_the_iou(tmp_path):
+    fitted = Calibration.fit(*made_up(400))
+    x, present, ious = made_up(400, seed=1)
+    presence, score = fitted(x)
+    assert auc(presence[present], presence[~present]) > 0.95
+    assert np.corrcoef(score[present], ious[present])[0, 1] > 0.8
+    assert score[~present].mean() < 0.2 < score[present].mean()
+    # calibrated: of equally many phrases of both kinds, half are said to be there
+    assert abs(presence.mean() - present.float().mean()) < 0.05
+    fitted.save(tmp_path / "calibration.json")
+    again = Calibration.beside(tmp_path / "head.safetensors")
+    torch.testing.assert_close(again(x)[0], presence)
+    torch.testing.assert_close(again(x)[1], score)
+    assert Calibration.beside(tmp_path / "elsewhere/head.safetensors") is None
+    content = json.loads((tmp_path / "calibration.json").read_text())
+    content["features"][0] = "another"
+    (tmp_path / "calibration.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="calibration.json: made for other numbers"):
+        Calibration.load(tmp_path / "calibration.json")
+
+
+def test_the_area_under_the_curve_counts_ties_half():
+    assert auc([1.0, 2.0], [0.0]) == 1 and auc([0.0], [1.0]) == 0 and auc([1.0], [1.0, 0.0]) == 0.75
+
+
+def test_sureness_follows_its_definition():
+    logits = torch.full((2, 4, 4), -3.0)
+    logits[0, :2] = 3.0
+    logits[0, 0, 0] = 0.5  # inside, and lost when the threshold rises to 1
+    numbers, inside = sureness(logits, (2, 2))
+    expected = (7 * torch.tensor(3.0).sigmoid() + torch.tensor(0.5).sigmoid()) / 8
+    torch.testing.assert_close(numbers[0], torch.tensor([expected, 7 / 8]))
+    assert numbers[1].tolist() == [0, 0] and inside[0].tolist() == [[True, True], [False, False]]
+
+
+def test_features_of_a_phrase_are_its_own():
+    torch.manual_seed(0)
+    base, encoder = tiny_base("llava"), SAMImageEncoder(sam := tiny_sam())
+    head = FLMM(base.channels, base.num_layers, base.hidden_size, sam=sam, unet=SMALL).eval()
+    pieces = [("a", -1), ("red car", 0), ("and", -1), ("the blue sky", 1)]
+    [feature] = extract(base, encoder, [one_sample(base, pieces)], likelihood=True)
+    with torch.no_grad():
+        [output] = head([feature])
+    x = phrase_features(feature, output)
+    assert x.shape == (2, len(FEATURES)) and not torch.equal(x[0], x[1])
+    of_second = feature["log_probs"][feature["mask_ids"] == 1]
+    torch.testing.assert_close(x[1, :2], torch.stack([of_second.mean(), of_second.min()]))
+    torch.testing.assert_close(x[:, -1], output["scores"])
+
+
+# ---- phrases that are not there
+
+
+def test_absent_phrases_are_absent_and_of_every_kind():
+    rng = np.random.default_rng(0)
+    here = ["a red circle", "the large blue cross"]
+    others = ["a green square", "a red circle", "yellow dotted triangle", "small blue cross"]
+    for _ in range(20):
+        made = absent_phrases("a red circle", here, others, rng)
+        assert set(made) == set(KINDS)
+        assert made[KINDS[0]] in ("a green square", "yellow dotted triangle")  # another cross may be the same
+        assert len(made[KINDS[1]].split()) == 3 and not holds(made[KINDS[1]], here)
+        assert not set(made[KINDS[2]].split()) & set(" ".join(here + others).split())
+    assert exchanged("red", ["red"], rng) is None and len(nonsense(rng).split()) == 2
+    assert holds("red circle", here) and not holds("blue circle", here)
+
+
+# ---- the whole way
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("presence")
+    counts = ["--train", 2, "--val", 4, "--test", 2, "--overlap", 1]
+    make_data.main(make_data.parse_args([str(word) for word in ["--out", folder / "data", *counts]]))
+    tokenizer = tiny_tokenizer()
+    save_base(tiny_model("llava", tokenizer), tokenizer, folder / "base")
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    head = FLMM(12, 3, 128, unet=SMALL)
+    (folder / "head").mkdir()
+    save_file(head.upstream_state(), folder / "head/head.safetensors")
+    options = [f"base.path={folder / 'base'}", "unet.base_channels=4", "unet.upsample_input=16"]
+    return folder, options
+
+
+def test_a_head_is_calibrated_and_the_calibration_is_used_everywhere(world, capsys, tmp_path):
+    import flmm.test
+    from flmm.build import read_config
+
+    folder, options = world
+    words = ["--config", "flmm/configs/tiny/scenes.yaml", "--set", *options, "--data", folder / "data"]
+    words += ["--head", folder / "head/head.safetensors"]
+    scene = Image.open(sorted((folder / "data/png/images").glob("*.png"))[0])
+    config = read_config("flmm/configs/tiny/scenes.yaml", options)
+    before = Grounder.load(config, folder / "head/head.safetensors", device="cpu")
+    assert before.ground(scene, ["red circle"])["presence"] is None
+    calibrate.main(calibrate.parse_args([str(word) for word in words]))
+    assert "presence_auc" in capsys.readouterr().out and (folder / "head/reliability.png").is_file()
+    grounder = Grounder.load(config, folder / "head/head.safetensors", device="cpu")
+    result = grounder.ground(scene, ["red circle", "zzz"])
+    assert len(result["presence"]) == 2 and all(0 <= p <= 1 for p in result["presence"])
+    assert all(0 <= s <= 1 for s in result["scores"])
+    flmm.test.main(flmm.test.parse_args([str(word) for word in [*words, "--out", tmp_path / "test"]]))
+    scores = json.loads((tmp_path / "test/results.json").read_text())
+    assert 0 <= scores["presence"] <= 1
+    # an expression counts as found only if the thing is believed to be there
+    table = (tmp_path / "test/phrases.csv").read_text()
+    assert "presence" in table.splitlines()[0]
+
+
+# ---- the mask head
+
+
+@pytest.mark.parametrize("size", [(24, 24), (10, 17), (9, 31), (5, 3), (63, 64)])
+def test_mixing_channels_before_enlarging_them_gives_the_same_masks_and_gradients(monkeypatch, size):
+    torch.manual_seed(0)
+    head, x = UNetHead(80, base_channels=8), torch.rand(2, 80, *size)
+    assert head.mixes_first and not UNetHead(64, base_channels=8).mixes_first
+    found = {}
+    for cheap in (True, False):
+        monkeypatch.setattr(UNetHead, "mixes_first", cheap)
+        head.zero_grad()
+        logits = head(x)
+        logits.square().mean().backward()
+        found[cheap] = logits.detach(), [p.grad.clone() for p in head.parameters()]
+    torch.testing.assert_close(found[True][0], found[False][0], atol=2e-5, rtol=1e-4)
+    for ours, theirs in zip(found[True][1], found[False][1]):
+        torch.testing.assert_close(ours, theirs, atol=1e-3 * theirs.abs().max().item() + 1e-7, rtol=1e-3)
+
+
+def test_the_cheap_order_is_taken_where_it_is_cheap(monkeypatch):
+    taken = []
+    monkeypatch.setattr(UNetHead, "first_layer", lambda self, x, scale: taken.append(scale) or 1 / 0)
+    for channels, size, cheap in ((80, 24, True), (64, 24, False), (80, 64, False)):
+        taken.clear()
+        try:
+            UNetHead(channels, base_channels=8)(torch.rand(1, channels, size, size))
+        except ZeroDivisionError:
+            pass
+        assert bool(taken) == cheap
+
+
+def test_many_phrases_equal_few_and_never_pass_the_head_together(monkeypatch):
+    torch.manual_seed(0)
+    base, encoder = tiny_base("llava"), SAMImageEncoder(sam := tiny_sam())
+    head = FLMM(base.channels, base.num_layers, base.hidden_size, sam=sam, unet=SMALL).eval()
+    words = ["red", "a blue car", "the sky", "one", "two", "small", "large", "white", "black", "green cross"]
+    [feature] = extract(base, encoder, [one_sample(base, caption_of_phrases(words))])
+    most, own = [], mask_decoder.UNetHead.forward
+    monkeypatch.setattr(UNetHead, "forward", lambda self, x: most.append(len(x)) or own(self, x))
+    with torch.no_grad():
+        [grouped] = head([feature])
+    assert max(most) <= 8
+    [whole] = head([feature])  # with gradients all at once
+    assert most[-1] == len(words)
+    for name in ("pred_masks", "sam_pred_masks", "scores"):
+        torch.testing.assert_close(grouped[name], whole[name], atol=2e-4, rtol=1e-4)
