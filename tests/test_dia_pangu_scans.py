@@ -1,5 +1,7 @@
 """dia_pangu: every kind of scan is read right, put right with a note, or refused in one line."""
 
+import csv
+import json
 import math
 import os
 import random
@@ -9,13 +11,22 @@ import nibabel
 import numpy as np
 import pydicom
 import pytest
+import torch
 from PIL import Image
 
 from common.errors import UserError
+from dia_pangu import convert_ctrg
+from dia_pangu.evaluate.evidence import Backdrop, draw_evidence
+from dia_pangu.src import test as report_script
 from dia_pangu.src.Dataset.preprocess import Grid, load_scan, load_volume, read_hu, resample
+from dia_pangu.src.Dataset.prompt import FINDINGS, without_sides
 from dia_pangu.src.Dataset.scan import read_ct, read_scan, scan_name
+from dia_pangu.src.Dataset.scans import find_scans
+from dia_pangu.src.Model.build import build_model, save_model
 from tests import ct_files
 from tests.ct_files import COUNT, LPS, RAS, STEP_MM, save, series, volume
+from tests.tiny_dia import *  # noqa: F403  the fixture llm
+from tests.tiny_dia import SMALL, call
 
 GRID = Grid((40, 40, 24), (320.0, 320.0, 264.0))
 
@@ -353,6 +364,23 @@ def test_pictures_are_grey_levels_prepared_as_upstream(tmp_path):
             load_volume(path, Grid())
 
 
+def test_jpg_folders_become_volumes(tmp_path, capsys):
+    stacks = {
+        name: pictures(tmp_path / "ctrg/images" / name, count) for name, count in (("3", 5), ("12", 11))
+    }
+    arguments = ["--images", str(tmp_path / "ctrg"), "--out", str(tmp_path / "volumes")]
+    convert_ctrg.main(convert_ctrg.parse_args(arguments))
+    for name, stack in stacks.items():
+        scan = read_scan(tmp_path / f"volumes/{name}.nii.gz")
+        assert scan.verdict.values == "grey levels" and scan.verdict.side == "unknown"
+        assert np.array_equal(scan.voxels.transpose(2, 1, 0), stack)
+    convert_ctrg.main(convert_ctrg.parse_args(arguments))
+    assert "0 volumes written, 2 were there already" in capsys.readouterr().out
+    pictures(tmp_path / "ctrg/more/3", 4)
+    with pytest.raises(UserError, match="two folders are called 3"):
+        convert_ctrg.main(convert_ctrg.parse_args(arguments))
+
+
 def test_a_cache_is_read_anew_when_a_file_changes(tmp_path):
     folder, small = series(tmp_path / "s"), Grid((8, 8, 8))
     first = load_volume(folder, small, tmp_path / "cache")
@@ -398,3 +426,128 @@ def test_damaged_headers_never_end_in_a_traceback(tmp_path):
                 read_scan(path)
             except UserError as error:
                 assert "\n" not in str(error)
+
+
+# Many scans at once, and what is written of each
+
+
+@pytest.fixture(scope="module")
+def checkpoint(llm, tmp_path_factory):
+    """A model of the sizes SMALL with random weights, which finds everything."""
+    folder = tmp_path_factory.mktemp("dia_ckpt")
+    torch.manual_seed(0)
+    config = {**json.loads(json.dumps(SMALL)), "thresholds": [0.0] * 14}
+    save_model(build_model(config, llm)[0].state_dict(), folder, config)
+    return folder
+
+
+def table(path) -> list[dict]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_folder_of_scans_is_reported_in_one_go_and_resumed(checkpoint, llm, tmp_path):
+    whole, place = volume().astype(np.int16), tmp_path / "scans"
+    (place / "b").mkdir(parents=True)
+    save(place / "a.nii.gz", whole)
+    save(place / "b/a.nii.gz", whole[::-1].copy())
+    save(place / "c.nii", ((whole + 1350) / 6).clip(0, 255).astype(np.uint8))  # grey levels
+    series(place / "1.2.840.5", heights=range(0, 30, 2))
+    base = ["--ckpt-path", checkpoint, "--lang-encoder-path", llm, "--max-new-tokens", 4, "--batch-size", 2]
+    base += ["--volumes", place, "--out", tmp_path / "out", "--evidence", 0]
+    done = call(report_script, *base, log=tmp_path / "log.txt")
+    assert done.returncode == 0 and "Traceback" not in done.text, done.text
+    rows = table(tmp_path / "out/dia-pangu.csv")
+    names = ["1.2.840.5", "a", "b/a", "c"]
+    assert sorted(row["ID"] for row in rows) == names and list(rows[0])[:2] == ["ID", "Question"]
+    verdicts = {row["ID"]: row for row in table(tmp_path / "out/verdicts.csv")}
+    assert (
+        sorted(verdicts) == names and "grey levels" in verdicts["c"]["error"] and not verdicts["a"]["error"]
+    )
+    assert len(table(tmp_path / "out/findings.csv")) == 3 * 14
+
+    # Cut short in the middle of a line: the rest is done, what was done is not done again.
+    journal = tmp_path / "out/reports.jsonl"
+    lines = journal.read_text().splitlines()
+    journal.write_text("\n".join([*lines[:3], lines[3][:50]]))
+    before = (tmp_path / "out/verdicts.csv").read_text()
+    os.utime(place / "a.nii.gz")
+    again = call(report_script, *base, log=tmp_path / "log.txt")
+    assert again.returncode == 0 and "2 scans are done already" in again.text, again.text
+    assert sorted(before.splitlines()) == sorted((tmp_path / "out/verdicts.csv").read_text().splitlines())
+    other = call(report_script, *base, "--hide-places", log=tmp_path / "log.txt")
+    assert other.returncode == 2 and "another hide_places" in other.text, other.text
+
+
+def test_scans_are_found_in_folders_and_in_a_csv(tmp_path):
+    (tmp_path / "s/x").mkdir(parents=True)
+    save(tmp_path / "s/x/1.nii.gz", volume())
+    pictures(tmp_path / "s/7", count=3)
+    series(tmp_path / "s/p/study", heights=range(3))
+    nibabel.save(nibabel.AnalyzeImage(volume().astype(np.int16), RAS), tmp_path / "s/y.img")
+    (tmp_path / "s/notes.txt").write_text("no scan")
+    assert [name for name, _ in find_scans(tmp_path / "s")] == ["7", "p/study", "x/1", "y"]
+    assert [name for name, _ in find_scans(tmp_path / "s/7")] == ["7"]
+    (tmp_path / "list.csv").write_text("id,volume\nfirst,s/x/1.nii.gz\n,s/y.img\n")
+    assert find_scans(tmp_path / "list.csv") == [
+        ("first", tmp_path / "s/x/1.nii.gz"),
+        ("y", tmp_path / "s/y.img"),
+    ]
+    for content, message in (
+        ("a,b\n1,2\n", "column volume"),
+        ("volume\n1.nii\na/1.nii\n", "two scans have the id"),
+    ):
+        (tmp_path / "list.csv").write_text(content)
+        with pytest.raises(UserError, match=message):
+            find_scans(tmp_path / "list.csv")
+
+
+def test_no_side_is_named_where_it_is_unknown(checkpoint, llm, tmp_path):
+    save(tmp_path / "known.nii", volume())
+    save(tmp_path / "unknown.nii", volume(), qform_code=0, sform_code=0)
+    sides = {}
+    for name in ("known", "unknown"):
+        arguments = [
+            "--ckpt-path",
+            checkpoint,
+            "--lang-encoder-path",
+            llm,
+            "--max-new-tokens",
+            2,
+            "--evidence",
+            0,
+        ]
+        arguments += ["--volume", tmp_path / f"{name}.nii", "--out", tmp_path / name]
+        done = call(report_script, *arguments, log=tmp_path / "log.txt")
+        assert done.returncode == 0, done.text
+        sides[name] = {row["side"] for row in table(tmp_path / name / "findings.csv")}
+        assert ("unknown" in table(tmp_path / name / "verdicts.csv")[0]["side"]) == (name == "unknown")
+    assert sides["known"] & {"left", "right"} and sides["unknown"] == {""}
+    assert (
+        without_sides("A nodule in the Right lung; both lungs.")
+        == "A nodule in the [side unknown] lung; both lungs."
+    )
+    assert "右" not in without_sides("右肺结节，双肺清晰。") and "双肺清晰" in without_sides(
+        "右肺结节，双肺清晰。"
+    )
+
+
+def test_heat_maps_lie_over_the_scan_and_inside_the_chest(tmp_path):
+    """Each map at the scan's own resolution, where the patch is, and not outside of the chest."""
+    save(tmp_path / "a.nii", volume().astype(np.int16))
+    grid = Grid((64, 64, 16), (384.0, 384.0, 320.0))
+    maps = np.zeros((14, 8, 8, 4), np.float32)
+    lesion = FINDINGS.index("lung lesion")
+    maps[lesion, 3, 1, 2] = 0.8  # at the right, in the upper half
+    maps[lesion, 0, 0, 0] = 0.8  # outside of the body
+    backdrop = Backdrop(tmp_path / "a.nii", None, grid)
+    draw_evidence(tmp_path / "e/a.png", backdrop, maps, [("lung lesion", "p 0.80")], "a", "A nodule.")
+    image = nibabel.load(tmp_path / "e/a_lung_lesion.nii.gz")
+    heat = np.asanyarray(image.dataobj)
+    assert heat.max() == pytest.approx(1, abs=0.35) and image.shape == (40, 32, 30)
+    where = np.argwhere(heat > 0.6)
+    world = nibabel.affines.apply_affine(image.affine, where)
+    assert (world[:, 0] > 0).all() and (world[:, 2] > 0).all()  # RAS: right and upwards count up
+    hu, _, _ = read_ct(tmp_path / "a.nii")
+    assert (heat.transpose(1, 0, 2)[(hu < -970)] == 0).mean() > 0.95
+    assert (tmp_path / "e/a.png").stat().st_size > 5000

@@ -187,17 +187,17 @@ def test_baselines_are_fitted_on_training_and_calibrated_on_validation(data, tmp
 
 def test_the_learned_labeler_is_fitted_on_the_training_reports(tmp_path, monkeypatch):
     """On the file `train_reports`, and scored on the other one."""
-    names = [*real_reports.SAME, "Emphysema"]
+    names = list(real_reports.LABELS_18)
     files = {}
     for part in ("train", "val"):
-        cases = [{"report": f"{part} {i} nodule", "labels": [i % 2] * 9} for i in range(6)]
+        cases = [{"report": f"{part} {i} nodule", "labels": [i % 2] * 18} for i in range(6)]
         files[part] = tmp_path / f"{part}.json"
         files[part].write_text(json.dumps({"label_names": names, "cases": cases}))
     seen = []
     monkeypatch.setattr(
         real_reports,
         "learned_labeler",
-        lambda texts, labels, others: seen.append((texts, others)) or np.zeros((len(others), 8), bool),
+        lambda texts, labels, others: seen.append((texts, others)) or np.zeros((len(others), 18), bool),
     )
     real_reports.labeler_study(tmp_path, files["val"], files["train"])
     texts, others = seen[0]

@@ -5,15 +5,25 @@ places). Otherwise a map is the finding's prototype weights times how much more 
 positive memory than to the negative one, which every checkpoint has.
 """
 
+import gzip
 import textwrap
 
+import nibabel
 import numpy as np
 import torch
+from scipy.ndimage import binary_dilation
 from torch.nn import functional as F
 
+from common.checkpoint import atomic_write
 from common.figures import new_figure, save_figure
 from dia_pangu.evaluate.labeler import language_of
+from dia_pangu.src.Dataset.preprocess import WINDOWS
 from dia_pangu.src.Dataset.prompt import FINDINGS, LATERAL, PLACES, SIDES
+from dia_pangu.src.Dataset.scan import read_native
+from dia_pangu.src.Dataset.verdict import between
+
+# Findings of the lungs and the pleura, whose maps are shown inside the chest alone.
+IN_CHEST = set(LATERAL) - {"fracture"} | {"edema"}
 
 LUNG_LEVEL = 0.35  # of the lung window's channel; below it is air-filled lung or the outside
 
@@ -94,37 +104,130 @@ def locate_all(
     return maps, places
 
 
-def draw_evidence(path, vision_x, maps, rows, name: str, report: str, verdict: str = ""):
-    """Draw one row of six slices per finding: the lung window with the finding's map over it, under the
-    volume's name, report and verdict.
+def stretch(count: int, step: float, parts: int, field: float) -> np.ndarray:
+    """Return (count, parts): how a map of `parts` patches over `field` mm is interpolated linearly at `count`
+    voxels of `step` mm around the same centre; voxels outside the field get nothing."""
+    place = (np.arange(count) + 0.5 - count / 2) * step
+    at = np.clip((place / field + 0.5) * parts - 0.5, 0, parts - 1)
+    low = np.minimum(at.astype(int), max(parts - 2, 0))
+    weights = np.zeros((count, parts), np.float32)
+    weights[np.arange(count), low] = 1 - (at - low)
+    if parts > 1:
+        weights[np.arange(count), low + 1] += at - low
+    weights[np.abs(place) > field / 2] = 0
+    return weights
 
-    vision_x: (3, H, W, D). maps: (14, h, w, d). rows: [(finding, caption), ...], of which at most five are
-    drawn. A Chinese report is left out, because matplotlib's own font has no Chinese characters.
+
+def spread(field, shape, steps, fov_mm, slices=None) -> np.ndarray:
+    """Return a map (h, w, d) at the voxels of a volume of `shape` and `steps` mm, float32; slices: which ones
+    along the last axis, None for all."""
+    h, w, d = (stretch(n, s, m, f) for n, s, m, f in zip(shape, steps, field.shape, fov_mm))
+    d = d if slices is None else d[slices]
+    return np.einsum("ah,bw,cd,hwd->abc", h, w, d, np.asarray(field, np.float32), optimize=True)
+
+
+def chest_regions(hu: np.ndarray, spacing_mm) -> tuple[np.ndarray, np.ndarray]:
+    """Return where the inside of the chest and where the body is in HU (H, W, D), bool, found on voxels of
+    about 4 mm. Inside is what lies between lung in its row or column, and 8 mm around it."""
+    steps = [max(1, round(4.0 / step)) for step in spacing_mm]
+    small = hu[:: steps[0], :: steps[1], :: steps[2]]
+    solid = small > -400
+    body = between(solid, 0) & between(solid, 1)
+    lung = body & (small > -960) & (small < -550)
+    chest = between(lung, 0) | between(lung, 1)
+    chest = binary_dilation(chest, iterations=2) & body if chest.any() else body
+    index = np.ix_(*(np.minimum(np.arange(n) // s, m - 1) for n, s, m in zip(hu.shape, steps, small.shape)))
+    return chest[index], body[index]
+
+
+class Backdrop:
+    """What the evidence is drawn on: the scan at its own resolution, or the model's input where the
+    preparation has left no HU to show.
+
+    values: (H, W, D) in [0, 1]. steps: mm of a voxel. fov_mm: what the maps cover. affine: of the array
+    (W, H, D), for the heat maps. inside: {finding: bool (H, W, D)} or None: where its map is shown.
+    """
+
+    def __init__(self, path, vision_x, grid, series=None):
+        if grid.preprocess == "windows":
+            hu, self.steps, self.affine, _ = read_native(path, series)
+            low, high = WINDOWS[0]
+            self.values, self.fov_mm = ((hu - low) / (high - low)).clip(0, 1), grid.fov_mm
+            chest, body = chest_regions(hu, self.steps)
+            self.inside = {name: chest if name in IN_CHEST else body for name in FINDINGS}
+        else:
+            self.values, self.steps = vision_x[0].numpy(), (1.0, 1.0, 1.0)
+            self.fov_mm, self.affine, self.inside = self.values.shape, np.eye(4), None
+
+    def heat(self, field, finding: str, slices=None) -> np.ndarray:
+        """Return a finding's map (h, w, d) at these voxels, 0 outside where it can be, as a share of its
+        largest."""
+        out = spread(field, self.values.shape, self.steps, self.fov_mm, slices)
+        if self.inside is not None:
+            inside = self.inside[finding]
+            out = np.where(inside if slices is None else inside[:, :, slices], out, 0)
+        return out / max(float(np.max(np.asarray(field))), 1e-9)
+
+
+def save_heat(path, backdrop: Backdrop, field, finding: str):
+    """Write a finding's map as NIfTI over the scan, uint8 with a slope, so that viewers show 0 to 1."""
+    heat = (backdrop.heat(field, finding) * 255).round().clip(0, 255).astype(np.uint8)
+    image = nibabel.Nifti1Image(heat.transpose(1, 0, 2), backdrop.affine)
+    image.header.set_slope_inter(1 / 255, 0)
+    image.header.set_xyzt_units("mm")
+    image.header["descrip"] = f"evidence of {finding}"[:79].encode()
+    atomic_write(path, gzip.compress(image.to_bytes(), 1))
+
+
+def draw_evidence(path, backdrop: Backdrop, maps, rows, name: str, report: str, verdict: str = ""):
+    """Draw one row of six slices per finding: the scan with the finding's map over it, under the volume's
+    name, report and verdict; and write each map as NIfTI beside the picture.
+
+    maps: (14, h, w, d). rows: [(finding, caption), ...], of which at most five are drawn. A Chinese report is
+    left out, because matplotlib's own font has no Chinese characters.
     """
     title = f"{name}: {report[:400]}" if language_of(report) == "en" else name
     rows = rows[:5] or [("no finding", "nothing above its threshold")]
-    depth = vision_x.shape[-1]
-    body = np.flatnonzero(vision_x[0].amax((0, 1)).numpy() > 0.5)
+    values, depth = backdrop.values, backdrop.values.shape[-1]
+    body = np.flatnonzero(values[::4, ::4].max((0, 1)) > 0.5)
     low, high = (body[0], body[-1]) if len(body) else (0, depth - 1)
-    slices = np.linspace(low, high, 6)
-    figure, axes = new_figure(len(rows), 6, 1.6, 1.9, squeeze=False)
-    background = vision_x[0].numpy()
-    for axis, k in zip(axes[0], slices.astype(int)):
-        axis.text(0.02, 0.98, f"slice {k + 1}", color="white", fontsize=7, va="top", transform=axis.transAxes)
+    figure, axes = new_figure(len(rows), 6, 1.7, 1.9, squeeze=False)
+    drawn = None
     for line, (finding, text) in zip(axes, rows):
-        field = maps[FINDINGS.index(finding)]
-        full = F.interpolate(field[None, None], size=vision_x.shape[1:], mode="nearest")[0, 0].numpy()
-        for axis, k in zip(line, slices.astype(int)):
-            axis.imshow(background[:, :, k], cmap="gray", vmin=0, vmax=1)
-            if finding != "no finding":
-                axis.imshow(
-                    full[:, :, k],
+        slices = np.linspace(low, high, 6).astype(int)
+        heat = None
+        if finding != "no finding":
+            field = np.asarray(maps[FINDINGS.index(finding)])
+            # The slice with the strongest evidence is one of the six.
+            peak = int(
+                stretch(depth, backdrop.steps[2], field.shape[2], backdrop.fov_mm[2])
+                .dot(field.max((0, 1)))
+                .argmax()
+            )
+            slices[np.abs(slices - peak).argmin()] = peak
+            heat = backdrop.heat(field, finding, slices)
+            save_heat(
+                path.with_name(f"{path.stem}_{finding.replace(' ', '_')}.nii.gz"), backdrop, field, finding
+            )
+        for i, (axis, k) in enumerate(zip(line, slices)):
+            axis.imshow(
+                values[:, :, k], cmap="gray", vmin=0, vmax=1, aspect=backdrop.steps[0] / backdrop.steps[1]
+            )
+            axis.text(0.02, 0.98, f"slice {k + 1}", color="w", fontsize=6, va="top", transform=axis.transAxes)
+            if heat is not None:
+                drawn = axis.imshow(
+                    heat[:, :, i],
                     cmap="inferno",
-                    alpha=0.55 * full[:, :, k] / max(full.max(), 1e-9),
+                    alpha=(0.6 * heat[:, :, i]).clip(0, 1),
                     vmin=0,
-                    vmax=full.max(),
+                    vmax=1,
+                    aspect=backdrop.steps[0] / backdrop.steps[1],
                 )
             axis.set_axis_off()
         line[0].set_title(text, loc="left", fontsize=8)
+    if drawn is not None:
+        bar = figure.colorbar(drawn, ax=axes, shrink=0.6, aspect=30)
+        bar.set_label("evidence, share of the finding's largest", fontsize=7)
+        bar.ax.tick_params(labelsize=7)
     figure.suptitle("\n".join(textwrap.fill(text, 130) for text in (title, verdict) if text), fontsize=8)
     return save_figure(figure, path)

@@ -2,6 +2,7 @@
 
     python dia_pangu/test.py --ckpt-path runs/ft --lang-encoder-path LLM --data CTRG --out results
     python dia_pangu/test.py --ckpt-path runs/ft --lang-encoder-path LLM --volume scan.nii.gz --out report
+    python dia_pangu/test.py --ckpt-path runs/ft --lang-encoder-path LLM --volumes scans/ --out reports
 
 In --out: dia-pangu.csv (ID, Question, Ground Truth, Pred, GT_labels; UTF-8), dia-pangu_timing.csv (ID,
 InferTimeMs), findings.csv (probability, threshold, status, and the side and place that the evidence map
@@ -13,6 +14,7 @@ import argparse
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, whatever folder we start in
@@ -22,17 +24,17 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
 from common.arguments import Parser, number, refuse
-from common.checkpoint import atomic_csv
 from common.errors import UserError, run
 from common.llm import add_trust_argument
 from common.run import progress, seed_everything
-from dia_pangu.evaluate.evidence import draw_evidence, locate_all
+from dia_pangu.evaluate.evidence import Backdrop, draw_evidence, locate_all
 from dia_pangu.src.Dataset.CTRG_dataset import SPLITS, CTRGDataset, collate, raise_bad
-from dia_pangu.src.Dataset.preprocess import load_scan
 from dia_pangu.src.Dataset.prompt import FINDINGS, LANGUAGES, without_sides
 from dia_pangu.src.Dataset.scan import scan_name
-from dia_pangu.src.Dataset.verdict import say
+from dia_pangu.src.Dataset.scans import Scans, collate_scans, find_scans
+from dia_pangu.src.Dataset.verdict import Verdict, say
 from dia_pangu.src.Model.build import load_model, make_grid
+from dia_pangu.src.report_files import Journal, weights_stamp
 
 CONTROLS = ("none", "blank", "swap", "swap-visual")
 
@@ -154,18 +156,23 @@ def captions(rows: list[dict]) -> list[tuple[str, str]]:
 def check_flags(args, processes: int):
     """Refuse flags that contradict each other, and flags that have no effect in the given mode."""
     # One source of volumes.
-    if bool(args.data) == bool(args.volume):
-        raise UserError("give either --data (a folder in the CTRG format) or --volume (one scan)")
+    if sum(map(bool, (args.data, args.volume, args.volumes))) != 1:
+        raise UserError(
+            "give one of --data (a folder in the CTRG format), --volume (one scan) and --volumes (many scans)"
+        )
     if args.volume:
         unused = ["split", "cache", "limit", "skip_bad", "batch_size", "workers"]
         refuse(args, unused, "with --volume, which is one scan")
+    elif args.volumes:
+        refuse(args, ["split", "skip_bad"], "with --volumes, which have no split and are never all dropped")
+        refuse(args, ["series"], "with --volumes; give the folder of one scan to --volume")
     else:
         refuse(args, ["series"], "without --volume")
     # Greedy decoding and beam search draw nothing.
     if not args.do_sample:
         refuse(args, ["temperature", "top_k", "top_p"], "without --do-sample")
     # A swapped volume is the neighbour's in the batch.
-    if args.control.startswith("swap") and (args.volume or args.batch_size < 2):
+    if args.control.startswith("swap") and (not args.data or args.batch_size < 2):
         raise UserError(
             f"--control {args.control} takes the next patient of the batch; give --data and a --batch-size "
             "of at least 2"
@@ -189,20 +196,52 @@ def generation_options(args) -> dict:
     return options
 
 
-def read_batches(args, grid, language: str):
-    """Yield the batches to report on: those of --split, or the one scan of --volume."""
-    if args.volume:
-        name = scan_name(args.volume)
-        volume, verdict = load_scan(args.volume, grid, series=args.series)
-        say(args.volume, verdict.notes)
-        return [{"id": [name], "report": [""], "vision_x": volume[None, None], "verdict": [verdict]}]
+def read_batches(args, grid, language: str, done=()):
+    """Return the batches to report on: those of --split, the one scan of --volume, or those of --volumes that
+    are not `done`."""
+    if args.volume or args.volumes:
+        scans = find_scans(args.volumes) if args.volumes else [(scan_name(args.volume), Path(args.volume))]
+        scans = [(name, path) for name, path in scans if name not in done][: args.limit or None]
+        data = Scans(scans, grid, args.cache, args.series)
+        return DataLoader(data, args.batch_size, collate_fn=collate_scans, num_workers=args.workers)
     # The prompt is written after the diagnosis, so that the data set needs no tokenizer.
     data = CTRGDataset(args.data, args.split, grid, language=language, cache=args.cache, limit=args.limit)
     if args.skip_bad:
         data.drop_bad(args.workers)
     else:
         data.check()
-    return DataLoader(data, args.batch_size, collate_fn=collate, num_workers=args.workers)
+    join = partial(collate_with_paths, data)
+    return DataLoader(data, args.batch_size, collate_fn=join, num_workers=args.workers)
+
+
+def collate_with_paths(data: CTRGDataset, samples: list[dict]) -> dict:
+    """Join samples of a data set, with the paths of their volumes."""
+    batch = collate(samples)
+    return batch if "error" in batch else {**batch, "path": [data.path(n) for n in batch["id"]], "failed": []}
+
+
+def no_report(name: str, path: str, error: str) -> dict:
+    """Return the record of a scan that could not be read: a row with an empty report, and the reason."""
+    row = {"ID": name, "Question": "", "Ground Truth": "", "Pred": "", "GT_labels": ""}
+    verdict = {"ID": name, "path": path, "error": error, **Verdict("", values="", side="").row()}
+    return {"row": row, "ms": None, "findings": [], "verdict": verdict}
+
+
+def reported(batch, made, i: int, thresholds, ms: float, hide: bool) -> dict:
+    """Return the record of volume `i` of a batch. hide: replace words of side where its sides are unknown."""
+    name, verdict = batch["id"][i], batch["verdict"][i]
+    if hide and verdict.side != "known":
+        made["reports"][i] = without_sides(made["reports"][i])
+    rows = finding_rows(name, made["probability"][i], made["statuses"][i], thresholds, made["places"][i])
+    known = {"ID": name, "path": str(batch["path"][i]), "error": "", **verdict.row()}
+    return {"row": result_row(batch, made, i), "ms": ms, "findings": rows, "verdict": known}
+
+
+def settings_of(args, config: dict) -> dict:
+    """Return what the reports of --volumes depend on beside the scans."""
+    names = ("series", "control", "hide_places", "max_new_tokens", "num_beams", "do_sample", "temperature")
+    given = {name: getattr(args, name) for name in (*names, "top_k", "top_p", "seed", "language")}
+    return {"weights": weights_stamp(args.ckpt_path), "grid": config["grid"], **given}
 
 
 def main(args):
@@ -228,9 +267,16 @@ def main(args):
     generation = generation_options(args)
 
     # One batch after the other: reports, their time, the table of findings, the first evidence pictures.
-    results, timing, findings, verdicts, drawn = [], [], [], [], 0
-    for batch in progress(read_batches(args, grid, config["language"]), desc="reports"):
+    journal, drawn = Journal(args.out, settings_of(args, config), bool(args.volumes)), 0
+    for batch in progress(read_batches(args, grid, config["language"], journal.records), desc="reports"):
         raise_bad(batch)  # one line that names the file, from the worker that read it
+        for name, path, error in batch["failed"]:
+            if args.volume:
+                raise UserError(error)
+            journal.add(name, no_report(name, path, error))
+            print(f"no report: {error}", file=sys.stderr)
+        if not batch["id"]:
+            continue
         if args.control.startswith("swap") and len(batch["id"]) < 2:
             raise UserError(
                 "the last batch holds one volume, which has no other to swap with; choose another "
@@ -252,34 +298,32 @@ def main(args):
         elapsed_ms = 1000 * (time.perf_counter() - start) / len(batch["id"])
         for i, (name, verdict) in enumerate(zip(batch["id"], batch["verdict"])):
             # The reports of a data set are scored as they are; that of a lone scan is read by a person.
-            if args.volume and verdict.side != "known":
-                made["reports"][i] = without_sides(made["reports"][i])
-            verdicts.append({"ID": name, **verdict.row()})
-            results.append(result_row(batch, made, i))
-            timing.append({"ID": name, "InferTimeMs": f"{elapsed_ms:.2f}"})
-            statuses, places = made["statuses"][i], made["places"][i]
-            rows = finding_rows(name, made["probability"][i], statuses, thresholds, places)
-            findings += rows
+            record = reported(batch, made, i, thresholds, elapsed_ms, hide=not args.data)
+            if not args.data:
+                say(batch["path"][i], verdict.notes)
             if drawn < args.evidence:
                 drawn += 1
-                picture = args.out / "evidence" / f"{name}.png"
-                volume, maps, report = batch["vision_x"][i, 0], made["maps"][i], made["reports"][i]
-                draw_evidence(picture, volume, maps, captions(rows), name, report, verdict.line())
+                backdrop = Backdrop(batch["path"][i], batch["vision_x"][i, 0], grid, args.series)
+                picture, shown = args.out / "evidence" / f"{name}.png", captions(record["findings"])
+                draw_evidence(
+                    picture, backdrop, made["maps"][i], shown, name, record["row"]["Pred"], verdict.line()
+                )
+            journal.add(name, record)
 
     # Four tables and a summary; for one scan also the report itself.
-    atomic_csv(args.out / "dia-pangu.csv", results)
-    atomic_csv(args.out / "dia-pangu_timing.csv", timing)
-    atomic_csv(args.out / "findings.csv", findings)
-    atomic_csv(args.out / "verdicts.csv", verdicts)
-    empty = sum(not row["Pred"] for row in results)
-    mean_ms = sum(float(row["InferTimeMs"]) for row in timing) / len(timing)
+    journal.write_tables()
+    records = list(journal.records.values())
+    times = [record["ms"] for record in records if record["ms"] is not None]
+    empty = sum(not record["row"]["Pred"] for record in records)
     print(
-        f"{args.out / 'dia-pangu.csv'}: {len(results)} reports, {empty} empty, {mean_ms:.0f} ms each; "
-        f"findings.csv and {drawn} evidence pictures beside it"
+        f"{args.out / 'dia-pangu.csv'}: {len(records)} reports, {empty} empty, "
+        f"{sum(times) / max(1, len(times)):.0f} ms each; findings.csv, verdicts.csv and {drawn} evidence "
+        "pictures "
+        "beside it"
     )
     if args.volume:
         print(verdict.line())
-        show_scan(results[0]["Pred"], findings)
+        show_scan(records[0]["row"]["Pred"], records[0]["findings"])
 
 
 def show_scan(report: str, findings: list[dict]):
@@ -342,6 +386,12 @@ def parse_args(argv=None):
     group.add_argument(
         "--volume",
         help="one scan in place of --data: a NIfTI, MetaImage or NRRD file, or a folder of DICOM files",
+    )
+    group.add_argument(
+        "--volumes",
+        help="many scans in place of --data: a folder of them, or a csv with a column volume; a second start "
+        "goes "
+        "on where the first one ended",
     )
     group.add_argument(
         "--series",

@@ -1,6 +1,6 @@
 r"""Write the impression of a real report from its findings, and judge it by what it states.
 
-    python studies/dia_pangu/impressions.py --reports ct_reports_val.json --model runs/llm/model --out runs/dia_pangu
+    python studies/dia_pangu/impressions.py --reports ct_reports_val.json --model runs/llm/model --out runs
 
 In CT-RATE's reports the impression follows the findings behind a quotation mark. The model continues the
 findings; the labeler reads the findings of the generated and of the true impression. Controls: the impression
@@ -94,8 +94,8 @@ def main(args):
         value,
         controls,
         bootstrap(micro_f1, truth, told),
-        note=f"{len(made)} held-out reports; findings of the generated against those of the true impression, both "
-        "by the rule-based labeler",
+        note=f"{len(made)} held-out reports; findings of the generated against those of the true impression, "
+        "both by the rule-based labeler",
     )
 
 

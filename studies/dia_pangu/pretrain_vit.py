@@ -33,7 +33,6 @@ from common.run import describe, open_run, progress, seed_everything
 from common.train import (
     batches,
     check_finite,
-    evaluation_due,
     finish,
     finish_step,
     lr_at,
@@ -43,6 +42,7 @@ from common.train import (
     plan_steps,
     start,
     update,
+    watched,
 )
 from dia_pangu.evaluate.evidence import locate_all
 from dia_pangu.evaluate.findings import finding_scores
@@ -273,8 +273,12 @@ def main(args):
         raise_bad(batch)
         return len(batch["id"])
 
+    def eval_scores():
+        found = evaluate(model, watched(run, val_loader), accelerator)
+        return {f"eval_{key}": value for key, value in found.items()}
+
     # The loop: a batch's share is its number of volumes.
-    run = start(accelerator, args, steps, [optimizer])
+    run = start(accelerator, args, steps, [optimizer], eval_scores)
     model.train()
     for batch, share in batches(run, loader, count):
         with accelerator.accumulate(model):
@@ -285,8 +289,7 @@ def main(args):
             accelerator.backward(losses["loss"])
             grad = update(run, model, [optimizer], lr_at(run.state["step"], steps, args.warmup))
         if accelerator.sync_gradients:
-            scores = evaluate(model, val_loader, accelerator) if evaluation_due(run) else {}
-            finish_step(run, grad=grad, **{f"eval_{key}": value for key, value in scores.items()})
+            finish_step(run, grad=grad)
     # What the head is worth on the validation volumes.
     scores = evaluate(model, val_loader, accelerator)
 

@@ -54,7 +54,7 @@ def report_model(llm):
         warmup=5,
         batch_size=8,
         accum=1,
-        max_steps=size(70, smoke=2),
+        max_steps=size(50, smoke=2),
         out=out / "ft",
     )
     test = {"ckpt_path": out / "ft", "lang_encoder_path": llm, "data": data, "cache": data / "cache"}
@@ -85,7 +85,7 @@ def real_reports(llm, train, val):
     texts = {"reports": train, "eval_reports": val, **run}
     small = {"make": 4, "vocab_size": 1500, "batch_size": 8, "max_steps": size(150, smoke=2)}
     stage("studies/dia_pangu/warm_llm.py", **texts, **small, out=out / "llm-small")
-    lora = {"lang_encoder_path": llm, "batch_size": 4, "max_steps": size(50, smoke=2), "max_length": 384}
+    lora = {"lang_encoder_path": llm, "batch_size": 4, "max_steps": size(30, smoke=2), "max_length": 384}
     stage("studies/dia_pangu/warm_llm.py", **texts, **lora, warmup=5, out=out / "llm-lora")
     stage(
         reports,

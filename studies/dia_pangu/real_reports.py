@@ -85,8 +85,8 @@ def labeler_study(out, reports, train_reports=None) -> dict:
         scores["rules"]["macro"]["F1"],
         {name: score["macro"]["F1"] for name, score in scores.items() if name != "rules"},
         bootstrap(lambda t, p: finding_scores(t, p, LABELS_18)["macro"]["F1"], truth, ruled),
-        note=f"{len(truth)} CT-RATE reports of {Path(reports).name}, all {len(LABELS_18)} labels; the rules were "
-        f"written on other reports; micro-F1 {scores['rules']['micro']['F1']:.2f}",
+        note=f"{len(truth)} CT-RATE reports of {Path(reports).name}, all {len(LABELS_18)} labels; the rules "
+        f"were written on other reports; micro-F1 {scores['rules']['micro']['F1']:.2f}",
         details=scores,
     )
     return scores

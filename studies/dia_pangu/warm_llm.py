@@ -32,7 +32,6 @@ from common.tiny_llm import make_llm, make_tokenizer
 from common.train import (
     batches,
     check_finite,
-    evaluation_due,
     finish,
     finish_step,
     lr_at,
@@ -42,6 +41,7 @@ from common.train import (
     plan_steps,
     start,
     update,
+    watched,
 )
 from dia_pangu.src.Dataset.CTRG_dataset import CTRGDataset, collate, raise_bad, read_places
 from dia_pangu.src.Dataset.preprocess import Grid
@@ -211,8 +211,12 @@ def main(args):
     model, optimizer, loader, val_loader = accelerator.prepare(model, optimizer, loader, val_loader)
     steps = plan_steps(args, loader)
 
+    def eval_scores():
+        found = evaluate(model, watched(run, val_loader), accelerator)
+        return {f"eval_{key}": value for key, value in found.items()}
+
     # The loop: a batch's share is its number of labels.
-    run = start(accelerator, args, steps, [optimizer])
+    run = start(accelerator, args, steps, [optimizer], eval_scores)
     model.train()
     for batch, share in batches(run, loader, count_labels):
         with accelerator.accumulate(model):
@@ -221,8 +225,7 @@ def main(args):
             accelerator.backward(loss)
             grad = update(run, model, [optimizer], lr_at(run.state["step"], steps, args.warmup))
         if accelerator.sync_gradients:
-            scores = evaluate(model, val_loader, accelerator) if evaluation_due(run) else {}
-            finish_step(run, grad=grad, **{f"eval_{key}": value for key, value in scores.items()})
+            finish_step(run, grad=grad)
 
     # The model folder gets the tokenizer as it was, without image tokens; metrics.json comes last.
     scores = evaluate(model, val_loader, accelerator)

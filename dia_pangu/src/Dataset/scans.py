@@ -1,0 +1,105 @@
+"""Scans without labels and reports: one, or all of a folder or of a csv."""
+
+import csv
+from pathlib import Path
+
+from torch.utils.data import Dataset
+
+from common.errors import UserError
+from common.files import reading
+from dia_pangu.src.Dataset.CTRG_dataset import collate
+from dia_pangu.src.Dataset.preprocess import Grid, load_scan
+from dia_pangu.src.Dataset.scan import ITK, NIFTI, is_dicom, picture_files, scan_name
+
+COLUMNS = ("volume", "path", "file")  # of a csv of scans, the first that it has
+
+
+def find_scans(source) -> list[tuple[str, Path]]:
+    """Return (id, path) of all scans that a folder holds or a csv names, sorted by id.
+
+    In a folder every NIfTI, MetaImage or NRRD file is a scan, and every folder of DICOM files or pictures; an
+    id is the path below the folder without the suffix. A csv has a column volume, path or file, with paths
+    that may start at its own folder, and may have a column id.
+    """
+    source = Path(source)
+    scans = scans_of_csv(source) if source.is_file() else scans_of_folder(source)
+    if not scans:
+        raise UserError(
+            f"{source}: holds no scans (NIfTI, MetaImage or NRRD files, folders of DICOM or pictures)"
+        )
+    names = [name for name, _ in scans]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(
+            f"{source}: two scans have the id {twice}; rename one, or give a csv with a column id"
+        )
+    return sorted(scans)
+
+
+def scans_of_csv(file: Path) -> list[tuple[str, Path]]:
+    """Return (id, path) of the rows of a csv."""
+    with reading(file, "csv of scans"), open(file, newline="", encoding="utf-8-sig") as lines:
+        rows = list(csv.DictReader(lines))
+    column = next((name for name in COLUMNS if rows and name in rows[0]), None)
+    if column is None:
+        raise UserError(f"{file}: no rows with a column {', '.join(COLUMNS)}; it names the scans")
+    paths = [file.parent / (row[column] or "").strip() for row in rows]
+    return [((row.get("id") or "").strip() or scan_name(path), path) for row, path in zip(rows, paths)]
+
+
+def scans_of_folder(folder: Path) -> list[tuple[str, Path]]:
+    """Return (id, path) of the scans below a folder; the folder itself may be one."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder or csv; --volumes takes the folder of the scans")
+    scans = []
+
+    def walk(place: Path):
+        files = sorted(p for p in place.iterdir() if not p.name.startswith("."))
+        # An Analyze pair is one scan.
+        volumes = [p for p in files if p.is_file() and p.name.lower().endswith((*NIFTI, *ITK))]
+        volumes = [p for p in volumes if p.suffix != ".hdr" or not p.with_suffix(".img").exists()]
+        scans.extend((str((p.parent / scan_name(p)).relative_to(folder)), p) for p in volumes)
+        loose = [
+            p for p in files if p.is_file() and p not in volumes and p.suffix.lower() not in (".raw", ".csv")
+        ]
+        if picture_files(place) or any(p.name.upper() == "DICOMDIR" or is_dicom(p) for p in loose[:20]):
+            name = str(place.relative_to(folder)) if place != folder else place.resolve().name
+            scans.append((name, place))
+            return
+        for inner in files:
+            if inner.is_dir():
+                walk(inner)
+
+    walk(folder)
+    return scans
+
+
+def collate_scans(samples: list[dict]) -> dict:
+    """Join scans to a batch; those that could not be read stand under "failed" as (id, path, error)."""
+    good = [sample for sample in samples if "error" not in sample]
+    batch = collate(good) if good else {"id": []}
+    batch["path"] = [sample["path"] for sample in good]
+    batch["failed"] = [(s["id"], s["path"], s["error"]) for s in samples if "error" in s]
+    return batch
+
+
+class Scans(Dataset):
+    """Prepared scans: {"id", "report": "", "vision_x" (1, 3, H, W, D), "verdict", "path"}, or {"id", "path",
+    "error"}.
+
+    scans: (id, path) pairs. series: of a DICOM folder with several, see dicom.choose_series.
+    """
+
+    def __init__(self, scans, grid: Grid, cache=None, series=None):
+        self.scans, self.grid, self.cache, self.series = scans, grid, cache, series
+
+    def __len__(self):
+        return len(self.scans)
+
+    def __getitem__(self, index: int) -> dict:
+        name, path = self.scans[index]
+        try:
+            volume, verdict = load_scan(path, self.grid, self.cache, self.series)
+        except UserError as error:
+            return {"id": name, "path": str(path), "error": str(error)}
+        return {"id": name, "path": str(path), "report": "", "vision_x": volume[None], "verdict": verdict}

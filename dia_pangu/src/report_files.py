@@ -1,0 +1,75 @@
+"""What test.py writes: a record for each scan, kept while a long list is worked off, and the tables of
+all."""
+
+import json
+import os
+from pathlib import Path
+
+from common.checkpoint import atomic_csv
+from common.errors import UserError
+
+JOURNAL = "reports.jsonl"
+
+
+class Journal:
+    """The records of a run by scan: {"row", "ms", "findings", "verdict"}, the last with the key "error".
+
+    kept: write every record to OUT/reports.jsonl at once, and begin with those that are there already.
+    settings: what the reports depend on; records of other settings are refused.
+    """
+
+    def __init__(self, out: Path, settings: dict, kept: bool):
+        self.out, self.records, self.file = Path(out), {}, None
+        if not kept:
+            return
+        path = self.out / JOURNAL
+        self.out.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        whole = []
+        for line in lines:
+            try:
+                whole.append(json.loads(line))
+            except ValueError:
+                break  # the process was ended while it wrote this line
+        if whole and whole[0] != settings:
+            changed = [name for name in settings if whole[0].get(name) != settings[name]]
+            raise UserError(
+                f"{path}: its reports were written with another {', '.join(changed) or 'setting'}; choose "
+                "another "
+                "--out, or delete the file"
+            )
+        self.records = {record["id"]: record for record in whole[1:]}
+        if self.records:
+            print(f"{path}: {len(self.records)} scans are done already")
+        self.file = open(path, "w", encoding="utf-8")
+        for line in [settings, *self.records.values()]:
+            self.write(line)
+
+    def write(self, line: dict):
+        """Append one line and see it onto the disk."""
+        self.file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def add(self, name: str, record: dict):
+        """Keep the record of a scan."""
+        self.records[name] = {"id": name, **record}
+        if self.file is not None:
+            self.write(self.records[name])
+
+    def write_tables(self):
+        """Write the four tables, whole; a scan without a report has a row in each of the first and the
+        last."""
+        records = list(self.records.values())
+        atomic_csv(self.out / "dia-pangu.csv", [record["row"] for record in records])
+        timing = [{"ID": r["id"], "InferTimeMs": f"{r['ms']:.2f}"} for r in records if r["ms"] is not None]
+        atomic_csv(self.out / "dia-pangu_timing.csv", timing)
+        atomic_csv(self.out / "findings.csv", [row for record in records for row in record["findings"]])
+        atomic_csv(self.out / "verdicts.csv", [record["verdict"] for record in records])
+
+
+def weights_stamp(path) -> list:
+    """Return what tells the weights of a checkpoint apart: the names, sizes and times of its files."""
+    path = Path(path)
+    files = sorted(path.glob("*.bin")) + sorted(path.glob("*.json")) if path.is_dir() else [path]
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
