@@ -137,7 +137,9 @@ def label_scores(probabilities, targets, classes: list, groups=None, resamples: 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # a class that no draw holds
             ends = np.nanpercentile(drawn, [2.5, 97.5], axis=0).T.tolist()
-            result["macro_auroc_95"] = np.percentile([mean(areas) for areas in drawn], [2.5, 97.5]).tolist()
+            means = [mean(areas) for areas in drawn if np.isfinite(areas).any()]
+            if means:
+                result["macro_auroc_95"] = np.percentile(means, [2.5, 97.5]).tolist()
         for name, interval in zip(classes, ends):
             per_class[name]["auroc_95"] = interval
     return result | {"per_class": per_class}

@@ -11,6 +11,7 @@ The wavelet front end follows Mobile-Sensing-and-UbiComp-Laboratory/NormWear, wi
 Dryilv/Wearable-Foundation-Model (model.py) under `legacy`.
 """
 
+import contextlib
 import functools
 import math
 import os
@@ -449,6 +450,36 @@ def _floats(x: Tensor) -> Tensor:
     return x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
+_PLAIN = False
+
+
+@contextlib.contextmanager
+def plain_operations():
+    """Within it the transform is one convolution and a normalisation in plain operations, which exporters to
+    other formats know. Only for signals without a mask."""
+    global _PLAIN
+    before, _PLAIN = _PLAIN, True
+    try:
+        yield
+    finally:
+        _PLAIN = before
+
+
+def plain_images(rows, mask, scales, points: int, normalize: bool) -> Tensor:
+    """`ricker_bank` in plain operations with fixed shapes."""
+    if mask is not None:
+        raise ValueError("the exported transform takes whole windows: leave real out")
+    kernels = create_ricker_wavelets(points, torch.tensor(scales, dtype=torch.float64)).to(rows.dtype)
+    found = torch.nn.functional.conv1d(rows.flatten(0, 1)[:, None], kernels.to(rows.device))
+    length = rows.shape[2] - 2 * (points // 2)
+    images = found[..., :length].unflatten(0, (-1, rows.shape[1]))
+    if not normalize:
+        return images
+    rest = images - images.mean((2, 3), keepdim=True)
+    variance = rest.square().sum((2, 3), keepdim=True) / (len(scales) * length - 1)
+    return rest / variance.sqrt().clamp(min=LEAST)
+
+
 def _apply(rows, mask, scales, points: int, normalize: bool, out=None) -> Tensor:
     """`ricker_bank` by the door that fits: the operator for compilers, its derivatives in eager mode, `out`
     directly."""
@@ -469,6 +500,8 @@ def _apply(rows, mask, scales, points: int, normalize: bool, out=None) -> Tensor
             raise ValueError("out= has no derivative; call it without out, or under torch.no_grad()")
         filter_into(out, rows.new_ones(rows.shape[:2]), rows, mask, scales, points, normalize)
         return out
+    if _PLAIN:
+        return plain_images(rows, mask, scales, points, normalize)
     if torch.compiler.is_compiling():
         return ricker_bank(rows, mask, scales, points, normalize)[0]
     return Filtered.apply(rows, mask, scales, points, normalize)[0]

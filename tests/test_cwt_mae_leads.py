@@ -120,7 +120,7 @@ def test_the_wrong_number_of_leads_is_said():
 
 
 def write_leads(folder, count=8, missing=()):
-    """Records of leads I, II (at another rate) and V1; two labels that depend on frequencies, in a manifest."""
+    """Records of leads I, II (at another rate) and V1; two labels that follow frequencies, in a manifest."""
     folder.mkdir(parents=True)
     rng, rows = np.random.default_rng(0), ["path,subject,fold,label_slow,label_fast"]
     for i in range(count):
@@ -149,9 +149,8 @@ def test_windows_of_several_leads_lie_on_one_clock(tmp_path):
         fields = dict(file)
     fields["V1"][200:300] = np.nan
     np.savez(folder / "r1.npz", **fields)
-    store = build_store(
-        [folder], Preprocess(FS, 0.0, channel="I,II,V1"), tmp_path / "cache", manifest=folder / "list.csv"
-    )
+    prepare = Preprocess(FS, 0.0, channel="I,II,V1")
+    store = build_store([folder], prepare, tmp_path / "cache", manifest=folder / "list.csv")
     assert len(store.anchors) == 8 and len(store.records) == 8 * 3 - 3 + 1
     dataset = PhysioSignalDataset(store, 400, "test")
     names = [dataset[i]["name"] for i in range(len(dataset))]
@@ -239,3 +238,52 @@ def test_labels_of_an_unknown_level_are_named(tmp_path):
     with pytest.raises(UserError, match="no labels of level 'rhythm'"):
         load_task(store, "labels", 200, level="rhythm")
     assert load_task(store, "labels", 500).targets.shape == (16, 2)
+
+
+# ---- export
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, what", [("onnx", "encoder"), ("onnx", "leads"), ("torch", "classifier")])
+def test_an_exported_model_gives_the_same_numbers(kind, what, tmp_path):
+    from cwt_mae import export
+
+    if kind == "onnx":
+        for module in ("onnx", "onnxscript", "onnxruntime"):
+            pytest.importorskip(module)
+    torch.manual_seed(0)
+    sizes = SIZES | {"depth": 1}
+    if what == "encoder":
+        model = CWT_MAE_RoPE(**sizes, **DECODER, raw_patches=True)
+    else:
+        model = TF_MAE_Classifier(
+            None, 3, use_cot=what == "leads", leads=LEADS if what == "leads" else None, **sizes
+        )
+        if what == "leads":
+            trained_leads(model)
+    save_model(tmp_path / "m.safetensors", model)
+    out = tmp_path / ("m.onnx" if kind == "onnx" else "m.pt2")
+    run(export, "--model", tmp_path / "m.safetensors", "--export", kind, "--out", out, "--batch-size", 2)
+    x = leads(seed=5) if what == "leads" else leads(seed=5)[:, 0]
+    if kind == "onnx":
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
+        found = torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+        assert "signal_len" in session.get_modelmeta().custom_metadata_map["config"]
+    else:
+        found = torch.export.load(out).module()(x)
+    with torch.no_grad():
+        wanted = model.eval().patch_tokens(x)[0] if what == "encoder" else model.eval()(x)
+    assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()
+
+
+def test_what_cannot_be_exported_is_said(tmp_path):
+    from cwt_mae import export
+
+    save_model(tmp_path / "m.safetensors", TF_MAE_Classifier(None, 3, num_features=4, **SIZES))
+    words = ["--model", tmp_path / "m.safetensors", "--export", "torch", "--out"]
+    with pytest.raises(UserError, match="ends with .pt2"):
+        run(export, *words, tmp_path / "m.onnx")
+    with pytest.raises(UserError, match="--no-features"):
+        run(export, *words, tmp_path / "m.pt2")

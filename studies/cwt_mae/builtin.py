@@ -1,25 +1,21 @@
 """cwt_mae on the built-in data: pre-training, linear probe and fine-tuning, each beside its controls.
 
-    python studies/cwt_mae/builtin.py                            # the built-in data
-    DATA_ROOT=/data python studies/cwt_mae/builtin.py            # MIT-BIH and UCR sets below /data/ecg too
+    python studies/cwt_mae/builtin.py
 
-Small models gain more from one core each: with three cores or more the seeds of MIT-BIH (SEEDS, default "0 1
-2") and the UCR sets run beside each other and beside the built-in data; with fewer there is one seed.
+The real recordings are real.py's.
 """
 
-import os
 import sys
 from pathlib import Path
 
 # repository root: every way of starting this file finds it
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common.files import read_json
-from studies.recipe import CORES, DATA, REAL, ROOT, RUNS, SMOKE, recipe, side_by_side, size, stage
+from studies.recipe import DATA, ROOT, RUNS, recipe, size, stage
 from studies.summary import write_result
 
 OUT = RUNS / "cwt_mae"
 SMALL = ROOT / "cwt_mae" / "config_small.yaml"
-SEEDS = os.environ.get("SEEDS", "0 1 2" if CORES >= 3 and not SMOKE else "0").split()
 
 
 def builtin():
@@ -151,26 +147,5 @@ def report(out):
     )
 
 
-def main():
-    parts, mitbih, sets = [builtin], None, []
-    if REAL and (REAL / "ecg" / "mitbih").is_dir():
-        mitbih = dict(data=REAL / "ecg" / "mitbih", out=OUT / "mitbih")
-    if REAL:
-        sets = sorted((REAL / "ecg").glob("*.npz"))
-
-    # Every part is a process of its own, so that the cores are shared out among them
-    if mitbih:
-        for seed in SEEDS:
-            parts.append(lambda seed=seed: stage("studies/cwt_mae/mitbih.py", "train", **mitbih, seed=seed))
-        parts.append(lambda: stage("studies/cwt_mae/mitbih.py", "forest", **mitbih))
-    for file in sets:
-        parts.append(lambda file=file: stage("studies/cwt_mae/ucr.py", data=file, out=OUT / file.stem))
-    side_by_side(*parts, cores=CORES)
-
-    # The test records of MIT-BIH come last, when all that is scored on them is trained
-    if mitbih:
-        stage("studies/cwt_mae/mitbih.py", "score", **mitbih, seeds=SEEDS)
-
-
 if __name__ == "__main__":
-    recipe(main)
+    recipe(builtin)
