@@ -72,7 +72,7 @@ PROBE_SECONDS = 10  # a network file system shows a new file after a while
 
 def _refuse_private_disk(out: Path, accelerator):
     """UserError unless the processes on all machines see one folder `out`: a checkpoint is written by all."""
-    if int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)) == accelerator.num_processes:
+    if int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)) >= accelerator.num_processes:
         return
     probe = out / f".probe-{uuid.uuid4().hex}"
     made = [folder for folder in (out, *out.parents) if not folder.exists()]

@@ -41,8 +41,10 @@ def refuse_sharding(accelerator, why: str):
         raise UserError(f"{kind} would spread this model over the processes, but {why}")
 
 
-def settle(accelerator):
+def settle(accelerator, clip: float, accum: int):
     """Set what our scripts rely on in accelerate's plugins; called once, before any model is loaded.
+
+    DeepSpeed clips and averages by itself: clip and accum are --clip and --accum.
 
     Every process loads the weights itself: a model that is empty on all but one of them could not be looked
     at, measured or extended before it is prepared.
@@ -55,6 +57,9 @@ def settle(accelerator):
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
         accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
         accelerator.state.fsdp_plugin.set_state_dict_type("SHARDED_STATE_DICT")
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        config |= {"gradient_clipping": float(clip), "gradient_accumulation_steps": accum}
 
 
 def prepare(accelerator, model, *others):
@@ -63,12 +68,20 @@ def prepare(accelerator, model, *others):
     Optimizers must stand for parameters of `model` and hold no state yet. Returns the prepared objects in
     the order given.
     """
+    if accelerator.is_fsdp2 or accelerator.distributed_type == DistributedType.DEEPSPEED:
+        if any(isinstance(other, torch.optim.Muon) for other in others):
+            raise UserError(
+                "--optimizer muon needs whole matrices, which are cut here; take --optimizer adamw"
+            )
     accelerator.skeleton = _skeleton(model) if is_sharded(accelerator) else None
     if not accelerator.is_fsdp2:
-        return accelerator.prepare(model, *others)
-    for optimizer in others:
-        if isinstance(optimizer, torch.optim.Muon):
-            raise UserError("--optimizer muon needs whole matrices, which FSDP2 cuts; take --optimizer adamw")
+        prepared = accelerator.prepare(model, *others)
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            # accelerate makes the optimizer's step within the backward pass, before the step's learning rate
+            # is set; here `update` makes it.
+            engine = accelerator.deepspeed_engine_wrapped.engine
+            engine.own_step, engine.step = engine.step, lambda *_, **__: None
+        return prepared
     before = dict(model.named_parameters())
     _shard(accelerator, model)
     after = dict(model.named_parameters())
@@ -148,6 +161,13 @@ def _shard(accelerator, model):
                 return forward(*arguments, **keywords)
 
         model.forward = convert_outputs_to_fp32(autocast)
+
+
+def deepspeed_step(accelerator):
+    """Make the optimizer step of DeepSpeed's engine, which clips; returns the gradient's norm before that."""
+    engine = accelerator.deepspeed_engine_wrapped.engine
+    engine.own_step()
+    return torch.as_tensor(float(engine.get_global_grad_norm()), device=accelerator.device)
 
 
 def average_whole_gradients(accelerator):

@@ -27,14 +27,19 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, gather_object
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedType,
+    GradientAccumulationPlugin,
+    gather_object,
+)
 from torch.utils.data import DataLoader
 
 from common.arguments import refuse
 from common.checkpoint import find_resume, load_step, save_step
 from common.errors import UserError
 from common.run import Log, StopSignal, keep_config, loader_worker, seed_everything
-from common.sharding import average_whole_gradients, settle
+from common.sharding import average_whole_gradients, deepspeed_step, settle
 
 
 def make_accelerator(args, **options) -> Accelerator:
@@ -47,7 +52,7 @@ def make_accelerator(args, **options) -> Accelerator:
         ),
         **options,
     )
-    settle(accelerator)
+    settle(accelerator, args.clip, args.accum)
     return accelerator
 
 
@@ -350,19 +355,21 @@ def update(run: Run, model, optimizers, factor: float):
     """
     accelerator, norm = run.accelerator, None
     if accelerator.sync_gradients:
-        average_whole_gradients(accelerator)
-        norm = accelerator.clip_grad_norm_(model.parameters(), run.args.clip or math.inf)
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = group["peak"] * factor
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            norm = deepspeed_step(accelerator)
+        else:
+            average_whole_gradients(accelerator)
+            norm = accelerator.clip_grad_norm_(model.parameters(), run.args.clip or math.inf)
         if hasattr(norm, "full_tensor"):  # of sharded gradients
             norm = norm.full_tensor()
-        if (
-            norm is not None and accelerator.scaler is None
-        ):  # fp16's scaler leaves out steps with inf by itself
+        # fp16's scaler leaves out steps with inf by itself.
+        if norm is not None and accelerator.scaler is None:
             names = run.unread[-1][2] if run.unread else ["see the log"]
             run.unread.append((run.state["step"] + 1, "gradient norm", names, norm.detach()))
             if accelerator.device.type == "cpu":
                 look(run)
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = group["peak"] * factor
         run.state["step"] += 1
     for optimizer in optimizers:
         optimizer.step()
@@ -445,7 +452,8 @@ def _look_at_weights(run: Run):
     for model in run.accelerator._models:
         for parameter in model.parameters():
             if parameter.requires_grad:
-                local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+                local = getattr(parameter, "ds_tensor", parameter)  # this process's part under ZeRO 3
+                local = local.to_local() if hasattr(local, "to_local") else local
                 flags.append((~torch.isfinite(local.detach())).any().float().to(run.accelerator.device))
     if bool(run.accelerator.reduce(torch.stack(flags).sum(), "sum") > 0):
         found = find_resume(run.args.out, run.accelerator)

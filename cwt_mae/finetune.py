@@ -657,7 +657,6 @@ def main(args):
     accelerator.print(
         f"done; score the test records with cwt_mae/test.py --model {args.out}/model.safetensors"
     )
-    accelerator.end_training()
 
 
 if __name__ == "__main__":

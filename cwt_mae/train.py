@@ -339,7 +339,6 @@ def main(args):
         save_model(args.out / "model.safetensors", accelerator.unwrap_model(model))
     finish(training, **scores())
     accelerator.print(f"done; the pre-trained model is {args.out / 'model.safetensors'}")
-    accelerator.end_training()
 
 
 if __name__ == "__main__":

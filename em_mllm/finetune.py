@@ -319,7 +319,6 @@ def main(args):
         print("\n".join(f"{k}: {v}" for k, v in metrics.items()))
     finish(training)
     accelerator.wait_for_everyone()
-    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -346,7 +346,6 @@ def main(args):
         save(args, whole, val, metrics)
     finish(training)
     accelerator.wait_for_everyone()
-    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -580,7 +580,6 @@ def main(args):
         )
     finish(training, val_loss=loss)
     accelerator.wait_for_everyone()
-    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -332,10 +332,6 @@ def main(args):
         print(" ".join([f"wrote {out / 'head.safetensors'}", *(f"{k} {v:.3f}" for k, v in found.items())]))
     finish(training, **found)
 
-    # DDP's reducer must go before the process group: the other way round gloo waits for ever.
-    model, optimizer = accelerator.free_memory(model, optimizer)
-    accelerator.end_training()
-
 
 if __name__ == "__main__":
     run(main, parse_args())

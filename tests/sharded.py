@@ -34,6 +34,39 @@ def fsdp2_on_cpu():
     state.PartialState.__init__ = init
 
 
+def zero(stage):
+    """What deepspeed_2_on_cpu and deepspeed_3_on_cpu do."""
+    os.environ.update(
+        DS_ACCELERATOR="cpu",
+        ACCELERATE_USE_DEEPSPEED="true",
+        ACCELERATE_USE_CPU="false",
+        ACCELERATE_DEEPSPEED_ZERO_STAGE=str(stage),
+        ACCELERATE_DEEPSPEED_ZERO3_INIT="false",
+        ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL="true",
+    )
+    before = state.PartialState.__init__
+
+    def init(self, *arguments, **options):
+        before(self, *arguments, **options)
+        shared = state.PartialState._shared_state
+        if shared.get("num_processes") == 1:  # what accelerate makes of a DeepSpeed run without a GPU
+            rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            shared.update(num_processes=processes, process_index=rank, local_process_index=rank)
+            shared.update(distributed_type=state.DistributedType.DEEPSPEED, device=torch.device("cpu"))
+
+    state.PartialState.__init__ = init
+
+
+def deepspeed_2_on_cpu():
+    """In a fork: accelerate takes this process for one of a DeepSpeed run with ZeRO 2."""
+    zero(2)
+
+
+def deepspeed_3_on_cpu():
+    """In a fork: accelerate takes this process for one of a DeepSpeed run with ZeRO 3."""
+    zero(3)
+
+
 def world(script, arguments, log, processes=2, before=None, seconds=240, environment=()) -> forked.Done:
     """Run a script's main on several processes of this machine; the status of the first that failed, and all
     output."""

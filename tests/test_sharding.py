@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.sharded import checkpoint_weights, fsdp2_on_cpu, world
+from tests import toy_run
+from tests.sharded import checkpoint_weights, deepspeed_2_on_cpu, deepspeed_3_on_cpu, fsdp2_on_cpu, world
 from tests.worlds import *  # noqa: F403  the fixtures cwt, em, grounding, ct, llm
 
 pytestmark = pytest.mark.slow
@@ -110,3 +111,39 @@ def test_small_models_refuse_to_be_sharded_in_one_line(small_training, tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.text, done.text
     said = [line for line in done.text.splitlines() if line.startswith("error: FSDP2 would")]
     assert len(said) == 1 and "leave ACCELERATE_CONFIG unset" in said[0]
+
+
+@pytest.mark.parametrize("mode", [fsdp2_on_cpu, deepspeed_2_on_cpu, deepspeed_3_on_cpu])
+def test_every_mode_clips_warms_up_and_accumulates_as_one_process(tmp_path, mode):
+    if mode is not fsdp2_on_cpu:
+        pytest.importorskip("deepspeed")
+    options = ["--max-steps", 4, "--save-every", 2, "--clip", 0.3, "--warmup", 3]
+
+    def run(name, *more, processes=2, before=mode):
+        samples = ["--batch-size", 8 // processes, "--accum", 2]
+        line = ["--out", tmp_path / name, *options, *samples, *more]
+        done = world(toy_run, line, tmp_path / "log", processes, before)
+        assert done.returncode == 0, done.text
+        return [line for line in done.text.splitlines() if line.startswith(("step", "final"))]
+
+    def numbers(line):
+        return [float(part.split()[1]) for part in line.split(" | ")[1:4]]
+
+    one, many = run("one", processes=1, before=None), run("many")
+    assert len(one) == len(many) == 5
+    for a, b in zip(one[:4], many):
+        assert numbers(a) == pytest.approx(numbers(b), rel=1e-3)
+    shutil.rmtree(tmp_path / "many/checkpoints/step-00000004")
+    again = run("many", "--resume")
+    assert [numbers(line) for line in again[:2]] == [numbers(line) for line in many[2:4]]
+    if mode is not fsdp2_on_cpu:
+        done = world(toy_run, ["--out", tmp_path / "many", "--resume"], tmp_path / "log", 1)
+        assert done.returncode == 2 and "resume it with ACCELERATE_CONFIG=zero2 or zero3" in done.text
+
+
+def test_muon_needs_whole_matrices(request, tmp_path):
+    folder = request.getfixturevalue("em")
+    script, arguments = folder.commands["pretrain"]
+    line = [*map(str, arguments(folder.folder)), "--optimizer", "muon"]
+    done = world(script, line, tmp_path / "log", before=fsdp2_on_cpu)
+    assert done.returncode == 2 and "take --optimizer adamw" in done.text

@@ -12,6 +12,7 @@ import torch
 from common.arguments import Parser, add_run_arguments
 from common.errors import run as run_script
 from common.run import open_run, seed_everything
+from common.sharding import export_state, prepare
 from common.train import (
     batches,
     check_finite,
@@ -62,7 +63,7 @@ def main(args):
     if args.compile:
         model.compile()
     optimizer = torch.optim.AdamW(parameter_groups(model, args.lr, args.weight_decay))
-    model, optimizer, loader = accelerator.prepare(model, optimizer, make_loader(Noise(), args))
+    model, optimizer, loader = prepare(accelerator, model, optimizer, make_loader(Noise(), args))
     steps = plan_steps(args, loader)
 
     def evaluate():
@@ -88,8 +89,9 @@ def main(args):
 
     time.sleep(args.pause_at_end)
     finish(run)
+    weights = export_state(accelerator, model)
     if accelerator.is_main_process:
-        total = torch.cat([p.detach().flatten() for p in model.parameters()]).double().sum().item()
+        total = torch.cat([value.flatten() for value in weights.values()]).double().sum().item()
         print("final", total.hex())
 
 

@@ -341,7 +341,6 @@ def main(args):
     if accelerator.device.type != "cpu":
         accelerator.print(f"peak memory {torch.accelerator.max_memory_allocated() / 2**30:.1f} GiB")
     finish(run, **{f"eval_{key}": value for key, value in scores.items()})
-    accelerator.end_training()
 
 
 def add_data_arguments(parser):

@@ -177,7 +177,6 @@ def main(args):
         save_scores(out, "cnn", found, windows.scored, args.resamples)
     finish(training)
     accelerator.wait_for_everyone()
-    accelerator.end_training()
 
 
 def save_scores(out, kind: str, found: np.ndarray, task, resamples: int):

@@ -299,7 +299,6 @@ def main(args):
         save_vision(layer, out, train_set, val_set, bool(args.contrast), accelerator.device)
         atomic_json(out / "dia_config.json", config)  # how volumes are prepared belongs to the weights
     finish(run, **{f"eval_{key}": value for key, value in scores.items()})
-    accelerator.end_training()
 
 
 def parse_args(argv=None):

@@ -241,7 +241,6 @@ def main(args):
             load_tokenizer(folder, args.trust_remote_code).save_pretrained(temporary)
         atomic_json(out / "metrics.json", scores)
     finish(run, **{f"eval_{key}": value for key, value in scores.items()})
-    accelerator.end_training()
 
 
 def training_reports(train_set) -> list[str]:

@@ -162,10 +162,6 @@ def main(args):
         print(f"wrote {out / 'sam_tiny.safetensors'}")
     finish(training)
 
-    # DDP's reducer must go before the process group: the other way round gloo waits for ever.
-    model, optimizer = accelerator.free_memory(model, optimizer)
-    accelerator.end_training()
-
 
 if __name__ == "__main__":
     run(main, parse_args())
