@@ -109,7 +109,9 @@ def config_head_counts(config: dict) -> tuple[int, int, int]:
         raise UserError(
             "config.json has no num_attention_heads or no hidden_size; only decoders can be pruned"
         )
-    kv_heads = text.get("num_key_value_heads")
+    kv_heads = text.get("num_key_value_heads") or text.get("num_kv_heads")
+    if text.get("multi_query") and not text.get("new_decoder_architecture"):
+        kv_heads = 1
     return heads, kv_heads if isinstance(kv_heads, int) else heads, text.get("head_dim") or hidden // heads
 
 

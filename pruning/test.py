@@ -24,12 +24,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from common.arguments import Parser, number, refuse
 from common.checkpoint import atomic_write
 from common.errors import UserError, run
 from common.run import seed_everything
-from pruning.layers import decoder_layers, head_counts
+from pruning.layers import decoder_layers
 from pruning.pruning_tools.prune_llm import read_map
 from pruning.sensitivity_analyse.eval_metric import perplexity
 from pruning.sensitivity_analyse.load_model import load_model, read_prompts
@@ -88,6 +89,16 @@ def add_test_arguments(group):
     group.add_argument(
         "--limit", type=number(int, 0), default=0, help="use only the first samples; 0: use all"
     )
+    group.add_argument(
+        "--max-length", type=number(int, 2), default=512, help="longest text in tokens; longer ones are cut"
+    )
+    group.add_argument(
+        "--window",
+        type=number(int, 2),
+        help="score the texts as one stream in windows of so many tokens, as published perplexities do "
+        "(2048); "
+        "left out: each text by itself",
+    )
     group.add_argument("--cache", type=Path, help="folder for prepared volumes")
     group.add_argument("--batch-size", type=number(int, 1), default=16, help="samples at a time")
     group.add_argument(
@@ -118,14 +129,37 @@ def nearest_rank(values, fraction: float) -> float:
 
 @torch.no_grad()
 def text_losses(model, tokenizer, texts, max_length: int = 512) -> torch.Tensor:
-    """(N, 2): the summed loss and the number of scored tokens of each text, cut to `max_length` tokens."""
+    """(N, 2): the summed loss and the number of scored tokens of each text, cut to `max_length` tokens.
+
+    A text of fewer than two tokens predicts nothing: both are 0.
+    """
     rows = []
     # one at a time: no padding, and the longest text decides the memory
     for text in texts:
-        ids = torch.tensor([tokenizer(text).input_ids[:max_length]], device=model.device)
-        loss = model(input_ids=ids, labels=ids).loss.double().item()
-        rows.append([loss * (ids.shape[1] - 1), ids.shape[1] - 1])
+        rows.append(window_loss(model, tokenizer(text).input_ids[:max_length]))
     return torch.tensor(rows, dtype=torch.float64)
+
+
+@torch.no_grad()
+def stream_losses(model, tokenizer, texts, window: int = 2048) -> torch.Tensor:
+    """`text_losses` of the texts as one stream, an empty line between them, in windows of `window` tokens.
+
+    That is how perplexity on WikiText is published: no overlap, each window's first token is not scored.
+    """
+    ids = tokenizer("\n\n".join(texts)).input_ids
+    rows = [window_loss(model, ids[start : start + window]) for start in range(0, len(ids), window)]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def window_loss(model, ids: list[int], piece: int = 512) -> list[float]:
+    """[summed loss, scored tokens] of one sequence, with at most `piece` positions of logits in float32."""
+    if len(ids) < 2:
+        return [0.0, 0]
+    tokens = torch.tensor([ids], device=model.device)
+    logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
+    parts = zip(logits.split(piece), tokens[0, 1:].split(piece))
+    loss = sum(nn.functional.cross_entropy(a.float(), b, reduction="sum").double() for a, b in parts)
+    return [loss.item(), len(ids) - 1]
 
 
 @torch.no_grad()
@@ -151,16 +185,24 @@ def latency(lang_model, prompt_tokens: int = 64, new_tokens: int = 32, repeats: 
         times.append(time.perf_counter() - start)
 
     # what it weighs, and what each token of context adds
-    _, kv_heads, head_dim = head_counts(lang_model)
-    layers = len(decoder_layers(lang_model))
     unique = {id(p): p for p in lang_model.parameters()}.values()
     return {
         "seconds": min(times),
         "tokens_per_second": new_tokens / min(times),
         "parameters": sum(p.numel() for p in unique),
         "weight_bytes": sum(p.numel() * p.element_size() for p in unique),
-        "kv_cache_bytes_per_token": 2 * layers * kv_heads * head_dim * embedding.element_size(),
+        "kv_cache_bytes_per_token": cache_bytes(lang_model, prompt[:, :8]),
     }
+
+
+@torch.no_grad()
+def cache_bytes(lang_model, prompt) -> int:
+    """Bytes of keys and values that the model really keeps for each token of a prompt (1, N)."""
+    past = lang_model(input_ids=prompt, use_cache=True).past_key_values
+    kept = [
+        getattr(layer, part, None) for layer in getattr(past, "layers", []) for part in ("keys", "values")
+    ]
+    return sum(t.numel() * t.element_size() for t in kept if torch.is_tensor(t)) // prompt.shape[1]
 
 
 def write_table(path, header, rows):
@@ -178,8 +220,10 @@ def check(args):
     if args.texts:
         only_reports = ["lang_model_path", "lora_alpha", "split", "cache", "batch_size", "max_new_tokens"]
         refuse(args, [*only_reports, "do_sample", "seed"], "with --texts")
+        if args.window:
+            refuse(args, ["max_length"], "beside --window")
     else:
-        refuse(args, ["trust_remote_code"], "with --data")
+        refuse(args, ["trust_remote_code", "max_length", "window"], "with --data")
         if not args.do_sample:
             refuse(args, ["seed"], "without --do-sample")
         if not args.lang_model_path:
@@ -194,8 +238,18 @@ def check(args):
 def score_texts(args, device):
     """Return (language model, its scores on --texts)."""
     model, tokenizer = load_model(args.pruned_model_path, trust_remote_code=args.trust_remote_code)
-    losses = text_losses(model.to(device), tokenizer, read_prompts(args.texts)[: args.limit or None])
-    return model, {"texts": len(losses), "perplexity": perplexity(losses)}
+    texts = read_prompts(args.texts)[: args.limit or None]
+    if args.window:
+        losses = stream_losses(model.to(device), tokenizer, texts, args.window)
+    else:
+        losses = text_losses(model.to(device), tokenizer, texts, args.max_length)
+    unscored = int((losses[:, 1] == 0).sum())
+    if unscored == len(losses):
+        raise UserError(f"{args.texts}: no text has two tokens, so that nothing can be scored")
+    if unscored:
+        print(f"{unscored} of {len(losses)} texts have fewer than two tokens and are not scored")
+    scores = {"texts": len(texts), "tokens": int(losses[:, 1].sum()), "perplexity": perplexity(losses)}
+    return model, scores
 
 
 def score_reports(args, device, stem: Path):

@@ -43,10 +43,14 @@ from common.train import (
     start,
     update,
 )
-from pruning.layers import decoder_layers
-from pruning.pruning_tools.prune_llm import parse_drop_layers, read_map
+from pruning.layers import decoder_layers, parse_drop_layers, plain
+from pruning.pruning_tools import read_back
+from pruning.pruning_tools.prune_llm import read_map
+from pruning.repair import REPAIRS, final_norm, repair
+from pruning.sensitivity_analyse.layer_sensitivity_scan import text_prompts
 from pruning.sensitivity_analyse.load_model import load_model, read_prompts
 
+TRAINED = ("lora", "last", "full")  # ways of --repair that train; the others are closed forms
 INPUTS = ("lang_x", "vision_x", "tokens", "attention_mask", "labels")
 # Upstream's names of the schedules, and what follows the warm-up in each.
 SCHEDULES = {"constant_with_warmup": "constant", "cosine": "cosine", "constant": "constant"}
@@ -106,6 +110,11 @@ def add_data_arguments(group):
     group.add_argument(
         "--max-length", type=number(int, 2), default=512, help="longest text in tokens; longer ones are cut"
     )
+    group.add_argument(
+        "--pack",
+        action="store_true",
+        help="join the texts and cut them every --max-length tokens, instead of one text a row with padding",
+    )
     group.add_argument("--cache", type=Path, help="folder for prepared volumes")
     group.add_argument(
         "--flip",
@@ -122,8 +131,26 @@ def add_data_arguments(group):
 
 def add_healing_arguments(group):
     group.add_argument(
-        "--full", action="store_true", help="train every weight of the decoder layers instead of LoRA"
+        "--repair",
+        nargs="+",
+        choices=(*REPAIRS, *TRAINED, "none"),
+        default=["lora"],
+        help="how to repair, in this order: linear and compensate fit what is missing in closed form, "
+        "without "
+        "training; then one of lora, last (the last three layers and the output head) and full (every "
+        "decoder "
+        "layer) trains. none: nothing",
     )
+    group.add_argument(
+        "--repair-texts",
+        type=number(int, 2),
+        default=64,
+        help="texts for linear and compensate, the first of --texts",
+    )
+    group.add_argument(
+        "--also", nargs="+", choices=("norm", "head"), default=[], help="train these too, beside --repair's"
+    )
+    group.add_argument("--full", action="store_true", help="the same as --repair full")
     group.add_argument(
         "--lora-target-modules",
         help="linear modules for a new LoRA, separated by commas; left out: q_proj and v_proj, or the one "
@@ -161,10 +188,22 @@ def add_healing_arguments(group):
 
 
 class Texts(Dataset):
-    """Texts as token ids with the end-of-text token behind them; every token is scored."""
+    """Texts as token ids with the end-of-text token behind them; every token is scored.
 
-    def __init__(self, path, tokenizer, max_length: int, limit: int = 0):
+    pack: join all texts and cut them every `max_length` tokens, so that no place in a batch is padding.
+    """
+
+    def __init__(self, path, tokenizer, max_length: int, limit: int = 0, pack: bool = False):
         self.rows = []
+        if pack:
+            texts = read_prompts(path)[: limit or None]
+            stream = [i for text in texts for i in tokenizer(text).input_ids + [tokenizer.eos_token_id]]
+            pieces = [stream[start : start + max_length] for start in range(0, len(stream), max_length)]
+            name = Path(path).name
+            self.rows = [
+                {"id": f"{name}, piece {i + 1}", "ids": torch.tensor(p)} for i, p in enumerate(pieces)
+            ]
+            return
         for i, text in enumerate(read_prompts(path)[: limit or None]):
             # the end-of-text token is learnt too, except where the text was cut before it
             ids = (tokenizer(text).input_ids + [tokenizer.eos_token_id])[:max_length]
@@ -234,17 +273,30 @@ class Healing(nn.Module):
         return {"loss": loss, "lm_loss": lm_loss, "distance": distance}
 
 
-def set_trained(model, full: bool) -> list[str]:
+def set_trained(model, full: bool, last: int = 0, also=()) -> list[str]:
     """Let LoRA alone train, or (full) all decoder layers; return the names of the trained tensors.
 
-    Embeddings, output head and vision part stay frozen. Trained tensors become float32: in half precision the
-    steps of AdamW, about 1e-5, would vanish.
+    last: train the last so many layers and the output head instead. also: "norm" and "head" train the final
+    norm and the output head too. Embeddings and vision part stay frozen, but for a head that is tied to the
+    embeddings. Trained tensors become float32: in half precision the steps of AdamW, about 1e-5, would
+    vanish; with whole matrices among them the rest follows, because a product needs one type.
     """
     # a report model's own parts keep what dia_pangu trained
-    layers = set(decoder_layers(getattr(model, "lang_model", model)).parameters())
+    llm = getattr(model, "lang_model", model)
+    layers = list(decoder_layers(llm))
+    chosen = layers if full else layers[-last:] if last else []
+    parts = list(chosen)
+    if last or "head" in also:
+        parts.append(plain(llm).get_output_embeddings())
+    if "norm" in also:
+        parts.append(final_norm(llm))
+    whole = {id(parameter) for part in parts for parameter in part.parameters()}
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(parameter in layers if full else "lora_" in name)
+        lora = "lora_" in name and not (full or last)
+        parameter.requires_grad_(id(parameter) in whole or lora)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for parameter in llm.parameters() if whole else trained.values():
+        parameter.data = parameter.data.float()
     for parameter in trained.values():
         parameter.data = parameter.data.float()
     return list(trained)
@@ -269,24 +321,27 @@ def check(args):
     if args.texts:
         only_reports = ["lang_model_path", "teacher_lang_model_path", "cache", "flip", "places"]
         refuse(args, only_reports, "with --texts")
-        if not args.drop_layers:
-            refuse(args, ["prune_map_path"], "with --texts and without --drop-layers")
+        if not args.drop_layers and not set(args.repair) & {*REPAIRS}:
+            refuse(args, ["prune_map_path"], "with --texts, without --drop-layers and without a closed form")
     else:
-        refuse(args, ["max_length", "trust_remote_code"], "with --data")
+        refuse(args, ["max_length", "trust_remote_code", "pack"], "with --data")
         if not args.lang_model_path:
             raise UserError(
                 "--data needs --lang-model-path, the folder with the language model's configuration and "
                 "tokenizer"
             )
+    check_repair(args)
     # LoRA does not exist under --full; a report checkpoint may still hold one, whose alpha matters
-    if args.full:
+    if "lora" not in args.repair:
         own = ["lora_r", "lora_dropout", "lora_target_modules"]
-        refuse(args, own + (["lora_alpha"] if args.texts else []), "with --full")
+        refuse(args, own + (["lora_alpha"] if args.texts else []), f"with --repair {' '.join(args.repair)}")
     # distillation, and the warm-up that a constant rate does not have
     if args.distill and not args.teacher:
         raise UserError("--distill needs --teacher, the unpruned model")
     if not args.distill:
-        refuse(args, ["teacher", "teacher_lang_model_path"], "without --distill")
+        refuse(args, ["teacher_lang_model_path"], "without --distill")
+        if not set(args.repair) & {*REPAIRS}:
+            refuse(args, ["teacher"], "without --distill and without --repair linear or compensate")
     if args.lr_scheduler_type == "constant":
         refuse(args, ["warmup"], "with --lr-scheduler-type constant")
     # upstream's --drop_layers says again what the map says
@@ -296,6 +351,50 @@ def check(args):
         dropped = read_map(args.prune_map_path).get("drop_layers")
         if parse_drop_layers(args.drop_layers) != dropped:
             raise UserError(f"--drop-layers {args.drop_layers}: {args.prune_map_path} says {dropped}")
+
+
+def check_repair(args):
+    """Refuse ways of --repair that exclude each other or lack what they need; --full becomes one of them."""
+    if args.full:
+        refuse(args, ["repair"], "beside --full")
+        args.repair = ["full"]
+    closed = set(args.repair) & {*REPAIRS}
+    if len(set(args.repair)) < len(args.repair) or len(set(args.repair) & {*TRAINED}) > 1:
+        raise UserError(
+            f"--repair {' '.join(args.repair)}: name each once, and only one of lora, last and full"
+        )
+    if "none" in args.repair and len(args.repair) > 1:
+        raise UserError("--repair none stands alone")
+    if args.data and (closed or "last" in args.repair or args.also):
+        raise UserError("--repair linear, compensate and last, and --also, are for --texts")
+    if closed and not args.teacher:
+        raise UserError(f"--repair {' '.join(sorted(closed))} needs --teacher, the unpruned model")
+    if not closed:
+        refuse(args, ["repair_texts"], "without --repair linear or compensate")
+    if not set(args.repair) & {*TRAINED}:
+        refuse(
+            args, ["also", "distill", "max_steps", "epochs", "lr"], f"with --repair {' '.join(args.repair)}"
+        )
+
+
+def dropped_layers(args) -> list[int]:
+    """Which layers of the teacher the pruned model lacks, by --prune-map-path or the map beside its
+    folder."""
+    file = args.prune_map_path
+    if file is None:
+        tag = args.pruned_model_path.name.removeprefix("hf_")
+        found = sorted(args.pruned_model_path.parent.glob(f"prune_layer_map_{tag}_*_cpu.json"))
+        if len(found) != 1:
+            raise UserError(
+                f"{args.pruned_model_path}: no prune map beside it; name it with --prune-map-path, so that "
+                "the "
+                "missing layers are known"
+            )
+        file = found[0]
+    prune_map = read_map(file)
+    kept = set(prune_map["layer_id_map"].values())
+    count = prune_map.get("old_layers") or max(kept) + 1
+    return [layer for layer in range(count) if layer not in kept]
 
 
 def load_report_task(args):
@@ -310,7 +409,7 @@ def load_report_task(args):
     # LoRA: the checkpoint's own goes on training, else it gets a new one
     if config["lora"]:
         check_lora(args, config["lora"])
-    elif not args.full:
+    elif "lora" in args.repair:
         model.lang_model, config["lora"] = new_lora(
             model.lang_model, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target_modules
         )
@@ -322,6 +421,28 @@ def load_report_task(args):
         teacher = report_model.load_report_model(args.teacher, teacher_llm)[0]
     train_set = report_model.training_set(model, text, config, args)
     return model, teacher, train_set, report_model.collate, config
+
+
+def load_text_task(args, device):
+    """Return (pruned model, repaired in closed form where that is asked for, teacher or None, tokenizer)."""
+    model, tokenizer = load_model(args.pruned_model_path, trust_remote_code=args.trust_remote_code)
+    closed = [kind for kind in args.repair if kind in REPAIRS]
+    teacher = None
+    if args.distill or closed:
+        teacher = load_model(args.teacher, trust_remote_code=args.trust_remote_code)[0]
+    if closed:
+        drop = dropped_layers(args)
+        if len(decoder_layers(model)) + len(drop) != len(decoder_layers(teacher)):
+            raise UserError(
+                f"--teacher {args.teacher}: is not the model that {args.pruned_model_path} was cut from"
+            )
+        texts = read_prompts(args.texts)[: args.repair_texts]
+        prompts = text_prompts(texts, tokenizer, min(args.max_length, 512))
+        repair(model.to(device), teacher.to(device), drop, closed, prompts)
+    if "lora" in args.repair:
+        lora = (args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target_modules)
+        model, _ = new_lora(model, *lora)
+    return model, teacher if args.distill else None, tokenizer
 
 
 def check_lora(args, lora: dict):
@@ -391,20 +512,19 @@ def main(args):
     seed_everything(args.seed)
 
     # the pruned model, its teacher and what it trains on
-    config = tokenizer = teacher = None
+    config = tokenizer = None
     if args.data:
         model, teacher, train_set, collate_fn, config = load_report_task(args)
     else:
-        model, tokenizer = load_model(args.pruned_model_path, trust_remote_code=args.trust_remote_code)
-        if args.distill:
-            teacher = load_model(args.teacher, trust_remote_code=args.trust_remote_code)[0]
-        if not args.full:
-            lora = (args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target_modules)
-            model, _ = new_lora(model, *lora)
-        train_set, collate_fn = Texts(args.texts, tokenizer, args.max_length, args.limit), collate_texts
+        model, teacher, tokenizer = load_text_task(args, accelerator.device)
+        train_set, collate_fn = (
+            Texts(args.texts, tokenizer, args.max_length, args.limit, args.pack),
+            collate_texts,
+        )
+    stored = {name: value.dtype for name, value in plain(model).state_dict().items()}
 
     # what of it trains
-    names = set_trained(model, args.full)
+    names = set_trained(model, "full" in args.repair, 3 if "last" in args.repair else 0, args.also)
     if teacher is not None:
         teacher = teacher.to(accelerator.device).requires_grad_(False)
     accelerator.print(f"{describe(model)} in {len(names)} tensors | {len(train_set)} samples")
@@ -413,7 +533,10 @@ def main(args):
     open_run(args.out, args, accelerator, args.resume, args.overwrite)
     started, status = time.time(), "failed"
     try:
-        healing = heal(model, train_set, collate_fn, args, accelerator, teacher)
+        if set(args.repair) & {*TRAINED}:
+            healing = heal(model, train_set, collate_fn, args, accelerator, teacher)
+        else:
+            healing = Healing(model)  # nothing trains: closed forms alone
         status = "finished"
     except (Interrupted, KeyboardInterrupt):
         status = "interrupted"
@@ -430,7 +553,7 @@ def main(args):
         if args.data:
             save_report(whole.student.state_dict(), args.out, config)
         else:
-            save_plain(whole.student, tokenizer, args.out, args.full)
+            save_plain(whole.student, tokenizer, args.out, stored)
 
 
 def save_report(weights: dict, out: Path, config: dict):
@@ -441,13 +564,21 @@ def save_report(weights: dict, out: Path, config: dict):
     print(f"wrote {out}/pytorch_model.bin; test it with pruning/test.py --pruned-model-path {out}")
 
 
-def save_plain(model, tokenizer, out: Path, full: bool):
-    """Write a healed language model as a folder that transformers loads, LoRA merged into the weights."""
+def save_plain(model, tokenizer, out: Path, stored: dict):
+    """Write a healed language model as a folder that transformers loads, LoRA merged into the weights.
+
+    stored: {name: type} of the tensors as they were read; they are written so, and config.json says so.
+    """
+    lora = hasattr(model, "merge_and_unload")
+    whole = model.merge_and_unload() if lora else model
+    types = {name.replace(".base_layer.", "."): kind for name, kind in stored.items()}
+    for name, parameter in whole.named_parameters():
+        parameter.data = parameter.data.to(types.get(name, parameter.dtype))
     with atomic_dir(out / "model") as temporary:
-        whole = model if full else model.merge_and_unload()
         whole.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-    print(f"wrote {out}/model" + ("" if full else ", LoRA merged into the weights"))
+        read_back.check_folder(temporary)
+    print(f"wrote {out}/model" + (", LoRA merged into the weights" if lora else ""))
 
 
 if __name__ == "__main__":

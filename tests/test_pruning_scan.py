@@ -495,6 +495,8 @@ def test_command_writes_upstreams_columns_and_the_plan_names_layers(folder, tmp_
             [
                 "--records",
                 str(out.with_suffix(".records.jsonl")),
+                "--criterion",
+                "sensitivity",
                 "--mode",
                 "qv",
                 "--ratio",

@@ -16,7 +16,7 @@ from common.errors import UserError, run
 from common.files import read_json
 from pruning.pruning_tools.prune_llm import find_language_model
 from pruning.pruning_tools.shards import open_checkpoint
-from pruning.shorter import config_head_counts
+from pruning.shorter import config_head_counts, config_object, text_part
 
 
 def parse_args(argv=None):
@@ -49,23 +49,70 @@ def ends_with(entries: dict, root: str, endings: tuple):
 def layer_cost(config: dict, entries: dict, llm, context: int) -> dict:
     """Numbers of the decoder, from its config.json and the checkpoint's entries.
 
-    FLOPs per token: two for each value of a matrix that a token passes (layers and output head), plus
-    attention over `context` tokens. KV-cache: keys and values of `context` tokens in the weights' type.
+    FLOPs per token: two for each value of a matrix that a token passes (layers and output head; of the
+    experts those that a token is sent to), plus attention over `context` tokens. KV-cache: what must be kept
+    of `context` tokens in the weights' type: keys and values, or their latent vector (multi-head latent
+    attention).
     """
+    text = effective(config)
     inside = {k: e for k, e in entries.items() if re.match(llm.pattern, k) and ".lora_" not in k}
     table = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
     head = ends_with(entries, llm.root, ("lm_head.weight", "embed_out.weight"))
     head = head or ends_with(entries, llm.root, table)  # tied
-    heads, kv_heads, head_dim = config_head_counts(config)
-    matrices = sum(e.numel for e in inside.values() if len(e.shape) == 2) + (head.numel if head else 0)
+    matrices = head.numel if head else 0
+    for key, entry in inside.items():
+        if len(entry.shape) in (2, 3) and not key.endswith("bias"):
+            matrices += entry.numel * (active_share(text) if ".experts." in key else 1)
+    spans = attended(text, llm.layers, context)
     itemsize = next(iter(inside.values())).dtype.itemsize
-    attention = 4 * llm.layers * heads * head_dim * context
+    scores, kept = per_token(config, text)
     return {
         "layers": llm.layers,
         "decoder layers, values": sum(e.numel for e in inside.values()),
-        f"FLOPs per token at {context} tokens": 2 * matrices + attention,
-        f"KV-cache of {context} tokens, bytes": 2 * llm.layers * kv_heads * head_dim * itemsize * context,
+        f"FLOPs per token at {context} tokens": round(2 * matrices) + 2 * scores * sum(spans),
+        f"KV-cache of {context} tokens, bytes": kept * itemsize * sum(spans),
     }
+
+
+def effective(config: dict) -> dict:
+    """The decoder's fields with the defaults of its class, where transformers knows it."""
+    known = config_object(config)
+    own = {k: v for k, v in text_part(config).items() if v is not None}
+    return {**(known.get_text_config(decoder=True).to_dict() if known else {}), **own}
+
+
+def active_share(text: dict) -> float:
+    """The share of a layer's experts that one token is sent to."""
+    names = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts", "top_k")
+    chosen = next((text[n] for n in names if isinstance(text.get(n), int)), None)
+    names = ("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts")
+    experts = next((text[n] for n in names if isinstance(text.get(n), int)), None)
+    return min(1.0, chosen / experts) if chosen and experts else 1.0
+
+
+def attended(text: dict, layers: int, context: int) -> list[int]:
+    """How many of `context` tokens each layer attends to and keeps: none where it has no attention."""
+    kinds = text.get("layer_types")
+    kinds = kinds if isinstance(kinds, list) and len(kinds) == layers else ["full_attention"] * layers
+    window = text.get("sliding_window") or context
+    spans = []
+    for kind in map(str, kinds):
+        if "linear" in kind or not ("attention" in kind or "hybrid" in kind):
+            spans.append(0)
+        else:
+            spans.append(min(window, context) if "sliding" in kind else context)
+    return spans
+
+
+def per_token(config: dict, text: dict) -> tuple[int, int]:
+    """(values of the score and value products, values that are kept) for one token that a layer attends
+    to."""
+    if text.get("kv_lora_rank"):  # multi-head latent attention
+        heads = text["num_attention_heads"]
+        width = text["qk_nope_head_dim"] + text["qk_rope_head_dim"] + text["v_head_dim"]
+        return heads * width, text["kv_lora_rank"] + text["qk_rope_head_dim"]
+    heads, kv_heads, head_dim = config_head_counts(config)
+    return 2 * heads * head_dim, 2 * kv_heads * head_dim
 
 
 def describe(path, args) -> dict:
@@ -88,14 +135,15 @@ def describe(path, args) -> dict:
         dtypes[str(entry.dtype).removeprefix("torch.")] += entry.numel
         groups[".".join(key.split(".")[: args.group_depth])] += entry.numel
     found = {"total": total, "dtypes": dtypes, "groups": groups, "keys": list(entries)}
+    file = (args.config or checkpoint.folder) / "config.json"
+    config = read_json(file, dict) if file.is_file() else None
     try:
-        llm = find_language_model(checkpoint.entries)
+        llm = find_language_model(checkpoint.entries, config=config)
     except UserError:
         return found
     total["layers"] = llm.layers
-    file = (args.config or checkpoint.folder) / "config.json"
-    if file.is_file():
-        total |= layer_cost(read_json(file, dict), checkpoint.entries, llm, args.context)
+    if config is not None:
+        total |= layer_cost(config, checkpoint.entries, llm, args.context)
     return found
 
 

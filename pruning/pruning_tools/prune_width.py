@@ -27,11 +27,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from common.arguments import Parser, refuse
 from common.checkpoint import atomic_dir
 from common.errors import UserError, run
-from pruning.layers import decoder, decoder_layers, head_counts, plain
+from pruning.layers import decoder, decoder_layers, head_counts, plain, text_config
+from pruning.pruning_tools import read_back
 from pruning.sensitivity_analyse.layer_sensitivity_scan import add_prompt_arguments, load_with_prompts
 from pruning.sensitivity_analyse.scan_methods import pad_prompts, patched
 
@@ -117,7 +119,7 @@ def prune_width(model, prompts, mlp_ratio: float, kv_ratio: float) -> dict:
     Returns {"mlp": kept neurons of each layer, "kv": kept key-value heads of each layer}.
     """
     parts = [llama_parts(layer) for layer in decoder_layers(model)]
-    config = plain(model).config
+    config = text_config(model)
     heads, kv_heads, head_dim = head_counts(model)
     neurons = next(mlp for _, mlp in parts).down_proj.in_features
     watched = {}
@@ -148,6 +150,10 @@ def prune_width(model, prompts, mlp_ratio: float, kv_ratio: float) -> dict:
         keep_rows(attention.k_proj, rows)
         keep_rows(attention.v_proj, rows)
         keep_columns(attention.o_proj, queries)
+        for name, kept, size in (("q_norm", queries, heads), ("k_norm", rows, kv_heads)):
+            norm = getattr(attention, name, None)  # some normalise all heads together: OLMo 2
+            if norm is not None and norm.weight.shape == (size * head_dim,) and size > 1:
+                norm.weight = nn.Parameter(norm.weight[kept].clone())
         chosen["mlp"].append(keep.tolist())
         chosen["kv"].append(groups.tolist())
     config.head_dim, config.intermediate_size = head_dim, kept_neurons
@@ -172,6 +178,89 @@ def keep_columns(linear, index):
 # ---------------------------------------- zeros
 
 
+class Uses(TorchFunctionMode):
+    """Sees every product with one of `weights` {name: parameter} while it is entered.
+
+    Linear layers, GPT-2's Conv1D and experts stacked in one tensor are all products of inputs with a weight
+    or with one slice of it; norms[name] sums the squares of the inputs for each input feature, (slices,
+    features) in float64, and axis[name] says along which axis of a matrix the inputs lie. real: (B, N) bool,
+    False at padding.
+    """
+
+    PRODUCTS = {"linear": -1, "matmul": -2, "__matmul__": -2, "mm": -2, "bmm": -2, "addmm": -2, "baddbmm": -2}
+
+    def __init__(self, weights: dict, real: torch.Tensor):
+        super().__init__()
+        self.real, self.norms, self.axis = real, {}, {}
+        self.known = {w.untyped_storage().data_ptr(): (name, w) for name, w in weights.items()}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        if name in self.PRODUCTS and not (kwargs or {}).get("input"):
+            inputs, weight = args[1:3] if "add" in name else args[:2]
+            with torch._C.DisableTorchFunctionSubclass():
+                self.note(inputs, weight, self.PRODUCTS[name])
+        return func(*args, **(kwargs or {}))
+
+    def note(self, inputs, weight, axis):
+        """Add one product to the sums, where its second factor is a known weight or a slice of one."""
+        name, whole = self.known.get(weight.untyped_storage().data_ptr(), (None, None))
+        if name is None or weight.dim() not in (whole.dim(), whole.dim() - 1) or weight.dim() < 2:
+            return
+        turned = weight.stride(-1) != whole.stride(-1)
+        self.axis[name] = axis if not turned else -3 - axis
+        slices, features = whole[..., 0, 0].numel(), whole.shape[self.axis[name]]
+        sums = self.norms.setdefault(name, torch.zeros(slices, features, dtype=torch.double))
+        first = 0
+        if weight.dim() < whole.dim():
+            first = (weight.storage_offset() - whole.storage_offset()) // whole.stride(0)
+        rows = (
+            self.tokens(inputs) if weight.dim() == 2 else inputs
+        )  # a product of stacks: (slices, tokens, d)
+        added = rows.detach().double().square().sum(-2).cpu().view(-1, features)
+        sums[first : first + len(added)] += added
+
+    def tokens(self, inputs):
+        """(tokens, features) without the padding, where the inputs are those of a whole batch."""
+        if inputs.shape[:-1] == self.real.shape:
+            return inputs[self.real.to(inputs.device)]
+        if inputs.shape[0] == self.real.numel():
+            return inputs.flatten(1)[self.real.flatten().to(inputs.device)]
+        return inputs.reshape(-1, inputs.shape[-1])
+
+
+@contextlib.contextmanager
+def real_tokens_only(layer, real: torch.Tensor):
+    """Within the block, the stacked experts of a layer are given the tokens that are no padding, and no
+    other.
+
+    An expert sees its own choice of tokens, among which padding could not be told any more.
+    """
+
+    def forward(module, original):
+        def call(*args, **kwargs):
+            chosen = real.flatten().to(args[0].device)
+            if args[0].dim() != 2 or len(args[0]) % len(chosen):
+                return original(*args, **kwargs)
+            chosen = chosen.repeat(len(args[0]) // len(chosen))
+
+            def take(v):
+                return v[chosen] if torch.is_tensor(v) and len(v) == len(chosen) else v
+
+            out = original(*map(take, args), **{k: take(v) for k, v in kwargs.items()})
+            whole = out.new_zeros(len(chosen), *out.shape[1:])
+            whole[chosen] = out
+            return whole
+
+        return call
+
+    with contextlib.ExitStack() as stack:
+        for module in layer.modules():
+            if any(p.dim() == 3 for p in module.parameters(recurse=False)):
+                stack.enter_context(patched(module, forward(module, module.forward)))
+        yield
+
+
 def zero_mask(score: torch.Tensor, sparsity: str, by_row: bool) -> torch.Tensor:
     """True where a weight becomes zero. score: (out, in), low where a weight matters little.
 
@@ -189,28 +278,64 @@ def zero_mask(score: torch.Tensor, sparsity: str, by_row: bool) -> torch.Tensor:
     return (rank < round(float(sparsity) * flat.shape[-1])).view_as(score)
 
 
+def zero_out(weight, norms, axis: int, method: str, sparsity: str):
+    """Set a part of one weight to zero, in place. norms: (slices, input features) of `Uses`."""
+    stack = weight.data if weight.dim() == 3 else weight.data[None]
+    for matrix, norm in zip(stack, norms):
+        score = matrix.float().abs()
+        if axis == -2:  # (in, out), as Conv1D and some experts hold theirs
+            score = score.T
+        if method == "wanda" and norm.any():  # an expert that no token chose is judged by its weights alone
+            score = score * norm.sqrt().to(score)
+        mask = zero_mask(score.contiguous(), sparsity, by_row=method == "wanda")
+        matrix[mask.T if axis == -2 else mask] = 0
+
+
 @torch.no_grad()
 def prune_unstructured(model, prompts, method: str, sparsity: str):
-    """Set weights of every Linear in the decoder layers to zero, in place.
+    """Set weights of every matrix that a decoder layer multiplies with to zero, in place.
 
     wanda sees each layer's input as the pruned layers before it produce it, all in one forward pass.
     """
     batch, real = calibration_batch(model, prompts)
+    choose = getattr(plain(model), "set_experts_implementation", None)
+    if choose is not None:
+        with contextlib.suppress(ValueError, AttributeError):
+            choose("eager")  # one product for each expert, instead of a fused one
     with contextlib.ExitStack() as stack:
         for layer in decoder_layers(model):
-            linears = {name: m for name, m in layer.named_modules() if isinstance(m, nn.Linear)}
 
-            def prune_then_run(*args, original=layer.forward, linears=linears, **kwargs):
-                with input_norms(linears, real) as sums:
-                    if method == "wanda":
-                        original(*args, **kwargs)
-                for name, linear in linears.items():
-                    score = linear.weight.float().abs() * (sums[name].sqrt() if method == "wanda" else 1)
-                    linear.weight[zero_mask(score, sparsity, by_row=method == "wanda")] = 0
+            def prune_then_run(*args, layer=layer, original=layer.forward, **kwargs):
+                weights = {name: p for name, p in layer.named_parameters() if p.dim() in (2, 3)}
+                with real_tokens_only(layer, real), Uses(weights, real) as uses:
+                    original(*args, **kwargs)
+                for name, norms in uses.norms.items():
+                    zero_out(weights[name], norms, uses.axis[name], method, sparsity)
                 return original(*args, **kwargs)
 
             stack.enter_context(patched(layer, prune_then_run))
         decoder(model)(**batch, use_cache=False)
+
+
+def check_share(model, sparsity: str) -> tuple[int, int]:
+    """(zeros, all weights) of the matrices in the layers; UserError where they are not the asked share."""
+    asked = 0.5 if sparsity == "2:4" else float(sparsity)
+    matrices = {
+        name: p
+        for name, p in decoder_layers(model).named_parameters()
+        if p.dim() in (2, 3) and not name.endswith("bias") and ".conv" not in name
+    }
+    zeros = {name: (p == 0).sum().item() for name, p in matrices.items()}
+    values = sum(p.numel() for p in matrices.values())
+    share = sum(zeros.values()) / values
+    if abs(share - asked) > 0.02:
+        whole = [name for name, count in zeros.items() if count < asked / 2 * matrices[name].numel()]
+        raise UserError(
+            f"--sparsity {sparsity}: {share:.3f} of the layers' weights are zero, because this model does "
+            "not "
+            f"multiply with {', '.join(whole[:3])} in a way that is known here; nothing is written"
+        )
+    return sum(zeros.values()), values
 
 
 def check(args):
@@ -244,18 +369,21 @@ def main(args):
         prune_unstructured(model, prompts, args.method, args.sparsity)
         chosen = {"sparsity": args.sparsity}
     after = sum(p.numel() for p in model.parameters())
-    matrices = [p for layer in decoder_layers(model) for p in layer.parameters() if p.dim() == 2]
-    zeros = sum((matrix == 0).sum().item() for matrix in matrices)
+    sparse = ""
+    if args.method != "width":
+        zeros, weights = check_share(model, args.sparsity)
+        sparse = f", {zeros:,} of {weights:,} weights in the layers are zero ({zeros / weights:.3f})"
 
-    # write a folder that transformers loads
+    # write a folder that transformers loads, and see that it does
     with atomic_dir(args.out) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        read_back.check_folder(temporary)
         about = {"method": args.method, "source": str(args.model), "kept": chosen}
         (temporary / "prune_width.json").write_text(json.dumps(about))
     print(
-        f"{args.method}: values {before:,} -> {after:,} ({1 - after / before:.1%} removed), {zeros:,} zeros "
-        f"in the layers' matrices, in {args.out}"
+        f"{args.method}: values {before:,} -> {after:,} ({1 - after / before:.1%} removed){sparse}, in "
+        f"{args.out}"
     )
 
 

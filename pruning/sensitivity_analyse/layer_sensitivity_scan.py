@@ -169,11 +169,24 @@ def text_prompts(texts, tokenizer, max_tokens: int = 512) -> list[dict]:
 
 
 def fingerprint(model) -> str:
-    """Twelve digits that change with the architecture and with the weights (a few values of every tensor)."""
+    """Twelve digits that change with the architecture and with any value of the weights."""
     digest = hashlib.sha1(json.dumps(plain(model).config.to_dict(), sort_keys=True, default=str).encode())
     for name, tensor in plain(model).named_parameters():
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.flatten()[:8].tolist()}".encode())
+        digest.update(f"{name}{tuple(tensor.shape)}{checksum(tensor.detach())}".encode())
     return digest.hexdigest()[:12]
+
+
+def checksum(tensor, piece: int = 1 << 22) -> int:
+    """A whole number from all bits of a tensor, computed where the tensor lies.
+
+    Every value is multiplied by an odd number of its own place, so that exchanged values change it too.
+    """
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize]
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for start, part in enumerate(tensor.contiguous().view(bits).flatten().split(piece)):
+        places = torch.arange(len(part), device=tensor.device) + start * piece
+        total += (part.long() * (places * 2654435761 | 1)).sum()  # whole numbers wrap, alike everywhere
+    return total.item()
 
 
 def prompt_key(prompt) -> str:
@@ -271,7 +284,11 @@ def summarise(records) -> list[dict]:
 
 
 def layer_scores(rows, mode: str, distance: str) -> list[float]:
-    """score_mean of each layer in order; for mode head the mean over the heads."""
+    """score_mean of each layer in order; for mode head the mean over the heads.
+
+    A layer that has no such part, in a hybrid, gets infinity: it is never the least missed.
+    """
+    layers = 1 + max((row["layer"] for row in rows), default=-1)
     by_layer = defaultdict(list)
     for row in rows:
         if (row["mode"], row["distance"]) == (mode, distance):
@@ -280,7 +297,17 @@ def layer_scores(rows, mode: str, distance: str) -> list[float]:
         raise UserError(
             f"the scan holds no {mode}/{distance}; run it with --mode {mode} --distance {distance}"
         )
-    return [sum(v) / len(v) for _, v in sorted(by_layer.items())]
+    return [sum(v) / len(v) if (v := by_layer.get(i)) else math.inf for i in range(layers)]
+
+
+def ranking(rows) -> str:
+    """The layers in the order in which choose_layers.py removes them unless told otherwise, in words."""
+    change = layer_scores(rows, "layer", "nll_change")
+    order = sorted(range(len(change)), key=change.__getitem__)
+    shown = ", ".join(f"{layer} ({change[layer]:+.3f})" for layer in order[:12])
+    return f"least missed, by the rise of the loss without each alone: {shown}" + (
+        ", ..." if order[12:] else ""
+    )
 
 
 def write_csv(path, rows, columns):
@@ -373,9 +400,11 @@ def main(args):
 
     # tables and picture, and upstream's lines on the screen
     title = f"{args.model.name}: {len(prompts)} prompts"
-    for row in write_tables(args.out, summarise(records), modes[0], args.distance[0], title):
+    rows = summarise(records)
+    for row in write_tables(args.out, rows, modes[0], args.distance[0], title):
         head = "" if row["head"] is None else f" head {row['head']:02d},"
         print(f"Layer {row['layer']:02d},{head} mean={row['score_mean']:.6f}, std={row['score_std']:.6f}")
+    print(ranking(rows))
     print(f"wrote {args.out}, {args.out.with_suffix('.all.csv')}, {args.out.with_suffix('.png')}")
 
 
