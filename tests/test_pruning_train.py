@@ -250,7 +250,7 @@ def test_every_option_of_healing_a_language_model_has_its_effect(tmp_path):
         "--repair": [Effect("last", "weights"), Effect("linear", "refused")],
         "--repair-texts": Effect(4, "refused"),
         "--also": Effect("head", "weights"),
-        "--pack": Effect(True, "weights"),
+        "--pack": Effect(True, "weights", given=("--max-length", 8)),
         "--lora-target-modules": [
             Effect("k_proj", "weights"),
             Effect("k_proj", "refused", given=("--full",)),
