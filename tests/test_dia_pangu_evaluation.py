@@ -10,7 +10,7 @@ from rouge_score import rouge_scorer
 from sklearn.metrics import precision_recall_fscore_support
 
 from dia_pangu.evaluate import nlg_eval
-from dia_pangu.evaluate.findings import calibrate, finding_scores, micro_f1
+from dia_pangu.evaluate.findings import calibrate, crg_score, finding_scores, macro_f1, micro_f1
 from dia_pangu.src.Dataset.prompt import FINDINGS
 from studies.dia_pangu.locations import location_scores, reported
 from studies.dia_pangu.real_reports import labeler_study
@@ -162,3 +162,77 @@ def test_the_standard_rouge_is_that_of_rouge_score():
         expected = scorer.score(truth, prediction)
         ours = nlg_eval.standard_rouge(*(nlg_eval.default_words(text) for text in (truth, prediction)))
         assert ours == pytest.approx({name: value.fmeasure for name, value in expected.items()})
+
+
+def test_the_crg_score_follows_its_formula():
+    truth = np.zeros((10, 6), bool)
+    truth[:3, 0] = truth[5, 2] = True
+    assert crg_score(truth, truth) == pytest.approx(1)
+    assert crg_score(truth, np.zeros_like(truth)) == pytest.approx(1 / 3)
+    told = truth.copy()
+    told[0, 0], told[9, 5], told[8, 5] = False, True, True  # 3 hits, 1 miss, 2 false alarms
+    weight, most = (60 - 4) / 8, (60 - 4) / 2
+    assert crg_score(truth, told) == pytest.approx(most / (2 * most - (3 * weight - weight - 2)))
+    assert np.isnan(crg_score(np.zeros((3, 2)), np.zeros((3, 2))))
+
+
+def test_a_perfect_model_has_a_macro_of_one_over_the_findings_that_occur():
+    truth = np.random.default_rng(0).random((60, 14)) < 0.3
+    truth[:, 3] = truth[:, 8] = False
+    scores = finding_scores(truth, truth)
+    assert scores["macro"]["F1"] == pytest.approx(12 / 14, abs=1e-4)
+    assert scores["macro_occurring"]["F1"] == pytest.approx(1, abs=1e-4) == macro_f1(truth, truth)
+
+
+TEXTS = (
+    "A nodule is seen in the right lung.",
+    "There is a left pleural effusion.",
+    "The heart is enlarged.",
+    "No abnormality is seen.",
+    "Fracture of a rib.",
+    "Pneumothorax on the right.",
+)
+
+
+def test_a_report_that_is_the_same_for_all_survives_another_patient():
+    truths = [*TEXTS] * 5
+    own = nlg_eval.sameness(truths, truths)
+    assert own["distinct"] == pytest.approx(6 / 30) and own["survives"] < 0.2 and own["micro_F1"] > 0.99
+    alike = nlg_eval.sameness(truths, [TEXTS[0]] * 30)
+    assert alike["distinct"] == pytest.approx(1 / 30) and alike["commonest"] == 1
+    assert alike["survives"] == pytest.approx(1)
+
+
+def test_two_models_on_the_same_patients_are_compared_in_pairs(tmp_path):
+    truths = [TEXTS[i % 6] for i in range(36)]
+    worse = [truth if i % 3 else TEXTS[(i + 1) % 6] for i, truth in enumerate(truths)]
+    for name, texts, order in (("a", truths, 1), ("b", worse, -1)):
+        rows = [
+            ["ID", "Ground Truth", "Pred"],
+            *[[str(i), *r] for i, r in enumerate(zip(truths, texts))][::order],
+        ]
+        with open(tmp_path / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(rows)
+    arguments = [
+        "--csv",
+        tmp_path / "a.csv",
+        "--against",
+        tmp_path / "b.csv",
+        "--radeval",
+        tmp_path / "r.csv",
+    ]
+    arguments += ["--no-meteor", "--draws", 60, "--out", tmp_path / "s.json"]
+    done = call(nlg_eval, *arguments, log=tmp_path / "log.txt")
+    assert done.returncode == 0, done.text
+    scores = json.loads((tmp_path / "s.json").read_text())
+    test = scores["against"]["micro_F1"]
+    assert test["difference"] > 0.2 and test["interval"][0] > 0 and test["p"] < 0.05
+    low, high = scores["intervals"]["BLEU_4"]
+    assert low - 1e-6 <= scores["BLEU_4"] <= high + 1e-6
+    assert (tmp_path / "r.csv").read_text().splitlines()[:2] == ["refs,hyps", f"{TEXTS[0]},{TEXTS[0]}"]
+    rows = [{"ID": str(i), "Ground Truth": t, "Pred": t} for i, t in enumerate(truths)]
+    equal = nlg_eval.paired_test(rows, rows, "en", draws=30)["micro_F1"]
+    assert equal["difference"] == 0 and equal["p"] == 1
+    (tmp_path / "b.csv").write_text("ID,Ground Truth,Pred\n77,a,b\n")
+    done = call(nlg_eval, *arguments, log=tmp_path / "log.txt")
+    assert done.returncode == 2 and "other patients" in done.text

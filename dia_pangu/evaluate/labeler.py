@@ -10,6 +10,7 @@ Two label spaces: the 14 findings of the prompt, and the 18 labels of CT-RATE.
 """
 
 import re
+from functools import lru_cache
 
 from common.errors import UserError
 from dia_pangu.src.Dataset.prompt import FINDINGS
@@ -467,11 +468,12 @@ def label_sentence(sentence: str, language: str, names):
             yield name, code
 
 
-def label_names(text: str, names) -> dict:
-    """Return {finding: code} of a report, English or Chinese as its characters say."""
-    language, codes = language_of(text), dict.fromkeys(names, BLANK)
+@lru_cache(maxsize=8192)
+def label_all(text: str) -> dict:
+    """Return {finding: code} of a report for both label spaces, English or Chinese as its characters say."""
+    language, codes = language_of(text), dict.fromkeys(ENGLISH | ENGLISH_18, BLANK)
     for sentence in sentences(text, language):
-        for name, code in label_sentence(sentence, language, names):
+        for name, code in label_sentence(sentence, language, codes):
             if RANK[code] > RANK[codes[name]]:
                 codes[name] = code
     return codes
@@ -479,7 +481,8 @@ def label_names(text: str, names) -> dict:
 
 def label_report(text: str) -> list[int]:
     """Return the codes of the 14 findings of one report."""
-    codes = label_names(text, FINDINGS[:-1])
+    known = label_all(text or "")
+    codes = {name: known[name] for name in FINDINGS[:-1]}
     # "No finding" is what a report with normal statements and without any finding says.
     found = any(code in (PRESENT, UNCERTAIN) for name, code in codes.items() if name != "support devices")
     quiet = QUIET[language_of(text)].search(text or "")
@@ -496,7 +499,7 @@ def positives(texts) -> list[list[int]]:
 def positives_18(texts) -> list[list[int]]:
     """Return (N, 18) rows with 1 where a report states one of CT-RATE's labels as present."""
     names = [SAME_18.get(name, name) for name in LABELS_18]
-    return [[int(code == PRESENT) for code in label_names(text, names).values()] for text in texts]
+    return [[int(label_all(text)[name] == PRESENT) for name in names] for text in texts]
 
 
 class CheXbert:

@@ -29,11 +29,11 @@ from pycocoevalcap.cider.cider_scorer import CiderScorer
 from pycocoevalcap.meteor import meteor as meteor_package
 
 from common.arguments import Parser, number
-from common.checkpoint import atomic_json
+from common.checkpoint import atomic_csv, atomic_json
 from common.errors import UserError, run
 from common.intervals import bootstrap
-from dia_pangu.evaluate.findings import finding_scores, micro_f1
-from dia_pangu.evaluate.labeler import CheXbert, language_of, positives
+from dia_pangu.evaluate.findings import crg_score, f1_intervals, finding_scores, macro_f1, micro_f1
+from dia_pangu.evaluate.labeler import LABELS_18, CheXbert, language_of, positives, positives_18
 from dia_pangu.src.Dataset.prompt import FINDINGS, LANGUAGES
 
 METEOR_SECONDS = 600  # the jar needs about a second for 100 reports
@@ -57,6 +57,27 @@ def bleu(truths, predictions) -> tuple[list[float], list[list[float]]]:
     for truth, prediction in zip(truths, predictions):
         scorer += (prediction, [truth])
     return scorer.compute_score(option="closest", verbose=0)
+
+
+def bleu_intervals(truths, predictions, language: str, draws: int) -> dict:
+    """Return the intervals of corpus BLEU-1 to BLEU-4: the n-gram counts of the reports are drawn, not the
+    texts."""
+    scorer = BleuScorer(n=4)
+    for truth, prediction in zip(truths, predictions):
+        scorer += (words(prediction, language), [words(truth, language)])
+    parts = scorer.ctest
+    lengths = np.array([[part["testlen"], part["reflen"][0]] for part in parts], float)
+    correct, guess = (np.array([part[key] for part in parts], float) for key in ("correct", "guess"))
+
+    def corpus(lengths, correct, guess, n: int) -> float:
+        shares = (correct.sum(0)[:n] + 1e-15) / (guess.sum(0)[:n] + 1e-9)
+        ratio = lengths[:, 0].sum() / max(lengths[:, 1].sum(), 1e-9)
+        return float(shares.prod() ** (1 / n) * min(1.0, np.exp(1 - 1 / max(ratio, 1e-9))))
+
+    return {
+        f"BLEU_{n}": bootstrap(lambda *rows, n=n: corpus(*rows, n), lengths, correct, guess, draws=draws)
+        for n in range(1, 5)
+    }
 
 
 def common_length(one: list[str], two: list[str]) -> int:
@@ -198,12 +219,79 @@ def parse_labels(text: str) -> list[int] | None:
 
 
 def clinical_scores(truths, predictions, labeler=positives, draws: int = 500) -> dict:
-    """Return the finding scores of predicted against true reports, both labelled by `labeler`, with an
-    interval of micro-F1."""
+    """Return the finding scores of predicted against true reports, both labelled by `labeler`, with
+    intervals, and the CRG score."""
     truth, predicted = np.array(labeler(truths)).astype(bool), np.array(labeler(predictions)).astype(bool)
     scores = finding_scores(truth, predicted)
+    scores["CRG"] = {"value": crg_score(truth, predicted)}
+    scores["CRG"]["interval"] = bootstrap(crg_score, truth, predicted, draws=draws)
     scores["micro"]["F1_interval"] = bootstrap(micro_f1, truth, predicted, draws=draws)
+    scores["macro_occurring"]["F1_interval"] = bootstrap(macro_f1, truth, predicted, draws=draws)
+    for row, interval in zip(scores["per_finding"].values(), f1_intervals(truth, predicted, draws)):
+        row["F1_interval"] = interval
     return scores
+
+
+def sameness(truths, predictions, labeler=positives) -> dict:
+    """Return how alike the predictions are, and how much of their score another patient's report would have.
+
+    distinct: different predictions as a share of all. commonest: share of the most frequent one. micro_F1 and
+    other_patient: against the own and against the next patients' true reports (the mean of five shifts);
+    survives: their quotient, near 1 for reports that say the same of everyone.
+    """
+    truth, told = np.array(labeler(truths)).astype(bool), np.array(labeler(predictions)).astype(bool)
+    counts, own = Counter(predictions), micro_f1(truth, told)
+    shifts = [s for s in (1, 2, 3, 5, 8) if s < len(told)]
+    other = float(np.mean([micro_f1(truth, np.roll(told, s, axis=0)) for s in shifts])) if shifts else own
+    return {
+        "distinct": len(counts) / max(1, len(predictions)),
+        "commonest": max(counts.values()) / max(1, len(predictions)),
+        "micro_F1": own,
+        "other_patient": other,
+        "survives": other / own if own else float("nan"),
+    }
+
+
+def paired_test(rows, others, language: str, labeler=positives, draws: int = 500, seed: int = 0) -> dict:
+    """Compare two CSVs of the same patients: the difference of micro-F1 and of ROUGE_L with a paired
+    interval, and the share of random exchanges of single reports that give as large a difference (a
+    permutation test).
+    """
+    ours, theirs = ([row["Pred"] or "" for row in part] for part in (rows, others))
+    truths = [row["Ground Truth"] or "" for row in rows]
+    labels = [np.array(labeler(texts)).astype(bool) for texts in (truths, ours, theirs)]
+    if language == "cn":
+        truths, ours, theirs = ([words(text, "cn") for text in texts] for texts in (truths, ours, theirs))
+    rouge = [np.array(rouge_l(truths, texts)[1])[:, None] for texts in (ours, theirs)]
+    mean = lambda truth, values: float(values.mean())
+    scores = {"micro_F1": (micro_f1, *labels), "ROUGE_L": (mean, np.zeros_like(rouge[0]), *rouge)}
+    rng, out = np.random.default_rng(seed), {}
+    for name, (score, truth, one, two) in scores.items():
+        gain = lambda t, a, b, score=score: score(t, a) - score(t, b)
+        found, larger = gain(truth, one, two), 0
+        for _ in range(draws):
+            swap = rng.random((len(truth), 1)) < 0.5
+            drawn = gain(truth, np.where(swap, two, one), np.where(swap, one, two))
+            larger += abs(drawn) >= abs(found) - 1e-12
+        interval = bootstrap(gain, truth, one, two, draws=draws)
+        out[name] = {"difference": found, "interval": interval, "p": (larger + 1) / (draws + 1)}
+    return out
+
+
+def same_patients(path, rows, other_path) -> list[dict]:
+    """Return the rows of another CSV in the order of `rows`, matched by ID where both have it."""
+    others = read_csv(other_path)
+    if all("ID" in part[0] for part in (rows, others)):
+        by_id = {row["ID"]: row for row in others}
+        missing = [row["ID"] for row in rows if row["ID"] not in by_id]
+        if missing or len(by_id) != len(rows):
+            raise UserError(f"{other_path}: is about other patients than {path} (ID {(missing or ['?'])[0]})")
+        return [by_id[row["ID"]] for row in rows]
+    if len(rows) != len(others):
+        raise UserError(
+            f"{other_path}: has {len(others)} rows, {path} {len(rows)}; both need the same patients"
+        )
+    return others
 
 
 def read_csv(path) -> list[dict]:
@@ -235,8 +323,14 @@ def score_csv(path, language=None, labeler=positives, with_meteor: bool = True, 
     scores["intervals"] = {
         name: bootstrap(np.mean, np.array(values), draws=draws) for name, values in samples.items()
     }
+    scores["intervals"] |= bleu_intervals(truths, predictions, language, draws)
     scores["standard"] = standard_scores(truths, predictions, language)
     scores["findings"] = clinical_scores(truths, predictions, labeler, draws)
+    scores["sameness"] = sameness(truths, predictions, labeler)
+    if labeler is positives:
+        found = [np.array(positives_18(texts)).astype(bool) for texts in (truths, predictions)]
+        scores["findings_18"] = finding_scores(*found, LABELS_18)
+        scores["findings_18"]["CRG"] = crg_score(*found)
     given = [parse_labels(row.get("GT_labels", "")) for row in rows]
     if all(given):  # the labels of the data set instead of the labeler's reading of the true report
         scores["findings_against_GT_labels"] = finding_scores(given, labeler(predictions))
@@ -270,9 +364,21 @@ def show(scores: dict):
     found = scores["findings"]
     for name, row in [
         *found["per_finding"].items(),
-        *((key, found[key]) for key in ("macro", "micro", "example")),
+        *((key, found[key]) for key in ("macro", "macro_occurring", "micro", "example")),
     ]:
         print(f"{name:28s} {row.get('count', ''):>5} {row['P']:6.3f} {row['R']:6.3f} {row['F1']:6.3f}")
+    same = scores["sameness"]
+    print(
+        f"CRG {found['CRG']['value']:.3f}; {same['distinct']:.0%} distinct reports, {same['survives']:.0%} "
+        "of the "
+        "micro-F1 survives another patient's report"
+    )
+    for name, test in scores.get("against", {}).items():
+        low, high = test["interval"]
+        print(
+            f"{name}: {test['difference']:+.4f} [{low:+.4f}, {high:+.4f}] against the other, p "
+            f"{test['p']:.3f}"
+        )
     print("BLEU hardly separates a model from a retrieved report: read the scores of the findings first.")
 
 
@@ -282,6 +388,13 @@ def main(args):
     labeler = CheXbert(args.chexbert, args.bert) if args.chexbert else positives
     scores = score_csv(args.csv, args.language, labeler, not args.no_meteor, args.draws)
     scores["labeler"] = "CheXbert" if args.chexbert else "rules"
+    rows = read_csv(args.csv)
+    if args.against:
+        others = same_patients(args.csv, rows, args.against)
+        scores["against"] = paired_test(rows, others, scores["language"], labeler, args.draws)
+    if args.radeval:  # reference and hypothesis under the names of RadEval's arguments
+        lines = [{"refs": row["Ground Truth"] or "", "hyps": row["Pred"] or ""} for row in rows]
+        atomic_csv(args.radeval, lines)
     if args.out:
         atomic_json(args.out, scores)
     show(scores)
@@ -303,6 +416,11 @@ def parse_args(argv=None):
     )
     parser.add_argument(
         "--bert", help="folder with configuration and tokenizer of bert-base-uncased, for --chexbert"
+    )
+    parser.add_argument("--against", help="CSV of another model on the same patients, for a paired test")
+    parser.add_argument(
+        "--radeval",
+        help="CSV to write for RadEval (RadGraph, GREEN, RaTEScore), with the columns refs and hyps",
     )
     parser.add_argument("--no-meteor", action="store_true", help="leave METEOR out")
     parser.add_argument(

@@ -10,6 +10,9 @@ SCORES = "tests/test_dia_pangu_evaluation.py"
 WEIGHTS = "tests/test_dia_pangu_weights.py"
 TRAIN = "tests/test_dia_pangu_train.py"
 GOLDEN = "tests/test_golden_dia_pangu.py"
+SCANS = "tests/test_dia_pangu_scans.py"
+LABELER = "tests/test_dia_pangu_labeler.py"
+SEED = "tests/test_dia_pangu_seed.py"
 FLAGS = "tests/test_dia_pangu_effects.py::test_every_option_of_"
 
 MUTANTS = [
@@ -171,15 +174,15 @@ MUTANTS = [
         "--hide-places hides the other part",
     ),
     Mutant(
-        "dia_pangu/src/Dataset/preprocess.py",
+        "dia_pangu/src/Dataset/scan.py",
         'orientations.axcodes2ornt(("L", "P", "S"))',
         'orientations.axcodes2ornt(("R", "P", "S"))',
         f"{DATA} {SCORES}::test_organs_lie_on_their_side_after_reading",
         "left and right of every volume swapped",
     ),
     Mutant(
-        "dia_pangu/src/Dataset/preprocess.py",
-        "return hu, (float(spacing_mm[1]), float(spacing_mm[0]), float(spacing_mm[2]))",
+        "dia_pangu/src/Dataset/scan.py",
+        "return out, (float(spacing_mm[1]), float(spacing_mm[0]), float(spacing_mm[2]))",
         "return hu, (float(spacing_mm[2]), float(spacing_mm[1]), float(spacing_mm[0]))",
         DATA,
         "the spacing along the wrong axes",
@@ -265,9 +268,9 @@ MUTANTS = [
     ),
     Mutant(
         "dia_pangu/evaluate/labeler.py",
-        "    if denied_before or denied_after:\n",
-        "    if denied_before:\n",
-        SCORES,
+        "    return bool(DENIED_AFTER[language].search(plain[match.end() :]))",
+        "    return False",
+        LABELER,
         "a negation behind the finding is not read",
     ),
     Mutant(
@@ -279,9 +282,102 @@ MUTANTS = [
     ),
     Mutant(
         "dia_pangu/evaluate/nlg_eval.py",
-        'samples["ROUGE_L"] = rouge_l(truths, predictions)',
-        'samples["ROUGE_L"] = rouge_l(predictions, truths)',
+        'samples["ROUGE_L"] = rouge_l(*spaced)',
+        'samples["ROUGE_L"] = rouge_l(*spaced[::-1])',
         f"{SCORES} {GOLDEN}",
         "ROUGE-L with prediction and truth swapped",
+    ),
+    # --- scans
+    Mutant(
+        "dia_pangu/src/Dataset/verdict.py",
+        "    if offset:\n        verdict.offset, verdict.why",
+        "    if False:\n        verdict.offset, verdict.why",
+        SCANS,
+        "HU with an offset is read as it is stored",
+    ),
+    Mutant(
+        "dia_pangu/src/Dataset/verdict.py",
+        "    out[:3] *= UNITS[taken]",
+        "    out[:3] *= UNITS['mm']",
+        SCANS,
+        "microns and metres are read as mm",
+    ),
+    Mutant(
+        "dia_pangu/src/Dataset/dicom.py",
+        "    return (normal + usual) * step, height",
+        "    return normal * step, height",
+        SCANS,
+        "the shear of a gantry tilt is dropped",
+    ),
+    Mutant(
+        "dia_pangu/src/Dataset/dicom.py",
+        '    if words.get("Modality") != "CT":',
+        "    if False:",
+        SCANS,
+        "MR and PET are read as CT",
+    ),
+    Mutant(
+        "dia_pangu/src/Dataset/dicom.py",
+        "            if not np.array_equal(read_pixels(other, frames)[0], first):",
+        "            if False:",
+        SCANS,
+        "of two reconstructions at one place the first counts without a word",
+    ),
+    Mutant(
+        "dia_pangu/src/Dataset/scan.py",
+        "    np.maximum(hu, np.float32(AIR_HU), out=hu)",
+        "    np.maximum(hu, np.float32(-9999), out=hu)",
+        SCANS,
+        "padding of -3024 stays",
+    ),
+    Mutant(
+        "dia_pangu/src/Dataset/preprocess.py",
+        "{s.st_mtime_ns} {s.st_ctime_ns}",
+        "{s.st_mtime_ns}",
+        SCANS,
+        "a rewritten file with its old time is taken from the cache",
+    ),
+    Mutant(
+        "dia_pangu/src/Model/build.py",
+        'return {} if (home / "vision.safetensors").is_file() else {"preprocess": "upstream"}',
+        "return {}",
+        WEIGHTS,
+        "published start weights get HU windows",
+    ),
+    Mutant(
+        "dia_pangu/src/test.py",
+        '    if hide and verdict.side != "known":',
+        "    if False:",
+        SCANS,
+        "a report names sides that nobody knows",
+    ),
+    # --- the seed's path
+    Mutant(
+        "dia_pangu/src/Dataset/prompt.py",
+        "                thinking = token == begin",
+        "                thinking = False",
+        SEED,
+        "openPangu's thinking stands in the report",
+    ),
+    Mutant(
+        "common/sharding.py",
+        "                state.pop(key, None)",
+        "                pass",
+        SEED,
+        "checkpoints hold the frozen weights",
+    ),
+    Mutant(
+        "dia_pangu/evaluate/labeler.py",
+        "                if organ_of(clause, match, language, carried) in NOT_OF.get(name, ()):",
+        "                if False:",
+        LABELER,
+        "a thyroid nodule is a lung lesion",
+    ),
+    Mutant(
+        "dia_pangu/evaluate/labeler.py",
+        "    plain = blank(CHANGE[language], blank(NOT_DENIED[language], clause))",
+        "    plain = blank(NOT_DENIED[language], clause)",
+        LABELER,
+        '"no change in the nodule" denies the nodule',
     ),
 ]
