@@ -1,13 +1,14 @@
 """The wavelet front end of cwt_mae against direct convolution, PyWavelets and ptwt.
 
     python bench/cwt.py [--batch 32] [--length 3000] [--scales 64] [--repeats 5]
+    bash -c 'source common/env.sh; "$PYTHON" bench/cwt.py'      # as launchers start it: freed memory stays
 
 Signals (batch, length), their first and second differences, all Ricker scales: every method makes a new
 output tensor (batch, 3, scales, length) from the same signals. Methods take turns within a repeat, so that a
 busy machine hurts them alike; each number is the median over the repeats.
 
   cpu_ms      processor time on one thread, user and system; a busy machine changes it least
-  wall_ms     time on the clock with 2 and with 4 threads
+  wall_ms     time on the clock with 2 threads, and with 4 where there are 4 cores
   memory_mb   highest resident memory above that before the call, in a process of its own; the output counts
   error       largest difference from the same transform by direct convolution in float64, as a fraction of
               its peak, of the worst channel
@@ -18,16 +19,23 @@ ends, compared with the direct form of that. PyWavelets and ptwt (pip install py
 missing) sample an integrated wavelet and round its length, so their error is a difference of method; they
 have no scale below 0.5, for which they get scale 1.
 
-Writes bench/results/cwt.json.
+`cwt_wrap out=` writes into a tensor that is used again, and `cwt_wrap vmap` maps over signals. Beside the
+table: the highest resident memory of a process that encodes a day at 250 Hz with a small model, and the time
+to read a csv file of a million lines, beside pandas where it is installed.
+
+Writes bench/results/cwt.json with the processor's name: ratios differ between processors.
 """
 
 import argparse
 import json
 import os
+import platform
 import random
+import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -83,6 +91,16 @@ def methods(num_scales, length) -> dict:
         "cwt_wrap legacy + norm": lambda x: cwt_wrap(x, num_scales, legacy=True, normalize=True),
         "cwt_wrap + norm": lambda x: cwt_wrap(x, num_scales, normalize=True),
     }
+    kept = {}
+
+    def reuse(x):
+        key = len(x)
+        if key not in kept:
+            kept[key] = torch.empty(len(x), 3, num_scales, x.shape[1])
+        return cwt_wrap(x, num_scales, out=kept[key])
+
+    found["cwt_wrap out="] = reuse
+    found["cwt_wrap vmap"] = torch.func.vmap(lambda z: cwt_wrap(z[None], num_scales)[0])
     other = scales.clone()
     other[0] = 1.0
     try:
@@ -124,6 +142,47 @@ def memory(name, args):
     torch.set_num_threads(1)
     method(x[:1])  # libraries, kernel spectra and thread stacks are there before
     print(json.dumps(added_peak_mb(lambda: method(x))))
+
+
+def day_mb() -> float:
+    """Run in a process of its own: MB of resident memory at the highest while a day at 250 Hz is encoded."""
+    from cwt_mae.model_finetune import TF_MAE_Classifier
+
+    torch.set_num_threads(1)
+    sizes = dict(cwt_scales=16, patch_size_freq=16, embed_dim=64, depth=1, num_heads=4)
+    model = TF_MAE_Classifier(None, 2, **sizes, preprocess={"fs": 100.0})
+    signal = np.random.default_rng(0).standard_normal(86400 * 250, dtype=np.float32)
+    model.encode(signal, 250.0, tokens=False)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def csv_seconds(lines: int = 1_000_000) -> dict:
+    """Seconds to read a csv file of `lines` lines, and with pandas alone."""
+    from cwt_mae.dataset import read_records
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.csv"
+        values = np.round(np.random.default_rng(0).standard_normal(lines), 4).tolist()
+        path.write_text("time_s,ecg\n" + "".join(f"{i / 250:.3f},{v}\n" for i, v in enumerate(values)))
+        start = time.perf_counter()
+        read_records(path)
+        found = {"read_records": time.perf_counter() - start}
+        try:
+            import pandas
+        except ImportError:
+            return found
+        start = time.perf_counter()
+        pandas.read_csv(path)
+        return found | {"pandas": time.perf_counter() - start}
+
+
+def processor() -> str:
+    """The processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def turns(found: dict, x, repeats: int, clock) -> dict:
@@ -170,6 +229,8 @@ def main():
     )
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.memory == "a day":
+        return print(json.dumps(day_mb()))
     if args.memory:
         return memory(args.memory, args)
     found, x = methods(args.scales, args.length), test_signal(args.batch, args.length)
@@ -181,7 +242,8 @@ def main():
     rows = {
         name: {"cpu_ms": value} for name, value in turns(found, x, args.repeats, time.process_time).items()
     }
-    for threads in (2, 4):
+    counts = [threads for threads in (2, 4) if threads <= max(2, os.cpu_count() or 1)]
+    for threads in counts:
         torch.set_num_threads(threads)
         for name, value in turns(found, x, args.repeats, time.perf_counter).items():
             rows[name][f"wall_ms_{threads}"] = value
@@ -196,35 +258,46 @@ def main():
     for name, row in rows.items():
         rival = rows["conv1d + norm" if "norm" in name else "conv1d"]
         row["ratio_cpu"] = rival["cpu_ms"] / row["cpu_ms"]
-        row["ratio_wall_2"], row["ratio_wall_4"] = (
-            rival[f"wall_ms_{t}"] / row[f"wall_ms_{t}"] for t in (2, 4)
-        )
+        row |= {f"ratio_wall_{t}": rival[f"wall_ms_{t}"] / row[f"wall_ms_{t}"] for t in counts}
     output_mb = args.batch * 3 * args.scales * args.length * 4 / 1e6
     print(
         f"{args.batch} signals x {args.length} samples x {args.scales} scales x 3 channels, output "
         f"{output_mb:.0f} MB; "
-        f"torch {torch.__version__}, numpy {np.__version__}, {os.cpu_count()} cores, load "
+        f"{processor()}, torch {torch.__version__}, numpy {np.__version__}, {os.cpu_count()} cores, load "
         f"{os.getloadavg()[0]:.1f}"
     )
     print(
-        f"{'method':24}{'cpu ms':>8}{'x':>6}{'2 threads':>11}{'x':>6}{'4 threads':>11}{'x':>6}"
-        f"{'memory MB':>11}{'error':>9}"
+        f"{'method':24}{'cpu ms':>8}{'x':>6}"
+        + "".join(f"{f'{t} threads':>11}{'x':>6}" for t in counts)
+        + f"{'memory MB':>11}{'error':>9}"
     )
     for name, row in rows.items():
+        walls = "".join(f"{row[f'wall_ms_{t}']:11.0f}{row[f'ratio_wall_{t}']:6.1f}" for t in counts)
         print(
-            f"{name:24}{row['cpu_ms']:8.0f}{row['ratio_cpu']:6.1f}{row['wall_ms_2']:11.0f}{row['ratio_wall_2']:6.1f}"
-            f"{row['wall_ms_4']:11.0f}{row['ratio_wall_4']:6.1f}{row['memory_mb']:11.0f}{row['error']:9.0e}"
+            f"{name:24}{row['cpu_ms']:8.0f}{row['ratio_cpu']:6.1f}{walls}{row['memory_mb']:11.0f}"
+            f"{row['error']:9.0e}"
         )
+    command = [sys.executable, __file__, "--memory", "a day"]
+    day = json.loads(
+        subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+    )
+    table = csv_seconds()
+    print(f"a day at 250 Hz encoded: {day:.0f} MB at the highest")
+    print("csv, a million lines: " + ", ".join(f"{name} {value:.2f} s" for name, value in table.items()))
     about = {
         "batch": args.batch,
         "length": args.length,
         "scales": args.scales,
         "repeats": args.repeats,
         "torch": torch.__version__,
+        "processor": processor(),
+        "memory_stays": os.environ.get("MALLOC_MMAP_THRESHOLD_", ""),
         "cores": os.cpu_count(),
         "load": os.getloadavg()[0],
     }
-    atomic_write(args.out, json.dumps({"about": about, "methods": rows}, indent=1))
+    atomic_write(
+        args.out, json.dumps({"about": about, "methods": rows, "day_mb": day, "csv_s": table}, indent=1)
+    )
 
 
 if __name__ == "__main__":

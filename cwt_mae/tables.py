@@ -96,7 +96,8 @@ def decoded(path: Path) -> str:
 def split_table(path: Path):
     """(column names or None, units, delimiter, lines of data with decimal points, number of the first of
     them)."""
-    lines = decoded(path).replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    text = decoded(path).replace("\r\n", "\n").replace("\r", "\n").rstrip("\n")
+    lines = text.split("\n")
     at, comment = 0, ""
     delimiter = None
     while at < len(lines):
@@ -122,7 +123,11 @@ def split_table(path: Path):
             units, at = [v.strip("()[] ") for v in second], at + 1
     elif comment and len(fields(comment, delimiter)) == len(head):
         names = fields(comment, delimiter)
-    body = [line for line in lines[at:] if line and not line.startswith(("#", "%"))]
+    body = lines[at:]
+    if any(
+        mark in text for mark in ("\n\n", "\n#", "\n%")
+    ):  # looking at each line takes as long as reading it
+        body = [line for line in body if line and not line.startswith(("#", "%"))]
     if not body:
         raise UserError(f"{path}: holds a header but no line of data")
     if any('"' in line for line in body[:5]):
