@@ -13,6 +13,11 @@ torch's peak allocation), `ratio` the other way's number divided by ours.
   loading     resident memory after reading random signals of a small and a tenfold .h5; signals a second
               with 0, 2 and 4 workers
   generation  64 new tokens for 4 questions: one batch with cache against running each whole prefix again
+  recording   memory above that before the work while the strongest windows of a raw capture of 40 and of 400
+              MB are cut, and of the whole file read at once
+  options     log-likelihoods of four options: the prompt read once against once for each option
+  chunks      500 random signals of a gzip .h5 after it was copied once, against as it is stored
+  checkpoint  bytes of a LoRA checkpoint against one with the frozen language model in it
   gpu         where CUDA is there: the 86 M encoder, and a random FM9G-4B in bf16 with LoRA (tokens a second,
               peak memory, MFU)
 
@@ -37,17 +42,21 @@ sys.path.insert(
 import h5py
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from bench.measure import resident_mb
 from common.checkpoint import atomic_write
+from common.sharding import keep_trained
 from em_mllm.dataset import SignalCollator, SignalDataset
 from em_mllm.em_foundation.models import SiTMAEConfig, SiTMAEModelWithoutMask
 from em_mllm.em_foundation.models.embedder import sample_id_matrix
 from em_mllm.em_foundation.utils.utils import first_fit, pack_sequence, with_special_patches
 from em_mllm.fm9g import granite_config
+from em_mllm.iq_io import open_recording, strong_windows, windows
 from em_mllm.model import MultiModalModel, set_trainable
+from em_mllm.signal_file import SignalFile
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = {
@@ -55,8 +64,15 @@ PARTS = {
     "step": ("ours", "starter kit"),
     "loading": ("small", "tenfold", "workers"),
     "generation": ("ours", "starter kit"),
+    "recording": ("small", "tenfold", "whole"),
+    "options": ("ours", "starter kit"),
+    "chunks": ("ours", "starter kit"),
+    "checkpoint": ("ours", "starter kit"),
     "gpu": ("ours",),
 }
+
+
+ONCE = ("loading", "recording", "chunks", "checkpoint", "gpu")  # measured once, whatever --repeats
 
 
 def parse_args():
@@ -225,6 +241,87 @@ def loading(variant):
         return {"seconds": 0.0, "peak_mb": 0.0, "value": rates}
 
 
+def recording(variant):
+    count = 20_000_000 if variant == "small" else 200_000_000  # samples of two bytes
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "g_433.92M_250k.cu8"
+        block = np.random.default_rng(0).integers(0, 255, 2 * 1_000_000).astype(np.uint8)
+        with open(path, "wb") as file:
+            for _ in range(count // 1_000_000):
+                file.write(block)
+        del block
+
+        def work():
+            found = open_recording(path)
+            if variant == "whole":
+                return len(windows(found.read(0, found.length), 1024))
+            return len(strong_windows(found, 1024))
+
+        return measured(work, warm=False) | {"file_mb": path.stat().st_size / 1e6}
+
+
+def options(variant):
+    model, batch = multimodal(2000)
+    model.eval()
+    prompt = {k: batch[k] for k in ("iq", "fs", "input_ids", "attention_mask")}
+    tails = [[[10 + k, 20, 30 + k, 40, 50, 60, 70, 80] for k in range(4)] for _ in range(16)]
+    if variant == "ours":
+        work = lambda: [v.tolist() for v in model.option_scores(options=tails, **prompt)]
+        return measured(work, warm=False)
+
+    @torch.no_grad()
+    def work():
+        scores = []
+        for k in range(4):  # prompt and option as one text
+            rows = []
+            for row in range(16):
+                ids = batch["input_ids"][row, : int(batch["attention_mask"][row].sum())]
+                rows.append(torch.cat([ids, torch.tensor(tails[row][k])]))
+            longest = max(map(len, rows))
+            ids = torch.stack([torch.nn.functional.pad(r, (0, longest - len(r))) for r in rows])
+            mask = torch.stack([(torch.arange(longest) < len(r)).long() for r in rows])
+            labels = ids.masked_fill(mask == 0, -100)
+            for row, r in enumerate(rows):
+                labels[row, : len(r) - 8] = -100
+            out = model(batch["iq"], ids, mask, labels, fs=batch["fs"])
+            learned = out["labels"] != -100
+            chosen = out["logits"].log_softmax(-1).gather(-1, out["labels"].clamp(min=0)[..., None])[..., 0]
+            scores.append((chosen * learned).sum(1))
+        return torch.stack(scores, 1).tolist()
+
+    return measured(work, warm=False)
+
+
+def chunks(variant):
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["EM_MLLM_CACHE"] = folder
+        path = Path(folder) / "x.h5"
+        x = np.random.default_rng(0).standard_normal((4000, 1024, 2)).astype(np.float32)
+        with h5py.File(path, "w") as file:
+            file.create_dataset(
+                "IQ_data", data=x, chunks=(512, 1024, 2), compression="gzip", compression_opts=1
+            )
+        del x
+        signals, order = SignalFile(path), np.random.default_rng(0).permutation(4000)[:500]
+        if variant == "ours":
+            signals.pack()
+        return measured(lambda: float(sum(signals.read(i)[0, 0] for i in order)), warm=False)
+
+
+def checkpoint(variant):
+    model, _ = multimodal()
+    set_trainable(model, freeze_llm=False, freeze_signal_encoder=True, use_lora=True)
+    accelerator = Accelerator(cpu=True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    model, optimizer = accelerator.prepare(model, optimizer)
+    if variant == "ours":
+        keep_trained(accelerator)
+    with tempfile.TemporaryDirectory() as folder:
+        result = measured(lambda: accelerator.save_state(folder), warm=False)
+        size = sum(p.stat().st_size for p in Path(folder).rglob("*") if p.is_file())
+    return result | {"value": None, "checkpoint_mb": size / 1e6}
+
+
 def gpu(variant):
     """Real sizes on one CUDA device: encoder samples a second, and a LoRA step of a random FM9G-4B in
     bf16."""
@@ -307,7 +404,9 @@ def main(args):
             print("gpu: no CUDA device here, left out")
             continue
         runs = {variant: [] for variant in PARTS[part]}
-        for _ in range(1 if part in ("loading", "gpu") else args.repeats):
+        for _ in range(
+            1 if part in ("loading", "recording", "chunks", "checkpoint", "gpu") else args.repeats
+        ):
             for variant in PARTS[part]:  # in turn, so that a busy machine hurts them alike
                 done = subprocess.run(
                     [sys.executable, __file__, "--one", part, variant],
@@ -334,6 +433,10 @@ def main(args):
                 "memory": theirs["peak_mb"] / max(ours["peak_mb"], 1e-9),
             }
             if part == "encoder":
+                table[part]["largest_difference"] = float(
+                    np.abs(np.array(ours.pop("value")) - np.array(theirs.pop("value"))).max()
+                )
+            if part == "options":
                 table[part]["largest_difference"] = float(
                     np.abs(np.array(ours.pop("value")) - np.array(theirs.pop("value"))).max()
                 )

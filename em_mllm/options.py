@@ -15,11 +15,11 @@ PLAIN = {**{code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}, 0x3010: "[",
 WORD = r"(?:选项\s*|选择\s*|[Oo]ption\s+|[Cc]hoice\s+)?"
 BULLET = r"(?:(?<=\n)[ \t]*[-*•][ \t]+)?\**"
 FAMILIES = (
-    re.compile(rf"{BULLET}{WORD}[(\[]\s*([A-Za-z])\s*[)\]]\**"),
+    re.compile(rf"{BULLET}{WORD}[(\[<{{]\s*([A-Za-z])\s*[)\]>}}]\**"),
     re.compile(
         rf"{BULLET}{WORD}(?<![A-Za-z0-9])(?!(?<=[(\[])[A-Za-z]\s*\))([A-Za-z])\**\s*(?:[.):、,=]|[-–—](?=\s))\**"
     ),
-    re.compile(rf"(?:^|(?<=\n))[ \t]*{WORD}([A-Z])[ \t]+(?=\S)"),
+    re.compile(rf"(?:^|(?<=[\n;:]))[ \t]*{WORD}([A-Z])[ \t]+(?=\S)"),
 )
 
 SENTENCE = re.compile(r"[。!！?？;；]|\.(?=\s+[A-Z\u4e00-\u9fff])|\.(?=[\u4e00-\u9fff])")
@@ -135,6 +135,7 @@ STATED = (
         r"(?<![A-Za-z0-9])\(?([A-Z])\)?\s*(?:is|是|为)\s*(?:the\s+)?(?:correct|right|answer|best|正确|对的|答案)"
     ),
 )
+JOINED = re.compile(r"(?:\band|\bor|和|或|与|及|、|/|&)\s*[(\[]*$")  # one of several letters
 NEGATED = re.compile(r"(?:不是|不选|而非|排除|\bnot|\bisn't|n't be|\brather than|\binstead of)\s*[(\[\"'*]*$")
 
 
@@ -200,7 +201,8 @@ def extract_letter(text: str, options: dict) -> str | None:
             return start.group(1)
     named = named_option(text, options)
     end = re.search(r"(?:^|[\s:,=>→*\u4e00-\u9fff])([A-Z])[.。*)\]\s]*$", plain)
-    ended = end.group(1) if end and not NEGATED.search(plain[: end.start(1)]) else None
+    before = plain[: end.start(1)] if end else ""
+    ended = end.group(1) if end and not NEGATED.search(before) and not JOINED.search(before) else None
     said = {named, ended if ended in options else None} - {None}
     return said.pop() if len(said) == 1 else None  # a name and a letter that differ are no answer
 

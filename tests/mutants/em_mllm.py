@@ -10,6 +10,8 @@ GOLDEN = "tests/test_golden_em_mllm.py"
 TRAIN = "tests/test_em_mllm_train.py"
 ACCUM = f"{TRAIN}::test_gradient_accumulation_equals_the_larger_batch"
 EFFECTS = "tests/test_em_mllm_effects.py::test_every_option_of"
+CONTRACT, READERS = "tests/test_em_mllm_contract.py", "tests/test_em_mllm_readers.py"
+OPTIONS, BENCH = "tests/test_em_mllm_options.py", "tests/test_em_mllm_bench.py"
 
 MUTANTS = [
     # --- splits
@@ -245,5 +247,76 @@ MUTANTS = [
     ),
     Mutant(
         "em_mllm/optim.py", 'plain=("embed",)', 'plain=("nothing",)', SPLITS, "embedding tables are decayed"
+    ),
+    # --- the contract of a model folder, readers, wordings
+    Mutant(
+        "em_mllm/prepare.py",
+        "    if recorded and spec.remove_dc:",
+        "    if recorded:",
+        CONTRACT,
+        "the mean is taken off whatever training did",
+    ),
+    Mutant(
+        "em_mllm/recordings.py",
+        "            iq, rate = prepare(window, fs, spec, recording.done)",
+        "            iq, rate = prepare(window, fs, SignalSpec(), AS_RECORDED)",
+        CONTRACT,
+        "a recording is not prepared as the model was trained",
+    ),
+    Mutant(
+        "em_mllm/model.py",
+        "    own_base = trained or llm_changed or model.llm_changed",
+        "    own_base = trained or llm_changed",
+        CONTRACT,
+        "the language model that an earlier run trained is lost under adapters",
+    ),
+    Mutant(
+        "em_mllm/model.py",
+        'parameter.requires_grad_(use_lora and "lora_" in name)',
+        'parameter.requires_grad_("lora_" in name)',
+        CONTRACT,
+        "--freeze-llm trains the adapters of an earlier run",
+    ),
+    Mutant(
+        "em_mllm/train.py",
+        '    better = state["best_loss"] is None or loss < state["best_loss"]',
+        '    better = state["best_loss"] is None or loss > state["best_loss"]',
+        CONTRACT,
+        "the worst weights are kept",
+    ),
+    Mutant(
+        "em_mllm/iq_io.py",
+        '    headers = np.cumsum([c.get("core:header_bytes", 0) for c in captures])',
+        '    headers = [c.get("core:header_bytes", 0) for c in captures]',
+        READERS,
+        "the header bytes of earlier SigMF captures are not counted",
+    ),
+    Mutant(
+        "em_mllm/iq_io.py",
+        "            x = x.T\n        print(",
+        "            x = x\n        print(",
+        READERS,
+        "of a MATLAB matrix a row is taken for a capture",
+    ),
+    Mutant(
+        "em_mllm/dataset.py",
+        "        if isinstance(pair, Chosen) and len(named - {None}) <= 1:",
+        "        if isinstance(pair, Chosen) and not named - {None}:",
+        READERS,
+        "what questions name wins over the pair that the user put together",
+    ),
+    Mutant(
+        "em_mllm/options.py",
+        "                found = chain if len(chain) >= len(found) else found  # the last of equal ones",
+        "                found = chain if len(chain) > len(found) else found",
+        OPTIONS,
+        "letters in the instruction before the options are taken for them",
+    ),
+    Mutant(
+        "em_mllm/em_bench.py",
+        '        pairs = [(i["answer"], i.get("model_response") or "") for i in items if i.get("answer")]',
+        'pairs = [(i["answer"], i["model_response"]) for i in items if i.get("model_response")]',
+        BENCH,
+        "empty answers are left out of the mended scores",
     ),
 ]
