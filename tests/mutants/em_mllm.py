@@ -315,7 +315,7 @@ MUTANTS = [
     Mutant(
         "em_mllm/em_bench.py",
         '        pairs = [(i["answer"], i.get("model_response") or "") for i in items if i.get("answer")]',
-        'pairs = [(i["answer"], i["model_response"]) for i in items if i.get("model_response")]',
+        '        pairs = [(i["answer"], i["model_response"]) for i in items if i.get("model_response")]',
         BENCH,
         "empty answers are left out of the mended scores",
     ),
