@@ -89,10 +89,7 @@ QUESTIONS = [
     ),
     ("问题：该信号属于哪类？选项：A. GFSK, B. FM, C. MSK, D. 2FSK", FOUR),
     ("Which?\r\n(A) GFSK\r\n(B) FM\r\n(C) MSK\r\n(D) 2FSK\r\n\r\nOnly output the letter.", FOUR),
-    (
-        "Given in-phase (I) and quadrature (Q) at baseband (B), which? (A) GFSK (B) FM (C) MSK (D) 2FSK",
-        FOUR,
-    ),
+    ("Given in-phase (I) and quadrature (Q) at baseband (B), which? (A) GFSK (B) FM (C) MSK (D) 2FSK", FOUR),
     ("请从以下选项中选择：\n\nA．GFSK\nB．FM\nC．MSK\nD．2FSK", FOUR),
     ("(A)GFSK(B)FM(C)MSK(D)2FSK", FOUR),
     ("( A ) GFSK ( B ) FM ( C ) MSK ( D ) 2FSK", FOUR),
