@@ -91,18 +91,26 @@ def other_phrase(output, gt_masks, rows):
 
 
 class RawMaps:
-    """The best single attention map: one channel and one threshold, chosen on training phrases, no
-    learning."""
+    """Masks from attention alone, without a learned head: what rivals publish, under one interface.
+
+    "raw": the best single map, chosen with training masks; "mean": the mean of all maps; "heads": the mean of
+    the three localisation heads (CVPR 2025), chosen without any mask by how much attention a head gives to
+    the picture and how small the spatial entropy of what it gives is. All three have a threshold that is
+    chosen on training phrases.
+    """
 
     thresholds = torch.arange(0.1, 0.95, 0.05)
+    kinds = ("raw", "mean", "heads")
 
     def __init__(self):
-        self.sums, self.count = 0, 0
+        self.sums, self.count, self.attention, self.entropy = 0, 0, 0, 0
+        self.kept = []  # features and masks, to choose the thresholds of "mean" and "heads" on
 
     @staticmethod
-    def _ious(feature, gt, channels=slice(None)):
-        """(n, C, thresholds) IoU of every map, relative to its own maximum, enlarged to the ground truth."""
-        maps = feature["mask_attentions"][:, channels].float().cpu().flatten(0, 1)
+    def _ious(feature, gt, maps):
+        """(n, C, thresholds) IoU of every map of (n, C, h, w), relative to its own maximum, enlarged to the
+        ground truth."""
+        maps = maps.float().cpu().flatten(0, 1)
         if feature["unpad"]:
             maps = unpad_crop(maps, feature["meta_data"])
         maps = F.interpolate(maps[None], size=tuple(gt.shape[1:]), mode="bilinear")[0]
@@ -114,19 +122,52 @@ class RawMaps:
             out.append((pred & target).sum((1, 2)) / (pred | target).sum((1, 2)).clamp(min=1))
         return torch.stack(out, -1).unflatten(0, (len(gt), -1))
 
+    @staticmethod
+    def normalised(maps):
+        """Every map (n, C, h, w) divided by its sum."""
+        maps = maps.float().cpu()
+        return maps / maps.sum((-2, -1), keepdim=True).clamp(min=1e-12)
+
     def fit(self, feature, gt):
-        self.sums = self.sums + self._ious(feature, gt).sum(0)
+        maps = feature["mask_attentions"].float().cpu()
+        self.sums = self.sums + self._ious(feature, gt, maps).sum(0)
+        shares = self.normalised(maps).flatten(2)
+        self.attention = self.attention + maps.sum((0, 2, 3))
+        self.entropy = self.entropy - (shares * shares.clamp(min=1e-12).log()).sum((0, 2))
         self.count += len(gt)
+        mean = self.normalised(maps).mean(1, keepdim=True)
+        where = {name: feature[name] for name in ("unpad", "meta_data")}
+        self.kept.append((where, gt, maps.half(), self._ious(feature, gt, mean).sum(0)[0]))
 
     def choose(self):
         best = int((self.sums / self.count).argmax())
         self.channel, self.threshold = divmod(best, len(self.thresholds))
+        # of the heads that look at the picture more than most, the three with the most compact maps
+        looks = self.attention >= self.attention.quantile(0.75)
+        self.heads = self.entropy.masked_fill(~looks, float("inf")).topk(
+            min(3, int(looks.sum())), largest=False
+        )
+        self.heads = self.heads.indices.sort().values
+        self.mean_threshold = int(sum(row for _, _, _, row in self.kept).argmax())
+        merged = [self._ious(f, gt, self.merged(maps)).sum(0)[0] for f, gt, maps, _ in self.kept]
+        self.heads_threshold = int(sum(merged).argmax())
+        self.kept = []
         return self
 
+    def merged(self, maps):
+        """Mean of the chosen heads' maps, each divided by its sum: (n, 1, h, w)."""
+        return self.normalised(maps[:, self.heads]).mean(1, keepdim=True)
+
     def score(self, feature, gt, rows):
-        """Adds iou_raw to `rows`."""
-        for row, iou in zip(rows, self._ious(feature, gt, [self.channel])[:, 0, self.threshold]):
-            row["iou_raw"] = float(iou)
+        """Adds iou_raw, iou_mean and iou_heads to `rows`."""
+        maps = feature["mask_attentions"].float().cpu()
+        for name, part, threshold in (
+            ("raw", maps[:, [self.channel]], self.threshold),
+            ("mean", self.normalised(maps).mean(1, keepdim=True), self.mean_threshold),
+            ("heads", self.merged(maps), self.heads_threshold),
+        ):
+            for row, iou in zip(rows, self._ious(feature, gt, part)[:, 0, threshold]):
+                row[f"iou_{name}"] = float(iou)
 
 
 def summarise(rows):
@@ -157,7 +198,8 @@ def summarise(rows):
         )
         out["average_recall"] = {k: (None if v != v else v) for k, v in recalls.items()}
     controls = {
-        name: mean(f"iou_{name}") for name in ("whole", "centre", "union", "other", "other_coarse", "raw")
+        name: mean(f"iou_{name}")
+        for name in ("whole", "centre", "union", "other", "other_coarse", *RawMaps.kinds)
     }
     out["controls"] = {k: v for k, v in controls.items() if v is not None}
     return out

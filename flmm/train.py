@@ -237,6 +237,8 @@ def make_head(config, dims, sam, args, accelerator):
         accelerator.print(head.load_upstream(read_weights(args.init_head), args.init_head))
     if sam_encoder is not None:
         sam_encoder.to(accelerator.device)
+        if args.precision == "bf16":  # as upstream, whose autocast holds for the encoder, too
+            sam_encoder.to(torch.bfloat16)
     # Only the parts that see nothing but tensors; lists of pictures of different sizes stay outside.
     if args.compile:
         head.mask_head.compile()

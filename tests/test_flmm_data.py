@@ -430,6 +430,25 @@ def test_the_raw_map_control_finds_the_channel_that_holds_the_mask():
     assert rows[0]["iou_raw"] == 1
 
 
+def test_localisation_heads_are_compact_and_look_at_the_picture_and_need_no_mask():
+    gt = torch.zeros(1, 16, 16)
+    gt[0, 4:12, 4:12] = 1
+    spread, compact = torch.full((16, 16), 1 / 256), gt[0] / gt.sum()
+    # heads 1, 4, 6: compact and much of the attention; head 2 is compact but hardly looks, the others spread
+    weights = [(0.1, 0), (0.5, 1), (1e-3, 1), (0.2, 0), (0.6, 1), (0.3, 0), (0.7, 1), *[(0.05, 0)] * 5]
+    maps = torch.stack([weight * (spread, compact)[kind] for weight, kind in weights])[None]
+    feature = {"mask_attentions": maps, "unpad": False, "meta_data": None}
+    raw = RawMaps()
+    raw.fit(feature, gt)
+    assert raw.choose().heads.tolist() == [1, 4, 6]
+    rows = [{}]
+    raw.score(feature, gt, rows)
+    assert rows[0]["iou_heads"] == 1 and rows[0]["iou_mean"] == 1  # a mean of maps that agree
+    other = RawMaps()
+    other.fit(feature, 1 - gt)
+    assert other.choose().heads.tolist() == [1, 4, 6]  # another truth chooses the same heads
+
+
 def test_scores_of_referring_segmentation_follow_their_definitions():
     """Three masks of IoU 1/2, 9/10 and 0/0: an equal threshold does not count; nothing for nothing is right
     for gIoU and a miss for precision."""

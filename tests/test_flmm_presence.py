@@ -222,3 +222,12 @@ def test_many_phrases_equal_few_and_never_pass_the_head_together(monkeypatch):
     assert most[-1] == len(words)
     for name in ("pred_masks", "sam_pred_masks", "scores"):
         torch.testing.assert_close(grouped[name], whole[name], atol=2e-4, rtol=1e-4)
+
+
+def test_sams_encoder_works_in_bfloat16_and_gives_nearly_the_same(bfloat16):
+    encoder = SAMImageEncoder(tiny_sam())
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8))
+    wanted = encoder([image])
+    half = encoder.to(torch.bfloat16)([image])
+    assert half.dtype == torch.bfloat16
+    assert (half.float() - wanted).abs().max() < 0.1 * wanted.abs().max()

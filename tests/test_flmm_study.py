@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import studies.recipe
 from common.errors import UserError
-from flmm.data.scenes import make_scene
-from flmm.models.tiny import tiny_sam
-from studies.flmm import builtin, model, photos, report
+from common.tiny_llm import make_tokenizer
+from flmm.data.scenes import all_texts, make_scene
+from flmm.models.frozen_efficientnet import EfficientNetLite, EfficientNetLiteConfig
+from flmm.models.tiny import TEXT, tiny_sam
+from studies.flmm import builtin, model, real, report
 from studies.flmm.pretrain_sam import PromptedSAM, Prompts
 from tests import forked
 
@@ -46,11 +49,21 @@ def photographs(folder):
         (folder / name / "annotations.json").write_text(json.dumps({"images": images}))
 
 
+def tiny_llm(folder):
+    """A random language model of SmolLM2's class with a tokenizer, and a random tower's weights."""
+    tokenizer = make_tokenizer(all_texts(), 480, [])
+    config = LlamaConfig(**TEXT, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    LlamaForCausalLM(config).save_pretrained(folder / "llm")
+    tokenizer.save_pretrained(folder / "llm")
+    torch.save(EfficientNetLite(EfficientNetLiteConfig(64)).state_dict(), folder / "tower.pth")
+
+
 @pytest.mark.slow
 def test_the_recipes_run_from_data_to_report(tmp_path, monkeypatch):
     """Every stage runs in a fork instead of a process of its own, with the options of the command line."""
     runs, stages = tmp_path / "runs", []
     photographs(tmp_path / "real/grounding")
+    tiny_llm(tmp_path)
 
     def stage(script, *arguments, **flags):
         stages.append(script)
@@ -62,41 +75,50 @@ def test_the_recipes_run_from_data_to_report(tmp_path, monkeypatch):
     monkeypatch.setattr(studies.recipe, "SMOKE", True)
     monkeypatch.setenv("OMP_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
     monkeypatch.setenv("SEEDS", "0")
-    for module in (builtin, photos):
+    for module in (builtin, real):
         monkeypatch.setattr(module, "stage", stage)
-        monkeypatch.setattr(module, "REAL", tmp_path / "real")
         monkeypatch.setattr(module, "RUNS", runs)
         monkeypatch.setattr(module, "OUT", runs / "flmm")
     for module in (model, builtin):
         monkeypatch.setattr(module, "SAM", runs / "flmm/sam/sam_tiny.safetensors")
     monkeypatch.setattr(model, "OUT", runs / "flmm")
     monkeypatch.setattr(builtin, "SCENES", tmp_path / "scenes")
+    monkeypatch.setattr(real, "REAL", tmp_path / "real")
+    monkeypatch.setattr(real, "smollm2", lambda: tmp_path / "llm")
+    monkeypatch.setattr(real, "efficientnet_lite0", lambda: tmp_path / "tower.pth")
     builtin.main()
+    real.main()
 
-    assert stages.count("flmm/train.py") == 4 and stages[-1] == "studies/flmm/report.py"
+    assert stages.count("flmm/train.py") == 5 and stages[-1] == "studies/flmm/report.py"
     rows = [json.loads(path.read_text()) for path in (runs / "flmm/results").glob("*.json")]
     assert {row["task"] for row in rows} == {
         "mask head on a frozen tiny llava base",
         "SAM refiner after it, llava",
+        "presence, llava",
         "objects that hide each other, llava",
         "shape words of the base, llava",
         "base untouched, llava",
         "keyword selector, llava",
-        "photographs",
-        "photographs, 8 pictures by heart",
+        "photographs, EfficientNet-lite0 and SmolLM2-135M",
     }
     untouched = next(row for row in rows if row["task"] == "base untouched, llava")
     assert untouched["value"] == 0 and untouched["controls"]["compared"] > 0
+    photographed = next(row for row in rows if row["task"].startswith("photographs"))
+    assert {"random tower", "random llm", "whole picture", "another phrase's mask"} <= set(
+        photographed["controls"]
+    )
     assert not list((runs / "flmm").glob("cache*"))  # features are only kept while a head needs them
 
 
-def test_photographs_without_training_folders_need_an_earlier_head(tmp_path, monkeypatch):
+def test_the_real_study_needs_folders_to_learn_from_and_to_score(tmp_path, monkeypatch):
     photographs(tmp_path / "grounding")
     (tmp_path / "grounding/train_a").rename(tmp_path / "elsewhere")
-    monkeypatch.setattr(photos, "REAL", tmp_path)
-    monkeypatch.setattr(photos, "OUT", tmp_path / "runs")
-    with pytest.raises(UserError, match="no folder train\\*"):
-        photos.main()
+    monkeypatch.setattr(real, "REAL", tmp_path)
+    with pytest.raises(UserError, match="needs folders train\\*"):
+        real.main()
+    monkeypatch.setattr(real, "REAL", None)
+    with pytest.raises(UserError, match="DATA_ROOT names no folder"):
+        real.main()
 
 
 def test_the_tiny_sam_learns_with_its_image_encoder_and_keeps_its_position_code():

@@ -25,7 +25,6 @@ from common.run import describe, open_run, seed_everything
 from common.train import (
     batches,
     check_finite,
-    evaluation_due,
     finish,
     finish_step,
     lr_at,
@@ -135,8 +134,11 @@ def main(args):
     out = open_run(args.out, args, accelerator, args.resume, args.overwrite)
     accelerator.print(f"selector: {describe(selector)}; {len(captions['train'])} captions, {steps} steps")
 
+    def found():
+        return {"val_F1": score(selector, captions["val"], accelerator.device)["selector"]["F1"]}
+
     # The loop. The loss of a batch is a mean over its tokens, so its share is counted in tokens.
-    training = start(accelerator, args, steps, [optimizer])
+    training = start(accelerator, args, steps, [optimizer], found)
     for batch, share in batches(training, loader, lambda batch: sum(len(c["wanted"]) for c in batch)):
         with accelerator.accumulate(model):
             loss = keyword_loss(model, batch, accelerator.device) * share
@@ -146,10 +148,7 @@ def main(args):
             grad = update(training, model, [optimizer], factor)
         # After an optimizer step: score where it is due, log, save, stop.
         if accelerator.sync_gradients:
-            scores = {}
-            if evaluation_due(training):
-                scores = {"val_F1": score(selector, captions["val"], accelerator.device)["selector"]["F1"]}
-            finish_step(training, grad=grad, **scores)
+            finish_step(training, grad=grad)
 
     # The weights, and their scores beside those of two rules that have learned nothing.
     scores = score(selector, captions["val"], accelerator.device)

@@ -5,8 +5,8 @@
     SMOKE=1 python studies/flmm/builtin.py      # a minute; the numbers mean nothing
 
 Seeds 0, 1 and 2 run side by side where three cores or more are to be had, one core each; seed 0 runs alone
-elsewhere. With DATA_ROOT, the study on photographs (photos.py) follows, if that folder holds grounding/.
-qwen.py is the same study with the Qwen2.5-VL class.
+elsewhere. qwen.py is the same study with the Qwen2.5-VL class, real.py the one on photographs with real
+weights.
 """
 
 import os
@@ -16,9 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from studies.flmm import photos
 from studies.flmm.model import CONFIG, OUT, SAM, builtin_model
-from studies.recipe import CORES, DATA, REAL, RUNS, SMOKE, recipe, side_by_side, size, stage
+from studies.recipe import CORES, DATA, RUNS, SMOKE, recipe, side_by_side, size, stage
 
 SCENES = DATA / size("flmm", smoke="flmm-smoke")
 
@@ -80,6 +79,17 @@ def one_seed(base: str, seed: int, base_steps: int):
             overwrite=True,
         )
 
+    # Presence and score are calibrated on validation scenes, and asked about on fresh ones.
+    head = OUT / f"head-{base}-{seed}" / "head.safetensors"
+    options = dict(config=CONFIG, set=model, head=head)
+    stage("flmm/scripts/calibrate.py", data=SCENES, **options)
+    stage(
+        "studies/flmm/presence.py",
+        scenes=size(200, smoke=4),
+        out=OUT / f"presence-{base}-{seed}.json",
+        **options,
+    )
+
     # Objects that hide each other, which no head has been trained on.
     stage(
         "flmm/test.py",
@@ -87,7 +97,7 @@ def one_seed(base: str, seed: int, base_steps: int):
         set=model,
         data=SCENES,
         split="overlap",
-        head=OUT / f"head-{base}-{seed}" / "head.safetensors",
+        head=head,
         controls=True,
         batch_size=8,
         out=OUT / f"test-{base}-{seed}-overlap",
@@ -124,9 +134,6 @@ def main(base: str = "llava", base_steps: int = 1200):
         overwrite=True,
     )
     stage("studies/flmm/report.py", runs=RUNS, base=base, seeds=seeds)
-
-    if REAL and (REAL / "grounding").is_dir():
-        photos.main(base, seeds[0])
 
 
 if __name__ == "__main__":
