@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from common.tiny_llm import make_tokenizer
-from em_mllm.dataset import QuestionDataset, common_wordings, encode_text, read_questions, task_pairs
+from em_mllm.dataset import QuestionDataset, encode_text, read_questions, task_pairs
 from em_mllm.make_data import CHOICE, NOUN, four_choice
 from em_mllm.options import candidate, extract_letter, looks_like_choice, parse_options, wording
 from em_mllm.submission import validate_submission
@@ -297,14 +297,14 @@ def test_the_generator_writes_what_the_grammar_reads():
         assert len(options) == 4 and options[extract_letter(item["answer"], options)] == "MSK"
 
 
-def test_options_are_scored_in_the_wording_that_was_trained():
-    rows = [
-        ("Which? A. FM B. AM", "Answer: B"),
-        ("Which? A. FM B. AM", "Answer: A"),
-        ("哪个？A、FM B、AM", "选A"),
-    ]
-    records = [{"question": q, "answer": a} for q, a in rows] + [{"question": "what?", "answer": "FM"}]
-    wordings = common_wordings(records)
+def test_options_are_scored_in_the_wording_that_was_trained(tmp_path):
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["IQ_data"] = np.ones((1, 32, 2), "f4")
+    which, zh = "Which? A. FM B. AM", "哪个？A、FM B、AM"
+    pairs = [(which, "Answer: B"), (which, "Answer: A"), (which, "B"), (zh, "选A"), ("what?", "FM")]
+    rows = [{"id": i, "question": q, "answer": a, "iq_index_in_h5": 0} for i, (q, a) in enumerate(pairs)]
+    (tmp_path / "x.json").write_text(json.dumps(rows))
+    wordings = QuestionDataset(task_pairs(tmp_path), make_tokenizer(["Which?"] * 3, 300)).wordings
     assert wordings == {"en": "Answer: {letter}", "zh": "选{letter}"}
     assert candidate("Which one?", "B", "AM", wordings) == "Answer: B"
     assert candidate("哪一个？", "B", "AM", {"en": "Answer: {letter}"}) == "Answer: B"
