@@ -23,8 +23,8 @@ from dia_pangu.src.Dataset.prompt import FINDINGS, without_sides
 from dia_pangu.src.Dataset.scan import read_ct, read_scan, scan_name
 from dia_pangu.src.Dataset.scans import find_scans
 from dia_pangu.src.Model.build import build_model, save_model
-from tests import ct_files
-from tests.ct_files import COUNT, LPS, RAS, STEP_MM, save, series, volume
+from studies.dia_pangu import ct_files
+from studies.dia_pangu.ct_files import COUNT, LPS, RAS, STEP_MM, save, series, volume
 from tests.tiny_dia import *  # noqa: F403  the fixture llm
 from tests.tiny_dia import SMALL, call
 
@@ -60,7 +60,11 @@ def nifti_kinds(folder):
     yield "HU+32768", save(folder / "3.nii", (hu + 32768).astype(np.uint16)), "32768"
     yield "HU+2048 as float", save(folder / "4.nii", hu + 2048), "2048"
     yield "microns", save(folder / "5.nii", whole, np.diag([1e3, 1e3, 1e3, 1]) @ RAS, unit="micron"), "micron"
-    yield "metres", save(folder / "6.nii", whole, np.diag([1e-3, 1e-3, 1e-3, 1]) @ RAS, unit="meter"), "meter"
+    yield (
+        "metres",
+        save(folder / "6.nii", whole, np.diag([1e-3, 1e-3, 1e-3, 1]) @ RAS, unit="meter"),
+        "metres",
+    )
     yield (
         "microns, said to be mm",
         save(folder / "7.nii", whole, np.diag([1e3, 1e3, 1e3, 1]) @ RAS),
@@ -172,8 +176,11 @@ def test_series_of_other_forms_give_the_same_volume(tmp_path, good):
     series(tmp_path / "flipped", cosines=(-1, 0, 0, 0, 1, 0))
     series(tmp_path / "deep/in/folders")
     ct_files.enhanced(tmp_path / "enhanced.dcm")
-    for name in ("plain", "backwards", "flipped", "deep", "enhanced.dcm", "plain/007.dcm"):
+    series(tmp_path / "plain/other", heights=range(3), change=spoil("ImagePositionPatient", "", 1))
+    for name in ("backwards", "flipped", "deep", "enhanced.dcm", "plain/007.dcm"):
         assert wrong_by(tmp_path / name) < good + 3, name
+    shutil.rmtree(tmp_path / "plain/other")
+    assert wrong_by(tmp_path / "plain") < good + 3
     for name, note in (("twice", "equal pixels"), ("changing", "spacing changes"), ("bare", "")):
         heights = {"twice": [*range(30), 4, 9], "changing": [*range(15), *np.arange(15, 29.5, 1.4)]}
         series(tmp_path / name, heights=heights.get(name))
@@ -338,7 +345,7 @@ def test_metaimage_and_nrrd_are_read(suffix, tmp_path, good):
     assert read_ct(tmp_path / f"b.{suffix}")[2].side == "unknown"
 
 
-def pictures(folder, count=12) -> np.ndarray:
+def pictures(folder, count=6) -> np.ndarray:
     """Write slices as CTRG has them, numbered without zeros in front; returns them as they come back."""
     folder.mkdir(parents=True)
     hu = volume().transpose(2, 1, 0)[:count]

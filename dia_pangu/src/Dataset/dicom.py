@@ -225,10 +225,9 @@ def file_slices(path: Path, data) -> list[Slice]:
     return [make_slice(path, data, i, inner_groups(item) + shared) for i, item in enumerate(per_frame)]
 
 
-def read_tags(folder: Path) -> tuple[list[Slice], list[str]]:
-    """Return the slices of all DICOM files in a folder and the folders in it, and what could not be read."""
+def read_tags(files) -> tuple[list[Slice], list[str]]:
+    """Return the slices of all DICOM files among `files`, and what could not be read."""
     slices, damaged = [], []
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
     for path in (p for p in files if not p.name.startswith(".") and p.name.upper() != "DICOMDIR"):
         try:
             if path.stat().st_size == 0 and path.suffix.lower() in ("", ".dcm"):
@@ -459,10 +458,14 @@ def read_dicom(folder, series=None, only=None) -> tuple[np.ndarray, np.ndarray, 
     """Read one series of a folder: values (X, Y, Z) float32, affine to RAS mm, verdict, and whether its
     rescale tags say that the values are HU.
 
-    series: see `choose_series`. only: a file whose series is wanted.
+    series: see `choose_series`. only: a file whose series is wanted, from the files beside it.
     """
     folder = Path(folder)
-    slices, damaged = read_tags(folder)
+    files = sorted(p for p in (folder.rglob("*") if only is None else folder.iterdir()) if p.is_file())
+    if only is not None:
+        own = read_tags([Path(only)])[0]
+        files = [Path(only)] if len(own) > 1 else files  # a multi-frame file is a volume of its own
+    slices, damaged = read_tags(files)
     if not slices:
         raise UserError(damaged[0] if damaged else f"{folder}: holds no DICOM slices")
     found = group_series(slices)

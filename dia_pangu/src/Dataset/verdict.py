@@ -16,6 +16,7 @@ AIR_HU = -1024.0
 OFFSETS = (0, 1000, 1024, 2000, 2048, 8192, 31744, 32768)
 # Factors to mm of the units that a header can name; a volume is between 3 cm and 3 m long.
 UNITS = {"mm": 1.0, "meter": 1000.0, "micron": 0.001}
+NAMES = {"mm": "mm", "meter": "metres", "micron": "microns"}
 LONGEST_MM, SHORTEST_MM = 3000.0, 30.0
 HU, GREY, OTHER = "HU", "grey levels", "no HU"
 _said = set()
@@ -147,18 +148,21 @@ def judge_chest(verdict: Verdict, hu: np.ndarray, spacing_mm):
     """Fill in whether lungs are seen in HU (H, W, D), and look whether the spine lies at the back.
 
     Lung is what has lung's HU between solid voxels of its row and of its column; a chest has at least
-    0.4 litres of it.
+    0.4 litres of it, over at least 12 cm.
     """
     steps = [max(1, int(round(4.0 / step))) for step in spacing_mm]
     small = hu[:: steps[0], :: steps[1], :: steps[2]]
     litres = np.prod([step * size for step, size in zip(steps, spacing_mm)]) / 1e6
     solid = small > -400
     inside = between(solid, 0) & between(solid, 1)
-    lung = float((inside & (small > -960) & (small < -550)).sum() * litres)
-    verdict.chest = "yes" if lung >= 0.4 else "no" if lung < 0.15 else "unclear"
+    where = inside & (small > -960) & (small < -550)
+    lung = float(where.sum() * litres)
+    area_mm2 = where.sum((0, 1)) * np.prod([step * size for step, size in zip(steps[:2], spacing_mm[:2])])
+    tall_mm = float((area_mm2 > 2000).sum() * steps[2] * spacing_mm[2])
+    verdict.chest = "yes" if lung >= 0.4 and tall_mm >= 120 else "no" if lung < 0.15 else "unclear"
     if verdict.chest != "yes":
         verdict.note(
-            f"{lung:.2f} litres of lung are seen: "
+            f"{lung:.2f} litres of lung over {tall_mm:.0f} mm are seen: "
             + ("this is no chest" if verdict.chest == "no" else "only part of a chest")
         )
     # Bone near the middle is the spine; the header may be wrong, the spine is not.
@@ -196,9 +200,9 @@ def to_mm(verdict: Verdict, affine: np.ndarray, shape, unit: str, path) -> np.nd
             raise UserError(f"{path}: {size} with the header's spacing; correct the spacing or its unit")
         taken = others[0]
         verdict.units = f"{taken}, guessed"
-        verdict.note(f"{size}; the spacing is read in {taken}s instead, because only that is possible")
+        verdict.note(f"{size}; the spacing is read in {NAMES[taken]} instead, because only that is possible")
     out = affine.copy()
     out[:3] *= UNITS[taken]
     if taken != "mm" and unit == taken:
-        verdict.note(f"the header's spacing is in {taken}s; read in mm")
+        verdict.note(f"the header's spacing is in {NAMES[taken]}; read in mm")
     return out
