@@ -183,6 +183,13 @@ def add_run_arguments(parser, omit=(), **defaults):
     run.add_argument(
         "--overwrite", action="store_true", help="delete the run that --out holds and start again"
     )
+    if "--dry-run" not in parser._option_string_actions:  # dia_pangu's own loads no weights
+        run.add_argument(
+            "--dry-run",
+            action="store_true",
+            help="make one forward and backward pass, print how much memory the run takes on each GPU, and "
+            "write nothing",
+        )
     run.add_argument("--compile", action="store_true", help="compile the model with torch.compile")
     run.add_argument(
         "--profile",

@@ -62,6 +62,8 @@ def open_run(out, args, accelerator, resume: bool | str = False, overwrite: bool
     argparse namespace. resume: False, True, or "auto" (go on if there is a run, else start one).
     """
     out = Path(out)
+    if getattr(args, "dry_run", False):
+        return out
     _refuse_private_disk(out, accelerator)
     on_main(accelerator, lambda: _open(out, args, accelerator.num_processes, resume, overwrite))
     return out

@@ -33,12 +33,14 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     gather_object,
 )
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from common.arguments import refuse
 from common.checkpoint import find_resume, load_step, save_step
 from common.errors import UserError
-from common.run import Log, StopSignal, keep_config, loader_worker, seed_everything
+from common.memory import LiveBytes, lines_of, table_of
+from common.run import Log, StopSignal, describe, keep_config, loader_worker, seed_everything
 from common.sharding import average_whole_gradients, deepspeed_step, settle
 
 
@@ -143,6 +145,7 @@ class Run:
     samples: int = 0  # since the last log line, on this process
     clock: float = field(default_factory=time.monotonic)
     profiler: object = None
+    live: LiveBytes | None = None  # of --dry-run
 
     @property
     def last(self) -> bool:
@@ -158,6 +161,9 @@ def start(accelerator, args, steps: int, optimizers, evaluate=None, **state) -> 
     where --eval-every says so. state: further counters that checkpoints keep, with their first values.
     """
     run_state = {"step": 0, "epoch": 0, "batch": 0, **state}
+    if getattr(args, "dry_run", False):
+        run_state.pop("owes_evaluation", None)
+        return Run(accelerator, args, steps, optimizers, run_state, None, None)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
     if getattr(args, "resume", False):
@@ -250,6 +256,11 @@ def batches(run: Run, loader, count=None):
                 itertools.islice(ready, accum)
             )  # the whole step: its counts are needed before its first backward
             _profile(run)
+            if getattr(run.args, "dry_run", False):
+                known = [part for part in tree_leaves(window) if isinstance(part, torch.Tensor)]
+                known += [t for m in run.accelerator._models for t in (*m.parameters(), *m.buffers())]
+                run.live = LiveBytes(known)
+                run.live.__enter__()
             for batch, share in zip(window, _shares(run, window, count or _samples)):
                 state["batch"] += 1
                 run.samples += _samples(batch)
@@ -354,6 +365,8 @@ def update(run: Run, model, optimizers, factor: float):
     Returns the gradient's norm before clipping (None between two steps) and counts run.state["step"].
     """
     accelerator, norm = run.accelerator, None
+    if run.live is not None:
+        _print_memory(run, accelerator.unwrap_model(model))
     if accelerator.sync_gradients:
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = group["peak"] * factor
@@ -375,6 +388,19 @@ def update(run: Run, model, optimizers, factor: float):
         optimizer.step()
         optimizer.zero_grad()
     return norm
+
+
+def _print_memory(run: Run, model):
+    """End a --dry-run after its first backward pass with the memory of a run."""
+    run.live.__exit__(None, None, None)
+    processes = run.accelerator.num_processes
+    table = table_of(model, run.live.peak, processes if processes > 1 else 8)
+    args = run.args
+    run.accelerator.print(
+        f"{describe(model)}; batch size {args.batch_size}, precision {args.precision}\n"
+        + "\n".join(lines_of(table))
+    )
+    raise SystemExit(0)
 
 
 class EvaluationStopped(Exception):
