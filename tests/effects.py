@@ -190,6 +190,7 @@ RUN_FLAGS = {
     "--precision": Effect("bf16", "weights") if bfloat16_works() else "torch cannot do it here",
     "--workers": Effect(1, ("text", "same weights")),
     "--seed": Effect(1, "weights"),
+    "--dry-run": Effect(True, ("files", "text")),
     "--log-every": Effect(3, ("log", "same weights")),  # the first and the last step are always logged
     "--save-every": Effect(2, ("files", "same weights")),
     "--keep": Effect(1, ("files", "same weights")),

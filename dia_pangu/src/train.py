@@ -24,6 +24,7 @@ from common.checkpoint import atomic_json
 from common.errors import UserError
 from common.errors import run as run_script
 from common.llm import add_lora
+from common.memory import lines_of, table_of
 from common.run import open_run, seed_everything
 from common.sharding import export_state, keep_trained, prepare
 from common.train import (
@@ -149,6 +150,9 @@ def dry_run(args, config):
         f"  together {sum(plan.values()) / 2**30:.2f} GiB per process without sharding; this is an estimate, "
         "a run on a GPU prints its real peak"
     )
+    model.to(torch.bfloat16 if args.precision == "bf16" else torch.float32)
+    _, gradients, _, activations, logits = plan.values()
+    print("\n".join(lines_of(table_of(model, gradients + activations + logits, 8))))
 
 
 def make_model(args, config):
