@@ -52,9 +52,36 @@ def find_interval(intervals, index):
     return next((i for i, (start, end) in enumerate(intervals) if start <= index < end), len(intervals))
 
 
+PICTURES = {"图", "图片", "图像", "照片", "画面"}  # the picture itself, as "image" in English
+CHINESE = re.compile(r"[\u4e00-\u9fff]")
+# Markdown around words: headings, list marks and quotes at the start of a line, emphasis and code anywhere
+MARKDOWN = re.compile(r"^\s*(?:#+|[-*+>]|\d+[.)])\s+|[*_`|]+", re.MULTILINE)
+
+
+def chinese_noun_phrases(text):
+    """Runs of a Chinese text that end with a noun: nouns, adjectives and the 的 between them (jieba's
+    tags)."""
+    import jieba.posseg
+
+    chunks, run = [], []  # run: (word, first letter of its tag)
+    for word, kind in [*jieba.posseg.cut(text), ("", "x")]:
+        if kind[0] in "anb" or kind == "vn" or word == "的" and run:
+            run.append((word, "n" if kind == "vn" else kind[0]))
+            continue
+        while run and run[-1][1] != "n":  # a trailing 的 or adjective belongs to no noun
+            run.pop()
+        chunk, run = "".join(word for word, _ in run), []
+        if chunk and chunk not in PICTURES:
+            chunks.append(chunk)
+    return process_noun_chunks(chunks)
+
+
 def noun_phrases(text):
-    """Noun phrases of a text: spaCy's en_core_web_sm where it is installed, else runs of words between
-    BREAKS."""
+    """Noun phrases of a text, as they stand in it: of Chinese by jieba, of English by spaCy's en_core_web_sm
+    where it is installed, else runs of words between BREAKS. Marks of Markdown end a phrase."""
+    if CHINESE.search(text):
+        return chinese_noun_phrases(MARKDOWN.sub(lambda found: "。" * len(found[0]), text))
+    text = MARKDOWN.sub(lambda found: "\n" * len(found[0]), text)
     try:
         import spacy
 

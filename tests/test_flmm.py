@@ -512,6 +512,15 @@ def test_selector_joins_neighbours_and_noun_phrases_drop_what_is_not_an_object()
 # ---- loading
 
 
+def test_noun_phrases_are_found_in_chinese_and_between_marks_of_markdown():
+    text = "图中有一辆红色的汽车，旁边站着一个穿白色衬衫的男人。"
+    assert noun_phrases(text) == ["红色的汽车", "白色衬衫的男人"]
+    assert noun_phrases("1. 红色的球\n2. **蓝色方块**") == ["红色的球", "蓝色方块"]
+    listed = "## the sky\n- **A red car** on the road\n1. two dogs"
+    assert noun_phrases(listed) == ["the sky", "A red car", "the road", "two dogs"]
+    assert all(phrase in listed for phrase in noun_phrases(listed))  # as they stand in the text
+
+
 def test_a_base_of_another_class_and_a_missing_class_are_named(tokenizer, tmp_path, monkeypatch):
     save_base(tiny_model("qwen", tokenizer), tokenizer, tmp_path / "qwen")
     with pytest.raises(

@@ -8,6 +8,7 @@ SELECTOR_FLAGS = f"{EFFECTS}::test_every_option_of_the_keyword_selectors_trainin
 DATA, MODEL, GOLDEN = "tests/test_flmm_data.py", "tests/test_flmm.py", "tests/test_golden_flmm.py"
 STUDY = "tests/test_flmm_study.py"
 
+PUBLISHED = "tests/test_flmm_published.py"
 MUTANTS = [
     # options
     Mutant(
@@ -169,10 +170,31 @@ MUTANTS = [
     ),
     Mutant(
         "flmm/data/phrases.py",
-        '(np.asarray(layers["target"]) & ~ignore)',
-        'np.asarray(layers["target"])',
-        f"{DATA}::test_reasonseg_leaves_ignored_pixels_out",
-        "ignored pixels are part of the target",
+        "for at in np.argsort([int(mask.sum()) for mask in drawn])[::-1]:",
+        "for at in np.argsort([int(mask.sum()) for mask in drawn]):",
+        f"{PUBLISHED}::test_reasonseg_takes_the_first_wording_and_the_smaller_polygon_wins",
+        "the larger polygon of ReasonSeg wins",
+    ),
+    Mutant(
+        "flmm/data/samples.py",
+        "if sum(runs) != height * width:",
+        "if sum(runs) > height * width:",
+        f"{PUBLISHED}::test_a_segmentation_that_cannot_be_right_is_refused_and_never_memory",
+        "an RLE that is too short decodes to memory that nothing has written",
+    ),
+    Mutant(
+        "flmm/models/attention_rows.py",
+        "if queries == 1 or not causal:",
+        "if queries == 1:",
+        "tests/test_flmm_bases.py::test_recorded_rows_are_those_that_sdpa_attended",
+        "rows of a base that is not causal are taken for causal ones",
+    ),
+    Mutant(
+        "flmm/scripts/demo/page.py",
+        "mine = len(named) == 1 and named[0].lower() in hosts",
+        "mine = len(named) == 1",
+        "tests/test_flmm.py::test_the_page_answers_to_itself_alone",
+        "the page answers under any name that leads to this machine",
     ),
     # model
     Mutant(
