@@ -152,7 +152,13 @@ class Preprocess:
     def signal(self, x, fs: float, where: str) -> np.ndarray:
         """Raw channel (L,) at `fs` Hz -> float32 (L',) at the model's rate. UserError naming `where` for NaN
         or a flat line."""
-        x = np.asarray(x, np.float64)
+        self.check(x, where)
+        return self.filtered(x, fs)
+
+    @staticmethod
+    def check(x, where: str):
+        """UserError naming `where` for NaN or a flat line."""
+        x = np.asarray(x)
         bad = ~np.isfinite(x)
         if bad.any():
             raise UserError(
@@ -160,13 +166,17 @@ class Preprocess:
                 f"{bad.argmax()}; "
                 "mend it or pass --skip-bad"
             )
-        if np.ptp(x) <= 1e-9 * max(1.0, abs(x).max()):
+        low, high = float(x.min()), float(x.max())
+        if high - low <= 1e-9 * max(1.0, abs(low), abs(high)):
             raise UserError(
-                f"{where}: flat line, all {len(x)} samples are {x[0]:g}; check the electrode or pass "
+                f"{where}: flat line, all {len(x)} samples are {low:g}; check the electrode or pass "
                 "--skip-bad"
             )
+
+    def filtered(self, x, fs: float, mean=None) -> np.ndarray:
+        """`signal` without its checks. mean: of the whole that x is a piece of."""
         rate = self.fs or fs
-        x = resampled(x, fs, rate)
+        x = resampled(np.asarray(x, np.float64), fs, rate, mean)
         edges = [edge for edge in (self.low_hz, min(self.high_hz, 0.49 * rate)) if 0 < edge < 0.5 * rate]
         if edges and len(x) > 30:
             kind = "bandpass" if len(edges) == 2 else "highpass" if self.low_hz else "lowpass"
@@ -175,6 +185,28 @@ class Preprocess:
                 x,
             )
         return x.astype(np.float32)
+
+    def pieces(self, x, fs: float, where: str, seconds: float = 1800.0):
+        """Yield `signal` in pieces of about `seconds`, so that a day needs little memory. Each is filtered
+        with so much of its neighbours that nobody sees where it was cut; a signal whose mean is left in, or
+        whose rate fits no piece, comes as a whole."""
+        ratio = ratio_of(fs, self.fs or fs)
+        margin = 30 / self.low_hz if self.low_hz else np.inf
+        step, beside = (
+            int(t * fs) // ratio.denominator * ratio.denominator if np.isfinite(t) else 0
+            for t in (seconds, margin)
+        )
+        if not self.low_hz or not step or not beside or len(x) < 2 * step:
+            yield self.signal(x, fs, where)
+            return
+        self.check(x, where)
+        mean = np.mean(x, dtype=np.float64)
+        for first in range(0, len(x), step):
+            begin, end = max(0, first - beside), min(len(x), first + step + beside)
+            found = self.filtered(x[begin:end], fs, mean)
+            skip = int((first - begin) * ratio)
+            last = len(found) if first + step >= len(x) else skip + int(step * ratio)
+            yield found[skip:last]
 
     @staticmethod
     def window(x: np.ndarray, length: int, lead: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -196,14 +228,15 @@ def ratio_of(fs: float, rate: float) -> Fraction:
     return found
 
 
-def resampled(x: np.ndarray, fs: float, rate: float) -> np.ndarray:
-    """x (L,) at `fs` Hz -> at `rate` Hz, by a polyphase filter; sample k of the result lies at k / rate
-    seconds."""
+def resampled(x: np.ndarray, fs: float, rate: float, mean=None) -> np.ndarray:
+    """x (L,) at `fs` Hz, less its mean -> at `rate` Hz, by a polyphase filter; sample k of the result lies at
+    k / rate seconds."""
     ratio = ratio_of(fs, rate)
     if ratio == 1:
         return x
     up, down = ratio.numerator, ratio.denominator
-    return resample_poly(x - x.mean(), up, down, window=low_pass(max(up, down)), padtype="line")
+    mean = x.mean() if mean is None else mean
+    return resample_poly(x - mean, up, down, window=low_pass(max(up, down)), padtype="line")
 
 
 @functools.lru_cache(8)

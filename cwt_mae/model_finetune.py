@@ -257,7 +257,7 @@ class TF_MAE_Classifier(nn.Module):
 
     @torch.no_grad()
     def encode_windows(self, signal, fs: float):
-        """Yield (second of the first window, tokens (n, N, D), their mask (n, N)), n windows at a time.
+        """Yield (seconds (n,) at which n windows begin, their tokens (n, N, D), mask (n, N)), few at a time.
 
         signal (L,), or of a model of several leads (M, L) with nan for a missing lead, at fs Hz. It is
         prepared as in training (config's `preprocess`), cut at nan into runs, and these into windows of
@@ -274,7 +274,7 @@ class TF_MAE_Classifier(nn.Module):
             self.eval()
             tokens, patches = self.forward_features(x, real)
             self.train(training)
-            yield seconds[0], tokens, patches
+            yield seconds, tokens, patches
 
 
 def runs_of(prepare: Preprocess, signal, fs: float) -> list:
@@ -285,13 +285,19 @@ def runs_of(prepare: Preprocess, signal, fs: float) -> list:
 
 def run_windows(prepare: Preprocess, signal, fs: float, length: int, patch: int):
     """Yield (second, x (length,), real) of each window of one signal (L,)."""
-    runs = runs_of(prepare, signal, fs)
+    runs = [(run, begin) for run, begin in as_channel(signal, fs).runs() if len(run) >= 8]
     if not runs:
         raise UserError("signal: holds no 8 samples in a row without NaN; check it")
     for run, begin in runs:
-        # A rest shorter than one patch is left out.
-        for start in range(0, max(1, len(run) - patch + 1), length):
-            yield begin + start / (prepare.fs or fs), *prepare.window(run[start : start + length], length)
+        kept, start = np.zeros(0, np.float32), 0
+        for piece in prepare.pieces(run, fs, "signal"):
+            kept = np.concatenate([kept, piece])
+            while len(kept) >= length:
+                yield begin + start / (prepare.fs or fs), *prepare.window(kept[:length], length)
+                kept, start = kept[length:], start + length
+        # A rest shorter than one patch is left out, unless it is all there is.
+        if len(kept) >= patch or len(kept) and not start:
+            yield begin + start / (prepare.fs or fs), *prepare.window(kept, length)
 
 
 def lead_windows(prepare: Preprocess, signals, fs: float, length: int, patch: int):

@@ -25,7 +25,21 @@ from cwt_mae.recording import Recording, as_channel, check_rate, unique
 
 MISSING = {"", "?", "nan", "na", "n/a", "null", "none", "-", "inf", "-inf"}
 CLOCKS = ("time", "t", "timestamp", "elapsed time", "seconds", "sec", "secs", "datetime", "date", "date time")
-CLOCKS += ("date_time", "clock", "ms", "millis", "milliseconds", "index_time", "time stamp", "zeit", "temps")
+CLOCKS += (
+    "ts",
+    "epoch",
+    "unix",
+    "unixtime",
+    "date_time",
+    "clock",
+    "ms",
+    "millis",
+    "milliseconds",
+    "index_time",
+    "time stamp",
+    "zeit",
+    "temps",
+)
 COUNTERS = ("", "index", "sample", "samples", "sample #", "n", "no", "nr", "i", "frame", "row", "unnamed: 0")
 UNITS = {"s": 1.0, "sec": 1.0, "secs": 1.0, "second": 1.0, "seconds": 1.0, "ms": 1e-3, "msec": 1e-3}
 UNITS |= {"millis": 1e-3, "milliseconds": 1e-3, "us": 1e-6, "µs": 1e-6, "microseconds": 1e-6, "ns": 1e-9}
@@ -63,13 +77,19 @@ def read_table(path: Path, fs=None) -> list[Recording]:
     chosen = [i for i in wanted if i not in used and not (np.isnan(table[i]).all() and not names[i])]
     if not chosen:
         raise UserError(f"{path}: holds no channel of numbers{' beside its time column' if used else ''}")
-    labels = unique(names[i] or f"c{i}" for i in chosen)
-    rate = check_rate(rate, path, fs)
-    channels = {
-        label: as_channel(table[i], rate, unit=units[i] if i < len(units) else "", start=start, jumps=jumps)
-        for label, i in zip(labels, chosen)
-    }
+    rate, plain = check_rate(rate, path, fs), [named_unit(names[i]) for i in chosen]
+    labels = unique(name or f"c{i}" for (name, _), i in zip(plain, chosen))
+    channels = {}
+    for label, i, (_, unit) in zip(labels, chosen, plain):
+        unit = units[i] if i < len(units) else unit
+        channels[label] = as_channel(table[i], rate, unit=unit, start=start, jumps=jumps)
     return [Recording(path.stem, path, channels)]
+
+
+def named_unit(name: str) -> tuple[str, str]:
+    """("ECG", "mV") of "ECG [mV]" or "ECG (mV)"; other names have no unit."""
+    found = re.match(r"(.+?)\s*[\[(]\s*([^\[\]()]*)\s*[\])]$", name)
+    return (found[1], found[2]) if found else (name, "")
 
 
 def unique_columns(names, width: int) -> list[str]:
@@ -131,7 +151,8 @@ def split_table(path: Path):
     if not body:
         raise UserError(f"{path}: holds a header but no line of data")
     if any('"' in line for line in body[:5]):
-        body = [line.replace('"', "") for line in body]
+        rows = csv.reader(body, delimiter=delimiter or " ", skipinitialspace=True)
+        body, delimiter = ["\t".join(row) for row in rows], "\t"
     if delimiter != "," and any(re.search(r"\d,\d", line) for line in body[:50]):
         body = [line.replace(",", ".") for line in body]
     return names, units, delimiter, body, at + 1
@@ -219,8 +240,9 @@ def clock_of(path, names, units, kinds, table, lines, delimiter):
                 continue
             used.add(i)
             return *steps_of(path, name or f"column {i + 1}", x, clock_unit(path, name, unit, x)), used
-        elif evenly(x) and word.split(" ")[0] in ("time", "elapsed", "sample", "index", "frame"):
-            used.add(i)
+        elif evenly(x):
+            used.add(i)  # a clock of another name, which no signal resembles
+            print(f"{path}: column {name} rises evenly, so it is not taken for a signal", file=sys.stderr)
     return rate, 0.0, [], used
 
 
@@ -290,9 +312,16 @@ def steps_of(path, name: str, x, unit: float):
     """(rate in Hz, start, jumps) of a clock column: even steps but for jumps forward, which are gaps."""
     seconds = (x - x[0]) * unit
     steps = np.diff(seconds)
+    rising = steps[steps > 0]
+    if len(rising) and np.isfinite(seconds).all():
+        # Written with few digits, the clock stands still now and then, but never leaves a straight line by
+        # more than its last digit.
+        mean = seconds[-1] / len(steps)
+        off = np.abs(seconds - mean * np.arange(len(seconds))).max()
+        if off <= 1.01 * rising.min() <= 4.1 * mean:
+            return 1 / mean, 0.0, []
     if len(steps) and np.isfinite(steps).all() and steps.min() >= 0:
         step = float(np.median(steps))
-        # Written with too few digits, a time can stand still for a line; over the whole it must not.
         jumps = np.flatnonzero(steps > 1.5 * step) if step > 0 else np.arange(len(steps))
         even = np.delete(steps, jumps)
         if step > 0 and len(jumps) <= 0.01 * len(steps) + 1 and len(even):

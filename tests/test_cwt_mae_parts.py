@@ -13,6 +13,7 @@ from sklearn import metrics as library
 from common.errors import UserError
 from cwt_mae import finetune, make_data, metrics, train
 from cwt_mae.config import SHAPE, parse_changes, read_config
+from cwt_mae.dataset import Preprocess
 from cwt_mae.model import CWT_Encoder, CWT_MAE_RoPE
 from cwt_mae.model_finetune import TF_MAE_Classifier
 from cwt_mae.validation import line_predictions, trivial_losses
@@ -270,7 +271,7 @@ def test_encoding_in_pieces_gives_what_encoding_at_once_gives(limit, monkeypatch
     monkeypatch.setattr(CWT_Encoder, "windows_at_once", lambda self: limit)
     pieces = list(model.encode_windows(signal, 100))
     assert max(len(found) for _, found, _ in pieces) == limit and len(tokens) == 12
-    assert [second for second, _, _ in pieces] == [4.0 * limit * i for i in range(len(pieces))]
+    assert [s for seconds, _, _ in pieces for s in seconds] == [4.0 * i for i in range(12)]
     again, mean = model.encode(signal, 100)
     assert (again - tokens).abs().max() < 1e-5 and (mean - pooled).abs().max() < 1e-6
     assert model.encode(signal, 100, tokens=False)[0] is None
@@ -283,7 +284,20 @@ def test_a_record_with_a_gap_is_encoded_run_by_run():
     tokens, pooled = model.encode(signal, 50)
     runs = [model.encode(part, 50)[0] for part in (signal[:1000], signal[1600:])]
     assert (tokens - torch.cat(runs)).abs().max() < 1e-5 and torch.isfinite(pooled).all()
-    assert [second for second, _, _ in model.encode_windows(signal, 50)] == [0.0, 32.0]
+    seconds = [s for found, _, _ in model.encode_windows(signal, 50) for s in found]
+    assert seconds == [4.0 * i for i in range(5)] + [32.0 + 4.0 * i for i in range(12)]
+
+
+@pytest.mark.parametrize("fs", [100, 250, 360, 249.89])
+def test_a_signal_prepared_in_pieces_is_the_signal_prepared_at_once(fs):
+    prepare = Preprocess(100.0, 0.5, 40.0)
+    x = np.random.default_rng(0).standard_normal(int(900 * fs)).cumsum() / 10
+    x = x + 5 * np.sin(np.arange(len(x)) / fs)
+    whole, pieces = prepare.signal(x, fs, ""), list(prepare.pieces(x, fs, "", seconds=200.0))
+    joined = np.concatenate(pieces)
+    assert len(joined) == len(whole) and np.abs(joined - whole).max() < 1e-4 * np.abs(whole).max()
+    assert len(pieces) == (1 if fs == 249.89 else 5)  # a rate that fits no piece comes as a whole
+    assert len(list(Preprocess(100.0, 0.0).pieces(x, fs, "", seconds=200.0))) == 1
 
 
 def test_batches_are_as_large_as_the_memory_allows():

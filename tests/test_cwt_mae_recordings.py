@@ -332,7 +332,8 @@ def test_missing_fields_and_jumps_of_the_clock_are_gaps(tmp_path):
 @pytest.mark.parametrize(
     "text, wanted",
     [
-        ("ecg\n1\n2\n3\n", "--input-fs"),
+        ("ecg\n1\n2\n1\n", "--input-fs"),
+        ("pressure\n1\n2\n3\n", "no channel of numbers"),
         ("time_s,ecg\n0,1\n1,2,3\n", "columns"),
         ("time,ecg\n0,1\n4,2\n8,3\n12,2\n", "time_ms"),
         ("time_s,ecg\n0,1\n1,2\n1.2,3\n7,2\n9,1\n", "evenly"),
