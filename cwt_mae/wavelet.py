@@ -92,7 +92,12 @@ def fft_length(points: int) -> int:
 # ---- the operator
 
 
-@torch.library.custom_op("cwt_mae::ricker_bank", mutates_args=())
+# Schemas stand here in words: how annotations become schemas differs between versions of torch.
+BANK = "(Tensor rows, Tensor? mask, float[] scales, int points, bool normalize) -> (Tensor, Tensor)"
+TRANSPOSED = "(Tensor images, float[] scales, int points) -> Tensor"
+
+
+@torch.library.custom_op("cwt_mae::ricker_bank", mutates_args=(), schema=BANK)
 def ricker_bank(
     rows: Tensor, mask: Tensor | None, scales: Sequence[float], points: int, normalize: bool
 ) -> tuple[Tensor, Tensor]:
@@ -117,7 +122,7 @@ def _(rows, mask, scales, points, normalize):
     return rows.new_empty(b, c, len(scales), length), rows.new_empty(b, c)
 
 
-@torch.library.custom_op("cwt_mae::ricker_bank_transposed", mutates_args=())
+@torch.library.custom_op("cwt_mae::ricker_bank_transposed", mutates_args=(), schema=TRANSPOSED)
 def ricker_bank_transposed(images: Tensor, scales: Sequence[float], points: int) -> Tensor:
     """The transposed filter: images (B, C, S, L) -> rows (B, C, L + 2 (points // 2))."""
     length, half = images.shape[3], points // 2
