@@ -23,6 +23,7 @@ plt.rcParams.update(
         "image.cmap": "viridis",
         "legend.frameon": False,
         "savefig.dpi": 130,
+        "text.parse_math": False,  # a run's name may hold a dollar sign
     }
 )
 

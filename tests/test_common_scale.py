@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -519,3 +520,21 @@ def test_a_slurm_job_saves_itself_before_its_limit_and_is_requeued(tmp_path, tic
     said = calls.read_text()
     assert "node7 1 0 -m common.launch x/train.py --out a b --resume auto" in said
     assert ("requeue 42" in said) == requeued
+
+
+def test_only_an_editable_installation_is_made(tmp_path):
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    (tmp_path / "common").mkdir()
+    (tmp_path / "common/__init__.py").touch()
+    command = [sys.executable, "setup.py", "-q", "build_py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "pip install -e ." in done.stderr and not (tmp_path / "build").exists()
+
+
+def test_a_dollar_in_a_name_is_a_dollar(tmp_path):
+    from common.figures import new_figure, save_figure
+
+    figure, axis = new_figure()
+    axis.set_title("cost of $5_run and \\frac$")
+    assert save_figure(figure, tmp_path / "a.png").is_file()
