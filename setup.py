@@ -1,7 +1,7 @@
 """Refuse every installation but `pip install -e .`.
 
-A wheel would put the packages `common` and `studies` beside everybody else's, and leave out the launchers, the
-YAML files and the data that the scripts find beside themselves.
+A wheel would put the packages `common` and `studies` beside everybody else's, and leave out the launchers,
+the YAML files and the data that the scripts find beside themselves.
 """
 
 import sys
