@@ -46,7 +46,7 @@ from common.train import (
 from dia_pangu.src.Dataset.CTRG_dataset import CTRGDataset, collate, raise_bad, read_places
 from dia_pangu.src.Dataset.preprocess import Grid
 from dia_pangu.src.Dataset.prompt import GUIDES, LANGUAGES, ReportText, prompt_phrases, status_text
-from dia_pangu.src.Model.multimodality_model import answer_logits, kept_columns, label_count, token_loss
+from dia_pangu.src.Model.multimodality_model import label_count, token_loss
 from dia_pangu.src.Model.pangu import load_tokenizer
 
 
@@ -129,8 +129,11 @@ def count_labels(batch) -> torch.Tensor:
 def mean_loss(model, batch) -> torch.Tensor:
     """Return the mean loss over the labels of a batch, each times its weight where weights are given."""
     inputs = {"input_ids": batch["lang_x"], "attention_mask": batch["attention_mask"]}
-    logits, labels = answer_logits(model, batch["labels"], **inputs)
-    weights = kept_columns(batch.get("loss_reweight"), batch["labels"])
+    # Through the model's own forward pass, which several processes and autocast have wrapped: logits where
+    # any row has a label.
+    keep = (batch["labels"][:, 1:] != -100).any(0).nonzero()[:, 0]
+    logits, labels = model(**inputs, logits_to_keep=keep).logits, batch["labels"][:, keep + 1]
+    weights = batch["loss_reweight"][:, keep + 1] if "loss_reweight" in batch else None
     return token_loss(logits, labels, weights) / count_labels(batch).clamp(min=1)
 
 

@@ -6,8 +6,6 @@ ViT runs once per report; frozen parts run without dropout; image tokens are fou
 size of the vocabulary.
 """
 
-from inspect import signature
-
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -37,39 +35,40 @@ def label_count(labels: torch.Tensor) -> torch.Tensor:
 def token_loss(
     logits: torch.Tensor, labels: torch.Tensor, loss_reweight: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Sum the cross entropy over the labels (B, K) that are not -100, each at the position that predicts it.
+    """Sum the cross entropy over the labels that are not -100, each at the position that predicts it.
 
-    logits: (B, K, V). loss_reweight: (B, K) factors on the single losses; None: all 1.
+    logits: (..., V), labels: (...). loss_reweight: (...) factors on the single losses; None: all 1.
     """
     losses = F.cross_entropy(
-        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="none"
+        logits.flatten(0, -2).float(), labels.flatten(), ignore_index=-100, reduction="none"
     )
     return losses.sum() if loss_reweight is None else (losses * loss_reweight.flatten()).sum()
 
 
-def label_columns(labels: torch.Tensor) -> torch.Tensor:
-    """Return which positions (N - 1,) predict a label of any row of labels (B, N)."""
-    return (labels[:, 1:] != -100).any(0)
-
-
-def kept_columns(loss_reweight, labels: torch.Tensor):
-    """Return the weights (B, K) of the labels that `answer_logits` keeps; None for None."""
-    return None if loss_reweight is None else loss_reweight[:, 1:][:, label_columns(labels)]
+# What some architectures do to the logits behind the head; those models compute all of them.
+SCALED = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
 
 
 def answer_logits(lang_model, labels: torch.Tensor, **inputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the logits (B, K, V) at the K positions whose next token is a label in any row, and those labels
-    (B, K).
+    """Return the logits (M, V) at the M positions whose next token is a label, and those labels (M,).
 
     labels: (B, N), -100 = ignored. inputs: of the language model. The prompt's positions, most of a sample,
-    get no logits: at openPangu's vocabulary that is a sixth of the memory. A model of foreign code that knows
-    no `logits_to_keep` computes all.
+    get no logits: at openPangu's vocabulary that is a sixth of the memory.
     """
-    keep = label_columns(labels).nonzero()[:, 0]
     base = lang_model.get_base_model() if hasattr(lang_model, "get_base_model") else lang_model
-    if "logits_to_keep" not in signature(base.forward).parameters:
-        return lang_model(**inputs).logits[:, keep], labels[:, keep + 1]
-    return lang_model(**inputs, logits_to_keep=keep).logits, labels[:, keep + 1]
+    wanted = labels[:, 1:] != -100
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    scaled = any(getattr(base.config, name, None) for name in SCALED)
+    if head is None or scaled or not hasattr(base, "get_decoder"):
+        logits = lang_model(**inputs).logits[:, :-1][wanted]
+    else:
+        logits = head(base.get_decoder()(**inputs).last_hidden_state[:, :-1][wanted])
+    return logits, labels[:, 1:][wanted]
+
+
+def kept(loss_reweight, labels: torch.Tensor):
+    """Return the weights (M,) of the labels that `answer_logits` keeps; None for None."""
+    return None if loss_reweight is None else loss_reweight[:, 1:][labels[:, 1:] != -100]
 
 
 class MultiPanguForCausalLM(nn.Module):
@@ -155,7 +154,7 @@ class MultiPanguForCausalLM(nn.Module):
         batch's numbers of labels and of samples.
 
         Returns lm_loss, the mean over the labels of this batch; ctr_loss, the mean over its samples; loss =
-        lm_loss + lambda_ctr * ctr_loss; logits (B, N, V), or (B, K, V) at the K positions that predict a
+        lm_loss + lambda_ctr * ctr_loss; logits (B, N, V), or (M, V) at the M positions that predict a
         label (see `answer_logits`); and probability (B, 14) as `diagnose` gives it, so that an evaluation
         needs nothing but this forward pass, also of a sharded model.
         """
@@ -169,7 +168,7 @@ class MultiPanguForCausalLM(nn.Module):
             lm_loss = token_loss(logits[:, :-1], labels[:, 1:], weights)
         else:
             logits, wanted = answer_logits(self.lang_model, labels, **inputs)
-            lm_loss = token_loss(logits, wanted, kept_columns(loss_reweight, labels))
+            lm_loss = token_loss(logits, wanted, kept(loss_reweight, labels))
         lm_loss = lm_loss / (num_tokens or label_count(labels).clamp(min=1))
         ctr_loss = F.cross_entropy(sim.float(), sim.new_zeros(len(sim), dtype=torch.long))
         if num_samples:
