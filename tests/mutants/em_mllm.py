@@ -259,9 +259,9 @@ MUTANTS = [
     Mutant(
         "em_mllm/recordings.py",
         "            iq, rate = prepare(window, fs, spec, recording.done)",
-        "            iq, rate = prepare(window, fs, SignalSpec(), AS_RECORDED)",
+        "            iq, rate = prepare(window - window.mean(0), fs, spec, recording.done)",
         CONTRACT,
-        "a recording is not prepared as the model was trained",
+        "the mean is taken off the windows of a recording alone",
     ),
     Mutant(
         "em_mllm/model.py",
