@@ -10,6 +10,7 @@ All work through hooks on the model's own modules: no architecture is written ag
 
 import contextlib
 import math
+import os
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
@@ -36,7 +37,8 @@ from pruning.sensitivity_analyse.eval_metric import combine, position_distances
 from pruning.sensitivity_analyse.layer_mask import as_output, layer_input, masked, mixers, plain_mode, why_not
 
 METHODS = ("wavefront", "cached", "naive")
-CHUNK = 1 << 23  # log-probabilities held at once, in values
+CHUNK = None  # log-probabilities held at once, in values; None: by the free memory
+COPIES = 16  # bytes for each: its logit, itself and two that are made of it, in float32
 
 
 class Variant(NamedTuple):
@@ -255,8 +257,26 @@ class Baseline:
         return (torch.arccos((states @ states.T).clamp(-1, 1)) / math.pi).tolist()
 
 
+def free_values(device) -> int:
+    """How many log-probabilities may be held at once: an eighth of the free memory, with what is made of
+    them.
+
+    Every run of the output head reads all its weights, so that few large pieces beat many small ones; a
+    vocabulary of 153,376 and 34 layers would need 70 runs for one prompt in pieces of 32 MB.
+    """
+    if CHUNK is not None:
+        return CHUNK
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = (
+            os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 1 << 31
+        )
+    return min(max(free // 8 // COPIES, 1 << 23), 1 << 28)
+
+
 class Scorer:
-    """Compares final hidden states with the baseline's, `CHUNK` log-probabilities at a time.
+    """Compares final hidden states with the baseline's, as many log-probabilities at a time as fit.
 
     Memory does not grow with the prompts, the layers or a vocabulary of 153376.
     """
@@ -272,31 +292,44 @@ class Scorer:
 
         Returns K dictionaries of distances and nll, the baseline's nll, and the number of scored tokens.
         """
-        vocabulary = apply_head(self.model, self.base[:1]).shape[-1]
-        positions = max(1, min(len(self.base), CHUNK // vocabulary))
-        group = max(1, CHUNK // (vocabulary * positions))
-        values = {kind: torch.zeros(hidden.shape[:2]) for kind in self.kinds}
-        nll, base_nll, scored = torch.zeros(len(hidden)), 0.0, int((self.targets != -100).sum())
+        head = self.model.get_output_embeddings()
+        vocabulary = len(head.weight) if head is not None else apply_head(self.model, self.base[:1]).shape[-1]
+        room = free_values(self.base.device) // vocabulary  # rows of log-probabilities
+        positions = max(1, min(len(self.base), room // (1 + len(hidden)) or room // 2))
+        group = max(1, room // positions - 1)
+        self.values = {kind: torch.zeros(hidden.shape[:2]) for kind in self.kinds}
+        self.nll, base_nll = torch.zeros(len(hidden)), 0.0
+        scored = int((self.targets != -100).sum())
         for start in range(0, len(self.base), positions):
             part = slice(start, start + positions)
-            base = apply_head(self.model, self.base[part]).float().log_softmax(-1)
             target = self.targets[part]
             wanted, index = target != -100, target.clamp(min=0)[:, None]
-            base_nll -= base.gather(-1, index)[wanted].sum().item()
-            for first in range(0, len(hidden), group):
-                some = slice(first, first + group)
-                logprobs = apply_head(self.model, hidden[some, part]).float().log_softmax(-1)
-                picked = logprobs.gather(-1, index.expand(len(logprobs), -1, 1)).squeeze(-1)
-                nll[some] -= (picked * wanted).sum(-1).cpu()
-                for kind in self.kinds:
-                    values[kind][some, part] = position_distances(base, logprobs, kind).cpu()
-        scores = {kind: combine(v, kind).tolist() for kind, v in values.items()}
-        scores["nll"] = (nll / max(scored, 1)).tolist()
+            base = None
+            for first in range(0, max(1, len(hidden)), group):
+                states = hidden[first : first + group, part]
+                if base is None:  # the baseline goes through the head with the first group
+                    states = torch.cat([self.base[None, part], states])
+                logprobs = apply_head(self.model, states).float().log_softmax(-1)
+                if base is None:
+                    base, logprobs = logprobs[0], logprobs[1:]
+                    base_nll -= base.gather(-1, index)[wanted].sum().item()
+                self.compare(base, logprobs, slice(first, first + len(logprobs)), part, wanted, index)
+        scores = {kind: combine(v, kind).tolist() for kind, v in self.values.items()}
+        scores["nll"] = (self.nll / max(scored, 1)).tolist()
         return (
             [{key: v[i] for key, v in scores.items()} for i in range(len(hidden))],
             base_nll / max(scored, 1),
             scored,
         )
+
+    def compare(self, base, logprobs, some, part, wanted, index):
+        """Add what the log-probabilities (k, n, V) of some variants say at some positions to the sums."""
+        picked = logprobs.gather(-1, index.expand(len(logprobs), -1, 1)).squeeze(-1)
+        self.nll[some] -= (picked * wanted).sum(-1).cpu()
+        for kind in self.kinds:
+            rows = [position_distances(base, one, kind) for one in logprobs]  # one variant stays in the cache
+            if rows:
+                self.values[kind][some, part] = torch.stack(rows).cpu()
 
 
 @torch.no_grad()
