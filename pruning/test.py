@@ -133,33 +133,37 @@ def text_losses(model, tokenizer, texts, max_length: int = 512) -> torch.Tensor:
 
     A text of fewer than two tokens predicts nothing: both are 0.
     """
-    rows = []
     # one at a time: no padding, and the longest text decides the memory
-    for text in texts:
-        rows.append(window_loss(model, tokenizer(text).input_ids[:max_length]))
-    return torch.tensor(rows, dtype=torch.float64)
+    losses = [token_losses(model, tokenizer(text).input_ids[:max_length]) for text in texts]
+    return torch.tensor([[some.sum().item(), len(some)] for some in losses], dtype=torch.float64)
 
 
 @torch.no_grad()
-def stream_losses(model, tokenizer, texts, window: int = 2048) -> torch.Tensor:
+def stream_losses(model, tokenizer, texts, window: int = 2048, piece: int | None = None) -> torch.Tensor:
     """`text_losses` of the texts as one stream, an empty line between them, in windows of `window` tokens.
 
     That is how perplexity on WikiText is published: no overlap, each window's first token is not scored.
+    piece: a row for every so many scored tokens of a window, for intervals; left out: a row for each window.
     """
     ids = tokenizer("\n\n".join(texts)).input_ids
-    rows = [window_loss(model, ids[start : start + window]) for start in range(0, len(ids), window)]
+    rows = []
+    for start in range(0, len(ids), window):
+        losses = token_losses(model, ids[start : start + window])
+        parts = losses.split(piece) if piece and len(losses) else [losses]
+        rows += [[some.sum().item(), len(some)] for some in parts]
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def window_loss(model, ids: list[int], piece: int = 512) -> list[float]:
-    """[summed loss, scored tokens] of one sequence, with at most `piece` positions of logits in float32."""
+def token_losses(model, ids: list[int], piece: int = 512) -> torch.Tensor:
+    """(N - 1,) float64: the loss of each token but the first, `piece` positions of float32 logits at a
+    time."""
     if len(ids) < 2:
-        return [0.0, 0]
+        return torch.zeros(0, dtype=torch.float64)
     tokens = torch.tensor([ids], device=model.device)
     logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
     parts = zip(logits.split(piece), tokens[0, 1:].split(piece))
-    loss = sum(nn.functional.cross_entropy(a.float(), b, reduction="sum").double() for a, b in parts)
-    return [loss.item(), len(ids) - 1]
+    losses = [nn.functional.cross_entropy(a.float(), b, reduction="none").double().cpu() for a, b in parts]
+    return torch.cat(losses)
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from scipy.stats import spearmanr
 from sklearn.metrics import f1_score
 
 from common.errors import UserError
+from common.tiny_llm import make_llm, make_tokenizer
 from pruning.layers import without_layers
 from pruning.pruning_tools import prune_llm
 from pruning.report_model import Encoded, load_report_model, report_losses
@@ -22,7 +23,7 @@ from pruning.sensitivity_analyse.load_model import load_model
 from pruning.test import text_losses
 from studies import recipe
 from studies.dia_pangu import bases, builtin_model
-from studies.pruning import builtin, real, second_base, study, tables
+from studies.pruning import builtin, real, real_llm, second_base, skills, study, tables
 from studies.recipe import options
 from tests import forked
 from tests.pruning_world import world
@@ -266,7 +267,6 @@ def test_the_built_in_recipe_studies_the_model_of_dia_pangu(world, tmp_path, sma
     shutil.copytree(world / "llm", tmp_path / "dia/llm/model")
     config = {"arguments": {"data": str(world / "data")}}
     (tmp_path / "dia/ft/config.json").write_text(json.dumps(config))
-    monkeypatch.setattr(builtin, "REAL", None)
     builtin.main()
     assert small == ["studies/pruning/study.py"], "a model that is there is not made again"
     names = {path.name for path in (tmp_path / "pruning/results").glob("*.json")}
@@ -327,18 +327,51 @@ def test_the_second_base_is_trained_studied_and_compared(world, tmp_path, small,
 
 
 @pytest.mark.slow
-def test_the_recipe_of_real_reports_scores_the_held_out_ones(tmp_path, small, monkeypatch):
+def test_the_real_study_measures_every_set_and_repair_once_and_goes_on(tmp_path, small, monkeypatch, capsys):
     (tmp_path / "data/ct").mkdir(parents=True)
     for split, start in (("train", 0), ("val", 100)):
         texts = [f"The lungs of case {start + i} are clear. The heart is normal." for i in range(12)]
         cases = json.dumps({"cases": [{"id": f"{split}{i}", "report": t} for i, t in enumerate(texts)]})
         (tmp_path / f"data/ct/ct_reports_{split}.json").write_text(cases)
+    make_llm(tmp_path / "llm", make_tokenizer(texts, 300), num_hidden_layers=4)
     monkeypatch.setattr(real, "REAL", tmp_path / "data")
+    monkeypatch.setattr(real.real_models, "smollm2", lambda: tmp_path / "llm")
     real.main()
-    assert small == ["studies/dia_pangu/warm_llm.py", "studies/pruning/study.py"]
-    evaluations = json.loads((tmp_path / "pruning/real_reports/evaluations.json").read_text())
-    assert evaluations["stamp"]["data"].endswith("real_val.jsonl")
-    assert all(len(e["before"]["losses"]) == 10 for e in evaluations["sets"].values())
+    assert small == ["studies/pruning/real_llm.py"]
+    file = tmp_path / "pruning/llm/evaluations.json"
+    first = json.loads(file.read_text())["sets"]
+    repaired = [name for name in first if "repaired" in name]
+    assert len(repaired) == len(real_llm.REPAIRS) + 1 and "whole model" in first
+    for name in repaired:
+        assert set(first[name]["skills"]) == {"choice", "sums", "brackets", "copying"}
+    assert len({json.dumps(first[name]["reports"]) for name in repaired}) > 4, "repairs that change nothing"
+    results = [json.loads(f.read_text()) for f in (tmp_path / "pruning/results").glob("*.json")]
+    assert len(results) == 2 and all("lower" in row["metric"] for row in results)
+    real.main()
+    assert json.loads(file.read_text())["sets"] == first, "what was measured was measured again"
     monkeypatch.setattr(real, "REAL", None)
     with pytest.raises(UserError, match="DATA_ROOT"):
         real.main()
+
+
+def test_texts_of_the_real_study_do_not_overlap():
+    training, held_out = real_llm.english()
+    assert len(training) > 100 and len(held_out) > 30 and not set(training) & set(held_out)
+
+
+def test_skills_are_counted_by_the_first_choice():
+    class Knows:
+        """A model that knows the next token of every text of the test: it looks it up."""
+
+        device = torch.device("cpu")
+
+        def __init__(self, shift):
+            self.shift = shift
+
+        def __call__(self, input_ids, use_cache=False):
+            logits = torch.nn.functional.one_hot((input_ids.roll(-1, 1) + self.shift) % 300, 300).float() * 9
+            return Namespace(logits=logits)
+
+    tokenizer = make_tokenizer(["red house river seven cloud"], 300)
+    assert skills.score_skills(Knows(0), tokenizer, 3)["copying"] == 1
+    assert skills.score_skills(Knows(1), tokenizer, 3)["copying"] == 0

@@ -4,7 +4,7 @@ back.
     python studies/pruning/builtin.py
 
 The model is made first (studies/dia_pangu/builtin_model.py) where it is not there yet. SMOKE=1 runs the
-smallest sizes; with DATA_ROOT the study of real reports follows (real.py). RESULTS.md holds what came out.
+smallest sizes. RESULTS.md holds what came out; real.py studies a pretrained model.
 """
 
 import json
@@ -14,8 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, whatever folder we start in
 
 from studies.dia_pangu import bases, builtin_model
-from studies.pruning import real
-from studies.recipe import REAL, RUNS, recipe, size, stage
+from studies.recipe import RUNS, recipe, size, stage
 
 data, dia = bases.data, bases.out
 out = RUNS / "pruning"
@@ -56,8 +55,6 @@ def main():
         overwrite=True,
         **sizes,
     )
-    if REAL is not None and (REAL / "ct/ct_reports_train.json").is_file():
-        real.main()
 
 
 if __name__ == "__main__":
