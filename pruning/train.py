@@ -297,8 +297,6 @@ def set_trained(model, full: bool, last: int = 0, also=()) -> list[str]:
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for parameter in llm.parameters() if whole else trained.values():
         parameter.data = parameter.data.float()
-    for parameter in trained.values():
-        parameter.data = parameter.data.float()
     return list(trained)
 
 

@@ -1,5 +1,6 @@
 """Masks, the three scan methods, distances, resuming, choosing."""
 
+import csv
 import json
 
 import numpy as np
@@ -357,6 +358,41 @@ def test_budget_is_met_with_as_few_layers_as_possible():
     for impossible in (total, 10):
         with pytest.raises(UserError, match="--target-params"):
             choose_layers.layers_for_budget(model, impossible)
+
+
+@torch.no_grad()
+def test_budgets_in_bytes_and_seconds():
+    model = make(num_hidden_layers=6).bfloat16()
+    total, each = (sum(p.numel() for p in m.parameters()) for m in (model, decoder_layers(model)[0]))
+    assert choose_layers.layers_for_budget(model, 2 * (total - each), in_bytes=True) == 1
+    assert choose_layers.layers_for_budget(model, 2 * (total - each) - 1, in_bytes=True) == 2
+
+    def seconds(model):
+        return 1.0 + len(decoder_layers(model))
+
+    assert choose_layers.layers_for_time(model, 5.0, seconds) == 2
+    assert choose_layers.layers_for_time(model, 4.9, seconds) == 3 and len(decoder_layers(model)) == 6
+    for impossible in (7.0, 1.5):
+        with pytest.raises(UserError, match="--target-seconds"):
+            choose_layers.layers_for_time(model, impossible, seconds)
+
+
+def test_the_default_is_the_loss_without_a_layer_and_the_scan_says_so(folder, tmp_path, capsys):
+    out = tmp_path / "s.csv"
+    scanner.main(scanner.parse_args(["--model", str(folder), "--out", str(out)]))
+    said = capsys.readouterr().out.split("without each alone: ")[1].split(",")[0].split()[0]
+    records = ["--records", str(out.with_suffix(".records.jsonl")), "--ratio", "0.25"]
+    plan = ["--out", str(tmp_path / "plan.json")]
+    choose_layers.main(choose_layers.parse_args([*records, *plan]))
+    (choice,) = json.loads((tmp_path / "plan.json").read_text())["choices"]
+    assert choice["criterion"] == "perplexity" and choice["drop_layers"] == said
+    capsys.readouterr()
+
+    # upstream's measure goes by the distance that the CSV shows, and warns at the ends
+    choose_layers.main(choose_layers.parse_args([*records, *plan, "--criterion", "sensitivity"]))
+    least = min(csv.DictReader(open(out)), key=lambda row: float(row["score_mean"]))["layer"]
+    assert json.loads((tmp_path / "plan.json").read_text())["choices"][0]["drop_layers"] == least
+    assert "warning: sensitivity chose layer" in capsys.readouterr().err
 
 
 def test_builtin_prompts_are_balanced():

@@ -8,8 +8,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from common.errors import UserError
 from pruning.layers import decoder_layers, without_layers
-from pruning.pruning_tools import prune_llm, read_back
+from pruning.pruning_tools import count_params, prune_llm, prune_width, read_back
 from pruning.sensitivity_analyse import scan_methods
+from pruning.sensitivity_analyse.layer_sensitivity_scan import fingerprint
 from pruning.shorter import quantized_names, shorter_config
 from tests import pruning_zoo
 from tests.pruning_zoo import BASE, GPT, LINEAR, REFUSED, ZOO
@@ -294,3 +295,79 @@ def test_with_v_off_attention_returns_the_projection_of_nothing(name):
         for method in ("naive", "wavefront")
     )
     assert fast == pytest.approx(naive, rel=1e-4) and min(naive) > 0
+
+
+# ---------------------------------------- zeros and numbers
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sparsity", ["0.5", "2:4"])
+@pytest.mark.parametrize(
+    "name", ["gpt2", "mixtral", "qwen3_moe", "gpt_oss", "phi3", "gpt_bigcode"]
+)
+@pytest.mark.parametrize("method", ["wanda", "magnitude"])
+def test_every_matrix_that_a_layer_multiplies_with_gets_the_asked_zeros(name, sparsity, method):
+    model = pruning_zoo.make(name, ZOO[name])
+    prompts = [{"name": str(n), "input_ids": IDS[:, :n]} for n in (9, 5)]
+    prune_width.prune_unstructured(model, prompts, method, sparsity)
+    for key, parameter in decoder_layers(model).named_parameters():
+        if parameter.dim() in (2, 3) and not key.endswith("bias"):
+            assert (parameter == 0).float().mean().item() == pytest.approx(0.5, abs=0.02), key
+    zeros, weights = prune_width.check_share(model, sparsity)
+    assert zeros / weights == pytest.approx(0.5, abs=0.01)
+
+
+@torch.no_grad()
+def test_a_share_that_was_not_reached_is_said_and_nothing_is_written():
+    model = pruning_zoo.make("llama", {})
+    for layer in decoder_layers(model):
+        layer.self_attn.q_proj.weight.zero_()
+    with pytest.raises(UserError, match="of the layers' weights are zero.*nothing is written"):
+        prune_width.check_share(model, "0.5")
+
+
+@torch.no_grad()
+def test_padding_has_no_part_in_what_an_expert_is_judged_by():
+    alone, padded = (pruning_zoo.make("mixtral", ZOO["mixtral"]) for _ in range(2))
+    short = {"name": "a", "input_ids": IDS[:, :5]}
+    prune_width.prune_unstructured(alone, [short, short], "wanda", "0.5")
+    real = prune_width.calibration_batch
+
+    def longer(model, prompts):
+        batch, mask = real(model, prompts)
+        more = torch.zeros(len(mask), 4, dtype=torch.long)
+        return {"input_ids": torch.cat([batch["input_ids"], more], 1)}, torch.cat([mask, more.bool()], 1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prune_width, "calibration_batch", longer)
+        prune_width.prune_unstructured(padded, [short, short], "wanda", "0.5")
+    for a, b in zip(alone.parameters(), padded.parameters()):
+        assert torch.equal(a == 0, b == 0)
+
+
+def test_flops_of_experts_and_the_cache_of_latent_attention(tmp_path):
+    for name in ("mixtral", "deepseek_v2"):
+        pruning_zoo.make(name, ZOO[name]).save_pretrained(tmp_path / name)
+    args = ["--context", "16"]
+    mixtral = count_params.describe(
+        tmp_path / "mixtral", count_params.parse_args([str(tmp_path / "mixtral"), *args])
+    )["total"]
+    attention, expert = 32 * 8 * (4 + 2 + 2 + 4), 3 * 32 * 48
+    active = 6 * (attention + 32 * 4 + 2 * expert) + 96 * 32
+    assert mixtral["FLOPs per token at 16 tokens"] == 2 * active + 6 * 4 * 4 * 8 * 16
+    latent = count_params.describe(
+        tmp_path / "deepseek_v2", count_params.parse_args([str(tmp_path / "deepseek_v2"), *args])
+    )["total"]
+    assert latent["KV-cache of 16 tokens, bytes"] == 6 * (8 + 4) * 4 * 16
+
+
+@torch.no_grad()
+def test_a_fingerprint_sees_every_value_and_its_place():
+    model = pruning_zoo.make("llama", {})
+    before = fingerprint(model)
+    weight = decoder_layers(model)[3].mlp.up_proj.weight
+    weight[-1, -1] += 1e-3
+    changed = fingerprint(model)
+    weight[-1, -1] -= 1e-3
+    weight[[0, 1]] = weight[[1, 0]]
+    assert len({before, changed, fingerprint(model)}) == 3

@@ -339,7 +339,7 @@ def report(args, whole, found):
             found[best][part]["perplexity"],
             controls,
             (low, high),
-            note=f"{best}; {args.heal_steps} steps of {args.heal_batch} texts; the interval covers test tokens alone",
+            note=f"{best}; {args.heal_steps} steps of {args.heal_batch} texts; interval over test tokens",
             details={"skills": found[best].get("skills")},
         )
 
