@@ -302,9 +302,7 @@ def test_with_v_off_attention_returns_the_projection_of_nothing(name):
 
 @torch.no_grad()
 @pytest.mark.parametrize("sparsity", ["0.5", "2:4"])
-@pytest.mark.parametrize(
-    "name", ["gpt2", "mixtral", "qwen3_moe", "gpt_oss", "phi3", "gpt_bigcode"]
-)
+@pytest.mark.parametrize("name", ["gpt2", "mixtral", "qwen3_moe", "gpt_oss", "phi3", "gpt_bigcode"])
 @pytest.mark.parametrize("method", ["wanda", "magnitude"])
 def test_every_matrix_that_a_layer_multiplies_with_gets_the_asked_zeros(name, sparsity, method):
     model = pruning_zoo.make(name, ZOO[name])
