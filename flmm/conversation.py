@@ -172,17 +172,17 @@ class Grounder:
     @torch.no_grad()
     def _masks(self, image, sample, texts):
         """Result for a sample whose mask_ids name the phrases `texts`."""
-        likely = self.calibration is not None
-        [feature] = extract(self.base, self.sam_encoder and self._encode, [sample], likely)
+        [feature] = extract(self.base, self.sam_encoder and self._encode, [sample], likelihood=True)
 
         # Of a large picture only the masks are kept, and each phrase's logits are let go.
         size = (image.height, image.width)
         [output] = self.head([feature], finish=lambda logits: binary_masks(logits, size).cpu())
         coarse = torch.cat([binary_masks(m[None], size).cpu() for m in output["pred_masks"]])
         masks = coarse if output["sam_pred_masks"] is None else output["sam_pred_masks"]
-        presence, scores = None, output["scores"]
-        if likely:
-            presence, scores = self.calibration(phrase_features(feature, output))
+        numbers, scores = phrase_features(feature, output), output["scores"]
+        presence = numbers[:, 0].exp()  # of one word of the phrase: it orders phrases, and is no probability
+        if self.calibration is not None:
+            presence, scores = self.calibration(numbers)
         return {
             "phrases": texts,
             "masks": masks.numpy(),
@@ -192,16 +192,18 @@ class Grounder:
             ],  # x0, y0, x1, y1 in pixels; None: nothing found
             "rle": [encode_rle(m.numpy()) for m in masks],
             "scores": [round(float(s), 4) for s in scores],
-            "presence": presence if presence is None else [round(float(p), 4) for p in presence],
+            "presence": [float(p) for p in presence],
+            "calibrated": self.calibration is not None,
         }
 
     def ground(self, image, phrases=None, text=None):
         """Masks for given phrases, or for the noun phrases of `text` in its place.
 
         image: PIL, any mode. Returns {"phrases", "masks" (n, H, W) bool, "coarse_masks", "boxes", "rle",
-        "scores", "presence"}: with a calibration beside the head, the IoU to expect and the probability that
-        the thing is there; without one, SAM's predicted IoU and None. Raises UserError for an empty phrase or
-        a text without any noun phrase.
+        "scores", "presence", "calibrated"}: with a calibration beside the head, the IoU to expect and the
+        probability that the thing is there; without one, SAM's predicted IoU and the base's own probability
+        of a word of the phrase, which is higher for what is there and means no more than that. Raises
+        UserError for an empty phrase or a text without any noun phrase.
         """
         image = to_rgb(image)
         if phrases is None:

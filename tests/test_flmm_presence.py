@@ -160,12 +160,15 @@ def test_a_head_is_calibrated_and_the_calibration_is_used_everywhere(world, caps
     scene = Image.open(sorted((folder / "data/png/images").glob("*.png"))[0])
     config = read_config("flmm/configs/tiny/scenes.yaml", options)
     before = Grounder.load(config, folder / "head/head.safetensors", device="cpu")
-    assert before.ground(scene, ["red circle"])["presence"] is None
+    found = before.ground(scene, ["red circle"])
+    assert not found["calibrated"] and 0 < found["presence"][0] < 1
     calibrate.main(calibrate.parse_args([str(word) for word in words]))
     assert "presence_auc" in capsys.readouterr().out and (folder / "head/reliability.png").is_file()
     grounder = Grounder.load(config, folder / "head/head.safetensors", device="cpu")
     result = grounder.ground(scene, ["red circle", "zzz"])
-    assert len(result["presence"]) == 2 and all(0 <= p <= 1 for p in result["presence"])
+    assert (
+        result["calibrated"] and len(result["presence"]) == 2 and all(0 <= p <= 1 for p in result["presence"])
+    )
     assert all(0 <= s <= 1 for s in result["scores"])
     flmm.test.main(flmm.test.parse_args([str(word) for word in [*words, "--out", tmp_path / "test"]]))
     scores = json.loads((tmp_path / "test/results.json").read_text())

@@ -182,7 +182,8 @@ def test_a_head_is_trained_from_the_cache_scored_and_used(world, tmp_path):
         assert_same_scores(tmp_path / "test" / file, tmp_path / "two" / file)
     results = json.loads((tmp_path / "test/results.json").read_text())
     assert (
-        set(results["controls"]) == {"whole", "centre", "union", "other", "other_coarse", "raw"}
+        set(results["controls"])
+        == {"whole", "centre", "union", "other", "other_coarse", "raw", "mean", "heads"}
         and f"{results['phrases']} phrases" in text
     )
     assert len(list((tmp_path / "test/overlays").glob("*.png"))) == 2

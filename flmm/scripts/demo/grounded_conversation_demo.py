@@ -91,14 +91,11 @@ def main(args):
     result = grounder.ground(image, phrases) if phrases else grounder.converse(image, args.question)
     if "answer" in result:
         print(f"answer: {result['answer']}")
-    presence = result["presence"] or [None] * len(result["phrases"])
-    for phrase, box, score, there in zip(result["phrases"], result["boxes"], result["scores"], presence):
-        found = f"box {box}" if box else "nothing found,"
-        sure = (
-            ""
-            if there is None
-            else f", presence {there:.2f}" + (" (probably not there)" if there < 0.5 else "")
-        )
+    rows = zip(result["phrases"], result["boxes"], result["scores"], result["presence"])
+    for phrase, box, score, there in rows:
+        found, sure = f"box {box}" if box else "nothing found,", ""
+        if result["calibrated"]:
+            sure = f", presence {there:.2f}" + (" (probably not there)" if there < 0.5 else "")
         print(f"{phrase}: {found} score {score:.2f}{sure}")
 
     # The picture with its masks, and everything but the masks' pixels as JSON.

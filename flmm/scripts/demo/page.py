@@ -77,7 +77,7 @@ def reply(grounder, content, text):
         "answer": result.get("answer", ""),
         "phrases": result["phrases"],
         "scores": result["scores"],
-        "presence": result["presence"],
+        "presence": result["presence"] if result["calibrated"] else None,
         "masks": [mask_layer(mask, tint) for mask, tint in zip(result["masks"], tints)],
         "colours": ["rgb({}, {}, {})".format(*tint) for tint in tints],
     }
