@@ -58,7 +58,7 @@ from cwt_mae.readers import (
     read_wfdb,
 )
 from cwt_mae.recording import Recording
-from cwt_mae.tables import read_table
+from cwt_mae.tables import read_table as read_csv
 
 ROOT = Path(__file__).resolve().parents[1]
 READERS = {
@@ -68,8 +68,8 @@ READERS = {
     ".dcm": read_dicom,
     ".npz": read_npz,
     ".npy": read_npy,
-    ".csv": read_table,
-    ".tsv": read_table,
+    ".csv": read_csv,
+    ".tsv": read_csv,
     ".h5": read_hdf5,
     ".hdf5": read_hdf5,
     ".ts": read_ts,
