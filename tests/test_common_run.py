@@ -98,8 +98,7 @@ def test_run_directory_describes_the_run(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes, signum", [(1, signal.SIGTERM), (2, signal.SIGINT)])
 def test_stopped_run_says_how_to_resume_and_ends_bit_equal(tmp_path, uninterrupted, signum, processes):
     whole, folder = uninterrupted(processes)
     size = str(8 // processes)
