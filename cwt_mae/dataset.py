@@ -430,6 +430,9 @@ def build_store(
         "annotator": annotator,
         "version": 3,
     }
+    for source in sources:  # in the words that the user gave
+        if not Path(source).exists():
+            raise UserError(f"{source}: no such file or folder; check --data")
     listed = scan(sources, ("",)) + (scan([manifest], ("",), "--manifest") if manifest else [])
     key = fingerprint(that_matter(listed), [request, sorted(map(os.path.abspath, sources)), bool(manifest)])
     with only_one(cache / key):  # several runs that start together: one makes it, the others wait
