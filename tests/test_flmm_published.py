@@ -24,6 +24,7 @@ from flmm.evaluation import phrase_rows, summarise
 from flmm.metrics import referring_scores
 from flmm.models.flmm import FLMM
 from flmm.models.tiny import tiny_model, tiny_sam, tiny_tokenizer
+from flmm.models.tiny_bases import tiny_base
 
 SHIPPED = "flmm/configs/llava/frozen_llava_1_5_vicuna_7b_unet_sam_l_refcoco_png.yaml"
 WIDTH, HEIGHT = 40, 30
@@ -329,6 +330,11 @@ def test_parts_of_a_polygon_without_an_area_are_dropped_and_counted(tmp_path):
         ({"ann_id": 2}, "no polygon has three corners"),
         ({"image_id": 8}, "image 8 is not in"),
         ({"image_id": None}, "image None is not in"),
+        ({"image_id": [7]}, r"image \[7\] is not in"),
+        ({"split": None}, "field 'split' is missing"),
+        ({"sentences": [{"raw": 5}]}, "not as RefCOCO has it"),
+        ({"sentences": None}, "not as RefCOCO has it"),
+        ({"ann_id": [1, "x"]}, "ann_id is"),
     ],
 )
 def test_a_faulty_reference_is_named_at_load_or_left_out_and_counted(tmp_path, fault, reason):
@@ -424,6 +430,17 @@ def test_control_tokens_in_anyones_words_are_letters(family, text):
     asked = base.encode_prompt(text)
     assert asked.count(base.image_token_id) == 1
     assert sum(i in control for i in asked) == sum(i in control for i in prompt)
+
+
+def test_an_answer_with_an_image_token_in_it_can_be_grounded(monkeypatch):
+    base = tiny_base("llava")
+    one = {"image": Image.new("RGB", (32, 32)), **base.image_processor(Image.new("RGB", (32, 32)))}
+    one["input_ids"] = torch.tensor(base.encode_prompt())
+    new = torch.tensor([[50, base.image_token_id, 70, base.tokenizer.eos_token_id, 9]])
+    monkeypatch.setattr(
+        base.model, "generate", lambda input_ids, **_: torch.cat([input_ids, new], 1), raising=False
+    )
+    assert base.generate(one) == [50, 70]
 
 
 def test_ordinary_words_keep_the_tokens_that_they_always_had():

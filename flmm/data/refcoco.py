@@ -107,7 +107,9 @@ class RefCOCODataset(Dataset):
         groups, seen, splits = {}, {}, set()
         for number, ref in enumerate(refs):
             with self.bad.collect(f"{self.split_file}: reference {ref.get('ref_id', number)}"):
-                splits.add(str(ref.get("split")))
+                if not isinstance(ref.get("split"), str):
+                    raise UserError("field 'split' is missing")
+                splits.add(ref["split"])
                 if ref["split"] != split:
                     continue
                 ids, texts, image = self.checked(ref)

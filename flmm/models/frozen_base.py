@@ -384,7 +384,7 @@ class FrozenBase:
     @torch.no_grad()
     def generate(self, sample, max_new_tokens=128, **options):
         """Greedy answer to sample["input_ids"] (1-D, one image token); returns the new ids without the end
-        token."""
+        token and without image tokens."""
         ids = self.expand(sample["input_ids"], sample)[None].to(self.device)
         mask = torch.ones_like(ids)
         extra = self.build_inputs([sample], ids, mask)
@@ -399,4 +399,5 @@ class FrozenBase:
         new = out[0, ids.shape[1] :].tolist()
         ends = self.model.generation_config.eos_token_id
         ends = set(ends if isinstance(ends, list) else [ends])
-        return new[: next((i for i, token in enumerate(new) if token in ends), len(new))]
+        new = new[: next((i for i, token in enumerate(new) if token in ends), len(new))]
+        return [token for token in new if token != self.image_token_id]  # a picture that nobody has given
