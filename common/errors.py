@@ -4,6 +4,7 @@ import errno
 import os
 import signal
 import sys
+import time
 
 # How gloo and NCCL say that another process of the run has gone.
 LOST = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
@@ -97,6 +98,9 @@ def write_problem(error: BaseException) -> str:
 def leave(message: str, status: int):
     """Print one line to stderr (ranks above 0 name themselves) and exit with `status`."""
     rank = os.environ.get("RANK", "0")
+    signal.signal(
+        signal.SIGTERM, signal.SIG_IGN
+    )  # of a launcher that saw another process end before this one
     print(("" if rank == "0" else f"[rank {rank}] ") + " ".join(message.split()), file=sys.stderr, flush=True)
     end(status)
 
@@ -105,6 +109,8 @@ def end(status):
     """Exit; one of several processes at once, because gloo's threads can abort it while the interpreter shuts
     down."""
     if os.environ.get("WORLD_SIZE", "1") != "1" and (status is None or isinstance(status, int)):
+        if status == 2 and os.environ.get("RANK", "0") != "0":
+            time.sleep(1)  # the main process says why, and the launcher ends all when it sees the first end
         from common.lock import release
 
         release()
