@@ -98,9 +98,9 @@ def write_problem(error: BaseException) -> str:
 def leave(message: str, status: int):
     """Print one line to stderr (ranks above 0 name themselves) and exit with `status`."""
     rank = os.environ.get("RANK", "0")
-    signal.signal(
-        signal.SIGTERM, signal.SIG_IGN
-    )  # of a launcher that saw another process end before this one
+    # A launcher that saw another process end before this one would end it before it has said why.
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     print(("" if rank == "0" else f"[rank {rank}] ") + " ".join(message.split()), file=sys.stderr, flush=True)
     end(status)
 
