@@ -30,7 +30,8 @@ ENGLISH = {
     r"(?:enlarge\w*|increase\w*|dilat\w*)[^,;]*(?:heart|cardiac|ventric|\batri)|"
     "(?:left|right) "
     r"(?:ventric\w*|atri\w*)[^,;]*(?:enlarge|dilat|increase)|cardiothoracic[^,;]*(?:increase|enlarge)",
-    "lung opacity": r"opacit|opacif|ground.?glass(?! (?:density )?nodul)|hazy|haze|infiltrat|"
+    "lung opacity": r"opacit|opacif|(?:patchy|blurr\w*)[^,;]*shadow|ground.?glass(?! (?:density )?nodul)|"
+    r"hazy|haze|infiltrat|"
     r"airspace disease|crazy.?paving|"
     r"density (?:increase|area)|(?:increase\w*|patchy)[^,;]*densit|tree.?in.?bud",
     "lung lesion": r"nodul|micronodul|lesion|\bmass\b|masses|tumou?r|metasta|carcinoma|malignan|cancer|"
@@ -38,11 +39,11 @@ ENGLISH = {
     "edema": r"(?:pulmonary |interstitial |alveolar )?(?:edema|oedema)|interlobular septal thicken|"
     r"thicken\w* (?:of|in) (?:the )?interlobular sept",
     "consolidation": r"consolidat",
-    "pneumonia": r"(?:broncho)?pneumoni(?!ti)|infecti|infective|covid",
+    "pneumonia": r"(?:broncho)?pneumoni(?!ti)|infecti|infective|inflammat|covid",
     "atelectasis": r"atelecta|collaps|volume loss",
     "pneumothorax": r"(?:hydro|hemo|haemo)?pneumothora",
     "pleural effusion": r"effusions?|hydrothora|hydropneumothora|hemothora|haemothora|empyema|"
-    r"pleural[^,;]*fluid|fluid[^,;]*(?:hemithora|pleura|costophrenic|fissur)",
+    r"pleural[^,;]*fluid|fluid[^,;]*(?:hemithora|pleura|costophrenic|fissur|thoracic cavit)",
     "pleural other": r"pleura\w*(?: and \w+)?(?:[^,;](?!effusion\b|fluid\b)){0,40}?(?:thick|plaque|calcif|"
     r"scar|adhes)|"
     r"(?:thick|plaque|calcif)\w*[^,;]*(?<!sub)pleura(?!l effusion)|effusion.thicken",
@@ -60,7 +61,8 @@ CHINESE = {
     r"(?:主动脉|肺动脉)[^，,；]{0,8}(?:增宽|增粗|扩张|瘤样|动脉瘤|夹层动脉瘤)|(?:主动脉|肺动脉)瘤",
     "cardiomegaly": r"(?:心(?:脏|影|室|房|腔|胸比)|全心|[左右]心|[左右][室房])[^，,；]{0,8}(?:增大|扩大|"
     r"肥大|饱满|扩张)|巨心",
-    "lung opacity": r"磨玻璃|毛玻璃|模糊(?:阴)?影|阴影|密度增高|密度增加|片絮|絮状|云雾状|浸润|渗出|"
+    "lung opacity": r"磨玻璃(?!样?(?:密度)?(?:小|微)?结节)|毛玻璃|模糊(?:阴)?影|阴影|密度增高|密度增加|"
+    r"片絮|絮状|云雾状|浸润|渗出|"
     r"高密度影|斑片|片状影|片影|树芽",
     "lung lesion": r"结节|肿块|肿物|病灶|占位|空洞|转移瘤|转移灶|转移|肿瘤|[肺叶]癌|包块|团块",
     "edema": r"水肿",
@@ -68,7 +70,7 @@ CHINESE = {
     "pneumonia": r"肺炎|炎症|感染|炎性",
     "atelectasis": r"不张|膨胀不全|含气不全|充气不全",
     "pneumothorax": r"气胸",
-    "pleural effusion": r"积液|胸水|液体|积血|脓胸|血胸|液气胸",
+    "pleural effusion": r"积液|胸水|液性密度|水样密度|液体|积血|脓胸|血胸|液气胸",
     "pleural other": r"胸膜[^，,；腔]{0,8}(?:增厚|肥厚|钙化|粘连|斑)",
     "fracture": r"骨折|骨痂|骨质断裂|皮质断裂|骨皮质(?:不连续|中断)|断端",
     "support devices": r"(?<!动脉)(?<!胰)(?<!胸)(?<!腺)导管|起搏器|引流管|支架|置管|内固定|插管|胃管|"
@@ -141,12 +143,13 @@ PATTERNS = {
 # Organs, as the words that name them; of two that match at one place the longer counts.
 ORGANS = {
     "en": {
-        "lung": r"lungs?\b|pulmonary\b(?! (?:arter|trunk|conus|vein))|lobes?\b|lobar|lingul\w*|segment\w*|"
+        "lung": r"lungs?\b|pulmonary\b(?! (?:arter|trunk|conus|vein))|"
+        r"(?<!thyroid )(?<!hepatic )lobes?\b(?! of the (?:thyroid|liver))|lobar|lingul\w*|segment\w*|"
         r"apical|apex|"
         r"hilum|hila\b|hilar|\b[RL][UML]L\b|parenchym\w*|subpleural|fissur\w*|perifissural|bronch\w*|"
         r"basal|bases\b|"
         r"hemithora\w*|airway\w*|alveol\w*|perihilar",
-        "pleura": r"pleura\w*|costophrenic",
+        "pleura": r"pleura\w*|costophrenic|thoracic cavit\w*",
         "heart": r"heart|cardiac|ventric\w*|atri(?:al|um|a)\b|myocard\w*",
         "pericardium": r"pericardi\w*",
         "mediastinum": r"mediastin\w*|aort\w*|thym\w*|(?:pulmonary (?:artery|trunk|conus))",
@@ -157,12 +160,14 @@ ORGANS = {
         "node": r"lymph\w*|axilla\w*|\bnodes?\b",
         "breast": r"breast\w*|mammar\w*|nipple",
         "thyroid": r"thyroid\w*|neck\b|cervical",
-        "skin": r"skin|subcutan\w*|cutan\w*|soft tissue|muscle\w*|chest wall|abdominal wall",
+        "skin": r"skin|subcutan\w*|cutan\w*|soft tissue(?! (?:mass|densit|nodul|lesion))|muscle\w*|"
+        r"chest wall|abdominal wall",
         "abdomen": r"liver|hepat\w*|kidney\w*|renal|adrenal\w*|suprarenal|splen\w*|spleen|pancrea\w*|"
         r"gall ?bladder|bile|"
         r"biliar\w*|stomach|gastri\w*|colon\w*|bowel|intestin\w*|abdom\w*|periton\w*|ascit\w*|pelvi\w*|"
         r"ovar\w*|uter\w*|prostat\w*|bladder|duoden\w*|mesent\w*|perihepatic|perisplenic|cholecyst\w*",
-        "head": r"brain|cereb\w*|intracranial|knee|joint|hip\b|elbow|wrist|ankle|shoulder|dental|sinus\w*|"
+        "head": r"brain|orbit\w*|periorbit\w*|periportal|\blegs?\b|limbs?\b|extremit\w*|cereb\w*|"
+        r"intracranial|knee|joint|hip\b|elbow|wrist|ankle|shoulder|dental|sinus\w*|"
         r"urinary",
         "trachea": r"trache\w*",
     },
@@ -177,7 +182,7 @@ ORGANS = {
         "node": r"淋巴结?|腋窝|腋下",
         "breast": r"乳(?:腺|房)|乳头|[左右双]乳",
         "thyroid": r"甲状(?:旁)?腺|颈部",
-        "skin": r"皮下|皮肤|软组织|胸壁|肌肉|腹壁",
+        "skin": r"皮下|皮肤|软组织(?!肿块|密度|影|结节)|胸壁|肌肉|腹壁",
         "abdomen": r"肝|胆|脾|胰|肾(?:上腺)?|胃(?!管)|肠|腹(?!侧)|盆腔|膀胱|子宫|卵巢|前列腺|网膜|腹膜",
         "head": r"脑|颅|关节|膝|髋|鼻窦|[上筛蝶额][颌]?窦|尿路|泌尿",
         "trachea": r"(?<!支)气管",
@@ -199,6 +204,8 @@ NOT_OF = {
 # A word that hides another finding's word or says something else.
 IGNORE = {
     "en": re.compile(
+        r"(?<!sub)\bpleural (?:nodul\w*|mass\w*|metasta\w*|lesion\w*|tumou?r\w*)|"
+        r"sequel\w* (?:of|from|to) (?:\w+ ){0,3}(?:infecti\w*|pneumonia)|"
         r"collapsed (?:gallbladder|bladder|stomach|bowel|vertebra\w*)|vertebra\w*[^,;.]*collaps\w*|mass "
         "effect|"
         r"known (?:\w+ ){0,2}(?:cancer|carcinoma|malignanc\w*|tumou?r)|body "
@@ -217,7 +224,8 @@ CHANGE = {
     "en": re.compile(
         r"\b(?:no|without|not)\b (?:\w+ly )?(?:\w+ "
         r"){0,3}?(?:change|changed|difference|progress\w*|regress\w*|growth|"
-        r"grown|increase\w* in (?:size|number)|decrease\w* in (?:size|number)|enlarged since|interval \w+|"
+        r"grown|increase\w* in (?:the )?(?:size|number)|decrease\w* in (?:the )?(?:size|number)|enlarged "
+        r"since|interval \w+|"
         r"increased since|decreased since)\b(?: (?:was|is|were|has been) \w+)?|"
         r"\bnot (?:\w+ ){0,3}?(?:previous\w*|prior|before|earlier|old|on the last)\b(?: "
         r"(?:seen|observed|present|examination\w*|"
@@ -234,7 +242,8 @@ CHANGE = {
         r""
         r"未(?:完全|明显|见明显|充分|彻底)?(?:吸收|愈合|消散|消失|复张|闭合|好转)|不(?:均匀|规则|规整|"
         r"光整|清楚|清晰|整齐|光滑|连续)|"
-        r"无明显诱因|无症状|未(?:行|扫及|包括|做)|(?:此前|前片|前次|既往|原片)未(?:见|显示)(?:显示)?|前片无"
+        r"无明显诱因|无症状|未(?:行|扫及|包括|做)|(?<![较与比])(?:此前|前片|前次|既往|原片)未(?:见|"
+        r"显示)(?:显示)?|(?<![较与比])前片无"
     ),
 }
 DENIED_BEFORE = {
@@ -244,7 +253,9 @@ DENIED_BEFORE = {
         r"of|removed|excludes?|denies)\b",
         re.I,
     ),
-    "cn": re.compile(r"未(?!来|能|确)|无|没有|不伴|排除|不存在|除外|阴性|已拔除|已取出|拔除"),
+    "cn": re.compile(
+        r"未(?!来|能|确)|无|没有|不伴|不考虑|不支持|不像|排除|不存在|除外|阴性|已拔除|已取出|拔除"
+    ),
 }
 # After one of these words a new statement begins, which an earlier denial does not reach.
 ANEW = {
@@ -266,6 +277,7 @@ DENIED_INSIDE = {
 }
 DENIED_AFTER = {
     "en": re.compile(
+        r"^\w*\s*:\s*(?:none|no|nil|absent|negative)\b|"
         r"^(?:(?!\b(?:is|are|was|were) "
         r"(?:seen|observed|noted|present|detected|found|identified|visible|available)\b)"
         r"[^,;])*?(?:,? (?:or|and|nor)[^;]*?)?\b(?:not (?:\w+ "
@@ -281,14 +293,16 @@ DENIED_AFTER = {
         re.I,
     ),
     "cn": re.compile(
-        r"^[^，,；]{0,16}?(?:未见(?:显示|显影|确切显示|异常)?$|不大|正常|消失|(?<!未)(?:已|完全|全部|"
+        r"^吸收$|^[^，,；]{0,16}?(?:未见(?:显示|显影|确切显示|异常)?$|不大|正常|消失|(?<!未)(?:已|完全|"
+        r"全部|"
         r"基本)(?:被)?(?:吸收|消散|复张)|"
         r"吸收消散|阴性|已拔除|已取出|拔除|不存在|除外$|不明显$|未显示$|未累及)"
     ),
 }
 DOUBT_BEFORE = {
     "en": re.compile(
-        r"\b(?:possibl\w*|may|might|could|questionabl\w*|suspicio\w*|suspect\w*|uncertain|equivocal|"
+        r"\b(?:possibl\w*|may|might|could|questionabl\w*|suspicio\w* "
+        r"(?:for|of|about)|suspect\w*|uncertain|equivocal|"
         r"concern\w* for|"
         r"rule out|r/o|evaluat\w* for|exclude|query|differential\w*|versus|vs\.?|whether|if)\b|\?",
         re.I,
@@ -357,16 +371,16 @@ NORMAL = {
 
 
 def language_of(text: str) -> str:
-    """Return "cn" for a text with more Chinese characters than Latin letters, else "en"."""
+    """Return "cn" for a text with more than a Chinese character for three Latin letters, else "en"."""
     chinese = len(re.findall(r"[\u4e00-\u9fff]", text or ""))
-    return "cn" if chinese > len(re.findall(r"[A-Za-z]", text or "")) else "en"
+    return "cn" if 3 * chinese > len(re.findall(r"[A-Za-z]", text or "")) else "en"
 
 
 def sentences(text: str, language: str) -> list[str]:
     """Split a text into sentences."""
     if language == "cn":
         return [part for part in re.split(r"[。\n]", text) if part.strip()]
-    parts = re.split(r"(?<=[^\d\W])[.:!](?=\s|$)|(?<=[\d)\"])\.(?=\s|$)|\n|\"", text)
+    parts = re.split(r"(?<=[^\d\W])[.!](?=\s|$)|(?<=[\d)\"])\.(?=\s|$)|\n|\"", text)
     return [part for part in parts if part.strip()]
 
 
@@ -382,7 +396,9 @@ def split_clauses(sentence: str, language: str) -> list[str]:
     else:
         parts = re.split(
             r";|\b(?:but|however|although|though|except|whereas|while|despite)\b|"
-            r",\s+(?=(?:and )?(?:there|a|an|mild|minimal|bilateral|with|no|without|which)\b)",
+            r",\s+(?=(?:and "
+            r")?(?:there|a|an|mild|minimal|moderate|large|massive|marked|severe|bilateral|with|no|without|"
+            r"which)\b)",
             sentence,
         )
     return [part for part in parts if part and part.strip()]
@@ -393,19 +409,21 @@ def blank(pattern: re.Pattern, text: str) -> str:
     return pattern.sub(lambda match: "\0" * len(match.group()), text)
 
 
-def organ_of(clause: str, match: re.Match, language: str, carried: str) -> str:
-    """Return the organ that a finding's word is said of, or an empty string.
+def organs_of(clause: str, match: re.Match, language: str, carried: str) -> set[str]:
+    """Return the organs that a finding's word is said of; empty where none is named.
 
-    It is inside the word, or the last organ before it; where a verb lies between, or none stands there, the
-    first behind it. carried: the organ of the clause before, for a clause that names none.
+    It is inside the word, or the last organ before it with those that "and" joins to it; where a verb or a
+    new noun lies between, or none stands there, the first behind it. carried: the organ of the clause before,
+    for a clause that names none.
     """
     inside = [m.lastgroup for m in ORGANS[language].finditer(match.group())]
-    before = list(ORGANS[language].finditer(clause, 0, match.start()))
-    after = list(ORGANS[language].finditer(clause, match.end()))
+    named = list(ORGANS[language].finditer(clause))
+    before = [m for m in named if m.end() <= match.start()]
+    after = [m for m in named if m.start() >= match.end()]
     if inside and (language == "en" or not before):
-        return inside[-1]
+        return {inside[-1]}
     if language == "cn":
-        return before[-1].lastgroup if before else inside[-1] if inside else carried
+        return {before[-1].lastgroup if before else inside[-1] if inside else carried} - {""}
     gap = clause[before[-1].end() : match.start()] if before else ""
     said = re.search(r"\b(?:is|are|was|were|has|have|seen|observed|normal)\b|,", gap)
     near = after and re.match(
@@ -413,10 +431,16 @@ def organ_of(clause: str, match: re.Match, language: str, carried: str) -> str:
         clause[match.end() : after[0].start()],
     )
     if before and not (said and after):
-        if near and not re.match(r"\s*$|[\s\w-]{0,14}$", gap):
-            return after[0].lastgroup
-        return before[-1].lastgroup
-    return after[0].lastgroup if after else carried
+        begun = re.search(r"\band (?:a|an|the|multiple|several|another)\b", gap)
+        if near and (begun or not re.match(r"[\s\w-]{0,14}$", gap)):
+            return {after[0].lastgroup}
+        joined = {before[-1].lastgroup}
+        for one, two in zip(before[-2::-1], before[:0:-1]):
+            if not re.fullmatch(r"\s*(?:and|or|/|-|,)\s*", clause[one.end() : two.start()]):
+                break
+            joined.add(one.lastgroup)
+        return joined
+    return {after[0].lastgroup} if after else {carried} - {""}
 
 
 def is_denied(clause: str, match: re.Match, language: str) -> bool:
@@ -439,9 +463,8 @@ def code_of(clause: str, match: re.Match, language: str) -> int:
         return BLANK
     if is_denied(clause, match, language):
         return ABSENT
-    doubted = DOUBT_BEFORE[language].search(clause[: match.start()]) or DOUBT_AFTER[language].search(
-        clause[match.end() :]
-    )
+    before = re.split(r"\bwith\b|伴", clause[: match.start()])[-1]
+    doubted = DOUBT_BEFORE[language].search(before) or DOUBT_AFTER[language].search(clause[match.end() :])
     return UNCERTAIN if doubted else PRESENT
 
 
@@ -456,13 +479,14 @@ def label_sentence(sentence: str, language: str, names):
         clause = blank(IGNORE[language], clause)
         for name in names:
             for match in PATTERNS[language][name].finditer(clause):
-                if organ_of(clause, match, language, carried) in NOT_OF.get(name, ()):
+                organs = organs_of(clause, match, language, carried)
+                if organs and organs <= set(NOT_OF.get(name, ())):
                     continue
                 code = code_of(clause, match, language)
                 found.append((name, code, match.group()))
                 pneumonia |= name == "pneumonia" and code == PRESENT
-        organs = [m.lastgroup for m in ORGANS[language].finditer(clause)]
-        carried = organs[-1] if organs else carried
+        named = [m.lastgroup for m in ORGANS[language].finditer(clause)]
+        carried = named[-1] if named else carried
     for name, code, word in found:
         if not (name == "lung opacity" and pneumonia and WEAK[language].search(word)):
             yield name, code

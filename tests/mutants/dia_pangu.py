@@ -368,7 +368,7 @@ MUTANTS = [
     ),
     Mutant(
         "dia_pangu/evaluate/labeler.py",
-        "                if organ_of(clause, match, language, carried) in NOT_OF.get(name, ()):",
+        "                if organs and organs <= set(NOT_OF.get(name, ())):",
         "                if False:",
         LABELER,
         "a thyroid nodule is a lung lesion",
