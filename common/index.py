@@ -53,6 +53,8 @@ def scan(sources, suffixes, option: str = "--data") -> list[File]:
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
+                if entry.is_symlink():
+                    refuse_circle(entry.path)
                 if entry.is_dir(follow_symlinks=False):
                     search(entry.path, root)
                 elif entry.is_dir():
@@ -74,6 +76,16 @@ def scan(sources, suffixes, option: str = "--data") -> list[File]:
         links.sort(reverse=True)
         search(*links.pop())
     return sorted(set(found))
+
+
+def refuse_circle(link: str):
+    """UserError for a link that leads to itself. A link to nothing is no file, and passed over."""
+    try:
+        os.stat(link)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise UserError(f"{link}: {error.strerror}; remove the link or mend it") from error
 
 
 def expand(sources) -> list[str]:

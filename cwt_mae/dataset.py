@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.checkpoint import atomic_dir
 from common.errors import UserError
 from common.files import check_size, reading
-from common.index import fingerprint, in_parallel, only_one, scan
+from common.index import expand, fingerprint, in_parallel, only_one, scan
 from cwt_mae.layouts import (  # noqa: F401
     SUFFIXES,
     Found,
@@ -431,7 +431,7 @@ def build_store(
         "version": 3,
     }
     for source in sources:  # in the words that the user gave
-        if not Path(source).exists():
+        if not any(map(os.path.exists, expand([source]))):
             raise UserError(f"{source}: no such file or folder; check --data")
     listed = scan(sources, ("",)) + (scan([manifest], ("",), "--manifest") if manifest else [])
     key = fingerprint(that_matter(listed), [request, sorted(map(os.path.abspath, sources)), bool(manifest)])

@@ -293,10 +293,10 @@ def npz_events(path, data: dict, channels: dict) -> list[Event]:
         return []
     key = "ann_seconds" if "ann_seconds" in data else "ann_sample"
     places = np.asarray(data[key])
-    lengths = {k: np.size(data[k]) for k in (key, "ann_symbol", "ann_aux") if k in data}
+    lengths = {k: np.shape(data[k]) for k in (key, "ann_symbol", "ann_aux") if k in data}
     if len(set(lengths.values())) > 1 or not {"ann_symbol", "ann_aux"} & set(data):
         raise UserError(
-            f"{path}: fields ann_* have lengths {lengths}, expected {key} and ann_symbol of one length"
+            f"{path}: fields ann_* have the shapes {lengths}, expected {key} and ann_symbol of one length"
         )
     if places.dtype.kind not in ("iu" if key == "ann_sample" else "iuf") or places.ndim != 1:
         raise UserError(

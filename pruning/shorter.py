@@ -92,7 +92,9 @@ def layer_count(config: dict) -> int | None:
     count = text.get(config_key(text, "num_hidden_layers"))
     if count is None and whole is not None:
         count = getattr(whole.get_text_config(decoder=True), "num_hidden_layers", None)
-    return count if isinstance(count, int) else None
+    if count is not None and not isinstance(count, int):
+        raise UserError(f"config.json: num_hidden_layers is {count!r}, expected a whole number")
+    return count
 
 
 def prediction_layers(config: dict) -> int:

@@ -98,14 +98,23 @@ NOT_READ = ("missing", "a folder", "a link to itself")  # a folder of files is s
             "labelled/s000.npz",
             "finetune",
             [broken, npz_fields],
-            {"harmless": (*ONE_NUMBER, *FREE_TEXT, *NO_LABELS, "ann_aami", "sig=far below")},
+            {
+                "harmless": (
+                    *ONE_NUMBER,
+                    *FREE_TEXT,
+                    *NO_LABELS,
+                    "ann_aami",
+                    "sig=far below",
+                    "ann_symbol=dropped",  # the rhythms of ann_aux are enough
+                )
+            },
         ),
         ("labelled/split.json", "finetune", [broken, json_fields], {}),
         (
             "ppg/p000.csv",
             "train",
             [broken, csv_fields],
-            {"harmless": (*NOT_READ, "cut at 2%", "cut at 40%", "cut at 80%", "PPG=renamed")},
+            {"harmless": (*NOT_READ, "cut at 2%", "cut at 40%", "cut at 80%", "PPG=renamed", "no header")},
         ),
         (
             "base.safetensors",

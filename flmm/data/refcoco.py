@@ -178,8 +178,14 @@ class RefCOCODataset(Dataset):
         info = self.images[image_id]
         height, width = info["height"], info["width"]
         phrases = self.phrases(index)
+        image = load_image(inside(self.images_path, info["file_name"]), (width, height))
+        if image.size != (width, height):
+            raise UserError(
+                f"{self.ann_file}: image {image_id}: width and height are {width} x {height}, the picture "
+                f"{info['file_name']} is {image.width} x {image.height}; one of them is of another picture"
+            )
         return {
-            "image": load_image(inside(self.images_path, info["file_name"]), (width, height)),
+            "image": image,
             "masks": np.stack([self.mask(ids, height, width) for ids, _ in objects]),
             "pieces": caption_of_phrases(phrases),
             "file_name": info["file_name"],
