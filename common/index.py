@@ -61,7 +61,7 @@ def scan(sources, suffixes, option: str = "--data") -> list[File]:
                     links.append((entry.path, root))
                 elif entry.name.lower().endswith(suffixes) and entry.is_file():
                     status = entry.stat()
-                    name = os.path.relpath(entry.path, root) if folder != root else entry.name
+                    name = entry.path[len(root) :].lstrip("/")
                     found.append(File(entry.path, name, status.st_size, status.st_mtime_ns))
 
     for source in map(os.path.abspath, expand(sources)):
