@@ -42,6 +42,7 @@ def test_dry_run_measures_something_in_each_of_its_steps(tmp_path, bfloat16):
     assert len(named) > 8 and all(row["unit"] is not None for row in named)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for the sentence that no GPU was at hand")
 def test_without_a_gpu_the_table_says_so_and_the_other_steps_go_on(tmp_path):
     done, results = start(tmp_path, "--steps", "dia", "attention")

@@ -222,6 +222,7 @@ def test_padding_is_not_seen_by_the_transform(legacy):
         assert (images[..., lead : lead + 160] - expected).abs().max() < 1e-5
 
 
+@pytest.mark.slow
 def test_forked_workers_can_use_the_transform_after_threads_ran():
     code = """
 import os, signal, torch

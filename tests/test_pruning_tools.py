@@ -496,6 +496,7 @@ def test_wanda_weighs_by_the_inputs_of_the_pruned_layers_before():
         assert torch.equal(a == 0, b == 0)
 
 
+@pytest.mark.slow
 def test_counting_pangu_and_its_published_drops(tmp_path, capsys):
     from bench.pruning import pangu_shapes, write_sparse
 
