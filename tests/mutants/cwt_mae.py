@@ -14,8 +14,8 @@ MUTANTS = [
     # --- splits
     Mutant(
         "cwt_mae/train.py",
-        'usable = np.flatnonzero(parts != "test") if args.split else np.arange(len(store.records))',
-        "usable = np.arange(len(store.records))",
+        '        usable = usable[parts[usable] != "test"]\n',
+        "        usable = usable[:]\n",
         LEAKS,
         "pre-training on test records",
     ),
@@ -63,8 +63,8 @@ MUTANTS = [
     ),
     Mutant(
         "cwt_mae/finetune.py",
-        "    task = training_part(task, split_parts(store, args.split))\n",
-        "    split_parts(store, args.split)\n",
+        "    task = training_part(task, parts)\n",
+        "    training_part(task, parts)\n",
         LEAKS,
         "fine-tuning on test records",
     ),
@@ -77,8 +77,8 @@ MUTANTS = [
     ),
     Mutant(
         "cwt_mae/dataset_finetune.py",
-        '["train" if n in lists["train"] else "test" if n in lists["test"] else "" for n in names]',
-        '["train" if n in lists["train"] else "test" for n in names]',
+        'parts = sorted(set(names.tolist())), np.full(len(names), "", dtype="<U5")',
+        'parts = sorted(set(names.tolist())), np.full(len(names), "test", dtype="<U5")',
         DATA,
         "records in neither list of a split file are tested on",
     ),
@@ -226,8 +226,8 @@ MUTANTS = [
     ),
     Mutant(
         "cwt_mae/test.py",
-        "        total += corrected(",
-        "        total = corrected(",
+        "        total += sigmoid(logits) if several",
+        "        total = sigmoid(logits) if several",
         f"{SCRIPTS}::test_ensemble_of_one_model_twice_is_that_model",
         "an ensemble is its last model, divided by their number",
     ),
@@ -290,7 +290,7 @@ MUTANTS = [
         "a visible patch fewer is left out of the loss",
     ),
     Mutant(
-        "cwt_mae/model.py",
+        "cwt_mae/wavelet.py",
         "torch.stack([now - mean - rest, (before + after) / 2, after - before], 1)",
         "torch.stack([now - mean - rest, before, after - before], 1)",
         MODEL,
@@ -305,10 +305,10 @@ MUTANTS = [
     ),
     Mutant(
         "cwt_mae/validation.py",
-        "hidden[i].all(0)",
-        "~hidden[i].any(0)",
+        "np.interp(time, seen, row[seen])",
+        "np.interp(time, seen, row[seen][::-1])",
         PARTS,
-        "straight lines through what was hidden",
+        "straight lines through the visible columns in the wrong order",
     ),
     Mutant(
         "cwt_mae/config.py",
