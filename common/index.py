@@ -116,10 +116,15 @@ def remember(make, files, about, cache) -> dict[str, np.ndarray]:
     """The arrays that make() returns by name, kept in cache/<fingerprint>.npz until a file or `about`
     changes.
 
-    Several processes that start together wait for the one that makes them.
+    Several processes that start together wait for the one that makes them. Where the cache cannot be written,
+    they are made anew each time.
     """
     path = Path(cache) / f"{fingerprint(files, about)}.npz"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".lock").touch()
+    except OSError:
+        return make()
     with only_one(path):
         if not path.is_file():
             arrays = make()

@@ -84,6 +84,13 @@ def test_what_was_made_is_read_back_until_a_file_or_a_setting_changes(tree, tmp_
     assert len(made) == 4
 
 
+def test_without_a_place_to_write_it_is_made_each_time(tree, tmp_path):
+    (tmp_path / "cache").write_text("a file stands where the folder should be")
+    for _ in range(2):
+        made = remember(lambda: {"x": np.arange(3)}, scan([tree], (".npz",)), {}, tmp_path / "cache")
+        assert made["x"].tolist() == [0, 1, 2]
+
+
 def test_a_cut_write_is_not_read_back(tree, tmp_path):
     files = scan([tree], (".npz",))
 
