@@ -22,14 +22,16 @@ RANK = {BLANK: 0, ABSENT: 1, UNCERTAIN: 2, PRESENT: 3}  # of two statements the 
 ENGLISH = {
     "enlarged cardiomediastinum": r"(?:widen\w*|enlarge\w*|broaden\w*)[^,;]*mediastin(?!\w* (?:lymph|"
     r"node))|"
-    r"mediastin\w*[^,;]*(?:widen|enlarge|broaden)(?!\w* lymph)|"
-    r"(?:aort\w*|pulmonary (?:artery|trunk|conus))[^,;]*"
+    r"mediastin\w*(?:(?!lymph|node)[^,;])*(?:widen|enlarge|broaden)(?!\w* lymph)|"
+    r"(?:(?<!abdominal )aort\w*|pulmonary (?:artery|trunk|conus))[^,;]*"
     r"(?:dilat|ecta[st]|aneurysm|widen|increased|enlarge)|aort\w*[^;]*wider than (?:normal|usual)|"
-    r"(?:dilat\w*|aneurysm\w*|ectas\w*|widen\w*|enlarge\w*)[^,;]*(?:aort|pulmonary (?:artery|trunk))",
-    "cardiomegaly": r"cardiomegal|(?:heart|cardiac)[^,;]*(?:enlarge|increase|wide|big|broad|dilat)|"
+    r"(?:dilat\w*|aneurysm\w*|ectas\w*|widen\w*|enlarge\w*)[^,;]*(?:(?<!abdominal )aort|"
+    r"pulmonary (?:artery|trunk))",
+    "cardiomegaly": r"cardiomegal|(?:heart|cardiac)[^,;]*(?:enlarge|increase|wide|big|broad|dilat|larger)|"
     r"(?:enlarge\w*|increase\w*|dilat\w*)[^,;]*(?:heart|cardiac|ventric|\batri)|"
-    "(?:left|right) "
-    r"(?:ventric\w*|atri\w*)[^,;]*(?:enlarge|dilat|increase)|cardiothoracic[^,;]*(?:increase|enlarge)",
+    "(?:left|right|both|all) "
+    r"(?:cardiac chamber|ventric\w*|atri\w*)[^,;]*(?:enlarge|dilat|increase)|"
+    r"cardiothoracic[^,;]*(?:increase|enlarge)",
     "lung opacity": r"opacit|opacif|(?:patchy|blurr\w*)[^,;]*shadow|ground.?glass(?! (?:density )?nodul)|"
     r"hazy|haze|infiltrat|"
     r"airspace disease|crazy.?paving|"
@@ -58,9 +60,10 @@ ENGLISH = {
 }
 CHINESE = {
     "enlarged cardiomediastinum": r"纵隔(?:影)?[^，,；]{0,4}(?:增宽|增大|扩大)|"
-    r"(?:主动脉|肺动脉)[^，,；]{0,8}(?:增宽|增粗|扩张|瘤样|动脉瘤|夹层动脉瘤)|(?:主动脉|肺动脉)瘤",
+    r"(?:(?<!腹)主动脉|肺动脉)[^，,；]{0,8}(?:增宽|增粗|扩张|瘤样|动脉瘤|夹层动脉瘤)|(?:(?<!腹)主动脉|"
+    r"肺动脉)瘤",
     "cardiomegaly": r"(?:心(?:脏|影|室|房|腔|胸比)|全心|[左右]心|[左右][室房])[^，,；]{0,8}(?:增大|扩大|"
-    r"肥大|饱满|扩张)|巨心",
+    r"肥大|饱满|扩张|[稍略偏]大)|巨心",
     "lung opacity": r"磨玻璃(?!样?(?:密度)?(?:小|微)?结节)|毛玻璃|模糊(?:阴)?影|阴影|密度增高|密度增加|"
     r"片絮|絮状|云雾状|浸润|渗出|"
     r"高密度影|斑片|片状影|片影|树芽",
@@ -144,7 +147,8 @@ PATTERNS = {
 ORGANS = {
     "en": {
         "lung": r"lungs?\b|pulmonary\b(?! (?:arter|trunk|conus|vein))|"
-        r"(?<!thyroid )(?<!hepatic )lobes?\b(?! of the (?:thyroid|liver))|lobar|lingul\w*|segment\w*|"
+        r"(?<!thyroid )(?<!hepatic )lobes?\b(?! of the (?:thyroid|liver))|lobar|lingul\w*|"
+        r"segment\w*(?! (?:[\dIVX]+[ab]? )?(?:of|in) the (?:liver|pancreas|colon|spine|kidney))|"
         r"apical|apex|"
         r"hilum|hila\b|hilar|\b[RL][UML]L\b|parenchym\w*|subpleural|fissur\w*|perifissural|bronch\w*|"
         r"basal|bases\b|"
@@ -165,14 +169,15 @@ ORGANS = {
         "abdomen": r"liver|hepat\w*|kidney\w*|renal|adrenal\w*|suprarenal|splen\w*|spleen|pancrea\w*|"
         r"gall ?bladder|bile|"
         r"biliar\w*|stomach|gastri\w*|colon\w*|bowel|intestin\w*|abdom\w*|periton\w*|ascit\w*|pelvi\w*|"
-        r"ovar\w*|uter\w*|prostat\w*|bladder|duoden\w*|mesent\w*|perihepatic|perisplenic|cholecyst\w*",
+        r"ovar\w*|uter\w*|prostat\w*|bladder|duoden\w*|mesent\w*|ureter\w*|append\w*|rect(?:um|al)|"
+        r"perihepatic|perisplenic|cholecyst\w*",
         "head": r"brain|orbit\w*|periorbit\w*|periportal|\blegs?\b|limbs?\b|extremit\w*|cereb\w*|"
         r"intracranial|knee|joint|hip\b|elbow|wrist|ankle|shoulder|dental|sinus\w*|"
-        r"urinary",
+        r"urinary|laryn\w*|glotti\w*|vocal|pharyn\w*|tonsil\w*|tongue|parotid",
         "trachea": r"trache\w*",
     },
     "cn": {
-        "lung": r"肺(?!动脉|静脉)|[上中下舌]叶|叶段|段|气管|胸腔内|叶间",
+        "lung": r"肺(?!动脉|静脉)|[上中下舌]叶|叶段|(?<![上中下\d])段|气管|胸腔内|叶间",
         "pleura": r"胸膜|胸腔|胸水|肋膈角",
         "heart": r"心(?:脏|影|室|房|腔|肌)",
         "pericardium": r"心包",
@@ -183,8 +188,11 @@ ORGANS = {
         "breast": r"乳(?:腺|房)|乳头|[左右双]乳",
         "thyroid": r"甲状(?:旁)?腺|颈部",
         "skin": r"皮下|皮肤|软组织(?!肿块|密度|影|结节)|胸壁|肌肉|腹壁",
-        "abdomen": r"肝|胆|脾|胰|肾(?:上腺)?|胃(?!管)|肠|腹(?!侧)|盆腔|膀胱|子宫|卵巢|前列腺|网膜|腹膜",
-        "head": r"脑|颅|关节|膝|髋|鼻窦|[上筛蝶额][颌]?窦|尿路|泌尿",
+        "abdomen": r"肝|胆|脾|胰|肾(?:上腺)?|胃(?!管)|肠|阑尾|输尿管|腹(?!侧)|盆腔|膀胱|子宫|卵巢|"
+        r"前列腺|网膜|腹膜",
+        "head": r"脑|颅|关节|膝|髋|鼻窦|[上筛蝶额][颌]?窦|尿路|泌尿|声门|喉|咽|扁桃体|腮腺|舌(?![叶段])|"
+        r"眼|面部",
+        "limb": r"[上下四]肢",
         "trachea": r"(?<!支)气管",
     },
 }
@@ -192,7 +200,7 @@ ORGANS = {
     language: re.compile("|".join(f"(?P<{name}>{p})" for name, p in organs.items()), re.I)
     for language, organs in ORGANS.items()
 }
-ELSEWHERE = {"bone", "node", "breast", "thyroid", "skin", "abdomen", "head"}
+ELSEWHERE = {"bone", "node", "breast", "thyroid", "skin", "abdomen", "head", "limb"}
 # Organs of which a finding is not said, whatever its word is.
 NOT_OF = {
     **dict.fromkeys(("lung opacity", "consolidation", "pneumonia", "atelectasis", "edema"), ELSEWHERE),
@@ -208,14 +216,15 @@ IGNORE = {
         r"sequel\w* (?:of|from|to) (?:\w+ ){0,3}(?:infecti\w*|pneumonia)|"
         r"collapsed (?:gallbladder|bladder|stomach|bowel|vertebra\w*)|vertebra\w*[^,;.]*collaps\w*|mass "
         "effect|"
-        r"known (?:\w+ ){0,2}(?:cancer|carcinoma|malignanc\w*|tumou?r)|body "
-        r"mass|post.?infectio\w*|non.?infecti\w*|space.occupying lesion (?:was|is) not|infectious disease "
+        r"(?:known|(?:patient|case)s? with) (?:\w+ ){0,2}(?:cancer|carcinoma|malignanc\w*|tumou?r)|body "
+        r"mass|post.?(?:infectio|pneumoni)\w*|non.?infecti\w*|space.occupying lesion (?:was|is) not|"
+        r"infectious disease "
         "clinic",
         re.I,
     ),
     "cn": re.compile(
         r"椎体[^，。；]{0,6}不张|炎性假瘤|无名动脉|感染科|结节性甲状腺肿|转移酶|淋巴结转移|"
-        r"[肺叶]癌(?:根治|切除)?术后|(?:结节|肿瘤|肿物|占位|转移瘤)(?:切除)?术后"
+        r"[肺叶]癌(?:根治|切除)?术后|(?:结节|肿瘤|肿物|占位|转移瘤|气胸|积液|主动脉瘤|夹层)(?:切除|引流)?术后"
     ),
 }
 
@@ -225,12 +234,14 @@ CHANGE = {
         r"\b(?:no|without|not)\b (?:\w+ly )?(?:\w+ "
         r"){0,3}?(?:change|changed|difference|progress\w*|regress\w*|growth|"
         r"grown|increase\w* in (?:the )?(?:size|number)|decrease\w* in (?:the )?(?:size|number)|enlarged "
-        r"since|interval \w+|"
+        r"since|interval (?!develop|appear|new|resol)\w+|"
         r"increased since|decreased since)\b(?: (?:was|is|were|has been) \w+)?|"
         r"\bnot (?:\w+ ){0,3}?(?:previous\w*|prior|before|earlier|old|on the last)\b(?: "
         r"(?:seen|observed|present|examination\w*|"
         r"CT|study))*|not (?:yet |fully |completely |entirely )(?:healed|resolved|resorbed|regressed)|"
-        r"\bnot only\b|\bno longer than\b|not well (?:seen|defined)|not clearly demarcated|"
+        r"\bnot only\b|\bno\b(?=[^,;.]*\b(?:other than|apart from|besides|aside from) (?:\w+ )?"
+        r"(?:known|previous\w*|old|one|single|\d))|\bno longer than\b|not well (?:seen|defined)|"
+        r"not clearly demarcated|"
         r"nor? (?:\w+ )?contrast|without (?:\w+ )?contrast\w*",
         re.I,
     ),
@@ -254,7 +265,7 @@ DENIED_BEFORE = {
         re.I,
     ),
     "cn": re.compile(
-        r"未(?!来|能|确)|无|没有|不伴|不考虑|不支持|不像|排除|不存在|除外|阴性|已拔除|已取出|拔除"
+        r"未(?!来|能|确)|无|没有|不伴|不考虑|不支持|不像|排除|不存在|除外|阴性|已拔除|已取出|拔除|拔出|撤除"
     ),
 }
 # After one of these words a new statement begins, which an earlier denial does not reach.
@@ -280,15 +291,16 @@ DENIED_AFTER = {
         r"^\w*\s*:\s*(?:none|no|nil|absent|negative)\b|"
         r"^(?:(?!\b(?:is|are|was|were) "
         r"(?:seen|observed|noted|present|detected|found|identified|visible|available)\b)"
-        r"[^,;])*?(?:,? (?:or|and|nor)[^;]*?)?\b(?:not (?:\w+ "
+        r"[^,;])*?(?:,? (?:or|and|nor)[^;]*?)?\b(?:(?:can)?not (?:\w+ "
         r"){0,2}(?:observed|detected|seen|found|present|identified|"
         r"shown|selected|distinguished|encountered|monitored|followed|noted|enlarged|widened|increased|"
         r"dilated|evident|"
-        r"remarkable|visible|visualized|demonstrated|appreciated|thickened)|"
+        r"remarkable|visible|visuali[sz]ed|recogni[sz]ed|demonstrated|appreciated|thickened)|"
         r"(?:was|were|is|are) not|isn't|aren't|wasn't|weren't|absent|(?:is|are|was|were|within) (?:\w+ "
         ")?normal|"
         r"(?:has|have|had|is|are|was|were) (?:\w+ "
-        r"){0,2}(?:resolved|disappeared|cleared|removed|resorbed|regressed completely)|"
+        r"){0,2}(?:resolved|disappeared|cleared|removed|replaced|resorbed|withdrawn|taken out|explanted|"
+        r"regressed completely)|"
         r"resolved|disappeared|unremarkable|ruled out|excluded|no longer)\b",
         re.I,
     ),
@@ -296,7 +308,7 @@ DENIED_AFTER = {
         r"^吸收$|^[^，,；]{0,16}?(?:未见(?:显示|显影|确切显示|异常)?$|不大|正常|消失|(?<!未)(?:已|完全|"
         r"全部|"
         r"基本)(?:被)?(?:吸收|消散|复张)|"
-        r"吸收消散|阴性|已拔除|已取出|拔除|不存在|除外$|不明显$|未显示$|未累及)"
+        r"吸收消散|阴性|拔除|拔出|取出|移除|撤除|不存在|除外$|不明显$|未显示$|未累及)"
     ),
 }
 DOUBT_BEFORE = {
@@ -304,7 +316,8 @@ DOUBT_BEFORE = {
         r"\b(?:possibl\w*|may|might|could|questionabl\w*|suspicio\w* "
         r"(?:for|of|about)|suspect\w*|uncertain|equivocal|"
         r"concern\w* for|"
-        r"rule out|r/o|evaluat\w* for|exclude|query|differential\w*|versus|vs\.?|whether|if)\b|\?",
+        r"rule out|r/o|evaluat\w* for|exclude|query|question of|differential\w*|versus|vs\.?|whether|"
+        r"if)\b|\?",
         re.I,
     ),
     "cn": re.compile(r"可能|疑|不除外|不能除外|不排除|不能排除|除外(?=.)|待除外|警惕|是否"),
@@ -315,7 +328,8 @@ DOUBT_AFTER = {
         r")?(?:excluded|ruled "
         "out)|(?:is|are|was|were) not (?:excluded|ruled out)|"
         r"(?:is|are|was|were) (?:possible|suspected|questionable|uncertain|considered possible|equivocal)|"
-        r"(?:could|may|might) (?:not )?be\b(?! (?:due|related|caused|secondary|from|seen))|not "
+        r"(?:could|may|might) (?:not )?be\b(?! (?:due|related|caused|secondary|from|seen|compatible|"
+        r"consistent|associated))|not "
         r"excluded|should be (?:excluded|ruled out))\b)",
         re.I,
     ),
@@ -324,19 +338,28 @@ DOUBT_AFTER = {
 # Masked before denial is looked for: these words doubt.
 NOT_DENIED = {
     "en": re.compile(
-        r"can(?:not| not|'t) be (?:\w+ )?(?:excluded|ruled out)|not (?:be )?(?:excluded|ruled out)", re.I
+        r"can(?:not| not|'t) be (?:\w+ )?(?:excluded|ruled out)|not (?:be )?(?:excluded|ruled out)|"
+        r"(?:almost|nearly|partial\w*|mostly|largely|incomplete\w*) (?:\w+ )?(?:resol|clear|regress|"
+        r"resorb)\w*",
+        re.I,
     ),
     "cn": re.compile(r"不除外|不能除外|未除外|不排除|不能排除|待除外"),
 }
 HISTORY = {
     "en": re.compile(
         r"\b(?:history of|h/o|operated (?:for|due to)|previous(?:ly)? (?:treated|diagnosed|operated)|"
-        r"status "
-        "post (?:resection|lobectomy|surgery) (?:of|for|due to)|resected|"
+        r"(?:resection|surgery|\w+ectomy|\w+therapy) (?:of|for|due to)|resected|"
         r"follow.?up (?:for|of)|treated for|past medical|clinical information|indication)\b",
         re.I,
     ),
     "cn": re.compile(r"病史|既往(?!未)|曾有|曾患|史$"),
+}
+# A clause that says nothing but that the finding of the clause before it is still there.
+REMAINS = {
+    "en": re.compile(
+        r"\s*(?:it |they |is |are |was |were |still )*(?:persist|remain|present|seen|visible)", re.I
+    ),
+    "cn": re.compile(r"(?:[左右双对]侧|余)?(?:仍|尚|还)(?:可见|见|存在|有|残留)"),
 }
 QUIET = {
     "en": re.compile(
@@ -458,12 +481,14 @@ def code_of(clause: str, match: re.Match, language: str) -> int:
     """Return the code of a finding that was matched in a clause, by the words of history, denial and doubt
     around it."""
     if HISTORY[language].search(clause[: match.start()]) or (
-        language == "cn" and re.match(r"[^，,；]{0,4}病?史", clause[match.end() :])
+        language == "cn" and re.match(r"[^，,；]{0,4}病?史|(?:治疗后|复查)", clause[match.end() :])
     ):
         return BLANK
     if is_denied(clause, match, language):
         return ABSENT
-    before = re.split(r"\bwith\b|伴", clause[: match.start()])[-1]
+    before = re.split(
+        r"(?<!compatible )(?<!consistent )(?<!associated )\bwith\b|伴", clause[: match.start()]
+    )[-1]
     doubted = DOUBT_BEFORE[language].search(before) or DOUBT_AFTER[language].search(clause[match.end() :])
     return UNCERTAIN if doubted else PRESENT
 
@@ -471,8 +496,9 @@ def code_of(clause: str, match: re.Match, language: str) -> int:
 def label_sentence(sentence: str, language: str, names):
     """Yield (finding, code) for everything that one sentence states of the findings `names`."""
     carried, pneumonia = "", False
-    found = []
+    found, last = [], []
     for clause in split_clauses(sentence, language):
+        here = len(found)
         for pattern, absent in NORMAL[language]:
             if pattern.search(clause):
                 found += [(name, ABSENT, "") for name in absent if name in names]
@@ -485,6 +511,9 @@ def label_sentence(sentence: str, language: str, names):
                 code = code_of(clause, match, language)
                 found.append((name, code, match.group()))
                 pneumonia |= name == "pneumonia" and code == PRESENT
+        if len(found) == here and REMAINS[language].match(clause):
+            found += [(name, PRESENT, word) for name, code, word in last if code == ABSENT]
+        last = found[here:]
         named = [m.lastgroup for m in ORGANS[language].finditer(clause)]
         carried = named[-1] if named else carried
     for name, code, word in found:
