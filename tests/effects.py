@@ -31,8 +31,9 @@ names the option. Instead of a word: a function (base, variant) that returns wha
 of the parser that is in no table fails the test, so does a table's entry that the parser does not know.
 
 The base runs twice, because a difference says nothing where two equal runs differ. Each run is a fork of
-tests/forked.py's server: it costs what its steps cost. In it nothing is synced to disk, --compile compiles
-nothing but says "compiled", and each loader says how many workers it has, which "text" sees.
+tests/forked.py's server: it costs what its steps cost. In it nothing is synced to disk, pictures are written
+but not drawn, --compile compiles nothing but says "compiled", and each loader says how many workers it has,
+which "text" sees.
 """
 
 import argparse
@@ -43,8 +44,10 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from unittest.mock import patch
+from unittest.mock import MagicMock, patch
 
+import matplotlib.pyplot as plt
+import numpy as np
 import torch
 
 from common.weights import read_weights
@@ -202,9 +205,19 @@ RUN_FLAGS = {
 }
 
 
+def subplots(rows=1, columns=1, squeeze=True, **options):
+    """What plt.subplots returns, drawing nothing; savefig leaves an empty file."""
+    axes = np.empty((rows, columns), dtype=object)
+    for place in np.ndindex(rows, columns):
+        axes[place] = MagicMock()
+    figure = MagicMock(savefig=lambda path, **options: Path(path).touch())
+    return figure, axes.squeeze()[()] if squeeze else axes
+
+
 def watch():
     """In the fork: what is slow and changes no number is left out, what leaves no trace is printed."""
     os.fsync = lambda fd: None
+    plt.subplots, plt.close = subplots, lambda figure: None
     plain = torch.utils.data.DataLoader.__init__
 
     def loader(self, *arguments, **options):

@@ -7,6 +7,7 @@ test process has made many.
 """
 
 import collections
+import gc
 import importlib
 import multiprocessing
 import os
@@ -23,6 +24,7 @@ from types import SimpleNamespace
 from tqdm import tqdm
 
 from common.errors import run
+from common.figures import plt
 
 Done = collections.namedtuple("Done", "returncode text")
 
@@ -72,6 +74,8 @@ def check(function, *arguments, seconds=120):
 def _main(script, arguments, log, limit, before, cwd, environment, errors):
     """What the fork does; it ends here, with the script's exit status."""
     code = 1
+    gc.freeze()  # a collection would walk, and so copy, everything that the server has imported
+    plt.rcParams.update({"figure.constrained_layout.use": False, "savefig.dpi": 50})  # small pictures, fast
     try:
         os.environ.clear()
         os.environ.update(environment)
