@@ -190,6 +190,13 @@ def add_run_arguments(parser, omit=(), **defaults):
             help="make one forward and backward pass, print how much memory the run takes on each GPU, and "
             "write nothing",
         )
+    run.add_argument(
+        "--log-with",
+        metavar="NAME",
+        type=_tracker,
+        help="send the log to an experiment tracker too, by accelerate's name for it: wandb, mlflow, trackio "
+        "and others; log.jsonl and TensorBoard are written in any case",
+    )
     run.add_argument("--compile", action="store_true", help="compile the model with torch.compile")
     run.add_argument(
         "--profile",
@@ -197,6 +204,18 @@ def add_run_arguments(parser, omit=(), **defaults):
         type=_span,
         help="write a PyTorch profiler trace of the steps A to B - 1 to --out",
     )
+
+
+def _tracker(name: str) -> str:
+    # Seconds of import that a command line without this flag need not wait for.
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    known = sorted(set(LOGGER_TYPE_TO_CLASS) - {"tensorboard"})
+    if name not in known:
+        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(known)}")
+    if name not in map(str, get_available_trackers()):
+        raise argparse.ArgumentTypeError(f"the package of {name} is not installed; bring it with pip install")
+    return name
 
 
 def _span(text: str) -> list[int]:

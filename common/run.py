@@ -222,7 +222,7 @@ def progress(iterable=None, accelerator=None, **options):
 
 class Log:
     """Numbers of a run: one printed line, one line of log.jsonl and TensorBoard scalars per call, main
-    process only.
+    process only. What --log-with names gets them too; there a resumed run is a run of its own.
 
     total: last step, for `step 400/20000` and the progress bar. resume_step: lines after it are dropped from
     an existing log.jsonl, because the resumed run will write them again.
@@ -230,6 +230,7 @@ class Log:
 
     def __init__(self, out, accelerator, total: int | None = None, resume_step: int = 0):
         self.path, self.total, self.active = Path(out) / "log.jsonl", total, accelerator.is_main_process
+        self.accelerator = accelerator
         self.bar = progress(accelerator=accelerator, total=total, initial=resume_step, unit="step")
         if self.active:
             # A second of import that --help need not wait for.
@@ -246,6 +247,18 @@ class Log:
             threading.excepthook = lambda raised: None if write_problem(raised.exc_value) else hook(raised)
             with self.writing():
                 self.board = SummaryWriter(str(Path(out) / "tb"), purge_step=resume_step + 1)
+            self._open_trackers(Path(out).resolve())
+
+    def _open_trackers(self, out: Path):
+        """Begin a run named after the folder `out`, in the tracker's project named after the script's
+        folder."""
+        config = {name: str(value) for name, value in _read_config(out).get("arguments", {}).items()}
+        names = {"wandb": {"name": out.name}, "mlflow": {"run_name": out.name}}
+        try:
+            self.accelerator.init_trackers(Path(sys.argv[0]).resolve().parent.name, config, names)
+        except Exception as error:  # each has errors of its own: no account, no server
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise UserError(f"--log-with {self.accelerator.log_with[0]}: {lines[0]}") from error
 
     def log(self, step: int, **numbers):
         """numbers: floats (nan allowed) or tensors of one element; printed in the order given."""
@@ -280,12 +293,15 @@ class Log:
             )
         for name, value in numbers.items():
             self.board.add_scalar(name, value, step)
+        self.accelerator.log(numbers, step)
 
     def close(self):
         self.bar.close()
         if self.active:
             with self.writing():
                 self.board.close()
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
 
 
 class StopSignal:

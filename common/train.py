@@ -52,6 +52,8 @@ def make_accelerator(args, **options) -> Accelerator:
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=args.accum, sync_with_dataloader=False
         ),
+        log_with=args.log_with,
+        project_dir=args.out,
         **options,
     )
     settle(accelerator, args.clip, args.accum)

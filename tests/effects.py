@@ -201,6 +201,7 @@ RUN_FLAGS = {
     "--resume": [Effect(True, resumed, over=True, alone=("--max-steps", 4)), Effect(True, "refused")],
     "--overwrite": Effect(True, "same weights", over=True),
     "--compile": Effect(True, ("text", "same weights")),
+    "--log-with": "needs a tracker: tests/test_common_train.py",
     "--profile": Effect("1:2", ("files", "same weights")),
 }
 

@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import tracking
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.tracking import GeneralTracker
+from accelerate.utils import LoggerType
 from torch.optim.lr_scheduler import LinearLR
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
@@ -252,6 +255,53 @@ def test_profile_writes_a_trace_of_its_steps(toy):
 
 
 # --- schedules and groups
+
+
+@pytest.fixture
+def tracker(monkeypatch):
+    """Stands for the package of wandb: an accelerate tracker that notes what it is told."""
+    told = []
+
+    class Tracker(GeneralTracker):
+        name, requires_logging_directory, main_process_only = "wandb", False, True
+
+        def __init__(self, project, **options):
+            super().__init__()
+            if project == "refused":
+                raise RuntimeError("no account\nlog in first")
+            told.append(("project", project, options["name"]))
+
+        tracker = property(lambda self: told)
+
+        def store_init_configuration(self, values):
+            told.append(("arguments", values["max_steps"]))
+
+        def log(self, values, step):
+            told.append(("log", step, values["loss"]))
+
+        def finish(self):
+            told.append(("finished",))
+
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", Tracker)
+    monkeypatch.setattr(tracking, "_available_trackers", [LoggerType.WANDB])
+    return told
+
+
+def test_a_tracker_is_told_what_the_log_holds(toy, tracker, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/some/cwt_mae/train.py"])
+    _, log, _ = toy("a", "--log-with", "wandb", "--max-steps", 2)
+    assert tracker[:2] == [("project", "cwt_mae", "a"), ("arguments", "2")] and tracker[-1] == ("finished",)
+    assert tracker[2:-1] == [("log", line["step"], line["loss"]) for line in log]
+    monkeypatch.setattr(sys, "argv", ["refused/train.py"])
+    with pytest.raises(UserError, match="^--log-with wandb: no account$"):
+        toy("b", "--log-with", "wandb")
+
+
+@pytest.mark.parametrize("name, said", [("mlflow", "not installed; bring it"), ("paper", "none of aim, ")])
+def test_a_tracker_that_is_not_there_is_one_line(tracker, capsys, name, said):
+    with pytest.raises(SystemExit):
+        toy_run.parse_args(["--out", "x", "--log-with", name])
+    assert said in capsys.readouterr().err
 
 
 def test_schedules_equal_those_of_transformers():

@@ -37,12 +37,12 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 REAL = {
     "bash from its folder": lambda p: (["bash", "run_train.sh"], ROOT / p),
     "bash test from elsewhere": lambda p: (["bash", ROOT / p / "run_test.sh"], "/"),
-    "python -m": lambda p: ([sys.executable, "-m", f"{p}.train"], ROOT),
 }
 # Ways in which the projects cannot differ: the project's own file was started above.
 ALIKE = {
     "bash from root": lambda p: (["bash", f"{p}/run_train.sh"], ROOT),
     "python from root": lambda p: ([sys.executable, f"{p}/train.py"], ROOT),
+    "python -m": lambda p: ([sys.executable, "-m", f"{p}.train"], ROOT),
     "torchrun": lambda p: ([*TORCHRUN, f"{p}/train.py"], ROOT),
 }
 STARTS = [(p, way) for way in REAL for p in PROJECTS] + [(PROJECTS[0], way) for way in ALIKE]
