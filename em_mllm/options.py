@@ -15,24 +15,33 @@ PLAIN = {**{code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}, 0x3010: "[",
 WORD = r"(?:选项\s*|选择\s*|[Oo]ption\s+|[Cc]hoice\s+)?"
 BULLET = r"(?:(?<=\n)[ \t]*[-*•][ \t]+)?\**"
 FAMILIES = (
-    re.compile(rf"{BULLET}{WORD}[(\[<{{]\s*([A-Za-z])\s*[)\]>}}]\**"),
+    re.compile(rf"{BULLET}{WORD}[(\[<{{'\"“‘|]\s*([A-Za-z])\s*\.?[)\]>}}'\"”’|]\**(?:\s*[:：])?"),
     re.compile(
-        rf"{BULLET}{WORD}(?<![A-Za-z0-9])(?!(?<=[(\[])[A-Za-z]\s*\))([A-Za-z])\**\s*(?:[.):、,=]|[-–—](?=\s))\**"
+        rf"{BULLET}{WORD}(?<![A-Za-z0-9])(?!(?<=[(\[])[A-Za-z]\s*\.?\))([A-Za-z])\**\s*"
+        r"(?:\.?\)|[.:、,=]|[-–—](?=\s))\**"
     ),
     re.compile(rf"(?:^|(?<=[\n;:]))[ \t]*{WORD}([A-Z])[ \t]+(?=\S)"),
 )
 
+# the letter behind the name, as in "GFSK(A)、FM(B)", with a mark behind each bracket
+BEHIND = re.compile(
+    r"([^\s、,;/:()]+)\s?[(\[]\s*([A-Z])\s*[)\]](?=\s*(?:[、,;/]|或|和|还是|or\b|and\b|中|里|之|[。.?？]|$))"
+)
+
 SENTENCE = re.compile(r"[。!！?？;；]|\.(?=\s+[A-Z\u4e00-\u9fff])|\.(?=[\u4e00-\u9fff])")
-# what follows the last option and is no part of it
+# what follows the last option and is no part of it: behind a mark, or behind a space with more to follow
+ORDER = r"Please|Answer|Your answer|The answer|Choose|Select|Reply|Respond|Output|Give"
 CLOSING = re.compile(
-    r"[\s，,;；。.!！?？、]*[(（\[【]?\s*(?:"
-    r"请|注意|要求|只需|仅需|只回答|仅回答|只输出|直接|你的答案|您的答案|答案|回答|选出|从中|以上"
-    "|(?<![A-Za-z])(?:Please|Answer|Your answer|The "
-    "answer|Choose|Select|Reply|Respond|Output|Return|Give|Only|"
-    r"Just|Explain|Provide|Write|Pick)(?![A-Za-z]))"
+    r"(?:[\s，,;；:：。.!！?？、|]+[(（\[【]?|[(（\[【]|(?<![\u4e00-\u9fff]))\s*(?:请|注意|要求|只需|仅需|只回答|仅回答|只填|"
+    r"只输出|直接|你的答案|您的答案|你的选择|答案|回答|选出|从中|以上|无需|不要|不用|单选|该信号是)"
+    rf"|[\s，,]+[(\[]?(?:{ORDER})(?:\s+\w|\s*:)|[(\[](?i:{ORDER}|single|only)\b"
+    rf"|(?:[.。,，;；!?？\n]|\s[-–—])\s*(?:{ORDER}|Return|Only|Just|Explain|Provide|Write|Pick|Do not|No "
+    r"(?:explanation|need|reason)s?)(?![A-Za-z])"
+    r"|(?:[,，:：;；.。?？]|\s[-–—])\s*(?i:which|what|answer|respond|reply|select|choose|哪)(?![A-Za-z])"
 )
 ENDING = re.compile(r"(?:\s+(?:or|and)|\s*(?:还是|或者|以及|或|和))\s*$")
-BRACKETS = {")": "(", "）": "（", "]": "[", "】": "【"}
+BRACKETS = {")": "(", "）": "（", "]": "[", "】": "【", "}": "{"}
+QUOTES = "\"'“”‘’`"
 HINT = re.compile(
     r"四选一|多选一|选出|选择|选项|哪一[项个种]|下列|以下"
     r"|[Ww]hich (?:option|of)|[Cc]hoose|[Ss]elect|[Oo]ptions?\b"
@@ -42,10 +51,10 @@ HINT = re.compile(
 def _clean(text: str) -> str:
     """An option without the marks around it: separators, bold stars, a closing bracket that it did not
     open."""
-    text = re.sub(r"^(?:[\s:：、，,*]|[.．](?!\d)|[-–—](?=\s))+", "", text)
+    text = re.sub(rf"^(?:[\s:：、，,*{QUOTES}]|[.．](?!\d)|[-–—](?=\s))+", "", text)
     while True:
         before = text
-        text = re.sub(r"(?:[\s;；,，、。.．|/*?？]|(?<=\n)[-•])+$", "", text)
+        text = re.sub(rf"(?:[\s;；,，、。.．|/*?？{QUOTES}]|(?<=\n)[-•]|\n\s*\d+[.)]|</?\w+>)+$", "", text)
         text = ENDING.sub("", text)
         if text and (opening := BRACKETS.get(text[-1])) and text.count(opening) < text.count(text[-1]):
             text = text[:-1]
@@ -85,6 +94,10 @@ def _chain(text: str, marks: list, start: int) -> dict[str, str]:
 def read_options(text: str) -> dict[str, str]:
     """{"A": "GFSK", "B": "FM", ...} of the options in a text; empty where there are none."""
     plain, best = text.translate(PLAIN), {}
+    behind = [(letter, name) for name, letter in BEHIND.findall(plain)]
+    if len(behind) > 1 and [letter for letter, _ in behind] == [chr(65 + n) for n in range(len(behind))]:
+        lead = re.compile(r"^(?:还是|或者|或|和|.*(?:从|是|为|在)(?=.))")  # of the sentence, not of a name
+        return {letter: lead.sub("", name) for letter, name in behind}
     for family in FAMILIES:
         marks = list(family.finditer(plain))
         found = {}
@@ -123,7 +136,7 @@ def looks_like_choice(record: dict) -> bool:
 L = r"[\"'“‘*_`(\[{<\s]*([A-Za-z])(?![A-Za-z0-9])"
 STATED = (
     re.compile(
-        rf"(?:答案|选项|应选|应该选|选择|我选|故选|所以选|选)\s*(?:应该|应当)?\s*(?:是|为|：|:)?\s*(?:：|:)?{L}"
+        rf"(?:答案|选项|应选|应该选|选择|我选|故选|所以选|选)[\])]?\s*(?:应该|应当|应)?\s*(?:是|为|：|:)?\s*(?:：|:)?{L}"
     ),
     re.compile(
         rf"(?i:\b(?:answer|option|choice|letter|select|choose|pick)\b[\"'*_]*"
@@ -134,6 +147,7 @@ STATED = (
     re.compile(
         r"(?<![A-Za-z0-9])\(?([A-Z])\)?\s*(?:is|是|为)\s*(?:the\s+)?(?:correct|right|answer|best|正确|对的|答案)"
     ),
+    re.compile(r"^[\s(]*([A-Z])\)?\s*(?:选项|项)"),
 )
 JOINED = re.compile(r"(?:\band|\bor|和|或|与|及|、|/|&)\s*[(\[]*$")  # one of several letters
 NEGATED = re.compile(r"(?:不是|不选|而非|排除|\bnot|\bisn't|n't be|\brather than|\binstead of)\s*[(\[\"'*]*$")
@@ -144,10 +158,16 @@ def _is_article(text: str, match) -> bool:
     return match.group(1) in "AaI" and bool(re.match(r"\s+[a-zA-Z]", text[match.end(1) :]))
 
 
+def _said(text: str) -> str:
+    """An answer in plain characters without its control tokens and what was thought before it."""
+    text = re.sub(r"<\|[^|<>]*\|>|</?(?:s|eos|bos|pad)>", "", text.rpartition("</think>")[2])
+    return text.translate(PLAIN)
+
+
 def stated_letter(text: str) -> str | None:
     """The letter that a text states as its answer, whatever the options are; the last where it states
     several, None where it states none."""
-    plain, found = text.translate(PLAIN), []
+    plain, found = _said(text), []
     for pattern in STATED:
         for match in pattern.finditer(plain):
             letter = match.group(1)
@@ -163,10 +183,11 @@ def stated_letter(text: str) -> str | None:
     }
     if len(brackets) == 1:
         return brackets.pop()
-    alone = re.match(r"[\s\"'*_`([{]*([A-Za-z])[\s\"'*_`)\]}]*[.,:、。]*(?:\s|$)", plain)
+    alone = re.match(r"[\s\"'*_`([{]*([A-Za-z])[\s\"'*_`)\]}]*[.,:、。!?]*(?:\s|$)", plain)
     if alone and not brackets:
-        rest = plain[alone.end(1) :].strip("\"'*_`)]} \t\n.,:、。")
-        marked = bool(re.match(r"[*_`\"']*\s*[.):、,\]}]", plain[alone.end(1) :]))
+        rest = plain[alone.end(1) :].strip("\"'*_`)]} \t\n.,:、。!?")
+        # a mark, the end of the line, or a reason
+        marked = bool(re.match(r"[*_`\"']*\s*[.):、,\]}]|[*_`\"']*\s*\n|\s+because\b", plain[alone.end(1) :]))
         if not rest or marked and alone.group(1).isupper():
             return alone.group(1).upper()
     glued = re.match(r"\s*([A-Z])\s*[.):、](?=\S)", plain)
@@ -175,14 +196,13 @@ def stated_letter(text: str) -> str | None:
 
 def named_option(text: str, options: dict) -> str | None:
     """The letter of the one option whose name stands in the text; of names inside one another the longest."""
+    text, names = _said(text).lower(), {a: name.translate(PLAIN).lower() for a, name in options.items()}
     named = [
         letter
-        for letter, name in options.items()
-        if re.search(rf"(?<![A-Za-z0-9\-]){re.escape(name)}(?![A-Za-z0-9]|-[A-Za-z0-9])", text, re.IGNORECASE)
+        for letter, name in names.items()
+        if re.search(rf"(?<![a-z0-9\-]){re.escape(name)}(?![a-z0-9]|-[a-z0-9])", text)
     ]
-    inner = lambda a: any(
-        options[a] != options[b] and options[a].lower() in options[b].lower() for b in named
-    )
+    inner = lambda a: any(names[a] != names[b] and names[a] in names[b] for b in named)
     longest = [a for a in named if not inner(a)]
     return longest[0] if len(longest) == 1 else None
 
@@ -193,7 +213,7 @@ def extract_letter(text: str, options: dict) -> str | None:
     stated = stated_letter(text)
     if stated in options:
         return stated
-    plain = text.translate(PLAIN)
+    plain = _said(text)
     start = re.match(r"\s*([A-Z])\s+(\S.*)", plain, re.DOTALL)
     if start and start.group(1) in options:
         name = options[start.group(1)].lower()

@@ -15,6 +15,22 @@ from em_mllm.test import fill_unread
 
 FOUR = ["GFSK", "FM", "MSK", "2FSK"]
 QUESTIONS = [
+    ("<options>A. GFSK\nB. FM\nC. MSK\nD. 2FSK</options>", FOUR),
+    ("Which? {A: GFSK, B: FM, C: MSK, D: 2FSK}", FOUR),
+    ('Choices: {"A": "GFSK", "B": "FM", "C": "MSK", "D": "2FSK"}', FOUR),
+    ("Choices: ['(A) GFSK', '(B) FM', '(C) MSK', '(D) 2FSK']", FOUR),
+    ("Given options (A) GFSK, (B) FM, (C) MSK and (D) 2FSK, which modulation is it?", FOUR),
+    ("四个选项: A) GFSK, B) FM, C) MSK, D) 2FSK - which is correct?", FOUR),
+    ("Which? (A.) GFSK (B.) FM (C.) MSK (D.) 2FSK", FOUR),
+    ("从GFSK(A)、FM(B)、MSK(C)、2FSK(D)中选择", FOUR),
+    ("该信号是GFSK（A）、FM（B）、MSK（C）还是2FSK（D）？", FOUR),
+    ("| A | GFSK |\n| B | FM |\n| C | MSK |\n| D | 2FSK |", FOUR),
+    ("Which?\n1) A. GFSK\n2) B. FM\n3) C. MSK\n4) D. 2FSK", FOUR),
+    ("Which? A. GFSK B. FM C. MSK D. 2FSK (select one)", FOUR),
+    ("哪个？A. GFSK B. FM C. MSK D. 2FSK，该信号是哪一种？", FOUR),
+    ("哪个？A. GFSK B. FM C. MSK D. 2FSK（单选），不要解释", FOUR),
+    ("问：A.BPSK，B.QPSK，C.8PSK，D.无法回答", ["BPSK", "QPSK", "8PSK", "无法回答"]),
+    ("Which? A. BPSK B. QPSK C. 8PSK D. Cannot Answer", ["BPSK", "QPSK", "8PSK", "Cannot Answer"]),
     ("选出最符合的调制类型。(A) GFSK (B) FM (C) MSK (D) 2FSK", FOUR),
     ("选出最符合的调制类型。（A）GFSK （B）FM （C）MSK （D）2FSK", FOUR),
     ("选出最符合的调制类型。（Ａ）GFSK（Ｂ）FM（Ｃ）MSK（Ｄ）2FSK", FOUR),
@@ -127,6 +143,15 @@ QUESTIONS = [
     ("Which?\n\tA.\tGFSK\n\tB.\tFM\n\tC.\tMSK\n\tD.\t2FSK", FOUR),
 ]
 LETTERS = [
+    ("【答案】B", "B"),
+    ("B\n\nThe frequency varies", "B"),
+    ("B because the frequency varies", "B"),
+    ("B!", "B"),
+    ("正确答案应为B选项", "B"),
+    ("B选项", "B"),
+    ("B 选项正确", "B"),
+    ("B</s>", "B"),
+    ("<think>A or C? The answer is A.</think>The answer is B.", "B"),
     ("正确选项是B", "B"),
     ("正确答案：B", "B"),
     ("答案选B", "B"),
