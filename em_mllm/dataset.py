@@ -25,13 +25,13 @@ from torch.utils.data import Dataset
 
 from common.arguments import number
 from common.errors import UserError
-from common.files import inside, reading
+from common.files import inside
 from common.index import remember, scan
 from em_mllm.em_foundation.models.embedder import mae_scores
 from em_mllm.em_foundation.utils.utils import first_fit, log_spectra, pack_sequence, with_special_patches
 from em_mllm.options import language, looks_like_choice, parse_options, stated_letter, wording
 from em_mllm.prepare import AS_RECORDED, SignalSpec, check_rate, prepare
-from em_mllm.signal_file import DEFAULT_FS, SignalFile, cache_folder
+from em_mllm.signal_file import DEFAULT_FS, SignalFile, cache_folder, read_json_text
 
 MANY = 2000  # questions of one file from which what was found in them is remembered
 
@@ -183,17 +183,6 @@ def task_pairs(task_dir=None, task_files=None) -> list[tuple[Path, Path]]:
             if not path.is_file():
                 raise UserError(f"{path}: no such file; every x.h5 needs its x.json")
     return pairs
-
-
-def read_json_text(path: Path):
-    """Parsed JSON of a file in UTF-8, with or without a byte-order mark, or in the Chinese encoding GBK."""
-    with reading(path, "JSON file"):
-        content = Path(path).read_bytes()
-        try:
-            text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-        except UnicodeDecodeError:
-            text = content.decode("gb18030")
-        return json.loads(text)
 
 
 def read_questions(path: Path) -> list[dict]:

@@ -23,9 +23,17 @@ import scipy.io.wavfile
 import scipy.signal
 
 from common.errors import UserError
-from common.files import check, first_line, inside, read_json, reading
+from common.files import check, inside, open_npz, reading
 from em_mllm.prepare import AS_RECORDED
-from em_mllm.signal_file import DEFAULT_FS, RATE_NAMES, SignalFile, read_rate
+from em_mllm.signal_file import (
+    DEFAULT_FS,
+    SignalFile,
+    centred,
+    plain_text,
+    rate_name,
+    read_json_text,
+    read_rate,
+)
 
 # interleaved I and Q: name of the format -> numpy type
 RAW = {
@@ -136,14 +144,19 @@ def open_recording(
             "one "
             f"of {', '.join(RAW)}"
         )
-    raise UserError(f"{path}: format {suffix or '(none)'} is not known; known are {FORMATS}")
+    raise UserError(
+        f"{path}: format {suffix or '(none)'} is not known; known are {FORMATS}; say how raw samples of "
+        "another name are stored with --iq-format"
+    )
 
 
 # ---- raw samples
 
 
 def raw_type(where, name: str) -> str:
-    """numpy type of a raw format: a name of RAW, or of SigMF such as ci16_be."""
+    """numpy type of a raw format: a name of RAW, a suffix that means one, or SigMF's, such as ci16_be."""
+    name = name.lower().lstrip(".")
+    name = SUFFIXES.get(f".{name}", name)
     if name in RAW:
         return RAW[name]
     match = re.fullmatch(r"c([fiu])(8|16|32|64)(_le|_be)?", name)
@@ -168,9 +181,7 @@ def open_raw(path: Path, dtype: str) -> Recording:
 
 def read_pairs(path, dtype: str, offset: int, count: int, channels: int = 2, used=slice(0, 2)) -> np.ndarray:
     """`count` samples of `channels` numbers from byte `offset` on, of which the columns `used` are kept."""
-    values = np.fromfile(path, dtype, count * channels, offset=offset).reshape(-1, channels)[:, used]
-    centre = (np.iinfo(dtype).max) / 2 if np.dtype(dtype).kind == "u" else 0
-    return values.astype(np.float32) - np.float32(centre)
+    return centred(np.fromfile(path, dtype, count * channels, offset=offset).reshape(-1, channels)[:, used])
 
 
 def rate_in_name(name: str) -> float | None:
@@ -192,22 +203,34 @@ def rate_in_name(name: str) -> float | None:
         for number, prefix, unit in found
         if unit.lower().endswith(("sps", "s/s")) or not unit and prefix in ("k", "K")
     }
-    return rates.pop() if len(rates) == 1 else None
+    return rates.pop() if len(rates) == 1 and min(rates) > 0 else None
 
 
 # ---- arrays
 
 
+PAIRS = (("I", "Q"), ("i", "q"), ("real", "imag"), ("re", "im"), ("r", "i"))  # names of I and Q
+
+
+def joined(x: np.ndarray) -> np.ndarray:
+    """An array with two fields, I and Q, as complex numbers; any other as it is."""
+    names = next((pair for pair in PAIRS if set(pair) == set(x.dtype.names or ())), None)
+    return x[names[0]] + 1j * x[names[1]] if names else x
+
+
 def two_columns(x: np.ndarray, path, index: int = 0) -> np.ndarray:
     """An array as (N, 2): complex (N,), real (N, 2) or (2, N), or entry `index` of a stack of these."""
-    x = np.asarray(x)
+    x = joined(np.asarray(x))
     x = np.squeeze(x, tuple(axis for axis, size in enumerate(x.shape) if size == 1)) if x.ndim > 1 else x
-    if x.dtype.names and {"real", "imag"} <= set(x.dtype.names):
-        x = x["real"] + 1j * x["imag"]
     if x.dtype.kind not in "fiuc":
         raise UserError(f"{path}: holds {x.dtype}, expected real or complex numbers")
-    if not np.iscomplexobj(x) and x.ndim == 3 and x.shape[2] != 2 and x.shape[0] == 2:
-        x = x.transpose(2, 1, 0)  # (2, T, Num)
+    shape = x.shape
+    if not np.iscomplexobj(x) and x.ndim == 3 and shape[2] != 2:
+        if shape[0] == 2:
+            x = x.transpose(2, 1, 0)  # (2, T, Num)
+        elif shape[1] == 2 and shape[2] < shape[0]:
+            x = x.transpose(2, 0, 1)  # (T, 2, Num)
+            print(f"{path}: {shape}, taken as {shape[2]} captures of {shape[0]} samples")
     if x.ndim == (2 if np.iscomplexobj(x) else 3):
         if not 0 <= index < len(x):
             raise UserError(f"{path}: --index {index} is past the end, the file holds {len(x)} signals")
@@ -227,21 +250,26 @@ def open_arrays(path: Path, suffix: str, index: int) -> Recording:
         with reading(path, "array of plain numbers"):
             x, fs = two_columns(np.load(path, mmap_mode="r"), path, index), None
     elif suffix == ".npz":
-        with reading(path, "archive of plain arrays"), np.load(path) as file:
+        with reading(path, "archive of plain arrays"), open_npz(path) as file:
             content = {name: file[name] for name in file.files}
-        name, fs = choose_array(content, path)
-        x = two_columns(content[name], f"{path}: {name}", index)
+        name, x, fs = choose_array(content, path, index)
+        x = two_columns(x, f"{path}: {name}", index)
     else:
         x, fs = read_mat(path, index)
-    if x.dtype.kind == "u" and x.dtype.itemsize == 1:
-        x = x.astype(np.float32) - 127.5
-    return Recording(path, len(x), fs, lambda start, count: x[start : start + count])
+    return Recording(path, len(x), fs, lambda start, count: centred(x[start : start + count]))
 
 
-def choose_array(content: dict, path) -> tuple[str, float | None]:
-    """Name of the array of samples among the arrays of a file, and the sampling rate or None."""
-    rate = next((k for k in (*RATE_NAMES, "SampleRate", "samplerate") if k in content), None)
-    fs = None if rate is None else read_rate(content[rate], f"{path}: {rate}")
+def choose_array(content: dict, path, index: int) -> tuple[str, np.ndarray, float | None]:
+    """Name and values of the array of samples among the arrays of a file, and the sampling rate or None; I
+    and Q may be two of them, and there may be a rate for each signal."""
+    for i, q in PAIRS[:-1]:
+        if i in content and q in content and content[i].shape == content[q].shape and content[i].size > 16:
+            content = {**content, "iq": np.squeeze(content.pop(i)) + 1j * np.squeeze(content.pop(q))}
+    rate = rate_name(content)
+    rates = None if rate is None else np.ravel(content[rate])
+    if rate is not None and 0 <= index < len(rates) > 1:
+        rates = rates[index]
+    fs = None if rate is None else read_rate(rates, f"{path}: {rate}")
     arrays = {
         k: v
         for k, v in content.items()
@@ -249,33 +277,49 @@ def choose_array(content: dict, path) -> tuple[str, float | None]:
     }
     if not arrays:
         raise UserError(f"{path}: holds no array of samples (variables: {', '.join(content) or 'none'})")
-    usual = [n for n in ("IQ_data", "iq", "IQ", "x", "X", "signal", "data") if n in arrays]
-    largest = max(arrays, key=lambda n: arrays[n].size)
-    return (usual or [largest])[0], fs
+    # time axes and labels are one column of real numbers
+    fitting = {k: v for k, v in arrays.items() if v.dtype.kind == "c" or v.dtype.names or 2 in v.shape}
+    fitting = fitting or arrays
+    usual = [n for n in ("IQ_data", "iq", "IQ", "x", "X", "signal", "data") if n in fitting]
+    name = (usual or [max(fitting, key=lambda n: fitting[n].size)])[0]
+    return name, fitting[name], fs
+
+
+def mat_content(path: Path) -> dict:
+    """{name: array} of a MATLAB file, with the fields of its structures beside the other variables. Version
+    7.3 files are HDF5, whose axes stand the other way round and whose text is made of numbers."""
+
+    def version_73(group) -> dict:
+        out = {}
+        for name, item in group.items():
+            if isinstance(item, h5py.Group):
+                out |= version_73(item) if name != "#refs#" else {}
+            elif item.shape:
+                is_text = plain_text(item.attrs.get("MATLAB_class", "")) == "char"
+                out[name] = np.array("".join(map(chr, item[()].ravel()))) if is_text else item[()].T
+        return out
+
+    try:
+        content = {k: v for k, v in scipy.io.loadmat(path).items() if not k.startswith("__")}
+    except NotImplementedError:
+        with h5py.File(path, "r") as file:
+            content = version_73(file)
+    for value in [v for v in content.values() if v.dtype.names and v.dtype.hasobject and v.size == 1]:
+        content |= {name: np.asarray(value[name].item()) for name in value.dtype.names}
+    return {k: joined(v) for k, v in content.items()}
 
 
 def read_mat(path: Path, index: int):
-    """The samples of a MATLAB file and its rate. Version 7.3 files are HDF5, whose axes stand the other way
-    round.
-
-    Complex N x M, as MATLAB's functions take it, is a capture a column; I and Q may be two variables.
-    """
+    """The samples of a MATLAB file and its rate. Complex N x M, as MATLAB's functions take it, is a capture a
+    column."""
     with reading(path, "MATLAB file"):
-        try:
-            content = {k: v for k, v in scipy.io.loadmat(path).items() if not k.startswith("__")}
-        except NotImplementedError:
-            with h5py.File(path, "r") as file:
-                content = {k: v[()].T for k, v in file.items() if isinstance(v, h5py.Dataset) and v.shape}
-            content = {k: v["real"] + 1j * v["imag"] if v.dtype.names else v for k, v in content.items()}
-    for i, q in (("I", "Q"), ("i", "q"), ("real", "imag")):
-        if i in content and q in content and content[i].size == content[q].size > 16:
-            content = {**content, "iq": content.pop(i).ravel() + 1j * content.pop(q).ravel()}
-    name, fs = choose_array(content, path)
-    x = content[name]
+        content = mat_content(path)
+    name, found, fs = choose_array(content, path, index)
+    x = found
     if np.iscomplexobj(x) and x.ndim == 2 and min(x.shape) > 1:
         if x.shape[0] >= 16:
             x = x.T
-        print(f"{path}: {name} is {content[name].shape}, taken as {len(x)} captures of {x.shape[1]} samples")
+        print(f"{path}: {name} is {found.shape}, taken as {len(x)} captures of {x.shape[1]} samples")
     return two_columns(x, f"{path}: {name}", index), fs
 
 
@@ -316,7 +360,22 @@ def open_wav(path: Path) -> Recording:
 
 # ---- SigMF
 
-META = {"global": {"core:datatype": str, "core:num_channels?": int, "core:dataset?": str}, "captures": [dict]}
+META = {
+    "global": {
+        "core:datatype": str,
+        "core:sample_rate?": (int, float),
+        "core:num_channels?": int,
+        "core:dataset?": str,
+        "core:offset?": int,
+        "core:trailing_bytes?": int,
+    },
+    "captures": [{"core:sample_start?": int, "core:header_bytes?": int}],
+}
+
+
+def beside(path: Path, suffix: str) -> Path:
+    """The other half of a SigMF recording, whose suffix may be written in capital letters."""
+    return path.with_suffix(suffix if path.suffix.islower() else suffix.upper())
 
 
 def open_sigmf(path: Path) -> Recording:
@@ -325,29 +384,28 @@ def open_sigmf(path: Path) -> Recording:
     Header and trailing bytes, a first sample_start above 0, core:offset and non-conforming data sets
     (core:dataset) are as in the specification 1.2.
     """
-    what, base, size = "SigMF recording (.sigmf-meta and .sigmf-data side by side)", 0, None
+    base, size = 0, None
     if path.suffix.lower() == ".sigmf":
         meta, data, base, size = read_archive(path)
     else:
-        meta = read_json(path.with_suffix(".sigmf-meta"))
-    try:
-        check(meta, META, path)
-    except UserError as error:
-        raise UserError(f"{path}: not a readable {what}: {first_line(error)}") from error
+        meta = read_json_text(beside(path, ".sigmf-meta"))
+    check(meta, META, path)
     if size is None:
         named = meta["global"].get("core:dataset")
-        data = inside(path.parent, named) if named else path.with_suffix(".sigmf-data")
+        data = inside(path.parent, named) if named else beside(path, ".sigmf-data")
         size = data.stat().st_size if data.is_file() else 0
     if not size:
         raise UserError(f"{data}: no samples there; put the data of the SigMF recording beside its meta file")
     settings = meta["global"]
     rate = settings.get("core:sample_rate")
-    if rate is not None and not (isinstance(rate, (int, float)) and rate > 0):
+    if rate is not None and not rate > 0:
         raise UserError(f"{path}: core:sample_rate is {rate!r}, expected samples per second")
     kind = settings["core:datatype"]
     dtype = raw_type(f"{path}: core:datatype", "c" + kind[1:] if kind[:1] in "rc" else kind)
     numbers = 2 if kind.startswith("c") else 1
     channels = settings.get("core:num_channels") or 1
+    if min([channels, *(c.get("core:header_bytes", 0) + 1 for c in meta["captures"])]) < 1:
+        raise UserError(f"{path}: core:num_channels or core:header_bytes is below 0; mend the meta file")
     if channels > 1:
         print(f"{path}: {channels} channels; the first is read")
     width = np.dtype(dtype).itemsize * numbers * channels
@@ -371,7 +429,7 @@ def sigmf_pieces(path, meta: dict, base: int, size: int, width: int) -> list[tup
     counts = [after - start for start, after in zip(starts, starts[1:])]
     counts.append((base + size - firsts[-1]) // width)
     if min(counts) < 0 or min(starts) < 0:
-        raise UserError(f"{path}: a capture begins behind the end of the data; was the copy cut short?")
+        raise UserError(f"{path}: a capture begins outside the data; was the copy cut short?")
     return list(zip(firsts, counts))
 
 

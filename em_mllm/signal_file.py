@@ -22,14 +22,14 @@ import numpy as np
 
 from common.checkpoint import atomic_path
 from common.errors import UserError
-from common.files import first_line, hdf5_item
+from common.files import first_line, hdf5_item, reading
 from common.index import remember, scan
 from common.run import progress
 from em_mllm.em_foundation.models.configuration_em import REGRESSION_TASKS
 from em_mllm.prepare import VIEWS
 
 DEFAULT_FS = 20e6  # Hz, what the seed script assumes
-RATE_NAMES = ("fs", "Fs", "FS", "sample_rate", "sampling_rate", "samp_rate")
+RATE_NAME = re.compile(r"(?i)fs(_?hz)?|(samp|sample|sampling)[_ ]?(rate|freq|frequency)(_?hz)?")
 COLUMNS = ("label", "snr", *REGRESSION_TASKS)
 BLOCK = 2**22  # values read at a time
 LARGE = 2**24  # bytes of a file from which what was found in it is remembered
@@ -37,6 +37,28 @@ LARGE = 2**24  # bytes of a file from which what was found in it is remembered
 
 def plain_text(value) -> str:
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+
+
+def read_json_text(path: Path):
+    """Parsed JSON of a file in UTF-8, with or without a byte-order mark, or in the Chinese encoding GBK."""
+    with reading(path, "JSON file"):
+        content = Path(path).read_bytes()
+        try:
+            text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        except UnicodeDecodeError:
+            text = content.decode("gb18030")
+        return json.loads(text)
+
+
+def centred(x: np.ndarray) -> np.ndarray:
+    """Samples as float32; unsigned numbers, as receivers of 8 bits give them, around zero."""
+    centre = np.iinfo(x.dtype).max / 2 if x.dtype.kind == "u" else 0
+    return x.astype(np.float32) - np.float32(centre)
+
+
+def rate_name(names) -> str | None:
+    """The first of `names` that means a sampling rate in Hz."""
+    return next((name for name in names if RATE_NAME.fullmatch(name)), None)
 
 
 def read_rate(value, where: str) -> float:
@@ -47,16 +69,15 @@ def read_rate(value, where: str) -> float:
     value = value.ravel()[0]
     if isinstance(value, (bytes, str)):
         text = plain_text(value)
-        match = re.fullmatch(
-            r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([kKMG]?)(?:[hH]z|[sS]ps|SPS|[sS]a?/s|s/s)?\s*", text
+        number, unit = (
+            r"[0-9]{1,3}(?:,[0-9]{3})+|[0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?",
+            r"[hH]z|HZ|[sS]ps|SPS|[sS]a?/s",
         )
+        match = re.fullmatch(rf"\s*({number})\s*([kKMG]?|[mg](?={unit}))(?:{unit})?\s*", text)
         if not match:
             raise UserError(f"{where} is {text!r}, expected a rate such as 1000000 or '1 MHz'")
-        value = float(match[1]) * {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9}[match[2]]
-    try:
-        rate = float(value)
-    except (TypeError, ValueError):
-        rate = float("nan")
+        value = float(match[1].replace(",", "")) * {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}[match[2].lower()]
+    rate = float(value) if isinstance(value, float) or np.asarray(value).dtype.kind in "iuf" else float("nan")
     if not (np.isfinite(rate) and rate > 0):
         raise UserError(f"{where} is {value!r}, expected a rate in Hz above 0")
     return rate
@@ -150,12 +171,13 @@ class SignalFile:
         self.classes = None if names is None else read_names(names, f"{path}: classes")
         if self.classes is None and "label" in sets and sets["label"].dtype.kind in "OSU":
             self.classes = sorted({plain_text(name) for name in sets["label"][()].ravel()})
-        self.done = (plain_text(beside.get("view", "iq")), int(np.ravel(beside.get("view_factor", 1))[0]))
-        if self.done[0] not in VIEWS or self.done[1] < 1:
-            raise UserError(
-                f"{path}: view is {self.done[0]} x {self.done[1]}, expected {' or '.join(VIEWS)}; update or "
-                "convert again"
-            )
+        kind, by = (
+            plain_text(np.ravel(beside.get(k, d))[0]) for k, d in (("view", "iq"), ("view_factor", 1))
+        )
+        if kind not in VIEWS or not re.fullmatch(r"[1-9]\d*(\.0)?", by):
+            known = " or ".join(VIEWS)
+            raise UserError(f"{path}: view is {kind} x {by}, expected {known}; update or convert again")
+        self.done = (kind, int(float(by)))
         # a chunk is read and unpacked whole, also for one row of it
         self.slow = data.chunks is not None and data.chunks[0] > 4
 
@@ -163,11 +185,11 @@ class SignalFile:
     def _leads_out(file, name: str) -> bool:
         """Whether something that is not read here is a link to another file or to nothing."""
         link = file.get(name, getlink=True)
-        wanted = (*COLUMNS, *RATE_NAMES, "classes", "view", "view_factor")
-        return name not in wanted and not isinstance(link, h5py.HardLink)
+        wanted = name in (*COLUMNS, "classes", "view", "view_factor") or RATE_NAME.fullmatch(name)
+        return not wanted and not isinstance(link, h5py.HardLink)
 
     def _read_rates(self, beside: dict, default_fs):
-        name = next((name for name in RATE_NAMES if name in beside), None)
+        name = rate_name(beside)
         self.fs_stated = name is not None
         if name is None:
             self.fs = float(default_fs)
@@ -211,7 +233,7 @@ class SignalFile:
                 if self._map is None:
                     self._map = np.load(self.packed, mmap_mode="r")
                 return np.array(self._map[rows])
-            return self.file["IQ_data"][rows].astype(np.float32)
+            return centred(self.file["IQ_data"][rows])
         except OSError as error:
             span = f"{rows.start}:{rows.stop}" if isinstance(rows, slice) else rows
             raise UserError(
@@ -222,7 +244,7 @@ class SignalFile:
         """Signal `index` as (T, 2) float32, as stored; or `count` of its samples from `start` on."""
         if start or count is not None:
             stop = self.points if count is None else start + count
-            return self.file["IQ_data"][int(index), start:stop].astype(np.float32)
+            return centred(self.file["IQ_data"][int(index), start:stop])
         return self._rows(int(index))
 
     def column(self, name: str) -> np.ndarray:

@@ -95,7 +95,9 @@ def write_h5(path, build=lambda file: None, count=3):
         (lambda f: f.create_dataset("fs", data=1e6), 1e6, None),
         (lambda f: f.create_dataset("fs", data=[1e6]), 1e6, None),
         (lambda f: f.create_dataset("sample_rate", data="1 MHz"), 1e6, None),
-        (lambda f: f.attrs.update(fs="1 MHz"), 1e6, None),
+        (lambda f: f.attrs.update(fs="1 mhz"), 1e6, None),
+        (lambda f: f.attrs.update(fs="1,000,000"), 1e6, None),
+        (lambda f: f.attrs.update(SAMPLE_RATE=1e6), 1e6, None),
         (lambda f: f.attrs.update(Fs=np.array([1e6])), 1e6, None),
         (lambda f: f["IQ_data"].attrs.update(fs=1e6), 1e6, None),
         (lambda f: f.create_dataset("fs", data=np.array([[1e6], [2e6], [3e6]])), 1e6, None),
@@ -113,6 +115,7 @@ def write_h5(path, build=lambda file: None, count=3):
             ["AM", "FM"],
         ),
         (lambda f: f.create_dataset("label", data=np.array([b"FM", b"AM", b"FM"])), 20e6, ["AM", "FM"]),
+        (lambda f: f.attrs.update(view=[b"iq"], view_factor="1"), 20e6, None),
     ],
 )
 def test_legal_hdf5_is_read(tmp_path, build, fs, classes):
@@ -144,6 +147,9 @@ def test_labels_may_be_names_and_rates_may_differ_from_signal_to_signal(tmp_path
         (lambda f: f.attrs.update(classes='["AM", "AM"]'), "different class names"),
         (lambda f: f.create_dataset("snr", data=[1.0, 2.0]), "snr has 2 rows, IQ_data 3"),
         (lambda f: f.attrs.update(view="waterfall"), "view is waterfall"),
+        (lambda f: f.attrs.update(view="polar", view_factor="x"), "view is polar x x"),
+        (lambda f: f.attrs.update(fs=1e6 + 0j), "fs is"),
+        (lambda f: f.attrs.update(fs=True), "fs is"),
     ],
 )
 def test_what_cannot_be_meant_in_hdf5_is_one_line(tmp_path, build, words):
@@ -246,6 +252,10 @@ def mat73(path, content):
                 both["real"], both["imag"] = value.real, value.imag
                 value = both
             file.create_dataset(key, data=value)
+    mat73_head(path)
+
+
+def mat73_head(path):
     head = b"MATLAB 7.3 MAT-file, Platform: GLNXA64, Created on: Mon Jan 1 00:00:00 2024 HDF5 schema 1.00 ."
     with open(path, "r+b") as file:
         file.write(head.ljust(116) + b" " * 8 + b"\x00\x02IM")
@@ -266,6 +276,8 @@ def mat73(path, content):
         ({"x": np.stack([PAIR.T * 0, PAIR.T, PAIR.T * 0])}, 1),  # (Num, 2, T)
         ({"I": PAIR[:, 0], "Q": PAIR[:, 1]}, 0),
         ({"other": np.zeros(40), "iq": Z}, 0),
+        ({"t": np.arange(2 * N), "sig": Z}, 0),
+        ({"x": np.stack([PAIR * 0, PAIR, PAIR * 0], 2)}, 1),  # (T, 2, Num)
     ],
 )
 def test_both_mat_versions_give_the_same_signal(tmp_path, write, content, index):
@@ -273,6 +285,39 @@ def test_both_mat_versions_give_the_same_signal(tmp_path, write, content, index)
     iq, fs = read_iq(tmp_path / "a.mat", index)
     assert_same(iq)
     assert fs == 1e6
+
+
+def test_the_fields_of_a_matlab_structure_are_variables(tmp_path):
+    scipy.io.savemat(tmp_path / "a.mat", {"s": {"x": Z, "Fs": 1e6}})
+    with h5py.File(tmp_path / "b.mat", "w", userblock_size=512) as file:
+        file["s/x"], file["#refs#/y"] = PAIR.T, np.zeros((9 * N, 2))
+        file["s/fs"] = np.array([[ord(c)] for c in "1 MHz"], "u2")
+        file["s/fs"].attrs["MATLAB_class"] = np.bytes_("char")
+    mat73_head(tmp_path / "b.mat")
+    for name in ("a.mat", "b.mat"):
+        iq, fs = read_iq(tmp_path / name)
+        assert_same(iq)
+        assert fs == 1e6
+
+
+@pytest.mark.parametrize("names", [("re", "im"), ("r", "i"), ("I", "Q")])
+def test_i_and_q_may_be_two_fields_or_two_arrays_and_unsigned(tmp_path, names):
+    fields = np.zeros(N, [(name, "f4") for name in names])
+    fields[names[0]], fields[names[1]] = PAIR.T
+    np.save(tmp_path / "a.npy", fields)
+    assert_same(read_iq(tmp_path / "a.npy")[0])
+    np.savez(tmp_path / "a.npz", I=PAIR[:, 0], Q=PAIR[:, 1], fs_hz=1e6)
+    assert_same(read_iq(tmp_path / "a.npz")[0])
+    assert read_iq(tmp_path / "a.npz")[1] == 1e6
+    np.savez(tmp_path / "b.npz", iq=np.stack([PAIR * 0, PAIR]), fs=[1e6, 2e6])
+    assert read_iq(tmp_path / "b.npz", 1)[1] == 2e6
+    for dtype, scale, centre in (("u1", 120, 127.5), ("u2", 30000, 32767.5)):
+        np.save(tmp_path / "u.npy", stored(dtype, scale, centre))
+        assert_same(read_iq(tmp_path / "u.npy")[0])
+        with h5py.File(tmp_path / "u.h5", "w") as file:
+            file["IQ_data"] = stored(dtype, scale, centre).reshape(1, -1, 2)
+        assert_same(read_iq(tmp_path / "u.h5")[0])
+        assert_same(SignalFile(tmp_path / "u.h5").read(0))
 
 
 def test_npz_and_stacks_and_wav(tmp_path):
@@ -346,6 +391,15 @@ def test_sigmf_as_the_specification_allows_it(tmp_path, data, captures, more):
     assert fs == 1e6
 
 
+def test_a_sigmf_recording_in_capital_letters_and_with_a_byte_order_mark(tmp_path):
+    path = sigmf(tmp_path, BODY, FIRST)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert_same(read_iq(path)[0])
+    for old in (path, path.with_suffix(".sigmf-data")):
+        old.rename(tmp_path / old.name.upper())
+    assert_same(read_iq(tmp_path / "A.SIGMF-META")[0])
+
+
 def test_a_sigmf_archive_is_read_where_it_lies(tmp_path):
     path = sigmf(tmp_path, HEAD + BODY, [{"core:sample_start": 0, "core:header_bytes": 64}])
     with tarfile.open(tmp_path / "a.sigmf", "w") as archive:
@@ -358,8 +412,11 @@ def test_a_sigmf_archive_is_read_where_it_lies(tmp_path):
     "data, captures, more, words",
     [
         (BODY, FIRST, {"core:datatype": "ci12"}, "core:datatype: the format 'ci12' is not known"),
-        (BODY, FIRST, {"core:sample_rate": "fast"}, "core:sample_rate is 'fast'"),
-        (BODY, [{"core:sample_start": 9000}], {}, "behind the end of the data"),
+        (BODY, FIRST, {"core:sample_rate": "fast"}, "core:sample_rate is text"),
+        (BODY, [{"core:sample_start": "0"}], {}, "sample_start is text"),
+        (BODY, [{"core:sample_start": 0, "core:header_bytes": -4}], {}, "below 0"),
+        (BODY, FIRST, {"core:trailing_bytes": "3"}, "trailing_bytes is text"),
+        (BODY, [{"core:sample_start": 9000}], {}, "outside the data"),
         (b"", FIRST, {}, "no samples there"),
     ],
 )
