@@ -4,10 +4,11 @@
     python em_mllm/convert.py radioml2018 GOLD_XYZ_OSC.0001_1024.hdf5 --out data/radioml2018 --per-cell 200
     python em_mllm/convert.py rtl433 rtl433_train.npz rtl433_test.npz --out data/rtl433
     python em_mllm/convert.py merlin Modulation.jsonl Anti_CJ.jsonl --out data/em_bench
+    python em_mllm/convert.py torchsig dataset/data.h5 --out data/torchsig
 
-radioml*: train/ val/ test/ at 60 : 20 : 20 of every (class, SNR) cell by --seed. rtl433: train/ of augmented
-copies, val/ of other copies of the same captures, test/<condition>/ of the untouched test captures, clean and
-with noise from 20 to -10 dB below the burst's power, with and without a frequency shift.
+radioml*, torchsig: train/ val/ test/ at 60 : 20 : 20 of every (class, SNR) cell, or class, by --seed. rtl433:
+train/ of augmented copies, val/ of other copies of the same captures, test/<condition>/ of the untouched test
+captures, clean and with noise from 20 to -10 dB below the burst's power, with and without a frequency shift.
 
 merlin: lines {id, conversations, iq_data} of EM-134K and EM-Bench, each file to a .h5 for each length of
 its signals and one .json. The signals of a question stand before its text here, wherever <iq_data> stood.
@@ -35,6 +36,7 @@ from common.run import progress
 from em_mllm.make_data import NOUN, write_questions
 from em_mllm.prepare import view
 from em_mllm.signal_file import DEFAULT_FS
+from em_mllm.torchsig import read_torchsig
 
 RADIOML2018 = (
     "OOK",
@@ -74,7 +76,9 @@ NOISE_DB = (20, 10, 5, 0, -5, -10)
 def parse_args(argv=None):
     parser = Parser(__doc__)
     parser.add_argument(
-        "source", choices=("radioml2016", "radioml2018", "rtl433", "merlin"), help="where the files come from"
+        "source",
+        choices=("radioml2016", "radioml2018", "rtl433", "merlin", "torchsig"),
+        help="where the files come from",
     )
     parser.add_argument(
         "files",
@@ -87,13 +91,13 @@ def parse_args(argv=None):
         "--per-cell",
         type=number(int, 1),
         default=1000,
-        help="radioml: most signals of each (class, SNR) cell",
+        help="radioml: most signals of each (class, SNR) cell; torchsig: of each class",
     )
     parser.add_argument(
         "--fs",
         type=float,
         help="radioml, merlin: nominal sampling rate in Hz, which the files do not hold; without it 1 MHz, "
-        "20 MHz",
+        "20 MHz; torchsig: where the file does not say it",
     )
     parser.add_argument(
         "--copies", type=number(int, 1), default=40, help="rtl433: augmented copies of each training capture"
@@ -159,8 +163,10 @@ def convert_radioml(cells, out: Path, per_cell: int, fs: float, seed: int):
             names.append(name)
         rows = rng.permutation(len(signals))[:per_cell]
         bounds = (0, int(0.6 * len(rows)), int(0.8 * len(rows)), len(rows))
+        levels = np.broadcast_to(snr, len(signals))
         for part, start, stop in zip(("train", "val", "test"), bounds, bounds[1:]):
-            chosen = signals[np.sort(rows[start:stop])].astype(np.float32)
+            kept = np.sort(rows[start:stop])
+            chosen = signals[kept].astype(np.float32)
             if part not in parts:
                 (out / part).mkdir()
                 file = parts[part] = h5py.File(out / part / "modulation.h5", "w")
@@ -177,7 +183,7 @@ def convert_radioml(cells, out: Path, per_cell: int, fs: float, seed: int):
             for column, values in (
                 ("IQ_data", chosen),
                 ("label", np.full((len(chosen), 1), names.index(name))),
-                ("snr", np.full((len(chosen), 1), snr)),
+                ("snr", levels[kept, None]),
             ):
                 file[column].resize(n + len(chosen), 0)
                 file[column][n:] = values
@@ -462,6 +468,14 @@ def main(args):
         elif args.source == "merlin":
             refuse(args, ["per_cell", "copies", "clean", "view", "sentences", "seed"], "with merlin")
             convert_merlin(args.files, out, args.fs or DEFAULT_FS)
+        elif args.source == "torchsig":
+            refuse(args, ["copies", "clean", "view", "sentences"], "with torchsig")
+            cells, fs = read_torchsig(args.files[0])
+            if fs is not None:
+                refuse(args, ["fs"], "on a file that states its own")
+            if (fs or args.fs) is None:
+                raise UserError(f"{args.files[0]}: does not say its sampling rate; give it in Hz with --fs")
+            convert_radioml(cells, out, args.per_cell, fs or args.fs, args.seed)
         else:
             refuse(args, ["copies", "clean", "view", "sentences"], f"with {args.source}")
             read = read_radioml2016 if args.source == "radioml2016" else read_radioml2018

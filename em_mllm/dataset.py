@@ -84,12 +84,17 @@ class Augmentation:
         """Whether it does more than to begin the signal elsewhere: then it needs I and Q."""
         return self.noise_db is not None or bool(self.shift_hz) or self.phase or self.conjugate
 
-    def __call__(self, iq: np.ndarray, fs: float, rng: np.random.Generator) -> np.ndarray:
+    def __call__(self, iq: np.ndarray, fs: float, rng: np.random.Generator, noisy=True) -> np.ndarray:
+        """iq (T, 2) at `fs` Hz with all that is drawn from `rng`; noisy False leaves out the noise alone."""
         if self.conjugate and rng.uniform() < 0.5:
             iq = iq * np.array([1, -1], iq.dtype)
         if self.noise_db is not None or self.shift_hz or self.phase:
-            iq = augment(iq, fs, rng, self.noise_db, self.shift_hz)
-        return np.roll(iq, int(rng.integers(len(iq))), 0) if self.roll else iq
+            iq = turn(iq, fs, rng, self.shift_hz)
+        if self.roll:
+            iq = np.roll(iq, int(rng.integers(len(iq))), 0)
+        if noisy and self.noise_db is not None:
+            iq = add_noise(iq, rng, self.noise_db)
+        return iq
 
 
 def signal_spec(files: list[SignalFile], remove_dc=False, resample=False) -> SignalSpec:
@@ -266,20 +271,17 @@ def control_tokens(tokenizer) -> list[str]:
     return [str(token) for token in added if getattr(token, "special", True)]
 
 
-def augment(
-    iq: np.ndarray, fs: float, rng: np.random.Generator, noise_db=None, shift_hz: float = 0.0
-) -> np.ndarray:
-    """iq (T, 2) turned by a random phase, shifted by up to +-shift_hz, with white noise noise_db = (low,
-    high) dB below its mean power."""
-    z = iq[:, 0] + 1j * iq[:, 1]
-    z = z * np.exp(
-        1j
-        * (rng.uniform(0, 2 * np.pi) + 2 * np.pi * rng.uniform(-shift_hz, shift_hz) / fs * np.arange(len(z)))
-    )
-    if noise_db is not None:
-        level = np.sqrt(np.mean(np.abs(z) ** 2) / 2 * 10 ** (-rng.uniform(*noise_db) / 10))
-        z = z + level * (rng.standard_normal(len(z)) + 1j * rng.standard_normal(len(z)))
+def turn(iq: np.ndarray, fs: float, rng: np.random.Generator, shift_hz: float) -> np.ndarray:
+    """iq (T, 2) turned by a random phase and shifted by up to +-shift_hz."""
+    start, shift = rng.uniform(0, 2 * np.pi), rng.uniform(-shift_hz, shift_hz)
+    z = (iq[:, 0] + 1j * iq[:, 1]) * np.exp(1j * (start + 2 * np.pi * shift / fs * np.arange(len(iq))))
     return np.stack([z.real, z.imag], 1).astype(np.float32)
+
+
+def add_noise(iq: np.ndarray, rng: np.random.Generator, noise_db) -> np.ndarray:
+    """iq (T, 2) with white noise noise_db = (low, high) dB below its mean power."""
+    level = np.sqrt(np.mean(iq.astype(float) ** 2) * 10 ** (-rng.uniform(*noise_db) / 10))
+    return (iq + level * rng.standard_normal(iq.shape)).astype(np.float32)
 
 
 class QuestionDataset(Dataset):
@@ -547,14 +549,13 @@ class SignalDataset(Dataset):
     """Labelled (or unlabelled) signals of several .h5 files for the encoder alone.
 
     columns: which per-signal values to give with each signal ("label", "snr", "pri", ...). Item: {"iq" (T,
-    2), "fs", "index", columns}. augmentation: what is done to the signals, anew each epoch. Rows as recorded
-    stand beside rows of a view in the same view.
+    2), "fs", "index", columns}, with `clean` also "clean", the same without the noise. augmentation: what is
+    done to the signals, anew each epoch. Rows as recorded stand beside rows of a view in the same view.
     """
 
-    def __init__(
-        self, paths, columns=(), skip_bad=False, seed=0, augmentation=Augmentation(), default_fs=DEFAULT_FS
-    ):
-        self.files = [SignalFile(p, default_fs) for p in paths]
+    def __init__(self, paths, columns=(), skip_bad=False, seed=0, augmentation=Augmentation(), clean=False):
+        self.clean = clean
+        self.files = [SignalFile(p) for p in paths]
         self.seed, self.epoch, self.augmentation, self.skipped = seed, 0, augmentation, {}
         self.signal = signal_spec(self.files)
         check_augmentation(self.files, augmentation)
@@ -593,10 +594,12 @@ class SignalDataset(Dataset):
 
     def __getitem__(self, i):
         file, row = self.files[self.owner[i]], self.index[i]
-        rng = np.random.default_rng((self.seed, self.epoch, i))
-        augment = lambda iq, fs: self.augmentation(iq, fs, rng)
-        iq, fs = prepare(file.read(row), file.rate(row), self.signal, file.done, augment)
-        return {"iq": iq, "fs": fs, "index": i, **{k: v[i] for k, v in self.columns.items()}}
+        recorded, found = file.read(row), {}
+        for name, noisy in (("iq", True), ("clean", False))[: 1 + self.clean]:
+            rng = np.random.default_rng((self.seed, self.epoch, i))
+            augment = lambda iq, fs, rng=rng, noisy=noisy: self.augmentation(iq, fs, rng, noisy)
+            found[name], fs = prepare(recorded, file.rate(row), self.signal, file.done, augment)
+        return {**found, "fs": fs, "index": i, **{k: v[i] for k, v in self.columns.items()}}
 
 
 class PackedSignals(Dataset):
@@ -659,19 +662,18 @@ class PackedSignals(Dataset):
         return len(self.ends) - 1
 
     def __getitem__(self, i):
-        patch, parts, spectra = self.config.patch_size[0], [], []
+        patch, parts, spectra, targets = self.config.patch_size[0], [], [], []
         for k in self.members[self.ends[i] : self.ends[i + 1]]:
             item = self.signals[int(self.order[k])]
             length = self.counts[k] * patch
             first = int(self.start[k] * (len(item["iq"]) - length + 1))
-            rate = item["fs"] / (1e6 if self.config.fs_unit == "mhz" else 1)
-            parts.append(
-                with_special_patches(
-                    item["iq"][first : first + length], patch, rate if self.config.use_fs else None
-                )
-            )
+            rate = item["fs"] / (1e6 if self.config.fs_unit == "mhz" else 1) if self.config.use_fs else None
+            cut = {name: item[name][first : first + length] for name in ("iq", "clean") if name in item}
+            parts.append(with_special_patches(cut["iq"], patch, rate))
+            if "clean" in cut:
+                targets.append(with_special_patches(cut["clean"], patch, rate))
             if self.config.spectrum_weight:
-                spectra.append(torch.from_numpy(log_spectra(item["iq"][first : first + length])))
+                spectra.append(torch.from_numpy(log_spectra(cut.get("clean", cut["iq"]))))
         patches, positions, ids = pack_sequence([parts], patch, self.room * patch)
         sample_ids = torch.full((1, self.room), -1)
         sample_ids[0, : len(ids[0])] = ids[0]
@@ -684,6 +686,8 @@ class PackedSignals(Dataset):
             "sample_ids_seq": sample_ids[0],
             "noise": mae_scores(sample_ids, self.config.num_special, generator)[0],
         }
+        if targets:
+            row["target"] = pack_sequence([targets], patch, self.room * patch)[0][0]
         if spectra:
             row["spectrum"] = torch.zeros(self.room, len(spectra[0]))
             row["spectrum"][(positions[0] == 0) & (sample_ids[0] >= 0)] = torch.stack(spectra)
@@ -696,10 +700,13 @@ def encoder_inputs(batch: dict, device=None) -> dict:
 
 
 class SignalCollator:
-    """Items of SignalDataset -> encoder inputs (one signal a row), "index" and the columns."""
+    """Items of SignalDataset -> encoder inputs (one signal a row), "index" and the columns.
 
-    def __init__(self, config):
-        self.config = config
+    teacher: configuration of a teacher, for whom "teacher" holds the same of the signals without the noise.
+    """
+
+    def __init__(self, config, teacher=None):
+        self.config, self.teacher = config, teacher and SignalCollator(teacher)
 
     def __call__(self, items):
         config, patch = self.config, self.config.patch_size[0]
@@ -714,8 +721,12 @@ class SignalCollator:
         valid = torch.arange(special + count) < special + (lengths[:, None] + patch - 1) // patch
         positions = torch.arange(special + count) * valid
         extra = {
-            k: torch.tensor(np.array([item[k] for item in items])) for k in items[0] if k not in ("iq", "fs")
+            k: torch.tensor(np.array([item[k] for item in items]))
+            for k in items[0]
+            if k not in ("iq", "fs", "clean")
         }
+        if self.teacher is not None:
+            extra["teacher"] = self.teacher([{**item, "iq": item["clean"]} for item in items])
         return {
             "samples": torch.cat([head, patches], 1),
             "patch_positions": positions,

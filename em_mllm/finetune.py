@@ -17,12 +17,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from common.arguments import Parser, add_run_arguments, refuse
 from common.checkpoint import atomic_dir, atomic_json
 from common.errors import UserError, run
 from common.figures import draw_confusion
+from common.files import reading
 from common.run import describe, open_run, seed_everything
 from common.train import (
     batches,
@@ -95,6 +97,12 @@ def parse_args(argv=None):
         "as the encoder's configuration says",
     )
     model.add_argument(
+        "--teacher",
+        type=Path,
+        help="model/ folder of an earlier run on these classes, which sees every signal without the noise of "
+        "--noise-db: the model learns its probabilities beside the labels",
+    )
+    model.add_argument(
         "--random-encoder", action="store_true", help="control: the encoder's sizes without its weights"
     )
     model.add_argument("--linear-probe", action="store_true", help="train the head on a frozen encoder")
@@ -111,7 +119,8 @@ def parse_args(argv=None):
 def read_data(args) -> tuple[SignalDataset, SignalDataset | None, SignalDataset, list[str]]:
     """Read the labelled signals; returns (training, validation or None, test, names of the classes)."""
     columns = ("label", "snr", *(REGRESSION_TASKS if args.multitask else ()))
-    train = SignalDataset(args.train, columns, args.skip_bad, args.seed, Augmentation.of(args))
+    augmentation = Augmentation.of(args)
+    train = SignalDataset(args.train, columns, args.skip_bad, args.seed, augmentation, bool(args.teacher))
     val = SignalDataset(args.val, columns, args.skip_bad) if args.val else None
     test = SignalDataset(args.test, columns, args.skip_bad)
     refuse_shared(train.files, test.files, "--test")
@@ -165,9 +174,35 @@ def regression_scales(args, train) -> dict[str, float]:
     return scales
 
 
-def make_model(args, classes: int, scales: dict, points: int):
+def load_teacher(folder: Path, classes: list[str]) -> SiTMAEForClassification:
+    """The frozen model of an earlier run, which must know the same classes."""
+    config = read_config(folder)
+    known = [config.id2label[k] for k in sorted(config.id2label)]
+    if known != classes:
+        raise UserError(
+            f"--teacher {folder}: knows the classes {', '.join(known)}, not {', '.join(classes)}; give the "
+            "model/ folder of a run on these files"
+        )
+    with reading(folder, "model"):
+        teacher = SiTMAEForClassification.from_pretrained(folder, config=config)
+    return teacher.eval().requires_grad_(False)
+
+
+def lesson(model, teacher, logits, inputs, batch) -> torch.Tensor:
+    """Divergence of the model's probabilities from those that the teacher gives the signals without noise."""
+    with torch.no_grad():
+        clean = encoder_inputs(batch["teacher"])
+        where = (clean["patch_positions"], clean["sample_ids_seq"])
+        told = teacher.per_signal(teacher(**clean).logits, *where).float().log_softmax(-1)
+    own = (
+        model.per_signal(logits, inputs["patch_positions"], inputs["sample_ids_seq"]).float().log_softmax(-1)
+    )
+    return F.kl_div(own, told, reduction="batchmean", log_target=True)
+
+
+def make_model(args, classes: list[str], scales: dict, points: int):
     """The encoder with its heads, and what of it is trained. points: of the longest training signal."""
-    more = dict(num_labels=classes, pooling=args.pooling)
+    more = dict(id2label=dict(enumerate(classes)), pooling=args.pooling)
     if args.encoder == "cnn":
         config = cnn_config(points, **{k: v for k, v in more.items() if v is not None})
     else:
@@ -253,6 +288,8 @@ def main(args):
     # labelled signals; everything is checked before anything is written
     if not args.val:
         refuse(args, ["eval_every"], "without --val")
+    if args.noise_db is None or args.multitask:
+        refuse(args, ["teacher"], "beside --multitask" if args.multitask else "without --noise-db")
     if args.encoder == "cnn":
         refuse(args, ["signal_encoder_path", "random_encoder", "linear_probe"], "beside --encoder cnn")
     elif args.signal_encoder_path is None:
@@ -264,8 +301,9 @@ def main(args):
     tasks = ["classification", *scales]
 
     # model, loader and optimizer
-    model = make_model(args, len(classes), scales, train.signal.points)
-    loader = make_loader(train, args, collate_fn=SignalCollator(model.config))
+    model = make_model(args, classes, scales, train.signal.points)
+    teacher = load_teacher(args.teacher, classes).to(accelerator.device) if args.teacher else None
+    loader = make_loader(train, args, collate_fn=SignalCollator(model.config, teacher and teacher.config))
     optimizers = make_optimizers(model, args.optimizer, args.lr, args.weight_decay)
     about = describe(model)
     if args.compile:
@@ -296,6 +334,13 @@ def main(args):
             if scales:
                 parts = {t: result.loss_details[t] * share[k] for k, t in enumerate(tasks)}
                 loss = plain.weigh(parts)
+            elif teacher is not None:
+                parts = {
+                    "labels": result.loss,
+                    "teacher": lesson(plain, teacher, result.logits, inputs, batch),
+                }
+                parts = {name: value * share[0] for name, value in parts.items()}
+                loss = sum(parts.values())
             else:
                 loss = result.loss * share[0]
             check_finite(training, (f"signal {int(i)}" for i in batch["index"]), loss, **parts)

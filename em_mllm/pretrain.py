@@ -39,7 +39,13 @@ from common.train import (
     start,
     update,
 )
-from em_mllm.dataset import PackedSignals, SignalDataset, refuse_shared
+from em_mllm.dataset import (
+    Augmentation,
+    PackedSignals,
+    SignalDataset,
+    add_augmentation_arguments,
+    refuse_shared,
+)
 from em_mllm.em_foundation.models import SiTMAEConfig, SiTMAEForPreTraining
 from em_mllm.em_foundation.models.embedder import tokens_kept
 from em_mllm.em_foundation.utils.utils import load_encoder, read_config
@@ -83,6 +89,14 @@ def parse_args(argv=None):
         type=number(int, 0),
         default=0,
         help="tokens in a row that signals are packed into; 0: as many as the encoder has positions",
+    )
+    add_augmentation_arguments(data)
+    data.add_argument(
+        "--target",
+        choices=("signal", "clean"),
+        default="signal",
+        help="what is predicted: patches and spectra of the signal as it is read, or without the noise of "
+        "--noise-db",
     )
     data.add_argument(
         "--skip-bad",
@@ -257,7 +271,10 @@ def counts(batch, mask_ratio: float):
 
 def read_data(args, config, room: int):
     """Read the signals; returns (signals, training rows, validation rows or None). room: tokens a row."""
-    signals = SignalDataset(h5_files(args.data), skip_bad=args.skip_bad, seed=args.seed)
+    augmentation, clean = Augmentation.of(args), args.target == "clean"
+    signals = SignalDataset(
+        h5_files(args.data), (), args.skip_bad, args.seed, augmentation=augmentation, clean=clean
+    )
     packed = PackedSignals(signals, config, room, args.min_points, args.seed)
     if not args.val:
         return signals, packed, None
@@ -294,6 +311,8 @@ def save(args, model, val, metrics: dict):
 
 def main(args):
     # signals, packed into rows; everything is checked before anything is written
+    if args.noise_db is None:
+        refuse(args, ["target"], "without --noise-db")
     accelerator = make_accelerator(args)
     seed_everything(args.seed)
     config = make_config(args)

@@ -26,7 +26,7 @@ from em_mllm.dataset import (
     Records,
     SignalDataset,
     SignalFile,
-    augment,
+    add_noise,
     read_questions,
     task_pairs,
 )
@@ -250,9 +250,24 @@ def test_packing_shows_every_signal_once_an_epoch_and_depends_on_seed_and_epoch_
 
 def test_added_noise_has_the_stated_level():
     x = np.stack([np.ones(20000), np.zeros(20000)], 1).astype(np.float32)
-    y = augment(x, 1e6, np.random.default_rng(0), noise_db=(3, 3))
+    y = add_noise(x, np.random.default_rng(0), (3, 3))
     z = y[:, 0] + 1j * y[:, 1]
     assert 10 * np.log10(np.abs(z.mean()) ** 2 / np.var(z)) == pytest.approx(3, abs=0.2)
+
+
+def test_the_signal_without_noise_is_the_same_draw_of_all_else(tmp_path):
+    path = write_pair(tmp_path, 4, 64)[0][0]
+    waves = dict(roll=True, phase=True, conjugate=True, shift_hz=1e5)
+    both = SignalDataset([path], seed=3, augmentation=Augmentation((0, 5), **waves), clean=True)
+    plain = SignalDataset([path], seed=3, augmentation=Augmentation(**waves))
+    for i in range(4):
+        item = both[i]
+        assert np.array_equal(item["clean"], plain[i]["iq"]) and not np.array_equal(item["iq"], item["clean"])
+    config = SiTMAEConfig(patch_size=(16, 1), max_seq_len=(128, 1), spectrum_weight=1.0)
+    rows = [PackedSignals(data, config, 16, seed=3)[0] for data in (both, plain)]
+    assert torch.equal(rows[0]["target"], rows[1]["patches"])
+    assert torch.equal(rows[0]["spectrum"], rows[1]["spectrum"])
+    assert not torch.equal(rows[0]["patches"], rows[1]["patches"])
 
 
 def test_rolled_signals_are_the_same_signal_begun_elsewhere_anew_each_epoch(tmp_path, tokenizer):
@@ -406,7 +421,7 @@ def test_every_format_gives_the_same_samples(tmp_path, name, fs):
         ("a.xyz", b"1", "is not known"),
         ("a.cf32", np.full(8, np.nan, np.float32).tobytes(), "is nan or inf"),
         ("a.cf32", np.zeros(8, np.float32).tobytes(), "every sample is zero"),
-        ("a.sigmf-meta", b"{}", "not a readable SigMF"),
+        ("a.sigmf-meta", b"{}", "has no field 'global'"),
         ("a.h5", b"nonsense", "not a readable HDF5"),
     ],
 )

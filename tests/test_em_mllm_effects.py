@@ -50,6 +50,10 @@ def world(tmp_path_factory):
     parts = ("--signal-encoder-path", folder / "mae/encoder", "--llm-model-path", folder / "llm")
     make(em_mllm.train, *parts, "--task-dir", data / "train", "--max-steps", 1, "--out", folder / "joined")
 
+    radar = [data / part / "radar_jamming.h5" for part in ("train", "test")]
+    encoder = ("--signal-encoder-path", folder / "mae/encoder", "--max-steps", 1, "--batch-size", 2)
+    make(em_mllm.finetune, "--train", radar[0], "--test", radar[1], *encoder, "--out", folder / "teacher")
+
     # a copy of the training signals of which one holds nan
     (folder / "bad").mkdir()
     for path in (data / "train").iterdir():
@@ -73,6 +77,12 @@ def test_every_option_of_pretrain_has_its_effect(world, tmp_path):
         ],
         "--min-points": Effect(32, "weights"),
         "--row-tokens": Effect(24, "weights"),
+        "--noise-db": Effect([0, 5], "weights"),
+        "--shift-hz": Effect(1e6, "weights"),
+        "--roll": Effect(True, "weights"),
+        "--phase": Effect(True, "weights"),
+        "--conjugate": Effect(True, "weights"),
+        "--target": [Effect("clean", "weights", given=("--noise-db", 0, 5)), Effect("clean", "refused")],
         "--skip-bad": Effect(True, ("text", "weights"), alone=("--data", world / "bad")),
         "--preset": Effect("tiny", "refused"),  # beside --config
         "--config": "the sizes that a run needs: every test of this room",
@@ -124,6 +134,10 @@ def test_every_option_of_finetune_has_its_effect(world, tmp_path):
             Effect("cnn", "refused")  # beside --signal-encoder-path: tests/test_em_mllm_train.py has it alone
         ],
         "--pooling": Effect("mean", "weights"),
+        "--teacher": [
+            Effect(world / "teacher/model", "weights", given=("--noise-db", 0, 5)),
+            Effect(world / "teacher/model", "refused"),
+        ],
         "--signal-encoder-path": Effect(world / "other/encoder", "weights"),
         "--random-encoder": Effect(True, "weights"),
         "--linear-probe": Effect(True, "weights"),

@@ -1,5 +1,6 @@
 """em_mllm: recordings and data sets as their formats allow them; what a file does not tell is asked for."""
 
+import base64
 import io
 import json
 import pickle
@@ -13,6 +14,8 @@ import scipy.io.wavfile
 
 from common.errors import UserError
 from common.tiny_llm import make_tokenizer
+from em_mllm.convert import main as convert
+from em_mllm.convert import parse_args as convert_args
 from em_mllm.convert import read_radioml2016
 from em_mllm.dataset import QuestionDataset, read_questions, task_pairs
 from em_mllm.iq_io import find_recordings, open_recording, rate_in_name, read_iq, strong_windows
@@ -534,3 +537,81 @@ def test_an_object_in_a_resaved_pickle_still_runs_nothing(tmp_path):
     with pytest.raises(UserError):
         list(read_radioml2016(tmp_path / "r.pkl"))
     assert not (tmp_path / "ran").exists()
+
+
+# ---- TorchSig
+
+STRING = h5py.string_dtype()
+
+
+def one_group_a_sample(file, signals, names):
+    """The layout of TorchSig 2.0."""
+    for n, (signal, name) in enumerate(zip(signals, names)):
+        file[f"{n}/data"] = signal
+        about = file.create_group(f"{n}/metadata/0")
+        about["class_name"], about["snr_db"], about["sample_rate"] = name, 3.5, 1e6
+
+
+def by_key(file, signals, names):
+    """The layout of TorchSig 2.1: the class stands with the component, the rate with what it belongs to."""
+    file.create_group("component_signals")
+    file["metadata/set/sample_rate"] = 1e6
+    file["metadata/set/parent_metadata_id"] = "set"  # a ring ends, too
+    for n, (signal, name) in enumerate(zip(signals, names)):
+        file[f"index/{n}"], file[f"data/s{n}"], file[f"data/c{n}"] = f"s{n}", signal, signal
+        file[f"metadata/s{n}/parent_metadata_id"] = "set"
+        file[f"metadata/c{n}/class_name"], file[f"metadata/c{n}/snr_db"] = name, 3.5
+        file.create_dataset(f"component_signals/s{n}", data=[f"c{n}"], dtype=STRING)
+
+
+def homogeneous(file, signals, names):
+    """The layout of TorchSig 2.2 for signals of one length."""
+    buffer = io.BytesIO()
+    np.save(buffer, np.float64(3.5))
+    level = {
+        "__torchsig_type__": "ndarray",
+        "data": base64.b64encode(buffer.getvalue()).decode(),
+        "scalar": True,
+    }
+    wrap = lambda **items: json.dumps({"__torchsig_type__": "dict", "items": items})
+    file["data"] = np.stack(signals)
+    file.create_dataset("metadata", data=[wrap(sample_rate=1e6)] * len(names), dtype=STRING)
+    file["component_offsets"] = np.arange(len(names) + 1, dtype="u8")
+    parts = [wrap(class_name=name, snr_db=level) for name in names]
+    file.create_dataset("component_metadata", data=parts, dtype=STRING)
+
+
+@pytest.mark.parametrize("layout", [one_group_a_sample, by_key, homogeneous])
+def test_torchsig_files_of_every_layout_come_in(tmp_path, layout):
+    signals, names = [Z[:64] * (k + 1) for k in range(12)], ["fm", "am-dsb"] * 6
+    with h5py.File(tmp_path / "data.h5", "w") as file:
+        layout(file, signals, names)
+    out = tmp_path / "out"
+    convert(convert_args(["torchsig", str(tmp_path / "data.h5"), "--out", str(out)]))
+    parts = [SignalFile(out / part / "modulation.h5") for part in ("train", "val", "test")]
+    assert [len(file) for file in parts] == [6, 2, 4] and parts[0].fs == 1e6
+    assert parts[0].classes == ["am-dsb", "fm"] and set(parts[0].column("snr")) == {3.5}
+    for file in parts:
+        for row, label in enumerate(file.column("label")):
+            z = file.read(row) @ [1, 1j]
+            k = int(np.argmin([np.abs(z - signal).max() for signal in signals]))
+            assert np.abs(z - signals[k]).max() < 1e-5 and names[k] == file.classes[int(label)]
+
+
+@pytest.mark.parametrize(
+    "build, words",
+    [
+        (lambda f: f.create_group("records"), "is of no layout"),
+        (lambda f: one_group_a_sample(f, [Z[:64], Z[:32]], ["fm", "fm"]), "lengths"),
+        (lambda f: one_group_a_sample(f, [PAIR], ["fm"]), r"expected complex \(T,\)"),
+        (lambda f: f.update({"0/data": Z, "0/metadata/0/snr_db": 1.0}), "has no class_name"),
+        (lambda f: f.update({"0/data": Z, "0/metadata/0/class_name": "fm"}), "give it in Hz with --fs"),
+        (lambda f: f.update({"0/metadata/0/class_name": "fm"}), "not a readable TorchSig file"),
+    ],
+)
+def test_torchsig_files_that_cannot_be_meant_are_one_line(tmp_path, build, words):
+    with h5py.File(tmp_path / "data.h5", "w") as file:
+        build(file)
+    with pytest.raises(UserError, match=words) as error:
+        convert(convert_args(["torchsig", str(tmp_path / "data.h5"), "--out", str(tmp_path / "out")]))
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()

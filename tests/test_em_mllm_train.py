@@ -449,6 +449,11 @@ def test_finetune_joins_classes_of_several_files_and_leaves_a_model_for_training
     where = command.index("--signal-encoder-path")
     inside(*command[:where], *command[where + 2 :])
     inside(*train(home, tmp_path / "e", "--signal-encoder-path", tmp_path / "cnn/model", "--max-steps", 1))
+    taught = ("--teacher", tmp_path / "c/model", "--noise-db", -5, 5)
+    with pytest.raises(UserError, match="beside --multitask"):
+        inside(*finetune(tmp_path / "f", ("radar_jamming",), ("radar_jamming",), *taught, "--multitask"))
+    with pytest.raises(UserError, match="knows the classes PULSE"):
+        inside(*finetune(tmp_path / "f", ("modulation",), ("modulation",), *taught))
     with pytest.raises(UserError, match="class BPSK is not among the training classes"):
         inside(*finetune(tmp_path / "d", ("radar_jamming",), ("modulation",)))
     assert not (tmp_path / "d").exists()

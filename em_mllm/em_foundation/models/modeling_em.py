@@ -234,7 +234,8 @@ class SiTMAEForPreTraining(SiTMAEPreTrainedModel):
 
     spectrum (B, M, 128): with spectrum_weight, the log spectra of each whole signal in the row of its cls
     token; the encoder's cls output, which has seen the visible patches alone, predicts them, and their mean
-    squared error joins the loss.
+    squared error joins the loss. target (B, M, C*P): what the hidden patches are to become where that is not
+    `patches`, as the signal without its noise.
     """
 
     def __init__(self, config: SiTMAEConfig):
@@ -250,6 +251,7 @@ class SiTMAEForPreTraining(SiTMAEPreTrainedModel):
         sample_ids_seq,
         noise=None,
         spectrum=None,
+        target=None,
         head_mask=None,
         output_attentions=False,
         output_hidden_states=False,
@@ -260,11 +262,10 @@ class SiTMAEForPreTraining(SiTMAEPreTrainedModel):
             patches, patch_positions, sample_ids, noise, head_mask, output_attentions, output_hidden_states
         )
         logits = self.decoder(encoded.last_hidden_state, encoded.ids_keep, patch_positions, sample_ids).logits
-        target = patches
+        target = patches if target is None else target
         if self.config.norm_pix_loss:
-            target = (patches - patches.mean(-1, keepdim=True)) / (
-                patches.var(-1, keepdim=True) + 1e-6
-            ).sqrt()
+            spread = (target.var(-1, keepdim=True) + 1e-6).sqrt()
+            target = (target - target.mean(-1, keepdim=True)) / spread
         error = ((logits - target) ** 2).mean(-1)
         hidden_loss = (error * encoded.mae_mask).sum() / encoded.mae_mask.sum().clamp(
             min=1
