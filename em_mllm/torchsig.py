@@ -70,9 +70,10 @@ def samples(file):
         for name in sorted(file, key=int):
             yield file[name]["data"], (), {}, [fields(part) for part in file[name]["metadata"].values()]
     else:
+        held = ", ".join(file) or "nothing"
         raise UserError(
-            f"{file.filename}: is of no layout that is read here (it has {', '.join(file) or 'nothing'}); write it "
-            "with TorchSig's HDF5Writer or HomogeneousHDF5Writer"
+            f"{file.filename}: is of no layout that is read here (it has {held}); write it with TorchSig's "
+            "HDF5Writer or HomogeneousHDF5Writer"
         )
 
 
