@@ -30,29 +30,14 @@ SUFFIXES = ".hea .edf .bdf .dcm .npz .npy .csv .tsv .h5 .hdf5 .ts .arff .tar".sp
 PERSON = re.compile(r"(?i)(p|pat|patient|person|subject|subj|sub|participant)[-_ ]?\d+[a-z]?$")
 # Tables that accompany recordings and are none themselves
 TABLES = {
-    "ptbxl_database.csv",
-    "scp_statements.csv",
-    "exams.csv",
-    "record_list.csv",
-    "machine_measurements.csv",
+    f"{name}.csv"
+    for name in "ptbxl_database scp_statements exams record_list records reference waveform_note_links "
+    "machine_measurements machine_measurements_data_dictionary conditionnames_snomed-ct dx_mapping_scored "
+    "dx_mapping_unscored".split()
 }
-TABLES |= {
-    "machine_measurements_data_dictionary.csv",
-    "waveform_note_links.csv",
-    "reference.csv",
-    "records.csv",
-}
-TABLES |= {"conditionnames_snomed-ct.csv", "dx_mapping_scored.csv", "dx_mapping_unscored.csv"}
 SLEEP = re.compile(r"((SC4|ST7)\d\d)\d[A-Z]\w-(PSG|Hypnogram)$")
-PARTS = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "dev": "val",
-}
-PARTS |= {"test": "test", "testing": "test", "": ""}
+PARTS = {"": "", "test": "test", "testing": "test", "train": "train", "training": "train"}
+PARTS |= dict.fromkeys(("val", "valid", "validation", "dev"), "val")
 LEVELS = ("all", "diagnostic", "subdiagnostic", "superdiagnostic", "form", "rhythm")  # of PTB-XL
 
 

@@ -60,14 +60,15 @@ def read_wfdb(path: Path, fs=None, annotator: str = "") -> list[Recording]:
     with reading(path, "WFDB record"):
         header = wfdb.rdheader(stem)
         record = wfdb.rdrecord(stem, smooth_frames=False)
-    if not header.sig_len or not record.e_p_signal:
+    if not record.e_p_signal or not len(record.e_p_signal[0]):
         raise UserError(f"{path}: holds no signal, only a header; give the record that uses it")
     rate = check_rate(header.fs, path, fs)
     frames = record.samps_per_frame or [1] * len(record.sig_name)
     units = record.units if hasattr(record, "units") and record.units else [""] * len(record.sig_name)
+    names = unique(name or "" for name in record.sig_name)  # a header may leave them out
     channels = {
         name: as_channel(x, rate * count, unit=unit or "")
-        for name, x, count, unit in zip(unique(record.sig_name), record.e_p_signal, frames, units)
+        for name, x, count, unit in zip(names, record.e_p_signal, frames, units)
     }
     comments = [*(header.comments or []), *(getattr(record, "comments", None) or [])]
     codes = next((text.split(":", 1)[1] for text in comments if re.match(r"\s*Dx\s*:", text)), "")
@@ -207,6 +208,8 @@ def read_npz(path: Path, fs=None) -> list[Recording]:
     """
     with reading(path, "npz file of plain arrays"), open_npz(path) as file:
         data = {key: file[key] for key in file.files}
+        # Words that were kept as bytes are words
+        data = {key: np.char.decode(x) if x.dtype.kind == "S" else x for key, x in data.items()}
     lower = {key.lower(): value for key, value in data.items()}
     if "x_train" in lower:
         return ucr_records(path, lower)
@@ -238,7 +241,11 @@ def npz_arrays(path, data: dict) -> dict:
     arrays = {}
     for key, array in data.items():
         word = key.lower()
-        about = word.startswith(("ann_", "time", "fs_", "rate_")) or word.endswith(("_fs", "_rate", "_unit"))
+        about = (
+            word == "t"
+            or word.startswith(("ann_", "time", "fs_", "rate_"))
+            or word.endswith(("_fs", "_rate", "_unit"))
+        )
         if word not in map(str.lower, NOT_SIGNALS) and not about:
             arrays |= rows_of(array, key, path)
     if not arrays:
@@ -436,7 +443,8 @@ def read_hdf5(path: Path, fs=None) -> list[Recording]:
         item = hdf5_item(file, name)
         group, where = item.parent, f"{path}: {name}"
         key = path.stem + (f":{group.name.strip('/')}" if group.name != "/" else "")
-        subject = next((str(a["subject"]) for a in (item.attrs, group.attrs) if "subject" in a), "")
+        subject = next((a["subject"] for a in (item.attrs, group.attrs) if "subject" in a), "")
+        subject = subject.decode() if isinstance(subject, bytes) else str(subject)
         record = records.setdefault(key, Recording(key, path, {}, subject))
         rate, unit = check_rate(rate_of(item, file), where, fs), str(item.attrs.get("units", ""))
         gain = float(item.attrs.get("gain", 1.0))

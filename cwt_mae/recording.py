@@ -17,9 +17,11 @@ import numpy as np
 
 from common.errors import UserError
 
-# Values that devices and converters write where they have measured nothing. Integers: the least value of the
-# type, too.
-SENTINELS = (-32768, -9999, -99999, -999999, 9999, 99999, 999999, -2147483648, 2147483647, -8388608)
+# Values that devices and converters write where they have measured nothing, or where a converter is at its
+# end. Integers: the least value of the type, too.
+SENTINELS = (-32768, 32767, 65535, -999, 999, -9999, 9999, -99999, 99999, -999999, 999999)
+SENTINELS += (-8388608, 8388607, -2147483648, 2147483647, 4294967295)
+HUGE = 1e15  # no signal reaches it: the fill values of some file formats
 RATE_RANGE = (0.001, 1e6)
 
 
@@ -92,30 +94,29 @@ def as_channel(x, fs: float, gain: float = 1.0, unit: str = "", start: float = 0
 def sentinels(x: np.ndarray):
     """Mask (L,) of the samples that stand for "not measured", None if there are none.
 
-    A value of SENTINELS counts only if it lies far beyond all the others: four times their range from them.
+    A value of SENTINELS, or one beyond HUGE, counts only if it lies far beyond all the others: four times
+    their range from them. The least value of an integer type counts anyhow.
     """
-    if x.dtype.kind not in "if" or not len(x):
+    if x.dtype.kind not in "iuf" or not len(x):
         return None
-    finite = x if x.dtype.kind == "i" else x[np.isfinite(x)]
-    if not len(finite):
-        return None
-    low, high = finite.min(), finite.max()
-    candidates = {value for value in (low, high) if float(value) in SENTINELS}
-    if x.dtype.kind == "i" and low == np.iinfo(x.dtype).min and x.dtype.itemsize > 1:
-        candidates.add(low)
-    if not candidates:
-        return None
-    mask = np.isin(x, list(candidates))
-    rest = finite[~np.isin(finite, list(candidates))]
+    finite = x[np.isfinite(x)] if x.dtype.kind == "f" else x
+    low, high = (finite.min(), finite.max()) if len(finite) else (0, 0)
+    if not any(float(value) in SENTINELS or abs(float(value)) >= HUGE for value in (low, high)):
+        least = x.dtype.kind == "i" and x.dtype.itemsize > 1 and low == np.iinfo(x.dtype).min
+        return x == low if least else None
+    values = finite.astype(np.float64)
+    candidate = np.isin(values, SENTINELS) | (np.abs(values) >= HUGE)
+    rest = values[~candidate]
     if not len(rest):
         return None
     # In the units of the rest: a clipped signal also touches the end of its range, but it lies near it.
-    first, last = float(rest.min()), float(rest.max())
+    first, last = rest.min(), rest.max()
     room = 4 * max(last - first, 1e-9)
-    far = [v for v in candidates if min(abs(float(v) - first), abs(float(v) - last)) > room]
-    if x.dtype.kind == "i" and low == np.iinfo(x.dtype).min and low in candidates:
-        far.append(low)
-    return (np.isin(x, far) & mask) if far else None
+    far = {v for v in np.unique(values[candidate]) if min(abs(v - first), abs(v - last)) > room}
+    if x.dtype.kind == "i":
+        far |= {float(np.iinfo(x.dtype).min)}
+    mask = np.isin(x, list(far))
+    return mask if mask.any() else None
 
 
 @dataclass

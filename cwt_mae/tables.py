@@ -2,8 +2,9 @@
 
     encoding      UTF-8, UTF-16 or Latin-1          delimiter     comma, semicolon, tab, | or spaces
     numbers       decimal point or comma            missing       empty, ?, nan, NA, null
-    header        none, plain, quoted, after #; perhaps a line of units below it
-    clock         a column of seconds, milliseconds or microseconds, of ISO times, or of times of day
+    header        none, plain, quoted, after #; perhaps a line of units below it, or lines about the device
+                  above it, of which "Sample rate, 512 Hz" counts
+    clock         a column of seconds, milliseconds or microseconds, of dates and times, or of times of day
 
 A column of text is left out and named. A table of more than 64 nameless columns holds a series in each line
 and its label at the end (Kaggle's heart beats); name_TRAIN.tsv and name_TEST.tsv are UCR sets.
@@ -23,29 +24,27 @@ from common.files import reading
 from cwt_mae.readers import read_ucr_tsv, series_record
 from cwt_mae.recording import Recording, as_channel, check_rate, unique
 
-MISSING = {"", "?", "nan", "na", "n/a", "null", "none", "-", "inf", "-inf"}
-CLOCKS = ("time", "t", "timestamp", "elapsed time", "seconds", "sec", "secs", "datetime", "date", "date time")
-CLOCKS += (
-    "ts",
-    "epoch",
-    "unix",
-    "unixtime",
-    "date_time",
-    "clock",
-    "ms",
-    "millis",
-    "milliseconds",
-    "index_time",
+MISSING = {"", "?", "nan", "na", "n/a", "#n/a", "null", "none", "-", "inf", "-inf"}
+CLOCKS = {
+    *"time t timestamp seconds sec secs datetime date ts epoch unix unixtime date_time clock ms".split()
+}
+CLOCKS |= {
+    *"millis milliseconds index_time zeit datum temps".split(),
+    "elapsed time",
+    "date time",
     "time stamp",
-    "zeit",
-    "temps",
-)
+}
 COUNTERS = ("", "index", "sample", "samples", "sample #", "n", "no", "nr", "i", "frame", "row", "unnamed: 0")
 UNITS = {"s": 1.0, "sec": 1.0, "secs": 1.0, "second": 1.0, "seconds": 1.0, "ms": 1e-3, "msec": 1e-3}
 UNITS |= {"millis": 1e-3, "milliseconds": 1e-3, "us": 1e-6, "µs": 1e-6, "microseconds": 1e-6, "ns": 1e-9}
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$")
+DATE = re.compile(r"(\d{1,2})(?P<mark>[-/.])(\d{1,2})(?P=mark)(\d{4})[ T]")  # day or month first
 TIME = re.compile(
-    r"(\d{4}[-/]\d\d?[-/]\d\d?[T ])?\d{1,2}:\d\d(:\d\d)?([.,]\d+)?(Z|[+-]\d\d:?\d\d)?$|\d{1,2}:\d\d[.,]\d+$"
+    rf"(?i)(\d{{4}}[-/]\d\d?[-/]\d\d?[T ]|{DATE.pattern})?"
+    r"\d{1,2}:\d\d(:\d\d)?([.,]\d+)?( ?[AP]M|Z|[+-]\d\d:?\d\d)?$|\d{1,2}:\d\d[.,]\d+$"
+)
+RATE = re.compile(
+    r"(?i)\b(?:sampl\w*[ _-]*(?:rate|freq\w*)|fs)\W*?(\d+(?:\.\d+)?)\s*[\"']?(k?)(?:hz|hertz|$|[^\w.])"
 )
 WIDE = 64
 
@@ -53,7 +52,7 @@ WIDE = 64
 def read_table(path: Path, fs=None) -> list[Recording]:
     """One text table: a column for each channel and a sample in each line, or a series in each line."""
     path = Path(path)
-    names, units, delimiter, lines, first = split_table(path)
+    names, units, delimiter, lines, first, stated = split_table(path)
     named = names is not None
     width = len(fields(lines[0], delimiter))
     if path.suffix.lower() == ".tsv" and re.search(r"_(TRAIN|TEST)$", path.stem, re.I) and not named:
@@ -71,7 +70,14 @@ def read_table(path: Path, fs=None) -> list[Recording]:
     wanted = [i for i, kind in enumerate(kinds) if kind == "number"]
     table = dict(zip(wanted, numbers(path, lines, delimiter, wanted, first, width).T))
     rate, start, jumps, used = clock_of(path, names, units, kinds, table, lines, delimiter)
+    rate = stated if rate is None else rate
     text = [names[i] for i, kind in enumerate(kinds) if kind == "text"]
+    clock = next((name for name in text if clock_name(name, "")[0] in CLOCKS), None)
+    if clock and rate is None and fs is None:
+        raise UserError(
+            f"{path}: column {clock} holds no times that are read; write seconds or ISO times, or pass "
+            "--input-fs"
+        )
     if text:
         print(f"{path}: columns of text left out: {', '.join(text)}", file=sys.stderr)
     chosen = [i for i in wanted if i not in used and not (np.isnan(table[i]).all() and not names[i])]
@@ -115,7 +121,7 @@ def decoded(path: Path) -> str:
 
 def split_table(path: Path):
     """(column names or None, units, delimiter, lines of data with decimal points, number of the first of
-    them)."""
+    them, rate that the lines before them state or None)."""
     text = decoded(path).replace("\r\n", "\n").replace("\r", "\n").rstrip("\n")
     lines = text.split("\n")
     at, comment = 0, ""
@@ -133,6 +139,11 @@ def split_table(path: Path):
     if not rest:
         raise UserError(f"{path}: holds no line of data")
     delimiter = delimiter or find_delimiter([line for _, line in rest])
+    first = first_data(lines, at, delimiter)
+    if first is not None and len([line for line in lines[at:first] if line.strip()]) > 2:
+        # More than names and units: lines about the device, then perhaps the names
+        width = len(fields(lines[first], delimiter))
+        at = first - (len(fields(lines[first - 1], delimiter)) == width and bool(lines[first - 1].strip()))
     head, units, names = fields(lines[at], delimiter), [], None
     if not all(is_value(v) for v in head):
         names, at = head, at + 1
@@ -143,6 +154,8 @@ def split_table(path: Path):
             units, at = [v.strip("()[] ") for v in second], at + 1
     elif comment and len(fields(comment, delimiter)) == len(head):
         names = fields(comment, delimiter)
+    stated = next(filter(None, map(RATE.search, lines[:at])), None)
+    stated = float(stated[1]) * (1000 if stated[2] else 1) if stated else None
     body = lines[at:]
     if any(
         mark in text for mark in ("\n\n", "\n#", "\n%")
@@ -153,9 +166,29 @@ def split_table(path: Path):
     if any('"' in line for line in body[:5]):
         rows = csv.reader(body, delimiter=delimiter or " ", skipinitialspace=True)
         body, delimiter = ["\t".join(row) for row in rows], "\t"
+    elif delimiter == "," and one_column(names, body[:50]):
+        delimiter = None
     if delimiter != "," and any(re.search(r"\d,\d", line) for line in body[:50]):
         body = [line.replace(",", ".") for line in body]
-    return names, units, delimiter, body, at + 1
+    return names, units, delimiter, body, at + 1, stated
+
+
+def first_data(lines: list, at: int, delimiter) -> int | None:
+    """The first of three lines one after the other, from `at` on, that hold values alone; None without
+    them."""
+    for i in range(at, min(at + 100, len(lines) - 2)):
+        three = [fields(line, delimiter) for line in lines[i : i + 3]]
+        if len({len(row) for row in three}) == 1 and all(v and is_value(v) for row in three for v in row):
+            return i
+    return None
+
+
+def one_column(names, lines: list) -> bool:
+    """Whether the commas of these lines are decimal commas of a single column: it has one name, or what
+    follows them begins with zeros."""
+    if not all(re.fullmatch(r"\s*[+-]?\d+,\d+\s*", line) for line in lines):
+        return False
+    return len(names or "") == 1 or any(re.search(r",0\d", line) for line in lines)
 
 
 def find_delimiter(lines: list) -> str | None:
@@ -207,7 +240,7 @@ def numbers(path, lines: list, delimiter, columns, first: int, width: int = 0) -
     except ValueError as error:
         complaint = " ".join(str(error).split())
     mark = re.escape(delimiter) if delimiter else r"\s"
-    gap = re.compile(rf"(?i)(?<![^{mark}\n])[ ]*(?:\?|nan|na|n/a|null|none|-)?[ ]*(?![^{mark}\n])")
+    gap = re.compile(rf"(?i)(?<![^{mark}\n])[ ]*(?:\?|nan|na|#?n/a|null|none|-)?[ ]*(?![^{mark}\n])")
     text = "\n".join(gap.sub("nan", line) for line in lines) if delimiter else "\n".join(lines)
     try:
         return np.loadtxt(io.StringIO(text), **options)
@@ -289,8 +322,9 @@ def evenly(x) -> bool:
 
 
 def times_of(path, texts: list) -> np.ndarray:
-    """Seconds (L,) of ISO times or times of day, from the first one on; midnight may pass."""
+    """Seconds (L,) of dates and times or times of day, from the first one on; midnight may pass."""
     try:
+        texts = iso_dates([afternoon(text) for text in texts])
         if re.match(r"\d{4}[-/]", texts[0]):
             stamps = [
                 datetime.fromisoformat(t.replace("/", "-").replace(",", ".").replace("Z", "+00:00"))
@@ -306,6 +340,26 @@ def times_of(path, texts: list) -> np.ndarray:
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: a time is not readable ({error}); write ISO times or seconds") from error
     return seconds + 86400 * np.cumsum(np.r_[0, np.diff(seconds) < -43200])
+
+
+def afternoon(text: str) -> str:
+    """A time with AM or PM on the clock of 24 hours; any other as it is."""
+    found = re.fullmatch(r"(?i)(.*?)(\d{1,2})(:[\d:.,]+?) ?([AP])M", text)
+    return text if not found else f"{found[1]}{int(found[2]) % 12 + 12 * (found[4] in 'Pp'):02d}{found[3]}"
+
+
+def iso_dates(texts: list) -> list:
+    """Dates such as 31.12.2024 or 12/31/2024 with the year first; which number is the month, one above 12,
+    the dot or a date that never changes must say."""
+    found = [DATE.match(text) for text in texts]
+    if not all(found):
+        return texts
+    days = {(int(f[1]), int(f[3]), f[2]) for f in found}
+    day_first = any(a > 12 or mark == "." for a, _, mark in days)
+    if not day_first and len(days) > 1 and not any(b > 12 for _, b, _ in days):
+        raise ValueError(f"{texts[0]} may begin with the day or the month")
+    day, month = (1, 3) if day_first else (3, 1)
+    return [f"{f[4]}-{int(f[month]):02d}-{int(f[day]):02d} {t[f.end() :]}" for f, t in zip(found, texts)]
 
 
 def steps_of(path, name: str, x, unit: float):

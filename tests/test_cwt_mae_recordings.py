@@ -210,6 +210,32 @@ def test_a_wfdb_record_of_two_frequencies_keeps_both(tmp_path):
     assert np.abs(record.channels["ECG"] - fast).max() < 1e-3
 
 
+def test_a_wfdb_header_may_leave_out_length_and_names(tmp_path):
+    header = wfdb_record(tmp_path / "a", {"II": ecg(FS, 10), "V": ecg(FS, 10)}, FS)
+    lines = header.read_text().splitlines()
+    lines[0] = " ".join(lines[0].split()[:3])
+    header.write_text("\n".join([lines[0], *(" ".join(line.split()[:2]) for line in lines[1:3])]) + "\n")
+    record = read_records(header)[0]
+    assert {name: len(x) for name, x in record.channels.items()} == {"channel": 10 * FS, "channel#2": 10 * FS}
+
+
+def test_words_that_an_npz_file_keeps_as_bytes_are_words(tmp_path):
+    symbols = np.array([b"N", b"V", b"N"])
+    path = npz(
+        tmp_path / "a.npz",
+        ecg=ecg(FS, 10),
+        t=np.arange(10 * FS) / FS,
+        fs=FS,
+        subject=np.array(b"p1"),
+        label=np.array(b"AFIB"),
+        ann_sample=np.array([100, 200, 300]),
+        ann_symbol=symbols,
+    )
+    record = read_records(path)[0]
+    assert list(record.channels) == ["ecg"] and record.subject == "p1" and record.labels == {"": ["AFIB"]}
+    assert [event.symbol for event in record.events] == ["N", "V", "N"]
+
+
 def test_records_with_gaps_are_cut_into_runs_and_what_is_lost_is_counted(tmp_path, capsys):
     x = ecg(250, 40)
     x[2500:2520] = np.nan
@@ -258,11 +284,11 @@ def test_beats_and_rhythms_of_a_record_with_a_gap_stay_where_they_are(tmp_path):
     assert task.classes == ["AFIB"] and set(task.items["record"].tolist()) == {0, 1}
 
 
-@pytest.mark.parametrize("value", [-32768, -9999, 99999])
+@pytest.mark.parametrize("value", [-32768, -9999, 99999, 32767])
 @pytest.mark.parametrize("kind", [np.int32, np.float64])
 def test_values_that_stand_for_nothing_are_gaps(value, kind, tmp_path):
     x = (500 * ecg(FS, 30)).astype(kind)
-    x[1000:1100] = value
+    x[1000:1050], x[1050:1100] = value, -32768
     store = store_of(tmp_path, npz(tmp_path / "a.npz", sig=x, fs=FS, gain=200))
     assert store.records["length"].tolist() == [1000, 1900]
     assert max(np.abs(store.signal(i)).max() for i in (0, 1)) < 3
@@ -302,6 +328,10 @@ CSV = {
     "text column": "time_s,ecg,note\n" + "".join(f"{t:.3f},{v},fine\n" for t, v in ROWS),
     "windows": "time_s,ecg\r\n" + "".join(f"{t:.3f},{v}\r\n" for t, v in ROWS),
     "no header": "".join(f"{t:.3f},{v}\n" for t, v in ROWS),
+    "day first": "Datum;ecg\n" + "".join(f"31.05.2024 10:00:{t:06.3f};{v}\n" for t, v in ROWS),
+    "afternoon": "time,ecg\n" + "".join(f"05/31/2024 11:59:{50 + t:06.3f} PM,{v}\n" for t, v in ROWS),
+    "device lines": "Device,X 1\nSample rate,250 Hz\n\necg\n" + "".join(f"{v}\n" for v in VALUES),
+    "one column": "# fs: 250\necg\n" + "".join(f"{v:.4f}\n".replace(".", ",") for v in VALUES),
 }
 
 
@@ -340,6 +370,8 @@ def test_missing_fields_and_jumps_of_the_clock_are_gaps(tmp_path):
         ("name,town\nada,rome\nbob,oslo\n", "no channel of numbers"),
         ("time_s,ecg\n", "no line of data"),
         ("", "no line of data"),
+        ("time,ecg\n0 s,1\n1 s,2\n2 s,3\n", "column time holds no times"),
+        ("time,ecg\n1/2/2024 1:00:00,1\n1/3/2024 1:00:00,2\n1/4/2024 1:00:00,3\n", "day or the month"),
     ],
 )
 def test_a_csv_file_that_cannot_be_used_says_why(text, wanted, tmp_path):
