@@ -1,11 +1,13 @@
 """dia_pangu: every kind of scan is read right, put right with a note, or refused in one line."""
 
 import csv
+import gzip
 import json
 import math
 import os
 import random
 import shutil
+import zlib
 
 import nibabel
 import numpy as np
@@ -558,3 +560,53 @@ def test_heat_maps_lie_over_the_scan_and_inside_the_chest(tmp_path):
     hu, _, _ = read_ct(tmp_path / "a.nii")
     assert (heat.transpose(1, 0, 2)[(hu < -970)] == 0).mean() > 0.95
     assert (tmp_path / "e/a.png").stat().st_size > 5000
+
+
+def giants(folder):
+    """Yield files of a few hundred bytes whose headers declare gigabytes, and headers that name files
+    elsewhere."""
+    header = nibabel.Nifti1Header()
+    header.set_data_dtype(np.float32)
+    header.set_data_shape((2000, 2000, 500))
+    plain = header.binaryblock[:344] + b"n+1\0" + bytes(104)
+    (folder / "a.nii").write_bytes(plain)
+    (folder / "b.nii.gz").write_bytes(gzip.compress(plain))
+    size = "ObjectType = Image\nNDims = 3\nDimSize = 2000 2000 500\nElementType = MET_SHORT\n"
+    (folder / "c.mha").write_bytes(f"{size}ElementDataFile = LOCAL\n".encode() + bytes(100))
+    packed = zlib.compress(bytes(10**5))
+    (folder / "d.mha").write_bytes(
+        f"{size}CompressedData = True\nElementDataFile = LOCAL\n".encode() + packed
+    )
+    (folder / "voxels.raw").write_bytes(bytes(100))
+    (folder / "e.mhd").write_text(f"{size}ElementDataFile = voxels.raw\n")
+    nrrd = "NRRD0004\ntype: short\ndimension: 3\nsizes: 2000 2000 500\nendian: little\nencoding: "
+    (folder / "f.nrrd").write_bytes(f"{nrrd}raw\n\n".encode() + bytes(100))
+    (folder / "g.nrrd").write_bytes(f"{nrrd}gzip\n\n".encode() + gzip.compress(bytes(10**5)))
+    for name in "abcdefg":
+        yield next(folder.glob(f"{name}.*")), "stored"
+    size = size.replace("2000 2000 500", "4 4 4")
+    for i, name in enumerate(("/etc/passwd", "../other.raw", "LIST\n/etc/passwd\n/etc/hosts")):
+        (folder / f"h{i}.mhd").write_text(f"{size}ElementDataFile = {name}\n")
+        yield folder / f"h{i}.mhd", "lies outside"
+    (folder / "i.nhdr").write_text(f"{nrrd}raw\ndata file: /etc/passwd\n")
+    yield folder / "i.nhdr", "lies outside"
+
+
+def test_a_header_of_gigabytes_or_of_foreign_files_is_one_line_before_anything_is_read(tmp_path):
+    pytest.importorskip("SimpleITK")
+    for path, word in giants(tmp_path):
+        with pytest.raises(UserError, match=word) as caught:
+            read_scan(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_pictures_and_frames_that_fill_the_memory_are_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("common.files.free_memory", lambda: 10**8)
+    (tmp_path / "slices").mkdir()
+    for i in range(3):
+        Image.fromarray(np.zeros((4000, 4000), np.uint8)).save(tmp_path / f"slices/{i}.png")
+    with pytest.raises(UserError, match="GB of memory are free"):
+        read_scan(tmp_path / "slices")
+    folder = series(tmp_path / "wide", change=lambda data, n: setattr(data, "Rows", 60000))
+    with pytest.raises(UserError, match="declares|memory"):
+        read_scan(folder)

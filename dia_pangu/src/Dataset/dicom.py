@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError
-from common.files import first_line, reading
+from common.files import check_size, first_line, reading
 from dia_pangu.src.Dataset.verdict import AIR_HU, Verdict
 
 # Transfer syntax -> what decodes it; RLE and what is not compressed need nothing beside pydicom.
@@ -75,6 +75,7 @@ class Slice:
 
     path: Path
     frame: int | None
+    frames: int
     shape: tuple
     position: np.ndarray | None
     cosines: np.ndarray | None
@@ -194,6 +195,7 @@ def make_slice(path: Path, data, frame: int | None, groups: list) -> Slice:
     return Slice(
         path=path,
         frame=frame,
+        frames=int(number(data.get("NumberOfFrames")) or 1),
         shape=(int(data.get("Rows") or 0), int(data.get("Columns") or 0)),
         position=numbers(get("ImagePositionPatient"), 3),
         cosines=numbers(get("ImageOrientationPatient"), 6),
@@ -221,6 +223,8 @@ def file_slices(path: Path, data) -> list[Slice]:
     per_frame = data.get("PerFrameFunctionalGroupsSequence") or []
     if frames < 2 or not len(per_frame):
         return [make_slice(path, data, None, [])]
+    if len(per_frame) != frames:
+        raise UserError(f"{path}: NumberOfFrames is {frames}, but {len(per_frame)} frames are described")
     shared = inner_groups((data.get("SharedFunctionalGroupsSequence") or [None])[0])
     return [make_slice(path, data, i, inner_groups(item) + shared) for i, item in enumerate(per_frame)]
 
@@ -390,6 +394,8 @@ def read_pixels(part: Slice, frames: dict) -> tuple[np.ndarray, np.ndarray]:
     pydicom = need_pydicom()
     if part.path not in frames:
         frames.clear()
+        declared = 2 * part.shape[0] * part.shape[1] * part.frames
+        check_size(part.path, "its header", declared, part.path.stat().st_size)
         with reading(part.path, "DICOM file"), quiet():
             data = pydicom.dcmread(part.path, force=True)
             syntax = str(getattr(data.file_meta, "TransferSyntaxUID", "") or "")
@@ -515,6 +521,9 @@ def build(chosen: Series, folder, verdict: Verdict) -> tuple[np.ndarray, np.ndar
     affine[:3, 0], affine[:3, 1] = slices[0].cosines[:3] * column_mm, slices[0].cosines[3:] * row_mm
     affine[:3, 2], affine[:3, 3] = move, slices[0].position
     affine[:2] *= -1  # DICOM counts towards left and back, NIfTI towards right and front
+
+    size = 12 * len(slices) * int(np.prod(slices[0].shape, dtype=float))
+    check_size(folder, "the series", size, size)
 
     # Pixels. Padding outside the scanned circle is air, whatever value stands for it.
     values, empty = decode(groups, folder, verdict)

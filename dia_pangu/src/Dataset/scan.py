@@ -5,6 +5,7 @@ of pictures as CTRG publishes them.
     hu, spacing_mm = read_hu(path)  HU in the axes front to back, right to left, feet to head
 """
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from PIL import Image
 from scipy.ndimage import affine_transform
 
 from common.errors import UserError
-from common.files import reading
+from common.files import check_size, inside, reading
 from dia_pangu.src.Dataset.dicom import read_dicom
 from dia_pangu.src.Dataset.verdict import (
     AIR_HU,
@@ -33,7 +34,7 @@ NIFTI = (".nii", ".nii.gz", ".img", ".hdr", ".img.gz", ".hdr.gz", ".mgh", ".mgz"
 ITK = (".mha", ".mhd", ".nrrd", ".nhdr")
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
 SUFFIXES = (*NIFTI, *ITK, ".dcm", ".dicom", ".ima")
-MOST_VOXELS = 2**31
+PACKED = (".gz", ".mgz", ".bz2", ".zst")
 
 
 @dataclass
@@ -52,6 +53,22 @@ def scan_name(path) -> str:
     lower = path.name.lower()
     fits = [suffix for suffix in SUFFIXES if lower.endswith(suffix)]
     return path.name if path.is_dir() or not fits else path.name[: -max(map(len, fits))] or path.name
+
+
+def check_header(path, shape, bytes_each: int, stored: int, packed: bool):
+    """Raise UserError for a header that declares more voxels than are stored or than fit in memory, before
+    they are read. stored: bytes of the files; packed: whether they are compressed."""
+    shape = tuple(int(n) for n in shape)
+    count = math.prod(shape)
+    if min(shape, default=0) < 1:
+        raise UserError(f"{path}: its header says {shape} voxels; the header is damaged")
+    if not packed and count * bytes_each > stored:
+        raise UserError(
+            f"{path}: its header says {shape} voxels, {count * bytes_each:,} bytes, but only {stored:,} are "
+            "stored; was the copy cut short?"
+        )
+    check_size(path, "its header", count * bytes_each, stored)
+    check_size(path, "its preparation", 12 * count, 12 * count)  # float32, turned and resampled
 
 
 def plain(voxels: np.ndarray, path) -> np.ndarray:
@@ -80,19 +97,16 @@ def open_nifti(path):
         raise UserError(f"{path}: no such volume; the annotation names an id without a file")
     with reading(path, "NIfTI file; was the copy cut short?"):
         image = nibabel.load(path)
-        size = np.prod([max(0, int(n)) for n in image.shape], dtype=float)
-    if not 0 < size <= MOST_VOXELS:
-        raise UserError(f"{path}: its header says {image.shape} voxels; the header is damaged")
+        file = Path(image.file_map["image"].filename)
+        stored, each = file.stat().st_size, image.get_data_dtype().itemsize
+    check_header(path, image.shape, each, stored, file.name.lower().endswith(PACKED))
     return image
 
 
 def nifti_voxels(image, path) -> np.ndarray:
     """Return the voxels of an image that `open_nifti` opened, as stored."""
-    try:
-        with reading(path, "NIfTI file; was the copy cut short?"):
-            return plain(np.asanyarray(image.dataobj), path)
-    except MemoryError as error:
-        raise UserError(f"{path}: its header says {image.shape} voxels, more than fit into memory") from error
+    with reading(path, "NIfTI file; was the copy cut short?"):
+        return plain(np.asanyarray(image.dataobj), path)
 
 
 def read_nifti(path) -> tuple[np.ndarray, np.ndarray]:
@@ -158,6 +172,26 @@ def scan_nifti(path) -> Scan:
     return Scan(voxels, affine, verdict)
 
 
+def itk_files(path) -> tuple[int, bool]:
+    """Return the bytes that a MetaImage or NRRD file and the files of its voxels hold, and whether these are
+    compressed. Raises UserError where the header names a file outside its own folder."""
+    path = Path(path)
+    head = path.read_bytes()[: 1 << 16].decode("latin1")
+    packed = re.search(r"^\s*(?:CompressedData\s*=\s*True|encoding\s*:(?!\s*raw))", head, re.I | re.M)
+    named = re.search(r"^\s*(?:ElementDataFile\s*=|data ?file\s*:)\s*(\S.*)$", head, re.I | re.M)
+    names = [named[1].strip()] if named else []
+    if names and names[0].upper().startswith("LIST"):
+        names = [line.strip() for line in head[named.end() :].splitlines() if line.strip()]
+    files = {path}
+    for name in names:
+        if name.upper() == "LOCAL":
+            continue
+        file = inside(path.parent, name)
+        # "slice%03d.raw 1 20 1" names many.
+        files |= {file} if file.is_file() else set(path.parent.glob("*")) if "%" in name else set()
+    return sum(file.stat().st_size for file in files if file.is_file()), bool(packed)
+
+
 def scan_itk(path) -> Scan:
     """Read a MetaImage or NRRD file with SimpleITK, whose axes count towards left, back and head."""
     try:
@@ -166,11 +200,13 @@ def scan_itk(path) -> Scan:
         raise UserError(f"{path}: needs SimpleITK; pip install SimpleITK (extra [itk])") from error
     SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
     with reading(path, "image file"):
+        stored, packed = itk_files(path)
         reader = SimpleITK.ImageFileReader()
         reader.SetFileName(str(path))
         reader.ReadImageInformation()
-        if np.prod(reader.GetSize(), dtype=float) > MOST_VOXELS:
-            raise UserError(f"{path}: its header says {reader.GetSize()} voxels; the header is damaged")
+        each = SimpleITK.Image([1] * len(reader.GetSize()), reader.GetPixelID()).GetSizeOfPixelComponent()
+        each *= reader.GetNumberOfComponents()
+        check_header(path, reader.GetSize(), each, stored, packed)
         image = reader.Execute()
         if image.GetNumberOfComponentsPerPixel() > 1:
             raise UserError(f"{path}: voxels are colours or vectors, no CT values; give the CT itself")
@@ -204,8 +240,11 @@ def picture_files(folder) -> list[Path]:
 def read_pictures(folder) -> np.ndarray:
     """Return the slices of a folder of pictures, (W, H, D) uint8, in the order of the numbers in their
     names; colours become grey."""
-    slices = []
-    for path in picture_files(folder):
+    slices, files = [], picture_files(folder)
+    with reading(files[0], "picture"), Image.open(files[0]) as image:
+        shape = (image.width, image.height, len(files))
+    check_header(folder, shape, 1, sum(path.stat().st_size for path in files), True)
+    for path in files:
         with reading(path, "picture"), Image.open(path) as image:
             if image.width * image.height > 2**26:
                 raise UserError(f"{path}: is {image.width} x {image.height} pixels; no CT slice is as large")
