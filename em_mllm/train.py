@@ -448,11 +448,11 @@ def validation_loss(model, loader, accelerator) -> float:
     Several processes show the first items twice where the last batches would be unequal.
     """
     model.eval()
-    total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+    total = torch.zeros(2, device=accelerator.device)  # float32: some accelerators reduce no float64
     for batch in loader:
         batch.pop("rows")
         count = answer_tokens(batch)
-        total += torch.stack([model(**batch)["loss"].double() * count, count.double()])
+        total += torch.stack([model(**batch)["loss"].float() * count, count.float()])
     model.train()
     total = accelerator.reduce(total, "sum")
     return float(total[0] / total[1].clamp(min=1))

@@ -21,6 +21,7 @@ import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
+import torch
 from tqdm import tqdm
 
 from common.errors import run
@@ -35,6 +36,7 @@ SLOW_IMPORTS = (
     "transformers.integrations.tensor_parallel",
     "transformers.models.llama.modeling_llama",
     "transformers.models.auto.modeling_auto",
+    "accelerate",
     "tests.toy_run",
     "tests.forked",
 )
@@ -44,8 +46,8 @@ _server = multiprocessing.get_context("forkserver")
 def start(
     script, arguments, log, limit=None, before=None, cwd=None, environment=(), errors=None
 ) -> multiprocessing.Process:
-    """Run `script.main(script.parse_args())` in a fork of the server as the command line would; returns the
-    process.
+    """Run `script.main(script.parse_args())` in a fork of the server as the command line would, on the device
+    of `stand_in`; returns the process.
 
     script: an imported module, or the path of a file that is run as __main__. log: file that takes stdout
     and stderr. limit: bytes beyond which a write to a file fails. before: function called in the fork first,
@@ -56,6 +58,24 @@ def start(
     variables = {**os.environ, **dict(environment)}
     name = script if isinstance(script, Path) else script.__name__
     return _start(_main, name, words, log, limit, before, cwd or os.getcwd(), variables, errors or log)
+
+
+def stand_in():
+    """Make the processor a device whose collectives know no float64 (as HCCL's and MPS's), and whose memory
+    nobody counts by CUDA's name."""
+    from accelerate import Accelerator
+
+    for name in ("reduce", "gather", "gather_for_metrics"):
+        plain = getattr(Accelerator, name)
+
+        def checked(self, value, *arguments, plain=plain, **options):
+            for part in value if isinstance(value, (list, tuple)) else [value]:
+                assert not (torch.is_tensor(part) and part.dtype == torch.float64), "float64 on the device"
+            return plain(self, value, *arguments, **options)
+
+        setattr(Accelerator, name, checked)
+    for name in ("max_memory_allocated", "memory_allocated", "synchronize", "current_device", "set_device"):
+        setattr(torch.cuda, name, None)
 
 
 def _start(function, *arguments):
@@ -91,6 +111,7 @@ def _main(script, arguments, log, limit, before, cwd, environment, errors):
         os.chdir(cwd)
         if limit:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        stand_in()
         if before:
             before()
         if isinstance(script, Path):
