@@ -35,7 +35,7 @@ from common.files import check, read_plain_pickle, reading
 from common.run import progress
 from em_mllm.make_data import NOUN, write_questions
 from em_mllm.prepare import view
-from em_mllm.signal_file import DEFAULT_FS
+from em_mllm.signal_file import DEFAULT_FS, HERTZ
 from em_mllm.torchsig import read_torchsig
 
 RADIOML2018 = (
@@ -95,7 +95,7 @@ def parse_args(argv=None):
     )
     parser.add_argument(
         "--fs",
-        type=float,
+        type=HERTZ,
         help="radioml, merlin: nominal sampling rate in Hz, which the files do not hold; without it 1 MHz, "
         "20 MHz; torchsig: where the file does not say it",
     )
@@ -118,7 +118,7 @@ def parse_args(argv=None):
         action="store_true",
         help="rtl433: also ask open questions about test captures, answered in whole sentences",
     )
-    parser.add_argument("--seed", type=int, default=0, help="random seed")
+    parser.add_argument("--seed", type=number(int, 0), default=0, help="random seed")
     return parser.parse_args(argv)
 
 
@@ -392,6 +392,8 @@ def merlin_signals(data, where: str) -> list[np.ndarray]:
     except ValueError:  # several of different lengths
         arrays = [np.asarray(signal, np.float32) for signal in data]
     arrays = [a.T if a.ndim == 2 and a.shape[0] == 2 != a.shape[1] else a for a in arrays]
+    if any(not np.isfinite(a).all() for a in arrays):
+        raise UserError(f"{where}: iq_data holds nan, inf or null; mend the line")
     if not arrays or any(a.ndim != 2 or a.shape[1] != 2 or not len(a) for a in arrays):
         shapes = ", ".join(str(a.shape) for a in arrays[:3]) or "empty"
         raise UserError(f"{where}: iq_data is {shapes}, expected pairs of I and Q")
@@ -411,6 +413,8 @@ def merlin_turns(conversations, where: str) -> list[tuple[str, str | None]]:
                 raise UserError(f"{where}: conversations: the first turn is gpt's; it answers no question")
             turns[-1] = (turns[-1][0], text or None)
         elif role == "human":
+            if not text:
+                raise UserError(f"{where}: conversations: a turn of human holds no text; mend the line")
             turns.append(("\n".join([*told, text]), None))
         told.append(text)
     if not turns:

@@ -40,7 +40,7 @@ def add_augmentation_arguments(group):
     """Add the flags of what is done to a training signal, anew in each epoch."""
     group.add_argument(
         "--noise-db",
-        type=float,
+        type=number(float, -200, 200),
         nargs=2,
         metavar=("LOW", "HIGH"),
         help="augmentation: white noise at an SNR drawn uniformly from LOW to HIGH dB",
@@ -78,6 +78,8 @@ class Augmentation:
     def of(args) -> "Augmentation":
         """From the flags of `add_augmentation_arguments`."""
         noise = tuple(args.noise_db) if args.noise_db is not None else None
+        if noise and noise[0] > noise[1]:
+            raise UserError(f"--noise-db {noise[0]:g} {noise[1]:g}: LOW is above HIGH; swap them")
         return Augmentation(noise, args.shift_hz, args.roll, args.phase, args.conjugate)
 
     def changes_waves(self) -> bool:

@@ -18,12 +18,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import h5py
 import numpy as np
 
-from common.arguments import Parser
+from common.arguments import Parser, number
 from common.checkpoint import atomic_dir
 from common.errors import UserError, run
 from common.run import progress
 from em_mllm.em_foundation.models.configuration_em import REGRESSION_TASKS
-from em_mllm.signals import RATE_TASKS, TASKS, make_band, make_signal
+from em_mllm.signal_file import HERTZ
+from em_mllm.signals import BANDWIDTHS_HZ, RATE_TASKS, TASKS, make_band, make_signal
 
 LETTERS = "ABCD"
 NOUN = {
@@ -49,16 +50,16 @@ def parse_args(argv=None):
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not hold other data")
     parser.add_argument(
         "--train",
-        type=int,
+        type=number(int, 1),
         default=1300,
         help="training signals per modulation class; half as many per radar_jamming class",
     )
-    parser.add_argument("--val", type=int, default=40, help="validation signals per class")
-    parser.add_argument("--test", type=int, default=65, help="test signals per class")
-    parser.add_argument("--points", type=int, default=1024, help="points per signal")
+    parser.add_argument("--val", type=number(int, 1), default=40, help="validation signals per class")
+    parser.add_argument("--test", type=number(int, 1), default=65, help="test signals per class")
+    parser.add_argument("--points", type=number(int, 128), default=1024, help="points per signal")
     parser.add_argument(
         "--snr",
-        type=float,
+        type=number(float, -200, 200),
         nargs=2,
         default=(-10, 20),
         metavar=("LOW", "HIGH"),
@@ -66,7 +67,7 @@ def parse_args(argv=None):
     )
     parser.add_argument(
         "--fs",
-        type=float,
+        type=HERTZ,
         nargs="+",
         default=[20e6],
         help="sampling rate in Hz; of several, each signal draws one, and the bandwidth in MHz is asked "
@@ -75,9 +76,11 @@ def parse_args(argv=None):
     )
     parser.add_argument("--fading", choices=("none", "rician", "rayleigh"), default="none", help="multipath")
     parser.add_argument(
-        "--choice-questions", type=int, default=2, help="four-choice questions per training signal"
+        "--choice-questions", type=number(int, 0), default=2, help="four-choice questions per training signal"
     )
-    parser.add_argument("--open-questions", type=int, default=2, help="open questions per training signal")
+    parser.add_argument(
+        "--open-questions", type=number(int, 0), default=2, help="open questions per training signal"
+    )
     parser.add_argument("--sentences", action="store_true", help="answer open questions in whole sentences")
     parser.add_argument(
         "--test-answers",
@@ -85,7 +88,7 @@ def parse_args(argv=None):
         default=True,
         help="write the answers into test/*.json",
     )
-    parser.add_argument("--seed", type=int, default=0, help="random seed")
+    parser.add_argument("--seed", type=number(int, 0), default=0, help="random seed")
     parser.add_argument("--overwrite", action="store_true", help="replace what make_data wrote before")
     return parser.parse_args(argv)
 
@@ -177,8 +180,16 @@ def write_pair(
 
 
 def main(args):
-    if args.points < 128 or min(args.train, args.val, args.test) < 1:
-        raise UserError("--points must be at least 128 and --train, --val, --test at least 1")
+    if not args.choice_questions + args.open_questions:
+        raise UserError("--choice-questions 0 and --open-questions 0 leave nothing to learn; raise one")
+    if args.snr[0] > args.snr[1]:
+        raise UserError(f"--snr {args.snr[0]:g} {args.snr[1]:g}: LOW is above HIGH; swap them")
+    widest = max(BANDWIDTHS_HZ.values())
+    if len(args.fs) > 1 and min(args.fs) < 1.25 * widest:
+        raise UserError(
+            f"--fs {min(args.fs):g}: signals of {widest / 1e6:g} MHz do not fit; of several rates the lowest "
+            f"must be at least {1.25 * widest:g}"
+        )
     if (
         args.out.exists()
         and any(args.out.iterdir())

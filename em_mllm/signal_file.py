@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import h5py
 import numpy as np
 
+from common.arguments import number
 from common.checkpoint import atomic_path
 from common.errors import UserError
 from common.files import first_line, hdf5_item, reading
@@ -29,6 +30,7 @@ from em_mllm.em_foundation.models.configuration_em import REGRESSION_TASKS
 from em_mllm.prepare import VIEWS
 
 DEFAULT_FS = 20e6  # Hz, what the seed script assumes
+HERTZ = number(float, 1, 1e12)  # type of a flag that is a sampling rate
 RATE_NAME = re.compile(r"(?i)fs(_?hz)?|(samp|sample|sampling)[_ ]?(rate|freq|frequency)(_?hz)?")
 COLUMNS = ("label", "snr", *REGRESSION_TASKS)
 BLOCK = 2**22  # values read at a time

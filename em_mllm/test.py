@@ -40,7 +40,7 @@ from em_mllm.options import extract_letter, looks_like_choice, parse_options, st
 from em_mllm.prepare import SignalSpec
 from em_mllm.recordings import answer_recordings
 from em_mllm.scores import HIGH_SNR_DB, choose_threshold, draw, fit_temperature, score
-from em_mllm.signal_file import DEFAULT_FS
+from em_mllm.signal_file import DEFAULT_FS, HERTZ
 from em_mllm.submission import validate_submission, write_submission
 
 
@@ -113,7 +113,7 @@ def parse_args(argv=None):
         "--index", type=number(int, 0), default=0, help="which signal of a file that holds many, from 0"
     )
     one.add_argument(
-        "--fs", type=float, help="sampling rate in Hz, which a file that does not state it needs"
+        "--fs", type=HERTZ, help="sampling rate in Hz, which a file that does not state it needs"
     )
     one.add_argument(
         "--window",

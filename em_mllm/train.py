@@ -66,7 +66,7 @@ from em_mllm.model import (
 from em_mllm.optim import make_optimizers
 from em_mllm.options import extract_letter, parse_options
 from em_mllm.prepare import SignalSpec
-from em_mllm.signal_file import DEFAULT_FS
+from em_mllm.signal_file import DEFAULT_FS, HERTZ
 
 HELD_OUT = 50  # items held out for validation where no --val-dir is given, as upstream
 
@@ -91,7 +91,7 @@ def parse_args(argv=None):
     )
     add_augmentation_arguments(data)
     data.add_argument(
-        "--fs", type=float, default=DEFAULT_FS, help="sampling rate in Hz of files without the attribute fs"
+        "--fs", type=HERTZ, default=DEFAULT_FS, help="sampling rate in Hz of files without the attribute fs"
     )
     data.add_argument(
         "--remove-dc", action="store_true", help="take the mean off the recorded samples of every signal"

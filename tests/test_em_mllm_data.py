@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -33,6 +34,7 @@ from em_mllm.dataset import (
 from em_mllm.em_foundation.models import SiTMAEConfig
 from em_mllm.iq_io import read_iq, windows
 from em_mllm.make_data import main as make_data_main
+from em_mllm.make_data import parse_args as make_data_args
 from em_mllm.options import extract_letter, parse_options
 from em_mllm.prepare import view
 from em_mllm.scores import calibration_error, fit_temperature, score, wilson
@@ -253,6 +255,29 @@ def test_added_noise_has_the_stated_level():
     y = add_noise(x, np.random.default_rng(0), (3, 3))
     z = y[:, 0] + 1j * y[:, 1]
     assert 10 * np.log10(np.abs(z.mean()) ** 2 / np.var(z)) == pytest.approx(3, abs=0.2)
+
+
+def test_ranges_that_cannot_be_meant_are_one_line(tmp_path, capsys):
+    noise = SimpleNamespace(noise_db=[5, 0], shift_hz=0, roll=False, phase=False, conjugate=False)
+    with pytest.raises(UserError, match="--noise-db 5 0: LOW is above HIGH"):
+        Augmentation.of(noise)
+    for flags, words in (
+        (["--snr", "20", "-10"], "--snr 20 -10: LOW is above HIGH"),
+        (["--fs", "1e5", "2e7"], "--fs 100000: signals of 4 MHz do not fit"),
+        (["--choice-questions", "0", "--open-questions", "0"], "nothing to learn"),
+    ):
+        with pytest.raises(UserError, match=words):
+            make_data_main(make_data_args(["--out", str(tmp_path / "d"), *flags]))
+    for flags in (
+        ["--fs", "nan"],
+        ["--fs", "0"],
+        ["--snr", "nan", "0"],
+        ["--seed", "-1"],
+        ["--points", "64"],
+    ):
+        with pytest.raises(SystemExit):
+            make_data_args(["--out", str(tmp_path / "d"), *flags])
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_the_signal_without_noise_is_the_same_draw_of_all_else(tmp_path):
