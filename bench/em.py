@@ -21,12 +21,13 @@ torch's peak allocation), `ratio` the other way's number divided by ours.
   gpu         where CUDA is there: the 86 M encoder, and a random FM9G-4B in bf16 with LoRA (tokens a second,
               peak memory, MFU)
 
-Writes bench/results/em.json.
+Writes bench/results/em.json; parts that were not measured this time stay as they are.
 """
 
 import argparse
 import json
 import os
+import platform
 import resource
 import statistics
 import subprocess
@@ -393,12 +394,21 @@ def timed(work, repeats=5):
     return (time.perf_counter() - start) / repeats
 
 
+def processor() -> str:
+    """The name of this machine's processor."""
+    cpu = Path("/proc/cpuinfo")
+    names = [line for line in cpu.read_text().splitlines() if "model name" in line] if cpu.is_file() else []
+    return names[0].split(":", 1)[1].strip() if names else platform.processor()
+
+
 def main(args):
     if args.one:
         torch.set_num_threads(1)
         print("RESULT " + json.dumps(globals()[args.one[0]](args.one[1])))
         return
-    table = {}
+    path = ROOT / "bench" / "results" / "em.json"
+    stored = json.loads(path.read_text()) if path.is_file() else {}
+    table, where = stored.get("table", {}), stored.get("processor", {})
     for part in args.parts:
         if part == "gpu" and not torch.cuda.is_available():
             print("gpu: no CUDA device here, left out")
@@ -425,18 +435,14 @@ def main(args):
             }
             for v, r in runs.items()
         }
-        table[part] = rows
+        table[part], where[part] = rows, processor()
         if "starter kit" in rows:
             ours, theirs = rows["ours"], rows["starter kit"]
             table[part]["ratio"] = {
                 "seconds": theirs["seconds"] / ours["seconds"],
                 "memory": theirs["peak_mb"] / max(ours["peak_mb"], 1e-9),
             }
-            if part == "encoder":
-                table[part]["largest_difference"] = float(
-                    np.abs(np.array(ours.pop("value")) - np.array(theirs.pop("value"))).max()
-                )
-            if part == "options":
+            if part in ("encoder", "options"):
                 table[part]["largest_difference"] = float(
                     np.abs(np.array(ours.pop("value")) - np.array(theirs.pop("value"))).max()
                 )
@@ -451,8 +457,8 @@ def main(args):
                     else f"{row}"
                 )
             )
-    path = ROOT / "bench" / "results" / "em.json"
-    atomic_write(path, json.dumps({"torch": torch.__version__, "table": table}, indent=1))
+    content = {"torch": torch.__version__, "processor": where, "table": table}
+    atomic_write(path, json.dumps(content, indent=1))
     print(f"written to {path.relative_to(ROOT)}")
 
 

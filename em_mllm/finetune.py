@@ -131,8 +131,7 @@ def read_data(args) -> tuple[SignalDataset, SignalDataset | None, SignalDataset,
         if not np.isfinite(label).all() or (label < 0).any():
             raise UserError(
                 f"{data.files[0].path}: label is missing or not a class number; write a dataset label (Num, "
-                "1) of "
-                "0, 1, 2, ..."
+                "1) of 0, 1, 2, ..."
             )
     return train, val, test, join_classes(train, *filter(None, (val, test)))
 

@@ -141,8 +141,7 @@ def open_recording(
     if suffix in UNNAMED:
         raise UserError(
             f"{path}: the suffix {suffix} does not say how the samples are stored; say it with --iq-format, "
-            "one "
-            f"of {', '.join(RAW)}"
+            f"one of {', '.join(RAW)}"
         )
     raise UserError(
         f"{path}: format {suffix or '(none)'} is not known; known are {FORMATS}; say how raw samples of "

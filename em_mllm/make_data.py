@@ -71,8 +71,7 @@ def parse_args(argv=None):
         nargs="+",
         default=[20e6],
         help="sampling rate in Hz; of several, each signal draws one, and the bandwidth in MHz is asked "
-        "about, "
-        "too",
+        "about, too",
     )
     parser.add_argument("--fading", choices=("none", "rician", "rayleigh"), default="none", help="multipath")
     parser.add_argument(
@@ -227,8 +226,7 @@ def main(args):
         (out / "make_data.json").write_text(json.dumps({k: str(v) for k, v in vars(args).items()}))
     print(
         f"{args.out}: {args.train} training signals per modulation class, {args.test} test signals per "
-        "class, "
-        f"{args.points} points, SNR {args.snr[0]:g} to {args.snr[1]:g} dB"
+        f"class, {args.points} points, SNR {args.snr[0]:g} to {args.snr[1]:g} dB"
     )
 
 

@@ -336,8 +336,7 @@ def load_llm(path, dtype="float32", trust_remote_code=False):
     if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
         raise UserError(
             f"--llm-model-path {path}: holds a configuration but no weights (*.safetensors or *.bin); "
-            "download "
-            "them into it"
+            "download them into it"
         )
     if not is_fm9g(path) or trust_remote_code:
         return common.llm.load_llm(path, dtype, trust_remote_code)

@@ -15,10 +15,10 @@ PLAIN = {**{code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}, 0x3010: "[",
 WORD = r"(?:选项\s*|选择\s*|[Oo]ption\s+|[Cc]hoice\s+)?"
 BULLET = r"(?:(?<=\n)[ \t]*[-*•][ \t]+)?\**"
 FAMILIES = (
-    re.compile(rf"{BULLET}{WORD}[(\[<{{'\"“‘|]\s*([A-Za-z])\s*\.?[)\]>}}'\"”’|]\**(?:\s*[:：])?"),
+    re.compile(rf"{BULLET}{WORD}[(\[<{{|]\s*([A-Za-z])\s*\.?[)\]>}}|]\**(?:\s*[:：])?"),
     re.compile(
         rf"{BULLET}{WORD}(?<![A-Za-z0-9])(?!(?<=[(\[])[A-Za-z]\s*\.?\))([A-Za-z])\**\s*"
-        r"(?:\.?\)|[.:、,=]|[-–—](?=\s))\**"
+        r"(?:\.?\)|[.:、,=]|['\"”’]\s*:|[-–—](?=\s))\**"
     ),
     re.compile(rf"(?:^|(?<=[\n;:]))[ \t]*{WORD}([A-Z])[ \t]+(?=\S)"),
 )

@@ -45,8 +45,7 @@ class SignalSpec:
         if self.view not in VIEWS or self.scale != "peak" or self.factor < 1:
             raise UserError(
                 f"the signal's view {self.view!r} x {self.factor} or scale {self.scale!r} is not known; "
-                "known "
-                f"are the views {', '.join(VIEWS)} and the scale peak"
+                f"known are the views {', '.join(VIEWS)} and the scale peak"
             )
 
     def to_json(self) -> dict:
@@ -127,8 +126,7 @@ def prepare(iq, fs: float, spec: SignalSpec, done=AS_RECORDED, augment=None) -> 
     if tuple(done) not in (AS_RECORDED, wanted):
         raise UserError(
             f"the rows are of view {done[0]} x {done[1]}, the model reads {wanted[0]} x {wanted[1]}; give "
-            "the "
-            "recorded samples"
+            "the recorded samples"
         )
     iq = np.asarray(iq, np.float32)
     recorded = tuple(done) == AS_RECORDED

@@ -127,8 +127,7 @@ def parse_args(argv=None):
         "--spectrum-weight",
         type=number(float, 0),
         help="weight of a second target: the cls token predicts the log spectra of the signal, its powers "
-        "and "
-        "its envelope; without it there is none",
+        "and its envelope; without it there is none",
     )
     optim = parser.add_argument_group("optimizer")
     optim.add_argument(
@@ -332,10 +331,9 @@ def main(args):
     # the run folder, and what is about to happen
     open_run(args.out, args, accelerator, args.resume, args.overwrite)
     accelerator.print(
-        f"{about}\n{len(signals)} signals ({sum(signals.skipped.values())} skipped) in "
-        f"{len(packed)} rows of {room} tokens, packing efficiency {packed.efficiency:.3f}; "
-        f"{args.batch_size} x {accelerator.num_processes} x {args.accum} rows a step, {steps} steps, lr "
-        f"{args.lr:g}"
+        f"{about}\n{len(signals)} signals ({sum(signals.skipped.values())} skipped) in {len(packed)} rows of "
+        f"{room} tokens, packing efficiency {packed.efficiency:.3f}; {args.batch_size} x "
+        f"{accelerator.num_processes} x {args.accum} rows a step, {steps} steps, lr {args.lr:g}"
     )
 
     # the loop: the shares weigh all hidden patches, and all signals, of a step alike

@@ -264,8 +264,7 @@ def write_scores(args, data, answers, metrics):
         low, high = metrics["interval"]
         parts = [
             f"four-choice accuracy {metrics['accuracy']:.3f} [{low:.3f}, {high:.3f}] of "
-            f"{metrics['four_choice']} "
-            f"(chance {metrics['chance']:.2f})"
+            f"{metrics['four_choice']} (chance {metrics['chance']:.2f})"
         ]
         if metrics["high_snr_count"]:
             parts.append(f"at SNR >= {HIGH_SNR_DB:g} dB {metrics['accuracy_high_snr']:.3f}")

@@ -80,8 +80,7 @@ def parse_args(argv=None):
         "--val-dir",
         type=Path,
         help=f"such a folder for validation; without it {HELD_OUT} items, and every other question about "
-        "their "
-        "signals, are held out",
+        "their signals, are held out",
     )
     data.add_argument(
         "--questions-per-signal",
@@ -159,8 +158,7 @@ def add_model_arguments(group):
         "--trained-dir",
         type=Path,
         help="model/ folder of an earlier run to continue from, instead of the two paths; a new run with a "
-        "new "
-        "optimizer",
+        "new optimizer",
     )
     group.add_argument(
         "--projector",
@@ -178,8 +176,7 @@ def add_model_arguments(group):
         type=number(int, 0),
         default=0,
         help="vectors per signal that the language model reads: n means over equal stretches and the cls "
-        "vector; "
-        "0: one per patch",
+        "vector; 0: one per patch",
     )
     group.add_argument(
         "--attention-type",
@@ -273,8 +270,7 @@ def contradiction(args, name: str, stored):
         shown = " ".join(map(str, given)) if isinstance(given, list) else given
         raise UserError(
             f"--{name.replace('_', '-')} {shown} has no effect beside --trained-dir, whose model has "
-            f"{stored}; "
-            "leave it out"
+            f"{stored}; leave it out"
         )
 
 
@@ -385,8 +381,7 @@ def make_model(args, files):
         if file.points > longest:
             raise UserError(
                 f"{file.path}: IQ_data has signals of {file.points} points, the encoder takes {longest}; cut "
-                "them, "
-                "or pre-train an encoder with a larger max_seq_len"
+                "them, or pre-train an encoder with a larger max_seq_len"
             )
     lora = dict(r=args.lora_r, alpha=args.lora_alpha, dropout=args.lora_dropout, targets=args.lora_targets)
     set_trainable(model, args.freeze_llm, args.freeze_signal_encoder, args.use_lora, lora)
@@ -534,10 +529,8 @@ def main(args):
     skipped = ", ".join(f"{n} x {why}" for why, n in source.skipped.items()) or "none"
     accelerator.print(
         f"{about}; {len(train_set)} training and {len(val_set)} validation items ({len(source.records)} "
-        "questions), "
-        f"skipped: {skipped}; {args.batch_size} x {accelerator.num_processes} x {args.accum} items a step, "
-        f"{steps} "
-        f"steps, lr {args.lr:g}"
+        f"questions), skipped: {skipped}; {args.batch_size} x {accelerator.num_processes} x {args.accum} "
+        f"items a step, {steps} steps, lr {args.lr:g}"
     )
 
     def scores():
