@@ -114,9 +114,9 @@ def read_config(path, overrides=()):
     """Configuration as a dictionary with all its parts. overrides: "part.name=value" strings, values in YAML.
 
     Paths that the file names are relative to the repository, then to the file; those of an override to the
-    folder one is in, then likewise.
+    folder one is in, then likewise. `path` itself may be relative to the folder one is in or the repository.
     """
-    path = Path(path)
+    path = Path(locate(str(path), Path.cwd(), ROOT))
     config = read_parts(path)
     for override in overrides:
         name, equals, value = override.partition("=")
@@ -229,15 +229,8 @@ def build_head(config, dims, sam):
 
 
 # the arguments of a data set that are paths below --data
-PATHS = (
-    "json_file",
-    "panoptic_json_file",
-    "panoptic_png_path",
-    "image_path",
-    "ann_file",
-    "split_file",
-    "folder",
-)
+FOLDERS = ("panoptic_png_path", "image_path", "folder")
+PATHS = (*FOLDERS, "json_file", "panoptic_json_file", "ann_file", "split_file")
 
 
 def build_dataset(config, split, root, build=None, seed=0, protocol="upstream", skip_bad=False):
@@ -263,6 +256,8 @@ def build_dataset(config, split, root, build=None, seed=0, protocol="upstream", 
         for key in PATHS:
             if isinstance(entry.get(key), str):
                 entry[key] = Path(root) / entry[key]
+                if key in FOLDERS and not entry[key].is_dir():
+                    raise UserError(f"{entry[key]}: no such folder; check {key} of data.{split} and --data")
         if kind == "refcoco":
             entry.setdefault("seed", seed)
             if protocol != "upstream":

@@ -14,20 +14,16 @@ from torch.utils.data import ConcatDataset, Dataset
 from common.errors import UserError
 from common.files import check, inside, read_json, reading
 from flmm.data.polygons import polygon
-from flmm.data.samples import caption_of_phrases
+from flmm.data.samples import FAR, caption_of_phrases
 from flmm.data.skip import Bad
 from flmm.data.transforms import load_image, load_segments
 
 PHRASES = {
-    "images": [
-        {
-            "id": (int, str),
-            "file": str,
-            "captions?": [str],
-            "segments": [{"id": int, "isthing": (int, bool)}],
-            "phrases": [{"caption": int, "span?": [int], "text": str, "segment_ids": [int]}],
-        }
-    ]
+    "id": (int, str),
+    "file": str,
+    "captions?": [str],
+    "segments": [{"id": int, "isthing": (int, bool)}],
+    "phrases": [{"caption": int, "span?": [int], "text": str, "segment_ids": [int]}],
 }
 REASONSEG = {"text": (str, list), "shapes": [{"label": str, "points": [[float]]}]}
 
@@ -42,10 +38,11 @@ class PhraseDataset(Dataset):
         self.folder, self.build, self.bad = Path(folder), build, bad or Bad()
         source = self.folder / "annotations.json"
         self.items = []
-        for image in read_json(source, PHRASES)["images"]:
+        for number, image in enumerate(read_json(source, {"images": [dict]})["images"]):
             if limit is not None and len({i["id"] for i, _, _ in self.items}) == limit:
                 break
             with self.bad.collect():
+                check(image, PHRASES, source, f"images[{number}]")
                 self.items += self.captions_of(image, source, captions)
         if not self.items:
             raise UserError(f"{source}: no picture has a phrase")
@@ -145,8 +142,9 @@ class ReasonSegDataset(Dataset):
                 texts = content["text"] if isinstance(content["text"], list) else [content["text"]]
                 if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
                     raise UserError(f"{path}: text is no list of questions; write one at least")
-                if not all(len(p) == 2 for shape in content["shapes"] for p in shape["points"]):
-                    raise UserError(f"{path}: shapes has points that are no pair x, y")
+                points = [p for shape in content["shapes"] for p in shape["points"]]
+                if not all(len(p) == 2 and all(abs(v) <= FAR for v in p) for p in points):
+                    raise UserError(f"{path}: shapes has points that are no pair x, y in pixels")
                 texts = texts[:1] if wordings == "first" else texts
                 self.items += [(path, content, text) for text in texts]
         if not self.items:

@@ -10,13 +10,14 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from common.errors import UserError
-from common.files import inside, read_json
+from common.files import check, inside, read_json
 from flmm.data.skip import Bad
 from flmm.data.transforms import load_image, load_segments
 
-CAPTIONS = [
-    {"image_id": (int, str), "segments": [{"utterance": str, "segment_ids": [(int, str)], "plural": bool}]}
-]
+CAPTION = {
+    "image_id": (int, str),
+    "segments": [{"utterance": str, "segment_ids": [(int, str)], "plural": bool}],
+}
 PANOPTIC = {
     "images": [{"id": (int, str), "file_name": str}],
     "categories": [{"id": int, "isthing": (int, bool)}],
@@ -41,14 +42,15 @@ class PNGDataset(Dataset):
     def __init__(self, json_file, panoptic_json_file, panoptic_png_path, image_path, build=None, bad=None):
         self.bad = bad or Bad()
         panoptic = read_json(panoptic_json_file, PANOPTIC)
-        captions = read_json(json_file, CAPTIONS)
+        captions = read_json(json_file, [dict])
         self.isthing = {c["id"]: bool(c["isthing"]) for c in panoptic["categories"]}
         self.files = {str(image["id"]).zfill(12): image["file_name"] for image in panoptic["images"]}
         self.annotations = {str(a["image_id"]).zfill(12): a for a in panoptic["annotations"]}
         self.items = []
-        for item in captions:
-            if any(s["segment_ids"] for s in item["segments"]):
-                with self.bad.collect():
+        for number, item in enumerate(captions):
+            with self.bad.collect():
+                check(item, CAPTION, json_file, f"[{number}]")
+                if any(s["segment_ids"] for s in item["segments"]):
                     self.check_segments(item, json_file, panoptic_json_file)
                     self.items.append(item)
         if not self.items:
@@ -71,6 +73,8 @@ class PNGDataset(Dataset):
             )
         category = {s["id"]: s["category_id"] for s in annotation["segments_info"]}
         for part in item["segments"]:
+            if part["segment_ids"] and not part["utterance"].strip():
+                raise UserError(f"{json_file}: image {item['image_id']}: a grounded utterance has no words")
             for i in part["segment_ids"]:
                 where = (
                     f"{panoptic_json_file}: image {item['image_id']}: segment {i} of {Path(json_file).name}"

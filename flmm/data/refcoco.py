@@ -11,14 +11,14 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from common.errors import UserError
-from common.files import inside, read_json, read_plain_pickle
+from common.files import check, inside, read_json, read_plain_pickle
 from flmm.data.samples import caption_of_phrases, decode_segmentation, polygon_parts
 from flmm.data.skip import Bad
 from flmm.data.transforms import load_image
 
 INSTANCES = {
     "images": [{"id": int, "file_name": str, "height": int, "width": int}],
-    "annotations": [{"id": int, "segmentation": (dict, list)}],
+    "annotations": [{"id": int}],  # their segmentations are looked at where a reference names them
 }
 
 
@@ -145,10 +145,10 @@ class RefCOCODataset(Dataset):
         for i in ids:
             if i not in self.annotations:
                 raise UserError(f"annotation {i} is not in {self.ann_file}")
-            segmentation = self.annotations[i]["segmentation"]
+            segmentation, where = self.annotations[i].get("segmentation"), f"{self.ann_file}: annotation {i}"
+            check(segmentation, (dict, list), where, "segmentation")
             if isinstance(segmentation, list):
-                kept = polygon_parts(segmentation, f"{self.ann_file}: annotation {i}")
-                self.dropped_parts += len(segmentation) - len(kept)
+                self.dropped_parts += len(segmentation) - len(polygon_parts(segmentation, where))
         return ids, texts, image
 
     def set_epoch(self, epoch):

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from common.errors import UserError
 from flmm.data.text import encode_text
 
+FAR = 100_000  # pixels from the picture's corner, more than any corner of a polygon lies away from it
+
 
 def caption_of_phrases(phrases):
     """Upstream's RefCOCO caption: each expression, then a full stop that belongs to no phrase."""
@@ -90,8 +92,9 @@ def polygon_parts(parts, source):
     a part is no list of x, y pairs."""
     for part in parts:
         numbers = isinstance(part, list) and all(isinstance(v, (int, float)) for v in part)
-        if not numbers or len(part) % 2 or not np.isfinite(part).all():
-            raise UserError(f"{source}: a polygon is no list of x, y pairs: {str(part)[:60]}")
+        # pycocotools walks every pixel of an edge, however far out it lies, and numbers overflow there
+        if not numbers or len(part) % 2 or not all(abs(v) <= FAR for v in part):
+            raise UserError(f"{source}: a polygon is no list of x, y pairs in pixels: {str(part)[:60]}")
     kept = [part for part in parts if len(part) >= 6]
     if not kept:
         raise UserError(f"{source}: no polygon has three corners; leave the annotation out")
