@@ -137,47 +137,40 @@ def runs(flags):
 
 
 class Grounder:
-    """Base, head and SAM together, ready for pictures. Image features of the last picture are kept for the
-    next turn."""
+    """Base, head and SAM together, ready for pictures. SAM encodes a picture once for as many turns as it
+    stays."""
 
     def __init__(self, base, head, sam_encoder, selector=None, calibration=None):
         self.base, self.head, self.sam_encoder, self.selector = base, head.eval(), sam_encoder, selector
         self.calibration = calibration
-        self.builder, self._kept = SampleBuilder.of(base), (None, None)
+        self.builder = SampleBuilder.of(base, sam_encoder)
 
     @classmethod
     def load(cls, config, head_path, selector_path=None, device=None):
         """config: dictionary of read_config. head_path, selector_path: weight files; calibration.json in the
         head's folder is taken along. device: accelerate's choice by default."""
+        # What costs little is read before the base is loaded.
         device = device or Accelerator().device
+        weights, calibration, sam = read_weights(head_path), Calibration.beside(head_path), build_sam(config)
+        words = read_weights(selector_path) if selector_path else None
         base = build_base(config).to(device)
-        head, encoder = build_head(
-            config, (base.channels, base.num_layers, base.hidden_size), build_sam(config)
-        )
-        head.load_upstream(read_weights(head_path), head_path)
+        head, encoder = build_head(config, (base.channels, base.num_layers, base.hidden_size), sam)
+        head.load_upstream(weights, head_path)
         selector = None
-        if selector_path:
-            selector = KeywordSelector(base.num_layers, base.hidden_size)
-            selector.load_state_dict(read_weights(selector_path))
-            selector.to(device)
-        calibration = Calibration.beside(head_path)
+        if words is not None:
+            selector = KeywordSelector(base.num_layers, base.hidden_size).to(device)
+            selector.load_state_dict(words)
         return cls(base, head.to(device), encoder and encoder.to(device), selector, calibration)
-
-    def _encode(self, images):
-        """SAM embedding, computed once for as many turns as the picture stays the same."""
-        if self._kept[0] is not images[0]:
-            self._kept = (images[0], self.sam_encoder(images))
-        return self._kept[1]
 
     @torch.no_grad()
     def _masks(self, image, sample, texts):
         """Result for a sample whose mask_ids name the phrases `texts`."""
-        [feature] = extract(self.base, self.sam_encoder and self._encode, [sample], likelihood=True)
+        [feature] = extract(self.base, self.sam_encoder, [sample], likelihood=True)
 
         # Of a large picture only the masks are kept, and each phrase's logits are let go.
         size = (image.height, image.width)
         [output] = self.head([feature], finish=lambda logits: binary_masks(logits, size).cpu())
-        coarse = torch.cat([binary_masks(m[None], size).cpu() for m in output["pred_masks"]])
+        coarse = binary_masks(output["pred_masks"], size).cpu()
         masks = coarse if output["sam_pred_masks"] is None else output["sam_pred_masks"]
         numbers, scores = phrase_features(feature, output), output["scores"]
         presence = numbers[:, 0].exp()  # of one word of the phrase: it orders phrases, and is no probability

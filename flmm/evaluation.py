@@ -9,8 +9,11 @@ from flmm.models.flmm import unpad_crop
 
 def binary_masks(logits, size):
     """(n, h, w) logits -> (n, *size) bool: sigmoid, bilinear to the size of the ground truth, > .5
-    (upstream's order)."""
-    return F.interpolate(logits.float().sigmoid()[None], size=tuple(size), mode="bilinear")[0] > 0.5
+    (upstream's order), one mask after another; masks stay as they are."""
+    if logits.dtype == torch.bool:
+        return logits
+    parts = (part.float().sigmoid()[None] for part in logits.split(1))
+    return torch.cat([F.interpolate(p, size=tuple(size), mode="bilinear")[0] > 0.5 for p in parts])
 
 
 def final_logits(output):

@@ -150,6 +150,11 @@ def score(samples, features, outputs, raw=None, calibration=None):
     return rows
 
 
+def finished(logits):
+    """A phrase's mask at the size of its picture, so that a large picture's logits need not be kept."""
+    return binary_masks(logits, logits.shape[1:]).cpu()
+
+
 def answer_queries(base, samples, split):
     """Let the base answer the query of each sample: samples whose phrase is the answer, and the answers."""
     if any(len(sample["mask_infos"]) > 1 for sample in samples):
@@ -206,12 +211,12 @@ def main(args):
     dataset = build_dataset(config, args.split, args.data, protocol=args.protocol, **options)
     fitting = build_dataset(config, "train", args.data, **options) if args.controls else None
     base = build_base(config, random_seed=args.random_base, attention=args.attention).to(accelerator.device)
-    builder = SampleBuilder.of(base)
+    dims = (base.channels, base.num_layers, base.hidden_size)
+    head, sam_encoder = build_head(config, dims, sam)
+    builder = SampleBuilder.of(base, sam_encoder)
     dataset = attach(dataset, builder)
     if args.skip_bad:
         dataset = SkipBad(dataset, replace=False)
-    dims = (base.channels, base.num_layers, base.hidden_size)
-    head, sam_encoder = build_head(config, dims, sam)
     # A head with missing tensors or of another base is refused before anything is written.
     report = head.load_upstream(weights, args.head)
     head.to(accelerator.device).eval()
@@ -250,7 +255,7 @@ def main(args):
 
         # The frozen part, then the head, then one row per phrase.
         features = extract(base, sam_encoder, samples, likelihood=calibration is not None)
-        outputs = head(features)
+        outputs = head(features, finish=finished)
         batch_rows = score(samples, features, outputs, raw, calibration)
         if answers is not None:
             batch_rows = [{**row, "answer": answer} for row, answer in zip(batch_rows, answers)]

@@ -57,6 +57,7 @@ from flmm.data.samples import SampleBuilder
 from flmm.data.skip import SkipBad, keep_good
 from flmm.evaluation import phrase_rows
 from flmm.models.flmm import extract
+from flmm.models.mask_head.mask_refiner import SAMImageEncoder
 
 
 def parse_args(argv=None):
@@ -136,7 +137,7 @@ def to_device(features, device):
     return [{k: v.to(device) if torch.is_tensor(v) else v for k, v in f.items()} for f in features]
 
 
-def frozen_part(config, args, accelerator, sam):
+def frozen_part(config, args, accelerator, sam_encoder):
     """The frozen base with its data sets, or the features that it left in --cache-attention.
 
     Where the cache lacks a split, that split is written first. Returns the base (None if its features are
@@ -161,7 +162,8 @@ def frozen_part(config, args, accelerator, sam):
         if args.shard_base:
             base.shard(accelerator.device)
         base.to(accelerator.device)
-        builder, dims = SampleBuilder.of(base), (base.channels, base.num_layers, base.hidden_size)
+        dims = (base.channels, base.num_layers, base.hidden_size)
+        builder = SampleBuilder.of(base, sam_encoder)
         sets = {split: attach(dataset, builder) for split, dataset in sets.items()}
     if args.skip_bad:
         sets = {
@@ -179,12 +181,9 @@ def frozen_part(config, args, accelerator, sam):
         "sam": config["sam"].get("path"),
         "skip_bad": args.skip_bad,
     }
-    encoder = build_head(config, dims, sam)[1] if missing and sam is not None else None
-    if encoder is not None:
-        encoder.to(accelerator.device)
     for split, dataset in sets.items():
         fingerprint = {**origin, "data": config["data"][split]}
-        write_cache(cache / split, base, encoder, dataset, fingerprint, accelerator)
+        write_cache(cache / split, base, sam_encoder, dataset, fingerprint, accelerator)
     cached = {
         split: CachedFeatures(cache / split, {**origin, "data": config["data"][split]}) for split in splits
     }
@@ -231,20 +230,16 @@ def describe_base(base) -> str:
 
 
 def make_head(config, dims, sam, args, accelerator):
-    """The part that is trained, and SAM's frozen image encoder on the device (or None)."""
-    head, sam_encoder = build_head(config, dims, sam)
+    """The part that is trained."""
+    head, _ = build_head(config, dims, sam)
     if args.init_head:
         accelerator.print(head.load_upstream(read_weights(args.init_head), args.init_head))
-    if sam_encoder is not None:
-        sam_encoder.to(accelerator.device)
-        if args.precision == "bf16":  # as upstream, whose autocast holds for the encoder, too
-            sam_encoder.to(torch.bfloat16)
     # Only the parts that see nothing but tensors; lists of pictures of different sizes stay outside.
     if args.compile:
         head.mask_head.compile()
         if head.sam is not None:
             head.sam.mask_decoder.compile()
-    return head, sam_encoder
+    return head
 
 
 def make_optimizer(head, args):
@@ -278,12 +273,15 @@ def main(args):
     seed_everything(args.seed)
 
     # What is frozen: the base, its data sets (or the features that it left), and SAM's image encoder.
-    sam = build_sam(config)
-    base, sets, dims = frozen_part(config, args, accelerator, sam)
+    sam, sam_encoder = build_sam(config), None
+    if sam is not None:  # bf16 as upstream, whose autocast holds for the encoder, too
+        dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+        sam_encoder = SAMImageEncoder(sam).to(accelerator.device, dtype)
+    base, sets, dims = frozen_part(config, args, accelerator, sam_encoder)
 
     # What is trained; the same seed gives the same head whether or not features were cached just now.
     seed_everything(args.seed)
-    head, sam_encoder = make_head(config, dims, sam, args, accelerator)
+    head = make_head(config, dims, sam, args, accelerator)
 
     def get_features(samples):
         """Features of a batch on the device: the cached ones, or what the frozen part makes of it now."""

@@ -17,6 +17,7 @@ from common.checkpoint import atomic_path
 from common.errors import UserError
 from common.run import progress
 from flmm.models.flmm import extract
+from flmm.models.mask_head.mask_refiner import digest
 
 
 def write_cache(folder, base, sam_encoder, dataset, fingerprint, accelerator, batch_size=8):
@@ -33,12 +34,29 @@ def write_cache(folder, base, sam_encoder, dataset, fingerprint, accelerator, ba
             file.attrs["fingerprint"] = json.dumps(fingerprint, sort_keys=True)
             file.attrs["dims"] = [base.channels, base.num_layers, base.hidden_size]
             file.attrs["processes"], file.attrs["samples"] = accelerator.num_processes, len(dataset)
+            stored = {}  # {picture: where its SAM embedding lies in the file}
             for start in progress(range(0, len(mine), batch_size), accelerator, desc="caching features"):
                 rows = mine[start : start + batch_size]
                 samples = [dataset[i] for i in rows]
-                for i, sample, feature in zip(rows, samples, extract(base, sam_encoder, samples)):
-                    _write(file.create_group(f"{i:08d}"), sample, feature)
+                for i, sample, feature in zip(rows, samples, extract(base, None, samples)):
+                    group = file.create_group(f"{i:08d}")
+                    _write(group, sample, feature)
+                    if sam_encoder is not None:
+                        share_embedding(group, sample, sam_encoder, stored)
     accelerator.wait_for_everyone()
+
+
+def share_embedding(group, sample, sam_encoder, stored):
+    """Write the SAM embedding of a sample's picture, or link to that of an earlier sample: pictures of PNG
+    and RefCOCO are the same, and a picture has many captions."""
+    pixels = sample.get("sam_pixels", sample["image"])
+    pixels = pixels if torch.is_tensor(pixels) else sam_encoder.prepare(pixels)
+    key = digest(pixels)
+    if key not in stored:
+        group["image_embedding"] = sam_encoder([pixels])[0].cpu().half().numpy()
+        stored[key] = group["image_embedding"]
+    else:
+        group["image_embedding"] = stored[key]
 
 
 def _write(group, sample, feature):
@@ -47,8 +65,6 @@ def _write(group, sample, feature):
     group["maps"], group["scale"] = (maps / scale[..., None, None]).half().numpy(), scale.numpy()
     group["hidden_states"] = feature["hidden_states"].cpu().half().numpy()
     group["mask_ids"] = feature["mask_ids"].cpu().numpy()
-    if feature["image_embedding"] is not None:
-        group["image_embedding"] = feature["image_embedding"].cpu().half().numpy()
     for name in ("masks", "gt_masks"):
         group[name] = np.packbits(sample[name].numpy().astype(bool), axis=-1)
         group[name].attrs["width"] = sample[name].shape[-1]

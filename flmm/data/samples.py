@@ -25,18 +25,20 @@ class SampleBuilder:
 
     Pieces are tokenised one by one without special tokens and joined: the ids are not those of the joined
     text (SentencePiece adds a space to each piece), and published heads were trained so. image_marker: (image
-    token id, -200) writes the marker of bases with their own image expansion (HPT, MGM).
+    token id, -200) writes the marker of bases with their own image expansion (HPT, MGM). prepare: of a
+    SAMImageEncoder; what it makes of a picture is sample["sam_pixels"], made in a loader's workers.
     """
 
-    def __init__(self, tokenizer, prompt_ids, image_processor, image_marker=None):
-        self.tokenizer, self.image_processor = tokenizer, image_processor
+    def __init__(self, tokenizer, prompt_ids, image_processor, image_marker=None, prepare=None):
+        self.tokenizer, self.image_processor, self.prepare = tokenizer, image_processor, prepare
         self.prompt_ids = [
             image_marker[1] if image_marker and i == image_marker[0] else i for i in prompt_ids
         ]
 
     @classmethod
-    def of(cls, base):
-        return cls(base.tokenizer, base.encode_prompt(), base.image_processor)
+    def of(cls, base, sam_encoder=None):
+        prepare = sam_encoder.prepare if sam_encoder is not None else None
+        return cls(base.tokenizer, base.encode_prompt(), base.image_processor, prepare=prepare)
 
     def encode(self, pieces, source=""):
         """pieces [(text, k)] -> input_ids, mask_ids, labels (S,); labels are -100 on the prompt."""
@@ -65,6 +67,8 @@ class SampleBuilder:
             "mask_infos": record.get("mask_infos"),
             **self.image_processor(image),
         }
+        if self.prepare is not None:
+            sample["sam_pixels"] = self.prepare(image)
         if record.get("masks") is None:
             return sample
         gt = torch.from_numpy(np.ascontiguousarray(record["masks"], np.uint8))

@@ -25,11 +25,13 @@ def extract(base, sam_encoder, samples, likelihood=False):
     """Frozen features of a list of samples, one dict each, all that `FLMM.forward` needs; with `likelihood`
     also what a calibration does.
 
-    Beside the base's output: image_embedding (D, e, e) or None, image_size (H, W), meta_data, unpad.
+    Beside the base's output: image_embedding of `sam_encoder` or None, image_size (H, W), meta_data, unpad.
     """
     features = base(samples, likelihood) if likelihood else base(samples)
     embeddings = (
-        sam_encoder([s["image"] for s in samples]) if sam_encoder is not None else [None] * len(samples)
+        sam_encoder([s.get("sam_pixels", s["image"]) for s in samples])
+        if sam_encoder is not None
+        else [None] * len(samples)
     )
     for feature, sample, embedding in zip(features, samples, embeddings):
         feature.update(

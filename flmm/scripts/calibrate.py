@@ -69,14 +69,11 @@ def questions(record, others, rng):
 
 @torch.no_grad()
 def ask(base, head, sam_encoder, record, asked):
-    """Rows (features, present, IoU, kind) of the questions about one picture, which is encoded once."""
-    build, rows = SampleBuilder.of(base), []
-    embedding = sam_encoder([record["image"]])[0] if sam_encoder is not None else None
+    """Rows (features, present, IoU, kind) of the questions about one picture."""
+    build, rows = SampleBuilder.of(base, sam_encoder), []
     samples = [build({**record, "pieces": pieces, "masks": None}) for pieces, _, _, _ in asked]
     for start in range(0, len(asked), TOGETHER):
-        features = extract(base, None, samples[start : start + TOGETHER], likelihood=True)
-        for feature in features:
-            feature["image_embedding"] = embedding
+        features = extract(base, sam_encoder, samples[start : start + TOGETHER], likelihood=True)
         outputs = head(features)
         for feature, output, (_, k, true, kind) in zip(features, outputs, asked[start:]):
             iou = 0.0

@@ -1,24 +1,41 @@
-"""SAM as mask refiner: the frozen image encoder and the trained prompt encoder + mask decoder, on
-transformers' classes.
+"""SAM, SAM-HQ, SAM 2 or SAM 3's tracker as mask refiner: the frozen image encoder and the trained prompt
+encoder + mask decoder, on transformers' classes.
 
 Upstream: flmm/models/mask_head/mask_refiner.py (SAMWrapper). On disk the key names are those of the original
-segment_anything; `to_transformers_key` and `to_original_key` translate.
+segment_anything; `to_transformers_key` and `original_keys` translate.
 """
 
+import hashlib
+import math
 import re
+from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import transformers
 from PIL import Image
 from transformers import SamConfig, SamMaskDecoderConfig, SamModel, SamPromptEncoderConfig, SamVisionConfig
 
-from common.files import reading
+from common.errors import UserError
+from common.files import read_json, reading
 
 GROUP = 8  # phrases that are decoded together where no gradient is wanted
+KEPT = 8  # pictures whose embedding is kept for the next phrases and turns
 PIXEL_MEAN, PIXEL_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # RGB, 0..255
+# transformers' class by the model type of a folder; those of videos hold the model of pictures
+REFINERS = {
+    "sam": "SamModel",
+    "sam_hq": "SamHQModel",
+    "sam2": "Sam2Model",
+    "sam2_video": "Sam2Model",
+    "sam3_tracker": "Sam3TrackerModel",
+    "sam3_tracker_video": "Sam3TrackerModel",
+    "sam3_video": "Sam3TrackerModel",
+}
 
 # original name -> transformers name, tried in order on every key (regular expressions)
 _RENAMES = [
@@ -164,50 +181,101 @@ def sam_from_original(tensors, decoder_heads=8):
 
 
 def load_sam(path, read_weights):
-    """SamModel from an original checkpoint file or from a transformers folder. read_weights: path -> dict of
-    tensors."""
-    if Path(path).is_dir():
-        with reading(path, "SAM folder"):
-            return SamModel.from_pretrained(path)
-    return sam_from_original(read_weights(path))
+    """A model of REFINERS from a transformers folder, or SamModel from an original checkpoint file.
+    read_weights: path -> dict of tensors."""
+    path = Path(path)
+    if not path.is_dir():
+        return sam_from_original(read_weights(path))
+    kind = read_json(path / "config.json", {"model_type": str})["model_type"]
+    if kind not in REFINERS:
+        raise UserError(f"{path}: holds a {kind}; a mask refiner is one of {', '.join(REFINERS)}")
+    with reading(path, "SAM folder"):
+        return getattr(transformers, REFINERS[kind]).from_pretrained(path)
 
 
-def resized_size(image_size, long_side):
-    """(height, width) -> the same with the longer side at long_side pixels, rounded half up as SAM does."""
+def resized_size(image_size, long_side, squash=False):
+    """(height, width) -> the same with the longer side at long_side pixels, rounded half up as SAM does; with
+    `squash` both sides, as SAM 2 and 3 do."""
+    if squash:
+        return long_side, long_side
     scale = long_side / max(image_size)
     return tuple(max(1, int(side * scale + 0.5)) for side in image_size)
+
+
+def resized_pixels(image, long_side, squash):
+    """RGB PIL image -> (3, h, w) uint8 at SAM's size: the part of its preparation for a loader's workers."""
+    h, w = resized_size((image.height, image.width), long_side, squash)
+    return torch.from_numpy(np.array(image.resize((w, h), Image.BILINEAR))).permute(2, 0, 1)
 
 
 class SAMImageEncoder:
     """SAM's frozen image encoder: encode a picture once, use it for every phrase and every turn.
 
-    sam: SamModel. Not an nn.Module on purpose: it is never trained, saved or wrapped by DDP.
+    sam: one of REFINERS. The embeddings of the last KEPT pictures are kept, and found again by the pixels, so
+    that a picture of several records, data sets or turns is encoded once. Not an nn.Module on purpose: it is
+    never trained, saved or wrapped by DDP.
     """
 
-    def __init__(self, sam: SamModel):
-        self.encoder = sam.vision_encoder.eval().requires_grad_(False)
-        self.image_size = sam.config.vision_config.image_size
+    def __init__(self, sam):
+        self.sam, self.encoder = sam, sam.vision_encoder.eval().requires_grad_(False)
+        self.parts = [self.encoder]
+        self.squash = hasattr(sam, "no_memory_embedding")  # SAM 2 and 3
+        if self.squash:  # layers between encoder and decoder, which transformers keeps in the decoder
+            self.parts += [sam.mask_decoder.conv_s0, sam.mask_decoder.conv_s1]
+        self.image_size = sam.config.prompt_encoder_config.image_size
+        self.prepare = partial(resized_pixels, long_side=self.image_size, squash=self.squash)
+        self.mean, self.std = PIXEL_MEAN, PIXEL_STD
+        self.high_quality = hasattr(sam.config.mask_decoder_config, "vit_dim")
+        if type(sam).__name__ == REFINERS["sam3_tracker"]:
+            self.mean = self.std = (127.5,) * 3
+        self.kept = OrderedDict()
 
     def to(self, *args, **kwargs):
-        self.encoder.to(*args, **kwargs)
+        for part in self.parts:
+            part.to(*args, **kwargs)
+        if self.squash:
+            self.sam.no_memory_embedding.data = self.sam.no_memory_embedding.data.to(*args, **kwargs)
+        self.kept.clear()
         return self
 
     def preprocess(self, image):
-        """RGB PIL image -> (3, image_size, image_size) float, long side resized, zero-padded bottom and
-        right."""
-        h, w = resized_size((image.height, image.width), self.image_size)
-        pixels = torch.from_numpy(np.array(image.resize((w, h), Image.BILINEAR)))
-        pixels = (pixels.permute(2, 0, 1).float() - torch.tensor(PIXEL_MEAN)[:, None, None]) / torch.tensor(
-            PIXEL_STD
-        )[:, None, None]
+        """RGB PIL image, or what `prepare` made of it -> (3, image_size, image_size) float, zero-padded
+        bottom and right."""
+        pixels = image if torch.is_tensor(image) else self.prepare(image)
+        h, w = pixels.shape[1:]
+        mean, std = (pixels.new_tensor(v, dtype=torch.float)[:, None, None] for v in (self.mean, self.std))
+        pixels = (pixels.float() - mean) / std
         return F.pad(pixels, (0, self.image_size - w, 0, self.image_size - h))
 
     @torch.no_grad()
     def __call__(self, images):
-        """List of RGB PIL images -> embeddings (B, D, e, e), e = image_size / patch size."""
-        weight = self.encoder.patch_embed.projection.weight
-        pixels = torch.stack([self.preprocess(image) for image in images]).to(weight)
-        return self.encoder(pixels).last_hidden_state
+        """List of RGB PIL images, or of what `prepare` made of them -> embeddings (B, ...): (B, D, e, e), e =
+        image_size / patch size; of several maps one after another where a decoder wants several."""
+        images = [image if torch.is_tensor(image) else self.prepare(image) for image in images]
+        keys = [digest(image) for image in images]
+        new = {key: image for key, image in zip(keys, images) if key not in self.kept}
+        found = dict(self.kept)
+        if new:
+            weight = next(self.encoder.parameters())
+            pixels = torch.stack([self.preprocess(image) for image in new.values()]).to(weight)
+            maps = self.sam.get_image_embeddings(pixels)
+            if self.high_quality:  # the embedding, and the outputs of the layers that see the whole picture
+                maps = [maps[0], maps[1][0]]
+            if not torch.is_tensor(maps):
+                maps = torch.cat([part.flatten(1).to(weight) for part in maps], 1)
+            found |= dict(zip(new, maps))
+        for key in keys:
+            self.kept[key] = found[key]
+            self.kept.move_to_end(key)
+        while len(self.kept) > KEPT:
+            self.kept.popitem(last=False)
+        return torch.stack([found[key] for key in keys])
+
+
+def digest(pixels) -> bytes:
+    """What tells pictures apart that `prepare` has made, whatever files and data sets they are from."""
+    content = hashlib.blake2b(np.ascontiguousarray(pixels.cpu()), digest_size=16)
+    return content.digest() + bytes(str(tuple(pixels.shape)), "ascii")
 
 
 def mask_to_box(mask):
@@ -234,20 +302,14 @@ class SAMWrapper(nn.Module):
     """The trained half of SAM: prompt encoder and mask decoder, prompted by the coarse mask, its box and the
     words.
 
-    sam: SamModel. multimask_output: choose, among three candidates, the one nearest to the coarse mask.
+    sam: one of REFINERS. multimask_output: choose, among the candidates, the one nearest to the coarse mask.
     per_phrase_pad: upstream pads the mask prompt with the minimum over *all* phrases of the image, so one
     phrase's result depends on the others; True uses the phrase's own minimum (changes the numbers of
     published heads).
     """
 
     def __init__(
-        self,
-        sam: SamModel,
-        use_text=True,
-        use_mask=True,
-        use_box=True,
-        multimask_output=False,
-        per_phrase_pad=False,
+        self, sam, use_text=True, use_mask=True, use_box=True, multimask_output=False, per_phrase_pad=False
     ):
         super().__init__()
         self.use_text, self.use_mask, self.use_box = use_text, use_mask, use_box
@@ -259,9 +321,20 @@ class SAMWrapper(nn.Module):
         for module in self.mask_decoder.transformer.modules():
             if isinstance(module, nn.LayerNorm):
                 module.eps = 1e-5
-        self.image_size = sam.config.vision_config.image_size
-        self.dim = sam.config.mask_decoder_config.hidden_size
-        self.iou_depth = sam.config.mask_decoder_config.iou_head_depth
+        decoder = sam.config.mask_decoder_config
+        self.image_size = sam.config.prompt_encoder_config.image_size
+        self.dim, self.iou_depth = decoder.hidden_size, decoder.iou_head_depth
+
+        # The maps that SAMImageEncoder puts one after another; SAM has one, and nothing is to be cut.
+        side, self.shapes = self.prompt_encoder.image_embedding_size[0], None
+        self.squash, self.high_quality = hasattr(sam, "no_memory_embedding"), hasattr(decoder, "vit_dim")
+        if self.squash:
+            self.mask_decoder.conv_s0.requires_grad_(False)  # they belong to the frozen encoder
+            self.mask_decoder.conv_s1.requires_grad_(False)
+            sizes = sam.config.vision_config.backbone_feature_sizes
+            self.shapes = [(self.dim // n, *size) for n, size in zip((8, 4, 1), sizes)]
+        if self.high_quality:
+            self.shapes = [(self.dim, side, side), (side, side, decoder.vit_dim)]
 
     def dense_pe(self):
         """Position encoding of the image embedding, (1, D, e, e)."""
@@ -274,7 +347,7 @@ class SAMWrapper(nn.Module):
     def prompt_masks(self, pred_masks, image_size, lowest=None):
         """Coarse logits (n, h, w) -> mask prompts (n, 1, 4e, 4e) in SAM's padded frame (logits, not
         probabilities). lowest: least logit over all phrases of the image, default over these."""
-        h, w = resized_size(image_size, self.image_size)
+        h, w = resized_size(image_size, self.image_size, self.squash)
         side = 4 * self.prompt_encoder.image_embedding_size[0]
         masks = F.interpolate(pred_masks[:, None].float(), size=(h, w), mode="bilinear")
         own = pred_masks.detach().float().amin((1, 2))
@@ -290,7 +363,7 @@ class SAMWrapper(nn.Module):
             pred_masks.detach()[:, None].float().sigmoid(), size=tuple(image_size), mode="bilinear"
         )
         boxes = torch.tensor([mask_to_box(mask) for mask in probs[:, 0] > 0.5], dtype=torch.float64)
-        new_h, new_w = resized_size(image_size, self.image_size)
+        new_h, new_w = resized_size(image_size, self.image_size, self.squash)
         scale = torch.tensor([new_w / image_size[1], new_h / image_size[0]] * 2, dtype=torch.float64)
         return (boxes * scale).float().to(pred_masks.device)
 
@@ -301,7 +374,7 @@ class SAMWrapper(nn.Module):
     def refine(self, image_embeddings, image_sizes, pred_masks, text_embeds, finish=None):
         """Refine the phrases of a list of images; phrases with equally many words are decoded together.
 
-        Per image: image_embeddings (D, e, e) of SAMImageEncoder, image_sizes (H, W) original pixels,
+        Per image: image_embeddings of SAMImageEncoder, image_sizes (H, W) original pixels,
         pred_masks (n, h, w) coarse logits, text_embeds n tensors (T_k, D). Returns per image logits
         (n, H, W), SAM's predicted IoU (n,) and the two parts of `sureness`. finish is applied to the logits
         (1, H, W) of each phrase, so that large pictures need not keep them. No mask exists for padded sparse
@@ -309,13 +382,13 @@ class SAMWrapper(nn.Module):
         """
         coarse = [mask for masks in pred_masks for mask in masks]
         words = [text for texts in text_embeds for text in texts]
-        image_of = [i for i, p in enumerate(pred_masks) for _ in range(len(p))]
+        image_of, row_of = zip(*[(i, row) for i, p in enumerate(pred_masks) for row in range(len(p))])
         lowest = [p.detach().float().amin() for p in pred_masks]  # over all phrases of an image
         groups = {}
         for k, text in enumerate(words):
             groups.setdefault(len(text) if self.use_text else 0, []).append(k)
         size = len(words) if torch.is_grad_enabled() else GROUP
-        out = [None] * len(words)
+        out, whole = [None] * len(words), [None] * len(pred_masks)
         for rows in [part[i : i + size] for part in groups.values() for i in range(0, len(part), size)]:
             sizes = [image_sizes[image_of[k]] for k in rows]
             prompts = torch.cat(
@@ -332,9 +405,19 @@ class SAMWrapper(nn.Module):
                 logits, score = self._enlarge(low_res[n : n + 1], scores[n : n + 1], coarse[k][None], s)
                 kept = logits if finish is None else finish(logits)
                 out[k] = kept, score, *sureness(logits, coarse[k].shape)
-        ends = torch.tensor([0, *(len(p) for p in pred_masks)]).cumsum(0).tolist()
-        parts = [out[a:b] for a, b in zip(ends, ends[1:])]
-        return [tuple(torch.cat(part) for part in zip(*phrases)) for phrases in parts]
+                if not torch.is_grad_enabled():  # to its place at once: masks need not lie in memory twice
+                    i = image_of[k]
+                    if whole[i] is None:
+                        whole[i] = kept.new_empty(len(pred_masks[i]), *kept.shape[1:])
+                    whole[i][row_of[k]] = kept[0]
+                    out[k] = None, *out[k][1:]
+        results = []
+        for i, masks in enumerate(pred_masks):
+            phrases, out = out[: len(masks)], out[len(masks) :]
+            first, *others = zip(*phrases)
+            first = torch.cat(first) if whole[i] is None else whole[i]
+            results.append((first, *(torch.cat(part) for part in others)))
+        return results
 
     def _decode(self, embeddings, prompts, boxes, words):
         """Candidates (m, 1 or 3, 4e, 4e) and their predicted IoU of m phrases with equally many words."""
@@ -342,21 +425,36 @@ class SAMWrapper(nn.Module):
         sparse, dense = self.prompt_encoder(
             None, None, boxes[:, None] if self.use_box else None, prompts if self.use_mask else None
         )
+        if sparse is None:
+            sparse = pe.new_zeros(len(words), 1, 0, self.dim)
         if self.use_text:
-            text = torch.stack(words)[:, None]  # (m, 1, T, D), after the two box tokens
-            sparse = text if sparse is None else torch.cat([sparse, text.to(sparse)], dim=2)
+            text = torch.stack(words)[:, None]  # (m, 1, T, D), after the box tokens
+            sparse = torch.cat([sparse, text.to(sparse)], dim=2)
+        embedding, others = self.split(embeddings.to(pe.dtype))
         masks, ious = self.mask_decoder(
-            embeddings.to(pe.dtype),
+            embedding,
             pe.expand(len(words), -1, -1, -1),
             sparse,
             dense.expand(len(words), -1, -1, -1),
             self.multimask_output,
-        )
+            **others,
+        )[:2]
         return masks[:, 0], ious[:, 0]
+
+    def split(self, embeddings):
+        """(m, ...) of SAMImageEncoder -> the map (m, D, e, e) that is decoded, and what else the decoder
+        takes."""
+        if self.shapes is None:
+            return embeddings, {}
+        parts = embeddings.split([math.prod(shape) for shape in self.shapes], 1)
+        maps = [part.unflatten(1, shape) for part, shape in zip(parts, self.shapes)]
+        if self.high_quality:
+            return maps[0], {"hq_token_only": False, "intermediate_embeddings": maps[1:]}
+        return maps[-1], {"high_resolution_features": maps[:-1]}
 
     def _enlarge(self, masks, scores, coarse, image_size):
         """Low-resolution candidates (n, 1 or 3, 4e, 4e) -> chosen logits (n, H, W), scores (n,)."""
-        h, w = resized_size(image_size, self.image_size)
+        h, w = resized_size(image_size, self.image_size, self.squash)
         masks = F.interpolate(masks.float(), size=(self.image_size, self.image_size), mode="bilinear")[
             ..., :h, :w
         ]
