@@ -98,16 +98,18 @@ class RawMaps:
 
     "raw": the best single map, chosen with training masks; "mean": the mean of all maps; "heads": the mean of
     the three localisation heads (CVPR 2025), chosen without any mask by how much attention a head gives to
-    the picture and how small the spatial entropy of what it gives is. All three have a threshold that is
-    chosen on training phrases.
+    the picture and how small the spatial entropy of what it gives is; "fusion": that mean less what the
+    picture's other phrases, or for a lone phrase all places alike, get of it (the contrast of object and
+    background of DecAF, 2510.19592, with no prompt of its own and no further frames). All have a threshold
+    that is chosen on training phrases.
     """
 
     thresholds = torch.arange(0.1, 0.95, 0.05)
-    kinds = ("raw", "mean", "heads")
+    kinds = ("raw", "mean", "heads", "fusion")
 
     def __init__(self):
         self.sums, self.count, self.attention, self.entropy = 0, 0, 0, 0
-        self.kept = []  # features and masks, to choose the thresholds of "mean" and "heads" on
+        self.kept = []  # features and masks, to choose the thresholds on
 
     @staticmethod
     def _ious(feature, gt, maps):
@@ -125,52 +127,55 @@ class RawMaps:
             out.append((pred & target).sum((1, 2)) / (pred | target).sum((1, 2)).clamp(min=1))
         return torch.stack(out, -1).unflatten(0, (len(gt), -1))
 
-    @staticmethod
-    def normalised(maps):
-        """Every map (n, C, h, w) divided by its sum."""
-        maps = maps.float().cpu()
-        return maps / maps.sum((-2, -1), keepdim=True).clamp(min=1e-12)
-
     def fit(self, feature, gt):
         maps = feature["mask_attentions"].float().cpu()
         self.sums = self.sums + self._ious(feature, gt, maps).sum(0)
-        shares = self.normalised(maps).flatten(2)
+        shares = normalised(maps).flatten(2)
         self.attention = self.attention + maps.sum((0, 2, 3))
         self.entropy = self.entropy - (shares * shares.clamp(min=1e-12).log()).sum((0, 2))
         self.count += len(gt)
-        mean = self.normalised(maps).mean(1, keepdim=True)
-        where = {name: feature[name] for name in ("unpad", "meta_data")}
-        self.kept.append((where, gt, maps.half(), self._ious(feature, gt, mean).sum(0)[0]))
+        self.kept.append(({name: feature[name] for name in ("unpad", "meta_data")}, gt, maps.half()))
 
     def choose(self):
         best = int((self.sums / self.count).argmax())
-        self.channel, self.threshold = divmod(best, len(self.thresholds))
+        self.channel, threshold = divmod(best, len(self.thresholds))
         # of the heads that look at the picture more than most, the three with the most compact maps
         looks = self.attention >= self.attention.quantile(0.75)
-        self.heads = self.entropy.masked_fill(~looks, float("inf")).topk(
-            min(3, int(looks.sum())), largest=False
-        )
-        self.heads = self.heads.indices.sort().values
-        self.mean_threshold = int(sum(row for _, _, _, row in self.kept).argmax())
-        merged = [self._ious(f, gt, self.merged(maps)).sum(0)[0] for f, gt, maps, _ in self.kept]
-        self.heads_threshold = int(sum(merged).argmax())
+        compact = self.entropy.masked_fill(~looks, float("inf"))
+        self.heads = compact.topk(min(3, int(looks.sum())), largest=False).indices.sort().values
+        self.threshold = {"raw": threshold}
+        for kind in self.kinds[1:]:
+            sums = sum(self._ious(f, gt, self.merged(kind, maps)).sum(0)[0] for f, gt, maps in self.kept)
+            self.threshold[kind] = int(sums.argmax())
         self.kept = []
         return self
 
-    def merged(self, maps):
-        """Mean of the chosen heads' maps, each divided by its sum: (n, 1, h, w)."""
-        return self.normalised(maps[:, self.heads]).mean(1, keepdim=True)
+    def merged(self, kind, maps):
+        """The one map (n, 1, h, w) that a kind makes of all maps (n, C, h, w) of a picture's phrases."""
+        maps = maps.float().cpu()
+        if kind == "raw":
+            return maps[:, [self.channel]]
+        if kind == "heads":
+            maps = maps[:, self.heads]
+        mean = normalised(maps).mean(1, keepdim=True)
+        if kind != "fusion":
+            return mean
+        if len(mean) == 1:
+            return (mean - mean.mean()).clamp(min=0)
+        others = (mean.sum(0, keepdim=True) - mean) / (len(mean) - 1)
+        return (mean - others).clamp(min=0)
 
     def score(self, feature, gt, rows):
-        """Adds iou_raw, iou_mean and iou_heads to `rows`."""
-        maps = feature["mask_attentions"].float().cpu()
-        for name, part, threshold in (
-            ("raw", maps[:, [self.channel]], self.threshold),
-            ("mean", self.normalised(maps).mean(1, keepdim=True), self.mean_threshold),
-            ("heads", self.merged(maps), self.heads_threshold),
-        ):
-            for row, iou in zip(rows, self._ious(feature, gt, part)[:, 0, threshold]):
-                row[f"iou_{name}"] = float(iou)
+        """Adds iou_raw, iou_mean, iou_heads and iou_fusion to `rows`."""
+        for kind in self.kinds:
+            ious = self._ious(feature, gt, self.merged(kind, feature["mask_attentions"]))
+            for row, iou in zip(rows, ious[:, 0, self.threshold[kind]]):
+                row[f"iou_{kind}"] = float(iou)
+
+
+def normalised(maps):
+    """Every map (n, C, h, w) divided by its sum."""
+    return maps / maps.sum((-2, -1), keepdim=True).clamp(min=1e-12)
 
 
 def summarise(rows):

@@ -16,7 +16,7 @@ from flmm.models.tiny import TEXT
 from flmm.models.tiny_bases import VISION, check_tokenizer, tiny_base
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "deepseek_vl_hybrid"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_passes_the_check_of_a_base(family):
     base = tiny_base(family)
     wrong = [line for line in check_base.check_base(base) if not line[2]]
@@ -119,13 +119,21 @@ def test_a_single_query_sees_every_key():
     assert key.shape[2] == 7 and mask.shape == (1, 1, 1, 7) and mask.all()
 
 
-@pytest.mark.parametrize("name", attention_rows.UNKNOWN)
+@pytest.mark.parametrize("name", ["softcap", "s_aux", "position_bias", "alibi", "block_indices", "new_term"])
 def test_attention_that_is_more_than_a_masked_softmax_is_refused(name):
     query = torch.zeros(1, 1, 4, 4)
     with pytest.raises(
         UserError, match=f"attends with {name}, which SDPA does not know; .*--attention eager"
     ):
         rows_attention(torch.nn.Module(), query, query, query, None, **{name: torch.ones(1)})
+    rows_attention(torch.nn.Module(), query, query, query, None, sliding_window=4, dropout=0.0)
+
+
+def test_a_base_with_a_layer_without_attention_is_refused():
+    base = tiny_base("llava")
+    base.num_layers += 1
+    with pytest.raises(UserError, match="3 of 4 layers gave attention"):
+        base([check_base.sample(base, (64, 64))])
 
 
 def test_a_model_with_attention_sinks_is_refused_by_its_own_call():

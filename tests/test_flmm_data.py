@@ -430,7 +430,7 @@ def test_the_raw_map_control_finds_the_channel_that_holds_the_mask():
     assert rows[0]["iou_raw"] == 1
 
 
-def test_localisation_heads_are_compact_and_look_at_the_picture_and_need_no_mask():
+def test_heads_without_training_find_their_object_by_compactness_and_by_contrast():
     gt = torch.zeros(1, 16, 16)
     gt[0, 4:12, 4:12] = 1
     spread, compact = torch.full((16, 16), 1 / 256), gt[0] / gt.sum()
@@ -444,6 +444,17 @@ def test_localisation_heads_are_compact_and_look_at_the_picture_and_need_no_mask
     rows = [{}]
     raw.score(feature, gt, rows)
     assert rows[0]["iou_heads"] == 1 and rows[0]["iou_mean"] == 1  # a mean of maps that agree
+    # a place that every phrase looks at hides the object from the mean, and not from the fusion
+    gt, maps = torch.zeros(2, 16, 16), torch.full((2, 5, 16, 16), 1e-3)
+    gt[0, :, :4], gt[1, :, 12:] = 1, 1
+    maps += gt[:, None] * 0.01
+    maps[:, :, 6:8, 6:8] = 0.1
+    raw, rows, both = RawMaps(), [{}, {}], {"mask_attentions": maps, "unpad": False, "meta_data": None}
+    raw.fit(both, gt)
+    raw.choose().score(both, gt, rows)
+    assert all(row["iou_fusion"] == 1 and row["iou_mean"] < 0.99 for row in rows)
+
+    gt = torch.zeros(1, 16, 16)
     other = RawMaps()
     other.fit(feature, 1 - gt)
     assert other.choose().heads.tolist() == [1, 4, 6]  # another truth chooses the same heads

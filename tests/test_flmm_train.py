@@ -183,7 +183,7 @@ def test_a_head_is_trained_from_the_cache_scored_and_used(world, tmp_path):
     results = json.loads((tmp_path / "test/results.json").read_text())
     assert (
         set(results["controls"])
-        == {"whole", "centre", "union", "other", "other_coarse", "raw", "mean", "heads"}
+        == {"whole", "centre", "union", "other", "other_coarse", "raw", "mean", "heads", "fusion"}
         and f"{results['phrases']} phrases" in text
     )
     assert len(list((tmp_path / "test/overlays").glob("*.png"))) == 2

@@ -69,8 +69,12 @@ class AttentionRows:
         self.maps.append(layer)
 
 
-# Arguments of an attention call that change what is attended, beyond the mask: SDPA refuses or ignores them.
-UNKNOWN = ("softcap", "s_aux", "sinks", "position_bias", "attention_bias", "alibi", "head_mask", "cache")
+# What may stand in an attention call beside query, key, value and mask and changes nothing that is attended:
+# lengths of packed texts, which SDPA does not read, and inputs of the model that travel along. Whatever else
+# holds numbers (soft-capping, sinks, biases, chosen blocks) may change it, so it is refused.
+HARMLESS = {"dropout", "sliding_window", "position_ids", "cache_position", "position_embeddings"}
+HARMLESS |= {"past_key_values", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
+HARMLESS |= {"mm_token_type_ids", "token_type_ids", "image_sizes", "image_grid_thw"}
 
 
 def attended(module, query, key, attention_mask, is_causal=None):
@@ -93,7 +97,8 @@ def rows_attention(
     """Attention function of transformers 5: SDPA, plus `attention_rows.record` where `model(...,
     attention_rows=)` is given. UserError for a model whose attention is more than a softmax under a mask."""
     kwargs.pop("output_attentions", None)  # SDPA would warn about it
-    if strange := [name for name in UNKNOWN if kwargs.get(name) is not None]:
+    idle = (type(None), bool, int, str)
+    if strange := [n for n, value in kwargs.items() if n not in HARMLESS and not isinstance(value, idle)]:
         raise UserError(
             f"{type(module).__name__} attends with {strange[0]}, which SDPA does not know; read this base "
             "with --attention eager"

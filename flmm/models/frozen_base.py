@@ -324,6 +324,11 @@ class FrozenBase:
             merge=self.merge,
         )
         hidden, before = self._run(inputs, wanted)
+        if len(wanted.maps) != self.num_layers:
+            raise UserError(
+                f"{type(self.model).__name__}: {len(wanted.maps)} of {self.num_layers} layers gave attention; "
+                "a base needs attention in every layer"
+            )
         outputs = [
             {
                 "mask_attentions": self.to_grid(

@@ -97,6 +97,15 @@ def new_model(family, tokenizer):
             vision_feature_layer=-1,
             vision_feature_select_strategy="full",
         )
+    elif family == "deepseek_vl_hybrid":
+        high = dict(hidden_size=32, mlp_dim=64, num_hidden_layers=2, num_attention_heads=2, image_size=128)
+        high |= dict(patch_size=8, output_channels=16, window_size=7, global_attn_indexes=[0])
+        config = hf.DeepseekVLHybridConfig(
+            text_config={"model_type": "llama", **text},
+            vision_config=siglip,
+            high_res_vision_config={"model_type": "sam_vision_model", **high},
+            image_token_id=token("<image_placeholder>"),
+        )
     elif family in ("smolvlm", "idefics3"):
         kind = hf.SmolVLMConfig if family == "smolvlm" else hf.Idefics3Config
         config = kind(

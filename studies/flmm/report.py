@@ -115,6 +115,7 @@ def blind_controls(trained):
         "best raw map": "raw",
         "three localisation heads": "heads",
         "mean of all maps": "mean",
+        "decomposed fusion": "fusion",
         "union of all objects": "union",
         "whole picture": "whole",
         "centre box": "centre",
