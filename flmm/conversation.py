@@ -217,18 +217,22 @@ class Grounder:
             raise UserError("an empty phrase cannot be grounded; write the words to look for")
         return self._masks(image, self.builder({"image": image, "pieces": pieces}), list(phrases))
 
-    def converse(self, image, question=None, max_new_tokens=128):
+    def converse(self, image, question=None, max_new_tokens=128, history=(), look=0):
         """Ask, answer, ground: {"answer", and the result of `ground` for the phrases of the answer}.
 
-        Phrases come from the keyword selector if one is loaded, else from noun_phrases; without any the whole
-        answer counts.
+        image: a picture, or a list of them that the base sees in this order; the masks are of that with the
+        number `look`. history: [(question, answer)] of earlier turns about them. Phrases come from the
+        keyword selector if one is loaded, else from noun_phrases; without any the whole answer counts.
         """
-        image = to_rgb(image)
+        images = [to_rgb(one) for one in (image if isinstance(image, (list, tuple)) else [image])]
+        pictures, image = [{"image": one, **self.base.image_processor(one)} for one in images], images[look]
+        texts = [""] * (len(images) - 1) + [self.base.question if question is None else question]
         sample = {
-            "input_ids": torch.tensor(self.base.encode_prompt(question)),
-            "image": image,
+            "input_ids": torch.tensor(self.base.encode_prompt(texts, history)),
             "file_name": "picture",
-            **self.base.image_processor(image),
+            **pictures[look],
+            "pictures": pictures,
+            "look": look,
         }
         ids = self.base.generate(sample, max_new_tokens)
         if not ids:

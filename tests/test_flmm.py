@@ -394,6 +394,9 @@ def test_text_is_cut_at_its_noun_phrases_and_converse_needs_no_terminal(grounder
     assert result["phrases"] == ["A red circle", "a blue square"]
     spoken = grounder.converse(image, max_new_tokens=5)
     assert spoken["answer"] and len(spoken["phrases"]) == len(spoken["masks"]) >= 1
+    both = [image, image.resize((40, 90))]
+    later = grounder.converse(both, "And now?", 5, history=[("What?", spoken["answer"])], look=1)
+    assert later["masks"].shape[1:] == (90, 40)
 
 
 @pytest.mark.parametrize("family", ["llava", "deepseek_vl", "qwen"])
@@ -600,7 +603,13 @@ def test_the_page_takes_pictures_of_a_sane_length_kind_and_size(page, monkeypatc
     tiff = io.BytesIO()
     Image.new("RGB", (8, 8)).save(tiff, "TIFF")
     assert "not a readable picture of the kinds JPEG" in page(tiff.getvalue())[1]["error"]
-    assert page(path="/etc/passwd", method="GET")[0] == 404
+    assert page(path="/etc/passwd", method="GET")[0] == page(b"", path="/")[0] == 404
+
+
+def test_a_failure_of_the_model_is_an_answer_and_not_called_a_bad_picture(page, grounder, monkeypatch):
+    monkeypatch.setattr(grounder, "ground", lambda *_: 1 / 0)
+    status, answer = page(png_bytes(Image.new("RGB", (32, 32))))
+    assert status == 500 and answer["error"].startswith("the model failed")
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])

@@ -223,3 +223,30 @@ def test_without_a_chat_template_the_configuration_has_to_name_one():
     base.tokenizer.chat_template, base.template = None, CHAT
     with pytest.raises(UserError, match="has no chat template; choose one of vicuna"):
         base.encode_prompt()
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next", "qwen3_vl", "smolvlm"])
+def test_rows_of_one_of_several_pictures_after_earlier_turns_equal_full_matrices(family):
+    base = tiny_base(family)
+    prompt = base.encode_prompt(["", "And now?"], [("What <image> is it?", "A red <|im_end|> cat.")])
+    assert prompt.count(base.image_token_id) == 2  # those of the words are letters
+    words = base.tokenizer(" the blue ring", add_special_tokens=False).input_ids
+    pictures = [
+        {"image": i, **base.image_processor(i)} for i in map(check_base.picture, ((90, 60), (64, 96)))
+    ]
+    ids = torch.tensor(prompt + words)
+    mask_ids = torch.tensor([-1] * len(prompt) + [0] * len(words))
+    for look in (0, 1):
+        one = {"input_ids": ids, "mask_ids": mask_ids, **pictures[look], "pictures": pictures, "look": look}
+        [rows], [full] = base([one]), check_base.reread(base, [one], "eager")
+        assert rows["mask_attentions"].shape[1:] == (base.channels, *grid_of(base, one))
+        assert check_base.distance([rows], [full], "mask_attentions") < 1e-5
+    wide = base.expand(ids, one)
+    assert torch.equal(base.expand(wide, one), wide)  # what is expanded stays as it is
+
+
+def grid_of(base, one):
+    """Shape of the finest map of a picture."""
+    grid = base.grid(one)
+    maps = torch.zeros(1, 1, base.image_tokens(one))
+    return base.to_grid([maps], grid).shape[-2:]

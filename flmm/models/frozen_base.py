@@ -43,6 +43,11 @@ CHAT = "chat"  # the template that the tokenizer itself carries
 QUESTION = "Please give me a description of the image."
 
 
+def pictures_of(sample):
+    """The processor's outputs of all pictures of a sample, in their order."""
+    return sample.get("pictures", [sample])
+
+
 class FrozenBase:
     """A multimodal LLM that is read, never changed.
 
@@ -185,17 +190,22 @@ class FrozenBase:
 
     # ---- inputs
 
-    def encode_prompt(self, text=None):
+    def encode_prompt(self, text=None, history=()):
         """Token ids of the instruction with one image token for each picture.
 
         text: the user's words, default the training question; a list of them has a picture before each.
+        history: [(question, answer)] of earlier turns; the pictures come before the first question.
         """
-        before, after, options = self.template_parts()
-        texts = [self.question] if text is None else [text] if isinstance(text, str) else text
-        parts = [(before, False)]
-        for words in texts:
-            parts += [(self.image_text, False), (words, True)]
-        ids = encode_parts(self.tokenizer, [*parts, (after, False)], **options)
+        texts = [self.question] if text is None else [text] if isinstance(text, str) else list(text)
+        first = [*texts[:-1], history[0][0]] if history else texts
+        words = [w for turn in history for w in turn][1:] + texts[-1:] if history else []
+        between, options = self.template_parts(1 + len(history))
+        parts = [(between[0], False)]
+        for part in first:
+            parts += [(self.image_text, False), (part, True)]
+        for template, part in zip(between[1:], words):
+            parts += [(template, False), (part, True)]
+        ids = encode_parts(self.tokenizer, [*parts, (between[-1], False)], **options)
         if ids.count(self.image_token_id) < 1:
             raise UserError(
                 f"the tokenizer does not know the image token of {self.image_text!r} (id "
@@ -203,14 +213,17 @@ class FrozenBase:
             )
         return ids
 
-    def template_parts(self):
-        """What stands before and after the user's words, and how it is tokenised.
+    def template_parts(self, rounds=1):
+        """The texts before, between and after the words of `rounds` questions with the answers between them,
+        and how they are tokenised.
 
-        The text is one of TEMPLATES, or with "chat" what the tokenizer's own template makes of one user turn;
+        They are of one of TEMPLATES, or with "chat" what the tokenizer's own template makes of such turns;
         that one writes the special tokens around it itself.
         """
         if self.template != CHAT:
-            return *TEMPLATES[self.template].split("{input}"), {}
+            before, after = TEMPLATES[self.template].split("{input}")
+            again = (self.tokenizer.eos_token or "") + before
+            return [before, *[after, again] * (rounds - 1), after], {}
         if not getattr(self.tokenizer, "chat_template", None):
             raise UserError(
                 "base.template is 'chat', but the tokenizer has no chat template; choose one of "
@@ -219,17 +232,19 @@ class FrozenBase:
         mark, image = "<<<words>>>", self.chat_image or self.image_text
         picture, words = {"type": "image"}, {"type": "text", "text": mark}
         for content in ([picture, words], [words], mark):  # templates take parts, or text alone
+            later = mark if content == mark else [words]
+            turns = [{"role": "user", "content": content}]
+            for _ in range(rounds - 1):
+                turns += [{"role": "assistant", "content": later}, {"role": "user", "content": later}]
             try:
-                turn = [{"role": "user", "content": content}]
-                text = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+                text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
             except (TypeError, ValueError, TemplateError):
                 continue
-            before, _, after = text.partition(mark)
-            pictured = isinstance(content, list) and picture in content
-            if text.count(mark) != 1 or "'type'" in text or pictured and not before.endswith(image):
+            parts, pictured = text.split(mark), picture in content if content != mark else False
+            if len(parts) != 2 * rounds or "'type'" in text or pictured and not parts[0].endswith(image):
                 continue
-            before = before.removesuffix(image) if pictured else before
-            return before, after, {"add_special_tokens": False}
+            parts[0] = parts[0].removesuffix(image) if pictured else parts[0]
+            return parts, {"add_special_tokens": False}
         raise UserError(
             "the tokenizer's chat template does not give back the user's words; set base.template"
         )
@@ -252,24 +267,29 @@ class FrozenBase:
         return [self.image_token_id] * self.image_tokens(sample)
 
     def expand(self, ids, sample, values=None, fill=None):
-        """One image token -> as many as the picture has features, with the separators between its parts.
+        """One image token of each picture -> as many as it has features, with the separators between its
+        parts.
 
-        ids (S,) holds one image token. values (S,): mask_ids (fill -1) or labels (fill -100) to widen in
-        step, default ids.
+        ids (S,) holds one image token for each of sample["pictures"], which are outputs of the processor; by
+        default the sample is its only picture. values (S,): mask_ids (fill -1) or labels (fill -100) to widen
+        in step, default ids.
         """
-        span = self.image_ids(sample)
-        inner = ids.new_tensor(span) if values is None else values.new_full((len(span),), fill)
+        spans = [self.image_ids(picture) for picture in pictures_of(sample)]
         values = ids if values is None else values
-        at = (ids == self.image_token_id).nonzero().flatten()
-        if len(at) == span.count(self.image_token_id):
-            start = int(at[0]) - span.index(self.image_token_id)
-            if start >= 0 and ids[start : start + len(span)].tolist() == span:
+        at = (ids == self.image_token_id).nonzero().flatten().tolist()
+        tokens = [span.count(self.image_token_id) for span in spans]
+        if len(at) == sum(tokens):
+            firsts = [at[sum(tokens[:k])] - span.index(self.image_token_id) for k, span in enumerate(spans)]
+            held = (ids[max(0, start) :][: len(span)].tolist() for start, span in zip(firsts, spans))
+            if all(have == span for have, span in zip(held, spans)):
                 return values  # already expanded
-        if len(at) != 1:
-            raise ValueError(
-                f"input_ids hold {len(at)} image tokens, expected 1 or {span.count(self.image_token_id)}"
-            )
-        return torch.cat([values[: at[0]], inner, values[at[0] + 1 :]])
+        if len(at) != len(spans):
+            raise ValueError(f"input_ids hold {len(at)} image tokens, expected {len(spans)} or {sum(tokens)}")
+        pieces, last = [], 0
+        for position, span in zip(at, spans):
+            inner = ids.new_tensor(span) if values is ids else values.new_full((len(span),), fill)
+            pieces, last = [*pieces, values[last:position], inner], position + 1
+        return torch.cat([*pieces, values[last:]])
 
     def to_grid(self, maps, grid):
         """One (H, n, N) tensor per layer, N image columns -> (n, channels, gh, gw); channel = layer * H +
@@ -290,7 +310,7 @@ class FrozenBase:
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "use_cache": False,
-            **self.build_inputs(samples, input_ids, attention_mask),
+            **self.build_inputs([p for s in samples for p in pictures_of(s)], input_ids, attention_mask),
         }, shifts
 
     # ---- the one forward pass
@@ -300,8 +320,11 @@ class FrozenBase:
         """Run the base on a list of samples and keep what the heads need.
 
         A sample has input_ids (S,), mask_ids (S,) (-1 = no phrase, k = token of phrase k) and the processor's
-        output. Returns per sample {"mask_attentions" (n, channels, gh, gw) float32, "hidden_states" (L, R,
-        d): the phrase rows of the last L entries of the hidden-state tuple (after the final norm at the end),
+        output; of several `pictures` the phrases are looked for in that of number `look`, which the sample
+        itself holds.
+
+        Returns per sample {"mask_attentions" (n, channels, gh, gw) float32, "hidden_states" (L, R, d): the
+        phrase rows of the last L entries of the hidden-state tuple (after the final norm at the end),
         "mask_ids" (R,)}; likelihood adds "log_probs" (R,), log p of each phrase token after all before it.
         """
         inputs, shifts = self.batch(samples)
@@ -317,17 +340,14 @@ class FrozenBase:
         wanted = AttentionRows(
             rows=[(r + k).to(self.device) for r, k in zip(rows, shifts)],
             phrases=[p.to(self.device) for p in phrases],
-            columns=[
-                (i == self.image_token_id).nonzero().flatten().to(self.device) + k
-                for i, k in zip(ids, shifts)
-            ],
+            columns=[self.columns_of(i, s).to(self.device) + k for i, s, k in zip(ids, samples, shifts)],
             merge=self.merge,
         )
         hidden, before = self._run(inputs, wanted)
         if len(wanted.maps) != self.num_layers:
             raise UserError(
-                f"{type(self.model).__name__}: {len(wanted.maps)} of {self.num_layers} layers gave attention; "
-                "a base needs attention in every layer"
+                f"{type(self.model).__name__}: {len(wanted.maps)} of {self.num_layers} layers gave attention; a "
+                "base needs it in every layer"
             )
         outputs = [
             {
@@ -343,6 +363,12 @@ class FrozenBase:
             for b, output in enumerate(outputs):
                 output["log_probs"] = self.log_probs(before[b], inputs["input_ids"][b, wanted.rows[b]])
         return outputs
+
+    def columns_of(self, ids, sample):
+        """Positions in expanded ids of the picture in which phrases are looked for."""
+        columns = (ids == self.image_token_id).nonzero().flatten()
+        tokens = [self.image_ids(p).count(self.image_token_id) for p in pictures_of(sample)]
+        return columns.split(tokens)[sample.get("look", 0)]
 
     def log_probs(self, before, tokens):
         """log p of `tokens` (R,) given the normed states `before` them (R, d): (R,) float32."""
@@ -388,11 +414,11 @@ class FrozenBase:
 
     @torch.no_grad()
     def generate(self, sample, max_new_tokens=128, **options):
-        """Greedy answer to sample["input_ids"] (1-D, one image token); returns the new ids without the end
-        token and without image tokens."""
+        """Greedy answer to sample["input_ids"] (1-D, one image token a picture); returns the new ids without
+        the end token and without image tokens."""
         ids = self.expand(sample["input_ids"], sample)[None].to(self.device)
         mask = torch.ones_like(ids)
-        extra = self.build_inputs([sample], ids, mask)
+        extra = self.build_inputs(pictures_of(sample), ids, mask)
         extra.pop("position_ids", None)  # generate makes its own as the sequence grows
         out = self.model.generate(
             input_ids=ids,

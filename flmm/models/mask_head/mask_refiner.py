@@ -251,25 +251,28 @@ class SAMImageEncoder:
     def __call__(self, images):
         """List of RGB PIL images, or of what `prepare` made of them -> embeddings (B, ...): (B, D, e, e), e =
         image_size / patch size; of several maps one after another where a decoder wants several."""
-        images = [image if torch.is_tensor(image) else self.prepare(image) for image in images]
-        keys = [digest(image) for image in images]
-        new = {key: image for key, image in zip(keys, images) if key not in self.kept}
-        found = dict(self.kept)
-        if new:
-            weight = next(self.encoder.parameters())
-            pixels = torch.stack([self.preprocess(image) for image in new.values()]).to(weight)
-            maps = self.sam.get_image_embeddings(pixels)
-            if self.high_quality:  # the embedding, and the outputs of the layers that see the whole picture
-                maps = [maps[0], maps[1][0]]
-            if not torch.is_tensor(maps):
-                maps = torch.cat([part.flatten(1).to(weight) for part in maps], 1)
-            found |= dict(zip(new, maps))
-        for key in keys:
-            self.kept[key] = found[key]
+        embeddings = []
+        for image in images:
+            pixels = image if torch.is_tensor(image) else self.prepare(image)
+            key = digest(pixels)
+            if key not in self.kept:
+                self.kept[key] = self.encode(pixels)
             self.kept.move_to_end(key)
-        while len(self.kept) > KEPT:
-            self.kept.popitem(last=False)
-        return torch.stack([found[key] for key in keys])
+            embeddings.append(self.kept[key])
+            if len(self.kept) > KEPT:
+                self.kept.popitem(last=False)
+        return torch.stack(embeddings)
+
+    def encode(self, pixels):
+        """Embedding of what `prepare` made of one picture. Each is encoded alone, so that its last digits do
+        not depend on which others were in the batch or kept."""
+        weight = next(self.encoder.parameters())
+        maps = self.sam.get_image_embeddings(self.preprocess(pixels)[None].to(weight))
+        if torch.is_tensor(maps):
+            return maps[0]
+        if self.high_quality:  # the embedding, and the outputs of the layers that see the whole picture
+            maps = [maps[0], maps[1][0]]
+        return torch.cat([part[0].flatten().to(weight) for part in maps])
 
 
 def digest(pixels) -> bytes:

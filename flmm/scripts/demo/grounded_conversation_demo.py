@@ -3,11 +3,11 @@
     python flmm/scripts/demo/grounded_conversation_demo.py --config CONFIG --head head.safetensors \\
         --image street.jpg --text "a red car"
     ... --image street.jpg                   # the base describes the picture; its noun phrases are grounded
-    ... --image street.jpg --question "Where can I sit?"
+    ... --image street.jpg --question "Where can I sit?" "What colour is it?"     # one turn after another
 
-Writes OUT.png (the picture with its masks) and OUT.json (phrases, boxes in pixels, scores, COCO RLE). Asks
-nothing at the terminal. Without --config and --head the model of the built-in study is used, which
-`bash run_all.sh flmm` makes.
+Of several pictures the base sees all, and words are looked for in the first. Writes OUT.png (the picture
+with its masks) and OUT.json (phrases, boxes in pixels, scores, COCO RLE). Asks nothing at the terminal.
+Without --config and --head the model of the built-in study is used, which `bash run_all.sh flmm` makes.
 """
 
 import os
@@ -30,10 +30,15 @@ ROOT = Path(__file__).resolve().parents[3]
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("--image", type=Path, required=True, help="the picture, of any format and mode")
+    parser.add_argument(
+        "--image", type=Path, nargs="+", required=True, help="the picture, of any format and mode, or several"
+    )
     parser.add_argument("--text", help="the phrase to ground; several are separated by ';'")
     parser.add_argument(
-        "--question", help="what to ask the base where there is no --text, instead of a description"
+        "--question",
+        nargs="+",
+        help="what to ask the base where there is no --text, instead of a description; of several questions "
+        "each is asked after the answer to the one before",
     )
     add_model_arguments(parser)
     parser.add_argument(
@@ -77,9 +82,12 @@ def load_grounder(args) -> Grounder:
 
 def main(args):
     # Read what was asked before the model is loaded.
-    image, phrases = load_image(args.image), None
+    images, phrases = [load_image(path) for path in args.image], None
+    image = images[0]
     if args.text is not None:
         refuse(args, ["question", "selector"], "beside --text")
+        if len(images) > 1:
+            raise UserError("--text is looked for in one picture; give one --image")
         phrases = [phrase.strip() for phrase in args.text.split(";")]
         if not all(phrases):
             raise UserError(
@@ -88,9 +96,14 @@ def main(args):
 
     # Ground the phrases, or let the base answer and ground its words.
     grounder = load_grounder(args)
-    result = grounder.ground(image, phrases) if phrases else grounder.converse(image, args.question)
-    if "answer" in result:
-        print(f"answer: {result['answer']}")
+    history = []
+    if phrases:
+        result = grounder.ground(image, phrases)
+    else:
+        for question in args.question or [None]:
+            result = grounder.converse(images, question, history=history)
+            history.append((question, result["answer"]))
+            print(f"answer: {result['answer']}")
     rows = zip(result["phrases"], result["boxes"], result["scores"], result["presence"])
     for phrase, box, score, there in rows:
         found, sure = f"box {box}" if box else "nothing found,", ""
@@ -103,7 +116,7 @@ def main(args):
     picture = labelled_strip(image, [("grounded", result["masks"])], result["phrases"], height=height)
     save_image(picture, args.out.with_name(args.out.name + ".png"))
     kept = {name: value for name, value in result.items() if name not in ("masks", "coarse_masks")}
-    atomic_json(args.out.with_name(args.out.name + ".json"), {"image": args.image.name, **kept})
+    atomic_json(args.out.with_name(args.out.name + ".json"), {"image": args.image[0].name, **kept})
     print(f"wrote {args.out}.png and {args.out}.json")
 
 

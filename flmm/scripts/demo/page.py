@@ -65,12 +65,13 @@ def reply(grounder, content, text):
             return {"error": f"the picture has more than {PIXELS // 10**6} million pixels; make it smaller"}
         image = to_rgb(ImageOps.exif_transpose(opened))
         image.thumbnail((1600, 1600))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return {"error": f"not a readable picture of the kinds {', '.join(FORMATS)} ({type(error).__name__})"}
+    try:
         phrases = [phrase.strip() for phrase in text.split(";")] if text.strip() else None
         result = grounder.ground(image, phrases) if phrases else grounder.converse(image)
     except UserError as error:
         return {"error": str(error)}
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return {"error": f"not a readable picture of the kinds {', '.join(FORMATS)} ({type(error).__name__})"}
     tints = colours(len(result["phrases"]))
     return {
         "image": data_url(image),
@@ -132,6 +133,9 @@ def make_server(grounder, port):
         def do_POST(self):
             if not self.ours():
                 return
+            if urlparse(self.path).path != "/ground":
+                self.refuse(404, "there is nothing here")
+                return
             length = self.headers.get("Content-Length", "")
             if not (length.isascii() and length.isdecimal()):
                 self.refuse(411, "the length of the picture is missing")
@@ -143,8 +147,12 @@ def make_server(grounder, port):
                     self.refuse(400, "the picture was cut off")
                     return
                 text = parse_qs(urlparse(self.path).query).get("text", [""])[0]
-                with turn:
-                    answer = reply(grounder, content, text)
+                try:
+                    with turn:
+                        answer = reply(grounder, content, text)
+                except Exception:
+                    self.refuse(500, "the model failed; the terminal of this server says why")
+                    raise
                 self.send("application/json", json.dumps(answer))
 
         def log_message(self, *args):

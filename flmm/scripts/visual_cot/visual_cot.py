@@ -65,22 +65,9 @@ def answer(grounder, images, text, started="", max_new_tokens=32):
     ids = base.encode_prompt(text)
     if started:
         ids = ids + encode_text(base.tokenizer, started)
-    samples = [{"image": i, **base.image_processor(i)} for i in images]
-    parts, k = [], 0
-    for token in ids:  # every picture's token becomes as many as that picture has features
-        if token == base.image_token_id:
-            parts += [token] * base.image_tokens(samples[k])
-            k += 1
-        else:
-            parts.append(token)
-    input_ids = torch.tensor([parts], device=base.device)
-    mask = torch.ones_like(input_ids)
-    extra = base.build_inputs(samples, input_ids, mask)
-    extra.pop("position_ids", None)
-    out = base.model.generate(
-        input_ids=input_ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, **extra
-    )
-    return base.tokenizer.decode(out[0, input_ids.shape[1] :], skip_special_tokens=True).strip()
+    pictures = [{"image": i, **base.image_processor(i)} for i in images]
+    new = base.generate({"input_ids": torch.tensor(ids), "pictures": pictures}, max_new_tokens)
+    return base.tokenizer.decode(new, skip_special_tokens=True).strip()
 
 
 def tokens_in_box(box, sample, grid):
