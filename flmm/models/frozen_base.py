@@ -345,10 +345,8 @@ class FrozenBase:
         )
         hidden, before = self._run(inputs, wanted)
         if len(wanted.maps) != self.num_layers:
-            raise UserError(
-                f"{type(self.model).__name__}: {len(wanted.maps)} of {self.num_layers} layers gave attention; a "
-                "base needs it in every layer"
-            )
+            name, got = type(self.model).__name__, len(wanted.maps)
+            raise UserError(f"{name}: {got} of {self.num_layers} layers gave attention; all of a base must")
         outputs = [
             {
                 "mask_attentions": self.to_grid(
