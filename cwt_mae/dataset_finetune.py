@@ -2,8 +2,8 @@
 
 Four tasks on the same store of prepared signals (dataset.py):
 
-    beat    a window centred on every annotated beat, and the rhythm around it as features; AAMI classes
-            N, S, V and F
+    beat    a window centred on every annotated beat, and the rhythm around it as features, perhaps its
+            amplitude in the record too; AAMI classes N, S, V and F
     rhythm  windows side by side, labelled by the rhythm annotation in force; windows across a change are
             left out
     series  one label for a whole record: UCR sets, and npz files with a field `label`; longer records give
@@ -37,6 +37,7 @@ DS1 = "101 106 108 109 112 114 115 116 118 119 122 124 201 203 205 207 208 209 2
 AAMI = {"N": "NLRejB", "S": "AaJSn", "V": "VEr", "F": "F", "Q": "/fQ?"}  # WFDB beat codes of each AAMI class
 AAMI_OF = {code.encode(): name for name, codes in AAMI.items() for code in codes}
 NOT_BEATS = set("[!]xp()tu`'^|~+sTD=\"@*&") | {"p", "t", ""}
+RHYTHM = 11  # numbers of `rhythm_features`
 BEAT_CLASSES = ["N", "S", "V", "F"]  # Q (paced, unclassifiable) is left out, as usual
 ITEMS = np.dtype([("record", "i4"), ("start", "i8"), ("label", "i2"), ("beat", "i4")])
 
@@ -72,14 +73,22 @@ class Task:
 
 
 def load_task(
-    store: Store, kind: str, signal_len: int, classes=None, skip_bad: bool = False, level: str = ""
+    store: Store,
+    kind: str,
+    signal_len: int,
+    classes=None,
+    skip_bad: bool = False,
+    level: str = "",
+    amplitude: bool = False,
 ) -> Task:
     """All labelled windows of a store. classes: known class names, in order; a label outside them is an
-    error. level: which labels of a record count, for task labels."""
+    error. level: which labels of a record count, for task labels. amplitude: see `beat_features`."""
     if kind == "labels":
         return many_labels(store, signal_len, classes, skip_bad, level)
-    makers = {"beat": beat_items, "rhythm": rhythm_items, "series": series_items}
-    names, rows, features = makers[kind](store, signal_len)
+    if kind == "beat":
+        names, rows, features = beat_items(store, signal_len, amplitude)
+    else:
+        names, rows, features = {"rhythm": rhythm_items, "series": series_items}[kind](store, signal_len)
     if not rows:
         raise UserError(
             f"{store.about['files']} files hold no label for task {kind}: expected {LABELS[kind]}"
@@ -169,21 +178,21 @@ def beats_of(store: Store):
             yield record, beats
 
 
-def beat_items(store: Store, signal_len: int):
-    """One window around each beat, with `rhythm_features`."""
+def beat_items(store: Store, signal_len: int, amplitude: bool):
+    """One window around each beat, with `beat_features`."""
     names, rows, features = [], [], []
     for record, beats in beats_of(store):
         rate = store.rate(record)
         centres = np.round(beats["seconds"] * rate).astype(int)
-        features.append(rhythm_features(beats["seconds"]))
+        features.append(beat_features(store, record, beats["seconds"], amplitude))
         names += [AAMI_OF[s] for s in beats["symbol"]]
         rows += [(record, int(c) - signal_len // 2, len(rows) + i) for i, c in enumerate(centres)]
     return names, rows, np.concatenate(features) if features else np.zeros((0, 0), np.float32)
 
 
-def detected_beats(store: Store, classes: list, signal_len: int) -> Task:
+def detected_beats(store: Store, classes: list, signal_len: int, amplitude: bool = False) -> Task:
     """Windows without labels at the R peaks that the detector XQRS of the package wfdb finds in each record,
-    with `rhythm_features`."""
+    with `beat_features`."""
     processing = extra("wfdb.processing", "--unlabelled with a beat classifier")
     items, features = [], []
     for record in store.anchors.tolist():
@@ -193,7 +202,7 @@ def detected_beats(store: Store, classes: list, signal_len: int) -> Task:
             continue
         peaks = on_the_peak(store.signal(record), np.asarray(peaks), round(0.06 * rate))
         items += [(record, int(p) - signal_len // 2, -1, len(items) + i) for i, p in enumerate(peaks)]
-        features.append(rhythm_features(peaks / rate))
+        features.append(beat_features(store, record, peaks / rate, amplitude))
     if not items:
         raise UserError("no record holds three heart beats that the detector finds; check --channel")
     return Task("beat", classes, np.array(items, ITEMS), np.concatenate(features))
@@ -208,6 +217,49 @@ def on_the_peak(signal: np.ndarray, peaks: np.ndarray, reach: int) -> np.ndarray
 def cut_edges(signal: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
     """Windows (n, length) from `starts`; beyond its ends the record goes on with its first or last sample."""
     return signal[np.clip(starts[:, None] + np.arange(length), 0, len(signal) - 1)]
+
+
+def beat_features(store: Store, record: int, seconds: np.ndarray, amplitude: bool) -> np.ndarray:
+    """`rhythm_features` of a record's beats, and with `amplitude` its `amplitude_features`: (beats, 11 or
+    19)."""
+    rhythm, rate = rhythm_features(seconds), store.rate(record)
+    if not amplitude:
+        return rhythm
+    shape = amplitude_features(store.signal(record), np.round(seconds * rate).astype(int), rate)
+    return np.concatenate([rhythm, shape], 1)
+
+
+def amplitude_features(signal: np.ndarray, centres: np.ndarray, rate: float) -> np.ndarray:
+    """How large and how wide each beat is beside the others of its record, (beats, 8) float32: what the
+    windows, z-scored one by one, do not show.
+
+    The scale is the record's own median height of a QRS complex. Of the beat from .25 s before to .45 s after
+    its centre: height and area (logarithms), highest and lowest point, width, all less their medians or over
+    them; correlation with the record's median beat, and distance from it in the whole and around the QRS.
+    """
+    before, reach = round(0.25 * rate), max(1, round(0.1 * rate))
+    x = cut_edges(signal, centres - before, round(0.7 * rate))
+    x = x - np.median(x, 1, keepdims=True)
+    qrs = x[:, before - reach : before + reach + 1]
+    height, area = np.ptp(qrs, axis=1) + 1e-6, np.abs(x).sum(1) + 1e-6
+    x, scale = x / np.median(height), np.median(height)
+    usual = np.median(x, 0)
+    beside = x - usual
+    core = slice(max(0, before - reach), before + reach + 1)
+    width = (np.abs(qrs - np.median(qrs, 1, keepdims=True)) > 0.3 * height[:, None]).mean(1)
+    centred, pattern = x - x.mean(1, keepdims=True), usual - usual.mean()
+    alike = centred @ pattern / (np.linalg.norm(centred, axis=1) * np.linalg.norm(pattern) + 1e-9)
+    columns = [
+        np.log(height / scale),
+        np.log(area / np.median(area)),
+        x.max(1) - np.median(x.max(1)),
+        x.min(1) - np.median(x.min(1)),
+        4 * (width - np.median(width)),
+        alike,
+        np.sqrt(np.square(beside).mean(1)),
+        np.sqrt(np.square(beside[:, core]).mean(1)),
+    ]
+    return np.clip(np.stack(columns, 1), -4, 4).astype(np.float32)
 
 
 def rhythm_features(seconds: np.ndarray) -> np.ndarray:
@@ -555,7 +607,8 @@ class DownstreamClassificationDataset(Dataset):
         S)."""
         if self.draws and self.fibrillation_fraction and self.task.classes[item["label"]] != "S":
             if rng.random() < self.fibrillation_fraction:
-                return self.fibrillation[rng.integers(len(self.fibrillation))]
+                found = self.fibrillation[rng.integers(len(self.fibrillation))]
+                return np.concatenate([found, self.task.features[item["beat"], len(found) :]])
         return self.task.features[item["beat"]]
 
 

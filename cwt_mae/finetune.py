@@ -45,6 +45,7 @@ from common.train import (
 from cwt_mae.config import parse_changes, shape_of
 from cwt_mae.dataset import Preprocess, build_store
 from cwt_mae.dataset_finetune import (
+    RHYTHM,
     DownstreamClassificationDataset,
     fold_of,
     load_task,
@@ -202,6 +203,17 @@ def add_model_arguments(parser: argparse.ArgumentParser):
         help="beats: give the head numbers about the rhythm around the beat",
     )
     model.add_argument(
+        "--amplitude",
+        action="store_true",
+        help="beats: give the head numbers about height, width and shape of the beat beside the others of "
+        "its record",
+    )
+    model.add_argument(
+        "--hierarchy",
+        action="store_true",
+        help="beats: the rhythm alone tells S from N; V and F are told from these two by everything",
+    )
+    model.add_argument(
         "--compare",
         action="store_true",
         help="with --freeze and --center-columns: give the head the difference between the tokens and the "
@@ -288,13 +300,13 @@ def check_options(args, head_sizes: dict):
     if args.fold < 0:
         refuse(args, ["folds", "select", "eval_every"], "without a validation part (--fold -1)")
     if args.task != "beat":
-        refuse(args, ["features", "fibrillation"], f"for --task {args.task}")
+        refuse(args, ["features", "fibrillation", "amplitude", "hierarchy"], f"for --task {args.task}")
     if args.task == "labels":
         refuse(args, ["class_weights", "sampling_power", "label_smoothing", "mixup"], "for --task labels")
     else:
         refuse(args, ["level"], f"for --task {args.task}")
     if not args.features:
-        refuse(args, ["fibrillation"], "with --no-features")
+        refuse(args, ["fibrillation", "amplitude", "hierarchy"], "with --no-features")
     if args.freeze:
         refuse(args, ["layer_decay"], "with --freeze")
     if not args.augment:
@@ -477,7 +489,9 @@ def make_sets(args, accelerator, preprocess: dict, signal_len: int):
     # One process reads the files and tells what it skipped; the others map what it wrote.
     on_main(accelerator, load)
     store = load(quiet=True)
-    task = load_task(store, args.task, signal_len, skip_bad=args.skip_bad, level=args.level)
+    task = load_task(
+        store, args.task, signal_len, skip_bad=args.skip_bad, level=args.level, amplitude=args.amplitude
+    )
     if not args.features:
         task = task.without_features()
     # From here on there are training and validation records only.
@@ -522,6 +536,7 @@ def make_model(args, config: dict, head_sizes: dict, task) -> TF_MAE_Classifier:
             center_columns=args.center_columns,
             compare=args.compare,
             num_features=task.features.shape[1],
+            hierarchy=RHYTHM if args.hierarchy else 0,
             **head_sizes,
             **config,
         )
@@ -532,13 +547,14 @@ def make_model(args, config: dict, head_sizes: dict, task) -> TF_MAE_Classifier:
     return model
 
 
-def make_card(train_set, scale, level: str) -> dict:
+def make_card(train_set, scale, args) -> dict:
     """What test.py needs beside the weights; it goes into the metadata of model.safetensors."""
     task = train_set.task
     return {
         "task": task.kind,
         "classes": task.classes,
-        "level": level,
+        "level": args.level,
+        "amplitude": args.amplitude,
         # Features are standardised in a test as they were in training.
         "features": None if scale is None else [part.tolist() for part in scale],
         # How much more often each class was drawn than it occurs; validation says how much of it is undone.
@@ -625,7 +641,7 @@ def main(args):
         f"{args.batch_size} x {accelerator.num_processes} x {args.accum} windows a step | {steps} steps, "
         f"learning rate {args.lr:g}"
     )
-    card = make_card(train_set, scale, args.level)
+    card = make_card(train_set, scale, args)
 
     # The loop; best and tau are in every checkpoint, so that a resumed run selects as the whole one does
     def find_best():

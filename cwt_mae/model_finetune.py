@@ -33,6 +33,11 @@ from cwt_mae.recording import as_channel
 
 ENCODER_ARGS = set(inspect.signature(CWT_Encoder.__init__).parameters) - {"self"}
 DECODER_ARGS = set(inspect.signature(CWT_MAE_RoPE.__init__).parameters) - {"self", "encoder"}
+# Keys of upstream's later models that have no place here; v1 and v2 else have the keys of the seed's stage.
+LATER_STAGES = {
+    "time_attn.qkv": "upstream's CWT_MAE_v3 (attention over time, leads and depth, no class token)",
+    "patch_embed.proj.6": "upstream's CWT_MAE_v1 with convolutions before the patches (use_conv_stem)",
+}
 DECODER_KEYS = ("decoder_", "mask_token", "time_reducer", "time_pred", "rope_decoder")
 
 
@@ -112,6 +117,8 @@ class TF_MAE_Classifier(nn.Module):
         it matters how far the two are apart.
     num_features: numbers known beside the signal (say, beat intervals), given to `forward`. A small network
         of their own adds its logits to the head's: joined to many tokens, few strong numbers would be lost.
+    hierarchy: h > 0: the first h features alone decide between the first two classes, all the rest whether
+        a window belongs to one of these two or to another class (beats: the rhythm tells S from N).
     input_dropout: of what the head is given.
     **encoder: arguments of CWT_MAE_RoPE; those of its decoder are accepted and ignored, so that one
         configuration serves both models.
@@ -133,6 +140,7 @@ class TF_MAE_Classifier(nn.Module):
         center_columns: int = 0,
         input_dropout: float = 0.0,
         compare: bool = False,
+        hierarchy: int = 0,
         **encoder,
     ):
         super().__init__()
@@ -157,16 +165,22 @@ class TF_MAE_Classifier(nn.Module):
             center_columns=center_columns,
             input_dropout=input_dropout,
             compare=compare,
+            hierarchy=hierarchy,
         )
         self.register_state_dict_post_hook(keep_config)
         self.use_cot, self.compare = use_cot, compare
         self.num_features, self.center_columns = num_features, center_columns
         self.head = self.make_head()
         self.input_dropout = nn.Dropout(input_dropout)
+        self.hierarchy = hierarchy
+
+        def network(inputs: int, outputs: int):
+            return nn.Sequential(nn.Linear(inputs, 64), nn.GELU(), nn.Dropout(0.2), nn.Linear(64, outputs))
+
         if num_features:
-            self.feature_head = nn.Sequential(
-                nn.Linear(num_features, 64), nn.GELU(), nn.Dropout(0.2), nn.Linear(64, num_classes)
-            )
+            self.feature_head = network(num_features, num_classes)
+        if hierarchy:
+            self.first_head = network(hierarchy, 1)
 
     def make_head(self):
         """The head that `config` describes; ValueError for columns that do not fit."""
@@ -237,7 +251,17 @@ class TF_MAE_Classifier(nn.Module):
             logits = self.head(self.input_dropout(tokens), patches)
         else:
             logits = self.head(self.input_dropout(masked_mean(*self.forward_features(x, real))))
-        return logits if features is None else logits + self.feature_head(features.to(logits.dtype))
+        if features is None:
+            return logits
+        features = features.to(logits.dtype)
+        logits = logits + self.feature_head(features)
+        if not self.hierarchy:
+            return logits
+        # Logarithms of probabilities: of the first two classes together and of each other one, then of each
+        shares = torch.cat([logits[:, :1], logits[:, 2:]], 1).log_softmax(1)
+        second = self.first_head(features[:, : self.hierarchy])
+        first_two = torch.cat([-second, second], 1)
+        return torch.cat([shares[:, :1] + F.logsigmoid(first_two), shares[:, 1:]], 1)
 
     @torch.no_grad()
     def encode(self, signal, fs: float, tokens: bool = True):
@@ -355,7 +379,7 @@ def load_encoder(encoder: CWT_Encoder, tensors: dict, config: dict, source):
     tensors = {
         key.removeprefix("encoder_model."): value
         for key, value in tensors.items()
-        if not key.startswith(("head.", "feature_head."))
+        if not key.startswith(("head.", "feature_head.", "first_head."))
     }
     rows, columns = encoder.grid_size
     height = rows
@@ -408,6 +432,12 @@ def read_model(path):
     if (path / "model.safetensors").is_file():  # a run folder of train.py or finetune.py
         path = path / "model.safetensors"
     tensors = read_weights(path)
+    for key, what in LATER_STAGES.items():
+        if any(key in name for name in tensors):
+            raise UserError(
+                f"{path}: weights of {what}, which is another model; those of its first and second version "
+                "with a plain patch embedding load here"
+            )
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:
             config = json.loads((file.metadata() or {}).get("config", "null"))

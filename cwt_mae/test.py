@@ -42,7 +42,7 @@ from cwt_mae.layouts import add_file_arguments
 from cwt_mae.metrics import describe_label_scores, describe_scores, label_scores, scores
 from cwt_mae.model_finetune import load_model
 
-ABOUT = ("task", "classes", "level")  # what models of one ensemble must share
+ABOUT = ("task", "classes", "level", "amplitude")  # what models of one ensemble must share
 
 
 def parse_args(argv=None):
@@ -143,17 +143,18 @@ def sliding_items(store, signal_len: int, stride: int) -> np.ndarray:
 
 def choose_windows(args, store, card: dict, signal_len: int) -> Task:
     """The windows to score: labelled ones of --part, or with --unlabelled sliding ones of all records."""
+    amplitude = card.get("amplitude", False)
     if args.unlabelled:
         refuse(args, ["part", "split", "resamples"], "with --unlabelled")
         if card["task"] == "beat":
             refuse(args, ["stride"], "for a beat classifier, whose windows lie at the beats")
-            return detected_beats(store, card["classes"], signal_len)
+            return detected_beats(store, card["classes"], signal_len, amplitude)
         items = sliding_items(store, signal_len, args.stride or signal_len // 2)
         return Task(card["task"], card["classes"], items, np.zeros((1, 0), np.float32))
     # Labelled windows: a label that the model does not know is an error, never class 0.
     refuse(args, ["stride"], "without --unlabelled")
     level = card.get("level", "")
-    task = load_task(store, card["task"], signal_len, card["classes"], args.skip_bad, level)
+    task = load_task(store, card["task"], signal_len, card["classes"], args.skip_bad, level, amplitude)
     # The parts are those of fine-tuning: the same function says which record is in which.
     if args.part == "all":
         refuse(args, ["split"], "with --part all")

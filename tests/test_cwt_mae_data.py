@@ -15,7 +15,9 @@ from cwt_mae import dataset as dataset_module
 from cwt_mae.dataset import PhysioSignalDataset, Preprocess, build_store, read_records
 from cwt_mae.dataset_finetune import (
     DS1,
+    RHYTHM,
     DownstreamClassificationDataset,
+    amplitude_features,
     fold_of,
     load_task,
     median_beats,
@@ -393,10 +395,22 @@ def test_a_beat_comes_with_the_rhythm_around_it_and_the_median_beat_of_its_recor
     )  # the median: what is rare moves a mean
 
 
+def test_the_amplitude_of_a_beat_is_told_in_the_scale_of_its_record():
+    clock, heights = np.arange(6000) / 100, np.where(np.arange(58) % 9 == 4, 2.5, 1.0)
+    signal = sum(h * np.exp(-(((clock - 1 - i) / 0.03) ** 2)) for i, h in enumerate(heights))
+    centres = 100 * (1 + np.arange(58))
+    found = amplitude_features(signal, centres, 100.0)
+    tall = heights > 1
+    assert np.allclose(found[tall, 0], np.log(2.5), atol=0.01) and np.allclose(found[~tall, 0], 0, atol=0.01)
+    assert found[tall, 2].min() > 1.4 and found[tall, 6:].min() > 0.1 > np.abs(found[~tall, 6:]).max()
+    # The gain of the amplifier says nothing, nor does the line's height.
+    assert np.allclose(amplitude_features(40 * signal + 7, centres, 100.0), found, atol=1e-3)
+
+
 def test_simulated_fibrillation_changes_the_rhythm_of_all_but_s(tmp_path, prepare):
     beats_npz(tmp_path / "a.npz", symbols="NNNA")
     store = store_of(tmp_path, prepare, tmp_path / "a.npz")
-    task = load_task(store, "beat", 100)
+    task = load_task(store, "beat", 100, amplitude=True)
     items = [
         DownstreamClassificationDataset(store, task, 100, draws=200, fibrillation_fraction=1.0)[i]
         for i in range(200)
@@ -405,6 +419,8 @@ def test_simulated_fibrillation_changes_the_rhythm_of_all_but_s(tmp_path, prepar
     assert own == [item["label"] == 1 for item in items] and 0 < sum(own) < 200
     drawn = np.stack([item["features"] for item in items if item["label"] != 1])
     assert np.median(drawn[:, 8]) > np.median(task.features[:, 8]) + 0.5  # the neighbourhood is irregular
+    shapes = {row.tobytes() for row in task.features[:, RHYTHM:]}
+    assert {row.tobytes() for row in drawn[:, RHYTHM:]} <= shapes  # and what the beat looks like stays
 
 
 def test_a_beat_stays_in_the_middle_of_its_window_at_the_ends_of_a_record(tmp_path, prepare):

@@ -97,6 +97,7 @@ def test_every_option_of_train_has_its_effect(world, tmp_path):
             "--model-fs": Effect(60, "weights"),
             "--input-fs": Effect(77, "refused"),  # the files state another rate
             "--low-hz": Effect(2, "weights"),
+            "--amplitude": [Effect(True, "shape", given=BEATS), Effect(True, "refused")],
             "--high-hz": Effect(10, "weights"),
             "--channel": Effect("all", "weights"),
             "--min-seconds": Effect(1000, "refused"),  # the records have 60 s
@@ -182,6 +183,8 @@ def test_every_option_of_finetune_has_its_effect(world, tmp_path):
                 Effect(["num_reasoning_tokens=3"], "refused", given=MLP),
             ],
             "--features": [Effect(False, "shape", given=BEATS), Effect(False, "refused")],
+            "--amplitude": [Effect(True, "shape", given=BEATS), Effect(True, "refused")],
+            "--hierarchy": [Effect(True, "shape", given=BEATS), Effect(True, "refused")],
             "--compare": [
                 Effect(True, "shape", given=(*MLP, "--center-columns", 4, "--freeze")),
                 Effect(True, "refused"),

@@ -496,6 +496,30 @@ def test_empty_and_wrong_masks_are_named():
 # ---- classifier ----
 
 
+def test_with_a_hierarchy_the_first_features_alone_tell_the_first_two_classes_apart():
+    torch.manual_seed(0)
+    model = TF_MAE_Classifier(None, 4, num_features=5, hierarchy=2, **SMALL).eval()
+    x, features = torch.randn(6, SMALL["signal_len"]), torch.randn(6, 5)
+    with torch.no_grad():
+        logits = model(x, features=features)
+        other = model(x.flip(0), features=torch.cat([features[:, :2], torch.randn(6, 3)], 1))
+        rhythm = model(x, features=torch.cat([torch.randn(6, 2), features[:, 2:]], 1))
+    assert torch.allclose(logits.exp().sum(1), torch.ones(6), atol=1e-5)
+    first = [found[:, 1] - found[:, 0] for found in (logits, other, rhythm)]
+    assert torch.allclose(first[0], first[1], atol=1e-5) and (first[0] - first[2]).abs().min() > 1e-4
+    assert (logits - other)[:, 2:].abs().min() > 1e-4
+
+
+@pytest.mark.parametrize(
+    "key, wanted",
+    [("blocks.0.time_attn.qkv.weight", "CWT_MAE_v3"), ("module.patch_embed.proj.6.bias", "use_conv_stem")],
+)
+def test_weights_of_upstreams_later_models_are_refused_by_name(key, wanted, tmp_path):
+    torch.save({"model": {"pos_embed": torch.zeros(1, 8, 4), key: torch.zeros(4)}}, tmp_path / "v.pth")
+    with pytest.raises(UserError, match=wanted):
+        TF_MAE_Classifier(str(tmp_path / "v.pth"), 2)
+
+
 def test_centre_columns_and_features_reach_the_head():
     torch.manual_seed(0)
     model = TF_MAE_Classifier(

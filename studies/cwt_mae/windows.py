@@ -41,6 +41,11 @@ def add_window_arguments(parser):
     )
     data.add_argument("--low-hz", type=number(float, 0), default=0.5, help="high-pass cut-off, Hz; 0: none")
     data.add_argument("--signal-len", type=number(int, 8), default=3000, help="length of the window, samples")
+    data.add_argument(
+        "--amplitude",
+        action="store_true",
+        help="beats: with the numbers about height, width and shape beside the others of the record",
+    )
     data.add_argument("--cache", help="folder for the prepared signals; data/cwt_mae/cache without it")
     data.add_argument(
         "--resamples",
@@ -64,7 +69,10 @@ class Windows:
 def split_windows(args) -> Windows:
     """The windows that the options of `add_window_arguments` ask for."""
     store = build_store(args.data, Preprocess(args.model_fs, args.low_hz), args.cache)
-    parts, task = split_parts(store, args.split), load_task(store, args.task, args.signal_len)
+    if args.task != "beat":
+        refuse(args, ["amplitude"], f"for --task {args.task}")
+    task = load_task(store, args.task, args.signal_len, amplitude=args.amplitude)
+    parts = split_parts(store, args.split)
     train, test, validation = (
         training_part(task, parts),
         task.select(parts[task.items["record"]] == "test"),
