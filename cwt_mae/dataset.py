@@ -42,6 +42,7 @@ from cwt_mae.layouts import (  # noqa: F401
     find_recordings,
     hypnogram_of,
     name_of,
+    of_store,
     person_of,
     tell,
 )
@@ -457,7 +458,8 @@ def that_matter(listed: list) -> list:
     header."""
     folders = {os.path.dirname(file.path) for file in listed if file.path.lower().endswith(".hea")}
     known = tuple(SUFFIXES)
-    return [f for f in listed if f.path.lower().endswith(known) or os.path.dirname(f.path) in folders]
+    matter = [f for f in listed if f.path.lower().endswith(known) or os.path.dirname(f.path) in folders]
+    return [file for file in matter if not of_store(Path(file.path))]
 
 
 def fill(folder: Path, found: Found, request: dict, prepare: Preprocess):

@@ -118,6 +118,7 @@ def find_recordings(sources, manifest=None) -> Found:
     paths, tables = [], []
     for source in sources:
         inside = [Path(file.path) for file in scan([source], ("",))] if source.is_dir() else [source]
+        inside = [path for path in inside if not of_store(path)]
         tables += [p for p in inside if p.name.lower() in TABLES]
         paths += [
             p for p in inside if p.suffix.lower() in SUFFIXES and p.name.lower() not in TABLES or p in given
@@ -142,6 +143,11 @@ def find_recordings(sources, manifest=None) -> Found:
     if not found.files:
         raise UserError(f"{', '.join(map(str, sources))}: holds no signal file ({', '.join(SUFFIXES)})")
     return found
+
+
+def of_store(path: Path) -> bool:
+    """Whether a file is part of a store of prepared signals, which may lie below --data."""
+    return path.suffix == ".npy" and (path.parent / "about.json").is_file()
 
 
 def common_root(sources: list[Path]) -> Path:

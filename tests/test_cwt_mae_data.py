@@ -155,6 +155,12 @@ def test_a_store_is_mapped_not_read_and_made_once(tmp_path, prepare):
     assert (store_of(tmp_path, prepare, tmp_path / "a.npz").folder / "records.npy").stat().st_mtime_ns == made
 
 
+def test_a_cache_below_the_data_is_no_data(tmp_path, prepare):
+    beats_npz(tmp_path / "a.npz")
+    first, second = (build_store([tmp_path], prepare, cache=tmp_path / "cache") for _ in range(2))
+    assert second.folder == first.folder and len(second.records) == 1
+
+
 def test_tar_shards_give_what_their_files_give(tmp_path, prepare):
     data = many_files(tmp_path)
     for shard in range(2):
