@@ -431,7 +431,7 @@ class CWT_Encoder(nn.Module):
         x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
         return x, None if real is None else real.to(x.device)
 
-    def windows_at_once(self, memory: float = 2.0**29) -> int:
+    def windows_at_once(self, memory: float = 2.0**28) -> int:
         """Windows whose images and tokens fit into `memory` bytes without gradients; at least 1."""
         width, pixels = self.config["embed_dim"], self.cwt_scales * self.signal_len
         # Images and their copy, and the widest point of a block: its input, norm, q, k, v and MLP.
