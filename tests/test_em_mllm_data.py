@@ -25,6 +25,7 @@ from em_mllm.dataset import (
     QuestionCollator,
     QuestionDataset,
     Records,
+    SignalCollator,
     SignalDataset,
     SignalFile,
     add_noise,
@@ -289,6 +290,10 @@ def test_the_signal_without_noise_is_the_same_draw_of_all_else(tmp_path):
         item = both[i]
         assert np.array_equal(item["clean"], plain[i]["iq"]) and not np.array_equal(item["iq"], item["clean"])
     config = SiTMAEConfig(patch_size=(16, 1), max_seq_len=(128, 1), spectrum_weight=1.0)
+    batch = SignalCollator(config, teacher=config)([both[i] for i in range(4)])
+    told = SignalCollator(config)([plain[i] for i in range(4)])
+    assert torch.equal(batch["teacher"]["samples"], told["samples"])
+    assert not torch.equal(batch["samples"], told["samples"])
     rows = [PackedSignals(data, config, 16, seed=3)[0] for data in (both, plain)]
     assert torch.equal(rows[0]["target"], rows[1]["patches"])
     assert torch.equal(rows[0]["spectrum"], rows[1]["spectrum"])

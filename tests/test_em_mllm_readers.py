@@ -562,6 +562,10 @@ def by_key(file, signals, names):
         file[f"metadata/s{n}/parent_metadata_id"] = "set"
         file[f"metadata/c{n}/class_name"], file[f"metadata/c{n}/snr_db"] = name, 3.5
         file.create_dataset(f"component_signals/s{n}", data=[f"c{n}"], dtype=STRING)
+    n = len(names)  # one of two signals, which has no class
+    file[f"index/{n}"], file["data/two"] = "two", signals[0]
+    file.create_group("metadata/two")
+    file.create_dataset("component_signals/two", data=["c0", "c1"], dtype=STRING)
 
 
 def homogeneous(file, signals, names):
