@@ -32,6 +32,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from bench.measure import added_peak_mb
 from common.checkpoint import atomic_write
 from common.errors import run
+from common.llm import load_llm
 from pruning.layers import without_layers
 from pruning.pruning_tools.shards import NAMES
 from pruning.sensitivity_analyse import scan_methods
@@ -58,6 +59,11 @@ def parse_args(argv=None):
     )
     p.add_argument(
         "--out", type=Path, default=ROOT / "bench" / "results" / "pruning.json", help="JSON with the numbers"
+    )
+    p.add_argument(
+        "--model",
+        type=Path,
+        help="a pretrained model's folder; default random weights of SmolLM2-135M's sizes",
     )
     p.add_argument(
         "--work", type=Path, help="folder for the synthetic checkpoint (sparse); default a temporary one"
@@ -141,10 +147,12 @@ def our_scan(model, prompts, variants, method, batch=1):
 
 
 @torch.no_grad()
-def real_vocabulary(repeats, layers=30, hidden=576, vocabulary=49152):
-    """The scan at SmolLM2-135M's sizes: output head and distances weigh as much as the layers."""
-    model, prompts = make_model(layers, hidden, vocabulary), make_prompts(vocabulary, (9, 19, 30))
-    variants = [("v", layer, None) for layer in range(layers)]
+def real_vocabulary(repeats, folder=None):
+    """The scan of a pretrained model, or at SmolLM2-135M's sizes: output head and distances weigh as much as
+    the layers."""
+    model = load_llm(folder, "float32") if folder else make_model(30, 576, 49152)
+    prompts = make_prompts(model.config.vocab_size, (9, 19, 30))
+    variants = [("v", layer, None) for layer in range(model.config.num_hidden_layers)]
     rows = {}
     for name, case in (
         ("naive (upstream)", lambda: upstream_scan(model, prompts)),
@@ -370,8 +378,9 @@ def main(args):
         return peak_memory(args.peak_memory)
     results = {"threads": torch.get_num_threads(), "torch": torch.__version__}
     results["scan"] = scan_speed(args.repeats)
-    print(f"\nscan at SmolLM2-135M's sizes, vocabulary 49152, three prompts, best of {args.repeats}")
-    results["real_vocabulary"] = real_vocabulary(args.repeats)
+    about = args.model.name if args.model else "SmolLM2-135M's sizes"
+    print(f"\nscan of {about}, three prompts, best of {args.repeats}")
+    results["real_vocabulary"] = real_vocabulary(args.repeats, args.model)
     results["memory"] = scan_memory()
     results["prune"] = prune_big(args.work)
     device = Accelerator().device

@@ -23,6 +23,7 @@ MIXERS = (*ATTENTION, "cross_attn", "linear_attn", "mamba", "mixer", "temporal_b
 # What tells a decoder layer from other numbered modules.
 MARKS = (*MIXERS, "norm_attn_norm", "shared_transf", "shared_transformer", "mamba_decoder")
 MLP = ("mlp", "mlp_block", "feed_forward", "ffn", "block_sparse_moe", "shared_mlp", "moe", "fc2", "experts")
+DOWN = ("down_proj", "c_proj", "fc2", "dense_4h_to_h", "fc_out", "w2", "wo", "proj_2")
 OUTPUT = ("o_proj", "out_proj", "dense", "c_proj", "wo", "resid_out")
 
 # Tensors outside the layers with one part for each, along this axis (Gemma 3n and 4).

@@ -1,18 +1,18 @@
-"""Repairs of a pruned model in closed form: a few thousand tokens, no training.
+"""Repairs of a pruned model gap by gap, from a few thousand tokens: none trains the model as a whole.
 
-linear       for each gap, the least-squares map that takes the output of the MLP before it to what the model
-with
-             all layers has behind it; the map is merged into that MLP's last matrix, so that nothing is added
-             (ReplaceMe, arXiv 2505.02819)
-compensate   one factor for each gap, by which the hidden state that reaches it is too short; it is merged
-into
-             everything that writes to the state before the gap (Prune&Comp, arXiv 2507.18212)
+linear       the least-squares map from the output of the MLP before the gap to what the whole model has
+             behind it, merged into that MLP's last matrix, so that nothing is added (ReplaceMe, 2505.02819)
+compensate   one factor, by which the hidden state that reaches the gap is too short, merged into everything
+             that writes to the state before it (Prune&Comp, arXiv 2507.18212)
+replace      the layer before the gap learns, alone, to return what the gap's last layer returned
+             (LLM-Streamline, arXiv 2403.19135)
 
-Both are kept for a gap only where they lower the loss on calibration texts that they were not fitted to; a
-least squares map of some gaps is far worse than none.
+Each is kept for a gap only where it lowers the loss on calibration texts that it was not fitted to: a
+least-squares map of some gaps is far worse than none.
 """
 
 import contextlib
+import copy
 import sys
 from pathlib import Path
 
@@ -22,11 +22,14 @@ from torch import nn
 # repository root: every way of starting this file finds it
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.errors import UserError
-from pruning.layers import OUTPUT, child, decoder, decoder_layers, find_layers, plain
+from common.train import lr_at
+from pruning.layers import DOWN, OUTPUT, child, decoder, decoder_layers, find_layers, plain
 
-DOWN = ("down_proj", "c_proj", "fc2", "dense_4h_to_h", "fc_out", "w2", "wo", "proj_2")
 # shares of the mean square of the MLP's output; each pulls the map to doing nothing
 RIDGES = (0.0, 0.01, 0.1, 1.0)
+# peak learning rates of a replacement layer, and passes over the texts
+RATES = (3e-4, 1e-3)
+PASSES = 8
 
 
 def gaps(drop: list[int]) -> list[tuple[int, int]]:
@@ -122,14 +125,7 @@ def repair_linear(student, teacher, drop, prompts, held_out) -> list[dict]:
     originals = decoder_layers(teacher)
     targets = states_behind(teacher, prompts, [originals[last] for _, last in spans])
     for (first, last), target in zip(spans, targets):
-        loss = mean_loss(student, held_out)
-        row = {
-            "repair": "linear",
-            "gap": f"{first}-{last}",
-            "ridge": None,
-            "loss_before": loss,
-            "loss_after": loss,
-        }
+        row = new_row("linear", first, last, mean_loss(student, held_out), ridge=None)
         rows.append(row)
         before = kept_before(drop, first)
         if not before:
@@ -150,6 +146,11 @@ def repair_linear(student, teacher, drop, prompts, held_out) -> list[dict]:
             put(down, original)
         put(down, best)
     return rows
+
+
+def new_row(repair: str, first: int, last: int, loss: float, **setting) -> dict:
+    """What becomes of one gap, before anything is tried."""
+    return {"repair": repair, "gap": f"{first}-{last}", **setting, "loss_before": loss, "loss_after": loss}
 
 
 def put(module, values: dict):
@@ -191,10 +192,8 @@ def repair_compensate(student, teacher, drop, prompts, held_out) -> list[dict]:
     """
     originals, rows = decoder_layers(teacher), []
     for first, last in gaps(drop):
-        loss = mean_loss(student, held_out)
-        row = {"repair": "compensate", "gap": f"{first}-{last}", "factor": None}
-        rows.append(row | {"loss_before": loss, "loss_after": loss})
-        row = rows[-1]
+        row = new_row("compensate", first, last, mean_loss(student, held_out), factor=None)
+        rows.append(row)
         before = kept_before(drop, first)
         if not before:
             continue
@@ -246,7 +245,83 @@ def final_norm(model):
     return norms[-1]
 
 
-REPAIRS = {"linear": repair_linear, "compensate": repair_compensate}
+def copies(value):
+    """Tensors of a layer's call for a float32 copy of the layer; anything else as it is."""
+    if torch.is_tensor(value):
+        return value.float() if value.is_floating_point() else value
+    return type(value)(map(copies, value)) if type(value) in (tuple, list) else value
+
+
+@torch.no_grad()
+def calls_of(model, prompts, layer) -> list[tuple]:
+    """(arguments, keywords) with which `model` calls one of its layers for each prompt."""
+    calls = []
+
+    def note(module, args, kwargs):
+        calls.append((copies(args), {name: copies(value) for name, value in kwargs.items()}))
+
+    handle = layer.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        for prompt in prompts:
+            decoder(model)(input_ids=prompt["input_ids"].to(model.device), use_cache=False)
+    finally:
+        handle.remove()
+    return calls
+
+
+def repair_replace(student, teacher, drop, prompts, held_out) -> list[dict]:
+    """Train the layer before each gap of `student` alone, in place, to return what the gap's last layer did.
+
+    It then stands for itself and for the gap, as LLM-Streamline's replacement layer, which begins as the
+    first of those that it replaces. Arguments and rows as of `repair_linear`, with rate instead of ridge.
+    """
+    originals, rows = decoder_layers(teacher), []
+    for first, last in gaps(drop):
+        row = new_row("replace", first, last, mean_loss(student, held_out), rate=None)
+        rows.append(row)
+        before = kept_before(drop, first)
+        if not before:
+            continue
+        layer = decoder_layers(student)[before - 1]
+        calls = calls_of(student, prompts, layer)
+        targets = [states_behind(teacher, [p], originals[last : last + 1])[0].float() for p in prompts]
+        best = original = {name: p.data.clone() for name, p in layer.named_parameters()}
+        for rate in RATES:
+            trained = imitate(copy.deepcopy(layer).float(), calls, targets, rate)
+            put(layer, {name: p.data.to(original[name]) for name, p in trained.named_parameters()})
+            loss = mean_loss(student, held_out)
+            if loss < row["loss_after"]:
+                row |= {"rate": rate, "loss_after": loss}
+                best = {name: p.data.clone() for name, p in layer.named_parameters()}
+        put(layer, best)
+    return rows
+
+
+def imitate(layer, calls, targets, rate: float):
+    """Train `layer` to turn each of `calls` into its target (tokens, d); one step a call, PASSES times.
+
+    Every token's error counts by its own length: the first token of many models is a hundred times as long
+    as the others, and would be all that is learnt.
+    """
+    parameters = [p.requires_grad_() for p in layer.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+    steps = PASSES * len(calls)
+    with torch.enable_grad():
+        for step in range(steps):
+            args, kwargs = calls[step % len(calls)]
+            target = targets[step % len(calls)].to(parameters[0].device)
+            output = layer(*args, **kwargs)
+            states = output[0] if isinstance(output, tuple) else output
+            error = (states.flatten(0, 1) - target).square().sum(-1) / target.square().sum(-1)
+            error.mean().backward()
+            optimizer.param_groups[0]["lr"] = rate * lr_at(step, steps, 0.05, "cosine")
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    return layer
+
+
+REPAIRS = {"linear": repair_linear, "compensate": repair_compensate, "replace": repair_replace}
 
 
 def repair(student, teacher, drop, kinds, prompts) -> list[dict]:
@@ -260,9 +335,7 @@ def repair(student, teacher, drop, kinds, prompts) -> list[dict]:
         raise UserError("--repair: give at least two calibration texts: some are fitted, others judge")
     rows = [row for kind in kinds for row in REPAIRS[kind](student, teacher, drop, fitted, held_out)]
     for row in rows:
-        setting = row.get("ridge", row.get("factor"))
+        helped = row["loss_after"] < row["loss_before"]
         change = f"held-out loss {row['loss_before']:.4f} -> {row['loss_after']:.4f}"
-        print(
-            f"{row['repair']} repair of layers {row['gap']}: " + ("none helps" if setting is None else change)
-        )
+        print(f"{row['repair']} repair of layers {row['gap']}: " + (change if helped else "none helps"))
     return rows

@@ -331,8 +331,7 @@ def check_sources(config, keep):
         if kind == "shared" and i in kept and source not in kept:
             raise UserError(
                 f"layer {i} attends to the tokens that the indexer of layer {source} chose; drop both or "
-                "keep "
-                f"layer {source}"
+                f"keep layer {source}"
             )
 
 

@@ -10,10 +10,9 @@ Of a report model it writes <prefix>_<tag>.csv with the columns ID, Question, Gr
 _scores.json with perplexity, latency and memory. Upstream: after-pruning-tools/test_pruned_{CN,EN}_cli.py.
 """
 
-import csv
-import io
 import json
 import math
+import re
 import resource
 import sys
 import time
@@ -29,11 +28,13 @@ from torch import nn
 from common.arguments import Parser, number, refuse
 from common.checkpoint import atomic_write
 from common.errors import UserError, run
+from common.files import reading
 from common.run import seed_everything
 from pruning.layers import decoder_layers
 from pruning.pruning_tools.prune_llm import read_map
 from pruning.sensitivity_analyse.eval_metric import perplexity
-from pruning.sensitivity_analyse.load_model import load_model, read_prompts
+from pruning.sensitivity_analyse.layer_sensitivity_scan import write_csv
+from pruning.sensitivity_analyse.load_model import add_pruned_arguments, check_kind, load_model, read_prompts
 
 SAMPLING = {"do_sample": True, "temperature": 0.7, "top_k": 50, "top_p": 0.95}  # upstream's
 
@@ -56,26 +57,8 @@ def parse_args(argv=None):
 
 
 def add_model_arguments(group):
-    group.add_argument(
-        "--pruned-model-path",
-        "--ckpt-path",
-        type=Path,
-        required=True,
-        help="a merged checkpoint, the run folder of pruning/train.py, or the folder of a language model",
-    )
-    group.add_argument(
-        "--prune-map-path",
-        "--prune-map",
-        type=Path,
-        help="prune_layer_map_*.json; needed where --lang-model-path is the unpruned model",
-    )
-    group.add_argument(
-        "--lang-model-path", type=Path, help="folder with the language model's config.json and tokenizer"
-    )
+    add_pruned_arguments(group)
     group.add_argument("--lora-alpha", type=float, help="alpha of LoRA, where nothing else says it")
-    group.add_argument(
-        "--trust-remote-code", action="store_true", help="let the Python code inside the model folder run"
-    )
 
 
 def add_test_arguments(group):
@@ -96,8 +79,14 @@ def add_test_arguments(group):
         "--window",
         type=number(int, 2),
         help="score the texts as one stream in windows of so many tokens, as published perplexities do "
-        "(2048); "
-        "left out: each text by itself",
+        "(2048); left out: each text by itself",
+    )
+    group.add_argument(
+        "--tasks",
+        nargs="+",
+        metavar="TASK",
+        help="tasks for the package lm-eval, by its names (arc_easy) or as .yaml files of your own; with "
+        "--limit only the first items of each",
     )
     group.add_argument("--cache", type=Path, help="folder for prepared volumes")
     group.add_argument("--batch-size", type=number(int, 1), default=16, help="samples at a time")
@@ -105,9 +94,7 @@ def add_test_arguments(group):
         "--max-new-tokens", type=number(int, 1), default=300, help="longest report in tokens (upstream 300)"
     )
     group.add_argument(
-        "--do-sample",
-        action="store_true",
-        help="sample with upstream's temperature 0.7, top-k 50 and top-p 0.95; else greedy",
+        "--do-sample", action="store_true", help="sample as upstream: temperature 0.7, top-k 50, top-p 0.95"
     )
     group.add_argument("--seed", type=int, default=20, help="random seed of the sampling (upstream 20)")
 
@@ -209,17 +196,9 @@ def cache_bytes(lang_model, prompt) -> int:
     return sum(t.numel() * t.element_size() for t in kept if torch.is_tensor(t)) // prompt.shape[1]
 
 
-def write_table(path, header, rows):
-    """Write a CSV file, whole or not at all."""
-    table = io.StringIO()
-    csv.writer(table, lineterminator="\n").writerows([header, *rows])
-    atomic_write(path, table.getvalue())
-
-
 def check(args):
     """Refuse what is missing and what would have no effect, before anything is loaded."""
-    if bool(args.data) == bool(args.texts):
-        raise UserError("give --data (a report model on a CTRG folder) or --texts (a plain language model)")
+    check_kind(args)
     # what belongs to the other kind of model
     if args.texts:
         only_reports = ["lang_model_path", "lora_alpha", "split", "cache", "batch_size", "max_new_tokens"]
@@ -227,14 +206,9 @@ def check(args):
         if args.window:
             refuse(args, ["max_length"], "beside --window")
     else:
-        refuse(args, ["trust_remote_code", "max_length", "window"], "with --data")
+        refuse(args, ["trust_remote_code", "max_length", "window", "tasks"], "with --data")
         if not args.do_sample:
             refuse(args, ["seed"], "without --do-sample")
-        if not args.lang_model_path:
-            raise UserError(
-                "--data needs --lang-model-path, the folder with the language model's configuration and "
-                "tokenizer"
-            )
     if args.tag_override:
         refuse(args, ["tag_style"], "beside --tag-override")
 
@@ -253,7 +227,45 @@ def score_texts(args, device):
     if unscored:
         print(f"{unscored} of {len(losses)} texts have fewer than two tokens and are not scored")
     scores = {"texts": len(texts), "tokens": int(losses[:, 1].sum()), "perplexity": perplexity(losses)}
+    if args.tasks:
+        scores |= score_tasks(model, tokenizer, args.tasks, args.limit)
     return model, scores
+
+
+def score_tasks(model, tokenizer, tasks, limit: int) -> dict:
+    """{"<task> <metric>": value} of lm-eval's zero-shot scores, the optional package that papers use."""
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise UserError(f"--tasks needs the package lm-eval ({error}); pip install lm-eval") from error
+    names, folders = [], set()
+    for task in tasks:
+        file = Path(task)
+        if file.suffix not in (".yaml", ".yml"):
+            names.append(task)
+            continue
+        with reading(file, "lm-eval task"):
+            # lm-eval's own tags, such as !function, stay unread here
+            names.append(re.search(r"(?m)^task:\s*(\S+)", file.read_text(encoding="utf-8"))[1])
+        folders.add(str(file.resolve().parent))
+    manager = TaskManager(include_path=sorted(folders) or None)
+    if unknown := [name for name in names if name not in manager.all_tasks]:
+        raise UserError(f"--tasks {unknown[0]}: lm-eval knows no such task; lm-eval ls tasks lists its own")
+    with reading(" ".join(tasks), "list of lm-eval tasks"):
+        found = lm_eval.simple_evaluate(
+            HFLM(pretrained=model, tokenizer=tokenizer),
+            tasks=names,
+            limit=limit or None,
+            task_manager=manager,
+        )
+    return {
+        f"{task} {metric.removesuffix(',none')}": value
+        for task, row in found["results"].items()
+        for metric, value in row.items()
+        if isinstance(value, float)
+    }
 
 
 def score_reports(args, device, stem: Path):
@@ -276,17 +288,17 @@ def score_reports(args, device, stem: Path):
     made = report_model.write_reports(model, text, samples, args.max_new_tokens, args.batch_size, **sampling)
     items = [samples[i] for i in range(len(samples))]
     truths, labels = [s["report"] for s in items], [s["cls_labels"].tolist() for s in items]
+    header = ["ID", "Question", "Ground Truth", "Pred", "GT_labels"]
     rows = [
-        [s["id"], question, s["report"], report, json.dumps(codes)]
+        dict(zip(header, (s["id"], question, s["report"], report, json.dumps(codes))))
         for s, question, report, codes in zip(items, made["questions"], made["reports"], labels)
     ]
-    header = ["ID", "Question", "Ground Truth", "Pred", "GT_labels"]
-    write_table(stem.with_name(stem.name + ".csv"), header, rows)
+    write_csv(stem.with_name(stem.name + ".csv"), rows, header)
 
     # how long each took
     times = made["milliseconds"]
-    rows = [[s["id"], f"{milliseconds:.2f}"] for s, milliseconds in zip(items, times)]
-    write_table(stem.with_name(stem.name + "_per_sample_timing.csv"), ["ID", "InferTimeMs"], rows)
+    rows = [{"ID": s["id"], "InferTimeMs": f"{taken:.2f}"} for s, taken in zip(items, times)]
+    write_csv(stem.with_name(stem.name + "_per_sample_timing.csv"), rows, list(rows[0]))
     timing = {
         "load_seconds": loaded,
         "avg_ms": sum(times) / len(times),

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 
 from common.arguments import Parser, add_run_arguments, number, refuse
@@ -43,14 +44,16 @@ from common.train import (
     start,
     update,
 )
-from pruning.layers import decoder_layers, parse_drop_layers, plain
+from pruning.layers import decoder, decoder_layers, parse_drop_layers, plain, text_config
 from pruning.pruning_tools import read_back
 from pruning.pruning_tools.prune_llm import read_map
 from pruning.repair import REPAIRS, final_norm, repair
 from pruning.sensitivity_analyse.layer_sensitivity_scan import text_prompts
-from pruning.sensitivity_analyse.load_model import load_model, read_prompts
+from pruning.sensitivity_analyse.load_model import add_pruned_arguments, check_kind, load_model, read_prompts
+from pruning.sensitivity_analyse.scan_methods import apply_head
 
 TRAINED = ("lora", "last", "full")  # ways of --repair that train; the others are closed forms
+LOGITS = 1 << 25  # that are held at a time in a loss
 INPUTS = ("lang_x", "vision_x", "tokens", "attention_mask", "labels")
 # Upstream's names of the schedules, and what follows the warm-up in each.
 SCHEDULES = {"constant_with_warmup": "constant", "cosine": "cosine", "constant": "constant"}
@@ -69,31 +72,11 @@ def parse_args(argv=None):
 
 
 def add_model_arguments(group):
-    group.add_argument(
-        "--pruned-model-path",
-        "--pruned-merged-ckpt",
-        type=Path,
-        required=True,
-        help="the merged checkpoint that prune_llm.py wrote, or its hf_<tag> folder",
-    )
-    group.add_argument(
-        "--prune-map-path",
-        "--prune-map",
-        type=Path,
-        help="prune_layer_map_*.json; needed where --lang-model-path is the unpruned model",
-    )
+    add_pruned_arguments(group)
     group.add_argument("--drop-layers", help="the layers that were removed; only checked against the map")
-    group.add_argument(
-        "--lang-model-path", type=Path, help="folder with the language model's config.json and tokenizer"
-    )
     group.add_argument("--teacher", type=Path, help="the unpruned checkpoint or folder, for --distill")
     group.add_argument(
-        "--teacher-lang-model-path",
-        type=Path,
-        help="folder of the teacher's language model, where it is not --lang-model-path",
-    )
-    group.add_argument(
-        "--trust-remote-code", action="store_true", help="let the Python code inside the model folder run"
+        "--teacher-lang-model-path", type=Path, help="the teacher's language model, if not --lang-model-path"
     )
 
 
@@ -102,7 +85,7 @@ def add_data_arguments(group):
     group.add_argument(
         "--texts",
         type=Path,
-        help="texts, to heal a plain language model: one a line, or a .jsonl file with the field text",
+        help="texts for a plain language model: one a line, or .jsonl with the field text",
     )
     group.add_argument(
         "--limit", type=number(int, 0), default=0, help="use only the first samples; 0: use all"
@@ -113,19 +96,14 @@ def add_data_arguments(group):
     group.add_argument(
         "--pack",
         action="store_true",
-        help="join the texts and cut them every --max-length tokens, instead of one text a row with padding",
+        help="join the texts and cut every --max-length tokens, without padding",
     )
     group.add_argument("--cache", type=Path, help="folder for prepared volumes")
     group.add_argument(
-        "--flip",
-        type=number(float, 0, 1),
-        default=0.02,
-        help="fraction of the true statuses that the training prompts state wrongly",
+        "--flip", type=number(float, 0, 1), default=0.02, help="share of statuses that prompts state wrongly"
     )
     group.add_argument(
-        "--places",
-        type=Path,
-        help="places.json of dia_pangu/pretrain_vit.py, for a model whose prompts name side and place",
+        "--places", type=Path, help="places.json of dia_pangu, for a model whose prompts name side and place"
     )
 
 
@@ -135,17 +113,14 @@ def add_healing_arguments(group):
         nargs="+",
         choices=(*REPAIRS, *TRAINED, "none"),
         default=["lora"],
-        help="how to repair, in this order: linear and compensate fit what is missing in closed form, "
-        "without "
-        "training; then one of lora, last (the last three layers and the output head) and full (every "
-        "decoder "
-        "layer) trains. none: nothing",
+        help="first any of linear, compensate and replace, which repair gap by gap; then one of lora, last "
+        "(three layers and the output head) and full (every layer), which trains. none: nothing",
     )
     group.add_argument(
         "--repair-texts",
         type=number(int, 2),
         default=64,
-        help="texts for linear and compensate, the first of --texts",
+        help="first texts of --texts, for the repairs gap by gap",
     )
     group.add_argument(
         "--also", nargs="+", choices=("norm", "head"), default=[], help="train these too, beside --repair's"
@@ -153,28 +128,22 @@ def add_healing_arguments(group):
     group.add_argument("--full", action="store_true", help="the same as --repair full")
     group.add_argument(
         "--lora-target-modules",
-        help="linear modules for a new LoRA, separated by commas; left out: q_proj and v_proj, or the one "
-        "projection that holds both. Where the checkpoint has LoRA this is only checked",
+        help="names of linear modules for a new LoRA, with commas; default: those of q and v. Of one that is "
+        "there: checked",
     )
     group.add_argument(
-        "--lora-r",
-        type=number(int, 1),
-        default=4,
-        help="rank of a new LoRA. Where the checkpoint has LoRA this is only checked",
+        "--lora-r", type=number(int, 1), default=4, help="rank of a new LoRA; of one that is there: checked"
     )
     group.add_argument(
         "--lora-alpha",
         type=float,
-        help="alpha of the checkpoint's LoRA, where nothing else says it; of a new one, 4 r if left out",
+        help="alpha of LoRA, where nothing else says it; of a new one 4 r if left out",
     )
     group.add_argument(
         "--lora-dropout", type=number(float, 0, 1), default=0.0, help="dropout of LoRA (upstream 0.1 and 0.2)"
     )
     group.add_argument(
-        "--distill",
-        type=number(float, 0, 1),
-        default=0.0,
-        help="weight of the distance to the teacher beside the cross entropy",
+        "--distill", type=number(float, 0, 1), default=0.0, help="weight of the distance to the teacher"
     )
     group.add_argument(
         "--lr-scheduler-type",
@@ -245,30 +214,53 @@ class Healing(nn.Module):
         self.teachers = [] if teacher is None else [teacher]  # a list hides it from checkpoints
 
     @staticmethod
-    def logits(model, lang_x, attention_mask, vision_x, tokens):
-        """Logits (B, N, V) of either kind of model."""
+    def states(model, lang_x, attention_mask, vision_x, tokens):
+        """(language model, its final hidden states (B, N, d)) of either kind of model."""
         if not hasattr(model, "embedding_layer"):
-            return model(input_ids=lang_x, attention_mask=attention_mask).logits
-        with torch.no_grad():  # the vision part is frozen
-            tokens = model.encode(vision_x) if tokens is None else tokens
-            embeds = model.embedding_layer(text_input=lang_x, tokens=tokens)
-        embeds = embeds.to(model.lang_model.dtype)
-        return model.lang_model(inputs_embeds=embeds, attention_mask=attention_mask).logits
+            inputs, llm = {"input_ids": lang_x}, model
+        else:
+            with torch.no_grad():  # the vision part is frozen
+                tokens = model.encode(vision_x) if tokens is None else tokens
+                embeds = model.embedding_layer(text_input=lang_x, tokens=tokens)
+            inputs, llm = {"inputs_embeds": embeds.to(model.lang_model.dtype)}, model.lang_model
+        output = decoder(llm)(**inputs, attention_mask=attention_mask, use_cache=False)
+        return plain(llm), output.last_hidden_state
+
+    @staticmethod
+    def sums(llm, teacher, states, labels, seen=None):
+        """Summed cross entropy and distance to the teacher of some positions: states (M, d) of the student,
+        labels (M,), seen (M, d) of the teacher."""
+        logits = apply_head(llm, states).float()
+        lm_loss = F.cross_entropy(logits, labels, reduction="sum")
+        if seen is None:
+            return lm_loss, torch.zeros_like(lm_loss)
+        with torch.no_grad():
+            target = apply_head(teacher, seen).float().log_softmax(-1)
+        return lm_loss, F.kl_div(logits.log_softmax(-1), target, reduction="sum", log_target=True)
 
     def forward(self, lang_x, attention_mask, labels, vision_x=None, tokens=None) -> dict:
         """labels (B, N), -100 where nothing is scored. Returns loss and, with a teacher, its two parts."""
-        # the student's cross entropy: position t predicts the token at t + 1
+        # final states at the scored positions: position t predicts the token at t + 1
         inputs = (lang_x, attention_mask, vision_x, tokens)
         wanted = labels[:, 1:] != -100
         count = wanted.sum().clamp(min=1)  # a report that the length limit cut away leaves nothing to score
-        logits = self.logits(self.student, *inputs)[:, :-1][wanted].float()
-        lm_loss = F.cross_entropy(logits, labels[:, 1:][wanted], reduction="sum") / count
+        llm, states = self.states(self.student, *inputs)
+        teacher, scored = None, [states[:, :-1][wanted], labels[:, 1:][wanted]]
+        if self.distill:
+            with torch.no_grad():
+                teacher, seen = self.states(self.teachers[0], *inputs)
+            scored.append(seen[:, :-1][wanted])
+
+        # a piece of the logits at a time, made again for its gradient: all would be most of the memory
+        rows = max(1, LOGITS // text_config(llm).vocab_size)
+        pieces = list(zip(*(part.split(rows) for part in scored)))
+        if len(pieces) == 1:
+            sums = [self.sums(llm, teacher, *pieces[0])]
+        else:
+            sums = [checkpoint(self.sums, llm, teacher, *piece, use_reentrant=False) for piece in pieces]
+        lm_loss, distance = (sum(part) / count for part in zip(*sums))
         if not self.distill:
             return {"loss": lm_loss}
-        # its distance to the teacher's distributions at the same positions
-        with torch.no_grad():
-            target = self.logits(self.teachers[0], *inputs)[:, :-1][wanted].float().log_softmax(-1)
-        distance = F.kl_div(logits.log_softmax(-1), target, reduction="sum", log_target=True) / count
         loss = (1 - self.distill) * lm_loss + self.distill * distance
         return {"loss": loss, "lm_loss": lm_loss, "distance": distance}
 
@@ -313,8 +305,7 @@ def new_lora(model, r: int = 4, alpha: float | None = None, dropout: float = 0.0
 
 def check(args):
     """Refuse what contradicts itself and what would have no effect, before anything is loaded."""
-    if bool(args.data) == bool(args.texts):
-        raise UserError("give --data (a report model on a CTRG folder) or --texts (a plain language model)")
+    check_kind(args)
     # what belongs to the other kind of model
     if args.texts:
         only_reports = ["lang_model_path", "teacher_lang_model_path", "cache", "flip", "places"]
@@ -323,11 +314,6 @@ def check(args):
             refuse(args, ["prune_map_path"], "with --texts, without --drop-layers and without a closed form")
     else:
         refuse(args, ["max_length", "trust_remote_code", "pack"], "with --data")
-        if not args.lang_model_path:
-            raise UserError(
-                "--data needs --lang-model-path, the folder with the language model's configuration and "
-                "tokenizer"
-            )
     check_repair(args)
     # LoRA does not exist under --full; a report checkpoint may still hold one, whose alpha matters
     if "lora" not in args.repair:
@@ -385,8 +371,7 @@ def dropped_layers(args) -> list[int]:
         if len(found) != 1:
             raise UserError(
                 f"{args.pruned_model_path}: no prune map beside it; name it with --prune-map-path, so that "
-                "the "
-                "missing layers are known"
+                "the missing layers are known"
             )
         file = found[0]
     prune_map = read_map(file)

@@ -3,6 +3,7 @@ others."""
 
 import copy
 import json
+import sys
 
 import pytest
 import torch
@@ -11,10 +12,18 @@ from transformers import AutoModelForCausalLM
 
 from common.errors import UserError
 from common.tiny_llm import make_llm, make_tokenizer
-from pruning import test, train
+from pruning import repair, test, train
 from pruning.layers import decoder_layers, remove_layers
 from pruning.pruning_tools import prune_llm
-from pruning.repair import gaps, least_squares, mean_loss, merge_map, repair_compensate, repair_linear
+from pruning.repair import (
+    gaps,
+    least_squares,
+    mean_loss,
+    merge_map,
+    repair_compensate,
+    repair_linear,
+    repair_replace,
+)
 from tests import pruning_zoo
 from tests.pruning_zoo import GPT
 
@@ -73,7 +82,7 @@ def test_a_gap_that_only_adds_a_map_of_the_mlp_before_it_is_repaired_exactly():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method", [repair_linear, repair_compensate])
+@pytest.mark.parametrize("method", [repair_linear, repair_compensate, repair_replace])
 @pytest.mark.parametrize("drop", [[2, 3], [1, 4], [0, 1]])
 def test_a_repair_is_kept_only_where_it_lowers_the_loss_of_what_it_was_not_fitted_to(method, drop):
     teacher = pruning_zoo.make("qwen3", {})
@@ -85,9 +94,29 @@ def test_a_repair_is_kept_only_where_it_lowers_the_loss_of_what_it_was_not_fitte
         mean_loss(student, some[:2]) == pytest.approx(last, abs=1e-4)
         and last <= mean_loss(before, some[:2]) + 1e-5
     )
-    if all(row.get("ridge", row.get("factor")) is None for row in rows):
+    if all(row["loss_after"] == row["loss_before"] for row in rows):
         for a, b in zip(student.parameters(), before.parameters()):
             assert torch.allclose(a, b, atol=1e-6), "no repair helps, and something changed"
+
+
+def test_a_replacement_layer_comes_nearer_to_what_the_gap_returned_and_nothing_else_moves(monkeypatch):
+    teacher = pruning_zoo.make("llama", {})
+    student, some = cut(teacher, [2, 3]), prompts(6)
+    before = copy.deepcopy(student)
+
+    def distance(model, prompts):
+        (mine,) = repair.states_behind(model, prompts, [decoder_layers(model)[1]])
+        (wanted,) = repair.states_behind(teacher, prompts, [decoder_layers(teacher)[3]])
+        return ((mine - wanted).square().sum(-1) / wanted.square().sum(-1)).mean().item()
+
+    # random models speak no language: what judges is the distance itself
+    monkeypatch.setattr(repair, "mean_loss", distance)
+    monkeypatch.setattr(repair, "RATES", (1e-7, 0.01))
+    (row,) = repair_replace(student, teacher, [2, 3], some, some[:2])
+    assert row["rate"] == 0.01 and row["loss_after"] < 0.7 * row["loss_before"]
+    assert distance(student, some[:2]) == pytest.approx(row["loss_after"], rel=1e-4)
+    for (name, a), b in zip(before.named_parameters(), student.parameters()):
+        assert torch.equal(a, b) == (".layers.1." not in name), name
 
 
 @torch.no_grad()
@@ -135,14 +164,16 @@ def world(tmp_path_factory):
 def heal(world, out, *words):
     own = ["--pruned-model-path", str(world / "pruned/hf_drop1_2"), "--texts", str(world / "texts.txt")]
     run = ["--batch-size", "4", "--accum", "1", "--max-steps", "2", "--lr", "0.01", "--warmup", "0"]
-    trains = not {"none", "linear", "compensate"} & set(words[-1:])
+    trains = not {"none", "linear", "compensate", "replace"} & set(words[-1:])
     train.main(train.parse_args([*own, "--out", str(out), *(run if trains else []), *map(str, words)]))
     return out / "model"
 
 
-@pytest.mark.parametrize("ways", [["full"], ["last"], ["lora"], ["linear", "lora"], ["compensate"], ["none"]])
+@pytest.mark.parametrize(
+    "ways", [["full"], ["last"], ["lora"], ["linear", "lora"], ["compensate", "replace"], ["none"]]
+)
 def test_a_bfloat16_model_is_repaired_in_every_way_and_saved_as_it_was(world, tmp_path, ways):
-    closed = {"linear", "compensate"} & set(ways)
+    closed = {"linear", "compensate", "replace"} & set(ways)
     teacher = ["--teacher", world / "llm"] if closed else []
     folder = heal(world, tmp_path / "out", *teacher, "--repair", *ways)
     config = json.loads((folder / "config.json").read_text())
@@ -153,7 +184,7 @@ def test_a_bfloat16_model_is_repaired_in_every_way_and_saved_as_it_was(world, tm
     assert not info["missing_keys"] and len(decoder_layers(loaded)) == 2
     before = load_file(world / "pruned/hf_drop1_2/model.safetensors")
     changed = {name for name in before if not torch.equal(before[name], written[name])}
-    assert bool(changed) == (ways not in (["none"], ["compensate"])) or ways == ["compensate"]
+    assert bool(changed) == (ways != ["none"])
     if ways == ["last"]:
         assert "lm_head.weight" in changed and "model.embed_tokens.weight" not in changed
     if ways == ["full"]:
@@ -228,3 +259,27 @@ def test_a_text_of_one_token_is_not_scored_and_a_file_of_such_is_refused(world, 
     assert "1 of 2 texts have fewer than two tokens" in capsys.readouterr().out
     with pytest.raises(UserError, match="no text has two tokens"):
         score("a\n")
+
+
+def test_tasks_of_ones_own_are_scored_by_lm_eval(world, tmp_path):
+    pytest.importorskip("lm_eval")
+    items = [{"ask": "The lung", "choices": [" is clear", " xq zv"], "right": 0}] * 2
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, items)))
+    task = {"task": "own_choice", "dataset_path": "json", "test_split": "test", "doc_to_text": "{{ask}}"}
+    task |= {"output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": "right"}
+    task |= {"dataset_kwargs": {"data_files": {"test": str(tmp_path / "own.jsonl")}}}
+    task |= {"metric_list": [{"metric": "acc"}]}
+    lines = [f"{key}: {json.dumps(value)}" for key, value in task.items()]
+    (tmp_path / "own.yaml").write_text("\n".join(lines))
+    words = ["--pruned-model-path", world / "llm", "--texts", world / "texts.txt", "--out", tmp_path / "r"]
+    test.main(test.parse_args([*map(str, [*words, "--tasks", tmp_path / "own.yaml"])]))
+    found = json.loads(next((tmp_path / "r").glob("*_scores.json")).read_text())
+    assert found["own_choice acc"] in (0.0, 1.0)
+    with pytest.raises(UserError, match="lm-eval knows no such task"):
+        test.main(test.parse_args([*map(str, [*words, "--tasks", "not_a_task"])]))
+
+
+def test_tasks_without_the_package_are_refused_in_one_line(world, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(UserError, match="--tasks needs the package lm-eval .*pip install lm-eval"):
+        test.score_tasks(None, None, ["arc_easy"], 0)

@@ -116,10 +116,12 @@ def test_angles_are_those_of_the_last_token_in_half_turns():
                 )
 
 
-def test_scores_do_not_depend_on_the_chunk_size(monkeypatch):
-    model, variants = make(), scan_methods.list_variants(make(), ["v"])
+@pytest.mark.parametrize("what, most", [("CHUNK", 3 * 64), ("ROOM", 1), ("ROOM", 200_000)])
+def test_scores_do_not_depend_on_the_free_memory(what, most, monkeypatch):
+    """CHUNK: three positions at a time. ROOM: one variant at a time, and some heads at a time."""
+    model, variants = make(), scan_methods.list_variants(make(), ["v", "head"])
     whole = scan_methods.scan_batch(model, prompts(), variants, eval_metric.DISTANCES)
-    monkeypatch.setattr(scan_methods, "CHUNK", 3 * 64)  # three positions at a time
+    monkeypatch.setattr(scan_methods, what, most)
     pieces = scan_methods.scan_batch(model, prompts(), variants, eval_metric.DISTANCES)
     assert scores(pieces, eval_metric.DISTANCES) == [
         pytest.approx(row, rel=1e-5, abs=1e-7) for row in scores(whole, eval_metric.DISTANCES)
@@ -340,11 +342,20 @@ def test_single_shot_criteria_take_the_lowest_scores():
     assert choose_layers.choose("random", 2, 4, seed=3) == choose_layers.choose("random", 2, 4, seed=3)
 
 
-def test_window_is_the_best_window():
-    model, calibration = make(num_hidden_layers=5), prompts((9,))
-    drop, _ = choose_layers.choose("window", 2, 5, model=model, prompts=calibration)
-    losses = {s: choose_layers.loss_without(model, calibration, (s, s + 1))[-1] for s in range(4)}
-    assert drop[0] == min(losses, key=losses.get) and drop[1] == drop[0] + 1
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_every_window_is_scored_in_one_wavefront(count, monkeypatch):
+    model, calibration = make(num_hidden_layers=5), prompts((9, 12))
+    wanted = [
+        choose_layers.loss_without(model, calibration, range(s, s + count))[-1] for s in range(6 - count)
+    ]
+    runs = []
+    for layer in decoder_layers(model):
+        layer.register_forward_pre_hook(lambda *call: runs.append(len(call[1][0])))
+    drop, loss = choose_layers.best_window(model, calibration, count)
+    start = min(range(len(wanted)), key=wanted.__getitem__)
+    assert drop == list(range(start, start + count)) and loss == pytest.approx(wanted[start], rel=1e-5)
+    behind = sum(range(6 - count))  # layer passes of the windows, beside those of the whole model
+    assert sum(runs) == 2 * (5 + behind), "layers run that no window needs"
 
 
 def test_budget_is_met_with_as_few_layers_as_possible():

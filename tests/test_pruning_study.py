@@ -23,7 +23,7 @@ from pruning.sensitivity_analyse.load_model import load_model
 from pruning.test import text_losses
 from studies import recipe
 from studies.dia_pangu import bases, builtin_model
-from studies.pruning import builtin, real, real_llm, second_base, skills, study, tables
+from studies.pruning import builtin, real, real_llm, second_base, skills, study, tables, texts
 from studies.recipe import options
 from tests import forked
 from tests.pruning_world import world
@@ -97,26 +97,13 @@ def test_what_is_chosen_on_and_healed_on_is_no_test_sample(world, tmp_path):
     assert task.labels.tolist() == [(s["cls_labels"] == 1).tolist() for s in tested]
 
 
-def test_texts_that_are_trained_on_are_not_tested(world, tmp_path):
-    (tmp_path / "train.txt").write_text("\n".join(f"Report number {i}." for i in range(6)))
-    (tmp_path / "test.txt").write_text("Report number 9.\nReport number 3.\n")
-    flags = {"model": world / "pruned/hf_drop2_2", "out": tmp_path / "out", "calibration": 2}
-    flags |= {"texts": tmp_path / "train.txt", "test_texts": tmp_path / "test.txt"}
-    with pytest.raises(UserError, match="test.txt: 1 of its texts .* 'Report number 3.'"):
-        study.TextTask(study.parse_args(options(flags)), torch.device("cpu"))
-    (tmp_path / "test.txt").write_text("Report number 8.\nReport number 9.\n")
-    task = study.TextTask(study.parse_args(options({**flags, "test_samples": 1})), torch.device("cpu"))
-    assert task.test_texts == ["Report number 8."]
-    assert [p["name"] for p in task.prompts] == ["Report number 0.", "Report number 1."]
-
-
 @pytest.mark.parametrize("order", [sorted, lambda names: sorted(names, reverse=True)])
 def test_each_set_is_checked_with_its_own_map_when_names_begin_alike(world, tmp_path, monkeypatch, order):
     glob = Path.glob
     monkeypatch.setattr(
         Path, "glob", lambda *args: iter(order(glob(*args)))
     )  # a folder may list its files in any order
-    args = Namespace(model=world / "lora", lang_model_path=world / "llm", out=tmp_path, texts=None)
+    args = Namespace(model=world / "lora", lang_model_path=world / "llm", out=tmp_path)
     model, text, config = load_report_model(world / "lora", world / "llm")
     task, evaluations = Namespace(test_set=Encoded(model, text, config, world / "data", "test", 2)), {}
     for spec in ("1", "1,3"):  # drop1 and drop1_3
@@ -330,10 +317,10 @@ def test_the_second_base_is_trained_studied_and_compared(world, tmp_path, small,
 def test_the_real_study_measures_every_set_and_repair_once_and_goes_on(tmp_path, small, monkeypatch, capsys):
     (tmp_path / "data/ct").mkdir(parents=True)
     for split, start in (("train", 0), ("val", 100)):
-        texts = [f"The lungs of case {start + i} are clear. The heart is normal." for i in range(12)]
-        cases = json.dumps({"cases": [{"id": f"{split}{i}", "report": t} for i, t in enumerate(texts)]})
+        lines = [f"The lungs of case {start + i} are clear. The heart is normal." for i in range(18)]
+        cases = json.dumps({"cases": [{"id": f"{split}{i}", "report": t} for i, t in enumerate(lines)]})
         (tmp_path / f"data/ct/ct_reports_{split}.json").write_text(cases)
-    make_llm(tmp_path / "llm", make_tokenizer(texts, 300), num_hidden_layers=4)
+    make_llm(tmp_path / "llm", make_tokenizer(lines, 300), num_hidden_layers=4)
     monkeypatch.setattr(real, "REAL", tmp_path / "data")
     monkeypatch.setattr(real.real_models, "smollm2", lambda: tmp_path / "llm")
     real.main()
@@ -341,7 +328,7 @@ def test_the_real_study_measures_every_set_and_repair_once_and_goes_on(tmp_path,
     file = tmp_path / "pruning/llm/evaluations.json"
     first = json.loads(file.read_text())["sets"]
     repaired = [name for name in first if "repaired" in name]
-    assert len(repaired) == len(real_llm.REPAIRS) + 1 and "whole model" in first
+    assert len(repaired) == len(real_llm.REPAIRS) and "whole model" in first
     for name in repaired:
         assert set(first[name]["skills"]) == {"choice", "sums", "brackets", "copying"}
     assert len({json.dumps(first[name]["reports"]) for name in repaired}) > 4, "repairs that change nothing"
@@ -355,7 +342,7 @@ def test_the_real_study_measures_every_set_and_repair_once_and_goes_on(tmp_path,
 
 
 def test_texts_of_the_real_study_do_not_overlap():
-    training, held_out = real_llm.english()
+    training, held_out = texts.english()
     assert len(training) > 100 and len(held_out) > 30 and not set(training) & set(held_out)
 
 

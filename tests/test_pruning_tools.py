@@ -199,6 +199,26 @@ def test_dtype_and_tying_are_kept(dtype, tmp_path):
     assert not any("layers.3." in k for k in merged if k.startswith("lang_model"))
 
 
+@pytest.mark.parametrize("form", ["bin", "safetensors"])
+def test_a_tied_model_in_another_number_format_keeps_every_tensor_once(form, tmp_path):
+    """What is made while it is written lies, one after the other, at one place in memory."""
+    model = make(tied=True)
+    ckpt = write(tmp_path / "source", model.state_dict(), form)
+    model.config.save_pretrained(tmp_path / "source")
+    arguments = ["--drop-layers", "1", "--llm-dtype", "float16", "--off-mlp", "2"]
+    folder = next(prune(ckpt.parent, tmp_path / "out", *arguments).glob("hf_*"))
+    written = shards.open_checkpoint(folder).entries
+    assert ("lm_head.weight" in written) == (form == "safetensors")
+    old = [0, 2, 3]
+    for key, value in model.half().state_dict().items():
+        layer = re.search(r"layers\.(\d)\.", key)
+        if layer and int(layer[1]) == 1 or key == "lm_head.weight":
+            continue
+        new = key.replace(layer[0], f"layers.{old.index(int(layer[1]))}.") if layer else key
+        wanted = torch.zeros_like(value) if "layers.2.mlp.down_proj" in key else value
+        assert torch.equal(written[new].read(), wanted), key
+
+
 def test_several_sets_in_one_call_and_a_plan(tmp_path):
     make().save_pretrained(tmp_path / "hf")
     (tmp_path / "plan.json").write_text(
@@ -450,9 +470,9 @@ def test_padding_has_no_part_in_the_importance():
 
     def importance(prompts):
         batch, real = prune_width.calibration_batch(model, prompts)
-        with prune_width.input_norms({"x": model.model.layers[1].mlp.down_proj}, real) as sums:
+        with prune_width.Uses({"x": model.model.layers[1].mlp.down_proj.weight}, real) as uses:
             model(**batch)
-        return sums["x"]
+        return uses.norms["x"]
 
     assert torch.allclose(importance(each), importance(each[:1]) + importance(each[1:]), rtol=1e-4)
 

@@ -109,6 +109,25 @@ def test_the_distance_is_that_of_the_teachers_distribution_to_the_students(world
     assert found == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-4)
 
 
+def test_a_loss_in_pieces_is_that_of_all_logits_at_once_and_so_is_its_gradient(world, monkeypatch):
+    student, teacher = load_model(world / "pruned/hf_drop2_2")[0], load_model(world / "llm")[0]
+    ids = torch.arange(5, 19).view(2, 7)
+    batch = {"lang_x": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    runs, calls = [], []
+    head = student.get_output_embeddings()
+    head.register_forward_pre_hook(lambda module, args: calls.append(args[0].shape[-2]))
+    for most in (1 << 30, 5 * student.config.vocab_size):
+        monkeypatch.setattr(train, "LOGITS", most)
+        student.zero_grad()
+        out = train.Healing(student, teacher, 0.5)(**batch)
+        out["loss"].backward()
+        gradients = [p.grad.clone() for p in student.parameters()]
+        runs.append(([value.item() for value in out.values()], gradients, max(calls)))
+        calls.clear()
+    assert runs[1][0] == pytest.approx(runs[0][0], rel=1e-5) and [run[2] for run in runs] == [12, 5]
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-6) for a, b in zip(runs[0][1], runs[1][1]))
+
+
 def test_two_processes_heal_as_one_and_resume_is_exact(world, tmp_path):
     def launch(processes, out, **flags):
         line = [ROOT / "pruning/train.py", *heal_args(world, out, **flags)]

@@ -10,6 +10,7 @@ from common.errors import UserError
 from pruning.layers import decoder_layers, without_layers
 from pruning.pruning_tools import count_params, prune_llm, prune_width, read_back
 from pruning.sensitivity_analyse import scan_methods
+from pruning.sensitivity_analyse.layer_mask import masked
 from pruning.sensitivity_analyse.layer_sensitivity_scan import fingerprint
 from pruning.shorter import quantized_names, shorter_config
 from tests import pruning_zoo
@@ -297,12 +298,67 @@ def test_with_v_off_attention_returns_the_projection_of_nothing(name):
     assert fast == pytest.approx(naive, rel=1e-4) and min(naive) > 0
 
 
+# ---------------------------------------- branches and experts
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("part", ["attention", "mlp"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "phi3", "opt", "qwen3_next", "falcon_h1"])
+def test_a_branch_that_is_off_on_disk_is_off_for_everyone(name, part, tmp_path):
+    model = pruning_zoo.make(name, ZOO[name])
+    model.save_pretrained(tmp_path / "source")
+    with masked(model, 3, part):
+        wanted = skipped(model, [1])
+    folder = prune(tmp_path / "source", tmp_path / "out", [1], f"--off-{part}", "3")
+    assert folder.name == f"hf_drop1_1_off{part}3"
+    loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert torch.allclose(loaded(input_ids=IDS, use_cache=False).logits, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--off-mlp", "2"], "layer 2 is dropped"),
+        (["--off-mlp", "9"], "the model has layers 0-5"),
+        (["--off-attention", "5-3"], "descends"),
+    ],
+)
+def test_branches_that_are_not_there_are_refused(words, message, tmp_path):
+    pruning_zoo.make("llama", {}).save_pretrained(tmp_path / "source")
+    with pytest.raises(UserError, match=message):
+        prune(tmp_path / "source", tmp_path / "out", DROP, *words)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_an_expert_that_is_removed_is_the_one_that_does_nothing(name, tmp_path):
+    """Two of four experts write nothing: without them the mixture is the one whose router never asks them."""
+    settings = ZOO[name] | {"num_experts_per_tok": 1, "norm_topk_prob": True}
+    model = pruning_zoo.make(name, settings)
+    for key, p in model.named_parameters():
+        if key.endswith(("experts.down_proj", "experts.down_proj_bias")):
+            p[[0, 2]] = 0
+    kept = prune_width.prune_experts(model, [{"name": "a", "input_ids": IDS}], 0.5)
+    assert kept and all(some == [1, 3] for some in kept)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.allclose(loaded(input_ids=IDS).logits, model(input_ids=IDS).logits, atol=1e-5)
+
+
+def test_experts_that_cannot_go_are_refused():
+    prompt = [{"name": "a", "input_ids": IDS}]
+    with pytest.raises(UserError, match="1 of 4 experts would be left, a token is sent to 2"):
+        prune_width.prune_experts(pruning_zoo.make("mixtral", ZOO["mixtral"]), prompt, 0.75)
+    with pytest.raises(UserError, match="no one number of stacked experts"):
+        prune_width.prune_experts(pruning_zoo.make("llama", {}), prompt, 0.5)
+
+
 # ---------------------------------------- zeros and numbers
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("sparsity", ["0.5", "2:4"])
-@pytest.mark.parametrize("name", ["gpt2", "mixtral", "qwen3_moe", "gpt_oss", "phi3", "gpt_bigcode"])
+@pytest.mark.parametrize("name", ["gpt2", "mixtral", "qwen3_moe", "gpt_oss", "phi3", "bloom"])
 @pytest.mark.parametrize("method", ["wanda", "magnitude"])
 def test_every_matrix_that_a_layer_multiplies_with_gets_the_asked_zeros(name, sparsity, method):
     model = pruning_zoo.make(name, ZOO[name])
@@ -325,8 +381,9 @@ def test_a_share_that_was_not_reached_is_said_and_nothing_is_written():
 
 
 @torch.no_grad()
-def test_padding_has_no_part_in_what_an_expert_is_judged_by():
-    alone, padded = (pruning_zoo.make("mixtral", ZOO["mixtral"]) for _ in range(2))
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "jetmoe"])
+def test_padding_has_no_part_in_what_an_expert_is_judged_by(name):
+    alone, padded = (pruning_zoo.make(name, ZOO[name]) for _ in range(2))
     short = {"name": "a", "input_ids": IDS[:, :5]}
     prune_width.prune_unstructured(alone, [short, short], "wanda", "0.5")
     real = prune_width.calibration_batch
@@ -357,6 +414,33 @@ def test_flops_of_experts_and_the_cache_of_latent_attention(tmp_path):
         tmp_path / "deepseek_v2", count_params.parse_args([str(tmp_path / "deepseek_v2"), *args])
     )["total"]
     assert latent["KV-cache of 16 tokens, bytes"] == 6 * (8 + 4) * 4 * 16
+
+
+@pytest.mark.parametrize(
+    "name, kept",
+    [
+        ("mamba2", 0),
+        ("nemotron_h", 2 * 2 * 2 * 8),  # two of its six layers attend: keys and values, two heads of 8
+        ("gemma4_text", (2 * 4 + 2 * 16) * 2 * 2 * 8),  # two of six borrow; a window of 4 in half of the rest
+        ("jetmoe", None),
+    ],
+)
+def test_layers_without_keys_cost_no_cache_and_stacked_experts_count_once(name, kept, tmp_path):
+    settings = ZOO[name] | ({"global_head_dim": 8} if name == "gemma4_text" else {})
+    model = pruning_zoo.make(name, settings)
+    model.save_pretrained(tmp_path)
+    found = count_params.describe(tmp_path, count_params.parse_args([str(tmp_path), "--context", "16"]))[
+        "total"
+    ]
+    if kept is not None:
+        tokens = 16 if name == "nemotron_h" else 1
+        assert found["KV-cache of 16 tokens, bytes"] == 4 * kept * tokens
+    else:
+        stacked = sum(p.numel() for p in decoder_layers(model).parameters() if p.dim() == 3)
+        flat = sum(p.numel() for p in decoder_layers(model).parameters() if p.dim() == 2)
+        scores = 6 * 2 * 4 * 8 * 16
+        wanted = 2 * (flat + stacked // 2 + 96 * 32) + 2 * scores
+        assert found["FLOPs per token at 16 tokens"] == pytest.approx(wanted, rel=0.05)
 
 
 @torch.no_grad()

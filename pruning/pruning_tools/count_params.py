@@ -18,6 +18,9 @@ from pruning.pruning_tools.prune_llm import find_language_model
 from pruning.pruning_tools.shards import open_checkpoint
 from pruning.shorter import config_head_counts, config_object, text_part
 
+# What makes the keys of an attention, under the names that decoders give it.
+KEYS = re.compile(r"\b(k_proj|kv_proj|qkv_proj|qkv|c_attn|query_key_value|kv_a_proj\w*|Wqkv|wkv|W_pack)\b")
+
 
 def parse_args(argv=None):
     p, count = Parser(__doc__), number(int, 1)
@@ -35,7 +38,7 @@ def parse_args(argv=None):
     p.add_argument(
         "--check-layer-range",
         metavar="REGEX",
-        help=r"report keys that match, such as 'layers\.(2[89]|3\d)\.': leftovers of a pruning",
+        help=r"report keys that match, such as 'layers\.(2[89]|3\d)\.'",
     )
     p.add_argument("--context", type=count, default=2048, help="tokens in the KV-cache that is reported")
     return p.parse_args(argv)
@@ -59,18 +62,24 @@ def layer_cost(config: dict, entries: dict, llm, context: int) -> dict:
     table = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
     head = ends_with(entries, llm.root, ("lm_head.weight", "embed_out.weight"))
     head = head or ends_with(entries, llm.root, table)  # tied
-    matrices = head.numel if head else 0
+    matrices, attending = head.numel if head else 0, set()
+    experts, share = active_experts(text)
     for key, entry in inside.items():
+        layer, name = re.match(llm.pattern + "(.*)", key).groups()
+        if KEYS.search(name) and not name.startswith("linear_attn."):
+            attending.add(int(layer))
         if len(entry.shape) in (2, 3) and not key.endswith("bias"):
-            matrices += entry.numel * (active_share(text) if ".experts." in key else 1)
-    spans = attended(text, llm.layers, context)
+            stacked = len(entry.shape) == 3 and entry.shape[0] == experts
+            matrices += entry.numel * (share if stacked or ".experts." in key else 1)
+    spans = attended(text, attending, llm.layers, context)
     itemsize = next(iter(inside.values())).dtype.itemsize
-    scores, kept = per_token(config, text)
+    scores, kept = per_token(config, text) if any(spans) else (0, 0)
+    own = spans[: llm.layers - (text.get("num_kv_shared_layers") or 0)]  # the others read these layers' keys
     return {
         "layers": llm.layers,
         "decoder layers, values": sum(e.numel for e in inside.values()),
         f"FLOPs per token at {context} tokens": round(2 * matrices) + 2 * scores * sum(spans),
-        f"KV-cache of {context} tokens, bytes": kept * itemsize * sum(spans),
+        f"KV-cache of {context} tokens, bytes": kept * itemsize * sum(own),
     }
 
 
@@ -81,23 +90,31 @@ def effective(config: dict) -> dict:
     return {**(known.get_text_config(decoder=True).to_dict() if known else {}), **own}
 
 
-def active_share(text: dict) -> float:
-    """The share of a layer's experts that one token is sent to."""
-    names = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts", "top_k")
-    chosen = next((text[n] for n in names if isinstance(text.get(n), int)), None)
+def active_experts(text: dict) -> tuple:
+    """(experts of a layer, None without; the share of them that one token is sent to)."""
+    text = {**text, **(text.get("ffn_config") or {})}  # DBRX keeps them apart
+    names = (
+        "num_experts_per_tok",
+        "num_experts_per_token",
+        "moe_k",
+        "moe_topk",
+        "top_k_experts",
+        "moe_top_k",
+    )
+    chosen = next((text[n] for n in (*names, "top_k") if isinstance(text.get(n), int)), None)
     names = ("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts")
     experts = next((text[n] for n in names if isinstance(text.get(n), int)), None)
-    return min(1.0, chosen / experts) if chosen and experts else 1.0
+    return experts, min(1.0, chosen / experts) if chosen and experts else 1.0
 
 
-def attended(text: dict, layers: int, context: int) -> list[int]:
-    """How many of `context` tokens each layer attends to and keeps: none where it has no attention."""
+def attended(text: dict, attending: set, layers: int, context: int) -> list[int]:
+    """How many of `context` tokens each layer attends to and keeps: none where it makes no keys."""
     kinds = text.get("layer_types")
     kinds = kinds if isinstance(kinds, list) and len(kinds) == layers else ["full_attention"] * layers
     window = text.get("sliding_window") or context
     spans = []
-    for kind in map(str, kinds):
-        if "linear" in kind or not ("attention" in kind or "hybrid" in kind):
+    for layer, kind in enumerate(map(str, kinds)):
+        if layer not in attending or "linear" in kind or kind in ("mamba", "conv", "recurrent"):
             spans.append(0)
         else:
             spans.append(min(window, context) if "sliding" in kind else context)

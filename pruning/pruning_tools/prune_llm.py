@@ -36,7 +36,11 @@ from common.checkpoint import atomic_dir, atomic_write
 from common.errors import UserError, run
 from common.files import check, read_json
 from pruning.layers import (
+    DOWN,
     MARKS,
+    MIXERS,
+    MLP,
+    OUTPUT,
     PER_LAYER,
     check_drop,
     make_tag,
@@ -87,6 +91,15 @@ OWN = (
     "timing.json",
     "metrics.json",
 )
+# The last matrices of a layer's two branches, below the layer's own key; LoRA adds nothing where B is zero.
+LAST = r"(?:base_layer\.)?(?:weight|bias|lora_B\..+)"
+BRANCHES = {
+    "attention": re.compile(rf"(?:{'|'.join(MIXERS)})\.(?:.+\.)?(?:{'|'.join(OUTPUT)})\.{LAST}"),
+    "mlp": re.compile(
+        rf"(?:{'|'.join(MLP)})\.(?:bias|(?:.+\.)?(?:{'|'.join(DOWN)}|output_linear)(?:_bias|\.{LAST})?)"
+        rf"|fc2\.{LAST}"
+    ),
+}
 # --hf: whether LoRA is merged, for each folder that is written.
 HF = {"none": (), "merged": (True,), "adapter": (False,), "both": (True, False)}
 
@@ -104,18 +117,14 @@ def add_source_arguments(group):
         "--ckpt",
         type=Path,
         required=True,
-        help=".bin, .pth, .safetensors, or a folder with one of them or with shards and their index",
+        help=".bin, .pth, .safetensors, or a folder with such or with shards",
     )
     group.add_argument(
         "--lang-model-path",
         type=Path,
-        help="folder with the language model's config.json and tokenizer; left out: the checkpoint's folder",
+        help="folder with config.json and tokenizer; default: the checkpoint's",
     )
-    group.add_argument(
-        "--lora-alpha",
-        type=float,
-        help="alpha of LoRA, where no adapter_config.json stands beside the checkpoint",
-    )
+    group.add_argument("--lora-alpha", type=float, help="alpha of LoRA, where no adapter_config.json says it")
     group.add_argument("--lora-r", type=int, help="rank of LoRA; only checked against the checkpoint")
     group.add_argument(
         "--lora-target-modules",
@@ -134,6 +143,14 @@ def add_layer_arguments(group):
         metavar="SPEC",
         help='layers to remove, such as 23-28 or "0-2,5,7-9"; repeat it for several models',
     )
+    for part in BRANCHES:
+        group.add_argument(
+            f"--off-{part}",
+            default="",
+            metavar="SPEC",
+            help=f"kept layers, by old numbers, whose {part} is switched off: its last matrix is written as "
+            "zeros, which every program reads; size and time stay",
+        )
     group.add_argument("--plan", type=Path, help="JSON file of choose_layers.py: prune every set in it")
 
 
@@ -143,7 +160,7 @@ def add_result_arguments(group):
         "--tag",
         action="append",
         default=[],
-        help="name of a result, once for each set of layers; left out: drop<first>_<last> or drop<layers>",
+        help="name of each set's result; default: drop<first>_<last> or drop<layers>",
     )
     group.add_argument(
         "--hf",
@@ -162,16 +179,14 @@ def add_result_arguments(group):
         "--format",
         choices=("source", "bin", "safetensors"),
         default="source",
-        help="format of the merged file; source: as the checkpoint's",
+        help="format of the merged file",
     )
     group.add_argument("--max-shard-gb", type=float, default=5.0, help="largest shard in 10^9 bytes")
     group.add_argument(
         "--script-version", choices=VERSIONS, default=VERSIONS[0], help="part of upstream's file names"
     )
     group.add_argument(
-        "--unchecked",
-        action="store_true",
-        help="write a model whose class transformers does not know, so that its layers cannot be compared",
+        "--unchecked", action="store_true", help="write also a model whose class transformers does not know"
     )
     group.add_argument("--overwrite", action="store_true", help="replace results of the same tag")
 
@@ -226,7 +241,7 @@ def find_language_model(keys, prefix: str | None = None, config: dict | None = N
     # of these the language model's
     named = ("lang_model.", "language_model.")
     language = [p for p in found if p.startswith(named) or ".language_model." in p]
-    others = [p for p in found if not re.search("vision|visual|audio|perceiver|encoder|^mtp", p)]
+    others = [p for p in found if not re.search("vision|visual|audio|perceiver|encoder|(^|[.])mtp", p)]
     candidates = [prefix] if prefix else language or others
     candidates = [p for p in candidates if p in found]
     if not candidates:
@@ -276,20 +291,13 @@ def find_lora(checkpoint: Checkpoint, llm: LanguageModel, alpha: float | None) -
     return Lora(rank, alpha if stored is None else stored, sorted(ranks), stored is not None)
 
 
-def read_config(folder: Path) -> dict | None:
-    """The language model's config.json; None if the folder has none."""
-    path = Path(folder) / "config.json"
-    return read_json(path, dict) if path.is_file() else None
-
-
 def check_config(folder: Path, config: dict, llm: LanguageModel):
     """UserError unless the configuration counts the layers that the checkpoint holds."""
     count = layer_count(config)
     if count is not None and count != llm.layers:
         raise UserError(
             f"{folder / 'config.json'}: num_hidden_layers is {count}, the checkpoint holds {llm.layers} "
-            "layers; "
-            "this config is of another model"
+            "layers; this config is of another model"
         )
 
 
@@ -319,6 +327,27 @@ def prune_keys(entries: dict, llm: LanguageModel, drop_layers) -> tuple[dict, di
         elif int(match[1]) in new_of:
             kept[f"{llm.prefix}{new_of[int(match[1])]}{key[match.end(1) :]}"] = entry
     return kept, layer_id_map
+
+
+def switched_off(entries: dict, llm: LanguageModel, args) -> dict:
+    """`entries` with zeros where the branches of --off-attention and --off-mlp end, by old layer numbers."""
+    off, changed = branches_off(args), {}
+    for part, layers in off.items():
+        missing = set(check_drop(layers, llm.layers))
+        for key, entry in entries.items():
+            match = re.match(llm.pattern, key)
+            layer = int(match[1]) if match else None
+            if layer in layers and BRANCHES[part].fullmatch(key[match.end() :]):
+                changed[key] = derived(entry, torch.zeros_like)
+                missing.discard(layer)
+        if missing:
+            raise UserError(f"--off-{part}: layer {min(missing)} has no {part} with one last matrix")
+    return entries | changed
+
+
+def branches_off(args) -> dict:
+    """{branch: layers} of --off-attention and --off-mlp."""
+    return {part: parse_drop_layers(getattr(args, f"off_{part}")) for part in BRANCHES}
 
 
 def by_layer(key: str, entry, keep: list[int], layers: int):
@@ -367,8 +396,7 @@ def untied(weights: dict, config: dict) -> dict:
         return weights
     once = {}
     for key, entry in weights.items():
-        place = key if entry.where else (entry.read().data_ptr(), entry.shape)
-        once.setdefault(place, (key, entry))
+        once.setdefault(entry.memory or key, (key, entry))
     return dict(once.values())
 
 
@@ -392,8 +420,7 @@ def hf_config(config: dict, keep: list[int], unchecked: bool) -> dict:
     if not read_back.check_layers(config, shorter, keep) and not unchecked:
         raise UserError(
             f"transformers does not know model_type {config.get('model_type')!r}, so that nothing can be "
-            "compared; "
-            "add --unchecked to write it all the same, and compare it yourself"
+            "compared; add --unchecked to write it all the same, and compare it yourself"
         )
     return shorter
 
@@ -477,7 +504,7 @@ def write_merged(stem: Path, entries: dict, checkpoint: Checkpoint, lora, args):
 def prune(checkpoint: Checkpoint, llm, lora, config, drop_layers, tag: str, args, source: Path) -> dict:
     """Write everything for one set of layers; returns the map."""
     # which tensors stay, and under which names
-    entries, layer_id_map = prune_keys(checkpoint.entries, llm, drop_layers)
+    entries, layer_id_map = prune_keys(switched_off(checkpoint.entries, llm, args), llm, drop_layers)
     if args.llm_dtype != "keep":
         dtype = getattr(torch, args.llm_dtype)
         entries = {k: cast(e, dtype) if k.startswith(llm.root) else e for k, e in entries.items()}
@@ -509,6 +536,7 @@ def prune(checkpoint: Checkpoint, llm, lora, config, drop_layers, tag: str, args
         "new_layers": len(layer_id_map),
         "drop_layers": list(drop_layers),
         "layer_id_map": {str(new): old for new, old in layer_id_map.items()},
+        **{f"off_{part}": layers for part, layers in branches_off(args).items() if layers},
         "llm_layer_prefix": llm.prefix,
         "llm_layer_pattern": llm.pattern,
         "device": "cpu",
@@ -539,7 +567,10 @@ def wanted_sets(args) -> list[tuple[list[int], str]]:
     if args.plan:
         plan = read_json(args.plan, {"choices": [{"drop_layers": str}]})
         sets += [parse_drop_layers(choice["drop_layers"]) for choice in plan["choices"]]
-    if not sets or not all(sets):
+    off = branches_off(args)
+    if any(off.values()) and not sets:
+        sets = [[]]
+    elif not sets or not all(sets):
         raise UserError("--drop-layers is empty; name the layers to remove, such as 23-28")
     if args.tag and len(args.tag) != len(sets):
         raise UserError(f"{len(args.tag)} --tag for {len(sets)} sets of layers; give one for each, or none")
@@ -554,6 +585,10 @@ def wanted_sets(args) -> list[tuple[list[int], str]]:
             if args.tag:
                 raise UserError(f"--tag {tag} names two sets; give each its own")
             tag = plain_tag(drop)
+        if both := sorted({i for some in off.values() for i in some} & {*drop}):
+            raise UserError(f"layer {both[0]} is dropped; leave it out of --off-attention and --off-mlp")
+        if not args.tag:
+            tag += "".join(f"_off{part}{plain_tag(some)[4:]}" for part, some in off.items() if some)
         named[tag] = drop
     return [(drop, tag) for tag, drop in named.items()]
 
@@ -611,7 +646,7 @@ def main(args):
     # what the checkpoint holds
     checkpoint = open_checkpoint(args.ckpt)
     source = args.lang_model_path or checkpoint.folder
-    config = read_config(source)
+    config = read_json(source / "config.json", dict) if (source / "config.json").is_file() else None
     llm = find_language_model(checkpoint.entries, args.layer_prefix, config)
     if config:
         check_config(source, config, llm)
@@ -625,6 +660,7 @@ def main(args):
 
     # whatever could fail fails before anything is written
     check_lora(args, lora)
+    switched_off(checkpoint.entries, llm, args)
     for drop, _ in sets:
         check_drop(drop, llm.layers)
     check_results(args, checkpoint, sets)

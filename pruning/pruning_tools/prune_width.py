@@ -9,6 +9,8 @@ width      removes MLP neurons, and whole key-value heads with their query heads
            that the result is an ordinary smaller model. The score of a neuron is its mean |activation| times
            the norm of its column in down_proj; of a head group, the same over its part of o_proj's input
            (activation importance of Minitron, arXiv 2407.14679)
+           With --expert-ratio the experts of a mixture, as many in every layer, that write least to the
+           hidden state: the mean square of what enters their last matrix, times its weights' squares
 wanda      sets weights to zero by the score |W| times the norm of the input, within each output row (arXiv
            2306.11695), layer after layer on the activations of the layers pruned before
 magnitude  sets weights to zero by the score |W|, within each matrix: the control of wanda
@@ -18,6 +20,7 @@ magnitude  sets weights to zero by the score |W|, within each matrix: the contro
 
 import contextlib
 import json
+import re
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -34,8 +37,14 @@ from common.checkpoint import atomic_dir
 from common.errors import UserError, run
 from pruning.layers import decoder, decoder_layers, head_counts, plain, text_config
 from pruning.pruning_tools import read_back
+from pruning.sensitivity_analyse.layer_mask import mixers, mlps
 from pruning.sensitivity_analyse.layer_sensitivity_scan import add_prompt_arguments, load_with_prompts
 from pruning.sensitivity_analyse.scan_methods import pad_prompts, patched
+
+# Where a configuration counts experts, and those that a token is sent to; last matrices of experts.
+EXPERTS = ("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts")
+CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "top_k_experts")
+ENDS = ("down_proj", "w2", "output_linear.weight")
 
 
 def parse_args(argv=None):
@@ -44,7 +53,7 @@ def parse_args(argv=None):
         "--model",
         type=Path,
         required=True,
-        help="folder of a language model; width needs Llama's gate_proj, up_proj and down_proj",
+        help="folder of a language model; width needs layers like Llama's",
     )
     p.add_argument("--out", type=Path, required=True, help="folder of the result")
     p.add_argument("--method", choices=("width", "wanda", "magnitude"), default="width", help="see above")
@@ -55,12 +64,18 @@ def parse_args(argv=None):
         "--kv-ratio",
         type=float,
         default=0.0,
-        help="width: fraction of the key-value heads to remove, in [0, 1), with their query heads",
+        help="width: fraction of the key-value heads to remove, in [0, 1)",
+    )
+    p.add_argument(
+        "--expert-ratio",
+        type=float,
+        default=0.0,
+        help="width: fraction of a mixture's experts to remove, in [0, 1)",
     )
     p.add_argument(
         "--sparsity",
         default="0.5",
-        help="wanda, magnitude: fraction of the weights that become zero, in (0, 1), or 2:4",
+        help="wanda, magnitude: fraction of weights to set to zero, in (0, 1), or 2:4",
     )
     p.add_argument("--overwrite", action="store_true", help="replace the folder --out")
     add_prompt_arguments(p.add_argument_group("calibration prompts"))
@@ -69,37 +84,14 @@ def parse_args(argv=None):
 
 def llama_parts(layer):
     """(attention, MLP) of a decoder layer; UserError where they are not built as Llama's are."""
-    mlp = getattr(layer, "mlp", None)
-    if not all(hasattr(mlp, n) for n in ("gate_proj", "up_proj", "down_proj")) or not hasattr(
-        layer.self_attn, "o_proj"
-    ):
+    attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
+    wanted = [(attention, "qkvo"), (mlp, ("gate", "up", "down"))]
+    if not all(hasattr(part, f"{name}_proj") for part, names in wanted for name in names):
         raise UserError(
             f"{type(layer).__name__}: pruning in width knows layers with self_attn.{{q,k,v,o}}_proj and "
-            f"mlp.{{gate,up,down}}_proj only"
+            "mlp.{gate,up,down}_proj only"
         )
-    return layer.self_attn, layer.mlp
-
-
-@contextlib.contextmanager
-def input_norms(modules: dict, real: torch.Tensor, power: int = 2):
-    """Sum |input|^power over all real tokens, for each input feature of the Linear modules {name: module}.
-
-    Yields {name: (features,)}, filled while the block runs. real: (B, N) bool, False at padding.
-    """
-    sums = {}
-
-    def watch(name):
-        def hook(module, args):
-            sums[name] = sums.get(name, 0) + args[0][real.to(args[0].device)].float().abs().pow(power).sum(0)
-
-        return hook
-
-    hooks = [module.register_forward_pre_hook(watch(name)) for name, module in modules.items()]
-    try:
-        yield sums
-    finally:
-        for hook in hooks:
-            hook.remove()
+    return attention, mlp
 
 
 def calibration_batch(model, prompts):
@@ -107,6 +99,14 @@ def calibration_batch(model, prompts):
     batch = pad_prompts(prompts, next(model.parameters()).device)
     lengths = torch.tensor([p[next(iter(batch))].shape[1] for p in prompts])
     return batch, torch.arange(next(iter(batch.values())).shape[1])[None] < lengths[:, None]
+
+
+def show_experts(model):
+    """Let a mixture compute one product for each expert, instead of a fused one that cannot be watched."""
+    choose = getattr(plain(model), "set_experts_implementation", None)
+    if choose is not None:
+        with contextlib.suppress(ValueError, AttributeError):
+            choose("eager")
 
 
 # ---------------------------------------- width
@@ -124,10 +124,11 @@ def prune_width(model, prompts, mlp_ratio: float, kv_ratio: float) -> dict:
     neurons = next(mlp for _, mlp in parts).down_proj.in_features
     watched = {}
     for i, (attention, mlp) in enumerate(parts):
-        watched |= {(i, "mlp"): mlp.down_proj, (i, "kv"): attention.o_proj}
+        watched |= {(i, "mlp"): mlp.down_proj.weight, (i, "kv"): attention.o_proj.weight}
     batch, real = calibration_batch(model, prompts)
-    with input_norms(watched, real, power=1) as sums:
+    with Uses(watched, real, power=1) as uses:
         decoder(model)(**batch, use_cache=False)
+    sums = {key: total[0] for key, total in uses.norms.items()}
     kept_neurons, kept_kv = neurons - round(mlp_ratio * neurons), kv_heads - round(kv_ratio * kv_heads)
     if min(kept_neurons, kept_kv) < 1:
         raise UserError(
@@ -136,13 +137,14 @@ def prune_width(model, prompts, mlp_ratio: float, kv_ratio: float) -> dict:
         )
     chosen = defaultdict(list)
     for i, (attention, mlp) in enumerate(parts):
-        score = sums[i, "mlp"] * mlp.down_proj.weight.float().norm(dim=0)
+        score = sums[i, "mlp"] * mlp.down_proj.weight.double().norm(dim=0).cpu()
         keep = score.topk(kept_neurons).indices.sort().values
         for linear in (mlp.gate_proj, mlp.up_proj):
             keep_rows(linear, keep)
         keep_columns(mlp.down_proj, keep)
         # query heads of a group lie side by side
-        score = (sums[i, "kv"] * attention.o_proj.weight.float().norm(dim=0)).view(kv_heads, -1).sum(1)
+        score = sums[i, "kv"] * attention.o_proj.weight.double().norm(dim=0).cpu()
+        score = score.view(kv_heads, -1).sum(1)
         groups = score.topk(kept_kv).indices.sort().values
         rows = torch.arange(kv_heads * head_dim).view(kv_heads, -1)[groups].flatten()
         queries = torch.arange(heads * head_dim).view(kv_heads, -1)[groups].flatten()
@@ -150,15 +152,86 @@ def prune_width(model, prompts, mlp_ratio: float, kv_ratio: float) -> dict:
         keep_rows(attention.k_proj, rows)
         keep_rows(attention.v_proj, rows)
         keep_columns(attention.o_proj, queries)
-        for name, kept, size in (("q_norm", queries, heads), ("k_norm", rows, kv_heads)):
-            norm = getattr(attention, name, None)  # some normalise all heads together: OLMo 2
-            if norm is not None and norm.weight.shape == (size * head_dim,) and size > 1:
-                norm.weight = nn.Parameter(norm.weight[kept].clone())
+        # norms over all neurons, or over all heads together: BitNet, OLMo 2
+        for part, kept, size in ((mlp, keep, neurons), (attention, queries, heads * head_dim)):
+            for name, norm in part.named_children():
+                own = kept if name != "k_norm" else rows
+                whole = size if name != "k_norm" else kv_heads * head_dim
+                weight = getattr(norm, "weight", None)
+                if "norm" in name and weight is not None and weight.shape == (whole,) and whole > head_dim:
+                    norm.weight = nn.Parameter(weight[own].clone())
         chosen["mlp"].append(keep.tolist())
         chosen["kv"].append(groups.tolist())
     config.head_dim, config.intermediate_size = head_dim, kept_neurons
     config.num_key_value_heads, config.num_attention_heads = kept_kv, kept_kv * (heads // kv_heads)
     return dict(chosen)
+
+
+@torch.no_grad()
+def prune_experts(model, prompts, ratio: float) -> list:
+    """Remove a fraction of the experts of every mixture, in place; returns those kept, layer by layer."""
+    config, every = text_config(model), expert_tensors(model)
+    count = len(next(iter(every.values()))[0][1])
+    kept = count - round(ratio * count)
+    chosen_at_once = max((getattr(config, name, None) or 1) for name in CHOSEN)
+    if kept < chosen_at_once or (getattr(config, "n_group", None) or 1) > 1:
+        raise UserError(
+            f"--expert-ratio {ratio:g}: {kept} of {count} experts would be left, a token is sent to "
+            f"{chosen_at_once}" + (", and they are chosen in groups" if kept >= chosen_at_once else "")
+        )
+    batch, real = calibration_batch(model, prompts)
+    show_experts(model)
+    last = {  # the last matrices of the experts; a token's values are small where it was not sent
+        layer: next((p for name, p in tensors if p.dim() == 3 and name.endswith(ENDS)), None)
+        for layer, tensors in every.items()
+    }
+    if None in last.values():
+        raise UserError(f"{type(plain(model)).__name__}: its experts do not stand in one tensor a matrix")
+    with contextlib.ExitStack() as stack:
+        for layer in decoder_layers(model):
+            stack.enter_context(real_tokens_only(layer, real))
+        uses = stack.enter_context(Uses(last, real))
+        decoder(model)(**batch, use_cache=False)
+    kept_experts = []
+    for layer, tensors in every.items():
+        weight, axis = last[layer].float(), uses.axis[layer]
+        size = weight.square().sum(-1 if axis == -2 else -2)  # (experts, input features)
+        index = (uses.norms[layer].to(size) * size).sum(-1).topk(kept).indices.sort().values
+        for _, tensor in tensors:
+            tensor.data = tensor.data[index].clone()
+        kept_experts.append(index.tolist())
+    for module in model.modules():
+        for name in EXPERTS:
+            if getattr(module, name, None) == count:
+                setattr(module, name, kept)
+    for name in EXPERTS:
+        if getattr(config, name, None) == count:
+            setattr(config, name, kept)
+    return kept_experts
+
+
+def expert_tensors(model) -> dict:
+    """{layer: [(name, tensor with one part for each expert)]}; UserError where there is no mixture."""
+    config = text_config(model)
+    counts = {getattr(config, name, None) for name in EXPERTS} - {None}
+    found = {}
+    for i, layer in enumerate(decoder_layers(model)):
+        stacks = [p for name, p in layer.named_parameters() if "experts" in name and p.dim() == 3]
+        if not stacks:
+            continue
+        tensors = [*layer.named_parameters(), *layer.named_buffers()]
+        found[i] = [
+            (name, p)
+            for name, p in tensors
+            if len(p.shape)
+            and len(p) == len(stacks[0])
+            and re.search("expert|gate|router", name)
+            and "shared" not in name
+        ]
+        counts.add(len(stacks[0]))
+    if not found or len(counts) != 1:
+        raise UserError(f"{type(plain(model)).__name__}: has no one number of stacked experts in its layers")
+    return found
 
 
 def keep_rows(linear, index):
@@ -182,24 +255,27 @@ class Uses(TorchFunctionMode):
     """Sees every product with one of `weights` {name: parameter} while it is entered.
 
     Linear layers, GPT-2's Conv1D and experts stacked in one tensor are all products of inputs with a weight
-    or with one slice of it; norms[name] sums the squares of the inputs for each input feature, (slices,
-    features) in float64, and axis[name] says along which axis of a matrix the inputs lie. real: (B, N) bool,
+    or with one slice of it; norms[name] sums |input|^power for each input feature, (slices, features) in
+    float64 on the CPU, and axis[name] says along which axis of a matrix the inputs lie. real: (B, N) bool,
     False at padding.
     """
 
     PRODUCTS = {"linear": -1, "matmul": -2, "__matmul__": -2, "mm": -2, "bmm": -2, "addmm": -2, "baddbmm": -2}
+    FACTORS = ("input", "weight", "other", "mat1", "batch1", "mat2", "batch2")  # where they are named
 
-    def __init__(self, weights: dict, real: torch.Tensor):
+    def __init__(self, weights: dict, real: torch.Tensor, power: int = 2):
         super().__init__()
-        self.real, self.norms, self.axis = real, {}, {}
+        self.real, self.power, self.norms, self.axis = real, power, {}, {}
         self.known = {w.untyped_storage().data_ptr(): (name, w) for name, w in weights.items()}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name = getattr(func, "__name__", "")
-        if name in self.PRODUCTS and not (kwargs or {}).get("input"):
-            inputs, weight = args[1:3] if "add" in name else args[:2]
-            with torch._C.DisableTorchFunctionSubclass():
-                self.note(inputs, weight, self.PRODUCTS[name])
+        if name in self.PRODUCTS:
+            named = [(kwargs or {}).get(key) for key in self.FACTORS]
+            factors = [*args, *(value for value in named if value is not None)]["add" in name :]
+            if len(factors) > 1:
+                with torch._C.DisableTorchFunctionSubclass():
+                    self.note(*factors[:2], self.PRODUCTS[name])
         return func(*args, **(kwargs or {}))
 
     def note(self, inputs, weight, axis):
@@ -217,7 +293,7 @@ class Uses(TorchFunctionMode):
         rows = (
             self.tokens(inputs) if weight.dim() == 2 else inputs
         )  # a product of stacks: (slices, tokens, d)
-        added = rows.detach().double().square().sum(-2).cpu().view(-1, features)
+        added = rows.detach().double().abs().pow(self.power).sum(-2).cpu().view(-1, features)
         sums[first : first + len(added)] += added
 
     def tokens(self, inputs):
@@ -231,18 +307,26 @@ class Uses(TorchFunctionMode):
 
 @contextlib.contextmanager
 def real_tokens_only(layer, real: torch.Tensor):
-    """Within the block, the stacked experts of a layer are given the tokens that are no padding, and no
-    other.
+    """Within the block, padding has no part in the sums of a layer's experts.
 
-    An expert sees its own choice of tokens, among which padding could not be told any more.
+    An expert sees its own choice of tokens, among which padding could not be told any more. What enters a
+    branch is therefore zero at padding, and experts that are given all tokens are given no padding at all:
+    a bias would make something of zeros.
     """
 
-    def forward(module, original):
+    def without_padding(module, args, kwargs):
+        def cleared(x):
+            same = torch.is_tensor(x) and x.shape[:2] == real.shape and x.is_floating_point() and x.dim() == 3
+            return torch.where(real.to(x.device)[..., None], x, 0) if same else x
+
+        hidden = {"hidden_states"} & {*kwargs}
+        return tuple(map(cleared, args)), kwargs | {name: cleared(kwargs[name]) for name in hidden}
+
+    def chosen_alone(original):
         def call(*args, **kwargs):
             chosen = real.flatten().to(args[0].device)
-            if args[0].dim() != 2 or len(args[0]) % len(chosen):
+            if args[0].dim() != 2 or len(args[0]) != len(chosen):
                 return original(*args, **kwargs)
-            chosen = chosen.repeat(len(args[0]) // len(chosen))
 
             def take(v):
                 return v[chosen] if torch.is_tensor(v) and len(v) == len(chosen) else v
@@ -254,11 +338,19 @@ def real_tokens_only(layer, real: torch.Tensor):
 
         return call
 
-    with contextlib.ExitStack() as stack:
-        for module in layer.modules():
-            if any(p.dim() == 3 for p in module.parameters(recurse=False)):
-                stack.enter_context(patched(module, forward(module, module.forward)))
-        yield
+    hooks = [
+        branch.register_forward_pre_hook(without_padding, with_kwargs=True)
+        for branch in (*mixers(layer), *mlps(layer))
+    ]
+    try:
+        with contextlib.ExitStack() as stack:
+            for module in layer.modules():
+                if any(p.dim() == 3 for p in module.parameters(recurse=False)):
+                    stack.enter_context(patched(module, chosen_alone(module.forward)))
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def zero_mask(score: torch.Tensor, sparsity: str, by_row: bool) -> torch.Tensor:
@@ -298,10 +390,7 @@ def prune_unstructured(model, prompts, method: str, sparsity: str):
     wanda sees each layer's input as the pruned layers before it produce it, all in one forward pass.
     """
     batch, real = calibration_batch(model, prompts)
-    choose = getattr(plain(model), "set_experts_implementation", None)
-    if choose is not None:
-        with contextlib.suppress(ValueError, AttributeError):
-            choose("eager")  # one product for each expert, instead of a fused one
+    show_experts(model)
     with contextlib.ExitStack() as stack:
         for layer in decoder_layers(model):
 
@@ -332,8 +421,7 @@ def check_share(model, sparsity: str) -> tuple[int, int]:
         whole = [name for name, count in zeros.items() if count < asked / 2 * matrices[name].numel()]
         raise UserError(
             f"--sparsity {sparsity}: {share:.3f} of the layers' weights are zero, because this model does "
-            "not "
-            f"multiply with {', '.join(whole[:3])} in a way that is known here; nothing is written"
+            f"not multiply with {', '.join(whole[:3])} in a way that is known here; nothing is written"
         )
     return sum(zeros.values()), values
 
@@ -342,11 +430,11 @@ def check(args):
     """Refuse numbers out of range and what would have no effect."""
     if args.method == "width":
         refuse(args, ["sparsity"], "with --method width")
-        ratios = (args.mlp_ratio, args.kv_ratio)
+        ratios = (args.mlp_ratio, args.kv_ratio, args.expert_ratio)
         if not all(0 <= ratio < 1 for ratio in ratios) or sum(ratios) == 0:
-            raise UserError("--method width needs --mlp-ratio or --kv-ratio, each in [0, 1)")
+            raise UserError("--method width needs --mlp-ratio, --kv-ratio or --expert-ratio, each in [0, 1)")
         return
-    refuse(args, ["mlp_ratio", "kv_ratio"], f"with --method {args.method}")
+    refuse(args, ["mlp_ratio", "kv_ratio", "expert_ratio"], f"with --method {args.method}")
     try:
         valid = args.sparsity == "2:4" or 0 < float(args.sparsity) < 1
     except ValueError:
@@ -364,7 +452,11 @@ def main(args):
     # prune in memory
     before = sum(p.numel() for p in model.parameters())
     if args.method == "width":
-        chosen = prune_width(model, prompts, args.mlp_ratio, args.kv_ratio)
+        chosen = {}
+        if args.expert_ratio:
+            chosen["experts"] = prune_experts(model, prompts, args.expert_ratio)
+        if args.mlp_ratio or args.kv_ratio:
+            chosen |= prune_width(model, prompts, args.mlp_ratio, args.kv_ratio)
     else:
         prune_unstructured(model, prompts, args.method, args.sparsity)
         chosen = {"sparsity": args.sparsity}

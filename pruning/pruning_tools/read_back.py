@@ -134,8 +134,7 @@ def check_layers(before: dict, after: dict, keep: list[int]) -> bool:
             raise UserError(
                 f"layer {source} would be number {i}, where {type(new).__name__} gives {name} as "
                 f"{shown(b.get(name))} instead of {shown(a.get(name))}, by the number of a layer or of all; "
-                "no "
-                "field of config.json keeps it: choose --drop-layers that leave this layer's number"
+                "no field of config.json keeps it: choose --drop-layers that leave this layer's number"
             )
     return True
 

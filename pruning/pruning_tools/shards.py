@@ -56,6 +56,7 @@ class Entry:
     where: tuple | None = None
     kind: str | None = None  # a safetensors type that torch has no name for here: its bytes are copied
     size: int | None = None  # and how many they are
+    memory: tuple | None = None  # of a .bin file: where it lies, and its shape; tied tensors have one
 
     @property
     def numel(self) -> int:
@@ -161,7 +162,9 @@ def open_bin(file: Path) -> dict[str, Entry]:
         if isinstance(content.get(nest), dict):
             content = content[nest]
     return {
-        key: Entry(t.dtype, tuple(t.shape), lambda t=t: t)
+        key: Entry(
+            t.dtype, tuple(t.shape), lambda t=t: t, memory=(t.data_ptr(), t.shape) if t.numel() else None
+        )
         for key, t in content.items()
         if isinstance(t, torch.Tensor)
     }
@@ -175,7 +178,7 @@ def derived(entry: Entry, change) -> Entry:
 def cast(entry: Entry, dtype: torch.dtype) -> Entry:
     if entry.dtype == dtype or not entry.dtype.is_floating_point:
         return entry
-    return Entry(dtype, entry.shape, lambda: entry.read().to(dtype))
+    return Entry(dtype, entry.shape, lambda: entry.read().to(dtype), memory=entry.memory)
 
 
 # ---------------------------------------- writing

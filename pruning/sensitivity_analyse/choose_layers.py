@@ -41,9 +41,9 @@ from pruning.sensitivity_analyse.layer_sensitivity_scan import (
     add_prompt_arguments,
     layer_scores,
     load_with_prompts,
-    scan,
     summarise,
 )
+from pruning.sensitivity_analyse.scan_methods import Variant, scan_batch
 
 FROM_RECORDS = ("sensitivity", "block_influence", "leave_one_out", "perplexity", "angular")
 FROM_MODEL = ("window", "greedy", "beam")
@@ -81,19 +81,15 @@ def add_choice_arguments(group):
         "--ratio", type=float, nargs="+", help="fractions of the layers to remove, each in (0, 1)"
     )
     size.add_argument(
-        "--target-params",
-        type=float,
-        help="remove just enough layers to stay at or below this many parameters",
+        "--target-params", type=float, help="remove just enough layers to have at most so many parameters"
     )
     size.add_argument(
-        "--target-bytes",
-        type=float,
-        help="remove just enough layers for the weights to take at most so many bytes of memory",
+        "--target-bytes", type=float, help="remove just enough layers for weights of at most so many bytes"
     )
     size.add_argument(
         "--target-seconds",
         type=float,
-        help="remove just enough layers to generate 32 tokens behind 64 within this time, measured here",
+        help="remove just enough layers to write 32 tokens after 64 in this time, measured",
     )
     group.add_argument("--seeds", type=number(int, 1), default=5, help="random sets of each kind")
     group.add_argument("--beam-width", type=number(int, 1), default=3, help="sets that beam carries along")
@@ -146,13 +142,22 @@ def layers_for_time(model, target: float, measure=None) -> int:
     if not fastest <= target < slowest:
         raise UserError(
             f"--target-seconds {target:g}: the whole model takes {slowest:.3g} s and one layer {fastest:.3g} "
-            "s; "
-            "choose a time between"
+            "s; choose a time between"
         )
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if seconds(middle) <= target else (middle, high)
     return high
+
+
+def mean_losses(model, prompts, variants) -> list[float]:
+    """Mean loss per scored token of the model and with each of `variants` off, all in one wavefront."""
+    records = [scan_batch(model, [prompt], variants, ())[0] for prompt in prompts]
+    tokens = sum(record["scored"] for record in records)
+    rows = [[r["nll"], *(variant["nll"] for variant in r["variants"])] for r in records]
+    return [
+        sum(row[i] * r["scored"] for row, r in zip(rows, records)) / tokens for i in range(len(variants) + 1)
+    ]
 
 
 def loss_without(model, prompts, drop_layers=()) -> dict[int, float]:
@@ -162,14 +167,21 @@ def loss_without(model, prompts, drop_layers=()) -> dict[int, float]:
     """
     keep = [i for i in range(len(decoder_layers(model))) if i not in drop_layers]
     with without_layers(model, drop_layers):
-        records = scan(model, prompts, modes=(), kinds=())
-    tokens = sum(r["scored"] for r in records)
-    losses = {-1: sum(r["nll"] * r["scored"] for r in records) / tokens}
-    for record in records:
-        for variant in record["variants"]:
-            old = keep[variant["layer"]]
-            losses[old] = losses.get(old, 0) + variant["nll"] * record["scored"] / tokens
-    return losses
+        losses = mean_losses(model, prompts, [Variant("layer", i) for i in range(len(keep))])
+    return dict(zip([-1, *keep], losses))
+
+
+def best_window(model, prompts, count: int) -> tuple[list[int], float]:
+    """The `count` neighbours without which the loss is lowest, and that loss.
+
+    Behind a window's last layer the batch grows by what entered its first: no layer runs for any of them
+    that the whole model does not run anyway, and each that follows runs once.
+    """
+    layers = len(decoder_layers(model))
+    variants = [Variant("window", last, count) for last in range(count - 1, layers)]
+    losses = mean_losses(model, prompts, variants)[1:]
+    start = min(range(len(losses)), key=losses.__getitem__)
+    return list(range(start, start + count)), losses[start]
 
 
 def search(model, prompts, count: int, width: int) -> tuple[list[int], list]:
@@ -197,11 +209,6 @@ def lowest(scores: list[float], count: int) -> list[int]:
     return sorted(sorted(range(len(scores)), key=scores.__getitem__)[:count])
 
 
-def windows(layers: int, count: int) -> list[range]:
-    """Every stretch of `count` neighbouring layers."""
-    return [range(start, start + count) for start in range(layers - count + 1)]
-
-
 def by_scores(criterion: str, count: int, rows, mode: str, distance: str) -> tuple[list[int], str]:
     """The layers with the lowest scores of a scan; rows: of `summarise`."""
     mode, distance = {
@@ -217,19 +224,18 @@ def by_scores(criterion: str, count: int, rows, mode: str, distance: str) -> tup
 
 def by_angle(count: int, layers: int, angles) -> tuple[list[int], str]:
     """The window between whose ends the hidden state turns least; angles: (L + 1, L + 1) of each prompt."""
-    turn = {w: sum(a[w.start][w.stop] for a in angles) / len(angles) for w in windows(layers, count)}
-    best = min(turn, key=turn.get)
-    return list(best), f"angular distance {turn[best]:.4f}, the smallest of all windows of {count}"
+    starts = range(layers - count + 1)
+    turn = [sum(angle[start][start + count] for angle in angles) / len(angles) for start in starts]
+    best = min(starts, key=turn.__getitem__)
+    why = f"angular distance {turn[best]:.4f}, the smallest of all windows of {count}"
+    return list(range(best, best + count)), why
 
 
-def by_loss(criterion: str, count: int, layers: int, model, prompts, width: int) -> tuple[list[int], str]:
+def by_loss(criterion: str, count: int, model, prompts, width: int) -> tuple[list[int], str]:
     """The set without which the loss on the calibration prompts is lowest, of all sets that are looked at."""
     if criterion == "window":
-        loss = {window: loss_without(model, prompts, window)[-1] for window in windows(layers, count)}
-        best = min(loss, key=loss.get)
-        return list(
-            best
-        ), f"loss {loss[best]:.4f} on the calibration set, the lowest of all windows of {count}"
+        drop, loss = best_window(model, prompts, count)
+        return drop, f"loss {loss:.4f} on the calibration set, the lowest of all windows of {count}"
     drop, trace = search(model, prompts, count, 1 if criterion == "greedy" else width)
     steps = ", ".join(f"{loss:.4f} without {spec_of(some) or 'none'}" for some, loss in trace)
     return drop, f"loss on the calibration set {steps}"
@@ -272,7 +278,7 @@ def choose(
     if criterion in FROM_RECORDS:
         return by_scores(criterion, count, rows, mode, distance)
     if criterion in FROM_MODEL:
-        return by_loss(criterion, count, layers, model, prompts, width)
+        return by_loss(criterion, count, model, prompts, width)
     return control(criterion, count, layers, seed)
 
 
@@ -301,8 +307,7 @@ def warn_of_ends(criterion: str, drop, layers: int):
     if criterion == "sensitivity" and ends:
         print(
             f"warning: sensitivity chose layer {', '.join(map(str, ends))}, at an end of the model, where "
-            "masked "
-            "values say little about removal; compare with --criterion perplexity or greedy",
+            "masked values say little about removal; compare with --criterion perplexity or greedy",
             file=sys.stderr,
         )
 

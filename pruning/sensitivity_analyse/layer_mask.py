@@ -16,6 +16,7 @@ hybrid, has no such mode (`applies`).
 """
 
 import contextlib
+import inspect
 import sys
 from pathlib import Path
 
@@ -201,11 +202,20 @@ def mlps(layer) -> list:
     return children(layer, MLP) + ([mixer] if alone else [])
 
 
-def zeros(module, args, output):
-    """A forward hook that returns nothing but zeros in place of the first output."""
-    if isinstance(output, tuple):
-        return (torch.zeros_like(output[0]), *output[1:])
-    return torch.zeros_like(output)
+def zeros(module, args, kwargs, output):
+    """A forward hook that returns what a branch returns if it adds nothing: zeros, or the residual that it
+    was given to add itself to (Bloom, MPT)."""
+    states = output[0] if isinstance(output, tuple) else output
+    residual = given(module, "residual", args, kwargs)
+    return as_output(output, torch.zeros_like(states) if residual is None else residual)
+
+
+def given(module, name: str, args, kwargs):
+    """What `module` was called with under a parameter's name; None where there is no such."""
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    if name not in names or names.index(name) >= len(args):
+        return kwargs.get(name)
+    return args[names.index(name)]
 
 
 def as_output(output, hidden_states):
@@ -250,7 +260,7 @@ def masked(model, layer_idx: int, mode: str = "v_only", head: int | None = None)
         restores = [child(child(layer, ATTENTION), OUTPUT).register_forward_pre_hook(drop_head).remove]
     else:
         branches = mixers(layer) if mode == "attention" else mlps(layer)
-        restores = [branch.register_forward_hook(zeros).remove for branch in branches]
+        restores = [branch.register_forward_hook(zeros, with_kwargs=True).remove for branch in branches]
     try:
         yield
     finally:

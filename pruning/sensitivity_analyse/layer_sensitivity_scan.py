@@ -46,7 +46,7 @@ def parse_args(argv=None):
         "--model",
         type=Path,
         required=True,
-        help="folder of a language model; with --task-data, a checkpoint folder of dia_pangu",
+        help="a language model's folder; with --task-data a dia_pangu checkpoint",
     )
     p.add_argument(
         "--out",
@@ -57,9 +57,7 @@ def parse_args(argv=None):
     add_scan_arguments(p.add_argument_group("scan"))
     add_prompt_arguments(p.add_argument_group("prompts"))
     p.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on with an interrupted scan: scored prompts do not run again",
+        "--resume", action="store_true", help="go on with an interrupted scan: no prompt is scored twice"
     )
     p.add_argument("--overwrite", action="store_true", help="start again although --out exists")
     return p.parse_args(argv)
@@ -84,12 +82,12 @@ def add_scan_arguments(group):
         "--batch-size",
         type=number(int, 1),
         default=1,
-        help="prompts that run together, padded on the right; raise it on an accelerator",
+        help="prompts that run together; raise it on an accelerator",
     )
     group.add_argument(
         "--sanity-check",
         action="store_true",
-        help="first check that a lifted mask changes nothing and that --method equals naive",
+        help="first check that lifted masks change nothing and --method is exact",
     )
 
 
@@ -104,18 +102,13 @@ def add_prompt_arguments(group):
     group.add_argument(
         "--task-data",
         type=Path,
-        help="a CTRG folder: the prompts are its volumes and reports, and --model is a dia_pangu checkpoint",
+        help="a CTRG folder whose volumes and reports are the prompts of a dia_pangu model",
     )
     group.add_argument(
-        "--lang-model-path",
-        type=Path,
-        help="with --task-data: the folder with the language model's configuration and tokenizer",
+        "--lang-model-path", type=Path, help="with --task-data: folder with the configuration and tokenizer"
     )
     group.add_argument(
-        "--task-samples",
-        type=number(int, 1),
-        default=16,
-        help="with --task-data: training samples that are used",
+        "--task-samples", type=number(int, 1), default=16, help="with --task-data: training samples to use"
     )
     group.add_argument(
         "--max-tokens", type=number(int, 2), default=512, help="longest prompt in tokens; longer ones are cut"
@@ -123,7 +116,7 @@ def add_prompt_arguments(group):
     group.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="number format of the weights; left out: as stored",
+        help="number format of the weights; default: as stored",
     )
     add_trust_argument(group)
 

@@ -14,6 +14,34 @@ from common.files import read_json, reading
 PROMPTS = Path(__file__).with_name("prompts.jsonl")
 
 
+def add_pruned_arguments(group):
+    """Add a pruned model and what belongs to it; the same for healing and testing."""
+    group.add_argument(
+        "--pruned-model-path",
+        "--pruned-merged-ckpt",
+        "--ckpt-path",
+        type=Path,
+        required=True,
+        help="a merged checkpoint of prune_llm.py, a run folder of train.py, or a language model's folder",
+    )
+    group.add_argument(
+        "--prune-map-path",
+        "--prune-map",
+        type=Path,
+        help="prune_layer_map_*.json, for an unpruned config.json",
+    )
+    group.add_argument("--lang-model-path", type=Path, help="folder with config.json and tokenizer")
+    llm.add_trust_argument(group)
+
+
+def check_kind(args):
+    """UserError unless the options name one kind of model, with what it needs."""
+    if bool(args.data) == bool(args.texts):
+        raise UserError("give --data (a report model on a CTRG folder) or --texts (a plain language model)")
+    if args.data and not args.lang_model_path:
+        raise UserError("--data needs --lang-model-path, the language model's folder")
+
+
 def load_model(path, dtype: str | None = None, trust_remote_code: bool = False):
     """Return (causal language model in eval mode, tokenizer) of a folder as transformers writes it.
 

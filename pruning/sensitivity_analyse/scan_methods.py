@@ -10,7 +10,6 @@ All work through hooks on the model's own modules: no architecture is written ag
 
 import contextlib
 import math
-import os
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 # repository root: every way of starting this file finds it
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common.errors import UserError
+from common.files import free_memory
 from pruning.layers import (
     OUTPUT,
     child,
@@ -34,15 +34,28 @@ from pruning.layers import (
     text_config,
 )
 from pruning.sensitivity_analyse.eval_metric import combine, position_distances
-from pruning.sensitivity_analyse.layer_mask import as_output, layer_input, masked, mixers, plain_mode, why_not
+from pruning.sensitivity_analyse.layer_mask import (
+    as_output,
+    given,
+    layer_input,
+    masked,
+    mixers,
+    plain_mode,
+    why_not,
+)
 
 METHODS = ("wavefront", "cached", "naive")
 CHUNK = None  # log-probabilities held at once, in values; None: by the free memory
 COPIES = 16  # bytes for each: its logit, itself and two that are made of it, in float32
+ROOM = None  # bytes of a batch that grows, in one wavefront; None: by the free memory
 
 
 class Variant(NamedTuple):
-    """One thing to switch off: `mode` in decoder layer `layer`; head is None but for mode "head"."""
+    """One thing to switch off: `mode` in decoder layer `layer`.
+
+    head: which one, for mode "head"; for "window" how many layers, of which `layer` is the last, are left
+    out together. None elsewhere.
+    """
 
     mode: str
     layer: int
@@ -90,6 +103,8 @@ def shortcut(model, layer_idx: int, mode: str, head, form):
 
     def no_attention(*args, **kwargs):
         nothing = constant.expand(*layer_input(args, kwargs).shape[:-1], -1)
+        if (residual := given(branches[0], "residual", args, kwargs)) is not None:
+            nothing = nothing + residual
         return as_output(form, nothing)
 
     with patched(branches[0], no_attention):
@@ -161,6 +176,8 @@ class Baseline:
         self.by_layer = defaultdict(list)
         for mode, layer, head in variants:
             self.by_layer[layer].append((mode, head))
+        self.windows = any(variant[0] == "window" for variant in variants)
+        self.entries = []  # what entered each layer, where windows end behind a later one
         self.keep_inputs, self.inputs = keep_inputs, []
         self.influence = [[] for _ in lengths]  # per prompt, one value a layer
         self.last_token = [[] for _ in lengths]  # per prompt, input of each layer and output of the last
@@ -213,12 +230,13 @@ class Baseline:
         if states.dim() != 3:
             raise UserError(
                 f"{type(layer).__name__} works on several streams of hidden states at once; such models "
-                "cannot "
-                "be scanned"
+                "cannot be scanned"
             )
         x, y = layer_input(args, kwargs)[: self.rows], states[: self.rows]
         if self.keep_inputs:
             self.inputs.append(as_output(output, x))
+        if self.windows:
+            self.entries.append(x.clone())  # a view would keep the whole batch alive
         for p, n in enumerate(self.lengths):
             self.influence[p].append(
                 1 - torch.cosine_similarity(x[p, :n].double(), y[p, :n].double(), dim=-1).mean().item()
@@ -230,6 +248,8 @@ class Baseline:
         for mode, head in self.by_layer[i]:
             if mode == "layer":
                 grown.append(x)
+            elif mode == "window":
+                grown.append(self.entries[i - head + 1])
             else:
                 total = len(states)
                 own = {k: self.first_rows(v, total, k) for k, v in kwargs.items()}
@@ -257,22 +277,31 @@ class Baseline:
         return (torch.arccos((states @ states.T).clamp(-1, 1)) / math.pi).tolist()
 
 
+def free_bytes(device) -> int:
+    """An eighth of the free memory."""
+    return (torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()) // 8
+
+
 def free_values(device) -> int:
-    """How many log-probabilities may be held at once: an eighth of the free memory, with what is made of
-    them.
+    """How many log-probabilities may be held at once, with what is made of them.
 
     Every run of the output head reads all its weights, so that few large pieces beat many small ones; a
     vocabulary of 153,376 and 34 layers would need 70 runs for one prompt in pieces of 32 MB.
     """
-    if CHUNK is not None:
-        return CHUNK
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = (
-            os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 1 << 31
-        )
-    return min(max(free // 8 // COPIES, 1 << 23), 1 << 28)
+    return CHUNK if CHUNK is not None else min(max(free_bytes(device) // COPIES, 1 << 23), 1 << 28)
+
+
+def grouped(model, variants, tokens: int) -> list[list]:
+    """The variants in groups whose rows of `tokens` tokens fit into memory together, in a layer's widest
+    part: a mode with a variant for every head has thousands."""
+    config = text_config(model)
+    widths = [getattr(config, name, None) for name in ("intermediate_size", "hidden_size")]
+    widest = max([width for width in widths if isinstance(width, int)], default=1 << 14)
+    first = next(model.parameters())
+    row = 4 * tokens * widest * first.itemsize  # about four such tensors live at a time
+    most = max(1, (free_bytes(first.device) if ROOM is None else ROOM) // row)
+    ordered = sorted(variants, key=lambda variant: variant.layer)
+    return [ordered[start : start + most] for start in range(0, len(ordered), most)] or [[]]
 
 
 class Scorer:
@@ -339,7 +368,6 @@ def scan_batch(model, prompts, variants, kinds, method="wavefront") -> list[dict
     Returns a record for each prompt: name, tokens, nll (per scored token), scored, block_influence (L,),
     angles (L+1, L+1) and variants: [{mode, layer, head, <distance> ..., nll}].
     """
-    # the pass without masks, which the wavefront extends by the masked variants
     model, variants = plain(model), [Variant(*variant) for variant in variants]
     if method != "naive" and getattr(text_config(model), "num_kv_shared_layers", 0):
         raise UserError(
@@ -350,37 +378,29 @@ def scan_batch(model, prompts, variants, kinds, method="wavefront") -> list[dict
     if getattr(text_config(model), "index_topk", None) and len(set(lengths)) > 1:
         raise UserError(
             f"{type(model).__name__} chooses the tokens that it attends to by the length of the prompt, so "
-            "that "
-            "padding would matter; use --batch-size 1"
+            "that padding would matter; use --batch-size 1"
         )
-    rows = len(prompts)
-    grown = variants if method == "wavefront" else ()
-    hidden, watch = watched_pass(model, batch, lengths, grown, method == "cached")
-
-    # the masked variants, (variants, rows, N, d)
-    if method == "wavefront":
-        order, masked_hidden = watch.order, hidden.unflatten(0, (-1, rows))[1:]
-    else:
-        order, stored = variants, watch.inputs or [None] * len(decoder_layers(model))
-        passes = [masked_pass(model, batch, variant, stored, watch.forms) for variant in variants]
-        masked_hidden = torch.stack(passes)
-
-    # their scores
     records = []
-    for p, prompt in enumerate(prompts):
-        n = lengths[p]
-        results, nll, scored = Scorer(model, prompt, hidden[p, :n], kinds)(masked_hidden[:, p, :n])
-        records.append(
-            {
-                "name": prompt["name"],
-                "tokens": n,
-                "nll": nll,
-                "scored": scored,
-                "block_influence": watch.influence[p],
-                "angles": watch.angles(p),
-                "variants": [{**v._asdict(), **result} for v, result in zip(order, results)],
-            }
-        )
+    for group in grouped(model, variants, len(prompts) * max(lengths)):
+        # the pass without masks, which the wavefront extends by the masked variants
+        grown = group if method == "wavefront" else ()
+        hidden, watch = watched_pass(model, batch, lengths, grown, method == "cached")
+        masked_hidden = hidden.unflatten(0, (-1, len(prompts)))[1:]  # (variants, rows, N, d)
+        if method != "wavefront" and group:
+            stored = watch.inputs or [None] * len(decoder_layers(model))
+            passes = [masked_pass(model, batch, variant, stored, watch.forms) for variant in group]
+            masked_hidden = torch.stack(passes)
+
+        # the scores of both
+        for p, prompt in enumerate(prompts):
+            n = lengths[p]
+            results, nll, scored = Scorer(model, prompt, hidden[p, :n], kinds)(masked_hidden[:, p, :n])
+            if len(records) < len(prompts):
+                records.append({"name": prompt["name"], "tokens": n, "nll": nll, "scored": scored})
+                records[p] |= {"block_influence": watch.influence[p], "angles": watch.angles(p)}
+            order = watch.order if method == "wavefront" else group
+            named = [{**v._asdict(), **result} for v, result in zip(order, results)]
+            records[p].setdefault("variants", []).extend(named)
     return records
 
 

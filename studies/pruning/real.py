@@ -35,7 +35,8 @@ def main():
         calibration_tokens=size(32, smoke=16),
         heal_steps=size(12, smoke=1),
         repair_texts=size(32, smoke=4),
-        skill_items=size(20, smoke=1),
+        held_out=size(6, smoke=2),
+        skill_items=size(10, smoke=1),
     )
 
 

@@ -12,8 +12,8 @@ a second start goes on.
 """
 
 import json
-import pydoc_data.topics
-import re
+import math
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -22,23 +22,23 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
-import torch
 
 from common.arguments import Parser, number
 from common.checkpoint import atomic_write
 from common.errors import run
-from common.files import read_json
 from common.run import seed_everything
 from pruning import train
 from pruning.layers import decoder_layers, parse_drop_layers, remove_layers, spec_of, without_layers
+from pruning.repair import REPAIRS as CLOSED
 from pruning.repair import repair
-from pruning.sensitivity_analyse.choose_layers import choose, control, layers_to_remove
+from pruning.sensitivity_analyse.choose_layers import choose, control, layers_to_remove, search
 from pruning.sensitivity_analyse.eval_metric import perplexity
 from pruning.sensitivity_analyse.layer_sensitivity_scan import fingerprint, scan, summarise, text_prompts
 from pruning.sensitivity_analyse.load_model import builtin_prompts, load_model
 from pruning.test import stream_losses
 from studies.pruning.skills import score_skills
 from studies.pruning.tables import interval, mean_perplexity, resampled
+from studies.pruning.texts import Rows, english, reports, stream
 from studies.summary import write_result
 
 CRITERIA = ("perplexity", "block_influence", "sensitivity")
@@ -69,39 +69,11 @@ def parse_args(argv=None):
         "--heal-lr", type=float, default=1e-3, help="peak learning rate of LoRA; a tenth for last and full"
     )
     p.add_argument("--repair-texts", type=count, default=32, help="texts of the closed forms")
+    p.add_argument(
+        "--held-out", type=count, default=6, help="last training texts of each kind, for the choice"
+    )
     p.add_argument("--skill-items", type=count, default=20, help="items of each skill")
     return p.parse_args(argv)
-
-
-# ---------------------------------------- texts
-
-
-def reports(path) -> list[str]:
-    """The reports of one split."""
-    return [case["report"] for case in read_json(path, {"cases": [{"report": str}]})["cases"]]
-
-
-def english() -> tuple[list[str], list[str]]:
-    """(training, test) paragraphs of Python's help topics: disjoint topics, prose alone, deterministic."""
-    parts = ([], [])
-    for i, name in enumerate(sorted(pydoc_data.topics.topics)):
-        paragraphs = re.split(r"\n\s*\n", pydoc_data.topics.topics[name])
-        prose = [" ".join(text.split()) for text in paragraphs]
-        parts[i % 4 == 0].extend(t for t in prose if len(t) > 200 and t[0].isupper() and ">>>" not in t)
-    training, held_out = (list(dict.fromkeys(part)) for part in parts)
-    known = set(held_out)  # topics quote each other
-    return [text for text in training if text not in known], held_out
-
-
-def stream(texts, tokenizer, tokens: int) -> list[str]:
-    """As many of the first texts as make a stream of at least `tokens` tokens."""
-    chosen, length = [], 0
-    for text in texts:
-        if length >= tokens:
-            break
-        chosen.append(text)
-        length += len(tokenizer(text).input_ids)
-    return chosen
 
 
 # ---------------------------------------- one measurement after the other
@@ -143,26 +115,37 @@ def show(name: str, found: dict, drop: str = ""):
     print(f"{name:58} {drop:22} {both}{skills}", flush=True)
 
 
-def calibration_sets(args, tokenizer, training: list[str]) -> dict:
+def calibration_sets(args, tokenizer, training: list[str], prose: list[str]) -> dict:
     """{name: prompts}: the built-in lines, draws of reports, and plain English."""
     sets = {"built-in": builtin_prompts()}
     rng = np.random.default_rng(0)
     for draw in range(args.draws):
         chosen = rng.choice(len(training), args.calibration, replace=False)
         sets[f"reports {draw + 1}"] = [training[i] for i in chosen]
-    prose = english()[0]
     sets["english"] = [prose[i] for i in rng.choice(len(prose), args.calibration, replace=False)]
+    half = args.calibration // 2 or 1
+    sets["mixed"] = sets["reports 1"][:half] + sets["english"][:half]
     return {name: text_prompts(texts, tokenizer, args.calibration_tokens) for name, texts in sets.items()}
 
 
 def choose_sets(args, model, calibration, journal) -> list[dict]:
     """Choices {criterion, calibration, ratio, drop_layers} of every criterion on every calibration set."""
     layers, choices = len(decoder_layers(model)), []
+
+    # greedy is dear: on one set, and its first steps serve the smaller ratios
+    most, known = layers_to_remove(layers, args.repair_ratio), calibration["mixed"]
+    searched = journal.get("greedy on mixed", lambda: {"trace": search(model, known, most, 1)[1]})
+    for ratio in (r for r in args.ratio if r <= args.repair_ratio):
+        drop, _ = searched["trace"][layers_to_remove(layers, ratio)]
+        choice = {"criterion": "greedy", "calibration": "mixed", "ratio": ratio}
+        choices.append({**choice, "drop_layers": spec_of(drop)})
+
     for name, prompts in calibration.items():
         rows = journal.get(
             f"scan on {name}", lambda p=prompts: {"rows": summarise(scan(model, p, ["v"], ("kl",)))}
         )
-        for ratio in args.ratio:
+        # what the calibration texts change is asked at one ratio
+        for ratio in args.ratio if name == "reports 1" else [args.repair_ratio]:
             count = layers_to_remove(layers, ratio)
             for criterion in CRITERIA:
                 drop, _ = choose(criterion, count, layers, rows["rows"])
@@ -200,38 +183,16 @@ def healing_settings(args, folder, ways, teacher: bool):
     return train.parse_args(words + (["--distill", "0.5", "--teacher", "x"] if teacher else []))
 
 
-class Rows(torch.utils.data.Dataset):
-    """Token ids for `train.heal`, as train.Texts gives them."""
-
-    def __init__(self, texts, tokenizer, tokens: int):
-        self.rows = [
-            {"id": f"text {i + 1}", "ids": torch.tensor(tokenizer(t).input_ids[:tokens])}
-            for i, t in enumerate(texts)
-        ]
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        return self.rows[index]
-
-
-def repaired(args, drop, ways, texts, teacher_too: bool, test, folder) -> dict:
-    """`measured` of the model without `drop`, repaired in `ways`: closed forms first, then what trains."""
-    import shutil
-
+def repaired(args, drop, ways, texts, teacher_too: bool, test) -> dict:
+    """`measured` of the model without `drop`, repaired in `ways`: gap by gap first, then what trains."""
+    folder = args.out / "healing"
     teacher, tokenizer = load_model(args.model)
     student, _ = load_model(args.model)
     remove_layers(student, drop)
-    closed = [way for way in ways if way in ("linear", "compensate")]
+    closed = [way for way in ways if way in CLOSED]
     if closed:
-        repair(
-            student,
-            teacher,
-            drop,
-            closed,
-            text_prompts(texts[: args.repair_texts], tokenizer, args.heal_tokens),
-        )
+        some = text_prompts(texts[: args.repair_texts], tokenizer, args.heal_tokens)
+        repair(student, teacher, drop, closed, some)
     trains = [way for way in ways if way in train.TRAINED]
     if trains:
         seed_everything(0)
@@ -250,16 +211,16 @@ def repaired(args, drop, ways, texts, teacher_too: bool, test, folder) -> dict:
     return measured(student.eval(), tokenizer, test, args, skills=True)
 
 
-# What is compared at one ratio: (name, ways, distilled, share of English among the texts).
+# What is compared at one ratio: (name, whose set, ways, distilled, whether half of the texts are English).
 REPAIRS = (
-    ("none", (), False, False),
-    ("compensate", ("compensate",), False, False),
-    ("linear", ("linear",), False, True),
-    ("lora", ("lora",), False, False),
-    ("lora, mixed texts", ("lora",), False, True),
-    ("last layers' head and three", ("last",), False, True),
-    ("linear and lora, mixed texts", ("linear", "lora"), False, True),
-    ("linear and lora, mixed, distilled", ("linear", "lora"), True, True),
+    ("none", "perplexity", (), False, False),
+    ("compensate", "perplexity", ("compensate",), False, False),
+    ("linear", "perplexity", ("linear",), False, True),
+    ("replacement layer", "perplexity", ("replace",), False, True),
+    ("lora", "perplexity", ("lora",), False, False),
+    ("head and three last layers", "last", ("last",), False, True),
+    ("linear and lora, mixed, distilled", "perplexity", ("linear", "lora"), True, True),
+    ("linear and lora, mixed, distilled", "greedy", ("linear", "lora"), True, True),
 )
 
 
@@ -267,12 +228,15 @@ def main(args):
     args.out.mkdir(parents=True, exist_ok=True)
     seed_everything(0)
     model, tokenizer = load_model(args.model)
-    training, held_out = reports(args.reports), reports(args.test_reports)
+    training, test_reports = reports(args.reports), reports(args.test_reports)
     prose, test_prose = english()
     test = {
-        "reports": stream(held_out, tokenizer, args.test_tokens),
+        "reports": stream(test_reports, tokenizer, args.test_tokens),
         "english": stream(test_prose, tokenizer, args.test_tokens),
     }
+    # the last training texts choose among the repairs, and nothing else sees them
+    judges = {"held-out reports": training[-args.held_out :], "held-out english": prose[-args.held_out :]}
+    training, prose = training[: -args.held_out], prose[: -args.held_out]
     settings = {k: v for k, v in vars(args).items() if not k.startswith("_") and k not in ("out", "model")}
     stamp = json.loads(json.dumps({"model": fingerprint(model), **settings}, default=str))
     journal = Journal(args.out / "evaluations.json", stamp)
@@ -280,58 +244,51 @@ def main(args):
     # what is chosen by what, on what
     whole = journal.get(WHOLE, lambda: measured(model, tokenizer, test, args, skills=True))
     show(WHOLE, whole)
-    calibration = calibration_sets(args, tokenizer, training)
+    calibration = calibration_sets(args, tokenizer, training, prose)
     choices = choose_sets(args, model, calibration, journal)
     atomic_write(
         args.out / "plan.json",
         json.dumps({"layers": len(decoder_layers(model)), "choices": choices}, indent=1),
     )
 
-    # what each set of layers costs
-    for choice in sorted(choices, key=lambda c: (c["ratio"] != args.repair_ratio, c["ratio"])):
-        spec = choice["drop_layers"]
+    def cost(some):
+        """What the sets of layers cost that are chosen at some ratios."""
+        for choice in some:
+            with without_layers(model, parse_drop_layers(choice["drop_layers"])):
+                found = journal.get(choice["drop_layers"], lambda: measured(model, tokenizer, test, args))
+            what = f"{choice['ratio']:.0%} {choice['criterion']} on {choice['calibration']}"
+            show(what, found, choice["drop_layers"])
 
-        def without(spec=spec):
-            with without_layers(model, parse_drop_layers(spec)):
-                return measured(model, tokenizer, test, args)
-
-        found = journal.get(spec, without)
-        show(f"{choice['ratio']:.0%} {choice['criterion']} on {choice['calibration']}", found, spec)
-
-    # repairs at one ratio: of the default's set, and of the last layers for the published control
+    # repairs at one ratio; which is best is decided on texts that neither trained nor test it
+    here = [choice for choice in choices if choice["ratio"] == args.repair_ratio]
+    cost(here)
+    wanted = {c["criterion"]: c["drop_layers"] for c in here if c["calibration"] in ("mixed", "none")}
     mixed = [text for pair in zip(training, prose) for text in pair]
-    wanted = {
-        c["criterion"]: c["drop_layers"]
-        for c in choices
-        if c["ratio"] == args.repair_ratio and c["calibration"] in ("reports 1", "none")
-    }
-    found = {}
-    for criterion in ("perplexity", "last"):
-        for name, ways, distilled, with_prose in REPAIRS if criterion == "perplexity" else REPAIRS[5:6]:
-            drop, texts = parse_drop_layers(wanted[criterion]), mixed if with_prose else training
-            label = f"{criterion}, repaired: {name}"
-            found[label] = journal.get(
-                f"{label} ({wanted[criterion]})",
-                lambda d=drop, w=ways, t=texts, x=distilled: repaired(
-                    args, d, w, t, x, test, args.out / "healing"
-                ),
-            )
-            show(label, found[label], wanted[criterion])
+    texts, found = test | judges, {}
+    for name, criterion, ways, distilled, with_prose in REPAIRS:
+        drop, some = parse_drop_layers(wanted[criterion]), mixed if with_prose else training
+        label = f"{criterion}, repaired: {name}"
+        found[label] = journal.get(
+            f"{label} ({wanted[criterion]})",
+            lambda d=drop, w=ways, t=some, x=distilled: repaired(args, d, w, t, x, texts),
+        )
+        show(label, found[label], wanted[criterion])
+    cost([choice for choice in choices if choice not in here])
     report(args, whole, found)
 
 
 def report(args, whole, found):
-    """The row of the closing table: the best repair by reports, English no worse than without it."""
-    none = found["perplexity, repaired: none"]
+    """The rows of the closing table: the repair with the lowest loss on held-out texts, half of each kind."""
+
+    def held_out(name):
+        return sum(math.log(found[name][f"held-out {part}"]["perplexity"]) for part in ("reports", "english"))
+
+    best = min(found, key=held_out)
     for part in ("reports", "english"):
-        best = min(found, key=lambda name: found[name][part]["perplexity"])
         low, high = interval(mean_perplexity(resampled(np.array(found[best][part]["losses"]))))
-        lora = found["perplexity, repaired: lora"][part]["perplexity"]
-        controls = {
-            "whole model": whole[part]["perplexity"],
-            "cut alone": none[part]["perplexity"],
-            "LoRA": lora,
-        }
+        controls = {"whole model": whole[part]["perplexity"]}
+        for name, label in (("cut alone", "none"), ("LoRA", "lora"), ("linear", "linear")):
+            controls[name] = found[f"perplexity, repaired: {label}"][part]["perplexity"]
         write_result(
             args.out.parent,
             f"SmolLM2-135M without {args.repair_ratio:.0%} of its layers, {part}",

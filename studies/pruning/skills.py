@@ -2,10 +2,7 @@
 
 Every item is a prompt and its candidates; the model chooses the one to which it gives the highest likelihood
 per token (choice) or must continue the prompt with the answer, token by token (sums, brackets, copying). All
-are made here from a seed. `lm_eval` (optional, `pip install lm-eval`) runs published tasks on a folder
-instead:
-
-    lm_eval --model hf --model_args pretrained=FOLDER --tasks arc_easy,piqa
+are made here from a seed. `pruning/test.py --tasks` runs published tasks (lm-eval) on a folder instead.
 """
 
 import random

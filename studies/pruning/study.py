@@ -2,8 +2,6 @@
 
     python studies/pruning/study.py --model runs/dia_pangu/ft --lang-model-path path/to/llm \\
         --data data/dia_pangu --out runs/pruning/study
-    python studies/pruning/study.py --model path/to/llm --texts train.jsonl --test-texts test.jsonl \\
-        --out runs/pruning/texts
 
 Layers are chosen on training samples, healing sees training samples, and every set of layers is scored once
 on the test split. Criteria often choose the same set: each set is healed and scored only once
@@ -25,7 +23,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from common.arguments import Parser, number, refuse
+from common.arguments import Parser, number
 from common.checkpoint import atomic_write
 from common.errors import UserError, run
 from common.files import read_json, reading
@@ -42,12 +40,10 @@ from pruning.sensitivity_analyse.layer_sensitivity_scan import (
     layer_scores,
     scan,
     summarise,
-    text_prompts,
     write_csv,
     write_tables,
 )
-from pruning.sensitivity_analyse.load_model import load_model, read_prompts
-from pruning.test import latency, text_losses
+from pruning.test import latency
 from studies.pruning.figures import draw_healing, draw_tradeoff
 from studies.pruning.tables import (
     CONTROLS,
@@ -62,25 +58,19 @@ from studies.pruning.tables import (
 from studies.recipe import options
 from studies.summary import write_result
 
-MAX_TOKENS = 256  # of a text
-
 
 def parse_args(argv=None):
     p = Parser(__doc__)
     what = p.add_argument_group("model and data")
+    what.add_argument("--model", type=Path, required=True, help="a dia_pangu checkpoint folder")
     what.add_argument(
-        "--model",
+        "--lang-model-path",
         type=Path,
         required=True,
-        help="a dia_pangu checkpoint folder, or with --texts the folder of a language model",
+        help="folder with the language model's config.json and tokenizer",
     )
-    what.add_argument(
-        "--lang-model-path", type=Path, help="folder with the language model's config.json and tokenizer"
-    )
-    what.add_argument("--data", type=Path, help="a CTRG folder")
+    what.add_argument("--data", type=Path, required=True, help="a CTRG folder")
     what.add_argument("--cache", type=Path, help="folder for prepared volumes")
-    what.add_argument("--texts", type=Path, help="training texts, one a line or a .jsonl file")
-    what.add_argument("--test-texts", type=Path, help="test texts")
     what.add_argument("--out", type=Path, required=True, help="folder of the results")
     what.add_argument(
         "--overwrite", action="store_true", help="forget the evaluations of an earlier study in --out"
@@ -114,7 +104,7 @@ def add_study_arguments(group):
     )
 
 
-# ---------------------------------------- the two kinds of models
+# ---------------------------------------- the model and its samples
 
 
 class ReportTask:
@@ -147,29 +137,6 @@ class ReportTask:
         """(N, 14) findings that the model's own reports of the test samples state."""
         made = report_model.write_reports(self.model, self.text, self.test_set, self.max_new_tokens, batch=40)
         return np.array(positives(made["reports"]), bool)
-
-
-class TextTask:
-    """A plain language model: texts and their losses; no reports are written."""
-
-    labels = None
-
-    def __init__(self, args, device):
-        model, self.tokenizer = load_model(args.model)
-        self.model = self.trained = self.lang_model = train.new_lora(model.to(device))[0].eval()
-        self.collate = train.collate_texts
-        self.train_set = train.Texts(args.texts, self.tokenizer, MAX_TOKENS, args.train_samples)
-        self.test_texts, known = read_prompts(args.test_texts), read_prompts(args.texts)
-        if shared := sorted(set(self.test_texts) & set(known)):
-            raise UserError(
-                f"{args.test_texts}: {len(shared)} of its texts stand in {args.texts} too, such as "
-                f"{shared[0][:40]!r}; a text is trained on or tested, not both"
-            )
-        self.test_texts = self.test_texts[: args.test_samples]
-        self.prompts = text_prompts(known[: args.calibration], self.tokenizer, MAX_TOKENS)
-
-    def losses(self) -> torch.Tensor:
-        return text_losses(self.model, self.tokenizer, self.test_texts, MAX_TOKENS)
 
 
 # ---------------------------------------- choosing
@@ -230,10 +197,8 @@ def chosen_elsewhere(args, rows, layers: int) -> list[dict]:
 
 def measure(task) -> dict:
     """Losses and finding counts of every test sample, with the model as it is now."""
-    losses, found = task.losses(), None
-    if task.labels is not None:
-        found = counts(task.labels, task.reported()).tolist()
-    return {"losses": losses.tolist(), "counts": found, "perplexity": perplexity(losses)}
+    losses, found = task.losses(), counts(task.labels, task.reported())
+    return {"losses": losses.tolist(), "counts": found.tolist(), "perplexity": perplexity(losses)}
 
 
 def healing_settings(args, folder):
@@ -269,7 +234,7 @@ def evaluate_all(task, choices, args, accelerator) -> dict:
     stamp = {
         "model": str(args.model),
         "weights": fingerprint(task.lang_model),
-        "data": str(args.data or args.test_texts),
+        "data": str(args.data),
         "test": args.test_samples,
         "train": args.train_samples,
         "steps": args.heal_steps,
@@ -313,9 +278,8 @@ def check_on_disk(task, args, choices, evaluations) -> float:
     memory."""
     wanted = list(dict.fromkeys(c["drop_layers"] for c in choices if c["criterion"] == "sensitivity"))
     tags = {spec: plain_tag(parse_drop_layers(spec)) for spec in wanted}
-    command = options({"ckpt": args.model, "out_dir": args.out / "pruned", "overwrite": True})
-    if args.lang_model_path:
-        command += options({"lang_model_path": args.lang_model_path, "hf": "merged"})
+    command = {"ckpt": args.model, "lang_model_path": args.lang_model_path, "hf": "merged"}
+    command = options({**command, "out_dir": args.out / "pruned", "overwrite": True})
     for spec in wanted:
         command += options({"drop_layers": spec, "tag": tags[spec]})
     prune_llm.main(prune_llm.parse_args(command))
@@ -330,10 +294,7 @@ def check_on_disk(task, args, choices, evaluations) -> float:
 def losses_on_disk(task, args, tag: str) -> torch.Tensor:
     """Test losses of the checkpoint that was pruned under the name `tag`."""
     names = result_names(tag, VERSIONS[0])  # whole names, because drop1 begins as drop1_3 does
-    _, merged, prune_map, hf, _ = (args.out / "pruned" / name for name in names)
-    if args.texts:
-        model, tokenizer = load_model(hf)
-        return text_losses(model, tokenizer, task.test_texts, MAX_TOKENS)
+    _, merged, prune_map, *_ = (args.out / "pruned" / name for name in names)
     forms = [merged.with_name(merged.name + end) for end in ("", ".bin", ".safetensors")]
     merged, prune_map = (next(f for f in forms if f.exists()), prune_map.with_name(prune_map.name + ".json"))
     model, text, _ = report_model.load_report_model(merged, args.lang_model_path, prune_map)
@@ -396,28 +357,14 @@ def print_table(table, metrics):
         print(f"{start} {'  '.join(numbers)}  {end}")
 
 
-def check(args):
-    """Refuse what is missing and what would have no effect."""
-    report_mode, text_mode = args.data and args.lang_model_path, args.texts and args.test_texts
-    if bool(args.data) == bool(args.texts) or not (report_mode or text_mode):
-        raise UserError(
-            "give --data and --lang-model-path (a report model), or --texts and --test-texts (a plain model)"
-        )
-    if args.texts:
-        refuse(args, ["lang_model_path", "cache", "max_new_tokens"], "with --texts")
-    else:
-        refuse(args, ["test_texts"], "with --data")
-
-
 def main(args):
-    check(args)
     args.out.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator()
     seed_everything(args.seed)
 
     # the model, its calibration prompts and its test samples
-    task = (TextTask if args.texts else ReportTask)(args, accelerator.device)
-    metrics = ("f1", "perplexity") if task.labels is not None else ("perplexity",)
+    task = ReportTask(args, accelerator.device)
+    metrics = ("f1", "perplexity")
     layers = len(decoder_layers(task.lang_model))
 
     # scan

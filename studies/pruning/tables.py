@@ -7,8 +7,6 @@ A choice is {"criterion", "ratio", "drop_layers", "layers_left"}: one set of lay
 
 import numpy as np
 
-from dia_pangu.evaluate.findings import EPSILON
-
 CRITERIA = ("sensitivity", "block_influence", "leave_one_out", "greedy")
 CONTROLS = ("last", "random", "random_keep0")
 STAGES = ("before", "after")
@@ -26,7 +24,7 @@ def counts(labels, reported) -> np.ndarray:
 
 def f1(rows) -> np.ndarray:
     """Micro-F1 of summed counts (..., 2)."""
-    return rows[..., 0] / (rows[..., 0] + 0.5 * rows[..., 1] + EPSILON)
+    return rows[..., 0] / (rows[..., 0] + 0.5 * rows[..., 1] + 1e-6)
 
 
 def mean_perplexity(rows) -> np.ndarray:

@@ -225,10 +225,17 @@ MUTANTS = [
     ),
     Mutant(
         CHOOSE,
-        "range(layers - count + 1)]",
-        "range(layers - count)]",
-        f"{SCAN}::test_single_shot_criteria_take_the_lowest_scores {SCAN}::test_window_is_the_best_window",
-        "the last window is never looked at",
+        "starts = range(layers - count + 1)",
+        "starts = range(layers - count)",
+        f"{SCAN}::test_single_shot_criteria_take_the_lowest_scores",
+        "the last window's angle is never looked at",
+    ),
+    Mutant(
+        METHODS,
+        "grown.append(self.entries[i - head + 1])",
+        "grown.append(self.entries[i - head])",
+        f"{SCAN}::test_every_window_is_scored_in_one_wavefront",
+        "a window is one layer longer than asked",
     ),
     Mutant(
         CHOOSE,
@@ -379,5 +386,19 @@ MUTANTS = [
         "score = score * norm.to(score)",
         f"{TOOLS}::test_wanda_weighs_by_the_inputs_of_the_pruned_layers_before",
         "Wanda weighs by squared norms",
+    ),
+    Mutant(
+        "pruning/pruning_tools/prune_width.py",
+        "(uses.norms[layer].to(size) * size).sum(-1).topk(kept)",
+        "uses.norms[layer].to(size).sum(-1).topk(kept)",
+        "tests/test_pruning_zoo.py::test_an_expert_that_is_removed_is_the_one_that_does_nothing",
+        "experts are judged without their last matrix",
+    ),
+    Mutant(
+        "pruning/repair.py",
+        "/ target.square().sum(-1)",
+        "* 0",
+        "tests/test_pruning_repair.py",
+        "a replacement layer learns nothing",
     ),
 ]

@@ -1,0 +1,52 @@
+"""The texts of the real study: CT reports, and prose on a language that every Python brings."""
+
+import pydoc_data.topics
+import re
+
+import torch
+
+from common.files import read_json
+
+
+def reports(path) -> list[str]:
+    """The reports of one split."""
+    return [case["report"] for case in read_json(path, {"cases": [{"report": str}]})["cases"]]
+
+
+def english() -> tuple[list[str], list[str]]:
+    """(training, test) paragraphs of Python's help topics: disjoint topics, prose alone, deterministic."""
+    parts = ([], [])
+    for i, name in enumerate(sorted(pydoc_data.topics.topics)):
+        paragraphs = re.split(r"\n\s*\n", pydoc_data.topics.topics[name])
+        prose = [" ".join(text.split()) for text in paragraphs]
+        parts[i % 4 == 0].extend(t for t in prose if len(t) > 200 and t[0].isupper() and ">>>" not in t)
+    training, held_out = (list(dict.fromkeys(part)) for part in parts)
+    known = set(held_out)  # topics quote each other
+    return [text for text in training if text not in known], held_out
+
+
+def stream(texts, tokenizer, tokens: int) -> list[str]:
+    """As many of the first texts as make a stream of at least `tokens` tokens."""
+    chosen, length = [], 0
+    for text in texts:
+        if length >= tokens:
+            break
+        chosen.append(text)
+        length += len(tokenizer(text).input_ids)
+    return chosen
+
+
+class Rows(torch.utils.data.Dataset):
+    """Token ids for `train.heal`, as train.Texts gives them."""
+
+    def __init__(self, texts, tokenizer, tokens: int):
+        self.rows = [
+            {"id": f"text {i + 1}", "ids": torch.tensor(tokenizer(t).input_ids[:tokens])}
+            for i, t in enumerate(texts)
+        ]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
