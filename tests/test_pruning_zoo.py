@@ -303,7 +303,7 @@ def test_with_v_off_attention_returns_the_projection_of_nothing(name):
 
 @torch.no_grad()
 @pytest.mark.parametrize("part", ["attention", "mlp"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "phi3", "opt", "qwen3_next", "falcon_h1"])
+@pytest.mark.parametrize("name", ["gpt2", "mixtral", "opt", "bloom"])
 def test_a_branch_that_is_off_on_disk_is_off_for_everyone(name, part, tmp_path):
     model = pruning_zoo.make(name, ZOO[name])
     model.save_pretrained(tmp_path / "source")
@@ -332,13 +332,12 @@ def test_branches_that_are_not_there_are_refused(words, message, tmp_path):
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"])
 def test_an_expert_that_is_removed_is_the_one_that_does_nothing(name, tmp_path):
-    """Two of four experts write nothing: without them the mixture is the one whose router never asks them."""
-    settings = ZOO[name] | {"num_experts_per_tok": 1, "norm_topk_prob": True}
-    model = pruning_zoo.make(name, settings)
+    model = pruning_zoo.make(name, ZOO[name])
     for key, p in model.named_parameters():
         if key.endswith(("experts.down_proj", "experts.down_proj_bias")):
             p[[0, 2]] = 0
-    kept = prune_width.prune_experts(model, [{"name": "a", "input_ids": IDS}], 0.5)
+    every_word = torch.arange(3, 63)[None]  # an expert that no token chooses writes nothing either
+    kept = prune_width.prune_experts(model, [{"name": "a", "input_ids": every_word}], 0.5)
     assert kept and all(some == [1, 3] for some in kept)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
@@ -381,7 +380,7 @@ def test_a_share_that_was_not_reached_is_said_and_nothing_is_written():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "jetmoe"])
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "granitemoehybrid"])
 def test_padding_has_no_part_in_what_an_expert_is_judged_by(name):
     alone, padded = (pruning_zoo.make(name, ZOO[name]) for _ in range(2))
     short = {"name": "a", "input_ids": IDS[:, :5]}

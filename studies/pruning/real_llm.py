@@ -165,18 +165,7 @@ def choose_sets(args, model, calibration, journal) -> list[dict]:
 
 def healing_settings(args, folder, ways, teacher: bool):
     """The arguments of pruning/train.py for one repair that trains."""
-    words = [
-        "--pruned-model-path",
-        "x",
-        "--texts",
-        "x",
-        "--out",
-        str(folder),
-        "--accum",
-        "1",
-        "--warmup",
-        "2",
-    ]
+    words = "--pruned-model-path x --texts x --accum 1 --warmup 2 --out".split() + [str(folder)]
     words += ["--max-steps", str(args.heal_steps), "--batch-size", str(args.heal_batch), "--keep", "1"]
     lr = args.heal_lr if "lora" in ways else args.heal_lr / 10
     words += ["--lr", str(lr), "--lr-scheduler-type", "cosine", "--log-every", str(args.heal_steps)]
