@@ -11,6 +11,7 @@ from pathlib import Path
 
 import yaml
 
+from common.arguments import number
 from common.errors import UserError
 from common.files import check, reading
 from common.weights import read_weights
@@ -56,46 +57,24 @@ DATASETS = {
 # class's arguments
 CONFIG = {
     "base": {
-        "family?": str,
-        "path?": str,
-        "template?": str,
-        "question?": str,
-        "merge?": str,
-        "attention?": str,
-        "dtype?": str,
-        "load_in_4bit?": bool,
-        "device_map?": (str, dict),
+        **dict.fromkeys(
+            ("family?", "path?", "template?", "question?", "merge?", "attention?", "dtype?"), str
+        ),
+        **{"load_in_4bit?": bool, "device_map?": (str, dict)},
     },
     "sam": {
         "path?": str,
-        "use_text?": bool,
-        "use_mask?": bool,
-        "use_box?": bool,
-        "multimask_output?": bool,
-        "per_phrase_pad?": bool,
+        **dict.fromkeys(("use_text?", "use_mask?", "use_box?", "multimask_output?", "per_phrase_pad?"), bool),
     },
     "unet": {
-        "upsample_input?": int,
-        "normalize_input?": bool,
-        "base_channels?": int,
-        "num_stages?": int,
-        "strides?": [int],
-        "enc_num_convs?": [int],
-        "dec_num_convs?": [int],
-        "downsamples?": [bool],
-        "enc_dilations?": [int],
-        "dec_dilations?": [int],
-        "num_groups?": int,
+        **dict.fromkeys(("upsample_input?", "base_channels?", "num_stages?", "num_groups?"), int),
+        **dict.fromkeys(("strides?", "enc_num_convs?", "dec_num_convs?"), [int]),
+        **dict.fromkeys(("enc_dilations?", "dec_dilations?"), [int]),
+        **{"normalize_input?": bool, "downsamples?": [bool]},
     },
     "optim": {
-        "lr?": float,
-        "epochs?": int,
-        "batch_size?": int,
-        "accum?": int,
-        "weight_decay?": float,
-        "warmup?": float,
-        "clip?": float,
-        "coarse_first?": int,
+        **dict.fromkeys(("epochs?", "batch_size?", "accum?", "coarse_first?"), int),
+        **dict.fromkeys(("lr?", "weight_decay?", "warmup?", "clip?"), float),
     },
     "data": {},
 }
@@ -173,6 +152,25 @@ def add_config_arguments(parser, data=True, required=True):
         parser.add_argument(
             "--data", type=Path, required=True, help="root of the data paths of the configuration"
         )
+
+
+def add_base_arguments(parser):
+    """--base-path, --random-base and --attention, alike in training and scoring."""
+    parser.add_argument(
+        "--base-path", help="folder or hub name of the base instead of the configuration's base.path"
+    )
+    parser.add_argument(
+        "--random-base",
+        type=number(int, 0),
+        metavar="SEED",
+        help="control: the base gets random weights of this seed instead of its own",
+    )
+    parser.add_argument(
+        "--attention",
+        choices=["rows", "eager"],
+        help="how attention is read: only the rows that are needed (rows, which is what happens without this "
+        "option), or full matrices (eager)",
+    )
 
 
 def add_skip_argument(parser):

@@ -30,6 +30,7 @@ from common.errors import UserError, run
 from common.run import loader_worker, open_run, progress, seed_everything
 from common.weights import read_weights
 from flmm.build import (
+    add_base_arguments,
     add_config_arguments,
     add_skip_argument,
     attach,
@@ -64,21 +65,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--head", type=Path, required=True, help="trained head: ours or upstream's, .safetensors or .pth"
     )
-    parser.add_argument(
-        "--base-path", help="folder or hub name of the base instead of the configuration's base.path"
-    )
-    parser.add_argument(
-        "--random-base",
-        type=number(int, 0),
-        metavar="SEED",
-        help="control: the base gets random weights of this seed instead of its own",
-    )
-    parser.add_argument(
-        "--attention",
-        choices=["rows", "eager"],
-        help="how attention is read: only the rows that are needed (rows, which is what happens without this "
-        "option), or full matrices (eager)",
-    )
+    add_base_arguments(parser)
     parser.add_argument(
         "--protocol",
         choices=["upstream", "object", "sentence"],

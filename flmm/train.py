@@ -22,7 +22,7 @@ from accelerate import DistributedDataParallelKwargs
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Subset
 
-from common.arguments import Parser, add_run_arguments, number, refuse
+from common.arguments import Parser, add_run_arguments, refuse
 from common.checkpoint import atomic_json, atomic_path
 from common.errors import UserError, run
 from common.run import describe, open_run, seed_everything
@@ -42,6 +42,7 @@ from common.train import (
 )
 from common.weights import read_weights
 from flmm.build import (
+    add_base_arguments,
     add_config_arguments,
     add_skip_argument,
     attach,
@@ -64,21 +65,7 @@ def parse_args(argv=None):
     parser = Parser(__doc__)
     data = parser.add_argument_group("data and model")
     add_config_arguments(data)
-    data.add_argument(
-        "--base-path", help="folder or hub name of the base instead of the configuration's base.path"
-    )
-    data.add_argument(
-        "--random-base",
-        type=number(int, 0),
-        metavar="SEED",
-        help="control: the base gets random weights of this seed instead of its own",
-    )
-    data.add_argument(
-        "--attention",
-        choices=["rows", "eager"],
-        help="how attention is read: only the rows that are needed (rows, which is what happens without this "
-        "option), or full matrices (eager)",
-    )
+    add_base_arguments(data)
     data.add_argument(
         "--shard-base",
         action="store_true",
