@@ -73,8 +73,9 @@ CONFIG = {
         **{"normalize_input?": bool, "downsamples?": [bool]},
     },
     "optim": {
+        "lr?": float,
         **dict.fromkeys(("epochs?", "batch_size?", "accum?", "coarse_first?"), int),
-        **dict.fromkeys(("lr?", "weight_decay?", "warmup?", "clip?"), float),
+        **dict.fromkeys(("weight_decay?", "warmup?", "clip?"), float),
     },
     "data": {},
 }

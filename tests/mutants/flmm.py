@@ -120,8 +120,8 @@ MUTANTS = [
     ),
     Mutant(
         "flmm/train.py",
-        "write_cache(cache / split, base, encoder, dataset, fingerprint, accelerator)",
-        'write_cache(cache / split, base, encoder, sets["train"], fingerprint, accelerator)',
+        "write_cache(cache / split, base, sam_encoder, dataset, fingerprint, accelerator)",
+        'write_cache(cache / split, base, sam_encoder, sets["train"], fingerprint, accelerator)',
         f"{EFFECTS}::test_a_cache_holds_each_split_apart",
         "the cached validation features are those of the training pictures",
     ),
