@@ -10,10 +10,12 @@ from torch.utils.data import DataLoader
 
 from common.errors import UserError
 from common.tiny_llm import make_tokenizer
+from dia_pangu.evaluate.evidence import locate_all
 from dia_pangu.src import train
 from dia_pangu.src.Dataset.CTRG_dataset import CTRGDataset, collate, read_places
 from dia_pangu.src.Dataset.preprocess import Grid
 from dia_pangu.src.Dataset.prompt import FINDINGS, LATERAL, ReportText, prompt_phrases, status_text
+from dia_pangu.src.Dataset.verdict import Verdict
 from dia_pangu.src.Model.build import build_model, load_model, make_text
 from dia_pangu.src.Model.multimodality_model import TRAINED, token_loss
 from dia_pangu.src.Model.my_embedding_layer import MyEmbedding
@@ -146,6 +148,11 @@ def test_the_vote_joins_prototypes_and_patches(llm):
     made = report_batch(model.eval(), text, volumes, [0.0] * 14, {"max_new_tokens": 2, "do_sample": False})
     for question, places in zip(made["questions"], made["places"]):
         assert f'The "fracture" is positive, {" ".join(places["fracture"])}. ' in question
+    # Where left and right are unknown the prompt names no side.
+    verdicts = [Verdict("NIfTI", side=side) for side in ("known", "unknown")]
+    _, places = locate_all(model.embedding_layer, model.encode(volumes), volumes, "windows", verdicts)
+    assert all(all(side for side, _ in places[i].values()) == (i != 1) for i in range(2))
+    assert [place for _, place in places[1].values()] == [p for _, p in made["places"][1].values()]
     hidden = report_batch(
         model, text, volumes, [0.0] * 14, {"max_new_tokens": 2, "do_sample": False}, hide_places=True
     )

@@ -108,7 +108,12 @@ def test_values_units_and_axes_of_nifti_files_are_put_right_with_a_note(tmp_path
         ("tenfold", lambda v: v * 10, "no HU"),
         ("MR", lambda v: np.abs(v) * 0.7 + 80, "no HU"),
         ("mask", lambda v: (v > 0).astype(np.uint8), "a mask"),
-        ("labels", lambda v: np.digitize(v, [-900, -500, 0, 55, 200]).astype(np.uint8), "no HU"),
+        (
+            "labels",
+            lambda v: np.digitize(v, [-900, -500, 0, 55, 200]).astype(np.uint8),
+            "different values: a mask",
+        ),
+        ("uptake", lambda v: (v + 1000) / 100, "not found at their HU"),
         ("complex", lambda v: v.astype(np.complex64), "complex64"),
         ("colours", lambda v: np.zeros(v.shape, [("R", "u1"), ("G", "u1"), ("B", "u1")]), "colours"),
         ("phases", lambda v: np.stack([v, v], -1), "2 phases"),
@@ -610,3 +615,25 @@ def test_pictures_and_frames_that_fill_the_memory_are_one_line(tmp_path, monkeyp
     folder = series(tmp_path / "wide", change=lambda data, n: setattr(data, "Rows", 60000))
     with pytest.raises(UserError, match="declares|memory"):
         read_scan(folder)
+
+
+@pytest.mark.parametrize(
+    "tags, of, message",
+    [
+        ({"ImageOrientationPatient": [0] * 6}, range(40), "no ImageOrientationPatient"),
+        ({"ImageOrientationPatient": [1, 0, 0, 1, 0, 0]}, range(40), "no ImageOrientationPatient"),
+        ({"PhotometricInterpretation": "PALETTE COLOR"}, range(40), "colours"),
+        ({"Modality": "MR"}, [7], "slices are missing"),
+        ({"RescaleIntercept": -500}, [7], None),
+    ],
+)
+def test_tags_that_lie_are_refused_or_named(tags, of, message, tmp_path, recwarn):
+    folder = series(
+        tmp_path / "s", change=lambda data, n: [setattr(data, *tag) for tag in tags.items() if n in of]
+    )
+    if message is None:
+        assert any("differ between the slices" in note for note in read_ct(folder)[2].notes)
+    else:
+        with pytest.raises(UserError, match=message):
+            read_ct(folder)
+    assert not [w for w in recwarn if w.category is RuntimeWarning]

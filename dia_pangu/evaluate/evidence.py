@@ -87,13 +87,14 @@ def locate(evidence: np.ndarray, lungs=(0.0, 1.0)) -> dict:
 
 
 def locate_all(
-    layer, tokens: torch.Tensor, vision_x: torch.Tensor, preprocess: str
+    layer, tokens: torch.Tensor, vision_x: torch.Tensor, preprocess: str, verdicts=()
 ) -> tuple[torch.Tensor, list[dict]]:
     """Return the evidence maps (B, 14, h, w, d), and per sample {finding: (side, place)} for the findings
     that lie on one side.
 
     tokens: (B, S, n_tok, dim) of vision_x (B, S, 3, H, W, D). preprocess: only the `windows` preparation
-    shows where the lungs begin and end; with `upstream` the thirds are those of the whole volume.
+    shows where the lungs begin and end; with `upstream` the thirds are those of the whole volume. verdicts:
+    of the volumes; where left and right are unknown no side is named.
     """
     maps = evidence_maps(layer, tokens, layer.vision_encoder.grid(vision_x.shape))
     places = []
@@ -101,6 +102,9 @@ def locate_all(
         lungs = lung_range(volume) if preprocess == "windows" else (0.0, 1.0)
         where = {name: locate(own[FINDINGS.index(name)], lungs) for name in LATERAL}
         places.append({name: (at["side"], at["place"]) for name, at in where.items()})
+    for where, verdict in zip(places, verdicts):
+        if verdict.side != "known":
+            where.update({name: ("", place) for name, (_, place) in where.items()})
     return maps, places
 
 

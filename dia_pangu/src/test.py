@@ -57,24 +57,21 @@ def report_batch(
     preprocess: str = "windows",
     control: str = "none",
     hide_places: bool = False,
-    sides=None,
+    verdicts=(),
 ) -> dict:
     """Write reports for volumes (B, 1, 3, H, W, D): one ViT pass, the diagnosis into the prompt, one
     generation for the batch.
 
     thresholds: 14 probabilities from which on a finding is present. generation: keyword arguments of
     transformers' `generate`. With an evidence head the prompt also names side and place, unless hide_places;
-    sides: for each volume whether left and right are known (None: they are), else no side is named.
+    verdicts: of the volumes (none: left and right are known), see `locate_all`.
     Returns probability (B, 14), statuses (B, 14), maps (B, 14, h, w, d), places [{finding: (side, place)}],
     questions and reports.
     """
     # What the model gets to see, and where in it the findings lie.
     vision_x = apply_control(vision_x, control)
     tokens = model.encode(vision_x)
-    maps, places = locate_all(model.embedding_layer, tokens, vision_x, preprocess)
-    for where, known in zip(places, sides or ()):
-        if not known:
-            where.update({name: ("", place) for name, (_, place) in where.items()})
+    maps, places = locate_all(model.embedding_layer, tokens, vision_x, preprocess, verdicts)
     # A published checkpoint was trained without places, so that its prompts must not name any.
     named = places
     if model.embedding_layer.evidence_head is None or hide_places:
@@ -293,7 +290,7 @@ def main(args):
             grid.preprocess,
             args.control,
             args.hide_places,
-            [verdict.side == "known" for verdict in batch["verdict"]],
+            batch["verdict"],
         )
         elapsed_ms = 1000 * (time.perf_counter() - start) / len(batch["id"])
         for i, (name, verdict) in enumerate(zip(batch["id"], batch["verdict"])):

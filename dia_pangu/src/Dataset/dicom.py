@@ -42,8 +42,14 @@ PHASES = (
     "ConvolutionKernel",
     "KVP",
     "ImageType",
+    "SeriesNumber",
+    "SeriesDescription",
+    "ContrastBolusAgent",
+    "ReconstructionDiameter",
+    "SliceThickness",
     "AcquisitionDateTime",
     "AcquisitionTime",
+    "ContentTime",
 )
 WORDS = (
     "Modality",
@@ -56,7 +62,7 @@ WORDS = (
 GEOMETRY = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness")
 TAGS = [
     *(*WORDS, *GEOMETRY, *PHASES, "Rows", "Columns", "NumberOfFrames", "RescaleSlope", "RescaleIntercept"),
-    *("RescaleType", "SeriesNumber", "SamplesPerPixel", "SharedFunctionalGroupsSequence"),
+    *("RescaleType", "SamplesPerPixel", "SharedFunctionalGroupsSequence"),
     *("PerFrameFunctionalGroupsSequence", "PixelPaddingValue", "GantryDetectorTilt"),
 ]
 CHEST = ("chest", "thorax", "thorac", "lung", "torax", "pulmo", "胸", "肺")
@@ -192,13 +198,17 @@ def make_slice(path: Path, data, frame: int | None, groups: list) -> Slice:
         return None
 
     pixel = numbers(get("PixelSpacing"), 2)
+    cosines = numbers(get("ImageOrientationPatient"), 6)
+    if cosines is not None:
+        axes = cosines.reshape(2, 3)
+        cosines = cosines if np.allclose(axes @ axes.T, np.eye(2), atol=0.01) else None
     return Slice(
         path=path,
         frame=frame,
         frames=int(number(data.get("NumberOfFrames")) or 1),
         shape=(int(data.get("Rows") or 0), int(data.get("Columns") or 0)),
         position=numbers(get("ImagePositionPatient"), 3),
-        cosines=numbers(get("ImageOrientationPatient"), 6),
+        cosines=cosines,
         pixel_mm=pixel if pixel is not None and (pixel > 0).all() else None,
         thickness_mm=number(get("SliceThickness")) or 1.0,
         slope=number(get("RescaleSlope")),
@@ -261,11 +271,11 @@ def normal_of(part: Slice) -> np.ndarray:
 
 
 def group_series(slices: list[Slice]) -> list[Series]:
-    """Group slices by series UID, size and orientation, in the order of the files."""
+    """Group slices by series UID and modality, size and orientation, in the order of the files."""
     groups = {}
     for part in slices:
         turned = tuple(np.round(part.cosines, 2) + 0.0) if part.cosines is not None else ()
-        uid = str(part.words.get("SeriesInstanceUID", ""))
+        uid = str(part.words.get("SeriesInstanceUID", "")), part.words.get("Modality")
         groups.setdefault((uid, part.shape, turned), []).append(part)
     # A slice without an orientation belongs to the stack of its series, and is missing there.
     for key in [key for key in groups if not key[2]]:
@@ -400,6 +410,11 @@ def read_pixels(part: Slice, frames: dict) -> tuple[np.ndarray, np.ndarray]:
             data = pydicom.dcmread(part.path, force=True)
             syntax = str(getattr(data.file_meta, "TransferSyntaxUID", "") or "")
         need_decoder(part.path, syntax)
+        colours = str(data.get("PhotometricInterpretation") or "MONOCHROME2")
+        if not colours.startswith("MONOCHROME"):
+            raise UserError(
+                f"{part.path}: its pixels are colours ({colours}), no CT values; give the CT itself"
+            )
         try:
             if not syntax:
                 data.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
@@ -504,6 +519,8 @@ def build(chosen: Series, folder, verdict: Verdict) -> tuple[np.ndarray, np.ndar
         raise UserError(
             f"{folder}: some slices have RescaleSlope and RescaleIntercept, others not; repair them"
         )
+    if len({(part.slope, part.offset) for part in chosen.slices}) > 1:
+        verdict.note("RescaleSlope or RescaleIntercept differ between the slices")
     words = chosen.text()
     if any(w in words for w in ELSEWHERE) and not any(w in words for w in CHEST):
         verdict.note(f"the header speaks of another body part ({' '.join(words.split())})")

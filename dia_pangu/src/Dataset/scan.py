@@ -5,6 +5,7 @@ of pictures as CTRG publishes them.
     hu, spacing_mm = read_hu(path)  HU in the axes front to back, right to left, feet to head
 """
 
+import logging
 import math
 import re
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ NIFTI = (".nii", ".nii.gz", ".img", ".hdr", ".img.gz", ".hdr.gz", ".mgh", ".mgz"
 ITK = (".mha", ".mhd", ".nrrd", ".nhdr")
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
 SUFFIXES = (*NIFTI, *ITK, ".dcm", ".dicom", ".ima")
+logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # its repairs of headers are judged here
 PACKED = (".gz", ".mgz", ".bz2", ".zst")
 
 

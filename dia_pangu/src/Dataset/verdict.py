@@ -122,9 +122,9 @@ def judge_values(verdict: Verdict, stored: np.ndarray, declared: bool = False):
         return
     verdict.values = OTHER
     distinct = len(np.unique(values))
-    if distinct <= 2:
+    if distinct <= 16 and low >= 0:
         verdict.why = f"{distinct} different values: a mask, not a scan"
-    elif low >= 0 and 1.5 < high <= 255.5:
+    elif low >= 0 and 60 < high <= 255.5:
         verdict.values = GREY
         verdict.why = f"{span}: 8-bit grey levels, as pictures hold them"
     elif -1.5 <= low and high <= 1.5:
