@@ -128,8 +128,8 @@ class RawMaps:
         return torch.stack(out, -1).unflatten(0, (len(gt), -1))
 
     def fit(self, feature, gt):
-        # Hundreds of maps at every threshold: masks of 128 pixels tell as much as those of a photograph.
-        scale = min(1.0, 128 / max(gt.shape[1:]))
+        # Hundreds of maps at every threshold: masks of 64 pixels tell as much as those of a photograph.
+        scale = min(1.0, 64 / max(gt.shape[1:]))
         size = [max(1, round(side * scale)) for side in gt.shape[1:]]
         gt = F.interpolate(gt[None].float(), size=size)[0].bool()
         maps = feature["mask_attentions"].float().cpu()

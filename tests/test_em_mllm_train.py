@@ -593,3 +593,23 @@ def test_recipes_run_from_nothing_at_smoke_size(tmp_path, recipe, results):
     assert len(list((run / "results").glob("*.json"))) >= results
     model = run / ("seed-0/joint/model" if recipe == "builtin" else "base/model")
     assert (model / "multimodal.json").is_file()
+
+
+@pytest.mark.slow
+def test_real_captures_are_scored_by_a_model_of_generated_ones(tmp_path, data_root, monkeypatch):
+    from studies.em_mllm import transfer
+
+    def stage(script, **flags):
+        done = forked.run_file(ROOT / script, *options(flags))
+        assert done.returncode == 0, f"{script}: {done.stderr[-2000:]}"
+
+    places = {"REAL": data_root, "RUNS": tmp_path, "BASE": tmp_path / "data", "RUN": tmp_path / "run"}
+    for name, value in {"stage": stage, "size": lambda full, smoke: smoke, **places}.items():
+        monkeypatch.setattr(transfer, name, value)
+    transfer.main()
+    (row,) = (tmp_path / "em_mllm/results").glob("*.json")
+    row = json.loads(row.read_text())
+    assert 0 <= row["value"] <= 1 and row["controls"].keys() == {
+        "three numbers, logistic regression",
+        "largest class",
+    }
