@@ -97,7 +97,6 @@ def test_every_option_of_train_has_its_effect(world, tmp_path):
             "--model-fs": Effect(60, "weights"),
             "--input-fs": Effect(77, "refused"),  # the files state another rate
             "--low-hz": Effect(2, "weights"),
-            "--amplitude": [Effect(True, "shape", given=BEATS), Effect(True, "refused")],
             "--high-hz": Effect(10, "weights"),
             "--channel": Effect("all", "weights"),
             "--min-seconds": Effect(1000, "refused"),  # the records have 60 s
@@ -237,6 +236,7 @@ def test_every_option_of_the_convolutional_control_has_its_effect(world, tmp_pat
             "--low-hz": Effect(2, "weights"),
             "--signal-len": Effect(240, "weights"),
             "--cache": Effect(tmp_path / "cache", "same weights"),
+            "--amplitude": [Effect(True, "shape", given=BEATS), Effect(True, "refused")],
             "--resamples": Effect(5, ("predictions", "same weights")),
             "--sampling-power": Effect(0.0, "weights"),
             "--augment": Effect(0.1, "weights"),

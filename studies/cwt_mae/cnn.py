@@ -123,7 +123,7 @@ def main(args):
     accelerator = make_accelerator(args)
     seed_everything(args.seed)
     if args.task != "beat":
-        refuse(args, ["fibrillation"], f"for --task {args.task}")
+        refuse(args, ["amplitude", "fibrillation"], f"for --task {args.task}")
 
     # Data: an epoch draws as many windows as there are, at least those of one step
     windows = split_windows(args)
