@@ -213,6 +213,8 @@ class Baseline:
             return None
 
         def fit(value, name=""):
+            if name == "position_bias":  # of each head (MPT), whatever the rows
+                return value
             if torch.is_tensor(value) and name == "alibi":  # rows and heads in one axis
                 return value.repeat(groups, *[1] * (value.dim() - 1))
             if torch.is_tensor(value) and value.dim() > 1 and len(value) == self.rows > self.one_row:
@@ -265,6 +267,8 @@ class Baseline:
 
     def first_rows(self, value, total: int, name: str = ""):
         """What `fit_rows` repeated up to `total` rows, for the first rows alone."""
+        if name == "position_bias":
+            return value
         if torch.is_tensor(value) and name == "alibi":
             return value[: len(value) // (total // self.rows)]
         if torch.is_tensor(value) and value.dim() > 1 and self.rows < total == len(value):
