@@ -1,4 +1,4 @@
-"""Measure every claim of speed and memory, and write them as one table to bench/README.md.
+"""Measure every claim of speed and memory, and write them as one table to bench/RESULTS.md.
 
     python bench/run_all.py                 # all benches, half an hour on one quiet core
     python bench/run_all.py cwt pruning     # some of them
@@ -221,7 +221,7 @@ def gpu_table() -> list[str]:
 
 
 def write_table():
-    """bench/README.md from the JSON files that are there; a bench without one is named as not measured."""
+    """bench/RESULTS.md from the JSON files that are there; a bench without one is named as not measured."""
     lines = [
         "# Measured claims",
         "",
@@ -258,7 +258,7 @@ def write_table():
         )
     lines += gpu_table()
     lines += ["", (HERE / "proof.md").read_text().rstrip()]  # written by hand: what was seen, and when
-    atomic_write(HERE / "README.md", "\n".join(lines) + "\n")
+    atomic_write(HERE / "RESULTS.md", "\n".join(lines) + "\n")
 
 
 def main(args):

@@ -3,12 +3,10 @@
     python cwt_mae/convert_pickles.py --allow-pickle --input FOLDER --output FOLDER --fs 100
 
 Known forms: {"data": (channels, L)} of pre-training, and {"data": (L,) or (channels, L), "label": [{"class":
-int}, ...], "uid": ..., "sampling_rate": ...} of fine-tuning. Reading a pickle can run any code that its
-author put into it, so convert only files that you made or whose author you trust. Every other script refuses
-pickles.
+int}, ...], "uid": ..., "sampling_rate": ...} of fine-tuning. Plain data and numpy arrays are read; a file that
+names anything else, which could run code, is refused. Every other script refuses pickles.
 """
 
-import pickle
 import sys
 from pathlib import Path
 
@@ -19,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.arguments import Parser, number
 from common.checkpoint import atomic_path
 from common.errors import UserError, run
+from common.files import read_plain_pickle
 from common.run import progress
 
 
@@ -38,25 +37,21 @@ def parse_args(argv=None):
     parser.add_argument(
         "--allow-pickle",
         action="store_true",
-        help="confirm that you trust these files: reading them can run code",
+        help="confirm that --input holds pickles; only plain data and numpy arrays in them are read",
     )
     return parser.parse_args(argv)
 
 
 def main(args):
     if not args.allow_pickle:
-        raise UserError("pickle files can run code when they are read; add --allow-pickle if you trust them")
+        raise UserError(
+            "--input holds pickles, which other scripts refuse; add --allow-pickle to convert them"
+        )
     paths = sorted(p for p in Path(args.input).rglob("*") if p.suffix in (".pkl", ".pickle"))
     if not paths:
         raise UserError(f"{args.input}: holds no .pkl or .pickle file")
     for path in progress(paths, desc="converting", unit="file"):
-        try:
-            with open(path, "rb") as file:
-                content = pickle.load(file)
-        except Exception as error:  # a cut or foreign file fails in many ways
-            raise UserError(
-                f"{path}: not a readable pickle ({error or type(error).__name__}); copy it again"
-            ) from error
+        content = read_plain_pickle(path, "pickle", arrays=True)
         if not isinstance(content, dict) or "data" not in content:
             raise UserError(f"{path}: expected a dictionary with the key data")
         fields = {

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import tarfile
 
@@ -592,3 +593,31 @@ def test_upstreams_pickles_are_converted_only_when_allowed(tmp_path, prepare):
     assert store.records["subject"][0] == b"u1" and load_task(store, "series", 500).classes == ["3"]
     with pytest.raises(UserError, match="unknown format"):
         read_records(tmp_path / "in" / "p.pkl")
+
+
+class Hostile:
+    """A pickle of it makes a folder when it is read."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("kind", ["code", "code in the data", "cut", "no pickle"])
+def test_a_pickle_that_is_not_plain_data_is_one_line_and_runs_nothing(tmp_path, kind):
+    from cwt_mae import convert_pickles
+
+    hostile, whole = Hostile(tmp_path / "made"), pickle.dumps({"data": wave(), "sampling_rate": FS})
+    content = {
+        "code": pickle.dumps(hostile),
+        "code in the data": pickle.dumps({"data": [hostile], "sampling_rate": FS}),
+        "cut": whole[: len(whole) // 2],
+        "no pickle": b"time,ecg",
+    }[kind]
+    (tmp_path / "p.pkl").write_bytes(content)
+    options = ["--input", str(tmp_path), "--output", str(tmp_path / "out"), "--allow-pickle"]
+    with pytest.raises(UserError, match="p.pkl: "):
+        convert_pickles.main(convert_pickles.parse_args(options))
+    assert not (tmp_path / "made").exists() and not (tmp_path / "out").exists()
