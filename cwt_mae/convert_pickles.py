@@ -3,8 +3,8 @@
     python cwt_mae/convert_pickles.py --allow-pickle --input FOLDER --output FOLDER --fs 100
 
 Known forms: {"data": (channels, L)} of pre-training, and {"data": (L,) or (channels, L), "label": [{"class":
-int}, ...], "uid": ..., "sampling_rate": ...} of fine-tuning. Plain data and numpy arrays are read; a file that
-names anything else, which could run code, is refused. Every other script refuses pickles.
+int}, ...], "uid": ..., "sampling_rate": ...} of fine-tuning. Plain data and numpy arrays are read; a file
+that names anything else, which could run code, is refused. Every other script refuses pickles.
 """
 
 import sys
