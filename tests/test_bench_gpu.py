@@ -3,19 +3,19 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from bench import gpu, gpu_steps
+from tests.quick_python import python
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def start(out, *options):
-    environment = {**os.environ, "PYTHON": sys.executable}
+    environment = {**os.environ, "PYTHON": python()}
     command = ["bash", str(ROOT / "bench" / "gpu.sh"), "--out", str(out), *options]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/")
     return done, json.loads((out / "gpu.json").read_text())

@@ -9,7 +9,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +23,7 @@ from common.run import StopSignal, seed_everything
 from tests import forked, toy_run
 from tests.forked import Done
 from tests.parity import assert_same_first_step
+from tests.quick_python import python
 
 ROOT = Path(__file__).resolve().parents[1]
 TOY = str(ROOT / "tests/toy_run.py")
@@ -43,7 +43,7 @@ def toy(out, *options, processes=1, check=True, limit=None, **environment):
         done = Done(code, (out.parent / "toy.log").read_text())
         (out.parent / "toy.log").unlink()
     else:
-        command = [sys.executable, "-m", "common.launch", TOY, "--out", str(out), *options]
+        command = [python(), "-m", "common.launch", TOY, "--out", str(out), *options]
         ended = subprocess.run(
             command,
             stdout=subprocess.PIPE,
@@ -104,7 +104,7 @@ def test_stopped_run_says_how_to_resume_and_ends_bit_equal(tmp_path, uninterrupt
     size = str(8 // processes)
     options = ["--out", str(tmp_path / "cut"), "--workers", "2", "--batch-size", size, "--pause", ".2"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "common.launch", TOY, *options],
+        [python(), "-m", "common.launch", TOY, *options],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -145,7 +145,7 @@ def test_one_of_two_processes_killed_ends_both_and_the_run_goes_on(tmp_path, uni
     whole, folder = uninterrupted(2)
     options = ["--out", str(tmp_path / "cut"), "--batch-size", "4", "--pause", ".1"]
     launcher = subprocess.Popen(
-        [sys.executable, "-m", "common.launch", TOY, *options],
+        [python(), "-m", "common.launch", TOY, *options],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -262,7 +262,7 @@ def test_equal_seeds_give_equal_draws_and_ranks_differ():
 @pytest.mark.slow
 def test_second_process_on_the_same_run_is_refused(tmp_path):
     first = subprocess.Popen(
-        [sys.executable, TOY, "--out", str(tmp_path / "a"), "--pause", "1"],
+        [python(), TOY, "--out", str(tmp_path / "a"), "--pause", "1"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -376,7 +376,7 @@ def test_fsdp2_follows_the_same_curve(tmp_path):
 
 @pytest.mark.slow
 def test_plain_torchrun_joins_its_processes(tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    torchrun = [python(), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
         [*torchrun, TOY, "--out", str(tmp_path / "a"), "--max-steps", "2"],
         capture_output=True,

@@ -24,6 +24,7 @@ from common.checkpoint import atomic_csv, atomic_json, damage
 from common.errors import Interrupted, UserError
 from common.train import lr_at, parameter_groups
 from tests import toy_run
+from tests.quick_python import python
 
 TOY = str(Path(toy_run.__file__))
 
@@ -64,7 +65,7 @@ def test_accumulated_batches_equal_one_large_batch_though_samples_weigh_differen
 
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path, toy):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", TOY]
+    torchrun = [python(), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", TOY]
     # with this seed the processes' samples weigh 21 and 15: equal weights would hide a mean of their own
     options = ["--batch-size", "4", "--accum", "2", "--max-steps", "1", "--seed", "5"]
     subprocess.run([*torchrun, "--out", str(tmp_path / "two"), *options], check=True, capture_output=True)
@@ -228,7 +229,7 @@ def test_a_stop_is_honoured_in_the_step_it_comes_in(toy, tmp_path, monkeypatch, 
 @pytest.mark.slow
 def test_a_stop_after_the_last_step_ends_the_closing_evaluation_at_once(tmp_path):
     process = subprocess.Popen(
-        [sys.executable, TOY, "--out", str(tmp_path / "a"), "--max-steps", "2", "--pause-at-end", "600"],
+        [python(), TOY, "--out", str(tmp_path / "a"), "--max-steps", "2", "--pause-at-end", "600"],
         stderr=subprocess.PIPE,
         text=True,
     )

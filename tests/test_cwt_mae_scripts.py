@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ from cwt_mae.model_finetune import load_model
 from studies.cwt_mae import cnn, forest, probe
 from tests import forked
 from tests.parity import assert_same_first_step, assert_same_scores
+from tests.quick_python import python
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = (
@@ -28,7 +28,6 @@ TINY = (
     "depth=1 num_heads=2 decoder_embed_dim=16 decoder_depth=1 decoder_num_heads=2 "
     "--batch-size 8 --windows 40 --eval-windows 16 --lr 1e-3 --log-every 1"
 ).split()
-ENV = os.environ | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
 
 
 @pytest.fixture(scope="module")
@@ -262,19 +261,20 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit_with_loader_worke
     assert same(whole, cut) and losses(whole) == losses(cut)
 
 
-def bash(script, *options, cwd, env):
+def bash(script, *options, cwd, **variables):
     """Start one of the room's launchers from `cwd`."""
     command = ["bash", os.path.relpath(ROOT / "cwt_mae" / script, cwd), *options]
+    env = os.environ | {"PYTHON": python()} | variables
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
 
 
-def launch(script, *options, processes=1, cwd=ROOT, env=ENV):
+def launch(script, *options, processes=1, cwd=ROOT):
     return subprocess.run(
-        [sys.executable, "-m", "common.launch", str(ROOT / "cwt_mae" / script), *map(str, options)],
+        [python(), "-m", "common.launch", str(ROOT / "cwt_mae" / script), *map(str, options)],
         cwd=cwd,
         capture_output=True,
         text=True,
-        env=env | {"NPROC_PER_NODE": str(processes), "PYTHONPATH": str(ROOT)},
+        env=os.environ | {"NPROC_PER_NODE": str(processes), "PYTHONPATH": str(ROOT)},
         timeout=240,
     )
 
@@ -363,12 +363,12 @@ def test_the_launchers_go_from_data_to_scores(world, tmp_path):
     """From the project's folder; data and outputs are relative to the caller, without OUT a run goes below
     RUNS."""
     cwd = ROOT / "cwt_mae"
-    env = ENV | {"RUNS": os.path.relpath(tmp_path, cwd), "DATA": os.path.relpath(world["data"], cwd)}
+    given = {"RUNS": os.path.relpath(tmp_path, cwd), "DATA": os.path.relpath(world["data"], cwd)}
     options = ["--split", str(world["split"]), "--cache", str(world["cache"]), *TINY, "--max-steps", "2"]
-    done = bash("run_train.sh", *options, cwd=cwd, env=env)
+    done = bash("run_train.sh", *options, cwd=cwd, **given)
     base = tmp_path / "cwt_mae/base/model.safetensors"
     assert done.returncode == 0 and base.is_file(), done.stderr
-    env |= {
+    given |= {
         "DATA": os.path.relpath(world["labelled"], cwd),
         "OUT": os.path.relpath(tmp_path / "classifier", cwd),
         "TASK": "rhythm",
@@ -376,11 +376,11 @@ def test_the_launchers_go_from_data_to_scores(world, tmp_path):
         "MODEL": os.path.relpath(base, cwd),
     }
     options = ["--cache", str(world["cache"]), "--max-steps", "2", "--folds", "3"]
-    done = bash("run_finetune.sh", *options, cwd=cwd, env=env)
+    done = bash("run_finetune.sh", *options, cwd=cwd, **given)
     assert done.returncode == 0, done.stderr
     kept = (tmp_path / "classifier" / "model.safetensors").stat().st_mtime_ns
-    env |= {"OUT": str(tmp_path / "scored"), "MODEL": str(tmp_path / "classifier" / "model.safetensors")}
-    done = bash("run_test.sh", "--cache", str(world["cache"]), cwd=cwd, env=env)
+    given |= {"OUT": str(tmp_path / "scored"), "MODEL": str(tmp_path / "classifier" / "model.safetensors")}
+    done = bash("run_test.sh", "--cache", str(world["cache"]), cwd=cwd, **given)
     assert done.returncode == 0 and (tmp_path / "scored" / "metrics.json").is_file(), done.stderr
     assert not (tmp_path / "scored" / "checkpoints").exists()  # it trains nothing
     assert (tmp_path / "classifier" / "model.safetensors").stat().st_mtime_ns == kept
@@ -388,7 +388,7 @@ def test_the_launchers_go_from_data_to_scores(world, tmp_path):
 
 @pytest.mark.parametrize("script, wanted", [("run_finetune.sh", "base"), ("run_test.sh", "classifier")])
 def test_launchers_look_into_the_folder_RUNS(script, wanted, tmp_path):
-    done = bash(script, cwd=ROOT / "cwt_mae", env=ENV | {"RUNS": str(tmp_path)})
+    done = bash(script, cwd=ROOT / "cwt_mae", RUNS=str(tmp_path))
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {tmp_path}/cwt_mae/{wanted}/model.safetensors: no such")
 

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -24,6 +23,7 @@ from dia_pangu.src.Model.my_embedding_layer import MyEmbedding
 from tests import forked
 from tests.golden import ROOT
 from tests.parity import assert_same_first_step
+from tests.quick_python import python
 from tests.tiny_dia import *  # noqa: F403  the fixtures data, llm and model_text
 from tests.tiny_dia import SMALL, call
 
@@ -212,7 +212,7 @@ def test_the_launcher_works_from_elsewhere(data, llm, tmp_path):
         "DATA": str(data),
         "LLM": str(llm),
         "OUT": "run",
-        "PYTHON": sys.executable,
+        "PYTHON": python(),
         "NPROC_PER_NODE": "1",
     }
     command = [

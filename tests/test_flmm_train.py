@@ -1,10 +1,8 @@
 """flmm: the scripts as a user starts them; resume, several processes, one-line errors."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -277,15 +275,6 @@ def test_a_refusal_is_one_line_and_status_two(world, tmp_path):
         ok=False,
     )
     assert "none.yaml: no such file" in line
-
-
-@pytest.mark.parametrize("start", [["train.py"], ["-m", "flmm.train"]])
-@pytest.mark.slow
-def test_scripts_start_from_their_folder_and_from_the_root(start):
-    command, folder = [sys.executable, *start, "--help"], ROOT / "flmm" if start == ["train.py"] else ROOT
-    environment = {**os.environ, "PYTHONPATH": ""}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
-    assert "--config" in done.stdout
 
 
 def test_crop_of_a_chain_of_thought_is_clipped_and_scored_offline():

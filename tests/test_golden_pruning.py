@@ -6,7 +6,6 @@ import itertools
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +23,7 @@ from pruning.sensitivity_analyse.layer_mask import ProjHeadMaskWrapper, masked
 from pruning.sensitivity_analyse.layer_sensitivity_scan import layer_scores, summarise
 from pruning.sensitivity_analyse.scan_methods import METHODS, list_variants, scan_batch
 from tests.golden import golden_files
+from tests.quick_python import python
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -198,7 +198,7 @@ def prune_by_command(folder, config, params, form, *options):
     )
     lora = ["--lora-alpha", str(config["lora"]["lora_alpha"])] if config.get("lora") else []
     command = [
-        sys.executable,
+        python(),
         ROOT / "pruning/pruning_tools/prune_llm.py",
         "--ckpt",
         source,

@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -11,9 +10,9 @@ import pytest
 
 from common.errors import UserError
 from studies import recipe
+from tests.quick_python import python
 
 ROOT = Path(__file__).resolve().parents[1]
-PYTHON = sys.executable
 
 # Stands for Python: writes down how it was called; the script's name says what it does then.
 STUB = """#!/usr/bin/env bash
@@ -128,7 +127,7 @@ def test_a_stop_signal_ends_the_stages_and_the_recipe(calls, tmp_path, signum):
         f"sys.executable = {recipe.sys.executable!r}\n"
         "recipe(lambda: stage('waits.py'))\n"
     )
-    process = subprocess.Popen([PYTHON, str(script)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([python(), str(script)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: (calls / "waits.py").exists() or process.poll() is not None)
     process.send_signal(signum)
     _, error = process.communicate(timeout=60)
@@ -143,7 +142,7 @@ def test_a_failed_stage_ends_the_recipe_with_one_line_and_status_2(calls, tmp_pa
         f"sys.executable = {recipe.sys.executable!r}\n"
         "recipe(lambda: stage('fails.py'))\n"
     )
-    done = subprocess.run([PYTHON, str(script)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([python(), str(script)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: fails.py ended with exit status 3")
     assert len(done.stderr.splitlines()) == 1
 
@@ -159,11 +158,15 @@ def test_the_environment_chooses_the_sizes_and_the_folders(tmp_path, smoke, size
         "OMP_NUM_THREADS": "3",
     }
     done = subprocess.run(
-        [PYTHON, "-c", code], cwd=tmp_path, env={**environment, "PYTHONPATH": str(ROOT)}, capture_output=True
+        [python(), "-c", code],
+        cwd=tmp_path,
+        env={**environment, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
     )
     assert done.stdout.decode().strip() == f"{sizes}|{tmp_path}/r|{tmp_path}|3"
 
 
-def test_a_stage_runs_a_real_script(tmp_path):
+def test_a_stage_runs_a_real_script(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe.sys, "executable", python())
     recipe.stage("tests/toy_run.py", out=tmp_path / "a", max_steps=2, save_every=0, overwrite=True)
     assert len((tmp_path / "a/log.jsonl").read_text().splitlines()) == 2

@@ -6,13 +6,13 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from studies.summary import write_result
+from tests.quick_python import python
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -63,12 +63,12 @@ def start(tree, *options, **environment):
     env = {
         **os.environ,
         "PYTHONPATH": str(tree),
-        "PYTHON": sys.executable,
+        "PYTHON": python(),
         "RUNS": str(tree / "runs"),
         **environment,
     }
     return subprocess.run(
-        [sys.executable, "-m", "studies.run_all", *options], cwd=tree, capture_output=True, text=True, env=env
+        [python(), "-m", "studies.run_all", *options], cwd=tree, capture_output=True, text=True, env=env
     )
 
 
@@ -165,7 +165,7 @@ def test_ctrl_c_reaches_the_projects(tree):
     recipe(tree, "cwt_mae", "trap 'echo saved; exit 143' TERM; echo up; sleep 60 & wait")
     env = {**os.environ, "PYTHONPATH": str(tree), "RUNS": str(tree / "runs")}
     process = subprocess.Popen(
-        [sys.executable, "-m", "studies.run_all", "cwt_mae"],
+        [python(), "-m", "studies.run_all", "cwt_mae"],
         cwd=tree,
         env=env,
         stderr=subprocess.PIPE,
