@@ -30,16 +30,6 @@ from common.figures import plt
 Done = collections.namedtuple("Done", "returncode text")
 
 ROOMS = ("common", "em_mllm", "cwt_mae", "flmm", "dia_pangu", "pruning")
-SLOW_IMPORTS = (
-    "torch._dynamo",
-    "torch.utils.tensorboard",
-    "transformers.integrations.tensor_parallel",
-    "transformers.models.llama.modeling_llama",
-    "transformers.models.auto.modeling_auto",
-    "accelerate",
-    "tests.toy_run",
-    "tests.forked",
-)
 _server = multiprocessing.get_context("forkserver")
 
 
@@ -80,7 +70,9 @@ def stand_in():
 
 def _start(function, *arguments):
     imported = [name for name in sys.modules if name.split(".")[0] in ROOMS]
-    _server.set_forkserver_preload([*SLOW_IMPORTS, *imported])  # counts at the first start, the server's own
+    _server.set_forkserver_preload(
+        ["tests.warm", "tests.toy_run", "tests.forked", *imported]
+    )  # counts at the first start, the server's own
     process = _server.Process(target=function, args=arguments)
     process.start()
     return process

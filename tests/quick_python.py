@@ -1,9 +1,9 @@
 """A Python that starts at once: `python()` is the path of a program that stands where a launcher or a recipe
 expects an interpreter, and takes `script.py args`, `-m module args`, `-c code args` and `-` (standard input).
 
-Behind it is a server that has imported the slow libraries and nothing of this project. For each call this
-file hands its open files, folder, variables and words to a fork of that server, passes signals on and leaves
-with the fork's exit status; killed, it takes the fork with it.
+Behind it is a server that has imported the slow libraries (warm.py) and nothing of this project. For each
+call this file hands its open files, folder, variables and words to a fork of that server, passes signals on
+and leaves with the fork's exit status; killed, it takes the fork with it.
 """
 
 import functools
@@ -13,10 +13,6 @@ import signal
 import socket
 import sys
 
-LIBRARIES = """accelerate.tracking h5py matplotlib.pyplot peft scipy.io scipy.ndimage scipy.signal
-sklearn.linear_model sklearn.metrics sklearn.preprocessing torch._dynamo torch.distributed.launcher.api
-torch.utils.tensorboard transformers.masking_utils transformers.models.auto.modeling_auto
-transformers.models.llama.modeling_llama""".split()
 INTERPRETER = sys.executable  # tests may put a stub in its place
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
@@ -42,11 +38,10 @@ def client():
 def serve(path: str):
     """Fork for every call until the process that started the server has gone."""
     import gc
-    import importlib
     import select
 
-    for name in LIBRARIES:
-        importlib.import_module(name)
+    import warm  # noqa: F401
+
     gc.freeze()  # a collection would walk, and so copy, everything that is imported
     door = socket.socket(socket.AF_UNIX)
     door.bind(path)
@@ -87,7 +82,8 @@ def answer(caller: socket.socket):
 
     threading.Thread(target=follow, daemon=True).start()
     status = os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
-    caller.sendall(b"%d\n" % status)
+    with contextlib.suppress(BrokenPipeError):
+        caller.sendall(b"%d\n" % status)
     os._exit(0)
 
 

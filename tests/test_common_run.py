@@ -156,8 +156,10 @@ def test_one_of_two_processes_killed_ends_both_and_the_run_goes_on(tmp_path, uni
         (tmp_path / "cut/log.jsonl").exists() and len(losses(tmp_path / "cut")) >= 6
     ):
         time.sleep(0.05)
-    below = psutil.Process(launcher.pid).children(recursive=True)
-    ranks = [p for p in below if TOY in p.cmdline() and "torch.distributed.run" not in p.cmdline()]
+    words = {p: p.info["cmdline"] or () for p in psutil.process_iter(["cmdline"])}
+    ranks = [
+        p for p in words if {TOY, str(tmp_path / "cut")} <= {*words[p]} and "common.launch" not in words[p]
+    ]
     assert len(ranks) == 2
     ranks[1].kill()
     launcher.communicate(timeout=60)
@@ -261,16 +263,12 @@ def test_equal_seeds_give_equal_draws_and_ranks_differ():
 
 @pytest.mark.slow
 def test_second_process_on_the_same_run_is_refused(tmp_path):
-    first = subprocess.Popen(
-        [python(), TOY, "--out", str(tmp_path / "a"), "--pause", "1"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    first = forked_toy(tmp_path / "a", "--pause", "1")
     while not (tmp_path / "a/config.json").exists():
         time.sleep(0.05)
     second = toy(tmp_path / "a", "--resume", check=False)
     first.kill()
-    first.wait()
+    forked.finish(first)
     assert second.returncode == 2 and f"in use by process {first.pid}" in second.text
 
 
