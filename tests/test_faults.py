@@ -29,10 +29,11 @@ TRAININGS = [
 STEPS = 5
 
 
-@pytest.fixture(params=TRAININGS, ids=["-".join(t) for t in TRAININGS])
-def training(request, tmp_path):
+@pytest.fixture(scope="module", params=TRAININGS, ids=["-".join(t) for t in TRAININGS])
+def training(request, tmp_path_factory):
     """start(out, ...) and call(out, ...) of one project's training of STEPS steps, saved after each."""
     name, command = request.param
+    home = tmp_path_factory.mktemp("training")
     world = request.getfixturevalue(name)
     script, arguments = world.commands[command]
 
@@ -52,15 +53,15 @@ def training(request, tmp_path):
         ]
 
     def start(out, *more, log="log.txt", **options):
-        return forked.start(script, line(out, more), tmp_path / log, **options)
+        return forked.start(script, line(out, more), home / log, **options)
 
     def call(out, *more, log="log.txt", **options):
-        return forked.call(script, line(out, more), tmp_path / log, **options)
+        return forked.call(script, line(out, more), home / log, **options)
 
-    whole = tmp_path / "whole"
+    whole = home / "whole"
     done = call(whole)
     assert done.returncode == 0, done.text
-    return SimpleNamespace(start=start, call=call, whole=whole, log=tmp_path / "log.txt")
+    return SimpleNamespace(start=start, call=call, whole=whole, log=home / "log.txt")
 
 
 def losses(out):
