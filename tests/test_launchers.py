@@ -43,6 +43,7 @@ WAYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("project", PROJECTS)
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_to_start_a_script(project, way):
