@@ -68,21 +68,20 @@ def change(value, place, kind, new):
 
 
 def json_fields(path, fields=None):
-    """Each field (or each of `fields`) dropped and given each wrong value; text that is not UTF-8, or of
-    another form."""
+    """Each field (or each of `fields`) dropped, null and given another wrong value, which goes through all
+    kinds from field to field; text that is not UTF-8, or of another form."""
     value = json.loads(path.read_text())
     yield "not UTF-8", lambda p: p.write_bytes(p.read_bytes()[:-2] + b"\xff\xfe" + p.read_bytes()[-2:])
     yield "a number", lambda p: p.write_text("7")
     yield "nested too deep", lambda p: p.write_text("[" * 100_000)
-    for place in places(value):
+    for number, place in enumerate(places(value)):
         name, old = ".".join(str(key) for key in place if key != 0), value
         for key in place:
             old = old[key]
-        for kind, new in (
-            [("dropped", None), *other_values(old)]
-            if place[-1] != 0 and (not fields or name in fields)
-            else []
-        ):
+        if place[-1] == 0 or fields and name not in fields:
+            continue
+        null, *others = other_values(old)
+        for kind, new in [("dropped", None), null, *others[number % max(1, len(others)) :][:1]]:
             changed = copy.deepcopy(value)
             change(changed, place, kind, new)
             yield f"{name}={kind}", lambda p, c=changed: p.write_text(json.dumps(c, ensure_ascii=False))

@@ -174,7 +174,7 @@ def quiet(base: Trial, variant: Trial) -> str:
             "--workers": "loader with 1 workers" in trial.text,
             "--compile": "compiled" in trial.text,
             "--log-every": [line["step"] for line in trial.log() if "lr" in line] == [1, 3],
-            "--save-every": not any("step-00000001" in name for name in trial.files()),
+            "--save-every": any("step-00000002" in name for name in trial.files()),
             "--profile": any("profile" in name for name in trial.files()),
         }
 
@@ -191,7 +191,7 @@ def bfloat16_works() -> bool:
 # What the base of RUN_FLAGS needs; a script's own options stand after it and win.
 RUN_BASE = (
     "--max-steps 3 --batch-size 2 --accum 1 --warmup 0 --weight-decay 0 "
-    "--log-every 1 --save-every 1 --keep 3 --seed 0"
+    "--log-every 1 --save-every 0 --keep 3 --seed 0"
 ).split()
 QUIET = ("--compile", "--log-every", 3, "--save-every", 2, "--profile", "1:2")
 RUN_FLAGS = {
@@ -201,7 +201,7 @@ RUN_FLAGS = {
     "--accum": Effect(2, "weights"),
     "--epochs": [
         Effect(2, "refused"),  # beside --max-steps
-        Effect(1, "weights", given=("--max-steps", 0, "--epochs", 0.01, "--save-every", 0)),
+        Effect(1, "weights", given=("--max-steps", 0, "--epochs", 0.01)),
     ],
     "--max-steps": Effect(2, ("weights", "log")),
     "--warmup": Effect(2, "weights"),
@@ -212,7 +212,7 @@ RUN_FLAGS = {
     **{name: "see --workers" for name in QUIET if str(name).startswith("--")},
     "--seed": Effect(1, "weights"),
     "--dry-run": Effect(True, ("files", "text")),
-    "--keep": Effect(1, ("files", "same weights")),
+    "--keep": Effect(1, ("files", "same weights"), given=("--save-every", 1)),
     "--eval-every": Effect(1, ("log", "same weights")),  # needs validation data
     "--resume": [Effect(True, resumed, over=True, alone=("--max-steps", 4)), Effect(True, "refused")],
     "--overwrite": Effect(True, "same weights", over=True),

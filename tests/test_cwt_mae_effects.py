@@ -87,7 +87,7 @@ def test_every_option_of_train_has_its_effect(world, tmp_path):
             "--batch-size": Effect(4, "weights"),
             "--epochs": [
                 Effect(2, "refused"),
-                Effect(1, "weights", given=("--max-steps", 0, "--epochs", 0.2, "--save-every", 0)),
+                Effect(1, "weights", given=("--max-steps", 0, "--epochs", 0.2)),
             ],
             "--data": six_records(world),
             "--split": Effect("ds1", "refused"),  # no record of the list DS1 is among these
