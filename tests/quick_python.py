@@ -39,6 +39,7 @@ def serve(path: str):
     """Fork for every call until the process that started the server has gone."""
     import gc
     import select
+    import shutil
 
     import warm  # noqa: F401
 
@@ -54,6 +55,7 @@ def serve(path: str):
             door.close()
             answer(caller)
         caller.close()
+    shutil.rmtree(os.path.dirname(path))
 
 
 def answer(caller: socket.socket):
