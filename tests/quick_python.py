@@ -43,6 +43,7 @@ def serve(path: str):
 
     import warm  # noqa: F401
 
+    del sys.path[0]  # this folder, which an interpreter does not look into
     gc.freeze()  # a collection would walk, and so copy, everything that is imported
     door = socket.socket(socket.AF_UNIX)
     door.bind(path)
