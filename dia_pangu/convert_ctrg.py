@@ -58,11 +58,10 @@ def main(args):
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument(
-        "--images", type=Path, required=True, help="folder with a folder of slices for each id"
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder for <id>.nii.gz")
-    parser.add_argument("--overwrite", action="store_true", help="write volumes anew that are there already")
+    add = parser.add_argument
+    add("--images", type=Path, required=True, help="folder with a folder of slices for each id")
+    add("--out", type=Path, required=True, help="folder for <id>.nii.gz")
+    add("--overwrite", action="store_true", help="write volumes anew that are there already")
     return parser.parse_args(argv)
 
 

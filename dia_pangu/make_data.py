@@ -30,7 +30,7 @@ from common.arguments import Parser, number
 from common.checkpoint import atomic_csv, atomic_json, atomic_write
 from common.errors import run
 from common.run import progress
-from dia_pangu.src.Dataset.prompt import COLUMNS, FINDINGS, LATERAL, PLACES, SIDES
+from dia_pangu.src.Dataset.prompt import COLUMNS, FINDINGS, LATERAL, PLACES, PLACES_CN, SIDES
 
 SIZE, SPACING_MM = (64, 64, 16), (6.0, 6.0, 20.0)  # H front to back, W right to left, D feet to head
 PREVALENCE = {
@@ -258,100 +258,83 @@ def phantom(rng, findings: dict) -> tuple[np.ndarray, np.ndarray]:
 
 # Two sentences for each condition in each language; {side}, {place} and {size} are filled in.
 SENTENCES = {
-    "enlarged cardiomediastinum": {
-        "en": (
+    "en": {
+        "enlarged cardiomediastinum": (
             "{Size} widening of the mediastinum is seen.",
             "The mediastinal outline shows {size} enlargement.",
         ),
-        "cn": ("纵隔{size}增宽。", "纵隔影{size}增大。"),
-    },
-    "cardiomegaly": {
-        "en": ("The heart is enlarged to a {size} degree.", "There is {size} cardiomegaly."),
-        "cn": ("心脏{size}增大。", "心影{size}扩大。"),
-    },
-    "lung opacity": {
-        "en": (
+        "cardiomegaly": ("The heart is enlarged to a {size} degree.", "There is {size} cardiomegaly."),
+        "lung opacity": (
             "A {size} ground-glass opacity lies in the {side} {place} lung.",
             "The {side} {place} lung shows {size} hazy density.",
         ),
-        "cn": ("{side}肺{place}野见{size}磨玻璃影。", "{side}肺{place}部可见{size}模糊阴影。"),
-    },
-    "lung lesion": {
-        "en": (
+        "lung lesion": (
             "A {size} nodule is found in the {side} {place} lung.",
             "The {side} {place} lung holds a {size} round lesion.",
         ),
-        "cn": ("{side}肺{place}野见{size}结节。", "{side}肺{place}部可见{size}类圆形病灶。"),
-    },
-    "edema": {
-        "en": (
+        "edema": (
             "There is {size} pulmonary edema around both hila.",
             "Both lungs show {size} edema near the hila.",
         ),
-        "cn": ("双肺门周围{size}肺水肿。", "双肺{size}水肿改变。"),
-    },
-    "consolidation": {
-        "en": (
+        "consolidation": (
             "A {size} consolidation is present in the {side} {place} lung.",
             "The {side} {place} lung is consolidated, {size} in extent.",
         ),
-        "cn": ("{side}肺{place}野{size}实变。", "{side}肺{place}部见{size}实变影。"),
-    },
-    "pneumonia": {
-        "en": (
+        "pneumonia": (
             "Patchy shadows of {size} extent in the {side} {place} lung suggest pneumonia.",
             "{Size} pneumonia is seen in the {side} {place} lung.",
         ),
-        "cn": ("{side}肺{place}野{size}斑片影，考虑肺炎。", "{side}肺{place}部{size}肺炎。"),
-    },
-    "atelectasis": {
-        "en": (
+        "atelectasis": (
             "Plate atelectasis is seen at the {side} base.",
             "The {side} lung base shows a band of atelectasis.",
         ),
-        "cn": ("{side}肺底盘状肺不张。", "{side}肺基底部见条状不张。"),
-    },
-    "pneumothorax": {
-        "en": ("A {size} {side} pneumothorax is present.", "There is a {size} pneumothorax on the {side}."),
-        "cn": ("{side}侧{size}气胸。", "{side}侧胸腔见{size}气胸。"),
-    },
-    "pleural effusion": {
-        "en": (
+        "pneumothorax": (
+            "A {size} {side} pneumothorax is present.",
+            "There is a {size} pneumothorax on the {side}.",
+        ),
+        "pleural effusion": (
             "A {size} {side} pleural effusion is present.",
             "There is {size} fluid in the {side} pleural space.",
         ),
-        "cn": ("{side}侧胸腔{size}积液。", "{side}侧胸膜腔见{size}液体。"),
-    },
-    "pleural other": {
-        "en": (
+        "pleural other": (
             "The {side} pleura is thickened with calcified plaques.",
             "Pleural thickening is noted on the {side}.",
         ),
-        "cn": ("{side}侧胸膜增厚伴钙化。", "{side}侧胸膜肥厚。"),
+        "fracture": ("A {side} rib fracture is seen.", "There is a broken rib on the {side} with callus."),
+        "support devices": (
+            "A central venous catheter is in place.",
+            "A catheter tip lies in the upper vein.",
+        ),
     },
-    "fracture": {
-        "en": ("A {side} rib fracture is seen.", "There is a broken rib on the {side} with callus."),
-        "cn": ("{side}侧肋骨骨折。", "{side}侧肋骨骨折伴骨痂。"),
-    },
-    "support devices": {
-        "en": ("A central venous catheter is in place.", "A catheter tip lies in the upper vein."),
-        "cn": ("见中心静脉导管。", "上腔静脉内见导管影。"),
+    "cn": {
+        "enlarged cardiomediastinum": ("纵隔{size}增宽。", "纵隔影{size}增大。"),
+        "cardiomegaly": ("心脏{size}增大。", "心影{size}扩大。"),
+        "lung opacity": ("{side}肺{place}野见{size}磨玻璃影。", "{side}肺{place}部可见{size}模糊阴影。"),
+        "lung lesion": ("{side}肺{place}野见{size}结节。", "{side}肺{place}部可见{size}类圆形病灶。"),
+        "edema": ("双肺门周围{size}肺水肿。", "双肺{size}水肿改变。"),
+        "consolidation": ("{side}肺{place}野{size}实变。", "{side}肺{place}部见{size}实变影。"),
+        "pneumonia": ("{side}肺{place}野{size}斑片影，考虑肺炎。", "{side}肺{place}部{size}肺炎。"),
+        "atelectasis": ("{side}肺底盘状肺不张。", "{side}肺基底部见条状不张。"),
+        "pneumothorax": ("{side}侧{size}气胸。", "{side}侧胸腔见{size}气胸。"),
+        "pleural effusion": ("{side}侧胸腔{size}积液。", "{side}侧胸膜腔见{size}液体。"),
+        "pleural other": ("{side}侧胸膜增厚伴钙化。", "{side}侧胸膜肥厚。"),
+        "fracture": ("{side}侧肋骨骨折。", "{side}侧肋骨骨折伴骨痂。"),
+        "support devices": ("见中心静脉导管。", "上腔静脉内见导管影。"),
     },
 }
 NORMAL = {
-    "lung": {
-        "en": ("Both lungs are clear.", "No focal lesion is seen in the lungs."),
-        "cn": ("双肺野清晰。", "双肺未见实变或结节。"),
+    "en": {
+        "lung": ("Both lungs are clear.", "No focal lesion is seen in the lungs."),
+        "pleura": ("There is no pleural effusion or pneumothorax.", "The pleural spaces are free."),
+        "heart": ("The heart is of normal size.", "Heart size is normal and the mediastinum is not widened."),
+        "bone": ("No fracture is seen.", "The ribs are intact."),
     },
-    "pleura": {
-        "en": ("There is no pleural effusion or pneumothorax.", "The pleural spaces are free."),
-        "cn": ("未见胸腔积液及气胸。", "胸膜腔未见异常。"),
+    "cn": {
+        "lung": ("双肺野清晰。", "双肺未见实变或结节。"),
+        "pleura": ("未见胸腔积液及气胸。", "胸膜腔未见异常。"),
+        "heart": ("心脏大小正常。", "心影及纵隔不大。"),
+        "bone": ("未见骨折。", "肋骨完整。"),
     },
-    "heart": {
-        "en": ("The heart is of normal size.", "Heart size is normal and the mediastinum is not widened."),
-        "cn": ("心脏大小正常。", "心影及纵隔不大。"),
-    },
-    "bone": {"en": ("No fracture is seen.", "The ribs are intact."), "cn": ("未见骨折。", "肋骨完整。")},
 }
 REGIONS = {
     "lung": ("lung opacity", "lung lesion", "edema", "consolidation", "pneumonia", "atelectasis"),
@@ -360,22 +343,11 @@ REGIONS = {
     "bone": ("fracture",),
     "device": ("support devices",),
 }
-WORDS_CN = {
-    "right": "右",
-    "left": "左",
-    "upper": "上",
-    "middle": "中",
-    "lower": "下",
-    "small": "少量",
-    "moderate": "中等",
-    "large": "大量",
-    "": "",
-}
+WORDS_CN = {**PLACES_CN, "small": "少量", "moderate": "中等", "large": "大量", "": ""}
 
 
 def report(rng, findings: dict, language: str) -> str:
-    """Write a sentence for everything present and for most regions without a finding, in the order from lung
-    to device."""
+    """Write a sentence for each finding and for most regions without one, from the lungs to the devices."""
     sentences = []
     for region, names in REGIONS.items():
         present = [name for name in names if name in findings]
@@ -384,17 +356,16 @@ def report(rng, findings: dict, language: str) -> str:
             if language == "cn":
                 fill = {key: WORDS_CN[value] for key, value in fill.items()}
             fill["Size"] = fill["size"].capitalize()
-            sentences.append(SENTENCES[name][language][rng.integers(2)].format(**fill))
-        if not present and region in NORMAL and rng.random() < 0.75:
-            sentences.append(NORMAL[region][language][rng.integers(2)])
+            sentences.append(SENTENCES[language][name][rng.integers(2)].format(**fill))
+        if not present and region in NORMAL[language] and rng.random() < 0.75:
+            sentences.append(NORMAL[language][region][rng.integers(2)])
     if not findings and not sentences:
-        sentences.append(NORMAL["lung"][language][0])
+        sentences.append(NORMAL[language]["lung"][0])
     return (" " if language == "en" else "").join(sentences)
 
 
 def label_row(findings: dict) -> list[int]:
-    """Return the 14 codes as a labeler of reports gives them: 1 present, 2 absent in a region without
-    findings, 0 otherwise."""
+    """Return the 14 codes of a labeler: 1 present, 2 absent in a region without findings, 0 otherwise."""
     row = [int(name in findings) for name in FINDINGS]
     row[-1] = int(not findings)
     for region in ("pleura", "heart", "bone"):
@@ -466,17 +437,14 @@ def main(args):
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("--out", required=True, help="folder to write; files of the same name are replaced")
+    add = parser.add_argument
+    add("--out", required=True, help="folder to write; files of the same name are replaced")
     count = number(int, 1)
-    parser.add_argument("--train", type=count, default=2000, help="training volumes")
-    parser.add_argument("--val", type=count, default=200, help="validation volumes")
-    parser.add_argument("--test", type=count, default=300, help="test volumes")
-    parser.add_argument(
-        "--seed",
-        type=number(int, 0),
-        default=0,
-        help="a volume is a function of the seed, its partition and its index there",
-    )
+    add("--train", type=count, default=2000, help="training volumes")
+    add("--val", type=count, default=200, help="validation volumes")
+    add("--test", type=count, default=300, help="test volumes")
+    seed = "a volume is a function of the seed, its partition and its index there"
+    add("--seed", type=number(int, 0), default=0, help=seed)
     return parser.parse_args(argv)
 
 

@@ -186,6 +186,7 @@ def test_bad_tables_are_refused_by_file_and_field(data, tmp_path):
     for change, message in (
         ((table.replace("edema", "oedema"), note), "column edema is missing"),
         (("\n".join([lines[0], lines[1][:-1] + "7"]), note), "line 2: no_finding = '7'"),
+        (("\n".join([*lines, lines[1][:-1] + "3"]), note), "id 1 stands twice"),
         (("\n".join([lines[0], *lines[2:]]), note), "id 1 of annotation_en.json has no row"),
         ((table, {**note, "train": [{"id": "1", "split": "train"}]}), "id 1: field finding is missing"),
         ((table, {"train": [{"finding": "x"}]}), r"train\[0\] has no field '?id"),

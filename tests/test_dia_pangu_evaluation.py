@@ -83,19 +83,13 @@ def test_side_and_place_are_read_from_a_report():
     )
 
 
-@pytest.mark.slow
 def test_odd_predictions_are_scored(tmp_path):
-    truths = [
-        "A small nodule is found.",
-        "No effusion.",
-        "The heart is enlarged.",
-        "Both lungs are clear.",
-        "Edema is seen.",
-    ]
-    predictions = ["", "line one\nline two", "nul\0inside", "word " * 10000, "Edema is seen."]
+    """Also by METEOR's jar, which waits for ever on an empty line, here without its English tables."""
+    truths = ["A small nodule.", "No effusion.", "The heart is enlarged.", "Both lungs are clear.", "Edema."]
+    predictions = ["", "line one\nline two", "nul\0inside", "word " * 500, "Edema."]
     with open(tmp_path / "r.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([["ID", "Ground Truth", "Pred"], *zip("abcde", truths, predictions)])
-    arguments = ["--csv", tmp_path / "r.csv", "--out", tmp_path / "s.json", "--draws", 20]
+    arguments = ["--csv", tmp_path / "r.csv", "--out", tmp_path / "s.json", "--draws", 20, "--language", "cn"]
     done = call(nlg_eval, *arguments, log=tmp_path / "log.txt")
     assert done.returncode == 0, done.text
     scores = json.loads((tmp_path / "s.json").read_text())
@@ -118,10 +112,11 @@ def test_missing_java_is_said(tmp_path, monkeypatch):
     assert scores["language"] == "cn" and scores["BLEU_1"] > 0.3
 
 
-def test_a_csv_without_predictions_is_refused(tmp_path):
-    (tmp_path / "r.csv").write_text("a,b\n1,2\n")
-    done = call(nlg_eval, "--csv", tmp_path / "r.csv", log=tmp_path / "log.txt")
-    assert done.returncode == 2 and done.text.count("\n") == 1 and "Ground Truth" in done.text
+def test_a_csv_without_predictions_or_without_truths_is_refused(tmp_path):
+    for content in ("a,b\n1,2\n", "Ground Truth,Pred\n ,A nodule.\n,\n"):
+        (tmp_path / "r.csv").write_text(content)
+        done = call(nlg_eval, "--csv", tmp_path / "r.csv", log=tmp_path / "log.txt")
+        assert done.returncode == 2 and done.text.count("\n") == 1 and "Ground Truth" in done.text
 
 
 def test_real_reports_are_scored_with_and_without_a_training_part(data_root, tmp_path):

@@ -19,6 +19,7 @@ from dia_pangu.src.Model.multimodality_model import LORA, NEVER_TRAINED, TRAINED
 from dia_pangu.src.Model.my_embedding_layer import lookup
 from dia_pangu.src.test import finding_rows, report_batch
 from dia_pangu.src.train import loss_counts
+from studies.recipe import options
 from tests.tiny_dia import *  # noqa: F403  the fixtures data, llm and model_text
 from tests.tiny_dia import SMALL
 
@@ -181,22 +182,15 @@ def test_sampling_follows_its_seed_and_beams_find_more_than_greedy(data, llm, tm
     save_model(model.state_dict(), tmp_path / "model", SMALL)
 
     def reports(name, *arguments):
+        named = {
+            "ckpt_path": tmp_path / "model",
+            "lang_encoder_path": llm,
+            "data": data,
+            "out": tmp_path / name,
+        }
         command = [
             "test.py",
-            "--ckpt-path",
-            tmp_path / "model",
-            "--lang-encoder-path",
-            llm,
-            "--data",
-            data,
-            "--batch-size",
-            3,
-            "--max-new-tokens",
-            6,
-            "--evidence",
-            0,
-            "--out",
-            tmp_path / name,
+            *options({**named, "batch_size": 3, "max_new_tokens": 6, "evidence": 0}),
             *arguments,
         ]
         monkeypatch.setattr(sys, "argv", list(map(str, command)))

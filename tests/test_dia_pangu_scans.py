@@ -27,6 +27,7 @@ from dia_pangu.src.Dataset.scans import find_scans
 from dia_pangu.src.Model.build import build_model, save_model
 from studies.dia_pangu import ct_files
 from studies.dia_pangu.ct_files import COUNT, LPS, RAS, STEP_MM, save, series, volume
+from studies.recipe import options
 from tests.tiny_dia import *  # noqa: F403  the fixture llm
 from tests.tiny_dia import SMALL, call
 
@@ -106,8 +107,18 @@ def test_values_units_and_axes_of_nifti_files_are_put_right_with_a_note(tmp_path
         ("-1..1", lambda v: ((v + 1000) / 700 - 1).clip(-1, 1), "normalised"),
         ("z-scores", lambda v: (v - v.mean()) / v.std(), "no HU"),
         ("tenfold", lambda v: v * 10, "no HU"),
+        ("-HU", lambda v: -v, "inverted, air is brighter"),
+        ("1024 - HU", lambda v: 1024 - v, "inverted, air is brighter"),
+        (
+            "stored 12 bits, inverted",
+            lambda v: (3071 - v).clip(0).astype(np.uint16),
+            "inverted, air is brighter",
+        ),
+        ("-HU, padded", lambda v: np.where(np.arange(40)[:, None, None] < 3, 3024, -v), "inverted, air is"),
+        ("soft-tissue window, inverted", lambda v: -v.clip(-160, 240), "the corners are bright"),
+        ("0..255, inverted", lambda v: 255 - ((v + 1350) / 1500 * 255).clip(0, 255), "8-bit grey levels"),
         ("MR", lambda v: np.abs(v) * 0.7 + 80, "no HU"),
-        ("mask", lambda v: (v > 0).astype(np.uint8), "a mask"),
+        ("mask", lambda v: (v > 0).astype(np.int16) * 1000, "a mask"),
         (
             "labels",
             lambda v: np.digitize(v, [-900, -500, 0, 55, 200]).astype(np.uint8),
@@ -285,6 +296,10 @@ def spoil(tag, value, only=None):
         (spoil("PixelData", None, 3), "003.dcm: not a usable CT slice"),
         (spoil("Modality", "MR"), "modality MR"),
         (spoil("Modality", "PT"), "modality PT"),
+        (
+            lambda data, n: spoil("RescaleSlope", -1)(data, n) or spoil("RescaleIntercept", 1024)(data, n),
+            "inverted",
+        ),
         (spoil("RescaleType", "Z_EFF"), "RescaleType Z_EFF"),
         (lambda data, n: n not in (9, 10), "slices are missing"),
         (lambda data, n: n == 0, "one slice is not a volume"),
@@ -337,6 +352,25 @@ def test_compressed_slices_equal_plain_ones(tmp_path, monkeypatch):
 # Other files
 
 
+@pytest.mark.parametrize(
+    "name, first, value, message",
+    [
+        ("a.nii", 108, 0.0, "vox_offset 0 lies in the header"),
+        ("a.nii", 80, 0.0, "pixdim is 0"),
+        ("a.nii.gz", None, None, "not compressed"),
+        ("b.nii", None, None, "compressed; name it .nii.gz"),
+    ],
+)
+def test_a_header_that_nibabel_would_mend_with_a_guess_is_refused(name, first, value, message, tmp_path):
+    save(tmp_path / "a.nii", volume().astype(np.int16), sform_code=0)
+    stored = bytearray((tmp_path / "a.nii").read_bytes())
+    if first is not None:
+        stored[first : first + 4] = np.float32(value).tobytes()
+    (tmp_path / name).write_bytes(gzip.compress(stored) if name == "b.nii" else stored)
+    with pytest.raises(UserError, match=message):
+        read_scan(tmp_path / name)
+
+
 @pytest.mark.parametrize("suffix", ["mha", "mhd", "nrrd"])
 def test_metaimage_and_nrrd_are_read(suffix, tmp_path, good):
     itk = pytest.importorskip("SimpleITK")
@@ -374,8 +408,17 @@ def test_pictures_are_grey_levels_prepared_as_upstream(tmp_path):
         image, verdict = load_scan(path, Grid(preprocess="upstream"))
         assert verdict.values == "grey levels" and verdict.side == "unknown"
         assert np.abs(image.numpy() - expected).max() < 1e-6
+        assert not any("inverted" in note for note in verdict.notes)
         with pytest.raises(UserError, match="8-bit grey levels"):
             load_volume(path, Grid())
+    for k, plane in enumerate(volume().transpose(2, 1, 0)[10:16]):  # 16 bits, as DeepLesion has them
+        Image.fromarray((plane + 32768).astype(np.uint16)).save(tmp_path / f"7/{k + 1}.png")
+        (tmp_path / f"7/{k + 1}.jpg").unlink()
+    assert read_scan(tmp_path / "7").verdict.offset == 32768
+    with pytest.raises(UserError, match="no spacing is known"):
+        read_hu(tmp_path / "7")
+    save(tmp_path / "8.nii.gz", 255 - stack.transpose(2, 1, 0))
+    assert any("likely inverted" in note for note in read_scan(tmp_path / "8.nii.gz").verdict.notes)
 
 
 def test_jpg_folders_become_volumes(tmp_path, capsys):
@@ -510,6 +553,8 @@ def test_scans_are_found_in_folders_and_in_a_csv(tmp_path):
     for content, message in (
         ("a,b\n1,2\n", "column volume"),
         ("volume\n1.nii\na/1.nii\n", "two scans have the id"),
+        ("id,volume\n7,\n", "line 2 names no scan"),
+        ("id,volume\n../../7,s/y.img\n", "cannot be the name of a file"),
     ):
         (tmp_path / "list.csv").write_text(content)
         with pytest.raises(UserError, match=message):
@@ -521,17 +566,8 @@ def test_no_side_is_named_where_it_is_unknown(checkpoint, llm, tmp_path):
     save(tmp_path / "unknown.nii", volume(), qform_code=0, sform_code=0)
     sides = {}
     for name in ("known", "unknown"):
-        arguments = [
-            "--ckpt-path",
-            checkpoint,
-            "--lang-encoder-path",
-            llm,
-            "--max-new-tokens",
-            2,
-            "--evidence",
-            0,
-        ]
-        arguments += ["--volume", tmp_path / f"{name}.nii", "--out", tmp_path / name]
+        named = {"volume": tmp_path / f"{name}.nii", "out": tmp_path / name, "ckpt_path": checkpoint}
+        arguments = options({**named, "lang_encoder_path": llm, "max_new_tokens": 2, "evidence": 0})
         done = call(report_script, *arguments, log=tmp_path / "log.txt")
         assert done.returncode == 0, done.text
         sides[name] = {row["side"] for row in table(tmp_path / name / "findings.csv")}
@@ -624,6 +660,7 @@ def test_pictures_and_frames_that_fill_the_memory_are_one_line(tmp_path, monkeyp
         ({"ImageOrientationPatient": [1, 0, 0, 1, 0, 0]}, range(40), "no ImageOrientationPatient"),
         ({"PhotometricInterpretation": "PALETTE COLOR"}, range(40), "colours"),
         ({"Modality": "MR"}, [7], "slices are missing"),
+        ({"RescaleSlope": 0}, [7], "007.dcm: RescaleSlope is 0"),
         ({"RescaleIntercept": -500}, [7], None),
     ],
 )

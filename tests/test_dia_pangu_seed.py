@@ -19,6 +19,7 @@ from dia_pangu.src.Dataset.prompt import ReportText
 from dia_pangu.src.Model.build import build_model
 from dia_pangu.src.Model.multimodality_model import TRAINED, token_loss
 from dia_pangu.src.Model.pangu import load_tokenizer
+from studies.recipe import options
 from tests import forked
 from tests.golden import ROOT
 from tests.tiny_dia import *  # noqa: F403  the fixtures data, llm and model_text
@@ -92,15 +93,8 @@ def test_dry_run_tells_the_memory_of_the_run_that_it_plans(llm, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(settings))
     weights = {}
     for precision in ("no", "bf16"):
-        arguments = [
-            "--data",
-            tmp_path,
-            "--lang-encoder-path",
-            tmp_path,
-            "--out",
-            tmp_path / "o",
-            "--dry-run",
-        ]
+        named = {"data": tmp_path, "lang_encoder_path": tmp_path, "out": tmp_path / "o"}
+        arguments = [*options(named), "--dry-run"]
         done = call(script, *arguments, "--precision", precision, log=tmp_path / "log.txt")
         line = next(line for line in done.text.splitlines() if "weights (" in line)
         assert ("bf16" in line) == (precision == "bf16")
@@ -193,30 +187,10 @@ def test_logits_at_the_labels_give_the_loss_and_the_gradients_of_all(data, llm):
 
 def test_checkpoints_hold_what_trains_and_are_resumed_on_the_same_weights_alone(data, llm, tmp_path):
     (tmp_path / "small.json").write_text(json.dumps(SMALL))
-    arguments = [
-        "--stage",
-        "pre",
-        "--data",
-        data,
-        "--lang-encoder-path",
-        llm,
-        "--config",
-        tmp_path / "small.json",
-    ]
-    arguments += [
-        "--out",
-        tmp_path / "run",
-        "--batch-size",
-        2,
-        "--accum",
-        1,
-        "--warmup",
-        0,
-        "--eval-every",
-        1,
-    ]
+    sizes = {"batch_size": 2, "accum": 1, "warmup": 0, "eval_every": 1, "config": tmp_path / "small.json"}
+    arguments = options({"stage": "pre", "data": data, "out": tmp_path / "run", **sizes})
     log = tmp_path / "log.txt"
-    done = forked.call(script, [*arguments, "--max-steps", 1], log)
+    done = forked.call(script, [*arguments, "--lang-encoder-path", llm, "--max-steps", 1], log)
     assert done.returncode == 0, done.text
     saved = load_file(tmp_path / "run/last/model.safetensors")
     assert saved and all(key.startswith("embedding_layer.perceiver.") for key in saved)
@@ -229,6 +203,6 @@ def test_checkpoints_hold_what_trains_and_are_resumed_on_the_same_weights_alone(
 
     name = "model.layers.0.mlp.up_proj.weight"
     save_file({**weights, name: weights[name] + 1}, tmp_path / "other/model.safetensors", {"format": "pt"})
-    arguments[arguments.index(llm)] = tmp_path / "other"
-    done = forked.call(script, [*arguments, "--max-steps", 2, "--resume"], log)
+    other = ["--lang-encoder-path", tmp_path / "other", "--max-steps", 2, "--resume"]
+    done = forked.call(script, [*arguments, *other], log)
     assert done.returncode == 2 and "other start weights" in done.text, done.text

@@ -20,6 +20,7 @@ from dia_pangu.src.Model.build import make_text
 from dia_pangu.src.Model.my_embedding_layer import MyEmbedding
 from dia_pangu.src.Model.pangu import load_tokenizer
 from studies.dia_pangu import baselines, pretrain_vit, real_reports, warm_llm
+from studies.recipe import options
 from tests.tiny_dia import *  # noqa: F403  the fixtures data and llm
 from tests.tiny_dia import SMALL
 
@@ -63,17 +64,8 @@ def arguments_of(script, *arguments):
 
 
 def test_training_and_validation_sets_of_train_are_those_partitions(data, llm, tmp_path):
-    options = [
-        "--data",
-        data,
-        "--lang-encoder-path",
-        llm,
-        "--config",
-        small(tmp_path),
-        "--out",
-        tmp_path / "x",
-    ]
-    args = arguments_of(train_script, *options, "--flip", 0.9)
+    named = {"data": data, "lang_encoder_path": llm, "config": small(tmp_path), "out": tmp_path / "x"}
+    args = arguments_of(train_script, *options(named), "--flip", 0.9)
     config = train_script.model_config(args)
     text = make_text(load_tokenizer(llm), config, 500)
     train_set, val_set = train_script.make_sets(args, config, text)
@@ -103,8 +95,8 @@ def test_thresholds_are_calibrated_on_validation_volumes(data, llm, tmp_path, mo
         train_script, "calibrate", lambda p, labels: seen.append((p.shape, labels)) or calibrate(p, labels)
     )
     monkeypatch.setattr(train_script, "batches", lambda *_: iter(()))  # no step: only what follows the loop
-    options = ["--data", data, "--lang-encoder-path", llm, "--config", small(tmp_path), "--accum", 1]
-    train_script.main(arguments_of(train_script, *options, "--max-steps", 1, "--out", tmp_path / "run"))
+    named = {"data": data, "lang_encoder_path": llm, "config": small(tmp_path), "out": tmp_path / "run"}
+    train_script.main(arguments_of(train_script, *options({**named, "accum": 1, "max_steps": 1})))
     (shape, labels), val = seen[0], CTRGDataset(data, "val", GRID)
     assert shape == (3, 14)
     assert np.array_equal(labels, np.stack([val.statuses(i) for i in range(3)]))

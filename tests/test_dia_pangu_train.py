@@ -20,6 +20,7 @@ from dia_pangu.src.Dataset.preprocess import Grid
 from dia_pangu.src.Model.build import build_model, save_model
 from dia_pangu.src.Model.multimodality_model import TRAINED
 from dia_pangu.src.Model.my_embedding_layer import MyEmbedding
+from studies.recipe import options
 from tests import forked
 from tests.golden import ROOT
 from tests.parity import assert_same_first_step
@@ -32,20 +33,11 @@ def train(data, llm, out, *more, processes=1):
     """Train stage ft for a few steps; more: further options."""
     config = out.parent / "small.json"
     config.write_text(json.dumps(SMALL))
-    arguments = [
-        "--stage",
-        "ft",
-        "--data",
-        data,
-        "--lang-encoder-path",
-        llm,
-        "--config",
-        config,
-        "--out",
-        out,
-    ]
-    arguments += ["--lora-dropout", 0, "--lr", 3e-3, "--warmup", 2, "--log-every", 1, "--flip", 0.1, *more]
-    return forked.run_file(ROOT / "dia_pangu/train.py", *arguments, processes=processes)
+    named = {"data": data, "lang_encoder_path": llm, "config": config, "out": out}
+    usual = {"stage": "ft", "lora_dropout": 0, "lr": 3e-3, "warmup": 2, "log_every": 1, "flip": 0.1}
+    return forked.run_file(
+        ROOT / "dia_pangu/train.py", *options({**named, **usual}), *more, processes=processes
+    )
 
 
 def curve(out):
@@ -140,24 +132,11 @@ def test_gradient_checkpointing_keeps_the_gradient_and_recomputes(llm, data):
 def test_dry_run_counts_the_published_parameters_without_weights(llm, tmp_path):
     folder = tmp_path / "pangu"
     folder.mkdir()
-    (folder / "config.json").write_text(
-        json.dumps(
-            {
-                "model_type": "PanguEmbedded",
-                "vocab_size": 153376,
-                "hidden_size": 4096,
-                "intermediate_size": 12800,
-                "num_hidden_layers": 34,
-                "num_attention_heads": 32,
-                "num_key_value_heads": 8,
-                "bias": True,
-                "rms_norm_eps": 1e-5,
-                "rope_theta": 16000000.0,
-                "max_position_embeddings": 32768,
-                "tie_word_embeddings": False,
-            }
-        )
-    )
+    widths = {"hidden_size": 4096, "intermediate_size": 12800, "num_hidden_layers": 34}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "bias": True, "rms_norm_eps": 1e-5}
+    rest = {"rope_theta": 16000000.0, "max_position_embeddings": 32768, "tie_word_embeddings": False}
+    config = {"model_type": "PanguEmbedded", "vocab_size": 153376, **widths, **heads, **rest}
+    (folder / "config.json").write_text(json.dumps(config))
     arguments = ["--stage", "ft", "--data", tmp_path, "--out", tmp_path / "o", "--dry-run"]
     done = call(script, *arguments, "--lang-encoder-path", folder, log=tmp_path / "log.txt")
     assert done.returncode == 0, done.text
@@ -207,26 +186,16 @@ def test_one_scan_gives_a_report(data, llm, tmp_path):
 @pytest.mark.slow
 def test_the_launcher_works_from_elsewhere(data, llm, tmp_path):
     (tmp_path / "small.json").write_text(json.dumps(SMALL))
-    environment = {
-        **os.environ,
+    given = {
         "DATA": str(data),
         "LLM": str(llm),
         "OUT": "run",
         "PYTHON": python(),
         "NPROC_PER_NODE": "1",
     }
-    command = [
-        "bash",
-        str(ROOT / "dia_pangu" / "run_train.sh"),
-        "--stage",
-        "pre",
-        "--config",
-        "small.json",
-        "--max_steps",
-        "1",
-        "--gradient_accumulation_steps",
-        "2",
-    ]
+    flags = "--stage pre --config small.json --max_steps 1 --gradient_accumulation_steps 2".split()
+    command = ["bash", str(ROOT / "dia_pangu/run_train.sh"), *flags]
+    environment = {**os.environ, **given}
     result = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
     )

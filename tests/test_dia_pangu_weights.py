@@ -37,24 +37,9 @@ def test_a_pangu_folder_gives_the_logits_of_llama(llm, tmp_path):
     pangu.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["model_type"] == "PanguEmbedded"
-    keep = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "rms_norm_eps",
-        "max_position_embeddings",
-    )
-    llama = LlamaForCausalLM(
-        LlamaConfig(
-            **{key: config[key] for key in keep},
-            attention_bias=True,
-            mlp_bias=False,
-            rope_parameters={"rope_type": "default", "rope_theta": 16000000.0},
-        )
-    )
+    sizes = {key: config[key] for key in config if key.endswith(("_size", "_layers", "_heads", "_eps"))}
+    rope = {"rope_type": "default", "rope_theta": 16000000.0}
+    llama = LlamaForCausalLM(LlamaConfig(**sizes, attention_bias=True, mlp_bias=False, rope_parameters=rope))
     llama.load_state_dict(pangu.state_dict(), strict=True)
     ids = torch.randint(0, 400, (2, 17), generator=torch.Generator().manual_seed(0))
     again = AutoModelForCausalLM.from_pretrained(tmp_path)

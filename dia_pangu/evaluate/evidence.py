@@ -20,7 +20,7 @@ from dia_pangu.evaluate.labeler import language_of
 from dia_pangu.src.Dataset.preprocess import WINDOWS
 from dia_pangu.src.Dataset.prompt import FINDINGS, LATERAL, PLACES, SIDES
 from dia_pangu.src.Dataset.scan import read_native
-from dia_pangu.src.Dataset.verdict import between
+from dia_pangu.src.Dataset.verdict import between, find_lungs
 
 # Findings of the lungs and the pleura, whose maps are shown inside the chest alone.
 IN_CHEST = set(LATERAL) - {"fracture"} | {"edema"}
@@ -54,14 +54,7 @@ def lung_range(vision_x: torch.Tensor) -> tuple[float, float]:
     row and column.
     """
     dark = (vision_x[0] < LUNG_LEVEL).numpy()
-    solid = ~dark
-    inside = (
-        np.maximum.accumulate(solid, 1)
-        & np.maximum.accumulate(solid[:, ::-1], 1)[:, ::-1]
-        & np.maximum.accumulate(solid, 0)
-        & np.maximum.accumulate(solid[::-1], 0)[::-1]
-    )
-    share = (dark & inside).mean((0, 1))
+    share = (dark & between(~dark, 0) & between(~dark, 1)).mean((0, 1))
     slices = np.flatnonzero(share > 0.02)
     depth = len(share)
     return (slices[0] / depth, (slices[-1] + 1) / depth) if len(slices) > 1 else (0.0, 1.0)
@@ -122,22 +115,16 @@ def stretch(count: int, step: float, parts: int, field: float) -> np.ndarray:
     return weights
 
 
-def spread(field, shape, steps, fov_mm, slices=None) -> np.ndarray:
-    """Return a map (h, w, d) at the voxels of a volume of `shape` and `steps` mm, float32; slices: which ones
-    along the last axis, None for all."""
+def spread(field, shape, steps, fov_mm) -> np.ndarray:
+    """Return a map (h, w, d) at the voxels of a volume of `shape` and `steps` mm, float32."""
     h, w, d = (stretch(n, s, m, f) for n, s, m, f in zip(shape, steps, field.shape, fov_mm))
-    d = d if slices is None else d[slices]
-    return np.einsum("ah,bw,cd,hwd->abc", h, w, d, np.asarray(field, np.float32), optimize=True)
+    return np.einsum("ah,bw,cd,hwd->abc", h, w, d, field.astype(np.float32), optimize=True)
 
 
 def chest_regions(hu: np.ndarray, spacing_mm) -> tuple[np.ndarray, np.ndarray]:
     """Return where the inside of the chest and where the body is in HU (H, W, D), bool, found on voxels of
     about 4 mm. Inside is what lies between lung in its row or column, and 8 mm around it."""
-    steps = [max(1, round(4.0 / step)) for step in spacing_mm]
-    small = hu[:: steps[0], :: steps[1], :: steps[2]]
-    solid = small > -400
-    body = between(solid, 0) & between(solid, 1)
-    lung = body & (small > -960) & (small < -550)
+    small, body, lung, steps = find_lungs(hu, spacing_mm)
     chest = between(lung, 0) | between(lung, 1)
     chest = binary_dilation(chest, iterations=2) & body if chest.any() else body
     index = np.ix_(*(np.minimum(np.arange(n) // s, m - 1) for n, s, m in zip(hu.shape, steps, small.shape)))
@@ -163,20 +150,19 @@ class Backdrop:
             self.values, self.steps = vision_x[0].numpy(), (1.0, 1.0, 1.0)
             self.fov_mm, self.affine, self.inside = self.values.shape, np.eye(4), None
 
-    def heat(self, field, finding: str, slices=None) -> np.ndarray:
+    def heat(self, field, finding: str) -> np.ndarray:
         """Return a finding's map (h, w, d) at these voxels, 0 outside where it can be, as a share of its
         largest."""
-        out = spread(field, self.values.shape, self.steps, self.fov_mm, slices)
+        out = spread(field, self.values.shape, self.steps, self.fov_mm)
         if self.inside is not None:
-            inside = self.inside[finding]
-            out = np.where(inside if slices is None else inside[:, :, slices], out, 0)
-        return out / max(float(np.max(np.asarray(field))), 1e-9)
+            out[~self.inside[finding]] = 0
+        return out / max(float(field.max()), 1e-9)
 
 
-def save_heat(path, backdrop: Backdrop, field, finding: str):
-    """Write a finding's map as NIfTI over the scan, uint8 with a slope, so that viewers show 0 to 1."""
-    heat = (backdrop.heat(field, finding) * 255).round().clip(0, 255).astype(np.uint8)
-    image = nibabel.Nifti1Image(heat.transpose(1, 0, 2), backdrop.affine)
+def save_heat(path, heat, affine, finding: str):
+    """Write a map (H, W, D) of 0 to 1 as NIfTI over its scan, uint8 with a slope, as viewers read it."""
+    stored = (heat * 255).round().clip(0, 255).astype(np.uint8)
+    image = nibabel.Nifti1Image(stored.transpose(1, 0, 2), affine)
     image.header.set_slope_inter(1 / 255, 0)
     image.header.set_xyzt_units("mm")
     image.header["descrip"] = f"evidence of {finding}"[:79].encode()
@@ -196,41 +182,31 @@ def draw_evidence(path, backdrop: Backdrop, maps, rows, name: str, report: str, 
     body = np.flatnonzero(values[::4, ::4].max((0, 1)) > 0.5)
     low, high = (body[0], body[-1]) if len(body) else (0, depth - 1)
     figure, axes = new_figure(len(rows), 6, 1.7, 1.9, squeeze=False)
-    drawn = None
-    for line, (finding, text) in zip(axes, rows):
-        slices = np.linspace(low, high, 6).astype(int)
-        heat = None
+    colours = None
+    for line, (finding, caption) in zip(axes, rows):
+        slices, heat = np.linspace(low, high, 6).astype(int), None
         if finding != "no finding":
-            field = np.asarray(maps[FINDINGS.index(finding)])
-            # The slice with the strongest evidence is one of the six.
-            peak = int(
-                stretch(depth, backdrop.steps[2], field.shape[2], backdrop.fov_mm[2])
-                .dot(field.max((0, 1)))
-                .argmax()
-            )
-            slices[np.abs(slices - peak).argmin()] = peak
-            heat = backdrop.heat(field, finding, slices)
+            heat = backdrop.heat(np.asarray(maps[FINDINGS.index(finding)]), finding)
             save_heat(
-                path.with_name(f"{path.stem}_{finding.replace(' ', '_')}.nii.gz"), backdrop, field, finding
+                path.with_name(f"{path.stem}_{finding.replace(' ', '_')}.nii.gz"),
+                heat,
+                backdrop.affine,
+                finding,
             )
-        for i, (axis, k) in enumerate(zip(line, slices)):
-            axis.imshow(
-                values[:, :, k], cmap="gray", vmin=0, vmax=1, aspect=backdrop.steps[0] / backdrop.steps[1]
-            )
-            axis.text(0.02, 0.98, f"slice {k + 1}", color="w", fontsize=6, va="top", transform=axis.transAxes)
+            # The slice with the strongest evidence is one of the six.
+            peak = int(heat.max((0, 1)).argmax())
+            slices[np.abs(slices - peak).argmin()] = peak
+        for axis, k in zip(line, slices):
+            shape = {"vmin": 0, "vmax": 1, "aspect": backdrop.steps[0] / backdrop.steps[1]}
+            axis.imshow(values[:, :, k], cmap="gray", **shape)
             if heat is not None:
-                drawn = axis.imshow(
-                    heat[:, :, i],
-                    cmap="inferno",
-                    alpha=(0.6 * heat[:, :, i]).clip(0, 1),
-                    vmin=0,
-                    vmax=1,
-                    aspect=backdrop.steps[0] / backdrop.steps[1],
-                )
+                over = heat[:, :, k]
+                colours = axis.imshow(over, cmap="inferno", alpha=(0.6 * over).clip(0, 1), **shape)
+            axis.text(0.02, 0.98, f"slice {k + 1}", color="w", fontsize=6, va="top", transform=axis.transAxes)
             axis.set_axis_off()
-        line[0].set_title(text, loc="left", fontsize=8)
-    if drawn is not None:
-        bar = figure.colorbar(drawn, ax=axes, shrink=0.6, aspect=30)
+        line[0].set_title(caption, loc="left", fontsize=8)
+    if colours is not None:
+        bar = figure.colorbar(colours, ax=axes, shrink=0.6, aspect=30)
         bar.set_label("evidence, share of the finding's largest", fontsize=7)
         bar.ax.tick_params(labelsize=7)
     figure.suptitle("\n".join(textwrap.fill(text, 130) for text in (title, verdict) if text), fontsize=8)

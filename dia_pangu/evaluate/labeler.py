@@ -20,24 +20,22 @@ RANK = {BLANK: 0, ABSENT: 1, UNCERTAIN: 2, PRESENT: 3}  # of two statements the 
 
 # Words that name a finding. English patterns match at word starts, Chinese ones anywhere.
 ENGLISH = {
-    "enlarged cardiomediastinum": r"(?:widen\w*|enlarge\w*|broaden\w*)[^,;]*mediastin(?!\w* (?:lymph|"
-    r"node))|"
+    "enlarged cardiomediastinum": r"(?:widen\w*|enlarge\w*|broaden\w*)[^,;]*mediastin(?!\w* (?:lymph|node))|"
     r"mediastin\w*(?:(?!lymph|node)[^,;])*(?:widen|enlarge|broaden)(?!\w* lymph)|"
-    r"(?:(?<!abdominal )aort\w*|pulmonary (?:artery|trunk|conus))[^,;]*"
-    r"(?:dilat|ecta[st]|aneurysm|widen|increased|enlarge)|aort\w*[^;]*wider than (?:normal|usual)|"
-    r"(?:dilat\w*|aneurysm\w*|ectas\w*|widen\w*|enlarge\w*)[^,;]*(?:(?<!abdominal )aort|"
-    r"pulmonary (?:artery|trunk))",
+    r"(?:(?<!abdominal )aort\w*|pulmonary (?:artery|trunk|conus))[^,;]*(?:dilat|ecta[st]|aneurysm|widen|"
+    r"increased|enlarge)|aort\w*[^;]*wider than (?:normal|usual)|"
+    r"(?:dilat\w*|aneurysm\w*|ectas\w*|widen\w*|enlarge\w*)[^,;]*(?:(?<!abdominal )aort|pulmonary (?:artery|"
+    r"trunk))",
     "cardiomegaly": r"cardiomegal|(?:heart|cardiac)[^,;]*(?:enlarge|increase|wide|big|broad|dilat|larger)|"
     r"(?:enlarge\w*|increase\w*|dilat\w*)[^,;]*(?:heart|cardiac|ventric|\batri)|"
-    "(?:left|right|both|all) "
-    r"(?:cardiac chamber|ventric\w*|atri\w*)[^,;]*(?:enlarge|dilat|increase)|"
-    r"cardiothoracic[^,;]*(?:increase|enlarge)",
+    r"(?:left|right|both|all) (?:cardiac chamber|ventric\w*|atri\w*)[^,;]*(?:enlarge|dilat|increase)|"
+    r"(?:cardiothoracic|\bCTR\b)[^,;]*(?:increase|enlarge|0[.,](?:5[1-9]|[6-9])|\b(?:5[1-9]|[6-9]\d) ?%)",
     "lung opacity": r"opacit|opacif|(?:patchy|blurr\w*)[^,;]*shadow|ground.?glass(?! (?:density )?nodul)|"
-    r"hazy|haze|infiltrat|"
-    r"airspace disease|crazy.?paving|"
-    r"density (?:increase|area)|(?:increase\w*|patchy)[^,;]*densit|tree.?in.?bud",
+    r"\bGGOs?\b|hazy|haze|infiltrat|airspace disease|crazy.?paving|density (?:increase|area)|"
+    r"(?:increase\w*|patchy)[^,;]*densit|tree.?in.?bud",
     "lung lesion": r"nodul|micronodul|lesion|\bmass\b|masses|tumou?r|metasta|carcinoma|malignan|cancer|"
-    r"neoplas",
+    r"neoplas|\bGGNs?\b|hamartoma|granulomas?\b|tuberculoma|carcinoid|aspergilloma|mycetoma|fungus ball|"
+    r"cavitat|(?:walled|lung|pulmonary|lobe) cavit(?:y|ies)",
     "edema": r"(?:pulmonary |interstitial |alveolar )?(?:edema|oedema)|interlobular septal thicken|"
     r"thicken\w* (?:of|in) (?:the )?interlobular sept",
     "consolidation": r"consolidat",
@@ -47,27 +45,29 @@ ENGLISH = {
     "pleural effusion": r"effusions?|hydrothora|hydropneumothora|hemothora|haemothora|empyema|"
     r"pleural[^,;]*fluid|fluid[^,;]*(?:hemithora|pleura|costophrenic|fissur|thoracic cavit)",
     "pleural other": r"pleura\w*(?: and \w+)?(?:[^,;](?!effusion\b|fluid\b)){0,40}?(?:thick|plaque|calcif|"
-    r"scar|adhes)|"
-    r"(?:thick|plaque|calcif)\w*[^,;]*(?<!sub)pleura(?!l effusion)|effusion.thicken",
-    "fracture": r"fractur|broken rib|callus|rib break|cortical disruption",
+    r"scar|adhes)|(?:thick|plaque|calcif)\w*[^,;]*(?<!sub)pleura(?!l effusion)|"
+    r"effusion.thicken",
+    "fracture": r"fractur|(?:compression|wedge|crush) (?:deformit|change)|wedging of|"
+    r"vertebra\w*[^,;]*(?:wedging|wedge.shaped|height loss|loss of height)|loss of (?:vertebral|height of)|"
+    r"broken rib|callus|rib break|cortical disruption",
     "support devices": r"catheter|pacemaker|pacing|\btubes?\b|\bstent|\bwires?\b|prosthe|\bport\b|"
-    r"\bport-a-cath|cannula|"
-    r"drain(?:age|s)?\b(?! (?:vein|lymph|node))|valve replacement|medical "
-    r"material|sternotomy|suture|clips?\b|"
-    r"implant|electrode|\bleads?\b(?= (?:tip|of|in|are|is|end))|\bICD\b|defibrillator|metal\w* "
-    "(?:material|plate|screw)|"
-    r"\bplate and screw|fixation",
+    r"\bport-a-cath|cannula|drain(?:age|s)?\b(?! (?:vein|lymph|node))|valve replacement|medical material|"
+    r"sternotomy|suture|clips?\b|implant|electrode|\bleads?\b(?= (?:tip|of|in|are|is|end))|\bICD\b|"
+    r"defibrillator|metal\w* (?:material|plate|screw)|\bplate and screw|fixation|hardware|tracheostomy|"
+    r"pigtail|loop recorder|\b(?:ETT|NGT|CVC|PICC|IABP|LVAD|ECMO|TAVI|TAVR)\b",
 }
 CHINESE = {
     "enlarged cardiomediastinum": r"纵隔(?:影)?[^，,；]{0,4}(?:增宽|增大|扩大)|"
-    r"(?:(?<!腹)主动脉|肺动脉)[^，,；]{0,8}(?:增宽|增粗|扩张|瘤样|动脉瘤|夹层动脉瘤)|(?:(?<!腹)主动脉|"
-    r"肺动脉)瘤",
+    r"(?:(?<!腹)主动脉|肺动脉)[^，,；]{0,8}(?:增宽|增粗|扩张|瘤样|动脉瘤|夹层动脉瘤)|"
+    r"(?:(?<!腹)主动脉|肺动脉)瘤",
     "cardiomegaly": r"(?:心(?:脏|影|室|房|腔|胸比)|全心|[左右]心|[左右][室房])[^，,；]{0,8}(?:增大|扩大|"
-    r"肥大|饱满|扩张|[稍略偏]大)|巨心",
-    "lung opacity": r"磨玻璃(?!样?(?:密度)?(?:小|微)?结节)|毛玻璃|模糊(?:阴)?影|阴影|密度增高|密度增加|"
-    r"片絮|絮状|云雾状|浸润|渗出|"
-    r"高密度影|斑片|片状影|片影|树芽",
-    "lung lesion": r"结节|肿块|肿物|病灶|占位|空洞|转移瘤|转移灶|转移|肿瘤|[肺叶]癌|包块|团块",
+    r"肥大|饱满|扩张|[稍略偏]大)|巨心|"
+    r"心胸比[^，,；]{0,6}?(?:0[.．](?:5[1-9]|[6-9])|(?:5[1-9]|[6-9]\d)[%％])",
+    "lung opacity": r"GGO|磨玻璃(?!样?(?:密度)?(?:小|微)?结节)|毛玻璃|模糊(?:阴)?影|阴影|密度增高|密度增加|"
+    r"片絮|絮状|云雾状|浸润|渗出|高密度影|斑片|片状影|片影|树芽",
+    "lung lesion": r"结节(?![样状]增厚)|GGN|软组织(?:密度)?(?:团块|肿块)?影|类圆形[^，,；]{0,6}影|错构瘤|"
+    r"结核[球瘤]|肉芽肿|曲[菌霉]球|类癌|[腺鳞]癌|小细胞癌|肿块|肿物|病灶|占位|空洞|转移瘤|转移灶|转移|肿瘤|"
+    r"[肺叶]癌|包块|团块",
     "edema": r"水肿",
     "consolidation": r"实变",
     "pneumonia": r"肺炎|炎症|感染|炎性",
@@ -75,10 +75,11 @@ CHINESE = {
     "pneumothorax": r"气胸",
     "pleural effusion": r"积液|胸水|液性密度|水样密度|液体|积血|脓胸|血胸|液气胸",
     "pleural other": r"胸膜[^，,；腔]{0,8}(?:增厚|肥厚|钙化|粘连|斑)",
-    "fracture": r"骨折|骨痂|骨质断裂|皮质断裂|骨皮质(?:不连续|中断)|断端",
-    "support devices": r"(?<!动脉)(?<!胰)(?<!胸)(?<!腺)导管|起搏器|引流管|支架|置管|内固定|插管|胃管|"
-    r"鼻饲管|PICC|输液港|"
-    r"人工瓣|机械瓣|瓣膜?置换|瓣膜?成形|钢丝|缝线|金属夹|钛夹|吻合钉|假体|植入物|固定器|钢板|除颤器|电极",
+    "fracture": r"骨折|压缩性?(?:改变|变形)|压缩变扁|楔形(?:改变|变)|骨痂|骨质断裂|皮质断裂|"
+    r"骨皮质(?:不连续|中断)|断端",
+    "support devices": r"(?<!动脉)(?<!胰)(?<!胸)(?<!腺)导管|起搏器|引流管|支架|置管|内固定|插管|胃管|鼻饲管|"
+    r"PICC|输液港|人工瓣|机械瓣|瓣膜?置换|瓣膜?成形|钢丝|缝线|金属夹|钛夹|吻合钉|假体|植入物|固定器|钢板|"
+    r"除颤器|电极",
 }
 # Only where the sentence states no pneumonia these words are a finding of their own.
 WEAK = {"en": re.compile(r"shadow", re.I), "cn": re.compile(r"斑片$|片状影|片影")}
@@ -86,21 +87,19 @@ WEAK = {"en": re.compile(r"shadow", re.I), "cn": re.compile(r"斑片$|片状影|
 # CT-RATE's labels that are not among the 14.
 ENGLISH_18 = {
     "Arterial wall calcification": r"(?:aort\w*|arter\w*|vascular|supra.?aortic|atheroscl\w*|"
-    r"athero\w*)[^;]*"
-    r"(?:calcif|atheroscl|atheroma)|(?:calcif\w*|atheroscl\w*|atheroma\w*)[^;]*(?:aort|arter|vascular)|"
-    r"atheroscl\w*",
+    r"athero\w*)[^;]*(?:calcif|atheroscl|atheroma)|"
+    r"(?:calcif\w*|atheroscl\w*|atheroma\w*)[^;]*(?:aort|arter|vascular)|atheroscl\w*",
     "Pericardial effusion": r"pericardi\w*[ -](?:effusion|fluid)|(?:effusion|fluid)[^,;]*pericardi",
-    "Coronary artery wall "
-    "calcification": r"(?:coronar\w*|\bLAD\b|circumflex|RCA)[^;]*(?:calcif|atheroscl|atheroma|plaque)|"
+    "Coronary artery wall calcification": r"(?:coronar\w*|\bLAD\b|circumflex|RCA)[^;]*(?:calcif|atheroscl|"
+    r"atheroma|plaque)|"
     r"(?:calcif\w*|atheroscl\w*|atheroma\w*|plaque\w*)[^;]*(?:coronar|\bLAD\b)",
     "Hiatal hernia": r"hiat\w*[ -]hernia|hernia\w*[^,;]*hiat|hiat\w*[^,;]*hernia|sliding[^,;]*hernia",
-    "Lymphadenopathy": r"lymphadenopath|\bLAPs?\b|(?:enlarge\w*|patholog\w*|conglomerat\w*)[^,;]*(?:lymph|"
-    r"nodes?)|"
+    "Lymphadenopathy": r"lymphadenopath|\bLAPs?\b|"
+    r"(?:enlarge\w*|patholog\w*|conglomerat\w*)[^,;]*(?:lymph|nodes?)|"
     r"lymph nodes?[^;]*(?:enlarge|patholog|short (?:axis|diameter)|\d+ ?x ?\d+|measuring|larg|up to|reach)",
     "Emphysema": r"emphysem",
-    "Pulmonary fibrotic "
-    "sequela": r"sequela|fibro\w*|(?:pleuro)?parenchymal (?:band|dens)|band (?:atelect|format)|"
-    r"linear (?:atelect|densit)|honeycomb|reticul",
+    "Pulmonary fibrotic sequela": r"sequela|fibro\w*|(?:pleuro)?parenchymal (?:band|dens)|"
+    r"band (?:atelect|format)|linear (?:atelect|densit)|honeycomb|reticul",
     "Mosaic attenuation pattern": r"mosaic",
     "Peribronchial thickening": r"peribronch\w*[^,;]*(?:thick|cuff|increase)|bronch\w* wall[^,;]*thick|"
     r"thick\w*[^,;]*(?:peribronch|bronch\w* wall)",
@@ -148,37 +147,33 @@ ORGANS = {
     "en": {
         "lung": r"lungs?\b|pulmonary\b(?! (?:arter|trunk|conus|vein))|"
         r"(?<!thyroid )(?<!hepatic )lobes?\b(?! of the (?:thyroid|liver))|lobar|lingul\w*|"
-        r"segment\w*(?! (?:[\dIVX]+[ab]? )?(?:of|in) the (?:liver|pancreas|colon|spine|kidney))|"
-        r"apical|apex|"
-        r"hilum|hila\b|hilar|\b[RL][UML]L\b|parenchym\w*|subpleural|fissur\w*|perifissural|bronch\w*|"
-        r"basal|bases\b|"
-        r"hemithora\w*|airway\w*|alveol\w*|perihilar",
+        r"segment\w*(?! (?:[\dIVX]+[ab]? )?(?:of|in) the (?:liver|pancreas|colon|spine|kidney))|apical|apex|"
+        r"hilum|hila\b|hilar|\b[RL][UML]L\b|parenchym\w*|subpleural|fissur\w*|perifissural|bronch\w*|basal|"
+        r"bases\b|hemithora\w*|airway\w*|alveol\w*|perihilar",
         "pleura": r"pleura\w*|costophrenic|thoracic cavit\w*",
         "heart": r"heart|cardiac|ventric\w*|atri(?:al|um|a)\b|myocard\w*",
         "pericardium": r"pericardi\w*",
         "mediastinum": r"mediastin\w*|aort\w*|thym\w*|(?:pulmonary (?:artery|trunk|conus))",
         "esophagus": r"o?esophag\w*",
         "bone": r"bones?\b|bony|osseous|vertebra\w*|\bribs?\b|sternum|clavic\w*|scapul\w*|humer\w*|"
-        r"spin(?:e|al)|"
-        r"sclerotic|lytic|costal|corpus|skelet\w*|acromi\w*|iliac",
+        r"spin(?:e|al)|sclerotic|lytic|costal|corpus|skelet\w*|acromi\w*|iliac",
         "node": r"lymph\w*|axilla\w*|\bnodes?\b",
         "breast": r"breast\w*|mammar\w*|nipple",
         "thyroid": r"thyroid\w*|neck\b|cervical",
         "skin": r"skin|subcutan\w*|cutan\w*|soft tissue(?! (?:mass|densit|nodul|lesion))|muscle\w*|"
         r"chest wall|abdominal wall",
         "abdomen": r"liver|hepat\w*|kidney\w*|renal|adrenal\w*|suprarenal|splen\w*|spleen|pancrea\w*|"
-        r"gall ?bladder|bile|"
-        r"biliar\w*|stomach|gastri\w*|colon\w*|bowel|intestin\w*|abdom\w*|periton\w*|ascit\w*|pelvi\w*|"
-        r"ovar\w*|uter\w*|prostat\w*|bladder|duoden\w*|mesent\w*|ureter\w*|append\w*|rect(?:um|al)|"
-        r"perihepatic|perisplenic|cholecyst\w*",
+        r"gall ?bladder|bile|biliar\w*|stomach|gastri\w*|colon\w*|bowel|intestin\w*|abdom\w*|periton\w*|"
+        r"ascit\w*|pelvi\w*|ovar\w*|uter\w*|prostat\w*|bladder|duoden\w*|mesent\w*|ureter\w*|append\w*|"
+        r"rect(?:um|al)|perihepatic|perisplenic|cholecyst\w*",
         "head": r"brain|orbit\w*|periorbit\w*|periportal|\blegs?\b|limbs?\b|extremit\w*|cereb\w*|"
-        r"intracranial|knee|joint|hip\b|elbow|wrist|ankle|shoulder|dental|sinus\w*|"
-        r"urinary|laryn\w*|glotti\w*|vocal|pharyn\w*|tonsil\w*|tongue|parotid",
+        r"intracranial|knee|joint|hip\b|elbow|wrist|ankle|shoulder|dental|sinus\w*|urinary|laryn\w*|"
+        r"glotti\w*|vocal|pharyn\w*|tonsil\w*|tongue|parotid",
         "trachea": r"trache\w*",
     },
     "cn": {
         "lung": r"肺(?!动脉|静脉)|[上中下舌]叶|叶段|(?<![上中下\d])段|气管|胸腔内|叶间",
-        "pleura": r"胸膜|胸腔|胸水|肋膈角",
+        "pleura": r"(?<!叶间)(?<!近)(?<!邻近)(?<!牵拉)胸膜(?!下)|胸腔|胸水|肋膈角",
         "heart": r"心(?:脏|影|室|房|腔|肌)",
         "pericardium": r"心包",
         "mediastinum": r"纵隔|主动脉|肺动脉|胸腺",
@@ -188,10 +183,10 @@ ORGANS = {
         "breast": r"乳(?:腺|房)|乳头|[左右双]乳",
         "thyroid": r"甲状(?:旁)?腺|颈部",
         "skin": r"皮下|皮肤|软组织(?!肿块|密度|影|结节)|胸壁|肌肉|腹壁",
-        "abdomen": r"肝|胆|脾|胰|肾(?:上腺)?|胃(?!管)|肠|阑尾|输尿管|腹(?!侧)|盆腔|膀胱|子宫|卵巢|"
-        r"前列腺|网膜|腹膜",
-        "head": r"脑|颅|关节|膝|髋|鼻窦|[上筛蝶额][颌]?窦|尿路|泌尿|声门|喉|咽|扁桃体|腮腺|舌(?![叶段])|"
-        r"眼|面部",
+        "abdomen": r"肝|胆|脾|胰|肾(?:上腺)?|胃(?!管)|肠|阑尾|输尿管|腹(?!侧)|盆腔|膀胱|子宫|卵巢|前列腺|"
+        r"网膜|腹膜",
+        "head": r"脑|颅|关节|膝|髋|鼻窦|[上筛蝶额][颌]?窦|尿路|泌尿|声门|喉|咽|扁桃体|腮腺|舌(?![叶段])|眼|"
+        r"面部",
         "limb": r"[上下四]肢",
         "trachea": r"(?<!支)气管",
     },
@@ -201,47 +196,46 @@ ORGANS = {
     for language, organs in ORGANS.items()
 }
 ELSEWHERE = {"bone", "node", "breast", "thyroid", "skin", "abdomen", "head", "limb"}
-# Organs of which a finding is not said, whatever its word is.
-NOT_OF = {
+# Organs of which a finding is not said, whatever its word is. Chinese names the organ before what it says of
+# it, so that a lesion after the pleura is the pleura's; English may name a neighbour ("abutting the pleura").
+NOT_OF_EN = {
     **dict.fromkeys(("lung opacity", "consolidation", "pneumonia", "atelectasis", "edema"), ELSEWHERE),
     "lung lesion": ELSEWHERE | {"esophagus", "heart", "pericardium", "mediastinum"},
     "pleural effusion": (ELSEWHERE | {"pericardium"}) - {"bone"},
     "support devices": {"breast", "head"},
-    "fracture": set(),
 }
+NOT_OF = {"en": NOT_OF_EN, "cn": NOT_OF_EN | {"lung lesion": NOT_OF_EN["lung lesion"] | {"pleura"}}}
 # A word that hides another finding's word or says something else.
 IGNORE = {
     "en": re.compile(
         r"(?<!sub)\bpleural (?:nodul\w*|mass\w*|metasta\w*|lesion\w*|tumou?r\w*)|"
         r"sequel\w* (?:of|from|to) (?:\w+ ){0,3}(?:infecti\w*|pneumonia)|"
-        r"collapsed (?:gallbladder|bladder|stomach|bowel|vertebra\w*)|vertebra\w*[^,;.]*collaps\w*|mass "
-        "effect|"
-        r"(?:known|(?:patient|case)s? with) (?:\w+ ){0,2}(?:cancer|carcinoma|malignanc\w*|tumou?r)|body "
-        r"mass|post.?(?:infectio|pneumoni)\w*|non.?infecti\w*|space.occupying lesion (?:was|is) not|"
-        r"infectious disease "
-        "clinic",
+        r"collapsed (?:gallbladder|bladder|stomach|bowel|vertebra\w*)|vertebra\w*[^,;.]*collaps\w*|"
+        r"mass effect|"
+        r"(?:known|(?:patient|case)s? with) (?:\w+ ){0,2}(?:cancer|carcinoma|malignanc\w*|tumou?r)|"
+        r"body mass|post.?(?:infectio|pneumoni)\w*|non.?infecti\w*|space.occupying lesion (?:was|is) not|"
+        r"infectious disease clinic",
         re.I,
     ),
     "cn": re.compile(
         r"椎体[^，。；]{0,6}不张|炎性假瘤|无名动脉|感染科|结节性甲状腺肿|转移酶|淋巴结转移|"
-        r"[肺叶]癌(?:根治|切除)?术后|(?:结节|肿瘤|肿物|占位|转移瘤|气胸|积液|主动脉瘤|夹层)(?:切除|引流)?术后"
+        r"[肺叶]癌(?:根治|切除)?术后|(?<!叶间)胸膜(?:多发)?(?:结节(?![样状]增厚)|肿块|占位|转移)|"
+        r"(?:结节|肿瘤|肿物|占位|转移瘤|气胸|积液|主动脉瘤|夹层)(?:切除|引流)?术后"
     ),
 }
 
 # What is said of change neither denies nor doubts.
 CHANGE = {
     "en": re.compile(
-        r"\b(?:no|without|not)\b (?:\w+ly )?(?:\w+ "
-        r"){0,3}?(?:change|changed|difference|progress\w*|regress\w*|growth|"
-        r"grown|increase\w* in (?:the )?(?:size|number)|decrease\w* in (?:the )?(?:size|number)|enlarged "
-        r"since|interval (?!develop|appear|new|resol)\w+|"
-        r"increased since|decreased since)\b(?: (?:was|is|were|has been) \w+)?|"
-        r"\bnot (?:\w+ ){0,3}?(?:previous\w*|prior|before|earlier|old|on the last)\b(?: "
-        r"(?:seen|observed|present|examination\w*|"
-        r"CT|study))*|not (?:yet |fully |completely |entirely )(?:healed|resolved|resorbed|regressed)|"
-        r"\bnot only\b|\bno\b(?=[^,;.]*\b(?:other than|apart from|besides|aside from) (?:\w+ )?"
-        r"(?:known|previous\w*|old|one|single|\d))|\bno longer than\b|not well (?:seen|defined)|"
-        r"not clearly demarcated|"
+        r"\b(?:no|without|not)\b (?:\w+ly )?(?:\w+ ){0,3}?(?:change|changed|difference|progress\w*|"
+        r"regress\w*|growth|grown|increase\w* in (?:the )?(?:size|number)|decrease\w* in (?:the )?(?:size|"
+        r"number)|enlarged since|interval (?!develop|appear|new|resol)\w+|increased since|"
+        r"decreased since)\b(?: (?:was|is|were|has been) \w+)?|"
+        r"\bnot (?:\w+ ){0,3}?(?:previous\w*|prior|before|earlier|old|on the last)\b(?: (?:seen|observed|"
+        r"present|examination\w*|CT|study))*|"
+        r"not (?:yet |fully |completely |entirely )(?:healed|resolved|resorbed|regressed)|\bnot only\b|"
+        r"\bno\b(?=[^,;.]*\b(?:other than|apart from|besides|aside from) (?:\w+ )?(?:known|previous\w*|old|"
+        r"one|single|\d))|\bno longer than\b|not well (?:seen|defined)|not clearly demarcated|"
         r"nor? (?:\w+ )?contrast|without (?:\w+ )?contrast\w*",
         re.I,
     ),
@@ -250,18 +244,16 @@ CHANGE = {
         r"好转)|"
         r"(?:较前|与前|(?:结节|肿块|肿物|病灶|占位|积液|范围)[^，。；]{0,4})[^，。；]{0,4}(?:无|"
         r"未见)(?:明显)?(?:增大|缩小|增多|减少)|"
-        r""
-        r"未(?:完全|明显|见明显|充分|彻底)?(?:吸收|愈合|消散|消失|复张|闭合|好转)|不(?:均匀|规则|规整|"
-        r"光整|清楚|清晰|整齐|光滑|连续)|"
-        r"无明显诱因|无症状|未(?:行|扫及|包括|做)|(?<![较与比])(?:此前|前片|前次|既往|原片)未(?:见|"
-        r"显示)(?:显示)?|(?<![较与比])前片无"
+        r"未(?:完全|明显|见明显|充分|彻底)?(?:吸收|愈合|消散|消失|复张|闭合|好转)|"
+        r"不(?:均匀|规则|规整|光整|清楚|清晰|整齐|光滑|连续)|无明显诱因|无症状|未(?:行|扫及|包括|做)|"
+        r"(?<![较与比])(?:此前|前片|前次|既往|原片)未(?:见|显示)(?:显示)?|(?<![较与比])前片无"
     ),
 }
 DENIED_BEFORE = {
     "en": re.compile(
         r"\b(?:no|not|without|free of|absence of|absent|negative for|neither|nor|never|rather than|lack of|"
-        "resolution of|resolved|regression of|disappearance of|clearing of|removal "
-        r"of|removed|excludes?|denies)\b",
+        r"resolution of|resolved|regression of|disappearance of|clearing of|removal of|removed|excludes?|"
+        r"denies|unlikely(?= \w)|argues? against)\b",
         re.I,
     ),
     "cn": re.compile(
@@ -271,12 +263,11 @@ DENIED_BEFORE = {
 # After one of these words a new statement begins, which an earlier denial does not reach.
 ANEW = {
     "en": re.compile(
-        r"\b(?:is|are|was|were|has|have)\b[^,;]*?(?:,|\band\b|\bbut\b|\bwith\b)|\bthere "
-        r"(?:is|are|was|were)\b(?! no)|"
-        r",\s*the\b|,\s*(?:and "
-        r")?(?:both|bilateral|in|left|right|small|large|a|an)\b[^,;]*\b(?:is|are|was|were)\b|"
-        r"\bother than\b|\bapart from\b|\bexcept for\b|\bdue to\b|\bsecondary to\b|\bin a patient "
-        r"with\b|\bonly\b",
+        r"\b(?:is|are|was|were|has|have)\b[^,;]*?(?:,|\band\b|\bbut\b|\bwith\b)|"
+        r"\bthere (?:is|are|was|were)\b(?! no)|,\s*the\b|"
+        r",\s*(?:and )?(?:both|bilateral|in|left|right|small|large|a|an)\b[^,;]*\b(?:is|are|was|were)\b|"
+        r"\bother than\b|\bapart from\b|\bexcept for\b|\bdue to\b|\bsecondary to\b|\bin a patient with\b|"
+        r"\bonly\b",
         re.I,
     ),
     "cn": re.compile(r"可见|但|而|仅见|只见|另见|(?<!未)(?<!未再)见(?!明显)|除(?=[^，。]*外)"),
@@ -289,48 +280,42 @@ DENIED_INSIDE = {
 DENIED_AFTER = {
     "en": re.compile(
         r"^\w*\s*:\s*(?:none|no|nil|absent|negative)\b|"
-        r"^(?:(?!\b(?:is|are|was|were) "
-        r"(?:seen|observed|noted|present|detected|found|identified|visible|available)\b)"
-        r"[^,;])*?(?:,? (?:or|and|nor)[^;]*?)?\b(?:(?:can)?not (?:\w+ "
-        r"){0,2}(?:observed|detected|seen|found|present|identified|"
-        r"shown|selected|distinguished|encountered|monitored|followed|noted|enlarged|widened|increased|"
-        r"dilated|evident|"
-        r"remarkable|visible|visuali[sz]ed|recogni[sz]ed|demonstrated|appreciated|thickened)|"
-        r"(?:was|were|is|are) not|isn't|aren't|wasn't|weren't|absent|(?:is|are|was|were|within) (?:\w+ "
-        ")?normal|"
-        r"(?:has|have|had|is|are|was|were) (?:\w+ "
-        r"){0,2}(?:resolved|disappeared|cleared|removed|replaced|resorbed|withdrawn|taken out|explanted|"
-        r"regressed completely)|"
-        r"resolved|disappeared|unremarkable|ruled out|excluded|no longer)\b",
+        r"^(?:(?!\b(?:is|are|was|were) (?:seen|observed|noted|present|detected|found|identified|visible|"
+        r"available)\b)[^,;])*?(?:,? (?:or|and|nor)[^;]*?)?\b(?:(?:can)?not (?:\w+ ){0,2}(?:observed|"
+        r"detected|seen|found|present|identified|shown|selected|distinguished|encountered|monitored|"
+        r"followed|noted|enlarged|widened|increased|dilated|evident|remarkable|visible|visuali[sz]ed|"
+        r"recogni[sz]ed|demonstrated|appreciated|thickened)|(?:was|were|is|are) not|isn't|aren't|wasn't|"
+        r"weren't|absent|(?:is|are|was|were|within) (?:\w+ )?normal|(?:has|have|had|is|are|was|"
+        r"were) (?:\w+ ){0,2}(?:resolved|disappeared|cleared|removed|replaced|resorbed|withdrawn|taken out|"
+        r"explanted|regressed completely|re-?expanded)|resolved|disappeared|removed|unremarkable|ruled out|"
+        r"excluded|no longer|(?:is|are|seems?|appears?) (?:\w+ )?(?:unlikely|not likely|improbable)|(?:now|"
+        r"fully|completely|since) (?:drained|evacuated|re-?expanded))\b",
         re.I,
     ),
     "cn": re.compile(
-        r"^吸收$|^[^，,；]{0,16}?(?:未见(?:显示|显影|确切显示|异常)?$|不大|正常|消失|(?<!未)(?:已|完全|"
-        r"全部|"
-        r"基本)(?:被)?(?:吸收|消散|复张)|"
-        r"吸收消散|阴性|拔除|拔出|取出|移除|撤除|不存在|除外$|不明显$|未显示$|未累及)"
+        r"^吸收$|"
+        r"^[^，,；]{0,16}?(?:未见(?:显示|显影|确切显示|异常)?$|不大|正常|消失|(?<!未)(?:已|完全|全部|"
+        r"基本)(?:被)?(?:吸收|消散|复张)|吸收消散|阴性|拔除|拔出|取出|移除|撤除|不存在|除外$|不明显$|"
+        r"未显示$|未累及)"
     ),
 }
 DOUBT_BEFORE = {
     "en": re.compile(
-        r"\b(?:possibl\w*|may|might|could|questionabl\w*|suspicio\w* "
-        r"(?:for|of|about)|suspect\w*|uncertain|equivocal|"
-        r"concern\w* for|"
-        r"rule out|r/o|evaluat\w* for|exclude|query|question of|differential\w*|versus|vs\.?|whether|"
-        r"if)\b|\?",
+        r"\b(?:possibl\w*|may|might|could|questionabl\w*|suspicio\w* (?:for|of|about)|suspect\w*|uncertain|"
+        r"equivocal|concern\w* for|rule out|r/o|evaluat\w* for|exclude|query|question of|differential\w*|"
+        r"versus|vs\.?|whether|if)\b|\?",
         re.I,
     ),
     "cn": re.compile(r"可能|疑|不除外|不能除外|不排除|不能排除|除外(?=.)|待除外|警惕|是否"),
 }
 DOUBT_AFTER = {
     "en": re.compile(
-        r"^\s*(?:\w+ )?(?:versus|vs\.?) |^[^,;]*?(?:\?|\b(?:can(?:not| not|'t) be (?:\w+ "
-        r")?(?:excluded|ruled "
-        "out)|(?:is|are|was|were) not (?:excluded|ruled out)|"
-        r"(?:is|are|was|were) (?:possible|suspected|questionable|uncertain|considered possible|equivocal)|"
-        r"(?:could|may|might) (?:not )?be\b(?! (?:due|related|caused|secondary|from|seen|compatible|"
-        r"consistent|associated))|not "
-        r"excluded|should be (?:excluded|ruled out))\b)",
+        r"^\s*(?:\w+ )?(?:versus|vs\.?) |"
+        r"^[^,;]*?(?:\?|\b(?:can(?:not| not|'t) be (?:\w+ )?(?:excluded|ruled out)|(?:is|are|was|"
+        r"were) not (?:excluded|ruled out)|(?:is|are|was|were) (?:possible|suspected|questionable|uncertain|"
+        r"considered possible|equivocal)|(?:could|may|might) (?:not )?be\b(?! (?:due|related|caused|"
+        r"secondary|from|seen|compatible|consistent|associated))|not excluded|should be (?:excluded|"
+        r"ruled out))\b)",
         re.I,
     ),
     "cn": re.compile(r"^[^，,；]*?(?:可能|待排|不除外|不能除外|不排除|待查|可疑|待除外|\?|？)"),
@@ -348,8 +333,8 @@ NOT_DENIED = {
 HISTORY = {
     "en": re.compile(
         r"\b(?:history of|h/o|operated (?:for|due to)|previous(?:ly)? (?:treated|diagnosed|operated)|"
-        r"(?:resection|surgery|\w+ectomy|\w+therapy) (?:of|for|due to)|resected|"
-        r"follow.?up (?:for|of)|treated for|past medical|clinical information|indication)\b",
+        r"(?:resection|surgery|\w+ectomy|\w+therapy) (?:of|for|due to)|resected|follow.?up (?:for|of)|"
+        r"treated for|past medical|clinical information|indication)\b",
         re.I,
     ),
     "cn": re.compile(r"病史|既往(?!未)|曾有|曾患|史$"),
@@ -419,12 +404,14 @@ def split_clauses(sentence: str, language: str) -> list[str]:
     else:
         parts = re.split(
             r";|\b(?:but|however|although|though|except|whereas|while|despite)\b|"
-            r",\s+(?=(?:and "
-            r")?(?:there|a|an|mild|minimal|moderate|large|massive|marked|severe|bilateral|with|no|without|"
-            r"which)\b)",
+            r"(?<!\bof)(?<!\bin)(?<!\band)\s(?=the (?:\w+ ){1,3}(?:is|are) (?:otherwise )?(?:normal|clear|"
+            r"unremarkable)\b)|"
+            r",\s+(?=(?:and )?(?:there|a|an|mild|minimal|moderate|large|massive|marked|severe|bilateral|"
+            r"with|no|without|which)\b)",
             sentence,
         )
-    return [part for part in parts if part and part.strip()]
+    # What goes on for longer is no clause, but a list or a model that repeats itself.
+    return [piece for part in parts if part and part.strip() for piece in re.findall(r"(?s).{1,700}", part)]
 
 
 def blank(pattern: re.Pattern, text: str) -> str:
@@ -478,10 +465,9 @@ def is_denied(clause: str, match: re.Match, language: str) -> bool:
 
 
 def code_of(clause: str, match: re.Match, language: str) -> int:
-    """Return the code of a finding that was matched in a clause, by the words of history, denial and doubt
-    around it."""
+    """Return the code of a match by the words of history, denial and doubt around it."""
     if HISTORY[language].search(clause[: match.start()]) or (
-        language == "cn" and re.match(r"[^，,；]{0,4}病?史|(?:治疗后|复查)", clause[match.end() :])
+        language == "cn" and re.match(r"[^，,；]{0,4}病?史|治疗后|复查|随[访诊]", clause[match.end() :])
     ):
         return BLANK
     if is_denied(clause, match, language):
@@ -506,11 +492,13 @@ def label_sentence(sentence: str, language: str, names):
         for name in names:
             for match in PATTERNS[language][name].finditer(clause):
                 organs = organs_of(clause, match, language, carried)
-                if organs and organs <= set(NOT_OF.get(name, ())):
+                if organs and organs <= NOT_OF[language].get(name, set()):
                     continue
                 code = code_of(clause, match, language)
                 found.append((name, code, match.group()))
                 pneumonia |= name == "pneumonia" and code == PRESENT
+                if code == PRESENT and not WEAK[language].search(match.group()):
+                    break  # nothing that the clause says besides has a higher rank
         if len(found) == here and REMAINS[language].match(clause):
             found += [(name, PRESENT, word) for name, code, word in last if code == ABSENT]
         last = found[here:]

@@ -40,8 +40,7 @@ METEOR_SECONDS = 600  # the jar needs about a second for 100 reports
 
 
 def words(text: str, language: str) -> str:
-    """Return one line with single spaces between the words, without NUL and line breaks; jieba splits
-    Chinese."""
+    """Return one line with single spaces between the words, without NUL; jieba splits Chinese."""
     text = " ".join(text.replace("\0", " ").split())
     if language != "cn":
         return text
@@ -60,8 +59,7 @@ def bleu(truths, predictions) -> tuple[list[float], list[list[float]]]:
 
 
 def bleu_intervals(truths, predictions, language: str, draws: int) -> dict:
-    """Return the intervals of corpus BLEU-1 to BLEU-4: the n-gram counts of the reports are drawn, not the
-    texts."""
+    """Return the intervals of corpus BLEU-1 to BLEU-4, from draws of the reports' n-gram counts."""
     scorer = BleuScorer(n=4)
     for truth, prediction in zip(truths, predictions):
         scorer += (words(prediction, language), [words(truth, language)])
@@ -154,8 +152,7 @@ def meteor(truths, predictions, language: str = "en") -> float | None:
 def published_scores(
     truths, predictions, language: str = "en", with_meteor: bool = True
 ) -> tuple[dict, dict]:
-    """Return the scores of the published tables, and ROUGE_L and CIDEr per sample. METEOR is None where Java
-    is absent."""
+    """Return the published tables' scores (METEOR: None without Java), and ROUGE_L and CIDEr per sample."""
     raw = truths, predictions
     truths, predictions = ([words(text, language) for text in texts] for texts in raw)
     scores = {f"BLEU_{n}": float(value) for n, value in enumerate(bleu(truths, predictions)[0], 1)}
@@ -169,8 +166,7 @@ def published_scores(
 
 
 def standard_scores(truths, predictions, language: str) -> dict:
-    """Return the scores in the usual convention: sacrebleu (13a, lower case; Chinese: zh) in 0 to 1, and
-    rouge-score's F1."""
+    """Return the scores of sacrebleu (13a, lower case; Chinese: zh; 0 to 1) and rouge-score's F1."""
     import sacrebleu
 
     truths, predictions = (
@@ -196,18 +192,19 @@ def default_words(text: str) -> list[str]:
 
 def standard_rouge(one: list[str], two: list[str]) -> dict:
     """Return rouge-score's F1 of single words, of pairs of words, and of the longest common subsequence."""
-    grams = [[Counter(zip(*(part[k:] for k in range(n)))) for part in (one, two)] for n in (1, 2)]
-    shared = [(sum((a & b).values()), sum(a.values()), sum(b.values())) for a, b in grams]
-    shared.append((common_length(one, two), len(one), len(two)))
+    pairs = list(zip(one, one[1:])), list(zip(two, two[1:]))
+    hits = {
+        "rouge1": (sum((Counter(one) & Counter(two)).values()), one, two),
+        "rouge2": (sum((Counter(pairs[0]) & Counter(pairs[1])).values()), *pairs),
+        "rougeL": (common_length(one, two), one, two),
+    }
     return {
-        name: 2 * hits / (first + second) if hits else 0.0
-        for name, (hits, first, second) in zip(("rouge1", "rouge2", "rougeL"), shared)
+        name: 2 * n / (len(first) + len(second)) if n else 0.0 for name, (n, first, second) in hits.items()
     }
 
 
 def parse_labels(text: str) -> list[int] | None:
-    """Read GT_labels as upstream prints them, `tensor([0, 1, ...])`, or as a JSON list; return None where
-    there are none."""
+    """Return the 14 labels of a JSON list or of upstream's `tensor([0, 1, ...])`, or None."""
     found = re.search(r"\[[^\[\]]*\]", text or "")
     if not found:
         return None
@@ -219,8 +216,7 @@ def parse_labels(text: str) -> list[int] | None:
 
 
 def clinical_scores(truths, predictions, labeler=positives, draws: int = 500) -> dict:
-    """Return the finding scores of predicted against true reports, both labelled by `labeler`, with
-    intervals, and the CRG score."""
+    """Return finding scores of reports that `labeler` reads, with intervals, and the CRG score."""
     truth, predicted = np.array(labeler(truths)).astype(bool), np.array(labeler(predictions)).astype(bool)
     scores = finding_scores(truth, predicted)
     scores["CRG"] = {"value": crg_score(truth, predicted)}
@@ -295,8 +291,7 @@ def same_patients(path, rows, other_path) -> list[dict]:
 
 
 def read_csv(path) -> list[dict]:
-    """Read a CSV with the columns `Ground Truth` and `Pred` as rows by column name; what is not UTF-8 is read
-    as GB18030."""
+    """Return the rows of a CSV with `Ground Truth` and `Pred`; what is not UTF-8 is read as GB18030."""
     csv.field_size_limit(2**30)
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
@@ -311,12 +306,15 @@ def read_csv(path) -> list[dict]:
     for name in ("Ground Truth", "Pred"):
         if name not in rows[0]:
             raise UserError(f"{path}: no column {name!r}; it has {', '.join(map(str, rows[0]))}")
+    if not any((row["Ground Truth"] or "").strip() for row in rows):
+        raise UserError(
+            f"{path}: column Ground Truth is empty in every row; there is nothing to compare with"
+        )
     return rows
 
 
-def score_csv(path, language=None, labeler=positives, with_meteor: bool = True, draws: int = 500) -> dict:
-    """Return all scores of one CSV; arguments as for `published_scores` and `clinical_scores`."""
-    rows = read_csv(path)
+def score_rows(rows, language=None, labeler=positives, with_meteor: bool = True, draws: int = 500) -> dict:
+    """Return all scores of the rows of a CSV; arguments as for `published_scores` and `clinical_scores`."""
     truths, predictions = [row["Ground Truth"] or "" for row in rows], [row["Pred"] or "" for row in rows]
     language = language or language_of(" ".join(truths))
     scores, samples = published_scores(truths, predictions, language, with_meteor)
@@ -353,25 +351,19 @@ def show(scores: dict):
         f"{scores['convention']}"
     )
     names = ("BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4", "METEOR", "ROUGE_L", "CIDEr")
-    print(
-        "  ".join(
-            f"{name} {'absent' if scores[name] is None else format(scores[name], '.4f')}" for name in names
-        )
-    )
+    shown = {name: "absent" if scores[name] is None else f"{scores[name]:.4f}" for name in names}
+    print("  ".join(f"{name} {value}" for name, value in shown.items()))
     if scores["METEOR"] is None:
         print(f"METEOR {scores['METEOR_note']}")
     print(f"{'finding':28s} {'count':>5s} {'P':>6s} {'R':>6s} {'F1':>6s}")
     found = scores["findings"]
-    for name, row in [
-        *found["per_finding"].items(),
-        *((key, found[key]) for key in ("macro", "macro_occurring", "micro", "example")),
-    ]:
+    means = {key: found[key] for key in ("macro", "macro_occurring", "micro", "example")}
+    for name, row in {**found["per_finding"], **means}.items():
         print(f"{name:28s} {row.get('count', ''):>5} {row['P']:6.3f} {row['R']:6.3f} {row['F1']:6.3f}")
     same = scores["sameness"]
     print(
         f"CRG {found['CRG']['value']:.3f}; {same['distinct']:.0%} distinct reports, {same['survives']:.0%} "
-        "of the "
-        "micro-F1 survives another patient's report"
+        "of the micro-F1 survives another patient's report"
     )
     for name, test in scores.get("against", {}).items():
         low, high = test["interval"]
@@ -386,9 +378,9 @@ def main(args):
     if bool(args.chexbert) != bool(args.bert):
         raise UserError("--chexbert (weights) and --bert (folder of bert-base-uncased) go together")
     labeler = CheXbert(args.chexbert, args.bert) if args.chexbert else positives
-    scores = score_csv(args.csv, args.language, labeler, not args.no_meteor, args.draws)
-    scores["labeler"] = "CheXbert" if args.chexbert else "rules"
     rows = read_csv(args.csv)
+    scores = score_rows(rows, args.language, labeler, not args.no_meteor, args.draws)
+    scores["labeler"] = "CheXbert" if args.chexbert else "rules"
     if args.against:
         others = same_patients(args.csv, rows, args.against)
         scores["against"] = paired_test(rows, others, scores["language"], labeler, args.draws)
@@ -402,30 +394,20 @@ def main(args):
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--csv",
         required=True,
-        help="file with the columns Ground Truth and Pred, and GT_labels if there are labels",
+        help="file with the columns Ground Truth and Pred, and GT_labels if it has any",
     )
-    parser.add_argument("--out", help="JSON file to write")
-    parser.add_argument(
-        "--language", choices=LANGUAGES, help="language of the reports, if it is not to be detected"
-    )
-    parser.add_argument(
-        "--chexbert", help="CheXbert weights, instead of the rule-based labeler; English only"
-    )
-    parser.add_argument(
-        "--bert", help="folder with configuration and tokenizer of bert-base-uncased, for --chexbert"
-    )
-    parser.add_argument("--against", help="CSV of another model on the same patients, for a paired test")
-    parser.add_argument(
-        "--radeval",
-        help="CSV to write for RadEval (RadGraph, GREEN, RaTEScore), with the columns refs and hyps",
-    )
-    parser.add_argument("--no-meteor", action="store_true", help="leave METEOR out")
-    parser.add_argument(
-        "--draws", type=number(int, 1), default=500, help="resamples of the bootstrap intervals"
-    )
+    add("--out", help="JSON file to write")
+    add("--language", choices=LANGUAGES, help="language of the reports, if it is not to be detected")
+    add("--chexbert", help="CheXbert weights, instead of the rule-based labeler; English only")
+    add("--bert", help="folder with configuration and tokenizer of bert-base-uncased, for --chexbert")
+    add("--against", help="CSV of another model on the same patients, for a paired test")
+    add("--radeval", help="CSV to write for RadEval (RadGraph, GREEN, RaTEScore): columns refs and hyps")
+    add("--no-meteor", action="store_true", help="leave METEOR out")
+    add("--draws", type=number(int, 1), default=500, help="resamples of the bootstrap intervals")
     return parser.parse_args(argv)
 
 

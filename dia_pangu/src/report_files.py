@@ -1,5 +1,4 @@
-"""What test.py writes: a record for each scan, kept while a long list is worked off, and the tables of
-all."""
+"""What test.py writes: a record of each scan, kept while a list is worked off, and their tables."""
 
 import json
 import os
@@ -35,8 +34,7 @@ class Journal:
             changed = [name for name in settings if whole[0].get(name) != settings[name]]
             raise UserError(
                 f"{path}: its reports were written with another {', '.join(changed) or 'setting'}; choose "
-                "another "
-                "--out, or delete the file"
+                "another --out, or delete the file"
             )
         self.records = {record["id"]: record for record in whole[1:]}
         if self.records:
@@ -57,9 +55,16 @@ class Journal:
         if self.file is not None:
             self.write(self.records[name])
 
+    def summary(self) -> str:
+        """Return in words how many reports there are, and how long one took."""
+        records = self.records.values()
+        times = [record["ms"] for record in records if record["ms"] is not None]
+        empty = sum(not record["row"]["Pred"] for record in records)
+        each = sum(times) / max(1, len(times))
+        return f"{self.out / 'dia-pangu.csv'}: {len(records)} reports, {empty} empty, {each:.0f} ms each"
+
     def write_tables(self):
-        """Write the four tables, whole; a scan without a report has a row in each of the first and the
-        last."""
+        """Write the four tables; a scan without a report has a row in the first and in the last."""
         records = list(self.records.values())
         atomic_csv(self.out / "dia-pangu.csv", [record["row"] for record in records])
         timing = [{"ID": r["id"], "InferTimeMs": f"{r['ms']:.2f}"} for r in records if r["ms"] is not None]

@@ -14,7 +14,6 @@ import argparse
 import json
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, whatever folder we start in
@@ -39,14 +38,6 @@ from dia_pangu.src.report_files import Journal, weights_stamp
 CONTROLS = ("none", "blank", "swap", "swap-visual")
 
 
-def apply_control(vision_x, control: str):
-    """Return the volumes that a control puts in place of (B, 1, 3, H, W, D): all air, or the next patient's
-    of the batch."""
-    if control == "blank":
-        return torch.zeros_like(vision_x)
-    return vision_x.roll(1, 0) if control == "swap" else vision_x
-
-
 @torch.no_grad()
 def report_batch(
     model,
@@ -68,8 +59,12 @@ def report_batch(
     Returns probability (B, 14), statuses (B, 14), maps (B, 14, h, w, d), places [{finding: (side, place)}],
     questions and reports.
     """
-    # What the model gets to see, and where in it the findings lie.
-    vision_x = apply_control(vision_x, control)
+    # What the model gets to see: the volume, all air, or the next patient's volume.
+    if control == "blank":
+        vision_x = torch.zeros_like(vision_x)
+    elif control == "swap":
+        vision_x = vision_x.roll(1, 0)
+    # Where in it the findings lie.
     tokens = model.encode(vision_x)
     maps, places = locate_all(model.embedding_layer, tokens, vision_x, preprocess, verdicts)
     # A published checkpoint was trained without places, so that its prompts must not name any.
@@ -106,8 +101,7 @@ def report_batch(
 
 
 def finding_rows(name, probability, statuses, thresholds, places) -> list[dict]:
-    """Return the rows of findings.csv for one volume; side and place stand only where a present finding lies
-    on one side."""
+    """Return the rows of findings.csv for one volume; only what is present has a side and a place."""
     rows = []
     for c, finding in enumerate(FINDINGS):
         # A place is a claim about something present; an absent finding has none.
@@ -127,8 +121,7 @@ def finding_rows(name, probability, statuses, thresholds, places) -> list[dict]:
 
 
 def result_row(batch, made, i: int) -> dict:
-    """Return the row of dia-pangu.csv for volume `i` of a batch; GT_labels is a JSON list, empty for a scan
-    without labels."""
+    """Return the row of dia-pangu.csv for volume `i` of a batch; GT_labels is a JSON list, or empty."""
     labels = json.dumps(batch["cls_labels"][i].tolist()) if "cls_labels" in batch else ""
     return {
         "ID": batch["id"][i],
@@ -194,8 +187,7 @@ def generation_options(args) -> dict:
 
 
 def read_batches(args, grid, language: str, done=()):
-    """Return the batches to report on: those of --split, the one scan of --volume, or those of --volumes that
-    are not `done`."""
+    """Return the batches of --split, of the one scan of --volume, or of those in --volumes not yet `done`."""
     if args.volume or args.volumes:
         scans = find_scans(args.volumes) if args.volumes else [(scan_name(args.volume), Path(args.volume))]
         scans = [(name, path) for name, path in scans if name not in done][: args.limit or None]
@@ -207,14 +199,7 @@ def read_batches(args, grid, language: str, done=()):
         data.drop_bad(args.workers)
     else:
         data.check()
-    join = partial(collate_with_paths, data)
-    return DataLoader(data, args.batch_size, collate_fn=join, num_workers=args.workers)
-
-
-def collate_with_paths(data: CTRGDataset, samples: list[dict]) -> dict:
-    """Join samples of a data set, with the paths of their volumes."""
-    batch = collate(samples)
-    return batch if "error" in batch else {**batch, "path": [data.path(n) for n in batch["id"]], "failed": []}
+    return DataLoader(data, args.batch_size, collate_fn=collate, num_workers=args.workers)
 
 
 def no_report(name: str, path: str, error: str) -> dict:
@@ -267,7 +252,7 @@ def main(args):
     journal, drawn = Journal(args.out, settings_of(args, config), bool(args.volumes)), 0
     for batch in progress(read_batches(args, grid, config["language"], journal.records), desc="reports"):
         raise_bad(batch)  # one line that names the file, from the worker that read it
-        for name, path, error in batch["failed"]:
+        for name, path, error in batch.get("failed", ()):
             if args.volume:
                 raise UserError(error)
             journal.add(name, no_report(name, path, error))
@@ -275,10 +260,7 @@ def main(args):
         if not batch["id"]:
             continue
         if args.control.startswith("swap") and len(batch["id"]) < 2:
-            raise UserError(
-                "the last batch holds one volume, which has no other to swap with; choose another "
-                "--batch-size"
-            )
+            raise UserError("the last batch holds one volume, none to swap with; choose another --batch-size")
         # The time of a report holds the ViT, the diagnosis and the generation, not the reading of the file.
         start = time.perf_counter()
         made = report_batch(
@@ -293,38 +275,35 @@ def main(args):
             batch["verdict"],
         )
         elapsed_ms = 1000 * (time.perf_counter() - start) / len(batch["id"])
-        for i, (name, verdict) in enumerate(zip(batch["id"], batch["verdict"])):
+        for i, name in enumerate(batch["id"]):
             # The reports of a data set are scored as they are; that of a lone scan is read by a person.
             record = reported(batch, made, i, thresholds, elapsed_ms, hide=not args.data)
             if not args.data:
-                say(batch["path"][i], verdict.notes)
+                say(batch["path"][i], batch["verdict"][i].notes)
             if drawn < args.evidence:
+                draw(args, batch, made["maps"][i], i, grid, record)
                 drawn += 1
-                backdrop = Backdrop(batch["path"][i], batch["vision_x"][i, 0], grid, args.series)
-                picture, shown = args.out / "evidence" / f"{name}.png", captions(record["findings"])
-                draw_evidence(
-                    picture, backdrop, made["maps"][i], shown, name, record["row"]["Pred"], verdict.line()
-                )
             journal.add(name, record)
 
     # Four tables and a summary; for one scan also the report itself.
     journal.write_tables()
-    records = list(journal.records.values())
-    times = [record["ms"] for record in records if record["ms"] is not None]
-    empty = sum(not record["row"]["Pred"] for record in records)
-    print(
-        f"{args.out / 'dia-pangu.csv'}: {len(records)} reports, {empty} empty, "
-        f"{sum(times) / max(1, len(times)):.0f} ms each; findings.csv, verdicts.csv and {drawn} evidence "
-        "pictures "
-        "beside it"
-    )
+    print(f"{journal.summary()}; findings.csv, verdicts.csv and {drawn} evidence pictures beside it")
     if args.volume:
-        print(verdict.line())
-        show_scan(records[0]["row"]["Pred"], records[0]["findings"])
+        show_scan(batch["verdict"][0], record["row"]["Pred"], record["findings"])
 
 
-def show_scan(report: str, findings: list[dict]):
-    """Print the report of one scan and its table of findings."""
+def draw(args, batch, maps, i: int, grid, record: dict):
+    """Draw the evidence maps (14, h, w, d) of volume `i` of a batch to OUT/evidence."""
+    name = batch["id"][i]
+    backdrop = Backdrop(batch["path"][i], batch["vision_x"][i, 0], grid, args.series)
+    picture, report = args.out / "evidence" / f"{name}.png", record["row"]["Pred"]
+    shown, line = captions(record["findings"]), batch["verdict"][i].line()
+    draw_evidence(picture, backdrop, maps, shown, name, report, line)
+
+
+def show_scan(verdict: Verdict, report: str, findings: list[dict]):
+    """Print the verdict and the report of one scan, and its table of findings."""
+    print(verdict.line())
     print(report or "(empty report)")
     for row in findings:
         status = "present" if row["status"] else "-"
@@ -334,105 +313,61 @@ def show_scan(report: str, findings: list[dict]):
 
 def add_generation(parser):
     """Add the flags of the generation; their names and values are those of transformers' `generate`."""
-    group = parser.add_argument_group("generation")
-    group.add_argument("--max-new-tokens", type=number(int, 1), default=300, help="longest report, in tokens")
-    group.add_argument(
-        "--do-sample",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="sample instead of decoding greedily; upstream: --do-sample --temperature 0.7 --top-k 50 "
-        "--top-p 0.95",
-    )
-    group.add_argument(
-        "--temperature", type=number(float, 0), default=0.7, help="temperature of the sampling"
-    )
-    group.add_argument(
-        "--top-k", type=number(int, 0), default=50, help="sample from this many tokens; 0: from all"
-    )
-    group.add_argument(
+    add = parser.add_argument_group("generation").add_argument
+    add("--max-new-tokens", type=number(int, 1), default=300, help="longest report, in tokens")
+    sample = "sample instead of decoding greedily; upstream samples, with the values below"
+    add("--do-sample", action=argparse.BooleanOptionalAction, default=False, help=sample)
+    add("--temperature", type=number(float, 0), default=0.7, help="temperature of the sampling")
+    add("--top-k", type=number(int, 0), default=50, help="sample from this many tokens; 0: from all")
+    add(
         "--top-p",
         type=number(float, 0, 1),
         default=0.95,
-        help="sample from the tokens with this probability together",
+        help="sample from tokens of this probability together",
     )
-    group.add_argument("--num-beams", type=number(int, 1), default=1, help="beams of the search; 1: greedy")
-    group.add_argument(
-        "--seed", type=number(int, 0), default=20, help="random seed of the sampling, upstream's 20"
-    )
+    add("--num-beams", type=number(int, 1), default=1, help="beams of the search; 1: greedy")
+    add("--seed", type=number(int, 0), default=20, help="random seed of the sampling, upstream's 20")
 
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
 
     group = parser.add_argument_group("model")
-    group.add_argument(
-        "--ckpt-path", required=True, help="folder that train.py wrote, or a published pytorch_model.bin"
-    )
-    group.add_argument("--lang-encoder-path", required=True, help="folder of the language model")
-    group.add_argument("--tokenizer-path", help="folder of its tokenizer, if that is not --lang-encoder-path")
-    group.add_argument(
-        "--language", choices=LANGUAGES, help="language of the prompt, instead of the trained one"
-    )
-    group.add_argument(
-        "--attn", default="sdpa", choices=("sdpa", "eager"), help="attention code of the language model"
-    )
+    add = group.add_argument
+    add("--ckpt-path", required=True, help="folder that train.py wrote, or a published pytorch_model.bin")
+    add("--lang-encoder-path", required=True, help="folder of the language model")
+    add("--tokenizer-path", help="folder of its tokenizer, if that is not --lang-encoder-path")
+    add("--language", choices=LANGUAGES, help="language of the prompt, instead of the trained one")
+    add("--attn", default="sdpa", choices=("sdpa", "eager"), help="attention code of the language model")
     add_trust_argument(group)
 
-    group = parser.add_argument_group("data")
-    group.add_argument("--data", help="folder in the CTRG format")
-    group.add_argument(
-        "--volume",
-        help="one scan in place of --data: a NIfTI, MetaImage or NRRD file, or a folder of DICOM files",
-    )
-    group.add_argument(
-        "--volumes",
-        help="many scans in place of --data: a folder of them, or a csv with a column volume; a second start "
-        "goes "
-        "on where the first one ended",
-    )
-    group.add_argument(
-        "--series",
-        help="with --volume: series of a DICOM folder, by its number in the table or the end of its UID",
-    )
-    group.add_argument("--split", choices=SPLITS, default="test", help="partition of --data")
-    group.add_argument("--cache", help="folder for prepared volumes")
-    group.add_argument(
-        "--limit", type=number(int, 0), default=0, help="report on the first volumes only; 0: all"
-    )
-    group.add_argument(
-        "--skip-bad",
-        action="store_true",
-        help="read every sample first and leave out those that cannot be used",
-    )
-    group.add_argument(
-        "--batch-size", type=number(int, 1), default=8, help="volumes whose reports are generated together"
-    )
-    group.add_argument(
-        "--workers", "--dataloader-num-workers", type=number(int, 0), default=0, help="loader processes"
-    )
+    add = parser.add_argument_group("data").add_argument
+    add("--data", help="folder in the CTRG format")
+    one = "one scan in place of --data: a NIfTI, MetaImage or NRRD file, or a folder of DICOM files"
+    add("--volume", help=one)
+    many = "many scans in place of --data: a folder, or a csv with a column volume; a second start goes on"
+    add("--volumes", help=many)
+    series = "with --volume: series of a DICOM folder, by its number in the table or the end of its UID"
+    add("--series", help=series)
+    add("--split", choices=SPLITS, default="test", help="partition of --data")
+    add("--cache", help="folder for prepared volumes")
+    add("--limit", type=number(int, 0), default=0, help="report on the first volumes only; 0: all")
+    add("--skip-bad", action="store_true", help="read all samples first, leave out those that cannot be used")
+    add("--batch-size", type=number(int, 1), default=8, help="volumes whose reports are generated together")
+    add("--workers", "--dataloader-num-workers", type=number(int, 0), default=0, help="loader processes")
 
     add_generation(parser)
 
-    group = parser.add_argument_group("controls and output")
-    group.add_argument(
-        "--control",
-        choices=CONTROLS,
-        default="none",
-        help="blank: an empty volume; swap: the next patient's volume; swap-visual: the own findings in "
-        "the prompt with the next patient's image tokens",
+    add = parser.add_argument_group("controls and output").add_argument
+    control = (
+        "blank: an empty volume; swap: the next patient's volume; swap-visual: the own findings in the "
+        "prompt with the next patient's image tokens"
     )
-    group.add_argument(
-        "--hide-places",
-        action="store_true",
-        help="leave side and place out of the prompt, so that what the report says of them comes from the "
-        "image tokens",
-    )
-    group.add_argument(
-        "--evidence", type=number(int, 0), default=6, help="number of evidence pictures to draw"
-    )
-    group.add_argument(
-        "--out", type=Path, default=Path(__file__).resolve().parents[1] / "results", help="folder to write"
-    )
+    add("--control", choices=CONTROLS, default="none", help=control)
+    hide = "leave side and place out of the prompt, so that the report takes them from the image tokens"
+    add("--hide-places", action="store_true", help=hide)
+    add("--evidence", type=number(int, 0), default=6, help="number of evidence pictures to draw")
+    add("--out", type=Path, default=Path(__file__).resolve().parents[1] / "results", help="folder to write")
     return parser.parse_args(argv)
 
 

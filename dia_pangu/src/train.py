@@ -111,8 +111,7 @@ def model_config(args) -> dict:
 
 
 def dry_run(args, config):
-    """Print the parameters, what trains, and an estimate of the memory; every tensor is on the meta device,
-    nothing is loaded."""
+    """Print the parameters, what trains, and an estimate of the memory; nothing is loaded."""
     llm_config = AutoConfig.from_pretrained(args.lang_encoder_path, trust_remote_code=args.trust_remote_code)
     with torch.device("meta"):
         llm = AutoModelForCausalLM.from_config(llm_config)
@@ -124,40 +123,36 @@ def dry_run(args, config):
     print_model(model, names)
 
     # Frozen weights of the language model have the number format of the run, everything else is float32.
-    size = 2 if args.precision == "bf16" else 4
+    bytes_each, kind = (2, "bf16") if args.precision == "bf16" else (4, "float32")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.lang_model.parameters() if not p.requires_grad)
     rest = sum(p.numel() for p in model.parameters()) - frozen
     width, layers = llm_config.hidden_size, llm_config.num_hidden_layers
-    tokens = args.batch_size * min(config["max_length"], 320)
-    # Activations are about 18 widths per token and layer; with checkpointing, one per layer and one open
-    # layer.
-    kept = (layers + 18) if args.gradient_checkpointing else 18 * layers
-    kind = "bf16" if size == 2 else "float32"
+    sample = min(config["max_length"], 320)
+    tokens = args.batch_size * sample
+    # About 18 widths per token and layer; with checkpointing, one per layer and one open layer.
+    widths = (layers + 18) if args.gradient_checkpointing else 18 * layers
+    activations = bytes_each * widths * width * tokens
+    logits = 4 * 2 * llm_config.vocab_size * (tokens // 2)
     plan = {
-        f"weights ({kind}, what trains in float32)": size * frozen + 4 * rest,
+        f"weights ({kind}, what trains in float32)": bytes_each * frozen + 4 * rest,
         "gradients of what trains": 4 * trained,
         "AdamW state (two float32)": 8 * trained,
-        f"activations ({kind}, typical {tokens // args.batch_size} tokens a sample)": size
-        * kept
-        * width
-        * tokens,
-        "logits of the report (float32)": 4 * 2 * llm_config.vocab_size * (tokens // 2),
+        f"activations ({kind}, typical {sample} tokens a sample)": activations,
+        "logits of the report (float32)": logits,
     }
-    for what, size in plan.items():
-        print(f"  {what}: {size / 2**30:.2f} GiB")
+    for what, amount in plan.items():
+        print(f"  {what}: {amount / 2**30:.2f} GiB")
     print(
         f"  together {sum(plan.values()) / 2**30:.2f} GiB per process without sharding; this is an estimate, "
         "a run on a GPU prints its real peak"
     )
     model.to(torch.bfloat16 if args.precision == "bf16" else torch.float32)
-    _, gradients, _, activations, logits = plan.values()
-    print("\n".join(lines_of(table_of(model, gradients + activations + logits, 8))))
+    print("\n".join(lines_of(table_of(model, 4 * trained + activations + logits, 8))))
 
 
 def make_model(args, config):
-    """Build the model, load the start weights and set what trains; returns (model, prompt writer, names of
-    what trains)."""
+    """Return the model with its start weights, its prompt writer, and the names of what trains."""
     # Frozen weights are stored in the precision that they are used in.
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     model, text = build_model(
@@ -197,8 +192,7 @@ def make_model(args, config):
 
 
 def make_optimizer(model, args):
-    """Return AdamW over what trains, with the learning rate of the language model as a multiple of the
-    rest's."""
+    """Return AdamW over what trains; the language model has its own learning rate."""
     groups = parameter_groups(model.embedding_layer, args.lr, args.weight_decay, PLAIN)
     groups += parameter_groups(model.lang_model, args.lr * args.llm_lr_scale, args.weight_decay, PLAIN)
     return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.adam_beta2))
@@ -206,7 +200,6 @@ def make_optimizer(model, args):
 
 def make_sets(args, config, text):
     """Return the training and the validation set; only the training prompts get flips and hidden places."""
-    # Both sets see volumes and prompts in the same way ...
     options = {
         "grid": make_grid(config),
         "language": config["language"],
@@ -216,7 +209,6 @@ def make_sets(args, config, text):
         "seed": args.seed,
         "places": read_places(args.places) if args.places else None,
     }
-    # ... but only in training a status may be inverted or a place hidden.
     train_set = CTRGDataset(args.data, "train", flip=args.flip, hide_places=args.hide_places, **options)
     val_set = CTRGDataset(args.data, "val", **options)
     # A missing file shows before the first step, not in the middle of an epoch.
@@ -236,8 +228,9 @@ def loss_counts(batch) -> torch.Tensor:
 
 
 @torch.no_grad()
-def diagnose_all(model, loader, accelerator):
-    """Return probabilities and labels of the findings, both (N, 14), and the mean losses over a loader."""
+def evaluate(model, loader, accelerator) -> tuple[dict, np.ndarray, np.ndarray]:
+    """Return the validation losses with the findings' F1 at threshold 0.5, and their probabilities and
+    labels, both (N, 14)."""
     model.eval()
     probabilities, labels = [], []
     sums = torch.zeros(2, 2, device=accelerator.device)  # of the two losses, and what they are means over
@@ -252,23 +245,30 @@ def diagnose_all(model, loader, accelerator):
         labels.append(truth.cpu())
     model.train()
     sums = accelerator.reduce(sums, "sum")
-    losses = dict(zip(("lm_loss", "ctr_loss"), (sums[0] / sums[1].clamp(min=1)).tolist()))
-    return torch.cat(probabilities).numpy(), torch.cat(labels).numpy(), losses
-
-
-def evaluate(model, loader, accelerator) -> tuple[dict, np.ndarray, np.ndarray]:
-    """Return the validation losses with the findings' F1 at threshold 0.5, the probabilities and the
-    labels."""
-    probability, labels, losses = diagnose_all(model, loader, accelerator)
+    lm_loss, ctr_loss = (sums[0] / sums[1].clamp(min=1)).tolist()
+    probability, labels = torch.cat(probabilities).numpy(), torch.cat(labels).numpy()
     found = finding_scores(labels, probability >= 0.5)
-    scores = {**losses, "micro_f1": found["micro"]["F1"], "macro_f1": found["macro"]["F1"]}
+    scores = {"lm_loss": lm_loss, "ctr_loss": ctr_loss}
+    scores |= {"micro_f1": found["micro"]["F1"], "macro_f1": found["macro"]["F1"]}
     return scores, probability, labels
 
 
-def thresholds_of(probability, labels) -> tuple[list[float], dict]:
-    """Return calibrated thresholds, and the scores with them on the volumes they were calibrated on."""
-    thresholds = calibrate(probability, labels)
-    return thresholds, finding_scores(labels, probability >= np.array(thresholds))
+def evaluate_and_save(model, loader, accelerator, folder, config, names) -> dict:
+    """Write the model folder, and return the validation scores. names: of what has trained."""
+    # The validation volumes also give the thresholds that test.py uses.
+    scores, probability, labels = evaluate(model, loader, accelerator)
+    config["thresholds"] = calibrate(probability, labels)
+    calibrated = finding_scores(labels, probability >= np.array(config["thresholds"]))
+    micro = scores["micro_f1"], calibrated["micro"]["F1"]
+    accelerator.print("validation micro-F1 {:.3f} at threshold 0.5, {:.3f} calibrated on it".format(*micro))
+
+    # Upstream's file name and keys. metrics.json comes last: with it a folder is complete.
+    weights = export_state(accelerator, model)  # all processes take part, in case the model is sharded
+    if accelerator.is_main_process:
+        save_model(weights, folder, config)
+        metrics = {"validation": scores, "validation_calibrated": calibrated, "trained": names}
+        atomic_json(folder / "metrics.json", metrics)
+    return scores
 
 
 def main(args):
@@ -330,18 +330,7 @@ def main(args):
     if text.cut:
         accelerator.print(f"{text.cut} times a report was longer than max_length tokens and was cut")
 
-    # The validation volumes also give the thresholds that test.py uses.
-    scores, probability, labels = evaluate(model, val_loader, accelerator)
-    config["thresholds"], calibrated = thresholds_of(probability, labels)
-    micro = scores["micro_f1"], calibrated["micro"]["F1"]
-    accelerator.print("validation micro-F1 {:.3f} at threshold 0.5, {:.3f} calibrated on it".format(*micro))
-
-    # Upstream's file name and keys. metrics.json comes last: with it a folder is complete.
-    weights = export_state(accelerator, model)  # all processes take part, in case the model is sharded
-    if accelerator.is_main_process:
-        save_model(weights, folder, config)
-        metrics = {"validation": scores, "validation_calibrated": calibrated, "trained": names}
-        atomic_json(folder / "metrics.json", metrics)
+    scores = evaluate_and_save(model, val_loader, accelerator, folder, config, names)
     if accelerator.device.type != "cpu":
         accelerator.print(f"peak memory {torch.accelerator.max_memory_allocated() / 2**30:.1f} GiB")
     finish(run, **{f"eval_{key}": value for key, value in scores.items()})
@@ -350,113 +339,53 @@ def main(args):
 def add_data_arguments(parser):
     """Add the flags of volumes, reports and prompts."""
     fraction = number(float, 0, 1)
-    group = parser.add_argument_group("data")
-    group.add_argument("--data", required=True, help="folder in the CTRG format")
-    group.add_argument("--cache", help="folder for prepared volumes, which makes the second epoch fast")
-    group.add_argument(
-        "--limit", type=number(int, 0), default=0, help="use only the first samples of each split; 0: all"
-    )
-    group.add_argument(
-        "--skip-bad",
-        action="store_true",
-        help="read every sample first and leave out those that cannot be used",
-    )
+    add = parser.add_argument_group("data").add_argument
+    add("--data", required=True, help="folder in the CTRG format")
+    add("--cache", help="folder for prepared volumes, which makes the second epoch fast")
+    add("--limit", type=number(int, 0), default=0, help="use only the first samples of each split; 0: all")
+    add("--skip-bad", action="store_true", help="read all samples first, leave out those that cannot be used")
     # What the prompt says of each finding, beside its status.
-    group.add_argument(
+    add(
         "--places",
-        help="places.json beside the evidence head named in --start; prompts then name the side and the "
-        "place that the head sees",
+        help="places.json beside the evidence head of --start; prompts then say where a finding is",
     )
-    group.add_argument(
-        "--hide-places",
-        type=fraction,
-        default=0.0,
-        help="fraction of the findings whose side and place the training prompt leaves out, so that the "
-        "report has to take them from the image tokens",
-    )
-    group.add_argument(
-        "--key-weight",
-        type=number(float, 0),
-        default=1.0,
-        help="weight in the loss of the words that name side and place; upstream intends 3",
-    )
-    group.add_argument(
-        "--flip",
-        type=fraction,
-        default=0.0,
-        help="fraction of the true statuses that are inverted in the training prompts",
-    )
+    hide = "share of the findings whose place the training prompt hides, to be taken from the image tokens"
+    add("--hide-places", type=fraction, default=0.0, help=hide)
+    weight = "weight in the loss of the words that name side and place; upstream intends 3"
+    add("--key-weight", type=number(float, 0), default=1.0, help=weight)
+    add("--flip", type=fraction, default=0.0, help="share of the statuses that training prompts invert")
 
 
 def add_training_arguments(parser):
     """Add the flags that say what trains and from what it starts."""
-    group = parser.add_argument_group("what trains")
-    group.add_argument(
-        "--stage", choices=TRAINED, default="pre", help="pre: the Perceiver; ft: LoRA and the embedding layer"
-    )
+    fraction = number(float, 0, 1)
+    add = parser.add_argument_group("what trains").add_argument
+    stages = "pre: the Perceiver; ft: LoRA and the embedding layer"
+    add("--stage", choices=TRAINED, default="pre", help=stages)
     # Upstream names one Dia-LLaMA file in its code; RadFM keeps ViT and Perceiver in two.
-    group.add_argument(
-        "--start",
-        nargs="*",
-        default=[],
-        help="files or folders with start weights of the vision part: Dia-LLaMA, Dia-Pangu or RadFM",
-    )
-    group.add_argument(
-        "--take",
-        choices=("vision", "all"),
-        default="vision",
-        help="what to take from --start; all: also the language model and LoRA, which only a Dia-Pangu "
-        "checkpoint of the same language model should give",
-    )
-    group.add_argument(
-        "--train",
-        nargs="+",
-        help="parts of parameter names to train instead of the stage's own: "
-        + "; ".join(f"{stage}: {' '.join(parts)}" for stage, parts in TRAINED.items()),
-    )
-    group.add_argument(
-        "--freeze",
-        nargs="+",
-        default=[],
-        help="parts of parameter names to leave out, such as vision_encoder",
-    )
+    files = "files or folders with start weights of the vision part: Dia-LLaMA, Dia-Pangu or RadFM"
+    add("--start", nargs="*", default=[], help=files)
+    take = "what to take from --start; all: also language model and LoRA, of a checkpoint with the same model"
+    add("--take", choices=("vision", "all"), default="vision", help=take)
+    usual = "; ".join(f"{stage}: {' '.join(parts)}" for stage, parts in TRAINED.items())
+    add("--train", nargs="+", help=f"parts of parameter names to train instead of the stage's own ({usual})")
+    add("--freeze", nargs="+", default=[], help="parts of parameter names to leave out, as vision_encoder")
     # LoRA of the language model, with upstream's values.
-    group.add_argument("--lora-r", type=number(int, 1), default=LORA["r"], help="rank of LoRA")
-    group.add_argument(
-        "--lora-alpha",
-        type=number(int, 1),
-        default=LORA["alpha"],
-        help="alpha of LoRA; its scale is alpha / rank",
+    add("--lora-r", type=number(int, 1), default=LORA["r"], help="rank of LoRA")
+    add(
+        "--lora-alpha", type=number(int, 1), default=LORA["alpha"], help="alpha of LoRA, scale = alpha / rank"
     )
-    group.add_argument(
-        "--lora-dropout", type=number(float, 0, 1), default=LORA["dropout"], help="dropout in front of LoRA"
-    )
-    group.add_argument(
-        "--lora-targets", nargs="+", default=LORA["targets"], help="linear layers that get LoRA"
-    )
+    add("--lora-dropout", type=fraction, default=LORA["dropout"], help="dropout in front of LoRA")
+    add("--lora-targets", nargs="+", default=LORA["targets"], help="linear layers that get LoRA")
     # AdamW beyond the shared run flags.
-    group.add_argument(
-        "--llm-lr-scale",
-        type=number(float, 0),
-        default=1.0,
-        help="learning rate of the language model's trained part as a multiple of --lr",
-    )
-    group.add_argument(
-        "--lr-scheduler-type",
-        choices=SCHEDULES,
-        default="constant_with_warmup",
-        help="learning rate schedule",
-    )
-    group.add_argument("--adam-beta2", type=number(float, 0, 1), default=0.999, help="beta 2 of AdamW")
-    group.add_argument(
-        "--gradient-checkpointing",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="recompute the language model's layers in the backward pass, which saves memory",
-    )
-    group.add_argument(
-        "--dry-run", action="store_true", help="print the parameters and a memory plan, load nothing"
-    )
+    scale = "learning rate of the language model's trained part as a multiple of --lr"
+    add("--llm-lr-scale", type=number(float, 0), default=1.0, help=scale)
+    schedule = "learning rate schedule"
+    add("--lr-scheduler-type", choices=SCHEDULES, default="constant_with_warmup", help=schedule)
+    add("--adam-beta2", type=fraction, default=0.999, help="beta 2 of AdamW")
+    saving = "recompute the language model's layers in the backward pass, which saves memory"
+    add("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=False, help=saving)
+    add("--dry-run", action="store_true", help="print the parameters and a memory plan, load nothing")
 
 
 def parse_args(argv=None):

@@ -1,5 +1,4 @@
-"""Forty kinds of scan files, made up and small, through the reader: what comes out, and what is said about
-it.
+"""Forty-six kinds of made-up scan files through the reader: what comes out, and what is said about it.
 
     python studies/dia_pangu/scan_kinds.py          prints the table of RESULTS.md
 
@@ -50,6 +49,9 @@ def nifti_kinds(place: Path):
         yield written(f"uint16, HU + {offset}", (hu + offset).clip(0).astype(np.uint16))
     yield written("uint8, 0 to 255", ((hu + 1350) / 1500 * 255).clip(0, 255).astype(np.uint8))
     yield written("float, 0 to 1", ((hu + 1000) / 1400).clip(0, 1))
+    yield written("-HU (air bright)", -whole)
+    yield written("uint16, 3071 - HU", (3071 - hu).clip(0).astype(np.uint16))
+    yield written("uint8, 255 - grey", 255 - ((hu + 1350) / 1500 * 255).clip(0, 255).astype(np.uint8))
     yield written("z-scores", (hu - hu.mean()) / hu.std())
     yield written("soft-tissue window, -160 to 240", hu.clip(-160, 240))
     yield written("mask", (hu > 0).astype(np.uint8))
@@ -69,10 +71,13 @@ def nifti_kinds(place: Path):
     yield "Analyze", place / "a.img"
     nibabel.save(nibabel.MGHImage(hu, RAS), place / "a.mgz")
     yield "MGH", place / "a.mgz"
-    (place / "jpg").mkdir()
+    for name in ("jpg", "png"):
+        (place / name).mkdir()
     for k, plane in enumerate(((hu + 1000) / 1400 * 255).clip(0, 255).astype(np.uint8).transpose(2, 1, 0)):
         Image.fromarray(plane).save(place / f"jpg/{k + 1}.jpg", quality=90)
+        Image.fromarray((hu[..., k].T + 32768).astype(np.uint16)).save(place / f"png/{k + 1}.png")
     yield "CTRG: a folder of JPG slices", place / "jpg"
+    yield "a folder of 16-bit PNG slices, HU + 32768", place / "png"
 
 
 def dicom_kinds(place: Path):
@@ -105,6 +110,8 @@ def dicom_kinds(place: Path):
     yield "two slices missing", series(place / "gap", change=lambda d, n: n not in (9, 10))
     bare = {"RescaleSlope": None, "RescaleIntercept": None}
     yield "no rescale tags, stored HU + 1024", series(place / "bare", **bare)
+    upside_down = {"RescaleSlope": -1, "RescaleIntercept": 1024}
+    yield "RescaleSlope of -1: air bright", series(place / "inverted", **upside_down)
     yield "empty RescaleSlope", series(place / "slope", change=without("RescaleSlope"))
     yield "empty PixelSpacing", series(place / "spacing", change=without("PixelSpacing"))
     yield "empty position in one slice", series(place / "place", change=without("ImagePositionPatient", 5))

@@ -21,14 +21,11 @@ from common.errors import UserError
 from common.files import read_json, reading
 from common.run import progress
 from dia_pangu.src.Dataset.preprocess import Grid, load_scan, patch_labels
-from dia_pangu.src.Dataset.prompt import COLUMNS, FINDINGS, ReportText
+from dia_pangu.src.Dataset.prompt import COLUMNS, FINDINGS, PLACES, SIDES, ReportText, pad_texts
 from dia_pangu.src.Dataset.verdict import say
 
 SPLITS = ("train", "val", "test")
-CODES = {  # blank, present, absent, uncertain
-    **{"": 0, "0": 0, "0.0": 0, "1": 1, "1.0": 1},
-    **{"2": 2, "2.0": 2, "3": 3, "3.0": 3},
-}
+CODES = {"": 0} | {f"{code}{end}": code for code in range(4) for end in ("", ".0")}
 
 
 def find_one(folder: Path, names, what: str) -> Path:
@@ -70,7 +67,7 @@ def read_labels(folder) -> tuple[Path, dict]:
     path = find_one(Path(folder), ("CTRG_finding_labels.csv", "*finding_labels*.csv"), "label csv")
     with reading(path, "csv file"), open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
-        fields = [str(field).strip() for field in reader.fieldnames or []]
+        fields = reader.fieldnames = [str(field).strip() for field in reader.fieldnames or []]
         missing = [column for column in ("id", *COLUMNS) if column not in fields]
         if missing:
             raise UserError(f"{path}: column {missing[0]} is missing; expected id and {', '.join(COLUMNS)}")
@@ -84,26 +81,32 @@ def read_labels(folder) -> tuple[Path, dict]:
                 raise UserError(
                     f"{path}: line {line}: {wrong[0]}; codes are 0 blank, 1 present, 2 absent, 3 uncertain"
                 )
-            labels[str(row["id"]).strip()] = [CODES[code] for code in codes]
+            name, codes = row["id"].strip(), [CODES[code] for code in codes]
+            if labels.setdefault(name, codes) != codes:
+                raise UserError(f"{path}: line {line}: id {name} stands twice, with other codes")
     return path, labels
 
 
 def read_places(path) -> dict:
-    """Return {id: {finding: (side, place)}} from a places.json, which studies/dia_pangu/pretrain_vit.py
-    writes."""
-    places = read_json(path, dict)
+    """Return {id: {finding: (side, place)}} from the places.json of studies/dia_pangu/pretrain_vit.py."""
+    known = {"", *SIDES, *PLACES}
     with reading(path, "places file"):
-        return {
+        places = {
             name: {finding: (side, place) for finding, (side, place) in found.items()}
-            for name, found in places.items()
+            for name, found in read_json(path, dict).items()
         }
+        for name, found in places.items():
+            words = {word for at in found.values() for word in at}
+            if not set(found) <= set(FINDINGS) or not words <= known:
+                raise UserError(f"{path}: {name} has a finding, side or place that is none ({found})")
+    return places
 
 
 class CTRGDataset(Dataset):
     """The volumes, labels and reports of one partition.
 
     A sample holds id, report, cls_labels (14,) with 1 = present, vision_x (1, 3, H, W, D) float32 in [0, 1]
-    with its verdict, and text, the ids of prompt and report that `text` writes.
+    with its path and its verdict, and text, the ids of prompt and report that `text` writes.
 
     data: folder in the CTRG format. split: train, val or test. grid: what the model sees. cache: folder for
     prepared volumes. flip: fraction of the statuses in the prompt that are inverted, because the model's own
@@ -155,8 +158,7 @@ class CTRGDataset(Dataset):
         self.epoch = epoch
 
     def path(self, name: str, folder: Path | None = None) -> Path:
-        """Return the file or DICOM folder of an id in `folder` (default: the volumes), whether it exists or
-        not."""
+        """Return the file or folder of an id in `folder` (default: the volumes), whether it exists or not."""
         if Path(name).name != name or name in ("", ".", ".."):
             raise UserError(f"{self.annotation}: id {name!r} is not a plain name")
         folder = folder or self.folder
@@ -176,8 +178,7 @@ class CTRGDataset(Dataset):
         return (np.array(self.codes(self.items[index]["id"])) == 1).astype(np.int64)
 
     def check(self):
-        """Raise UserError for the first item without report, label row or volume; what a volume holds is seen
-        when it is read."""
+        """Raise UserError for the first item without report, label row or volume; no volume is read."""
         for item in self.items:
             self.report(item)
             self.codes(item["id"])
@@ -202,9 +203,10 @@ class CTRGDataset(Dataset):
         labels = self.statuses(index)
         out = {"id": name, "report": report, "cls_labels": torch.from_numpy(labels)}
         if self.vision:
-            volume, out["verdict"] = load_scan(self.path(name), self.grid, self.cache)
+            out["path"] = str(self.path(name))
+            volume, out["verdict"] = load_scan(out["path"], self.grid, self.cache)
             out["vision_x"] = volume[None]
-            say(self.path(name), out["verdict"].notes, once_per_kind=True)
+            say(out["path"], out["verdict"].notes, once_per_kind=True)
         if self.text is not None:
             rng = np.random.default_rng([self.seed, self.epoch, index])
             statuses = np.where(rng.random(len(FINDINGS)) < self.flip, 1 - labels, labels)
@@ -230,8 +232,7 @@ class CTRGDataset(Dataset):
             return {"error": str(error), "index": index}
 
     def drop_bad(self, workers: int = 0):
-        """Read every sample once, leave out those that cannot be used, and print how many; this also fills
-        the cache."""
+        """Read every sample once, which fills the cache, and leave out those that cannot be used."""
         # Its own generator, so that checking does not change what the training draws afterwards.
         loader = DataLoader(
             self,
@@ -266,16 +267,12 @@ def collate(samples: list[dict]) -> dict:
     errors = [sample["error"] for sample in samples if "error" in sample]
     if errors:
         return {"error": errors[0]}
-    batch = {key: [s[key] for s in samples] for key in ("id", "report", "verdict") if key in samples[0]}
+    batch = {
+        key: [s[key] for s in samples] for key in ("id", "path", "report", "verdict") if key in samples[0]
+    }
     for key in ("vision_x", "cls_labels", "patch_labels"):
         if key in samples[0]:
             batch[key] = torch.stack([sample[key] for sample in samples])
     if "text" in samples[0]:
-        width = max(len(sample["text"]["lang_x"]) for sample in samples)
-        fills = {"lang_x": 0, "attention_mask": 0, "labels": -100, "loss_reweight": 0.0}
-        for key in samples[0]["text"]:
-            rows = [
-                sample["text"][key] + [fills[key]] * (width - len(sample["text"][key])) for sample in samples
-            ]
-            batch[key] = torch.tensor(rows)
+        batch |= pad_texts([sample["text"] for sample in samples])
     return batch

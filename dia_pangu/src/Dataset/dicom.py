@@ -34,31 +34,13 @@ DECODERS = {
 DICOMDIR = "1.2.840.10008.1.3.10"
 # Tags that tell two acquisitions under one series UID apart, tried in this order.
 PHASES = (
-    "AcquisitionNumber",
-    "TemporalPositionIdentifier",
-    "TemporalPositionIndex",
-    "NominalPercentageOfCardiacPhase",
-    "TriggerTime",
-    "ConvolutionKernel",
-    "KVP",
-    "ImageType",
-    "SeriesNumber",
-    "SeriesDescription",
-    "ContrastBolusAgent",
-    "ReconstructionDiameter",
-    "SliceThickness",
-    "AcquisitionDateTime",
-    "AcquisitionTime",
-    "ContentTime",
+    *("AcquisitionNumber", "TemporalPositionIdentifier", "TemporalPositionIndex"),
+    *("NominalPercentageOfCardiacPhase", "TriggerTime", "ConvolutionKernel", "KVP", "ImageType"),
+    *("SeriesNumber", "SeriesDescription", "ContrastBolusAgent", "ReconstructionDiameter", "SliceThickness"),
+    *("AcquisitionDateTime", "AcquisitionTime", "ContentTime"),
 )
-WORDS = (
-    "Modality",
-    "SeriesInstanceUID",
-    "SeriesDescription",
-    "ProtocolName",
-    "BodyPartExamined",
-    "SOPClassUID",
-)
+DESCRIPTION = ("SeriesDescription", "ProtocolName", "BodyPartExamined")
+WORDS = ("Modality", "SeriesInstanceUID", *DESCRIPTION, "SOPClassUID")
 GEOMETRY = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness")
 TAGS = [
     *(*WORDS, *GEOMETRY, *PHASES, "Rows", "Columns", "NumberOfFrames", "RescaleSlope", "RescaleIntercept"),
@@ -69,8 +51,7 @@ CHEST = ("chest", "thorax", "thorac", "lung", "torax", "pulmo", "胸", "肺")
 ELSEWHERE = ("head", "brain", "skull", "neck", "abdomen", "pelvis", "knee", "spine", "foot", "ankle", "hand")
 RULES = (
     "chosen are: a chest by its words before others, original before derived images, 15 cm of length and "
-    "more, "
-    "then the most slices, then the first in the table"
+    "more, then the most slices, then the first in the table"
 )
 
 
@@ -119,8 +100,7 @@ class Series:
         return float(height.max() - height.min())
 
     def text(self) -> str:
-        names = ("SeriesDescription", "ProtocolName", "BodyPartExamined")
-        return " ".join(str(self.words.get(name, "")) for name in names).lower()
+        return " ".join(str(self.words.get(name, "")) for name in DESCRIPTION).lower()
 
     def rank(self) -> tuple:
         """Return what the series are sorted by; the smallest is taken. See RULES."""
@@ -156,19 +136,20 @@ def quiet():
         yield
 
 
-def open_tags(path: Path):
-    """Return the tags of a DICOM file without its pixels, or None for a file of another kind.
-
-    A file without the preamble is DICOM where it begins with a low group number, as all DICOM does.
-    """
-    pydicom = need_pydicom()
-    with open(path, "rb") as file:
+def is_dicom(path: Path) -> bool:
+    """Return whether a file is DICOM: by its preamble, or because it begins with a low group number."""
+    with reading(path, "file"), open(path, "rb") as file:
         head = file.read(132)
-    bare = head[:2] in (b"\x02\x00", b"\x08\x00")
-    if head[128:] != b"DICM" and not bare:
+    return head[128:] == b"DICM" or head[:2] in (b"\x02\x00", b"\x08\x00")
+
+
+def open_tags(path: Path):
+    """Return the tags of a DICOM file without its pixels, or None for a file of another kind."""
+    pydicom = need_pydicom()
+    if not is_dicom(path):
         return None
     with reading(path, "DICOM file"), quiet():
-        return pydicom.dcmread(path, stop_before_pixels=True, specific_tags=TAGS, force=bare)
+        return pydicom.dcmread(path, stop_before_pixels=True, specific_tags=TAGS, force=True)
 
 
 def numbers(value, count: int) -> np.ndarray | None:
@@ -187,8 +168,7 @@ def number(value) -> float | None:
 
 
 def make_slice(path: Path, data, frame: int | None, groups: list) -> Slice:
-    """Return a slice from the tags of a file. groups: data sets that are asked first, the frame's own before
-    the shared ones."""
+    """Return a slice from tags. groups: what is asked first, the frame's before the shared ones."""
 
     def get(name):
         for group in (*groups, data):
@@ -303,7 +283,7 @@ def judge_series(series: Series) -> Series:
     return series
 
 
-def choose_series(found: list[Series], wanted, folder, show: bool = True) -> Series:
+def choose_series(found: list[Series], wanted, folder) -> Series:
     """Return the series to read. wanted: its number in the table, or the end of its UID; None: the best by
     RULES. The table of all is printed where there is a choice."""
     found = sorted(found, key=lambda s: (bool(s.reason), s.rank()))
@@ -324,7 +304,7 @@ def choose_series(found: list[Series], wanted, folder, show: bool = True) -> Ser
     if not usable:
         reasons = "; ".join(dict.fromkeys(series.reason for series in found))
         raise UserError(f"{folder}: no CT volume among {len(found)} series ({reasons})")
-    if len(usable) > 1 and show:
+    if len(usable) > 1:
         print(
             f"{folder}: {len(found)} series, number 1 is taken (--series takes another); {RULES}",
             file=sys.stderr,
@@ -401,48 +381,47 @@ def read_pixels(part: Slice, frames: dict) -> tuple[np.ndarray, np.ndarray]:
 
     frames: kept between calls, so that a multi-frame file is decoded once.
     """
-    pydicom = need_pydicom()
     if part.path not in frames:
         frames.clear()
-        declared = 2 * part.shape[0] * part.shape[1] * part.frames
-        check_size(part.path, "its header", declared, part.path.stat().st_size)
-        with reading(part.path, "DICOM file"), quiet():
-            data = pydicom.dcmread(part.path, force=True)
-            syntax = str(getattr(data.file_meta, "TransferSyntaxUID", "") or "")
-        need_decoder(part.path, syntax)
-        colours = str(data.get("PhotometricInterpretation") or "MONOCHROME2")
-        if not colours.startswith("MONOCHROME"):
-            raise UserError(
-                f"{part.path}: its pixels are colours ({colours}), no CT values; give the CT itself"
-            )
-        try:
-            if not syntax:
-                data.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
-                if data.original_encoding[0]:
-                    data.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian
-            with quiet():
-                frames[part.path] = data.pixel_array, number(data.get("PixelPaddingValue"))
-        except Exception as error:  # decoders of foreign files raise anything
-            raise UserError(f"{part.path}: not a usable CT slice ({first_line(error)})") from error
-    stored, padding = frames[part.path]
+        frames[part.path] = decode_file(part)
+    stored, low, high = frames[part.path]
     stored = stored if part.frame is None else stored[part.frame]
     if stored.shape != part.shape:
         raise UserError(
             f"{part.path}: pixels are {stored.shape}, Rows and Columns say {part.shape}; no CT slice"
         )
-    value = stored.astype(np.float32) * (part.slope if part.slope is not None else 1.0) + (part.offset or 0.0)
-    empty = stored == padding if padding is not None else np.zeros(stored.shape, bool)
-    return value.astype(np.float32), empty
+    slope = 1.0 if part.slope is None else part.slope
+    value = stored.astype(np.float32) * slope + (part.offset or 0.0)
+    return value.astype(np.float32), (stored >= low) & (stored <= high)
 
 
-def need_decoder(path, syntax: str):
-    """Raise UserError that names the package where the decoder of a transfer syntax is not installed."""
+def decode_file(part: Slice) -> tuple[np.ndarray, float, float]:
+    """Return the stored pixels of a slice's file, and the lowest and the highest value that are padding."""
     pydicom = need_pydicom()
-    if syntax not in DECODERS:
-        return
-    name, package = DECODERS[syntax]
-    if not pydicom.pixels.get_decoder(syntax).is_available:
-        raise UserError(f"{path}: {name} needs a decoder; pip install {package} (extra [dicom])")
+    declared = 2 * part.shape[0] * part.shape[1] * part.frames
+    check_size(part.path, "its header", declared, part.path.stat().st_size)
+    with reading(part.path, "DICOM file"), quiet():
+        data = pydicom.dcmread(part.path, force=True)
+        syntax = str(getattr(data.file_meta, "TransferSyntaxUID", "") or "")
+    if syntax in DECODERS and not pydicom.pixels.get_decoder(syntax).is_available:
+        name, package = DECODERS[syntax]
+        raise UserError(f"{part.path}: {name} needs a decoder; pip install {package} (extra [dicom])")
+    colours = str(data.get("PhotometricInterpretation") or "MONOCHROME2")
+    if not colours.startswith("MONOCHROME"):
+        raise UserError(f"{part.path}: its pixels are colours ({colours}), no CT values; give the CT itself")
+    if not syntax:  # a file without preamble
+        implicit = data.original_encoding[0]
+        form = "ImplicitVRLittleEndian" if implicit else "ExplicitVRLittleEndian"
+        data.file_meta.TransferSyntaxUID = getattr(pydicom.uid, form)
+    padding, limit = number(data.get("PixelPaddingValue")), number(data.get("PixelPaddingRangeLimit"))
+    low, high = np.inf, -np.inf
+    if padding is not None:
+        low, high = sorted((padding, padding if limit is None else limit))
+    try:
+        with quiet():
+            return data.pixel_array, low, high
+    except Exception as error:  # decoders of foreign files raise anything
+        raise UserError(f"{part.path}: not a usable CT slice ({first_line(error)})") from error
 
 
 def decode(groups: list[list[Slice]], folder, verdict: Verdict) -> tuple[np.ndarray, np.ndarray]:
@@ -466,8 +445,7 @@ def decode(groups: list[list[Slice]], folder, verdict: Verdict) -> tuple[np.ndar
 
 
 def even(volume: np.ndarray, height: np.ndarray, step: float) -> np.ndarray:
-    """Return a volume (X, Y, Z) of slices at uneven heights, resampled linearly to even steps from the
-    first."""
+    """Return a volume (X, Y, Z) of uneven slices, resampled linearly to even steps from the first."""
     target = np.arange(height[0], height[-1] + 0.01 * step, step)
     after = np.clip(np.searchsorted(height, target), 1, len(height) - 1)
     share = (target - height[after - 1]) / (height[after] - height[after - 1])
@@ -512,6 +490,8 @@ def build(chosen: Series, folder, verdict: Verdict) -> tuple[np.ndarray, np.ndar
     for part in chosen.slices:
         if part.missing():
             raise UserError(f"{part.path}: {part.missing()} is missing or empty; repair or remove the slice")
+        if part.slope == 0:
+            raise UserError(f"{part.path}: RescaleSlope is 0; repair or remove the slice")
     if any(not np.allclose(part.pixel_mm, chosen.slices[0].pixel_mm, rtol=1e-3) for part in chosen.slices):
         raise UserError(f"{folder}: PixelSpacing differs between the slices of one series; give one series")
     given = {part.slope is not None for part in chosen.slices}, {p.offset is not None for p in chosen.slices}

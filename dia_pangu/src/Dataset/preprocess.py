@@ -7,7 +7,6 @@ mm along the same axes.
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from common.checkpoint import atomic_json, atomic_path
 from common.errors import UserError
 from dia_pangu.src.Dataset.scan import read_ct, read_hu, read_labels_volume, read_nifti, read_scan  # noqa: F401  read_hu and read_nifti are used from here
 from dia_pangu.src.Dataset.verdict import AIR_HU, OTHER, Verdict, say
@@ -28,8 +28,7 @@ PREPROCESS = ("windows", "upstream")
 
 @dataclass(frozen=True)
 class Grid:
-    """What the model sees: the size in voxels (H, W, D), the field of view in mm along the same axes, and the
-    preparation."""
+    """What the model sees: size in voxels (H, W, D), field of view in mm along these axes, preparation."""
 
     size: tuple = (256, 256, 64)
     fov_mm: tuple = (384.0, 384.0, 320.0)
@@ -145,17 +144,10 @@ def cached(path, cache, settings: str, make):
         facts = json.loads(stored.with_suffix(".json").read_text(encoding="utf-8"))
         return np.load(stored), Verdict(**facts) if facts else None
     made, verdict = make()
-    stored.parent.mkdir(parents=True, exist_ok=True)
     # The verdict is there before the array, so that an array never stands alone.
-    facts = json.dumps(asdict(verdict) if verdict else None, ensure_ascii=False)
-    for target, write in (
-        (stored.with_suffix(".json"), lambda file: file.write(facts.encode())),
-        (stored, lambda file: np.save(file, made)),
-    ):
-        temporary = target.with_suffix(f".{os.getpid()}.tmp")
-        with open(temporary, "wb") as file:
-            write(file)
-        os.replace(temporary, target)
+    atomic_json(stored.with_suffix(".json"), asdict(verdict) if verdict else None)
+    with atomic_path(stored) as temporary:
+        np.save(temporary, made)
     return made, verdict
 
 

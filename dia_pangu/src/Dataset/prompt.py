@@ -99,8 +99,7 @@ def status_text(statuses, language: str, places: dict | None = None, layout: str
 
 
 def prompt_phrases(language: str) -> list[str]:
-    """Return every sentence that a prompt can hold, and the guide; the built-in tokenizer keeps each as one
-    token."""
+    """Return every sentence of a prompt and the guide; the built-in tokenizer keeps each as one token."""
     plain = [status_sentence(c, status, language) for c in range(len(FINDINGS)) for status in (0, 1)]
     placed = [
         status_sentence(FINDINGS.index(name), 1, language, (side, place))
@@ -109,6 +108,21 @@ def prompt_phrases(language: str) -> list[str]:
         for place in PLACES
     ]
     return [*plain, *placed, GUIDES[language]]
+
+
+def pad_texts(samples: list[dict], pad_id: int = 0, left: bool = False, length: int | None = None) -> dict:
+    """Join samples of `ReportText.sample` to tensors (B, longest) or (B, length); `left` puts the padding
+    before the text, for generation."""
+    width = length or max(len(sample["lang_x"]) for sample in samples)
+    fills = {"lang_x": pad_id, "attention_mask": 0, "labels": -100, "loss_reweight": 0.0}
+    out = {}
+    for key in samples[0]:
+        rows = []
+        for sample in samples:
+            padding = [fills[key]] * (width - len(sample[key]))
+            rows.append(padding + sample[key] if left else sample[key] + padding)
+        out[key] = torch.tensor(rows)
+    return out
 
 
 class ReportText:
@@ -203,8 +217,7 @@ class ReportText:
         return {"lang_x": ids, "attention_mask": mask, "labels": labels, **weighed}
 
     def weight(self, label: int) -> float:
-        """Return the weight of a label in the loss: 0 for -100, key_weight for a side or a place, 1 for
-        everything else."""
+        """Return the weight of a label in the loss: 0 for -100, key_weight for a side or place, else 1."""
         if label not in self.weights:
             piece = self.tokenizer.decode([label]).strip() if label >= 0 else ""
             named = piece.lower() in (*SIDES, *PLACES) or any(word in piece for word in PLACES_CN.values())
@@ -212,19 +225,11 @@ class ReportText:
         return self.weights[label]
 
     def pad(self, samples: list[dict], left: bool = False, length: int | None = None) -> dict:
-        """Join samples to tensors (B, longest) or (B, length); `left` puts the padding before the text, for
-        generation."""
-        width = length or max(len(sample["lang_x"]) for sample in samples)
-        fill = {"lang_x": self.pad_id, "attention_mask": 0, "labels": -100, "loss_reweight": 0.0}
-        out = {}
-        for key in samples[0]:
-            rows = [[fill[key]] * (width - len(s[key])) for s in samples]
-            out[key] = torch.tensor([pad + s[key] if left else s[key] + pad for s, pad in zip(samples, rows)])
-        return out
+        """Join samples with `pad_texts`, with the tokenizer's pad token."""
+        return pad_texts(samples, self.pad_id, left, length)
 
     def spoken(self, ids: list[int]) -> list[int]:
-        """Return ids without what stands from THINKING to the next SPEAKING, or to the end, and without marks
-        that stand alone."""
+        """Return ids without what stands from THINKING to SPEAKING or to the end, and without these marks."""
         begin, end = (self.mark_id(mark) for mark in (THINKING, SPEAKING))
         out, thinking = [], False
         for token in ids:

@@ -19,17 +19,8 @@ from scipy.ndimage import affine_transform
 
 from common.errors import UserError
 from common.files import check_size, inside, reading
-from dia_pangu.src.Dataset.dicom import read_dicom
-from dia_pangu.src.Dataset.verdict import (
-    AIR_HU,
-    HU,
-    Verdict,
-    judge_chest,
-    judge_values,
-    require_hu,
-    say,
-    to_mm,
-)
+from dia_pangu.src.Dataset.dicom import is_dicom, read_dicom
+from dia_pangu.src.Dataset.verdict import AIR_HU, Verdict, judge_chest, judge_values, require_hu, say, to_mm
 
 NIFTI = (".nii", ".nii.gz", ".img", ".hdr", ".img.gz", ".hdr.gz", ".mgh", ".mgz")
 ITK = (".mha", ".mhd", ".nrrd", ".nhdr")
@@ -41,8 +32,7 @@ PACKED = (".gz", ".mgz", ".bz2", ".zst")
 
 @dataclass
 class Scan:
-    """voxels: (X, Y, Z) as stored, rescaled by the header. affine: voxel to RAS mm. verdict: what is
-    known."""
+    """voxels: (X, Y, Z), rescaled by the header. affine: voxel to RAS mm. verdict: what is known."""
 
     voxels: np.ndarray
     affine: np.ndarray
@@ -74,8 +64,7 @@ def check_header(path, shape, bytes_each: int, stored: int, packed: bool):
 
 
 def plain(voxels: np.ndarray, path) -> np.ndarray:
-    """Return real voxels with three axes; UserError for colours, complex numbers, phases and single
-    slices."""
+    """Return real voxels with three axes; UserError for colours, complex numbers, phases, one slice."""
     if voxels.dtype.names or voxels.dtype.kind not in "iufb":
         kind = "colours" if voxels.dtype.names else f"{voxels.dtype} numbers"
         raise UserError(f"{path}: voxels are {kind}, no CT values; give the CT itself")
@@ -98,11 +87,29 @@ def open_nifti(path):
     if not path.is_file():
         raise UserError(f"{path}: no such volume; the annotation names an id without a file")
     with reading(path, "NIfTI file; was the copy cut short?"):
+        with open(path, "rb") as file:
+            packed = file.read(2) == b"\x1f\x8b"
+        if packed != path.name.lower().endswith((".gz", ".mgz")):
+            is_not = "compressed; name it .nii.gz" if packed else "not compressed, although its name says so"
+            raise UserError(f"{path}: the file is {is_not}")
         image = nibabel.load(path)
         file = Path(image.file_map["image"].filename)
         stored, each = file.stat().st_size, image.get_data_dtype().itemsize
     check_header(path, image.shape, each, stored, file.name.lower().endswith(PACKED))
+    if isinstance(image, nibabel.AnalyzeImage):
+        check_stored_header(image, path)
     return image
+
+
+def check_stored_header(image, path):
+    """Raise UserError for what nibabel mends in a NIfTI or Analyze header with a guess."""
+    holder = image.file_map.get("header") or image.file_map["image"]
+    with holder.get_prepare_fileobj("rb") as file:
+        header = type(image.header).from_fileobj(file, check=False)
+    if isinstance(image, nibabel.Nifti1Image) and header["vox_offset"] < header.single_vox_offset:
+        raise UserError(f"{path}: vox_offset {header['vox_offset']:g} lies in the header; mend the header")
+    if not ("sform_code" in header and header["sform_code"] > 0) and (header["pixdim"][1:4] == 0).any():
+        raise UserError(f"{path}: pixdim is 0, so the spacing is unknown; mend the header")
 
 
 def nifti_voxels(image, path) -> np.ndarray:
@@ -112,8 +119,7 @@ def nifti_voxels(image, path) -> np.ndarray:
 
 
 def read_nifti(path) -> tuple[np.ndarray, np.ndarray]:
-    """Return voxels as stored (X, Y, Z) and the 4x4 affine to RAS of the header; raise UserError for a file
-    that is no 3-D volume."""
+    """Return voxels as stored (X, Y, Z) and the 4x4 affine to RAS of a 3-D volume."""
     image = open_nifti(path)
     return nifti_voxels(image, path), image.affine
 
@@ -240,19 +246,21 @@ def picture_files(folder) -> list[Path]:
 
 
 def read_pictures(folder) -> np.ndarray:
-    """Return the slices of a folder of pictures, (W, H, D) uint8, in the order of the numbers in their
-    names; colours become grey."""
+    """Return the pictures of a folder in the order of their numbers, (W, H, D), as grey levels: uint8, or as
+    stored where they have more bits."""
     slices, files = [], picture_files(folder)
     with reading(files[0], "picture"), Image.open(files[0]) as image:
-        shape = (image.width, image.height, len(files))
-    check_header(folder, shape, 1, sum(path.stat().st_size for path in files), True)
+        shape, each = (image.width, image.height, len(files)), 4 if image.mode[0] in "IF" else 1
+    check_header(folder, shape, each, sum(path.stat().st_size for path in files), True)
     for path in files:
         with reading(path, "picture"), Image.open(path) as image:
             if image.width * image.height > 2**26:
                 raise UserError(f"{path}: is {image.width} x {image.height} pixels; no CT slice is as large")
-            slices.append(np.asarray(image.convert("L")))
-        if slices[-1].shape != slices[0].shape:
-            raise UserError(f"{path}: is {slices[-1].shape} pixels, the slices before {slices[0].shape}")
+            # "I;16", "I" and "F" have more than 8 bits, which a conversion would cut off.
+            slices.append(np.asarray(image if image.mode[0] in "IF" else image.convert("L")))
+        kinds = [f"{part.shape} {part.dtype}" for part in (slices[-1], slices[0])]
+        if kinds[0] != kinds[1]:
+            raise UserError(f"{path}: is {kinds[0]} pixels, the slices before {kinds[1]}")
     return plain(np.stack(slices).transpose(2, 1, 0), folder)
 
 
@@ -285,9 +293,11 @@ def read_scan(path, series=None) -> Scan:
     lower = path.name.lower()
     if not path.exists():
         raise UserError(f"{path}: no such volume; the annotation names an id without a file")
+    # The voxels of an Analyze file may begin as DICOM does.
+    holds_dicom = path.is_file() and not lower.endswith((*NIFTI, *ITK)) and is_dicom(path)
     if path.is_dir() and picture_files(path):
         scan = scan_pictures(path)
-    elif path.is_dir() or path.name.upper() == "DICOMDIR" or is_dicom(path):
+    elif path.is_dir() or path.name.upper() == "DICOMDIR" or holds_dicom:
         folder = path if path.is_dir() else path.parent
         only = None if path.is_dir() or path.name.upper() == "DICOMDIR" else path
         values, affine, verdict, declared = read_dicom(folder, series, only)
@@ -304,15 +314,6 @@ def read_scan(path, series=None) -> Scan:
     return scan
 
 
-def is_dicom(path: Path) -> bool:
-    """Return whether a file is DICOM by its preamble, or by its name and its first group number."""
-    if path.name.lower().endswith((*NIFTI, *ITK)):
-        return False
-    with reading(path, "file"), open(path, "rb") as file:
-        head = file.read(132)
-    return head[128:] == b"DICM" or head[:2] in (b"\x02\x00", b"\x08\x00")
-
-
 def check_values(voxels: np.ndarray, path):
     """Raise UserError for a volume with NaN or infinite voxels, or with one value everywhere."""
     bad = int((~np.isfinite(voxels)).sum()) if voxels.dtype.kind == "f" else 0
@@ -323,8 +324,7 @@ def check_values(voxels: np.ndarray, path):
 
 
 def turn_to_lps(affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return what turns a volume to right-left, front-back, feet-head (nibabel's form), and the spacing in mm
-    along those axes."""
+    """Return nibabel's turn to right-left, front-back, feet-head, and the spacing in mm along those axes."""
     turn = orientations.ornt_transform(
         orientations.io_orientation(affine), orientations.axcodes2ornt(("L", "P", "S"))
     )
@@ -379,8 +379,7 @@ def straighten(voxels, affine, verdict: Verdict | None = None, order: int = 1, o
 
 
 def orient(voxels, affine, path) -> tuple[np.ndarray, tuple]:
-    """Turn (X, Y, Z) to (H, W, D): front to back, right to left, feet to head; returns it with its
-    spacing."""
+    """Return a volume and its spacing in (H, W, D): front to back, right to left, feet to head."""
     with reading(path, "orientation"):
         turn, spacing_mm = turn_to_lps(affine)
         turned = orientations.apply_orientation(voxels, turn)
@@ -409,13 +408,14 @@ def read_native(path, series=None) -> tuple[np.ndarray, tuple, np.ndarray, Verdi
     turned = affine @ orientations.inv_ornt_aff(turn_to_lps(affine)[0], hu.shape)
     hu, spacing_mm = orient(hu, affine, path)
     check_values(hu, path)
+    if max(spacing_mm) > 25:
+        scan.verdict.note(f"voxels lie {max(spacing_mm):.0f} mm apart; what is smaller is not seen")
     judge_chest(scan.verdict, hu, spacing_mm)
     return hu, spacing_mm, turned, scan.verdict
 
 
 def read_ct(path, series=None) -> tuple[np.ndarray, tuple, Verdict]:
-    """Read a scan as HU float32 (H, W, D), its spacing in mm, and its verdict; UserError where it is no
-    HU."""
+    """Return HU float32 (H, W, D), spacing in mm and verdict of a scan; UserError where it is no HU."""
     hu, spacing_mm, _, verdict = read_native(path, series)
     return hu, spacing_mm, verdict
 
@@ -425,6 +425,3 @@ def read_hu(path, series=None) -> tuple[np.ndarray, tuple]:
     hu, spacing_mm, verdict = read_ct(path, series)
     say(path, verdict.notes)
     return hu, spacing_mm
-
-
-__all__ = ["AIR_HU", "HU", "Scan", "read_ct", "read_hu", "read_nifti", "read_scan", "scan_name"]

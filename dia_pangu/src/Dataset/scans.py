@@ -8,8 +8,9 @@ from torch.utils.data import Dataset
 from common.errors import UserError
 from common.files import reading
 from dia_pangu.src.Dataset.CTRG_dataset import collate
+from dia_pangu.src.Dataset.dicom import is_dicom
 from dia_pangu.src.Dataset.preprocess import Grid, load_scan
-from dia_pangu.src.Dataset.scan import ITK, NIFTI, is_dicom, picture_files, scan_name
+from dia_pangu.src.Dataset.scan import ITK, NIFTI, picture_files, scan_name
 
 COLUMNS = ("volume", "path", "file")  # of a csv of scans, the first that it has
 
@@ -43,8 +44,17 @@ def scans_of_csv(file: Path) -> list[tuple[str, Path]]:
     column = next((name for name in COLUMNS if rows and name in rows[0]), None)
     if column is None:
         raise UserError(f"{file}: no rows with a column {', '.join(COLUMNS)}; it names the scans")
-    paths = [file.parent / (row[column] or "").strip() for row in rows]
-    return [((row.get("id") or "").strip() or scan_name(path), path) for row, path in zip(rows, paths)]
+    scans = []
+    for line, row in enumerate(rows, 2):
+        path, name = (row[column] or "").strip(), (row.get("id") or "").strip()
+        if not path or "\0" in path:
+            raise UserError(f"{file}: line {line} names no scan in its column {column}")
+        name = name or scan_name(file.parent / path)
+        # Files of this name are written below the folder of the results.
+        if not name.isprintable() or len(name) > 200 or Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UserError(f"{file}: line {line}: id {name[:80]!r} cannot be the name of a file")
+        scans.append((name, file.parent / path))
+    return scans
 
 
 def scans_of_folder(folder: Path) -> list[tuple[str, Path]]:
@@ -78,7 +88,6 @@ def collate_scans(samples: list[dict]) -> dict:
     """Join scans to a batch; those that could not be read stand under "failed" as (id, path, error)."""
     good = [sample for sample in samples if "error" not in sample]
     batch = collate(good) if good else {"id": []}
-    batch["path"] = [sample["path"] for sample in good]
     batch["failed"] = [(s["id"], s["path"], s["error"]) for s in samples if "error" in s]
     return batch
 

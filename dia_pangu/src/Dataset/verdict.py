@@ -85,8 +85,7 @@ def likeness(values: np.ndarray) -> tuple[float, float, float]:
 
 
 def find_offset(values: np.ndarray) -> float | None:
-    """Return what was added to the HU of these values, if air and soft tissue both lie where only one
-    offset puts them; else None."""
+    """Return what was added to HU, if just one offset puts both air and soft tissue in place; else None."""
     found = []
     for offset in OFFSETS:
         air, soft, dark = likeness(values - offset)
@@ -98,37 +97,84 @@ def find_offset(values: np.ndarray) -> float | None:
     return min(found)[1] if found else None
 
 
+def is_inverted(values: np.ndarray, offset: float | None) -> bool:
+    """Return whether values look like HU upside down: air the brightest, tissue 1000 below it, bone below
+    that. offset: of `find_offset`.
+
+    Two peaks at this distance fit HU either way up, with tissue in the place of air. But beyond tissue there
+    is bone, and beyond air nothing but padding, which has one value far from all others.
+    """
+    found = np.unique(values)
+    far = [found[end] for end, inner in ((0, 1), (-1, -2)) if abs(found[end] - found[inner]) > 450]
+    padding = np.isin(values, far)
+    offsets = [offset]
+    if offset is None:  # as if one of the two highest peaks were air
+        counts, edges = np.histogram(values, 100, np.percentile(values, (0.5, 99.5)))
+        highest = counts.argmax()
+        apart = np.abs(np.arange(100) - highest) > 20
+        offsets = [edges[peak] + 1000 for peak in (highest, (counts * apart).argmax())]
+    for offset in offsets:
+        hu = values - offset
+        air, soft, dark = likeness(hu)
+        below, above = np.mean((hu < -1300) & ~padding), np.mean((hu > 300) & ~padding)
+        if air > 0.7 and soft > 0.5 and 0.02 < dark < 0.98 and below > max(0.003, 4 * above):
+            return True
+    return False
+
+
+def has_bright_corners(stored: np.ndarray) -> bool:
+    """Return whether the corners of a volume, where air is, have nearly its highest values."""
+    ends = [np.r_[: max(1, n // 10), n - max(1, n // 10) : n] for n in stored.shape]
+    low, high = float(stored.min()), float(stored.max())
+    return float(np.median(stored[np.ix_(*ends)])) > low + 0.85 * (high - low)
+
+
 def judge_values(verdict: Verdict, stored: np.ndarray, declared: bool = False):
     """Fill in what the stored values are. declared: a CT whose header has rescale tags says that they are
     HU, which only a clear offset in the voxels overrules."""
     values = thin(stored)
     low, high = float(stored.min()), float(stored.max())
     span = f"values from {low:g} to {high:g}"
-    offset = find_offset(values)
+    # What the voxels show beyond doubt overrules the header. Without bone, bright corners show which way up.
+    bright, offset = has_bright_corners(stored), find_offset(values)
+    distinct = len(np.unique(values))
+    if distinct == 2:
+        verdict.values, verdict.why = OTHER, "2 different values: a mask, not a scan"
+        return
+    if is_inverted(values, offset) or offset and bright:
+        verdict.values, verdict.why = OTHER, f"{span}: inverted, air is brighter than tissue"
+        return
     if offset:
         verdict.offset, verdict.why = offset, f"{span}; air and soft tissue lie {offset:g} above their HU"
         verdict.note(f"the stored values are HU + {offset:g}; {offset:g} is taken off")
         return
     air, soft, dark = likeness(values)
-    if declared or low < -200 and air > 0.5 and soft > 0.25:
-        verdict.why = "rescale tags of a CT" if declared else f"{span}; air and soft tissue lie at their HU"
-        if declared and not (air > 0.5 and soft > 0.25):
+    usual = air > 0.5 and soft > 0.25
+    if declared and (usual or not bright):
+        verdict.why = "rescale tags of a CT"
+        if not usual:
             verdict.note(f"{span}: HU by the header, but air and soft tissue do not lie at their usual HU")
         return
+    if low < -200 and usual:
+        verdict.why = f"{span}; air and soft tissue lie at their HU"
+        return
     # No air in the volume: a soft-tissue window, or a piece cut out of the body.
-    if -500 <= low < -20 and high > 100 and dark < 0.005 and soft > 0.6:
+    if not bright and -500 <= low < -20 and high > 100 and dark < 0.005 and soft > 0.6:
         verdict.why = f"{span}; soft tissue lies at its HU, there is no air"
         verdict.note(f"{span}: likely HU cut off at {low:g}, or a piece without air; lungs cannot be seen")
         return
+    # No HU: say what it is instead.
     verdict.values = OTHER
-    distinct = len(np.unique(values))
     if distinct <= 16 and low >= 0:
         verdict.why = f"{distinct} different values: a mask, not a scan"
     elif low >= 0 and 60 < high <= 255.5:
-        verdict.values = GREY
-        verdict.why = f"{span}: 8-bit grey levels, as pictures hold them"
+        verdict.values, verdict.why = GREY, f"{span}: 8-bit grey levels, as pictures hold them"
+        if bright:
+            verdict.note("the corners are bright: the grey levels are likely inverted, air bright")
     elif -1.5 <= low and high <= 1.5:
         verdict.why = f"{span}: normalised"
+    elif bright:
+        verdict.why = f"{span}: the corners are bright, as in an inverted scan"
     else:
         verdict.why = f"{span}: air and soft tissue are not found at their HU, nor a known offset above them"
 
@@ -136,6 +182,8 @@ def judge_values(verdict: Verdict, stored: np.ndarray, declared: bool = False):
 def require_hu(verdict: Verdict, path):
     """Raise UserError where the windows preparation has nothing to work on."""
     if verdict.values == HU:
+        if verdict.spacing == "unknown":
+            raise UserError(f"{path}: no spacing is known, which a model of HU windows needs")
         return
     if verdict.values == GREY:
         way_out = "a model with --preprocess upstream reads them; for one of HU windows give the CT itself"
@@ -144,29 +192,31 @@ def require_hu(verdict: Verdict, path):
     raise UserError(f"{path}: no HU ({verdict.why}); {way_out}")
 
 
+def find_lungs(hu: np.ndarray, spacing_mm) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return HU (H, W, D) on voxels of about 4 mm, where the body is in it, where lung is, and the steps that
+    were taken. Lung is what has lung's HU between solid voxels of its row and of its column."""
+    steps = np.array([max(1, round(4.0 / step)) for step in spacing_mm])
+    small = hu[:: steps[0], :: steps[1], :: steps[2]]
+    solid = small > -400
+    body = between(solid, 0) & between(solid, 1)
+    return small, body, body & (small > -960) & (small < -550), steps
+
+
 def judge_chest(verdict: Verdict, hu: np.ndarray, spacing_mm):
     """Fill in whether lungs are seen in HU (H, W, D), and look whether the spine lies at the back.
 
-    Lung is what has lung's HU between solid voxels of its row and of its column; a chest has at least
-    0.4 litres of it, over at least 12 cm.
+    A chest has at least 0.4 litres of lung, over at least 12 cm.
     """
-    steps = [max(1, int(round(4.0 / step))) for step in spacing_mm]
-    small = hu[:: steps[0], :: steps[1], :: steps[2]]
-    litres = np.prod([step * size for step, size in zip(steps, spacing_mm)]) / 1e6
-    solid = small > -400
-    inside = between(solid, 0) & between(solid, 1)
-    where = inside & (small > -960) & (small < -550)
-    lung = float(where.sum() * litres)
-    area_mm2 = where.sum((0, 1)) * np.prod([step * size for step, size in zip(steps[:2], spacing_mm[:2])])
-    tall_mm = float((area_mm2 > 2000).sum() * steps[2] * spacing_mm[2])
-    verdict.chest = "yes" if lung >= 0.4 and tall_mm >= 120 else "no" if lung < 0.15 else "unclear"
+    small, _, lung, steps = find_lungs(hu, spacing_mm)
+    h_mm, w_mm, d_mm = steps * spacing_mm
+    litres = float(lung.sum() * h_mm * w_mm * d_mm / 1e6)
+    tall_mm = float((lung.sum((0, 1)) * h_mm * w_mm > 2000).sum() * d_mm)
+    verdict.chest = "yes" if litres >= 0.4 and tall_mm >= 120 else "no" if litres < 0.15 else "unclear"
     if verdict.chest != "yes":
-        verdict.note(
-            f"{lung:.2f} litres of lung over {tall_mm:.0f} mm are seen: "
-            + ("this is no chest" if verdict.chest == "no" else "only part of a chest")
-        )
+        what = "this is no chest" if verdict.chest == "no" else "only part of a chest"
+        verdict.note(f"{litres:.2f} litres of lung over {tall_mm:.0f} mm are seen: {what}")
     # Bone near the middle is the spine; the header may be wrong, the spine is not.
-    body, bone = np.argwhere(solid.any(2)), np.argwhere(small > 350)
+    body, bone = np.argwhere((small > -400).any(2)), np.argwhere(small > 350)
     if len(body) < 100 or len(bone) < 100:
         return
     (top, left), (bottom, right) = body.min(0), body.max(0)

@@ -5,8 +5,8 @@ A model folder holds pytorch_model.bin (upstream's name and keys), dia_config.js
 LoRA, thresholds) and adapter_config.json (because LoRA's alpha cannot be read from the weights).
 """
 
-import json
 import os
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -75,47 +75,35 @@ CONFIG = {
 def add_model(parser):
     """Add the flags that name a model: its sizes, its language model and its tokenizer."""
     group = parser.add_argument_group("model")
-    group.add_argument(
-        "--lang-encoder-path",
-        help="folder of the language model (openPangu-Embedded-7B, Llama-2, or any causal LM)",
+    add = group.add_argument
+    llm = "folder of the language model (openPangu-Embedded-7B, Llama-2, or any causal LM)"
+    add("--lang-encoder-path", help=llm)
+    add("--tokenizer-path", help="folder of its tokenizer, if that is not --lang-encoder-path")
+    add("--size", choices=SIZES, default="published", help="sizes of the vision part")
+    add("--config", help="JSON file with the keys of dia_config.json, instead of --size")
+    language = "language of prompts and reports, instead of the configuration's (en)"
+    add("--language", choices=LANGUAGES, help=language)
+    prompt = (
+        "findings that the prompt has a sentence for, instead of the configuration's (all); positives: those "
+        "that are present, which makes prompts short"
     )
-    group.add_argument("--tokenizer-path", help="folder of its tokenizer, if that is not --lang-encoder-path")
-    group.add_argument("--size", choices=SIZES, default="published", help="sizes of the vision part")
-    group.add_argument("--config", help="JSON file with the keys of dia_config.json, instead of --size")
-    group.add_argument(
-        "--language",
-        choices=LANGUAGES,
-        help="language of prompts and reports, instead of the configuration's (en)",
-    )
-    group.add_argument(
-        "--prompt",
-        choices=LAYOUTS,
-        help="findings that the prompt has a sentence for, instead of the configuration's (all); positives: "
-        "those "
-        "that are present, which makes prompts short",
-    )
-    group.add_argument(
-        "--preprocess",
-        choices=PREPROCESS,
-        help="preparation of the volumes; windows: orientation, spacing and three HU windows; upstream: "
-        "exactly "
+    add("--prompt", choices=LAYOUTS, help=prompt)
+    preparation = (
+        "preparation of the volumes; windows: orientation, spacing and three HU windows; upstream: exactly "
         "as published. Without it, that of the weights in --start, or windows for a CT in HU and upstream "
-        "for "
-        "grey levels",
+        "for grey levels"
     )
-    group.add_argument(
-        "--attn", default="sdpa", choices=("sdpa", "eager"), help="attention code of the language model"
-    )
+    add("--preprocess", choices=PREPROCESS, help=preparation)
+    add("--attn", default="sdpa", choices=("sdpa", "eager"), help="attention code of the language model")
     add_trust_argument(group)
 
 
 def read_config(args) -> dict:
-    """Return the configuration that the flags name: the file --config, or --size; --language and --preprocess
-    override it."""
-    config = json.loads(json.dumps(SIZES[args.size]))
+    """Return the configuration of --config or --size; --language, --prompt and --preprocess override it."""
+    config = deepcopy(SIZES[args.size])
     if args.config:
         refuse(args, ["size"], "beside --config")
-        config = {**json.loads(json.dumps(PUBLISHED)), **read_json(args.config, CONFIG)}
+        config = {**deepcopy(PUBLISHED), **read_json(args.config, CONFIG)}
     config["language"] = args.language or config["language"]
     config["prompt"] = getattr(args, "prompt", None) or config.get("prompt") or "all"
     config["grid"]["preprocess"] = args.preprocess or config["grid"]["preprocess"]
@@ -180,8 +168,7 @@ def preparation_of(data, language: str) -> str:
 
 
 def check_preparation(config: dict, starts, names: list[str]):
-    """Raise UserError where a frozen ViT would see volumes that are prepared otherwise than it was
-    trained."""
+    """Raise UserError where a frozen ViT would see volumes of another preparation than its own."""
     kind = config["grid"]["preprocess"]
     for path in starts:
         trained = prepared_as(path).get("preprocess", kind)
@@ -212,8 +199,7 @@ def make_text(tokenizer, config, vocabulary: int) -> ReportText:
 
 
 def make_embedding(config, vocabulary: int, width: int) -> MyEmbedding:
-    """Return MyEmbedding as configured; its word table is a placeholder on the meta device until the language
-    model's replaces it."""
+    """Return MyEmbedding as configured; a placeholder stands for the word table of the language model."""
     layer = MyEmbedding(num_embeddings=1, embedding_dim=width, **config["embedding"])
     layer.weight = torch.nn.Parameter(torch.empty(vocabulary, width, device="meta"))
     return layer
@@ -272,8 +258,7 @@ def part_of(key: str) -> str:
 
 
 def language_key(key: str, wanted: dict) -> str:
-    """Rename a key of the language model so that it fits a model with the keys `wanted`, with or without
-    LoRA."""
+    """Rename a key of the language model to that of a model with the keys `wanted`, with or without LoRA."""
     lora = any(".lora_A." in name for name in wanted)
     if lora and not key.startswith("lang_model.base_model."):
         key = key.replace("lang_model.", "lang_model.base_model.model.", 1)
@@ -312,8 +297,7 @@ def load_start(model, path, take: str = "vision"):
 
 
 def save_model(weights: dict, folder, config: dict):
-    """Write a state dict as pytorch_model.bin, with dia_config.json and, for LoRA, adapter_config.json beside
-    it."""
+    """Write pytorch_model.bin with dia_config.json and, for LoRA, adapter_config.json beside it."""
     folder = Path(folder)
     with atomic_path(folder / "pytorch_model.bin") as temporary:
         torch.save({key: value.detach().cpu().contiguous() for key, value in weights.items()}, temporary)
@@ -349,7 +333,7 @@ def load_model(
     """
     folder = Path(folder)
     home = folder if folder.is_dir() else folder.parent
-    config = json.loads(json.dumps(PUBLISHED))
+    config = deepcopy(PUBLISHED)
     if (home / "dia_config.json").is_file():
         config = {**config, **read_json(home / "dia_config.json", CONFIG)}
     else:

@@ -10,8 +10,7 @@ from torch.nn import functional as F
 
 
 def FeedForward(dim: int, mult: int = 4) -> nn.Sequential:
-    """Return LayerNorm, Linear, GELU and Linear, the linear layers without biases; state-dict keys 0, 1 and
-    3."""
+    """Return LayerNorm, Linear, GELU and Linear, without biases; state-dict keys 0, 1 and 3."""
     return nn.Sequential(
         nn.LayerNorm(dim),
         nn.Linear(dim, dim * mult, bias=False),
@@ -47,8 +46,7 @@ class PerceiverAttention(nn.Module):
 
 
 class PerceiverResampler(nn.Module):
-    """Resample any number of visual features to `num_latents` per medium: x (b, T, F, v, D) -> (b, T,
-    num_latents, D)."""
+    """Resample features to `num_latents` per medium: (b, T, F, v, D) -> (b, T, num_latents, D)."""
 
     def __init__(
         self,
@@ -58,14 +56,10 @@ class PerceiverResampler(nn.Module):
         dim_head: int = 64,
         heads: int = 8,
         num_latents: int = 64,
-        max_num_media: int | None = None,
-        max_num_frames: int | None = None,
         ff_mult: int = 4,
     ):
         super().__init__()
         self.latents = nn.Parameter(torch.randn(num_latents, dim))
-        self.frame_embs = nn.Parameter(torch.randn(max_num_frames, dim)) if max_num_frames else None
-        self.media_time_embs = nn.Parameter(torch.randn(max_num_media, 1, dim)) if max_num_media else None
         self.layers = nn.ModuleList(
             nn.ModuleList(
                 [PerceiverAttention(dim=dim, dim_head=dim_head, heads=heads), FeedForward(dim, ff_mult)]
@@ -75,13 +69,8 @@ class PerceiverResampler(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        b, media, frames, v = x.shape[:4]
-        if self.frame_embs is not None:
-            x = x + self.frame_embs[:frames, None]
-        x = x.flatten(2, 3)
-        if self.media_time_embs is not None:
-            x = x + self.media_time_embs[:media]
-        latents = repeat(self.latents, "n d -> b t n d", b=b, t=media)
+        latents = repeat(self.latents, "n d -> b t n d", b=x.shape[0], t=x.shape[1])
+        x = rearrange(x, "b t f v d -> b t (f v) d")
         for attention, feed_forward in self.layers:
             latents = attention(x, latents) + latents
             latents = feed_forward(latents) + latents

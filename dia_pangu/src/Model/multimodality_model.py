@@ -49,26 +49,18 @@ def token_loss(
 SCALED = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
 
 
-def answer_logits(lang_model, labels: torch.Tensor, **inputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the logits (M, V) at the M positions whose next token is a label, and those labels (M,).
+def answer_logits(lang_model, answered: torch.Tensor, **inputs) -> torch.Tensor:
+    """Return the logits (M, V) at the M positions of `answered` (B, N - 1) bool, whose next token is a label.
 
-    labels: (B, N), -100 = ignored. inputs: of the language model. The prompt's positions, most of a sample,
-    get no logits: at openPangu's vocabulary that is a sixth of the memory.
+    inputs: of the language model. The prompt's positions, most of a sample, get no logits: at openPangu's
+    vocabulary that is a sixth of the memory.
     """
     base = lang_model.get_base_model() if hasattr(lang_model, "get_base_model") else lang_model
-    wanted = labels[:, 1:] != -100
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     scaled = any(getattr(base.config, name, None) for name in SCALED)
     if head is None or scaled or not hasattr(base, "get_decoder"):
-        logits = lang_model(**inputs).logits[:, :-1][wanted]
-    else:
-        logits = head(base.get_decoder()(**inputs).last_hidden_state[:, :-1][wanted])
-    return logits, labels[:, 1:][wanted]
-
-
-def kept(loss_reweight, labels: torch.Tensor):
-    """Return the weights (M,) of the labels that `answer_logits` keeps; None for None."""
-    return None if loss_reweight is None else loss_reweight[:, 1:][labels[:, 1:] != -100]
+        return lang_model(**inputs).logits[:, :-1][answered]
+    return head(base.get_decoder()(**inputs).last_hidden_state[:, :-1][answered])
 
 
 class MultiPanguForCausalLM(nn.Module):
@@ -96,8 +88,7 @@ class MultiPanguForCausalLM(nn.Module):
         )  # what FSDP2 shards as one piece
 
     def set_trained(self, patterns, never=NEVER_TRAINED) -> list[str]:
-        """Train the parameters whose names contain one of `patterns`, freeze the rest; returns the trained
-        names."""
+        """Train the parameters whose names contain one of `patterns`, freeze the rest; return their names."""
         names = []
         for name, parameter in self.named_parameters():
             trained = any(p in name for p in patterns) and not any(p in name for p in never)
@@ -162,13 +153,17 @@ class MultiPanguForCausalLM(nn.Module):
         embeds, sim = self.embedding_layer(None, cls_labels, lang_x, mode="train", tokens=tokens)
         embeds = embeds.to(self.lang_model.dtype)
         inputs = {"inputs_embeds": embeds, "attention_mask": attention_mask}
-        if not self.training if all_logits is None else all_logits:
+        # Each position predicts the next token.
+        targets, weights = labels[:, 1:], None if loss_reweight is None else loss_reweight[:, 1:]
+        if all_logits is None:
+            all_logits = not self.training
+        if all_logits:
             logits = self.lang_model(**inputs).logits
-            weights = None if loss_reweight is None else loss_reweight[:, 1:]
-            lm_loss = token_loss(logits[:, :-1], labels[:, 1:], weights)
+            lm_loss = token_loss(logits[:, :-1], targets, weights)
         else:
-            logits, wanted = answer_logits(self.lang_model, labels, **inputs)
-            lm_loss = token_loss(logits, wanted, kept(loss_reweight, labels))
+            answered = targets != -100
+            logits = answer_logits(self.lang_model, answered, **inputs)
+            lm_loss = token_loss(logits, targets[answered], None if weights is None else weights[answered])
         lm_loss = lm_loss / (num_tokens or label_count(labels).clamp(min=1))
         ctr_loss = F.cross_entropy(sim.float(), sim.new_zeros(len(sim), dtype=torch.long))
         if num_samples:
@@ -182,8 +177,7 @@ class MultiPanguForCausalLM(nn.Module):
         }
 
     def encode(self, vision_x: torch.Tensor) -> torch.Tensor:
-        """Turn volumes into patch tokens (B, S, n_tok, vis_dim), to be passed to `diagnose`, `generate` or
-        the forward pass."""
+        """Turn volumes into patch tokens (B, S, n_tok, vis_dim), which the methods below take."""
         return self.embedding_layer.encode(vision_x)
 
     @torch.no_grad()

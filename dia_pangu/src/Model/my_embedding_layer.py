@@ -120,8 +120,7 @@ class MyEmbedding(nn.Module):
         return rearrange(tokens, "(b s) v d -> b s v d", b=vision_x.shape[0])
 
     def finding_features(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Pool tokens (B, S, n_tok, vis_dim) by each prototype's weights and average over the volumes: (B,
-        14, vis_dim)."""
+        """Pool tokens (B, S, n_tok, vis_dim) by each prototype and average the volumes: (B, 14, vis_dim)."""
         return (self.prototype.softmax(-1) @ tokens).mean(1)
 
     def similarity(self, tokens: torch.Tensor, upstream_cls: bool = False) -> torch.Tensor:
@@ -169,8 +168,7 @@ class MyEmbedding(nn.Module):
         return torch.cat((self.prototype_logits(tokens), self.patch_logits(tokens)), dim=-1)
 
     def visual_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Resample patch tokens (B, S, n_tok, vis_dim) to visual tokens (B, S * perceiver_num,
-        embedding_dim)."""
+        """Resample (B, S, n_tok, vis_dim) to visual tokens (B, S * perceiver_num, embedding_dim)."""
         return self.fc(self.perceiver(tokens[:, :, None])).flatten(1, 2)
 
     def forward(

@@ -32,8 +32,7 @@ AutoModelForCausalLM.register(PanguEmbeddedConfig, PanguEmbeddedForCausalLM, exi
 
 
 class PanguTokenizer(SentencePieceBackend):
-    """The `tokenizer.model` of openPangu: bos stands before every text, no eos behind it, spaces stay as the
-    pieces have them."""
+    """openPangu's `tokenizer.model`: bos before every text, no eos, spaces as the pieces have them."""
 
     vocab_files_names = {"vocab_file": "tokenizer.model"}
     model_input_names = ["input_ids", "attention_mask"]

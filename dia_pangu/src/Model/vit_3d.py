@@ -125,8 +125,7 @@ class ViT(nn.Module):
         self.transformer = Transformer(dim, depth, heads, dim_head, mlp_dim, dropout)
 
     def grid(self, shape) -> tuple[int, int, int]:
-        """Return the number of patches along H, W and D of a volume whose last three sizes are
-        `shape[-3:]`."""
+        """Return the numbers of patches along H, W and D of a volume of a shape that ends with them."""
         sizes = tuple(shape[-3:])
         if any(size % patch for size, patch in zip(sizes, self.patch)):
             raise ValueError(f"volume {sizes} does not divide by the patch {self.patch}")
