@@ -54,7 +54,8 @@ ENGLISH = {
     r"\bport-a-cath|cannula|drain(?:age|s)?\b(?! (?:vein|lymph|node))|valve replacement|medical material|"
     r"sternotomy|suture|clips?\b|implant|electrode|\bleads?\b(?= (?:tip|of|in|are|is|end))|\bICD\b|"
     r"defibrillator|metal\w* (?:material|plate|screw)|\bplate and screw|fixation|hardware|tracheostomy|"
-    r"pigtail|loop recorder|\b(?:ETT|NGT|CVC|PICC|IABP|LVAD|ECMO|TAVI|TAVR)\b",
+    r"pigtail|loop recorder|(?:central|venous|arterial|IJ|jugular|subclavian|PICC) line|"
+    r"\b(?:ETT|NGT|CVC|PICC|IABP|LVAD|ECMO|TAVI|TAVR)\b",
 }
 CHINESE = {
     "enlarged cardiomediastinum": r"纵隔(?:影)?[^，,；]{0,4}(?:增宽|增大|扩大)|"
@@ -314,8 +315,8 @@ DOUBT_AFTER = {
         r"^[^,;]*?(?:\?|\b(?:can(?:not| not|'t) be (?:\w+ )?(?:excluded|ruled out)|(?:is|are|was|"
         r"were) not (?:excluded|ruled out)|(?:is|are|was|were) (?:possible|suspected|questionable|uncertain|"
         r"considered possible|equivocal)|(?:could|may|might) (?:not )?be\b(?! (?:due|related|caused|"
-        r"secondary|from|seen|compatible|consistent|associated))|not excluded|should be (?:excluded|"
-        r"ruled out))\b)",
+        r"secondary|from|seen|compatible|consistent|associated))|not excluded|(?:is|"
+        r"are) in the differential|should be (?:excluded|ruled out))\b)",
         re.I,
     ),
     "cn": re.compile(r"^[^，,；]*?(?:可能|待排|不除外|不能除外|不排除|待查|可疑|待除外|\?|？)"),
