@@ -186,13 +186,7 @@ def test_one_scan_gives_a_report(data, llm, tmp_path):
 @pytest.mark.slow
 def test_the_launcher_works_from_elsewhere(data, llm, tmp_path):
     (tmp_path / "small.json").write_text(json.dumps(SMALL))
-    given = {
-        "DATA": str(data),
-        "LLM": str(llm),
-        "OUT": "run",
-        "PYTHON": python(),
-        "NPROC_PER_NODE": "1",
-    }
+    given = {"DATA": str(data), "LLM": str(llm), "OUT": "run", "PYTHON": python(), "NPROC_PER_NODE": "1"}
     flags = "--stage pre --config small.json --max_steps 1 --gradient_accumulation_steps 2".split()
     command = ["bash", str(ROOT / "dia_pangu/run_train.sh"), *flags]
     environment = {**os.environ, **given}
