@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import re
+import tarfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +22,7 @@ import numpy as np
 
 from common.checkpoint import atomic_path
 from common.errors import UserError
+from common.files import reading
 from common.run import progress
 
 
@@ -101,6 +103,29 @@ def expand(sources) -> list[str]:
         for number in range(int(first), int(last) + 1):
             names += expand([f"{name[: span.start()]}{number:0{width}}{name[span.end() :]}"])
     return names
+
+
+def tar_members(path):
+    """Yield (name, first byte, size) of every file in an uncompressed tar, in their order, so that each can
+    be read where it lies; hidden files are passed over.
+
+    UserError for a compressed or damaged tar, and for one that ends before its end mark: the copy was cut
+    short.
+    """
+    path = Path(path)
+    with reading(path, "uncompressed tar"), tarfile.open(path, "r:") as archive:
+        end = 0
+        while member := archive.next():
+            archive.members.clear()  # or it keeps them all
+            end = archive.offset
+            if member.issparse() or member.islnk() or member.issym():
+                raise UserError(f"{path}: {member.name} is a link or has holes; pack the file itself")
+            if member.isfile() and not os.path.basename(member.name).startswith("."):
+                yield member.name, member.offset_data, member.size
+        with open(path, "rb") as file:
+            file.seek(end)
+            if file.read(512) != b"\0" * 512:
+                raise UserError(f"{path}: the tar ends at byte {end} without its end mark; copy it again")
 
 
 def fingerprint(files, about) -> str:
