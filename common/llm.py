@@ -9,9 +9,10 @@ Only local folders are read. A folder's own Python code runs only where the user
 
 from pathlib import Path
 
+import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from common.errors import UserError
@@ -44,6 +45,21 @@ def load_llm(folder, dtype="auto", trust_remote_code: bool = False, **options):
             folder, dtype=dtype, local_files_only=True, trust_remote_code=trust_remote_code, **options
         )
     return model.eval()
+
+
+def four_bit(dtype) -> BitsAndBytesConfig:
+    """What loads a model with its linear layers in 4-bit numbers, NF4 twice quantised, that compute in
+    `dtype` (QLoRA, arXiv 2305.14314). UserError where bitsandbytes is not installed."""
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise UserError("--load-in-4bit needs the package bitsandbytes: pip install bitsandbytes") from error
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
+    )
 
 
 def check_llm(folder, trust_remote_code: bool = False, config=None):

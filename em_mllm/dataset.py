@@ -10,14 +10,10 @@ not change it.
 """
 
 import json
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
-
-# repository root: every way of starting this file finds it
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
@@ -31,6 +27,7 @@ from em_mllm.em_foundation.models.embedder import mae_scores
 from em_mllm.em_foundation.utils.utils import first_fit, log_spectra, pack_sequence, with_special_patches
 from em_mllm.options import language, looks_like_choice, parse_options, stated_letter, wording
 from em_mllm.prepare import AS_RECORDED, SignalSpec, check_rate, prepare
+from em_mllm.shards import open_signals
 from em_mllm.signal_file import DEFAULT_FS, SignalFile, cache_folder, read_json_text
 
 MANY = 2000  # questions of one file from which what was found in them is remembered
@@ -150,7 +147,7 @@ class Records:
         return json.loads(self.bytes[self.ends[i] : self.ends[i + 1]].tobytes())
 
 
-def _indices(record: dict) -> list[int]:
+def indices(record: dict) -> list[int]:
     """The rows of the signals that a record is about."""
     index = record["iq_index_in_h5"]
     return index if isinstance(index, list) else [index]
@@ -170,9 +167,10 @@ def task_pairs(task_dir=None, task_files=None) -> list[tuple[Path, Path]]:
         folder = Path(task_dir)
         if not folder.is_dir():
             raise UserError(f"--task-dir {folder}: no such folder")
-        pairs = [(p, p.with_suffix(".json")) for p in sorted(folder.glob("*.h5"))]
+        signals = sorted(p for p in folder.iterdir() if p.suffix in (".h5", ".tar"))
+        pairs = [(p, p.with_suffix(".json")) for p in signals]
         if not pairs:
-            raise UserError(f"--task-dir {folder}: holds no .h5 file")
+            raise UserError(f"--task-dir {folder}: holds no .h5 file and no .tar")
     elif task_files:
         if len(task_files) % 2:
             raise UserError(
@@ -237,9 +235,8 @@ def encode_text(tokenizer, question: str, answer: str | None, chat: bool = False
         prompt = encode_chat(tokenizer, question)
     else:
         prompt = tokenizer(question, split_special_tokens=True)["input_ids"]
-        prompt = (prompt[:-1] if prompt and prompt[-1] == tokenizer.eos_token_id else prompt) + [
-            tokenizer.eos_token_id
-        ]
+        if prompt[-1:] != [tokenizer.eos_token_id]:
+            prompt = prompt + [tokenizer.eos_token_id]
     if answer is None:
         return prompt, len(prompt)
     ids = tokenizer(answer, add_special_tokens=False, split_special_tokens=True)["input_ids"]
@@ -248,23 +245,20 @@ def encode_text(tokenizer, question: str, answer: str | None, chat: bool = False
 
 def encode_chat(tokenizer, question: str) -> list[int]:
     """The user's turn by the tokenizer's chat template, up to where the answer begins."""
-    lay_out = lambda content: tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=False,
-        enable_thinking=False,
-    )
+
+    def lay_out(content):
+        turns, how = [{"role": "user", "content": content}], dict(tokenize=False, enable_thinking=False)
+        return tokenizer.apply_chat_template(turns, add_generation_prompt=True, **how)
+
+    def encode(text, plain):
+        return tokenizer(text, add_special_tokens=False, split_special_tokens=plain)["input_ids"]
+
     if not any(token in question for token in control_tokens(tokenizer)):
-        return tokenizer(lay_out(question), add_special_tokens=False)["input_ids"]
+        return encode(lay_out(question), plain=False)
     # the template's own control tokens stay, those of the question are text
     mark = "\ue000"
     before, _, after = lay_out(mark).partition(mark)
-    parts = ((before, False), (question, True), (after, False))
-    return [
-        i
-        for text, plain in parts
-        for i in tokenizer(text, add_special_tokens=False, split_special_tokens=plain)["input_ids"]
-    ]
+    return encode(before, plain=False) + encode(question, plain=True) + encode(after, plain=False)
 
 
 def control_tokens(tokenizer) -> list[str]:
@@ -341,7 +335,7 @@ class QuestionDataset(Dataset):
                     wordings.setdefault(looked["language"][n], Counter())[looked["wording"][n]] += 1
                 self.file_of.append(owner)
                 self.task_of.append(task)
-                signals.append((owner, *_indices(r)))
+                signals.append((owner, *indices(r)))
         if not records:
             raise UserError(f"{pairs[0][1]}: no usable question is left of {sum(self.skipped.values())}")
         self.wordings = {key: count.most_common(1)[0][0] for key, count in sorted(wordings.items())}
@@ -385,7 +379,7 @@ class QuestionDataset(Dataset):
                     f"{json_path}: item {n}: h5_path {named} is not in {json_path.parent}; put it there or "
                     "correct the field"
                 )
-            self.files.append(SignalFile(path, self.default_fs))
+            self.files.append(open_signals(path, self.default_fs))
             self.files[-1].pack()
             self.files[-1].bad = self.files[-1].bad_signals()
             known[path] = len(self.files) - 1
@@ -417,18 +411,14 @@ class QuestionDataset(Dataset):
         return {name: column.tolist() for name, column in found.items()}
 
     def encode(self, questions):
-        return [
-            encode_text(
-                self.tokenizer, r["question"], r.get("answer") if self.with_answers else None, self.chat
-            )
-            for r in questions
-        ]
+        answers = [r.get("answer") if self.with_answers else None for r in questions]
+        return [encode_text(self.tokenizer, r["question"], a, self.chat) for r, a in zip(questions, answers)]
 
     def fault(self, record, owner, options, length, max_length) -> str:
         """What is wrong with a record, or an empty string. The text up to the comma is the kind that
         --skip-bad counts."""
         file = self.files[owner]
-        for i in _indices(record):
+        for i in indices(record):
             if not 0 <= i < len(file):
                 return (
                     f"index past the end, iq_index_in_h5 {i} but {file.path.name} holds {len(file)} signals"
@@ -457,12 +447,12 @@ class QuestionDataset(Dataset):
         return {
             (int(self.file_of[row]), k)
             for row in self.rows[self.ends[i] : self.ends[i + 1]]
-            for k in _indices(self.records[row])
+            for k in indices(self.records[row])
         }
 
     def signal_at(self, row: int) -> tuple[np.ndarray, float]:
         """The first signal of question `row` as the encoder reads it, not augmented, and its rate in Hz."""
-        file, k = self.files[self.file_of[row]], _indices(self.records[row])[0]
+        file, k = self.files[self.file_of[row]], indices(self.records[row])[0]
         return prepare(file.read(k), file.rate(k), self.signal, file.done)
 
     def __len__(self):
@@ -477,7 +467,7 @@ class QuestionDataset(Dataset):
         file = self.files[self.file_of[rows[0]]]
         augment = lambda iq, fs: self.augmentation(iq, fs, rng)
         signals = [
-            prepare(file.read(k), file.rate(k), self.signal, file.done, augment) for k in _indices(records[0])
+            prepare(file.read(k), file.rate(k), self.signal, file.done, augment) for k in indices(records[0])
         ]
         return {
             "iq": [iq for iq, _ in signals],
@@ -557,11 +547,11 @@ class SignalDataset(Dataset):
 
     def __init__(self, paths, columns=(), skip_bad=False, seed=0, augmentation=Augmentation(), clean=False):
         self.clean = clean
-        self.files = [SignalFile(p) for p in paths]
+        self.files = [open_signals(p) for p in paths]
         self.seed, self.epoch, self.augmentation, self.skipped = seed, 0, augmentation, {}
         self.signal = signal_spec(self.files)
         check_augmentation(self.files, augmentation)
-        owner, index = [], []
+        owner, index, self.columns = [], [], {name: [] for name in columns}
         for f, file in enumerate(self.files):
             file.pack()
             bad = file.bad_signals()
@@ -576,32 +566,39 @@ class SignalDataset(Dataset):
             good = np.setdiff1d(np.arange(len(file)), list(bad))
             owner.append(np.full(len(good), f))
             index.append(good)
+            for name, values in self.columns.items():
+                # a column that a file lacks is nan there: tasks differ in what they know
+                known = name in file.columns
+                values.append(file.column(name)[good] if known else np.full(len(good), np.nan))
         self.owner, self.index = np.concatenate(owner), np.concatenate(index)
-        # a column that a file lacks is nan there: tasks differ in what they know
-        self.columns = {
-            name: np.concatenate(
-                [
-                    (f.column(name) if name in f.columns else np.full(len(f), np.nan))[i]
-                    for f, i in zip(self.files, index)
-                ]
-            )
-            for name in columns
-        }
+        self.columns = {name: np.concatenate(values) for name, values in self.columns.items()}
 
     def __len__(self):
         return len(self.index)
+
+    def points(self) -> np.ndarray:
+        """Points of every signal after the view."""
+        lengths = []
+        for f, file in enumerate(self.files):
+            factor = self.signal.factor if file.done == AS_RECORDED else 1
+            lengths.append(file.lengths()[self.index[self.owner == f]] // factor)
+        return np.concatenate(lengths)
 
     def set_epoch(self, epoch):
         self.epoch = epoch
 
     def __getitem__(self, i):
         file, row = self.files[self.owner[i]], self.index[i]
-        recorded, found = file.read(row), {}
-        for name, noisy in (("iq", True), ("clean", False))[: 1 + self.clean]:
+        recorded, rate = file.read(row), file.rate(row)
+
+        def look(noisy: bool):
             rng = np.random.default_rng((self.seed, self.epoch, i))
-            augment = lambda iq, fs, rng=rng, noisy=noisy: self.augmentation(iq, fs, rng, noisy)
-            found[name], fs = prepare(recorded, file.rate(row), self.signal, file.done, augment)
-        return {**found, "fs": fs, "index": i, **{k: v[i] for k, v in self.columns.items()}}
+            augment = lambda iq, fs: self.augmentation(iq, fs, rng, noisy)
+            return prepare(recorded, rate, self.signal, file.done, augment)
+
+        iq, fs = look(noisy=True)
+        item = {"iq": iq, "fs": fs, "index": i, **{k: v[i] for k, v in self.columns.items()}}
+        return {**item, "clean": look(noisy=False)[0]} if self.clean else item
 
 
 class PackedSignals(Dataset):
@@ -615,15 +612,8 @@ class PackedSignals(Dataset):
     def __init__(
         self, signals: SignalDataset, config, room: int, min_points=0, seed=0, window=256, shuffle=True
     ):
-        self.signals, self.config, self.room, self.min_points, self.seed, self.window = (
-            signals,
-            config,
-            room,
-            min_points,
-            seed,
-            window,
-        )
-        self.shuffle = shuffle
+        self.signals, self.config, self.room, self.min_points = signals, config, room, min_points
+        self.seed, self.window, self.shuffle = seed, window, shuffle
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int):
@@ -631,11 +621,11 @@ class PackedSignals(Dataset):
         self.signals.set_epoch(epoch)
         rng = np.random.default_rng((self.seed, epoch))
         patch, special = self.config.patch_size[0], self.config.num_special
+
+        # the order of the signals, and how many points of each
         order = rng.permutation(len(self.signals)) if self.shuffle else np.arange(len(self.signals))
         longest = (self.config.num_positions - special) * patch
-        factor = self.signals.signal.factor
-        own = [f.points // (factor if f.done == AS_RECORDED else 1) for f in self.signals.files]
-        points = np.minimum(np.array(own)[self.signals.owner[order]], longest)
+        points = np.minimum(self.signals.points()[order], longest)
         if self.min_points:  # log-uniform: as many short signals as long ones
             low = np.minimum(self.min_points, points)
             points = (low * (points / low) ** rng.uniform(size=len(points))).astype(int)
@@ -648,11 +638,12 @@ class PackedSignals(Dataset):
                 f"a signal of {counts.max() * patch} points takes {tokens.max()} tokens, a row has "
                 f"{self.room}; raise --row-tokens"
             )
-        rows = [
-            [start + k for k in row]
-            for start in range(0, len(order), self.window)
-            for row in first_fit(tokens[start : start + self.window], self.room)
-        ]
+
+        # the rows, `window` signals at a time
+        rows = []
+        for start in range(0, len(order), self.window):
+            fitted = first_fit(tokens[start : start + self.window], self.room)
+            rows += [[start + k for k in row] for row in fitted]
         rows = [rows[k] for k in rng.permutation(len(rows))] if self.shuffle else rows
         self.members = np.concatenate(rows)
         self.ends = np.cumsum([0] + [len(r) for r in rows])
@@ -669,7 +660,7 @@ class PackedSignals(Dataset):
             item = self.signals[int(self.order[k])]
             length = self.counts[k] * patch
             first = int(self.start[k] * (len(item["iq"]) - length + 1))
-            rate = item["fs"] / (1e6 if self.config.fs_unit == "mhz" else 1) if self.config.use_fs else None
+            rate = self.config.in_fs_unit(item["fs"]) if self.config.use_fs else None
             cut = {name: item[name][first : first + length] for name in ("iq", "clean") if name in item}
             parts.append(with_special_patches(cut["iq"], patch, rate))
             if "clean" in cut:
@@ -679,9 +670,8 @@ class PackedSignals(Dataset):
         patches, positions, ids = pack_sequence([parts], patch, self.room * patch)
         sample_ids = torch.full((1, self.room), -1)
         sample_ids[0, : len(ids[0])] = ids[0]
-        generator = torch.Generator().manual_seed(
-            int(np.random.SeedSequence((self.seed, self.epoch, i)).generate_state(1)[0])
-        )
+        seed = np.random.SeedSequence((self.seed, self.epoch, i)).generate_state(1)[0]
+        generator = torch.Generator().manual_seed(int(seed))
         row = {
             "patches": patches[0],
             "patch_positions": positions[0],
@@ -717,16 +707,11 @@ class SignalCollator:
         patches = iq.unflatten(1, (count, patch)).transpose(2, 3).flatten(2)  # (B, K, C*P), channel-major
         head = torch.zeros(len(items), special, patches.shape[-1])
         if config.use_fs:
-            head[:, 1] = torch.tensor([item["fs"] for item in items])[:, None] / (
-                1e6 if config.fs_unit == "mhz" else 1
-            )
+            head[:, 1] = config.in_fs_unit(torch.tensor([item["fs"] for item in items]))[:, None]
         valid = torch.arange(special + count) < special + (lengths[:, None] + patch - 1) // patch
         positions = torch.arange(special + count) * valid
-        extra = {
-            k: torch.tensor(np.array([item[k] for item in items]))
-            for k in items[0]
-            if k not in ("iq", "fs", "clean")
-        }
+        others = [k for k in items[0] if k not in ("iq", "fs", "clean")]
+        extra = {k: torch.tensor(np.array([item[k] for item in items])) for k in others}
         if self.teacher is not None:
             extra["teacher"] = self.teacher([{**item, "iq": item["clean"]} for item in items])
         return {

@@ -9,11 +9,7 @@ call
 
 import hashlib
 import json
-import sys
 from pathlib import Path
-
-# repository root: every way of starting this file finds it
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.nn.functional as F
@@ -21,13 +17,14 @@ from einops import rearrange
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, GraniteForCausalLM, LlamaTokenizerFast, PreTrainedTokenizerFast
 
 import common.llm
 from common.checkpoint import atomic_dir
 from common.errors import UserError
-from common.files import read_json, reading
-from common.llm import add_lora, check_llm
+from common.files import first_line, read_json, reading
+from common.llm import add_lora, check_llm, four_bit
 from common.weights import load_weights, read_weights
 from em_mllm.em_foundation.models import SiTMAEConfig
 from em_mllm.em_foundation.models.modeling_cnn import make_encoder
@@ -94,32 +91,27 @@ class MultiModalModel(nn.Module):
         legacy: bool = False,
     ):
         super().__init__()
-        self.llm, self.signal_encoder, self.signal_tokens, self.legacy = (
-            llm,
-            signal_encoder,
-            signal_tokens,
-            legacy,
-        )
-        table = llm.get_input_embeddings().weight
-        self.projector, self.iq_ids = projector, (iq_start_id, iq_end_id)
-        self.signal_to_hidden = PROJECTORS[projector](signal_encoder.config.hidden_size, table.shape[1])
-        if max(iq_start_id, iq_end_id) < len(table):
-            rows = table[[iq_start_id, iq_end_id]].detach().clone().float()
-        else:
-            rows = table.detach().float().mean(0) + table.detach().float().std() * torch.randn(
-                2, table.shape[1]
-            )
-        self.iq_tokens = nn.Parameter(rows)
-        self.text_scale, self.signal_scale = embedding_scales(llm)
+        self.llm, self.signal_encoder = llm, signal_encoder
+        self.projector, self.signal_tokens, self.legacy = projector, signal_tokens, legacy
         self.llm_changed, self.llm_fingerprint = False, None  # see `save_model`
-        if (
-            projector == "linear" and not legacy
-        ):  # normalised features of width D: start as loud as the text embeddings
-            nn.init.normal_(
-                self.signal_to_hidden.weight,
-                std=table.float().std().item() * self.text_scale / signal_encoder.config.hidden_size**0.5,
-            )
+        self.text_scale, self.signal_scale = embedding_scales(llm)
+
+        table = llm.get_input_embeddings().weight.detach().float()
+
+        # features are normalised: a linear projector starts as loud as the text embeddings
+        width = signal_encoder.config.hidden_size
+        self.signal_to_hidden = PROJECTORS[projector](width, table.shape[1])
+        if projector == "linear" and not legacy:
+            std = table.std().item() * self.text_scale / width**0.5
+            nn.init.normal_(self.signal_to_hidden.weight, std=std)
             nn.init.zeros_(self.signal_to_hidden.bias)
+
+        # the two marks around a signal
+        if max(iq_start_id, iq_end_id) < len(table):
+            rows = table[[iq_start_id, iq_end_id]]
+        else:
+            rows = table.mean(0) + table.std() * torch.randn(2, table.shape[1])
+        self.iq_tokens = nn.Parameter(rows)
 
     def signal_features(self, iq, iq_lengths=None, fs=None):
         """iq (S, N, 2) scaled by its peak, iq_lengths (S,) valid points, fs (S,) Hz -> features (S, K, D),
@@ -137,19 +129,16 @@ class MultiModalModel(nn.Module):
         special = config.num_special
         head = patches.new_zeros(signals, special, patches.shape[-1])
         if config.use_fs:
-            head[:, 1] = (fs / (1e6 if config.fs_unit == "mhz" else 1))[:, None]
+            head[:, 1] = config.in_fs_unit(fs)[:, None]
         tokens = torch.cat([head, patches], 1)
         is_token = F.pad(valid, (special, 0), value=True)
         positions = torch.arange(special + count, device=iq.device) * is_token
         h = self.signal_encoder(tokens, positions, torch.where(is_token, 0, -1)).last_hidden_state
         features = h[:, special:]
         if self.signal_tokens:
-            place = (
-                torch.arange(count, device=iq.device) * self.signal_tokens // valid.sum(1, keepdim=True)
-            )  # (S, K) stretch of each patch
-            share = (place[:, None] == torch.arange(self.signal_tokens, device=iq.device)[:, None]) & valid[
-                :, None
-            ]
+            patches, stretches = (torch.arange(n, device=iq.device) for n in (count, self.signal_tokens))
+            place = patches * self.signal_tokens // valid.sum(1, keepdim=True)  # (S, K) stretch of each patch
+            share = (place[:, None] == stretches[:, None]) & valid[:, None]  # (S, signal_tokens, K)
             share = share.to(h.dtype) / share.sum(-1, keepdim=True).clamp(min=1)
             features = torch.cat([share @ features, h[:, :1]], 1)
             valid = torch.ones(features.shape[:2], dtype=torch.bool, device=iq.device)
@@ -182,13 +171,12 @@ class MultiModalModel(nn.Module):
         (default: row i has signal i). Returns inputs_embeds (B, T, d_llm), attention_mask, labels and
         position_ids (B, T); padded on the right, or left for generation.
         """
-        features, valid = (
-            self.legacy_features(iq) if self.legacy else self.signal_features(iq, iq_lengths, fs)
-        )
-        vectors = (
-            self.signal_to_hidden(features.to(next(self.signal_to_hidden.parameters()).dtype))
-            * self.signal_scale
-        )
+        if self.legacy:
+            features, valid = self.legacy_features(iq)
+        else:
+            features, valid = self.signal_features(iq, iq_lengths, fs)
+        features = features.to(next(self.signal_to_hidden.parameters()).dtype)
+        vectors = self.signal_to_hidden(features) * self.signal_scale
         text = self.llm.get_input_embeddings()(input_ids) * self.text_scale
         if signal_index is None:
             signal_index = torch.arange(len(input_ids), device=iq.device)[:, None]
@@ -237,29 +225,18 @@ class MultiModalModel(nn.Module):
         embeds, mask, labels, positions = self.embed(
             iq, input_ids, attention_mask, iq_lengths, fs, signal_index, labels
         )
-        if labels is None or all_logits:
-            logits = self.llm(
-                inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
-            ).logits
-            target = labels[:, 1:] if labels is not None else None
-            predicted = logits[:, :-1]
-        else:
-            where = torch.nonzero(
-                (labels[:, 1:] != -100).any(0)
-            ).flatten()  # columns that predict an answer token in some row
-            logits = predicted = self.llm(
-                inputs_embeds=embeds,
-                attention_mask=mask,
-                position_ids=positions,
-                use_cache=False,
-                logits_to_keep=where,
-            ).logits
+        lay = dict(attention_mask=mask, position_ids=positions, use_cache=False)
+        if labels is not None and not all_logits:
+            # the columns that predict an answer token in some row
+            where = torch.nonzero((labels[:, 1:] != -100).any(0)).flatten()
+            logits = predicted = self.llm(inputs_embeds=embeds, logits_to_keep=where, **lay).logits
             target = labels[:, where + 1]
-        loss = (
-            None
-            if target is None
-            else F.cross_entropy(predicted.flatten(0, 1).float(), target.flatten(), ignore_index=-100)
-        )
+        else:
+            logits = self.llm(inputs_embeds=embeds, **lay).logits
+            predicted, target = logits[:, :-1], None if labels is None else labels[:, 1:]
+        loss = None
+        if target is not None:
+            loss = F.cross_entropy(predicted.flatten(0, 1).float(), target.flatten(), ignore_index=-100)
         return {
             "loss": loss,
             "logits": logits,
@@ -293,9 +270,9 @@ class MultiModalModel(nn.Module):
 
         # the prompts are read once; each option goes on from a copy of its row of the cache
         row = torch.tensor([r for r, choices in enumerate(options) for _ in choices], device=iq.device)
-        tail, tail_mask = pad_rows(
-            [torch.tensor(c, device=iq.device) for choices in options for c in choices], 0, left=False
-        )
+        tails = [torch.tensor(c, device=iq.device) for choices in options for c in choices]
+        tail = pad_sequence(tails, batch_first=True)
+        tail_mask = pad_sequence([torch.ones_like(t) for t in tails], batch_first=True)
         logits = prompt.logits[row]
         if tail.shape[1] > 1:
             cache = prompt.past_key_values
@@ -315,22 +292,13 @@ class MultiModalModel(nn.Module):
         return list(scores.cpu().split([len(choices) for choices in options]))
 
 
-def pad_rows(rows, value, left):
-    """List of 1-D tensors -> (B, longest) filled with `value`, and the mask of real entries as int64."""
-    longest = max(len(r) for r in rows)
-    pad = [(longest - len(r), 0) if left else (0, longest - len(r)) for r in rows]
-    return (
-        torch.stack([F.pad(r, p, value=value) for r, p in zip(rows, pad)]),
-        torch.stack([F.pad(torch.ones_like(r), p) for r, p in zip(rows, pad)]),
-    )
-
-
 # ---- building, freezing, saving, loading
 
 
-def load_llm(path, dtype="float32", trust_remote_code=False):
+def load_llm(path, dtype="float32", trust_remote_code=False, load_in_4bit=False):
     """Load a causal language model folder; fm9g and minicpm load natively as Granite unless
     trust_remote_code."""
+    options = {"quantization_config": four_bit(dtype)} if load_in_4bit else {}
     path = Path(path)
     check_llm(path, trust_remote_code or is_fm9g(path))
     if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
@@ -339,14 +307,14 @@ def load_llm(path, dtype="float32", trust_remote_code=False):
             "download them into it"
         )
     if not is_fm9g(path) or trust_remote_code:
-        return common.llm.load_llm(path, dtype, trust_remote_code)
+        return common.llm.load_llm(path, dtype, trust_remote_code, **options)
     config = granite_config(read_json(path / "config.json"))
     print(
         f"{path}: {config.num_hidden_layers} layers of FM9G / MiniCPM loaded natively as Granite (the same "
         "arithmetic and names)"
     )
     with reading(path, "language model"):
-        return GraniteForCausalLM.from_pretrained(path, config=config, dtype=getattr(torch, dtype))
+        return GraniteForCausalLM.from_pretrained(path, config=config, dtype=getattr(torch, dtype), **options)
 
 
 def load_tokenizer(path, trust_remote_code=False):
@@ -359,37 +327,35 @@ def load_tokenizer(path, trust_remote_code=False):
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError, AttributeError, ImportError) as error:
-        if (path / "tokenizer.json").exists():
-            with reading(path / "tokenizer.json", "tokenizer"):
-                tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path / "tokenizer.json"))
-            known = (
-                read_json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").exists() else {}
-            )
-            for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
-                value = known.get(name)
-                if value:
-                    setattr(tokenizer, name, value["content"] if isinstance(value, dict) else value)
-            tokenizer.chat_template = known.get("chat_template")
-        elif (path / "tokenizer.model").exists():
-            tokenizer = LlamaTokenizerFast.from_pretrained(path)
-        else:
-            raise UserError(
-                f"{path}: no readable tokenizer ({str(error).splitlines()[0]}); copy tokenizer.json or "
-                "tokenizer.model into it"
-            ) from error
+        tokenizer = plain_tokenizer(path, first_line(error))
     if tokenizer.eos_token is None:
-        marker = next(
-            (t for t in ("<|im_end|>", "</s>", "<|endoftext|>") if t in tokenizer.get_vocab()), None
-        )
-        if marker is None:
-            raise UserError(
-                f"{path}: the tokenizer has no end-of-text token; set eos_token in "
-                f"{path / 'tokenizer_config.json'}"
-            )
-        tokenizer.eos_token = marker
+        markers = [t for t in ("<|im_end|>", "</s>", "<|endoftext|>") if t in tokenizer.get_vocab()]
+        if not markers:
+            file = path / "tokenizer_config.json"
+            raise UserError(f"{path}: the tokenizer has no end-of-text token; set eos_token in {file}")
+        tokenizer.eos_token = markers[0]
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.add_tokens([IQ_START, IQ_END], special_tokens=True)
+    return tokenizer
+
+
+def plain_tokenizer(path: Path, why: str):
+    """The tokenizer of a folder whose tokenizer class is code of its own, by the class of Llama."""
+    if not (path / "tokenizer.json").exists():
+        if (path / "tokenizer.model").exists():
+            return LlamaTokenizerFast.from_pretrained(path)
+        raise UserError(
+            f"{path}: no readable tokenizer ({why}); copy tokenizer.json or tokenizer.model into it"
+        )
+    with reading(path / "tokenizer.json", "tokenizer"):
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path / "tokenizer.json"))
+    settings = path / "tokenizer_config.json"
+    known = read_json(settings) if settings.exists() else {}
+    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        if value := known.get(name):
+            setattr(tokenizer, name, value["content"] if isinstance(value, dict) else value)
+    tokenizer.chat_template = known.get("chat_template")
     return tokenizer
 
 
@@ -402,13 +368,14 @@ def build_model(
     legacy=False,
     trust_remote_code=False,
     attention_type=None,
+    load_in_4bit=False,
 ):
     """Join the language model and the encoder of two folders; returns (MultiModalModel, tokenizer).
 
     dtype: of the language model; the encoder computes in float32.
     """
     tokenizer = load_tokenizer(llm_path, trust_remote_code)
-    llm = load_llm(llm_path, dtype, trust_remote_code)
+    llm = load_llm(llm_path, dtype, trust_remote_code, load_in_4bit)
     encoder = make_encoder(read_config(encoder_path, attention_type=attention_type))
     load_encoder(encoder, encoder_path)
     ids = tokenizer.convert_tokens_to_ids([IQ_START, IQ_END])
@@ -447,6 +414,11 @@ def set_trainable(
         model.signal_encoder.layernorm.requires_grad_(False)
 
 
+def in_4bit(llm) -> bool:
+    """Whether a language model was loaded in 4-bit numbers."""
+    return bool(getattr(llm, "is_loaded_in_4bit", False))
+
+
 def base_state(llm) -> dict:
     """The tensors of a language model under their own names, without the adapters that stand in it."""
     base = llm.get_base_model() if isinstance(llm, PeftModel) else llm
@@ -458,6 +430,8 @@ def fingerprint(llm) -> str:
     """Sixteen hex digits of the names, shapes and first values of a language model's tensors."""
     digest = hashlib.sha256()
     for name, value in sorted(base_state(llm).items()):
+        if in_4bit(llm) and (value.dtype == torch.uint8 or ".weight." in name):
+            continue  # 4-bit numbers and their scales, which differ from device to device
         digest.update(f"{name}{tuple(value.shape)}".encode())
         digest.update(value.detach().flatten()[:16].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -492,7 +466,8 @@ def save_model(folder, model: MultiModalModel, tokenizer, llm_path, llm_changed=
             "llm": kind,
             "llm_model_path": str(Path(llm_path).resolve()),
             "llm_fingerprint": None if own_base else model.llm_fingerprint or fingerprint(model.llm),
-            "dtype": str(model.llm.dtype).removeprefix("torch."),
+            "dtype": str(model.llm.get_input_embeddings().weight.dtype).removeprefix("torch."),
+            "load_in_4bit": in_4bit(model.llm),
             "projector": model.projector,
             "signal_tokens": model.signal_tokens,
             "legacy": model.legacy,
@@ -538,7 +513,7 @@ def load_model(folder, llm_model_path=None, trust_remote_code=False, dtype=None)
     folder, notes = Path(folder), read_notes(folder)
     base = base_folder(folder, notes, llm_model_path)
     tokenizer = common.llm.load_tokenizer(folder / "tokenizer", trust_remote_code)
-    llm = load_llm(base, notes["dtype"], trust_remote_code)
+    llm = load_llm(base, notes["dtype"], trust_remote_code, notes.get("load_in_4bit", False))
     own_base = base.parent.resolve() == folder.resolve()
     expected = notes.get("llm_fingerprint")
     if not own_base and expected and fingerprint(llm) != expected:

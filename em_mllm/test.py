@@ -33,7 +33,7 @@ from common.files import read_json
 from common.llm import add_trust_argument
 from common.run import progress
 from em_mllm.answering import ask
-from em_mllm.dataset import QuestionCollator, QuestionDataset, encode_text, read_questions, task_pairs
+from em_mllm.dataset import QuestionCollator, QuestionDataset, indices, read_questions, task_pairs
 from em_mllm.iq_io import BLOCK, FORMATS, MANY, find_recordings, open_recording
 from em_mllm.model import base_folder, load_model, read_notes
 from em_mllm.options import extract_letter, looks_like_choice, parse_options, stated_letter
@@ -144,19 +144,14 @@ def answer_set(
         for start in progress(range(0, len(mine), batch_size), accelerator, desc="asking", unit="batch"):
             rows = mine[start : start + batch_size]
             items = [data[r] for r in rows]
-            for item, r in zip(items, rows):
-                record = data.records[r]
-                prompt = encode_text(tokenizer, record["question"], None, data.chat)
-                item["texts"] = [prompt]
-                if swap is not None:
-                    item["iq"], item["fs"] = data[swap[r]]["iq"], data[swap[r]]["fs"]
+            if swap is not None:
+                shown = [data[swap[r]] for r in rows]
+                items = [{**item, "iq": s["iq"], "fs": s["fs"]} for item, s in zip(items, shown)]
             batch = {k: v.to(accelerator.device) for k, v in collate(items).items()}
             records = [data.records[r] for r in rows]
-            for r, record, answer in zip(
-                rows, records, ask(model, tokenizer, batch, records, max_new_tokens, wordings)
-            ):
-                index = record["iq_index_in_h5"]
-                level = snr[data.file_of[r]]
+            answers = ask(model, tokenizer, batch, records, max_new_tokens, wordings)
+            for r, record, answer in zip(rows, records, answers):
+                index, level = record["iq_index_in_h5"], snr[data.file_of[r]]
                 answer |= {
                     "task": data.tasks[data.task_of[r]],
                     "answer": record.get("answer"),
@@ -173,19 +168,13 @@ def other_signals(data: QuestionDataset, seed=0) -> dict:
     """For each four-choice question another question's row whose signal has a different label (of the same
     task where there is one)."""
     labels = [f.column("label") if "label" in f.columns else np.arange(len(f)) for f in data.files]
-    first = [
-        i[0] if isinstance(i := data.records[r]["iq_index_in_h5"], list) else i
-        for r in range(len(data.records))
-    ]
-    label = np.array([labels[data.file_of[r]][first[r]] for r in range(len(first))])
-    rng, swap = np.random.default_rng(seed), {}
-    for r in [r for r in range(len(first)) if parse_options(data.records[r])]:
-        same_task = (data.task_of == data.task_of[r]) & (label != label[r])
-        swap[r] = int(
-            rng.choice(
-                np.nonzero(same_task)[0] if same_task.any() else np.setdiff1d(np.arange(len(first)), [r])
-            )
-        )
+    records = [data.records[row] for row in range(len(data.records))]
+    label = np.array([labels[owner][indices(r)[0]] for r, owner in zip(records, data.file_of)])
+    rng, swap, rows = np.random.default_rng(seed), {}, np.arange(len(records))
+    for row, record in enumerate(records):
+        if parse_options(record):
+            others = rows[(data.task_of == data.task_of[row]) & (label != label[row])]
+            swap[row] = int(rng.choice(others if len(others) else np.delete(rows, row)))
     return swap
 
 
@@ -290,6 +279,8 @@ def load(args, accelerator):
     base_folder(args.model, notes, args.llm_model_path)
     if args.dtype == notes["dtype"]:
         refuse(args, ["dtype"], f"on a model trained in {args.dtype}")
+    if notes.get("load_in_4bit"):
+        refuse(args, ["dtype"], "on a language model in 4-bit numbers")
     model, tokenizer = load_model(args.model, args.llm_model_path, args.trust_remote_code, args.dtype)
     return model.to(accelerator.device), tokenizer, notes
 
@@ -310,13 +301,16 @@ def submit(args, data, answers):
     unread = fill_unread(data, answers)
     write_submission(args.submission, answers, args.team_name, args.model_name)
     left = sum("pred" not in a for a in answers)
-    print(
-        f"{args.submission}: {len(answers) - left} answers"
-        + f"; options of {unread} questions could not be read: the letter in the text, or A, stands there"
-        * bool(unread)
-        + f"; {left} open questions have no place in it" * bool(left)
-        + f"; {sum(data.skipped.values())} questions left out by --skip-bad" * bool(data.skipped)
-    )
+    said = [f"{args.submission}: {len(answers) - left} answers"]
+    if unread:
+        said.append(
+            f"options of {unread} questions could not be read: the letter in the text, or A, stands there"
+        )
+    if left:
+        said.append(f"{left} open questions have no place in it")
+    if data.skipped:
+        said.append(f"{sum(data.skipped.values())} questions left out by --skip-bad")
+    print("; ".join(said))
 
 
 def main(args):

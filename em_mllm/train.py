@@ -204,6 +204,12 @@ def add_model_arguments(group):
         action="store_true",
         help="train LoRA adapters on the language model, which stays frozen",
     )
+    group.add_argument(
+        "--load-in-4bit",
+        action="store_true",
+        help="read the language model, which is not trained itself, in 4-bit numbers (QLoRA); needs "
+        "bitsandbytes",
+    )
     add_lora_arguments(group)
     group.add_argument(
         "--legacy",
@@ -230,14 +236,15 @@ def add_lora_arguments(group):
     )
 
 
-INHERITED = {  # option: where the model folder keeps it
+INHERITED = {  # option: what multimodal.json calls it
     "projector": "projector",
     "signal_tokens": "signal_tokens",
     "legacy": "legacy",
     "dtype": "dtype",
+    "load_in_4bit": "load_in_4bit",
     "chat_template": "chat",
-    "remove_dc": ("signal", "remove_dc"),
-    "resample": ("signal", "resample"),
+    "remove_dc": "remove_dc",
+    "resample": "resample",
 }
 
 
@@ -251,14 +258,16 @@ def check_options(args):
         for name in ("signal_encoder_path", "llm_model_path"):
             if getattr(args, name) is None:
                 raise UserError(f"--{name.replace('_', '-')} is missing; give the folder, or --trained-dir")
-        if args.legacy:
-            refuse(args, ["signal_tokens", "align_projector"], "beside --legacy")
+    if args.legacy:
+        refuse(args, ["signal_tokens", "align_projector"], "beside --legacy")
     if args.trained_dir:
         refuse(args, ["align_projector"], "beside --trained-dir, whose projector is trained")
     if args.projector != "linear":
         refuse(args, ["align_projector"], f"on --projector {args.projector}")
     if not args.eval_every:
         refuse(args, ["select", "patience"], "without --eval-every")
+    if args.load_in_4bit and not (args.use_lora or args.freeze_llm):
+        raise UserError("--load-in-4bit: 4-bit numbers cannot be trained; add --use-lora or --freeze-llm")
     if not args.use_lora:
         refuse(args, ["lora_r", "lora_alpha", "lora_dropout", "lora_targets"], "without --use-lora")
 
@@ -281,9 +290,9 @@ def inherit(args):
     """
     notes = read_notes(args.trained_dir)
     base_folder(args.trained_dir, notes, args.llm_model_path)
+    held = {**notes, **(notes.get("signal") or {})}
     for name, key in INHERITED.items():
-        part = notes.get(key[0]) or {} if isinstance(key, tuple) else notes
-        stored = part.get(key[-1] if isinstance(key, tuple) else key, False)
+        stored = held.get(key, False)
         contradiction(args, name, stored)
         setattr(args, name, stored)
     for name, key in (("max_length", "max_length"), ("fs", "default_fs")):
@@ -374,6 +383,7 @@ def make_model(args, files):
             args.legacy,
             args.trust_remote_code,
             args.attention_type,
+            args.load_in_4bit,
         )
     config = model.signal_encoder.config
     longest = (config.num_positions - config.num_special) * config.patch_size[0]

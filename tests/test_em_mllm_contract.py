@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import shutil
+import sys
 from types import SimpleNamespace
 
 import h5py
@@ -227,6 +228,30 @@ def test_continued_training_is_read_back_as_it_was_left(folders, tmp_path, first
     assert kept[0] != pytest.approx(loss_of(*load_model(before), folders), abs=1e-4)
     notes = read_notes(tmp_path / "run/model")
     assert [step["language_model"] for step in notes["lineage"]] == [first, second]
+
+
+def test_a_language_model_in_4_bits_is_read_back_as_it_was_left(world, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    words = make_tokenizer([QUESTION, *NAMES, "正确答案是："] * 3, 400)
+    make_llm(tmp_path / "llm", words, hidden_size=64, intermediate_size=64, num_key_value_heads=4)
+    options = ("--load-in-4bit", "--use-lora", "--dtype", "bfloat16", "--llm-model-path", tmp_path / "llm")
+    train(world, tmp_path / "run", *options, max_steps=2)
+    model, tokenizer = load_model(tmp_path / "run/model")
+    assert read_notes(tmp_path / "run/model")["load_in_4bit"]
+    assert model.llm.get_base_model().model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
+    loss = loss_of(model, tokenizer, world)
+    train(world, tmp_path / "on", "--trained-dir", tmp_path / "run/model", "--use-lora", parts=False)
+    assert loss_of(*load_model(tmp_path / "on/model"), world) != pytest.approx(loss, abs=1e-4)
+    with pytest.raises(UserError, match="cannot be trained"):
+        train(world, tmp_path / "whole", "--trained-dir", tmp_path / "run/model", parts=False)
+
+
+@pytest.mark.parametrize("options, word", [([], "cannot be trained"), (["--use-lora"], "bitsandbytes")])
+def test_4_bits_are_refused_in_one_line(world, tmp_path, monkeypatch, options, word):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as where it is not installed
+    with pytest.raises(UserError, match=f"--load-in-4bit.*{word}"):
+        train(world, tmp_path / "run", "--load-in-4bit", *options)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("first", KINDS)

@@ -193,6 +193,7 @@ def test_every_option_of_train_has_its_effect(world, tmp_path):
         "--freeze-llm": Effect(True, "files"),
         "--freeze-signal-encoder": Effect(True, "weights"),
         "--use-lora": Effect(True, "files"),
+        "--load-in-4bit": Effect(True, "refused"),  # the language model of the base is trained
         "--lora-r": [Effect(4, "shape", given=("--use-lora",)), Effect(4, "refused")],
         "--lora-alpha": [Effect(64, "weights", given=("--use-lora",)), Effect(4, "refused")],
         "--lora-dropout": [Effect(0.9, "weights", given=("--use-lora",)), Effect(0.5, "refused")],
