@@ -4,10 +4,11 @@
     python em_mllm/pretrain.py --data data/em_mllm/train --out runs/em_mllm/pretrain --preset tiny
     torchrun --nproc_per_node=8 em_mllm/pretrain.py --data /data/iq --out runs/em_mllm/base --precision bf16
 
---data: .h5 files, or folders of them, with IQ_data (Num, T, 2); labels are not read. Targets: the hidden
-patches, and with --spectrum-weight the log spectra of the whole signal. Writes out/encoder/ (config.json,
-model.safetensors with the keys sit.* and decoder.*), out/metrics.json with trivial baselines beside the
-errors, and pictures of reconstructions. Upstream published no trainer.
+--data: .h5 files with IQ_data (Num, T, 2), tar shards as "shards/{000..099}.tar" (shards.py), or folders of
+them; labels are not read. Targets: the hidden patches, and with --spectrum-weight the log spectra of the
+whole signal. Writes out/encoder/ (config.json, model.safetensors with the keys sit.* and decoder.*),
+out/metrics.json with trivial baselines beside the errors, and pictures of reconstructions. Upstream published
+no trainer.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from common.arguments import Parser, add_run_arguments, number, refuse
 from common.checkpoint import atomic_csv, atomic_dir, atomic_json
 from common.errors import UserError, run
 from common.figures import new_figure, save_figure
+from common.index import scan
 from common.run import describe, open_run, seed_everything
 from common.sharding import export_model, prepare
 from common.train import (
@@ -75,8 +77,10 @@ PRESETS = {
 def parse_args(argv=None):
     parser = Parser(__doc__)
     data = parser.add_argument_group("data")
-    data.add_argument("--data", type=Path, nargs="+", required=True, help=".h5 files or folders of them")
-    data.add_argument("--val", type=Path, nargs="+", help=".h5 files or folders for the closing measurement")
+    data.add_argument(
+        "--data", type=Path, nargs="+", required=True, help=".h5 files, tar shards, or folders of them"
+    )
+    data.add_argument("--val", type=Path, nargs="+", help="the same for the closing measurement")
     data.add_argument(
         "--min-points",
         type=number(int, 0),
@@ -147,11 +151,11 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def h5_files(paths) -> list[Path]:
-    """The .h5 files among `paths`, folders searched to any depth."""
-    files = [f for p in paths for f in (sorted(p.rglob("*.h5")) if p.is_dir() else [p])]
+def signal_files(paths, option: str = "--data") -> list[str]:
+    """The .h5 files and tar shards among `paths`, folders searched to any depth."""
+    files = [file.path for file in scan(paths, (".h5", ".tar"), option)]
     if not files:
-        raise UserError(f"{paths[0]}: holds no .h5 file")
+        raise UserError(f"{paths[0]}: holds no .h5 file and no tar shard")
     return files
 
 
@@ -192,15 +196,12 @@ def simple_guesses(patches, sample_ids, mae_mask, special):
             nearest[r, where] = patches[r, closest]
             t = np.arange(len(where) * patch)
             known = np.concatenate([np.arange(k, k + patch) for k in ((seen - where[0]) * patch).tolist()])
-            for c in range(2):
-                wave = patches[r, where, c * patch : (c + 1) * patch].flatten().numpy()
-                linear[r, where, c * patch : (c + 1) * patch] = torch.tensor(
-                    np.interp(t, known, wave[known]).reshape(-1, patch), dtype=patches.dtype
-                )
-    return {
-        name: ((guess - patches) ** 2).mean(-1)
-        for name, guess in (("zeros", torch.zeros_like(patches)), ("nearest", nearest), ("linear", linear))
-    }
+            for channel in (slice(patch), slice(patch, 2 * patch)):
+                wave = patches[r, where, channel].flatten().numpy()
+                drawn = np.interp(t, known, wave[known]).reshape(-1, patch)
+                linear[r, where, channel] = torch.tensor(drawn, dtype=patches.dtype)
+    guesses = {"zeros": torch.zeros_like(patches), "nearest": nearest, "linear": linear}
+    return {name: ((guess - patches) ** 2).mean(-1) for name, guess in guesses.items()}
 
 
 @torch.no_grad()
@@ -272,12 +273,12 @@ def read_data(args, config, room: int):
     """Read the signals; returns (signals, training rows, validation rows or None). room: tokens a row."""
     augmentation, clean = Augmentation.of(args), args.target == "clean"
     signals = SignalDataset(
-        h5_files(args.data), (), args.skip_bad, args.seed, augmentation=augmentation, clean=clean
+        signal_files(args.data), (), args.skip_bad, args.seed, augmentation=augmentation, clean=clean
     )
     packed = PackedSignals(signals, config, room, args.min_points, args.seed)
     if not args.val:
         return signals, packed, None
-    val = SignalDataset(h5_files(args.val), skip_bad=args.skip_bad)
+    val = SignalDataset(signal_files(args.val, "--val"), skip_bad=args.skip_bad)
     refuse_shared(signals.files, val.files, "--val")
     return signals, packed, PackedSignals(val, config, room, args.min_points, shuffle=False)
 

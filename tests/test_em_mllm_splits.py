@@ -18,7 +18,7 @@ from common.tiny_llm import make_tokenizer
 from em_mllm.dataset import QuestionDataset, SignalDataset, SignalFile, task_pairs
 from em_mllm.em_foundation.models import SiTMAEConfig, SiTMAEForPreTraining
 from em_mllm.optim import make_optimizers
-from em_mllm.pretrain import h5_files, simple_guesses
+from em_mllm.pretrain import signal_files, simple_guesses
 from em_mllm.scores import (
     HIGH_SNR_DB,
     accuracy_by,
@@ -68,7 +68,9 @@ def tokenizer():
 
 def contents(folder) -> set[bytes]:
     """Every signal of the .h5 files of a folder, as bytes."""
-    return {file.read(i).tobytes() for file in map(SignalFile, h5_files([folder])) for i in range(len(file))}
+    return {
+        file.read(i).tobytes() for file in map(SignalFile, signal_files([folder])) for i in range(len(file))
+    }
 
 
 def assert_disjoint(*parts):

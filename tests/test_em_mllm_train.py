@@ -17,12 +17,14 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from common.errors import UserError
-from em_mllm.dataset import SignalFile
+from em_mllm.dataset import SignalDataset
+from em_mllm.signal_file import SignalFile
 from studies.em_mllm import rtl433
 from studies.recipe import options
 from tests import forked
 from tests.parity import assert_same_first_step
 from tests.quick_python import python
+from tests.test_em_mllm_shards import pack
 
 ROOT = Path(__file__).resolve().parents[1]
 EM, STUDY = ROOT / "em_mllm", ROOT / "studies/em_mllm"
@@ -80,48 +82,22 @@ def home(tmp_path_factory):
 
 
 def pretrain(home, out):
+    data = ["--data", home / "data/train", "--config", home / "config.json", "--min-points", 64]
     return [
-        EM / "pretrain.py",
-        "--data",
-        home / "data/train",
-        "--config",
-        home / "config.json",
-        "--batch-size",
-        4,
-        "--min-points",
-        64,
-        "--spectrum-weight",
-        0.5,
-        "--log-every",
-        1,
-        "--out",
-        out,
+        *(EM / "pretrain.py", *data, "--batch-size", 4),
+        *("--spectrum-weight", 0.5, "--log-every", 1, "--out", out),
     ]
 
 
 def train(home, out, *more):
-    return [
-        EM / "train.py",
-        "--task-dir",
-        home / "data/train",
-        "--val-dir",
-        home / "data/val",
-        "--signal-encoder-path",
-        home / "mae/encoder",
-        "--llm-model-path",
-        home / "llm",
-        "--signal-tokens",
-        2,
-        "--questions-per-signal",
-        2,
-        "--lr",
-        1e-3,
-        "--log-every",
-        1,
-        "--output-dir",
-        out,
-        *more,
-    ]
+    data = ["--task-dir", home / "data/train", "--val-dir", home / "data/val"]
+    parts = ["--signal-encoder-path", home / "mae/encoder", "--llm-model-path", home / "llm"]
+    how = ["--signal-tokens", 2, "--questions-per-signal", 2, "--lr", 1e-3, "--log-every", 1]
+    return [EM / "train.py", *data, *parts, *how, "--output-dir", out, *more]
+
+
+def ask(home):
+    return [EM / "test.py", "--task-dir", home / "data/test"]
 
 
 def logged(out, name):
@@ -165,9 +141,13 @@ def test_two_processes_take_the_first_step_of_one(home, tmp_path, script):
 @pytest.mark.parametrize("script", [pretrain, train])
 @pytest.mark.slow
 def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(home, tmp_path, script):
-    """Stopped in mid-epoch after step 3 of 7 and gone on: the same weights as without the stop."""
+    """Stopped in mid-epoch after step 3 of 7 and gone on: the same weights as without the stop. The stopped
+    pre-training reads the same signals from tar shards."""
     folder = {pretrain: "encoder", train: "model"}[script]
     whole, cut = [*script(home, tmp_path / "whole")], [*script(home, tmp_path / "cut")]
+    if script is pretrain:
+        pack(SignalDataset(sorted((home / "data/train").glob("*.h5"))), tmp_path / "shards")
+        cut += ["--data", tmp_path / "shards" / "{0..2}.tar"]
     more = ["--max-steps", 7, "--batch-size", 8, "--save-every", 3] + (
         ["--use-lora"] if script is train else []
     )  # dropout: random states matter
@@ -195,17 +175,9 @@ def test_gradient_accumulation_equals_the_larger_batch(home, tmp_path, script, m
         else:
             data = home / "data/train" / ("modulation.h5" if script == "finetune" else "radar_jamming.h5")
             sizes = [*sizes, *(["--multitask"] if script == "multitask" else [])]
-            command = [
-                EM / "finetune.py",
-                "--train",
-                data,
-                "--test",
-                str(data).replace("/train/", "/test/"),
-                "--signal-encoder-path",
-                home / "mae/encoder",
-                "--out",
-                out,
-            ]
+            files = ["--train", data, "--test", str(data).replace("/train/", "/test/")]
+            encoder = ["--signal-encoder-path", home / "mae/encoder"]
+            command = [EM / "finetune.py", *files, *encoder, "--out", out]
             # 60 signals: 7 steps of 8, the other 4 begin no step
             inside(*command, "--max-steps", 9, "--lr", 1e-9, "--log-every", 1, *sizes)
         return logged(out, "grad")
@@ -222,20 +194,8 @@ def test_gradient_accumulation_equals_the_larger_batch(home, tmp_path, script, m
 def test_train_then_test_then_one_recording_then_submission(home, tmp_path):
     inside(*train(home, tmp_path / "run", "--max-steps", 2, "--batch-size", 4, "--freeze-llm"))
     model, data = tmp_path / "run/model", home / "data/test"
-    done = start(
-        EM / "test.py",
-        "--model",
-        model,
-        "--task-dir",
-        data,
-        "--out",
-        tmp_path / "test",
-        "--wrong-signal",
-        "--calibrate-dir",
-        home / "data/val",
-        "--max-new-tokens",
-        10,
-    )
+    options = ["--wrong-signal", "--calibrate-dir", home / "data/val", "--max-new-tokens", 10]
+    done = start(EM / "test.py", "--model", model, "--task-dir", data, "--out", tmp_path / "test", *options)
     assert "four-choice accuracy" in done.stdout
     metrics = json.loads((tmp_path / "test/metrics.json").read_text())
     assert (
@@ -272,19 +232,8 @@ def test_train_then_test_then_one_recording_then_submission(home, tmp_path):
     assert len(json.loads((tmp_path / "s.json").read_text())["answers"]) == 15
     z = np.exp(2j * np.pi * 0.1 * np.arange(3000)).astype(np.complex64)
     z.tofile(tmp_path / "x.cf32")
-    done = start(
-        EM / "test.py",
-        "--model",
-        model,
-        "--iq",
-        tmp_path / "x.cf32",
-        "--question",
-        "Which? (A) FM (B) AM (C) TONE (D) OOK",
-        "--fs",
-        1e6,
-        "--max-new-tokens",
-        8,
-    )
+    question = ["--question", "Which? (A) FM (B) AM (C) TONE (D) OOK", "--max-new-tokens", 8]
+    done = start(EM / "test.py", "--model", model, "--iq", tmp_path / "x.cf32", "--fs", 1e6, *question)
     assert "answer: (" in done.stdout and "3000 samples at 1e+06 Hz" in done.stdout
 
 
@@ -295,18 +244,7 @@ def test_train_then_test_then_one_recording_then_submission(home, tmp_path):
         (lambda h: train(h, h / "x", "--llm-model-path", h / "absent"), "absent"),
         (lambda h: train(h, h / "x", "--max-length", 5), "--max-length is 5"),
         (lambda h: train(h, h / "x", "--batch-size", 5000), "--batch-size"),
-        (
-            lambda h: [
-                EM / "test.py",
-                "--model",
-                h / "absent",
-                "--task-dir",
-                h / "data/test",
-                "--out",
-                h / "y",
-            ],
-            "no multimodal.json",
-        ),
+        (lambda h: [*ask(h), "--model", h / "absent", "--out", h / "y"], "no multimodal.json"),
         (lambda h: [EM / "pretrain.py", "--data", h / "llm", "--out", h / "x"], "holds no .h5"),
     ],
 )
