@@ -1,11 +1,5 @@
 """Answers of a model to collated questions: generated text, and the likelihood of every option."""
 
-import sys
-from pathlib import Path
-
-# repository root: every way of starting this file finds it
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import torch
 
 from em_mllm.options import candidate, extract_letter, parse_options

@@ -39,31 +39,9 @@ from em_mllm.signal_file import DEFAULT_FS, HERTZ
 from em_mllm.torchsig import read_torchsig
 
 RADIOML2018 = (
-    "OOK",
-    "4ASK",
-    "8ASK",
-    "BPSK",
-    "QPSK",
-    "8PSK",
-    "16PSK",
-    "32PSK",
-    "16APSK",
-    "32APSK",
-    "64APSK",
-    "128APSK",
-    "16QAM",
-    "32QAM",
-    "64QAM",
-    "128QAM",
-    "256QAM",
-    "AM-SSB-WC",
-    "AM-SSB-SC",
-    "AM-DSB-WC",
-    "AM-DSB-SC",
-    "FM",
-    "GMSK",
-    "OQPSK",
-)
+    "OOK 4ASK 8ASK BPSK QPSK 8PSK 16PSK 32PSK 16APSK 32APSK 64APSK 128APSK 16QAM 32QAM 64QAM 128QAM 256QAM "
+    "AM-SSB-WC AM-SSB-SC AM-DSB-WC AM-DSB-SC FM GMSK OQPSK"
+).split()
 DEVICE = {
     "device": ("设备型号", "device"),
     "coding": ("编码方式", "coding"),
@@ -157,51 +135,43 @@ def read_radioml2018(path: Path):
 
 def convert_radioml(cells, out: Path, per_cell: int, fs: float, seed: int):
     """Cell by cell into three growing .h5 files; then the questions."""
-    rng, names, parts = np.random.default_rng(seed), [], {}
+    rng, names, files = np.random.default_rng(seed), [], {}
     for name, snr, signals in progress(cells, desc="cells"):
         if name not in names:
             names.append(name)
         rows = rng.permutation(len(signals))[:per_cell]
-        bounds = (0, int(0.6 * len(rows)), int(0.8 * len(rows)), len(rows))
+        parts = np.split(rows, [int(0.6 * len(rows)), int(0.8 * len(rows))])
         levels = np.broadcast_to(snr, len(signals))
-        for part, start, stop in zip(("train", "val", "test"), bounds, bounds[1:]):
-            kept = np.sort(rows[start:stop])
-            chosen = signals[kept].astype(np.float32)
-            if part not in parts:
-                (out / part).mkdir()
-                file = parts[part] = h5py.File(out / part / "modulation.h5", "w")
-                file.create_dataset(
-                    "IQ_data",
-                    (0, *chosen.shape[1:]),
-                    "float32",
-                    maxshape=(None, *chosen.shape[1:]),
-                    chunks=(1, *chosen.shape[1:]),
-                )
-                for column in ("label", "snr"):
-                    file.create_dataset(column, (0, 1), "float32", maxshape=(None, 1))
-            file, n = parts[part], len(parts[part]["IQ_data"])
-            for column, values in (
-                ("IQ_data", chosen),
-                ("label", np.full((len(chosen), 1), names.index(name))),
-                ("snr", levels[kept, None]),
-            ):
-                file[column].resize(n + len(chosen), 0)
-                file[column][n:] = values
-    for part, file in parts.items():
+        for part, chosen in zip(("train", "val", "test"), map(np.sort, parts)):
+            if part not in files:
+                files[part] = growing_file(out / part, signals.shape[1:])
+            append(files[part], "IQ_data", signals[chosen])
+            append(files[part], "label", np.full((len(chosen), 1), names.index(name)))
+            append(files[part], "snr", levels[chosen, None])
+    for part, file in files.items():
         file.attrs["fs"], file.attrs["classes"] = fs, json.dumps(names)
         labels = file["label"][:, 0]
         file.close()
-        write_questions(
-            out / part / "modulation.json",
-            names,
-            labels,
-            NOUN["modulation"],
-            "modulation.h5",
-            rng,
-            1,
-            1 if part == "train" else 0,
-        )
+        questions = out / part / "modulation.json"
+        opens = int(part == "train")
+        write_questions(questions, names, labels, NOUN["modulation"], "modulation.h5", rng, 1, opens)
     print(f"{len(names)} classes: {', '.join(names)}")
+
+
+def growing_file(folder: Path, shape) -> h5py.File:
+    """folder/modulation.h5 without a row yet, for signals of a shape."""
+    folder.mkdir()
+    file = h5py.File(folder / "modulation.h5", "w")
+    file.create_dataset("IQ_data", (0, *shape), "float32", maxshape=(None, *shape), chunks=(1, *shape))
+    for name in ("label", "snr"):
+        file.create_dataset(name, (0, 1), "float32", maxshape=(None, 1))
+    return file
+
+
+def append(file: h5py.File, name: str, values):
+    data = file[name]
+    data.resize(len(data) + len(values), 0)
+    data[len(data) - len(values) :] = values
 
 
 # ---- rtl_433 captures
@@ -275,90 +245,70 @@ def disturb(z, fs, rng, noise_db=None, shift_hz=0.0):
     return z
 
 
-def write_captures(folder: Path, views, y, meta, fs, rng, choices, opens, kind, sentences=False):
-    """folder/device.h5, of captures in the view `kind`, and the questions about device, coding and keying in
-    three .json."""
+def write_captures(folder: Path, views, y, meta, rng, args, choices: int, opens: int):
+    """folder/device.h5, of captures in the view of --view, and the questions about device, coding and keying
+    in three .json."""
     folder.mkdir(parents=True)
-    names = [str(c) for c in meta["classes"]]
+    names = {
+        "device": [str(c) for c in meta["classes"]],
+        "coding": [str(v) or "none" for v in meta["coding"]],
+        "keying": [str(v) or "none" for v in meta["modulation"]],
+    }
     with h5py.File(folder / "device.h5", "w") as file:
-        file["IQ_data"], file["label"] = np.stack(views), np.asarray(y, np.float32)[:, None]
-        file.attrs["fs"], file.attrs["classes"] = fs, json.dumps(names)
-        file.attrs["view"], file.attrs["view_factor"] = kind, FACTOR
-    how = dict(choices=choices, opens=opens, sentences=sentences)
-    write_questions(folder / "device.json", names, y, DEVICE["device"], "device.h5", rng, **how)
-    for task, column in (("coding", "coding"), ("keying", "modulation")):
-        values = [str(v) or "none" for v in meta[column]]
-        kinds = sorted(set(values))
+        file["IQ_data"] = np.stack(views)
+        file["label"] = np.asarray(y, np.float32)[:, None]
+        file.attrs["fs"], file.attrs["classes"] = meta["fs"] / FACTOR, json.dumps(names["device"])
+        file.attrs["view"], file.attrs["view_factor"] = args.view, FACTOR
+    for task, of_class in names.items():
+        kinds = of_class if task == "device" else sorted(set(of_class))
+        labels = [kinds.index(of_class[k]) for k in y]
         write_questions(
             folder / f"{task}.json",
             kinds,
-            [kinds.index(values[k]) for k in y],
+            labels,
             DEVICE[task],
             "device.h5",
             rng,
-            **how,
+            choices,
+            opens,
+            sentences=args.sentences,
         )
+
+
+def copies_of(content: dict, rng, clean: bool):
+    """Each capture begun elsewhere and, unless `clean`, shifted and under noise of -10 to 30 dB."""
+    for z in content["iq"]:
+        z = np.roll(z, int(rng.integers(len(z))))
+        noise = None if clean else rng.uniform(-10, 30)
+        yield disturb(z, content["fs"], rng, noise, 0.0 if clean else rng.uniform(-25e3, 25e3))
 
 
 def convert_rtl433(paths, out: Path, args):
     """paths: the training and the test file, or the test file alone."""
     train = read_rtl433(paths[0])
     test = read_rtl433(paths[1], train) if len(paths) > 1 else train
-    fs, rng = train["fs"], np.random.default_rng(args.seed)
+    rng = np.random.default_rng(args.seed)
     for part, copies in (("train", args.copies), ("val", 2)) if len(paths) > 1 else ():
-        views, labels = [], []
-        for _ in progress(range(copies), desc=part):
-            for z, label in zip(train["iq"], train["y"]):
-                z = np.roll(z, int(rng.integers(len(z))))
-                noisy = disturb(
-                    z,
-                    fs,
-                    rng,
-                    None if args.clean else rng.uniform(-10, 30),
-                    0.0 if args.clean else rng.uniform(-25e3, 25e3),
-                )
-                views.append(view(noisy, args.view))
-                labels.append(label)
-        write_captures(
-            out / part,
-            views,
-            labels,
-            train,
-            fs / FACTOR,
-            rng,
-            2 if part == "train" else 1,
-            1 if part == "train" else 0,
-            args.view,
-            args.sentences,
-        )
+        rounds = progress(range(copies), desc=part)
+        views = [view(z, args.view) for _ in rounds for z in copies_of(train, rng, args.clean)]
+        labels = np.tile(train["y"], copies)
+        how = (2, 1) if part == "train" else (1, 0)
+        write_captures(out / part, views, labels, train, rng, args, *how)
     for noise in (None, *NOISE_DB):
         for shift in (0.0, 15e3):
-            views = [view(disturb(z, fs, rng, noise, shift), args.view) for z in test["iq"]]
+            views = [view(disturb(z, test["fs"], rng, noise, shift), args.view) for z in test["iq"]]
             name = ("clean" if noise is None else f"{noise}dB") + ("_shift" if shift else "")
-            write_captures(
-                out / "test" / name,
-                views,
-                test["y"],
-                test,
-                fs / FACTOR,
-                rng,
-                1,
-                int(args.sentences),
-                args.view,
-                args.sentences,
-            )
+            folder = out / "test" / name
+            write_captures(folder, views, test["y"], test, rng, args, 1, int(args.sentences))
     values = {
         "device": [str(c) for c in train["classes"]],
         "coding": sorted({str(v) or "none" for v in train["coding"]}),
         "keying": sorted(set(map(str, train["modulation"]))),
     }
-    (out / "tasks.json").write_text(
-        json.dumps({t: {"noun": DEVICE[t], "names": values[t]} for t in DEVICE}, ensure_ascii=False)
-    )
-    print(
-        (f"{len(train['y'])} training captures x {args.copies} copies, " if len(paths) > 1 else "")
-        + f"{len(test['y'])} test captures in {2 * len(NOISE_DB) + 2} conditions"
-    )
+    tasks = {task: {"noun": DEVICE[task], "names": names} for task, names in values.items()}
+    (out / "tasks.json").write_text(json.dumps(tasks, ensure_ascii=False))
+    trained = f"{len(train['y'])} training captures x {args.copies} copies, " if len(paths) > 1 else ""
+    print(f"{trained}{len(test['y'])} test captures in {2 * len(NOISE_DB) + 2} conditions")
 
 
 # ---- MERLIN: EM-134K and EM-Bench
@@ -453,7 +403,17 @@ def convert_merlin(paths, out: Path, fs: float):
         print(f"{path.stem}: {len(records)} questions, signals of {', '.join(map(str, sorted(kept)))} points")
 
 
+UNUSED = {  # options that mean nothing for a source
+    "radioml2016": ("copies", "clean", "view", "sentences"),
+    "radioml2018": ("copies", "clean", "view", "sentences"),
+    "torchsig": ("copies", "clean", "view", "sentences"),
+    "rtl433": ("per_cell", "fs"),
+    "merlin": ("per_cell", "copies", "clean", "view", "sentences", "seed"),
+}
+
+
 def main(args):
+    # everything is checked before anything is written
     if args.out.exists() and any(args.out.iterdir()):
         raise UserError(f"{args.out} is not empty; choose another --out")
     for path in args.files:
@@ -463,27 +423,26 @@ def main(args):
     if len(args.files) > most:
         what = "a training and a test file" if most == 2 else "one file"
         raise UserError(f"{args.source} takes {what}, {len(args.files)} are given")
+    refuse(args, UNUSED[args.source], f"with {args.source}")
+    if args.source == "rtl433" and len(args.files) == 1:
+        refuse(args, ["copies", "clean"], "without a training file")
+
+    first = args.files[0]
     with atomic_dir(args.out) as out:
         if args.source == "rtl433":
-            refuse(args, ["per_cell", "fs"], "with rtl433")
-            if len(args.files) == 1:
-                refuse(args, ["copies", "clean"], "without a training file")
             convert_rtl433(args.files, out, args)
         elif args.source == "merlin":
-            refuse(args, ["per_cell", "copies", "clean", "view", "sentences", "seed"], "with merlin")
             convert_merlin(args.files, out, args.fs or DEFAULT_FS)
         elif args.source == "torchsig":
-            refuse(args, ["copies", "clean", "view", "sentences"], "with torchsig")
-            cells, fs = read_torchsig(args.files[0])
+            cells, fs = read_torchsig(first)
             if fs is not None:
                 refuse(args, ["fs"], "on a file that states its own")
             if (fs or args.fs) is None:
-                raise UserError(f"{args.files[0]}: does not say its sampling rate; give it in Hz with --fs")
+                raise UserError(f"{first}: does not say its sampling rate; give it in Hz with --fs")
             convert_radioml(cells, out, args.per_cell, fs or args.fs, args.seed)
         else:
-            refuse(args, ["copies", "clean", "view", "sentences"], f"with {args.source}")
             read = read_radioml2016 if args.source == "radioml2016" else read_radioml2018
-            convert_radioml(read(args.files[0]), out, args.per_cell, args.fs or 1e6, args.seed)
+            convert_radioml(read(first), out, args.per_cell, args.fs or 1e6, args.seed)
     print(f"written to {args.out}")
 
 

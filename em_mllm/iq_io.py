@@ -9,12 +9,8 @@ I and Q: .cu8 .cs8 .cs16 .cf32 .cfile .cu16 .cs32 .cf64 .complex .complex16u .co
 import heapq
 import json
 import re
-import sys
 import tarfile
 from pathlib import Path
-
-# repository root: every way of starting this file finds it
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import h5py
 import numpy as np

@@ -27,6 +27,7 @@ from em_mllm.signal_file import HERTZ
 from em_mllm.signals import BANDWIDTHS_HZ, RATE_TASKS, TASKS, make_band, make_signal
 
 LETTERS = "ABCD"
+ALL_TASKS = {**TASKS, **RATE_TASKS}
 NOUN = {
     "modulation": ("调制类型", "modulation type"),
     "radar_jamming": ("雷达或干扰类型", "radar or jamming type"),
@@ -100,10 +101,9 @@ def four_choice(names, name: str, noun: tuple[str, str], rng: np.random.Generato
     options = [options[i] for i in rng.permutation(len(options))]
     question, answer = CHOICE[rng.integers(len(CHOICE))]
     shown = " ".join(f"({letter}) {option}" for letter, option in zip(LETTERS, options))
+    how = "（四选一）" if len(options) == 4 else ""
     return {
-        "question": question.format(
-            zh=noun[0], en=noun[1], options=shown, how="（四选一）" if len(options) == 4 else ""
-        ),
+        "question": question.format(zh=noun[0], en=noun[1], options=shown, how=how),
         "answer": answer.format(letter=LETTERS[options.index(name)], name=name),
     }
 
@@ -132,9 +132,9 @@ def write_questions(
     records = []
     for i, label in enumerate(labels):
         name = names[int(label)]
-        for item in [four_choice(names, name, noun, rng) for _ in range(choices)] + [
-            open_question(name, noun, rng, sentences) for _ in range(opens)
-        ]:
+        items = [four_choice(names, name, noun, rng) for _ in range(choices)]
+        items += [open_question(name, noun, rng, sentences) for _ in range(opens)]
+        for item in items:
             if not answers:
                 del item["answer"]
             records.append({"id": len(records), **item, "iq_index_in_h5": i, "h5_path": h5_name})
@@ -146,7 +146,7 @@ def write_pair(
 ):
     """folder/<task>.h5 and .json: signals of the given labels, each with its questions. Written a thousand
     signals at a time."""
-    names, count, rates = {**TASKS, **RATE_TASKS}[task], len(labels), np.atleast_1d(args.fs)
+    names, count, rates = ALL_TASKS[task], len(labels), np.atleast_1d(args.fs)
     with h5py.File(folder / f"{task}.h5", "w") as file:
         file.attrs["classes"] = json.dumps(names)
         if len(rates) == 1:
@@ -155,25 +155,22 @@ def write_pair(
             file["fs"] = rng.choice(rates, (count, 1))
         fs = np.full(count, rates[0]) if len(rates) == 1 else file["fs"][:, 0]
         data = file.create_dataset("IQ_data", (count, args.points, 2), "float32")
-        columns = {
-            name: file.create_dataset(name, (count, 1), "float32")
-            for name in ("label", "snr", *REGRESSION_TASKS)
-        }
-        for start in progress(
-            range(0, count, 1000), desc=f"{folder.name.strip('.')}/{task}", unit="k signals"
-        ):
+        for name in ("label", "snr", *REGRESSION_TASKS):
+            file.create_dataset(name, (count, 1), "float32")
+        blocks = range(0, count, 1000)
+        for start in progress(blocks, desc=f"{folder.name.strip('.')}/{task}", unit="k signals"):
             part = slice(start, min(start + 1000, count))
-            snr = rng.uniform(*args.snr, part.stop - start)
-            made = [
-                make_band(names[int(k)], args.points, s, rng, f, fading=args.fading)
-                if task in RATE_TASKS
-                else make_signal(names[int(k)], args.points, s, rng, fading=args.fading)
-                for k, s, f in zip(labels[part], snr, fs[part])
-            ]
+            snr, made = rng.uniform(*args.snr, part.stop - start), []
+            for label, level, rate in zip(labels[part], snr, fs[part]):
+                how = (names[int(label)], args.points, level, rng)
+                if task in RATE_TASKS:
+                    made.append(make_band(*how, rate, fading=args.fading))
+                else:
+                    made.append(make_signal(*how, fading=args.fading))
             data[part] = np.stack([iq for iq, _ in made])
-            columns["label"][part, 0], columns["snr"][part, 0] = labels[part], snr
+            file["label"][part, 0], file["snr"][part, 0] = labels[part], snr
             for name in REGRESSION_TASKS:
-                columns[name][part, 0] = [info.get(name, np.nan) for _, info in made]
+                file[name][part, 0] = [info.get(name, np.nan) for _, info in made]
     about = (folder / f"{task}.json", names, labels, NOUN[task], f"{task}.h5", rng)
     write_questions(*about, choices, opens, answers, args.sentences)
 
@@ -189,40 +186,22 @@ def main(args):
             f"--fs {min(args.fs):g}: signals of {widest / 1e6:g} MHz do not fit; of several rates the lowest "
             f"must be at least {1.25 * widest:g}"
         )
-    if (
-        args.out.exists()
-        and any(args.out.iterdir())
-        and not (args.overwrite and (args.out / "make_data.json").exists())
-    ):
-        raise UserError(
-            f"{args.out} is not empty; choose another --out"
-            + (", or add --overwrite" if (args.out / "make_data.json").exists() else "")
-        )
+    mine = (args.out / "make_data.json").exists()
+    if args.out.exists() and any(args.out.iterdir()) and not (args.overwrite and mine):
+        way_out = ", or add --overwrite" if mine else ""
+        raise UserError(f"{args.out} is not empty; choose another --out{way_out}")
+    counts = {"train": args.train, "val": args.val, "test": args.test}
+    questions = {"train": (args.choice_questions, args.open_questions), "val": (1, 0), "test": (1, 1)}
+    tasks = list(ALL_TASKS) if np.size(args.fs) > 1 else list(TASKS)
     with atomic_dir(args.out) as out:
-        for number, (part, per_class) in enumerate(
-            (("train", args.train), ("val", args.val), ("test", args.test))
-        ):
+        for number, (part, per_class) in enumerate(counts.items()):
             (out / part).mkdir()
-            for t, task in enumerate((*TASKS, *(RATE_TASKS if np.size(args.fs) > 1 else ()))):
+            for t, task in enumerate(tasks):
                 rng = np.random.default_rng((args.seed, number, t))
                 each = per_class if task != "radar_jamming" or part != "train" else max(1, per_class // 2)
-                count = len({**TASKS, **RATE_TASKS}[task])
-                labels = rng.permutation(np.repeat(np.arange(count), each))
-                choices, opens = (
-                    (args.choice_questions, args.open_questions)
-                    if part == "train"
-                    else (1, int(part == "test"))
-                )
-                write_pair(
-                    out / part,
-                    task,
-                    labels,
-                    args,
-                    rng,
-                    choices,
-                    opens,
-                    answers=part != "test" or args.test_answers,
-                )
+                labels = rng.permutation(np.repeat(np.arange(len(ALL_TASKS[task])), each))
+                answers = part != "test" or args.test_answers
+                write_pair(out / part, task, labels, args, rng, *questions[part], answers)
         (out / "make_data.json").write_text(json.dumps({k: str(v) for k, v in vars(args).items()}))
     print(
         f"{args.out}: {args.train} training signals per modulation class, {args.test} test signals per "

@@ -12,13 +12,13 @@ import re
 PLAIN = {**{code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}, 0x3010: "[", 0x3011: "]", 0x3000: " "}
 
 # a word before the letter, as in "选项A：" or "Option A:"
-WORD = r"(?:选项\s*|选择\s*|[Oo]ption\s+|[Cc]hoice\s+)?"
+WORD = r"(?:(?:选项|选择|类别)\s*|(?:[Oo]ption|[Cc]hoice|[Cc]lass)\s+)?"
 BULLET = r"(?:(?<=\n)[ \t]*[-*•][ \t]+)?\**"
 FAMILIES = (
     re.compile(rf"{BULLET}{WORD}[(\[<{{|]\s*([A-Za-z])\s*\.?[)\]>}}|]\**(?:\s*[:：])?"),
     re.compile(
-        rf"{BULLET}{WORD}(?<![A-Za-z0-9])(?!(?<=[(\[])[A-Za-z]\s*\.?\))([A-Za-z])\**\s*"
-        r"(?:\.?\)|[.:、,=]|['\"”’]\s*:|[-–—](?=\s))\**"
+        rf"{BULLET}{WORD}(?<![A-Za-z0-9])(?!(?<=[(\[])[A-Za-z]\s*\.?\))(?![A-Za-z]\.[A-Za-z]\.)([A-Za-z])\**\s*"
+        r"(?:\.?\)|[-=]>|→|[.:、,=]|['\"”’]\s*:|[-–—](?=\s))\**"
     ),
     re.compile(rf"(?:^|(?<=[\n;:]))[ \t]*{WORD}([A-Z])[ \t]+(?=\S)"),
 )
@@ -32,8 +32,9 @@ SENTENCE = re.compile(r"[。!！?？;；]|\.(?=\s+[A-Z\u4e00-\u9fff])|\.(?=[\u4e
 # what follows the last option and is no part of it: behind a mark, or behind a space with more to follow
 ORDER = r"Please|Answer|Your answer|The answer|Choose|Select|Reply|Respond|Output|Give"
 CLOSING = re.compile(
-    r"(?:[\s，,;；:：。.!！?？、|]+[(（\[【]?|[(（\[【]|(?<![\u4e00-\u9fff]))\s*(?:请|注意|要求|只需|仅需|只回答|仅回答|只填|"
+    r"(?:[\s，,;；:：。.!！?？、|]+[(（\[【]?|[(（\[【]|(?<![\u4e00-\u9fff]))\s*(?:请|注意|要求|只需|仅需|只回答|仅回答|只填|只写|只给|只选|不确定|"
     r"只输出|直接|你的答案|您的答案|你的选择|答案|回答|选出|从中|以上|无需|不要|不用|单选|该信号是)"
+    r"|\s*[之其]?[中里]\s*(?:选|挑|任选)"
     rf"|[\s，,]+[(\[]?(?:{ORDER})(?:\s+\w|\s*:)|[(\[](?i:{ORDER}|single|only)\b"
     rf"|(?:[.。,，;；!?？\n]|\s[-–—])\s*(?:{ORDER}|Return|Only|Just|Explain|Provide|Write|Pick|Do not|No "
     r"(?:explanation|need|reason)s?)(?![A-Za-z])"
@@ -54,7 +55,9 @@ def _clean(text: str) -> str:
     text = re.sub(rf"^(?:[\s:：、，,*{QUOTES}]|[.．](?!\d)|[-–—](?=\s))+", "", text)
     while True:
         before = text
-        text = re.sub(rf"(?:[\s;；,，、。.．|/*?？{QUOTES}]|(?<=\n)[-•]|\n\s*\d+[.)]|</?\w+>)+$", "", text)
+        text = re.sub(
+            rf"(?:[\s;；,，、。.．|/*?？{QUOTES}]|(?<=\n)[-•]|\n\s*\d+[.)]|[①-⑳]|</?\w+>)+$", "", text
+        )
         text = ENDING.sub("", text)
         if text and (opening := BRACKETS.get(text[-1])) and text.count(opening) < text.count(text[-1]):
             text = text[:-1]
@@ -93,6 +96,7 @@ def _chain(text: str, marks: list, start: int) -> dict[str, str]:
 
 def read_options(text: str) -> dict[str, str]:
     """{"A": "GFSK", "B": "FM", ...} of the options in a text; empty where there are none."""
+    text = text.replace("\\n", "\n")  # escaped twice
     plain, best = text.translate(PLAIN), {}
     behind = [(letter, name) for name, letter in BEHIND.findall(plain)]
     if len(behind) > 1 and [letter for letter, _ in behind] == [chr(65 + n) for n in range(len(behind))]:
@@ -145,9 +149,9 @@ STATED = (
     re.compile(r"\\boxed\s*\{\s*(?:\\text\s*\{)?\s*\(?([A-Za-z])\)?\s*\}"),
     re.compile(r"<answer>\s*\(?([A-Za-z])\)?\s*[.)]?\s*</answer>"),
     re.compile(
-        r"(?<![A-Za-z0-9])\(?([A-Z])\)?\s*(?:is|是|为)\s*(?:the\s+)?(?:correct|right|answer|best|正确|对的|答案)"
+        r"(?<![A-Za-z0-9])\(?([A-Z])\)?\s*(?:is|是|为)\s*(?:(?:the|my)\s+)?(?:correct|right|answer|best|正确|对的|答案)"
     ),
-    re.compile(r"^[\s(]*([A-Z])\)?\s*(?:选项|项)"),
+    re.compile(r"(?:^|应为|应是|是|为|选)[\s(]*([A-Z])\)?\s*(?:选项|项)"),
 )
 JOINED = re.compile(r"(?:\band|\bor|和|或|与|及|、|/|&)\s*[(\[]*$")  # one of several letters
 NEGATED = re.compile(r"(?:不是|不选|而非|排除|\bnot|\bisn't|n't be|\brather than|\binstead of)\s*[(\[\"'*]*$")
@@ -197,11 +201,11 @@ def stated_letter(text: str) -> str | None:
 def named_option(text: str, options: dict) -> str | None:
     """The letter of the one option whose name stands in the text; of names inside one another the longest."""
     text, names = _said(text).lower(), {a: name.translate(PLAIN).lower() for a, name in options.items()}
-    named = [
-        letter
-        for letter, name in names.items()
-        if re.search(rf"(?<![a-z0-9\-]){re.escape(name)}(?![a-z0-9]|-[a-z0-9])", text)
-    ]
+    named = []
+    for letter, name in names.items():
+        places = re.finditer(rf"(?<![a-z0-9\-]){re.escape(name)}(?![a-z0-9]|-[a-z0-9])", text)
+        if any(not NEGATED.search(text[: place.start()]) for place in places):
+            named.append(letter)
     inner = lambda a: any(names[a] != names[b] and names[a] in names[b] for b in named)
     longest = [a for a in named if not inner(a)]
     return longest[0] if len(longest) == 1 else None

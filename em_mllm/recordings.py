@@ -11,10 +11,8 @@ what they say together; out/answers.jsonl holds one line a window and one a reco
 
 import json
 import sys
+from contextlib import contextmanager
 from pathlib import Path
-
-# repository root: every way of starting this file finds it
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
@@ -104,13 +102,8 @@ def together(answers: list[dict], calibration: dict) -> dict:
 
 
 def window_line(path, start: int, fs: float, answer: dict, calibration: dict) -> dict:
-    line = {
-        "kind": "window",
-        "file": str(path),
-        "start": start,
-        "seconds": start / fs,
-        "text": answer["text"],
-    }
+    line = {"kind": "window", "file": str(path), "start": start, "seconds": start / fs}
+    line["text"] = answer["text"]
     if "scores" in answer:
         probability = (torch.tensor(answer["scores"]) / calibration["temperature"]).softmax(0)
         shares = [round(float(p), 5) for p in probability]
@@ -134,16 +127,22 @@ def show(path, question, recording, fs, lines, whole):
         print(f"answer: ({whole['answer']}) {whole['name']}, confidence {whole['confidence']:.2f}")
 
 
+@contextmanager
+def lines_to(path: Path | None):
+    """`with lines_to(path) as write:` a function that adds an object as a line of JSON; None: to nowhere."""
+    if path is None:
+        yield lambda line: None
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        yield lambda line: file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    print(f"answers in {path}")
+
+
 def answer_recordings(model, tokenizer, args, notes, spec, calibration):
     """Ask about every recording of --iq. One that cannot be read is named, and the others are asked."""
     paths, bad, config = find_recordings(args.iq), 0, model.signal_encoder.config
-    target = args.out / "answers.jsonl" if args.out else None
-    written = []
-    if target:
-        args.out.mkdir(parents=True, exist_ok=True)
-
-    def answer(write):
-        nonlocal bad
+    with lines_to(args.out and args.out / "answers.jsonl") as write:
         for path in paths:
             try:
                 recording, fs, found = cut(args, path, notes, spec, config)
@@ -161,12 +160,5 @@ def answer_recordings(model, tokenizer, args, notes, spec, calibration):
             for line in (*lines, {**about, "windows": len(lines), **whole}):
                 write(line)
             show(path, args.question, recording, fs, lines, whole)
-
-    if target:
-        with atomic_path(target) as temporary, open(temporary, "w", encoding="utf-8") as file:
-            answer(lambda line: file.write(json.dumps(line, ensure_ascii=False) + "\n"))
-        print(f"answers in {target}")
-    else:
-        answer(written.append)
     if bad:
         raise UserError(f"{bad} of {len(paths)} recordings could not be read; see above")

@@ -7,11 +7,6 @@ order).
 """
 
 import re
-import sys
-from pathlib import Path
-
-# repository root: every way of starting this file finds it
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch

@@ -9,23 +9,9 @@ the sampling rate), times in samples.
 
 import numpy as np
 
-MODULATIONS = (
-    "BPSK",
-    "QPSK",
-    "8PSK",
-    "16APSK",
-    "16QAM",
-    "64QAM",
-    "OOK",
-    "4ASK",
-    "2FSK",
-    "4FSK",
-    "GFSK",
-    "MSK",
-    "AM",
-    "FM",
-    "OFDM",
-)
+LINEAR = ("BPSK", "QPSK", "8PSK", "16APSK", "16QAM", "64QAM", "OOK", "4ASK")
+FSK = ("2FSK", "4FSK", "GFSK", "MSK")
+MODULATIONS = (*LINEAR, *FSK, "AM", "FM", "OFDM")
 RADAR = ("PULSE", "LFM", "BARKER", "FRANK")
 JAMMING = ("TONE", "COMB", "BARRAGE", "SWEEP")
 TASKS = {"modulation": MODULATIONS, "radar_jamming": RADAR + JAMMING}
@@ -43,12 +29,8 @@ def constellation(name: str) -> np.ndarray:
         order = {"BPSK": 2, "QPSK": 4, "8PSK": 8}[name]
         points = np.exp(2j * np.pi * (np.arange(order) + 0.5) / order)
     elif name == "16APSK":  # DVB-S2 geometry: 4 inner points, 12 outer, radius ratio 2.85
-        points = np.concatenate(
-            [
-                np.exp(2j * np.pi * (np.arange(4) + 0.5) / 4),
-                2.85 * np.exp(2j * np.pi * (np.arange(12) + 0.5) / 12),
-            ]
-        )
+        inner, outer = (np.exp(2j * np.pi * (np.arange(n) + 0.5) / n) for n in (4, 12))
+        points = np.concatenate([inner, 2.85 * outer])
     elif name in ("16QAM", "64QAM"):
         side = {"16QAM": 4, "64QAM": 8}[name]
         axis = 2 * np.arange(side) - (side - 1)
@@ -65,9 +47,8 @@ def constellation(name: str) -> np.ndarray:
 def root_raised_cosine(t: np.ndarray, rolloff: float) -> np.ndarray:
     """Impulse response at times t in symbols; its spectrum ends at (1 + rolloff) / 2 symbol rates."""
     t = np.where(np.abs(t) < 1e-8, 1e-8, t)
-    t = np.where(
-        np.abs(np.abs(4 * rolloff * t) - 1) < 1e-6, t * (1 + 1e-5), t
-    )  # step off the removable singularities
+    # step off the removable singularities
+    t = np.where(np.abs(np.abs(4 * rolloff * t) - 1) < 1e-6, t * (1 + 1e-5), t)
     up = np.sin(np.pi * t * (1 - rolloff)) + 4 * rolloff * t * np.cos(np.pi * t * (1 + rolloff))
     return up / (np.pi * t * (1 - (4 * rolloff * t) ** 2))
 
@@ -89,24 +70,16 @@ def shaped(
 def linear(name, n, rng):
     sps, rolloff, delay = rng.uniform(4, 10), rng.uniform(0.2, 0.5), rng.uniform(0, 1)
     symbols = rng.choice(constellation(name), int(n / sps) + 20)
-    return shaped(symbols, n, sps, rolloff, delay), {
-        "bandwidth": (1 + rolloff) / sps,
-        "sps": sps,
-        "rolloff": rolloff,
-        "delay": delay,
-    }
+    info = {"bandwidth": (1 + rolloff) / sps, "sps": sps, "rolloff": rolloff, "delay": delay}
+    return shaped(symbols, n, sps, rolloff, delay), info
 
 
 def frequency_shift(name, n, rng):
     """Continuous-phase FSK: phase = pi * index * integral of the symbol levels; GFSK smooths the levels with
     a Gaussian filter."""
     sps = rng.uniform(4, 10)
-    index = {
-        "2FSK": rng.uniform(0.8, 2),
-        "4FSK": rng.uniform(0.6, 1),
-        "MSK": 0.5,
-        "GFSK": rng.uniform(0.3, 0.5),
-    }[name]
+    index = {"2FSK": rng.uniform(0.8, 2), "4FSK": rng.uniform(0.6, 1), "GFSK": rng.uniform(0.3, 0.5)}
+    index = index.get(name, 0.5)  # MSK
     levels = np.array([-3, -1, 1, 3]) if name == "4FSK" else np.array([-1, 1])
     pad = int(4 * sps)
     position = np.floor((np.arange(n + 2 * pad) / sps) + rng.uniform(0, 1)).astype(int)
@@ -118,11 +91,8 @@ def frequency_shift(name, n, rng):
         frequency = np.convolve(frequency, kernel / kernel.sum(), "same")
     phase = 2 * np.pi * np.cumsum(frequency[pad : pad + n])
     peak = np.abs(levels).max() * index / (2 * sps)
-    return np.exp(1j * phase), {
-        "bandwidth": 2 * (peak + 1 / (2 * sps)),
-        "sps": sps,
-        "index": index,
-    }  # Carson's rule
+    info = {"bandwidth": 2 * (peak + 1 / (2 * sps)), "sps": sps, "index": index}  # Carson's rule
+    return np.exp(1j * phase), info
 
 
 def band_limited(n, width, rng, real=False):
@@ -141,34 +111,24 @@ def amplitude_modulation(name, n, rng):
 
 
 def frequency_modulation(name, n, rng):
-    width, deviation = (
-        rng.uniform(0.01, 0.05),
-        rng.uniform(0.03, 0.1),
-    )  # deviation is the rms of the frequency
+    width, deviation = rng.uniform(0.01, 0.05), rng.uniform(0.03, 0.1)  # rms of the frequency
     message = band_limited(n, 2 * width, rng, real=True)
-    return np.exp(2j * np.pi * deviation * np.cumsum(message)), {
-        "bandwidth": 2 * (2 * deviation + width),
-        "deviation": deviation,
-    }
+    info = {"bandwidth": 2 * (2 * deviation + width), "deviation": deviation}
+    return np.exp(2j * np.pi * deviation * np.cumsum(message)), info
 
 
 def ofdm(name, n, rng, bins=128):
     used, prefix = 2 * int(rng.integers(24, 57)), int(rng.choice([8, 16, 32]))
     count = n // (bins + prefix) + 2
-    carriers = np.concatenate(
-        [np.arange(1, used // 2 + 1), np.arange(bins - used // 2, bins)]
-    )  # zero carrier left empty
+    # the carrier at zero is left empty
+    carriers = np.concatenate([np.arange(1, used // 2 + 1), np.arange(bins - used // 2, bins)])
     symbols = np.zeros((count, bins), complex)
     symbols[:, carriers] = rng.choice(constellation("QPSK"), (count, used))
     time = np.fft.ifft(symbols, axis=1)
     stream = np.concatenate([time[:, -prefix:], time], 1).ravel()
     start = int(rng.integers(bins + prefix))
-    return stream[start : start + n], {
-        "bandwidth": used / bins,
-        "prefix": prefix,
-        "bins": bins,
-        "start": start,
-    }
+    info = {"bandwidth": used / bins, "prefix": prefix, "bins": bins, "start": start}
+    return stream[start : start + n], info
 
 
 def pulse_train(name, n, rng):
@@ -223,8 +183,8 @@ def jammed(name, n, rng):
 
 
 MAKERS = {
-    **dict.fromkeys(MODULATIONS[:8], linear),
-    **dict.fromkeys(MODULATIONS[8:12], frequency_shift),
+    **dict.fromkeys(LINEAR, linear),
+    **dict.fromkeys(FSK, frequency_shift),
     "AM": amplitude_modulation,
     "FM": frequency_modulation,
     "OFDM": ofdm,
@@ -249,21 +209,15 @@ def channel(x, rng, carrier_offset=0.01, phase_noise=0.003, fading="none"):
     elif fading != "none":
         raise ValueError(f"fading {fading!r} is not none, rician or rayleigh")
     offset = rng.uniform(-carrier_offset, carrier_offset)
-    phase = (
-        rng.uniform(0, 2 * np.pi)
-        + 2 * np.pi * offset * np.arange(n)
-        + phase_noise * np.cumsum(rng.standard_normal(n))
-    )
+    start = rng.uniform(0, 2 * np.pi)
+    phase = start + 2 * np.pi * offset * np.arange(n) + phase_noise * np.cumsum(rng.standard_normal(n))
     return x * np.exp(1j * phase), offset
 
 
 def add_noise(x: np.ndarray, snr_db: float, rng: np.random.Generator) -> np.ndarray:
     """White complex noise over the full band, snr_db below the mean power of x; the sum has unit rms."""
-    power = np.mean(np.abs(x) ** 2)
-    noise = (rng.standard_normal(len(x)) + 1j * rng.standard_normal(len(x))) * np.sqrt(
-        power / 2 * 10 ** (-snr_db / 10)
-    )
-    y = x + noise
+    level = np.sqrt(np.mean(np.abs(x) ** 2) / 2 * 10 ** (-snr_db / 10))
+    y = x + level * (rng.standard_normal(len(x)) + 1j * rng.standard_normal(len(x)))
     return y / np.sqrt(np.mean(np.abs(y) ** 2))
 
 

@@ -1,12 +1,7 @@
 """The answer file of the competition:
 {"team_name", "model_name", "evaluation_time", "answers": [{"id", "pred"}]}."""
 
-import sys
 from datetime import datetime
-from pathlib import Path
-
-# repository root: every way of starting this file finds it
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.checkpoint import atomic_json
 from common.errors import UserError

@@ -11,11 +11,7 @@ The class may stand with the sample, with what it inherits from, or with its onl
 import base64
 import io
 import json
-import sys
 from pathlib import Path
-
-# repository root: every way of starting this file finds it
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import h5py
 import numpy as np

@@ -15,6 +15,17 @@ from em_mllm.test import fill_unread
 
 FOUR = ["GFSK", "FM", "MSK", "2FSK"]
 QUESTIONS = [
+    ("请从A. GFSK，B. FM，C. MSK，D. 2FSK中选择", FOUR),
+    ("①A. GFSK ②B. FM ③C. MSK ④D. 2FSK", FOUR),
+    ("A->GFSK; B->FM; C->MSK; D->2FSK", FOUR),
+    ("Class A: GFSK, Class B: FM, Class C: MSK, Class D: 2FSK", FOUR),
+    ("A.GFSK\\nB.FM\\nC.MSK\\nD.2FSK", FOUR),
+    ("A.GFSK,B.FM,C.MSK,D.2FSK,只写字母", FOUR),
+    ("A、 GFSK；B、 FM；C、 MSK；D、 2FSK（不确定时选最可能的）", FOUR),
+    (
+        "Which?\nA. It is A.M. here\nB. It is F.M. here\nC. Neither",
+        ["It is A.M. here", "It is F.M. here", "Neither"],
+    ),
     ("<options>A. GFSK\nB. FM\nC. MSK\nD. 2FSK</options>", FOUR),
     ("Which? {A: GFSK, B: FM, C: MSK, D: 2FSK}", FOUR),
     ('Choices: {"A": "GFSK", "B": "FM", "C": "MSK", "D": "2FSK"}', FOUR),
@@ -143,6 +154,10 @@ QUESTIONS = [
     ("Which?\n\tA.\tGFSK\n\tB.\tFM\n\tC.\tMSK\n\tD.\t2FSK", FOUR),
 ]
 LETTERS = [
+    ("It is not FM but MSK", "C"),
+    ("The signal is GFSK, not FM", "A"),
+    ("应为C选项", "C"),
+    ("C is my answer", "C"),
     ("【答案】B", "B"),
     ("B\n\nThe frequency varies", "B"),
     ("B because the frequency varies", "B"),

@@ -43,9 +43,8 @@ class SiTMAESelfAttention(nn.Module):
     def probabilities(self, q, k, attn_mask, head_mask):
         scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
         if attn_mask is not None:
-            scores = scores.masked_fill(
-                ~attn_mask[:, None], max(-1e9, torch.finfo(scores.dtype).min)
-            )  # -1e9 overflows in half precision
+            low = max(-1e9, torch.finfo(scores.dtype).min)  # -1e9 overflows in half precision
+            scores = scores.masked_fill(~attn_mask[:, None], low)
         weights = F.dropout(scores.softmax(-1), self.attention_dropout, self.training)
         return weights if head_mask is None else weights * head_mask[:, None, None]
 
@@ -68,11 +67,8 @@ class SiTMAESdpaSelfAttention(SiTMAESelfAttention):
         q, k, v = self.project(hidden_states)
         if attn_mask is not None:  # padding rows may see everything: no row is empty
             attn_mask = (attn_mask | ~attn_mask.any(-1, keepdim=True))[:, None]
-        return self.finish(
-            F.scaled_dot_product_attention(
-                q, k, v, attn_mask, self.attention_dropout if self.training else 0.0
-            )
-        ), None
+        dropout = self.attention_dropout if self.training else 0.0
+        return self.finish(F.scaled_dot_product_attention(q, k, v, attn_mask, dropout)), None
 
 
 class SiTMAEFlashAttention2(SiTMAESdpaSelfAttention):
@@ -89,9 +85,8 @@ class SiTMAEFlashAttention2(SiTMAESdpaSelfAttention):
         self.heads, self.attention_dropout, self.dropout = heads, attention_dropout, nn.Dropout(dropout)
 
     def project(self, hidden_states):
-        return rearrange(
-            self.Wqkv(hidden_states), "b m (three h d) -> three b h m d", three=3, h=self.heads
-        ).unbind(0)
+        qkv = self.Wqkv(hidden_states)
+        return rearrange(qkv, "b m (three h d) -> three b h m d", three=3, h=self.heads).unbind(0)
 
     def finish(self, context):
         return self.dropout(self.Wo(rearrange(context, "b h m d -> b m (h d)")))
@@ -99,18 +94,13 @@ class SiTMAEFlashAttention2(SiTMAESdpaSelfAttention):
     def forward(
         self, hidden_states, attn_mask=None, sample_ids=None, head_mask=None, output_attentions=False
     ):
-        usable = (
-            has_varlen_kernel(hidden_states)
-            and sample_ids is not None
-            and not (self.training and self.attention_dropout)
-        )
-        if output_attentions or head_mask is not None or not usable:
+        dropout = self.attention_dropout if self.training else 0.0
+        if sample_ids is None or not uses_varlen(hidden_states, dropout, head_mask, output_attentions):
             return super().forward(hidden_states, attn_mask, sample_ids, head_mask, output_attentions)
         rows, length, _ = hidden_states.shape
         tokens, indices, cu_seqlens, longest = unpad_input(hidden_states, sample_ids)
-        q, k, v = rearrange(self.Wqkv(tokens), "t (three h d) -> three t h d", three=3, h=self.heads).unbind(
-            0
-        )
+        qkv = rearrange(self.Wqkv(tokens), "t (three h d) -> three t h d", three=3, h=self.heads)
+        q, k, v = qkv.unbind(0)
         half = q.dtype if q.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
         context = varlen_attn(q.to(half), k.to(half), v.to(half), cu_seqlens, cu_seqlens, longest, longest)
         out = self.dropout(self.Wo(rearrange(context, "t h d -> t (h d)").to(tokens.dtype)))
@@ -120,6 +110,11 @@ class SiTMAEFlashAttention2(SiTMAESdpaSelfAttention):
 def has_varlen_kernel(hidden_states: torch.Tensor) -> bool:
     """Whether torch's variable-length kernel can take these activations."""
     return varlen_attn is not None and hidden_states.is_cuda
+
+
+def uses_varlen(hidden_states, dropout: float, head_mask, output_attentions: bool) -> bool:
+    """Whether "fa2" attends by the variable-length kernel, which needs no mask."""
+    return has_varlen_kernel(hidden_states) and not dropout and head_mask is None and not output_attentions
 
 
 SITMAE_ATTENTION_CLASSES = {
@@ -175,12 +170,8 @@ def run_layers(
     """
     states, attentions = [hidden_states], []
     for i, layer in enumerate(layers):
-        arguments = (
-            attn_mask,
-            sample_ids,
-            head_mask if head_mask is None or head_mask.dim() == 1 else head_mask[i],
-            output_attentions,
-        )
+        own_mask = head_mask if head_mask is None or head_mask.dim() == 1 else head_mask[i]
+        arguments = (attn_mask, sample_ids, own_mask, output_attentions)
         if checkpoint is not None:
             hidden_states, weights = checkpoint(layer.__call__, hidden_states, *arguments)
         else:
@@ -188,8 +179,5 @@ def run_layers(
         if output_hidden_states:
             states.append(hidden_states)
         attentions.append(weights)
-    return (
-        hidden_states,
-        tuple(states) if output_hidden_states else None,
-        tuple(attentions) if output_attentions else None,
-    )
+    states = tuple(states) if output_hidden_states else None
+    return hidden_states, states, tuple(attentions) if output_attentions else None

@@ -113,6 +113,10 @@ class SiTMAEConfig(PretrainedConfig):
         the patch."""
         return (self.max_seq_len[0] + (16 if self.use_fs else 8)) // self.patch_size[0]
 
+    def in_fs_unit(self, fs_hz):
+        """A sampling rate in Hz in the unit that its token takes."""
+        return fs_hz / 1e6 if self.fs_unit == "mhz" else fs_hz
+
     @property
     def num_special(self) -> int:
         """Tokens before the first IQ patch: cls, and the sampling rate if used."""

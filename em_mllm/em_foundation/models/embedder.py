@@ -101,9 +101,8 @@ class SiTMAEEmbeddings(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.position_embeddings = nn.Parameter(torch.zeros(config.num_positions, config.hidden_size))
         self.projection = nn.Linear(config.num_channels * config.patch_size[0], config.hidden_size)
-        self.fs_embedder = TimestepEmbedder(
-            config.hidden_size
-        )  # in the state dict even without use_fs, as upstream
+        # in the state dict even without use_fs, as upstream
+        self.fs_embedder = TimestepEmbedder(config.hidden_size)
 
     def embed(self, patches: torch.Tensor, patch_positions: torch.Tensor) -> torch.Tensor:
         """patches (B, M, C*P), patch_positions (B, M): 0 = cls (and padding), 1 = sampling rate, then IQ ->
@@ -140,9 +139,8 @@ class SiTMAEEmbeddings(nn.Module):
         order = scores.argsort(dim=1, stable=True)
         rank = torch.arange(length, device=h.device).expand(rows, -1)
         is_kept = rank < len_keep[:, None]
-        head = (
-            torch.where(is_kept, order, length).sort(1).values
-        )  # kept ids ascending, then `length` as filler
+        # kept ids ascending, then `length` as filler
+        head = torch.where(is_kept, order, length).sort(1).values
         order = torch.where(is_kept, head, order)
         ids_restore = order.argsort(dim=1, stable=True)
         ids_keep = head[:, : int(len_keep.max())]

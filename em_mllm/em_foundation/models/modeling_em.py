@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from em_mllm.em_foundation.models.block import SiTMAELayer, run_layers
+from em_mllm.em_foundation.models.block import SiTMAELayer, run_layers, uses_varlen
 from em_mllm.em_foundation.models.configuration_em import (
     REGRESSION_TASKS,
     SPECTRUM_BANDS,
@@ -103,6 +103,14 @@ class SiTMAEModelWithoutMask(SiTMAEPreTrainedModel):
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
+    def needs_mask(self, h, sample_ids, head_mask, output_attentions) -> bool:
+        """Not where every row is one signal, nor where the variable-length kernel serves all layers."""
+        config = self.config
+        dropout = config.attention_probs_dropout_prob if self.training else 0.0
+        if config.attention_type == "fa2" and uses_varlen(h, dropout, head_mask, output_attentions):
+            return False
+        return bool((sample_ids != sample_ids[:, :1]).any()) or bool((sample_ids < 0).any())
+
     def forward(
         self,
         samples,
@@ -115,13 +123,13 @@ class SiTMAEModelWithoutMask(SiTMAEPreTrainedModel):
         return_dict=True,
     ):
         sample_ids = sample_id_matrix(sample_ids_seq, samples.shape[1], samples.device)
-        whole = bool((sample_ids == sample_ids[:, :1]).all()) and bool(
-            (sample_ids >= 0).all()
-        )  # one signal a row: no mask needed
         h = self.embeddings.embed(samples, patch_positions)
+        attn_mask = None
+        if self.needs_mask(h, sample_ids, head_mask, output_attentions):
+            attn_mask = gen_attn_mask(sample_ids)
         h, states, attentions = self.encoder(
             h,
-            None if whole else gen_attn_mask(sample_ids),
+            attn_mask,
             sample_ids,
             head_mask=head_mask,
             output_attentions=output_attentions,
@@ -209,7 +217,8 @@ class SiTMAEDecoder(nn.Module):
         """
         visible = self.decoder_embed(latent)
         rows, length = sample_ids.shape
-        h = self.mask_token.to(visible.dtype).expand(rows, length + 1, -1)  # one spare place takes the filler
+        # one spare place takes the filler
+        h = self.mask_token.to(visible.dtype).expand(rows, length + 1, -1)
         h = h.scatter(1, ids_keep[..., None].expand_as(visible), visible)[:, :length]
         h = h + self.decoder_position_embeddings[patch_positions]
         checkpoint = (
@@ -267,15 +276,13 @@ class SiTMAEForPreTraining(SiTMAEPreTrainedModel):
             spread = (target.var(-1, keepdim=True) + 1e-6).sqrt()
             target = (target - target.mean(-1, keepdim=True)) / spread
         error = ((logits - target) ** 2).mean(-1)
-        hidden_loss = (error * encoded.mae_mask).sum() / encoded.mae_mask.sum().clamp(
-            min=1
-        )  # mask_ratio 0 hides nothing: 0, not nan
+        # mask_ratio 0 hides nothing: 0, not nan
+        hidden_loss = (error * encoded.mae_mask).sum() / encoded.mae_mask.sum().clamp(min=1)
         loss, spectrum_loss = hidden_loss, None
         if spectrum is not None and self.config.spectrum_weight:
             is_cls = (patch_positions == 0) & (sample_ids >= 0)
-            visible_cls = F.pad(is_cls, (0, 1)).gather(
-                1, encoded.ids_keep
-            )  # cls tokens are never hidden; the filler is none
+            # cls tokens are never hidden; the filler is none
+            visible_cls = F.pad(is_cls, (0, 1)).gather(1, encoded.ids_keep)
             guess = self.decoder.spectrum_pred(encoded.last_hidden_state[visible_cls])
             spectrum_loss = F.mse_loss(guess, spectrum[is_cls].to(guess.dtype))
             loss = hidden_loss + self.config.spectrum_weight * spectrum_loss
@@ -320,18 +327,15 @@ class SiTMAEHeadModel(SiTMAEPreTrainedModel):
             return per_token[is_cls]
         is_iq = (patch_positions >= self.config.num_special) & (sample_ids >= 0)
         owner = (is_cls.flatten().cumsum(0) - 1)[is_iq.flatten()]  # a signal's tokens follow its cls token
-        total = per_token.new_zeros(int(is_cls.sum()), *per_token.shape[2:]).index_add(
-            0, owner, per_token[is_iq]
-        )
+        total = per_token.new_zeros(int(is_cls.sum()), *per_token.shape[2:])
+        total = total.index_add(0, owner, per_token[is_iq])
         return total / owner.bincount(minlength=len(total)).reshape(-1, *[1] * (total.dim() - 1))
 
     def read_out(self, per_token, labels, patch_positions, sample_ids):
         """per_token as it is when labels are per token, (B, M) or (B, M, 1), as upstream; else per signal."""
-        return (
-            per_token
-            if labels.shape[:2] == per_token.shape[:2]
-            else self.per_signal(per_token, patch_positions, sample_ids)
-        )
+        if labels.shape[:2] == per_token.shape[:2]:
+            return per_token
+        return self.per_signal(per_token, patch_positions, sample_ids)
 
     def forward(
         self,
@@ -355,9 +359,9 @@ class SiTMAEHeadModel(SiTMAEPreTrainedModel):
             apply_layernorm=False,
         )
         logits = self.predict(encoded.last_hidden_state)
-        loss, details = (
-            (None, None) if labels is None else self.cost(logits, labels, patch_positions, sample_ids)
-        )
+        loss = details = None
+        if labels is not None:
+            loss, details = self.cost(logits, labels, patch_positions, sample_ids)
         out = MultiTaskOutput(loss, logits, encoded.hidden_states, encoded.attentions, details)
         return out if return_dict else out.to_tuple()
 
@@ -373,9 +377,8 @@ class SiTMAEForClassification(SiTMAEHeadModel):
     def __init__(self, config: SiTMAEConfig):
         super().__init__(config)
         self.sit = encoder_of(config)
-        self.classifier = (
-            nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
-        )
+        classes = config.num_labels
+        self.classifier = nn.Linear(config.hidden_size, classes) if classes > 0 else nn.Identity()
         self.post_init()
 
     def predict(self, hidden_states):
@@ -383,13 +386,11 @@ class SiTMAEForClassification(SiTMAEHeadModel):
 
     def cost(self, logits, labels, patch_positions, sample_ids):
         read = self.read_out(logits, labels, patch_positions, sample_ids)
-        guessed = (
-            "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
-        )
-        kind = self.config.problem_type or ("regression" if self.config.num_labels == 1 else guessed)
-        if kind == "regression":
-            return F.mse_loss(read.squeeze(-1), labels.to(read.dtype).reshape(read.squeeze(-1).shape)), None
-        if kind == "single_label_classification":
+        kind = self.config.problem_type
+        if kind == "regression" or not kind and self.config.num_labels == 1:
+            value = read.squeeze(-1)
+            return F.mse_loss(value, labels.to(read.dtype).reshape(value.shape)), None
+        if kind == "single_label_classification" or not kind and not labels.is_floating_point():
             return F.cross_entropy(read.flatten(0, -2), labels.flatten().long()), None
         return F.binary_cross_entropy_with_logits(read, labels.to(read.dtype)), None
 
@@ -423,18 +424,16 @@ class SiTForMultiTask(SiTMAEHeadModel):
         self.post_init()
 
     def predict(self, hidden_states):
-        regressions = {
-            name: getattr(self, f"regression_head_{name}")(hidden_states) for name in REGRESSION_TASKS
-        }
-        return {"classification": self.classifier(hidden_states), **regressions}
+        logits = {"classification": self.classifier(hidden_states)}
+        for name in REGRESSION_TASKS:
+            logits[name] = getattr(self, f"regression_head_{name}")(hidden_states)
+        return logits
 
     def cost(self, logits, labels, patch_positions, sample_ids):
-        losses = {
-            name: self.task_loss(
-                name, self.read_out(logits[name], target, patch_positions, sample_ids), target
-            )
-            for name, target in labels.items()
-        }
+        losses = {}
+        for name, target in labels.items():
+            read = self.read_out(logits[name], target, patch_positions, sample_ids)
+            losses[name] = self.task_loss(name, read, target)
         return self.weigh(losses), losses
 
     def weigh(self, losses: dict) -> torch.Tensor:

@@ -61,9 +61,8 @@ def transform_downstream(
     iq = normalize_data(iq[keep], norm_method_iq).clip(-5, 5).transpose(0, 2, 1)[..., None]
     head = [np.zeros((*iq.shape[:2], patch_size, 1))]
     if use_fs:
-        head.append(
-            np.broadcast_to(np.asarray(batch["fs"], np.float64)[keep][:, None, None, None], head[0].shape)
-        )
+        rates = np.asarray(batch["fs"], np.float64)[keep]
+        head.append(np.broadcast_to(rates[:, None, None, None], head[0].shape))
     out = {iq_column: np.concatenate([*head, iq], 2)}
     if label_column is not None:
         out[label_column] = np.asarray(batch[label_column])[keep]
@@ -91,11 +90,11 @@ def log_spectra(iq: np.ndarray) -> np.ndarray:
 def with_special_patches(iq: np.ndarray, patch: int, fs: float | None) -> torch.Tensor:
     """iq (N, 2) -> (2, N' , 1): a zero patch (cls), a patch filled with fs unless it is None, then the IQ cut
     to whole patches."""
-    iq = torch.as_tensor(np.ascontiguousarray(iq[: len(iq) // patch * patch].T), dtype=torch.float32)[
-        ..., None
-    ]
-    head = [torch.zeros(2, patch, 1)] + ([] if fs is None else [torch.full((2, patch, 1), float(fs))])
-    return torch.cat([*head, iq], 1)
+    whole = np.ascontiguousarray(iq[: len(iq) // patch * patch].T)
+    parts = [torch.zeros(2, patch, 1)]
+    if fs is not None:
+        parts.append(torch.full((2, patch, 1), float(fs)))
+    return torch.cat([*parts, torch.as_tensor(whole, dtype=torch.float32)[..., None]], 1)
 
 
 def pack_sequence(rows: list, patch: int, max_seq_len: int):
@@ -142,6 +141,9 @@ def first_fit(lengths, room: int) -> list[list[int]]:
     return rows
 
 
+HEADS = ("decoder.", "classifier.", "regression_head_")  # keys of what stands on the encoder
+
+
 def convert_checkpoint(tensors: dict, wanted: dict, source="checkpoint") -> dict:
     """Rename and reshape a published encoder checkpoint to the keys of `wanted` (a state dict).
 
@@ -153,7 +155,7 @@ def convert_checkpoint(tensors: dict, wanted: dict, source="checkpoint") -> dict
     for key, value in tensors.items():
         if key.startswith("sit.") and not prefixed:
             key = key.removeprefix("sit.")
-        elif prefixed and not key.startswith(("sit.", "decoder.", "classifier.", "regression_head_")):
+        elif prefixed and not key.startswith(("sit.", *HEADS)):
             key = "sit." + key
         out[key] = value
     fused_wanted = any(".Wqkv." in k for k in wanted)
@@ -213,7 +215,7 @@ def load_encoder(model, path, quiet: bool = False):
                 f"{path}: {key} is {tuple(value.shape)}, the model needs {tuple(wanted[key].shape)}; "
                 "use the config.json that belongs to the weights"
             )
-    body = [k for k in wanted if not k.startswith(("decoder.", "classifier.", "regression_head_"))]
+    body = [k for k in wanted if not k.startswith(HEADS)]
     found = sum(k in converted for k in body)
     if found < 0.5 * len(body):
         raise UserError(
@@ -222,13 +224,7 @@ def load_encoder(model, path, quiet: bool = False):
             f"the model {', '.join(body[:3])}); is this an encoder checkpoint?"
         )
     return load_weights(
-        model,
-        tensors,
-        path,
-        min_share=0.0,
-        convert=lambda t: converted,
-        ignore=("decoder.", "classifier.", "regression_head_"),
-        quiet=quiet,
+        model, tensors, path, min_share=0.0, convert=lambda t: converted, ignore=HEADS, quiet=quiet
     )
 
 
@@ -250,13 +246,11 @@ def read_config(path, **overrides) -> SiTMAEConfig:
             f"{path}: no config.json; sizes read from the weights: "
             + ", ".join(f"{k} {v}" for k, v in fields.items())
         )
-    fields = {
-        k: v
-        for k, v in fields.items()
-        if k not in ("architectures", "transformers_version", "model_type", "dtype")
-    }
+    fields |= {k: v for k, v in overrides.items() if v is not None}
+    for name in ("architectures", "transformers_version", "model_type", "dtype"):
+        fields.pop(name, None)
     try:
-        return SiTMAEConfig(**{**fields, **{k: v for k, v in overrides.items() if v is not None}})
+        return SiTMAEConfig(**fields)
     except (ValueError, TypeError) as error:
         raise UserError(f"{file}: {error}") from error
 
