@@ -117,6 +117,11 @@ def parse_args(argv=None):
         "--patch", type=number(int, 1), help="points per patch instead of the preset's (published: 8)"
     )
     model.add_argument(
+        "--stem",
+        choices=("patch", "overlap"),
+        help="what a token is made of: its patch (as published), or also the visible ones beside it",
+    )
+    model.add_argument(
         "--mask-ratio",
         type=number(float, 0, 1),
         help="fraction of the patches that is hidden (published: 0.75)",
@@ -165,6 +170,7 @@ def make_config(args) -> SiTMAEConfig:
         refuse(args, ["preset"], "beside --config")
     own = dict(
         patch_size=args.patch and [args.patch, 1],
+        stem=args.stem,
         mask_ratio=args.mask_ratio,
         norm_pix_loss=args.norm_pix_loss,
         spectrum_weight=args.spectrum_weight,

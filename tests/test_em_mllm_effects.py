@@ -88,6 +88,7 @@ def test_every_option_of_pretrain_has_its_effect(world, tmp_path):
         "--config": "the sizes that a run needs: every test of this room",
         "--init": Effect(world / "other/encoder", "weights"),
         "--patch": Effect(32, "shape"),
+        "--stem": Effect("overlap", "shape"),
         "--mask-ratio": Effect(0.5, "weights"),
         "--norm-pix-loss": Effect(True, "weights"),
         "--spectrum-weight": [Effect(0.5, "shape"), Effect(1.0, "weights", given=("--spectrum-weight", 0.5))],

@@ -120,6 +120,38 @@ def test_mask_hides_the_stated_share_of_every_sample_and_never_padding():
     assert torch.equal(out.mae_mask, again.mae_mask)
 
 
+def test_an_overlapping_stem_sees_the_patches_beside_and_nothing_else():
+    """It begins as upstream's stem, with one key more; then a token knows its neighbours, but those of its
+    own signal alone, and of the hidden ones none."""
+    (patches, positions, ids), _ = packed()
+    plain, model = make(SiTMAEForPreTraining), make(SiTMAEForPreTraining, stem="overlap")
+    more = set(model.state_dict()) - set(plain.state_dict())
+    assert more == {"sit.embeddings.overlap.weight"} and not set(plain.state_dict()) - set(model.state_dict())
+    model.load_state_dict(plain.state_dict(), strict=False)
+    embeddings = model.sit.embeddings
+    assert torch.equal(embeddings.embed(patches, positions), plain.sit.embeddings.embed(patches, positions))
+    torch.nn.init.normal_(embeddings.overlap.weight)
+
+    def reached(**options):
+        """The tokens of row 0 that change with patch 5, an inner one of the first signal of 8."""
+        changed = patches.clone()
+        changed[0, 5] += 1
+        before, after = (embeddings.embed(x, positions, **options)[0] for x in (patches, changed))
+        return torch.nonzero((before != after).any(1)).flatten().tolist()
+
+    assert reached() == [4, 5, 6]
+    hidden = torch.ones(positions.shape, dtype=torch.bool)
+    hidden[0, 5] = False
+    assert reached(visible=hidden) == [5]
+    special = model.config.num_special
+    outer = embeddings.neighbours(patches, positions)
+    size = patches.shape[-1]
+    assert not outer[:, :special].any() and not outer[0, special, :size].any()
+    assert not outer[0, 9, size:].any() and outer[0, 9, :size].any()  # the last patch of the first signal
+    noise = mae_scores(sample_id_matrix(ids, patches.shape[1]), 2, torch.Generator().manual_seed(1))
+    assert torch.isfinite(model(patches, positions, ids, noise=noise).loss)
+
+
 def test_mask_ratio_zero_gives_loss_zero_not_nan():
     (patches, positions, ids), _ = packed()
     assert make(SiTMAEForPreTraining, mask_ratio=0.0)(patches, positions, ids).loss == 0

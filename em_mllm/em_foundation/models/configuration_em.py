@@ -11,6 +11,7 @@ CHOICES = {
     "position_init": ("xavier", "sincos"),
     "pooling": ("cls", "mean"),
     "encoder": ("sit", "cnn"),
+    "stem": ("patch", "overlap"),
 }
 
 
@@ -26,9 +27,10 @@ class SiTMAEConfig(PretrainedConfig):
     need. spectrum_weight: what the prediction of log spectra (utils.log_spectra) from the cls token counts in
     pre-training beside the reconstruction; 0, upstream's, leaves it and its head `decoder.spectrum_pred` out.
     pooling: what the heads read for one signal, its cls token ("cls", as upstream) or the mean over its IQ
-    tokens ("mean"), which the bursts of a noisy capture need. encoder: "sit", or "cnn" for the convolutional
-    one of modeling_cnn, which reads hidden_size and patch_size alone. label_weights: {task: weight} of
-    SiTForMultiTask. Other keyword arguments are kept and not used.
+    tokens ("mean"), which the bursts of a noisy capture need. stem: what a token is made of, its patch
+    ("patch", upstream's), or ("overlap") also the patches before and behind it. encoder: "sit", or "cnn" for
+    the convolutional one of modeling_cnn, which reads hidden_size and patch_size alone. label_weights: {task:
+    weight} of SiTForMultiTask. Other keyword arguments are kept and not used.
     """
 
     model_type = "sit_mae"
@@ -61,6 +63,7 @@ class SiTMAEConfig(PretrainedConfig):
         spectrum_weight=0.0,
         pooling="cls",
         encoder="sit",
+        stem="patch",
         label_weights=None,
         **kwargs,
     ):
@@ -85,6 +88,7 @@ class SiTMAEConfig(PretrainedConfig):
         self.spectrum_weight = spectrum_weight
         self.pooling = pooling
         self.encoder = encoder
+        self.stem = stem
         self.decoder_hidden_size = decoder_hidden_size
         self.decoder_num_hidden_layers = decoder_num_hidden_layers
         self.decoder_num_attention_heads = decoder_num_attention_heads

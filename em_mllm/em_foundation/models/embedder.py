@@ -101,12 +101,25 @@ class SiTMAEEmbeddings(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.position_embeddings = nn.Parameter(torch.zeros(config.num_positions, config.hidden_size))
         self.projection = nn.Linear(config.num_channels * config.patch_size[0], config.hidden_size)
+        if config.stem == "overlap":
+            self.overlap = nn.Linear(2 * self.projection.in_features, config.hidden_size, bias=False)
         # in the state dict even without use_fs, as upstream
         self.fs_embedder = TimestepEmbedder(config.hidden_size)
 
-    def embed(self, patches: torch.Tensor, patch_positions: torch.Tensor) -> torch.Tensor:
+    def neighbours(self, patches, patch_positions, visible=None) -> torch.Tensor:
+        """(B, M, 2*C*P): the patches before and behind each IQ patch in its own signal, zero where there is
+        none, or where it is not visible."""
+        special = self.config.num_special
+        if visible is not None:
+            patches = patches * visible[..., None]
+        before = nn.functional.pad(patches, (0, 0, 1, -1)) * (patch_positions > special)[..., None]
+        later = nn.functional.pad(patch_positions, (-1, 1)) == patch_positions + 1
+        behind = nn.functional.pad(patches, (0, 0, -1, 1)) * (later & (patch_positions >= special))[..., None]
+        return torch.cat([before, behind], -1)
+
+    def embed(self, patches, patch_positions, visible=None) -> torch.Tensor:
         """patches (B, M, C*P), patch_positions (B, M): 0 = cls (and padding), 1 = sampling rate, then IQ ->
-        (B, M, D)."""
+        (B, M, D). visible (B, M) bool: which patches others may see, by default all."""
         if patches.shape[-1] != self.projection.in_features:
             raise ValueError(
                 f"patches have {patches.shape[-1]} values, the encoder takes {self.projection.in_features}; "
@@ -118,7 +131,10 @@ class SiTMAEEmbeddings(nn.Module):
                 f"{len(self.position_embeddings)}; "
                 f"signals longer than max_seq_len={self.config.max_seq_len[0]} points must be cut"
             )
-        h = self.projection(patches.to(self.projection.weight.dtype))
+        patches = patches.to(self.projection.weight.dtype)
+        h = self.projection(patches)
+        if self.config.stem == "overlap":
+            h = h + self.overlap(self.neighbours(patches, patch_positions, visible))
         h = torch.where((patch_positions == 0)[..., None], self.cls_token.to(h.dtype), h)
         if self.config.use_fs:
             is_fs = patch_positions == 1
@@ -126,27 +142,33 @@ class SiTMAEEmbeddings(nn.Module):
             h = h.masked_scatter(is_fs[..., None], self.fs_embedder(rates)[which].to(h.dtype))
         return h + self.position_embeddings[patch_positions]
 
-    def hide(self, h: torch.Tensor, sample_ids: torch.Tensor, scores: torch.Tensor):
-        """Keep the tokens of lowest score of each row.
+    def choose(self, sample_ids: torch.Tensor, scores: torch.Tensor):
+        """Which tokens stay visible, those of lowest score of each row; `tokens_kept` says how many.
 
-        h (B, M, D), sample_ids and scores (B, M); `tokens_kept` says how many stay. Returns visible (B, Kmax,
-        D) zero padded, visible_ids (B, Kmax) sample ids with -1 at padding, ids_keep (B, Kmax) with M at
-        padding, ids_restore (B, M), mae_mask (B, M) float.
+        sample_ids and scores (B, M). Returns ids_keep (B, Kmax) with M at padding, ids_restore (B, M),
+        mae_mask (B, M) float.
         """
         rows, length = sample_ids.shape
-        valid = sample_ids >= 0
         len_keep = tokens_kept(sample_ids, self.config.mask_ratio)
         order = scores.argsort(dim=1, stable=True)
-        rank = torch.arange(length, device=h.device).expand(rows, -1)
+        rank = torch.arange(length, device=scores.device).expand(rows, -1)
         is_kept = rank < len_keep[:, None]
         # kept ids ascending, then `length` as filler
         head = torch.where(is_kept, order, length).sort(1).values
         order = torch.where(is_kept, head, order)
         ids_restore = order.argsort(dim=1, stable=True)
-        ids_keep = head[:, : int(len_keep.max())]
-        filler = ids_keep == length
+        mae_mask = ((ids_restore >= len_keep[:, None]) & (sample_ids >= 0)).to(torch.float32)
+        return head[:, : int(len_keep.max())], ids_restore, mae_mask
+
+    def hide(self, h: torch.Tensor, sample_ids: torch.Tensor, scores: torch.Tensor):
+        """Keep the tokens h (B, M, D) that `choose` says.
+
+        Returns visible (B, Kmax, D) zero padded, visible_ids (B, Kmax) sample ids with -1 at padding, and
+        ids_keep, ids_restore, mae_mask of `choose`.
+        """
+        ids_keep, ids_restore, mae_mask = self.choose(sample_ids, scores)
+        filler = ids_keep == sample_ids.shape[1]
         index = ids_keep.masked_fill(filler, 0)
         visible = h.gather(1, index[..., None].expand(-1, -1, h.shape[-1])).masked_fill(filler[..., None], 0)
         visible_ids = sample_ids.gather(1, index).masked_fill(filler, -1)
-        mae_mask = ((ids_restore >= len_keep[:, None]) & valid).to(torch.float32)
         return visible, visible_ids, ids_keep, ids_restore, mae_mask

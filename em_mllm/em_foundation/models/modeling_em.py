@@ -56,6 +56,8 @@ class SiTMAEPreTrainedModel(PreTrainedModel):
         elif isinstance(module, SiTMAEEmbeddings):
             self._init_positions(module.position_embeddings)
             nn.init.normal_(module.cls_token, std=0.02)
+            if self.config.stem == "overlap":
+                nn.init.zeros_(module.overlap.weight)  # begins as upstream's
         elif isinstance(module, TimestepEmbedder):
             nn.init.normal_(module.mlp[0].weight, std=0.02)
             nn.init.normal_(module.mlp[2].weight, std=0.02)
@@ -163,10 +165,11 @@ class SiTMAEModel(SiTMAEModelWithoutMask):
         sample_ids = sample_id_matrix(sample_ids_seq, patches.shape[1], patches.device)
         if noise is None:
             noise = mae_scores(sample_ids, self.config.num_special)
-        h = self.embeddings.embed(patches, patch_positions)
-        h, visible_ids, ids_keep, ids_restore, mae_mask = self.embeddings.hide(
-            h, sample_ids, noise.to(h.device)
-        )
+        noise, visible = noise.to(patches.device), None
+        if self.config.stem == "overlap":  # or a visible token would show what is hidden beside it
+            visible = self.embeddings.choose(sample_ids, noise)[2] == 0
+        h = self.embeddings.embed(patches, patch_positions, visible)
+        h, visible_ids, ids_keep, ids_restore, mae_mask = self.embeddings.hide(h, sample_ids, noise)
         attn_mask = gen_attn_mask(visible_ids)
         h, states, attentions = self.encoder(
             h,
