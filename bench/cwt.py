@@ -262,9 +262,8 @@ def main():
     output_mb = args.batch * 3 * args.scales * args.length * 4 / 1e6
     print(
         f"{args.batch} signals x {args.length} samples x {args.scales} scales x 3 channels, output "
-        f"{output_mb:.0f} MB; "
-        f"{processor()}, torch {torch.__version__}, numpy {np.__version__}, {os.cpu_count()} cores, load "
-        f"{os.getloadavg()[0]:.1f}"
+        f"{output_mb:.0f} MB; {processor()}, torch {torch.__version__}, numpy {np.__version__}, "
+        f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
     )
     print(
         f"{'method':24}{'cpu ms':>8}{'x':>6}"
@@ -274,8 +273,7 @@ def main():
     for name, row in rows.items():
         walls = "".join(f"{row[f'wall_ms_{t}']:11.0f}{row[f'ratio_wall_{t}']:6.1f}" for t in counts)
         print(
-            f"{name:24}{row['cpu_ms']:8.0f}{row['ratio_cpu']:6.1f}{walls}{row['memory_mb']:11.0f}"
-            f"{row['error']:9.0e}"
+            f"{name:24}{row['cpu_ms']:8.0f}{row['ratio_cpu']:6.1f}{walls}{row['memory_mb']:11.0f}{row['error']:9.0e}"
         )
     command = [sys.executable, __file__, "--memory", "a day"]
     day = json.loads(

@@ -164,8 +164,7 @@ class Preprocess:
         if bad.any():
             raise UserError(
                 f"{where}: {bad.sum()} of {len(x)} samples are NaN or infinite, the first is sample "
-                f"{bad.argmax()}; "
-                "mend it or pass --skip-bad"
+                f"{bad.argmax()}; mend it or pass --skip-bad"
             )
         low, high = float(x.min()), float(x.max())
         if high - low <= 1e-9 * max(1.0, abs(low), abs(high)):
@@ -540,8 +539,8 @@ def notes_of(abouts: list[dict], prepare: Preprocess) -> list[str]:
     counts = sum_of([about["chosen"] for about in abouts])
     if lost["samples"]:
         notes.append(
-            f"left out {lost['samples']} samples ({lost['seconds']:.1f} s) in gaps and short or flat runs of "
-            f"{lost['channels']} channels; cut there into {sum(counts.values())} runs"
+            f"left out {lost['samples']} samples ({lost['seconds']:.1f} s) in gaps and short or flat runs "
+            f"of {lost['channels']} channels; cut there into {sum(counts.values())} runs"
         )
     if late := sum(about["late"] for about in abouts):
         notes.append(f"left out {late} remarks that lie outside of their recordings")
@@ -668,8 +667,7 @@ class Filling:
         if last >= end + 1e-6 or first < 0:
             raise UserError(
                 f"{record.source}: annotations (field ann_sample) reach from second {first:.2f} to "
-                f"{last:.2f} but "
-                f"record {record.name} lasts {end:.2f} s; is a rate wrong?"
+                f"{last:.2f} but record {record.name} lasts {end:.2f} s; is a rate wrong?"
             )
         self.late += sum(e.seconds >= end or e.seconds + e.duration < 0 for e in record.events)
 

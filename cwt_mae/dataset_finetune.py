@@ -102,8 +102,7 @@ def load_task(
         record, start = rows[unknown[0]][:2]
         raise UserError(
             f"{store.where(record)}: label {names[unknown[0]]!r} at sample {start} is none of "
-            f"{', '.join(classes)}; "
-            "mend it or pass --skip-bad"
+            f"{', '.join(classes)}; mend it or pass --skip-bad"
         )
     if unknown:
         print(f"skipped {len(unknown)} windows whose label is none of {', '.join(classes)}", file=sys.stderr)
@@ -353,8 +352,7 @@ def labels_of(store: Store, level: str = "") -> dict:
         if record in found or not row["label"]:
             raise UserError(
                 f"{store.where(record)}: has {'several labels' if row['label'] else 'no label'}, but --task "
-                "series "
-                "wants one for each record"
+                "series wants one for each record"
             )
         found[record] = row["label"].decode()
     return found
@@ -424,8 +422,7 @@ def check_parts(store: Store, parts: np.ndarray):
             names = {"train": "training", "val": "validation", "test": "test"}
             raise UserError(
                 f"subject {sorted(both)[0].decode()} has records in the {names[first]} and in the "
-                f"{names[second]} "
-                "part; put them into one"
+                f"{names[second]} part; put them into one"
             )
 
 
@@ -435,8 +432,7 @@ def training_part(task: Task, parts: np.ndarray) -> Task:
     if not len(train.items):
         raise UserError(
             f"no labelled window for task {task.kind} belongs to the training part (UCR training series, "
-            "records named in DS1); "
-            "pass --split with a JSON file of the lists train and test"
+            "records named in DS1); pass --split with a JSON file of the lists train and test"
         )
     return train
 

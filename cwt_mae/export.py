@@ -100,8 +100,7 @@ def main(args):
     if isinstance(model, TF_MAE_Classifier) and (model.num_features or model.compare):
         raise UserError(
             f"{args.model}: its head also reads the rhythm or the record's median beat; export a classifier "
-            "that was "
-            "fine-tuned with --no-features and without --compare"
+            "that was fine-tuned with --no-features and without --compare"
         )
     difference = export(model, args.export, args.out, args.batch_size)
     if not difference <= LARGEST:

@@ -109,9 +109,8 @@ def add_data_arguments(parser: argparse.ArgumentParser):
         "--task",
         choices=("beat", "rhythm", "series", "labels"),
         required=True,
-        help="what a label belongs to: a heart beat, a stretch of one rhythm, a whole record; labels: none, "
-        "one or "
-        "several for a whole record",
+        help="what a label belongs to: a heart beat, a stretch of one rhythm, a whole record; labels: "
+        "none, one or several for a whole record",
     )
     data.add_argument(
         "--level",
@@ -122,8 +121,7 @@ def add_data_arguments(parser: argparse.ArgumentParser):
         "--split",
         "--split-file",
         help="JSON file {train: [names], test: [names]}; without it the parts of a UCR set, else the list "
-        "DS1 for training "
-        "and every other record for the test",
+        "DS1 for training and every other record for the test",
     )
     # The validation part is a fold of the training subjects, so that the test part stays unseen.
     data.add_argument(
@@ -192,8 +190,7 @@ def add_model_arguments(parser: argparse.ArgumentParser):
         default=[],
         metavar="NAME=VALUE",
         help="sizes of the head: num_reasoning_tokens=8 (cot), hidden_dim=512, num_res_blocks=2, "
-        "dropout_rate=0 (mlp), "
-        "input_dropout=0",
+        "dropout_rate=0 (mlp), input_dropout=0",
     )
     # What the head of a beat classifier is given beside the tokens.
     model.add_argument(
@@ -217,8 +214,7 @@ def add_model_arguments(parser: argparse.ArgumentParser):
         "--compare",
         action="store_true",
         help="with --freeze and --center-columns: give the head the difference between the tokens and the "
-        "median tokens "
-        "of the record",
+        "median tokens of the record",
     )
 
 
@@ -637,9 +633,8 @@ def main(args):
     open_run(args.out, args, accelerator, args.resume, args.overwrite)
     accelerator.print(
         f"{describe(model)} | training {describe_windows(train_set)} | validation "
-        f"{describe_windows(validation)} | "
-        f"{args.batch_size} x {accelerator.num_processes} x {args.accum} windows a step | {steps} steps, "
-        f"learning rate {args.lr:g}"
+        f"{describe_windows(validation)} | {args.batch_size} x {accelerator.num_processes} x {args.accum} "
+        f"windows a step | {steps} steps, learning rate {args.lr:g}"
     )
     card = make_card(train_set, scale, args)
 

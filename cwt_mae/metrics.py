@@ -175,8 +175,8 @@ def describe_scores(result: dict) -> str:
     interval = " [{:.3f}, {:.3f}]".format(*result["macro_f1_95"]) if "macro_f1_95" in result else ""
     lines = [
         f"{result['windows']} windows | accuracy {result['accuracy']:.3f} | macro-F1 "
-        f"{result['macro_f1']:.3f}{interval}"
-        f" | AUROC {result['auroc'] if result['auroc'] is not None else float('nan'):.3f}",
+        f"{result['macro_f1']:.3f}{interval} | AUROC "
+        f"{result['auroc'] if result['auroc'] is not None else float('nan'):.3f}",
         f"  {'class':12} {'windows':>8} {'precision':>9} {'recall':>7} {'F1':>6}",
     ]
     for name, row in result["per_class"].items():

@@ -407,8 +407,8 @@ class CWT_Encoder(nn.Module):
         length, missing = x.shape[1], self.signal_len - x.shape[1]
         if length < 2 or missing < 0:
             raise ValueError(
-                f"x has {length} samples, the model takes 2 .. {self.signal_len}; "
-                "cut longer records into windows or build the model with another signal_len"
+                f"x has {length} samples, the model takes 2 .. {self.signal_len}; cut longer records into "
+                "windows or build the model with another signal_len"
             )
         if real is not None and real.shape != x.shape:
             raise ValueError(f"real has shape {tuple(real.shape)}, expected {tuple(x.shape)} as x")

@@ -394,8 +394,7 @@ def load_encoder(encoder: CWT_Encoder, tensors: dict, config: dict, source):
             if count % height:
                 raise UserError(
                     f"{source}: pos_embed has {count} patches, which are not {height} rows; pass the "
-                    "cwt_scales and "
-                    "patch_size_freq that the model was trained with"
+                    "cwt_scales and patch_size_freq that the model was trained with"
                 )
             if (height, count // height) != (rows, columns):
                 print(
@@ -456,8 +455,7 @@ def read_model(path):
     else:
         print(
             f"{path}: weights of ours without their configuration; sizes, scales and preparation are those "
-            "that "
-            "are passed"
+            "that are passed"
         )
     return tensors, config
 
@@ -509,7 +507,6 @@ def load_model(path, **config):
     if report.unexpected:
         raise UserError(
             f"{path}: holds {len(report.unexpected)} tensors that the model lacks, such as "
-            f"{report.unexpected[0]}; "
-            "pass the sizes that it was trained with"
+            f"{report.unexpected[0]}; pass the sizes that it was trained with"
         )
     return model.eval()

@@ -287,8 +287,7 @@ def npz_gains(path, data: dict, names: list) -> dict:
     if not good or gain.size not in (1, len(names)):
         raise UserError(
             f"{path}: field gain is {gain}, expected one number above 0 (units per physical unit), or one "
-            "for "
-            "each channel"
+            "for each channel"
         )
     return dict(zip(names, np.broadcast_to(gain.ravel(), (len(names),)).tolist()))
 
@@ -378,8 +377,8 @@ def series_records(path: Path, data: dict, fs) -> list[Recording]:
     y = np.asarray(data[key])
     if x.ndim not in (2, 3) or x.dtype.kind not in "iuf" or y.ndim not in (1, 2) or len(x) != len(y):
         raise UserError(
-            f"{path}: fields X {x.shape} and {key} {y.shape} do not belong together; expected (N, T) or "
-            "(N, channels, T), and N labels"
+            f"{path}: fields X {x.shape} and {key} {y.shape} do not belong together; expected (N, T) or (N, "
+            "channels, T), and N labels"
         )
     if x.ndim == 3 and x.shape[1] > x.shape[2]:
         x = x.transpose(0, 2, 1)

@@ -182,7 +182,6 @@ def check_rate(fs, source, given=None) -> float:
     if not RATE_RANGE[0] <= rate <= RATE_RANGE[1]:
         raise UserError(
             f"{source}: field fs is {rate:g} Hz, expected {RATE_RANGE[0]:g} to {RATE_RANGE[1]:,.0f}; mend "
-            "the "
-            "file or pass --input-fs"
+            "the file or pass --input-fs"
         )
     return rate

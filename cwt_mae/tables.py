@@ -307,8 +307,8 @@ def clock_unit(path, name: str, unit, x) -> float:
         return 1e-3
     if step >= 2 and abs(x[0]) < 1e9:
         raise UserError(
-            f"{path}: column {name} goes in steps of {step:g} of an unnamed unit; call it time_s, time_ms or "
-            "time_us"
+            f"{path}: column {name} goes in steps of {step:g} of an unnamed unit; call it time_s, time_ms "
+            "or time_us"
         )
     return 1.0
 

@@ -63,16 +63,14 @@ def parse_args(argv=None):
         "--split",
         "--split-file",
         help="JSON file {train: [names], test: [names]}; without it the parts of a UCR set, else the list "
-        "DS1 for training "
-        "and every other record for the test",
+        "DS1 for training and every other record for the test",
     )
     # Records without labels are read in sliding windows.
     parser.add_argument(
         "--unlabelled",
         action="store_true",
-        help="classify sliding windows over every record, or for beats those at the R peaks that a detector "
-        "finds; "
-        "no label is needed",
+        help="classify sliding windows over every record, or for beats those at the R peaks that a "
+        "detector finds; no label is needed",
     )
     parser.add_argument(
         "--stride",

@@ -300,10 +300,8 @@ def main(args):
     open_run(args.out, args, accelerator, args.resume, args.overwrite)
     accelerator.print(
         f"{describe(model)} | {len(train_set.rows)} channels, {store.hours(train_set.rows):.2f} h, for "
-        "training | "
-        f"{len(train_set)} windows an epoch | {args.batch_size} x {accelerator.num_processes} x {args.accum} "
-        "windows "
-        f"a step | {steps} steps, learning rate {args.lr:g}"
+        f"training | {len(train_set)} windows an epoch | {args.batch_size} x {accelerator.num_processes} x "
+        f"{args.accum} windows a step | {steps} steps, learning rate {args.lr:g}"
     )
 
     # The first evaluation is of random weights: the control of every later line of the log.

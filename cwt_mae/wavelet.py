@@ -498,8 +498,7 @@ def _apply(rows, mask, scales, points: int, normalize: bool, out=None) -> Tensor
         ):
             raise ValueError(
                 f"out is {out.dtype} {tuple(out.shape)} on {out.device}, expected contiguous {rows.dtype} "
-                f"{wanted} on "
-                f"{rows.device}"
+                f"{wanted} on {rows.device}"
             )
         if torch.is_grad_enabled() and (rows.requires_grad or out.requires_grad):
             raise ValueError("out= has no derivative; call it without out, or under torch.no_grad()")

@@ -25,8 +25,8 @@ from tests.quick_python import python
 ROOT = Path(__file__).resolve().parents[1]
 TINY = (
     "--model-fs 50 --set signal_len=200 patch_size_time=20 cwt_scales=8 patch_size_freq=8 embed_dim=16 "
-    "depth=1 num_heads=2 decoder_embed_dim=16 decoder_depth=1 decoder_num_heads=2 "
-    "--batch-size 8 --windows 40 --eval-windows 16 --lr 1e-3 --log-every 1"
+    "depth=1 num_heads=2 decoder_embed_dim=16 decoder_depth=1 decoder_num_heads=2 --batch-size 8 --windows "
+    "40 --eval-windows 16 --lr 1e-3 --log-every 1"
 ).split()
 
 

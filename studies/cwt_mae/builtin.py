@@ -127,8 +127,8 @@ def report(out):
         {"random weights": linear["random_mean"], "most frequent class": linear["chance"]},
         interval=linear["interval"],
         figures=[(out / "probe" / "figures" / "probe.png", "linear probe of frozen features")],
-        note="Logistic regression on frozen features, scored on other subjects. "
-        "The interval is a bootstrap over the test records; random weights: mean of the seeds.",
+        note="Logistic regression on frozen features, scored on other subjects. The interval is a "
+        "bootstrap over the test records; random weights: mean of the seeds.",
     )
     write_result(
         OUT,

@@ -226,7 +226,7 @@ def table_of(rows: dict) -> str:
         f1, accuracy = mean_of(results, lambda r: r["macro_f1"]), mean_of(results, lambda r: r["accuracy"])
         lines.append(
             f"{name:26} {f1:9.3f} {accuracy:9.3f} "
-            "" + " ".join(f"{v:6.3f}" for v in per_class(results).values())
+            + " ".join(f"{v:6.3f}" for v in per_class(results).values())
         )
     return "\n".join(lines)
 
@@ -276,9 +276,9 @@ def report(args, rows: dict, records: str):
             ),
         ],
         note=f"Mean of {len(args.seeds)} seeds, each pre-trained and fitted on all of DS1 (standard "
-        f"deviation {deviation.get('pre-trained', float('nan')):.3f}); the recipe was chosen on folds of DS1 "
-        "records. The interval is a bootstrap over the test records. "
-        f"Ensemble of the seeds: {best['macro_f1']:.3f}.",
+        f"deviation {deviation.get('pre-trained', float('nan')):.3f}); the recipe was chosen on folds of "
+        "DS1 records. The interval is a bootstrap over the test records. Ensemble of the seeds: "
+        f"{best['macro_f1']:.3f}.",
         details={
             "seeds": args.seeds,
             "per_seed": {name: [r["macro_f1"] for r in results] for name, results in rows.items()},

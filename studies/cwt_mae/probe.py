@@ -40,8 +40,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--split",
         help="JSON file {train: [names], test: [names]}; without it the parts of a UCR set, else the list "
-        "DS1 for training "
-        "and every other record for the test",
+        "DS1 for training and every other record for the test",
     )
     parser.add_argument(
         "--random-seeds", type=number(int, 1), default=3, help="encoders with random weights to compare with"

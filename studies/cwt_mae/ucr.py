@@ -140,8 +140,8 @@ def report(args, seeds: list, accuracy: dict):
         figures=[
             (out / f"pre-trained-{seeds[0]}-test" / "figures" / "confusion.png", f"{name}, seed {seeds[0]}")
         ],
-        note=f"Mean of {len(seeds)} training seeds (pre-training and fine-tuning). "
-        "The interval is a bootstrap over the seeds. Fixed steps, last weights, nothing selected.",
+        note=f"Mean of {len(seeds)} training seeds (pre-training and fine-tuning). The interval is a "
+        "bootstrap over the seeds. Fixed steps, last weights, nothing selected.",
         details={"accuracy": accuracy},
     )
 

@@ -21,8 +21,7 @@ def add_window_arguments(parser):
     data.add_argument(
         "--split",
         help="JSON file {train: [names], test: [names]}; without it the parts of a UCR set, else the list "
-        "DS1 for training "
-        "and every other record for the test",
+        "DS1 for training and every other record for the test",
     )
     data.add_argument("--folds", type=number(int, 2), default=4, help="parts of the training subjects")
     data.add_argument(
