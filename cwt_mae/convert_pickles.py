@@ -29,10 +29,7 @@ def parse_args(argv=None):
     parser.add_argument("--output", required=True, help="folder for the npz files, which keep their names")
     parser.add_argument("--fs", type=float, help="sampling rate of files that do not state it, Hz")
     parser.add_argument(
-        "--task-index",
-        type=number(int, 0),
-        default=0,
-        help="which entry of the list `label` becomes the label",
+        "--task-index", type=number(int, 0), default=0, help="place of the label in the list `label`"
     )
     parser.add_argument(
         "--allow-pickle",

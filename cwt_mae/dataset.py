@@ -35,17 +35,8 @@ from common.checkpoint import atomic_dir
 from common.errors import UserError
 from common.files import check_size, reading
 from common.index import expand, fingerprint, in_parallel, only_one, scan
-from cwt_mae.layouts import (  # noqa: F401
-    SUFFIXES,
-    Found,
-    find_files,
-    find_recordings,
-    hypnogram_of,
-    name_of,
-    of_store,
-    person_of,
-    tell,
-)
+from common.run import on_main
+from cwt_mae.layouts import SUFFIXES, Found, find_recordings, hypnogram_of, name_of, of_store, person_of, tell
 from cwt_mae.readers import (
     edf_events,
     extra,
@@ -62,20 +53,6 @@ from cwt_mae.recording import Recording
 from cwt_mae.tables import read_table as read_csv
 
 ROOT = Path(__file__).resolve().parents[1]
-READERS = {
-    ".hea": read_wfdb,
-    ".edf": read_edf,
-    ".bdf": read_edf,
-    ".dcm": read_dicom,
-    ".npz": read_npz,
-    ".npy": read_npy,
-    ".csv": read_csv,
-    ".tsv": read_csv,
-    ".h5": read_hdf5,
-    ".hdf5": read_hdf5,
-    ".ts": read_ts,
-    ".arff": read_arff,
-}
 SHARD = 1000  # files of signals in one shard of a store
 DAY = 86400.0  # seconds over which resampling keeps every sample in its place
 
@@ -88,13 +65,12 @@ def read_records(path, fs=None, annotator: str = "") -> list[Recording]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; check the path")
-    if path.suffix.lower() not in SUFFIXES:
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
         raise UserError(f"{path}: unknown format {path.suffix!r}; known: {', '.join(SUFFIXES)}")
-    if path.suffix.lower() == ".tar":
-        return read_tar(path, fs, annotator)
-    if path.suffix.lower() == ".hea":
-        return read_wfdb(path, fs, annotator)
-    records = READERS[path.suffix.lower()](path, fs)
+    if suffix in (".hea", ".tar"):
+        return READERS[suffix](path, fs, annotator)
+    records = READERS[suffix](path, fs)
     if (stages := hypnogram_of(path)) is not None:
         with reading(stages, "EDF file"):
             records[0].events += edf_events(extra("edfio", stages).read_edf(stages))
@@ -128,6 +104,11 @@ def read_tar(path: Path, fs=None, annotator: str = "") -> list[Recording]:
     if not records:
         raise UserError(f"{path}: holds no signal file ({', '.join(SUFFIXES)})")
     return records
+
+
+READERS = {".hea": read_wfdb, ".dcm": read_dicom, ".npz": read_npz, ".npy": read_npy, ".tar": read_tar}
+READERS |= {".ts": read_ts, ".arff": read_arff} | dict.fromkeys((".edf", ".bdf"), read_edf)
+READERS |= dict.fromkeys((".csv", ".tsv"), read_csv) | dict.fromkeys((".h5", ".hdf5"), read_hdf5)
 
 
 @dataclass(frozen=True)
@@ -166,10 +147,9 @@ class Preprocess:
                 f"{where}: {bad.sum()} of {len(x)} samples are NaN or infinite, the first is sample "
                 f"{bad.argmax()}; mend it or pass --skip-bad"
             )
-        low, high = float(x.min()), float(x.max())
-        if high - low <= 1e-9 * max(1.0, abs(low), abs(high)):
+        if is_flat(x):
             raise UserError(
-                f"{where}: flat line, all {len(x)} samples are {low:g}; check the electrode or pass "
+                f"{where}: flat line, all {len(x)} samples are {float(x[0]):g}; check the electrode or pass "
                 "--skip-bad"
             )
 
@@ -180,10 +160,8 @@ class Preprocess:
         edges = [edge for edge in (self.low_hz, min(self.high_hz, 0.49 * rate)) if 0 < edge < 0.5 * rate]
         if edges and len(x) > 30:
             kind = "bandpass" if len(edges) == 2 else "highpass" if self.low_hz else "lowpass"
-            x = sosfiltfilt(
-                butter(4 // len(edges), edges if len(edges) == 2 else edges[0], kind, fs=rate, output="sos"),
-                x,
-            )
+            band = edges if len(edges) == 2 else edges[0]
+            x = sosfiltfilt(butter(4 // len(edges), band, kind, fs=rate, output="sos"), x)
         return x.astype(np.float32)
 
     def pieces(self, x, fs: float, where: str, seconds: float = 1800.0):
@@ -218,6 +196,12 @@ class Preprocess:
         return out, real
 
 
+def is_flat(x: np.ndarray) -> bool:
+    """Whether x (L,) is one value throughout."""
+    low, high = float(x.min()), float(x.max())
+    return high - low <= 1e-9 * max(1.0, abs(low), abs(high))
+
+
 def ratio_of(fs: float, rate: float) -> Fraction:
     """rate / fs as the simplest fraction that is off by less than a tenth of a sample in a day."""
     exact = Fraction(rate) / Fraction(fs)
@@ -244,6 +228,15 @@ def low_pass(largest: int) -> np.ndarray:
     """The filter that `scipy.signal.resample_poly` makes for itself, kept: for rates that are nearly equal it
     has a million taps."""
     return firwin(20 * largest + 1, 1 / largest, window=("kaiser", 5.0))
+
+
+def lay(samples: np.ndarray, place: int, x: np.ndarray, real: np.ndarray):
+    """Write `samples` into x (length,) from `place` on, as far as they fall into it; real (length,) marks
+    them."""
+    begin, end = max(0, place), min(len(x), place + len(samples))
+    if begin < end:
+        x[begin:end] = samples[begin - place : end - place]
+        real[begin:end] = True
 
 
 def standardised_leads(x: np.ndarray, real: np.ndarray) -> np.ndarray:
@@ -378,10 +371,7 @@ class Store:
             lead = names.index(self.records["channel"][other].decode())
             # Where the other row's first sample lies in this window
             place = round((float(self.records["start"][other]) - float(row["start"])) * rate) - start
-            begin, end = max(0, place), min(length, place + int(self.records["length"][other]))
-            if begin < end:
-                x[lead, begin:end] = self.signal(other)[begin - place : end - place]
-                real[lead, begin:end] = True
+            lay(self.signal(other), place, x[lead], real[lead])
         return standardised_leads(x, real), real
 
     def rate(self, index: int) -> float:
@@ -450,6 +440,18 @@ def build_store(
             names = len(set(store.records["name"].tolist()))
             tell([f"skipped {len(skipped)} bad records, kept {names}"])
     return store
+
+
+def read_store(args, prepare: Preprocess, accelerator, part=None, min_seconds: float = 0.0) -> Store:
+    """The store of --data that the options of `layouts.add_file_arguments` ask for: one process reads the
+    files and tells what it skipped, the others map what it wrote."""
+
+    def load(quiet=False):
+        about = (part, min_seconds, args.skip_bad, quiet, args.manifest, args.annotator)
+        return build_store(args.data, prepare, args.cache, args.input_fs, *about)
+
+    on_main(accelerator, load)
+    return load(quiet=True)
 
 
 def that_matter(listed: list) -> list:
@@ -763,9 +765,8 @@ class PhysioSignalDataset(Dataset):
         place = int(np.searchsorted(self.ends, window, side="right"))
         first = int(self.ends[place - 1]) if place else 0
         signal, row = self.store.signal(self.rows[place]), self.store.records[self.rows[place]]
-        room = max(
-            0, len(signal) - self.signal_len
-        )  # the last start that still fills the window; upstream misses it
+        # The last start that still fills the window; upstream misses it.
+        room = max(0, len(signal) - self.signal_len)
         for _ in range(20):  # a lead that came off for a while: another place of this record
             start = int(rng.integers(room + 1)) if train else min((window - first) * self.signal_len, room)
             cut = signal[start : start + self.signal_len]

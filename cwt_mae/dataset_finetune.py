@@ -273,10 +273,10 @@ def rhythm_features(seconds: np.ndarray) -> np.ndarray:
     before, after = np.r_[gaps[:1], gaps], np.r_[gaps, gaps[-1:]]
     near, whole = median_filter(before, 21, mode="nearest"), np.median(gaps)
     sums = np.cumsum(np.r_[0, before])
-    lows = np.maximum(0, np.arange(len(before)) - 10)
-    past = (sums[1:] - sums[lows]) / (
-        np.arange(len(before)) + 1 - lows
-    )  # mean of this and the ten intervals before
+    # Mean of this and the ten intervals before
+    place = np.arange(len(before))
+    lows = np.maximum(0, place - 10)
+    past = (sums[1:] - sums[lows]) / (place + 1 - lows)
     early = np.log(before / near)
     spread = median_filter(np.abs(early), 41, mode="nearest")
     change = median_filter(np.abs(np.diff(np.r_[before[:1], before])) / near, 41, mode="nearest")
@@ -359,7 +359,6 @@ def labels_of(store: Store, level: str = "") -> dict:
 
 
 # ---- splits
-# -----------------------------------------------------------------------------------------------------------
 
 
 def split_parts(store: Store, split_file=None) -> np.ndarray:
@@ -388,13 +387,13 @@ def listed_parts(store: Store, split_file, names: np.ndarray) -> np.ndarray:
     for part in ("train", "val", "test"):
         listed, lost = lists.get(part) or [], []
         for entry in listed:
-            wanted = name_of(Path(entry))
-            whole = [
-                n for n in known if n == entry or name_of(Path(n)) == wanted or n.startswith(f"{wanted}:")
-            ]
-            ends = [
-                n for n in known if f"/{name_of(Path(n))}".endswith(f"/{wanted}") or f"/{wanted}:" in f"/{n}"
-            ]
+            wanted, whole, ends = name_of(Path(entry)), [], []
+            for name in known:
+                plain = name_of(Path(name))
+                if name == entry or plain == wanted or name.startswith(f"{wanted}:"):
+                    whole.append(name)
+                if f"/{plain}".endswith(f"/{wanted}") or f"/{wanted}:" in f"/{name}":
+                    ends.append(name)
             if not whole and len({n.partition(":")[0] for n in ends}) > 1:
                 raise UserError(
                     f"{split_file}: {entry} could be {' or '.join(ends[:3])}; write the whole name"
@@ -437,6 +436,20 @@ def training_part(task: Task, parts: np.ndarray) -> Task:
     return train
 
 
+def share_of(task: Task, share: float, seed: int) -> np.ndarray:
+    """(windows,) bool: a share of the labels, drawn by `seed`, of each class alike, and at least one. A
+    smaller share is part of a larger one. Where a label is a record's, whole records are drawn."""
+    of_records = task.kind in ("series", "labels")
+    unit = task.items["record"] if of_records else np.arange(len(task.items))
+    units, first = np.unique(unit, return_index=True)
+    order = np.random.default_rng(seed).permutation(len(units))
+    labels, chosen = task.items["label"][first[order]], []
+    for label in np.unique(labels):
+        own = units[order[labels == label]]
+        chosen += own[: max(1, round(share * len(own)))].tolist()
+    return np.isin(unit, chosen)
+
+
 def fold_of(store: Store, task: Task, folds: int) -> np.ndarray:
     """(records,) int: which of `folds` validation folds each record's subject is in; -1 for a record without
     a window.
@@ -460,7 +473,6 @@ def fold_of(store: Store, task: Task, folds: int) -> np.ndarray:
 
 
 # ---- windows
-# ----------------------------------------------------------------------------------------------------------
 
 
 def augment(x: np.ndarray, rng: np.random.Generator, rate: float, strength: float, flip: bool) -> np.ndarray:

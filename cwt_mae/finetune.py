@@ -27,7 +27,7 @@ from common.arguments import Parser, add_run_arguments, number, refuse
 from common.checkpoint import atomic_json
 from common.errors import UserError, run
 from common.files import read_json
-from common.run import describe, on_main, open_run, seed_everything
+from common.run import describe, open_run, seed_everything
 from common.sharding import refuse_sharding
 from common.train import (
     batches,
@@ -43,17 +43,18 @@ from common.train import (
     watched,
 )
 from cwt_mae.config import parse_changes, shape_of
-from cwt_mae.dataset import Preprocess, build_store
+from cwt_mae.dataset import Preprocess, read_store
 from cwt_mae.dataset_finetune import (
     RHYTHM,
     DownstreamClassificationDataset,
     fold_of,
     load_task,
     median_beats,
+    share_of,
     split_parts,
     training_part,
 )
-from cwt_mae.layouts import add_file_arguments
+from cwt_mae.layouts import add_file_arguments, add_split_argument
 from cwt_mae.metrics import describe_label_scores, describe_scores, label_scores, scores
 from cwt_mae.model_finetune import ENCODER_ARGS, TF_MAE_Classifier, read_model, save_model
 from cwt_mae.validation import only_padded
@@ -93,7 +94,7 @@ def parse_args(argv=None):
         "--select",
         choices=("best", "last"),
         default="best",
-        help="weights to keep: those of the best validation score, or the last",
+        help="weights to keep: best on validation, or last",
     )
     return parser.parse_args(argv)
 
@@ -101,50 +102,31 @@ def parse_args(argv=None):
 def add_data_arguments(parser: argparse.ArgumentParser):
     """Options that say which windows there are and which of them train."""
     data = parser.add_argument_group("data")
-    data.add_argument(
-        "--data", "--data-root", nargs="+", required=True, help="labelled files, or folders of them"
-    )
+    data.add_argument("--data", "--data-root", nargs="+", required=True, help="labelled files or folders")
     # The task says what a window is; the split, which windows may train.
     data.add_argument(
         "--task",
         choices=("beat", "rhythm", "series", "labels"),
         required=True,
-        help="what a label belongs to: a heart beat, a stretch of one rhythm, a whole record; labels: "
-        "none, one or several for a whole record",
+        help="what has a label: a heart beat, a stretch of one rhythm, a record (labels: any number of them)",
     )
-    data.add_argument(
-        "--level",
-        default="",
-        help="labels: which of a record's levels of labels, such as superdiagnostic of PTB-XL",
-    )
-    data.add_argument(
-        "--split",
-        "--split-file",
-        help="JSON file {train: [names], test: [names]}; without it the parts of a UCR set, else the list "
-        "DS1 for training and every other record for the test",
-    )
+    data.add_argument("--level", default="", help="labels: their level, such as superdiagnostic of PTB-XL")
+    add_split_argument(data)
     # The validation part is a fold of the training subjects, so that the test part stays unseen.
     data.add_argument(
-        "--folds",
-        type=number(int, 2),
-        default=4,
-        help="parts that the training subjects are dealt out to; one of them validates",
+        "--folds", type=number(int, 2), default=4, help="parts of the training subjects; one validates"
     )
     data.add_argument(
-        "--fold",
-        type=number(int, -1),
-        default=0,
-        help="which part validates, from 0; -1: none, train on all and keep the last weights",
+        "--fold", type=number(int, -1), default=0, help="which part validates; -1: none, train on all"
+    )
+    data.add_argument(
+        "--label-share",
+        type=number(float, 0, 1),
+        default=1.0,
+        help="train on this share of the labels alone, drawn by --seed, at least one of each class",
     )
     # How files are read; the preparation of the signals comes with the pre-trained model.
-    data.add_argument("--cache", help="folder for the prepared signals; data/cwt_mae/cache without it")
     add_file_arguments(data)
-    data.add_argument("--input-fs", type=float, help="sampling rate of files that do not state it, Hz")
-    data.add_argument(
-        "--skip-bad",
-        action="store_true",
-        help="leave out bad records and labels, counted, instead of stopping at the first",
-    )
 
 
 def add_model_arguments(parser: argparse.ArgumentParser):
@@ -158,16 +140,11 @@ def add_model_arguments(parser: argparse.ArgumentParser):
         help="model.safetensors of train.py, or an upstream checkpoint; its configuration is used",
     )
     model.add_argument(
-        "--random-init",
-        action="store_true",
-        help="keep the configuration of --pretrained but not its weights: the control of pre-training",
+        "--random-init", action="store_true", help="use the sizes of --pretrained with random weights"
     )
     # A window of another length than in pre-training is possible.
     model.add_argument(
-        "--signal-len",
-        type=number(int, 0),
-        default=0,
-        help="length of the window, samples; 0: as pre-trained; else the positions are interpolated",
+        "--signal-len", type=number(int, 0), default=0, help="window, samples; 0: as pre-trained"
     )
     model.add_argument("--freeze", action="store_true", help="train the head alone")
     # The head: upstream's two, chosen on the command line.
@@ -200,21 +177,17 @@ def add_model_arguments(parser: argparse.ArgumentParser):
         help="beats: give the head numbers about the rhythm around the beat",
     )
     model.add_argument(
-        "--amplitude",
-        action="store_true",
-        help="beats: give the head numbers about height, width and shape of the beat beside the others of "
-        "its record",
+        "--amplitude", action="store_true", help="beats: and about its height, width and shape in its record"
     )
     model.add_argument(
         "--hierarchy",
         action="store_true",
-        help="beats: the rhythm alone tells S from N; V and F are told from these two by everything",
+        help="beats: the rhythm alone tells S from N, everything tells V and F from both",
     )
     model.add_argument(
         "--compare",
         action="store_true",
-        help="with --freeze and --center-columns: give the head the difference between the tokens and the "
-        "median tokens of the record",
+        help="with --freeze, --center-columns: subtract the record's median tokens",
     )
 
 
@@ -223,64 +196,60 @@ def add_loss_arguments(parser: argparse.ArgumentParser):
     # Learning rates and loss; upstream: constant after the warm-up, decay 0.65, smoothing 0.1.
     optim = parser.add_argument_group("loss and sampling")
     optim.add_argument(
-        "--schedule",
-        choices=("cosine", "constant"),
-        default="cosine",
-        help="learning rate after the warm-up (upstream: constant)",
+        "--schedule", choices=("cosine", "constant"), default="cosine", help="learning rate after the warm-up"
     )
     optim.add_argument(
         "--layer-decay",
         type=number(float, 0, 1),
         default=0.65,
-        help="factor on the learning rate from one block to the one before it",
+        help="learning rate of a block over the next one's",
     )
     optim.add_argument(
-        "--label-smoothing",
-        type=number(float, 0, 1),
-        default=0.1,
-        help="fraction of the target that is spread over all classes",
+        "--label-smoothing", type=number(float, 0, 1), default=0.1, help="share of the target for all classes"
     )
     # Two ways to treat rare classes: in the loss, or by drawing them more often.
     optim.add_argument(
         "--class-weights", action="store_true", help="weigh the loss by the inverse of the class frequency"
     )
-    optim.add_argument(
+    # All of it is off by default: what helps depends on the sensor.
+    augmentation = add_drawing_arguments(parser)
+    augmentation.add_argument(
+        "--mixup",
+        type=number(float, 0),
+        default=0.0,
+        help="a of Beta(a, a), which blends two windows (upstream: 0.2)",
+    )
+    augmentation.add_argument(
+        "--flip", action="store_true", help="with --augment: turn half of the windows over (PPG, not ECG)"
+    )
+
+
+def add_drawing_arguments(parser: argparse.ArgumentParser, augment: float = 0.0, jitter: int = 0):
+    """Options of how windows are drawn and changed in training; returns their group."""
+    group = parser.add_argument_group("sampling and augmentation")
+    group.add_argument(
         "--sampling-power",
         type=number(float, 0, 1),
         default=1.0,
         help="a class is drawn in proportion to its count to this power: 1 as it is, 0 balanced",
     )
-    # All of it is off by default: what helps depends on the sensor.
-    augmentation = parser.add_argument_group("augmentation")
-    augmentation.add_argument(
-        "--mixup",
-        type=number(float, 0),
-        default=0.0,
-        help="parameter a of the distribution Beta(a, a) of the blend of two windows; 0: none (upstream: "
-        "0.2)",
-    )
-    augmentation.add_argument(
+    group.add_argument(
         "--augment",
         type=number(float, 0),
-        default=0.0,
+        default=augment,
         help="strength of gain, baseline drift and noise; 1: up to 20 %%, 15 %% and 8 %%",
     )
-    augmentation.add_argument(
-        "--flip",
-        action="store_true",
-        help="with --augment: flip the sign of half of the windows (PPG, not ECG)",
-    )
-    augmentation.add_argument(
-        "--jitter", type=number(int, 0), default=0, help="largest shift of a window, samples"
+    group.add_argument(
+        "--jitter", type=number(int, 0), default=jitter, help="largest shift of a window, samples"
     )
     # Few patients are in atrial fibrillation, where an early normal beat is normal.
-    augmentation.add_argument(
+    group.add_argument(
         "--fibrillation",
         type=number(float, 0, 1),
         default=0.0,
-        help="beats: fraction of the windows other than S that get the rhythm features of simulated atrial "
-        "fibrillation",
+        help="beats: share of the windows but S that get the rhythm features of simulated fibrillation",
     )
+    return group
 
 
 def check_options(args, head_sizes: dict):
@@ -469,22 +438,7 @@ def make_sets(args, accelerator, preprocess: dict, signal_len: int):
     The signals are prepared as the pre-trained model's were. An epoch draws as many windows as there are, and
     at least those of one step.
     """
-
-    def load(quiet=False):
-        return build_store(
-            args.data,
-            Preprocess(**preprocess),
-            args.cache,
-            args.input_fs,
-            skip_bad=args.skip_bad,
-            quiet=quiet,
-            manifest=args.manifest,
-            annotator=args.annotator,
-        )
-
-    # One process reads the files and tells what it skipped; the others map what it wrote.
-    on_main(accelerator, load)
-    store = load(quiet=True)
+    store = read_store(args, Preprocess(**preprocess), accelerator)
     task = load_task(
         store, args.task, signal_len, skip_bad=args.skip_bad, level=args.level, amplitude=args.amplitude
     )
@@ -503,6 +457,7 @@ def make_sets(args, accelerator, preprocess: dict, signal_len: int):
         held_out = fold_of(store, task, args.folds)[task.items["record"]] == args.fold
         train = task.select(~held_out)
         validation = DownstreamClassificationDataset(store, task.select(held_out), signal_len)
+    train = train.select(share_of(train, args.label_share, args.seed))
     # Only the training windows are drawn by class, augmented and blended.
     train_set = DownstreamClassificationDataset(
         store,

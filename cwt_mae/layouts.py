@@ -24,7 +24,8 @@ from pathlib import Path
 from common.errors import UserError
 from common.files import reading
 from common.index import expand, scan
-from cwt_mae.recording import Recording
+from cwt_mae.recording import Recording, check_rate
+from cwt_mae.tables import decoded
 
 SUFFIXES = ".hea .edf .bdf .dcm .npz .npy .csv .tsv .h5 .hdf5 .ts .arff .tar".split()
 PERSON = re.compile(r"(?i)(p|pat|patient|person|subject|subj|sub|participant)[-_ ]?\d+[a-z]?$")
@@ -118,25 +119,25 @@ def find_recordings(sources, manifest=None) -> Found:
     paths, tables = [], []
     for source in sources:
         inside = [Path(file.path) for file in scan([source], ("",))] if source.is_dir() else [source]
-        inside = [path for path in inside if not of_store(path)]
-        tables += [p for p in inside if p.name.lower() in TABLES]
-        paths += [
-            p for p in inside if p.suffix.lower() in SUFFIXES and p.name.lower() not in TABLES or p in given
-        ]
-    paths = list(
-        dict.fromkeys(p for p in paths if manifest is None or p.resolve() != Path(manifest).resolve())
-    )
+        for path in inside:
+            if of_store(path):
+                continue
+            table = path.name.lower() in TABLES
+            if table:
+                tables.append(path)
+            if path in given or path.suffix.lower() in SUFFIXES and not table:
+                paths.append(path)
+    listed = Path(manifest).resolve() if manifest else None
+    paths = [p for p in dict.fromkeys(paths) if listed is None or p.resolve() != listed]
     paths = without_parts(paths, given)
     names = [relative(p, root) for p in paths]
     # Files that differ in the suffix alone keep it in their names; their subject is the same.
     counts = Counter(names)
     names = [f"{n}{p.suffix}" if counts[n] > 1 else n for n, p in zip(names, paths)]
     found = Found(list(zip(paths, names)), {}, bool(manifest))
+    known = {"ptbxl_database.csv": ptb_xl, "exams.csv": code_15, "record_list.csv": mimic}
     for table in tables:
-        read = {"ptbxl_database.csv": ptb_xl, "exams.csv": code_15, "record_list.csv": mimic}.get(
-            table.name.lower()
-        )
-        if read:
+        if read := known.get(table.name.lower()):
             read(found, table, root)
     if manifest:
         read_manifest(found, Path(manifest), root)
@@ -174,9 +175,8 @@ def without_parts(paths: list[Path], given: set) -> list[Path]:
     for path in paths:
         if path.suffix.lower() != ".hea":
             continue
-        lines = [
-            line for line in path.read_text(errors="replace").splitlines() if line.strip() and line[0] != "#"
-        ]
+        lines = path.read_text(errors="replace").splitlines()
+        lines = [line for line in lines if line.strip() and line[0] != "#"]
         if lines and "/" in lines[0].split()[0]:
             segments |= {path.with_name(f"{line.split()[0]}.hea") for line in lines[1:]}
     return [p for p in paths if p in given or p not in segments and not p.stem.endswith("-Hypnogram")]
@@ -191,16 +191,16 @@ def hypnogram_of(path: Path) -> Path | None:
 
 def rows_in(table: Path, needed: list) -> list[dict]:
     """Rows of a csv file with a header; UserError naming the column that is missing."""
-    with reading(table, "csv table"), open(table, newline="", encoding="utf-8-sig") as file:
-        text = file.read()
-    first = text.split("\n", 1)[0]
+    lines = decoded(table).splitlines()
+    first = lines[0] if lines else ""
     delimiter = max(",;\t", key=first.count)
-    rows = list(csv.DictReader(text.splitlines(), delimiter=delimiter))
-    names = [name.strip() for name in first.strip().split(delimiter)]
+    with reading(table, "csv table"):
+        head, *rows = csv.reader(lines, delimiter=delimiter) if lines else [[]]
+    names = [name.strip() for name in head]
     for name in needed:
-        if name not in [n.strip('"') for n in names]:
+        if name not in names:
             raise UserError(f"{table}: has no column {name}; it has {', '.join(names)}")
-    return rows
+    return [dict(zip(names, [*row, *[""] * len(names)])) for row in rows if any(row)]
 
 
 def ptb_xl(found: Found, table: Path, root: Path):
@@ -274,26 +274,27 @@ def read_manifest(found: Found, manifest: Path, root: Path):
     not list is left out.
     """
     rows, about = rows_in(manifest, ["path"]), {}
+    if not rows:
+        raise UserError(f"{manifest}: lists no recording; add a line for each")
     folds = parts_of(manifest, [row.get("fold") or "" for row in rows])
-    names, where = {name for _, name in found.files}, {}
-    for path, name in found.files:
-        where |= {os.path.abspath(path): name, os.path.abspath(name_of(path)): name}
+    # A file is known by its place, with and without suffix, and by its name.
+    names = {name for _, name in found.files}
+    known = {os.path.abspath(place): name for path, name in found.files for place in (name_of(path), path)}
     for number, (row, part) in enumerate(zip(rows, folds), 2):
         path = (row["path"] or "").strip()
         inner = path.rpartition(":")[2] if ":" in path else ""
-        plain = name_of(Path(path.removesuffix(f":{inner}") if inner else path))
-        beside = where.get(os.path.abspath(manifest.parent / plain))
-        beside = where.get(os.path.abspath(manifest.parent / path.removesuffix(f":{inner}")), beside)
-        name = beside or next((n for n in (path, plain) if n in names), None)
+        file = path.removesuffix(f":{inner}") if inner else path
+        plain = name_of(Path(file))
+        places = (os.path.abspath(manifest.parent / place) for place in (file, plain))
+        name = next((known[place] for place in places if place in known), None)
+        name = name or next((n for n in (path, plain) if n in names), None)
         if name is None:
             raise UserError(f"{manifest}: line {number}: {path} is no signal file below --data")
         key = f"{name}:{inner}" if inner else name
         if key in about:
             raise UserError(f"{manifest}: line {number}: {path} is listed twice")
-        try:
-            rate = float(row["fs"]) if (row.get("fs") or "").strip() else None
-        except ValueError:
-            raise UserError(f"{manifest}: line {number}: field fs is {row['fs']!r}, expected Hz") from None
+        rate = (row.get("fs") or "").strip() or None
+        rate = rate and check_rate(rate, f"{manifest}: line {number}")
         labels = [v.strip() for v in re.split(r"[;|]", row.get("label") or "") if v.strip()]
         named = [c for c in row if c and c.startswith("label_")]
         labels += [c[6:] for c in named if (row[c] or "").strip().lower() in ("1", "1.0", "true", "yes")]
@@ -321,8 +322,8 @@ def parts_of(manifest, folds: list) -> list[str]:
     if all(word in PARTS for word in words):
         return [PARTS[word] for word in words]
     try:
-        values = [float(word) for word in words]
-    except ValueError:
+        values = [int(float(word)) for word in words]
+    except (ValueError, OverflowError):
         odd = next(word for word in words if word not in PARTS)
         raise UserError(
             f"{manifest}: field fold is {odd!r}, expected train, val, test, or a number"
@@ -339,13 +340,27 @@ def parts_of(manifest, folds: list) -> list[str]:
 
 
 def add_file_arguments(group):
-    """Options that say whose the recordings are and which annotations count, the same in every script."""
+    """Options that say how files are read, the same in every script; `dataset.read_store` follows them."""
     group.add_argument(
-        "--manifest",
-        help="csv of the recordings to take: path, and subject, fold, fs, label or label_<name> where known",
+        "--manifest", help="csv of recordings: path, and subject, fold, fs, label, label_<name> where known"
     )
     group.add_argument(
         "--annotator", default="", help="suffix of the annotation files of WFDB records, such as atr or qrs"
+    )
+    group.add_argument("--input-fs", type=float, help="sampling rate of files that do not state it, Hz")
+    group.add_argument("--cache", help="folder for the prepared signals; data/cwt_mae/cache without it")
+    group.add_argument(
+        "--skip-bad", action="store_true", help="leave out bad records and labels, counted, and go on"
+    )
+
+
+def add_split_argument(group):
+    """The option that says which records train and which test (`dataset_finetune.split_parts`)."""
+    group.add_argument(
+        "--split",
+        "--split-file",
+        help="JSON file {train: [names], test: [names]}; without it the parts that the data state, else the "
+        "list DS1 for training and every other record for the test",
     )
 
 

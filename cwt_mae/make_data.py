@@ -65,10 +65,8 @@ def beat_times(rhythm: str, seconds: float, rate: float, rng) -> list[tuple[floa
     while now < seconds - 0.5:
         odd = not odd
         if rhythm == "N":
-            code, gap = (
-                "N",
-                (1 + 0.04 * np.sin(2 * np.pi * 0.25 * now) + 0.015 * rng.standard_normal()) / rate,
-            )
+            breathing = 0.04 * np.sin(2 * np.pi * 0.25 * now)
+            code, gap = "N", (1 + breathing + 0.015 * rng.standard_normal()) / rate
             if rng.random() < 0.02:  # a premature atrial beat now and then
                 code, gap = "A", 0.95 / rate
                 now -= 0.3 / rate
@@ -110,9 +108,8 @@ def draw_ecg(rng, seconds: float, fs: float):
             stretch = rng.normal(1, 0.03)
             for offset, width, height in waves:
                 centre = start + time + offset
-                near = slice(
-                    max(0, int((centre - 5 * width) * fs)), max(0, int((centre + 5 * width) * fs) + 1)
-                )
+                first, last = (int((centre + 5 * side * width) * fs) for side in (-1, 1))
+                near = slice(max(0, first), max(0, last + 1))
                 signal[near] += stretch * height * np.exp(-0.5 * ((clock[near] - centre) / width) ** 2)
             sample = round((start + time) * fs)
             if sample < total:
@@ -126,9 +123,8 @@ def draw_ecg(rng, seconds: float, fs: float):
     drift = sum(
         rng.uniform(0.05, 0.4) * np.sin(2 * np.pi * (f * clock + rng.random())) for f in (0.07, 0.21, 0.33)
     )
-    noise = (
-        rng.standard_normal(total) * rng.uniform(0.05, 0.3) * np.sqrt(fs / 180)
-    )  # the same noise per band at every rate
+    # The same noise per band at every rate
+    noise = rng.standard_normal(total) * rng.uniform(0.05, 0.3) * np.sqrt(fs / 180)
     hum = rng.uniform(0, 0.05) * np.sin(2 * np.pi * 50 * clock)
     return signal * rng.uniform(0.7, 1.4) + drift + noise + hum, notes
 

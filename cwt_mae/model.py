@@ -29,7 +29,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cwt_mae.wavelet import create_ricker_wavelets, cwt_ricker, cwt_wrap  # noqa: F401
 
 # ---- parts of the transformer
-# ----------------------------------------------------------------------------------------
 
 
 OURS = 1 + 2**-7  # exact in float32, float16 and bfloat16
@@ -264,7 +263,6 @@ def init_weights(module: nn.Module):
 
 
 # ---- the model
-# -------------------------------------------------------------------------------------------------------
 
 
 class CWT_Encoder(nn.Module):

@@ -27,9 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.checkpoint import atomic_path
 from common.errors import UserError
 from common.weights import load_weights, read_checkpoint, read_weights
-from cwt_mae.dataset import Preprocess, standardised_leads
+from cwt_mae.dataset import Preprocess, is_flat, lay, standardised_leads
 from cwt_mae.model import CWT_Encoder, CWT_MAE_RoPE, init_weights, keep_config, numerics_of
-from cwt_mae.recording import as_channel
+from cwt_mae.recording import as_channel, check_rate
 
 ENCODER_ARGS = set(inspect.signature(CWT_Encoder.__init__).parameters) - {"self"}
 DECODER_ARGS = set(inspect.signature(CWT_MAE_RoPE.__init__).parameters) - {"self", "encoder"}
@@ -38,6 +38,7 @@ LATER_STAGES = {
     "time_attn.qkv": "upstream's CWT_MAE_v3 (attention over time, leads and depth, no class token)",
     "patch_embed.proj.6": "upstream's CWT_MAE_v1 with convolutions before the patches (use_conv_stem)",
 }
+NO_RUN = "signal: holds no 8 samples in a row without NaN that are no flat line; check it"
 DECODER_KEYS = ("decoder_", "mask_token", "time_reducer", "time_pred", "rope_decoder")
 
 
@@ -290,6 +291,7 @@ class TF_MAE_Classifier(nn.Module):
         encoder, training, device = self.encoder_model, self.training, self.encoder_model.cls_token.device
         windows = lead_windows if encoder.leads > 1 else run_windows
         prepare = Preprocess(**(self.config["preprocess"] or {}))
+        fs = check_rate(fs, "signal")
         found = windows(prepare, np.asarray(signal), fs, encoder.signal_len, encoder.patch_size_time)
         count = max(1, encoder.windows_at_once() // encoder.leads)
         while some := list(itertools.islice(found, count)):
@@ -301,17 +303,21 @@ class TF_MAE_Classifier(nn.Module):
             yield seconds, tokens, patches
 
 
-def runs_of(prepare: Preprocess, signal, fs: float) -> list:
-    """[(prepared samples, second of the first)] of the runs of signal (L,) without nan."""
-    found = [(run, begin) for run, begin in as_channel(signal, fs).runs() if len(run) >= 8]
-    return [(prepare.signal(run, fs, "signal"), begin) for run, begin in found]
+def runs_of(signal: np.ndarray, fs: float) -> list:
+    """[(samples, second of the first)] of the runs of signal (L,) that hold 8 samples without nan and are no
+    flat line."""
+    runs = [(run, begin) for run, begin in as_channel(signal, fs).runs() if len(run) >= 8]
+    return [(run, begin) for run, begin in runs if not is_flat(run)]
 
 
 def run_windows(prepare: Preprocess, signal, fs: float, length: int, patch: int):
     """Yield (second, x (length,), real) of each window of one signal (L,)."""
-    runs = [(run, begin) for run, begin in as_channel(signal, fs).runs() if len(run) >= 8]
+    signal = signal[0] if signal.ndim == 2 and len(signal) == 1 else signal
+    if signal.ndim != 1:
+        raise UserError(f"signal has shape {signal.shape}, expected (L,)")
+    runs = runs_of(signal, fs)
     if not runs:
-        raise UserError("signal: holds no 8 samples in a row without NaN; check it")
+        raise UserError(NO_RUN)
     for run, begin in runs:
         kept, start = np.zeros(0, np.float32), 0
         for piece in prepare.pieces(run, fs, "signal"):
@@ -331,19 +337,17 @@ def lead_windows(prepare: Preprocess, signals, fs: float, length: int, patch: in
         raise UserError(
             f"signal has shape {signals.shape}, expected ({len(leads)}, L) for {', '.join(leads)}"
         )
-    runs = [
-        (i, round(s * rate), run) for i, row in enumerate(signals) for run, s in runs_of(prepare, row, fs)
-    ]
+    runs = []
+    for lead, row in enumerate(signals):
+        for run, begin in runs_of(row, fs):
+            runs.append((lead, round(begin * rate), prepare.signal(run, fs, "signal")))
     if not runs:
-        raise UserError("signal: holds no 8 samples in a row without NaN; check it")
+        raise UserError(NO_RUN)
     total = max(place + len(run) for _, place, run in runs)
     for start in range(0, max(1, total - patch + 1), length):
         x, real = np.zeros((len(leads), length), np.float32), np.zeros((len(leads), length), bool)
         for lead, place, run in runs:
-            begin, end = max(0, place - start), min(length, place - start + len(run))
-            if begin < end:
-                x[lead, begin:end] = run[begin + start - place : end + start - place]
-                real[lead, begin:end] = True
+            lay(run, place - start, x[lead], real[lead])
         if real.any():
             yield start / rate, standardised_leads(x, real), real
 

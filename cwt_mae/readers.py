@@ -19,7 +19,7 @@ from cwt_mae.recording import Event, Recording, as_channel, check_rate, unique
 
 ANNOTATORS = ("atr", "qrs", "ecg", "ari", "ecg_ann", "wqrs", "epi")  # the first that a record has
 LEADS = "I II III AVR AVL AVF V1 V2 V3 V4 V5 V6".split()  # the order of 12 unnamed channels
-RATES = ("fs", "sampling_rate", "sampling_frequency", "sample_rate", "frequency", "rate", "Fs", "hz")
+RATES = ("fs", "sampling_rate", "sampling_frequency", "sample_rate", "frequency", "rate", "hz")
 NOT_SIGNALS = ("gain", "lead", "leads", "names", "subject", "units", "label", "labels", *RATES)
 
 
@@ -117,9 +117,8 @@ def read_edf(path: Path, fs=None) -> list[Recording]:
         labels = unique(signal.label for signal in edf.signals)
         raw = [(s.data, s.sampling_frequency, s.physical_dimension) for s in edf.signals]
         events = edf_events(edf)
-        code = (
-            str(getattr(edf.patient, "code", "X")) if str(edf.reserved).startswith(("EDF+", "BDF+")) else "X"
-        )
+        plus = str(edf.reserved).startswith(("EDF+", "BDF+"))
+        code = str(getattr(edf.patient, "code", "X")) if plus else "X"
     channels = {}
     for name, (x, rate, unit) in zip(labels, raw):
         each = rate * duration  # samples of a data record
@@ -145,10 +144,8 @@ def edf_clock(path: Path) -> tuple[int, list[float], float]:
     """
     with open(path, "rb") as file:
         head = file.read(256)
-        size, records, duration, count = (
-            kind(head[a:b])
-            for a, b, kind in ((184, 192, int), (236, 244, int), (244, 252, float), (252, 256, int))
-        )
+        size, records, count = int(head[184:192]), int(head[236:244]), int(head[252:256])
+        duration = float(head[244:252])
         table = file.read(256 * count)
         names = [table[16 * i : 16 * i + 16].decode("latin1").strip() for i in range(count)]
         at = 216 * count
@@ -216,19 +213,20 @@ def read_npz(path: Path, fs=None) -> list[Recording]:
     if "x" in lower and np.ndim(lower["x"]) >= 2 and set(lower) & {"y", "label", "labels", "target"}:
         return series_records(path, lower, fs)
     arrays = npz_arrays(path, data)
-    rates = npz_rates(path, data, list(arrays), fs)
+    rates = npz_rates(path, lower, list(arrays), fs)
     gains = npz_gains(path, data, list(arrays))
     channels = {
         n: as_channel(x, rates[n], gains[n], unit_of(data, i)) for i, (n, x) in enumerate(arrays.items())
     }
-    subject = str(data["subject"]) if "subject" in data else ""
-    labels = np.atleast_1d(data["label"] if "label" in data else data.get("labels", [])).tolist()
+    subject = str(np.ravel(data["subject"])[0]) if np.size(data.get("subject", [])) else ""
+    labels = words(np.ravel(data["label"] if "label" in data else data.get("labels", [])))
     events = npz_events(path, data, channels)
-    return [
-        Recording(
-            path.stem, path, channels, subject, events, {"": [str(v) for v in labels]} if labels else {}
-        )
-    ]
+    return [Recording(path.stem, path, channels, subject, events, {"": labels} if labels else {})]
+
+
+def words(values: np.ndarray) -> list[str]:
+    """Labels as words; a whole number is the same with and without a decimal point."""
+    return [f"{v:g}" if isinstance(v, float) else str(v) for v in np.asarray(values).tolist()]
 
 
 def npz_arrays(path, data: dict) -> dict:
@@ -262,12 +260,13 @@ def unit_of(data: dict, index: int) -> str:
 
 
 def npz_rates(path, data: dict, names: list, fs) -> dict:
-    """{channel: rate}: a field of the channel's own, else one number for all, else a number for each."""
+    """{channel: rate}: a field of the channel's own, else one number for all, else a number for each. data:
+    by names in small letters."""
     shared = next((data[key] for key in RATES if key in data), None)
     rates = {}
     for i, name in enumerate(names):
-        plain = re.sub(r"\d+$", "", name)
-        keys = [k.format(n) for n in (name, plain) for k in ("fs_{}", "{}_fs", "rate_{}", "{}_rate")]
+        plain = (name.lower(), re.sub(r"\d+$", "", name.lower()))
+        keys = [k.format(n) for n in plain for k in ("fs_{}", "{}_fs", "rate_{}", "{}_rate")]
         own = next((data[key] for key in keys if key in data), None)
         if own is None and shared is not None and np.size(shared) > 1:
             if np.size(shared) != len(names):
@@ -304,10 +303,12 @@ def npz_events(path, data: dict, channels: dict) -> list[Event]:
         raise UserError(
             f"{path}: fields ann_* have the shapes {lengths}, expected {key} and ann_symbol of one length"
         )
-    if places.dtype.kind not in ("iu" if key == "ann_sample" else "iuf") or places.ndim != 1:
+    whole = key == "ann_sample"
+    good = places.dtype.kind in ("iu" if whole else "iuf") and places.ndim == 1
+    if not good or not np.isfinite(places).all():
         raise UserError(
             f"{path}: field {key} is {places.dtype} {places.shape}, expected "
-            f"{'whole ' if key == 'ann_sample' else ''}numbers (beats,)"
+            f"{'whole' if whole else 'finite'} numbers (beats,)"
         )
     rate = 1.0
     if key == "ann_sample":
@@ -332,24 +333,38 @@ def ucr_records(path: Path, data: dict) -> list[Recording]:
     for part in ("train", "val", "test"):
         if f"x_{part}" not in data:
             continue
-        x, y = data[f"x_{part}"], data.get(f"y_{part}{kind}")
-        if x.ndim not in (2, 3) or y is None or len(x) != len(y):
-            raise UserError(
-                f"{path}: fields x_{part} {x.shape} and y_{part}{kind} {getattr(y, 'shape', 'missing')} do "
-                "not belong together"
-            )
-        records += [series_record(path, part, i, row, str(label)) for i, (row, label) in enumerate(zip(x, y))]
+        y = data.get(f"y_{part}{kind}")
+        x = series_table(path, f"x_{part}", data[f"x_{part}"], f"y_{part}{kind}", y)
+        records += [
+            series_record(path, part, i, rows, label) for i, (rows, label) in enumerate(zip(x, words(y)))
+        ]
     return records
 
 
-def series_record(path, part: str, index: int, rows, label: str | list, names=None) -> Recording:
-    """One labelled series, (L,) or (channels, L), without a time unit; ends where nothing was measured are
-    cut off, lines go over the gaps between."""
-    rows = bridged([rows] if np.ndim(rows[0]) == 0 else list(rows))
-    channels = {name: as_channel(x, 1.0) for name, x in zip(names or ["x"], rows)}
+def series_table(path, name: str, x, name_y: str, y) -> np.ndarray:
+    """Series (N, T), (N, C, T) or (N, T, C) with their labels (N,) or (N, K), checked -> (N, C, T)."""
+    x, shape_y = np.asarray(x), np.shape(y)
+    fits = x.ndim in (2, 3) and x.dtype.kind in "iuf" and len(shape_y) in (1, 2) and len(x) == shape_y[0]
+    if not fits or not x.size:
+        found = "missing" if y is None else shape_y
+        raise UserError(
+            f"{path}: fields {name} {x.shape} and {name_y} {found} do not belong together; expected (N, T) "
+            "or (N, channels, T), and N labels"
+        )
+    if x.ndim == 2:
+        return x[:, None]
+    return x.transpose(0, 2, 1) if x.shape[1] > x.shape[2] else x
+
+
+def series_record(path, part: str, index: int, rows, label: str | list | None, names=()) -> Recording:
+    """One series of one or several dimensions (L,), called x or x0, x1 ..., without a time unit; ends where
+    nothing was measured are cut off, lines go over the gaps between. label: None where there is none."""
+    rows = bridged(list(rows))
+    names = names or (["x"] if len(rows) == 1 else [f"x{i}" for i in range(len(rows))])
+    channels = {name: as_channel(x, 1.0) for name, x in zip(names, rows)}
     name = f"{path.stem}:{part + '-' if part else ''}{index}"
-    labels = [label] if isinstance(label, str) else label
-    return Recording(name, path, channels, name, labels={"": labels}, part=part, series=True)
+    labels = {} if label is None else {"": [label] if isinstance(label, str) else label}
+    return Recording(name, path, channels, name, labels=labels, part=part, series=True)
 
 
 def bridged(rows: list) -> list[np.ndarray]:
@@ -372,35 +387,26 @@ def bridged(rows: list) -> list[np.ndarray]:
 def series_records(path: Path, data: dict, fs) -> list[Recording]:
     """npz `X` (N, T), (N, C, T) or (N, T, C) and `y` (N,), or (N, K) of zeros and ones; perhaps `fs`,
     `names`, `subject` (N,)."""
-    x = np.asarray(data["x"])
     key = next(k for k in ("y", "label", "labels", "target") if k in data)
     y = np.asarray(data[key])
-    if x.ndim not in (2, 3) or x.dtype.kind not in "iuf" or y.ndim not in (1, 2) or len(x) != len(y):
-        raise UserError(
-            f"{path}: fields X {x.shape} and {key} {y.shape} do not belong together; expected (N, T) or (N, "
-            "channels, T), and N labels"
-        )
-    if x.ndim == 3 and x.shape[1] > x.shape[2]:
-        x = x.transpose(0, 2, 1)
+    x = series_table(path, "X", data["x"], key, y)
     names = [str(n) for n in np.atleast_1d(data.get("names", data.get("leads", [])))]
-    if not names and x.ndim == 3:
-        names = LEADS if x.shape[1] == 12 else [f"x{i}" for i in range(x.shape[1])]
-    classes = [
-        str(c) for c in np.atleast_1d(data.get("classes", np.arange(y.shape[1] if y.ndim == 2 else 0)))
-    ]
+    if not names and x.shape[1] == 12:
+        names = LEADS
+    classes = np.atleast_1d(data.get("classes", np.arange(y.shape[1] if y.ndim == 2 else 0))).astype(str)
     rate = next((data[k.lower()] for k in RATES if k.lower() in data), fs)
     subjects = next((data[k] for k in ("subject", "subjects", "groups", "patient_id") if k in data), None)
     parts = data.get("part", data.get("split"))
     records = []
-    for i, (row, label) in enumerate(zip(x, y)):
-        label = str(label) if y.ndim == 1 else [c for c, on in zip(classes, label) if on]
-        part = "" if parts is None else str(parts[i])
-        record = series_record(path, part, i, row, label, (names or ["x"]) if x.ndim == 3 else ["x"])
+    labels = words(y) if y.ndim == 1 else [[str(c) for c, on in zip(classes, row) if on] for row in y]
+    for i, (rows, label) in enumerate(zip(x, labels)):
+        record = series_record(path, "" if parts is None else str(parts[i]), i, rows, label, names)
         if rate is not None:
             record.series = False
             for channel in record.channels.values():
                 channel.fs = check_rate(rate, path, fs)
-        record.subject = record.subject if subjects is None else str(subjects[i])
+        if subjects is not None:
+            record.subject = str(subjects[i])
         records.append(record)
     return records
 
@@ -427,13 +433,13 @@ def read_hdf5(path: Path, fs=None) -> list[Recording]:
 
     def rate_of(item, file):
         places = [item.attrs, item.parent.attrs, file.attrs]
-        found = next((place[key] for place in places for key in RATES if key in place), None)
-        if found is None:
-            near = (item.parent.get(key) for key in (f"{item.name.split('/')[-1]}_fs", *RATES))
-            found = next(
-                (n[()] for n in near if n is not None and n.size == 1 and n.dtype.kind in "iuf"), None
-            )
-        return found
+        stated = [value for place in places for key, value in place.items() if key.lower() in RATES]
+        near = [f"{item.name.split('/')[-1]}_fs".lower(), *RATES]
+        for name in [] if stated else [name for name in item.parent if name.lower() in near]:
+            beside = item.parent.get(name)
+            if isinstance(beside, h5py.Dataset) and beside.size == 1:
+                stated.append(beside[()])
+        return stated[0] if stated else None
 
     def visit(name, item):
         plain = isinstance(item, h5py.Dataset) and item.dtype.kind in "iuf" and item.ndim in (1, 2)
@@ -464,6 +470,8 @@ def tracings(path: Path, file, fs) -> list[Recording]:
     are gaps."""
     ids = hdf5_item(file, "exam_id")[:] if "exam_id" in file else np.arange(len(file["tracings"]))
     rate, records = check_rate(400.0 if fs is None else fs, path), []
+    if len(ids) != len(file["tracings"]):
+        raise UserError(f"{path}: {len(file['tracings'])} tracings have {len(ids)} entries of exam_id")
     for exam, x in zip(ids.tolist(), file["tracings"]):
         x = np.array(x, np.float32)
         if not exam and not x.any():  # the last row of each published file is empty
@@ -505,16 +513,8 @@ def read_ts(path: Path, fs=None) -> list[Recording]:
             rows = [np.array(row, np.float64) for row in rows]
         except ValueError:
             raise UserError(f"{path}: line {number}: not numbers with a label after a colon") from None
-        records.append(series_of(path, part, len(records), rows, label))
+        records.append(series_record(path, part, len(records), rows, label or None))
     return records
-
-
-def series_of(path, part, index, rows: list, label: str) -> Recording:
-    """A series of one or several dimensions; one dimension is called x, several x0, x1 ..."""
-    names = ["x"] if len(rows) == 1 else [f"x{i}" for i in range(len(rows))]
-    record = series_record(path, part, index, rows, label, names)
-    record.labels = record.labels if label else {}
-    return record
 
 
 def part_of(path: Path) -> str:
@@ -533,22 +533,22 @@ def read_arff(path: Path, fs=None) -> list[Recording]:
         line = line.strip()
         if not line or line.startswith("%"):
             continue
-        quoted = re.match(r"""(['"])(.*)\1\s*,(.*)$""", line)
-        groups, label = (
-            (quoted[2].split("\\n"), quoted[3])
-            if quoted
-            else ([line.rpartition(",")[0]], line.rpartition(",")[2])
-        )
+        values, _, label = line.rpartition(",")
+        groups = [values]
+        if quoted := re.match(r"""(['"])(.*)\1\s*,(.*)$""", line):
+            groups, label = quoted[2].split("\\n"), quoted[3]
         try:
             rows = [
                 np.array([np.nan if v.strip() == "?" else float(v) for v in g.split(",")]) for g in groups
             ]
         except ValueError:
             raise UserError(f"{path}: line {number}: not numbers with a label at the end") from None
-        records.append(series_of(path, part, len(records), rows, label.strip().strip("'\"")))
+        label = label.strip().strip("'\"")
+        records.append(series_record(path, part, len(records), rows, label or None))
     return records
 
 
 def read_ucr_tsv(path: Path, table: np.ndarray) -> list[Recording]:
     """A UCR .tsv file: the label, then the values."""
-    return [series_of(path, part_of(path), i, [row[1:]], f"{row[0]:g}") for i, row in enumerate(table)]
+    part = part_of(path)
+    return [series_record(path, part, i, [row[1:]], f"{row[0]:g}") for i, row in enumerate(table)]

@@ -74,9 +74,10 @@ class Channel(np.ndarray):
 
 def valid_runs(x: np.ndarray) -> list[tuple[int, int]]:
     """(first, end) of each stretch of finite values of x (L,)."""
-    if x.dtype.kind in "iu":
+    finite = np.ones(len(x), bool) if x.dtype.kind in "iu" else np.isfinite(x)
+    if finite.all():
         return [(0, len(x))] if len(x) else []
-    edges = np.flatnonzero(np.diff(np.r_[False, np.isfinite(x), False].astype(np.int8)))
+    edges = np.flatnonzero(np.diff(np.r_[False, finite, False].astype(np.int8)))
     return list(zip(edges[::2].tolist(), edges[1::2].tolist()))
 
 
@@ -99,12 +100,11 @@ def sentinels(x: np.ndarray):
     """
     if x.dtype.kind not in "iuf" or not len(x):
         return None
-    finite = x[np.isfinite(x)] if x.dtype.kind == "f" else x
-    low, high = (finite.min(), finite.max()) if len(finite) else (0, 0)
+    low, high = np.fmin.reduce(x), np.fmax.reduce(x)
     if not any(float(value) in SENTINELS or abs(float(value)) >= HUGE for value in (low, high)):
         least = x.dtype.kind == "i" and x.dtype.itemsize > 1 and low == np.iinfo(x.dtype).min
         return x == low if least else None
-    values = finite.astype(np.float64)
+    values = x[np.isfinite(x)].astype(np.float64)
     candidate = np.isin(values, SENTINELS) | (np.abs(values) >= HUGE)
     rest = values[~candidate]
     if not len(rest):
@@ -171,17 +171,19 @@ def check_rate(fs, source, given=None) -> float:
     if fs is None and given is None:
         raise UserError(f"{source}: has no field fs; pass the sampling rate in Hz with --input-fs")
     try:
+        if np.asarray(fs).dtype == bool:
+            raise TypeError
         own = None if fs is None else float(np.asarray(fs).reshape(()))
     except (ValueError, TypeError):
         raise UserError(f"{source}: field fs is {fs!r}, expected one number in Hz") from None
+    for rate in (given, own):
+        if rate is not None and not RATE_RANGE[0] <= rate <= RATE_RANGE[1]:
+            raise UserError(
+                f"{source}: field fs is {rate:g} Hz, expected {RATE_RANGE[0]:g} to {RATE_RANGE[1]:,.0f}; "
+                "mend the file or pass --input-fs"
+            )
     if own is not None and given is not None and not abs(own / given - 1) <= 0.01:
         raise UserError(
             f"{source}: field fs is {own:g} Hz but --input-fs says {given:g}; leave it out or mend the file"
         )
-    rate = given if own is None else own
-    if not RATE_RANGE[0] <= rate <= RATE_RANGE[1]:
-        raise UserError(
-            f"{source}: field fs is {rate:g} Hz, expected {RATE_RANGE[0]:g} to {RATE_RANGE[1]:,.0f}; mend "
-            "the file or pass --input-fs"
-        )
-    return rate
+    return given if own is None else own

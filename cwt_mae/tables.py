@@ -11,9 +11,9 @@ and its label at the end (Kaggle's heart beats); name_TRAIN.tsv and name_TEST.ts
 """
 
 import csv
-import io
 import re
 import sys
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -49,46 +49,60 @@ RATE = re.compile(
 WIDE = 64
 
 
+@dataclass
+class Text:
+    """A text table, cut: names (None without a header) and units of its columns, the lines of data with
+    decimal points, the number of the first of them, and the rate in Hz that the lines above them state."""
+
+    names: list | None
+    units: list
+    delimiter: str | None
+    lines: list
+    first: int
+    rate: float | None
+
+
 def read_table(path: Path, fs=None) -> list[Recording]:
     """One text table: a column for each channel and a sample in each line, or a series in each line."""
     path = Path(path)
-    names, units, delimiter, lines, first, stated = split_table(path)
-    named = names is not None
-    width = len(fields(lines[0], delimiter))
+    text = split_table(path)
+    head = fields(text.lines[0], text.delimiter)
+    width, named = len(head), text.names is not None
     if path.suffix.lower() == ".tsv" and re.search(r"_(TRAIN|TEST)$", path.stem, re.I) and not named:
-        return read_ucr_tsv(path, numbers(path, lines, delimiter, range(width), first))
-    if width > WIDE and (not named or sum(bool(re.fullmatch(r"\w{0,3}\d+", n)) for n in names) > 0.9 * width):
-        return kaggle_records(path, numbers(path, lines, delimiter, range(width), first))
-    if (
-        named
-        and len(names) != width
-        and not (len(names) == width - 1 and not fields(lines[0], delimiter)[-1])
-    ):
-        raise UserError(f"{path}: header names {len(names)} columns, the data have {width}")
-    names = unique_columns(names, width)
-    kinds = [kind_of(lines, delimiter, i) for i in range(width)]
+        return read_ucr_tsv(path, numbers(path, text, range(width)))
+    counted = named and sum(bool(re.fullmatch(r"\w{0,3}\d+", name)) for name in text.names)
+    if width > WIDE and (not named or counted > 0.9 * width):
+        return kaggle_records(path, numbers(path, text, range(width)))
+    ends_empty = named and len(text.names) == width - 1 and not head[-1]
+    if named and len(text.names) != width and not ends_empty:
+        raise UserError(f"{path}: header names {len(text.names)} columns, the data have {width}")
+    names = [*(text.names or []), *[""] * width][:width]  # "" where there is none
+    units = [*text.units, *[""] * width][:width]
+
+    # Columns of numbers, one of which may be the clock
+    kinds = [kind_of(text, i) for i in range(width)]
     wanted = [i for i, kind in enumerate(kinds) if kind == "number"]
-    table = dict(zip(wanted, numbers(path, lines, delimiter, wanted, first, width).T))
-    rate, start, jumps, used = clock_of(path, names, units, kinds, table, lines, delimiter)
-    rate = stated if rate is None else rate
-    text = [names[i] for i, kind in enumerate(kinds) if kind == "text"]
-    clock = next((name for name in text if clock_name(name, "")[0] in CLOCKS), None)
+    table = dict(zip(wanted, numbers(path, text, wanted, width).T))
+    rate, start, jumps, used = clock_of(path, text, names, units, kinds, table)
+    rate = text.rate if rate is None else rate
+    words = [names[i] for i, kind in enumerate(kinds) if kind == "text"]
+    clock = next((name for name in words if clock_name(name, "")[0] in CLOCKS), None)
     if clock and rate is None and fs is None:
         raise UserError(
             f"{path}: column {clock} holds no times that are read; write seconds or ISO times, or pass "
             "--input-fs"
         )
-    if text:
-        print(f"{path}: columns of text left out: {', '.join(text)}", file=sys.stderr)
+    if words:
+        print(f"{path}: columns of text left out: {', '.join(words)}", file=sys.stderr)
     chosen = [i for i in wanted if i not in used and not (np.isnan(table[i]).all() and not names[i])]
     if not chosen:
         raise UserError(f"{path}: holds no channel of numbers{' beside its time column' if used else ''}")
-    rate, plain = check_rate(rate, path, fs), [named_unit(names[i]) for i in chosen]
-    labels = unique(name or f"c{i}" for (name, _), i in zip(plain, chosen))
-    channels = {}
-    for label, i, (_, unit) in zip(labels, chosen, plain):
-        unit = units[i] if i < len(units) else unit
-        channels[label] = as_channel(table[i], rate, unit=unit, start=start, jumps=jumps)
+    rate, plain = check_rate(rate, path, fs), {i: named_unit(names[i]) for i in chosen}
+    labels = unique(plain[i][0] or f"c{i}" for i in chosen)
+    channels = {
+        label: as_channel(table[i], rate, unit=units[i] or plain[i][1], start=start, jumps=jumps)
+        for label, i in zip(labels, chosen)
+    }
     return [Recording(path.stem, path, channels)]
 
 
@@ -96,11 +110,6 @@ def named_unit(name: str) -> tuple[str, str]:
     """("ECG", "mV") of "ECG [mV]" or "ECG (mV)"; other names have no unit."""
     found = re.match(r"(.+?)\s*[\[(]\s*([^\[\]()]*)\s*[\])]$", name)
     return (found[1], found[2]) if found else (name, "")
-
-
-def unique_columns(names, width: int) -> list[str]:
-    """A name for each of `width` columns; "" where there is none."""
-    return [*(names or []), *[""] * width][:width]
 
 
 def decoded(path: Path) -> str:
@@ -119,13 +128,13 @@ def decoded(path: Path) -> str:
             return data.decode("latin1")
 
 
-def split_table(path: Path):
-    """(column names or None, units, delimiter, lines of data with decimal points, number of the first of
-    them, rate that the lines before them state or None)."""
+def split_table(path: Path) -> Text:
+    """Find header, delimiter and data of a text table."""
     text = decoded(path).replace("\r\n", "\n").replace("\r", "\n").rstrip("\n")
     lines = text.split("\n")
-    at, comment = 0, ""
-    delimiter = None
+
+    # Comments come first, the last of which may be the header
+    at, comment, delimiter = 0, "", None
     while at < len(lines):
         line = lines[at].strip()
         if re.match(r"(?i)sep=.$", line):
@@ -135,15 +144,18 @@ def split_table(path: Path):
         elif line:
             break
         at += 1
-    rest = [(i, line) for i, line in enumerate(lines[at : at + 200], at) if line.strip()]
-    if not rest:
+    some = [line for line in lines[at : at + 200] if line.strip()]
+    if not some:
         raise UserError(f"{path}: holds no line of data")
-    delimiter = delimiter or find_delimiter([line for _, line in rest])
+    delimiter = delimiter or find_delimiter(some)
+
+    # More than names and units: lines about the device, then perhaps the names
     first = first_data(lines, at, delimiter)
-    if first is not None and len([line for line in lines[at:first] if line.strip()]) > 2:
-        # More than names and units: lines about the device, then perhaps the names
-        width = len(fields(lines[first], delimiter))
-        at = first - (len(fields(lines[first - 1], delimiter)) == width and bool(lines[first - 1].strip()))
+    if first is not None and sum(bool(line.strip()) for line in lines[at:first]) > 2:
+        width, above = len(fields(lines[first], delimiter)), lines[first - 1]
+        at = first - bool(above.strip() and len(fields(above, delimiter)) == width)
+
+    # Names and units
     head, units, names = fields(lines[at], delimiter), [], None
     if not all(is_value(v) for v in head):
         names, at = head, at + 1
@@ -155,11 +167,11 @@ def split_table(path: Path):
     elif comment and len(fields(comment, delimiter)) == len(head):
         names = fields(comment, delimiter)
     stated = next(filter(None, map(RATE.search, lines[:at])), None)
-    stated = float(stated[1]) * (1000 if stated[2] else 1) if stated else None
+    rate = float(stated[1]) * (1000 if stated[2] else 1) if stated else None
+
+    # Data, with decimal points. To look at each line takes as long as to read it, so only where it must be.
     body = lines[at:]
-    if any(
-        mark in text for mark in ("\n\n", "\n#", "\n%")
-    ):  # looking at each line takes as long as reading it
+    if any(mark in text for mark in ("\n\n", "\n#", "\n%")):
         body = [line for line in body if line and not line.startswith(("#", "%"))]
     if not body:
         raise UserError(f"{path}: holds a header but no line of data")
@@ -170,7 +182,7 @@ def split_table(path: Path):
         delimiter = None
     if delimiter != "," and any(re.search(r"\d,\d", line) for line in body[:50]):
         body = [line.replace(",", ".") for line in body]
-    return names, units, delimiter, body, at + 1, stated
+    return Text(names, units, delimiter, body, at + 1, rate)
 
 
 def first_data(lines: list, at: int, delimiter) -> int | None:
@@ -217,11 +229,11 @@ def is_value(text: str) -> bool:
     return text.lower() in MISSING or bool(NUMBER.match(text.replace(",", "."))) or bool(TIME.match(text))
 
 
-def kind_of(lines: list, delimiter, column: int) -> str:
+def kind_of(text: Text, column: int) -> str:
     """ "number", "time" or "text": what the column holds in some of the lines."""
-    seen = []
+    lines, seen = text.lines, []
     for line in lines[:50] + lines[len(lines) // 2 : len(lines) // 2 + 20] + lines[-20:]:
-        row = fields(line, delimiter)
+        row = fields(line, text.delimiter)
         if column < len(row) and row[column].lower() not in MISSING:
             seen.append(row[column])
     if all(NUMBER.match(v.replace(",", ".")) for v in seen):
@@ -229,37 +241,37 @@ def kind_of(lines: list, delimiter, column: int) -> str:
     return "time" if all(TIME.match(v) for v in seen) else "text"
 
 
-def numbers(path, lines: list, delimiter, columns, first: int, width: int = 0) -> np.ndarray:
+def numbers(path, text: Text, columns, width: int = 0) -> np.ndarray:
     """(lines, columns) float64: the given columns; what is missing is nan. UserError naming the line
     otherwise."""
+    lines, delimiter = text.lines, text.delimiter
     options = dict(delimiter=delimiter, ndmin=2, dtype=np.float64, comments=None)
     if len(columns) != width:
         options["usecols"] = list(columns)
     try:
-        return np.loadtxt(io.StringIO("\n".join(lines)), **options)
-    except ValueError as error:
-        complaint = " ".join(str(error).split())
+        return np.loadtxt(lines, **options)
+    except ValueError:
+        pass  # something is missing, or wrong
+
     mark = re.escape(delimiter) if delimiter else r"\s"
     gap = re.compile(rf"(?i)(?<![^{mark}\n])[ ]*(?:\?|nan|na|#?n/a|null|none|-)?[ ]*(?![^{mark}\n])")
-    text = "\n".join(gap.sub("nan", line) for line in lines) if delimiter else "\n".join(lines)
     try:
-        return np.loadtxt(io.StringIO(text), **options)
+        return np.loadtxt([gap.sub("nan", line) for line in lines] if delimiter else lines, **options)
     except ValueError as error:
         complaint = " ".join(str(error).split())
     row = re.search(r"row (\d+)", complaint)
-    where = (
-        f"line {int(row[1]) + first - ('column' in complaint and 'changed' in complaint)}: " if row else ""
-    )
+    of_columns = "column" in complaint and "changed" in complaint
+    where = f"line {int(row[1]) + text.first - of_columns}: " if row else ""
     raise UserError(f"{path}: {where}lines do not all have the same columns of numbers ({complaint[:100]})")
 
 
-def clock_of(path, names, units, kinds, table, lines, delimiter):
+def clock_of(path, text: Text, names, units, kinds, table):
     """(rate or None, start, jumps, columns used) of the column that holds the time."""
-    used, rate = set(), None
+    used = set()
     for i, name in enumerate(names):
-        word, unit = clock_name(name, units[i] if i < len(units) else "")
+        word, unit = clock_name(name, units[i])
         if kinds[i] == "time":
-            values = times_of(path, [fields(line, delimiter)[i] for line in lines])
+            values = times_of(path, [fields(line, text.delimiter)[i] for line in text.lines])
             used.add(i)
             return *steps_of(path, name or "time", values, 1.0), used
         if kinds[i] != "number":
@@ -268,15 +280,14 @@ def clock_of(path, names, units, kinds, table, lines, delimiter):
         if word in COUNTERS and evenly(x) and abs(float(x[1] - x[0]) - 1) < 1e-9:
             used.add(i)  # a plain count of the lines says nothing about the rate
         elif word in CLOCKS or word == "" and evenly(x):
-            if unit is None and not word and x[1] - x[0] >= 1:
-                used.add(i)
-                continue
             used.add(i)
+            if unit is None and not word and x[1] - x[0] >= 1:
+                continue
             return *steps_of(path, name or f"column {i + 1}", x, clock_unit(path, name, unit, x)), used
         elif evenly(x):
             used.add(i)  # a clock of another name, which no signal resembles
             print(f"{path}: column {name} rises evenly, so it is not taken for a signal", file=sys.stderr)
-    return rate, 0.0, [], used
+    return None, 0.0, [], used
 
 
 def clock_name(name: str, unit: str):
@@ -373,7 +384,10 @@ def steps_of(path, name: str, x, unit: float):
         mean = seconds[-1] / len(steps)
         off = np.abs(seconds - mean * np.arange(len(seconds))).max()
         if off <= 1.01 * rising.min() <= 4.1 * mean:
-            return 1 / mean, 0.0, []
+            # A whole number of Hz that all these times round is the rate; their ends alone are not exact.
+            whole = max(1, round(1 / mean))
+            fits = np.abs(seconds - np.arange(len(x)) / whole).max() <= rising.min()
+            return float(whole) if fits else 1 / mean, 0.0, []
     if len(steps) and np.isfinite(steps).all() and steps.min() >= 0:
         step = float(np.median(steps))
         jumps = np.flatnonzero(steps > 1.5 * step) if step > 0 else np.arange(len(steps))
@@ -393,19 +407,12 @@ def kaggle_records(path: Path, table: np.ndarray) -> list[Recording]:
     labels = table[:, -1]
     few = len(np.unique(labels)) <= max(2, len(labels) // 2) or table.shape[1] == 188
     labelled = few and bool((labels == np.round(labels)).all())
-    part = (
-        "test"
-        if re.search(r"(?i)(^|_)test$", path.stem)
-        else "train"
-        if re.search(r"(?i)(^|_)train$", path.stem)
-        else ""
-    )
+    named = re.search(r"(?i)(?:^|_)(test|train)$", path.stem)
+    part = named[1].lower() if named else ""
     records = []
     for i, row in enumerate(table[:, :-1] if labelled else table):
         if len(row) == 187:
             there = np.flatnonzero(row)
             row = row[: there[-1] + 1] if len(there) else row
-        record = series_record(path, part, i, row, f"{labels[i]:g}", ["x"])
-        record.labels = record.labels if labelled else {}
-        records.append(record)
+        records.append(series_record(path, part, i, [row], f"{labels[i]:g}" if labelled else None))
     return records

@@ -28,7 +28,7 @@ from common.errors import UserError, run
 from common.figures import draw_confusion
 from common.files import reading
 from common.run import open_run, progress
-from cwt_mae.dataset import Preprocess, build_store
+from cwt_mae.dataset import Preprocess, read_store
 from cwt_mae.dataset_finetune import (
     ITEMS,
     DownstreamClassificationDataset,
@@ -38,7 +38,7 @@ from cwt_mae.dataset_finetune import (
     split_parts,
 )
 from cwt_mae.finetune import by_record, corrected, median_tokens, predict, sigmoid
-from cwt_mae.layouts import add_file_arguments
+from cwt_mae.layouts import add_file_arguments, add_split_argument
 from cwt_mae.metrics import describe_label_scores, describe_scores, label_scores, scores
 from cwt_mae.model_finetune import load_model
 
@@ -49,22 +49,14 @@ def parse_args(argv=None):
     parser = Parser(__doc__)
     # What is asked for: classifiers, records, and where the results go.
     parser.add_argument(
-        "--model",
-        nargs="+",
-        required=True,
-        help="model.safetensors of finetune.py; the probabilities of several are averaged",
+        "--model", nargs="+", required=True, help="model.safetensors of finetune.py; several are averaged"
     )
     parser.add_argument("--data", "--data-root", nargs="+", required=True, help="files, or folders of them")
     parser.add_argument("--out", "--output-dir", type=Path, required=True, help="folder for the results")
     parser.add_argument(
         "--part", choices=("test", "train", "all"), default="test", help="which part of the records is scored"
     )
-    parser.add_argument(
-        "--split",
-        "--split-file",
-        help="JSON file {train: [names], test: [names]}; without it the parts of a UCR set, else the list "
-        "DS1 for training and every other record for the test",
-    )
+    add_split_argument(parser)
     # Records without labels are read in sliding windows.
     parser.add_argument(
         "--unlabelled",
@@ -76,24 +68,14 @@ def parse_args(argv=None):
         "--stride",
         type=number(int, 0),
         default=0,
-        help="with --unlabelled: samples between two windows; 0: half a window",
+        help="--unlabelled: samples from window to window; 0: half one",
     )
     # How certain the scores are.
     parser.add_argument(
-        "--resamples",
-        type=number(int, 0),
-        default=1000,
-        help="bootstrap draws for the intervals; 0: no interval",
+        "--resamples", type=number(int, 0), default=1000, help="bootstrap draws of the intervals; 0: none"
     )
     # How files are read; the preparation of the signals comes with the model.
     add_file_arguments(parser)
-    parser.add_argument("--input-fs", type=float, help="sampling rate of files that do not state it, Hz")
-    parser.add_argument("--cache", help="folder for the prepared signals; data/cwt_mae/cache without it")
-    parser.add_argument(
-        "--skip-bad",
-        action="store_true",
-        help="leave out bad records and labels, counted, instead of stopping at the first",
-    )
     parser.add_argument("--overwrite", action="store_true", help="replace the results that --out holds")
     return parser.parse_args(argv)
 
@@ -214,9 +196,10 @@ def record_rows(store, task, probabilities, labelled: bool) -> list[dict]:
         here = task.items["record"] == record
         # A record is predicted as the class of the highest mean probability.
         mean, about = probabilities[here].mean(0), store.records[record]
-        row = {name: about[name].decode() for name in ("name", "subject", "channel")}
-        row = {"record": row.pop("name"), **row}
-        row |= {
+        row = {
+            "record": about["name"].decode(),
+            "subject": about["subject"].decode(),
+            "channel": about["channel"].decode(),
             "windows": int(here.sum()),
             "predicted": classes[mean.argmax()],
             "confidence": f"{mean.max():.4f}",
@@ -252,15 +235,7 @@ def main(args):
     accelerator = Accelerator()
     models, cards = load_models(args.model, accelerator.device)
     signal_len, preprocess = models[0].encoder_model.signal_len, models[0].config["preprocess"] or {}
-    store = build_store(
-        args.data,
-        Preprocess(**preprocess),
-        args.cache,
-        args.input_fs,
-        skip_bad=args.skip_bad,
-        manifest=args.manifest,
-        annotator=args.annotator,
-    )
+    store = read_store(args, Preprocess(**preprocess), accelerator)
     task = choose_windows(args, store, cards[0], signal_len)
     out = open_run(args.out, args, accelerator, overwrite=args.overwrite)
 

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.arguments import Parser, add_run_arguments, number, refuse
 from common.checkpoint import atomic_json
 from common.errors import UserError, run
-from common.run import describe, on_main, open_run, seed_everything
+from common.run import describe, open_run, seed_everything
 from common.sharding import refuse_sharding
 from common.train import (
     batches,
@@ -44,7 +44,7 @@ from common.train import (
     watched,
 )
 from cwt_mae.config import SHAPE, parse_changes, read_config
-from cwt_mae.dataset import PhysioSignalDataset, Preprocess, build_store
+from cwt_mae.dataset import PhysioSignalDataset, Preprocess, read_store
 from cwt_mae.dataset_finetune import split_parts
 from cwt_mae.layouts import add_file_arguments
 from cwt_mae.model import CWT_MAE_RoPE
@@ -81,7 +81,7 @@ def parse_args(argv=None):
         type=number(float, 0, 1),
         nargs=2,
         default=(0.9, 0.95),
-        help="of AdamW (upstream: 0.9 0.999)",
+        help="AdamW's (upstream: 0.9 0.999)",
     )
     add_run_arguments(
         parser,
@@ -114,48 +114,36 @@ def add_data_arguments(parser: argparse.ArgumentParser):
     # Which records: files, and the test part to leave out.
     data = parser.add_argument_group("data")
     data.add_argument(
-        "--data",
-        nargs="+",
-        required=True,
-        help="signal files, or folders of them: WFDB, EDF, npz, npy, csv, HDF5, ts",
+        "--data", nargs="+", required=True, help="signal files, or folders of them, in any format"
     )
     data.add_argument(
         "--split",
         help="leave the test records out: a JSON file {train: [names], test: [names]}, or the word ds1 for "
         "the list DS1",
     )
-    data.add_argument("--cache", help="folder for the prepared signals; data/cwt_mae/cache without it")
     # How a raw channel becomes the signal; it is stored with the weights, and every later script repeats it.
     data.add_argument(
         "--model-fs",
         type=number(float, 0),
         default=100.0,
-        help="sampling rate of the model, Hz; 0 keeps each file's own rate",
+        help="rate of the model, Hz; 0 keeps each file's own",
     )
-    data.add_argument("--input-fs", type=float, help="sampling rate of files that do not state it, Hz")
     data.add_argument("--low-hz", type=number(float, 0), default=0.5, help="high-pass cut-off, Hz; 0: none")
     data.add_argument("--high-hz", type=number(float, 0), default=0.0, help="low-pass cut-off, Hz; 0: none")
     data.add_argument(
-        "--channel",
-        default="auto",
-        help="auto (MLII, II, ECG, PLETH, PPG, else the first), all, a name or an index",
+        "--channel", default="auto", help="auto (an ECG, else a pulse wave), all, names or an index"
     )
     # What is too short or damaged is an error by default, because silence would hide it.
     data.add_argument(
         "--min-seconds", type=number(float, 0), default=0.0, help="shortest usable record, seconds"
     )
-    data.add_argument(
-        "--skip-bad",
-        action="store_true",
-        help="leave out bad records, named and counted, instead of stopping at the first",
-    )
-    # How many windows an epoch draws, and whose are held out.
     add_file_arguments(data)
+    # How many windows an epoch draws, and whose are held out.
     data.add_argument(
         "--windows",
         type=number(int, 0),
         default=0,
-        help="windows drawn in an epoch; 0: as many as fit side by side into the records",
+        help="windows of an epoch; 0: as many as fit side by side",
     )
     data.add_argument(
         "--val-fraction",
@@ -169,24 +157,7 @@ def read_signals(args, accelerator):
     """The store of prepared signals, and the part of each record ("train", "test", "" or None if nothing asks
     for it)."""
     prepare = Preprocess(args.model_fs, args.low_hz, args.high_hz, args.channel)
-
-    def load(quiet=False):
-        return build_store(
-            args.data,
-            prepare,
-            args.cache,
-            args.input_fs,
-            "train",
-            args.min_seconds,
-            args.skip_bad,
-            quiet,
-            args.manifest,
-            args.annotator,
-        )
-
-    # One process reads the files and tells what it skipped; the others map what it wrote.
-    on_main(accelerator, load)
-    store = load(quiet=True)
+    store = read_store(args, prepare, accelerator, "train", args.min_seconds)
     # Only --split and the probe ask for parts; other data need not belong to any split.
     if not args.split and args.probe == "none":
         return store, None

@@ -31,10 +31,7 @@ def parse_args(argv=None):
     parser.add_argument("--data", nargs="+", required=True, help="signal files, or folders of them")
     parser.add_argument("--out", required=True, help="picture to write (.png)")
     parser.add_argument(
-        "--window",
-        type=number(int, 0),
-        default=0,
-        help="which window of the data, counted side by side from 0",
+        "--window", type=number(int, 0), default=0, help="which window, counted side by side from 0"
     )
     parser.add_argument("--input-fs", type=float, help="sampling rate of files that do not state it, Hz")
     parser.add_argument("--cache", help="folder for the prepared signals; data/cwt_mae/cache without it")

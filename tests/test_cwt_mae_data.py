@@ -16,13 +16,16 @@ from cwt_mae import dataset as dataset_module
 from cwt_mae.dataset import PhysioSignalDataset, Preprocess, build_store, read_records
 from cwt_mae.dataset_finetune import (
     DS1,
+    ITEMS,
     RHYTHM,
     DownstreamClassificationDataset,
+    Task,
     amplitude_features,
     fold_of,
     load_task,
     median_beats,
     rhythm_features,
+    share_of,
     split_parts,
 )
 from cwt_mae.validation import bridge
@@ -418,10 +421,8 @@ def test_simulated_fibrillation_changes_the_rhythm_of_all_but_s(tmp_path, prepar
     beats_npz(tmp_path / "a.npz", symbols="NNNA")
     store = store_of(tmp_path, prepare, tmp_path / "a.npz")
     task = load_task(store, "beat", 100, amplitude=True)
-    items = [
-        DownstreamClassificationDataset(store, task, 100, draws=200, fibrillation_fraction=1.0)[i]
-        for i in range(200)
-    ]
+    dataset = DownstreamClassificationDataset(store, task, 100, draws=200, fibrillation_fraction=1.0)
+    items = [dataset[i] for i in range(200)]
     own = [np.array_equal(item["features"], task.features[item["index"]]) for item in items]
     assert own == [item["label"] == 1 for item in items] and 0 < sum(own) < 200
     drawn = np.stack([item["features"] for item in items if item["label"] != 1])
@@ -475,6 +476,22 @@ def test_folds_keep_subjects_together_and_spread_rare_classes(tmp_path, prepare)
     assert all((v & (fold[task.items["record"]] == f)).any() for f in (0, 1))
     with pytest.raises(UserError, match="--folds 9"):
         fold_of(store, task, 9)
+
+
+@pytest.mark.parametrize("kind", ["beat", "rhythm", "series", "labels"])
+def test_a_share_of_the_labels_holds_every_class_and_lies_within_larger_shares(kind):
+    records = np.repeat(np.arange(100), 4)  # four windows each
+    items = np.zeros(400, ITEMS)
+    items["record"], items["label"] = records, 0 if kind == "labels" else records % 10 // 8 + (records == 99)
+    task = Task(kind, ["a", "b", "c"], items, np.zeros((1, 0), np.float32))
+    shares = {share: share_of(task, share, seed=3) for share in (0.0, 0.01, 0.1, 0.5, 1.0)}
+    sizes = [chosen.sum() for chosen in shares.values()]
+    assert sizes == sorted(sizes) and shares[1.0].all() and abs(sizes[3] - 200) <= 8
+    for smaller, larger in zip(shares.values(), list(shares.values())[1:]):
+        assert set(items["label"][smaller]) == set(items["label"]) and not (smaller & ~larger).any()
+    assert (shares[0.1] != share_of(task, 0.1, seed=4)).any()
+    whole = shares[0.1].reshape(-1, 4)
+    assert (whole.all(1) == whole.any(1)).all() == (kind in ("series", "labels"))
 
 
 @pytest.mark.parametrize("symbol, wanted", [("X", "no WFDB annotation code")])

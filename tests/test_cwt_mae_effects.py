@@ -163,6 +163,7 @@ def test_every_option_of_finetune_has_its_effect(world, tmp_path):
             "--level": Effect("form", "refused"),  # for task labels: tests/test_cwt_mae_leads.py
             "--folds": Effect(2, "weights"),
             "--fold": [Effect(1, "weights"), Effect(5, "refused"), Effect(-1, "refused")],
+            "--label-share": Effect(0.2, "weights"),
             "--cache": Effect(tmp_path / "cache", "same weights"),
             "--input-fs": Effect(77, "refused"),  # the files state another rate
             "--skip-bad": Effect(True, skipped, alone=("--data", world["labelled"], bad_record(world))),

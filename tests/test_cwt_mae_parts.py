@@ -105,20 +105,13 @@ def test_auroc_of_two_classes_is_that_of_the_second():
     assert math.isnan(metrics.auroc(found, np.zeros_like(labels)))
 
 
-def test_the_interval_of_the_accuracy_is_that_of_the_normal_approximation():
-    labels = np.zeros(2000, int)
-    found = np.eye(2)[(np.arange(2000) % 5 == 0).astype(int)]  # 80 % right
-    low, high = metrics.scores(found, labels, ["a", "b"], resamples=2000)["accuracy_95"]
-    half = 1.96 * math.sqrt(0.8 * 0.2 / 2000)
-    assert low == pytest.approx(0.8 - half, abs=0.002) and high == pytest.approx(0.8 + half, abs=0.002)
-
-
-def test_the_interval_draws_whole_records():
-    """100 records of 20 equal windows say as much as 100 windows."""
-    records = np.repeat(np.arange(100), 20)
-    labels = np.zeros(2000, int)
-    found = np.eye(2)[(records % 5 == 0).astype(int)]
-    low, high = metrics.scores(found, labels, ["a", "b"], records, 2000)["accuracy_95"]
+@pytest.mark.parametrize("grouped", [False, True])
+def test_the_interval_of_the_accuracy_is_that_of_the_normal_approximation(grouped):
+    """Of 100 windows, or of 100 records of 20 equal windows, which say no more."""
+    records = np.repeat(np.arange(100), 20 if grouped else 1)
+    found = np.eye(2)[(records % 5 == 0).astype(int)]  # 80 % right
+    labels, groups = np.zeros(len(records), int), records if grouped else None
+    low, high = metrics.scores(found, labels, ["a", "b"], groups, 2000)["accuracy_95"]
     half = 1.96 * math.sqrt(0.8 * 0.2 / 100)
     assert low == pytest.approx(0.8 - half, abs=0.01) and high == pytest.approx(0.8 + half, abs=0.01)
 
@@ -286,6 +279,23 @@ def test_a_record_with_a_gap_is_encoded_run_by_run():
     assert (tokens - torch.cat(runs)).abs().max() < 1e-5 and torch.isfinite(pooled).all()
     seconds = [s for found, _, _ in model.encode_windows(signal, 50) for s in found]
     assert seconds == [4.0 * i for i in range(5)] + [32.0 + 4.0 * i for i in range(12)]
+    signal[1100:1500] = 0.0  # an electrode that is off between two gaps
+    assert torch.equal(model.encode(signal[None], 50)[0], tokens)
+
+
+@pytest.mark.parametrize(
+    "shape, fs, value, wanted",
+    [
+        ((2, 400), 50, 1.0, "expected \\(L,\\)"),
+        ((400,), 0, 1.0, "field fs is 0 Hz"),
+        ((400,), 50, 0.0, "flat line"),
+        ((400,), 50, np.nan, "8 samples in a row"),
+    ],
+)
+def test_a_signal_that_cannot_be_encoded_is_said(shape, fs, value, wanted):
+    model = TF_MAE_Classifier(None, 2, preprocess={"fs": 50.0}, **SIZES)
+    with pytest.raises(UserError, match=wanted):
+        model.encode(value * np.random.default_rng(0).standard_normal(shape), fs)
 
 
 @pytest.mark.parametrize("fs", [100, 250, 360, 249.89])

@@ -114,11 +114,27 @@ def test_channels_of_one_npz_file_have_the_rates_that_it_states(tmp_path):
     assert read_records(npz(tmp_path / "e.npz", **fields, ann_fs=50))[0].events[0].seconds == 0.1
 
 
+def test_a_rate_is_known_by_its_name_in_any_case_and_is_one_number(tmp_path):
+    for fields in (dict(FS=250), dict(ECG_Fs=250), dict(Sampling_Rate=np.array([[250]]))):
+        assert read_records(npz(tmp_path / "a.npz", ecg=ecg(250, 20), **fields))[0].fs == 250
+    for bad in (True, "fast", [250, 250], 0, np.nan):
+        with pytest.raises(UserError, match="a.npz: field fs"):
+            read_records(npz(tmp_path / "a.npz", ecg=ecg(250, 20), fs=bad))
+
+
+def test_annotations_at_no_time_are_refused(tmp_path):
+    fields = dict(ecg=ecg(250, 20), fs=250, ann_seconds=[1.0, np.nan], ann_symbol=["N", "V"])
+    with pytest.raises(UserError, match="ann_seconds.*finite"):
+        read_records(npz(tmp_path / "a.npz", **fields))
+
+
 def test_data_sets_of_one_hdf5_file_have_their_own_rates(tmp_path):
     with h5py.File(tmp_path / "a.h5", "w") as file:
         for name, fs in (("ecg", 250), ("ppg", 50)):
             file.create_dataset(name, data=ecg(fs, 20)).attrs["sampling_rate"] = fs
-    assert read_records(tmp_path / "a.h5")[0].rates == {"ecg": 250.0, "ppg": 50.0}
+        file["FS"], file["gone"] = 10, h5py.SoftLink("/nowhere")
+        file.create_dataset("resp", data=ecg(10, 20))
+    assert read_records(tmp_path / "a.h5")[0].rates == {"ecg": 250.0, "ppg": 50.0, "resp": 10.0}
 
 
 # ---- EDF
@@ -413,13 +429,19 @@ def test_two_sets_in_one_folder_are_different_subjects(tmp_path):
         npz(tmp_path / "data" / f"{name}.npz", x_train=x, y_train=[1, 2, 1], x_test=x + 1, y_test=[1, 2, 1])
     store = store_of(tmp_path, prepare=Preprocess(0, 0))
     assert len(set(store.records["subject"].tolist())) == len(set(store.records["name"].tolist())) == 12
+    x = np.random.default_rng(0).normal(size=(3, 2, 40))  # two dimensions
+    both = npz(
+        tmp_path / "c.npz", x_train=x, y_train=[1, 2, 1], x_test=x.transpose(0, 2, 1), y_test=[1, 2, 1]
+    )
+    for record, wanted in zip(read_records(both), [*x, *x]):
+        assert np.array_equal([record.channels["x0"], record.channels["x1"]], wanted)
     assert (split_parts(store) == "test").sum() == 6
 
 
 @pytest.mark.parametrize("shape", [(6, 50), (6, 12, 50), (6, 50, 12)])
 def test_npz_of_many_series_and_labels(shape, tmp_path):
     x = np.random.default_rng(0).normal(size=shape)
-    records = read_records(npz(tmp_path / "a.npz", X=x, y=np.array([0, 1, 0, 1, 0, 1])))
+    records = read_records(npz(tmp_path / "a.npz", X=x, y=np.array([0, 1.0, 0, 1, 0, 1])))
     assert len(records) == 6 and records[1].labels == {"": ["1"]}
     assert len(records[0].channels) == (1 if len(shape) == 2 else 12)
     assert "AVF" in records[0].channels or len(shape) == 2
@@ -497,7 +519,8 @@ def test_a_manifest_states_subjects_parts_rates_and_labels(tmp_path, capsys):
         npz(tmp_path / "data" / "x" / f"{name}.npz", sig=ecg(FS, 10))
     manifest = write(
         tmp_path / "data" / "list.csv",
-        "path,subject,fold,fs,label\nx/a.npz,p1,1,100,AF;PVC\nx/b,p1,1,100,N\nx/c.npz,p2,2,100,N\nx/d,p3,3,100,\n",
+        "path, subject ,fold,fs,label\nx/a.npz,p1,1,100,AF;PVC\nx/b,p1,1,100,N\n"
+        "x/c.npz,p2,2,100,N\nx/d,p3,3,100,\n",
     )
     store = store_of(tmp_path, manifest=manifest)
     assert store.records["name"].astype(str).tolist() == ["x/a", "x/b", "x/c", "x/d"]
@@ -515,7 +538,10 @@ def test_a_manifest_states_subjects_parts_rates_and_labels(tmp_path, capsys):
         ("file,label\na,N\n", "no column path"),
         ("path,label\nnowhere,N\n", "line 2: nowhere is no signal file"),
         ("path,fold\na,first\n", "field fold is 'first'"),
-        ("path,fs\na,fast\n", "field fs is 'fast'"),
+        ("path,fs\na,fast\n", "line 2: field fs is 'fast'"),
+        ("path,fs\na,0\n", "line 2: field fs is 0 Hz"),
+        ("path,fold\na,nan\n", "field fold is 'nan'"),
+        ("path,fold\n", "lists no recording"),
         ("path,fold\na,3\n", "has one value"),
         ("path\na\na.npz\n", "listed twice"),
     ],

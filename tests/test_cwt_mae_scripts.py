@@ -25,8 +25,8 @@ from tests.quick_python import python
 ROOT = Path(__file__).resolve().parents[1]
 TINY = (
     "--model-fs 50 --set signal_len=200 patch_size_time=20 cwt_scales=8 patch_size_freq=8 embed_dim=16 "
-    "depth=1 num_heads=2 decoder_embed_dim=16 decoder_depth=1 decoder_num_heads=2 --batch-size 8 --windows "
-    "40 --eval-windows 16 --lr 1e-3 --log-every 1"
+    "depth=1 num_heads=2 decoder_embed_dim=16 decoder_depth=1 decoder_num_heads=2 "
+    "--batch-size 8 --windows 40 --eval-windows 16 --lr 1e-3 --log-every 1"
 ).split()
 
 
@@ -268,17 +268,6 @@ def bash(script, *options, cwd, **variables):
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
 
 
-def launch(script, *options, processes=1, cwd=ROOT):
-    return subprocess.run(
-        [python(), "-m", "common.launch", str(ROOT / "cwt_mae" / script), *map(str, options)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"NPROC_PER_NODE": str(processes), "PYTHONPATH": str(ROOT)},
-        timeout=240,
-    )
-
-
 @pytest.mark.slow
 def test_two_processes_take_the_first_step_of_one(world):
     for processes in (1, 2):
@@ -290,7 +279,8 @@ def test_two_processes_take_the_first_step_of_one(world):
             "--out",
             world["folder"] / f"p{processes}",
         ]
-        done = launch("train.py", *given(world), *TINY, *options, processes=processes)
+        script = ROOT / "cwt_mae" / "train.py"
+        done = forked.run_file(script, *given(world), *TINY, *options, processes=processes)
         assert done.returncode == 0, done.stderr
     assert_same_first_step(world["folder"] / "p1", world["folder"] / "p2")
 
@@ -350,9 +340,9 @@ def test_bad_inputs_are_errors_of_one_line_before_anything_is_written(script, op
     assert wanted in str(error.value) and "\n" not in str(error.value) and not out.exists()
 
 
-@pytest.mark.slow
 def test_a_bad_input_ends_with_status_2_and_no_traceback(world):
-    done = launch("train.py", "--data", "nowhere.npz", "--out", world["folder"] / "never")
+    options = ["--data", "nowhere.npz", "--out", world["folder"] / "never"]
+    done = forked.run_file(ROOT / "cwt_mae" / "train.py", *options)
     assert (
         done.returncode == 2 and done.stderr.startswith("error: nowhere.npz") and done.stderr.count("\n") == 1
     )

@@ -15,23 +15,34 @@ from studies.recipe import DATA, ROOT, RUNS, recipe, size, stage
 from studies.summary import write_result
 
 OUT = RUNS / "cwt_mae"
-SMALL = ROOT / "cwt_mae" / "config_small.yaml"
 
 
 def builtin():
     """Pre-train on ECG and PPG, probe and fine-tune on five rhythms, score the test subjects; four rows of
     the closing table."""
-    data, out = DATA / "cwt_mae" / size("builtin", smoke="builtin-smoke"), OUT / "builtin"
-    split, model = data / "labelled" / "split.json", out / "base" / "model.safetensors"
+    out = OUT / "builtin"
+    data, labelled = draw_records()
+    model = pretrain(data, labelled["split"], out / "base", probe="rhythm")
+    stage("cwt_mae/visualize.py", model=model, data=data / "ppg", out=out / "ppg.png", window=1, threads=1)
+    rhythms(out, model, dict(labelled, overwrite=True, threads=1))
+    report(out)
+
+
+def draw_records() -> tuple[Path, dict]:
+    """The folder of the built-in data, and which of its records are labelled and how they are split."""
+    data = DATA / "cwt_mae" / size("builtin", smoke="builtin-smoke")
     minutes = size(5, smoke=2)
     stage("cwt_mae/make_data.py", out=data, subjects=size(30, smoke=9), seconds=60 * minutes, threads=1)
+    return data, dict(data=data / "labelled", split=data / "labelled" / "split.json")
 
-    # Pre-training without labels, the test subjects left out; windows of 10 s
+
+def pretrain(data: Path, split: Path, out: Path, **flags) -> Path:
+    """Pre-train without labels on windows of 10 s, the test subjects left out; returns the model's file."""
     stage(
         "cwt_mae/train.py",
         data=data,
         split=split,
-        config=SMALL,
+        config=ROOT / "cwt_mae" / "config_small.yaml",
         model_fs=50,
         windows=size(6400, smoke=640),
         batch_size=64,
@@ -40,14 +51,12 @@ def builtin():
         eval_every=500,
         save_every=500,
         log_every=100,
-        probe="rhythm",
-        out=out / "base",
+        out=out,
         overwrite=True,
         threads=1,
+        **flags,
     )
-    stage("cwt_mae/visualize.py", model=model, data=data / "ppg", out=out / "ppg.png", window=1, threads=1)
-    rhythms(out, model, dict(data=data / "labelled", split=split, overwrite=True, threads=1))
-    report(out)
+    return out / "model.safetensors"
 
 
 def rhythms(out, model, labelled: dict):

@@ -16,7 +16,7 @@ import torch.nn as nn
 
 # repository root: every way of starting this file finds it
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from common.arguments import Parser, add_run_arguments, number, refuse
+from common.arguments import Parser, add_run_arguments, refuse
 from common.checkpoint import atomic_json
 from common.errors import run
 from common.figures import draw_confusion
@@ -35,7 +35,16 @@ from common.train import (
     update,
 )
 from cwt_mae.dataset_finetune import DownstreamClassificationDataset, median_beats
-from cwt_mae.finetune import corrected, feature_scale, loss_of, predict, prior_shift, standardised, validate
+from cwt_mae.finetune import (
+    add_drawing_arguments,
+    corrected,
+    feature_scale,
+    loss_of,
+    predict,
+    prior_shift,
+    standardised,
+    validate,
+)
 from cwt_mae.metrics import describe_scores, scores
 from studies.cwt_mae.windows import add_window_arguments, split_windows
 
@@ -43,24 +52,7 @@ from studies.cwt_mae.windows import add_window_arguments, split_windows
 def parse_args(argv=None):
     parser = Parser(__doc__)
     add_window_arguments(parser)
-    drawn = parser.add_argument_group("sampling and augmentation")
-    drawn.add_argument(
-        "--sampling-power",
-        type=number(float, 0, 1),
-        default=1.0,
-        help="a class is drawn in proportion to its count to this power: 1 as it is, 0 balanced",
-    )
-    drawn.add_argument(
-        "--augment", type=number(float, 0), default=1.0, help="strength of gain, baseline drift and noise"
-    )
-    drawn.add_argument("--jitter", type=number(int, 0), default=2, help="largest shift of a window, samples")
-    drawn.add_argument(
-        "--fibrillation",
-        type=number(float, 0, 1),
-        default=0.0,
-        help="beats: fraction of the windows other than S that get the rhythm features of simulated atrial "
-        "fibrillation",
-    )
+    add_drawing_arguments(parser, augment=1.0, jitter=2)
     add_run_arguments(
         parser,
         omit=["eval_every"],

@@ -23,6 +23,7 @@ from common.figures import draw_confusion, new_figure, save_figure
 from common.run import open_run
 from cwt_mae.dataset import Preprocess, build_store
 from cwt_mae.dataset_finetune import DownstreamClassificationDataset, load_task, split_parts, training_part
+from cwt_mae.layouts import add_split_argument
 from cwt_mae.metrics import describe_scores, linear_probe, scores
 from cwt_mae.model import CWT_MAE_RoPE
 from cwt_mae.model_finetune import load_model
@@ -37,11 +38,7 @@ def parse_args(argv=None):
     )
     parser.add_argument("--data", nargs="+", required=True, help="labelled files, or folders of them")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
-    parser.add_argument(
-        "--split",
-        help="JSON file {train: [names], test: [names]}; without it the parts of a UCR set, else the list "
-        "DS1 for training and every other record for the test",
-    )
+    add_split_argument(parser)
     parser.add_argument(
         "--random-seeds", type=number(int, 1), default=3, help="encoders with random weights to compare with"
     )

@@ -9,6 +9,7 @@ from common.arguments import number, refuse
 from common.errors import UserError
 from cwt_mae.dataset import Preprocess, Store, build_store
 from cwt_mae.dataset_finetune import Task, fold_of, load_task, split_parts, training_part
+from cwt_mae.layouts import add_split_argument
 
 
 def add_window_arguments(parser):
@@ -18,39 +19,25 @@ def add_window_arguments(parser):
     data.add_argument(
         "--task", choices=("beat", "rhythm", "series"), required=True, help="what a label belongs to"
     )
-    data.add_argument(
-        "--split",
-        help="JSON file {train: [names], test: [names]}; without it the parts of a UCR set, else the list "
-        "DS1 for training and every other record for the test",
-    )
+    add_split_argument(data)
     data.add_argument("--folds", type=number(int, 2), default=4, help="parts of the training subjects")
     data.add_argument(
         "--fold", type=number(int, -1), default=-1, help="hold this part out for validation, from 0; -1: none"
     )
     data.add_argument(
-        "--validate",
-        action="store_true",
-        help="with --fold: score the validation part instead of the test part",
+        "--validate", action="store_true", help="with --fold: score this part, not the test part"
     )
     data.add_argument(
-        "--model-fs",
-        type=number(float, 0),
-        default=100.0,
-        help="sampling rate, Hz; 0 keeps each file's own rate",
+        "--model-fs", type=number(float, 0), default=100.0, help="sampling rate, Hz; 0 keeps each file's"
     )
     data.add_argument("--low-hz", type=number(float, 0), default=0.5, help="high-pass cut-off, Hz; 0: none")
     data.add_argument("--signal-len", type=number(int, 8), default=3000, help="length of the window, samples")
     data.add_argument(
-        "--amplitude",
-        action="store_true",
-        help="beats: with the numbers about height, width and shape beside the others of the record",
+        "--amplitude", action="store_true", help="beats: with numbers about their height, width and shape"
     )
     data.add_argument("--cache", help="folder for the prepared signals; data/cwt_mae/cache without it")
     data.add_argument(
-        "--resamples",
-        type=number(int, 0),
-        default=1000,
-        help="bootstrap draws for the intervals; 0: no interval",
+        "--resamples", type=number(int, 0), default=1000, help="bootstrap draws of the intervals; 0: none"
     )
 
 
