@@ -144,8 +144,7 @@ def edf_clock(path: Path) -> tuple[int, list[float], float]:
     """
     with open(path, "rb") as file:
         head = file.read(256)
-        size, records, count = int(head[184:192]), int(head[236:244]), int(head[252:256])
-        duration = float(head[244:252])
+        size, duration, count = int(head[184:192]), float(head[244:252]), int(head[252:256])
         table = file.read(256 * count)
         names = [table[16 * i : 16 * i + 16].decode("latin1").strip() for i in range(count)]
         at = 216 * count
@@ -155,8 +154,8 @@ def edf_clock(path: Path) -> tuple[int, list[float], float]:
         if not notes:
             return count, [], duration
         onsets, whole = [], width * sum(lengths)
-        records = records if records >= 0 else (path.stat().st_size - size) // max(1, whole)
-        for record in range(records):
+        # As many records as the file holds, whatever the header counted when the recording began
+        for record in range((path.stat().st_size - size) // max(1, whole)):
             file.seek(size + record * whole + width * sum(lengths[: notes[0]]))
             found = re.match(rb"([+-]\d+(?:\.\d*)?)\x14", file.read(width * lengths[notes[0]]))
             if not found:

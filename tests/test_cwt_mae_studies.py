@@ -8,7 +8,7 @@ import pytest
 
 from cwt_mae import finetune, make_data, test, train, visualize  # noqa: F401  the server of forks imports them
 from studies import recipe
-from studies.cwt_mae import builtin, cnn, forest, labels, mitbih, probe, ucr  # noqa: F401
+from studies.cwt_mae import builtin, cnn, forest, mitbih, probe, ucr  # noqa: F401
 from tests import forked
 
 pytestmark = pytest.mark.slow
@@ -48,19 +48,6 @@ def test_the_builtin_recipe_leaves_four_rows_with_their_controls(stages, tmp_pat
     )
 
 
-def test_label_curves_stand_beside_random_weights(stages, tmp_path, monkeypatch):
-    monkeypatch.setattr(labels, "SHARES", (0.1, 1.0))
-    out = tmp_path / "runs" / "labels"
-    labels.main(labels.parse_args(["--out", str(out)]))
-    row = row_of(tmp_path / "runs")
-    assert len(row["controls"]) == 5 and all(np.shape(v) == (1, 2) for v in row["details"].values())
-    few, all_of_them = (
-        json.loads((out / f"full-random-{share}-0" / "config.json").read_text())["arguments"]["label_share"]
-        for share in ("0.1", "1")
-    )
-    assert (few, all_of_them) == (0.1, 1.0) and (out / "figures" / "labels.png").is_file()
-
-
 def test_the_recipe_of_mit_bih_trains_on_ds1_and_scores_the_others(stages, tmp_path):
     data, out = tmp_path / "mitbih", tmp_path / "runs" / "mitbih"
     options = ["--out", tmp_path / "drawn", "--subjects", 9, "--seconds", 60, "--ppg", 0]
@@ -97,15 +84,8 @@ def test_the_recipe_of_a_ucr_set_scores_its_test_part(stages, tmp_path):
         waves = np.sin(2 * np.pi * (3 + 2 * labels[:, None]) * clock) + 0.1 * rng.standard_normal((count, 96))
         sets |= {f"x_{part}": waves.astype(np.float32), f"y_{part}": labels}
     np.savez(tmp_path / "waves.npz", **sets)
-    words = [
-        "--data",
-        tmp_path / "waves.npz",
-        "--out",
-        tmp_path / "runs" / "waves",
-        "--cache",
-        tmp_path / "cache",
-    ]
-    ucr.main(ucr.parse_args(list(map(str, words))))
+    words = f"--data {tmp_path}/waves.npz --out {tmp_path}/runs/waves --cache {tmp_path}/cache".split()
+    ucr.main(ucr.parse_args(words))
     row = row_of(tmp_path / "runs")
     assert {"random weights", "small CNN", "1-NN, computed"} <= set(row["controls"])
     scored = json.loads((tmp_path / "runs/waves/pre-trained-0-test/metrics.json").read_text())
