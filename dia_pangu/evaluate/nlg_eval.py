@@ -209,7 +209,7 @@ def parse_labels(text: str) -> list[int] | None:
     if not found:
         return None
     try:
-        labels = [int(value) for value in ast.literal_eval(found.group())]
+        labels = [int(int(value) == 1) for value in ast.literal_eval(found.group())]  # 1 is present
     except (ValueError, SyntaxError, TypeError):
         return None
     return labels if len(labels) == len(FINDINGS) else None

@@ -1,4 +1,4 @@
-"""Forty-six kinds of made-up scan files through the reader: what comes out, and what is said about it.
+"""Forty-five kinds of made-up scan files through the reader: what comes out, and what is said about it.
 
     python studies/dia_pangu/scan_kinds.py          prints the table of RESULTS.md
 
