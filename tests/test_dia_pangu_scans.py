@@ -234,9 +234,10 @@ def test_acquisitions_that_lie_over_each_other_are_told_apart(tmp_path, good):
         read_hu(tmp_path / "x")
 
 
-def test_stations_that_follow_each_other_stay_together(tmp_path, good):
+def test_stations_and_slices_turned_by_rounding_stay_together(tmp_path, good):
     def change(data, n):
         data.AcquisitionNumber = 1 + n // 10
+        data.ImageOrientationPatient = [1, 0.005 + (-1) ** n * 1e-6, 0, -0.005, 1, 0]
 
     assert wrong_by(series(tmp_path / "s", change=change)) < good + 3
     assert read_ct(tmp_path / "s")[2].phases == "one"

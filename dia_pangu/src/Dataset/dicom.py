@@ -250,19 +250,37 @@ def normal_of(part: Slice) -> np.ndarray:
     return np.cross(part.cosines[:3], part.cosines[3:])
 
 
+def same_series(one: Slice, other: Slice) -> bool:
+    """Return whether two slices have the same series UID, modality and size."""
+    named = [
+        [part.words.get(name, "") for name in ("SeriesInstanceUID", "Modality")] for part in (one, other)
+    ]
+    return named[0] == named[1] and one.shape == other.shape
+
+
+def same_orientation(one: Slice, other: Slice) -> bool:
+    """Return whether two slices have the same orientation, but for rounding, or both none."""
+    if one.cosines is None or other.cosines is None:
+        return one.cosines is other.cosines
+    return np.allclose(one.cosines, other.cosines, atol=0.01)
+
+
 def group_series(slices: list[Slice]) -> list[Series]:
-    """Group slices by series UID and modality, size and orientation, in the order of the files."""
-    groups = {}
+    """Group slices by series and orientation, in the order of the files."""
+    groups = []
     for part in slices:
-        turned = tuple(np.round(part.cosines, 2) + 0.0) if part.cosines is not None else ()
-        uid = str(part.words.get("SeriesInstanceUID", "")), part.words.get("Modality")
-        groups.setdefault((uid, part.shape, turned), []).append(part)
+        homes = [g for g in groups if same_series(g[0], part) and same_orientation(g[0], part)]
+        if homes:
+            homes[0].append(part)
+        else:
+            groups.append([part])
     # A slice without an orientation belongs to the stack of its series, and is missing there.
-    for key in [key for key in groups if not key[2]]:
-        home = [other for other in groups if other[2] and other[:2] == key[:2]]
-        if home:
-            groups[max(home, key=lambda other: len(groups[other]))] += groups.pop(key)
-    return [judge_series(Series(group)) for group in groups.values()]
+    for lost in [group for group in groups if group[0].cosines is None]:
+        stacks = [group for group in groups if group is not lost and same_series(group[0], lost[0])]
+        if stacks:
+            max(stacks, key=len).extend(lost)
+            groups = [group for group in groups if group is not lost]
+    return [judge_series(Series(group)) for group in groups]
 
 
 def judge_series(series: Series) -> Series:
