@@ -20,6 +20,8 @@ from dia_pangu.src.Model.build import (
     check_preparation,
     load_model,
     load_start,
+    make_embedding,
+    read_config,
     save_model,
     settle_preparation,
 )
@@ -187,6 +189,33 @@ def test_a_checkpoint_of_another_shape_is_refused(model_text, tmp_path):
     )
     with pytest.raises(UserError, match=r"prototype \(14, 99\) where the model has \(14, 16\)"):
         load_start(model_text[0], tmp_path / "other.bin")
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("grid.preprocess", "hu"),
+        ("grid.size", [16, 16]),
+        ("grid.fov_mm", [0.0, 384.0, 320.0]),
+        ("embedding.n_tok", 17),
+        ("embedding.patch_size", "8"),
+        ("embedding.sides", 3),
+        ("thresholds", [0.5] * 3),
+        ("thresholds", [float("nan")] * 14),
+        ("language", "fr"),
+    ],
+)
+def test_a_configuration_that_no_model_has_is_refused_in_one_line(field, value, llm, tmp_path):
+    config = json.loads(json.dumps(SMALL))
+    part, _, name = field.rpartition(".")
+    (config[part] if part else config)[name] = value
+    (tmp_path / "small.json").write_text(json.dumps(config))
+    args = SimpleNamespace(
+        config=tmp_path / "small.json", size="tiny", language=None, preprocess=None, _given=()
+    )
+    with pytest.raises(UserError, match=f"{field}|configuration") as error:
+        make_embedding(read_config(args), 50, 32)
+    assert "\n" not in str(error.value)
 
 
 def test_the_preparation_belongs_to_the_weights(data, llm, tmp_path):

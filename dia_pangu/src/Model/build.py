@@ -5,6 +5,7 @@ A model folder holds pytorch_model.bin (upstream's name and keys), dia_config.js
 LoRA, thresholds) and adapter_config.json (because LoRA's alpha cannot be read from the weights).
 """
 
+import math
 import os
 from copy import deepcopy
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from common.arguments import refuse
 from common.checkpoint import atomic_json, atomic_path
 from common.errors import UserError
-from common.files import read_json
+from common.files import read_json, reading
 from common.llm import add_lora, add_trust_argument, load_llm
 from common.run import describe
 from common.weights import load_weights, read_weights
@@ -104,10 +105,37 @@ def read_config(args) -> dict:
     if args.config:
         refuse(args, ["size"], "beside --config")
         config = {**deepcopy(PUBLISHED), **read_json(args.config, CONFIG)}
+        check_config(config, args.config)
     config["language"] = args.language or config["language"]
     config["prompt"] = getattr(args, "prompt", None) or config.get("prompt") or "all"
     config["grid"]["preprocess"] = args.preprocess or config["grid"]["preprocess"]
     return config
+
+
+def check_config(config: dict, path):
+    """Raise UserError for a field of a configuration file whose value no model can have."""
+    grid, embedding, lora = config["grid"], config["embedding"], config["lora"]
+    with reading(path, "configuration"):
+        patch = embedding.get("patch_size", 32), embedding.get("patch_size", 32)
+        parts = [
+            size / side for size, side in zip(grid["size"], (*patch, embedding.get("frame_patch_size", 4)))
+        ]
+        known = {
+            "grid.size": len(grid["size"]) == 3 and min(grid["size"]) > 0,
+            "grid.fov_mm": len(grid["fov_mm"]) == 3 and all(0 < mm < 10000 for mm in grid["fov_mm"]),
+            "grid.preprocess": grid["preprocess"] in PREPROCESS,
+            "embedding.n_tok": math.prod(parts) == embedding.get("n_tok", 1024)
+            and all(p % 1 == 0 for p in parts),
+            "language": config["language"] in LANGUAGES,
+            "prompt": config.get("prompt") in (None, *LAYOUTS),
+            "max_length": config["max_length"] > 0,
+            "lora": not lora or lora["r"] > 0 and 0 <= lora["dropout"] < 1 and bool(lora["targets"]),
+            "thresholds": len(config["thresholds"]) == 14
+            and all(0 <= cut <= 1 for cut in config["thresholds"]),
+        }
+    wrong = next((field for field, right in known.items() if not right), None)
+    if wrong:
+        raise UserError(f"{path}: field {wrong} has a value that no model can have; correct it")
 
 
 def prepared_as(path) -> dict:
@@ -200,7 +228,8 @@ def make_text(tokenizer, config, vocabulary: int) -> ReportText:
 
 def make_embedding(config, vocabulary: int, width: int) -> MyEmbedding:
     """Return MyEmbedding as configured; a placeholder stands for the word table of the language model."""
-    layer = MyEmbedding(num_embeddings=1, embedding_dim=width, **config["embedding"])
+    with reading("the configuration's embedding", "set of sizes"):
+        layer = MyEmbedding(num_embeddings=1, embedding_dim=width, **config["embedding"])
     layer.weight = torch.nn.Parameter(torch.empty(vocabulary, width, device="meta"))
     return layer
 
@@ -336,6 +365,7 @@ def load_model(
     config = deepcopy(PUBLISHED)
     if (home / "dia_config.json").is_file():
         config = {**config, **read_json(home / "dia_config.json", CONFIG)}
+        check_config(config, home / "dia_config.json")
     else:
         config["grid"]["preprocess"] = "upstream"
         print(f"{home}: no dia_config.json; taking the published sizes and --preprocess upstream")
