@@ -160,8 +160,7 @@ class Preprocess:
         edges = [edge for edge in (self.low_hz, min(self.high_hz, 0.49 * rate)) if 0 < edge < 0.5 * rate]
         if edges and len(x) > 30:
             kind = "bandpass" if len(edges) == 2 else "highpass" if self.low_hz else "lowpass"
-            band = edges if len(edges) == 2 else edges[0]
-            x = sosfiltfilt(butter(4 // len(edges), band, kind, fs=rate, output="sos"), x)
+            x = sosfiltfilt(sections_of(rate, kind, *edges), x)
         return x.astype(np.float32)
 
     def pieces(self, x, fs: float, where: str, seconds: float = 1800.0):
@@ -221,6 +220,12 @@ def resampled(x: np.ndarray, fs: float, rate: float, mean=None) -> np.ndarray:
     up, down = ratio.numerator, ratio.denominator
     mean = x.mean() if mean is None else mean
     return resample_poly(x - mean, up, down, window=low_pass(max(up, down)), padtype="line")
+
+
+@functools.lru_cache(8)
+def sections_of(rate: float, kind: str, *edges: float) -> np.ndarray:
+    """Second-order sections (n, 6) of a Butterworth filter; rate and edges in Hz."""
+    return butter(4 // len(edges), edges if len(edges) == 2 else edges[0], kind, fs=rate, output="sos")
 
 
 @functools.lru_cache(8)

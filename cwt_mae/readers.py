@@ -58,8 +58,9 @@ def read_wfdb(path: Path, fs=None, annotator: str = "") -> list[Recording]:
     """
     wfdb, stem = extra("wfdb", path), str(path.with_suffix(""))
     with reading(path, "WFDB record"):
-        header = wfdb.rdheader(stem)
-        record = wfdb.rdrecord(stem, smooth_frames=False)
+        header = record = wfdb.rdrecord(stem, smooth_frames=False, m2s=False)
+        if isinstance(header, wfdb.MultiRecord):
+            record = header.multi_to_single(physical=True, expanded=True)
     if not record.e_p_signal or not len(record.e_p_signal[0]):
         raise UserError(f"{path}: holds no signal, only a header; give the record that uses it")
     rate = check_rate(header.fs, path, fs)
