@@ -456,6 +456,7 @@ def test_a_cache_is_read_anew_when_a_file_changes(tmp_path):
 
 def test_the_name_of_a_scan_loses_its_suffix_alone(tmp_path):
     (tmp_path / "1.2.840.113619.2").mkdir()
+    (tmp_path / "7.nii").symlink_to(tmp_path / "b52a")
     assert scan_name(tmp_path / "1.2.840.113619.2") == "1.2.840.113619.2"
     for name, expected in (("a.b.nii.gz", "a.b"), ("7.nii", "7"), ("x.mha", "x"), ("IM0001", "IM0001")):
         assert scan_name(tmp_path / name) == expected
@@ -544,6 +545,7 @@ def test_scans_are_found_in_folders_and_in_a_csv(tmp_path):
     series(tmp_path / "s/p/study", heights=range(3))
     nibabel.save(nibabel.AnalyzeImage(volume().astype(np.int16), RAS), tmp_path / "s/y.img")
     (tmp_path / "s/notes.txt").write_text("no scan")
+    (tmp_path / "s/x/loop").symlink_to(tmp_path / "s")
     assert [name for name, _ in find_scans(tmp_path / "s")] == ["7", "p/study", "x/1", "y"]
     assert [name for name, _ in find_scans(tmp_path / "s/7")] == ["7"]
     (tmp_path / "list.csv").write_text("id,volume\nfirst,s/x/1.nii.gz\n,s/y.img\n")

@@ -395,11 +395,7 @@ def main(args):
 def parse_args(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
-    add(
-        "--csv",
-        required=True,
-        help="file with the columns Ground Truth and Pred, and GT_labels if it has any",
-    )
+    add("--csv", required=True, help="file with the columns Ground Truth and Pred, and perhaps GT_labels")
     add("--out", help="JSON file to write")
     add("--language", choices=LANGUAGES, help="language of the reports, if it is not to be detected")
     add("--chexbert", help="CheXbert weights, instead of the rule-based labeler; English only")

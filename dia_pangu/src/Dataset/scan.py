@@ -7,6 +7,7 @@ of pictures as CTRG publishes them.
 
 import logging
 import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,7 @@ class Scan:
 
 def scan_name(path) -> str:
     """Return the name of a scan without the suffix of its format; a folder named by a UID keeps its dots."""
-    path = Path(path).resolve()
+    path = Path(os.path.abspath(path))  # a link keeps its own name
     lower = path.name.lower()
     fits = [suffix for suffix in SUFFIXES if lower.endswith(suffix)]
     return path.name if path.is_dir() or not fits else path.name[: -max(map(len, fits))] or path.name

@@ -1,6 +1,7 @@
 """Scans without labels and reports: one, or all of a folder or of a csv."""
 
 import csv
+from collections import Counter
 from pathlib import Path
 
 from torch.utils.data import Dataset
@@ -28,12 +29,9 @@ def find_scans(source) -> list[tuple[str, Path]]:
         raise UserError(
             f"{source}: holds no scans (NIfTI, MetaImage or NRRD files, folders of DICOM or pictures)"
         )
-    names = [name for name, _ in scans]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise UserError(
-            f"{source}: two scans have the id {twice}; rename one, or give a csv with a column id"
-        )
+    name, count = Counter(name for name, _ in scans).most_common(1)[0]
+    if count > 1:
+        raise UserError(f"{source}: two scans have the id {name}; rename one, or give a csv with a column id")
     return sorted(scans)
 
 
@@ -61,9 +59,13 @@ def scans_of_folder(folder: Path) -> list[tuple[str, Path]]:
     """Return (id, path) of the scans below a folder; the folder itself may be one."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder or csv; --volumes takes the folder of the scans")
-    scans = []
+    scans, seen = [], set()
 
     def walk(place: Path):
+        # A link may lead back to a folder above it.
+        if place.resolve() in seen:
+            return
+        seen.add(place.resolve())
         files = sorted(p for p in place.iterdir() if not p.name.startswith("."))
         # An Analyze pair is one scan.
         volumes = [p for p in files if p.is_file() and p.name.lower().endswith((*NIFTI, *ITK))]
@@ -76,7 +78,7 @@ def scans_of_folder(folder: Path) -> list[tuple[str, Path]]:
             name = str(place.relative_to(folder)) if place != folder else place.resolve().name
             scans.append((name, place))
             return
-        for inner in files:
+        for inner in sorted(files, key=Path.is_symlink):
             if inner.is_dir():
                 walk(inner)
 
