@@ -25,6 +25,7 @@ from dia_pangu.src.Dataset.prompt import FINDINGS, without_sides
 from dia_pangu.src.Dataset.scan import read_ct, read_scan, scan_name
 from dia_pangu.src.Dataset.scans import find_scans
 from dia_pangu.src.Model.build import build_model, save_model
+from dia_pangu.src.report_files import Journal
 from studies.dia_pangu import ct_files
 from studies.dia_pangu.ct_files import COUNT, LPS, RAS, STEP_MM, save, series, volume
 from studies.recipe import options
@@ -536,6 +537,17 @@ def test_a_folder_of_scans_is_reported_in_one_go_and_resumed(checkpoint, llm, tm
     assert sorted(before.splitlines()) == sorted((tmp_path / "out/verdicts.csv").read_text().splitlines())
     other = call(report_script, *base, "--hide-places", log=tmp_path / "log.txt")
     assert other.returncode == 2 and "another hide_places" in other.text, other.text
+
+
+def test_what_is_done_is_read_again_from_any_text_and_a_foreign_list_is_refused(tmp_path):
+    for name in ("1", "2"):
+        Journal(tmp_path, {"seed": 1}, True).add(name, {"row": {"Pred": "one\u2028two\x85"}})
+    (tmp_path / "reports.jsonl").open("a").write('{"id": "3", "row"')
+    assert set(Journal(tmp_path, {"seed": 1}, True).records) == {"1", "2"}
+    for content in (b"[1]\n", b'{"seed": 1}\n{"row": 2}\n', b'{"seed": 2}\n', b"\xff\n"):
+        (tmp_path / "reports.jsonl").write_bytes(content)
+        with pytest.raises(UserError, match="reports.jsonl: "):
+            Journal(tmp_path, {"seed": 1}, True)
 
 
 def test_scans_are_found_in_folders_and_in_a_csv(tmp_path):

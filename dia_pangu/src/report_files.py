@@ -4,8 +4,9 @@ import json
 import os
 from pathlib import Path
 
-from common.checkpoint import atomic_csv
+from common.checkpoint import atomic_csv, atomic_write
 from common.errors import UserError
+from common.files import reading
 
 JOURNAL = "reports.jsonl"
 
@@ -23,37 +24,36 @@ class Journal:
             return
         path = self.out / JOURNAL
         self.out.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         whole = []
-        for line in lines:
-            try:
-                whole.append(json.loads(line))
-            except ValueError:
-                break  # the process was ended while it wrote this line
-        if whole and whole[0] != settings:
-            changed = [name for name in settings if whole[0].get(name) != settings[name]]
-            raise UserError(
-                f"{path}: its reports were written with another {', '.join(changed) or 'setting'}; choose "
-                "another --out, or delete the file"
-            )
-        self.records = {record["id"]: record for record in whole[1:]}
+        with reading(path, "list of reports that are done"):
+            for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
+                try:
+                    whole.append(json.loads(line))
+                except ValueError:
+                    break  # the end, or the process was ended while it wrote this line
+            before = whole[0] if whole else settings
+            changed = ", ".join(name for name in settings if before.get(name) != settings[name])
+            self.records = {record["id"]: record for record in whole[1:]}
+        if changed:
+            raise UserError(f"{path}: was written with another {changed}; choose another --out, or delete it")
         if self.records:
             print(f"{path}: {len(self.records)} scans are done already")
-        self.file = open(path, "w", encoding="utf-8")
-        for line in [settings, *self.records.values()]:
-            self.write(line)
+        # What was cut short is dropped; from here on a line is added for each scan.
+        atomic_write(path, "".join(self.line(entry) for entry in [settings, *self.records.values()]))
+        self.file = open(path, "a", encoding="utf-8")
 
-    def write(self, line: dict):
-        """Append one line and see it onto the disk."""
-        self.file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        self.file.flush()
-        os.fsync(self.file.fileno())
+    @staticmethod
+    def line(entry: dict) -> str:
+        """Return an entry as one line of JSON."""
+        return json.dumps(entry, ensure_ascii=False) + "\n"
 
     def add(self, name: str, record: dict):
         """Keep the record of a scan."""
         self.records[name] = {"id": name, **record}
         if self.file is not None:
-            self.write(self.records[name])
+            self.file.write(self.line(self.records[name]))
+            self.file.flush()
+            os.fsync(self.file.fileno())
 
     def summary(self) -> str:
         """Return in words how many reports there are, and how long one took."""
