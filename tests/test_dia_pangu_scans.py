@@ -388,6 +388,31 @@ def test_metaimage_and_nrrd_are_read(suffix, tmp_path, good):
     assert read_ct(tmp_path / f"b.{suffix}")[2].side == "unknown"
 
 
+@pytest.mark.parametrize(
+    "written, edited, word",
+    [
+        (b"ElementSpacing = 8 8 9\n", b"", "no spacing is known"),
+        (b"ElementSpacing = 8", b"ElementSpacing = -8", "negative"),
+        (b"AnatomicalOrientation = RAI", b"AnatomicalOrientation = LAI", "contradict each other"),
+        (b"left-posterior-superior", b"scanner-xyz", "names no space of the patient"),
+    ],
+)
+def test_what_a_metaimage_or_nrrd_header_leaves_out_is_named(written, edited, word, tmp_path, capsys):
+    itk = pytest.importorskip("SimpleITK")
+    image = itk.GetImageFromArray(volume().astype(np.int16).transpose(2, 1, 0))
+    image.SetSpacing(STEP_MM.tolist())
+    image.SetOrigin(LPS[:3, 3].tolist())
+    path = tmp_path / ("a.nrrd" if b"left" in written else "a.mha")
+    itk.WriteImage(image, str(path))
+    assert written in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(written, edited))
+    try:
+        read_hu(path)
+        assert word in capsys.readouterr().err
+    except UserError as error:
+        assert word in str(error)
+
+
 def pictures(folder, count=6) -> np.ndarray:
     """Write slices as CTRG has them, numbered without zeros in front; returns them as they come back."""
     folder.mkdir(parents=True)

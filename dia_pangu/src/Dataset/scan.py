@@ -181,11 +181,9 @@ def scan_nifti(path) -> Scan:
     return Scan(voxels, affine, verdict)
 
 
-def itk_files(path) -> tuple[int, bool]:
+def itk_files(path: Path, head: str) -> tuple[int, bool]:
     """Return the bytes that a MetaImage or NRRD file and the files of its voxels hold, and whether these are
     compressed. Raises UserError where the header names a file outside its own folder."""
-    path = Path(path)
-    head = path.read_bytes()[: 1 << 16].decode("latin1")
     packed = re.search(r"^\s*(?:CompressedData\s*=\s*True|encoding\s*:(?!\s*raw))", head, re.I | re.M)
     named = re.search(r"^\s*(?:ElementDataFile\s*=|data ?file\s*:)\s*(\S.*)$", head, re.I | re.M)
     names = [named[1].strip()] if named else []
@@ -208,8 +206,11 @@ def scan_itk(path) -> Scan:
     except ImportError as error:
         raise UserError(f"{path}: needs SimpleITK; pip install SimpleITK (extra [itk])") from error
     SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
+    path = Path(path)
     with reading(path, "image file"):
-        stored, packed = itk_files(path)
+        with open(path, "rb") as file:
+            head = file.read(1 << 16).decode("latin1")
+        stored, packed = itk_files(path, head)
         reader = SimpleITK.ImageFileReader()
         reader.SetFileName(str(path))
         reader.ReadImageInformation()
@@ -222,17 +223,41 @@ def scan_itk(path) -> Scan:
         voxels = SimpleITK.GetArrayFromImage(image).T
         space, origin = np.array(image.GetSpacing()), np.array(image.GetOrigin())
         turn = np.array(image.GetDirection()).reshape(len(space), -1)
-        named = reader.GetMetaData("NRRD_space") if reader.HasMetaDataKey("NRRD_space") else ""
     voxels = plain(voxels, path)
-    verdict = Verdict("NRRD" if Path(path).suffix in (".nrrd", ".nhdr") else "MetaImage")
     affine = np.eye(4)
     affine[:3, :3], affine[:3, 3] = turn[:3, :3] * space[:3], origin[:3]
-    default = np.array_equal(affine, np.eye(4))
     affine[:2] *= -1
-    if default or verdict.format == "NRRD" and not named:
-        unknown(verdict, "the header names no space" if not default else "the header has no orientation")
     check_affine(affine, path)
+    verdict = Verdict("NRRD" if head.startswith("NRRD") else "MetaImage")
+    itk_orientation(head, affine, verdict, path)
     return Scan(voxels, to_mm(verdict, affine, voxels.shape, "", path), verdict)
+
+
+def itk_orientation(head: str, affine, verdict: Verdict, path):
+    """Fill in what a MetaImage or NRRD header, whose gaps SimpleITK fills with defaults, says of spacing and
+    sides."""
+
+    def field(name: str) -> str:
+        found = re.search(rf"^\s*(?:{name})\s*[=:]\s*(\S.*)$", head, re.I | re.M)
+        return found[1].strip() if found else ""
+
+    spacing = field("ElementSpacing|ElementSize|spacings|space directions")
+    if verdict.format == "MetaImage" and "-" in spacing:
+        raise UserError(f"{path}: ElementSpacing {spacing}: a length is negative; correct the header")
+    if not spacing:
+        verdict.spacing = "unknown"
+    # MetaImage names the ends that the axes begin at, nibabel those that they lead to.
+    opposite = dict(zip("LRAPSI", "RLPAIS"))
+    begins = "".join(opposite[axis] for axis in nibabel.aff2axcodes(affine))
+    named = field("AnatomicalOrientation").upper()
+    if np.array_equal(affine, np.diag([-1.0, -1.0, 1.0, 1.0])):
+        unknown(verdict, "the header has no orientation")
+    elif verdict.format == "NRRD" and not re.match("(?i)left|right|lps|las|ras", field("space")):
+        unknown(verdict, "the header names no space of the patient")
+    elif re.fullmatch("[LRAPSI]{3}", named) and named != begins:
+        unknown(
+            verdict, f"AnatomicalOrientation {named} and TransformMatrix ({begins}) contradict each other"
+        )
 
 
 def natural(path: Path) -> list:
