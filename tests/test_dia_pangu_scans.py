@@ -613,10 +613,8 @@ def test_no_side_is_named_where_it_is_unknown(checkpoint, llm, tmp_path):
         sides[name] = {row["side"] for row in table(tmp_path / name / "findings.csv")}
         assert ("unknown" in table(tmp_path / name / "verdicts.csv")[0]["side"]) == (name == "unknown")
     assert sides["known"] & {"left", "right"} and sides["unknown"] == {""}
-    assert (
-        without_sides("A nodule in the Right lung; both lungs.")
-        == "A nodule in the [side unknown] lung; both lungs."
-    )
+    plain = without_sides("A nodule in the Right lung and the LLL; both lungs.")
+    assert plain == "A nodule in the [side unknown] lung and the [side unknown]; both lungs."
     assert "右" not in without_sides("右肺结节，双肺清晰。") and "双肺清晰" in without_sides(
         "右肺结节，双肺清晰。"
     )

@@ -66,7 +66,7 @@ THINKING, SPEAKING = "[unused16]", "[unused17]"
 
 def without_sides(report: str) -> str:
     """Return a report whose words for left and right are replaced, for a scan whose sides are unknown."""
-    report = re.sub(r"\b(?:right|left)\b", "[side unknown]", report, flags=re.I)
+    report = re.sub(r"\b(?:right|left|[RL]t|[RL][UML]L|lingula)\b", "[side unknown]", report, flags=re.I)
     return re.sub(r"左右|[左右]侧?", "（侧别不明）", report)
 
 
