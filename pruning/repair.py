@@ -14,6 +14,7 @@ least-squares map of some gaps is far worse than none.
 import contextlib
 import copy
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.errors import UserError
 from common.train import lr_at
-from pruning.layers import DOWN, OUTPUT, child, decoder, decoder_layers, find_layers, plain
+from pruning.layers import ATTENTION, DOWN, OUTPUT, child, decoder, decoder_layers, find_layers, plain
 
 # shares of the mean square of the MLP's output; each pulls the map to doing nothing
 RIDGES = (0.0, 0.01, 0.1, 1.0)
@@ -50,7 +51,8 @@ def last_matrix(layer):
     down = None if mlp is None else child(mlp, DOWN)
     if down is None or down.weight.dim() != 2:
         raise UserError(
-            f"{type(layer).__name__}: --repair linear needs an MLP with one last matrix in front of the gap"
+            f"{type(layer).__name__}: --repair linear and compensate need an MLP with one last matrix in "
+            "front of the gap"
         )
     return mlp, down
 
@@ -113,55 +115,15 @@ def merge_map(down, matrix: torch.Tensor):
         down.bias.data = (down.bias.data.double().cpu() @ matrix).to(down.bias)
 
 
-@torch.no_grad()
-def repair_linear(student, teacher, drop, prompts, held_out) -> list[dict]:
-    """Repair every gap of `student` in place, from the first on.
-
-    teacher: the model with all layers, of which `student` lacks `drop`. prompts, held_out: {input_ids (1,
-    N)}; the second choose the ridge, or no map. Returns a row for each gap: gap, ridge (None where nothing
-    was changed), loss_before and loss_after on `held_out`.
-    """
-    spans, rows = gaps(drop), []
-    originals = decoder_layers(teacher)
-    targets = states_behind(teacher, prompts, [originals[last] for _, last in spans])
-    for (first, last), target in zip(spans, targets):
-        row = new_row("linear", first, last, mean_loss(student, held_out), ridge=None)
-        rows.append(row)
-        before = kept_before(drop, first)
-        if not before:
-            continue  # nothing stands before it
-
-        layer = decoder_layers(student)[before - 1]
-        mlp, down = last_matrix(layer)
-        check_sum(student, layer, mlp, prompts[:1])
-        inputs, outputs = states_behind(student, prompts, [mlp, layer])
-        original = {name: p.data.clone() for name, p in down.named_parameters()}
-        best = original
-        for ridge in RIDGES:
-            merge_map(down, least_squares(inputs, target - (outputs - inputs), ridge))
-            loss = mean_loss(student, held_out)
-            if loss < row["loss_after"]:
-                row |= {"ridge": ridge, "loss_after": loss}
-                best = {name: p.data.clone() for name, p in down.named_parameters()}
-            put(down, original)
-        put(down, best)
-    return rows
-
-
-def new_row(repair: str, first: int, last: int, loss: float, **setting) -> dict:
-    """What becomes of one gap, before anything is tried."""
-    return {"repair": repair, "gap": f"{first}-{last}", **setting, "loss_before": loss, "loss_after": loss}
-
-
-def put(module, values: dict):
-    """Give the parameters of a module these values."""
-    for name, parameter in module.named_parameters():
-        parameter.data = values[name].clone()
-
-
-def kept_before(drop: list[int], layer: int) -> int:
-    """How many layers before `layer` are kept."""
-    return layer - sum(gone < layer for gone in drop)
+def linear(student, layers, prompts, target) -> tuple:
+    """What to try on a gap behind `layers`, of which the last one's MLP is changed; see `repair_gaps`."""
+    layer = layers[-1]
+    mlp, down = last_matrix(layer)
+    check_sum(student, layer, mlp, prompts[:1])
+    inputs, outputs = states_behind(student, prompts, [mlp, layer])
+    wanted = target - (outputs - inputs)
+    maps = ((ridge, least_squares(inputs, wanted, ridge)) for ridge in RIDGES)
+    return [down], ((ridge, partial(merge_map, down, matrix)) for ridge, matrix in maps)
 
 
 def check_sum(student, layer, mlp, prompts):
@@ -183,55 +145,41 @@ def check_sum(student, layer, mlp, prompts):
         )
 
 
-@torch.no_grad()
-def repair_compensate(student, teacher, drop, prompts, held_out) -> list[dict]:
-    """Scale what writes to the hidden state before each gap of `student`, in place, from the first gap on.
+def compensate(student, layers, prompts, target) -> tuple:
+    """What to try on a gap behind `layers`: one factor for all that they write; see `repair_gaps`."""
+    (here,) = states_behind(student, prompts, layers[-1:])
+    factor = (target.norm(dim=-1) / here.norm(dim=-1).clamp(min=1e-9)).mean().item()
+    writers, norm = writers_before(student, layers)
+    modules = [*writers, norm] if norm is not None else writers
+    return modules, [(factor, partial(scale, writers, norm, factor))]
 
-    The layers before see their input through a norm and do not notice; a tied output head is set right in the
-    final norm. Arguments and rows as of `repair_linear`, with factor instead of ridge.
+
+def writers_before(model, layers) -> tuple:
+    """(what embeds tokens and what `layers` add to the hidden state with, the final norm or None).
+
+    The layers before the gap see their input through a norm and do not notice a factor; an output head that
+    is tied to the embeddings is set right in the final norm.
     """
-    originals, rows = decoder_layers(teacher), []
-    for first, last in gaps(drop):
-        row = new_row("compensate", first, last, mean_loss(student, held_out), factor=None)
-        rows.append(row)
-        before = kept_before(drop, first)
-        if not before:
-            continue
-        layers = list(decoder_layers(student))[:before]
-        (here,) = states_behind(student, prompts, layers[-1:])
-        (behind,) = states_behind(teacher, prompts, [originals[last]])
-        factor = (behind.norm(dim=-1) / here.norm(dim=-1).clamp(min=1e-9)).mean().item()
-        scale_before(student, layers, factor)
-        loss = mean_loss(student, held_out)
-        if loss < row["loss_after"]:
-            row |= {"factor": factor, "loss_after": loss}
-        else:
-            scale_before(student, layers, 1 / factor)
-    return rows
-
-
-@torch.no_grad()
-def scale_before(model, layers, factor: float):
-    """Multiply everything that embeds tokens or that `layers` add to the hidden state by `factor`, in
-    place."""
     base = plain(model)
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
-    modules = [embedding]
+    writers = [embedding]
     for layer in layers:
-        attention = child(layer, ("self_attn", "attn", "attention", "self_attention"))
+        attention = child(layer, ATTENTION)
         output = None if attention is None else child(attention, OUTPUT)
         if output is None:
             raise UserError(f"{type(layer).__name__}: --repair compensate finds no output projection in it")
-        modules += [output, last_matrix(layer)[1]]
-    for module in modules:
-        module.weight.data *= factor
-        if getattr(module, "bias", None) is not None:
-            module.bias.data *= factor
-    if head is not None and head.weight is embedding.weight:
-        norm = final_norm(model)
-        norm.weight.data /= factor
-        if getattr(norm, "bias", None) is not None:
-            norm.bias.data /= factor
+        writers += [output, last_matrix(layer)[1]]
+    tied = head is not None and head.weight is embedding.weight
+    return writers, final_norm(model) if tied else None
+
+
+def scale(writers, norm, factor: float):
+    """Multiply the weights and biases of `writers` by `factor`, and divide the norm's by it, in place."""
+    for module in writers:
+        for parameter in module.parameters(recurse=False):
+            parameter.data *= factor
+    for parameter in norm.parameters() if norm is not None else ():
+        parameter.data /= factor
 
 
 def final_norm(model):
@@ -269,32 +217,21 @@ def calls_of(model, prompts, layer) -> list[tuple]:
     return calls
 
 
-def repair_replace(student, teacher, drop, prompts, held_out) -> list[dict]:
-    """Train the layer before each gap of `student` alone, in place, to return what the gap's last layer did.
+def replace(student, layers, prompts, target) -> tuple:
+    """What to try on a gap behind `layers`: the last one learns to return what the gap's last layer did.
 
     It then stands for itself and for the gap, as LLM-Streamline's replacement layer, which begins as the
-    first of those that it replaces. Arguments and rows as of `repair_linear`, with rate instead of ridge.
+    first of those that it replaces. See `repair_gaps`.
     """
-    originals, rows = decoder_layers(teacher), []
-    for first, last in gaps(drop):
-        row = new_row("replace", first, last, mean_loss(student, held_out), rate=None)
-        rows.append(row)
-        before = kept_before(drop, first)
-        if not before:
-            continue
-        layer = decoder_layers(student)[before - 1]
-        calls = calls_of(student, prompts, layer)
-        targets = [states_behind(teacher, [p], originals[last : last + 1])[0].float() for p in prompts]
-        best = original = {name: p.data.clone() for name, p in layer.named_parameters()}
-        for rate in RATES:
-            trained = imitate(copy.deepcopy(layer).float(), calls, targets, rate)
-            put(layer, {name: p.data.to(original[name]) for name, p in trained.named_parameters()})
-            loss = mean_loss(student, held_out)
-            if loss < row["loss_after"]:
-                row |= {"rate": rate, "loss_after": loss}
-                best = {name: p.data.clone() for name, p in layer.named_parameters()}
-        put(layer, best)
-    return rows
+    layer = layers[-1]
+    calls = calls_of(student, prompts, layer)
+    targets = target.float().split([prompt["input_ids"].shape[1] for prompt in prompts])
+
+    def learn(rate):
+        trained = imitate(copy.deepcopy(layer).float(), calls, targets, rate)
+        put([layer], values_of([trained]))
+
+    return [layer], [(rate, partial(learn, rate)) for rate in RATES]
 
 
 def imitate(layer, calls, targets, rate: float):
@@ -321,7 +258,53 @@ def imitate(layer, calls, targets, rate: float):
     return layer
 
 
-REPAIRS = {"linear": repair_linear, "compensate": repair_compensate, "replace": repair_replace}
+REPAIRS = {"linear": linear, "compensate": compensate, "replace": replace}
+
+
+@torch.no_grad()
+def repair_gaps(kind: str, student, teacher, drop, prompts, held_out) -> list[dict]:
+    """Repair every gap of `student` in place, from the first on, in one of the ways of `REPAIRS`.
+
+    teacher: the model with all layers, of which `student` lacks `drop`. prompts, held_out: {input_ids (1,
+    N)}; a way is fitted to the first, the second choose among its settings, or none. A way gets the kept
+    layers before a gap and what the gap's last layer returns to the teacher, (tokens, d); it returns the
+    modules that it changes and [(setting, function that changes them)]. Returns a row for each gap: repair,
+    gap, setting (None where nothing was changed), loss_before and loss_after on `held_out`.
+    """
+    spans, rows = gaps(drop), []
+    originals = decoder_layers(teacher)
+    targets = states_behind(teacher, prompts, [originals[last] for _, last in spans])
+    loss = mean_loss(student, held_out)
+    for (first, last), target in zip(spans, targets):
+        row = {"repair": kind, "gap": f"{first}-{last}", "setting": None}
+        row |= {"loss_before": loss, "loss_after": loss}
+        rows.append(row)
+        layers = list(decoder_layers(student))[: first - sum(gone < first for gone in drop)]
+        if not layers:
+            continue  # nothing stands before it
+        modules, tries = REPAIRS[kind](student, layers, prompts, target)
+        original = best = values_of(modules)
+        for setting, change in tries:
+            change()
+            loss = mean_loss(student, held_out)
+            if loss < row["loss_after"]:
+                row |= {"setting": setting, "loss_after": loss}
+                best = values_of(modules)
+            put(modules, original)
+        put(modules, best)
+        loss = row["loss_after"]
+    return rows
+
+
+def values_of(modules) -> list[torch.Tensor]:
+    """A copy of the values of all parameters of `modules`."""
+    return [parameter.data.clone() for module in modules for parameter in module.parameters()]
+
+
+def put(modules, values):
+    """Give the parameters of `modules` the values of `values_of`, in their own types."""
+    for parameter, value in zip((p for module in modules for p in module.parameters()), values):
+        parameter.data = value.to(parameter, copy=True)
 
 
 def repair(student, teacher, drop, kinds, prompts) -> list[dict]:
@@ -333,7 +316,7 @@ def repair(student, teacher, drop, kinds, prompts) -> list[dict]:
     fitted = [prompt for i, prompt in enumerate(prompts) if i % 4]
     if not fitted:
         raise UserError("--repair: give at least two calibration texts: some are fitted, others judge")
-    rows = [row for kind in kinds for row in REPAIRS[kind](student, teacher, drop, fitted, held_out)]
+    rows = [row for kind in kinds for row in repair_gaps(kind, student, teacher, drop, fitted, held_out)]
     for row in rows:
         helped = row["loss_after"] < row["loss_before"]
         change = f"held-out loss {row['loss_before']:.4f} -> {row['loss_after']:.4f}"

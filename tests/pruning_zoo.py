@@ -7,6 +7,8 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
+from studies.recipe import options
+
 BASE = dict(
     vocab_size=96,
     hidden_size=32,
@@ -204,6 +206,11 @@ REFUSED = {
         "layer 3 works with the keys and values of layer 2",
     ),
 }
+
+
+def call(script, *words, **flags):
+    """Run a script's main with words and keyword arguments as its command line."""
+    return script.main(script.parse_args([*map(str, words), *options(flags)]))
 
 
 def make(name: str, settings: dict):

@@ -15,17 +15,9 @@ from common.tiny_llm import make_llm, make_tokenizer
 from pruning import repair, test, train
 from pruning.layers import decoder_layers, remove_layers
 from pruning.pruning_tools import prune_llm
-from pruning.repair import (
-    gaps,
-    least_squares,
-    mean_loss,
-    merge_map,
-    repair_compensate,
-    repair_linear,
-    repair_replace,
-)
+from pruning.repair import REPAIRS, gaps, least_squares, mean_loss, merge_map, repair_gaps
 from tests import pruning_zoo
-from tests.pruning_zoo import GPT
+from tests.pruning_zoo import GPT, call
 
 
 def prompts(count=8, length=12):
@@ -76,18 +68,19 @@ def test_a_gap_that_only_adds_a_map_of_the_mlp_before_it_is_repaired_exactly():
     layers[2].register_forward_hook(lambda module, args, output: args[0] + added["mlp"] @ matrix)
     student = cut(teacher, [2])
     some = prompts(16)
-    rows = repair_linear(student, teacher, [2], some[1:], some[:1])
-    assert rows[0]["ridge"] in (0.0, 0.01) and rows[0]["loss_before"] > rows[0]["loss_after"] + 0.1
+    rows = repair_gaps("linear", student, teacher, [2], some[1:], some[:1])
+    assert rows[0]["setting"] in (0.0, 0.01) and rows[0]["loss_before"] > rows[0]["loss_after"] + 0.1
     assert rows[0]["loss_after"] == pytest.approx(mean_loss(teacher, some[:1]), abs=0.02)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method", [repair_linear, repair_compensate, repair_replace])
+@pytest.mark.parametrize("kind", REPAIRS)
 @pytest.mark.parametrize("drop", [[2, 3], [1, 4], [0, 1]])
-def test_a_repair_is_kept_only_where_it_lowers_the_loss_of_what_it_was_not_fitted_to(method, drop):
+def test_a_repair_is_kept_only_where_it_lowers_the_loss_of_what_it_was_not_fitted_to(kind, drop):
     teacher = pruning_zoo.make("qwen3", {})
-    student, before, some = cut(teacher, drop), cut(teacher, drop), prompts()
-    rows = method(student, teacher, drop, some[2:], some[:2])
+    student, some = cut(teacher, drop), prompts()
+    before = copy.deepcopy(student)
+    rows = repair_gaps(kind, student, teacher, drop, some[2:], some[:2])
     assert [row["gap"] for row in rows] == [f"{a}-{b}" for a, b in gaps(drop)]
     last = rows[-1]["loss_after"]
     assert (
@@ -96,7 +89,18 @@ def test_a_repair_is_kept_only_where_it_lowers_the_loss_of_what_it_was_not_fitte
     )
     if all(row["loss_after"] == row["loss_before"] for row in rows):
         for a, b in zip(student.parameters(), before.parameters()):
-            assert torch.allclose(a, b, atol=1e-6), "no repair helps, and something changed"
+            assert torch.equal(a, b), "no repair helps, and something changed"
+
+
+def test_a_factor_that_does_not_help_leaves_half_precision_as_it_was(monkeypatch):
+    """Multiplied and divided again, bfloat16 values are others."""
+    teacher = pruning_zoo.make("llama", {}).bfloat16()
+    student = cut(teacher, [2, 3])
+    before = copy.deepcopy(student)
+    monkeypatch.setattr(repair, "mean_loss", lambda model, prompts: 1.0)
+    (row,) = repair_gaps("compensate", student, teacher, [2, 3], prompts(), prompts(2))
+    assert row["setting"] is None
+    assert all(torch.equal(a, b) for a, b in zip(student.parameters(), before.parameters()))
 
 
 def test_a_replacement_layer_comes_nearer_to_what_the_gap_returned_and_nothing_else_moves(monkeypatch):
@@ -112,8 +116,8 @@ def test_a_replacement_layer_comes_nearer_to_what_the_gap_returned_and_nothing_e
     # random models speak no language: what judges is the distance itself
     monkeypatch.setattr(repair, "mean_loss", distance)
     monkeypatch.setattr(repair, "RATES", (1e-7, 0.01))
-    (row,) = repair_replace(student, teacher, [2, 3], some, some[:2])
-    assert row["rate"] == 0.01 and row["loss_after"] < 0.7 * row["loss_before"]
+    (row,) = repair_gaps("replace", student, teacher, [2, 3], some, some[:2])
+    assert row["setting"] == 0.01 and row["loss_after"] < 0.7 * row["loss_before"]
     assert distance(student, some[:2]) == pytest.approx(row["loss_after"], rel=1e-4)
     for (name, a), b in zip(before.named_parameters(), student.parameters()):
         assert torch.equal(a, b) == (".layers.1." not in name), name
@@ -122,13 +126,11 @@ def test_a_replacement_layer_comes_nearer_to_what_the_gap_returned_and_nothing_e
 @torch.no_grad()
 @pytest.mark.parametrize("tied", [True, False])
 def test_compensation_scales_the_state_and_nothing_else(tied):
-    from pruning.repair import scale_before
-
     model = pruning_zoo.make("llama", {"tie_word_embeddings": tied, "rms_norm_eps": 1e-12})
     ids, seen = prompts(1)[0]["input_ids"], []
     hook = decoder_layers(model)[3].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     before = model(ids).logits
-    scale_before(model, list(decoder_layers(model))[:3], 1.5)
+    repair.scale(*repair.writers_before(model, list(decoder_layers(model))[:3]), 1.5)
     after = model(ids).logits
     hook.remove()
     assert torch.allclose(seen[1], 1.5 * seen[0], atol=1e-4)
@@ -143,7 +145,7 @@ def test_compensation_scales_the_state_and_nothing_else(tied):
 def test_an_mlp_that_is_normalised_again_is_refused():
     teacher = pruning_zoo.make("gemma2", {"sliding_window": 4})
     with pytest.raises(UserError, match="changes its MLP's output"):
-        repair_linear(cut(teacher, [2]), teacher, [2], prompts(), prompts(2))
+        repair_gaps("linear", cut(teacher, [2]), teacher, [2], prompts(), prompts(2))
 
 
 @pytest.fixture(scope="module")
@@ -156,16 +158,15 @@ def world(tmp_path_factory):
     sizes = {"num_hidden_layers": 4, "hidden_size": 32, "intermediate_size": 48}
     model = make_llm(root / "llm", tokenizer, **sizes)
     model.to(torch.bfloat16).save_pretrained(root / "llm")
-    words = ["--ckpt", str(root / "llm"), "--out-dir", str(root / "pruned"), "--drop-layers", "1-2"]
-    prune_llm.main(prune_llm.parse_args(words))
+    call(prune_llm, ckpt=root / "llm", out_dir=root / "pruned", drop_layers="1-2")
     return root
 
 
 def heal(world, out, *words):
-    own = ["--pruned-model-path", str(world / "pruned/hf_drop1_2"), "--texts", str(world / "texts.txt")]
+    own = ["--pruned-model-path", world / "pruned/hf_drop1_2", "--texts", world / "texts.txt"]
     run = ["--batch-size", "4", "--accum", "1", "--max-steps", "2", "--lr", "0.01", "--warmup", "0"]
     trains = not {"none", "linear", "compensate", "replace"} & set(words[-1:])
-    train.main(train.parse_args([*own, "--out", str(out), *(run if trains else []), *map(str, words)]))
+    call(train, *own, "--out", out, *(run if trains else []), *words)
     return out / "model"
 
 
@@ -224,7 +225,7 @@ def test_a_closed_form_needs_to_know_what_is_missing(world, tmp_path):
     words = ["--pruned-model-path", folder, "--texts", world / "texts.txt", "--out", tmp_path / "out"]
     words += ["--teacher", world / "llm", "--repair", "linear"]
     with pytest.raises(UserError, match="name it with --prune-map-path"):
-        train.main(train.parse_args([*map(str, words)]))
+        call(train, *words)
 
 
 def test_packed_rows_hold_every_token_once_and_no_padding(world):
@@ -251,7 +252,7 @@ def test_a_text_of_one_token_is_not_scored_and_a_file_of_such_is_refused(world, 
     def score(text):
         (tmp_path / "t.txt").write_text(text)
         words = ["--pruned-model-path", world / "llm", "--texts", tmp_path / "t.txt", "--out", tmp_path / "r"]
-        test.main(test.parse_args([*map(str, words)]))
+        call(test, *words)
         return json.loads(next((tmp_path / "r").glob("*_scores.json")).read_text())["perplexity"]
 
     alone = score("The heart is of normal size.\n")
@@ -272,11 +273,11 @@ def test_tasks_of_ones_own_are_scored_by_lm_eval(world, tmp_path):
     lines = [f"{key}: {json.dumps(value)}" for key, value in task.items()]
     (tmp_path / "own.yaml").write_text("\n".join(lines))
     words = ["--pruned-model-path", world / "llm", "--texts", world / "texts.txt", "--out", tmp_path / "r"]
-    test.main(test.parse_args([*map(str, [*words, "--tasks", tmp_path / "own.yaml"])]))
+    call(test, *words, "--tasks", tmp_path / "own.yaml")
     found = json.loads(next((tmp_path / "r").glob("*_scores.json")).read_text())
     assert found["own_choice acc"] in (0.0, 1.0)
     with pytest.raises(UserError, match="lm-eval knows no such task"):
-        test.main(test.parse_args([*map(str, [*words, "--tasks", "not_a_task"])]))
+        call(test, *words, "--tasks", "not_a_task")
 
 
 def test_tasks_without_the_package_are_refused_in_one_line(world, tmp_path, monkeypatch):
