@@ -30,13 +30,12 @@ from tests.pruning_world import world
 
 __all__ = ["world"]
 ROOT = Path(__file__).resolve().parents[1]
-DISTANCES = ("block_influence", "kl", "nll_change")
 
 
 def study_args(world, out, **flags):
     own = {"model": world / "base", "lang_model_path": world / "llm", "data": world / "data", "out": out}
     own |= {"ratio": 0.5, "calibration": 2, "train_samples": 4, "test_samples": 4, "heal_steps": 2}
-    own |= {"heal_batch": 2, "random_sets": 2, "max_new_tokens": 6}
+    own |= {"heal_batch": 2, "random_sets": 1, "max_new_tokens": 6}
     return study.parse_args(options({**own, **flags}))
 
 
@@ -46,7 +45,7 @@ def test_the_study_leaves_the_model_as_it_was_and_reuses_equal_sets(world, tmp_p
 
     def watched(task, drop, *more):
         calls.append(tuple(drop))
-        states.append({k: v.clone() for k, v in task.trained.state_dict().items()})
+        states.append({k: v.clone() for k, v in task.model.state_dict().items()})
         return original(task, drop, *more)
 
     monkeypatch.setattr(study, "evaluate_set", watched)
@@ -222,12 +221,18 @@ def test_rank_correlation_is_spearmans():
 
 @pytest.fixture
 def small(world, tmp_path, monkeypatch):
-    """The smallest sizes, folders of this test, stages that run in forks; returns the scripts that ran."""
+    """The smallest sizes, folders of this test, stages that run in forks; returns the scripts that ran.
+
+    The study itself, which has its own test, only reads its command line.
+    """
     ran = []
 
     def stage(script, *arguments, processes=1, threads=None, **flags):
         ran.append(script)
         words = [*map(str, arguments), *options(flags)]
+        if script == "studies/pruning/study.py":
+            assert study.parse_args(words).out.parent == tmp_path / "pruning"
+            return
         done = forked.run_file(ROOT / script, *words, seconds=900)
         assert done.returncode == 0, f"{script} {' '.join(words)}\n{done.stderr[-3000:]}"
 
@@ -241,23 +246,16 @@ def small(world, tmp_path, monkeypatch):
             if hasattr(module, name) and module not in (builtin_model, bases):
                 monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(recipe, "SMOKE", True)
-    sizes = {"ratio": 0.5, "test_samples": 2, "train_samples": 4, "calibration": 1, "heal_steps": 1}
-    sizes |= {"heal_batch": 2, "random_sets": 1, "max_new_tokens": 4}
-    for module in (builtin, second_base):
-        monkeypatch.setattr(module, "sizes", sizes)
     return ran
 
 
-@pytest.mark.slow
-def test_the_built_in_recipe_studies_the_model_of_dia_pangu(world, tmp_path, small, monkeypatch):
+def test_the_built_in_recipe_studies_the_model_of_dia_pangu(world, tmp_path, small):
     shutil.copytree(world / "lora", tmp_path / "dia/ft")
     shutil.copytree(world / "llm", tmp_path / "dia/llm/model")
     config = {"arguments": {"data": str(world / "data")}}
     (tmp_path / "dia/ft/config.json").write_text(json.dumps(config))
     builtin.main()
     assert small == ["studies/pruning/study.py"], "a model that is there is not made again"
-    names = {path.name for path in (tmp_path / "pruning/results").glob("*.json")}
-    assert any("f1" in name for name in names) and any("perplexity" in name for name in names)
 
 
 def test_the_built_in_recipe_makes_the_model_where_it_is_not_there_or_of_other_data(world, tmp_path):
@@ -281,20 +279,14 @@ def vision_part(model, folder):
 
 
 @pytest.mark.slow
-def test_the_second_base_is_trained_studied_and_compared(world, tmp_path, small, monkeypatch):
+def test_the_second_base_is_trained_and_studied(world, tmp_path, small, monkeypatch):
     """The shell script of the first edition was refused at its third training."""
     with pytest.raises(UserError, match="run studies/pruning/builtin.py first"):
         second_base.main()
     vision_part(world / "lora", tmp_path / "dia/contrast")
     shutil.copy(world / "places.json", tmp_path / "dia/contrast/places.json")
-    choice = {"criterion": "greedy", "ratio": 0.5, "drop_layers": "1-4", "layers_left": 4}
-    first = {"layers": 8, "choices": [choice]}
-    rows = ["mode,layer,head,distance,score_mean,score_std,prompt_count"]
-    for mode, distance in (("v", "kl"), ("mlp", "kl"), *(("layer", d) for d in DISTANCES)):
-        rows += [f"{mode},{i},,{distance},{(i * 5) % 8 + 0.5},0,2" for i in range(8)]
     (tmp_path / "pruning/study").mkdir(parents=True)
-    (tmp_path / "pruning/study/plan.json").write_text(json.dumps(first))
-    (tmp_path / "pruning/study/layer_sensitivity.all.csv").write_text("\n".join(rows) + "\n")
+    (tmp_path / "pruning/study/layer_sensitivity.all.csv").touch()
     places = tmp_path / "dia/contrast/places.json"
     monkeypatch.setattr(bases, "places", places)
     folders = {"data": world / "data", "overwrite": True, "log_every": 4}
@@ -309,8 +301,6 @@ def test_the_second_base_is_trained_studied_and_compared(world, tmp_path, small,
         monkeypatch.setattr(builtin_model, name, changed)
     second_base.main()
     assert small[-1] == "studies/pruning/study.py" and len(small) == 4
-    table = {r["criterion"]: r for r in csv.DictReader(open(tmp_path / "pruning/study-1/table.csv"))}
-    assert table["greedy_elsewhere"]["sets"] == "1-4" and table["unpruned"]["layers"] == "8"
 
 
 @pytest.mark.slow
@@ -327,8 +317,8 @@ def test_the_real_study_measures_every_set_and_repair_once_and_goes_on(tmp_path,
     assert small == ["studies/pruning/real_llm.py"]
     file = tmp_path / "pruning/llm/evaluations.json"
     first = json.loads(file.read_text())["sets"]
-    repaired = [name for name in first if "repaired" in name]
-    assert len(repaired) == len(real_llm.REPAIRS) and "whole model" in first
+    repaired = [name for name in first if "repaired" in name or "tuned" in name]
+    assert len(repaired) > len(real_llm.REPAIRS) + 1 and "whole model" in first
     for name in repaired:
         assert set(first[name]["skills"]) == {"choice", "sums", "brackets", "copying"}
     # a closed form is kept only where it helps; what trains changes the model in any case

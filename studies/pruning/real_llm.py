@@ -6,9 +6,9 @@
 Perplexity as the field measures it: each test text one stream in windows of --window tokens, of held-out CT
 reports and of plain English (the help topics that every Python brings: prose on a language, none of it
 medical). Skills that perplexity hides: multiple choice, sums, brackets and copying, each against chance.
-Layers are chosen on calibration texts of the training reports or of the built-in lines; repairs see training
-reports and other help topics. Everything that was measured stands in evaluations.json as soon as it is known:
-a second start goes on.
+Layers are chosen on calibration texts, which are drawn several times, half reports and half English; repairs
+see training reports and other help topics. What is best is decided on training texts that nothing else sees.
+Everything that was measured stands in evaluations.json as soon as it is known: a second start goes on.
 """
 
 import json
@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 
 from common.arguments import Parser, number
-from common.checkpoint import atomic_write
+from common.checkpoint import atomic_json, atomic_write
 from common.errors import run
 from common.run import seed_everything
 from pruning import train
@@ -37,12 +37,15 @@ from pruning.sensitivity_analyse.layer_sensitivity_scan import fingerprint, scan
 from pruning.sensitivity_analyse.load_model import builtin_prompts, load_model
 from pruning.test import stream_losses
 from studies.pruning.skills import score_skills
-from studies.pruning.tables import interval, mean_perplexity, resampled
-from studies.pruning.texts import Rows, english, reports, stream
+from studies.pruning.tables import interval, quality
+from studies.pruning.texts import Rows, english, pieces, reports, stream
 from studies.summary import write_result
 
 CRITERIA = ("perplexity", "block_influence", "sensitivity")
+CONTROLS = ("last", "random_keep0")
+FINALISTS = ("block_influence", "greedy")
 WHOLE = "whole model"
+PARTS = ("reports", "english")
 
 
 def parse_args(argv=None):
@@ -55,20 +58,22 @@ def parse_args(argv=None):
         "--ratio", type=float, nargs="+", default=[0.1, 0.25, 0.33, 0.5], help="fractions of the layers"
     )
     p.add_argument(
-        "--repair-ratio", type=float, default=0.25, help="the fraction at which repairs are compared"
+        "--repair-ratio", type=float, default=0.25, help="the one of them at which repairs are compared"
     )
-    p.add_argument("--draws", type=count, default=3, help="draws of calibration reports")
-    p.add_argument("--calibration", type=count, default=12, help="texts of each draw")
-    p.add_argument("--calibration-tokens", type=count, default=64, help="tokens of each calibration text")
+    p.add_argument("--draws", type=count, default=3, help="draws of calibration texts")
+    p.add_argument("--calibration", type=count, default=8, help="texts of each draw")
+    p.add_argument("--calibration-tokens", type=count, default=32, help="tokens of each calibration text")
     p.add_argument("--window", type=count, default=2048, help="tokens of a window of the test streams")
-    p.add_argument("--test-tokens", type=count, default=4096, help="tokens of each test stream")
+    p.add_argument("--test-tokens", type=count, default=2048, help="tokens of each test stream")
     p.add_argument("--heal-steps", type=count, default=12, help="optimizer steps of every repair that trains")
-    p.add_argument("--heal-batch", type=count, default=5, help="texts in a step")
-    p.add_argument("--heal-tokens", type=count, default=128, help="tokens of a text that is healed on")
+    p.add_argument("--heal-tokens", type=count, default=640, help="tokens that a step sees, in one piece")
     p.add_argument(
         "--heal-lr", type=float, default=1e-3, help="peak learning rate of LoRA; a tenth for last and full"
     )
-    p.add_argument("--repair-texts", type=count, default=32, help="texts of the closed forms")
+    p.add_argument(
+        "--repair-pieces", type=number(int, 2), default=8, help="pieces of text for what repairs gap by gap"
+    )
+    p.add_argument("--repair-tokens", type=count, default=512, help="tokens of each of these pieces")
     p.add_argument(
         "--held-out", type=count, default=6, help="last training texts of each kind, for the choice"
     )
@@ -98,10 +103,10 @@ class Journal:
         return self.known[name]
 
 
-def measured(model, tokenizer, test: dict, args, skills: bool = False) -> dict:
-    """Losses of both test streams, a row for every 128 tokens, and perhaps skills."""
+def measured(model, tokenizer, streams: dict, args, skills: bool = False) -> dict:
+    """Losses of all streams, a row for every 128 tokens, and perhaps skills."""
     found = {}
-    for name, texts in test.items():
+    for name, texts in streams.items():
         losses = stream_losses(model, tokenizer, texts, args.window, 128)
         found[name] = {"losses": losses.tolist(), "perplexity": perplexity(losses)}
     if skills:
@@ -111,81 +116,121 @@ def measured(model, tokenizer, test: dict, args, skills: bool = False) -> dict:
 
 def show(name: str, found: dict, drop: str = ""):
     skills = "".join(f", {k} {v:.2f}" for k, v in found.get("skills", {}).items())
-    both = ", ".join(f"{part} {found[part]['perplexity']:.4g}" for part in ("reports", "english"))
+    both = ", ".join(f"{part} {found[part]['perplexity']:.4g}" for part in PARTS)
     print(f"{name:58} {drop:22} {both}{skills}", flush=True)
 
 
+def over_draws(found: list[dict], part: str) -> tuple[float, float, float]:
+    """(mean perplexity, and its 95 % interval) over the draws of the calibration and the test's tokens."""
+    value, draws = quality([one[part] for one in found], "perplexity")
+    return (value, *interval(draws))
+
+
+def held_out(found: list[dict]) -> float:
+    """Mean loss on the held-out texts, half of each kind: what every choice goes by."""
+    return np.mean([math.log(one[f"held-out {part}"]["perplexity"]) for one in found for part in PARTS])
+
+
+# ---------------------------------------- which layers
+
+
 def calibration_sets(args, tokenizer, training: list[str], prose: list[str]) -> dict:
-    """{name: prompts}: the built-in lines, draws of reports, and plain English."""
-    sets = {"built-in": builtin_prompts()}
-    rng = np.random.default_rng(0)
-    for draw in range(args.draws):
-        chosen = rng.choice(len(training), args.calibration, replace=False)
-        sets[f"reports {draw + 1}"] = [training[i] for i in chosen]
-    sets["english"] = [prose[i] for i in rng.choice(len(prose), args.calibration, replace=False)]
-    half = args.calibration // 2 or 1
-    sets["mixed"] = sets["reports 1"][:half] + sets["english"][:half]
+    """{name: prompts}: draws that are half reports and half English, then one kind of text alone."""
+    rng, half = np.random.default_rng(0), args.calibration // 2 or 1
+
+    def some(texts, count):
+        return [texts[i] for i in rng.choice(len(texts), count, replace=False)]
+
+    sets = {f"mixed {i + 1}": some(training, half) + some(prose, half) for i in range(args.draws)}
+    sets["reports"] = some(training, args.calibration)
+    sets["english"] = some(prose, args.calibration)
+    sets["built-in"] = builtin_prompts()
     return {name: text_prompts(texts, tokenizer, args.calibration_tokens) for name, texts in sets.items()}
 
 
-def choose_sets(args, model, calibration, journal) -> list[dict]:
-    """Choices {criterion, calibration, ratio, drop_layers} of every criterion on every calibration set."""
-    layers, choices = len(decoder_layers(model)), []
+class Chooser:
+    """What a criterion drops: scans and searches are run when they are first asked for."""
 
-    # greedy is dear: on one set, and its first steps serve the smaller ratios
-    most, known = layers_to_remove(layers, args.repair_ratio), calibration["mixed"]
-    searched = journal.get("greedy on mixed", lambda: {"trace": search(model, known, most, 1)[1]})
-    for ratio in (r for r in args.ratio if r <= args.repair_ratio):
-        drop, _ = searched["trace"][layers_to_remove(layers, ratio)]
-        choice = {"criterion": "greedy", "calibration": "mixed", "ratio": ratio}
-        choices.append({**choice, "drop_layers": spec_of(drop)})
+    def __init__(self, model, calibration: dict, journal: Journal):
+        self.model, self.calibration, self.journal = model, calibration, journal
+        self.layers = len(decoder_layers(model))
+        self.choices = []  # {criterion, calibration, ratio, drop_layers}
 
-    for name, prompts in calibration.items():
-        rows = journal.get(
-            f"scan on {name}", lambda p=prompts: {"rows": summarise(scan(model, p, ["v"], ("kl",)))}
-        )
-        # what the calibration texts change is asked at one ratio
-        for ratio in args.ratio if name == "reports 1" else [args.repair_ratio]:
-            count = layers_to_remove(layers, ratio)
-            for criterion in CRITERIA:
-                drop, _ = choose(criterion, count, layers, rows["rows"])
-                choice = {"criterion": criterion, "calibration": name, "ratio": ratio}
-                choices.append({**choice, "drop_layers": spec_of(drop)})
-    for ratio in args.ratio:
-        count = layers_to_remove(layers, ratio)
-        for criterion in ("last", "random_keep0"):
-            drop, _ = control(criterion, count, layers, 0)
-            choice = {"criterion": criterion, "calibration": "none", "ratio": ratio}
-            choices.append({**choice, "drop_layers": spec_of(drop)})
-    return choices
+    def __call__(self, criterion: str, name: str, ratio: float) -> str:
+        """The layers that one criterion drops on one calibration set."""
+        count = layers_to_remove(self.layers, ratio)
+        if criterion in CONTROLS:
+            drop, _ = control(criterion, count, self.layers, 0)
+        elif criterion == "greedy":
+            drop = self.searched(name, count)[count][0]
+        else:
+            drop, _ = choose(criterion, count, self.layers, self.scanned(name, criterion))
+        choice = {"criterion": criterion, "calibration": name, "ratio": ratio, "drop_layers": spec_of(drop)}
+        if choice not in self.choices:
+            self.choices.append(choice)
+        return choice["drop_layers"]
+
+    def scanned(self, name: str, criterion: str) -> list[dict]:
+        """Rows of `summarise`; v is masked for sensitivity alone."""
+        modes = ["v"] if criterion == "sensitivity" else []
+
+        def measure():
+            return {"rows": summarise(scan(self.model, self.calibration[name], modes, ("kl",)))}
+
+        return self.journal.get(f"scan{' with v masked' * len(modes)} on {name}", measure)["rows"]
+
+    def searched(self, name: str, count: int) -> list:
+        """The steps of a greedy search, at least `count` of them: the first serve smaller sets."""
+
+        def measure():
+            return {"trace": search(self.model, self.calibration[name], count, 1)[1]}
+
+        label = f"greedy on {name}"
+        if len(self.journal.known.get(label, {"trace": ()})["trace"]) <= count:
+            self.journal.known.pop(label, None)
+        return self.journal.get(label, measure)["trace"]
 
 
 # ---------------------------------------- repairs
 
+# What is compared at one ratio: {name: (ways, whether half of the texts are English)}.
+BEST = ("linear", "lora")
+REPAIRS = {
+    "none": ((), True),
+    "linear": (("linear",), True),
+    "LoRA": (("lora",), True),
+    "LoRA on reports alone": (("lora",), False),
+    "replacement layer": (("replace",), True),
+    "compensate": (("compensate",), True),
+    "linear and LoRA": (BEST, True),
+}
+
 
 def healing_settings(args, folder, ways, teacher: bool):
     """The arguments of pruning/train.py for one repair that trains."""
-    words = "--pruned-model-path x --texts x --accum 1 --warmup 2 --out".split() + [str(folder)]
-    words += ["--max-steps", str(args.heal_steps), "--batch-size", str(args.heal_batch), "--keep", "1"]
+    words = "--pruned-model-path x --texts x --accum 1 --batch-size 1 --warmup 2 --keep 1".split()
+    words += ["--out", str(folder), "--max-steps", str(args.heal_steps), "--log-every", str(args.heal_steps)]
     lr = args.heal_lr if "lora" in ways else args.heal_lr / 10
-    words += ["--lr", str(lr), "--lr-scheduler-type", "cosine", "--log-every", str(args.heal_steps)]
+    words += ["--lr", str(lr), "--lr-scheduler-type", "cosine"]
     return train.parse_args(words + (["--distill", "0.5", "--teacher", "x"] if teacher else []))
 
 
-def repaired(args, drop, ways, texts, teacher_too: bool, test) -> dict:
-    """`measured` of the model without `drop`, repaired in `ways`: gap by gap first, then what trains."""
+def repaired(args, drop, ways, kinds, distilled: bool, streams) -> dict:
+    """`measured` of the model without `drop`, repaired in `ways`: gap by gap first, then what trains.
+
+    kinds: lists of texts, of which both see a piece in turn.
+    """
     folder = args.out / "healing"
     teacher, tokenizer = load_model(args.model)
     student, _ = load_model(args.model)
     remove_layers(student, drop)
     closed = [way for way in ways if way in CLOSED]
     if closed:
-        some = text_prompts(texts[: args.repair_texts], tokenizer, args.heal_tokens)
-        repair(student, teacher, drop, closed, some)
-    trains = [way for way in ways if way in train.TRAINED]
-    if trains:
+        some = pieces(kinds, tokenizer, args.repair_tokens, args.repair_pieces)
+        repair(student, teacher, drop, closed, [{"input_ids": ids[None]} for ids in some])
+    if set(ways) & {*train.TRAINED}:
         seed_everything(0)
-        settings = healing_settings(args, folder, ways, teacher_too)
+        settings = healing_settings(args, folder, ways, distilled)
         if "lora" in ways:
             student, _ = train.new_lora(
                 student, r=8, targets="q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
@@ -193,27 +238,15 @@ def repaired(args, drop, ways, texts, teacher_too: bool, test) -> dict:
         train.set_trained(student, "full" in ways, 3 if "last" in ways else 0)
         shutil.rmtree(folder, ignore_errors=True)
         accelerator = train.make_accelerator(settings)
-        rows = Rows(texts[: args.heal_steps * args.heal_batch], tokenizer, args.heal_tokens)
-        teacher = teacher.requires_grad_(False) if teacher_too else None
+        rows = Rows(pieces(kinds, tokenizer, args.heal_tokens, args.heal_steps))
+        teacher = teacher.requires_grad_(False) if distilled else None
         train.heal(student, rows, train.collate_texts, settings, accelerator, teacher)
         shutil.rmtree(folder, ignore_errors=True)
-    return measured(student.eval(), tokenizer, test, args, skills=True)
-
-
-# What is compared at one ratio: (name, whose set, ways, distilled, whether half of the texts are English).
-REPAIRS = (
-    ("none", "perplexity", (), False, False),
-    ("compensate", "perplexity", ("compensate",), False, False),
-    ("linear", "perplexity", ("linear",), False, True),
-    ("replacement layer", "perplexity", ("replace",), False, True),
-    ("lora", "perplexity", ("lora",), False, False),
-    ("head and three last layers", "last", ("last",), False, True),
-    ("linear and lora, mixed, distilled", "perplexity", ("linear", "lora"), True, True),
-    ("linear and lora, mixed, distilled", "greedy", ("linear", "lora"), True, True),
-)
+    return measured(student.eval(), tokenizer, streams, args, skills=True)
 
 
 def main(args):
+    # the model, and the texts of each purpose
     args.out.mkdir(parents=True, exist_ok=True)
     seed_everything(0)
     model, tokenizer = load_model(args.model)
@@ -223,70 +256,79 @@ def main(args):
         "reports": stream(test_reports, tokenizer, args.test_tokens),
         "english": stream(test_prose, tokenizer, args.test_tokens),
     }
-    # the last training texts choose among the repairs, and nothing else sees them
     judges = {"held-out reports": training[-args.held_out :], "held-out english": prose[-args.held_out :]}
     training, prose = training[: -args.held_out], prose[: -args.held_out]
     settings = {k: v for k, v in vars(args).items() if not k.startswith("_") and k not in ("out", "model")}
     stamp = json.loads(json.dumps({"model": fingerprint(model), **settings}, default=str))
     journal = Journal(args.out / "evaluations.json", stamp)
+    chosen = Chooser(model, calibration_sets(args, tokenizer, training, prose), journal)
 
-    # what is chosen by what, on what
+    def heal(label, drop, ways, with_prose=True, distilled=False):
+        kinds = [training, prose] if with_prose else [training]
+        found = journal.get(
+            f"{label} ({drop})",
+            lambda: repaired(args, parse_drop_layers(drop), ways, kinds, distilled, test | judges),
+        )
+        show(label, found, drop)
+        return found
+
+    def best_of(criterion, ratio):
+        """The strongest repair of what a criterion drops, for each draw of calibration texts."""
+        label = f"{criterion}, repaired: linear, LoRA, distilled"
+        draws = [f"mixed {i + 1}" for i in range(args.draws)]
+        return [heal(label, chosen(criterion, name, ratio), BEST, distilled=True) for name in draws]
+
+    # at one ratio: the criterion whose sets are best once repaired, then the same at the others
+    at = args.repair_ratio
     whole = journal.get(WHOLE, lambda: measured(model, tokenizer, test, args, skills=True))
     show(WHOLE, whole)
-    calibration = calibration_sets(args, tokenizer, training, prose)
-    choices = choose_sets(args, model, calibration, journal)
-    atomic_write(
-        args.out / "plan.json",
-        json.dumps({"layers": len(decoder_layers(model)), "choices": choices}, indent=1),
-    )
+    finalists = {criterion: best_of(criterion, at) for criterion in FINALISTS}
+    best = min(finalists, key=lambda criterion: held_out(finalists[criterion]))
+    found = {ratio: finalists[best] if ratio == at else best_of(best, ratio) for ratio in args.ratio}
 
-    def cost(some):
-        """What the sets of layers cost that are chosen at some ratios."""
-        for choice in some:
-            with without_layers(model, parse_drop_layers(choice["drop_layers"])):
-                found = journal.get(choice["drop_layers"], lambda: measured(model, tokenizer, test, args))
-            what = f"{choice['ratio']:.0%} {choice['criterion']} on {choice['calibration']}"
-            show(what, found, choice["drop_layers"])
+    # the repairs one by one, and the published control: the last layers gone, head and last three tuned
+    drop = chosen(best, "mixed 1", at)
+    single = {name: heal(f"{best}, repaired: {name}", drop, *how) for name, how in REPAIRS.items()}
+    last = "last layers gone, head and last three tuned"
+    single[last] = heal(last, chosen("last", "none", at), ("last",))
+    report(args, whole, best, found, single)
 
-    # repairs at one ratio; which is best is decided on texts that neither trained nor test it
-    here = [choice for choice in choices if choice["ratio"] == args.repair_ratio]
-    cost(here)
-    wanted = {c["criterion"]: c["drop_layers"] for c in here if c["calibration"] in ("mixed", "none")}
-    mixed = [text for pair in zip(training, prose) for text in pair]
-    texts, found = test | judges, {}
-    for name, criterion, ways, distilled, with_prose in REPAIRS:
-        drop, some = parse_drop_layers(wanted[criterion]), mixed if with_prose else training
-        label = f"{criterion}, repaired: {name}"
-        found[label] = journal.get(
-            f"{label} ({wanted[criterion]})",
-            lambda d=drop, w=ways, t=some, x=distilled: repaired(args, d, w, t, x, texts),
-        )
-        show(label, found[label], wanted[criterion])
-    cost([choice for choice in choices if choice not in here])
-    report(args, whole, found)
+    # what sets cost that are not repaired: by ratio on the draws, by calibration at one ratio
+    for name in chosen.calibration:
+        for ratio in args.ratio if name.startswith("mixed") else [at]:
+            for criterion in CRITERIA:
+                chosen(criterion, name, ratio)
+    for criterion in CONTROLS:
+        for ratio in args.ratio:
+            chosen(criterion, "none", ratio)
+    atomic_json(args.out / "plan.json", {"layers": chosen.layers, "choices": chosen.choices})
+    for choice in chosen.choices:
+        with without_layers(model, parse_drop_layers(choice["drop_layers"])):
+            cost = journal.get(choice["drop_layers"], lambda: measured(model, tokenizer, test, args))
+        what = f"{choice['ratio']:.0%} {choice['criterion']} on {choice['calibration']}"
+        show(what, cost, choice["drop_layers"])
 
 
-def report(args, whole, found):
-    """The rows of the closing table: the repair with the lowest loss on held-out texts, half of each kind."""
-
-    def held_out(name):
-        return sum(math.log(found[name][f"held-out {part}"]["perplexity"]) for part in ("reports", "english"))
-
-    best = min(found, key=held_out)
-    for part in ("reports", "english"):
-        low, high = interval(mean_perplexity(resampled(np.array(found[best][part]["losses"]))))
+def report(args, whole, best, found, single):
+    """Print the best at each ratio, and write the rows of the closing table."""
+    for ratio, some in found.items():
+        both = [over_draws(some, part) for part in PARTS]
+        shown = ", ".join(f"{part} {v:.1f} [{a:.1f}, {b:.1f}]" for part, (v, a, b) in zip(PARTS, both))
+        print(f"best at {ratio:.0%}: {best}, linear, LoRA and distilled: {shown}")
+    for part in PARTS:
+        value, low, high = over_draws(found[args.repair_ratio], part)
         controls = {"whole model": whole[part]["perplexity"]}
-        for name, label in (("cut alone", "none"), ("LoRA", "lora"), ("linear", "linear")):
-            controls[name] = found[f"perplexity, repaired: {label}"][part]["perplexity"]
+        controls |= {name: one[part]["perplexity"] for name, one in single.items()}
         write_result(
             args.out.parent,
             f"SmolLM2-135M without {args.repair_ratio:.0%} of its layers, {part}",
             "perplexity, lower is better",
-            found[best][part]["perplexity"],
+            value,
             controls,
             (low, high),
-            note=f"{best}; {args.heal_steps} steps of {args.heal_batch} texts; interval over test tokens",
-            details={"skills": found[best].get("skills")},
+            note=f"{best}, linear, LoRA and distilled; {args.heal_steps} steps of {args.heal_tokens} tokens; "
+            f"mean and interval over {args.draws} draws of calibration texts and over test tokens",
+            details={"skills": found[args.repair_ratio][0]["skills"]},
         )
 
 

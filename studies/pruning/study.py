@@ -10,51 +10,29 @@ on the test split. Criteria often choose the same set: each set is healed and sc
 these layers), table.csv, comparisons.csv, claims.txt, tradeoff.png and healing.png.
 """
 
-import csv
 import json
 import sys
-import tempfile
 from pathlib import Path
 
 # repository root: every way of starting this file finds it
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 
 from common.arguments import Parser, number
-from common.checkpoint import atomic_write
+from common.checkpoint import atomic_csv, atomic_json, atomic_write
 from common.errors import UserError, run
-from common.files import read_json, reading
 from common.run import progress, seed_everything
-from dia_pangu.evaluate.labeler import positives
-from pruning import report_model, train
-from pruning.layers import decoder_layers, without_layers
+from pruning import report_model
+from pruning.layers import decoder_layers, parse_drop_layers, plain_tag, without_layers
 from pruning.pruning_tools import prune_llm
-from pruning.pruning_tools.prune_llm import VERSIONS, parse_drop_layers, plain_tag, result_names, spec_of
-from pruning.sensitivity_analyse.choose_layers import choose, layers_to_remove, search
-from pruning.sensitivity_analyse.eval_metric import perplexity
-from pruning.sensitivity_analyse.layer_sensitivity_scan import (
-    fingerprint,
-    layer_scores,
-    scan,
-    summarise,
-    write_csv,
-    write_tables,
-)
+from pruning.sensitivity_analyse.layer_sensitivity_scan import fingerprint, scan, summarise, write_tables
 from pruning.test import latency
+from studies.pruning.choices import choose_all, chosen_elsewhere
 from studies.pruning.figures import draw_healing, draw_tradeoff
-from studies.pruning.tables import (
-    CONTROLS,
-    CRITERIA,
-    WHOLE,
-    claims,
-    compare,
-    counts,
-    rank_correlation,
-    tabulate,
-)
+from studies.pruning.report_task import ReportTask, evaluate_set
+from studies.pruning.tables import CONTROLS, CRITERIA, WHOLE, claims, compare, tabulate
 from studies.recipe import options
 from studies.summary import write_result
 
@@ -104,129 +82,7 @@ def add_study_arguments(group):
     )
 
 
-# ---------------------------------------- the model and its samples
-
-
-class ReportTask:
-    """A dia_pangu model: prompts with volumes, report losses, and the findings that its reports state."""
-
-    def __init__(self, args, device):
-        loaded = report_model.load_report_model(args.model, args.lang_model_path)
-        self.model, self.text, self.config = loaded
-        self.model = self.model.to(device)
-        if not self.config["lora"]:
-            self.model.lang_model, _ = train.new_lora(self.model.lang_model)
-        self.trained, self.lang_model = self.model, self.model.lang_model
-        self.collate, self.max_new_tokens = report_model.collate_encoded, args.max_new_tokens
-        self.train_set = self.encoded(args, "train", args.train_samples, flip=0.02)
-        self.test_set = self.encoded(args, "test", args.test_samples)
-        prompts = report_model.task_prompts(self.model, self.text, self.train_set)
-        self.prompts = [prompt for prompt, _ in zip(prompts, range(args.calibration))]
-        labels = [self.test_set[i]["cls_labels"].tolist() for i in range(len(self.test_set))]
-        self.labels = np.array(labels, bool)
-
-    def encoded(self, args, split: str, limit: int, flip: float = 0.0):
-        return report_model.Encoded(
-            self.model, self.text, self.config, args.data, split, limit, args.cache, flip, args.seed
-        )
-
-    def losses(self) -> torch.Tensor:
-        return report_model.report_losses(self.model, self.text, self.test_set)
-
-    def reported(self) -> np.ndarray:
-        """(N, 14) findings that the model's own reports of the test samples state."""
-        made = report_model.write_reports(self.model, self.text, self.test_set, self.max_new_tokens, batch=40)
-        return np.array(positives(made["reports"]), bool)
-
-
-# ---------------------------------------- choosing
-
-
-def choose_all(task, args, rows) -> list[dict]:
-    """Choices {criterion, ratio, seed, drop_layers, layers_left, why} of every criterion and control.
-
-    Greedy searches once: the first k steps of the longest search serve every ratio.
-    """
-    layers, choices = len(decoder_layers(task.lang_model)), []
-    most = max(layers_to_remove(layers, ratio) for ratio in args.ratio)
-    _, greedy = search(task.lang_model, task.prompts, most, 1)
-    for ratio in args.ratio:
-        count = layers_to_remove(layers, ratio)
-        for criterion in (*CRITERIA, *CONTROLS):
-            for seed in range(args.random_sets if criterion.startswith("random") else 1):
-                if criterion == "greedy":
-                    drop, loss = greedy[count]
-                    why = f"loss {loss:.4f} on the calibration set"
-                else:
-                    drop, why = choose(criterion, count, layers, rows, seed=seed)
-                choice = {"criterion": criterion, "ratio": ratio, "seed": seed, "drop_layers": spec_of(drop)}
-                choices.append({**choice, "layers_left": layers - count, "why": why})
-    return choices
-
-
-def chosen_elsewhere(args, rows, layers: int) -> list[dict]:
-    """The choices of the study --also, as criteria of their own; prints how the layer scores agree."""
-    plan_file, table_file = args.also / "plan.json", args.also / "layer_sensitivity.all.csv"
-    fields = {"criterion": str, "ratio": float, "drop_layers": str, "layers_left": int}
-    plan = read_json(plan_file, {"layers": int, "choices": [fields]})
-    if plan["layers"] != layers:
-        raise UserError(f"{plan_file}: is of a model with {plan['layers']} layers, this one has {layers}")
-    with reading(table_file, "table of a study"), open(table_file) as file:
-        others = [
-            {**row, "layer": int(row["layer"]), "score_mean": float(row["score_mean"])}
-            for row in csv.DictReader(file)
-        ]
-    measures = {"v": ["kl"], "mlp": ["kl"], "layer": ["block_influence", "kl", "nll_change"]}
-    for mode, distance in ((mode, distance) for mode, some in measures.items() for distance in some):
-        here, there = (layer_scores(r, mode, distance) for r in (rows, others))
-        first = [1 + sum(score > scores[0] for score in scores) for scores in (here, there)]
-        whole, rest = rank_correlation(here, there), rank_correlation(here[1:], there[1:])
-        print(
-            f"{distance} with {mode} off: rank correlation with {args.also} {whole:.2f}, without layer 0 "
-            f"{rest:.2f}; layer 0 is number {first[0]} here and {first[1]} there"
-        )
-    return [
-        {**choice, "criterion": f"{choice['criterion']}_elsewhere"}
-        for choice in plan["choices"]
-        if choice["criterion"] in CRITERIA and choice["ratio"] in args.ratio
-    ]
-
-
-# ---------------------------------------- measuring a set of layers
-
-
-def measure(task) -> dict:
-    """Losses and finding counts of every test sample, with the model as it is now."""
-    losses, found = task.losses(), counts(task.labels, task.reported())
-    return {"losses": losses.tolist(), "counts": found.tolist(), "perplexity": perplexity(losses)}
-
-
-def healing_settings(args, folder):
-    """The arguments of pruning/train.py for healing one set of layers; `folder` is thrown away afterwards."""
-    flags = {"pruned_model_path": args.model, "out": folder, "max_steps": args.heal_steps}
-    flags |= {"batch_size": args.heal_batch, "accum": 1, "lr": args.heal_lr, "seed": args.seed}
-    flags |= {"lr_scheduler_type": "cosine", "warmup": min(5, args.heal_steps)}
-    flags |= {"log_every": args.heal_steps, "keep": 1}
-    return train.parse_args(options(flags))
-
-
-def evaluate_set(task, drop, args, accelerator) -> dict:
-    """Return {"before", "after"}: `measure` without the layers `drop`, before and after healing.
-
-    The model is as it was afterwards: the layers are put back, and LoRA's matrices get their old values.
-    """
-    lora = {name: p.detach().clone() for name, p in task.trained.named_parameters() if "lora_" in name}
-    with without_layers(task.lang_model, drop), tempfile.TemporaryDirectory(dir=args.out) as folder:
-        before = measure(task)
-        train.set_trained(task.trained, full=False)
-        train.heal(task.trained, task.train_set, task.collate, healing_settings(args, folder), accelerator)
-        after = measure(task)
-    accelerator.free_memory()
-    with torch.no_grad():
-        for name, parameter in task.trained.named_parameters():
-            if name in lora:
-                parameter.copy_(lora[name])
-    return {"before": before, "after": after}
+# ---------------------------------------- measuring
 
 
 def evaluate_all(task, choices, args, accelerator) -> dict:
@@ -293,10 +149,10 @@ def check_on_disk(task, args, choices, evaluations) -> float:
 
 def losses_on_disk(task, args, tag: str) -> torch.Tensor:
     """Test losses of the checkpoint that was pruned under the name `tag`."""
-    names = result_names(tag, VERSIONS[0])  # whole names, because drop1 begins as drop1_3 does
-    _, merged, prune_map, *_ = (args.out / "pruned" / name for name in names)
+    names = prune_llm.result_names(tag, prune_llm.VERSIONS[0])
+    merged, prune_map = (args.out / "pruned" / names[what] for what in ("merged", "map"))
     forms = [merged.with_name(merged.name + end) for end in ("", ".bin", ".safetensors")]
-    merged, prune_map = (next(f for f in forms if f.exists()), prune_map.with_name(prune_map.name + ".json"))
+    merged = next(form for form in forms if form.exists())
     model, text, _ = report_model.load_report_model(merged, args.lang_model_path, prune_map)
     return report_model.report_losses(model, text, task.test_set)
 
@@ -376,7 +232,7 @@ def main(args):
     choices = choose_all(task, args, rows)
     if args.also:
         choices += chosen_elsewhere(args, rows, layers)
-    atomic_write(args.out / "plan.json", json.dumps({"layers": layers, "choices": choices}, indent=1))
+    atomic_json(args.out / "plan.json", {"layers": layers, "choices": choices})
     for choice in choices:
         print(f"{choice['ratio']:.0%} {choice['criterion']:16} --drop-layers {choice['drop_layers']}")
 
@@ -391,12 +247,10 @@ def main(args):
         raise RuntimeError("a checkpoint that was pruned on disk is not the model that was measured")
 
     # tables, claims and pictures
-    table, comparisons = (
-        tabulate(choices, evaluations, costs, metrics),
-        compare(choices, evaluations, metrics),
-    )
-    write_csv(args.out / "table.csv", table, list(table[0]))
-    write_csv(args.out / "comparisons.csv", comparisons, list(comparisons[0]))
+    table = tabulate(choices, evaluations, costs, metrics)
+    comparisons = compare(choices, evaluations, metrics)
+    atomic_csv(args.out / "table.csv", table)
+    atomic_csv(args.out / "comparisons.csv", comparisons)
     print_table(table, metrics)
     sentences = claims(comparisons, args.ratio, metrics)
     print("\n".join(sentences))

@@ -36,17 +36,27 @@ def stream(texts, tokenizer, tokens: int) -> list[str]:
     return chosen
 
 
-class Rows(torch.utils.data.Dataset):
-    """Token ids for `train.heal`, as train.Texts gives them."""
+def pieces(kinds, tokenizer, tokens: int, count: int) -> list[torch.Tensor]:
+    """`count` pieces of `tokens` token ids, one of each kind of texts in turn.
 
-    def __init__(self, texts, tokenizer, tokens: int):
-        self.rows = [
-            {"id": f"text {i + 1}", "ids": torch.tensor(tokenizer(t).input_ids[:tokens])}
-            for i, t in enumerate(texts)
-        ]
+    The texts of a kind are one stream with empty lines between, as in the test; kinds: lists of texts.
+    """
+    each = -(-count // len(kinds))
+    streams = []
+    for texts in kinds:
+        some = stream(texts, tokenizer, tokens * each)
+        streams.append(torch.tensor(tokenizer("\n\n".join(some)).input_ids).split(tokens)[:each])
+    return [piece for turn in zip(*streams) for piece in turn][:count]
+
+
+class Rows(torch.utils.data.Dataset):
+    """Pieces of token ids for `train.heal`, as train.Texts gives them."""
+
+    def __init__(self, rows: list[torch.Tensor]):
+        self.rows = rows
 
     def __len__(self):
         return len(self.rows)
 
     def __getitem__(self, index):
-        return self.rows[index]
+        return {"id": f"piece {index + 1}", "ids": self.rows[index]}
