@@ -1,15 +1,17 @@
 """pruning: the scan by three methods, its memory at a large vocabulary, and pruning 8 B values in little RAM.
 
-    python bench/pruning.py [--repeats 3] [--out bench/results/pruning.json]
+    python bench/pruning.py [--repeats 3] [--model path/to/llm] [--only real_vocabulary] [--out file]
 
 scan       24 layers x 256, vocabulary 4096, 12 prompts of 9 to 30 tokens, v masked in every layer, float32.
            naive is upstream's way: one full forward pass for each layer and prompt, and the distance from two
            sets of logits.
+real_vocabulary  the same on --model, a pretrained one, or at SmolLM2-135M's sizes, where output head and
+           distances weigh as much as the layers; CPU seconds, and the memory that each scan adds.
 memory     34 layers x 64 at vocabulary 153376: peak memory above that of the loaded model, with all
            log-probabilities of a prompt at once and in chunks.
 prune      safetensors shards with openPangu-7B's shapes (8.03 B values, bfloat16, 16 GB, sparse files): peak
            memory and seconds of prune_llm.py.
-real size  only with an accelerator: 34 layers x 4096 in bfloat16, random weights; naive against wavefront,
+real_size  only with an accelerator: 34 layers x 4096 in bfloat16, random weights; naive against wavefront,
            and the latency of 34, 28 and 17 layers.
 """
 
@@ -52,6 +54,9 @@ PANGU = dict(
 )
 
 
+PARTS = ("scan", "real_vocabulary", "memory", "prune", "real_size")
+
+
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument(
@@ -65,6 +70,7 @@ def parse_args(argv=None):
         type=Path,
         help="a pretrained model's folder; default random weights of SmolLM2-135M's sizes",
     )
+    p.add_argument("--only", choices=PARTS, help="measure this part alone, and keep the others of --out")
     p.add_argument(
         "--work", type=Path, help="folder for the synthetic checkpoint (sparse); default a temporary one"
     )
@@ -148,25 +154,29 @@ def our_scan(model, prompts, variants, method, batch=1):
 
 @torch.no_grad()
 def real_vocabulary(repeats, folder=None):
-    """The scan of a pretrained model, or at SmolLM2-135M's sizes: output head and distances weigh as much as
-    the layers."""
+    """The scan of a pretrained model, or at SmolLM2-135M's sizes: the fastest of `repeats`, and the most
+    memory."""
     model = load_llm(folder, "float32") if folder else make_model(30, 576, 49152)
     prompts = make_prompts(model.config.vocab_size, (9, 19, 30))
     variants = [("v", layer, None) for layer in range(model.config.num_hidden_layers)]
-    rows = {}
-    for name, case in (
-        ("naive (upstream)", lambda: upstream_scan(model, prompts)),
-        ("wavefront", lambda: our_scan(model, prompts, variants, "wavefront")),
-        ("wavefront, all prompts in one batch", lambda: our_scan(model, prompts, variants, "wavefront", 3)),
-    ):
-        spent = []
+    cases = {
+        "naive (upstream)": lambda: upstream_scan(model, prompts),
+        "wavefront": lambda: our_scan(model, prompts, variants, "wavefront"),
+        "wavefront, all prompts in one batch": lambda: our_scan(model, prompts, variants, "wavefront", 3),
+    }
+    print(f"\nscan of {folder.name if folder else 'SmolLM2-135M at random'}, 3 prompts, best of {repeats}")
+    spent, added = {}, {}
+    for name, case in cases.items():
+        times = []
         for _ in range(repeats):
             start = time.process_time()
-            case()
-            spent.append(time.process_time() - start)
-        rows[name] = min(spent)
-        print(f"{name:38}{rows[name]:9.2f} CPU s{rows['naive (upstream)'] / rows[name]:9.2f}x", flush=True)
-    return {"cpu_seconds": rows, "speedup": {k: rows["naive (upstream)"] / v for k, v in rows.items()}}
+            added[name] = max(added.get(name, 0), added_peak_mb(case))
+            times.append(time.process_time() - start)
+        spent[name] = min(times)
+        faster = spent["naive (upstream)"] / spent[name]
+        print(f"{name:38}{spent[name]:9.2f} CPU s{faster:9.2f}x{added[name]:9.0f} MB", flush=True)
+    speedup = {name: spent["naive (upstream)"] / seconds for name, seconds in spent.items()}
+    return {"cpu_seconds": spent, "speedup": speedup, "megabytes": added}
 
 
 def scan_speed(repeats):
@@ -324,19 +334,10 @@ def real_size(
     """Scan and latency at openPangu's sizes with random weights in bfloat16; smaller sizes exercise the same
     code elsewhere."""
     sync = getattr(torch, device.type).synchronize if device.type != "cpu" else (lambda: None)
-    size = (
-        {
-            k: v
-            for k, v in PANGU.items()
-            if k in ("intermediate_size", "num_attention_heads", "num_key_value_heads")
-        }
-        if hidden == 4096
-        else {}
-    )
-    model, prompts = (
-        make_model(layers, hidden, vocabulary, device, torch.bfloat16, **size),
-        make_prompts(vocabulary),
-    )
+    names = ("intermediate_size", "num_attention_heads", "num_key_value_heads") if hidden == 4096 else ()
+    size = {name: PANGU[name] for name in names}
+    model = make_model(layers, hidden, vocabulary, device, torch.bfloat16, **size)
+    prompts = make_prompts(vocabulary)
     variants = [("v", layer, None) for layer in range(layers)]
     rows = {}
     for name, method, batch in (
@@ -376,19 +377,21 @@ def real_size(
 def main(args):
     if args.peak_memory:
         return peak_memory(args.peak_memory)
-    results = {"threads": torch.get_num_threads(), "torch": torch.__version__}
-    results["scan"] = scan_speed(args.repeats)
-    about = args.model.name if args.model else "SmolLM2-135M's sizes"
-    print(f"\nscan of {about}, three prompts, best of {args.repeats}")
-    results["real_vocabulary"] = real_vocabulary(args.repeats, args.model)
-    results["memory"] = scan_memory()
-    results["prune"] = prune_big(args.work)
     device = Accelerator().device
-    if device.type != "cpu":
-        print(f"\nreal size on {device.type}")
-        results["real_size"] = real_size(device, args.repeats)
-    else:
-        print("\nreal size: no accelerator here, not measured")
+    measure = {
+        "scan": lambda: scan_speed(args.repeats),
+        "real_vocabulary": lambda: real_vocabulary(args.repeats, args.model),
+        "memory": scan_memory,
+        "prune": lambda: prune_big(args.work),
+        "real_size": lambda: real_size(device, args.repeats),
+    }
+    results = json.loads(args.out.read_text()) if args.only and args.out.is_file() else {}
+    results |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    for part in [args.only] if args.only else PARTS:
+        if part == "real_size" and device.type == "cpu":
+            print("\nreal size: no accelerator here, not measured")
+        else:
+            results[part] = measure[part]()
     atomic_write(args.out, json.dumps(results, indent=1))
     print(f"wrote {args.out}")
 

@@ -15,7 +15,7 @@ from torch import nn
 # repository root: every way of starting this file finds it
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.errors import UserError
-from pruning.shorter import check_sources, shorter
+from pruning.shorter import check_sources, config_head_counts, shorter
 
 ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 # What mixes tokens: attention, and what stands in its place or beside it in hybrids.
@@ -150,20 +150,8 @@ def children(module, names) -> list:
 
 
 def head_counts(model) -> tuple[int, int, int]:
-    """(query heads, key-value heads, width of a head). UserError if the configuration does not say them."""
-    config = text_config(model)
-    try:
-        heads, hidden = config.num_attention_heads, config.hidden_size
-        kv_heads, width = getattr(config, "num_key_value_heads", None), getattr(config, "head_dim", None)
-        if not isinstance(heads, int) or not isinstance(hidden, int):
-            raise AttributeError
-    except AttributeError as error:  # lists, or other numbers in each layer
-        raise UserError(
-            f"{type(plain(model)).__name__}: its configuration has no one number of heads"
-        ) from error
-    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
-        kv_heads = 1  # GPT-BigCode's and Falcon's one pair of keys and values
-    return heads, kv_heads or heads, width or hidden // heads
+    """`config_head_counts` of a model's decoder."""
+    return config_head_counts(text_config(model).to_dict())
 
 
 def query_heads(model, layer: int) -> tuple[int, int]:
@@ -199,51 +187,37 @@ def remove_layers(model, drop_layers):
     drop = check_drop(drop_layers, len(layers))
     keep = [i for i in range(len(layers)) if i not in drop]
 
-    # the configuration, and the lists with one entry a layer that the decoder itself holds
+    # every change as (owner, field, value before, value after): the layers, and what the configuration says
+    changes = [(holder, name, layers, nn.ModuleList(layers[i] for i in keep))]
     before = config.to_dict()
     check_sources(config, keep)
     after = shorter(before, keep, before, len(layers))
-    changed = {key: before.get(key) for key in after if after[key] != before.get(key)}
-    lists = {
-        key: value
-        for key, value in vars(holder).items()
-        if isinstance(value, (list, tuple)) and len(value) == len(layers)
-    }
-    tables = {
-        name.removesuffix(".weight"): axis
-        for name, axis in PER_LAYER.items()
-        if hasattr(holder, name.removesuffix(".weight"))
-    }
-    whole = {name: getattr(holder, name).weight for name in tables}
-    numbered = [
-        (module, field, getattr(module, field), new)
-        for new, old in enumerate(keep)
-        for module in layers[old].modules()
-        for field in ("layer_idx", "layer_id")
-        if isinstance(getattr(module, field, None), int)
-    ]
+    changes += [(config, key, before.get(key), new) for key, new in after.items() if new != before.get(key)]
 
-    setattr(holder, name, nn.ModuleList(layers[i] for i in keep))
-    for key in changed:
-        set_field(config, key, after[key])
-    for key, value in lists.items():
-        setattr(holder, key, type(value)(value[i] for i in keep))
-    for module, field, _, new in numbered:
-        setattr(module, field, new)
-    for module, axis in tables.items():
-        part = parts_of(whole[module].detach(), axis, keep, len(layers))
-        getattr(holder, module).weight = nn.Parameter(part, requires_grad=whole[module].requires_grad)
+    # lists and tables of the decoder with a part for each layer
+    for key, value in vars(holder).items():
+        if isinstance(value, (list, tuple)) and len(value) == len(layers):
+            changes.append((holder, key, value, type(value)(value[i] for i in keep)))
+    for key, axis in PER_LAYER.items():
+        table = getattr(holder, key.removesuffix(".weight"), None)
+        if table is not None:
+            part = parts_of(table.weight.detach(), axis, keep, len(layers))
+            new = nn.Parameter(part, requires_grad=table.weight.requires_grad)
+            changes.append((table, "weight", table.weight, new))
+
+    # the numbers that layers know themselves by
+    for new, old in enumerate(keep):
+        for module in layers[old].modules():
+            for field in ("layer_idx", "layer_id"):
+                if isinstance(getattr(module, field, None), int):
+                    changes.append((module, field, getattr(module, field), new))
+
+    for owner, field, _, new in changes:
+        set_field(owner, field, new)
 
     def restore():
-        setattr(holder, name, layers)
-        for key, value in changed.items():
-            set_field(config, key, value)
-        for key, value in lists.items():
-            setattr(holder, key, value)
-        for module, field, old, _ in numbered:
-            setattr(module, field, old)
-        for module, weight in whole.items():
-            getattr(holder, module).weight = weight
+        for owner, field, old, _ in changes:
+            set_field(owner, field, old)
 
     return restore
 
@@ -254,12 +228,13 @@ def parts_of(tensor, axis: int, keep: list[int], layers: int):
     return parts.flatten(axis, axis + 1)
 
 
-def set_field(config, key: str, value):
-    """Set one field of a configuration; a class that compares fields with each other is passed by."""
+def set_field(owner, field: str, value):
+    """Set one field of a module or configuration; a class that compares fields with each other is passed
+    by."""
     try:
-        setattr(config, key, value)
+        setattr(owner, field, value)
     except Exception:
-        object.__setattr__(config, key, value)
+        object.__setattr__(owner, field, value)
 
 
 @contextlib.contextmanager

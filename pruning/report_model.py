@@ -39,7 +39,7 @@ from dia_pangu.src.Model.build import (
 )
 from dia_pangu.src.Model.multimodality_model import MultiPanguForCausalLM
 from dia_pangu.src.Model.pangu import load_tokenizer  # also registers openPangu's model type
-from pruning.pruning_tools.prune_llm import find_language_model, find_lora, read_map
+from pruning.pruning_tools.language_model import find_language_model, known_lora, read_map
 from pruning.pruning_tools.shards import open_checkpoint
 from pruning.sensitivity_analyse.eval_metric import perplexity
 from pruning.shorter import shorter_config
@@ -71,19 +71,6 @@ def map_alpha(prune_map: dict):
     return prune_map.get("lora_alpha") if ours or prune_map.get("adapter_config_used") else None
 
 
-def read_lora(checkpoint, llm, alpha, dropout: float) -> dict | None:
-    """Settings of the checkpoint's LoRA, None without; UserError where nothing says its alpha."""
-    lora = find_lora(checkpoint, llm, alpha)
-    if lora is None:
-        return None
-    if lora.alpha is None:
-        raise UserError(
-            f"{checkpoint.path} holds LoRA weights of rank {lora.r} and nothing says their alpha; pass "
-            "--lora-alpha (Dia-Pangu was trained with 16)"
-        )
-    return {"r": lora.r, "alpha": lora.alpha, "dropout": dropout, "targets": lora.target_modules}
-
-
 def read_settings(folder: Path, lora: dict | None) -> dict:
     """dia_config.json of a checkpoint's folder, or the published sizes where there is none, with `lora`."""
     file = folder / "dia_config.json"
@@ -110,9 +97,8 @@ def load_complete(model, tensors: dict, ckpt, lang_model_path):
         more = f", and {len(wrong) - 1} more" if wrong[1:] else ""
         raise UserError(f"{ckpt}: does not fit {lang_model_path}: {wrong[0]}{more}")
     model.load_state_dict(tensors, assign=True)
-    model.embedding_layer.weight = (
-        model.lang_model.get_input_embeddings().weight
-    )  # assigning two keys untied them
+    # assigning two keys untied them
+    model.embedding_layer.weight = model.lang_model.get_input_embeddings().weight
     model.lang_model.tie_weights()
 
 
@@ -135,7 +121,8 @@ def load_report_model(ckpt, lang_model_path, prune_map=None, lora_alpha=None, lo
     old_layers = llm_config.num_hidden_layers
     pruned = check_map(prune_map, llm.layers, old_layers) if prune_map else None
     alpha = map_alpha(pruned) if lora_alpha is None and pruned else lora_alpha
-    lora = read_lora(checkpoint, llm, alpha, lora_dropout)
+    found = known_lora(checkpoint, llm, alpha)
+    lora = found.settings(lora_dropout) if found else None
     if old_layers != llm.layers:
         if pruned is None:
             raise UserError(
@@ -224,21 +211,16 @@ class Encoded(Dataset):
             seed=seed,
         )
         self.tokens, self.statuses, self.places = [], [], []
-        thresholds = torch.tensor(config["thresholds"])
+        thresholds, preprocess = torch.tensor(config["thresholds"]), config["grid"]["preprocess"]
         device = next(model.parameters()).device
         with torch.no_grad():
             for first in range(0, len(self.source), batch):
-                volumes = torch.stack(
-                    [
-                        self.source.sample(i)["vision_x"]
-                        for i in range(first, min(first + batch, len(self.source)))
-                    ]
-                )
+                some = range(first, min(first + batch, len(self.source)))
+                volumes = torch.stack([self.source.sample(i)["vision_x"] for i in some])
                 tokens = model.encode(volumes.to(device))
                 self.tokens += list(tokens.cpu())
-                self.places += locate_all(
-                    model.embedding_layer, tokens, volumes, config["grid"]["preprocess"]
-                )[1]
+                _, places = locate_all(model.embedding_layer, tokens, volumes, preprocess)
+                self.places += places
                 self.statuses += (model.diagnose(tokens).float().cpu() >= thresholds).long().tolist()
         if model.embedding_layer.evidence_head is None:
             self.places = [None] * len(self.source)
@@ -266,51 +248,43 @@ def collate_encoded(samples: list[dict]) -> dict:
     return {**collate(samples), "tokens": torch.stack([s["tokens"] for s in samples])}
 
 
+def batched(samples: Encoded, size: int):
+    """Lists of `size` samples, one after the other."""
+    for first in range(0, len(samples), size):
+        yield [samples[i] for i in range(first, min(first + size, len(samples)))]
+
+
+def embedded(model, text, some: list[dict]) -> tuple:
+    """(embeddings (B, N, d), {labels, attention_mask, ...} of the same size) of samples with their volume,
+    the model's own statuses, the guide and the true report, whose tokens are scored."""
+    device = next(model.parameters()).device
+    rows = [text.sample(s["own_statuses"], s["report"], s["id"], s["own_places"]) for s in some]
+    padded = {key: value.to(device) for key, value in text.pad(rows).items()}
+    tokens = torch.stack([s["tokens"] for s in some]).to(device)
+    embeds = model.embedding_layer(text_input=padded["lang_x"], tokens=tokens)
+    return embeds.to(model.lang_model.dtype), padded
+
+
 @torch.no_grad()
 def task_prompts(model, text, samples: Encoded):
-    """Yield a prompt of the scan for each sample: name, inputs_embeds (1, N, d) and labels (1, N).
-
-    It holds the volume, the model's own statuses, the guide and the true report, whose tokens are scored.
-    """
-    device = next(model.parameters()).device
-    for i in range(len(samples)):
-        sample = samples[i]
-        row = text.pad(
-            [text.sample(sample["own_statuses"], sample["report"], sample["id"], sample["own_places"])]
-        )
-        embeds = model.embedding_layer(
-            text_input=row["lang_x"].to(device), tokens=sample["tokens"][None].to(device)
-        )
-        yield {
-            "name": sample["id"],
-            "inputs_embeds": embeds.to(model.lang_model.dtype),
-            "labels": row["labels"],
-        }
+    """Yield a prompt of the scan for each sample: name, inputs_embeds (1, N, d) and labels (1, N)."""
+    for some in batched(samples, 1):
+        embeds, padded = embedded(model, text, some)
+        yield {"name": some[0]["id"], "inputs_embeds": embeds, "labels": padded["labels"]}
 
 
 @torch.no_grad()
 def report_losses(model, text, samples: Encoded, batch: int = 16) -> torch.Tensor:
     """(N, 2) float64: summed loss and number of the true report's tokens, after the model's own statuses."""
-    device, rows = next(model.parameters()).device, []
-    for first in range(0, len(samples), batch):
-        some = [samples[i] for i in range(first, min(first + batch, len(samples)))]
-        padded = text.pad(
-            [text.sample(s["own_statuses"], s["report"], s["id"], s["own_places"]) for s in some]
-        )
-        padded = {key: value.to(device) for key, value in padded.items()}
-        embeds = model.embedding_layer(
-            text_input=padded["lang_x"], tokens=torch.stack([s["tokens"] for s in some]).to(device)
-        )
-        logits = model.lang_model(
-            inputs_embeds=embeds.to(model.lang_model.dtype), attention_mask=padded["attention_mask"]
-        ).logits
+    rows = []
+    for some in batched(samples, batch):
+        embeds, padded = embedded(model, text, some)
+        logits = model.lang_model(inputs_embeds=embeds, attention_mask=padded["attention_mask"]).logits
         labels = padded["labels"][:, 1:]
-        loss = torch.nn.functional.cross_entropy(
+        losses = torch.nn.functional.cross_entropy(
             logits[:, :-1].flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="none"
-        )
-        rows.append(
-            torch.stack([loss.view_as(labels).double().sum(1), (labels != -100).double().sum(1)], 1).cpu()
-        )
+        ).view_as(labels)
+        rows.append(torch.stack([losses.double().sum(1), (labels != -100).double().sum(1)], 1).cpu())
     return torch.cat(rows)
 
 
@@ -324,8 +298,7 @@ def write_reports(
     equally among its samples.
     """
     out, device = {"reports": [], "questions": [], "milliseconds": []}, next(model.parameters()).device
-    for first in range(0, len(samples), batch):
-        some = [samples[i] for i in range(first, min(first + batch, len(samples)))]
+    for some in batched(samples, batch):
         start = time.perf_counter()
         prompts = text.pad([text.sample(s["own_statuses"], places=s["own_places"]) for s in some], left=True)
         prompts = {key: value.to(device) for key, value in prompts.items()}

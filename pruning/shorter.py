@@ -28,6 +28,9 @@ NAMES = {
     "num_attention_heads": ("n_head", "n_heads", "num_heads"),
     "hidden_size": ("n_embd", "d_model"),
 }
+# Where a configuration counts the experts of a mixture, and those that a token is sent to.
+EXPERTS = ("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts")
+CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts", "moe_top_k")
 # Where a multimodal configuration keeps its decoder's own.
 NESTED = ("text_config", "llm_config", "language_config", "thinker_config", "language_model_config")
 INDEX_LIST = re.compile(

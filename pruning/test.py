@@ -26,14 +26,13 @@ from accelerate import Accelerator
 from torch import nn
 
 from common.arguments import Parser, number, refuse
-from common.checkpoint import atomic_write
+from common.checkpoint import atomic_csv, atomic_json
 from common.errors import UserError, run
 from common.files import reading
 from common.run import seed_everything
 from pruning.layers import decoder_layers
-from pruning.pruning_tools.prune_llm import read_map
+from pruning.pruning_tools.language_model import read_map
 from pruning.sensitivity_analyse.eval_metric import perplexity
-from pruning.sensitivity_analyse.layer_sensitivity_scan import write_csv
 from pruning.sensitivity_analyse.load_model import add_pruned_arguments, check_kind, load_model, read_prompts
 
 SAMPLING = {"do_sample": True, "temperature": 0.7, "top_k": 50, "top_p": 0.95}  # upstream's
@@ -288,17 +287,22 @@ def score_reports(args, device, stem: Path):
     made = report_model.write_reports(model, text, samples, args.max_new_tokens, args.batch_size, **sampling)
     items = [samples[i] for i in range(len(samples))]
     truths, labels = [s["report"] for s in items], [s["cls_labels"].tolist() for s in items]
-    header = ["ID", "Question", "Ground Truth", "Pred", "GT_labels"]
     rows = [
-        dict(zip(header, (s["id"], question, s["report"], report, json.dumps(codes))))
-        for s, question, report, codes in zip(items, made["questions"], made["reports"], labels)
+        {
+            "ID": sample["id"],
+            "Question": question,
+            "Ground Truth": sample["report"],
+            "Pred": report,
+            "GT_labels": json.dumps(sample["cls_labels"].tolist()),
+        }
+        for sample, question, report in zip(items, made["questions"], made["reports"])
     ]
-    write_csv(stem.with_name(stem.name + ".csv"), rows, header)
+    atomic_csv(stem.with_name(stem.name + ".csv"), rows)
 
     # how long each took
     times = made["milliseconds"]
     rows = [{"ID": s["id"], "InferTimeMs": f"{taken:.2f}"} for s, taken in zip(items, times)]
-    write_csv(stem.with_name(stem.name + "_per_sample_timing.csv"), rows, list(rows[0]))
+    atomic_csv(stem.with_name(stem.name + "_per_sample_timing.csv"), rows)
     timing = {
         "load_seconds": loaded,
         "avg_ms": sum(times) / len(times),
@@ -306,7 +310,7 @@ def score_reports(args, device, stem: Path):
         "max_ms": max(times),
         **{f"p{p}_ms": nearest_rank(times, p / 100) for p in (50, 90, 95, 99)},
     }
-    atomic_write(stem.with_name(stem.name + "_timing.json"), json.dumps(timing, indent=1))
+    atomic_json(stem.with_name(stem.name + "_timing.json"), timing)
 
     # what they are worth
     losses = report_model.report_losses(model, text, samples, args.batch_size)
@@ -331,7 +335,7 @@ def main(args):
         **latency(lang_model),
         "peak_megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
-    atomic_write(stem.with_name(stem.name + "_scores.json"), json.dumps(scores, indent=1))
+    atomic_json(stem.with_name(stem.name + "_scores.json"), scores)
     for name, value in scores.items():
         print(f"  {name:28} {shown(value)}")
     print(f"wrote {stem}_scores.json")

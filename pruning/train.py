@@ -11,7 +11,6 @@ reports. With --distill the loss is mixed with the distance to the unpruned mode
 after-pruning-tools/train_pruned_{CN,EN}_cli.py, which could not start: each imports from the other's file.
 """
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -26,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 
 from common.arguments import Parser, add_run_arguments, number, refuse
-from common.checkpoint import atomic_dir, atomic_write
+from common.checkpoint import atomic_dir, atomic_json
 from common.errors import Interrupted, UserError, run
 from common.llm import add_lora, usual_targets
 from common.run import describe, open_run, seed_everything
@@ -46,7 +45,7 @@ from common.train import (
 )
 from pruning.layers import decoder, decoder_layers, parse_drop_layers, plain, text_config
 from pruning.pruning_tools import read_back
-from pruning.pruning_tools.prune_llm import read_map
+from pruning.pruning_tools.language_model import check_lora, copy_companions, read_map
 from pruning.repair import REPAIRS, final_norm, repair
 from pruning.sensitivity_analyse.layer_sensitivity_scan import text_prompts
 from pruning.sensitivity_analyse.load_model import add_pruned_arguments, check_kind, load_model, read_prompts
@@ -391,7 +390,7 @@ def load_report_task(args):
 
     # LoRA: the checkpoint's own goes on training, else it gets a new one
     if config["lora"]:
-        check_lora(args, config["lora"])
+        check_lora(args, config["lora"]["r"], config["lora"]["targets"])
     elif "lora" in args.repair:
         model.lang_model, config["lora"] = new_lora(
             model.lang_model, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target_modules
@@ -426,17 +425,6 @@ def load_text_task(args, device):
         lora = (args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target_modules)
         model, _ = new_lora(model, *lora)
     return model, teacher if args.distill else None, tokenizer
-
-
-def check_lora(args, lora: dict):
-    """Refuse --lora-r and --lora-target-modules that contradict the LoRA of the checkpoint."""
-    if "lora_r" in args._given and args.lora_r != lora["r"]:
-        raise UserError(f"--lora-r {args.lora_r}: the checkpoint's LoRA has rank {lora['r']}")
-    if args.lora_target_modules and sorted(args.lora_target_modules.split(",")) != sorted(lora["targets"]):
-        raise UserError(
-            f"--lora-target-modules {args.lora_target_modules}: the checkpoint's LoRA has "
-            f"{','.join(lora['targets'])}"
-        )
 
 
 def scored(batch) -> torch.Tensor:
@@ -528,7 +516,7 @@ def main(args):
         if accelerator.is_main_process:
             # upstream's file, in its words: finished, interrupted or failed
             timing = {"status": status, "started": started, "wall_seconds": time.time() - started}
-            atomic_write(args.out / "timing.json", json.dumps(timing, indent=1))
+            atomic_json(args.out / "timing.json", timing)
 
     # the healed model, in the form that it came in
     whole = export_model(accelerator, healing)  # every process takes part, in case it is sharded
@@ -536,7 +524,7 @@ def main(args):
         if args.data:
             save_report(whole.student.state_dict(), args.out, config)
         else:
-            save_plain(whole.student, tokenizer, args.out, stored)
+            save_plain(whole.student, tokenizer, args.out, stored, args.pruned_model_path)
 
 
 def save_report(weights: dict, out: Path, config: dict):
@@ -547,10 +535,11 @@ def save_report(weights: dict, out: Path, config: dict):
     print(f"wrote {out}/pytorch_model.bin; test it with pruning/test.py --pruned-model-path {out}")
 
 
-def save_plain(model, tokenizer, out: Path, stored: dict):
+def save_plain(model, tokenizer, out: Path, stored: dict, source: Path):
     """Write a healed language model as a folder that transformers loads, LoRA merged into the weights.
 
     stored: {name: type} of the tensors as they were read; they are written so, and config.json says so.
+    source: the folder that they were read from, whose licence and the like are kept.
     """
     lora = hasattr(model, "merge_and_unload")
     whole = model.merge_and_unload() if lora else model
@@ -560,6 +549,7 @@ def save_plain(model, tokenizer, out: Path, stored: dict):
     with atomic_dir(out / "model") as temporary:
         whole.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        copy_companions(source, temporary)
         read_back.check_folder(temporary)
     print(f"wrote {out}/model" + (", LoRA merged into the weights" if lora else ""))
 

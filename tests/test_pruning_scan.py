@@ -18,6 +18,7 @@ from pruning.sensitivity_analyse import choose_layers, eval_metric, scan_methods
 from pruning.sensitivity_analyse import layer_sensitivity_scan as scanner
 from pruning.sensitivity_analyse.layer_mask import MODES, ProjHeadMaskWrapper, mask_attention_layer, masked
 from pruning.sensitivity_analyse.load_model import builtin_prompts, read_prompts
+from tests.pruning_zoo import call
 
 BASE = dict(
     vocab_size=64,
@@ -390,17 +391,16 @@ def test_budgets_in_bytes_and_seconds():
 
 def test_the_default_is_the_loss_without_a_layer_and_the_scan_says_so(folder, tmp_path, capsys):
     out = tmp_path / "s.csv"
-    scanner.main(scanner.parse_args(["--model", str(folder), "--out", str(out)]))
+    call(scanner, model=folder, out=out)
     said = capsys.readouterr().out.split("without each alone: ")[1].split(",")[0].split()[0]
-    records = ["--records", str(out.with_suffix(".records.jsonl")), "--ratio", "0.25"]
-    plan = ["--out", str(tmp_path / "plan.json")]
-    choose_layers.main(choose_layers.parse_args([*records, *plan]))
+    flags = {"records": out.with_suffix(".records.jsonl"), "ratio": 0.25, "out": tmp_path / "plan.json"}
+    call(choose_layers, **flags)
     (choice,) = json.loads((tmp_path / "plan.json").read_text())["choices"]
     assert choice["criterion"] == "perplexity" and choice["drop_layers"] == said
     capsys.readouterr()
 
     # upstream's measure goes by the distance that the CSV shows, and warns at the ends
-    choose_layers.main(choose_layers.parse_args([*records, *plan, "--criterion", "sensitivity"]))
+    call(choose_layers, **flags, criterion="sensitivity")
     least = min(csv.DictReader(open(out)), key=lambda row: float(row["score_mean"]))["layer"]
     assert json.loads((tmp_path / "plan.json").read_text())["choices"][0]["drop_layers"] == least
     assert "warning: sensitivity chose layer" in capsys.readouterr().err
@@ -434,29 +434,11 @@ def test_every_family_goes_the_whole_way(model_type, tmp_path):
     model = make(model_type, vocab_size=len(tokenizer), max_position_embeddings=256)
     model.save_pretrained(tmp_path / "model"), tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "texts.txt").write_text("\n".join(builtin_prompts()[:4]))
-    folder, texts = str(tmp_path / "model"), ["--texts", str(tmp_path / "texts.txt")]
-    choose_layers.main(
-        choose_layers.parse_args(
-            [
-                "--model",
-                folder,
-                "--prompts",
-                texts[1],
-                "--criterion",
-                "greedy",
-                "--ratio",
-                "0.3",
-                "--out",
-                str(tmp_path / "plan.json"),
-            ]
-        )
-    )
-    spec = json.loads((tmp_path / "plan.json").read_text())["choices"][0]["drop_layers"]
-    prune_llm.main(
-        prune_llm.parse_args(
-            ["--ckpt", folder, "--out-dir", str(tmp_path), "--plan", str(tmp_path / "plan.json")]
-        )
-    )
+    folder, texts = tmp_path / "model", tmp_path / "texts.txt"
+    plan = tmp_path / "plan.json"
+    call(choose_layers, "--model", folder, prompts=texts, criterion="greedy", ratio=0.3, out=plan)
+    spec = json.loads(plan.read_text())["choices"][0]["drop_layers"]
+    call(prune_llm, ckpt=folder, out_dir=tmp_path, plan=plan)
     pruned = tmp_path / f"hf_drop{spec}_{spec}"
     loaded, ids = AutoModelForCausalLM.from_pretrained(pruned).eval(), prompts()[0]["input_ids"]
     with without_layers(model, [int(spec)]):
@@ -464,55 +446,20 @@ def test_every_family_goes_the_whole_way(model_type, tmp_path):
     count = count_params.describe(pruned, count_params.parse_args([str(pruned)]))["total"]
     assert count["layers"] == 2 and count["KV-cache of 2048 tokens, bytes"] > 0
     with torch.enable_grad():
-        train.main(
-            train.parse_args(
-                [
-                    "--pruned_model_path",
-                    str(pruned),
-                    *texts,
-                    "--out",
-                    str(tmp_path / "healed"),
-                    "--max-steps",
-                    "2",
-                    "--gradient-accumulation-steps",
-                    "1",
-                ]
-            )
-        )
+        run = {"max_steps": 2, "gradient_accumulation_steps": 1, "out": tmp_path / "healed"}
+        call(train, pruned_model_path=pruned, texts=texts, **run)
         assert train.set_trained(loaded, full=True) and all(
             p.requires_grad for p in decoder_layers(loaded).parameters()
         )
-    test.main(
-        test.parse_args(
-            [
-                "--pruned_model_path",
-                str(tmp_path / "healed" / "model"),
-                *texts,
-                "--out_dir",
-                str(tmp_path / "results"),
-            ]
-        )
-    )
+    call(test, pruned_model_path=tmp_path / "healed/model", texts=texts, out_dir=tmp_path / "results")
     assert json.loads(next((tmp_path / "results").glob("*_scores.json")).read_text())["layers"] == 2
 
 
 def test_lora_on_modules_that_are_not_there_is_one_line(folder, tmp_path):
     (tmp_path / "texts.txt").write_text("a text of several words\n")
     with pytest.raises(UserError, match="no linear module 'c_attn'; it has .*q_proj"):
-        train.main(
-            train.parse_args(
-                [
-                    "--pruned_model_path",
-                    str(folder),
-                    "--texts",
-                    str(tmp_path / "texts.txt"),
-                    "--lora_target_modules",
-                    "c_attn",
-                    "--out",
-                    str(tmp_path / "x"),
-                ]
-            )
-        )
+        paths = {"pruned_model_path": folder, "texts": tmp_path / "texts.txt", "out": tmp_path / "x"}
+        call(train, **paths, lora_target_modules="c_attn")
 
 
 def test_prompts_that_are_no_longer_asked_for_leave_the_records(tmp_path):
@@ -524,10 +471,8 @@ def test_prompts_that_are_no_longer_asked_for_leave_the_records(tmp_path):
 
 def test_command_writes_upstreams_columns_and_the_plan_names_layers(folder, tmp_path, capsys):
     out = tmp_path / "layer_sensitivity.csv"
-    args = scanner.parse_args(
-        ["--model", str(folder), "--out", str(out), "--mode", "qv", "mlp", "--sanity_check"]
-    )
-    scanner.main(args)
+    words = ["--model", folder, "--out", out, "--mode", "qv", "mlp", "--sanity_check"]
+    call(scanner, *words)
     printed = capsys.readouterr().out
     assert (
         out.read_text().splitlines()[0] == "layer,score_mean,score_std,prompt_count"
@@ -535,24 +480,10 @@ def test_command_writes_upstreams_columns_and_the_plan_names_layers(folder, tmp_
     )
     assert "Layer 00, mean=" in printed and out.with_suffix(".png").stat().st_size > 1000
     with pytest.raises(UserError, match="--resume"):
-        scanner.main(args)
+        call(scanner, *words)
     plan = tmp_path / "plan.json"
-    choose_layers.main(
-        choose_layers.parse_args(
-            [
-                "--records",
-                str(out.with_suffix(".records.jsonl")),
-                "--criterion",
-                "sensitivity",
-                "--mode",
-                "qv",
-                "--ratio",
-                "0.5",
-                "--out",
-                str(plan),
-            ]
-        )
-    )
+    records = out.with_suffix(".records.jsonl")
+    call(choose_layers, records=records, criterion="sensitivity", mode="qv", ratio=0.5, out=plan)
     assert json.loads(plan.read_text())["choices"][0]["layers_left"] == 2
 
 
@@ -568,9 +499,7 @@ def test_command_writes_upstreams_columns_and_the_plan_names_layers(folder, tmp_
 )
 def test_bad_arguments_are_named(folder, tmp_path, arguments, message):
     with pytest.raises(UserError, match=message):
-        scanner.main(
-            scanner.parse_args(["--model", str(folder), "--out", str(tmp_path / "s.csv"), *arguments])
-        )
+        call(scanner, "--model", folder, "--out", tmp_path / "s.csv", *arguments)
 
 
 @pytest.mark.parametrize("words", [["--max-tokens", "1"], ["--batch-size", "0"], ["--distance", "l3"]])
@@ -595,13 +524,13 @@ def test_numbers_out_of_range_end_with_one_line_and_status_2(words, capsys):
 )
 def test_options_of_choosing_without_effect_are_refused(words, message):
     with pytest.raises(UserError, match=message):
-        choose_layers.main(choose_layers.parse_args(["--ratio", "0.5", *words]))
+        call(choose_layers, "--ratio", "0.5", *words)
 
 
 def test_interrupting_the_command_says_how_to_go_on(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(scanner, "scan_batch", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(Interrupted, match="--resume"):
-        scanner.main(scanner.parse_args(["--model", str(folder), "--out", str(tmp_path / "s.csv")]))
+        call(scanner, model=folder, out=tmp_path / "s.csv")
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,6 @@ import hashlib
 import json
 import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,13 +11,17 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from bench.measure import added_peak_mb
+from bench.pruning import pangu_shapes, write_sparse
 from common.errors import UserError
+from common.tiny_llm import make_tokenizer
 from dia_pangu.src.Model.pangu import PanguEmbeddedConfig, PanguEmbeddedForCausalLM
-from pruning.layers import without_layers
+from pruning import train
+from pruning.layers import parse_drop_layers, spec_of, without_layers
 from pruning.pruning_tools import count_params, inspect_ckpt, prune_llm, prune_width, shards
 from pruning.sensitivity_analyse.layer_mask import masked
+from tests.pruning_zoo import call
 
-ROOT = Path(__file__).resolve().parents[1]
 SIZE = dict(
     vocab_size=48,
     hidden_size=32,
@@ -86,7 +87,7 @@ def digest(folder):
 
 
 def prune(ckpt, out, *arguments):
-    prune_llm.main(prune_llm.parse_args(["--ckpt", str(ckpt), "--out-dir", str(out), *arguments]))
+    call(prune_llm, "--ckpt", ckpt, "--out-dir", out, *arguments)
     return out
 
 
@@ -116,14 +117,8 @@ def test_pruned_on_disk_equals_layers_skipped_to_the_bit(kind, tied, form, tmp_p
         tensors.pop("lm_head.weight")  # as transformers saves tied models
     write(tmp_path / "source", tensors, form)
     before = digest(tmp_path / "source")
-    out = prune(
-        tmp_path / "source",
-        tmp_path / "out",
-        "--lang-model-path",
-        str(tmp_path / "hf"),
-        "--drop-layers",
-        "1-2",
-    )
+    words = ["--lang-model-path", tmp_path / "hf", "--drop-layers", "1-2"]
+    out = prune(tmp_path / "source", tmp_path / "out", *words)
     pruned = AutoModelForCausalLM.from_pretrained(out / "hf_drop1_2").eval()
     with masked(model, 1, "layer"), masked(model, 2, "layer"):
         assert torch.equal(pruned(IDS).logits, model(IDS).logits)
@@ -144,16 +139,8 @@ def test_lora_keeps_its_strength_in_all_three_results(kind, form, tmp_path):
     make(kind).save_pretrained(tmp_path / "hf")
     ckpt = write(tmp_path / "source", full_checkpoint(model), form)
     (tmp_path / "source" / "adapter_config.json").write_text(json.dumps({"lora_alpha": 16, "r": 2}))
-    out = prune(
-        ckpt,
-        tmp_path / "out",
-        "--lang-model-path",
-        str(tmp_path / "hf"),
-        "--drop-layers",
-        "0,3",
-        "--hf",
-        "both",
-    )
+    words = ["--lang-model-path", tmp_path / "hf", "--drop-layers", "0,3", "--hf", "both"]
+    out = prune(ckpt, tmp_path / "out", *words)
     with without_layers(model, [0, 3]):
         wanted = model(IDS).logits
     merged = next(out.glob("pytorch_model_pruned_drop0_3_merged_clean_v0112_en_cpu*"))
@@ -224,9 +211,7 @@ def test_several_sets_in_one_call_and_a_plan(tmp_path):
     (tmp_path / "plan.json").write_text(
         json.dumps({"choices": [{"drop_layers": "0"}, {"drop_layers": "1-2"}]})
     )
-    out = prune(
-        tmp_path / "hf", tmp_path / "out", "--drop-layers", "3", "--plan", str(tmp_path / "plan.json")
-    )
+    out = prune(tmp_path / "hf", tmp_path / "out", "--drop-layers", "3", "--plan", tmp_path / "plan.json")
     assert {p.name for p in out.glob("hf_*")} == {"hf_drop3_3", "hf_drop0_0", "hf_drop1_2"}
     report = json.loads((out / "prune_layer_map_drop1_2_v0112_en_cpu.json").read_text())
     assert report["layer_id_map"] == {"0": 0, "1": 3} and report["old_layers"] == 4
@@ -243,18 +228,8 @@ def test_sets_that_upstream_gives_one_name_do_not_overwrite_each_other(tmp_path)
                 AutoModelForCausalLM.from_pretrained(out / name).eval()(IDS).logits, model(IDS).logits
             )
     with pytest.raises(UserError, match="names two sets"):
-        prune(
-            tmp_path / "hf",
-            tmp_path / "x",
-            "--drop-layers",
-            "0,2",
-            "--drop-layers",
-            "0-2",
-            "--tag",
-            "a",
-            "--tag",
-            "a",
-        )
+        words = ["--drop-layers", "0,2", "--drop-layers", "0-2", "--tag", "a", "--tag", "a"]
+        prune(tmp_path / "hf", tmp_path / "x", *words)
 
 
 def test_a_result_whose_name_begins_alike_is_not_taken_for_this_one(tmp_path):
@@ -275,15 +250,33 @@ def test_large_models_are_sharded_and_load(tmp_path):
         )
 
 
+def test_what_belongs_to_a_model_is_copied_and_other_weights_and_records_are_not(tmp_path):
+    make(vocab_size=320).save_pretrained(tmp_path / "hf")
+    wanted = ["modeling_x.py", "tokenizer.model.v3", "qwen.tiktoken", "words.txt", "chat_template.jinja"]
+    wanted += ["LICENSE", "USE_POLICY.md", "processor_config.json", "additional_chat_templates/rag.jinja"]
+    others = ["model.onnx", "adapter_config.json", "pytorch_model.bin.index.json", "log.jsonl"]
+    for name in (*wanted, *others):
+        (tmp_path / "hf" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "hf" / name).write_text("{}")
+    make_tokenizer(["a text"], 48 + 256).save_pretrained(tmp_path / "hf")
+    (tmp_path / "t.txt").write_text("the lung is clear\n")
+    folder = prune(tmp_path / "hf", tmp_path / "out", "--drop-layers", "1") / "hf_drop1_1"
+    call(prune_width, model=folder, out=tmp_path / "narrow", mlp_ratio=0.5, prompts=tmp_path / "t.txt")
+    words = {"texts": tmp_path / "t.txt", "max_steps": 1, "out": tmp_path / "healed"}
+    call(train, pruned_model_path=tmp_path / "narrow", accum=1, **words)
+    for made in (folder, tmp_path / "narrow", tmp_path / "healed/model"):
+        assert {name for name in (*wanted, *others) if (made / name).exists()} == set(wanted), made
+
+
 @pytest.mark.parametrize("spec", ["5-2", "3-", "-3", "a", "1;2", "1--2", "2-1,0", "0-99999999999"])
 def test_bad_layer_lists_are_refused(spec):
     with pytest.raises(UserError, match="--drop-layers"):
-        prune_llm.parse_drop_layers(spec)
+        parse_drop_layers(spec)
 
 
 @pytest.mark.parametrize("layers", [[0], [1, 2, 3, 7], [0, 2, 4], list(range(17, 34))])
 def test_layer_lists_survive_being_written(layers):
-    assert prune_llm.parse_drop_layers(prune_llm.spec_of(layers)) == layers
+    assert parse_drop_layers(spec_of(layers)) == layers
 
 
 def bad_lora_ranks(tensors):
@@ -333,9 +326,7 @@ def test_mistakes_are_named_before_anything_is_written(arguments, change, messag
     (tmp_path / "other" / "config.json").write_text(json.dumps({**SIZE, "num_hidden_layers": 7}))
     before = digest(tmp_path)
     with pytest.raises(UserError, match=message):
-        prune_llm.main(
-            prune_llm.parse_args(["--ckpt", "source", "--out-dir", "out", "--lora-alpha", "16", *arguments])
-        )
+        prune("source", "out", "--lora-alpha", "16", *arguments)
     assert digest(tmp_path) == before
 
 
@@ -400,7 +391,7 @@ def test_a_pickle_with_code_is_refused(tmp_path):
 def test_files_that_are_no_checkpoint_are_named(tmp_path, content):
     (tmp_path / "notes.bin").write_bytes(content)
     with pytest.raises(UserError, match="notes.bin"):
-        inspect_ckpt.main(inspect_ckpt.parse_args([str(tmp_path / "notes.bin")]))
+        call(inspect_ckpt, tmp_path / "notes.bin")
 
 
 def test_copying_keeps_bytes_across_blocks_and_holes(tmp_path, monkeypatch):
@@ -518,34 +509,14 @@ def test_wanda_weighs_by_the_inputs_of_the_pruned_layers_before():
 
 @pytest.mark.slow
 def test_counting_pangu_and_its_published_drops(tmp_path, capsys):
-    from bench.pruning import pangu_shapes, write_sparse
-
     write_sparse(tmp_path, pangu_shapes())
     result = count_params.describe(tmp_path, count_params.parse_args([str(tmp_path)]))["total"]
     assert result["values"] == 8_030_887_936 and result["decoder layers, values"] == 34 * 199_247_872
     matrices = 34 * (199_247_872 - 18_432) + 4096 * 153_376  # without biases and norms; lm_head
     assert result["FLOPs per token at 2048 tokens"] == 2 * matrices + 4 * 34 * 4096 * 2048
     assert result["KV-cache of 2048 tokens, bytes"] == 2 * 34 * 8 * 128 * 2 * 2048
-    usage = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "import resource, runpy, sys\nsys.argv = "
-            "sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
-            "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)",
-            ROOT / "pruning/pruning_tools/prune_llm.py",
-            "--ckpt",
-            tmp_path,
-            "--out-dir",
-            tmp_path / "out",
-            "--drop-layers",
-            "23-28",
-        ],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "14.9%" in usage.stdout and int(usage.stdout.split("peak")[1]) < 3000
+    peak = added_peak_mb(lambda: prune(tmp_path, tmp_path / "out", "--drop-layers", "23-28"))
+    assert "14.9%" in capsys.readouterr().out and peak < 1000, "a 16 GB model was read into memory"
     after = shards.open_checkpoint(tmp_path / "out" / "hf_drop23_28").entries
     assert sum(e.numel for e in after.values()) == 6_835_400_704
 
@@ -554,22 +525,13 @@ def test_tools_describe_before_and_after_and_find_leftovers(tmp_path, capsys):
     make().save_pretrained(tmp_path / "hf")
     out = prune(tmp_path / "hf", tmp_path / "out", "--drop-layers", "2-3")
     capsys.readouterr()
-    count_params.main(
-        count_params.parse_args(
-            [
-                str(tmp_path / "hf"),
-                "--compare",
-                str(out / "hf_drop2_3"),
-                "--check-layer-range",
-                r"layers\.[23]\.",
-            ]
-        )
-    )
+    leftovers = ["--check-layer-range", r"layers\.[23]\."]
+    call(count_params, tmp_path / "hf", "--compare", out / "hf_drop2_3", *leftovers)
     printed = capsys.readouterr().out
     assert "50.0% less" in printed and "0 keys match" in printed
-    inspect_ckpt.main(inspect_ckpt.parse_args([str(tmp_path / "hf"), "--keys", "2"]))
+    call(inspect_ckpt, tmp_path / "hf", "--keys", "2")
     assert "4 layers under model.layers." in capsys.readouterr().out
     with pytest.raises(UserError, match="regular expression"):
-        count_params.main(count_params.parse_args([str(tmp_path / "hf"), "--check-layer-range", "("]))
+        call(count_params, tmp_path / "hf", "--check-layer-range", "(")
     with pytest.raises(UserError, match="--include"):
-        count_params.main(count_params.parse_args([str(tmp_path / "hf"), "--include", "nothing"]))
+        call(count_params, tmp_path / "hf", "--include", "nothing")

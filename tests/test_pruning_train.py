@@ -1,10 +1,10 @@
 """Healing: what trains, every option's effect, exact resuming, and that no test sample is trained on."""
 
+import importlib
 import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,11 +19,11 @@ from pruning import test, train
 from pruning.layers import without_layers
 from pruning.report_model import Encoded, collate_encoded, load_report_model, training_set
 from pruning.sensitivity_analyse.load_model import load_model
-from studies.recipe import options
 from tests import forked
 from tests.effects import RUN_BASE, RUN_FLAGS, Effect, check_effects
 from tests.parity import assert_same_first_step
 from tests.pruning_world import heal_args, merged, prune_map, world
+from tests.pruning_zoo import call
 
 __all__ = ["world"]
 ROOT = Path(__file__).resolve().parents[1]
@@ -158,7 +158,7 @@ def test_a_stop_signal_in_a_step_that_also_saves_is_obeyed(world, tmp_path, monk
     before = signal.getsignal(signal.SIGTERM)
     try:
         with pytest.raises(train.Interrupted, match="--resume"):
-            train.main(train.parse_args(options(flags)))
+            call(train, **flags)
     finally:
         signal.signal(signal.SIGTERM, before)
     saved = [path.name for path in (tmp_path / "out/checkpoints").iterdir()]
@@ -171,7 +171,7 @@ def test_the_learning_rate_follows_upstreams_schedules(world, tmp_path, schedule
     flags = {"pruned_model_path": world / "pruned/hf_drop2_2", "texts": texts_file(tmp_path)}
     flags |= {"out": tmp_path / "out", "max_steps": 4, "accum": 1, "lr": 0.01, "log_every": 1}
     flags |= {"lr_scheduler_type": schedule} | ({} if schedule == "constant" else {"warmup": 2})
-    train.main(train.parse_args(options(flags)))
+    call(train, **flags)
     rates = [json.loads(line)["lr"] for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
     wanted = {
         "constant": [1, 1, 1, 1],
@@ -185,11 +185,11 @@ def test_plain_language_models_heal_and_test_on_texts(world, tmp_path):
     texts, hf = texts_file(tmp_path), world / "pruned" / "hf_drop2_2"
     flags = {"pruned_model_path": hf, "texts": texts, "out": tmp_path / "healed", "max_steps": 10}
     flags |= {"batch_size": 4, "accum": 1, "lr": 0.02, "distill": 0.3, "teacher": world / "llm"}
-    train.main(train.parse_args(options(flags)))
+    call(train, **flags)
     found = []
     for path in (hf, tmp_path / "healed" / "model"):
         flags = {"pruned_model_path": path, "texts": texts, "out_dir": tmp_path, "tag_override": path.name}
-        test.main(test.parse_args(options(flags)))
+        call(test, **flags)
         found.append(json.loads((tmp_path / f"dia-pangu-pruned_{path.name}_scores.json").read_text()))
     model, tokenizer = load_model(hf)
     losses = []
@@ -335,31 +335,27 @@ def test_warm_up_without_one_is_refused(tmp_path):
         train.check(train.parse_args([*words, "--lr-scheduler-type", "constant"]))
 
 
-@pytest.mark.slow
-def test_a_language_model_goes_the_whole_way_without_dia_pangu(tmp_path):
-    """Scan, choose, prune, heal and test in a Python in which dia_pangu cannot be imported."""
-    texts = texts_file(tmp_path)
-    make_llm(tmp_path / "llm", make_tokenizer(texts.read_text().splitlines(), 300), **SIZES)
-    code = f"""
-import sys
-sys.modules["dia_pangu"] = None
-from pruning import test, train
-from pruning.pruning_tools import count_params, inspect_ckpt, prune_llm, prune_width
-from pruning.sensitivity_analyse import choose_layers, layer_sensitivity_scan
-w = "{tmp_path}"
-def call(script, *words):
-    script.main(script.parse_args([*words]))
-call(layer_sensitivity_scan, "--model", w + "/llm", "--prompts", w + "/texts.txt", "--out", w + "/s.csv")
-call(choose_layers, "--records", w + "/s.records.jsonl", "--ratio", "0.5", "--out", w + "/plan.json")
-call(prune_llm, "--ckpt", w + "/llm", "--out-dir", w + "/pruned", "--plan", w + "/plan.json", "--tag", "one")
-call(train, "--pruned-model-path", w + "/pruned/hf_one", "--texts", w + "/texts.txt", "--out", w + "/healed",
-     "--max-steps", "1", "--accum", "1")
-call(test, "--pruned-model-path", w + "/healed/model", "--texts", w + "/texts.txt", "--out", w + "/results")
-assert not any(name.startswith("dia_pangu.") for name in sys.modules)
-"""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
+def test_a_language_model_goes_the_whole_way_without_dia_pangu(tmp_path, monkeypatch):
+    """Scan, choose, prune, heal and test where dia_pangu cannot be imported, each script imported anew."""
+    texts, llm, pruned = texts_file(tmp_path), tmp_path / "llm", tmp_path / "pruned"
+    make_llm(llm, make_tokenizer(texts.read_text().splitlines(), 300), **SIZES)
+    for name in [name for name in sys.modules if name.split(".")[0] in ("dia_pangu", "pruning")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "dia_pangu", None)
+
+    def anew(name, **flags):
+        call(importlib.import_module(f"pruning.{name}"), **flags)
+
+    records = tmp_path / "s.records.jsonl"
+    anew("sensitivity_analyse.layer_sensitivity_scan", model=llm, prompts=texts, out=tmp_path / "s.csv")
+    anew("sensitivity_analyse.choose_layers", records=records, ratio=0.5, out=tmp_path / "plan.json")
+    anew("pruning_tools.prune_llm", ckpt=llm, out_dir=pruned, plan=tmp_path / "plan.json", tag="one")
+    run = {"out": tmp_path / "healed", "max_steps": 1, "accum": 1}
+    anew("train", pruned_model_path=pruned / "hf_one", texts=texts, **run)
+    anew("test", pruned_model_path=tmp_path / "healed/model", texts=texts, out=tmp_path / "results")
+    for name in ("count_params", "inspect_ckpt", "prune_width", "export_gguf"):
+        importlib.import_module(f"pruning.pruning_tools.{name}")
+    assert not any(name.startswith("dia_pangu.") for name in sys.modules)
     assert json.loads(next((tmp_path / "results").glob("*_scores.json")).read_text())["layers"] == 1
 
 

@@ -14,7 +14,7 @@ from pruning.sensitivity_analyse.layer_mask import masked
 from pruning.sensitivity_analyse.layer_sensitivity_scan import fingerprint
 from pruning.shorter import quantized_names, shorter_config
 from tests import pruning_zoo
-from tests.pruning_zoo import BASE, GPT, LINEAR, REFUSED, ZOO
+from tests.pruning_zoo import BASE, GPT, LINEAR, REFUSED, ZOO, call
 
 IDS = torch.tensor([[5, 9, 33, 21, 7, 40, 11, 62, 3]])
 DROP = [2, 4]
@@ -51,8 +51,7 @@ def skipped(model, drop, ids=IDS):
 
 def prune(source, out, drop=DROP, *more):
     spec = ",".join(map(str, drop))
-    words = ["--ckpt", str(source), "--out-dir", str(out), "--drop-layers", spec, *more]
-    prune_llm.main(prune_llm.parse_args(words))
+    call(prune_llm, "--ckpt", source, "--out-dir", out, "--drop-layers", spec, *more)
     return next(out.glob("hf_*"))
 
 
@@ -399,19 +398,17 @@ def test_padding_has_no_part_in_what_an_expert_is_judged_by(name):
         assert torch.equal(a == 0, b == 0)
 
 
+def counted(folder, name, settings) -> dict:
+    """What count_params.py finds in a tiny model, at 16 tokens."""
+    pruning_zoo.make(name, settings).save_pretrained(folder)
+    return count_params.describe(folder, count_params.parse_args([str(folder), "--context", "16"]))["total"]
+
+
 def test_flops_of_experts_and_the_cache_of_latent_attention(tmp_path):
-    for name in ("mixtral", "deepseek_v2"):
-        pruning_zoo.make(name, ZOO[name]).save_pretrained(tmp_path / name)
-    args = ["--context", "16"]
-    mixtral = count_params.describe(
-        tmp_path / "mixtral", count_params.parse_args([str(tmp_path / "mixtral"), *args])
-    )["total"]
+    mixtral, latent = (counted(tmp_path / name, name, ZOO[name]) for name in ("mixtral", "deepseek_v2"))
     attention, expert = 32 * 8 * (4 + 2 + 2 + 4), 3 * 32 * 48
     active = 6 * (attention + 32 * 4 + 2 * expert) + 96 * 32
     assert mixtral["FLOPs per token at 16 tokens"] == 2 * active + 6 * 4 * 4 * 8 * 16
-    latent = count_params.describe(
-        tmp_path / "deepseek_v2", count_params.parse_args([str(tmp_path / "deepseek_v2"), *args])
-    )["total"]
     assert latent["KV-cache of 16 tokens, bytes"] == 6 * (8 + 4) * 4 * 16
 
 
@@ -426,15 +423,12 @@ def test_flops_of_experts_and_the_cache_of_latent_attention(tmp_path):
 )
 def test_layers_without_keys_cost_no_cache_and_stacked_experts_count_once(name, kept, tmp_path):
     settings = ZOO[name] | ({"global_head_dim": 8} if name == "gemma4_text" else {})
-    model = pruning_zoo.make(name, settings)
-    model.save_pretrained(tmp_path)
-    found = count_params.describe(tmp_path, count_params.parse_args([str(tmp_path), "--context", "16"]))[
-        "total"
-    ]
+    found = counted(tmp_path, name, settings)
     if kept is not None:
         tokens = 16 if name == "nemotron_h" else 1
         assert found["KV-cache of 16 tokens, bytes"] == 4 * kept * tokens
     else:
+        model = pruning_zoo.make(name, settings)
         stacked = sum(p.numel() for p in decoder_layers(model).parameters() if p.dim() == 3)
         flat = sum(p.numel() for p in decoder_layers(model).parameters() if p.dim() == 2)
         scores = 6 * 2 * 4 * 8 * 16

@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common.arguments import Parser, number
 from common.errors import UserError, run
 from common.files import read_json
-from pruning.pruning_tools.prune_llm import find_language_model
+from pruning.pruning_tools.language_model import find_language_model
 from pruning.pruning_tools.shards import open_checkpoint
-from pruning.shorter import config_head_counts, config_object, text_part
+from pruning.shorter import CHOSEN, EXPERTS, config_head_counts, config_object, text_part
 
 # What makes the keys of an attention, under the names that decoders give it.
 KEYS = re.compile(r"\b(k_proj|kv_proj|qkv_proj|qkv|c_attn|query_key_value|kv_a_proj\w*|Wqkv|wkv|W_pack)\b")
@@ -93,17 +93,8 @@ def effective(config: dict) -> dict:
 def active_experts(text: dict) -> tuple:
     """(experts of a layer, None without; the share of them that one token is sent to)."""
     text = {**text, **(text.get("ffn_config") or {})}  # DBRX keeps them apart
-    names = (
-        "num_experts_per_tok",
-        "num_experts_per_token",
-        "moe_k",
-        "moe_topk",
-        "top_k_experts",
-        "moe_top_k",
-    )
-    chosen = next((text[n] for n in (*names, "top_k") if isinstance(text.get(n), int)), None)
-    names = ("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts")
-    experts = next((text[n] for n in names if isinstance(text.get(n), int)), None)
+    chosen = next((text[n] for n in (*CHOSEN, "top_k") if isinstance(text.get(n), int)), None)
+    experts = next((text[n] for n in EXPERTS if isinstance(text.get(n), int)), None)
     return experts, min(1.0, chosen / experts) if chosen and experts else 1.0
 
 

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common.arguments import Parser, number
 from common.errors import UserError, run
-from pruning.pruning_tools.prune_llm import find_language_model, find_lora
+from pruning.pruning_tools.language_model import find_language_model, find_lora
 from pruning.pruning_tools.shards import open_checkpoint
 
 

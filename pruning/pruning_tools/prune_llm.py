@@ -23,7 +23,6 @@ import json
 import re
 import shutil
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 # repository root: every way of starting this file finds it
@@ -32,12 +31,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from common.arguments import Parser, refuse
-from common.checkpoint import atomic_dir, atomic_write
+from common.checkpoint import atomic_dir, atomic_json
 from common.errors import UserError, run
-from common.files import check, read_json
+from common.files import read_json
 from pruning.layers import (
     DOWN,
-    MARKS,
     MIXERS,
     MLP,
     OUTPUT,
@@ -47,9 +45,17 @@ from pruning.layers import (
     parse_drop_layers,
     parts_of,
     plain_tag,
-    spec_of,
 )
 from pruning.pruning_tools import read_back
+from pruning.pruning_tools.language_model import (
+    LanguageModel,
+    Lora,
+    check_config,
+    check_lora,
+    copy_companions,
+    find_language_model,
+    known_lora,
+)
 from pruning.pruning_tools.shards import (
     Checkpoint,
     Entry,
@@ -60,37 +66,9 @@ from pruning.pruning_tools.shards import (
     write_safetensors,
     write_shards,
 )
-from pruning.shorter import config_object, layer_count, prediction_layers, shorter_config
-
-__all__ = [
-    "parse_drop_layers",
-    "plain_tag",
-    "spec_of",
-]  # the grammar of layer lists, for those who look for it here
+from pruning.shorter import config_object, shorter_config
 
 VERSIONS = ("v0112_en", "CN")
-ENDINGS = (".bin", ".safetensors", ".json")
-# What a folder holds beside its weights and belongs to the model: tokenizer, processor, templates, code,
-# terms.
-COMPANIONS = (
-    "*.json",
-    "*.py",
-    "*.txt",
-    "*.model",
-    "*.tiktoken",
-    "*.jinja",
-    "LICEN[CS]E*",
-    "NOTICE*",
-    "README.md",
-)
-OWN = (
-    "config.json",
-    "adapter_config.json",
-    "dia_config.json",
-    "prune_width.json",
-    "timing.json",
-    "metrics.json",
-)
 # The last matrices of a layer's two branches, below the layer's own key; LoRA adds nothing where B is zero.
 LAST = r"(?:base_layer\.)?(?:weight|bias|lora_B\..+)"
 BRANCHES = {
@@ -189,125 +167,6 @@ def add_result_arguments(group):
         "--unchecked", action="store_true", help="write also a model whose class transformers does not know"
     )
     group.add_argument("--overwrite", action="store_true", help="replace results of the same tag")
-
-
-# ---------------------------------------- what the checkpoint holds
-
-
-@dataclass
-class Lora:
-    """Settings of a checkpoint's LoRA; alpha is None where nothing says it."""
-
-    r: int
-    alpha: float | None
-    target_modules: list
-    from_adapter_config: bool
-
-
-@dataclass
-class LanguageModel:
-    """Where a checkpoint keeps its decoder.
-
-    prefix: what stands before the layer number. root: what stands before the plain model's own keys. layers:
-    how many there are. extra: layers behind them, which predict further tokens.
-    """
-
-    prefix: str
-    root: str
-    layers: int
-    extra: int = 0
-
-    @property
-    def pattern(self) -> str:
-        return re.escape(self.prefix) + r"(\d+)\."
-
-
-def find_language_model(keys, prefix: str | None = None, config: dict | None = None) -> LanguageModel:
-    """Find the decoder layers among a checkpoint's keys, or those under `prefix`.
-
-    Other parts, such as a vision encoder or a Perceiver, have `.layers.` too and are left alone. config: the
-    decoder's config.json, which says how many there are. UserError where there is no decoder, or more than
-    one, or one with a gap.
-    """
-    # numbered layers; those of a decoder have attention, or what stands in its place
-    numbered = re.compile(r"((?:.*?\.)?(?:layers|h|blocks)\.)(\d+)\.(\w+)")
-    found, mixed = {}, set()
-    for match in filter(None, map(numbered.match, keys)):
-        found.setdefault(match[1], set()).add(int(match[2]))
-        if match[3] in MARKS:
-            mixed.add(match[1])
-    found = {name: ids for name, ids in found.items() if name in mixed}
-
-    # of these the language model's
-    named = ("lang_model.", "language_model.")
-    language = [p for p in found if p.startswith(named) or ".language_model." in p]
-    others = [p for p in found if not re.search("vision|visual|audio|perceiver|encoder|(^|[.])mtp", p)]
-    candidates = [prefix] if prefix else language or others
-    candidates = [p for p in candidates if p in found]
-    if not candidates:
-        raise UserError(
-            "the checkpoint holds no decoder layers (keys such as model.layers.0.self_attn.q_proj.weight)"
-            + (f" under --layer-prefix {prefix}; it has {', '.join(found) or 'none'}" if prefix else "")
-        )
-    if len(candidates) > 1:
-        raise UserError(
-            f"the checkpoint holds several decoders; choose one with --layer-prefix: {', '.join(candidates)}"
-        )
-
-    # whole, and where the plain model's own keys begin
-    prefix = candidates[0]
-    missing = sorted(set(range(max(found[prefix]) + 1)) - found[prefix])
-    if missing:
-        raise UserError(f"layer {missing[0]} is missing under {prefix}; the checkpoint is not whole")
-    inner = prefix.startswith(("lang_model.", "base_model.model."))
-    root = prefix.removesuffix("model.layers.") if inner else ""
-    held = len(found[prefix])
-    count = layer_count(config) if config else None
-    ahead = count is not None and held - count in range(1, 1 + prediction_layers(config))
-    return LanguageModel(prefix, root, count, held - count) if ahead else LanguageModel(prefix, root, held)
-
-
-def find_lora(checkpoint: Checkpoint, llm: LanguageModel, alpha: float | None) -> Lora | None:
-    """LoRA of the decoder, None for a checkpoint without.
-
-    Targets and rank come from the keys, alpha from adapter_config.json beside the checkpoint or from `alpha`.
-    UserError if ranks differ or if the two sources of alpha contradict each other.
-    """
-    ranks = {}
-    for key, entry in checkpoint.entries.items():
-        if match := re.match(llm.pattern + r"(?:.*\.)?(\w+)\.lora_A\.", key):
-            ranks.setdefault(match[2], set()).add(entry.shape[0])
-    if not ranks:
-        return None
-    rank, *more = set.union(*ranks.values())
-    if more:
-        raise UserError(f"{checkpoint.path}: LoRA ranks differ ({ranks}); one rank for all layers is needed")
-    path = checkpoint.folder / "adapter_config.json"
-    stored = None
-    if path.is_file():
-        stored = read_json(path, {"lora_alpha": float})["lora_alpha"]
-        if alpha is not None and alpha != stored:
-            raise UserError(f"{path} says lora_alpha {stored}, --lora-alpha says {alpha:g}; they must agree")
-    return Lora(rank, alpha if stored is None else stored, sorted(ranks), stored is not None)
-
-
-def check_config(folder: Path, config: dict, llm: LanguageModel):
-    """UserError unless the configuration counts the layers that the checkpoint holds."""
-    count = layer_count(config)
-    if count is not None and count != llm.layers:
-        raise UserError(
-            f"{folder / 'config.json'}: num_hidden_layers is {count}, the checkpoint holds {llm.layers} "
-            "layers; this config is of another model"
-        )
-
-
-def read_map(path) -> dict:
-    """The prune map that upstream's tool or ours wrote: which old layer each new layer was."""
-    fields = {"new_layers": int, "layer_id_map": dict, "old_layers?": int, "lora_alpha?": float, "tag?": str}
-    prune_map = read_json(path, fields)
-    every = {str(new): int for new in range(prune_map["new_layers"])}
-    check(prune_map["layer_id_map"], every, path, "layer_id_map")
-    return prune_map
 
 
 # ---------------------------------------- pruning
@@ -441,19 +300,12 @@ def write_hf(folder: Path, parts: tuple, lora, config: dict, source: Path, shard
     with atomic_dir(folder) as temporary:
         write_shards(temporary, weights, shard_bytes)
         (temporary / "config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False))
-        for file in companions(source):
-            shutil.copyfile(file, temporary / file.name)
+        copy_companions(source, temporary)
         read_back.check_folder(temporary, strict=False)
         if adapter:
             (temporary / "adapter").mkdir()
             write_safetensors(temporary / "adapter" / "adapter_model.safetensors", adapter)
             write_adapter_config(temporary / "adapter", lora)
-
-
-def companions(source: Path) -> list[Path]:
-    """The files of a model's folder that are neither weights nor written anew."""
-    files = {file for pattern in COMPANIONS for file in source.glob(pattern) if file.is_file()}
-    return sorted(file for file in files if file.name not in OWN and not file.name.endswith(".index.json"))
 
 
 def write_adapter_config(folder: Path, lora: Lora):
@@ -469,22 +321,19 @@ def write_adapter_config(folder: Path, lora: Lora):
         "inference_mode": True,
         "base_model_name_or_path": None,
     }
-    atomic_write(folder / "adapter_config.json", json.dumps(config, indent=1))
+    atomic_json(folder / "adapter_config.json", config)
 
 
-def result_names(tag: str, version: str) -> list[str]:
-    """The names of what one set of layers makes.
-
-    The first three are upstream's, without their ending: of the language model's tensors, of all tensors and
-    of the map; then our two folders follow.
-    """
-    return [
-        f"llm_only_pruned_state_{tag}_{version}_cpu",
-        f"pytorch_model_pruned_{tag}_merged_clean_{version}_cpu",
-        f"prune_layer_map_{tag}_{version}_cpu",
-        f"hf_{tag}",
-        f"hf_{tag}_adapter",
-    ]
+def result_names(tag: str, version: str) -> dict[str, str]:
+    """The names of what one set of layers makes; llm_only and merged, upstream's as the map's, get an ending
+    by their format."""
+    return {
+        "llm_only": f"llm_only_pruned_state_{tag}_{version}_cpu",
+        "merged": f"pytorch_model_pruned_{tag}_merged_clean_{version}_cpu",
+        "map": f"prune_layer_map_{tag}_{version}_cpu.json",
+        "hf": f"hf_{tag}",
+        "hf_adapter": f"hf_{tag}_adapter",
+    }
 
 
 def write_merged(stem: Path, entries: dict, checkpoint: Checkpoint, lora, args):
@@ -509,13 +358,13 @@ def prune(checkpoint: Checkpoint, llm, lora, config, drop_layers, tag: str, args
         dtype = getattr(torch, args.llm_dtype)
         entries = {k: cast(e, dtype) if k.startswith(llm.root) else e for k, e in entries.items()}
     names = result_names(tag, args.script_version)
-    llm_only, merged, map_name, hf_merged, hf_adapter = (args.out_dir / name for name in names)
+    results = {what: args.out_dir / name for what, name in names.items()}
 
     # upstream's files
     if llm.root:
         own = {k: e for k, e in entries.items() if k.startswith(llm.root)}
-        write_merged(llm_only, own, checkpoint, lora, args)
-        write_merged(merged, entries, checkpoint, lora, args)
+        write_merged(results["llm_only"], own, checkpoint, lora, args)
+        write_merged(results["merged"], entries, checkpoint, lora, args)
         if lora:
             write_adapter_config(args.out_dir, lora)
         settings = checkpoint.folder / "dia_config.json"  # sizes and thresholds of dia_pangu
@@ -526,8 +375,8 @@ def prune(checkpoint: Checkpoint, llm, lora, config, drop_layers, tag: str, args
     for merge in hf_folders(args, llm):
         weights, adapter = plain_entries(entries, llm, lora, merge)
         parts = untied(weights, config), adapter
-        folder, shard_bytes = hf_merged if merge else hf_adapter, int(args.max_shard_gb * 1e9)
-        write_hf(folder, parts, lora, config, source, shard_bytes)
+        folder = results["hf" if merge else "hf_adapter"]
+        write_hf(folder, parts, lora, config, source, int(args.max_shard_gb * 1e9))
 
     # the map, which says that all is there
     report = {
@@ -551,8 +400,7 @@ def prune(checkpoint: Checkpoint, llm, lora, config, drop_layers, tag: str, args
         "parameters_before": sum(e.numel for e in checkpoint.entries.values()),
         "parameters_after": sum(e.numel for e in entries.values()),
     }
-    text = json.dumps(report, indent=2, ensure_ascii=False)
-    atomic_write(map_name.with_name(map_name.name + ".json"), text)
+    atomic_json(results["map"], report)
     return report
 
 
@@ -568,29 +416,39 @@ def wanted_sets(args) -> list[tuple[list[int], str]]:
         plan = read_json(args.plan, {"choices": [{"drop_layers": str}]})
         sets += [parse_drop_layers(choice["drop_layers"]) for choice in plan["choices"]]
     off = branches_off(args)
-    if any(off.values()) and not sets:
+    switched = {layer for layers in off.values() for layer in layers}
+    if switched and not sets:
         sets = [[]]
     elif not sets or not all(sets):
         raise UserError("--drop-layers is empty; name the layers to remove, such as 23-28")
-    if args.tag and len(args.tag) != len(sets):
-        raise UserError(f"{len(args.tag)} --tag for {len(sets)} sets of layers; give one for each, or none")
-    if bad := [tag for tag in args.tag if not re.fullmatch(r"[\w.-]+", tag)]:
+    if both := sorted(switched & {layer for drop in sets for layer in drop}):
+        raise UserError(f"layer {both[0]} is dropped; leave it out of --off-attention and --off-mlp")
+    named = {}
+    for tag, drop in zip(given_tags(args.tag, len(sets)) or own_tags(sets, off), sets):
+        if named.setdefault(tag, drop) != drop:
+            raise UserError(f"--tag {tag} names two sets; give each its own")
+    return [(drop, tag) for tag, drop in named.items()]
+
+
+def given_tags(tags: list[str], count: int) -> list[str]:
+    """--tag, one for each of `count` sets, or none."""
+    if tags and len(tags) != count:
+        raise UserError(f"{len(tags)} --tag for {count} sets of layers; give one for each, or none")
+    if bad := [tag for tag in tags if not re.fullmatch(r"[\w.-]+", tag)]:
         raise UserError(
             f"--tag {bad[0]!r}: use letters, digits, '_', '-' and '.' only, it becomes part of file names"
         )
-    named = {}
-    for i, drop in enumerate(sets):
-        tag = args.tag[i] if args.tag else make_tag(drop)
-        if named.get(tag, drop) != drop:
-            if args.tag:
-                raise UserError(f"--tag {tag} names two sets; give each its own")
-            tag = plain_tag(drop)
-        if both := sorted({i for some in off.values() for i in some} & {*drop}):
-            raise UserError(f"layer {both[0]} is dropped; leave it out of --off-attention and --off-mlp")
-        if not args.tag:
-            tag += "".join(f"_off{part}{plain_tag(some)[4:]}" for part, some in off.items() if some)
-        named[tag] = drop
-    return [(drop, tag) for tag, drop in named.items()]
+    return tags
+
+
+def own_tags(sets, off: dict) -> list[str]:
+    """Upstream's name of each set of layers; where two share it, the second gets `plain_tag`."""
+    end = "".join(f"_off{part}{plain_tag(some)[4:]}" for part, some in off.items() if some)
+    tags, named = [], {}
+    for drop in sets:
+        first = named.setdefault(make_tag(drop), drop)
+        tags.append((make_tag(drop) if first == drop else plain_tag(drop)) + end)
+    return tags
 
 
 def check_space(folder: Path, needed: int):
@@ -605,29 +463,10 @@ def check_space(folder: Path, needed: int):
         )
 
 
-def check_lora(args, lora: Lora | None):
-    """Refuse a LoRA whose alpha nothing says, and options that contradict the checkpoint."""
-    if lora is None:
-        refuse(args, ["lora_alpha", "lora_r", "lora_target_modules"], "for a checkpoint without LoRA")
-        return
-    if lora.alpha is None:
-        raise UserError(
-            f"{args.ckpt} holds LoRA weights of rank {lora.r} but no adapter_config.json says their alpha; "
-            "pass --lora-alpha (Dia-Pangu was trained with 16)"
-        )
-    if args.lora_r not in (None, lora.r):
-        raise UserError(f"--lora-r {args.lora_r}: the checkpoint has rank {lora.r}")
-    targets = args.lora_target_modules
-    if targets and sorted(targets.split(",")) != lora.target_modules:
-        raise UserError(
-            f"--lora-target-modules {targets}: the checkpoint has {','.join(lora.target_modules)}"
-        )
-
-
 def check_results(args, checkpoint: Checkpoint, sets):
     """Refuse to write over results, or over the source."""
-    names = [name for _, tag in sets for name in result_names(tag, args.script_version)]
-    files = sorted(name + end for name in names for end in ("", *ENDINGS))
+    names = [name for _, tag in sets for name in result_names(tag, args.script_version).values()]
+    files = sorted(name + end for name in names for end in ("", ".bin", ".safetensors"))
     present = [name for name in files if (args.out_dir / name).exists()]
     if present and not args.overwrite:
         raise UserError(
@@ -656,10 +495,13 @@ def main(args):
         raise UserError(
             f"{source}: no config.json there; name the language model's folder with --lang-model-path"
         )
-    lora = find_lora(checkpoint, llm, args.lora_alpha)
+    lora = known_lora(checkpoint, llm, args.lora_alpha)
 
     # whatever could fail fails before anything is written
-    check_lora(args, lora)
+    if lora is None:
+        refuse(args, ["lora_alpha", "lora_r", "lora_target_modules"], "for a checkpoint without LoRA")
+    else:
+        check_lora(args, lora.r, lora.target_modules)
     switched_off(checkpoint.entries, llm, args)
     for drop, _ in sets:
         check_drop(drop, llm.layers)

@@ -22,7 +22,6 @@ import contextlib
 import json
 import re
 import sys
-from collections import defaultdict
 from pathlib import Path
 
 # repository root: every way of starting this file finds it
@@ -37,13 +36,13 @@ from common.checkpoint import atomic_dir
 from common.errors import UserError, run
 from pruning.layers import decoder, decoder_layers, head_counts, plain, text_config
 from pruning.pruning_tools import read_back
+from pruning.pruning_tools.language_model import copy_companions
 from pruning.sensitivity_analyse.layer_mask import mixers, mlps
 from pruning.sensitivity_analyse.layer_sensitivity_scan import add_prompt_arguments, load_with_prompts
 from pruning.sensitivity_analyse.scan_methods import pad_prompts, patched
+from pruning.shorter import CHOSEN, EXPERTS
 
-# Where a configuration counts experts, and those that a token is sent to; last matrices of experts.
-EXPERTS = ("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts")
-CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "top_k_experts")
+# The last matrices of experts.
 ENDS = ("down_proj", "w2", "output_linear.weight")
 
 
@@ -118,53 +117,67 @@ def prune_width(model, prompts, mlp_ratio: float, kv_ratio: float) -> dict:
 
     Returns {"mlp": kept neurons of each layer, "kv": kept key-value heads of each layer}.
     """
-    parts = [llama_parts(layer) for layer in decoder_layers(model)]
-    config = text_config(model)
+    # how many stay
+    parts, config = [llama_parts(layer) for layer in decoder_layers(model)], text_config(model)
     heads, kv_heads, head_dim = head_counts(model)
-    neurons = next(mlp for _, mlp in parts).down_proj.in_features
-    watched = {}
-    for i, (attention, mlp) in enumerate(parts):
-        watched |= {(i, "mlp"): mlp.down_proj.weight, (i, "kv"): attention.o_proj.weight}
-    batch, real = calibration_batch(model, prompts)
-    with Uses(watched, real, power=1) as uses:
-        decoder(model)(**batch, use_cache=False)
-    sums = {key: total[0] for key, total in uses.norms.items()}
+    neurons = parts[0][1].down_proj.in_features
     kept_neurons, kept_kv = neurons - round(mlp_ratio * neurons), kv_heads - round(kv_ratio * kv_heads)
     if min(kept_neurons, kept_kv) < 1:
         raise UserError(
             f"--mlp-ratio {mlp_ratio} --kv-ratio {kv_ratio}: nothing would be left of {neurons} neurons or "
             f"{kv_heads} key-value heads"
         )
-    chosen = defaultdict(list)
+
+    # what enters the last matrix of each branch
+    watched = {}
     for i, (attention, mlp) in enumerate(parts):
-        score = sums[i, "mlp"] * mlp.down_proj.weight.double().norm(dim=0).cpu()
-        keep = score.topk(kept_neurons).indices.sort().values
-        for linear in (mlp.gate_proj, mlp.up_proj):
-            keep_rows(linear, keep)
-        keep_columns(mlp.down_proj, keep)
-        # query heads of a group lie side by side
-        score = sums[i, "kv"] * attention.o_proj.weight.double().norm(dim=0).cpu()
-        score = score.view(kv_heads, -1).sum(1)
-        groups = score.topk(kept_kv).indices.sort().values
-        rows = torch.arange(kv_heads * head_dim).view(kv_heads, -1)[groups].flatten()
-        queries = torch.arange(heads * head_dim).view(kv_heads, -1)[groups].flatten()
-        keep_rows(attention.q_proj, queries)
-        keep_rows(attention.k_proj, rows)
-        keep_rows(attention.v_proj, rows)
-        keep_columns(attention.o_proj, queries)
-        # norms over all neurons, or over all heads together: BitNet, OLMo 2
-        for part, kept, size in ((mlp, keep, neurons), (attention, queries, heads * head_dim)):
-            for name, norm in part.named_children():
-                own = kept if name != "k_norm" else rows
-                whole = size if name != "k_norm" else kv_heads * head_dim
-                weight = getattr(norm, "weight", None)
-                if "norm" in name and weight is not None and weight.shape == (whole,) and whole > head_dim:
-                    norm.weight = nn.Parameter(weight[own].clone())
+        watched |= {(i, "mlp"): mlp.down_proj.weight, (i, "kv"): attention.o_proj.weight}
+    batch, real = calibration_batch(model, prompts)
+    with Uses(watched, real, power=1) as uses:
+        decoder(model)(**batch, use_cache=False)
+    scores = {key: uses.norms[key][0] * w.double().norm(dim=0).cpu() for key, w in watched.items()}
+
+    # the neurons and heads that add most; query heads of a group lie side by side
+    chosen = {"mlp": [], "kv": []}
+    for i, (attention, mlp) in enumerate(parts):
+        keep = scores[i, "mlp"].topk(kept_neurons).indices.sort().values
+        groups = scores[i, "kv"].view(kv_heads, -1).sum(1).topk(kept_kv).indices.sort().values
+        cut_mlp(mlp, keep)
+        cut_attention(attention, groups, heads, kv_heads, head_dim)
         chosen["mlp"].append(keep.tolist())
         chosen["kv"].append(groups.tolist())
     config.head_dim, config.intermediate_size = head_dim, kept_neurons
     config.num_key_value_heads, config.num_attention_heads = kept_kv, kept_kv * (heads // kv_heads)
-    return dict(chosen)
+    return chosen
+
+
+def cut_mlp(mlp, keep):
+    """Keep these neurons of an MLP, in place."""
+    for norm in (part for name, part in mlp.named_children() if "norm" in name):  # BitNet
+        keep_in_norm(norm, mlp.down_proj.in_features, keep)
+    for linear in (mlp.gate_proj, mlp.up_proj):
+        keep_rows(linear, keep)
+    keep_columns(mlp.down_proj, keep)
+
+
+def cut_attention(attention, groups, heads: int, kv_heads: int, head_dim: int):
+    """Keep these key-value heads of an attention, with the query heads of each, in place."""
+    rows = torch.arange(kv_heads * head_dim).view(kv_heads, -1)[groups].flatten()
+    queries = torch.arange(heads * head_dim).view(kv_heads, -1)[groups].flatten()
+    for name, norm in attention.named_children():
+        if "norm" in name:  # over all heads together: OLMo 2, BitNet
+            index, count = (rows, kv_heads) if name == "k_norm" else (queries, heads)
+            keep_in_norm(norm, count * head_dim, index)
+    keep_rows(attention.q_proj, queries)
+    keep_rows(attention.k_proj, rows)
+    keep_rows(attention.v_proj, rows)
+    keep_columns(attention.o_proj, queries)
+
+
+def keep_in_norm(norm, size: int, index):
+    """Keep these features of a norm over `size` of them, in place; a norm over others stays."""
+    if getattr(norm, "weight", None) is not None and norm.weight.shape == (size,):
+        norm.weight = nn.Parameter(norm.weight[index].clone())
 
 
 @torch.no_grad()
@@ -200,13 +213,10 @@ def prune_experts(model, prompts, ratio: float) -> list:
         for _, tensor in tensors:
             tensor.data = tensor.data[index].clone()
         kept_experts.append(index.tolist())
-    for module in model.modules():
+    for holder in (config, *model.modules()):
         for name in EXPERTS:
-            if getattr(module, name, None) == count:
-                setattr(module, name, kept)
-    for name in EXPERTS:
-        if getattr(config, name, None) == count:
-            setattr(config, name, kept)
+            if getattr(holder, name, None) == count:
+                setattr(holder, name, kept)
     return kept_experts
 
 
@@ -470,6 +480,7 @@ def main(args):
     with atomic_dir(args.out) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        copy_companions(args.lang_model_path or args.model, temporary)
         read_back.check_folder(temporary)
         about = {"method": args.method, "source": str(args.model), "kept": chosen}
         (temporary / "prune_width.json").write_text(json.dumps(about))

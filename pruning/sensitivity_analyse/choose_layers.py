@@ -32,7 +32,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common.arguments import Parser, number, refuse
-from common.checkpoint import atomic_write
+from common.checkpoint import atomic_json
 from common.errors import UserError, run
 from common.files import reading
 from pruning.layers import decoder_layers, plain, spec_of, without_layers
@@ -366,7 +366,7 @@ def main(args):
             print(
                 f"{criterion:16} {layers} -> {layers - count} layers: --drop-layers {spec_of(drop)}   ({why})"
             )
-    atomic_write(args.out, json.dumps({"layers": layers, "choices": choices}, indent=1))
+    atomic_json(args.out, {"layers": layers, "choices": choices})
     print(f"wrote {args.out}; prune with prune_llm.py --plan {args.out}")
 
 

@@ -79,10 +79,8 @@ class ProjHeadMaskWrapper(nn.Module):
         y = self.base_linear(hidden_states)
         if bool((self.head_mask == 1).all()):
             return y
-        heads = y.unflatten(-1, (self.num_out_heads, self.head_dim))
-        return torch.where(self.head_mask[:, None] == 0, 0, heads * self.head_mask[:, None]).flatten(
-            -2
-        )  # where: inf * 0 is nan
+        heads, mask = y.unflatten(-1, (self.num_out_heads, self.head_dim)), self.head_mask[:, None]
+        return torch.where(mask == 0, 0, heads * mask).flatten(-2)  # where: inf * 0 is nan
 
 
 def plain_mode(mode: str) -> str:
@@ -145,28 +143,23 @@ def output_width(module) -> int:
 def why_not(model, layer_idx: int, mode: str) -> str:
     """Why `mode` cannot be switched off in one layer, an empty text where it can."""
     layer = decoder_layers(model)[layer_idx]
-    name, attention = type(layer).__name__, child(layer, ATTENTION)
+    attention, lacks = child(layer, ATTENTION), f"layer {layer_idx}, a {type(layer).__name__}, has no "
     if mode == "layer":
         return ""
     if mode == "attention":
-        return (
-            ""
-            if mixers(layer)
-            else f"layer {layer_idx}, a {name}, has no branch of its own that mixes tokens"
-        )
+        return "" if mixers(layer) else lacks + "branch of its own that mixes tokens"
     if mode == "mlp":
-        return "" if mlps(layer) else f"layer {layer_idx}, a {name}, has no MLP branch of its own"
+        return "" if mlps(layer) else lacks + "MLP branch of its own"
     if attention is None:
-        return f"layer {layer_idx}, a {name}, has no attention"
+        return lacks + "attention"
     if mode == "head":
         try:
             query_heads(model, layer_idx)
         except UserError as error:
             return str(error)
         return ""
-    if all(getattr(attention, f"{part}_proj", None) is not None for part in "qkv"):
-        return ""
-    if fused_heads(model, layer_idx):
+    own = all(getattr(attention, f"{part}_proj", None) is not None for part in "qkv")
+    if own or fused_heads(model, layer_idx):
         return ""
     return (
         f"layer {layer_idx}: {type(attention).__name__} has no projections of its own for q, k and v; use "

@@ -10,9 +10,7 @@ naive`; scan_methods.py describes the faster ones).
 """
 
 import contextlib
-import csv
 import hashlib
-import io
 import json
 import math
 import sys
@@ -26,7 +24,7 @@ import torch
 from accelerate import Accelerator
 
 from common.arguments import Parser, number, refuse
-from common.checkpoint import atomic_write
+from common.checkpoint import atomic_csv, atomic_write
 from common.errors import Interrupted, UserError, run
 from common.figures import new_figure, save_figure
 from common.llm import add_trust_argument
@@ -157,8 +155,7 @@ def text_prompts(texts, tokenizer, max_tokens: int = 512) -> list[dict]:
     return prompts
 
 
-# ---------------------------------------- many
-# prompts
+# ---------------------------------------- many prompts
 
 
 def fingerprint(model) -> str:
@@ -303,15 +300,6 @@ def ranking(rows) -> str:
     )
 
 
-def write_csv(path, rows, columns):
-    """Write dictionaries as a CSV file with these columns, whole or not at all."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    atomic_write(path, text.getvalue())
-
-
 def draw(rows, path, title=""):
     """Bars of every measured mode and distance over the layers, with the standard deviation over prompts."""
     groups = defaultdict(list)
@@ -339,9 +327,9 @@ def write_tables(out: Path, rows, mode: str, distance: str, title: str) -> list[
     Returns the rows of the first.
     """
     chosen = [r for r in rows if (r["mode"], r["distance"]) == (mode, distance)]
-    columns = ["layer", "head", "score_mean", "score_std", "prompt_count"]
-    write_csv(out, chosen, [name for name in columns if name != "head" or mode == "head"])
-    write_csv(out.with_suffix(".all.csv"), rows, COLUMNS)
+    hidden = {"mode", "distance"} | ({"head"} if mode != "head" else set())
+    atomic_csv(out, [{name: value for name, value in r.items() if name not in hidden} for r in chosen])
+    atomic_csv(out.with_suffix(".all.csv"), rows)
     draw(rows, out.with_suffix(".png"), title)
     return chosen
 

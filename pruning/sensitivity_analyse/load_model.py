@@ -58,14 +58,14 @@ def load_model(path, dtype: str | None = None, trust_remote_code: bool = False):
 
 def is_pangu(path) -> bool:
     """Whether a folder's model or tokenizer is openPangu's own class, which is not part of transformers."""
-    config, tokenizer = Path(path) / "config.json", Path(path) / "tokenizer_config.json"
-    model_type = read_json(config, {"model_type?": str}).get("model_type") if config.is_file() else None
-    name = (
-        read_json(tokenizer, {"tokenizer_class?": str}).get("tokenizer_class")
-        if tokenizer.is_file()
-        else None
+    marks = {"config.json": ("model_type", "PanguEmbedded")}
+    marks |= {"tokenizer_config.json": ("tokenizer_class", "PanguTokenizer")}
+    files = {Path(path) / name: mark for name, mark in marks.items()}
+    return any(
+        read_json(file, {f"{field}?": str}).get(field) == name
+        for file, (field, name) in files.items()
+        if file.is_file()
     )
-    return model_type == "PanguEmbedded" or name == "PanguTokenizer"
 
 
 def builtin_prompts() -> list[str]:

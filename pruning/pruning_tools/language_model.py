@@ -1,0 +1,183 @@
+"""The language model in a checkpoint: where its decoder lies, its LoRA, and the map of what was pruned."""
+
+import re
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+# repository root: every way of starting this file finds it
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from common.errors import UserError
+from common.files import check, read_json
+from pruning.layers import MARKS
+from pruning.pruning_tools.shards import Checkpoint
+from pruning.shorter import layer_count, prediction_layers
+
+# What a folder holds beside its weights and belongs to the model: tokenizer, processor, templates, code,
+# terms.
+COMPANIONS = ("*.json", "*.py", "*.txt", "*.md", "*.jinja", "tokenizer*", "*.model", "*.tiktoken", "*.spm")
+COMPANIONS += ("*.vocab", "*.bpe", "LICEN[CS]E*", "NOTICE*")
+TEMPLATES = "additional_chat_templates"  # the one folder that belongs to a tokenizer
+# Of these, what is written anew or belongs to a run.
+OWN = (
+    "config.json",
+    "adapter_config.json",
+    "dia_config.json",
+    "prune_width.json",
+    "timing.json",
+    "metrics.json",
+)
+
+
+@dataclass
+class Lora:
+    """Settings of a checkpoint's LoRA; alpha is None where nothing says it."""
+
+    r: int
+    alpha: float | None
+    target_modules: list
+    from_adapter_config: bool
+
+    def settings(self, dropout: float) -> dict:
+        """These in the words of dia_config.json."""
+        return {"r": self.r, "alpha": self.alpha, "dropout": dropout, "targets": self.target_modules}
+
+
+@dataclass
+class LanguageModel:
+    """Where a checkpoint keeps its decoder.
+
+    prefix: what stands before the layer number. root: what stands before the plain model's own keys. layers:
+    how many there are. extra: layers behind them, which predict further tokens.
+    """
+
+    prefix: str
+    root: str
+    layers: int
+    extra: int = 0
+
+    @property
+    def pattern(self) -> str:
+        return re.escape(self.prefix) + r"(\d+)\."
+
+
+def find_language_model(keys, prefix: str | None = None, config: dict | None = None) -> LanguageModel:
+    """Find the decoder layers among a checkpoint's keys, or those under `prefix`.
+
+    Other parts, such as a vision encoder or a Perceiver, have `.layers.` too and are left alone. config: the
+    decoder's config.json, which says how many there are. UserError where there is no decoder, or more than
+    one, or one with a gap.
+    """
+    # numbered layers; those of a decoder have attention, or what stands in its place
+    numbered = re.compile(r"((?:.*?\.)?(?:layers|h|blocks)\.)(\d+)\.(\w+)")
+    found, mixed = {}, set()
+    for match in filter(None, map(numbered.match, keys)):
+        found.setdefault(match[1], set()).add(int(match[2]))
+        if match[3] in MARKS:
+            mixed.add(match[1])
+    found = {name: ids for name, ids in found.items() if name in mixed}
+
+    # of these the language model's
+    named = ("lang_model.", "language_model.")
+    language = [p for p in found if p.startswith(named) or ".language_model." in p]
+    others = [p for p in found if not re.search("vision|visual|audio|perceiver|encoder|(^|[.])mtp", p)]
+    candidates = [prefix] if prefix else language or others
+    candidates = [p for p in candidates if p in found]
+    if not candidates:
+        raise UserError(
+            "the checkpoint holds no decoder layers (keys such as model.layers.0.self_attn.q_proj.weight)"
+            + (f" under --layer-prefix {prefix}; it has {', '.join(found) or 'none'}" if prefix else "")
+        )
+    if len(candidates) > 1:
+        raise UserError(
+            f"the checkpoint holds several decoders; choose one with --layer-prefix: {', '.join(candidates)}"
+        )
+
+    # whole, and where the plain model's own keys begin
+    prefix = candidates[0]
+    missing = sorted(set(range(max(found[prefix]) + 1)) - found[prefix])
+    if missing:
+        raise UserError(f"layer {missing[0]} is missing under {prefix}; the checkpoint is not whole")
+    inner = prefix.startswith(("lang_model.", "base_model.model."))
+    root = prefix.removesuffix("model.layers.") if inner else ""
+    held = len(found[prefix])
+    count = layer_count(config) if config else None
+    ahead = count is not None and held - count in range(1, 1 + prediction_layers(config))
+    return LanguageModel(prefix, root, count, held - count) if ahead else LanguageModel(prefix, root, held)
+
+
+def find_lora(checkpoint: Checkpoint, llm: LanguageModel, alpha: float | None) -> Lora | None:
+    """LoRA of the decoder, None for a checkpoint without.
+
+    Targets and rank come from the keys, alpha from adapter_config.json beside the checkpoint or from `alpha`.
+    UserError if ranks differ or if the two sources of alpha contradict each other.
+    """
+    ranks = {}
+    for key, entry in checkpoint.entries.items():
+        if match := re.match(llm.pattern + r"(?:.*\.)?(\w+)\.lora_A\.", key):
+            ranks.setdefault(match[2], set()).add(entry.shape[0])
+    if not ranks:
+        return None
+    rank, *more = set.union(*ranks.values())
+    if more:
+        raise UserError(f"{checkpoint.path}: LoRA ranks differ ({ranks}); one rank for all layers is needed")
+    path = checkpoint.folder / "adapter_config.json"
+    stored = None
+    if path.is_file():
+        stored = read_json(path, {"lora_alpha": float})["lora_alpha"]
+        if alpha is not None and alpha != stored:
+            raise UserError(f"{path} says lora_alpha {stored}, --lora-alpha says {alpha:g}; they must agree")
+    return Lora(rank, alpha if stored is None else stored, sorted(ranks), stored is not None)
+
+
+def known_lora(checkpoint: Checkpoint, llm: LanguageModel, alpha: float | None) -> Lora | None:
+    """`find_lora`; UserError for a LoRA whose alpha nothing says."""
+    lora = find_lora(checkpoint, llm, alpha)
+    if lora and lora.alpha is None:
+        raise UserError(
+            f"{checkpoint.path} holds LoRA weights of rank {lora.r} and no adapter_config.json says their "
+            "alpha; pass --lora-alpha (Dia-Pangu was trained with 16)"
+        )
+    return lora
+
+
+def check_lora(args, r: int, targets: list[str]):
+    """Refuse --lora-r and --lora-target-modules that contradict the LoRA of the checkpoint."""
+    if "lora_r" in args._given and args.lora_r != r:
+        raise UserError(f"--lora-r {args.lora_r}: the checkpoint's LoRA has rank {r}")
+    if args.lora_target_modules and sorted(args.lora_target_modules.split(",")) != sorted(targets):
+        raise UserError(
+            f"--lora-target-modules {args.lora_target_modules}: the checkpoint's LoRA has {','.join(targets)}"
+        )
+
+
+def check_config(folder: Path, config: dict, llm: LanguageModel):
+    """UserError unless the configuration counts the layers that the checkpoint holds."""
+    count = layer_count(config)
+    if count is not None and count != llm.layers:
+        raise UserError(
+            f"{folder / 'config.json'}: num_hidden_layers is {count}, the checkpoint holds {llm.layers} "
+            "layers; this config is of another model"
+        )
+
+
+def read_map(path) -> dict:
+    """The prune map that upstream's tool or ours wrote: which old layer each new layer was."""
+    fields = {"new_layers": int, "layer_id_map": dict, "old_layers?": int, "lora_alpha?": float, "tag?": str}
+    prune_map = read_json(path, fields)
+    every = {str(new): int for new in range(prune_map["new_layers"])}
+    check(prune_map["layer_id_map"], every, path, "layer_id_map")
+    return prune_map
+
+
+def copy_companions(source: Path, folder: Path):
+    """Copy what belongs to the model in the folder `source` beside its weights and `folder` does not hold."""
+    files = {file for pattern in COMPANIONS for file in source.glob(pattern) if file.is_file()}
+    for file in files:
+        made_anew = file.name in OWN or file.name.endswith(".index.json")
+        if not made_anew and not (folder / file.name).exists():
+            shutil.copyfile(file, folder / file.name)
+    if (source / TEMPLATES).is_dir():
+        shutil.copytree(source / TEMPLATES, folder / TEMPLATES, dirs_exist_ok=True)
