@@ -109,9 +109,9 @@ MUTANTS = [
     ),
     Mutant("pruning/report_model.py", "        args.flip,\n", "        0.0,\n", REPORTS, "--flip ignored"),
     Mutant(
-        "pruning/report_model.py",
-        '"dropout": dropout, "targets": lora.target_modules}',
-        '"dropout": 0.0, "targets": lora.target_modules}',
+        "pruning/pruning_tools/language_model.py",
+        '"dropout": dropout, "targets": self.target_modules}',
+        '"dropout": 0.0, "targets": self.target_modules}',
         REPORTS,
         "--lora-dropout reaches no report model's settings",
     ),
@@ -282,8 +282,8 @@ MUTANTS = [
     ),
     Mutant(
         "pruning/layers.py",
-        "        setattr(module, field, new)\n",
-        "        setattr(module, field, new + 1)\n",
+        "changes.append((module, field, getattr(module, field), new))",
+        "changes.append((module, field, getattr(module, field), new + 1))",
         f"{SCAN}::test_generation_without_layers_equals_a_model_built_smaller",
         "the KV cache of kept layers is addressed one off",
     ),
