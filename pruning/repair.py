@@ -310,10 +310,11 @@ def put(modules, values):
 def repair(student, teacher, drop, kinds, prompts) -> list[dict]:
     """Apply the closed forms `kinds` in this order to `student`, which lacks the layers `drop` of `teacher`.
 
-    Three of four prompts are fitted, every fourth judges. Returns the rows of all, and prints them.
+    Four of five prompts are fitted, every fifth judges: where two or three kinds of texts take turns, each
+    judges in turn too. Returns the rows of all, and prints them.
     """
-    held_out = prompts[::4]
-    fitted = [prompt for i, prompt in enumerate(prompts) if i % 4]
+    held_out = prompts[::5]
+    fitted = [prompt for i, prompt in enumerate(prompts) if i % 5]
     if not fitted:
         raise UserError("--repair: give at least two calibration texts: some are fitted, others judge")
     rows = [row for kind in kinds for row in repair_gaps(kind, student, teacher, drop, fitted, held_out)]

@@ -92,6 +92,14 @@ def test_a_repair_is_kept_only_where_it_lowers_the_loss_of_what_it_was_not_fitte
             assert torch.equal(a, b), "no repair helps, and something changed"
 
 
+def test_texts_that_take_turns_are_all_among_those_that_judge(monkeypatch):
+    seen = []
+    monkeypatch.setattr(repair, "repair_gaps", lambda *args: seen.extend(args[-2:]) or [])
+    repair.repair(None, None, [1], ["linear"], ["report", "prose"] * 4)
+    fitted, judges = seen
+    assert set(judges) == set(fitted) == {"report", "prose"} and len(fitted) + len(judges) == 8
+
+
 def test_a_factor_that_does_not_help_leaves_half_precision_as_it_was(monkeypatch):
     """Multiplied and divided again, bfloat16 values are others."""
     teacher = pruning_zoo.make("llama", {}).bfloat16()

@@ -254,7 +254,7 @@ def test_what_belongs_to_a_model_is_copied_and_other_weights_and_records_are_not
     make(vocab_size=320).save_pretrained(tmp_path / "hf")
     wanted = ["modeling_x.py", "tokenizer.model.v3", "qwen.tiktoken", "words.txt", "chat_template.jinja"]
     wanted += ["LICENSE", "USE_POLICY.md", "processor_config.json", "additional_chat_templates/rag.jinja"]
-    others = ["model.onnx", "adapter_config.json", "pytorch_model.bin.index.json", "log.jsonl"]
+    others = ["model.onnx", "adapter_config.json", "flax_model.msgpack.index.json", "log.jsonl"]
     for name in (*wanted, *others):
         (tmp_path / "hf" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "hf" / name).write_text("{}")
