@@ -90,8 +90,9 @@ YAML.add_implicit_resolver(
 )
 
 
-def read_config(path, overrides=()):
+def read_config(path, overrides=(), base_path=None):
     """Configuration as a dictionary with all its parts. overrides: "part.name=value" strings, values in YAML.
+    base_path: goes before base.path.
 
     Paths that the file names are relative to the repository, then to the file; those of an override to the
     folder one is in, then likewise. `path` itself may be relative to the folder one is in or the repository.
@@ -109,6 +110,8 @@ def read_config(path, overrides=()):
             config[part][key] = yaml.load(value, YAML)
         if key == "path":
             config[part][key] = locate(config[part][key], Path.cwd(), ROOT, path.parent)
+    if base_path:
+        config["base"]["path"] = base_path
     for part, values in config.items():
         check(values, CONFIG[part], path, part)
         known = [name.removesuffix("?") for name in CONFIG[part]]
@@ -220,11 +223,20 @@ def build_sam(config):
 
 
 def build_head(config, dims, sam):
-    """FLMM for a base with dims = (channels, layers, hidden size), and the frozen SAM image encoder (or
-    None)."""
+    """FLMM for a base of these `dims`, with SAM or None."""
     options = {k: v for k, v in config["sam"].items() if k != "path"}
-    head = FLMM(*dims, sam=sam, unet=config["unet"], sam_options=options)
-    return head, SAMImageEncoder(sam) if sam is not None else None
+    return FLMM(*dims, sam=sam, unet=config["unet"], sam_options=options)
+
+
+def load_trained(config, head_path, device, **options):
+    """Base, trained head and SAM's image encoder (None without SAM) on `device`, ready to be asked, and one
+    line on what was loaded. options: of FrozenBase.load. What costs little is read before the base."""
+    weights, sam = read_weights(head_path), build_sam(config)
+    base = build_base(config, **options).to(device)
+    head = build_head(config, base.dims, sam)
+    report = head.load_upstream(weights, head_path)
+    encoder = SAMImageEncoder(sam).to(device) if sam is not None else None
+    return base, head.to(device).eval(), encoder, report
 
 
 # the arguments of a data set that are paths below --data

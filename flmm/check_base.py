@@ -24,7 +24,6 @@ from common.arguments import Parser
 from common.errors import UserError, end, run
 from flmm.build import FAMILIES, add_config_arguments, build_base, read_config
 from flmm.data.samples import SampleBuilder, caption_of_phrases
-from flmm.models.attention_rows import NAME
 from flmm.models.flmm import unpad_crop
 from flmm.models.frozen_base import CHAT
 from flmm.models.tiny_bases import tiny_base
@@ -65,19 +64,16 @@ def distance(first, second, key):
 
 def reread(base, samples, attention, dtype=None):
     """Outputs for each sample alone with another attention or number format; the base is left as it was."""
-    model, before, own = base.model, base.attention, base.model.dtype
-    names = {"rows": NAME, "eager": "eager"}
+    before, own = base.attention, base.model.dtype
     try:
-        base.attention = attention
-        model.set_attn_implementation({"text_config": names[attention], "vision_config": "sdpa"})
-        if dtype is not None:
-            model.to(dtype)
+        base.read_attention(attention)
+        if dtype is not None:  # a base in 4 bits takes no .to at all
+            base.model.to(dtype)
         return [base([s])[0] for s in samples]
     finally:
-        base.attention = before
-        model.set_attn_implementation({"text_config": names[before], "vision_config": "sdpa"})
+        base.read_attention(before)
         if dtype is not None:
-            model.to(own)
+            base.model.to(own)
 
 
 @torch.no_grad()
@@ -180,10 +176,7 @@ def main(args):
     if args.tiny:
         base = tiny_base(args.tiny)
     else:
-        config = read_config(args.config, args.set)
-        if args.base_path:
-            config["base"]["path"] = args.base_path
-        base = build_base(config).to(Accelerator().device)
+        base = build_base(read_config(args.config, args.set, args.base_path)).to(Accelerator().device)
     print(f"{type(base).__name__}: {base.num_layers} layers, {base.channels} channels, {base.model.dtype}")
     lines = check_base(base)
     width = max(len(name) for name, _, _ in lines)

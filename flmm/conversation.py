@@ -18,7 +18,7 @@ from accelerate import Accelerator
 
 from common.errors import UserError
 from common.weights import read_weights
-from flmm.build import build_base, build_head, build_sam
+from flmm.build import load_trained
 from flmm.data.samples import SampleBuilder, caption_of_phrases, encode_rle
 from flmm.data.transforms import to_rgb
 from flmm.evaluation import binary_masks
@@ -87,17 +87,22 @@ def noun_phrases(text):
 
         chunks = [c.text for c in spacy.load("en_core_web_sm")(text).noun_chunks]
     except (ImportError, OSError):
-        chunks = []
-        for clause in re.split(r"[.,;:!?()\"\n]+", text):
-            run = []
-            for word in [*clause.split(), "and"]:
-                if word.lower() in BREAKS or (run and word.lower() in ("a", "an", "the")):
-                    chunks.append(" ".join(run))
-                    run = []
-                if word.lower() not in BREAKS:
-                    run.append(word)
-        chunks = [c for c in chunks if c and c.lower() not in ("a", "an", "the")]
+        chunks = runs_between_breaks(text)
     return process_noun_chunks(chunks)
+
+
+def runs_between_breaks(text):
+    """Runs of words of an English text between BREAKS, articles and marks of punctuation."""
+    chunks, articles = [], ("a", "an", "the")
+    for clause in re.split(r"[.,;:!?()\"\n]+", text):
+        run = []
+        for word in [*clause.split(), "and"]:  # the last one closes the last run
+            if word.lower() in BREAKS or (run and word.lower() in articles):
+                chunks.append(" ".join(run))
+                run = []
+            if word.lower() not in BREAKS:
+                run.append(word)
+    return [chunk for chunk in chunks if chunk and chunk.lower() not in articles]
 
 
 class KeywordSelector(nn.Module):
@@ -150,17 +155,14 @@ class Grounder:
         """config: dictionary of read_config. head_path, selector_path: weight files; calibration.json in the
         head's folder is taken along. device: accelerate's choice by default."""
         # What costs little is read before the base is loaded.
-        device = device or Accelerator().device
-        weights, calibration, sam = read_weights(head_path), Calibration.beside(head_path), build_sam(config)
+        device, selector = device or Accelerator().device, None
+        calibration = Calibration.beside(head_path)
         words = read_weights(selector_path) if selector_path else None
-        base = build_base(config).to(device)
-        head, encoder = build_head(config, (base.channels, base.num_layers, base.hidden_size), sam)
-        head.load_upstream(weights, head_path)
-        selector = None
+        base, head, encoder, _ = load_trained(config, head_path, device)
         if words is not None:
             selector = KeywordSelector(base.num_layers, base.hidden_size).to(device)
             selector.load_state_dict(words)
-        return cls(base, head.to(device), encoder and encoder.to(device), selector, calibration)
+        return cls(base, head, encoder, selector, calibration)
 
     @torch.no_grad()
     def _masks(self, image, sample, texts):
@@ -180,9 +182,8 @@ class Grounder:
             "phrases": texts,
             "masks": masks.numpy(),
             "coarse_masks": coarse.numpy(),
-            "boxes": [
-                mask_to_box(m) if m.any() else None for m in masks
-            ],  # x0, y0, x1, y1 in pixels; None: nothing found
+            # x0, y0, x1, y1 in pixels; None: nothing found
+            "boxes": [mask_to_box(m) if m.any() else None for m in masks],
             "rle": [encode_rle(m.numpy()) for m in masks],
             "scores": [round(float(s), 4) for s in scores],
             "presence": [float(p) for p in presence],
@@ -200,17 +201,8 @@ class Grounder:
         """
         image = to_rgb(image)
         if phrases is None:
-            phrases = noun_phrases(text or "")
-            if not phrases:
-                raise UserError(f"no noun phrase in {text!r}; give the phrases themselves")
-            pieces, at = [], 0
-            for phrase in sorted(phrases, key=text.find):
-                start = text.find(phrase, at)
-                if start >= 0:  # overlapping ones are skipped
-                    pieces += [(text[at:start].strip(), -1), (phrase, len([p for p in pieces if p[1] >= 0]))]
-                    at = start + len(phrase)
-            pieces = [p for p in [*pieces, (text[at:].strip(), -1)] if p[0]]
-            phrases = [p for p, k in pieces if k >= 0]
+            pieces = pieces_of(text or "")
+            phrases = [piece for piece, k in pieces if k >= 0]
         else:
             pieces = caption_of_phrases(phrases)
         if not phrases or any(not p.strip() for p in phrases):
@@ -234,33 +226,53 @@ class Grounder:
             "pictures": pictures,
             "look": look,
         }
-        ids = self.base.generate(sample, max_new_tokens)
+        ids, prompt = self.base.generate(sample, max_new_tokens), sample["input_ids"]
         if not ids:
             raise UserError("the base answered nothing; ask another question")
-        tokenizer = self.base.tokenizer
-        # text and character span of every token from the ids themselves: re-tokenising is no identity
-        ends = [len(tokenizer.decode(ids[: i + 1])) for i in range(len(ids))]
-        answer, intervals = tokenizer.decode(ids), list(zip([0, *ends[:-1]], ends))
-        prompt = sample["input_ids"]
         sample["input_ids"] = torch.cat([prompt, torch.tensor(ids)])
         if self.selector is not None:
             probe = {**sample, "mask_ids": torch.cat([torch.full_like(prompt, -1), torch.arange(len(ids))])}
             spans = self.selector.spans(self.base([probe])[0]["hidden_states"])
         else:
-            spans, last = [], 0
-            for phrase in sorted(noun_phrases(answer), key=answer.find):
-                at = answer.find(phrase)
-                start = find_interval(intervals, at)
-                end = max(start + 1, find_interval(intervals, at + len(phrase) - 1) + 1)
-                if start >= last:
-                    spans, last = [*spans, (start, min(end, len(ids)))], end
+            spans = spans_of_noun_phrases(self.base.tokenizer, ids)
         spans = spans or [(0, len(ids))]
         mask_ids = torch.full((len(ids),), -1)
         for k, (start, end) in enumerate(spans):
             mask_ids[start:end] = k
         sample["mask_ids"] = torch.cat([torch.full_like(prompt, -1), mask_ids])
-        texts = [tokenizer.decode(ids[s:e]).strip() for s, e in spans]
-        return {"answer": answer.strip(), **self._masks(image, sample, texts)}
+        decode = self.base.tokenizer.decode
+        texts = [decode(ids[start:end]).strip() for start, end in spans]
+        return {"answer": decode(ids).strip(), **self._masks(image, sample, texts)}
+
+
+def pieces_of(text):
+    """A text cut at its noun phrases: [(text, k)] with k = -1 between them; of two that overlap the first one
+    counts. UserError where there is none."""
+    pieces, at, count = [], 0, 0
+    for phrase in sorted(noun_phrases(text), key=text.find):
+        start = text.find(phrase, at)
+        if start >= 0:
+            pieces += [(text[at:start].strip(), -1), (phrase, count)]
+            at, count = start + len(phrase), count + 1
+    if not count:
+        raise UserError(f"no noun phrase in {text!r}; give the phrases themselves")
+    return [piece for piece in [*pieces, (text[at:].strip(), -1)] if piece[0]]
+
+
+def spans_of_noun_phrases(tokenizer, ids):
+    """Token spans [(start, end)] of the noun phrases of an answer, which is given as ids; found by the text
+    of the ids themselves, because re-tokenising is no identity."""
+    ends = [len(tokenizer.decode(ids[: i + 1])) for i in range(len(ids))]
+    answer, intervals = tokenizer.decode(ids), list(zip([0, *ends[:-1]], ends))
+    spans, last = [], 0
+    for phrase in sorted(noun_phrases(answer), key=answer.find):
+        at = answer.find(phrase)
+        start = find_interval(intervals, at)
+        end = max(start + 1, find_interval(intervals, at + len(phrase) - 1) + 1)
+        if start >= last:
+            spans.append((start, min(end, len(ids))))
+            last = end
+    return spans
 
 
 def answer_then_ground(base, sample, max_new_tokens=32):
@@ -276,6 +288,5 @@ def answer_then_ground(base, sample, max_new_tokens=32):
     if not len(ids):
         return sample, ""
     mask_ids = torch.cat([torch.full_like(prompt, -1), torch.zeros_like(ids)])
-    return {**sample, "input_ids": torch.cat([prompt, ids]), "mask_ids": mask_ids}, base.tokenizer.decode(
-        ids
-    ).strip()
+    answered = {**sample, "input_ids": torch.cat([prompt, ids]), "mask_ids": mask_ids}
+    return answered, base.tokenizer.decode(ids).strip()

@@ -101,16 +101,8 @@ def add_references(scene, index, name, split, annotations, refs):
         annotations.append({"id": number, **kind, **mask_of})
         texts = [phrase, f"{thing['colour']} {thing['size']} {thing['shape']}"]
         sentences = [{"raw": text, "sent": text, "tokens": text.split()} for text in texts]
-        refs.append(
-            {
-                "ref_id": len(refs),
-                "ann_id": number,
-                **kind,
-                "split": split,
-                "file_name": name,
-                "sentences": sentences,
-            }
-        )
+        ids = {"ref_id": len(refs), "ann_id": number, **kind}
+        refs.append({**ids, "split": split, "file_name": name, "sentences": sentences})
 
 
 def write_split(folder, split, args, instances, refs):
@@ -155,11 +147,8 @@ def main(args):
             save_base(tiny_model(args.base, tokenizer, args.seed), tokenizer, out / "base")
         counts = {name: getattr(args, name) for name in (*FIRST_INDEX, "side", "seed")}
         atomic_json(png / "built-in.json", counts)
-    print(
-        f"wrote {args.train} + {args.val} + {args.test} + {args.overlap} scenes of {args.side} x {args.side} "
-        "pixels "
-        f"to {args.out}"
-    )
+    scenes = " + ".join(str(getattr(args, split)) for split in FIRST_INDEX)
+    print(f"wrote {scenes} scenes of {args.side} x {args.side} pixels to {args.out}")
 
 
 if __name__ == "__main__":

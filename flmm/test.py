@@ -28,17 +28,14 @@ from common.arguments import Parser, number
 from common.checkpoint import atomic_csv, atomic_json
 from common.errors import UserError, run
 from common.run import loader_worker, open_run, progress, seed_everything
-from common.weights import read_weights
 from flmm.build import (
     add_base_arguments,
     add_config_arguments,
     add_skip_argument,
     attach,
-    build_base,
     build_dataset,
-    build_head,
-    build_sam,
     family_of,
+    load_trained,
     read_config,
 )
 from flmm.conversation import answer_then_ground
@@ -137,6 +134,19 @@ def score(samples, features, outputs, raw=None, calibration=None):
     return rows
 
 
+def score_batch(base, head, sam_encoder, samples, args, raw, calibration):
+    """Rows of the phrases of some samples, and what the head made of them."""
+    answers = None
+    if args.answer_first:  # the base's answer takes the place of the query as the phrase to ground
+        samples, answers = answer_queries(base, samples, args.split)
+    features = extract(base, sam_encoder, samples, likelihood=calibration is not None)
+    outputs = head(features, finish=finished)
+    rows = score(samples, features, outputs, raw, calibration)
+    if answers is not None:
+        rows = [{**row, "answer": answer} for row, answer in zip(rows, answers)]
+    return rows, outputs
+
+
 def finished(logits):
     """A phrase's mask at the size of its picture, so that a large picture's logits need not be kept."""
     return binary_masks(logits, logits.shape[1:]).cpu()
@@ -187,28 +197,21 @@ def write_results(out, rows, **about):
 def main(args):
     # The model: the frozen base, its data, and the trained head.
     accelerator = Accelerator()
-    config = read_config(args.config, args.set)
-    if args.base_path:
-        config["base"]["path"] = args.base_path
+    config = read_config(args.config, args.set, args.base_path)
     family_of(config)
     seed_everything(0)
-    # What costs little is checked before the base is loaded: the data, the head's file, SAM.
-    weights, sam, calibration = read_weights(args.head), build_sam(config), Calibration.beside(args.head)
-    options = {"skip_bad": args.skip_bad}
+    # What costs little is checked before the base is loaded, and a head with missing tensors or of another
+    # base is refused before anything is written.
+    options, calibration = {"skip_bad": args.skip_bad}, Calibration.beside(args.head)
     dataset = build_dataset(config, args.split, args.data, protocol=args.protocol, **options)
     fitting = build_dataset(config, "train", args.data, **options) if args.controls else None
-    base = build_base(config, random_seed=args.random_base, attention=args.attention).to(accelerator.device)
-    dims = (base.channels, base.num_layers, base.hidden_size)
-    head, sam_encoder = build_head(config, dims, sam)
+    base, head, sam_encoder, report = load_trained(
+        config, args.head, accelerator.device, random_seed=args.random_base, attention=args.attention
+    )
     builder = SampleBuilder.of(base, sam_encoder)
     dataset = attach(dataset, builder)
     if args.skip_bad:
         dataset = SkipBad(dataset, replace=False)
-    # A head with missing tensors or of another base is refused before anything is written.
-    report = head.load_upstream(weights, args.head)
-    head.to(accelerator.device).eval()
-    if sam_encoder is not None:
-        sam_encoder.to(accelerator.device)
 
     # The run folder; overlays of an earlier run may have other names and would stay beside the new ones.
     out = open_run(args.out, args, accelerator, overwrite=args.overwrite)
@@ -231,26 +234,14 @@ def main(args):
         collate_fn=keep_good,
     )
     rows, drawn, read = [], 0, 0
+    pictures = args.pictures if accelerator.is_main_process else 0
     for samples in progress(loader, accelerator, desc=args.split):
-        read += len(samples)
         if not samples:
             continue
-        # Reasoning: the base's answer takes the place of the query as the phrase to ground.
-        answers = None
-        if args.answer_first:
-            samples, answers = answer_queries(base, samples, args.split)
-
-        # The frozen part, then the head, then one row per phrase.
-        features = extract(base, sam_encoder, samples, likelihood=calibration is not None)
-        outputs = head(features, finish=finished)
-        batch_rows = score(samples, features, outputs, raw, calibration)
-        if answers is not None:
-            batch_rows = [{**row, "answer": answer} for row, answer in zip(batch_rows, answers)]
-        rows += batch_rows
-
-        # The main process draws its first pictures.
-        for sample, output in zip(samples, outputs):
-            if accelerator.is_main_process and drawn < args.pictures:
+        scored, outputs = score_batch(base, head, sam_encoder, samples, args, raw, calibration)
+        rows, read = rows + scored, read + len(samples)
+        for sample, output in zip(samples, outputs):  # the main process draws its first pictures
+            if drawn < pictures:
                 draw(sample, output, out / "overlays" / f"{drawn:02d}_{Path(sample['file_name']).stem}.png")
                 drawn += 1
 

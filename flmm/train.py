@@ -96,8 +96,6 @@ def settle_options(args, config):
     """Bring command line and configuration together: `optim` decides about what the command line leaves
     open."""
     optim = config["optim"]
-    if args.base_path:
-        config["base"]["path"] = args.base_path
     for name in ("lr", "epochs", "batch_size", "accum", "weight_decay", "warmup", "clip"):
         if name in optim and name not in args._given:
             setattr(args, name, optim[name])
@@ -149,7 +147,7 @@ def frozen_part(config, args, accelerator, sam_encoder):
         if args.shard_base:
             base.shard(accelerator.device)
         base.to(accelerator.device)
-        dims = (base.channels, base.num_layers, base.hidden_size)
+        dims = base.dims
         builder = SampleBuilder.of(base, sam_encoder)
         sets = {split: attach(dataset, builder) for split, dataset in sets.items()}
     if args.skip_bad:
@@ -218,7 +216,7 @@ def describe_base(base) -> str:
 
 def make_head(config, dims, sam, args, accelerator):
     """The part that is trained."""
-    head, _ = build_head(config, dims, sam)
+    head = build_head(config, dims, sam)
     if args.init_head:
         accelerator.print(head.load_upstream(read_weights(args.init_head), args.init_head))
     # Only the parts that see nothing but tensors; lists of pictures of different sizes stay outside.
@@ -245,7 +243,7 @@ def save_head(head, dims, path):
 
 def main(args):
     # The configuration says what the model is and how it is trained; the command line has the last word.
-    config = read_config(args.config, args.set)
+    config = read_config(args.config, args.set, args.base_path)
     settle_options(args, config)
     family_of(config)
     coarse_first = config["optim"].get("coarse_first", 0)

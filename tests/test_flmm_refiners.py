@@ -27,10 +27,10 @@ def refiner(kind):
     torch.manual_seed(0)
     prompts = dict(hidden_size=32, image_size=64, patch_size=16, mask_input_channels=8)
     if kind == "sam_hq":
-        vision = dict(hidden_size=32, mlp_dim=64, num_hidden_layers=2, num_attention_heads=2, image_size=64)
+        vision = dict(hidden_size=32, mlp_dim=64, num_hidden_layers=3, num_attention_heads=2, image_size=64)
         vision |= dict(patch_size=4, output_channels=32, num_pos_feats=16, window_size=7)
         config = hf.SamHQConfig(
-            vision_config={**vision, "global_attn_indexes": [1]},
+            vision_config={**vision, "global_attn_indexes": [0, 2]},
             prompt_encoder_config={**prompts, "patch_size": 4},
             mask_decoder_config={**DECODER, "vit_dim": 32},
         )
@@ -64,6 +64,26 @@ def refiner(kind):
 
 def picture(seed=0):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (*SIZE, 3), np.uint8))
+
+
+@torch.no_grad()
+def test_sam_hq_decodes_with_the_features_of_its_first_global_layer():
+    """They are the whole of what SAM-HQ adds, and weigh little in a random decoder: these weigh much."""
+    model, coarse = refiner("sam_hq"), torch.randn(1, 10, 15)
+    for name, weight in model.mask_decoder.named_parameters():
+        if "compress_vit" in name or "hq_" in name:
+            weight.normal_(std=0.5)
+    encoder, wrapper = SAMImageEncoder(model), SAMWrapper(model, use_text=False).eval()
+    embedding = encoder([picture()])
+    layers = model.vision_encoder(encoder.preprocess(picture())[None]).intermediate_embeddings
+    first, last = layers[0].flatten(), layers[1].flatten()
+    assert torch.equal(embedding[0].flatten()[-len(first) :], first) and not torch.equal(first, last)
+
+    [(logits, _)] = wrapper(list(embedding), [SIZE], [coarse], [[None]])
+    embedding = embedding.clone()
+    embedding[0, -len(first) :] = 10 * first
+    [(changed, _)] = wrapper(list(embedding), [SIZE], [coarse], [[None]])
+    assert (logits - changed).abs().max() > 0.1 * logits.abs().max()
 
 
 @pytest.mark.parametrize("kind", KINDS)

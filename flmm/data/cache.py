@@ -68,15 +68,9 @@ def _write(group, sample, feature):
     for name in ("masks", "gt_masks"):
         group[name] = np.packbits(sample[name].numpy().astype(bool), axis=-1)
         group[name].attrs["width"] = sample[name].shape[-1]
-    group.attrs["about"] = json.dumps(
-        {
-            "image_size": feature["image_size"],
-            "meta_data": feature["meta_data"],
-            "unpad": feature["unpad"],
-            "file_name": sample["file_name"],
-            "mask_infos": sample["mask_infos"],
-        }
-    )
+    about = {name: feature[name] for name in ("image_size", "meta_data", "unpad")}
+    about |= {name: sample[name] for name in ("file_name", "mask_infos")}
+    group.attrs["about"] = json.dumps(about)
 
 
 class CachedFeatures(Dataset):
@@ -84,7 +78,7 @@ class CachedFeatures(Dataset):
     base."""
 
     def __init__(self, folder, fingerprint=None):
-        self.files, self.where = {}, {}
+        self.files, self.where, anew = {}, {}, "delete it to write it anew"
         paths = sorted(Path(folder).glob("features-*.h5"))
         if not paths:
             raise UserError(f"{folder}: holds no cached features")
@@ -96,25 +90,18 @@ class CachedFeatures(Dataset):
                     self.dims = tuple(int(d) for d in file.attrs["dims"])
                     self.where.update({int(name): path for name in file})
             except (OSError, KeyError, ValueError) as error:
-                raise UserError(
-                    f"{path}: not a feature cache ({error}); delete it to write it anew"
-                ) from error
+                raise UserError(f"{path}: not a feature cache ({error}); {anew}") from error
             fresh = json.loads(json.dumps(fingerprint)) if fingerprint else stored
-            if differ := sorted(k for k in stored.keys() | fresh.keys() if stored.get(k) != fresh.get(k)):
-                raise UserError(
-                    f"{path}: was made with {differ[0]} = {stored.get(differ[0])}, now "
-                    f"{fresh.get(differ[0])}; "
-                    "choose another --cache-attention folder or delete this one"
-                )
+            for name in sorted(stored.keys() | fresh.keys()):
+                if stored.get(name) != fresh.get(name):
+                    raise UserError(
+                        f"{path}: was made with {name} = {stored.get(name)}, now {fresh.get(name)}; "
+                        "choose another --cache-attention folder or delete this one"
+                    )
             if processes != len(paths):
-                raise UserError(
-                    f"{folder}: {len(paths)} files, but written by {processes} processes; delete it to write "
-                    "it anew"
-                )
+                raise UserError(f"{folder}: {len(paths)} files, but written by {processes} processes; {anew}")
         if len(self.where) != samples:
-            raise UserError(
-                f"{folder}: {len(self.where)} of {samples} samples are there; delete it to write it anew"
-            )
+            raise UserError(f"{folder}: {len(self.where)} of {samples} samples are there; {anew}")
 
     def __len__(self):
         return len(self.where)
@@ -124,24 +111,13 @@ class CachedFeatures(Dataset):
         if path not in self.files:  # opened in the process that reads: h5py handles do not survive a fork
             self.files[path] = h5py.File(path, "r")
         group = self.files[path][f"{index:08d}"]
-        about = json.loads(group.attrs["about"])
-        maps = (
-            torch.from_numpy(group["maps"][()]).float()
-            * torch.from_numpy(group["scale"][()])[..., None, None]
-        )
-        masks = {
-            name: torch.from_numpy(
-                np.unpackbits(group[name][()], axis=-1, count=int(group[name].attrs["width"]))
-            )
-            for name in ("masks", "gt_masks")
-        }
-        return {
-            "mask_attentions": maps,
-            "hidden_states": torch.from_numpy(group["hidden_states"][()]).float(),
-            "mask_ids": torch.from_numpy(group["mask_ids"][()]),
-            **masks,
-            **about,
-            "image_embedding": torch.from_numpy(group["image_embedding"][()]).float()
-            if "image_embedding" in group
-            else None,
-        }
+        sample = {**json.loads(group.attrs["about"]), "image_embedding": None}
+        for name in ("maps", "scale", "hidden_states", "mask_ids", "image_embedding"):
+            if name in group:
+                values = torch.from_numpy(group[name][()])
+                sample[name] = values.float() if values.is_floating_point() else values
+        sample["mask_attentions"] = sample.pop("maps") * sample.pop("scale")[..., None, None]
+        for name in ("masks", "gt_masks"):
+            width = int(group[name].attrs["width"])
+            sample[name] = torch.from_numpy(np.unpackbits(group[name][()], axis=-1, count=width))
+        return sample

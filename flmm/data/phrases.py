@@ -61,11 +61,8 @@ class PhraseDataset(Dataset):
         items = []
         for caption in sorted({p["caption"] for p in image["phrases"]})[:captions]:
             phrases = [p for p in image["phrases"] if p["caption"] == caption]
-            if caption >= 0:  # of phrases that overlap the first one counts
-                phrases.sort(key=lambda p: p["span"][0])
-                phrases = [
-                    p for i, p in enumerate(phrases) if i == 0 or p["span"][0] >= phrases[i - 1]["span"][1]
-                ]
+            if caption >= 0:
+                phrases = without_overlaps(phrases)
             items.append((image, caption, phrases))
         return items
 
@@ -79,25 +76,15 @@ class PhraseDataset(Dataset):
         image = load_image(path, (segments.shape[1], segments.shape[0]))
         kinds = {s["id"]: bool(s["isthing"]) for s in info["segments"]}
         masks, infos = [], []
-        for p in phrases:
-            masks.append(np.isin(segments, p["segment_ids"]))
-            infos.append(
-                {
-                    "plural": len(p["segment_ids"]) > 1,
-                    "text": p["text"],
-                    "isthing": len(p["segment_ids"]) > 1 or kinds[p["segment_ids"][0]],
-                }
-            )
-        pieces = caption_of_phrases([p["text"] for p in phrases])
-        if (
-            caption >= 0
-        ):  # cut the caption at the spans, dropping the blanks between pieces as PNG captions do
-            text, pieces, at = info["captions"][caption], [], 0
-            for k, p in enumerate(phrases):
-                start, end = p["span"]
-                pieces += [(text[at:start].strip(), -1), (text[start:end], k)]
-                at = end
-            pieces = [(t, k) for t, k in [*pieces, (text[at:].strip(), -1)] if t or k >= 0]
+        for phrase in phrases:
+            ids = phrase["segment_ids"]
+            masks.append(np.isin(segments, ids))
+            plural = len(ids) > 1
+            infos.append({"plural": plural, "text": phrase["text"], "isthing": plural or kinds[ids[0]]})
+        if caption >= 0:
+            pieces = cut(info["captions"][caption], [phrase["span"] for phrase in phrases])
+        else:
+            pieces = caption_of_phrases([phrase["text"] for phrase in phrases])
         return {
             "image": image,
             "pieces": pieces,
@@ -108,6 +95,25 @@ class PhraseDataset(Dataset):
 
     def __getitem__(self, index):
         return self.build(self.record(index))
+
+
+def without_overlaps(phrases):
+    """Phrases in the order of their spans; of two that overlap the first one counts."""
+    kept = []
+    for phrase in sorted(phrases, key=lambda phrase: phrase["span"][0]):
+        if not kept or phrase["span"][0] >= kept[-1]["span"][1]:
+            kept.append(phrase)
+    return kept
+
+
+def cut(text, spans):
+    """A caption cut at the spans of its phrases: [(text, k)], k = -1 between them; the blanks between pieces
+    are dropped as in PNG's captions."""
+    pieces, at = [], 0
+    for k, (start, end) in enumerate(spans):
+        pieces += [(text[at:start].strip(), -1), (text[start:end], k)]
+        at = end
+    return [(piece, k) for piece, k in [*pieces, (text[at:].strip(), -1)] if piece or k >= 0]
 
 
 def read_reasonseg(path):

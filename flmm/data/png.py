@@ -95,15 +95,9 @@ class PNGDataset(Dataset):
             pieces.append((part["utterance"], len(masks) if ids else -1))
             if not ids:
                 continue
-            plural = bool(part["plural"])
             masks.append(np.isin(segments, ids))
-            infos.append(
-                {
-                    "plural": plural,
-                    "isthing": plural or self.isthing[category[ids[0]]],
-                    "text": part["utterance"],
-                }
-            )
+            thing = part["plural"] or self.isthing[category[ids[0]]]
+            infos.append({"plural": part["plural"], "isthing": thing, "text": part["utterance"]})
         name = self.files.get(key(item), annotation["file_name"])
         path = inside(self.images, name)
         if not path.is_file():

@@ -87,17 +87,13 @@ class RefCOCODataset(Dataset):
         self.images = {i["id"]: i for i in instances["images"]}
         self.annotations = {a["id"]: a for a in instances["annotations"]}
         sentences = text_mode == "original" and one_per_object
-        groups = self.group(refs, split, keep_all=sentences)
-        if text_mode == "original":
-            groups = {
-                i: [(ann, [text]) for ann, texts in objects for text in texts]
-                for i, objects in groups.items()
-            }
-        if text_mode == "concat":
-            groups = {i: [(ann, ["".join(texts)]) for ann, texts in objects] for i, objects in groups.items()}
-        self.items = list(groups.items())  # (image id, [(annotation ids, [expression])])
-        if one_per_object:
-            self.items = [(i, [one]) for i, objects in self.items for one in objects]
+        self.items = []  # (image id, [(annotation ids, [expression])])
+        for image, objects in self.group(refs, split, keep_all=sentences).items():
+            if text_mode == "original":
+                objects = [(ids, [text]) for ids, texts in objects for text in texts]
+            if text_mode == "concat":
+                objects = [(ids, ["".join(texts)]) for ids, texts in objects]
+            self.items += [(image, [one]) for one in objects] if one_per_object else [(image, objects)]
 
     def group(self, refs, split, keep_all):
         """{image id: [(annotation ids, texts)]} of the references of `split`, in the order of the file.
@@ -113,14 +109,13 @@ class RefCOCODataset(Dataset):
                 if ref["split"] != split:
                     continue
                 ids, texts, image = self.checked(ref)
-                objects = groups.setdefault(image, [])
                 if ids in seen and ids and not keep_all:
-                    objects = groups[seen[ids][0]]
-                    objects[seen[ids][1]] = (ids, texts)
+                    image, number = seen[ids]
+                    groups[image][number] = (ids, texts)
                     continue
+                objects = groups.setdefault(image, [])
                 seen[ids] = image, len(objects)
                 objects.append((ids, texts))
-        groups = {image: objects for image, objects in groups.items() if objects}
         if not groups:
             raise UserError(
                 f"{self.split_file}: no references of split {split!r}; it has {', '.join(sorted(splits))}"
@@ -136,11 +131,10 @@ class RefCOCODataset(Dataset):
             raise UserError(f"field {error} is missing") from error
         except (TypeError, AttributeError) as error:
             raise UserError(f"not as RefCOCO has it ({error})") from error
-        if not any(text.strip() for text in texts):
-            raise UserError("it has no sentence; leave it out")
         texts = [text for text in texts if text.strip()]
-        info = self.images.get(image) if isinstance(image, int) else None
-        if info is None:
+        if not texts:
+            raise UserError("it has no sentence; leave it out")
+        if not isinstance(image, int) or image not in self.images:
             raise UserError(f"image {image!r} is not in {self.ann_file}")
         for i in ids:
             if i not in self.annotations:

@@ -31,9 +31,8 @@ class SampleBuilder:
 
     def __init__(self, tokenizer, prompt_ids, image_processor, image_marker=None, prepare=None):
         self.tokenizer, self.image_processor, self.prepare = tokenizer, image_processor, prepare
-        self.prompt_ids = [
-            image_marker[1] if image_marker and i == image_marker[0] else i for i in prompt_ids
-        ]
+        token, marker = image_marker or (None, None)
+        self.prompt_ids = [marker if token is not None and i == token else i for i in prompt_ids]
 
     @classmethod
     def of(cls, base, sam_encoder=None):
@@ -80,15 +79,9 @@ class SampleBuilder:
         meta = sample["meta_data"]
         h, w = meta["image_shape"]["height"], meta["image_shape"]["width"]
         masks = F.interpolate(gt[None].float(), size=(h, w), mode="nearest")[0].to(torch.uint8)
-        pad = meta["padding"]
-        sample.update(
-            gt_masks=gt,
-            masks=masks,
-            padded_masks=F.pad(
-                masks, (pad["before_width"], pad["after_width"], pad["before_height"], pad["after_height"])
-            ),
-        )
-        return sample
+        sides = ("before_width", "after_width", "before_height", "after_height")
+        padded = F.pad(masks, [meta["padding"][side] for side in sides])
+        return {**sample, "gt_masks": gt, "masks": masks, "padded_masks": padded}
 
 
 def polygon_parts(parts, source):

@@ -5,6 +5,8 @@ and each keeps at least `min_visible` of its pixels. Words of an object: COLOUR 
 are named in random order, so that neither the words nor their place in the caption tell where an object is.
 """
 
+from itertools import product
+
 import numpy as np
 
 COLOURS = {
@@ -36,33 +38,39 @@ def shape_mask(shape, cx, cy, r, side):
     return ((abs(dx) <= 0.36 * r) | (abs(dy) <= 0.36 * r)) & (np.maximum(abs(dx), abs(dy)) <= r)
 
 
+def place_objects(rng, side, min_visible):
+    """Two or three objects as dictionaries and their masks, of each at least a share of `min_visible` to be
+    seen; (None, None) in the rare case that they do not fit."""
+    objects, masks, wanted = [], [], 2 + int(rng.random() < 0.35)
+    for _ in range(50):
+        if len(objects) == wanted:
+            return objects, masks
+        size = str(rng.choice(list(SIZES)))
+        r = rng.uniform(*SIZES[size]) * side
+        obj = {
+            "colour": str(rng.choice(list(COLOURS))),
+            "size": size,
+            "texture": str(rng.choice(TEXTURES)),
+            "shape": str(rng.choice(SHAPES)),
+        }
+        if any((o["colour"], o["shape"]) == (obj["colour"], obj["shape"]) for o in objects):
+            continue
+        mask = shape_mask(obj["shape"], rng.uniform(r, side - r), rng.uniform(r, side - r), r, side)
+        left = [m & ~mask for m in masks]
+        if any(m.sum() < min_visible * o["area"] for m, o in zip(left, objects)):
+            continue
+        objects.append({**obj, "area": mask.sum()})
+        masks = [*left, mask]
+    return (objects, masks) if len(objects) == wanted else (None, None)
+
+
 def make_scene(seed, index, side=64, overlap=False, min_visible=0.7):
     """One scene: {"image" (side, side, 3) uint8, "masks" (n, side, side) bool in caption order, "phrases" [n
     texts], "objects" [n dicts], "pieces" [(text, k)]}."""
     rng = np.random.default_rng((seed, index))
-    while True:  # drawn again in the rare case that the objects do not fit
-        objects, masks, wanted = [], [], 2 + int(rng.random() < 0.35)
-        for _ in range(50):
-            if len(objects) == wanted:
-                break
-            size = str(rng.choice(list(SIZES)))
-            r = rng.uniform(*SIZES[size]) * side
-            obj = {
-                "colour": str(rng.choice(list(COLOURS))),
-                "size": size,
-                "texture": str(rng.choice(TEXTURES)),
-                "shape": str(rng.choice(SHAPES)),
-            }
-            if any((o["colour"], o["shape"]) == (obj["colour"], obj["shape"]) for o in objects):
-                continue
-            mask = shape_mask(obj["shape"], rng.uniform(r, side - r), rng.uniform(r, side - r), r, side)
-            left = [m & ~mask for m in masks]
-            if any(m.sum() < (min_visible if overlap else 1) * o["area"] for m, o in zip(left, objects)):
-                continue
-            objects.append({**obj, "area": mask.sum()})
-            masks = [*left, mask]
-        if len(objects) == wanted:
-            break
+    objects = None
+    while objects is None:
+        objects, masks = place_objects(rng, side, min_visible if overlap else 1)
     y, x = np.mgrid[:side, :side]
     angle, base = rng.uniform(0, 2 * np.pi), rng.uniform(90, 160)
     image = base + 35 * (np.cos(angle) * x + np.sin(angle) * y) / side
@@ -98,11 +106,6 @@ def make_scene(seed, index, side=64, overlap=False, min_visible=0.7):
 
 def all_texts():
     """Every phrase and connecting word that scenes use, for training the tokenizer."""
-    words = [
-        f" {c} {s} {t} {h}".replace(" plain", "")
-        for c in COLOURS
-        for s in SIZES
-        for t in TEXTURES
-        for h in SHAPES
-    ]
+    objects = product(COLOURS, SIZES, TEXTURES, SHAPES)
+    words = ["".join(f" {word}" for word in words if word != "plain") for words in objects]
     return words + [" a", " and a", " , a", " .", QUESTION, " " + QUESTION] * 40

@@ -27,12 +27,9 @@ def extract(base, sam_encoder, samples, likelihood=False):
 
     Beside the base's output: image_embedding of `sam_encoder` or None, image_size (H, W), meta_data, unpad.
     """
-    features = base(samples, likelihood) if likelihood else base(samples)
-    embeddings = (
-        sam_encoder([s.get("sam_pixels", s["image"]) for s in samples])
-        if sam_encoder is not None
-        else [None] * len(samples)
-    )
+    features, embeddings = base(samples, likelihood), [None] * len(samples)
+    if sam_encoder is not None:
+        embeddings = sam_encoder([s.get("sam_pixels", s["image"]) for s in samples])
     for feature, sample, embedding in zip(features, samples, embeddings):
         feature.update(
             image_embedding=embedding,
@@ -75,20 +72,18 @@ class FLMM(nn.Module):
         return torch.einsum("l,lrd->rd", weights, hidden_states.to(weights.dtype))
 
     def coarse(self, features):
-        """Coarse logits per image, (n_i, h_i, w_i); phrases with maps of one size share one pass of the
-        UNet."""
-        maps, out = [f["mask_attentions"].float() for f in features], [None] * len(features)
-        if not torch.is_grad_enabled():  # one picture after the other, its phrases in groups
+        """Coarse logits per image, (n_i, h_i, w_i)."""
+        maps = [f["mask_attentions"].float() for f in features]
+        if torch.is_grad_enabled():  # maps of one size share one pass of the UNet
+            logits = [None] * len(maps)
+            for shape in {m.shape[1:] for m in maps}:
+                rows = [i for i, m in enumerate(maps) if m.shape[1:] == shape]
+                together = self.mask_head(torch.cat([maps[i] for i in rows]))[:, 0]
+                for i, part in zip(rows, together.split([len(maps[i]) for i in rows])):
+                    logits[i] = part
+        else:  # one picture after the other, its phrases in groups
             logits = [torch.cat([self.mask_head(part)[:, 0] for part in m.split(GROUP)]) for m in maps]
-            return [
-                unpad_crop(part, f["meta_data"]) if f["unpad"] else part for part, f in zip(logits, features)
-            ]
-        for shape in {m.shape[1:] for m in maps}:
-            rows = [i for i, m in enumerate(maps) if m.shape[1:] == shape]
-            logits = self.mask_head(torch.cat([maps[i] for i in rows]))[:, 0]
-            for i, part in zip(rows, logits.split([len(maps[i]) for i in rows])):
-                out[i] = unpad_crop(part, features[i]["meta_data"]) if features[i]["unpad"] else part
-        return out
+        return [unpad_crop(part, f["meta_data"]) if f["unpad"] else part for part, f in zip(logits, features)]
 
     def forward(self, features, refine=True, finish=None):
         """List of feature dicts -> list of {"pred_masks" (n, h, w), "sam_pred_masks" (n, H, W) or None,
@@ -157,17 +152,15 @@ class FLMM(nn.Module):
         """
         parameters, names = dict(self.named_parameters()), self.upstream_names()
         own = ("mask_head.", *(SAM_PARTS if self.sam is not None else ()))
-        left = {k for k in set(tensors) - set(names.values()) if k.startswith(own) and k not in BUFFERS}
-        if left:
-            shown = ", ".join(sorted(left)[:4]) + (f" and {len(left) - 4} more" if len(left) > 4 else "")
+        others = set(tensors) - set(names.values())
+        if left := sorted(k for k in others if k.startswith(own) and k not in BUFFERS):
             raise UserError(
-                f"{source}: {len(left)} tensors have no place in this model: {shown}; the head has another "
-                "shape, so set unet.* (num_stages, enc_num_convs, dec_num_convs) and sam.path as it was "
-                "trained"
+                f"{source}: {len(left)} tensors have no place in this model: {some(left, 4)}; the head has "
+                "another shape, so set unet.* (num_stages, enc_num_convs, dec_num_convs) and sam.path as it "
+                "was trained"
             )
         if missing := sorted(set(names.values()) - set(tensors)):
-            shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
-            raise UserError(f"{source}: {len(missing)} of {len(names)} keys are missing: {shown}")
+            raise UserError(f"{source}: {len(missing)} of {len(names)} keys are missing: {some(missing, 8)}")
         for ours, theirs in names.items():
             if tensors[theirs].shape != parameters[ours].shape:
                 raise UserError(
@@ -181,13 +174,14 @@ class FLMM(nn.Module):
         if self.sam is not None:  # heads that carry the position buffer bring the one they were trained with
             [key] = BUFFERS
             if key in tensors:
-                target = dict(self.named_parameters())[
-                    "sam." + to_transformers_key(key.removeprefix("sam.model."))
-                ]
-                target.data.copy_(tensors[key])
-        return (
-            f"{source}: loaded {len(names)} tensors, ignored {len(set(tensors) - set(names.values()))} others"
-        )
+                name = "sam." + to_transformers_key(key.removeprefix("sam.model."))
+                parameters[name].data.copy_(tensors[key])
+        return f"{source}: loaded {len(names)} tensors, ignored {len(others)} others"
+
+
+def some(names, most) -> str:
+    """The first `most` of a list of names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def confidence(logits):

@@ -13,6 +13,7 @@ The base never trains: no gradient, always in eval mode, not a parameter of anyt
 """
 
 import torch
+import torch.nn.functional as F
 import transformers
 from jinja2 import TemplateError
 from torch.distributed.device_mesh import init_device_mesh
@@ -41,6 +42,7 @@ TEMPLATES = {  # INSTRUCTION only: upstream never adds the system text, nor a ne
 }
 CHAT = "chat"  # the template that the tokenizer itself carries
 QUESTION = "Please give me a description of the image."
+IMPLEMENTATIONS = {"rows": NAME, "eager": "eager"}  # how attention is read, as transformers calls it
 
 
 def pictures_of(sample):
@@ -74,30 +76,25 @@ class FrozenBase:
         question=QUESTION,
     ):
         self.model = model.eval().requires_grad_(False)
-        self.tokenizer, self.image_processor, self.merge, self.attention = (
-            tokenizer,
-            image_processor,
-            merge,
-            attention,
-        )
-        self.template, self.question = template or self.template, question
-        implementations = {"rows": NAME, "eager": "eager"}
+        self.tokenizer, self.image_processor = tokenizer, image_processor
+        self.template, self.question, self.merge = template or self.template, question, merge
         for name, value, known in (
             ("template", self.template, (*TEMPLATES, CHAT)),
             ("merge", merge, ("mean", "max")),
-            ("attention", attention, implementations),
+            ("attention", attention, IMPLEMENTATIONS),
         ):
             if value not in known:
                 raise UserError(f"base.{name} is {value!r}, expected one of {', '.join(known)}")
         self.image_token_id = model.config.image_token_id
         text = model.config.get_text_config()
-        self.num_layers, self.num_heads, self.hidden_size = (
-            text.num_hidden_layers,
-            text.num_attention_heads,
-            text.hidden_size,
-        )
-        self.channels = self.num_layers * self.num_heads * self.maps_per_head
-        model.set_attn_implementation({"text_config": implementations[attention], "vision_config": "sdpa"})
+        self.num_layers, self.hidden_size = text.num_hidden_layers, text.hidden_size
+        self.channels = self.num_layers * text.num_attention_heads * self.maps_per_head
+        self.read_attention(attention)
+
+    def read_attention(self, attention):
+        """Read attention from now on by "rows" or "eager"."""
+        self.attention, text = attention, IMPLEMENTATIONS[attention]
+        self.model.set_attn_implementation({"text_config": text, "vision_config": "sdpa"})
 
     # ---- loading
 
@@ -110,17 +107,14 @@ class FrozenBase:
         """
         architecture = getattr(transformers, cls.architecture, None)
         if architecture is None:
-            raise UserError(
-                f"transformers {transformers.__version__} has no {cls.architecture}; install a newer one"
-            )
+            version = transformers.__version__
+            raise UserError(f"transformers {version} has no {cls.architecture}; install a newer one")
         with reading(path, "folder of the base model"):
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-            if config.architectures and config.architectures[0] != cls.architecture:
-                raise UserError(
-                    f"{path}: holds a {config.architectures[0]}, this configuration needs a "
-                    f"{cls.architecture}"
-                )
+            held = (config.architectures or [cls.architecture])[0]
+            if held != cls.architecture:
+                raise UserError(f"{path}: holds a {held}, this configuration needs a {cls.architecture}")
             if random_seed is not None:
                 torch.manual_seed(random_seed)
                 model = architecture._from_config(config)
@@ -144,13 +138,15 @@ class FrozenBase:
         raise NotImplementedError
 
     def to(self, device):
-        spread_out, quantised = (
-            getattr(self.model, "hf_device_map", None),
-            getattr(self.model, "hf_quantizer", None),
-        )
-        if spread_out is None and quantised is None:  # these stay where from_pretrained put them
+        if not self.placed:
             self.model.to(device)
         return self
+
+    @property
+    def placed(self) -> bool:
+        """Whether from_pretrained has put the weights where they must stay: in 4 bits, or on many devices."""
+        names = ("hf_device_map", "hf_quantizer")
+        return any(getattr(self.model, name, None) is not None for name in names)
 
     def shard(self, device):
         """Keep only this process's part of each decoder layer (FSDP2); a layer is gathered while it runs.
@@ -158,7 +154,7 @@ class FrozenBase:
         Call it before `to`, in every process; from then on all of them must run the same number of forward
         passes.
         """
-        if getattr(self.model, "hf_device_map", None) or getattr(self.model, "hf_quantizer", None):
+        if self.placed:
             raise UserError(
                 "--shard-base: a base in 4-bit or spread by device_map cannot be sharded too; choose one of "
                 "them"
@@ -185,6 +181,11 @@ class FrozenBase:
         return decoder
 
     @property
+    def dims(self):
+        """What a head must fit: attention channels, layers, hidden size."""
+        return self.channels, self.num_layers, self.hidden_size
+
+    @property
     def device(self):
         return self.model.get_input_embeddings().weight.device
 
@@ -197,20 +198,17 @@ class FrozenBase:
         history: [(question, answer)] of earlier turns; the pictures come before the first question.
         """
         texts = [self.question] if text is None else [text] if isinstance(text, str) else list(text)
-        first = [*texts[:-1], history[0][0]] if history else texts
-        words = [w for turn in history for w in turn][1:] + texts[-1:] if history else []
-        between, options = self.template_parts(1 + len(history))
-        parts = [(between[0], False)]
-        for part in first:
-            parts += [(self.image_text, False), (part, True)]
-        for template, part in zip(between[1:], words):
-            parts += [(template, False), (part, True)]
-        ids = encode_parts(self.tokenizer, [*parts, (between[-1], False)], **options)
+        said = [words for turn in history for words in turn] + texts[-1:]  # questions and answers by turns
+        template, options = self.template_parts(1 + len(history))
+        parts = [(template[0], False)]
+        for words in [*texts[:-1], said[0]]:
+            parts += [(self.image_text, False), (words, True)]
+        for between, words in zip(template[1:], said[1:]):
+            parts += [(between, False), (words, True)]
+        ids = encode_parts(self.tokenizer, [*parts, (template[-1], False)], **options)
         if ids.count(self.image_token_id) < 1:
-            raise UserError(
-                f"the tokenizer does not know the image token of {self.image_text!r} (id "
-                f"{self.image_token_id})"
-            )
+            token = f"{self.image_text!r} (id {self.image_token_id})"
+            raise UserError(f"the tokenizer does not know the image token of {token}")
         return ids
 
     def template_parts(self, rounds=1):
@@ -240,10 +238,12 @@ class FrozenBase:
                 text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
             except (TypeError, ValueError, TemplateError):
                 continue
-            parts, pictured = text.split(mark), picture in content if content != mark else False
+            # a template that does not know parts writes their dictionaries, or leaves words out
+            parts, pictured = text.split(mark), content == [picture, words]
             if len(parts) != 2 * rounds or "'type'" in text or pictured and not parts[0].endswith(image):
                 continue
-            parts[0] = parts[0].removesuffix(image) if pictured else parts[0]
+            if pictured:
+                parts[0] = parts[0].removesuffix(image)
             return parts, {"add_special_tokens": False}
         raise UserError(
             "the tokenizer's chat template does not give back the user's words; set base.template"
@@ -278,11 +278,8 @@ class FrozenBase:
         values = ids if values is None else values
         at = (ids == self.image_token_id).nonzero().flatten().tolist()
         tokens = [span.count(self.image_token_id) for span in spans]
-        if len(at) == sum(tokens):
-            firsts = [at[sum(tokens[:k])] - span.index(self.image_token_id) for k, span in enumerate(spans)]
-            held = (ids[max(0, start) :][: len(span)].tolist() for start, span in zip(firsts, spans))
-            if all(have == span for have, span in zip(held, spans)):
-                return values  # already expanded
+        if len(at) == sum(tokens) and self.holds_spans(ids, at, spans, tokens):
+            return values
         if len(at) != len(spans):
             raise ValueError(f"input_ids hold {len(at)} image tokens, expected {len(spans)} or {sum(tokens)}")
         pieces, last = [], 0
@@ -290,6 +287,16 @@ class FrozenBase:
             inner = ids.new_tensor(span) if values is ids else values.new_full((len(span),), fill)
             pieces, last = [*pieces, values[last:position], inner], position + 1
         return torch.cat([*pieces, values[last:]])
+
+    def holds_spans(self, ids, at, spans, tokens):
+        """Whether ids are expanded already: around the image tokens `at` stand the spans of the pictures."""
+        first = 0
+        for span, count in zip(spans, tokens):
+            start = max(0, at[first] - span.index(self.image_token_id))
+            if ids[start : start + len(span)].tolist() != span:
+                return False
+            first += count
+        return True
 
     def to_grid(self, maps, grid):
         """One (H, n, N) tensor per layer, N image columns -> (n, channels, gh, gw); channel = layer * H +
@@ -302,16 +309,13 @@ class FrozenBase:
         length = max(len(i) for i in ids)
         pad = self.model.config.get_text_config().pad_token_id or 0
         shifts = [length - len(i) for i in ids]
-        input_ids = torch.stack([torch.cat([i.new_full((k,), pad), i]) for i, k in zip(ids, shifts)]).to(
-            self.device
-        )
-        attention_mask = torch.stack([torch.arange(length) >= k for k in shifts]).long().to(self.device)
-        return {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "use_cache": False,
-            **self.build_inputs([p for s in samples for p in pictures_of(s)], input_ids, attention_mask),
-        }, shifts
+        padded = [F.pad(i, (k, 0), value=pad) for i, k in zip(ids, shifts)]
+        tokens = {
+            "input_ids": torch.stack(padded).to(self.device),
+            "attention_mask": torch.stack([torch.arange(length) >= k for k in shifts]).long().to(self.device),
+        }
+        pictures = [picture for sample in samples for picture in pictures_of(sample)]
+        return {**tokens, "use_cache": False, **self.build_inputs(pictures, *tokens.values())}, shifts
 
     # ---- the one forward pass
 
@@ -347,19 +351,17 @@ class FrozenBase:
         if len(wanted.maps) != self.num_layers:
             name, got = type(self.model).__name__, len(wanted.maps)
             raise UserError(f"{name}: {got} of {self.num_layers} layers gave attention; all of a base must")
-        outputs = [
-            {
-                "mask_attentions": self.to_grid(
-                    [layer[b].to(self.device) for layer in wanted.maps], self.grid(sample)
-                ),
+        outputs = []
+        for b, sample in enumerate(samples):
+            maps = [layer[b].to(self.device) for layer in wanted.maps]
+            output = {
+                "mask_attentions": self.to_grid(maps, self.grid(sample)),
                 "hidden_states": torch.stack([h[b] for h in hidden]),
                 "mask_ids": phrases[b].to(self.device),
             }
-            for b, sample in enumerate(samples)
-        ]
-        if likelihood:
-            for b, output in enumerate(outputs):
+            if likelihood:
                 output["log_probs"] = self.log_probs(before[b], inputs["input_ids"][b, wanted.rows[b]])
+            outputs.append(output)
         return outputs
 
     def columns_of(self, ids, sample):
@@ -380,11 +382,9 @@ class FrozenBase:
         if self.attention == "eager":
             out = self.model.model(**inputs, output_attentions=True, output_hidden_states=True)
             for layer in out.attentions:
+                samples = zip(layer, wanted.rows, wanted.phrases, wanted.columns)
                 wanted.maps.append(
-                    [
-                        merge_rows(layer[b][:, r][..., c].float(), p, self.merge)
-                        for b, (r, p, c) in enumerate(zip(wanted.rows, wanted.phrases, wanted.columns))
-                    ]
+                    [merge_rows(a[:, r][..., c].float(), p, self.merge) for a, r, p, c in samples]
                 )
             states = out.hidden_states[-self.num_layers :]
             before = [states[-1][b, r - 1] for b, r in enumerate(wanted.rows)]

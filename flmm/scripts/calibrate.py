@@ -23,16 +23,7 @@ from common.arguments import Parser, number
 from common.errors import UserError, run
 from common.figures import new_figure, save_figure
 from common.run import progress
-from common.weights import read_weights
-from flmm.build import (
-    add_config_arguments,
-    build_base,
-    build_dataset,
-    build_head,
-    build_sam,
-    family_of,
-    read_config,
-)
+from flmm.build import add_config_arguments, build_dataset, family_of, load_trained, read_config
 from flmm.data.absent import absent_phrases
 from flmm.data.samples import SampleBuilder, caption_of_phrases
 from flmm.evaluation import phrase_rows
@@ -130,18 +121,9 @@ def main(args):
     # Data and configuration are checked before the base is loaded.
     config = read_config(args.config, args.set)
     family_of(config)
-    data, weights, sam = (
-        build_dataset(config, args.split, args.data),
-        read_weights(args.head),
-        build_sam(config),
-    )
-    accelerator = Accelerator()
-    base = build_base(config).to(accelerator.device)
-    head, sam_encoder = build_head(config, (base.channels, base.num_layers, base.hidden_size), sam)
-    accelerator.print(head.load_upstream(weights, args.head))
-    head.to(accelerator.device).eval()
-    if sam_encoder is not None:
-        sam_encoder.to(accelerator.device)
+    data, accelerator = build_dataset(config, args.split, args.data), Accelerator()
+    base, head, sam_encoder, report = load_trained(config, args.head, accelerator.device)
+    accelerator.print(report)
 
     # Ask about every picture what it holds and what it does not.
     rng = np.random.default_rng(args.seed)

@@ -20,14 +20,9 @@ from common.arguments import Parser
 from common.checkpoint import atomic_path
 from common.errors import UserError, run
 from common.weights import read_checkpoint, strip_prefixes
+from flmm.models.flmm import SAM_PARTS
 
-TRAINED = (
-    "mask_head.",
-    "text_proj.",
-    "text_layer_weights",
-    "sam.model.prompt_encoder.",
-    "sam.model.mask_decoder.",
-)
+TRAINED = ("mask_head.", *SAM_PARTS)
 
 
 def parse_args(argv=None):
@@ -67,21 +62,18 @@ def main(args):
         )
     states = read_checkpoint(models[0])
     tensors, source = dict(states["module"]), "module weights"
-    optimizers = sorted(
-        args.folder.glob("*optim_states.pt"), key=lambda p: (len(p.name), p.name)
-    )  # rank 10 after rank 9
+    # rank 10 comes after rank 9
+    optimizers = sorted(args.folder.glob("*optim_states.pt"), key=lambda p: (len(p.name), p.name))
     try:
-        shards = [
-            read_checkpoint(p)["optimizer_state_dict"]["single_partition_of_fp32_groups"] for p in optimizers
-        ]
+        optimizer_states = [read_checkpoint(path)["optimizer_state_dict"] for path in optimizers]
+        shards = [state["single_partition_of_fp32_groups"] for state in optimizer_states]
         if shards and states.get("param_shapes"):
             tensors |= merge_shards(shards, states["param_shapes"])
             source = f"fp32 weights of {len(shards)} optimizer shards"
     except (KeyError, UserError) as error:
         print(f"optimizer shards not used: {error}")
-    kept = {
-        strip_prefixes(k): v.contiguous() for k, v in tensors.items() if strip_prefixes(k).startswith(TRAINED)
-    }
+    named = {strip_prefixes(key): value for key, value in tensors.items()}
+    kept = {key: value.contiguous() for key, value in named.items() if key.startswith(TRAINED)}
     if not kept:
         raise UserError(f"{models[0]}: none of the keys belongs to a head ({', '.join(TRAINED)})")
     with atomic_path(args.output) as temporary:

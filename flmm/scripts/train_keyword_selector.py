@@ -90,11 +90,8 @@ def f1(pairs):
     predicted, wanted = (torch.cat(part) for part in zip(*pairs))
     hit = (predicted & wanted).sum().item()
     precision, recall = hit / max(1, predicted.sum().item()), hit / max(1, wanted.sum().item())
-    return {
-        "F1": 2 * precision * recall / max(1e-9, precision + recall),
-        "precision": precision,
-        "recall": recall,
-    }
+    both = 2 * precision * recall / max(1e-9, precision + recall)
+    return {"F1": both, "precision": precision, "recall": recall}
 
 
 @torch.no_grad()

@@ -20,10 +20,9 @@ from common.arguments import Parser
 from common.checkpoint import atomic_json
 from common.errors import UserError, run
 from common.weights import read_weights
-from flmm.build import add_config_arguments, build_base, build_dataset, build_head, build_sam, read_config
+from flmm.build import add_config_arguments, build_dataset, load_trained, read_config
 from flmm.conversation import Grounder
 from flmm.data.samples import SampleBuilder
-from flmm.models.attention_rows import NAME
 from flmm.models.flmm import extract
 
 
@@ -39,7 +38,7 @@ def parse_args(argv=None):
 
 def main(args):
     config, device = read_config(args.config, args.set), Accelerator().device
-    base = build_base(config).to(device)
+    base, head, encoder, _ = load_trained(config, args.head, device)
     model, untouched = base.model, {k: v.clone() for k, v in base.model.state_dict().items()}
     dataset = build_dataset(config, "test", args.data, SampleBuilder.of(base))
     samples = [dataset[i] for i in range(min(args.pictures, len(dataset)))]
@@ -48,20 +47,15 @@ def main(args):
         prompt = torch.tensor(base.encode_prompt())
         return [base.generate({**s, "input_ids": prompt}, 32) for s in samples]
 
-    model.set_attn_implementation(
-        {"text_config": "sdpa", "vision_config": "sdpa"}
-    )  # the model as anyone loads it
+    plain = dict.fromkeys(("text_config", "vision_config"), "sdpa")
+    model.set_attn_implementation(plain)  # the model as anyone loads it
     before = answers()
-    model.set_attn_implementation({"text_config": NAME, "vision_config": "sdpa"})
-    head, encoder = build_head(config, (base.channels, base.num_layers, base.hidden_size), build_sam(config))
-    head.load_upstream(read_weights(args.head), args.head)
-    head, encoder = head.to(device), encoder and encoder.to(device)
+    base.read_attention("rows")
+    head.train()
     optimizer = torch.optim.AdamW([p for p in head.parameters() if p.requires_grad], lr=1e-3)
     for _ in range(args.steps):
-        loss = head.compute_loss(
-            head(extract(base, encoder, samples)), [s["masks"].to(device) for s in samples]
-        )["loss"]
-        loss.backward()
+        outputs, masks = head(extract(base, encoder, samples)), [s["masks"].to(device) for s in samples]
+        head.compute_loss(outputs, masks)["loss"].backward()
         optimizer.step()
         optimizer.zero_grad()
     Grounder(base, head, encoder).converse(samples[0]["image"])

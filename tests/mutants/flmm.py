@@ -163,8 +163,8 @@ MUTANTS = [
     ),
     Mutant(
         "flmm/data/samples.py",
-        '(pad["before_width"], pad["after_width"], pad["before_height"], pad["after_height"])',
-        '(pad["before_height"], pad["after_height"], pad["before_width"], pad["after_width"])',
+        '("before_width", "after_width", "before_height", "after_height")',
+        '("before_height", "after_height", "before_width", "after_width")',
         GOLDEN,
         "padding of the masks with swapped axes",
     ),
@@ -191,8 +191,8 @@ MUTANTS = [
     ),
     Mutant(
         "flmm/scripts/demo/page.py",
-        "mine = len(named) == 1 and named[0].lower() in hosts",
-        "mine = len(named) == 1",
+        "len(named) != 1 or named[0].lower() not in hosts",
+        "len(named) != 1",
         "tests/test_flmm.py::test_the_page_answers_to_itself_alone",
         "the page answers under any name that leads to this machine",
     ),
@@ -210,6 +210,20 @@ MUTANTS = [
         'part.sum(1) if merge == "mean"',
         GOLDEN,
         "long phrases have larger maps",
+    ),
+    Mutant(
+        "flmm/models/mask_head/mask_refiner.py",
+        "maps = [maps[0], maps[1][0]]",
+        "maps = [maps[0], maps[1][-1]]",
+        "tests/test_flmm_refiners.py",
+        "SAM-HQ decodes with the features of its last layer",
+    ),
+    Mutant(
+        "flmm/models/mask_head/mask_refiner.py",
+        '"intermediate_embeddings": maps[1:]}',
+        '"intermediate_embeddings": None}',
+        "tests/test_flmm_refiners.py",
+        "SAM-HQ decodes without its early features",
     ),
     Mutant(
         "flmm/models/mask_head/mask_refiner.py",

@@ -27,19 +27,12 @@ class BasicConvBlock(nn.Module):
 
     def __init__(self, in_channels, out_channels, num_convs, num_groups, stride=1, dilation=1):
         super().__init__()
-        self.convs = nn.Sequential(
-            *[
-                ConvModule(
-                    in_channels if i == 0 else out_channels,
-                    out_channels,
-                    3,
-                    num_groups,
-                    stride=stride if i == 0 else 1,
-                    dilation=1 if i == 0 else dilation,
-                )
-                for i in range(num_convs)
-            ]
-        )
+        first = ConvModule(in_channels, out_channels, 3, num_groups, stride=stride)
+        others = [
+            ConvModule(out_channels, out_channels, 3, num_groups, dilation=dilation)
+            for _ in range(num_convs - 1)
+        ]
+        self.convs = nn.Sequential(first, *others)
 
     def forward(self, x):
         return self.convs(x)
@@ -65,11 +58,10 @@ class UpConvBlock(nn.Module):
         self.conv_block = BasicConvBlock(
             2 * out_channels, out_channels, num_convs, num_groups, dilation=dilation
         )
-        self.upsample = (
-            InterpConv(in_channels, out_channels, num_groups)
-            if upsample
-            else ConvModule(in_channels, out_channels, 1, num_groups)
-        )
+        if upsample:
+            self.upsample = InterpConv(in_channels, out_channels, num_groups)
+        else:
+            self.upsample = ConvModule(in_channels, out_channels, 1, num_groups)
 
     def forward(self, skip, x):
         return self.conv_block(torch.cat([skip, self.upsample(x)], dim=1))
@@ -100,11 +92,8 @@ class UNetHead(nn.Module):
         num_groups=1,
     ):
         super().__init__()
-        self.in_channels, self.normalize_input, self.upsample_input = (
-            in_channels,
-            normalize_input,
-            upsample_input,
-        )
+        self.in_channels, self.normalize_input = in_channels, normalize_input
+        self.upsample_input = upsample_input
         self.multiple = 2 ** (num_stages - 1)  # upstream pads to this, whatever is really down-sampled
         self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList()
         channels = in_channels
@@ -142,17 +131,15 @@ class UNetHead(nn.Module):
             if x.numel() and not (0 <= x.min() and x.max() <= 1):
                 raise ValueError("attention maps must lie in [0, 1]")
             x = x / x.sum(dim=(-2, -1), keepdim=True).clamp(min=1e-12)
-        # scale_factor, not size: for sides that do not divide, the sample positions differ
-        scale = max(1.0, self.upsample_input / max(x.shape[-2:])) if self.upsample_input is not None else None
-        if scale is not None and scale > 1 and self.mixes_first:
+        scale = max(1.0, (self.upsample_input or 0) / max(x.shape[-2:]))
+        if scale > 1 and self.mixes_first:
             x, (h, w) = self.first_layer(x, scale)
-            skips = [x]
         else:
-            if scale is not None:
+            if scale > 1:  # scale_factor, not size: for sides that do not divide, the sample positions differ
                 x = F.interpolate(x.float(), scale_factor=scale, mode="bilinear").to(x.dtype)
             h, w = x.shape[-2:]
             x = self.encoder[0](F.pad(x, (0, -w % self.multiple, 0, -h % self.multiple)))
-            skips = [x]
+        skips = [x]
         for stage in self.encoder[1:]:
             x = stage(x)
             skips.append(x)

@@ -37,74 +37,64 @@ REFINERS = {
     "sam3_video": "Sam3TrackerModel",
 }
 
-# original name -> transformers name, tried in order on every key (regular expressions)
-_RENAMES = [
-    (r"^image_encoder\.patch_embed\.proj\.", "vision_encoder.patch_embed.projection."),
-    (r"^image_encoder\.blocks\.(\d+)\.norm(\d)\.", r"vision_encoder.layers.\1.layer_norm\2."),
-    (r"^image_encoder\.blocks\.", "vision_encoder.layers."),
-    (r"^image_encoder\.neck\.0\.", "vision_encoder.neck.conv1."),
-    (r"^image_encoder\.neck\.1\.", "vision_encoder.neck.layer_norm1."),
-    (r"^image_encoder\.neck\.2\.", "vision_encoder.neck.conv2."),
-    (r"^image_encoder\.neck\.3\.", "vision_encoder.neck.layer_norm2."),
-    (r"^image_encoder\.", "vision_encoder."),
+# parameter names of segment_anything and of transformers, the first pair that fits; {} is a number
+NAMES = [
+    ("image_encoder.patch_embed.proj.", "vision_encoder.patch_embed.projection."),
+    ("image_encoder.blocks.{}.norm{}.", "vision_encoder.layers.{}.layer_norm{}."),
+    ("image_encoder.blocks.", "vision_encoder.layers."),
+    ("image_encoder.neck.0.", "vision_encoder.neck.conv1."),
+    ("image_encoder.neck.1.", "vision_encoder.neck.layer_norm1."),
+    ("image_encoder.neck.2.", "vision_encoder.neck.conv2."),
+    ("image_encoder.neck.3.", "vision_encoder.neck.layer_norm2."),
+    ("image_encoder.", "vision_encoder."),
     (
-        r"^prompt_encoder\.pe_layer\.positional_encoding_gaussian_matrix$",
+        "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix",
         "prompt_encoder.shared_embedding.positional_embedding",
     ),
-    (r"^prompt_encoder\.point_embeddings\.", "prompt_encoder.point_embed."),
-    (r"^prompt_encoder\.mask_downscaling\.0\.", "prompt_encoder.mask_embed.conv1."),
-    (r"^prompt_encoder\.mask_downscaling\.1\.", "prompt_encoder.mask_embed.layer_norm1."),
-    (r"^prompt_encoder\.mask_downscaling\.3\.", "prompt_encoder.mask_embed.conv2."),
-    (r"^prompt_encoder\.mask_downscaling\.4\.", "prompt_encoder.mask_embed.layer_norm2."),
-    (r"^prompt_encoder\.mask_downscaling\.6\.", "prompt_encoder.mask_embed.conv3."),
-    (r"^mask_decoder\.transformer\.norm_final_attn\.", "mask_decoder.transformer.layer_norm_final_attn."),
-    (
-        r"^mask_decoder\.transformer\.layers\.(\d+)\.norm(\d)\.",
-        r"mask_decoder.transformer.layers.\1.layer_norm\2.",
-    ),
-    (r"^mask_decoder\.output_upscaling\.0\.", "mask_decoder.upscale_conv1."),
-    (r"^mask_decoder\.output_upscaling\.1\.", "mask_decoder.upscale_layer_norm."),
-    (r"^mask_decoder\.output_upscaling\.3\.", "mask_decoder.upscale_conv2."),
+    ("prompt_encoder.point_embeddings.", "prompt_encoder.point_embed."),
+    ("prompt_encoder.mask_downscaling.0.", "prompt_encoder.mask_embed.conv1."),
+    ("prompt_encoder.mask_downscaling.1.", "prompt_encoder.mask_embed.layer_norm1."),
+    ("prompt_encoder.mask_downscaling.3.", "prompt_encoder.mask_embed.conv2."),
+    ("prompt_encoder.mask_downscaling.4.", "prompt_encoder.mask_embed.layer_norm2."),
+    ("prompt_encoder.mask_downscaling.6.", "prompt_encoder.mask_embed.conv3."),
+    ("mask_decoder.transformer.norm_final_attn.", "mask_decoder.transformer.layer_norm_final_attn."),
+    ("mask_decoder.transformer.layers.{}.norm{}.", "mask_decoder.transformer.layers.{}.layer_norm{}."),
+    ("mask_decoder.output_upscaling.0.", "mask_decoder.upscale_conv1."),
+    ("mask_decoder.output_upscaling.1.", "mask_decoder.upscale_layer_norm."),
+    ("mask_decoder.output_upscaling.3.", "mask_decoder.upscale_conv2."),
 ]
-_MLP = re.compile(r"^(mask_decoder\.(?:output_hypernetworks_mlps\.\d+|iou_prediction_head)\.)(.*)$")
+
+
+def names_of_mlps(iou_depth):
+    """NAMES of the decoder's MLPs, whose first and last layers have names of their own in transformers."""
+    pairs = []
+    for mlp, depth in (("output_hypernetworks_mlps.{}.", 3), ("iou_prediction_head.", iou_depth)):
+        layers = ["proj_in.", *(f"layers.{k}." for k in range(depth - 2)), "proj_out."]
+        pairs += [
+            (f"mask_decoder.{mlp}layers.{k}.", f"mask_decoder.{mlp}{name}") for k, name in enumerate(layers)
+        ]
+    return pairs
+
+
+def renamed(key, pairs):
+    """`key` with the first of `pairs` (old, new) applied that it begins with; as it is where none fits."""
+    for old, new in pairs:
+        if found := re.match(re.escape(old).replace(r"\{\}", r"(\d+)"), key):
+            return new.format(*found.groups()) + key[found.end() :]
+    return key
 
 
 def to_transformers_key(key, iou_depth=3):
     """segment_anything parameter name -> transformers SamModel name. iou_depth: layers of the IoU MLP
     (published: 3)."""
-    if match := _MLP.match(key):
-        depth = iou_depth if "iou_prediction_head" in key else 3
-        layer, rest = re.match(r"layers\.(\d+)\.(.*)", match[2]).groups()
-        name = {0: "proj_in", depth - 1: "proj_out"}.get(int(layer), f"layers.{int(layer) - 1}")
-        return f"{match[1]}{name}.{rest}"
-    for pattern, replacement in _RENAMES:
-        if re.match(pattern, key):
-            return re.sub(pattern, replacement, key)
-    return key
+    return renamed(key, [*names_of_mlps(iou_depth), *NAMES])
 
 
 def original_keys(names, iou_depth=3):
     """{transformers name: segment_anything name} for the given transformers names (the inverse of
     to_transformers_key)."""
-    inverse = []
-    for (
-        pattern,
-        replacement,
-    ) in _RENAMES:  # only literal text and \d+ groups occur, so the inverse is mechanical
-        literal = pattern.strip("^$").replace("\\.", ".")
-        source = re.escape(replacement).replace(r"\\1", r"(\d+)").replace(r"\\2", r"(\d)")
-        first = re.sub(r"\(\\d\+?\)", r"\\1", literal, count=1)
-        inverse.append((f"^{source}", re.sub(r"\(\\d\+?\)", r"\\2", first, count=1)))
-    out = {}
-    for name in names:
-        if match := _MLP.match(name):
-            depth = iou_depth if "iou_prediction_head" in name else 3
-            rest = re.sub(r"^layers\.(\d+)", lambda m: f"layers.{int(m[1]) + 1}", match[2])
-            rest = rest.replace("proj_in", "layers.0").replace("proj_out", f"layers.{depth - 1}")
-            out[name] = match[1] + rest
-            continue
-        out[name] = next((re.sub(p, r, name) for p, r in inverse if re.match(p, name)), name)
-    return out
+    pairs = [(new, old) for old, new in [*names_of_mlps(iou_depth), *NAMES]]
+    return {name: renamed(name, pairs) for name in names}
 
 
 def sam_config_from_tensors(tensors, decoder_heads=8):
@@ -112,57 +102,49 @@ def sam_config_from_tensors(tensors, decoder_heads=8):
 
     decoder_heads is not in the weights; every published SAM has 8.
     """
-    required = [
-        "image_encoder.pos_embed",
-        "image_encoder.patch_embed.proj.weight",
-        "mask_decoder.mask_tokens.weight",
-    ]
-    if missing := [k for k in required if k not in tensors]:
-        raise KeyError(f"not an original SAM checkpoint: {', '.join(missing)} missing")
-    _, grid, _, hidden = tensors["image_encoder.pos_embed"].shape
-    patch = tensors["image_encoder.patch_embed.proj.weight"].shape[-1]
-    rel = [
-        tensors[k].shape
-        for k in sorted(
-            (k for k in tensors if k.endswith("attn.rel_pos_h")), key=lambda k: int(k.split(".")[2])
-        )
-    ]
-    full = 2 * grid - 1
-    windows = [(length + 1) // 2 for length, _ in rel if length != full]
-    dim = tensors["mask_decoder.mask_tokens.weight"].shape[1]
+
+    def shape(name):
+        if name not in tensors:
+            raise KeyError(f"not an original SAM checkpoint: {name} missing")
+        return tensors[name].shape
+
+    def layers(prefix):
+        """Number of layers, which stand as numbers behind `prefix`."""
+        return 1 + max(int(key[len(prefix) :].split(".")[0]) for key in tensors if key.startswith(prefix))
+
+    _, grid, _, hidden = shape("image_encoder.pos_embed")
+    patch = shape("image_encoder.patch_embed.proj.weight")[-1]
+    mask_tokens, dim = shape("mask_decoder.mask_tokens.weight")
+    blocks = layers("image_encoder.blocks.")
+    # relative positions of a layer: of the whole grid where it attends globally, else of its window
+    positions = [shape(f"image_encoder.blocks.{k}.attn.rel_pos_h") for k in range(blocks)]
+    spans = [(length + 1) // 2 for length, _ in positions]
+    picture = dict(image_size=grid * patch, patch_size=patch)
     return SamConfig(
         vision_config=SamVisionConfig(
+            **picture,
             hidden_size=hidden,
             output_channels=dim,
-            num_hidden_layers=len(rel),
-            num_attention_heads=hidden // rel[0][1],
-            image_size=grid * patch,
-            patch_size=patch,
+            num_hidden_layers=blocks,
+            num_attention_heads=hidden // positions[0][1],
             num_pos_feats=dim // 2,
-            mlp_dim=tensors["image_encoder.blocks.0.mlp.lin1.weight"].shape[0],
-            window_size=windows[0] if windows else 0,
-            global_attn_indexes=[i for i, (length, _) in enumerate(rel) if length == full],
+            mlp_dim=len(tensors["image_encoder.blocks.0.mlp.lin1.weight"]),
+            window_size=next((span for span in spans if span != grid), 0),
+            global_attn_indexes=[k for k, span in enumerate(spans) if span == grid],
         ).to_dict(),
         prompt_encoder_config=SamPromptEncoderConfig(
+            **picture,
             hidden_size=dim,
-            image_size=grid * patch,
-            patch_size=patch,
-            mask_input_channels=tensors["prompt_encoder.mask_downscaling.3.weight"].shape[0],
+            mask_input_channels=len(tensors["prompt_encoder.mask_downscaling.3.weight"]),
         ).to_dict(),
         mask_decoder_config=SamMaskDecoderConfig(
             hidden_size=dim,
             num_attention_heads=decoder_heads,
-            mlp_dim=tensors["mask_decoder.transformer.layers.0.mlp.lin1.weight"].shape[0],
-            num_hidden_layers=1
-            + max(int(k.split(".")[3]) for k in tensors if k.startswith("mask_decoder.transformer.layers.")),
-            num_multimask_outputs=tensors["mask_decoder.mask_tokens.weight"].shape[0] - 1,
-            iou_head_hidden_dim=tensors["mask_decoder.iou_prediction_head.layers.0.weight"].shape[0],
-            iou_head_depth=1
-            + max(
-                int(k.split(".")[3])
-                for k in tensors
-                if k.startswith("mask_decoder.iou_prediction_head.layers.")
-            ),
+            mlp_dim=len(tensors["mask_decoder.transformer.layers.0.mlp.lin1.weight"]),
+            num_hidden_layers=layers("mask_decoder.transformer.layers."),
+            num_multimask_outputs=mask_tokens - 1,
+            iou_head_hidden_dim=len(tensors["mask_decoder.iou_prediction_head.layers.0.weight"]),
+            iou_head_depth=layers("mask_decoder.iou_prediction_head.layers."),
         ).to_dict(),
     )
 
@@ -209,11 +191,10 @@ def resized_pixels(image, long_side, squash):
 
 
 class SAMImageEncoder:
-    """SAM's frozen image encoder: encode a picture once, use it for every phrase and every turn.
+    """SAM's frozen image encoder: a picture is encoded once for every phrase, record, data set and turn.
 
-    sam: one of REFINERS. The embeddings of the last KEPT pictures are kept, and found again by the pixels, so
-    that a picture of several records, data sets or turns is encoded once. Not an nn.Module on purpose: it is
-    never trained, saved or wrapped by DDP.
+    sam: one of REFINERS. The embeddings of the last KEPT pictures are kept, and found again by their pixels.
+    Not an nn.Module on purpose: it is never trained, saved or wrapped by DDP.
     """
 
     def __init__(self, sam):
@@ -383,43 +364,41 @@ class SAMWrapper(nn.Module):
         (1, H, W) of each phrase, so that large pictures need not keep them. No mask exists for padded sparse
         tokens, so unequal lengths are not padded but decoded in groups.
         """
-        coarse = [mask for masks in pred_masks for mask in masks]
-        words = [text for texts in text_embeds for text in texts]
-        image_of, row_of = zip(*[(i, row) for i, p in enumerate(pred_masks) for row in range(len(p))])
-        lowest = [p.detach().float().amin() for p in pred_masks]  # over all phrases of an image
+        # Every phrase is (its image, its number there).
+        phrases = [(i, row) for i, masks in enumerate(pred_masks) for row in range(len(masks))]
+        lowest = [masks.detach().float().amin() for masks in pred_masks]  # over all phrases of an image
         groups = {}
-        for k, text in enumerate(words):
-            groups.setdefault(len(text) if self.use_text else 0, []).append(k)
-        size = len(words) if torch.is_grad_enabled() else GROUP
-        out, whole = [None] * len(words), [None] * len(pred_masks)
-        for rows in [part[i : i + size] for part in groups.values() for i in range(0, len(part), size)]:
-            sizes = [image_sizes[image_of[k]] for k in rows]
-            prompts = torch.cat(
-                [self.prompt_masks(coarse[k][None], s, lowest[image_of[k]]) for k, s in zip(rows, sizes)]
-            )
-            boxes = torch.cat([self.boxes(coarse[k][None], s) for k, s in zip(rows, sizes)])
+        for i, row in phrases:
+            words = len(text_embeds[i][row]) if self.use_text else 0
+            groups.setdefault(words, []).append((i, row))
+
+        refined, joined = {}, [None] * len(pred_masks)
+        size = len(phrases) if torch.is_grad_enabled() else GROUP
+        for group in [whole[k : k + size] for whole in groups.values() for k in range(0, len(whole), size)]:
+            coarse = [pred_masks[i][row : row + 1] for i, row in group]
+            sizes = [image_sizes[i] for i, _ in group]
+            prompts = [self.prompt_masks(c, s, lowest[i]) for c, s, (i, _) in zip(coarse, sizes, group)]
             low_res, scores = self._decode(
-                torch.stack([image_embeddings[image_of[k]] for k in rows]),
-                prompts,
-                boxes,
-                [words[k] for k in rows],
+                torch.stack([image_embeddings[i] for i, _ in group]),
+                torch.cat(prompts),
+                torch.cat([self.boxes(c, s) for c, s in zip(coarse, sizes)]),
+                [text_embeds[i][row] for i, row in group],
             )
-            for n, (k, s) in enumerate(zip(rows, sizes)):
-                logits, score = self._enlarge(low_res[n : n + 1], scores[n : n + 1], coarse[k][None], s)
+            for k, (i, row) in enumerate(group):
+                logits, score = self._enlarge(low_res[k : k + 1], scores[k : k + 1], coarse[k], sizes[k])
                 kept = logits if finish is None else finish(logits)
-                out[k] = kept, score, *sureness(logits, coarse[k].shape)
+                sure = sureness(logits, coarse[k].shape[1:])
                 if not torch.is_grad_enabled():  # to its place at once: masks need not lie in memory twice
-                    i = image_of[k]
-                    if whole[i] is None:
-                        whole[i] = kept.new_empty(len(pred_masks[i]), *kept.shape[1:])
-                    whole[i][row_of[k]] = kept[0]
-                    out[k] = None, *out[k][1:]
+                    if joined[i] is None:
+                        joined[i] = kept.new_empty(len(pred_masks[i]), *kept.shape[1:])
+                    joined[i][row], kept = kept[0], None
+                refined[i, row] = kept, score, *sure
+
         results = []
         for i, masks in enumerate(pred_masks):
-            phrases, out = out[: len(masks)], out[len(masks) :]
-            first, *others = zip(*phrases)
-            first = torch.cat(first) if whole[i] is None else whole[i]
-            results.append((first, *(torch.cat(part) for part in others)))
+            logits, *others = zip(*(refined[i, row] for row in range(len(masks))))
+            logits = torch.cat(logits) if joined[i] is None else joined[i]
+            results.append((logits, *(torch.cat(part) for part in others)))
         return results
 
     def _decode(self, embeddings, prompts, boxes, words):
@@ -458,16 +437,12 @@ class SAMWrapper(nn.Module):
     def _enlarge(self, masks, scores, coarse, image_size):
         """Low-resolution candidates (n, 1 or 3, 4e, 4e) -> chosen logits (n, H, W), scores (n,)."""
         h, w = resized_size(image_size, self.image_size, self.squash)
-        masks = F.interpolate(masks.float(), size=(self.image_size, self.image_size), mode="bilinear")[
-            ..., :h, :w
-        ]
-        masks = F.interpolate(masks, size=tuple(image_size), mode="bilinear")
+        masks = F.interpolate(masks.float(), size=(self.image_size, self.image_size), mode="bilinear")
+        masks = F.interpolate(masks[..., :h, :w], size=tuple(image_size), mode="bilinear")
         if not self.multimask_output:
             return masks[:, 0], scores[:, 0]
-        coarse = (
-            F.interpolate(coarse.detach()[:, None].float().sigmoid(), size=tuple(image_size), mode="bilinear")
-            > 0.5
-        )
+        coarse = coarse.detach()[:, None].float().sigmoid()
+        coarse = F.interpolate(coarse, size=tuple(image_size), mode="bilinear") > 0.5
         candidates = masks.detach() > 0
         inter, union = (candidates & coarse).sum((2, 3)), (candidates | coarse).sum((2, 3))
         best = (inter / (union + 1e-12)).argmax(1)

@@ -84,87 +84,87 @@ def reply(grounder, content, text):
     }
 
 
+class Handler(BaseHTTPRequestHandler):
+    """GET gives the page, POST /ground?text=... with a picture its masks."""
+
+    timeout = PATIENCE
+
+    def send(self, kind, content, status=200):
+        body = content.encode()
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def refuse(self, status, reason):
+        """One line as JSON; what the client has still to send is not read."""
+        self.close_connection = True
+        self.send("application/json", json.dumps({"error": reason}), status)
+
+    def reason_to_refuse(self, path):
+        """(status, reason) where a request is not for `path` of this server, else None.
+
+        It must name this machine and come from this page or from no page at all: a name that leads here by
+        way of a foreign DNS server, or a foreign page, is refused.
+        """
+        hosts = {f"{name}:{self.server.server_port}" for name in ("127.0.0.1", "localhost")}
+        named, origin = self.headers.get_all("Host") or [], self.headers.get("Origin")
+        foreign = origin is not None and origin.lower() not in {f"http://{host}" for host in hosts}
+        if foreign or len(named) != 1 or named[0].lower() not in hosts:
+            return 403, "this server answers to its own page on this machine only"
+        return None if urlparse(self.path).path == path else (404, "there is nothing here")
+
+    def do_GET(self):
+        if refusal := self.reason_to_refuse("/"):
+            self.refuse(*refusal)
+        else:
+            self.send("text/html; charset=utf-8", PAGE.read_text(encoding="utf-8"))
+
+    def do_POST(self):
+        refusal, length = self.reason_to_refuse("/ground"), self.headers.get("Content-Length", "")
+        if refusal is None and not (length.isascii() and length.isdecimal()):
+            refusal = 411, "the length of the picture is missing"
+        # of very many digits Python makes no number
+        if refusal is None and (len(length) > 20 or int(length) > LARGEST):
+            refusal = 413, f"the picture is larger than {LARGEST // 2**20} MiB"
+        if refusal is not None:
+            self.refuse(*refusal)
+            return
+        content = self.rfile.read(int(length))
+        if len(content) < int(length):
+            self.refuse(400, "the picture was cut off")
+            return
+        text = parse_qs(urlparse(self.path).query).get("text", [""])[0]
+        try:
+            with self.server.turn:
+                answer = reply(self.server.grounder, content, text)
+        except Exception:
+            self.refuse(500, "the model failed; the terminal of this server says why")
+            raise
+        self.send("application/json", json.dumps(answer))
+
+    def log_message(self, *args):
+        """Keep the terminal quiet."""
+
+
+class Server(ThreadingHTTPServer):
+    def handle_error(self, request, client_address):
+        """A client that went away is no news; anything else is."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+
 def make_server(grounder, port):
-    """HTTP server on this machine: GET gives the page, POST /ground?text=... with a picture its masks.
+    """Server of the page on this machine.
 
     Every client has a thread, so that one that sends nothing keeps nobody waiting; the model works for one at
     a time.
     """
-    turn = threading.Lock()
-
-    class Handler(BaseHTTPRequestHandler):
-        timeout = PATIENCE
-
-        def send(self, kind, content, status=200):
-            body = content.encode()
-            self.send_response(status)
-            self.send_header("Content-Type", kind)
-            self.send_header("Content-Length", str(len(body)))
-            self.send_header("X-Content-Type-Options", "nosniff")
-            self.end_headers()
-            self.wfile.write(body)
-
-        def refuse(self, status, reason):
-            """One line as JSON; what the client has still to send is not read."""
-            self.close_connection = True
-            self.send("application/json", json.dumps({"error": reason}), status)
-
-        def ours(self):
-            """Whether the request names this machine and comes from this page or from no page at all: a name
-            that leads here by way of a foreign DNS server, or a foreign page, is refused."""
-            port = self.server.server_port
-            hosts = {f"{name}:{port}" for name in ("127.0.0.1", "localhost")}
-            origin = self.headers.get("Origin")
-            named = self.headers.get_all("Host") or []
-            mine = len(named) == 1 and named[0].lower() in hosts
-            if mine and (origin is None or origin.lower() in {f"http://{host}" for host in hosts}):
-                return True
-            self.refuse(403, "this server answers to its own page on this machine only")
-            return False
-
-        def do_GET(self):
-            if not self.ours():
-                return
-            if urlparse(self.path).path != "/":
-                self.refuse(404, "there is nothing here")
-                return
-            self.send("text/html; charset=utf-8", PAGE.read_text(encoding="utf-8"))
-
-        def do_POST(self):
-            if not self.ours():
-                return
-            if urlparse(self.path).path != "/ground":
-                self.refuse(404, "there is nothing here")
-                return
-            length = self.headers.get("Content-Length", "")
-            if not (length.isascii() and length.isdecimal()):
-                self.refuse(411, "the length of the picture is missing")
-            elif int(length) > LARGEST:
-                self.refuse(413, f"the picture is larger than {LARGEST // 2**20} MiB")
-            else:
-                content = self.rfile.read(int(length))
-                if len(content) < int(length):
-                    self.refuse(400, "the picture was cut off")
-                    return
-                text = parse_qs(urlparse(self.path).query).get("text", [""])[0]
-                try:
-                    with turn:
-                        answer = reply(grounder, content, text)
-                except Exception:
-                    self.refuse(500, "the model failed; the terminal of this server says why")
-                    raise
-                self.send("application/json", json.dumps(answer))
-
-        def log_message(self, *args):
-            """Keep the terminal quiet."""
-
-    class Server(ThreadingHTTPServer):
-        def handle_error(self, request, client_address):
-            """A client that went away is no news; anything else is."""
-            if not isinstance(sys.exc_info()[1], ConnectionError):
-                super().handle_error(request, client_address)
-
-    return Server(("127.0.0.1", port), Handler)
+    server = Server(("127.0.0.1", port), Handler)
+    server.grounder, server.turn = grounder, threading.Lock()
+    return server
 
 
 def main(args):

@@ -76,18 +76,19 @@ def tokens_in_box(box, sample, grid):
 
     grid: (rows, columns) of the padded picture. Start rounded down, end rounded up, as upstream.
     """
-    meta, image, kept = sample["meta_data"], sample["image"], []
-    for k, (side, before, original) in enumerate(
-        (("width", "before_width", image.width), ("height", "before_height", image.height))
-    ):
-        cells = grid[1 - k] / meta["padded_shape"][side]  # token sides per processed pixel
-        at = [
-            (box[k + end] * meta["image_shape"][side] / original + meta["padding"][before]) * cells
-            for end in (0, 2)
-        ]
-        start = min(math.floor(at[0]), grid[1 - k] - 1)
-        kept.append(torch.arange(start, max(start + 1, min(math.ceil(at[1]), grid[1 - k]))))
-    return (kept[1][:, None] * grid[1] + kept[0]).flatten()
+    meta, image = sample["meta_data"], sample["image"]
+
+    def cells(low, high, side, original, count):
+        """Numbers of the rows or columns between two pixels of the picture."""
+        scale, before = meta["image_shape"][side] / original, meta["padding"][f"before_{side}"]
+        share = count / meta["padded_shape"][side]  # token sides per processed pixel
+        start = min(math.floor((low * scale + before) * share), count - 1)
+        end = min(math.ceil((high * scale + before) * share), count)
+        return torch.arange(start, max(start + 1, end))
+
+    columns = cells(box[0], box[2], "width", image.width, grid[1])
+    rows = cells(box[1], box[3], "height", image.height, grid[0])
+    return (rows[:, None] * grid[1] + columns).flatten()
 
 
 @torch.no_grad()
@@ -99,29 +100,21 @@ def visual_cot_resample(base, sample, embeds, positions, box, text, max_new_toke
     there and nobody looked at them. Upstream's Qwen fork drops the positions, and the picture becomes a line
     of text.
     """
-    model, ids = base.model, base.encode_prompt(text)
-    at, chosen = (
-        ids.index(base.image_token_id),
-        tokens_in_box(box, sample, base.grid(sample)).to(embeds.device),
-    )
-    words = torch.tensor(ids, device=embeds.device)
-    before, after = model.get_input_embeddings()(words[:at]), model.get_input_embeddings()(words[at + 1 :])
-    lead = positions.shape[:-1]
-    steps = torch.arange(max(at, len(after)), device=positions.device)
-    where = torch.cat(
-        [
-            steps[:at].expand(*lead, at),
-            positions[..., chosen],
-            (positions.max() + 1 + steps[: len(after)]).expand(*lead, len(after)),
-        ],
-        -1,
-    )
+    model, ids, embed = base.model, base.encode_prompt(text), base.model.get_input_embeddings()
+    at, chosen = ids.index(base.image_token_id), tokens_in_box(box, sample, base.grid(sample))
+    words, chosen = torch.tensor(ids, device=embeds.device), chosen.to(embeds.device)
+    before, after = embed(words[:at]), embed(words[at + 1 :])
+
+    # Positions (..., S) of the words before the picture, of what is left of it, and of the words after it.
+    lead, steps = positions.shape[:-1], torch.arange(max(at, len(after)), device=positions.device)
+    behind = positions.max() + 1 + steps[: len(after)]
+    where = [steps[:at].expand(*lead, at), positions[..., chosen], behind.expand(*lead, len(after))]
+    where = torch.cat(where, -1)
     inputs, cache, seen, new = torch.cat([before, embeds[chosen], after])[None], None, 0, []
     ends = model.generation_config.eos_token_id
     while len(new) < max_new_tokens:
-        seen += inputs.shape[
-            1
-        ]  # without a mask, gaps between positions would be read as borders between packed texts
+        # without a mask, gaps between positions would be read as borders between packed texts
+        seen += inputs.shape[1]
         out = base.decoder(
             inputs_embeds=inputs,
             position_ids=where[..., None, :],
@@ -134,7 +127,7 @@ def visual_cot_resample(base, sample, embeds, positions, box, text, max_new_toke
             break
         new.append(token)
         cache, where = out.past_key_values, where[..., -1:] + 1
-        inputs = model.get_input_embeddings()(torch.tensor([[token]], device=inputs.device))
+        inputs = embed(torch.tensor([[token]], device=inputs.device))
     return base.tokenizer.decode(new, skip_special_tokens=True).strip()
 
 
@@ -142,16 +135,14 @@ def chain_of_thought(
     grounder, image, question, version="v1", box_scale=1.0, discard_sam=False, resample=False
 ):
     """{"answer", "box", "thought"}; box and thought are None for v3."""
-    base = grounder.base
+    base, short = grounder.base, f"{question} {SHORT}"
     if version == "v3":
-        return {"answer": answer(grounder, [image], f"{question} {SHORT}"), "box": None, "thought": None}
-    thought = question
+        return {"answer": answer(grounder, [image], short), "box": None, "thought": None}
+    thought = ""
     if version == "v1":
-        thought = (
-            answer(grounder, [image], f"{question} {RELEVANT}", STARTED, max_new_tokens=16).split(".")[0]
-            or question
-        )
-    kept = {}
+        told = answer(grounder, [image], f"{question} {RELEVANT}", STARTED, max_new_tokens=16)
+        thought = told.split(".")[0]
+    thought, kept = thought or question, {}
 
     def keep(module, args, inputs):
         kept.update(embeds=inputs["inputs_embeds"][0], positions=inputs["position_ids"][..., 0, :])
@@ -164,23 +155,16 @@ def chain_of_thought(
     if resample:
         sample = {"image": image, **base.image_processor(image)}
         if base.maps_per_head > 1:
-            raise UserError(
-                f"--resample: {type(base).__name__} writes a picture as tiles and no plain grid; leave the "
-                "option out"
-            )
-        start = base.encode_prompt().index(
-            base.image_token_id
-        )  # the picture comes before every word that differs
+            name = type(base).__name__
+            raise UserError(f"--resample: {name} writes a picture as tiles, no plain grid; leave it out")
+        start = base.encode_prompt().index(base.image_token_id)  # before every word that differs
         span = slice(start, start + base.image_tokens(sample))
-        reply = visual_cot_resample(
-            base, sample, kept["embeds"][span], kept["positions"][..., span], box, f"{question} {SHORT}"
-        )
-        return {"answer": reply, "box": box, "thought": thought}
-    text = [
-        "This is the whole image. ",
-        f"This is the image region that might help you answer the question: {question} {SHORT}",
-    ]
-    return {"answer": answer(grounder, [image, image.crop(box)], text), "box": box, "thought": thought}
+        embeds, positions = kept["embeds"][span], kept["positions"][..., span]
+        reply = visual_cot_resample(base, sample, embeds, positions, box, short)
+    else:
+        region = f"This is the image region that might help you answer the question: {short}"
+        reply = answer(grounder, [image, image.crop(box)], ["This is the whole image. ", region])
+    return {"answer": reply, "box": box, "thought": thought}
 
 
 def parse_args(argv=None):
