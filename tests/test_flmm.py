@@ -595,7 +595,7 @@ def test_the_page_answers_with_masks_and_refuses_in_one_line(page):
 
 
 def test_the_page_takes_pictures_of_a_sane_length_kind_and_size(page, monkeypatch):
-    for length, status in (("x", 411), ("-5", 411), ("", 411), ("\u00b2", 411), (str(2**40), 413)):
+    for length, status in (("x", 411), ("-5", 411), ("", 411), ("\u00b2", 411), ("9" * 5000, 413)):
         assert page(b"", Content_Length=length.encode("utf8"))[0] == status
     assert page(b"", method="POST", Content_Length="0")[1]["error"].startswith("not a readable picture")
     bomb = png_bytes(Image.new("1", (9000, 9000)))  # twelve kilobytes that hold 81 million pixels

@@ -21,11 +21,13 @@ from flmm.data.png import PNGDataset
 from flmm.data.refcoco import RefCOCODataset, read_refs
 from flmm.data.samples import SampleBuilder, decode_segmentation, encode_rle
 from flmm.data.scenes import make_scene
+from flmm.data.skip import Bad
 from flmm.data.transforms import DeepseekImageProcessor, load_image
 from flmm.evaluation import RawMaps, other_phrase, phrase_rows, summarise, trivial_controls
 from flmm.make_data import main as make_data
 from flmm.metrics import average_recall, average_recalls, mask_iou, referring_scores
 from flmm.models.flmm import extract
+from flmm.models.mask_head.mask_decoder import UNetHead
 from flmm.models.mask_head.mask_refiner import SAMImageEncoder
 from flmm.models.tiny import tiny_model, tiny_sam, tiny_tokenizer
 
@@ -247,6 +249,9 @@ def test_exif_rotation_follows_the_annotation(tmp_path):
     image.save(tmp_path / "turned.jpg", exif=exif)
     assert load_image(tmp_path / "turned.jpg").size == (20, 40)  # upright for people
     assert load_image(tmp_path / "turned.jpg", (40, 20)).size == (40, 20)  # as annotated
+    for tag in (b"Exif\0\0garbage", b"Exif\0\0II*\0"):  # a damaged tag damages no pixel
+        image.save(tmp_path / "tag.png", exif=tag)
+        assert load_image(tmp_path / "tag.png").size == (40, 20)
     (tmp_path / "broken.jpg").write_bytes((tmp_path / "turned.jpg").read_bytes()[:200])
     with pytest.raises(UserError, match="broken.jpg: not a readable picture"):
         load_image(tmp_path / "broken.jpg")
@@ -263,11 +268,39 @@ def test_exif_rotation_follows_the_annotation(tmp_path):
         ("optim.lr=fast", "optim.lr is text, expected a number"),
         ("optim.rate=1", "optim has no value 'rate'; expected lr, epochs"),
         ("unet.base_channels=[", "base_channels=.*: not a readable value"),
+        ("unet.base_channels=0", "unet.base_channels is 0, it must be at least 1"),
+        ("optim.batch_size=-1", "optim.batch_size is -1, it must be at least 1"),
+        ("optim.lr=.nan", "optim.lr is nan, it must be at least 0"),
     ],
 )
 def test_wrong_overrides_are_named(built_in, override, reason):
     with pytest.raises(UserError, match=reason):
         build_dataset(read_config(CONFIG, [override]), "train", built_in, None)
+
+
+@pytest.mark.parametrize(
+    "unet,reason",
+    [
+        ({"num_stages": 2}, "unet.strides is .*, num_stages 2 needs 2 of them"),
+        ({"dec_num_convs": [2, 0, 2]}, "unet.dec_num_convs is"),
+        ({"base_channels": 5, "num_groups": 2}, "5 does not divide by num_groups 2"),
+    ],
+)
+def test_a_mask_head_of_no_possible_shape_is_named(unet, reason):
+    with pytest.raises(UserError, match=reason):
+        UNetHead(8, **unet)
+
+
+@pytest.mark.parametrize("span", [None, [4], [-9, -5], [7, 4], [90, 99], [1, 2]])
+def test_a_phrase_of_a_caption_needs_a_span_of_words(tmp_path, span):
+    phrase = {"caption": 0, "text": "dog", "segment_ids": [1], "span": span}
+    image = {"id": 1, "file": "1.png", "captions": ["a dog sits"], "segments": [{"id": 1, "isthing": 1}]}
+    good = {**phrase, "span": [2, 5]}
+    content = {"images": [{**image, "phrases": [good]}, {**image, "phrases": [phrase]}]}
+    (tmp_path / "annotations.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="needs its caption 0 and a span"):
+        PhraseDataset(tmp_path)
+    assert len(PhraseDataset(tmp_path, bad=Bad(skip=True))) == 1
 
 
 def test_a_number_without_a_dot_is_a_number_and_a_file_that_includes_itself_is_refused(tmp_path):

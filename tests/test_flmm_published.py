@@ -258,6 +258,7 @@ def test_plurals_of_unannotated_segments_have_the_pixels_that_there_are(tmp_path
     captions = [
         {"image_id": 7, "segments": [{"utterance": "them", "segment_ids": ["5", "99"], "plural": True}]},
         {"image_id": 7, "segments": [{"utterance": "it", "segment_ids": ["99"], "plural": False}]},
+        {"image_id": 7, "segments": [{"utterance": "it", "segment_ids": ["9" * 5000], "plural": True}]},
     ]
     write_json(tmp_path / "captions.json", captions)
     folder = tmp_path / "annotations"
@@ -270,7 +271,7 @@ def test_plurals_of_unannotated_segments_have_the_pixels_that_there_are(tmp_path
     with pytest.raises(UserError, match="segment 99 of captions.json is not in segments_info"):
         PNGDataset(*paths)
     data = PNGDataset(*paths, bad=(bad := Bad(skip=True)))
-    assert len(data) == 1 and len(bad.faults) == 1
+    assert len(data) == 1 and len(bad.faults) == 2
     assert int(data.record(0)["masks"].sum()) == 400 and data.record(0)["mask_infos"][0]["isthing"]
 
 
@@ -286,6 +287,7 @@ BAD_SEGMENTATIONS = {
     "compressed, cut off": {"size": [HEIGHT, WIDTH], "counts": "`"},
     "of letters": {"size": [HEIGHT, WIDTH], "counts": "\u00e9"},
     "turned": {"size": [WIDTH, HEIGHT], "counts": [HEIGHT * WIDTH]},
+    "endless": {"size": [HEIGHT, WIDTH], "counts": [float("inf")]},
     "no counts": {"size": [HEIGHT, WIDTH]},
     "text": [["a", "b", "c", "d", "e", "f"]],
     "odd": [[1, 1, 5, 1, 5, 5, 1]],

@@ -56,8 +56,14 @@ class PhraseDataset(Dataset):
             where = f"{source}: image {image['id']}: phrase {p['text']!r}"
             if not p["segment_ids"] or not known.issuperset(p["segment_ids"]):
                 raise UserError(f"{where} has unknown segments")
-            if p["caption"] >= 0 and not (p["caption"] < len(texts) and len(p.get("span") or []) == 2):
-                raise UserError(f"{where} needs its caption {p['caption']} and a span [start, end)")
+            if p["caption"] >= 0:
+                text, span = "".join(texts[p["caption"] :][:1]), p.get("span") or []
+                if len(span) != 2 or min(span) < 0 or not text[slice(*span)].strip():
+                    raise UserError(
+                        f"{where} needs its caption {p['caption']} and a span [start, end) of words in it"
+                    )
+            elif not p["text"].strip():
+                raise UserError(f"{where} has no words")
         items = []
         for caption in sorted({p["caption"] for p in image["phrases"]})[:captions]:
             phrases = [p for p in image["phrases"] if p["caption"] == caption]

@@ -79,7 +79,8 @@ class PNGDataset(Dataset):
                 where = (
                     f"{panoptic_json_file}: image {item['image_id']}: segment {i} of {Path(json_file).name}"
                 )
-                if not str(i).isdecimal() or not part["plural"] and int(i) not in category:
+                number = str(i).isdecimal() and len(str(i)) < 20  # of very many digits Python makes none
+                if not number or not part["plural"] and int(i) not in category:
                     raise UserError(f"{where} is not in segments_info")
                 if not part["plural"] and category[int(i)] not in self.isthing:
                     raise UserError(f"{where}: category_id {category[int(i)]} is not in categories")

@@ -132,7 +132,7 @@ def to_rle(segmentation, height, width, source):
             counts = counts.encode("ascii")
         runs = rle_counts(counts) if isinstance(counts, bytes) else [int(c) for c in counts if c == int(c)]
         h, w = map(int, size)
-    except (TypeError, ValueError, IndexError) as error:
+    except (TypeError, ValueError, IndexError, OverflowError) as error:
         raise UserError(f"{source}: segmentation does not decode ({type(error).__name__}: {error})") from None
     if (h, w) != (height, width):
         raise UserError(f"{source}: segmentation is {w} x {h} pixels, the picture {width} x {height}")

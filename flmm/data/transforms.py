@@ -30,10 +30,19 @@ def load_image(path, size=None):
     with reading(path, "picture"):
         image = Image.open(path)
         image.load()
-    upright = ImageOps.exif_transpose(image)
-    if size is None or image.size != tuple(size) and upright.size == tuple(size):
-        image = upright
+    turned = upright(image)
+    if size is None or image.size != tuple(size) and turned.size == tuple(size):
+        image = turned
     return to_rgb(image)
+
+
+def upright(image):
+    """A picture turned as its EXIF tag says; as it is where Pillow cannot read the tag, which damages no
+    pixel."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # of a foreign format's parser: SyntaxError, struct.error and others
+        return image
 
 
 def load_segments(path):
@@ -46,10 +55,8 @@ def load_segments(path):
 
 def to_rgb(image):
     """PIL image of any mode -> RGB."""
-    if (
-        image.mode.startswith("I") or image.mode == "F"
-    ):  # 16 or 32 bit: PIL would clip to 255 instead of scaling
-        values = np.asarray(image, np.float32)
+    if image.mode.startswith("I") or image.mode == "F":  # PIL would clip to 255 instead of scaling
+        values = np.nan_to_num(np.asarray(image, np.float32), posinf=0, neginf=0)
         low, high = float(values.min()), float(values.max())
         image = Image.fromarray(((values - low) * (255 / max(high - low, 1e-12))).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:

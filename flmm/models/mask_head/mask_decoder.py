@@ -8,6 +8,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from common.errors import UserError
+
 
 class ConvModule(nn.Module):
     """conv (no bias) -> GroupNorm -> ReLU, named as mmcv names them: `conv`, `gn`."""
@@ -92,6 +94,20 @@ class UNetHead(nn.Module):
         num_groups=1,
     ):
         super().__init__()
+        for name, values, count in (
+            ("strides", strides, num_stages),
+            ("enc_num_convs", enc_num_convs, num_stages),
+            ("enc_dilations", enc_dilations, num_stages),
+            ("dec_num_convs", dec_num_convs, num_stages - 1),
+            ("dec_dilations", dec_dilations, num_stages - 1),
+            ("downsamples", downsamples, num_stages - 1),
+        ):
+            if len(values) != count or min(values, default=1) < (name != "downsamples"):
+                raise UserError(
+                    f"unet.{name} is {list(values)}, num_stages {num_stages} needs {count} of them from 1 on"
+                )
+        if base_channels % num_groups:
+            raise UserError(f"unet.base_channels {base_channels} does not divide by num_groups {num_groups}")
         self.in_channels, self.normalize_input = in_channels, normalize_input
         self.upsample_input = upsample_input
         self.multiple = 2 ** (num_stages - 1)  # upstream pads to this, whatever is really down-sampled

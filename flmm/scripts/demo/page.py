@@ -21,11 +21,11 @@ from urllib.parse import parse_qs, urlparse
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from common.arguments import Parser, number
 from common.errors import UserError, run
-from flmm.data.transforms import to_rgb
+from flmm.data.transforms import to_rgb, upright
 from flmm.draw import colours
 from flmm.scripts.demo.grounded_conversation_demo import add_model_arguments, load_grounder
 
@@ -63,7 +63,7 @@ def reply(grounder, content, text):
         opened = Image.open(io.BytesIO(content), formats=FORMATS)
         if opened.width * opened.height > PIXELS:
             return {"error": f"the picture has more than {PIXELS // 10**6} million pixels; make it smaller"}
-        image = to_rgb(ImageOps.exif_transpose(opened))
+        image = to_rgb(upright(opened))
         image.thumbnail((1600, 1600))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         return {"error": f"not a readable picture of the kinds {', '.join(FORMATS)} ({type(error).__name__})"}
