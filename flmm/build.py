@@ -58,7 +58,7 @@ DATASETS = {
 CONFIG = {
     "base": {
         **dict.fromkeys(
-            ("family?", "path?", "template?", "question?", "merge?", "attention?", "dtype?"), str
+            ("family?", "path?", "template?", "question?", "lead?", "merge?", "attention?", "dtype?"), str
         ),
         **{"load_in_4bit?": bool, "device_map?": (str, dict)},
     },
@@ -70,7 +70,7 @@ CONFIG = {
         **dict.fromkeys(("upsample_input?", "base_channels?", "num_stages?", "num_groups?"), int),
         **dict.fromkeys(("strides?", "enc_num_convs?", "dec_num_convs?"), [int]),
         **dict.fromkeys(("enc_dilations?", "dec_dilations?"), [int]),
-        **{"normalize_input?": bool, "downsamples?": [bool]},
+        **{"normalize_input?": bool, "log_maps?": bool, "downsamples?": [bool]},
     },
     "optim": {
         "lr?": float,

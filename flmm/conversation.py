@@ -204,7 +204,7 @@ class Grounder:
             pieces = pieces_of(text or "")
             phrases = [piece for piece, k in pieces if k >= 0]
         else:
-            pieces = caption_of_phrases(phrases)
+            pieces = caption_of_phrases(phrases, self.base.lead)
         if not phrases or any(not p.strip() for p in phrases):
             raise UserError("an empty phrase cannot be grounded; write the words to look for")
         return self._masks(image, self.builder({"image": image, "pieces": pieces}), list(phrases))

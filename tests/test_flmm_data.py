@@ -281,7 +281,7 @@ def test_wrong_overrides_are_named(built_in, override, reason):
 @pytest.mark.parametrize(
     "unet,reason",
     [
-        ({"num_stages": 2}, "unet.strides is .*, num_stages 2 needs 2 of them"),
+        ({"num_stages": 5}, "unet.strides is .*, num_stages 5 needs 5 of them"),
         ({"dec_num_convs": [2, 0, 2]}, "unet.dec_num_convs is"),
         ({"base_channels": 5, "num_groups": 2}, "5 does not divide by num_groups 2"),
     ],

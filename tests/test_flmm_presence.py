@@ -52,6 +52,18 @@ def test_log_probs_are_those_of_the_whole_model(family, attention):
     assert "log_probs" not in base(samples)[0]  # only where it is asked for
 
 
+def test_a_phrase_asked_alone_stands_behind_the_words_that_captions_begin_with():
+    base = tiny_base("llava", lead="a")
+    grounder = Grounder(base, FLMM(*base.dims, unet=SMALL))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8))
+    found = grounder.ground(image, ["red car", "sky"])["presence"]
+    pieces = [("a", -1), ("red car", 0), (".", -1), ("a", -1), ("sky", 1), (".", -1)]
+    [wanted] = base([one_sample(base, pieces)], likelihood=True)
+    for k in (0, 1):
+        of_phrase = wanted["log_probs"][wanted["mask_ids"] == k]
+        assert found[k] == pytest.approx(of_phrase.mean().exp().item(), rel=1e-4)
+
+
 # ---- calibration
 
 

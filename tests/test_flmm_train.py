@@ -49,25 +49,15 @@ def call(*arguments, cwd=ROOT, processes=1, ok=True):
     return line
 
 
+def model(world):
+    """The options that name the tiny model."""
+    overrides = (f"base.path={world / 'llava'}", f"sam.path={world / 'sam'}", "unet.base_channels=4")
+    return ["--config", CONFIG, "--set", *overrides]
+
+
 def train(world, out, *extra, **options):
-    return call(
-        ROOT / "flmm/train.py",
-        "--config",
-        CONFIG,
-        "--data",
-        world / "data",
-        "--base-path",
-        world / "llava",
-        "--out",
-        out,
-        "--set",
-        f"sam.path={world / 'sam'}",
-        "unet.base_channels=4",
-        "--log-every",
-        1,
-        *extra,
-        **options,
-    )
+    words = [*model(world), "--data", world / "data", "--out", out, "--log-every", 1, *extra]
+    return call(ROOT / "flmm/train.py", *words, **options)
 
 
 def losses(out):
@@ -77,12 +67,13 @@ def losses(out):
 
 @pytest.mark.slow
 def test_resumed_equals_uninterrupted_to_the_bit_and_two_processes_equal_one(world, tmp_path):
-    train(world, tmp_path / "whole", "--max-steps", 3, "--batch-size", 4, "--save-every", 1)
+    length = ("--max-steps", 3, "--batch-size", 4, "--save-every", 1)
+    train(world, tmp_path / "whole", *length)
     shutil.copytree(tmp_path / "whole", tmp_path / "cut", symlinks=True)
     for name in ("step-00000002", "step-00000003"):  # as if it had been stopped after the first step
         shutil.rmtree(tmp_path / "cut/checkpoints" / name)
     (tmp_path / "cut/head.safetensors").unlink()
-    train(world, tmp_path / "cut", "--max-steps", 3, "--batch-size", 4, "--save-every", 1, "--resume")
+    train(world, tmp_path / "cut", *length, "--resume")
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) == 3
     one, cut = load_file(tmp_path / "whole/head.safetensors"), load_file(tmp_path / "cut/head.safetensors")
     assert all(torch.equal(one[k], cut[k]) for k in one)
@@ -99,20 +90,17 @@ def test_no_step_needs_more_memory_than_an_earlier_one(world, tmp_path, monkeypa
     def next_step(*args, **options):  # called once per optimizer step
         if watch:
             watch[0].__exit__(None, None, None)
-            sizes = [
-                e.nbytes() for e in watch.pop().profiler.kineto_results.events() if e.name() == "[memory]"
-            ]
+            events = watch.pop().profiler.kineto_results.events()
+            sizes = [event.nbytes() for event in events if event.name() == "[memory]"]
             steps.append((max(np.cumsum(sizes)), sum(sizes)))
-        watch.append(
-            torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
-        )
+        cpu = [torch.profiler.ProfilerActivity.CPU]
+        watch.append(torch.profiler.profile(activities=cpu, profile_memory=True))
         watch[0].__enter__()
         return original(*args, **options)
 
     monkeypatch.setattr(trainer, "lr_at", next_step)
-    model = ["--base-path", world / "llava", "--set", f"sam.path={world / 'sam'}", "unet.base_channels=4"]
     length = ["--batch-size", 8, "--max-steps", 9, "--log-every", 3, "--out", tmp_path / "run"]
-    options = ["--config", CONFIG, "--data", world / "data", *model, *length]
+    options = [*model(world), "--data", world / "data", *length]
     in_process(trainer.main, trainer.parse_args, monkeypatch, *options)
     watch[0].__exit__(None, None, None)
     peaks, kept = zip(*steps)
@@ -133,82 +121,32 @@ def test_a_sharded_base_gives_the_losses_of_the_whole_one(world, tmp_path):
 
 @pytest.mark.slow
 def test_a_head_is_trained_from_the_cache_scored_and_used(world, tmp_path):
-    head = tmp_path / "run/head.safetensors"
-    out = train(
-        world, tmp_path / "run", "--max-steps", 2, "--batch-size", 4, "--cache-attention", tmp_path / "cache"
-    )
+    head, cache = tmp_path / "run/head.safetensors", tmp_path / "cache"
+    options = ("--max-steps", 2, "--batch-size", 4, "--cache-attention", cache)
+    out = train(world, tmp_path / "run", *options)
     assert "base: cached features" in out and "val_miou" in out
-    shutil.rmtree(
-        tmp_path / "cache/val"
-    )  # as if the first run had been cut short: only what is missing is written
-    written = (tmp_path / "cache/train/features-00000.h5").stat().st_mtime_ns
-    again = train(
-        world,
-        tmp_path / "again",
-        "--max-steps",
-        2,
-        "--batch-size",
-        4,
-        "--cache-attention",
-        tmp_path / "cache",
-        "--targets",
-        "original",
-    )
+    shutil.rmtree(cache / "val")  # as if the first run had been cut short: only what is missing is written
+    written = (cache / "train/features-00000.h5").stat().st_mtime_ns
+    again = train(world, tmp_path / "again", *options, "--targets", "original")
     assert "base: cached features" in again and "val_miou" in again
-    assert (tmp_path / "cache/train/features-00000.h5").stat().st_mtime_ns == written
-    scoring = [
-        ROOT / "flmm/test.py",
-        "--config",
-        CONFIG,
-        "--data",
-        world / "data",
-        "--base-path",
-        world / "llava",
-        "--head",
-        head,
-        # fmt: skip
-        "--set",
-        f"sam.path={world / 'sam'}",
-        "unet.base_channels=4",
-        "--controls",
-        "--pictures",
-        2,
-    ]
-    text = call(*scoring, "--out", tmp_path / "test")
-    call(*scoring, "--out", tmp_path / "two", processes=2)  # the same scores, phrase by phrase
+    assert (cache / "train/features-00000.h5").stat().st_mtime_ns == written
+
+    scoring = [ROOT / "flmm/test.py", *model(world), "--data", world / "data", "--head", head]
+    scoring += ["--controls", "--pictures", 2, "--out"]
+    text = call(*scoring, tmp_path / "test")
+    call(*scoring, tmp_path / "two", processes=2)  # the same scores, phrase by phrase
     for file in ("phrases.csv", "results.json"):
         assert_same_scores(tmp_path / "test" / file, tmp_path / "two" / file)
     results = json.loads((tmp_path / "test/results.json").read_text())
-    assert (
-        set(results["controls"])
-        == {"whole", "centre", "union", "other", "other_coarse", "raw", "mean", "heads", "fusion"}
-        and f"{results['phrases']} phrases" in text
-    )
+    controls = {"whole", "centre", "union", "other", "other_coarse", "raw", "mean", "heads", "fusion"}
+    assert set(results["controls"]) == controls and f"{results['phrases']} phrases" in text
     assert len(list((tmp_path / "test/overlays").glob("*.png"))) == 2
     assert len(json.loads((tmp_path / "test/masks.json").read_text())) == results["phrases"]
-    model = [
-        "--config",
-        CONFIG,
-        "--set",
-        f"base.path={world / 'llava'}",
-        f"sam.path={world / 'sam'}",
-        "unet.base_channels=4",
-        "--head",
-        head,
-    ]
+
     Image.new("CMYK", (50, 40)).save(tmp_path / "p.jpg")
     script = ROOT / "flmm/scripts/demo/grounded_conversation_demo.py"
-    out = call(
-        script,
-        *model,
-        "--image",
-        tmp_path / "p.jpg",
-        "--text",
-        "a red car; sky",
-        "--out",
-        tmp_path / "g",
-        cwd=script.parent,
-    )
+    asked = ["--image", tmp_path / "p.jpg", "--text", "a red car; sky", "--out", tmp_path / "g"]
+    out = call(script, *model(world), "--head", head, *asked, cwd=script.parent)
     assert out.count("score") == 2 and (tmp_path / "g.png").is_file()
     assert json.loads((tmp_path / "g.json").read_text())["phrases"] == ["a red car", "sky"]
 
@@ -264,16 +202,8 @@ def test_train_refuses_before_it_makes_a_run_folder(world, tmp_path, monkeypatch
 
 
 def test_a_refusal_is_one_line_and_status_two(world, tmp_path):
-    line = call(
-        ROOT / "flmm/train.py",
-        "--config",
-        tmp_path / "none.yaml",
-        "--data",
-        world,
-        "--out",
-        tmp_path / "x",
-        ok=False,
-    )
+    words = ["--config", tmp_path / "none.yaml", "--data", world, "--out", tmp_path / "x"]
+    line = call(ROOT / "flmm/train.py", *words, ok=False)
     assert "none.yaml: no such file" in line
 
 

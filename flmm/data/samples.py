@@ -15,9 +15,11 @@ from flmm.data.text import encode_text
 FAR = 100_000  # pixels from the picture's corner, more than any corner of a polygon lies away from it
 
 
-def caption_of_phrases(phrases):
-    """Upstream's RefCOCO caption: each expression, then a full stop that belongs to no phrase."""
-    return [piece for k, text in enumerate(phrases) for piece in ((text, k), (".", -1))]
+def caption_of_phrases(phrases, lead=""):
+    """Upstream's RefCOCO caption: each expression, then a full stop that belongs to no phrase. lead: words
+    before each that belong to no phrase either."""
+    before = [(lead, -1)] if lead else []
+    return [piece for k, text in enumerate(phrases) for piece in (*before, (text, k), (".", -1))]
 
 
 class SampleBuilder:

@@ -55,7 +55,8 @@ class FrozenBase:
 
     model: the transformers class named by `architecture`. merge: "mean" or "max" over the rows of a phrase.
     attention: "rows" (SDPA plus the rows needed) or "eager" (full matrices, for exact comparison with
-    upstream).
+    upstream). lead: words before a phrase that is asked alone, without which it could not stand where it does
+    in the captions that the base has learned.
     """
 
     architecture = None  # transformers class
@@ -74,10 +75,12 @@ class FrozenBase:
         attention="rows",
         template=None,
         question=QUESTION,
+        lead="",
     ):
         self.model = model.eval().requires_grad_(False)
         self.tokenizer, self.image_processor = tokenizer, image_processor
-        self.template, self.question, self.merge = template or self.template, question, merge
+        self.template, self.question, self.lead = template or self.template, question, lead
+        self.merge = merge
         for name, value, known in (
             ("template", self.template, (*TEMPLATES, CHAT)),
             ("merge", merge, ("mean", "max")),

@@ -8,6 +8,8 @@ from flmm.models.frozen_efficientnet import EfficientNetLiteConfig
 from flmm.models.tiny import TEXT, TINY_FAMILIES, tiny_model, tiny_tokenizer
 
 VISION = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+SIGLIP = dict(VISION, model_type="siglip_vision_model", image_size=64, patch_size=8)
+GROUPED = {"num_key_value_heads": 2, "head_dim": 32}
 SPECIAL = [
     *("<IMG_CONTEXT>", "<img>", "</img>", "<start_of_image>", "<image_soft_token>", "<end_of_image>"),
     *("<fake_token_around_image>", "<global-img>", "<end_of_utterance>"),
@@ -54,79 +56,97 @@ def tiny_base(family, seed=0, attention="rows", **options):
 
 def new_model(family, tokenizer):
     """A random model of one of the families that transformers added since the paper."""
-    token = tokenizer.convert_tokens_to_ids
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     text = {**TEXT, **{name: getattr(tokenizer, name) for name in names}, "vocab_size": len(tokenizer)}
-    grouped = {**text, "num_key_value_heads": 2, "head_dim": 32}
-    siglip = dict(VISION, model_type="siglip_vision_model", image_size=64, patch_size=8)
-    if family == "qwen3_vl":
-        rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
-        rope["mrope_interleaved"] = True
-        vision = dict(depth=3, hidden_size=96, intermediate_size=192, num_heads=4, patch_size=8)
-        vision |= dict(spatial_merge_size=2, temporal_patch_size=2, out_hidden_size=128)
-        config = hf.Qwen3VLConfig(
-            text_config={**grouped, "rope_parameters": rope},
-            vision_config={**vision, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 256},
-            image_token_id=token("<|image_pad|>"),
-            video_token_id=token("<|video_pad|>"),
-            vision_start_token_id=token("<|vision_start|>"),
-            vision_end_token_id=token("<|vision_end|>"),
-        )
-    elif family == "internvl":
-        config = hf.InternVLConfig(
-            vision_config=dict(VISION, image_size=[64, 64], patch_size=[8, 8]),
-            text_config=dict(model_type="qwen2", **text),
-            image_token_id=token("<IMG_CONTEXT>"),
-            downsample_ratio=0.5,
-        )
-    elif family == "gemma3":
-        kinds = ["sliding_attention", "full_attention", "sliding_attention"]
-        config = hf.Gemma3Config(
-            text_config={**grouped, "sliding_window": 16, "layer_types": kinds, "query_pre_attn_scalar": 32},
-            vision_config=dict(VISION, image_size=64, patch_size=8),
-            mm_tokens_per_image=16,
-            image_token_index=token("<image_soft_token>"),
-            boi_token_index=token("<start_of_image>"),
-            eoi_token_index=token("<end_of_image>"),
-        )
-    elif family == "efficientnet":
-        config = hf.LlavaConfig(
-            vision_config=EfficientNetLiteConfig(image_size=256),
-            text_config=hf.LlamaConfig(**text),
-            image_token_id=token("<image>"),
-            vision_feature_layer=-1,
-            vision_feature_select_strategy="full",
-        )
-    elif family == "deepseek_vl_hybrid":
-        high = dict(hidden_size=32, mlp_dim=64, num_hidden_layers=2, num_attention_heads=2, image_size=128)
-        high |= dict(patch_size=8, output_channels=16, window_size=7, global_attn_indexes=[0])
-        config = hf.DeepseekVLHybridConfig(
-            text_config={"model_type": "llama", **text},
-            vision_config=siglip,
-            high_res_vision_config={"model_type": "sam_vision_model", **high},
-            image_token_id=token("<image_placeholder>"),
-        )
-    elif family in ("smolvlm", "idefics3"):
-        kind = hf.SmolVLMConfig if family == "smolvlm" else hf.Idefics3Config
-        config = kind(
-            text_config={"model_type": "llama", **text},
-            vision_config=dict(VISION, image_size=64, patch_size=8),
-            image_token_id=token("<image>"),
-            scale_factor=2,
-        )
-    else:
-        config = hf.LlavaOnevisionConfig(
-            text_config={"model_type": "qwen2", **text},
-            vision_config=siglip,
-            image_token_index=token("<image>"),
-            image_token_id=token("<image>"),
-            image_grid_pinpoints=[[64 * i, 64 * j] for i in range(1, 7) for j in range(1, 7)],
-            vision_feature_layer=-1,
-            vision_feature_select_strategy="full",
-        )
+    config = CONFIGS[family](text, tokenizer.convert_tokens_to_ids)
     from flmm.build import FAMILIES
 
     model = getattr(hf, FAMILIES[family].architecture)(config)
     if family == "gemma3":  # its projection starts at zero, so every picture would look alike
         torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.05)
     return model
+
+
+def qwen3_vl(text, token):
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
+    vision = dict(depth=3, hidden_size=96, intermediate_size=192, num_heads=4, patch_size=8)
+    vision |= dict(spatial_merge_size=2, temporal_patch_size=2, out_hidden_size=128)
+    return hf.Qwen3VLConfig(
+        text_config={**text, **GROUPED, "rope_parameters": {**rope, "mrope_interleaved": True}},
+        vision_config={**vision, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 256},
+        image_token_id=token("<|image_pad|>"),
+        video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"),
+    )
+
+
+def internvl(text, token):
+    return hf.InternVLConfig(
+        vision_config=dict(VISION, image_size=[64, 64], patch_size=[8, 8]),
+        text_config=dict(model_type="qwen2", **text),
+        image_token_id=token("<IMG_CONTEXT>"),
+        downsample_ratio=0.5,
+    )
+
+
+def gemma3(text, token):
+    layers = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+    return hf.Gemma3Config(
+        text_config={**text, **GROUPED, **layers, "sliding_window": 16, "query_pre_attn_scalar": 32},
+        vision_config=dict(VISION, image_size=64, patch_size=8),
+        mm_tokens_per_image=16,
+        image_token_index=token("<image_soft_token>"),
+        boi_token_index=token("<start_of_image>"),
+        eoi_token_index=token("<end_of_image>"),
+    )
+
+
+def efficientnet(text, token):
+    return hf.LlavaConfig(
+        vision_config=EfficientNetLiteConfig(image_size=256),
+        text_config=hf.LlamaConfig(**text),
+        image_token_id=token("<image>"),
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
+
+
+def deepseek_vl_hybrid(text, token):
+    high = dict(hidden_size=32, mlp_dim=64, num_hidden_layers=2, num_attention_heads=2, image_size=128)
+    high |= dict(patch_size=8, output_channels=16, window_size=7, global_attn_indexes=[0])
+    return hf.DeepseekVLHybridConfig(
+        text_config={"model_type": "llama", **text},
+        vision_config=dict(SIGLIP),
+        high_res_vision_config={"model_type": "sam_vision_model", **high},
+        image_token_id=token("<image_placeholder>"),
+    )
+
+
+def idefics3(text, token, kind=hf.Idefics3Config):
+    return kind(
+        text_config={"model_type": "llama", **text},
+        vision_config=dict(VISION, image_size=64, patch_size=8),
+        image_token_id=token("<image>"),
+        scale_factor=2,
+    )
+
+
+def smolvlm(text, token):
+    return idefics3(text, token, hf.SmolVLMConfig)
+
+
+def llava_onevision(text, token):
+    return hf.LlavaOnevisionConfig(
+        text_config={"model_type": "qwen2", **text},
+        vision_config=dict(SIGLIP),
+        image_token_index=token("<image>"),
+        image_token_id=token("<image>"),
+        image_grid_pinpoints=[[64 * i, 64 * j] for i in range(1, 7) for j in range(1, 7)],
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
+
+
+makers = (qwen3_vl, internvl, gemma3, efficientnet, deepseek_vl_hybrid, idefics3, smolvlm, llava_onevision)
+CONFIGS = {maker.__name__: maker for maker in makers}

@@ -45,14 +45,15 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def questions(record, others, rng):
-    """[(pieces, which phrase counts, its number in the record or None, kind)] to ask about one picture."""
+def questions(record, others, rng, lead=""):
+    """[(pieces, which phrase counts, its number in the record or None, kind)] to ask about one picture. lead:
+    of the base, before phrases that are asked alone."""
     texts = [info["text"].strip() for info in record["mask_infos"]]
     asked = [(record["pieces"], k, k, "present") for k in range(len(texts))]
     for k, text in enumerate(texts):
-        asked.append((caption_of_phrases([text]), 0, k, "present"))
+        asked.append((caption_of_phrases([text], lead), 0, k, "present"))
         for kind, absent in absent_phrases(text, texts, others, rng).items():
-            asked.append((caption_of_phrases([absent]), 0, None, kind))
+            asked.append((caption_of_phrases([absent], lead), 0, None, kind))
             changed = [(absent, n) if n == k else (piece, n) for piece, n in record["pieces"]]
             asked.append((changed, k, None, kind))
     return asked
@@ -133,7 +134,7 @@ def main(args):
         raise UserError(f"--split {args.split}: has too few pictures to calibrate on; at least 4 are needed")
     rows = []
     for record in progress(records, accelerator, desc="asking"):
-        rows.append(ask(base, head, sam_encoder, record, questions(record, texts, rng)))
+        rows.append(ask(base, head, sam_encoder, record, questions(record, texts, rng, base.lead)))
 
     # Fit one half of the pictures and score the other; then fit all.
     def fit(parts, **about):

@@ -40,7 +40,6 @@ def one_base(folders, held_out, seeds, random=None):
         random=random,
         data=folders,
         side=size(448, smoke=64),
-        align_steps=size(400, smoke=2),
         max_steps=size(60, smoke=1),
         batch_size=size(4, smoke=1),
         precision="bf16",

@@ -1,13 +1,14 @@
-"""Join EfficientNet-lite0 and SmolLM2-135M to a base of the LLaVA class and teach it on captions of
-photographs; no mask is looked at.
+"""Join EfficientNet-lite0 and SmolLM2-135M to a base of the LLaVA class and teach it on photographs with
+captions and boxes of their phrases.
 
     python studies/flmm/teach_base.py --tower efficientnet-lite0.pth --llm SmolLM2-135M-Instruct \\
         --data grounding --out runs/real/flmm/base-0
 
-First the projector alone: each phrase of a caption must be nearer to some patch of its own picture than to
-the patches of other pictures, in the language model's word embeddings. Then projector and LoRA together learn
-to write the captions. LoRA is merged, and OUT/base is the folder that stays frozen. --random names what gets
-random weights instead: the controls.
+First the projector, in closed form: what lies in the box of a phrase becomes, as nearly as a linear map can,
+the mean embedding of its words. (LLaVA-1.5 has seen the boxes of RefCOCO and Visual Genome; captions alone do
+not suffice with so few photographs, see RESULTS.md.) Then projector and LoRA together learn to write the
+captions. LoRA is merged, and OUT/base is the folder that stays frozen. --random names what gets random
+weights instead: the controls.
 """
 
 import sys
@@ -45,6 +46,7 @@ from flmm.models.tiny import save_base
 from studies.flmm.pretrain_base import caption_batch
 
 QUESTION = "Describe."
+COMPONENTS, RIDGE = 256, 300.0  # of the closed form: principal components of the features, weight decay
 
 
 def parse_args(argv=None):
@@ -56,9 +58,6 @@ def parse_args(argv=None):
     )
     parser.add_argument("--random", choices=["tower", "llm"], help="the part that gets random weights")
     parser.add_argument("--side", type=number(int, 64), default=448, help="pixels of a picture's long side")
-    parser.add_argument(
-        "--align-steps", type=number(int, 0), default=400, help="steps of the projector before the captions"
-    )
     parser.add_argument("--rank", type=number(int, 1), default=16, help="rank of LoRA")
     add_run_arguments(
         parser,
@@ -86,6 +85,7 @@ def join(args):
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
         image_seq_length=(args.side // 32) ** 2,
+        projector_hidden_act="linear",
         tie_word_embeddings=True,
     )
     model = LlavaForConditionalGeneration(config)
@@ -117,58 +117,60 @@ class Captions(Dataset):
         return sample
 
 
+def boxes_of(masks, side):
+    """Padded masks (n, S, S) -> (n, side^2) bool: the cells of a side x side grid in the box of each."""
+    cells = F.adaptive_max_pool2d(masks[None].float(), side)[0] > 0
+    rows, columns = cells.any(2), cells.any(1)
+
+    def between(flags):
+        """From the first True of each row to the last."""
+        return (flags.cumsum(1) > 0) & (flags.flip(1).cumsum(1) > 0).flip(1)
+
+    return (between(rows)[:, :, None] & between(columns)[:, None]).flatten(1)
+
+
 @torch.no_grad()
-def patches_and_phrases(base, records):
-    """Tower features (pictures, N, C), and per picture its phrases as mean word embeddings (n, d)."""
-    words = base.model.get_input_embeddings().weight
-    features, phrases, seen = [], [], {}
+def patches_and_words(base, records):
+    """Tower features of the patches in the boxes of all phrases (P, C), the mean word embedding of each
+    patch's phrase (P, d), and its weight (P,): the patches of a box weigh less the more they are."""
+    build, words = SampleBuilder.of(base), base.model.get_input_embeddings().weight
+    features, targets, weights, seen = [], [], [], {}
     for record in records:
-        name = record["file_name"]
+        sample, name = build(record), record["file_name"]
         if name not in seen:
-            seen[name] = len(features)
-            pixels = base.image_processor(record["image"])["pixel_values"][None]
-            features.append(base.model.model.vision_tower(pixels).last_hidden_state[0])
-            phrases.append({})
-        for info in record["mask_infos"]:
+            seen[name] = base.model.model.vision_tower(sample["pixel_values"][None]).last_hidden_state[0]
+        inside = boxes_of(sample["padded_masks"], base.grid(sample)[0])
+        for info, box in zip(record["mask_infos"], inside):
             ids = base.tokenizer(" " + info["text"].strip(), add_special_tokens=False).input_ids
-            phrases[seen[name]][info["text"]] = words[ids].mean(0)
-    return torch.stack(features), [torch.stack(list(p.values())) for p in phrases]
+            count = int(box.sum())
+            features.append(seen[name][box])
+            targets.append(words[ids].mean(0).expand(count, -1))
+            weights.append(torch.full((count,), max(count, 1) ** -0.5))
+    return torch.cat(features), torch.cat(targets), torch.cat(weights)
 
 
-def align(base, records, steps, seed, pictures=16, temperature=0.07):
-    """Teach the projector where words belong from captions alone: multiple-instance contrast over patches.
+@torch.no_grad()
+def align(base, records):
+    """Set the projector in closed form: ridge regression of a phrase's words on the features in its box,
+    brought to the length of word embeddings. Returns the cosine of what it predicts and the words."""
+    features, targets, weights = patches_and_words(base, records)
+    words = base.model.get_input_embeddings().weight
+    centre = words.mean(0)
+    mean = features.mean(0)
+    _, deviations, axes = torch.linalg.svd(torch.cov((features - mean).T))
+    whiten = axes[:COMPONENTS].T / (deviations[:COMPONENTS] + 1e-3).sqrt()
+    x, y = (features - mean) @ whiten * weights[:, None], (targets - centre) * weights[:, None]
+    solved = torch.linalg.solve(x.T @ x + RIDGE * torch.eye(x.shape[1]), x.T @ y)
+    predicted = (features - mean) @ whiten @ solved
+    scale = (words - centre).norm(dim=1).mean() / predicted.norm(dim=1).mean()
 
-    The score of a phrase in a picture is the soft maximum over patches of their cosine; among the pictures of
-    a step the phrase's own must win.
-    """
-    projector = base.model.model.multi_modal_projector.requires_grad_(True)
-    features, phrases = patches_and_phrases(base, records)
-    words = base.model.get_input_embeddings().weight.detach()
-    centre, length = words.mean(0), (words - words.mean(0)).norm(dim=1).mean()
-    optimizer = torch.optim.AdamW(projector.parameters(), 1e-3, weight_decay=0.05)
-    rng = torch.Generator().manual_seed(seed)
-    for step in range(steps):
-        chosen = torch.randperm(len(features), generator=rng)[:pictures].tolist()
-        projected = projector(features[chosen])  # (P, N, d)
-        tokens = F.normalize(projected - centre, dim=-1)
-        targets = torch.cat([phrases[k] for k in chosen])
-        owner = torch.tensor([i for i, k in enumerate(chosen) for _ in phrases[k]])
-        cosine = torch.einsum("qd,pnd->qpn", F.normalize(targets - centre, dim=-1), tokens)
-        scores = (cosine / temperature).logsumexp(-1)
-        # a phrase that another picture of the step holds, too, is no contrast there
-        same = F.normalize(targets, dim=-1) @ F.normalize(targets, dim=-1).T > 0.999
-        holds = torch.zeros(len(targets), len(chosen), dtype=torch.bool)
-        for q in range(len(targets)):
-            holds[q, owner[same[q]]] = True
-        holds[torch.arange(len(targets)), owner] = False
-        loss = F.cross_entropy(scores.masked_fill(holds, -1e4), owner)
-        loss = loss + ((projected - centre).norm(dim=-1) / length - 1).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * (1 - step / steps)
-    return loss.item() if steps else float("nan")
+    # The projector is two linear maps; the second one starts as the identity.
+    projector, matrix = base.model.model.multi_modal_projector, (whiten @ solved * scale).T
+    projector.linear_1.weight.copy_(matrix)
+    projector.linear_1.bias.copy_(centre - matrix @ mean)
+    projector.linear_2.weight.copy_(torch.eye(len(centre)))
+    projector.linear_2.bias.zero_()
+    return F.cosine_similarity(predicted, targets - centre).mean().item()
 
 
 def main(args):
@@ -181,7 +183,7 @@ def main(args):
     records = [data[i] for i in range(len(data))]
     out = open_run(args.out, args, accelerator, args.resume, args.overwrite)
     accelerator.print(f"{describe(model)}; {len(records)} captions")
-    accelerator.print(f"alignment loss {align(base, records, args.align_steps, args.seed):.3f}")
+    accelerator.print(f"patches and words of their phrases: cosine {align(base, records):.3f}")
 
     # The captions train the projector and LoRA.
     tuned = add_lora(model, args.rank, 2 * args.rank, targets=["q_proj", "k_proj", "v_proj", "o_proj"])

@@ -73,7 +73,9 @@ class UNetHead(nn.Module):
     """UNet over per-phrase attention maps.
 
     x: (n, in_channels, h, w), every value in [0, 1] when `normalize_input`; n phrases, in_channels = layers *
-    heads. Returns logits (n, 1, h', w'); h', w' = floor(side * s), s = max(1, upsample_input / longer side).
+    heads. Each map is divided by its sum, as upstream; with `log_maps` it is the logarithm instead, of mean 0
+    and deviation 1, in which places count that get little beside one that gets nearly all. Returns
+    logits (n, 1, h', w'); h', w' = floor(side * s), s = max(1, upsample_input / longer side).
     Raises ValueError for another channel count (a head of another base) or for values outside [0, 1].
     Defaults are the values of every published configuration.
     """
@@ -92,8 +94,11 @@ class UNetHead(nn.Module):
         enc_dilations=(1, 1, 1, 1),
         dec_dilations=(1, 1, 1),
         num_groups=1,
+        log_maps=False,
     ):
         super().__init__()
+        if log_maps and not normalize_input:
+            raise UserError("unet.log_maps has no effect with normalize_input: false; leave one of them out")
         for name, values, count in (
             ("strides", strides, num_stages),
             ("enc_num_convs", enc_num_convs, num_stages),
@@ -102,13 +107,13 @@ class UNetHead(nn.Module):
             ("dec_dilations", dec_dilations, num_stages - 1),
             ("downsamples", downsamples, num_stages - 1),
         ):
-            if len(values) != count or min(values, default=1) < (name != "downsamples"):
+            if len(values) < count or min(values, default=1) < (name != "downsamples"):
                 raise UserError(
                     f"unet.{name} is {list(values)}, num_stages {num_stages} needs {count} of them from 1 on"
                 )
         if base_channels % num_groups:
             raise UserError(f"unet.base_channels {base_channels} does not divide by num_groups {num_groups}")
-        self.in_channels, self.normalize_input = in_channels, normalize_input
+        self.in_channels, self.normalize_input, self.log_maps = in_channels, normalize_input, log_maps
         self.upsample_input = upsample_input
         self.multiple = 2 ** (num_stages - 1)  # upstream pads to this, whatever is really down-sampled
         self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList()
@@ -146,7 +151,12 @@ class UNetHead(nn.Module):
         if self.normalize_input:
             if x.numel() and not (0 <= x.min() and x.max() <= 1):
                 raise ValueError("attention maps must lie in [0, 1]")
-            x = x / x.sum(dim=(-2, -1), keepdim=True).clamp(min=1e-12)
+            if self.log_maps:
+                x = x.clamp(min=1e-9).log()
+                x = x - x.mean(dim=(-2, -1), keepdim=True)
+                x = x / x.std(dim=(-2, -1), keepdim=True, correction=0).clamp(min=1e-3)
+            else:
+                x = x / x.sum(dim=(-2, -1), keepdim=True).clamp(min=1e-12)
         scale = max(1.0, (self.upsample_input or 0) / max(x.shape[-2:]))
         if scale > 1 and self.mixes_first:
             x, (h, w) = self.first_layer(x, scale)
