@@ -3,10 +3,11 @@
     DATA_ROOT=... bash run_all.sh --real flmm
 
 DATA_ROOT/grounding holds folders in the plain phrase format (images/, masks/, annotations.json): those named
-train* are learned from, the others scored, once. Tower and language model are joined to a base that learns
-the captions of the training folders and then stays frozen; heads are trained on its attention with the seeds
-of SEEDS (default 0 1 2). Controls: the same recipe with a random tower and with a random language model,
-another phrase's mask, the best raw map, the whole picture. There is no SAM here, so masks are coarse.
+train* are learned from, the others scored, once. Tower and language model are joined to a base whose
+projector learns from the captions of the training folders and the boxes of their phrases; then it stays
+frozen, and heads are trained on its attention with the seeds of SEEDS (default 0 1 2). Controls: the same
+recipe with a random tower and with a random language model, another phrase's mask, the best raw map, the
+whole picture. There is no SAM here, so masks are coarse.
 """
 
 import os
@@ -40,19 +41,11 @@ def one_base(folders, held_out, seeds, random=None):
         random=random,
         data=folders,
         side=size(448, smoke=64),
-        max_steps=size(60, smoke=1),
-        batch_size=size(4, smoke=1),
-        precision="bf16",
         out=base,
-        overwrite=True,
     )
     options = dict(
         config=CONFIG,
-        set=[
-            f"base.path={base / 'base'}",
-            f"data.train={entries(folders)}",
-            f"data.test={entries(held_out)}",
-        ],
+        set=[f"base.path={base}", f"data.train={entries(folders)}", f"data.test={entries(held_out)}"],
         data=folders[0].parent,
     )
     for seed in seeds:
@@ -61,7 +54,7 @@ def one_base(folders, held_out, seeds, random=None):
             "flmm/train.py",
             **options,
             cache_attention=cache,
-            max_steps=size(400, smoke=2),
+            max_steps=size(300, smoke=2),
             seed=seed,
             out=head,
             overwrite=True,

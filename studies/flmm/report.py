@@ -278,14 +278,13 @@ def real(folder, seeds):
     """The study on photographs with real weights."""
     folders = [folder / f"test-{seed}" for seed in seeds]
     trained, tables = [results(f) for f in folders], [rows(f) for f in folders]
-    controls = {}
-    for part in ("tower", "llm"):
-        controls[f"random {part}"] = results(folder / f"test-random-{part}-{seeds[0]}")["mIoU"]
+    controls, intervals = {}, {"whole picture": interval(tables[:1], "iou_whole")}
+    for control in sorted(folder.glob(f"test-random-*-{seeds[0]}")):
+        name = " ".join(control.name.split("-")[1:3])  # random tower
+        controls[name] = results(control)["mIoU"]
+        intervals[name] = interval([rows(control)], "iou")
     controls["another phrase's mask"] = average(trained, "controls", "other")
     controls |= blind_controls(trained)
-    intervals = {"whole picture": interval(tables[:1], "iou_whole")}
-    for part in ("tower", "llm"):
-        intervals[f"random {part}"] = interval([rows(folder / f"test-random-{part}-{seeds[0]}")], "iou")
     overlays = sorted((folders[0] / "overlays").glob("*.png"))[:6]
     write_result(
         folder,
@@ -296,7 +295,7 @@ def real(folder, seeds):
         interval(tables, "iou"),
         [(path, "picture, truth, coarse masks") for path in overlays],
         f"{trained[0]['phrases']} phrases of held-out photographs, seeds {seeds} of the head; the base is "
-        "taught once on the captions of the training photographs",
+        "taught once on captions and phrase boxes of the training photographs",
         {
             "per_seed": [scores["mIoU"] for scores in trained],
             "intervals": {name: [float(v) for v in pair] for name, pair in intervals.items()},
