@@ -191,7 +191,7 @@ class Grounder:
         }
 
     def ground(self, image, phrases=None, text=None):
-        """Masks for given phrases, or for the noun phrases of `text` in its place.
+        """Masks for given phrases (one, or a list), or for the noun phrases of `text` in its place.
 
         image: PIL, any mode. Returns {"phrases", "masks" (n, H, W) bool, "coarse_masks", "boxes", "rle",
         "scores", "presence", "calibrated"}: with a calibration beside the head, the IoU to expect and the
@@ -199,7 +199,7 @@ class Grounder:
         of a word of the phrase, which is higher for what is there and means no more than that. Raises
         UserError for an empty phrase or a text without any noun phrase.
         """
-        image = to_rgb(image)
+        image, phrases = to_rgb(image), [phrases] if isinstance(phrases, str) else phrases
         if phrases is None:
             pieces = pieces_of(text or "")
             phrases = [piece for piece, k in pieces if k >= 0]

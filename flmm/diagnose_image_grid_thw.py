@@ -12,10 +12,9 @@ from pathlib import Path
 # repository root: every way of starting this file finds it
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
 from PIL import Image
 
-from common.arguments import Parser
+from common.arguments import Parser, number
 from common.errors import UserError, run
 from flmm.data.samples import SampleBuilder, caption_of_phrases
 from flmm.models.frozen_qwen import FrozenQwen
@@ -27,9 +26,32 @@ def parse_args(argv=None):
     parser.add_argument(
         "--path", help="Qwen2.5-VL folder or hub name (default: a tiny random model of the same class)"
     )
-    parser.add_argument("--width", type=int, default=640, help="test picture, pixels")
-    parser.add_argument("--height", type=int, default=480, help="test picture, pixels")
+    parser.add_argument("--width", type=number(int, 1), default=640, help="test picture, pixels")
+    parser.add_argument("--height", type=number(int, 1), default=480, help="test picture, pixels")
     return parser.parse_args(argv)
+
+
+def checks(base, image):
+    """(is it right, what is checked, advice) of one picture, up to the first that the others rest on."""
+    processed = base.image_processor(image)
+    sample = SampleBuilder.of(base)({"image": image, "pieces": caption_of_phrases(["a red car"])})
+    grid, merge = processed.get("image_grid_thw"), base.model.config.vision_config.spatial_merge_size
+    processor = "use the Qwen2-VL image processor of transformers 5"
+    yield grid is not None, "the processor returns image_grid_thw", processor
+    carried = "image_grid_thw" in sample
+    yield carried, "the data sample carries it on to the model", "keep every key that the processor returns"
+    if grid is None or not carried:
+        return
+    t, h, w = grid.flatten().tolist()
+    yield grid.shape == (1, 3), f"its shape is (1, 3): {tuple(grid.shape)}", "one row per picture is expected"
+    patches = len(sample["pixel_values"])
+    calls = "patches and grid come from different calls of the processor"
+    yield patches == t * h * w, f"{patches} patches = {t} x {h} x {w}", calls
+    tokens = int((base.expand(sample["input_ids"], sample) == base.image_token_id).sum())
+    pads = "write one <|image_pad|> per merged patch"
+    yield tokens == t * h * w // merge**2, f"{tokens} image tokens = patches / {merge}^2", pads
+    maps, side = base([sample])[0]["mask_attentions"], (h // merge, w // merge)
+    yield maps.shape[-2:] == side, f"attention maps are {side[0]} x {side[1]}", "grid and columns differ"
 
 
 def main(args):
@@ -39,51 +61,11 @@ def main(args):
         tokenizer = tiny_tokenizer()
         model = tiny_model("qwen", tokenizer)
         base = FrozenQwen(model, tokenizer, FrozenQwen.make_processor(model.config, {}))
-    image = Image.fromarray(np.full((args.height, args.width, 3), 128, np.uint8))
-    processed = base.image_processor(image)
-    sample = SampleBuilder.of(base)({"image": image, "pieces": caption_of_phrases(["a red car"])})
-    merge, failed = base.model.config.vision_config.spatial_merge_size, []
-
-    def check(passed, what, advice):
-        print(("ok      " if passed else "PROBLEM ") + what)
-        if not passed:
+    failed = []
+    for right, what, advice in checks(base, Image.new("RGB", (args.width, args.height), "grey")):
+        print(("ok      " if right else "PROBLEM ") + what)
+        if not right:
             failed.append(advice)
-
-    grid = processed.get("image_grid_thw")
-    check(
-        grid is not None,
-        "the processor returns image_grid_thw",
-        "use the Qwen2-VL image processor of transformers 5",
-    )
-    check(
-        "image_grid_thw" in sample,
-        "the data sample carries it on to the model",
-        "keep every key that the processor returns",
-    )
-    if not failed:
-        t, h, w = grid.flatten().tolist()
-        check(
-            grid.shape == (1, 3),
-            f"its shape is (1, 3): {tuple(grid.shape)}",
-            "one row per picture is expected",
-        )
-        check(
-            len(sample["pixel_values"]) == t * h * w,
-            f"{len(sample['pixel_values'])} patches = {t} x {h} x {w}",
-            "patches and grid come from different calls of the processor",
-        )
-        tokens = (base.expand(sample["input_ids"], sample) == base.image_token_id).sum().item()
-        check(
-            tokens == t * h * w // merge**2,
-            f"{tokens} image tokens = patches / {merge}^2",
-            "write one <|image_pad|> per merged patch",
-        )
-        features = base([sample])[0]["mask_attentions"]
-        check(
-            tuple(features.shape[-2:]) == (h // merge, w // merge),
-            f"attention maps are {h // merge} x {w // merge}",
-            "grid and attention columns differ",
-        )
     if failed:
         raise UserError("; ".join(failed))
     print("all checks passed")

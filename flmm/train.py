@@ -235,10 +235,22 @@ def make_optimizer(head, args):
     return torch.optim.AdamW([group])
 
 
-def save_head(head, dims, path):
-    """Write the trained tensors under upstream's names; `dims` of the base go into the file's metadata."""
-    with atomic_path(path) as temporary:
+def make_ddp_accelerator(args):
+    """The accelerator, for DDP alone, which has to look for the parts of SAM that get no gradient."""
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
+    accelerator = make_accelerator(args, kwargs_handlers=[ddp])
+    way_out = "its heads are small, and --shard-base spreads the base; leave ACCELERATE_CONFIG unset, for DDP"
+    refuse_sharding(accelerator, way_out)
+    return accelerator
+
+
+def save_results(head, dims, out, steps, found):
+    """Write the trained tensors under upstream's names, with `dims` of the base in the file's metadata, and
+    the scores of the validation."""
+    with atomic_path(out / "head.safetensors") as temporary:
         save_file(head.upstream_state(), temporary, metadata={"dims": json.dumps(dims)})
+    atomic_json(out / "metrics.json", {"steps": steps, **found})
+    print(" ".join([f"wrote {out / 'head.safetensors'}", *(f"{k} {v:.3f}" for k, v in found.items())]))
 
 
 def main(args):
@@ -249,11 +261,7 @@ def main(args):
     coarse_first = config["optim"].get("coarse_first", 0)
     mask_name = "gt_masks" if args.targets == "original" else "masks"
 
-    # Parts of SAM's prompt encoder and its IoU head get no gradient: DDP has to look for them.
-    ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
-    accelerator = make_accelerator(args, kwargs_handlers=[ddp])
-    way_out = "its heads are small, and --shard-base spreads the base; leave ACCELERATE_CONFIG unset, for DDP"
-    refuse_sharding(accelerator, way_out)
+    accelerator = make_ddp_accelerator(args)
     refuse_idle_options(args, config, accelerator.num_processes)
     seed_everything(args.seed)
 
@@ -312,9 +320,7 @@ def main(args):
     # The head alone and its validation; every step is saved, so a stop signal now ends the run at once.
     found = scores()
     if accelerator.is_main_process:
-        save_head(head, dims, out / "head.safetensors")
-        atomic_json(out / "metrics.json", {"steps": steps, **found})
-        print(" ".join([f"wrote {out / 'head.safetensors'}", *(f"{k} {v:.3f}" for k, v in found.items())]))
+        save_results(head, dims, out, steps, found)
     finish(training, **found)
 
 

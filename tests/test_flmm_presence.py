@@ -54,7 +54,7 @@ def test_log_probs_are_those_of_the_whole_model(family, attention):
 
 def test_a_phrase_asked_alone_stands_behind_the_words_that_captions_begin_with():
     base = tiny_base("llava", lead="a")
-    grounder = Grounder(base, FLMM(*base.dims, unet=SMALL))
+    grounder = Grounder(base, FLMM(*base.dims, unet=SMALL), None)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8))
     found = grounder.ground(image, ["red car", "sky"])["presence"]
     pieces = [("a", -1), ("red car", 0), (".", -1), ("a", -1), ("sky", 1), (".", -1)]
@@ -90,10 +90,10 @@ def test_a_fit_tells_presence_apart_and_its_score_goes_with_the_iou(tmp_path):
     torch.testing.assert_close(again(x)[1], score)
     assert Calibration.beside(tmp_path / "elsewhere/head.safetensors") is None
     content = json.loads((tmp_path / "calibration.json").read_text())
-    content["features"][0] = "another"
-    (tmp_path / "calibration.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match="calibration.json: made for other numbers"):
-        Calibration.load(tmp_path / "calibration.json")
+    for change in ({"features": ["another", *FEATURES[1:]]}, {"presence": content["presence"][1:]}):
+        (tmp_path / "calibration.json").write_text(json.dumps({**content, **change}))
+        with pytest.raises(UserError, match="calibration.json: made for other numbers"):
+            Calibration.load(tmp_path / "calibration.json")
 
 
 def test_the_area_under_the_curve_counts_ties_half():
@@ -208,6 +208,21 @@ def test_mixing_channels_before_enlarging_them_gives_the_same_masks_and_gradient
     torch.testing.assert_close(found[True][0], found[False][0], atol=2e-5, rtol=1e-4)
     for ours, theirs in zip(found[True][1], found[False][1]):
         torch.testing.assert_close(ours, theirs, atol=1e-3 * theirs.abs().max().item() + 1e-7, rtol=1e-3)
+
+
+def test_logarithms_of_maps_show_what_lies_beside_a_place_that_gets_nearly_all():
+    maps = 1e-4 * torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    maps[..., 0, 0] = 0.9
+    moved = {}
+    for log_maps in (True, False):
+        torch.manual_seed(0)
+        head = UNetHead(3, base_channels=4, upsample_input=8, log_maps=log_maps)
+        logits = head(maps)
+        moved[log_maps] = (logits[0] - logits[1]).abs().mean() / logits.std()
+        torch.testing.assert_close(head(0.5 * maps), logits, atol=1e-3, rtol=1e-3)
+    assert moved[True] > 10 * moved[False]
+    with pytest.raises(UserError, match="log_maps has no effect with normalize_input: false"):
+        UNetHead(3, normalize_input=False, log_maps=True)
 
 
 def test_the_cheap_order_is_taken_where_it_is_cheap(monkeypatch):

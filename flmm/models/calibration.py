@@ -104,7 +104,9 @@ class Calibration:
     @classmethod
     def load(cls, path):
         content = read_json(path, SHAPE)
-        if tuple(content["features"]) != FEATURES:
+        lengths = [len(content[name]) for name in ("mean", "std", "presence", "score")]
+        count = len(FEATURES)
+        if tuple(content["features"]) != FEATURES or lengths != [count, count, 2 * count + 1, 2 * count + 1]:
             raise UserError(f"{path}: made for other numbers than these; run flmm/scripts/calibrate.py again")
         return cls(*(content[name] for name in ("mean", "std", "presence", "score")), content["fitted"])
 

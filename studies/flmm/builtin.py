@@ -79,8 +79,12 @@ def one_seed(base: str, seed: int, base_steps: int):
             overwrite=True,
         )
 
+    ask_the_head(base, seed, model, OUT / f"head-{base}-{seed}" / "head.safetensors")
+
+
+def ask_the_head(base: str, seed: int, model: list, head):
+    """What else a trained head can do: say what is there, and tell objects that hide each other apart."""
     # Presence and score are calibrated on validation scenes, and asked about on fresh ones.
-    head = OUT / f"head-{base}-{seed}" / "head.safetensors"
     options = dict(config=CONFIG, set=model, head=head)
     stage("flmm/scripts/calibrate.py", data=SCENES, **options)
     stage(

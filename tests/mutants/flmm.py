@@ -212,6 +212,13 @@ MUTANTS = [
         "long phrases have larger maps",
     ),
     Mutant(
+        "flmm/conversation.py",
+        "caption_of_phrases(phrases, self.base.lead)",
+        "caption_of_phrases(phrases)",
+        "tests/test_flmm_presence.py::test_a_phrase_asked_alone_stands_behind_the_words_that_captions_begin_with",
+        "a phrase is asked where no caption has one",
+    ),
+    Mutant(
         "flmm/models/mask_head/mask_refiner.py",
         "maps = [maps[0], maps[1][0]]",
         "maps = [maps[0], maps[1][-1]]",

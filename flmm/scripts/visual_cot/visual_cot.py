@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 import torch
 
-from common.arguments import Parser
+from common.arguments import Parser, number
 from common.checkpoint import atomic_write
 from common.errors import UserError, run
 from common.files import inside, read_json
@@ -177,7 +177,9 @@ def parse_args(argv=None):
         "--benchmark", type=Path, help="JSON list of {image, question, answer}; images relative to the file"
     )
     parser.add_argument("--version", choices=["v1", "v2", "v3"], default="v1", help="see above")
-    parser.add_argument("--box-scale", type=float, default=1.0, help="enlarge the crop by this factor")
+    parser.add_argument(
+        "--box-scale", type=number(float, 0.1), default=1.0, help="enlarge the crop by this factor"
+    )
     parser.add_argument("--discard-sam", action="store_true", help="crop by the coarse mask")
     parser.add_argument(
         "--resample",
