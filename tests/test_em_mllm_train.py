@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from common.errors import UserError
 from em_mllm.dataset import SignalDataset
 from em_mllm.signal_file import SignalFile
-from studies.em_mllm import rtl433
+from studies.em_mllm import real, rtl433
 from studies.recipe import options
 from tests import forked
 from tests.parity import assert_same_first_step
@@ -299,46 +299,21 @@ def test_two_processes_give_the_same_answers_as_one(home, tmp_path):
 @pytest.mark.slow
 def test_every_kind_of_training_ends_in_a_model_that_answers(home, tmp_path, options, words):
     tokens = [] if "--legacy" in options else ["--signal-tokens", 2]
-    command = [
-        "--task-dir",
-        home / "data/train",
-        "--signal-encoder-path",
-        home / "mae/encoder",
-        "--llm-model-path",
-        home / "llm",
-        *tokens,
-    ]
-    inside(
-        EM / "train.py",
-        *command,
-        "--max-steps",
-        2,
-        "--log-every",
-        1,
-        *options,
-        "--output-dir",
-        tmp_path / "run",
-    )
+    parts = ["--signal-encoder-path", home / "mae/encoder", "--llm-model-path", home / "llm", *tokens]
+    how = ["--task-dir", home / "data/train", "--max-steps", 2, "--log-every", 1, *options]
+    inside(EM / "train.py", *parts, *how, "--output-dir", tmp_path / "run")
     assert all(np.isfinite(losses(tmp_path / "run")))
     assert words.items() <= json.loads((tmp_path / "run/model/multimodal.json").read_text()).items()
-    question = [
-        "--task-dir",
-        home / "data/test",
-        "--limit",
-        4,
-        "--max-new-tokens",
-        4,
-        "--out",
-        tmp_path / "test",
-    ]
-    inside(EM / "test.py", "--model", tmp_path / "run/model", *question)
+    few = ["--limit", 4, "--max-new-tokens", 4, "--out", tmp_path / "test"]
+    inside(*ask(home), "--model", tmp_path / "run/model", *few)
     assert json.loads((tmp_path / "test/metrics.json").read_text())["four_choice"] >= 4
 
 
 def test_finetune_joins_classes_of_several_files_and_leaves_a_model_for_training(home, tmp_path):
     def finetune(out, train, test, *more):
-        files = lambda part, names: [home / f"data/{part}/{name}.h5" for name in names]
-        start_at = [
+        paths = lambda part, names: [home / f"data/{part}/{name}.h5" for name in names]
+        files = ["--train", *paths("train", train), "--test", *paths("test", test)]
+        how = [
             "--signal-encoder-path",
             home / "mae/encoder",
             "--batch-size",
@@ -348,26 +323,15 @@ def test_finetune_joins_classes_of_several_files_and_leaves_a_model_for_training
             "--log-every",
             1,
         ]
-        return [
-            EM / "finetune.py",
-            "--train",
-            *files("train", train),
-            "--test",
-            *files("test", test),
-            *start_at,
-            "--out",
-            out,
-            *more,
-        ]
+        return [EM / "finetune.py", *files, *how, "--out", out, *more]
 
     inside(*finetune(tmp_path / "a", ("modulation", "radar_jamming"), ("radar_jamming", "modulation")))
     metrics = json.loads((tmp_path / "a/metrics.json").read_text())
     assert metrics["count"] == 23 and load_file(tmp_path / "a/model/model.safetensors")[
         "classifier.weight"
     ].shape == (23, 32)
-    inside(
-        *train(home, tmp_path / "b", "--signal-encoder-path", tmp_path / "a/model", "--max-steps", 1)
-    )  # the last of two wins
+    # the last of two wins
+    inside(*train(home, tmp_path / "b", "--signal-encoder-path", tmp_path / "a/model", "--max-steps", 1))
     inside(*finetune(tmp_path / "c", ("radar_jamming",), ("radar_jamming",), "--multitask", "--linear-probe"))
     assert {"mae_pri", "mae_isr"} < json.loads((tmp_path / "c/metrics.json").read_text()).keys()
     cnn = ["--encoder", "cnn", "--conjugate", "--phase"]
@@ -469,21 +433,9 @@ def test_study_of_real_captures_from_files_to_questions(home, tmp_path):
     assert (
         all(0 <= v <= 1 for v in metrics["unseen_devices"].values()) and len(metrics["unseen_devices"]) == 6
     )
-    tasks = [
-        x
-        for t in ("device", "coding", "keying")
-        for x in (tmp_path / "data/train/device.h5", tmp_path / f"data/train/{t}.json")
-    ]
-    command = train(
-        home,
-        tmp_path / "run",
-        "--signal-encoder-path",
-        tmp_path / "study/encoder",
-        "--task-files",
-        *tasks,
-        "--max-steps",
-        1,
-    )
+    tasks = real.questions(tmp_path / "data/train")
+    encoder = ["--signal-encoder-path", tmp_path / "study/encoder"]
+    command = train(home, tmp_path / "run", *encoder, "--task-files", *tasks, "--max-steps", 1)
     where = command.index("--task-dir")
     inside(*command[:where], *command[where + 4 :])  # without --task-dir and --val-dir
     assert (tmp_path / "run/model/multimodal.json").exists()
