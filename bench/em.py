@@ -72,7 +72,6 @@ PARTS = {
     "gpu": ("ours",),
 }
 
-
 ONCE = ("loading", "recording", "chunks", "checkpoint", "gpu")  # measured once, whatever --repeats
 
 
@@ -414,9 +413,7 @@ def main(args):
             print("gpu: no CUDA device here, left out")
             continue
         runs = {variant: [] for variant in PARTS[part]}
-        for _ in range(
-            1 if part in ("loading", "recording", "chunks", "checkpoint", "gpu") else args.repeats
-        ):
+        for _ in range(1 if part in ONCE else args.repeats):
             for variant in PARTS[part]:  # in turn, so that a busy machine hurts them alike
                 done = subprocess.run(
                     [sys.executable, __file__, "--one", part, variant],
@@ -449,14 +446,12 @@ def main(args):
             if part == "generation":
                 table[part]["equal_tokens"] = ours.pop("value") == theirs.pop("value")
         for name, row in table[part].items():
-            print(
-                f"{part:10s} {name:18s} "
-                + (
-                    ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
-                    if isinstance(row, dict)
-                    else f"{row}"
+            said = str(row)
+            if isinstance(row, dict):
+                said = ", ".join(
+                    f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()
                 )
-            )
+            print(f"{part:10s} {name:18s} {said}")
     content = {"torch": torch.__version__, "processor": where, "table": table}
     atomic_write(path, json.dumps(content, indent=1))
     print(f"written to {path.relative_to(ROOT)}")

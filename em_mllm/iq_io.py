@@ -246,12 +246,24 @@ def open_arrays(path: Path, suffix: str, index: int) -> Recording:
             x, fs = two_columns(np.load(path, mmap_mode="r"), path, index), None
     elif suffix == ".npz":
         with reading(path, "archive of plain arrays"), open_npz(path) as file:
-            content = {name: file[name] for name in file.files}
+            content = plain_arrays(file)
         name, x, fs = choose_array(content, path, index)
         x = two_columns(x, f"{path}: {name}", index)
     else:
         x, fs = read_mat(path, index)
     return Recording(path, len(x), fs, lambda start, count: centred(x[start : start + count]))
+
+
+def plain_arrays(file) -> dict[str, np.ndarray]:
+    """The arrays of an open .npz but those of Python objects, which are not samples and are not unpickled."""
+    content = {}
+    for name in file.files:
+        try:
+            content[name] = file[name]
+        except ValueError as error:
+            if "Object arrays" not in str(error) or len(file.files) == 1:
+                raise
+    return content
 
 
 def choose_array(content: dict, path, index: int) -> tuple[str, np.ndarray, float | None]:

@@ -72,19 +72,20 @@ class TarSignals(SignalFile):
         """Place, size, length and description of every sample of the shard."""
         rows, labels = [], []
         with open(self.path, "rb") as file:
-            for key, members in groupby(tar_members(self.path), lambda member: key_of(member[0])):
+            known = (member for member in tar_members(self.path) if kind_of(member[0]) in (*SIGNALS, *ABOUT))
+            for key, members in groupby(known, lambda member: key_of(member[0])):
                 members = list(members)
-                parts = {PurePosixPath(member[0]).suffix.lower(): member for member in members}
+                parts = {kind_of(member[0]): member for member in members}
+                signals = [kind for kind in parts if kind in SIGNALS]
                 if len(parts) < len(members):
                     raise UserError(
                         f"{self.path}: sample {key} has two files of one kind; pack each by itself"
                     )
-                signals = [suffix for suffix in parts if suffix in SIGNALS]
-                if not signals and not any(suffix in parts for suffix in ABOUT):
-                    continue
                 if len(signals) != 1:
-                    known = f"one of {' '.join(SIGNALS)}"
-                    raise UserError(f"{self.path}: sample {key} has {len(signals)} signals, expected {known}")
+                    raise UserError(
+                        f"{self.path}: sample {key} has {len(signals)} signals, expected one of "
+                        f"{' '.join(SIGNALS)}"
+                    )
                 name, offset, size = parts[signals[0]]
                 about = self._about(file, parts)
                 labels.append(about.pop("label", None))
@@ -92,18 +93,17 @@ class TarSignals(SignalFile):
                 rows.append({"offset": offset, "size": size, "suffix": signals[0], "points": points, **about})
         if not rows:
             raise UserError(f"{self.path}: holds no signal ({' '.join(SIGNALS)})")
-        found = {
-            name: np.array([row[name] for row in rows]) for name in ("offset", "size", "suffix", "points")
-        }
+        columns = {name: np.array([row[name] for row in rows]) for name in rows[0].keys() - {"fs", *COLUMNS}}
         for name in ("fs", *COLUMNS):
-            found[name] = np.array([row.get(name, np.nan) for row in rows], float)
+            columns[name] = np.array([row.get(name, np.nan) for row in rows], float)
+
+        # names of classes become numbers
         names = sorted({label for label in labels if isinstance(label, str)})
-        numbers = {name: number for number, name in enumerate(names)}
         if names and not all(isinstance(label, str) for label in labels):
             raise UserError(f"{self.path}: some labels are names such as {names[0]!r}, others are not")
-        found["label"] = np.array([numbers.get(x, np.nan if x is None else x) for x in labels], float)
-        found["classes"] = np.array(names, str)
-        return found
+        numbers = {name: number for number, name in enumerate(names)} | {None: np.nan}
+        columns["label"] = np.array([numbers.get(label, label) for label in labels], float)
+        return {**columns, "classes": np.array(names, str)}
 
     def _about(self, file, parts: dict) -> dict:
         """{"fs", "label" (number or name), column: value} of what stands beside a signal."""
@@ -178,6 +178,10 @@ class TarSignals(SignalFile):
             elif not x.any():
                 bad[i] = "is all zero"
         return bad
+
+
+def kind_of(name: str) -> str:
+    return PurePosixPath(name).suffix.lower()
 
 
 def key_of(name: str) -> str:

@@ -324,7 +324,7 @@ def test_i_and_q_may_be_two_fields_or_two_arrays_and_unsigned(tmp_path, names):
 
 
 def test_npz_and_stacks_and_wav(tmp_path):
-    np.savez(tmp_path / "a.npz", iq=np.stack([PAIR * 0 + 1, PAIR]), fs=5e5, y=np.arange(2))
+    np.savez(tmp_path / "a.npz", iq=np.stack([PAIR * 0 + 1, PAIR]), fs=5e5, y=np.array([{}, None]))
     iq, fs = read_iq(tmp_path / "a.npz", 1)
     assert_same(iq)
     assert fs == 5e5
