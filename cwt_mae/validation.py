@@ -67,7 +67,7 @@ def line_predictions(model, imgs, mask, real=None):
     lines = torch.from_numpy(lines).to(imgs.device)
     straight = torch.einsum("bcsl,cs->bl", lines, rebuilding_weights(model).to(lines))
     weights = torch.ones_like(straight) if real is None else real.to(straight)
-    count = weights.sum(1, keepdim=True)
+    count = weights.sum(1, keepdim=True).clamp(min=2)  # a missing lead has none
     straight = (straight - (straight * weights).sum(1, keepdim=True) / count) * weights
     return lines, straight / (straight.square().sum(1, keepdim=True) / (count - 1)).clamp(min=1e-10).sqrt()
 

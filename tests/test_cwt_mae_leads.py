@@ -15,6 +15,7 @@ from cwt_mae.dataset_finetune import detected_beats, load_task
 from cwt_mae.metrics import best_f1, label_scores
 from cwt_mae.model import CWT_MAE_RoPE
 from cwt_mae.model_finetune import TF_MAE_Classifier, save_model
+from cwt_mae.validation import trivial_losses
 
 FS = 50
 SIZES = dict(
@@ -105,6 +106,7 @@ def test_all_leads_hide_the_same_patches_and_missing_leads_count_in_no_loss():
         real[:, 1] = False
         masked = model(x, noise, real, details=True)
         rows = [model(x[i : i + 1], noise[i : i + 1], real[i : i + 1], details=True) for i in (0, 1)]
+        assert all(np.isfinite(float(v)) for v in trivial_losses(model, masked, real).values())
     for name in ("loss_spec", "loss_time"):
         assert torch.isfinite(masked[name]) and masked[name] > 0.1
         assert masked[name] == pytest.approx(float(sum(row[name] for row in rows)) / 2, rel=1e-4)

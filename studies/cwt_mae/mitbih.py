@@ -35,7 +35,7 @@ SIZES = dict(config=ROOT / "cwt_mae" / "config_small.yaml", set=["signal_len=180
 HEAD = dict(head="mlp", center_columns=6, hierarchy=True)
 HEAD_SIZES = ["hidden_dim=16", "num_res_blocks=0", "dropout_rate=0.3", "input_dropout=0.8"]
 # How windows are drawn and augmented and what is known beside them, for our heads and for the CNN
-DRAWN = dict(task="beat", amplitude=True, sampling_power=0.5, augment=1, jitter=2, fibrillation=0.3)
+DRAWN = dict(task="beat", amplitude=True, sampling_power=0.3, augment=1, jitter=2, fibrillation=0.3)
 LOSS = dict(batch_size=128, lr=2e-3, label_smoothing=0.05)
 FREE_STEPS = 1400  # steps from random weights with a free encoder: the CPU time of pre-training and head
 # The records on which the forest that is stated with the data was scored
