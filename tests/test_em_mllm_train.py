@@ -433,12 +433,13 @@ def test_study_of_real_captures_from_files_to_questions(home, tmp_path):
     assert (
         all(0 <= v <= 1 for v in metrics["unseen_devices"].values()) and len(metrics["unseen_devices"]) == 6
     )
-    tasks = real.questions(tmp_path / "data/train")
+    tasks = real.by_name(tmp_path / "data/train", tmp_path / "names")
     encoder = ["--signal-encoder-path", tmp_path / "study/encoder"]
     command = train(home, tmp_path / "run", *encoder, "--task-files", *tasks, "--max-steps", 1)
     where = command.index("--task-dir")
     inside(*command[:where], *command[where + 4 :])  # without --task-dir and --val-dir
-    assert (tmp_path / "run/model/multimodal.json").exists()
+    notes = json.loads((tmp_path / "run/model/multimodal.json").read_text())
+    assert notes["wordings"] == {"en": "{name}", "zh": "{name}"}  # and so are the options scored
 
 
 @pytest.mark.slow
