@@ -15,6 +15,7 @@ import pydicom
 import pytest
 import torch
 from PIL import Image
+from scipy.ndimage import zoom
 
 from common.errors import UserError
 from dia_pangu import convert_ctrg
@@ -24,6 +25,7 @@ from dia_pangu.src.Dataset.preprocess import Grid, load_scan, load_volume, read_
 from dia_pangu.src.Dataset.prompt import FINDINGS, without_sides
 from dia_pangu.src.Dataset.scan import read_ct, read_scan, scan_name
 from dia_pangu.src.Dataset.scans import find_scans
+from dia_pangu.src.Dataset.verdict import Verdict, judge_values
 from dia_pangu.src.Model.build import build_model, save_model
 from dia_pangu.src.report_files import Journal
 from studies.dia_pangu import ct_files
@@ -137,6 +139,18 @@ def test_what_is_no_hu_is_refused_and_named(name, make, message, tmp_path):
     with pytest.raises(UserError, match=message) as error:
         read_hu(path)
     assert "\n" not in str(error.value) and "a.nii.gz" in str(error.value)
+
+
+@pytest.mark.parametrize("padding", [-1500, -2048, -3024])
+def test_padding_is_not_taken_for_the_bone_of_an_inverted_scan(padding):
+    """Also where a resampling has mixed it with air."""
+    x, y = (np.arange(n) - (n - 1) / 2 for n in COUNT[:2])
+    outside = (x[:, None, None] / 18) ** 2 + (y[:, None] / 14.5) ** 2 >= 1
+    mixed = zoom(np.where(outside, padding, volume()), 1.3, order=1)
+    for stored, values in ((mixed, "HU"), (mixed.clip(None, 200), "HU"), (-mixed, "no HU")):
+        verdict = Verdict("NIfTI")
+        judge_values(verdict, stored)
+        assert verdict.values == values and not verdict.offset
 
 
 def test_a_side_is_known_only_where_a_header_says_so(tmp_path):

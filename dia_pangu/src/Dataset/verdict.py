@@ -97,16 +97,16 @@ def find_offset(values: np.ndarray) -> float | None:
     return min(found)[1] if found else None
 
 
-def is_inverted(values: np.ndarray, offset: float | None) -> bool:
+def is_inverted(values: np.ndarray, offset: float | None, corner: float) -> bool:
     """Return whether values look like HU upside down: air the brightest, tissue 1000 below it, bone below
-    that. offset: of `find_offset`.
+    that. offset: of `find_offset`; corner: of `corner_value`.
 
     Two peaks at this distance fit HU either way up, with tissue in the place of air. But beyond tissue there
-    is bone, and beyond air nothing but padding, which has one value far from all others.
+    is bone, and beyond air nothing but padding, which has one value, far from all others or in the corners.
     """
     found = np.unique(values)
     far = [found[end] for end, inner in ((0, 1), (-1, -2)) if abs(found[end] - found[inner]) > 450]
-    padding = np.isin(values, far)
+    padding = np.isin(values, [*far, *({found[0], found[-1]} & {corner})])
     offsets = [offset]
     if offset is None:  # as if one of the two highest peaks were air
         counts, edges = np.histogram(values, 100, np.percentile(values, (0.5, 99.5)))
@@ -117,16 +117,15 @@ def is_inverted(values: np.ndarray, offset: float | None) -> bool:
         hu = values - offset
         air, soft, dark = likeness(hu)
         below, above = np.mean((hu < -1300) & ~padding), np.mean((hu > 300) & ~padding)
-        if air > 0.7 and soft > 0.5 and 0.02 < dark < 0.98 and below > max(0.003, 4 * above):
+        if air > 0.7 and soft > 0.5 and 0.02 < dark < 0.98 and below > max(0.005, 4 * above):
             return True
     return False
 
 
-def has_bright_corners(stored: np.ndarray) -> bool:
-    """Return whether the corners of a volume, where air is, have nearly its highest values."""
+def corner_value(stored: np.ndarray) -> float:
+    """Return the median of the eight corners of a volume, where air or padding is."""
     ends = [np.r_[: max(1, n // 10), n - max(1, n // 10) : n] for n in stored.shape]
-    low, high = float(stored.min()), float(stored.max())
-    return float(np.median(stored[np.ix_(*ends)])) > low + 0.85 * (high - low)
+    return float(np.median(stored[np.ix_(*ends)]))
 
 
 def judge_values(verdict: Verdict, stored: np.ndarray, declared: bool = False):
@@ -136,12 +135,13 @@ def judge_values(verdict: Verdict, stored: np.ndarray, declared: bool = False):
     low, high = float(stored.min()), float(stored.max())
     span = f"values from {low:g} to {high:g}"
     # What the voxels show beyond doubt overrules the header. Without bone, bright corners show which way up.
-    bright, offset = has_bright_corners(stored), find_offset(values)
+    offset, corner = find_offset(values), corner_value(stored)
+    bright = corner > low + 0.85 * (high - low)
     distinct = len(np.unique(values))
     if distinct == 2:
         verdict.values, verdict.why = OTHER, "2 different values: a mask, not a scan"
         return
-    if is_inverted(values, offset) or offset and bright:
+    if is_inverted(values, offset, corner) or offset and bright:
         verdict.values, verdict.why = OTHER, f"{span}: inverted, air is brighter than tissue"
         return
     if offset:
