@@ -102,11 +102,11 @@ def is_inverted(values: np.ndarray, offset: float | None, corner: float) -> bool
     that. offset: of `find_offset`; corner: of `corner_value`.
 
     Two peaks at this distance fit HU either way up, with tissue in the place of air. But beyond tissue there
-    is bone, and beyond air nothing but padding, which has one value, far from all others or in the corners.
+    is bone, and beyond air nothing but padding, which fills the corners or is one value far from the others.
     """
     found = np.unique(values)
     far = [found[end] for end, inner in ((0, 1), (-1, -2)) if abs(found[end] - found[inner]) > 450]
-    padding = np.isin(values, [*far, *({found[0], found[-1]} & {corner})])
+    padding = np.isin(values, far)
     offsets = [offset]
     if offset is None:  # as if one of the two highest peaks were air
         counts, edges = np.histogram(values, 100, np.percentile(values, (0.5, 99.5)))
@@ -117,7 +117,8 @@ def is_inverted(values: np.ndarray, offset: float | None, corner: float) -> bool
         hu = values - offset
         air, soft, dark = likeness(hu)
         below, above = np.mean((hu < -1300) & ~padding), np.mean((hu > 300) & ~padding)
-        if air > 0.7 and soft > 0.5 and 0.02 < dark < 0.98 and below > max(0.005, 4 * above):
+        two_peaks = air > 0.7 and soft > 0.5 and 0.02 < dark < 0.98
+        if two_peaks and below > max(0.005, 4 * above) and corner - offset > -1200:
             return True
     return False
 
