@@ -66,8 +66,8 @@ MUTANTS = [
     ),
     Mutant(
         "em_mllm/convert.py",
-        'for part, start, stop in zip(("train", "val", "test"), bounds, bounds[1:]):',
-        'for part, start, stop in zip(("train", "val", "test"), (0, *bounds), bounds[1:]):',
+        "parts = np.split(rows, [int(0.6 * len(rows)), int(0.8 * len(rows))])",
+        "parts = [rows, *np.split(rows, [int(0.6 * len(rows)), int(0.8 * len(rows))])[1:]]",
         SPLITS,
         "RadioML parts overlap",
     ),
@@ -94,8 +94,8 @@ MUTANTS = [
     ),
     Mutant(
         "em_mllm/test.py",
-        "same_task = (data.task_of == data.task_of[r]) & (label != label[r])",
-        "same_task = data.task_of == data.task_of[r]",
+        "others = rows[(data.task_of == data.task_of[row]) & (label != label[row])]",
+        "others = rows[data.task_of == data.task_of[row]]",
         SPLITS,
         "the wrong-signal control may show the right class",
     ),
@@ -268,8 +268,8 @@ MUTANTS = [
     ),
     Mutant(
         "em_mllm/signals.py",
-        "power / 2 * 10 ** (-snr_db / 10)",
-        "power * 10 ** (-snr_db / 10)",
+        "np.abs(x) ** 2) / 2 * 10 ** (-snr_db / 10)",
+        "np.abs(x) ** 2) * 10 ** (-snr_db / 10)",
         ENCODER,
         "noise is 3 dB too strong",
     ),
