@@ -75,7 +75,7 @@ CONFIG = {
     "optim": {
         "lr?": float,
         **dict.fromkeys(("epochs?", "batch_size?", "accum?", "coarse_first?"), int),
-        **dict.fromkeys(("weight_decay?", "warmup?", "clip?"), float),
+        **dict.fromkeys(("weight_decay?", "warmup?", "clip?", "mask_weight?"), float),
     },
     "data": {},
 }
@@ -85,7 +85,8 @@ CONFIG = {
 LEAST = {
     "unet": dict.fromkeys(("upsample_input", "base_channels", "num_stages", "num_groups"), 1),
     "optim": {
-        **dict.fromkeys(("lr", "epochs", "weight_decay", "warmup", "clip", "coarse_first"), 0),
+        **dict.fromkeys(("lr", "epochs", "weight_decay", "warmup", "clip"), 0),
+        **dict.fromkeys(("coarse_first", "mask_weight"), 0),
         **dict.fromkeys(("batch_size", "accum"), 1),
     },
 }

@@ -217,6 +217,7 @@ def describe_base(base) -> str:
 def make_head(config, dims, sam, args, accelerator):
     """The part that is trained."""
     head = build_head(config, dims, sam)
+    head.mask_weight = config["optim"].get("mask_weight", head.mask_weight)
     if args.init_head:
         accelerator.print(head.load_upstream(read_weights(args.init_head), args.init_head))
     # Only the parts that see nothing but tensors; lists of pictures of different sizes stay outside.

@@ -79,6 +79,8 @@ def test_every_option_of_train_has_its_effect(world, tmp_path):
             "--set": [
                 Effect("unet.base_channels=8", "shape"),
                 Effect("optim.coarse_first=2", "weights"),
+                Effect("optim.mask_weight=0", "weights"),
+                Effect("unet.log_maps=true", "weights"),
                 Effect("data.val=null", "predictions"),
             ],
             "--base-path": Effect(world.folder / "base-1", "weights"),

@@ -32,15 +32,18 @@ class PhraseDataset(Dataset):
     """One record per picture and caption with at least one phrase; without captions, one per picture.
 
     limit: only the first so many pictures that have phrases. captions: at most so many captions of each.
+    fifths: only pictures whose number in the file, modulo five, is one of these.
     """
 
-    def __init__(self, folder, build=None, limit=None, captions=None, bad=None):
+    def __init__(self, folder, build=None, limit=None, captions=None, fifths=None, bad=None):
         self.folder, self.build, self.bad = Path(folder), build, bad or Bad()
         source = self.folder / "annotations.json"
         self.items = []
         for number, image in enumerate(read_json(source, {"images": [dict]})["images"]):
             if limit is not None and len({i["id"] for i, _, _ in self.items}) == limit:
                 break
+            if fifths is not None and number % 5 not in fifths:
+                continue
             with self.bad.collect():
                 check(image, PHRASES, source, f"images[{number}]")
                 self.items += self.captions_of(image, source, captions)

@@ -57,6 +57,8 @@ class FLMM(nn.Module):
     only). unet, sam_options: keyword arguments of UNetHead and SAMWrapper.
     """
 
+    mask_weight = 1.0  # of the cross-entropies beside the dice losses, upstream's loss_weight
+
     def __init__(self, channels, num_layers, hidden_size, sam=None, unet=None, sam_options=None):
         super().__init__()
         self.mask_head = UNetHead(channels, **(unet or {}))
@@ -122,7 +124,8 @@ class FLMM(nn.Module):
             share = len(output["pred_masks"]) / count
             for name, value in mask_losses(output["pred_masks"], output["sam_pred_masks"], target).items():
                 parts[name] = parts.get(name, 0) + share * value
-        parts["loss"] = sum(value for name, value in parts.items() if "loss" in name)
+        weights = {"loss_dice": 1, "loss_mask": self.mask_weight}
+        parts["loss"] = sum(weights.get(name.removeprefix("sam_"), 0) * part for name, part in parts.items())
         return parts
 
     # ---- checkpoints under upstream's names

@@ -42,6 +42,9 @@ def parse_args(argv=None):
     parser.add_argument(
         "--data", type=Path, nargs="+", required=True, help="folders of phrases to learn from"
     )
+    parser.add_argument(
+        "--fifths", type=number(int, 0, 4), nargs="+", help="learn from these fifths of the pictures only"
+    )
     parser.add_argument("--random", choices=["tower", "llm"], help="the part that gets random weights")
     parser.add_argument("--side", type=number(int, 64), default=448, help="pixels of a picture's long side")
     parser.add_argument("--seed", type=number(int, 0), default=0, help="random seed of the random weights")
@@ -135,7 +138,9 @@ def main(args):
     model, tokenizer = join(args)
     processor = FrozenEfficientNet.make_processor(model.config, {})
     base = FrozenEfficientNet(model, tokenizer, processor, question=QUESTION)
-    data = ConcatDataset([PhraseDataset(folder, build=lambda record: record) for folder in args.data])
+    data = ConcatDataset(
+        [PhraseDataset(folder, build=lambda record: record, fifths=args.fifths) for folder in args.data]
+    )
     records = [data[i] for i in range(len(data))]
     phrases = sum(len(record["mask_infos"]) for record in records)
     print(f"{describe(model)}; {phrases} phrases in {len(records)} captions")
