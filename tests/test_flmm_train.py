@@ -169,16 +169,8 @@ def test_the_demo_refuses_before_it_writes(world, tmp_path, monkeypatch, argumen
     Image.new("RGB", (40, 30)).save(world / "p.png")
     arguments = [a.format(world=world) for a in arguments]
     with pytest.raises(UserError, match=reason):
-        options = [
-            "--config",
-            CONFIG,
-            "--head",
-            world / "none.pth",
-            *arguments,
-            "--out",
-            tmp_path / "refused",
-        ]
-        in_process(demo.main, demo.parse_args, monkeypatch, *options)
+        options = ["--config", CONFIG, "--head", world / "none.pth", "--out", tmp_path / "refused"]
+        in_process(demo.main, demo.parse_args, monkeypatch, *options, *arguments)
     assert not list(tmp_path.iterdir())
 
 
