@@ -62,6 +62,7 @@ def test_a_phrase_asked_alone_stands_behind_the_words_that_captions_begin_with()
     for k in (0, 1):
         of_phrase = wanted["log_probs"][wanted["mask_ids"] == k]
         assert found[k] == pytest.approx(of_phrase.mean().exp().item(), rel=1e-4)
+    assert grounder.ground(image, "red car")["phrases"] == ["red car"]  # one phrase, not seven letters
 
 
 # ---- calibration
