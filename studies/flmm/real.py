@@ -64,6 +64,7 @@ def one_base(folders, held_out, seeds, random=None):
             "flmm/train.py",
             **options,
             cache_attention=cache,
+            batch_size=size(8, smoke=2),
             max_steps=size(160, smoke=2),
             seed=seed,
             out=head,
