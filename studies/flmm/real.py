@@ -47,6 +47,7 @@ def one_base(folders, held_out, seeds, random=None):
         fifths=BASE,
         side=size(448, smoke=64),
         out=base,
+        overwrite=True,
     )
     options = dict(
         config=CONFIG,

@@ -22,7 +22,7 @@ from torch.utils.data import ConcatDataset
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from common.arguments import Parser, number
-from common.errors import run
+from common.errors import UserError, run
 from common.llm import load_llm, load_tokenizer
 from common.run import describe
 from common.weights import read_weights
@@ -49,6 +49,7 @@ def parse_args(argv=None):
     parser.add_argument("--side", type=number(int, 64), default=448, help="pixels of a picture's long side")
     parser.add_argument("--seed", type=number(int, 0), default=0, help="random seed of the random weights")
     parser.add_argument("--out", type=Path, required=True, help="folder of the base to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace the folder that --out names")
     return parser.parse_args(argv)
 
 
@@ -134,6 +135,8 @@ def align(base, records):
 
 
 def main(args):
+    if args.out.exists() and not args.overwrite:
+        raise UserError(f"{args.out} is there already; choose a new folder or add --overwrite")
     torch.manual_seed(args.seed)
     model, tokenizer = join(args)
     processor = FrozenEfficientNet.make_processor(model.config, {})
