@@ -8,7 +8,7 @@ import pytest
 
 from cwt_mae import finetune, make_data, test, train, visualize  # noqa: F401  the server of forks imports them
 from studies import recipe
-from studies.cwt_mae import builtin, cnn, forest, mitbih, probe, ucr  # noqa: F401
+from studies.cwt_mae import builtin, cnn, forest, labels, mitbih, probe, ucr  # noqa: F401
 from tests import forked
 
 pytestmark = pytest.mark.slow
@@ -46,6 +46,19 @@ def test_the_builtin_recipe_leaves_four_rows_with_their_controls(stages, tmp_pat
     assert all(
         "split" in flags for script, flags in stages if script.endswith(("train.py", "tune.py", "test.py"))
     )
+
+
+def test_label_curves_stand_beside_random_weights(stages, tmp_path, monkeypatch):
+    monkeypatch.setattr(labels, "SHARES", (0.1, 1.0))
+    out = tmp_path / "runs" / "labels"
+    labels.main(labels.parse_args(["--out", str(out)]))
+    row = row_of(tmp_path / "runs")
+    assert len(row["controls"]) == 5 and all(np.shape(v) == (1, 2) for v in row["details"].values())
+    few, all_of_them = (
+        json.loads((out / f"full-random-{share}-0" / "config.json").read_text())["arguments"]["label_share"]
+        for share in ("0.1", "1")
+    )
+    assert (few, all_of_them) == (0.1, 1.0) and (out / "figures" / "labels.png").is_file()
 
 
 def test_the_recipe_of_mit_bih_trains_on_ds1_and_scores_the_others(stages, tmp_path):
