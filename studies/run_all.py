@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECTS = ("dia_pangu", "cwt_mae", "em_mllm", "flmm", "pruning")
 NEEDS = {"pruning": ("dia_pangu", "ft/metrics.json")}
 # Minutes that the real study of a project takes on one core, from which the time left is told
-REAL_MINUTES = {"dia_pangu": 45, "cwt_mae": 30, "em_mllm": 25, "flmm": 60, "pruning": 30}
+REAL_MINUTES = {"dia_pangu": 45, "cwt_mae": 30, "em_mllm": 30, "flmm": 40, "pruning": 60}
 
 
 def parse_args():

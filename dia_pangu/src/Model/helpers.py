@@ -46,7 +46,10 @@ class PerceiverAttention(nn.Module):
 
 
 class PerceiverResampler(nn.Module):
-    """Resample features to `num_latents` per medium: (b, T, F, v, D) -> (b, T, num_latents, D)."""
+    """Resample features to `num_latents` per medium: (b, T, F, v, D) -> (b, T, num_latents, D).
+
+    max_num_media, max_num_frames: sizes of upstream's optional time embeddings; the published model has none.
+    """
 
     def __init__(
         self,
@@ -56,10 +59,14 @@ class PerceiverResampler(nn.Module):
         dim_head: int = 64,
         heads: int = 8,
         num_latents: int = 64,
+        max_num_media: int | None = None,
+        max_num_frames: int | None = None,
         ff_mult: int = 4,
     ):
         super().__init__()
         self.latents = nn.Parameter(torch.randn(num_latents, dim))
+        self.frame_embs = nn.Parameter(torch.randn(max_num_frames, dim)) if max_num_frames else None
+        self.media_time_embs = nn.Parameter(torch.randn(max_num_media, 1, dim)) if max_num_media else None
         self.layers = nn.ModuleList(
             nn.ModuleList(
                 [PerceiverAttention(dim=dim, dim_head=dim_head, heads=heads), FeedForward(dim, ff_mult)]
@@ -69,8 +76,13 @@ class PerceiverResampler(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        latents = repeat(self.latents, "n d -> b t n d", b=x.shape[0], t=x.shape[1])
-        x = rearrange(x, "b t f v d -> b t (f v) d")
+        b, media, frames, v = x.shape[:4]
+        if self.frame_embs is not None:
+            x = x + self.frame_embs[:frames, None]
+        x = x.flatten(2, 3)
+        if self.media_time_embs is not None:
+            x = x + self.media_time_embs[:media]
+        latents = repeat(self.latents, "n d -> b t n d", b=b, t=media)
         for attention, feed_forward in self.layers:
             latents = attention(x, latents) + latents
             latents = feed_forward(latents) + latents
