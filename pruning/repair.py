@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.errors import UserError
 from common.train import lr_at
 from pruning.layers import ATTENTION, DOWN, OUTPUT, child, decoder, decoder_layers, find_layers, plain
+from pruning.sensitivity_analyse.layer_mask import states_of
 
 # shares of the mean square of the MLP's output; each pulls the map to doing nothing
 RIDGES = (0.0, 0.01, 0.1, 1.0)
@@ -62,7 +63,7 @@ def recorded(module, rows: list):
     """Append what `module` returns, (tokens, d) in float64 on the CPU, to `rows` while the block runs."""
 
     def note(module, args, output):
-        states = output[0] if isinstance(output, tuple) else output
+        states = states_of(output)
         rows.append(states.reshape(-1, states.shape[-1]).double().cpu())
 
     handle = module.register_forward_hook(note)
@@ -130,7 +131,7 @@ def check_sum(student, layer, mlp, prompts):
     """UserError unless the layer's output is a sum with the MLP's output in it: some normalise it again."""
 
     def nothing(module, args, output):
-        return torch.zeros_like(output[0] if isinstance(output, tuple) else output)
+        return torch.zeros_like(states_of(output))
 
     part, whole = states_behind(student, prompts, [mlp, layer])
     handle = mlp.register_forward_hook(nothing)
@@ -248,7 +249,7 @@ def imitate(layer, calls, targets, rate: float):
             args, kwargs = calls[step % len(calls)]
             target = targets[step % len(calls)].to(parameters[0].device)
             output = layer(*args, **kwargs)
-            states = output[0] if isinstance(output, tuple) else output
+            states = states_of(output)
             error = (states.flatten(0, 1) - target).square().sum(-1) / target.square().sum(-1)
             error.mean().backward()
             optimizer.param_groups[0]["lr"] = rate * lr_at(step, steps, 0.05, "cosine")

@@ -157,6 +157,7 @@ ZOO = {
         "chunk_size": 8,
     },
     "olmo2": {},
+    "openai-gpt": GPT,
     "olmo_hybrid": {k: v for k, v in LINEAR.items() if "conv" not in k},
     "olmoe": MOE,
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},

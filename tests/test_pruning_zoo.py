@@ -39,7 +39,7 @@ def skipped(model, drop, ids=IDS):
 
     def skip(module, args, kwargs, output):
         states = args[0] if args else kwargs["hidden_states"]
-        return (states, *output[1:]) if isinstance(output, tuple) else states
+        return type(output)((states, *output[1:])) if isinstance(output, (tuple, list)) else states
 
     hooks = [decoder_layers(model)[i].register_forward_hook(skip, with_kwargs=True) for i in drop]
     try:

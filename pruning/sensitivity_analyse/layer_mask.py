@@ -198,7 +198,7 @@ def mlps(layer) -> list:
 def zeros(module, args, kwargs, output):
     """A forward hook that returns what a branch returns if it adds nothing: zeros, or the residual that it
     was given to add itself to (Bloom, MPT)."""
-    states = output[0] if isinstance(output, tuple) else output
+    states = states_of(output)
     residual = given(module, "residual", args, kwargs)
     return as_output(output, torch.zeros_like(states) if residual is None else residual)
 
@@ -211,9 +211,15 @@ def given(module, name: str, args, kwargs):
     return args[names.index(name)]
 
 
+def states_of(output):
+    """The hidden states in a layer's output, which may be a tuple or a list (the first GPT)."""
+    return output[0] if isinstance(output, (tuple, list)) else output
+
+
 def as_output(output, hidden_states):
-    """`hidden_states` in the form of a layer's output, which may be a tuple."""
-    return (hidden_states, *output[1:]) if isinstance(output, tuple) else hidden_states
+    """`hidden_states` in the form of a layer's output."""
+    whole = isinstance(output, (tuple, list))
+    return type(output)((hidden_states, *output[1:])) if whole else hidden_states
 
 
 def layer_input(args, kwargs):

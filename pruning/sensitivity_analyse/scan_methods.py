@@ -41,6 +41,7 @@ from pruning.sensitivity_analyse.layer_mask import (
     masked,
     mixers,
     plain_mode,
+    states_of,
     why_not,
 )
 
@@ -96,7 +97,7 @@ def shortcut(model, layer_idx: int, mode: str, head, form):
         with masked(model, layer_idx, mode, head):
             yield
         return
-    states = form[0] if isinstance(form, tuple) else form
+    states = states_of(form)
     constant = torch.zeros(1, 1, states.shape[-1], dtype=states.dtype, device=states.device)
     if mode != "attention":
         constant = output(torch.zeros(1, 1, input_width(output), dtype=states.dtype, device=states.device))
@@ -228,7 +229,7 @@ class Baseline:
 
     def after(self, i, layer, args, kwargs, output):
         """Watch layer `i`, and add its masked variants behind the rows that there are."""
-        states = output[0] if isinstance(output, tuple) else output
+        states = states_of(output)
         if states.dim() != 3:
             raise UserError(
                 f"{type(layer).__name__} works on several streams of hidden states at once; such models "
@@ -258,7 +259,7 @@ class Baseline:
                 rest = [self.first_rows(v, total) for v in args[1:]]
                 with shortcut(self.model, i, mode, head, self.forms.get(i)):  # .forward: no hook runs again
                     masked_output = layer.forward(*([x] if args else []), *rest, **own)
-                grown.append(masked_output[0] if isinstance(masked_output, tuple) else masked_output)
+                grown.append(states_of(masked_output))
             self.order.append(Variant(mode, i, head))
         if self.split and i == len(self.layers) - 1:
             self.grown, self.last_output = torch.cat(grown)[self.rows :], output
