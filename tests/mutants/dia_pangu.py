@@ -368,7 +368,7 @@ MUTANTS = [
     ),
     Mutant(
         "dia_pangu/evaluate/labeler.py",
-        "                if organs and organs <= set(NOT_OF.get(name, ())):",
+        "                if organs and organs <= NOT_OF[language].get(name, set()):",
         "                if False:",
         LABELER,
         "a thyroid nodule is a lung lesion",
