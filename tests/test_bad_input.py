@@ -401,6 +401,7 @@ def file_readers():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", file_readers())
 def test_any_bytes_are_read_or_refused(name, tmp_path):
     @PLAIN

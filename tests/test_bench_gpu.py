@@ -59,6 +59,7 @@ def test_what_does_not_fit_the_budget_is_skipped_and_named(tmp_path):
     assert results["steps"] == {"cwt": {"skipped": "1 s of the budget were left"}}
 
 
+@pytest.mark.slow
 def test_a_late_step_keeps_the_rows_that_it_has_measured(monkeypatch, tmp_path):
     script = tmp_path / "late.py"
     row = json.dumps({"what": "a", "value": 1.0, "unit": "s"})

@@ -39,6 +39,7 @@ def measure():
     toy_run.open_run, toy_run.update = opened, updated
 
 
+@pytest.mark.slow
 def test_the_plan_is_what_a_run_takes_to_a_fifth(tmp_path):
     done = forked.call(toy_run, ["--out", tmp_path / "a", *SIZES], tmp_path / "log.txt", before=measure)
     assert done.returncode == 0, done.text

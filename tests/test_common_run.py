@@ -223,6 +223,7 @@ def test_full_disk_leaves_the_previous_checkpoint_whole(tmp_path):
     assert final(toy(tmp_path / "a", "--resume")) == final(toy(tmp_path / "c"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("harm", ["cut", "flip", "remove", "state"])
 def test_damaged_last_checkpoint_falls_back_to_the_one_before(tmp_path, harm):
     whole, _ = toy(tmp_path / "whole"), toy(tmp_path / "a", "--max-steps", "15")

@@ -435,6 +435,7 @@ def own_disk():
     run.PROBE_SECONDS = 1
 
 
+@pytest.mark.slow
 def test_machines_that_do_not_share_the_run_folder_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = world(

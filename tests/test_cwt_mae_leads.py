@@ -170,6 +170,7 @@ def run(module, *words):
     module.main(module.parse_args([str(word) for word in words]))
 
 
+@pytest.mark.slow
 def test_several_leads_and_labels_from_pre_training_to_scores(tmp_path):
     folder = write_leads(tmp_path / "data", 12)
     data = ["--data", folder, "--cache", tmp_path / "cache", "--manifest", folder / "list.csv"]

@@ -112,6 +112,7 @@ def seen(monkeypatch):
     return found
 
 
+@pytest.mark.slow
 def test_pre_training_leaves_out_validation_and_test_subjects(world, seen):
     pretrain(world, "pre", "--max-steps", "30", "--val-fraction", "0.3", "--eval-windows", "1000")
     assert len(subjects(seen["eval"])) == 2 and seen["eval"] <= TRAIN

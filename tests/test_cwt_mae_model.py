@@ -132,6 +132,7 @@ def test_thread_count_changes_nothing_and_stays():
         torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_definition():
     x, real = padded(signals(2, 14, dtype=torch.float64), 2, 18, garbage=0.0)
     for options in ({}, {"legacy": True}, {"real": real}, {"padding": "zero"}):
@@ -678,6 +679,7 @@ def test_positions_are_interpolated_on_both_axes(tmp_path, scales, length):
 # ---- use ----
 
 
+@pytest.mark.slow
 def test_compiled_model_gives_the_same_loss():
     model, x, noise = small(), signals(2, 200), torch.rand(2, 40)
     compiled = torch.compile(model, backend="aot_eager")

@@ -182,6 +182,7 @@ def test_learning_rates_fall_from_the_head_to_the_input():
         assert decay[name] == 0, name
 
 
+@pytest.mark.slow
 def test_pre_training_starts_at_rate_zero_rises_and_ends_at_the_floor(world):
     steps, warmup, peak, floor = 8, 3, 1e-3, 1e-4
     options = f"--max-steps {steps} --warmup {warmup} --lr {peak} --min-lr {floor} --log-every 1".split()

@@ -119,6 +119,7 @@ def test_a_csv_without_predictions_or_without_truths_is_refused(tmp_path):
         assert done.returncode == 2 and done.text.count("\n") == 1 and "Ground Truth" in done.text
 
 
+@pytest.mark.slow
 def test_real_reports_are_scored_with_and_without_a_training_part(data_root, tmp_path):
     train, held = (data_root / "ct" / f"ct_reports_{part}.json" for part in ("train", "val"))
     for given, controls in (

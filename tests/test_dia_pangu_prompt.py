@@ -64,6 +64,7 @@ def count_cut_reports(data, llm):
     assert len(batches) == 2 and text.cut == 2 * expected
 
 
+@pytest.mark.slow
 def test_reports_cut_in_a_loader_worker_are_counted(data, llm):
     forked.check(count_cut_reports, data, llm)
 

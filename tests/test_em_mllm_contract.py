@@ -210,6 +210,7 @@ KINDS = ("frozen", "full", "adapter")
 FLAGS = {"frozen": ["--freeze-llm"], "full": [], "adapter": ["--use-lora"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first, second", itertools.product(KINDS, KINDS))
 def test_continued_training_is_read_back_as_it_was_left(folders, tmp_path, first, second):
     """The loss before saving is the loss after loading, whatever was trained before and now."""

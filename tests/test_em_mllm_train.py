@@ -118,6 +118,7 @@ def weights(folder):
     }
 
 
+@pytest.mark.slow
 def test_pretraining_leaves_an_encoder_metrics_and_pictures(home):
     metrics = json.loads((home / "mae/metrics.json").read_text())
     assert set(metrics["mse_hidden"]) == {"zeros", "nearest", "linear", "model"} and set(
@@ -162,6 +163,7 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(home, tmp_path, sc
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["finetune", "multitask", "train"])
 def test_gradient_accumulation_equals_the_larger_batch(home, tmp_path, script, monkeypatch):
     """Also where the epoch ends between two steps, and where the micro-batches differ in answer tokens or
@@ -309,6 +311,7 @@ def test_every_kind_of_training_ends_in_a_model_that_answers(home, tmp_path, opt
     assert json.loads((tmp_path / "test/metrics.json").read_text())["four_choice"] >= 4
 
 
+@pytest.mark.slow
 def test_finetune_joins_classes_of_several_files_and_leaves_a_model_for_training(home, tmp_path):
     def finetune(out, train, test, *more):
         paths = lambda part, names: [home / f"data/{part}/{name}.h5" for name in names]

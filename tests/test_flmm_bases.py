@@ -16,6 +16,7 @@ from flmm.models.tiny import TEXT
 from flmm.models.tiny_bases import VISION, check_tokenizer, tiny_base
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_passes_the_check_of_a_base(family):
     base = tiny_base(family)

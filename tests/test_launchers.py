@@ -139,6 +139,7 @@ def start(bare, *command, **extra):
     )
 
 
+@pytest.mark.slow
 def test_environment_is_made_once_and_again_when_the_list_changes(bare):
     repo, _, calls = bare
     for _ in range(2):
@@ -164,6 +165,7 @@ def test_the_tests_environment_serves_run_all_too(bare):
     assert len(calls.read_text().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_failed_install_says_what_failed_and_what_to_do(bare):
     repo, _, calls = bare
     done = start(bare, str(repo / "run_all.sh"), PIP_FAILS="1")
@@ -177,6 +179,7 @@ def test_failed_install_says_what_failed_and_what_to_do(bare):
     )  # a failed install is tried again, not remembered as done
 
 
+@pytest.mark.slow
 def test_a_real_run_installs_its_weights_without_what_they_depend_on(bare):
     repo, _, calls = bare
     start(bare, str(repo / "run_all.sh"))

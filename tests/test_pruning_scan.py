@@ -70,6 +70,7 @@ def scores(records, kinds):
     return [[v[k] for v in r["variants"] for k in (*kinds, "nll")] for r in records]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("model_type", ZOO)
 def test_cached_and_wavefront_scores_equal_naive_in_every_decoder(model_type, attention):
@@ -426,6 +427,7 @@ def folder(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("model_type", ["gpt2", "gpt_neox", "opt", "phi3", "mixtral"])
 def test_every_family_goes_the_whole_way(model_type, tmp_path):

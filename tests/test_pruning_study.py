@@ -96,6 +96,7 @@ def test_what_is_chosen_on_and_healed_on_is_no_test_sample(world, tmp_path):
     assert task.labels.tolist() == [(s["cls_labels"] == 1).tolist() for s in tested]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [sorted, lambda names: sorted(names, reverse=True)])
 def test_each_set_is_checked_with_its_own_map_when_names_begin_alike(world, tmp_path, monkeypatch, order):
     glob = Path.glob

@@ -105,6 +105,7 @@ def full_checkpoint(model):
     return tensors
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("form", ["bin", "safetensors", "sharded"])
 @pytest.mark.parametrize("tied", [False, True])
@@ -131,6 +132,7 @@ def test_pruned_on_disk_equals_layers_skipped_to_the_bit(kind, tied, form, tmp_p
     assert digest(tmp_path / "source") == before, "the source was modified"
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("form", ["bin", "safetensors", "sharded"])
 @pytest.mark.parametrize("kind", CLASSES)

@@ -43,6 +43,7 @@ def heal(world, out, **flags):
     train.main(train.parse_args(heal_args(world, out, **flags)))
 
 
+@pytest.mark.slow
 def test_healing_lowers_the_loss_and_touches_lora_alone(world, tmp_path):
     heal(world, tmp_path / "healed", max_steps=12, drop_layers=2)
     curve = losses_of(tmp_path / "healed")

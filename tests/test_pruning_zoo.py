@@ -55,6 +55,7 @@ def prune(source, out, drop=DROP, *more):
     return next(out.glob("hf_*"))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name", ZOO)
 def test_pruned_on_disk_and_in_memory_equals_layers_skipped(name, tmp_path):
@@ -71,6 +72,7 @@ def test_pruned_on_disk_and_in_memory_equals_layers_skipped(name, tmp_path):
     assert torch.allclose(logits, wanted, atol=1e-5)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name", ZOO)
 def test_fast_scans_equal_naive_or_say_why_not(name):
@@ -92,6 +94,7 @@ def test_fast_scans_equal_naive_or_say_why_not(name):
         assert scan(method) == pytest.approx(naive, rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_no_configuration_says_is_refused_for_the_true_reason(name, tmp_path):
     settings, reason = REFUSED[name]
@@ -160,6 +163,7 @@ SEEING = {
 }
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("kind", SEEING)
 def test_the_nested_layer_count_of_a_model_that_sees_follows(kind, tmp_path):
@@ -283,6 +287,7 @@ def test_what_is_written_is_read_back_before_it_is_there(tmp_path, monkeypatch):
     assert not list((tmp_path / "out").glob("hf_*"))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["llama", "phi3", "gpt2", "gpt_bigcode", "qwen3_next", "diffllama", "opt"])
 def test_with_v_off_attention_returns_the_projection_of_nothing(name):
