@@ -63,9 +63,12 @@ from flmm.models.mask_head.mask_refiner import SAMImageEncoder
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
+    # which base, head and data: the YAML file says it, --set and --base-path change single values
     data = parser.add_argument_group("data and model")
     add_config_arguments(data)
     add_base_arguments(data)
+
+    # the frozen base is what fills the memory and takes the time: spread it, or run it only once
     data.add_argument(
         "--shard-base",
         action="store_true",
@@ -78,6 +81,8 @@ def parse_args(argv=None):
         help="keep the frozen features in this folder and train from them; expressions are then drawn only "
         "once",
     )
+
+    # where the head starts from, and at which size its masks are judged
     data.add_argument("--init-head", type=Path, help="start from this trained head instead of a random one")
     data.add_argument(
         "--targets",
@@ -87,7 +92,8 @@ def parse_args(argv=None):
         "upstream, or that of the original picture",
     )
     add_skip_argument(data)
-    # upstream's recipe
+
+    # upstream's recipe: 3 % warm-up, a checkpoint every 500 steps; `optim` of the YAML goes before these
     add_run_arguments(parser, lr=1e-4, epochs=8.0, warmup=0.03, save_every=500)
     return parser.parse_args(argv)
 
@@ -95,6 +101,7 @@ def parse_args(argv=None):
 def settle_options(args, config):
     """Bring command line and configuration together: `optim` decides about what the command line leaves
     open."""
+    # `_given` holds what really stood on the command line, so that a flag that repeats a default still wins
     optim = config["optim"]
     for name in ("lr", "epochs", "batch_size", "accum", "weight_decay", "warmup", "clip"):
         if name in optim and name not in args._given:
@@ -103,10 +110,12 @@ def settle_options(args, config):
 
 def refuse_idle_options(args, config, processes: int):
     """Refuse what has no effect with this configuration and this number of processes."""
+    # without SAM there is only the coarse stage, and without a validation split nothing to evaluate
     if config["optim"].get("coarse_first") and not config["sam"].get("path"):
         raise UserError("optim.coarse_first has no effect without sam.path; leave it out")
     if not config["data"].get("val"):
         refuse(args, ["eval_every"], "without data.val in the configuration")
+    # one process has nobody to share with, and a cached base runs once and is then given up
     if args.shard_base and (processes == 1 or args.cache_attention):
         raise UserError("--shard-base needs several processes (NPROC_PER_NODE=8) and no --cache-attention")
 
@@ -129,6 +138,7 @@ def frozen_part(config, args, accelerator, sam_encoder):
     cached), the data sets {"train", and "val" where the configuration names one}, and the base's dimensions
     (channels, layers, hidden size).
     """
+    # which splits still need the base: all of them without a cache, with one those that it lacks
     splits = ["train", *(["val"] if config["data"].get("val") else [])]
     cache = args.cache_attention
     missing = [split for split in splits if cache is None or not any((cache / split).glob("features-*.h5"))]
@@ -136,20 +146,23 @@ def frozen_part(config, args, accelerator, sam_encoder):
     if not missing:
         refuse(args, ["attention", "shard_base"], f"because {cache} holds the features already")
 
-    # The data are checked before the base is loaded, which happens only if it has to run.
+    # the data are checked before the base is loaded, which happens only if it has to run
     base, dims = None, None
     sets = {
         split: build_dataset(config, split, args.data, seed=args.seed, skip_bad=args.skip_bad)
         for split in missing
     }
     if missing:
+        # `shard` before `to`: otherwise every GPU would hold the whole base for a moment
         base = build_base(config, random_seed=args.random_base, attention=args.attention)
         if args.shard_base:
             base.shard(accelerator.device)
         base.to(accelerator.device)
+        # how a picture becomes pixels and a caption becomes ids depends on the base
         dims = base.dims
         builder = SampleBuilder.of(base, sam_encoder)
         sets = {split: attach(dataset, builder) for split, dataset in sets.items()}
+    # training and a cache need a sample for every index, so the next good one takes the place of a bad one
     if args.skip_bad:
         sets = {
             split: SkipBad(dataset, replace=split == "train" or cache is not None)
@@ -158,7 +171,7 @@ def frozen_part(config, args, accelerator, sam_encoder):
     if cache is None:
         return base, sets, dims
 
-    # What the features depend on is kept beside them, so that a cache of another base is refused.
+    # what the features depend on is kept beside them, so that a cache of another base is refused
     origin = {
         "base": config["base"],
         "random_base": args.random_base,
@@ -166,9 +179,11 @@ def frozen_part(config, args, accelerator, sam_encoder):
         "sam": config["sam"].get("path"),
         "skip_bad": args.skip_bad,
     }
-    for split, dataset in sets.items():
+    for split, dataset in sets.items():  # the missing splits alone
         fingerprint = {**origin, "data": config["data"][split]}
         write_cache(cache / split, base, sam_encoder, dataset, fingerprint, accelerator)
+
+    # from here on every split is read from disk; nothing holds the base any longer
     cached = {
         split: CachedFeatures(cache / split, {**origin, "data": config["data"][split]}) for split in splits
     }
@@ -181,6 +196,7 @@ def validation_loader(dataset, args, accelerator):
     With --shard-base every process must run the base equally often, so up to one sample a process is left
     out.
     """
+    # not prepared by accelerate, which would repeat samples to fill the last batch; a mean would count them
     total = len(dataset)
     if args.shard_base:
         total -= total % accelerator.num_processes
@@ -194,12 +210,16 @@ def validate(head, loader, get_features, accelerator):
     masks; nothing where there is no validation split."""
     if loader is None:
         return {}
+
+    # `head` without the wrapper of DDP, so that the processes may have unequally many batches
     head.eval()
-    rows = []
+    rows = []  # one for each phrase; --skip-bad can leave a batch empty
     for samples in filter(None, loader):
         for sample, output in zip(samples, head(get_features(samples))):
             rows += phrase_rows(output, sample["gt_masks"])
     head.train()
+
+    # sums and a count instead of means: the processes' shares hold unequally many phrases
     sums = torch.zeros(3, dtype=torch.float32, device=accelerator.device)
     for row in rows:
         sums += torch.tensor([row["iou_coarse"], row["iou"], 1.0], device=accelerator.device)
@@ -216,11 +236,13 @@ def describe_base(base) -> str:
 
 def make_head(config, dims, sam, args, accelerator):
     """The part that is trained."""
+    # upstream weighs dice and cross-entropy alike, 1 and 1
     head = build_head(config, dims, sam)
     head.mask_weight = config["optim"].get("mask_weight", head.mask_weight)
     if args.init_head:
         accelerator.print(head.load_upstream(read_weights(args.init_head), args.init_head))
-    # Only the parts that see nothing but tensors; lists of pictures of different sizes stay outside.
+
+    # only the parts that see nothing but tensors; lists of pictures of different sizes stay outside
     if args.compile:
         head.mask_head.compile()
         if head.sam is not None:
@@ -240,6 +262,8 @@ def make_ddp_accelerator(args):
     """The accelerator, for DDP alone, which has to look for the parts of SAM that get no gradient."""
     ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
     accelerator = make_accelerator(args, kwargs_handlers=[ddp])
+
+    # upstream ran under ZeRO-2, which 12 million trained values (DeepSeek-VL-1.3B) do not need
     way_out = "its heads are small, and --shard-base spreads the base; leave ACCELERATE_CONFIG unset, for DDP"
     refuse_sharding(accelerator, way_out)
     return accelerator
@@ -255,25 +279,27 @@ def save_results(head, dims, out, steps, found):
 
 
 def main(args):
-    # The configuration says what the model is and how it is trained; the command line has the last word.
+    # the configuration says what the model is and how it is trained; the command line has the last word
     config = read_config(args.config, args.set, args.base_path)
     settle_options(args, config)
     family_of(config)
     coarse_first = config["optim"].get("coarse_first", 0)
+    # "masks" have the size of the processed picture (long side 336 with LLaVA), "gt_masks" that of the file
     mask_name = "gt_masks" if args.targets == "original" else "masks"
 
+    # one seed on all processes: DDP starts from equal heads
     accelerator = make_ddp_accelerator(args)
     refuse_idle_options(args, config, accelerator.num_processes)
     seed_everything(args.seed)
 
-    # What is frozen: the base, its data sets (or the features that it left), and SAM's image encoder.
+    # what is frozen: the base, its data sets (or the features that it left), and SAM's image encoder
     sam, sam_encoder = build_sam(config), None
     if sam is not None:  # bf16 as upstream, whose autocast holds for the encoder, too
         dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
         sam_encoder = SAMImageEncoder(sam).to(accelerator.device, dtype)
     base, sets, dims = frozen_part(config, args, accelerator, sam_encoder)
 
-    # What is trained; the same seed gives the same head whether or not features were cached just now.
+    # what is trained; the same seed gives the same head whether or not features were cached just now
     seed_everything(args.seed)
     head = make_head(config, dims, sam, args, accelerator)
 
@@ -281,44 +307,50 @@ def main(args):
         """Features of a batch on the device: the cached ones, or what the frozen part makes of it now."""
         return to_device(samples if base is None else extract(base, sam_encoder, samples), accelerator.device)
 
-    # The number of steps follows from the prepared loader, whose length is that of one process.
+    # a batch stays a list, because pictures and numbers of phrases differ; the number of steps follows from
+    # the prepared loader, whose length is that of one process
     loader = make_loader(sets["train"], args, collate_fn=list)
     model, optimizer, loader = accelerator.prepare(head, make_optimizer(head, args), loader)
     val_loader = validation_loader(sets["val"], args, accelerator) if "val" in sets else None
     steps = plan_steps(args, loader)
     warmup = warmup_steps(args.warmup, steps)
 
-    # Everything is checked: from here on the run folder holds what happens.
+    # everything is checked: from here on the run folder holds what happens
     out = open_run(args.out, args, accelerator, args.resume, args.overwrite)
     accelerator.print(f"base: {describe_base(base)}; attention channels {dims[0]}\nhead: {describe(head)}")
     pictures = args.batch_size * args.accum * accelerator.num_processes
     accelerator.print(f"{len(sets['train'])} samples, {pictures} a step, {steps} steps, lr {args.lr:g}")
 
+    # a stop signal ends the validation between two batches; with a sharded base all processes at the same one
     def scores():
         seen = val_loader and watched(training, val_loader, together=args.shard_base)
         return validate(head, seen, get_features, accelerator)
 
-    # The loop. The losses of a batch are means over its phrases, so its share is counted in phrases.
+    # the loop: the losses of a batch are means over its phrases, so its share is counted in phrases
     training = start(accelerator, args, steps, [optimizer], scores)
     model.train()
     for samples, share in batches(training, loader, lambda batch: sum(len(s["masks"]) for s in batch)):
         with accelerator.accumulate(model):
-            # SAM's decoder joins after `coarse_first` steps: before, its prompts (coarse masks) mean nothing.
+            # SAM's decoder joins after `coarse_first` steps: before, its prompts (coarse masks) mean nothing
             outputs = model(get_features(samples), refine=training.state["step"] >= coarse_first)
+
+            # one (n, h, w) for each picture; `compute_loss` brings it to the size of each head's masks
             targets = [sample[mask_name].to(accelerator.device) for sample in samples]
             parts = {key: value * share for key, value in head.compute_loss(outputs, targets).items()}
 
-            # A loss that is not finite ends the run before the weights change.
+            # a loss that is not finite ends the run: on a CPU before the weights change, on a GPU before a save
             check_finite(training, [sample["file_name"] for sample in samples], **parts)
             accelerator.backward(parts["loss"])
+
+            # as upstream: from 1e-5 of the rate to the peak at the last step of the warm-up, then a cosine to 0
             factor = lr_at(training.state["step"], steps, warmup, ramp="mmengine")
             grad = update(training, model, [optimizer], factor)
 
-        # After the last batch of an optimizer step: validate where it is due, log, save, stop.
+        # after the last batch of an optimizer step: validate where it is due, log, save, stop
         if accelerator.sync_gradients:
             finish_step(training, grad=grad)
 
-    # The head alone and its validation; every step is saved, so a stop signal now ends the run at once.
+    # the head alone and its validation; every step is saved, so a stop signal now ends the run at once
     found = scores()
     if accelerator.is_main_process:
         save_results(head, dims, out, steps, found)
