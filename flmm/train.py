@@ -338,11 +338,12 @@ def main(args):
             targets = [sample[mask_name].to(accelerator.device) for sample in samples]
             parts = {key: value * share for key, value in head.compute_loss(outputs, targets).items()}
 
-            # a loss that is not finite ends the run: on a CPU before the weights change, on a GPU before a save
+            # a loss that is not finite ends the run: on a CPU before the weights change, on a GPU at the
+            # latest before a save
             check_finite(training, [sample["file_name"] for sample in samples], **parts)
             accelerator.backward(parts["loss"])
 
-            # as upstream: from 1e-5 of the rate to the peak at the last step of the warm-up, then a cosine to 0
+            # as upstream: from 1e-5 of the rate to the peak at the warm-up's last step, then a cosine to 0
             factor = lr_at(training.state["step"], steps, warmup, ramp="mmengine")
             grad = update(training, model, [optimizer], factor)
 
