@@ -57,12 +57,16 @@ from flmm.models.flmm import extract
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
+
+    # what is scored: one part of the configuration's data, by a head that was trained with the same base
     add_config_arguments(parser)
     parser.add_argument("--split", default="test", help="part of the configuration's data to score")
     parser.add_argument(
         "--head", type=Path, required=True, help="trained head: ours or upstream's, .safetensors or .pth"
     )
     add_base_arguments(parser)
+
+    # how it is counted: the same head gets other numbers under each protocol, so results.json names it
     parser.add_argument(
         "--protocol",
         choices=["upstream", "object", "sentence"],
@@ -73,16 +77,16 @@ def parse_args(argv=None):
         "--answer-first",
         action="store_true",
         help="ReasonSeg: the base answers each query and its answer is grounded instead of the query; "
-        "answers "
-        "go to phrases.csv",
+        "answers go to phrases.csv",
     )
     parser.add_argument(
         "--controls",
         action="store_true",
         help="also score the whole picture, a centred box, the union of all objects, another phrase's mask, "
-        "and "
-        "the best raw attention map, which is chosen on the train split",
+        "and the best raw attention map, which is chosen on the train split",
     )
+
+    # how much of it runs at a time, and where the results go
     add_skip_argument(parser)
     parser.add_argument("--limit", type=number(int, 1), help="score only the first so many records")
     parser.add_argument("--batch-size", type=number(int, 1), default=1, help="pictures per forward pass")
@@ -100,6 +104,7 @@ def parse_args(argv=None):
 def choose_raw_map(base, dataset, accelerator):
     """The single attention map and threshold that fit the first 150 training records best; alike on every
     process."""
+    # every process reads the same records, so that all choose alike without a word to each other
     raw = RawMaps()
     for i in progress(range(min(150, len(dataset))), accelerator, desc="choosing the raw map"):
         sample = dataset[i]
@@ -116,17 +121,24 @@ def score(samples, features, outputs, raw=None, calibration=None):
     """
     rows = []
     for sample, feature, output in zip(samples, features, outputs):
+        # masks are compared at the size of the file (n, H, W), whatever size the base saw the picture at
         gt = sample["gt_masks"]
         scores = phrase_rows(output, gt, sample.get("ignore"))
+
+        # SAM predicts an IoU for every phrase, also for what is not there; a calibration can say that
         if calibration is not None:
             presence, expected = calibration(phrase_features(feature, output))
             for row, there, iou in zip(scores, presence.tolist(), expected.tolist()):
                 row |= {"score": iou, "presence": there, "found": row["found"] and there >= 0.5}
         masks = binary_masks(final_logits(output), gt.shape[1:]).cpu().numpy()
+
+        # a mask that reads no word, or the wrong ones, and attention without a head: what a head must exceed
         if raw is not None:
             trivial_controls(gt, scores)
             other_phrase(output, gt, scores)
             raw.score(feature, gt, scores)
+
+        # plural and isthing are the groups of panoptic narrative grounding
         for row, info, mask in zip(scores, sample["mask_infos"], masks):
             name = {"file": sample["file_name"], "phrase": info["text"].strip()}
             kind = {"plural": info["plural"], "isthing": info["isthing"]}
@@ -139,6 +151,8 @@ def score_batch(base, head, sam_encoder, samples, args, raw, calibration):
     answers = None
     if args.answer_first:  # the base's answer takes the place of the query as the phrase to ground
         samples, answers = answer_queries(base, samples, args.split)
+
+    # one pass of the base; the words' own probabilities are read from it only where a calibration wants them
     features = extract(base, sam_encoder, samples, likelihood=calibration is not None)
     outputs = head(features, finish=finished)
     rows = score(samples, features, outputs, raw, calibration)
@@ -165,6 +179,7 @@ def answer_queries(base, samples, split):
 def draw(sample, output, path):
     """One picture: the true masks, the coarse ones and the refined ones, with the phrases in their
     colours."""
+    # without SAM the coarse mask is the last one
     size = sample["gt_masks"].shape[1:]
     columns = [
         ("truth", sample["gt_masks"].numpy()),
@@ -179,13 +194,15 @@ def draw(sample, output, path):
 def write_results(out, rows, **about):
     """results.json, masks.json and phrases.csv of the rows of all processes; returns the scores. about: what
     else results.json says."""
+    # the order of the files must not depend on how many processes shared the records
     rows.sort(key=lambda row: (row["file"], row["phrase"]))
     results = {**about, **summarise(rows)}
     masks = [
         {"file": row["file"], "phrase": row["phrase"], "score": row["score"], "segmentation": row.pop("rle")}
         for row in rows
     ]
-    # Pictures with a single phrase have no score of another phrase: their cells stay empty.
+
+    # pictures with a single phrase have no score of another phrase: their cells stay empty
     names = ["file", "phrase", *sorted({name for row in rows for name in row} - {"file", "phrase"})]
     atomic_json(out / "results.json", results)
     atomic_json(out / "masks.json", masks)
@@ -195,35 +212,40 @@ def write_results(out, rows, **about):
 
 @torch.no_grad()
 def main(args):
-    # The model: the frozen base, its data, and the trained head.
+    # what the configuration says; a base that cannot run is refused at once
     accelerator = Accelerator()
     config = read_config(args.config, args.set, args.base_path)
     family_of(config)
     seed_everything(0)
-    # What costs little is checked before the base is loaded, and a head with missing tensors or of another
-    # base is refused before anything is written.
+
+    # what costs little is checked before the base is loaded
     options, calibration = {"skip_bad": args.skip_bad}, Calibration.beside(args.head)
     dataset = build_dataset(config, args.split, args.data, protocol=args.protocol, **options)
     fitting = build_dataset(config, "train", args.data, **options) if args.controls else None
+
+    # the model; upstream loads with strict=False and scores a head with missing tensors, here one is refused
     base, head, sam_encoder, report = load_trained(
         config, args.head, accelerator.device, random_seed=args.random_base, attention=args.attention
     )
+
+    # prompt, tokens and pixels are the base's own, so the data sets get their builder only now
     builder = SampleBuilder.of(base, sam_encoder)
     dataset = attach(dataset, builder)
-    if args.skip_bad:
+    if args.skip_bad:  # a bad record is left out: another in its place would be scored twice
         dataset = SkipBad(dataset, replace=False)
 
-    # The run folder; overlays of an earlier run may have other names and would stay beside the new ones.
+    # the run folder; overlays of an earlier run may have other names and would stay beside the new ones
     out = open_run(args.out, args, accelerator, overwrite=args.overwrite)
     accelerator.print(report)
     if accelerator.is_main_process:
         shutil.rmtree(out / "overlays", ignore_errors=True)
+
     raw = None
     if args.controls:  # chosen on training records, whatever split is scored
         fitting = attach(fitting, builder)
         raw = choose_raw_map(base, SkipBad(fitting, True) if args.skip_bad else fitting, accelerator)
 
-    # Every process scores its share of the records.
+    # every process scores its share of the records; accelerate would repeat some to even out the shares
     total = min(len(dataset), args.limit or len(dataset))
     mine = range(accelerator.process_index, total, accelerator.num_processes)
     loader = DataLoader(
@@ -233,10 +255,12 @@ def main(args):
         worker_init_fn=loader_worker,
         collate_fn=keep_good,
     )
+
+    # batch by batch: large masks are kept as RLE alone
     rows, drawn, read = [], 0, 0
     pictures = args.pictures if accelerator.is_main_process else 0
     for samples in progress(loader, accelerator, desc=args.split):
-        if not samples:
+        if not samples:  # all of them were bad
             continue
         scored, outputs = score_batch(base, head, sam_encoder, samples, args, raw, calibration)
         rows, read = rows + scored, read + len(samples)
@@ -245,14 +269,14 @@ def main(args):
                 draw(sample, output, out / "overlays" / f"{drawn:02d}_{Path(sample['file_name']).stem}.png")
                 drawn += 1
 
-    # The rows of all processes make one file.
+    # the rows of all processes make one file
     rows, skipped = gather_object(rows), total - sum(gather_object([read]))
     if not accelerator.is_main_process:
         return
     if not rows:
         raise UserError(f"--split {args.split}: no phrase to score")
 
-    # The files, and the numbers that one looks at first.
+    # the files, and the numbers that one looks at first
     about = {"split": args.split, "protocol": args.protocol, "skipped": skipped}
     results = write_results(out, rows, **about)
     controls = " ".join(f"{name} {value:.3f}" for name, value in results["controls"].items())
