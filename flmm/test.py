@@ -125,7 +125,7 @@ def score(samples, features, outputs, raw=None, calibration=None):
         gt = sample["gt_masks"]
         scores = phrase_rows(output, gt, sample.get("ignore"))
 
-        # SAM predicts an IoU for every phrase, also for what is not there; a calibration can say that
+        # SAM predicts an IoU also for what is not there; a calibration was fitted on such phrases, too
         if calibration is not None:
             presence, expected = calibration(phrase_features(feature, output))
             for row, there, iou in zip(scores, presence.tolist(), expected.tolist()):
