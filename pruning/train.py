@@ -52,7 +52,7 @@ from pruning.sensitivity_analyse.load_model import add_pruned_arguments, check_k
 from pruning.sensitivity_analyse.scan_methods import apply_head
 
 TRAINED = ("lora", "last", "full")  # ways of --repair that train; the others are closed forms
-LOGITS = 1 << 25  # that are held at a time in a loss
+LOGITS = 1 << 25  # that are held at a time in a loss: 128 MiB in float32
 INPUTS = ("lang_x", "vision_x", "tokens", "attention_mask", "labels")
 # Upstream's names of the schedules, and what follows the warm-up in each.
 SCHEDULES = {"constant_with_warmup": "constant", "cosine": "cosine", "constant": "constant"}
@@ -63,7 +63,8 @@ def parse_args(argv=None):
     add_model_arguments(p.add_argument_group("model"))
     add_data_arguments(p.add_argument_group("data"))
     add_healing_arguments(p.add_argument_group("healing"))
-    # the defaults are those of upstream's recipe
+
+    # the defaults are those of upstream's English recipe; a healing run is short and evaluates nothing
     add_run_arguments(
         p, omit=["eval_every"], lr=5e-5, epochs=5.0, accum=8, warmup=20, weight_decay=0.0, seed=42
     )
@@ -71,6 +72,7 @@ def parse_args(argv=None):
 
 
 def add_model_arguments(group):
+    # the pruned model, in the words of upstream's two scripts; what it was cut from is the teacher
     add_pruned_arguments(group)
     group.add_argument("--drop-layers", help="the layers that were removed; only checked against the map")
     group.add_argument("--teacher", type=Path, help="the unpruned checkpoint or folder, for --distill")
@@ -80,6 +82,7 @@ def add_model_arguments(group):
 
 
 def add_data_arguments(group):
+    # which of the two there is decides what kind of model is healed
     group.add_argument("--data", type=Path, help="a CTRG folder, to heal a report model")
     group.add_argument(
         "--texts",
@@ -89,6 +92,8 @@ def add_data_arguments(group):
     group.add_argument(
         "--limit", type=number(int, 0), default=0, help="use only the first samples; 0: use all"
     )
+
+    # how texts become rows of a batch
     group.add_argument(
         "--max-length", type=number(int, 2), default=512, help="longest text in tokens; longer ones are cut"
     )
@@ -97,6 +102,8 @@ def add_data_arguments(group):
         action="store_true",
         help="join the texts and cut every --max-length tokens, without padding",
     )
+
+    # volumes and prompts as in the training of the report model, whose flags have these names too
     group.add_argument("--cache", type=Path, help="folder for prepared volumes")
     group.add_argument(
         "--flip", type=number(float, 0, 1), default=0.02, help="share of statuses that prompts state wrongly"
@@ -107,6 +114,7 @@ def add_data_arguments(group):
 
 
 def add_healing_arguments(group):
+    # what is repaired: closed forms need no training, and what trains may start behind them
     group.add_argument(
         "--repair",
         nargs="+",
@@ -125,6 +133,8 @@ def add_healing_arguments(group):
         "--also", nargs="+", choices=("norm", "head"), default=[], help="train these too, beside --repair's"
     )
     group.add_argument("--full", action="store_true", help="the same as --repair full")
+
+    # LoRA: its strength is alpha / r, so a wrong alpha changes every output without any error
     group.add_argument(
         "--lora-target-modules",
         help="names of linear modules for a new LoRA, with commas; default: those of q and v. Of one that is "
@@ -141,6 +151,8 @@ def add_healing_arguments(group):
     group.add_argument(
         "--lora-dropout", type=number(float, 0, 1), default=0.0, help="dropout of LoRA (upstream 0.1 and 0.2)"
     )
+
+    # the loss, and the optimizer beyond the shared run flags
     group.add_argument(
         "--distill", type=number(float, 0, 1), default=0.0, help="weight of the distance to the teacher"
     )
@@ -163,6 +175,8 @@ class Texts(Dataset):
 
     def __init__(self, path, tokenizer, max_length: int, limit: int = 0, pack: bool = False):
         self.rows = []
+
+        # one long stream, so that a piece may begin in the middle of a text; only its last piece is short
         if pack:
             texts = read_prompts(path)[: limit or None]
             stream = [i for text in texts for i in tokenizer(text).input_ids + [tokenizer.eos_token_id]]
@@ -172,6 +186,7 @@ class Texts(Dataset):
                 {"id": f"{name}, piece {i + 1}", "ids": torch.tensor(p)} for i, p in enumerate(pieces)
             ]
             return
+
         for i, text in enumerate(read_prompts(path)[: limit or None]):
             # the end-of-text token is learnt too, except where the text was cut before it
             ids = (tokenizer(text).input_ids + [tokenizer.eos_token_id])[:max_length]
@@ -190,6 +205,7 @@ def collate_texts(samples: list[dict]) -> dict:
     def padded(rows, value=0):
         return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
 
+    # the ids are their own labels: the loss shifts them by one
     ids = [sample["ids"] for sample in samples]
     return {
         "id": [sample["id"] for sample in samples],
@@ -215,6 +231,7 @@ class Healing(nn.Module):
     @staticmethod
     def states(model, lang_x, attention_mask, vision_x, tokens):
         """(language model, its final hidden states (B, N, d)) of either kind of model."""
+        # a plain model reads ids, a report model the embeddings of its prompt with image tokens in them
         if not hasattr(model, "embedding_layer"):
             inputs, llm = {"input_ids": lang_x}, model
         else:
@@ -222,6 +239,8 @@ class Healing(nn.Module):
                 tokens = model.encode(vision_x) if tokens is None else tokens
                 embeds = model.embedding_layer(text_input=lang_x, tokens=tokens)
             inputs, llm = {"inputs_embeds": embeds.to(model.lang_model.dtype)}, model.lang_model
+
+        # without the output head: its (B, N, V) logits are wanted at the scored positions alone
         output = decoder(llm)(**inputs, attention_mask=attention_mask, use_cache=False)
         return plain(llm), output.last_hidden_state
 
@@ -244,7 +263,7 @@ class Healing(nn.Module):
         wanted = labels[:, 1:] != -100
         count = wanted.sum().clamp(min=1)  # a report that the length limit cut away leaves nothing to score
         llm, states = self.states(self.student, *inputs)
-        teacher, scored = None, [states[:, :-1][wanted], labels[:, 1:][wanted]]
+        teacher, scored = None, [states[:, :-1][wanted], labels[:, 1:][wanted]]  # (M, d) and (M,)
         if self.distill:
             with torch.no_grad():
                 teacher, seen = self.states(self.teachers[0], *inputs)
@@ -257,6 +276,8 @@ class Healing(nn.Module):
             sums = [self.sums(llm, teacher, *pieces[0])]
         else:
             sums = [checkpoint(self.sums, llm, teacher, *piece, use_reentrant=False) for piece in pieces]
+
+        # sums become means over the batch's scored tokens, however many pieces there were
         lm_loss, distance = (sum(part) / count for part in zip(*sums))
         if not self.distill:
             return {"loss": lm_loss}
@@ -281,10 +302,14 @@ def set_trained(model, full: bool, last: int = 0, also=()) -> list[str]:
         parts.append(plain(llm).get_output_embeddings())
     if "norm" in also:
         parts.append(final_norm(llm))
+
+    # by identity and not by name: PEFT renames modules, and a tied head is the embedding
     whole = {id(parameter) for part in parts for parameter in part.parameters()}
     for name, parameter in model.named_parameters():
         lora = "lora_" in name and not (full or last)
         parameter.requires_grad_(id(parameter) in whole or lora)
+
+    # one number format for all of the language model, or LoRA's own beside frozen half precision
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for parameter in llm.parameters() if whole else trained.values():
         parameter.data = parameter.data.float()
@@ -293,6 +318,7 @@ def set_trained(model, full: bool, last: int = 0, also=()) -> list[str]:
 
 def new_lora(model, r: int = 4, alpha: float | None = None, dropout: float = 0.0, targets=None) -> tuple:
     """Return (`model` with a new LoRA, its settings). targets: module names separated by commas."""
+    # upstream trained the whole model with r 4 and alpha 16, which is where 4 r comes from
     lora = {
         "r": r,
         "alpha": 4 * r if alpha is None else alpha,
@@ -305,6 +331,7 @@ def new_lora(model, r: int = 4, alpha: float | None = None, dropout: float = 0.0
 def check(args):
     """Refuse what contradicts itself and what would have no effect, before anything is loaded."""
     check_kind(args)
+
     # what belongs to the other kind of model
     if args.texts:
         only_reports = ["lang_model_path", "teacher_lang_model_path", "cache", "flip", "places"]
@@ -314,10 +341,12 @@ def check(args):
     else:
         refuse(args, ["max_length", "trust_remote_code", "pack"], "with --data")
     check_repair(args)
-    # LoRA does not exist under --full; a report checkpoint may still hold one, whose alpha matters
+
+    # no new LoRA where something else trains; a report checkpoint may hold its own, whose alpha matters
     if "lora" not in args.repair:
         own = ["lora_r", "lora_dropout", "lora_target_modules"]
         refuse(args, own + (["lora_alpha"] if args.texts else []), f"with --repair {' '.join(args.repair)}")
+
     # distillation, and the warm-up that a constant rate does not have
     if args.distill and not args.teacher:
         raise UserError("--distill needs --teacher, the unpruned model")
@@ -327,6 +356,7 @@ def check(args):
             refuse(args, ["teacher"], "without --distill and without --repair linear or compensate")
     if args.lr_scheduler_type == "constant":
         refuse(args, ["warmup"], "with --lr-scheduler-type constant")
+
     # upstream's --drop_layers says again what the map says
     if args.drop_layers:
         if not args.prune_map_path:
@@ -338,9 +368,12 @@ def check(args):
 
 def check_repair(args):
     """Refuse ways of --repair that exclude each other or lack what they need; --full becomes one of them."""
+    # the short form of one of the ways
     if args.full:
         refuse(args, ["repair"], "beside --full")
         args.repair = ["full"]
+
+    # closed forms may follow each other; of what trains there is one, because it says which weights move
     closed = set(args.repair) & {*REPAIRS}
     if len(set(args.repair)) < len(args.repair) or len(set(args.repair) & {*TRAINED}) > 1:
         raise UserError(
@@ -348,12 +381,15 @@ def check_repair(args):
         )
     if "none" in args.repair and len(args.repair) > 1:
         raise UserError("--repair none stands alone")
+
+    # closed forms are fitted on texts, against the states of the unpruned model
     if args.data and (closed or "last" in args.repair or args.also):
         raise UserError("--repair linear, compensate and last, and --also, are for --texts")
     if closed and not args.teacher:
         raise UserError(f"--repair {' '.join(sorted(closed))} needs --teacher, the unpruned model")
     if not closed:
         refuse(args, ["repair_texts"], "without --repair linear or compensate")
+    # no training: what only a training reads would be ignored without a word
     if not set(args.repair) & {*TRAINED}:
         refuse(
             args, ["also", "distill", "max_steps", "epochs", "lr"], f"with --repair {' '.join(args.repair)}"
@@ -363,6 +399,7 @@ def check_repair(args):
 def dropped_layers(args) -> list[int]:
     """Which layers of the teacher the pruned model lacks, by --prune-map-path or the map beside its
     folder."""
+    # prune_llm.py writes hf_<tag> and its map side by side
     file = args.prune_map_path
     if file is None:
         tag = args.pruned_model_path.name.removeprefix("hf_")
@@ -373,6 +410,8 @@ def dropped_layers(args) -> list[int]:
                 "the missing layers are known"
             )
         file = found[0]
+
+    # a map without old_layers cannot tell dropped layers behind the last kept one
     prune_map = read_map(file)
     kept = set(prune_map["layer_id_map"].values())
     count = prune_map.get("old_layers") or max(kept) + 1
@@ -383,6 +422,7 @@ def load_report_task(args):
     """Return (model, teacher or None, training set, collate function, settings) of a report model."""
     from pruning import report_model  # dia_pangu's code, which plain language models do not need
 
+    # every tensor must be there: upstream loads equal shapes alone and leaves the rest random
     loaded = report_model.load_report_model(
         args.pruned_model_path, args.lang_model_path, args.prune_map_path, args.lora_alpha, args.lora_dropout
     )
@@ -407,11 +447,14 @@ def load_report_task(args):
 
 def load_text_task(args, device):
     """Return (pruned model, repaired in closed form where that is asked for, teacher or None, tokenizer)."""
+    # the teacher is a whole second model in memory, so it is loaded only where something asks it
     model, tokenizer = load_model(args.pruned_model_path, trust_remote_code=args.trust_remote_code)
     closed = [kind for kind in args.repair if kind in REPAIRS]
     teacher = None
     if args.distill or closed:
         teacher = load_model(args.teacher, trust_remote_code=args.trust_remote_code)[0]
+
+    # repairs gap by gap come first, so that LoRA learns on top of what they mended
     if closed:
         drop = dropped_layers(args)
         if len(decoder_layers(model)) + len(drop) != len(decoder_layers(teacher)):
@@ -421,6 +464,7 @@ def load_text_task(args, device):
         texts = read_prompts(args.texts)[: args.repair_texts]
         prompts = text_prompts(texts, tokenizer, min(args.max_length, 512))
         repair(model.to(device), teacher.to(device), drop, closed, prompts)
+
     if "lora" in args.repair:
         lora = (args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target_modules)
         model, _ = new_lora(model, *lora)
@@ -434,6 +478,7 @@ def scored(batch) -> torch.Tensor:
 
 def refuse_bad_sample(accelerator, batch):
     """End every process with one line where any process met a sample that it cannot read."""
+    # all processes must know, because those with a good batch would wait for the others for ever
     bad = torch.tensor(float("error" in batch), device=accelerator.device)
     if accelerator.num_processes > 1:
         bad = accelerator.reduce(bad)
@@ -446,7 +491,7 @@ def heal(model, train_set, collate_fn, args, accelerator, teacher=None):
 
     Returns the `Healing` module as it was trained, which may be sharded over the processes.
     """
-    # what trains, and how
+    # what trains, and how: vectors and embeddings are not decayed, other matrices and LoRA's are
     healing = Healing(model, teacher, args.distill)
     groups = parameter_groups(healing, args.lr, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, args.adam_beta2))
@@ -454,6 +499,8 @@ def heal(model, train_set, collate_fn, args, accelerator, teacher=None):
     if args.compile:
         healing.compile()  # in place: checkpoints keep their names
     healing, optimizer, loader = prepare(accelerator, healing, optimizer, loader)
+
+    # transformers' constant schedule has no warm-up, and the shared flag has a default
     steps = plan_steps(args, loader)
     warmup = 0 if args.lr_scheduler_type == "constant" else args.warmup
     schedule = SCHEDULES[args.lr_scheduler_type]
@@ -478,6 +525,7 @@ def heal(model, train_set, collate_fn, args, accelerator, teacher=None):
 
 
 def main(args):
+    # contradictions end the run before a 7 B model is read
     check(args)
     accelerator = make_accelerator(args)
     seed_everything(args.seed)
@@ -492,11 +540,12 @@ def main(args):
             Texts(args.texts, tokenizer, args.max_length, args.limit, args.pack),
             collate_texts,
         )
+    # training turns tensors to float32; the result is written in the types that were read
     stored = {name: value.dtype for name, value in plain(model).state_dict().items()}
 
     # what of it trains
     names = set_trained(model, "full" in args.repair, 3 if "last" in args.repair else 0, args.also)
-    if teacher is not None:
+    if teacher is not None:  # not prepared: it stands whole on every process and never changes
         teacher = teacher.to(accelerator.device).requires_grad_(False)
     accelerator.print(f"{describe(model)} in {len(names)} tensors | {len(train_set)} samples")
 
@@ -541,11 +590,14 @@ def save_plain(model, tokenizer, out: Path, stored: dict, source: Path):
     stored: {name: type} of the tensors as they were read; they are written so, and config.json says so.
     source: the folder that they were read from, whose licence and the like are kept.
     """
+    # PEFT holds a wrapped matrix as NAME.base_layer; what trained in float32 is rounded back here
     lora = hasattr(model, "merge_and_unload")
     whole = model.merge_and_unload() if lora else model
     types = {name.replace(".base_layer.", "."): kind for name, kind in stored.items()}
     for name, parameter in whole.named_parameters():
         parameter.data = parameter.data.to(types.get(name, parameter.dtype))
+
+    # read back before the folder gets its name, so that a folder that is there can be loaded
     with atomic_dir(out / "model") as temporary:
         whole.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
