@@ -42,6 +42,8 @@ def parse_args(argv=None):
     p = Parser(__doc__)
     add_model_arguments(p.add_argument_group("model"))
     add_test_arguments(p.add_argument_group("data and test"))
+
+    # names as upstream's, so that results of both lie side by side: <prefix>_<tag>
     out = p.add_argument_group("results")
     out.add_argument("--out-dir", "--out", type=Path, required=True, help="folder of the results")
     out.add_argument("--out-prefix", default="dia-pangu-pruned", help="first part of their names")
@@ -61,6 +63,7 @@ def add_model_arguments(group):
 
 
 def add_test_arguments(group):
+    # which of the two there is decides what kind of model is tested
     group.add_argument("--data", type=Path, help="a CTRG folder, to test a report model")
     group.add_argument(
         "--texts", type=Path, help="texts, one a line or a .jsonl file, to test a plain language model"
@@ -71,6 +74,8 @@ def add_test_arguments(group):
     group.add_argument(
         "--limit", type=number(int, 0), default=0, help="use only the first samples; 0: use all"
     )
+
+    # plain language models: what a perplexity is taken over, because numbers compare only if that is equal
     group.add_argument(
         "--max-length", type=number(int, 2), default=512, help="longest text in tokens; longer ones are cut"
     )
@@ -87,6 +92,8 @@ def add_test_arguments(group):
         help="tasks for the package lm-eval, by its names (arc_easy) or as .yaml files of your own; with "
         "--limit only the first items of each",
     )
+
+    # report models: how reports are written; greedy by default, so that two models compare without chance
     group.add_argument("--cache", type=Path, help="folder for prepared volumes")
     group.add_argument("--batch-size", type=number(int, 1), default=16, help="samples at a time")
     group.add_argument(
@@ -100,6 +107,7 @@ def add_test_arguments(group):
 
 def make_name(args) -> str:
     """The second part of the results' names."""
+    # upstream's test scripts say c23_28 where its pruning tool says drop23_28
     if args.tag_override:
         return args.tag_override
     tag = args.pruned_model_path.stem
@@ -131,6 +139,7 @@ def stream_losses(model, tokenizer, texts, window: int = 2048, piece: int | None
     That is how perplexity on WikiText is published: no overlap, each window's first token is not scored.
     piece: a row for every so many scored tokens of a window, for intervals; left out: a row for each window.
     """
+    # the windows do not overlap, so the first tokens of each are judged after very little text
     ids = tokenizer("\n\n".join(texts)).input_ids
     rows = []
     for start in range(0, len(ids), window):
@@ -143,8 +152,11 @@ def stream_losses(model, tokenizer, texts, window: int = 2048, piece: int | None
 def token_losses(model, ids: list[int], piece: int = 512) -> torch.Tensor:
     """(N - 1,) float64: the loss of each token but the first, `piece` positions of float32 logits at a
     time."""
+    # one token predicts nothing
     if len(ids) < 2:
         return torch.zeros(0, dtype=torch.float64)
+
+    # half-precision logits (N - 1, V) stay as they are: a float32 copy of all would be the largest tensor
     tokens = torch.tensor([ids], device=model.device)
     logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
     parts = zip(logits.split(piece), tokens[0, 1:].split(piece))
@@ -159,10 +171,13 @@ def latency(lang_model, prompt_tokens: int = 64, new_tokens: int = 32, repeats: 
     seconds: to generate `new_tokens` after a prompt of `prompt_tokens`, the fastest of `repeats`. parameters
     and weight_bytes: tied tensors count once. kv_cache_bytes_per_token: keys and values of all layers.
     """
+    # made-up ids, the first three left out, which are often special tokens: time does not depend on words
     embedding = lang_model.get_input_embeddings().weight
     prompt = torch.arange(prompt_tokens, device=embedding.device)[None] % (len(embedding) - 3) + 3
+
+    # always the same number of new tokens, so that models compare; the fastest of them, which no other
+    # process on the machine has disturbed
     times = []
-    # always the same number of new tokens, so that models compare
     for _ in range(repeats):
         start = time.perf_counter()
         lang_model.generate(
@@ -188,6 +203,7 @@ def latency(lang_model, prompt_tokens: int = 64, new_tokens: int = 32, repeats: 
 @torch.no_grad()
 def cache_bytes(lang_model, prompt) -> int:
     """Bytes of keys and values that the model really keeps for each token of a prompt (1, N)."""
+    # the cache itself is asked: not every layer of a hybrid keeps keys and values
     past = lang_model(input_ids=prompt, use_cache=True).past_key_values
     kept = [
         getattr(layer, part, None) for layer in getattr(past, "layers", []) for part in ("keys", "values")
@@ -198,6 +214,7 @@ def cache_bytes(lang_model, prompt) -> int:
 def check(args):
     """Refuse what is missing and what would have no effect, before anything is loaded."""
     check_kind(args)
+
     # what belongs to the other kind of model
     if args.texts:
         only_reports = ["lang_model_path", "lora_alpha", "split", "cache", "batch_size", "max_new_tokens"]
@@ -208,6 +225,8 @@ def check(args):
         refuse(args, ["trust_remote_code", "max_length", "window", "tasks"], "with --data")
         if not args.do_sample:
             refuse(args, ["seed"], "without --do-sample")
+
+    # a name that is given has no style
     if args.tag_override:
         refuse(args, ["tag_style"], "beside --tag-override")
 
@@ -216,15 +235,20 @@ def score_texts(args, device):
     """Return (language model, its scores on --texts)."""
     model, tokenizer = load_model(args.pruned_model_path, trust_remote_code=args.trust_remote_code)
     texts = read_prompts(args.texts)[: args.limit or None]
+
+    # (rows, 2): summed loss and scored tokens, so that the mean is over tokens and not over texts
     if args.window:
         losses = stream_losses(model.to(device), tokenizer, texts, args.window)
     else:
         losses = text_losses(model.to(device), tokenizer, texts, args.max_length)
+
+    # they count among "texts" and score nothing, so it is told
     unscored = int((losses[:, 1] == 0).sum())
     if unscored == len(losses):
         raise UserError(f"{args.texts}: no text has two tokens, so that nothing can be scored")
     if unscored:
         print(f"{unscored} of {len(losses)} texts have fewer than two tokens and are not scored")
+
     scores = {"texts": len(texts), "tokens": int(losses[:, 1].sum()), "perplexity": perplexity(losses)}
     if args.tasks:
         scores |= score_tasks(model, tokenizer, args.tasks, args.limit)
@@ -239,6 +263,8 @@ def score_tasks(model, tokenizer, tasks, limit: int) -> dict:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise UserError(f"--tasks needs the package lm-eval ({error}); pip install lm-eval") from error
+
+    # a task by name is lm-eval's own; of a file it wants the folder, and the name that stands inside
     names, folders = [], set()
     for task in tasks:
         file = Path(task)
@@ -249,9 +275,13 @@ def score_tasks(model, tokenizer, tasks, limit: int) -> dict:
             # lm-eval's own tags, such as !function, stay unread here
             names.append(re.search(r"(?m)^task:\s*(\S+)", file.read_text(encoding="utf-8"))[1])
         folders.add(str(file.resolve().parent))
+
+    # an unknown name is refused before the model runs
     manager = TaskManager(include_path=sorted(folders) or None)
     if unknown := [name for name in names if name not in manager.all_tasks]:
         raise UserError(f"--tasks {unknown[0]}: lm-eval knows no such task; lm-eval ls tasks lists its own")
+
+    # the model as it stands in memory, not read a second time from its folder
     with reading(" ".join(tasks), "list of lm-eval tasks"):
         found = lm_eval.simple_evaluate(
             HFLM(pretrained=model, tokenizer=tokenizer),
@@ -259,6 +289,7 @@ def score_tasks(model, tokenizer, tasks, limit: int) -> dict:
             limit=limit or None,
             task_manager=manager,
         )
+    # beside numbers the rows hold texts, such as a task's alias
     return {
         f"{task} {metric.removesuffix(',none')}": value
         for task, row in found["results"].items()
@@ -271,13 +302,15 @@ def score_reports(args, device, stem: Path):
     """Write the reports of one partition and their timing beside `stem`; return (language model, scores)."""
     from pruning import report_model  # dia_pangu's code, which plain language models do not need
 
-    # the model, and what its vision part sees
+    # the model; reading it is timed as upstream does
     started = time.perf_counter()
     model, text, config = report_model.load_report_model(
         args.pruned_model_path, args.lang_model_path, args.prune_map_path, args.lora_alpha
     )
     model = model.to(device)
     loaded = time.perf_counter() - started
+
+    # volumes go through the vision part once; the reports and their losses start from its tokens
     samples = report_model.Encoded(
         model, text, config, args.data, args.split, args.limit, args.cache, batch=args.batch_size
     )
@@ -300,7 +333,7 @@ def score_reports(args, device, stem: Path):
     atomic_csv(stem.with_name(stem.name + ".csv"), rows)
 
     # how long each took
-    times = made["milliseconds"]
+    times = made["milliseconds"]  # equal within a batch, whose time is shared out
     rows = [{"ID": s["id"], "InferTimeMs": f"{taken:.2f}"} for s, taken in zip(items, times)]
     atomic_csv(stem.with_name(stem.name + "_per_sample_timing.csv"), rows)
     timing = {
@@ -312,24 +345,25 @@ def score_reports(args, device, stem: Path):
     }
     atomic_json(stem.with_name(stem.name + "_timing.json"), timing)
 
-    # what they are worth
+    # what they are worth: the losses are those of the true reports, not of the written ones
     losses = report_model.report_losses(model, text, samples, args.batch_size)
     return model.lang_model, report_model.report_scores(truths, made["reports"], labels, losses)
 
 
 def main(args):
+    # contradictions end the run before a model is read; accelerate is asked for the device alone
     check(args)
     device = Accelerator().device
     seed_everything(args.seed)
     stem = args.out_dir / f"{args.out_prefix}_{make_name(args)}"
 
-    # quality
+    # quality: perplexity of texts, or the scores of written reports
     if args.texts:
         lang_model, scores = score_texts(args, device)
     else:
         lang_model, scores = score_reports(args, device, stem)
 
-    # cost
+    # cost: the language model alone; peak memory is that of the CPU, not of a GPU
     scores |= {
         "layers": len(decoder_layers(lang_model)),
         **latency(lang_model),
