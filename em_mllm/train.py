@@ -73,6 +73,8 @@ HELD_OUT = 50  # items held out for validation where no --val-dir is given, as u
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
+
+    # every x.h5 has its x.json, as in the seed; both may also be named one by one
     data = parser.add_argument_group("data")
     data.add_argument("--task-dir", type=Path, help="folder in which every x.h5 has its x.json")
     data.add_argument("--task-files", type=Path, nargs="+", help="instead of it: h5 json h5 json ...")
@@ -82,12 +84,17 @@ def parse_args(argv=None):
         help=f"such a folder for validation; without it {HELD_OUT} items, and every other question about "
         "their signals, are held out",
     )
+
+    # the encoder is costly and a question is short: n of them can share one pass over their signal
     data.add_argument(
         "--questions-per-signal",
         type=number(int, 0),
         default=0,
         help="n above 0: an item is a signal with n of its questions, encoded once; 0: an item is a question",
     )
+
+    # what is done to the recorded samples: augmentations are drawn anew each epoch, the rest is kept with
+    # the model, because test.py must do the same
     add_augmentation_arguments(data)
     data.add_argument(
         "--fs", type=HERTZ, default=DEFAULT_FS, help="sampling rate in Hz of files without the attribute fs"
@@ -100,12 +107,17 @@ def parse_args(argv=None):
         action="store_true",
         help="let the model bring signals of other sampling rates to the nearest one of training",
     )
+
+    # what cannot be used stops the run before anything is written: left out in silence, it would be missed
     data.add_argument(
         "--skip-bad",
         action="store_true",
         help="leave out and count unusable questions and signals instead of stopping",
     )
+
     add_model_arguments(parser.add_argument_group("model"))
+
+    # which steps are made, and which weights become the model: with --eval-every the best, not the last
     optim = parser.add_argument_group("optimizer")
     optim.add_argument(
         "--optimizer",
@@ -131,6 +143,9 @@ def parse_args(argv=None):
         default=0,
         help="stop after this many evaluations in a row without a lower validation loss; 0: never",
     )
+
+    # less memory. Weights that are trained stay float32, or small updates are lost in bfloat16's rounding
+    # (upstream stores them in fp16, where AdamW made them nan)
     optim.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
@@ -142,12 +157,15 @@ def parse_args(argv=None):
         action="store_true",
         help="recompute activations in the backward pass: less memory, a third more time",
     )
+
+    # the seed's recipe: linear decay after 10 % warm-up; it does not clip, which is --clip 0
     add_run_arguments(parser, out=Path("output"), lr=1e-4, batch_size=4, epochs=3.0, warmup=0.1)
     return parser.parse_args(argv)
 
 
 def add_model_arguments(group):
     """The parts of the model, what of it is trained, and the layout of the text."""
+    # the two parts, or the model of an earlier run, which holds or names both
     group.add_argument("--signal-encoder-path", type=Path, help="folder of the encoder, or its weight file")
     group.add_argument(
         "--llm-model-path",
@@ -160,6 +178,8 @@ def add_model_arguments(group):
         help="model/ folder of an earlier run to continue from, instead of the two paths; a new run with a "
         "new optimizer",
     )
+
+    # between the parts: the language model takes vectors of its own width, and as many as it is given
     group.add_argument(
         "--projector",
         choices=PROJECTORS,
@@ -178,12 +198,15 @@ def add_model_arguments(group):
         help="vectors per signal that the language model reads: n means over equal stretches and the cls "
         "vector; 0: one per patch",
     )
+
     group.add_argument(
         "--attention-type",
         choices=("eager", "sdpa", "fa2"),
         default="sdpa",
         help="attention of the encoder; fa2: variable-length kernel on CUDA",
     )
+
+    # the text; one that is too long is refused, where upstream cuts it on the right and so loses the answer
     group.add_argument(
         "--max-length",
         type=number(int, 1),
@@ -195,6 +218,8 @@ def add_model_arguments(group):
         action="store_true",
         help="lay the text out by the tokenizer's chat template instead of question eos answer eos",
     )
+
+    # what is trained beside the projector and the vectors of <IQ_START> and <IQ_END>, which always are
     group.add_argument(
         "--freeze-llm", action="store_true", help="do not train the language model, its head included"
     )
@@ -211,6 +236,8 @@ def add_model_arguments(group):
         "bitsandbytes",
     )
     add_lora_arguments(group)
+
+    # for checkpoints of the starter kit: no patch sees another, and the loss is over question and padding, too
     group.add_argument(
         "--legacy",
         action="store_true",
@@ -236,6 +263,7 @@ def add_lora_arguments(group):
     )
 
 
+# under other settings the stored weights would mean something else: these are taken over, not given anew
 INHERITED = {  # option: what multimodal.json calls it
     "projector": "projector",
     "signal_tokens": "signal_tokens",
@@ -252,20 +280,28 @@ def check_options(args):
     """Refuse what is missing and what would have no effect; take over what --trained-dir holds."""
     if args.task_dir:
         refuse(args, ["task_files"], "beside --task-dir")
+
+    # both parts are needed, and --trained-dir brings both
     if args.trained_dir:
         inherit(args)
     else:
         for name in ("signal_encoder_path", "llm_model_path"):
             if getattr(args, name) is None:
                 raise UserError(f"--{name.replace('_', '-')} is missing; give the folder, or --trained-dir")
+
+    # least squares give one linear layer, before it is trained, on the features of today's arithmetic
     if args.legacy:
         refuse(args, ["signal_tokens", "align_projector"], "beside --legacy")
     if args.trained_dir:
         refuse(args, ["align_projector"], "beside --trained-dir, whose projector is trained")
     if args.projector != "linear":
         refuse(args, ["align_projector"], f"on --projector {args.projector}")
+
+    # without evaluations there is one validation loss, of the last step: nothing to choose or to wait for
     if not args.eval_every:
         refuse(args, ["select", "patience"], "without --eval-every")
+
+    # gradients reach the adapters through 4-bit numbers, but cannot change these
     if args.load_in_4bit and not (args.use_lora or args.freeze_llm):
         raise UserError("--load-in-4bit: 4-bit numbers cannot be trained; add --use-lora or --freeze-llm")
     if not args.use_lora:
@@ -275,6 +311,7 @@ def check_options(args):
 def contradiction(args, name: str, stored):
     """Refuse an option that says otherwise than the model of --trained-dir; one that agrees is let pass."""
     given = getattr(args, name)
+    # a default contradicts nothing, only what stands on the command line
     if name in args._given and given != stored:
         shown = " ".join(map(str, given)) if isinstance(given, list) else given
         raise UserError(
@@ -289,15 +326,20 @@ def inherit(args):
     --max-length and --fs are of the questions and files, so they may be given anew.
     """
     notes = read_notes(args.trained_dir)
-    base_folder(args.trained_dir, notes, args.llm_model_path)
+    base_folder(args.trained_dir, notes, args.llm_model_path)  # for its error where the language model is missing
+
+    # remove_dc and resample stand in "signal"; what an earlier edition did not know is off
     held = {**notes, **(notes.get("signal") or {})}
     for name, key in INHERITED.items():
         stored = held.get(key, False)
         contradiction(args, name, stored)
         setattr(args, name, stored)
+
     for name, key in (("max_length", "max_length"), ("fs", "default_fs")):
         if name not in args._given:
             setattr(args, name, notes.get(key, getattr(args, name)))
+
+    # the encoder is the folder's own; the path that the first run took it from may be given again
     encoder = read_config(args.trained_dir / "signal_encoder")
     contradiction(args, "attention_type", encoder.attention_type)
     if args.signal_encoder_path is not None:
@@ -307,6 +349,8 @@ def inherit(args):
                 f"--signal-encoder-path {args.signal_encoder_path} has no effect beside --trained-dir, which "
                 "holds its encoder; leave it out"
             )
+
+    # adapters of the earlier run go on with the sizes they have; peft stores their targets in any order
     if args.use_lora and notes["llm"] == "adapter":
         stored = read_json(args.trained_dir / "llm/adapter_config.json")
         for name, key in (("lora_r", "r"), ("lora_alpha", "lora_alpha"), ("lora_dropout", "lora_dropout")):
@@ -321,6 +365,7 @@ def make_data(args, tokenizer):
     The validation set is --val-dir, or HELD_OUT items of a seeded shuffle, at most a tenth; no signal of
     theirs is in the training set, and they are not augmented.
     """
+    # both sets are read alike, or their losses could not be compared
     common = dict(
         tokenizer=tokenizer,
         max_length=args.max_length,
@@ -328,6 +373,8 @@ def make_data(args, tokenizer):
         skip_bad=args.skip_bad,
         default_fs=args.fs,
     )
+
+    # reading checks every question and every signal
     source = QuestionDataset(
         task_pairs(args.task_dir, args.task_files),
         questions_per_signal=args.questions_per_signal,
@@ -335,18 +382,26 @@ def make_data(args, tokenizer):
         augmentation=Augmentation.of(args),
         **common,
     )
+
+    # what the model is to read of a signal follows from the files: longest signal, sampling rates, view
     if all(file.fs_stated for file in source.files):
         refuse(args, ["fs"], "where every file states its own")
     source.prepare_for(trained_signal(args, source.signal))
+
+    # files of validation: other signals, read as the training signals are
     if args.val_dir:
         val = QuestionDataset(task_pairs(args.val_dir), signal=source.signal, **common)
         refuse_shared(source.files, val.files, "--val-dir")
         return source, source, val
 
+    # upstream holds out the first 50 of a shuffle with seed 42; here also every other question about their
+    # signals leaves the training set, or the validation loss would measure what was learned by heart
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(42)).tolist()
     held = order[: min(HELD_OUT, len(source) // 10)]
     shown = set().union(*(source.signals_of(i) for i in held))
     kept = [i for i in order[len(held) :] if shown.isdisjoint(source.signals_of(i))]
+
+    # the copy shares the questions in memory; it stays in epoch 0, so that all evaluations draw the same
     plain = copy.copy(source)
     plain.augmentation = Augmentation()
     return source, Subset(source, kept), Subset(plain, held)
@@ -356,11 +411,15 @@ def trained_signal(args, found: SignalSpec) -> SignalSpec:
     """The specification of the model's signals: of these files, or of --trained-dir with their rates
     added."""
     stored = read_notes(args.trained_dir).get("signal") if args.trained_dir else None
-    if stored is None:
+    if stored is None:  # a new model, or one of an edition that stored none
         return replace(found, remove_dc=args.remove_dc, resample=args.resample)
+
+    # a model that resamples brings the new signals to its own rates; under another view points and rates
+    # have another unit and cannot be joined
     spec = SignalSpec.from_json(stored)
     if spec.resample or (found.view, found.factor) != (spec.view, spec.factor):
         return spec
+
     rates = tuple(sorted({*spec.rates, *found.rates}))
     return replace(spec, points=max(spec.points, found.points), rates=rates)
 
@@ -385,6 +444,8 @@ def make_model(args, files):
             args.attention_type,
             args.load_in_4bit,
         )
+
+    # the encoder has as many positions as its table has rows; the first one or two are cls and sampling rate
     config = model.signal_encoder.config
     longest = (config.num_positions - config.num_special) * config.patch_size[0]
     for file in files:
@@ -393,8 +454,12 @@ def make_model(args, files):
                 f"{file.path}: IQ_data has signals of {file.points} points, the encoder takes {longest}; cut "
                 "them, or pre-train an encoder with a larger max_seq_len"
             )
+
+    # before the optimizer, which collects what is trained
     lora = dict(r=args.lora_r, alpha=args.lora_alpha, dropout=args.lora_dropout, targets=args.lora_targets)
     set_trainable(model, args.freeze_llm, args.freeze_signal_encoder, args.use_lora, lora)
+
+    # of the parts that can: the convolutional encoder cannot
     if args.gradient_checkpointing:
         for part in (p for p in (model.llm, model.signal_encoder) if p.supports_gradient_checkpointing):
             part.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -406,6 +471,8 @@ def align_projector(model, tokenizer, source: QuestionDataset, most=2048, ridge=
     """Fit the linear projector by least squares: features of a signal -> mean embedding of the words that its
     answer names, of up to `most` questions. The language model then begins with words that it knows.
     """
+    # questions about one signal whose answer is the name of an option; seed 0 on all processes, which all
+    # solve the same system and must begin with equal weights
     rows, names = [], []
     for row in torch.randperm(len(source.records), generator=torch.Generator().manual_seed(0)).tolist():
         record = source.records[row]
@@ -418,12 +485,17 @@ def align_projector(model, tokenizer, source: QuestionDataset, most=2048, ridge=
             break
     if not rows:
         raise UserError("--align-projector has no effect: no question has options and an answer among them")
+
+    # where each name lies: the mean of its tokens, as long as a typical row, because a mean is shorter
     table = model.llm.get_input_embeddings()
     words = {}
     for name in set(names):
         ids = tokenizer(name, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
         mean = table(ids).float().mean(0)
         words[name] = mean * table.weight.float().norm(dim=1).mean() / mean.norm() * model.text_scale
+
+    # every valid patch is to give the name of its signal: x (R, D), y (R, d_llm), without the factor that
+    # `embed` puts on signal vectors
     inputs, targets = [], []
     for first in range(0, len(rows), 64):
         some = [source.signal_at(row) for row in rows[first : first + 64]]
@@ -433,9 +505,12 @@ def align_projector(model, tokenizer, source: QuestionDataset, most=2048, ridge=
         vectors = torch.stack([words[name] for name in names[first : first + 64]])
         targets.append(vectors.repeat_interleave(valid.sum(1), 0))
     x, y = torch.cat(inputs).double(), torch.cat(targets).double() / model.signal_scale
+
+    # ridge regression around the means, in float64: features that move together make `gram` nearly singular
     centre, level = x.mean(0), y.mean(0)
     gram = (x - centre).T @ (x - centre) + ridge * torch.eye(x.shape[1], dtype=x.dtype)
     weight = torch.linalg.solve(gram, (x - centre).T @ (y - level)).T
+
     model.signal_to_hidden.weight.copy_(weight)
     model.signal_to_hidden.bias.copy_(level - weight @ centre)
     print(f"projector aligned with the names of {len(rows)} signals")
@@ -452,12 +527,14 @@ def validation_loss(model, loader, accelerator) -> float:
 
     Several processes show the first items twice where the last batches would be unequal.
     """
+    # [summed loss, tokens]: a mean of the batches' means would weigh the tokens of short answers more
     model.eval()
     total = torch.zeros(2, device=accelerator.device)  # float32: some accelerators reduce no float64
     for batch in loader:
-        batch.pop("rows")
+        batch.pop("rows")  # no input of the model
         count = answer_tokens(batch)
         total += torch.stack([model(**batch)["loss"].float() * count, count.float()])
+
     model.train()
     total = accelerator.reduce(total, "sum")
     return float(total[0] / total[1].clamp(min=1))
@@ -465,6 +542,7 @@ def validation_loss(model, loader, accelerator) -> float:
 
 def save(args, model, tokenizer, source):
     """Write out/model with the contract of its texts and signals, and with the runs that it comes from."""
+    # the lineage grows by one entry a run: which files the weights come from, and what each run trained
     before = read_notes(args.trained_dir) if args.trained_dir else {}
     step = {
         "trained_dir": args.trained_dir and str(args.trained_dir.resolve()),
@@ -472,6 +550,8 @@ def save(args, model, tokenizer, source):
         "language_model": "adapter" if args.use_lora else "frozen" if args.freeze_llm else "full",
         "signal_encoder": "frozen" if args.freeze_signal_encoder else "full",
     }
+
+    # with them goes all that test.py must repeat to ask as here: layout of the text, signals, wordings
     save_model(
         args.out / "model",
         model,
@@ -495,6 +575,8 @@ def keep_best(args, training, model, tokenizer, source, loss: float):
         state["waited"] += 1
         stop_waiting(args, training)
         return
+
+    # the best is written at once, because the next step changes the weights; the last once, at the end
     state |= {"best_loss": loss, "best_step": state["step"], "waited": 0 if better else state["waited"] + 1}
     if args.select == "best" or training.last:
         whole = export_model(accelerator, model)  # all processes take part, in case the model is sharded
@@ -513,19 +595,24 @@ def main(args):
     # questions and model; everything is checked before anything is written
     check_options(args)
     accelerator = make_accelerator(args)
-    seed_everything(args.seed)
+    seed_everything(args.seed)  # without the rank: equal weights on all processes
+
+    # the tokenizer first and alone: a faulty question is told before the language model takes its minutes
     where = args.trained_dir / "tokenizer" if args.trained_dir else args.llm_model_path
     source, train_set, val_set = make_data(args, load_tokenizer(where, args.trust_remote_code))
     model, tokenizer = make_model(args, source.files)
     if args.align_projector:
         align_projector(model, tokenizer, source)
 
-    # loaders and optimizer; a batch holds whole items, the loss counts their answer tokens
+    # loaders and optimizer; a batch holds whole items, so with --questions-per-signal its texts are more than
+    # --batch-size; a signal stands in it once
     collate = QuestionCollator(
         model.signal_encoder.config.patch_size[0], tokenizer.pad_token_id, model.legacy
     )
     loader = make_loader(train_set, args, collate_fn=collate)
     val_loader = make_loader(val_set, args, train=False, collate_fn=collate)
+
+    # parameters are counted while they are whole: `prepare` may spread them over the processes
     optimizers = make_optimizers(model, args.optimizer, args.lr, args.weight_decay)
     about = describe(model)
     if args.compile:
@@ -543,6 +630,7 @@ def main(args):
         f"items a step, {steps} steps, lr {args.lr:g}"
     )
 
+    # what an evaluation at --eval-every is; a stop signal may end it
     def scores():
         loss = validation_loss(model, watched(training, val_loader), accelerator)
         keep_best(args, training, model, tokenizer, source, loss)
@@ -550,14 +638,18 @@ def main(args):
 
     # the loop: `share` weighs the answer tokens of all micro-batches and processes of a step alike
     training = start(accelerator, args, steps, optimizers, scores, best_loss=None, best_step=0, waited=0)
-    stop_waiting(args, training)
+    stop_waiting(args, training)  # a run that --patience ended stays ended under --resume
     model.train()
     for batch, share in batches(training, loader, answer_tokens):
-        rows = batch.pop("rows")
+        rows = batch.pop("rows")  # which questions: for a message, not for the model
         with accelerator.accumulate(model):
+            # signals go before the text, the loss is the mean over this batch's answer tokens: to change it,
+            # see MultiModalModel.forward
             loss = model(**batch)["loss"] * share
             check_finite(training, (source.name(int(row)) for row in rows), loss)
             accelerator.backward(loss)
+
+            # `steps` stays the planned number, also where --patience ends the run earlier
             factor = lr_at(training.state["step"], steps, args.warmup, args.schedule)
             grad = update(training, model, optimizers, factor)
         if accelerator.sync_gradients:
@@ -566,6 +658,8 @@ def main(args):
     # the trained model and its loss on validation questions; all checkpoints are written by now
     loss = validation_loss(model, val_loader, accelerator)
     keep_best(args, training, model, tokenizer, source, loss)
+
+    # the numbers are those of the model that was written, which need not be the last step's
     if accelerator.is_main_process:
         state = training.state
         atomic_json(
