@@ -237,7 +237,7 @@ def add_model_arguments(group):
     )
     add_lora_arguments(group)
 
-    # for checkpoints of the starter kit: no patch sees another, and the loss is over question and padding, too
+    # for the starter kit's checkpoints: no patch sees another, the loss is over question and padding, too
     group.add_argument(
         "--legacy",
         action="store_true",
@@ -326,7 +326,7 @@ def inherit(args):
     --max-length and --fs are of the questions and files, so they may be given anew.
     """
     notes = read_notes(args.trained_dir)
-    base_folder(args.trained_dir, notes, args.llm_model_path)  # for its error where the language model is missing
+    base_folder(args.trained_dir, notes, args.llm_model_path)  # for its error where the model is missing
 
     # remove_dc and resample stand in "signal"; what an earlier edition did not know is off
     held = {**notes, **(notes.get("signal") or {})}
