@@ -64,15 +64,18 @@ def report_batch(
         vision_x = torch.zeros_like(vision_x)
     elif control == "swap":
         vision_x = vision_x.roll(1, 0)
-    # Where in it the findings lie.
+
+    # Where in it the findings lie. The ViT's tokens (B, 1, n_tok, dim) serve all that follows.
     tokens = model.encode(vision_x)
     maps, places = locate_all(model.embedding_layer, tokens, vision_x, preprocess, verdicts)
+
     # A published checkpoint was trained without places, so that its prompts must not name any.
     named = places
     if model.embedding_layer.evidence_head is None or hide_places:
         named = [None] * len(places)
 
-    # The model's own diagnosis becomes the sentences of the prompt.
+    # The model's own diagnosis becomes the sentences of the prompt. Padding stands on the left, because every
+    # report goes on from the right end.
     probability = model.diagnose(tokens).float().cpu()
     statuses = (probability >= torch.tensor(thresholds)).long()
     prompts = text.pad(
@@ -122,6 +125,7 @@ def finding_rows(name, probability, statuses, thresholds, places) -> list[dict]:
 
 def result_row(batch, made, i: int) -> dict:
     """Return the row of dia-pangu.csv for volume `i` of a batch; GT_labels is a JSON list, or empty."""
+    # The columns are upstream's, which its evaluation scripts read; a scan from outside has no labels.
     labels = json.dumps(batch["cls_labels"][i].tolist()) if "cls_labels" in batch else ""
     return {
         "ID": batch["id"][i],
@@ -145,7 +149,7 @@ def captions(rows: list[dict]) -> list[tuple[str, str]]:
 
 def check_flags(args, processes: int):
     """Refuse flags that contradict each other, and flags that have no effect in the given mode."""
-    # One source of volumes.
+    # One source of volumes, and what belongs to the other two.
     if sum(map(bool, (args.data, args.volume, args.volumes))) != 1:
         raise UserError(
             "give one of --data (a folder in the CTRG format), --volume (one scan) and --volumes (many scans)"
@@ -158,15 +162,18 @@ def check_flags(args, processes: int):
         refuse(args, ["series"], "with --volumes; give the folder of one scan to --volume")
     else:
         refuse(args, ["series"], "without --volume")
+
     # Greedy decoding and beam search draw nothing.
     if not args.do_sample:
         refuse(args, ["temperature", "top_k", "top_p"], "without --do-sample")
+
     # A swapped volume is the neighbour's in the batch.
     if args.control.startswith("swap") and (not args.data or args.batch_size < 2):
         raise UserError(
             f"--control {args.control} takes the next patient of the batch; give --data and a --batch-size "
             "of at least 2"
         )
+
     # Two processes would write one file.
     if processes > 1:
         raise UserError(
@@ -188,13 +195,17 @@ def generation_options(args) -> dict:
 
 def read_batches(args, grid, language: str, done=()):
     """Return the batches of --split, of the one scan of --volume, or of those in --volumes not yet `done`."""
+    # Scans without labels; an interrupted list goes on with what its journal lacks.
     if args.volume or args.volumes:
         scans = find_scans(args.volumes) if args.volumes else [(scan_name(args.volume), Path(args.volume))]
         scans = [(name, path) for name, path in scans if name not in done][: args.limit or None]
         data = Scans(scans, grid, args.cache, args.series)
         return DataLoader(data, args.batch_size, collate_fn=collate_scans, num_workers=args.workers)
+
     # The prompt is written after the diagnosis, so that the data set needs no tokenizer.
     data = CTRGDataset(args.data, args.split, grid, language=language, cache=args.cache, limit=args.limit)
+
+    # A missing report or volume shows now, not after hours of reports.
     if args.skip_bad:
         data.drop_bad(args.workers)
     else:
@@ -204,6 +215,7 @@ def read_batches(args, grid, language: str, done=()):
 
 def no_report(name: str, path: str, error: str) -> dict:
     """Return the record of a scan that could not be read: a row with an empty report, and the reason."""
+    # The scan keeps its row in dia-pangu.csv and verdicts.csv, so that nobody takes it for forgotten.
     row = {"ID": name, "Question": "", "Ground Truth": "", "Pred": "", "GT_labels": ""}
     verdict = {"ID": name, "path": path, "error": error, **Verdict("", values="", side="").row()}
     return {"row": row, "ms": None, "findings": [], "verdict": verdict}
@@ -211,9 +223,12 @@ def no_report(name: str, path: str, error: str) -> dict:
 
 def reported(batch, made, i: int, thresholds, ms: float, hide: bool) -> dict:
     """Return the record of volume `i` of a batch. hide: replace words of side where its sides are unknown."""
+    # The language model may name a side that the prompt did not.
     name, verdict = batch["id"][i], batch["verdict"][i]
     if hide and verdict.side != "known":
         made["reports"][i] = without_sides(made["reports"][i])
+
+    # One record holds the scan's rows of all four tables.
     rows = finding_rows(name, made["probability"][i], made["statuses"][i], thresholds, made["places"][i])
     known = {"ID": name, "path": str(batch["path"][i]), "error": "", **verdict.row()}
     return {"row": result_row(batch, made, i), "ms": ms, "findings": rows, "verdict": known}
@@ -221,12 +236,14 @@ def reported(batch, made, i: int, thresholds, ms: float, hide: bool) -> dict:
 
 def settings_of(args, config: dict) -> dict:
     """Return what the reports of --volumes depend on beside the scans."""
+    # A second start with other settings would mix two kinds of reports in one table; the journal refuses it.
     names = ("series", "control", "hide_places", "max_new_tokens", "num_beams", "do_sample", "temperature")
     given = {name: getattr(args, name) for name in (*names, "top_k", "top_p", "seed", "language")}
     return {"weights": weights_stamp(args.ckpt_path), "grid": config["grid"], **given}
 
 
 def main(args):
+    # Flags that contradict each other end the run before anything is loaded.
     accelerator = Accelerator()  # finds the device
     check_flags(args, accelerator.num_processes)
     seed_everything(args.seed)
@@ -245,6 +262,8 @@ def main(args):
     if config["lora"]:  # its product is added to the weights once, not in every step of the generation
         model.lang_model = model.lang_model.merge_and_unload()
     model = model.to(accelerator.device)
+
+    # Volumes are prepared as in training; the thresholds were chosen on the validation volumes.
     grid, thresholds = make_grid(config), config["thresholds"]
     generation = generation_options(args)
 
@@ -252,15 +271,18 @@ def main(args):
     journal, drawn = Journal(args.out, settings_of(args, config), bool(args.volumes)), 0
     for batch in progress(read_batches(args, grid, config["language"], journal.records), desc="reports"):
         raise_bad(batch)  # one line that names the file, from the worker that read it
+
+        # In a list an unreadable scan is told and passed over; a lone one ends the run.
         for name, path, error in batch.get("failed", ()):
             if args.volume:
                 raise UserError(error)
             journal.add(name, no_report(name, path, error))
             print(f"no report: {error}", file=sys.stderr)
-        if not batch["id"]:
+        if not batch["id"]:  # none of the batch could be read
             continue
         if args.control.startswith("swap") and len(batch["id"]) < 2:
             raise UserError("the last batch holds one volume, none to swap with; choose another --batch-size")
+
         # The time of a report holds the ViT, the diagnosis and the generation, not the reading of the file.
         start = time.perf_counter()
         made = report_batch(
@@ -275,6 +297,7 @@ def main(args):
             batch["verdict"],
         )
         elapsed_ms = 1000 * (time.perf_counter() - start) / len(batch["id"])
+
         for i, name in enumerate(batch["id"]):
             # The reports of a data set are scored as they are; that of a lone scan is read by a person.
             record = reported(batch, made, i, thresholds, elapsed_ms, hide=not args.data)
@@ -294,6 +317,7 @@ def main(args):
 
 def draw(args, batch, maps, i: int, grid, record: dict):
     """Draw the evidence maps (14, h, w, d) of volume `i` of a batch to OUT/evidence."""
+    # The maps lie over the scan's own voxels; where the preparation left no HU, over what the model saw.
     name = batch["id"][i]
     backdrop = Backdrop(batch["path"][i], batch["vision_x"][i, 0], grid, args.series)
     picture, report = args.out / "evidence" / f"{name}.png", record["row"]["Pred"]
@@ -332,6 +356,7 @@ def add_generation(parser):
 def parse_args(argv=None):
     parser = Parser(__doc__)
 
+    # What writes: sizes, preparation and thresholds stand in the checkpoint's folder and need no flags.
     group = parser.add_argument_group("model")
     add = group.add_argument
     add("--ckpt-path", required=True, help="folder that train.py wrote, or a published pytorch_model.bin")
@@ -341,6 +366,7 @@ def parse_args(argv=None):
     add("--attn", default="sdpa", choices=("sdpa", "eager"), help="attention code of the language model")
     add_trust_argument(group)
 
+    # What is reported on, one of three; then how it is read.
     add = parser.add_argument_group("data").add_argument
     add("--data", help="folder in the CTRG format")
     one = "one scan in place of --data: a NIfTI, MetaImage or NRRD file, or a folder of DICOM files"
@@ -349,6 +375,7 @@ def parse_args(argv=None):
     add("--volumes", help=many)
     series = "with --volume: series of a DICOM folder, by its number in the table or the end of its UID"
     add("--series", help=series)
+
     add("--split", choices=SPLITS, default="test", help="partition of --data")
     add("--cache", help="folder for prepared volumes")
     add("--limit", type=number(int, 0), default=0, help="report on the first volumes only; 0: all")
@@ -358,6 +385,7 @@ def parse_args(argv=None):
 
     add_generation(parser)
 
+    # Controls: a model that looks at the volume must write worse reports with another's volume.
     add = parser.add_argument_group("controls and output").add_argument
     control = (
         "blank: an empty volume; swap: the next patient's volume; swap-visual: the own findings in the "
@@ -366,6 +394,7 @@ def parse_args(argv=None):
     add("--control", choices=CONTROLS, default="none", help=control)
     hide = "leave side and place out of the prompt, so that the report takes them from the image tokens"
     add("--hide-places", action="store_true", help=hide)
+
     add("--evidence", type=number(int, 0), default=6, help="number of evidence pictures to draw")
     add("--out", type=Path, default=Path(__file__).resolve().parents[1] / "results", help="folder to write")
     return parser.parse_args(argv)
