@@ -81,13 +81,15 @@ def check_flags(args):
     # The language model is the one part that this repository does not bring along.
     if not args.lang_encoder_path:
         raise UserError("--lang-encoder-path is needed: the folder of the language model")
-    # Stage pre has no LoRA.
+
+    # Stage pre has no LoRA; hidden places and --take need what they are taken from.
     if args.stage == "pre":
         refuse(args, ["lora_r", "lora_alpha", "lora_dropout", "lora_targets"], "with --stage pre")
     if not args.places:
         refuse(args, ["hide_places"], "without --places, because no prompt then names a place")
     if not args.start:
         refuse(args, ["take"], "without --start")
+
     # "constant" is transformers' name for a schedule without warm-up.
     if args.lr_scheduler_type == "constant":
         refuse(args, ["warmup"], "with --lr-scheduler-type constant; take constant_with_warmup")
@@ -104,6 +106,7 @@ def model_config(args) -> dict:
             "dropout": args.lora_dropout,
             "targets": args.lora_targets,
         }
+
     # Prompts that name places need the head that sees them, in training and at test time.
     if args.places:
         config["embedding"]["evidence_head"] = True
@@ -112,6 +115,7 @@ def model_config(args) -> dict:
 
 def dry_run(args, config):
     """Print the parameters, what trains, and an estimate of the memory; nothing is loaded."""
+    # On the meta device a tensor has a shape and no values, so that 8 billion parameters take no memory.
     llm_config = AutoConfig.from_pretrained(args.lang_encoder_path, trust_remote_code=args.trust_remote_code)
     with torch.device("meta"):
         llm = AutoModelForCausalLM.from_config(llm_config)
@@ -127,13 +131,17 @@ def dry_run(args, config):
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.lang_model.parameters() if not p.requires_grad)
     rest = sum(p.numel() for p in model.parameters()) - frozen
+
+    # A volume becomes 32 tokens, so that a sample is as long as its prompt and report: a few hundred.
     width, layers = llm_config.hidden_size, llm_config.num_hidden_layers
     sample = min(config["max_length"], 320)
     tokens = args.batch_size * sample
     # About 18 widths per token and layer; with checkpointing, one per layer and one open layer.
     widths = (layers + 18) if args.gradient_checkpointing else 18 * layers
     activations = bytes_each * widths * width * tokens
+    # Logits and their gradient, at the positions of the report: about half of a sample.
     logits = 4 * 2 * llm_config.vocab_size * (tokens // 2)
+
     plan = {
         f"weights ({kind}, what trains in float32)": bytes_each * frozen + 4 * rest,
         "gradients of what trains": 4 * trained,
@@ -147,6 +155,8 @@ def dry_run(args, config):
         f"  together {sum(plan.values()) / 2**30:.2f} GiB per process without sharding; this is an estimate, "
         "a run on a GPU prints its real peak"
     )
+
+    # The same for 8 processes: what each way of sharding takes.
     model.to(torch.bfloat16 if args.precision == "bf16" else torch.float32)
     print("\n".join(lines_of(table_of(model, 4 * trained + activations + logits, 8))))
 
@@ -193,6 +203,7 @@ def make_model(args, config):
 
 def make_optimizer(model, args):
     """Return AdamW over what trains; the language model has its own learning rate."""
+    # Two modules, four groups at most: vectors and learned tables of each are not decayed.
     groups = parameter_groups(model.embedding_layer, args.lr, args.weight_decay, PLAIN)
     groups += parameter_groups(model.lang_model, args.lr * args.llm_lr_scale, args.weight_decay, PLAIN)
     return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.adam_beta2))
@@ -211,6 +222,7 @@ def make_sets(args, config, text):
     }
     train_set = CTRGDataset(args.data, "train", flip=args.flip, hide_places=args.hide_places, **options)
     val_set = CTRGDataset(args.data, "val", **options)
+
     # A missing file shows before the first step, not in the middle of an epoch.
     for data in (train_set, val_set):
         if args.skip_bad:
@@ -222,7 +234,7 @@ def make_sets(args, config, text):
 
 def loss_counts(batch) -> torch.Tensor:
     """Count what the two losses of a batch are means over: label tokens and samples."""
-    raise_bad(batch)
+    raise_bad(batch)  # here, because this is the first that looks into a batch
     labels = label_count(batch["labels"])
     return torch.stack([labels, labels.new_tensor(len(batch["id"]))])
 
@@ -231,6 +243,7 @@ def loss_counts(batch) -> torch.Tensor:
 def evaluate(model, loader, accelerator) -> tuple[dict, np.ndarray, np.ndarray]:
     """Return the validation losses with the findings' F1 at threshold 0.5, and their probabilities and
     labels, both (N, 14)."""
+    # One forward pass gives losses and diagnosis, so that a sharded model is gathered once.
     model.eval()
     probabilities, labels = [], []
     sums = torch.zeros(2, 2, device=accelerator.device)  # of the two losses, and what they are means over
@@ -239,11 +252,14 @@ def evaluate(model, loader, accelerator) -> tuple[dict, np.ndarray, np.ndarray]:
         out = model(**{key: batch[key] for key in BATCH_KEYS}, all_logits=False)
         losses = torch.stack([out["lm_loss"], out["ctr_loss"]]).float()
         sums += torch.stack([losses * counts, counts])  # every token and every sample weighs 1
+
         # The last batch of several processes is filled up; gather_for_metrics drops what came twice.
         probability, truth = accelerator.gather_for_metrics((out["probability"], batch["cls_labels"]))
         probabilities.append(probability.float().cpu())
         labels.append(truth.cpu())
     model.train()
+
+    # Means over all processes, and the findings at the threshold that no data have moved.
     sums = accelerator.reduce(sums, "sum")
     lm_loss, ctr_loss = (sums[0] / sums[1].clamp(min=1)).tolist()
     probability, labels = torch.cat(probabilities).numpy(), torch.cat(labels).numpy()
@@ -320,16 +336,21 @@ def main(args):
             out = model(**{key: batch[key] for key in (*BATCH_KEYS, "loss_reweight") if key in batch})
             lm_loss, ctr_loss = out["lm_loss"] * label_share, out["ctr_loss"] * sample_share
             loss = lm_loss + lambda_ctr * ctr_loss
+
             # A loss that is nan or inf ends the run before it reaches the weights.
             check_finite(run, batch["id"], loss=loss, lm_loss=lm_loss, ctr_loss=ctr_loss)
             accelerator.backward(loss)
             grad = update(run, model, [optimizer], lr_at(run.state["step"], steps, args.warmup, schedule))
+
         # Once per optimizer step: evaluate where it is due, log, save, stop when asked to.
         if accelerator.sync_gradients:
             finish_step(run, grad=grad)
+
+    # A cut report was learned without its end; --config with a larger max_length keeps it.
     if text.cut:
         accelerator.print(f"{text.cut} times a report was longer than max_length tokens and was cut")
 
+    # The end: thresholds, weights and scores of the last step.
     scores = evaluate_and_save(model, val_loader, accelerator, folder, config, names)
     if accelerator.device.type != "cpu":
         accelerator.print(f"peak memory {torch.accelerator.max_memory_allocated() / 2**30:.1f} GiB")
@@ -338,13 +359,16 @@ def main(args):
 
 def add_data_arguments(parser):
     """Add the flags of volumes, reports and prompts."""
+    # Which volumes, and how they are read.
     fraction = number(float, 0, 1)
     add = parser.add_argument_group("data").add_argument
     add("--data", required=True, help="folder in the CTRG format")
     add("--cache", help="folder for prepared volumes, which makes the second epoch fast")
     add("--limit", type=number(int, 0), default=0, help="use only the first samples of each split; 0: all")
     add("--skip-bad", action="store_true", help="read all samples first, leave out those that cannot be used")
-    # What the prompt says of each finding, beside its status.
+
+    # What the prompt says of each finding, beside its status. At test time both come from the model and are
+    # sometimes wrong; hidden places and inverted statuses teach it to look at the image tokens too.
     add(
         "--places",
         help="places.json beside the evidence head of --start; prompts then say where a finding is",
@@ -358,10 +382,12 @@ def add_data_arguments(parser):
 
 def add_training_arguments(parser):
     """Add the flags that say what trains and from what it starts."""
+    # Stages are upstream's two scripts, train_pre.py and train_ft.py.
     fraction = number(float, 0, 1)
     add = parser.add_argument_group("what trains").add_argument
     stages = "pre: the Perceiver; ft: LoRA and the embedding layer"
     add("--stage", choices=TRAINED, default="pre", help=stages)
+
     # Upstream names one Dia-LLaMA file in its code; RadFM keeps ViT and Perceiver in two.
     files = "files or folders with start weights of the vision part: Dia-LLaMA, Dia-Pangu or RadFM"
     add("--start", nargs="*", default=[], help=files)
@@ -370,6 +396,7 @@ def add_training_arguments(parser):
     usual = "; ".join(f"{stage}: {' '.join(parts)}" for stage, parts in TRAINED.items())
     add("--train", nargs="+", help=f"parts of parameter names to train instead of the stage's own ({usual})")
     add("--freeze", nargs="+", default=[], help="parts of parameter names to leave out, as vision_encoder")
+
     # LoRA of the language model, with upstream's values.
     add("--lora-r", type=number(int, 1), default=LORA["r"], help="rank of LoRA")
     add(
@@ -377,7 +404,8 @@ def add_training_arguments(parser):
     )
     add("--lora-dropout", type=fraction, default=LORA["dropout"], help="dropout in front of LoRA")
     add("--lora-targets", nargs="+", default=LORA["targets"], help="linear layers that get LoRA")
-    # AdamW beyond the shared run flags.
+
+    # AdamW beyond the shared run flags, and what fits a large model into memory.
     scale = "learning rate of the language model's trained part as a multiple of --lr"
     add("--llm-lr-scale", type=number(float, 0), default=1.0, help=scale)
     schedule = "learning rate schedule"
