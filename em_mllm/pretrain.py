@@ -55,6 +55,8 @@ from em_mllm.optim import make_optimizers
 
 PRESETS = {
     "base": {"attention_type": "sdpa"},  # the published sizes: 86 M encoder, 112 M with decoder
+    # learns on a CPU: 64 patches of 16 points, with cls and rate (1040 + 16) // 16 positions; position tables
+    # that start as sinusoids, because short runs do not learn them from noise
     "tiny": dict(
         hidden_size=64,
         num_hidden_layers=4,
@@ -76,6 +78,8 @@ PRESETS = {
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
+
+    # signals without labels; several are packed into a row, so that mixed lengths cost little padding
     data = parser.add_argument_group("data")
     data.add_argument(
         "--data", type=Path, nargs="+", required=True, help=".h5 files, tar shards, or folders of them"
@@ -94,6 +98,8 @@ def parse_args(argv=None):
         default=0,
         help="tokens in a row that signals are packed into; 0: as many as the encoder has positions",
     )
+
+    # with --noise-db and --target clean the model learns to denoise, not only to fill in
     add_augmentation_arguments(data)
     data.add_argument(
         "--target",
@@ -102,11 +108,15 @@ def parse_args(argv=None):
         help="what is predicted: patches and spectra of the signal as it is read, or without the noise of "
         "--noise-db",
     )
+
     data.add_argument(
         "--skip-bad",
         action="store_true",
         help="leave out signals with nan, inf or only zeros instead of stopping",
     )
+
+    # sizes of a preset or a file; a flag below overrules one of them where it is given, and has no default,
+    # or the file's value would never count
     model = parser.add_argument_group("model")
     model.add_argument(
         "--preset", choices=PRESETS, default="base", help="sizes; base is the published 86 M encoder"
@@ -121,6 +131,8 @@ def parse_args(argv=None):
         choices=("patch", "overlap"),
         help="what a token is made of: its patch (as published), or also the visible ones beside it",
     )
+
+    # what is predicted, and how much of the signal is left to predict it from
     model.add_argument(
         "--mask-ratio",
         type=number(float, 0, 1),
@@ -138,6 +150,8 @@ def parse_args(argv=None):
         help="weight of a second target: the cls token predicts the log spectra of the signal, its powers "
         "and its envelope; without it there is none",
     )
+
+    # no trainer was published to follow: weight decay (and AdamW's betas) are those of the image MAE
     optim = parser.add_argument_group("optimizer")
     optim.add_argument(
         "--optimizer",
@@ -150,6 +164,8 @@ def parse_args(argv=None):
         action="store_true",
         help="recompute activations in the backward pass: less memory, a third more time",
     )
+
+    # --val is measured once, at the end: there is nothing for --eval-every to do
     add_run_arguments(
         parser, omit=["eval_every"], lr=1e-3, batch_size=32, max_steps=10000, weight_decay=0.05, epochs=0.0
     )
@@ -168,6 +184,8 @@ def make_config(args) -> SiTMAEConfig:
     """The sizes of --config or --preset, with the flags that are given on the command line."""
     if args.config:
         refuse(args, ["preset"], "beside --config")
+
+    # None: not given, as the file or the preset says
     own = dict(
         patch_size=args.patch and [args.patch, 1],
         stem=args.stem,
@@ -190,22 +208,28 @@ def simple_guesses(patches, sample_ids, mae_mask, special):
     nearest: copy the closest visible patch of the same signal; linear: interpolate from the last point of the
     visible patch before to the first point of the one after, as a detector of smooth signals would.
     """
-    patch = patches.shape[-1] // 2
+    patch = patches.shape[-1] // 2  # (B, M, 2 P): P values of I, then P of Q
     nearest, linear = torch.zeros_like(patches), torch.zeros_like(patches)
     for r in range(len(patches)):
         for s in torch.unique(sample_ids[r][sample_ids[r] >= 0]):
+            # places of this signal's patches in the row, behind cls and rate, and the visible ones among them
             where = torch.nonzero(sample_ids[r] == s).flatten()[special:]
             seen = where[mae_mask[r, where] == 0]
             if not len(seen):
                 continue
+
+            # no guess crosses into another signal of the row
             closest = seen[(where[:, None] - seen).abs().argmin(1)]
             nearest[r, where] = patches[r, closest]
+
+            # t: points of the signal; known: those in visible patches; a straight line between their ends
             t = np.arange(len(where) * patch)
             known = np.concatenate([np.arange(k, k + patch) for k in ((seen - where[0]) * patch).tolist()])
             for channel in (slice(patch), slice(patch, 2 * patch)):
                 wave = patches[r, where, channel].flatten().numpy()
                 drawn = np.interp(t, known, wave[known]).reshape(-1, patch)
                 linear[r, where, channel] = torch.tensor(drawn, dtype=patches.dtype)
+
     guesses = {"zeros": torch.zeros_like(patches), "nearest": nearest, "linear": linear}
     return {name: ((guess - patches) ** 2).mean(-1) for name, guess in guesses.items()}
 
@@ -222,17 +246,25 @@ def measure(model, packed, batches=16, batch_size=8):
         mask, logits = out.mae_mask.cpu(), out.logits.float().cpu()
         patches, ids = batch["patches"], batch["sample_ids_seq"]
         errors = simple_guesses(patches, ids, mask, config.num_special)
+
+        # the model's error in the same unit as theirs: squares of the signal, whose peak is 1
         if config.norm_pix_loss:  # predicted in units of each patch's spread: back to the signal's
             logits = logits * (patches.var(-1, keepdim=True) + 1e-6).sqrt() + patches.mean(-1, keepdim=True)
         errors["model"] = ((logits - patches) ** 2).mean(-1)
+
+        # over hidden patches alone: what is visible need only be copied. (B, M) each
         for name, e in errors.items():
             sums[name] = sums.get(name, 0.0) + float((e * mask).sum())
         count += float(mask.sum())
         shown = shown or (patches, logits, mask, ids)
+
+        # the spectra stand in the rows of the cls tokens; the model's loss is a mean over these signals
         if config.spectrum_weight:
             spectra.append(batch["spectrum"][(batch["patch_positions"] == 0) & (ids >= 0)])
             missed += float(out.spectrum_loss) * len(spectra[-1])
+
     metrics = {"mse_hidden": {name: value / max(count, 1) for name, value in sums.items()}}
+    # what a guess has to beat: the mean over these signals, which knows them all
     if spectra:
         true = torch.cat(spectra)
         metrics["mse_spectrum"] = {
@@ -245,23 +277,29 @@ def measure(model, packed, batches=16, batch_size=8):
 def draw(shown, config, path, signals=4):
     """I of the first signals: true, what the encoder saw, and the reconstruction of the rest; the numbers in
     a .csv beside it."""
-    patches, logits, mask, ids = shown
+    patches, logits, mask, ids = shown  # of one batch, (B, M, 2 P) and (B, M)
     patch, special = config.patch_size[0], config.num_special
     pick = [(r, s) for r in range(len(ids)) for s in range(int(ids[r].max()) + 1)][:signals]
     figure, axes = new_figure(len(pick), 1, width=9, height=1.7, sharex=False, squeeze=False)
+
     table = []
     for n, (axis, (r, s)) in enumerate(zip(axes[:, 0], pick)):
+        # the first 256 points; more cannot be told apart in a picture
         where = torch.nonzero(ids[r] == s).flatten()[special:][: 256 // patch]
         true, guess = patches[r, where, :patch].flatten(), logits[r, where, :patch].flatten()
+
+        # nan leaves a gap in the line: each point is drawn either as seen or as reconstructed
         hidden = mask[r, where].repeat_interleave(patch).bool()
         seen, rebuilt = true.masked_fill(hidden, float("nan")), guess.masked_fill(~hidden, float("nan"))
         axis.plot(true, color="0.75", lw=1, label="true")
         axis.plot(seen, lw=1.6, label="seen")
         axis.plot(rebuilt, lw=1.2, label="reconstructed")
         axis.set_ylabel("I / peak")
+
         waves = {"true": true, "seen": seen, "reconstructed": rebuilt}
         for t in range(len(true)):
             table.append({"signal": n, "point": t, **{name: f"{w[t]:.5f}" for name, w in waves.items()}})
+
     axes[0, 0].legend(ncol=3, loc="upper right", fontsize=8)
     axes[-1, 0].set_xlabel("point")
     save_figure(figure, path)
@@ -271,12 +309,14 @@ def draw(shown, config, path, signals=4):
 def counts(batch, mask_ratio: float):
     """Hidden patches and signals of a batch: what the losses of patches and of spectra are means over."""
     ids = batch["sample_ids_seq"]
+    # known before the forward pass, because the number of visible tokens does not depend on the draw
     hidden = (ids >= 0).sum() - tokens_kept(ids, mask_ratio).sum()
     return torch.stack([hidden, (ids.amax(1) + 1).sum()])
 
 
 def read_data(args, config, room: int):
     """Read the signals; returns (signals, training rows, validation rows or None). room: tokens a row."""
+    # training rows: planned anew each epoch from (seed, epoch), augmented
     augmentation, clean = Augmentation.of(args), args.target == "clean"
     signals = SignalDataset(
         signal_files(args.data), (), args.skip_bad, args.seed, augmentation=augmentation, clean=clean
@@ -284,6 +324,8 @@ def read_data(args, config, room: int):
     packed = PackedSignals(signals, config, room, args.min_points, args.seed)
     if not args.val:
         return signals, packed, None
+
+    # validation rows: other files, one plan, nothing added, so that runs with different noise can be compared
     val = SignalDataset(signal_files(args.val, "--val"), skip_bad=args.skip_bad)
     refuse_shared(signals.files, val.files, "--val")
     return signals, packed, PackedSignals(val, config, room, args.min_points, shuffle=False)
@@ -296,13 +338,16 @@ def make_model(args, config):
         load_encoder(model, args.init)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # its weights are there even where no rate is used, as upstream's; DDP waits for the gradient of each
+    # trained tensor, and none would reach these
     if not config.use_fs:
-        model.sit.embeddings.fs_embedder.requires_grad_(False)  # no gradient reaches it
+        model.sit.embeddings.fs_embedder.requires_grad_(False)
     return model
 
 
 def save(args, model, val, metrics: dict):
     """Write out/encoder, the closing measurement on the validation rows `val` and its picture."""
+    # the decoder goes along, for a later --init; train.py and finetune.py leave it out
     with atomic_dir(args.out / "encoder") as folder:
         model.save_pretrained(folder)
     if val is not None:
@@ -321,6 +366,8 @@ def main(args):
         refuse(args, ["target"], "without --noise-db")
     accelerator = make_accelerator(args)
     seed_everything(args.seed)
+
+    # the plan of the rows needs patch size and positions: sizes come before data
     config = make_config(args)
     room = args.row_tokens or config.num_positions
     signals, packed, val = read_data(args, config, room)
@@ -328,7 +375,7 @@ def main(args):
     # model, loader and optimizer; the loader keeps the order of the rows, whose plan is drawn anew each epoch
     model = make_model(args, config)
     optimizers = make_optimizers(model, args.optimizer, args.lr, args.weight_decay)
-    about = describe(model)
+    about = describe(model)  # before `prepare`, which may spread the parameters
     if args.compile:
         model.compile()
     loader = make_loader(packed, args, shuffle=False)
@@ -348,12 +395,17 @@ def main(args):
     model.train()
     for batch, share in batches(training, loader, lambda batch: counts(batch, config.mask_ratio)):
         with accelerator.accumulate(model):
+            # which patches are hidden comes with the batch ("noise"), so that a resumed run hides the same
             result = model(**batch)
+
+            # result.loss is not used: the two parts are means over different things, so each has its share
             parts = {"hidden": result.hidden_loss * share[0]}
             loss = parts["hidden"]
             if config.spectrum_weight:
                 parts["spectrum"] = result.spectrum_loss * share[1]
                 loss = loss + config.spectrum_weight * parts["spectrum"]
+
+            # a row holds many signals, so the message names the batch
             state = training.state
             check_finite(
                 training, [f"epoch {state['epoch']} batch {state['batch']} of {args.data[0]}"], loss, **parts
