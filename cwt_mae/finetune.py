@@ -67,6 +67,7 @@ HEAD_SHAPE = {
     for name, kind in shape_of(TF_MAE_Classifier).items()
     if name in (*COT_SIZES, *MLP_SIZES, "input_dropout")
 }
+# How much of the drawn class frequencies validation may undo: none ... all
 TAUS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -75,6 +76,8 @@ def parse_args(argv=None):
     add_data_arguments(parser)
     add_model_arguments(parser)
     add_loss_arguments(parser)
+
+    # Upstream's values but for the length: it trains 30 epochs.
     add_run_arguments(
         parser,
         max_steps=1000,  # a pass over a small set is very little, so steps are the default
@@ -88,6 +91,7 @@ def parse_args(argv=None):
         save_every=500,
         eval_every=500,
     )
+
     # Which weights end up in model.safetensors.
     selection = parser.add_argument_group("selection")
     selection.add_argument(
@@ -103,6 +107,7 @@ def add_data_arguments(parser: argparse.ArgumentParser):
     """Options that say which windows there are and which of them train."""
     data = parser.add_argument_group("data")
     data.add_argument("--data", "--data-root", nargs="+", required=True, help="labelled files or folders")
+
     # The task says what a window is; the split, which windows may train.
     data.add_argument(
         "--task",
@@ -112,6 +117,7 @@ def add_data_arguments(parser: argparse.ArgumentParser):
     )
     data.add_argument("--level", default="", help="labels: their level, such as superdiagnostic of PTB-XL")
     add_split_argument(data)
+
     # The validation part is a fold of the training subjects, so that the test part stays unseen.
     data.add_argument(
         "--folds", type=number(int, 2), default=4, help="parts of the training subjects; one validates"
@@ -125,6 +131,7 @@ def add_data_arguments(parser: argparse.ArgumentParser):
         default=1.0,
         help="train on this share of the labels alone, drawn by --seed, at least one of each class",
     )
+
     # How files are read; the preparation of the signals comes with the pre-trained model.
     add_file_arguments(data)
 
@@ -142,11 +149,13 @@ def add_model_arguments(parser: argparse.ArgumentParser):
     model.add_argument(
         "--random-init", action="store_true", help="use the sizes of --pretrained with random weights"
     )
-    # A window of another length than in pre-training is possible.
+
+    # A window of another length than in pre-training is possible: the position table is interpolated.
     model.add_argument(
         "--signal-len", type=number(int, 0), default=0, help="window, samples; 0: as pre-trained"
     )
     model.add_argument("--freeze", action="store_true", help="train the head alone")
+
     # The head: upstream's two, chosen on the command line.
     model.add_argument(
         "--head",
@@ -169,6 +178,7 @@ def add_model_arguments(parser: argparse.ArgumentParser):
         help="sizes of the head: num_reasoning_tokens=8 (cot), hidden_dim=512, num_res_blocks=2, "
         "dropout_rate=0 (mlp), input_dropout=0",
     )
+
     # What the head of a beat classifier is given beside the tokens.
     model.add_argument(
         "--features",
@@ -207,10 +217,12 @@ def add_loss_arguments(parser: argparse.ArgumentParser):
     optim.add_argument(
         "--label-smoothing", type=number(float, 0, 1), default=0.1, help="share of the target for all classes"
     )
-    # Two ways to treat rare classes: in the loss, or by drawing them more often.
+
+    # Two ways to treat rare classes: in the loss, or by drawing them more often (--sampling-power).
     optim.add_argument(
         "--class-weights", action="store_true", help="weigh the loss by the inverse of the class frequency"
     )
+
     # All of it is off by default: what helps depends on the sensor.
     augmentation = add_drawing_arguments(parser)
     augmentation.add_argument(
@@ -233,6 +245,8 @@ def add_drawing_arguments(parser: argparse.ArgumentParser, augment: float = 0.0,
         default=1.0,
         help="a class is drawn in proportion to its count to this power: 1 as it is, 0 balanced",
     )
+
+    # What may change about a window without changing its class.
     group.add_argument(
         "--augment",
         type=number(float, 0),
@@ -242,6 +256,7 @@ def add_drawing_arguments(parser: argparse.ArgumentParser, augment: float = 0.0,
     group.add_argument(
         "--jitter", type=number(int, 0), default=jitter, help="largest shift of a window, samples"
     )
+
     # Few patients are in atrial fibrillation, where an early normal beat is normal.
     group.add_argument(
         "--fibrillation",
@@ -254,14 +269,15 @@ def add_drawing_arguments(parser: argparse.ArgumentParser, augment: float = 0.0,
 
 def check_options(args, head_sizes: dict):
     """Refuse options that contradict each other or have no effect in this mode."""
-    # Contradictions first,
+    # Contradictions come first.
     if args.compare and not args.freeze:
         raise UserError(
             "--compare needs --freeze: the median tokens are those of the encoder before the training"
         )
     if args.fold >= args.folds:
         raise UserError(f"--fold {args.fold}: there are --folds {args.folds}, numbered from 0")
-    # then what would silently do nothing.
+
+    # What would silently do nothing: without a validation part, for another task, with another head.
     if args.fold < 0:
         refuse(args, ["folds", "select", "eval_every"], "without a validation part (--fold -1)")
     if args.task != "beat":
@@ -270,12 +286,14 @@ def check_options(args, head_sizes: dict):
         refuse(args, ["class_weights", "sampling_power", "label_smoothing", "mixup"], "for --task labels")
     else:
         refuse(args, ["level"], f"for --task {args.task}")
+
     if not args.features:
         refuse(args, ["fibrillation", "amplitude", "hierarchy"], "with --no-features")
     if args.freeze:
         refuse(args, ["layer_decay"], "with --freeze")
     if not args.augment:
         refuse(args, ["flip"], "without --augment")
+
     if args.head == "cot":
         refuse(args, ["center_columns"], "with --head cot")
     for name in MLP_SIZES if args.head == "cot" else COT_SIZES:
@@ -292,11 +310,14 @@ def layer_groups(model, lr: float, decay: float, weight_decay: float) -> list[di
         # Frozen parameters are in no group.
         if not parameter.requires_grad:
             continue
+
+        # Levels from the input: 0 patch embedding, tokens and positions; i + 1 block i; depth + 1 the rest.
         level = depth + 1
         if name.startswith("encoder_model.blocks."):
             level = int(name.split(".")[2]) + 1
         elif name.startswith("encoder_model.") and not name.startswith("encoder_model.norm"):
             level = 0
+
         # Weight decay pulls towards 0, which is no natural place for gains, tokens and positions.
         decayed = not (parameter.ndim < 2 or "pos_embed" in name or "token" in name)
         rate = lr * decay ** (depth + 1 - level)
@@ -317,7 +338,7 @@ def loss_of(logits, batch, smoothing: float, weights):
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing, reduction="none")
         return loss if weights is None else loss * weights[labels]
 
-    # Mixup: the loss is blended as the windows were.
+    # Mixup: the loss is blended as the windows were; upstream blends every batch.
     if "blend" not in batch:
         return one(batch["label"]).mean()
     return (batch["blend"] * one(batch["label"]) + (1 - batch["blend"]) * one(batch["label2"])).mean()
@@ -326,6 +347,7 @@ def loss_of(logits, batch, smoothing: float, weights):
 def class_weights(counts: np.ndarray) -> torch.Tensor:
     """Weights (C,) of the loss in inverse proportion to the class counts; their mean over the windows is
     1."""
+    # A class without windows gets 0 instead of an infinite weight.
     weights = np.where(counts > 0, counts.sum() / np.maximum(counts, 1) / (counts > 0).sum(), 0.0)
     return torch.tensor(weights, dtype=torch.float32)
 
@@ -333,6 +355,7 @@ def class_weights(counts: np.ndarray) -> torch.Tensor:
 def prior_shift(drawn_prior: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Logarithm (C,) of how much more often a class was drawn in training than it occurs; 0 for a class that
     is absent."""
+    # A model that saw a class twice as often as it occurs gives it log 2 too much in the logits.
     prior = counts / counts.sum()
     return np.where(counts > 0, np.log(np.maximum(drawn_prior, 1e-9) / np.maximum(prior, 1e-9)), 0.0)
 
@@ -358,6 +381,7 @@ def standardised(batch, scale, device):
 
 def median_tokens(model, store, task, device) -> dict:
     """{record: median of its windows' middle tokens}: what a model built with compare=True compares with."""
+    # No label goes in, so a test record may be compared with itself, too.
     model.to(device)
     return median_beats(
         lambda x, real: model.middle(x.to(device), real.to(device)).cpu(),
@@ -373,6 +397,7 @@ def predict(model, dataset, scale, device, batch_size: int = 512, watch=iter) ->
     takes none. watch: function that passes the batches of the loader on."""
     training = model.training  # given back at the end
     model.eval()
+
     rows = []
     # A generator of its own, so that the loader leaves the random state of dropout alone.
     for batch in watch(DataLoader(dataset, batch_size, generator=torch.Generator())):
@@ -389,6 +414,7 @@ def corrected(logits: np.ndarray, shift: np.ndarray, tau: float) -> np.ndarray:
     """Probabilities (n, C) of logits - tau * shift: the class frequencies of the training undone by the
     fraction tau."""
     logits = logits - tau * shift
+
     # Less the largest one, so that no exponential overflows.
     logits = np.exp(logits - logits.max(1, keepdims=True))
     return logits / logits.sum(1, keepdims=True)
@@ -396,11 +422,13 @@ def corrected(logits: np.ndarray, shift: np.ndarray, tau: float) -> np.ndarray:
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:
     """Probability of each label on its own."""
+    # 1 / (1 + exp(-x)) in a form that does not overflow
     return 0.5 * (1 + np.tanh(0.5 * logits))
 
 
 def by_record(probabilities: np.ndarray, dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(mean probabilities, targets, a row of the store) of each recording, from those of its windows."""
+    # A recording may have several rows in the store: one for each channel and each run without a gap.
     task, store = dataset.task, dataset.store
     recordings = store.records["recording"][task.items["record"]]
     _, first, place, counts = np.unique(
@@ -417,15 +445,19 @@ def validate(model, dataset, scale, shift: np.ndarray, device, watch=iter) -> tu
     for a record."""
     classes, labels = dataset.task.classes, dataset.task.items["label"]
     logits = predict(model, dataset, scale, device, watch=watch)
+
+    # Several labels belong to a record, so its windows are averaged; F max where no AUROC is defined.
     if dataset.task.targets is not None:
         found = label_scores(*by_record(sigmoid(logits), dataset)[:2], classes)
         return 0.0, found, found["macro_auroc"] if np.isfinite(found["macro_auroc"]) else found["f_max"]
+
     # Where the classes are drawn as they are, there is nothing to correct.
     taus = TAUS if np.abs(shift).max() > 0.01 else (0.0,)
     found = {tau: scores(corrected(logits, shift, tau), labels, classes) for tau in taus}
     # Of equally good corrections the smallest.
     tau = max(found, key=lambda tau: (found[tau]["macro_f1"], -tau))
     result = found[tau]
+
     # AUROC needs no threshold, but it is defined for two classes only.
     two = len(classes) == 2 and np.isfinite(result["auroc"])
     return tau, result, result["auroc"] if two else result["macro_f1"]
@@ -438,12 +470,14 @@ def make_sets(args, accelerator, preprocess: dict, signal_len: int):
     The signals are prepared as the pre-trained model's were. An epoch draws as many windows as there are, and
     at least those of one step.
     """
+    # Every labelled window of the task, whichever part its record belongs to.
     store = read_store(args, Preprocess(**preprocess), accelerator)
     task = load_task(
         store, args.task, signal_len, skip_bad=args.skip_bad, level=args.level, amplitude=args.amplitude
     )
     if not args.features:
         task = task.without_features()
+
     # From here on there are training and validation records only.
     parts = split_parts(store, args.split)
     own = task.select(parts[task.items["record"]] == "val")
@@ -457,7 +491,10 @@ def make_sets(args, accelerator, preprocess: dict, signal_len: int):
         held_out = fold_of(store, task, args.folds)[task.items["record"]] == args.fold
         train = task.select(~held_out)
         validation = DownstreamClassificationDataset(store, task.select(held_out), signal_len)
+
+    # Fewer labels shorten the training set alone, so that runs with other shares are validated alike.
     train = train.select(share_of(train, args.label_share, args.seed))
+
     # Only the training windows are drawn by class, augmented and blended.
     train_set = DownstreamClassificationDataset(
         store,
@@ -539,6 +576,7 @@ def evaluate(training, model, validation, scale, card: dict) -> dict:
             tau, result, value = validate(plain, validation, scale, shift, accelerator.device, watch)
             told = ("macro_f1", "accuracy", "auroc", "macro_auroc", "f_max")
             news = {f"val_{name}": result[name] for name in told if name in result} | {"tau": tau}
+
         # Without a validation part the last weights are all there is.
         if not validation or training.args.select == "last" or value > state["best"]:
             state |= {"best": float(value), "tau": news.get("tau", 0.0)}
@@ -548,6 +586,7 @@ def evaluate(training, model, validation, scale, card: dict) -> dict:
             )
     elif validation:  # the other processes learn here whether a stop signal ended it
         list(watched(training, [], together=False))
+
     # Every process keeps the same state, which the checkpoints hold.
     state, news = broadcast_object_list([state, news])
     training.state.update(state)
@@ -566,9 +605,11 @@ def main(args):
     config = {name: value for name, value in read_model(args.pretrained)[1].items() if name in ENCODER_ARGS}
     config["signal_len"] = args.signal_len or config.get("signal_len", 3000)
     train_set, validation = make_sets(args, accelerator, config.get("preprocess") or {}, config["signal_len"])
-    task, scale = train_set.task, feature_scale(train_set.task)
+    task, scale = train_set.task, feature_scale(train_set.task)  # of the training windows alone
+
     # Rare classes may weigh more in the loss; how often they are drawn is the data set's business.
     weights = class_weights(task.counts()).to(accelerator.device) if args.class_weights else None
+
     # The data set draws its windows itself, so nothing is shuffled here
     loader = make_loader(train_set, args, shuffle=False)
 
@@ -583,6 +624,7 @@ def main(args):
     if args.compile:
         model.compile()  # all but the wavelet transform
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+
     # Everything that can be wrong was looked at by now; only here the run folder is made.
     steps = plan_steps(args, loader)
     open_run(args.out, args, accelerator, args.resume, args.overwrite)
@@ -602,12 +644,15 @@ def main(args):
     model.train()
     for batch, share in batches(training, loader):
         with accelerator.accumulate(model):
+            # (B, F) numbers of the rhythm, or None; logits (B, C)
             features = standardised(batch, scale, accelerator.device)
             logits = model(batch["x"], only_padded(batch["real"]), features, batch.get("median_beat"))
+
             # share makes the accumulation of k batches equal one batch that is k times as large.
             loss = loss_of(logits, batch, args.label_smoothing, weights) * share
             check_finite(training, batch["name"], loss=loss)  # before the weights change; names the records
             accelerator.backward(loss)
+
             # Linear from 0 at step 0, then --schedule; every group multiplies its own peak.
             factor = lr_at(training.state["step"], steps, args.warmup, args.schedule, ramp="zero")
             grad = update(training, model, [optimizer], factor)
