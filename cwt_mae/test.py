@@ -57,6 +57,7 @@ def parse_args(argv=None):
         "--part", choices=("test", "train", "all"), default="test", help="which part of the records is scored"
     )
     add_split_argument(parser)
+
     # Records without labels are read in sliding windows.
     parser.add_argument(
         "--unlabelled",
@@ -70,10 +71,12 @@ def parse_args(argv=None):
         default=0,
         help="--unlabelled: samples from window to window; 0: half one",
     )
+
     # How certain the scores are.
     parser.add_argument(
         "--resamples", type=number(int, 0), default=1000, help="bootstrap draws of the intervals; 0: none"
     )
+
     # How files are read; the preparation of the signals comes with the model.
     add_file_arguments(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace the results that --out holds")
@@ -88,6 +91,8 @@ def read_card(path) -> dict:
         raise UserError(f"{path}: expected the model.safetensors of a finetune.py run")
     with reading(path, "weight file"), safe_open(path, "pt") as file:
         card = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+
+    # train.py writes a file of the same name, without a task.
     if "classes" not in card:
         raise UserError(
             f"{path}: holds no task and classes; expected the model.safetensors of a finetune.py run"
@@ -98,11 +103,12 @@ def read_card(path) -> dict:
 def load_models(paths, device):
     """(models, cards) of an ensemble; UserError unless all were trained for the same task, classes, window
     and preparation."""
-    # Averaged probabilities make sense only if the models mean the same classes,
+    # Averaged probabilities make sense only if the models mean the same classes ...
     cards = [read_card(path) for path in paths]
     if any([card.get(k) for k in ABOUT] != [cards[0].get(k) for k in ABOUT] for card in cards):
         raise UserError("--model: the files were trained for different tasks or classes")
-    # and see the same window, prepared alike.
+
+    # ... and see the same window, prepared alike.
     models = [load_model(path).to(device) for path in paths]
     inputs = [(model.encoder_model.signal_len, model.config["preprocess"]) for model in models]
     if any(other != inputs[0] for other in inputs):
@@ -124,6 +130,8 @@ def sliding_items(store, signal_len: int, stride: int) -> np.ndarray:
 def choose_windows(args, store, card: dict, signal_len: int) -> Task:
     """The windows to score: labelled ones of --part, or with --unlabelled sliding ones of all records."""
     amplitude = card.get("amplitude", False)
+
+    # Without labels: at the beats that a detector finds, else one after the other; there is nothing to split.
     if args.unlabelled:
         refuse(args, ["part", "split", "resamples"], "with --unlabelled")
         if card["task"] == "beat":
@@ -131,10 +139,12 @@ def choose_windows(args, store, card: dict, signal_len: int) -> Task:
             return detected_beats(store, card["classes"], signal_len, amplitude)
         items = sliding_items(store, signal_len, args.stride or signal_len // 2)
         return Task(card["task"], card["classes"], items, np.zeros((1, 0), np.float32))
+
     # Labelled windows: a label that the model does not know is an error, never class 0.
     refuse(args, ["stride"], "without --unlabelled")
     level = card.get("level", "")
     task = load_task(store, card["task"], signal_len, card["classes"], args.skip_bad, level, amplitude)
+
     # The parts are those of fine-tuning: the same function says which record is in which.
     if args.part == "all":
         refuse(args, ["split"], "with --part all")
@@ -154,9 +164,11 @@ def ensemble(models, cards, store, task, device) -> np.ndarray:
     for model, card in zip(progress(models, desc="scoring", unit="model"), cards):
         # Features are standardised as in training, with the numbers in the model's file.
         scale = None if card["features"] is None else tuple(torch.tensor(f) for f in card["features"])
+
         # A model that compares needs the median tokens of each record; no label goes into them.
         dataset.median_beats = median_tokens(model, store, task, device) if model.compare else {}
         logits = predict(model, dataset, scale, device)
+
         # How much of the class frequencies is undone stands in the file; nothing is chosen here.
         several = card["task"] == "labels"
         total += sigmoid(logits) if several else corrected(logits, np.array(card["shift"]), card["tau"])
@@ -173,7 +185,8 @@ def true_labels(task, index: int) -> str:
 
 def window_rows(store, task, probabilities) -> list[dict]:
     """One row per window: record, start in seconds, true and predicted class, probabilities."""
-    rows = []  # series without a time unit count samples
+    # A row of the store begins somewhere in its recording; series without a time unit count samples.
+    rows = []
     for i, (item, values) in enumerate(zip(task.items, probabilities)):
         begin = float(store.records["start"][item["record"]])
         rows.append(
@@ -205,6 +218,8 @@ def record_rows(store, task, probabilities, labelled: bool) -> list[dict]:
             "confidence": f"{mean.max():.4f}",
             **{f"p_{name}": f"{value:.4f}" for name, value in zip(classes, mean)},
         }
+
+        # Several labels belong to the whole record; one label may change from window to window.
         if labelled and task.targets is not None:
             row["true"] = true_labels(task, int(np.flatnonzero(here)[0]))
         elif labelled:
@@ -221,6 +236,7 @@ def record_rows(store, task, probabilities, labelled: bool) -> list[dict]:
 def score_labels(args, out, store, task, probabilities):
     """Scores of several labels for a record: the mean over its windows counts; the intervals draw
     subjects."""
+    # `by_record` asks the data set for its task and store alone, so its window length does not matter.
     dataset = DownstreamClassificationDataset(store, task, 1)
     mean, targets, rows = by_record(probabilities, dataset)
     result = label_scores(mean, targets, task.classes, store.records["subject"][rows], args.resamples)
@@ -237,6 +253,8 @@ def main(args):
     signal_len, preprocess = models[0].encoder_model.signal_len, models[0].config["preprocess"] or {}
     store = read_store(args, Preprocess(**preprocess), accelerator)
     task = choose_windows(args, store, cards[0], signal_len)
+
+    # Only now, with models and data known to fit, the folder of the results is made.
     out = open_run(args.out, args, accelerator, overwrite=args.overwrite)
 
     # Predictions, by window and by record
@@ -248,10 +266,11 @@ def main(args):
         print(f"{len(task.items)} windows of {records} records; predictions in {out / 'per_record.csv'}")
         return
 
+    # Yes or no for each label: no confusion of classes, other scores.
     if task.targets is not None:
         return score_labels(args, out, store, task, probabilities)
 
-    # Scores: the intervals draw whole records, because windows of one record are not independent
+    # Scores: the intervals draw whole records, because windows of one record are not independent.
     # Where each record is one window (UCR), windows are drawn instead.
     groups = None if records == len(task.items) else task.items["record"]
     result = scores(probabilities, task.items["label"], task.classes, groups, args.resamples)
@@ -259,10 +278,13 @@ def main(args):
     if task.kind == "beat":
         # Nearly all F come from one record of the test part; the mean without it is the steadier number.
         result["macro_f1_without_F"] = float(np.mean([result["per_class"][c]["f1"] for c in "NSV"]))
+
+    # Files, then the screen
     title = f"{result['windows']} windows, macro-F1 {result['macro_f1']:.3f}"
     draw_confusion(result["confusion"], task.classes, out / "figures" / "confusion.png", title)
     about = {"task": task.kind, "part": args.part, "models": [str(path) for path in args.model]}
     atomic_json(out / "metrics.json", about | result)
+
     # A collapsed model can have a fine accuracy where one class dominates, so say it.
     if len(set(probabilities.argmax(1))) == 1:
         print(
