@@ -56,6 +56,8 @@ from em_mllm.scores import HIGH_SNR_DB
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
+
+    # the test files are measured once, at the end; whoever wants to watch or to choose takes --val
     data = parser.add_argument_group("data")
     data.add_argument(
         "--train",
@@ -70,17 +72,23 @@ def parse_args(argv=None):
     data.add_argument(
         "--val", type=Path, nargs="+", help=".h5 files to measure on every --eval-every steps, as a log line"
     )
+
+    # beside the class: a signal whose file does not know a value counts for the other tasks alone
     data.add_argument(
         "--multitask",
         action="store_true",
         help=f"also regress {', '.join(REGRESSION_TASKS)} where the files have these columns",
     )
+
+    # of training signals only; validation and test see the files as they are
     add_augmentation_arguments(data)
     data.add_argument(
         "--skip-bad",
         action="store_true",
         help="leave out signals with nan, inf or only zeros instead of stopping",
     )
+
+    # the encoder, how its tokens become one vector for a signal, and what else it learns from
     model = parser.add_argument_group("model")
     model.add_argument(
         "--encoder",
@@ -102,16 +110,20 @@ def parse_args(argv=None):
         help="model/ folder of an earlier run on these classes, which sees every signal without the noise of "
         "--noise-db: the model learns its probabilities beside the labels",
     )
+
+    # controls: what pre-training is worth (most with few labels), and what its features hold as they are
     model.add_argument(
         "--random-encoder", action="store_true", help="control: the encoder's sizes without its weights"
     )
     model.add_argument("--linear-probe", action="store_true", help="train the head on a frozen encoder")
+
     model.add_argument(
         "--optimizer",
         choices=("adamw", "muon"),
         default="adamw",
         help="muon: orthogonalised momentum for the matrices of the layers",
     )
+
     add_run_arguments(parser, lr=1e-3, batch_size=32, max_steps=500, weight_decay=0.05, log_every=50)
     return parser.parse_args(argv)
 
@@ -120,12 +132,16 @@ def read_data(args) -> tuple[SignalDataset, SignalDataset | None, SignalDataset,
     """Read the labelled signals; returns (training, validation or None, test, names of the classes)."""
     columns = ("label", "snr", *(REGRESSION_TASKS if args.multitask else ()))
     augmentation = Augmentation.of(args)
+
+    # with a teacher each training signal is given twice, with its noise and without
     train = SignalDataset(args.train, columns, args.skip_bad, args.seed, augmentation, bool(args.teacher))
     val = SignalDataset(args.val, columns, args.skip_bad) if args.val else None
     test = SignalDataset(args.test, columns, args.skip_bad)
     refuse_shared(train.files, test.files, "--test")
     if val:
         refuse_shared(train.files, val.files, "--val")
+
+    # a column that a file lacks is nan: right for a regression, but every signal needs its class
     for data in filter(None, (train, val, test)):
         label = data.columns["label"]
         if not np.isfinite(label).all() or (label < 0).any():
@@ -141,8 +157,11 @@ def join_classes(train, *others) -> list[str]:
 
     A file without class names counts its labels as the first training file does.
     """
+    # by name, because class 3 of one file may be class 5 of another; in the order of first occurrence
     first = train.files[0].classes or [str(i) for i in range(int(train.columns["label"].max()) + 1)]
     names = list(dict.fromkeys([*first, *(n for file in train.files for n in file.classes or ())]))
+
+    # file by file, own number -> name -> number in `names`; a class that was never trained is an error
     for data in (train, *others):
         for f, file in enumerate(data.files):
             rows, own = data.owner == f, file.classes or first
@@ -164,6 +183,7 @@ def regression_scales(args, train) -> dict[str, float]:
     without --multitask."""
     if not args.multitask:
         return {}
+    # samples, counts and dB: divided by this, an error of 1 is as large as a typical value in every task
     known = {name: train.columns[name] for name in REGRESSION_TASKS}
     scales = {name: float(np.nanmean(np.abs(v))) for name, v in known.items() if np.isfinite(v).any()}
     if not scales:
@@ -175,6 +195,7 @@ def regression_scales(args, train) -> dict[str, float]:
 
 def load_teacher(folder: Path, classes: list[str]) -> SiTMAEForClassification:
     """The frozen model of an earlier run, which must know the same classes."""
+    # its probabilities are compared place by place, so the order of the classes counts, too
     config = read_config(folder)
     known = [config.id2label[k] for k in sorted(config.id2label)]
     if known != classes:
@@ -182,6 +203,7 @@ def load_teacher(folder: Path, classes: list[str]) -> SiTMAEForClassification:
             f"--teacher {folder}: knows the classes {', '.join(known)}, not {', '.join(classes)}; give the "
             "model/ folder of a run on these files"
         )
+
     with reading(folder, "model"):
         teacher = SiTMAEForClassification.from_pretrained(folder, config=config)
     return teacher.eval().requires_grad_(False)
@@ -189,10 +211,13 @@ def load_teacher(folder: Path, classes: list[str]) -> SiTMAEForClassification:
 
 def lesson(model, teacher, logits, inputs, batch) -> torch.Tensor:
     """Divergence of the model's probabilities from those that the teacher gives the signals without noise."""
+    # the same signals, drawn with the same shift and phase, before the noise; (S, classes) log-probabilities
     with torch.no_grad():
         clean = encoder_inputs(batch["teacher"])
         where = (clean["patch_positions"], clean["sample_ids_seq"])
         told = teacher.per_signal(teacher(**clean).logits, *where).float().log_softmax(-1)
+
+    # KL(teacher || model): the model has to keep every class that the teacher holds possible
     own = (
         model.per_signal(logits, inputs["patch_positions"], inputs["sample_ids_seq"]).float().log_softmax(-1)
     )
@@ -201,20 +226,24 @@ def lesson(model, teacher, logits, inputs, batch) -> torch.Tensor:
 
 def make_model(args, classes: list[str], scales: dict, points: int):
     """The encoder with its heads, and what of it is trained. points: of the longest training signal."""
+    # the names of the classes go into config.json, where a teacher's are read
     more = dict(id2label=dict(enumerate(classes)), pooling=args.pooling)
     if args.encoder == "cnn":
         config = cnn_config(points, **{k: v for k, v in more.items() if v is not None})
     else:
         config = read_config(args.signal_encoder_path, attention_type="sdpa", **more)
+
+    # a random encoder has the sizes of the pre-trained one, or the control would compare sizes
     model = (SiTForMultiTask if scales else SiTMAEForClassification)(config)
     if args.encoder == "sit" and not args.random_encoder:
         load_encoder(model, args.signal_encoder_path)
+
     # the un-normalised features are loud: start undecided rather than wrong
     torch.nn.init.zeros_(model.classifier.weight)
     model.sit.requires_grad_(not args.linear_probe)
 
-    # what no gradient reaches: the heads read the un-normalised output, as upstream; unused tasks and rate
-    # token
+    # no gradient reaches these, and DDP would wait for one: the final norm, because the heads read the
+    # un-normalised output, as upstream; the MLP of a rate that is not used; heads of tasks without values
     model.sit.layernorm.requires_grad_(False)
     if config.encoder == "sit" and not config.use_fs:
         model.sit.embeddings.fs_embedder.requires_grad_(False)
@@ -226,6 +255,7 @@ def make_model(args, classes: list[str], scales: dict, points: int):
 
 def split_labels(batch, scales):
     """Split a collated batch into inputs and labels of the model; regressions are divided by their scale."""
+    # (S,) class numbers; nan in a regression stays nan, which the loss leaves out
     inputs, label = encoder_inputs(batch), batch["label"].long()
     if not scales:
         return inputs, label
@@ -235,6 +265,7 @@ def split_labels(batch, scales):
 
 def known_values(batch, tasks):
     """For each task the number of signals of a batch that have a value: what its mean loss is over."""
+    # (tasks,): the tasks know different signals, so each has its own share of the step
     columns = [batch["label" if task == "classification" else task] for task in tasks]
     return torch.stack([torch.isfinite(column).sum() for column in columns])
 
@@ -242,16 +273,20 @@ def known_values(batch, tasks):
 @torch.no_grad()
 def predict(model, data, scales, batch_size=64):
     """Predicted class, and regressions in the units of the columns, of every signal."""
+    # without dropout, and with the stored statistics of batch norms; afterwards as before
     was_training = model.training
     model.eval()
     collate, classes, values = SignalCollator(model.config), [], {name: [] for name in scales}
     for batch in DataLoader(data, batch_size, collate_fn=collate):
         inputs = encoder_inputs(batch, model.device)
         logits, where = model(**inputs).logits, (inputs["patch_positions"], inputs["sample_ids_seq"])
+
+        # logits are per token, (B, M, classes); per_signal reads cls or the mean, as config.pooling says
         scores = model.per_signal(logits["classification"] if scales else logits, *where)
         classes.append(scores.argmax(-1).cpu())
         for name in scales:
             values[name].append(model.per_signal(logits[name], *where)[:, 0].cpu() * scales[name])
+
     model.train(was_training)
     return torch.cat(classes).numpy(), {name: torch.cat(v).numpy() for name, v in values.items()}
 
@@ -274,6 +309,7 @@ def regression_errors(values, train, test) -> dict:
     """Mean absolute error of every regression, beside that of the training median."""
     errors = {}
     for name, guess in values.items():
+        # the median is what mean absolute error is least for, if nothing of the signal is known
         known = np.isfinite(test.columns[name])
         truth, median = test.columns[name][known], float(np.nanmedian(train.columns[name]))
         errors[f"mae_{name}"] = {
@@ -293,6 +329,7 @@ def main(args):
         refuse(args, ["signal_encoder_path", "random_encoder", "linear_probe"], "beside --encoder cnn")
     elif args.signal_encoder_path is None:
         raise UserError("--signal-encoder-path is missing; give the encoder's folder, or --encoder cnn")
+
     accelerator = make_accelerator(args)
     seed_everything(args.seed)
     train, val, test, classes = read_data(args)
@@ -301,13 +338,17 @@ def main(args):
 
     # model, loader and optimizer
     model = make_model(args, classes, scales, train.signal.points)
+    # a teacher may have another kind of encoder, with other patches: the collator lays its signals out apart
     teacher = load_teacher(args.teacher, classes).to(accelerator.device) if args.teacher else None
     loader = make_loader(train, args, collate_fn=SignalCollator(model.config, teacher and teacher.config))
     optimizers = make_optimizers(model, args.optimizer, args.lr, args.weight_decay)
+
     about = describe(model)
     if args.compile:
         model.compile()
     model, loader, *optimizers = accelerator.prepare(model, loader, *optimizers)
+
+    # without DDP's wrapper, which would wait for the others where one process predicts alone
     plain = accelerator.unwrap_model(model)
     steps = plan_steps(args, loader)
 
@@ -319,6 +360,7 @@ def main(args):
         f"{accelerator.num_processes} x {args.accum} signals a step, {steps} steps, lr {args.lr:g}"
     )
 
+    # every process predicts all validation signals: there is nothing to gather
     def scores():
         predicted, _ = predict(plain, val, scales)
         return {"val_accuracy": float((predicted == val.columns["label"]).mean())}
@@ -329,6 +371,7 @@ def main(args):
     for batch, share in batches(training, loader, lambda batch: known_values(batch, tasks)):
         inputs, labels = split_labels(batch, scales)
         with accelerator.accumulate(model):
+            # the loss is one of three; `parts` are logged beside it
             result, parts = model(**inputs, labels=labels), {}
             if scales:
                 parts = {t: result.loss_details[t] * share[k] for k, t in enumerate(tasks)}
@@ -342,6 +385,7 @@ def main(args):
                 loss = sum(parts.values())
             else:
                 loss = result.loss * share[0]
+
             check_finite(training, (f"signal {int(i)}" for i in batch["index"]), loss, **parts)
             accelerator.backward(loss)
             factor = lr_at(training.state["step"], steps, args.warmup)
@@ -351,13 +395,16 @@ def main(args):
 
     # the model, and what it is worth on the test signals
     if accelerator.is_main_process:
+        # the weights first: they are what took the time
         with atomic_dir(args.out / "model") as folder:
             plain.save_pretrained(folder)
+
         predicted, values = predict(plain, test, scales)
         label = test.columns["label"].astype(int)
         metrics = score(label, predicted, test.columns["snr"]) | regression_errors(values, train, test)
         atomic_json(args.out / "metrics.json", metrics)
-        matrix = np.zeros((len(classes), len(classes)), int)
+
+        matrix = np.zeros((len(classes), len(classes)), int)  # (truth, prediction)
         np.add.at(matrix, (label, predicted), 1)
         draw_confusion(matrix, classes, args.out / "figures" / "confusion.png", "fraction of signals")
         print("\n".join(f"{k}: {v}" for k, v in metrics.items()))
