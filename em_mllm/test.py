@@ -47,6 +47,8 @@ from em_mllm.submission import validate_submission, write_submission
 def parse_args(argv=None):
     parser = Parser(__doc__)
     count = number(int, 1)
+
+    # every use: the trained model, and how it is asked
     parser.add_argument("--model", type=Path, help="the model/ folder that train.py wrote")
     parser.add_argument(
         "--llm-model-path", type=Path, help="where the language model is now, if it has moved since training"
@@ -58,6 +60,7 @@ def parse_args(argv=None):
     )
     parser.add_argument("--batch-size", type=count, default=64, help="questions asked at a time")
     parser.add_argument("--max-new-tokens", type=count, default=24, help="largest number of generated tokens")
+
     parser.add_argument(
         "--calibration", type=Path, help="calibration.json of an earlier --calibrate-dir, to answer with"
     )
@@ -68,6 +71,9 @@ def parse_args(argv=None):
         "results",
     )
     add_trust_argument(parser)
+
+    # questions from files, as in training; one that cannot be used stops the test, or the accuracies of two
+    # tests would be over different questions
     data = parser.add_argument_group("a test set")
     data.add_argument("--task-dir", type=Path, help="folder in which every x.h5 has its x.json")
     data.add_argument("--task-files", type=Path, nargs="+", help="instead of it: h5 json h5 json ...")
@@ -77,6 +83,9 @@ def parse_args(argv=None):
     data.add_argument(
         "--skip-bad", action="store_true", help="leave out and count unusable questions and signals"
     )
+
+    # how much of the accuracy comes from the signal, and how far an answer can be trusted. The calibration
+    # needs questions of its own: fitted to those of the test, it would promise too much
     data.add_argument(
         "--wrong-signal",
         action="store_true",
@@ -94,10 +103,14 @@ def parse_args(argv=None):
         default=0.95,
         help="accuracy that the answers given on the validation folder are to have",
     )
+
+    # the competition's answer file
     data.add_argument("--submission", type=Path, help="write the competition's answer file here")
     data.add_argument("--team-name", default="team", help="name of the team in the answer file")
     data.add_argument("--model-name", default="em_mllm", help="name of the model in the answer file")
     data.add_argument("--validate", type=Path, help="check an answer file against the questions and stop")
+
+    # signals without a question file: one question about each
     one = parser.add_argument_group("recordings")
     one.add_argument("--iq", type=Path, nargs="+", help=f"recordings, or folders of them: {FORMATS}")
     one.add_argument(
@@ -115,6 +128,8 @@ def parse_args(argv=None):
     one.add_argument(
         "--fs", type=HERTZ, help="sampling rate in Hz, which a file that does not state it needs"
     )
+
+    # a capture is longer than what the encoder takes, and mostly silence
     one.add_argument(
         "--window",
         type=count,
@@ -137,19 +152,24 @@ def answer_set(
     wordings: of complete answers, see `ask`. swap: {row: row whose signal is shown instead}; then only these
     rows are asked.
     """
+    # each process asks its part of the rows; the parts are put together in the order of the questions
     collate = QuestionCollator(model.signal_encoder.config.patch_size[0], tokenizer.pad_token_id)
     snr = [f.column("snr") if "snr" in f.columns else None for f in data.files]
     out = []
     with accelerator.split_between_processes(list(range(len(data)) if swap is None else swap)) as mine:
         for start in progress(range(0, len(mine), batch_size), accelerator, desc="asking", unit="batch"):
+            # the control keeps text and options of the question and shows another signal
             rows = mine[start : start + batch_size]
             items = [data[r] for r in rows]
             if swap is not None:
                 shown = [data[swap[r]] for r in rows]
                 items = [{**item, "iq": s["iq"], "fs": s["fs"]} for item, s in zip(items, shown)]
+
             batch = {k: v.to(accelerator.device) for k, v in collate(items).items()}
             records = [data.records[r] for r in rows]
             answers = ask(model, tokenizer, batch, records, max_new_tokens, wordings)
+
+            # what the scores are sorted by; an SNR only where the question is about one signal
             for r, record, answer in zip(rows, records, answers):
                 index, level = record["iq_index_in_h5"], snr[data.file_of[r]]
                 answer |= {
@@ -157,6 +177,7 @@ def answer_set(
                     "answer": record.get("answer"),
                     "snr_db": float(level[index]) if level is not None and isinstance(index, int) else None,
                 }
+                # competition files have no answers: no truth then
                 if record.get("answer") and "options" in answer:
                     answer["truth"] = extract_letter(record["answer"], answer["options"])
                     answer["class"] = answer["options"].get(answer["truth"])
@@ -167,9 +188,11 @@ def answer_set(
 def other_signals(data: QuestionDataset, seed=0) -> dict:
     """For each four-choice question another question's row whose signal has a different label (of the same
     task where there is one)."""
+    # where a file has no labels its signals count as a class each: any other one will do
     labels = [f.column("label") if "label" in f.columns else np.arange(len(f)) for f in data.files]
     records = [data.records[row] for row in range(len(data.records))]
     label = np.array([labels[owner][indices(r)[0]] for r, owner in zip(records, data.file_of)])
+
     rng, swap, rows = np.random.default_rng(seed), {}, np.arange(len(records))
     for row, record in enumerate(records):
         if parse_options(record):
@@ -181,6 +204,7 @@ def other_signals(data: QuestionDataset, seed=0) -> dict:
 # ---- a test set
 
 
+# options by the use that they belong to; check_options refuses those of the others
 ONE = ("question", "index", "fs", "window", "windows", "iq_format")
 TESTED = ("limit", "skip_bad", "wrong_signal", "calibrate_dir", "target_accuracy")
 ASKED = ("llm_model_path", "trust_remote_code", "dtype", "batch_size", "max_new_tokens", "calibration")
@@ -191,15 +215,21 @@ def check_options(args):
     submits = ["submission", "team_name", "model_name"]
     if args.task_dir:
         refuse(args, ["task_files"], "beside --task-dir")
+
+    # an answer file is checked against the questions alone
     if args.validate:
         refuse(args, ["model", "iq", "out", *submits, *ONE, *TESTED, *ASKED], "beside --validate")
         return
+
+    # recordings
     if args.model is None:
         raise UserError("--model is missing; give the model/ folder that train.py wrote")
     if args.iq:
         refuse(args, ["task_dir", "task_files", *TESTED, *submits], "beside --iq")
         check_recordings(args)
         return
+
+    # a test set
     refuse(args, ONE, "without --iq")
     if not args.submission:
         refuse(args, ["team_name", "model_name"], "without --submission")
@@ -225,9 +255,12 @@ def check_out(out, name: str):
 
 def check_recordings(args):
     """Name a bad file before the model is loaded, and options that none of the files needs."""
+    # only a format that may hold many signals has an index
     paths = find_recordings(args.iq)
     if not any(path.suffix.lower() in MANY for path in paths):
         refuse(args, ["index"], "on recordings that hold one signal")
+
+    # of several a bad one is named and passed over later on, a single one is the whole errand
     if len(paths) == 1:
         recording = open_recording(paths[0], args.index, args.iq_format)
         recording.read(0, min(BLOCK, recording.length))
@@ -243,12 +276,16 @@ def read_calibration(path, notes: dict) -> dict:
 
 def write_scores(args, data, answers, metrics):
     """Write metrics, predictions and pictures to --out, and print the numbers."""
+    # each answer as a line, for whoever wants to look at single ones
     lines = [json.dumps(a, ensure_ascii=False) + "\n" for a in answers]
     atomic_write(args.out / "predictions.jsonl", "".join(lines))
     atomic_json(args.out / "metrics.json", metrics)
+
     # none of an earlier test may stay beside these numbers
     shutil.rmtree(args.out / "figures", ignore_errors=True)
     draw(answers, metrics, args.out / "figures")
+
+    # one line of what a reader asks first; the accuracy never without its interval and chance
     if "accuracy" in metrics:
         low, high = metrics["interval"]
         parts = [
@@ -267,6 +304,7 @@ def write_scores(args, data, answers, metrics):
         if "wrong_signal" in metrics:
             parts.append(f"with wrong signals {metrics['wrong_signal']['accuracy']:.3f}")
         print(", ".join(parts))
+
     if "open" in metrics:
         values = {k: f"{v:.3f}" if isinstance(v, float) else v for k, v in metrics["open"].items()}
         print("open questions: " + ", ".join(f"{k} {v}" for k, v in values.items()))
@@ -275,12 +313,14 @@ def write_scores(args, data, answers, metrics):
 
 def load(args, accelerator):
     """The model on its device, its tokenizer and its notes."""
+    # wrong options are told before the language model takes its minutes
     notes = read_notes(args.model)
     base_folder(args.model, notes, args.llm_model_path)
     if args.dtype == notes["dtype"]:
         refuse(args, ["dtype"], f"on a model trained in {args.dtype}")
     if notes.get("load_in_4bit"):
         refuse(args, ["dtype"], "on a language model in 4-bit numbers")
+
     model, tokenizer = load_model(args.model, args.llm_model_path, args.trust_remote_code, args.dtype)
     return model.to(accelerator.device), tokenizer, notes
 
@@ -288,6 +328,7 @@ def load(args, accelerator):
 def fill_unread(data: QuestionDataset, answers: list[dict]) -> int:
     """Give every question with options that could not be read the letter that its generated text states, or
     A; returns how many there are."""
+    # without a letter for each of them the answer file is not valid
     count = 0
     for row, answer in enumerate(answers):
         if "pred" not in answer and looks_like_choice(data.records[row]):
@@ -300,6 +341,8 @@ def submit(args, data, answers):
     """Write the answer file and say what it holds and what not."""
     unread = fill_unread(data, answers)
     write_submission(args.submission, answers, args.team_name, args.model_name)
+
+    # in words what the file does not hold
     left = sum("pred" not in a for a in answers)
     said = [f"{args.submission}: {len(answers) - left} answers"]
     if unread:
@@ -322,7 +365,7 @@ def main(args):
         return
 
     # the model, and what it was trained to read
-    accelerator = Accelerator()
+    accelerator = Accelerator()  # as many processes as torchrun started, each with the whole model
     model, tokenizer, notes = load(args, accelerator)
     spec = SignalSpec.from_json(notes.get("signal"))
     calibration = read_calibration(args.calibration, notes)
@@ -330,7 +373,7 @@ def main(args):
         answer_recordings(model, tokenizer, args, notes, spec, calibration)
         return
 
-    # the questions
+    # the questions, laid out as in training; the answers stay out of the text
     options = dict(
         tokenizer=tokenizer,
         max_length=notes.get("max_length", 512),
@@ -342,6 +385,8 @@ def main(args):
         signal=spec,
     )
     data = QuestionDataset(task_pairs(args.task_dir, args.task_files), **options)
+
+    # the answer file knows a question by its id alone
     ids = {data.records[r].get("id") for r in range(len(data.records))}
     if args.submission and len(ids) < len(data.records):
         raise UserError(
@@ -353,6 +398,8 @@ def main(args):
     if args.calibrate_dir:
         held = QuestionDataset(task_pairs(args.calibrate_dir), **options)
         held = answer_set(model, tokenizer, held, *how)
+
+        # temperature first: the threshold is one of the confidence that it gives
         known = [a for a in held if a.get("truth")]
         temperature = fit_temperature(known)
         calibration = {
@@ -364,13 +411,14 @@ def main(args):
     # the answers, and the control: the same questions about signals of other classes
     answers = answer_set(model, tokenizer, data, *how)
     if args.wrong_signal:
+        # a model that listens falls to chance here; what stays above it comes from the texts
         control = score(answer_set(model, tokenizer, data, *how, swap=other_signals(data)))
         shown = ("accuracy", "accuracy_high_snr", "valid_letters", "letters_given")
         extra["wrong_signal"] = {name: control[name] for name in shown if name in control}
     if not accelerator.is_main_process:
         return
 
-    # files
+    # files; chance is the mean of 1 / options, which need not be four
     if args.out:
         metrics = score(answers, calibration) | {"skipped": data.skipped, "unread": data.unread} | extra
         choice = [1 / len(a["options"]) for a in answers if "options" in a]
