@@ -46,6 +46,8 @@ from common.sharding import average_whole_gradients, deepspeed_step, settle
 
 def make_accelerator(args, **options) -> Accelerator:
     """Accelerator for --precision, --accum and --seed; `options` go to it as they are."""
+    # the seedable sampler shuffles by (seed, epoch), so that a resumed run sees the same order;
+    # sync_with_dataloader would make a smaller step of the batches that are left at an epoch's end
     accelerator = Accelerator(
         mixed_precision=args.precision,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
@@ -84,11 +86,13 @@ def parameter_groups(model, lr: float, weight_decay: float, plain=("embed", "tok
 
     Each group carries its peak learning rate as "peak", which `update` multiplies.
     """
+    # decay is for matrices: it would pull the scales of norms to zero, and rows of tables that no batch uses
     decayed, free = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             keep = parameter.ndim < 2 or any(word in name for word in plain)
             (free if keep else decayed).append(parameter)
+
     groups = [(decayed, weight_decay), (free, 0.0)]
     return [{"params": some, "weight_decay": decay, "lr": lr, "peak": lr} for some, decay in groups if some]
 
@@ -103,6 +107,8 @@ def plan_steps(args, loader) -> int:
             f"{args.batch_size} per process, "
             f"fewer than one optimizer step of --accum {args.accum}; lower one of them or give more data"
         )
+
+    # what stands on the command line wins over a script's own default of the other
     by_epochs = not args.max_steps or "epochs" in args._given and "max_steps" not in args._given
     if by_epochs:
         return max(1, round(args.epochs * per_epoch))
@@ -123,6 +129,8 @@ def lr_at(step, steps, warmup, schedule="cosine", floor=0.0, ramp="next", first=
         if ramp == "mmengine":
             return first + (1 - first) * step / max(1, rise - 1)
         return (step + (ramp == "next")) / rise
+
+    # behind the warm-up: `done` goes from 0 to nearly 1 at the last step
     if schedule == "constant":
         return 1.0
     done = min(1.0, (step - rise) / max(1, steps - rise))
@@ -163,9 +171,12 @@ def start(accelerator, args, steps: int, optimizers, evaluate=None, **state) -> 
     where --eval-every says so. state: further counters that checkpoints keep, with their first values.
     """
     run_state = {"step": 0, "epoch": 0, "batch": 0, **state}
+    # a dry run ends with its first backward pass: nothing to resume, to evaluate or to write
     if getattr(args, "dry_run", False):
         run_state.pop("owes_evaluation", None)
         return Run(accelerator, args, steps, optimizers, run_state, None, None)
+
+    # loading brings the rates, peaks and decays of before; those of this command line are to count
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
     if getattr(args, "resume", False):
@@ -176,15 +187,20 @@ def start(accelerator, args, steps: int, optimizers, evaluate=None, **state) -> 
             run_state.update(load_step(accelerator, found))
             accelerator.print(f"resumed from {found}")
             _tell_missing_random_states(accelerator, found, args.seed, run_state["step"])
+        # the groups are other dictionaries after loading
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         for group, own in zip(groups, settings):
             group.update(own)
+
+    # from here on the run is this command's: the checkpoint was seen to fit
     if accelerator.is_main_process:
         keep_config(args.out)
     _go_on_by_samples(accelerator, args, run_state)
     accelerator.step = 0  # accumulation starts anew, also where --accum is another than before
+
     log, stop = Log(args.out, accelerator, steps, run_state["step"]), StopSignal(accelerator)
     run = Run(accelerator, args, steps, optimizers, run_state, log, stop, evaluate)
+    # where all steps are made and saved already, a signal has nothing to wait for
     if run.last:
         stop.at_once = str(Path(args.out) / "last")
     return run
@@ -193,6 +209,7 @@ def start(accelerator, args, steps: int, optimizers, evaluate=None, **state) -> 
 def _tell_missing_random_states(accelerator, found: Path, seed: int, step: int):
     """Seed the processes that the checkpoint has no random states for, because there were fewer, and say
     so."""
+    # the rank makes the draws of dropout differ, the step keeps them from those of the run's beginning
     missing = not (found / f"random_states_{accelerator.process_index}.pkl").is_file()
     if missing:
         seed_everything(seed + step, accelerator.process_index)
@@ -210,6 +227,7 @@ def _go_on_by_samples(accelerator, args, state: dict):
     All processes together take whole batches from the front of the epoch's order, so what was seen is a
     front of it, however it was dealt out.
     """
+    # the three numbers that make a step; checkpoints keep them from here on
     now = {"batch_size": args.batch_size, "processes": accelerator.num_processes, "accum": args.accum}
     before = state.get("world", now)
     state["world"] = now
@@ -219,6 +237,7 @@ def _go_on_by_samples(accelerator, args, state: dict):
     def product(of):
         return f"{of['batch_size']} x {of['processes']} x {of['accum']} = {math.prod(of.values())}"
 
+    # rounded down to whole steps: rather a few samples twice than some never
     seen = state["batch"] * before["batch_size"] * before["processes"]
     together = now["batch_size"] * now["processes"]
     state["batch"] = seen // (together * now["accum"]) * now["accum"]
@@ -239,12 +258,15 @@ def batches(run: Run, loader, count=None):
     the optimizer step on all processes, so that `mean loss * share` weighs every token of the step alike.
     """
     state, accum = run.state, run.args.accum
+
     if "owes_evaluation" in state:  # the run was stopped within it, and saved
         if scores := _scores(run):
             run.log.log(state["step"], **scores)
         if run.stop():
             run.stop.leave(Path(run.args.out) / "last")
+
     while not run.last:
+        # a data set may plan another number of rows for each epoch, so it is told first and counted then
         _set_epoch(loader, state["epoch"])
         whole = len(loader) // accum * accum
         if not whole:
@@ -252,17 +274,24 @@ def batches(run: Run, loader, count=None):
                 f"the data make {len(loader)} batches per process, fewer than one step of --accum {accum}; "
                 "lower it"
             )
+
+        # what a resumed run has seen is skipped in the sampler, without being read
         ready = iter(run.accelerator.skip_first_batches(loader, state["batch"]))
         for _ in range(state["batch"], whole, accum):
             window = list(
                 itertools.islice(ready, accum)
             )  # the whole step: its counts are needed before its first backward
             _profile(run)
+
+            # --dry-run counts what is made from here to the end of the backward pass, in `update`; batch and
+            # weights are there already
             if getattr(run.args, "dry_run", False):
                 known = [part for part in tree_leaves(window) if isinstance(part, torch.Tensor)]
                 known += [t for m in run.accelerator._models for t in (*m.parameters(), *m.buffers())]
                 run.live = LiveBytes(known)
                 run.live.__enter__()
+
+            # counted before the loop's body: what it saves stands behind this batch
             for batch, share in zip(window, _shares(run, window, count or _samples)):
                 state["batch"] += 1
                 run.samples += _samples(batch)
@@ -290,9 +319,13 @@ def _samples(batch) -> int:
 
 def _shares(run: Run, window, count):
     """The share of each batch of one optimizer step; see `batches`."""
+    # `backward` divides by --accum and DDP by the processes, as if all batches held equally much; with the
+    # factor count / mean count the result is sum(mean loss * count) / sum(count).
+    # counts: (accum,), or (accum, n) where `count` returns n
     device = run.accelerator.device
     counts = torch.stack([torch.as_tensor(count(b), dtype=torch.float32, device=device) for b in window])
     mean = run.accelerator.reduce(counts.mean(0), "mean")
+    # 0 of 0: nothing of this kind in the whole step
     return counts / mean.masked_fill(mean == 0, 1.0)
 
 
@@ -323,6 +356,7 @@ def check_finite(run: Run, names, loss, **parts):
     names: of the batch's samples, for the message. loss, parts: scalars, already multiplied by their share;
     their means over the whole step and all processes are logged under their names.
     """
+    # sums stay on the device: reading one here would make the GPU wait at every batch
     for name, value in {"loss": loss, **parts}.items():
         run.sums[name] = run.sums.get(name, 0.0) + value.detach()
     run.unread.append((run.state["step"] + 1, "loss", names, loss.detach()))
@@ -336,9 +370,13 @@ def look(run: Run):
     noted, run.unread = run.unread, []
     if not noted:
         return
+
+    # one number for all processes, so that they end together; who stops alone leaves the others waiting
     good = torch.stack([torch.isfinite(value) for *_, value in noted])
     if bool(run.accelerator.reduce((~good).sum().float(), "sum") == 0):
         return
+
+    # the first that was bad, with its batch, from the first process that has one
     message = None
     if not bool(good.all()):
         step, what, names, value = noted[good.tolist().index(False)]
@@ -346,6 +384,8 @@ def look(run: Run):
         files = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         message = f"{what} is {value.item()} at step {step}; batch: {files}"
     message = next(text for text in gather_object([message]) if text)
+
+    # the way on; all processes look for it together
     found = find_resume(run.args.out, run.accelerator)
     way_out = f"; last good checkpoint: {found}" if found else "; no checkpoint was saved yet"
     _refuse(
@@ -369,9 +409,12 @@ def update(run: Run, model, optimizers, factor: float):
     accelerator, norm = run.accelerator, None
     if run.live is not None:
         _print_memory(run, accelerator.unwrap_model(model))
+
     if accelerator.sync_gradients:
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = group["peak"] * factor
+
+        # DeepSpeed clips by itself. Elsewhere --clip 0 becomes an infinite limit: the log wants the norm.
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
             norm = deepspeed_step(accelerator)
         else:
@@ -379,6 +422,7 @@ def update(run: Run, model, optimizers, factor: float):
             norm = accelerator.clip_grad_norm_(model.parameters(), run.args.clip or math.inf)
         if hasattr(norm, "full_tensor"):  # of sharded gradients
             norm = norm.full_tensor()
+
         # fp16's scaler leaves out steps with inf by itself.
         if norm is not None and accelerator.scaler is None:
             names = run.unread[-1][2] if run.unread else ["see the log"]
@@ -386,6 +430,8 @@ def update(run: Run, model, optimizers, factor: float):
             if accelerator.device.type == "cpu":
                 look(run)
         run.state["step"] += 1
+
+    # between two steps these are no-ops: accelerate's optimizers look at sync_gradients themselves
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
@@ -395,6 +441,8 @@ def update(run: Run, model, optimizers, factor: float):
 def _print_memory(run: Run, model):
     """End a --dry-run after its first backward pass with the memory of a run."""
     run.live.__exit__(None, None, None)
+
+    # from one process the columns of several GPUs are those of a machine with eight
     processes = run.accelerator.num_processes
     table = table_of(model, run.live.peak, processes if processes > 1 else 8)
     args = run.args
@@ -416,6 +464,7 @@ def watched(run: Run, loader, together: bool = True):
     together: the processes have equally many batches. If not, each looks at its own signal alone, and all
     meet at the end: one without batches passes an empty list.
     """
+    # run.stop() meets the other processes, signum is this one's own
     for batch in loader:
         if run.stop() if together else run.stop.signum:
             break
@@ -427,11 +476,15 @@ def watched(run: Run, loader, together: bool = True):
 def _scores(run: Run) -> dict:
     """Scores of the evaluation that is due after this step, or that a stop kept from being made; {} if none
     is."""
+    # scripts evaluate the last step themselves, behind the loop
     every = getattr(run.args, "eval_every", 0)
     owed = run.state.pop("owes_evaluation", False)
     due = bool(every) and run.state["step"] % every == 0 and not run.last
     if run.evaluate is None or not (due or owed):
         return {}
+
+    # no evaluation of weights that went wrong. A stop signal ends it, so that the checkpoint is written
+    # in time; `batches` makes up for it after --resume.
     look(run)
     try:
         return run.evaluate()
@@ -448,23 +501,32 @@ def finish_step(run: Run, grad=None, save: bool = False, **scores) -> Path | Non
     checkpoint now. Raises Interrupted, after saving, when a stop signal has arrived.
     """
     accelerator, args, state = run.accelerator, run.args, run.state
+
+    # the losses carry their shares, so the mean over batches, and later over processes, is that of the step
     means = {name: value / args.accum for name, value in run.sums.items()}
     run.sums = {}
     scores |= _scores(run)
     asked = run.stop()
+
+    # a log line waits for the device in any case, so the losses are looked at here. The first step has one,
+    # to see at once that the run goes.
     if state["step"] % args.log_every == 0 or state["step"] == 1 or run.last or scores:
         look(run)
         means = {name: accelerator.reduce(value, "mean") for name, value in means.items()}
+
         rate = run.samples * accelerator.num_processes / (time.monotonic() - run.clock)
         lr = run.optimizers[0].param_groups[0]["lr"]
         own = {} if grad is None else {"grad": grad}
         run.log.log(state["step"], **means, lr=lr, **own, samples_per_s=rate, **scores)
         run.samples, run.clock = 0, time.monotonic()
+
+    # a checkpoint: by --save-every, at the end, and when somebody wants the run to stop
     due = bool(args.save_every) and state["step"] % args.save_every == 0
     if not (save or due or run.last or asked):
         return None
     look(run)
     _look_at_weights(run)
+
     saved = save_step(accelerator, args.out, state, args.keep)
     if asked:
         run.stop.leave(saved)
@@ -476,6 +538,7 @@ def finish_step(run: Run, grad=None, save: bool = False, **scores) -> Path | Non
 def _look_at_weights(run: Run):
     """Refuse to save weights that are nan or inf: the last step's loss was finite, but its update may not
     have been."""
+    # each process looks at the part of the weights that it holds
     flags = [torch.zeros((), device=run.accelerator.device)]
     for model in run.accelerator._models:
         for parameter in model.parameters():
@@ -483,6 +546,7 @@ def _look_at_weights(run: Run):
                 local = getattr(parameter, "ds_tensor", parameter)  # this process's part under ZeRO 3
                 local = local.to_local() if hasattr(local, "to_local") else local
                 flags.append((~torch.isfinite(local.detach())).any().float().to(run.accelerator.device))
+
     if bool(run.accelerator.reduce(torch.stack(flags).sum(), "sum") > 0):
         found = find_resume(run.args.out, run.accelerator)
         last = f"last good checkpoint: {found}" if found else "no checkpoint was saved yet"
