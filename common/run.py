@@ -32,6 +32,7 @@ from common.checkpoint import atomic_write
 from common.errors import Interrupted, UserError, write_problem
 from common.lock import hold
 
+# what --overwrite deletes; whatever else somebody put into the folder stays
 OURS = (
     "config.json",
     "log.jsonl",
@@ -46,6 +47,7 @@ OURS = (
     "last",
     "best",
 )
+
 if not torch.accelerator.is_available():  # else accelerate would run each of torchrun's processes alone
     os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 # What nobody can act on: peft asks transformers by an old name, and accelerate stores tied weights once.
@@ -62,8 +64,9 @@ def open_run(out, args, accelerator, resume: bool | str = False, overwrite: bool
     argparse namespace. resume: False, True, or "auto" (go on if there is a run, else start one).
     """
     out = Path(out)
-    if getattr(args, "dry_run", False):
+    if getattr(args, "dry_run", False):  # which writes nothing
         return out
+
     _refuse_private_disk(out, accelerator)
     on_main(accelerator, lambda: _open(out, args, accelerator.num_processes, resume, overwrite))
     return out
@@ -76,17 +79,23 @@ def _refuse_private_disk(out: Path, accelerator):
     """UserError unless the processes on all machines see one folder `out`: a checkpoint is written by all."""
     if int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)) >= accelerator.num_processes:
         return
+
+    # the main process makes a file under a name that only this start can have made
     probe = out / f".probe-{uuid.uuid4().hex}"
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     if accelerator.is_main_process:
         with contextlib.suppress(OSError):  # _open says what is wrong
             out.mkdir(parents=True, exist_ok=True)
             probe.touch()
+
+    # the others look for it, by the main one's name; if it could not be made there is nothing to look for
     name, there = broadcast_object_list([probe.name, probe.exists()])
     deadline = time.monotonic() + PROBE_SECONDS
     while there and not (seen := (out / name).exists()) and time.monotonic() < deadline:
         time.sleep(0.2)
     blind = [host for host in gather_object([None if not there or seen else platform.node()]) if host]
+
+    # nothing may stay behind of a run that does not begin
     if accelerator.is_main_process:
         probe.unlink(missing_ok=True)
         for folder in made if blind else ():
@@ -103,6 +112,7 @@ def _refuse_private_disk(out: Path, accelerator):
 def on_main(accelerator, function):
     """Run `function()` on the main process while the others wait; its UserError ends all of them, told
     once."""
+    # an exception on one process alone would leave the others waiting for it
     error = None
     if accelerator.is_main_process:
         try:
@@ -114,12 +124,15 @@ def on_main(accelerator, function):
 
 
 def _open(out: Path, args, processes: int, resume, overwrite: bool):
+    # lock and hidden files are no results: a folder that holds nothing else is empty
     present = (
         sorted(p.name for p in out.iterdir() if p.name != "run.lock" and not p.name.startswith("."))
         if out.is_dir()
         else []
     )
     before = _read_config(out)
+
+    # a run, something else, or nothing; somebody's own files are never taken for a run
     if resume == "auto":  # the first start and every later one have the same command
         resume = bool(present)
     if present and not (before or (out / "run.lock").exists()):  # the lock is what a run makes first
@@ -129,6 +142,8 @@ def _open(out: Path, args, processes: int, resume, overwrite: bool):
         raise UserError(f"{out} already holds a run; add {go_on}--overwrite to start again")
     if resume and not present:
         raise UserError(f"{out} holds no run to resume; leave out --resume to start one")
+
+    # the lock before anything is deleted: another process may be writing there
     try:
         out.mkdir(parents=True, exist_ok=True)
         hold(out)
@@ -137,6 +152,8 @@ def _open(out: Path, args, processes: int, resume, overwrite: bool):
         raise UserError(
             f"{out}: cannot write there ({error.strerror}); choose another folder with --out"
         ) from error
+
+    # a resumed run may have other arguments: what differs is told, because it may be a slip
     arguments = {k: v for k, v in vars(args).items() if not k.startswith("_")}
     arguments = json.loads(json.dumps(arguments, ensure_ascii=False, default=str))
     if resume and not before:
@@ -144,6 +161,8 @@ def _open(out: Path, args, processes: int, resume, overwrite: bool):
     for name in sorted(arguments.keys() - {"resume", "overwrite"}) if resume and before else ():
         if before["arguments"].get(name) != arguments[name]:
             print(f"resuming with {name} = {arguments[name]} (was {before['arguments'].get(name)})")
+
+    # all that is needed to do it again
     config = {
         "arguments": arguments,
         "command": shlex.join(sys.argv),
@@ -154,6 +173,7 @@ def _open(out: Path, args, processes: int, resume, overwrite: bool):
             **{p: version(p) for p in ("torch", "transformers", "accelerate")},
         },
     }
+
     # What is resumed keeps its description until its checkpoint was seen to fit: see keep_config.
     name = ".config.next.json" if resume and before else "config.json"
     atomic_write(out / name, json.dumps(config, indent=1, ensure_ascii=False))
@@ -185,6 +205,7 @@ def _delete(out: Path, names):
             path.rename(out / f".deleted-{name}-{os.getpid()}")
         else:
             path.unlink(missing_ok=True)
+
     for rest in (*out.glob(".deleted-*"), *out.glob("checkpoints/.saving-*")):
         shutil.rmtree(rest, ignore_errors=True)
 
@@ -216,6 +237,7 @@ def describe(model) -> str:
 
 def progress(iterable=None, accelerator=None, **options):
     """tqdm on the main process and on a terminal only; elsewhere it just iterates."""
+    # None: tqdm looks itself whether there is a terminal; in a file each move of the bar is a line
     quiet = accelerator is not None and not accelerator.is_main_process
     return tqdm(iterable, disable=True if quiet else None, dynamic_ncols=True, **options)
 
@@ -236,12 +258,14 @@ class Log:
             # A second of import that --help need not wait for.
             from torch.utils.tensorboard import SummaryWriter
 
+            # behind the checkpoint that is resumed the lines come again; the last may be half a line
             if self.path.exists():
                 whole = [line for line in self.path.read_text().splitlines() if line.endswith("}")]
                 atomic_write(
                     self.path,
                     "".join(line + "\n" for line in whole if json.loads(line)["step"] <= resume_step),
                 )
+
             # Its thread would print a traceback; the next line of the log tells the error instead.
             hook = threading.excepthook
             threading.excepthook = lambda raised: None if write_problem(raised.exc_value) else hook(raised)
@@ -264,7 +288,7 @@ class Log:
         """numbers: floats (nan allowed) or tensors of one element; printed in the order given."""
         if not self.active:
             return
-        numbers = {k: float(v) for k, v in numbers.items()}
+        numbers = {k: float(v) for k, v in numbers.items()}  # waits for the device
         with self.writing():
             self._write(step, numbers)
 
@@ -281,16 +305,20 @@ class Log:
             ) from error
 
     def _write(self, step: int, numbers: dict):
+        # the line that is read, above the bar
         self.bar.update(step - self.bar.n)
         head = f"step {step}" + (f"/{self.total}" if self.total else "")
         tqdm.write(
             " | ".join([head, *(f"{k} {v:.1e}" if k == "lr" else f"{k} {v:.4g}" for k, v in numbers.items())])
         )
+
+        # the same for programs: opened for each line, so that nothing is lost when the process is killed
         with open(self.path, "a") as file:  # JSON has no nan or inf
             file.write(
                 json.dumps({"step": step, **{k: v if math.isfinite(v) else None for k, v in numbers.items()}})
                 + "\n"
             )
+
         for name, value in numbers.items():
             self.board.add_scalar(name, value, step)
         self.accelerator.log(numbers, step)
@@ -316,16 +344,20 @@ class StopSignal:
         self.accelerator, self.signum, self.at_once, self.group = accelerator, 0, "", None
         if accelerator.num_processes > 1:  # the processes ask each other without waiting for their devices
             self.group = torch.distributed.new_group(backend="gloo")
+
+        # whoever started us with nohup asked that a closed terminal should not matter
         self.before = {
             number: signal.signal(number, self._handle)
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN  # nohup
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
         }
 
     def _handle(self, signum, frame):
         # A terminal's Ctrl-C arrives twice under torchrun, which passes it on: not what a user means by it.
         if self.signum and signum == signal.SIGINT and time.monotonic() - self.asked > 1:
             raise KeyboardInterrupt
+
+        # only noted, unless all is saved: a handler comes in the middle of a step, which has to end first
         self.signum, self.asked = signum, time.monotonic()
         if self.at_once:
             self.leave(self.at_once)
@@ -357,4 +389,5 @@ def loader_worker(worker_id: int):
     workers from a parent that still finishes its step. The alarm ends a worker that outlives its parent."""
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    # not ignored for good: without its parent a worker would never end; 30 s are for the step to be made
     signal.signal(signal.SIGTERM, lambda signum, frame: signal.alarm(30))
