@@ -172,22 +172,33 @@ def frozen_part(config, args, accelerator, sam_encoder):
         return base, sets, dims
 
     # what the features depend on is kept beside them, so that a cache of another base is refused
-    origin = {
+    origin = {split: made_from(config, split, args) for split in splits}
+    for split, dataset in sets.items():  # the missing splits alone
+        write_cache(cache / split, base, sam_encoder, dataset, origin[split], accelerator)
+
+    # from here on every split is read from disk; nothing holds the base any longer
+    cached = {split: CachedFeatures(cache / split, origin[split]) for split in splits}
+    return None, cached, cached["train"].dims
+
+
+def made_from(config, split: str, args) -> dict:
+    """What the features of a split depend on."""
+    # one expression an object is drawn by --seed, unless the configuration fixes the seed or the expression
+    entries = [
+        {"seed": args.seed, **entry}
+        if entry["type"] == "refcoco" and entry.get("text_mode", "random") == "random"
+        else entry
+        for entry in config["data"][split]
+    ]
+    return {
         "base": config["base"],
         "random_base": args.random_base,
+        "precision": args.precision,
+        "data": entries,
         "data_root": str(args.data.resolve()),
         "sam": config["sam"].get("path"),
         "skip_bad": args.skip_bad,
     }
-    for split, dataset in sets.items():  # the missing splits alone
-        fingerprint = {**origin, "data": config["data"][split]}
-        write_cache(cache / split, base, sam_encoder, dataset, fingerprint, accelerator)
-
-    # from here on every split is read from disk; nothing holds the base any longer
-    cached = {
-        split: CachedFeatures(cache / split, {**origin, "data": config["data"][split]}) for split in splits
-    }
-    return None, cached, cached["train"].dims
 
 
 def validation_loader(dataset, args, accelerator):

@@ -211,8 +211,11 @@ def cache_bytes(lang_model, prompt) -> int:
     return sum(t.numel() * t.element_size() for t in kept if torch.is_tensor(t)) // prompt.shape[1]
 
 
-def check(args):
+def check(args, processes: int = 1):
     """Refuse what is missing and what would have no effect, before anything is loaded."""
+    # two processes would write one file
+    if processes > 1:
+        raise UserError("a model is scored by one process; start test.py without torchrun")
     check_kind(args)
 
     # what belongs to the other kind of model
@@ -247,7 +250,8 @@ def score_texts(args, device):
     if unscored == len(losses):
         raise UserError(f"{args.texts}: no text has two tokens, so that nothing can be scored")
     if unscored:
-        print(f"{unscored} of {len(losses)} texts have fewer than two tokens and are not scored")
+        parts = "windows" if args.window else "texts"
+        print(f"{unscored} of {len(losses)} {parts} have fewer than two tokens and are not scored")
 
     scores = {"texts": len(texts), "tokens": int(losses[:, 1].sum()), "perplexity": perplexity(losses)}
     if args.tasks:
@@ -352,8 +356,9 @@ def score_reports(args, device, stem: Path):
 
 def main(args):
     # contradictions end the run before a model is read; accelerate is asked for the device alone
-    check(args)
-    device = Accelerator().device
+    accelerator = Accelerator()
+    check(args, accelerator.num_processes)
+    device = accelerator.device
     seed_everything(args.seed)
     stem = args.out_dir / f"{args.out_prefix}_{make_name(args)}"
 

@@ -353,7 +353,7 @@ def check(args):
     if not args.distill:
         refuse(args, ["teacher_lang_model_path"], "without --distill")
         if not set(args.repair) & {*REPAIRS}:
-            refuse(args, ["teacher"], "without --distill and without --repair linear or compensate")
+            refuse(args, ["teacher"], f"without --distill and without --repair {' or '.join(REPAIRS)}")
     if args.lr_scheduler_type == "constant":
         refuse(args, ["warmup"], "with --lr-scheduler-type constant")
 
@@ -384,11 +384,11 @@ def check_repair(args):
 
     # closed forms are fitted on texts, against the states of the unpruned model
     if args.data and (closed or "last" in args.repair or args.also):
-        raise UserError("--repair linear, compensate and last, and --also, are for --texts")
+        raise UserError(f"--repair {', '.join(REPAIRS)} and last, and --also, are for --texts")
     if closed and not args.teacher:
         raise UserError(f"--repair {' '.join(sorted(closed))} needs --teacher, the unpruned model")
     if not closed:
-        refuse(args, ["repair_texts"], "without --repair linear or compensate")
+        refuse(args, ["repair_texts"], f"without --repair {' or '.join(REPAIRS)}")
     # no training: what only a training reads would be ignored without a word
     if not set(args.repair) & {*TRAINED}:
         refuse(

@@ -553,7 +553,7 @@ def test_a_folder_of_scans_is_reported_in_one_go_and_resumed(checkpoint, llm, tm
     save(place / "c.nii", ((whole + 1350) / 6).clip(0, 255).astype(np.uint8))  # grey levels
     series(place / "1.2.840.5", heights=range(0, 30, 2))
     base = ["--ckpt-path", checkpoint, "--lang-encoder-path", llm, "--max-new-tokens", 4, "--batch-size", 2]
-    base += ["--volumes", place, "--out", tmp_path / "out", "--evidence", 0]
+    base += ["--volumes", place, "--out", tmp_path / "out", "--evidence", 1]
     done = call(report_script, *base, log=tmp_path / "log.txt")
     assert done.returncode == 0 and "Traceback" not in done.text, done.text
     rows = table(tmp_path / "out/dia-pangu.csv")
@@ -573,6 +573,7 @@ def test_a_folder_of_scans_is_reported_in_one_go_and_resumed(checkpoint, llm, tm
     os.utime(place / "a.nii.gz")
     again = call(report_script, *base, log=tmp_path / "log.txt")
     assert again.returncode == 0 and "2 scans are done already" in again.text, again.text
+    assert len(list((tmp_path / "out/evidence").rglob("*.png"))) == 1  # asked for one of all, not one a start
     assert sorted(before.splitlines()) == sorted((tmp_path / "out/verdicts.csv").read_text().splitlines())
     other = call(report_script, *base, "--hide-places", log=tmp_path / "log.txt")
     assert other.returncode == 2 and "another hide_places" in other.text, other.text

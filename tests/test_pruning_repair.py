@@ -270,6 +270,11 @@ def test_a_text_of_one_token_is_not_scored_and_a_file_of_such_is_refused(world, 
         score("a\n")
 
 
+def test_a_model_is_scored_by_one_process():
+    with pytest.raises(UserError, match="without torchrun"):
+        test.check(None, processes=2)
+
+
 def test_tasks_of_ones_own_are_scored_by_lm_eval(world, tmp_path):
     pytest.importorskip("lm_eval")
     items = [{"ask": "The lung", "choices": [" is clear", " xq zv"], "right": 0}] * 2

@@ -268,7 +268,9 @@ def main(args):
     generation = generation_options(args)
 
     # One batch after the other: reports, their time, the table of findings, the first evidence pictures.
-    journal, drawn = Journal(args.out, settings_of(args, config), bool(args.volumes)), 0
+    journal = Journal(args.out, settings_of(args, config), bool(args.volumes))
+    # A run that goes on has drawn its first pictures already.
+    drawn = min(args.evidence, sum(record["ms"] is not None for record in journal.records.values()))
     for batch in progress(read_batches(args, grid, config["language"], journal.records), desc="reports"):
         raise_bad(batch)  # one line that names the file, from the worker that read it
 

@@ -195,8 +195,8 @@ class ReportText:
         question = self.ids(prompt)
         if len(question) >= self.max_length:
             raise UserError(
-                f"{name or 'sample'}: the prompt alone has {len(question)} tokens, --max-length is "
-                f"{self.max_length}; raise it or lower the number of image tokens"
+                f"{name or 'sample'}: the prompt alone has {len(question)} tokens, max_length of the "
+                f"configuration is {self.max_length}; raise it or lower the number of image tokens"
             )
         if report is None:
             return {"lang_x": question, "attention_mask": [1] * len(question)}
