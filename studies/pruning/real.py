@@ -29,7 +29,7 @@ def main():
         out=out / "llm",
         ratio=size([0.1, 0.25, 0.33, 0.5], smoke=[0.25]),
         draws=size(3, smoke=1),
-        calibration=size(8, smoke=2),
+        calibration=size([8, 32], smoke=[2, 4]),
         calibration_tokens=size(32, smoke=16),
         test_tokens=size(2048, smoke=64),
         window=size(2048, smoke=32),
@@ -38,7 +38,7 @@ def main():
         repair_pieces=size(8, smoke=4),
         repair_tokens=size(512, smoke=24),
         held_out=size(6, smoke=2),
-        skill_items=size(10, smoke=1),
+        skill_items=size(20, smoke=1),
     )
 
 

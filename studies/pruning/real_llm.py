@@ -61,7 +61,13 @@ def parse_args(argv=None):
         "--repair-ratio", type=float, default=0.25, help="the one of them at which repairs are compared"
     )
     p.add_argument("--draws", type=count, default=3, help="draws of calibration texts")
-    p.add_argument("--calibration", type=count, default=8, help="texts of each draw")
+    p.add_argument(
+        "--calibration",
+        type=count,
+        nargs="+",
+        default=[8, 32],
+        help="texts of each draw; every further number makes one more draw, of so many",
+    )
     p.add_argument("--calibration-tokens", type=count, default=32, help="tokens of each calibration text")
     p.add_argument("--window", type=count, default=2048, help="tokens of a window of the test streams")
     p.add_argument("--test-tokens", type=count, default=2048, help="tokens of each test stream")
@@ -126,6 +132,12 @@ def over_draws(found: list[dict], part: str) -> tuple[float, float, float]:
     return (value, *interval(draws))
 
 
+def show_draws(label: str, found: list[dict]):
+    both = ((part, *over_draws(found, part)) for part in PARTS)
+    shown = ", ".join(f"{part} {value:.4g} [{low:.4g}, {high:.4g}]" for part, value, low, high in both)
+    print(f"{label}, {len(found)} draws: {shown}", flush=True)
+
+
 def held_out(found: list[dict]) -> float:
     """Mean loss on the held-out texts, half of each kind: what every choice goes by."""
     return np.mean([math.log(one[f"held-out {part}"]["perplexity"]) for one in found for part in PARTS])
@@ -134,17 +146,26 @@ def held_out(found: list[dict]) -> float:
 # ---------------------------------------- which layers
 
 
+def draws_of(args) -> list[str]:
+    """The names of the draws that every interval covers."""
+    return [f"mixed {i + 1}" for i in range(args.draws)]
+
+
 def calibration_sets(args, tokenizer, training: list[str], prose: list[str]) -> dict:
-    """{name: prompts}: draws that are half reports and half English, then one kind of text alone."""
-    rng, half = np.random.default_rng(0), args.calibration // 2 or 1
+    """{name: prompts}: draws that are half reports and half English, one kind of text alone, larger draws."""
+    rng, (count, *more) = np.random.default_rng(0), args.calibration
 
     def some(texts, count):
         return [texts[i] for i in rng.choice(len(texts), count, replace=False)]
 
-    sets = {f"mixed {i + 1}": some(training, half) + some(prose, half) for i in range(args.draws)}
-    sets["reports"] = some(training, args.calibration)
-    sets["english"] = some(prose, args.calibration)
+    def mixed(count):
+        return some(training, count // 2 or 1) + some(prose, count // 2 or 1)
+
+    sets = {name: mixed(count) for name in draws_of(args)}
+    sets["reports"] = some(training, count)
+    sets["english"] = some(prose, count)
     sets["built-in"] = builtin_prompts()
+    sets |= {f"{count} texts": mixed(count) for count in more}
     return {name: text_prompts(texts, tokenizer, args.calibration_tokens) for name, texts in sets.items()}
 
 
@@ -203,6 +224,8 @@ REPAIRS = {
     "replacement layer": (("replace",), True),
     "compensate": (("compensate",), True),
     "linear and LoRA": (BEST, True),
+    "last three and head": (("last",), True),
+    "all layers": (("full",), True),
 }
 
 
@@ -275,8 +298,8 @@ def main(args):
     def best_of(criterion, ratio):
         """The strongest repair of what a criterion drops, for each draw of calibration texts."""
         label = f"{criterion}, repaired: linear, LoRA, distilled"
-        draws = [f"mixed {i + 1}" for i in range(args.draws)]
-        return [heal(label, chosen(criterion, name, ratio), BEST, distilled=True) for name in draws]
+        sets = [chosen(criterion, name, ratio) for name in draws_of(args)]
+        return [heal(label, drop, BEST, distilled=True) for drop in sets]
 
     # at one ratio: the criterion whose sets are best once repaired, then the same at the others
     at = args.repair_ratio
@@ -292,29 +315,39 @@ def main(args):
     last = "last layers gone, head and last three tuned"
     single[last] = heal(last, chosen("last", "none", at), ("last",))
     report(args, whole, best, found, single)
+    show_unrepaired(args, model, chosen, lambda: measured(model, tokenizer, test, args))
 
-    # what sets cost that are not repaired: by ratio on the draws, by calibration at one ratio
+
+def show_unrepaired(args, model, chosen, measure):
+    """What sets cost that are not repaired: by ratio on the draws, by calibration at one ratio, controls."""
+    draws, costs = draws_of(args), {}
     for name in chosen.calibration:
-        for ratio in args.ratio if name.startswith("mixed") else [at]:
-            for criterion in CRITERIA:
+        for ratio in args.ratio if name in draws else [args.repair_ratio]:
+            # the greedy search has gone as far as the repairs needed it
+            greedy = ("greedy",) if name in draws and ratio <= args.repair_ratio else ()
+            for criterion in (*CRITERIA, *greedy):
                 chosen(criterion, name, ratio)
     for criterion in CONTROLS:
         for ratio in args.ratio:
             chosen(criterion, "none", ratio)
     atomic_json(args.out / "plan.json", {"layers": chosen.layers, "choices": chosen.choices})
+
     for choice in chosen.choices:
-        with without_layers(model, parse_drop_layers(choice["drop_layers"])):
-            cost = journal.get(choice["drop_layers"], lambda: measured(model, tokenizer, test, args))
-        what = f"{choice['ratio']:.0%} {choice['criterion']} on {choice['calibration']}"
-        show(what, cost, choice["drop_layers"])
+        drop, name = choice["drop_layers"], choice["calibration"]
+        what = f"{choice['ratio']:.0%} {choice['criterion']}"
+        with without_layers(model, parse_drop_layers(drop)):
+            cost = chosen.journal.get(drop, measure)
+        show(f"{what} on {name}", cost, drop)
+        if name in draws:
+            costs.setdefault(what, []).append(cost)
+    for what, found in costs.items():
+        show_draws(what, found)
 
 
 def report(args, whole, best, found, single):
     """Print the best at each ratio, and write the rows of the closing table."""
     for ratio, some in found.items():
-        both = [over_draws(some, part) for part in PARTS]
-        shown = ", ".join(f"{part} {v:.1f} [{a:.1f}, {b:.1f}]" for part, (v, a, b) in zip(PARTS, both))
-        print(f"best at {ratio:.0%}: {best}, linear, LoRA and distilled: {shown}")
+        show_draws(f"best at {ratio:.0%}: {best}, linear, LoRA and distilled", some)
     for part in PARTS:
         value, low, high = over_draws(found[args.repair_ratio], part)
         controls = {"whole model": whole[part]["perplexity"]}
