@@ -114,6 +114,7 @@ def end(status):
         from common.lock import release
 
         release()
-        sys.stdout.flush(), sys.stderr.flush()
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(status or 0)
     sys.exit(status)

@@ -126,7 +126,10 @@ def test_a_cut_overwrite_leaves_a_run_and_a_model_folder_is_none(toy, tmp_path, 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"arguments": 3}', None])
 def test_checkpoints_outlive_their_config(toy, text):  # noqa: F811
     out, _, _ = toy("a", "--max-steps", 5)
-    (out / "config.json").write_text(text) if text is not None else (out / "config.json").unlink()
+    if text is None:
+        (out / "config.json").unlink()
+    else:
+        (out / "config.json").write_text(text)
     _, log, said = toy("a", "--max-steps", 6, "--resume")
     assert "step-00000005" in said and log[-1]["step"] == 6
     assert json.loads((out / "config.json").read_text())["arguments"]["max_steps"] == 6

@@ -31,6 +31,14 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+def write(tensors, path):
+    """Write in the form that the suffix of `path` names."""
+    if path.suffix == ".safetensors":
+        save_file(tensors, path)
+    else:
+        torch.save(tensors, path)
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin", ".pth", ".pt"])
 @pytest.mark.parametrize(
     "prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.module."]
@@ -38,7 +46,7 @@ def same(a, b):
 def test_every_file_form_and_leading_prefix(tmp_path, tensors, suffix, prefix):
     path = tmp_path / ("w" + suffix)
     named = {prefix + k: v for k, v in tensors.items()}
-    save_file(named, path) if suffix == ".safetensors" else torch.save(named, path)
+    write(named, path)
     assert same(read_weights(path), tensors)
 
 
@@ -97,7 +105,7 @@ def test_malicious_file_runs_nothing(tmp_path):
 @pytest.mark.parametrize("keep", [0, 1, 9, 200, -1])
 def test_cut_file_is_one_error(tmp_path, tensors, suffix, keep):
     path = tmp_path / ("w" + suffix)
-    save_file(tensors, path) if suffix == ".safetensors" else torch.save(tensors, path)
+    write(tensors, path)
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(UserError, match="copy it again|refused"):
         read_weights(path)

@@ -136,7 +136,7 @@ def test_an_item_depends_on_seed_epoch_and_index_alone(tmp_path, prepare):
     np.savez(tmp_path / "a.npz", sig=wave(), fs=FS)
     store = store_of(tmp_path, prepare, tmp_path / "a.npz")
     first, second = (PhysioSignalDataset(store, 256, seed=5, num_patches=8) for _ in range(2))
-    second[1], torch.rand(3), np.random.rand(3)  # other draws in between change nothing
+    _ = second[1], torch.rand(3), np.random.rand(3)  # other draws in between change nothing
     for name, value in first[2].items():
         assert torch.equal(value, second[2][name]) if torch.is_tensor(value) else value == second[2][name]
     second.set_epoch(1)

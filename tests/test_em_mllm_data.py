@@ -308,7 +308,8 @@ def test_rolled_signals_are_the_same_signal_begun_elsewhere_anew_each_epoch(tmp_
     for seen in (lambda i: rolled[i]["iq"], lambda i: questions[i]["iq"][0]):
         shifts = []
         for epoch in range(4):
-            rolled.set_epoch(epoch), questions.set_epoch(epoch)
+            rolled.set_epoch(epoch)
+            questions.set_epoch(epoch)
             for i in range(4):
                 fits = [k for k in range(64) if np.array_equal(np.roll(plain[i]["iq"], k, 0), seen(i))]
                 assert len(fits) == 1

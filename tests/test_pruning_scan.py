@@ -52,9 +52,10 @@ def make(model_type="llama", attention="sdpa", **config):
         attn_implementation=attention,
     ).eval()
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2) if parameter.dim() > 1 else parameter.data.add_(
-            torch.randn_like(parameter) * 0.1
-        )
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+        else:
+            parameter.data.add_(torch.randn_like(parameter) * 0.1)
     return model
 
 
@@ -434,7 +435,8 @@ def test_every_family_goes_the_whole_way(model_type, tmp_path):
     """Chosen by loss, pruned on disk, counted, healed, tested: configs and projections have other names."""
     tokenizer = make_tokenizer(builtin_prompts(), 400)
     model = make(model_type, vocab_size=len(tokenizer), max_position_embeddings=256)
-    model.save_pretrained(tmp_path / "model"), tokenizer.save_pretrained(tmp_path / "model")
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
     (tmp_path / "texts.txt").write_text("\n".join(builtin_prompts()[:4]))
     folder, texts = tmp_path / "model", tmp_path / "texts.txt"
     plan = tmp_path / "plan.json"

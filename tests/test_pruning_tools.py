@@ -405,7 +405,10 @@ def test_copying_keeps_bytes_across_blocks_and_holes(tmp_path, monkeypatch):
     with open(tmp_path / "a.safetensors", "wb") as file:  # the same with a hole where the zeros are
         for start in range(0, len(content), 4096):
             piece = content[start : start + 4096]
-            file.write(piece) if any(piece) else file.seek(4096, os.SEEK_CUR)
+            if any(piece):
+                file.write(piece)
+            else:
+                file.seek(4096, os.SEEK_CUR)
     assert (tmp_path / "a.safetensors").read_bytes() == content
     entries = shards.open_checkpoint(tmp_path / "a.safetensors").entries
     shards.write_safetensors(
