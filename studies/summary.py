@@ -26,6 +26,7 @@ def write_result(
     figures=(),
     note: str = "",
     details=None,
+    headline: bool = False,
 ):
     """Write one row of the closing table to folder/results/<task>.json.
 
@@ -33,7 +34,8 @@ def write_result(
     "MSE, lower is better"). controls: {name: value} of the same metric (chance, random initialisation, a
     classical baseline), at least one. interval: (low, high) 95 % interval of `value`. figures: (path of a
     .png, caption) pairs. note: one sentence on how it was obtained (data, seeds, what was held out). details:
-    anything JSON-able kept beside it.
+    anything JSON-able kept beside it. headline: the row that stands for its project on the first screen of
+    the page (default: the first one), with its first picture.
     """
     if not controls:
         raise ValueError(f"{task}: a result needs at least one control")
@@ -47,6 +49,7 @@ def write_result(
         "note": note,
         "details": details or {},
         "figures": [{"path": str(Path(p).resolve()), "caption": caption} for p, caption in figures],
+        "headline": headline,
     }
     name = re.sub(r"\W+", "-", task.lower()).strip("-")
     atomic_write(folder / "results" / f"{name}.json", json.dumps(row, indent=1, ensure_ascii=False))
@@ -163,6 +166,8 @@ def page(projects: list[dict], about: str) -> str:
             rows.append({**row, **words, "plot": plot(row), "pictures": [_picture(**f) for f in figures]})
         curves = project.get("curves")
         curves = curves and _picture(curves, "training loss of every run")
+        # first what stands for the project, with its picture or any other one
+        rows.sort(key=lambda row: not row.get("headline"))
         thumb = next((picture["data"] for row in rows for picture in row["pictures"]), None)
         shown.append({**project, "rows": rows, "curves": curves, "thumb": thumb})
     template = Environment(autoescape=True).from_string(TEMPLATE.read_text())

@@ -95,7 +95,7 @@ def test_the_recipes_run_from_data_to_report(tmp_path, monkeypatch):
     rows = [json.loads(path.read_text()) for path in (runs / "flmm/results").glob("*.json")]
     assert {row["task"] for row in rows} == {
         "mask head on a frozen tiny llava base",
-        "SAM refiner after it, llava",
+        "masks refined by SAM, llava base",
         "presence, llava",
         "objects that hide each other, llava",
         "shape words of the base, llava",

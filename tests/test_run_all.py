@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from studies.summary import write_result
+from studies.summary import collect, page, write_result
 from tests.quick_python import python
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -108,6 +108,21 @@ def test_page_is_one_file_with_inline_pictures_alt_text_and_escapes(tree):
     assert "beats &amp; &lt;rhythm&gt;" in page and 'alt="loss against step"' in page
     assert set(re.findall(r'src="([^"]{0,22})', page)) == {"data:image/png;base64,"}
     assert not re.search(r'(href|src)="https?:', page)
+
+
+def test_the_headline_of_a_project_stands_above_what_is_folded(tmp_path):
+    for name, headline in (("a detail", False), ("what counts", True)):
+        write_result(tmp_path / "runs/flmm", name, "IoU", 0.5, {"chance": 0.2}, headline=headline)
+    project = {
+        "name": "flmm",
+        "status": "ok",
+        "seconds": 1,
+        "peak_mb": 2,
+        "rows": collect(tmp_path / "runs", "flmm"),
+    }
+    above, folded = page([project], "a run").split("<details>")
+    assert "what counts: IoU" in above and "a detail" not in above
+    assert "1 more result," in folded and "a detail: IoU" in folded
 
 
 @pytest.mark.slow

@@ -153,6 +153,7 @@ def report(out):
         interval=tuned["macro_f1_95"],
         figures=[(out / "tuned-test" / "figures" / "confusion.png", "fine-tuned, test records")],
         note="Windows of 10 s of subjects that no training saw.",
+        headline=True,
     )
 
 

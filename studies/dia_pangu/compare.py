@@ -202,6 +202,7 @@ def write_results(out, table, model: Tested, location, details, picture, evidenc
         [(path, "evidence maps") for path in evidence],
         f"Read from the generated text by the rule-based labeler; BLEU-4 {bleu_model:.2f} against "
         f"{bleu_nearest:.2f} for retrieval hardly separates",
+        headline=True,
     )
     for what, chance in CHANCE.items():
         accuracy = {name: scores[what]["accuracy"] for name, scores in location.items()}

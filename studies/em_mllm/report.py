@@ -78,6 +78,7 @@ def answers(runs: Path, first: Path, seeds: list[int], note: str, joint, control
                 "seeds": {s: m[key] for s, m in zip(seeds, joint)},
                 "by_likelihood": mean(joint, "accuracy_by_likelihood"),
             },
+            headline=key == "accuracy_high_snr",
         )
     write_result(
         runs,

@@ -123,11 +123,10 @@ def blind_controls(trained):
     return {label: average(trained, "controls", name) for label, name in names.items()}
 
 
-def coarse_masks(folder, base, seeds, trained, random, tables, note):
-    """Row of the mask head alone, with the chart and some pictures."""
+def coarse_masks(folder, base, trained, random, tables, note):
+    """Row of the mask head alone, with the chart."""
     words = per_word([row for table in tables for row in table])
     chart = draw_scores(trained, random, words, folder / "figures" / f"{base}.png")
-    overlays = sorted((folder / f"test-{base}-{seeds[0]}" / "overlays").glob("*.png"))[:4]
     write_result(
         folder,
         f"mask head on a frozen tiny {base} base",
@@ -140,10 +139,7 @@ def coarse_masks(folder, base, seeds, trained, random, tables, note):
             **blind_controls(trained),
         },
         interval(tables, "iou_coarse"),
-        [
-            (chart, "held-out phrases against controls, and by word"),
-            *((path, "picture, truth, coarse and refined masks") for path in overlays),
-        ],
+        [(chart, "held-out phrases against controls, and by word")],
         note,
         {
             "per_seed": [scores["mIoU_coarse"] for scores in trained],
@@ -153,13 +149,13 @@ def coarse_masks(folder, base, seeds, trained, random, tables, note):
     )
 
 
-def refined_masks(folder, base, trained, random, tables, random_tables, note):
-    """Row of the masks after SAM, with what a random base's masks have in common."""
+def refined_masks(folder, base, trained, random, tables, random_tables, note, overlays):
+    """Row of the masks after SAM, with some pictures and what a random base's masks have in common."""
     sure, kept = np.mean([confident(table) for table in tables], axis=0).tolist()
     sure_random, kept_random = np.mean([confident(table) for table in random_tables], axis=0).tolist()
     write_result(
         folder,
-        f"SAM refiner after it, {base}",
+        f"masks refined by SAM, {base} base",
         "mean IoU of refined masks",
         average(trained, "mIoU"),
         {
@@ -170,7 +166,8 @@ def refined_masks(folder, base, trained, random, tables, random_tables, note):
             **blind_controls(trained),
         },
         interval(tables, "iou"),
-        note=f"{note}. The masks of two phrases of a picture have an IoU of {average(trained, 'alike'):.3f}, "
+        [(path, "picture, truth, coarse and refined masks") for path in overlays],
+        f"{note}. The masks of two phrases of a picture have an IoU of {average(trained, 'alike'):.3f}, "
         f"on a random base of {average(random, 'alike'):.3f}, and there of "
         f"{average(random, 'all_objects'):.3f} with all objects together (near 1: every object, whatever the "
         "phrase). With masks of predicted IoU below .5 "
@@ -184,6 +181,7 @@ def refined_masks(folder, base, trained, random, tables, random_tables, note):
             "confident_masks_only": {"mIoU": sure, "kept": kept},
             "confident_masks_only_random": {"mIoU": sure_random, "kept": kept_random},
         },
+        headline=base == "llava",
     )
 
 
@@ -198,8 +196,9 @@ def scenes(folder, base, seeds):
         "pre-training, head); "
         "the interval covers other pictures, not other seeds"
     )
-    coarse_masks(folder, base, seeds, trained, random, tables, note)
-    refined_masks(folder, base, trained, random, tables, random_tables, note)
+    coarse_masks(folder, base, trained, random, tables, note)
+    overlays = sorted((folders[0] / "overlays").glob("*.png"))[:4]
+    refined_masks(folder, base, trained, random, tables, random_tables, note, overlays)
 
 
 def beside_the_masks(folder, base, seeds):

@@ -198,6 +198,7 @@ def report(args, table, comparisons, metrics, sentences, worst):
                 figures if last else (),
                 "Layers chosen by sensitivity (v masked, kl). " + " ".join(f"{s}." for s in own),
                 details,
+                headline=last,
             )
 
 
