@@ -27,7 +27,6 @@ Writes bench/results/em.json; parts that were not measured this time stay as the
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -47,7 +46,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from bench.measure import resident_mb
+from bench.measure import processor, resident_mb
 from common.checkpoint import atomic_write
 from common.sharding import keep_trained
 from em_mllm.dataset import SignalCollator, SignalDataset
@@ -391,13 +390,6 @@ def timed(work, repeats=5):
         work()
     torch.cuda.synchronize()
     return (time.perf_counter() - start) / repeats
-
-
-def processor() -> str:
-    """The name of this machine's processor."""
-    cpu = Path("/proc/cpuinfo")
-    names = [line for line in cpu.read_text().splitlines() if "model name" in line] if cpu.is_file() else []
-    return names[0].split(":", 1)[1].strip() if names else platform.processor()
 
 
 def main(args):

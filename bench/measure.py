@@ -1,6 +1,16 @@
-"""Resident memory of this process, for the benches that measure a peak in a process of its own."""
+"""Resident memory of this process, for the benches that measure a peak in a process of its own, and the name
+of the machine's processor."""
 
+import platform
 from pathlib import Path
+
+
+def processor() -> str:
+    """The name of this machine's processor."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
 
 
 def resident_mb(field: str = "VmRSS") -> float:

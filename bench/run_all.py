@@ -1,6 +1,6 @@
 """Measure every claim of speed and memory, and write them as one table to bench/RESULTS.md.
 
-    python bench/run_all.py                 # all benches, half an hour on one quiet core
+    python bench/run_all.py                 # all benches, three times: an hour and a half on a quiet core
     python bench/run_all.py cwt pruning     # some of them
     python bench/run_all.py --table         # only the table, from the numbers in bench/results/
 
@@ -11,62 +11,61 @@ baseline measured in the same run; `CLAIMS` says where it stands in that file.
 import argparse
 import json
 import os
+import re
+import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(
     0, str(Path(__file__).resolve().parents[1])
 )  # repository root: every way of starting this file finds it
-from common.checkpoint import atomic_write
+from bench.measure import processor
+from common.checkpoint import atomic_json, atomic_write
 from common.errors import UserError, run
 
 HERE = Path(__file__).resolve().parent
 BENCHES = ("cwt", "cwt_loader", "em", "flmm", "dia", "pruning", "scaling")
 
 
-def row(data, name):
-    """The row of a dia.json with this `what`."""
-    return next(r for r in data["rows"] if r["what"] == name)
-
-
-# bench: (claim, size, baseline, function of the bench's JSON -> what was measured)
+# bench: (claim, size, baseline, how the numbers are said, function of the bench's JSON -> the numbers)
 CLAIMS = {
     "cwt": [
         (
             "wavelet transform, CPU time on one thread",
             "32 x 3000 samples, 64 scales, 3 channels",
             "conv1d bank, as upstream",
-            lambda d: "{:.1f} x faster, {:.1f} x into a tensor used again ({}, {} cores, load {:.0f})".format(
-                *(d["methods"][m]["ratio_cpu"] for m in ("cwt_wrap", "cwt_wrap out=")),
-                *(d["about"][name] for name in ("processor", "cores", "load")),
-            ),
+            "{:.1f} x faster, {:.1f} x into a tensor used again",
+            lambda d: [d["methods"][m]["ratio_cpu"] for m in ("cwt_wrap", "cwt_wrap out=")],
         ),
         (
             "transform and instance normalisation, CPU time on one thread",
             "same",
             "conv1d bank and separate normalisation",
-            lambda d: f"{d['methods']['cwt_wrap + norm']['ratio_cpu']:.1f} x faster",
+            "{:.1f} x faster",
+            lambda d: [d["methods"]["cwt_wrap + norm"]["ratio_cpu"]],
         ),
         (
             "the same on the clock, 2 threads",
             "same",
             "same",
-            lambda d: f"{d['methods']['cwt_wrap + norm']['ratio_wall_2']:.1f} x faster",
+            "{:.1f} x faster",
+            lambda d: [d["methods"]["cwt_wrap + norm"]["ratio_wall_2"]],
         ),
         (
             "extra peak memory of transform and normalisation",
             "same",
             "same",
-            lambda d: "{:.0f} MB instead of {:.0f} MB".format(
-                *(d["methods"][m]["memory_mb"] for m in ("cwt_wrap + norm", "conv1d + norm"))
-            ),
+            "{:.0f} MB instead of {:.0f} MB",
+            lambda d: [d["methods"][m]["memory_mb"] for m in ("cwt_wrap + norm", "conv1d + norm")],
         ),
         (
             "largest error in parts of the peak",
             "same",
             "float64 direct transform",
-            lambda d: f"{d['methods']['cwt_wrap']['error']:.0e}",
+            "{:.0e}",
+            lambda d: [d["methods"]["cwt_wrap"]["error"]],
         ),
     ],
     "cwt_loader": [
@@ -74,13 +73,15 @@ CLAIMS = {
             "windows per second from memory-mapped signals",
             "10,000 records",
             "opening the file each time",
-            lambda d: f"{d[-1]['windows_per_s'] / d[-1]['file_each_time_windows_per_s']:.0f} x more",
+            "{:.0f} x more",
+            lambda d: [d[-1]["windows_per_s"] / d[-1]["file_each_time_windows_per_s"]],
         ),
         (
             "memory of the loader beside the mapped file",
             "100, 1,000 and 10,000 records",
             "none",
-            lambda d: ", ".join(f"{r['own_mb']:.2f} MB" for r in d),
+            "{:.2f} MB, {:.2f} MB, {:.2f} MB",
+            lambda d: [r["own_mb"] for r in d],
         ),
     ],
     "em": [
@@ -88,55 +89,57 @@ CLAIMS = {
             "encoder, time and peak memory",
             "64 signals of 128 to 4096 points",
             "padded, eager (starter kit)",
-            lambda d: "{seconds:.1f} x faster, {memory:.1f} x less".format(**d["table"]["encoder"]["ratio"]),
+            "{:.1f} x faster, {:.1f} x less",
+            lambda d: ratio(d, "encoder", "seconds", "memory"),
         ),
         (
             "multimodal training step, frozen LLM",
             "vocabulary 32,000",
             "padded, full logits (starter kit)",
-            lambda d: "{seconds:.1f} x faster, {memory:.1f} x less".format(**d["table"]["step"]["ratio"]),
+            "{:.1f} x faster, {:.1f} x less",
+            lambda d: ratio(d, "step", "seconds", "memory"),
         ),
         (
             "generation",
             "4 questions, 64 new tokens",
             "one by one, prefix run again",
-            lambda d: "{seconds:.1f} x faster".format(**d["table"]["generation"]["ratio"]),
+            "{:.1f} x faster",
+            lambda d: ratio(d, "generation", "seconds"),
         ),
         (
             "resident memory while loading",
             "file of 16 MB and of 164 MB",
             "none",
-            lambda d: "{:.0f} MB and {:.0f} MB: flat".format(
-                *(d["table"]["loading"][k]["resident_mb"] for k in ("small", "tenfold"))
-            ),
+            "{:.0f} MB and {:.0f} MB: flat",
+            lambda d: [d["table"]["loading"][k]["resident_mb"] for k in ("small", "tenfold")],
         ),
         (
             "extra memory while the strongest windows of a raw capture are cut",
             "file of 40 MB and of 400 MB",
             "the 400 MB read at once",
-            lambda d: "{:.0f} MB and {:.0f} MB instead of {:.0f} MB".format(
-                *(d["table"]["recording"][k]["peak_mb"] for k in ("small", "tenfold", "whole"))
-            ),
+            "{:.0f} MB and {:.0f} MB instead of {:.0f} MB",
+            lambda d: [d["table"]["recording"][k]["peak_mb"] for k in ("small", "tenfold", "whole")],
         ),
         (
             "likelihoods of four options",
             "16 questions of up to 200 tokens",
             "the prompt read for each option",
-            lambda d: "{seconds:.1f} x faster".format(**d["table"]["options"]["ratio"]),
+            "{:.1f} x faster",
+            lambda d: ratio(d, "options", "seconds"),
         ),
         (
             "500 random signals of a gzip .h5",
             "4,000 signals in chunks of 512",
             "as it is stored; ours was copied once",
-            lambda d: "{seconds:.0f} x faster".format(**d["table"]["chunks"]["ratio"]),
+            "{:.0f} x faster",
+            lambda d: ratio(d, "chunks", "seconds"),
         ),
         (
             "a LoRA checkpoint before the first step",
             "language model of 20 M parameters",
             "the frozen language model in it",
-            lambda d: "{:.2f} MB instead of {:.0f} MB".format(
-                *(d["table"]["checkpoint"][k]["checkpoint_mb"] for k in ("ours", "starter kit"))
-            ),
+            "{:.2f} MB instead of {:.0f} MB",
+            lambda d: [d["table"]["checkpoint"][k]["checkpoint_mb"] for k in ("ours", "starter kit")],
         ),
     ],
     "flmm": [
@@ -144,32 +147,39 @@ CLAIMS = {
             "attention functions, phrase rows only",
             "24 layers x 16 heads x 900 tokens",
             "eager, full matrices",
-            lambda d: (
-                f"{d['rows']['attention_speedup']:.1f} x faster, {d['rows']['memory_ratio']:.0f} x less "
-                "extra memory"
-            ),
+            "{:.1f} x faster, {:.0f} x less extra memory",
+            lambda d: [d["rows"]["attention_speedup"], d["rows"]["memory_ratio"]],
         ),
         (
             "whole model with attention rows",
             "same",
             "plain SDPA, no attention returned",
-            lambda d: f"{d['rows']['model_rows_over_sdpa']:.2f} x its time",
+            "{:.2f} x its time",
+            lambda d: [d["rows"]["model_rows_over_sdpa"]],
         ),
         (
             "refiner, 8 phrases of one picture",
             "SAM-B shapes",
             "one by one, encoding again",
-            lambda d: f"{d['refiner']['speedup']:.1f} x faster",
+            "{:.1f} x faster",
+            lambda d: [d["refiner"]["speedup"]],
         ),
         (
             "head training step from the cache",
             "tiny base",
             "running the base",
-            lambda d: f"{d['cache']['speedup']:.1f} x faster",
+            "{:.1f} x faster",
+            lambda d: [d["cache"]["speedup"]],
         ),
     ],
     "dia": [
-        (name, size, "upstream's way", lambda d, name=name: f"{row(d, name)['ratio']:,.1f} x faster")
+        (
+            name,
+            size,
+            "upstream's way",
+            "{:,.1f} x faster",
+            lambda d, name=name: [next(r["ratio"] for r in d["rows"] if r["what"] == name)],
+        )
         for name, size in (
             ("embedding step", "vocabulary 153,376, 512 tokens, batch 2"),
             ("finding pooling", "14 findings"),
@@ -185,33 +195,95 @@ CLAIMS = {
             "sensitivity scan, cached and wavefront, CPU time",
             "24 layers x 256, 12 prompts",
             "naive scan (upstream)",
-            lambda d: "{:.1f} x and {:.1f} x faster".format(
-                *(
-                    d["scan"]["cpu_seconds"]["naive (upstream)"] / d["scan"]["cpu_seconds"][m]
-                    for m in ("cached", "wavefront")
-                )
-            ),
+            "{:.1f} x and {:.1f} x faster",
+            lambda d: [
+                d["scan"]["cpu_seconds"]["naive (upstream)"] / d["scan"]["cpu_seconds"][method]
+                for method in ("cached", "wavefront")
+            ],
         ),
         (
             "peak memory of a scan",
             "vocabulary 153,376, 34 layers",
             "log-probabilities all at once",
-            lambda d: "{1:.0f} MB instead of {0:.0f} MB".format(*d["memory"]["megabytes"].values()),
+            "{:.0f} MB instead of {:.0f} MB",
+            lambda d: list(d["memory"]["megabytes"].values())[::-1],
         ),
         (
             "peak memory of pruning on disk",
             "8.03 B values, 34 to 28 layers",
             "none",
-            lambda d: f"{d['prune']['23-28']['peak_megabytes']:.0f} MB",
+            "{:.0f} MB",
+            lambda d: [d["prune"]["23-28"]["peak_megabytes"]],
         ),
     ],
 }
+# results/runs.json: {bench: {"processor", "cores", "load", "date", "numbers": [run][claim][number]}}
+
+
+def ratio(data, part, *names):
+    """Ratios of a part of an em.json."""
+    return [data["table"][part]["ratio"][name] for name in names]
 
 
 def result(name):
     """The JSON of a bench, None if it was not run."""
     path = HERE / "results" / f"{name}.json"
     return json.loads(path.read_text()) if path.is_file() else None
+
+
+def measure(name: str, runs: int) -> bool:
+    """Run a bench `runs` times, note the numbers of its claims, and return whether all runs ended well."""
+    numbers, loads = [], []
+    for _ in range(runs):
+        loads.append(os.getloadavg()[0])
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        if subprocess.run([sys.executable, str(HERE / f"{name}.py")], env=environment).returncode:
+            return False
+        numbers.append([numbers_of(result(name)) for *_, numbers_of in CLAIMS.get(name, ())])
+    if name in CLAIMS:
+        noted = result("runs") or {}
+        noted[name] = {
+            "processor": processor(),
+            "cores": os.cpu_count(),
+            "load": max(loads),
+            "date": time.strftime("%Y-%m-%d"),
+            "numbers": numbers,
+        }
+        atomic_json(HERE / "results/runs.json", noted)
+    return True
+
+
+def said(form: str, runs: list[list[float]]) -> str:
+    """The numbers of a claim in words: the median of its runs, and the least and the largest where they
+    differ in what is shown."""
+    words = []
+    for values, spec in zip(zip(*runs), re.findall(r"{[^}]*}", form)):
+        middle, low, high = (spec.format(f(values)) for f in (statistics.median, min, max))
+        words.append(middle if low == high else f"{middle} ({low} to {high})")
+    return re.sub(r"{[^}]*}", "{}", form).format(*words)
+
+
+def claims_table() -> list[str]:
+    """Every claim with the spread of its runs; a bench that was never run is named as not measured."""
+    lines, noted = [], result("runs") or {}
+    for name, claims in CLAIMS.items():
+        data, runs = result(name), noted.get(name)
+        for i, (claim, size, baseline, form, numbers_of) in enumerate(claims):
+            if runs:
+                measured = said(form, [numbers[i] for numbers in runs["numbers"]])
+            else:
+                measured = said(form, [numbers_of(data)]) if data else "not measured yet"
+            lines.append(f"| {claim} | {size} | {baseline} | {measured} | `python bench/{name}.py` |")
+    lines.append("")
+    for name, runs in noted.items():
+        lines.append(
+            f"* {name}: median of {len(runs['numbers'])} runs (least to largest), {runs['date']}, "
+            f"{runs['processor']}, {runs['cores']} cores, load {runs['load']:.0f}"
+        )
+    alone = [name for name in CLAIMS if name not in noted]
+    if alone:
+        lines.append(f"* {', '.join(alone)}: one run on an Intel Xeon, 2 to 4 shared cores")
+    return lines
 
 
 def gpu_table() -> list[str]:
@@ -254,18 +326,14 @@ def write_table():
         "# Measured claims",
         "",
         "Ratios to a baseline in the same run, on CPU; each from the command in the last column, which "
-        "prints absolute times too.",
+        "prints absolute times too. In brackets the spread over runs.",
         "Machines differ and this one was shared, so expect other ratios on yours. Made by `python "
         "bench/run_all.py`.",
         "",
         "| claim | size | baseline | measured | command |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for name in CLAIMS:
-        data = result(name)
-        for claim, size, baseline, measure in CLAIMS[name]:
-            measured = measure(data) if data else "not measured yet"
-            lines.append(f"| {claim} | {size} | {baseline} | {measured} | `python bench/{name}.py` |")
+    lines += claims_table()
     lines += [
         "",
         "## Growth",
@@ -296,10 +364,7 @@ def main(args):
     failed = []
     for name in [] if args.table else args.benches or BENCHES:
         print(f"== {name}", flush=True)
-        status = subprocess.run(
-            [sys.executable, str(HERE / f"{name}.py")], env={**os.environ, "OMP_NUM_THREADS": "1"}
-        ).returncode
-        failed += [name] if status else []
+        failed += [] if measure(name, args.runs) else [name]
     write_table()
     if failed:
         raise UserError(f"{', '.join(failed)} failed; the table keeps their earlier numbers")
@@ -309,6 +374,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "benches", nargs="*", metavar="bench", help=f"any of {', '.join(BENCHES)} (default: all)"
+    )
+    parser.add_argument(
+        "--runs", type=int, default=3, help="times that each bench is run; the table gives their spread"
     )
     parser.add_argument(
         "--table",
