@@ -106,7 +106,9 @@ def test_the_recipes_run_from_data_to_report(tmp_path, monkeypatch):
     untouched = next(row for row in rows if row["task"] == "base untouched, llava")
     assert untouched["value"] == 0 and untouched["controls"]["compared"] > 0
     photographed = next(row for row in rows if row["task"].startswith("photographs"))
-    assert {"random llm", "whole picture", "another phrase's mask"} <= set(photographed["controls"])
+    expected = {"random llm", "pilot", "whole picture", "another phrase's mask"}
+    assert expected <= set(photographed["controls"])
+    assert {"random llm", "pilot", "whole picture"} == set(photographed["details"]["intervals"])
     assert not list((runs / "flmm").glob("cache*"))  # features are only kept while a head needs them
 
 
@@ -164,8 +166,10 @@ def test_the_interval_covers_other_pictures_and_keeps_their_phrases_together():
     first."""
     low, high = report.interval([TABLE], "iou")
     assert (low, high) == pytest.approx((0.3, 0.6))
+    # three seeds that have scored one table alike know no more of other pictures than one does
+    assert report.interval([TABLE] * 3, "iou") == pytest.approx((low, high))
     one = report.interval([[{"file": "a", "iou": "0.1"}], [{"file": "a", "iou": "0.9"}]], "iou")
-    assert one == pytest.approx((0.1, 0.9))  # equal names of two seeds are two pictures
+    assert one == pytest.approx((0.5, 0.5))
 
 
 def test_an_average_goes_over_the_seeds():

@@ -6,8 +6,9 @@ DATA_ROOT/grounding holds folders in the plain phrase format (images/, masks/, a
 train* are learned from, the others scored, once. Tower and language model are joined to a base whose
 projector learns from the captions of the training folders and the boxes of their phrases; then it stays
 frozen, and heads are trained on its attention with the seeds of SEEDS (default 0 1 2). Controls: the same
-recipe with a random tower and with a random language model, another phrase's mask, the best raw map, the
-whole picture. There is no SAM here, so masks are coarse.
+recipe with a random tower and with a random language model, the pilot (the same features and words without
+any attention), another phrase's mask, the best raw map, the whole picture. There is no SAM here, so masks are
+coarse.
 """
 
 import os
@@ -95,8 +96,19 @@ def main():
     os.environ["OMP_NUM_THREADS"] = "1"
     seeds = [int(seed) for seed in os.environ.get("SEEDS", "0 1 2").split()]
     one_base(folders, held_out, seeds)
+    for seed in seeds:
+        stage(
+            "studies/flmm/pilot.py",
+            base=OUT / "base",
+            data=folders,
+            test=held_out,
+            steps=size(300, smoke=2),
+            seed=seed,
+            out=OUT / f"test-pilot-{seed}",
+            overwrite=True,
+        )
     for control in CONTROLS:
-        one_base(folders, held_out, seeds[:1], control)
+        one_base(folders, held_out, seeds, control)
     stage("studies/flmm/report.py", runs=RUNS, real=True, seeds=seeds)
 
 

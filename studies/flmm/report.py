@@ -49,11 +49,14 @@ def rows(folder):
 
 
 def interval(tables, name):
-    """95 % interval of the mean of column `name` over the phrases of all tables; whole pictures are
-    resampled."""
-    values = np.array([float(row[name]) for table in tables for row in table])
-    pictures = [f"{k} {row['file']}" for k, table in enumerate(tables) for row in table]
-    return bootstrap(np.mean, values, groups=pictures)
+    """95 % interval of the mean of column `name` over the phrases of all tables.
+
+    Whole pictures are resampled. Every seed has scored the same ones, so a picture comes with its rows in all
+    tables: more seeds do not make more pictures.
+    """
+    table = [row for part in tables for row in part]
+    values = np.array([float(row[name]) for row in table])
+    return bootstrap(np.mean, values, groups=[row["file"] for row in table])
 
 
 def per_word(table):
@@ -278,10 +281,11 @@ def real(folder, seeds):
     folders = [folder / f"test-{seed}" for seed in seeds]
     trained, tables = [results(f) for f in folders], [rows(f) for f in folders]
     controls, intervals = {}, {"whole picture": interval(tables[:1], "iou_whole")}
-    for control in sorted(folder.glob(f"test-random-*-{seeds[0]}")):
-        name = " ".join(control.name.split("-")[1:3])  # random tower
-        controls[name] = results(control)["mIoU"]
-        intervals[name] = interval([rows(control)], "iou")
+    for name in ("random tower", "random llm", "pilot"):
+        parts = [folder / f"test-{name.replace(' ', '-')}-{seed}" for seed in seeds]
+        if parts[0].is_dir():  # a smoke run has not all of them
+            controls[name] = average([results(part) for part in parts], "mIoU")
+            intervals[name] = interval([rows(part) for part in parts], "iou")
     controls["another phrase's mask"] = average(trained, "controls", "other")
     controls |= blind_controls(trained)
     overlays = sorted((folders[0] / "overlays").glob("*.png"))[:6]
