@@ -20,10 +20,9 @@ import sys
 import zlib
 from pathlib import Path
 
-from accelerate.utils import broadcast_object_list, gather_object
-
 from common.errors import UserError, write_problem
 from common.sharding import load_state
+from common.together import from_all, from_main
 
 UMASK = os.umask(0)
 os.umask(UMASK)  # it can only be read by setting it
@@ -186,7 +185,7 @@ def save_step(accelerator, out, state: dict, keep: int = 3) -> Path:
     folder = Path(out) / "checkpoints"
     final, temporary = folder / f"step-{state['step']:08d}", folder / f".saving-{state['step']:08d}"
     whole = accelerator.is_main_process and final.exists() and not damage(final)
-    if broadcast_object_list([whole])[0]:  # a stop signal that arrives right after a regular save
+    if from_main(whole):  # a stop signal that arrives right after a regular save
         return final
     files, main = {}, accelerator.is_main_process
 
@@ -217,7 +216,7 @@ def save_step(accelerator, out, state: dict, keep: int = 3) -> Path:
 
     for action in (make if main else None, lambda: accelerator.save_state(str(temporary)), check_off):
         _together(accelerator, action, final, out)
-    for part in gather_object([files]):
+    for part in from_all(files):
         files |= part
     _together(accelerator, publish if main else None, final, out)
     return final
@@ -234,7 +233,7 @@ def _together(accelerator, action, final: Path, out):
         problem = write_problem(error) or (isinstance(error, OSError) and str(error))
         if not problem:
             raise
-    problems = [text for text in gather_object([problem]) if text]
+    problems = [text for text in from_all(problem) if text]
     if not problems:
         return
     if not accelerator.is_main_process:
@@ -274,12 +273,12 @@ def find_resume(out, accelerator=None) -> Path | None:
     folders = sorted((Path(out) / "checkpoints").glob("step-*"), reverse=True)
     part = parts = None
     if accelerator is not None:
-        folders = broadcast_object_list([folders])[0]
+        folders = from_main(folders)
         part, parts = accelerator.local_process_index, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     for folder in folders:
         whys = [damage(folder, part or 0, parts or 1)]
         if accelerator is not None:
-            whys = gather_object(whys)
+            whys = from_all(whys[0])
         if not any(whys):
             return folder
         if accelerator is None or accelerator.is_main_process:

@@ -25,12 +25,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
 from common.checkpoint import atomic_write
 from common.errors import Interrupted, UserError, write_problem
 from common.lock import hold
+from common.together import from_all, from_main, group
 
 # what --overwrite deletes; whatever else somebody put into the folder stays
 OURS = (
@@ -89,11 +89,11 @@ def _refuse_private_disk(out: Path, accelerator):
             probe.touch()
 
     # the others look for it, by the main one's name; if it could not be made there is nothing to look for
-    name, there = broadcast_object_list([probe.name, probe.exists()])
+    name, there = from_main((probe.name, probe.exists()))
     deadline = time.monotonic() + PROBE_SECONDS
     while there and not (seen := (out / name).exists()) and time.monotonic() < deadline:
         time.sleep(0.2)
-    blind = [host for host in gather_object([None if not there or seen else platform.node()]) if host]
+    blind = [host for host in from_all(None if not there or seen else platform.node()) if host]
 
     # nothing may stay behind of a run that does not begin
     if accelerator.is_main_process:
@@ -119,7 +119,7 @@ def on_main(accelerator, function):
             function()
         except UserError as caught:
             error = caught
-    if broadcast_object_list([error is not None])[0]:
+    if from_main(error is not None):
         raise error or SystemExit(2)
 
 
@@ -341,9 +341,7 @@ class StopSignal:
     """
 
     def __init__(self, accelerator):
-        self.accelerator, self.signum, self.at_once, self.group = accelerator, 0, "", None
-        if accelerator.num_processes > 1:  # the processes ask each other without waiting for their devices
-            self.group = torch.distributed.new_group(backend="gloo")
+        self.accelerator, self.signum, self.at_once = accelerator, 0, ""
 
         # whoever started us with nohup asked that a closed terminal should not matter
         self.before = {
@@ -366,9 +364,9 @@ class StopSignal:
 
     def __call__(self) -> bool:
         """True on every process once any process has been asked to stop."""
-        if self.group is not None:  # signals reach the processes at different steps
+        if group() is not None:  # signals reach the processes at different steps; no device is waited for
             flag = torch.tensor([int(self.signum)])
-            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, self.group)
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group())
             self.signum = self.signum or int(flag)
         return bool(self.signum)
 

@@ -27,12 +27,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import (
-    DataLoaderConfiguration,
-    DistributedType,
-    GradientAccumulationPlugin,
-    gather_object,
-)
+from accelerate.utils import DataLoaderConfiguration, DistributedType, GradientAccumulationPlugin
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
@@ -42,6 +37,7 @@ from common.errors import UserError
 from common.memory import LiveBytes, lines_of, table_of
 from common.run import Log, StopSignal, describe, keep_config, loader_worker, seed_everything
 from common.sharding import average_whole_gradients, deepspeed_step, settle
+from common.together import from_all
 
 
 def make_accelerator(args, **options) -> Accelerator:
@@ -213,7 +209,7 @@ def _tell_missing_random_states(accelerator, found: Path, seed: int, step: int):
     missing = not (found / f"random_states_{accelerator.process_index}.pkl").is_file()
     if missing:
         seed_everything(seed + step, accelerator.process_index)
-    ranks = [str(rank) for rank, lacks in enumerate(gather_object([missing])) if lacks]
+    ranks = [str(rank) for rank, lacks in enumerate(from_all(missing)) if lacks]
     if ranks:
         accelerator.print(
             f"{found} holds no random states of process {', '.join(ranks)}: seeded anew with --seed and step"
@@ -383,7 +379,7 @@ def look(run: Run):
         names = [str(name) for name in names]
         files = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         message = f"{what} is {value.item()} at step {step}; batch: {files}"
-    message = next(text for text in gather_object([message]) if text)
+    message = next(text for text in from_all(message) if text)
 
     # the way on; all processes look for it together
     found = find_resume(run.args.out, run.accelerator)

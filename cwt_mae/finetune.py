@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader
 
 # repository root: every way of starting this file finds it
@@ -29,6 +28,7 @@ from common.errors import UserError, run
 from common.files import read_json
 from common.run import describe, open_run, seed_everything
 from common.sharding import refuse_sharding
+from common.together import from_main
 from common.train import (
     batches,
     check_finite,
@@ -588,7 +588,7 @@ def evaluate(training, model, validation, scale, card: dict) -> dict:
         list(watched(training, [], together=False))
 
     # Every process keeps the same state, which the checkpoints hold.
-    state, news = broadcast_object_list([state, news])
+    state, news = from_main((state, news))
     training.state.update(state)
     return news
 

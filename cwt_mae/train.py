@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader, Subset
 
 # repository root: every way of starting this file finds it
@@ -29,6 +28,7 @@ from common.checkpoint import atomic_json
 from common.errors import UserError, run
 from common.run import describe, open_run, seed_everything
 from common.sharding import refuse_sharding
+from common.together import from_main
 from common.train import (
     batches,
     check_finite,
@@ -239,7 +239,7 @@ def evaluate(training, model, loader, prefix: str, probe=None) -> dict:
     else:  # the other processes learn here whether a stop signal ended it
         list(watched(training, [], together=False))
     # All processes need the scores, because they log them together.
-    return broadcast_object_list([scores])[0]
+    return from_main(scores)
 
 
 def main(args):

@@ -26,6 +26,8 @@ from common.errors import UserError, run
 from common.figures import draw_confusion
 from common.files import reading
 from common.run import describe, open_run, seed_everything
+from common.sharding import refuse_sharding
+from common.together import meet
 from common.train import (
     batches,
     check_finite,
@@ -331,6 +333,7 @@ def main(args):
         raise UserError("--signal-encoder-path is missing; give the encoder's folder, or --encoder cnn")
 
     accelerator = make_accelerator(args)
+    refuse_sharding(accelerator, "it fits on every GPU; leave ACCELERATE_CONFIG unset, for DDP")
     seed_everything(args.seed)
     train, val, test, classes = read_data(args)
     scales = regression_scales(args, train)
@@ -409,7 +412,7 @@ def main(args):
         draw_confusion(matrix, classes, args.out / "figures" / "confusion.png", "fraction of signals")
         print("\n".join(f"{k}: {v}" for k, v in metrics.items()))
     finish(training)
-    accelerator.wait_for_everyone()
+    meet()
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from common.figures import new_figure, save_figure
 from common.index import scan
 from common.run import describe, open_run, seed_everything
 from common.sharding import export_model, prepare
+from common.together import meet
 from common.train import (
     batches,
     check_finite,
@@ -421,7 +422,7 @@ def main(args):
         metrics = {"step": training.state["step"], "packing_efficiency": packed.efficiency}
         save(args, whole, val, metrics)
     finish(training)
-    accelerator.wait_for_everyone()
+    meet()
 
 
 if __name__ == "__main__":

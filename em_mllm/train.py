@@ -29,6 +29,7 @@ from common.files import read_json
 from common.llm import add_trust_argument
 from common.run import describe, open_run, seed_everything
 from common.sharding import export_model, keep_trained, prepare
+from common.together import meet
 from common.train import (
     batches,
     check_finite,
@@ -676,7 +677,7 @@ def main(args):
             f"in {args.out / 'model'}"
         )
     finish(training, val_loss=loss)
-    accelerator.wait_for_everyone()
+    meet()
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from common.checkpoint import atomic_json, atomic_path
 from common.errors import UserError, run
 from common.run import describe, open_run, seed_everything
 from common.sharding import refuse_sharding
+from common.together import meet
 from common.train import (
     batches,
     check_finite,
@@ -142,7 +143,7 @@ def frozen_part(config, args, accelerator, sam_encoder):
     splits = ["train", *(["val"] if config["data"].get("val") else [])]
     cache = args.cache_attention
     missing = [split for split in splits if cache is None or not any((cache / split).glob("features-*.h5"))]
-    accelerator.wait_for_everyone()  # all processes have looked before one of them writes
+    meet()  # all processes have looked before one of them writes
     if not missing:
         refuse(args, ["attention", "shard_base"], f"because {cache} holds the features already")
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -447,6 +448,49 @@ def test_machines_that_do_not_share_the_run_folder_are_refused(tmp_path, monkeyp
     assert done.returncode == 2 and "Traceback" not in done.text, done.text
     assert sum("give an --out on a disk that all share" in line for line in done.text.splitlines()) == 1
     assert not list(tmp_path.rglob("run"))
+
+
+def only_patient_waits():
+    """In the fork: fail where a process could wait for another for longer than NCCL lets it."""
+    import torch.distributed as dist
+
+    patient, new_group = [], dist.new_group
+
+    def made(*arguments, **options):
+        group = new_group(*arguments, **options)
+        if options.get("timeout", timedelta()) > timedelta(hours=1):
+            patient.append(group)
+        return group
+
+    dist.new_group = made
+    for name in ("broadcast_object_list", "all_gather_object", "gather_object", "barrier"):
+        own = getattr(dist, name)
+
+        def call(*arguments, own=own, **options):
+            known = [*arguments, *options.values()]
+            assert any(group is one for group in patient for one in known), f"{own.__name__} waits 10 minutes"
+            return own(*arguments, **options)
+
+        setattr(dist, name, call)
+
+
+def test_processes_that_wait_for_one_are_patient(tmp_path):
+    line = [
+        "--out",
+        tmp_path / "a",
+        "--max-steps",
+        2,
+        "--save-every",
+        1,
+        "--eval-every",
+        1,
+        "--resume",
+        "auto",
+    ]
+    for steps in (2, 3):  # a run, and its resume
+        line[3] = steps
+        done = world(toy_run, line, tmp_path / "log", before=only_patient_waits)
+        assert done.returncode == 0, done.text
 
 
 def test_after_a_stop_the_processes_have_the_time_that_a_save_takes(monkeypatch):

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from common.checkpoint import atomic_path
 from common.errors import UserError
 from common.run import progress
+from common.together import meet
 from flmm.models.flmm import extract
 from flmm.models.mask_head.mask_refiner import digest
 
@@ -43,7 +44,7 @@ def write_cache(folder, base, sam_encoder, dataset, fingerprint, accelerator, ba
                     _write(group, sample, feature)
                     if sam_encoder is not None:
                         share_embedding(group, sample, sam_encoder, stored)
-    accelerator.wait_for_everyone()
+    meet()
 
 
 def share_embedding(group, sample, sam_encoder, stored):

@@ -21,6 +21,7 @@ from common.checkpoint import atomic_json
 from common.errors import run
 from common.figures import draw_confusion
 from common.run import describe, open_run, seed_everything
+from common.together import meet
 from common.train import (
     batches,
     check_finite,
@@ -168,7 +169,7 @@ def main(args):
         found = corrected(predict(plain, scored, scale, accelerator.device), shift, tau)
         save_scores(out, "cnn", found, windows.scored, args.resamples)
     finish(training)
-    accelerator.wait_for_everyone()
+    meet()
 
 
 def save_scores(out, kind: str, found: np.ndarray, task, resamples: int):

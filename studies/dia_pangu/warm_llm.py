@@ -29,6 +29,7 @@ from common.files import read_json
 from common.llm import add_lora, add_trust_argument, linear_names, load_llm
 from common.run import describe, open_run, seed_everything
 from common.tiny_llm import make_llm, make_tokenizer
+from common.together import meet
 from common.train import (
     batches,
     check_finite,
@@ -191,7 +192,7 @@ def main(args):
     if args.make and not folder.is_dir():
         if accelerator.is_main_process:
             make_small(folder, args, training_reports(train_set), phrases)
-        accelerator.wait_for_everyone()
+        meet()
     model = load_llm(folder, torch.float32, args.trust_remote_code)
     if not args.make and not args.full:
         model = add_lora(model, args.lora_r, 2 * args.lora_r, targets=linear_names(model))
