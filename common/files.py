@@ -1,11 +1,15 @@
 """Reading files that people give: what is damaged or has another form becomes one line that names file and
 field."""
 
+import ast
+import functools
+import io
 import json
 import math
 import os
 import pickle
 import zipfile
+from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -171,19 +175,61 @@ def hdf5_item(file, name: str, whole: bool = True):
     return item
 
 
+def npy_header(file) -> tuple[tuple, bool, np.dtype]:
+    """(shape, whether in Fortran's order, dtype) of the array that an open file in numpy's format begins
+    with."""
+    version = np.lib.format.read_magic(file)
+    size = file.read(2 if version == (1, 0) else 4)
+    if (length := int.from_bytes(size, "little")) > 10_000:  # numpy's own limit
+        raise ValueError(f"its header declares {length:,} bytes")
+    return _npy_layout(version, size + file.read(length))
+
+
+@functools.lru_cache(256)
+def _npy_layout(version, header: bytes):
+    # The files of a data set have few different headers, and numpy takes its time over each.
+    if version == (3, 0):  # names of fields in UTF-8, for which numpy has no public reader
+        about = ast.literal_eval(header[4:].decode())
+        return about["shape"], about["fortran_order"], np.lib.format.descr_to_dtype(about["descr"])
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return read(io.BytesIO(header))
+
+
+class _Arrays(Mapping):
+    """The arrays of an open .npz by name; each is read when it is asked for, after its size was checked."""
+
+    def __init__(self, archive: zipfile.ZipFile):
+        self.archive = archive
+        self.parts = {part.filename.removesuffix(".npy"): part for part in archive.infolist()}
+
+    def __iter__(self):
+        return iter(self.parts)
+
+    def __len__(self):
+        return len(self.parts)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        part = self.parts[name]
+        with self.archive.open(part) as file:
+            shape, fortran, dtype = npy_header(file)
+            if dtype.hasobject:
+                raise ValueError("Object arrays are not read, because they could run code")
+            size = math.prod(shape) * dtype.itemsize
+            check_size(self.archive.filename, part.filename, size, min(part.compress_size, part.file_size))
+            content = np.empty(size, np.uint8)
+            for start in range(0, size, 1 << 20):
+                block = file.read(min(1 << 20, size - start))
+                content[start : start + (1 << 20)] = np.frombuffer(block, np.uint8)
+        array = content.view(dtype) if size else np.empty(0, dtype)
+        return array.reshape(shape, order="F" if fortran else "C")
+
+
 @contextmanager
 def open_npz(path):
-    """`with open_npz(path) as arrays:` reads a .npz of plain arrays after its declared sizes were checked."""
+    """`with open_npz(path) as arrays:` reads a .npz of plain arrays, {name: array}; sizes that it only
+    declares are UserErrors."""
     with zipfile.ZipFile(path) as archive:
-        for part in archive.infolist():
-            with archive.open(part) as file:
-                version = np.lib.format.read_magic(file)
-                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else None
-                shape, _, dtype = (read or np.lib.format.read_array_header_2_0)(file)
-            declared = math.prod(shape) * dtype.itemsize
-            check_size(path, part.filename, declared, min(part.compress_size, part.file_size))
-    with np.load(path, allow_pickle=False) as arrays:
-        yield arrays
+        yield _Arrays(archive)
 
 
 def first_line(error: Exception) -> str:

@@ -8,13 +8,18 @@ A file is known by its whole path, its size and the time of its last change.
 """
 
 import fcntl
+import functools
 import hashlib
 import json
 import multiprocessing
 import os
 import re
+import signal
+import sys
 import tarfile
+import threading
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,29 +51,31 @@ def scan(sources, suffixes, option: str = "--data") -> list[File]:
     """
     suffixes, found, seen, links = tuple(suffixes), [], set(), []
 
-    def search(folder: str, root: str):
+    def search(folder: str, start: int):
         status = os.stat(folder)
         if (status.st_dev, status.st_ino) in seen:
             return
         seen.add((status.st_dev, status.st_ino))
         with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
+            entries = sorted(entries, key=lambda entry: entry.name)
+        for entry in entries:
+            name = entry.name
+            if name[0] == ".":
+                continue
+            if entry.is_symlink():
+                refuse_circle(entry.path)
+                if entry.is_dir():
+                    links.append((entry.path, start))
                     continue
-                if entry.is_symlink():
-                    refuse_circle(entry.path)
-                if entry.is_dir(follow_symlinks=False):
-                    search(entry.path, root)
-                elif entry.is_dir():
-                    links.append((entry.path, root))
-                elif entry.name.lower().endswith(suffixes) and entry.is_file():
-                    status = entry.stat()
-                    name = entry.path[len(root) :].lstrip("/")
-                    found.append(File(entry.path, name, status.st_size, status.st_mtime_ns))
+            if entry.is_dir():
+                search(entry.path, start)
+            elif name.lower().endswith(suffixes) and entry.is_file():
+                status, path = entry.stat(), entry.path
+                found.append(File(path, path[start:], status.st_size, status.st_mtime_ns))
 
     for source in map(os.path.abspath, expand(sources)):
         if os.path.isdir(source):
-            search(source, source)
+            search(source, len(source.rstrip("/")) + 1)
         elif os.path.isfile(source):
             status = os.stat(source)
             found.append(File(source, os.path.basename(source), status.st_size, status.st_mtime_ns))
@@ -77,7 +84,7 @@ def scan(sources, suffixes, option: str = "--data") -> list[File]:
     while links:
         links.sort(reverse=True)
         search(*links.pop())
-    return sorted(set(found))
+    return sorted(dict.fromkeys(found))  # almost sorted already: soon done
 
 
 def refuse_circle(link: str):
@@ -132,8 +139,9 @@ def fingerprint(files, about) -> str:
     """A name for `files` and `about` (anything JSON-able): another one as soon as a file or a setting
     changes."""
     digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
-    for file in files:
-        digest.update(f"{file.path}\0{file.size}\0{file.changed}\n".encode("utf-8", "surrogateescape"))
+    for first in range(0, len(files), 1000):
+        lines = (f"{path}\0{size}\0{changed}\n" for path, _, size, changed in files[first : first + 1000])
+        digest.update("".join(lines).encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:24]
 
 
@@ -188,7 +196,35 @@ def in_parallel(function, items, workers: int = 0, desc: str = "reading"):
         return
     # fresh processes: a fork of a process with threads may hang
     context = multiprocessing.get_context("forkserver")
-    chunk = max(1, min(64, len(items) // (4 * workers)))
-    with ProcessPoolExecutor(min(workers, len(items)), mp_context=context) as pool:
-        results = pool.map(function, items, chunksize=chunk)
-        yield from progress(results, total=len(items), desc=desc, leave=False)
+    # small pieces, or one process works long after the others
+    chunk = max(1, min(64, len(items) // (100 * workers)))
+    with ProcessPoolExecutor(min(workers, len(items)), context, _follow_parent) as pool:
+        try:
+            results = pool.map(functools.partial(_whole, function), items, chunksize=chunk)
+            yield from progress(results, total=len(items), desc=desc, leave=False)
+        except BrokenProcessPool as error:
+            raise UserError(f"{desc}: one of {workers} processes was killed; is the memory full?") from error
+        except BaseException:  # an error or a stop signal: nobody waits for the rest
+            for process in list((pool._processes or {}).values()):
+                process.terminate()
+            raise
+
+
+def _whole(function, item):
+    """function(item) in a worker, which ends, having cleaned up, when it is asked to stop."""
+    try:
+        return function(item)
+    except SystemExit:
+        os._exit(128 + signal.SIGTERM)
+
+
+def _follow_parent():
+    """In a worker: SIGTERM raises SystemExit, and a parent that was killed takes the worker with it."""
+
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the parent's business
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    threading.Thread(target=watch, daemon=True).start()

@@ -17,7 +17,6 @@ import json
 import os
 import re
 import sys
-import tarfile
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
@@ -26,17 +25,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.signal import butter, firwin, resample_poly, sosfiltfilt
+from scipy.signal import butter, firwin, resample_poly, sosfilt, sosfilt_zi
 from torch.utils.data import Dataset
 
 # repository root: every way of starting this file finds it
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.checkpoint import atomic_dir
-from common.errors import UserError
-from common.files import check_size, reading
-from common.index import expand, fingerprint, in_parallel, only_one, scan
+from common.errors import UserError, write_problem
+from common.files import inside, reading
+from common.index import expand, fingerprint, in_parallel, only_one, scan, tar_members
 from common.run import on_main
-from cwt_mae.layouts import SUFFIXES, Found, find_recordings, hypnogram_of, name_of, of_store, person_of, tell
+from cwt_mae.layouts import SUFFIXES, Found, find_recordings, hypnogram_of, name_of, of_store, tell
 from cwt_mae.readers import (
     edf_events,
     extra,
@@ -53,7 +52,8 @@ from cwt_mae.recording import Recording
 from cwt_mae.tables import read_table as read_csv
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARD = 1000  # files of signals in one shard of a store
+SHARD = 1000  # files of signals in one shard of a store, at most
+BYTES = 1 << 28  # of their bytes, about
 DAY = 86400.0  # seconds over which resampling keeps every sample in its place
 
 
@@ -78,32 +78,62 @@ def read_records(path, fs=None, annotator: str = "") -> list[Recording]:
 
 
 def read_tar(path: Path, fs=None, annotator: str = "") -> list[Recording]:
-    """A tar shard in the form of WebDataset: signal files of any of these formats, and for each, if there is
-    one, a file of the same name with .cls instead of its suffix, which holds the label.
+    """All recordings of a tar shard; see `tar_records`."""
+    return list(tar_records(path, fs, annotator))
+
+
+def tar_records(path: Path, fs=None, annotator: str = "", usable=lambda work, *what: work(*what)):
+    """Yield the recordings of a tar shard in the form of WebDataset, one file after the other: signal files
+    of any of these formats, and for each, if there is one, a file of the same name with .cls instead of its
+    suffix, which holds the label.
 
     Who a recording belongs to does not depend on the shard: the folder of a person in the shard, or its name.
+    usable: calls the reader of one file, or leaves out what it raises.
     """
-    records = []
+
+    def told(work, *what):
+        try:
+            return work(*what)
+        except UserError as error:  # tells of the shard, not of the folder
+            raise UserError(
+                str(error).replace(f"{folder}/", f"{path}: ").replace(folder, str(path))
+            ) from None
+
+    def read(file: Path) -> list[Recording]:
+        records, label = read_records(file, fs, annotator), file.with_suffix(".cls")
+        if label.is_file():
+            with reading(label, "label"):
+                text = label.read_text(encoding="utf-8").strip()
+            for record in records:
+                record.labels = {"": [text]}
+        return records
+
     with tempfile.TemporaryDirectory() as folder:
-        with reading(path, "tar file"), tarfile.open(path, "r:") as archive:
-            check_size(path, "its content", sum(member.size for member in archive), path.stat().st_size)
-            archive.extractall(folder, filter="data")
-        for file in scan([folder], [suffix for suffix in SUFFIXES if suffix != ".tar"]):
-            inside, label = name_of(Path(file.name)), Path(file.path).with_suffix(".cls")
+        told(unpack, path, folder)
+        found = told(find_recordings, [folder])
+        for file, name in found.files:
+            for record in usable(told, read, file) or []:
+                record = found.describe(record, name)
+                record.name, record.source = f"{path.stem}/{record.name}", path
+                yield record
+
+
+def unpack(path: Path, folder: str):
+    """Write the files of a tar below `folder`."""
+    with open(path, "rb") as archive:
+        for name, first, size in tar_members(path):
+            place = inside(folder, name)
+            archive.seek(first)
             try:
-                found = read_records(file.path, fs, annotator)
-            except UserError as error:
-                raise UserError(str(error).replace(f"{folder}/", f"{path}: ")) from None
-            for record in found:
-                inner = record.name.removeprefix(record.source.stem)
-                record.name, record.source = f"{path.stem}/{inside}{inner}", path
-                record.subject = record.subject or person_of(Path(file.name), inside) or inside + inner
-                if label.is_file():
-                    record.labels = {"": [label.read_text(encoding="utf-8").strip()]}
-            records += found
-    if not records:
-        raise UserError(f"{path}: holds no signal file ({', '.join(SUFFIXES)})")
-    return records
+                place.parent.mkdir(parents=True, exist_ok=True)
+                with open(place, "wb") as file:
+                    while size and (block := archive.read(min(size, 1 << 20))):
+                        file.write(block)
+                        size -= len(block)
+            except OSError as error:
+                if write_problem(error):
+                    raise
+                raise UserError(f"{path}: {name} cannot be unpacked ({error.strerror})") from error
 
 
 READERS = {".hea": read_wfdb, ".dcm": read_dicom, ".npz": read_npz, ".npy": read_npy, ".tar": read_tar}
@@ -160,7 +190,7 @@ class Preprocess:
         edges = [edge for edge in (self.low_hz, min(self.high_hz, 0.49 * rate)) if 0 < edge < 0.5 * rate]
         if edges and len(x) > 30:
             kind = "bandpass" if len(edges) == 2 else "highpass" if self.low_hz else "lowpass"
-            x = sosfiltfilt(sections_of(rate, kind, *edges), x)
+            x = filtered_both_ways(x, *sections_of(rate, kind, *edges))
         return x.astype(np.float32)
 
     def pieces(self, x, fs: float, where: str, seconds: float = 1800.0):
@@ -201,6 +231,7 @@ def is_flat(x: np.ndarray) -> bool:
     return high - low <= 1e-9 * max(1.0, abs(low), abs(high))
 
 
+@functools.lru_cache(1024)
 def ratio_of(fs: float, rate: float) -> Fraction:
     """rate / fs as the simplest fraction that is off by less than a tenth of a sample in a day."""
     exact = Fraction(rate) / Fraction(fs)
@@ -223,9 +254,21 @@ def resampled(x: np.ndarray, fs: float, rate: float, mean=None) -> np.ndarray:
 
 
 @functools.lru_cache(8)
-def sections_of(rate: float, kind: str, *edges: float) -> np.ndarray:
-    """Second-order sections (n, 6) of a Butterworth filter; rate and edges in Hz."""
-    return butter(4 // len(edges), edges if len(edges) == 2 else edges[0], kind, fs=rate, output="sos")
+def sections_of(rate: float, kind: str, *edges: float) -> tuple[np.ndarray, np.ndarray]:
+    """Second-order sections (n, 6) of a Butterworth filter, and their state at rest (n, 2); rate and edges in
+    Hz."""
+    sections = butter(4 // len(edges), edges if len(edges) == 2 else edges[0], kind, fs=rate, output="sos")
+    return sections, sosfilt_zi(sections)
+
+
+def filtered_both_ways(x: np.ndarray, sections: np.ndarray, rest: np.ndarray) -> np.ndarray:
+    """`scipy.signal.sosfiltfilt(sections, x)` to the bit, which would work the state at rest out anew for
+    each signal: of a short one that takes longer than the filter."""
+    edge = 3 * (2 * len(sections) + 1)
+    x = np.concatenate([2 * x[0] - x[edge:0:-1], x, 2 * x[-1] - x[-2 : -edge - 2 : -1]])
+    for _ in range(2):
+        x = sosfilt(sections, x, zi=rest * x[0])[0][::-1]
+    return x[edge:-edge]
 
 
 @functools.lru_cache(8)
@@ -423,19 +466,20 @@ def build_store(
         "min_seconds": min_seconds,
         "skip_bad": skip_bad,
         "annotator": annotator,
-        "version": 3,
+        "version": 4,
     }
     for source in sources:  # in the words that the user gave
         if not any(map(os.path.exists, expand([source]))):
             raise UserError(f"{source}: no such file or folder; check --data")
-    listed = scan(sources, ("",)) + (scan([manifest], ("",), "--manifest") if manifest else [])
+    listed = scan([*sources, *beside(sources)], ("",))
+    listed += scan([manifest], ("",), "--manifest") if manifest else []
     key = fingerprint(that_matter(listed), [request, sorted(map(os.path.abspath, sources)), bool(manifest)])
     with only_one(cache / key):  # several runs that start together: one makes it, the others wait
         if not (cache / key / "about.json").is_file():
             found = find_recordings(sources, manifest)
             if annotator and not any(path.suffix.lower() == ".hea" for path, _ in found.files):
                 raise UserError("--annotator has no effect without WFDB records; leave it out")
-            fill(cache / key, found, request, prepare)
+            fill(cache / key, found, listed, request, prepare)
     store = Store(cache / key)
     if not quiet:
         tell(store.about["notes"])
@@ -459,31 +503,39 @@ def read_store(args, prepare: Preprocess, accelerator, part=None, min_seconds: f
     return load(quiet=True)
 
 
+def beside(sources) -> list[str]:
+    """Files that are read with those that `sources` name one by one: the folder of a WFDB header, and
+    the stages of a Sleep-EDF recording."""
+    alone = [Path(source) for source in expand(sources) if os.path.isfile(source)]
+    folders = {path.parent for path in alone if path.suffix.lower() == ".hea"}
+    names = [folder / name for folder in folders for name in os.listdir(folder) if name[0] != "."]
+    stages = [stages for path in alone if (stages := hypnogram_of(path)) is not None]
+    return [str(path) for path in (*names, *stages) if path.is_file()]
+
+
 def that_matter(listed: list) -> list:
     """Of all files, those that recordings can be read from: signals and tables, and what lies beside a WFDB
     header."""
-    folders = {os.path.dirname(file.path) for file in listed if file.path.lower().endswith(".hea")}
+    folders = {file.path.rpartition("/")[0] for file in listed if file.path.lower().endswith(".hea")}
     known = tuple(SUFFIXES)
-    matter = [f for f in listed if f.path.lower().endswith(known) or os.path.dirname(f.path) in folders]
-    return [file for file in matter if not of_store(Path(file.path))]
+    matter = [f for f in listed if f.path.lower().endswith(known) or f.path.rpartition("/")[0] in folders]
+    return [file for file in matter if not (file.path.endswith(".npy") and of_store(Path(file.path)))]
 
 
-def fill(folder: Path, found: Found, request: dict, prepare: Preprocess):
-    """Read the files of `found`, SHARD at a time on all cores, and write the store `folder`. Shards whose
+def fill(folder: Path, found: Found, listed: list, request: dict, prepare: Preprocess):
+    """Read the files of `found`, a shard at a time on all cores, and write the store `folder`. Shards whose
     files have not changed are taken as they are."""
     keys, tasks = sorted(found.about), []
-    for first in range(0, len(found.files), SHARD):
-        files = found.files[first : first + SHARD]
+    for files, parts in shards_of(found.files, listed):
         about = {}
         for _, name in files:  # what the tables say of these files and of the recordings in them
-            plain = name_of(Path(name))
-            for key in keys[bisect.bisect_left(keys, plain) :]:
-                if not key.startswith(plain):
-                    break
-                about[key] = found.about[key]
-        paths = [str(path) for path in files_of(files)]
+            plain = name_of(name)
+            place = bisect.bisect_left(keys, plain)
+            while place < len(keys) and keys[place].startswith(plain):
+                about[keys[place]] = found.about[keys[place]]
+                place += 1
         words = [request, files, sorted((name, vars(value)) for name, value in about.items())]
-        key = f"shard-{fingerprint(scan(paths, ('',)), words)}"
+        key = f"shard-{fingerprint(parts, words)}"
         tasks.append((folder.parent / key, request, prepare, Found(files, about, found.manifest)))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     shards = list(in_parallel(fill_shard, tasks, cores, "reading signals, in shards"))
@@ -558,24 +610,44 @@ def notes_of(abouts: list[dict], prepare: Preprocess) -> list[str]:
     return notes
 
 
-def files_of(files) -> list[Path]:
-    """Every file that recordings are read from: of WFDB the signals and annotations too, of Sleep-EDF the
-    stages."""
-    every, folders = [], {}
-    for path, _ in files:
-        if path.suffix.lower() != ".hea":
-            every += [path, *filter(None, [hypnogram_of(path)])]
-            continue
-        if path.parent not in folders:
-            folders[path.parent] = sorted(os.listdir(path.parent))
-        # All names that begin as this one does: signals, annotations, segments
-        names = folders[path.parent]
-        first, last = (
-            bisect.bisect_left(names, path.stem),
-            bisect.bisect_right(names, f"{path.stem}\U0010ffff"),
-        )
-        every += [path.parent / name for name in names[first:last]]
-    return list(dict.fromkeys(every))
+def shards_of(files: list, listed: list):
+    """Yield (files, everything that they are read from, as `scan` lists it) of one shard after the other:
+    SHARD files or about BYTES bytes, whichever comes first."""
+    known, names = {file.path: file for file in listed}, {}
+    for place in known:
+        folder, _, name = place.rpartition("/")
+        names.setdefault(folder, []).append(name)
+    places = [files_of(Path(os.path.abspath(path)), names) for path, _ in files]
+    # What no record's name claims may be a segment of one: a change there counts for all of the folder.
+    free, others = known.keys() - itertools.chain(*places), {}
+    for place in sorted(free):
+        others.setdefault(place.rpartition("/")[0], []).append(known[place])
+    shard, parts, size = [], {}, 0
+    for (path, name), own in zip(files, places):
+        own = [known.get(place) or scan([place], ("",))[0] for place in own]
+        more = sum(file.size for file in own)
+        if shard and (len(shard) == SHARD or size + more > BYTES):
+            yield shard, list(parts)
+            shard, parts, size = [], {}, 0
+        shard.append((path, name))
+        parts |= dict.fromkeys(own)
+        if path.suffix.lower() == ".hea":
+            parts |= dict.fromkeys(others.get(own[0].path.rpartition("/")[0], ()))
+        size += more
+    if shard:
+        yield shard, list(parts)
+
+
+def files_of(path: Path, names=None) -> list[str]:
+    """Every file that the recordings of one are read from: of WFDB the signals and annotations too, of
+    Sleep-EDF the stages. names: {folder: names in it, sorted}, where they are known."""
+    if path.suffix.lower() != ".hea":
+        return [str(path), *map(str, filter(None, [hypnogram_of(path)]))]
+    # All names that begin as this one does: signals, annotations, segments
+    folder, stem = str(path.parent), path.stem
+    names = (names or {}).get(folder) or sorted(os.listdir(folder))
+    first, last = bisect.bisect_left(names, stem), bisect.bisect_right(names, f"{stem}\U0010ffff")
+    return [f"{folder}/{name}" for name in names[first:last]]
 
 
 class Filling:
@@ -591,8 +663,7 @@ class Filling:
         """Read the files of `found` and write the shard."""
         with open(self.folder / "samples.f32", "wb") as out:
             for path, name in found.files:
-                for record in self.usable(self.read, found, path, name) or []:
-                    self.usable(self.add, record, out)
+                self.usable(self.add_all, found, path, name, out)
         self.write()
 
     def usable(self, work, *what):
@@ -605,15 +676,15 @@ class Filling:
             self.skipped.append(str(error).rsplit("; ", 1)[0])  # without the advice
             return None
 
-    def read(self, found, path: Path, name: str) -> list[Recording]:
-        """The recordings of one file that belong to the part that is asked for."""
-        about = found.about.get(name)
-        records = read_records(
-            path, (about.fs if about else None) or self.request["fs"], self.request["annotator"]
-        )
-        records = [r for r in (found.describe(record, name) for record in records) if r is not None]
-        part = self.request["part"]
-        return [record for record in records if not part or record.part in ("", part)]
+    def add_all(self, found, path: Path, name: str, out):
+        """Add the recordings of one file, or tar shard, that belong to the part that is asked for."""
+        about, part = found.about.get(name), self.request["part"]
+        how = ((about.fs if about else None) or self.request["fs"], self.request["annotator"])
+        tar = path.suffix.lower() == ".tar"
+        for record in tar_records(path, *how, self.usable) if tar else read_records(path, *how):
+            record = found.describe(record, name)
+            if record is not None and (not part or record.part in ("", part)):
+                self.usable(self.add, record, out)
 
     def add(self, record: Recording, out):
         """Prepare the runs of the chosen channels of one recording, then write them: whole or not at all."""

@@ -67,8 +67,8 @@ class Found:
         None: a manifest is given and does not list it.
         """
         folder, inner = name.rpartition("/")[0], record.name.removeprefix(record.source.stem)
-        record.name, plain = name + inner, name_of(Path(name)) + inner
-        about = self.about.get(plain) or self.about.get(name_of(Path(name)))
+        record.name, plain = name + inner, name_of(name) + inner
+        about = self.about.get(plain) or self.about.get(name_of(name))
         if about is None and self.manifest:
             return None
         about = about or About()
@@ -89,17 +89,17 @@ def person_of(path: Path, name: str) -> str:
         if PERSON.match(folders[depth - 1]):
             return "/".join(folders[:depth])
     # A file that was given alone, out of the folder of its person
-    parent = path.resolve().parent.name
-    if not folders and PERSON.match(parent):
+    if not folders and PERSON.match(parent := path.resolve().parent.name):
         return parent
     sleep = SLEEP.match(path.stem)
     return sleep[1] if sleep else ""
 
 
-def name_of(path: Path) -> str:
+def name_of(path) -> str:
     """A path as a name: with slashes, without the suffix of a signal file."""
-    text = path.as_posix()
-    return text[: -len(path.suffix)] if path.suffix.lower() in SUFFIXES else text
+    text = path if isinstance(path, str) else path.as_posix()
+    stem, suffix = os.path.splitext(text)
+    return stem if suffix.lower() in SUFFIXES else text
 
 
 def find_files(sources) -> list[Path]:
@@ -162,11 +162,11 @@ def common_root(sources: list[Path]) -> Path:
 
 def relative(path: Path, root: Path) -> str:
     """Name of a file relative to the root; links inside the root keep their own name."""
-    absolute = path if path.is_absolute() else Path.cwd() / path
-    for place in (absolute, path.resolve()):
-        if place.is_relative_to(root):
-            return name_of(place.relative_to(root))
-    return name_of(Path(*path.resolve().parts[1:]))
+    top = f"{root}/".replace("//", "/")
+    for place in (path.absolute, path.resolve):
+        if (text := str(place())).startswith(top):
+            return name_of(text[len(top) :])
+    return name_of(text[1:])
 
 
 def without_parts(paths: list[Path], given: set) -> list[Path]:
@@ -175,10 +175,10 @@ def without_parts(paths: list[Path], given: set) -> list[Path]:
     for path in paths:
         if path.suffix.lower() != ".hea":
             continue
-        lines = path.read_text(errors="replace").splitlines()
-        lines = [line for line in lines if line.strip() and line[0] != "#"]
-        if lines and "/" in lines[0].split()[0]:
-            segments |= {path.with_name(f"{line.split()[0]}.hea") for line in lines[1:]}
+        with open(path, errors="replace") as file:
+            lines = (line for line in file if line.strip() and line[0] != "#")
+            if "/" in next(lines, "-").split()[0]:
+                segments |= {path.with_name(f"{line.split()[0]}.hea") for line in lines}
     return [p for p in paths if p in given or p not in segments and not p.stem.endswith("-Hypnogram")]
 
 

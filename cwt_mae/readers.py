@@ -8,8 +8,11 @@ business.
 """
 
 import importlib
+import os
 import re
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -58,7 +61,7 @@ def read_wfdb(path: Path, fs=None, annotator: str = "") -> list[Recording]:
     """
     wfdb, stem = extra("wfdb", path), str(path.with_suffix(""))
     with reading(path, "WFDB record"):
-        header = record = wfdb.rdrecord(stem, smooth_frames=False, m2s=False)
+        header = record = plain_wfdb(path) or wfdb.rdrecord(stem, smooth_frames=False, m2s=False)
         if isinstance(header, wfdb.MultiRecord):
             record = header.multi_to_single(physical=True, expanded=True)
     if not record.e_p_signal or not len(record.e_p_signal[0]):
@@ -82,16 +85,62 @@ def read_wfdb(path: Path, fs=None, annotator: str = "") -> list[Recording]:
     return [Recording(path.stem, path, channels, subject, events, {"": labels} if labels else {})]
 
 
+def plain_wfdb(path: Path):
+    """What `wfdb.rdrecord` reads of the simplest and most frequent kind of record: one segment, one file in
+    format 16, one rate, and a header that states everything; None for any other.
+
+    The package looks each field of a header up in a pandas table: of a hundred thousand short records that
+    alone would take minutes.
+    """
+    from wfdb.io.header import parse_header_content, rx_record, rx_signal, wfdb_strptime
+
+    lines, comments = parse_header_content(path.read_text("ascii", "ignore"))
+    matches = [pattern.match(line) for pattern, line in zip((rx_record, *[rx_signal] * len(lines)), lines)]
+    if len(matches) < 2 or None in matches:
+        return None
+    head, *signals = (match.groupdict() for match in matches)
+    one = {"fmt": ("16",), "samps_per_frame": ("", "1"), "skew": ("", "0"), "byte_offset": ("", "0")}
+    plain = all(s[name] in values for s in signals for name, values in one.items())
+    plain &= len({s["file_name"] for s in signals}) == 1 and int(head["n_sig"]) == len(signals)
+    plain &= all(head[name] for name in ("fs", "sig_len")) and not head["n_seg"]
+    if not plain or not all(s["adc_gain"] and (s["baseline"] or s["adc_zero"]) for s in signals):
+        return None
+    if head["base_time"]:  # a time that is none is an error, as there
+        wfdb_strptime(head["base_time"])
+    if head["base_date"]:
+        datetime.strptime(head["base_date"], "%d/%m/%Y")
+    count, file = len(signals) * int(head["sig_len"]), path.parent / signals[0]["file_name"]
+    if not file.is_file() or file.stat().st_size < 2 * count:
+        return None
+    samples = np.fromfile(file, "<i2", count)
+    found = []
+    for s, x in zip(signals, samples.reshape(-1, len(signals)).T):
+        physical = (x.astype(np.float64) - int(s["baseline"] or s["adc_zero"])) / (
+            float(s["adc_gain"]) or 200.0
+        )
+        physical[x == np.iinfo(np.int16).min] = np.nan
+        found.append(physical)
+    return SimpleNamespace(
+        fs=float(head["fs"]),
+        samps_per_frame=[1] * len(signals),
+        sig_name=[s["sig_name"] for s in signals],
+        units=[s["units"] or "mV" for s in signals],
+        e_p_signal=found,
+        comments=[line.strip(" \t#") for line in comments],
+    )
+
+
 def wfdb_events(wfdb, path: Path, rate: float, annotator: str) -> list[Event]:
     """Annotations of a record in seconds: by the annotation file's own ticks, else by the record's frames."""
     wanted = [annotator.lstrip(".")] if annotator else ANNOTATORS
-    suffix = next((s for s in wanted if path.with_suffix(f".{s}").is_file()), None)
+    stem = str(path.with_suffix(""))
+    suffix = next((s for s in wanted if os.path.isfile(f"{stem}.{s}")), None)
     if suffix is None:
         if annotator:
             raise UserError(f"{path}: has no annotation file .{wanted[0]}; check --annotator")
         return []
     with reading(path.with_suffix(f".{suffix}"), "WFDB annotation file"):
-        found = wfdb.rdann(str(path.with_suffix("")), suffix)
+        found = wfdb.rdann(stem, suffix)
     ticks = float(found.fs or rate)
     texts = (text.strip("\x00 ") for text in found.aux_note)
     return [
@@ -204,7 +253,7 @@ def read_npz(path: Path, fs=None) -> list[Recording]:
     ann_*, label), many series (`X` (N, T) or (N, C, T) and `y`), or a UCR set (x_train, y_train, x_test ...).
     """
     with reading(path, "npz file of plain arrays"), open_npz(path) as file:
-        data = {key: file[key] for key in file.files}
+        data = dict(file)
         # Words that were kept as bytes are words
         data = {key: np.char.decode(x) if x.dtype.kind == "S" else x for key, x in data.items()}
     lower = {key.lower(): value for key, value in data.items()}
@@ -436,7 +485,7 @@ def read_hdf5(path: Path, fs=None) -> list[Recording]:
         stated = [value for place in places for key, value in place.items() if key.lower() in RATES]
         near = [f"{item.name.split('/')[-1]}_fs".lower(), *RATES]
         for name in [] if stated else [name for name in item.parent if name.lower() in near]:
-            beside = item.parent.get(name)
+            beside = hdf5_item(item.parent, name)
             if isinstance(beside, h5py.Dataset) and beside.size == 1:
                 stated.append(beside[()])
         return stated[0] if stated else None

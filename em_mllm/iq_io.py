@@ -8,6 +8,7 @@ I and Q: .cu8 .cs8 .cs16 .cf32 .cfile .cu16 .cs32 .cf64 .complex .complex16u .co
 
 import heapq
 import json
+import math
 import re
 import tarfile
 from pathlib import Path
@@ -19,7 +20,7 @@ import scipy.io.wavfile
 import scipy.signal
 
 from common.errors import UserError
-from common.files import check, inside, open_npz, reading
+from common.files import check, check_size, hdf5_item, inside, open_npz, reading
 from em_mllm.prepare import AS_RECORDED
 from em_mllm.signal_file import (
     DEFAULT_FS,
@@ -257,11 +258,11 @@ def open_arrays(path: Path, suffix: str, index: int) -> Recording:
 def plain_arrays(file) -> dict[str, np.ndarray]:
     """The arrays of an open .npz but those of Python objects, which are not samples and are not unpickled."""
     content = {}
-    for name in file.files:
+    for name in file:
         try:
             content[name] = file[name]
         except ValueError as error:
-            if "Object arrays" not in str(error) or len(file.files) == 1:
+            if "Object arrays" not in str(error) or len(file) == 1:
                 raise
     return content
 
@@ -298,15 +299,19 @@ def mat_content(path: Path) -> dict:
 
     def version_73(group) -> dict:
         out = {}
-        for name, item in group.items():
+        for name in group.keys() - {"#refs#"}:
+            item = hdf5_item(group, name)
             if isinstance(item, h5py.Group):
-                out |= version_73(item) if name != "#refs#" else {}
+                out |= version_73(item)
             elif item.shape:
                 is_text = plain_text(item.attrs.get("MATLAB_class", "")) == "char"
                 out[name] = np.array("".join(map(chr, item[()].ravel()))) if is_text else item[()].T
         return out
 
     try:
+        for name, shape, kind in scipy.io.whosmat(path):  # packed, a small file can declare a large array
+            size = {"double": 8, "single": 4}.get(kind, 1)
+            check_size(path, name, math.prod(shape) * size, path.stat().st_size)
         content = {k: v for k, v in scipy.io.loadmat(path).items() if not k.startswith("__")}
     except NotImplementedError:
         with h5py.File(path, "r") as file:

@@ -18,22 +18,14 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from common.errors import UserError
-from common.files import reading
+from common.files import npy_header, reading
 from common.index import remember, scan, tar_members
 from em_mllm.iq_io import RAW, SUFFIXES, two_columns
 from em_mllm.prepare import AS_RECORDED
-from em_mllm.signal_file import (
-    COLUMNS,
-    DEFAULT_FS,
-    LARGE,
-    SignalFile,
-    cache_folder,
-    centred,
-    rate_name,
-    read_rate,
-)
+from em_mllm.signal_file import COLUMNS, DEFAULT_FS, SignalFile, cache_folder, centred, rate_name, read_rate
 
 SIGNALS = (".npy", *SUFFIXES)
+LARGE = 2**20  # bytes; a shard is slower to look through than a .h5
 ABOUT = (".json", ".cls")
 
 
@@ -50,7 +42,7 @@ class TarSignals(SignalFile):
         self.path = Path(path)
         if not self.path.is_file():
             raise UserError(f"{path}: no such file; check the path")
-        if self.path.stat().st_size < LARGE:
+        if not self.remembered():
             found = self._look_through()
         else:
             found = remember(self._look_through, scan([self.path], ("",)), "shard, 1", cache_folder())
@@ -67,6 +59,9 @@ class TarSignals(SignalFile):
 
     def __getstate__(self):
         return self.__dict__
+
+    def remembered(self) -> bool:
+        return self.path.stat().st_size >= LARGE
 
     def _look_through(self) -> dict[str, np.ndarray]:
         """Place, size, length and description of every sample of the shard."""
@@ -138,9 +133,7 @@ class TarSignals(SignalFile):
             return size // width
         file.seek(offset)
         with reading(where, "array of plain numbers"):
-            version = np.lib.format.read_magic(file)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else None
-            shape, _, dtype = (read or np.lib.format.read_array_header_2_0)(file)
+            shape, _, dtype = npy_header(file)
         stored = offset + size - file.tell()
         if stored != np.prod(shape, dtype=float) * dtype.itemsize or not stored:
             raise UserError(f"{where}: an array of shape {shape} {dtype} does not take {stored} bytes")

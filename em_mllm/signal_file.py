@@ -20,7 +20,7 @@ from common.arguments import number
 from common.checkpoint import atomic_path
 from common.errors import UserError
 from common.files import first_line, hdf5_item, reading
-from common.index import remember, scan
+from common.index import only_one, remember, scan
 from common.run import progress
 from em_mllm.em_foundation.models.configuration_em import REGRESSION_TASKS
 from em_mllm.prepare import VIEWS
@@ -278,15 +278,16 @@ class SignalFile:
         key = f"{self.path.resolve()}:{state.st_size}:{state.st_mtime_ns}"
         folder = cache_folder()
         cache = folder / f"{hashlib.sha1(key.encode()).hexdigest()}.npy"
-        if not cache.is_file():
-            folder.mkdir(parents=True, exist_ok=True)
-            size = 8 * self.count * self.points / 1e6
-            print(f"{self.path}: stored in chunks; copied once to {cache} ({size:.0f} MB) for fast reading")
-            with atomic_path(cache) as temporary, open(temporary, "wb") as out:
-                header = {"descr": "<f4", "fortran_order": False, "shape": (self.count, self.points, 2)}
-                np.lib.format.write_array_header_1_0(out, header)
-                for part in self._blocks():
-                    out.write(self._rows(part).astype("<f4").tobytes())
+        folder.mkdir(parents=True, exist_ok=True)
+        with only_one(cache):  # one process copies, the others wait
+            if not cache.is_file():
+                size = 8 * self.count * self.points / 1e6
+                print(f"{self.path}: stored in chunks; copied once to {cache} ({size:.0f} MB) to be quick")
+                with atomic_path(cache) as temporary, open(temporary, "wb") as out:
+                    header = {"descr": "<f4", "fortran_order": False, "shape": (self.count, self.points, 2)}
+                    np.lib.format.write_array_header_1_0(out, header)
+                    for part in self._blocks():
+                        out.write(self._rows(part).astype("<f4").tobytes())
         self.packed = cache
 
     def _blocks(self):
@@ -298,6 +299,10 @@ class SignalFile:
         starts = progress(range(0, self.count, rows), desc=f"reading {self.path.name}", leave=False)
         return (slice(start, min(start + rows, self.count)) for start in starts)
 
+    def remembered(self) -> bool:
+        """Whether looking through the file takes so long that what was found is kept for the next start."""
+        return self.path.stat().st_size >= LARGE
+
     def bad_signals(self) -> dict[int, str]:
         """{index: what is wrong} for signals with nan, inf or nothing but zeros; reads the file once, block
         by block, and remembers what it found in a large one."""
@@ -306,7 +311,7 @@ class SignalFile:
             bad = self._bad_signals()
             return {"row": np.array(list(bad), int), "why": np.array(list(bad.values()), str)}
 
-        if self.path.stat().st_size < LARGE:
+        if not self.remembered():
             return self._bad_signals()
         found = remember(find, scan([self.path], ("",)), "bad signals, 1", cache_folder())
         return dict(zip(found["row"].tolist(), found["why"].tolist()))

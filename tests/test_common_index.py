@@ -1,13 +1,18 @@
 """common/index.py: files are found once, known by their whole names, and read again only after a change."""
 
 import os
+import signal
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from common.errors import UserError
 from common.index import expand, fingerprint, in_parallel, remember, scan
+from tests import forked
 
 
 @pytest.fixture
@@ -114,3 +119,44 @@ def test_results_come_in_order_and_errors_come_through(workers):
     assert list(in_parallel(os.path.basename, items, workers)) == [f"{i}.npz" for i in range(150)]
     with pytest.raises(FileNotFoundError):
         list(in_parallel(os.stat, [Path("nowhere")] * 70, workers))
+
+
+# --- processes that read, and what ends them
+
+
+def waits(folder):
+    """Read for a long time, and clean up in the end."""
+    place = Path(folder) / str(os.getpid())
+    place.touch()
+    try:
+        time.sleep(600)
+    finally:
+        place.rename(place.with_suffix(".cleaned"))
+
+
+def reads(folder):
+    """Read four files with two processes."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    list(in_parallel(waits, [folder] * 4, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_a_stop_ends_the_readers_too(tmp_path, number, status):
+    process = forked._start(reads, tmp_path)
+    while len(workers := [p.name for p in tmp_path.iterdir()]) < 2:
+        assert process.is_alive()
+        time.sleep(0.05)
+    os.kill(process.pid, number)
+    assert forked.finish(process, 60) == status
+    deadline = time.monotonic() + 60
+    while any(psutil.pid_exists(int(pid)) for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert len(list(tmp_path.glob("*.cleaned"))) == (2 if number == signal.SIGTERM else 0)
+
+
+@pytest.mark.slow
+def test_a_reader_that_is_killed_is_one_line():
+    with pytest.raises(UserError, match="one of 2 processes was killed"):
+        list(in_parallel(signal.raise_signal, [signal.SIGKILL] * 3, 2))

@@ -181,6 +181,31 @@ def test_tar_shards_give_what_their_files_give(tmp_path, prepare):
     assert len(tars.labels) == 2
 
 
+def test_a_bad_file_of_a_shard_is_left_out_alone_and_records_of_several_files_are_whole(tmp_path, prepare):
+    wfdb, signal = pytest.importorskip("wfdb"), wave(10)[:, None]
+    for name in ("a", "b", "cut"):
+        wfdb.wrsamp(name, FS, ["mV"], ["ECG"], signal, fmt=["16"], write_dir=str(tmp_path))
+    segments = f"a {len(signal)}\nb {len(signal)}\n"
+    (tmp_path / "whole.hea").write_text(f"whole/2 1 {FS} {2 * len(signal)}\n{segments}")
+    (tmp_path / "cut.dat").write_bytes(b"cut")
+    with tarfile.open(tmp_path / "s.tar", "w") as archive:  # a record's files need not stand side by side
+        for path in (*tmp_path.glob("*.dat"), *tmp_path.glob("*.hea")):
+            archive.add(path, f"p1/{path.name}")
+    store = build_store([tmp_path / "s.tar"], prepare, tmp_path / "cache", skip_bad=True)
+    assert store.records["name"].tolist() == [b"s/p1/whole"] and len(store.signal(0)) == 2000
+    assert len(store.about["skipped"]) == 1 and "s.tar: p1/cut.hea" in store.about["skipped"][0]
+    with pytest.raises(UserError, match="s.tar: p1/cut.hea"):
+        build_store([tmp_path / "s.tar"], prepare, tmp_path / "cache")
+    # a segment that changes, changes the record, also where it is given alone
+    for name in ("cut.dat", "cut.hea", "s.tar"):
+        (tmp_path / name).unlink()
+    before = build_store([tmp_path / "whole.hea"], prepare, tmp_path / "cache").signal(0)
+    wfdb.wrsamp("b", FS, ["mV"], ["ECG"], -signal, fmt=["16"], write_dir=str(tmp_path))
+    after = build_store([tmp_path], prepare, tmp_path / "cache").signal(0)
+    assert len(after) == len(before) and not np.allclose(after, before)
+    assert np.array_equal(after, build_store([tmp_path / "whole.hea"], prepare, tmp_path / "cache").signal(0))
+
+
 def test_a_tar_that_leads_out_or_is_broken_is_one_line(tmp_path, prepare):
     def refused(said):
         with pytest.raises(UserError, match=f"a.tar.*{said}"):
@@ -195,9 +220,11 @@ def test_a_tar_that_leads_out_or_is_broken_is_one_line(tmp_path, prepare):
             archive.addfile(info, io.BytesIO(content))
 
     write("../out.npz", b"x")
-    refused("not a readable tar")
+    refused("../out.npz lies outside")
     write("x.npz", link="/etc/passwd")
-    refused("not a readable tar")
+    refused("x.npz is a link")
+    write("x" * 300 + ".npz", b"x")
+    refused("cannot be unpacked .File name too long")
     write("x.npz", b"no npz")
     refused("x.npz: not a readable npz")
     write("readme.txt", b"nothing")
@@ -223,10 +250,11 @@ def many_files(tmp_path):
     return tmp_path / "data"
 
 
-def test_shards_hold_what_one_store_holds(tmp_path, prepare, monkeypatch):
+@pytest.mark.parametrize("limit, value", [("SHARD", 3), ("BYTES", 100_000)])
+def test_shards_hold_what_one_store_holds(tmp_path, prepare, monkeypatch, limit, value):
     data = many_files(tmp_path)
     whole = build_store([data], prepare, tmp_path / "one")
-    monkeypatch.setattr(dataset_module, "SHARD", 3)
+    monkeypatch.setattr(dataset_module, limit, value)
     monkeypatch.setattr(dataset_module.os, "sched_getaffinity", lambda pid: {0}, raising=False)
     cut = build_store([data], prepare, tmp_path / "three")
     assert len(whole.about["shards"]) == 1 and len(cut.about["shards"]) == 3

@@ -1,15 +1,27 @@
 """cwt_mae: what recordings say about themselves: rates, clocks, gaps, units, subjects, parts and labels."""
 
 import json
+from datetime import time
 
 import h5py
 import numpy as np
 import pytest
+from scipy.signal import sosfiltfilt
 
 from common.errors import UserError
-from cwt_mae.dataset import Preprocess, build_store, preferred, ratio_of, read_records, resampled
+from cwt_mae.dataset import (
+    Preprocess,
+    build_store,
+    filtered_both_ways,
+    preferred,
+    ratio_of,
+    read_records,
+    resampled,
+    sections_of,
+)
 from cwt_mae.dataset_finetune import beats_of, load_task, rhythm_spans, split_parts
 from cwt_mae.layouts import find_recordings
+from cwt_mae.readers import plain_wfdb
 from cwt_mae.recording import as_channel, sentinels
 
 FS = 100
@@ -43,6 +55,32 @@ def wfdb_record(path, channels, fs, **options):
     units, fmt = ["mV"] * len(names), ["16"] * len(names)
     wfdb.wrsamp(path.name, fs, units, names, columns, fmt=fmt, write_dir=str(path.parent), **options)
     return path.with_suffix(".hea")
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"comments": ["Age: 50", "Dx: 1,2"]}, {"base_time": time(1, 2, 3, 4000)}]
+)
+@pytest.mark.parametrize("fs, count", [(125, 1), (99.5, 2), (360, 12)])
+def test_the_quick_way_reads_what_the_wfdb_package_reads(tmp_path, fs, count, more):
+    x = np.random.default_rng(0).normal(size=(count, 300))
+    x[0, 7] = np.nan
+    path = wfdb_record(tmp_path / "r", {f"lead {i}": row for i, row in enumerate(x)}, fs, **more)
+    quick = plain_wfdb(path)
+    record = pytest.importorskip("wfdb").rdrecord(str(tmp_path / "r"), smooth_frames=False)
+    for name in ("fs", "samps_per_frame", "sig_name", "units", "comments"):
+        assert getattr(quick, name) == getattr(record, name)
+    for own, other in zip(quick.e_p_signal, record.e_p_signal, strict=True):
+        assert own.dtype == other.dtype and np.array_equal(own, other, equal_nan=True)
+    path.with_suffix(".dat").write_bytes(path.with_suffix(".dat").read_bytes()[:-2])
+    assert plain_wfdb(path) is None  # the package says what is wrong
+
+
+@pytest.mark.parametrize("kind, edges", [("highpass", (0.5,)), ("bandpass", (0.5, 40)), ("lowpass", (30,))])
+def test_the_filter_is_scipys_to_the_bit(kind, edges):
+    sections, rest = sections_of(125, kind, *edges)
+    for length in (31, 250, 3001):
+        x = 3 + np.random.default_rng(0).normal(size=length)
+        assert np.array_equal(filtered_both_ways(x, sections, rest), sosfiltfilt(sections, x))
 
 
 # ---- clocks

@@ -264,6 +264,20 @@ def mat73_head(path):
         file.write(head.ljust(116) + b" " * 8 + b"\x00\x02IM")
 
 
+def test_a_matlab_file_that_leads_out_or_fills_the_memory_is_one_line(tmp_path, monkeypatch):
+    with h5py.File(tmp_path / "other.mat", "w") as file:
+        file["x"] = PAIR
+    mat73(tmp_path / "link.mat", {"y": PAIR})
+    with h5py.File(tmp_path / "link.mat", "r+") as file:
+        file["x"] = h5py.ExternalLink("other.mat", "/x")
+    with pytest.raises(UserError, match="link.mat: x lies in another file, other.mat"):
+        read_iq(tmp_path / "link.mat")
+    scipy.io.savemat(tmp_path / "bomb.mat", {"x": np.zeros((1 << 23, 2))}, do_compression=True)
+    monkeypatch.setattr("common.files.free_memory", lambda: 1 << 26)
+    with pytest.raises(UserError, match="bomb.mat: x takes .* GB of memory are free"):
+        read_iq(tmp_path / "bomb.mat")
+
+
 @pytest.mark.parametrize("write", [scipy.io.savemat, mat73])
 @pytest.mark.parametrize(
     "content, index",
