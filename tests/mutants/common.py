@@ -231,7 +231,7 @@ MUTANTS = [
     ),
     Mutant(
         "common/run.py",
-        "        if self.group is not None:  # signals reach",
+        "        if group() is not None:  # signals reach",
         "        if False:  # signals reach",
         f"{RUN}::test_a_signal_to_one_process_stops_all_in_the_same_step",
         "two processes stop at different steps",
@@ -500,5 +500,26 @@ MUTANTS = [
         "",
         ALL,
         "the results of an earlier run stand in the table of a failed one",
+    ),
+    Mutant(
+        "common/together.py",
+        '_groups[world] = dist.new_group(backend="gloo", timeout=PATIENCE)',
+        "_groups[world] = world",
+        "tests/test_common_scale.py::test_processes_that_wait_for_one_are_patient",
+        "NCCL ends all processes while one of them prepares data",
+    ),
+    Mutant(
+        "common/index.py",
+        "                process.terminate()\n",
+        "                pass\n",
+        "tests/test_common_index.py::test_a_stop_ends_the_readers_too",
+        "a stop waits until every reader has finished its shard",
+    ),
+    Mutant(
+        "cwt_mae/dataset.py",
+        'parts |= dict.fromkeys(others.get(own[0].path.rpartition("/")[0], ()))',
+        "pass",
+        "tests/test_cwt_mae_data.py",
+        "a segment that was copied again leaves the old signal in the store",
     ),
 ]
