@@ -1,6 +1,7 @@
 """The wavelet front end of cwt_mae against direct convolution, PyWavelets and ptwt.
 
-    python bench/cwt.py [--batch 32] [--length 3000] [--scales 64] [--repeats 5]
+    python bench/cwt.py [--batch 32] [--length 3000] [--scales 64] [--repeats 3]
+    python bench/cwt.py --only day csv                          # some of its parts: methods, day, csv
     bash -c 'source common/env.sh; "$PYTHON" bench/cwt.py'      # as launchers start it: freed memory stays
 
 Signals (batch, length), their first and second differences, all Ricker scales: every method makes a new
@@ -51,6 +52,7 @@ from common.checkpoint import atomic_write
 from cwt_mae.model import create_ricker_wavelets, cwt_wrap
 
 ROOT = Path(__file__).resolve().parents[1]
+PARTS = ["methods", "day", "csv"]
 
 
 def direct(x, scales, points, reflect=False):
@@ -213,89 +215,96 @@ def errors(found: dict, x, num_scales) -> dict:
     return worst
 
 
+def counts_of_threads() -> list[int]:
+    return [threads for threads in (2, 4) if threads <= max(2, os.cpu_count() or 1)]
+
+
+def in_own_process(name: str, args):
+    """What this script prints with --memory `name`, read as JSON."""
+    sizes = [f"--{k}={getattr(args, k)}" for k in ("batch", "length", "scales")]
+    command = [sys.executable, __file__, "--memory", name, *sizes]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return json.loads(output.splitlines()[-1])
+
+
 @torch.no_grad()
-def main():
+def measure_methods(args) -> dict:
+    """{method: its row}: times, memory and error of every method, and ratios to its rival."""
+    found, x = methods(args.scales, args.length), test_signal(args.batch, args.length)
+    torch.set_num_threads(1)
+    cpu = turns(found, x, args.repeats, time.process_time)
+    rows = {name: {"cpu_ms": value} for name, value in cpu.items()}
+    for threads in counts_of_threads():
+        torch.set_num_threads(threads)
+        for name, value in turns(found, x, args.repeats, time.perf_counter).items():
+            rows[name][f"wall_ms_{threads}"] = value
+    torch.set_num_threads(1)
+    for name, error in errors(found, x, args.scales).items():
+        rows[name] |= {"error": error, "memory_mb": in_own_process(name, args)}
+    for name, row in rows.items():
+        rival = rows["conv1d + norm" if "norm" in name else "conv1d"]
+        row["ratio_cpu"] = rival["cpu_ms"] / row["cpu_ms"]
+        for threads in counts_of_threads():
+            row[f"ratio_wall_{threads}"] = rival[f"wall_ms_{threads}"] / row[f"wall_ms_{threads}"]
+    return rows
+
+
+def print_methods(rows: dict):
+    """The table of `measure_methods`."""
+    counts = counts_of_threads()
+    walls = "".join(f"{f'{t} threads':>11}{'x':>6}" for t in counts)
+    print(f"{'method':24}{'cpu ms':>8}{'x':>6}{walls}{'memory MB':>11}{'error':>9}")
+    for name, row in rows.items():
+        walls = "".join(f"{row[f'wall_ms_{t}']:11.0f}{row[f'ratio_wall_{t}']:6.1f}" for t in counts)
+        numbers = f"{row['cpu_ms']:8.0f}{row['ratio_cpu']:6.1f}{walls}"
+        print(f"{name:24}{numbers}{row['memory_mb']:11.0f}{row['error']:9.0e}")
+
+
+def parse_args():
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--batch", type=int, default=32, help="signals")
     parser.add_argument("--length", type=int, default=3000, help="samples of each signal")
     parser.add_argument("--scales", type=int, default=64, help="0.1, 1.1, ... samples")
-    parser.add_argument(
-        "--repeats", type=int, default=5, help="measurements of each number; the median is shown"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=ROOT / "bench" / "results" / "cwt.json", help="where the numbers go"
-    )
+    parser.add_argument("--repeats", type=int, default=3, help="measurements of each number; their median")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="the parts to measure")
+    parser.add_argument("--out", type=Path, help="where the numbers go; all parts: bench/results/cwt.json")
     parser.add_argument("--memory", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
     if args.memory == "a day":
         return print(json.dumps(day_mb()))
     if args.memory:
         return memory(args.memory, args)
-    found, x = methods(args.scales, args.length), test_signal(args.batch, args.length)
-    torch.set_num_threads(1)
-    print(
-        "processor time on one thread, then time on the clock with 2 and 4, then memory: some minutes",
-        flush=True,
-    )
-    rows = {
-        name: {"cpu_ms": value} for name, value in turns(found, x, args.repeats, time.process_time).items()
-    }
-    counts = [threads for threads in (2, 4) if threads <= max(2, os.cpu_count() or 1)]
-    for threads in counts:
-        torch.set_num_threads(threads)
-        for name, value in turns(found, x, args.repeats, time.perf_counter).items():
-            rows[name][f"wall_ms_{threads}"] = value
-    torch.set_num_threads(1)
-    for name, error in errors(found, x, args.scales).items():
-        rows[name]["error"] = error
-        command = [sys.executable, __file__, "--memory", name] + [
-            f"--{k}={getattr(args, k)}" for k in ("batch", "length", "scales")
-        ]
-        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        rows[name]["memory_mb"] = json.loads(output.splitlines()[-1])
-    for name, row in rows.items():
-        rival = rows["conv1d + norm" if "norm" in name else "conv1d"]
-        row["ratio_cpu"] = rival["cpu_ms"] / row["cpu_ms"]
-        row |= {f"ratio_wall_{t}": rival[f"wall_ms_{t}"] / row[f"wall_ms_{t}"] for t in counts}
-    output_mb = args.batch * 3 * args.scales * args.length * 4 / 1e6
+    found, begin = {}, time.monotonic()
+    about = {k: getattr(args, k) for k in ("batch", "length", "scales", "repeats")}
+    about |= {"torch": torch.__version__, "processor": processor(), "cores": os.cpu_count()}
+    about |= {"load": os.getloadavg()[0], "memory_stays": os.environ.get("MALLOC_MMAP_THRESHOLD_", "")}
     print(
         f"{args.batch} signals x {args.length} samples x {args.scales} scales x 3 channels, output "
-        f"{output_mb:.0f} MB; {processor()}, torch {torch.__version__}, numpy {np.__version__}, "
-        f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+        f"{args.batch * 3 * args.scales * args.length * 4 / 1e6:.0f} MB; {about['processor']}, torch "
+        f"{about['torch']}, {about['cores']} cores, load {about['load']:.1f}",
+        flush=True,
     )
-    print(
-        f"{'method':24}{'cpu ms':>8}{'x':>6}"
-        + "".join(f"{f'{t} threads':>11}{'x':>6}" for t in counts)
-        + f"{'memory MB':>11}{'error':>9}"
-    )
-    for name, row in rows.items():
-        walls = "".join(f"{row[f'wall_ms_{t}']:11.0f}{row[f'ratio_wall_{t}']:6.1f}" for t in counts)
-        print(
-            f"{name:24}{row['cpu_ms']:8.0f}{row['ratio_cpu']:6.1f}{walls}{row['memory_mb']:11.0f}{row['error']:9.0e}"
-        )
-    command = [sys.executable, __file__, "--memory", "a day"]
-    day = json.loads(
-        subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
-    )
-    table = csv_seconds()
-    print(f"a day at 250 Hz encoded: {day:.0f} MB at the highest")
-    print("csv, a million lines: " + ", ".join(f"{name} {value:.2f} s" for name, value in table.items()))
-    about = {
-        "batch": args.batch,
-        "length": args.length,
-        "scales": args.scales,
-        "repeats": args.repeats,
-        "torch": torch.__version__,
-        "processor": processor(),
-        "memory_stays": os.environ.get("MALLOC_MMAP_THRESHOLD_", ""),
-        "cores": os.cpu_count(),
-        "load": os.getloadavg()[0],
-    }
-    atomic_write(
-        args.out, json.dumps({"about": about, "methods": rows, "day_mb": day, "csv_s": table}, indent=1)
-    )
+    if "methods" in args.only:
+        found["methods"] = measure_methods(args)
+        print_methods(found["methods"])
+    if "day" in args.only:
+        found["day_mb"] = in_own_process("a day", args)
+        print(f"a day at 250 Hz encoded: {found['day_mb']:.0f} MB at the highest", flush=True)
+    if "csv" in args.only:
+        found["csv_s"] = csv_seconds()
+        times = ", ".join(f"{name} {value:.2f} s" for name, value in found["csv_s"].items())
+        print(f"csv, a million lines: {times}")
+    print(f"measured in {time.monotonic() - begin:.0f} s")
+    # A part alone does not stand beside numbers of another machine
+    whole = ROOT / "bench" / "results" / "cwt.json" if set(args.only) == set(PARTS) else None
+    if path := args.out or whole:
+        atomic_write(path, json.dumps({"about": about, **found}, indent=1))
 
 
 if __name__ == "__main__":

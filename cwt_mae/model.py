@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 # repository root: every way of starting a script of this folder finds it
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from cwt_mae.wavelet import create_ricker_wavelets, cwt_ricker, cwt_wrap  # noqa: F401
+from cwt_mae.wavelet import create_ricker_wavelets, cwt_ricker, cwt_wrap, floats  # noqa: F401
 
 # ---- parts of the transformer
 
@@ -389,6 +389,7 @@ class CWT_Encoder(nn.Module):
 
     def checked(self, x: torch.Tensor, real: torch.Tensor | None):
         """x as (B, signal_len) floats and its mask, or a ValueError that says what is wrong."""
+        x, real = floats(x), None if real is None else torch.as_tensor(real).bool()
         if self.leads > 1:
             if x.ndim != 3 or x.shape[1] != self.leads:
                 raise ValueError(
@@ -410,8 +411,9 @@ class CWT_Encoder(nn.Module):
             )
         if real is not None and real.shape != x.shape:
             raise ValueError(f"real has shape {tuple(real.shape)}, expected {tuple(x.shape)} as x")
-        # On an accelerator these questions would stall its queue, and a compiler cannot ask them.
-        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        # On an accelerator these questions would stall its queue; neither a compiler nor vmap can ask them.
+        asked = x.device.type == "cpu" and not torch.compiler.is_compiling()
+        if asked and not torch._C._functorch.is_functorch_wrapped_tensor(x):
             fine = torch.isfinite(x) if real is None else torch.isfinite(x) | ~real.to(x.device)
             bad = ~fine.all(1)
             if bad.any():
@@ -426,7 +428,6 @@ class CWT_Encoder(nn.Module):
         if missing:
             real = F.pad(torch.ones_like(x, dtype=torch.bool) if real is None else real, (0, missing))
             x = F.pad(x, (0, missing))
-        x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
         return x, None if real is None else real.to(x.device)
 
     def windows_at_once(self, memory: float = 2.0**28) -> int:

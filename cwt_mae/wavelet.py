@@ -17,11 +17,13 @@ import math
 import os
 import threading
 import time
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
+from torch._library.autograd import make_autograd_impl
 
 # ---- kernels
 
@@ -50,15 +52,20 @@ def kernel_points(largest: float, length: int, legacy: bool) -> int:
     """
     if not legacy:
         return 2 * int(5 * largest + 1e-3) + 1
-    points = min(10 * largest, length)
-    return int(points + 1 if points % 2 == 0 else points)
+    if length < math.ceil(10 * largest):
+        return length + 1 - length % 2
+    return int(10 * largest + (10 * largest % 2 == 0))
 
 
 def scales_of(num_scales: int, lowest: float, step: float, log_scales: bool) -> list[float]:
     """Scales in samples: lowest + step * (0 .. num_scales - 1), or as many in equal ratios between the same
     ends, rounded to float32 as upstream's tensors are. Plain arithmetic, so that compilers follow it."""
+    if torch.compiler.is_compiling():  # one that does not fix the numbers simplifies the rounding away
+        from torch.fx.experimental.symbolic_shapes import guard_scalar
+
+        lowest, step = guard_scalar(lowest), guard_scalar(step)
     scales = [float32(float32(i * float32(step)) + float32(lowest)) for i in range(num_scales)]
-    if log_scales and num_scales > 1:
+    if log_scales and num_scales > 1 and lowest > 0:
         low, high = math.log10(lowest), math.log10(scales[-1])
         scales = [float32(10 ** (low + (high - low) * i / (num_scales - 1))) for i in range(num_scales)]
     return scales
@@ -143,74 +150,14 @@ def _(images, scales, points):
     return images.new_empty(images.shape[0], images.shape[1], images.shape[3] + 2 * (points // 2))
 
 
-class Filtered(torch.autograd.Function):
-    """`ricker_bank` with derivatives in both directions and a rule for vmap. See `pull_back`."""
-
-    generate_vmap_rule = False
-
-    @staticmethod
-    def forward(rows, mask, scales, points, normalize):
-        return ricker_bank(rows, mask, scales, points, normalize)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.settings = inputs[2:]
-        ctx.save_for_backward(*output, inputs[1])
-        ctx.save_for_forward(*output, inputs[1])
-
-    @staticmethod
-    def backward(ctx, grad, grad_deviation):
-        images, deviation, mask = ctx.saved_tensors
-        return pull_back(grad, grad_deviation, images, deviation, mask, *ctx.settings), None, None, None, None
-
-    @staticmethod
-    def jvp(ctx, tangent, *_):
-        images, deviation, mask = ctx.saved_tensors
-        scales, points, normalize = ctx.settings
-        moved = Filtered.apply(tangent, mask, scales, points, False)[0]
-        if not normalize:
-            return moved, torch.zeros_like(deviation)
-        return tangents(moved, images, deviation, mask)
-
-    @staticmethod
-    def vmap(info, in_dims, rows, mask, scales, points, normalize):
-        return over_batches(Filtered.apply, info, in_dims, rows, mask, scales, points, normalize)
-
-
-class Transposed(torch.autograd.Function):
-    """`ricker_bank_transposed` with its derivatives: it is linear, and its transposed is `ricker_bank`."""
-
-    @staticmethod
-    def forward(images, scales, points):
-        return ricker_bank_transposed(images, scales, points)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.settings = inputs[1:]
-
-    @staticmethod
-    def backward(ctx, grad):
-        return Filtered.apply(grad, None, *ctx.settings, False)[0], None, None
-
-    @staticmethod
-    def jvp(ctx, tangent, *_):
-        return Transposed.apply(tangent, *ctx.settings)
-
-    @staticmethod
-    def vmap(info, in_dims, images, scales, points):
-        images = images.movedim(in_dims[0], 0)
-        return Transposed.apply(images.flatten(0, 1), scales, points).unflatten(0, images.shape[:2]), 0
-
-
 def centred(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(x (B, C, S, L) less its mean over scales and real samples and 0 elsewhere, number of those less 1)."""
+    """(x (B, C, S, L) less its mean over scales and real samples and 0 elsewhere, their number less 1)."""
     if mask is None:
-        count = torch.full((), float(x.shape[2] * x.shape[3]), dtype=x.dtype, device=x.device)
-        return x - x.mean((2, 3), keepdim=True), count - 1
+        return x - x.mean((2, 3), keepdim=True), max(1, x.shape[2] * x.shape[3] - 1)
     real = mask[:, None, None].to(x.dtype)
-    count = real.sum(3, keepdim=True) * x.shape[2]
+    count = real.sum(3, keepdim=True).clamp(min=1) * x.shape[2]
     x = x * real
-    return (x - x.sum((2, 3), keepdim=True) / count) * real, count - 1
+    return (x - x.sum((2, 3), keepdim=True) / count) * real, (count - 1).clamp(min=1)
 
 
 def tangents(moved, images, deviation, mask):
@@ -234,9 +181,7 @@ def pull_back(grad, grad_deviation, images, deviation, mask, scales, points, nor
         grad = grad + free * grad_deviation[:, :, None, None] * images / degrees
     elif mask is not None:
         grad = grad * mask[:, None, None]
-    if torch.compiler.is_compiling():
-        return ricker_bank_transposed(grad.contiguous(), scales, points)
-    return Transposed.apply(grad, scales, points)
+    return ricker_bank_transposed(grad.contiguous(), scales, points)
 
 
 def _setup(ctx, inputs, output):
@@ -250,24 +195,103 @@ def _backward(ctx, grad, grad_deviation):
     return pull_back(grad, grad_deviation, images, deviation, mask, *ctx.settings), None, None, None, None
 
 
-# Compilers see the operator itself, not the class above, so it carries the same gradient.
+def _setup_transposed(ctx, inputs, output):
+    ctx.settings = inputs[1:]
+
+
+def _backward_transposed(ctx, grad):
+    return ricker_bank(grad, None, *ctx.settings, False)[0], None, None
+
+
 ricker_bank.register_autograd(_backward, setup_context=_setup)
+ricker_bank_transposed.register_autograd(_backward_transposed, setup_context=_setup_transposed)
 
 
-def over_batches(function, info, in_dims, rows, mask, *settings):
-    """Rule of vmap: the mapped dimension joins the batch."""
+def complete(operator, derive, plain):
+    """Give an operator what torch's own kernel for derivatives lacks: it drops tangents without a word, and
+    knows nothing of `torch.func.grad`.
+
+    derive: (tangent of the first argument, outputs, *other arguments) -> tangents of the outputs. plain: the
+    operator in differentiable operations, for `torch.func`, which may ask for derivatives of any order.
+    """
+    reverse = make_autograd_impl(operator._opoverload, operator)
+
+    def kernel(keys, x, *settings):
+        # In C++, because a compiled graph enters levels of dual numbers there
+        primal, tangent = torch._VF._unpack_dual(x, level=0)
+        if tangent is None and x.requires_grad and torch._C._functorch.is_functorch_wrapped_tensor(x):
+            return plain(x, *settings)
+        if tangent is None:
+            return reverse(keys, x, *settings)
+        found = operator(primal, *settings)
+        several = found if isinstance(found, tuple) else (found,)
+        pairs = zip(several, derive(tangent, several, *settings))
+        found = tuple(y if t is None else torch._VF._make_dual(y, t, level=0) for y, t in pairs)
+        return found if len(found) > 1 else found[0]
+
+    with warnings.catch_warnings():  # that it stands in the place of torch's own
+        warnings.simplefilter("ignore", UserWarning)
+        operator._lib.impl(operator._name, kernel, "Autograd", with_keyset=True)
+
+
+def _derive(tangent, outputs, mask, scales, points, normalize):
+    moved = ricker_bank(tangent, mask, scales, points, False)[0]
+    return tangents(moved, *outputs, mask) if normalize else (moved, None)
+
+
+def _derive_transposed(tangent, outputs, scales, points):
+    return (ricker_bank_transposed(tangent, scales, points),)
+
+
+def kernels_like(x, scales, points: int) -> Tensor:
+    """Kernels (S, 1, points) of the type and on the device of x; not kept, for compilers trace them."""
+    return create_ricker_wavelets(points, torch.tensor(scales, dtype=torch.float64)).to(x.device, x.dtype)
+
+
+def plain_bank(rows, mask, scales, points: int, normalize: bool) -> tuple[Tensor, Tensor]:
+    """`ricker_bank` as one convolution and a normalisation in differentiable operations of fixed shapes."""
+    kernels = kernels_like(rows, scales, points)
+    images = torch.nn.functional.conv1d(rows.flatten(0, 1)[:, None], kernels)
+    images = images[..., : rows.shape[2] - 2 * (points // 2)].unflatten(0, rows.shape[:2])
+    if mask is not None:
+        images = images * mask[:, None, None]
+    if not normalize:
+        return images, rows.new_ones(rows.shape[:2])
+    rest, degrees = centred(images, mask)
+    variance = rest.square().sum((2, 3), keepdim=True) / degrees
+    # The bound lies within the root, whose derivative at 0 is infinite.
+    wide = variance.clamp(min=LEAST**2).sqrt()
+    return rest / wide, wide[:, :, 0, 0]
+
+
+def plain_transposed(images, scales, points: int) -> Tensor:
+    """`ricker_bank_transposed` in differentiable operations."""
+    kernels = kernels_like(images, scales, points)
+    rows = torch.nn.functional.conv_transpose1d(images.flatten(0, 1), kernels)[:, 0]
+    # The last column of an even kernel was cut off.
+    return torch.nn.functional.pad(rows, (0, 1 - points % 2)).unflatten(0, images.shape[:2])
+
+
+complete(ricker_bank, _derive, plain_bank)
+complete(ricker_bank_transposed, _derive_transposed, plain_transposed)
+
+
+@ricker_bank.register_vmap
+def _(info, in_dims, rows, mask, scales, points, normalize):
+    """The mapped dimension joins the batch."""
     size = info.batch_size
     rows = rows.expand(size, *rows.shape) if in_dims[0] is None else rows.movedim(in_dims[0], 0)
     if mask is not None:
         mask = mask.expand(size, *mask.shape) if in_dims[1] is None else mask.movedim(in_dims[1], 0)
         mask = mask.flatten(0, 1)
-    found = function(rows.flatten(0, 1), mask, *settings)
+    found = ricker_bank(rows.flatten(0, 1), mask, scales, points, normalize)
     return tuple(part.unflatten(0, rows.shape[:2]) for part in found), (0, 0)
 
 
-@ricker_bank.register_vmap
-def _(info, in_dims, rows, mask, scales, points, normalize):
-    return over_batches(ricker_bank, info, in_dims, rows, mask, scales, points, normalize)
+@ricker_bank_transposed.register_vmap
+def _(info, in_dims, images, scales, points):
+    images = images.movedim(in_dims[0], 0)
+    return ricker_bank_transposed(images.flatten(0, 1), scales, points).unflatten(0, images.shape[:2]), 0
 
 
 # ---- how it is computed
@@ -423,7 +447,7 @@ def fill(images, deviation, rows, mask, bank, points: int, n: int, normalize: bo
         spectra = row_spectra(rows, points, n).flatten(0, 1)  # (R, 2F)
         images, deviation = images.flatten(0, 1), deviation.flatten(0, 1)  # (R, S, L), (R,)
         mask = None if mask is None else mask.to(rows.dtype).repeat_interleave(channels, 0)[:, None]
-        count = length if mask is None else mask.sum(2, keepdim=True)  # real samples
+        count = length if mask is None else mask.sum(2, keepdim=True).clamp(min=1)  # real samples
         step, scales = max(1, 2**18 // (len(bank) * n)), min(len(bank), max(1, 2**18 // n))
         product, waves = rows.new_empty(step, scales, bank.shape[1]), rows.new_empty(step, scales, n)
         for r in range(0, len(images), step):
@@ -443,7 +467,8 @@ def fill(images, deviation, rows, mask, bank, points: int, n: int, normalize: bo
                     some *= mask[here]
                 # In two steps: in one it loses two digits.
                 norm = torch.linalg.vector_norm(some, dim=2).norm(dim=1)
-                spread = (norm[:, None, None] / (pixels - 1) ** 0.5).clamp(min=LEAST)
+                degrees = max(1, pixels - 1) if mask is None else (pixels - 1).clamp(min=1)
+                spread = (norm[:, None, None] / degrees**0.5).clamp(min=LEAST)
                 some /= spread
                 deviation[here] = spread[:, 0, 0]
 
@@ -451,8 +476,31 @@ def fill(images, deviation, rows, mask, bank, points: int, n: int, normalize: bo
 # ---- what people call
 
 
-def _floats(x: Tensor) -> Tensor:
+def floats(x) -> Tensor:
+    """x, a tensor, an array or a list, as float32, or float64 where it is that."""
+    try:
+        x = torch.as_tensor(x)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"x is a {type(x).__name__} that is no tensor of numbers: {error}") from None
+    if x.is_complex():
+        raise ValueError("x is complex, expected real numbers; give its real and imaginary part one by one")
     return x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def signals(x) -> Tensor:
+    """x as floats (B, L) with at least one sample."""
+    x = floats(x)
+    if x.ndim != 2 or not x.shape[1]:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, samples) with at least one sample")
+    return x
+
+
+def check_scales(scales: list):
+    """ValueError unless the scales are above 0 and rise: the last one says how long the kernels are."""
+    rising = all(a < b for a, b in zip(scales, scales[1:]))
+    if not scales or not 0 < scales[0] or not rising or not scales[-1] < math.inf:
+        few = ", ".join(f"{a:g}" for a in scales[:4])
+        raise ValueError(f"scales are {few or 'none'}; expected numbers above 0 in rising order, in samples")
 
 
 _PLAIN = False
@@ -460,8 +508,7 @@ _PLAIN = False
 
 @contextlib.contextmanager
 def plain_operations():
-    """Within it the transform is one convolution and a normalisation in plain operations, which exporters to
-    other formats know. Only for signals without a mask."""
+    """Within it the transform is `plain_bank`, whose operations exporters to other formats know."""
     global _PLAIN
     before, _PLAIN = _PLAIN, True
     try:
@@ -470,45 +517,33 @@ def plain_operations():
         _PLAIN = before
 
 
-def plain_images(rows, mask, scales, points: int, normalize: bool) -> Tensor:
-    """`ricker_bank` in plain operations with fixed shapes."""
-    if mask is not None:
-        raise ValueError("the exported transform takes whole windows: leave real out")
-    kernels = create_ricker_wavelets(points, torch.tensor(scales, dtype=torch.float64)).to(rows.dtype)
-    found = torch.nn.functional.conv1d(rows.flatten(0, 1)[:, None], kernels.to(rows.device))
-    length = rows.shape[2] - 2 * (points // 2)
-    images = found[..., :length].unflatten(0, (-1, rows.shape[1]))
-    if not normalize:
-        return images
-    rest = images - images.mean((2, 3), keepdim=True)
-    variance = rest.square().sum((2, 3), keepdim=True) / (len(scales) * length - 1)
-    return rest / variance.sqrt().clamp(min=LEAST)
-
-
 def _apply(rows, mask, scales, points: int, normalize: bool, out=None) -> Tensor:
-    """`ricker_bank` by the door that fits: the operator for compilers, its derivatives in eager mode, `out`
-    directly."""
+    """`ricker_bank`, in plain operations for exporters, or written into `out`."""
     if out is not None:
-        wanted = (len(rows), rows.shape[1], len(scales), rows.shape[2] - 2 * (points // 2))
-        if (
-            out.shape != wanted
-            or out.dtype != rows.dtype
-            or out.device != rows.device
-            or not out.is_contiguous()
-        ):
-            raise ValueError(
-                f"out is {out.dtype} {tuple(out.shape)} on {out.device}, expected contiguous {rows.dtype} "
-                f"{wanted} on {rows.device}"
-            )
-        if torch.is_grad_enabled() and (rows.requires_grad or out.requires_grad):
-            raise ValueError("out= has no derivative; call it without out, or under torch.no_grad()")
+        check_out(out, rows, (*rows.shape[:2], len(scales), rows.shape[2] - 2 * (points // 2)))
+        if torch.compiler.is_compiling():  # a compiler follows no write into memory that it has not seen
+            return out.copy_(ricker_bank(rows, mask, scales, points, normalize)[0])
         filter_into(out, rows.new_ones(rows.shape[:2]), rows, mask, scales, points, normalize)
         return out
     if _PLAIN:
-        return plain_images(rows, mask, scales, points, normalize)
-    if torch.compiler.is_compiling():
-        return ricker_bank(rows, mask, scales, points, normalize)[0]
-    return Filtered.apply(rows, mask, scales, points, normalize)[0]
+        return plain_bank(rows, mask, scales, points, normalize)[0]
+    return ricker_bank(rows, mask, scales, points, normalize)[0]
+
+
+def check_out(out, rows, wanted: tuple):
+    """ValueError unless images of `rows` can be written into `out`, and no derivative is asked for."""
+    if not torch.compiler.is_compiling():
+        inside = any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in (rows, out))
+        if inside or torch._VF._unpack_dual(rows, level=0)[1] is not None:
+            raise ValueError("out= has no place in vmap or under a derivative of torch.func; leave it out")
+    if torch.is_grad_enabled() and (rows.requires_grad or out.requires_grad):
+        raise ValueError("out= has no derivative; call it without out, or under torch.no_grad()")
+    fits = out.shape == wanted and out.dtype == rows.dtype and out.device == rows.device
+    if not fits or not out.is_contiguous():
+        raise ValueError(
+            f"out is {out.dtype} {tuple(out.shape)} on {out.device}, expected contiguous {rows.dtype} "
+            f"{wanted} on {rows.device}"
+        )
 
 
 def cwt_ricker(x: Tensor, scales: Tensor, legacy: bool = False, padding: str = "reflect") -> Tensor:
@@ -518,7 +553,8 @@ def cwt_ricker(x: Tensor, scales: Tensor, legacy: bool = False, padding: str = "
     Kernels are odd and of fixed length, the signal continues by `padding`. Legacy: zeros, and upstream's
     kernel length.
     """
-    x, scales = _floats(x), scales.tolist()
+    x, scales = signals(x), torch.as_tensor(scales).tolist()
+    check_scales(scales)
     points = kernel_points(scales[-1], x.shape[1], legacy)
     rows = extend(x, points // 2, "zero" if legacy else padding, None)[:, None]
     return _apply(rows, None, scales, points, False)[:, 0]
@@ -554,14 +590,15 @@ def cwt_wrap(
         ends of a signal whose mean was left in, and a backward difference, half a sample off the second one
         (default: a central one).
     """
-    if x.ndim != 2:
-        raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, samples)")
-    x = _floats(x)
+    x = signals(x)
     padding = padding or ("zero" if legacy else "reflect")
     scales = scales_of(num_scales, lowest_scale, step, log_scales)
+    check_scales(scales)
     points = kernel_points(scales[-1], x.shape[1], legacy)
-    real = None if real is None else real.to(x.device)
     if real is not None:
+        real = torch.as_tensor(real).to(x.device, torch.bool)
+        if real.shape != x.shape:
+            raise ValueError(f"real has shape {tuple(real.shape)}, expected {tuple(x.shape)} as x")
         x = bridged(x, real)
     rows = differences(x, real, points // 2, legacy, padding)
     return _apply(rows, real, scales, points, normalize, out)
@@ -574,9 +611,9 @@ def differences(x, real, half: int, legacy: bool, padding: str):
         now, before, after = edge[:, 1:-1], edge[:, 1:-1] - edge[:, :-2], edge[:, 2:] - edge[:, 1:-1]
         rows = torch.stack([now, before, after - before], 1).flatten(0, 1)
         real = None if real is None else real.repeat_interleave(3, 0)
-        return extend(rows, half, padding, real).unflatten(0, (len(x), 3))
+        return extend(rows, half, padding, real).unflatten(0, (x.shape[0], 3))
     weights = torch.ones_like(x) if real is None else real.to(x.dtype)
-    count = weights.sum(1, keepdim=True)
+    count = weights.sum(1, keepdim=True).clamp(min=1)
     mean = (x * weights).sum(1, keepdim=True) / count
     rest = ((x - mean) * weights).sum(1, keepdim=True) / count  # lost in float32 by a large mean
     edge = extend(x, half + 1, padding, real, zero=mean)
@@ -608,8 +645,9 @@ def extend(x: Tensor, margin: int, padding: str, real: Tensor | None, zero=0.0) 
     else:
         first = torch.where(real, t, length).amin(1, keepdim=True)
         last = torch.where(real, t, 0).amax(1, keepdim=True)
+        first = first.minimum(last)  # where nothing is real
     t = torch.arange(-margin, length + margin, device=x.device)[None]
-    inside = t.maximum(first).minimum(last).expand(len(x), -1)
+    inside = t.maximum(first).minimum(last).expand(x.shape[0], -1)
     if padding == "zero":
         return torch.where((t >= first) & (t <= last), x.gather(1, inside), zero)
     if padding == "replicate":
@@ -618,4 +656,4 @@ def extend(x: Tensor, margin: int, padding: str, real: Tensor | None, zero=0.0) 
         raise ValueError(f"padding={padding!r}: use zero, reflect or replicate")
     period = (2 * (last - first)).clamp(min=1)  # the signal forth and back, as often as needed
     t = (t - first) % period
-    return x.gather(1, (first + t.minimum(period - t)).expand(len(x), -1))
+    return x.gather(1, (first + t.minimum(period - t)).expand(x.shape[0], -1))

@@ -3,9 +3,11 @@ with weights."""
 
 import threading
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.autograd import forward_ad
 
 from cwt_mae.model import CWT_Encoder, CWT_MAE_RoPE, numerics_of
 from cwt_mae.model_finetune import TF_MAE_Classifier, load_model, read_model
@@ -100,6 +102,78 @@ def test_compilers_see_one_graph_with_its_gradient():
     assert (grads[0] - grads[1]).abs().max() < 1e-4 * grads[0].abs().max()
 
 
+def dual(call, x, v):
+    """Derivative of `call` at x along v by dual numbers, without torch.func."""
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(call(forward_ad.make_dual(x, v))).tangent
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["plain", "masked", "legacy"])
+def test_a_compiled_forward_derivative_is_the_derivative(form):
+    x, v = signals(), signals(seed=1)
+    call = lambda x: cwt_wrap(x, 4, **FORMS[form])
+    derive = lambda x: torch.func.jvp(call, (x,), (v,))[1]
+    wanted = derive(x)
+    torch.compiler.reset()
+    inside = torch.compile(derive, backend="aot_eager")(x)
+    assert wanted.norm() > 1 and (inside - wanted).norm() < 1e-12 * wanted.norm()
+    assert (dual(call, x, v) - wanted).norm() < 1e-12 * wanted.norm()
+    # Of what was compiled before, with numbers that carried no tangent
+    compiled = torch.compile(call, backend="eager")
+    compiled(x)
+    assert (torch.func.jvp(compiled, (x,), (v,))[1] - wanted).norm() < 1e-12 * wanted.norm()
+
+
+@pytest.mark.slow
+def test_compiled_derivatives_of_torch_func_are_those_without_a_compiler():
+    x = signals(1, 16)
+    call = lambda z: cwt_wrap(z, 2, normalize=True, real=torch.arange(16)[None] < 13)
+    total = lambda z: call(z).pow(3).sum()
+    for derive in (
+        torch.func.hessian(total),
+        torch.func.vmap(torch.func.grad(lambda z: cwt_wrap(z[None], 2).pow(3).sum())),
+    ):
+        torch.compiler.reset()
+        wanted, found = derive(x), torch.compile(derive, backend="aot_eager")(x)
+        assert wanted.abs().max() > 0.1 and (found - wanted).abs().max() < 1e-11 * wanted.abs().max()
+
+
+def test_second_derivatives_by_any_two_modes_are_the_same():
+    x = signals(1, 16)
+    total = lambda z: cwt_wrap(z, 2, normalize=True).pow(3).sum()
+    wanted = torch.autograd.functional.hessian(total, x)
+    twice = (torch.func.jacrev, torch.func.jacfwd)
+    for outer in twice:
+        for inner in twice:
+            assert (outer(inner(total))(x) - wanted).abs().max() < 1e-10 * wanted.abs().max()
+
+
+def test_the_operator_itself_has_both_derivatives_and_vmap():
+    rows, scales = signals(2, 60)[:, None].repeat(1, 3, 1), scales_of(4, 0.1, 1.0, False)
+    bank = lambda r: torch.ops.cwt_mae.ricker_bank(r, None, scales, 31, False)[0]
+    back = lambda g: torch.ops.cwt_mae.ricker_bank_transposed(g, scales, 31)
+    images = bank(rows)
+    for call, at in ((bank, rows), (back, images)):
+        # Both are linear: the derivative along a direction is the value there
+        assert (torch.func.jvp(call, (at,), (at,))[1] - call(at)).abs().max() < 1e-12
+        mapped = torch.func.vmap(lambda one, call=call: call(one[None])[0])(at)
+        assert (mapped - call(at)).abs().max() < 1e-12
+    # and each is the other's transposed.
+    assert torch.allclose(torch.func.vjp(bank, rows)[1](images)[0], back(images), rtol=1e-12)
+    assert torch.allclose(torch.func.vjp(back, images)[1](rows)[0], images, rtol=1e-12)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_one_graph_serves_every_length(legacy):
+    call = lambda x: cwt_wrap(x, 8, legacy=legacy)
+    torch.compiler.reset()
+    compiled = torch.compile(call, dynamic=True, fullgraph=True, backend="eager")
+    for batch, length in ((2, 50), (3, 77), (1, 600)):
+        x = signals(batch, length, torch.float32)
+        assert torch.equal(compiled(x), call(x))
+
+
 def test_the_operator_passes_torchs_own_checks():
     rows = signals(2, 60)[:, None].repeat(1, 3, 1).requires_grad_()
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
@@ -140,7 +214,76 @@ def test_out_is_written_and_returned_and_refused_where_it_does_not_fit():
         with pytest.raises(ValueError, match="expected contiguous"):
             cwt_wrap(x, 16, out=wrong)
     with pytest.raises(ValueError, match="no derivative"):
-        cwt_wrap(x.requires_grad_(), 16, out=out)
+        cwt_wrap(x.clone().requires_grad_(), 16, out=out)
+    for transform in (
+        lambda: torch.func.vmap(lambda z: cwt_wrap(z[None], 16, out=out[:1])[0])(x),
+        lambda: torch.func.vmap(lambda z, o: cwt_wrap(z[None], 16, out=o[None])[0])(x, out),
+        lambda: torch.func.jvp(lambda z: cwt_wrap(z, 16, out=out), (x,), (x,)),
+        lambda: torch.func.grad(lambda z: cwt_wrap(z, 16, out=out).sum())(x),
+        lambda: dual(lambda z: cwt_wrap(z, 16, out=out), x, x),
+    ):
+        with pytest.raises(ValueError, match="out= has no place in vmap"):
+            transform()
+
+
+@pytest.mark.parametrize(
+    "wrong, wanted",
+    [
+        (lambda: cwt_wrap(torch.zeros(2, 0)), "at least one sample"),
+        (lambda: cwt_wrap([]), "at least one sample"),
+        (lambda: cwt_wrap(torch.zeros(5)), "expected .batch, samples."),
+        (lambda: cwt_ricker(torch.zeros(2, 0), torch.arange(1, 4)), "at least one sample"),
+        (lambda: cwt_ricker(torch.zeros(2, 3, 4), torch.arange(1, 4)), "expected .batch, samples."),
+        (lambda: cwt_wrap(torch.zeros(2, 9, dtype=torch.complex64)), "complex"),
+        (lambda: cwt_wrap(np.array([["a", "b"]])), "no tensor of numbers"),
+        (lambda: cwt_wrap(np.zeros((2, 9), ">f4")), "byte order"),
+        (lambda: cwt_wrap([[1.0, 2.0], [3.0]]), "no tensor of numbers"),
+        (lambda: cwt_wrap(torch.zeros(2, 9), 0), "scales are none"),
+        (lambda: cwt_wrap(torch.zeros(2, 9), lowest_scale=0.0), "above 0"),
+        (lambda: cwt_wrap(torch.zeros(2, 9), 4, lowest_scale=-1.0, log_scales=True), "above 0"),
+        (lambda: cwt_wrap(torch.zeros(2, 9), 4, lowest_scale=float("nan")), "above 0"),
+        (lambda: cwt_wrap(torch.zeros(2, 9), 4, lowest_scale=9.0, step=-1.0), "rising"),
+        (lambda: cwt_ricker(torch.zeros(2, 9), torch.tensor([4.0, 2.0])), "rising"),
+        (lambda: cwt_wrap(torch.zeros(2, 9), real=torch.ones(2, 8)), "real has shape"),
+        (lambda: cwt_wrap(torch.zeros(2, 9), padding="wrap"), "use zero, reflect or replicate"),
+    ],
+)
+def test_what_cannot_be_transformed_is_said(wrong, wanted):
+    with pytest.raises(ValueError, match=wanted):
+        wrong()
+
+
+def test_arrays_lists_and_whole_numbers_are_signals_too():
+    x = signals(2, 40)
+    wanted = cwt_wrap(x, 4, real=mask_of(2, 40))
+    assert torch.equal(cwt_wrap(x.numpy(), 4, real=mask_of(2, 40).numpy()), wanted)
+    assert torch.equal(cwt_wrap(x.numpy()[:, ::2].copy(), 4), cwt_wrap(x[:, ::2], 4))
+    whole = (10 * x).round()
+    assert torch.equal(cwt_wrap(whole.int().tolist(), 4), cwt_wrap(whole.float(), 4))
+    assert torch.equal(cwt_wrap(whole.short(), 4), cwt_wrap(whole.float(), 4))
+    model = CWT_MAE_RoPE(**SIZES, **DECODER).eval()
+    x, noise = signals(2, 200, torch.float32), torch.rand(2, 20)
+    assert torch.equal(model(x.numpy(), noise)[0], model(x, noise)[0])
+
+
+def test_a_row_without_a_real_sample_is_zero_and_leaves_the_others_alone():
+    x, real = signals(), mask_of()
+    real[2] = False
+    for form in ({}, {"normalize": True}, {"normalize": True, "legacy": True}):
+        z = x.clone().requires_grad_()
+        imgs = cwt_wrap(z, 5, real=real, **form)
+        imgs.pow(3).sum().backward()
+        assert not imgs[2].any() and not z.grad[2].any() and torch.isfinite(z.grad).all()
+        assert torch.equal(imgs[:2], cwt_wrap(x[:2], 5, real=real[:2], **form))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_goes_through_the_model():
+    model = TF_MAE_Classifier(None, num_classes=3, **SIZES).eval()
+    x = signals(3, 200, torch.float32)
+    with torch.no_grad():
+        mapped = torch.func.vmap(lambda z: model(z[None])[0])(x)
+        assert (mapped - model(x)).abs().max() < 1e-5
 
 
 def test_threads_that_start_during_a_transform_see_all_of_torchs_threads():

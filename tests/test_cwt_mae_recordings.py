@@ -659,6 +659,18 @@ def test_code_15_and_the_challenge_and_sleep_edf_are_known_by_their_layouts(tmp_
     assert load_task(store, "rhythm", 3000).counts().tolist() == [2, 4]
 
 
+def test_mimic_iv_ecg_is_known_by_its_list_of_records(tmp_path):
+    folder, rows = tmp_path / "data", ["subject_id,study_id,file_name,ecg_time,path"]
+    for subject, study in ((7, 1), (7, 2), (8, 3)):
+        path = f"files/p0000/s{study}/{study}"
+        wfdb_record(folder / path, {"I": ecg(250, 10), "II": ecg(250, 10, 0.1)}, 250)
+        rows.append(f"{subject},{study},{study},2180-07-23 08:44:00,{path}")
+    write(folder / "record_list.csv", "\n".join(rows) + "\n")
+    write(folder / "machine_measurements.csv", "subject_id,study_id\n7,1\n")
+    store = store_of(tmp_path)
+    assert store.records["subject"].astype(str).tolist() == ["mimic-iv/7", "mimic-iv/7", "mimic-iv/8"]
+
+
 def test_a_split_file_names_records_by_path_and_refuses_what_is_ambiguous(tmp_path):
     for i, name in enumerate(("a/100", "b/100", "b/101")):
         npz(tmp_path / "data" / f"{name}.npz", sig=ecg(FS, 10, 0.1 * i), fs=FS)

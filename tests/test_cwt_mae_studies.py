@@ -1,5 +1,6 @@
 """cwt_mae: the recipes of the study run at their smallest size and write the rows of the closing table."""
 
+import csv
 import importlib
 import json
 
@@ -8,7 +9,7 @@ import pytest
 
 from cwt_mae import finetune, make_data, test, train, visualize  # noqa: F401  the server of forks imports them
 from studies import recipe
-from studies.cwt_mae import builtin, cnn, forest, labels, mitbih, probe, ucr  # noqa: F401
+from studies.cwt_mae import builtin, cnn, forest, labels, mitbih, probe, ptbxl, ucr  # noqa: F401
 from tests import forked
 
 pytestmark = pytest.mark.slow
@@ -28,7 +29,7 @@ def stages(monkeypatch, tmp_path):
     monkeypatch.setattr(recipe, "SMOKE", True)
     monkeypatch.setattr(builtin, "OUT", tmp_path / "runs" / "cwt_mae")
     monkeypatch.setattr(builtin, "DATA", tmp_path / "data")
-    for module in (builtin, mitbih, ucr):
+    for module in (builtin, mitbih, ptbxl, ucr):
         monkeypatch.setattr(module, "stage", stage)
     return done
 
@@ -46,6 +47,24 @@ def test_the_builtin_recipe_leaves_four_rows_with_their_controls(stages, tmp_pat
     assert all(
         "split" in flags for script, flags in stages if script.endswith(("train.py", "tune.py", "test.py"))
     )
+
+
+def test_the_interval_over_training_seeds_is_students():
+    low, high = builtin.interval_of([1.0, 2.0, 3.0])
+    assert (low, high) == pytest.approx((2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), abs=1e-4)
+
+
+def test_the_recipe_in_ptb_xls_files_trains_chooses_and_reports_on_its_folds(stages, tmp_path):
+    pytest.importorskip("wfdb")
+    out = tmp_path / "runs" / "ptbxl"
+    ptbxl.main(ptbxl.parse_args(["--out", str(out)]))
+    row = row_of(tmp_path / "runs")
+    assert len(row["controls"]) == 3 and np.isfinite([row["value"], *row["controls"].values()]).all()
+    # Every record of a patient of fold 10 is reported, no other
+    with (out / "data" / "ptbxl_database.csv").open() as file:
+        names = {r["filename_lr"] for r in csv.DictReader(file) if r["strat_fold"] == "10"}
+    with (out / "tuned-test" / "per_record.csv").open() as file:
+        assert {r["record"] for r in csv.DictReader(file)} == names
 
 
 def test_label_curves_stand_beside_random_weights(stages, tmp_path, monkeypatch):

@@ -1,12 +1,17 @@
 """cwt_mae on the built-in data: pre-training, linear probe and fine-tuning, each beside its controls.
 
     python studies/cwt_mae/builtin.py
+    SEEDS="0 1 2 3 4" python studies/cwt_mae/builtin.py      # five trainings of each classifier
 
 The real recordings are real.py's.
 """
 
+import os
 import sys
 from pathlib import Path
+
+import numpy as np
+from scipy.stats import t as student
 
 # repository root: every way of starting this file finds it
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -15,6 +20,7 @@ from studies.recipe import DATA, ROOT, RUNS, recipe, size, stage
 from studies.summary import write_result
 
 OUT = RUNS / "cwt_mae"
+SEEDS = os.environ.get("SEEDS", "0").split()  # of the classifiers: weights, windows and augmentation
 
 
 def builtin():
@@ -62,8 +68,6 @@ def pretrain(data: Path, split: Path, out: Path, **flags) -> Path:
 def rhythms(out, model, labelled: dict):
     """Probe and fine-tuned classifier of five rhythms, and their controls. labelled: the options that all
     stages share."""
-    steps = size(300, smoke=10)
-
     # What the frozen encoder says about the rhythms, beside the same encoder with random weights
     stage(
         "studies/cwt_mae/probe.py",
@@ -74,40 +78,50 @@ def rhythms(out, model, labelled: dict):
         out=out / "probe",
     )
 
-    # Fine-tuning of the trained encoder and of a random one
-    for name, layer_decay in (("tuned", 0.75), ("random", 1)):
-        stage(
-            "cwt_mae/finetune.py",
-            **labelled,
-            pretrained=model,
-            random_init=name == "random",
-            task="rhythm",
-            folds=3,
-            lr=1e-3,
-            layer_decay=layer_decay,
-            sampling_power=0.5,
-            augment=1,
-            max_steps=steps,
-            eval_every=100,
-            log_every=100,
-            out=out / name,
-        )
-        classifier = out / name / "model.safetensors"
-        stage("cwt_mae/test.py", **labelled, model=classifier, out=out / f"{name}-test")
-
-    # Controls that know nothing of wavelets
-    windows = dict(labelled, task="rhythm", model_fs=50, signal_len=500)
+    # Controls that know nothing of wavelets, and classifiers: of the trained encoder and of a random one. All
+    # learn from all training subjects for a fixed number of steps; nothing is selected.
+    steps, windows = size(300, smoke=10), dict(labelled, task="rhythm", model_fs=50, signal_len=500)
     stage("studies/cwt_mae/forest.py", **windows, kind="forest", out=out / "forest")
-    stage("studies/cwt_mae/cnn.py", **windows, max_steps=steps, out=out / "cnn")
+    for seed in SEEDS:
+        stage("studies/cwt_mae/cnn.py", **windows, max_steps=steps, seed=seed, out=out / f"cnn-{seed}")
+        for name, layer_decay in (("tuned", 0.75), ("random", 1)):
+            stage(
+                "cwt_mae/finetune.py",
+                **labelled,
+                pretrained=model,
+                random_init=name == "random",
+                task="rhythm",
+                fold=-1,
+                lr=1e-3,
+                layer_decay=layer_decay,
+                sampling_power=0.5,
+                augment=1,
+                max_steps=steps,
+                log_every=100,
+                seed=seed,
+                out=out / f"{name}-{seed}",
+            )
+            classifier = out / f"{name}-{seed}" / "model.safetensors"
+            stage("cwt_mae/test.py", **labelled, model=classifier, out=out / f"{name}-{seed}-test")
+
+
+def interval_of(values) -> list[float]:
+    """The 95 % interval of a mean over training seeds, by Student's t."""
+    reach = student.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
+    return [float(np.mean(values) - reach), float(np.mean(values) + reach)]
 
 
 def report(out):
     """The four rows of the closing table."""
-    found = {
-        name: read_json(out / name / "metrics.json")
-        for name in ("base", "probe", "tuned-test", "random-test", "forest", "cnn")
+    read = lambda name: read_json(out / name / "metrics.json")
+    base, linear, first = read("base"), read("probe"), f"tuned-{SEEDS[0]}-test"
+    folders = {"fine-tuned": "tuned-{}-test", "random weights, fine-tuned": "random-{}-test"}
+    folders["small CNN"] = "cnn-{}"
+    seeds = {
+        name: [read(folder.format(seed))["macro_f1"] for seed in SEEDS] for name, folder in folders.items()
     }
-    base, linear, tuned = found["base"], found["probe"], found["tuned-test"]
+    means = {name: float(np.mean(values)) for name, values in seeds.items()}
+    several = len(SEEDS) > 1
     write_result(
         OUT,
         "built-in ECG, image reconstruction",
@@ -143,16 +157,16 @@ def report(out):
         OUT,
         "built-in rhythms, fine-tuned",
         "macro-F1",
-        tuned["macro_f1"],
-        {
-            "random weights, fine-tuned": found["random-test"]["macro_f1"],
-            "random forest": found["forest"]["macro_f1"],
-            "small CNN": found["cnn"]["macro_f1"],
-            "most frequent class": linear["chance"],
+        means.pop("fine-tuned"),
+        means | {"random forest": read("forest")["macro_f1"], "most frequent class": linear["chance"]},
+        interval=interval_of(seeds["fine-tuned"]) if several else read(first)["macro_f1_95"],
+        figures=[(out / first / "figures" / "confusion.png", "fine-tuned, test records")],
+        note="Windows of 10 s of subjects that no training saw. "
+        + (f"Means and interval over {len(SEEDS)} training seeds." if several else "One training seed."),
+        details={
+            "seeds": seeds,
+            "intervals": {k: interval_of(v) for k, v in seeds.items()} if several else {},
         },
-        interval=tuned["macro_f1_95"],
-        figures=[(out / "tuned-test" / "figures" / "confusion.png", "fine-tuned, test records")],
-        note="Windows of 10 s of subjects that no training saw.",
         headline=True,
     )
 
