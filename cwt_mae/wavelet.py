@@ -220,7 +220,8 @@ def complete(operator, derive, plain):
         # In C++, because a compiled graph enters levels of dual numbers there
         primal, tangent = torch._VF._unpack_dual(x, level=0)
         if tangent is None and x.requires_grad and torch._C._functorch.is_functorch_wrapped_tensor(x):
-            return plain(x, *settings)
+            with torch.autocast(x.device.type, enabled=False):
+                return plain(x, *settings)
         if tangent is None:
             return reverse(keys, x, *settings)
         found = operator(primal, *settings)

@@ -210,7 +210,10 @@ def test_autocast_leaves_the_transform_in_float32():
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(cwt_wrap(x, 16), expected) and cwt_wrap(x.bfloat16(), 16).dtype == torch.float32
         plain = cwt_wrap(x.clone().requires_grad_(), 16)
+        graded = torch.func.grad(lambda z: cwt_wrap(z, 16).square().sum())(x)
     assert plain.dtype == torch.float32 and (plain - expected).abs().max() < 1e-5
+    wanted = torch.func.grad(lambda z: cwt_wrap(z, 16).square().sum())(x)
+    assert (graded - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
 @pytest.mark.parametrize("legacy", [False, True])

@@ -116,7 +116,7 @@ def draw(folder: Path, patients: int, seed: int):
         (home / "scp_statements.csv").write_text("\n".join(lines) + "\n")
 
 
-def forest(data, level: str, seed: int) -> dict:
+def forest(data, level: str, seed: int, draws: int) -> dict:
     """Scores of fold 10 by a random forest on quantiles, and on mean and largest change, of each lead."""
     store = build_store([data], Preprocess(WINDOW["model_fs"], channel=WINDOW["channel"]))
     length = round(10 * WINDOW["model_fs"])
@@ -137,11 +137,11 @@ def forest(data, level: str, seed: int) -> dict:
         if len(trees.classes_) == 2:
             found[:, c] = trees.predict_proba(numbers(test))[:, 1]
     mean, targets, rows = by_record(found, DownstreamClassificationDataset(store, test, length))
-    return label_scores(mean, targets, task.classes, store.records["subject"][rows], 1000)
+    return label_scores(mean, targets, task.classes, store.records["subject"][rows], draws)
 
 
 def main(args):
-    data, out = args.data, args.out
+    data, out, draws = args.data, args.out, size(1000, smoke=20)  # of patients, for the intervals
     if data is None:
         data = out / "data"
         draw(data, size(300, smoke=40), args.seed)
@@ -157,6 +157,7 @@ def main(args):
         lr=2e-3,
         windows=size(1600, smoke=32),
         max_steps=size(STEPS, smoke=3),
+        eval_windows=size(256, smoke=4),
         log_every=50,
         out=out / "base",
     )
@@ -180,12 +181,15 @@ def main(args):
             out=out / name,
         )
         model = out / name / "model.safetensors"
-        stage("cwt_mae/test.py", model=model, data=data, out=out / f"{name}-test", overwrite=True, threads=1)
+        scored = dict(data=data, resamples=draws, overwrite=True, threads=1, out=out / f"{name}-test")
+        stage("cwt_mae/test.py", model=model, **scored)
         found[name] = read_json(out / f"{name}-test" / "metrics.json")
-    found["forest"] = forest(data, args.level, args.seed)
+    found["forest"] = forest(data, args.level, args.seed, draws)
     ours = found["tuned"]
     print(
-        json.dumps({name: [value["macro_auroc"], value["macro_auroc_95"]] for name, value in found.items()})
+        json.dumps(
+            {name: [value["macro_auroc"], value.get("macro_auroc_95")] for name, value in found.items()}
+        )
     )
     write_result(
         out.parent,
