@@ -153,6 +153,7 @@ def main(args):
         **common,
         **WINDOW,
         config=ROOT / "cwt_mae" / "config_small.yaml",
+        set=size(None, smoke=["depth=1", "embed_dim=16", "decoder_embed_dim=16"]),
         batch_size=16,
         lr=2e-3,
         windows=size(1600, smoke=32),
