@@ -232,7 +232,7 @@ def complete(operator, derive, plain):
 
     with warnings.catch_warnings():  # that it stands in the place of torch's own
         warnings.simplefilter("ignore", UserWarning)
-        operator._lib.impl(operator._name, kernel, "Autograd", with_keyset=True)
+        operator._lib.impl(operator._name, kernel, "Autograd", with_keyset=True, allow_override=True)
 
 
 def _derive(tangent, outputs, mask, scales, points, normalize):
