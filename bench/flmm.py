@@ -11,7 +11,6 @@ fresh process for each mode. Prints tables and writes bench/results/flmm.json.
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -27,7 +26,7 @@ from transformers import AutoModel, LlamaConfig, SamConfig, SamModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from bench.measure import added_peak_mb
+from bench.measure import added_peak_mb, processor
 from common.checkpoint import atomic_write
 from common.errors import UserError, run
 from flmm.data.samples import SampleBuilder, caption_of_phrases
@@ -362,7 +361,7 @@ def main(args):
         raise UserError("--gpu: no accelerator here; leave the option out")
     results = {
         "machine": {
-            "cpu": platform.processor() or platform.machine(),
+            "cpu": processor(),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "load": os.getloadavg()[0],
