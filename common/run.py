@@ -222,8 +222,8 @@ def _commit() -> str:
 
 
 def seed_everything(seed: int, rank: int = 0):
-    """Seed Python, numpy and torch. Same `seed` everywhere for the weights; add the rank for masks and
-    dropout."""
+    """Seed Python, numpy and torch. Same `seed` everywhere for the weights; common.train.start adds the rank
+    for dropout."""
     random.seed(seed + rank)
     np.random.seed((seed + rank) % 2**32)
     torch.manual_seed(seed + rank)

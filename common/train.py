@@ -147,7 +147,8 @@ class Run:
     stop: StopSignal
     evaluate: object = None  # function of no arguments that returns the scores of an evaluation
     sums: dict = field(default_factory=dict)  # of this step's micro-batches, on the device
-    unread: list = field(default_factory=list)  # (step, what, batch names, value): not yet known to be finite
+    names: list = field(default_factory=list)  # of this step's samples, one iterable for each micro-batch
+    unread: list = field(default_factory=list)  # (step, what, names, value): not yet known to be finite
     samples: int = 0  # since the last log line, on this process
     clock: float = field(default_factory=time.monotonic)
     profiler: object = None
@@ -173,6 +174,7 @@ def start(accelerator, args, steps: int, optimizers, evaluate=None, **state) -> 
         return Run(accelerator, args, steps, optimizers, run_state, None, None)
 
     # loading brings the rates, peaks and decays of before; those of this command line are to count
+    found = None
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
     if getattr(args, "resume", False):
@@ -187,6 +189,11 @@ def start(accelerator, args, steps: int, optimizers, evaluate=None, **state) -> 
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         for group, own in zip(groups, settings):
             group.update(own)
+
+    # the weights are there, equal on all processes: what is drawn from here on is dropout, for other samples
+    # on each; a checkpoint brings the states of each process
+    if found is None and accelerator.process_index:
+        seed_everything(args.seed, accelerator.process_index)
 
     # from here on the run is this command's: the checkpoint was seen to fit
     if accelerator.is_main_process:
@@ -355,6 +362,7 @@ def check_finite(run: Run, names, loss, **parts):
     # sums stay on the device: reading one here would make the GPU wait at every batch
     for name, value in {"loss": loss, **parts}.items():
         run.sums[name] = run.sums.get(name, 0.0) + value.detach()
+    run.names.append(names)
     run.unread.append((run.state["step"] + 1, "loss", names, loss.detach()))
     if run.accelerator.device.type == "cpu":
         look(run)
@@ -421,10 +429,11 @@ def update(run: Run, model, optimizers, factor: float):
 
         # fp16's scaler leaves out steps with inf by itself.
         if norm is not None and accelerator.scaler is None:
-            names = run.unread[-1][2] if run.unread else ["see the log"]
+            names = itertools.chain.from_iterable(run.names)
             run.unread.append((run.state["step"] + 1, "gradient norm", names, norm.detach()))
             if accelerator.device.type == "cpu":
                 look(run)
+        run.names = []
         run.state["step"] += 1
 
     # between two steps these are no-ops: accelerate's optimizers look at sync_gradients themselves
@@ -482,11 +491,14 @@ def _scores(run: Run) -> dict:
     # no evaluation of weights that went wrong. A stop signal ends it, so that the checkpoint is written
     # in time; `batches` makes up for it after --resume.
     look(run)
+    began = time.monotonic()
     try:
         return run.evaluate()
     except EvaluationStopped:
         run.state["owes_evaluation"] = True
         return {}
+    finally:
+        run.clock += time.monotonic() - began  # the samples a second are those of training
 
 
 def finish_step(run: Run, grad=None, save: bool = False, **scores) -> Path | None:

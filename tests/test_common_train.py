@@ -3,11 +3,13 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ from common.errors import Interrupted, UserError
 from common.train import lr_at, parameter_groups
 from tests import toy_run
 from tests.quick_python import python
+from tests.sharded import world
 
 TOY = str(Path(toy_run.__file__))
 
@@ -114,6 +117,53 @@ def test_a_count_of_zero_gives_a_share_of_zero_not_nan(toy, monkeypatch):
     assert float(shares[0]) == 0.0
 
 
+class Second:
+    """An accelerator that claims to be that of the second process."""
+
+    process_index = 1
+
+    def __init__(self, accelerator):
+        self.accelerator = accelerator
+
+    def __getattr__(self, name):
+        return getattr(self.accelerator, name)
+
+
+def test_each_process_draws_dropout_of_its_own(toy, monkeypatch):
+    states = {}
+
+    def begin(accelerator, *rest):
+        before = torch.get_rng_state()
+        second = train.start(Second(accelerator), *rest)
+        second.stop.restore()
+        second.log.close()
+        states[1] = torch.get_rng_state()
+        torch.set_rng_state(before)
+        run = train.start(accelerator, *rest)
+        states[0] = torch.get_rng_state()
+        assert torch.equal(states[0], before)  # one process draws as it always did
+        return run
+
+    monkeypatch.setattr(toy_run, "start", begin)
+    toy("a", "--max-steps", 1, "--seed", 3)
+    assert torch.equal(states[1], torch.Generator().manual_seed(4).get_state())
+
+
+@pytest.mark.slow
+def test_dropout_of_two_processes_goes_on_to_the_bit_and_leaves_equal_weights(tmp_path):
+    options = ["--batch-size", 4, "--max-steps", 4, "--save-every", 2, "--dropout", 0.5]
+
+    def run(*more):
+        done = world(toy_run, ["--out", tmp_path / "two", *options, *more], tmp_path / "log")
+        assert done.returncode == 0, done.text
+        return [line for line in done.text.splitlines() if line.startswith(("final", "weights"))]
+
+    whole = run()
+    assert len(whole) == 3 and len({line for line in whole if line.startswith("weights")}) == 1
+    shutil.rmtree(tmp_path / "two/checkpoints/step-00000004")
+    assert run("--resume") == whole
+
+
 # --- finite or refused
 
 
@@ -124,6 +174,34 @@ def test_a_loss_that_is_not_finite_is_refused_before_anything_is_saved(toy, tmp_
     saved = sorted((tmp_path / "a/checkpoints").glob("step-*")) if step > 5 else []
     assert [int(p.name[5:]) for p in saved] == [s for s in (5, 10, 15) if s < step]
     assert not any(damage(p) for p in saved)
+
+
+def test_a_gradient_that_is_not_finite_is_told_with_the_samples_of_its_step(toy, monkeypatch):
+    note = toy_run.update
+
+    def spoil(run, model, *rest):
+        if run.state["step"] == 2:
+            next(model.parameters()).grad.fill_(torch.inf)
+        return note(run, model, *rest)
+
+    monkeypatch.setattr(toy_run, "update", spoil)
+    four = "; batch: " + ", ".join([r"record-\d+"] * 4) + "; no checkpoint"
+    with pytest.raises(UserError, match=f"gradient norm is (nan|inf) at step 3{four}"):
+        toy("a", "--batch-size", 2, "--accum", 2)
+
+
+def test_the_time_of_an_evaluation_is_not_that_of_training(toy, monkeypatch):
+    now, note = [0.0], toy_run.update
+
+    def spend(seconds, result=None):
+        now[0] += seconds
+        return result
+
+    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(toy_run, "update", lambda *a: spend(1, note(*a)))
+    monkeypatch.setattr(toy_run, "watched", lambda run, loader: spend(100, loader))
+    _, log, _ = toy("a", "--max-steps", 5, "--eval-every", 2)
+    assert [line["samples_per_s"] for line in log[1:]] == [8.0] * 4 and "odd" in log[1] and "odd" in log[3]
 
 
 def test_weights_that_are_not_finite_are_never_saved(toy, tmp_path):

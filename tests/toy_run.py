@@ -43,6 +43,7 @@ class Noise(torch.utils.data.Dataset):
 def parse_args(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("--width", type=int, default=16, help="hidden width; large makes saving slow")
+    parser.add_argument("--dropout", type=float, default=0, help="dropout of the input")
     parser.add_argument("--pause", type=float, default=0, help="seconds of sleep after each step")
     parser.add_argument(
         "--pause-at-end", type=float, default=0, help="seconds that the closing evaluation takes"
@@ -73,7 +74,8 @@ def main(args):
     run = start(accelerator, args, steps, [optimizer], evaluate)
     for batch, share in batches(run, loader, count=lambda batch: batch["weight"].sum()):
         with accelerator.accumulate(model):
-            error = (model(batch["x"]) - batch["x"]).square().mean(1)
+            x = torch.nn.functional.dropout(batch["x"], args.dropout) if args.dropout else batch["x"]
+            error = (model(x) - batch["x"]).square().mean(1)
             loss = (error * batch["weight"]).sum() / batch["weight"].sum() * share
             if run.state["step"] + 1 == args.nan_at:
                 loss = loss * torch.nan
@@ -89,6 +91,8 @@ def main(args):
 
     time.sleep(args.pause_at_end)
     finish(run)
+    if args.dropout:
+        print("weights", [p.double().sum().item().hex() for p in model.parameters()])
     weights = export_state(accelerator, model)
     if accelerator.is_main_process:
         total = torch.cat([value.flatten() for value in weights.values()]).double().sum().item()
