@@ -78,6 +78,73 @@ def refuse(args, names, why: str):
             raise UserError(f"--{name.replace('_', '-')} has no effect {why}; leave it out")
 
 
+# destination: (group, upstream's names, default, type, help)
+NUMBERS = {
+    "lr": ("optimisation", ["learning-rate"], 1e-4, number(float, 0), "peak learning rate"),
+    "batch_size": (
+        "optimisation",
+        ["per-device-train-batch-size"],
+        1,
+        number(int, 1),
+        "samples per process and forward pass",
+    ),
+    "accum": (
+        "optimisation",
+        ["gradient-accumulation-steps"],
+        1,
+        number(int, 1),
+        "batches accumulated in one optimizer step",
+    ),
+    "epochs": (
+        "optimisation",
+        ["num-train-epochs"],
+        1.0,
+        number(float, 0),
+        "passes over the data; --max-steps takes their place",
+    ),
+    "max_steps": ("optimisation", ["steps"], 0, number(int, 0), "optimizer steps; 0: --epochs decides"),
+    "warmup": (
+        "optimisation",
+        ["warmup-steps"],
+        0.05,
+        number(float, 0),
+        "linear warm-up: below 1 a fraction of all steps, from 1 on a number of steps",
+    ),
+    "weight_decay": ("optimisation", [], 0.01, number(float, 0), "weight decay of AdamW"),
+    "clip": (
+        "optimisation",
+        ["max-grad-norm"],
+        1.0,
+        number(float, 0),
+        "largest norm of the gradient; 0: no clipping",
+    ),
+    "workers": (
+        "run",
+        ["dataloader-num-workers"],
+        0,
+        number(int, 0),
+        "loader processes for each training process",
+    ),
+    "seed": ("run", [], 0, number(int, 0), "random seed of the weights, the order and every other draw"),
+    "log_every": ("run", ["logging-steps"], 20, number(int, 1), "optimizer steps between log lines"),
+    "save_every": (
+        "run",
+        ["save-steps"],
+        1000,
+        number(int, 0),
+        "optimizer steps between checkpoints; 0: only at the end",
+    ),
+    "keep": ("run", ["save-total-limit"], 3, number(int, 1), "newest checkpoints to keep"),
+    "eval_every": (
+        "run",
+        ["eval-steps"],
+        0,
+        number(int, 0),
+        "optimizer steps between evaluations; 0: only at the end",
+    ),
+}
+
+
 def add_run_arguments(parser, omit=(), **defaults):
     """Add the flags of every training script, in the groups "optimisation" and "run"; upstream's names are
     aliases.
@@ -85,76 +152,24 @@ def add_run_arguments(parser, omit=(), **defaults):
     omit: destinations that this script has no use for. defaults: its own values, by destination, such as
     lr=1e-3.
     """
-    optim, run = parser.add_argument_group("optimisation"), parser.add_argument_group("run")
-    count, steps = number(int, 1), number(int, 0)
-    flags = {
-        "lr": (optim, ["learning-rate"], 1e-4, number(float, 0), "peak learning rate"),
-        "batch_size": (
-            optim,
-            ["per-device-train-batch-size"],
-            1,
-            count,
-            "samples per process and forward pass",
-        ),
-        "accum": (
-            optim,
-            ["gradient-accumulation-steps"],
-            1,
-            count,
-            "batches accumulated in one optimizer step",
-        ),
-        "epochs": (
-            optim,
-            ["num-train-epochs"],
-            1.0,
-            number(float, 0),
-            "passes over the data; --max-steps takes their place",
-        ),
-        "max_steps": (optim, ["steps"], 0, steps, "optimizer steps; 0: --epochs decides"),
-        "warmup": (
-            optim,
-            ["warmup-steps"],
-            0.05,
-            number(float, 0),
-            "linear warm-up: below 1 a fraction of all steps, from 1 on a number of steps",
-        ),
-        "weight_decay": (optim, [], 0.01, number(float, 0), "weight decay of AdamW"),
-        "clip": (
-            optim,
-            ["max-grad-norm"],
-            1.0,
-            number(float, 0),
-            "largest norm of the gradient; 0: no clipping",
-        ),
-        "workers": (run, ["dataloader-num-workers"], 0, steps, "loader processes for each training process"),
-        "seed": (run, [], 0, number(int, 0), "random seed of the weights, the order and every other draw"),
-        "log_every": (run, ["logging-steps"], 20, count, "optimizer steps between log lines"),
-        "save_every": (
-            run,
-            ["save-steps"],
-            1000,
-            steps,
-            "optimizer steps between checkpoints; 0: only at the end",
-        ),
-        "keep": (run, ["save-total-limit"], 3, count, "newest checkpoints to keep"),
-        "eval_every": (
-            run,
-            ["eval-steps"],
-            0,
-            steps,
-            "optimizer steps between evaluations; 0: only at the end",
-        ),
-    }
+    groups = {name: parser.add_argument_group(name) for name in ("optimisation", "run")}
     unknown = [
         name
         for name in (*defaults, *omit)
-        if name not in flags and name not in ("out", "precision", "resume")
+        if name not in NUMBERS and name not in ("out", "precision", "resume")
     ]
     assert not unknown, f"no run flag is called {unknown[0]}"
-    for name, (group, others, value, kind, text) in flags.items():
+    for name, (group, others, value, kind, text) in NUMBERS.items():
         if name not in omit:
             names = [f"--{n}" for n in (name.replace("_", "-"), *others)]
-            group.add_argument(*names, dest=name, type=kind, default=defaults.get(name, value), help=text)
+            groups[group].add_argument(
+                *names, dest=name, type=kind, default=defaults.get(name, value), help=text
+            )
+    _add_other_arguments(parser, *groups.values(), omit, defaults)
+
+
+def _add_other_arguments(parser, optim, run, omit, defaults):
+    """The flags of `add_run_arguments` that are no numbers."""
     optim.add_argument(
         "--precision",
         "--mixed-precision",
