@@ -145,7 +145,7 @@ def frozen_part(config, args, accelerator, sam_encoder):
     missing = [split for split in splits if cache is None or not any((cache / split).glob("features-*.h5"))]
     meet()  # all processes have looked before one of them writes
     if not missing:
-        refuse(args, ["attention", "shard_base"], f"because {cache} holds the features already")
+        refuse(args, ["attention"], f"because {cache} holds the features already")
 
     # the data are checked before the base is loaded, which happens only if it has to run
     base, dims = None, None
