@@ -124,11 +124,12 @@ def check_augmentation(files: list[SignalFile], augmentation: Augmentation):
             )
 
 
-def refuse_shared(train: list[SignalFile], others: list[SignalFile], option: str):
-    """Raise UserError when a file of signals, followed through links, is for training and for `option`."""
-    shared = {f.path.resolve() for f in train} & {f.path.resolve() for f in others}
+def refuse_shared(files: list[SignalFile], others: list[SignalFile], option: str, what="training"):
+    """Raise UserError when a file of signals, followed through links, is among the `what` files and for
+    `option`."""
+    shared = {f.path.resolve() for f in files} & {f.path.resolve() for f in others}
     if shared:
-        raise UserError(f"{option}: {min(shared)} is among the training files, too; give other signals")
+        raise UserError(f"{option}: {min(shared)} is among the {what} files, too; give other signals")
 
 
 class Records:
@@ -571,6 +572,8 @@ class SignalDataset(Dataset):
                 known = name in file.columns
                 values.append(file.column(name)[good] if known else np.full(len(good), np.nan))
         self.owner, self.index = np.concatenate(owner), np.concatenate(index)
+        if not len(self.index):
+            raise UserError(f"{self.files[0].path}: no usable signal is left of {sum(self.skipped.values())}")
         self.columns = {name: np.concatenate(values) for name, values in self.columns.items()}
 
     def __len__(self):

@@ -26,7 +26,7 @@ from common.errors import UserError, run
 from common.figures import draw_confusion
 from common.files import reading
 from common.run import describe, open_run, seed_everything
-from common.sharding import refuse_sharding
+from common.sharding import prepare, refuse_sharding
 from common.together import meet
 from common.train import (
     batches,
@@ -90,35 +90,8 @@ def parse_args(argv=None):
         help="leave out signals with nan, inf or only zeros instead of stopping",
     )
 
-    # the encoder, how its tokens become one vector for a signal, and what else it learns from
     model = parser.add_argument_group("model")
-    model.add_argument(
-        "--encoder",
-        choices=("sit", "cnn"),
-        default="sit",
-        help="sit: the one in --signal-encoder-path; cnn: a convolutional one from random weights, best with "
-        "many labels",
-    )
-    model.add_argument("--signal-encoder-path", type=Path, help="folder of the encoder, or its weight file")
-    model.add_argument(
-        "--pooling",
-        choices=("cls", "mean"),
-        help="what the head reads of the encoder: its cls token, or the mean over the IQ tokens; without it "
-        "as the encoder's configuration says",
-    )
-    model.add_argument(
-        "--teacher",
-        type=Path,
-        help="model/ folder of an earlier run on these classes, which sees every signal without the noise of "
-        "--noise-db: the model learns its probabilities beside the labels",
-    )
-
-    # controls: what pre-training is worth (most with few labels), and what its features hold as they are
-    model.add_argument(
-        "--random-encoder", action="store_true", help="control: the encoder's sizes without its weights"
-    )
-    model.add_argument("--linear-probe", action="store_true", help="train the head on a frozen encoder")
-
+    add_model_arguments(model)
     model.add_argument(
         "--optimizer",
         choices=("adamw", "muon"),
@@ -128,6 +101,37 @@ def parse_args(argv=None):
 
     add_run_arguments(parser, lr=1e-3, batch_size=32, max_steps=500, weight_decay=0.05, log_every=50)
     return parser.parse_args(argv)
+
+
+def add_model_arguments(group):
+    """The encoder, what its head reads, and the controls."""
+    # the encoder, how its tokens become one vector for a signal, and what else it learns from
+    group.add_argument(
+        "--encoder",
+        choices=("sit", "cnn"),
+        default="sit",
+        help="sit: the one in --signal-encoder-path; cnn: a convolutional one from random weights, best with "
+        "many labels",
+    )
+    group.add_argument("--signal-encoder-path", type=Path, help="folder of the encoder, or its weight file")
+    group.add_argument(
+        "--pooling",
+        choices=("cls", "mean"),
+        help="what the head reads of the encoder: its cls token, or the mean over the IQ tokens; without it "
+        "as the encoder's configuration says",
+    )
+    group.add_argument(
+        "--teacher",
+        type=Path,
+        help="model/ folder of an earlier run on these classes, which sees every signal without the noise of "
+        "--noise-db: the model learns its probabilities beside the labels",
+    )
+
+    # controls: what pre-training is worth (most with few labels), and what its features hold as they are
+    group.add_argument(
+        "--random-encoder", action="store_true", help="control: the encoder's sizes without its weights"
+    )
+    group.add_argument("--linear-probe", action="store_true", help="train the head on a frozen encoder")
 
 
 def read_data(args) -> tuple[SignalDataset, SignalDataset | None, SignalDataset, list[str]]:
@@ -167,10 +171,10 @@ def join_classes(train, *others) -> list[str]:
     for data in (train, *others):
         for f, file in enumerate(data.files):
             rows, own = data.owner == f, file.classes or first
-            label = data.columns["label"][rows].astype(int)
-            if label.max() >= len(own):
+            label = data.columns["label"][rows].astype(int)  # none where --skip-bad left out all signals
+            if (highest := label.max(initial=-1)) >= len(own):
                 raise UserError(
-                    f"{file.path}: label {label.max()} is not among the {len(own)} classes {', '.join(own)}"
+                    f"{file.path}: label {highest} is not among the {len(own)} classes {', '.join(own)}"
                 )
             if unknown := [own[k] for k in np.unique(label) if own[k] not in names]:
                 raise UserError(
@@ -181,13 +185,14 @@ def join_classes(train, *others) -> list[str]:
 
 
 def regression_scales(args, train) -> dict[str, float]:
-    """{regression task: mean magnitude over the training signals} of the tasks that have any value; empty
-    without --multitask."""
+    """{regression task: mean magnitude over the training signals, 1 where all are zero} of the tasks that
+    have any value; empty without --multitask."""
     if not args.multitask:
         return {}
     # samples, counts and dB: divided by this, an error of 1 is as large as a typical value in every task
     known = {name: train.columns[name] for name in REGRESSION_TASKS}
-    scales = {name: float(np.nanmean(np.abs(v))) for name, v in known.items() if np.isfinite(v).any()}
+    known = {name: v[np.isfinite(v)] for name, v in known.items()}
+    scales = {name: float(np.abs(v).mean()) or 1.0 for name, v in known.items() if len(v)}
     if not scales:
         raise UserError(
             f"--multitask: {args.train[0]} has none of the datasets {', '.join(REGRESSION_TASKS)}"
@@ -308,12 +313,16 @@ def score(label, predicted, snr) -> dict:
 
 
 def regression_errors(values, train, test) -> dict:
-    """Mean absolute error of every regression, beside that of the training median."""
+    """Mean absolute error of every regression that the test signals have values of, beside that of the
+    training median."""
     errors = {}
     for name, guess in values.items():
+        known, learned = (np.isfinite(data.columns[name]) for data in (test, train))
+        if not known.any():
+            continue
+
         # the median is what mean absolute error is least for, if nothing of the signal is known
-        known = np.isfinite(test.columns[name])
-        truth, median = test.columns[name][known], float(np.nanmedian(train.columns[name]))
+        truth, median = test.columns[name][known], float(np.median(train.columns[name][learned]))
         errors[f"mae_{name}"] = {
             "model": float(np.abs(guess[known] - truth).mean()),
             "training median": float(np.abs(median - truth).mean()),
@@ -321,8 +330,8 @@ def regression_errors(values, train, test) -> dict:
     return errors
 
 
-def main(args):
-    # labelled signals; everything is checked before anything is written
+def check_options(args):
+    """Refuse what is missing and what would have no effect."""
     if not args.val:
         refuse(args, ["eval_every"], "without --val")
     if args.noise_db is None or args.multitask:
@@ -332,8 +341,30 @@ def main(args):
     elif args.signal_encoder_path is None:
         raise UserError("--signal-encoder-path is missing; give the encoder's folder, or --encoder cnn")
 
+
+def save_results(args, model, train, test, classes: list[str], scales: dict):
+    """Write the model, and what it is worth on the test signals."""
+    # the weights first: they are what took the time
+    with atomic_dir(args.out / "model") as folder:
+        model.save_pretrained(folder)
+
+    predicted, values = predict(model, test, scales)
+    label = test.columns["label"].astype(int)
+    metrics = score(label, predicted, test.columns["snr"]) | regression_errors(values, train, test)
+    atomic_json(args.out / "metrics.json", metrics)
+
+    matrix = np.zeros((len(classes), len(classes)), int)  # (truth, prediction)
+    np.add.at(matrix, (label, predicted), 1)
+    draw_confusion(matrix, classes, args.out / "figures" / "confusion.png", "fraction of signals")
+    print("\n".join(f"{k}: {v}" for k, v in metrics.items()))
+
+
+def main(args):
+    # labelled signals; everything is checked before anything is written
+    check_options(args)
     accelerator = make_accelerator(args)
-    refuse_sharding(accelerator, "it fits on every GPU; leave ACCELERATE_CONFIG unset, for DDP")
+    # one process predicts the test signals alone, for which it needs the whole model
+    refuse_sharding(accelerator, "the encoder fits on every GPU; leave ACCELERATE_CONFIG unset, for DDP")
     seed_everything(args.seed)
     train, val, test, classes = read_data(args)
     scales = regression_scales(args, train)
@@ -349,7 +380,7 @@ def main(args):
     about = describe(model)
     if args.compile:
         model.compile()
-    model, loader, *optimizers = accelerator.prepare(model, loader, *optimizers)
+    model, loader, *optimizers = prepare(accelerator, model, loader, *optimizers)
 
     # without DDP's wrapper, which would wait for the others where one process predicts alone
     plain = accelerator.unwrap_model(model)
@@ -359,8 +390,8 @@ def main(args):
     open_run(args.out, args, accelerator, args.resume, args.overwrite)
     accelerator.print(
         f"{about}; {len(train)} training and {len(test)} test signals, {len(classes)} classes; "
-        f"{args.batch_size} x "
-        f"{accelerator.num_processes} x {args.accum} signals a step, {steps} steps, lr {args.lr:g}"
+        f"{args.batch_size} x {accelerator.num_processes} x {args.accum} signals a step, {steps} steps, "
+        f"lr {args.lr:g}"
     )
 
     # every process predicts all validation signals: there is nothing to gather
@@ -391,26 +422,12 @@ def main(args):
 
             check_finite(training, (f"signal {int(i)}" for i in batch["index"]), loss, **parts)
             accelerator.backward(loss)
-            factor = lr_at(training.state["step"], steps, args.warmup)
-            grad = update(training, model, optimizers, factor)
+            grad = update(training, model, optimizers, lr_at(training.state["step"], steps, args.warmup))
         if accelerator.sync_gradients:
             finish_step(training, grad=grad)  # validate where it is due, log, save, stop
 
-    # the model, and what it is worth on the test signals
     if accelerator.is_main_process:
-        # the weights first: they are what took the time
-        with atomic_dir(args.out / "model") as folder:
-            plain.save_pretrained(folder)
-
-        predicted, values = predict(plain, test, scales)
-        label = test.columns["label"].astype(int)
-        metrics = score(label, predicted, test.columns["snr"]) | regression_errors(values, train, test)
-        atomic_json(args.out / "metrics.json", metrics)
-
-        matrix = np.zeros((len(classes), len(classes)), int)  # (truth, prediction)
-        np.add.at(matrix, (label, predicted), 1)
-        draw_confusion(matrix, classes, args.out / "figures" / "confusion.png", "fraction of signals")
-        print("\n".join(f"{k}: {v}" for k, v in metrics.items()))
+        save_results(args, plain, train, test, classes, scales)
     finish(training)
     meet()
 

@@ -12,6 +12,7 @@ no trainer.
 """
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 
@@ -80,77 +81,8 @@ PRESETS = {
 def parse_args(argv=None):
     parser = Parser(__doc__)
 
-    # signals without labels; several are packed into a row, so that mixed lengths cost little padding
-    data = parser.add_argument_group("data")
-    data.add_argument(
-        "--data", type=Path, nargs="+", required=True, help=".h5 files, tar shards, or folders of them"
-    )
-    data.add_argument("--val", type=Path, nargs="+", help="the same for the closing measurement")
-    data.add_argument(
-        "--min-points",
-        type=number(int, 0),
-        default=0,
-        help="crop each signal to a random length between this many points and its own, log-uniform; 0: "
-        "whole",
-    )
-    data.add_argument(
-        "--row-tokens",
-        type=number(int, 0),
-        default=0,
-        help="tokens in a row that signals are packed into; 0: as many as the encoder has positions",
-    )
-
-    # with --noise-db and --target clean the model learns to denoise, not only to fill in
-    add_augmentation_arguments(data)
-    data.add_argument(
-        "--target",
-        choices=("signal", "clean"),
-        default="signal",
-        help="what is predicted: patches and spectra of the signal as it is read, or without the noise of "
-        "--noise-db",
-    )
-
-    data.add_argument(
-        "--skip-bad",
-        action="store_true",
-        help="leave out signals with nan, inf or only zeros instead of stopping",
-    )
-
-    # sizes of a preset or a file; a flag below overrules one of them where it is given, and has no default,
-    # or the file's value would never count
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "--preset", choices=PRESETS, default="base", help="sizes; base is the published 86 M encoder"
-    )
-    model.add_argument("--config", type=Path, help="config.json with the sizes, instead of --preset")
-    model.add_argument("--init", type=Path, help="encoder weights to start from, a file or folder")
-    model.add_argument(
-        "--patch", type=number(int, 1), help="points per patch instead of the preset's (published: 8)"
-    )
-    model.add_argument(
-        "--stem",
-        choices=("patch", "overlap"),
-        help="what a token is made of: its patch (as published), or also the visible ones beside it",
-    )
-
-    # what is predicted, and how much of the signal is left to predict it from
-    model.add_argument(
-        "--mask-ratio",
-        type=number(float, 0, 1),
-        help="fraction of the patches that is hidden (published: 0.75)",
-    )
-    model.add_argument(
-        "--norm-pix-loss",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="standardise each target patch",
-    )
-    model.add_argument(
-        "--spectrum-weight",
-        type=number(float, 0),
-        help="weight of a second target: the cls token predicts the log spectra of the signal, its powers "
-        "and its envelope; without it there is none",
-    )
+    add_data_arguments(parser.add_argument_group("data"))
+    add_model_arguments(parser.add_argument_group("model"))
 
     # no trainer was published to follow: weight decay (and AdamW's betas) are those of the image MAE
     optim = parser.add_argument_group("optimizer")
@@ -171,6 +103,82 @@ def parse_args(argv=None):
         parser, omit=["eval_every"], lr=1e-3, batch_size=32, max_steps=10000, weight_decay=0.05, epochs=0.0
     )
     return parser.parse_args(argv)
+
+
+def add_data_arguments(group):
+    """The signals, the rows that they are packed into, and what is predicted of them."""
+    # signals without labels; several are packed into a row, so that mixed lengths cost little padding
+    group.add_argument(
+        "--data", type=Path, nargs="+", required=True, help=".h5 files, tar shards, or folders of them"
+    )
+    group.add_argument("--val", type=Path, nargs="+", help="the same for the closing measurement")
+    group.add_argument(
+        "--min-points",
+        type=number(int, 0),
+        default=0,
+        help="crop each signal to a random length between this many points and its own, log-uniform; 0: "
+        "whole",
+    )
+    group.add_argument(
+        "--row-tokens",
+        type=number(int, 0),
+        default=0,
+        help="tokens in a row that signals are packed into; 0: as many as the encoder has positions",
+    )
+
+    # with --noise-db and --target clean the model learns to denoise, not only to fill in
+    add_augmentation_arguments(group)
+    group.add_argument(
+        "--target",
+        choices=("signal", "clean"),
+        default="signal",
+        help="what is predicted: patches and spectra of the signal as it is read, or without the noise of "
+        "--noise-db",
+    )
+
+    group.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="leave out signals with nan, inf or only zeros instead of stopping",
+    )
+
+
+def add_model_arguments(group):
+    """The sizes of the model, and how much of a signal is hidden from it."""
+    # sizes of a preset or a file; a flag below overrules one of them where it is given, and has no default,
+    # or the file's value would never count
+    group.add_argument(
+        "--preset", choices=PRESETS, default="base", help="sizes; base is the published 86 M encoder"
+    )
+    group.add_argument("--config", type=Path, help="config.json with the sizes, instead of --preset")
+    group.add_argument("--init", type=Path, help="encoder weights to start from, a file or folder")
+    group.add_argument(
+        "--patch", type=number(int, 1), help="points per patch instead of the preset's (published: 8)"
+    )
+    group.add_argument(
+        "--stem",
+        choices=("patch", "overlap"),
+        help="what a token is made of: its patch (as published), or also the visible ones beside it",
+    )
+
+    # what is predicted, and how much of the signal is left to predict it from
+    group.add_argument(
+        "--mask-ratio",
+        type=number(float, 0, 1),
+        help="fraction of the patches that is hidden (published: 0.75)",
+    )
+    group.add_argument(
+        "--norm-pix-loss",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="standardise each target patch",
+    )
+    group.add_argument(
+        "--spectrum-weight",
+        type=number(float, 0),
+        help="weight of a second target: the cls token predicts the log spectra of the signal, its powers "
+        "and its envelope; without it there is none",
+    )
 
 
 def signal_files(paths, option: str = "--data") -> list[str]:
@@ -242,7 +250,7 @@ def measure(model, packed, batches=16, batch_size=8):
     and by the mean over these signals}."""
     model.eval()
     config, sums, count, shown, spectra, missed = model.config, {}, 0, None, [], 0.0
-    for batch in list(DataLoader(packed, batch_size))[:batches]:
+    for batch in itertools.islice(DataLoader(packed, batch_size), batches):
         out = model(**{k: v.to(model.device) for k, v in batch.items()})
         mask, logits = out.mae_mask.cpu(), out.logits.float().cpu()
         patches, ids = batch["patches"], batch["sample_ids_seq"]

@@ -1,5 +1,6 @@
 """em_mllm: no signal of a training set is in validation, calibration or test; scores against closed forms."""
 
+import json
 from types import SimpleNamespace
 
 import h5py
@@ -15,10 +16,10 @@ import em_mllm.make_data
 import em_mllm.train
 from common.errors import UserError
 from common.tiny_llm import make_tokenizer
-from em_mllm.dataset import QuestionDataset, SignalDataset, SignalFile, task_pairs
+from em_mllm.dataset import PackedSignals, QuestionDataset, SignalDataset, SignalFile, task_pairs
 from em_mllm.em_foundation.models import SiTMAEConfig, SiTMAEForPreTraining
 from em_mllm.optim import make_optimizers
-from em_mllm.pretrain import signal_files, simple_guesses
+from em_mllm.pretrain import measure, signal_files, simple_guesses
 from em_mllm.scores import (
     HIGH_SNR_DB,
     accuracy_by,
@@ -317,6 +318,70 @@ def test_regression_targets_are_scaled_by_training_signals(data):
     )
     assert scales["pri"] == pytest.approx(expected)
     assert em_mllm.finetune.regression_scales(SimpleNamespace(multitask=False), None) == {}
+
+
+def test_a_regression_of_zeros_keeps_its_unit_and_infinite_values_scale_nothing():
+    columns = {name: np.array([np.nan, 0.0]) for name in em_mllm.finetune.REGRESSION_TASKS}
+    columns |= {
+        "isr": np.array([0.0, 0.0]),
+        "pri": np.array([np.inf, -3.0]),
+        "pulse_width": np.full(2, np.nan),
+    }
+    args = SimpleNamespace(multitask=True, train=["x.h5"])
+    scales = em_mllm.finetune.regression_scales(args, SimpleNamespace(columns=columns))
+    assert (scales["isr"], scales["pri"]) == (1.0, 3.0) and "pulse_width" not in scales
+    errors = em_mllm.finetune.regression_errors(
+        {"pri": np.array([1.0, 1.0]), "isr": np.array([1.0, 3.0])},
+        SimpleNamespace(columns=columns),
+        SimpleNamespace(columns={"pri": np.full(2, np.nan), "isr": np.zeros(2)}),
+    )
+    assert errors == {"mae_isr": {"model": 2.0, "training median": 0.0}}
+
+
+def test_a_file_whose_signals_are_all_left_out_takes_no_part_in_the_classes(tmp_path):
+    def write(name, iq, labels, classes):
+        with h5py.File(tmp_path / name, "w") as file:
+            file["IQ_data"], file["label"] = iq, np.array(labels, "f4")[:, None]
+            file.attrs["classes"] = json.dumps(classes)
+        return tmp_path / name
+
+    waves = np.random.default_rng(0).standard_normal((2, 64, 2)).astype("f4")
+    good = write("good.h5", waves, [0, 1], ["AM", "FM"])
+    bad = write("bad.h5", np.zeros_like(waves), [0, 7], ["PM", "FM"])
+    args = em_mllm.finetune.parse_args(
+        ["--train", str(bad), str(good), "--test", str(good), "--skip-bad", "--out", "x", "--encoder", "cnn"]
+    )
+    with pytest.raises(UserError, match="--test"):  # the same file for both
+        em_mllm.finetune.read_data(args)
+    other = write("other.h5", waves[::-1].copy(), [0, 1], ["FM", "AM"])
+    args.test = [other, write("bad too.h5", np.zeros_like(waves), [0, 7], ["PM", "FM"])]
+    train, _, test, classes = em_mllm.finetune.read_data(args)
+    assert len(train) == len(test) == 2 and train.skipped == {"is all zero": 2}
+    assert [classes[int(k)] for k in test.columns["label"]] == ["FM", "AM"]
+    with pytest.raises(UserError, match="bad.h5: no usable signal is left of 2"):
+        SignalDataset([bad], skip_bad=True)
+
+
+def test_the_closing_measurement_reads_the_rows_it_uses(data, monkeypatch):
+    config = SiTMAEConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        decoder_hidden_size=16,
+        decoder_num_hidden_layers=1,
+        decoder_num_attention_heads=2,
+        decoder_intermediate_size=16,
+        patch_size=(16, 1),
+        max_seq_len=(160, 1),
+        attention_type="sdpa",
+    )
+    signals = SignalDataset(signal_files([data / "test"]))
+    rows, read = PackedSignals(signals, config, config.num_positions, 0, shuffle=False), []
+    take = PackedSignals.__getitem__
+    monkeypatch.setattr(PackedSignals, "__getitem__", lambda self, i: (read.append(i), take(self, i))[1])
+    measure(SiTMAEForPreTraining(config), rows, batches=2, batch_size=3)
+    assert read == list(range(6)) and len(rows) > 6
 
 
 def test_confusion_matrix_has_the_truth_by_row(tmp_path):

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 import cwt_mae.finetune
 import cwt_mae.train
+import em_mllm.finetune
 import flmm.train
 from tests import toy_run
 from tests.sharded import checkpoint_weights, deepspeed_2_on_cpu, deepspeed_3_on_cpu, fsdp2_on_cpu, world
@@ -16,7 +17,7 @@ from tests.worlds import ct, em, llm  # noqa: F401  fixtures
 
 pytestmark = pytest.mark.slow
 SHARDED = [("em", "pretrain"), ("em", "train"), ("ct", "train"), ("llm", "heal")]
-WHOLE = [cwt_mae.train, cwt_mae.finetune, flmm.train]
+WHOLE = [cwt_mae.train, cwt_mae.finetune, em_mllm.finetune, flmm.train]
 
 
 class Training:
@@ -114,8 +115,10 @@ def test_small_models_refuse_to_be_sharded_in_one_line(script, tmp_path):
     options = {
         flmm.train: ["--config", scenes, "--base-path", "none"],
         cwt_mae.finetune: ["--task", "rhythm", "--pretrained", "none"],
+        em_mllm.finetune: ["--train", "none", "--test", "none", "--encoder", "cnn"],
     }
-    line = ["--data", "none", "--out", tmp_path / "run", *options.get(script, [])]
+    data = [] if script is em_mllm.finetune else ["--data", "none"]
+    line = [*data, "--out", tmp_path / "run", *options.get(script, [])]
     done = world(script, line, tmp_path / "log", before=fsdp2_on_cpu)
     assert done.returncode == 2 and "Traceback" not in done.text, done.text
     said = [line for line in done.text.splitlines() if line.startswith("error: FSDP2 would")]

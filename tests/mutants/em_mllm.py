@@ -45,7 +45,7 @@ MUTANTS = [
     ),
     Mutant(
         "em_mllm/finetune.py",
-        "predicted, values = predict(plain, test, scales)",
+        "predicted, values = predict(model, test, scales)",
         "predicted, values = predict(plain, train, scales)",
         SPLITS,
         "the test accuracy is measured on training signals",
@@ -133,8 +133,8 @@ MUTANTS = [
     ),
     Mutant(
         "em_mllm/finetune.py",
-        "truth, median = test.columns[name][known], float(np.nanmedian(train.columns[name]))",
-        "truth, median = test.columns[name][known], float(np.nanmedian(test.columns[name]))",
+        "truth, median = test.columns[name][known], float(np.median(train.columns[name][learned]))",
+        "truth, median = test.columns[name][known], float(np.median(test.columns[name][known]))",
         SPLITS,
         "the median baseline knows the test set",
     ),
