@@ -33,7 +33,14 @@ from common.files import read_json
 from common.llm import add_trust_argument
 from common.run import progress
 from em_mllm.answering import ask
-from em_mllm.dataset import QuestionCollator, QuestionDataset, indices, read_questions, task_pairs
+from em_mllm.dataset import (
+    QuestionCollator,
+    QuestionDataset,
+    indices,
+    read_questions,
+    refuse_shared,
+    task_pairs,
+)
 from em_mllm.iq_io import BLOCK, FORMATS, MANY, find_recordings, open_recording
 from em_mllm.model import base_folder, load_model, read_notes
 from em_mllm.options import extract_letter, looks_like_choice, parse_options, stated_letter
@@ -72,32 +79,41 @@ def parse_args(argv=None):
     )
     add_trust_argument(parser)
 
+    add_test_set_arguments(parser.add_argument_group("a test set"))
+    add_recording_arguments(parser.add_argument_group("recordings"))
+    return parser.parse_args(argv)
+
+
+def add_test_set_arguments(group):
+    """Questions from files, and what is made of their answers."""
     # questions from files, as in training; one that cannot be used stops the test, or the accuracies of two
     # tests would be over different questions
-    data = parser.add_argument_group("a test set")
-    data.add_argument("--task-dir", type=Path, help="folder in which every x.h5 has its x.json")
-    data.add_argument("--task-files", type=Path, nargs="+", help="instead of it: h5 json h5 json ...")
-    data.add_argument(
-        "--limit", type=number(int, 0), default=0, help="ask the first n questions of each file; 0: all"
+    group.add_argument("--task-dir", type=Path, help="folder in which every x.h5 has its x.json")
+    group.add_argument("--task-files", type=Path, nargs="+", help="instead of it: h5 json h5 json ...")
+    group.add_argument(
+        "--limit",
+        type=number(int, 0),
+        default=0,
+        help="ask the first n questions of each file of the test; 0: all",
     )
-    data.add_argument(
+    group.add_argument(
         "--skip-bad", action="store_true", help="leave out and count unusable questions and signals"
     )
 
     # how much of the accuracy comes from the signal, and how far an answer can be trusted. The calibration
     # needs questions of its own: fitted to those of the test, it would promise too much
-    data.add_argument(
+    group.add_argument(
         "--wrong-signal",
         action="store_true",
         help="control: also ask every question about a signal of another class",
     )
-    data.add_argument(
+    group.add_argument(
         "--calibrate-dir",
         type=Path,
         help="validation folder on which the temperature of the confidence is fitted, and the confidence "
         "below which the answer is that it cannot tell; written to --out",
     )
-    data.add_argument(
+    group.add_argument(
         "--target-accuracy",
         type=number(float, 0, 1),
         default=0.95,
@@ -105,40 +121,43 @@ def parse_args(argv=None):
     )
 
     # the competition's answer file
-    data.add_argument("--submission", type=Path, help="write the competition's answer file here")
-    data.add_argument("--team-name", default="team", help="name of the team in the answer file")
-    data.add_argument("--model-name", default="em_mllm", help="name of the model in the answer file")
-    data.add_argument("--validate", type=Path, help="check an answer file against the questions and stop")
+    group.add_argument("--submission", type=Path, help="write the competition's answer file here")
+    group.add_argument("--team-name", default="team", help="name of the team in the answer file")
+    group.add_argument("--model-name", default="em_mllm", help="name of the model in the answer file")
+    group.add_argument("--validate", type=Path, help="check an answer file against the questions and stop")
 
-    # signals without a question file: one question about each
-    one = parser.add_argument_group("recordings")
-    one.add_argument("--iq", type=Path, nargs="+", help=f"recordings, or folders of them: {FORMATS}")
-    one.add_argument(
+
+def add_recording_arguments(group):
+    """Signals without a question file: one question about each."""
+    group.add_argument("--iq", type=Path, nargs="+", help=f"recordings, or folders of them: {FORMATS}")
+    group.add_argument(
         "--iq-format",
         help="how raw samples are stored whose suffix does not say it: cs16, cf32, ..., or SigMF's names",
     )
-    one.add_argument(
+    group.add_argument(
         "--question",
         default="What is the modulation type of this signal?",
         help="what to ask; options as (A) ... (B) ... give a choice",
     )
-    one.add_argument(
+    group.add_argument(
         "--index", type=number(int, 0), default=0, help="which signal of a file that holds many, from 0"
     )
-    one.add_argument(
+    group.add_argument(
         "--fs", type=HERTZ, help="sampling rate in Hz, which a file that does not state it needs"
     )
 
     # a capture is longer than what the encoder takes, and mostly silence
-    one.add_argument(
+    group.add_argument(
         "--window",
-        type=count,
+        type=number(int, 1),
         help="points per window of a long recording; without it as many as the signals of training had",
     )
-    one.add_argument(
-        "--windows", type=count, default=16, help="largest number of windows to ask about, the strongest ones"
+    group.add_argument(
+        "--windows",
+        type=number(int, 1),
+        default=16,
+        help="largest number of windows to ask about, the strongest ones",
     )
-    return parser.parse_args(argv)
 
 
 # ---- asking
@@ -325,6 +344,31 @@ def load(args, accelerator):
     return model.to(accelerator.device), tokenizer, notes
 
 
+def read_held(args, data: QuestionDataset, options: dict) -> QuestionDataset:
+    """The questions of --calibrate-dir: all of them, about other signals than those of the test."""
+    held = QuestionDataset(task_pairs(args.calibrate_dir), **options)
+    refuse_shared(data.files, held.files, "--calibrate-dir", "test")
+
+    # told before the questions are asked, which may take hours
+    for row in range(len(held.records)):
+        record = held.records[row]
+        choice = parse_options(record)
+        if choice and extract_letter(record.get("answer") or "", choice):
+            return held
+    raise UserError(
+        f"--calibrate-dir {args.calibrate_dir}: no question has options and an answer among them, to "
+        "which the confidence could be fitted; give validation questions with answers"
+    )
+
+
+def calibrate(answers: list[dict], target: float) -> dict:
+    """The temperature and the threshold that answers to validation questions give."""
+    # temperature first: the threshold is one of the confidence that it gives
+    known = [a for a in answers if a.get("truth")]
+    temperature = fit_temperature(known)
+    return {"temperature": temperature, **choose_threshold(known, temperature, target)}
+
+
 def fill_unread(data: QuestionDataset, answers: list[dict]) -> int:
     """Give every question with options that could not be read the letter that its generated text states, or
     A; returns how many there are."""
@@ -381,10 +425,10 @@ def main(args):
         chat=notes.get("chat", False),
         skip_bad=args.skip_bad,
         default_fs=notes.get("default_fs", DEFAULT_FS),
-        limit=args.limit,
         signal=spec,
     )
-    data = QuestionDataset(task_pairs(args.task_dir, args.task_files), **options)
+    data = QuestionDataset(task_pairs(args.task_dir, args.task_files), limit=args.limit, **options)
+    held = read_held(args, data, options) if args.calibrate_dir else None
 
     # the answer file knows a question by its id alone
     ids = {data.records[r].get("id") for r in range(len(data.records))}
@@ -395,18 +439,10 @@ def main(args):
 
     # how sure an answer has to be, from validation questions; never kept in the model's folder
     how, extra = (accelerator, args.batch_size, args.max_new_tokens, notes.get("wordings")), {}
-    if args.calibrate_dir:
-        held = QuestionDataset(task_pairs(args.calibrate_dir), **options)
-        held = answer_set(model, tokenizer, held, *how)
-
-        # temperature first: the threshold is one of the confidence that it gives
-        known = [a for a in held if a.get("truth")]
-        temperature = fit_temperature(known)
-        calibration = {
-            "temperature": temperature,
-            **choose_threshold(known, temperature, args.target_accuracy),
-        }
-        extra["validation"] = score(held, calibration)
+    if held:
+        told = answer_set(model, tokenizer, held, *how)
+        calibration = calibrate(told, args.target_accuracy)
+        extra["validation"] = score(told, calibration)
 
     # the answers, and the control: the same questions about signals of other classes
     answers = answer_set(model, tokenizer, data, *how)

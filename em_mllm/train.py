@@ -66,20 +66,32 @@ from em_mllm.model import (
 )
 from em_mllm.optim import make_optimizers
 from em_mllm.options import extract_letter, parse_options
-from em_mllm.prepare import SignalSpec
+from em_mllm.prepare import AS_RECORDED, SignalSpec
 from em_mllm.signal_file import DEFAULT_FS, HERTZ
 
+# what checkpoints keep of the evaluations: the lowest loss, the newest, and evaluations since the lowest
+NOTHING_SEEN = {"best_loss": None, "best_step": 0, "seen_loss": None, "seen_step": None, "waited": 0}
 HELD_OUT = 50  # items held out for validation where no --val-dir is given, as upstream
 
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
 
+    add_data_arguments(parser.add_argument_group("data"))
+    add_model_arguments(parser.add_argument_group("model"))
+    add_optimizer_arguments(parser.add_argument_group("optimizer"))
+
+    # the seed's recipe: linear decay after 10 % warm-up; it does not clip, which is --clip 0
+    add_run_arguments(parser, out=Path("output"), lr=1e-4, batch_size=4, epochs=3.0, warmup=0.1)
+    return parser.parse_args(argv)
+
+
+def add_data_arguments(group):
+    """The questions and their signals, and what is done to them before the model reads them."""
     # every x.h5 has its x.json, as in the seed; both may also be named one by one
-    data = parser.add_argument_group("data")
-    data.add_argument("--task-dir", type=Path, help="folder in which every x.h5 has its x.json")
-    data.add_argument("--task-files", type=Path, nargs="+", help="instead of it: h5 json h5 json ...")
-    data.add_argument(
+    group.add_argument("--task-dir", type=Path, help="folder in which every x.h5 has its x.json")
+    group.add_argument("--task-files", type=Path, nargs="+", help="instead of it: h5 json h5 json ...")
+    group.add_argument(
         "--val-dir",
         type=Path,
         help=f"such a folder for validation; without it {HELD_OUT} items, and every other question about "
@@ -87,7 +99,7 @@ def parse_args(argv=None):
     )
 
     # the encoder is costly and a question is short: n of them can share one pass over their signal
-    data.add_argument(
+    group.add_argument(
         "--questions-per-signal",
         type=number(int, 0),
         default=0,
@@ -96,72 +108,25 @@ def parse_args(argv=None):
 
     # what is done to the recorded samples: augmentations are drawn anew each epoch, the rest is kept with
     # the model, because test.py must do the same
-    add_augmentation_arguments(data)
-    data.add_argument(
+    add_augmentation_arguments(group)
+    group.add_argument(
         "--fs", type=HERTZ, default=DEFAULT_FS, help="sampling rate in Hz of files without the attribute fs"
     )
-    data.add_argument(
+    group.add_argument(
         "--remove-dc", action="store_true", help="take the mean off the recorded samples of every signal"
     )
-    data.add_argument(
+    group.add_argument(
         "--resample",
         action="store_true",
         help="let the model bring signals of other sampling rates to the nearest one of training",
     )
 
     # what cannot be used stops the run before anything is written: left out in silence, it would be missed
-    data.add_argument(
+    group.add_argument(
         "--skip-bad",
         action="store_true",
         help="leave out and count unusable questions and signals instead of stopping",
     )
-
-    add_model_arguments(parser.add_argument_group("model"))
-
-    # which steps are made, and which weights become the model: with --eval-every the best, not the last
-    optim = parser.add_argument_group("optimizer")
-    optim.add_argument(
-        "--optimizer",
-        choices=("adamw", "muon"),
-        default="adamw",
-        help="muon: orthogonalised momentum for the matrices of the layers",
-    )
-    optim.add_argument(
-        "--schedule",
-        choices=("linear", "cosine"),
-        default="linear",
-        help="decay of the learning rate after warm-up",
-    )
-    optim.add_argument(
-        "--select",
-        choices=("best", "last"),
-        default="best",
-        help="which weights become the model: of the lowest validation loss at --eval-every, or the last",
-    )
-    optim.add_argument(
-        "--patience",
-        type=number(int, 0),
-        default=0,
-        help="stop after this many evaluations in a row without a lower validation loss; 0: never",
-    )
-
-    # less memory. Weights that are trained stay float32, or small updates are lost in bfloat16's rounding
-    # (upstream stores them in fp16, where AdamW made them nan)
-    optim.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="number format in which the language model is stored; bfloat16 for a frozen or adapted one",
-    )
-    optim.add_argument(
-        "--gradient-checkpointing",
-        action="store_true",
-        help="recompute activations in the backward pass: less memory, a third more time",
-    )
-
-    # the seed's recipe: linear decay after 10 % warm-up; it does not clip, which is --clip 0
-    add_run_arguments(parser, out=Path("output"), lr=1e-4, batch_size=4, epochs=3.0, warmup=0.1)
-    return parser.parse_args(argv)
 
 
 def add_model_arguments(group):
@@ -220,6 +185,19 @@ def add_model_arguments(group):
         help="lay the text out by the tokenizer's chat template instead of question eos answer eos",
     )
 
+    add_trained_arguments(group)
+
+    # for the starter kit's checkpoints: no patch sees another, the loss is over question and padding, too
+    group.add_argument(
+        "--legacy",
+        action="store_true",
+        help="the starter kit's arithmetic and labels, for those who hold its checkpoints",
+    )
+    add_trust_argument(group)
+
+
+def add_trained_arguments(group):
+    """What of the model is trained."""
     # what is trained beside the projector and the vectors of <IQ_START> and <IQ_END>, which always are
     group.add_argument(
         "--freeze-llm", action="store_true", help="do not train the language model, its head included"
@@ -238,14 +216,6 @@ def add_model_arguments(group):
     )
     add_lora_arguments(group)
 
-    # for the starter kit's checkpoints: no patch sees another, the loss is over question and padding, too
-    group.add_argument(
-        "--legacy",
-        action="store_true",
-        help="the starter kit's arithmetic and labels, for those who hold its checkpoints",
-    )
-    add_trust_argument(group)
-
 
 def add_lora_arguments(group):
     """What the adapters of --use-lora are like."""
@@ -261,6 +231,49 @@ def add_lora_arguments(group):
         nargs="+",
         default=list(LORA_TARGETS),
         help="names of the layers that get an adapter",
+    )
+
+
+def add_optimizer_arguments(group):
+    """How the steps are made, which weights are kept, and what saves memory."""
+    # which steps are made, and which weights become the model: with --eval-every the best, not the last
+    group.add_argument(
+        "--optimizer",
+        choices=("adamw", "muon"),
+        default="adamw",
+        help="muon: orthogonalised momentum for the matrices of the layers",
+    )
+    group.add_argument(
+        "--schedule",
+        choices=("linear", "cosine"),
+        default="linear",
+        help="decay of the learning rate after warm-up",
+    )
+    group.add_argument(
+        "--select",
+        choices=("best", "last"),
+        default="best",
+        help="which weights become the model: of the lowest validation loss at --eval-every, or the last",
+    )
+    group.add_argument(
+        "--patience",
+        type=number(int, 0),
+        default=0,
+        help="stop after this many evaluations in a row without a lower validation loss; 0: never",
+    )
+
+    # less memory. Weights that are trained stay float32, or small updates are lost in bfloat16's rounding
+    # (upstream stores them in fp16, where AdamW made them nan)
+    group.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="number format in which the language model is stored; bfloat16 for a frozen or adapted one",
+    )
+    group.add_argument(
+        "--gradient-checkpointing",
+        action="store_true",
+        help="recompute activations in the backward pass: less memory, a third more time",
     )
 
 
@@ -354,10 +367,11 @@ def inherit(args):
     # adapters of the earlier run go on with the sizes they have; peft stores their targets in any order
     if args.use_lora and notes["llm"] == "adapter":
         stored = read_json(args.trained_dir / "llm/adapter_config.json")
-        for name, key in (("lora_r", "r"), ("lora_alpha", "lora_alpha"), ("lora_dropout", "lora_dropout")):
-            contradiction(args, name, stored[key])
-        args.lora_targets = sorted(args.lora_targets)
-        contradiction(args, "lora_targets", sorted(stored["target_modules"]))
+        held = {"lora_r": stored["r"], **{f"lora_{k}": stored[f"lora_{k}"] for k in ("alpha", "dropout")}}
+        held["lora_targets"], args.lora_targets = sorted(stored["target_modules"]), sorted(args.lora_targets)
+        for name, value in held.items():
+            contradiction(args, name, value)
+            setattr(args, name, value)
 
 
 def make_data(args, tokenizer):
@@ -415,14 +429,15 @@ def trained_signal(args, found: SignalSpec) -> SignalSpec:
     if stored is None:  # a new model, or one of an edition that stored none
         return replace(found, remove_dc=args.remove_dc, resample=args.resample)
 
-    # a model that resamples brings the new signals to its own rates; under another view points and rates
-    # have another unit and cannot be joined
-    spec = SignalSpec.from_json(stored)
-    if spec.resample or (found.view, found.factor) != (spec.view, spec.factor):
-        return spec
+    # a model that resamples brings the new signals to its own rates
+    spec, view = SignalSpec.from_json(stored), (found.view, found.factor)
+    if spec.resample or view not in (AS_RECORDED, (spec.view, spec.factor)):
+        return spec  # rows of another view are refused when they are read
 
-    rates = tuple(sorted({*spec.rates, *found.rates}))
-    return replace(spec, points=max(spec.points, found.points), rates=rates)
+    # recorded samples go through the model's view, after which they are fewer and slower
+    share = spec.factor // found.factor
+    rates = tuple(sorted({*spec.rates, *(rate / share for rate in found.rates)}))
+    return replace(spec, points=max(spec.points, found.points // share), rates=rates)
 
 
 def make_model(args, files):
@@ -467,6 +482,18 @@ def make_model(args, files):
     return model, tokenizer
 
 
+def make_loaders(args, model, tokenizer, train_set, val_set):
+    """Loaders of the training and the validation items.
+
+    A batch holds whole items, so with --questions-per-signal its texts are more than --batch-size; a signal
+    stands in it once.
+    """
+    patch = model.signal_encoder.config.patch_size[0]
+    collate = QuestionCollator(patch, tokenizer.pad_token_id, model.legacy)
+    val_loader = make_loader(val_set, args, train=False, collate_fn=collate)
+    return make_loader(train_set, args, collate_fn=collate), val_loader
+
+
 @torch.no_grad()
 def align_projector(model, tokenizer, source: QuestionDataset, most=2048, ridge=1.0):
     """Fit the linear projector by least squares: features of a signal -> mean embedding of the words that its
@@ -498,6 +525,7 @@ def align_projector(model, tokenizer, source: QuestionDataset, most=2048, ridge=
     # every valid patch is to give the name of its signal: x (R, D), y (R, d_llm), without the factor that
     # `embed` puts on signal vectors
     inputs, targets = [], []
+    model.signal_encoder.eval()  # or batch norms would take the means of each 64 signals, and keep them
     for first in range(0, len(rows), 64):
         some = [source.signal_at(row) for row in rows[first : first + 64]]
         iq, lengths = collate_iq([x for x, _ in some], model.signal_encoder.config.patch_size[0])
@@ -568,28 +596,41 @@ def save(args, model, tokenizer, source):
 
 
 def keep_best(args, training, model, tokenizer, source, loss: float):
-    """Write the model where its validation loss is the lowest so far, or always with --select last; after
-    --patience evaluations without a lower one the run ends with this step."""
-    state, accelerator = training.state, training.accelerator
+    """Note an evaluation, and write the model where its loss is the lowest so far, unless --select last says
+    otherwise; after --patience evaluations without a lower one the run ends with this step."""
+    state = training.state
+    state |= {"seen_loss": loss, "seen_step": state["step"]}
     better = state["best_loss"] is None or loss < state["best_loss"]
-    if not better and args.select == "best":
-        state["waited"] += 1
-        stop_waiting(args, training)
-        return
-
-    # the best is written at once, because the next step changes the weights; the last once, at the end
-    state |= {"best_loss": loss, "best_step": state["step"], "waited": 0 if better else state["waited"] + 1}
-    if args.select == "best" or training.last:
-        whole = export_model(accelerator, model)  # all processes take part, in case the model is sharded
-        if accelerator.is_main_process:
-            save(args, whole, tokenizer, source)
+    state["waited"] = 0 if better else state["waited"] + 1
+    if better:
+        state |= {"best_loss": loss, "best_step": state["step"]}
+        # at once, because the next step changes the weights
+        if args.select == "best":
+            write_model(args, training, model, tokenizer, source)
     stop_waiting(args, training)
+
+
+def write_model(args, training, model, tokenizer, source):
+    """Write the model as it is now."""
+    whole = export_model(training.accelerator, model)  # all processes take part, in case it is sharded
+    if training.accelerator.is_main_process:
+        save(args, whole, tokenizer, source)
 
 
 def stop_waiting(args, training):
     """Make the step just made the last one where --patience is used up."""
     if args.patience and training.state["waited"] >= args.patience:
         training.steps = training.state["step"]
+
+
+def report(args, state: dict, skipped: dict):
+    """Write metrics.json and say what became of the run."""
+    # the numbers are those of the model that was written, which need not be the last step's
+    which = "seen" if args.select == "last" else "best"
+    loss, step = state[f"{which}_loss"], state[f"{which}_step"]
+    told = {"step": state["step"], "best_step": step, "validation_loss": loss, "skipped": skipped}
+    atomic_json(args.out / "metrics.json", told)
+    print(f"validation loss {loss:.4f} per answer token at step {step}; model in {args.out / 'model'}")
 
 
 def main(args):
@@ -605,17 +646,10 @@ def main(args):
     if args.align_projector:
         align_projector(model, tokenizer, source)
 
-    # loaders and optimizer; a batch holds whole items, so with --questions-per-signal its texts are more than
-    # --batch-size; a signal stands in it once
-    collate = QuestionCollator(
-        model.signal_encoder.config.patch_size[0], tokenizer.pad_token_id, model.legacy
-    )
-    loader = make_loader(train_set, args, collate_fn=collate)
-    val_loader = make_loader(val_set, args, train=False, collate_fn=collate)
-
-    # parameters are counted while they are whole: `prepare` may spread them over the processes
+    # loaders and optimizer
+    loader, val_loader = make_loaders(args, model, tokenizer, train_set, val_set)
     optimizers = make_optimizers(model, args.optimizer, args.lr, args.weight_decay)
-    about = describe(model)
+    about = describe(model)  # before `prepare`, which may spread the parameters
     if args.compile:
         model.compile()
     model, loader, val_loader, *optimizers = prepare(accelerator, model, loader, val_loader, *optimizers)
@@ -638,7 +672,7 @@ def main(args):
         return {"val_loss": loss}
 
     # the loop: `share` weighs the answer tokens of all micro-batches and processes of a step alike
-    training = start(accelerator, args, steps, optimizers, scores, best_loss=None, best_step=0, waited=0)
+    training = start(accelerator, args, steps, optimizers, scores, **NOTHING_SEEN)
     stop_waiting(args, training)  # a run that --patience ended stays ended under --resume
     model.train()
     for batch, share in batches(training, loader, answer_tokens):
@@ -656,27 +690,17 @@ def main(args):
         if accelerator.sync_gradients:
             finish_step(training, grad=grad)  # validate where it is due, log, save, stop
 
-    # the trained model and its loss on validation questions; all checkpoints are written by now
-    loss = validation_loss(model, val_loader, accelerator)
-    keep_best(args, training, model, tokenizer, source, loss)
+    # the last weights and their loss on validation questions, unless --patience ended the run by just that
+    state, closing = training.state, {}
+    if state["seen_step"] != state["step"]:
+        closing = {"val_loss": validation_loss(model, val_loader, accelerator)}
+        keep_best(args, training, model, tokenizer, source, closing["val_loss"])
+    if args.select == "last":
+        write_model(args, training, model, tokenizer, source)
 
-    # the numbers are those of the model that was written, which need not be the last step's
     if accelerator.is_main_process:
-        state = training.state
-        atomic_json(
-            args.out / "metrics.json",
-            {
-                "step": state["step"],
-                "best_step": state["best_step"],
-                "validation_loss": state["best_loss"],
-                "skipped": source.skipped,
-            },
-        )
-        print(
-            f"validation loss {state['best_loss']:.4f} per answer token at step {state['best_step']}; model "
-            f"in {args.out / 'model'}"
-        )
-    finish(training, val_loss=loss)
+        report(args, state, source.skipped)
+    finish(training, **closing)
     meet()
 
 

@@ -13,6 +13,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import em_mllm.test
 import em_mllm.train
@@ -21,6 +22,7 @@ from common.tiny_llm import make_llm, make_tokenizer
 from em_mllm.convert import view as convert_view
 from em_mllm.dataset import Augmentation, QuestionCollator, QuestionDataset, SignalDataset, task_pairs
 from em_mllm.em_foundation.models import SiTMAEConfig, SiTMAEModelWithoutMask
+from em_mllm.em_foundation.models.modeling_cnn import cnn_config, make_encoder
 from em_mllm.model import load_model, read_notes, save_model, set_trainable
 from em_mllm.prepare import AS_RECORDED, SignalSpec, check_rate, prepare
 from em_mllm.recordings import CANNOT_TELL, cut, together
@@ -320,6 +322,37 @@ def test_what_the_model_holds_is_inherited_and_may_be_said_again(folders):
     assert (args.signal_tokens, args.remove_dc, args.resample, args.dtype) == (2, True, True, "float32")
 
 
+def test_sizes_of_earlier_adapters_are_taken_over(folders, tmp_path):
+    """The run's config.json is to show what is trained."""
+    shutil.copytree(folders / "adapter/model", tmp_path / "model")
+    path = tmp_path / "model/llm/adapter_config.json"
+    sizes = {"r": 4, "lora_alpha": 32, "lora_dropout": 0.3, "target_modules": ["v_proj", "k_proj"]}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **sizes}))
+    command = ["--task-dir", "x", "--trained-dir", str(tmp_path / "model"), "--use-lora"]
+    args = em_mllm.train.parse_args(command)
+    for _ in range(2):  # checked before the data and before the model
+        em_mllm.train.check_options(args)
+    assert (args.lora_r, args.lora_alpha, args.lora_dropout) == (4, 32, 0.3)
+    assert args.lora_targets == ["k_proj", "v_proj"]
+    with pytest.raises(UserError, match="--lora-r 8 has no effect beside --trained-dir, whose model has 4"):
+        em_mllm.train.check_options(em_mllm.train.parse_args([*command, "--lora-r", "8"]))
+
+
+def test_rates_of_new_recordings_join_those_of_a_view(tmp_path):
+    seen = SignalSpec(points=128, view="polar", factor=8, rates=(31250.0,))
+    notes = {"llm": "full", "signal": seen.to_json()}
+    (tmp_path / "multimodal.json").write_text(json.dumps(notes))
+    args = SimpleNamespace(trained_dir=tmp_path)
+    # behind the view 200 points at 31250 and 125000 Hz
+    recorded = SignalSpec(points=1600, rates=(250e3, 1e6))
+    joined = em_mllm.train.trained_signal(args, recorded)
+    assert (joined.points, joined.rates, joined.view) == (200, (31250.0, 125e3), "polar")
+    viewed = SignalSpec(points=100, view="polar", factor=8, rates=(1e5,))
+    assert em_mllm.train.trained_signal(args, viewed).rates == (31250.0, 1e5)
+    other = SignalSpec(points=100, view="iq", factor=4, rates=(1e5,))
+    assert em_mllm.train.trained_signal(args, other) == seen
+
+
 # ---- the folder is only read
 
 
@@ -348,6 +381,23 @@ def test_testing_twice_is_testing_the_same_model_also_from_a_read_only_folder(fo
     run(em_mllm.test, *ask, "--calibration", tmp_path / "sure.json")
     *_, capture = (json.loads(line) for line in open(tmp_path / "iq/answers.jsonl", encoding="utf-8"))
     assert capture["answer"] == CANNOT_TELL and capture["likeliest"] in "ABC"
+
+
+def test_calibration_is_of_answered_questions_about_other_signals_and_of_all_of_them(folders, tmp_path):
+    ask = ("--model", folders / "frozen/model", "--task-dir", folders / "test", "--out", tmp_path / "out")
+    held = ("--calibrate-dir", folders / "train", "--limit", 2, "--max-new-tokens", 2)
+    run(em_mllm.test, *ask, *held)
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    calibration = json.loads((tmp_path / "out/calibration.json").read_text())
+    assert metrics["questions"] == 2 and calibration["questions"] == 18
+    with pytest.raises(UserError, match="--calibrate-dir: .*x.h5 is among the test files, too"):
+        run(em_mllm.test, *ask, "--calibrate-dir", folders / "test")
+    shutil.copytree(folders / "train", tmp_path / "open")
+    rows = json.loads((tmp_path / "open/x.json").read_text())
+    for kept in ({"answer": ""}, {"question": "这是什么信号？"}, {"answer": "不知道"}):
+        (tmp_path / "open/x.json").write_text(json.dumps([{**row, **kept} for row in rows]))
+        with pytest.raises(UserError, match="no question has options and an answer among them"):
+            run(em_mllm.test, *ask, "--calibrate-dir", tmp_path / "open")
 
 
 def test_windows_speak_together_by_their_mean_log_likelihood():
@@ -404,6 +454,7 @@ def test_the_best_weights_are_kept_and_waiting_ends_the_run(folders, tmp_path, m
     train(folders, tmp_path / "run", *options, max_steps=20)
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
     assert (metrics["step"], metrics["best_step"], metrics["validation_loss"]) == (4, 2, 1.0)
+    assert next(losses) == 9.0  # the fifth: each of the four steps was validated once
     model, _ = load_model(tmp_path / "run/model")
     assert len(saved) == 2 and torch.equal(model.iq_tokens, saved[1])
     # gone on with, it stays ended
@@ -411,15 +462,45 @@ def test_the_best_weights_are_kept_and_waiting_ends_the_run(folders, tmp_path, m
     assert json.loads((tmp_path / "run/metrics.json").read_text())["step"] == 4
 
 
-def test_checkpoints_hold_what_is_trained_alone(folders):
-    from safetensors.torch import load_file
+def test_waiting_counts_from_the_lowest_loss_also_where_the_last_weights_are_kept(
+    folders, tmp_path, monkeypatch
+):
+    """And the weights that ended the run are not validated twice."""
+    losses = iter([1.0, 3.0, 2.0])
+    monkeypatch.setattr(em_mllm.train, "validation_loss", lambda *_: next(losses))
+    options = ("--eval-every", 1, "--patience", 2, "--save-every", 1, "--freeze-llm", "--select", "last")
+    for again in ((), ("--resume",)):
+        train(folders, tmp_path / "run", *options, *again, max_steps=20)
+        metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+        assert (metrics["step"], metrics["best_step"], metrics["validation_loss"]) == (3, 3, 2.0)
+        model, _ = load_model(tmp_path / "run/model")
+        last = load_file(tmp_path / "run/last/model.safetensors")
+        assert torch.equal(model.iq_tokens, last["iq_tokens"])
+        shutil.rmtree(tmp_path / "run/model")
+    lines = [json.loads(line) for line in open(tmp_path / "run/log.jsonl")]
+    assert [line["val_loss"] for line in lines if "val_loss" in line] == [1.0, 3.0, 2.0]
 
+
+def test_checkpoints_hold_what_is_trained_alone(folders):
     for kind, all_trained in (("full", True), ("adapter", False), ("frozen", False)):
         tensors = load_file(folders / kind / "last/model.safetensors")
         llm = {k for k in tensors if k.startswith("llm.")}
         assert bool(llm) == (kind != "frozen")
         assert all("lora_" in k for k in llm) != all_trained or kind == "frozen"
         assert any(k.startswith("signal_encoder.") for k in tensors) and "iq_tokens" in tensors
+
+
+def test_aligning_leaves_the_statistics_of_a_frozen_convolutional_encoder(folders, tmp_path):
+    encoder = make_encoder(cnn_config(128, hidden_size=16))
+    for name, value in encoder.named_buffers():
+        value.copy_(torch.full_like(value, 3.0 if "running" in name else 7))
+    encoder.save_pretrained(tmp_path / "encoder")
+    options = ("--signal-encoder-path", tmp_path / "encoder", "--align-projector", "--freeze-llm")
+    train(folders, tmp_path / "run", *options, "--freeze-signal-encoder")
+    before = load_file(tmp_path / "encoder/model.safetensors")
+    after = load_file(tmp_path / "run/model/signal_encoder/model.safetensors")
+    assert any("running_var" in key for key in before) and before.keys() == after.keys()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
 
 
 def test_an_aligned_projector_says_the_names(folders, tmp_path, capsys):
