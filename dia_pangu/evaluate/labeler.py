@@ -24,8 +24,8 @@ ENGLISH = {
     r"mediastin\w*(?:(?!lymph|node)[^,;])*(?:widen|enlarge|broaden)(?!\w* lymph)|"
     r"(?:(?<!abdominal )aort\w*|pulmonary (?:artery|trunk|conus))[^,;]*(?:dilat|ecta[st]|aneurysm|widen|"
     r"increased|enlarge)|aort\w*[^;]*wider than (?:normal|usual)|"
-    r"(?:dilat\w*|aneurysm\w*|ectas\w*|widen\w*|enlarge\w*)[^,;]*(?:(?<!abdominal )aort|pulmonary (?:artery|"
-    r"trunk))",
+    r"(?:dilat\w*|aneurysm\w*|ecta[st]\w*|widen\w*|enlarge\w*)[^,;]*(?:(?<!abdominal )aort|"
+    r"pulmonary (?:artery|trunk))",
     "cardiomegaly": r"cardiomegal|(?:heart|cardiac)[^,;]*(?:enlarge|increase|wide|big|broad|dilat|larger)|"
     r"(?:enlarge\w*|increase\w*|dilat\w*)[^,;]*(?:heart|cardiac|ventric|\batri)|"
     r"(?:left|right|both|all) (?:cardiac chamber|ventric\w*|atri\w*)[^,;]*(?:enlarge|dilat|increase)|"
@@ -52,9 +52,9 @@ ENGLISH = {
     r"broken rib|callus|rib break|cortical disruption",
     "support devices": r"catheter|pacemaker|pacing|\btubes?\b|\bstent|\bwires?\b|prosthe|\bport\b|"
     r"\bport-a-cath|cannula|drain(?:age|s)?\b(?! (?:vein|lymph|node))|valve replacement|medical material|"
-    r"sternotomy|suture|clips?\b|implant|electrode|\bleads?\b(?= (?:tip|of|in|are|is|end))|\bICD\b|"
-    r"defibrillator|metal\w* (?:material|plate|screw)|\bplate and screw|fixation|hardware|tracheostomy|"
-    r"pigtail|loop recorder|(?:central|venous|arterial|IJ|jugular|subclavian|PICC) line|"
+    r"sternotomy|suture|clips?\b|staples?\b|implant|electrode|\bleads?\b(?= (?:tip|of|in|are|is|end))|"
+    r"\bICD\b|defibrillator|metal\w* (?:material|plate|screw)|\bplate and screw|fixation|hardware|"
+    r"tracheostomy|pigtail|loop recorder|(?:central|venous|arterial|IJ|jugular|subclavian|PICC) line|"
     r"\b(?:ETT|NGT|CVC|PICC|IABP|LVAD|ECMO|TAVI|TAVR)\b",
 }
 CHINESE = {
@@ -65,9 +65,9 @@ CHINESE = {
     r"肥大|饱满|扩张|[稍略偏]大)|巨心|"
     r"心胸比[^，,；]{0,6}?(?:0[.．](?:5[1-9]|[6-9])|(?:5[1-9]|[6-9]\d)[%％])",
     "lung opacity": r"GGO|磨玻璃(?!样?(?:密度)?(?:小|微)?结节)|毛玻璃|模糊(?:阴)?影|阴影|密度增高|密度增加|"
-    r"片絮|絮状|云雾状|浸润|渗出|高密度影|斑片|片状影|片影|树芽",
+    r"片絮|絮状|云雾状|浸润|渗出|高密度影|斑片(?!状?实变)|片状影|片影|树芽",
     "lung lesion": r"结节(?![样状]增厚)|GGN|软组织(?:密度)?(?:团块|肿块)?影|类圆形[^，,；]{0,6}影|错构瘤|"
-    r"结核[球瘤]|肉芽肿|曲[菌霉]球|类癌|[腺鳞]癌|小细胞癌|肿块|肿物|病灶|占位|空洞|转移瘤|转移灶|转移|肿瘤|"
+    r"结核[球瘤]|肉芽肿|曲[菌霉]球|类癌|(?<![乳状列胰胸腮涎])腺癌|鳞癌|小细胞癌|肿块|肿物|病灶|占位|空洞|转移瘤|转移灶|转移|肿瘤|"
     r"[肺叶]癌|包块|团块",
     "edema": r"水肿",
     "consolidation": r"实变",
@@ -268,7 +268,7 @@ ANEW = {
         r"\bthere (?:is|are|was|were)\b(?! no)|,\s*the\b|"
         r",\s*(?:and )?(?:both|bilateral|in|left|right|small|large|a|an)\b[^,;]*\b(?:is|are|was|were)\b|"
         r"\bother than\b|\bapart from\b|\bexcept for\b|\bdue to\b|\bsecondary to\b|\bin a patient with\b|"
-        r"\bonly\b",
+        r"\bonly\b|\b(?:with|and) (?:\w+ )?(?:recur|develop|new\b|persist|residual)",
         re.I,
     ),
     "cn": re.compile(r"可见|但|而|仅见|只见|另见|(?<!未)(?<!未再)见(?!明显)|除(?=[^，。]*外)"),
@@ -280,7 +280,9 @@ DENIED_INSIDE = {
 }
 DENIED_AFTER = {
     "en": re.compile(
-        r"^\w*\s*:\s*(?:none|no|nil|absent|negative)\b|"
+        r"^(?:(?!\b(?:is|are|was|were|seen|present|small|mild|large)\b)[\w /,])*:\s*(?:none|no|not|nil|"
+        r"absent|negative)\b|"
+        r"^[^,;]*\bin neither\b|"
         r"^(?:(?!\b(?:is|are|was|were) (?:seen|observed|noted|present|detected|found|identified|visible|"
         r"available)\b)[^,;])*?(?:,? (?:or|and|nor)[^;]*?)?\b(?:(?:can)?not (?:\w+ ){0,2}(?:observed|"
         r"detected|seen|found|present|identified|shown|selected|distinguished|encountered|monitored|"
@@ -289,25 +291,28 @@ DENIED_AFTER = {
         r"weren't|absent|(?:is|are|was|were|within) (?:\w+ )?normal|(?:has|have|had|is|are|was|"
         r"were) (?:\w+ ){0,2}(?:resolved|disappeared|cleared|removed|replaced|resorbed|withdrawn|taken out|"
         r"explanted|regressed completely|re-?expanded)|resolved|disappeared|removed|unremarkable|ruled out|"
-        r"excluded|no longer|(?:is|are|seems?|appears?) (?:\w+ )?(?:unlikely|not likely|improbable)|(?:now|"
-        r"fully|completely|since) (?:drained|evacuated|re-?expanded))\b",
+        r"excluded|no longer|(?:is|are|seems?|appears?) (?:\w+ )?(?:unlikely|(?:not|less) likely|improbable)|"
+        r"(?:now|fully|completely|since) (?:drained|evacuated|re-?expanded))\b",
         re.I,
     ),
     "cn": re.compile(
         r"^吸收$|"
-        r"^[^，,；]{0,16}?(?:未见(?:显示|显影|确切显示|异常)?$|不大|正常|消失|(?<!未)(?:已|完全|全部|"
-        r"基本)(?:被)?(?:吸收|消散|复张)|吸收消散|阴性|拔除|拔出|取出|移除|撤除|不存在|除外$|不明显$|"
+        r"^(?:[、及和或/][^，,；：:]*)?(?:[：:]\s*(?:无|否|阴性|未见)|[（(][-－—][)）])|"
+        r"^(?:[^，,；]{0,16}?|[^，,；]*[、及和][^，,；]*?均)(?:未见(?:明确|确切|明显)?(?:显示|显影|异常|征象)?$|不大|正常|消失|(?<!未)(?:已|完全|全部|"
+        r"基本)(?:被)?(?:吸收|消散|复张)|吸收消散|阴性|拔[除出管去]|已[拔撤]|取出|移除|撤除|不存在|(?:除外|排除)$|不明显$|"
         r"未显示$|未累及)"
     ),
 }
+NOT_RULED_OUT = r"(?:不|未|待|不能|无法|难以?|未能|不可)(?:完全|绝对)?(?:除外|排除)"
 DOUBT_BEFORE = {
     "en": re.compile(
         r"\b(?:possibl\w*|may|might|could|questionabl\w*|suspicio\w* (?:for|of|about)|suspect\w*|uncertain|"
-        r"equivocal|concern\w* for|rule out|r/o|evaluat\w* for|exclude|query|question of|differential\w*|"
-        r"versus|vs\.?|whether|if)\b|\?",
+        r"equivocal|less likely|"
+        r"low(?:er)? (?:probability|likelihood|suspicion)|concern\w* for|rule out|"
+        r"r/o|evaluat\w* for|exclude|query|question of|differential\w*|versus|vs\.?|whether|if)\b|\?",
         re.I,
     ),
-    "cn": re.compile(r"可能|疑|不除外|不能除外|不排除|不能排除|除外(?=.)|待除外|警惕|是否"),
+    "cn": re.compile(rf"可能|疑|{NOT_RULED_OUT}|除外(?=.)|警惕|是否|(?:需|应|须)(?:与|和)"),
 }
 DOUBT_AFTER = {
     "en": re.compile(
@@ -319,17 +324,17 @@ DOUBT_AFTER = {
         r"are) in the differential|should be (?:excluded|ruled out))\b)",
         re.I,
     ),
-    "cn": re.compile(r"^[^，,；]*?(?:可能|待排|不除外|不能除外|不排除|待查|可疑|待除外|\?|？)"),
+    "cn": re.compile(rf"^[^，,；]*?(?:可能|待排|{NOT_RULED_OUT}|待查|可疑|鉴别|\?|？)"),
 }
 # Masked before denial is looked for: these words doubt.
 NOT_DENIED = {
     "en": re.compile(
         r"can(?:not| not|'t) be (?:\w+ )?(?:excluded|ruled out)|not (?:be )?(?:excluded|ruled out)|"
-        r"(?:almost|nearly|partial\w*|mostly|largely|incomplete\w*) (?:\w+ )?(?:resol|clear|regress|"
-        r"resorb)\w*",
+        r"(?:almost|near(?:ly)?|partial\w*|mostly|largely|incomplete\w*|subtotal)[ -](?:\w+ )?(?:resol|"
+        r"clear|regress|resorb|disappear)\w*",
         re.I,
     ),
-    "cn": re.compile(r"不除外|不能除外|未除外|不排除|不能排除|待除外"),
+    "cn": re.compile(NOT_RULED_OUT),
 }
 HISTORY = {
     "en": re.compile(
@@ -343,9 +348,28 @@ HISTORY = {
 # A clause that says nothing but that the finding of the clause before it is still there.
 REMAINS = {
     "en": re.compile(
-        r"\s*(?:it |they |is |are |was |were |still )*(?:persist|remain|present|seen|visible)", re.I
+        r"\s*(?:it |they |is |are |was |were |still )*(?:persist|remain|present|seen|visible)|"
+        r"\s*(?:with |leaving )?(?:an? )?(?!no )(?:\w+ )?(?:residual|remnant|residue)\W*$|"
+        r"\s*(?:and )?(?:on the (?:left|right)(?: side)?,? )?(?:there (?:is|are) )?(?:an? )?(?!no )\w+ "
+        r"(?:amount|one)(?: (?:is|was) \w+)?\W*$",
+        re.I,
     ),
-    "cn": re.compile(r"(?:[左右双对]侧|余)?(?:仍|尚|还)(?:可见|见|存在|有|残留)"),
+    "cn": re.compile(
+        r"(?:[左右双对]侧|余)?(?:仍|尚|还)(?:可见|见|存在|有|残留)|[左右]侧(?:可见|见|有)?(?:[少微大]|中等?)量$"
+    ),
+}
+# A clause that says nothing but that the finding of the clause before it is there no more.
+GONE = {
+    "en": re.compile(
+        r"\s*(?:it |they |which )?(?:is |are |was |were |has |have )?(?:now |since |currently |completely )*"
+        r"(?:gone|resolved|disappeared|cleared|no longer (?:seen|present|visible)|not (?:seen|visible|"
+        r"present)(?: (?:now|today|currently))?)\W*$",
+        re.I,
+    ),
+    "cn": re.compile(
+        r"(?:现|现已|目前|今|本次|此次|本片)[^，,；]{0,4}未(?:见|再见)?(?:明确|确切)?(?:显示|显影)?$|"
+        r"(?:较?前片?|现)?(?:已|完全|基本){1,3}(?:消失|吸收|消散)$"
+    ),
 }
 QUIET = {
     "en": re.compile(
@@ -441,8 +465,13 @@ def organs_of(clause: str, match: re.Match, language: str, carried: str) -> set[
         r"[^,;]{0,40}?\b(?:in|of|within|at|on|involving|from|to|along|adjacent)\b[^,;]{0,40}$",
         clause[match.end() : after[0].start()],
     )
+    lobe = near and re.match("lob|segm", after[0].group(), re.I)
+    if before and lobe and before[-1].lastgroup in ("abdomen", "thyroid"):  # they have lobes too
+        return {before[-1].lastgroup}
     if before and not (said and after):
-        begun = re.search(r"\band (?:a|an|the|multiple|several|another)\b", gap)
+        begun = re.search(r"\band (?:a|an|the|multiple|several|another)\b|\bfractures? and\b", gap)
+        # "Colon mass with metastases to both lungs": what is said with it is said of the lung.
+        begun = begun or re.search(r"\bwith\b", gap) and near and after[0].lastgroup in ("lung", "pleura")
         if near and (begun or not re.match(r"[\s\w-]{0,14}$", gap)):
             return {after[0].lastgroup}
         joined = {before[-1].lastgroup}
@@ -483,7 +512,7 @@ def code_of(clause: str, match: re.Match, language: str) -> int:
 def label_sentence(sentence: str, language: str, names):
     """Yield (finding, code) for everything that one sentence states of the findings `names`."""
     carried, pneumonia = "", False
-    found, last = [], []
+    found, last = [], []  # what the sentence states, and of that the clause before
     for clause in split_clauses(sentence, language):
         here = len(found)
         for pattern, absent in NORMAL[language]:
@@ -502,7 +531,9 @@ def label_sentence(sentence: str, language: str, names):
                     break  # nothing that the clause says besides has a higher rank
         if len(found) == here and REMAINS[language].match(clause):
             found += [(name, PRESENT, word) for name, code, word in last if code == ABSENT]
-        last = found[here:]
+        if len(found) == here and GONE[language].match(clause):
+            found = [(one[0], ABSENT, one[2]) if one in last else one for one in found]
+        last = found[here:] or last
         named = [m.lastgroup for m in ORGANS[language].finditer(clause)]
         carried = named[-1] if named else carried
     for name, code, word in found:
