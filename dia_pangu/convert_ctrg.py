@@ -20,6 +20,7 @@ from common.arguments import Parser
 from common.checkpoint import atomic_write
 from common.errors import UserError, run
 from common.run import progress
+from dia_pangu.src.Dataset.dicom import files_below
 from dia_pangu.src.Dataset.scan import picture_files, read_pictures
 
 
@@ -35,7 +36,7 @@ def convert(folder: Path, path: Path):
 def main(args):
     if not args.images.is_dir():
         raise UserError(f"--images {args.images}: no such folder")
-    folders = [args.images, *sorted(p for p in args.images.rglob("*") if p.is_dir())]
+    folders = sorted({file.parent for file in files_below(args.images)})
     folders = [folder for folder in folders if picture_files(folder)]
     if not folders:
         raise UserError(f"--images {args.images}: holds no folder of pictures")

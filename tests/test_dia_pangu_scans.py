@@ -177,6 +177,30 @@ def test_a_side_is_known_only_where_a_header_says_so(tmp_path):
             assert bool(verdict.notes) == (expected == "unknown")
 
 
+@pytest.mark.parametrize("exchanged", [False, True])
+@pytest.mark.parametrize("heart, spine, front", [(480, 300, 40), (50, 260, 420), (50, 400, 300)])
+def test_the_spine_is_told_from_other_bright_parts_in_the_middle(heart, spine, front, exchanged, tmp_path):
+    """A heart full of contrast, calcified ribs before a spine of little bone, and a breastbone."""
+    x, y, z = np.moveaxis(ct_files.grid(), -1, 0)
+    hu = volume(noise=0)
+    hu[hu == 50], hu[hu == 400] = heart, spine
+    hu[(np.abs(x) < 17) & (np.abs(y + 88) < 9) & (z > -20)] = front
+    path = save(tmp_path / "a.nii", hu, np.diag([8.0, 8.0, 9.0, 1.0]) if exchanged else RAS)
+    if not exchanged:
+        assert read_ct(path)[2].side == "known", read_ct(path)[2].notes
+    elif spine > 350:  # else no bone is dense enough to say so
+        assert read_ct(path)[2].side == "unknown"
+
+
+def test_axes_in_another_order_than_the_header_says_are_named(tmp_path):
+    whole, steps = volume().astype(np.int16), np.diag(RAS)[:3]
+    for order in ((0, 1, 2), (2, 1, 0), (0, 2, 1), (1, 2, 0)):
+        turned, named = np.ascontiguousarray(whole.transpose(order)), RAS[:, [*order, 3]]
+        assert read_ct(save(tmp_path / "right.nii", turned, named))[2].side == "known", order
+        wrong = read_ct(save(tmp_path / "wrong.nii", turned, np.diag([*steps[list(order)], 1.0])))[2]
+        assert (wrong.side == "known") == (order[2] == 2), (order, wrong)
+
+
 def test_a_scan_without_lungs_is_named(tmp_path, capsys):
     hu = volume()
     assert read_ct(save(tmp_path / "chest.nii", hu))[2].chest == "yes"
@@ -258,6 +282,45 @@ def test_stations_and_slices_turned_by_rounding_stay_together(tmp_path, good):
     assert read_ct(tmp_path / "s")[2].phases == "one"
 
 
+def test_pictures_beside_a_series_are_previews(tmp_path, good):
+    folder = series(tmp_path / "s")
+    for name in ("preview.jpg", "key 1.png", "key 2.png"):
+        Image.fromarray(np.arange(4096, dtype=np.uint8).reshape(64, 64)).save(folder / name)
+    assert read_ct(folder)[2].format == "DICOM" and wrong_by(folder) < good + 3
+
+
+def test_a_series_behind_a_link_is_read_once(tmp_path, good):
+    series(tmp_path / "archive/s")
+    (tmp_path / "scan").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / f"scan/{name}").symlink_to(tmp_path / "archive/s")
+    (tmp_path / "archive/s/loop").symlink_to(tmp_path / "scan")
+    verdict = read_ct(tmp_path / "scan")[2]
+    assert not verdict.notes and wrong_by(tmp_path / "scan") < good + 3
+
+
+def test_padding_without_its_tag_and_sign_is_air(tmp_path, good):
+    """-2000 in pixels that the header calls unsigned."""
+
+    def pad(data, n):
+        stored = np.frombuffer(data.PixelData, np.uint16).reshape(data.Rows, data.Columns).copy()
+        stored[:2], stored[:, :2] = 63536, 63536
+        data.PixelData = stored.tobytes()
+
+    folder = series(tmp_path / "s", change=pad)
+    assert any("without its sign" in note for note in read_ct(folder)[2].notes)
+    assert wrong_by(folder) < good + 5
+
+
+def test_a_tilt_that_the_places_of_the_slices_do_not_show_is_named(tmp_path):
+    for tilt, named in ((18, True), (-18, True), (0, False), ("", False)):
+        folder = series(tmp_path / f"t{tilt}", GantryDetectorTilt=tilt)
+        assert named == any("GantryDetectorTilt" in note for note in read_ct(folder)[2].notes), tilt
+    t = math.radians(18)
+    folder = series(tmp_path / "true", cosines=(1, 0, 0, 0, math.cos(t), math.sin(t)), GantryDetectorTilt=18)
+    assert not any("GantryDetectorTilt" in note for note in read_ct(folder)[2].notes)
+
+
 def test_the_chest_is_found_among_series_localizers_and_dose_pages(tmp_path, good, capsys):
     folder = tmp_path / "study"
     series(folder / "a", SeriesInstanceUID="1.2.3.11", SeriesDescription="ABDOMEN", heights=range(30))
@@ -300,6 +363,14 @@ def spoil(tag, value, only=None):
     return change
 
 
+def screenshot(data):
+    """Make of a slice a picture with 8 bits, whose rescale tags say that it holds HU."""
+    hu = np.frombuffer(data.PixelData, np.uint16).astype(float) - 1024
+    data.BitsAllocated = data.BitsStored = 8
+    data.HighBit, data.RescaleIntercept = 7, 0
+    data.PixelData = ((hu + 1350) / 1500 * 255).clip(0, 255).astype(np.uint8).tobytes()
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -317,6 +388,9 @@ def spoil(tag, value, only=None):
             "inverted",
         ),
         (spoil("RescaleType", "Z_EFF"), "RescaleType Z_EFF"),
+        (spoil("NumberOfFrames", 30), "30 frames in one file, whose places no tag tells"),
+        (spoil("ModalityLUTSequence", [pydicom.Dataset()]), "ModalityLUTSequence"),
+        (lambda data, n: screenshot(data), "no HU"),
         (lambda data, n: n not in (9, 10), "slices are missing"),
         (lambda data, n: n == 0, "one slice is not a volume"),
         (spoil("ImagePositionPatient", [-100.0, -124.0, -130.5 + 9 * 7], 7), "shifted against each other"),
@@ -409,6 +483,8 @@ def test_metaimage_and_nrrd_are_read(suffix, tmp_path, good):
         (b"ElementSpacing = 8", b"ElementSpacing = -8", "negative"),
         (b"AnatomicalOrientation = RAI", b"AnatomicalOrientation = LAI", "contradict each other"),
         (b"left-posterior-superior", b"scanner-xyz", "names no space of the patient"),
+        (b"-superior", b'-superior\nspace units: "cm" "cm" "cm"', "space units are cm"),
+        (b"-superior", b'-superior\nspace units: "um" "um" "um"', "only that is possible"),
     ],
 )
 def test_what_a_metaimage_or_nrrd_header_leaves_out_is_named(written, edited, word, tmp_path, capsys):
@@ -416,7 +492,7 @@ def test_what_a_metaimage_or_nrrd_header_leaves_out_is_named(written, edited, wo
     image = itk.GetImageFromArray(volume().astype(np.int16).transpose(2, 1, 0))
     image.SetSpacing(STEP_MM.tolist())
     image.SetOrigin(LPS[:3, 3].tolist())
-    path = tmp_path / ("a.nrrd" if b"left" in written else "a.mha")
+    path = tmp_path / ("a.nrrd" if b"superior" in written else "a.mha")
     itk.WriteImage(image, str(path))
     assert written in path.read_bytes()
     path.write_bytes(path.read_bytes().replace(written, edited))
@@ -460,6 +536,26 @@ def test_pictures_are_grey_levels_prepared_as_upstream(tmp_path):
         read_hu(tmp_path / "7")
     save(tmp_path / "8.nii.gz", 255 - stack.transpose(2, 1, 0))
     assert any("likely inverted" in note for note in read_scan(tmp_path / "8.nii.gz").verdict.notes)
+
+
+def test_pictures_that_are_no_plain_stack_are_named(tmp_path):
+    """Numbers that jump, copies, two stacks in one folder, pages of one file, a lone picture."""
+    for name, change in (("gap", None), ("copy", "2 (1).jpg"), ("two", "b-1.jpg")):
+        pictures(tmp_path / name)
+        if change is None:
+            (tmp_path / name / "3.jpg").unlink()
+        else:
+            shutil.copy(tmp_path / name / "2.jpg", tmp_path / name / change)
+        notes = read_scan(tmp_path / name).verdict.notes
+        assert any("do not count on evenly" in note for note in notes), name
+    pictures(tmp_path / "plain")
+    assert not any("evenly" in note for note in read_scan(tmp_path / "plain").verdict.notes)
+    pages = [Image.fromarray(plane) for plane in np.zeros((5, 8, 8), np.uint8)]
+    (tmp_path / "tif").mkdir()
+    pages[0].save(tmp_path / "tif/stack.tif", save_all=True, append_images=pages[1:])
+    for path, message in (("tif", "holds 5 pages"), ("plain/2.jpg", "one picture is not a volume")):
+        with pytest.raises(UserError, match=message):
+            read_scan(tmp_path / path)
 
 
 def test_jpg_folders_become_volumes(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Forty-five kinds of made-up scan files through the reader: what comes out, and what is said about it.
+"""Forty-nine kinds of made-up scan files through the reader: what comes out, and what is said about it.
 
     python studies/dia_pangu/scan_kinds.py          prints the table of RESULTS.md
 
@@ -98,6 +98,12 @@ def dicom_kinds(place: Path):
         data.AcquisitionNumber = 1 + n % 2
         louder(data, n)
 
+    def screenshot(data, n):
+        hu = np.frombuffer(data.PixelData, np.uint16).astype(float) - 1024
+        data.BitsAllocated = data.BitsStored = 8
+        data.HighBit, data.RescaleIntercept = 7, 0
+        data.PixelData = ((hu + 1350) / 1500 * 255).clip(0, 255).astype(np.uint8).tobytes()
+
     t = math.radians(20)
     twice = [k for k in range(30) for _ in range(2)]
     yield "DICOM series", series(place / "plain")
@@ -112,6 +118,7 @@ def dicom_kinds(place: Path):
     yield "no rescale tags, stored HU + 1024", series(place / "bare", **bare)
     upside_down = {"RescaleSlope": -1, "RescaleIntercept": 1024}
     yield "RescaleSlope of -1: air bright", series(place / "inverted", **upside_down)
+    yield "8 bits under the rescale tags of HU", series(place / "screen", change=screenshot)
     yield "empty RescaleSlope", series(place / "slope", change=without("RescaleSlope"))
     yield "empty PixelSpacing", series(place / "spacing", change=without("PixelSpacing"))
     yield "empty position in one slice", series(place / "place", change=without("ImagePositionPatient", 5))
@@ -121,6 +128,11 @@ def dicom_kinds(place: Path):
     series(place / "many/c", SeriesInstanceUID="1.2.3", ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
     yield "abdomen, chest and localizer in one folder", place / "many"
     yield "enhanced multi-frame", enhanced(place / "enhanced.dcm")
+    yield "30 frames in a file, no places", series(place / "frames", heights=[0], NumberOfFrames=30)
+    tagged = series(place / "tagged", GantryDetectorTilt=18)
+    yield "GantryDetectorTilt of 18, slices placed without one", tagged
+    Image.fromarray(np.arange(4096, dtype=np.uint8).reshape(64, 64)).save(tagged / "preview.jpg")
+    yield "the same beside a preview as JPG", tagged
     yield "one file of a series", place / "plain/007.dcm"
 
 

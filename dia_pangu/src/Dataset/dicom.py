@@ -5,6 +5,7 @@ A folder may hold several series, localizers, dose pages, a DICOMDIR and folders
 in DICOM's axes, which count towards left, back and head.
 """
 
+import os
 import sys
 import warnings
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ DECODERS = {
     "1.2.840.10008.1.2.4.202": ("HTJ2K", "pylibjpeg pylibjpeg-openjpeg"),
     "1.2.840.10008.1.2.4.203": ("HTJ2K", "pylibjpeg pylibjpeg-openjpeg"),
 }
+WRAPPED_HU = 32767  # more than any scanner's extended scale
 DICOMDIR = "1.2.840.10008.1.3.10"
 # Tags that tell two acquisitions under one series UID apart, tried in this order.
 PHASES = (
@@ -41,10 +43,11 @@ PHASES = (
 )
 DESCRIPTION = ("SeriesDescription", "ProtocolName", "BodyPartExamined")
 WORDS = ("Modality", "SeriesInstanceUID", *DESCRIPTION, "SOPClassUID")
+FACTS = ("ImageType", "RescaleType", "SeriesNumber", "GantryDetectorTilt", "ModalityLUTSequence")
 GEOMETRY = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness")
 TAGS = [
     *(*WORDS, *GEOMETRY, *PHASES, "Rows", "Columns", "NumberOfFrames", "RescaleSlope", "RescaleIntercept"),
-    *("RescaleType", "SamplesPerPixel", "SharedFunctionalGroupsSequence"),
+    *("RescaleType", "SharedFunctionalGroupsSequence", "ModalityLUTSequence"),
     *("PerFrameFunctionalGroupsSequence", "PixelPaddingValue", "GantryDetectorTilt"),
 ]
 CHEST = ("chest", "thorax", "thorac", "lung", "torax", "pulmo", "胸", "肺")
@@ -136,6 +139,18 @@ def quiet():
         yield
 
 
+def files_below(folder) -> list[Path]:
+    """Return the files of a folder and of all folders in it, also behind links; each folder once."""
+    found, seen = [], set()
+    for place, inner, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(place) in seen:
+            inner.clear()
+            continue
+        seen.add(os.path.realpath(place))
+        found += [Path(place) / name for name in names]
+    return sorted(path for path in found if path.is_file())
+
+
 def is_dicom(path: Path) -> bool:
     """Return whether a file is DICOM: by its preamble, or because it begins with a low group number."""
     with reading(path, "file"), open(path, "rb") as file:
@@ -193,7 +208,7 @@ def make_slice(path: Path, data, frame: int | None, groups: list) -> Slice:
         thickness_mm=number(get("SliceThickness")) or 1.0,
         slope=number(get("RescaleSlope")),
         offset=number(get("RescaleIntercept")),
-        words={name: data.get(name, "") for name in (*WORDS, "ImageType", "RescaleType", "SeriesNumber")},
+        words={name: data.get(name, "") for name in (*WORDS, *FACTS)},
         marks={name: str(get(name)) for name in PHASES if get(name) is not None},
     )
 
@@ -290,6 +305,8 @@ def judge_series(series: Series) -> Series:
     lacking = [part for part in series.slices if part.missing()]
     if words.get("Modality") != "CT":
         series.reason = f"modality {words.get('Modality') or 'not given'}; only CT is read"
+    elif series.slices[0].frame is None and series.slices[0].frames > 1:
+        series.reason = f"{series.slices[0].frames} frames in one file, whose places no tag tells"
     elif len(lacking) == len(series.slices):
         series.reason = f"no {lacking[0].missing()}: no place in the patient"
     elif "LOCALIZER" in kinds or "SCOUT" in kinds:
@@ -298,6 +315,8 @@ def judge_series(series: Series) -> Series:
         series.reason = "one slice is not a volume"
     elif str(words.get("RescaleType") or "HU").upper() not in ("HU", "US", "UNSPECIFIED"):
         series.reason = f"RescaleType {words['RescaleType']}: no HU"
+    elif words.get("ModalityLUTSequence"):
+        series.reason = "its values go through a ModalityLUTSequence, which is not read"
     return series
 
 
@@ -478,7 +497,7 @@ def read_dicom(folder, series=None, only=None) -> tuple[np.ndarray, np.ndarray, 
     series: see `choose_series`. only: a file whose series is wanted, from the files beside it.
     """
     folder = Path(folder)
-    files = sorted(p for p in (folder.rglob("*") if only is None else folder.iterdir()) if p.is_file())
+    files = files_below(folder) if only is None else sorted(p for p in folder.iterdir() if p.is_file())
     if only is not None:
         own = read_tags([Path(only)])[0]
         files = [Path(only)] if len(own) > 1 else files  # a multi-frame file is a volume of its own
@@ -529,6 +548,9 @@ def build(chosen: Series, folder, verdict: Verdict) -> tuple[np.ndarray, np.ndar
     if len(slices) < 2:
         raise UserError(f"{folder}: all slices lie at one place; one slice is not a volume")
     move, height = check_steps(slices, folder, verdict)
+    tilt, aside = abs(number(chosen.words.get("GantryDetectorTilt")) or 0.0), np.sort(np.abs(move))[1]
+    if 2 <= tilt < 45 and aside < 0.03 * np.abs(move).max() and abs(normal_of(slices[0])).max() > 0.999:
+        verdict.note(f"GantryDetectorTilt is {tilt:g} degrees, but the slices are placed without a tilt")
     row_mm, column_mm = slices[0].pixel_mm
     if abs(row_mm / column_mm - 1) > 0.01:
         verdict.note(f"pixels are not square ({row_mm:g} x {column_mm:g} mm)")
@@ -542,6 +564,12 @@ def build(chosen: Series, folder, verdict: Verdict) -> tuple[np.ndarray, np.ndar
 
     # Pixels. Padding outside the scanned circle is air, whatever value stands for it.
     values, empty = decode(groups, folder, verdict)
+    wrapped = values > WRAPPED_HU
+    if wrapped.any():
+        empty |= wrapped
+        verdict.note(
+            f"values above {WRAPPED_HU} HU are negative padding read without its sign; taken for air"
+        )
     values[empty] = min(AIR_HU, float(values[~empty].min())) if not empty.all() else AIR_HU
     if verdict.spacing != "regular":
         values = even(values, height, float(np.median(np.diff(height))))

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from common.checkpoint import atomic_json, atomic_path
 from common.errors import UserError
+from dia_pangu.src.Dataset.dicom import files_below
 from dia_pangu.src.Dataset.scan import read_ct, read_hu, read_labels_volume, read_nifti, read_scan  # noqa: F401  read_hu and read_nifti are used from here
 from dia_pangu.src.Dataset.verdict import AIR_HU, OTHER, Verdict, say
 
@@ -118,7 +119,7 @@ def stamp(path: Path) -> str:
     pairs = {".img": ".hdr", ".hdr": ".img", ".mhd": ".*", ".nhdr": ".*"}
     files = [path]
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file())
+        files = files_below(path)
     elif path.suffix in pairs:
         files = sorted(path.parent.glob(f"{path.stem}{pairs[path.suffix]}")) or [path]
     try:

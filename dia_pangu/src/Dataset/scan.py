@@ -229,13 +229,17 @@ def scan_itk(path) -> Scan:
     affine[:2] *= -1
     check_affine(affine, path)
     verdict = Verdict("NRRD" if head.startswith("NRRD") else "MetaImage")
-    itk_orientation(head, affine, verdict, path)
-    return Scan(voxels, to_mm(verdict, affine, voxels.shape, "", path), verdict)
+    unit = itk_orientation(head, affine, verdict, path)
+    return Scan(voxels, to_mm(verdict, affine, voxels.shape, unit, path), verdict)
 
 
-def itk_orientation(head: str, affine, verdict: Verdict, path):
+# Unit of a NRRD header's space -> its name in verdict.UNITS.
+NRRD_UNITS = {"mm": "mm", "um": "micron", "\u00b5m": "micron", "\u03bcm": "micron", "m": "meter"}
+
+
+def itk_orientation(head: str, affine, verdict: Verdict, path) -> str:
     """Fill in what a MetaImage or NRRD header, whose gaps SimpleITK fills with defaults, says of spacing and
-    sides."""
+    sides; return the unit of its lengths, or "" where it names none."""
 
     def field(name: str) -> str:
         found = re.search(rf"^\s*(?:{name})\s*[=:]\s*(\S.*)$", head, re.I | re.M)
@@ -246,6 +250,9 @@ def itk_orientation(head: str, affine, verdict: Verdict, path):
         raise UserError(f"{path}: ElementSpacing {spacing}: a length is negative; correct the header")
     if not spacing:
         verdict.spacing = "unknown"
+    units = set(re.findall(r'"([^"]+)"', field("space units").encode("latin1").decode("utf-8", "replace")))
+    if len(units) > 1 or units - set(NRRD_UNITS):
+        raise UserError(f"{path}: space units are {', '.join(sorted(units))}; give lengths in mm")
     # MetaImage names the ends that the axes begin at, nibabel those that they lead to.
     opposite = dict(zip("LRAPSI", "RLPAIS"))
     begins = "".join(opposite[axis] for axis in nibabel.aff2axcodes(affine))
@@ -258,6 +265,13 @@ def itk_orientation(head: str, affine, verdict: Verdict, path):
         unknown(
             verdict, f"AnatomicalOrientation {named} and TransformMatrix ({begins}) contradict each other"
         )
+    return NRRD_UNITS[units.pop()] if units else ""
+
+
+def holds_slices(folder: Path) -> bool:
+    """Return whether DICOM files lie in a folder, beside which pictures are previews or key images."""
+    files = (p for p in folder.iterdir() if p.suffix.lower() not in PICTURES and not p.name.startswith("."))
+    return any(p.is_file() and is_dicom(p) for p in files)
 
 
 def natural(path: Path) -> list:
@@ -276,6 +290,8 @@ def read_pictures(folder) -> np.ndarray:
     stored where they have more bits."""
     slices, files = [], picture_files(folder)
     with reading(files[0], "picture"), Image.open(files[0]) as image:
+        if image.format == "TIFF" and getattr(image, "n_frames", 1) > 1:
+            raise UserError(f"{files[0]}: holds {image.n_frames} pages; save each slice as a picture")
         shape, each = (image.width, image.height, len(files)), 4 if image.mode[0] in "IF" else 1
     check_header(folder, shape, each, sum(path.stat().st_size for path in files), True)
     for path in files:
@@ -296,6 +312,13 @@ def scan_pictures(folder) -> Scan:
     verdict = Verdict("pictures", units="unknown", spacing="unknown")
     unknown(verdict, "pictures have no header")
     affine = np.diag([-1.0, -1.0, -1.0, 1.0])
+    # The last number of a name counts its slices.
+    counted = [re.findall(r"\d+", path.stem)[-1:] for path in picture_files(folder)]
+    steps = np.diff([int(number) for found in counted for number in found])
+    if all(counted) and len(set(steps)) > 1:
+        verdict.note(
+            "the numbers in the pictures' names do not count on evenly: slices may be missing or mixed"
+        )
     return Scan(read_pictures(folder), affine, verdict)
 
 
@@ -321,7 +344,7 @@ def read_scan(path, series=None) -> Scan:
         raise UserError(f"{path}: no such volume; the annotation names an id without a file")
     # The voxels of an Analyze file may begin as DICOM does.
     holds_dicom = path.is_file() and not lower.endswith((*NIFTI, *ITK)) and is_dicom(path)
-    if path.is_dir() and picture_files(path):
+    if path.is_dir() and picture_files(path) and not holds_slices(path):
         scan = scan_pictures(path)
     elif path.is_dir() or path.name.upper() == "DICOMDIR" or holds_dicom:
         folder = path if path.is_dir() else path.parent
@@ -331,6 +354,8 @@ def read_scan(path, series=None) -> Scan:
         scan = Scan(values, to_mm(verdict, affine, values.shape, "mm", path), verdict)
     elif lower.endswith(ITK):
         scan = scan_itk(path)
+    elif lower.endswith(PICTURES):
+        raise UserError(f"{path}: one picture is not a volume; give the folder of its slices")
     else:
         scan = scan_nifti(path)
     if series is not None and scan.verdict.format != "DICOM":

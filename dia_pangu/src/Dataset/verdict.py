@@ -139,7 +139,7 @@ def judge_values(verdict: Verdict, stored: np.ndarray, declared: bool = False):
     offset, corner = find_offset(values), corner_value(stored)
     bright = corner > low + 0.85 * (high - low)
     distinct = len(np.unique(values))
-    if distinct == 2:
+    if distinct < 3:
         verdict.values, verdict.why = OTHER, "2 different values: a mask, not a scan"
         return
     if is_inverted(values, offset, corner) or offset and bright:
@@ -151,7 +151,8 @@ def judge_values(verdict: Verdict, stored: np.ndarray, declared: bool = False):
         return
     air, soft, dark = likeness(values)
     usual = air > 0.5 and soft > 0.25
-    if declared and (usual or not bright):
+    grey = low >= 0 and 60 < high <= 255.5  # of a CT with HU the air alone lies below
+    if declared and (usual or not (bright or grey)):
         verdict.why = "rescale tags of a CT"
         if not usual:
             verdict.note(f"{span}: HU by the header, but air and soft tissue do not lie at their usual HU")
@@ -168,7 +169,7 @@ def judge_values(verdict: Verdict, stored: np.ndarray, declared: bool = False):
     verdict.values = OTHER
     if distinct <= 16 and low >= 0:
         verdict.why = f"{distinct} different values: a mask, not a scan"
-    elif low >= 0 and 60 < high <= 255.5:
+    elif grey:
         verdict.values, verdict.why = GREY, f"{span}: 8-bit grey levels, as pictures hold them"
         if bright:
             verdict.note("the corners are bright: the grey levels are likely inverted, air bright")
@@ -216,7 +217,19 @@ def judge_chest(verdict: Verdict, hu: np.ndarray, spacing_mm):
     if verdict.chest != "yes":
         what = "this is no chest" if verdict.chest == "no" else "only part of a chest"
         verdict.note(f"{litres:.2f} litres of lung over {tall_mm:.0f} mm are seen: {what}")
-    # Bone near the middle is the spine; the header may be wrong, the spine is not.
+    # A scan cuts the body off at head and feet; one that is cut off at its sides alone has other axes.
+    ends = []
+    for axis in range(3):
+        area = (small > -400).sum(tuple({0, 1, 2} - {axis})) / max(1, np.delete(small.shape, axis).prod())
+        ends.append(area[[0, -1]] / max(area.max(), 1e-9))
+    if ends[2].max() < 0.05 and max(ends[0].min(), ends[1].min()) > 0.3:
+        verdict.side, verdict.orientation = "unknown", "contradicted by the body"
+        verdict.note(
+            "the body ends in air at head and feet, but not at its sides: the axes are in another order "
+            "than the header says, left and right are unknown"
+        )
+    # Bone near the middle is the spine; the header may be wrong, the spine is not. In front there may also be
+    # a breastbone, calcified ribs, or a heart full of contrast: then the spine is still seen at the back.
     body, bone = np.argwhere((small > -400).any(2)), np.argwhere(small > 350)
     if len(body) < 100 or len(bone) < 100:
         return
@@ -224,7 +237,10 @@ def judge_chest(verdict: Verdict, hu: np.ndarray, spacing_mm):
     middle = bone[np.abs(bone[:, 1] - (left + right) / 2) < 0.15 * max(1, right - left)]
     if len(middle) < 50 or verdict.chest == "no":
         return
-    if (middle[:, 0].mean() - (top + bottom) / 2) / max(1, (bottom - top) / 2) < -0.35:
+    band = slice(*np.round((left + right) / 2 + np.array([-0.15, 0.15]) * (right - left)).astype(int))
+    behind_mm2 = np.median((small[(top + bottom) // 2 :, band] > 150).sum((0, 1))) * h_mm * w_mm
+    in_front = (middle[:, 0].mean() - (top + bottom) / 2) / max(1, (bottom - top) / 2) < -0.35
+    if in_front and behind_mm2 < 500:
         verdict.side, verdict.orientation = "unknown", "contradicted by the spine"
         verdict.note("the spine lies in front: the header's orientation is wrong, left and right are unknown")
 
