@@ -96,6 +96,64 @@ def test_odd_predictions_are_scored(tmp_path):
     assert {f"BLEU_{n}" for n in range(1, 5)} | {"METEOR", "ROUGE_L", "CIDEr"} <= set(scores)
     assert scores["empty_predictions"] == 1 and scores["rows"] == 5
     assert scores["METEOR"] is None or 0 < scores["METEOR"] < 1
+    assert len(list(inner_intervals(scores))) > 40
+
+
+def inner_intervals(scores: dict):
+    """Yield (name, interval) of every score of a file of scores, and assert that each score has one."""
+    names = {"BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4", "ROUGE_L", "CIDEr"}
+    assert set(scores["intervals"]) == names | ({"METEOR"} if scores["METEOR"] is not None else set())
+    yield from scores["intervals"].items()
+    assert set(scores["standard"]) - {"intervals"} == set(scores["standard"]["intervals"])
+    yield from scores["standard"]["intervals"].items()
+    for part in ("findings", "findings_18"):
+        yield f"{part} CRG", scores[part]["CRG"]["interval"]
+        for name in ("micro", "macro", "macro_occurring", "example"):
+            yield f"{part} {name}", scores[part][name]["F1_interval"]
+        for name, row in scores[part]["per_finding"].items():
+            yield f"{part} {name}", row["F1_interval"]
+    for name in ("other_patient", "survives"):
+        yield name, scores["sameness"][f"{name}_interval"]
+
+
+def test_the_interval_of_every_score_holds_its_value():
+    """Each score, computed anew from draws of its counts, spreads around what it is on all reports."""
+    truths = [*TEXTS] * 6
+    predictions = [text if i % 3 else TEXTS[(i + 1) % 6] for i, text in enumerate(truths)]
+    rows = [{"Ground Truth": t, "Pred": p} for t, p in zip(truths, predictions)]
+    scores = nlg_eval.score_rows(rows, with_meteor=False, draws=40)
+    values = {name: scores[name] for name in scores["intervals"]} | scores["standard"] | scores["sameness"]
+    for part in ("findings", "findings_18"):
+        found = scores[part]
+        values |= {f"{part} {name}": row["F1"] for name, row in found["per_finding"].items()}
+        means = ("micro", "macro", "macro_occurring", "example")
+        values |= {f"{part} {name}": found[name]["F1"] for name in means}
+        values[f"{part} CRG"] = found["CRG"]["value"]
+    for name, (low, high) in inner_intervals(scores):
+        assert low - 1e-6 <= values[name] <= high + 1e-6, name
+        if name in scores["intervals"] or name in scores["standard"]["intervals"]:
+            assert low < high, f"{name}: the draws do not differ"
+
+
+def test_meteor_of_any_draw_comes_from_the_counts_of_its_pairs():
+    """What the jar prints with -ssOut, and the final score that it gives to the same six and four pairs."""
+    rows = {
+        "en": (
+            "5 7 3 4 1 1 3 3 0 0 0 0 0 0 0 0 0 0 0 0 2 4 4, 4 4 1 1 3 3 1 1 0 0 0 0 0 0 0 0 0 0 0 0 1 4 4, "
+            "8 9 5 3 3 3 3 3 0 0 0 0 0 0 0 0 0 0 0 0 4 6 6, 1 0 1 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0, "
+            "5 5 2 2 1 1 1 1 0 0 0 0 0 0 0 0 0 0 0 0 1 2 2, 6 3 3 1 1 1 0 0 0 0 0 0 0 0 0 0 1 1 0 0 2 2 2",
+            0.28699173163137265,
+        ),
+        "cn": (
+            "4 3 0 0 3 3 0 0 0 0 0 0 0 0 0 0 0 0 0 0 2 3 3, 2 2 0 0 1 1 0 0 0 0 0 0 0 0 0 0 0 0 0 0 1 1 1, "
+            "3 3 0 0 3 3 0 0 0 0 0 0 0 0 0 0 0 0 0 0 1 3 3, 5 3 0 0 3 3 0 0 0 0 0 0 0 0 0 0 0 0 0 0 2 3 3",
+            0.6253188092431322,
+        ),
+    }
+    for language, (text, final) in rows.items():
+        counts = np.array([line.split() for line in text.split(",")], float)
+        assert nlg_eval.meteor_score(counts, language) == pytest.approx(final, abs=1e-12)
+    assert nlg_eval.meteor_score(counts[2:3], "cn") == 1 and nlg_eval.meteor_score(0 * counts, "en") == 0
 
 
 def test_missing_java_is_said(tmp_path, monkeypatch):

@@ -45,13 +45,34 @@ def finding_scores(truth, predicted, names=FINDINGS) -> dict:
     }
 
 
-def f1_intervals(truth, predicted, draws: int = 500, seed: int = 0) -> list[tuple[float, float]]:
-    """Return the 95 % bootstrap interval of the F1 of every finding, all from the same draws of reports."""
+def score_intervals(truth, predicted, draws: int = 500, seed: int = 0) -> dict:
+    """Return 95 % bootstrap intervals, all from the same draws of reports: of the F1 of every finding
+    ("per_finding"), of the four means of `finding_scores`, and of "CRG"."""
     rng, count = np.random.default_rng(seed), len(truth)
     weights = rng.multinomial(count, np.full(count, 1 / count), draws).astype(float)
-    hit, other = weights @ (truth & predicted), weights @ (truth ^ predicted)
-    low, high = np.percentile(hit / (hit + 0.5 * other + EPSILON), (2.5, 97.5), axis=0)
-    return [(float(a), float(b)) for a, b in zip(low, high)]
+    hit, extra, missed = (
+        weights @ part for part in (truth & predicted, ~truth & predicted, truth & ~predicted)
+    )
+    positive, occurs = (hit + missed).sum(1), hit + missed > 0
+    single = hit / (hit + (extra + missed) / 2 + EPSILON)
+    right, told = (truth & predicted).sum(1), truth.sum(1) + predicted.sum(1)
+    values = {
+        "micro": hit.sum(1) / (hit + (extra + missed) / 2 + EPSILON / hit.shape[1]).sum(1),
+        "macro": single.mean(1),
+        "macro_occurring": (single * occurs).sum(1) / np.maximum(occurs.sum(1), 1),
+        "example": weights @ (2 * right / np.maximum(told, 1)) / count,
+    }
+    # As `crg_score`; a draw without any positive has none.
+    rest, drawn = (truth.size - positive) / 2, (positive > 0) & (positive < truth.size)
+    gained = rest / np.maximum(positive, 1) * (hit - missed).sum(1) - extra.sum(1)
+    values["CRG"] = (rest / np.maximum(2 * rest - gained, 1e-9))[drawn]
+
+    def interval(drawn) -> tuple[float, float]:
+        return tuple(map(float, np.percentile(drawn, (2.5, 97.5)))) if len(drawn) else (float("nan"),) * 2
+
+    return {name: interval(drawn) for name, drawn in values.items()} | {
+        "per_finding": [interval(column) for column in single.T]
+    }
 
 
 def crg_score(truth, predicted) -> float:

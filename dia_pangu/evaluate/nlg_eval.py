@@ -32,7 +32,7 @@ from common.arguments import Parser, number
 from common.checkpoint import atomic_csv, atomic_json
 from common.errors import UserError, run
 from common.intervals import bootstrap
-from dia_pangu.evaluate.findings import crg_score, f1_intervals, finding_scores, macro_f1, micro_f1
+from dia_pangu.evaluate.findings import crg_score, finding_scores, micro_f1, score_intervals
 from dia_pangu.evaluate.labeler import LABELS_18, CheXbert, language_of, positives, positives_18
 from dia_pangu.src.Dataset.prompt import FINDINGS, LANGUAGES
 
@@ -118,8 +118,36 @@ def cider(truths, predictions) -> tuple[float, list[float]]:
     return float(score), [float(value) for value in samples]
 
 
-def meteor(truths, predictions, language: str = "en") -> float | None:
-    """Return the corpus score of METEOR 1.5, or None without Java.
+# METEOR's alpha, beta, gamma, delta and the weights of its four kinds of match, as the jar has them.
+METEOR_PARAMETERS = {
+    "en": (0.85, 0.2, 0.6, 0.75, (1.0, 0.6, 0.8, 0.6)),
+    "cn": (0.75, 1.4, 0.7, 0.5, (1.0, 0.0, 0.0, 0.0)),
+}
+
+
+def meteor_score(counts: np.ndarray, language: str) -> float:
+    """Return METEOR 1.5 of texts from their summed counts (N, 23): words and function words of test and
+    reference, for each kind of match the content and the function words of both, chunks, matched words."""
+    alpha, beta, gamma, delta, weights = METEOR_PARAMETERS[language]
+    # A pair of equal texts is one chunk, which the jar does not count as broken.
+    total, equal = counts.sum(0), counts[:, 20] == 1
+    for text in (0, 1):
+        equal &= counts[:, 4 + text : 20 : 2].sum(1) == counts[:, text]
+    matches, matched = total[4:20].reshape(4, 2, 2), total[21:].mean()  # kind, content or function, text
+    shares = []
+    for text in (0, 1):
+        words, function = total[text], total[2 + text]
+        hits = np.dot(weights, delta * matches[:, 0, text] + (1 - delta) * matches[:, 1, text])
+        shares.append(hits / max(delta * (words - function) + (1 - delta) * function, 1e-9))
+    precision, recall = shares
+    if precision * recall == 0:
+        return 0.0
+    broken = (total[20] - equal.sum()) / matched
+    return float((1 - gamma * broken**beta) / (alpha / recall + (1 - alpha) / precision))
+
+
+def meteor_counts(truths, predictions, language: str = "en") -> np.ndarray | None:
+    """Return the counts (N, 23) of each pair of texts that METEOR 1.5 is computed from, or None without Java.
 
     The jar reads files here, because its interactive form waits for ever on an empty line.
     """
@@ -133,53 +161,70 @@ def meteor(truths, predictions, language: str = "en") -> float | None:
         shutil.copy(jar, folder)  # METEOR cannot find its data from a path with a space or beyond ASCII
         (Path(folder) / "data").symlink_to(jar.parent / "data")
         options = ["-l", "en", "-norm"] if language == "en" else ["-l", "other"]
-        command = [java, "-Xmx2G", "-Dfile.encoding=UTF-8", "-jar", jar.name, "pred", "truth", *options]
+        command = [java, "-Xmx2G", "-Dfile.encoding=UTF-8", "-jar", jar.name, "pred", "truth"]
         try:
             result = subprocess.run(
-                command, cwd=folder, capture_output=True, text=True, timeout=METEOR_SECONDS, encoding="utf-8"
+                [*command, *options, "-ssOut"],
+                cwd=folder,
+                capture_output=True,
+                text=True,
+                timeout=METEOR_SECONDS,
+                encoding="utf-8",
             )
         except subprocess.TimeoutExpired:
             raise UserError(
                 f"METEOR did not end within {METEOR_SECONDS} s; leave it out with --no-meteor"
             ) from None
-    found = re.findall(r"Final score:\s+([0-9.eE-]+|NaN)", result.stdout)
-    if not found:
+    rows = [line.split() for line in result.stdout.splitlines() if re.match(r"[\d.]+ ", line)]
+    if len(rows) != len(truths) or any(len(row) != 23 for row in rows):
         lines = (result.stderr or result.stdout).strip().splitlines() or ["no output"]
         raise UserError(f"METEOR failed: {lines[-1]}; leave it out with --no-meteor")
-    return 0.0 if found[-1] == "NaN" else float(found[-1])
+    return np.array(rows, float)
 
 
 def published_scores(
     truths, predictions, language: str = "en", with_meteor: bool = True
 ) -> tuple[dict, dict]:
-    """Return the published tables' scores (METEOR: None without Java), and ROUGE_L and CIDEr per sample."""
+    """Return the published tables' scores (METEOR: None without Java), and per sample ROUGE_L, CIDEr and the
+    counts of METEOR."""
     raw = truths, predictions
     truths, predictions = ([words(text, language) for text in texts] for texts in raw)
     scores = {f"BLEU_{n}": float(value) for n, value in enumerate(bleu(truths, predictions)[0], 1)}
     samples = {}
-    scores["METEOR"] = meteor(truths, predictions, language) if with_meteor else None
+    counts = meteor_counts(truths, predictions, language) if with_meteor else None
+    scores["METEOR"] = None if counts is None else meteor_score(counts, language)
     # Upstream splits at single spaces here, and at any white space for the other scores.
     spaced = raw if language == "en" else (truths, predictions)
     scores["ROUGE_L"], samples["ROUGE_L"] = rouge_l(*spaced)
     scores["CIDEr"], samples["CIDEr"] = cider(truths, predictions)
-    return scores, samples
+    return scores, samples | ({} if counts is None else {"METEOR": counts})
 
 
-def standard_scores(truths, predictions, language: str) -> dict:
-    """Return the scores of sacrebleu (13a, lower case; Chinese: zh; 0 to 1) and rouge-score's F1."""
-    import sacrebleu
+def standard_scores(truths, predictions, language: str, draws: int) -> dict:
+    """Return the scores of sacrebleu (13a, lower case; Chinese: zh; 0 to 1) and rouge-score's F1, and their
+    intervals."""
+    from sacrebleu.metrics import BLEU
 
     truths, predictions = (
         [" ".join(text.replace("\0", " ").split()) for text in texts] for texts in (truths, predictions)
     )
-    corpus = sacrebleu.corpus_bleu(
-        predictions, [truths], lowercase=True, tokenize="zh" if language == "cn" else "13a"
-    )
+    # Corpus BLEU of any draw of reports comes from their counts, which effective_order leaves as they are.
+    scorer = BLEU(lowercase=True, tokenize="zh" if language == "cn" else "13a", effective_order=True)
+    single = [scorer.sentence_score(told, [true]) for true, told in zip(truths, predictions)]
+    counts = np.array([[*one.counts, *one.totals, one.sys_len, one.ref_len] for one in single])
+
+    def corpus(rows) -> float:
+        total = rows.sum(0).tolist()
+        return BLEU.compute_bleu(total[:4], total[4:8], *total[8:]).score / 100
+
     split = default_words if language == "en" else lambda text: words(text, "cn").split()
     rows = [standard_rouge(split(truth), split(prediction)) for truth, prediction in zip(truths, predictions)]
+    rouge = {name: np.array([row[name] for row in rows]) for name in rows[0]}
+    intervals = {name: bootstrap(np.mean, values, draws=draws) for name, values in rouge.items()}
     return {
-        "sacreBLEU": corpus.score / 100,
-        **{name: float(np.mean([row[name] for row in rows])) for name in rows[0]},
+        "sacreBLEU": corpus(counts),
+        **{name: float(values.mean()) for name, values in rouge.items()},
+        "intervals": {"sacreBLEU": bootstrap(corpus, counts, draws=draws), **intervals},
     }
 
 
@@ -215,20 +260,20 @@ def parse_labels(text: str) -> list[int] | None:
     return labels if len(labels) == len(FINDINGS) else None
 
 
-def clinical_scores(truths, predictions, labeler=positives, draws: int = 500) -> dict:
-    """Return finding scores of reports that `labeler` reads, with intervals, and the CRG score."""
-    truth, predicted = np.array(labeler(truths)).astype(bool), np.array(labeler(predictions)).astype(bool)
-    scores = finding_scores(truth, predicted)
-    scores["CRG"] = {"value": crg_score(truth, predicted)}
-    scores["CRG"]["interval"] = bootstrap(crg_score, truth, predicted, draws=draws)
-    scores["micro"]["F1_interval"] = bootstrap(micro_f1, truth, predicted, draws=draws)
-    scores["macro_occurring"]["F1_interval"] = bootstrap(macro_f1, truth, predicted, draws=draws)
-    for row, interval in zip(scores["per_finding"].values(), f1_intervals(truth, predicted, draws)):
+def clinical_scores(truth, predicted, names=FINDINGS, draws: int = 500) -> dict:
+    """Return finding scores of labels (N, len(names)), with an interval for each F1, and the CRG score."""
+    truth, predicted = np.array(truth).astype(bool), np.array(predicted).astype(bool)
+    scores = finding_scores(truth, predicted, names)
+    intervals = score_intervals(truth, predicted, draws)
+    scores["CRG"] = {"value": crg_score(truth, predicted), "interval": intervals["CRG"]}
+    for name in ("micro", "macro", "macro_occurring", "example"):
+        scores[name]["F1_interval"] = intervals[name]
+    for row, interval in zip(scores["per_finding"].values(), intervals["per_finding"]):
         row["F1_interval"] = interval
     return scores
 
 
-def sameness(truths, predictions, labeler=positives) -> dict:
+def sameness(truths, predictions, labeler=positives, draws: int = 500) -> dict:
     """Return how alike the predictions are, and how much of their score another patient's report would have.
 
     distinct: different predictions as a share of all. commonest: share of the most frequent one. micro_F1 and
@@ -237,14 +282,24 @@ def sameness(truths, predictions, labeler=positives) -> dict:
     """
     truth, told = np.array(labeler(truths)).astype(bool), np.array(labeler(predictions)).astype(bool)
     counts, own = Counter(predictions), micro_f1(truth, told)
-    shifts = [s for s in (1, 2, 3, 5, 8) if s < len(told)]
-    other = float(np.mean([micro_f1(truth, np.roll(told, s, axis=0)) for s in shifts])) if shifts else own
+    shifts = [s for s in (1, 2, 3, 5, 8) if s < len(told)] or [0]
+
+    def another(truth, *others) -> float:
+        return float(np.mean([micro_f1(truth, other) for other in others]))
+
+    def survives(truth, told, *others) -> float:
+        own = micro_f1(truth, told)
+        return another(truth, *others) / own if own else float("nan")
+
+    others = [np.roll(told, s, axis=0) for s in shifts]
     return {
         "distinct": len(counts) / max(1, len(predictions)),
         "commonest": max(counts.values()) / max(1, len(predictions)),
         "micro_F1": own,
-        "other_patient": other,
-        "survives": other / own if own else float("nan"),
+        "other_patient": another(truth, *others),
+        "other_patient_interval": bootstrap(another, truth, *others, draws=draws),
+        "survives": survives(truth, told, *others),
+        "survives_interval": bootstrap(survives, truth, told, *others, draws=draws),
     }
 
 
@@ -319,19 +374,22 @@ def score_rows(rows, language=None, labeler=positives, with_meteor: bool = True,
     language = language or language_of(" ".join(truths))
     scores, samples = published_scores(truths, predictions, language, with_meteor)
     scores["intervals"] = {
-        name: bootstrap(np.mean, np.array(values), draws=draws) for name, values in samples.items()
+        name: bootstrap(np.mean, np.array(samples[name]), draws=draws) for name in ("ROUGE_L", "CIDEr")
     }
     scores["intervals"] |= bleu_intervals(truths, predictions, language, draws)
-    scores["standard"] = standard_scores(truths, predictions, language)
-    scores["findings"] = clinical_scores(truths, predictions, labeler, draws)
-    scores["sameness"] = sameness(truths, predictions, labeler)
+    if "METEOR" in samples:
+        found = bootstrap(lambda rows: meteor_score(rows, language), samples["METEOR"], draws=draws)
+        scores["intervals"]["METEOR"] = found
+    scores["standard"] = standard_scores(truths, predictions, language, draws)
+    told = labeler(predictions)
+    scores["findings"] = clinical_scores(labeler(truths), told, FINDINGS, draws)
+    scores["sameness"] = sameness(truths, predictions, labeler, draws)
     if labeler is positives:
-        found = [np.array(positives_18(texts)).astype(bool) for texts in (truths, predictions)]
-        scores["findings_18"] = finding_scores(*found, LABELS_18)
-        scores["findings_18"]["CRG"] = crg_score(*found)
+        found = positives_18(truths), positives_18(predictions)
+        scores["findings_18"] = clinical_scores(*found, LABELS_18, draws)
     given = [parse_labels(row.get("GT_labels", "")) for row in rows]
     if all(given):  # the labels of the data set instead of the labeler's reading of the true report
-        scores["findings_against_GT_labels"] = finding_scores(given, labeler(predictions))
+        scores["findings_against_GT_labels"] = clinical_scores(given, told, FINDINGS, draws)
     scores["rows"], scores["language"] = len(rows), language
     scores["empty_predictions"] = sum(not text.strip() for text in predictions)
     scores["convention"] = (
