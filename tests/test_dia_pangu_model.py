@@ -165,6 +165,44 @@ def test_a_control_shows_the_volume_that_it_names(model_text, monkeypatch):
         assert torch.allclose(given["tokens"], shown, atol=1e-5), control
 
 
+def test_of_the_candidates_the_one_nearest_to_the_diagnosis_is_kept(model_text, monkeypatch):
+    """Only where a report differs from the diagnosis, the first of equals, alike in every batch."""
+    model, text = model_text
+    told = {  # diagnosis: a nodule and an effusion
+        1: "A nodule is seen.",
+        2: "The heart is enlarged.",
+        3: "A nodule is seen. There is a left pleural effusion.",
+        4: "There is a left pleural effusion.",
+        5: "Both lungs are clear.",
+    }
+    drawn = []
+
+    def generate(self, ids, mask, tokens, **options):
+        drawn.append((ids.shape, mask.shape, tokens[:, 0].tolist(), options, torch.rand(1).item()))
+        return torch.tensor([2, 4, 3, 5])[:, None]
+
+    monkeypatch.setattr(type(model), "generate", generate)
+    monkeypatch.setattr(type(text), "decode", lambda self, row: told[int(row[0])])
+    statuses = torch.zeros(3, 14, dtype=torch.long)
+    statuses[:, [FINDINGS.index("lung lesion"), FINDINGS.index("pleural effusion")]] = 1
+    statuses[2, FINDINGS.index("pleural effusion")] = 0
+    prompts = {"lang_x": torch.ones(3, 5), "attention_mask": torch.ones(3, 5)}
+    tokens = torch.arange(3.0)[:, None]
+    for first, kept in ((1, told[3]), (5, told[3])):
+        reports = [told[first], told[3], told[1]]
+        sampling = {"number": 4, "seed": 7, "top_k": 0}
+        report_script.keep_the_nearest(reports, statuses, model, text, prompts, tokens, **sampling)
+        assert reports == [kept, told[3], told[1]]
+    shapes, masks, shown, options, draw = drawn[0]
+    assert shapes == masks == (4, 5) and shown == [0] * 4 and options["do_sample"] and options["top_k"] == 0
+    assert len(drawn) == 2 and drawn[1][4] == draw, "the draws depend on more than the seed"
+    # All equally far: the report that was there stays.
+    monkeypatch.setattr(type(model), "generate", lambda self, ids, *args, **options: torch.full((4, 1), 4))
+    reports = [told[1]] * 3
+    report_script.keep_the_nearest(reports, statuses, model, text, prompts, tokens, number=4, seed=7)
+    assert reports == [told[1]] * 3
+
+
 def test_only_present_findings_have_a_place():
     statuses = [int(name == "fracture") for name in FINDINGS]
     places = {name: ("left", "upper") for name in LATERAL}
