@@ -182,6 +182,12 @@ def meteor_counts(truths, predictions, language: str = "en") -> np.ndarray | Non
     return np.array(rows, float)
 
 
+def meteor(truths, predictions, language: str = "en") -> float | None:
+    """Return the corpus score of METEOR 1.5, or None without Java."""
+    counts = meteor_counts(truths, predictions, language)
+    return None if counts is None else meteor_score(counts, language)
+
+
 def published_scores(
     truths, predictions, language: str = "en", with_meteor: bool = True
 ) -> tuple[dict, dict]:

@@ -240,7 +240,7 @@ def judge_chest(verdict: Verdict, hu: np.ndarray, spacing_mm):
     band = slice(*np.round((left + right) / 2 + np.array([-0.15, 0.15]) * (right - left)).astype(int))
     behind_mm2 = np.median((small[(top + bottom) // 2 :, band] > 150).sum((0, 1))) * h_mm * w_mm
     in_front = (middle[:, 0].mean() - (top + bottom) / 2) / max(1, (bottom - top) / 2) < -0.35
-    if in_front and behind_mm2 < 500:
+    if in_front and behind_mm2 < 800:
         verdict.side, verdict.orientation = "unknown", "contradicted by the spine"
         verdict.note("the spine lies in front: the header's orientation is wrong, left and right are unknown")
 
