@@ -12,14 +12,15 @@ def bootstrap(function, *arrays, groups=None, draws: int = 1000, seed: int = 0) 
     Percentile method of Efron 1979.
     """
     rng, count = np.random.default_rng(seed), len(arrays[0])
-    members = [[row] for row in range(count)]
+    members = range(count)
     if groups is not None:
         _, which = np.unique(np.asarray(groups), return_inverse=True)
         order = np.argsort(which, kind="stable")
         members = np.split(order, np.cumsum(np.bincount(which))[:-1])
     values = []
     for _ in range(draws):
-        rows = np.concatenate([members[i] for i in rng.integers(0, len(members), len(members))])
+        drawn = rng.integers(0, len(members), len(members))
+        rows = drawn if groups is None else np.concatenate([members[i] for i in drawn])
         values.append(function(*(array[rows] for array in arrays)))
     low, high = np.percentile(values, (2.5, 97.5))
     return float(low), float(high)
