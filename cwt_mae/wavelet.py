@@ -496,6 +496,20 @@ def signals(x) -> Tensor:
     return x
 
 
+def fixed_scales(scales) -> list[float]:
+    """Scales (S,), a tensor or a list, as numbers; ValueError where a derivative is asked for."""
+    scales = torch.as_tensor(scales)
+    if not torch.compiler.is_compiling():
+        inside = torch._C._functorch.is_functorch_wrapped_tensor(scales)
+        if inside or scales.requires_grad or torch._VF._unpack_dual(scales, level=0)[1] is not None:
+            raise ValueError("scales have no derivative, and vmap cannot map over them; give them as numbers")
+    if scales.ndim != 1 or scales.is_complex():
+        raise ValueError(f"scales are {scales.dtype} {tuple(scales.shape)}, expected real numbers (S,)")
+    scales = scales.tolist()
+    check_scales(scales)
+    return scales
+
+
 def check_scales(scales: list):
     """ValueError unless the scales are above 0 and rise: the last one says how long the kernels are."""
     rising = all(a < b for a, b in zip(scales, scales[1:]))
@@ -554,8 +568,7 @@ def cwt_ricker(x: Tensor, scales: Tensor, legacy: bool = False, padding: str = "
     Kernels are odd and of fixed length, the signal continues by `padding`. Legacy: zeros, and upstream's
     kernel length.
     """
-    x, scales = signals(x), torch.as_tensor(scales).tolist()
-    check_scales(scales)
+    x, scales = signals(x), fixed_scales(scales)
     points = kernel_points(scales[-1], x.shape[1], legacy)
     rows = extend(x, points // 2, "zero" if legacy else padding, None)[:, None]
     return _apply(rows, None, scales, points, False)[:, 0]

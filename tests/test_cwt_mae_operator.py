@@ -28,6 +28,7 @@ def mask_of(batch=3, length=120):
     return real
 
 
+SOME = torch.zeros(2, 9)
 FORMS = {
     "plain": {},
     "normalised": {"normalize": True},
@@ -244,6 +245,11 @@ def test_out_is_written_and_returned_and_refused_where_it_does_not_fit():
         (lambda: cwt_wrap(torch.zeros(2, 9), 4, lowest_scale=float("nan")), "above 0"),
         (lambda: cwt_wrap(torch.zeros(2, 9), 4, lowest_scale=9.0, step=-1.0), "rising"),
         (lambda: cwt_ricker(torch.zeros(2, 9), torch.tensor([4.0, 2.0])), "rising"),
+        (lambda: cwt_ricker(torch.zeros(2, 9), torch.ones(2, 2)), "expected real numbers .S,."),
+        (lambda: cwt_ricker(torch.zeros(2, 9), torch.ones(1, requires_grad=True)), "no derivative"),
+        (lambda: torch.func.grad(lambda a: cwt_ricker(SOME, a).sum())(torch.ones(1)), "no derivative"),
+        (lambda: torch.func.jvp(lambda a: cwt_ricker(SOME, a), *[(torch.ones(1),)] * 2), "no derivative"),
+        (lambda: torch.func.vmap(lambda a: cwt_ricker(SOME, a[None]))(torch.ones(2)), "cannot map"),
         (lambda: cwt_wrap(torch.zeros(2, 9), real=torch.ones(2, 8)), "real has shape"),
         (lambda: cwt_wrap(torch.zeros(2, 9), padding="wrap"), "use zero, reflect or replicate"),
     ],
@@ -258,6 +264,7 @@ def test_arrays_lists_and_whole_numbers_are_signals_too():
     wanted = cwt_wrap(x, 4, real=mask_of(2, 40))
     assert torch.equal(cwt_wrap(x.numpy(), 4, real=mask_of(2, 40).numpy()), wanted)
     assert torch.equal(cwt_wrap(x.numpy()[:, ::2].copy(), 4), cwt_wrap(x[:, ::2], 4))
+    assert torch.equal(cwt_ricker(x, [1, 2, 4]), cwt_ricker(x, torch.tensor([1.0, 2, 4])))
     whole = (10 * x).round()
     assert torch.equal(cwt_wrap(whole.int().tolist(), 4), cwt_wrap(whole.float(), 4))
     assert torch.equal(cwt_wrap(whole.short(), 4), cwt_wrap(whole.float(), 4))
