@@ -27,6 +27,12 @@ def main(script: str, *arguments: str):
     rank = os.environ.get("NODE_RANK", "0")
     address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "29500")
     config, restarts = os.environ.get("ACCELERATE_CONFIG", ""), os.environ.get("MAX_RESTARTS", "0")
+    meeting = []
+    if restarts != "0":
+        # Each start has a store of its own. In one store they would find where the processes of the start
+        # before were, and wait for these.
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+        meeting = ["--rdzv_backend", "c10d"]
     if processes > 1:  # share the cores out instead of one thread for each process
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     if config:
@@ -61,17 +67,17 @@ def main(script: str, *arguments: str):
             port,
             "--max_restarts",
             restarts,
+            *meeting,
         ]
         start(lambda: launch_command(launch_command_parser().parse_args([*options, script, *arguments])))
     elif processes * nodes > 1:
         from torch.distributed.run import main as torchrun
 
-        place = [
-            f"--nnodes={nodes}",
-            f"--node_rank={rank}",
-            f"--master_addr={address}",
-            f"--master_port={port}",
-        ]
+        place = [f"--nnodes={nodes}", f"--node_rank={rank}"]
+        if meeting:
+            place += [*meeting, "--rdzv_endpoint", f"{address}:{port}"]
+        else:
+            place += [f"--master_addr={address}", f"--master_port={port}"]
         place = ["--standalone"] if nodes == 1 else place
         place += [f"--nproc_per_node={processes}", f"--max_restarts={restarts}"]
         start(lambda: torchrun([*place, script, *arguments]))

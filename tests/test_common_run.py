@@ -172,6 +172,16 @@ def test_one_of_two_processes_killed_ends_both_and_the_run_goes_on(tmp_path, uni
 
 
 @pytest.mark.slow
+def test_a_killed_process_is_started_again_and_goes_on(tmp_path, uninterrupted):
+    """MAX_RESTARTS with --resume auto: one command for the start and for what comes after a fault."""
+    whole, folder = uninterrupted(2)
+    options = ["--batch-size", "4", "--resume", "auto", "--die-at", "8"]
+    done = toy(tmp_path / "cut", *options, processes=2, MAX_RESTARTS="1")
+    assert "resumed from" in done.text and final(done) == final(whole)
+    assert losses(tmp_path / "cut") == losses(folder)
+
+
+@pytest.mark.slow
 def test_twenty_kills_at_random_moments_lose_nothing(tmp_path):
     options = [
         "--width",

@@ -527,21 +527,29 @@ def test_restarts_are_passed_to_torchrun(monkeypatch):
     monkeypatch.setattr(launch, "patient_shutdown", lambda seconds: {})
     monkeypatch.setenv("NPROC_PER_NODE", "2")
     monkeypatch.setenv("MAX_RESTARTS", "3")
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # which it sets too
     launch.main("script.py", "--resume", "auto")
     assert "--max_restarts=3" in seen[0] and seen[0][-3:] == ["script.py", "--resume", "auto"]
+    monkeypatch.setenv("NNODES", "2")
+    monkeypatch.setenv("MASTER_ADDR", "node7")
+    launch.main("script.py")
+    assert "--rdzv_backend c10d --rdzv_endpoint node7:29500" in " ".join(seen[1])
 
 
 STUBS = {
-    "srun": '#!/bin/bash\nshift 2\nexport SLURM_NODEID=0\nexec "$@"\n',
+    # one launcher on each node, and a signal that goes to all of them
+    "srun": "#!/bin/bash\nshift 2\n"
+    'for ((n = 0; n < SLURM_NNODES; n++)); do SLURM_NODEID=$n "$@" & runs+=($!); done\n'
+    'trap \'kill -USR1 "${runs[@]}"\' USR1\nwait "${runs[@]}"; wait "${runs[@]}"\n',
     "scontrol": '#!/bin/bash\necho "$@" >>"$CALLS"\nif [ "$1" = show ]; then echo node7; fi\n',
     # stands for the launcher: a run that saves itself when it is told to, or ends
     "python": '#!/bin/bash\necho "$MASTER_ADDR $NNODES $NODE_RANK $@" >>"$CALLS"\ntrap "exit 138" USR1\n'
-    "touch started\nfor i in $(seq $TICKS); do sleep 0.1; done\n",
+    'touch "$STARTED-$NODE_RANK"\nfor i in $(seq $TICKS); do sleep 0.1; done\n',
 }
 
 
-@pytest.mark.parametrize("ticks, requeued", [(600, True), (1, False)])
-def test_a_slurm_job_saves_itself_before_its_limit_and_is_requeued(tmp_path, ticks, requeued):
+@pytest.mark.parametrize("ticks, nodes, requeued", [(600, 1, True), (600, 2, True), (1, 1, False)])
+def test_a_slurm_job_saves_itself_before_its_limit_and_is_requeued(tmp_path, ticks, nodes, requeued):
     for name, text in STUBS.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
@@ -551,22 +559,21 @@ def test_a_slurm_job_saves_itself_before_its_limit_and_is_requeued(tmp_path, tic
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
         "PYTHON": str(tmp_path / "python"),
     }
-    environment |= {"CALLS": str(calls), "TICKS": str(ticks), "SLURM_JOB_ID": "42", "SLURM_NNODES": "1"}
-    environment |= {"SLURM_JOB_NODELIST": "node[7]", "SLURM_SUBMIT_DIR": str(tmp_path / "repository")}
-    (tmp_path / "repository").symlink_to(ROOT)
-    environment["SLURM_SUBMIT_DIR"] = str(ROOT)
+    environment |= {"CALLS": str(calls), "TICKS": str(ticks), "STARTED": str(tmp_path / "started")}
+    environment |= {"SLURM_JOB_ID": "42", "SLURM_NNODES": str(nodes), "SLURM_JOB_NODELIST": "node[7]"}
+    environment |= {"SLURM_SUBMIT_DIR": str(ROOT)}
     script = tmp_path / "spool.sh"  # Slurm runs a copy
-    script.write_text((ROOT / "common/slurm.sh").read_text().replace("touch started", ""))
-    (tmp_path / "python").write_text(STUBS["python"].replace("started", str(tmp_path / "started")))
+    script.write_text((ROOT / "common/slurm.sh").read_text())
     job = subprocess.Popen(["bash", script, "x/train.py", "--out", "a b"], env=environment, cwd="/")
-    while not (tmp_path / "started").exists():
+    while len(list(tmp_path.glob("started-*"))) < nodes:
         assert job.poll() is None
         time.sleep(0.02)
     if requeued:
         job.send_signal(signal.SIGUSR1)
     assert job.wait(60) == (138 if requeued else 0)
     said = calls.read_text()
-    assert "node7 1 0 -m common.launch x/train.py --out a b --resume auto" in said
+    for rank in range(nodes):
+        assert f"node7 {nodes} {rank} -m common.launch x/train.py --out a b --resume auto" in said
     assert ("requeue 42" in said) == requeued
 
 

@@ -1,6 +1,8 @@
 """A training script of the smallest size that uses all of common/; the tests start it in every way a project
 is started."""
 
+import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -50,6 +52,7 @@ def parse_args(argv=None):
     )
     parser.add_argument("--nan-at", type=int, default=0, help="step whose loss becomes nan")
     parser.add_argument("--wild-at", type=int, default=0, help="step whose update makes the weights infinite")
+    parser.add_argument("--die-at", type=int, default=0, help="step after which the first start is killed")
     add_run_arguments(parser, lr=1e-2, batch_size=8, max_steps=20, warmup=0.0, save_every=5, log_every=1)
     return parser.parse_args(argv)
 
@@ -87,6 +90,8 @@ def main(args):
             if run.state["step"] == args.wild_at:
                 next(model.parameters()).data.fill_(torch.inf)
             finish_step(run, grad=grad)
+            if run.state["step"] == args.die_at and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
+                os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(args.pause)
 
     time.sleep(args.pause_at_end)
