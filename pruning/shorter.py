@@ -52,10 +52,17 @@ FIRST = (
 LAST = ("num_kv_shared_layers", "num_last_full_attention_layers")
 PREDICTION = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
 PERIODS = {"attn_layer_period": "attn_layer_offset", "expert_layer_period": "expert_layer_offset"}
-# A module's layer number, or what a regular expression has in its place: [23], (2|3), \d+ or [0-9]+.
+# A module's layer number, or what a regular expression has in its place: [23], (2|3), \d+ or [0-9]{1,2}.
+# A name that ends with a number and a star is one of ModelOpt's: all of that layer.
 LAYER_NAME = re.compile(
-    r"((?:layers|layer|\bh|blocks)\\?\.)((?:\d|\\d|\[[^\]]+\]|\([^()]*\)|[+*?])+)(?=\\?\.|$)"
+    r"((?:layers|layer|\bh|blocks)\\?\.)"
+    r"(\d+(?=\*$)|(?:\d|\\d|\[[^\]]+\]|\([^()]*\)|\{[\d,]+\}|[+*?])+(?=\\?\.|$))"
 )
+# Before a number, what says that it is no decoder layer's: those of an encoder of pictures, say.
+OTHER_LAYERS = re.compile(r"vision|visual|audio|image|perceiver|encoder|\bmtp\b")
+QUANTIZATION = ("quantization_config", "compression_config")
+# Files beside config.json in which quantizers say the same again.
+QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 
 
 def config_key(config: dict, name: str) -> str:
@@ -137,9 +144,12 @@ def shorter(config: dict, keep, derived: dict, count: int) -> dict:
     derived: what its class makes of these. count: layers before.
     """
     nested = next((name for name in NESTED if isinstance(config.get(name), dict)), None)
-    names = {}
-    if isinstance(config.get("quantization_config"), dict):
-        names["quantization_config"] = quantized_names(config["quantization_config"], keep, count)
+    ahead = prediction_layers(config)
+    names = {
+        key: quantized_names(config[key], keep, count, ahead)
+        for key in QUANTIZATION
+        if isinstance(config.get(key), dict)
+    }
     if nested:
         inner = shorter(config[nested], keep, derived, count)
         total = config_key(config, "num_hidden_layers")  # some repeat the number outside
@@ -149,10 +159,7 @@ def shorter(config: dict, keep, derived: dict, count: int) -> dict:
         **needed(derived, count),
         **{k: v for k, v in config.items() if v is not None or k not in derived},
     }
-    new = {
-        name: renumbered(name, value, keep, count, prediction_layers(config))
-        for name, value in fields.items()
-    }
+    new = {name: renumbered(name, value, keep, count, ahead) for name, value in fields.items()}
     new |= periods(fields, keep, count)
     for name in ("num_hidden_layers", *NAMES["num_hidden_layers"]):
         if fields.get(name) == count and (name in config or name in derived):
@@ -266,18 +273,20 @@ def stretch(wanted: list[bool]) -> dict:
     )
 
 
-def quantized_names(value, keep, count: int):
+def quantized_names(value, keep, count: int, ahead: int = 0):
     """A quantization's settings with the numbers of layers inside module names replaced.
 
     Names of dropped layers vanish; a regular expression that chooses between numbers gets the new ones.
+    ahead: layers behind the `count` of the decoder, which predict further tokens and stay.
     """
     if isinstance(value, str):
-        return moved_name(value, keep, count)
+        return moved_name(value, [*keep, *range(count, count + ahead)], count + ahead)
     if isinstance(value, list):
-        return [new for new in (quantized_names(part, keep, count) for part in value) if new is not None]
+        moved = (quantized_names(part, keep, count, ahead) for part in value)
+        return [new for new in moved if new is not None]
     if isinstance(value, dict):
-        pairs = ((moved_name(str(k), keep, count), quantized_names(v, keep, count)) for k, v in value.items())
-        return {key: part for key, part in pairs if key is not None}
+        moved = (tuple(quantized_names(part, keep, count, ahead) for part in pair) for pair in value.items())
+        return {key: part for key, part in moved if key is not None}
     return value
 
 
@@ -285,7 +294,7 @@ def moved_name(name: str, keep, count: int) -> str | None:
     """A module's name, or a regular expression of names, for the new layer numbers; None where all are
     gone."""
     found = LAYER_NAME.search(name)
-    if found is None:
+    if found is None or OTHER_LAYERS.search(name[: found.start()]):
         return name
     try:
         meant = [old for old in range(count) if re.fullmatch(found[2], str(old))]
