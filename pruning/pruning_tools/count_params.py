@@ -18,6 +18,9 @@ from pruning.pruning_tools.language_model import find_language_model
 from pruning.pruning_tools.shards import open_checkpoint
 from pruning.shorter import CHOSEN, EXPERTS, config_head_counts, config_object, text_part
 
+# One matrix each for keys, values and output, whose shapes say more than config.json: heads of another
+# width in some layers, values narrower than keys, keys that are the values too.
+OWN = re.compile(r"\b(k_proj|v_proj|o_proj|out_proj|dense)\.(?:base_layer\.)?weight$")
 # What makes the keys of an attention, under the names that decoders give it.
 KEYS = re.compile(r"\b(k_proj|kv_proj|qkv_proj|qkv|c_attn|query_key_value|kv_a_proj\w*|Wqkv|wkv|W_pack)\b")
 
@@ -44,9 +47,16 @@ def parse_args(argv=None):
     return p.parse_args(argv)
 
 
-def ends_with(entries: dict, root: str, endings: tuple):
-    """The first entry below `root` whose key ends with one of `endings`, or None."""
-    return next((e for k, e in entries.items() if k.startswith(root) and k.endswith(endings)), None)
+def head_values(entries: dict, llm, vocabulary) -> int:
+    """Values of the output head, or of the table of words that it is tied to; 0 where neither is found."""
+    tables = {
+        key: entry.numel
+        for key, entry in entries.items()
+        if key.startswith(llm.root) and not key.startswith(llm.prefix) and entry.shape[:1] == (vocabulary,)
+    }
+    heads = [key for key in tables if re.search(r"head|embed_out|output|decoder\.weight", key)]
+    words = [key for key in tables if re.search("embed|wte", key) and "per_layer" not in key]
+    return max((tables[key] for key in heads or words), default=0)
 
 
 def layer_cost(config: dict, entries: dict, llm, context: int) -> dict:
@@ -59,10 +69,7 @@ def layer_cost(config: dict, entries: dict, llm, context: int) -> dict:
     """
     text = effective(config)
     inside = {k: e for k, e in entries.items() if re.match(llm.pattern, k) and ".lora_" not in k}
-    table = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
-    head = ends_with(entries, llm.root, ("lm_head.weight", "embed_out.weight"))
-    head = head or ends_with(entries, llm.root, table)  # tied
-    matrices, attending = head.numel if head else 0, set()
+    matrices, attending = head_values(entries, llm, text.get("vocab_size")), set()
     experts, share = active_experts(text)
     for key, entry in inside.items():
         layer, name = re.match(llm.pattern + "(.*)", key).groups()
@@ -73,13 +80,18 @@ def layer_cost(config: dict, entries: dict, llm, context: int) -> dict:
             matrices += entry.numel * (share if stacked or ".experts." in key else 1)
     spans = attended(text, attending, llm.layers, context)
     itemsize = next(iter(inside.values())).dtype.itemsize
-    scores, kept = per_token(config, text) if any(spans) else (0, 0)
-    own = spans[: llm.layers - (text.get("num_kv_shared_layers") or 0)]  # the others read these layers' keys
+    widths = [
+        per_token(config, text, inside, f"{llm.prefix}{i}.") if spans[i] else (0, 0)
+        for i in range(llm.layers)
+    ]
+    own = llm.layers - (text.get("num_kv_shared_layers") or 0)  # the others read these layers' keys
+    scores = sum(span * products for span, (products, _) in zip(spans, widths))
+    cache = sum(span * kept for span, (_, kept) in zip(spans[:own], widths))
     return {
         "layers": llm.layers,
         "decoder layers, values": sum(e.numel for e in inside.values()),
-        f"FLOPs per token at {context} tokens": round(2 * matrices) + 2 * scores * sum(spans),
-        f"KV-cache of {context} tokens, bytes": kept * itemsize * sum(own),
+        f"FLOPs per token at {context} tokens": round(2 * matrices) + 2 * scores,
+        f"KV-cache of {context} tokens, bytes": cache * itemsize,
     }
 
 
@@ -102,23 +114,35 @@ def attended(text: dict, attending: set, layers: int, context: int) -> list[int]
     """How many of `context` tokens each layer attends to and keeps: none where it makes no keys."""
     kinds = text.get("layer_types")
     kinds = kinds if isinstance(kinds, list) and len(kinds) == layers else ["full_attention"] * layers
-    window = text.get("sliding_window") or context
+    windows = {"sliding": text.get("sliding_window"), "chunked": text.get("attention_chunk_size")}
     spans = []
     for layer, kind in enumerate(map(str, kinds)):
         if layer not in attending or "linear" in kind or kind in ("mamba", "conv", "recurrent"):
             spans.append(0)
         else:
-            spans.append(min(window, context) if "sliding" in kind else context)
+            size = next((size for word, size in windows.items() if word in kind), None)
+            spans.append(min(size or context, context))
     return spans
 
 
-def per_token(config: dict, text: dict) -> tuple[int, int]:
-    """(values of the score and value products, values that are kept) for one token that a layer attends
-    to."""
+def per_token(config: dict, text: dict, entries: dict, layer: str) -> tuple[int, int]:
+    """(values of the score and value products, values that are kept) for one token that a layer attends to.
+
+    layer: what the keys of its tensors begin with.
+    """
     if text.get("kv_lora_rank"):  # multi-head latent attention
         heads = text["num_attention_heads"]
         width = text["qk_nope_head_dim"] + text["qk_rope_head_dim"] + text["v_head_dim"]
         return heads * width, text["kv_lora_rank"] + text["qk_rope_head_dim"]
+    own = {
+        found[1]: entry.shape
+        for key, entry in entries.items()
+        if key.startswith(layer) and (found := OWN.search(key)) and entry.dtype.is_floating_point
+    }
+    output = next((own[name] for name in ("o_proj", "out_proj", "dense") if name in own), None)
+    if "k_proj" in own and output is not None:
+        keys, values = own["k_proj"][0], own.get("v_proj", own["k_proj"])[0]
+        return output[1] + output[1] * keys // values, keys + values
     heads, kv_heads, head_dim = config_head_counts(config)
     return 2 * heads * head_dim, 2 * kv_heads * head_dim
 
