@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.errors import UserError
 from pruning.shorter import check_sources, config_head_counts, shorter
 
-ATTENTION = ("self_attn", "attn", "attention", "self_attention")
+ATTENTION = ("self_attn", "attn", "attention", "self_attention", "multi_head_attention")
 # What mixes tokens: attention, and what stands in its place or beside it in hybrids.
 MIXERS = (*ATTENTION, "cross_attn", "linear_attn", "mamba", "mixer", "temporal_block", "conv", "mlstm_layer")
 # What tells a decoder layer from other numbered modules.
@@ -28,6 +28,8 @@ OUTPUT = ("o_proj", "out_proj", "dense", "c_proj", "wo", "resid_out")
 
 # Tensors outside the layers with one part for each, along this axis (Gemma 3n and 4).
 PER_LAYER = {"embed_tokens_per_layer.weight": 1, "per_layer_model_projection.weight": 0}
+# Tensors outside the layers of which each belongs to one, and that layer's number less their own (Inkling 2).
+OF_LAYER = {r"attn_res\.attn_queries\.(\d+)$": 1, r"attn_res\.mlp_queries\.(\d+)$": 0}
 
 
 # ---------------------------------------- lists of layers in words
@@ -118,7 +120,8 @@ def find_layers(model) -> tuple[nn.Module, str]:
     ]
     if not lists or getattr(model.config, "is_encoder_decoder", False):
         raise UserError(
-            f"{type(model).__name__}: no list of {count} decoder layers found; only decoders can be pruned"
+            f"{type(model).__name__}: found no list of {count} decoder layers as they are known here; only "
+            "decoders can be pruned"
         )
     holder, _, name = min(lists, key=lambda found: found[0].count("."))[0].rpartition(".")
     return model.get_submodule(holder), name

@@ -67,6 +67,7 @@ ZOO = {
     "codegen": {**GPT, "rotary_dim": 4},
     "cohere": {},
     "cohere2": WINDOW,
+    "ctrl": {**GPT, "dff": 48},
     "cwm": WINDOW,
     "deepseek_v2": {**MOE, **MLA, "first_k_dense_replace": 1},
     "deepseek_v3": {**MOE, **MLA, "first_k_dense_replace": 3},
@@ -112,6 +113,7 @@ ZOO = {
     },
     "helium": {},
     "hunyuan_v1_dense": {},
+    "inkling2_text": {**MOE, "layer_types": ["hybrid_sliding"] * 5 + ["hybrid"], **WINDOW},
     "jetmoe": {**MOE, "num_key_value_heads": 4, "kv_channels": 8},
     "kimi_linear": {
         **MOE,
@@ -183,6 +185,7 @@ ZOO = {
     "starcoder2": {},
     "vaultgemma": WINDOW,
     "xglm": {"d_model": 32, "ffn_dim": 48, "num_layers": 6, "attention_heads": 4},
+    "zaya": {**MOE, "num_experts_per_tok": 1},
 }
 # What config.json cannot express for the layers 0, 1, 3 and 5, and the words that say why.
 REFUSED = {

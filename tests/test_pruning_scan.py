@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections import namedtuple
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from common.tiny_llm import make_llm, make_tokenizer
 from pruning import test, train
 from pruning.layers import decoder_layers, remove_layers, without_layers
 from pruning.pruning_tools import count_params, prune_llm
-from pruning.sensitivity_analyse import choose_layers, eval_metric, scan_methods
+from pruning.sensitivity_analyse import choose_layers, eval_metric, layer_mask, scan_methods
 from pruning.sensitivity_analyse import layer_sensitivity_scan as scanner
 from pruning.sensitivity_analyse.layer_mask import MODES, ProjHeadMaskWrapper, mask_attention_layer, masked
 from pruning.sensitivity_analyse.load_model import builtin_prompts, read_prompts
@@ -551,6 +552,13 @@ def test_a_model_that_is_no_decoder_is_refused():
     config = AutoConfig.for_model("t5", vocab_size=32, d_model=16, num_layers=2, d_kv=4, num_heads=2, d_ff=16)
     with pytest.raises(UserError, match="only decoders"):
         decoder_layers(AutoModelForSeq2SeqLM.from_config(config))
+
+
+@pytest.mark.parametrize("form", [(1, 2), [1, 2], namedtuple("Output", ["states", "weights"])(1, 2), 1])
+def test_new_states_take_the_form_of_the_old(form):
+    new = layer_mask.as_output(form, 7)
+    assert type(new) is type(form) and layer_mask.states_of(new) == 7
+    assert form == 1 or new[1] == 2
 
 
 def test_mixed_projections_say_which_modes_work():

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from common.errors import UserError
@@ -25,6 +26,7 @@ UNSCANNED = {
     "mamba": "no MLP branch",
     "mamba2": "no MLP branch",
     "falcon_mamba": "no MLP branch",
+    "zaya": "several streams",
 }
 
 
@@ -39,7 +41,13 @@ def skipped(model, drop, ids=IDS):
 
     def skip(module, args, kwargs, output):
         states = args[0] if args else kwargs["hidden_states"]
-        return type(output)((states, *output[1:])) if isinstance(output, (tuple, list)) else states
+        if not isinstance(output, (tuple, list)):
+            return states
+        # a second state of the tokens came in as the next argument
+        further = [
+            args[i] if torch.is_tensor(part) and i < len(args) else part for i, part in enumerate(output) if i
+        ]
+        return type(output)((states, *further))
 
     hooks = [decoder_layers(model)[i].register_forward_hook(skip, with_kwargs=True) for i in drop]
     try:
@@ -206,6 +214,15 @@ def test_layers_that_features_of_pictures_are_added_to_stay(tmp_path):
         (r"-:model\.layers\.4\..*", None),
         ("transformer.h.1.attn", "transformer.h.1.attn"),
         ("transformer.h.11.attn", None),
+        # names of other modules that are numbered
+        ("visual.blocks.3.attn.qkv", "visual.blocks.3.attn.qkv"),
+        ("model.vision_tower.encoder.layers.2.mlp.fc1", "model.vision_tower.encoder.layers.2.mlp.fc1"),
+        ("model.language_model.layers.3.mlp.up_proj", "model.language_model.layers.2.mlp.up_proj"),
+        ("mtp.layers.2.mlp.gate", "mtp.layers.2.mlp.gate"),
+        # ModelOpt's stars, and counts of digits
+        ("model.layers.3*", "model.layers.2*"),
+        ("model.layers.5.self_attn*", "model.layers.3.self_attn*"),
+        (r"re:.*layers\.\d{1,2}\.mlp.*", r"re:.*layers\.\d{1,2}\.mlp.*"),
     ],
 )
 def test_names_of_a_quantization_follow_their_layers(before, after):
@@ -222,9 +239,21 @@ def test_a_quantization_that_names_layers_is_written_for_the_new_ones(tmp_path):
     ignore = ["lm_head", "model.layers.3.mlp.down_proj"]
     config["quantization_config"] = {"quant_method": "compressed-tensors", "ignore": ignore}
     file.write_text(json.dumps(config))
+    modelopt = {"quantization": {"exclude_modules": ["lm_head", "model.layers.3*", "model.layers.4*"]}}
+    (tmp_path / "source" / "hf_quant_config.json").write_text(json.dumps(modelopt))
     folder = prune(tmp_path / "source", tmp_path / "out")
     written = json.loads((folder / "config.json").read_text())["quantization_config"]["ignore"]
     assert written == ["lm_head", "model.layers.2.mlp.down_proj"]
+    beside = json.loads((folder / "hf_quant_config.json").read_text())
+    assert beside == {"quantization": {"exclude_modules": ["lm_head", "model.layers.2*"]}}
+
+
+def test_names_of_layers_that_predict_further_tokens_stay_behind_the_last():
+    names = ["model.layers.5.mlp.gate", "model.layers.6.eh_proj", "model.layers.7.mlp.gate"]
+    config = {"model_type": "glm4_moe", **BASE, "num_nextn_predict_layers": 1}
+    for key in ("quantization_config", "compression_config"):
+        written = shorter_config({**config, key: {"ignore": names}}, [0, 1, 3, 5])
+        assert written[key] == {"ignore": ["model.layers.3.mlp.gate", "model.layers.4.eh_proj"]}
 
 
 def test_derived_types_are_written_down_where_the_file_leaves_them_to_the_class():
@@ -271,6 +300,15 @@ def test_a_model_that_transformers_does_not_know_needs_a_word(tmp_path):
         prune(tmp_path / "source", tmp_path / "out")
     folder = prune(tmp_path / "source", tmp_path / "out", DROP, "--unchecked")
     assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 4
+
+
+def test_tensors_outside_the_layers_that_number_them_are_no_strangers(tmp_path, monkeypatch):
+    """The class would take those of the first layers, and have no place for the last."""
+    model = pruning_zoo.make("inkling2_text", {**ZOO["inkling2_text"], "layer_types": ["hybrid_sliding"] * 6})
+    model.save_pretrained(tmp_path / "source")
+    monkeypatch.setattr(prune_llm, "OF_LAYER", {})
+    with pytest.raises(UserError, match="query has no place in it"):
+        prune(tmp_path / "source", tmp_path / "out")
 
 
 def test_what_is_written_is_read_back_before_it_is_there(tmp_path, monkeypatch):
@@ -417,23 +455,43 @@ def test_flops_of_experts_and_the_cache_of_latent_attention(tmp_path):
     assert latent["KV-cache of 16 tokens, bytes"] == 6 * (8 + 4) * 4 * 16
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["bloom", "deepseek_v3", "mimo_v2_flash", "mixtral", "opt"])
+def test_flops_and_cache_are_those_of_a_pass(name, tmp_path):
+    model, ids = pruning_zoo.make(name, ZOO[name]), torch.arange(3, 19)[None]
+    model.set_attn_implementation("eager")
+    prune_width.show_experts(model)
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, use_cache=False)
+    found = counted(tmp_path, name, ZOO[name])
+    assert found["FLOPs per token at 16 tokens"] == pytest.approx(counter.get_total_flops() / 16, rel=0.01)
+    if name not in (
+        "bloom",
+        "deepseek_v3",
+    ):  # a stray field counts heads; transformers keeps no latent vector
+        past = model(input_ids=ids, use_cache=True).past_key_values
+        kept = sum(part.nbytes for layer in past.layers for part in (layer.keys, layer.values))
+        assert found["KV-cache of 16 tokens, bytes"] == kept
+
+
 @pytest.mark.parametrize(
     "name, kept",
     [
         ("mamba2", 0),
         ("nemotron_h", 2 * 2 * 2 * 8),  # two of its six layers attend: keys and values, two heads of 8
-        ("gemma4_text", (2 * 4 + 2 * 16) * 2 * 2 * 8),  # two of six borrow; a window of 4 in half of the rest
+        # two of six borrow; a window of 4 in half of the rest, heads of 512 in the other
+        ("gemma4_text", 2 * 4 * 2 * 2 * 8 + 2 * 16 * 2 * 2 * 512),
+        ("llama4_text", (4 * 4 + 2 * 16) * 2 * 2 * 8),  # pieces of 4 tokens in four of six
         ("jetmoe", None),
     ],
 )
 def test_layers_without_keys_cost_no_cache_and_stacked_experts_count_once(name, kept, tmp_path):
-    settings = ZOO[name] | ({"global_head_dim": 8} if name == "gemma4_text" else {})
-    found = counted(tmp_path, name, settings)
+    found = counted(tmp_path, name, ZOO[name])
     if kept is not None:
         tokens = 16 if name == "nemotron_h" else 1
         assert found["KV-cache of 16 tokens, bytes"] == 4 * kept * tokens
     else:
-        model = pruning_zoo.make(name, settings)
+        model = pruning_zoo.make(name, ZOO[name])
         stacked = sum(p.numel() for p in decoder_layers(model).parameters() if p.dim() == 3)
         flat = sum(p.numel() for p in decoder_layers(model).parameters() if p.dim() == 2)
         scores = 6 * 2 * 4 * 8 * 16

@@ -38,6 +38,7 @@ from pruning.layers import (
     DOWN,
     MIXERS,
     MLP,
+    OF_LAYER,
     OUTPUT,
     PER_LAYER,
     check_drop,
@@ -66,7 +67,7 @@ from pruning.pruning_tools.shards import (
     write_safetensors,
     write_shards,
 )
-from pruning.shorter import config_object, shorter_config
+from pruning.shorter import QUANTIZATION_FILES, config_object, quantized_names, shorter_config
 
 VERSIONS = ("v0112_en", "CN")
 # The last matrices of a layer's two branches, below the layer's own key; LoRA adds nothing where B is zero.
@@ -182,7 +183,8 @@ def prune_keys(entries: dict, llm: LanguageModel, drop_layers) -> tuple[dict, di
     for key, entry in entries.items():
         match = re.match(llm.pattern, key)
         if match is None:
-            kept[key] = by_layer(key, entry, list(layer_id_map.values()), llm.layers)
+            if name := outside_name(key, new_of):
+                kept[name] = by_layer(key, entry, list(layer_id_map.values()), llm.layers)
         elif int(match[1]) in new_of:
             kept[f"{llm.prefix}{new_of[int(match[1])]}{key[match.end(1) :]}"] = entry
     return kept, layer_id_map
@@ -207,6 +209,15 @@ def switched_off(entries: dict, llm: LanguageModel, args) -> dict:
 def branches_off(args) -> dict:
     """{branch: layers} of --off-attention and --off-mlp."""
     return {part: parse_drop_layers(getattr(args, f"off_{part}")) for part in BRANCHES}
+
+
+def outside_name(key: str, new_of: dict) -> str | None:
+    """The new key of a tensor outside the layers, None for one that belonged to a dropped layer."""
+    for pattern, less in OF_LAYER.items():
+        if found := re.search(pattern, key):
+            new = new_of.get(int(found[1]) + less)
+            return None if new is None else f"{key[: found.start(1)]}{new - less}"
+    return key
 
 
 def by_layer(key: str, entry, keep: list[int], layers: int):
@@ -284,24 +295,33 @@ def hf_config(config: dict, keep: list[int], unchecked: bool) -> dict:
     return shorter
 
 
-def write_hf(folder: Path, parts: tuple, lora, config: dict, source: Path, shard_bytes: int):
+def quantization_files(source: Path, llm: LanguageModel, keep: list[int]) -> dict:
+    """{name: content} of a quantizer's own files in the folder `source`, for the kept layers."""
+    files = [source / name for name in QUANTIZATION_FILES if (source / name).is_file()]
+    return {file.name: quantized_names(read_json(file, dict), keep, llm.layers, llm.extra) for file in files}
+
+
+def write_hf(folder: Path, parts: tuple, lora, files: dict, source: Path, shard_bytes: int):
     """Write a folder that from_pretrained loads, whole or not at all; it is loaded, without its values,
     first.
 
-    parts: of `plain_entries`; an adapter goes to adapter/, for peft. config: of `hf_config`. source: the
-    folder whose other files are copied: tokenizer, processor, chat template, code, licence.
+    parts: of `plain_entries`; an adapter goes to adapter/, for peft. files: {name: content}, config.json of
+    `hf_config` among them. source: the folder whose other files are copied: tokenizer, processor, chat
+    template, code, licence.
     """
     weights, adapter = parts
     dtypes = {str(e.dtype).removeprefix("torch.") for e in weights.values() if e.dtype.is_floating_point}
+    config = files["config.json"]
     if len(dtypes) == 1:
         config = {key: value for key, value in config.items() if key != "torch_dtype"} | {
             "dtype": dtypes.pop()
         }
     with atomic_dir(folder) as temporary:
         write_shards(temporary, weights, shard_bytes)
-        (temporary / "config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False))
+        for name, content in {**files, "config.json": config}.items():
+            (temporary / name).write_text(json.dumps(content, indent=1, ensure_ascii=False))
         copy_companions(source, temporary)
-        read_back.check_folder(temporary, strict=False)
+        read_back.check_folder(temporary, source=source)
         if adapter:
             (temporary / "adapter").mkdir()
             write_safetensors(temporary / "adapter" / "adapter_model.safetensors", adapter)
@@ -375,8 +395,9 @@ def prune(checkpoint: Checkpoint, llm, lora, config, drop_layers, tag: str, args
     for merge in hf_folders(args, llm):
         weights, adapter = plain_entries(entries, llm, lora, merge)
         parts = untied(weights, config), adapter
+        files = {"config.json": config, **quantization_files(source, llm, [*layer_id_map.values()])}
         folder = results["hf" if merge else "hf_adapter"]
-        write_hf(folder, parts, lora, config, source, int(args.max_shard_gb * 1e9))
+        write_hf(folder, parts, lora, files, source, int(args.max_shard_gb * 1e9))
 
     # the map, which says that all is there
     report = {

@@ -143,24 +143,42 @@ def shown(value) -> str:
     return f"a table of {tuple(value.shape)}" if torch.is_tensor(value) else str(value)
 
 
-def check_folder(folder, strict: bool = True) -> bool:
+def load_meta(folder, config: dict) -> tuple:
+    """(model on the meta device, what did not fit) of a folder."""
+    options = {"device_map": "meta", "output_loading_info": True, "ignore_mismatched_sizes": True}
+    with quiet():
+        return model_class(config).from_pretrained(folder, local_files_only=True, **options)
+
+
+def strangers(folder) -> set | None:
+    """Tensors of a source that its own class has no place for, without their numbers; None where it does not
+    load, as a folder with the configuration alone."""
+    try:
+        _, info = load_meta(folder, read_json(folder / "config.json", dict))
+    except Exception:
+        return None
+    return {re.sub(r"\d+", "#", key) for key in info["unexpected_keys"]}
+
+
+def check_folder(folder, source=None) -> bool:
     """Build the model of a written folder on the meta device; UserError unless every tensor has its place.
 
-    strict: refuse tensors that the class does not know too; a source may bring such, a tool makes none.
+    source: the folder that was read, which may bring tensors that its class does not know; a tool makes none.
     Returns whether it could be looked at: transformers knows the model, and needs no further package for it.
     """
     config = read_json(folder / "config.json", dict)
     if config_object(config) is None or "quantization_config" in config:
         return False
-    options = {"device_map": "meta", "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        with quiet():
-            model, info = model_class(config).from_pretrained(folder, local_files_only=True, **options)
+        model, info = load_meta(folder, config)
     except Exception as error:
         raise UserError(f"what was written does not load: {first_line(error)}; nothing is kept") from error
     wrong = [f"{key} is missing" for key in sorted(info["missing_keys"])]
     wrong += [f"{key} is {tuple(a)}, not {tuple(b)}" for key, a, b in sorted(info["mismatched_keys"])]
-    wrong += [f"{key} has no place in it" for key in sorted(info["unexpected_keys"]) if strict]
+    left_over = sorted(info["unexpected_keys"])
+    known = strangers(source) if left_over and source else set()
+    if known is not None:
+        wrong += [f"{key} has no place in it" for key in left_over if re.sub(r"\d+", "#", key) not in known]
     if wrong:
         more = f", and {len(wrong) - 1} more" if wrong[1:] else ""
         raise UserError(

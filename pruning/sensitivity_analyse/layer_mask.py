@@ -54,7 +54,7 @@ class ProjHeadMaskWrapper(nn.Module):
     def __init__(self, base_linear: nn.Module, head_dim: int, num_out_heads: int | None = None):
         super().__init__()
         self.base_linear, self.head_dim = base_linear, head_dim
-        width = getattr(base_linear, "out_features", None) or base_linear.nf
+        width = output_width(base_linear)
         self.num_out_heads = num_out_heads or width // head_dim
         if self.num_out_heads * head_dim != width:
             raise ValueError(f"projection of width {width} is not {self.num_out_heads} heads of {head_dim}")
@@ -135,9 +135,9 @@ def mask_attention_layer(model, layer_idx: int, mode: str = "v_only"):
     return enable_mask, disable_mask, restore
 
 
-def output_width(module) -> int:
-    """Output features of a Linear, LoRA Linear or Conv1D."""
-    return getattr(module, "out_features", None) or module.nf
+def output_width(module) -> int | None:
+    """Output features of a Linear, LoRA Linear or Conv1D; None for any other module."""
+    return getattr(module, "out_features", None) or getattr(module, "nf", None)
 
 
 def why_not(model, layer_idx: int, mode: str) -> str:
@@ -158,7 +158,7 @@ def why_not(model, layer_idx: int, mode: str) -> str:
         except UserError as error:
             return str(error)
         return ""
-    own = all(getattr(attention, f"{part}_proj", None) is not None for part in "qkv")
+    own = all(output_width(getattr(attention, f"{part}_proj", None)) for part in "qkv")
     if own or fused_heads(model, layer_idx):
         return ""
     return (
@@ -173,7 +173,8 @@ def fused_heads(model, layer_idx: int) -> dict:
     attention = child(decoder_layers(model)[layer_idx], ATTENTION)
     name = next((part for part in FUSED if hasattr(attention, part)), None)
     alternating = getattr(text_config(model), "multi_query", None) is False  # GPT-BigCode's other form
-    if name is None or alternating or child(attention, ("o_proj", "c_proj")) is None:
+    plain = name is not None and output_width(getattr(attention, name))
+    if not plain or alternating or child(attention, ("o_proj", "c_proj")) is None:
         return {}
     heads, width = query_heads(model, layer_idx)
     rest = output_width(getattr(attention, name)) - heads * width
@@ -218,8 +219,10 @@ def states_of(output):
 
 def as_output(output, hidden_states):
     """`hidden_states` in the form of a layer's output."""
-    whole = isinstance(output, (tuple, list))
-    return type(output)((hidden_states, *output[1:])) if whole else hidden_states
+    if not isinstance(output, (tuple, list)):
+        return hidden_states
+    make = getattr(output, "_make", type(output))  # of a tuple with names
+    return make((hidden_states, *output[1:]))
 
 
 def layer_input(args, kwargs):

@@ -161,6 +161,11 @@ def apply_head(model, hidden_states: torch.Tensor) -> torch.Tensor:
     return logits.reshape(*hidden_states.shape[:-1], -1)
 
 
+def is_stream(part, states) -> bool:
+    """Whether a part of a layer's output is a second state of each token, as that of Zaya's router is."""
+    return torch.is_tensor(part) and part.is_floating_point() and part.shape[:-1] == states.shape[:-1]
+
+
 class Baseline:
     """Hooks that watch the unmasked rows of a forward pass, which are the first ones.
 
@@ -230,7 +235,8 @@ class Baseline:
     def after(self, i, layer, args, kwargs, output):
         """Watch layer `i`, and add its masked variants behind the rows that there are."""
         states = states_of(output)
-        if states.dim() != 3:
+        further = output[1:] if isinstance(output, (tuple, list)) else ()
+        if states.dim() != 3 or any(is_stream(part, states) for part in further):
             raise UserError(
                 f"{type(layer).__name__} works on several streams of hidden states at once; such models "
                 "cannot be scanned"
