@@ -332,6 +332,19 @@ def test_mistakes_are_named_before_anything_is_written(arguments, change, messag
     assert digest(tmp_path) == before
 
 
+@pytest.mark.parametrize(
+    "field, value",
+    [("use_rslora", True), ("use_dora", True), ("alpha_pattern", {"q_proj": 8}), ("fan_in_fan_out", True)],
+)
+def test_lora_of_another_strength_is_refused(field, value, tmp_path):
+    ckpt = write(tmp_path / "source", full_checkpoint(with_lora(make(), alpha=16)), "bin")
+    settings = {"lora_alpha": 16, "r": 2, "rank_pattern": {}, field: value}
+    (tmp_path / "source" / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=f"adapter_config.json: {field} is"):
+        prune(ckpt, tmp_path / "out", "--drop-layers", "1")
+    assert not (tmp_path / "out").exists()
+
+
 def test_unknown_alpha_is_asked_for_and_contradictions_are_refused(tmp_path):
     ckpt = write(tmp_path / "source", full_checkpoint(with_lora(make())), "bin")
     with pytest.raises(UserError, match="pass --lora-alpha"):

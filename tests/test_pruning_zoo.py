@@ -499,6 +499,10 @@ def test_layers_without_keys_cost_no_cache_and_stacked_experts_count_once(name, 
         assert found["FLOPs per token at 16 tokens"] == pytest.approx(wanted, rel=0.05)
 
 
+def test_a_mixture_may_count_its_experts_layer_by_layer():
+    assert count_params.active_experts({"num_experts": 8, "moe_topk": [2, 2]}) == (8, 0.25)
+
+
 @torch.no_grad()
 def test_a_fingerprint_sees_every_value_and_its_place():
     model = pruning_zoo.make("llama", {})

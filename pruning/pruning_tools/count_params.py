@@ -105,8 +105,9 @@ def effective(config: dict) -> dict:
 def active_experts(text: dict) -> tuple:
     """(experts of a layer, None without; the share of them that one token is sent to)."""
     text = {**text, **(text.get("ffn_config") or {})}  # DBRX keeps them apart
-    chosen = next((text[n] for n in (*CHOSEN, "top_k") if isinstance(text.get(n), int)), None)
-    experts = next((text[n] for n in EXPERTS if isinstance(text.get(n), int)), None)
+    first = {name: value[0] if isinstance(value, list) and value else value for name, value in text.items()}
+    chosen = next((first[n] for n in (*CHOSEN, "top_k") if isinstance(first.get(n), int)), None)
+    experts = next((first[n] for n in EXPERTS if isinstance(first.get(n), int)), None)
     return experts, min(1.0, chosen / experts) if chosen and experts else 1.0
 
 

@@ -30,6 +30,9 @@ OWN = (
     "metrics.json",
 )
 
+# Fields of adapter_config.json under which a LoRA adds something else than alpha / r times B A.
+OTHER_STRENGTHS = ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern", "fan_in_fan_out")
+
 
 @dataclass
 class Lora:
@@ -126,7 +129,13 @@ def find_lora(checkpoint: Checkpoint, llm: LanguageModel, alpha: float | None) -
     path = checkpoint.folder / "adapter_config.json"
     stored = None
     if path.is_file():
-        stored = read_json(path, {"lora_alpha": float})["lora_alpha"]
+        settings = read_json(path, {"lora_alpha": float})
+        stored = settings["lora_alpha"]
+        if odd := [name for name in OTHER_STRENGTHS if settings.get(name)]:
+            raise UserError(
+                f"{path}: {odd[0]} is {settings[odd[0]]}; only LoRA of one strength, alpha / r, on linear "
+                "modules can be carried along: merge this one with peft's merge_and_unload first"
+            )
         if alpha is not None and alpha != stored:
             raise UserError(f"{path} says lora_alpha {stored}, --lora-alpha says {alpha:g}; they must agree")
     return Lora(rank, alpha if stored is None else stored, sorted(ranks), stored is not None)
