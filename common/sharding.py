@@ -34,10 +34,11 @@ def is_sharded(accelerator) -> bool:
 
 
 def refuse_sharding(accelerator, why: str):
-    """UserError if this run spreads its parameters although the script cannot, or need not; `why` says the
-    way out."""
-    if is_sharded(accelerator):
-        kind = "FSDP2" if accelerator.is_fsdp2 else "ZeRO stage 3"
+    """UserError if this run spreads parameters or the optimizer's state although the script cannot, or need
+    not; `why` says the way out."""
+    deepspeed = getattr(accelerator.state, "deepspeed_plugin", None)
+    if accelerator.is_fsdp2 or deepspeed is not None:
+        kind = "FSDP2" if accelerator.is_fsdp2 else f"ZeRO stage {deepspeed.zero_stage}"
         raise UserError(f"{kind} would spread this model over the processes, but {why}")
 
 

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ import cwt_mae.finetune
 import cwt_mae.train
 import em_mllm.finetune
 import flmm.train
+from common.errors import UserError
+from common.sharding import refuse_sharding
 from tests import toy_run
 from tests.sharded import checkpoint_weights, deepspeed_2_on_cpu, deepspeed_3_on_cpu, fsdp2_on_cpu, world
 from tests.worlds import ct, em, llm  # noqa: F401  fixtures
@@ -123,6 +126,14 @@ def test_small_models_refuse_to_be_sharded_in_one_line(script, tmp_path):
     assert done.returncode == 2 and "Traceback" not in done.text, done.text
     said = [line for line in done.text.splitlines() if line.startswith("error: FSDP2 would")]
     assert len(said) == 1 and "leave ACCELERATE_CONFIG unset" in said[0]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_small_models_refuse_deepspeed_too(stage):
+    plugin = SimpleNamespace(zero_stage=stage)
+    accelerator = SimpleNamespace(is_fsdp2=False, state=SimpleNamespace(deepspeed_plugin=plugin))
+    with pytest.raises(UserError, match=f"ZeRO stage {stage} would spread this model .*, but use DDP"):
+        refuse_sharding(accelerator, "use DDP")
 
 
 @pytest.mark.parametrize("mode", [fsdp2_on_cpu, deepspeed_2_on_cpu, deepspeed_3_on_cpu])

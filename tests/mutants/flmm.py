@@ -120,8 +120,8 @@ MUTANTS = [
     ),
     Mutant(
         "flmm/train.py",
-        "write_cache(cache / split, base, sam_encoder, dataset, fingerprint, accelerator)",
-        'write_cache(cache / split, base, sam_encoder, sets["train"], fingerprint, accelerator)',
+        "write_cache(cache / split, base, sam_encoder, dataset, origin[split], accelerator)",
+        'write_cache(cache / split, base, sam_encoder, sets["train"], origin[split], accelerator)',
         f"{EFFECTS}::test_a_cache_holds_each_split_apart",
         "the cached validation features are those of the training pictures",
     ),
@@ -284,7 +284,7 @@ MUTANTS = [
     ),
     Mutant(
         "studies/flmm/report.py",
-        "    return bootstrap(np.mean, values, groups=pictures)",
+        '    return bootstrap(np.mean, values, groups=[row["file"] for row in table])',
         "    return bootstrap(np.mean, values)",
         f"{STUDY}::test_the_interval_covers_other_pictures_and_keeps_their_phrases_together",
         "the interval takes phrases of one picture as independent",
