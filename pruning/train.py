@@ -391,9 +391,8 @@ def check_repair(args):
         refuse(args, ["repair_texts"], f"without --repair {' or '.join(REPAIRS)}")
     # no training: what only a training reads would be ignored without a word
     if not set(args.repair) & {*TRAINED}:
-        refuse(
-            args, ["also", "distill", "max_steps", "epochs", "lr"], f"with --repair {' '.join(args.repair)}"
-        )
+        without = ["also", "distill", "max_steps", "epochs", "lr", "dry_run"]
+        refuse(args, without, f"with --repair {' '.join(args.repair)}")
 
 
 def dropped_layers(args) -> list[int]:
@@ -562,7 +561,7 @@ def main(args):
         status = "interrupted"
         raise
     finally:
-        if accelerator.is_main_process:
+        if accelerator.is_main_process and not args.dry_run:
             # upstream's file, in its words: finished, interrupted or failed
             timing = {"status": status, "started": started, "wall_seconds": time.time() - started}
             atomic_json(args.out / "timing.json", timing)
