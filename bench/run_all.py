@@ -26,7 +26,7 @@ from common.checkpoint import atomic_json, atomic_write
 from common.errors import UserError, run
 
 HERE = Path(__file__).resolve().parent
-BENCHES = ("cwt", "cwt_loader", "em", "flmm", "dia", "pruning", "scaling")
+BENCHES = ("cwt", "cwt_loader", "em", "flmm", "dia", "pruning", "scaling", "index")
 
 
 # bench: (claim, size, baseline, how the numbers are said, function of the bench's JSON -> the numbers)
@@ -286,6 +286,34 @@ def claims_table() -> list[str]:
     return lines
 
 
+def index_table() -> list[str]:
+    """The section on data sets of many small files, from the JSON of bench/index.py."""
+    data = result("index") or {}
+    lines = [
+        "",
+        "## Data sets of many small files",
+        "",
+        "`python bench/index.py`, records of 250 samples; without the imports, files in the system's cache. "
+        "cwt_mae reads, checks, filters",
+        "and stores each record, em_mllm looks each signal up where it lies. Memory: what the main process "
+        "holds more than before, and",
+        "the peak of one of its readers with the imports. In brackets: seconds of processor, of all of them.",
+        "",
+        "| files | records | first index | second start | memory | a reader | reading then |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for kind, rows in data.items():
+        first, second = rows["first"], rows["second"]
+        once, again = (f"{r['seconds']:.2f} s ({r['processor_seconds']:.2f})" for r in (first, second))
+        cores = "1 core" if rows["cores"] == 1 else f"{rows['cores']} cores"
+        row = [kind, f"{first['records']:,}", f"{once}, {cores}, load {rows['load']:.0f}", again]
+        row.append(f"{first['memory_mb']:.0f} MB, {second['memory_mb']:.0f} MB")
+        row.append(f"{first['peak_of_a_reader_mb']:.0f} MB" if rows["cores"] > 1 else "")
+        row.append(f"{second['signals_per_s']:,.0f} signals/s" if "signals_per_s" in second else "")
+        lines.append(f"| {' | '.join(row)} |")
+    return lines if data else []
+
+
 def gpu_table() -> list[str]:
     """The section on the GPU, from the JSON of `bench/gpu.sh`: every row, whether its goal was reached or
     not."""
@@ -352,7 +380,7 @@ def write_table():
             f"{case['memory']:.2f} | "
             f"{1e3 * last['seconds']:.0f} ms, {last['megabytes']:.0f} MB |"
         )
-    lines += gpu_table()
+    lines += index_table() + gpu_table()
     lines += ["", (HERE / "proof.md").read_text().rstrip()]  # written by hand: what was seen, and when
     atomic_write(HERE / "RESULTS.md", "\n".join(lines) + "\n")
 
