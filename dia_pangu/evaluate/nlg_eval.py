@@ -425,9 +425,10 @@ def show(scores: dict):
     for name, row in {**found["per_finding"], **means}.items():
         print(f"{name:28s} {row.get('count', ''):>5} {row['P']:6.3f} {row['R']:6.3f} {row['F1']:6.3f}")
     same = scores["sameness"]
+    share = f"{same['survives']:.0%}" if same["micro_F1"] else "nothing"
     print(
-        f"CRG {found['CRG']['value']:.3f}; {same['distinct']:.0%} distinct reports, {same['survives']:.0%} "
-        "of the micro-F1 survives another patient's report"
+        f"CRG {found['CRG']['value']:.3f}; {same['distinct']:.0%} distinct reports, {share} of the micro-F1 "
+        "survives another patient's report"
     )
     for name, test in scores.get("against", {}).items():
         low, high = test["interval"]
