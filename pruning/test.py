@@ -277,7 +277,7 @@ def score_tasks(model, tokenizer, tasks, limit: int) -> dict:
             continue
         with reading(file, "lm-eval task"):
             # lm-eval's own tags, such as !function, stay unread here
-            names.append(re.search(r"(?m)^task:\s*(\S+)", file.read_text(encoding="utf-8"))[1])
+            names.append(re.search(r"""(?m)^task:\s*["']?([^\s"'#]+)""", file.read_text(encoding="utf-8"))[1])
         folders.add(str(file.resolve().parent))
 
     # an unknown name is refused before the model runs
