@@ -16,7 +16,7 @@ from common.tiny_llm import make_tokenizer
 from flmm.data.scenes import all_texts, make_scene
 from flmm.models.frozen_efficientnet import EfficientNetLite, EfficientNetLiteConfig
 from flmm.models.tiny import TEXT, tiny_sam
-from studies.flmm import builtin, model, real, report
+from studies.flmm import builtin, model, pilot, real, report
 from studies.flmm.pretrain_sam import PromptedSAM, Prompts
 from studies.flmm.teach_base import boxes_of
 from tests import forked
@@ -153,6 +153,30 @@ TABLE = [
     {"file": "a", "phrase": "red cross", "iou": "0.4", "score": "0.5"},
     {"file": "b", "phrase": "blue cross", "iou": "0.3", "score": "0.6"},
 ]
+
+
+def test_the_pilot_finds_places_whose_features_go_with_the_words_and_cuts_the_padding():
+    torch.manual_seed(0)
+    vocabulary = torch.randn(6, 16)
+    turn = torch.linalg.qr(torch.randn(16, 16)).Q  # features and words have no direction in common
+    border = {"before_height": 0, "after_height": 8, "before_width": 0, "after_width": 0}
+    shapes = {"image_shape": {"height": 8, "width": 16}, "padded_shape": {"height": 16, "width": 16}}
+
+    def sample():
+        """A picture of two things, one in its left and one in its right half, above padding."""
+        words = vocabulary[torch.randperm(6)[:2]]
+        halves = (words @ turn).T[:, None].repeat_interleave(4, 2).expand(-1, 8, -1)
+        masks = torch.zeros(2, 8, 16)
+        masks[0, :, :8] = masks[1, :, 8:] = 1
+        meta = {"padding": border, **shapes}
+        return {"features": halves, "words": words, "masks": masks, "meta_data": meta}
+
+    learner = pilot.Pilot(16, 16)
+    pilot.learn(learner, [sample() for _ in range(24)], 60)
+    learner.eval()
+    fresh = sample()
+    found = pilot.predict(learner, fresh) > 0
+    assert found.shape == (2, 8, 16) and (found == fresh["masks"].bool()).float().mean() > 0.9
 
 
 def test_words_and_confident_masks_are_averaged_over_their_phrases():

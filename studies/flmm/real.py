@@ -102,7 +102,7 @@ def main():
             base=OUT / "base",
             data=folders,
             test=held_out,
-            steps=size(300, smoke=2),
+            steps=size(225, smoke=2),
             seed=seed,
             out=OUT / f"test-pilot-{seed}",
             overwrite=True,
