@@ -130,12 +130,13 @@ def forest(data, level: str, seed: int, draws: int) -> dict:
         quantiles = np.quantile(x, (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1), axis=2)
         return np.concatenate([*quantiles, change.mean(2), change.max(2)], 1)
 
+    x, test_x = numbers(train), numbers(test)
     found = np.zeros(test.targets.shape)
     for c in range(len(task.classes)):
         trees = RandomForestClassifier(size(200, smoke=5), random_state=seed)
-        trees.fit(numbers(train), train.targets[:, c])
+        trees.fit(x, train.targets[:, c])
         if len(trees.classes_) == 2:
-            found[:, c] = trees.predict_proba(numbers(test))[:, 1]
+            found[:, c] = trees.predict_proba(test_x)[:, 1]
     mean, targets, rows = by_record(found, DownstreamClassificationDataset(store, test, length))
     return label_scores(mean, targets, task.classes, store.records["subject"][rows], draws)
 
