@@ -131,6 +131,7 @@ def decoded(path: Path) -> str:
 def split_table(path: Path) -> Text:
     """Find header, delimiter and data of a text table."""
     text = decoded(path).replace("\r\n", "\n").replace("\r", "\n").rstrip("\n")
+    text = text.replace("\u2212", "-")  # a minus sign as word processors write it
     lines = text.split("\n")
 
     # Comments come first, the last of which may be the header
@@ -151,9 +152,12 @@ def split_table(path: Path) -> Text:
 
     # More than names and units: lines about the device, then perhaps the names
     first = first_data(lines, at, delimiter)
-    if first is not None and sum(bool(line.strip()) for line in lines[at:first]) > 2:
-        width, above = len(fields(lines[first], delimiter)), lines[first - 1]
-        at = first - bool(above.strip() and len(fields(above, delimiter)) == width)
+    above = [line for line in lines[at:first] if line.strip()] if first is not None else []
+    width = len(fields(lines[first], delimiter)) if above else 0
+    if len(above) > 2 or above and states_rate(above[0], delimiter, width):
+        last = lines[first - 1]
+        named = len(fields(last, delimiter)) == width and not states_rate(last, delimiter, width)
+        at = first - bool(last.strip() and named)
 
     # Names and units
     head, units, names = fields(lines[at], delimiter), [], None
@@ -183,6 +187,12 @@ def split_table(path: Path) -> Text:
     if delimiter != "," and any(re.search(r"\d,\d", line) for line in body[:50]):
         body = [line.replace(",", ".") for line in body]
     return Text(names, units, delimiter, body, at + 1, rate)
+
+
+def states_rate(line: str, delimiter, width: int) -> bool:
+    """Whether a line says the rate and is none of names: it has a number, or another width than the data."""
+    row = fields(line, delimiter)
+    return bool(RATE.search(line)) and (len(row) != width or any(v and is_value(v) for v in row))
 
 
 def first_data(lines: list, at: int, delimiter) -> int | None:

@@ -390,6 +390,9 @@ CSV = {
     "day first": "Datum;ecg\n" + "".join(f"31.05.2024 10:00:{t:06.3f};{v}\n" for t, v in ROWS),
     "afternoon": "time,ecg\n" + "".join(f"05/31/2024 11:59:{50 + t:06.3f} PM,{v}\n" for t, v in ROWS),
     "device lines": "Device,X 1\nSample rate,250 Hz\n\necg\n" + "".join(f"{v}\n" for v in VALUES),
+    "rate line": "Sampling rate: 0.25 kHz\necg\n" + "".join(f"{v}\n" for v in VALUES),
+    "rate cell": "Sample rate,250\ntime_s,ecg\n" + "".join(f"{t:.3f},{v}\n" for t, v in ROWS),
+    "rate in the name": "time_s,ecg (fs=250 Hz)\n" + "".join(f"{t:.3f},{v}\n" for t, v in ROWS),
     "one column": "# fs: 250\necg\n" + "".join(f"{v:.4f}\n".replace(".", ",") for v in VALUES),
 }
 
@@ -401,6 +404,12 @@ def test_a_csv_file_of_any_form_gives_the_signal_and_its_rate(form, tmp_path):
     (name, channel), wanted = *record.channels.items(), VALUES[:200] if form == "time of day" else VALUES
     assert np.abs(channel - wanted).max() < 1e-6 and name == ("c1" if form == "no header" else "ecg")
     assert abs(channel.fs - 250) < 0.01
+
+
+def test_a_minus_sign_of_a_word_processor_is_a_minus(tmp_path):
+    text = "".join(f"{t:.3f},{v - 0.5:.4f}\n".replace("-", "\u2212") for t, v in ROWS)
+    (channel,) = read_records(write(tmp_path / "a.csv", "time_s,ecg\n" + text))[0].channels.values()
+    assert np.allclose(channel, VALUES - 0.5, atol=1e-4)
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "latin1", "utf-8-sig"])
