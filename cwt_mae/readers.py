@@ -268,14 +268,15 @@ def read_npz(path: Path, fs=None) -> list[Recording]:
         n: as_channel(x, rates[n], gains[n], unit_of(data, i)) for i, (n, x) in enumerate(arrays.items())
     }
     subject = str(np.ravel(data["subject"])[0]) if np.size(data.get("subject", [])) else ""
-    labels = words(np.ravel(data["label"] if "label" in data else data.get("labels", [])))
+    labels = [w for w in words(np.ravel(data["label"] if "label" in data else data.get("labels", []))) if w]
     events = npz_events(path, data, channels)
     return [Recording(path.stem, path, channels, subject, events, {"": labels} if labels else {})]
 
 
 def words(values: np.ndarray) -> list[str]:
-    """Labels as words; a whole number is the same with and without a decimal point."""
-    return [f"{v:g}" if isinstance(v, float) else str(v) for v in np.asarray(values).tolist()]
+    """Labels as words; a whole number is the same with and without a decimal point, nan is none: ""."""
+    values = np.asarray(values).tolist()
+    return ["" if v != v else f"{v:g}" if isinstance(v, float) else str(v) for v in values]
 
 
 def npz_arrays(path, data: dict) -> dict:
@@ -382,12 +383,26 @@ def ucr_records(path: Path, data: dict) -> list[Recording]:
     for part in ("train", "val", "test"):
         if f"x_{part}" not in data:
             continue
-        y = data.get(f"y_{part}{kind}")
+        y = column_of(data.get(f"y_{part}{kind}"))
         x = series_table(path, f"x_{part}", data[f"x_{part}"], f"y_{part}{kind}", y)
         records += [
-            series_record(path, part, i, rows, label) for i, (rows, label) in enumerate(zip(x, words(y)))
+            series_record(path, part, i, rows, label) for i, (rows, label) in enumerate(zip(x, row_labels(y)))
         ]
     return records
+
+
+def column_of(y):
+    """Labels (N,) where they stand in a column (N, 1); others as they are."""
+    return np.asarray(y)[:, 0] if np.ndim(y) == 2 and np.shape(y)[1] == 1 else y
+
+
+def row_labels(y, classes=None) -> list:
+    """The label of each row of y (N,), None where it is nan; of y (N, K) the names of what applies."""
+    y = np.asarray(y)
+    if y.ndim == 1:
+        return [word or None for word in words(y)]
+    names = np.arange(y.shape[1]).astype(str) if classes is None else np.atleast_1d(classes).astype(str)
+    return [[str(name) for name, on in zip(names, row) if on > 0] for row in y]
 
 
 def series_table(path, name: str, x, name_y: str, y) -> np.ndarray:
@@ -399,6 +414,11 @@ def series_table(path, name: str, x, name_y: str, y) -> np.ndarray:
         raise UserError(
             f"{path}: fields {name} {x.shape} and {name_y} {found} do not belong together; expected (N, T) "
             "or (N, channels, T), and N labels"
+        )
+    numbers = np.asarray(y).dtype.kind in "biuf"
+    if len(shape_y) == 2 and not (numbers and np.isin(np.nan_to_num(y), (0, 1)).all()):
+        raise UserError(
+            f"{path}: field {name_y} {shape_y} holds other values than 0 and 1, one for each class"
         )
     if x.ndim == 2:
         return x[:, None]
@@ -437,17 +457,16 @@ def series_records(path: Path, data: dict, fs) -> list[Recording]:
     """npz `X` (N, T), (N, C, T) or (N, T, C) and `y` (N,), or (N, K) of zeros and ones; perhaps `fs`,
     `names`, `subject` (N,)."""
     key = next(k for k in ("y", "label", "labels", "target") if k in data)
-    y = np.asarray(data[key])
+    y = column_of(data[key])
     x = series_table(path, "X", data["x"], key, y)
     names = [str(n) for n in np.atleast_1d(data.get("names", data.get("leads", [])))]
     if not names and x.shape[1] == 12:
         names = LEADS
-    classes = np.atleast_1d(data.get("classes", np.arange(y.shape[1] if y.ndim == 2 else 0))).astype(str)
     rate = next((data[k.lower()] for k in RATES if k.lower() in data), fs)
     subjects = next((data[k] for k in ("subject", "subjects", "groups", "patient_id") if k in data), None)
     parts = data.get("part", data.get("split"))
     records = []
-    labels = words(y) if y.ndim == 1 else [[str(c) for c, on in zip(classes, row) if on] for row in y]
+    labels = row_labels(y, data.get("classes"))
     for i, (rows, label) in enumerate(zip(x, labels)):
         record = series_record(path, "" if parts is None else str(parts[i]), i, rows, label, names)
         if rate is not None:

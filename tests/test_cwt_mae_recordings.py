@@ -502,6 +502,28 @@ def test_npz_of_many_series_and_labels(shape, tmp_path):
     assert records[2].labels == {"": ["c"]} and records[2].subject == "v" and records[2].fs == 50
 
 
+def test_a_label_that_is_nan_is_none(tmp_path):
+    x = np.random.default_rng(0).standard_normal((3, 50))
+    one = read_records(npz(tmp_path / "a.npz", X=x, y=[0, np.nan, 2], fs=100))
+    assert [record.labels for record in one] == [{"": ["0"]}, {}, {"": ["2"]}]
+    several = read_records(npz(tmp_path / "b.npz", X=x, y=[[1, 0], [np.nan, 1], [0, 0]], fs=100))
+    assert [record.labels[""] for record in several] == [["0"], ["1"], []]
+    ucr = npz(tmp_path / "c.npz", x_train=x, y_train=[1, 2, np.nan], x_test=x, y_test=[1.0, 2, 1])
+    assert [r.labels for r in read_records(ucr)][:3] == [{"": ["1"]}, {"": ["2"]}, {}]
+    assert read_records(npz(tmp_path / "d.npz", sig=x[0], fs=100, label=np.nan))[0].labels == {}
+
+
+def test_labels_in_a_column_and_one_hot_are_those_of_a_row(tmp_path):
+    x, y = np.random.default_rng(0).standard_normal((3, 50)), np.array([2, 0, 1])
+    for form in (y[:, None], np.eye(3)[y]):
+        for fields in ({"X": x, "y": form, "fs": 100}, {"x_train": x, "y_train": form}):
+            found = [record.labels[""] for record in read_records(npz(tmp_path / "a.npz", **fields))]
+            assert found == [["2"], ["0"], ["1"]]
+    for wrong in ([[0, 2], [1, 0], [0, 1]], [["a", "b"]] * 3):
+        with pytest.raises(UserError, match="other values than 0 and 1"):
+            read_records(npz(tmp_path / "b.npz", X=x, y=wrong))
+
+
 def test_kaggles_beats_are_a_series_a_line(tmp_path):
     rng = np.random.default_rng(0)
     table = np.c_[rng.random((5, 150)) + 0.1, np.zeros((5, 37)), [0, 1, 2, 3, 4]]
