@@ -26,7 +26,7 @@ from common.index import remember, scan
 from em_mllm.em_foundation.models.embedder import mae_scores
 from em_mllm.em_foundation.utils.utils import first_fit, log_spectra, pack_sequence, with_special_patches
 from em_mllm.options import language, looks_like_choice, parse_options, stated_letter, wording
-from em_mllm.prepare import AS_RECORDED, SignalSpec, check_rate, prepare
+from em_mllm.prepare import AS_RECORDED, SignalSpec, as_learned, check_rate, nearest_rate, prepare
 from em_mllm.shards import open_signals
 from em_mllm.signal_file import DEFAULT_FS, SignalFile, cache_folder, read_json_text
 
@@ -121,6 +121,20 @@ def check_augmentation(files: list[SignalFile], augmentation: Augmentation):
             raise UserError(
                 f"{file.path}: its rows are magnitude and frequency, or averages; of the augmentations only "
                 "--roll works on them, leave out the others"
+            )
+
+
+def check_points(config, files: list[SignalFile], signal: SignalSpec):
+    """Raise UserError where signals, read as `signal` says, are longer than an encoder's positions."""
+    longest = (config.num_positions - config.num_special) * config.patch_size[0]
+    for file in files:
+        factor = signal.factor if file.done == AS_RECORDED else 1
+        # what is brought to another rate is cut to the length of training
+        kept = not signal.resample or any(nearest_rate(signal, r / factor) is None for r in file.rates())
+        if kept and file.points // factor > longest:
+            raise UserError(
+                f"{file.path}: IQ_data has signals of {file.points} points, the encoder takes "
+                f"{longest * factor}; cut them, or pre-train an encoder with a larger max_seq_len"
             )
 
 
@@ -538,19 +552,39 @@ class QuestionCollator:
         }
 
 
+def signal_files(paths, option: str = "--data") -> list[str]:
+    """The .h5 files and tar shards among `paths`, folders searched to any depth."""
+    files = [file.path for path in paths for file in scan([path], (".h5", ".tar"), option)]
+    if not files:
+        raise UserError(f"{paths[0]}: holds no .h5 file and no tar shard")
+    return list(dict.fromkeys(files))
+
+
 class SignalDataset(Dataset):
     """Labelled (or unlabelled) signals of several .h5 files for the encoder alone.
 
     columns: which per-signal values to give with each signal ("label", "snr", "pri", ...). Item: {"iq" (T,
-    2), "fs", "index", columns}, with `clean` also "clean", the same without the noise. augmentation: what is
-    done to the signals, anew each epoch. Rows as recorded stand beside rows of a view in the same view.
+    2), "fs", "index", columns}, with `clean` also "clean", the same without the noise, and with `second` also
+    "second", another draw of the augmentation. augmentation: what is done to the signals, anew each epoch.
+    learned: the signals that their reader learned from (`SignalSpec.to_json`), whose view these get; see
+    `as_learned`. Rows as recorded stand beside rows of a view in the same view.
     """
 
-    def __init__(self, paths, columns=(), skip_bad=False, seed=0, augmentation=Augmentation(), clean=False):
-        self.clean = clean
+    def __init__(
+        self,
+        paths,
+        columns=(),
+        skip_bad=False,
+        seed=0,
+        augmentation=Augmentation(),
+        clean=False,
+        second=False,
+        learned: dict | None = None,
+    ):
+        self.clean, self.second = clean, second
         self.files = [open_signals(p) for p in paths]
         self.seed, self.epoch, self.augmentation, self.skipped = seed, 0, augmentation, {}
-        self.signal = signal_spec(self.files)
+        self.signal = as_learned(signal_spec(self.files), learned)
         check_augmentation(self.files, augmentation)
         owner, index, self.columns = [], [], {name: [] for name in columns}
         for f, file in enumerate(self.files):
@@ -594,14 +628,18 @@ class SignalDataset(Dataset):
         file, row = self.files[self.owner[i]], self.index[i]
         recorded, rate = file.read(row), file.rate(row)
 
-        def look(noisy: bool):
-            rng = np.random.default_rng((self.seed, self.epoch, i))
+        def look(noisy: bool = True, draw=()):
+            rng = np.random.default_rng((self.seed, self.epoch, i, *draw))
             augment = lambda iq, fs: self.augmentation(iq, fs, rng, noisy)
             return prepare(recorded, rate, self.signal, file.done, augment)
 
-        iq, fs = look(noisy=True)
+        iq, fs = look()
         item = {"iq": iq, "fs": fs, "index": i, **{k: v[i] for k, v in self.columns.items()}}
-        return {**item, "clean": look(noisy=False)[0]} if self.clean else item
+        if self.clean:
+            item["clean"] = look(noisy=False)[0]
+        if self.second:
+            item["second"] = look(draw=(1,))[0]
+        return item
 
 
 class PackedSignals(Dataset):
@@ -658,19 +696,20 @@ class PackedSignals(Dataset):
         return len(self.ends) - 1
 
     def __getitem__(self, i):
-        patch, parts, spectra, targets = self.config.patch_size[0], [], [], []
+        patch, spectra, views = self.config.patch_size[0], [], {}
         for k in self.members[self.ends[i] : self.ends[i + 1]]:
             item = self.signals[int(self.order[k])]
             length = self.counts[k] * patch
             first = int(self.start[k] * (len(item["iq"]) - length + 1))
             rate = self.config.in_fs_unit(item["fs"]) if self.config.use_fs else None
-            cut = {name: item[name][first : first + length] for name in ("iq", "clean") if name in item}
-            parts.append(with_special_patches(cut["iq"], patch, rate))
-            if "clean" in cut:
-                targets.append(with_special_patches(cut["clean"], patch, rate))
+            kinds = [kind for kind in ("iq", "clean", "second") if kind in item]
+            cut = {kind: item[kind][first : first + length] for kind in kinds}
+            for kind, iq in cut.items():
+                views.setdefault(kind, []).append(with_special_patches(iq, patch, rate))
             if self.config.spectrum_weight:
                 spectra.append(torch.from_numpy(log_spectra(cut.get("clean", cut["iq"]))))
-        patches, positions, ids = pack_sequence([parts], patch, self.room * patch)
+        packed = {kind: pack_sequence([parts], patch, self.room * patch) for kind, parts in views.items()}
+        patches, positions, ids = packed["iq"]
         sample_ids = torch.full((1, self.room), -1)
         sample_ids[0, : len(ids[0])] = ids[0]
         seed = np.random.SeedSequence((self.seed, self.epoch, i)).generate_state(1)[0]
@@ -681,8 +720,9 @@ class PackedSignals(Dataset):
             "sample_ids_seq": sample_ids[0],
             "noise": mae_scores(sample_ids, self.config.num_special, generator)[0],
         }
-        if targets:
-            row["target"] = pack_sequence([targets], patch, self.room * patch)[0][0]
+        for kind, name in (("clean", "target"), ("second", "second")):
+            if kind in packed:
+                row[name] = packed[kind][0][0]
         if spectra:
             row["spectrum"] = torch.zeros(self.room, len(spectra[0]))
             row["spectrum"][(positions[0] == 0) & (sample_ids[0] >= 0)] = torch.stack(spectra)
@@ -713,7 +753,7 @@ class SignalCollator:
             head[:, 1] = config.in_fs_unit(torch.tensor([item["fs"] for item in items]))[:, None]
         valid = torch.arange(special + count) < special + (lengths[:, None] + patch - 1) // patch
         positions = torch.arange(special + count) * valid
-        others = [k for k in items[0] if k not in ("iq", "fs", "clean")]
+        others = [k for k in items[0] if k not in ("iq", "fs", "clean", "second")]
         extra = {k: torch.tensor(np.array([item[k] for item in items])) for k in others}
         if self.teacher is not None:
             extra["teacher"] = self.teacher([{**item, "iq": item["clean"]} for item in items])

@@ -45,13 +45,15 @@ from em_mllm.dataset import (
     SignalCollator,
     SignalDataset,
     add_augmentation_arguments,
+    check_points,
     encoder_inputs,
     refuse_shared,
+    signal_files,
 )
 from em_mllm.em_foundation.models import SiTForMultiTask, SiTMAEForClassification
 from em_mllm.em_foundation.models.configuration_em import REGRESSION_TASKS
 from em_mllm.em_foundation.models.modeling_cnn import cnn_config
-from em_mllm.em_foundation.utils.utils import load_encoder, read_config
+from em_mllm.em_foundation.utils.utils import load_encoder, read_config, signal_of
 from em_mllm.optim import make_optimizers
 from em_mllm.scores import HIGH_SNR_DB
 
@@ -66,13 +68,13 @@ def parse_args(argv=None):
         type=Path,
         nargs="+",
         required=True,
-        help=".h5 files with the dataset label; their classes are joined by name",
+        help=".h5 files and tar shards with labels, or folders of them; their classes are joined by name",
     )
     data.add_argument(
-        "--test", type=Path, nargs="+", required=True, help=".h5 files to measure on, once, at the end"
+        "--test", type=Path, nargs="+", required=True, help="the same to measure on, once, at the end"
     )
     data.add_argument(
-        "--val", type=Path, nargs="+", help=".h5 files to measure on every --eval-every steps, as a log line"
+        "--val", type=Path, nargs="+", help="the same to measure on every --eval-every steps, as a log line"
     )
 
     # beside the class: a signal whose file does not know a value counts for the other tasks alone
@@ -139,10 +141,17 @@ def read_data(args) -> tuple[SignalDataset, SignalDataset | None, SignalDataset,
     columns = ("label", "snr", *(REGRESSION_TASKS if args.multitask else ()))
     augmentation = Augmentation.of(args)
 
-    # with a teacher each training signal is given twice, with its noise and without
-    train = SignalDataset(args.train, columns, args.skip_bad, args.seed, augmentation, bool(args.teacher))
-    val = SignalDataset(args.val, columns, args.skip_bad) if args.val else None
-    test = SignalDataset(args.test, columns, args.skip_bad)
+    # in the view that the encoder learned; with a teacher each training signal is given twice, with its noise
+    # and without
+    files = signal_files(args.train, "--train")
+    learned = args.signal_encoder_path and signal_of(args.signal_encoder_path)
+    how = dict(clean=bool(args.teacher), learned=learned)
+    train = SignalDataset(files, columns, args.skip_bad, args.seed, augmentation, **how)
+
+    # the others as the training signals are
+    as_train = dict(columns=columns, skip_bad=args.skip_bad, learned=train.signal.to_json())
+    val = SignalDataset(signal_files(args.val, "--val"), **as_train) if args.val else None
+    test = SignalDataset(signal_files(args.test, "--test"), **as_train)
     refuse_shared(train.files, test.files, "--test")
     if val:
         refuse_shared(train.files, val.files, "--val")
@@ -231,12 +240,13 @@ def lesson(model, teacher, logits, inputs, batch) -> torch.Tensor:
     return F.kl_div(own, told, reduction="batchmean", log_target=True)
 
 
-def make_model(args, classes: list[str], scales: dict, points: int):
-    """The encoder with its heads, and what of it is trained. points: of the longest training signal."""
-    # the names of the classes go into config.json, where a teacher's are read
-    more = dict(id2label=dict(enumerate(classes)), pooling=args.pooling)
+def make_model(args, classes: list[str], scales: dict, train: SignalDataset, *others):
+    """The encoder with its heads, and what of it is trained. UserError where signals are too long for it."""
+    signal = train.signal
+    # the names of the classes go into config.json, where a teacher's are read, and so does the signals' view
+    more = dict(id2label=dict(enumerate(classes)), pooling=args.pooling, signal=signal.to_json())
     if args.encoder == "cnn":
-        config = cnn_config(points, **{k: v for k, v in more.items() if v is not None})
+        config = cnn_config(signal.points, **{k: v for k, v in more.items() if v is not None})
     else:
         config = read_config(args.signal_encoder_path, attention_type="sdpa", **more)
 
@@ -244,6 +254,9 @@ def make_model(args, classes: list[str], scales: dict, points: int):
     model = (SiTForMultiTask if scales else SiTMAEForClassification)(config)
     if args.encoder == "sit" and not args.random_encoder:
         load_encoder(model, args.signal_encoder_path)
+
+    for data in (train, *others):
+        check_points(config, data.files, data.signal)
 
     # the un-normalised features are loud: start undecided rather than wrong
     torch.nn.init.zeros_(model.classifier.weight)
@@ -334,6 +347,8 @@ def check_options(args):
     """Refuse what is missing and what would have no effect."""
     if not args.val:
         refuse(args, ["eval_every"], "without --val")
+    elif not args.eval_every:
+        refuse(args, ["val"], "without --eval-every")
     if args.noise_db is None or args.multitask:
         refuse(args, ["teacher"], "beside --multitask" if args.multitask else "without --noise-db")
     if args.encoder == "cnn":
@@ -371,7 +386,7 @@ def main(args):
     tasks = ["classification", *scales]
 
     # model, loader and optimizer
-    model = make_model(args, classes, scales, train.signal.points)
+    model = make_model(args, classes, scales, train, *filter(None, (val, test)))
     # a teacher may have another kind of encoder, with other patches: the collator lays its signals out apart
     teacher = load_teacher(args.teacher, classes).to(accelerator.device) if args.teacher else None
     loader = make_loader(train, args, collate_fn=SignalCollator(model.config, teacher and teacher.config))

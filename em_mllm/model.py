@@ -32,6 +32,7 @@ from em_mllm.em_foundation.utils.utils import load_encoder, read_config
 from em_mllm.fm9g import granite_config, is_fm9g
 
 IQ_START, IQ_END = "<IQ_START>", "<IQ_END>"
+START_ID, IQ_ID, END_ID = -1, -2, -3  # places of what is no text, in ids: no vocabulary has them
 LORA_TARGETS = ("q_proj", "v_proj")
 
 
@@ -177,16 +178,14 @@ class MultiModalModel(nn.Module):
             features, valid = self.signal_features(iq, iq_lengths, fs)
         features = features.to(next(self.signal_to_hidden.parameters()).dtype)
         vectors = self.signal_to_hidden(features) * self.signal_scale
-        text = self.llm.get_input_embeddings()(input_ids) * self.text_scale
         if signal_index is None:
             signal_index = torch.arange(len(input_ids), device=iq.device)[:, None]
 
-        # every row with room for all its signals and its text: (B, n * (K + 2) + L)
-        shown, which = signal_index >= 0, signal_index.clamp(min=0)
-        start, end = (self.iq_tokens * self.text_scale).to(text.dtype)
-        marks = [mark.expand(*which.shape, 1, -1) for mark in (start, end)]
-        blocks = torch.cat([marks[0], vectors[which].to(text.dtype), marks[1]], 2).flatten(1, 2)
-        kept = F.pad(valid[which], (1, 1), value=True) & shown[..., None]
+        # every row with room for all its signals and its text, as ids: (B, n * (K + 2) + L)
+        block = torch.tensor([START_ID, *[IQ_ID] * vectors.shape[1], END_ID], device=iq.device)
+        ids = torch.cat([block.repeat(len(input_ids), signal_index.shape[1]), input_ids], 1)
+        shown, which = (signal_index >= 0)[..., None], signal_index.clamp(min=0)
+        kept = F.pad(valid[which], (1, 1), value=True) & shown  # (B, n, K + 2)
         # legacy keeps padding tokens and their labels, as the starter kit's collator
         text_kept = torch.ones_like(attention_mask) if self.legacy else attention_mask
         kept = torch.cat([kept.flatten(1), text_kept.bool()], 1)
@@ -195,11 +194,16 @@ class MultiModalModel(nn.Module):
         order = (kept if left else ~kept).long().argsort(dim=1, stable=True)
         length = int(kept.sum(1).max())
         order = order[:, -length:] if left else order[:, :length]
-        mask = kept.gather(1, order).long()
-        whole = torch.cat([blocks, text], 1)
-        embeds = whole.gather(1, order[..., None].expand(-1, -1, whole.shape[-1])) * mask[..., None]
+        mask, ids = kept.gather(1, order).long(), ids.gather(1, order)
+
+        # text from the table, signals and their marks in their places
+        embeds = self.llm.get_input_embeddings()(ids.clamp(min=0)) * self.text_scale
+        start, end = (self.iq_tokens * self.text_scale).to(embeds.dtype)
+        embeds[ids == START_ID], embeds[ids == END_ID] = start, end
+        embeds[(ids == IQ_ID) & mask.bool()] = vectors[which][valid[which] & shown].to(embeds.dtype)
+        embeds = embeds * mask[..., None]
         if labels is not None:
-            whole_labels = F.pad(labels, (blocks.shape[1], 0), value=-100)
+            whole_labels = F.pad(labels, (kept.shape[1] - labels.shape[1], 0), value=-100)
             labels = whole_labels.gather(1, order).masked_fill(mask == 0, -100)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         if self.legacy:

@@ -2,18 +2,39 @@
 set, the scorer and the answer file.
 
 Options begin with A and go on without a gap. The letter stands in brackets, `(A)` `（A）` `[A]`, or before a
-mark, `A.` `A)` `A、` `A:`, or alone at the beginning of a line; full-width letters and marks count as plain
-ones. Letters elsewhere in the text, as in "in-phase (I) and quadrature (Q)", are text.
+mark, `A.` `A)` `A、` `A:`, or in a circle, `Ⓐ`, or alone at the beginning of a line; full-width letters and
+marks count as plain ones, and items of HTML lists as lines. Letters elsewhere in the text, as in "in-phase
+(I) and quadrature (Q)", are text.
 """
 
 import re
+from html import unescape
 
 # full-width ASCII to plain, one character for one, so that places stay
-PLAIN = {**{code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}, 0x3010: "[", 0x3011: "]", 0x3000: " "}
+PLAIN = {**{code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}, 0xA0: " ", 0x3000: " "}
+PLAIN |= {0x3010: "[", 0x3011: "]", 0x3014: "[", 0x3015: "]", 0xFE59: "(", 0xFE5A: ")"}
+
+# letters in circles, brackets and squares, each one character, and characters without width
+LETTERED = (0x24B6, 0x24D0, 0x249C, 0x1F110, 0x1F130, 0x1F150, 0x1F170)
+MARKED = {first + n: f"({chr(65 + n)})" for first in LETTERED for n in range(26)}
+MARKED |= dict.fromkeys((0x200B, 0x2060, 0xFE0F, 0xFEFF))
+
+# HTML: items whose letter stands in the tag or comes from the kind of list, tags that begin a line, others
+VALUED = re.compile(
+    r"(?i)<(?:option|input|button|label|li)\s[^<>]{0,200}?\bvalue\s*=\s*[\"']?([A-Z])[\"']?(?:\s[^<>]{0,200})?/?>"
+    r"(?!\s*[(\[]?\1\s*[.)\]:、])"
+)
+LETTERED_LIST = re.compile(r"(?is)<ol\s[^<>]{0,200}?type\s*=\s*[\"']?A\b[^<>]{0,200}>.*?(?:</ol\s*>|$)")
+ITEM = re.compile(r"(?i)<li(?:\s[^<>]*)?>")
+LINE_TAG = re.compile(
+    r"(?i)</?(?:br|p|div|li|ul|ol|dl|dt|dd|tr|table|tbody|thead|select|option|label|h[1-6])(?:\s[^<>]*)?/?>"
+)
+CELL_TAG = re.compile(r"(?i)</?(?:td|th|input|button)(?:\s[^<>]*)?/?>")
+INLINE_TAG = re.compile(r"(?i)</?(?:strong|em|span|font|code|mark|small|sub|sup)(?:\s[^<>]*)?>")
 
 # a word before the letter, as in "选项A：" or "Option A:"
 WORD = r"(?:(?:选项|选择|类别)\s*|(?:[Oo]ption|[Cc]hoice|[Cc]lass)\s+)?"
-BULLET = r"(?:(?<=\n)[ \t]*[-*•][ \t]+)?\**"
+BULLET = r"(?:(?<=\n)[ \t]*[-*•][ \t]+)?\*{0,3}"
 FAMILIES = (
     re.compile(rf"{BULLET}{WORD}[(\[<{{|]\s*([A-Za-z])\s*\.?[)\]>}}|]\**(?:\s*[:：])?"),
     re.compile(
@@ -25,9 +46,10 @@ FAMILIES = (
 
 # the letter behind the name, as in "GFSK(A)、FM(B)", with a mark behind each bracket
 BEHIND = re.compile(
-    r"([^\s、,;/:()]+)\s?[(\[]\s*([A-Z])\s*[)\]](?=\s*(?:[、,;/]|或|和|还是|or\b|and\b|中|里|之|[。.?？]|$))"
+    r"([^\s、,;/:()]{1,80})\s?[(\[]\s*([A-Z])\s*[)\]](?=\s*(?:[、,;/]|或|和|还是|or\b|and\b|中|里|之|[。.?？]|$))"
 )
 
+MOST_STARTS = 64  # places at which options may begin, the last ones: so that no text takes minutes
 SENTENCE = re.compile(r"[。!！?？;；]|\.(?=\s+[A-Z\u4e00-\u9fff])|\.(?=[\u4e00-\u9fff])")
 # what follows the last option and is no part of it: behind a mark, or behind a space with more to follow
 ORDER = r"Please|Answer|Your answer|The answer|Choose|Select|Reply|Respond|Output|Give"
@@ -94,9 +116,28 @@ def _chain(text: str, marks: list, start: int) -> dict[str, str]:
     return options if good else {}
 
 
+def _without_tags(text: str) -> str:
+    """A text whose letters in circles stand in brackets, and whose HTML is lines and words."""
+
+    def lettered(found):
+        letters = iter("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+        return ITEM.sub(lambda item: f"\n({next(letters, '?')}) ", found.group())
+
+    text = text.translate(MARKED)
+    if "</A>" in text:  # <A>GFSK</A> <B>FM</B>
+        text = re.sub(r"</[A-Z]>", "", re.sub(r"<([A-Z])>", r"\n(\1) ", text))
+    if "<" in text:
+        text = VALUED.sub(r"\n(\1) ", LETTERED_LIST.sub(lettered, text))
+        text = INLINE_TAG.sub("", CELL_TAG.sub(" ", LINE_TAG.sub("\n", text)))
+        for tag in "biu":  # where they are closed: <b> alone may be an option's letter
+            if f"</{tag}>" in text:
+                text = re.sub(rf"</?{tag}(?:\s[^<>]*)?>", "", text)
+    return unescape(text) if "&" in text else text
+
+
 def read_options(text: str) -> dict[str, str]:
     """{"A": "GFSK", "B": "FM", ...} of the options in a text; empty where there are none."""
-    text = text.replace("\\n", "\n")  # escaped twice
+    text = _without_tags(text.replace("\\n", "\n"))  # escaped twice
     plain, best = text.translate(PLAIN), {}
     behind = [(letter, name) for name, letter in BEHIND.findall(plain)]
     if len(behind) > 1 and [letter for letter, _ in behind] == [chr(65 + n) for n in range(len(behind))]:
@@ -104,11 +145,11 @@ def read_options(text: str) -> dict[str, str]:
         return {letter: lead.sub("", name) for letter, name in behind}
     for family in FAMILIES:
         marks = list(family.finditer(plain))
+        starts = [start for start, mark in enumerate(marks) if mark.group(1) in "Aa"]
         found = {}
-        for start, mark in enumerate(marks):
-            if mark.group(1) in "Aa":
-                chain = _chain(text, marks, start)
-                found = chain if len(chain) >= len(found) else found  # the last of equal ones
+        for start in starts[-MOST_STARTS:]:
+            chain = _chain(text, marks, start)
+            found = chain if len(chain) >= len(found) else found  # the last of equal ones
         best = found if len(found) > len(best) else best
     return best
 
@@ -154,7 +195,14 @@ STATED = (
     re.compile(r"(?:^|应为|应是|是|为|选)[\s(]*([A-Z])\)?\s*(?:选项|项)"),
 )
 JOINED = re.compile(r"(?:\band|\bor|和|或|与|及|、|/|&)\s*[(\[]*$")  # one of several letters
-NEGATED = re.compile(r"(?:不是|不选|而非|排除|\bnot|\bisn't|n't be|\brather than|\binstead of)\s*[(\[\"'*]*$")
+NEGATED = re.compile(
+    r"(?i:不是|不选|而非|排除|\bnot|\bisn't|n't be|\brather than|\binstead of)\s*[(\[\"'*]*$"
+)
+
+
+def _negated(text: str, end: int) -> bool:
+    """Whether what begins at `end` is said not to be the answer."""
+    return bool(NEGATED.search(text[max(0, end - 40) : end]))
 
 
 def _is_article(text: str, match) -> bool:
@@ -165,7 +213,7 @@ def _is_article(text: str, match) -> bool:
 def _said(text: str) -> str:
     """An answer in plain characters without its control tokens and what was thought before it."""
     text = re.sub(r"<\|[^|<>]*\|>|</?(?:s|eos|bos|pad)>", "", text.rpartition("</think>")[2])
-    return text.translate(PLAIN)
+    return _without_tags(text).translate(PLAIN)
 
 
 def stated_letter(text: str) -> str | None:
@@ -183,7 +231,7 @@ def stated_letter(text: str) -> str | None:
     brackets = {
         m.group(1).upper()
         for m in re.finditer(r"[(\[]\s*\**([A-Z])\**\s*[)\]]", plain)
-        if not NEGATED.search(plain[: m.start()])
+        if not _negated(plain, m.start())
     }
     if len(brackets) == 1:
         return brackets.pop()
@@ -204,7 +252,7 @@ def named_option(text: str, options: dict) -> str | None:
     named = []
     for letter, name in names.items():
         places = re.finditer(rf"(?<![a-z0-9\-]){re.escape(name)}(?![a-z0-9]|-[a-z0-9])", text)
-        if any(not NEGATED.search(text[: place.start()]) for place in places):
+        if any(not _negated(text, place.start()) for place in places):
             named.append(letter)
     inner = lambda a: any(names[a] != names[b] and names[a] in names[b] for b in named)
     longest = [a for a in named if not inner(a)]
@@ -225,14 +273,16 @@ def extract_letter(text: str, options: dict) -> str | None:
             return start.group(1)
     named = named_option(text, options)
     end = re.search(r"(?:^|[\s:,=>→*\u4e00-\u9fff])([A-Z])[.。*)\]\s]*$", plain)
-    before = plain[: end.start(1)] if end else ""
-    ended = end.group(1) if end and not NEGATED.search(before) and not JOINED.search(before) else None
+    said_alone = end and not _negated(plain, end.start(1)) and not JOINED.search(plain[: end.start(1)])
+    ended = end.group(1) if said_alone else None
     said = {named, ended if ended in options else None} - {None}
     return said.pop() if len(said) == 1 else None  # a name and a letter that differ are no answer
 
 
 # ---- wording of answers
 
+# how a letter may be written: name in a template -> the A of that alphabet
+STYLES = {"letter": "A", "wide": "Ａ", "circled": "Ⓐ"}
 SEED_WORDING = {"zh": "正确答案是：({letter}) {name}", "en": "The correct answer is: ({letter}) {name}"}
 
 
@@ -254,15 +304,17 @@ def wording(answer: str, options: dict) -> str | None:
     place = text.rfind(name)
     if place >= 0:
         text = text[:place] + "{name}" + text[place + len(name) :]
-    marks = [m for m in re.finditer(r"(?<![A-Za-z0-9{])([A-ZＡ-Ｚ])(?![A-Za-z0-9}])", text)]
-    marks = [m for m in marks if m.group(1).translate(PLAIN) == letter and "{name}" not in m.group()]
+    styles = {chr(ord(first) + ord(letter) - 65): style for style, first in STYLES.items()}
+    marks = list(re.finditer(rf"(?<![A-Za-z0-9{{])[{''.join(styles)}](?![A-Za-z0-9}}])", text))
     if marks:
-        text = text[: marks[-1].start()] + "{letter}" + text[marks[-1].end() :]
-    return text if "{letter}" in text or "{name}" in text else None
+        style = styles[marks[-1].group()]
+        text = text[: marks[-1].start()] + f"{{{style}}}" + text[marks[-1].end() :]
+    return text if marks or "{name}" in text else None
 
 
 def candidate(question: str, letter: str, name: str, wordings: dict | None = None) -> str:
     """A complete answer in the language of the question: in the wording that was trained, or the seed's."""
     known = wordings or SEED_WORDING
     template = known.get(language(question)) or next(iter(known.values()))
-    return template.format(letter=letter, name=name)
+    letters = {style: chr(ord(first) + ord(letter) - 65) for style, first in STYLES.items()}
+    return template.format(name=name, **letters)

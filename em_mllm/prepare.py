@@ -1,14 +1,15 @@
 """What is done to a signal between a file and the encoder: one function for training, test, embeddings and
 single recordings.
 
-A model folder carries its specification (multimodal.json, "signal"), a .h5 says in the attributes `view` and
-`view_factor` what was done to its rows already, and `prepare` does what is left:
+A model folder carries its specification (multimodal.json, "signal"), an encoder in its config.json, a .h5
+says in the attributes `view` and `view_factor` what was done to its rows already, and `prepare` does what is
+left:
 
     recorded samples -> mean off -> other rate -> (augmentation in training) -> view -> scale
 """
 
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from math import gcd
 
 import numpy as np
@@ -91,6 +92,24 @@ def nearest_rate(spec: SignalSpec, fs: float) -> float | None:
         return None
     near = min(spec.rates, key=lambda rate: abs(np.log(fs / rate)))
     return near if abs(fs / near - 1) > FAR else None
+
+
+def as_learned(found: SignalSpec, learned: dict | None) -> SignalSpec:
+    """The specification `found` in files, in the view that an encoder learned to read.
+
+    learned: what its configuration says of its signals; None: nothing, as of published weights. UserError
+    where the files went through another view.
+    """
+    wanted = SignalSpec.from_json(learned) if learned else found
+    if (found.view, found.factor) == (wanted.view, wanted.factor):
+        return found
+    if (found.view, found.factor) != AS_RECORDED:
+        raise UserError(
+            f"the signals are of view {found.view} x {found.factor}, the encoder learned {wanted.view} x "
+            f"{wanted.factor}; give the recorded samples, or another encoder"
+        )
+    points, rates = found.points // wanted.factor, tuple(rate / wanted.factor for rate in found.rates)
+    return replace(found, view=wanted.view, factor=wanted.factor, points=points, rates=rates)
 
 
 def check_rate(spec: SignalSpec, fs: float, name, done=AS_RECORDED):

@@ -5,10 +5,10 @@
     torchrun --nproc_per_node=8 em_mllm/pretrain.py --data /data/iq --out runs/em_mllm/base --precision bf16
 
 --data: .h5 files with IQ_data (Num, T, 2), tar shards as "shards/{000..099}.tar" (shards.py), or folders of
-them; labels are not read. Targets: the hidden patches, and with --spectrum-weight the log spectra of the
-whole signal. Writes out/encoder/ (config.json, model.safetensors with the keys sit.* and decoder.*),
-out/metrics.json with trivial baselines beside the errors, and pictures of reconstructions. Upstream published
-no trainer.
+them; labels are not read. Targets: the hidden patches, with --spectrum-weight the log spectra of the whole
+signal, and with --contrast-weight which of two views belong together. Writes out/encoder/ (config.json,
+model.safetensors with the keys sit.* and decoder.*), out/metrics.json with trivial baselines beside the
+errors, and pictures of reconstructions. Upstream published no trainer.
 """
 
 import argparse
@@ -27,7 +27,6 @@ from common.arguments import Parser, add_run_arguments, number, refuse
 from common.checkpoint import atomic_csv, atomic_dir, atomic_json
 from common.errors import UserError, run
 from common.figures import new_figure, save_figure
-from common.index import scan
 from common.run import describe, open_run, seed_everything
 from common.sharding import export_model, prepare
 from common.together import meet
@@ -49,10 +48,11 @@ from em_mllm.dataset import (
     SignalDataset,
     add_augmentation_arguments,
     refuse_shared,
+    signal_files,
 )
 from em_mllm.em_foundation.models import SiTMAEConfig, SiTMAEForPreTraining
 from em_mllm.em_foundation.models.embedder import tokens_kept
-from em_mllm.em_foundation.utils.utils import load_encoder, read_config
+from em_mllm.em_foundation.utils.utils import load_encoder, read_config, signal_of
 from em_mllm.optim import make_optimizers
 
 PRESETS = {
@@ -179,14 +179,12 @@ def add_model_arguments(group):
         help="weight of a second target: the cls token predicts the log spectra of the signal, its powers "
         "and its envelope; without it there is none",
     )
-
-
-def signal_files(paths, option: str = "--data") -> list[str]:
-    """The .h5 files and tar shards among `paths`, folders searched to any depth."""
-    files = [file.path for file in scan(paths, (".h5", ".tar"), option)]
-    if not files:
-        raise UserError(f"{paths[0]}: holds no .h5 file and no tar shard")
-    return files
+    group.add_argument(
+        "--contrast-weight",
+        type=number(float, 0),
+        help="weight of a third target: two views of a signal, which differ by the augmentations, find each "
+        "other among those of the batch; without it there is none",
+    )
 
 
 def make_config(args) -> SiTMAEConfig:
@@ -201,6 +199,7 @@ def make_config(args) -> SiTMAEConfig:
         mask_ratio=args.mask_ratio,
         norm_pix_loss=args.norm_pix_loss,
         spectrum_weight=args.spectrum_weight,
+        contrast_weight=args.contrast_weight,
     )
     if args.config:
         return read_config(args.config, **own)
@@ -326,16 +325,30 @@ def counts(batch, mask_ratio: float):
 def read_data(args, config, room: int):
     """Read the signals; returns (signals, training rows, validation rows or None). room: tokens a row."""
     # training rows: planned anew each epoch from (seed, epoch), augmented
-    augmentation, clean = Augmentation.of(args), args.target == "clean"
+    augmentation, second = Augmentation.of(args), bool(config.contrast_weight)
+    if second and augmentation == Augmentation():
+        raise UserError(
+            "--contrast-weight has no effect without an augmentation, by which the two views of a signal "
+            "differ; add --phase, --roll, --shift-hz or --noise-db"
+        )
+    clean = args.target == "clean"
     signals = SignalDataset(
-        signal_files(args.data), (), args.skip_bad, args.seed, augmentation=augmentation, clean=clean
+        signal_files(args.data),
+        (),
+        args.skip_bad,
+        args.seed,
+        augmentation,
+        clean=clean,
+        second=second,
+        learned=args.init and signal_of(args.init),
     )
     packed = PackedSignals(signals, config, room, args.min_points, args.seed)
     if not args.val:
         return signals, packed, None
 
     # validation rows: other files, one plan, nothing added, so that runs with different noise can be compared
-    val = SignalDataset(signal_files(args.val, "--val"), skip_bad=args.skip_bad)
+    files = signal_files(args.val, "--val")
+    val = SignalDataset(files, skip_bad=args.skip_bad, learned=signals.signal.to_json())
     refuse_shared(signals.files, val.files, "--val")
     return signals, packed, PackedSignals(val, config, room, args.min_points, shuffle=False)
 
@@ -380,6 +393,7 @@ def main(args):
     config = make_config(args)
     room = args.row_tokens or config.num_positions
     signals, packed, val = read_data(args, config, room)
+    config.signal = signals.signal.to_json()
 
     # model, loader and optimizer; the loader keeps the order of the rows, whose plan is drawn anew each epoch
     model = make_model(args, config)
@@ -413,6 +427,9 @@ def main(args):
             if config.spectrum_weight:
                 parts["spectrum"] = result.spectrum_loss * share[1]
                 loss = loss + config.spectrum_weight * parts["spectrum"]
+            if config.contrast_weight:
+                parts["contrast"] = result.contrast_loss * share[1]
+                loss = loss + config.contrast_weight * parts["contrast"]
 
             # a row holds many signals, so the message names the batch
             state = training.state

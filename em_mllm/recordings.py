@@ -27,13 +27,13 @@ from em_mllm.signal_file import DEFAULT_FS
 CANNOT_TELL = "cannot tell"
 
 
-def window_points(args, recording, spec, config) -> int:
-    """Points that the encoder reads of one window: --window, a row of a .h5 whole, else as in training."""
+def window_points(args, recording, spec, config) -> int | None:
+    """Points that the encoder reads of one window: --window, else as in training; None where the recording is
+    a row of a .h5, which is read whole, as in a test set."""
     longest = (config.num_positions - config.num_special) * config.patch_size[0]
     factor = spec.factor if recording.done == AS_RECORDED else 1
-    own = recording.length // factor
-    if args.window is None and recording.path.suffix.lower() in H5 and own <= longest:
-        return own
+    if args.window is None and recording.path.suffix.lower() in H5 and recording.length // factor <= longest:
+        return None
     points = args.window or spec.points or min(longest, 1024)
     if not config.patch_size[0] <= points <= longest:
         raise UserError(f"--window {points}: the encoder takes {config.patch_size[0]} to {longest} points")
@@ -50,13 +50,13 @@ def cut(args, path, notes, spec, config):
     if fs is None:
         raise UserError(f"{path}: does not say its sampling rate; give it in Hz with --fs")
     points = window_points(args, recording, spec, config)
-    samples, stride = points, spec.stride or points
-    if recording.done == AS_RECORDED:  # as many recorded samples as make `points` points
+    samples, stride = points or recording.length, spec.stride or points
+    if points and recording.done == AS_RECORDED:  # as many recorded samples as make `points` points
         near = nearest_rate(spec, fs / spec.factor) if spec.resample else None
         ratio = spec.factor * (fs / spec.factor / near if near else 1)
         samples, stride = round(points * ratio), round(stride * ratio)
     check_rate(spec, fs, path, recording.done)
-    found = strong_windows(recording, samples, stride, args.windows)
+    found = strong_windows(recording, samples, stride or samples, args.windows)
     if not any(window.any() for _, window in found):
         raise UserError(f"{path}: every sample is zero; nothing was recorded")
     return recording, fs, found

@@ -36,6 +36,7 @@ from em_mllm.answering import ask
 from em_mllm.dataset import (
     QuestionCollator,
     QuestionDataset,
+    check_points,
     indices,
     read_questions,
     refuse_shared,
@@ -205,18 +206,26 @@ def answer_set(
 
 
 def other_signals(data: QuestionDataset, seed=0) -> dict:
-    """For each four-choice question another question's row whose signal has a different label (of the same
-    task where there is one)."""
+    """For each question with options another question's row whose signal has a different label (of the same
+    task where there is one). UserError where there is no such question."""
     # where a file has no labels its signals count as a class each: any other one will do
     labels = [f.column("label") if "label" in f.columns else np.arange(len(f)) for f in data.files]
     records = [data.records[row] for row in range(len(data.records))]
-    label = np.array([labels[owner][indices(r)[0]] for r, owner in zip(records, data.file_of)])
+    shown = np.array([(owner, indices(r)[0]) for r, owner in zip(records, data.file_of)])
+    label = np.array([labels[owner][index] for owner, index in shown])
 
     rng, swap, rows = np.random.default_rng(seed), {}, np.arange(len(records))
     for row, record in enumerate(records):
         if parse_options(record):
-            others = rows[(data.task_of == data.task_of[row]) & (label != label[row])]
-            swap[row] = int(rng.choice(others if len(others) else np.delete(rows, row)))
+            elsewhere = (shown != shown[row]).any(1)  # also where labels are nan, and so unlike themselves
+            others = rows[elsewhere & (data.task_of == data.task_of[row]) & (label != label[row])]
+            others = others if len(others) else rows[elsewhere]
+            if len(others):
+                swap[row] = int(rng.choice(others))
+    if not swap:
+        raise UserError(
+            "--wrong-signal has no effect: no two questions, one of them with options; leave it out"
+        )
     return swap
 
 
@@ -278,6 +287,10 @@ def check_recordings(args):
     paths = find_recordings(args.iq)
     if not any(path.suffix.lower() in MANY for path in paths):
         refuse(args, ["index"], "on recordings that hold one signal")
+
+    # only options have a confidence
+    if not parse_options({"question": args.question}):
+        refuse(args, ["calibration"], "on a question without options")
 
     # of several a bad one is named and passed over later on, a single one is the whole errand
     if len(paths) == 1:
@@ -429,6 +442,7 @@ def main(args):
     )
     data = QuestionDataset(task_pairs(args.task_dir, args.task_files), limit=args.limit, **options)
     held = read_held(args, data, options) if args.calibrate_dir else None
+    check_points(model.signal_encoder.config, data.files + (held.files if held else []), spec)
 
     # the answer file knows a question by its id alone
     ids = {data.records[r].get("id") for r in range(len(data.records))}
@@ -445,10 +459,11 @@ def main(args):
         extra["validation"] = score(told, calibration)
 
     # the answers, and the control: the same questions about signals of other classes
+    swap = other_signals(data) if args.wrong_signal else None
     answers = answer_set(model, tokenizer, data, *how)
     if args.wrong_signal:
         # a model that listens falls to chance here; what stays above it comes from the texts
-        control = score(answer_set(model, tokenizer, data, *how, swap=other_signals(data)))
+        control = score(answer_set(model, tokenizer, data, *how, swap=swap))
         shown = ("accuracy", "accuracy_high_snr", "valid_letters", "letters_given")
         extra["wrong_signal"] = {name: control[name] for name in shown if name in control}
     if not accelerator.is_main_process:

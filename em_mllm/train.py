@@ -48,11 +48,12 @@ from em_mllm.dataset import (
     QuestionCollator,
     QuestionDataset,
     add_augmentation_arguments,
+    check_points,
     collate_iq,
     refuse_shared,
     task_pairs,
 )
-from em_mllm.em_foundation.utils.utils import read_config
+from em_mllm.em_foundation.utils.utils import read_config, signal_of
 from em_mllm.model import (
     LORA_TARGETS,
     PROJECTORS,
@@ -66,7 +67,7 @@ from em_mllm.model import (
 )
 from em_mllm.optim import make_optimizers
 from em_mllm.options import extract_letter, parse_options
-from em_mllm.prepare import AS_RECORDED, SignalSpec
+from em_mllm.prepare import AS_RECORDED, SignalSpec, as_learned
 from em_mllm.signal_file import DEFAULT_FS, HERTZ
 
 # what checkpoints keep of the evaluations: the lowest loss, the newest, and evaluations since the lowest
@@ -427,6 +428,8 @@ def trained_signal(args, found: SignalSpec) -> SignalSpec:
     added."""
     stored = read_notes(args.trained_dir).get("signal") if args.trained_dir else None
     if stored is None:  # a new model, or one of an edition that stored none
+        encoder = args.trained_dir / "signal_encoder" if args.trained_dir else args.signal_encoder_path
+        found = as_learned(found, signal_of(encoder))
         return replace(found, remove_dc=args.remove_dc, resample=args.resample)
 
     # a model that resamples brings the new signals to its own rates
@@ -440,10 +443,11 @@ def trained_signal(args, found: SignalSpec) -> SignalSpec:
     return replace(spec, points=max(spec.points, found.points // share), rates=rates)
 
 
-def make_model(args, files):
+def make_model(args, files, signal: SignalSpec | None = None):
     """Build the model from the two paths, or read it from --trained-dir; choose what is trained.
 
-    Returns (model, tokenizer). Raises UserError when a signal of `files` is longer than the encoder takes.
+    Returns (model, tokenizer). Raises UserError when a signal of `files`, read as `signal` says, is longer
+    than the encoder takes.
     """
     check_options(args)
     if args.trained_dir:
@@ -461,15 +465,7 @@ def make_model(args, files):
             args.load_in_4bit,
         )
 
-    # the encoder has as many positions as its table has rows; the first one or two are cls and sampling rate
-    config = model.signal_encoder.config
-    longest = (config.num_positions - config.num_special) * config.patch_size[0]
-    for file in files:
-        if file.points > longest:
-            raise UserError(
-                f"{file.path}: IQ_data has signals of {file.points} points, the encoder takes {longest}; cut "
-                "them, or pre-train an encoder with a larger max_seq_len"
-            )
+    check_points(model.signal_encoder.config, files, signal or SignalSpec())
 
     # before the optimizer, which collects what is trained
     lora = dict(r=args.lora_r, alpha=args.lora_alpha, dropout=args.lora_dropout, targets=args.lora_targets)
@@ -581,6 +577,7 @@ def save(args, model, tokenizer, source):
     }
 
     # with them goes all that test.py must repeat to ask as here: layout of the text, signals, wordings
+    model.signal_encoder.config.signal = source.signal.to_json()
     save_model(
         args.out / "model",
         model,
@@ -642,7 +639,7 @@ def main(args):
     # the tokenizer first and alone: a faulty question is told before the language model takes its minutes
     where = args.trained_dir / "tokenizer" if args.trained_dir else args.llm_model_path
     source, train_set, val_set = make_data(args, load_tokenizer(where, args.trust_remote_code))
-    model, tokenizer = make_model(args, source.files)
+    model, tokenizer = make_model(args, source.files, source.signal)
     if args.align_projector:
         align_projector(model, tokenizer, source)
 

@@ -15,14 +15,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import em_mllm.finetune
+import em_mllm.make_data
+import em_mllm.pretrain
 import em_mllm.test
 import em_mllm.train
+import studies.em_mllm.fewshot
 from common.errors import UserError
 from common.tiny_llm import make_llm, make_tokenizer
 from em_mllm.convert import view as convert_view
 from em_mllm.dataset import Augmentation, QuestionCollator, QuestionDataset, SignalDataset, task_pairs
 from em_mllm.em_foundation.models import SiTMAEConfig, SiTMAEModelWithoutMask
 from em_mllm.em_foundation.models.modeling_cnn import cnn_config, make_encoder
+from em_mllm.em_foundation.utils.utils import signal_of
 from em_mllm.model import load_model, read_notes, save_model, set_trainable
 from em_mllm.prepare import AS_RECORDED, SignalSpec, check_rate, prepare
 from em_mllm.recordings import CANNOT_TELL, cut, together
@@ -132,6 +137,83 @@ def test_a_recording_is_asked_as_the_test_set_is_to_the_bit(folders, tmp_path, c
         assert list(window["probabilities"].values()) == [round(float(p), 5) for p in probability]
         assert capture["answer"] == rows[i]["likeliest"] and capture["agreement"] == 1.0
         assert f"answer: ({capture['answer']})" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("resample", [False, True])
+def test_every_built_in_task_is_read_alike_in_a_test_set_and_as_a_recording(tmp_path, resample):
+    """Rows of every task of the generator, at rates below, at and above that of training."""
+    few = ("--train", 1, "--val", 1, "--test", 1, "--points", 128, "--fs", 5e6, 20e6, 40e6)
+    run(em_mllm.make_data, "--out", tmp_path / "data", *few)
+    spec = SignalSpec(points=128, remove_dc=True, rates=(20e6,), resample=resample)
+    tokenizer = make_tokenizer(["modulation type of this signal"] * 3, 300)
+    data = QuestionDataset(task_pairs(tmp_path / "data/test"), tokenizer, with_answers=False, signal=spec)
+    assert sorted(file.path.stem for file in data.files) == ["bandwidth", "modulation", "radar_jamming"]
+    seen = set()
+    for row in range(len(data)):
+        path, index = data.files[data.file_of[row]].path, data.records[row]["iq_index_in_h5"]
+        args = SimpleNamespace(index=index, iq_format=None, fs=None, window=None, windows=4)
+        recording, fs, ((start, window),) = cut(args, path, {}, spec, SiTMAEConfig(**SIZES))
+        iq, rate = prepare(window, fs, spec, recording.done)
+        assert start == 0 and np.array_equal(iq, data[row]["iq"][0]) and rate == data[row]["fs"][0]
+        seen.add((fs, len(iq), rate))
+    assert {length for _, length, _ in seen} == ({64, 128} if resample else {128}) and len(seen) == 3
+
+
+def test_an_encoder_carries_the_view_that_it_learned(world, tmp_path):
+    """Pre-trained on magnitude and frequency, it reads recorded samples so, in every script, and no other
+    view."""
+    z = np.random.default_rng(0).standard_normal((9, 1024, 2)).astype("f4") @ np.array([1, 1j], "c8")
+    write_task(tmp_path / "raw", points=1024, fs=250e3)
+    write_task(tmp_path / "polar", view="polar", view_factor=8, fs=31250.0)
+    for name, rows in (("raw", np.stack([z.real, z.imag], 2)), ("polar", [convert_view(x) for x in z])):
+        with h5py.File(tmp_path / name / "x.h5", "r+") as file:
+            file["IQ_data"][:] = rows
+    raw, polar = (tmp_path / name / "x.h5" for name in ("raw", "polar"))
+    decoder = dict(decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2)
+    (tmp_path / "sizes.json").write_text(json.dumps({**SIZES, **decoder, "decoder_intermediate_size": 16}))
+    once = ("--max-steps", 1, "--batch-size", 2)
+    run(
+        em_mllm.pretrain, "--data", polar, "--config", tmp_path / "sizes.json", *once, "--out", tmp_path / "a"
+    )
+    learned = signal_of(tmp_path / "a/encoder")
+    assert (learned["view"], learned["factor"], learned["rates"]) == ("polar", 8, [31250.0])
+    one, two = (SignalDataset([path], ("label",), learned=learned) for path in (raw, polar))
+    assert one.signal == two.signal and len(one) == 9
+    for i in range(9):
+        assert np.array_equal(one[i]["iq"], two[i]["iq"]) and one[i]["fs"] == two[i]["fs"] == 31250.0
+
+    files = ("--train", raw, "--test", polar, "--signal-encoder-path", tmp_path / "a/encoder")
+    run(em_mllm.finetune, *files, *once, "--out", tmp_path / "b")
+    assert signal_of(tmp_path / "b/model") == learned
+    train(world, tmp_path / "c", "--signal-encoder-path", tmp_path / "b/model", "--task-dir", raw.parent)
+    assert read_notes(tmp_path / "c/model")["signal"]["view"] == "polar"
+    vectors = []
+    for path in (raw, polar):
+        where = ("--signal-encoder-path", tmp_path / "b/model", "--embed", tmp_path / "e.h5")
+        run(studies.em_mllm.fewshot, *where, "--test", path)
+        with h5py.File(tmp_path / "e.h5") as file:
+            vectors.append(file["embedding"][:])
+    assert np.array_equal(*vectors)
+    with pytest.raises(UserError, match="of view polar x 8, the encoder learned iq x 1"):
+        SignalDataset([polar], learned=SignalSpec().to_json())
+    for fields in ({"factor": 0}, {"view": "waterfall"}, {"scale": "rms"}, {"colour": 1}):
+        with pytest.raises(UserError, match="not known"):
+            SignalDataset([raw], learned={**learned, **fields})
+
+
+def test_signals_longer_than_the_encoder_are_one_line(folders, tmp_path):
+    write_task(tmp_path / "long", points=400, questions=1)
+    ask = ("--model", folders / "frozen/model", "--out", tmp_path / "out", "--task-dir")
+    with pytest.raises(
+        UserError, match="long/x.h5: IQ_data has signals of 400 points, the encoder takes 256"
+    ):
+        run(em_mllm.test, *ask, tmp_path / "long")
+    files = ("--train", tmp_path / "long/x.h5", "--test", folders / "test/x.h5")
+    with pytest.raises(UserError, match="signals of 400 points"):
+        run(
+            em_mllm.finetune, *files, "--signal-encoder-path", folders / "encoder", "--out", tmp_path / "fine"
+        )
+    assert not (tmp_path / "out").exists() and not (tmp_path / "fine").exists()
 
 
 def test_a_raw_capture_goes_through_the_view_of_training(folders, tmp_path):
@@ -398,6 +480,24 @@ def test_calibration_is_of_answered_questions_about_other_signals_and_of_all_of_
         (tmp_path / "open/x.json").write_text(json.dumps([{**row, **kept} for row in rows]))
         with pytest.raises(UserError, match="no question has options and an answer among them"):
             run(em_mllm.test, *ask, "--calibrate-dir", tmp_path / "open")
+
+
+def test_confidence_without_options_is_one_line(folders, tmp_path):
+    write_task(tmp_path / "open", questions=1)
+    rows = json.loads((tmp_path / "open/x.json").read_text(encoding="utf-8"))
+    rows = [{**row, "question": "是什么调制？", "answer": "CW"} for row in rows]
+    (tmp_path / "open/x.json").write_text(json.dumps(rows), encoding="utf-8")
+    (tmp_path / "c.json").write_text(json.dumps({"temperature": 1.0, "threshold": 0.5}))
+    model, few = ("--model", folders / "frozen/model"), ("--out", tmp_path / "out", "--max-new-tokens", 1)
+    asked = ("--iq", folders / "test/x.h5", "--question", "What is it?", "--calibration", tmp_path / "c.json")
+    for options, words in (
+        (("--task-dir", tmp_path / "open", "--wrong-signal"), "--wrong-signal has no effect"),
+        (("--task-dir", folders / "test", "--wrong-signal", "--limit", 1), "--wrong-signal has no effect"),
+        (asked, "--calibration has no effect on a question without options"),
+    ):
+        with pytest.raises(UserError, match=words):
+            run(em_mllm.test, *model, *options, *few)
+        assert not (tmp_path / "out").exists()
 
 
 def test_windows_speak_together_by_their_mean_log_likelihood():

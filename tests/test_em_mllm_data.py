@@ -300,6 +300,20 @@ def test_the_signal_without_noise_is_the_same_draw_of_all_else(tmp_path):
     assert not torch.equal(rows[0]["patches"], rows[1]["patches"])
 
 
+def test_a_second_view_is_another_draw_of_the_same_signal_at_the_same_places(tmp_path):
+    path = write_pair(tmp_path, 4, 64)[0][0]
+    data = SignalDataset([path], seed=3, augmentation=Augmentation(roll=True), second=True)
+    config = SiTMAEConfig(patch_size=(16, 1), max_seq_len=(128, 1))
+    one, two = (data[0][name] for name in ("iq", "second"))
+    assert not np.array_equal(one, two) and any(np.array_equal(np.roll(one, k, 0), two) for k in range(64))
+    row = PackedSignals(data, config, 24, seed=3)[0]
+    special = row["patch_positions"] < config.num_special
+    assert torch.equal(row["second"][special], row["patches"][special])
+    assert not torch.equal(row["second"], row["patches"]) and row["second"].shape == row["patches"].shape
+    data.set_epoch(1)
+    assert not np.array_equal(data[0]["second"], two)
+
+
 def test_rolled_signals_are_the_same_signal_begun_elsewhere_anew_each_epoch(tmp_path, tokenizer):
     pairs = write_pair(tmp_path, 4, 64)
     roll = Augmentation(roll=True)

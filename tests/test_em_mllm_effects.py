@@ -92,6 +92,11 @@ def test_every_option_of_pretrain_has_its_effect(world, tmp_path):
         "--mask-ratio": Effect(0.5, "weights"),
         "--norm-pix-loss": Effect(True, "weights"),
         "--spectrum-weight": [Effect(0.5, "shape"), Effect(1.0, "weights", given=("--spectrum-weight", 0.5))],
+        "--contrast-weight": [
+            Effect(0.5, "shape", given=("--roll",)),
+            Effect(1.0, "weights", given=("--roll", "--contrast-weight", 0.5)),
+            Effect(0.5, "refused"),  # two equal views
+        ],
         "--optimizer": Effect("muon", "weights"),
         "--gradient-checkpointing": Effect(True, computed_again),
     }
@@ -114,7 +119,7 @@ def test_every_option_of_finetune_has_its_effect(world, tmp_path):
     base = [*RUN_BASE, "--train", radar, "--test", test, "--signal-encoder-path", world / "mae/encoder"]
     table = {
         **RUN_FLAGS,
-        "--eval-every": [Effect(1, ("log", "same weights"), given=("--val", val)), Effect(1, "refused")],
+        "--eval-every": [Effect(1, ("log", "same weights"), alone=("--val", val)), Effect(1, "refused")],
         "--train": [
             Effect([data / "train/modulation.h5"], "shape", alone=("--test", data / "test/modulation.h5")),
             Effect([test], "refused", alone=("--test", test)),
@@ -122,7 +127,8 @@ def test_every_option_of_finetune_has_its_effect(world, tmp_path):
         "--test": [Effect([val], ("predictions", "same weights")), Effect([radar], "refused")],
         "--val": [
             Effect([val], ("log", "same weights"), alone=("--eval-every", 1)),
-            Effect([radar], "refused"),
+            Effect([radar], "refused", alone=("--eval-every", 1)),
+            Effect([val], "refused"),
         ],
         "--multitask": Effect(True, "shape"),
         "--noise-db": Effect([0, 5], "weights"),

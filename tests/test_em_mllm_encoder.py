@@ -248,6 +248,39 @@ def test_spectra_of_packed_signals_are_read_at_their_own_cls_token():
     )  # published files have no such head
 
 
+def test_two_views_of_a_signal_find_each_other_among_those_of_the_batch():
+    (patches, positions, ids), rows = packed()
+    model = make(SiTMAEForPreTraining, contrast_weight=0.5, mask_ratio=0.0)
+    both = [[row, row + 0.3 * torch.randn(row.shape)] for group in rows for row in group]
+    for _, view in both:
+        view[:, :16] = both[0][0][:, :16]  # the places of cls and rate
+    lengths = iter([view for _, view in both])
+    second = pack_sequence([[next(lengths) for _ in group] for group in rows], 8, 192)[0]
+    out = model(patches, positions, ids, second=second)
+    torch.testing.assert_close(out.loss, out.hidden_loss + 0.5 * out.contrast_loss)
+
+    # each signal alone: both ways, the first finds the second among all
+    def cls(signal):
+        return model.sit(*pack_sequence([[signal]], 8, signal.shape[1])).last_hidden_state[0, 0]
+
+    one, two = (torch.stack([cls(pair[k]) for pair in both]) for k in (0, 1))
+    one, two = (F.normalize(model.decoder.contrast_pred(x), dim=1) for x in (one, two))
+    right = torch.arange(len(one))
+    expected = [F.cross_entropy(x @ y.T / 0.2, right) for x, y in ((one, two), (two, one))]
+    torch.testing.assert_close(out.contrast_loss, sum(expected) / 2, atol=1e-5, rtol=1e-4)
+    assert not any("contrast" in k for k in make(SiTMAEForPreTraining).state_dict())  # nor in published files
+
+
+def test_the_second_view_shows_patches_that_the_first_hides():
+    (patches, positions, ids), _ = packed()
+    model, masks = make(SiTMAEForPreTraining, contrast_weight=0.5), []
+    model.sit.register_forward_hook(lambda module, inputs, output: masks.append(output.mae_mask))
+    model(patches, positions, ids, second=patches)
+    is_iq = (positions > 1) & (sample_id_matrix(ids, patches.shape[1]) >= 0)
+    shown = [(mask == 0) & is_iq for mask in masks]
+    assert all(view.any() for view in shown) and not (shown[0] & shown[1]).any()
+
+
 def test_unknown_regression_values_are_left_out_of_the_loss():
     (patches, positions, ids), _ = packed()
     model = make(SiTForMultiTask, num_labels=4, label_weights={"classification": 2.0})

@@ -152,6 +152,26 @@ QUESTIONS = [
     ("①GFSK ②FM", []),
     ("**Options**\n\n**(A)** GFSK\n\n**(B)** FM\n\n**(C)** MSK\n\n**(D)** 2FSK\n\n**Answer:**", FOUR),
     ("Which?\n\tA.\tGFSK\n\tB.\tFM\n\tC.\tMSK\n\tD.\t2FSK", FOUR),
+    ("哪个？Ⓐ GFSK Ⓑ FM Ⓒ MSK Ⓓ 2FSK", FOUR),
+    ("从Ⓐ、Ⓑ、Ⓒ、Ⓓ中选出：ⓐGFSK ⓑFM ⓒMSK ⓓ2FSK", FOUR),
+    ("🅰️ GFSK 🅱️ FM 🅲 MSK 🅳 2FSK", FOUR),
+    ("⒜ GFSK ⒝ FM ⒞ MSK ⒟ 2FSK 请选择", FOUR),
+    ("〔A〕GFSK 〔B〕FM 〔C〕MSK 〔D〕2FSK", FOUR),
+    ("Which?<br>A. GFSK<br/>B. FM<br />C. MSK<BR>D. 2FSK<br>Answer:", FOUR),
+    ("<ul><li>A. GFSK</li><li>B. FM</li><li>C. MSK</li><li>D. 2FSK</li></ul>", FOUR),
+    ('<p>Which?</p><ol type="A"><li>GFSK</li><li>FM</li><li>MSK</li><li>2FSK</li></ol>Choose one.', FOUR),
+    ("<p><b>A.</b> GFSK</p><p><b>B.</b> FM</p><p><b>C.</b> MSK</p><p><b>D.</b> 2FSK</p>", FOUR),
+    (
+        "<strong>A</strong>. GFSK <strong>B</strong>. FM <strong>C</strong>. MSK <strong>D</strong>. 2FSK",
+        FOUR,
+    ),
+    ('<option value="A">GFSK</option><option value="B">FM</option><option value="C">MSK</option>', FOUR[:3]),
+    ('<input type="radio" value="A"/> A. GFSK <input type="radio" value="B"/> B. FM', FOUR[:2]),
+    ("<tr><td>A</td><td>GFSK</td></tr><tr><td>B</td><td>FM</td></tr>", FOUR[:2]),
+    ("A.&nbsp;GFSK&nbsp;B.&nbsp;FM&nbsp;C.&nbsp;MSK&nbsp;D.&nbsp;2FSK", FOUR),
+    ("&#40;A&#41; GFSK &#40;B&#41; FM &#40;C&#41; R&amp;D", ["GFSK", "FM", "R&D"]),
+    ("<A>GFSK</A><B>FM</B><C>MSK</C><D>2FSK</D>", FOUR),
+    ("Ⓡ is a trade mark. <b>What</b> is it?", []),
 ]
 LETTERS = [
     ("It is not FM but MSK", "C"),
@@ -281,6 +301,13 @@ LETTERS = [
     ("GFSK", "A"),
     ("An FM", "B"),
     ("I", None),
+    ("Ⓑ", "B"),
+    ("正确答案是：Ⓑ FM", "B"),
+    ("🅱️", "B"),
+    ("Not Ⓐ but Ⓑ", "B"),
+    ("Ⓐ or Ⓑ", None),
+    ("<p>The answer is <strong>B</strong>.</p>", "B"),
+    ("〔B〕&nbsp;FM<br>", "B"),
 ]
 WORDINGS = [
     ("正确答案是：(B) FM", "正确答案是：({letter}) {name}"),
@@ -292,6 +319,8 @@ WORDINGS = [
     ("Answer: FM (B)", "Answer: {name} ({letter})"),
     ("A {signal}: (B) FM", "A {{signal}}: ({letter}) {name}"),
     ("I cannot tell.", None),
+    ("正确答案是：Ⓑ FM", "正确答案是：{circled} {name}"),
+    ("（Ｂ）FM", "（{wide}）{name}"),
 ]
 
 

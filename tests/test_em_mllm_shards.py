@@ -4,13 +4,16 @@ import io
 import json
 import tarfile
 
+import h5py
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from common.errors import UserError
-from em_mllm.dataset import PackedSignals, QuestionDataset, SignalDataset, task_pairs
+from em_mllm import finetune
+from em_mllm.dataset import PackedSignals, QuestionDataset, SignalDataset, signal_files, task_pairs
 from em_mllm.em_foundation.models import SiTMAEConfig
-from em_mllm.pretrain import signal_files
 from em_mllm.shards import open_signals
 from tests.test_em_mllm_data import tokenizer  # noqa: F401
 
@@ -40,6 +43,45 @@ def pack(signals: SignalDataset, folder, shards=3):
         members = {f"{i:06d}.npy": npy(items[i]["iq"]) for i in part}
         members |= {f"{i:06d}.json": {"fs": items[i]["fs"]} for i in part}
         write_tar(folder / f"{n}.tar", dict(sorted(members.items())))
+
+
+def test_labels_in_shards_train_an_encoder_as_those_of_a_h5_do(tmp_path):
+    """The same signals, labels and SNR from three shards and from one .h5, a step further on each: equal
+    weights and scores."""
+    rng = np.random.default_rng(0)
+    iq, label = rng.standard_normal((12, 128, 2)).astype("f4"), np.arange(12) % 3
+    names, snr = ["AM", "FM", "OOK"], np.arange(12.0)
+    for part in ("train", "test"):
+        with h5py.File(tmp_path / f"{part}.h5", "w") as file:
+            file["IQ_data"], file["label"], file["snr"] = iq, label[:, None].astype("f4"), snr[:, None]
+            file.attrs["classes"], file.attrs["fs"] = json.dumps(names), 1e6
+        for n, rows in enumerate(np.array_split(np.arange(12), 3)):
+            members = {}
+            for i in rows:
+                members[f"{i:03d}.json"] = {"fs": 1e6, "label": names[label[i]], "snr": snr[i]}
+                members[f"{i:03d}.npy"] = npy(iq[i])
+            write_tar(tmp_path / part / f"{n:02d}.tar", members)
+    kept = []
+    for kind, train, test in (
+        ("h5", "train.h5", "test.h5"),
+        ("shards", "train/{00..02}.tar", "test"),  # a pattern, and a folder
+    ):
+        files = [
+            "--train",
+            str(tmp_path / train),
+            "--test",
+            str(tmp_path / test),
+            "--roll",
+            "--encoder",
+            "cnn",
+        ]
+        steps = ["--max-steps", "2", "--batch-size", "6", "--out", str(tmp_path / kind)]
+        finetune.main(finetune.parse_args([*files, *steps]))
+        metrics = json.loads((tmp_path / kind / "metrics.json").read_text())
+        kept.append((metrics, load_file(tmp_path / kind / "model/model.safetensors")))
+    (scores, weights), (others, same) = kept
+    assert scores == others and scores["count"] == 12 and "accuracy_high_snr" in scores
+    assert weights.keys() == same.keys() and all(torch.equal(same[k], v) for k, v in weights.items())
 
 
 def waves(count=4, points=96):

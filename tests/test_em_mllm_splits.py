@@ -138,6 +138,7 @@ def test_questions_held_out_show_no_training_signal(data, tokenizer, questions_p
         phase=False,
         conjugate=False,
         trained_dir=None,
+        signal_encoder_path=data,
         remove_dc=False,
         resample=False,
         _given=set(),
@@ -250,6 +251,16 @@ def test_the_wrong_signal_has_another_label_of_the_same_task(data, tokenizer):
         ours, theirs = (questions.files[questions.file_of[r]] for r in (row, other))
         index, wrong = (questions.records[r]["iq_index_in_h5"] for r in (row, other))
         assert ours.column("label")[index] != theirs.column("label")[wrong] and ours.path == theirs.path
+
+
+def test_a_wrong_signal_without_a_label_is_another_one(tmp_path, tokenizer):
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["IQ_data"], file["label"] = np.ones((3, 32, 2), "f4"), np.full((3, 1), np.nan)
+    rows = [{"id": i, "question": "Which? (A) FM (B) AM", "iq_index_in_h5": i // 4} for i in range(12)]
+    (tmp_path / "x.json").write_text(json.dumps(rows))
+    questions = QuestionDataset(task_pairs(tmp_path), tokenizer, with_answers=False)
+    swap = other_signals(questions)
+    assert len(swap) == 12 and all(row // 4 != other // 4 for row, other in swap.items())
 
 
 # ---- closed forms

@@ -34,7 +34,7 @@ from common.run import open_run, progress, seed_everything
 from common.train import lr_at
 from em_mllm.dataset import SignalCollator, SignalDataset, encoder_inputs
 from em_mllm.em_foundation.models import SiTMAEForClassification, SiTMAEModelWithoutMask
-from em_mllm.em_foundation.utils.utils import load_encoder, read_config
+from em_mllm.em_foundation.utils.utils import load_encoder, read_config, signal_of
 from em_mllm.optim import make_optimizers
 from em_mllm.scores import HIGH_SNR_DB
 from studies.em_mllm import short
@@ -230,7 +230,8 @@ def draw_curves(summary, shots, chance: float, title: str, path: Path):
 def main(args):
     accelerator = Accelerator()
     seed_everything(args.seed)
-    test = SignalDataset([args.test], ("label", "snr"))
+    learned = signal_of(args.signal_encoder_path)
+    test = SignalDataset([args.test], ("label", "snr"), learned=learned)
     if args.embed:
         refuse(args, ["train", "out", "shots", "draws", "methods", "steps", "finetune_lr"], "beside --embed")
         write_embeddings(args, test, accelerator.device)
@@ -243,7 +244,7 @@ def main(args):
         refuse(args, ["finetune_lr"], "without the method finetune")
 
     # as many shots as the rarest class allows
-    train = SignalDataset([args.train], ("label", "snr"))
+    train = SignalDataset([args.train], ("label", "snr"), learned=learned)
     most = int(np.bincount(train.columns["label"].astype(int)).min())
     shots = [count for count in args.shots if count <= most]
     if not shots:

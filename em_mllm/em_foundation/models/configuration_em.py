@@ -26,11 +26,14 @@ class SiTMAEConfig(PretrainedConfig):
     trained position tables start. Neighbouring patches start alike with "sincos", which short training runs
     need. spectrum_weight: what the prediction of log spectra (utils.log_spectra) from the cls token counts in
     pre-training beside the reconstruction; 0, upstream's, leaves it and its head `decoder.spectrum_pred` out.
-    pooling: what the heads read for one signal, its cls token ("cls", as upstream) or the mean over its IQ
-    tokens ("mean"), which the bursts of a noisy capture need. stem: what a token is made of, its patch
-    ("patch", upstream's), or ("overlap") also the patches before and behind it. encoder: "sit", or "cnn" for
-    the convolutional one of modeling_cnn, which reads hidden_size and patch_size alone. label_weights: {task:
-    weight} of SiTForMultiTask. Other keyword arguments are kept and not used.
+    contrast_weight: what it counts there that the cls tokens of two views of a signal find each other; 0
+    leaves it and its head `decoder.contrast_pred` out. pooling: what the heads read for one signal, its cls
+    token ("cls", as upstream) or the mean over its IQ tokens ("mean"), which the bursts of a noisy capture
+    need. stem: what a token is made of, its patch ("patch", upstream's), or ("overlap") also the patches
+    before and behind it. encoder: "sit", or "cnn" for the convolutional one of modeling_cnn, which reads
+    hidden_size and patch_size alone. label_weights: {task: weight} of SiTForMultiTask. signal: what its
+    training signals were, as prepare.SignalSpec writes it; None in published files. Other keyword arguments
+    are kept and not used.
     """
 
     model_type = "sit_mae"
@@ -61,10 +64,12 @@ class SiTMAEConfig(PretrainedConfig):
         fs_unit="mhz",
         position_init="xavier",
         spectrum_weight=0.0,
+        contrast_weight=0.0,
         pooling="cls",
         encoder="sit",
         stem="patch",
         label_weights=None,
+        signal=None,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -86,6 +91,7 @@ class SiTMAEConfig(PretrainedConfig):
         self.attention_type = attention_type
         self.position_init = position_init
         self.spectrum_weight = spectrum_weight
+        self.contrast_weight = contrast_weight
         self.pooling = pooling
         self.encoder = encoder
         self.stem = stem
@@ -96,6 +102,7 @@ class SiTMAEConfig(PretrainedConfig):
         self.mask_ratio = mask_ratio
         self.norm_pix_loss = norm_pix_loss
         self.label_weights = label_weights
+        self.signal = signal
         self.check()
 
     def check(self):

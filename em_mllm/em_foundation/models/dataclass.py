@@ -31,8 +31,8 @@ class SiTMAEDecoderOutput(ModelOutput):
 
 @dataclass
 class SiTMAEForPreTrainingOutput(ModelOutput):
-    """loss: hidden_loss (mean squared error over hidden patches) + spectrum_weight * spectrum_loss, where
-    there is one.
+    """loss: hidden_loss (mean squared error over hidden patches) + spectrum_weight * spectrum_loss +
+    contrast_weight * contrast_loss, where there are these.
 
     attn_mask: the encoder's (B, Kmax, Kmax).
     """
@@ -40,6 +40,7 @@ class SiTMAEForPreTrainingOutput(ModelOutput):
     loss: torch.Tensor | None = None
     hidden_loss: torch.Tensor | None = None
     spectrum_loss: torch.Tensor | None = None
+    contrast_loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     mae_mask: torch.Tensor | None = None
     ids_restore: torch.Tensor | None = None

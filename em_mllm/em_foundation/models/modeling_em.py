@@ -34,6 +34,8 @@ from em_mllm.em_foundation.models.embedder import (
     sample_id_matrix,
 )
 
+CONTRAST_TEMPERATURE = 0.2
+
 
 class SiTMAEPreTrainedModel(PreTrainedModel):
     config_class = SiTMAEConfig
@@ -202,6 +204,9 @@ class SiTMAEDecoder(nn.Module):
         self.decoder_pred = nn.Linear(size, config.patch_size[0] * config.num_channels)
         if config.spectrum_weight:
             self.spectrum_pred = nn.Linear(config.hidden_size, len(SPECTRUM_POWERS) * SPECTRUM_BANDS)
+        if config.contrast_weight:
+            width = config.hidden_size
+            self.contrast_pred = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
         self.gradient_checkpointing = False
 
     def forward(
@@ -240,6 +245,13 @@ class SiTMAEDecoder(nn.Module):
         return SiTMAEDecoderOutput(self.decoder_pred(self.decoder_norm(h)), states, attentions)
 
 
+def cls_vectors(encoded, is_cls) -> torch.Tensor:
+    """(S, D): what the masked encoder says of each signal. is_cls (B, M): the places of the cls tokens, which
+    are never hidden."""
+    visible = F.pad(is_cls, (0, 1)).gather(1, encoded.ids_keep)  # the filler is none
+    return encoded.last_hidden_state[visible]
+
+
 class SiTMAEForPreTraining(SiTMAEPreTrainedModel):
     """Masked autoencoder: loss = mean squared error of the hidden patches (standardised per patch with
     norm_pix_loss).
@@ -247,7 +259,9 @@ class SiTMAEForPreTraining(SiTMAEPreTrainedModel):
     spectrum (B, M, 128): with spectrum_weight, the log spectra of each whole signal in the row of its cls
     token; the encoder's cls output, which has seen the visible patches alone, predicts them, and their mean
     squared error joins the loss. target (B, M, C*P): what the hidden patches are to become where that is not
-    `patches`, as the signal without its noise.
+    `patches`, as the signal without its noise. second (B, M, C*P): with contrast_weight, another view of the
+    same signals, whose visible patches are those that the first view hides, as far as mask_ratio allows; the
+    cls tokens are to find their own signal among those of the batch (InfoNCE, both ways).
     """
 
     def __init__(self, config: SiTMAEConfig):
@@ -264,12 +278,15 @@ class SiTMAEForPreTraining(SiTMAEPreTrainedModel):
         noise=None,
         spectrum=None,
         target=None,
+        second=None,
         head_mask=None,
         output_attentions=False,
         output_hidden_states=False,
         return_dict=True,
     ):
         sample_ids = sample_id_matrix(sample_ids_seq, patches.shape[1], patches.device)
+        if noise is None:
+            noise = mae_scores(sample_ids, self.config.num_special).to(patches.device)
         encoded = self.sit(
             patches, patch_positions, sample_ids, noise, head_mask, output_attentions, output_hidden_states
         )
@@ -281,18 +298,28 @@ class SiTMAEForPreTraining(SiTMAEPreTrainedModel):
         error = ((logits - target) ** 2).mean(-1)
         # mask_ratio 0 hides nothing: 0, not nan
         hidden_loss = (error * encoded.mae_mask).sum() / encoded.mae_mask.sum().clamp(min=1)
-        loss, spectrum_loss = hidden_loss, None
+        loss, spectrum_loss, contrast_loss = hidden_loss, None, None
+        is_cls = (patch_positions == 0) & (sample_ids >= 0)
         if spectrum is not None and self.config.spectrum_weight:
-            is_cls = (patch_positions == 0) & (sample_ids >= 0)
-            # cls tokens are never hidden; the filler is none
-            visible_cls = F.pad(is_cls, (0, 1)).gather(1, encoded.ids_keep)
-            guess = self.decoder.spectrum_pred(encoded.last_hidden_state[visible_cls])
+            guess = self.decoder.spectrum_pred(cls_vectors(encoded, is_cls))
             spectrum_loss = F.mse_loss(guess, spectrum[is_cls].to(guess.dtype))
-            loss = hidden_loss + self.config.spectrum_weight * spectrum_loss
+            loss = loss + self.config.spectrum_weight * spectrum_loss
+        if second is not None and self.config.contrast_weight:
+            is_iq = (patch_positions >= self.config.num_special) & (sample_ids >= 0)
+            noise = noise.to(patches.device)
+            other = self.sit(second, patch_positions, sample_ids, torch.where(is_iq, 1 - noise, noise))
+            one, two = (
+                F.normalize(self.decoder.contrast_pred(cls_vectors(view, is_cls)).float(), dim=1)
+                for view in (encoded, other)
+            )
+            alike, own = one @ two.T / CONTRAST_TEMPERATURE, torch.arange(len(one), device=one.device)
+            contrast_loss = (F.cross_entropy(alike, own) + F.cross_entropy(alike.T, own)) / 2
+            loss = loss + self.config.contrast_weight * contrast_loss
         out = SiTMAEForPreTrainingOutput(
             loss,
             hidden_loss,
             spectrum_loss,
+            contrast_loss,
             logits,
             encoded.mae_mask,
             encoded.ids_restore,

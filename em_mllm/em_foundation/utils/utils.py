@@ -255,6 +255,14 @@ def read_config(path, **overrides) -> SiTMAEConfig:
         raise UserError(f"{file}: {error}") from error
 
 
+def signal_of(path) -> dict | None:
+    """What the config.json beside an encoder's weights says of the signals that it learned from; None if
+    nothing."""
+    path = Path(path)
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    return read_json(file, {"signal?": {"view": str, "factor": int}}).get("signal") if file.exists() else None
+
+
 def guess_config(tensors: dict) -> dict:
     """Sizes of an encoder from its tensors. Heads are 64 wide (as published) and use_fs is on, which no
     tensor shows."""
