@@ -16,11 +16,12 @@ from common.errors import UserError
 from common.sharding import refuse_sharding
 from tests import toy_run
 from tests.sharded import checkpoint_weights, deepspeed_2_on_cpu, deepspeed_3_on_cpu, fsdp2_on_cpu, world
-from tests.worlds import ct, em, llm  # noqa: F401  fixtures
+from tests.worlds import ct, cwt, em, llm  # noqa: F401  fixtures
 
 pytestmark = pytest.mark.slow
 SHARDED = [("em", "pretrain"), ("em", "train"), ("ct", "train"), ("llm", "heal")]
 WHOLE = [cwt_mae.train, cwt_mae.finetune, em_mllm.finetune, flmm.train]
+DDP = [("cwt", "train"), ("cwt", "finetune")]
 
 
 class Training:
@@ -29,6 +30,7 @@ class Training:
     def __init__(self, request, tmp_path):
         name, command = request.param
         self.name = command
+        self.more = ["--head", "mlp"] if command == "finetune" else []  # the other head has dropout
         self.folder, self.tmp = request.getfixturevalue(name), tmp_path
         self.script, self.arguments = self.folder.commands[command]
 
@@ -36,7 +38,7 @@ class Training:
         line = [str(a) for a in self.arguments(self.folder.folder)]
         line[line.index(str(self.folder.folder / "run"))] = str(out)
         line = [a for a in line if a != "--overwrite"]
-        line += ["--max-steps", "2", "--save-steps", "1", "--logging-steps", "1", *map(str, more)]
+        line += ["--max-steps", "2", "--save-steps", "1", "--logging-steps", "1", *self.more, *map(str, more)]
         # as many samples in a step with one process as with two
         line += ["--per-device-train-batch-size", 2 // processes]
         before = fsdp2_on_cpu if sharded else None
@@ -110,6 +112,22 @@ def test_a_sharded_run_saves_resumes_on_two_and_one_and_exports_the_whole_model(
         done = training(out, "--resume", processes=processes, sharded=sharded)
         assert done.returncode == 0 and "resumed from" in done.text, (name, done.text)
         assert_near(end, step(out, 2), start)
+
+
+@pytest.mark.parametrize("training", DDP, ids=["-".join(t) for t in DDP], indirect=True)
+def test_a_run_of_two_processes_goes_on_with_two_and_with_one(training, tmp_path):
+    done = training(tmp_path / "ddp")
+    assert done.returncode == 0, done.text
+    start, end = step(tmp_path / "ddp", 1), step(tmp_path / "ddp", 2)
+    for processes in (2, 1):
+        out = cut(tmp_path / "ddp", tmp_path / f"on {processes}")
+        done = training(out, "--resume", processes=processes)
+        assert done.returncode == 0 and "resumed from" in done.text, done.text
+        assert_near(end, step(out, 2), start)
+        one, two = exported(tmp_path / "ddp"), exported(out)
+        assert one.keys() == two.keys() and one
+        for file in one:
+            assert_near(one[file], two[file])
 
 
 @pytest.mark.parametrize("script", WHOLE)
