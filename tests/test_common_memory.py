@@ -1,17 +1,27 @@
 """The memory plan of --dry-run against what a run takes."""
 
+import ctypes
 import gc
 import re
+import sys
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
+from common import train as loop
 from common.memory import LiveBytes, lines_of, memory_table
-from tests import forked, toy_run
+from common.tiny_llm import make_llm
+from tests import forked
+from tests.worlds import cwt, em, grounding  # noqa: F401  fixtures
 
-SIZES = ["--width", 500_000, "--batch-size", 64, "--max-steps", 3, "--log-every", 9, "--save-every", 0]
+LARGE_LLM = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8}
+LARGE_CWT = (
+    "signal_len=1000 patch_size_time=20 cwt_scales=32 patch_size_freq=8 embed_dim=384 depth=6 num_heads=6 "
+    "decoder_embed_dim=128 decoder_depth=2 decoder_num_heads=4"
+).split()
 
 
 def resident(name):
@@ -20,33 +30,76 @@ def resident(name):
 
 
 def measure():
-    """In the fork: print the most memory that the steps take beyond what was there before the model."""
-    before = {}
-    open_run, update = toy_run.open_run, toy_run.update
+    """In the fork: print what is resident before the model is there, before the first step, and at most in
+    the steps."""
+    ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: what is freed goes back at once
+    make_accelerator, batches, update = loop.make_accelerator, loop.batches, loop.update
 
-    def opened(*arguments):
+    def made(*arguments, **options):
         gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")
-        before["bytes"] = resident("VmRSS")
-        return open_run(*arguments)
+        print("memory before", resident("VmRSS"))
+        return make_accelerator(*arguments, **options)
+
+    def drawn(*arguments, **options):
+        first = True
+        for batch in batches(*arguments, **options):
+            if first:  # evaluation and its pictures are over
+                gc.collect()
+                print("memory ready", resident("VmRSS"))
+                Path("/proc/self/clear_refs").write_text("5")
+            first = False
+            yield batch
 
     def updated(run, *rest):
         norm = update(run, *rest)
-        if run.last:
-            print("took", resident("VmHWM") - before["bytes"], flush=True)
+        print("memory most", resident("VmHWM"), flush=True)
         return norm
 
-    toy_run.open_run, toy_run.update = opened, updated
+    for module in list(sys.modules.values()):
+        for old, new in ((make_accelerator, made), (batches, drawn), (update, updated)):
+            if getattr(module, old.__name__, None) is old:
+                setattr(module, old.__name__, new)
+
+
+def large_llm(source, folder) -> Path:
+    """A language model of 24 M parameters with the tokenizer of `source`."""
+    make_llm(folder / "large", AutoTokenizer.from_pretrained(source), **LARGE_LLM)
+    return folder / "large"
+
+
+def em_train(good, tmp):
+    return ["--llm-model-path", large_llm(good / "llm", tmp), "--batch-size", 8]
+
+
+def cwt_train(good, tmp):
+    return ["--set", *LARGE_CWT, "--batch-size", 8, "--windows", 16]
+
+
+def flmm_train(good, tmp):
+    return ["--set", f"sam.path={good / 'sam'}", "unet.base_channels=96", "--batch-size", 2]
+
+
+TRAININGS = [("em", "train", em_train), ("cwt", "train", cwt_train), ("grounding", "train", flmm_train)]
 
 
 @pytest.mark.slow
-def test_the_plan_is_what_a_run_takes_to_a_fifth(tmp_path):
-    done = forked.call(toy_run, ["--out", tmp_path / "a", *SIZES], tmp_path / "log.txt", before=measure)
+@pytest.mark.parametrize("world_name, command, large", TRAININGS)
+def test_the_plan_is_what_a_run_takes_to_a_fifth(request, tmp_path, world_name, command, large):
+    folder = request.getfixturevalue(world_name)
+    script, arguments = folder.commands[command]
+    line = [str(a) for a in (*arguments(folder.folder), *large(folder.folder, tmp_path), "--max-steps", 2)]
+    line[line.index(str(folder.folder / "run"))] = str(tmp_path / "run")
+    done = forked.call(script, [*line, "--dry-run"], tmp_path / "log")
+    assert done.returncode == 0 and not (tmp_path / "run").exists(), done.text
+    row = next(text for text in done.text.splitlines() if text.startswith("one GPU")).split()
+    weights, plan = float(row[-5]) * 2**30, float(row[-1])
+    done = forked.call(script, line, tmp_path / "log", before=measure)
     assert done.returncode == 0, done.text
-    took = int(re.search(r"took (\d+)", done.text)[1]) / 2**30
-    done = forked.call(toy_run, ["--out", tmp_path / "b", *SIZES, "--dry-run"], tmp_path / "log.txt")
-    assert done.returncode == 0 and not (tmp_path / "b").exists(), done.text
-    plan = float(next(line for line in done.text.splitlines() if line.startswith("one GPU")).split()[-1])
+    told = re.findall(r"memory (\w+) (\d+)", done.text)
+    before, ready, most = (max(int(n) for word, n in told if word == w) for w in ("before", "ready", "most"))
+    beside = max(0, ready - before - weights)  # data, log, pictures
+    took = (most - before - beside) / 2**30
+    print(f"{world_name} {command}: {plan:.3f} GiB planned, {took:.3f} taken beside {beside / 2**30:.3f}")
     assert plan == pytest.approx(took, rel=0.2)
 
 
