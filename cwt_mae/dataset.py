@@ -139,6 +139,7 @@ def unpack(path: Path, folder: str):
 READERS = {".hea": read_wfdb, ".dcm": read_dicom, ".npz": read_npz, ".npy": read_npy, ".tar": read_tar}
 READERS |= {".ts": read_ts, ".arff": read_arff} | dict.fromkeys((".edf", ".bdf"), read_edf)
 READERS |= dict.fromkeys((".csv", ".tsv"), read_csv) | dict.fromkeys((".h5", ".hdf5"), read_hdf5)
+assert set(READERS) == set(SUFFIXES), "a format stands in SUFFIXES of layouts.py and in READERS of dataset.py"
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from common.index import expand, scan
 from cwt_mae.recording import Recording, check_rate
 from cwt_mae.tables import decoded
 
+# What a folder is searched for; the readers stand in dataset.py's READERS
 SUFFIXES = ".hea .edf .bdf .dcm .npz .npy .csv .tsv .h5 .hdf5 .ts .arff .tar".split()
 PERSON = re.compile(r"(?i)(p|pat|patient|person|subject|subj|sub|participant)[-_ ]?\d+[a-z]?$")
 # Tables that accompany recordings and are none themselves

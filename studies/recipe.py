@@ -14,6 +14,7 @@ OMP_NUM_THREADS for the cores, SKIP_DONE=1 to leave out every stage that has end
 arguments.
 """
 
+import argparse
 import hashlib
 import json
 import os
@@ -26,6 +27,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from common.arguments import Parser
 from common.checkpoint import atomic_write
 from common.errors import UserError, run
 
@@ -37,7 +39,13 @@ SMOKE = bool(os.environ.get("SMOKE"))
 SKIP_DONE = bool(os.environ.get("SKIP_DONE"))
 CORES = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
 
+# What --help of a recipe without options of its own says below its docstring
+ENVIRONMENT = """It takes no options; the environment says the rest: SMOKE=1 for the smallest sizes, RUNS for
+the folder of the results, DATA_ROOT for real data, OMP_NUM_THREADS for the cores, SKIP_DONE=1 to leave
+out every stage that has ended well before with the same arguments."""
+
 _started, _running, _lock = time.monotonic(), set(), threading.Lock()
+_stopping = threading.Event()  # a signal came: no stage begins or counts as done any more
 
 
 def size(full, smoke):
@@ -82,12 +90,16 @@ def stage(script: str, *arguments, processes: int = 1, threads: int | None = Non
         environment["OMP_NUM_THREADS"] = str(threads)
     launcher = [sys.executable, "-m", "common.launch", str(ROOT / script), *command[1:]]
     with _lock:
+        if _stopping.is_set():
+            raise UserError(f"{script} was not started: the recipe is being stopped")
         process = subprocess.Popen(launcher, env=environment)
         _running.add(process)
     try:
         status = process.wait()
     finally:
         _running.discard(process)
+    if _stopping.is_set():  # the handler has taken the exit status
+        raise UserError(f"{script} was stopped")
     if status:
         raise UserError(f"{script} ended with exit status {status}; its own words stand above")
     if SKIP_DONE:
@@ -123,7 +135,18 @@ def stop_all():
 
 
 def _stop(signum, frame):
-    stop_all()
+    """End the stages and wait until they have saved themselves: a prompt that came back before them would
+    invite a command that finds their folders in use. A second signal does not wait."""
+    if not _stopping.is_set():
+        _stopping.set()
+        stop_all()
+        for process in list(_running):
+            try:
+                os.waitpid(
+                    process.pid, 0
+                )  # process.wait() would wait for the lock of the call that we interrupt
+            except ChildProcessError:
+                pass
     print(
         f"stopped by {signal.Signals(signum).name}; the same command starts again",
         file=sys.stderr,
@@ -134,7 +157,13 @@ def _stop(signum, frame):
 
 def recipe(main, *arguments):
     """Run the flat function `main` of a recipe: a stop signal ends its stages, a failure is one line and an
-    exit status."""
+    exit status.
+
+    A recipe that parses options itself passes them in `arguments`; any other one explains itself with --help
+    and refuses every option, so that a word such as --smoke never starts the full run.
+    """
+    if not any(isinstance(argument, argparse.Namespace) for argument in arguments):
+        Parser(sys.modules["__main__"].__doc__, epilog=ENVIRONMENT).parse_args()
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, _stop)
     run(main, *arguments)

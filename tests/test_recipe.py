@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -17,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Stands for Python: writes down how it was called; the script's name says what it does then.
 STUB = """#!/usr/bin/env bash
 name=$(basename "$3")
-case "$name" in waits*) trap 'echo saved >>"$CALLS/'"$name"'"; exit 143' TERM ;; esac
+case "$name" in waits*) trap 'sleep 0.3; echo saved >>"$CALLS/'"$name"'"; exit 143' TERM ;; esac
 echo "$NPROC_PER_NODE|$OMP_NUM_THREADS|$PYTHONPATH|$*" >"$CALLS/$name"
 case "$name" in
   fails*) exit 3 ;;
@@ -132,7 +133,7 @@ def test_a_stop_signal_ends_the_stages_and_the_recipe(calls, tmp_path, signum):
     process.send_signal(signum)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 128 + signum and f"stopped by {signal.Signals(signum).name}" in error
-    wait_for(lambda: "saved" in (calls / "waits.py").read_text())
+    assert "saved" in (calls / "waits.py").read_text()  # the stage has saved before the prompt comes back
 
 
 def test_a_failed_stage_ends_the_recipe_with_one_line_and_status_2(calls, tmp_path):
@@ -145,6 +146,35 @@ def test_a_failed_stage_ends_the_recipe_with_one_line_and_status_2(calls, tmp_pa
     done = subprocess.run([python(), str(script)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: fails.py ended with exit status 3")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_python_without_the_packages_is_told_how_to_get_them():
+    # -S leaves the installed packages out; no recipe gets further than its first import
+    command = [sys.executable, "-S", str(ROOT / "studies/em_mllm/first.py")]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+    assert "torch" in done.stderr and ".venv/bin/activate" in done.stderr
+
+
+def test_help_and_unknown_options_start_no_stage(calls, tmp_path):
+    script = tmp_path / "builtin.py"
+    script.write_text(
+        '"""Recipe: trains a toy."""\n'
+        "import sys\nfrom studies.recipe import recipe, stage\n"
+        f"sys.executable = {recipe.sys.executable!r}\n"
+        "recipe(lambda: stage('train.py'))\n"
+    )
+
+    def started(*words):
+        return subprocess.run([python(), str(script), *words], cwd=ROOT, capture_output=True, text=True)
+
+    shown = started("--help")
+    assert shown.returncode == 0 and "trains a toy" in shown.stdout and "SMOKE=1" in shown.stdout
+    refused = started("--smoke")
+    assert refused.returncode == 2 and "--smoke" in refused.stderr and len(refused.stderr.splitlines()) == 1
+    assert not list(calls.iterdir())
+    assert started().returncode == 0 and (calls / "train.py").exists()
 
 
 @pytest.mark.parametrize("smoke, sizes", [("", "1500"), ("1", "4")])
