@@ -11,7 +11,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
     """Keep the paragraphs of the description and show every default that says something."""
 
     def _get_help_string(self, action):
-        if action.default in (None, False, "", argparse.SUPPRESS) or action.default in ([], ()):
+        value = action.default  # 0 is a value that somebody asks for, although it equals False
+        if value is None or value is False or value in ("", argparse.SUPPRESS) or value in ([], ()):
             return action.help
         return super()._get_help_string(action)
 

@@ -499,10 +499,11 @@ def test_a_wrong_value_is_one_line_and_status_2(words, said, capsys):
 
 def test_help_shows_the_defaults_that_say_something(capsys):
     with pytest.raises(SystemExit):
-        parse("--help", lr=0.125)
+        parse("--help", lr=0.125, weight_decay=0.0)
     text = " ".join(capsys.readouterr().out.split())
     assert (
         "peak learning rate (default: 0.125)" in text
+        and "weight decay of AdamW (default: 0.0)" in text
         and "default: None" not in text
         and "default: False" not in text
     )
