@@ -12,6 +12,7 @@ differences.
 """
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -665,8 +666,12 @@ def main(args):
         kept = read_json(args.out / "metrics.json")
         tell = describe_label_scores if args.task == "labels" else describe_scores
         print(f"validation, step {kept['step']}: {tell(kept['validation'])}")
+    model_file = shlex.quote(str(args.out / "model.safetensors"))  # the line can be pasted
+    data = shlex.join(map(str, args.data))
+    split = f" --split {shlex.quote(str(args.split))}" if args.split else ""
     accelerator.print(
-        f"done; score the test records with cwt_mae/test.py --model {args.out}/model.safetensors"
+        "done; score the test records with: python cwt_mae/test.py "
+        f"--model {model_file} --data {data}{split} --out FOLDER"
     )
 
 

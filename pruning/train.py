@@ -11,6 +11,7 @@ reports. With --distill the loss is mixed with the distance to the unpruned mode
 after-pruning-tools/train_pruned_{CN,EN}_cli.py, which could not start: each imports from the other's file.
 """
 
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -580,7 +581,8 @@ def save_report(weights: dict, out: Path, config: dict):
     from pruning.report_model import save_model
 
     save_model(weights, out, config)
-    print(f"wrote {out}/pytorch_model.bin; test it with pruning/test.py --pruned-model-path {out}")
+    place = shlex.quote(str(out))
+    print(f"wrote {out}/pytorch_model.bin; test it with pruning/test.py --pruned-model-path {place}")
 
 
 def save_plain(model, tokenizer, out: Path, stored: dict, source: Path):

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -297,7 +298,7 @@ def test_the_launchers_go_from_data_to_scores(world, tmp_path):
     assert done.returncode == 0 and base.is_file(), done.stderr
     given |= {
         "DATA": os.path.relpath(world["labelled"], cwd),
-        "OUT": os.path.relpath(tmp_path / "classifier", cwd),
+        "OUT": os.path.relpath(tmp_path / "a classifier", cwd),
         "TASK": "rhythm",
         "SPLIT": os.path.relpath(world["split"], cwd),
         "MODEL": os.path.relpath(base, cwd),
@@ -305,12 +306,16 @@ def test_the_launchers_go_from_data_to_scores(world, tmp_path):
     options = ["--cache", str(world["cache"]), "--max-steps", "2", "--folds", "3"]
     done = bash("run_finetune.sh", *options, cwd=cwd, **given)
     assert done.returncode == 0, done.stderr
-    kept = (tmp_path / "classifier" / "model.safetensors").stat().st_mtime_ns
-    given |= {"OUT": str(tmp_path / "scored"), "MODEL": str(tmp_path / "classifier" / "model.safetensors")}
+    told = shlex.split(done.stdout.strip().rpartition(": python cwt_mae/test.py ")[2])  # it can be pasted
+    pasted = test.parse_args(told)
+    assert Path(pasted.model[0]).samefile(tmp_path / "a classifier/model.safetensors")
+    assert Path(pasted.data[0]).samefile(world["labelled"]) and (cwd / pasted.split).samefile(world["split"])
+    kept = (tmp_path / "a classifier" / "model.safetensors").stat().st_mtime_ns
+    given |= {"OUT": str(tmp_path / "scored"), "MODEL": str(tmp_path / "a classifier" / "model.safetensors")}
     done = bash("run_test.sh", "--cache", str(world["cache"]), cwd=cwd, **given)
     assert done.returncode == 0 and (tmp_path / "scored" / "metrics.json").is_file(), done.stderr
     assert not (tmp_path / "scored" / "checkpoints").exists()  # it trains nothing
-    assert (tmp_path / "classifier" / "model.safetensors").stat().st_mtime_ns == kept
+    assert (tmp_path / "a classifier" / "model.safetensors").stat().st_mtime_ns == kept
 
 
 @pytest.mark.parametrize("script, wanted", [("run_finetune.sh", "base"), ("run_test.sh", "classifier")])

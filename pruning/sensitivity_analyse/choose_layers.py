@@ -25,6 +25,7 @@ keeps layer 0 by chance is the same in both, so that it is evaluated only once.
 import json
 import math
 import random
+import shlex
 import sys
 from pathlib import Path
 
@@ -367,7 +368,7 @@ def main(args):
                 f"{criterion:16} {layers} -> {layers - count} layers: --drop-layers {spec_of(drop)}   ({why})"
             )
     atomic_json(args.out, {"layers": layers, "choices": choices})
-    print(f"wrote {args.out}; prune with prune_llm.py --plan {args.out}")
+    print(f"wrote {args.out}; prune with prune_llm.py --plan {shlex.quote(str(args.out))}")
 
 
 if __name__ == "__main__":
