@@ -29,14 +29,16 @@ CLOCKS = {
     *"time t timestamp seconds sec secs datetime date ts epoch unix unixtime date_time clock ms".split()
 }
 CLOCKS |= {
-    *"millis milliseconds index_time zeit datum temps".split(),
+    *"millis milliseconds index_time zeit datum temps 时间 时间戳 时刻 日期 日期时间".split(),
     "elapsed time",
     "date time",
     "time stamp",
 }
 COUNTERS = ("", "index", "sample", "samples", "sample #", "n", "no", "nr", "i", "frame", "row", "unnamed: 0")
+COUNTERS += ("序号",)
 UNITS = {"s": 1.0, "sec": 1.0, "secs": 1.0, "second": 1.0, "seconds": 1.0, "ms": 1e-3, "msec": 1e-3}
 UNITS |= {"millis": 1e-3, "milliseconds": 1e-3, "us": 1e-6, "µs": 1e-6, "microseconds": 1e-6, "ns": 1e-9}
+UNITS |= {"秒": 1.0, "毫秒": 1e-3, "微秒": 1e-6}
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$")
 DATE = re.compile(r"(\d{1,2})(?P<mark>[-/.])(\d{1,2})(?P=mark)(\d{4})[ T]")  # day or month first
 TIME = re.compile(
@@ -296,7 +298,11 @@ def clock_of(path, text: Text, names, units, kinds, table):
             return *steps_of(path, name or f"column {i + 1}", x, clock_unit(path, name, unit, x)), used
         elif evenly(x):
             used.add(i)  # a clock of another name, which no signal resembles
-            print(f"{path}: column {name} rises evenly, so it is not taken for a signal", file=sys.stderr)
+            print(
+                f"{path}: column {name} rises evenly, so it is not taken for a signal; if it is the time, "
+                "call it time_s or time_ms",
+                file=sys.stderr,
+            )
     return None, 0.0, [], used
 
 
@@ -304,8 +310,8 @@ def clock_name(name: str, unit: str):
     """(word, seconds of its unit or None) of a column name: "Time (ms)" -> ("time", .001), "time_s" ->
     ("time", 1)."""
     text = name.strip().lower()
-    found = re.match(r"(.*?)[\s_]*[\(\[\{/]\s*([a-zµ]+)\s*[\)\]\}]?$", text) or re.match(
-        r"(.*)_([a-zµ]+)$", text
+    found = re.match(r"(.*?)[\s_]*[\(（\[\{/]\s*([a-zµ毫微秒]+)\s*[\)）\]\}]?$", text) or re.match(
+        r"(.*)_([a-zµ毫微秒]+)$", text
     )
     if found and found[2] in UNITS:
         return found[1].strip(" _"), UNITS[found[2]]

@@ -373,6 +373,9 @@ ROWS = list(zip(CLOCK, VALUES))
 CSV = {
     "semicolon": "time;ecg\n" + "".join(f"{t:.3f};{v}\n" for t, v in ROWS),
     "tab": "Time (ms)\tecg\n" + "".join(f"{1e3 * t:.0f}\t{v}\n" for t, v in ROWS),
+    "Chinese clock": "时间(毫秒),ecg\n" + "".join(f"{1e3 * t:.0f},{v}\n" for t, v in ROWS),
+    "Chinese clock in seconds": "\ufeff时间（s）,备注,ecg\n" + "".join(f"{t:.3f},x,{v}\n" for t, v in ROWS),
+    "Chinese count": "序号,时间_秒,ecg\n" + "".join(f"{i},{t:.3f},{v}\n" for i, (t, v) in enumerate(ROWS)),
     "decimal comma": "Zeit;ecg\n" + "".join(f"{t:.3f};{v}\n" for t, v in ROWS).replace(".", ","),
     "quoted header": '"Elapsed time","ecg"\n' + "".join(f"{t:.3f},{v}\n" for t, v in ROWS),
     "units line": "'Elapsed time','ecg'\n'seconds','mV'\n" + "".join(f"{t:.3f},{v}\n" for t, v in ROWS),
