@@ -176,14 +176,13 @@ def check_rate(fs, source, given=None) -> float:
         own = None if fs is None else float(np.asarray(fs).reshape(()))
     except (ValueError, TypeError):
         raise UserError(f"{source}: field fs is {fs!r}, expected one number in Hz") from None
-    for rate in (given, own):
+    for rate, place, way in ((given, "the given rate", "give another"), (own, "field fs", "mend the file")):
         if rate is not None and not RATE_RANGE[0] <= rate <= RATE_RANGE[1]:
-            raise UserError(
-                f"{source}: field fs is {rate:g} Hz, expected {RATE_RANGE[0]:g} to {RATE_RANGE[1]:,.0f}; "
-                "mend the file or pass --input-fs"
-            )
+            low, high = RATE_RANGE
+            raise UserError(f"{source}: {place} is {rate:g} Hz, expected {low:g} to {high:,.0f}; {way}")
     if own is not None and given is not None and not abs(own / given - 1) <= 0.01:
         raise UserError(
-            f"{source}: field fs is {own:g} Hz but --input-fs says {given:g}; leave it out or mend the file"
+            f"{source}: field fs is {own:g} Hz but --input-fs says {given:g}; leave it out and give files "
+            "that state no rate theirs in the column fs of a --manifest, or mend the file"
         )
     return given if own is None else own
