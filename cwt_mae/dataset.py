@@ -604,6 +604,11 @@ def notes_of(abouts: list[dict], prepare: Preprocess) -> list[str]:
         )
     if late := sum(about["late"] for about in abouts):
         notes.append(f"left out {late} remarks that lie outside of their recordings")
+    if slow := sum(about.get("slow", 0) for about in abouts):
+        notes.append(
+            f"{slow} channels have less than a fifth of the model's {prepare.fs:g} samples a second: is a "
+            "rate wrong? (A series without a time unit counts 1 Hz; its model is trained with --model-fs 0)"
+        )
     if prepare.channel == "auto" and not all(ECG.search(c) or PULSE.search(c) or lead_of(c) for c in counts):
         words = ", ".join(f"{name} ({count})" for name, count in list(counts.items())[:8])
         if set(counts) - {"x", "sig"}:
@@ -657,7 +662,7 @@ class Filling:
     def __init__(self, folder: Path, request: dict, prepare: Preprocess):
         self.folder, self.request, self.prepare = folder, request, prepare
         self.rows, self.events, self.labels, self.skipped = [], [], [], []
-        self.offset, self.count, self.late = 0, 0, 0
+        self.offset, self.count, self.late, self.slow = 0, 0, 0, 0
         self.lost = {"samples": 0, "seconds": 0.0, "channels": 0, "short runs": 0, "flat runs": 0}
 
     def fill(self, found):
@@ -708,6 +713,7 @@ class Filling:
         """[(channel's name, channel, start, prepared samples)] of the runs that are long enough and not
         flat."""
         runs, ready, problem = channel.runs(), [], None
+        self.slow += bool(5 * channel.fs < self.prepare.fs)
         needed = max(8, self.request["min_seconds"] * channel.fs)
         for x, start in runs:
             if len(x) < needed:
@@ -780,6 +786,7 @@ class Filling:
             "skipped": self.skipped,
             "lost": self.lost,
             "late": self.late,
+            "slow": self.slow,
             "recordings": self.count,
             "chosen": dict(Counter(row[3] for row in self.rows)),
         }

@@ -364,6 +364,13 @@ def test_a_record_without_one_measured_sample_is_an_error(tmp_path):
         store_of(tmp_path, npz(tmp_path / "a.npz", sig=np.full(1000, np.nan), fs=FS))
 
 
+def test_a_rate_far_below_the_models_is_told(tmp_path):
+    slow = store_of(tmp_path / "a", npz(tmp_path / "a/a.npz", sig=ecg(3, 100), fs=3))
+    assert any("1 channels have less than a fifth of the model's" in note for note in slow.about["notes"])
+    usual = store_of(tmp_path / "b", npz(tmp_path / "b/b.npz", sig=ecg(25, 100), fs=25))
+    assert not any("a fifth" in note for note in usual.about["notes"])
+
+
 # ---- csv
 
 
