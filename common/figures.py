@@ -1,5 +1,7 @@
 """Pictures with one look, drawn without a screen and written whole."""
 
+import sys
+import warnings
 from pathlib import Path
 
 import matplotlib
@@ -7,10 +9,16 @@ import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.font_manager import fontManager
 
 from common.checkpoint import atomic_csv, atomic_path
 
 COLOURS = ("#2a6fbb", "#d1603d", "#4f9d69", "#8a5fb0", "#c9a227", "#5b6770")
+# Fonts that draw Chinese names of files, models and classes where the first one cannot: those installed
+CHINESE = (
+    *("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Zen Hei"),
+    *("WenQuanYi Micro Hei", "Droid Sans Fallback", "Microsoft YaHei", "SimHei", "PingFang SC", "Heiti SC"),
+)
 plt.rcParams.update(
     {
         "axes.grid": True,
@@ -18,6 +26,7 @@ plt.rcParams.update(
         "axes.spines.right": False,
         "axes.spines.top": False,
         "figure.constrained_layout.use": True,
+        "font.family": ["sans-serif", *(name for name in CHINESE if name in fontManager.get_font_names())],
         "font.size": 10,
         "grid.alpha": 0.25,
         "image.cmap": "viridis",
@@ -34,10 +43,24 @@ def new_figure(rows: int = 1, columns: int = 1, width: float = 6.4, height: floa
 
 
 def save_figure(figure, path):
-    """Write `figure` to `path` (.png, .svg or .pdf by its suffix), whole or not at all, and close it."""
-    with atomic_path(path) as temporary:
+    """Write `figure` to `path` (.png, .svg or .pdf by its suffix), whole or not at all, and close it.
+
+    Letters that no installed font has are boxes in the picture; one line says so.
+    """
+    with atomic_path(path) as temporary, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
         figure.savefig(temporary)
     plt.close(figure)
+    boxes = [warning for warning in caught if "missing from" in str(warning.message)]
+    for warning in caught:
+        if warning not in boxes:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    if boxes:
+        print(
+            f"{path}: {len(boxes)} letters are boxes, no installed font has them; for Chinese install "
+            "Noto Sans CJK",
+            file=sys.stderr,
+        )
     return path
 
 

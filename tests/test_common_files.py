@@ -96,6 +96,15 @@ def test_the_colours_of_a_confusion_picture_are_fractions_of_the_true_class(tmp_
     figures.plt.close(drawn[0])
 
 
+def test_letters_without_a_font_are_one_line(tmp_path, capsys, recwarn):
+    figure, axis = figures.new_figure()
+    axis.set_title("\ue000\ue001")  # private use: no font has them
+    figures.save_figure(figure, tmp_path / "a.png")
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and str(tmp_path / "a.png") in said and (tmp_path / "a.png").is_file()
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
+
+
 def test_names_in_data_files_stay_below_their_folder_and_links_are_followed(tmp_path):
     root = tmp_path / "data"
     (tmp_path / "elsewhere").mkdir()
