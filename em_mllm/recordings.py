@@ -25,6 +25,7 @@ from em_mllm.prepare import AS_RECORDED, check_rate, nearest_rate, prepare
 from em_mllm.signal_file import DEFAULT_FS
 
 CANNOT_TELL = "cannot tell"
+SILENT = "(the model wrote nothing; was it trained long enough?)"
 
 
 def window_points(args, recording, spec, config) -> int | None:
@@ -117,9 +118,9 @@ def show(path, question, recording, fs, lines, whole):
     print(f"{path}: {recording.length} samples at {fs:g} Hz, {count} window(s) asked")
     print(question)
     for line in lines:
-        print(f"  {line['seconds']:10.6f} s  {line['text']}")
+        print(f"  {line['seconds']:10.6f} s  {line['text'] or SILENT}")
     if "likeliest" not in whole:
-        print(f"answer: {whole['answer']} ({round(whole['agreement'] * count)} of {count} windows)")
+        print(f"answer: {whole['answer'] or SILENT} ({round(whole['agreement'] * count)} of {count} windows)")
     elif whole["answer"] == CANNOT_TELL:
         named = f"({whole['likeliest']}) {whole['name']}, confidence {whole['confidence']:.2f}"
         print(f"answer: {CANNOT_TELL}; likeliest {named}")

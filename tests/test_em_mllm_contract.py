@@ -30,7 +30,7 @@ from em_mllm.em_foundation.models.modeling_cnn import cnn_config, make_encoder
 from em_mllm.em_foundation.utils.utils import signal_of
 from em_mllm.model import load_model, read_notes, save_model, set_trainable
 from em_mllm.prepare import AS_RECORDED, SignalSpec, check_rate, prepare
-from em_mllm.recordings import CANNOT_TELL, cut, together
+from em_mllm.recordings import CANNOT_TELL, cut, show, together
 
 QUESTION = "选出最符合的调制类型。(A) CW (B) 2ASK (C) BPSK"
 NAMES = ["CW", "2ASK", "BPSK"]
@@ -623,3 +623,9 @@ def test_an_aligned_projector_says_the_names(folders, tmp_path, capsys):
     assert hits >= 7
     with pytest.raises(UserError, match="--align-projector"):
         train(folders, tmp_path / "again", "--trained-dir", tmp_path / "run/model", *args[:1], parts=False)
+
+
+def test_a_silent_model_is_told_of_and_not_printed_as_nothing(capsys):
+    lines = [{"seconds": 0.0, "text": ""}]
+    show("a.cu8", "What?", SimpleNamespace(length=100), 1e6, lines, {"answer": "", "agreement": 1.0})
+    assert capsys.readouterr().out.count("wrote nothing") == 2
