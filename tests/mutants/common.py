@@ -461,8 +461,8 @@ MUTANTS = [
     ),
     Mutant(
         "studies/recipe.py",
-        "    stop_all()\n    print(",
-        "    print(",
+        "        stop_all()\n        for process",
+        "        for process",
         RECIPE,
         "a stopped recipe leaves its stages running",
     ),
