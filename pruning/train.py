@@ -30,7 +30,7 @@ from common.checkpoint import atomic_dir, atomic_json
 from common.errors import Interrupted, UserError, run
 from common.llm import add_lora, usual_targets
 from common.run import describe, open_run, seed_everything
-from common.sharding import export_model, prepare
+from common.sharding import export_model, keep_trained, prepare
 from common.train import (
     batches,
     check_finite,
@@ -499,6 +499,10 @@ def heal(model, train_set, collate_fn, args, accelerator, teacher=None):
     if args.compile:
         healing.compile()  # in place: checkpoints keep their names
     healing, optimizer, loader = prepare(accelerator, healing, optimizer, loader)
+    # checkpoints hold what trains; the rest comes back with the paths that the run began with, unless a
+    # closed form computes it anew, which another processor does with other last digits
+    if not set(args.repair) & {*REPAIRS}:
+        keep_trained(accelerator)
 
     # transformers' constant schedule has no warm-up, and the shared flag has a default
     steps = plan_steps(args, loader)

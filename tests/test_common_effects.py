@@ -10,6 +10,8 @@ TABLE = {
     "--width": Effect(8, "shape"),
     "--pause": "seconds of sleep, for tests of interruption",
     "--pause-at-end": "seconds of sleep, for tests of interruption",
+    "--dropout": Effect(0.5, "weights"),
+    "--die-at": "a fault, for tests/test_common_run.py",
     "--nan-at": "a fault, for tests/test_common_train.py",
     "--wild-at": "a fault, for tests/test_common_train.py",
 }

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from common.errors import UserError
 from common.tiny_llm import make_llm, make_tokenizer
@@ -138,6 +139,8 @@ def test_two_processes_heal_as_one_and_resume_is_exact(world, tmp_path):
     launch(1, tmp_path / "one", max_steps=3, save_every=1)
     launch(2, tmp_path / "two", max_steps=1, batch_size=1)
     assert_same_first_step(tmp_path / "one", tmp_path / "two")
+    held = load_file(tmp_path / "one/checkpoints/step-00000003/model.safetensors")
+    assert held and all("lora_" in name for name in held), "a checkpoint holds what never changes"
     (tmp_path / "one" / "last").unlink()
     shutil.copytree(tmp_path / "one", tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step-00000003")
