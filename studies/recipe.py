@@ -148,7 +148,7 @@ def _stop(signum, frame):
             except ChildProcessError:
                 pass
     print(
-        f"stopped by {signal.Signals(signum).name}; the same command starts again",
+        f"stopped by {signal.Signals(signum).name}; the same command without --resume starts anew",
         file=sys.stderr,
         flush=True,
     )

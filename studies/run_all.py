@@ -8,7 +8,6 @@ there.
 of DATA_ROOT, with results in RUNS/real. A second start leaves out every stage that has ended well.
 """
 
-import argparse
 import os
 import shutil
 import signal
@@ -18,6 +17,7 @@ import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
+from common.arguments import Parser
 from common.errors import UserError, run
 from studies.summary import collect, draw_curves, table, write_summary
 
@@ -30,7 +30,7 @@ REAL_MINUTES = {"dia_pangu": 45, "cwt_mae": 30, "em_mllm": 30, "flmm": 40, "prun
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="run_all.sh",
         description="Train and test the projects; write a table, runs/summary.json and runs/summary.html.",
     )
@@ -130,9 +130,10 @@ def main(args):
         raise UserError(f"{unknown[0]}: no such project; choose from {', '.join(here)}")
     data_root = os.environ.get("DATA_ROOT")
     if args.real and not (data_root and Path(data_root).is_dir()):
+        wrong = f"DATA_ROOT={data_root}: no such folder" if data_root else "DATA_ROOT is not set"
         raise UserError(
-            f"DATA_ROOT={data_root or ''}: no such folder; --real needs the folder that holds ecg/, rf/, "
-            "grounding/, ct/, ctrg/"
+            f"{wrong}; --real needs the folder that holds ecg/, rf/, grounding/, ct/, ctrg/: "
+            "DATA_ROOT=folder bash run_all.sh --real"
         )
     names = [p for p in here if not args.projects or p in args.projects]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

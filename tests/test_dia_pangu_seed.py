@@ -43,6 +43,18 @@ def test_a_launcher_starts_with_sh(path):
     assert done.returncode == 0 and not done.stderr, done.stderr
 
 
+def test_the_test_launcher_finds_what_the_train_launcher_made(tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$@"\n')
+    python.chmod(0o755)
+    plain = {name: value for name, value in os.environ.items() if name not in ("CKPT", "DATA", "LLM", "OUT")}
+    environment = {**plain, "PYTHON": str(python), "RUNS": str(tmp_path / "runs"), "SMOKE": "1"}
+    command = ["bash", ROOT / "dia_pangu/run_test.sh"]
+    (tmp_path / "runs/dia_pangu/base").mkdir(parents=True)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "data/dia_pangu_smoke" in done.stdout, done.stderr
+
+
 def test_the_seeds_names_are_there():
     import dia_pangu.src.Dataset.dataset_test as of_test
     import dia_pangu.src.Dataset.dataset_train as of_train

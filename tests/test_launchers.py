@@ -60,6 +60,20 @@ def test_a_launcher_starts_a_fresh_interpreter(project):
     assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
 
 
+def test_help_on_the_tests_is_about_them_and_makes_no_environment(bare):
+    repo, _, calls = bare
+    done = start(bare, str(repo / "run_tests.sh"), "--help")
+    assert done.returncode == 0 and "--fast" in done.stdout and "DATA_ROOT" in done.stdout, done.stderr
+    assert not calls.read_text()
+
+
+@pytest.mark.parametrize("project", [p for p in ("flmm", "dia_pangu") if p in PROJECTS])
+def test_a_test_before_the_training_says_what_comes_first(project, tmp_path):
+    true, given = shutil.which("true"), {"RUNS": str(tmp_path), "CKPT": "", "HEAD": "", "DATA": ""}
+    done = call("bash", ROOT / project / "run_test.sh", interpreter=true, **given)
+    assert done.returncode == 2 and f"bash {project}/run_train.sh" in done.stderr, done.stderr
+
+
 @pytest.mark.skipif("cwt_mae" not in PROJECTS, reason="cwt_mae is absent")
 def test_the_seeds_import_works_from_the_project_folder():
     code = "from model import CWT_MAE_RoPE; from model_finetune import TF_MAE_Classifier; print('ok')"

@@ -166,7 +166,9 @@ def test_results_of_an_earlier_run_are_gone_when_a_project_fails(tree):
     [
         (["nosuch"], {}, "nosuch: no such project"),
         (["--real"], {"DATA_ROOT": "/no/such"}, "DATA_ROOT=/no/such"),
+        (["--real"], {"DATA_ROOT": ""}, "DATA_ROOT is not set"),
         (["--jobs", "-1"], {}, "at least 1"),
+        (["--smok"], {}, "--smok"),  # run_all.sh itself looks for --real as it is written
     ],
 )
 def test_wrong_arguments_are_one_line(tree, options, environment, said):

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train one stage: bash dia_pangu/run_train.sh --stage pre|ft ...; DATA, OUT and LLM name the folders (of the data in
 # the CTRG format, the run, and the language model). Without DATA it trains on built-in phantoms with small bases, which
-# studies/dia_pangu/bases.py makes first (some minutes). Upstream's recipes:
+# studies/dia_pangu/bases.py makes first (some minutes; SMOKE=1: the smallest sizes). Upstream's recipes:
 #   --stage pre --epochs 50 --lr 5e-5        --stage ft --epochs 3 --lr 1e-5 --weight-decay 0.01 --lr-scheduler-type cosine
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"   # started with sh, which may be dash
 set -euo pipefail
@@ -11,6 +11,10 @@ if [ -z "${DATA:-}" ]; then
   DATA=$ROOT/data/dia_pangu${SMOKE:+_smoke}
   echo "DATA is not set: training on the built-in phantoms in $DATA"
   if [ ! -f "$RUNS/dia_pangu/llm/metrics.json" ] || [ ! -f "$DATA/annotation_en.json" ]; then
+    case " $* " in
+      *" --resume auto "*) ;;
+      *" --resume "*) env_fail "--resume: the small bases are not whole, so no training has begun; start the same command without --resume" ;;
+    esac
     "$PYTHON" "$ROOT/studies/dia_pangu/bases.py"
   fi
   LLM=${LLM:-$RUNS/dia_pangu/llm/model}
