@@ -6,7 +6,10 @@ and for each of them: the organ that it is said of (a thyroid nodule is no lung 
 doubted or only history, and what is said of its change ("no change in the nodule" denies no nodule). Present
 overrides uncertain, and uncertain overrides absent.
 
-Two label spaces: the 14 findings of the prompt, and the 18 labels of CT-RATE.
+Two label spaces: the 14 findings of the prompt, and the 18 labels of CT-RATE. A further finding needs its
+words in ENGLISH_18 and in CHINESE_18 under one name: then `label_all` reads it. In LABELS_18 too, nlg_eval.py
+scores it, and real_reports.py asks for it in the file of labels. NOT_OF_EN holds the organs that it is not
+said of, NORMAL the sentences that deny it without its word.
 """
 
 import re
@@ -142,6 +145,7 @@ PATTERNS = {
     "en": {name: re.compile(rf"\b(?:{p})", re.I) for name, p in (ENGLISH | ENGLISH_18).items()},
     "cn": {name: re.compile(p) for name, p in (CHINESE | CHINESE_18).items()},
 }
+assert set(PATTERNS["en"]) == set(PATTERNS["cn"]), "every finding needs words of both languages, by one name"
 
 # Organs, as the words that name them; of two that match at one place the longer counts.
 ORGANS = {
