@@ -72,6 +72,9 @@ def test_the_check_is_a_command_that_ends_with_status_one_where_something_is_wro
     assert left.value.code == 1 and "FAIL" in capsys.readouterr().out
     with pytest.raises(UserError, match="--config, or --tiny"):
         check_base.main(check_base.parse_args([]))
+    monkeypatch.setitem(FAMILIES, "new", FAMILIES["internvl"])
+    with pytest.raises(UserError, match="no tiny configuration; write one .*tiny_bases.py"):
+        check_base.main(check_base.parse_args(["--tiny", "new"]))
 
 
 # ---- what SDPA attended

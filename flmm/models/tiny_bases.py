@@ -4,6 +4,7 @@ download."""
 import torch
 import transformers as hf
 
+from common.errors import UserError
 from flmm.models.frozen_efficientnet import EfficientNetLiteConfig
 from flmm.models.tiny import TEXT, TINY_FAMILIES, tiny_model, tiny_tokenizer
 
@@ -56,6 +57,11 @@ def tiny_base(family, seed=0, attention="rows", **options):
 
 def new_model(family, tokenizer):
     """A random model of one of the families that transformers added since the paper."""
+    if family not in CONFIGS:
+        raise UserError(
+            f"{family}: has no tiny configuration; write one of this name in flmm/models/tiny_bases.py, or "
+            "check a model folder with --config and --base-path"
+        )
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     text = {**TEXT, **{name: getattr(tokenizer, name) for name in names}, "vocab_size": len(tokenizer)}
     config = CONFIGS[family](text, tokenizer.convert_tokens_to_ids)
