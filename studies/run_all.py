@@ -35,7 +35,11 @@ def parse_args():
         description="Train and test the projects; write a table, runs/summary.json and runs/summary.html.",
     )
     parser.add_argument(
-        "projects", nargs="*", metavar="project", help=f"any of {', '.join(PROJECTS)} (default: all)"
+        "projects",
+        nargs="*",
+        metavar="project",
+        type=lambda word: word.rstrip("/"),  # as the shell completes a folder
+        help=f"any of {', '.join(PROJECTS)} (default: all)",
     )
     parser.add_argument(
         "--smoke",

@@ -156,7 +156,7 @@ def test_cores_are_shared_out(tree):
 def test_results_of_an_earlier_run_are_gone_when_a_project_fails(tree):
     write_result(tree / "runs/dia_pangu", "old reports", "BLEU-4", 0.5, {"chance": 0.1})
     recipe(tree, "dia_pangu", "exit 3")
-    done = start(tree, "dia_pangu")
+    done = start(tree, "dia_pangu/")
     assert done.returncode == 1 and "old reports" not in done.stdout
     assert not json.loads((tree / "runs/summary.json").read_text())["projects"][0]["rows"]
 
