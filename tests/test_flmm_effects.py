@@ -89,7 +89,6 @@ def test_every_option_of_train_has_its_effect(world, tmp_path):
                 Effect("eager", "weights"),  # equal up to rounding: tests/test_flmm.py
                 Effect("eager", "refused", given=cache),  # the features are there already
             ],
-            "--precision": [RUN_FLAGS["--precision"], Effect("bf16", "refused", given=cache)],
             "--shard-base": Effect(True, "refused"),  # with two processes: tests/test_flmm_train.py
             "--cache-attention": Effect(world.folder / "another-cache", "text"),
             "--init-head": Effect(world.head, "weights"),
@@ -104,14 +103,17 @@ def test_every_option_of_train_has_its_effect(world, tmp_path):
     )
 
 
-def test_a_cache_knows_the_expressions_that_were_drawn():
+def test_a_cache_knows_its_precision_and_the_expressions_that_were_drawn():
     drawn, fixed = {"type": "refcoco"}, {"type": "refcoco", "text_mode": "select_first"}
-    made = []
-    for seed in ("1", "2"):
-        args = flmm.train.parse_args(["--config", "c.yaml", "--data", "d", "--out", "o", "--seed", seed])
-        config = {"base": {}, "sam": {}, "data": {"train": [drawn], "val": [fixed]}}
-        made.append([flmm.train.made_from(config, split, args) for split in ("train", "val")])
-    assert made[0][0] != made[1][0] and made[0][1] == made[1][1]
+    config = {"base": {}, "sam": {}, "data": {"train": [drawn], "val": [fixed]}}
+
+    def made(*options):
+        args = flmm.train.parse_args(["--config", "c.yaml", "--data", "d", "--out", "o", *options])
+        return [flmm.train.made_from(config, split, args) for split in ("train", "val")]
+
+    plain, seeded, rounded = made(), made("--seed", "2"), made("--precision", "bf16")
+    assert plain[0] != seeded[0] and plain[1] == seeded[1]
+    assert plain[0] != rounded[0] and plain[1] != rounded[1]
 
 
 def test_what_cannot_be_read_is_left_out_and_counted(world, tmp_path, capsys):
