@@ -25,6 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # dia_pangu first: pruning waits for its model
 PROJECTS = ("dia_pangu", "cwt_mae", "em_mllm", "flmm", "pruning")
 NEEDS = {"pruning": ("dia_pangu", "ft/metrics.json")}
+# What the real study of a project reads below DATA_ROOT
+FOLDERS = {"dia_pangu": "ct", "cwt_mae": "ecg", "em_mllm": "rf", "flmm": "grounding", "pruning": "ct"}
 # Minutes that the real study of a project takes on one core, from which the time left is told
 REAL_MINUTES = {"dia_pangu": 45, "cwt_mae": 30, "em_mllm": 30, "flmm": 40, "pruning": 60}
 
@@ -140,6 +142,10 @@ def main(args):
             "DATA_ROOT=folder bash run_all.sh --real"
         )
     names = [p for p in here if not args.projects or p in args.projects]
+    lacking = [p for p in names if args.real and not (Path(data_root) / FOLDERS[p]).is_dir()]
+    if lacking:
+        folders = " and ".join(f"{FOLDERS[p]}/ for {p}" for p in lacking)
+        raise UserError(f"DATA_ROOT={data_root}: holds no {folders}; add it, or name the other projects")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     jobs = min(args.jobs or cores, len(names))
     if jobs < 1:

@@ -50,7 +50,7 @@ def test_the_test_launcher_finds_what_the_train_launcher_made(tmp_path):
     plain = {name: value for name, value in os.environ.items() if name not in ("CKPT", "DATA", "LLM", "OUT")}
     environment = {**plain, "PYTHON": str(python), "RUNS": str(tmp_path / "runs"), "SMOKE": "1"}
     command = ["bash", ROOT / "dia_pangu/run_test.sh"]
-    (tmp_path / "runs/dia_pangu/base").mkdir(parents=True)
+    (tmp_path / "runs/smoke/dia_pangu/base").mkdir(parents=True)
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "data/dia_pangu_smoke" in done.stdout, done.stderr
 

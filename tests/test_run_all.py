@@ -94,6 +94,7 @@ def test_a_real_run_starts_the_real_recipes_and_keeps_what_was_done(tree):
     bash = RESULT.format(name="cwt_mae") + 'echo "data $DATA_ROOT skip $SKIP_DONE"'
     recipe(tree, "cwt_mae", bash, "real.py")
     write_result(tree / "runs/real/cwt_mae", "an earlier stage", "AUC", 0.7, {"chance": 0.5})
+    (tree / "ecg").mkdir()
     done = start(tree, "--real", "cwt_mae", DATA_ROOT=str(tree))
     assert done.returncode == 0, done.stderr
     assert f"models in {tree}/runs/real" in done.stdout and "about 30 minutes" in done.stdout
@@ -167,6 +168,7 @@ def test_results_of_an_earlier_run_are_gone_when_a_project_fails(tree):
         (["nosuch"], {}, "nosuch: no such project"),
         (["--real"], {"DATA_ROOT": "/no/such"}, "DATA_ROOT=/no/such"),
         (["--real"], {"DATA_ROOT": ""}, "DATA_ROOT is not set"),
+        (["--real", "cwt_mae/"], {"DATA_ROOT": "/"}, "holds no ecg/ for cwt_mae"),
         (["--jobs", "-1"], {}, "at least 1"),
         (["--smok"], {}, "--smok"),  # run_all.sh itself looks for --real as it is written
     ],

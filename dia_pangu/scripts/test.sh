@@ -4,6 +4,7 @@
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"   # started with sh, which may be dash
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../../common/env.sh"
+if [ -n "${SMOKE:-}" ]; then export RUNS=$RUNS/smoke; fi   # small bases never lie where full ones are looked for
 show_help "$ROOT/dia_pangu/src/test.py" "$@"
 OUT=${OUT:-$ROOT/dia_pangu/results}          # where upstream writes them
 if [ -z "${CKPT:-}" ] && [ -f "$ROOT/dia_pangu/checkpoint_new/pytorch_model.bin" ]; then CKPT=$ROOT/dia_pangu/checkpoint_new; fi

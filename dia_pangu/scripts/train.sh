@@ -6,6 +6,7 @@
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"   # started with sh, which may be dash
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../../common/env.sh"
+if [ -n "${SMOKE:-}" ]; then export RUNS=$RUNS/smoke; fi   # small bases never lie where full ones are looked for
 show_help "$ROOT/dia_pangu/src/train.py" "$@"
 if [ -z "${DATA:-}" ]; then
   DATA=$ROOT/data/dia_pangu${SMOKE:+_smoke}
