@@ -32,6 +32,7 @@ from flmm.data.transforms import LlavaImageProcessor, QwenImageProcessor
 from flmm.draw import colours, overlay
 from flmm.models.flmm import FLMM, confidence, extract
 from flmm.models.frozen_base import FrozenBase
+from flmm.models.frozen_llava import positions
 from flmm.models.frozen_qwen import FrozenQwen
 from flmm.models.mask_head.mask_refiner import SAMImageEncoder, load_sam, original_keys, sam_from_original
 from flmm.models.tiny import TEXT, save_base, tiny_model, tiny_sam, tiny_tokenizer
@@ -708,6 +709,7 @@ def readme_bases():
         "FrozenBase": FrozenBase,
         "FrozenQwen": FrozenQwen,
         "LlavaImageProcessor": LlavaImageProcessor,
+        "positions": positions,
         "torch": torch,
     }
     for block in re.findall(r"```python\n(.*?)```", section, re.DOTALL):

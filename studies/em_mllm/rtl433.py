@@ -196,6 +196,7 @@ def main(args):
         seed_everything(seed)
         answers, encoder = learn(args, train, everything, len(names), args.steps, seed, device)
         if seed == args.seed:  # for the joint training
+            encoder.config.signal = train.signal.to_json()
             with atomic_dir(args.out / "encoder") as folder:
                 encoder.save_pretrained(folder)
         for name, answer in answers.items():
