@@ -413,6 +413,7 @@ def test_any_bytes_are_read_or_refused(name, tmp_path):
     check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name,read",
     [

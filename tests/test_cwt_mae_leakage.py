@@ -119,6 +119,7 @@ def test_pre_training_leaves_out_validation_and_test_subjects(world, seen):
     assert seen["train"] == TRAIN - seen["eval"] and not subjects(seen["train"]) & subjects(seen["eval"])
 
 
+@pytest.mark.slow
 def test_pre_training_without_a_split_takes_every_record_but_the_validation_subjects(world, seen):
     out = ["--out", str(world["folder"] / "all"), "--batch-size", "8", "--lr", "1e-3", "--max-steps", "40"]
     data = given(world)

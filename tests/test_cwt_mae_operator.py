@@ -60,6 +60,7 @@ def test_forward_and_reverse_derivatives_agree(form):
     assert float((pull(g)[0] * v).sum()) == pytest.approx(float((g * tangent).sum()), rel=1e-9)
 
 
+@pytest.mark.slow
 def test_second_derivatives_pass_gradgradcheck():
     x = signals(1, 14).requires_grad_()
     for form in ({}, {"normalize": True}, {"normalize": True, "real": torch.arange(14)[None] < 11}):
@@ -165,6 +166,7 @@ def test_the_operator_itself_has_both_derivatives_and_vmap():
     assert torch.allclose(torch.func.vjp(back, images)[1](rows)[0], images, rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("legacy", [False, True])
 def test_one_graph_serves_every_length(legacy):
     call = lambda x: cwt_wrap(x, 8, legacy=legacy)

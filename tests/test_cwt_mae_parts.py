@@ -321,6 +321,7 @@ def test_batches_are_as_large_as_the_memory_allows():
 # ---- sizes
 
 
+@pytest.mark.slow
 def test_the_published_configuration_is_the_models_default(capsys):
     sizes = read_config(train.HERE / "config.yaml")
     model = CWT_MAE_RoPE.__init__.__kwdefaults__ or {}

@@ -99,6 +99,7 @@ def same(a, b):
     return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
 
 
+@pytest.mark.slow
 def test_pre_training_logs_both_losses_beside_the_trivial_ones_and_draws(world):
     lines = [json.loads(line) for line in (world["base"] / "log.jsonl").read_text().splitlines()]
     first = next(line for line in lines if "val_spec" in line)
@@ -141,6 +142,7 @@ def test_ensemble_of_one_model_twice_is_that_model(world):
     assert_same_scores(once / "per_window.csv", twice / "per_window.csv")
 
 
+@pytest.mark.slow
 def test_the_probe_the_picture_and_the_controls_run(world):
     model, out = str(world["base"] / "model.safetensors"), str(world["folder"] / "probe")
     words = ["--model", model, "--task", "rhythm", *given(world), "--out", out, "--random-seeds", "1"]

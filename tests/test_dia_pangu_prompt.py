@@ -195,6 +195,7 @@ def test_hidden_places_leave_the_statuses_alone(data, llm):
     assert 0.2 < said < 0.8 and some == prompts(0.5) and some != prompts(0.5, epoch=1)
 
 
+@pytest.mark.slow
 def test_pretraining_writes_places_that_training_takes(data, llm, tmp_path):
     (tmp_path / "small.json").write_text(json.dumps(SMALL))
     common = ["--data", data, "--config", tmp_path / "small.json", "--max-steps", 2, "--batch-size", 2]

@@ -321,6 +321,7 @@ def test_a_tilt_that_the_places_of_the_slices_do_not_show_is_named(tmp_path):
     assert not any("GantryDetectorTilt" in note for note in read_ct(folder)[2].notes)
 
 
+@pytest.mark.slow
 def test_the_chest_is_found_among_series_localizers_and_dose_pages(tmp_path, good, capsys):
     folder = tmp_path / "study"
     series(folder / "a", SeriesInstanceUID="1.2.3.11", SeriesDescription="ABDOMEN", heights=range(30))
@@ -371,6 +372,7 @@ def screenshot(data):
     data.PixelData = ((hu + 1350) / 1500 * 255).clip(0, 255).astype(np.uint8).tobytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -514,6 +516,7 @@ def pictures(folder, count=6) -> np.ndarray:
     return np.stack(out)
 
 
+@pytest.mark.slow
 def test_pictures_are_grey_levels_prepared_as_upstream(tmp_path):
     """The same slices as a folder of JPG and as NIfTI give what upstream's function gives for their stack."""
     from dia_pangu.src.Dataset.preprocess import to_test_grid, upstream_image
@@ -641,6 +644,7 @@ def table(path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_a_folder_of_scans_is_reported_in_one_go_and_resumed(checkpoint, llm, tmp_path):
     whole, place = volume().astype(np.int16), tmp_path / "scans"
     (place / "b").mkdir(parents=True)

@@ -56,6 +56,7 @@ def test_accumulation_and_processes_give_the_same_first_step(data, llm, tmp_path
         assert_same_first_step(tmp_path / "whole", tmp_path / name)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one(data, llm, tmp_path):
     steps = ["--max-steps", 4, "--batch-size", 4, "--accum", 1, "--save-every", 2]
     whole = train(data, llm, tmp_path / "whole", *steps)

@@ -114,6 +114,7 @@ def folders(world):
 # ---- one preparation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, data", [("frozen", "test"), ("dc", "test"), ("seen", "polar")])
 def test_a_recording_is_asked_as_the_test_set_is_to_the_bit(folders, tmp_path, capsys, name, data):
     """Row i of a .h5 through --iq and through --task-dir: the same tensors, and so the same scores."""

@@ -314,6 +314,7 @@ def test_a_second_view_is_another_draw_of_the_same_signal_at_the_same_places(tmp
     assert not np.array_equal(data[0]["second"], two)
 
 
+@pytest.mark.slow
 def test_rolled_signals_are_the_same_signal_begun_elsewhere_anew_each_epoch(tmp_path, tokenizer):
     pairs = write_pair(tmp_path, 4, 64)
     roll = Augmentation(roll=True)

@@ -120,6 +120,7 @@ def shown(subset) -> set[bytes]:
     return {x.tobytes() for i in range(len(subset)) for x in subset[i]["iq"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("questions_per_signal", [0, 2])
 def test_questions_held_out_show_no_training_signal(data, tokenizer, questions_per_signal):
     args = SimpleNamespace(

@@ -80,6 +80,7 @@ def scene_samples(base, count=2):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ALL)
 @pytest.mark.parametrize("merge", ["mean", "max"])
 def test_rows_equal_full_matrices_alone_and_in_a_left_padded_batch(family, merge, tokenizer):
@@ -613,6 +614,7 @@ def test_a_failure_of_the_model_is_an_answer_and_not_called_a_bad_picture(page, 
     assert status == 500 and answer["error"].startswith("the model failed")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["GET", "POST"])
 def test_the_page_answers_to_itself_alone(page, method):
     host, path = f"localhost:{page.port}", "/" if method == "GET" else "/ground"

@@ -29,6 +29,7 @@ def test_every_family_passes_the_check_of_a_base(family):
     assert torch.equal(base.expand(wide, one), wide)  # what is expanded stays as it is
 
 
+@pytest.mark.slow
 def test_the_check_sees_a_turned_grid_a_wrong_mask_and_lost_separators(monkeypatch):
     def wrong(base):
         return {

@@ -116,6 +116,7 @@ def test_a_cache_knows_its_precision_and_the_expressions_that_were_drawn():
     assert plain[0] != rounded[0] and plain[1] != rounded[1]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_read_is_left_out_and_counted(world, tmp_path, capsys):
     data = shutil.copytree(world.folder / "data", tmp_path / "data")
     config = read_config(world.folder / "config.yaml")
@@ -179,6 +180,7 @@ def test_a_warm_up_rounds_down_as_mmengines_does():
     assert flmm.train.warmup_steps(5, 100) == 5
 
 
+@pytest.mark.slow
 def test_the_learning_rate_rises_and_falls_as_mmengine_lets_it(world, tmp_path):
     """LinearLR from 1e-5 of the peak over the warm-up, then CosineAnnealingLR to zero, by optimizer step."""
     extra = ["--max-steps", 8, "--warmup", 4, "--lr", 1e-3]
@@ -204,6 +206,7 @@ def test_the_weight_decay_holds_for_every_trained_tensor(world, tmp_path, monkey
 # --- the loop
 
 
+@pytest.mark.slow
 def test_accumulated_pictures_weigh_every_phrase_as_one_batch_does(world, tmp_path):
     for batch, accum in ((4, 1), (1, 4)):
         extra = ["--max-steps", 1, "--batch-size", batch, "--accum", accum]
@@ -293,6 +296,7 @@ def test_training_sees_training_pictures_alone_and_validation_the_others(
     assert {d for learning, d in seen if not learning} == arrays["val"][1]
 
 
+@pytest.mark.slow
 def test_a_cache_holds_each_split_apart(world, arrays, tmp_path):
     train(
         world.folder,

@@ -163,6 +163,7 @@ def world(tmp_path_factory):
     return folder, options
 
 
+@pytest.mark.slow
 def test_a_head_is_calibrated_and_the_calibration_is_used_everywhere(world, capsys, tmp_path):
     import flmm.test
     from flmm.build import read_config

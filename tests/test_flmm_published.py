@@ -413,6 +413,7 @@ def test_a_head_of_another_depth_or_shape_is_refused_by_its_tensors(tmp_path):
 # ---- words
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_control_tokens_in_anyones_words_are_letters(family):
     base = tiny_base(family)

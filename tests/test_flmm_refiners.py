@@ -106,6 +106,7 @@ def test_masks_of_every_refiner_equal_those_of_transformers_own_model(kind):
         torch.testing.assert_close(scores[k], out.iou_scores.flatten()[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, options",
     [("sam_hq", {"use_mask": False}), ("sam2", {"use_box": False, "multimask_output": True}), (KINDS[2], {})],

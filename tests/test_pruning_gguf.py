@@ -26,6 +26,7 @@ def export(folder, out, *words):
     return AutoModelForCausalLM.from_pretrained(out.parent, gguf_file=out.name).eval()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize(
     "kind, config",
@@ -58,6 +59,7 @@ def test_a_pruned_folder_and_its_file_write_the_same_tokens(tmp_path, kind, conf
         assert torch.equal(read.generate(ids, **settings), model.generate(ids, **settings))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, close", [("F16", 1e-3), ("BF16", 8e-3), ("Q8_0", 2e-2)])
 def test_other_number_formats_round_the_matrices_alone(tmp_path, kind, close):
     model = make(tmp_path / "llm")

@@ -73,6 +73,7 @@ def test_a_gap_that_only_adds_a_map_of_the_mlp_before_it_is_repaired_exactly():
     assert rows[0]["loss_after"] == pytest.approx(mean_loss(teacher, some[:1]), abs=0.02)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("kind", REPAIRS)
 @pytest.mark.parametrize("drop", [[2, 3], [1, 4], [0, 1]])
@@ -178,6 +179,7 @@ def heal(world, out, *words):
     return out / "model"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "ways", [["full"], ["last"], ["lora"], ["linear", "lora"], ["compensate", "replace"], ["none"]]
 )

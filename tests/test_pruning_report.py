@@ -20,6 +20,7 @@ from tests.pruning_world import merged, prune_map, world
 __all__ = ["world"]
 
 
+@pytest.mark.slow
 def test_pruned_checkpoint_scores_as_the_full_one_without_that_layer(world):
     full, text, config = load_report_model(world / "lora", world / "llm")
     samples = Encoded(full, text, config, world / "data", "test", 4)

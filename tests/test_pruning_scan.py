@@ -474,6 +474,7 @@ def test_prompts_that_are_no_longer_asked_for_leave_the_records(tmp_path):
     assert [r["name"] for r in choose_layers.read_records(journal)] == ["0", "1"]
 
 
+@pytest.mark.slow
 def test_command_writes_upstreams_columns_and_the_plan_names_layers(folder, tmp_path, capsys):
     out = tmp_path / "layer_sensitivity.csv"
     words = ["--model", folder, "--out", out, "--mode", "qv", "mlp", "--sanity_check"]
@@ -567,6 +568,7 @@ def test_mixed_projections_say_which_modes_work():
             pass
 
 
+@pytest.mark.slow
 def test_bench_of_the_real_size_runs_small(capsys, bfloat16):
     from bench.pruning import real_size
 

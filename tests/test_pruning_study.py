@@ -74,6 +74,7 @@ def test_the_study_leaves_the_model_as_it_was_and_reuses_equal_sets(world, tmp_p
         study.main(study_args(world, out, heal_steps=3))
 
 
+@pytest.mark.slow
 def test_a_study_of_a_model_that_was_trained_again_is_not_continued(world, tmp_path):
     (tmp_path / "study").mkdir()
     stamp = {"stamp": {"weights": "of an earlier training"}, "sets": {}}

@@ -130,6 +130,7 @@ def test_a_loss_in_pieces_is_that_of_all_logits_at_once_and_so_is_its_gradient(w
     assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-6) for a, b in zip(runs[0][1], runs[1][1]))
 
 
+@pytest.mark.slow
 def test_two_processes_heal_as_one_and_resume_is_exact(world, tmp_path):
     def launch(processes, out, **flags):
         line = [ROOT / "pruning/train.py", *heal_args(world, out, **flags)]
@@ -185,6 +186,7 @@ def test_the_learning_rate_follows_upstreams_schedules(world, tmp_path, schedule
     assert rates == pytest.approx([0.01 * factor for factor in wanted[schedule]])
 
 
+@pytest.mark.slow
 def test_plain_language_models_heal_and_test_on_texts(world, tmp_path):
     texts, hf = texts_file(tmp_path), world / "pruned" / "hf_drop2_2"
     flags = {"pruned_model_path": hf, "texts": texts, "out": tmp_path / "healed", "max_steps": 10}
@@ -207,6 +209,7 @@ def test_plain_language_models_heal_and_test_on_texts(world, tmp_path):
     assert found[1]["parameters"] == found[0]["parameters"]
 
 
+@pytest.mark.slow
 def test_the_training_set_is_the_training_partition_alone(world):
     """Names, and the volumes and reports that reach the model."""
     model, text, config = load_report_model(merged(world), world / "llm", prune_map(world))
@@ -339,6 +342,7 @@ def test_warm_up_without_one_is_refused(tmp_path):
         train.check(train.parse_args([*words, "--lr-scheduler-type", "constant"]))
 
 
+@pytest.mark.slow
 def test_a_language_model_goes_the_whole_way_without_dia_pangu(tmp_path, monkeypatch):
     """Scan, choose, prune, heal and test where dia_pangu cannot be imported, each script imported anew."""
     texts, llm, pruned = texts_file(tmp_path), tmp_path / "llm", tmp_path / "pruned"

@@ -343,6 +343,7 @@ def test_with_v_off_attention_returns_the_projection_of_nothing(name):
 # ---------------------------------------- branches and experts
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("part", ["attention", "mlp"])
 @pytest.mark.parametrize("name", ["gpt2", "mixtral", "opt", "bloom"])
@@ -397,6 +398,7 @@ def test_experts_that_cannot_go_are_refused():
 # ---------------------------------------- zeros and numbers
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("sparsity", ["0.5", "2:4"])
 @pytest.mark.parametrize("name", ["gpt2", "mixtral", "qwen3_moe", "gpt_oss", "phi3", "bloom"])
