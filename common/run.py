@@ -55,6 +55,13 @@ warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", F
 logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
 
 
+def one_process(processes: int, what: str):
+    """UserError where torchrun started several processes of a script that writes its files alone; what: "a
+    model is scored"."""
+    if processes > 1:
+        raise UserError(f"{what} by one process; start the script without torchrun")
+
+
 def open_run(out, args, accelerator, resume: bool | str = False, overwrite: bool = False) -> Path:
     """Make, lock and describe the run directory `out`; every process calls this once, after checking its
     inputs.

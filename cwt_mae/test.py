@@ -27,7 +27,7 @@ from common.checkpoint import atomic_csv, atomic_json
 from common.errors import UserError, run
 from common.figures import draw_confusion
 from common.files import reading
-from common.run import open_run, progress
+from common.run import one_process, open_run, progress
 from cwt_mae.dataset import Preprocess, read_store
 from cwt_mae.dataset_finetune import (
     ITEMS,
@@ -249,6 +249,7 @@ def score_labels(args, out, store, task, probabilities):
 def main(args):
     # Models, and the windows that they are asked about
     accelerator = Accelerator()
+    one_process(accelerator.num_processes, "records are scored")
     models, cards = load_models(args.model, accelerator.device)
     signal_len, preprocess = models[0].encoder_model.signal_len, models[0].config["preprocess"] or {}
     store = read_store(args, Preprocess(**preprocess), accelerator)

@@ -29,7 +29,7 @@ from common.arguments import Parser, number, refuse
 from common.checkpoint import atomic_csv, atomic_json
 from common.errors import UserError, run
 from common.files import reading
-from common.run import seed_everything
+from common.run import one_process, seed_everything
 from pruning.layers import decoder_layers
 from pruning.pruning_tools.language_model import read_map
 from pruning.sensitivity_analyse.eval_metric import perplexity
@@ -214,8 +214,7 @@ def cache_bytes(lang_model, prompt) -> int:
 def check(args, processes: int = 1):
     """Refuse what is missing and what would have no effect, before anything is loaded."""
     # two processes would write one file
-    if processes > 1:
-        raise UserError("a model is scored by one process; start test.py without torchrun")
+    one_process(processes, "a model is scored")
     check_kind(args)
 
     # what belongs to the other kind of model

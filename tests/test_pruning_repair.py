@@ -4,18 +4,21 @@ others."""
 import copy
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import cwt_mae.test
 from common.errors import UserError
 from common.tiny_llm import make_llm, make_tokenizer
 from pruning import repair, test, train
 from pruning.layers import decoder_layers, remove_layers
 from pruning.pruning_tools import prune_llm
 from pruning.repair import REPAIRS, gaps, least_squares, mean_loss, merge_map, repair_gaps
+from pruning.sensitivity_analyse import layer_sensitivity_scan
 from tests import pruning_zoo
 from tests.pruning_zoo import GPT, call
 
@@ -275,6 +278,14 @@ def test_a_text_of_one_token_is_not_scored_and_a_file_of_such_is_refused(world, 
 def test_a_model_is_scored_by_one_process():
     with pytest.raises(UserError, match="without torchrun"):
         test.check(None, processes=2)
+
+
+@pytest.mark.parametrize("script", [layer_sensitivity_scan, cwt_mae.test])
+def test_other_scripts_that_write_alone_are_refused_several_processes_too(script, monkeypatch, tmp_path):
+    monkeypatch.setattr(script, "Accelerator", lambda: SimpleNamespace(num_processes=2, device="cpu"))
+    options = ["--model", tmp_path, "--data", tmp_path] if script is cwt_mae.test else ["--model", tmp_path]
+    with pytest.raises(UserError, match="by one process; start the script without torchrun"):
+        script.main(script.parse_args([str(word) for word in [*options, "--out", tmp_path / "out"]]))
 
 
 def test_tasks_of_ones_own_are_scored_by_lm_eval(world, tmp_path):

@@ -28,7 +28,7 @@ from common.checkpoint import atomic_csv, atomic_write
 from common.errors import Interrupted, UserError, run
 from common.figures import new_figure, save_figure
 from common.llm import add_trust_argument
-from common.run import progress
+from common.run import one_process, progress
 from pruning.layers import decoder, decoder_layers, plain
 from pruning.sensitivity_analyse.eval_metric import DISTANCES
 from pruning.sensitivity_analyse.layer_mask import MODES, masked, plain_mode
@@ -125,7 +125,9 @@ def load_with_prompts(args) -> tuple:
     A prompt is a dictionary with name, input_ids (1, N) or inputs_embeds (1, N, d), and labels (1, N) where
     only a part is scored.
     """
-    device = Accelerator().device
+    accelerator = Accelerator()
+    one_process(accelerator.num_processes, "layers are scanned")
+    device = accelerator.device
     if args.task_data:
         refuse(args, ["prompts", "max_tokens", "dtype", "trust_remote_code"], "with --task-data")
         if not args.lang_model_path:
