@@ -120,13 +120,29 @@ running: dict[str, subprocess.Popen] = {}
 
 
 def stop(signum, frame):
-    """Ctrl-C and SIGTERM reach every project, which saves itself and says in its log how to resume."""
-    for process in running.values():
-        if process.returncode is None:
-            os.killpg(process.pid, signal.SIGTERM)
-    logs = ", ".join(f"{os.environ['RUNS']}/{name}/run_all.log" for name in running)
-    print(f"stopped; the logs are {logs}; run the same command to start again", file=sys.stderr)
-    os._exit(128 + signum)
+    """Ctrl-C and SIGTERM reach every project. The prompt comes back when all have saved themselves, so that
+    the next command finds no folder in use; a second signal does not wait for them."""
+
+    def leave(*_):
+        logs = ", ".join(f"{os.environ['RUNS']}/{name}/run_all.log" for name in running)
+        print(f"stopped; the logs are {logs}; run the same command to start again", file=sys.stderr)
+        os._exit(128 + signum)
+
+    signal.signal(signal.SIGINT, leave)
+    signal.signal(signal.SIGTERM, leave)
+    alive = [process for process in running.values() if process.returncode is None]
+    for process in alive:
+        os.killpg(process.pid, signal.SIGTERM)
+
+    # the threads of run_project wait for them and take their exit statuses
+    print(
+        f"{signal.Signals(signum).name}: {len(alive)} projects save themselves ...",
+        file=sys.stderr,
+        flush=True,
+    )
+    while any(process.returncode is None for process in alive):
+        time.sleep(0.1)
+    leave()
 
 
 def main(args):

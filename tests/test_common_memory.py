@@ -15,6 +15,7 @@ from common import train as loop
 from common.memory import LiveBytes, lines_of, memory_table
 from common.tiny_llm import make_llm
 from tests import forked
+from tests.sharded import fsdp2_on_cpu, world
 from tests.worlds import cwt, em, grounding  # noqa: F401  fixtures
 
 LARGE_LLM = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8}
@@ -61,6 +62,18 @@ def measure():
                 setattr(module, old.__name__, new)
 
 
+def taken(text, weights):
+    """GiB that the steps took and that data, log and pictures take, of `measure` and a model of `weights`
+    GiB."""
+    told = re.findall(r"memory (\w+) (\d+)", text)
+    before, ready, most = (
+        max(int(number) / 2**30 for word, number in told if word == wanted)
+        for wanted in ("before", "ready", "most")
+    )
+    beside = max(0, ready - before - weights)
+    return most - before - beside, beside
+
+
 def large_llm(source, folder) -> Path:
     """A language model of 24 M parameters with the tokenizer of `source`."""
     make_llm(folder / "large", AutoTokenizer.from_pretrained(source), **LARGE_LLM)
@@ -92,14 +105,35 @@ def test_the_plan_is_what_a_run_takes_to_a_fifth(request, tmp_path, world_name, 
     done = forked.call(script, [*line, "--dry-run"], tmp_path / "log")
     assert done.returncode == 0 and not (tmp_path / "run").exists(), done.text
     row = next(text for text in done.text.splitlines() if text.startswith("one GPU")).split()
-    weights, plan = float(row[-5]) * 2**30, float(row[-1])
+    weights, plan = float(row[-5]), float(row[-1])
     done = forked.call(script, line, tmp_path / "log", before=measure)
     assert done.returncode == 0, done.text
-    told = re.findall(r"memory (\w+) (\d+)", done.text)
-    before, ready, most = (max(int(n) for word, n in told if word == w) for w in ("before", "ready", "most"))
-    beside = max(0, ready - before - weights)  # data, log, pictures
-    took = (most - before - beside) / 2**30
-    print(f"{world_name} {command}: {plan:.3f} GiB planned, {took:.3f} taken beside {beside / 2**30:.3f}")
+    took, beside = taken(done.text, weights)
+    print(f"{world_name} {command}: {plan:.3f} GiB planned, {took:.3f} taken beside {beside:.3f}")
+    assert plan == pytest.approx(took, rel=0.2)
+
+
+def sharded_measure():
+    """In the fork: FSDP2, with `measure`."""
+    fsdp2_on_cpu()
+    measure()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode, before", [("DDP", measure), ("FSDP2, 2 GPUs", sharded_measure)])
+def test_the_plan_of_two_processes_is_what_each_takes_to_a_fifth(request, tmp_path, mode, before):
+    made = request.getfixturevalue("em")
+    script, arguments = made.commands["train"]
+    line = [str(a) for a in (*arguments(made.folder), *em_train(made.folder, tmp_path), "--max-steps", 2)]
+    line[line.index(str(made.folder / "run"))] = str(tmp_path / "run")
+    done = world(script, [*line, "--dry-run"], tmp_path / "log")
+    assert done.returncode == 0, done.text
+    rows = {text[:20].strip(): text[20:].split() for text in done.text.splitlines()}
+    plan, held = float(rows[mode][-1]), float(rows["one GPU"][0]) / (1 if mode == "DDP" else 2)
+    done = world(script, line, tmp_path / "log", before=before)
+    assert done.returncode == 0, done.text
+    took, beside = taken(done.text, held)
+    print(f"{mode}: {plan:.3f} GiB planned, {took:.3f} taken beside {beside:.3f}")
     assert plan == pytest.approx(took, rel=0.2)
 
 
