@@ -103,7 +103,7 @@ def forward(model, mode, ids):
     out = model(input_ids=ids, use_cache=False, output_attentions=mode == "eager")
     if mode == "eager":
         return [
-            merge_rows(a[0][:, want.rows[0]][..., want.columns[0]], want.phrases[0]) for a in out.attentions
+            merge_rows(a[0][:, want.rows[0]][..., want.columns[0]], want.parts[0]) for a in out.attentions
         ]
 
 
@@ -133,7 +133,7 @@ def bench_rows(rounds):
             eager_attention_forward(layer, query, key, value, causal, scaling=scale)[1] for _ in range(LAYERS)
         ]
         want = wanted()
-        return [merge_rows(a[0][:, want.rows[0]][..., want.columns[0]], want.phrases[0]) for a in kept]
+        return [merge_rows(a[0][:, want.rows[0]][..., want.columns[0]], want.parts[0]) for a in kept]
 
     def rows():
         want = wanted()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GptOssConfig, GptOssForCausalLM, PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
 from common.errors import UserError
@@ -119,6 +120,27 @@ def test_recorded_rows_are_those_that_sdpa_attended(case, keys):
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("merge", ["mean", "max"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_no_layer_waits_for_the_device(merge, masked):
+    class Refuse(TorchDispatchMode):
+        """Operations whose result the CPU has to know."""
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            assert function.overloadpacket not in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
+            return function(*args, **(kwargs or {}))
+
+    phrases = torch.tensor([1, 0, 1, 2])
+    kept = AttentionRows([torch.tensor([1, 3, 4, 5])], [phrases], [torch.arange(4)], merge)
+    query, key = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8)
+    mask = torch.ones(1, 1, 6, 6, dtype=torch.bool) if masked else None
+    with Refuse():
+        kept.record(query, key, mask, None)
+    assert kept.maps[0][0].shape == (4, 3, 4)
+    with pytest.raises(ValueError, match="phrase 1 has no token"):
+        AttentionRows([torch.tensor([1, 3])], [torch.tensor([0, 2])], [torch.arange(4)])
+
+
 def test_a_single_query_sees_every_key():
     key, mask = attended(torch.nn.Module(), torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 7, 4), None)
     assert key.shape[2] == 7 and mask.shape == (1, 1, 1, 7) and mask.all()
@@ -187,10 +209,10 @@ def test_a_base_that_is_not_causal_gives_the_rows_that_it_attended(monkeypatch):
 
     def record(self, query, key, mask, scaling):
         own(self, query, key, mask, scaling)
-        [rows], [columns], [phrases] = self.rows, self.columns, self.phrases
+        [rows], [columns], [parts] = self.rows, self.columns, self.parts
         keys = key[0].repeat_interleave(query.shape[1] // key.shape[1], 0)
         full = (query[0][:, rows] @ keys.transpose(1, 2) * scaling).softmax(-1)[..., columns]
-        gaps.append((attention_rows.merge_rows(full, phrases) - self.maps[-1][0]).abs().max().item())
+        gaps.append((attention_rows.merge_rows(full, parts) - self.maps[-1][0]).abs().max().item())
 
     monkeypatch.setattr(AttentionRows, "record", record)
     base([check_base.sample(base, (90, 96))])

@@ -17,13 +17,20 @@ from common.errors import UserError
 NAME = "flmm_rows"  # the attention implementation to set on the text part of a base
 
 
-def merge_rows(rows, phrase_of_row, merge="mean"):
-    """rows (H, R, N), phrase_of_row (R,) with values 0..n-1 -> (H, n, N): mean or max over the rows of each
-    phrase."""
-    count = int(phrase_of_row.max()) + 1
-    parts = [rows[:, phrase_of_row == k] for k in range(count)]
-    if empty := [k for k, part in enumerate(parts) if not part.shape[1]]:
+def rows_of_phrases(phrase_of_row) -> list:
+    """phrase_of_row (R,) with values 0..n-1 -> for each phrase the numbers of its rows, a LongTensor.
+
+    Waits for the device: called once a pass, not in every layer.
+    """
+    parts = [(phrase_of_row == k).nonzero().flatten() for k in range(int(phrase_of_row.max()) + 1)]
+    if empty := [k for k, part in enumerate(parts) if not len(part)]:
         raise ValueError(f"phrase {empty[0]} has no token")
+    return parts
+
+
+def merge_rows(rows, parts, merge="mean"):
+    """rows (H, R, N), parts of `rows_of_phrases` -> (H, n, N): mean or max over the rows of each phrase."""
+    parts = [rows.index_select(1, part) for part in parts]
     return torch.stack([part.mean(1) if merge == "mean" else part.amax(1) for part in parts], dim=1)
 
 
@@ -42,13 +49,16 @@ class AttentionRows:
     merge: str = "mean"
     maps: list = field(default_factory=list)
 
+    def __post_init__(self):
+        self.parts = [rows_of_phrases(phrases) for phrases in self.phrases]
+
     def record(self, query, key, attention_mask, scaling):
         """query (B, H, Q, D), key (B, KV, K, D), attention_mask (B or 1, 1 or H, Q, K) bool, additive or
         None = causal."""
         heads, kv_heads = query.shape[1], key.shape[1]
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         layer = []
-        for b, (rows, phrases, columns) in enumerate(zip(self.rows, self.phrases, self.columns)):
+        for b, (rows, parts, columns) in enumerate(zip(self.rows, self.parts, self.columns)):
             # grouped heads: (KV, groups * R, D) against the KV keys, so that no key is repeated
             q = query[b][:, rows].reshape(kv_heads, -1, query.shape[-1])
             scores = (q @ key[b].transpose(1, 2)).view(heads, len(rows), -1).float() * scaling
@@ -65,7 +75,7 @@ class AttentionRows:
             exponents = scores - scores.amax(-1, keepdim=True)
             exponents = exponents.exp_()
             kept = exponents[..., columns] / exponents.sum(-1, keepdim=True)
-            layer.append(merge_rows(kept, phrases, self.merge))
+            layer.append(merge_rows(kept, parts, self.merge))
         self.maps.append(layer)
 
 

@@ -385,7 +385,7 @@ class FrozenBase:
         if self.attention == "eager":
             out = self.model.model(**inputs, output_attentions=True, output_hidden_states=True)
             for layer in out.attentions:
-                samples = zip(layer, wanted.rows, wanted.phrases, wanted.columns)
+                samples = zip(layer, wanted.rows, wanted.parts, wanted.columns)
                 wanted.maps.append(
                     [merge_rows(a[:, r][..., c].float(), p, self.merge) for a, r, p, c in samples]
                 )
