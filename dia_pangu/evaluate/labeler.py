@@ -25,39 +25,45 @@ RANK = {BLANK: 0, ABSENT: 1, UNCERTAIN: 2, PRESENT: 3}  # of two statements the 
 ENGLISH = {
     "enlarged cardiomediastinum": r"(?:widen\w*|enlarge\w*|broaden\w*)[^,;]*mediastin(?!\w* (?:lymph|node))|"
     r"mediastin\w*(?:(?!lymph|node)[^,;])*(?:widen|enlarge|broaden)(?!\w* lymph)|"
-    r"(?:(?<!abdominal )aort\w*|pulmonary (?:artery|trunk|conus))[^,;]*(?:dilat|ecta[st]|aneurysm|widen|"
-    r"increased|enlarge)|aort\w*[^;]*wider than (?:normal|usual)|"
+    r"(?:(?<!abdominal )aort\w*|pulmonary (?:arter|trunk|conus))[^,;]*(?:dilat|ecta[st]|aneurysm|widen|"
+    r"increased|enlarge)|(?:aort|pulmonary)\w*[^;]*wider than (?:normal|usual)|"
     r"(?:dilat\w*|aneurysm\w*|ecta[st]\w*|widen\w*|enlarge\w*)[^,;]*(?:(?<!abdominal )aort|"
-    r"pulmonary (?:artery|trunk))",
+    r"pulmonary (?:arter|trunk))",
     "cardiomegaly": r"cardiomegal|(?:heart|cardiac)[^,;]*(?:enlarge|increase|wide|big|broad|dilat|larger)|"
-    r"(?:enlarge\w*|increase\w*|dilat\w*)[^,;]*(?:heart|cardiac|ventric|\batri)|"
+    r"(?:enlarge\w*|increase\w*|dilat\w*)[^,;]*(?:heart|cardiac|cardiothora|ventric|\batri)|"
     r"(?:left|right|both|all) (?:cardiac chamber|ventric\w*|atri\w*)[^,;]*(?:enlarge|dilat|increase)|"
     r"(?:cardiothoracic|\bCTR\b)[^,;]*(?:increase|enlarge|0[.,](?:5[1-9]|[6-9])|\b(?:5[1-9]|[6-9]\d) ?%)",
     "lung opacity": r"opacit|opacif|(?:patchy|blurr\w*)[^,;]*shadow|ground.?glass(?! (?:density )?nodul)|"
     r"\bGGOs?\b|hazy|haze|infiltrat|airspace disease|crazy.?paving|density (?:increase|area)|"
     r"(?:increase\w*|patchy)[^,;]*densit|tree.?in.?bud",
-    "lung lesion": r"nodul|micronodul|lesion|\bmass\b|masses|tumou?r|metasta|carcinoma|malignan|cancer|"
+    "lung lesion": r"nodul|micronodul|lesion|\bmass\b|masses|tumou?r|metasta|carcinoma|"
+    r"malignan(?!t (?:pleural )?effusion)|cancer|"
     r"neoplas|\bGGNs?\b|hamartoma|granulomas?\b|tuberculoma|carcinoid|aspergilloma|mycetoma|fungus ball|"
-    r"cavitat|(?:walled|lung|pulmonary|lobe) cavit(?:y|ies)",
+    r"cavitat|(?:walled|lung|pulmonary|lobe|air.containing) cavit(?:y|ies)",
     "edema": r"(?:pulmonary |interstitial |alveolar )?(?:edema|oedema)|interlobular septal thicken|"
     r"thicken\w* (?:of|in) (?:the )?interlobular sept",
     "consolidation": r"consolidat",
     "pneumonia": r"(?:broncho)?pneumoni(?!ti)|infecti|infective|inflammat|covid",
-    "atelectasis": r"atelecta|collaps|volume loss",
-    "pneumothorax": r"(?:hydro|hemo|haemo)?pneumothora",
-    "pleural effusion": r"effusions?|hydrothora|hydropneumothora|hemothora|haemothora|empyema|"
+    "atelectasis": r"atelecta|collaps|volume loss|loss of volume",
+    "pneumothorax": r"(?:hydro|hemo|haemo)?pneumothora|"
+    r"air\b(?! broncho)[^,;]*\b(?:pleural (?:leaves|spaces?|cavit\w*)|hemithora)",
+    "pleural effusion": r"effusions?|(?:hydro|hydropneumo|ha?emo|pyo)thora|empyema|"
     r"pleural[^,;]*fluid|fluid[^,;]*(?:hemithora|pleura|costophrenic|fissur|thoracic cavit)",
     "pleural other": r"pleura\w*(?: and \w+)?(?:[^,;](?!effusion\b|fluid\b)){0,40}?(?:thick|plaque|calcif|"
     r"scar|adhes)|(?:thick|plaque|calcif)\w*[^,;]*(?<!sub)pleura(?!l effusion)|"
     r"effusion.thicken",
     "fracture": r"fractur|(?:compression|wedge|crush) (?:deformit|change)|wedging of|"
-    r"vertebra\w*[^,;]*(?:wedging|wedge.shaped|height loss|loss of height)|loss of (?:vertebral|height of)|"
-    r"broken rib|callus|rib break|cortical disruption",
+    r"(?:vertebra\w*|\b[CTL]\d\d?\b)[^,;]*(?:wedging|wedge.shaped|height loss|loss of height)|"
+    r"loss of (?:vertebral|height of)|(?:height loss|loss of height)[^,;]*(?:vertebra|\b[CTL]\d)|"
+    r"broken rib|callus|rib break|cortical disruption|(?:non|mal)-?union",
     "support devices": r"catheter|pacemaker|pacing|\btubes?\b|\bstent|\bwires?\b|prosthe|\bport\b|"
-    r"\bport-a-cath|cannula|drain(?:age|s)?\b(?! (?:vein|lymph|node))|valve replacement|medical material|"
-    r"sternotomy|suture|clips?\b|staples?\b|implant|electrode|\bleads?\b(?= (?:tip|of|in|are|is|end))|"
+    r"\bport-a-cath|cannula|(?<!after )drain(?:age|s)?\b(?! (?:vein|lymph|node))|valve replacement|"
+    r"(?:artificial|mechanical|metallic) (?:\w+ )?valve|medical material|"
+    r"sternotomy|suture|clips?\b|staples?\b|implant|electrode|\bleads?\b(?= (?:tip|of|in|are|is|end|over|"
+    r"proj|course))|"
     r"\bICD\b|defibrillator|metal\w* (?:material|plate|screw)|\bplate and screw|fixation|hardware|"
-    r"tracheostomy|pigtail|loop recorder|(?:central|venous|arterial|IJ|jugular|subclavian|PICC) line|"
+    r"tracheostomy|pigtail|loop recorder|assist device|cava\w* filter|\bcoils?\b|vertebroplast|kyphoplast|"
+    r"(?:central|venous|arterial|IJ|jugular|subclavian|PICC) line|"
     r"\b(?:ETT|NGT|CVC|PICC|IABP|LVAD|ECMO|TAVI|TAVR)\b",
 }
 CHINESE = {
@@ -65,25 +71,28 @@ CHINESE = {
     r"(?:(?<!腹)主动脉|肺动脉)[^，,；]{0,8}(?:增宽|增粗|扩张|瘤样|动脉瘤|夹层动脉瘤)|"
     r"(?:(?<!腹)主动脉|肺动脉)瘤",
     "cardiomegaly": r"(?:心(?:脏|影|室|房|腔|胸比)|全心|[左右]心|[左右][室房])[^，,；]{0,8}(?:增大|扩大|"
-    r"肥大|饱满|扩张|[稍略偏]大)|巨心|"
+    r"肥大|饱满|扩张|普大|[稍略偏]大)|巨心|"
     r"心胸比[^，,；]{0,6}?(?:0[.．](?:5[1-9]|[6-9])|(?:5[1-9]|[6-9]\d)[%％])",
     "lung opacity": r"GGO|磨玻璃(?!样?(?:密度)?(?:小|微)?结节)|毛玻璃|模糊(?:阴)?影|阴影|密度增高|密度增加|"
-    r"片絮|絮状|云雾状|浸润|渗出|高密度影|斑片(?!状?实变)|片状影|片影|树芽",
+    r"片絮|絮状|云雾状|浸润|渗出|高密度影|致密影|斑片(?!状?实变)|片状影|片影|树芽",
     "lung lesion": r"结节(?![样状]增厚)|GGN|软组织(?:密度)?(?:团块|肿块)?影|类圆形[^，,；]{0,6}影|错构瘤|"
-    r"结核[球瘤]|肉芽肿|曲[菌霉]球|类癌|(?<![乳状列胰胸腮涎])腺癌|鳞癌|小细胞癌|肿块|肿物|病灶|占位|空洞|转移瘤|转移灶|转移|肿瘤|"
+    r"结核[球瘤]|肉芽肿|曲[菌霉]球|类癌|(?<![乳状列胰胸腮涎])腺癌|鳞癌|小细胞癌|肿块|肿物|病灶|占位|空洞|"
+    r"转移瘤|转移灶|转移|肿瘤|"
     r"[肺叶]癌|包块|团块",
-    "edema": r"水肿",
+    "edema": r"水肿|小叶间隔[^，,；]{0,4}增厚",
     "consolidation": r"实变",
-    "pneumonia": r"肺炎|炎症|感染|炎性",
-    "atelectasis": r"不张|膨胀不全|含气不全|充气不全",
-    "pneumothorax": r"气胸",
-    "pleural effusion": r"积液|胸水|液性密度|水样密度|液体|积血|脓胸|血胸|液气胸",
+    "pneumonia": r"肺炎|炎症|感染|炎性(?![小微]?结节)",
+    "atelectasis": r"不张|(?:膨胀|含气|充气)不[全良]|膨胀欠佳",
+    "pneumothorax": r"气液?胸|胸膜?腔[^，,；]{0,4}(?:积气|气体)",
+    "pleural effusion": r"积液|胸水|液性密度|水样密度|液体|积血|脓胸|血气?胸|液气胸|气液胸",
     "pleural other": r"胸膜[^，,；腔]{0,8}(?:增厚|肥厚|钙化|粘连|斑)",
-    "fracture": r"骨折|压缩性?(?:改变|变形)|压缩变扁|楔形(?:改变|变)|骨痂|骨质断裂|皮质断裂|"
-    r"骨皮质(?:不连续|中断)|断端",
+    "fracture": r"骨折|压缩性?(?:改变|变形)|压缩变扁|椎体?压缩|楔[形状]?(?:改变|变)|骨痂|(?:骨质|"
+    r"皮质)(?:不连续|中断|断裂|扭曲)|"
+    r"断端|畸形愈合",
     "support devices": r"(?<!动脉)(?<!胰)(?<!胸)(?<!腺)导管|起搏器|引流管|支架|置管|内固定|插管|胃管|鼻饲管|"
-    r"PICC|输液港|人工瓣|机械瓣|瓣膜?置换|瓣膜?成形|钢丝|缝线|金属夹|钛夹|吻合钉|假体|植入物|固定器|钢板|"
-    r"除颤器|电极",
+    r"PICC|输液港|人工[^，,；]{0,4}瓣|机械瓣|瓣膜?置换|瓣膜?成形|钢丝|缝线|金属夹|钛夹|吻合钉|假体|植入物|"
+    r"固定器|钢板|"
+    r"除颤器|电极|导线|滤器|弹簧圈|骨水泥|造瘘管|人工关节|关节置换|辅助装置",
 }
 # Only where the sentence states no pneumonia these words are a finding of their own.
 WEAK = {"en": re.compile(r"shadow", re.I), "cn": re.compile(r"斑片$|片状影|片影")}
@@ -155,7 +164,7 @@ ORGANS = {
         r"segment\w*(?! (?:[\dIVX]+[ab]? )?(?:of|in) the (?:liver|pancreas|colon|spine|kidney))|apical|apex|"
         r"hilum|hila\b|hilar|\b[RL][UML]L\b|parenchym\w*|subpleural|fissur\w*|perifissural|bronch\w*|basal|"
         r"bases\b|hemithora\w*|airway\w*|alveol\w*|perihilar",
-        "pleura": r"pleura\w*|costophrenic|thoracic cavit\w*",
+        "pleura": r"pleura\w*|costophrenic|thoracic cavit\w*|(?:bilateral|left|right)(?= effusion)",
         "heart": r"heart|cardiac|ventric\w*|atri(?:al|um|a)\b|myocard\w*",
         "pericardium": r"pericardi\w*",
         "mediastinum": r"mediastin\w*|aort\w*|thym\w*|(?:pulmonary (?:artery|trunk|conus))",
@@ -178,7 +187,7 @@ ORGANS = {
     },
     "cn": {
         "lung": r"肺(?!动脉|静脉)|[上中下舌]叶|叶段|(?<![上中下\d])段|气管|胸腔内|叶间",
-        "pleura": r"(?<!叶间)(?<!近)(?<!邻近)(?<!牵拉)胸膜(?!下)|胸腔|胸水|肋膈角",
+        "pleura": r"(?<!叶间)(?<!裂)(?<!近)(?<!邻近)(?<!牵拉)胸膜(?!下)|胸腔|胸水|肋膈角|胸(?=、?腹盆?腔)",
         "heart": r"心(?:脏|影|室|房|腔|肌)",
         "pericardium": r"心包",
         "mediastinum": r"纵隔|主动脉|肺动脉|胸腺",
@@ -206,7 +215,7 @@ ELSEWHERE = {"bone", "node", "breast", "thyroid", "skin", "abdomen", "head", "li
 NOT_OF_EN = {
     **dict.fromkeys(("lung opacity", "consolidation", "pneumonia", "atelectasis", "edema"), ELSEWHERE),
     "lung lesion": ELSEWHERE | {"esophagus", "heart", "pericardium", "mediastinum"},
-    "pleural effusion": (ELSEWHERE | {"pericardium"}) - {"bone"},
+    "pleural effusion": (ELSEWHERE | {"pericardium", "esophagus"}) - {"bone"},
     "support devices": {"breast", "head"},
 }
 NOT_OF = {"en": NOT_OF_EN, "cn": NOT_OF_EN | {"lung lesion": NOT_OF_EN["lung lesion"] | {"pleura"}}}
@@ -219,12 +228,13 @@ IGNORE = {
         r"mass effect|"
         r"(?:known|(?:patient|case)s? with) (?:\w+ ){0,2}(?:cancer|carcinoma|malignanc\w*|tumou?r)|"
         r"body mass|post.?(?:infectio|pneumoni)\w*|non.?infecti\w*|space.occupying lesion (?:was|is) not|"
-        r"infectious disease clinic",
+        r"infectious disease clinic|"
+        r"fractur\w*(?= (?:\w+ ){0,2}(?:wires?|catheters?|leads?|screws?|stents?|rods?|hardware)\b)",
         re.I,
     ),
     "cn": re.compile(
         r"椎体[^，。；]{0,6}不张|炎性假瘤|无名动脉|感染科|结节性甲状腺肿|转移酶|淋巴结转移|"
-        r"[肺叶]癌(?:根治|切除)?术后|(?<!叶间)胸膜(?:多发)?(?:结节(?![样状]增厚)|肿块|占位|转移)|"
+        r"[肺叶]癌(?:根治|切除)?术后|(?<!叶间)(?<!裂)胸膜(?:多发)?(?:结节(?![样状]增厚)|肿块|占位|转移)|"
         r"(?:结节|肿瘤|肿物|占位|转移瘤|气胸|积液|主动脉瘤|夹层)(?:切除|引流)?术后"
     ),
 }
@@ -241,7 +251,12 @@ CHANGE = {
         r"not (?:yet |fully |completely |entirely )(?:healed|resolved|resorbed|regressed)|\bnot only\b|"
         r"\bno\b(?=[^,;.]*\b(?:other than|apart from|besides|aside from) (?:\w+ )?(?:known|previous\w*|old|"
         r"one|single|\d))|\bno longer than\b|not well (?:seen|defined)|not clearly demarcated|"
-        r"nor? (?:\w+ )?contrast|without (?:\w+ )?contrast\w*",
+        r"nor? (?:\w+ )?contrast|without (?:\w+ )?contrast\w*|"
+        r"\bno (?:\w+ ){0,2}?(?:increase|decrease|reduction|enlargement|expansion|worsening|"
+        r"improvement) (?:in|of) "
+        r"(?:(?!or |and )\w+ ){0,3}?(?=nodul|mass|lesion|effusion|fluid|opacit|consolidat|pneumo|atelecta|"
+        r"o?edema|"
+        r"infiltrat|metasta|tumou?r|fractur)",
         re.I,
     ),
     "cn": re.compile(
@@ -258,7 +273,7 @@ DENIED_BEFORE = {
     "en": re.compile(
         r"\b(?:no|not|without|free of|absence of|absent|negative for|neither|nor|never|rather than|lack of|"
         r"resolution of|resolved|regression of|disappearance of|clearing of|removal of|removed|excludes?|"
-        r"denies|unlikely(?= \w)|argues? against)\b",
+        r"denies|w/o|favou?r\w* (?:[^,;]*? )?over|unlikely(?= \w)|argues? against)\b",
         re.I,
     ),
     "cn": re.compile(
@@ -280,51 +295,55 @@ ANEW = {
 # A finding's words may stand apart, with the denial between them.
 DENIED_INSIDE = {
     "en": re.compile(r"\b(?:no|not|without)\b|(?<!than )\bnormal\b", re.I),
-    "cn": re.compile(r"未|无|不(?!张|全)|正常"),
+    "cn": re.compile(r"未|无|不(?!张|全|良)|正常"),
 }
 DENIED_AFTER = {
     "en": re.compile(
-        r"^(?:(?!\b(?:is|are|was|were|seen|present|small|mild|large)\b)[\w /,])*:\s*(?:none|no|not|nil|"
-        r"absent|negative)\b|"
+        r"^(?:(?!\b(?:is|are|was|were|seen|present|small|mild|large)\b)[\w /,])*(?::| [-–—])\s*"
+        r"(?:none|no|not|nil|absent|neg|negative)\b|^\s*\([-–—]\)|"
         r"^[^,;]*\bin neither\b|"
         r"^(?:(?!\b(?:is|are|was|were) (?:seen|observed|noted|present|detected|found|identified|visible|"
         r"available)\b)[^,;])*?(?:,? (?:or|and|nor)[^;]*?)?\b(?:(?:can)?not (?:\w+ ){0,2}(?:observed|"
         r"detected|seen|found|present|identified|shown|selected|distinguished|encountered|monitored|"
-        r"followed|noted|enlarged|widened|increased|dilated|evident|remarkable|visible|visuali[sz]ed|"
+        r"followed|noted|confirmed|widened|dilated|evident|remarkable|visible|visuali[sz]ed|"
         r"recogni[sz]ed|demonstrated|appreciated|thickened)|(?:was|were|is|are) not|isn't|aren't|wasn't|"
         r"weren't|absent|(?:is|are|was|were|within) (?:\w+ )?normal|(?:has|have|had|is|are|was|"
         r"were) (?:\w+ ){0,2}(?:resolved|disappeared|cleared|removed|replaced|resorbed|withdrawn|taken out|"
-        r"explanted|regressed completely|re-?expanded)|resolved|disappeared|removed|unremarkable|ruled out|"
+        r"explanted|regressed completely|re-?expanded|gone)|resolved|disappeared|removed|unremarkable|"
+        r"ruled out|"
         r"excluded|no longer|(?:is|are|seems?|appears?) (?:\w+ )?(?:unlikely|(?:not|less) likely|improbable)|"
-        r"(?:now|fully|completely|since) (?:drained|evacuated|re-?expanded))\b",
+        r"(?:now|fully|completely|since|lung) (?:drained|evacuated|re-?expanded))\b",
         re.I,
     ),
     "cn": re.compile(
-        r"^吸收$|"
+        r"^[影灶区]?(?:吸收|消散|消退)$|"
         r"^(?:[、及和或/][^，,；：:]*)?(?:[：:]\s*(?:无|否|阴性|未见)|[（(][-－—][)）])|"
-        r"^(?:[^，,；]{0,16}?|[^，,；]*[、及和][^，,；]*?均)(?:未见(?:明确|确切|明显)?(?:显示|显影|异常|征象)?$|不大|正常|消失|(?<!未)(?:已|完全|全部|"
-        r"基本)(?:被)?(?:吸收|消散|复张)|吸收消散|阴性|拔[除出管去]|已[拔撤]|取出|移除|撤除|不存在|(?:除外|排除)$|不明显$|"
+        r"^(?:[^，,；]{0,16}?|[^，,；]*[、及和][^，,；]*?均)(?:未见(?:明确|确切|明显)?(?:显示|显影|异常|"
+        r"征象)?$|不大|正常|消失|(?<!未)(?:已|完全|全部|"
+        r"基本)(?:被)?(?:吸收|消散|复张)|吸收消散|阴性|拔[除出管去]|已[拔撤]|取出|移除|撤除|不存在|(?:除外|"
+        r"排除)$|不(?:明显|著)$|"
         r"未显示$|未累及)"
     ),
 }
 NOT_RULED_OUT = r"(?:不|未|待|不能|无法|难以?|未能|不可)(?:完全|绝对)?(?:除外|排除)"
 DOUBT_BEFORE = {
     "en": re.compile(
-        r"\b(?:possibl\w*|may|might|could|questionabl\w*|suspicio\w* (?:for|of|about)|suspect\w*|uncertain|"
+        r"\b(?:possibl\w*|perhaps|conceivabl\w*|may|might|could|questionabl\w*|suspicio\w* (?:for|of|"
+        r"about)|suspect\w*|uncertain|"
         r"equivocal|less likely|"
         r"low(?:er)? (?:probability|likelihood|suspicion)|concern\w* for|rule out|"
         r"r/o|evaluat\w* for|exclude|query|question of|differential\w*|versus|vs\.?|whether|if)\b|\?",
         re.I,
     ),
-    "cn": re.compile(rf"可能|疑|{NOT_RULED_OUT}|除外(?=.)|警惕|是否|(?:需|应|须)(?:与|和)"),
+    "cn": re.compile(rf"可能|疑|(?<![相类近])似|{NOT_RULED_OUT}|除外(?=.)|警惕|是否|(?:需|应|须)(?:与|和)"),
 }
 DOUBT_AFTER = {
     "en": re.compile(
         r"^\s*(?:\w+ )?(?:versus|vs\.?) |"
         r"^[^,;]*?(?:\?|\b(?:can(?:not| not|'t) be (?:\w+ )?(?:excluded|ruled out)|(?:is|are|was|"
         r"were) not (?:excluded|ruled out)|(?:is|are|was|were) (?:possible|suspected|questionable|uncertain|"
-        r"considered possible|equivocal)|(?:could|may|might) (?:not )?be\b(?! (?:due|related|caused|"
-        r"secondary|from|seen|compatible|consistent|associated))|not excluded|(?:is|"
+        r"considered possible|equivocal)|(?<!that )(?<!which )(?:could|may|might) (?:not )?be\b(?! (?:due|"
+        r"related|caused|secondary|from|seen|compatible|consistent|associated))|not excluded|(?:is|"
         r"are) in the differential|should be (?:excluded|ruled out))\b)",
         re.I,
     ),
@@ -342,8 +361,9 @@ NOT_DENIED = {
 }
 HISTORY = {
     "en": re.compile(
-        r"\b(?:history of|h/o|operated (?:for|due to)|previous(?:ly)? (?:treated|diagnosed|operated)|"
-        r"(?:resection|surgery|\w+ectomy|\w+therapy) (?:of|for|due to)|resected|follow.?up (?:for|of)|"
+        r"\b(?:history of|h/o|(?:s?he|patient|pt) (?:\w+ )?had(?= (?:\w+ ){0,3}$)|operated (?:for|due to)|"
+        r"previous(?:ly)? (?:treated|diagnosed|operated)|"
+        r"(?:resection|surgery|repair|\w+ectomy|\w+therapy) (?:of|for|due to)|resected|follow.?up (?:for|of)|"
         r"treated for|past medical|clinical information|indication)\b",
         re.I,
     ),
@@ -353,20 +373,23 @@ HISTORY = {
 REMAINS = {
     "en": re.compile(
         r"\s*(?:it |they |is |are |was |were |still )*(?:persist|remain|present|seen|visible)|"
+        r"\s*(?:an? |some )?(?!no )(?:\w+ )?(?:fluid|air) (?:persists|remains)\W*$|"
         r"\s*(?:with |leaving )?(?:an? )?(?!no )(?:\w+ )?(?:residual|remnant|residue)\W*$|"
         r"\s*(?:and )?(?:on the (?:left|right)(?: side)?,? )?(?:there (?:is|are) )?(?:an? )?(?!no )\w+ "
         r"(?:amount|one)(?: (?:is|was) \w+)?\W*$",
         re.I,
     ),
     "cn": re.compile(
-        r"(?:[左右双对]侧|余)?(?:仍|尚|还)(?:可见|见|存在|有|残留)|[左右]侧(?:可见|见|有)?(?:[少微大]|中等?)量$"
+        r"(?:[左右双对]侧|余)?(?:仍|尚|还)(?:可见|见|存在|有|残留)|[左右]侧(?:可见|见|有)?(?:[少微大]|"
+        r"中等?)量$"
     ),
 }
 # A clause that says nothing but that the finding of the clause before it is there no more.
 GONE = {
     "en": re.compile(
         r"\s*(?:it |they |which )?(?:is |are |was |were |has |have )?(?:now |since |currently |completely )*"
-        r"(?:gone|resolved|disappeared|cleared|no longer (?:seen|present|visible)|not (?:seen|visible|"
+        r"(?:gone|resolved|disappeared|cleared|re-?expanded|no longer (?:seen|present|visible)|not (?:seen|"
+        r"visible|"
         r"present)(?: (?:now|today|currently))?)\W*$",
         re.I,
     ),
@@ -421,6 +444,15 @@ def sentences(text: str, language: str) -> list[str]:
     return [part for part in parts if part.strip()]
 
 
+# What stands between subject and verb ("the heart, as before, is enlarged"), and a last word behind a comma.
+INSERTED = re.compile(
+    r",(\s(?!(?:with|without|no|which|and|or|but|the|a|an|both|bilateral)\b)[^,;:]{1,40}),"
+    r"(?=\s(?:is|are|was|were|has|have|appears?|remains?)\b)"
+    r"|,(\s(?:\w+ly )?(?:dilated|enlarged|widened|aneurysmal|ectatic)\W*$)",
+    re.I,
+)
+
+
 def clauses(text: str, language: str) -> list[str]:
     """Split a text into the parts that a negation does not reach across."""
     return [part for sentence in sentences(text, language) for part in split_clauses(sentence, language)]
@@ -436,8 +468,8 @@ def split_clauses(sentence: str, language: str) -> list[str]:
             r"(?<!\bof)(?<!\bin)(?<!\band)\s(?=the (?:\w+ ){1,3}(?:is|are) (?:otherwise )?(?:normal|clear|"
             r"unremarkable)\b)|"
             r",\s+(?=(?:and )?(?:there|a|an|mild|minimal|moderate|large|massive|marked|severe|bilateral|"
-            r"with|no|without|which)\b)",
-            sentence,
+            r"with|no|without|which|now|resolved|cleared|gone|the (?:left|right|other))\b)",
+            INSERTED.sub(r" \1\2 ", sentence),
         )
     # What goes on for longer is no clause, but a list or a model that repeats itself.
     return [piece for part in parts if part and part.strip() for piece in re.findall(r"(?s).{1,700}", part)]
@@ -448,43 +480,63 @@ def blank(pattern: re.Pattern, text: str) -> str:
     return pattern.sub(lambda match: "\0" * len(match.group()), text)
 
 
+# What may stand between two organs of which one thing is said.
+JOINED = {
+    "en": re.compile(r"\s*(?:and|or|/|-|,)\s*(?:(?:both|the|in|left|right)\s+)*"),
+    "cn": re.compile(r"\s*[、及和与或]\s*[左右双两]?侧?"),
+}
+# What comes before an organ that a finding only touches.
+NEIGHBOUR = re.compile(
+    r"\b(?:abut\w*|invad\w*|compress\w*|encas\w*|displac\w*|contact\w*|adjacent to|next to|close to)"
+    r"(?: \w+){0,2} $",
+    re.I,
+)
+
+
+def joined_organs(named: list[re.Match], clause: str, language: str) -> set[str]:
+    """Return the first of the organs `named`, in the order of their distance from a finding, with those that
+    stand joined to it."""
+    joined = {match.lastgroup for match in named[:1]}
+    for one, two in zip(named, named[1:]):
+        gap = clause[min(one.end(), two.end()) : max(one.start(), two.start())]
+        if not JOINED[language].fullmatch(gap):
+            break
+        joined.add(two.lastgroup)
+    return joined
+
+
 def organs_of(clause: str, match: re.Match, language: str, carried: str) -> set[str]:
     """Return the organs that a finding's word is said of; empty where none is named.
 
     It is inside the word, or the last organ before it with those that "and" joins to it; where a verb or a
-    new noun lies between, or none stands there, the first behind it. carried: the organ of the clause before,
-    for a clause that names none.
+    new noun lies between, or none stands there, the first behind it that is no mere neighbour, with those
+    that are joined to it. carried: the organ of the clause before, for a clause that names none.
     """
     inside = [m.lastgroup for m in ORGANS[language].finditer(match.group())]
     named = list(ORGANS[language].finditer(clause))
-    before = [m for m in named if m.end() <= match.start()]
-    after = [m for m in named if m.start() >= match.end()]
+    before = [m for m in named[::-1] if m.end() <= match.start()]
     if inside and (language == "en" or not before):
         return {inside[-1]}
     if language == "cn":
-        return {before[-1].lastgroup if before else inside[-1] if inside else carried} - {""}
-    gap = clause[before[-1].end() : match.start()] if before else ""
+        return joined_organs(before, clause, language) or {inside[-1] if inside else carried} - {""}
+    after = [m for m in named if m.start() >= match.end()]
+    after = [m for m in after if not NEIGHBOUR.search(clause[match.end() : m.start()])]
+    gap = clause[before[0].end() : match.start()] if before else ""
     said = re.search(r"\b(?:is|are|was|were|has|have|seen|observed|normal)\b|,", gap)
     near = after and re.match(
         r"[^,;]{0,40}?\b(?:in|of|within|at|on|involving|from|to|along|adjacent)\b[^,;]{0,40}$",
         clause[match.end() : after[0].start()],
     )
     lobe = near and re.match("lob|segm", after[0].group(), re.I)
-    if before and lobe and before[-1].lastgroup in ("abdomen", "thyroid"):  # they have lobes too
-        return {before[-1].lastgroup}
+    if before and lobe and before[0].lastgroup in ("abdomen", "thyroid"):  # they have lobes too
+        return {before[0].lastgroup}
     if before and not (said and after):
         begun = re.search(r"\band (?:a|an|the|multiple|several|another)\b|\bfractures? and\b", gap)
         # "Colon mass with metastases to both lungs": what is said with it is said of the lung.
         begun = begun or re.search(r"\bwith\b", gap) and near and after[0].lastgroup in ("lung", "pleura")
-        if near and (begun or not re.match(r"[\s\w-]{0,14}$", gap)):
-            return {after[0].lastgroup}
-        joined = {before[-1].lastgroup}
-        for one, two in zip(before[-2::-1], before[:0:-1]):
-            if not re.fullmatch(r"\s*(?:and|or|/|-|,)\s*", clause[one.end() : two.start()]):
-                break
-            joined.add(one.lastgroup)
-        return joined
-    return {after[0].lastgroup} if after else {carried} - {""}
+        if not near or not begun and re.match(r"[\s\w-]{0,14}$", gap):
+            return joined_organs(before, clause, language)
+    return joined_organs(after, clause, language) or {carried} - {""}
 
 
 def is_denied(clause: str, match: re.Match, language: str) -> bool:
@@ -509,8 +561,13 @@ def code_of(clause: str, match: re.Match, language: str) -> int:
     before = re.split(
         r"(?<!compatible )(?<!consistent )(?<!associated )\bwith\b|伴", clause[: match.start()]
     )[-1]
-    doubted = DOUBT_BEFORE[language].search(before) or DOUBT_AFTER[language].search(clause[match.end() :])
-    return UNCERTAIN if doubted else PRESENT
+    after = clause[match.end() :]
+    doubted = DOUBT_BEFORE[language].search(before) or DOUBT_AFTER[language].search(after)
+    return (
+        UNCERTAIN
+        if doubted and not re.search(r"\b(?:is|are|was|were) (?:\w+ )?confirmed\b", after)
+        else PRESENT
+    )
 
 
 def label_sentence(sentence: str, language: str, names):
