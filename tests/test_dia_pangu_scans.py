@@ -21,7 +21,7 @@ from common.errors import UserError
 from dia_pangu import convert_ctrg
 from dia_pangu.evaluate.evidence import Backdrop, draw_evidence
 from dia_pangu.src import test as report_script
-from dia_pangu.src.Dataset.preprocess import Grid, load_scan, load_volume, read_hu, resample
+from dia_pangu.src.Dataset.preprocess import Grid, load_scan, load_volume, read_hu, resample, stamp
 from dia_pangu.src.Dataset.prompt import FINDINGS, without_sides
 from dia_pangu.src.Dataset.scan import read_ct, read_scan, scan_name
 from dia_pangu.src.Dataset.scans import find_scans
@@ -153,6 +153,20 @@ def test_padding_is_not_taken_for_the_bone_of_an_inverted_scan(padding):
         assert verdict.values == values and not verdict.offset
 
 
+@pytest.mark.parametrize(
+    "fill, offset, noted",
+    [(0, 0, "filled with 0 HU"), (3071, 0, "filled with 3071"), (-2000, 0, ""), (0, 1024, "")],
+)
+def test_what_fills_the_corners_is_air_and_no_sign_of_an_offset(fill, offset, noted, tmp_path, good):
+    """Outside of the scanned circle lies one value, which may be water's, bone's, or 24 HU below air."""
+    stored = (volume() + offset).clip(0 if offset else None)
+    x, y, _ = np.moveaxis(ct_files.grid(), -1, 0)
+    stored[np.hypot(x, y) > 165] = fill
+    path = save(tmp_path / "a.nii", stored.astype(np.int16))
+    assert wrong_by(path) < good + 12
+    assert noted in " ".join(read_ct(path)[2].notes) and read_ct(path)[2].offset == offset
+
+
 def test_a_side_is_known_only_where_a_header_says_so(tmp_path):
     whole = volume().astype(np.int16)
     known = {"plain": save(tmp_path / "a.nii", whole)}
@@ -207,6 +221,9 @@ def test_a_scan_without_lungs_is_named(tmp_path, capsys):
     hu[(hu < -500) & (np.abs(ct_files.grid()[..., 0]) < 130) & (np.abs(ct_files.grid()[..., 1]) < 85)] = 30
     read_hu(save(tmp_path / "belly.nii", hu))
     assert "this is no chest" in capsys.readouterr().err
+    child = np.diag([0.35, 0.35, 0.35, 1.0]) @ RAS
+    for slices, chest in ((30, "yes"), (9, "unclear")):
+        assert read_ct(save(tmp_path / "child.nii", volume()[..., :slices], child))[2].chest == chest
 
 
 # DICOM
@@ -234,7 +251,8 @@ def test_series_of_other_forms_give_the_same_volume(tmp_path, good):
     series(tmp_path / "deep/in/folders")
     ct_files.enhanced(tmp_path / "enhanced.dcm")
     series(tmp_path / "plain/other", heights=range(3), change=spoil("ImagePositionPatient", "", 1))
-    for name in ("backwards", "flipped", "deep", "enhanced.dcm", "plain/007.dcm"):
+    series(tmp_path / "class", Modality=None)  # the class of the file says that it is a CT
+    for name in ("backwards", "flipped", "deep", "enhanced.dcm", "plain/007.dcm", "class"):
         assert wrong_by(tmp_path / name) < good + 3, name
     shutil.rmtree(tmp_path / "plain/other")
     assert wrong_by(tmp_path / "plain") < good + 3
@@ -271,6 +289,11 @@ def test_acquisitions_that_lie_over_each_other_are_told_apart(tmp_path, good):
     series(tmp_path / "x", heights=[k for k in range(30) for _ in range(2)], change=brighter)
     with pytest.raises(UserError, match="at one place with different pixels"):
         read_hu(tmp_path / "x")
+
+
+def test_two_patients_under_one_uid_are_two_series(tmp_path, capsys):
+    series(tmp_path / "s", change=lambda data, n: setattr(data, "PatientID", "ab"[n // 16]))
+    assert read_ct(tmp_path / "s")[0].shape[2] == 16 and "2 series" in capsys.readouterr().err
 
 
 def test_stations_and_slices_turned_by_rounding_stay_together(tmp_path, good):
@@ -380,6 +403,7 @@ def screenshot(data):
         (spoil("ImageOrientationPatient", "", 5), "005.dcm: ImageOrientationPatient is missing or empty"),
         (spoil("PixelSpacing", ""), "no PixelSpacing"),
         (spoil("PixelSpacing", [8.0, 9.0], 4), "PixelSpacing differs"),
+        (spoil("PixelSpacing", [0.008, 0.008]), "would be 0.32 x 0.256 x 270 mm"),
         (spoil("RescaleSlope", "", 4), "some slices have RescaleSlope"),
         (spoil("PixelData", b"\0" * 100, 3), "003.dcm: not a usable CT slice"),
         (spoil("PixelData", None, 3), "003.dcm: not a usable CT slice"),
@@ -463,19 +487,22 @@ def test_a_header_that_nibabel_would_mend_with_a_guess_is_refused(name, first, v
         read_scan(tmp_path / name)
 
 
-@pytest.mark.parametrize("suffix", ["mha", "mhd", "nrrd"])
-def test_metaimage_and_nrrd_are_read(suffix, tmp_path, good):
+def written_by_itk(path, spacing=STEP_MM, origin=LPS[:3, 3]):
+    """Write the chest as MetaImage or NRRD."""
     itk = pytest.importorskip("SimpleITK")
     image = itk.GetImageFromArray(volume().astype(np.int16).transpose(2, 1, 0))
-    image.SetSpacing(STEP_MM.tolist())
-    image.SetOrigin(LPS[:3, 3].tolist())
-    itk.WriteImage(image, str(tmp_path / f"a.{suffix}"))
-    assert wrong_by(tmp_path / f"a.{suffix}") < good + 3
-    assert read_ct(tmp_path / f"a.{suffix}")[2].side == "known"
-    image.SetSpacing((1.0, 1.0, 1.0))
-    image.SetOrigin((0.0, 0.0, 0.0))
-    itk.WriteImage(image, str(tmp_path / f"b.{suffix}"))
-    assert read_ct(tmp_path / f"b.{suffix}")[2].side == "unknown"
+    image.SetSpacing([float(step) for step in spacing])
+    image.SetOrigin([float(place) for place in origin])
+    itk.WriteImage(image, str(path))
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["mha", "mhd", "nrrd"])
+def test_metaimage_and_nrrd_are_read(suffix, tmp_path, good):
+    path = written_by_itk(tmp_path / f"a.{suffix}")
+    assert wrong_by(path) < good + 3 and read_ct(path)[2].side == "known"
+    path = written_by_itk(tmp_path / f"b.{suffix}", (1.0, 1.0, 1.0), (0.0, 0.0, 0.0))
+    assert read_ct(path)[2].side == "unknown"
 
 
 @pytest.mark.parametrize(
@@ -490,12 +517,7 @@ def test_metaimage_and_nrrd_are_read(suffix, tmp_path, good):
     ],
 )
 def test_what_a_metaimage_or_nrrd_header_leaves_out_is_named(written, edited, word, tmp_path, capsys):
-    itk = pytest.importorskip("SimpleITK")
-    image = itk.GetImageFromArray(volume().astype(np.int16).transpose(2, 1, 0))
-    image.SetSpacing(STEP_MM.tolist())
-    image.SetOrigin(LPS[:3, 3].tolist())
-    path = tmp_path / ("a.nrrd" if b"superior" in written else "a.mha")
-    itk.WriteImage(image, str(path))
+    path = written_by_itk(tmp_path / ("a.nrrd" if b"superior" in written else "a.mha"))
     assert written in path.read_bytes()
     path.write_bytes(path.read_bytes().replace(written, edited))
     try:
@@ -551,12 +573,22 @@ def test_pictures_that_are_no_plain_stack_are_named(tmp_path):
             shutil.copy(tmp_path / name / "2.jpg", tmp_path / name / change)
         notes = read_scan(tmp_path / name).verdict.notes
         assert any("do not count on evenly" in note for note in notes), name
+    (tmp_path / "coloured").mkdir()
+    for k in range(4):
+        colours = np.random.default_rng(k).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(colours).save(tmp_path / f"coloured/{k}.png")
+    assert any("are coloured" in note for note in read_scan(tmp_path / "coloured").verdict.notes)
     pictures(tmp_path / "plain")
     assert not any("evenly" in note for note in read_scan(tmp_path / "plain").verdict.notes)
     pages = [Image.fromarray(plane) for plane in np.zeros((5, 8, 8), np.uint8)]
     (tmp_path / "tif").mkdir()
     pages[0].save(tmp_path / "tif/stack.tif", save_all=True, append_images=pages[1:])
-    for path, message in (("tif", "holds 5 pages"), ("plain/2.jpg", "one picture is not a volume")):
+    (tmp_path / "empty").mkdir()
+    for path, message in (
+        ("tif", "holds 5 pages"),
+        ("plain/2.jpg", "one picture is not a volume"),
+        ("empty", "no DICOM slices and no pictures"),
+    ):
         with pytest.raises(UserError, match=message):
             read_scan(tmp_path / path)
 
@@ -591,6 +623,19 @@ def test_a_cache_is_read_anew_when_a_file_changes(tmp_path):
     assert not np.array_equal(load_volume(path, small, tmp_path / "cache"), first)
     again, verdict = load_scan(path, small, tmp_path / "cache")
     assert verdict.chest == "yes" and verdict.values == "HU"
+
+
+@pytest.mark.parametrize(
+    "names", [("a.img", "a.hdr"), ("a.hdr", "a.img"), ("a.img.gz", "a.hdr.gz"), ("[1].mhd", "[1].raw")]
+)
+def test_the_stamp_of_a_scan_holds_the_file_beside_it(names, tmp_path):
+    files = [tmp_path / name for name in names]
+    for file in files:
+        file.write_bytes(b"1")
+    before = stamp(files[0])
+    for file in files:
+        file.write_bytes(b"12")
+        assert before != (before := stamp(files[0])), file
 
 
 def test_the_name_of_a_scan_loses_its_suffix_alone(tmp_path):

@@ -311,10 +311,17 @@ MUTANTS = [
     ),
     Mutant(
         "dia_pangu/src/Dataset/dicom.py",
-        '    if words.get("Modality") != "CT":',
+        '    if named != "CT":',
         "    if False:",
         SCANS,
         "MR and PET are read as CT",
+    ),
+    Mutant(
+        "dia_pangu/src/Dataset/verdict.py",
+        "low = low[near & other] if (near & other).any() else low[near]",
+        "low = low[near]",
+        SCANS + "::test_what_fills_the_corners_is_air_and_no_sign_of_an_offset",
+        "a filling of the corners is taken for the peak of air",
     ),
     Mutant(
         "dia_pangu/src/Dataset/dicom.py",

@@ -22,6 +22,7 @@ from common.files import read_json, reading
 from common.run import progress
 from dia_pangu.src.Dataset.preprocess import Grid, load_scan, patch_labels
 from dia_pangu.src.Dataset.prompt import COLUMNS, FINDINGS, PLACES, SIDES, ReportText, pad_texts
+from dia_pangu.src.Dataset.scan import SUFFIXES
 from dia_pangu.src.Dataset.verdict import say
 
 SPLITS = ("train", "val", "test")
@@ -162,9 +163,7 @@ class CTRGDataset(Dataset):
         if Path(name).name != name or name in ("", ".", ".."):
             raise UserError(f"{self.annotation}: id {name!r} is not a plain name")
         folder = folder or self.folder
-        options = [
-            folder / f"{name}{suffix}" for suffix in (".nii.gz", ".nii", "", ".mha", ".mhd", ".nrrd", ".dcm")
-        ]
+        options = [folder / f"{name}{suffix}" for suffix in (".nii.gz", ".nii", "", *SUFFIXES)]
         return next((path for path in options if path.exists()), options[0])
 
     def codes(self, name: str) -> list[int]:

@@ -42,7 +42,9 @@ PHASES = (
     *("AcquisitionDateTime", "AcquisitionTime", "ContentTime"),
 )
 DESCRIPTION = ("SeriesDescription", "ProtocolName", "BodyPartExamined")
-WORDS = ("Modality", "SeriesInstanceUID", *DESCRIPTION, "SOPClassUID")
+WORDS = ("Modality", "SeriesInstanceUID", *DESCRIPTION, "SOPClassUID", "PatientID")
+# Classes of CT images, for files without the tag Modality.
+CT_CLASSES = ("1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.2.2")
 FACTS = ("ImageType", "RescaleType", "SeriesNumber", "GantryDetectorTilt", "ModalityLUTSequence")
 GEOMETRY = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness")
 TAGS = [
@@ -208,7 +210,7 @@ def make_slice(path: Path, data, frame: int | None, groups: list) -> Slice:
         thickness_mm=number(get("SliceThickness")) or 1.0,
         slope=number(get("RescaleSlope")),
         offset=number(get("RescaleIntercept")),
-        words={name: data.get(name, "") for name in (*WORDS, *FACTS)},
+        words={name: data.get(name) or "" for name in (*WORDS, *FACTS)},
         marks={name: str(get(name)) for name in PHASES if get(name) is not None},
     )
 
@@ -266,11 +268,9 @@ def normal_of(part: Slice) -> np.ndarray:
 
 
 def same_series(one: Slice, other: Slice) -> bool:
-    """Return whether two slices have the same series UID, modality and size."""
-    named = [
-        [part.words.get(name, "") for name in ("SeriesInstanceUID", "Modality")] for part in (one, other)
-    ]
-    return named[0] == named[1] and one.shape == other.shape
+    """Return whether two slices have the same patient, series UID, modality and size."""
+    names = ("PatientID", "SeriesInstanceUID", "Modality")
+    return one.shape == other.shape and all(one.words[name] == other.words[name] for name in names)
 
 
 def same_orientation(one: Slice, other: Slice) -> bool:
@@ -303,7 +303,8 @@ def judge_series(series: Series) -> Series:
     words = series.words
     kinds = str(words.get("ImageType", "")).upper()
     lacking = [part for part in series.slices if part.missing()]
-    if words.get("Modality") != "CT":
+    named = words["Modality"] or ("CT" if words["SOPClassUID"] in CT_CLASSES else "")
+    if named != "CT":
         series.reason = f"modality {words.get('Modality') or 'not given'}; only CT is read"
     elif series.slices[0].frame is None and series.slices[0].frames > 1:
         series.reason = f"{series.slices[0].frames} frames in one file, whose places no tag tells"
@@ -503,7 +504,10 @@ def read_dicom(folder, series=None, only=None) -> tuple[np.ndarray, np.ndarray, 
         files = [Path(only)] if len(own) > 1 else files  # a multi-frame file is a volume of its own
     slices, damaged = read_tags(files)
     if not slices:
-        raise UserError(damaged[0] if damaged else f"{folder}: holds no DICOM slices")
+        nothing = (
+            f"{folder}: holds no DICOM slices and no pictures; give the file or the folder of the scan itself"
+        )
+        raise UserError(damaged[0] if damaged else nothing)
     found = group_series(slices)
     if only is not None:
         found = [s for s in found if any(part.path == Path(only) for part in s.slices)]

@@ -5,8 +5,10 @@ to left, D from feet to head, so that image[:, :, k] is the usual radiological v
 mm along the same axes.
 """
 
+import glob
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -116,12 +118,14 @@ def to_input(prepared: np.ndarray) -> torch.Tensor:
 def stamp(path: Path) -> str:
     """Return what changes when a volume is written anew: size and times of its file and of the files beside
     it that belong to it, or of all files of a folder."""
-    pairs = {".img": ".hdr", ".hdr": ".img", ".mhd": ".*", ".nhdr": ".*"}
     files = [path]
     if path.is_dir():
         files = files_below(path)
-    elif path.suffix in pairs:
-        files = sorted(path.parent.glob(f"{path.stem}{pairs[path.suffix]}")) or [path]
+    elif path.suffix in (".mhd", ".nhdr"):
+        files = sorted({path, *path.parent.glob(f"{glob.escape(path.stem)}.*")})
+    elif pair := re.search(r"\.(?:img|hdr)((?:\.gz)?)$", path.name):
+        both = [path.with_name(f"{path.name[: pair.start()]}.{kind}{pair[1]}") for kind in ("hdr", "img")]
+        files = [file for file in both if file.exists()] or [path]
     try:
         stats = [(p.name, p.stat()) for p in files]
     except OSError as error:

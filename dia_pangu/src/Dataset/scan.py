@@ -21,7 +21,16 @@ from scipy.ndimage import affine_transform
 from common.errors import UserError
 from common.files import check_size, inside, reading
 from dia_pangu.src.Dataset.dicom import is_dicom, read_dicom
-from dia_pangu.src.Dataset.verdict import AIR_HU, Verdict, judge_chest, judge_values, require_hu, say, to_mm
+from dia_pangu.src.Dataset.verdict import (
+    AIR_HU,
+    Verdict,
+    filled_outside,
+    judge_chest,
+    judge_values,
+    require_hu,
+    say,
+    to_mm,
+)
 
 NIFTI = (".nii", ".nii.gz", ".img", ".hdr", ".img.gz", ".hdr.gz", ".mgh", ".mgz")
 ITK = (".mha", ".mhd", ".nrrd", ".nhdr")
@@ -319,6 +328,11 @@ def scan_pictures(folder) -> Scan:
         verdict.note(
             "the numbers in the pictures' names do not count on evenly: slices may be missing or mixed"
         )
+    files = picture_files(folder)
+    with reading(files[0], "picture"), Image.open(files[len(files) // 2]) as image:
+        spread = np.ptp(np.asarray(image.convert("RGB")).astype(int), axis=2)
+    if (spread > 40).mean() > 0.05:  # more than coloured letters
+        verdict.note("the pictures are coloured; only their brightness is read")
     return Scan(read_pictures(folder), affine, verdict)
 
 
@@ -454,6 +468,10 @@ def read_native(path, series=None) -> tuple[np.ndarray, tuple, np.ndarray, Verdi
     hu = scan.voxels.astype(np.float32)
     if scan.verdict.offset:
         hu -= np.float32(scan.verdict.offset)
+    outside = filled_outside(scan.voxels, scan.verdict.offset)
+    if outside is not None:
+        scan.verdict.note(f"the corners are filled with {hu[0, 0, 0]:g} HU, which no air has; taken for air")
+        hu[outside] = AIR_HU
     np.maximum(hu, np.float32(AIR_HU), out=hu)  # what lies below air is padding
     hu, affine = straighten(hu, scan.affine, scan.verdict, outside=AIR_HU)
     turned = affine @ orientations.inv_ornt_aff(turn_to_lps(affine)[0], hu.shape)

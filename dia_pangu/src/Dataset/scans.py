@@ -74,7 +74,7 @@ def scans_of_folder(folder: Path) -> list[tuple[str, Path]]:
         loose = [
             p for p in files if p.is_file() and p not in volumes and p.suffix.lower() not in (".raw", ".csv")
         ]
-        if picture_files(place) or any(p.name.upper() == "DICOMDIR" or is_dicom(p) for p in loose[:20]):
+        if picture_files(place) or any(p.name.upper() == "DICOMDIR" or is_dicom(p) for p in loose):
             name = str(place.relative_to(folder)) if place != folder else place.resolve().name
             scans.append((name, place))
             return

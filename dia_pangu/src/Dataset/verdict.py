@@ -8,6 +8,7 @@ import sys
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
+from scipy.ndimage import label
 
 from common.errors import UserError
 
@@ -84,14 +85,18 @@ def likeness(values: np.ndarray) -> tuple[float, float, float]:
     return float(air), float(soft), float(dark.mean())
 
 
-def find_offset(values: np.ndarray) -> float | None:
-    """Return what was added to HU, if just one offset puts both air and soft tissue in place; else None."""
-    found = []
+def find_offset(values: np.ndarray, fill: float | None = None) -> float | None:
+    """Return what was added to HU, if just one offset puts both air and soft tissue in place; else None.
+
+    fill: of `corner_fill`; where there is other air, its peak is looked for in that alone.
+    """
+    found, other = [], values != fill
     for offset in OFFSETS:
         air, soft, dark = likeness(values - offset)
         if air > 0.7 and soft > 0.5 and 0.02 < dark < 0.98:
             low = np.rint(values - offset)
-            low = low[(low > -1060) & (low < -930)]
+            near = (low > -1060) & (low < -930)
+            low = low[near & other] if (near & other).any() else low[near]
             peak = np.bincount((low + 1060).astype(int)).argmax() - 1060 if len(low) else -930
             found.append((abs(peak + 1000), offset))
     return min(found)[1] if found else None
@@ -125,8 +130,31 @@ def is_inverted(values: np.ndarray, offset: float | None, corner: float) -> bool
 
 def corner_value(stored: np.ndarray) -> float:
     """Return the median of the eight corners of a volume, where air or padding is."""
+    return float(np.median(corners(stored)))
+
+
+def corners(stored: np.ndarray) -> np.ndarray:
+    """Return the eight corners of a volume, a tenth of it along each axis."""
     ends = [np.r_[: max(1, n // 10), n - max(1, n // 10) : n] for n in stored.shape]
-    return float(np.median(stored[np.ix_(*ends)]))
+    return stored[np.ix_(*ends)]
+
+
+def corner_fill(stored: np.ndarray) -> float | None:
+    """Return the one value that all corners of a volume hold, as a filling does and measured air does not."""
+    low, high = (float(end(corners(stored))) for end in (np.min, np.max))
+    return low if low == high else None
+
+
+def filled_outside(stored: np.ndarray, offset: float) -> np.ndarray | None:
+    """Return where a volume is filled from its corners on with a value that no air has; None: nowhere.
+
+    The lowest value of a volume is air, cut off at a window's end. offset: what was added to HU.
+    """
+    fill = corner_fill(stored)
+    if fill is None or fill - offset < AIR_HU + 124 or fill < float(stored.min()) + 100:
+        return None
+    parts, _ = label(stored == fill)
+    return np.isin(parts, np.unique(corners(parts)))
 
 
 def judge_values(verdict: Verdict, stored: np.ndarray, declared: bool = False):
@@ -136,7 +164,7 @@ def judge_values(verdict: Verdict, stored: np.ndarray, declared: bool = False):
     low, high = float(stored.min()), float(stored.max())
     span = f"values from {low:g} to {high:g}"
     # What the voxels show beyond doubt overrules the header. Without bone, bright corners show which way up.
-    offset, corner = find_offset(values), corner_value(stored)
+    offset, corner = find_offset(values, corner_fill(stored)), corner_value(stored)
     bright = corner > low + 0.85 * (high - low)
     distinct = len(np.unique(values))
     if distinct < 3:
@@ -207,13 +235,19 @@ def find_lungs(hu: np.ndarray, spacing_mm) -> tuple[np.ndarray, np.ndarray, np.n
 def judge_chest(verdict: Verdict, hu: np.ndarray, spacing_mm):
     """Fill in whether lungs are seen in HU (H, W, D), and look whether the spine lies at the back.
 
-    A chest has at least 0.4 litres of lung, over at least 12 cm.
+    A chest has at least 0.4 litres of lung, over at least 12 cm; of a child a twelfth of the body, over two
+    fifths of its width.
     """
-    small, _, lung, steps = find_lungs(hu, spacing_mm)
+    small, inside, lung, steps = find_lungs(hu, spacing_mm)
     h_mm, w_mm, d_mm = steps * spacing_mm
-    litres = float(lung.sum() * h_mm * w_mm * d_mm / 1e6)
-    tall_mm = float((lung.sum((0, 1)) * h_mm * w_mm > 2000).sum() * d_mm)
-    verdict.chest = "yes" if litres >= 0.4 and tall_mm >= 120 else "no" if litres < 0.15 else "unclear"
+    litres, body = (float(part.sum() * h_mm * w_mm * d_mm / 1e6) for part in (lung, inside))
+    width_mm = float(inside.any((0, 2)).sum() * w_mm)
+    area_mm2 = min(2000.0, 0.05 * width_mm**2)  # of lung in a slice that counts
+    tall_mm = float((lung.sum((0, 1)) * h_mm * w_mm > area_mm2).sum() * d_mm)
+    enough, tall = min(0.4, body / 12), min(120.0, 0.4 * width_mm)
+    verdict.chest = "unclear" if litres >= min(0.15, body / 30) else "no"
+    if litres >= enough > 0 and tall_mm >= tall:
+        verdict.chest = "yes"
     if verdict.chest != "yes":
         what = "this is no chest" if verdict.chest == "no" else "only part of a chest"
         verdict.note(f"{litres:.2f} litres of lung over {tall_mm:.0f} mm are seen: {what}")
@@ -256,7 +290,11 @@ def to_mm(verdict: Verdict, affine: np.ndarray, shape, unit: str, path) -> np.nd
 
     A length that no patient has overrules the header where exactly one other unit gives a possible one.
     """
-    longest = float((np.linalg.norm(affine[:3, :3], axis=0) * np.array(shape)).max())
+    sizes = np.linalg.norm(affine[:3, :3], axis=0) * np.array(shape)
+    longest = float(sizes.max())
+    if np.median(sizes) < 0.02 * longest:
+        told = " x ".join(f"{size:.4g}" for size in sizes)
+        raise UserError(f"{path}: the volume would be {told} mm; correct the spacing of its axes")
     possible = [name for name, f in UNITS.items() if SHORTEST_MM <= longest * f <= LONGEST_MM]
     taken = unit if unit in UNITS else "mm"
     verdict.units = f"{unit} by the header" if unit in UNITS else "mm, the header names no unit"
