@@ -24,7 +24,7 @@ RANK = {BLANK: 0, ABSENT: 1, UNCERTAIN: 2, PRESENT: 3}  # of two statements the 
 # Words that name a finding. English patterns match at word starts, Chinese ones anywhere.
 ENGLISH = {
     "enlarged cardiomediastinum": r"(?:widen\w*|enlarge\w*|broaden\w*)[^,;]*mediastin(?!\w* (?:lymph|node))|"
-    r"mediastin\w*(?:(?!lymph|node)[^,;])*(?:widen|enlarge|broaden)(?!\w* lymph)|"
+    r"(?:cardio)?mediastin\w*(?:(?!lymph|node)[^,;])*(?:widen|enlarge|broaden)(?!\w* lymph)|"
     r"(?:(?<!abdominal )aort\w*|pulmonary (?:arter|trunk|conus))[^,;]*(?:dilat|ecta[st]|aneurysm|widen|"
     r"increased|enlarge)|(?:aort|pulmonary)\w*[^;]*wider than (?:normal|usual)|"
     r"(?:dilat\w*|aneurysm\w*|ecta[st]\w*|widen\w*|enlarge\w*)[^,;]*(?:(?<!abdominal )aort|"
@@ -35,15 +35,17 @@ ENGLISH = {
     r"(?:cardiothoracic|\bCTR\b)[^,;]*(?:increase|enlarge|0[.,](?:5[1-9]|[6-9])|\b(?:5[1-9]|[6-9]\d) ?%)",
     "lung opacity": r"opacit|opacif|(?:patchy|blurr\w*)[^,;]*shadow|ground.?glass(?! (?:density )?nodul)|"
     r"\bGGOs?\b|hazy|haze|infiltrat|airspace disease|crazy.?paving|density (?:increase|area)|"
+    r"increased (?:\w+ )?attenuation|"
     r"(?:increase\w*|patchy)[^,;]*densit|tree.?in.?bud",
-    "lung lesion": r"nodul|micronodul|lesion|\bmass\b|masses|tumou?r|metasta|carcinoma|"
+    "lung lesion": r"(?:micro)?nodul(?!ar (?:\w+ )?(?:thicken|consolidat))|lesion|\bmass\b(?!-like)|masses|"
+    r"tumou?r|metasta|carcinoma|"
     r"malignan(?!t (?:pleural )?effusion)|cancer|"
     r"neoplas|\bGGNs?\b|hamartoma|granulomas?\b|tuberculoma|carcinoid|aspergilloma|mycetoma|fungus ball|"
     r"cavitat|(?:walled|lung|pulmonary|lobe|air.containing) cavit(?:y|ies)",
     "edema": r"(?:pulmonary |interstitial |alveolar )?(?:edema|oedema)|interlobular septal thicken|"
     r"thicken\w* (?:of|in) (?:the )?interlobular sept",
     "consolidation": r"consolidat",
-    "pneumonia": r"(?:broncho)?pneumoni(?!ti)|infecti|infective|inflammat|covid",
+    "pneumonia": r"(?:broncho)?pneumoni(?!ti)|infecti|infective|inflammat(?!ory nodul)|covid",
     "atelectasis": r"atelecta|collaps|volume loss|loss of volume",
     "pneumothorax": r"(?:hydro|hemo|haemo)?pneumothora|"
     r"air\b(?! broncho)[^,;]*\b(?:pleural (?:leaves|spaces?|cavit\w*)|hemithora)",
@@ -56,7 +58,8 @@ ENGLISH = {
     r"(?:vertebra\w*|\b[CTL]\d\d?\b)[^,;]*(?:wedging|wedge.shaped|height loss|loss of height)|"
     r"loss of (?:vertebral|height of)|(?:height loss|loss of height)[^,;]*(?:vertebra|\b[CTL]\d)|"
     r"broken rib|callus|rib break|cortical disruption|(?:non|mal)-?union",
-    "support devices": r"catheter|pacemaker|pacing|\btubes?\b|\bstent|\bwires?\b|prosthe|\bport\b|"
+    "support devices": r"catheter|pacemaker|pacing|\bpacers?\b|support (?:device|apparatus)|\btubes?\b|"
+    r"\bstent|\bwires?\b|prosthe|\bport\b|"
     r"\bport-a-cath|cannula|(?<!after )drain(?:age|s)?\b(?! (?:vein|lymph|node))|valve replacement|"
     r"(?:artificial|mechanical|metallic) (?:\w+ )?valve|medical material|"
     r"sternotomy|suture|clips?\b|staples?\b|implant|electrode|\bleads?\b(?= (?:tip|of|in|are|is|end|over|"
@@ -75,8 +78,10 @@ CHINESE = {
     r"心胸比[^，,；]{0,6}?(?:0[.．](?:5[1-9]|[6-9])|(?:5[1-9]|[6-9]\d)[%％])",
     "lung opacity": r"GGO|磨玻璃(?!样?(?:密度)?(?:小|微)?结节)|毛玻璃|模糊(?:阴)?影|阴影|密度增高|密度增加|"
     r"片絮|絮状|云雾状|浸润|渗出|高密度影|致密影|斑片(?!状?实变)|片状影|片影|树芽",
-    "lung lesion": r"结节(?![样状]增厚)|GGN|软组织(?:密度)?(?:团块|肿块)?影|类圆形[^，,；]{0,6}影|错构瘤|"
-    r"结核[球瘤]|肉芽肿|曲[菌霉]球|类癌|(?<![乳状列胰胸腮涎])腺癌|鳞癌|小细胞癌|肿块|肿物|病灶|占位|空洞|"
+    "lung lesion": r"结节(?![样状](?:增厚|实变))|GGN|软组织(?:密度)?(?:团块|肿块)?影|类圆形[^，,；]{0,6}影|"
+    r"错构瘤|"
+    r"结核[球瘤]|肉芽肿|曲[菌霉]球|类癌|(?<![乳状列胰胸腮涎])腺癌|鳞癌|小细胞癌|肿块(?!样)|肿物|病灶|占位|"
+    r"空洞|"
     r"转移瘤|转移灶|转移|肿瘤|"
     r"[肺叶]癌|包块|团块",
     "edema": r"水肿|小叶间隔[^，,；]{0,4}增厚",
@@ -90,7 +95,8 @@ CHINESE = {
     r"皮质)(?:不连续|中断|断裂|扭曲)|"
     r"断端|畸形愈合",
     "support devices": r"(?<!动脉)(?<!胰)(?<!胸)(?<!腺)导管|起搏器|引流管|支架|置管|内固定|插管|胃管|鼻饲管|"
-    r"PICC|输液港|人工[^，,；]{0,4}瓣|机械瓣|瓣膜?置换|瓣膜?成形|钢丝|缝线|金属夹|钛夹|吻合钉|假体|植入物|"
+    r"PICC|ICD|输液港|人工[^，,；]{0,4}瓣|机械瓣|瓣膜?置换|瓣膜?成形|钢丝|缝线|金属夹|钛夹|吻合钉|假体|"
+    r"植入物|"
     r"固定器|钢板|"
     r"除颤器|电极|导线|滤器|弹簧圈|骨水泥|造瘘管|人工关节|关节置换|辅助装置",
 }
@@ -171,7 +177,7 @@ ORGANS = {
         "esophagus": r"o?esophag\w*",
         "bone": r"bones?\b|bony|osseous|vertebra\w*|\bribs?\b|sternum|clavic\w*|scapul\w*|humer\w*|"
         r"spin(?:e|al)|sclerotic|lytic|costal|corpus|skelet\w*|acromi\w*|iliac",
-        "node": r"lymph\w*|axilla\w*|\bnodes?\b",
+        "node": r"\blymph\w*|axilla\w*|\bnodes?\b",
         "breast": r"breast\w*|mammar\w*|nipple",
         "thyroid": r"thyroid\w*|neck\b|cervical",
         "skin": r"skin|subcutan\w*|cutan\w*|soft tissue(?! (?:mass|densit|nodul|lesion))|muscle\w*|"
@@ -224,6 +230,7 @@ IGNORE = {
     "en": re.compile(
         r"(?<!sub)\bpleural (?:nodul\w*|mass\w*|metasta\w*|lesion\w*|tumou?r\w*)|"
         r"sequel\w* (?:of|from|to) (?:\w+ ){0,3}(?:infecti\w*|pneumonia)|"
+        r"(?:covid\S* )?(?:infecti\w*|pneumonia) sequel\w*|"
         r"collapsed (?:gallbladder|bladder|stomach|bowel|vertebra\w*)|vertebra\w*[^,;.]*collaps\w*|"
         r"mass effect|"
         r"(?:known|(?:patient|case)s? with) (?:\w+ ){0,2}(?:cancer|carcinoma|malignanc\w*|tumou?r)|"
@@ -294,7 +301,7 @@ ANEW = {
 }
 # A finding's words may stand apart, with the denial between them.
 DENIED_INSIDE = {
-    "en": re.compile(r"\b(?:no|not|without)\b|(?<!than )\bnormal\b", re.I),
+    "en": re.compile(r"\b(?:no|not|without|free of)\b|(?<!than )\bnormal\b", re.I),
     "cn": re.compile(r"未|无|不(?!张|全|良)|正常"),
 }
 DENIED_AFTER = {
@@ -309,7 +316,8 @@ DENIED_AFTER = {
         r"recogni[sz]ed|demonstrated|appreciated|thickened)|(?:was|were|is|are) not|isn't|aren't|wasn't|"
         r"weren't|absent|(?:is|are|was|were|within) (?:\w+ )?normal|(?:has|have|had|is|are|was|"
         r"were) (?:\w+ ){0,2}(?:resolved|disappeared|cleared|removed|replaced|resorbed|withdrawn|taken out|"
-        r"explanted|regressed completely|re-?expanded|gone)|resolved|disappeared|removed|unremarkable|"
+        r"explanted|regressed completely|re-?expanded|gone|drained|aspirated)|resolved|disappeared|removed|"
+        r"repaired|unremarkable|"
         r"ruled out|"
         r"excluded|no longer|(?:is|are|seems?|appears?) (?:\w+ )?(?:unlikely|(?:not|less) likely|improbable)|"
         r"(?:now|fully|completely|since|lung) (?:drained|evacuated|re-?expanded))\b",
@@ -320,7 +328,8 @@ DENIED_AFTER = {
         r"^(?:[、及和或/][^，,；：:]*)?(?:[：:]\s*(?:无|否|阴性|未见)|[（(][-－—][)）])|"
         r"^(?:[^，,；]{0,16}?|[^，,；]*[、及和][^，,；]*?均)(?:未见(?:明确|确切|明显)?(?:显示|显影|异常|"
         r"征象)?$|不大|正常|消失|(?<!未)(?:已|完全|全部|"
-        r"基本)(?:被)?(?:吸收|消散|复张)|吸收消散|阴性|拔[除出管去]|已[拔撤]|取出|移除|撤除|不存在|(?:除外|"
+        r"基本)(?:被)?(?:吸收|消散|复张)|吸收消散|引流干净|阴性|拔[除出管去]|已[拔撤]|取出|移除|撤除|"
+        r"不存在|(?:除外|"
         r"排除)$|不(?:明显|著)$|"
         r"未显示$|未累及)"
     ),
