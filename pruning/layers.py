@@ -35,10 +35,10 @@ OF_LAYER = {r"attn_res\.attn_queries\.(\d+)$": 1, r"attn_res\.mlp_queries\.(\d+)
 # ---------------------------------------- lists of layers in words
 
 
-def parse_drop_layers(spec: str) -> list[int]:
+def parse_drop_layers(spec: str, option: str = "--drop-layers") -> list[int]:
     """Sorted unique layer numbers of a list such as "23-28" or "0-2, 5 7-9", with commas or blanks between.
 
-    UserError for anything else, such as a descending range.
+    UserError, which names `option`, for anything else, such as a descending range.
     """
     layers = set()
     for part in re.split(r"[,\s]+", spec.strip()):
@@ -47,13 +47,13 @@ def parse_drop_layers(spec: str) -> list[int]:
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
         if not match:
             raise UserError(
-                f"--drop-layers {spec!r}: {part!r} is neither a layer number nor a range such as 23-28"
+                f"{option} {spec!r}: {part!r} is neither a layer number nor a range such as 23-28"
             )
         first, last = int(match[1]), int(match[2] or match[1])
         if first > last:
-            raise UserError(f"--drop-layers {spec!r}: the range {part} descends; write {last}-{first}")
+            raise UserError(f"{option} {spec!r}: the range {part} descends; write {last}-{first}")
         if last >= 100_000:  # a slip of the keyboard should not fill the memory
-            raise UserError(f"--drop-layers {spec!r}: no model has a layer {last}")
+            raise UserError(f"{option} {spec!r}: no model has a layer {last}")
         layers.update(range(first, last + 1))
     return sorted(layers)
 
@@ -83,12 +83,12 @@ def plain_tag(drop_layers: list[int]) -> str:
     return "drop" + spec_of(drop_layers).replace("-", "to").replace(",", "_")
 
 
-def check_drop(drop_layers, count: int) -> list[int]:
+def check_drop(drop_layers, count: int, option: str = "--drop-layers") -> list[int]:
     """Sorted unique ids; UserError for an id outside 0..count-1, or when no layer would be left."""
     drop = sorted(set(drop_layers))
     if drop and not 0 <= drop[0] <= drop[-1] < count:
-        raise UserError(f"--drop-layers {drop}: the model has layers 0-{count - 1}; correct the list")
-    if len(drop) == count:
+        raise UserError(f"{option} {spec_of(drop)}: the model has layers 0-{count - 1}; correct the list")
+    if len(drop) == count and option == "--drop-layers":
         raise UserError(f"--drop-layers names all {count} layers; keep at least one")
     return drop
 
@@ -99,6 +99,14 @@ def check_drop(drop_layers, count: int) -> list[int]:
 def plain(model):
     """The transformers model under a PEFT adapter, or the model itself; its LoRA layers stay in place."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def refuse_quantized(model, what: str):
+    """UserError for a model whose matrices hold codes instead of values."""
+    if getattr(plain(model).config, "quantization_config", None) is not None:
+        raise UserError(
+            f"{what}: this model is quantized, its matrices hold no plain values; give it unquantized"
+        )
 
 
 def text_config(model):

@@ -24,7 +24,17 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.errors import UserError
 from common.train import lr_at
-from pruning.layers import ATTENTION, DOWN, OUTPUT, child, decoder, decoder_layers, find_layers, plain
+from pruning.layers import (
+    ATTENTION,
+    DOWN,
+    OUTPUT,
+    child,
+    decoder,
+    decoder_layers,
+    find_layers,
+    plain,
+    refuse_quantized,
+)
 from pruning.sensitivity_analyse.layer_mask import states_of
 
 # shares of the mean square of the MLP's output; each pulls the map to doing nothing
@@ -272,6 +282,7 @@ def repair_gaps(kind: str, student, teacher, drop, prompts, held_out) -> list[di
     modules that it changes and [(setting, function that changes them)]. Returns a row for each gap: repair,
     gap, setting (None where nothing was changed), loss_before and loss_after on `held_out`.
     """
+    refuse_quantized(student, f"--repair {kind}")
     spans, rows = gaps(drop), []
     originals = decoder_layers(teacher)
     targets = states_behind(teacher, prompts, [originals[last] for _, last in spans])

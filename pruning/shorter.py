@@ -22,7 +22,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from common.errors import UserError
 from common.files import first_line
 
-# Under which names a configuration holds a number that most call by the first of them.
+# Under which names a configuration holds a number that most call by the first of them; a class that
+# transformers knows says its own too.
 NAMES = {
     "num_hidden_layers": ("n_layer", "n_layers", "num_layers", "num_blocks"),
     "num_attention_heads": ("n_head", "n_heads", "num_heads"),
@@ -38,9 +39,7 @@ INDEX_LIST = re.compile(
     r"|full_attn_layers|cross_attention_layers|rope_scaling_layers|global_layers|local_layers)$"
 )
 ONE_BASED = ("kda_layers", "full_attn_layers", "ple_layer_ids")
-NO_LAYERS = re.compile(
-    "token|architectures|label|language|rope_(theta|param|scaling$)|vision|audio|image|dtype"
-)
+NO_LAYERS = re.compile("token|architectures|label|language|vision|audio|image|dtype")
 FIRST = (
     "first_k_dense_replace",
     "max_window_layers",
@@ -53,21 +52,32 @@ LAST = ("num_kv_shared_layers", "num_last_full_attention_layers")
 PREDICTION = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
 PERIODS = {"attn_layer_period": "attn_layer_offset", "expert_layer_period": "expert_layer_offset"}
 # A module's layer number, or what a regular expression has in its place: [23], (2|3), \d+ or [0-9]{1,2}.
-# A name that ends with a number and a star is one of ModelOpt's: all of that layer.
+# A name that ends with a number and a star is one of ModelOpt's: all of that layer. GPTQModel's expressions
+# have .*\. alone before the number.
 LAYER_NAME = re.compile(
-    r"((?:layers|layer|\bh|blocks)\\?\.)"
-    r"(\d+(?=\*$)|(?:\d|\\d|\[[^\]]+\]|\([^()]*\)|\{[\d,]+\}|[+*?])+(?=\\?\.|$))"
+    r"((?:(?:layers|layer|\bh|blocks)\\?|\.\*\\)\.)"
+    r"(\d+(?=\*$)|(?:\d|\\d|\[[^\]]+\]|\((?:[^()]|\([^()]*\))*\)|\{[\d,]+\}|[+*?])+(?=\\?\.|$))"
 )
 # Before a number, what says that it is no decoder layer's: those of an encoder of pictures, say.
-OTHER_LAYERS = re.compile(r"vision|visual|audio|image|perceiver|encoder|\bmtp\b")
+OTHER_LAYERS = re.compile(r"vision|visual|audio|image|perceiver|encoder|\bmtp")
+# Granite 4 Vision's, outside the decoder's own part: layers, and pairs of a layer of the encoder and one of
+# the decoder's.
+PICTURES = ("spatial_target_layers", "deepstack_layer_map")
 QUANTIZATION = ("quantization_config", "compression_config")
 # Files beside config.json in which quantizers say the same again.
 QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 
 
+def keys_of(config: dict, name: str) -> tuple:
+    """All keys under which a configuration may hold the number that most models call `name`."""
+    kind = config.get("model_type")
+    own = CONFIG_MAPPING[kind].attribute_map.get(name, name) if kind in CONFIG_MAPPING else name
+    return name, *NAMES[name], own
+
+
 def config_key(config: dict, name: str) -> str:
     """The key under which a configuration holds the number that most models call `name`."""
-    return next((key for key in (name, *NAMES[name]) if config.get(key) is not None), name)
+    return next((key for key in keys_of(config, name) if config.get(key) is not None), name)
 
 
 def text_part(config: dict) -> dict:
@@ -133,9 +143,10 @@ def shorter_config(config: dict, keep: list[int]) -> dict:
     whole = config_object(config)
     if whole is not None:
         check_sources(whole.get_text_config(decoder=True), keep)
-        check_pictures(config, keep)
     derived = {} if whole is None else whole.get_text_config(decoder=True).to_dict()
-    return shorter(config, keep, derived, layer_count(config))
+    count = layer_count(config)
+    pictures = picture_layers({**config, **(whole.to_dict() if whole else {})}, keep, count)
+    return {**shorter(config, keep, derived, count), **pictures}
 
 
 def shorter(config: dict, keep, derived: dict, count: int) -> dict:
@@ -161,7 +172,7 @@ def shorter(config: dict, keep, derived: dict, count: int) -> dict:
     }
     new = {name: renumbered(name, value, keep, count, ahead) for name, value in fields.items()}
     new |= periods(fields, keep, count)
-    for name in ("num_hidden_layers", *NAMES["num_hidden_layers"]):
+    for name in keys_of(config, "num_hidden_layers"):
         if fields.get(name) == count and (name in config or name in derived):
             new[name] = len(keep)
     written = {name: value for name, value in new.items() if name in config or value != derived.get(name)}
@@ -185,7 +196,7 @@ def needed(derived: dict, count: int) -> dict:
 
 def renumbered(name: str, value, keep, count: int, extra: int = 0):
     """The value of one field after all layers but `keep` are gone; the same value where it numbers none."""
-    new_of = {old: new for new, old in enumerate(keep)}
+    new_of = {old: new for new, old in enumerate([*keep, *range(count, count + extra)])}
     if NO_LAYERS.search(name) or value is None or isinstance(value, bool):
         return value
     if name == "block_types" and isinstance(value, (list, tuple)):  # Griffin's: repeated up to the last layer
@@ -202,10 +213,13 @@ def renumbered(name: str, value, keep, count: int, extra: int = 0):
         base = int(name in ONE_BASED)
         if INDEX_LIST.search(name) and not (len(value) == count and set(value) <= {0, 1} and count > 2):
             return [new_of[i - base] + base for i in value if i - base in new_of]
-        if len(value) in (count, count + extra):
+        # some lists go on behind the last layer: for layers that predict further tokens, or for nothing
+        if len(value) in (count, count + extra) or "layer" in name and len(value) > count:
             return [value[i] for i in keep] + list(value[count:])
     if isinstance(value, str) and "pattern" in name and len(value) == count:
         return "".join(value[i] for i in keep)
+    if isinstance(value, str) and "layers" in name and re.fullmatch(r"[\d, ]+", value):  # Step's: "3,4,5"
+        return ",".join(str(new_of[i]) for i in map(int, re.findall(r"\d+", value)) if i in new_of)
     if isinstance(value, dict):
         numbers = [key for key in value if str(key).isdigit()]
         if "layer" in name and numbers:
@@ -213,7 +227,7 @@ def renumbered(name: str, value, keep, count: int, extra: int = 0):
             words = {key: part for key, part in value.items() if key not in numbers}
             return {**words, **{type(numbers[0])(key): part for key, part in moved.items()}}
         if re.search("attn|attention|moe|mamba|ssm|linear", name):
-            return {key: renumbered(key, part, keep, count) for key, part in value.items()}
+            return {key: renumbered(key, part, keep, count, extra) for key, part in value.items()}
     return value
 
 
@@ -280,7 +294,9 @@ def quantized_names(value, keep, count: int, ahead: int = 0):
     ahead: layers behind the `count` of the decoder, which predict further tokens and stay.
     """
     if isinstance(value, str):
-        return moved_name(value, [*keep, *range(count, count + ahead)], count + ahead)
+        names = value.split(",") if re.fullmatch(r"[\w., -]+", value) else [value]  # AutoRound joins names
+        moved = (moved_name(name, [*keep, *range(count, count + ahead)], count + ahead) for name in names)
+        return ",".join(kept) if (kept := [name for name in moved if name is not None]) else None
     if isinstance(value, list):
         moved = (quantized_names(part, keep, count, ahead) for part in value)
         return [new for new in moved if new is not None]
@@ -294,10 +310,11 @@ def moved_name(name: str, keep, count: int) -> str | None:
     """A module's name, or a regular expression of names, for the new layer numbers; None where all are
     gone."""
     found = LAYER_NAME.search(name)
-    if found is None or OTHER_LAYERS.search(name[: found.start()]):
+    if found is None or not re.search(r"\d", found[2]) or OTHER_LAYERS.search(name[: found.start()]):
         return name
     try:
-        meant = [old for old in range(count) if re.fullmatch(found[2], str(old))]
+        tries = [re.match(rf"(?:{found[2]})(?=\.)", f"{old}.") for old in range(count)]  # for (?!3\.)\d+ too
+        meant = [old for old, match in enumerate(tries) if match and match.end() == len(str(old))]
     except re.error:
         return name
     if len(meant) == count and count > 1:
@@ -347,13 +364,34 @@ def check_sources(config, keep):
             )
 
 
-def check_pictures(config: dict, keep):
-    """UserError where features of a picture are added behind a layer that is to go."""
+def picture_layers(config: dict, keep, count: int) -> dict:
+    """The fields that say which layers features of pictures are added to, for the kept ones. UserError where
+    one of these is to go."""
     vision = config.get("vision_config") or {}
-    places = vision.get("deepstack_visual_indexes") if isinstance(vision, dict) else None
-    gone = [i for i in range(len(places or [])) if i not in keep]
-    if gone:
-        raise UserError(
-            f"layer {gone[0]}: the features of pictures are added behind layers 0-{len(places) - 1} "
-            "(deepstack_visual_indexes); keep these"
-        )
+    stacked = vision.get("deepstack_visual_indexes") if isinstance(vision, dict) else None
+    places = {"deepstack_visual_indexes": list(range(len(stacked or [])))}  # behind the first so many
+    places |= {name: config[name] for name in PICTURES if isinstance(config.get(name), (list, tuple))}
+    new_of = {old: new for new, old in enumerate(keep)}
+    for name, some in places.items():
+        layers = [place[1] if isinstance(place, (list, tuple)) else place for place in some]
+        if gone := [layer for layer in layers if layer < count and layer not in new_of]:
+            raise UserError(
+                f"layer {gone[0]}: features of pictures are added to layers "
+                f"{', '.join(map(str, sorted(layers)))} ({name}); keep these"
+            )
+        places[name] = [
+            [place[0], new_of.get(layer, layer)] if layer != place else new_of.get(layer, layer)
+            for place, layer in zip(some, layers)
+        ]
+    return {name: places[name] for name in PICTURES if name in places}
+
+
+def shorter_generation(config: dict, keep: list[int]) -> dict:
+    """A generation_config.json for the layers `keep`: early exits count layers, and DoLa lists them by the
+    states before them."""
+    new, new_of = dict(config), {old: new for new, old in enumerate(keep)}
+    if isinstance(early := config.get("assistant_early_exit"), int):
+        new["assistant_early_exit"] = sum(old < early for old in keep)
+    if isinstance(states := config.get("dola_layers"), list):
+        new["dola_layers"] = [0 if i == 0 else new_of[i - 1] + 1 for i in states if i == 0 or i - 1 in new_of]
+    return {name: value for name, value in new.items() if value not in (0, []) or value == config[name]}

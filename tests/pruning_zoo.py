@@ -105,6 +105,11 @@ ZOO = {
     "gpt_oss": {**MOE, **WINDOW},
     "gptj": {**GPT, "rotary_dim": 4},
     "granite": {},
+    "granite_swa": {
+        **WINDOW,
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+        "layer_rope_theta": [1e4, 0, 100, 0, 1e4, 1e3],
+    },
     "granitemoehybrid": {
         **MOE,
         **MAMBA,
@@ -180,7 +185,7 @@ ZOO = {
         "block_types": ["recurrent", "recurrent", "attention"],
     },
     "seed_oss": {},
-    "smollm3": {"no_rope_layer_interval": 3},
+    "smollm3": {"no_rope_layers": [1, 0, 1, 1, 0, 0, 1, 1]},  # longer than the model, as its class allows
     "stablelm": {},
     "starcoder2": {},
     "vaultgemma": WINDOW,
@@ -217,13 +222,13 @@ def call(script, *words, **flags):
     return script.main(script.parse_args([*map(str, words), *options(flags)]))
 
 
-def make(name: str, settings: dict):
+def make(name: str, settings: dict, **options):
     """A tiny causal language model of random weights that every layer's output depends on, in eval mode."""
     if name.split("/")[0] not in CONFIG_MAPPING:
         pytest.skip(f"this transformers knows no {name}")
     torch.manual_seed(0)
     config = AutoConfig.for_model(name.split("/")[0], **{**BASE, **settings})
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = AutoModelForCausalLM.from_config(config, **options).eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.2)

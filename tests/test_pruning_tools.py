@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import pickle
 import re
 
 import pytest
@@ -16,8 +17,8 @@ from bench.pruning import pangu_shapes, write_sparse
 from common.errors import UserError
 from common.tiny_llm import make_tokenizer
 from dia_pangu.src.Model.pangu import PanguEmbeddedConfig, PanguEmbeddedForCausalLM
-from pruning import train
-from pruning.layers import parse_drop_layers, spec_of, without_layers
+from pruning import repair, train
+from pruning.layers import parse_drop_layers, refuse_quantized, spec_of, without_layers
 from pruning.pruning_tools import count_params, inspect_ckpt, prune_llm, prune_width, shards
 from pruning.sensitivity_analyse.layer_mask import masked
 from tests.pruning_zoo import call
@@ -208,6 +209,46 @@ def test_a_tied_model_in_another_number_format_keeps_every_tensor_once(form, tmp
         assert torch.equal(written[new].read(), wanted), key
 
 
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--llm-dtype", "float32"], "--llm-dtype has no effect for a quantized model"),
+        (["--off-mlp", "2"], "--off-mlp has no effect for a quantized model"),
+        (["--lora-alpha", "16", "--hf", "both"], "LoRA cannot be merged into quantized matrices"),
+    ],
+)
+def test_codes_of_a_quantization_are_not_taken_for_values(words, message, tmp_path):
+    lora = "--hf" in words
+    model = with_lora(make()) if lora else make()
+    make().save_pretrained(tmp_path / "hf")
+    file = tmp_path / "hf" / "config.json"
+    file.write_text(
+        json.dumps({**json.loads(file.read_text()), "quantization_config": {"quant_method": "x"}})
+    )
+    ckpt = write(tmp_path / "source", full_checkpoint(model) if lora else model.state_dict(), "bin")
+    with pytest.raises(UserError, match=message):
+        prune(ckpt, tmp_path / "out", "--lang-model-path", tmp_path / "hf", "--drop-layers", "1", *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_values_beyond_a_number_format_are_not_made_infinite(tmp_path):
+    model = make(dtype=torch.bfloat16)
+    model.model.layers[0].mlp.up_proj.weight.data[3, 5] = 1e6
+    model.save_pretrained(tmp_path / "hf")
+    with pytest.raises(UserError, match="holds 1e[+]06, beyond the range of torch.float16"):
+        prune(tmp_path / "hf", tmp_path / "out", "--drop-layers", "1", "--llm-dtype", "float16")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_quantized_model_is_not_cut_in_width_or_repaired():
+    model = make()
+    model.config.quantization_config = {"quant_method": "x"}
+    with pytest.raises(UserError, match="--method wanda: this model is quantized"):
+        refuse_quantized(model, "--method wanda")
+    with pytest.raises(UserError, match="--repair linear: this model is quantized"):
+        repair.repair_gaps("linear", model, make(), [1], [], [])
+
+
 def test_several_sets_in_one_call_and_a_plan(tmp_path):
     make().save_pretrained(tmp_path / "hf")
     (tmp_path / "plan.json").write_text(
@@ -256,7 +297,13 @@ def test_what_belongs_to_a_model_is_copied_and_other_weights_and_records_are_not
     make(vocab_size=320).save_pretrained(tmp_path / "hf")
     wanted = ["modeling_x.py", "tokenizer.model.v3", "qwen.tiktoken", "words.txt", "chat_template.jinja"]
     wanted += ["LICENSE", "USE_POLICY.md", "processor_config.json", "additional_chat_templates/rag.jinja"]
-    others = ["model.onnx", "adapter_config.json", "flax_model.msgpack.index.json", "log.jsonl"]
+    others = [
+        "model.onnx",
+        "adapter_config.json",
+        "flax_model.msgpack.index.json",
+        "log.jsonl",
+        "params.json",
+    ]
     for name in (*wanted, *others):
         (tmp_path / "hf" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "hf" / name).write_text("{}")
@@ -332,6 +379,77 @@ def test_mistakes_are_named_before_anything_is_written(arguments, change, messag
     assert digest(tmp_path) == before
 
 
+def adapter_beside(folder):
+    save_file({"a.lora_A.weight": torch.zeros(2, 2)}, folder / "adapter_model.safetensors")
+
+
+def adapter_alone(folder):
+    (folder / "model.safetensors").unlink()
+    with_lora(make()).save_pretrained(folder)
+
+
+def adapters_inside(folder, model):
+    """What peft holds in memory, under the plain model's names."""
+    (folder / "model.safetensors").unlink()
+    tensors = {key.removeprefix("base_model.model."): value for key, value in model.state_dict().items()}
+    torch.save(tensors, folder / "pytorch_model.bin")
+
+
+def adapters_of_two_names(folder):
+    model = with_lora(make())
+    model.add_adapter("other", model.peft_config["default"])
+    adapters_inside(folder, model)
+
+
+def adapter_of_words(folder):
+    adapters_inside(
+        folder, get_peft_model(make(), LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"]))
+    )
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (adapter_beside, "adapter_model.safetensors is an adapter beside the model"),
+        (adapter_alone, "holds an adapter without the model"),
+        (adapters_of_two_names, "holds several adapters, default and other"),
+        (adapter_of_words, "lora_embedding_.* is no matrix of LoRA on a linear module"),
+    ],
+)
+def test_an_adapter_that_would_be_lost_is_refused(change, message, tmp_path):
+    make().save_pretrained(tmp_path / "hf")
+    change(tmp_path / "hf")
+    with pytest.raises(UserError, match=f"{message}.*merge_and_unload"):
+        prune(tmp_path / "hf", tmp_path / "out", "--drop-layers", "1", "--lora-alpha", "16")
+    assert not (tmp_path / "out").exists()
+
+
+@torch.no_grad()
+def test_an_adapter_of_another_name_is_merged_too(tmp_path):
+    model = with_lora(make(), alpha=16)
+    tensors = {k.replace(".default.", ".reports."): v for k, v in full_checkpoint(model).items()}
+    ckpt = write(tmp_path / "source", tensors, "bin")
+    make().save_pretrained(tmp_path / "hf")
+    words = ["--lang-model-path", tmp_path / "hf", "--drop-layers", "1", "--hf", "both", "--lora-alpha", "16"]
+    out = prune(ckpt, tmp_path / "out", *words)
+    with without_layers(model, [1]):
+        wanted = model(IDS).logits
+    merged, base = (
+        AutoModelForCausalLM.from_pretrained(out / f"hf_drop1_1{end}") for end in ("", "_adapter")
+    )
+    adapted = PeftModel.from_pretrained(base, out / "hf_drop1_1_adapter/adapter")
+    for loaded in (merged, adapted):
+        assert torch.allclose(loaded.eval()(IDS).logits, wanted, atol=1e-5)
+
+
+def test_a_plan_that_names_no_layers_is_named(tmp_path):
+    make().save_pretrained(tmp_path / "hf")
+    for choices, message in (([], "names no layers"), ([{"drop_layers": "x"}], "plan.json: drop_layers 'x'")):
+        (tmp_path / "plan.json").write_text(json.dumps({"choices": choices}))
+        with pytest.raises(UserError, match=message):
+            prune(tmp_path / "hf", tmp_path / "out", "--plan", tmp_path / "plan.json")
+
+
 @pytest.mark.parametrize(
     "field, value",
     [("use_rslora", True), ("use_dora", True), ("alpha_pattern", {"q_proj": 8}), ("fan_in_fan_out", True)],
@@ -392,18 +510,11 @@ def test_too_little_disk_is_said_before_writing(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_pickle_with_code_is_refused(tmp_path):
-    import pickle
-
-    (tmp_path / "evil.bin").write_bytes(pickle.dumps({"a": os.system}))
-    with pytest.raises(UserError, match="evil.bin"):
-        shards.open_checkpoint(tmp_path / "evil.bin")
+NO_CHECKPOINTS = [b"root:x:0:0:root:/root:/bin/bash\n", b"", b"PK\x03\x04 cut", bytes(range(256)) * 40, b"{}"]
 
 
-@pytest.mark.parametrize(
-    "content", [b"root:x:0:0:root:/root:/bin/bash\n", b"", b"PK\x03\x04 cut", bytes(range(256)) * 40, b"{}"]
-)
-def test_files_that_are_no_checkpoint_are_named(tmp_path, content):
+@pytest.mark.parametrize("content", [*NO_CHECKPOINTS, pickle.dumps({"a": os.system})])
+def test_files_that_are_no_checkpoint_or_would_run_code_are_named(tmp_path, content):
     (tmp_path / "notes.bin").write_bytes(content)
     with pytest.raises(UserError, match="notes.bin"):
         call(inspect_ckpt, tmp_path / "notes.bin")
@@ -458,6 +569,14 @@ def test_narrow_model_equals_the_wide_one_with_the_same_parts_zeroed(tmp_path):
         loaded.config.num_key_value_heads,
         loaded.config.num_attention_heads,
     ) == (36, 1, 2)
+
+
+@pytest.mark.parametrize("ratios", [(0.005, 0.0), (0.5, 0.1)])
+def test_a_ratio_that_removes_nothing_is_refused(ratios):
+    with pytest.raises(
+        UserError, match="one is too small to remove any of 48 neurons or of 2 key-value heads"
+    ):
+        prune_width.prune_width(make(), [{"name": "a", "input_ids": IDS}], *ratios)
 
 
 @torch.no_grad()

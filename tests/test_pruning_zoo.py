@@ -10,10 +10,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from common.errors import UserError
 from pruning.layers import decoder_layers, without_layers
 from pruning.pruning_tools import count_params, prune_llm, prune_width, read_back
+from pruning.pruning_tools.language_model import find_language_model
 from pruning.sensitivity_analyse import scan_methods
 from pruning.sensitivity_analyse.layer_mask import masked
 from pruning.sensitivity_analyse.layer_sensitivity_scan import fingerprint
-from pruning.shorter import quantized_names, shorter_config
+from pruning.shorter import picture_layers, quantized_names, shorter_config, shorter_generation
 from tests import pruning_zoo
 from tests.pruning_zoo import BASE, GPT, LINEAR, REFUSED, ZOO, call
 
@@ -192,8 +193,18 @@ def test_the_nested_layer_count_of_a_model_that_sees_follows(kind, tmp_path):
 def test_layers_that_features_of_pictures_are_added_to_stay(tmp_path):
     model = AutoModelForImageTextToText.from_config(AutoConfig.for_model("qwen3_vl", **SEEING["qwen3_vl"]))
     model.save_pretrained(tmp_path / "source")
-    with pytest.raises(UserError, match="layer 1: the features of pictures are added behind layers 0-1"):
+    with pytest.raises(UserError, match=r"layer 1: features .* layers 0, 1 \(deepstack_visual_indexes\)"):
         prune(tmp_path / "source", tmp_path / "out", [1, 4])
+
+
+def test_layers_that_pictures_name_by_number_follow_or_stay():
+    """Granite 4 Vision's two fields: layers, and pairs of the encoder's and the decoder's."""
+    config = {"spatial_target_layers": [0, 5], "deepstack_layer_map": [[2, 1], [0, 3]], "vision_config": {}}
+    wanted = {"spatial_target_layers": [0, 3], "deepstack_layer_map": [[2, 1], [0, 2]]}
+    assert picture_layers(config, [0, 1, 3, 5], 6) == wanted
+    for gone, name in ((5, "spatial_target_layers"), (3, "deepstack_layer_map")):
+        with pytest.raises(UserError, match=f"layer {gone}: features of pictures .*{name}"):
+            picture_layers(config, [i for i in range(6) if i != gone], 6)
 
 
 # ---------------------------------------- fields and names that number layers
@@ -223,6 +234,15 @@ def test_layers_that_features_of_pictures_are_added_to_stay(tmp_path):
         ("model.layers.3*", "model.layers.2*"),
         ("model.layers.5.self_attn*", "model.layers.3.self_attn*"),
         (r"re:.*layers\.\d{1,2}\.mlp.*", r"re:.*layers\.\d{1,2}\.mlp.*"),
+        (r"re:.*layers\.(?!3\.)\d+\.mlp.*", r"re:.*layers\.(0|1|3)\.mlp.*"),
+        (r"re:.*layers\.(1|(2|3))\.mlp.*", r"re:.*layers\.(1|2)\.mlp.*"),
+        # GPTQModel's, which leave out the word, and AutoRound's, which join names
+        (r"+:.*\.3\..*gate.*", r"+:.*\.2\..*gate.*"),
+        (r"-:.*\.(?:2|5)\..*", r"-:.*\.3\..*"),
+        (r"-:.*\.4\..*", None),
+        (r"-:.*\.(?:q|k)_proj.*", r"-:.*\.(?:q|k)_proj.*"),
+        (r"re:.*\.(gate|up)\..*", r"re:.*\.(gate|up)\..*"),
+        ("model.layers.1,model.layers.2,model.layers.3", "model.layers.1,model.layers.2"),
     ],
 )
 def test_names_of_a_quantization_follow_their_layers(before, after):
@@ -263,6 +283,43 @@ def test_derived_types_are_written_down_where_the_file_leaves_them_to_the_class(
     assert shorter_config({**config, "layer_types": None}, [1, 3])["layer_types"] == [
         kinds[i] for i in (1, 3)
     ]
+
+
+@pytest.mark.parametrize(
+    "field, before, after",
+    [
+        ("layer_rope_theta", [1e4, 0, 100, 0, 1e4, 1e3], [1e4, 0, 0, 1e3]),
+        ("rope_theta", [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [1.0, 2.0, 4.0, 6.0]),  # Step's, one for each layer
+        ("no_rope_layers", [1, 0, 1, 1, 0, 0, 7, 8], [1, 0, 1, 0, 7, 8]),
+        ("moe_layers_enum", "1,2,3,6", "1,2,4"),  # 6 predicts further tokens
+        ("moe_layers", [1, 2, 3, 6], [1, 2, 4]),
+        ("vision_feature_layers", [1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6]),
+    ],
+)
+def test_every_way_to_number_layers_follows(field, before, after):
+    config = {"model_type": "own_code", "num_hidden_layers": 6, "num_nextn_predict_layers": 1, field: before}
+    assert shorter_config(config, [0, 1, 3, 5])[field] == after
+
+
+def test_a_number_of_layers_under_a_name_of_its_class_follows():
+    text = {"model_type": "kosmos_2_text_model", "layers": 6, "embed_dim": 32, "attention_heads": 4}
+    written = shorter_config({"model_type": "kosmos-2", "text_config": text}, [0, 3])
+    assert written["text_config"]["layers"] == 2
+
+
+def test_how_to_generate_follows_the_layers_that_it_names():
+    config = {"assistant_early_exit": 4, "dola_layers": [0, 1, 3, 6], "do_sample": True, "num_beams": 1}
+    wanted = {"assistant_early_exit": 3, "dola_layers": [0, 1, 4], "do_sample": True, "num_beams": 1}
+    assert shorter_generation(config, [0, 1, 3, 5]) == wanted
+    assert shorter_generation({"assistant_early_exit": 2, "dola_layers": [2]}, [3, 5]) == {}
+
+
+def test_of_several_towers_the_one_is_the_decoder_whose_layers_are_counted():
+    keys = [f"model.sam_model.blocks.{i}.attn.qkv.weight" for i in range(2)]
+    keys += [f"model.layers.{i}.self_attn.q_proj.weight" for i in range(6)]
+    assert find_language_model(keys, config={"num_hidden_layers": 6}).prefix == "model.layers."
+    with pytest.raises(UserError, match="several decoders; choose one with --layer-prefix"):
+        find_language_model(keys)
 
 
 def test_lists_that_number_no_layers_stay_whatever_their_length():
@@ -362,8 +419,8 @@ def test_a_branch_that_is_off_on_disk_is_off_for_everyone(name, part, tmp_path):
     "words, message",
     [
         (["--off-mlp", "2"], "layer 2 is dropped"),
-        (["--off-mlp", "9"], "the model has layers 0-5"),
-        (["--off-attention", "5-3"], "descends"),
+        (["--off-mlp", "9"], "--off-mlp 9: the model has layers 0-5"),
+        (["--off-attention", "5-3"], "--off-attention '5-3': the range 5-3 descends"),
     ],
 )
 def test_branches_that_are_not_there_are_refused(words, message, tmp_path):
@@ -391,6 +448,8 @@ def test_experts_that_cannot_go_are_refused():
     prompt = [{"name": "a", "input_ids": IDS}]
     with pytest.raises(UserError, match="1 of 4 experts would be left, a token is sent to 2"):
         prune_width.prune_experts(pruning_zoo.make("mixtral", ZOO["mixtral"]), prompt, 0.75)
+    with pytest.raises(UserError, match="too small to remove any of 4 experts"):
+        prune_width.prune_experts(pruning_zoo.make("mixtral", ZOO["mixtral"]), prompt, 0.1)
     with pytest.raises(UserError, match="no one number of stacked experts"):
         prune_width.prune_experts(pruning_zoo.make("llama", {}), prompt, 0.5)
 
@@ -421,6 +480,8 @@ def test_a_share_that_was_not_reached_is_said_and_nothing_is_written():
         layer.self_attn.q_proj.weight.zero_()
     with pytest.raises(UserError, match="of the layers' weights are zero.*nothing is written"):
         prune_width.check_share(model, "0.5")
+    with pytest.raises(UserError, match="--sparsity 0.01: is too small to make any weight zero"):
+        prune_width.check_share(pruning_zoo.make("llama", {}), "0.01")
 
 
 @torch.no_grad()

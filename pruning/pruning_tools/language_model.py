@@ -13,7 +13,7 @@ from common.errors import UserError
 from common.files import check, read_json
 from pruning.layers import MARKS
 from pruning.pruning_tools.shards import Checkpoint
-from pruning.shorter import layer_count, prediction_layers
+from pruning.shorter import OTHER_LAYERS, layer_count, prediction_layers
 
 # What a folder holds beside its weights and belongs to the model: tokenizer, processor, templates, code,
 # terms.
@@ -28,10 +28,13 @@ OWN = (
     "prune_width.json",
     "timing.json",
     "metrics.json",
+    "params.json",  # of consolidated weights, which are not taken along
 )
 
 # Fields of adapter_config.json under which a LoRA adds something else than alpha / r times B A.
-OTHER_STRENGTHS = ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern", "fan_in_fan_out")
+OTHER_STRENGTHS = ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern", "fan_in_fan_out", "lora_bias")
+OTHER_STRENGTHS += ("layer_replication",)
+LORA_PART = re.compile(r"\.(lora_[AB])(?:\.(\w+))?\.weight$")  # and the adapter's name, if there is one
 
 
 @dataclass
@@ -85,9 +88,12 @@ def find_language_model(keys, prefix: str | None = None, config: dict | None = N
     # of these the language model's
     named = ("lang_model.", "language_model.")
     language = [p for p in found if p.startswith(named) or ".language_model." in p]
-    others = [p for p in found if not re.search("vision|visual|audio|perceiver|encoder|(^|[.])mtp", p)]
+    others = [p for p in found if not OTHER_LAYERS.search(p)]
     candidates = [prefix] if prefix else language or others
     candidates = [p for p in candidates if p in found]
+    count, ahead = (layer_count(config), prediction_layers(config)) if config else (None, 0)
+    if len(candidates) > 1 and not prefix:  # a tower of pictures is rarely as high
+        candidates = [p for p in candidates if len(found[p]) in (count, (count or 0) + ahead)] or candidates
     if not candidates:
         raise UserError(
             "the checkpoint holds no decoder layers (keys such as model.layers.0.self_attn.q_proj.weight)"
@@ -106,9 +112,8 @@ def find_language_model(keys, prefix: str | None = None, config: dict | None = N
     inner = prefix.startswith(("lang_model.", "base_model.model."))
     root = prefix.removesuffix("model.layers.") if inner else ""
     held = len(found[prefix])
-    count = layer_count(config) if config else None
-    ahead = count is not None and held - count in range(1, 1 + prediction_layers(config))
-    return LanguageModel(prefix, root, count, held - count) if ahead else LanguageModel(prefix, root, held)
+    extra = held - count if count is not None and count < held <= count + ahead else 0
+    return LanguageModel(prefix, root, held - extra, extra)
 
 
 def find_lora(checkpoint: Checkpoint, llm: LanguageModel, alpha: float | None) -> Lora | None:
@@ -141,8 +146,28 @@ def find_lora(checkpoint: Checkpoint, llm: LanguageModel, alpha: float | None) -
     return Lora(rank, alpha if stored is None else stored, sorted(ranks), stored is not None)
 
 
+def check_adapter(checkpoint: Checkpoint, llm: LanguageModel):
+    """UserError for an adapter that would be lost: one beside the model, without it, or of other parts."""
+    adapted = [key for key in checkpoint.entries if key.startswith(llm.root) and ".lora_" in key]
+    parts = {key: LORA_PART.search(key) for key in adapted}
+    names = {part[2] or "default" for part in parts.values() if part}
+    beside = [f for place in ("", "adapter/") for f in checkpoint.folder.glob(f"{place}adapter_model.*")]
+    why = None
+    if odd := [key for key, part in parts.items() if part is None]:
+        why = f"{odd[0]} is no matrix of LoRA on a linear module"
+    elif len(names) > 1:
+        why = f"holds several adapters, {' and '.join(sorted(names))}"
+    elif adapted and not any(re.match(llm.pattern, k) and k not in parts for k in checkpoint.entries):
+        why = "holds an adapter without the model"
+    elif checkpoint.path.is_dir() and not adapted and beside:
+        why = f"{beside[0].relative_to(checkpoint.folder)} is an adapter beside the model, and would be lost"
+    if why:
+        raise UserError(f"{checkpoint.path}: {why}; merge it with peft's merge_and_unload first")
+
+
 def known_lora(checkpoint: Checkpoint, llm: LanguageModel, alpha: float | None) -> Lora | None:
-    """`find_lora`; UserError for a LoRA whose alpha nothing says."""
+    """`find_lora`; UserError for a LoRA whose alpha nothing says, and by `check_adapter`."""
+    check_adapter(checkpoint, llm)
     lora = find_lora(checkpoint, llm, alpha)
     if lora and lora.alpha is None:
         raise UserError(

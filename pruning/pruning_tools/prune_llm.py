@@ -49,6 +49,7 @@ from pruning.layers import (
 )
 from pruning.pruning_tools import read_back
 from pruning.pruning_tools.language_model import (
+    LORA_PART,
     LanguageModel,
     Lora,
     check_config,
@@ -67,7 +68,14 @@ from pruning.pruning_tools.shards import (
     write_safetensors,
     write_shards,
 )
-from pruning.shorter import QUANTIZATION_FILES, config_object, quantized_names, shorter_config
+from pruning.shorter import (
+    QUANTIZATION,
+    QUANTIZATION_FILES,
+    config_object,
+    quantized_names,
+    shorter_config,
+    shorter_generation,
+)
 
 VERSIONS = ("v0112_en", "CN")
 # The last matrices of a layer's two branches, below the layer's own key; LoRA adds nothing where B is zero.
@@ -194,7 +202,7 @@ def switched_off(entries: dict, llm: LanguageModel, args) -> dict:
     """`entries` with zeros where the branches of --off-attention and --off-mlp end, by old layer numbers."""
     off, changed = branches_off(args), {}
     for part, layers in off.items():
-        missing = set(check_drop(layers, llm.layers))
+        missing = set(check_drop(layers, llm.layers, f"--off-{part}"))
         for key, entry in entries.items():
             match = re.match(llm.pattern, key)
             layer = int(match[1]) if match else None
@@ -208,7 +216,7 @@ def switched_off(entries: dict, llm: LanguageModel, args) -> dict:
 
 def branches_off(args) -> dict:
     """{branch: layers} of --off-attention and --off-mlp."""
-    return {part: parse_drop_layers(getattr(args, f"off_{part}")) for part in BRANCHES}
+    return {part: parse_drop_layers(getattr(args, f"off_{part}"), f"--off-{part}") for part in BRANCHES}
 
 
 def outside_name(key: str, new_of: dict) -> str | None:
@@ -242,7 +250,7 @@ def plain_entries(entries: dict, llm: LanguageModel, lora: Lora | None, merge: b
             continue
         key = key[len(llm.root) :]
         if ".lora_" in key:
-            adapter["base_model.model." + key.replace(".default.", ".")] = entry
+            adapter["base_model.model." + LORA_PART.sub(r".\1.weight", key)] = entry
         else:
             weights[key.replace(".base_layer.", ".")] = entry
     if merge and lora:
@@ -295,10 +303,20 @@ def hf_config(config: dict, keep: list[int], unchecked: bool) -> dict:
     return shorter
 
 
-def quantization_files(source: Path, llm: LanguageModel, keep: list[int]) -> dict:
-    """{name: content} of a quantizer's own files in the folder `source`, for the kept layers."""
-    files = [source / name for name in QUANTIZATION_FILES if (source / name).is_file()]
-    return {file.name: quantized_names(read_json(file, dict), keep, llm.layers, llm.extra) for file in files}
+def files_beside(source: Path, llm: LanguageModel, keep: list[int]) -> dict:
+    """{name: content} of the files in the folder `source` that number layers, for the kept ones: a
+    quantizer's own, and how to generate."""
+    found = {
+        name: read_json(source / name, dict)
+        for name in (*QUANTIZATION_FILES, "generation_config.json")
+        if (source / name).is_file()
+    }
+    return {
+        name: shorter_generation(content, keep)
+        if name.startswith("generation")
+        else quantized_names(content, keep, llm.layers, llm.extra)
+        for name, content in found.items()
+    }
 
 
 def write_hf(folder: Path, parts: tuple, lora, files: dict, source: Path, shard_bytes: int):
@@ -395,7 +413,7 @@ def prune(checkpoint: Checkpoint, llm, lora, config, drop_layers, tag: str, args
     for merge in hf_folders(args, llm):
         weights, adapter = plain_entries(entries, llm, lora, merge)
         parts = untied(weights, config), adapter
-        files = {"config.json": config, **quantization_files(source, llm, [*layer_id_map.values()])}
+        files = {"config.json": config, **files_beside(source, llm, [*layer_id_map.values()])}
         folder = results["hf" if merge else "hf_adapter"]
         write_hf(folder, parts, lora, files, source, int(args.max_shard_gb * 1e9))
 
@@ -435,7 +453,10 @@ def wanted_sets(args) -> list[tuple[list[int], str]]:
     sets = [parse_drop_layers(spec) for spec in args.drop_layers]
     if args.plan:
         plan = read_json(args.plan, {"choices": [{"drop_layers": str}]})
-        sets += [parse_drop_layers(choice["drop_layers"]) for choice in plan["choices"]]
+        planned = f"{args.plan}: drop_layers"
+        sets += [parse_drop_layers(choice["drop_layers"], planned) for choice in plan["choices"]]
+        if not all(sets[len(args.drop_layers) :]) or not plan["choices"]:
+            raise UserError(f"{args.plan}: a choice names no layers; make it anew with choose_layers.py")
     off = branches_off(args)
     switched = {layer for layers in off.values() for layer in layers}
     if switched and not sets:
@@ -510,6 +531,9 @@ def main(args):
     llm = find_language_model(checkpoint.entries, args.layer_prefix, config)
     if config:
         check_config(source, config, llm)
+    quantized = any(name in (config or {}) for name in QUANTIZATION)
+    if quantized:
+        refuse(args, ["llm_dtype", *(f"off_{part}" for part in BRANCHES)], "for a quantized model")
     if not llm.root:
         refuse(args, ["hf", "format"], "for a plain language model, whose result is always such a folder")
     if config is None and (args.lang_model_path or args.hf != "none" or not llm.root):
@@ -517,6 +541,10 @@ def main(args):
             f"{source}: no config.json there; name the language model's folder with --lang-model-path"
         )
     lora = known_lora(checkpoint, llm, args.lora_alpha)
+    if quantized and lora and True in hf_folders(args, llm):
+        raise UserError(
+            f"{args.ckpt}: LoRA cannot be merged into quantized matrices; use --hf adapter or none"
+        )
 
     # whatever could fail fails before anything is written
     if lora is None:

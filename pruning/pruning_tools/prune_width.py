@@ -34,7 +34,7 @@ from torch.overrides import TorchFunctionMode
 from common.arguments import Parser, refuse
 from common.checkpoint import atomic_dir
 from common.errors import UserError, run
-from pruning.layers import decoder, decoder_layers, head_counts, plain, text_config
+from pruning.layers import decoder, decoder_layers, head_counts, plain, refuse_quantized, text_config
 from pruning.pruning_tools import read_back
 from pruning.pruning_tools.language_model import copy_companions
 from pruning.sensitivity_analyse.layer_mask import mixers, mlps
@@ -127,6 +127,11 @@ def prune_width(model, prompts, mlp_ratio: float, kv_ratio: float) -> dict:
             f"--mlp-ratio {mlp_ratio} --kv-ratio {kv_ratio}: nothing would be left of {neurons} neurons or "
             f"{kv_heads} key-value heads"
         )
+    if mlp_ratio and kept_neurons == neurons or kv_ratio and kept_kv == kv_heads:
+        raise UserError(
+            f"--mlp-ratio {mlp_ratio} --kv-ratio {kv_ratio}: one is too small to remove any of {neurons} "
+            f"neurons or of {kv_heads} key-value heads"
+        )
 
     # what enters the last matrix of each branch
     watched = {}
@@ -186,6 +191,8 @@ def prune_experts(model, prompts, ratio: float) -> list:
     config, every = text_config(model), expert_tensors(model)
     count = len(next(iter(every.values()))[0][1])
     kept = count - round(ratio * count)
+    if kept == count:
+        raise UserError(f"--expert-ratio {ratio:g}: is too small to remove any of {count} experts")
     chosen_at_once = max((getattr(config, name, None) or 1) for name in CHOSEN)
     if kept < chosen_at_once or (getattr(config, "n_group", None) or 1) > 1:
         raise UserError(
@@ -427,6 +434,8 @@ def check_share(model, sparsity: str) -> tuple[int, int]:
     zeros = {name: (p == 0).sum().item() for name, p in matrices.items()}
     values = sum(p.numel() for p in matrices.values())
     share = sum(zeros.values()) / values
+    if not sum(zeros.values()):
+        raise UserError(f"--sparsity {sparsity}: is too small to make any weight zero; nothing is written")
     if abs(share - asked) > 0.02:
         whole = [name for name, count in zeros.items() if count < asked / 2 * matrices[name].numel()]
         raise UserError(
@@ -458,6 +467,7 @@ def main(args):
     if args.out.exists() and not args.overwrite:
         raise UserError(f"{args.out} exists; add --overwrite or choose another --out")
     model, tokenizer, prompts = load_with_prompts(args)
+    refuse_quantized(model, f"--method {args.method}")
 
     # prune in memory
     before = sum(p.numel() for p in model.parameters())

@@ -176,9 +176,21 @@ def derived(entry: Entry, change) -> Entry:
 
 
 def cast(entry: Entry, dtype: torch.dtype) -> Entry:
+    """An entry in another number format; UserError, when it is written, for values beyond its range."""
     if entry.dtype == dtype or not entry.dtype.is_floating_point:
         return entry
-    return Entry(dtype, entry.shape, lambda: entry.read().to(dtype), memory=entry.memory)
+
+    def read():
+        before = entry.read()
+        after = before.to(dtype)
+        if after.isinf().sum() > before.isinf().sum():
+            raise UserError(
+                f"a tensor of shape {entry.shape} holds {before.abs().max():.3g}, beyond the range of "
+                f"{dtype}; use bfloat16 or keep the format"
+            )
+        return after
+
+    return Entry(dtype, entry.shape, read, memory=entry.memory)
 
 
 # ---------------------------------------- writing

@@ -253,8 +253,8 @@ MUTANTS = [
     ),
     Mutant(
         CHOOSE,
-        "math.ceil((total - target) / each)",
-        "round((total - target) / each)",
+        " and total - sum(sizes[i] for i in pick(count)) <= target:",
+        ":",
         f"{SCAN}::test_budget_is_met_with_as_few_layers_as_possible",
         "the parameter budget is passed by",
     ),
@@ -345,6 +345,20 @@ MUTANTS = [
         "each set starts from the healing of the one before",
     ),
     # --- one contract for every architecture
+    Mutant(
+        "pruning/shorter.py",
+        "token|architectures|label|language|vision",
+        "token|architectures|label|language|rope_theta|vision",
+        "tests/test_pruning_zoo.py",
+        "each layer's base of rotary positions stays where it was",
+    ),
+    Mutant(
+        "pruning/sensitivity_analyse/layer_sensitivity_scan.py",
+        '{**header, "prompts": len(keys)}',
+        "header",
+        f"{SCAN}::test_records_that_are_not_whole_are_refused",
+        "half a scan is taken for a whole one",
+    ),
     Mutant(
         "pruning/shorter.py",
         "return sum(old < value for old in keep)",
