@@ -33,7 +33,7 @@ from common.run import one_process, seed_everything
 from pruning.layers import decoder_layers
 from pruning.pruning_tools.language_model import read_map
 from pruning.sensitivity_analyse.eval_metric import perplexity
-from pruning.sensitivity_analyse.load_model import add_pruned_arguments, check_kind, load_model, read_prompts
+from pruning.sensitivity_analyse.load_model import add_pruned_arguments, check_kind, load_model, read_texts
 
 SAMPLING = {"do_sample": True, "temperature": 0.7, "top_k": 50, "top_p": 0.95}  # upstream's
 
@@ -236,7 +236,7 @@ def check(args, processes: int = 1):
 def score_texts(args, device):
     """Return (language model, its scores on --texts)."""
     model, tokenizer = load_model(args.pruned_model_path, trust_remote_code=args.trust_remote_code)
-    texts = read_prompts(args.texts)[: args.limit or None]
+    places, texts = zip(*list(read_texts(args.texts).items())[: args.limit or None])
 
     # (rows, 2): summed loss and scored tokens, so that the mean is over tokens and not over texts
     if args.window:
@@ -245,12 +245,13 @@ def score_texts(args, device):
         losses = text_losses(model.to(device), tokenizer, texts, args.max_length)
 
     # they count among "texts" and score nothing, so it is told
-    unscored = int((losses[:, 1] == 0).sum())
-    if unscored == len(losses):
+    unscored = (losses[:, 1] == 0).nonzero().flatten().tolist()
+    if len(unscored) == len(losses):
         raise UserError(f"{args.texts}: no text has two tokens, so that nothing can be scored")
     if unscored:
-        parts = "windows" if args.window else "texts"
-        print(f"{unscored} of {len(losses)} {parts} have fewer than two tokens and are not scored")
+        parts, first = ("windows", "") if args.window else ("texts", f", first {places[unscored[0]]}")
+        count = f"{len(unscored)} of {len(losses)} {parts}"
+        print(f"{count} have fewer than two tokens and are not scored{first}")
 
     scores = {"texts": len(texts), "tokens": int(losses[:, 1].sum()), "perplexity": perplexity(losses)}
     if args.tasks:

@@ -11,6 +11,7 @@ reports. With --distill the loss is mixed with the distance to the unpruned mode
 after-pruning-tools/train_pruned_{CN,EN}_cli.py, which could not start: each imports from the other's file.
 """
 
+import itertools
 import shlex
 import sys
 import time
@@ -49,7 +50,7 @@ from pruning.pruning_tools import read_back
 from pruning.pruning_tools.language_model import check_lora, copy_companions, read_map
 from pruning.repair import REPAIRS, final_norm, repair
 from pruning.sensitivity_analyse.layer_sensitivity_scan import text_prompts
-from pruning.sensitivity_analyse.load_model import add_pruned_arguments, check_kind, load_model, read_prompts
+from pruning.sensitivity_analyse.load_model import add_pruned_arguments, check_kind, load_model, read_texts
 from pruning.sensitivity_analyse.scan_methods import apply_head
 
 TRAINED = ("lora", "last", "full")  # ways of --repair that train; the others are closed forms
@@ -168,6 +169,11 @@ def add_healing_arguments(group):
     )
 
 
+def first_texts(path, count: int | None) -> dict[str, str]:
+    """The first `count` of `read_texts`; None: all."""
+    return dict(itertools.islice(read_texts(path).items(), count))
+
+
 class Texts(Dataset):
     """Texts as token ids with the end-of-text token behind them; every token is scored.
 
@@ -175,23 +181,19 @@ class Texts(Dataset):
     """
 
     def __init__(self, path, tokenizer, max_length: int, limit: int = 0, pack: bool = False):
-        self.rows = []
+        # the end-of-text token is learnt too, except where the text is cut before it; some models have none
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        texts = first_texts(path, limit or None)
+        rows = {place: tokenizer(text).input_ids + end for place, text in texts.items()}
 
         # one long stream, so that a piece may begin in the middle of a text; only its last piece is short
         if pack:
-            texts = read_prompts(path)[: limit or None]
-            stream = [i for text in texts for i in tokenizer(text).input_ids + [tokenizer.eos_token_id]]
+            stream = [i for ids in rows.values() for i in ids]
             pieces = [stream[start : start + max_length] for start in range(0, len(stream), max_length)]
-            name = Path(path).name
-            self.rows = [
-                {"id": f"{name}, piece {i + 1}", "ids": torch.tensor(p)} for i, p in enumerate(pieces)
-            ]
-            return
-
-        for i, text in enumerate(read_prompts(path)[: limit or None]):
-            # the end-of-text token is learnt too, except where the text was cut before it
-            ids = (tokenizer(text).input_ids + [tokenizer.eos_token_id])[:max_length]
-            self.rows.append({"id": f"{Path(path).name}:{i + 1}", "ids": torch.tensor(ids)})
+            rows = {f"{path}, piece {i}": piece for i, piece in enumerate(pieces, 1)}
+        self.rows = [{"id": place, "ids": torch.tensor(ids[:max_length])} for place, ids in rows.items()]
+        if all(len(row["ids"]) < 2 for row in self.rows):
+            raise UserError(f"{path}: no text has two tokens, so that nothing can be learnt")
 
     def __len__(self):
         return len(self.rows)
@@ -392,7 +394,7 @@ def check_repair(args):
         refuse(args, ["repair_texts"], f"without --repair {' or '.join(REPAIRS)}")
     # no training: what only a training reads would be ignored without a word
     if not set(args.repair) & {*TRAINED}:
-        without = ["also", "distill", "max_steps", "epochs", "lr", "dry_run"]
+        without = ["also", "distill", "max_steps", "epochs", "lr", "dry_run", "pack"]
         refuse(args, without, f"with --repair {' '.join(args.repair)}")
 
 
@@ -461,8 +463,8 @@ def load_text_task(args, device):
             raise UserError(
                 f"--teacher {args.teacher}: is not the model that {args.pruned_model_path} was cut from"
             )
-        texts = read_prompts(args.texts)[: args.repair_texts]
-        prompts = text_prompts(texts, tokenizer, min(args.max_length, 512))
+        texts = first_texts(args.texts, min(args.repair_texts, args.limit or args.repair_texts))
+        prompts = text_prompts(texts, tokenizer, args.max_length)
         repair(model.to(device), teacher.to(device), drop, closed, prompts)
 
     if "lora" in args.repair:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from collections import namedtuple
 
 import numpy as np
@@ -14,50 +15,22 @@ from common.errors import Interrupted, UserError
 from common.tiny_llm import make_llm, make_tokenizer
 from pruning import test, train
 from pruning.layers import decoder_layers, remove_layers, without_layers
-from pruning.pruning_tools import count_params, prune_llm
+from pruning.pruning_tools import count_params, prune_llm, prune_width
 from pruning.sensitivity_analyse import choose_layers, eval_metric, layer_mask, scan_methods
 from pruning.sensitivity_analyse import layer_sensitivity_scan as scanner
 from pruning.sensitivity_analyse.layer_mask import MODES, ProjHeadMaskWrapper, mask_attention_layer, masked
-from pruning.sensitivity_analyse.load_model import builtin_prompts, read_prompts
+from pruning.sensitivity_analyse.load_model import builtin_prompts, read_texts
+from tests import pruning_zoo
 from tests.pruning_zoo import call
 
-BASE = dict(
-    vocab_size=64,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    max_position_embeddings=64,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
-ZOO = {
-    "llama": {"num_key_value_heads": 2, "attention_bias": True},
-    "qwen2": {"num_key_value_heads": 2},
-    "qwen3": {"num_key_value_heads": 2, "head_dim": 8},
-    "gemma3_text": {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4},
-    "phi3": {"num_key_value_heads": 2},
-    "gpt_neox": {},
-    "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4},
-    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
-    "cohere": {"num_key_value_heads": 2},
-    "mixtral": {"num_key_value_heads": 2, "num_local_experts": 2},
-}
+KINDS = "llama qwen2 qwen3 gemma3_text phi3 gpt_neox gpt2 opt cohere mixtral".split()
 
 
-def make(model_type="llama", attention="sdpa", **config):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(model_type, **{**BASE, **ZOO[model_type], **config}),
-        attn_implementation=attention,
-    ).eval()
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.2)
-        else:
-            parameter.data.add_(torch.randn_like(parameter) * 0.1)
-    return model
+def make(kind="llama", attention="sdpa", **config):
+    """A tiny decoder of three layers, with biases where the class has them."""
+    own = {"num_hidden_layers": 3, "attention_bias": True, **({"n_layer": 3} if kind == "gpt2" else {})}
+    settings = {**pruning_zoo.ZOO[kind], **own, **config}
+    return pruning_zoo.make(kind, settings, attn_implementation=attention)
 
 
 def prompts(lengths=(7, 11, 11), vocabulary=64):
@@ -74,7 +47,7 @@ def scores(records, kinds):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("model_type", ZOO)
+@pytest.mark.parametrize("model_type", KINDS)
 def test_cached_and_wavefront_scores_equal_naive_in_every_decoder(model_type, attention):
     model, kinds = make(model_type, attention), ("l1_mean", "kl", "rms", "l1_last")
     modes = ["attention", "mlp", "head"] + (["v", "qk"] if model_type != "gpt_neox" else [])
@@ -120,7 +93,7 @@ def test_angles_are_those_of_the_last_token_in_half_turns():
                 )
 
 
-@pytest.mark.parametrize("what, most", [("CHUNK", 3 * 64), ("ROOM", 1), ("ROOM", 200_000)])
+@pytest.mark.parametrize("what, most", [("CHUNK", 3 * 96), ("ROOM", 1), ("ROOM", 200_000)])
 def test_scores_do_not_depend_on_the_free_memory(what, most, monkeypatch):
     """CHUNK: three positions at a time. ROOM: one variant at a time, and some heads at a time."""
     model, variants = make(), scan_methods.list_variants(make(), ["v", "head"])
@@ -374,6 +347,33 @@ def test_budget_is_met_with_as_few_layers_as_possible():
         with pytest.raises(UserError, match="--target-params"):
             choose_layers.layers_for_budget(model, impossible)
 
+    # a mixture whose first three layers are small: how many go depends on which
+    mixture = pruning_zoo.make("deepseek_v3", pruning_zoo.ZOO["deepseek_v3"])
+    sizes = [sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(mixture)]
+    target = sum(p.numel() for p in mixture.parameters()) - max(sizes)
+    orders = {"small ones first": range(6), "large ones first": range(5, -1, -1)}
+    needed = {
+        name: choose_layers.layers_for_budget(mixture, target, pick=lambda count, order=order: order[:count])
+        for name, order in orders.items()
+    }
+    assert sizes[0] < sizes[-1] and needed == {"small ones first": 2, "large ones first": 1}
+
+
+@torch.no_grad()
+def test_a_search_passes_by_sets_whose_layers_others_work_with():
+    """Gemma's last layers work with the keys of the last own layer of their kind; only naive passes run."""
+    settings = {**pruning_zoo.GEMMA, "num_kv_shared_layers": 2, "layer_types": ["full_attention"] * 6}
+    model, calibration = pruning_zoo.make("gemma4_text", settings), prompts((9,), 90)
+    alone = choose_layers.loss_without(model, calibration)
+    assert alone.keys() == {-1, *range(6)}
+    with masked(model, 4, "layer"):
+        ids = calibration[0]["input_ids"]
+        assert alone[4] == pytest.approx(model(input_ids=ids, labels=ids).loss.item(), rel=1e-4)
+    drop, _ = choose_layers.search(model, calibration, 3, 6)
+    assert 3 not in drop or {4, 5} <= {*drop}
+    with pytest.raises(UserError, match="use greedy or beam"):
+        choose_layers.best_window(model, calibration, 2)
+
 
 @torch.no_grad()
 def test_budgets_in_bytes_and_seconds():
@@ -467,11 +467,49 @@ def test_lora_on_modules_that_are_not_there_is_one_line(folder, tmp_path):
         call(train, **paths, lora_target_modules="c_attn")
 
 
-def test_prompts_that_are_no_longer_asked_for_leave_the_records(tmp_path):
+def test_the_records_are_those_of_the_prompts_that_were_asked_for(tmp_path):
+    """A prompt that stands twice counts twice, whatever the batches, and on a second start too."""
     model, journal = make(), tmp_path / "s.records.jsonl"
-    scanner.scan(model, prompts(), [], ("kl",), journal=journal)
+    for batch_size in (1, 4):
+        found = scanner.scan(model, prompts() * 2, [], ("kl",), batch_size=batch_size, journal=journal)
+        assert len(found) == 6
+        for again in (False, True):
+            if again:
+                scanner.scan(model, prompts() * 2, [], ("kl",), journal=journal, resume=True)
+            records, distance = choose_layers.read_records(journal)
+            assert sorted(r["key"] for r in records) == sorted(r["key"] for r in found) and distance == "kl"
     scanner.scan(model, prompts()[:2], [], ("kl",), journal=journal, resume=True)
-    assert [r["name"] for r in choose_layers.read_records(journal)] == ["0", "1"]
+    assert [r["name"] for r in choose_layers.read_records(journal)[0]] == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda lines: lines[:2], "1 of 2 prompts are not scanned"),
+        (lambda lines: lines[:1], "2 of 2 prompts are not scanned"),
+        (lambda lines: [*lines[:2], lines[2][:40]], "not a whole records file"),
+        (lambda lines: ['{"text": "a"}'] * 2, "not a whole records file"),
+        (lambda lines: ["layer,score_mean"], "not a whole records file"),
+        (lambda lines: [], "not a whole records file"),
+    ],
+)
+def test_records_that_are_not_whole_are_refused(change, message, tmp_path):
+    journal = tmp_path / "s.records.jsonl"
+    scanner.scan(make(), prompts()[:2], [], ("kl",), journal=journal)
+    journal.write_text("\n".join(change(journal.read_text().splitlines())))
+    with pytest.raises(UserError, match=message):
+        choose_layers.read_records(journal)
+
+
+def test_scores_that_are_no_numbers_choose_nothing():
+    rows = [
+        {"mode": "layer", "layer": i, "distance": "nll_change", "score_mean": v}
+        for i, v in enumerate([1, math.nan])
+    ]
+    with pytest.raises(
+        UserError, match="nll_change of layer 1 with layer off is no number; .*--dtype float32"
+    ):
+        scanner.layer_scores(rows, "layer", "nll_change")
 
 
 @pytest.mark.slow
@@ -541,12 +579,58 @@ def test_interrupting_the_command_says_how_to_go_on(folder, tmp_path, monkeypatc
 
 @pytest.mark.parametrize(
     "name, text, message",
-    [("a.jsonl", "{}", "line 1"), ("b.txt", "\n \n", "no prompts"), ("c.jsonl", "x", "line 1")],
+    [
+        ("a.jsonl", "{}", "line 1"),
+        ("b.txt", "\n \n", "no prompts"),
+        ("c.jsonl", "x", "line 1"),
+        ("d.jsonl", '\n{"text": "a"}\n\n{"text": 5}\n', "line 4 is no JSON object with a text"),
+        ("e.jsonl", '{"text": "a \\ud800"}', "line 1"),
+        ("f.jsonl", '{"text": ""}\n', "no prompts"),
+    ],
 )
 def test_bad_prompt_files_are_named(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=message):
-        read_prompts(tmp_path / name)
+        read_texts(tmp_path / name)
+
+
+def test_a_text_is_a_line_of_the_file_and_keeps_its_number(tmp_path):
+    lines = ["first", "", "page\fbreak and \u2028 another", " ", "last"]
+    (tmp_path / "t.txt").write_text("\r\n".join(lines), encoding="utf-8")
+    (tmp_path / "t.jsonl").write_text(
+        "\n".join(json.dumps({"text": line}, ensure_ascii=False) for line in lines), encoding="utf-8"
+    )
+    for name in ("t.txt", "t.jsonl"):
+        wanted = {f"{tmp_path / name}, line {n}": lines[n - 1] for n in (1, 3, 5)}
+        assert read_texts(tmp_path / name) == wanted
+
+
+def test_a_prompt_that_is_too_short_is_named_by_file_and_line(folder, tmp_path):
+    (tmp_path / "t.txt").write_text("The heart is of normal size.\n\na\n")
+    words = {"prompts": tmp_path / "t.txt", "model": folder, "out": tmp_path / "x"}
+    texts = {"pruned_model_path": folder, "texts": tmp_path / "t.txt", "out": tmp_path / "x"}
+    (tmp_path / "map.json").write_text(
+        json.dumps({"new_layers": 4, "layer_id_map": {i: i for i in range(4)}})
+    )
+    repair = {"repair": "linear", "teacher": folder, "prune_map_path": tmp_path / "map.json"}
+    for script, flags in (
+        (scanner, words),
+        (choose_layers, {**words, "criterion": "greedy", "ratio": 0.5}),
+        (prune_width, {**words, "mlp_ratio": 0.5}),
+        (train, {**texts, **repair}),
+    ):
+        with pytest.raises(UserError, match="t.txt, line 3: 'a' has fewer than 2 tokens"):
+            call(script, **flags)
+    (tmp_path / "t.txt").write_text("a\nb\n")
+    with pytest.raises(UserError, match="t.txt: no text has two tokens"):
+        train.Texts(tmp_path / "t.txt", without_end(folder), 8)
+
+
+def without_end(folder):
+    """A tokenizer that has no end-of-text token, as those of some older models."""
+    _, tokenizer = train.load_model(folder)
+    tokenizer.eos_token = None
+    return tokenizer
 
 
 def test_a_model_that_is_no_decoder_is_refused():

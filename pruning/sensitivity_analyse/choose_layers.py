@@ -23,7 +23,6 @@ keeps layer 0 by chance is the same in both, so that it is evaluated only once.
 """
 
 import json
-import math
 import random
 import shlex
 import sys
@@ -35,8 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common.arguments import Parser, number, refuse
 from common.checkpoint import atomic_json
 from common.errors import UserError, run
-from common.files import reading
-from pruning.layers import decoder_layers, plain, spec_of, without_layers
+from pruning.layers import decoder_layers, plain, spec_of, text_config, without_layers
 from pruning.sensitivity_analyse.layer_mask import plain_mode
 from pruning.sensitivity_analyse.layer_sensitivity_scan import (
     add_prompt_arguments,
@@ -45,6 +43,7 @@ from pruning.sensitivity_analyse.layer_sensitivity_scan import (
     summarise,
 )
 from pruning.sensitivity_analyse.scan_methods import Variant, scan_batch
+from pruning.shorter import check_sources
 
 FROM_RECORDS = ("sensitivity", "block_influence", "leave_one_out", "perplexity", "angular")
 FROM_MODEL = ("window", "greedy", "beam")
@@ -100,25 +99,30 @@ def layers_to_remove(layers: int, ratio: float) -> int:
     """How many of `layers` a fraction of them is: rounded, at least one removed, at least one kept."""
     if not 0 < ratio < 1:
         raise UserError(f"--ratio {ratio:g}: give a fraction between 0 and 1")
+    if layers < 2:
+        raise UserError("the model has one layer, which has to stay")
     return min(max(1, round(ratio * layers)), layers - 1)
 
 
-def layers_for_budget(model, target: float, in_bytes: bool = False) -> int:
-    """How many layers must go so that the model has at most `target` parameters, or bytes of weights."""
+def layers_for_budget(model, target: float, in_bytes: bool = False, pick=range) -> int:
+    """How many layers must go so that the model has at most `target` parameters, or bytes of weights.
 
-    def size(parameters):
-        return sum(p.numel() * (p.element_size() if in_bytes else 1) for p in parameters)
+    pick: which layers go if so many do: in a hybrid or a mixture they are not of one size.
+    """
 
-    total, each = size(plain(model).parameters()), size(decoder_layers(model)[-1].parameters())
-    count = max(0, math.ceil((total - target) / each))
-    if not 0 < count < len(decoder_layers(model)):
-        least = total - each * (len(decoder_layers(model)) - 1)
-        option = "--target-bytes" if in_bytes else "--target-params"
-        raise UserError(
-            f"{option} {target:,.0f}: the model has {total:,} and a layer {each:,}; choose a number "
-            f"between {least:,} and {total - each:,}"
-        )
-    return count
+    def size(module):
+        return sum(p.numel() * (p.element_size() if in_bytes else 1) for p in module.parameters())
+
+    total, sizes = size(plain(model)), [size(layer) for layer in decoder_layers(model)]
+    largest = sorted(sizes, reverse=True)
+    for count in range(1, len(sizes)) if target < total else ():
+        if total - sum(largest[:count]) <= target and total - sum(sizes[i] for i in pick(count)) <= target:
+            return count
+    option = "--target-bytes" if in_bytes else "--target-params"
+    raise UserError(
+        f"{option} {target:,.0f}: the model has {total:,} and its largest layer {largest[0]:,}; choose a "
+        f"number between {total - sum(largest[:-1]):,} and {total - 1:,}"
+    )
 
 
 def layers_for_time(model, target: float, measure=None) -> int:
@@ -152,8 +156,10 @@ def layers_for_time(model, target: float, measure=None) -> int:
 
 
 def mean_losses(model, prompts, variants) -> list[float]:
-    """Mean loss per scored token of the model and with each of `variants` off, all in one wavefront."""
-    records = [scan_batch(model, [prompt], variants, ())[0] for prompt in prompts]
+    """Mean loss per scored token of the model and with each of `variants` off, all in one wavefront where
+    layers do not share keys and values."""
+    method = "naive" if getattr(text_config(model), "num_kv_shared_layers", 0) else "wavefront"
+    records = [scan_batch(model, [prompt], variants, (), method)[0] for prompt in prompts]
     tokens = sum(record["scored"] for record in records)
     rows = [[r["nll"], *(variant["nll"] for variant in r["variants"])] for r in records]
     return [
@@ -179,6 +185,8 @@ def best_window(model, prompts, count: int) -> tuple[list[int], float]:
     that the whole model does not run anyway, and each that follows runs once.
     """
     layers = len(decoder_layers(model))
+    if getattr(text_config(model), "num_kv_shared_layers", 0):
+        raise UserError("--criterion window: layers of this model share keys and values; use greedy or beam")
     variants = [Variant("window", last, count) for last in range(count - 1, layers)]
     losses = mean_losses(model, prompts, variants)[1:]
     start = min(range(len(losses)), key=losses.__getitem__)
@@ -199,10 +207,23 @@ def search(model, prompts, count: int, width: int) -> tuple[list[int], list]:
             trace = [*trace[:-1], (drop, losses.pop(-1))]
             for layer, loss in losses.items():
                 reached.setdefault(tuple(sorted({*drop, layer})), (loss, trace))
+        reached = {drop: found for drop, found in reached.items() if can_go(model, drop)}
+        if not reached:
+            raise UserError(f"no {count} layers can go together: some work with what others computed")
         best = sorted(reached, key=lambda drop: reached[drop][0])[:width]
         beam = [(drop, [*reached[drop][1], (drop, reached[drop][0])]) for drop in best]
     (drop, trace), *_ = beam
     return list(drop), trace
+
+
+def can_go(model, drop_layers) -> bool:
+    """Whether no other layer works with what these computed."""
+    keep = [i for i in range(len(decoder_layers(model))) if i not in drop_layers]
+    try:
+        check_sources(text_config(model), keep)
+    except UserError:
+        return False
+    return True
 
 
 def lowest(scores: list[float], count: int) -> list[int]:
@@ -283,23 +304,20 @@ def choose(
     return control(criterion, count, layers, seed)
 
 
-def read_records(path) -> list[dict]:
-    """The records of a whole scan; UserError for a file that is cut or no records file."""
+def read_records(path) -> tuple[list[dict], str]:
+    """(records of a whole scan, its first distance, which its CSV shows); UserError for a file that is cut or
+    no records file."""
     try:
-        return [json.loads(line) for line in Path(path).read_text().splitlines()[1:]]
-    except (OSError, ValueError) as error:
+        header, *records = map(json.loads, Path(path).read_text(encoding="utf-8").splitlines())
+        missing = header.get("prompts", 1) - len(records)
+        if missing > 0 or not all({"nll", "angles", "variants"} <= record.keys() for record in records):
+            raise ValueError(f"{missing} of {header.get('prompts', 1)} prompts are not scanned")
+        return records, header["distances"][0]
+    except (OSError, ValueError, KeyError, AttributeError) as error:
         raise UserError(
             f"{path}: not a whole records file of layer_sensitivity_scan.py ({error}); finish the scan with "
             "--resume"
         ) from error
-
-
-def scan_distance(path) -> str:
-    """The first distance of a scan, which its CSV shows; kl without a scan."""
-    if path is None:
-        return "kl"
-    with reading(path, "records file"), open(path, encoding="utf-8") as file:
-        return json.loads(file.readline())["distances"][0]
 
 
 def warn_of_ends(criterion: str, drop, layers: int):
@@ -311,6 +329,12 @@ def warn_of_ends(criterion: str, drop, layers: int):
             "masked values say little about removal; compare with --criterion perplexity or greedy",
             file=sys.stderr,
         )
+
+
+def budget(model, args, pick) -> int:
+    """`layers_for_budget` of --target-params or --target-bytes."""
+    in_bytes = args.target_bytes is not None
+    return layers_for_budget(model, args.target_bytes if in_bytes else args.target_params, in_bytes, pick)
 
 
 def check(args):
@@ -337,30 +361,30 @@ def main(args):
     check(args)
 
     # what a scan measured, and the model where a criterion measures more
-    records = read_records(args.records) if args.records else []
+    records, distance = read_records(args.records) if args.records else ([], "kl")
     rows, angles = summarise(records), [record["angles"] for record in records]
     model, _, prompts = load_with_prompts(args) if args.model else (None, None, [])
     scanned = len(records[0]["block_influence"]) if records else 0
     layers = len(decoder_layers(model)) if model else scanned
     if scanned not in (0, layers):
         raise UserError(f"{args.records}: scanned {scanned} layers, {args.model} has {layers}")
-    if not layers:
-        raise UserError(f"{args.records}: holds no record; finish the scan with --resume")
 
-    # how many layers go
-    if args.ratio:
-        counts = [layers_to_remove(layers, ratio) for ratio in args.ratio]
-    elif args.target_seconds:
+    # how many layers go; None: as many as the chosen ones have to be for a budget
+    counts = [layers_to_remove(layers, ratio) for ratio in args.ratio or ()] or [None]
+    if args.target_seconds is not None:
         counts = [layers_for_time(model, args.target_seconds)]
-    else:
-        counts = [layers_for_budget(model, args.target_params or args.target_bytes, bool(args.target_bytes))]
 
     # which ones, by every criterion
     choices = []
-    for criterion, count in ((criterion, count) for criterion in args.criterion for count in counts):
+    for criterion, wanted in ((criterion, count) for criterion in args.criterion for count in counts):
         for seed in range(args.seeds if criterion.startswith("random") else 1):
-            measured = (rows, angles, model, prompts, args.mode, args.distance or scan_distance(args.records))
-            drop, why = choose(criterion, count, layers, *measured, seed, args.beam_width)
+            measured = (rows, angles, model, prompts, args.mode, args.distance or distance)
+
+            def pick(count, criterion=criterion, seed=seed, measured=measured):
+                return choose(criterion, count, layers, *measured, seed, args.beam_width)
+
+            count = wanted or budget(model, args, lambda count, pick=pick: pick(count)[0])
+            drop, why = pick(count)
             choice = {"criterion": criterion, "drop_layers": spec_of(drop), "layers_left": layers - count}
             choices.append({**choice, "why": why})
             warn_of_ends(criterion, drop, layers)

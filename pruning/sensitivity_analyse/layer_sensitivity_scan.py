@@ -32,7 +32,7 @@ from common.run import one_process, progress
 from pruning.layers import decoder, decoder_layers, plain
 from pruning.sensitivity_analyse.eval_metric import DISTANCES
 from pruning.sensitivity_analyse.layer_mask import MODES, masked, plain_mode
-from pruning.sensitivity_analyse.load_model import builtin_prompts, load_model, read_prompts
+from pruning.sensitivity_analyse.load_model import builtin_prompts, load_model, read_texts
 from pruning.sensitivity_analyse.scan_methods import METHODS, list_variants, pad_prompts, scan_batch
 
 COLUMNS = ["mode", "layer", "head", "distance", "score_mean", "score_std", "prompt_count"]
@@ -143,17 +143,19 @@ def load_with_prompts(args) -> tuple:
         return model.lang_model, text.tokenizer, list(report_model.task_prompts(model, text, samples))
     refuse(args, ["lang_model_path", "task_samples"], "without --task-data")
     model, tokenizer = load_model(args.model, args.dtype, args.trust_remote_code)
-    texts = read_prompts(args.prompts) if args.prompts else builtin_prompts()
+    texts = read_texts(args.prompts) if args.prompts else builtin_prompts()
     return model.to(device), tokenizer, text_prompts(texts, tokenizer, args.max_tokens)
 
 
 def text_prompts(texts, tokenizer, max_tokens: int = 512) -> list[dict]:
-    """Prompts of plain texts, cut to `max_tokens`; one token predicts nothing and is refused."""
-    prompts = [
-        {"name": text, "input_ids": torch.tensor([tokenizer(text).input_ids[:max_tokens]])} for text in texts
-    ]
-    if short := [p["name"] for p in prompts if p["input_ids"].shape[1] < 2]:
-        raise UserError(f"prompt {short[0]!r} has fewer than 2 tokens; remove it")
+    """Prompts of plain texts, a list or `read_texts`, cut to `max_tokens`; one token predicts nothing and is
+    refused."""
+    prompts, placed = [], texts.items() if isinstance(texts, dict) else zip(["prompts"] * len(texts), texts)
+    for place, text in placed:
+        ids = tokenizer(text).input_ids[:max_tokens]
+        if len(ids) < 2:
+            raise UserError(f"{place}: {text!r} has fewer than 2 tokens and predicts nothing; remove it")
+        prompts.append({"name": text, "input_ids": torch.tensor([ids])})
     return prompts
 
 
@@ -212,19 +214,22 @@ def scan(
         "modes": sorted({variant.mode for variant in variants}),
         "distances": list(kinds),
     }
-    keys = [prompt_key(prompt) for prompt in prompts]
+    keys = [prompt_key(prompt) for prompt in prompts]  # a prompt that stands twice runs once and counts twice
+    named = dict(zip(keys, prompts))
     known = read_journal(journal, header) if journal and resume and Path(journal).exists() else {}
     done = {key: known[key] for key in keys if key in known}
     if journal:  # without a cut last line and without prompts that are no longer asked for
-        atomic_write(journal, "".join(json.dumps(line) + "\n" for line in [header, *done.values()]))
-    waiting = [(key, prompt) for key, prompt in zip(keys, prompts) if key not in done]
+        lines = [{**header, "prompts": len(keys)}, *(done[key] for key in keys if key in done)]
+        atomic_write(journal, "".join(json.dumps(line) + "\n" for line in lines))
+    waiting = [key for key in named if key not in done]
     for first in progress(range(0, len(waiting), batch_size), desc=f"{method} scan", unit="batch"):
-        some = dict(waiting[first : first + batch_size])
-        for key, record in zip(some, scan_batch(model, list(some.values()), variants, kinds, method)):
+        some = waiting[first : first + batch_size]
+        found = scan_batch(model, [named[key] for key in some], variants, kinds, method)
+        for key, record in zip(some, found):
             done[key] = {**record, "key": key}
             if journal:
                 with open(journal, "a") as file:
-                    file.write(json.dumps(done[key]) + "\n")
+                    file.write((json.dumps(done[key]) + "\n") * keys.count(key))
     return [done[key] for key in keys]
 
 
@@ -288,6 +293,10 @@ def layer_scores(rows, mode: str, distance: str) -> list[float]:
     if not by_layer:
         raise UserError(
             f"the scan holds no {mode}/{distance}; run it with --mode {mode} --distance {distance}"
+        )
+    if lost := [layer for layer, values in by_layer.items() if any(map(math.isnan, values))]:
+        raise UserError(
+            f"{distance} of layer {lost[0]} with {mode} off is no number; scan again with --dtype float32"
         )
     return [sum(v) / len(v) if (v := by_layer.get(i)) else math.inf for i in range(layers)]
 

@@ -74,18 +74,30 @@ def builtin_prompts() -> list[str]:
 
 
 def read_prompts(path) -> list[str]:
-    """The texts of a file: one a line, or objects with the field `text` in a .jsonl file.
+    """The texts of `read_texts`."""
+    return list(read_texts(path).values())
 
-    Empty lines are passed over. UserError names a line that cannot be read.
+
+def read_texts(path) -> dict[str, str]:
+    """{place: text} of a file: one text a line, or objects with the field `text` in a .jsonl file.
+
+    Empty ones are passed over. UserError names a line that cannot be read.
     """
     with reading(path, "UTF-8 text file"):
-        lines = [line for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    if Path(path).suffix == ".jsonl":
-        for number, line in enumerate(lines):
+        # Unicode knows further ends of lines, which may stand inside a text
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    texts = {}
+    for number, line in enumerate(lines, 1):
+        if line.strip() and Path(path).suffix == ".jsonl":
             try:
-                lines[number] = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{path}: line {number + 1} is no JSON object with the field text") from error
-    if not lines:
+                line = json.loads(line)["text"]
+                line.encode()  # half a pair of surrogates is no text
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UserError(
+                    f"{path}: line {number} is no JSON object with a text in the field text"
+                ) from error
+        if line.strip():
+            texts[f"{path}, line {number}"] = line
+    if not texts:
         raise UserError(f"{path}: holds no prompts")
-    return lines
+    return texts
