@@ -10,7 +10,6 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 import torch
-from scipy.stats import spearmanr
 from sklearn.metrics import f1_score
 
 from common.errors import UserError
@@ -211,11 +210,6 @@ def test_claims_name_every_criterion_once_for_each_control_after_healing():
         "no difference: greedy"
     )
     assert len(sentences) == len(tables.CONTROLS)
-
-
-def test_rank_correlation_is_spearmans():
-    a, b = np.random.default_rng(0).random((2, 9))
-    assert tables.rank_correlation(a, b) == pytest.approx(spearmanr(a, b).statistic)
 
 
 # ---------------------------------------- recipes

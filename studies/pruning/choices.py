@@ -2,12 +2,14 @@
 
 import csv
 
+from scipy.stats import spearmanr
+
 from common.errors import UserError
 from common.files import read_json, reading
 from pruning.layers import decoder_layers, spec_of
 from pruning.sensitivity_analyse.choose_layers import choose, layers_to_remove, search
 from pruning.sensitivity_analyse.layer_sensitivity_scan import layer_scores
-from studies.pruning.tables import CONTROLS, CRITERIA, rank_correlation
+from studies.pruning.tables import CONTROLS, CRITERIA
 
 
 def choose_all(task, args, rows) -> list[dict]:
@@ -48,7 +50,7 @@ def chosen_elsewhere(args, rows, layers: int) -> list[dict]:
     for mode, distance in ((mode, distance) for mode, some in measures.items() for distance in some):
         here, there = (layer_scores(r, mode, distance) for r in (rows, others))
         first = [1 + sum(score > scores[0] for score in scores) for scores in (here, there)]
-        whole, rest = rank_correlation(here, there), rank_correlation(here[1:], there[1:])
+        whole, rest = (spearmanr(here[k:], there[k:]).statistic for k in (0, 1))
         print(
             f"{distance} with {mode} off: rank correlation with {args.also} {whole:.2f}, without layer 0 "
             f"{rest:.2f}; layer 0 is number {first[0]} here and {first[1]} there"

@@ -133,8 +133,3 @@ def claims(comparisons, ratios, metrics) -> list[str]:
                 text = "; ".join(f"{name}: {', '.join(some)}" for name, some in groups.items() if some)
                 sentences.append(f"{ratio:.0%} removed, healed, {metric} against {control}: {text}")
     return sentences
-
-
-def rank_correlation(a, b) -> float:
-    """Spearman's rank correlation of two lists of scores without ties."""
-    return np.corrcoef([np.argsort(np.argsort(scores)) for scores in (a, b)])[0, 1]
