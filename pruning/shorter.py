@@ -211,7 +211,7 @@ def renumbered(name: str, value, keep, count: int, extra: int = 0):
         return sum(old >= count - value for old in keep)
     if isinstance(value, (list, tuple)):
         base = int(name in ONE_BASED)
-        if INDEX_LIST.search(name) and not (len(value) == count and set(value) <= {0, 1} and count > 2):
+        if lists_numbers(name, value, count):
             return [new_of[i - base] + base for i in value if i - base in new_of]
         # some lists go on behind the last layer: for layers that predict further tokens, or for nothing
         if len(value) in (count, count + extra) or "layer" in name and len(value) > count:
@@ -222,13 +222,21 @@ def renumbered(name: str, value, keep, count: int, extra: int = 0):
         return ",".join(str(new_of[i]) for i in map(int, re.findall(r"\d+", value)) if i in new_of)
     if isinstance(value, dict):
         numbers = [key for key in value if str(key).isdigit()]
-        if "layer" in name and numbers:
+        if numbers and ("layer" in name or len(numbers) == count):
             moved = {new_of[int(key)]: value[key] for key in numbers if int(key) in new_of}
             words = {key: part for key, part in value.items() if key not in numbers}
             return {**words, **{type(numbers[0])(key): part for key, part in moved.items()}}
         if re.search("attn|attention|moe|mamba|ssm|linear", name):
             return {key: renumbered(key, part, keep, count, extra) for key, part in value.items()}
     return value
+
+
+def lists_numbers(name: str, value, count: int) -> bool:
+    """Whether a list holds numbers of layers: by its name, or because it can hardly be anything else."""
+    if INDEX_LIST.search(name):
+        return not (len(value) == count > 2 and set(value) <= {0, 1})
+    plain = all(type(i) is int and i < count for i in value) and [*value] == sorted(set(value))
+    return plain and "layer" in name and 0 < len(value) < count
 
 
 def periods(fields: dict, keep, count: int) -> dict:

@@ -95,6 +95,15 @@ def test_task_prompts_hold_the_volume_and_score_the_report(world):
         )
 
 
+def test_a_sample_of_which_nothing_is_scored_is_named(world, tmp_path, monkeypatch):
+    labels = torch.tensor([[7, -100, -100]])  # the first token is predicted by none
+    bare = [{"name": "case 3", "inputs_embeds": torch.zeros(1, 3, 32), "labels": labels}]
+    monkeypatch.setattr(report_model, "task_prompts", lambda *args: bare)
+    flags = {"model": world / "lora", "lang_model_path": world / "llm", "task_data": world / "data"}
+    with pytest.raises(UserError, match="data: case 3: no token of its report is scored"):
+        scanner.main(scanner.parse_args(options({**flags, "task_samples": 1, "out": tmp_path / "s.csv"})))
+
+
 def test_testing_writes_upstreams_files(world, tmp_path):
     flags = {"pruned_model_path": merged(world), "prune_map_path": prune_map(world), "data": world / "data"}
     flags |= {"lang_model_path": world / "llm", "out_dir": tmp_path, "tag_style": "c", "max_new_tokens": 8}

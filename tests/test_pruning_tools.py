@@ -235,7 +235,7 @@ def test_values_beyond_a_number_format_are_not_made_infinite(tmp_path):
     model = make(dtype=torch.bfloat16)
     model.model.layers[0].mlp.up_proj.weight.data[3, 5] = 1e6
     model.save_pretrained(tmp_path / "hf")
-    with pytest.raises(UserError, match="holds 1e[+]06, beyond the range of torch.float16"):
+    with pytest.raises(UserError, match="holds 9.99e[+]05, beyond the range of torch.float16"):
         prune(tmp_path / "hf", tmp_path / "out", "--drop-layers", "1", "--llm-dtype", "float16")
     assert not list((tmp_path / "out").iterdir())
 
@@ -513,7 +513,7 @@ def test_too_little_disk_is_said_before_writing(tmp_path, monkeypatch):
 NO_CHECKPOINTS = [b"root:x:0:0:root:/root:/bin/bash\n", b"", b"PK\x03\x04 cut", bytes(range(256)) * 40, b"{}"]
 
 
-@pytest.mark.parametrize("content", [*NO_CHECKPOINTS, pickle.dumps({"a": os.system})])
+@pytest.mark.parametrize("content", [*NO_CHECKPOINTS, pickle.dumps({"a": os.system}, 2)])
 def test_files_that_are_no_checkpoint_or_would_run_code_are_named(tmp_path, content):
     (tmp_path / "notes.bin").write_bytes(content)
     with pytest.raises(UserError, match="notes.bin"):

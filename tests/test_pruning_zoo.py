@@ -293,6 +293,9 @@ def test_derived_types_are_written_down_where_the_file_leaves_them_to_the_class(
         ("no_rope_layers", [1, 0, 1, 1, 0, 0, 7, 8], [1, 0, 1, 0, 7, 8]),
         ("moe_layers_enum", "1,2,3,6", "1,2,4"),  # 6 predicts further tokens
         ("moe_layers", [1, 2, 3, 6], [1, 2, 4]),
+        ("nope_layers", [1, 3, 4], [1, 2]),  # a name that no class has
+        ("layer_sizes", [3, 1, 2], [3, 1, 2]),
+        ("head_dims", {str(i): i + 8 for i in range(6)}, {"0": 8, "1": 9, "2": 11, "3": 13}),
         ("vision_feature_layers", [1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6]),
     ],
 )

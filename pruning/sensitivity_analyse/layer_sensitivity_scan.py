@@ -140,7 +140,10 @@ def load_with_prompts(args) -> tuple:
         loaded = report_model.load_report_model(args.model, args.lang_model_path)
         model, text, config = loaded[0].to(device), *loaded[1:]
         samples = report_model.Encoded(model, text, config, args.task_data, "train", args.task_samples)
-        return model.lang_model, text.tokenizer, list(report_model.task_prompts(model, text, samples))
+        prompts = list(report_model.task_prompts(model, text, samples))
+        if bare := [p["name"] for p in prompts if not (p["labels"][:, 1:] != -100).any()]:
+            raise UserError(f"{args.task_data}: {bare[0]}: no token of its report is scored; leave it out")
+        return model.lang_model, text.tokenizer, prompts
     refuse(args, ["lang_model_path", "task_samples"], "without --task-data")
     model, tokenizer = load_model(args.model, args.dtype, args.trust_remote_code)
     texts = read_texts(args.prompts) if args.prompts else builtin_prompts()

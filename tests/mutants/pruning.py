@@ -88,8 +88,8 @@ MUTANTS = [
     ),
     Mutant(
         "pruning/train.py",
-        "ids = (tokenizer(text).input_ids + [tokenizer.eos_token_id])[:max_length]",
-        "ids = tokenizer(text).input_ids[:max_length]",
+        "end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]",
+        "end = []",
         f"{TRAIN}::test_a_text_is_cut_ends_with_the_end_token_and_padding_is_not_scored",
         "no end-of-text token is learnt",
     ),
