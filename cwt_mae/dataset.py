@@ -11,7 +11,9 @@ Upstream file: dataset.py (PhysioSignalDataset). Its pickles are read by convert
 """
 
 import bisect
+import contextlib
 import functools
+import io
 import itertools
 import json
 import os
@@ -50,6 +52,7 @@ from cwt_mae.readers import (
 )
 from cwt_mae.recording import Recording
 from cwt_mae.tables import read_table as read_csv
+from cwt_mae.text import read_text
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARD = 1000  # files of signals in one shard of a store, at most
@@ -92,18 +95,21 @@ def tar_records(path: Path, fs=None, annotator: str = "", usable=lambda work, *w
     """
 
     def told(work, *what):
-        try:
-            return work(*what)
-        except UserError as error:  # tells of the shard, not of the folder
-            raise UserError(
-                str(error).replace(f"{folder}/", f"{path}: ").replace(folder, str(path))
-            ) from None
+        """work(*what), whose errors and remarks tell of the shard, not of the folder."""
+        rename = lambda text: str(text).replace(f"{folder}/", f"{path}: ").replace(folder, str(path))
+        screen = sys.stderr
+        with contextlib.redirect_stderr(io.StringIO()) as remarks:
+            try:
+                return work(*what)
+            except UserError as error:
+                raise UserError(rename(error)) from None
+            finally:
+                screen.write(rename(remarks.getvalue()))
 
     def read(file: Path) -> list[Recording]:
         records, label = read_records(file, fs, annotator), file.with_suffix(".cls")
         if label.is_file():
-            with reading(label, "label"):
-                text = label.read_text(encoding="utf-8").strip()
+            text = read_text(label).strip()
             for record in records:
                 record.labels = {"": [text]}
         return records
@@ -157,6 +163,14 @@ class Preprocess:
     high_hz: float = 0.0
     channel: str = "auto"
 
+    def __post_init__(self):
+        top = min(filter(None, (self.high_hz, self.fs / 2)), default=np.inf)
+        if 0 < top <= self.low_hz:
+            raise UserError(
+                f"--low-hz {self.low_hz:g} leaves nothing of a signal that ends at {top:g} Hz (--high-hz, or "
+                "half of --model-fs); lower it"
+            )
+
     @property
     def leads(self) -> list[str]:
         """Names of the leads of a model of several leads, else []."""
@@ -190,7 +204,7 @@ class Preprocess:
         x = resampled(np.asarray(x, np.float64), fs, rate, mean)
         edges = [edge for edge in (self.low_hz, min(self.high_hz, 0.49 * rate)) if 0 < edge < 0.5 * rate]
         if edges and len(x) > 30:
-            kind = "bandpass" if len(edges) == 2 else "highpass" if self.low_hz else "lowpass"
+            kind = "bandpass" if len(edges) == 2 else "highpass" if edges == [self.low_hz] else "lowpass"
             x = filtered_both_ways(x, *sections_of(rate, kind, *edges))
         return x.astype(np.float32)
 
@@ -423,6 +437,11 @@ class Store:
             lay(self.signal(other), place, x[lead], real[lead])
         return standardised_leads(x, real), real
 
+    def recordings(self, items) -> np.ndarray:
+        """The number of the recording that each window of `items` lies in: several channels, and gaps, make
+        several rows of one recording."""
+        return self.records["recording"][items["record"]]
+
     def rate(self, index: int) -> float:
         """Samples a second of one record's signal here; 1 for series without a time unit."""
         return self.prepare.fs or float(self.records[index]["fs"])
@@ -467,7 +486,7 @@ def build_store(
         "min_seconds": min_seconds,
         "skip_bad": skip_bad,
         "annotator": annotator,
-        "version": 4,
+        "version": 5,
     }
     for source in sources:  # in the words that the user gave
         if not any(map(os.path.exists, expand([source]))):
@@ -693,10 +712,13 @@ class Filling:
                 self.usable(self.add, record, out)
 
     def add(self, record: Recording, out):
-        """Prepare the runs of the chosen channels of one recording, then write them: whole or not at all."""
+        """Prepare the runs of the chosen channels of one recording, then write them: all or none, except for
+        what --skip-bad leaves out."""
         ready = []
         for name, channel in pick_channels(record, self.prepare.channel).items():
-            ready += self.runs_of(record, name, channel)
+            ready += self.usable(self.runs_of, record, name, channel) or []
+        if not ready:
+            return
         self.check_events(record)
         for name, channel, start, x in ready:
             row = (record.name, record.subject, record.part, name, str(record.source), channel.fs, start)
@@ -758,19 +780,17 @@ class Filling:
 
     def add_events(self, record: Recording, start: float, seconds: float):
         """The events of one run, on its own clock; what lasts into it begins with it."""
-        row, holding = len(self.rows) - 1, None
+        row, holding, own = len(self.rows) - 1, [], []
         for e in sorted(record.events, key=lambda e: e.seconds):
             first, last = e.seconds - start, e.seconds + e.duration - start
             if first >= seconds:
                 break
             if first < 0 and e.text.startswith("("):
-                holding = e  # a rhythm holds until the next mark
+                holding = [(row, 0.0, 0.0, "", e.text)]  # a rhythm holds until the next mark
             if first >= 0 or last > 0:
                 duration = min(last, seconds) - max(first, 0.0) if e.duration else 0.0
-                self.events.append((row, max(first, 0.0), duration, e.symbol, e.text))
-        if holding is not None:
-            self.events.append((row, 0.0, 0.0, "", holding.text))
-        self.events.sort(key=lambda event: event[:2])
+                own.append((row, max(first, 0.0), duration, e.symbol, e.text))
+        self.events += holding + own  # in this order: a mark at the very beginning is the next one
 
     def write(self):
         """The tables; text fields are as wide as their longest entry."""

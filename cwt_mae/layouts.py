@@ -25,7 +25,7 @@ from common.errors import UserError
 from common.files import reading
 from common.index import expand, scan
 from cwt_mae.recording import Recording, check_rate
-from cwt_mae.tables import decoded
+from cwt_mae.text import read_text
 
 # What a folder is searched for; the readers stand in dataset.py's READERS
 SUFFIXES = ".hea .edf .bdf .dcm .npz .npy .csv .tsv .h5 .hdf5 .ts .arff .tar".split()
@@ -190,18 +190,29 @@ def hypnogram_of(path: Path) -> Path | None:
     return next(iter(sorted(path.parent.glob(f"{path.stem[:7]}?-Hypnogram{path.suffix}"))), None)
 
 
-def rows_in(table: Path, needed: list) -> list[dict]:
-    """Rows of a csv file with a header; UserError naming the column that is missing."""
-    lines = decoded(table).splitlines()
-    first = lines[0] if lines else ""
-    delimiter = max(",;\t", key=first.count)
+def rows_in(table: Path, needed: list) -> list[tuple[int, dict]]:
+    """[(number of its last line, row)] of a csv file with a header; UserError naming a column that is
+    missing."""
+    lines = read_text(table).split("\n")
+    reader = csv.reader(lines, delimiter=max(",;\t", key=lines[0].count))
     with reading(table, "csv table"):
-        head, *rows = csv.reader(lines, delimiter=delimiter) if lines else [[]]
-    names = [name.strip() for name in head]
+        head, *rows = ((row, reader.line_num) for row in reader)
+    names = [name.strip() for name in head[0]]
     for name in needed:
         if name not in names:
             raise UserError(f"{table}: has no column {name}; it has {', '.join(names)}")
-    return [dict(zip(names, [*row, *[""] * len(names)])) for row in rows if any(row)]
+    return [(number, dict(zip(names, [*row, *[""] * len(names)]))) for row, number in rows if any(row)]
+
+
+YES, NO = ("1", "1.0", "true", "yes", "y", "t"), ("", "0", "0.0", "false", "no", "n", "f", "nan")
+
+
+def applies(table: Path, number: int, row: dict, column: str) -> bool:
+    """Whether a label's column says yes; UserError where it says neither yes nor no."""
+    word = row[column].strip().lower()
+    if word not in YES and word not in NO:
+        raise UserError(f"{table}: line {number}: field {column} is {row[column]!r}, expected 1 or 0")
+    return word in YES
 
 
 def ptb_xl(found: Found, table: Path, root: Path):
@@ -209,11 +220,11 @@ def ptb_xl(found: Found, table: Path, root: Path):
     statements = {}
     if (table.parent / "scp_statements.csv").is_file():
         listed = rows_in(table.parent / "scp_statements.csv", ["diagnostic", "form", "rhythm"])
-        statements = {next(iter(row.values())): row for row in listed}
+        statements = {next(iter(row.values())): row for _, row in listed}
     rows = rows_in(table, ["patient_id", "scp_codes", "strat_fold", "filename_lr", "filename_hr"])
     have, drop = {name for _, name in found.files}, set()
     base = relative(table.parent / "x", root)[:-1]
-    for number, row in enumerate(rows, 2):
+    for number, row in rows:
         try:
             codes = ast.literal_eval(row["scp_codes"])
             fold, patient = int(float(row["strat_fold"])), row["patient_id"].removesuffix(".0")
@@ -253,8 +264,8 @@ def code_15(found: Found, table: Path, root: Path):
     classes = ("1dAVb", "RBBB", "LBBB", "SB", "ST", "AF")
     rows = rows_in(table, ["exam_id", "patient_id", "trace_file", *classes])
     base = relative(table.parent / "x", root)[:-1]
-    for row in rows:
-        on = [name for name in classes if row[name].strip().lower() in ("true", "1", "1.0")]
+    for number, row in rows:
+        on = [name for name in classes if applies(table, number, row, name)]
         about = About(f"code-15/{row['patient_id']}", labels={"": on or ["normal"]})
         found.about[f"{base}{name_of(Path(row['trace_file']))}:{row['exam_id']}"] = about
 
@@ -262,7 +273,7 @@ def code_15(found: Found, table: Path, root: Path):
 def mimic(found: Found, table: Path, root: Path):
     """Patients of MIMIC-IV-ECG."""
     base = relative(table.parent / "x", root)[:-1]
-    for row in rows_in(table, ["subject_id", "path"]):
+    for _, row in rows_in(table, ["subject_id", "path"]):
         found.about[base + name_of(Path(row["path"]))] = About(f"mimic-iv/{row['subject_id']}")
 
 
@@ -271,36 +282,37 @@ def read_manifest(found: Found, manifest: Path, root: Path):
 
     path: relative to the manifest's folder or to the data root, with or without suffix; `file:inner` names a
     recording inside a file. fold: train, val or test, or numbers, of which the last tests and the last but
-    one validates. label: names with ; between them; label_<name>: 1 where it applies. What the manifest does
-    not list is left out.
+    one validates; empty: no part. label: names with ; between them; label_<name>: 1 where it applies. What
+    the manifest does not list is left out.
     """
     rows, about = rows_in(manifest, ["path"]), {}
     if not rows:
         raise UserError(f"{manifest}: lists no recording; add a line for each")
-    folds = parts_of(manifest, [row.get("fold") or "" for row in rows])
+    folds = parts_of(manifest, [(number, row.get("fold", "")) for number, row in rows])
     # A file is known by its place, with and without suffix, and by its name.
     names = {name for _, name in found.files}
     known = {os.path.abspath(place): name for path, name in found.files for place in (name_of(path), path)}
-    for number, (row, part) in enumerate(zip(rows, folds), 2):
-        path = (row["path"] or "").strip()
+    for (number, row), part in zip(rows, folds):
+        path = row["path"].strip()
         inner = path.rpartition(":")[2] if ":" in path else ""
         file = path.removesuffix(f":{inner}") if inner else path
         plain = name_of(Path(file))
-        places = (os.path.abspath(manifest.parent / place) for place in (file, plain))
+        written = (file, plain, file.replace("\\", "/"))  # the last as Windows writes it
+        places = (os.path.abspath(manifest.parent / place) for place in written)
         name = next((known[place] for place in places if place in known), None)
-        name = name or next((n for n in (path, plain) if n in names), None)
+        name = name or next((n for n in (path, plain, name_of(written[2])) if n in names), None)
         if name is None:
             raise UserError(f"{manifest}: line {number}: {path} is no signal file below --data")
         key = f"{name}:{inner}" if inner else name
         if key in about:
             raise UserError(f"{manifest}: line {number}: {path} is listed twice")
-        rate = (row.get("fs") or "").strip() or None
+        rate = row.get("fs", "").strip() or None
         rate = rate and check_rate(rate, f"{manifest}: line {number}")
-        labels = [v.strip() for v in re.split(r"[;|]", row.get("label") or "") if v.strip()]
-        named = [c for c in row if c and c.startswith("label_")]
-        labels += [c[6:] for c in named if (row[c] or "").strip().lower() in ("1", "1.0", "true", "yes")]
+        labels = [v.strip() for v in re.split(r"[;|]", row.get("label", "")) if v.strip()]
+        named = [c for c in row if c.startswith("label_")]
+        labels += [c[6:] for c in named if applies(manifest, number, row, c)]
         stated = bool(named) or "label" in row
-        subject = (row.get("subject") or "").strip() or None
+        subject = row.get("subject", "").strip() or None
         about[key] = About(subject, part if "fold" in row else None, rate, {"": labels} if stated else {})
     left_out = names - {key for key in about} - {key.rpartition(":")[0] for key in about}
     if left_out:
@@ -317,24 +329,26 @@ def merged(old: About | None, new: About) -> About:
     return About(new.subject or old.subject, part, new.fs or old.fs, old.labels | new.labels)
 
 
-def parts_of(manifest, folds: list) -> list[str]:
-    """The part of each fold: by its word, or by its number."""
-    words = [fold.strip().lower() for fold in folds]
+def parts_of(manifest, folds: list[tuple[int, str]]) -> list[str]:
+    """The part of each (line, fold): by its word, or by its number."""
+    words = [fold.strip().lower() for _, fold in folds]
     if all(word in PARTS for word in words):
         return [PARTS[word] for word in words]
-    try:
-        values = [int(float(word)) for word in words]
-    except (ValueError, OverflowError):
-        odd = next(word for word in words if word not in PARTS)
+    whole = re.compile(r"-?\d+(\.0*)?")
+    odd = [i for i, word in enumerate(words) if word and not whole.fullmatch(word)]
+    if odd:  # beside words it knows, or beside numbers
+        number, fold = folds[next((i for i in odd if words[i] not in PARTS), odd[0])]
         raise UserError(
-            f"{manifest}: field fold is {odd!r}, expected train, val, test, or a number"
-        ) from None
-    order = sorted(set(values))
+            f"{manifest}: line {number}: field fold is {fold!r}, expected train, val, test, or a number in "
+            "every line"
+        )
+    values = [int(float(word)) if word else None for word in words]
+    order = sorted(set(values) - {None})
     if len(order) < 2:
         raise UserError(
-            f"{manifest}: field fold has one value, {order[0]:g}; two are needed, to train and to test"
+            f"{manifest}: field fold has one value, {order[0]}; two are needed, to train and to test"
         )
-    names = dict.fromkeys(order, "train") | {order[-1]: "test"}
+    names = dict.fromkeys(order, "train") | {order[-1]: "test", None: ""}
     if len(order) > 2:
         names[order[-2]] = "val"
     return [names[value] for value in values]

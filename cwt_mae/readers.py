@@ -7,6 +7,7 @@ become seconds by their own clock, what was not measured is nan. Who a recording
 business.
 """
 
+import csv
 import importlib
 import os
 import re
@@ -14,29 +15,35 @@ from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
+import h5py
 import numpy as np
 
 from common.errors import UserError
 from common.files import hdf5_item, open_npz, reading
 from cwt_mae.recording import Event, Recording, as_channel, check_rate, unique
+from cwt_mae.text import decoded, encoding_of, read_text
 
 ANNOTATORS = ("atr", "qrs", "ecg", "ari", "ecg_ann", "wqrs", "epi")  # the first that a record has
 LEADS = "I II III AVR AVL AVF V1 V2 V3 V4 V5 V6".split()  # the order of 12 unnamed channels
 RATES = ("fs", "sampling_rate", "sampling_frequency", "sample_rate", "frequency", "rate", "hz")
+EDF_NOTES = ("EDF Annotations", "BDF Annotations")
 NOT_SIGNALS = ("gain", "lead", "leads", "names", "subject", "units", "label", "labels", *RATES)
 
 
 def extra(module: str, path):
-    """Import a reader of one file format, or say which package to install."""
+    """Import what `path`, a file or an option, needs, or say which package to install."""
+    package = module.split(".")[0]
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise UserError(f"{path}: reading it needs the package {module}; pip install {module}") from None
+        raise UserError(f"{path}: needs the package {package}; pip install {package}") from None
 
 
 def rows_of(array, name, source) -> dict:
     """{channel name: row} of an array (L,) or (channels, L)."""
     array = np.asarray(array)
+    if array.ndim == 2 and array.shape[1] == 1:  # one channel in a column, as MATLAB keeps it
+        array = array[:, 0]
     if array.ndim not in (1, 2) or array.dtype.kind not in "iuf" or not array.size:
         raise UserError(
             f"{source}: field {name} is {array.dtype} {array.shape}, expected numbers (L,) or (channels, L)"
@@ -61,7 +68,8 @@ def read_wfdb(path: Path, fs=None, annotator: str = "") -> list[Recording]:
     """
     wfdb, stem = extra("wfdb", path), str(path.with_suffix(""))
     with reading(path, "WFDB record"):
-        header = record = plain_wfdb(path) or wfdb.rdrecord(stem, smooth_frames=False, m2s=False)
+        text = read_text(path)
+        header = record = plain_wfdb(path, text) or wfdb.rdrecord(stem, smooth_frames=False, m2s=False)
         if isinstance(header, wfdb.MultiRecord):
             record = header.multi_to_single(physical=True, expanded=True)
     if not record.e_p_signal or not len(record.e_p_signal[0]):
@@ -74,7 +82,9 @@ def read_wfdb(path: Path, fs=None, annotator: str = "") -> list[Recording]:
         name: as_channel(x, rate * count, unit=unit or "")
         for name, x, count, unit in zip(names, record.e_p_signal, frames, units)
     }
-    comments = [*(header.comments or []), *(getattr(record, "comments", None) or [])]
+    lines = map(str.strip, text.split("\n"))
+    comments = [line.strip(" \t#") for line in lines if line.startswith("#")]
+    comments += getattr(record, "comments", None) or []  # of segments
     codes = next((text.split(":", 1)[1] for text in comments if re.match(r"\s*Dx\s*:", text)), "")
     labels = [code for code in re.split(r"[,\s]+", codes.strip()) if code and code.lower() != "unknown"]
     who = (
@@ -85,16 +95,16 @@ def read_wfdb(path: Path, fs=None, annotator: str = "") -> list[Recording]:
     return [Recording(path.stem, path, channels, subject, events, {"": labels} if labels else {})]
 
 
-def plain_wfdb(path: Path):
+def plain_wfdb(path: Path, text: str):
     """What `wfdb.rdrecord` reads of the simplest and most frequent kind of record: one segment, one file in
-    format 16, one rate, and a header that states everything; None for any other.
+    format 16, one rate, and a header `text` that states everything; None for any other.
 
     The package looks each field of a header up in a pandas table: of a hundred thousand short records that
     alone would take minutes.
     """
     from wfdb.io.header import parse_header_content, rx_record, rx_signal, wfdb_strptime
 
-    lines, comments = parse_header_content(path.read_text("ascii", "ignore"))
+    lines, _ = parse_header_content(text)
     matches = [pattern.match(line) for pattern, line in zip((rx_record, *[rx_signal] * len(lines)), lines)]
     if len(matches) < 2 or None in matches:
         return None
@@ -126,7 +136,6 @@ def plain_wfdb(path: Path):
         sig_name=[s["sig_name"] for s in signals],
         units=[s["units"] or "mV" for s in signals],
         e_p_signal=found,
-        comments=[line.strip(" \t#") for line in comments],
     )
 
 
@@ -156,21 +165,21 @@ def read_edf(path: Path, fs=None) -> list[Recording]:
     edfio = extra("edfio", path)
     with reading(path, "EDF file"):
         # Without a signal some versions of the package fail in many ways, so the header is asked first.
-        count, onsets, duration = edf_clock(path)
-    if not count:
+        names, units, onsets, duration = edf_head(path)
+    if not names:
         raise UserError(
             f"{path}: holds annotations but no signal; a *-Hypnogram.edf is read with the *-PSG.edf beside it"
         )
     with reading(path, "EDF file"):
         read = edfio.read_bdf if path.suffix.lower() == ".bdf" else edfio.read_edf
         edf = read(path)
-        labels = unique(signal.label for signal in edf.signals)
-        raw = [(s.data, s.sampling_frequency, s.physical_dimension) for s in edf.signals]
+        raw = list(zip(unique(names), units, edf.signals, strict=True))
+        raw = [(name, unit, s.data, s.sampling_frequency) for name, unit, s in raw]
         events = edf_events(edf)
         plus = str(edf.reserved).startswith(("EDF+", "BDF+"))
         code = str(getattr(edf.patient, "code", "X")) if plus else "X"
     channels = {}
-    for name, (x, rate, unit) in zip(labels, raw):
+    for name, unit, x, rate in raw:
         each = rate * duration  # samples of a data record
         jumps = [
             (round(i * each), onsets[i])
@@ -187,8 +196,9 @@ def edf_events(edf) -> list[Event]:
     return [Event(float(a.onset), "", a.text.strip(), float(a.duration or 0)) for a in edf.annotations]
 
 
-def edf_clock(path: Path) -> tuple[int, list[float], float]:
-    """(ordinary signals, onset of each data record in seconds, its duration) from the bytes of an EDF file.
+def edf_head(path: Path) -> tuple[list[str], list[str], list[float], float]:
+    """(names and units of the ordinary signals, onset of each data record in seconds, its duration) from the
+    bytes of an EDF file. Names are ASCII by the book, but µV is written, and Chinese.
 
     Onsets stand in the first annotation list of each record; [] where there is none: the file is continuous.
     """
@@ -196,23 +206,26 @@ def edf_clock(path: Path) -> tuple[int, list[float], float]:
         head = file.read(256)
         size, duration, count = int(head[184:192]), float(head[244:252]), int(head[252:256])
         table = file.read(256 * count)
-        names = [table[16 * i : 16 * i + 16].decode("latin1").strip() for i in range(count)]
-        at = 216 * count
+        texts = [table[16 * i : 16 * i + 16] for i in range(count)]
+        texts += [table[96 * count + 8 * i : 96 * count + 8 * i + 8] for i in range(count)]
+        texts = decoded(b"\n".join(text.strip(b"\0 ") for text in texts), path).split("\n")
+        at, ordinary = 216 * count, [i for i in range(count) if texts[i] not in EDF_NOTES]
+        names, units = ([texts[start + i] for i in ordinary] for start in (0, count))
         lengths = [int(table[at + 8 * i : at + 8 * i + 8]) for i in range(count)]
         width = 3 if path.suffix.lower() == ".bdf" else 2
-        notes = [i for i, name in enumerate(names) if name in ("EDF Annotations", "BDF Annotations")]
+        notes = [i for i in range(count) if texts[i] in EDF_NOTES]
         if not notes:
-            return count, [], duration
+            return names, units, [], duration
         onsets, whole = [], width * sum(lengths)
         # As many records as the file holds, whatever the header counted when the recording began
         for record in range((path.stat().st_size - size) // max(1, whole)):
             file.seek(size + record * whole + width * sum(lengths[: notes[0]]))
             found = re.match(rb"([+-]\d+(?:\.\d*)?)\x14", file.read(width * lengths[notes[0]]))
             if not found:
-                return count - len(notes), [], duration
+                return names, units, [], duration
             onsets.append(float(found[1]))
     # The clock of the file begins with its first record, as its annotations do.
-    return count - len(notes), [onset - onsets[0] for onset in onsets], duration
+    return names, units, [onset - onsets[0] for onset in onsets], duration
 
 
 # ---- DICOM
@@ -254,8 +267,9 @@ def read_npz(path: Path, fs=None) -> list[Recording]:
     """
     with reading(path, "npz file of plain arrays"), open_npz(path) as file:
         data = dict(file)
-        # Words that were kept as bytes are words
-        data = {key: np.char.decode(x) if x.dtype.kind == "S" else x for key, x in data.items()}
+        for key, x in data.items():  # words that were kept as bytes are words
+            if x.dtype.kind == "S":
+                data[key] = np.char.decode(x, encoding_of(b" ".join(x.ravel().tolist()), path))
     lower = {key.lower(): value for key, value in data.items()}
     if "x_train" in lower:
         return ucr_records(path, lower)
@@ -275,8 +289,9 @@ def read_npz(path: Path, fs=None) -> list[Recording]:
 
 def words(values: np.ndarray) -> list[str]:
     """Labels as words; a whole number is the same with and without a decimal point, nan is none: ""."""
-    values = np.asarray(values).tolist()
-    return ["" if v != v else f"{v:g}" if isinstance(v, float) else str(v) for v in values]
+    values = np.asarray(values)
+    found = values.astype(str).tolist()
+    return found if values.dtype.kind != "f" else ["" if w == "nan" else w.removesuffix(".0") for w in found]
 
 
 def npz_arrays(path, data: dict) -> dict:
@@ -295,7 +310,8 @@ def npz_arrays(path, data: dict) -> dict:
             or word.endswith(("_fs", "_rate", "_unit"))
         )
         if word not in map(str.lower, NOT_SIGNALS) and not about:
-            arrays |= rows_of(array, key, path)
+            for name, row in rows_of(array, key, path).items():
+                arrays[unique([*arrays, name])[-1]] = row
     if not arrays:
         raise UserError(
             f"{path}: holds no signal (fields: {', '.join(data) or 'none'}); expected sig, or one array per "
@@ -496,7 +512,6 @@ def read_hdf5(path: Path, fs=None) -> list[Recording]:
     fs) on it, its group or the file, or a number fs beside it. `tracings` (N, T, 12) and `exam_id` are
     CODE-15.
     """
-    h5py = extra("h5py", path)
     records = {}
 
     def rate_of(item, file):
@@ -511,18 +526,17 @@ def read_hdf5(path: Path, fs=None) -> list[Recording]:
 
     def visit(name, item):
         plain = isinstance(item, h5py.Dataset) and item.dtype.kind in "iuf" and item.ndim in (1, 2)
-        if not plain or item.shape[-1] < 2 or name.split("/")[-1] in NOT_SIGNALS:
+        if not plain or item.size < 2 or name.split("/")[-1] in NOT_SIGNALS:
             return
         item = hdf5_item(file, name)
         group, where = item.parent, f"{path}: {name}"
         key = path.stem + (f":{group.name.strip('/')}" if group.name != "/" else "")
         subject = next((a["subject"] for a in (item.attrs, group.attrs) if "subject" in a), "")
-        subject = subject.decode() if isinstance(subject, bytes) else str(subject)
-        record = records.setdefault(key, Recording(key, path, {}, subject))
-        rate, unit = check_rate(rate_of(item, file), where, fs), str(item.attrs.get("units", ""))
+        record = records.setdefault(key, Recording(key, path, {}, word_of(subject, path)))
+        rate, unit = check_rate(rate_of(item, file), where, fs), word_of(item.attrs.get("units", ""), path)
         gain = float(item.attrs.get("gain", 1.0))
         for label, row in rows_of(item[:], name.split("/")[-1], where).items():
-            record.channels[label] = as_channel(row, rate, gain, unit)
+            record.channels[unique([*record.channels, label])[-1]] = as_channel(row, rate, gain, unit)
 
     with reading(path, "HDF5 file"), h5py.File(path, "r") as file:
         if "tracings" in file and hdf5_item(file, "tracings", whole=False).ndim == 3:
@@ -531,6 +545,13 @@ def read_hdf5(path: Path, fs=None) -> list[Recording]:
     if not records:
         raise UserError(f"{path}: holds no data set of numbers (L,) or (channels, L)")
     return list(records.values())
+
+
+def word_of(value, path) -> str:
+    """An attribute as a word: h5py gives text that is not UTF-8 with surrogates, or as bytes."""
+    if isinstance(value, str):
+        value = value.encode("utf-8", "surrogateescape")
+    return decoded(value, path) if isinstance(value, bytes) else str(value)
 
 
 def tracings(path: Path, file, fs) -> list[Recording]:
@@ -559,30 +580,55 @@ def tracings(path: Path, file, fs) -> list[Recording]:
 def read_ts(path: Path, fs=None) -> list[Recording]:
     """A UCR/UEA .ts file, `name_TRAIN.ts` or `name_TEST.ts`: lines `v1,v2,...:w1,w2,...:label` after @data,
     one group of values for each dimension, ? for what is missing."""
-    text = path.read_text(encoding="utf-8", errors="replace")
-    lines = text.splitlines()
-    start = next((i for i, line in enumerate(lines) if line.strip().lower() == "@data"), None)
-    if start is None:
-        raise UserError(f"{path}: has no @data line; expected the UCR .ts format")
-    head = {w[0].lower(): [v.lower() for v in w[1:]] for w in (s.split() for s in lines[:start]) if w}
+    lines, data = data_lines(path, "the UCR .ts format", "#")
+    head = {w[0].lower(): [v.lower() for v in w[1:]] for w in map(str.split, lines) if w}
     labelled = head.get("@classlabel", ["true"])[:1] != ["false"] or head.get("@targetlabel") == ["true"]
     if head.get("@timestamps", ["false"])[:1] == ["true"]:
         raise UserError(f"{path}: holds time stamps, which are not read; write the values alone")
-    records, part = [], part_of(path)
-    for number, line in enumerate(lines[start + 1 :], start + 2):
-        if not line.strip() or line.startswith("#"):
-            continue
-        groups = line.strip().split(":")
+    records = []
+    for number, line in data:
+        groups = line.split(":")
         label = groups.pop().strip() if labelled else ""
-        try:
-            if not groups:
-                raise ValueError
-            rows = [[np.nan if v.strip() in ("?", "NaN") else float(v) for v in g.split(",")] for g in groups]
-            rows = [np.array(row, np.float64) for row in rows]
-        except ValueError:
-            raise UserError(f"{path}: line {number}: not numbers with a label after a colon") from None
-        records.append(series_record(path, part, len(records), rows, label or None))
+        rows = rows_in_line(path, number, [group.split(",") for group in groups], "after a colon")
+        records.append(series_record(path, part_of(path), len(records), rows, label or None))
     return records
+
+
+def read_arff(path: Path, fs=None) -> list[Recording]:
+    """A UCR/UEA .arff file: values and a label between commas after @data; dimensions as one quoted value
+    with \\n between them. The label is the first attribute that lists its values, else the last one."""
+    lines, data = data_lines(path, "the ARFF format", "%")
+    attributes = [line.strip() for line in lines if line.strip().lower().startswith("@attribute")]
+    place = next((i for i, line in enumerate(attributes) if line.endswith("}")), -1)
+    records = []
+    for number, line in data:
+        quote = '"' if '"' in line else "'"
+        values = next(csv.reader([line], quotechar=quote, skipinitialspace=True))
+        label = values.pop(place if len(values) == len(attributes) else -1).strip().strip("'\"")
+        groups = [group.split(",") for group in values[0].split("\\n")] if len(values) == 1 else [values]
+        rows = rows_in_line(path, number, groups, "at the end")
+        records.append(series_record(path, part_of(path), len(records), rows, label or None))
+    return records
+
+
+def data_lines(path: Path, form: str, comment: str) -> tuple[list[str], list[tuple[int, str]]]:
+    """(lines before @data, [(number, line)] of those after it that are neither empty nor comments)."""
+    lines = read_text(path).split("\n")
+    start = next((i for i, line in enumerate(lines) if line.strip().lower() == "@data"), None)
+    if start is None:
+        raise UserError(f"{path}: has no @data line; expected {form}")
+    after = [(i + 1, lines[i].strip()) for i in range(start + 1, len(lines))]
+    return lines[:start], [(i, line) for i, line in after if line and not line.startswith(comment)]
+
+
+def rows_in_line(path, number: int, groups: list, place: str) -> list[np.ndarray]:
+    """Groups of values in words as rows of numbers, nan for ?; UserError naming the line otherwise."""
+    try:
+        if not groups:
+            raise ValueError
+        return [np.array([np.nan if v.strip() == "?" else float(v) for v in group]) for group in groups]
+    except ValueError:
+        raise UserError(f"{path}: line {number}: not numbers with a label {place}") from None
 
 
 def part_of(path: Path) -> str:
@@ -590,33 +636,7 @@ def part_of(path: Path) -> str:
     return "test" if path.stem.upper().endswith("TEST") else "train"
 
 
-def read_arff(path: Path, fs=None) -> list[Recording]:
-    """A UCR/UEA .arff file: values and a label between commas after @data; dimensions as quoted lines with
-    \\n between them."""
-    lines, records, part = path.read_text(encoding="utf-8", errors="replace").splitlines(), [], part_of(path)
-    start = next((i for i, line in enumerate(lines) if line.strip().lower() == "@data"), None)
-    if start is None:
-        raise UserError(f"{path}: has no @data line; expected the ARFF format")
-    for number, line in enumerate(lines[start + 1 :], start + 2):
-        line = line.strip()
-        if not line or line.startswith("%"):
-            continue
-        values, _, label = line.rpartition(",")
-        groups = [values]
-        if quoted := re.match(r"""(['"])(.*)\1\s*,(.*)$""", line):
-            groups, label = quoted[2].split("\\n"), quoted[3]
-        try:
-            rows = [
-                np.array([np.nan if v.strip() == "?" else float(v) for v in g.split(",")]) for g in groups
-            ]
-        except ValueError:
-            raise UserError(f"{path}: line {number}: not numbers with a label at the end") from None
-        label = label.strip().strip("'\"")
-        records.append(series_record(path, part, len(records), rows, label or None))
-    return records
-
-
 def read_ucr_tsv(path: Path, table: np.ndarray) -> list[Recording]:
     """A UCR .tsv file: the label, then the values."""
-    part = part_of(path)
-    return [series_record(path, part, i, [row[1:]], f"{row[0]:g}") for i, row in enumerate(table)]
+    rows = enumerate(zip(table[:, 1:], words(table[:, 0])))
+    return [series_record(path, part_of(path), i, [row], label) for i, (row, label) in rows]

@@ -67,10 +67,6 @@ class Channel(np.ndarray):
         end = min((at for at, _ in self.jumps if at > first), default=len(self))
         return second + (end - first) / self.fs
 
-    def lost(self) -> int:
-        """Samples that are nan or infinite."""
-        return 0 if self.dtype.kind in "iu" else int((~np.isfinite(np.asarray(self))).sum())
-
 
 def valid_runs(x: np.ndarray) -> list[tuple[int, int]]:
     """(first, end) of each stretch of finite values of x (L,)."""

@@ -1,9 +1,9 @@
 """Signals in text tables: .csv and .tsv as people and programs write them.
 
-    encoding      UTF-8, UTF-16 or Latin-1          delimiter     comma, semicolon, tab, | or spaces
+    encoding      see text.py                       delimiter     comma, semicolon, tab, | or spaces
     numbers       decimal point or comma            missing       empty, ?, nan, NA, null
     header        none, plain, quoted, after #; perhaps a line of units below it, or lines about the device
-                  above it, of which "Sample rate, 512 Hz" counts
+                  above it, of which "Sample rate, 512 Hz" counts; pandas' 0, 1, 2 ...; a wristband's two
     clock         a column of seconds, milliseconds or microseconds, of dates and times, or of times of day
 
 A column of text is left out and named. A table of more than 64 nameless columns holds a series in each line
@@ -20,20 +20,14 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError
-from common.files import reading
-from cwt_mae.readers import read_ucr_tsv, series_record
+from cwt_mae.readers import read_ucr_tsv, series_record, words
 from cwt_mae.recording import Recording, as_channel, check_rate, unique
+from cwt_mae.text import read_text
 
 MISSING = {"", "?", "nan", "na", "n/a", "#n/a", "null", "none", "-", "inf", "-inf"}
-CLOCKS = {
-    *"time t timestamp seconds sec secs datetime date ts epoch unix unixtime date_time clock ms".split()
-}
-CLOCKS |= {
-    *"millis milliseconds index_time zeit datum temps 时间 时间戳 时刻 日期 日期时间".split(),
-    "elapsed time",
-    "date time",
-    "time stamp",
-}
+CLOCKS = set("time t timestamp seconds sec secs datetime date ts epoch unix unixtime date_time clock".split())
+CLOCKS |= set("ms millis milliseconds index_time zeit datum temps 时间 时间戳 时刻 日期 日期时间".split())
+CLOCKS |= {"elapsed time", "date time", "time stamp"}
 COUNTERS = ("", "index", "sample", "samples", "sample #", "n", "no", "nr", "i", "frame", "row", "unnamed: 0")
 COUNTERS += ("序号",)
 UNITS = {"s": 1.0, "sec": 1.0, "secs": 1.0, "second": 1.0, "seconds": 1.0, "ms": 1e-3, "msec": 1e-3}
@@ -74,7 +68,8 @@ def read_table(path: Path, fs=None) -> list[Recording]:
         return read_ucr_tsv(path, numbers(path, text, range(width)))
     counted = named and sum(bool(re.fullmatch(r"\w{0,3}\d+", name)) for name in text.names)
     if width > WIDE and (not named or counted > 0.9 * width):
-        return kaggle_records(path, numbers(path, text, range(width)))
+        first = int(named and text.names[0].lower() in COUNTERS)  # pandas' index
+        return kaggle_records(path, numbers(path, text, range(first, width)))
     ends_empty = named and len(text.names) == width - 1 and not head[-1]
     if named and len(text.names) != width and not ends_empty:
         raise UserError(f"{path}: header names {len(text.names)} columns, the data have {width}")
@@ -87,15 +82,15 @@ def read_table(path: Path, fs=None) -> list[Recording]:
     table = dict(zip(wanted, numbers(path, text, wanted, width).T))
     rate, start, jumps, used = clock_of(path, text, names, units, kinds, table)
     rate = text.rate if rate is None else rate
-    words = [names[i] for i, kind in enumerate(kinds) if kind == "text"]
-    clock = next((name for name in words if clock_name(name, "")[0] in CLOCKS), None)
+    remarks = [names[i] for i, kind in enumerate(kinds) if kind == "text"]
+    clock = next((name for name in remarks if clock_name(name, "")[0] in CLOCKS), None)
     if clock and rate is None and fs is None:
         raise UserError(
             f"{path}: column {clock} holds no times that are read; write seconds or ISO times, or pass "
             "--input-fs"
         )
-    if words:
-        print(f"{path}: columns of text left out: {', '.join(words)}", file=sys.stderr)
+    if remarks:
+        print(f"{path}: columns of text left out: {', '.join(remarks)}", file=sys.stderr)
     chosen = [i for i in wanted if i not in used and not (np.isnan(table[i]).all() and not names[i])]
     if not chosen:
         raise UserError(f"{path}: holds no channel of numbers{' beside its time column' if used else ''}")
@@ -114,66 +109,21 @@ def named_unit(name: str) -> tuple[str, str]:
     return (found[1], found[2]) if found else (name, "")
 
 
-def decoded(path: Path) -> str:
-    """The text of a file in UTF-8, UTF-16 (with or without its mark) or Latin-1."""
-    data = path.read_bytes()
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        encoding = "utf-16"
-    elif data[:200].count(0) > len(data[:200]) // 4:
-        encoding = "utf-16-le" if data[1:2] == b"\0" else "utf-16-be"
-    else:
-        encoding = "utf-8-sig"
-    with reading(path, "text table"):
-        try:
-            return data.decode(encoding)
-        except UnicodeDecodeError:
-            return data.decode("latin1")
-
-
 def split_table(path: Path) -> Text:
     """Find header, delimiter and data of a text table."""
-    text = decoded(path).replace("\r\n", "\n").replace("\r", "\n").rstrip("\n")
-    text = text.replace("\u2212", "-")  # a minus sign as word processors write it
+    text = read_text(path).rstrip("\n").replace("\u2212", "-")  # a minus sign as word processors write it
     lines = text.split("\n")
-
-    # Comments come first, the last of which may be the header
-    at, comment, delimiter = 0, "", None
-    while at < len(lines):
-        line = lines[at].strip()
-        if re.match(r"(?i)sep=.$", line):
-            delimiter = line[-1]
-        elif line.startswith(("#", "%", "//")):
-            comment = line.lstrip("#%/ ")
-        elif line:
-            break
-        at += 1
+    at, comment, delimiter = below_comments(lines)
     some = [line for line in lines[at : at + 200] if line.strip()]
     if not some:
         raise UserError(f"{path}: holds no line of data")
     delimiter = delimiter or find_delimiter(some)
-
-    # More than names and units: lines about the device, then perhaps the names
-    first = first_data(lines, at, delimiter)
-    above = [line for line in lines[at:first] if line.strip()] if first is not None else []
-    width = len(fields(lines[first], delimiter)) if above else 0
-    if len(above) > 2 or above and states_rate(above[0], delimiter, width):
-        last = lines[first - 1]
-        named = len(fields(last, delimiter)) == width and not states_rate(last, delimiter, width)
-        at = first - bool(last.strip() and named)
-
-    # Names and units
-    head, units, names = fields(lines[at], delimiter), [], None
-    if not all(is_value(v) for v in head):
-        names, at = head, at + 1
-        while at < len(lines) and not lines[at].strip():
-            at += 1
-        second = fields(lines[at], delimiter) if at < len(lines) else []
-        if second and not any(is_value(v) and v for v in second):
-            units, at = [v.strip("()[] ") for v in second], at + 1
-    elif comment and len(fields(comment, delimiter)) == len(head):
-        names = fields(comment, delimiter)
+    at = below_device(lines, at, delimiter)
+    names, units, at = header_of(lines, at, delimiter, comment)
     stated = next(filter(None, map(RATE.search, lines[:at])), None)
     rate = float(stated[1]) * (1000 if stated[2] else 1) if stated else None
+    if names is None and (wristband := wristband_rate(lines[at : at + 2], delimiter)):
+        rate, at = wristband, at + 2
 
     # Data, with decimal points. To look at each line takes as long as to read it, so only where it must be.
     body = lines[at:]
@@ -189,6 +139,65 @@ def split_table(path: Path) -> Text:
     if delimiter != "," and any(re.search(r"\d,\d", line) for line in body[:50]):
         body = [line.replace(",", ".") for line in body]
     return Text(names, units, delimiter, body, at + 1, rate)
+
+
+def below_comments(lines: list) -> tuple[int, str, str | None]:
+    """(the first line that is no comment, the last comment, the delimiter that a line such as "sep=;"
+    states)."""
+    comment, delimiter = "", None
+    for at, line in enumerate(map(str.strip, lines)):
+        if re.match(r"(?i)sep=.$", line):
+            delimiter = line[-1]
+        elif line.startswith(("#", "%", "//")):
+            comment = line.lstrip("#%/ ")
+        elif line:
+            return at, comment, delimiter
+    return len(lines), comment, delimiter
+
+
+def below_device(lines: list, at: int, delimiter) -> int:
+    """The first line below those about the device: that of the names, or of the data. More lines than names
+    and units are about the device, or a first one that states the rate."""
+    first = first_data(lines, at, delimiter)
+    above = [line for line in lines[at:first] if line.strip()] if first is not None else []
+    width = len(fields(lines[first], delimiter)) if above else 0
+    if len(above) > 2 or above and states_rate(above[0], delimiter, width):
+        last = lines[first - 1]
+        named = len(fields(last, delimiter)) == width and not states_rate(last, delimiter, width)
+        at = first - bool(last.strip() and named)
+    return at
+
+
+def header_of(lines: list, at: int, delimiter, comment: str) -> tuple[list | None, list, int]:
+    """(names of the columns or None, their units, the first line below); the last comment may hold names."""
+    head, units = fields(lines[at], delimiter), []
+    if all(is_value(v) for v in head) and not counts_columns(head):
+        names = fields(comment, delimiter)
+        return names if comment and len(names) == len(head) else None, units, at
+    at += 1
+    while at < len(lines) and not lines[at].strip():
+        at += 1
+    second = fields(lines[at], delimiter) if at < len(lines) else []
+    if second and not any(is_value(v) and v for v in second):
+        units, at = [v.strip("()[] ") for v in second], at + 1
+    return head, units, at
+
+
+def counts_columns(head: list) -> bool:
+    """Whether a line of numbers are names: 0, 1, 2 ... as pandas gives them, with or without an index."""
+    counted = head[not head[0] :]
+    return counted == [str(i) for i in range(len(counted))] and len(counted) > (2 if head[0] else 0)
+
+
+def wristband_rate(lines: list, delimiter) -> float | None:
+    """The rate in Hz of a wristband's file (BVP.csv of Empatica), which begins with two lines, each with one
+    number in every column: the second since 1970 at which it was begun, and the rate. Of others None."""
+    rows = [set(fields(line, delimiter)) for line in lines]
+    if len(rows) == 2 and all(len(row) == 1 and NUMBER.match(*row) for row in rows):
+        second, rate = (float(*row) for row in rows)
+        if 1e9 < second < 1e10 and 0 < rate < 1e4:
+            return rate
+    return None
 
 
 def states_rate(line: str, delimiter, width: int) -> bool:
@@ -278,32 +287,44 @@ def numbers(path, text: Text, columns, width: int = 0) -> np.ndarray:
 
 
 def clock_of(path, text: Text, names, units, kinds, table):
-    """(rate or None, start, jumps, columns used) of the column that holds the time."""
-    used = set()
+    """(rate or None, start, jumps, columns used) of the column that holds the time, of several the first that
+    rises evenly. Other clocks and counts of the lines are no signals either."""
+    clocks, used = [], set()
     for i, name in enumerate(names):
         word, unit = clock_name(name, units[i])
         if kinds[i] == "time":
-            values = times_of(path, [fields(line, text.delimiter)[i] for line in text.lines])
-            used.add(i)
-            return *steps_of(path, name or "time", values, 1.0), used
+            clocks.append(i)
         if kinds[i] != "number":
             continue
-        x = table[i]
-        if word in COUNTERS and evenly(x) and abs(float(x[1] - x[0]) - 1) < 1e-9:
+        even, step = evenly(table[i]), np.diff(table[i][:2]).sum()
+        if even and unit is None and (word in COUNTERS and abs(step - 1) < 1e-9 or not word and step >= 1):
             used.add(i)  # a plain count of the lines says nothing about the rate
-        elif word in CLOCKS or word == "" and evenly(x):
-            used.add(i)
-            if unit is None and not word and x[1] - x[0] >= 1:
-                continue
-            return *steps_of(path, name or f"column {i + 1}", x, clock_unit(path, name, unit, x)), used
-        elif evenly(x):
+        elif word in CLOCKS or even and not word or word.split(" ")[-1] in CLOCKS and rises(table[i]):
+            clocks.append(i)
+        elif even:
             used.add(i)  # a clock of another name, which no signal resembles
             print(
                 f"{path}: column {name} rises evenly, so it is not taken for a signal; if it is the time, "
                 "call it time_s or time_ms",
                 file=sys.stderr,
             )
-    return None, 0.0, [], used
+    found, problem = (None, 0.0, []), None
+    for i in clocks:
+        try:
+            x, unit = table.get(i), 1.0
+            if x is None:
+                rows = (fields(line, text.delimiter) + [""] * (i + 1) for line in text.lines)
+                x = times_of(path, [row[i] for row in rows])
+            else:
+                unit = clock_unit(path, names[i], clock_name(names[i], units[i])[1], x)
+            found = steps_of(path, names[i] or f"column {i + 1}", x, unit)
+            break
+        except UserError as error:
+            problem = problem or error
+    else:
+        if problem is not None:
+            raise problem
+    return *found, used | {i for i in clocks if kinds[i] == "time" or rises(table[i])}
 
 
 def clock_name(name: str, unit: str):
@@ -346,6 +367,12 @@ def evenly(x) -> bool:
     return len(steps) > 1 and bool(
         np.isfinite(steps).all() and steps.min() > 0 and np.ptp(steps) < 1e-3 * steps[0]
     )
+
+
+def rises(x) -> bool:
+    """Whether a column goes up and never down, as a clock does."""
+    steps = np.diff(x[np.isfinite(x)])
+    return len(steps) > 0 and bool(steps.min() >= 0 and steps.max() > 0)
 
 
 def times_of(path, texts: list) -> np.ndarray:
@@ -426,9 +453,9 @@ def kaggle_records(path: Path, table: np.ndarray) -> list[Recording]:
     named = re.search(r"(?i)(?:^|_)(test|train)$", path.stem)
     part = named[1].lower() if named else ""
     records = []
-    for i, row in enumerate(table[:, :-1] if labelled else table):
+    for i, (row, label) in enumerate(zip(table[:, :-1] if labelled else table, words(labels))):
         if len(row) == 187:
             there = np.flatnonzero(row)
             row = row[: there[-1] + 1] if len(there) else row
-        records.append(series_record(path, part, i, [row], f"{labels[i]:g}" if labelled else None))
+        records.append(series_record(path, part, i, [row], label if labelled else None))
     return records

@@ -1,6 +1,7 @@
 """cwt_mae: what recordings say about themselves: rates, clocks, gaps, units, subjects, parts and labels."""
 
 import json
+import tarfile
 from datetime import time
 
 import h5py
@@ -23,6 +24,7 @@ from cwt_mae.dataset_finetune import beats_of, load_task, rhythm_spans, split_pa
 from cwt_mae.layouts import find_recordings
 from cwt_mae.readers import plain_wfdb
 from cwt_mae.recording import as_channel, sentinels
+from cwt_mae.test import record_rows
 
 FS = 100
 
@@ -65,14 +67,14 @@ def test_the_quick_way_reads_what_the_wfdb_package_reads(tmp_path, fs, count, mo
     x = np.random.default_rng(0).normal(size=(count, 300))
     x[0, 7] = np.nan
     path = wfdb_record(tmp_path / "r", {f"lead {i}": row for i, row in enumerate(x)}, fs, **more)
-    quick = plain_wfdb(path)
+    quick = plain_wfdb(path, path.read_text())
     record = pytest.importorskip("wfdb").rdrecord(str(tmp_path / "r"), smooth_frames=False)
-    for name in ("fs", "samps_per_frame", "sig_name", "units", "comments"):
+    for name in ("fs", "samps_per_frame", "sig_name", "units"):
         assert getattr(quick, name) == getattr(record, name)
     for own, other in zip(quick.e_p_signal, record.e_p_signal, strict=True):
         assert own.dtype == other.dtype and np.array_equal(own, other, equal_nan=True)
     path.with_suffix(".dat").write_bytes(path.with_suffix(".dat").read_bytes()[:-2])
-    assert plain_wfdb(path) is None  # the package says what is wrong
+    assert plain_wfdb(path, path.read_text()) is None  # the package says what is wrong
 
 
 @pytest.mark.parametrize("kind, edges", [("highpass", (0.5,)), ("bandpass", (0.5, 40)), ("lowpass", (30,))])
@@ -81,6 +83,17 @@ def test_the_filter_is_scipys_to_the_bit(kind, edges):
     for length in (31, 250, 3001):
         x = 3 + np.random.default_rng(0).normal(size=length)
         assert np.array_equal(filtered_both_ways(x, sections, rest), sosfiltfilt(sections, x))
+
+
+def test_an_edge_beyond_the_rate_is_no_filter_and_what_leaves_nothing_is_refused():
+    x = np.random.default_rng(0).normal(size=3000)
+    low, both = Preprocess(0, 0, 8).filtered(x, 25), Preprocess(0, 4, 8).filtered(x, 25)
+    # A rate of each file's own may leave the low-pass alone
+    assert np.array_equal(Preprocess(0, 4, 8).filtered(x, 7), Preprocess(0, 0, 3.43).filtered(x, 7))
+    assert low.std() > 1.3 * both.std()
+    for wrong in ((50, 25), (50, 30), (100, 10, 5), (0, 8, 8)):
+        with pytest.raises(UserError, match="--low-hz .* leaves nothing"):
+            Preprocess(*wrong)
 
 
 # ---- clocks
@@ -152,6 +165,16 @@ def test_channels_of_one_npz_file_have_the_rates_that_it_states(tmp_path):
     assert read_records(npz(tmp_path / "e.npz", **fields, ann_fs=50))[0].events[0].seconds == 0.1
 
 
+def test_no_channel_replaces_one_that_has_its_name(tmp_path):
+    x = ecg(250, 20)
+    path = npz(tmp_path / "a.npz", ecg=np.stack([x, -x]), ecg0=2 * x, fs=250)
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["ecg"], file["ecg0"], file["fs"] = np.stack([x, -x]), 2 * x, 250
+    for record in read_records(path) + read_records(tmp_path / "a.h5"):
+        assert list(record.channels) == ["ecg0", "ecg1", "ecg0#2"]
+        assert np.allclose(record.channels["ecg0#2"], 2 * x)
+
+
 def test_a_rate_is_known_by_its_name_in_any_case_and_is_one_number(tmp_path):
     for fields in (dict(FS=250), dict(ECG_Fs=250), dict(Sampling_Rate=np.array([[250]]))):
         assert read_records(npz(tmp_path / "a.npz", ecg=ecg(250, 20), **fields))[0].fs == 250
@@ -196,6 +219,20 @@ def test_an_edf_file_keeps_all_channels_with_their_rates_and_its_annotations(tmp
     assert store.records["channel"].tolist() == [b"ECG"] and store.records["length"].tolist() == [6000]
     assert rhythm_spans(store.events, 60.0) == [("Sleep stage W", 10.0, 40.0), ("AFIB", 40.0, 60.0)]
     assert load_task(store, "rhythm", 1000).counts().tolist() == [2, 3]
+
+
+@pytest.mark.parametrize(
+    "name, unit, encoding", [("心电", "µV", "utf-8"), ("Größe", "µV", "latin1"), ("导联", "伏", "gbk")]
+)
+def test_names_and_units_of_an_edf_file_need_not_be_ascii(name, unit, encoding, tmp_path):
+    path = edf(tmp_path / "a.edf", [("ECG" + 13 * "x", ecg(256, 12), 256), ("Resp", ecg(64, 12), 64)])
+    content = bytearray(path.read_bytes())
+    content[256:272], content[256 + 192 : 256 + 200] = (
+        text.encode(encoding).ljust(size, b"\0") for text, size in ((name, 16), (unit, 8))
+    )
+    path.write_bytes(bytes(content))
+    record = read_records(path)[0]
+    assert list(record.channels) == [name, "Resp"] and record.channels[name].unit == unit
 
 
 def discontinuous(path, onsets):
@@ -341,6 +378,19 @@ def test_beats_and_rhythms_of_a_record_with_a_gap_stay_where_they_are(tmp_path):
     assert sum(len(beats) for _, beats in beats_of(store)) == len(peaks) - 2  # two beats lie in the gap
     task = load_task(store, "rhythm", 500)
     assert task.classes == ["AFIB"] and set(task.items["record"].tolist()) == {0, 1}
+    # Two rows of the store are one record in the results
+    rows = record_rows(store, task, np.ones((len(task.items), 1)), labelled=True)
+    assert [row["windows"] for row in rows] == [len(task.items)]
+
+
+@pytest.mark.parametrize("mark, wanted", [(2500, [5, 10]), (2501, [5, 9])])
+def test_a_rhythm_that_begins_with_a_run_is_that_of_the_run(mark, wanted, tmp_path):
+    x = ecg(FS, 60)
+    x[2000:2500] = np.nan
+    marks = dict(ann_sample=[0, mark, 4500], ann_symbol=["+"] * 3, ann_aux=["(AFIB", "(N", "(AFIB"])
+    npz(tmp_path / "data" / "a.npz", sig=x, fs=FS, **marks)
+    task = load_task(store_of(tmp_path), "rhythm", 200)
+    assert task.classes == ["AFIB", "N"] and task.counts().tolist() == [10 + 7, wanted[1]]
 
 
 @pytest.mark.parametrize("value", [-32768, -9999, 99999, 32767])
@@ -422,10 +472,110 @@ def test_a_minus_sign_of_a_word_processor_is_a_minus(tmp_path):
     assert np.allclose(channel, VALUES - 0.5, atol=1e-4)
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "latin1", "utf-8-sig"])
-def test_a_csv_file_of_any_encoding_is_read(encoding, tmp_path):
-    text = "time_s,Überblick µ\n".replace("Ü", "U") + "".join(f"{t:.3f},{v}\n" for t, v in ROWS)
-    assert read_records(write(tmp_path / "a.csv", text, encoding))[0].fs == pytest.approx(250)
+@pytest.mark.parametrize(
+    "encoding, clock, name, guess",
+    [
+        ("utf-8-sig", "时间(秒)", "心电", ""),
+        ("utf-16", "时间(秒)", "心电", ""),
+        ("utf-16-le", "时间(秒)", "心电", ""),
+        ("utf-16-be", "t", "Ekg", ""),
+        ("utf-32", "时间(秒)", "心电", ""),
+        ("utf-32-be", "时间(秒)", "心电", ""),
+        ("gbk", "时间(毫秒)", "心电", "gb18030"),
+        ("gbk", "t(秒)", "V1导联", "gb18030"),
+        ("gb18030", "时刻_秒", "𠀀窦性", "gb18030"),
+        ("latin1", "Zeit_s", "Größe µ", "cp1252"),
+        ("latin1", "t", "AQUISIÇÃO °C", "cp1252"),
+        ("cp1252", "time", "ecg – lead II", "cp1252"),
+        ("shift_jis", "t", "心電図", "latin1"),  # nothing says so: told, and readable as bytes
+    ],
+)
+def test_a_csv_file_of_any_encoding_has_its_names_and_a_guess_is_said(
+    encoding, clock, name, guess, tmp_path, capsys
+):
+    scale = 1000 if "毫" in clock else 1
+    text = f"{clock},{name}\n" + "".join(f"{scale * t:.3f},{v}\n" for t, v in ROWS)
+    ((found, channel),) = read_records(write(tmp_path / "a.csv", text, encoding))[0].channels.items()
+    assert (found == name or guess == "latin1") and channel.fs == pytest.approx(250)
+    said = capsys.readouterr().err
+    assert f"read as {guess}, a guess" in said and "a.csv" in said if guess else not said
+
+
+@pytest.mark.parametrize("kind", ["manifest", "ts", "arff", "npz", "WFDB", "shard"])
+@pytest.mark.parametrize("encoding", ["gbk", "utf-8-sig"])
+def test_labels_in_any_encoding_are_what_they_say(kind, encoding, tmp_path, capsys):
+    if kind == "WFDB":
+        pytest.importorskip("wfdb")
+    folder, labels = tmp_path / "data", ["房颤", "正常"]
+    values = ",".join(map(str, VALUES[:50]))
+    for i, label in enumerate(labels):
+        if kind in ("manifest", "shard"):
+            npz(folder / f"{i}.npz", sig=VALUES, fs=FS)
+            write(folder / f"{i}.cls", f"{label}\r\n", encoding)
+        elif kind == "npz":
+            npz(folder / f"{i}.npz", sig=VALUES, fs=FS, label=np.array(label.encode(encoding)))
+        elif kind == "WFDB":
+            header = wfdb_record(folder / str(i), {"II": VALUES}, FS)
+            write(header, header.read_text() + f"# Dx: {label}\n", encoding.removesuffix("-sig"))
+    if kind == "ts":
+        write(folder / "a.ts", "@data\n" + "".join(f"{values}:{label}\n" for label in labels), encoding)
+    elif kind == "arff":
+        lines = "".join(f"{values},{label}\n" for label in labels)
+        write(folder / "a.arff", "@relation a\n@data\n" + lines, encoding)
+    elif kind == "manifest":
+        rows = "".join(f"{i};{label}\r\n" for i, label in enumerate(labels))
+        store = store_of(tmp_path, manifest=write(tmp_path / "list.csv", "path;label\r\n" + rows, encoding))
+    elif kind == "shard":
+        with tarfile.open(tmp_path / "s.tar", "w") as shard:
+            shard.add(folder, "p")
+        store = store_of(tmp_path, tmp_path / "s.tar")
+    if kind not in ("manifest", "shard"):
+        store = store_of(tmp_path, prepare=Preprocess(0, 0))
+    assert [label.decode() for _, _, label in store.labels.tolist()] == labels
+    said = capsys.readouterr().err
+    assert ("read as gb18030" in said) == (encoding == "gbk")
+    assert kind != "shard" or encoding != "gbk" or "s.tar: p" in said
+
+
+TABLES = {
+    "a count after the clock": "time_s,index,ecg\n"
+    + "".join(f"{t},{i},{v}\n" for i, (t, v) in enumerate(ROWS)),
+    "two clocks": "time_s,time_ms,ecg\n" + "".join(f"{t},{1e3 * t},{v}\n" for t, v in ROWS),
+    "clock of packets": "Phone timestamp;sensor timestamp [ns];ecg [uV]\n"
+    + "".join(f"2023-01-01T10:00:{int(t)}.000;{1e9 * t:.0f};{v}\n" for t, v in ROWS),
+    "a temperature called t": "t,time,ecg\n" + "".join(f"{37 + v},{t},{v}\n" for t, v in ROWS),
+    "wristband": "1595000000.0\n250.0\n" + "".join(f"{v}\n" for v in VALUES),
+    "wristband, axes": "1595000000.0, 1595000000.0\n250, 250\n" + "".join(f"{v},{v}\n" for v in VALUES),
+    "pandas": ",0,1\n" + "".join(f"{i},{v},{v}\n" for i, v in enumerate(VALUES)),
+    "pandas without an index": "0,1,2\n" + "".join(f"{v},{v},{v}\n" for v in VALUES),
+    "one row of zero": "0\n" + "".join(f"{v}\n" for v in VALUES[1:]),
+}
+CHANNELS = {"a temperature called t": "t ecg", "wristband": "c0", "wristband, axes": "c0 c1", "pandas": "0 1"}
+CHANNELS |= {"pandas without an index": "0 1 2", "one row of zero": "c0"}
+NO_CLOCK = ("pandas", "pandas without an index", "one row of zero")
+
+
+@pytest.mark.parametrize("form", TABLES)
+def test_clocks_counts_and_names_of_a_table_are_no_signals(form, tmp_path):
+    fs = 250 if form in NO_CLOCK else None
+    record = read_records(write(tmp_path / "a.csv", TABLES[form]), fs)[0]
+    assert list(record.channels) == CHANNELS.get(form, "ecg").split() and record.fs == pytest.approx(250)
+    assert np.allclose(list(record.channels.values())[-1], VALUES)
+
+
+def test_a_nameless_signal_that_rises_is_a_signal(tmp_path):
+    x = np.cumsum(VALUES + 0.01)
+    (channel,) = read_records(write(tmp_path / "a.csv", "".join(f"{v}\n" for v in x)), 250)[
+        0
+    ].channels.values()
+    assert np.allclose(channel, x)
+
+
+def test_a_column_is_one_channel(tmp_path):
+    assert len(read_records(npz(tmp_path / "a.npz", sig=VALUES[:, None], fs=FS))[0].channels["sig"]) == 400
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["val"], file["fs"] = VALUES[:, None], np.array([[250.0]])
+    assert read_records(tmp_path / "a.h5")[0].rates == {"val": 250.0}
 
 
 def test_missing_fields_and_jumps_of_the_clock_are_gaps(tmp_path):
@@ -478,6 +628,20 @@ def test_ucr_files_of_every_form_give_the_same_series(tmp_path):
         assert {record.part for record in records} == {"train"}
 
 
+def test_the_label_of_an_arff_file_stands_where_its_attributes_say(tmp_path):
+    x = VALUES[:20].tolist()
+    numbers = "".join(f"@attribute a{i} numeric\n" for i in range(20))
+    values = ",".join(map(str, x))
+    first = f"@relation A\n@ATTRIBUTE class {{1, 2}}\n{numbers}@data\n1,{values}\n2,{values}\n"
+    last = f"@relation A\n{numbers}@attribute class {{'a, b',c}}\n@data\n{values},'a, b'\n{values}, c\n"
+    several = f"@relation A\n@data\n'{values}\\n{values}',a\n\"{values}\",b\n"
+    for text, wanted in ((first, "12"), (last, ["a, b", "c"]), (several, "ab")):
+        records = read_records(write(tmp_path / "a.arff", text))
+        assert [record.labels[""] for record in records] == [[label] for label in wanted]
+        assert all(channel.tolist() == x for record in records for channel in record.channels.values())
+    assert [len(record.channels) for record in records] == [2, 1]
+
+
 def test_missing_values_and_dimensions_of_ts_files(tmp_path):
     text = "@dimensions 2\n@classLabel true a b\n@data\n?,1,2,?,4,5,6,7,8,9:0,1,2,3,4,5,6,7,8,9:a\n"
     record = read_records(write(tmp_path / "m_TEST.ts", text))[0]
@@ -514,8 +678,8 @@ def test_npz_of_many_series_and_labels(shape, tmp_path):
 
 def test_a_label_that_is_nan_is_none(tmp_path):
     x = np.random.default_rng(0).standard_normal((3, 50))
-    one = read_records(npz(tmp_path / "a.npz", X=x, y=[0, np.nan, 2], fs=100))
-    assert [record.labels for record in one] == [{"": ["0"]}, {}, {"": ["2"]}]
+    one = read_records(npz(tmp_path / "a.npz", X=x, y=[426783006, np.nan, 426783012.0], fs=100))
+    assert [record.labels for record in one] == [{"": ["426783006"]}, {}, {"": ["426783012"]}]
     several = read_records(npz(tmp_path / "b.npz", X=x, y=[[1, 0], [np.nan, 1], [0, 0]], fs=100))
     assert [record.labels[""] for record in several] == [["0"], ["1"], []]
     ucr = npz(tmp_path / "c.npz", x_train=x, y_train=[1, 2, np.nan], x_test=x, y_test=[1.0, 2, 1])
@@ -614,6 +778,10 @@ def test_a_manifest_states_subjects_parts_rates_and_labels(tmp_path, capsys):
     assert labels == [(0, "AF"), (0, "PVC"), (1, "N"), (2, "N"), (3, "")]
     assert "1 files that it does not list are left out" in capsys.readouterr().err
     assert len(store_of(tmp_path, manifest=manifest, part="train").records) == 2
+    write(manifest, "path,fold,label_AF,label_N\nx\\a.npz,1,yes,0\nx\\b,,no,T\n./x/c,2,,1.0\n")
+    store = store_of(tmp_path, manifest=manifest, fs=FS)
+    assert store.records["part"].tolist() == [b"train", b"", b"test"]
+    assert [b.decode() for _, _, b in store.labels.tolist()] == ["AF", "N", "N"]
 
 
 @pytest.mark.parametrize(
@@ -628,6 +796,10 @@ def test_a_manifest_states_subjects_parts_rates_and_labels(tmp_path, capsys):
         ("path,fold\n", "lists no recording"),
         ("path,fold\na,3\n", "has one value"),
         ("path\na\na.npz\n", "listed twice"),
+        ("path,label_AF\na,0.8\n", "line 2: field label_AF is '0.8'"),
+        ('path,note,fold\na,"two\nlines",1\n\nb,,first\n', "line 5: field fold is 'first'"),
+        ("path,fold\na,train\nb,3\n", "line 2: field fold is 'train'"),
+        ("path,fold\na,1.5\nb,2\n", "line 2: field fold is '1.5'"),
     ],
 )
 def test_a_manifest_that_is_wrong_says_where(text, wanted, tmp_path):
