@@ -36,7 +36,7 @@ from cwt_mae.readers import extra
 DS1 = "101 106 108 109 112 114 115 116 118 119 122 124 201 203 205 207 208 209 215 220 223 230".split()
 AAMI = {"N": "NLRejB", "S": "AaJSn", "V": "VEr", "F": "F", "Q": "/fQ?"}  # WFDB beat codes of each AAMI class
 AAMI_OF = {code.encode(): name for name, codes in AAMI.items() for code in codes}
-NOT_BEATS = set("[!]xp()tu`'^|~+sTD=\"@*&") | {"p", "t", ""}
+NOT_BEATS = {*"[!]xp()tu`'^|~+sTD=\"@*&", ""}
 RHYTHM = 11  # numbers of `rhythm_features`
 BEAT_CLASSES = ["N", "S", "V", "F"]  # Q (paced, unclassifiable) is left out, as usual
 ITEMS = np.dtype([("record", "i4"), ("start", "i8"), ("label", "i2"), ("beat", "i4")])
@@ -383,33 +383,34 @@ def listed_parts(store: Store, split_file, names: np.ndarray) -> np.ndarray:
     """The part of each record in the lists of a split file. A listed name is a record's whole name, or the
     end of it where only one record ends so; a file that holds several records stands for all of them."""
     lists = read_json(split_file, {"train": [str], "test": [str], "val?": [str]})
-    known, parts = sorted(set(names.tolist())), np.full(len(names), "", dtype="<U5")
+    whole, ends, said = {}, {}, {}  # the records that a name, or the end of one, means; a record's part
+    for name in set(names.tolist()):
+        plain, file = name_of(name), name.partition(":")[0]
+        for text in {name, plain, file}:
+            whole.setdefault(text, set()).add(name)
+        for text in {plain, file}:
+            for place in range(text.count("/") + 1):
+                ends.setdefault(text.split("/", place)[-1], set()).add(name)
     for part in ("train", "val", "test"):
         listed, lost = lists.get(part) or [], []
         for entry in listed:
-            wanted, whole, ends = name_of(Path(entry)), [], []
-            for name in known:
-                plain = name_of(Path(name))
-                if name == entry or plain == wanted or name.startswith(f"{wanted}:"):
-                    whole.append(name)
-                if f"/{plain}".endswith(f"/{wanted}") or f"/{wanted}:" in f"/{name}":
-                    ends.append(name)
-            if not whole and len({n.partition(":")[0] for n in ends}) > 1:
+            wanted = name_of(Path(entry))
+            found = whole.get(entry, set()) | whole.get(wanted, set()) or ends.get(wanted, set())
+            if wanted not in whole and len({name.partition(":")[0] for name in found}) > 1:
                 raise UserError(
-                    f"{split_file}: {entry} could be {' or '.join(ends[:3])}; write the whole name"
+                    f"{split_file}: {entry} could be {' or '.join(sorted(found)[:3])}; write the whole name"
                 )
-            if not whole and not ends:
+            if not found:
                 lost.append(entry)
-            chosen = np.isin(names, whole or ends)
-            if (parts[chosen] != "").any() and (parts[chosen] != part).any():
+            if {said.get(name, part) for name in found} - {part}:
                 raise UserError(f"{split_file}: {entry} stands in two lists; leave it in one")
-            parts[chosen] = part
+            said |= dict.fromkeys(found, part)
         if 0 < len(lost) < len(listed) and not store.about["skipped"]:
             raise UserError(
                 f"{split_file}: the data hold {len(listed) - len(lost)} records of {part}, but not "
                 f"{', '.join(sorted(lost)[:5])}"
             )
-    return parts
+    return np.array([said.get(name, "") for name in names.tolist()], "<U5")
 
 
 def check_parts(store: Store, parts: np.ndarray):
@@ -621,18 +622,20 @@ class DownstreamClassificationDataset(Dataset):
 
 
 @torch.no_grad()
-def median_beats(measure, store: Store, task: Task, signal_len: int, at_most: int = 512) -> dict:
+def median_beats(
+    measure, store: Store, task: Task, signal_len: int, batch: int = 512, at_most: int = 512
+) -> dict:
     """{record: median over its windows of measure(x, real)}: what is the patient's own; rare beats do not
     move a median.
 
-    measure: x (B, L) float32, real (B, L) bool -> (B, M) on the CPU. No label is used. at_most: windows of
-    each record, evenly spread.
+    measure: x (B, L) float32, real (B, L) bool -> (B, M) on the CPU, of `batch` windows at once. No label is
+    used. at_most: windows of each record, evenly spread.
     """
     found = {}
     for record in np.unique(task.items["record"]).tolist():
         here = np.flatnonzero(task.items["record"] == record)
         here = here[np.linspace(0, len(here) - 1, min(at_most, len(here))).astype(int)]
         windows = DownstreamClassificationDataset(store, task.select(here), signal_len)
-        batch = next(iter(DataLoader(windows, at_most, generator=torch.Generator())))
-        found[record] = measure(batch["x"], batch["real"]).median(0).values
+        batches = DataLoader(windows, batch, generator=torch.Generator())
+        found[record] = torch.cat([measure(b["x"], b["real"]) for b in batches]).median(0).values
     return found

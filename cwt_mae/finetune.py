@@ -270,7 +270,6 @@ def add_drawing_arguments(parser: argparse.ArgumentParser, augment: float = 0.0,
 
 def check_options(args, head_sizes: dict):
     """Refuse options that contradict each other or have no effect in this mode."""
-    # Contradictions come first.
     if args.compare and not args.freeze:
         raise UserError(
             "--compare needs --freeze: the median tokens are those of the encoder before the training"
@@ -278,25 +277,19 @@ def check_options(args, head_sizes: dict):
     if args.fold >= args.folds:
         raise UserError(f"--fold {args.fold}: there are --folds {args.folds}, numbered from 0")
 
-    # What would silently do nothing: without a validation part, for another task, with another head.
-    if args.fold < 0:
-        refuse(args, ["folds", "select", "eval_every"], "without a validation part (--fold -1)")
-    if args.task != "beat":
-        refuse(args, ["features", "fibrillation", "amplitude", "hierarchy"], f"for --task {args.task}")
-    if args.task == "labels":
-        refuse(args, ["class_weights", "sampling_power", "label_smoothing", "mixup"], "for --task labels")
-    else:
-        refuse(args, ["level"], f"for --task {args.task}")
-
-    if not args.features:
-        refuse(args, ["fibrillation", "amplitude", "hierarchy"], "with --no-features")
-    if args.freeze:
-        refuse(args, ["layer_decay"], "with --freeze")
-    if not args.augment:
-        refuse(args, ["flip"], "without --augment")
-
-    if args.head == "cot":
-        refuse(args, ["center_columns"], "with --head cot")
+    # What would silently do nothing
+    for holds, names, where in (
+        (args.fold < 0, "folds select eval_every", "without a validation part (--fold -1)"),
+        (args.task != "beat", "features fibrillation amplitude hierarchy", f"for --task {args.task}"),
+        (args.task == "labels", "class_weights sampling_power label_smoothing mixup", "for --task labels"),
+        (args.task != "labels", "level", f"for --task {args.task}"),
+        (not args.features, "fibrillation amplitude hierarchy", "with --no-features"),
+        (args.freeze, "layer_decay", "with --freeze"),
+        (not args.augment, "flip", "without --augment"),
+        (args.head == "cot", "center_columns", "with --head cot"),
+    ):
+        if holds:
+            refuse(args, names.split(), where)
     for name in MLP_SIZES if args.head == "cot" else COT_SIZES:
         if name in head_sizes:
             raise UserError(f"--set {name} has no effect with --head {args.head}; leave it out")
@@ -389,11 +382,18 @@ def median_tokens(model, store, task, device) -> dict:
         store,
         task,
         model.encoder_model.signal_len,
+        batch_of(model),
     )
 
 
+def batch_of(model) -> int:
+    """Windows of one batch without gradients: 512, and of a large encoder what fits into 2 GB."""
+    encoder = getattr(model, "encoder_model", None)
+    return 512 if encoder is None else min(512, max(1, encoder.windows_at_once(2.0**31) // encoder.leads))
+
+
 @torch.no_grad()
-def predict(model, dataset, scale, device, batch_size: int = 512, watch=iter) -> np.ndarray:
+def predict(model, dataset, scale, device, watch=iter) -> np.ndarray:
     """Logits (windows, C) float64 of a data set, in its order. scale: of the features, or None if the model
     takes none. watch: function that passes the batches of the loader on."""
     training = model.training  # given back at the end
@@ -401,7 +401,7 @@ def predict(model, dataset, scale, device, batch_size: int = 512, watch=iter) ->
 
     rows = []
     # A generator of its own, so that the loader leaves the random state of dropout alone.
-    for batch in watch(DataLoader(dataset, batch_size, generator=torch.Generator())):
+    for batch in watch(DataLoader(dataset, batch_of(model), generator=torch.Generator())):
         real = only_padded(batch["real"])
         real = None if real is None else real.to(device)
         median_beat = batch["median_beat"].to(device) if "median_beat" in batch else None
@@ -429,15 +429,11 @@ def sigmoid(logits: np.ndarray) -> np.ndarray:
 
 def by_record(probabilities: np.ndarray, dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(mean probabilities, targets, a row of the store) of each recording, from those of its windows."""
-    # A recording may have several rows in the store: one for each channel and each run without a gap.
-    task, store = dataset.task, dataset.store
-    recordings = store.records["recording"][task.items["record"]]
-    _, first, place, counts = np.unique(
-        recordings, return_index=True, return_inverse=True, return_counts=True
-    )
+    task, recordings = dataset.task, dataset.store.recordings(dataset.task.items)
+    _, first, place = np.unique(recordings, return_index=True, return_inverse=True)
     sums = np.zeros((len(first), probabilities.shape[1]))
     np.add.at(sums, place, probabilities)
-    return sums / counts[:, None], task.targets[first], task.items["record"][first]
+    return sums / np.bincount(place)[:, None], task.targets[first], task.items["record"][first]
 
 
 def validate(model, dataset, scale, shift: np.ndarray, device, watch=iter) -> tuple[float, dict, float]:
@@ -594,6 +590,18 @@ def evaluate(training, model, validation, scale, card: dict) -> dict:
     return news
 
 
+def tell_end(args, validated: bool):
+    """Print the scores of the weights that were kept, and the command that scores the test records."""
+    if validated:
+        kept = read_json(args.out / "metrics.json")
+        tell = describe_label_scores if args.task == "labels" else describe_scores
+        print(f"validation, step {kept['step']}: {tell(kept['validation'])}")
+    words = ["--model", args.out / "model.safetensors", "--data", *args.data]
+    words += ["--split", args.split] if args.split else []
+    command = shlex.join(map(str, words))  # the line can be pasted
+    print(f"done; score the test records with: python cwt_mae/test.py {command} --out FOLDER")
+
+
 def main(args):
     # What the options say, before anything is read
     accelerator = make_accelerator(args)
@@ -662,17 +670,8 @@ def main(args):
 
     # The end: the last weights are candidates too; what was kept is told
     finish(training, **find_best())
-    if accelerator.is_main_process and validation:
-        kept = read_json(args.out / "metrics.json")
-        tell = describe_label_scores if args.task == "labels" else describe_scores
-        print(f"validation, step {kept['step']}: {tell(kept['validation'])}")
-    model_file = shlex.quote(str(args.out / "model.safetensors"))  # the line can be pasted
-    data = shlex.join(map(str, args.data))
-    split = f" --split {shlex.quote(str(args.split))}" if args.split else ""
-    accelerator.print(
-        "done; score the test records with: python cwt_mae/test.py "
-        f"--model {model_file} --data {data}{split} --out FOLDER"
-    )
+    if accelerator.is_main_process:
+        tell_end(args, validation is not None)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from cwt_mae.model import CWT_Encoder, CWT_MAE_RoPE, init_weights, keep_config, 
 from cwt_mae.recording import as_channel, check_rate
 
 ENCODER_ARGS = set(inspect.signature(CWT_Encoder.__init__).parameters) - {"self"}
+NO_HEAD_ARGS = ("self", "__class__", "pretrained_path", "mlp_rank_ratio", "encoder")  # of TF_MAE_Classifier
 DECODER_ARGS = set(inspect.signature(CWT_MAE_RoPE.__init__).parameters) - {"self", "encoder"}
 # Keys of upstream's later models that have no place here; v1 and v2 else have the keys of the seed's stage.
 LATER_STAGES = {
@@ -144,6 +145,7 @@ class TF_MAE_Classifier(nn.Module):
         hierarchy: int = 0,
         **encoder,
     ):
+        own = {name: value for name, value in locals().items() if name not in NO_HEAD_ARGS}
         super().__init__()
         unknown = set(encoder) - ENCODER_ARGS - DECODER_ARGS
         if unknown:
@@ -155,19 +157,7 @@ class TF_MAE_Classifier(nn.Module):
         self.encoder_model = CWT_Encoder(**encoder)
         if pretrained_path:
             load_encoder(self.encoder_model, tensors, config, pretrained_path)
-        self.config = self.encoder_model.config | dict(
-            num_classes=num_classes,
-            use_cot=use_cot,
-            num_reasoning_tokens=num_reasoning_tokens,
-            hidden_dim=hidden_dim,
-            dropout_rate=dropout_rate,
-            num_res_blocks=num_res_blocks,
-            num_features=num_features,
-            center_columns=center_columns,
-            input_dropout=input_dropout,
-            compare=compare,
-            hierarchy=hierarchy,
-        )
+        self.config = self.encoder_model.config | own
         self.register_state_dict_post_hook(keep_config)
         self.use_cot, self.compare = use_cot, compare
         self.num_features, self.center_columns = num_features, center_columns

@@ -202,13 +202,16 @@ def window_rows(store, task, probabilities) -> list[dict]:
 
 
 def record_rows(store, task, probabilities, labelled: bool) -> list[dict]:
-    """One row per record: the mean probability of each class over its windows; with labels, how many windows
-    were right."""
+    """One row for each channel of a record: the mean probability of each class over its windows; with labels,
+    how many windows were right."""
     classes, rows = task.classes, []
-    for record in np.unique(task.items["record"]):
-        here = task.items["record"] == record
+    # A gap cuts a channel into several rows of the store.
+    channels = store.records[["recording", "channel"]][task.items["record"]]
+    _, first, number = np.unique(channels, return_index=True, return_inverse=True)
+    for begin in np.sort(first):
+        here = number == number[begin]
         # A record is predicted as the class of the highest mean probability.
-        mean, about = probabilities[here].mean(0), store.records[record]
+        mean, about = probabilities[here].mean(0), store.records[task.items["record"][begin]]
         row = {
             "record": about["name"].decode(),
             "subject": about["subject"].decode(),
@@ -221,7 +224,7 @@ def record_rows(store, task, probabilities, labelled: bool) -> list[dict]:
 
         # Several labels belong to the whole record; one label may change from window to window.
         if labelled and task.targets is not None:
-            row["true"] = true_labels(task, int(np.flatnonzero(here)[0]))
+            row["true"] = true_labels(task, begin)
         elif labelled:
             predicted, labels = probabilities[here].argmax(1), task.items["label"][here]
             row["accuracy"] = f"{(predicted == labels).mean():.4f}"
@@ -260,7 +263,8 @@ def main(args):
 
     # Predictions, by window and by record
     probabilities = ensemble(models, cards, store, task, accelerator.device)
-    records = len(np.unique(task.items["record"]))
+    recordings = store.recordings(task.items)
+    records = len(np.unique(recordings))
     atomic_csv(out / "per_window.csv", window_rows(store, task, probabilities))
     atomic_csv(out / "per_record.csv", record_rows(store, task, probabilities, not args.unlabelled))
     if args.unlabelled:
@@ -273,7 +277,7 @@ def main(args):
 
     # Scores: the intervals draw whole records, because windows of one record are not independent.
     # Where each record is one window (UCR), windows are drawn instead.
-    groups = None if records == len(task.items) else task.items["record"]
+    groups = None if records == len(task.items) else recordings
     result = scores(probabilities, task.items["label"], task.classes, groups, args.resamples)
     result["records"] = records
     if task.kind == "beat":

@@ -112,16 +112,21 @@ def validate(model, loader, device) -> tuple[dict, dict]:
 
 @torch.no_grad()
 def probe_features(model, dataset, device) -> np.ndarray:
-    """Mean and standard deviation of the frozen encoder's patch tokens, class token left out: (windows, 2
-    D)."""
+    """Mean and standard deviation of the frozen encoder's patch tokens, without those of padding and without
+    the class token: (windows, 2 D)."""
     model.eval()
     rows = []
     for batch in DataLoader(dataset, min(256, model.windows_at_once()), generator=torch.Generator()):
         real = only_padded(batch["real"])
-        tokens = model.patch_tokens(batch["x"].to(device), None if real is None else real.to(device))[
-            0
-        ].float()
-        rows.append(torch.cat([tokens.mean(1), tokens.std(1)], 1).cpu().numpy())
+        tokens, there = model.patch_tokens(batch["x"].to(device), None if real is None else real.to(device))
+        tokens = tokens.float()
+        mean, spread = tokens.mean(1), tokens.std(1)
+        if there is not None:
+            there, count = there[..., None], there.sum(1, keepdim=True)
+            mean = (tokens * there).sum(1) / count
+            squares = ((tokens - mean[:, None]) * there).square().sum(1)
+            spread = (squares / (count - 1).clamp(min=1)).sqrt()
+        rows.append(torch.cat([mean, spread], 1).cpu().numpy())
     model.train()
     return np.concatenate(rows)
 

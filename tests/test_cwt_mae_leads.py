@@ -44,9 +44,8 @@ def test_one_signal_gives_the_same_bits_with_and_without_the_code_for_leads():
     assert not any("lead" in key for key in model.state_dict()) and model.encoder_model.leads == 1
     x = leads()[:, 0]
     with torch.no_grad():
-        assert torch.equal(model(x), model(x[:, None])) and torch.equal(
-            model(x), model(x, torch.ones_like(x) > 0)
-        )
+        assert torch.equal(model(x), model(x[:, None]))
+        assert torch.equal(model(x), model(x, torch.ones_like(x) > 0))
 
 
 def test_weights_of_one_lead_begin_as_what_they_were_on_every_lead(tmp_path, capsys):
@@ -73,9 +72,8 @@ def test_a_missing_lead_reaches_nothing_and_a_present_one_does(use_cot, garbage)
     real[0, 1], real[1, 2, 150:] = False, False
     with torch.no_grad():
         wanted = model(torch.where(real, x, 0.0), real)
-        assert (
-            torch.equal(model(torch.where(real, x, garbage), real), wanted) and torch.isfinite(wanted).all()
-        )
+        assert torch.equal(model(torch.where(real, x, garbage), real), wanted)
+        assert torch.isfinite(wanted).all()
         other = x.clone()
         other[0, 2] = leads(seed=1)[0, 2]
         assert (model(torch.where(real, other, 0.0), real) - wanted)[0].abs().max() > 1e-4
@@ -89,9 +87,8 @@ def test_leads_see_each_other_and_their_order_counts():
         tokens = model.forward_features(x)[0].unflatten(1, (3, -1))
         other = x.clone()
         other[:, 2] = leads(seed=1)[:, 2]
-        assert (
-            model.forward_features(other)[0].unflatten(1, (3, -1))[:, 0] - tokens[:, 0]
-        ).abs().max() > 1e-3
+        found = model.forward_features(other)[0].unflatten(1, (3, -1))
+        assert (found - tokens)[:, 0].abs().max() > 1e-3
         assert (model(x.flip(1)) - model(x)).abs().max() > 1e-4
 
 
@@ -166,6 +163,24 @@ def test_windows_of_several_leads_lie_on_one_clock(tmp_path):
     assert np.corrcoef(after, cut)[0, 1] > 0.999
 
 
+def test_a_flat_lead_is_an_error_or_left_out_alone(tmp_path, capsys):
+    folder = write_leads(tmp_path / "data")
+    with np.load(folder / "r1.npz") as file:
+        np.savez(folder / "r1.npz", **dict(file) | {"II": np.zeros(2000)})
+    make = lambda **options: build_store(
+        [folder],
+        Preprocess(FS, 0.0, channel="I,II,V1"),
+        tmp_path / "cache",
+        manifest=folder / "list.csv",
+        **options,
+    )
+    with pytest.raises(UserError, match="r1 channel II: flat line"):
+        make()
+    store = make(skip_bad=True)
+    assert len(store.anchors) == 8 and len(store.records) == 8 * 3 - 1
+    assert "r1 channel II: flat line" in capsys.readouterr().err
+
+
 def run(module, *words):
     module.main(module.parse_args([str(word) for word in words]))
 
@@ -182,18 +197,8 @@ def test_several_leads_and_labels_from_pre_training_to_scores(tmp_path):
     kept = json.loads((tuned / "metrics.json").read_text())["validation"]
     assert kept["records"] == 2 and set(kept["per_class"]) == {"slow", "fast"}
     out = tmp_path / "scores"
-    run(
-        test,
-        *data,
-        "--model",
-        tuned / "model.safetensors",
-        "--out",
-        out,
-        "--part",
-        "train",
-        "--resamples",
-        20,
-    )
+    words = ["--model", tuned / "model.safetensors", "--out", out, "--part", "train", "--resamples", 20]
+    run(test, *data, *words)
     found = json.loads((out / "metrics.json").read_text())
     assert found["records"] == 8 and found["macro_auroc"] > 0.9 and len(found["macro_auroc_95"]) == 2
     rows = {row["record"]: row["true"] for row in csv.DictReader((out / "per_record.csv").open())}
@@ -223,9 +228,8 @@ def test_detected_beats_lie_on_the_peaks(tmp_path):
     pytest.importorskip("wfdb")
     fs, peaks = 100, np.arange(1, 59, 0.8)
     t = np.arange(60 * fs) / fs
-    x = sum(np.exp(-0.5 * ((t - p) / 0.015) ** 2) for p in peaks) + 0.01 * np.random.default_rng(
-        0
-    ).standard_normal(len(t))
+    x = sum(np.exp(-0.5 * ((t - p) / 0.015) ** 2) for p in peaks)
+    x = x + 0.01 * np.random.default_rng(0).standard_normal(len(t))
     np.savez(tmp_path / "a.npz", ecg=x, fs=fs)
     store = build_store([tmp_path / "a.npz"], Preprocess(fs), tmp_path / "cache")
     task = detected_beats(store, list("NSVF"), 100)
@@ -259,11 +263,7 @@ def test_an_exported_model_gives_the_same_numbers(kind, what, tmp_path):
     if what == "encoder":
         model = CWT_MAE_RoPE(**sizes, **DECODER, raw_patches=True)
     else:
-        model = TF_MAE_Classifier(
-            None, 3, use_cot=what == "leads", leads=LEADS if what == "leads" else None, **sizes
-        )
-        if what == "leads":
-            trained_leads(model)
+        model = trained_leads(TF_MAE_Classifier(None, 3, leads=LEADS, **sizes))
     save_model(tmp_path / "m.safetensors", model)
     out = tmp_path / ("m.onnx" if kind == "onnx" else "m.pt2")
     run(export, "--model", tmp_path / "m.safetensors", "--export", kind, "--out", out, "--batch-size", 2)

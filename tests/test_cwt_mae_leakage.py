@@ -37,16 +37,10 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("leak")
     (folder / "data").mkdir()
     clock = np.arange(FS * SECONDS) / FS
+    marks = dict(ann_sample=[0, FS * SECONDS // 2], ann_symbol=["+", "+"], ann_aux=["(N", "(AFIB"])
     for name in NAMES:
-        np.savez(
-            folder / "data" / f"{name}.npz",
-            sig=np.sin(2 * np.pi * HZ[name] * clock).astype(np.float32),
-            fs=FS,
-            subject=name[:2],
-            ann_sample=[0, FS * SECONDS // 2],
-            ann_symbol=["+", "+"],
-            ann_aux=["(N", "(AFIB"],
-        )
+        wave = np.sin(2 * np.pi * HZ[name] * clock).astype(np.float32)
+        np.savez(folder / "data" / f"{name}.npz", sig=wave, fs=FS, subject=name[:2], **marks)
     split = {"train": sorted(TRAIN), "test": sorted(TEST)}
     (folder / "split.json").write_text(json.dumps(split))
     paths = {"folder": folder, "base": folder / "base" / "model.safetensors"}
@@ -55,15 +49,8 @@ def world(tmp_path_factory):
 
 
 def given(world):
-    folder = world["folder"]
-    return [
-        "--data",
-        str(folder / "data"),
-        "--split",
-        str(folder / "split.json"),
-        "--cache",
-        str(folder / "cache"),
-    ]
+    places = {"--data": "data", "--split": "split.json", "--cache": "cache"}
+    return [word for flag, name in places.items() for word in (flag, str(world["folder"] / name))]
 
 
 def pretrain(world, name, *options):
@@ -129,13 +116,7 @@ def test_pre_training_without_a_split_takes_every_record_but_the_validation_subj
 
 
 def test_the_probe_of_pre_training_is_fitted_and_scored_on_different_training_subjects(world, monkeypatch):
-    fits = []
-    monkeypatch.setattr(validation, "probe_features", lambda model, dataset, device: stacked(dataset))
-    monkeypatch.setattr(
-        validation,
-        "linear_probe",
-        lambda x, y, other: fits.append((x, y, other)) or np.full((len(other), 2), 0.5),
-    )
+    fits = watch_probe(monkeypatch, validation)
     pretrain(world, "probed", "--max-steps", "1", "--probe", "rhythm")
     for x, y, other in fits:
         fitted, scored = records_of(x), records_of(other)
@@ -144,8 +125,14 @@ def test_the_probe_of_pre_training_is_fitted_and_scored_on_different_training_su
     assert len(fits) == 2  # before the first step and after the last
 
 
-def stacked(dataset) -> np.ndarray:
-    return np.stack([dataset[i]["x"].numpy() for i in range(len(dataset))])
+def watch_probe(monkeypatch, module) -> list:
+    """(windows, labels, other windows) of each fit of the probe that `module` makes, from now on."""
+    fits = []
+    stacked = lambda model, dataset, device: np.stack([dataset[i]["x"].numpy() for i in range(len(dataset))])
+    fit = lambda x, y, other: fits.append((x, y, other)) or np.full((len(other), 2), 0.5)
+    monkeypatch.setattr(module, "probe_features", stacked)
+    monkeypatch.setattr(module, "linear_probe", fit)
+    return fits
 
 
 @pytest.mark.parametrize("fold", [0, 1, 2])
@@ -173,28 +160,13 @@ def test_scoring_takes_the_part_that_was_asked_for(world, seen, part, wanted):
 
 
 def test_the_probe_of_the_study_is_fitted_to_training_and_scored_on_test_records(world, monkeypatch):
-    monkeypatch.setattr(probe, "probe_features", lambda model, dataset, device: stacked(dataset))
-    fits = []
-    monkeypatch.setattr(
-        probe, "linear_probe", lambda x, y, other: fits.append((x, other)) or np.full((len(other), 2), 0.5)
-    )
+    fits = watch_probe(monkeypatch, probe)
     options = ["--model", str(world["base"]), "--task", "rhythm", "--random-seeds", "1", "--resamples", "2"]
     probe.main(probe.parse_args([*given(world), *options, "--out", str(world["folder"] / "probe")]))
-    assert [(records_of(x), records_of(other)) for x, other in fits] == [(TRAIN, TEST)] * 2
+    assert [(records_of(x), records_of(other)) for x, _, other in fits] == [(TRAIN, TEST)] * 2
 
 
-WINDOWS = [
-    "--task",
-    "rhythm",
-    "--model-fs",
-    str(FS),
-    "--low-hz",
-    "0",
-    "--signal-len",
-    str(LENGTH),
-    "--resamples",
-    "0",
-]
+WINDOWS = f"--task rhythm --model-fs {FS} --low-hz 0 --signal-len {LENGTH} --resamples 0".split()
 
 
 @pytest.mark.parametrize("validate", [False, True])

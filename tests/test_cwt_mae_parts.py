@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from cwt_mae.config import SHAPE, parse_changes, read_config
 from cwt_mae.dataset import Preprocess
 from cwt_mae.model import CWT_Encoder, CWT_MAE_RoPE
 from cwt_mae.model_finetune import TF_MAE_Classifier
-from cwt_mae.validation import line_predictions, trivial_losses
+from cwt_mae.validation import line_predictions, probe_features, trivial_losses
 from studies.cwt_mae import forest, mitbih, ucr
 
 SIZES = dict(
@@ -316,6 +317,23 @@ def test_batches_are_as_large_as_the_memory_allows():
     with torch.device("meta"):
         large, small = CWT_Encoder(), CWT_Encoder(signal_len=200, embed_dim=16, num_heads=2, depth=1)
     assert 1 <= published(large) < 20 < 200 < published(small) and published(large, 1.0) == 1
+    models = [SimpleNamespace(encoder_model=encoder) for encoder in (large, small)]
+    assert 20 < finetune.batch_of(models[0]) < 50 and finetune.batch_of(models[1]) == 512
+    large.leads = 12
+    assert finetune.batch_of(models[0]) == 3 and finetune.batch_of(None) == 512
+
+
+def test_padding_is_not_in_the_features_of_the_probe():
+    model = CWT_MAE_RoPE(**SIZES).eval()
+    x, real = torch.randn(2, 200, generator=torch.Generator().manual_seed(0)), torch.ones(2, 200) > 0
+    real[1, 100:] = False
+    windows = [{"x": a, "real": b} for a, b in zip(x, real)]
+    found = probe_features(model, windows, "cpu")
+    with torch.no_grad():
+        tokens = model.patch_tokens(x, real)[0].unflatten(1, (2, 10))
+    for row, part in zip(found, (tokens[0], tokens[1, :, :5])):
+        part = part.flatten(0, 1)
+        assert np.allclose(row, torch.cat([part.mean(0), part.std(0)]), atol=1e-5)
 
 
 # ---- sizes

@@ -167,14 +167,15 @@ def main(args):
             tau = validate(plain, validation, scale, shift, accelerator.device)[0]
         scored = dataset_of(args, windows.store, windows.scored)
         found = corrected(predict(plain, scored, scale, accelerator.device), shift, tau)
-        save_scores(out, "cnn", found, windows.scored, args.resamples)
+        save_scores(out, "cnn", found, windows, args.resamples)
     finish(training)
     meet()
 
 
-def save_scores(out, kind: str, found: np.ndarray, task, resamples: int):
-    """Write metrics.json and the confusion picture of probabilities `found` (windows, C)."""
-    records = task.items["record"]
+def save_scores(out, kind: str, found: np.ndarray, windows, resamples: int):
+    """Write metrics.json and the confusion picture of probabilities `found` (scored windows, C)."""
+    task = windows.scored
+    records = windows.store.recordings(task.items)
     groups = None if len(np.unique(records)) == len(records) else records
     result = scores(found, task.items["label"], task.classes, groups, resamples)
     title = f"{kind}, macro-F1 {result['macro_f1']:.3f}"

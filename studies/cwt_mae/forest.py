@@ -89,7 +89,7 @@ def main(args):
     found[:, model.classes_] = model.predict_proba(
         table_of(args.kind, windows.store, scored, args.signal_len)
     )
-    save_scores(out, args.kind, found, scored, args.resamples)
+    save_scores(out, args.kind, found, windows, args.resamples)
 
 
 if __name__ == "__main__":

@@ -83,6 +83,7 @@ def main(args):
 
     # The trained encoder, and the same encoder with random weights
     classes, truth, results = train.task.classes, test.task.items["label"], {}
+    recordings = test.store.recordings(test.task.items)
     for name, seed in [("pre-trained", None), *((f"random {i}", i) for i in range(args.random_seeds))]:
         model = trained
         if seed is not None:
@@ -90,7 +91,7 @@ def main(args):
             model = CWT_MAE_RoPE(**trained.config).to(accelerator.device)
         x = [probe_features(model, part, accelerator.device) for part in (train, test)]
         found = linear_probe(x[0], train.task.items["label"], x[1])
-        results[name] = scores(found, truth, classes, test.task.items["record"], args.resamples)
+        results[name] = scores(found, truth, classes, recordings, args.resamples)
         print(f"{name}: {describe_scores(results[name])}")
 
     # The control of both: always the class that is most frequent in training

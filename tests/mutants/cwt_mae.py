@@ -77,8 +77,8 @@ MUTANTS = [
     ),
     Mutant(
         "cwt_mae/dataset_finetune.py",
-        'parts = sorted(set(names.tolist())), np.full(len(names), "", dtype="<U5")',
-        'parts = sorted(set(names.tolist())), np.full(len(names), "test", dtype="<U5")',
+        'said.get(name, "") for name',
+        'said.get(name, "test") for name',
         DATA,
         "records in neither list of a split file are tested on",
     ),
@@ -276,8 +276,8 @@ MUTANTS = [
     ),
     Mutant(
         "cwt_mae/dataset_finetune.py",
-        'measure(batch["x"], batch["real"]).median(0).values',
-        'measure(batch["x"], batch["real"]).mean(0)',
+        "for b in batches]).median(0).values",
+        "for b in batches]).mean(0)",
         DATA,
         "rare beats move what a beat is compared with",
     ),
