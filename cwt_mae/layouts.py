@@ -39,7 +39,9 @@ TABLES = {
 }
 SLEEP = re.compile(r"((SC4|ST7)\d\d)\d[A-Z]\w-(PSG|Hypnogram)$")
 PARTS = {"": "", "test": "test", "testing": "test", "train": "train", "training": "train"}
-PARTS |= dict.fromkeys(("val", "valid", "validation", "dev"), "val")
+PARTS |= dict.fromkeys(("val", "valid", "validation", "dev", "验证", "验证集"), "val")
+PARTS |= {"训练": "train", "训练集": "train", "测试": "test", "测试集": "test"}
+YES, NO = ("1", "1.0", "true", "yes", "y", "t", "是"), ("", "0", "0.0", "false", "no", "n", "f", "nan", "否")
 LEVELS = ("all", "diagnostic", "subdiagnostic", "superdiagnostic", "form", "rhythm")  # of PTB-XL
 
 
@@ -204,9 +206,6 @@ def rows_in(table: Path, needed: list) -> list[tuple[int, dict]]:
     return [(number, dict(zip(names, [*row, *[""] * len(names)]))) for row, number in rows if any(row)]
 
 
-YES, NO = ("1", "1.0", "true", "yes", "y", "t"), ("", "0", "0.0", "false", "no", "n", "f", "nan")
-
-
 def applies(table: Path, number: int, row: dict, column: str) -> bool:
     """Whether a label's column says yes; UserError where it says neither yes nor no."""
     word = row[column].strip().lower()
@@ -282,8 +281,8 @@ def read_manifest(found: Found, manifest: Path, root: Path):
 
     path: relative to the manifest's folder or to the data root, with or without suffix; `file:inner` names a
     recording inside a file. fold: train, val or test, or numbers, of which the last tests and the last but
-    one validates; empty: no part. label: names with ; between them; label_<name>: 1 where it applies. What
-    the manifest does not list is left out.
+    one validates; empty: no part. label: names with ; between them (or | or 、); label_<name>: 1 where it
+    applies. What the manifest does not list is left out.
     """
     rows, about = rows_in(manifest, ["path"]), {}
     if not rows:
@@ -308,7 +307,7 @@ def read_manifest(found: Found, manifest: Path, root: Path):
             raise UserError(f"{manifest}: line {number}: {path} is listed twice")
         rate = row.get("fs", "").strip() or None
         rate = rate and check_rate(rate, f"{manifest}: line {number}")
-        labels = [v.strip() for v in re.split(r"[;|]", row.get("label", "")) if v.strip()]
+        labels = [v.strip() for v in re.split("[;|；｜、]", row.get("label", "")) if v.strip()]
         named = [c for c in row if c.startswith("label_")]
         labels += [c[6:] for c in named if applies(manifest, number, row, c)]
         stated = bool(named) or "label" in row

@@ -86,7 +86,7 @@ def read_wfdb(path: Path, fs=None, annotator: str = "") -> list[Recording]:
     comments = [line.strip(" \t#") for line in lines if line.startswith("#")]
     comments += getattr(record, "comments", None) or []  # of segments
     codes = next((text.split(":", 1)[1] for text in comments if re.match(r"\s*Dx\s*:", text)), "")
-    labels = [code for code in re.split(r"[,\s]+", codes.strip()) if code and code.lower() != "unknown"]
+    labels = [code for code in re.split(r"[,，、\s]+", codes.strip()) if code and code.lower() != "unknown"]
     who = (
         re.match(r"(?i)\W*(?:patient|subject)(?:[ _](?:id|number|no))?\s*[:=]\s*(\S+)", c) for c in comments
     )
@@ -269,7 +269,7 @@ def read_npz(path: Path, fs=None) -> list[Recording]:
         data = dict(file)
         for key, x in data.items():  # words that were kept as bytes are words
             if x.dtype.kind == "S":
-                data[key] = np.char.decode(x, encoding_of(b" ".join(x.ravel().tolist()), path))
+                data[key] = np.char.decode(x, encoding_of(b" ".join(x.ravel().tolist()), path), "replace")
     lower = {key.lower(): value for key, value in data.items()}
     if "x_train" in lower:
         return ucr_records(path, lower)

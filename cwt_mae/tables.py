@@ -105,7 +105,7 @@ def read_table(path: Path, fs=None) -> list[Recording]:
 
 def named_unit(name: str) -> tuple[str, str]:
     """("ECG", "mV") of "ECG [mV]" or "ECG (mV)"; other names have no unit."""
-    found = re.match(r"(.+?)\s*[\[(]\s*([^\[\]()]*)\s*[\])]$", name)
+    found = re.match(r"(.+?)\s*[\[(（]\s*([^\[\]()（）]*?)\s*[\])）]$", name)
     return (found[1], found[2]) if found else (name, "")
 
 
@@ -156,12 +156,13 @@ def below_comments(lines: list) -> tuple[int, str, str | None]:
 
 
 def below_device(lines: list, at: int, delimiter) -> int:
-    """The first line below those about the device: that of the names, or of the data. More lines than names
-    and units are about the device, or a first one that states the rate."""
+    """The first line below those about the device: that of the names, or of the data. About the device are
+    more lines than names and units, and a first one that states the rate or has another width than they."""
     first = first_data(lines, at, delimiter)
     above = [line for line in lines[at:first] if line.strip()] if first is not None else []
     width = len(fields(lines[first], delimiter)) if above else 0
-    if len(above) > 2 or above and states_rate(above[0], delimiter, width):
+    title = len(above) == 2 and len(fields(above[0], delimiter)) != width
+    if len(above) > 2 or title or above and states_rate(above[0], delimiter, width):
         last = lines[first - 1]
         named = len(fields(last, delimiter)) == width and not states_rate(last, delimiter, width)
         at = first - bool(last.strip() and named)

@@ -26,8 +26,8 @@ def read_text(path) -> str:
 
 
 def decoded(data: bytes, path) -> str:
-    """Bytes out of the file `path` as text."""
-    return data.decode(encoding_of(data, path))
+    """Bytes out of the file `path` as text, with U+FFFD for what cannot be read."""
+    return data.decode(encoding_of(data, path), "replace")
 
 
 def encoding_of(data: bytes, path) -> str:
@@ -43,17 +43,23 @@ def encoding_of(data: bytes, path) -> str:
         return "utf-16-le" if zeros[1] + zeros[3] > zeros[0] + zeros[2] else "utf-16-be"
     if fits(data, "utf-8"):
         return "utf-8-sig"
-    encoding = "gb18030" if is_chinese(data) else "cp1252" if fits(data, "cp1252") else "latin1"
+    foreign = foreign_letters(data, "utf-8")
+    if 2 * foreign.count("\ufffd") < len(foreign):  # cut short, or another hand has written into it
+        encoding = "utf-8-sig"
+    elif is_chinese(data):
+        encoding = "gb18030"
+    else:
+        encoding = "cp1252" if fits(data, "cp1252") else "latin1"
     print(
-        f"{path}: its text is not UTF-8 and was read as {encoding}, a guess; if names or labels look wrong, "
-        "save it as UTF-8",
+        f"{path}: its text is not all UTF-8 and was read as {encoding}, a guess; if names or labels look "
+        "wrong, save it as UTF-8",
         file=sys.stderr,
     )
     return encoding
 
 
 def fits(data: bytes, encoding: str) -> bool:
-    """Whether bytes can be read in an encoding."""
+    """Whether all bytes can be read in an encoding."""
     try:
         data.decode(encoding)
     except UnicodeDecodeError:
@@ -61,11 +67,16 @@ def fits(data: bytes, encoding: str) -> bool:
     return True
 
 
+def foreign_letters(data: bytes, encoding: str) -> list[str]:
+    """The characters beyond ASCII of bytes in an encoding, U+FFFD for what cannot be read."""
+    return re.findall(r"[^\x00-\x7f]", data.decode(encoding, "replace"))
+
+
 def is_chinese(data: bytes) -> bool:
     """Whether bytes are Chinese in GB18030: mostly everyday characters, and nonsense in Latin letters."""
-    if not NONSENSE.search(data) or not fits(data, "gb18030"):
+    if not NONSENSE.search(data):
         return False
-    foreign = set(re.findall(r"[^\x00-\x7f]", data.decode("gb18030")))
+    foreign = set(foreign_letters(data, "gb18030"))
     # The rows of GB2312 up to 0xD7 are marks and the 3755 most frequent characters.
     everyday = [c for c in foreign if b"\xa1" <= c.encode("gb2312", "ignore")[:1] <= b"\xd7"]
     return 2 * len(everyday) > len(foreign)

@@ -29,6 +29,7 @@ from cwt_mae.dataset_finetune import (
     split_parts,
 )
 from cwt_mae.validation import bridge
+from tests.tiny_cwt import run
 
 FS = 200
 
@@ -547,8 +548,8 @@ def test_upstreams_pickles_are_converted_only_when_allowed(tmp_path, prepare):
     )
     options = ["--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
     with pytest.raises(UserError, match="--allow-pickle"):
-        convert_pickles.main(convert_pickles.parse_args(options))
-    convert_pickles.main(convert_pickles.parse_args([*options, "--allow-pickle"]))
+        run(convert_pickles, *options)
+    run(convert_pickles, *options, "--allow-pickle")
     store = store_of(tmp_path, prepare, tmp_path / "out")
     assert store.records["subject"][0] == b"u1" and load_task(store, "series", 500).classes == ["3"]
     with pytest.raises(UserError, match="unknown format"):
@@ -579,5 +580,5 @@ def test_a_pickle_that_is_not_plain_data_is_one_line_and_runs_nothing(tmp_path, 
     (tmp_path / "p.pkl").write_bytes(content)
     options = ["--input", str(tmp_path), "--output", str(tmp_path / "out"), "--allow-pickle"]
     with pytest.raises(UserError, match="p.pkl: "):
-        convert_pickles.main(convert_pickles.parse_args(options))
+        run(convert_pickles, *options)
     assert not (tmp_path / "made").exists() and not (tmp_path / "out").exists()

@@ -7,11 +7,7 @@ from cwt_mae import finetune, make_data, train
 from studies.cwt_mae import cnn
 from tests import forked
 from tests.effects import RUN_BASE, RUN_FLAGS, Effect, check_effects
-
-SIZES = (
-    "signal_len=200 patch_size_time=20 cwt_scales=8 patch_size_freq=8 embed_dim=16 depth=1 num_heads=2 "
-    "decoder_embed_dim=16 decoder_depth=1 decoder_num_heads=2"
-).split()
+from tests.tiny_cwt import CHANGES
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +27,7 @@ def world(tmp_path_factory):
     )
     options = ["--data", labelled, "--split", labelled / "split.json", "--cache", folder / "cache"]
     config = folder / "config.yaml"
-    lines = "".join(f"  {size.replace('=', ': ')}\n" for size in SIZES)
+    lines = "".join(f"  {change.replace('=', ': ')}\n" for change in CHANGES)
     config.write_text(f"model:\n{lines}")
     tiny = ["--model-fs", 50, "--config", config]
     base = [*options, *tiny, "--max-steps", 1, "--batch-size", 8, "--out", folder / "base"]

@@ -16,14 +16,12 @@ from cwt_mae.metrics import best_f1, label_scores
 from cwt_mae.model import CWT_MAE_RoPE
 from cwt_mae.model_finetune import TF_MAE_Classifier, save_model
 from cwt_mae.validation import trivial_losses
+from tests import tiny_cwt
+from tests.tiny_cwt import CHANGES, DECODER, run
 
 FS = 50
-SIZES = dict(
-    signal_len=200, cwt_scales=8, patch_size_time=20, patch_size_freq=8, embed_dim=16, depth=2, num_heads=2
-)
-DECODER = dict(decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)
+SIZES = tiny_cwt.SIZES | {"depth": 2}
 LEADS = ["I", "II", "V1"]
-TINY = " ".join(f"{k}={v}" for k, v in (SIZES | DECODER | {"depth": 1}).items()).split()
 
 
 def trained_leads(model):
@@ -181,16 +179,12 @@ def test_a_flat_lead_is_an_error_or_left_out_alone(tmp_path, capsys):
     assert "r1 channel II: flat line" in capsys.readouterr().err
 
 
-def run(module, *words):
-    module.main(module.parse_args([str(word) for word in words]))
-
-
 @pytest.mark.slow
 def test_several_leads_and_labels_from_pre_training_to_scores(tmp_path):
     folder = write_leads(tmp_path / "data", 12)
     data = ["--data", folder, "--cache", tmp_path / "cache", "--manifest", folder / "list.csv"]
     base, tuned = tmp_path / "base", tmp_path / "tuned"
-    fixed = ["--model-fs", FS, "--low-hz", 0, "--channel", "I,II,V1", "--set", *TINY, "--lr", "1e-3"]
+    fixed = ["--model-fs", FS, "--low-hz", 0, "--channel", "I,II,V1", "--set", *CHANGES, "--lr", "1e-3"]
     run(train, *data, *fixed, "--out", base, "--max-steps", 2, "--batch-size", 4)
     given = ["--pretrained", base / "model.safetensors", "--task", "labels", "--head", "mlp", "--lr", "3e-3"]
     run(finetune, *data, *given, "--out", tuned, "--max-steps", 40, "--batch-size", 16, "--layer-decay", 1)
@@ -259,11 +253,10 @@ def test_an_exported_model_gives_the_same_numbers(kind, what, tmp_path):
         for module in ("onnx", "onnxscript", "onnxruntime"):
             pytest.importorskip(module)
     torch.manual_seed(0)
-    sizes = SIZES | {"depth": 1}
     if what == "encoder":
-        model = CWT_MAE_RoPE(**sizes, **DECODER, raw_patches=True)
+        model = CWT_MAE_RoPE(**tiny_cwt.SIZES, **DECODER, raw_patches=True)
     else:
-        model = trained_leads(TF_MAE_Classifier(None, 3, leads=LEADS, **sizes))
+        model = trained_leads(TF_MAE_Classifier(None, 3, leads=LEADS, **tiny_cwt.SIZES))
     save_model(tmp_path / "m.safetensors", model)
     out = tmp_path / ("m.onnx" if kind == "onnx" else "m.pt2")
     run(export, "--model", tmp_path / "m.safetensors", "--export", kind, "--out", out, "--batch-size", 2)

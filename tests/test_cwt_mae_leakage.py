@@ -14,12 +14,10 @@ from cwt_mae.model import CWT_MAE_RoPE
 from cwt_mae.model_finetune import TF_MAE_Classifier
 from studies.cwt_mae import cnn, forest, probe
 from studies.cwt_mae import windows as study_windows
+from tests.tiny_cwt import CHANGES, SIZES, run
 
-FS, SECONDS, LENGTH = 50, 40, 200
-TINY = (
-    f"--model-fs {FS} --low-hz 0 --set signal_len={LENGTH} patch_size_time=20 cwt_scales=8 patch_size_freq=8 "
-    "embed_dim=16 depth=1 num_heads=2 decoder_embed_dim=16 decoder_depth=1 decoder_num_heads=2"
-).split()
+FS, SECONDS, LENGTH = 50, 40, SIZES["signal_len"]
+TINY = ["--model-fs", FS, "--low-hz", 0, "--set", *CHANGES]
 # Two records of each subject; s0 to s5 train, s6 to s8 test
 NAMES = [f"s{subject}{record}" for subject in range(9) for record in "ab"]
 HZ = {name: 2.0 + 0.75 * i for i, name in enumerate(NAMES)}
@@ -56,13 +54,13 @@ def given(world):
 def pretrain(world, name, *options):
     out = ["--out", str(world["folder"] / name)]
     options = [*given(world), *TINY, *out, "--batch-size", "8", "--lr", "1e-3", *options]
-    train.main(train.parse_args(options))
+    run(train, *options)
 
 
 def tune(world, name, *options):
     out = ["--out", str(world["folder"] / name), "--pretrained", str(world["base"])]
     options = [*given(world), *out, "--task", "rhythm", "--batch-size", "8", "--max-steps", "20", *options]
-    finetune.main(finetune.parse_args(options))
+    run(finetune, *options)
 
 
 def records_of(x) -> set:
@@ -110,7 +108,7 @@ def test_pre_training_leaves_out_validation_and_test_subjects(world, seen):
 def test_pre_training_without_a_split_takes_every_record_but_the_validation_subjects(world, seen):
     out = ["--out", str(world["folder"] / "all"), "--batch-size", "8", "--lr", "1e-3", "--max-steps", "40"]
     data = given(world)
-    train.main(train.parse_args([*data[:2], *data[4:], *TINY, *out, "--eval-windows", "1000"]))
+    run(train, *data[:2], *data[4:], *TINY, *out, "--eval-windows", "1000")
     assert seen["train"] | seen["eval"] == set(NAMES)
     assert len(subjects(seen["eval"])) == 1 and not subjects(seen["train"]) & subjects(seen["eval"])
 
@@ -155,14 +153,14 @@ def test_scoring_takes_the_part_that_was_asked_for(world, seen, part, wanted):
     seen["eval"].clear()
     options = [*given(world)] if part != "all" else [*given(world)[:2], *given(world)[4:]]
     model, out = world["folder"] / "tuned" / "model.safetensors", world["folder"] / f"scored-{part}"
-    test.main(test.parse_args([*options, "--model", str(model), "--part", part, "--out", str(out)]))
+    run(test, *options, "--model", model, "--part", part, "--out", out)
     assert seen["eval"] == wanted and not seen["train"]
 
 
 def test_the_probe_of_the_study_is_fitted_to_training_and_scored_on_test_records(world, monkeypatch):
     fits = watch_probe(monkeypatch, probe)
     options = ["--model", str(world["base"]), "--task", "rhythm", "--random-seeds", "1", "--resamples", "2"]
-    probe.main(probe.parse_args([*given(world), *options, "--out", str(world["folder"] / "probe")]))
+    run(probe, *given(world), *options, "--out", world["folder"] / "probe")
     assert [(records_of(x), records_of(other)) for x, _, other in fits] == [(TRAIN, TEST)] * 2
 
 
@@ -173,7 +171,7 @@ WINDOWS = f"--task rhythm --model-fs {FS} --low-hz 0 --signal-len {LENGTH} --res
 def test_the_convolutional_control_is_scored_on_what_it_was_not_trained_on(world, seen, validate):
     out = ["--out", str(world["folder"] / f"cnn{validate}"), "--max-steps", "20", "--batch-size", "8"]
     fold = ["--fold", "0", "--folds", "3", "--validate"] if validate else []
-    cnn.main(cnn.parse_args([*given(world), *WINDOWS, *out, *fold]))
+    run(cnn, *given(world), *WINDOWS, *out, *fold)
     assert not subjects(seen["train"]) & subjects(seen["eval"])
     assert seen["eval"] == (TRAIN - seen["train"] if validate else TEST)
     assert len(subjects(seen["train"])) == (4 if validate else 6)
@@ -183,7 +181,7 @@ def test_the_forest_is_scored_on_what_it_was_not_fitted_to(world, monkeypatch):
     tables, plain = [], forest.table_of
     monkeypatch.setattr(forest, "table_of", lambda *arguments: tables.append(plain(*arguments)) or tables[-1])
     out = ["--out", str(world["folder"] / "nn"), "--kind", "nn"]
-    forest.main(forest.parse_args([*given(world), *WINDOWS, *out]))
+    run(forest, *given(world), *WINDOWS, *out)
     assert [records_of(table) for table in tables] == [TRAIN, TEST]
 
 

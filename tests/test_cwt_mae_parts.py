@@ -19,19 +19,10 @@ from cwt_mae.model import CWT_Encoder, CWT_MAE_RoPE
 from cwt_mae.model_finetune import TF_MAE_Classifier
 from cwt_mae.validation import line_predictions, probe_features, trivial_losses
 from studies.cwt_mae import forest, mitbih, ucr
+from tests import tiny_cwt
+from tests.tiny_cwt import run
 
-SIZES = dict(
-    signal_len=200,
-    patch_size_time=20,
-    cwt_scales=8,
-    patch_size_freq=4,
-    embed_dim=16,
-    depth=2,
-    num_heads=2,
-    decoder_embed_dim=16,
-    decoder_depth=1,
-    decoder_num_heads=2,
-)
+SIZES = tiny_cwt.SIZES | tiny_cwt.DECODER | {"patch_size_freq": 4, "depth": 2}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +30,7 @@ def world(tmp_path_factory):
     """Records with rhythms, their options, and a pre-trained model."""
     folder = tmp_path_factory.mktemp("parts")
     words = ["--out", folder / "data", "--subjects", 9, "--seconds", 60, "--ppg", 0]
-    make_data.main(make_data.parse_args(list(map(str, words))))
+    run(make_data, *words)
     labelled = folder / "data" / "labelled"
     options = ["--data", labelled, "--split", labelled / "split.json", "--cache", folder / "cache"]
     found = {"folder": folder, "options": list(map(str, options))}
@@ -50,14 +41,14 @@ def world(tmp_path_factory):
 def pretrain(world, name, *options):
     sizes = [f"{key}={value}" for key, value in SIZES.items()]
     tiny = ["--model-fs", "50", "--set", *sizes, "--batch-size", "8", "--out", str(world["folder"] / name)]
-    train.main(train.parse_args([*world["options"], *tiny, *options]))
+    run(train, *world["options"], *tiny, *options)
 
 
 def tune(world, name, *options):
     model = str(world["folder"] / "base" / "model.safetensors")
     words = ["--pretrained", model, "--task", "rhythm", "--folds", "3", "--batch-size", "8"]
     words += ["--out", str(world["folder"] / name), *options]
-    finetune.main(finetune.parse_args([*world["options"], *words]))
+    run(finetune, *world["options"], *words)
 
 
 def log_of(world, name, key):

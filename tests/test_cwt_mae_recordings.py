@@ -450,6 +450,7 @@ CSV = {
     "day first": "Datum;ecg\n" + "".join(f"31.05.2024 10:00:{t:06.3f};{v}\n" for t, v in ROWS),
     "afternoon": "time,ecg\n" + "".join(f"05/31/2024 11:59:{50 + t:06.3f} PM,{v}\n" for t, v in ROWS),
     "device lines": "Device,X 1\nSample rate,250 Hz\n\necg\n" + "".join(f"{v}\n" for v in VALUES),
+    "title": "ECG of a person\n\ntime_s,ecg\n" + "".join(f"{t:.3f},{v}\n" for t, v in ROWS),
     "rate line": "Sampling rate: 0.25 kHz\necg\n" + "".join(f"{v}\n" for v in VALUES),
     "rate cell": "Sample rate,250\ntime_s,ecg\n" + "".join(f"{t:.3f},{v}\n" for t, v in ROWS),
     "rate in the name": "time_s,ecg (fs=250 Hz)\n" + "".join(f"{t:.3f},{v}\n" for t, v in ROWS),
@@ -481,7 +482,7 @@ def test_a_minus_sign_of_a_word_processor_is_a_minus(tmp_path):
         ("utf-16-be", "t", "Ekg", ""),
         ("utf-32", "时间(秒)", "心电", ""),
         ("utf-32-be", "时间(秒)", "心电", ""),
-        ("gbk", "时间(毫秒)", "心电", "gb18030"),
+        ("gbk", "时间（毫秒）", "心电（毫伏）", "gb18030"),
         ("gbk", "t(秒)", "V1导联", "gb18030"),
         ("gb18030", "时刻_秒", "𠀀窦性", "gb18030"),
         ("latin1", "Zeit_s", "Größe µ", "cp1252"),
@@ -496,9 +497,22 @@ def test_a_csv_file_of_any_encoding_has_its_names_and_a_guess_is_said(
     scale = 1000 if "毫" in clock else 1
     text = f"{clock},{name}\n" + "".join(f"{scale * t:.3f},{v}\n" for t, v in ROWS)
     ((found, channel),) = read_records(write(tmp_path / "a.csv", text, encoding))[0].channels.items()
-    assert (found == name or guess == "latin1") and channel.fs == pytest.approx(250)
+    assert (found, channel.unit) == (
+        name.partition("（")[0],
+        "毫伏" if "（" in name else "",
+    ) or guess == "latin1"
+    assert channel.fs == pytest.approx(250)
     said = capsys.readouterr().err
     assert f"read as {guess}, a guess" in said and "a.csv" in said if guess else not said
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "gbk"])
+def test_a_character_that_cannot_be_read_spoils_no_other(encoding, tmp_path, capsys):
+    text = "时间(秒),心电,备注\n" + "".join(f"{t:.3f},{v},正常\n" for t, v in ROWS)
+    path = tmp_path / "a.csv"
+    path.write_bytes(text.encode(encoding).replace("正".encode(encoding), b"\xff", 1))
+    assert read_records(path)[0].rates == {"心电": pytest.approx(250)}
+    assert "not all UTF-8" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["manifest", "ts", "arff", "npz", "WFDB", "shard"])
@@ -782,6 +796,10 @@ def test_a_manifest_states_subjects_parts_rates_and_labels(tmp_path, capsys):
     store = store_of(tmp_path, manifest=manifest, fs=FS)
     assert store.records["part"].tolist() == [b"train", b"", b"test"]
     assert [b.decode() for _, _, b in store.labels.tolist()] == ["AF", "N", "N"]
+    write(manifest, "path,fold,label\nx/a,训练集,房颤；早搏\nx/b,测试,正常、早搏\n", "gbk")
+    store = store_of(tmp_path, manifest=manifest, fs=FS)
+    assert store.records["part"].tolist() == [b"train", b"test"]
+    assert [b.decode() for _, _, b in store.labels.tolist()] == ["房颤", "早搏", "正常", "早搏"]
 
 
 @pytest.mark.parametrize(

@@ -22,13 +22,11 @@ from studies.cwt_mae import cnn, forest, probe
 from tests import forked
 from tests.parity import assert_same_first_step, assert_same_scores
 from tests.quick_python import python
+from tests.tiny_cwt import CHANGES, run
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = (
-    "--model-fs 50 --set signal_len=200 patch_size_time=20 cwt_scales=8 patch_size_freq=8 embed_dim=16 "
-    "depth=1 num_heads=2 decoder_embed_dim=16 decoder_depth=1 decoder_num_heads=2 "
-    "--batch-size 8 --windows 40 --eval-windows 16 --lr 1e-3 --log-every 1"
-).split()
+TINY = ["--model-fs", "50", "--set", *CHANGES]
+TINY += "--batch-size 8 --windows 40 --eval-windows 16 --lr 1e-3 --log-every 1".split()
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +34,7 @@ def world(tmp_path_factory):
     """Built-in data, a pre-trained model and a rhythm classifier, all tiny: paths by name."""
     folder = tmp_path_factory.mktemp("cwt")
     words = ["--out", str(folder / "data"), *"--subjects 9 --seconds 90 --ppg 2".split()]
-    make_data.main(make_data.parse_args(words))
+    run(make_data, *words)
     paths = {"folder": folder} | {name: folder / name for name in ("data", "cache", "base", "tuned")}
     paths |= {"labelled": folder / "data/labelled", "split": folder / "data/labelled/split.json"}
     pretrain(paths, paths["base"], "--max-steps", "6", "--probe", "rhythm", "--eval-every", "3")
@@ -62,11 +60,11 @@ def tuning(paths, out, *options):
 
 
 def pretrain(paths, out, *options):
-    train.main(train.parse_args(pretraining(paths, out, *options)))
+    run(train, *pretraining(paths, out, *options))
 
 
 def tune(paths, out, *options):
-    finetune.main(finetune.parse_args(tuning(paths, out, *options)))
+    run(finetune, *tuning(paths, out, *options))
 
 
 def run_apart(script, options, log):
@@ -105,7 +103,7 @@ def test_pre_training_logs_both_losses_beside_the_trivial_ones_and_draws(world):
 def test_the_test_part_is_scored_with_tables_intervals_and_pictures(world):
     out = world["folder"] / "scored"
     common = ["--model", str(world["tuned"] / "model.safetensors"), *given(world)]
-    test.main(test.parse_args([*common, "--out", str(out), "--resamples", "50"]))
+    run(test, *common, "--out", out, "--resamples", "50")
     result = json.loads((out / "metrics.json").read_text())
     records = (out / "per_record.csv").read_text().splitlines()
     assert {line.split(",")[0] for line in records[1:]} == set(json.loads(world["split"].read_text())["test"])
@@ -114,7 +112,7 @@ def test_the_test_part_is_scored_with_tables_intervals_and_pictures(world):
     assert result["records"] == 3 and sum(map(sum, result["confusion"])) == result["windows"] == windows
     assert (out / "figures" / "confusion.png").is_file()
     everything = [*common[:4], "--cache", str(world["cache"]), "--unlabelled", "--stride", "50"]
-    test.main(test.parse_args([*everything, "--out", str(world["folder"] / "read")]))
+    run(test, *everything, "--out", world["folder"] / "read")
     line = (world["folder"] / "read" / "per_record.csv").read_text().splitlines()[1].split(",")
     # Windows of 200 every 50 samples of 4,500, the last at the end
     assert int(line[3]) == -(-(90 * 50 - 200) // 50) + 1
@@ -125,7 +123,7 @@ def test_ensemble_of_one_model_twice_is_that_model(world):
     once, twice = world["folder"] / "once", world["folder"] / "twice"
     for models, out in (([model], once), ([model, model], twice)):
         words = ["--model", *models, *given(world), "--out", out, "--resamples", 0]
-        test.main(test.parse_args(list(map(str, words))))
+        run(test, *words)
     assert_same_scores(once / "per_window.csv", twice / "per_window.csv")
 
 
@@ -133,22 +131,22 @@ def test_ensemble_of_one_model_twice_is_that_model(world):
 def test_the_probe_the_picture_and_the_controls_run(world):
     model, out = str(world["base"] / "model.safetensors"), str(world["folder"] / "probe")
     words = ["--model", model, "--task", "rhythm", *given(world), "--out", out, "--random-seeds", "1"]
-    probe.main(probe.parse_args(words))
+    run(probe, *words)
     result = json.loads((world["folder"] / "probe" / "metrics.json").read_text())
     assert result["chance"] < result["random_mean"]
     assert result["interval"][0] <= result["macro_f1"] <= result["interval"][1]
     data = ["--data", str(world["labelled"]), "--cache", str(world["cache"])]
     words = ["--model", model, *data, "--out", str(world["folder"] / "p.png"), "--window", "3"]
-    visualize.main(visualize.parse_args(words))
+    run(visualize, *words)
     table = np.loadtxt(world["folder"] / "p.csv", delimiter=",", skiprows=1)
     assert table.shape == (200, 4) and set(table[:, 3]) == {0.0, 1.0}
     options = "--task rhythm --model-fs 50 --signal-len 200 --resamples 0".split()
     for kind in ("nn", "forest"):
         out = world["folder"] / kind
-        forest.main(forest.parse_args([*options, *given(world), "--kind", kind, "--out", str(out)]))
+        run(forest, *options, *given(world), "--kind", kind, "--out", out)
         assert 0 < json.loads((out / "metrics.json").read_text())["macro_f1"] <= 1
     out = world["folder"] / "cnn"
-    cnn.main(cnn.parse_args([*options, *given(world), "--max-steps", "5", "--out", str(out)]))
+    run(cnn, *options, *given(world), "--max-steps", "5", "--out", out)
     assert 0 < json.loads((out / "metrics.json").read_text())["accuracy"] <= 1
 
 
@@ -175,7 +173,7 @@ def test_a_model_that_compares_is_scored_with_the_median_tokens_of_each_record(w
     tune(world, world["folder"] / "compares", *compare)
     model, out = world["folder"] / "compares" / "model.safetensors", world["folder"] / "compares_scored"
     options = ["--model", str(model), *given(world), "--out", str(out), "--resamples", "0"]
-    test.main(test.parse_args(options))
+    run(test, *options)
     told = {"s002": [], "s005": []}
     for line in csv.DictReader(open(out / "per_window.csv")):
         told.get(line["record"], []).append([float(line["p_N"]), float(line["p_AFIB"])])
@@ -253,7 +251,7 @@ def test_bad_inputs_are_errors_of_one_line_before_anything_is_written(script, op
     if script is train:
         options = [*TINY, "--max-steps", "1", *options]
     with pytest.raises(UserError) as error:
-        script.main(script.parse_args([*options, "--cache", str(world["cache"]), "--out", str(out)]))
+        run(script, *options, "--cache", world["cache"], "--out", out)
     assert wanted in str(error.value) and "\n" not in str(error.value) and not out.exists()
 
 

@@ -11,6 +11,7 @@ from cwt_mae import finetune, make_data, test, train, visualize  # noqa: F401  t
 from studies import recipe
 from studies.cwt_mae import builtin, cnn, forest, labels, mitbih, probe, ptbxl, ucr  # noqa: F401
 from tests import forked
+from tests.tiny_cwt import run
 
 pytestmark = pytest.mark.slow
 
@@ -57,7 +58,7 @@ def test_the_interval_over_training_seeds_is_students():
 def test_the_recipe_in_ptb_xls_files_trains_chooses_and_reports_on_its_folds(stages, tmp_path):
     pytest.importorskip("wfdb")
     out = tmp_path / "runs" / "ptbxl"
-    ptbxl.main(ptbxl.parse_args(["--out", str(out)]))
+    run(ptbxl, "--out", out)
     row = row_of(tmp_path / "runs")
     assert len(row["controls"]) == 3 and np.isfinite([row["value"], *row["controls"].values()]).all()
     # Every record of a patient of fold 10 is reported, no other
@@ -70,7 +71,7 @@ def test_the_recipe_in_ptb_xls_files_trains_chooses_and_reports_on_its_folds(sta
 def test_label_curves_stand_beside_random_weights(stages, tmp_path, monkeypatch):
     monkeypatch.setattr(labels, "SHARES", (0.1, 1.0))
     out = tmp_path / "runs" / "labels"
-    labels.main(labels.parse_args(["--out", str(out)]))
+    run(labels, "--out", out)
     row = row_of(tmp_path / "runs")
     assert len(row["controls"]) == 5 and all(np.shape(v) == (1, 2) for v in row["details"].values())
     few, all_of_them = (
@@ -83,7 +84,7 @@ def test_label_curves_stand_beside_random_weights(stages, tmp_path, monkeypatch)
 def test_the_recipe_of_mit_bih_trains_on_ds1_and_scores_the_others(stages, tmp_path):
     data, out = tmp_path / "mitbih", tmp_path / "runs" / "mitbih"
     options = ["--out", tmp_path / "drawn", "--subjects", 9, "--seconds", 60, "--ppg", 0]
-    make_data.main(make_data.parse_args(list(map(str, options))))
+    run(make_data, *options)
     data.mkdir()
     names = ["101", "106", "108", "109", "112", "114", "100", "103", "105"]
     for name, path in zip(names, sorted((tmp_path / "drawn/labelled").glob("*.npz"))):
@@ -97,7 +98,7 @@ def test_the_recipe_of_mit_bih_trains_on_ds1_and_scores_the_others(stages, tmp_p
         np.savez(data / f"{name}.npz", **record | {"ann_symbol": symbols, "subject": name})
     common = ["--data", str(data), "--out", str(out), "--cache", str(tmp_path / "cache")]
     for words in (["train", *common], ["forest", *common], ["score", *common, "--seeds", "0"]):
-        mitbih.main(mitbih.parse_args(words))
+        run(mitbih, *words)
     row = row_of(tmp_path / "runs")
     assert {"small CNN", "forest (README)", "forest, our input", "random, frozen too", "always N"} <= set(
         row["controls"]
@@ -117,7 +118,7 @@ def test_the_recipe_of_a_ucr_set_scores_its_test_part(stages, tmp_path):
         sets |= {f"x_{part}": waves.astype(np.float32), f"y_{part}": labels}
     np.savez(tmp_path / "waves.npz", **sets)
     words = f"--data {tmp_path}/waves.npz --out {tmp_path}/runs/waves --cache {tmp_path}/cache".split()
-    ucr.main(ucr.parse_args(words))
+    run(ucr, *words)
     row = row_of(tmp_path / "runs")
     assert {"random weights", "small CNN", "1-NN, computed"} <= set(row["controls"])
     scored = json.loads((tmp_path / "runs/waves/pre-trained-0-test/metrics.json").read_text())
