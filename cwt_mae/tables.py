@@ -69,7 +69,7 @@ def read_table(path: Path, fs=None) -> list[Recording]:
     counted = named and sum(bool(re.fullmatch(r"\w{0,3}\d+", name)) for name in text.names)
     if width > WIDE and (not named or counted > 0.9 * width):
         first = int(named and text.names[0].lower() in COUNTERS)  # pandas' index
-        return kaggle_records(path, numbers(path, text, range(first, width)))
+        return kaggle_records(path, text, range(first, width))
     ends_empty = named and len(text.names) == width - 1 and not head[-1]
     if named and len(text.names) != width and not ends_empty:
         raise UserError(f"{path}: header names {len(text.names)} columns, the data have {width}")
@@ -172,7 +172,8 @@ def below_device(lines: list, at: int, delimiter) -> int:
 def header_of(lines: list, at: int, delimiter, comment: str) -> tuple[list | None, list, int]:
     """(names of the columns or None, their units, the first line below); the last comment may hold names."""
     head, units = fields(lines[at], delimiter), []
-    if all(is_value(v) for v in head) and not counts_columns(head):
+    plain = head[:-1] if len(head) > WIDE else head  # the label of a series may be a word
+    if all(is_value(v) for v in plain) and not counts_columns(plain):
         names = fields(comment, delimiter)
         return names if comment and len(names) == len(head) else None, units, at
     at += 1
@@ -445,18 +446,24 @@ def steps_of(path, name: str, x, unit: float):
     )
 
 
-def kaggle_records(path: Path, table: np.ndarray) -> list[Recording]:
-    """A series in each line; the last column is the label if it holds whole numbers alone. Zeros at the end
-    of Kaggle's 187 samples are padding."""
-    labels = table[:, -1]
-    few = len(np.unique(labels)) <= max(2, len(labels) // 2) or table.shape[1] == 188
-    labelled = few and bool((labels == np.round(labels)).all())
+def kaggle_records(path: Path, text: Text, columns: range) -> list[Recording]:
+    """A series in each line; the last column is the label if it holds words, or whole numbers alone. Zeros at
+    the end of Kaggle's 187 samples are padding."""
+    if kind_of(text, columns[-1]) == "text":
+        labels = [fields(line, text.delimiter)[-1] for line in text.lines]
+        rows = numbers(path, text, columns[:-1])
+    else:
+        rows = numbers(path, text, columns)
+        labels, stated = rows[:, -1], rows[np.isfinite(rows[:, -1]), -1]
+        few = len(np.unique(stated)) <= max(2, len(labels) // 2) or len(columns) == 188
+        labelled = few and len(stated) > 0 and bool((stated == np.round(stated)).all())
+        labels, rows = (words(labels), rows[:, :-1]) if labelled else ([None] * len(rows), rows)
     named = re.search(r"(?i)(?:^|_)(test|train)$", path.stem)
     part = named[1].lower() if named else ""
     records = []
-    for i, (row, label) in enumerate(zip(table[:, :-1] if labelled else table, words(labels))):
+    for i, (row, label) in enumerate(zip(rows, labels, strict=True)):
         if len(row) == 187:
             there = np.flatnonzero(row)
             row = row[: there[-1] + 1] if len(there) else row
-        records.append(series_record(path, part, i, [row], label if labelled else None))
+        records.append(series_record(path, part, i, [row], label or None))
     return records

@@ -721,6 +721,21 @@ def test_kaggles_beats_are_a_series_a_line(tmp_path):
     assert len(records[0].channels["x"]) == 150
 
 
+@pytest.mark.parametrize(
+    "labels", ["NAVNAV", "010101", ["房颤", "正常"] * 3, ["1", "", "0"] * 2, ["a", "", "b"] * 2]
+)
+@pytest.mark.parametrize("header", ["", "0,1,...,label\n", ",0,1,...,100\n", "x0,x1,...,x100\n"])
+def test_a_series_a_line_may_have_words_as_labels_and_names_above(labels, header, tmp_path):
+    x = np.round(np.random.default_rng(0).random((6, 100)) + 0.1, 4)
+    between = ",".join(f"{'x' if 'x' in header else ''}{i}" for i in range(2, 100))
+    rows = [",".join(map(str, row)) + f",{label}\n" for row, label in zip(x, labels)]
+    index = [f"{i}," if header.startswith(",") else "" for i in range(6)]
+    text = header.replace("...", between) + "".join(i + row for i, row in zip(index, rows))
+    records = read_records(write(tmp_path / "a.csv", text))
+    assert [record.labels.get("", [""])[0] for record in records] == list(labels)
+    assert np.allclose([record.channels["x"] for record in records], x)
+
+
 def test_the_dicom_waveform_of_pydicom_has_its_leads(tmp_path):
     data = pytest.importorskip("pydicom.data")
     record = read_records(data.get_testdata_file("waveform_ecg.dcm", download=False))[0]
