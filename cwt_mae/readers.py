@@ -634,9 +634,3 @@ def rows_in_line(path, number: int, groups: list, place: str) -> list[np.ndarray
 def part_of(path: Path) -> str:
     """The part that a UCR file's name states: name_TRAIN, name_TEST."""
     return "test" if path.stem.upper().endswith("TEST") else "train"
-
-
-def read_ucr_tsv(path: Path, table: np.ndarray) -> list[Recording]:
-    """A UCR .tsv file: the label, then the values."""
-    rows = enumerate(zip(table[:, 1:], words(table[:, 0])))
-    return [series_record(path, part_of(path), i, [row], label) for i, (row, label) in rows]

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError
-from cwt_mae.readers import read_ucr_tsv, series_record, words
+from cwt_mae.readers import part_of, series_record, words
 from cwt_mae.recording import Recording, as_channel, check_rate, unique
 from cwt_mae.text import read_text
 
@@ -40,7 +40,8 @@ TIME = re.compile(
     r"\d{1,2}:\d\d(:\d\d)?([.,]\d+)?( ?[AP]M|Z|[+-]\d\d:?\d\d)?$|\d{1,2}:\d\d[.,]\d+$"
 )
 RATE = re.compile(
-    r"(?i)\b(?:sampl\w*[ _-]*(?:rate|freq\w*)|fs)\W*?(\d+(?:\.\d+)?)\s*[\"']?(k?)(?:hz|hertz|$|[^\w.])"
+    r"(?i)(?:\b(?:sampl\w*[ _-]*(?:rate|freq\w*)|fs)|采样频?率)\W*?(\d+(?:\.\d+)?)\s*[\"']?"
+    r"(k?)(?:hz|hertz|赫兹?|$|[^\w.])"
 )
 WIDE = 64
 
@@ -65,7 +66,7 @@ def read_table(path: Path, fs=None) -> list[Recording]:
     head = fields(text.lines[0], text.delimiter)
     width, named = len(head), text.names is not None
     if path.suffix.lower() == ".tsv" and re.search(r"_(TRAIN|TEST)$", path.stem, re.I) and not named:
-        return read_ucr_tsv(path, numbers(path, text, range(width)))
+        return ucr_records(path, text, width)
     counted = named and sum(bool(re.fullmatch(r"\w{0,3}\d+", name)) for name in text.names)
     if width > WIDE and (not named or counted > 0.9 * width):
         first = int(named and text.names[0].lower() in COUNTERS)  # pandas' index
@@ -82,7 +83,7 @@ def read_table(path: Path, fs=None) -> list[Recording]:
     table = dict(zip(wanted, numbers(path, text, wanted, width).T))
     rate, start, jumps, used = clock_of(path, text, names, units, kinds, table)
     rate = text.rate if rate is None else rate
-    remarks = [names[i] for i, kind in enumerate(kinds) if kind == "text"]
+    remarks = [names[i] or f"column {i + 1}" for i, kind in enumerate(kinds) if kind == "text"]
     clock = next((name for name in remarks if clock_name(name, "")[0] in CLOCKS), None)
     if clock and rate is None and fs is None:
         raise UserError(
@@ -161,7 +162,8 @@ def below_device(lines: list, at: int, delimiter) -> int:
     first = first_data(lines, at, delimiter)
     above = [line for line in lines[at:first] if line.strip()] if first is not None else []
     width = len(fields(lines[first], delimiter)) if above else 0
-    title = len(above) == 2 and len(fields(above[0], delimiter)) != width
+    counts = [sum(v != "" and is_value(v) for v in fields(line, delimiter)) for line in above]
+    title = len(above) == 2 and (len(fields(above[0], delimiter)) != width or counts[0] > counts[1] == 0)
     if len(above) > 2 or title or above and states_rate(above[0], delimiter, width):
         last = lines[first - 1]
         named = len(fields(last, delimiter)) == width and not states_rate(last, delimiter, width)
@@ -171,24 +173,32 @@ def below_device(lines: list, at: int, delimiter) -> int:
 
 def header_of(lines: list, at: int, delimiter, comment: str) -> tuple[list | None, list, int]:
     """(names of the columns or None, their units, the first line below); the last comment may hold names."""
-    head, units = fields(lines[at], delimiter), []
-    plain = head[:-1] if len(head) > WIDE else head  # the label of a series may be a word
-    if all(is_value(v) for v in plain) and not counts_columns(plain):
-        names = fields(comment, delimiter)
-        return names if comment and len(names) == len(head) else None, units, at
-    at += 1
-    while at < len(lines) and not lines[at].strip():
-        at += 1
-    second = fields(lines[at], delimiter) if at < len(lines) else []
-    if second and not any(is_value(v) and v for v in second):
+    below = next((i for i in range(at + 1, len(lines)) if lines[i].strip()), len(lines))
+    head, second = (fields(line, delimiter) for line in (lines[at], "".join(lines[below : below + 1])))
+    odd, units = words_at(head), []
+    # Data may have a word, such as a label, in each line, or nothing in its place.
+    alike = odd == [i for i, v in enumerate(second) if v == "" and i in odd or not is_value(v)]
+    if not odd or 2 * len(odd) < len(head) and alike:
+        if not counts_columns([v for i, v in enumerate(head) if i not in odd]):
+            names = fields(comment, delimiter)
+            return names if comment and len(names) == len(head) else None, units, at
+    at = below
+    if at < len(lines) and not any(is_value(v) and v for v in second):
         units, at = [v.strip("()[] ") for v in second], at + 1
     return head, units, at
 
 
+def words_at(row: list) -> list[int]:
+    """The places of the fields that are no values."""
+    return [i for i, v in enumerate(row) if not is_value(v)]
+
+
 def counts_columns(head: list) -> bool:
-    """Whether a line of numbers are names: 0, 1, 2 ... as pandas gives them, with or without an index."""
+    """Whether a line of numbers are names: 0, 1, 2 ... or 1, 2, 3 ..., as pandas gives them, with or without
+    an index."""
     counted = head[not head[0] :]
-    return counted == [str(i) for i in range(len(counted))] and len(counted) > (2 if head[0] else 0)
+    counts = [[str(i + first) for i in range(len(counted))] for first in (0, 1)]
+    return counted in counts and len(counted) > (2 if head[0] else 0)
 
 
 def wristband_rate(lines: list, delimiter) -> float | None:
@@ -315,8 +325,7 @@ def clock_of(path, text: Text, names, units, kinds, table):
         try:
             x, unit = table.get(i), 1.0
             if x is None:
-                rows = (fields(line, text.delimiter) + [""] * (i + 1) for line in text.lines)
-                x = times_of(path, [row[i] for row in rows])
+                x = times_of(path, column_of(text, i))
             else:
                 unit = clock_unit(path, names[i], clock_name(names[i], units[i])[1], x)
             found = steps_of(path, names[i] or f"column {i + 1}", x, unit)
@@ -446,12 +455,23 @@ def steps_of(path, name: str, x, unit: float):
     )
 
 
+def column_of(text: Text, column: int) -> list[str]:
+    """The words of one column, "" where a line is too short."""
+    return [(fields(line, text.delimiter) + [""] * (column + 1))[column] for line in text.lines]
+
+
+def ucr_records(path: Path, text: Text, width: int) -> list[Recording]:
+    """The series of a UCR .tsv file: the label, a number or a word, then the values."""
+    labels = column_of(text, 0) if kind_of(text, 0) == "text" else words(numbers(path, text, [0])[:, 0])
+    rows = enumerate(zip(numbers(path, text, range(1, width)), labels, strict=True))
+    return [series_record(path, part_of(path), i, [row], label or None) for i, (row, label) in rows]
+
+
 def kaggle_records(path: Path, text: Text, columns: range) -> list[Recording]:
     """A series in each line; the last column is the label if it holds words, or whole numbers alone. Zeros at
     the end of Kaggle's 187 samples are padding."""
     if kind_of(text, columns[-1]) == "text":
-        labels = [fields(line, text.delimiter)[-1] for line in text.lines]
-        rows = numbers(path, text, columns[:-1])
+        labels, rows = column_of(text, columns[-1]), numbers(path, text, columns[:-1])
     else:
         rows = numbers(path, text, columns)
         labels, stated = rows[:, -1], rows[np.isfinite(rows[:, -1]), -1]

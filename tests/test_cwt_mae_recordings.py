@@ -451,6 +451,8 @@ CSV = {
     "afternoon": "time,ecg\n" + "".join(f"05/31/2024 11:59:{50 + t:06.3f} PM,{v}\n" for t, v in ROWS),
     "device lines": "Device,X 1\nSample rate,250 Hz\n\necg\n" + "".join(f"{v}\n" for v in VALUES),
     "title": "ECG of a person\n\ntime_s,ecg\n" + "".join(f"{t:.3f},{v}\n" for t, v in ROWS),
+    "gain line": "Gain,2.5\ntime_s,ecg\n" + "".join(f"{t:.3f},{v}\n" for t, v in ROWS),
+    "Chinese device lines": "姓名,张三\n采样率,250 赫兹\n\necg\n" + "".join(f"{v}\n" for v in VALUES),
     "rate line": "Sampling rate: 0.25 kHz\necg\n" + "".join(f"{v}\n" for v in VALUES),
     "rate cell": "Sample rate,250\ntime_s,ecg\n" + "".join(f"{t:.3f},{v}\n" for t, v in ROWS),
     "rate in the name": "time_s,ecg (fs=250 Hz)\n" + "".join(f"{t:.3f},{v}\n" for t, v in ROWS),
@@ -556,17 +558,21 @@ TABLES = {
     + "".join(f"{t},{i},{v}\n" for i, (t, v) in enumerate(ROWS)),
     "two clocks": "time_s,time_ms,ecg\n" + "".join(f"{t},{1e3 * t},{v}\n" for t, v in ROWS),
     "clock of packets": "Phone timestamp;sensor timestamp [ns];ecg [uV]\n"
-    + "".join(f"2023-01-01T10:00:{int(t)}.000;{1e9 * t:.0f};{v}\n" for t, v in ROWS),
+    + "".join(f"2023-01-01T10:00:{int(t):02d}.000;{1e9 * t:.0f};{v}\n" for t, v in ROWS),
     "a temperature called t": "t,time,ecg\n" + "".join(f"{37 + v},{t},{v}\n" for t, v in ROWS),
     "wristband": "1595000000.0\n250.0\n" + "".join(f"{v}\n" for v in VALUES),
     "wristband, axes": "1595000000.0, 1595000000.0\n250, 250\n" + "".join(f"{v},{v}\n" for v in VALUES),
+    "a word in each line": "".join(f"{t},{v},fine\n" for t, v in ROWS),
+    "a word and numbered names": "lead,1,2,3\n" + "".join(f"V,{v},{v},{v}\n" for v in VALUES),
+    "frequencies as names": "time,0.5,1.0\n" + "".join(f"{t},{v},{v}\n" for t, v in ROWS),
     "pandas": ",0,1\n" + "".join(f"{i},{v},{v}\n" for i, v in enumerate(VALUES)),
     "pandas without an index": "0,1,2\n" + "".join(f"{v},{v},{v}\n" for v in VALUES),
     "one row of zero": "0\n" + "".join(f"{v}\n" for v in VALUES[1:]),
 }
 CHANNELS = {"a temperature called t": "t ecg", "wristband": "c0", "wristband, axes": "c0 c1", "pandas": "0 1"}
-CHANNELS |= {"pandas without an index": "0 1 2", "one row of zero": "c0"}
-NO_CLOCK = ("pandas", "pandas without an index", "one row of zero")
+CHANNELS |= {"pandas without an index": "0 1 2", "one row of zero": "c0", "a word in each line": "c1"}
+CHANNELS |= {"a word and numbered names": "1 2 3", "frequencies as names": "0.5 1.0"}
+NO_CLOCK = ("a word and numbered names", "pandas", "pandas without an index", "one row of zero")
 
 
 @pytest.mark.parametrize("form", TABLES)
@@ -625,10 +631,11 @@ def test_a_csv_file_that_cannot_be_used_says_why(text, wanted, tmp_path):
 # ---- series
 
 
-def test_ucr_files_of_every_form_give_the_same_series(tmp_path):
+@pytest.mark.parametrize("labels", ["1212", ["-1", "3", "3", "-1"], "aVaV"])
+def test_ucr_files_of_every_form_give_the_same_series(labels, tmp_path):
     x = np.round(np.random.default_rng(0).normal(size=(4, 30)), 3)
     rows = [",".join(map(str, row)) for row in x]
-    y = ["1", "2", "1", "2"]
+    y = labels
     files = {
         "A_TRAIN.ts": "@problemName A\n@data\n" + "".join(f"{r}:{c}\n" for r, c in zip(rows, y)),
         "B_TRAIN.tsv": "".join(f"{c}\t" + r.replace(",", "\t") + "\n" for r, c in zip(rows, y)),
