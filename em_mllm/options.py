@@ -2,26 +2,48 @@
 set, the scorer and the answer file.
 
 Options begin with A and go on without a gap. The letter stands in brackets, `(A)` `（A）` `[A]`, or before a
-mark, `A.` `A)` `A、` `A:`, or in a circle, `Ⓐ`, or alone at the beginning of a line; full-width letters and
-marks count as plain ones, and items of HTML lists as lines. Letters elsewhere in the text, as in "in-phase
-(I) and quadrature (Q)", are text.
+mark, `A.` `A)` `A、` `A:`, or in a circle, `Ⓐ`, or alone at the beginning of a line; where there is nothing
+of the kind, before a word or a mark that is the same behind every letter, `A is`, `A /`, `A (GFSK)`. Wide and
+bold letters and marks count as plain ones, and items of HTML lists as lines; what begins or emphasises a
+line in Markdown and LaTeX is left out. Letters elsewhere in the text, as in "in-phase (I) and quadrature
+(Q)", are text.
 """
 
 import re
 from html import unescape
+from unicodedata import category, normalize
 
-# full-width ASCII to plain, one character for one, so that places stay
-PLAIN = {**{code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}, 0xA0: " ", 0x3000: " "}
-PLAIN |= {0x3010: "[", 0x3011: "]", 0x3014: "[", 0x3015: "]", 0xFE59: "(", 0xFE5A: ")"}
+
+class Plain(dict):
+    """Table of `str.translate`, one character for one, so that places stay: brackets of every kind, and what
+    Unicode says is a plain character in another dress."""
+
+    def __missing__(self, code: int) -> str:
+        plain = normalize("NFKC", chr(code))
+        dressed = len(plain) == 1 and category(chr(code)) != "No"  # ① is no digit of a word
+        self[code] = plain if dressed else chr(code)
+        return self[code]
+
+
+PLAIN = Plain(str.maketrans("【】〔〕「」『』《》〈〉", "[]" * 6))
 
 # letters in circles, brackets and squares, each one character, and characters without width
 LETTERED = (0x24B6, 0x24D0, 0x249C, 0x1F110, 0x1F130, 0x1F150, 0x1F170)
 MARKED = {first + n: f"({chr(65 + n)})" for first in LETTERED for n in range(26)}
-MARKED |= dict.fromkeys((0x200B, 0x2060, 0xFE0F, 0xFEFF))
+MARKED |= dict.fromkeys((0xAD, *range(0x200B, 0x2010), *range(0x202A, 0x202F), 0x2060, 0xFE0F, 0xFEFF))
+MARKED |= dict.fromkeys(map(ord, "□☐☑☒■○◯●"), " ")  # boxes to tick
+
+# Markdown and LaTeX: what begins a line with an option, a letter that stands out, text in a formula, escapes
+BEGINNING = re.compile(
+    r"(?m)^[ \t]*(?:(?:[-*+•>]|\[[ xX]?\]|\d{1,2}[.)])[ \t]*)+(?=(?:选项|[Oo]ption )?[\W_]{0,4}[A-Za-z][\W_])"
+)
+STANDS_OUT = re.compile(r"(?<!\w)(\*{1,3}|__|`)\(?([A-Za-z])\)?([.:：、]?)\1")
+FORMULA = re.compile(r"\$?\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}\$?")
+ESCAPED = re.compile(r"\\([()\[\].:])")
 
 # HTML: items whose letter stands in the tag or comes from the kind of list, tags that begin a line, others
 VALUED = re.compile(
-    r"(?i)<(?:option|input|button|label|li)\s[^<>]{0,200}?\bvalue\s*=\s*[\"']?([A-Z])[\"']?(?:\s[^<>]{0,200})?/?>"
+    r"(?i)<\w{1,20}\s[^<>]{0,200}?\b(?:value|id|key|label|letter)\s*=\s*[\"']?([A-Z])[\"']?(?:\s[^<>]{0,200})?/?>"
     r"(?!\s*[(\[]?\1\s*[.)\]:、])"
 )
 LETTERED_LIST = re.compile(r"(?is)<ol\s[^<>]{0,200}?type\s*=\s*[\"']?A\b[^<>]{0,200}>.*?(?:</ol\s*>|$)")
@@ -33,16 +55,20 @@ CELL_TAG = re.compile(r"(?i)</?(?:td|th|input|button)(?:\s[^<>]*)?/?>")
 INLINE_TAG = re.compile(r"(?i)</?(?:strong|em|span|font|code|mark|small|sub|sup)(?:\s[^<>]*)?>")
 
 # a word before the letter, as in "选项A：" or "Option A:"
-WORD = r"(?:(?:选项|选择|类别)\s*|(?:[Oo]ption|[Cc]hoice|[Cc]lass)\s+)?"
-BULLET = r"(?:(?<=\n)[ \t]*[-*•][ \t]+)?\*{0,3}"
+WORD = r"\*{0,3}(?:(?:选项|选择|类别)\s*|(?:[Oo]ption|[Cc]hoice|[Cc]lass)\s+)?"
 FAMILIES = (
-    re.compile(rf"{BULLET}{WORD}[(\[<{{|]\s*([A-Za-z])\s*\.?[)\]>}}|]\**(?:\s*[:：])?"),
+    re.compile(rf"{WORD}[(\[<{{|]\s*([A-Za-z])\s*\.?[)\]>}}|]\**"),
     re.compile(
-        rf"{BULLET}{WORD}(?<![A-Za-z0-9])(?!(?<=[(\[])[A-Za-z]\s*\.?\))(?![A-Za-z]\.[A-Za-z]\.)([A-Za-z])\**\s*"
+        rf"{WORD}(?<![A-Za-z0-9])(?!(?<=[(\[])[A-Za-z]\s*\.?\))(?![A-Za-z]\.[A-Za-z]\.)([A-Za-z])\**\s*"
         r"(?:\.?\)|[-=]>|→|[.:、,=]|['\"”’]\s*:|[-–—](?=\s))\**"
     ),
-    re.compile(rf"(?:^|(?<=[\n;:]))[ \t]*{WORD}([A-Z])[ \t]+(?=\S)"),
+    re.compile(rf"(?:^|(?<=[\n;:]))[ \t]*{WORD}([A-Z])(?:[ \t]+|[ \t]*\n\s*)(?=\S)"),
 )
+# where there is nothing of the kind, the same behind each of at least four letters: a mark or spaces, or what
+# defines quantities, too, unless a choice is asked for
+ALONE = rf"(?<![A-Za-z0-9]){WORD}([A-Z])"
+DEFINING = (r"\s*是\s*", r"\s*为\s*", r"\s+is\s+", r"\s?\((?=[^()]{1,80}\))")
+LEADING = re.compile(r"\s*([-=]>|[-–—=~/→])\s*(?=(\d?))")  # between a letter in brackets and its name
 
 # the letter behind the name, as in "GFSK(A)、FM(B)", with a mark behind each bracket
 BEHIND = re.compile(
@@ -57,13 +83,13 @@ CLOSING = re.compile(
     r"(?:[\s，,;；:：。.!！?？、|]+[(（\[【]?|[(（\[【]|(?<![\u4e00-\u9fff]))\s*(?:请|注意|要求|只需|仅需|只回答|仅回答|只填|只写|只给|只选|不确定|"
     r"只输出|直接|你的答案|您的答案|你的选择|答案|回答|选出|从中|以上|无需|不要|不用|单选|该信号是)"
     r"|\s*[之其]?[中里]\s*(?:选|挑|任选)"
-    rf"|[\s，,]+[(\[]?(?:{ORDER})(?:\s+\w|\s*:)|[(\[](?i:{ORDER}|single|only)\b"
+    rf"|[\s，,]+[(\[]?(?:{ORDER}|Only one|Which|What)(?:\s+\w|\s*:)|[(\[](?i:{ORDER}|single|only)\b|\s+哪"
     rf"|(?:[.。,，;；!?？\n]|\s[-–—])\s*(?:{ORDER}|Return|Only|Just|Explain|Provide|Write|Pick|Do not|No "
     r"(?:explanation|need|reason)s?)(?![A-Za-z])"
     r"|(?:[,，:：;；.。?？]|\s[-–—])\s*(?i:which|what|answer|respond|reply|select|choose|哪)(?![A-Za-z])"
 )
 ENDING = re.compile(r"(?:\s+(?:or|and)|\s*(?:还是|或者|以及|或|和))\s*$")
-BRACKETS = {")": "(", "）": "（", "]": "[", "】": "【", "}": "{"}
+BRACKETS = {")": "(", "）": "（", "]": "[", "】": "【", "}": "{", "」": "「", "》": "《"}
 QUOTES = "\"'“”‘’`"
 HINT = re.compile(
     r"四选一|多选一|选出|选择|选项|哪一[项个种]|下列|以下"
@@ -74,12 +100,10 @@ HINT = re.compile(
 def _clean(text: str) -> str:
     """An option without the marks around it: separators, bold stars, a closing bracket that it did not
     open."""
-    text = re.sub(rf"^(?:[\s:：、，,*{QUOTES}]|[.．](?!\d)|[-–—](?=\s))+", "", text)
+    text = re.sub(rf"^(?:[\s:：、，,*_{QUOTES}]|[.．](?!\d))+", "", text)
     while True:
         before = text
-        text = re.sub(
-            rf"(?:[\s;；,，、。.．|/*?？{QUOTES}]|(?<=\n)[-•]|\n\s*\d+[.)]|[①-⑳]|</?\w+>)+$", "", text
-        )
+        text = re.sub(rf"(?:[\s;；,，、。.．|/*_?？{QUOTES}]|[①-⑳]|</?\w+>|[(（]\s*[)）])+$", "", text)
         text = ENDING.sub("", text)
         if text and (opening := BRACKETS.get(text[-1])) and text.count(opening) < text.count(text[-1]):
             text = text[:-1]
@@ -110,6 +134,10 @@ def _chain(text: str, marks: list, start: int) -> dict[str, str]:
             chain.append(mark)
     bounds = [*(mark.start() for mark in chain[1:]), len(text)]
     parts = [text[mark.end() : end] for mark, end in zip(chain, bounds)]
+    # the same mark before every name belongs to none of them, unless it is the minus of numbers
+    leads = [LEADING.match(part) for part in parts]
+    if all(leads) and len({lead[1] for lead in leads}) == 1 and not all(lead[2] for lead in leads):
+        parts = [part[lead.end() :] for part, lead in zip(parts, leads)]
     parts[-1] = _last(parts[-1], parts[:-1])
     options = {mark.group(1).upper(): _clean(part) for mark, part in zip(chain, parts)}
     good = len(chain) > 1 and all(options.values()) and len(set(options.values())) == len(options)
@@ -117,7 +145,8 @@ def _chain(text: str, marks: list, start: int) -> dict[str, str]:
 
 
 def _without_tags(text: str) -> str:
-    """A text whose letters in circles stand in brackets, and whose HTML is lines and words."""
+    """A text whose letters in circles stand in brackets, and whose HTML, Markdown and LaTeX is lines and
+    words."""
 
     def lettered(found):
         letters = iter("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
@@ -132,40 +161,70 @@ def _without_tags(text: str) -> str:
         for tag in "biu":  # where they are closed: <b> alone may be an option's letter
             if f"</{tag}>" in text:
                 text = re.sub(rf"</?{tag}(?:\s[^<>]*)?>", "", text)
+    text = ESCAPED.sub(r"\1", FORMULA.sub(r"\1", STANDS_OUT.sub(r"(\2)\3", text)))
     return unescape(text) if "&" in text else text
 
 
 def read_options(text: str) -> dict[str, str]:
     """{"A": "GFSK", "B": "FM", ...} of the options in a text; empty where there are none."""
-    text = _without_tags(text.replace("\\n", "\n"))  # escaped twice
+    text = BEGINNING.sub("", _without_tags(text.replace("\\n", "\n")))  # escaped twice
     plain, best = text.translate(PLAIN), {}
     behind = [(letter, name) for name, letter in BEHIND.findall(plain)]
     if len(behind) > 1 and [letter for letter, _ in behind] == [chr(65 + n) for n in range(len(behind))]:
         lead = re.compile(r"^(?:还是|或者|或|和|.*(?:从|是|为|在)(?=.))")  # of the sentence, not of a name
         return {letter: lead.sub("", name) for letter, name in behind}
     for family in FAMILIES:
-        marks = list(family.finditer(plain))
-        starts = [start for start, mark in enumerate(marks) if mark.group(1) in "Aa"]
-        found = {}
-        for start in starts[-MOST_STARTS:]:
-            chain = _chain(text, marks, start)
-            found = chain if len(chain) >= len(found) else found  # the last of equal ones
+        found = _longest(text, list(family.finditer(plain)))
         best = found if len(found) > len(best) else best
-    return best
+    if best:
+        return best
+    marks = dict.fromkeys(re.findall(r"(?<![A-Za-z0-9])A\s*([^\w\s()])", plain))
+    behind = [
+        *(DEFINING if HINT.search(text) else ()),
+        *map(r"\s*\{}\s*".format, marks),
+        r"[ \t]+(?=[^\sa-z])",
+    ]
+    found = (_longest(text, list(re.finditer(ALONE + mark, plain))) for mark in behind)
+    return next((options for options in found if len(options) >= 4), {})
+
+
+def _longest(text: str, marks: list) -> dict[str, str]:
+    """The most options that begin at one of the marks, the last of equal ones."""
+    found = {}
+    starts = [start for start, mark in enumerate(marks) if mark.group(1) in "Aa"]
+    for start in starts[-MOST_STARTS:]:
+        chain = _chain(text, marks, start)
+        found = chain if len(chain) >= len(found) else found
+    return found
 
 
 def parse_options(record: dict) -> dict[str, str]:
     """{"A": "GFSK", ...} of a question record: from its field "Answer choices" (a list, an object or text),
     or from the question; empty for an open question."""
     choices = next((record[k] for k in ("Answer choices", "choices", "options") if record.get(k)), None)
+    if isinstance(choices, dict) and all(isinstance(column, list) for column in choices.values()):
+        choices = [
+            dict(zip(choices, row)) for row in zip(*choices.values())
+        ]  # {"text": [...], "label": [...]}
     if isinstance(choices, dict):
-        return {str(letter).strip("()（） .").upper(): str(name).strip() for letter, name in choices.items()}
+        alone = [re.search(r"(?<![A-Za-z])[A-Za-z](?![A-Za-z])", str(key)) for key in choices]
+        letters = [found[0].upper() if found else str(key) for found, key in zip(alone, choices)]
+        return dict(zip(letters, (str(name).strip() for name in choices.values())))
     if isinstance(choices, list):
-        read = read_options("\n".join(map(str, choices)))
-        return (
-            read if len(read) == len(choices) else dict(zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", map(str, choices)))
-        )
+        texts = [_spelled(choice) for choice in choices]
+        read = read_options("\n".join(texts))
+        return read if len(read) == len(texts) else dict(zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", texts))
     return read_options(choices if isinstance(choices, str) else record["question"])
+
+
+def _spelled(choice) -> str:
+    """One choice of a list as text: also ["A", "GFSK"], {"A": "GFSK"} and {"text": "GFSK", "label": "A"}."""
+    if not isinstance(choice, (dict, list)):
+        return str(choice)
+    parts = choice
+    if isinstance(choice, dict):
+        parts = [*choice.values(), *(key for key in choice if len(key) == 1)]
+    return ". ".join(sorted(map(str, parts), key=lambda part: len(part) > 1))  # the letter first
 
 
 def looks_like_choice(record: dict) -> bool:
@@ -187,14 +246,19 @@ STATED = (
         rf"(?i:\b(?:answer|option|choice|letter|select|choose|pick)\b[\"'*_]*"
         rf"(?:\s+(?:is|would be|should be|must be))?\s*(?:[:：=]|→)?){L}"
     ),
-    re.compile(r"\\boxed\s*\{\s*(?:\\text\s*\{)?\s*\(?([A-Za-z])\)?\s*\}"),
+    re.compile(r"\\boxed\s*\{\s*\(?([A-Za-z])\)?\s*\}"),
     re.compile(r"<answer>\s*\(?([A-Za-z])\)?\s*[.)]?\s*</answer>"),
     re.compile(
-        r"(?<![A-Za-z0-9])\(?([A-Z])\)?\s*(?:is|是|为)\s*(?:(?:the|my)\s+)?(?:correct|right|answer|best|正确|对的|答案)"
+        r"(?<![A-Za-z0-9])\(?([A-Z])\)?\s*(?:is|是|为|)\s*(?:(?:the|my)\s+)?(?:correct|right|answer|best|正确|对|答案)"
     ),
     re.compile(r"(?:^|应为|应是|是|为|选)[\s(]*([A-Z])\)?\s*(?:选项|项)"),
 )
-JOINED = re.compile(r"(?:\band|\bor|和|或|与|及|、|/|&)\s*[(\[]*$")  # one of several letters
+# one of several letters: what stands before it, and what behind it
+JOIN = r"\s*(?:\b(?:and|or)\b|还是|和|或|与|及|、|,|/|&)\s*"
+JOINED = re.compile(
+    rf"(?:(?<![A-Za-z0-9])[A-Z][)\]]*(?:{JOIN}|\s+)|\b(?:and|or)\s*|[和或与及、/&]\s*)[(\[]*$"
+)
+JOINS = re.compile(rf"[)\]]*{JOIN}(?:option\s+|选项)?[(\[]*[A-Z](?![A-Za-z0-9])")
 NEGATED = re.compile(
     r"(?i:不是|不选|而非|排除|\bnot|\bisn't|n't be|\brather than|\binstead of)\s*[(\[\"'*]*$"
 )
@@ -224,25 +288,25 @@ def stated_letter(text: str) -> str | None:
         for match in pattern.finditer(plain):
             letter = match.group(1)
             in_words = letter.islower() and not re.fullmatch(r"[\s\"'*.)\]]*", plain[match.end(1) :])
-            if not in_words and not _is_article(plain, match):
+            if not (in_words or _is_article(plain, match) or JOINS.match(plain, match.end(1))):
                 found.append((match.start(1), letter.upper()))
     if found:
         return max(found)[1]
     brackets = {
         m.group(1).upper()
-        for m in re.finditer(r"[(\[]\s*\**([A-Z])\**\s*[)\]]", plain)
+        for m in re.finditer(r"[(\[<{]\s*\**([A-Z])\**\s*[)\]>}]", plain)
         if not _negated(plain, m.start())
     }
     if len(brackets) == 1:
         return brackets.pop()
-    alone = re.match(r"[\s\"'*_`([{]*([A-Za-z])[\s\"'*_`)\]}]*[.,:、。!?]*(?:\s|$)", plain)
-    if alone and not brackets:
-        rest = plain[alone.end(1) :].strip("\"'*_`)]} \t\n.,:、。!?")
+    alone = re.match(r"[\s\"'*_`([{]*([A-Za-z])[\s\"'*_`)\]}]*[.,:;、。!?]*(?:\s|$)", plain)
+    if alone and not brackets and not JOINS.match(plain, alone.end(1)):
+        rest = plain[alone.end(1) :].strip("\"'*_`)]} \t\n.,:;、。!?")
         # a mark, the end of the line, or a reason
         marked = bool(re.match(r"[*_`\"']*\s*[.):、,\]}]|[*_`\"']*\s*\n|\s+because\b", plain[alone.end(1) :]))
         if not rest or marked and alone.group(1).isupper():
             return alone.group(1).upper()
-    glued = re.match(r"\s*([A-Z])\s*[.):、](?=\S)", plain)
+    glued = re.match(r"\s*([A-Z])\s*[.):;,、](?=\S)(?![A-Z](?![A-Za-z0-9]))", plain)
     return glued.group(1) if glued and not brackets else None
 
 

@@ -2,7 +2,6 @@
 
 import json
 
-import h5py
 import numpy as np
 import pytest
 
@@ -12,6 +11,7 @@ from em_mllm.make_data import CHOICE, NOUN, four_choice
 from em_mllm.options import candidate, extract_letter, looks_like_choice, parse_options, wording
 from em_mllm.submission import validate_submission
 from em_mllm.test import fill_unread
+from tests.em_world import write_h5, write_questions
 
 FOUR = ["GFSK", "FM", "MSK", "2FSK"]
 QUESTIONS = [
@@ -172,6 +172,35 @@ QUESTIONS = [
     ("&#40;A&#41; GFSK &#40;B&#41; FM &#40;C&#41; R&amp;D", ["GFSK", "FM", "R&D"]),
     ("<A>GFSK</A><B>FM</B><C>MSK</C><D>2FSK</D>", FOUR),
     ("Ⓡ is a trade mark. <b>What</b> is it?", []),
+    ("Which? A / GFSK, B / FM, C / MSK, D / 2FSK", FOUR),
+    ("A~GFSK B~FM C~MSK D~2FSK", FOUR),
+    ("Which? A| GFSK B| FM C| MSK D| 2FSK", FOUR),
+    ("A。GFSK B。FM C。MSK D。2FSK", FOUR),
+    ("请选择：A GFSK B FM C MSK D 2FSK", FOUR),
+    ("Which?\nA\nGFSK\nB\nFM\nC\nMSK\nD\n2FSK", FOUR),
+    ("Options: A is GFSK, B is FM, C is MSK, D is 2FSK.", FOUR),
+    ("选项：A为GFSK，B为FM，C为MSK，D为2FSK。", FOUR),
+    ("请选择：A（GFSK）、B（FM）、C（MSK）、D（2FSK）", FOUR),
+    ("「A」GFSK 「B」FM 《C》MSK 《D》2FSK", FOUR),
+    ("(A)-GFSK (B)-FM (C)-MSK (D)-2FSK", FOUR),
+    ("(A)=> GFSK (B)=> FM (C)=> MSK (D)=> 2FSK", FOUR),
+    ("(A)-10dB (B)-5dB (C)-3dB", ["-10dB", "-5dB", "-3dB"]),
+    ("(A) - 10 dB (B) 0 dB (C) 10 dB", ["- 10 dB", "0 dB", "10 dB"]),
+    ("> A. GFSK\n> B. FM\n> C. MSK\n> D. 2FSK", FOUR),
+    ("- [ ] A. GFSK\n- [ ] B. FM\n- [x] C. MSK\n- [ ] D. 2FSK", FOUR),
+    ("□A. GFSK □B. FM □C. MSK □D. 2FSK", FOUR),
+    ("__A.__ GFSK `B` FM **C)** MSK *D* 2FSK", FOUR),
+    ("\\(A\\) GFSK \\(B\\) FM $\\text{(C)}$ MSK \\[D\\] 2FSK", FOUR),
+    ("A\\. GFSK B\\. FM C\\. MSK D\\. 2FSK", FOUR),
+    ("\u200eA. GFSK\u200e B. FM\u200e 𝐂. MSK 𝐃. 2FSK", FOUR),
+    ('<choice id="A">GFSK</choice>\n<choice id="B">FM</choice>', FOUR[:2]),
+    ("(A) GFSK (B) FM (C) MSK (D) 2FSK Only one option is correct.", FOUR),
+    ("(A) GFSK (B) FM (C) MSK (D) 2FSK 哪一个是对的？", FOUR),
+    ("A.GFSK B.FM C.MSK D.2FSK （ ）", FOUR),
+    ("该信号的调制类型是（　　）。\nA. GFSK\nB. FM\nC. MSK\nD. 2FSK", FOUR),
+    ("A is the amplitude, B is the bandwidth, C is the carrier, D is the delay. What is it?", []),
+    ("设A为幅度，B为带宽，C为载频，D为时延，该信号的调制类型是什么？", []),
+    ("What are the values of A, B, C and D, or of A / B / C / D?", []),
 ]
 LETTERS = [
     ("It is not FM but MSK", "C"),
@@ -300,7 +329,6 @@ LETTERS = [
     ("C.", "C"),
     ("GFSK", "A"),
     ("An FM", "B"),
-    ("I", None),
     ("Ⓑ", "B"),
     ("正确答案是：Ⓑ FM", "B"),
     ("🅱️", "B"),
@@ -308,6 +336,16 @@ LETTERS = [
     ("Ⓐ or Ⓑ", None),
     ("<p>The answer is <strong>B</strong>.</p>", "B"),
     ("〔B〕&nbsp;FM<br>", "B"),
+    ("B，因为频率在变", "B"),
+    ("A不对，B对", "B"),
+    ("B;", "B"),
+    ("<B>", "B"),
+    ("A,B", None),
+    ("A、B", None),
+    ("A B", None),
+    ("选A或B", None),
+    ("The answer is A or B", None),
+    ("选A或B，最终答案：B", "B"),
 ]
 WORDINGS = [
     ("正确答案是：(B) FM", "正确答案是：({letter}) {name}"),
@@ -343,11 +381,17 @@ def test_the_letter_of_an_answer_is_read_in_every_wording(text, letter):
         dict(zip("ABCD", FOUR)),
         {"(A)": "GFSK", "(B)": "FM", "(C)": "MSK", "(D)": "2FSK"},
         "A: GFSK, B: FM, C: MSK, D: 2FSK",
+        dict(zip(("Option a", "option b", "选项C", "D."), FOUR)),
+        {"text": FOUR, "label": list("ABCD")},
+        {"text": FOUR},
+        [{"text": name, "label": letter} for letter, name in zip("ABCD", FOUR)],
+        [{letter: name} for letter, name in zip("ABCD", FOUR)],
+        list(map(list, zip("ABCD", FOUR))),
     ],
 )
 def test_options_of_a_field_of_their_own(choices):
     record = {"question": "Which of the plans (A) or (B)?", "Answer choices": choices}
-    assert list(parse_options(record).values()) == FOUR
+    assert parse_options(record) == dict(zip("ABCD", FOUR))
 
 
 @pytest.mark.parametrize("answer, template", WORDINGS)
@@ -367,12 +411,11 @@ def test_the_generator_writes_what_the_grammar_reads():
 
 
 def test_options_are_scored_in_the_wording_that_was_trained(tmp_path):
-    with h5py.File(tmp_path / "x.h5", "w") as file:
-        file["IQ_data"] = np.ones((1, 32, 2), "f4")
+    write_h5(tmp_path / "x.h5", np.ones((1, 32, 2), "f4"))
     which, zh = "Which? A. FM B. AM", "哪个？A、FM B、AM"
     pairs = [(which, "Answer: B"), (which, "Answer: A"), (which, "B"), (zh, "选A"), ("what?", "FM")]
-    rows = [{"id": i, "question": q, "answer": a, "iq_index_in_h5": 0} for i, (q, a) in enumerate(pairs)]
-    (tmp_path / "x.json").write_text(json.dumps(rows))
+    rows = [{"question": question, "answer": answer, "iq_index_in_h5": 0} for question, answer in pairs]
+    write_questions(tmp_path / "x.json", rows)
     wordings = QuestionDataset(task_pairs(tmp_path), make_tokenizer(["Which?"] * 3, 300)).wordings
     assert wordings == {"en": "Answer: {letter}", "zh": "选{letter}"}
     assert candidate("Which one?", "B", "AM", wordings) == "Answer: B"
@@ -382,11 +425,10 @@ def test_options_are_scored_in_the_wording_that_was_trained(tmp_path):
 @pytest.fixture
 def unreadable(tmp_path):
     """Three questions: one that is read, one whose options are not, an open one."""
-    with h5py.File(tmp_path / "x.h5", "w") as file:
-        file["IQ_data"] = np.ones((3, 32, 2), "f4")
+    write_h5(tmp_path / "x.h5", np.ones((3, 32, 2), "f4"))
     texts = ["Which? (A) FM (B) AM", "Choose the modulation: FM | AM | MSK", "What is it?"]
-    rows = [{"id": i, "question": text, "iq_index_in_h5": i} for i, text in enumerate(texts)]
-    (tmp_path / "x.json").write_text(json.dumps(rows))
+    rows = [{"question": text, "iq_index_in_h5": i} for i, text in enumerate(texts)]
+    write_questions(tmp_path / "x.json", rows)
     return tmp_path
 
 

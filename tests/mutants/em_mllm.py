@@ -253,9 +253,9 @@ MUTANTS = [
         "labels are not shifted",
     ),
     Mutant(
-        "em_mllm/model.py",
-        "torch.arange(count, device=iq.device) < (lengths[:, None] + patch - 1) // patch",
-        "torch.arange(count, device=iq.device) < lengths[:, None] // patch",
+        "em_mllm/em_foundation/utils/utils.py",
+        "held = -(-lengths[:, None] // config.patch_size[0])",
+        "held = lengths[:, None] // config.patch_size[0]",
         f"{MODEL} {GOLDEN}",
         "a signal's last, incomplete patch is not shown",
     ),
@@ -335,8 +335,8 @@ MUTANTS = [
     ),
     Mutant(
         "em_mllm/options.py",
-        "            found = chain if len(chain) >= len(found) else found  # the last of equal ones",
-        "            found = chain if len(chain) > len(found) else found",
+        "        found = chain if len(chain) >= len(found) else found",
+        "        found = chain if len(chain) > len(found) else found",
         OPTIONS,
         "letters in the instruction before the options are taken for them",
     ),
