@@ -24,7 +24,13 @@ from common.errors import UserError
 from common.files import inside
 from common.index import remember, scan
 from em_mllm.em_foundation.models.embedder import mae_scores
-from em_mllm.em_foundation.utils.utils import first_fit, log_spectra, pack_sequence, with_special_patches
+from em_mllm.em_foundation.utils.utils import (
+    encoder_tokens,
+    first_fit,
+    log_spectra,
+    pack_sequence,
+    with_special_patches,
+)
 from em_mllm.options import language, looks_like_choice, parse_options, stated_letter, wording
 from em_mllm.prepare import AS_RECORDED, SignalSpec, as_learned, check_rate, nearest_rate, prepare
 from em_mllm.shards import open_signals
@@ -182,7 +188,7 @@ def task_pairs(task_dir=None, task_files=None) -> list[tuple[Path, Path]]:
         folder = Path(task_dir)
         if not folder.is_dir():
             raise UserError(f"--task-dir {folder}: no such folder")
-        signals = sorted(p for p in folder.iterdir() if p.suffix in (".h5", ".tar"))
+        signals = sorted(p for p in folder.iterdir() if p.suffix.lower() in (".h5", ".tar"))
         pairs = [(p, p.with_suffix(".json")) for p in signals]
         if not pairs:
             raise UserError(f"--task-dir {folder}: holds no .h5 file and no .tar")
@@ -222,7 +228,7 @@ def read_questions(path: Path) -> list[dict]:
             )
         if not isinstance(r.get("question"), str) or not r["question"].strip():
             raise UserError(f"{where}: question is missing or not text")
-        if not isinstance(r.get("answer", ""), str):
+        if not isinstance(r.get("answer"), (str, type(None))):
             raise UserError(f"{where}: answer is a {type(r['answer']).__name__}, expected text")
         if not isinstance(r.get("h5_path"), (str, type(None))):
             raise UserError(
@@ -380,14 +386,14 @@ class QuestionDataset(Dataset):
         pair wins over what the records say, unless they name several files.
         """
         h5, path = pair
-        named = {r.get("h5_path") for r in questions}
+        named = {r.get("h5_path") or None for r in questions}
         if isinstance(pair, Chosen) and len(named - {None}) <= 1:
             return [self.open(known, path, h5, None, 0)] * len(questions)
         return [self.open(known, path, h5, r.get("h5_path"), n) for n, r in enumerate(questions)]
 
     def open(self, known, json_path, paired, named, n) -> int:
         """Number of the signal file of one record: its own h5_path beside the json, else the paired file."""
-        path = paired if named is None else inside(json_path.parent, named)
+        path = inside(json_path.parent, named) if named else paired
         if path not in known:
             if not path.is_file():
                 raise UserError(
@@ -729,9 +735,12 @@ class PackedSignals(Dataset):
         return row
 
 
+ENCODER_INPUTS = ("samples", "patch_positions", "sample_ids_seq")
+
+
 def encoder_inputs(batch: dict, device=None) -> dict:
     """What the encoder takes of a batch of SignalCollator, on `device`."""
-    return {k: batch[k].to(device) for k in ("samples", "patch_positions", "sample_ids_seq")}
+    return {k: batch[k].to(device) for k in ENCODER_INPUTS}
 
 
 class SignalCollator:
@@ -744,22 +753,10 @@ class SignalCollator:
         self.config, self.teacher = config, teacher and SignalCollator(teacher)
 
     def __call__(self, items):
-        config, patch = self.config, self.config.patch_size[0]
-        iq, lengths = collate_iq([item["iq"] for item in items], patch)
-        count, special = iq.shape[1] // patch, config.num_special
-        patches = iq.unflatten(1, (count, patch)).transpose(2, 3).flatten(2)  # (B, K, C*P), channel-major
-        head = torch.zeros(len(items), special, patches.shape[-1])
-        if config.use_fs:
-            head[:, 1] = config.in_fs_unit(torch.tensor([item["fs"] for item in items]))[:, None]
-        valid = torch.arange(special + count) < special + (lengths[:, None] + patch - 1) // patch
-        positions = torch.arange(special + count) * valid
+        iq, lengths = collate_iq([item["iq"] for item in items], self.config.patch_size[0])
+        tokens = encoder_tokens(self.config, iq, lengths, torch.tensor([item["fs"] for item in items]))
         others = [k for k in items[0] if k not in ("iq", "fs", "clean", "second")]
         extra = {k: torch.tensor(np.array([item[k] for item in items])) for k in others}
         if self.teacher is not None:
             extra["teacher"] = self.teacher([{**item, "iq": item["clean"]} for item in items])
-        return {
-            "samples": torch.cat([head, patches], 1),
-            "patch_positions": positions,
-            "sample_ids_seq": torch.where(valid, 0, -1),
-            **extra,
-        }
+        return dict(zip(ENCODER_INPUTS, tokens)) | extra

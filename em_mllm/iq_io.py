@@ -24,12 +24,13 @@ from common.files import check, check_size, hdf5_item, inside, open_npz, reading
 from em_mllm.prepare import AS_RECORDED
 from em_mllm.signal_file import (
     DEFAULT_FS,
+    RATE_NAME,
+    SCALES,
     SignalFile,
     centred,
     plain_text,
-    rate_name,
     read_json_text,
-    read_rate,
+    stated_rates,
 )
 
 # interleaved I and Q: name of the format -> numpy type
@@ -180,24 +181,27 @@ def read_pairs(path, dtype: str, offset: int, count: int, channels: int = 2, use
     return centred(np.fromfile(path, dtype, count * channels, offset=offset).reshape(-1, channels)[:, used])
 
 
+# names of programs, in which the rate has a place of its own
+PLACED = re.compile(r"gqrx_\d{8}_\d{6}_\d+_(\d+)_fc|sigdigger_\d{8}_\d{6}Z_(\d+)_\d+_")
+# a number, its prefix and its unit, and what says before it that it is a rate; URH writes 2_4 for 2.4
+NUMBER = re.compile(
+    r"(?:(?<![A-Za-z])((?i:fs|samp(?:le|ling)?[_-]?rate))[_=-]?|(?<![A-Za-z0-9.]))"
+    r"((?<=Hz-)\d+_\d+|\d+(?:\.\d+)?(?:[eE]\d+)?) ?([kKmMgG]?)((?i:hz|sps|sa?/?s?))?(?![A-Za-z0-9])"
+)
+
+
 def rate_in_name(name: str) -> float | None:
     """250000.0 from g001_433.92M_250k.cu8: the sampling rate that a file's name states, else None.
 
     As rtl_433 reads names: a bare M or G is the centre frequency, a bare k the rate; Hz is a frequency, Sps a
-    rate, whatever the prefix. gqrx: the second number of gqrx_20240101_120000_433920000_1800000_fc.raw.
-    Several different rates are none.
+    rate, whatever the prefix, and so is a number behind fs or samplerate. Several different rates are none.
     """
-    if match := re.match(r"gqrx_\d{8}_\d{6}_\d+_(\d+)_fc", name):
-        return float(match[1])
-    found = re.findall(
-        r"(?<![A-Za-z0-9.])(\d+(?:[._]\d+)?)([kKMG]?)(Hz|hz|HZ|[sS]ps|SPS|[sS]/s|[mM]sps|[kK]sps)?(?![A-Za-z0-9])",
-        re.sub(r"(\d)([MmKk])(sps|SPS|Sps)", lambda m: m[1] + ("k" if m[2] in "kK" else "M") + "Sps", name),
-    )
-    scale = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9}
+    if match := PLACED.match(name):
+        return float(match[1] or match[2])
     rates = {
-        float(number.replace("_", ".")) * scale[prefix]
-        for number, prefix, unit in found
-        if unit.lower().endswith(("sps", "s/s")) or not unit and prefix in ("k", "K")
+        float(number.replace("_", ".")) * SCALES[prefix.lower()]
+        for label, number, prefix, unit in NUMBER.findall(name)
+        if label or unit.lower() not in ("", "hz", "s") or not unit and prefix in ("k", "K")
     }
     return rates.pop() if len(rates) == 1 and min(rates) > 0 else None
 
@@ -214,19 +218,29 @@ def joined(x: np.ndarray) -> np.ndarray:
     return x[names[0]] + 1j * x[names[1]] if names else x
 
 
-def two_columns(x: np.ndarray, path, index: int = 0) -> np.ndarray:
-    """An array as (N, 2): complex (N,), real (N, 2) or (2, N), or entry `index` of a stack of these."""
+def stacked(x: np.ndarray, path, columns: bool) -> np.ndarray:
+    """A real array of three axes as (Num, T, 2). columns: the captures may come last, as in MATLAB."""
+    first, middle, last = x.shape
+    if last == 2 != middle:
+        return x
+    if middle == 2:
+        is_last = last < first if columns else last < 16 <= first  # nobody keeps captures of so few samples
+        x = x.transpose((2, 0, 1) if is_last else (0, 2, 1))
+        print(f"{path}: {first, middle, last}, taken as {len(x)} captures of {x.shape[1]} samples")
+    elif first == 2:
+        x = x.transpose(2, 1, 0)
+    return x
+
+
+def two_columns(x: np.ndarray, path, index: int = 0, columns: bool = False) -> np.ndarray:
+    """An array as (N, 2): complex (N,), real (N, 2) or (2, N), or entry `index` of a stack of these; columns:
+    see `stacked`."""
     x = joined(np.asarray(x))
     x = np.squeeze(x, tuple(axis for axis, size in enumerate(x.shape) if size == 1)) if x.ndim > 1 else x
     if x.dtype.kind not in "fiuc":
         raise UserError(f"{path}: holds {x.dtype}, expected real or complex numbers")
-    shape = x.shape
-    if not np.iscomplexobj(x) and x.ndim == 3 and shape[2] != 2:
-        if shape[0] == 2:
-            x = x.transpose(2, 1, 0)  # (2, T, Num)
-        elif shape[1] == 2 and shape[2] < shape[0]:
-            x = x.transpose(2, 0, 1)  # (T, 2, Num)
-            print(f"{path}: {shape}, taken as {shape[2]} captures of {shape[0]} samples")
+    if not np.iscomplexobj(x) and x.ndim == 3:
+        x = stacked(x, path, columns)
     if x.ndim == (2 if np.iscomplexobj(x) else 3):
         if not 0 <= index < len(x):
             raise UserError(f"{path}: --index {index} is past the end, the file holds {len(x)} signals")
@@ -273,15 +287,14 @@ def choose_array(content: dict, path, index: int) -> tuple[str, np.ndarray, floa
     for i, q in PAIRS[:-1]:
         if i in content and q in content and content[i].shape == content[q].shape and content[i].size > 16:
             content = {**content, "iq": np.squeeze(content.pop(i)) + 1j * np.squeeze(content.pop(q))}
-    rate = rate_name(content)
-    rates = None if rate is None else np.ravel(content[rate])
-    if rate is not None and 0 <= index < len(rates) > 1:
-        rates = rates[index]
-    fs = None if rate is None else read_rate(rates, f"{path}: {rate}")
+    rates = stated_rates(content, path)
+    fs = None if rates is None else float(rates[index if 0 <= index < len(rates) else 0])
     arrays = {
         k: v
         for k, v in content.items()
-        if getattr(v, "size", 0) > 16 and (v.dtype.kind in "fiuc" or v.dtype.names) and k != rate
+        if getattr(v, "size", 0) > 16
+        and (v.dtype.kind in "fiuc" or v.dtype.names)
+        and not RATE_NAME.fullmatch(k)
     }
     if not arrays:
         raise UserError(f"{path}: holds no array of samples (variables: {', '.join(content) or 'none'})")
@@ -290,6 +303,8 @@ def choose_array(content: dict, path, index: int) -> tuple[str, np.ndarray, floa
     fitting = fitting or arrays
     usual = [n for n in ("IQ_data", "iq", "IQ", "x", "X", "signal", "data") if n in fitting]
     name = (usual or [max(fitting, key=lambda n: fitting[n].size)])[0]
+    if len(fitting) > 1:
+        print(f"{path}: holds {', '.join(fitting)}; {name} is read")
     return name, fitting[name], fs
 
 
@@ -316,8 +331,12 @@ def mat_content(path: Path) -> dict:
     except NotImplementedError:
         with h5py.File(path, "r") as file:
             content = version_73(file)
-    for value in [v for v in content.values() if v.dtype.names and v.dtype.hasobject and v.size == 1]:
-        content |= {name: np.asarray(value[name].item()) for name in value.dtype.names}
+    found = list(content.values())
+    for value in found:  # which grows by what a structure in a structure holds
+        if value.dtype.names and value.dtype.hasobject and value.size == 1:
+            inner = {name: np.asarray(value[name].item()) for name in value.dtype.names}
+            content |= inner
+            found += inner.values()
     return {k: joined(v) for k, v in content.items()}
 
 
@@ -332,7 +351,7 @@ def read_mat(path: Path, index: int):
         if x.shape[0] >= 16:
             x = x.T
         print(f"{path}: {name} is {found.shape}, taken as {len(x)} captures of {x.shape[1]} samples")
-    return two_columns(x, f"{path}: {name}", index), fs
+    return two_columns(x, f"{path}: {name}", index, columns=True), fs
 
 
 # ---- one real channel, WAV
@@ -367,6 +386,8 @@ def open_wav(path: Path) -> Recording:
     if samples.ndim == 1:
         print(f"{path}: one real channel; its analytic signal stands for IQ")
         return Recording(path, len(samples), float(rate), analytic_reader(values, len(samples)))
+    if samples.shape[1] > 2:
+        print(f"{path}: {samples.shape[1]} channels; the first two are read as I and Q")
     return Recording(path, len(samples), float(rate), lambda start, count: values(start, count)[:, :2])
 
 
@@ -462,10 +483,15 @@ def read_archive(path: Path):
     """Meta of a .sigmf archive, and (file, first byte, size) of its data, which stand uncompressed in it."""
     with reading(path, "SigMF archive"):
         with tarfile.open(path, "r:") as archive:
-            members = {Path(m.name).suffix: m for m in archive.getmembers() if m.isfile()}
-            meta = json.load(archive.extractfile(members[".sigmf-meta"]))
-            data = members[".sigmf-data"]
-    return meta, path, data.offset_data, data.size
+            members = {
+                kind: [m for m in archive.getmembers() if m.isfile() and m.name.endswith(kind)]
+                for kind in (".sigmf-meta", ".sigmf-data")
+            }
+            if any(len(found) != 1 for found in members.values()):
+                held = " and ".join(f"{len(found)} {kind}" for kind, found in members.items())
+                raise UserError(f"{path}: holds {held}, one of each is read; unpack it and name a recording")
+            ((meta,), (data,)) = members.values()
+            return json.load(archive.extractfile(meta)), path, data.offset_data, data.size
 
 
 # ---- windows
@@ -491,19 +517,19 @@ def strong_windows(
     if recording.length <= points:
         return [(0, recording.read(0, recording.length))]
     stride = stride or points
-    best, peak, rest, begin = [], 0.0, np.zeros((0, 2), np.float32), 0
+    best, peak, rest, begin, place = [], 0.0, np.zeros((0, 2), np.float32), 0, 0
     for _, block in recording.blocks(max(BLOCK, 4 * points)):
-        rest = np.concatenate([rest, block])
-        place = 0
-        while place + points <= len(rest):
-            window = rest[place : place + points]
+        rest = np.concatenate([rest, block])  # the samples from `begin` on
+        while place + points <= begin + len(rest):
+            window = rest[place - begin :][:points]
             power = float(window.var(0, dtype=np.float64).sum())  # a carrier at zero is no signal
             peak = max(peak, power)
             if len(best) < most or power > best[0][0]:
-                item = (power, -(begin + place), window.copy())
+                item = (power, -place, window.copy())
                 (heapq.heappushpop if len(best) == most else heapq.heappush)(best, item)
             place += stride
-        rest, begin = rest[place:], begin + place
+        passed = min(place - begin, len(rest))
+        rest, begin = rest[passed:], begin + passed
     kept = [(-first, window) for power, first, window in best if power >= peak * 10 ** (-below_db / 10)]
     return sorted(kept, key=lambda item: item[0])
 
@@ -519,5 +545,14 @@ def find_recordings(paths) -> list[Path]:
         inner = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in known)
         if not inner:
             raise UserError(f"{path}: holds no recording; known are {FORMATS}")
-        found += inner
+        told = {described(p) for p in inner if p.suffix.lower() == ".sigmf-meta"}
+        found += [p for p in inner if p not in told]
     return list(dict.fromkeys(found))
+
+
+def described(meta: Path) -> Path | None:
+    """The file of samples with a name of its own that a SigMF meta file describes, if it can be read."""
+    try:
+        return meta.parent / read_json_text(meta)["global"]["core:dataset"]
+    except (UserError, KeyError, TypeError):
+        return None

@@ -28,7 +28,7 @@ from common.llm import add_lora, check_llm, four_bit
 from common.weights import load_weights, read_weights
 from em_mllm.em_foundation.models import SiTMAEConfig
 from em_mllm.em_foundation.models.modeling_cnn import make_encoder
-from em_mllm.em_foundation.utils.utils import load_encoder, read_config
+from em_mllm.em_foundation.utils.utils import encoder_tokens, load_encoder, read_config
 from em_mllm.fm9g import granite_config, is_fm9g
 
 IQ_START, IQ_END = "<IQ_START>", "<IQ_END>"
@@ -121,23 +121,14 @@ class MultiModalModel(nn.Module):
         A patch counts as valid if it holds at least one point of the signal.
         """
         config = self.signal_encoder.config
-        patch = config.patch_size[0]
-        iq = F.pad(iq, (0, 0, 0, -iq.shape[1] % patch))
-        patches = rearrange(iq, "s (k p) c -> s k (c p)", p=patch)
-        signals, count = patches.shape[:2]
-        lengths = torch.full((signals,), iq.shape[1], device=iq.device) if iq_lengths is None else iq_lengths
-        valid = torch.arange(count, device=iq.device) < (lengths[:, None] + patch - 1) // patch
-        special = config.num_special
-        head = patches.new_zeros(signals, special, patches.shape[-1])
-        if config.use_fs:
-            head[:, 1] = config.in_fs_unit(fs)[:, None]
-        tokens = torch.cat([head, patches], 1)
-        is_token = F.pad(valid, (special, 0), value=True)
-        positions = torch.arange(special + count, device=iq.device) * is_token
-        h = self.signal_encoder(tokens, positions, torch.where(is_token, 0, -1)).last_hidden_state
-        features = h[:, special:]
+        iq = F.pad(iq, (0, 0, 0, -iq.shape[1] % config.patch_size[0]))
+        lengths = torch.full((len(iq),), iq.shape[1], device=iq.device) if iq_lengths is None else iq_lengths
+        tokens, positions, ids = encoder_tokens(config, iq, lengths, fs)
+        h = self.signal_encoder(tokens, positions, ids).last_hidden_state
+        features, valid = h[:, config.num_special :], ids[:, config.num_special :] >= 0
         if self.signal_tokens:
-            patches, stretches = (torch.arange(n, device=iq.device) for n in (count, self.signal_tokens))
+            counts = (features.shape[1], self.signal_tokens)
+            patches, stretches = (torch.arange(n, device=iq.device) for n in counts)
             place = patches * self.signal_tokens // valid.sum(1, keepdim=True)  # (S, K) stretch of each patch
             share = (place[:, None] == stretches[:, None]) & valid[:, None]  # (S, signal_tokens, K)
             share = share.to(h.dtype) / share.sum(-1, keepdim=True).clamp(min=1)

@@ -10,7 +10,7 @@ left:
 
 import sys
 from dataclasses import asdict, dataclass, fields, replace
-from math import gcd
+from fractions import Fraction
 
 import numpy as np
 
@@ -127,11 +127,11 @@ def check_rate(spec: SignalSpec, fs: float, name, done=AS_RECORDED):
 
 
 def resample(z: np.ndarray, fs: float, target: float) -> np.ndarray:
-    """(T,) complex at `fs` to `target` Hz by a polyphase filter; the ratio is rounded to thousandths."""
+    """(T,) complex at `fs` to `target` Hz by a polyphase filter; the ratio is exact to a thousandth of it."""
     from scipy.signal import resample_poly
 
-    up, down = round(1000 * target / fs) or 1, 1000
-    return resample_poly(z, up // gcd(up, down), down // gcd(up, down))
+    ratio = Fraction(target / fs).limit_denominator(max(1000, round(fs / target)))
+    return resample_poly(z, ratio.numerator, ratio.denominator)
 
 
 def prepare(iq, fs: float, spec: SignalSpec, done=AS_RECORDED, augment=None) -> tuple[np.ndarray, float]:

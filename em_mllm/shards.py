@@ -22,7 +22,7 @@ from common.files import npy_header, reading
 from common.index import remember, scan, tar_members
 from em_mllm.iq_io import RAW, SUFFIXES, two_columns
 from em_mllm.prepare import AS_RECORDED
-from em_mllm.signal_file import COLUMNS, DEFAULT_FS, SignalFile, cache_folder, centred, rate_name, read_rate
+from em_mllm.signal_file import COLUMNS, DEFAULT_FS, SignalFile, cache_folder, centred, stated_rates
 
 SIGNALS = (".npy", *SUFFIXES)
 LARGE = 2**20  # bytes; a shard is slower to look through than a .h5
@@ -111,8 +111,8 @@ class TarSignals(SignalFile):
                     text = file.read(size).decode("utf-8-sig")
                     stated |= {"label": text.strip()} if suffix == ".cls" else dict(json.loads(text))
         where = f"{self.path}: {parts[next(s for s in SIGNALS if s in parts)][0]}"
-        if (rate := rate_name(stated)) and stated[rate] is not None:
-            found["fs"] = read_rate(stated[rate], f"{where}: {rate}")
+        if (rates := stated_rates(stated, where, 1)) is not None:
+            found["fs"] = float(rates[0])
         for name in COLUMNS:
             value = stated.get(name)
             if name == "label" and isinstance(value, str):

@@ -27,7 +27,10 @@ from em_mllm.prepare import VIEWS
 
 DEFAULT_FS = 20e6  # Hz, what the seed script assumes
 HERTZ = number(float, 1, 1e12)  # type of a flag that is a sampling rate
-RATE_NAME = re.compile(r"(?i)fs(_?hz)?|(samp|sample|sampling)[_ ]?(rate|freq|frequency)(_?hz)?")
+RATE_NAME = re.compile(
+    r"(?i)(?:f_?s|samp(?:le|ling)?[_ ]?(?:rate|freq|frequency))(?:[_ ]?(?:in[_ ])?\(?([kmg]?)(?:hz|sps)\)?)?"
+)
+SCALES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}
 COLUMNS = ("label", "snr", *REGRESSION_TASKS)
 BLOCK = 2**22  # values read at a time
 LARGE = 2**24  # bytes of a file from which what was found in it is remembered
@@ -54,9 +57,26 @@ def centred(x: np.ndarray) -> np.ndarray:
     return x.astype(np.float32) - np.float32(centre)
 
 
-def rate_name(names) -> str | None:
-    """The first of `names` that means a sampling rate in Hz."""
-    return next((name for name in names if RATE_NAME.fullmatch(name)), None)
+def stated_rates(beside: dict, where, count: int | None = None) -> np.ndarray | None:
+    """The sampling rates in Hz under those names in `beside` that mean them, (1,) or one for each of `count`
+    signals (None: of any number); None where there are none. A unit in the name counts, as in fs_khz."""
+    found = {}
+    for name, match in ((name, RATE_NAME.fullmatch(name)) for name in beside):
+        value = beside[name] if match else None
+        value = value[()] if isinstance(value, h5py.Dataset) else value
+        if value is None:
+            continue
+        many = np.size(value) > 1 and count in (None, np.size(value))
+        rates = np.ravel(value) if many else [value]
+        if not many or rates.dtype.kind not in "iuf":
+            rates = np.array([read_rate(rate, f"{where}: {name}") for rate in rates])
+        if not (np.isfinite(rates) & (rates > 0)).all():
+            raise UserError(f"{where}: {name} holds values that are no rate in Hz above 0")
+        has_unit = re.search(r"(?i)hz|s/s|sps", str(value))
+        found[name] = rates * (1.0 if has_unit else SCALES[(match[1] or "").lower()])
+    if len({tuple(np.round(rates, 3)) for rates in found.values()}) > 1:
+        raise UserError(f"{where}: {' and '.join(found)} state different sampling rates; leave one of them")
+    return next(iter(found.values()), None)
 
 
 def read_rate(value, where: str) -> float:
@@ -74,7 +94,7 @@ def read_rate(value, where: str) -> float:
         match = re.fullmatch(rf"\s*({number})\s*([kKMG]?|[mg](?={unit}))(?:{unit})?\s*", text)
         if not match:
             raise UserError(f"{where} is {text!r}, expected a rate such as 1000000 or '1 MHz'")
-        value = float(match[1].replace(",", "")) * {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}[match[2].lower()]
+        value = float(match[1].replace(",", "")) * SCALES[match[2].lower()]
     rate = float(value) if isinstance(value, float) or np.asarray(value).dtype.kind in "iuf" else float("nan")
     if not (np.isfinite(rate) and rate > 0):
         raise UserError(f"{where} is {value!r}, expected a rate in Hz above 0")
@@ -163,7 +183,10 @@ class SignalFile:
                     f"{path}: {name} has {rows} rows, IQ_data {self.count}; write one row per signal"
                 )
         beside = {**sets, **data.attrs, **file.attrs}
-        self._read_rates(beside, default_fs)
+        rates = stated_rates(beside, path, self.count)
+        self.fs_stated = rates is not None
+        self.fs = float(default_fs) if rates is None else float(rates[0])
+        self._rates = rates if self.fs_stated and len(rates) > 1 else None
         names = beside.get("classes")
         names = names[()] if isinstance(names, h5py.Dataset) else names
         self.classes = None if names is None else read_names(names, f"{path}: classes")
@@ -185,25 +208,6 @@ class SignalFile:
         link = file.get(name, getlink=True)
         wanted = name in (*COLUMNS, "classes", "view", "view_factor") or RATE_NAME.fullmatch(name)
         return not wanted and not isinstance(link, h5py.HardLink)
-
-    def _read_rates(self, beside: dict, default_fs):
-        name = rate_name(beside)
-        self.fs_stated = name is not None
-        if name is None:
-            self.fs = float(default_fs)
-            return
-        where, value = f"{self.path}: {name}", beside[name]
-        value = value[()] if isinstance(value, h5py.Dataset) else value
-        if np.size(value) == self.count > 1:
-            rates = np.ravel(value)
-            if rates.dtype.kind in "OSU":
-                rates = np.array([read_rate(rate, where) for rate in rates])
-            self._rates = rates.astype(float)
-            if not (np.isfinite(self._rates) & (self._rates > 0)).all():
-                raise UserError(f"{where} holds values that are no rate in Hz above 0")
-            self.fs = float(self._rates[0])
-        else:
-            self.fs = read_rate(value, where)
 
     def rate(self, index: int) -> float:
         """Sampling rate of signal `index` in Hz."""

@@ -31,18 +31,11 @@ from em_mllm.em_foundation.utils.utils import signal_of
 from em_mllm.model import load_model, read_notes, save_model, set_trainable
 from em_mllm.prepare import AS_RECORDED, SignalSpec, check_rate, prepare
 from em_mllm.recordings import CANNOT_TELL, cut, show, together
+from tests.em_world import tiny_sizes, write_h5, write_questions
 
 QUESTION = "选出最符合的调制类型。(A) CW (B) 2ASK (C) BPSK"
 NAMES = ["CW", "2ASK", "BPSK"]
-SIZES = dict(
-    hidden_size=16,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    intermediate_size=16,
-    patch_size=(16, 1),
-    max_seq_len=(272, 1),
-    attention_type="sdpa",
-)
+SIZES = tiny_sizes(points=272)
 
 
 def run(module, *arguments):
@@ -55,21 +48,12 @@ def write_task(folder, points=128, count=9, offset=2.0, questions=2, **attribute
     """Signals with a large mean, so that a preparation that takes it off in one place only is seen."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(len(str(folder)))
-    with h5py.File(folder / "x.h5", "w") as file:
-        file["IQ_data"] = (rng.standard_normal((count, points, 2)) + [offset, 0]).astype("f4")
-        file["label"] = np.arange(count, dtype="f4")[:, None] % 3
-        file.attrs.update(attributes)
-    rows = [
-        {
-            "id": i,
-            "question": QUESTION,
-            "answer": f"正确答案是：({'ABC'[i % 3]}) {NAMES[i % 3]}",
-            "iq_index_in_h5": i,
-            "h5_path": "x.h5",
-        }
-        for i in range(count)
-    ]
-    (folder / "x.json").write_text(json.dumps(rows * questions, ensure_ascii=False), encoding="utf-8")
+    iq = (rng.standard_normal((count, points, 2)) + [offset, 0]).astype("f4")
+    write_h5(folder / "x.h5", iq, label=np.arange(count, dtype="f4")[:, None] % 3, **attributes)
+    answers = [f"正确答案是：({'ABC'[i % 3]}) {NAMES[i % 3]}" for i in range(count)]
+    about = {"question": QUESTION, "h5_path": "x.h5"}
+    rows = [{**about, "id": i, "answer": text, "iq_index_in_h5": i} for i, text in enumerate(answers)]
+    write_questions(folder / "x.json", rows * questions)
     return folder
 
 
@@ -170,8 +154,7 @@ def test_an_encoder_carries_the_view_that_it_learned(world, tmp_path):
         with h5py.File(tmp_path / name / "x.h5", "r+") as file:
             file["IQ_data"][:] = rows
     raw, polar = (tmp_path / name / "x.h5" for name in ("raw", "polar"))
-    decoder = dict(decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2)
-    (tmp_path / "sizes.json").write_text(json.dumps({**SIZES, **decoder, "decoder_intermediate_size": 16}))
+    (tmp_path / "sizes.json").write_text(json.dumps(SIZES))
     once = ("--max-steps", 1, "--batch-size", 2)
     run(
         em_mllm.pretrain, "--data", polar, "--config", tmp_path / "sizes.json", *once, "--out", tmp_path / "a"
@@ -246,6 +229,12 @@ def test_preparation_takes_the_mean_off_resamples_and_refuses_another_view():
     assert fs == 1e6 and len(slow) == 256
     np.testing.assert_allclose(turned / 2 / np.pi, 0.1, atol=1e-3)  # the same Hz, at half the rate
     assert prepare(tone, 1.02e6, SignalSpec(points=512, rates=(1e6,), resample=True))[1] == 1.02e6
+    # far below: 90 kHz at 20 MHz is 90 kHz at 30, 250 kHz, too
+    for fs, target in ((20e6, 250e3), (20e6, 1.1e6), (1e9, 250e3)):
+        z = np.exp(2j * np.pi * 0.36 * 250e3 / fs * np.arange(int(200 * fs / target)))
+        slow, rate = prepare(np.stack([z.real, z.imag], 1), fs, SignalSpec(rates=(target,), resample=True))
+        turned = np.angle((slow[1:] @ [1, 1j]) * (slow[:-1] @ [1, -1j]))[50:-50] / 2 / np.pi * rate
+        np.testing.assert_allclose(turned, 90e3, rtol=2e-3)
     with pytest.raises(UserError, match="polar x 8, the model reads iq x 1"):
         prepare(iq, 1e6, SignalSpec(), ("polar", 8))
 
@@ -391,16 +380,10 @@ def test_an_option_that_contradicts_the_model_is_refused(folders, kind, options,
 
 
 def test_what_the_model_holds_is_inherited_and_may_be_said_again(folders):
-    command = [
-        "--task-dir",
-        str(folders / "train"),
-        "--trained-dir",
-        str(folders / "dc/model"),
-        "--freeze-llm",
-    ]
-    same = ["--signal-encoder-path", folders / "encoder", "--llm-model-path", folders / "llm"]
-    same += ["--signal-tokens", 2, "--remove-dc", "--projector", "linear"]
-    args = em_mllm.train.parse_args([*command, *map(str, same)])
+    command = ["--task-dir", folders / "train", "--trained-dir", folders / "dc/model", "--freeze-llm"]
+    command += ["--signal-encoder-path", folders / "encoder", "--llm-model-path", folders / "llm"]
+    command += ["--signal-tokens", 2, "--remove-dc", "--projector", "linear"]
+    args = em_mllm.train.parse_args(list(map(str, command)))
     em_mllm.train.check_options(args)
     assert (args.signal_tokens, args.remove_dc, args.resample, args.dtype) == (2, True, True, "float32")
 

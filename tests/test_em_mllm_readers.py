@@ -20,6 +20,7 @@ from em_mllm.convert import read_radioml2016
 from em_mllm.dataset import QuestionDataset, read_questions, task_pairs
 from em_mllm.iq_io import find_recordings, open_recording, rate_in_name, read_iq, strong_windows
 from em_mllm.signal_file import SignalFile, read_names, read_rate
+from tests.em_world import write_questions
 
 N = 3000
 T = np.arange(N)
@@ -53,6 +54,14 @@ def assert_same(iq, z=Z):
         ("recording.cf32", None),
         ("block_3k5.cf32", None),
         ("x_250K.cu8", 250e3),
+        ("2024-01-01_12-00-00_2400000SPS_137100000Hz.cs16", 2.4e6),
+        ("2024-01-12_2MSps.cf32", 2e6),
+        ("RTL-SDR-20200101_000000-433_92MHz-2_4MSps-1MHz.complex16u", 2.4e6),
+        ("sigdigger_20210101_120000Z_1000000_433920000_float32_iq.raw", 1e6),
+        ("a_samplerate_2000000_433.92M.cs16", 2e6),
+        ("x_2.4e6sps.cf32", 2.4e6),
+        ("x_250 ksps.cf32", 250e3),
+        ("symbol_rate_9600.cf32", None),
     ],
 )
 def test_rates_in_names_follow_the_conventions_of_sdr_programs(name, rate):
@@ -85,9 +94,10 @@ def test_what_is_no_rate_is_refused(value):
 # ---- .h5
 
 
-def write_h5(path, build=lambda file: None, count=3):
+def write_h5(path, build=lambda file: None):
+    """Three signals, and what `build` adds to the open file."""
     with h5py.File(path, "w") as file:
-        file["IQ_data"] = np.stack([PAIR * (k + 1) for k in range(count)]).astype("f4")
+        file["IQ_data"] = np.stack([PAIR, PAIR * 2, PAIR * 3]).astype("f4")
         build(file)
     return path
 
@@ -100,6 +110,10 @@ def write_h5(path, build=lambda file: None, count=3):
         (lambda f: f.create_dataset("sample_rate", data="1 MHz"), 1e6, None),
         (lambda f: f.attrs.update(fs="1 mhz"), 1e6, None),
         (lambda f: f.attrs.update(fs="1,000,000"), 1e6, None),
+        (lambda f: f.attrs.update(fs_kHz=1000.0), 1e6, None),
+        (lambda f: f.attrs.update(fs_mhz="1"), 1e6, None),
+        (lambda f: f.attrs.update(fs_mhz="1 MHz", fs=1e6), 1e6, None),
+        (lambda f: f.attrs.update({"sampling rate (Hz)": 1e6}), 1e6, None),
         (lambda f: f.attrs.update(SAMPLE_RATE=1e6), 1e6, None),
         (lambda f: f.attrs.update(Fs=np.array([1e6])), 1e6, None),
         (lambda f: f["IQ_data"].attrs.update(fs=1e6), 1e6, None),
@@ -153,6 +167,7 @@ def test_labels_may_be_names_and_rates_may_differ_from_signal_to_signal(tmp_path
         (lambda f: f.attrs.update(view="polar", view_factor="x"), "view is polar x x"),
         (lambda f: f.attrs.update(fs=1e6 + 0j), "fs is"),
         (lambda f: f.attrs.update(fs=True), "fs is"),
+        (lambda f: f.attrs.update(fs=1e6, sample_rate=2e6), "fs and sample_rate state different"),
     ],
 )
 def test_what_cannot_be_meant_in_hdf5_is_one_line(tmp_path, build, words):
@@ -295,6 +310,8 @@ def test_a_matlab_file_that_leads_out_or_fills_the_memory_is_one_line(tmp_path, 
         ({"other": np.zeros(40), "iq": Z}, 0),
         ({"t": np.arange(2 * N), "sig": Z}, 0),
         ({"x": np.stack([PAIR * 0, PAIR, PAIR * 0], 2)}, 1),  # (T, 2, Num)
+        ({"x": np.stack([PAIR * 0, PAIR], 2)}, 1),  # (T, 2, 2)
+        ({"x": np.stack([PAIR.T * 0, PAIR.T])}, 1),  # (2, 2, T)
     ],
 )
 def test_both_mat_versions_give_the_same_signal(tmp_path, write, content, index):
@@ -305,11 +322,11 @@ def test_both_mat_versions_give_the_same_signal(tmp_path, write, content, index)
 
 
 def test_the_fields_of_a_matlab_structure_are_variables(tmp_path):
-    scipy.io.savemat(tmp_path / "a.mat", {"s": {"x": Z, "Fs": 1e6}})
+    scipy.io.savemat(tmp_path / "a.mat", {"s": {"x": Z, "about": {"Fs": 1e6}}})
     with h5py.File(tmp_path / "b.mat", "w", userblock_size=512) as file:
         file["s/x"], file["#refs#/y"] = PAIR.T, np.zeros((9 * N, 2))
-        file["s/fs"] = np.array([[ord(c)] for c in "1 MHz"], "u2")
-        file["s/fs"].attrs["MATLAB_class"] = np.bytes_("char")
+        file["s/about/fs"] = np.array([[ord(c)] for c in "1 MHz"], "u2")
+        file["s/about/fs"].attrs["MATLAB_class"] = np.bytes_("char")
     mat73_head(tmp_path / "b.mat")
     for name in ("a.mat", "b.mat"):
         iq, fs = read_iq(tmp_path / name)
@@ -337,7 +354,7 @@ def test_i_and_q_may_be_two_fields_or_two_arrays_and_unsigned(tmp_path, names):
         assert_same(SignalFile(tmp_path / "u.h5").read(0))
 
 
-def test_npz_and_stacks_and_wav(tmp_path):
+def test_npz_and_stacks_and_wav(tmp_path, capsys):
     np.savez(tmp_path / "a.npz", iq=np.stack([PAIR * 0 + 1, PAIR]), fs=5e5, y=np.array([{}, None]))
     iq, fs = read_iq(tmp_path / "a.npz", 1)
     assert_same(iq)
@@ -345,8 +362,19 @@ def test_npz_and_stacks_and_wav(tmp_path):
     np.savez(tmp_path / "b.npz", iq=stored("u1", 120, 127.5))
     (tmp_path / "b.npz").rename(tmp_path / "b.NPZ")
     assert_same(read_iq(tmp_path / "b.NPZ")[0])
-    np.save(tmp_path / "a.npy", np.stack([Z * 0, Z]))
-    assert_same(read_iq(tmp_path / "a.npy", 1)[0])
+    for stack, index in (
+        (Z, 0),
+        (np.stack([Z * 0, Z]), 1),
+        (np.stack([PAIR.T * 0, PAIR.T]), 1),  # (2, 2, T)
+        (np.stack([PAIR.T] * (N + 1)), N),  # (Num, 2, T), more captures than samples
+        (np.stack([PAIR * 0, PAIR], 2), 1),  # (T, 2, 2)
+    ):
+        np.save(tmp_path / "a.npy", stack)
+        assert_same(read_iq(tmp_path / "a.npy", index)[0])
+    capsys.readouterr()
+    np.savez(tmp_path / "two.npz", rx=Z, tx=Z * 0)
+    assert_same(read_iq(tmp_path / "two.npz")[0])
+    assert "holds rx, tx; rx is read" in capsys.readouterr().out
     scipy.io.wavfile.write(tmp_path / "a.WAV", 48000, (PAIR * 30000).astype("i2"))
     iq, fs = read_iq(tmp_path / "a.WAV")
     assert_same(iq)
@@ -423,6 +451,10 @@ def test_a_sigmf_archive_is_read_where_it_lies(tmp_path):
         for part in (path, path.with_suffix(".sigmf-data")):
             archive.add(part, f"a/{part.name}")
     assert_same(read_iq(tmp_path / "a.sigmf")[0])
+    with tarfile.open(tmp_path / "a.sigmf", "a") as archive:
+        archive.add(path, "b/a.sigmf-meta")
+    with pytest.raises(UserError, match="holds 2 .sigmf-meta and 1 .sigmf-data"):
+        read_iq(tmp_path / "a.sigmf")
 
 
 @pytest.mark.parametrize(
@@ -469,7 +501,9 @@ def test_windows_of_a_stream_are_those_of_the_whole(tmp_path):
     recording.blocks = lambda size, blocks=recording.blocks: blocks(1000)  # every border is crossed
     found = strong_windows(recording, 256, 128, most=6)
     assert [start for start, _ in found] == expected
-    assert all(np.array_equal(window, whole[start]) for start, window in found)
+    for stride in (128, 1500):  # a stride beyond a block, too
+        for start, window in strong_windows(recording, 256, stride, most=6):
+            assert start % stride == 0 and np.array_equal(window, x[start : start + 256])
 
 
 def test_folders_stand_for_the_recordings_below_them(tmp_path):
@@ -478,6 +512,8 @@ def test_folders_stand_for_the_recordings_below_them(tmp_path):
         (tmp_path / name).write_bytes(b"")
     names = [p.name for p in find_recordings([tmp_path, tmp_path / "b.cf32"])]
     assert names == ["a.CU8", "b.cf32", "d.sigmf-meta", "c.h5"]
+    sigmf(tmp_path, BODY, FIRST, **{"core:dataset": "e.cs16"})  # its samples are no recording of their own
+    assert [p.name for p in find_recordings([tmp_path])] == ["a.CU8", "a.sigmf-meta", *names[1:]]
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no recording"):
         find_recordings([tmp_path / "empty"])
@@ -492,18 +528,9 @@ def tokenizer():
 
 
 def questions(path, *h5_paths, encoding="utf-8"):
-    rows = [
-        {
-            "id": i,
-            "question": "哪个？(A) FM (B) AM",
-            "answer": "(A) FM",
-            "iq_index_in_h5": i % 3,
-            "h5_path": name,
-        }
-        for i, name in enumerate(h5_paths)
-    ]
-    path.write_text(json.dumps(rows, ensure_ascii=False), encoding=encoding)
-    return path
+    about = {"question": "哪个？(A) FM (B) AM", "answer": "(A) FM"}
+    rows = [{**about, "iq_index_in_h5": i % 3, "h5_path": name} for i, name in enumerate(h5_paths)]
+    return write_questions(path, rows, encoding)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "gbk", "gb18030", "utf-16"])
@@ -530,6 +557,14 @@ def test_a_pair_put_together_by_the_user_wins_over_what_the_questions_name(tmp_p
     write_h5(tmp_path / "texts/y.h5")
     pair = task_pairs(None, [h5, questions(tmp_path / "texts/x.json", "x.h5", "y.h5")])
     assert [f.path.name for f in QuestionDataset(pair, tokenizer).files] == ["x.h5", "y.h5"]
+
+
+def test_nulls_and_empty_names_in_a_question_file_are_as_absent(tmp_path, tokenizer):
+    write_h5(tmp_path / "x.H5")
+    row = {"question": "Which? (A) FM (B) AM", "answer": None, "h5_path": "", "iq_index_in_h5": 1}
+    write_questions(tmp_path / "x.json", [row])
+    data = QuestionDataset(task_pairs(tmp_path), tokenizer, with_answers=False)
+    assert len(data) == 1 and data.files[0].path.name == "x.H5" and not data.unread
 
 
 def test_a_radioml_pickle_that_was_saved_again_is_read(tmp_path):

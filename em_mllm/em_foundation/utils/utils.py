@@ -87,6 +87,21 @@ def log_spectra(iq: np.ndarray) -> np.ndarray:
     return np.log(power.reshape(-1, size // SPECTRUM_BANDS).max(1) + 0.01).astype(np.float32)
 
 
+def encoder_tokens(config: SiTMAEConfig, iq: torch.Tensor, lengths: torch.Tensor, fs=None):
+    """What the encoder takes, one signal a row: iq (S, N, 2) zero padded to whole patches, lengths (S,) valid
+    points, fs (S,) Hz -> samples (S, M, C*P), patch_positions and sample_ids_seq (S, M), -1 where a patch
+    holds no point of the signal."""
+    patches = rearrange(iq, "s (k p) c -> s k (c p)", p=config.patch_size[0])
+    head = patches.new_zeros(len(iq), config.num_special, patches.shape[-1])
+    if config.use_fs:
+        head[:, 1] = config.in_fs_unit(fs)[:, None]
+    samples = torch.cat([head, patches], 1)
+    places = torch.arange(samples.shape[1], device=iq.device)
+    held = -(-lengths[:, None] // config.patch_size[0])
+    valid = places < config.num_special + held
+    return samples, places * valid, torch.where(valid, 0, -1)
+
+
 def with_special_patches(iq: np.ndarray, patch: int, fs: float | None) -> torch.Tensor:
     """iq (N, 2) -> (2, N' , 1): a zero patch (cls), a patch filled with fs unless it is None, then the IQ cut
     to whole patches."""
