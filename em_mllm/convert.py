@@ -375,6 +375,8 @@ def merlin_turns(conversations, where: str) -> list[tuple[str, str | None]]:
 def convert_merlin(paths, out: Path, fs: float):
     """Every file to <name>.json and <name>.h5; signals of another length to <name>_<points>.hdf5, which no
     json of its own belongs to."""
+    if twice := {path.stem for path in paths if sum(path.stem == other.stem for other in paths) > 1}:
+        raise UserError(f"two files are called {min(twice)}, as what is written for them; rename one")
     for path in paths:
         kept, records = {}, []
         for name, question, answer, signals in progress(read_merlin(path), desc=path.stem):

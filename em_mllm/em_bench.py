@@ -23,10 +23,10 @@ import numpy as np
 from common.arguments import Parser
 from common.checkpoint import atomic_json
 from common.errors import UserError, run
-from common.files import check
-from em_mllm.dataset import read_json_text
+from common.files import check, reading
 from em_mllm.options import stated_letter
 from em_mllm.scores import Words, wilson
+from em_mllm.signal_file import read_json_text
 
 OPEN = ("Anti_CJ", "Anti_RJ", "CJS", "RJS")  # tasks of open questions, by the names of their files
 
@@ -58,8 +58,10 @@ def read_predictions(path: Path) -> dict[str, list[dict]]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the predictions.jsonl that test.py wrote")
     tasks = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        item = json.loads(line)
+    with reading(path, "file of predictions"):
+        items = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    check(items, [{"task": str}], path)
+    for item in items:
         item = {"answer": item.get("answer") or "", "model_response": item.get("text") or "", **item}
         tasks.setdefault(item["task"], []).append(item)
     return tasks
@@ -89,8 +91,8 @@ def published(tasks: dict) -> dict:
     return metrics
 
 
-def letter(text: str) -> str | None:
-    """The letter that an answer of a choice task states; "B" and "B signal" of an answer key are B."""
+def key_letter(text: str) -> str | None:
+    """The letter of an answer key, which may stand before anything, as in "A signal"."""
     return stated_letter(text) or (match[1] if (match := re.match(r"\s*([A-Z])\b", text)) else None)
 
 
@@ -108,15 +110,13 @@ def mended(tasks: dict) -> dict:
         about["without_key"] = len(items) - len(pairs)
         if not pairs:
             continue
-        if task.replace("-", "_") in OPEN or not any(letter(answer) for answer, _ in pairs):
+        if task.replace("-", "_") in OPEN or not any(key_letter(answer) for answer, _ in pairs):
             about["rougeL"] = float(np.mean([rouge.score(a, r)["rougeL"].fmeasure for a, r in pairs]))
             about["bleu"] = float(np.mean([bleu.sentence_score(r, [a]).score / 100 for a, r in pairs]))
             out["open"][task] = about
             continue
-        hits = [
-            letter(answer) is not None and letter(answer) == letter(response) for answer, response in pairs
-        ]
-        about["unread"] = sum(bool(r.strip()) and letter(r) is None for _, r in pairs)
+        hits = [key_letter(a) is not None and key_letter(a) == stated_letter(r) for a, r in pairs]
+        about["unread"] = sum(bool(r.strip()) and stated_letter(r) is None for _, r in pairs)
         about["accuracy"], about["interval"] = float(np.mean(hits)), wilson(sum(hits), len(hits))
         out["choice"][task] = about
     for kind, names in (("choice", ("accuracy",)), ("open", ("rougeL", "bleu"))):

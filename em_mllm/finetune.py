@@ -54,7 +54,7 @@ from em_mllm.em_foundation.models import SiTForMultiTask, SiTMAEForClassificatio
 from em_mllm.em_foundation.models.configuration_em import REGRESSION_TASKS
 from em_mllm.em_foundation.models.modeling_cnn import cnn_config
 from em_mllm.em_foundation.utils.utils import load_encoder, read_config, signal_of
-from em_mllm.optim import make_optimizers
+from em_mllm.optim import add_optimizer_argument, make_optimizers
 from em_mllm.scores import HIGH_SNR_DB
 
 
@@ -94,12 +94,7 @@ def parse_args(argv=None):
 
     model = parser.add_argument_group("model")
     add_model_arguments(model)
-    model.add_argument(
-        "--optimizer",
-        choices=("adamw", "muon"),
-        default="adamw",
-        help="muon: orthogonalised momentum for the matrices of the layers",
-    )
+    add_optimizer_argument(model)
 
     add_run_arguments(parser, lr=1e-3, batch_size=32, max_steps=500, weight_decay=0.05, log_every=50)
     return parser.parse_args(argv)
@@ -159,7 +154,7 @@ def read_data(args) -> tuple[SignalDataset, SignalDataset | None, SignalDataset,
     # a column that a file lacks is nan: right for a regression, but every signal needs its class
     for data in filter(None, (train, val, test)):
         label = data.columns["label"]
-        if not np.isfinite(label).all() or (label < 0).any():
+        if (label % 1 != 0).any() or (label < 0).any():  # also of nan and inf
             raise UserError(
                 f"{data.files[0].path}: label is missing or not a class number; write a dataset label (Num, "
                 "1) of 0, 1, 2, ..."
@@ -288,6 +283,18 @@ def known_values(batch, tasks):
     # (tasks,): the tasks know different signals, so each has its own share of the step
     columns = [batch["label" if task == "classification" else task] for task in tasks]
     return torch.stack([torch.isfinite(column).sum() for column in columns])
+
+
+def weighed(model, result, share, tasks, taught=None):
+    """The loss of a batch as its share of the step, and the parts of it that are logged beside it. taught:
+    the divergence from the teacher, if there is one."""
+    if taught is not None:
+        parts = {"labels": result.loss * share[0], "teacher": taught * share[0]}
+        return sum(parts.values()), parts
+    if len(tasks) > 1:
+        parts = {t: result.loss_details[t] * share[k] for k, t in enumerate(tasks)}
+        return model.weigh(parts), parts
+    return result.loss * share[0], {}
 
 
 @torch.no_grad()
@@ -420,21 +427,9 @@ def main(args):
     for batch, share in batches(training, loader, lambda batch: known_values(batch, tasks)):
         inputs, labels = split_labels(batch, scales)
         with accelerator.accumulate(model):
-            # the loss is one of three; `parts` are logged beside it
-            result, parts = model(**inputs, labels=labels), {}
-            if scales:
-                parts = {t: result.loss_details[t] * share[k] for k, t in enumerate(tasks)}
-                loss = plain.weigh(parts)
-            elif teacher is not None:
-                parts = {
-                    "labels": result.loss,
-                    "teacher": lesson(plain, teacher, result.logits, inputs, batch),
-                }
-                parts = {name: value * share[0] for name, value in parts.items()}
-                loss = sum(parts.values())
-            else:
-                loss = result.loss * share[0]
-
+            result = model(**inputs, labels=labels)
+            taught = None if teacher is None else lesson(plain, teacher, result.logits, inputs, batch)
+            loss, parts = weighed(plain, result, share, tasks, taught)
             check_finite(training, (f"signal {int(i)}" for i in batch["index"]), loss, **parts)
             accelerator.backward(loss)
             grad = update(training, model, optimizers, lr_at(training.state["step"], steps, args.warmup))

@@ -6,6 +6,15 @@ from common.errors import UserError
 from common.train import parameter_groups
 
 
+def add_optimizer_argument(group):
+    group.add_argument(
+        "--optimizer",
+        choices=("adamw", "muon"),
+        default="adamw",
+        help="muon: orthogonalised momentum for the matrices of the layers",
+    )
+
+
 def make_optimizers(
     model, kind: str, lr: float, weight_decay: float, betas=(0.9, 0.95)
 ) -> list[torch.optim.Optimizer]:

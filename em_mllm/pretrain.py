@@ -53,7 +53,7 @@ from em_mllm.dataset import (
 from em_mllm.em_foundation.models import SiTMAEConfig, SiTMAEForPreTraining
 from em_mllm.em_foundation.models.embedder import tokens_kept
 from em_mllm.em_foundation.utils.utils import load_encoder, read_config, signal_of
-from em_mllm.optim import make_optimizers
+from em_mllm.optim import add_optimizer_argument, make_optimizers
 
 PRESETS = {
     "base": {"attention_type": "sdpa"},  # the published sizes: 86 M encoder, 112 M with decoder
@@ -86,12 +86,7 @@ def parse_args(argv=None):
 
     # no trainer was published to follow: weight decay (and AdamW's betas) are those of the image MAE
     optim = parser.add_argument_group("optimizer")
-    optim.add_argument(
-        "--optimizer",
-        choices=("adamw", "muon"),
-        default="adamw",
-        help="muon: orthogonalised momentum for the layers' matrices",
-    )
+    add_optimizer_argument(optim)
     optim.add_argument(
         "--gradient-checkpointing",
         action="store_true",

@@ -65,7 +65,7 @@ from em_mllm.model import (
     save_model,
     set_trainable,
 )
-from em_mllm.optim import make_optimizers
+from em_mllm.optim import add_optimizer_argument, make_optimizers
 from em_mllm.options import extract_letter, parse_options
 from em_mllm.prepare import AS_RECORDED, SignalSpec, as_learned
 from em_mllm.signal_file import DEFAULT_FS, HERTZ
@@ -238,12 +238,7 @@ def add_lora_arguments(group):
 def add_optimizer_arguments(group):
     """How the steps are made, which weights are kept, and what saves memory."""
     # which steps are made, and which weights become the model: with --eval-every the best, not the last
-    group.add_argument(
-        "--optimizer",
-        choices=("adamw", "muon"),
-        default="adamw",
-        help="muon: orthogonalised momentum for the matrices of the layers",
-    )
+    add_optimizer_argument(group)
     group.add_argument(
         "--schedule",
         choices=("linear", "cosine"),

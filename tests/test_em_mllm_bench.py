@@ -22,6 +22,7 @@ CHOICE = [
     ("C", "The answer is C"),
     ("D", "A"),
     ("A", "Amplitude?"),
+    ("A signal", "A signal of some kind"),
     ("", "A"),
 ]
 OPEN = [
@@ -39,19 +40,19 @@ def tasks():
 
 def test_published_summary_drops_empty_answers_compares_first_characters_and_mixes_scales():
     scores = published(tasks())
-    # of the five pairs that are left: B B, B B, C T, D A, A A ("Amplitude?" begins with A)
-    assert scores["Modulation_Accuracy"] == pytest.approx(60.0)
+    # of the six pairs that are left: B B, B B, C T, D A, A A ("Amplitude?" begins with A), A A
+    assert scores["Modulation_Accuracy"] == pytest.approx(400 / 6)
     # equal texts 1; "hop frequency" of 4 words: precision 1, recall 1/2; Chinese has no words for it: 0
     assert scores["Anti_CJ_ROUGE-L"] == pytest.approx((1 + 2 / 3 + 0) / 3)
     rest = [scores["Anti_CJ_ROUGE-L"], scores["Anti_CJ_BLEU"]]
-    assert scores["Overall_Avg_Score"] == pytest.approx((60 + sum(rest)) / 3)
+    assert scores["Overall_Avg_Score"] == pytest.approx((400 / 6 + sum(rest)) / 3)
 
 
 def test_mended_summary_counts_empty_answers_reads_letters_and_keeps_scales_apart():
     scores = mended(tasks())
     choice, free = scores["choice"]["Modulation"], scores["open"]["Anti_CJ"]
-    assert (choice["count"], choice["empty"], choice["without_key"], choice["unread"]) == (6, 1, 1, 1)
-    assert choice["accuracy"] == pytest.approx(3 / 6)  # the two B and "The answer is C"
+    assert (choice["count"], choice["empty"], choice["without_key"], choice["unread"]) == (7, 1, 1, 2)
+    assert choice["accuracy"] == pytest.approx(3 / 7)  # the two B and "The answer is C"
     assert (free["count"], free["empty"]) == (4, 1)
     assert free["rougeL"] == pytest.approx((1 + 2 / 3 + 0 + 1) / 4)
     assert scores["mean_accuracy"] == choice["accuracy"] and scores["mean_rougeL"] == free["rougeL"]
@@ -148,3 +149,10 @@ def test_a_bad_line_is_named_by_its_number(tmp_path, record, words):
     with pytest.raises(UserError, match=words) as error:
         convert(tmp_path, write_lines(tmp_path / "x.jsonl", record))
     assert "x.jsonl" in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_two_files_of_one_name_do_not_overwrite_each_other(tmp_path):
+    (tmp_path / "b").mkdir()
+    record = {"conversations": [turn("human", "x")], "iq_data": [[0, 1]]}
+    with pytest.raises(UserError, match="two files are called x"):
+        convert(tmp_path, *(write_lines(tmp_path / name, record) for name in ("x.jsonl", "b/x.jsonl")))

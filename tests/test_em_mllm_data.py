@@ -7,8 +7,6 @@ from types import SimpleNamespace
 import h5py
 import numpy as np
 import pytest
-import scipy.io
-import scipy.io.wavfile
 import torch
 from torch.utils.data import DataLoader
 
@@ -41,6 +39,7 @@ from em_mllm.prepare import view
 from em_mllm.scores import calibration_error, fit_temperature, score, wilson
 from em_mllm.submission import validate_submission, write_submission
 from tests import forked
+from tests.em_world import write_h5, write_questions
 
 QUESTION = "请依据给出的IQ信号内容，选出最符合的调制类型（四选一）。(A) GFSK (B) FM (C) MSK (D) 2FSK"
 
@@ -54,24 +53,12 @@ def tokenizer():
 
 def write_pair(folder, count=6, points=64, questions=None, **datasets):
     rng = np.random.default_rng(0)
-    with h5py.File(folder / "modulation.h5", "w") as file:
-        file["IQ_data"] = datasets.get("IQ_data", rng.standard_normal((count, points, 2)).astype(np.float32))
-        file["label"] = datasets.get("label", np.arange(count, dtype=np.float32)[:, None] % 3)
-    questions = (
-        [
-            {
-                "id": i,
-                "question": QUESTION,
-                "answer": "正确答案是：(B) FM",
-                "iq_index_in_h5": i,
-                "h5_path": "modulation.h5",
-            }
-            for i in range(count)
-        ]
-        if questions is None
-        else questions
-    )
-    (folder / "modulation.json").write_text(json.dumps(questions, ensure_ascii=False), encoding="utf-8")
+    iq = datasets.get("IQ_data", rng.standard_normal((count, points, 2)).astype(np.float32))
+    label = datasets.get("label", np.arange(count, dtype=np.float32)[:, None] % 3)
+    write_h5(folder / "modulation.h5", iq, label=label)
+    about = {"question": QUESTION, "answer": "正确答案是：(B) FM", "h5_path": "modulation.h5"}
+    rows = [{"id": i, **about, "iq_index_in_h5": i} for i in range(count)] if questions is None else questions
+    (folder / "modulation.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
     return [(folder / "modulation.h5", folder / "modulation.json")]
 
 
@@ -94,8 +81,7 @@ def test_seeds_own_example_is_read(tmp_path, tokenizer):
 
 def test_h5_path_of_the_record_wins_over_the_pairing(tmp_path, tokenizer):
     pairs = write_pair(tmp_path)
-    with h5py.File(tmp_path / "other.h5", "w") as file:
-        file["IQ_data"] = np.full((2, 32, 2), 7, np.float32)
+    write_h5(tmp_path / "other.h5", np.full((2, 32, 2), 7, np.float32))
     records = json.loads(pairs[0][1].read_text(encoding="utf-8"))
     records[1] |= {"h5_path": "other.h5", "iq_index_in_h5": 1}
     pairs[0][1].write_text(json.dumps(records), encoding="utf-8")
@@ -122,15 +108,8 @@ def bad_value(value):
 
 
 def item(**changes):
-    return [
-        {
-            k: v
-            for k, v in (
-                {"id": 0, "question": QUESTION, "answer": "正确答案是：(B) FM", "iq_index_in_h5": 0} | changes
-            ).items()
-            if v is not None
-        }
-    ]
+    good = {"id": 0, "question": QUESTION, "answer": "正确答案是：(B) FM", "iq_index_in_h5": 0}
+    return [{name: value for name, value in (good | changes).items() if value is not None}]
 
 
 @pytest.mark.parametrize(
@@ -333,25 +312,13 @@ def test_rolled_signals_are_the_same_signal_begun_elsewhere_anew_each_epoch(tmp_
 
 
 def test_make_data_writes_the_seeds_pair_and_equal_bytes_for_equal_seeds(tmp_path):
-    from argparse import Namespace
+    few = ["--train=2", "--val=1", "--test=1", "--points=256", "--open-questions=1", "--no-test-answers"]
 
-    args = dict(
-        train=2,
-        val=1,
-        test=1,
-        points=256,
-        snr=(-10, 20),
-        fs=[20e6],
-        fading="none",
-        choice_questions=2,
-        open_questions=1,
-        sentences=False,
-        test_answers=False,
-        seed=0,
-        overwrite=False,
-    )
-    for name in ("a", "b"):
-        make_data_main(Namespace(out=tmp_path / name, **args))
+    def make(name):
+        make_data_main(make_data_args(["--out", str(tmp_path / name), *few]))
+
+    make("a")
+    make("b")
     for task in ("modulation", "radar_jamming"):
         with (
             h5py.File(tmp_path / "a/train" / f"{task}.h5") as a,
@@ -368,15 +335,13 @@ def test_make_data_writes_the_seeds_pair_and_equal_bytes_for_equal_seeds(tmp_pat
     assert None not in right and len(set(right)) == 4
     assert "answer" not in read_questions(tmp_path / "a/test/modulation.json")[0]
     with pytest.raises(UserError, match="is not empty"):
-        make_data_main(Namespace(out=tmp_path / "a", **args))
+        make("a")
 
 
 def test_signals_of_several_rates_are_asked_for_what_the_rate_decides(tmp_path):
-    from em_mllm.make_data import parse_args
-
     rates = [10e6, 20e6, 40e6]
     words = ["--out", tmp_path / "d", "--train", 6, "--val", 1, "--test", 1, "--points", 512, "--snr", 30, 30]
-    make_data_main(parse_args([str(w) for w in (*words, "--fs", *rates)]))
+    make_data_main(make_data_args([str(w) for w in (*words, "--fs", *rates)]))
     file = SignalFile(tmp_path / "d/train/bandwidth.h5")
     assert file.rates() == rates and file.classes == ["0.5 MHz", "1 MHz", "2 MHz", "4 MHz"]
     for i in range(len(file)):
@@ -398,62 +363,6 @@ def test_signals_of_several_rates_are_asked_for_what_the_rate_decides(tmp_path):
 def tone(n=4000):
     z = np.exp(2j * np.pi * 0.05 * np.arange(n)) * 0.5
     return np.stack([z.real, z.imag], 1).astype(np.float32)
-
-
-def save_as(path, x):
-    z = (x[:, 0] + 1j * x[:, 1]).astype(np.complex64)
-    kind = path.suffix
-    if kind == ".npy":
-        np.save(path, z)
-    elif kind == ".mat":
-        scipy.io.savemat(path, {"iq": z, "fs": 1e6})
-    elif kind == ".wav":
-        scipy.io.wavfile.write(path, 48000, (x * 32767).astype(np.int16))
-    elif kind == ".cu8":
-        np.clip(x * 127.5 + 127.5, 0, 255).round().astype(np.uint8).tofile(path)
-    elif kind == ".cs8":
-        (x * 127).astype(np.int8).tofile(path)
-    elif kind == ".cs16":
-        (x * 32767).astype("<i2").tofile(path)
-    elif kind == ".cf32":
-        z.tofile(path)
-    elif kind == ".h5":
-        with h5py.File(path, "w") as file:
-            file["IQ_data"] = x[None]
-            file.attrs["fs"] = 5e6
-    else:
-        z.tofile(path.with_suffix(".sigmf-data"))
-        path.write_text(
-            json.dumps(
-                {
-                    "global": {"core:datatype": "cf32_le", "core:version": "1.0.0", "core:sample_rate": 2e6},
-                    "captures": [{"core:sample_start": 0}],
-                    "annotations": [],
-                }
-            )
-        )
-
-
-@pytest.mark.parametrize(
-    "name, fs",
-    [
-        ("a.npy", None),
-        ("a.mat", 1e6),
-        ("a.wav", 48000),
-        ("x_433.92M_250k.cu8", 250e3),
-        ("a.cs8", None),
-        ("a.cs16", None),
-        ("a.cf32", None),
-        ("a.h5", 5e6),
-        ("a.sigmf-meta", 2e6),
-    ],
-)
-def test_every_format_gives_the_same_samples(tmp_path, name, fs):
-    save_as(tmp_path / name, tone())
-    iq, rate = read_iq(tmp_path / name)
-    assert iq.shape == (4000, 2) and rate == fs
-    scaled = iq / np.abs(iq).max() * 0.5
-    assert np.abs(scaled - tone()).max() < 0.01
 
 
 @pytest.mark.parametrize(
@@ -565,7 +474,7 @@ def test_radioml2018_comes_in(tmp_path):
         ({"classes": np.array(["a", "c"])}, "class c is not among"),
     ],
 )
-def test_bad_capture_files_are_named_by_field(tmp_path, monkeypatch, change, words):
+def test_bad_capture_files_are_named_by_field(tmp_path, change, words):
     iq = np.random.default_rng(0).integers(0, 255, (3, 64, 2)).astype(np.uint8)
     good = dict(
         iq=iq,
@@ -577,17 +486,9 @@ def test_bad_capture_files_are_named_by_field(tmp_path, monkeypatch, change, wor
     )
     np.savez(tmp_path / "train.npz", **good)
     np.savez(tmp_path / "test.npz", **(good | change))
-    command = [
-        "convert.py",
-        "rtl433",
-        str(tmp_path / "train.npz"),
-        str(tmp_path / "test.npz"),
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    monkeypatch.setattr("sys.argv", command)
+    files = [str(tmp_path / name) for name in ("train.npz", "test.npz")]
     with pytest.raises(UserError, match=words) as error:
-        convert_main(convert_args())
+        convert_main(convert_args(["rtl433", *files, "--out", str(tmp_path / "out")]))
     assert "test.npz" in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
@@ -604,27 +505,6 @@ def test_polar_view_measures_magnitude_and_frequency():
 
 
 # ---- answers
-
-
-@pytest.mark.parametrize(
-    "text, letter",
-    [
-        ("正确答案是：(B) FM", "B"),
-        ("The correct answer is: (D) 2FSK", "D"),
-        ("（C）MSK", "C"),
-        ("A", "A"),
-        ("B. FM", "B"),
-        ("2FSK", "D"),
-        ("It is GFSK.", "A"),
-        ("FM", "B"),
-        ("none", None),
-        ("(E) x", None),
-        ("GFSK or MSK", None),
-        ("", None),
-    ],
-)
-def test_letter_is_found_in_generated_text(text, letter):
-    assert extract_letter(text, {"A": "GFSK", "B": "FM", "C": "MSK", "D": "2FSK"}) == letter
 
 
 def test_submission_is_written_and_every_fault_found(tmp_path):
@@ -694,14 +574,11 @@ def test_what_was_found_in_many_questions_is_remembered(tmp_path, monkeypatch):
     monkeypatch.setattr(signal_file, "LARGE", 1)
     iq = np.random.default_rng(0).normal(size=(6, 32, 2)).astype("f4")
     iq[2] = 0
-    with h5py.File(tmp_path / "x.h5", "w") as file:
-        file["IQ_data"] = iq
-        file.attrs["fs"] = 1e6
+    write_h5(tmp_path / "x.h5", iq, fs=1e6)
     ask = "What is it? (A) BPSK (B) QPSK"
-    questions = [
-        {"id": i, "question": ask, "answer": f"({'AB'[i % 2]}) it is", "iq_index_in_h5": i} for i in range(6)
-    ]
-    (tmp_path / "x.json").write_text(json.dumps(questions))
+    answers = [f"({'AB'[i % 2]}) it is" for i in range(6)]
+    rows = [{"question": ask, "answer": text, "iq_index_in_h5": i} for i, text in enumerate(answers)]
+    write_questions(tmp_path / "x.json", rows)
     tokenizer, looked = make_tokenizer([ask, "it is"] * 3, 200), []
     original = QuestionDataset.fault
     monkeypatch.setattr(QuestionDataset, "fault", lambda *a: looked.append(1) or original(*a))

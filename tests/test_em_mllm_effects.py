@@ -13,21 +13,7 @@ import em_mllm.train
 import studies.em_mllm.make_llm
 from tests import forked
 from tests.effects import RUN_BASE, RUN_FLAGS, Effect, check_effects
-
-SIZES = {
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 16,
-    "patch_size": [16, 1],
-    "max_seq_len": [144, 1],
-    "decoder_hidden_size": 16,
-    "decoder_num_hidden_layers": 1,
-    "decoder_num_attention_heads": 2,
-    "decoder_intermediate_size": 16,
-    "initializer_range": 0.1,
-    "attention_type": "sdpa",
-}
+from tests.em_world import tiny_sizes
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +29,7 @@ def world(tmp_path_factory):
     counts = ("--train", 4, "--val", 1, "--test", 1, "--points", 128, "--snr", 0, 20)
     make(em_mllm.make_data, "--out", data, *counts)
     make(studies.em_mllm.make_llm, "--out", folder / "llm", "--steps", 1, "--hidden-size", 16)
-    (folder / "sizes.json").write_text(json.dumps(SIZES))
+    (folder / "sizes.json").write_text(json.dumps(tiny_sizes(initializer_range=0.1)))
     train = ("--data", data / "train", "--config", folder / "sizes.json", "--max-steps", 1, "--batch-size", 2)
     make(em_mllm.pretrain, *train, "--out", folder / "mae")
     make(em_mllm.pretrain, *train, "--seed", 9, "--out", folder / "other")

@@ -23,19 +23,9 @@ from em_mllm.model import (
     save_model,
     set_trainable,
 )
+from tests.em_world import tiny_sizes
 
-ENCODER = dict(
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    intermediate_size=48,
-    max_seq_len=(256, 1),
-    decoder_hidden_size=24,
-    decoder_num_hidden_layers=1,
-    decoder_num_attention_heads=3,
-    decoder_intermediate_size=40,
-    initializer_range=0.2,
-)
+ENCODER = tiny_sizes(32, points=256, patch=8, num_hidden_layers=2, initializer_range=0.2)
 FM9G = {
     "model_type": "fm9g",
     "vocab_size": 64,
@@ -380,23 +370,10 @@ def test_longrope_of_an_fm9g_config_is_mapped():
 
 
 def test_full_size_fm9g_has_the_stated_parameters():
-    config = granite_config(
-        {
-            "vocab_size": 73448,
-            "hidden_size": 2560,
-            "intermediate_size": 6400,
-            "num_hidden_layers": 62,
-            "num_attention_heads": 40,
-            "num_key_value_heads": 4,
-            "scale_emb": 12,
-            "scale_depth": 1.4,
-            "dim_model_base": 256,
-            "rope_theta": 1e6,
-            "tie_word_embeddings": True,
-        }
-    )
+    sizes = {"vocab_size": 73448, "hidden_size": 2560, "intermediate_size": 6400, "num_hidden_layers": 62}
+    sizes |= {"num_attention_heads": 40, "num_key_value_heads": 4, "dim_model_base": 256}
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(granite_config(FM9G | sizes))
     assert sum(p.numel() for p in model.parameters()) == 4_129_681_920
 
 

@@ -32,6 +32,7 @@ from em_mllm.scores import (
 )
 from em_mllm.test import other_signals
 from studies.em_mllm import fewshot, rtl433
+from tests.em_world import tiny_sizes, write_h5, write_questions
 
 
 def command(module, *arguments):
@@ -44,21 +45,8 @@ def command(module, *arguments):
 def data(tmp_path_factory):
     """Built-in data: signals of 128 points, four questions about each training signal."""
     folder = tmp_path_factory.mktemp("splits") / "data"
-    command(
-        em_mllm.make_data,
-        "--out",
-        folder,
-        "--train",
-        4,
-        "--val",
-        2,
-        "--test",
-        2,
-        "--points",
-        128,
-        "--seed",
-        3,
-    )
+    few = ("--train", 4, "--val", 2, "--test", 2, "--points", 128, "--seed", 3)
+    command(em_mllm.make_data, "--out", folder, *few)
     return folder
 
 
@@ -123,27 +111,8 @@ def shown(subset) -> set[bytes]:
 @pytest.mark.slow
 @pytest.mark.parametrize("questions_per_signal", [0, 2])
 def test_questions_held_out_show_no_training_signal(data, tokenizer, questions_per_signal):
-    args = SimpleNamespace(
-        task_dir=data / "train",
-        task_files=None,
-        val_dir=None,
-        questions_per_signal=questions_per_signal,
-        max_length=512,
-        chat_template=False,
-        skip_bad=False,
-        fs=20e6,
-        seed=0,
-        noise_db=None,
-        shift_hz=0.0,
-        roll=False,
-        phase=False,
-        conjugate=False,
-        trained_dir=None,
-        signal_encoder_path=data,
-        remove_dc=False,
-        resample=False,
-        _given=set(),
-    )
+    words = ("--task-dir", data / "train", "--signal-encoder-path", data)
+    args = em_mllm.train.parse_args([*map(str, words), f"--questions-per-signal={questions_per_signal}"])
     source, train, val = em_mllm.train.make_data(args, tokenizer)
     assert_disjoint(shown(train), shown(val))
     assert len(val) == len(source) // 10
@@ -161,19 +130,7 @@ def test_questions_held_out_show_no_training_signal(data, tokenizer, questions_p
 
 
 def test_labels_are_learned_from_training_files_alone(data, tmp_path, monkeypatch):
-    config = SiTMAEConfig(
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        patch_size=(16, 1),
-        max_seq_len=(144, 1),
-        decoder_hidden_size=16,
-        decoder_num_hidden_layers=1,
-        decoder_num_attention_heads=2,
-        decoder_intermediate_size=16,
-    )
-    SiTMAEForPreTraining(config).save_pretrained(tmp_path / "encoder")
+    SiTMAEForPreTraining(SiTMAEConfig(**tiny_sizes())).save_pretrained(tmp_path / "encoder")
     read, phase = {"training": set(), "train": set()}, ["training"]
     plain_read, plain_predict = SignalFile.read, em_mllm.finetune.predict
 
@@ -255,10 +212,9 @@ def test_the_wrong_signal_has_another_label_of_the_same_task(data, tokenizer):
 
 
 def test_a_wrong_signal_without_a_label_is_another_one(tmp_path, tokenizer):
-    with h5py.File(tmp_path / "x.h5", "w") as file:
-        file["IQ_data"], file["label"] = np.ones((3, 32, 2), "f4"), np.full((3, 1), np.nan)
-    rows = [{"id": i, "question": "Which? (A) FM (B) AM", "iq_index_in_h5": i // 4} for i in range(12)]
-    (tmp_path / "x.json").write_text(json.dumps(rows))
+    write_h5(tmp_path / "x.h5", np.ones((3, 32, 2), "f4"), label=np.full((3, 1), np.nan))
+    rows = [{"question": "Which? (A) FM (B) AM", "iq_index_in_h5": i // 4} for i in range(12)]
+    write_questions(tmp_path / "x.json", rows)
     questions = QuestionDataset(task_pairs(tmp_path), tokenizer, with_answers=False)
     swap = other_signals(questions)
     assert len(swap) == 12 and all(row // 4 != other // 4 for row, other in swap.items())
@@ -352,10 +308,8 @@ def test_a_regression_of_zeros_keeps_its_unit_and_infinite_values_scale_nothing(
 
 def test_a_file_whose_signals_are_all_left_out_takes_no_part_in_the_classes(tmp_path):
     def write(name, iq, labels, classes):
-        with h5py.File(tmp_path / name, "w") as file:
-            file["IQ_data"], file["label"] = iq, np.array(labels, "f4")[:, None]
-            file.attrs["classes"] = json.dumps(classes)
-        return tmp_path / name
+        label = np.array(labels, "f4")[:, None]
+        return write_h5(tmp_path / name, iq, label=label, classes=json.dumps(classes))
 
     waves = np.random.default_rng(0).standard_normal((2, 64, 2)).astype("f4")
     good = write("good.h5", waves, [0, 1], ["AM", "FM"])
@@ -375,19 +329,7 @@ def test_a_file_whose_signals_are_all_left_out_takes_no_part_in_the_classes(tmp_
 
 
 def test_the_closing_measurement_reads_the_rows_it_uses(data, monkeypatch):
-    config = SiTMAEConfig(
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        decoder_hidden_size=16,
-        decoder_num_hidden_layers=1,
-        decoder_num_attention_heads=2,
-        decoder_intermediate_size=16,
-        patch_size=(16, 1),
-        max_seq_len=(160, 1),
-        attention_type="sdpa",
-    )
+    config = SiTMAEConfig(**tiny_sizes(points=160))
     signals = SignalDataset(signal_files([data / "test"]))
     rows, read = PackedSignals(signals, config, config.num_positions, 0, shuffle=False), []
     take = PackedSignals.__getitem__

@@ -22,6 +22,7 @@ from em_mllm.signal_file import SignalFile
 from studies.em_mllm import real, rtl433
 from studies.recipe import options
 from tests import forked
+from tests.em_world import tiny_sizes
 from tests.parity import assert_same_first_step
 from tests.quick_python import python
 from tests.test_em_mllm_shards import pack
@@ -55,28 +56,10 @@ def inside(script, *arguments):
 def home(tmp_path_factory):
     """Data, a pre-trained encoder and a tiny LLM, made by the scripts themselves."""
     folder = tmp_path_factory.mktemp("em")
-    start(
-        EM / "make_data.py", "--out", folder / "data", "--train", 4, "--val", 1, "--test", 1, "--points", 256
-    )
+    few = ("--train", 4, "--val", 1, "--test", 1, "--points", 256)
+    start(EM / "make_data.py", "--out", folder / "data", *few)
     start(STUDY / "make_llm.py", "--out", folder / "llm", "--steps", 2)
-    (folder / "config.json").write_text(
-        json.dumps(
-            dict(
-                hidden_size=32,
-                num_hidden_layers=1,
-                num_attention_heads=4,
-                intermediate_size=64,
-                patch_size=[16, 1],
-                max_seq_len=[272, 1],
-                decoder_hidden_size=32,
-                decoder_num_hidden_layers=1,
-                decoder_num_attention_heads=4,
-                decoder_intermediate_size=64,
-                initializer_range=0.1,
-                attention_type="sdpa",
-            )
-        )
-    )
+    (folder / "config.json").write_text(json.dumps(tiny_sizes(32, points=272, initializer_range=0.1)))
     start(*pretrain(folder, folder / "mae"), "--max-steps", 4, "--val", folder / "data/val")
     return folder
 
@@ -209,12 +192,8 @@ def test_train_then_test_then_one_recording_then_submission(home, tmp_path):
     assert metrics["accuracy"] == pytest.approx(
         np.mean([r["pred"] == r["truth"] for r in rows if "truth" in r])
     )
-    assert {p.name for p in (tmp_path / "test/figures").iterdir()} == {
-        "accuracy_snr.png",
-        "accuracy_snr.csv",
-        "confusion.png",
-        "confusion.csv",
-    }
+    drawn = {f"{name}.{kind}" for name in ("accuracy_snr", "confusion") for kind in ("png", "csv")}
+    assert {p.name for p in (tmp_path / "test/figures").iterdir()} == drawn
     submission = ["--submission", tmp_path / "s.json", "--max-new-tokens", 4]
     with pytest.raises(UserError, match="an id stands twice"):  # both files count from 0
         inside(EM / "test.py", "--model", model, "--task-dir", data, *submission)
@@ -270,17 +249,8 @@ def test_two_processes_give_the_same_answers_as_one(home, tmp_path):
     rows = []
     for processes in (1, 2):
         out = tmp_path / f"by-{processes}"
-        options = [
-            "--task-files",
-            *files,
-            "--out",
-            out,
-            "--batch-size",
-            4,
-            "--max-new-tokens",
-            6,
-            "--wrong-signal",
-        ]
+        options = ["--task-files", *files, "--wrong-signal", "--batch-size", 4, "--max-new-tokens", 6]
+        options += ["--out", out]
         start(EM / "test.py", "--model", tmp_path / "run/model", *options, processes=processes)
         rows.append([json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()])
     for one, two in zip(*rows, strict=True):
@@ -316,17 +286,8 @@ def test_finetune_joins_classes_of_several_files_and_leaves_a_model_for_training
     def finetune(out, train, test, *more):
         paths = lambda part, names: [home / f"data/{part}/{name}.h5" for name in names]
         files = ["--train", *paths("train", train), "--test", *paths("test", test)]
-        how = [
-            "--signal-encoder-path",
-            home / "mae/encoder",
-            "--batch-size",
-            8,
-            "--steps",
-            2,
-            "--log-every",
-            1,
-        ]
-        return [EM / "finetune.py", *files, *how, "--out", out, *more]
+        how = ["--signal-encoder-path", home / "mae/encoder", "--batch-size", 8, "--steps", 2]
+        return [EM / "finetune.py", *files, *how, "--log-every", 1, "--out", out, *more]
 
     inside(*finetune(tmp_path / "a", ("modulation", "radar_jamming"), ("radar_jamming", "modulation")))
     metrics = json.loads((tmp_path / "a/metrics.json").read_text())
@@ -358,12 +319,8 @@ def test_finetune_joins_classes_of_several_files_and_leaves_a_model_for_training
         ({"TASK_DIR": "data/train", "SIGNAL_ENCODER_PATH": "mae/encoder", "LLM_MODEL_PATH": "llm"}, []),
         (
             {"LLM_MODEL_PATH": "llm"},
-            [
-                "--signal-encoder-path=mae/encoder",
-                "--task-files",
-                "data/train/radar_jamming.h5",
-                "data/train/radar_jamming.json",
-            ],
+            ["--signal-encoder-path=mae/encoder", "--task-files"]
+            + [f"data/train/radar_jamming.{suffix}" for suffix in ("h5", "json")],
         ),
     ],
 )
@@ -409,21 +366,13 @@ def test_study_of_real_captures_from_files_to_questions(home, tmp_path):
         f"{k}{s}" for k in levels for s in ("", "_shift")
     }
     assert SignalFile(tmp_path / "data/test/clean/device.h5").column("label").tolist() == list(range(12))
-    inside(
-        EM / "convert.py", "rtl433", captures[1], "--out", tmp_path / "alone"
-    )  # captures to be asked about, none to learn from
+    # captures to be asked about, none to learn from
+    inside(EM / "convert.py", "rtl433", captures[1], "--out", tmp_path / "alone")
     assert {p.name for p in (tmp_path / "alone").iterdir()} == {"test", "tasks.json"}
     assert SignalFile(tmp_path / "alone/test/clean/device.h5").classes == names[::-1]
-    study = [
-        STUDY / "rtl433.py",
-        "--captures",
-        *captures,
-        "--data",
-        tmp_path / "data",
-        "--signal-encoder-path",
-        home / "mae/encoder",
-    ]
-    inside(*study, "--steps", 4, "--seeds", 2, "--out", tmp_path / "study")
+    study = ["--captures", *captures, "--data", tmp_path / "data", "--steps", 4, "--seeds", 2]
+    encoder = ["--signal-encoder-path", home / "mae/encoder"]
+    inside(STUDY / "rtl433.py", *study, *encoder, "--out", tmp_path / "study")
     metrics = json.loads((tmp_path / "study/metrics.json").read_text())
     assert metrics["count"] == 12 and metrics["chance"] == pytest.approx(1 / 12)
     assert metrics["conditions"]["pulse lengths, clean training"]["clean"] > 0.5
