@@ -219,16 +219,19 @@ def joined(x: np.ndarray) -> np.ndarray:
 
 
 def stacked(x: np.ndarray, path, columns: bool) -> np.ndarray:
-    """A real array of three axes as (Num, T, 2). columns: the captures may come last, as in MATLAB."""
-    first, middle, last = x.shape
-    if last == 2 != middle:
-        return x
-    if middle == 2:
-        is_last = last < first if columns else last < 16 <= first  # nobody keeps captures of so few samples
-        x = x.transpose((2, 0, 1) if is_last else (0, 2, 1))
-        print(f"{path}: {first, middle, last}, taken as {len(x)} captures of {x.shape[1]} samples")
-    elif first == 2:
-        x = x.transpose(2, 1, 0)
+    """A stack of captures as complex (Num, T) or real (Num, T, 2). They come last where they would have fewer
+    than 16 samples otherwise, or (columns) as MATLAB's functions write them, which is said."""
+    shape, is_complex = x.shape, np.iscomplexobj(x)
+    if not is_complex and shape[1] != 2:
+        return x.transpose(2, 1, 0) if shape[0] == 2 != shape[2] else x
+    first, last = shape[0], shape[-1]
+    by_column = first >= 16 if is_complex else last < first
+    come_last = by_column if columns else last < 16 <= first
+    x = np.moveaxis(x, -1, 0) if come_last else x
+    if not is_complex and not come_last:
+        x = x.transpose(0, 2, 1)  # (Num, 2, T)
+    if columns or come_last:
+        print(f"{path}: {shape}, taken as {len(x)} captures of {x.shape[1]} samples")
     return x
 
 
@@ -239,9 +242,8 @@ def two_columns(x: np.ndarray, path, index: int = 0, columns: bool = False) -> n
     x = np.squeeze(x, tuple(axis for axis, size in enumerate(x.shape) if size == 1)) if x.ndim > 1 else x
     if x.dtype.kind not in "fiuc":
         raise UserError(f"{path}: holds {x.dtype}, expected real or complex numbers")
-    if not np.iscomplexobj(x) and x.ndim == 3:
-        x = stacked(x, path, columns)
     if x.ndim == (2 if np.iscomplexobj(x) else 3):
+        x = stacked(x, path, columns)
         if not 0 <= index < len(x):
             raise UserError(f"{path}: --index {index} is past the end, the file holds {len(x)} signals")
         x = x[index]
@@ -341,16 +343,10 @@ def mat_content(path: Path) -> dict:
 
 
 def read_mat(path: Path, index: int):
-    """The samples of a MATLAB file and its rate. Complex N x M, as MATLAB's functions take it, is a capture a
-    column."""
+    """The samples of a MATLAB file and its rate."""
     with reading(path, "MATLAB file"):
         content = mat_content(path)
-    name, found, fs = choose_array(content, path, index)
-    x = found
-    if np.iscomplexobj(x) and x.ndim == 2 and min(x.shape) > 1:
-        if x.shape[0] >= 16:
-            x = x.T
-        print(f"{path}: {name} is {found.shape}, taken as {len(x)} captures of {x.shape[1]} samples")
+    name, x, fs = choose_array(content, path, index)
     return two_columns(x, f"{path}: {name}", index, columns=True), fs
 
 

@@ -253,12 +253,13 @@ STATED = (
     ),
     re.compile(r"(?:^|应为|应是|是|为|选)[\s(]*([A-Z])\)?\s*(?:选项|项)"),
 )
-# one of several letters: what stands before it, and what behind it
-JOIN = r"\s*(?:\b(?:and|or)\b|还是|和|或|与|及|、|,|/|&)\s*"
+# one of several letters: what stands before it, and what behind it; a comma may begin another sentence
+LONE = r"(?:option\s+|选项)?[(\[]*[A-HJ-Z](?![A-Za-z0-9])"  # I is a word
+JOIN = r"\s*(?:\b(?:and|or)\b|还是|和|或|与|及|/|&)\s*"
 JOINED = re.compile(
-    rf"(?:(?<![A-Za-z0-9])[A-Z][)\]]*(?:{JOIN}|\s+)|\b(?:and|or)\s*|[和或与及、/&]\s*)[(\[]*$"
+    rf"(?:(?<![A-Za-z0-9])[A-Z][)\]]*(?:{JOIN}|\s*[、,]\s*|\s+)|\b(?:and|or)\s*|[和或与及、/&]\s*)[(\[]*$"
 )
-JOINS = re.compile(rf"[)\]]*{JOIN}(?:option\s+|选项)?[(\[]*[A-Z](?![A-Za-z0-9])")
+JOINS = re.compile(rf"[)\]]*(?:{JOIN}{LONE}|\s*[、,]\s*{LONE}[)\]]*(?:$|[.。、,;!?]|{JOIN}))")
 NEGATED = re.compile(
     r"(?i:不是|不选|而非|排除|\bnot|\bisn't|n't be|\brather than|\binstead of)\s*[(\[\"'*]*$"
 )

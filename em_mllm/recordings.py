@@ -43,8 +43,11 @@ def window_points(args, recording, spec, config) -> int | None:
 
 def cut(args, path, notes, spec, config):
     """Open a recording and cut it; returns (recording, rate in Hz, [(first sample, samples)])."""
-    recording = open_recording(path, args.index, args.iq_format, notes.get("default_fs", DEFAULT_FS))
+    default_fs = args.fs or notes.get("default_fs", DEFAULT_FS)
+    recording = open_recording(path, args.index, args.iq_format, default_fs)
     fs = args.fs or recording.fs
+    if recording.fs not in (None, fs):
+        print(f"{path}: states {recording.fs:g} Hz; --fs {fs:g} is taken instead")
     if fs is None and len(spec.rates) == 1:  # what else it may be, it cannot have learned
         fs = spec.rates[0] * spec.factor
         print(f"{path}: does not say its sampling rate; taken as that of training, say another with --fs")

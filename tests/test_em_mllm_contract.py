@@ -200,7 +200,7 @@ def test_signals_longer_than_the_encoder_are_one_line(folders, tmp_path):
     assert not (tmp_path / "out").exists() and not (tmp_path / "fine").exists()
 
 
-def test_a_raw_capture_goes_through_the_view_of_training(folders, tmp_path):
+def test_a_raw_capture_goes_through_the_view_of_training(folders, tmp_path, capsys):
     """An rtl_433 capture as recorded, asked of a model that learned magnitude and frequency, 8 to a point."""
     notes = read_notes(folders / "seen/model")
     spec = SignalSpec.from_json(notes["signal"])
@@ -215,6 +215,9 @@ def test_a_raw_capture_goes_through_the_view_of_training(folders, tmp_path):
     expected = convert_view(z.astype(np.complex64))
     assert rate == 31250.0 and iq.shape == (128, 2)
     np.testing.assert_allclose(iq, expected / np.abs(expected).max(), atol=1e-5)
+    args.fs = 1e6
+    cut(args, tmp_path / "g001_433.92M_250k.cu8", notes, spec, config)
+    assert "states 250000 Hz; --fs 1e+06 is taken instead" in capsys.readouterr().out
 
 
 def test_preparation_takes_the_mean_off_resamples_and_refuses_another_view():

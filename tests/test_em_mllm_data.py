@@ -73,10 +73,6 @@ def test_seeds_own_example_is_read(tmp_path, tokenizer):
     )
     assert prompt.endswith("</s>") and "GFSK" in prompt
     assert parse_options({"question": QUESTION}) == {"A": "GFSK", "B": "FM", "C": "MSK", "D": "2FSK"}
-    assert parse_options({"question": "?", "Answer choices": ["(A) GFSK", "(B) AM-DSB"]}) == {
-        "A": "GFSK",
-        "B": "AM-DSB",
-    }
 
 
 def test_h5_path_of_the_record_wins_over_the_pairing(tmp_path, tokenizer):
@@ -212,22 +208,19 @@ def test_packing_shows_every_signal_once_an_epoch_and_depends_on_seed_and_epoch_
     assert sorted(packed.members.tolist()) == list(range(30)) and packed.efficiency > 0.8
     again = PackedSignals(SignalDataset([tmp_path / "modulation.h5"]), config, 34, min_points=16, seed=1)
     assert all(torch.equal(packed[2][k], again[2][k]) for k in packed[2])
-    lengths = np.concatenate(
-        [(PackedSignals(packed.signals, config, 34, min_points=16, seed=s).counts) for s in range(60)]
-    )
+    plans = [PackedSignals(packed.signals, config, 34, min_points=16, seed=s).counts for s in range(60)]
+    lengths = np.concatenate(plans)
     assert lengths.min() == 2 and lengths.max() == 15  # patches of 8 in 16 to 128 points
-    assert np.mean(lengths < 2**1.5 * 2) == pytest.approx(
-        0.5, abs=0.05
-    )  # log-uniform: half of the signals below the geometric mean
+    # log-uniform: half of the signals below the geometric mean
+    assert np.mean(lengths < 2**1.5 * 2) == pytest.approx(0.5, abs=0.05)
     before = packed[0]["patches"]
     packed.set_epoch(1)
     assert not torch.equal(before, packed[0]["patches"])
     packed.set_epoch(0)
     assert torch.equal(before, packed[0]["patches"])
     row = packed[0]
-    assert ((row["sample_ids_seq"] >= 0) | (row["patches"] == 0).all(-1)).all() and torch.isinf(
-        row["noise"][row["sample_ids_seq"] < 0]
-    ).all()
+    padding = row["sample_ids_seq"] < 0
+    assert not row["patches"][padding].any() and torch.isinf(row["noise"][padding]).all()
 
 
 def test_added_noise_has_the_stated_level():
@@ -248,15 +241,9 @@ def test_ranges_that_cannot_be_meant_are_one_line(tmp_path, capsys):
     ):
         with pytest.raises(UserError, match=words):
             make_data_main(make_data_args(["--out", str(tmp_path / "d"), *flags]))
-    for flags in (
-        ["--fs", "nan"],
-        ["--fs", "0"],
-        ["--snr", "nan", "0"],
-        ["--seed", "-1"],
-        ["--points", "64"],
-    ):
+    for flags in ("--fs nan", "--fs 0", "--snr nan 0", "--seed -1", "--points 64"):
         with pytest.raises(SystemExit):
-            make_data_args(["--out", str(tmp_path / "d"), *flags])
+            make_data_args(["--out", str(tmp_path / "d"), *flags.split()])
     assert "Traceback" not in capsys.readouterr().err
 
 
@@ -406,10 +393,8 @@ def test_windows_are_the_strong_ones_in_order():
     assert [start for start, _ in cut] == [3000, 4000] and all(w.shape == (1000, 2) for _, w in cut)
     x[8000:9000] += 2 * tone(1000)
     x[4000:5000] *= 1.1
-    assert [start for start, _ in windows(x, 1000, most=2)] == [
-        4000,
-        8000,
-    ]  # in order of time, though 8000 is the strongest
+    # in order of time, though 8000 is the strongest
+    assert [start for start, _ in windows(x, 1000, most=2)] == [4000, 8000]
     assert len(windows(x[:500], 1000)) == 1
 
 
@@ -424,19 +409,13 @@ def test_radioml2016_comes_in_and_code_in_the_pickle_does_not_run(tmp_path):
         for snr in (-4, 18)
     }
     (tmp_path / "r.pkl").write_bytes(pickle.dumps(cells, protocol=2))
-    convert_main(
-        convert_args(["radioml2016", f"{tmp_path}/r.pkl", "--out", f"{tmp_path}/out", "--per-cell", "10"])
-    )
-    counts = {
-        part: len(SignalFile(tmp_path / "out" / part / "modulation.h5")) for part in ("train", "val", "test")
-    }
-    assert counts == {"train": 48, "val": 16, "test": 16}
-    file = SignalFile(tmp_path / "out/test/modulation.h5")
-    assert (
-        file.points == 128
-        and set(file.column("snr")) == {-4, 18}
-        and file.classes == sorted(["BPSK", "WBFM", "QPSK", "GFSK"])
-    )
+    out = tmp_path / "out"
+    convert_main(convert_args(["radioml2016", f"{tmp_path}/r.pkl", "--out", str(out), "--per-cell", "10"]))
+    files = [SignalFile(out / part / "modulation.h5") for part in ("train", "val", "test")]
+    assert [len(file) for file in files] == [48, 16, 16]
+    for file in files:
+        assert file.points == 128 and set(file.column("snr")) == {-4, 18}
+        assert file.classes == sorted(["BPSK", "WBFM", "QPSK", "GFSK"])
     marker = tmp_path / "ran"
     evil = type("Evil", (), {"__reduce__": lambda self: (open, (str(marker), "w"))})()
     (tmp_path / "evil.pkl").write_bytes(pickle.dumps(evil))
@@ -497,9 +476,8 @@ def test_polar_view_measures_magnitude_and_frequency():
     z = burst * np.exp(2j * np.pi * np.where(burst > 1, 0.1, -0.3) * np.arange(800))
     magnitude, frequency = view(z).T
     assert np.allclose(magnitude[1:50], 1, atol=0.01) and np.allclose(magnitude[50:], -1, atol=0.01)
-    assert np.allclose(
-        frequency[1:50], 0.2 * 2**0.5, rtol=0.02
-    )  # strength is relative to the mean power: twice it in the burst
+    # strength is relative to the mean power: twice it in the burst
+    assert np.allclose(frequency[1:50], 0.2 * 2**0.5, rtol=0.02)
     assert np.abs(frequency[51:]).max() < 1e-5
     assert np.isfinite(view(np.ones(800))).all()
 

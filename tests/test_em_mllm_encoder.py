@@ -29,11 +29,14 @@ from em_mllm.em_foundation.utils.utils import (
 )
 from em_mllm.signals import (
     JAMMING,
+    MAKERS,
     MODULATIONS,
     RADAR,
+    add_noise,
     channel,
     constellation,
     make_signal,
+    pulse_train,
     root_raised_cosine,
     shaped,
 )
@@ -112,9 +115,8 @@ def test_mask_hides_the_stated_share_of_every_sample_and_never_padding():
     matrix = sample_id_matrix(ids, patches.shape[1])
     out = model(patches, positions, ids, noise=mae_scores(matrix, 2, torch.Generator().manual_seed(1)))
     assert not out.mae_mask[matrix < 0].any() and not out.mae_mask[(positions < 2) & (matrix >= 0)].any()
-    row0 = [
-        int(out.mae_mask[0][matrix[0] == s].sum()) for s in range(3)
-    ]  # 8, 5 and 3 IQ patches, half hidden
+    # 8, 5 and 3 IQ patches, half hidden
+    row0 = [int(out.mae_mask[0][matrix[0] == s].sum()) for s in range(3)]
     assert all(abs(h - n / 2) <= 1 for h, n in zip(row0, (8, 5, 3)))
     again = model(patches, positions, ids, noise=mae_scores(matrix, 2, torch.Generator().manual_seed(1)))
     assert torch.equal(out.mae_mask, again.mae_mask)
@@ -197,9 +199,8 @@ def test_one_label_per_packed_signal_equals_each_signal_alone(pooling):
         one = pack_sequence([[row]], 8, row.shape[1])
         losses.append(model(*one, labels=label[None]).loss)
         logits = model(*one).logits[0]
-        read = (
-            logits[0] if pooling == "cls" else logits[2:].mean(0)
-        )  # behind the cls and the sampling-rate token
+        # behind the cls and the sampling-rate token
+        read = logits[0] if pooling == "cls" else logits[2:].mean(0)
         torch.testing.assert_close(losses[-1], F.cross_entropy(read, label), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(
         model(patches, positions, ids, labels=labels).loss, torch.stack(losses).mean(), atol=1e-5, rtol=1e-4
@@ -208,17 +209,15 @@ def test_one_label_per_packed_signal_equals_each_signal_alone(pooling):
 
 def test_log_spectra_show_the_lines_of_psk_and_ignore_gain_and_phase():
     rng = np.random.default_rng(0)
-    middle = lambda iq: (
-        log_spectra(iq).reshape(4, 32)[:, 15:17].max(1)
-    )  # the bands beside frequency zero: z, z^2, z^4, envelope
+    # the bands beside frequency zero: z, z^2, z^4, envelope
+    middle = lambda iq: log_spectra(iq).reshape(4, 32)[:, 15:17].max(1)
     bpsk, qpsk = (
         np.repeat(constellation(name)[rng.integers(size, size=128)], 8)
         for name, size in (("BPSK", 2), ("QPSK", 4))
     )
     two, four = (np.stack([z.real, z.imag], 1) for z in (bpsk, qpsk))
-    assert (
-        middle(two)[1] > 5 and middle(four)[1] < 4 and middle(four)[2] > 5
-    )  # a line holds the power of 1024 points: log 1024 = 6.9
+    # a line holds the power of 1024 points: log 1024 = 6.9
+    assert middle(two)[1] > 5 and middle(four)[1] < 4 and middle(four)[2] > 5
     turned = 0.3 * np.stack([bpsk.imag, -bpsk.real], 1)
     np.testing.assert_allclose(log_spectra(turned), log_spectra(two), atol=1e-4)
     assert log_spectra(two[:50]).shape == (128,) and np.isfinite(log_spectra(0 * two)).all()
@@ -236,16 +235,12 @@ def test_spectra_of_packed_signals_are_read_at_their_own_cls_token():
     alone = []
     for signal, target in zip(signals, truth):
         one = pack_sequence([[signal]], 8, signal.shape[1])
-        alone.append(
-            model(
-                *one, spectrum=torch.cat([target[None], torch.zeros(len(one[1][0]) - 1, 128)])[None]
-            ).spectrum_loss
-        )
+        at_cls = torch.cat([target[None], torch.zeros(len(one[1][0]) - 1, 128)])[None]
+        alone.append(model(*one, spectrum=at_cls).spectrum_loss)
     torch.testing.assert_close(out.spectrum_loss, torch.stack(alone).mean(), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(out.loss, out.hidden_loss + 0.5 * out.spectrum_loss)
-    assert not any(
-        "spectrum" in k for k in make(SiTMAEForPreTraining).state_dict()
-    )  # published files have no such head
+    # published files have no such head
+    assert not any("spectrum" in k for k in make(SiTMAEForPreTraining).state_dict())
 
 
 def test_two_views_of_a_signal_find_each_other_among_those_of_the_batch():
@@ -298,11 +293,8 @@ def test_unknown_regression_values_are_left_out_of_the_loss():
 
 
 def test_patch_four_keeps_upstreams_table_length_and_json_round_trip(tmp_path):
-    assert (
-        SiTMAEConfig(patch_size=(4, 1)).num_positions == 1028
-        and SiTMAEConfig().num_positions == 514
-        and SiTMAEConfig(use_fs=False).num_positions == 513
-    )
+    kinds = (dict(patch_size=(4, 1)), {}, dict(use_fs=False))
+    assert [SiTMAEConfig(**kind).num_positions for kind in kinds] == [1028, 514, 513]
     SiTMAEConfig(**SMALL, fs=20e6).save_pretrained(tmp_path)
     again = SiTMAEConfig.from_pretrained(tmp_path)
     assert again.patch_size == [8, 1] and again.fs == 20e6 and again.num_positions == 34
@@ -326,10 +318,8 @@ def test_weights_load_with_and_without_prefix_and_fused(tmp_path, capsys):
         assert not report.missing and len(report.loaded) == len(model.state_dict())
         assert torch.equal(model.embeddings.projection.weight, source.sit.embeddings.projection.weight)
     assert "loaded" in capsys.readouterr().out
-    save_file(
-        {k.removeprefix("sit."): v for k, v in source.state_dict().items() if k.startswith("sit.")},
-        tmp_path / "plain.safetensors",
-    )
+    plain = {k.removeprefix("sit."): v for k, v in source.state_dict().items() if k.startswith("sit.")}
+    save_file(plain, tmp_path / "plain.safetensors")
     into = make(SiTMAEForPreTraining)
     assert len(load_encoder(into, tmp_path / "plain.safetensors").loaded) == len(make().state_dict())
 
@@ -349,9 +339,8 @@ def test_weights_load_with_and_without_prefix_and_fused(tmp_path, capsys):
     ],
 )
 def test_wrong_weight_files_are_refused_by_name(tmp_path, change, words):
-    save_file(
-        {k: v.contiguous() for k, v in change(make().state_dict()).items()}, tmp_path / "model.safetensors"
-    )
+    state = {k: v.contiguous() for k, v in change(make().state_dict()).items()}
+    save_file(state, tmp_path / "model.safetensors")
     with pytest.raises(UserError) as error:
         load_encoder(make(), tmp_path)
     assert words in str(error.value) and str(tmp_path) in str(error.value)
@@ -361,12 +350,8 @@ def test_sizes_are_read_from_weights_without_config(tmp_path):
     model = SiTMAEModelWithoutMask(SiTMAEConfig(**{**SMALL, "hidden_size": 64, "num_attention_heads": 1}))
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     config = read_config(tmp_path)
-    assert (config.hidden_size, config.num_hidden_layers, config.patch_size, config.num_positions) == (
-        64,
-        2,
-        [8, 1],
-        34,
-    )
+    assert (config.hidden_size, config.num_hidden_layers) == (64, 2)
+    assert (config.patch_size, config.num_positions) == ([8, 1], 34)
 
 
 def test_too_long_rows_and_signals_are_errors_not_cut():
@@ -401,8 +386,6 @@ def test_signal_is_reproducible_unit_power_and_finite(name):
 def test_measured_snr_is_the_stated_one():
     """A cyclic shift changes neither a tone nor its power; what is left after the tone's bin is removed is
     the noise."""
-    from em_mllm.signals import add_noise
-
     n = 1 << 16
     tone = np.exp(2j * np.pi * 0.125 * np.arange(n))
     for snr_db in (-10, 0, 15):
@@ -413,8 +396,6 @@ def test_measured_snr_is_the_stated_one():
 
 @pytest.mark.parametrize("name", ["BPSK", "QPSK", "16QAM", "OFDM", "MSK", "4FSK", "GFSK"])
 def test_nearly_all_power_lies_in_the_stated_bandwidth(name):
-    from em_mllm.signals import MAKERS
-
     rng, inside = np.random.default_rng(0), []
     for _ in range(8):
         x, info = MAKERS[name](name, 4096, rng)
@@ -440,8 +421,6 @@ def test_matched_filter_recovers_the_constellation(name):
 
 
 def test_radar_parameters_are_those_of_the_signal():
-    from em_mllm.signals import pulse_train
-
     x, info = pulse_train("PULSE", 4096, np.random.default_rng(1))
     edges = np.nonzero(np.diff(np.abs(x), prepend=0) > 0.5)[0]
     assert len(edges) == info["num_pulses"] and edges[0] == pytest.approx(info["pulse_time_delay"], abs=1)
@@ -451,10 +430,8 @@ def test_radar_parameters_are_those_of_the_signal():
 
 def test_rayleigh_fading_changes_power_from_draw_to_draw():
     x = np.ones(256, complex)
-    powers = [
-        np.mean(np.abs(channel(x, np.random.default_rng(s), fading="rayleigh")[0][4:]) ** 2)
-        for s in range(200)
-    ]
+    faded = [channel(x, np.random.default_rng(s), fading="rayleigh")[0][4:] for s in range(200)]
+    powers = [np.mean(np.abs(z) ** 2) for z in faded]
     assert 0.7 < np.mean(powers) < 1.3 and np.std(powers) > 0.5
 
 

@@ -346,6 +346,10 @@ LETTERS = [
     ("选A或B", None),
     ("The answer is A or B", None),
     ("选A或B，最终答案：B", "B"),
+    ("答案：B，A不对", "B"),
+    ("The answer is B, A is wrong.", "B"),
+    ("答案：A、B、C", None),
+    ("The answer is B and I am sure.", "B"),
 ]
 WORDINGS = [
     ("正确答案是：(B) FM", "正确答案是：({letter}) {name}"),

@@ -365,6 +365,7 @@ def test_npz_and_stacks_and_wav(tmp_path, capsys):
     for stack, index in (
         (Z, 0),
         (np.stack([Z * 0, Z]), 1),
+        (np.stack([Z * 0, Z], 1), 1),  # (T, Num)
         (np.stack([PAIR.T * 0, PAIR.T]), 1),  # (2, 2, T)
         (np.stack([PAIR.T] * (N + 1)), N),  # (Num, 2, T), more captures than samples
         (np.stack([PAIR * 0, PAIR], 2), 1),  # (T, 2, 2)

@@ -321,8 +321,8 @@ MUTANTS = [
     ),
     Mutant(
         "em_mllm/iq_io.py",
-        "            x = x.T\n        print(",
-        "            x = x\n        print(",
+        "by_column = first >= 16 if is_complex else last < first",
+        "by_column = False",
         READERS,
         "of a MATLAB matrix a row is taken for a capture",
     ),
