@@ -12,6 +12,7 @@ not change it.
 import json
 from collections import Counter
 from dataclasses import dataclass
+from inspect import getmodule, getsource
 from pathlib import Path
 from typing import NamedTuple
 
@@ -427,7 +428,15 @@ class QuestionDataset(Dataset):
             found = inspect()
         else:
             files = scan([path, *{self.files[owner].path for owner in owners}], ("",))
-            about = [tokenizer_words(self.tokenizer), self.with_answers, self.chat, max_length, limit, 1]
+            grammar = getsource(getmodule(parse_options))  # an edition that reads otherwise looks anew
+            about = [
+                tokenizer_words(self.tokenizer),
+                self.with_answers,
+                self.chat,
+                max_length,
+                limit,
+                grammar,
+            ]
             found = remember(inspect, files, about, cache_folder())
         return {name: column.tolist() for name, column in found.items()}
 

@@ -243,21 +243,22 @@ STATED = (
         rf"(?:答案|选项|应选|应该选|选择|我选|故选|所以选|选)[\])]?\s*(?:应该|应当|应)?\s*(?:是|为|：|:)?\s*(?:：|:)?{L}"
     ),
     re.compile(
-        rf"(?i:\b(?:answer|option|choice|letter|select|choose|pick)\b[\"'*_]*"
+        rf"(?i:\b(?:answer|option|choice|letter|pred|select|choose|pick)\b[\"'*_]*"
         rf"(?:\s+(?:is|would be|should be|must be))?\s*(?:[:：=]|→)?){L}"
     ),
     re.compile(r"\\boxed\s*\{\s*\(?([A-Za-z])\)?\s*\}"),
     re.compile(r"<answer>\s*\(?([A-Za-z])\)?\s*[.)]?\s*</answer>"),
     re.compile(
-        r"(?<![A-Za-z0-9])\(?([A-Z])\)?\s*(?:is|是|为|)\s*(?:(?:the|my)\s+)?(?:correct|right|answer|best|正确|对|答案)"
+        r"(?<![A-Za-z0-9])\(?([A-Z])\)?\s*(?:is|是|为|)\s*(?:(?:the|my)\s+)?(?:final\s+)?(?:correct|right|answer|best|正确|对|答案)"
     ),
-    re.compile(r"(?:^|应为|应是|是|为|选)[\s(]*([A-Z])\)?\s*(?:选项|项)"),
+    re.compile(r"(?:^|应为|应是|是|为|选|第)[\s(]*([A-Z])\)?\s*(?:选项|项)"),
 )
 # one of several letters: what stands before it, and what behind it; a comma may begin another sentence
-LONE = r"(?:option\s+|选项)?[(\[]*[A-HJ-Z](?![A-Za-z0-9])"  # I is a word
+MAYBE = r"(?:(?:maybe|perhaps|possibly)\s+|可能是?)?"
+LONE = rf"{MAYBE}(?:option\s+|选项)?[(\[]*[A-HJ-Z](?![A-Za-z0-9])"  # I is a word
 JOIN = r"\s*(?:\b(?:and|or)\b|还是|和|或|与|及|/|&)\s*"
 JOINED = re.compile(
-    rf"(?:(?<![A-Za-z0-9])[A-Z][)\]]*(?:{JOIN}|\s*[、,]\s*|\s+)|\b(?:and|or)\s*|[和或与及、/&]\s*)[(\[]*$"
+    rf"(?:(?<![A-Za-z0-9])[A-Z][)\]]*(?:{JOIN}|\s*[、,]\s*|\s+)|\b(?:and|or)\s*{MAYBE}|[和或与及、/&]\s*{MAYBE})[(\[]*$"
 )
 JOINS = re.compile(rf"[)\]]*(?:{JOIN}{LONE}|\s*[、,]\s*{LONE}[)\]]*(?:$|[.。、,;!?]|{JOIN}))")
 NEGATED = re.compile(
@@ -277,7 +278,9 @@ def _is_article(text: str, match) -> bool:
 
 def _said(text: str) -> str:
     """An answer in plain characters without its control tokens and what was thought before it."""
-    text = re.sub(r"<\|[^|<>]*\|>|</?(?:s|eos|bos|pad)>", "", text.rpartition("</think>")[2])
+    text = re.sub(
+        r"<\|[^|<>]*\|>|</?(?:s|eos|bos|pad)>", "", text.rpartition("</think>")[2].replace("\\n", "\n")
+    )
     return _without_tags(text).translate(PLAIN)
 
 

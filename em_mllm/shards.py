@@ -45,7 +45,7 @@ class TarSignals(SignalFile):
         if not self.remembered():
             found = self._look_through()
         else:
-            found = remember(self._look_through, scan([self.path], ("",)), "shard, 1", cache_folder())
+            found = remember(self._look_through, scan([self.path], ("",)), "shard, 2", cache_folder())
         self._offset, self._size, self._suffix = found["offset"], found["size"], found["suffix"]
         self._points, rates = found["points"], found["fs"]
         self.count, self.points = len(self._points), int(self._points.max())

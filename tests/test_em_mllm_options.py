@@ -349,6 +349,11 @@ LETTERS = [
     ("答案：B，A不对", "B"),
     ("The answer is B, A is wrong.", "B"),
     ("答案：A、B、C", None),
+    ("A or maybe B", None),
+    ("B is my final answer", "B"),
+    ('{"pred": "B"}', "B"),
+    ("第B项", "B"),
+    ("B\\n", "B"),
     ("The answer is B and I am sure.", "B"),
 ]
 WORDINGS = [
