@@ -31,7 +31,7 @@ import numpy as np
 from common.arguments import Parser, number, refuse
 from common.checkpoint import atomic_dir
 from common.errors import UserError, run
-from common.files import check, read_plain_pickle, reading
+from common.files import check, open_npz, read_plain_pickle, reading
 from common.run import progress
 from em_mllm.make_data import NOUN, write_questions
 from em_mllm.prepare import view
@@ -180,14 +180,11 @@ def append(file: h5py.File, name: str, values):
 def read_rtl433(path: Path, train=None) -> dict:
     """iq (n, 32768) complex64 around zero, y (n,), and per class names, modulation, coding; fs. train:
     content of the training file, whose numbering of the classes the captures then follow."""
-    try:
-        with np.load(path) as file:
-            missing = [k for k in ("iq", "y", "classes", "modulation", "coding", "fs") if k not in file]
-            if missing:
-                raise UserError(f"{path}: has no array {missing[0]} (it has {', '.join(file.files)})")
-            content = {k: file[k] for k in ("iq", "y", "classes", "modulation", "coding", "fs")}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable npz file ({error})") from error
+    fields = ("iq", "y", "classes", "modulation", "coding", "fs")
+    with reading(path, "file of captures"), open_npz(path) as file:
+        if missing := [name for name in fields if name not in file]:
+            raise UserError(f"{path}: has no array {missing[0]} (it has {', '.join(file)})")
+        content = {name: file[name] for name in fields}
     iq, y, classes = content["iq"], content["y"], content["classes"]
     if iq.ndim != 3 or iq.shape[2] != 2 or iq.dtype.kind not in "uif":
         raise UserError(f"{path}: iq is {iq.shape} {iq.dtype}, expected real numbers (n, T, 2)")
