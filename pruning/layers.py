@@ -6,14 +6,10 @@ Works for every decoder of transformers that keeps its blocks in one ModuleList 
 
 import contextlib
 import re
-import sys
-from pathlib import Path
 
 import torch
 from torch import nn
 
-# repository root: every way of starting this file finds it
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.errors import UserError
 from pruning.shorter import check_sources, config_head_counts, shorter
 

@@ -13,15 +13,11 @@ least-squares map of some gaps is far worse than none.
 
 import contextlib
 import copy
-import sys
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import nn
 
-# repository root: every way of starting this file finds it
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.errors import UserError
 from common.train import lr_at
 from pruning.layers import (

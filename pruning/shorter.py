@@ -248,50 +248,36 @@ def periods(fields: dict, keep, count: int) -> dict:
         dense |= {i for i in range(count) if (i + 1) % step}
         new |= {"decoder_sparse_step": 1}
         new["mlp_only_layers"] = [i for i, old in enumerate(keep) if old in dense]
+    n = len(keep)
     for period, offset in PERIODS.items():
         if isinstance(fields.get(period), int) and isinstance(fields.get(offset), int):
             wanted = [old % fields[period] == fields[offset] for old in keep]
-            new |= fitted(period, offset, wanted, lambda i, p, o: i % p == o)
+            every = ((p, o) for p in range(1, n + 2) for o in range(p))
+            new |= fitted((period, offset), every, wanted, lambda i, p, o: i % p == o)
     interval = fields.get("moe_layer_interval")
     if isinstance(interval, int):  # ERNIE's: every interval-th layer of a stretch
         start, end = fields.get("moe_layer_start_index", 0), fields.get("moe_layer_end_index", -1)
         end = count - 1 if end in (-1, None) else end
         wanted = [(old + 1) % interval == 0 and start <= old <= end for old in keep]
-        new |= stretch(wanted)
+        marked = [i for i, yes in enumerate(wanted) if yes] or [n]
+        every = ((step, marked[0], marked[-1]) for step in range(1, n + 1))
+        names = ("moe_layer_interval", "moe_layer_start_index", "moe_layer_end_index")
+        new |= fitted(names, every, wanted, lambda i, step, a, b: (i + 1) % step == 0 and a <= i <= b)
     if isinstance(fields.get("attention_types"), list) and isinstance(fields.get("attention_layers"), list):
         new["attention_types"] = [[[fields["attention_layers"][old]], 1] for old in keep]  # GPT-Neo's
     return new
 
 
-def fitted(period: str, offset: str, wanted: list[bool], rule) -> dict:
-    """The least period and offset that mark the layers `wanted`; UserError where there is none."""
-    for p in range(1, len(wanted) + 2):
-        for o in range(p):
-            if [rule(i, p, o) for i in range(len(wanted))] == wanted:
-                return {period: p, offset: o}
+def fitted(names, every, wanted: list[bool], rule) -> dict:
+    """The first values among `every` for which rule(layer, *values) marks the layers `wanted`, by name;
+    UserError where there are none."""
+    for values in every:
+        if [rule(i, *values) for i in range(len(wanted))] == wanted:
+            return dict(zip(names, values))
     marked = [i for i, yes in enumerate(wanted) if yes]
     raise UserError(
-        f"config.json: the kept layers would need {period} and {offset} for the new numbers {marked} of "
-        f"{len(wanted)}, which no period gives; choose --drop-layers that keep the rhythm of the model"
-    )
-
-
-def stretch(wanted: list[bool]) -> dict:
-    """moe_layer_interval, _start_index and _end_index that mark the layers `wanted`; UserError without."""
-    marked = [i for i, yes in enumerate(wanted) if yes]
-    if not marked:
-        return {
-            "moe_layer_interval": 1,
-            "moe_layer_start_index": len(wanted),
-            "moe_layer_end_index": len(wanted),
-        }
-    first, last = marked[0], marked[-1]
-    for step in range(1, len(wanted) + 1):
-        if [i for i in range(first, last + 1) if (i + 1) % step == 0] == marked:
-            return {"moe_layer_interval": step, "moe_layer_start_index": first, "moe_layer_end_index": last}
-    raise UserError(
-        f"config.json: no moe_layer_interval marks the new layers {marked} of {len(wanted)}; choose "
-        "--drop-layers that keep the rhythm of the model"
+        f"config.json: the kept layers would need {' and '.join(names)} for the new numbers {marked} of "
+        f"{len(wanted)}, which no values give; choose --drop-layers that keep the rhythm of the model"
     )
 
 
@@ -346,30 +332,19 @@ def check_sources(config, keep):
         )
     if getattr(config, "num_mem_blocks", None):
         raise UserError("the layers share blocks that are told apart by layer numbers; they cannot be pruned")
+    keys, needs = "works with the keys and values of layer {}", []
     shared = getattr(config, "num_kv_shared_layers", 0) or 0
-    if shared and kinds:
-        own = len(kinds) - shared  # the layers behind these work with the last own keys of their kind
-        for user in (i for i in keep if i >= own):
-            source = max((i for i in range(own) if kinds[i] == kinds[user]), default=user)
-            if source not in kept:
-                raise UserError(
-                    f"layer {user} works with the keys and values of layer {source}; drop both or keep layer "
-                    f"{source}"
-                )
-    for user, source in enumerate(getattr(config, "kv_source_layers", None) or []):
+    own = max(len(kinds) - shared, 0)  # the layers behind these work with the last own keys of their kind
+    for user in range(own, len(kinds)):
+        needs.append((user, max((i for i in range(own) if kinds[i] == kinds[user]), default=user), keys))
+    needs += [(user, i, keys) for user, i in enumerate(getattr(config, "kv_source_layers", None) or [])]
+    chosen, source = "attends to the tokens that the indexer of layer {} chose", None
+    for user, kind in enumerate(getattr(config, "indexer_types", None) or []):
+        source = user if kind == "full" else source
+        needs.append((user, source if kind == "shared" else user, chosen))
+    for user, source, how in needs:
         if user in kept and source not in kept:
-            raise UserError(
-                f"layer {user} works with the keys and values of layer {source}; drop both or keep layer "
-                f"{source}"
-            )
-    source = None
-    for i, kind in enumerate(getattr(config, "indexer_types", None) or []):
-        source = i if kind == "full" else source
-        if kind == "shared" and i in kept and source not in kept:
-            raise UserError(
-                f"layer {i} attends to the tokens that the indexer of layer {source} chose; drop both or "
-                f"keep layer {source}"
-            )
+            raise UserError(f"layer {user} {how.format(source)}; drop both or keep layer {source}")
 
 
 def picture_layers(config: dict, keep, count: int) -> dict:

@@ -190,6 +190,20 @@ def test_the_nested_layer_count_of_a_model_that_sees_follows(kind, tmp_path):
     assert torch.allclose(logits, skipped(model, DROP), atol=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("named", [None, ["LlavaOfSomeoneElse"]])
+def test_a_model_whose_class_is_not_named_is_of_the_kind_that_takes_its_configuration(named, tmp_path):
+    model = AutoModelForImageTextToText.from_config(AutoConfig.for_model("llava", **SEEING["llava"])).eval()
+    model.save_pretrained(tmp_path / "source")
+    file = tmp_path / "source/config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "architectures": named}))
+    loaded = AutoModelForImageTextToText.from_pretrained(prune(tmp_path / "source", tmp_path / "out")).eval()
+    assert torch.allclose(loaded(input_ids=IDS).logits, skipped(model, DROP), atol=1e-5)
+    file.write_text(json.dumps({**json.loads(file.read_text()), "architectures": ["CLIPTextModel"]}))
+    with pytest.raises(UserError, match="config.json is refused by its class"):
+        prune(tmp_path / "source", tmp_path / "again")
+
+
 def test_layers_that_features_of_pictures_are_added_to_stay(tmp_path):
     model = AutoModelForImageTextToText.from_config(AutoConfig.for_model("qwen3_vl", **SEEING["qwen3_vl"]))
     model.save_pretrained(tmp_path / "source")

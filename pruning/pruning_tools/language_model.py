@@ -2,12 +2,8 @@
 
 import re
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-
-# repository root: every way of starting this file finds it
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common.errors import UserError
 from common.files import check, read_json

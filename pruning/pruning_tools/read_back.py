@@ -20,16 +20,21 @@ from common.files import first_line, read_json
 from pruning.layers import find_layers
 from pruning.shorter import config_object
 
+# Auto classes of transformers that a decoder may be in, the first where it is in none.
+KINDS = ("CausalLM", "ImageTextToText", "SpeechSeq2Seq")
 # What tells layers apart, and nothing more.
 NUMBER = re.compile(r"^((layer|block)_?(idx|id|index|number|num)|num_hidden_layers)$")
 
 
 def model_class(config: dict):
-    """The class that config.json names, or the general one for causal language models."""
+    """The class that config.json names, or else the general one that takes its configuration: of language
+    models, or of those that also see or hear."""
     for name in config.get("architectures") or []:
         if isinstance(getattr(transformers, name, None), type):
             return getattr(transformers, name)
-    return transformers.AutoModelForCausalLM
+    kinds = [getattr(transformers, f"AutoModelFor{kind}") for kind in KINDS]
+    known = type(config_object(config))
+    return next((kind for kind in kinds if known in kind._model_mapping), kinds[0])
 
 
 def build(config: dict):
@@ -108,13 +113,15 @@ def check_layers(before: dict, after: dict, keep: list[int]) -> bool:
 
     Returns whether it could be looked at: transformers knows the model.
     """
-    old = build(before)
-    try:
-        new = build(after)
-    except Exception as error:
-        raise UserError(
-            f"the configuration for layers {keep} is refused by its class: {first_line(error)}"
-        ) from error
+    built, which = [], "config.json"
+    for config in (before, after):
+        try:
+            built.append(build(config))
+        except Exception as error:
+            why = first_line(error.__cause__ or error)
+            raise UserError(f"{which} is refused by its class: {why}") from error
+        which = f"the configuration for layers {keep}"
+    old, new = built
     if old is None or new is None:
         return False
     layers = [getattr(*find_layers(model)) for model in (old, new)]

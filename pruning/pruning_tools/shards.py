@@ -7,15 +7,12 @@ import errno
 import json
 import os
 import struct
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-# repository root: every way of starting this file finds it
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common.checkpoint import atomic_path
 from common.errors import UserError
 from common.files import read_json, reading

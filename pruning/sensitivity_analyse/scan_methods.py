@@ -10,17 +10,13 @@ All work through hooks on the model's own modules: no architecture is written ag
 
 import contextlib
 import math
-import sys
 from collections import defaultdict
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-# repository root: every way of starting this file finds it
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common.errors import UserError
 from common.files import free_memory
 from pruning.layers import (
