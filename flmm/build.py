@@ -73,9 +73,8 @@ CONFIG = {
         **{"normalize_input?": bool, "log_maps?": bool, "downsamples?": [bool]},
     },
     "optim": {
-        "lr?": float,
-        **dict.fromkeys(("epochs?", "batch_size?", "accum?", "coarse_first?"), int),
-        **dict.fromkeys(("weight_decay?", "warmup?", "clip?", "mask_weight?"), float),
+        **dict.fromkeys(("lr?", "epochs?", "weight_decay?", "warmup?", "clip?", "mask_weight?"), float),
+        **dict.fromkeys(("batch_size?", "accum?", "coarse_first?"), int),
     },
     "data": {},
 }
@@ -263,8 +262,9 @@ def build_dataset(config, split, root, build=None, seed=0, protocol="upstream", 
 
     Relative paths are relative to root, and any of them may be a link. build: what makes a sample of a record
     (SampleBuilder); `attach` gives it later, so that data are checked before a base is loaded. protocol: of
-    the RefCOCO sets; "object" makes each object a record of its own, "sentence" each sentence. skip_bad:
-    faulty items are left out and counted.
+    the RefCOCO sets; "object" makes each object a record of its own, with its first expression, "sentence"
+    each sentence; "upstream" leaves them as the configuration has them. skip_bad: faulty items are left out
+    and counted.
     """
     entries = config["data"].get(split)
     if not entries:
@@ -272,6 +272,10 @@ def build_dataset(config, split, root, build=None, seed=0, protocol="upstream", 
             f"the configuration names no data for {split!r}; it has {', '.join(config['data']) or 'none'}"
         )
     check(entries, [{"type": str}], f"data.{split}")
+    if protocol != "upstream" and not any(entry["type"] == "refcoco" for entry in entries):
+        raise UserError(
+            f"--protocol {protocol} has no effect on data.{split}, which has no RefCOCO; leave it out"
+        )
     parts = []
     for entry in entries:
         entry = dict(entry)
@@ -286,9 +290,8 @@ def build_dataset(config, split, root, build=None, seed=0, protocol="upstream", 
         if kind == "refcoco":
             entry.setdefault("seed", seed)
             if protocol != "upstream":
-                entry["one_per_object"] = True
-            if protocol == "sentence":
-                entry["text_mode"] = "original"
+                text_mode = "original" if protocol == "sentence" else "select_first"
+                entry.update(one_per_object=True, text_mode=text_mode)
         try:
             parts.append(DATASETS[kind](**entry, build=build, bad=Bad(skip_bad)))
         except TypeError as error:

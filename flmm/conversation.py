@@ -20,7 +20,7 @@ from common.errors import UserError
 from common.weights import read_weights
 from flmm.build import load_trained
 from flmm.data.samples import SampleBuilder, caption_of_phrases, encode_rle
-from flmm.data.transforms import to_rgb
+from flmm.data.transforms import as_picture
 from flmm.evaluation import binary_masks
 from flmm.models.calibration import Calibration, phrase_features
 from flmm.models.flmm import extract
@@ -161,6 +161,11 @@ class Grounder:
         base, head, encoder, _ = load_trained(config, head_path, device)
         if words is not None:
             selector = KeywordSelector(base.num_layers, base.hidden_size).to(device)
+            wanted, given = (
+                {k: tuple(v.shape) for k, v in d.items()} for d in (selector.state_dict(), words)
+            )
+            if given != wanted:
+                raise UserError(f"{selector_path}: is no selector of this base; train one on it")
             selector.load_state_dict(words)
         return cls(base, head, encoder, selector, calibration)
 
@@ -193,30 +198,34 @@ class Grounder:
     def ground(self, image, phrases=None, text=None):
         """Masks for given phrases (one, or a list), or for the noun phrases of `text` in its place.
 
-        image: PIL, any mode. Returns {"phrases", "masks" (n, H, W) bool, "coarse_masks", "boxes", "rle",
-        "scores", "presence", "calibrated"}: with a calibration beside the head, the IoU to expect and the
-        probability that the thing is there; without one, SAM's predicted IoU and the base's own probability
-        of a word of the phrase, which is higher for what is there and means no more than that. Raises
-        UserError for an empty phrase or a text without any noun phrase.
+        image: a path, a PIL picture or an array, see `as_picture`. Returns {"phrases", "masks" (n, H, W)
+        bool, "coarse_masks", "boxes", "rle", "scores", "presence", "calibrated"}: with a calibration beside
+        the head, the IoU to expect and the probability that the thing is there; without one, SAM's predicted
+        IoU and the base's own probability of a word of the phrase, which is higher for what is there and
+        means no more than that. Raises UserError for an empty phrase or a text without any noun phrase.
         """
-        image, phrases = to_rgb(image), [phrases] if isinstance(phrases, str) else phrases
         if phrases is None:
             pieces = pieces_of(text or "")
             phrases = [piece for piece, k in pieces if k >= 0]
         else:
+            phrases = [phrases] if isinstance(phrases, str) else list(phrases)
             pieces = caption_of_phrases(phrases, self.base.lead)
+        if wrong := [p for p in phrases if not isinstance(p, str)]:
+            raise UserError(f"phrases hold {wrong[0]!r}, which is no text; write the words to look for")
         if not phrases or any(not p.strip() for p in phrases):
             raise UserError("an empty phrase cannot be grounded; write the words to look for")
-        return self._masks(image, self.builder({"image": image, "pieces": pieces}), list(phrases))
+        image = as_picture(image)
+        return self._masks(image, self.builder({"image": image, "pieces": pieces}), phrases)
 
     def converse(self, image, question=None, max_new_tokens=128, history=(), look=0):
         """Ask, answer, ground: {"answer", and the result of `ground` for the phrases of the answer}.
 
-        image: a picture, or a list of them that the base sees in this order; the masks are of that with the
-        number `look`. history: [(question, answer)] of earlier turns about them. Phrases come from the
-        keyword selector if one is loaded, else from noun_phrases; without any the whole answer counts.
+        image: a picture as `ground` takes it, or a list of them that the base sees in this order; the masks
+        are of that with the number `look`. history: [(question, answer)] of earlier turns about them. Phrases
+        come from the keyword selector if one is loaded, else from noun_phrases; without any the whole answer
+        counts.
         """
-        images = [to_rgb(one) for one in (image if isinstance(image, (list, tuple)) else [image])]
+        images = [as_picture(one) for one in (image if isinstance(image, (list, tuple)) else [image])]
         pictures, image = [{"image": one, **self.base.image_processor(one)} for one in images], images[look]
         texts = [""] * (len(images) - 1) + [self.base.question if question is None else question]
         sample = {

@@ -21,18 +21,19 @@ def final_logits(output):
     return output["pred_masks"] if output["sam_pred_masks"] is None else output["sam_pred_masks"]
 
 
+def counted(masks, ignore):
+    """Bool masks (..., H, W) without the pixels that count for nothing, (H, W) bool or None (ReasonSeg)."""
+    return masks if ignore is None else masks & ~torch.as_tensor(ignore)
+
+
 def phrase_rows(output, gt_masks, ignore=None):
     """One row per phrase: IoU, intersection and union of the final mask (SAM's where there is one) and of the
-    coarse one.
-
-    ignore: (H, W) bool pixels that count for nothing (ReasonSeg).
+    coarse one. ignore: see `counted`.
     """
     gt = gt_masks.bool().cpu()
     rows = [{"score": float(s)} for s in output["scores"]]
     for suffix, logits in (("_coarse", output["pred_masks"]), ("", final_logits(output))):
-        pred = binary_masks(logits, gt.shape[1:]).cpu()
-        if ignore is not None:
-            pred &= ~torch.as_tensor(ignore)
+        pred = counted(binary_masks(logits, gt.shape[1:]).cpu(), ignore)
         if not suffix:
             for row, mask, true in zip(rows, pred, gt):
                 row.update(found=bool(mask.any()), target=bool(true.any()))
@@ -50,12 +51,12 @@ def phrase_rows(output, gt_masks, ignore=None):
     return rows
 
 
-def trivial_controls(gt_masks, rows):
+def trivial_controls(gt_masks, rows, ignore=None):
     """IoU (per phrase) of predictions that read no word: the whole picture, a centred half-size box, all
     objects at once.
 
     Adds iou_whole, iou_centre and iou_union to `rows`. The union is perfect about the objects and blind to
-    the phrase.
+    the phrase. ignore: see `counted`.
     """
     gt = gt_masks.bool()
     n, h, w = gt.shape
@@ -66,12 +67,12 @@ def trivial_controls(gt_masks, rows):
         ("centre", centre),
         ("union", gt.any(0)),
     ):
-        for row, iou in zip(rows, mask_iou(pred.expand(n, h, w), gt)[2]):
+        for row, iou in zip(rows, mask_iou(counted(pred, ignore).expand(n, h, w), gt)[2]):
             row[f"iou_{name}"] = float(iou)
 
 
-def other_phrase(output, gt_masks, rows):
-    """What the words decide, for pictures of several phrases.
+def other_phrase(output, gt_masks, rows, ignore=None):
+    """What the words decide, for pictures of several phrases. ignore: see `counted`.
 
     Adds iou_other and iou_other_coarse: the mask of the picture's next phrase scored against this phrase's
     object; alike: IoU of this phrase's mask and the next one's; all_objects: IoU of this phrase's mask and
@@ -80,7 +81,7 @@ def other_phrase(output, gt_masks, rows):
     if len(gt_masks) > 1:
         gt = gt_masks.bool()
         masks, coarse = (
-            binary_masks(logits, gt.shape[1:]).cpu()
+            counted(binary_masks(logits, gt.shape[1:]).cpu(), ignore)
             for logits in (final_logits(output), output["pred_masks"])
         )
         for name, pred, target in (
@@ -112,9 +113,9 @@ class RawMaps:
         self.kept = []  # features and masks, to choose the thresholds on
 
     @staticmethod
-    def _ious(feature, gt, maps):
+    def _ious(feature, gt, maps, ignore=None):
         """(n, C, thresholds) IoU of every map of (n, C, h, w), relative to its own maximum, enlarged to the
-        ground truth."""
+        ground truth. ignore: see `counted`."""
         maps = maps.float().cpu().flatten(0, 1)
         if feature["unpad"]:
             maps = unpad_crop(maps, feature["meta_data"])
@@ -123,7 +124,7 @@ class RawMaps:
         target = gt.bool().repeat_interleave(len(maps) // len(gt), 0)
         out = []
         for t in RawMaps.thresholds:
-            pred = maps > t
+            pred = counted(maps > t, ignore)
             out.append((pred & target).sum((1, 2)) / (pred | target).sum((1, 2)).clamp(min=1))
         return torch.stack(out, -1).unflatten(0, (len(gt), -1))
 
@@ -169,10 +170,10 @@ class RawMaps:
         others = (mean.sum(0, keepdim=True) - mean) / (len(mean) - 1)
         return (mean - others).clamp(min=0)
 
-    def score(self, feature, gt, rows):
-        """Adds iou_raw, iou_mean, iou_heads and iou_fusion to `rows`."""
+    def score(self, feature, gt, rows, ignore=None):
+        """Adds iou_raw, iou_mean, iou_heads and iou_fusion to `rows`. ignore: see `counted`."""
         for kind in self.kinds:
-            ious = self._ious(feature, gt, self.merged(kind, feature["mask_attentions"]))
+            ious = self._ious(feature, gt, self.merged(kind, feature["mask_attentions"]), ignore)
             for row, iou in zip(rows, ious[:, 0, self.threshold[kind]]):
                 row[f"iou_{kind}"] = float(iou)
 

@@ -126,8 +126,9 @@ def write_split(folder, split, args, instances, refs):
 
 
 def main(args):
-    if args.out.exists() and any(args.out.iterdir()) and not (args.out / "png" / "built-in.json").exists():
-        raise UserError(f"{args.out} holds other files; choose a new folder with --out")
+    if args.out.is_file() or args.out.is_dir() and any(args.out.iterdir()):
+        if not (args.out / "png" / "built-in.json").exists():
+            raise UserError(f"{args.out} holds something else; choose a new folder with --out")
     with atomic_dir(args.out) as out:
         png, refcoco = out / "png", out / "refcoco"
         (png / "images").mkdir(parents=True)

@@ -122,8 +122,8 @@ def score(samples, features, outputs, raw=None, calibration=None):
     rows = []
     for sample, feature, output in zip(samples, features, outputs):
         # masks are compared at the size of the file (n, H, W), whatever size the base saw the picture at
-        gt = sample["gt_masks"]
-        scores = phrase_rows(output, gt, sample.get("ignore"))
+        gt, ignore = sample["gt_masks"], sample.get("ignore")
+        scores = phrase_rows(output, gt, ignore)
 
         # SAM predicts an IoU also for what is not there; a calibration was fitted on such phrases, too
         if calibration is not None:
@@ -134,9 +134,9 @@ def score(samples, features, outputs, raw=None, calibration=None):
 
         # a mask that reads no word, or the wrong ones, and attention without a head: what a head must exceed
         if raw is not None:
-            trivial_controls(gt, scores)
-            other_phrase(output, gt, scores)
-            raw.score(feature, gt, scores)
+            trivial_controls(gt, scores, ignore)
+            other_phrase(output, gt, scores, ignore)
+            raw.score(feature, gt, scores, ignore)
 
         # plural and isthing are the groups of panoptic narrative grounding
         for row, info, mask in zip(scores, sample["mask_infos"], masks):
@@ -191,11 +191,18 @@ def draw(sample, output, path):
     save_image(labelled_strip(sample["image"], columns, texts), path)
 
 
+def draw_first(drawable, numbers, folder):
+    """Draw as many of the (sample, output) as there are numbers for them, which their files begin with."""
+    for (sample, output), k in zip(drawable, numbers):
+        draw(sample, output, folder / f"{k:02d}_{Path(sample['file_name']).stem}.png")
+
+
 def write_results(out, rows, **about):
     """results.json, masks.json and phrases.csv of the rows of all processes; returns the scores. about: what
     else results.json says."""
-    # the order of the files must not depend on how many processes shared the records
-    rows.sort(key=lambda row: (row["file"], row["phrase"]))
+    # the order of the files must not depend on how many processes shared the records, whose captions may name
+    # things of one picture alike
+    rows.sort(key=lambda row: (row["file"], row["phrase"], row["inter"], row["rle"]["counts"]))
     results = {**about, **summarise(rows)}
     masks = [
         {"file": row["file"], "phrase": row["phrase"], "score": row["score"], "segmentation": row.pop("rle")}
@@ -208,6 +215,16 @@ def write_results(out, rows, **about):
     atomic_json(out / "masks.json", masks)
     atomic_csv(out / "phrases.csv", [{name: row.get(name, "") for name in names} for row in rows])
     return results
+
+
+def in_one_line(results) -> str:
+    """The numbers that one looks at first."""
+    controls = " ".join(f"{name} {value:.3f}" for name, value in results["controls"].items())
+    return (
+        f"{results['split']} ({results['protocol']}): {results['phrases']} phrases, "
+        f"mIoU {results['mIoU']:.3f} (coarse {results['mIoU_coarse']:.3f}), cIoU {results['cIoU']:.3f}, "
+        f"precision@0.5 {results['precision@0.5']:.3f}" + (f"; controls: {controls}" if controls else "")
+    )
 
 
 @torch.no_grad()
@@ -256,18 +273,13 @@ def main(args):
         collate_fn=keep_good,
     )
 
-    # batch by batch: large masks are kept as RLE alone
-    rows, drawn, read = [], 0, 0
+    # batch by batch; the main process draws its first pictures
     pictures = args.pictures if accelerator.is_main_process else 0
-    for samples in progress(loader, accelerator, desc=args.split):
-        if not samples:  # all of them were bad
-            continue
+    rows, read = [], 0
+    for samples in filter(None, progress(loader, accelerator, desc=args.split)):  # empty: all were bad
         scored, outputs = score_batch(base, head, sam_encoder, samples, args, raw, calibration)
+        draw_first(zip(samples, outputs), range(read, pictures), out / "overlays")
         rows, read = rows + scored, read + len(samples)
-        for sample, output in zip(samples, outputs):  # the main process draws its first pictures
-            if drawn < pictures:
-                draw(sample, output, out / "overlays" / f"{drawn:02d}_{Path(sample['file_name']).stem}.png")
-                drawn += 1
 
     # the rows of all processes make one file
     rows, skipped = gather_object(rows), total - sum(gather_object([read]))
@@ -278,13 +290,7 @@ def main(args):
 
     # the files, and the numbers that one looks at first
     about = {"split": args.split, "protocol": args.protocol, "skipped": skipped}
-    results = write_results(out, rows, **about)
-    controls = " ".join(f"{name} {value:.3f}" for name, value in results["controls"].items())
-    print(
-        f"{args.split} ({args.protocol}): {len(rows)} phrases, mIoU {results['mIoU']:.3f} "
-        f"(coarse {results['mIoU_coarse']:.3f}), cIoU {results['cIoU']:.3f}, "
-        f"precision@0.5 {results['precision@0.5']:.3f}" + (f"; controls: {controls}" if controls else "")
-    )
+    print(in_one_line(write_results(out, rows, **about)))
     print(f"wrote {out}/results.json, phrases.csv, masks.json, overlays/")
 
 

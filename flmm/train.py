@@ -281,6 +281,39 @@ def make_ddp_accelerator(args):
     return accelerator
 
 
+def learn(training, model, loader, get_features, coarse_first):
+    """The loop, to the last step of the run. model: FLMM, or DDP around it; SAM's decoder joins after
+    `coarse_first` steps."""
+    accelerator, args, steps = training.accelerator, training.args, training.steps
+    head, warmup = accelerator.unwrap_model(model), warmup_steps(args.warmup, steps)
+    # "masks" have the size of the processed picture (long side 336 with LLaVA), "gt_masks" that of the file
+    mask_name = "gt_masks" if args.targets == "original" else "masks"
+
+    # the losses of a batch are means over its phrases, so its share is counted in phrases
+    model.train()
+    for samples, share in batches(training, loader, lambda batch: sum(len(s["masks"]) for s in batch)):
+        with accelerator.accumulate(model):
+            # SAM's decoder joins after `coarse_first` steps: before, its prompts (coarse masks) mean nothing
+            outputs = model(get_features(samples), refine=training.state["step"] >= coarse_first)
+
+            # one (n, h, w) for each picture; `compute_loss` brings it to the size of each head's masks
+            targets = [sample[mask_name].to(accelerator.device) for sample in samples]
+            parts = {key: value * share for key, value in head.compute_loss(outputs, targets).items()}
+
+            # a loss that is not finite ends the run: on a CPU before the weights change, on a GPU at the
+            # latest before a save
+            check_finite(training, [sample["file_name"] for sample in samples], **parts)
+            accelerator.backward(parts["loss"])
+
+            # as upstream: from 1e-5 of the rate to the peak at the warm-up's last step, then a cosine to 0
+            factor = lr_at(training.state["step"], steps, warmup, ramp="mmengine")
+            grad = update(training, model, training.optimizers, factor)
+
+        # after the last batch of an optimizer step: validate where it is due, log, save, stop
+        if accelerator.sync_gradients:
+            finish_step(training, grad=grad)
+
+
 def save_results(head, dims, out, steps, found):
     """Write the trained tensors under upstream's names, with `dims` of the base in the file's metadata, and
     the scores of the validation."""
@@ -295,9 +328,6 @@ def main(args):
     config = read_config(args.config, args.set, args.base_path)
     settle_options(args, config)
     family_of(config)
-    coarse_first = config["optim"].get("coarse_first", 0)
-    # "masks" have the size of the processed picture (long side 336 with LLaVA), "gt_masks" that of the file
-    mask_name = "gt_masks" if args.targets == "original" else "masks"
 
     # one seed on all processes: DDP starts from equal heads
     accelerator = make_ddp_accelerator(args)
@@ -325,7 +355,6 @@ def main(args):
     model, optimizer, loader = accelerator.prepare(head, make_optimizer(head, args), loader)
     val_loader = validation_loader(sets["val"], args, accelerator) if "val" in sets else None
     steps = plan_steps(args, loader)
-    warmup = warmup_steps(args.warmup, steps)
 
     # everything is checked: from here on the run folder holds what happens
     out = open_run(args.out, args, accelerator, args.resume, args.overwrite)
@@ -338,30 +367,8 @@ def main(args):
         seen = val_loader and watched(training, val_loader, together=args.shard_base)
         return validate(head, seen, get_features, accelerator)
 
-    # the loop: the losses of a batch are means over its phrases, so its share is counted in phrases
     training = start(accelerator, args, steps, [optimizer], scores)
-    model.train()
-    for samples, share in batches(training, loader, lambda batch: sum(len(s["masks"]) for s in batch)):
-        with accelerator.accumulate(model):
-            # SAM's decoder joins after `coarse_first` steps: before, its prompts (coarse masks) mean nothing
-            outputs = model(get_features(samples), refine=training.state["step"] >= coarse_first)
-
-            # one (n, h, w) for each picture; `compute_loss` brings it to the size of each head's masks
-            targets = [sample[mask_name].to(accelerator.device) for sample in samples]
-            parts = {key: value * share for key, value in head.compute_loss(outputs, targets).items()}
-
-            # a loss that is not finite ends the run: on a CPU before the weights change, on a GPU at the
-            # latest before a save
-            check_finite(training, [sample["file_name"] for sample in samples], **parts)
-            accelerator.backward(parts["loss"])
-
-            # as upstream: from 1e-5 of the rate to the peak at the warm-up's last step, then a cosine to 0
-            factor = lr_at(training.state["step"], steps, warmup, ramp="mmengine")
-            grad = update(training, model, [optimizer], factor)
-
-        # after the last batch of an optimizer step: validate where it is due, log, save, stop
-        if accelerator.sync_gradients:
-            finish_step(training, grad=grad)
+    learn(training, model, loader, get_features, config["optim"].get("coarse_first", 0))
 
     # the head alone and its validation; every step is saved, so a stop signal now ends the run at once
     found = scores()

@@ -15,7 +15,7 @@ from PIL import Image
 from common.errors import UserError
 from flmm import losses
 from flmm.build import FAMILIES, build_dataset, family_of, read_config
-from flmm.data.cache import CachedFeatures, write_cache
+from flmm.data.cache import CachedFeatures, halved, write_cache
 from flmm.data.phrases import PhraseDataset, ReasonSegDataset
 from flmm.data.png import PNGDataset
 from flmm.data.refcoco import RefCOCODataset, read_refs
@@ -120,6 +120,9 @@ def test_a_configuration_hands_on_seed_epoch_and_protocol(built_in):
         both.set_epoch(epoch)
         return [part.phrases(i) for part in both.datasets for i in range(len(part))]
 
+    both = build_dataset(config, "train", built_in)
+    halves = [part.record(i) for part in both.datasets for i in range(len(part))]
+    assert [both.record(i)["file_name"] for i in range(len(both))] == [r["file_name"] for r in halves]
     assert drawn(0, 0) == drawn(0, 0)
     assert (
         len({json.dumps(drawn(seed, 0)) for seed in range(4)}) > 1
@@ -303,6 +306,22 @@ def test_a_phrase_of_a_caption_needs_a_span_of_words(tmp_path, span):
     assert len(PhraseDataset(tmp_path, bad=Bad(skip=True))) == 1
 
 
+def test_masks_of_two_folders_belong_to_their_own_pictures(tmp_path):
+    images, segments = [], [{"id": 1, "isthing": 1}]
+    for k, name in enumerate(("a/1.jpg", "b/1.jpg")):
+        for kind, file in (("images", name), ("masks", name[:-4] + ".png")):
+            (tmp_path / kind / name).parent.mkdir(parents=True, exist_ok=True)
+            values = np.zeros((8, 8), np.uint8)
+            values[: k + 1] = 1
+            Image.fromarray(values).save(tmp_path / kind / file)
+        phrase = {"caption": -1, "text": "dog", "segment_ids": [1]}
+        images.append({"id": k, "file": name, "segments": segments, "phrases": [phrase]})
+    (tmp_path / "annotations.json").write_text(json.dumps({"images": images}))
+    data = PhraseDataset(tmp_path)
+    assert [int(data.record(k)["masks"].sum()) for k in (0, 1)] == [8, 16]
+    assert len(PhraseDataset(tmp_path, limit=1)) == 1
+
+
 def test_a_number_without_a_dot_is_a_number_and_a_file_that_includes_itself_is_refused(tmp_path):
     assert read_config(CONFIG, ["optim.lr=2e-4", "base.question=e2"])["optim"]["lr"] == 2e-4
     (tmp_path / "loop.yaml").write_text("include: loop.yaml")
@@ -384,6 +403,12 @@ def test_reasonseg_leaves_ignored_pixels_out(tmp_path):
     [row] = phrase_rows(output, torch.from_numpy(record["masks"]), record["ignore"])
     # 144 pixels lie in the ignored square; the target is the smaller one and keeps the four that they share
     assert record["masks"].sum() == 100 and row["union"] == 400 - 140 and row["inter"] == 100
+    # what no word is read for is counted on the same pixels: the whole picture is the mask above
+    raw, feature = RawMaps(), {"mask_attentions": torch.ones(1, 1, 20, 20), "unpad": False, "meta_data": None}
+    raw.fit(feature, torch.from_numpy(record["masks"]))
+    raw.choose().score(feature, torch.from_numpy(record["masks"]), [row], record["ignore"])
+    trivial_controls(torch.from_numpy(record["masks"]), [row], record["ignore"])
+    assert row["iou"] == row["iou_whole"] == pytest.approx(row["iou_raw"]) == 100 / 260
 
 
 # ---- cache
@@ -411,6 +436,9 @@ def test_cached_features_equal_live_ones_and_another_origin_is_refused(built_in,
             cached[i]["gt_masks"], sample["gt_masks"]
         )
         assert torch.equal(cached[i]["mask_ids"], live["mask_ids"])
+    # numbers beyond half precision, as in some bases' deep layers, stay what they are
+    large = torch.tensor([1.0, -7e4])
+    assert halved(large).tolist() == large.tolist() and halved(large[:1]).dtype == np.float16
     with pytest.raises(UserError, match="was made with base = tiny, now other"):
         CachedFeatures(tmp_path / "c", {"base": "other", "seed": [1, 2]})
     (tmp_path / "cut").mkdir()

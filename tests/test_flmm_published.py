@@ -227,11 +227,20 @@ def test_of_references_to_one_annotation_the_last_counts_and_every_sentence_does
     assert phrases["upstream"] == [["new", "other"]]  # in the place of the first, as mmdet's dictionary
     assert phrases["object"] == [["new"], ["other"]]
     assert phrases["sentence"] == [["old"], ["other"], ["second"], ["new"], ["newest"]]
+    # whatever the configuration says, an object has its first expression and a sentence is one
+    config["data"]["val"][0] |= {"text_mode": "original", "one_per_object": True}
+    for protocol in ("object", "sentence"):
+        data = build_dataset(config, "val", tmp_path, protocol=protocol)
+        assert [data.phrases(i) for i in range(len(data))] == phrases[protocol]
+    put(tmp_path, "a", ["where"], [("target", box(0, 0, 9, 9))])
+    config["data"]["val"] = [{"type": "reasonseg", "folder": "."}]
+    with pytest.raises(UserError, match="--protocol sentence has no effect on data.val"):
+        build_dataset(config, "val", tmp_path, protocol="sentence")
 
 
 def test_grefcoco_has_no_object_one_or_several_and_its_own_scores(tmp_path):
     refs = [
-        ref(1, [1, 2], "both", split="val"),
+        ref(1, [2, 1, 2], "both", split="val"),
         ref(2, [-1], "a unicorn", no_target=True),
         ref(3, [2], "right"),
         ref(4, [], "nothing"),
@@ -268,6 +277,9 @@ def test_plurals_of_unannotated_segments_have_the_pixels_that_there_are(tmp_path
         folder / "panoptic_val2017",
         tmp_path / "val2017",
     )
+    panoptic = json.loads(paths[1].read_text())
+    panoptic["annotations"].append({"image_id": 8})  # a fault that no caption names
+    write_json(paths[1], panoptic)
     with pytest.raises(UserError, match="segment 99 of captions.json is not in segments_info"):
         PNGDataset(*paths)
     data = PNGDataset(*paths, bad=(bad := Bad(skip=True)))
@@ -333,6 +345,9 @@ def test_parts_of_a_polygon_without_an_area_are_dropped_and_counted(tmp_path):
         ({"image_id": 8}, "image 8 is not in"),
         ({"image_id": None}, "image None is not in"),
         ({"image_id": [7]}, r"image \[7\] is not in"),
+        ({"image_id": 9}, "image 9 has no field 'height'"),
+        ({"ann_id": 3}, "annotation 3 lies in image 9, the reference in 7"),
+        ({"ann_id": 4}, "annotation 4.segmentation is null"),
         ({"split": None}, "field 'split' is missing"),
         ({"sentences": [{"raw": 5}]}, "not as RefCOCO has it"),
         ({"sentences": None}, "not as RefCOCO has it"),
@@ -341,7 +356,11 @@ def test_parts_of_a_polygon_without_an_area_are_dropped_and_counted(tmp_path):
 )
 def test_a_faulty_reference_is_named_at_load_or_left_out_and_counted(tmp_path, fault, reason):
     refs = [{**ref(11, 1, "bad"), **fault}, ref(12, 1, "good")]
-    paths = references(tmp_path, refs, {1: [square(0, 0, 9)], 2: [[1, 1, 5, 5]]})
+    paths = references(tmp_path, refs, {i: [square(0, 0, 9)] for i in (1, 3)} | {2: [[1, 1, 5, 5]], 4: None})
+    content = json.loads(paths["ann_file"].read_text())
+    content["images"].append({"id": 9, "file_name": "9.jpg"})  # faults that no good reference names
+    content["annotations"][1]["image_id"] = 9
+    write_json(paths["ann_file"], content)
     with pytest.raises(UserError, match=f"reference 11: .*{reason}"):
         RefCOCODataset(**paths, split="val")
     data = RefCOCODataset(**paths, split="val", bad=(bad := Bad(skip=True)))

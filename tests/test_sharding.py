@@ -16,12 +16,12 @@ from common.errors import UserError
 from common.sharding import refuse_sharding
 from tests import toy_run
 from tests.sharded import checkpoint_weights, deepspeed_2_on_cpu, deepspeed_3_on_cpu, fsdp2_on_cpu, world
-from tests.worlds import ct, cwt, em, llm  # noqa: F401  fixtures
+from tests.worlds import ct, cwt, em, grounding, llm  # noqa: F401  fixtures
 
 pytestmark = pytest.mark.slow
 SHARDED = [("em", "pretrain"), ("em", "train"), ("ct", "train"), ("llm", "heal")]
 WHOLE = [cwt_mae.train, cwt_mae.finetune, em_mllm.finetune, flmm.train]
-DDP = [("cwt", "train"), ("cwt", "finetune")]
+DDP = [("cwt", "train"), ("cwt", "finetune"), ("grounding", "train")]
 
 
 class Training:

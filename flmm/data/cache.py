@@ -1,8 +1,8 @@
 """Frozen features on disk: run the base once, then train heads without it.
 
 One HDF5 file per process, one group per sample. Maps are fp16 relative to each map's own maximum (attention
-over hundreds of columns falls into fp16's subnormal range otherwise); states and image embeddings are fp16;
-masks are packed bits.
+over hundreds of columns falls into fp16's subnormal range otherwise); states and image embeddings are fp16,
+or float32 where one lies beyond its range, as some of Gemma 3 do; masks are packed bits.
 """
 
 import json
@@ -54,17 +54,23 @@ def share_embedding(group, sample, sam_encoder, stored):
     pixels = pixels if torch.is_tensor(pixels) else sam_encoder.prepare(pixels)
     key = digest(pixels)
     if key not in stored:
-        group["image_embedding"] = sam_encoder([pixels])[0].cpu().half().numpy()
+        group["image_embedding"] = halved(sam_encoder([pixels])[0])
         stored[key] = group["image_embedding"]
     else:
         group["image_embedding"] = stored[key]
+
+
+def halved(values):
+    """Values as fp16, or as float32 where fp16 would make infinity of one."""
+    values = values.float().cpu()
+    return (values if values.abs().max() > torch.finfo(torch.half).max else values.half()).numpy()
 
 
 def _write(group, sample, feature):
     maps = feature["mask_attentions"].float().cpu()
     scale = maps.amax((2, 3)).clamp(min=1e-30)
     group["maps"], group["scale"] = (maps / scale[..., None, None]).half().numpy(), scale.numpy()
-    group["hidden_states"] = feature["hidden_states"].cpu().half().numpy()
+    group["hidden_states"] = halved(feature["hidden_states"])
     group["mask_ids"] = feature["mask_ids"].cpu().numpy()
     for name in ("masks", "gt_masks"):
         group[name] = np.packbits(sample[name].numpy().astype(bool), axis=-1)

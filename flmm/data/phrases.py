@@ -1,11 +1,12 @@
 """Plain phrase annotations, ReasonSeg, and data sets put together.
 
-PhraseDataset reads folders with images/, masks/<id>.png (pixel = segment id) and annotations.json: images
-[{id, file, captions, segments [{id, category, isthing}], phrases [{caption, span [start, end), text,
-segment_ids}]}].
+PhraseDataset reads folders with images/, masks/ (PNGs named as the pictures, pixel = segment id) and
+annotations.json: images [{id, file, captions, segments [{id, category, isthing}], phrases [{caption, span
+[start, end), text, segment_ids}]}].
 """
 
 import json
+from bisect import bisect_right
 from pathlib import Path
 
 import numpy as np
@@ -38,15 +39,16 @@ class PhraseDataset(Dataset):
     def __init__(self, folder, build=None, limit=None, captions=None, fifths=None, bad=None):
         self.folder, self.build, self.bad = Path(folder), build, bad or Bad()
         source = self.folder / "annotations.json"
-        self.items = []
+        self.items, pictures = [], 0
         for number, image in enumerate(read_json(source, {"images": [dict]})["images"]):
-            if limit is not None and len({i["id"] for i, _, _ in self.items}) == limit:
+            if pictures == limit:
                 break
             if fifths is not None and number % 5 not in fifths:
                 continue
             with self.bad.collect():
                 check(image, PHRASES, source, f"images[{number}]")
-                self.items += self.captions_of(image, source, captions)
+                found = self.captions_of(image, source, captions)
+                self.items, pictures = self.items + found, pictures + bool(found)
         if not self.items:
             raise UserError(f"{source}: no picture has a phrase")
 
@@ -81,7 +83,8 @@ class PhraseDataset(Dataset):
     def record(self, index):
         info, caption, phrases = self.items[index]
         path = inside(self.folder / "images", info["file"])
-        segments = load_segments(self.folder / "masks" / (Path(info["file"]).stem + ".png"))
+        # a picture's whole name: those of two folders may be called alike
+        segments = load_segments(inside(self.folder / "masks", info["file"]).with_suffix(".png"))
         image = load_image(path, (segments.shape[1], segments.shape[0]))
         kinds = {s["id"]: bool(s["isthing"]) for s in info["segments"]}
         masks, infos = [], []
@@ -193,6 +196,10 @@ class ReasonSegDataset(Dataset):
 
 class MixedData(ConcatDataset):
     """Several data sets as one, which tells each of them the epoch."""
+
+    def record(self, index):
+        part = bisect_right(self.cumulative_sizes, index)
+        return self.datasets[part].record(index - [0, *self.cumulative_sizes][part])
 
     def set_epoch(self, epoch):
         for part in self.datasets:

@@ -21,10 +21,9 @@ CAPTION = {
 PANOPTIC = {
     "images": [{"id": (int, str), "file_name": str}],
     "categories": [{"id": int, "isthing": (int, bool)}],
-    "annotations": [
-        {"image_id": (int, str), "file_name": str, "segments_info": [{"id": int, "category_id": int}]}
-    ],
+    "annotations": [{"image_id": (int, str)}],  # the rest is looked at where a caption names the picture
 }
+ANNOTATION = {"file_name": str, "segments_info": [{"id": int, "category_id": int}]}
 
 
 def key(caption) -> str:
@@ -71,6 +70,7 @@ class PNGDataset(Dataset):
             raise UserError(
                 f"{panoptic_json_file}: no annotation for image {item['image_id']} of {Path(json_file).name}"
             )
+        check(annotation, ANNOTATION, panoptic_json_file, f"annotation of image {item['image_id']}")
         category = {s["id"]: s["category_id"] for s in annotation["segments_info"]}
         for part in item["segments"]:
             if part["segment_ids"] and not part["utterance"].strip():

@@ -11,15 +11,15 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from common.errors import UserError
-from common.files import check, inside, read_json, read_plain_pickle
+from common.files import check, inside, read_json, read_plain_pickle, reading
 from flmm.data.samples import caption_of_phrases, decode_segmentation, polygon_parts
 from flmm.data.skip import Bad
 from flmm.data.transforms import load_image
 
-INSTANCES = {
-    "images": [{"id": int, "file_name": str, "height": int, "width": int}],
-    "annotations": [{"id": int}],  # their segmentations are looked at where a reference names them
-}
+# the rest of a picture and of an annotation is looked at where a reference names them
+INSTANCES = {"images": [{"id": int}], "annotations": [{"id": int}]}
+IMAGE = {"file_name": str, "height": int, "width": int}
+ANNOTATION = {"segmentation": (dict, list), "image_id?": int}
 
 
 def plain(value):
@@ -36,15 +36,16 @@ def read_refs(path):
     if Path(path).suffix == ".json":
         refs = read_json(path)
     else:
-        refs = plain(read_plain_pickle(path, "references file", arrays=True))
+        with reading(path, "references file"):
+            refs = plain(read_plain_pickle(path, "references file", arrays=True))
     if not isinstance(refs, list) or not all(isinstance(ref, dict) for ref in refs):
         raise UserError(f"{path}: it does not hold a list of references; take refs(*).p as RefCOCO has it")
     return refs
 
 
 def annotation_ids(ref) -> tuple:
-    """Annotations of a reference's objects: RefCOCO has one, gRefCOCO a list; [-1], -1, [] and None are
-    none."""
+    """Annotations of a reference's objects, each once and in their order: RefCOCO has one, gRefCOCO a list;
+    [-1], -1, [] and None are none."""
     ids = ref["ann_id"]
     ids = ids if isinstance(ids, list) else [ids]
     if ref.get("no_target"):
@@ -52,7 +53,7 @@ def annotation_ids(ref) -> tuple:
     ids = [i for i in ids if i not in (-1, None)]
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
         raise TypeError(f"ann_id is {ref['ann_id']!r}, expected a whole number or a list of them")
-    return tuple(ids)
+    return tuple(sorted(set(ids)))
 
 
 class RefCOCODataset(Dataset):
@@ -136,11 +137,15 @@ class RefCOCODataset(Dataset):
             raise UserError("it has no sentence; leave it out")
         if not isinstance(image, int) or image not in self.images:
             raise UserError(f"image {image!r} is not in {self.ann_file}")
+        check(self.images[image], IMAGE, self.ann_file, f"image {image}")
         for i in ids:
             if i not in self.annotations:
                 raise UserError(f"annotation {i} is not in {self.ann_file}")
-            segmentation, where = self.annotations[i].get("segmentation"), f"{self.ann_file}: annotation {i}"
-            check(segmentation, (dict, list), where, "segmentation")
+            annotation, where = self.annotations[i], f"{self.ann_file}: annotation {i}"
+            check(annotation, ANNOTATION, self.ann_file, f"annotation {i}")
+            if annotation.get("image_id", image) != image:
+                raise UserError(f"{where} lies in image {annotation['image_id']}, the reference in {image}")
+            segmentation = annotation["segmentation"]
             if isinstance(segmentation, list):
                 self.dropped_parts += len(segmentation) - len(polygon_parts(segmentation, where))
         return ids, texts, image

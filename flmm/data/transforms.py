@@ -9,6 +9,8 @@ Sizes are truncated where upstream truncates: transformers' own DeepSeek process
 sizes for half of all pictures.
 """
 
+import os
+
 import numpy as np
 import torch
 from PIL import Image, ImageOps
@@ -27,13 +29,33 @@ def load_image(path, size=None):
     the upright picture and not of the stored one, it is turned. Grey, palette, CMYK and 16-bit pictures are
     converted, transparency is laid on white.
     """
-    with reading(path, "picture"):
-        image = Image.open(path)
+    with reading(path, "picture"), Image.open(path) as image:
         image.load()
-    turned = upright(image)
-    if size is None or image.size != tuple(size) and turned.size == tuple(size):
-        image = turned
-    return to_rgb(image)
+        turned = upright(image)
+        if size is None or image.size != tuple(size) and turned.size == tuple(size):
+            image = turned
+        return to_rgb(image)
+
+
+def as_picture(given):
+    """RGB picture of a path, a PIL picture of any mode, or an array (H, W), (H, W, 1), (H, W, 3) or
+    (H, W, 4) of bytes. A file is turned upright by its EXIF tag; an open picture stays as it is, since its
+    owner lays masks on those pixels."""
+    if isinstance(given, (str, os.PathLike)):
+        return load_image(given)
+    with reading("image", "picture"):
+        if isinstance(given, Image.Image):
+            return to_rgb(given)
+        pixels = np.asarray(given)
+    shape, dtype = pixels.shape, pixels.dtype
+    if pixels.ndim == 3 and shape[2] == 1:
+        pixels = pixels[..., 0]
+    if dtype != np.uint8 or 0 in shape or pixels.ndim != 2 and (pixels.ndim != 3 or shape[2] not in (3, 4)):
+        raise UserError(
+            f"image is {type(given).__name__} of shape {shape} and type {dtype}; give a path, a PIL picture, "
+            "or an array (height, width, 3) of uint8 from 0 to 255"
+        )
+    return to_rgb(Image.fromarray(pixels))
 
 
 def upright(image):

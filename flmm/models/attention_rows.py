@@ -54,7 +54,7 @@ class AttentionRows:
 
     def record(self, query, key, attention_mask, scaling):
         """query (B, H, Q, D), key (B, KV, K, D), attention_mask (B or 1, 1 or H, Q, K) bool, additive or
-        None = causal."""
+        None = causal, K = Q."""
         heads, kv_heads = query.shape[1], key.shape[1]
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         layer = []
@@ -63,8 +63,7 @@ class AttentionRows:
             q = query[b][:, rows].reshape(kv_heads, -1, query.shape[-1])
             scores = (q @ key[b].transpose(1, 2)).view(heads, len(rows), -1).float() * scaling
             if attention_mask is None:
-                last = rows + key.shape[2] - query.shape[2]  # cached tokens come before the query's
-                allowed = torch.arange(key.shape[2], device=rows.device) <= last[:, None]
+                allowed = torch.arange(key.shape[2], device=rows.device) <= rows[:, None]
                 scores = scores.masked_fill(~allowed, float("-inf"))
             else:
                 mask = attention_mask[b % len(attention_mask)][:, rows, : key.shape[2]]

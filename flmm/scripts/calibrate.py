@@ -49,9 +49,16 @@ def questions(record, others, rng, lead=""):
     """[(pieces, which phrase counts, its number in the record or None, kind)] to ask about one picture. lead:
     of the base, before phrases that are asked alone."""
     texts = [info["text"].strip() for info in record["mask_infos"]]
-    asked = [(record["pieces"], k, k, "present") for k in range(len(texts))]
-    for k, text in enumerate(texts):
-        asked.append((caption_of_phrases([text], lead), 0, k, "present"))
+    # gRefCOCO has expressions of nothing
+    truths = [
+        (None, "no target") if info.get("no_target") else (k, "present")
+        for k, info in enumerate(record["mask_infos"])
+    ]
+    asked = [(record["pieces"], k, *truth) for k, truth in enumerate(truths)]
+    for k, (text, truth) in enumerate(zip(texts, truths)):
+        asked.append((caption_of_phrases([text], lead), 0, *truth))
+        if truth[0] is None:
+            continue
         for kind, absent in absent_phrases(text, texts, others, rng).items():
             asked.append((caption_of_phrases([absent], lead), 0, None, kind))
             changed = [(absent, n) if n == k else (piece, n) for piece, n in record["pieces"]]
@@ -72,7 +79,8 @@ def ask(base, head, sam_encoder, record, asked):
             if true is not None:
                 one = {name: output[name] for name in ("pred_masks", "sam_pred_masks", "scores")}
                 one = {name: value if value is None else value[k : k + 1] for name, value in one.items()}
-                iou = phrase_rows(one, torch.from_numpy(record["masks"][true][None]))[0]["iou"]
+                truth = torch.from_numpy(record["masks"][true][None])
+                iou = phrase_rows(one, truth, record.get("ignore"))[0]["iou"]
             rows.append((phrase_features(feature, output)[k], true is not None, iou, kind))
     return rows
 
@@ -93,11 +101,16 @@ def tell(rows, calibration):
     return numbers
 
 
-def expected_error(predicted, true, bins=10):
-    """Mean distance between prediction and outcome over bins of the prediction, weighted by their size."""
+def in_bins(predicted, true, bins=10):
+    """[(mean prediction, mean outcome, share of all)] of the bins of the prediction that hold any."""
     where = (predicted * bins).long().clamp(max=bins - 1)
-    parts = [(where == b) for b in range(bins) if (where == b).any()]
-    return float(sum((predicted[p].mean() - true[p].mean()).abs() * p.float().mean() for p in parts))
+    parts = [where == b for b in where.unique()]
+    return [(float(predicted[p].mean()), float(true[p].mean()), float(p.float().mean())) for p in parts]
+
+
+def expected_error(predicted, true):
+    """Mean distance between prediction and outcome over bins of the prediction, weighted by their size."""
+    return sum(abs(said - happened) * share for said, happened, share in in_bins(predicted, true))
 
 
 def draw_reliability(rows, calibration, path):
@@ -110,10 +123,9 @@ def draw_reliability(rows, calibration, path):
         (axes[0], "presence", presence, present.float()),
         (axes[1], "score of what is there", score[present], ious[present]),
     ):
-        where = (predicted * 10).long().clamp(max=9)
-        bins = [where == b for b in range(10) if (where == b).any()]
+        said, happened, _ = zip(*in_bins(predicted, true))
         axis.plot([0, 1], [0, 1], color="grey", linewidth=1)
-        axis.plot([float(predicted[b].mean()) for b in bins], [float(true[b].mean()) for b in bins], "o-")
+        axis.plot(said, happened, "o-")
         axis.set(xlabel="predicted", ylabel="happened", title=title, xlim=(0, 1), ylim=(0, 1))
     save_figure(figure, path)
 
@@ -137,6 +149,11 @@ def main(args):
         rows.append(ask(base, head, sam_encoder, record, questions(record, texts, rng, base.lead)))
 
     # Fit one half of the pictures and score the other; then fit all.
+    if not all(any(row[1] for part in rows[k::2] for row in part) for k in (0, 1)):
+        raise UserError(
+            f"--split {args.split}: half of its pictures have no phrase of what is there; take others"
+        )
+
     def fit(parts, **about):
         flat = [row for part in parts for row in part]
         features, present = torch.stack([r[0] for r in flat]), torch.tensor([r[1] for r in flat])

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from common.arguments import Parser
 from common.checkpoint import atomic_path
 from common.errors import UserError, run
+from common.files import check
 from common.weights import read_checkpoint, strip_prefixes
 from flmm.models.flmm import SAM_PARTS
 
@@ -61,6 +62,7 @@ def main(args):
             f"{args.folder}: ZeRO-3 checkpoint; run its zero_to_fp32.py first and load the result directly"
         )
     states = read_checkpoint(models[0])
+    check(states, {"module": dict}, models[0])
     tensors, source = dict(states["module"]), "module weights"
     # rank 10 comes after rank 9
     optimizers = sorted(args.folder.glob("*optim_states.pt"), key=lambda p: (len(p.name), p.name))

@@ -108,14 +108,16 @@ def score(selector, captions, device):
 
 
 def main(args):
-    # The base runs once over each caption; the selector then learns from the states that it left.
+    # The data are checked before the base is loaded. It runs once over each caption; the selector then learns
+    # from the states that it left.
     config = read_config(args.config, args.set)
     accelerator = make_accelerator(args)
-    base = build_base(config).to(accelerator.device)
-    captions = {}
-    for split, limit in (("train", args.records), ("val", args.val_records)):
-        dataset = build_dataset(config, split, args.data, None)
-        captions[split] = [caption_states(base, dataset.record(i)) for i in range(min(limit, len(dataset)))]
+    limits = {"train": args.records, "val": args.val_records}
+    sets = {split: build_dataset(config, split, args.data) for split in limits}
+    base, captions = build_base(config).to(accelerator.device), {}
+    for split, limit in limits.items():
+        records = (sets[split].record(i) for i in range(min(limit, len(sets[split]))))
+        captions[split] = [caption_states(base, record) for record in records]
 
     # A linear map and one weight a layer; no warm-up and a constant rate are enough for it.
     seed_everything(args.seed)

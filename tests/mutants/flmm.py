@@ -69,8 +69,8 @@ MUTANTS = [
     ),
     Mutant(
         "flmm/scripts/train_keyword_selector.py",
-        "for i in range(min(limit, len(dataset)))",
-        "for i in range(len(dataset))",
+        "for i in range(min(limit, len(sets[split])))",
+        "for i in range(len(sets[split]))",
         SELECTOR_FLAGS,
         "--records is ignored",
     ),
@@ -199,8 +199,8 @@ MUTANTS = [
     # model
     Mutant(
         "flmm/models/attention_rows.py",
-        "last = rows + key.shape[2] - query.shape[2]",
-        "last = rows + key.shape[2] - query.shape[2] - 1",
+        "<= rows[:, None]",
+        "< rows[:, None]",
         f"{MODEL}::test_rows_equal_full_matrices_alone_and_in_a_left_padded_batch",
         "a token does not attend to itself",
     ),
@@ -263,8 +263,8 @@ MUTANTS = [
     ),
     Mutant(
         "flmm/evaluation.py",
-        "pred &= ~torch.as_tensor(ignore)",
-        "pred |= torch.as_tensor(ignore)",
+        "else masks & ~torch.as_tensor(ignore)",
+        "else masks | torch.as_tensor(ignore)",
         f"{DATA}::test_reasonseg_leaves_ignored_pixels_out",
         "ignored pixels count as predicted",
     ),

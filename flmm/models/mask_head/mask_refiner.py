@@ -105,7 +105,7 @@ def sam_config_from_tensors(tensors, decoder_heads=8):
 
     def shape(name):
         if name not in tensors:
-            raise KeyError(f"not an original SAM checkpoint: {name} missing")
+            raise ValueError(f"{name} is missing")
         return tensors[name].shape
 
     def layers(prefix):
@@ -167,7 +167,8 @@ def load_sam(path, read_weights):
     read_weights: path -> dict of tensors."""
     path = Path(path)
     if not path.is_dir():
-        return sam_from_original(read_weights(path))
+        with reading(path, "original SAM checkpoint"):
+            return sam_from_original(read_weights(path))
     kind = read_json(path / "config.json", {"model_type": str})["model_type"]
     if kind not in REFINERS:
         raise UserError(f"{path}: holds a {kind}; a mask refiner is one of {', '.join(REFINERS)}")

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 import torch
 
-from common.arguments import Parser, number
+from common.arguments import Parser, number, refuse
 from common.checkpoint import atomic_write
 from common.errors import UserError, run
 from common.files import inside, read_json
@@ -148,8 +148,10 @@ def chain_of_thought(
         kept.update(embeds=inputs["inputs_embeds"][0], positions=inputs["position_ids"][..., 0, :])
 
     hook = base.decoder.register_forward_pre_hook(keep, with_kwargs=True)
-    result = grounder.ground(image, phrases=[thought])
-    hook.remove()
+    try:
+        result = grounder.ground(image, phrases=[thought])
+    finally:
+        hook.remove()
     mask = torch.from_numpy(result["coarse_masks" if discard_sam else "masks"][0])
     box = mask_to_crop(mask, box_scale)
     if resample:
@@ -191,24 +193,29 @@ def parse_args(argv=None):
 
 
 def main(args):
-    if not args.benchmark and not (args.image and args.question):
-        raise UserError("give --image and --question, or --benchmark")
-    items = [{"image": args.image, "question": args.question}]
+    if args.version == "v3":
+        refuse(args, ["box_scale", "discard_sam", "resample"], "with --version v3, which looks for no box")
     if args.benchmark:
+        refuse(args, ["image", "question"], "beside --benchmark")
         items = read_json(args.benchmark, BENCHMARK)
-        for item in items:
-            item["image"] = inside(args.benchmark.parent, item["image"])
-    images = [load_image(item["image"]) for item in items]
+        paths = [inside(args.benchmark.parent, item["image"]) for item in items]
+    elif args.image and args.question:
+        items, paths = [{"image": args.image.name, "question": args.question}], [args.image]
+    else:
+        raise UserError("give --image and --question, or --benchmark")
+    if not items:
+        raise UserError(f"{args.benchmark}: holds no question")
+    images = [load_image(path) for path in paths]
     grounder = Grounder.load(read_config(args.config, args.set), args.head)
-    for item, image in zip(items, images):
+    for item, path, image in zip(items, paths, images):
+        reference, item["image"] = item.get("answer"), path.name
         item |= chain_of_thought(
             grounder, image, item["question"], args.version, args.box_scale, args.discard_sam, args.resample
         )
-        item["image"] = Path(item["image"]).name
+        if args.benchmark:
+            item["score"] = contains(item["answer"], reference)
         print(json.dumps(item))
     if args.benchmark:
-        for item, reference in zip(items, read_json(args.benchmark, BENCHMARK)):
-            item["score"] = contains(item["answer"], reference["answer"])
         print(f"score {sum(i['score'] for i in items) / len(items):.3f} over {len(items)} questions")
     if args.out:
         atomic_write(args.out, json.dumps(items, indent=1))
