@@ -27,6 +27,7 @@ from flmm.models.frozen_internvl import FrozenInternVL
 from flmm.models.frozen_llava import FrozenLlava
 from flmm.models.frozen_llava_next import FrozenLlavaNext
 from flmm.models.frozen_llava_onevision import FrozenLlavaOnevision
+from flmm.models.frozen_mistral3 import FrozenMistral3
 from flmm.models.frozen_qwen import FrozenQwen
 from flmm.models.frozen_qwen3_vl import FrozenQwen3VL
 from flmm.models.frozen_smolvlm import FrozenIdefics3, FrozenSmolVLM
@@ -45,6 +46,7 @@ FAMILIES = {
     "smolvlm": FrozenSmolVLM,
     "idefics3": FrozenIdefics3,
     "llava_onevision": FrozenLlavaOnevision,
+    "mistral3": FrozenMistral3,
     "efficientnet": FrozenEfficientNet,
 }
 DATASETS = {

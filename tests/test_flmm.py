@@ -3,6 +3,7 @@
 import http.client
 import importlib.util
 import io
+import itertools
 import json
 import re
 import socket
@@ -32,35 +33,18 @@ from flmm.data.transforms import LlavaImageProcessor, QwenImageProcessor
 from flmm.draw import colours, overlay
 from flmm.models.flmm import FLMM, confidence, extract
 from flmm.models.frozen_base import FrozenBase
-from flmm.models.frozen_llava import positions
 from flmm.models.frozen_qwen import FrozenQwen
 from flmm.models.mask_head.mask_refiner import SAMImageEncoder, load_sam, original_keys, sam_from_original
-from flmm.models.tiny import TEXT, save_base, tiny_model, tiny_sam, tiny_tokenizer
+from flmm.models.tiny import ROPE, qwen_tokens, save_base, text_config, tiny_sam, tiny_tokenizer
+from flmm.models.tiny_bases import tiny_base
 from flmm.scripts.deepspeed2torch_state_dict import main as deepspeed2torch
 from flmm.scripts.demo.page import make_server
+from flmm.scripts.visual_cot import visual_cot
 from flmm.scripts.visual_cot.visual_cot import chain_of_thought, tokens_in_box, visual_cot_resample
 
 ROOT = Path(__file__).resolve().parents[1]
 ALL = ["llava", "llava_next", "deepseek_vl", "qwen"]
 SMALL = {"base_channels": 4, "upsample_input": 16}
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny_tokenizer()
-
-
-def make_base(family, tokenizer, attention="rows", **options):
-    kind, model = FAMILIES[family], tiny_model(family, tokenizer)
-    return kind(
-        model,
-        tokenizer,
-        kind.make_processor(model.config, {"min_pixels": 4096, "max_pixels": 4096}),
-        attention=attention,
-        template="plain",
-        question="Describe.",
-        **options,
-    )
 
 
 def scene_samples(base, count=2):
@@ -83,9 +67,9 @@ def scene_samples(base, count=2):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ALL)
 @pytest.mark.parametrize("merge", ["mean", "max"])
-def test_rows_equal_full_matrices_alone_and_in_a_left_padded_batch(family, merge, tokenizer):
-    base = make_base(family, tokenizer, merge=merge)
-    eager = make_base(family, tokenizer, "eager", merge=merge)  # equal weights: the seed is the same
+def test_rows_equal_full_matrices_alone_and_in_a_left_padded_batch(family, merge):
+    base = tiny_base(family, merge=merge)
+    eager = tiny_base(family, attention="eager", merge=merge)  # equal weights: the seed is the same
     samples = scene_samples(base, 3)
     assert len({len(s["input_ids"]) for s in samples}) > 1  # so that something is padded
     wanted = [eager([s])[0] for s in samples]
@@ -97,8 +81,8 @@ def test_rows_equal_full_matrices_alone_and_in_a_left_padded_batch(family, merge
     assert wanted[0]["mask_attentions"].shape[1] == base.channels
 
 
-def test_rows_in_bf16_stay_near_the_full_path(tokenizer, bfloat16):
-    base, eager = make_base("llava", tokenizer), make_base("llava", tokenizer, "eager")
+def test_rows_in_bf16_stay_near_the_full_path(bfloat16):
+    base, eager = tiny_base("llava"), tiny_base("llava", attention="eager")
     base.model.bfloat16()
     samples = scene_samples(base)
     for ours, theirs in zip(base(samples), eager(samples)):
@@ -106,8 +90,8 @@ def test_rows_in_bf16_stay_near_the_full_path(tokenizer, bfloat16):
         torch.testing.assert_close(ours["mask_attentions"], theirs["mask_attentions"], atol=2e-3, rtol=0.1)
 
 
-def test_qwen_without_token_types_would_differ(tokenizer):
-    base = make_base("qwen", tokenizer)
+def test_qwen_without_token_types_would_differ():
+    base = tiny_base("qwen")
     [sample] = scene_samples(base, 1)
     right = base([sample])[0]["mask_attentions"]
     build = base.build_inputs
@@ -116,8 +100,8 @@ def test_qwen_without_token_types_would_differ(tokenizer):
 
 
 @pytest.mark.parametrize("family", ALL)
-def test_one_pass_after_generation_gives_the_rows_of_generation(family, tokenizer):
-    base, eager = make_base(family, tokenizer), make_base(family, tokenizer, "eager")
+def test_one_pass_after_generation_gives_the_rows_of_generation(family):
+    base, eager = tiny_base(family), tiny_base(family, attention="eager")
     [sample] = scene_samples(base, 1)
     prompt = torch.tensor(base.encode_prompt())
     ids = base.generate({**sample, "input_ids": prompt}, 6, eos_token_id=[])
@@ -149,9 +133,9 @@ def test_one_pass_after_generation_gives_the_rows_of_generation(family, tokenize
         )
 
 
-def test_training_a_head_leaves_every_weight_of_the_base_unchanged(tokenizer):
-    base, sam = make_base("llava", tokenizer), tiny_sam()
-    encoder, model = SAMImageEncoder(sam), FLMM(base.channels, base.num_layers, base.hidden_size, sam, SMALL)
+def test_training_a_head_leaves_every_weight_of_the_base_unchanged():
+    base, sam = tiny_base("llava"), tiny_sam()
+    encoder, model = SAMImageEncoder(sam), FLMM(*base.dims, sam, SMALL)
     before = {
         k: v.clone() for k, v in [*base.model.state_dict().items(), *encoder.encoder.state_dict().items()]
     }
@@ -167,12 +151,10 @@ def test_training_a_head_leaves_every_weight_of_the_base_unchanged(tokenizer):
     assert model.text_layer_weights.grad is not None and model.text_proj.weight.grad.abs().sum() > 0
 
 
-def test_phrases_decoded_together_equal_phrases_decoded_one_by_one(tokenizer):
-    base, sam = make_base("llava", tokenizer), tiny_sam()
+def test_phrases_decoded_together_equal_phrases_decoded_one_by_one():
+    base, sam = tiny_base("llava"), tiny_sam()
     encoder = SAMImageEncoder(sam)
-    model = FLMM(
-        base.channels, base.num_layers, base.hidden_size, sam, SMALL, {"per_phrase_pad": True}
-    ).eval()
+    model = FLMM(*base.dims, sam, SMALL, {"per_phrase_pad": True}).eval()
     image = Image.fromarray(make_scene(3, 0)["image"])
     sample = SampleBuilder.of(base)(
         {"image": image, "pieces": caption_of_phrases(["red small circle", "cross", "blue large", "a"])}
@@ -212,63 +194,41 @@ def test_every_phrase_weighs_the_same_however_many_its_picture_has():
 # ---- checkpoints
 
 
-def expected_keys(iou_depth=3):
-    """The key list of a published head, written out from the specification."""
-    keys = {
-        "text_layer_weights",
-        "text_proj.weight",
-        "text_proj.bias",
-        "mask_head.conv_seg.weight",
-        "mask_head.conv_seg.bias",
-    }
-    for i in range(4):
-        for j in range(2):
-            keys |= {
-                f"mask_head.encoder.{i}.{min(i, 1)}.convs.{j}.{n}"
-                for n in ("conv.weight", "gn.weight", "gn.bias")
-            }
-    for i in range(3):
-        keys |= {
-            f"mask_head.decoder.{i}.{part}.{n}"
-            for n in ("conv.weight", "gn.weight", "gn.bias")
-            for part in ("conv_block.convs.0", "conv_block.convs.1", "upsample.interp_upsample.1")
-        }
-    prompt, decoder = "sam.model.prompt_encoder.", "sam.model.mask_decoder."
-    keys |= {f"{prompt}point_embeddings.{i}.weight" for i in range(4)} | {
-        prompt + "not_a_point_embed.weight",
-        prompt + "no_mask_embed.weight",
-    }
-    pair = ("weight", "bias")
-    keys |= {f"{prompt}mask_downscaling.{i}.{n}" for i in (0, 1, 3, 4, 6) for n in pair}
-    keys |= {decoder + "iou_token.weight", decoder + "mask_tokens.weight"}
-    blocks = [f"transformer.layers.{i}" for i in range(2)]
-    parts = [
-        f"{b}.{a}.{p}_proj"
-        for b in blocks
-        for a in ("self_attn", "cross_attn_token_to_image", "cross_attn_image_to_token")
-        for p in "qkv"
-    ]
-    parts += [
-        f"{b}.{a}.out_proj"
-        for b in blocks
-        for a in ("self_attn", "cross_attn_token_to_image", "cross_attn_image_to_token")
-    ]
-    parts += [f"{b}.norm{i}" for b in blocks for i in (1, 2, 3, 4)] + [
-        f"{b}.mlp.lin{i}" for b in blocks for i in (1, 2)
-    ]
-    parts += [f"transformer.final_attn_token_to_image.{p}_proj" for p in ("q", "k", "v", "out")] + [
-        "transformer.norm_final_attn"
-    ]
-    parts += [f"output_upscaling.{i}" for i in (0, 1, 3)]
-    parts += [f"output_hypernetworks_mlps.{i}.layers.{j}" for i in range(4) for j in range(3)]
-    parts += [f"iou_prediction_head.layers.{j}" for j in range(iou_depth)]
-    return keys | {f"{decoder}{p}.{n}" for p in parts for n in pair}
+# the keys of a published head, written out from the specification; {a,b} is one of them
+PUBLISHED_KEYS = """
+text_layer_weights
+text_proj.{weight,bias}
+mask_head.conv_seg.{weight,bias}
+mask_head.encoder.{0.0,1.1,2.1,3.1}.convs.{0,1}.{conv.weight,gn.weight,gn.bias}
+mask_head.decoder.{0,1,2}.conv_block.convs.{0,1}.{conv.weight,gn.weight,gn.bias}
+mask_head.decoder.{0,1,2}.upsample.interp_upsample.1.{conv.weight,gn.weight,gn.bias}
+sam.model.prompt_encoder.point_embeddings.{0,1,2,3}.weight
+sam.model.prompt_encoder.{not_a_point_embed,no_mask_embed}.weight
+sam.model.prompt_encoder.mask_downscaling.{0,1,3,4,6}.{weight,bias}
+sam.model.mask_decoder.{iou_token,mask_tokens}.weight
+sam.model.mask_decoder.transformer.layers.{0,1}.self_attn.{q,k,v,out}_proj.{weight,bias}
+sam.model.mask_decoder.transformer.layers.{0,1}.cross_attn_token_to_image.{q,k,v,out}_proj.{weight,bias}
+sam.model.mask_decoder.transformer.layers.{0,1}.cross_attn_image_to_token.{q,k,v,out}_proj.{weight,bias}
+sam.model.mask_decoder.transformer.layers.{0,1}.norm{1,2,3,4}.{weight,bias}
+sam.model.mask_decoder.transformer.layers.{0,1}.mlp.lin{1,2}.{weight,bias}
+sam.model.mask_decoder.transformer.final_attn_token_to_image.{q,k,v,out}_proj.{weight,bias}
+sam.model.mask_decoder.transformer.norm_final_attn.{weight,bias}
+sam.model.mask_decoder.output_upscaling.{0,1,3}.{weight,bias}
+sam.model.mask_decoder.output_hypernetworks_mlps.{0,1,2,3}.layers.{0,1,2}.{weight,bias}
+sam.model.mask_decoder.iou_prediction_head.layers.{0,1,2}.{weight,bias}
+"""
+
+
+def written_out(pattern):
+    """All names of a pattern."""
+    parts = [part.split(",") for part in re.split(r"[{}]", pattern)]
+    return ["".join(choice) for choice in itertools.product(*parts)]
 
 
 def test_a_saved_head_has_exactly_upstreams_keys_and_loads_again(tmp_path):
     model = FLMM(6, 3, 16, tiny_sam(), SMALL)
     state = model.upstream_state()
-    assert set(state) == expected_keys()
+    assert set(state) == {key for line in PUBLISHED_KEYS.split() for key in written_out(line)}
     nested = {"meta": {"epoch": 1}, "state_dict": {f"module.{k}": v.bfloat16() for k, v in state.items()}}
     nested["state_dict"]["module.llm.lm_head.weight"] = torch.zeros(2)  # base weights may lie in the file too
     torch.save(nested, tmp_path / "published.pth")
@@ -327,6 +287,10 @@ def test_sam_loads_alike_from_original_keys_and_from_a_transformers_folder(tmp_p
         loaded = load_sam(tmp_path / path, read_weights)
         torch.testing.assert_close(SAMImageEncoder(loaded)(image), wanted, atol=1e-6, rtol=0)
     assert sam_from_original(originals, 4).config.vision_config.global_attn_indexes == [2]
+    for change in ({"image_encoder.pos_embed": None}, {"mask_decoder.hf_token.weight": torch.ones(1, 4)}):
+        torch.save({k: v for k, v in {**originals, **change}.items() if v is not None}, tmp_path / "no.pth")
+        with pytest.raises(UserError, match="no.pth: not a readable original SAM checkpoint"):
+            load_sam(tmp_path / "no.pth", read_weights)
 
 
 def test_deepspeed_shards_become_the_fp32_head(tmp_path):
@@ -348,23 +312,23 @@ def test_deepspeed_shards_become_the_fp32_head(tmp_path):
             folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt",
         )
 
-    class Args:
-        output = tmp_path / "head.safetensors"
-
-    Args.folder = folder
-    deepspeed2torch(Args)
-    for key, value in read_weights(Args.output).items():
+    args = Namespace(folder=folder, output=tmp_path / "head.safetensors")
+    deepspeed2torch(args)
+    for key, value in read_weights(args.output).items():
         assert torch.equal(value, state[key]), key
+    torch.save({"model": {}}, folder / "mp_rank_00_model_states.pt")
+    with pytest.raises(UserError, match="model_states.pt: the file has no field 'module'"):
+        deepspeed2torch(args)
 
 
 # ---- conversation
 
 
 @pytest.fixture(scope="module")
-def grounder(tokenizer):
-    base, sam = make_base("llava", tokenizer), tiny_sam()
+def grounder():
+    base, sam = tiny_base("llava"), tiny_sam()
     torch.manual_seed(0)
-    head = FLMM(base.channels, base.num_layers, base.hidden_size, sam, SMALL)
+    head = FLMM(*base.dims, sam, SMALL)
     return Grounder(base, head, SAMImageEncoder(sam))
 
 
@@ -378,6 +342,31 @@ def test_ground_gives_masks_boxes_rle_and_scores_at_the_size_of_the_picture(grou
         assert np.array_equal(coco.decode(rle).astype(bool), mask)
         assert (box is None) == (not mask.any()) and isinstance(score, float)
     json.dumps(result["rle"])
+
+
+def test_a_picture_may_be_a_path_an_open_picture_or_an_array(grounder, tmp_path):
+    image = Image.fromarray(make_scene(0, 2)["image"])
+    image.save(path := tmp_path / "街 a.png")
+    wanted = grounder.ground(image, ["red"])["masks"]
+    for given in (path, str(path), np.asarray(image), np.asarray(image.convert("RGBA"))):
+        assert np.array_equal(grounder.ground(given, ["red"])["masks"], wanted)
+    assert grounder.ground(np.asarray(image)[..., 0], ["red"])["masks"].shape == (1, 64, 64)
+    assert grounder.converse(path, max_new_tokens=2)["masks"].shape[1:] == (64, 64)
+    (tmp_path / "no.png").write_bytes(b"no picture")
+    for given, reason in (
+        (tmp_path / "none.png", "none.png: no such file"),
+        (tmp_path / "no.png", "not a readable picture"),
+        (np.asarray(image) / 255, r"image is ndarray of shape \(64, 64, 3\) and type float64; give a path"),
+        (np.zeros((3, 64, 64), np.uint8), r"image is ndarray of shape \(3, 64, 64\)"),
+        (np.zeros((0, 4), np.uint8), r"shape \(0, 4\)"),
+        ([image, image], r"image is list of shape \(2, 64, 64, 3\)"),
+        (None, "image is NoneType"),
+        ([[1], [2, 3]], "image: not a readable picture"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            grounder.ground(given, ["red"])
+    with pytest.raises(UserError, match="phrases hold 5, which is no text"):
+        grounder.ground(image, ["red", 5])
 
 
 def test_a_phrase_with_a_different_word_gets_a_different_map(grounder):
@@ -402,8 +391,8 @@ def test_text_is_cut_at_its_noun_phrases_and_converse_needs_no_terminal(grounder
 
 
 @pytest.mark.parametrize("family", ["llava", "deepseek_vl", "qwen"])
-def test_resampling_the_whole_picture_is_a_plain_answer_and_a_box_leaves_its_tokens_only(family, tokenizer):
-    base = make_base(family, tokenizer)
+def test_resampling_the_whole_picture_is_a_plain_answer_and_a_box_leaves_its_tokens_only(family):
+    base = tiny_base(family)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
     sample = SampleBuilder.of(base)({"image": image, "pieces": caption_of_phrases(["red circle"])})
     seen = {}
@@ -418,7 +407,7 @@ def test_resampling_the_whole_picture_is_a_plain_answer_and_a_box_leaves_its_tok
     plain = base.generate({**sample, "input_ids": torch.tensor(base.encode_prompt(question))}, 8)
     assert (
         visual_cot_resample(base, sample, embeds, positions, [0, 0, 64, 64], question, 8)
-        == tokenizer.decode(plain).strip()
+        == base.tokenizer.decode(plain).strip()
     )
     # 8-pixel tokens: pixels 10..17 touch columns 1 and 2, 30..31 row 3; a point still has one token
     assert tokens_in_box([10, 30, 17, 31], sample, (8, 8)).tolist() == [25, 26]
@@ -438,8 +427,8 @@ def test_resampling_the_whole_picture_is_a_plain_answer_and_a_box_leaves_its_tok
     assert visual_cot_resample(base, sample, blank, positions, [10, 30, 17, 31], question, 4) == one
 
 
-def test_tokens_in_a_box_skip_the_padding_of_a_padded_picture(tokenizer):
-    base = make_base("llava", tokenizer)
+def test_tokens_in_a_box_skip_the_padding_of_a_padded_picture():
+    base = tiny_base("llava")
     sample = SampleBuilder.of(base)(
         {"image": Image.new("RGB", (128, 64)), "pieces": caption_of_phrases(["sky"])}
     )
@@ -455,6 +444,23 @@ def test_chain_of_thought_with_resampling_names_its_box_and_refuses_tiles(ground
     monkeypatch.setattr(grounder.base, "maps_per_head", 2)
     with pytest.raises(UserError, match="--resample"):
         chain_of_thought(grounder, image, "What is red?", version="v2", resample=True)
+
+
+@pytest.mark.parametrize(
+    "words, reason",
+    [
+        (["--image", "a.png"], "give --image and --question, or --benchmark"),
+        (["--benchmark", "{folder}/none.json"], "none.json: holds no question"),
+        (["--benchmark", "{folder}/none.json", "--question", "Why?"], "--question has no effect beside"),
+        (["--image", "a.png", "--question", "Why?", "--version", "v3", "--resample"], "--resample has no"),
+        (["--image", "{folder}/a.png", "--question", "Why?"], "a.png: no such file"),
+    ],
+)
+def test_what_a_chain_of_thought_cannot_use_is_refused(tmp_path, words, reason):
+    (tmp_path / "none.json").write_text("[]")
+    words = [word.format(folder=tmp_path) for word in ("--config", "c.yaml", "--head", "h.pth", *words)]
+    with pytest.raises(UserError, match=reason):
+        visual_cot.main(visual_cot.parse_args(words))
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "CMYK", "P", "1", "I;16"])
@@ -526,8 +532,15 @@ def test_noun_phrases_are_found_in_chinese_and_between_marks_of_markdown():
     assert all(phrase in listed for phrase in noun_phrases(listed))  # as they stand in the text
 
 
-def test_a_base_of_another_class_and_a_missing_class_are_named(tokenizer, tmp_path, monkeypatch):
-    save_base(tiny_model("qwen", tokenizer), tokenizer, tmp_path / "qwen")
+def saved(family, folder):
+    """The folder of a tiny base that was written there."""
+    base = tiny_base(family)
+    save_base(base.model, base.tokenizer, folder)
+    return folder
+
+
+def test_a_base_of_another_class_and_a_missing_class_are_named(tmp_path, monkeypatch):
+    saved("qwen", tmp_path / "qwen")
     with pytest.raises(
         UserError, match="holds a Qwen2_5_VL.*, this configuration needs a LlavaForConditionalGeneration"
     ):
@@ -539,13 +552,15 @@ def test_a_base_of_another_class_and_a_missing_class_are_named(tokenizer, tmp_pa
         FAMILIES["llava"].load(tmp_path / "qwen")
 
 
-def test_a_saved_base_loads_and_answers_alike_and_random_weights_are_another_base(tokenizer, tmp_path):
-    base = make_base("llava", tokenizer)
-    save_base(base.model, tokenizer, tmp_path / "base")
-    loaded = FAMILIES["llava"].load(tmp_path / "base", template="plain", question="Describe.")
+PLAIN = {"template": "plain", "question": "Describe."}
+
+
+def test_a_saved_base_loads_and_answers_alike_and_random_weights_are_another_base(tmp_path):
+    base, folder = tiny_base("llava"), saved("llava", tmp_path / "base")
+    loaded = FAMILIES["llava"].load(folder, **PLAIN)
     [sample] = scene_samples(base, 1)
     assert torch.equal(loaded([sample])[0]["mask_attentions"], base([sample])[0]["mask_attentions"])
-    control = FAMILIES["llava"].load(tmp_path / "base", random_seed=7, template="plain", question="Describe.")
+    control = FAMILIES["llava"].load(folder, random_seed=7, **PLAIN)
     assert not torch.equal(control([sample])[0]["mask_attentions"], base([sample])[0]["mask_attentions"])
 
 
@@ -679,26 +694,23 @@ def test_a_reasoning_query_is_answered_and_the_answer_is_grounded(grounder, monk
     assert answer_then_ground(base, sample) == (sample, "")  # a silent base: the query itself
 
 
-def test_a_base_placed_by_device_map_reads_alike_and_stays_where_it_is(tokenizer, tmp_path):
-    save_base(tiny_model("llava", tokenizer), tokenizer, tmp_path / "base")
-    options = dict(template="plain", question="Describe.")
-    plain = FAMILIES["llava"].load(tmp_path / "base", **options)
-    placed = FAMILIES["llava"].load(tmp_path / "base", device_map="auto", **options).to("cpu")
+def test_a_base_placed_by_device_map_reads_alike_and_stays_where_it_is(tmp_path):
+    plain = FAMILIES["llava"].load(saved("llava", tmp_path), **PLAIN)
+    placed = FAMILIES["llava"].load(tmp_path, device_map="auto", **PLAIN).to("cpu")
     [a], [b] = plain(scene_samples(plain, 1)), placed(scene_samples(placed, 1))
     assert torch.equal(a["mask_attentions"], b["mask_attentions"]) and torch.equal(
         a["hidden_states"], b["hidden_states"]
     )
 
 
-def test_a_base_in_four_bits_reads_nearly_alike_or_names_the_missing_package(tokenizer, tmp_path):
-    save_base(tiny_model("llava", tokenizer), tokenizer, tmp_path / "base")
-    options = dict(template="plain", question="Describe.")
+def test_a_base_in_four_bits_reads_nearly_alike_or_names_the_missing_package(tmp_path):
+    saved("llava", tmp_path)
     if importlib.util.find_spec("bitsandbytes") is None:
         with pytest.raises(UserError, match="bitsandbytes"):
-            FAMILIES["llava"].load(tmp_path / "base", load_in_4bit=True, **options)
+            FAMILIES["llava"].load(tmp_path, load_in_4bit=True, **PLAIN)
         return
-    plain = FAMILIES["llava"].load(tmp_path / "base", **options)
-    small = FAMILIES["llava"].load(tmp_path / "base", load_in_4bit=True, **options).to("cpu")
+    plain = FAMILIES["llava"].load(tmp_path, **PLAIN)
+    small = FAMILIES["llava"].load(tmp_path, load_in_4bit=True, **PLAIN).to("cpu")
     [a], [b] = plain(scene_samples(plain, 1)), small(scene_samples(small, 1))
     assert type(small.model.model.language_model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"
     assert 0 < (a["mask_attentions"] - b["mask_attentions"]).abs().max() < 0.02
@@ -707,13 +719,7 @@ def test_a_base_in_four_bits_reads_nearly_alike_or_names_the_missing_package(tok
 def readme_bases():
     """The classes of the README's section "A new base", executed as they stand there."""
     section = (ROOT / "flmm/README.md").read_text().split("## A new base")[1].split("\n## ")[0]
-    space = {
-        "FrozenBase": FrozenBase,
-        "FrozenQwen": FrozenQwen,
-        "LlavaImageProcessor": LlavaImageProcessor,
-        "positions": positions,
-        "torch": torch,
-    }
+    space = {"FrozenBase": FrozenBase, "FrozenQwen": FrozenQwen, "LlavaImageProcessor": LlavaImageProcessor}
     for block in re.findall(r"```python\n(.*?)```", section, re.DOTALL):
         exec(block, space)
     return space["FrozenQwen2"], space["FrozenInternVL"]
@@ -723,43 +729,23 @@ def readme_bases():
 def test_the_new_bases_of_the_readme_read_rows_and_answer(name):
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<IMG_CONTEXT>"]})
-    text = {
-        **TEXT,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "vocab_size": len(tokenizer),
-    }
-    token, qwen2, internvl = tokenizer.convert_tokens_to_ids, *readme_bases()
+    text, token, qwen2, internvl = text_config(tokenizer), tokenizer.convert_tokens_to_ids, *readme_bases()
     if name == "qwen2":
-        kind, grid = qwen2, (12, 16)
-        text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
-        model = Qwen2VLForConditionalGeneration(
-            Qwen2VLConfig(
-                text_config=text,
-                image_token_id=token("<|image_pad|>"),
-                video_token_id=token("<|video_pad|>"),
-                vision_start_token_id=token("<|vision_start|>"),
-                vision_end_token_id=token("<|vision_end|>"),
-                # fmt: skip
-                vision_config=dict(
-                    depth=2, embed_dim=32, hidden_size=128, mlp_ratio=2, num_heads=4, patch_size=4
-                ),
-            )
+        kind, grid, preprocessing = qwen2, (12, 16), {"min_pixels": 1024, "max_pixels": 16384}
+        vision = dict(depth=2, embed_dim=32, hidden_size=128, mlp_ratio=2, num_heads=4, patch_size=4)
+        config = Qwen2VLConfig(
+            text_config={**text, "rope_parameters": ROPE}, vision_config=vision, **qwen_tokens(token)
         )
-        preprocessing = {"min_pixels": 1024, "max_pixels": 16384}
+        model = Qwen2VLForConditionalGeneration(config)
     else:
-        kind, grid = internvl, (16, 16)
-        model = InternVLForConditionalGeneration(
-            InternVLConfig(
-                text_config={"model_type": "qwen2", **text},
-                image_token_id=token("<IMG_CONTEXT>"),
-                # fmt: skip
-                vision_config=dict(
-                    hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
-                ),
-            )
+        kind, grid, preprocessing = internvl, (16, 16), {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+        vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+        config = InternVLConfig(
+            text_config={"model_type": "qwen2", **text},
+            vision_config=vision,
+            image_token_id=token("<IMG_CONTEXT>"),
         )
-        preprocessing = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+        model = InternVLForConditionalGeneration(config)
     image, found = Image.new("RGB", (128, 96), "red"), []
     for attention in ("rows", "eager"):
         base = kind(model, tokenizer, kind.make_processor(model.config, preprocessing), attention=attention)

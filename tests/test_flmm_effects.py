@@ -6,7 +6,6 @@ import math
 import os
 import shutil
 import signal
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -22,52 +21,33 @@ from flmm.data.samples import SampleBuilder
 from flmm.evaluation import RawMaps
 from flmm.models.flmm import FLMM
 from flmm.models.frozen_llava import FrozenLlava
-from flmm.models.tiny import save_base, tiny_model, tiny_sam, tiny_tokenizer
 from studies.flmm.pretrain_base import FreshScenes
 from studies.flmm.pretrain_sam import Prompts
 from tests.effects import RUN_BASE, RUN_FLAGS, Effect, check_effects
+from tests.flmm_world import make_world
 from tests.parity import assert_same_first_step
 
 SPLITS = ("train", "val", "test", "overlap")
+world = pytest.fixture(make_world, scope="module", name="world")
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """Scenes, two random bases, a tiny SAM, a head, and a configuration that names them.
-
-    The pictures have 96 pixels a side, of which the processor makes 64.
-    """
-    folder = tmp_path_factory.mktemp("world")
-    counts = ["--train", 8, "--val", 2, "--test", 3, "--overlap", 1, "--side", 96]
-    make_data.main(make_data.parse_args([str(word) for word in ["--out", folder / "data", *counts]]))
-    tokenizer = tiny_tokenizer()
-    for seed in (0, 1):
-        save_base(tiny_model("llava", tokenizer, seed), tokenizer, folder / f"base-{seed}")
-    tiny_sam().save_pretrained(folder / "sam")
-    scenes = Path(flmm.train.__file__).parent / "configs/tiny/scenes.yaml"
-    parts = {
-        "include": str(scenes),
-        "base": {"path": str(folder / "base-0")},
-        "sam": {"path": str(folder / "sam")},
-        "unet": {"base_channels": 4},
-    }
-    (folder / "config.yaml").write_text(json.dumps(parts))
-    options = ["--config", folder / "config.yaml", "--data", folder / "data"]
-    train(folder, ["--max-steps", 1], folder / "run", options)
-    return SimpleNamespace(folder=folder, options=options, head=folder / "run/head.safetensors")
-
-
-def train(folder, extra, out, options):
+def train(extra, out, options):
     """flmm/train.py in this process."""
     words = [*options, "--log-every", 1, "--save-every", 1, "--batch-size", 4, *extra, "--out", out]
     flmm.train.main(flmm.train.parse_args([str(word) for word in words]))
+
+
+@pytest.fixture(scope="module")
+def head(world):
+    train(["--max-steps", 1], world.folder / "run", world.options)
+    return world.folder / "run/head.safetensors"
 
 
 # --- options
 
 
 @pytest.mark.slow
-def test_every_option_of_train_has_its_effect(world, tmp_path):
+def test_every_option_of_train_has_its_effect(world, head, tmp_path):
     cache = ["--cache-attention", world.folder / "effects-cache"]
     check_effects(
         flmm.train,
@@ -91,7 +71,7 @@ def test_every_option_of_train_has_its_effect(world, tmp_path):
             ],
             "--shard-base": Effect(True, "refused"),  # with two processes: tests/test_flmm_train.py
             "--cache-attention": Effect(world.folder / "another-cache", "text"),
-            "--init-head": Effect(world.head, "weights"),
+            "--init-head": Effect(head, "weights"),
             "--targets": Effect("original", "weights"),
             "--skip-bad": "what is left out: test_what_cannot_be_read_is_left_out_and_counted",
             "--eval-every": [
@@ -117,7 +97,7 @@ def test_a_cache_knows_its_precision_and_the_expressions_that_were_drawn():
 
 
 @pytest.mark.slow
-def test_what_cannot_be_read_is_left_out_and_counted(world, tmp_path, capsys):
+def test_what_cannot_be_read_is_left_out_and_counted(world, head, tmp_path, capsys):
     data = shutil.copytree(world.folder / "data", tmp_path / "data")
     config = read_config(world.folder / "config.yaml")
     names = {split: build_dataset(config, split, data).record(0)["file_name"] for split in ("train", "test")}
@@ -128,11 +108,11 @@ def test_what_cannot_be_read_is_left_out_and_counted(world, tmp_path, capsys):
     (data / "png/png_coco_train.json").write_text(json.dumps(captions))
     options = ["--config", world.folder / "config.yaml", "--data", data]
     with pytest.raises(UserError, match="segment 987 .* is not in segments_info"):
-        train(world.folder, ["--max-steps", 1], tmp_path / "run", options)
-    train(world.folder, ["--max-steps", 2, "--skip-bad"], tmp_path / "run", options)
+        train(["--max-steps", 1], tmp_path / "run", options)
+    train(["--max-steps", 2, "--skip-bad"], tmp_path / "run", options)
     told = capsys.readouterr()
     assert "1 bad items were left out, the first:" in told.err and f"{names['train']}: not a" in told.err
-    words = [*options, "--split", "test", "--head", world.head, "--out", tmp_path / "test"]
+    words = [*options, "--split", "test", "--head", head, "--out", tmp_path / "test"]
     with pytest.raises(UserError, match=f"{names['test']}: not a readable picture"):
         flmm.test.main(flmm.test.parse_args([str(word) for word in words]))
     words += ["--skip-bad", "--overwrite"]
@@ -157,6 +137,12 @@ def test_every_option_of_the_keyword_selectors_training_has_its_effect(world, tm
         },
         tmp_path,
     )
+
+
+def test_a_selectors_data_are_checked_before_its_base_is_loaded(world, tmp_path):
+    words = [*world.options, "--set", "base.path=nowhere", "data.val=null", "--out", tmp_path / "selector"]
+    with pytest.raises(UserError, match="names no data for 'val'"):
+        selector_script.main(selector_script.parse_args([str(word) for word in words]))
 
 
 def test_what_the_configuration_says_about_training_holds_until_the_command_line_says_otherwise():
@@ -184,7 +170,7 @@ def test_a_warm_up_rounds_down_as_mmengines_does():
 def test_the_learning_rate_rises_and_falls_as_mmengine_lets_it(world, tmp_path):
     """LinearLR from 1e-5 of the peak over the warm-up, then CosineAnnealingLR to zero, by optimizer step."""
     extra = ["--max-steps", 8, "--warmup", 4, "--lr", 1e-3]
-    train(world.folder, extra, tmp_path / "run", world.options)
+    train(extra, tmp_path / "run", world.options)
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     rising = [1e-5 + (1 - 1e-5) * k / 3 for k in range(4)]
     falling = [(1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)]
@@ -197,7 +183,7 @@ def test_the_weight_decay_holds_for_every_trained_tensor(world, tmp_path, monkey
     made = []
     original = torch.optim.AdamW
     monkeypatch.setattr(torch.optim, "AdamW", lambda *a, **k: made.append(original(*a, **k)) or made[-1])
-    train(world.folder, ["--max-steps", 1, "--weight-decay", 0.25], tmp_path / "run", world.options)
+    train(["--max-steps", 1, "--weight-decay", 0.25], tmp_path / "run", world.options)
     [group] = made[0].param_groups
     assert group["weight_decay"] == 0.25 and group["betas"] == (0.9, 0.999)
     assert any(p.ndim == 1 for p in group["params"])
@@ -210,7 +196,7 @@ def test_the_weight_decay_holds_for_every_trained_tensor(world, tmp_path, monkey
 def test_accumulated_pictures_weigh_every_phrase_as_one_batch_does(world, tmp_path):
     for batch, accum in ((4, 1), (1, 4)):
         extra = ["--max-steps", 1, "--batch-size", batch, "--accum", accum]
-        train(world.folder, extra, tmp_path / f"{batch}", world.options)
+        train(extra, tmp_path / f"{batch}", world.options)
     assert_same_first_step(tmp_path / "4", tmp_path / "1")
 
 
@@ -224,7 +210,7 @@ def test_a_stop_signal_in_the_closing_validation_ends_the_run_at_once(world, tmp
     monkeypatch.setattr(flmm.train, "validate", validate)
     try:
         with pytest.raises(Interrupted, match="step-00000002"):
-            train(world.folder, ["--max-steps", 2], tmp_path / "run", world.options)
+            train(["--max-steps", 2], tmp_path / "run", world.options)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -242,7 +228,7 @@ def test_a_loss_that_is_not_finite_is_refused_by_name_and_never_saved(world, tmp
     monkeypatch.setattr(FLMM, "compute_loss", poisoned)
     extra = ["--max-steps", 4, "--batch-size", 2, "--accum", 2, "--log-every", 50]
     with pytest.raises(UserError, match="loss is nan at step 2; batch: 0000100"):
-        train(world.folder, extra, tmp_path / "run", world.options)
+        train(extra, tmp_path / "run", world.options)
     assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000001"]
 
 
@@ -291,26 +277,21 @@ def test_training_sees_training_pictures_alone_and_validation_the_others(
     world, arrays, tmp_path, monkeypatch
 ):
     seen = spy(monkeypatch, flmm.train)
-    train(world.folder, ["--max-steps", 2], tmp_path / "run", world.options)
+    train(["--max-steps", 2], tmp_path / "run", world.options)
     assert {d for learning, d in seen if learning} == arrays["train"][1]
     assert {d for learning, d in seen if not learning} == arrays["val"][1]
 
 
 @pytest.mark.slow
 def test_a_cache_holds_each_split_apart(world, arrays, tmp_path):
-    train(
-        world.folder,
-        ["--max-steps", 1, "--cache-attention", tmp_path / "cache"],
-        tmp_path / "run",
-        world.options,
-    )
+    train(["--max-steps", 1, "--cache-attention", tmp_path / "cache"], tmp_path / "run", world.options)
     for split in ("train", "val"):
         cached = flmm.train.CachedFeatures(tmp_path / "cache" / split)
         assert {cached[i]["file_name"] for i in range(len(cached))} == arrays[split][0]
 
 
 def test_scores_are_of_the_asked_split_and_the_raw_map_is_chosen_without_it(
-    world, arrays, tmp_path, monkeypatch
+    world, head, arrays, tmp_path, monkeypatch
 ):
     seen, fitted = spy(monkeypatch, flmm.test), []
     original = RawMaps.fit
@@ -320,7 +301,7 @@ def test_scores_are_of_the_asked_split_and_the_raw_map_is_chosen_without_it(
         original(self, feature, gt)
 
     monkeypatch.setattr(RawMaps, "fit", fit)
-    words = [*world.options, "--head", world.head, "--controls", "--pictures", 0, "--out", tmp_path / "test"]
+    words = [*world.options, "--head", head, "--controls", "--pictures", 0, "--out", tmp_path / "test"]
     flmm.test.main(flmm.test.parse_args([str(word) for word in words]))
     assert {d for _, d in seen} == arrays["test"][1]
     data = build_dataset(read_config(world.folder / "config.yaml"), "train", world.folder / "data", None)
@@ -347,6 +328,13 @@ def test_the_keyword_selector_learns_from_training_captions_and_is_scored_on_oth
     words = [*world.options, "--max-steps", 2, "--batch-size", 4, "--out", tmp_path / "selector"]
     selector_script.main(selector_script.parse_args([str(word) for word in words]))
     assert learned == arrays["train"][0] and scored == arrays["val"][0]
+
+
+def test_scenes_take_the_place_of_nothing_else(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for out in (tmp_path, tmp_path / "file"):
+        with pytest.raises(UserError, match="holds something else; choose a new folder"):
+            make_data.main(make_data.parse_args(["--out", str(out)]))
 
 
 def test_the_scenes_of_pre_training_are_in_no_split(monkeypatch):

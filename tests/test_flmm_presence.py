@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
+import flmm.test
 from common.errors import UserError
-from flmm import make_data
+from flmm.build import read_config
 from flmm.conversation import Grounder
 from flmm.data.absent import KINDS, absent_phrases, exchanged, holds, nonsense
 from flmm.data.samples import SampleBuilder, caption_of_phrases
@@ -17,11 +19,13 @@ from flmm.models.flmm import FLMM, extract
 from flmm.models.mask_head import mask_decoder
 from flmm.models.mask_head.mask_decoder import UNetHead
 from flmm.models.mask_head.mask_refiner import SAMImageEncoder, sureness
-from flmm.models.tiny import save_base, tiny_model, tiny_sam, tiny_tokenizer
+from flmm.models.tiny import tiny_sam
 from flmm.models.tiny_bases import tiny_base
 from flmm.scripts import calibrate
+from tests.flmm_world import make_world
 
 SMALL = {"base_channels": 4, "upsample_input": 16}
+world = pytest.fixture(make_world, scope="module", name="world")
 
 
 def one_sample(base, pieces, seed=0):
@@ -91,10 +95,19 @@ def test_a_fit_tells_presence_apart_and_its_score_goes_with_the_iou(tmp_path):
     torch.testing.assert_close(again(x)[1], score)
     assert Calibration.beside(tmp_path / "elsewhere/head.safetensors") is None
     content = json.loads((tmp_path / "calibration.json").read_text())
-    for change in ({"features": ["another", *FEATURES[1:]]}, {"presence": content["presence"][1:]}):
+    short = {**content["presence"], "weights": content["presence"]["weights"][1:]}
+    for change in ({"features": ["another", *FEATURES[1:]]}, {"presence": short}):
         (tmp_path / "calibration.json").write_text(json.dumps({**content, **change}))
         with pytest.raises(UserError, match="calibration.json: made for other numbers"):
             Calibration.load(tmp_path / "calibration.json")
+
+    # files of one mean for both models, whose score was fitted on what is not there, too
+    models = {name: content[name]["weights"] for name in ("presence", "score")}
+    before = {"features": list(FEATURES), "fitted": {}, "mean": x.mean(0).tolist(), "std": x.std(0).tolist()}
+    (tmp_path / "calibration.json").write_text(json.dumps({**before, **models}))
+    old = Calibration.load(tmp_path / "calibration.json")
+    torch.testing.assert_close(old(x)[1], old.score(x))
+    torch.testing.assert_close(score, fitted.score(x) * (2 * presence).clamp(max=1))
 
 
 def test_the_area_under_the_curve_counts_ties_half():
@@ -114,7 +127,7 @@ def test_sureness_follows_its_definition():
 def test_features_of_a_phrase_are_its_own():
     torch.manual_seed(0)
     base, encoder = tiny_base("llava"), SAMImageEncoder(sam := tiny_sam())
-    head = FLMM(base.channels, base.num_layers, base.hidden_size, sam=sam, unet=SMALL).eval()
+    head = FLMM(*base.dims, sam=sam, unet=SMALL).eval()
     pieces = [("a", -1), ("red car", 0), ("and", -1), ("the blue sky", 1)]
     [feature] = extract(base, encoder, [one_sample(base, pieces)], likelihood=True)
     with torch.no_grad():
@@ -146,50 +159,39 @@ def test_absent_phrases_are_absent_and_of_every_kind():
 # ---- the whole way
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("presence")
-    counts = ["--train", 2, "--val", 4, "--test", 2, "--overlap", 1]
-    make_data.main(make_data.parse_args([str(word) for word in ["--out", folder / "data", *counts]]))
-    tokenizer = tiny_tokenizer()
-    save_base(tiny_model("llava", tokenizer), tokenizer, folder / "base")
-    from safetensors.torch import save_file
-
-    torch.manual_seed(0)
-    head = FLMM(12, 3, 128, unet=SMALL)
-    (folder / "head").mkdir()
-    save_file(head.upstream_state(), folder / "head/head.safetensors")
-    options = [f"base.path={folder / 'base'}", "unet.base_channels=4", "unet.upsample_input=16"]
-    return folder, options
-
-
 @pytest.mark.slow
 def test_a_head_is_calibrated_and_the_calibration_is_used_everywhere(world, capsys, tmp_path):
-    import flmm.test
-    from flmm.build import read_config
-
-    folder, options = world
-    words = ["--config", "flmm/configs/tiny/scenes.yaml", "--set", *options, "--data", folder / "data"]
-    words += ["--head", folder / "head/head.safetensors"]
-    scene = Image.open(sorted((folder / "data/png/images").glob("*.png"))[0])
-    config = read_config("flmm/configs/tiny/scenes.yaml", options)
-    before = Grounder.load(config, folder / "head/head.safetensors", device="cpu")
-    found = before.ground(scene, ["red circle"])
+    torch.manual_seed(0)
+    save_file(FLMM(12, 3, 128, unet=SMALL).upstream_state(), head := tmp_path / "head.safetensors")
+    changes = ["sam.path=null", "unet.upsample_input=16"]
+    config, device = read_config(world.folder / "config.yaml", changes), "cpu"
+    words = [str(word) for word in [*world.options, "--set", *changes, "--head", head]]
+    scene = sorted((world.folder / "data/png/images").glob("*.png"))[0]
+    found = Grounder.load(config, head, device=device).ground(scene, ["red circle"])
     assert not found["calibrated"] and 0 < found["presence"][0] < 1
-    calibrate.main(calibrate.parse_args([str(word) for word in words]))
-    assert "presence_auc" in capsys.readouterr().out and (folder / "head/reliability.png").is_file()
-    grounder = Grounder.load(config, folder / "head/head.safetensors", device="cpu")
-    result = grounder.ground(scene, ["red circle", "zzz"])
-    assert (
-        result["calibrated"] and len(result["presence"]) == 2 and all(0 <= p <= 1 for p in result["presence"])
-    )
-    assert all(0 <= s <= 1 for s in result["scores"])
-    flmm.test.main(flmm.test.parse_args([str(word) for word in [*words, "--out", tmp_path / "test"]]))
+    calibrate.main(calibrate.parse_args(words))
+    assert "presence_auc" in capsys.readouterr().out and (tmp_path / "reliability.png").is_file()
+    result = Grounder.load(config, head, device=device).ground(scene, ["red circle", "zzz"])
+    assert result["calibrated"] and len(result["presence"]) == 2
+    assert all(0 <= value <= 1 for value in [*result["presence"], *result["scores"]])
+    flmm.test.main(flmm.test.parse_args([*words, "--out", str(tmp_path / "test")]))
     scores = json.loads((tmp_path / "test/results.json").read_text())
     assert 0 <= scores["presence"] <= 1
     # an expression counts as found only if the thing is believed to be there
-    table = (tmp_path / "test/phrases.csv").read_text()
-    assert "presence" in table.splitlines()[0]
+    assert "presence" in (tmp_path / "test/phrases.csv").read_text().splitlines()[0]
+
+    # a selector of another base is refused
+    save_file({"linear.weight": torch.zeros(1, 8)}, tmp_path / "selector.safetensors")
+    with pytest.raises(UserError, match="selector.safetensors: is no selector of this base"):
+        Grounder.load(config, head, tmp_path / "selector.safetensors", device)
+
+
+def test_an_expression_of_nothing_is_absent_where_a_head_is_calibrated():
+    infos = [{"text": "red car"}, {"text": "green dog", "no_target": True}]
+    record = {"pieces": caption_of_phrases(["red car", "green dog"]), "mask_infos": infos}
+    asked = calibrate.questions(record, ["a blue boat"], np.random.default_rng(0))
+    kinds = {kind for pieces, _, true, kind in asked if true is None and ("green dog", 0) in pieces}
+    assert kinds == {"no target"} and [true for *_, true, kind in asked if kind == "present"] == [0, 0]
 
 
 # ---- the mask head
@@ -242,7 +244,7 @@ def test_the_cheap_order_is_taken_where_it_is_cheap(monkeypatch):
 def test_many_phrases_equal_few_and_never_pass_the_head_together(monkeypatch):
     torch.manual_seed(0)
     base, encoder = tiny_base("llava"), SAMImageEncoder(sam := tiny_sam())
-    head = FLMM(base.channels, base.num_layers, base.hidden_size, sam=sam, unet=SMALL).eval()
+    head = FLMM(*base.dims, sam=sam, unet=SMALL).eval()
     words = ["red", "a blue car", "the sky", "one", "two", "small", "large", "white", "black", "green cross"]
     [feature] = extract(base, encoder, [one_sample(base, caption_of_phrases(words))])
     most, own = [], mask_decoder.UNetHead.forward

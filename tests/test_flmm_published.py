@@ -20,7 +20,7 @@ from flmm.data.samples import SampleBuilder, decode_segmentation, rle_counts
 from flmm.data.skip import Bad, SkipBad, keep_good
 from flmm.data.text import control_tokens, encode_text
 from flmm.data.transforms import LlavaNextImageProcessor, load_image
-from flmm.evaluation import phrase_rows, summarise
+from flmm.evaluation import RawMaps, phrase_rows, summarise, trivial_controls
 from flmm.metrics import referring_scores
 from flmm.models.flmm import FLMM
 from flmm.models.tiny import tiny_sam, tiny_tokenizer
@@ -178,6 +178,23 @@ def test_reasonseg_takes_the_first_wording_and_the_smaller_polygon_wins(tmp_path
         ReasonSegDataset(tmp_path, wordings="some")
 
 
+def test_reasonseg_leaves_ignored_pixels_out(tmp_path):
+    shapes = [("target", box(0, 0, 9, 9)), ("ignore", box(8, 8, 19, 19))]
+    put(tmp_path, "a", ["what flies?"], shapes, size=(20, 20))
+    record = ReasonSegDataset(tmp_path).record(0)
+    gt, ignore, everything = torch.from_numpy(record["masks"]), record["ignore"], torch.full((1, 20, 20), 9.0)
+    output = {"pred_masks": everything, "sam_pred_masks": None, "scores": torch.ones(1)}
+    [row] = phrase_rows(output, gt, ignore)
+    # 144 pixels lie in the ignored square; the target is the smaller one and keeps the four that they share
+    assert record["masks"].sum() == 100 and row["union"] == 400 - 140 and row["inter"] == 100
+    # what no word is read for is counted on the same pixels: the whole picture is the mask above
+    raw, feature = RawMaps(), {"mask_attentions": torch.ones(1, 1, 20, 20), "unpad": False, "meta_data": None}
+    raw.fit(feature, gt)
+    raw.choose().score(feature, gt, [row], ignore)
+    trivial_controls(gt, [row], ignore)
+    assert row["iou"] == row["iou_whole"] == pytest.approx(row["iou_raw"]) == 100 / 260
+
+
 def test_reasonseg_reads_windows_files_and_names_what_is_no_question(tmp_path):
     put(tmp_path, "d", ["caf\u00e9 \u2019"], [("target", box(1, 1, 5, 5))], "cp1252")
     assert ReasonSegDataset(tmp_path).items[0][2] == "caf\u00e9 \u2019"
@@ -306,6 +323,12 @@ BAD_SEGMENTATIONS = {
     "two corners": [[1, 1, 5, 5]],
     "infinite": [[1, 1, 5, 1, float("inf"), 5]],
     "nothing": [],
+    "one corner": [[1, 2]],
+    "null": None,
+    "a text": "abc",
+    "no size": {"counts": "x"},
+    "size of letters": {"size": "no", "counts": [1, 2]},
+    "counts of one number": {"size": [HEIGHT, WIDTH], "counts": 7},
 }
 
 

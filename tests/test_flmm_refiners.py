@@ -115,7 +115,7 @@ def test_a_head_with_another_refiner_learns_is_saved_and_loads(kind, options, tm
     refiner(kind).save_pretrained(tmp_path)
     base, sam = tiny_base("llava"), load_sam(tmp_path, None)
     encoder = SAMImageEncoder(sam)
-    head = FLMM(base.channels, base.num_layers, base.hidden_size, sam, {"base_channels": 4}, options)
+    head = FLMM(*base.dims, sam, {"base_channels": 4}, options)
     record = {"image": picture(), "pieces": caption_of_phrases(["red cross", "a small blue ring"])}
     features = extract(base, encoder, [SampleBuilder.of(base, encoder)(record)])
     head.compute_loss(head(features), [torch.ones(2, *SIZE)])["loss"].backward()
@@ -123,7 +123,7 @@ def test_a_head_with_another_refiner_learns_is_saved_and_loads(kind, options, tm
     assert {"text_proj.weight", "sam.mask_decoder.mask_tokens.weight"} <= trained
     assert not any("conv_s0" in name or "conv_s1" in name for name in trained)  # of the frozen half
 
-    other = FLMM(base.channels, base.num_layers, base.hidden_size, sam, {"base_channels": 4}, options)
+    other = FLMM(*base.dims, sam, {"base_channels": 4}, options)
     other.load_upstream(head.upstream_state())
     with torch.no_grad():
         for ours, theirs in zip(head.eval()(features)[0].values(), other.eval()(features)[0].values()):

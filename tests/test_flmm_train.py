@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -15,27 +14,14 @@ from safetensors.torch import load_file
 
 import flmm.train as trainer
 from common.errors import UserError
-from flmm.make_data import main as make_data
-from flmm.models.tiny import save_base, tiny_model, tiny_sam, tiny_tokenizer
 from flmm.scripts.demo import grounded_conversation_demo as demo
 from flmm.scripts.visual_cot.visual_cot import contains, mask_to_crop
 from tests import forked
+from tests.flmm_world import make_world
 from tests.parity import assert_same_first_step, assert_same_scores
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = str(ROOT / "flmm/configs/tiny/scenes.yaml")
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """Data, random bases of two families and a tiny SAM."""
-    folder = tmp_path_factory.mktemp("world")
-    make_data(Namespace(out=folder / "data", train=8, val=2, test=3, overlap=1, side=64, seed=0, base=None))
-    tokenizer = tiny_tokenizer()
-    for family in ("llava", "qwen"):
-        save_base(tiny_model(family, tokenizer), tokenizer, folder / family)
-    tiny_sam().save_pretrained(folder / "sam")
-    return folder
+world = pytest.fixture(make_world, scope="module", name="world")
 
 
 def call(*arguments, cwd=ROOT, processes=1, ok=True):
@@ -49,14 +35,8 @@ def call(*arguments, cwd=ROOT, processes=1, ok=True):
     return line
 
 
-def model(world):
-    """The options that name the tiny model."""
-    overrides = (f"base.path={world / 'llava'}", f"sam.path={world / 'sam'}", "unet.base_channels=4")
-    return ["--config", CONFIG, "--set", *overrides]
-
-
 def train(world, out, *extra, **options):
-    words = [*model(world), "--data", world / "data", "--out", out, "--log-every", 1, *extra]
+    words = [*world.options, "--out", out, "--log-every", 1, *extra]
     return call(ROOT / "flmm/train.py", *words, **options)
 
 
@@ -100,8 +80,7 @@ def test_no_step_needs_more_memory_than_an_earlier_one(world, tmp_path, monkeypa
 
     monkeypatch.setattr(trainer, "lr_at", next_step)
     length = ["--batch-size", 8, "--max-steps", 9, "--log-every", 3, "--out", tmp_path / "run"]
-    options = [*model(world), "--data", world / "data", *length]
-    in_process(trainer.main, trainer.parse_args, monkeypatch, *options)
+    in_process(trainer.main, trainer.parse_args, monkeypatch, *world.options, *length)
     watch[0].__exit__(None, None, None)
     peaks, kept = zip(*steps)
     assert len(steps) == 8 and max(peaks[4:]) <= 1.01 * max(peaks[1:4]), peaks
@@ -131,7 +110,7 @@ def test_a_head_is_trained_from_the_cache_scored_and_used(world, tmp_path):
     assert "base: cached features" in again and "val_miou" in again
     assert (cache / "train/features-00000.h5").stat().st_mtime_ns == written
 
-    scoring = [ROOT / "flmm/test.py", *model(world), "--data", world / "data", "--head", head]
+    scoring = [ROOT / "flmm/test.py", *world.options, "--head", head]
     scoring += ["--controls", "--pictures", 2, "--out"]
     text = call(*scoring, tmp_path / "test")
     call(*scoring, tmp_path / "two", processes=2)  # the same scores, phrase by phrase
@@ -146,7 +125,7 @@ def test_a_head_is_trained_from_the_cache_scored_and_used(world, tmp_path):
     Image.new("CMYK", (50, 40)).save(tmp_path / "p.jpg")
     script = ROOT / "flmm/scripts/demo/grounded_conversation_demo.py"
     asked = ["--image", tmp_path / "p.jpg", "--text", "a red car; sky", "--out", tmp_path / "g"]
-    out = call(script, *model(world), "--head", head, *asked, cwd=script.parent)
+    out = call(script, *world.options[:2], "--head", head, *asked, cwd=script.parent)
     assert out.count("score") == 2 and (tmp_path / "g.png").is_file()
     assert json.loads((tmp_path / "g.json").read_text())["phrases"] == ["a red car", "sky"]
 
@@ -166,10 +145,10 @@ def in_process(main, parse, monkeypatch, *arguments):
     ],
 )
 def test_the_demo_refuses_before_it_writes(world, tmp_path, monkeypatch, arguments, reason):
-    Image.new("RGB", (40, 30)).save(world / "p.png")
-    arguments = [a.format(world=world) for a in arguments]
+    Image.new("RGB", (40, 30)).save(world.folder / "p.png")
+    arguments = [a.format(world=world.folder) for a in arguments]
     with pytest.raises(UserError, match=reason):
-        options = ["--config", CONFIG, "--head", world / "none.pth", "--out", tmp_path / "refused"]
+        options = [*world.options[:2], "--head", "none.pth", "--out", tmp_path / "refused"]
         in_process(demo.main, demo.parse_args, monkeypatch, *options, *arguments)
     assert not list(tmp_path.iterdir())
 
@@ -177,24 +156,21 @@ def test_the_demo_refuses_before_it_writes(world, tmp_path, monkeypatch, argumen
 @pytest.mark.parametrize(
     "arguments,reason",
     [
-        (["--data", "{world}/nowhere"], "nowhere"),
+        (["--data", "/nowhere"], "nowhere"),
         (["--set", "base.family=gpt"], "base.family is 'gpt'"),
         (["--set", "base.family=mgm"], "no class for this base"),
         (["--set", "sam.path=/nowhere/sam.pth"], "sam.path /nowhere/sam.pth: no such file"),
     ],
 )
 def test_train_refuses_before_it_makes_a_run_folder(world, tmp_path, monkeypatch, arguments, reason):
-    arguments = [a.format(world=world) for a in arguments]
+    arguments = [*world.options, "--out", tmp_path / "x", *arguments]
     with pytest.raises(UserError, match=reason):
-        options = ["--config", CONFIG, "--data", world / "data", "--base-path", world / "llava"]
-        in_process(
-            trainer.main, trainer.parse_args, monkeypatch, *options, "--out", tmp_path / "x", *arguments
-        )
+        in_process(trainer.main, trainer.parse_args, monkeypatch, *arguments)
     assert not (tmp_path / "x").exists()
 
 
-def test_a_refusal_is_one_line_and_status_two(world, tmp_path):
-    words = ["--config", tmp_path / "none.yaml", "--data", world, "--out", tmp_path / "x"]
+def test_a_refusal_is_one_line_and_status_two(tmp_path):
+    words = ["--config", tmp_path / "none.yaml", "--data", tmp_path, "--out", tmp_path / "x"]
     line = call(ROOT / "flmm/train.py", *words, ok=False)
     assert "none.yaml: no such file" in line
 

@@ -99,9 +99,7 @@ class TestFrozenQwen(unittest.TestCase):
 
     def test_only_the_head_gets_gradients(self):
         sample = self.builder({"image": Image.new("RGB", (64, 64)), "pieces": caption_of_phrases(["a dog"])})
-        head = FLMM(
-            self.base.channels, self.base.num_layers, self.base.hidden_size, None, {"base_channels": 4}
-        )
+        head = FLMM(*self.base.dims, None, {"base_channels": 4})
         head(extract(self.base, None, [sample]))[0]["pred_masks"].sum().backward()
         self.assertTrue(all(p.grad is not None for p in head.parameters()))
         self.assertTrue(all(p.grad is None and not p.requires_grad for p in self.base.model.parameters()))

@@ -33,7 +33,7 @@ def write_cache(folder, base, sam_encoder, dataset, fingerprint, accelerator, ba
     with atomic_path(folder / f"features-{accelerator.process_index:05d}.h5") as temporary:
         with h5py.File(temporary, "w") as file:
             file.attrs["fingerprint"] = json.dumps(fingerprint, sort_keys=True)
-            file.attrs["dims"] = [base.channels, base.num_layers, base.hidden_size]
+            file.attrs["dims"] = base.dims
             file.attrs["processes"], file.attrs["samples"] = accelerator.num_processes, len(dataset)
             stored = {}  # {picture: where its SAM embedding lies in the file}
             for start in progress(range(0, len(mine), batch_size), accelerator, desc="caching features"):

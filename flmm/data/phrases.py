@@ -130,13 +130,13 @@ def cut(text, spans):
 
 def read_reasonseg(path):
     """Content of a ReasonSeg annotation; where it is not UTF-8 it is cp1252, as in some published files."""
-    try:
-        return read_json(path, REASONSEG)
-    except UserError as error:
-        if "UnicodeDecodeError" not in str(error):
-            raise
     with reading(path, "JSON file"):
-        content = json.loads(Path(path).read_text(encoding="cp1252"))
+        content = Path(path).read_bytes()
+        try:
+            text = content.decode("utf-8")
+        except UnicodeDecodeError:
+            text = content.decode("cp1252")
+        content = json.loads(text)
     check(content, REASONSEG, path)
     return content
 

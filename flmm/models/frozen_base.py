@@ -2,7 +2,7 @@
 states.
 
 A new base is a subclass with a few short answers (see the README for a worked example):
-    build_inputs  the extra model inputs (pictures, grids) of a batch
+    build_inputs  the model inputs of a batch, where they are more than pixels and positions
     image_tokens  how many tokens one picture becomes
     image_ids     those tokens and the separators between them, if there are any
     grid          the shape of its attention map
@@ -30,6 +30,8 @@ from flmm.models.attention_rows import NAME, AttentionRows, merge_rows
 TEMPLATES = {  # INSTRUCTION only: upstream never adds the system text, nor a newline before the answer
     "vicuna": "USER: {input} ASSISTANT:",
     "mistral": "[INST] {input} [/INST]",
+    # Mistral's later tokenizers; their own chat template writes today's date into a system text
+    "mistral_v7": "[INST]{input}[/INST]",
     "deepseek": "User: {input}\n\nAssistant:",
     "internlm2": "<|im_start|>user\n{input}<|im_end|>\n<|im_start|>assistant\n",
     "gemma": "<start_of_turn>user\n{input}<end_of_turn>\n<start_of_turn>model\n",
@@ -43,6 +45,17 @@ TEMPLATES = {  # INSTRUCTION only: upstream never adds the system text, nor a ne
 CHAT = "chat"  # the template that the tokenizer itself carries
 QUESTION = "Please give me a description of the image."
 IMPLEMENTATIONS = {"rows": NAME, "eager": "eager"}  # how attention is read, as transformers calls it
+
+
+def positions(attention_mask):
+    """Position of every token counted from the first real one (B, S): left padding must not shift the rotary
+    phase."""
+    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def given(preprocessing, *names):
+    """What a preprocessor_config.json says about some of its values; null is as good as nothing."""
+    return {name: preprocessing[name] for name in names if preprocessing.get(name) is not None}
 
 
 def pictures_of(sample):
@@ -263,7 +276,17 @@ class FrozenBase:
 
     def build_inputs(self, samples, input_ids, attention_mask):
         """Model inputs besides the ids: input_ids and attention_mask are (B, S), expanded and left-padded."""
-        raise NotImplementedError
+        return {"pixel_values": self.pixels(samples), "position_ids": positions(attention_mask)}
+
+    def pixels(self, samples, name="pixel_values"):
+        """The pixels of several pictures as the model takes them; where one has fewer tiles, rows or columns
+        than another, zeros stand behind them."""
+        parts = [sample[name] for sample in samples]
+        sides = [max(lengths) for lengths in zip(*(part.shape for part in parts))]
+        padded = parts[0].new_zeros(len(parts), *sides)
+        for whole, part in zip(padded, parts):
+            whole[tuple(slice(length) for length in part.shape)] = part
+        return padded.to(self.device, self.model.dtype)
 
     def image_ids(self, sample):
         """The ids that one image token becomes: the picture's features, and separators between its parts."""

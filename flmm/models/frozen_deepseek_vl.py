@@ -1,11 +1,8 @@
 """DeepSeek-VL 1.3B (SigLIP) and 7B (SigLIP + SAM-B hybrid) as frozen bases. Upstream:
 flmm/models/frozen_deepseek_vl.py."""
 
-import torch
-
 from flmm.data.transforms import CLIP_MEAN, CLIP_STD, DeepseekImageProcessor
 from flmm.models.frozen_base import FrozenBase
-from flmm.models.frozen_llava import positions
 
 
 class FrozenDeepseekVL(FrozenBase):
@@ -28,16 +25,10 @@ class FrozenDeepseekVL(FrozenBase):
         return side, side
 
     def build_inputs(self, samples, input_ids, attention_mask):
-        names = ["pixel_values"] + (
-            ["high_res_pixel_values"] if "high_res_pixel_values" in samples[0] else []
-        )
-        return {
-            "position_ids": positions(attention_mask),
-            **{
-                name: torch.stack([s[name] for s in samples]).to(self.device, self.model.dtype)
-                for name in names
-            },
-        }
+        inputs = super().build_inputs(samples, input_ids, attention_mask)
+        if (name := "high_res_pixel_values") in samples[0]:
+            inputs[name] = self.pixels(samples, name)
+        return inputs
 
 
 class FrozenDeepseekVLHybrid(FrozenDeepseekVL):

@@ -1,11 +1,9 @@
 """Gemma 3 (4B and larger) as a frozen base: the whole picture squashed to a square, 16 x 16 tokens that see
 each other. Pan-and-scan crops are left out."""
 
-import torch
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
-from flmm.models.frozen_base import FrozenBase
-from flmm.models.frozen_llava import positions
+from flmm.models.frozen_base import FrozenBase, given
 from flmm.models.frozen_tiles import tile_sample
 
 
@@ -28,19 +26,14 @@ class FrozenGemma3(FrozenBase):
 
     @staticmethod
     def make_processor(config, preprocessing):
-        names = ("image_mean", "image_std")
-        given = {name: preprocessing[name] for name in names if preprocessing.get(name) is not None}
-        return Gemma3ImageProcessor(config.vision_config.image_size, **given)
+        stated = given(preprocessing, "image_mean", "image_std")
+        return Gemma3ImageProcessor(config.vision_config.image_size, **stated)
 
     def grid(self, sample):
         side = int(self.model.config.mm_tokens_per_image**0.5)
         return side, side
 
     def build_inputs(self, samples, input_ids, attention_mask):
-        pixels = torch.stack([s["pixel_values"] for s in samples])
-        return {
-            "pixel_values": pixels.to(self.device, self.model.dtype),
-            "position_ids": positions(attention_mask),
-            # without them the picture's tokens would be read causally
-            "token_type_ids": (input_ids == self.image_token_id).long(),
-        }
+        # without token types the picture's tokens would be read causally
+        types = (input_ids == self.image_token_id).long()
+        return {**super().build_inputs(samples, input_ids, attention_mask), "token_type_ids": types}

@@ -6,7 +6,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (
     get_optimal_tiled_canvas,
 )
 
-from flmm.models.frozen_llava import positions
+from flmm.models.frozen_base import given, positions
 from flmm.models.frozen_tiles import FrozenTiles, tile_sample
 
 
@@ -35,17 +35,13 @@ class FrozenInternVL(FrozenTiles):
     @staticmethod
     def make_processor(config, preprocessing):
         side = config.vision_config.image_size
-        names = ("max_patches", "image_mean", "image_std")
-        given = {name: preprocessing[name] for name in names if preprocessing.get(name) is not None}
-        return InternVLImageProcessor(side[0] if isinstance(side, (list, tuple)) else side, **given)
+        stated = given(preprocessing, "max_patches", "image_mean", "image_std")
+        return InternVLImageProcessor(side[0] if isinstance(side, (list, tuple)) else side, **stated)
 
     def tile_side(self):
         vision = self.model.config.vision_config
         return int(vision.image_size[0] // vision.patch_size[0] * self.model.config.downsample_ratio)
 
     def build_inputs(self, samples, input_ids, attention_mask):
-        pixels = torch.cat([s["pixel_values"] for s in samples])
-        return {
-            "pixel_values": pixels.to(self.device, self.model.dtype),
-            "position_ids": positions(attention_mask),
-        }
+        pixels = torch.cat([s["pixel_values"] for s in samples]).to(self.device, self.model.dtype)
+        return {"pixel_values": pixels, "position_ids": positions(attention_mask)}

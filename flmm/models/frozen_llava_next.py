@@ -11,7 +11,6 @@ import torch.nn.functional as F
 
 from flmm.data.transforms import CLIP_MEAN, CLIP_STD, LlavaNextImageProcessor, fine_grid
 from flmm.models.frozen_base import FrozenBase
-from flmm.models.frozen_llava import positions
 
 
 class FrozenLlavaNext(FrozenBase):
@@ -55,13 +54,5 @@ class FrozenLlavaNext(FrozenBase):
         return torch.cat([coarse, fine], dim=1)
 
     def build_inputs(self, samples, input_ids, attention_mask):
-        most = max(len(s["pixel_values"]) for s in samples)
-        pixels = torch.stack(
-            [F.pad(s["pixel_values"], (0, 0, 0, 0, 0, 0, 0, most - len(s["pixel_values"]))) for s in samples]
-        )
         sizes = torch.tensor([list(s["image_sizes"]) for s in samples], device=self.device)
-        return {
-            "pixel_values": pixels.to(self.device, self.model.dtype),
-            "image_sizes": sizes,
-            "position_ids": positions(attention_mask),
-        }
+        return {**super().build_inputs(samples, input_ids, attention_mask), "image_sizes": sizes}

@@ -4,7 +4,7 @@ fork."""
 import torch
 
 from flmm.data.transforms import QwenImageProcessor
-from flmm.models.frozen_base import FrozenBase
+from flmm.models.frozen_base import FrozenBase, given
 
 
 class FrozenQwen(FrozenBase):
@@ -14,12 +14,11 @@ class FrozenQwen(FrozenBase):
     @staticmethod
     def make_processor(config, preprocessing):
         vision = config.vision_config
-        names = ("min_pixels", "max_pixels", "size", "image_mean", "image_std")
         return QwenImageProcessor(
             patch_size=vision.patch_size,
             merge_size=vision.spatial_merge_size,
             temporal_patch_size=vision.temporal_patch_size,
-            **{name: preprocessing[name] for name in names if preprocessing.get(name) is not None},
+            **given(preprocessing, "min_pixels", "max_pixels", "size", "image_mean", "image_std"),
         )
 
     def grid(self, sample):

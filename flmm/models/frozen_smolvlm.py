@@ -1,11 +1,9 @@
 """SmolVLM, SmolVLM2 and Idefics3 as frozen bases: tiles with their row and column written before each, then
-an overview."""
+an overview; empty tiles behind them are left out by the model."""
 
-import torch
-import torch.nn.functional as F
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
-from flmm.models.frozen_llava import positions
+from flmm.models.frozen_base import given
 from flmm.models.frozen_tiles import FrozenTiles, tile_sample
 
 
@@ -33,9 +31,8 @@ class FrozenSmolVLM(FrozenTiles):
     def make_processor(config, preprocessing):
         side = config.vision_config.image_size
         longest = (preprocessing.get("size") or {}).get("longest_edge", 4 * side)
-        names = ("do_image_splitting", "image_mean", "image_std")
-        given = {name: preprocessing[name] for name in names if preprocessing.get(name) is not None}
-        return SmolVLMImageProcessor(side, longest, **given)
+        stated = given(preprocessing, "do_image_splitting", "image_mean", "image_std")
+        return SmolVLMImageProcessor(side, longest, **stated)
 
     def tile_side(self):
         vision = self.model.config.vision_config
@@ -53,14 +50,6 @@ class FrozenSmolVLM(FrozenTiles):
             text += "\n"
         text += ("\n" if rows else "") + f"{around}<global-img>{tile}{around}"
         return self.tokenizer(text, add_special_tokens=False).input_ids
-
-    def build_inputs(self, samples, input_ids, attention_mask):
-        most = max(len(s["pixel_values"]) for s in samples)
-        pixels = [F.pad(s["pixel_values"], (0,) * 7 + (most - len(s["pixel_values"]),)) for s in samples]
-        return {
-            "pixel_values": torch.stack(pixels).to(self.device, self.model.dtype),  # empty tiles are left out
-            "position_ids": positions(attention_mask),
-        }
 
 
 class FrozenIdefics3(FrozenSmolVLM):

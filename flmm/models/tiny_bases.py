@@ -6,7 +6,7 @@ import transformers as hf
 
 from common.errors import UserError
 from flmm.models.frozen_efficientnet import EfficientNetLiteConfig
-from flmm.models.tiny import TEXT, TINY_FAMILIES, tiny_model, tiny_tokenizer
+from flmm.models.tiny import ROPE, TINY_FAMILIES, qwen_tokens, text_config, tiny_model, tiny_tokenizer
 
 VISION = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
 SIGLIP = dict(VISION, model_type="siglip_vision_model", image_size=64, patch_size=8)
@@ -14,6 +14,7 @@ GROUPED = {"num_key_value_heads": 2, "head_dim": 32}
 SPECIAL = [
     *("<IMG_CONTEXT>", "<img>", "</img>", "<start_of_image>", "<image_soft_token>", "<end_of_image>"),
     *("<fake_token_around_image>", "<global-img>", "<end_of_utterance>"),
+    *("[IMG]", "[IMG_BREAK]", "[IMG_END]"),
     *(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)),
 ]
 # One user turn, as the tokenizers of these models write it; what stands for a picture differs.
@@ -62,9 +63,7 @@ def new_model(family, tokenizer):
             f"{family}: has no tiny configuration; write one of this name in flmm/models/tiny_bases.py, or "
             "check a model folder with --config and --base-path"
         )
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    text = {**TEXT, **{name: getattr(tokenizer, name) for name in names}, "vocab_size": len(tokenizer)}
-    config = CONFIGS[family](text, tokenizer.convert_tokens_to_ids)
+    config = CONFIGS[family](text_config(tokenizer), tokenizer.convert_tokens_to_ids)
     from flmm.build import FAMILIES
 
     model = getattr(hf, FAMILIES[family].architecture)(config)
@@ -74,16 +73,12 @@ def new_model(family, tokenizer):
 
 
 def qwen3_vl(text, token):
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
     vision = dict(depth=3, hidden_size=96, intermediate_size=192, num_heads=4, patch_size=8)
     vision |= dict(spatial_merge_size=2, temporal_patch_size=2, out_hidden_size=128)
     return hf.Qwen3VLConfig(
-        text_config={**text, **GROUPED, "rope_parameters": {**rope, "mrope_interleaved": True}},
+        text_config={**text, **GROUPED, "rope_parameters": {**ROPE, "mrope_interleaved": True}},
         vision_config={**vision, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 256},
-        image_token_id=token("<|image_pad|>"),
-        video_token_id=token("<|video_pad|>"),
-        vision_start_token_id=token("<|vision_start|>"),
-        vision_end_token_id=token("<|vision_end|>"),
+        **qwen_tokens(token),
     )
 
 
@@ -154,5 +149,14 @@ def llava_onevision(text, token):
     )
 
 
+def mistral3(text, token):
+    return hf.Mistral3Config(
+        vision_config=dict(VISION, model_type="pixtral", head_dim=16, image_size=64, patch_size=4),
+        text_config={**text, **GROUPED, "model_type": "mistral", "sliding_window": None},
+        image_token_index=token("[IMG]"),
+        spatial_merge_size=2,
+    )
+
+
 makers = (qwen3_vl, internvl, gemma3, efficientnet, deepseek_vl_hybrid, idefics3, smolvlm, llava_onevision)
-CONFIGS = {maker.__name__: maker for maker in makers}
+CONFIGS = {maker.__name__: maker for maker in (*makers, mistral3)}

@@ -265,7 +265,7 @@ MUTANTS = [
         "flmm/evaluation.py",
         "else masks & ~torch.as_tensor(ignore)",
         "else masks | torch.as_tensor(ignore)",
-        f"{DATA}::test_reasonseg_leaves_ignored_pixels_out",
+        f"{PUBLISHED}::test_reasonseg_leaves_ignored_pixels_out",
         "ignored pixels count as predicted",
     ),
     Mutant(
