@@ -48,20 +48,8 @@ SMALL = {"base_channels": 4, "upsample_input": 16}
 
 
 def scene_samples(base, count=2):
-    builder = SampleBuilder.of(base)
-    scenes = [make_scene(1, i) for i in range(count)]
-    return [
-        builder(
-            {
-                "image": Image.fromarray(s["image"]),
-                "pieces": s["pieces"],
-                "masks": s["masks"],
-                "file_name": str(i),
-                "mask_infos": [{"plural": False, "isthing": True, "text": p} for p in s["phrases"]],
-            }
-        )
-        for i, s in enumerate(scenes)
-    ]
+    build, scenes = SampleBuilder.of(base), [make_scene(1, i) for i in range(count)]
+    return [build({**scene, "image": Image.fromarray(scene["image"])}) for scene in scenes]
 
 
 @pytest.mark.slow
@@ -136,9 +124,8 @@ def test_one_pass_after_generation_gives_the_rows_of_generation(family):
 def test_training_a_head_leaves_every_weight_of_the_base_unchanged():
     base, sam = tiny_base("llava"), tiny_sam()
     encoder, model = SAMImageEncoder(sam), FLMM(*base.dims, sam, SMALL)
-    before = {
-        k: v.clone() for k, v in [*base.model.state_dict().items(), *encoder.encoder.state_dict().items()]
-    }
+    frozen = [base.model, encoder.encoder]
+    before = [{k: v.clone() for k, v in part.state_dict().items()} for part in frozen]
     samples = scene_samples(base)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     for _ in range(2):
@@ -146,8 +133,8 @@ def test_training_a_head_leaves_every_weight_of_the_base_unchanged():
         parts["loss"].backward()
         optimizer.step()
     assert not base.model.training
-    for key, value in [*base.model.state_dict().items(), *encoder.encoder.state_dict().items()]:
-        assert torch.equal(value, before[key]), key
+    for part, old in zip(frozen, before):
+        assert all(torch.equal(value, old[key]) for key, value in part.state_dict().items())
     assert model.text_layer_weights.grad is not None and model.text_proj.weight.grad.abs().sum() > 0
 
 
@@ -164,20 +151,12 @@ def test_phrases_decoded_together_equal_phrases_decoded_one_by_one():
         [together] = model([feature])
         for k in range(4):
             keep = feature["mask_ids"] == k
-            [alone] = model(
-                [
-                    {
-                        **feature,
-                        "mask_attentions": feature["mask_attentions"][k : k + 1],
-                        "mask_ids": feature["mask_ids"][keep] * 0,
-                        "hidden_states": feature["hidden_states"][:, keep],
-                    }
-                ]
-            )
-            torch.testing.assert_close(
-                alone["sam_pred_masks"][0], together["sam_pred_masks"][k], atol=1e-5, rtol=1e-4
-            )
-            torch.testing.assert_close(alone["scores"][0], together["scores"][k], atol=1e-5, rtol=1e-4)
+            part = {"mask_ids": feature["mask_ids"][keep] * 0}
+            part |= {"mask_attentions": feature["mask_attentions"][k : k + 1]}
+            part |= {"hidden_states": feature["hidden_states"][:, keep]}
+            [alone] = model([{**feature, **part}])
+            for name in ("sam_pred_masks", "scores"):
+                torch.testing.assert_close(alone[name][0], together[name][k], atol=1e-5, rtol=1e-4)
 
 
 def test_every_phrase_weighs_the_same_however_many_its_picture_has():
@@ -297,20 +276,15 @@ def test_deepspeed_shards_become_the_fp32_head(tmp_path):
     state = FLMM(6, 3, 16, tiny_sam(), SMALL).upstream_state()
     shapes = {k: v.shape for k, v in state.items()}
     flat = torch.cat([v.flatten() for v in state.values()])
-    flat = torch.cat(
-        [flat, torch.zeros(-len(flat) % 11)]
-    )  # padded so that it divides; rank 10 comes after rank 9, not after rank 1
+    # padded so that it divides; rank 10 comes after rank 9, not after rank 1
+    flat = torch.cat([flat, torch.zeros(-len(flat) % 11)])
     folder = tmp_path / "iter_10.pth"
     folder.mkdir()
-    torch.save(
-        {"module": {k: v.bfloat16() for k, v in state.items()}, "param_shapes": [shapes]},
-        folder / "mp_rank_00_model_states.pt",
-    )
+    module = {k: v.bfloat16() for k, v in state.items()}
+    torch.save({"module": module, "param_shapes": [shapes]}, folder / "mp_rank_00_model_states.pt")
     for rank, part in enumerate(flat.chunk(11)):
-        torch.save(
-            {"optimizer_state_dict": {"single_partition_of_fp32_groups": [part.clone()]}},
-            folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt",
-        )
+        shard = {"optimizer_state_dict": {"single_partition_of_fp32_groups": [part.clone()]}}
+        torch.save(shard, folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
 
     args = Namespace(folder=folder, output=tmp_path / "head.safetensors")
     deepspeed2torch(args)
@@ -415,26 +389,21 @@ def test_resampling_the_whole_picture_is_a_plain_answer_and_a_box_leaves_its_tok
     blank = embeds.clone()
     blank[[k for k in range(64) if k not in (25, 26)]] = 9.0  # what lies outside the box is never read
     passes = []
-    hook = text.register_forward_pre_hook(
-        lambda module, args, inputs: passes.append(inputs["position_ids"]), with_kwargs=True
-    )
+    keep = lambda module, args, inputs: passes.append(inputs["position_ids"])
+    hook = text.register_forward_pre_hook(keep, with_kwargs=True)
     one = visual_cot_resample(base, sample, embeds, positions, [10, 30, 17, 31], question, 4)
     hook.remove()
-    assert torch.equal(
-        passes[0][..., 0, start : start + 2], positions[..., [25, 26]]
-    )  # they keep their places
+    # they keep their places
+    assert torch.equal(passes[0][..., 0, start : start + 2], positions[..., [25, 26]])
     assert (passes[0][..., 0, start + 2 :].min() > positions.max()) and len(passes) > 1
     assert visual_cot_resample(base, sample, blank, positions, [10, 30, 17, 31], question, 4) == one
 
 
 def test_tokens_in_a_box_skip_the_padding_of_a_padded_picture():
     base = tiny_base("llava")
-    sample = SampleBuilder.of(base)(
-        {"image": Image.new("RGB", (128, 64)), "pieces": caption_of_phrases(["sky"])}
-    )
-    assert tokens_in_box([0, 0, 128, 64], sample, (8, 8)).tolist() == list(
-        range(16, 48)
-    )  # two rows of padding above and below
+    record = {"image": Image.new("RGB", (128, 64)), "pieces": caption_of_phrases(["sky"])}
+    found = tokens_in_box([0, 0, 128, 64], SampleBuilder.of(base)(record), (8, 8))
+    assert found.tolist() == list(range(16, 48))  # two rows of padding above and below
 
 
 def test_chain_of_thought_with_resampling_names_its_box_and_refuses_tiles(grounder, monkeypatch):
@@ -466,11 +435,10 @@ def test_what_a_chain_of_thought_cannot_use_is_refused(tmp_path, words, reason):
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "CMYK", "P", "1", "I;16"])
 def test_pictures_of_every_mode_can_be_grounded(grounder, mode):
     image = Image.fromarray(make_scene(0, 2)["image"])
-    image = (
-        Image.fromarray(np.asarray(image.convert("L"), np.uint16) * 200)
-        if mode == "I;16"
-        else image.convert(mode)
-    )
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(image.convert("L"), np.uint16) * 200)
+    else:
+        image = image.convert(mode)
     assert grounder.ground(image, ["red"])["masks"].shape == (1, 64, 64)
 
 
@@ -489,9 +457,8 @@ def test_more_phrases_than_any_palette_has_colours():
     assert len(set(colours(150))) > 140
     masks = np.zeros((150, 8, 8), bool)
     masks[149, 0, 0] = True
-    assert overlay(Image.new("RGB", (8, 8)), masks).getpixel((0, 0)) != overlay(
-        Image.new("RGB", (8, 8)), masks
-    ).getpixel((1, 1))
+    drawn = overlay(Image.new("RGB", (8, 8)), masks)
+    assert drawn.getpixel((0, 0)) != drawn.getpixel((1, 1))
 
 
 def test_a_phrase_in_chinese_is_written_where_a_font_has_it_and_numbered_elsewhere(monkeypatch):
@@ -680,14 +647,9 @@ def test_a_reasoning_query_is_answered_and_the_answer_is_grounded(grounder, monk
     sample = {**sample, "mask_infos": [{"text": "Which one is round?"}], "gt_masks": sample["gt_masks"][:1]}
     answered, text = answer_then_ground(base, sample, 5)
     prompt = base.encode_prompt("Which one is round?")
-    assert (
-        answered["input_ids"][: len(prompt)].tolist() == prompt
-        and (answered["mask_ids"][: len(prompt)] == -1).all()
-    )
-    assert (
-        text == base.tokenizer.decode(answered["input_ids"][len(prompt) :]).strip()
-        and (answered["mask_ids"][len(prompt) :] == 0).all()
-    )
+    ids, mask_ids, asked = answered["input_ids"], answered["mask_ids"], len(prompt)
+    assert ids[:asked].tolist() == prompt and text == base.tokenizer.decode(ids[asked:]).strip()
+    assert (mask_ids[:asked] == -1).all() and (mask_ids[asked:] == 0).all()
     [output] = grounder.head(extract(base, grounder.sam_encoder, [answered]))
     assert output["sam_pred_masks"].shape == (1, 64, 64)
     monkeypatch.setattr(base, "generate", lambda *args: [])
@@ -698,9 +660,7 @@ def test_a_base_placed_by_device_map_reads_alike_and_stays_where_it_is(tmp_path)
     plain = FAMILIES["llava"].load(saved("llava", tmp_path), **PLAIN)
     placed = FAMILIES["llava"].load(tmp_path, device_map="auto", **PLAIN).to("cpu")
     [a], [b] = plain(scene_samples(plain, 1)), placed(scene_samples(placed, 1))
-    assert torch.equal(a["mask_attentions"], b["mask_attentions"]) and torch.equal(
-        a["hidden_states"], b["hidden_states"]
-    )
+    assert all(torch.equal(a[name], b[name]) for name in ("mask_attentions", "hidden_states"))
 
 
 def test_a_base_in_four_bits_reads_nearly_alike_or_names_the_missing_package(tmp_path):

@@ -70,14 +70,12 @@ def test_a_scene_depends_on_seed_and_index_alone_and_its_captions_tell_no_positi
     one, two = make_scene(3, 17), make_scene(3, 17)
     assert np.array_equal(one["image"], two["image"]) and one["pieces"] == two["pieces"]
     assert not np.array_equal(one["image"], make_scene(4, 17)["image"])
-    firsts = [
-        make_scene(0, i)["masks"][0].nonzero()[1].mean() for i in range(300)
-    ]  # x of the object that is named first
+    # x of the object that is named first
+    firsts = [make_scene(0, i)["masks"][0].nonzero()[1].mean() for i in range(300)]
     assert abs(np.mean(firsts) - 32) < 3
-    assert not any(
-        (make_scene(0, i)["masks"].sum(0) > 1).any() for i in range(20)
-    )  # a hidden part belongs to the object on top
-    for scene in (make_scene(0, i) for i in range(20)):  # its words are to be seen
+    for scene in (make_scene(0, i) for i in range(20)):
+        assert scene["masks"].sum(0).max() == 1  # a hidden part belongs to the object on top
+        # its words are to be seen
         for obj, mask in zip(scene["objects"], scene["masks"]):
             assert (scene["image"][mask].std(0).max() > 15) == (obj["texture"] != "plain")
 
@@ -121,10 +119,8 @@ def test_a_configuration_hands_on_seed_epoch_and_protocol(built_in):
     halves = [part.record(i) for part in both.datasets for i in range(len(part))]
     assert [both.record(i)["file_name"] for i in range(len(both))] == [r["file_name"] for r in halves]
     assert drawn(0, 0) == drawn(0, 0)
-    assert (
-        len({json.dumps(drawn(seed, 0)) for seed in range(4)}) > 1
-        and len({json.dumps(drawn(0, epoch)) for epoch in range(4)}) > 1
-    )
+    assert len({json.dumps(drawn(seed, 0)) for seed in range(4)}) > 1
+    assert len({json.dumps(drawn(0, epoch)) for epoch in range(4)}) > 1
 
 
 def test_captions_without_a_grounded_phrase_are_left_out_and_nothing_is_substituted(built_in, tmp_path):
@@ -195,30 +191,21 @@ def test_missing_pictures_masks_and_annotations_are_named(built_in, tmp_path):
     with pytest.raises(UserError, match="panoptic_train.json: not a readable JSON file"):
         png(root)
     (root / "png/png_coco_train.json").unlink()
-    (root / "png/panoptic_train.json").write_text(
-        json.dumps({"images": [], "annotations": [], "categories": []})
-    )
+    nothing = dict.fromkeys(("images", "annotations", "categories"), [])
+    (root / "png/panoptic_train.json").write_text(json.dumps(nothing))
     with pytest.raises(UserError, match="png_coco_train.json: no such file"):
         png(root)
 
 
 def test_masks_of_another_size_and_phrases_without_tokens_are_refused(base):
     builder = SampleBuilder.of(base)
-    record = {
-        "image": Image.new("RGB", (64, 48)),
-        "pieces": [("red", 0)],
-        "masks": np.zeros((1, 64, 48)),
-        "file_name": "a.jpg",
-    }
+    record = {"image": Image.new("RGB", (64, 48)), "pieces": [("red", 0)], "file_name": "a.jpg"}
     with pytest.raises(UserError, match="a.jpg: masks are 48 x 64 pixels, the picture is 64 x 48"):
-        builder(record)
-    with pytest.raises(
-        UserError, match="a.jpg: phrase 0 ('  ') has no token".replace("(", r"\(").replace(")", r"\)")
-    ):
+        builder({**record, "masks": np.zeros((1, 64, 48))})
+    with pytest.raises(UserError, match=r"a.jpg: phrase 0 \('  '\) has no token"):
         builder({**record, "pieces": [("  ", 0)], "masks": np.zeros((1, 48, 64))})
-    sample = builder(
-        {**record, "pieces": [("red", 1)], "masks": np.zeros((2, 48, 64))}
-    )  # phrase 0 is nowhere
+    # phrase 0 is nowhere
+    sample = builder({**record, "pieces": [("red", 1)], "masks": np.zeros((2, 48, 64))})
     with pytest.raises(UserError, match="a phrase has no token"):
         base([sample])
 
@@ -325,15 +312,10 @@ def test_every_published_configuration_reads_and_names_a_known_family():
 
 
 def test_deepseek_processor_truncates_where_transformers_rounds():
-    assert DeepseekImageProcessor(384)(Image.new("RGB", (640, 427)))["meta_data"]["image_shape"] == {
-        "height": 256,
-        "width": 384,
-    }
-    assert (
-        round(427 * 384 / 640) == 256
-        and DeepseekImageProcessor(384).target(423, 640) == (253, 384)
-        and round(423 * 0.6) == 254
-    )
+    processor = DeepseekImageProcessor(384)
+    shape = processor(Image.new("RGB", (640, 427)))["meta_data"]["image_shape"]
+    assert shape == {"height": 256, "width": 384} and round(427 * 384 / 640) == 256
+    assert processor.target(423, 640) == (253, 384) and round(423 * 0.6) == 254
 
 
 # ---- real photographs
@@ -363,25 +345,21 @@ def test_photographs_are_read_with_their_phrases(data_root, base):
 def test_cached_features_equal_live_ones_and_another_origin_is_refused(built_in, base, tmp_path):
     encoder = SAMImageEncoder(tiny_sam())
     dataset = png(built_in, build=SampleBuilder.of(base))
-    write_cache(
-        tmp_path / "c", base, encoder, dataset, {"base": "tiny", "seed": [1, 2]}, Accelerator(), batch_size=4
-    )
+    origin = {"base": "tiny", "seed": [1, 2]}
+    write_cache(tmp_path / "c", base, encoder, dataset, origin, Accelerator(), batch_size=4)
     cached = CachedFeatures(tmp_path / "c", {"base": "tiny", "seed": (1, 2)})
     assert len(cached) == len(dataset) and cached.dims == base.dims
     for i in (0, 5):
         sample = dataset[i]
         [live] = extract(base, encoder, [sample])
-        torch.testing.assert_close(
-            cached[i]["mask_attentions"], live["mask_attentions"], rtol=1e-3, atol=1e-6
-        )
-        torch.testing.assert_close(cached[i]["hidden_states"], live["hidden_states"], rtol=2e-3, atol=2e-3)
-        torch.testing.assert_close(
-            cached[i]["image_embedding"], live["image_embedding"], rtol=2e-3, atol=2e-3
-        )
-        assert torch.equal(cached[i]["masks"], sample["masks"]) and torch.equal(
-            cached[i]["gt_masks"], sample["gt_masks"]
-        )
-        assert torch.equal(cached[i]["mask_ids"], live["mask_ids"])
+        for name, rtol, atol in (
+            ("mask_attentions", 1e-3, 1e-6),
+            ("hidden_states", 2e-3, 2e-3),
+            ("image_embedding", 2e-3, 2e-3),
+        ):
+            torch.testing.assert_close(cached[i][name], live[name], rtol=rtol, atol=atol)
+        for name, given in (("masks", sample), ("gt_masks", sample), ("mask_ids", live)):
+            assert torch.equal(cached[i][name], given[name])
     # numbers beyond half precision, as in some bases' deep layers, stay what they are
     large = torch.tensor([1.0, -7e4])
     assert halved(large).tolist() == large.tolist() and halved(large[:1]).dtype == np.float16

@@ -132,9 +132,8 @@ def test_the_tiny_sam_learns_with_its_image_encoder_and_keeps_its_position_code(
     logits.sum().backward()
     assert prompted.sam.vision_encoder.patch_embed.projection.weight.grad.abs().sum() > 0
     assert prompted.sam.prompt_encoder.shared_embedding.positional_embedding.grad is None
-    assert torch.equal(
-        Prompts(0, 4)[3]["blurred"], Prompts(0, 9)[3]["blurred"]
-    )  # a scene is its seed and index
+    # a scene is its seed and index
+    assert torch.equal(Prompts(0, 4)[3]["blurred"], Prompts(0, 9)[3]["blurred"])
 
 
 def test_the_box_of_a_phrase_holds_the_cells_between_its_parts():

@@ -31,7 +31,7 @@ from flmm.data.transforms import (
     LlavaNextImageProcessor,
     Pad2Square,
 )
-from flmm.models.attention_rows import merge_rows, rows_of_phrases
+from flmm.models.attention_rows import merge_rows
 from flmm.models.flmm import FLMM
 from flmm.models.frozen_llava import FrozenLlava
 from flmm.models.frozen_llava_next import FrozenLlavaNext
@@ -149,10 +149,7 @@ def check_flmm(path):
         columns = given["image_mask"].flatten().bool().nonzero().flatten()
     elif "ids" in config:
         columns = (given["input_ids"].flatten() == config["ids"]["image_pad"]).nonzero().flatten()
-    maps = [
-        merge_rows(layer[..., columns], rows_of_phrases(phrases), config.get("merge", "mean"))
-        for layer in attention
-    ]
+    maps = [merge_rows(layer[..., columns], phrases, config.get("merge", "mean")) for layer in attention]
     family, grid = (
         (FrozenLlavaNext, (config["coarse"], config["fine"]))
         if "fine" in config

@@ -227,9 +227,8 @@ class QwenImageProcessor:
     def __init__(self, **options):
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-        size = dict(
-            options.pop("size", Qwen2VLImageProcessorPil.size)
-        )  # a copy: 5.17 writes min_pixels into the class's own
+        # a copy: transformers 5.17 writes min_pixels into the class's own
+        size = dict(options.pop("size", Qwen2VLImageProcessorPil.size))
         self.processor = Qwen2VLImageProcessorPil(size=size, **options)
 
     def __call__(self, image):

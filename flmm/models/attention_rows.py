@@ -28,8 +28,10 @@ def rows_of_phrases(phrase_of_row) -> list:
     return parts
 
 
-def merge_rows(rows, parts, merge="mean"):
-    """rows (H, R, N), parts of `rows_of_phrases` -> (H, n, N): mean or max over the rows of each phrase."""
+def merge_rows(rows, phrases, merge="mean"):
+    """rows (H, R, N) -> (H, n, N): mean or max over the rows of each phrase. phrases: the number (R,) of the
+    phrase of each row, or what `rows_of_phrases` makes of it."""
+    parts = rows_of_phrases(phrases) if torch.is_tensor(phrases) else phrases
     parts = [rows.index_select(1, part) for part in parts]
     return torch.stack([part.mean(1) if merge == "mean" else part.amax(1) for part in parts], dim=1)
 

@@ -246,6 +246,27 @@ MUTANTS = [
         GOLDEN,
         "layers are weighed without softmax",
     ),
+    Mutant(
+        "flmm/data/cache.py",
+        "values if values.abs().max() > torch.finfo(torch.half).max else values.half()",
+        "values.half()",
+        f"{DATA}::test_cached_features_equal_live_ones_and_another_origin_is_refused",
+        "states beyond half precision are kept as infinity",
+    ),
+    Mutant(
+        "flmm/data/refcoco.py",
+        'if annotation.get("image_id", image) != image:',
+        'if annotation.get("image_id", image) is None:',
+        f"{PUBLISHED}::test_a_faulty_reference_is_named_at_load_or_left_out_and_counted",
+        "the mask of another picture's object is taken",
+    ),
+    Mutant(
+        "flmm/models/calibration.py",
+        "score * (2 * presence).clamp(max=1) if self.of_present else score",
+        "score",
+        "tests/test_flmm_presence.py::test_a_fit_tells_presence_apart_and_its_score_goes_with_the_iou",
+        "a score says nothing about presence",
+    ),
     # scores
     Mutant(
         "flmm/metrics.py",
