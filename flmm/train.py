@@ -219,10 +219,7 @@ def validation_loader(dataset, args, accelerator):
 @torch.no_grad()
 def validate(head, loader, get_features, accelerator):
     """Mean IoU over the phrases of all processes at the original size of the pictures, of coarse and refined
-    masks; nothing where there is no validation split."""
-    if loader is None:
-        return {}
-
+    masks."""
     # `head` without the wrapper of DDP, so that the processes may have unequally many batches
     head.eval()
     rows = []  # one for each phrase; --skip-bad can leave a batch empty
@@ -236,7 +233,9 @@ def validate(head, loader, get_features, accelerator):
     for row in rows:
         sums += torch.tensor([row["iou_coarse"], row["iou"], 1.0], device=accelerator.device)
     coarse, refined, count = accelerator.reduce(sums).tolist()
-    return {"val_miou_coarse": coarse / max(count, 1), "val_miou": refined / max(count, 1)}
+    if not count:  # every picture was bad, or --shard-base had fewer than processes
+        return {}
+    return {"val_miou_coarse": coarse / count, "val_miou": refined / count}
 
 
 def describe_base(base) -> str:
@@ -364,7 +363,10 @@ def main(args):
 
     # a stop signal ends the validation between two batches; with a sharded base all processes at the same one
     def scores():
-        seen = val_loader and watched(training, val_loader, together=args.shard_base)
+        if val_loader is None:
+            return {}
+        # a process whose share is empty has to meet the others all the same
+        seen = watched(training, val_loader, together=args.shard_base)
         return validate(head, seen, get_features, accelerator)
 
     training = start(accelerator, args, steps, [optimizer], scores)
