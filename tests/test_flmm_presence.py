@@ -1,6 +1,7 @@
 """flmm: presence and score, and the cheap order of the mask head."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -160,7 +161,7 @@ def test_absent_phrases_are_absent_and_of_every_kind():
 
 
 @pytest.mark.slow
-def test_a_head_is_calibrated_and_the_calibration_is_used_everywhere(world, capsys, tmp_path):
+def test_a_head_is_calibrated_and_the_calibration_is_used_everywhere(world, capsys, tmp_path, monkeypatch):
     torch.manual_seed(0)
     save_file(FLMM(12, 3, 128, unet=SMALL).upstream_state(), head := tmp_path / "head.safetensors")
     changes = ["sam.path=null", "unet.upsample_input=16"]
@@ -179,6 +180,10 @@ def test_a_head_is_calibrated_and_the_calibration_is_used_everywhere(world, caps
     assert 0 <= scores["presence"] <= 1
     # an expression counts as found only if the thing is believed to be there
     assert "presence" in (tmp_path / "test/phrases.csv").read_text().splitlines()[0]
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="is calibrated by one process"):
+        patch.setattr(calibrate, "Accelerator", lambda: SimpleNamespace(num_processes=2))
+        calibrate.main(calibrate.parse_args(words))
 
     # a selector of another base is refused
     save_file({"linear.weight": torch.zeros(1, 8)}, tmp_path / "selector.safetensors")

@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from common.arguments import Parser, number
 from common.errors import UserError, run
 from common.figures import new_figure, save_figure
-from common.run import progress
+from common.run import one_process, progress
 from flmm.build import add_config_arguments, build_dataset, family_of, load_trained, read_config
 from flmm.data.absent import absent_phrases
 from flmm.data.samples import SampleBuilder, caption_of_phrases
@@ -132,9 +132,10 @@ def draw_reliability(rows, calibration, path):
 
 def main(args):
     # Data and configuration are checked before the base is loaded.
-    config = read_config(args.config, args.set)
+    config, accelerator = read_config(args.config, args.set), Accelerator()
+    one_process(accelerator.num_processes, "a head is calibrated")
     family_of(config)
-    data, accelerator = build_dataset(config, args.split, args.data), Accelerator()
+    data = build_dataset(config, args.split, args.data)
     base, head, sam_encoder, report = load_trained(config, args.head, accelerator.device)
     accelerator.print(report)
 
