@@ -198,6 +198,8 @@ def test_reasonseg_leaves_ignored_pixels_out(tmp_path):
 def test_reasonseg_reads_windows_files_and_names_what_is_no_question(tmp_path):
     put(tmp_path, "d", ["caf\u00e9 \u2019"], [("target", box(1, 1, 5, 5))], "cp1252")
     assert ReasonSegDataset(tmp_path).items[0][2] == "caf\u00e9 \u2019"
+    put(tmp_path, "d", ["caf\u00e9"], [], "utf-8-sig")  # a byte order mark
+    assert ReasonSegDataset(tmp_path).items[0][2] == "caf\u00e9"
     put(tmp_path, "e", [], [])
     with pytest.raises(UserError, match="e.json: text"):
         ReasonSegDataset(tmp_path)
@@ -282,7 +284,7 @@ def test_grefcoco_has_no_object_one_or_several_and_its_own_scores(tmp_path):
 def test_plurals_of_unannotated_segments_have_the_pixels_that_there_are(tmp_path):
     upstream_tree(tmp_path)
     captions = [
-        {"image_id": 7, "segments": [{"utterance": "them", "segment_ids": ["5", "99"], "plural": True}]},
+        {"image_id": 7, "segments": [{"utterance": "them", "segment_ids": ["5", "99"], "plural": 1}]},
         {"image_id": 7, "segments": [{"utterance": "it", "segment_ids": ["99"], "plural": False}]},
         {"image_id": 7, "segments": [{"utterance": "it", "segment_ids": ["9" * 5000], "plural": True}]},
     ]
@@ -302,6 +304,9 @@ def test_plurals_of_unannotated_segments_have_the_pixels_that_there_are(tmp_path
     data = PNGDataset(*paths, bad=(bad := Bad(skip=True)))
     assert len(data) == 1 and len(bad.faults) == 2
     assert int(data.record(0)["masks"].sum()) == 400 and data.record(0)["mask_infos"][0]["isthing"]
+    Image.new("RGB", (WIDTH, HEIGHT)).save(paths[2] / "000000000007.png", "JPEG")  # a PNG by its name alone
+    with pytest.raises(UserError, match="7.png: JPEG changes the numbers of segments"):
+        data.record(0)
 
 
 # ---- faults in data
@@ -475,6 +480,16 @@ def test_control_tokens_in_anyones_words_are_letters(family):
         asked = base.encode_prompt(text)
         assert asked.count(base.image_token_id) == 1
         assert sum(i in control for i in asked) == sum(i in control for i in prompt)
+
+
+@pytest.mark.parametrize("text", ["a \ud83d car", "\udcff"])
+def test_half_characters_are_refused_wherever_words_come_from(text):
+    base = tiny_base("llava")
+    record = {"image": Image.new("RGB", (32, 32)), "file_name": "7.jpg"}
+    with pytest.raises(UserError, match="^7.jpg: .* holds what is no character"):
+        SampleBuilder.of(base)({**record, "pieces": [("the", -1), (text, 0)]})
+    with pytest.raises(UserError, match="holds what is no character"):
+        base.encode_prompt(text)
 
 
 def test_an_answer_with_an_image_token_in_it_can_be_grounded(monkeypatch):

@@ -129,11 +129,12 @@ def cut(text, spans):
 
 
 def read_reasonseg(path):
-    """Content of a ReasonSeg annotation; where it is not UTF-8 it is cp1252, as in some published files."""
+    """Content of a ReasonSeg annotation, with or without a byte order mark; where it is not UTF-8 it is
+    cp1252, as in some published files."""
     with reading(path, "JSON file"):
         content = Path(path).read_bytes()
         try:
-            text = content.decode("utf-8")
+            text = content.decode("utf-8-sig")
         except UnicodeDecodeError:
             text = content.decode("cp1252")
         content = json.loads(text)

@@ -16,7 +16,7 @@ from flmm.data.transforms import load_image, load_segments
 
 CAPTION = {
     "image_id": (int, str),
-    "segments": [{"utterance": str, "segment_ids": [(int, str)], "plural": bool}],
+    "segments": [{"utterance": str, "segment_ids": [(int, str)], "plural": (int, bool)}],
 }
 PANOPTIC = {
     "images": [{"id": (int, str), "file_name": str}],
@@ -97,8 +97,9 @@ class PNGDataset(Dataset):
             if not ids:
                 continue
             masks.append(np.isin(segments, ids))
-            thing = part["plural"] or self.isthing[category[ids[0]]]
-            infos.append({"plural": part["plural"], "isthing": thing, "text": part["utterance"]})
+            plural = bool(part["plural"])
+            thing = plural or self.isthing[category[ids[0]]]
+            infos.append({"plural": plural, "isthing": thing, "text": part["utterance"]})
         name = self.files.get(key(item), annotation["file_name"])
         path = inside(self.images, name)
         if not path.is_file():

@@ -45,7 +45,7 @@ class SampleBuilder:
         """pieces [(text, k)] -> input_ids, mask_ids, labels (S,); labels are -100 on the prompt."""
         input_ids, mask_ids = list(self.prompt_ids), [-1] * len(self.prompt_ids)
         for text, k in pieces:
-            ids = encode_text(self.tokenizer, text)
+            ids = encode_text(self.tokenizer, text, source)
             if k >= 0 and not (text.strip() and ids):
                 raise UserError(f"{source}: phrase {k} ({text!r}) has no token; leave out empty phrases")
             input_ids += ids

@@ -10,6 +10,8 @@ import re
 
 from tokenizers import Tokenizer
 
+from common.errors import UserError
+
 # Some tokenizers keep ordinary letters among their added tokens (DeepSeek: "õ"); these stay tokens. What is
 # written in brackets steers the model, whether or not the tokenizer calls it special.
 MARKUP = re.compile(r"^\s*(<.*>|\[.*\]|\{.*\})\s*$", re.DOTALL)
@@ -27,8 +29,19 @@ def control_tokens(tokenizer) -> dict:
     return control
 
 
-def encode_text(tokenizer, text: str) -> list[int]:
-    """Ids of `text` without special tokens around it; the control tokens in it are split into letters."""
+def refuse_halves(text: str, source=""):
+    """UserError where `text` holds half a character, as bytes that are no UTF-8 and cut JSON leave it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        where = f"{source}: " if source else ""
+        raise UserError(f"{where}{text!r} holds what is no character; write it anew in UTF-8") from None
+
+
+def encode_text(tokenizer, text: str, source="") -> list[int]:
+    """Ids of `text` without special tokens around it; the control tokens in it are split into letters.
+    source: what an error names."""
+    refuse_halves(text, source)
     ids = tokenizer(text, add_special_tokens=False).input_ids
     control = control_tokens(tokenizer)
     if not control.keys() & set(ids):
@@ -62,6 +75,8 @@ def encode_parts(tokenizer, parts, **options) -> list[int]:
     """
     control = control_tokens(tokenizer).keys()
     words = [text for text, users in parts if users]
+    for text in words:
+        refuse_halves(text)
     if not any(control & set(tokenizer(text, add_special_tokens=False).input_ids) for text in words):
         return tokenizer("".join(text for text, _ in parts), **options).input_ids
     (first, _), *rest = parts

@@ -71,6 +71,8 @@ def load_segments(path):
     """(H, W) int64 segment ids of a panoptic PNG (R + 256 G + 65536 B) or of a grey or palette PNG (its
     values)."""
     with reading(path, "mask picture"), Image.open(path) as opened:
+        if opened.format in ("JPEG", "MPO"):
+            raise UserError(f"{path}: JPEG changes the numbers of segments; take the PNG that it was made of")
         values = np.asarray(opened, np.int64)
         return values if values.ndim == 2 else values[..., :3] @ np.array([1, 256, 65536])
 
