@@ -82,17 +82,6 @@ CONFIG = {
 }
 
 
-# the least value of numbers
-LEAST = {
-    "unet": dict.fromkeys(("upsample_input", "base_channels", "num_stages", "num_groups"), 1),
-    "optim": {
-        **dict.fromkeys(("lr", "epochs", "weight_decay", "warmup", "clip"), 0),
-        **dict.fromkeys(("coarse_first", "mask_weight"), 0),
-        **dict.fromkeys(("batch_size", "accum"), 1),
-    },
-}
-
-
 class YAML(yaml.SafeLoader):
     """YAML in which 2e-4 is a number, as in version 1.2; PyYAML follows 1.1 and wants 2.0e-4."""
 
@@ -129,9 +118,10 @@ def read_config(path, overrides=(), base_path=None):
         known = [name.removesuffix("?") for name in CONFIG[part]]
         if unknown := part != "data" and sorted(set(values) - set(known), key=str):
             raise UserError(f"{path}: {part} has no value {unknown[0]!r}; expected {', '.join(known)}")
-        for name, least in LEAST.get(part, {}).items():
-            if values.get(name) is not None and not values[name] >= least:
-                raise UserError(f"{path}: {part}.{name} is {values[name]}, it must be at least {least}")
+        for name, value in values.items():
+            least = 1 if part == "unet" or name in ("batch_size", "accum") else 0
+            if type(value) in (int, float) and not value >= least:
+                raise UserError(f"{path}: {part}.{name} is {value}, it must be at least {least}")
     return {
         part: {k: v for k, v in values.items() if v is not None} for part, values in config.items()
     }  # null: the default

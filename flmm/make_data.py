@@ -39,15 +39,13 @@ def parse_args(argv=None):
         required=True,
         help="folder to write; it must be new, or hold an earlier built-in set",
     )
-    parser.add_argument("--train", type=count, default=500, help="number of scenes that heads learn from")
-    parser.add_argument("--val", type=count, default=100, help="number of scenes to choose settings with")
-    parser.add_argument("--test", type=count, default=200, help="number of held-out scenes")
-    parser.add_argument(
-        "--overlap",
-        type=count,
-        default=100,
-        help="number of held-out scenes in which objects hide each other",
-    )
+    for split, default, what in (
+        ("train", 500, "scenes that heads learn from"),
+        ("val", 100, "scenes to choose settings with"),
+        ("test", 200, "held-out scenes"),
+        ("overlap", 100, "held-out scenes in which objects hide each other"),
+    ):
+        parser.add_argument(f"--{split}", type=count, default=default, help=f"number of {what}")
     parser.add_argument(
         "--side", type=number(int, 32), default=64, help="side of the square pictures in pixels"
     )

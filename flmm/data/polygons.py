@@ -44,29 +44,27 @@ def polygon(points, height, width):
 def _clip(start, end, width, height):
     """The part of a line that lies in the picture, and whether there is one; OpenCV's clipLine, in its order
     and rounding."""
-    (x0, y0), (x1, y1) = start, end
-    right, bottom = width - 1, height - 1
+    one, two, last = list(start), list(end), (width - 1, height - 1)
 
-    def side(value, last):
-        return (value < 0) - (value > last)
+    def side(point, axis):
+        """1 before the picture, -1 behind it, 0 within."""
+        return (point[axis] < 0) - (point[axis] > last[axis])
 
-    if side(x0, right) * side(x1, right) == 1 or side(y0, bottom) * side(y1, bottom) == 1:
+    def beside(axis):
+        return side(one, axis) * side(two, axis) == 1
+
+    if beside(0) or beside(1):
         return start, end, False
-    if out := side(y0, bottom):
-        edge = 0 if out == 1 else bottom
-        x0, y0 = x0 + int((edge - y0) * (x1 - x0) / (y1 - y0)), edge
-    if out := side(y1, bottom):
-        edge = 0 if out == 1 else bottom
-        x1, y1 = x1 + int((edge - y1) * (x1 - x0) / (y1 - y0)), edge
-    if side(x0, right) * side(x1, right) == 1:
-        return (x0, y0), (x1, y1), False
-    if out := side(x0, right):
-        edge = 0 if out == 1 else right
-        x0, y0 = edge, y0 + int((edge - x0) * (y1 - y0) / (x1 - x0))
-    if out := side(x1, right):
-        edge = 0 if out == 1 else right
-        x1, y1 = edge, y1 + int((edge - x1) * (y1 - y0) / (x1 - x0))
-    return (x0, y0), (x1, y1), True
+    for axis in (1, 0):
+        if beside(axis):  # only after it was cut along the other axis
+            return tuple(one), tuple(two), False
+        other = 1 - axis
+        for point in (one, two):
+            if out := side(point, axis):
+                edge, rise = 0 if out == 1 else last[axis], two[axis] - one[axis]
+                point[other] += int((edge - point[axis]) * (two[other] - one[other]) / rise)
+                point[axis] = edge
+    return tuple(one), tuple(two), True
 
 
 def _line(mask, x0, y0, x1, y1):
