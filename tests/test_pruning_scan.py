@@ -371,8 +371,25 @@ def test_a_search_passes_by_sets_whose_layers_others_work_with():
         assert alone[4] == pytest.approx(model(input_ids=ids, labels=ids).loss.item(), rel=1e-4)
     drop, _ = choose_layers.search(model, calibration, 3, 6)
     assert 3 not in drop or {4, 5} <= {*drop}
-    with pytest.raises(UserError, match="use greedy or beam"):
+    with pytest.raises(UserError, match="--criterion window: .* share keys and values.*by greedy or beam"):
         choose_layers.best_window(model, calibration, 2)
+
+
+@torch.no_grad()
+def test_a_layer_that_takes_no_further_rows_is_scanned_by_other_methods():
+    """As layers that look up the words of a prompt, row by row."""
+    model, words = make(), prompts((9,))[0]["input_ids"]
+    layer = decoder_layers(model)[1]
+    layer.register_forward_pre_hook(lambda module, args: [words[row] for row in range(len(args[0]))] and None)
+    variants = scan_methods.list_variants(model, [])
+    found = {
+        m: scan_methods.scan_batch(model, prompts((9,)), variants, (), m)[0] for m in ("cached", "naive")
+    }
+    losses = [[v["nll"] for v in record["variants"]] for record in found.values()]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    with pytest.raises(UserError, match="takes no rows beside those of its prompts .*use --method cached"):
+        scan_methods.scan_batch(model, prompts((9,)), variants, ())
+    assert choose_layers.loss_without(model, prompts((9,)))[0] == pytest.approx(losses[1][0], rel=1e-5)
 
 
 @torch.no_grad()

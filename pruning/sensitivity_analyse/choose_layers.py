@@ -156,10 +156,14 @@ def layers_for_time(model, target: float, measure=None) -> int:
 
 
 def mean_losses(model, prompts, variants) -> list[float]:
-    """Mean loss per scored token of the model and with each of `variants` off, all in one wavefront where
-    layers do not share keys and values."""
-    method = "naive" if getattr(text_config(model), "num_kv_shared_layers", 0) else "wavefront"
-    records = [scan_batch(model, [prompt], variants, (), method)[0] for prompt in prompts]
+    """Mean loss per scored token of the model and with each of `variants` off, all in one wavefront; one by
+    one for a model that takes none."""
+    try:
+        records = [scan_batch(model, [prompt], variants, ())[0] for prompt in prompts]
+    except UserError as error:
+        if any(variant.mode == "window" for variant in variants):
+            raise UserError(f"--criterion window: {error}: choose by greedy or beam") from error
+        records = [scan_batch(model, [prompt], variants, (), "naive")[0] for prompt in prompts]
     tokens = sum(record["scored"] for record in records)
     rows = [[r["nll"], *(variant["nll"] for variant in r["variants"])] for r in records]
     return [
@@ -185,8 +189,6 @@ def best_window(model, prompts, count: int) -> tuple[list[int], float]:
     that the whole model does not run anyway, and each that follows runs once.
     """
     layers = len(decoder_layers(model))
-    if getattr(text_config(model), "num_kv_shared_layers", 0):
-        raise UserError("--criterion window: layers of this model share keys and values; use greedy or beam")
     variants = [Variant("window", last, count) for last in range(count - 1, layers)]
     losses = mean_losses(model, prompts, variants)[1:]
     start = min(range(len(losses)), key=losses.__getitem__)

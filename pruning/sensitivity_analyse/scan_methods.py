@@ -18,7 +18,7 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from common.errors import UserError
-from common.files import free_memory
+from common.files import first_line, free_memory
 from pruning.layers import (
     OUTPUT,
     child,
@@ -419,10 +419,15 @@ def watched_pass(model, batch, lengths, variants, keep_inputs) -> tuple:
             with Baseline(model, lengths, variants, keep_inputs, **options) as watch:
                 hidden = decoder(model)(**batch, use_cache=False).last_hidden_state
             break
-        except (RuntimeError, ValueError) as error:
+        except Exception as error:
             # some want a mask for every row, some give their output the shape of their input
-            if options is split or not variants or isinstance(error, torch.OutOfMemoryError):
+            if not variants or isinstance(error, (UserError, torch.OutOfMemoryError)):
                 raise
+            if options is split:
+                raise UserError(
+                    f"--method wavefront: {type(plain(model)).__name__} takes no rows beside those of its "
+                    f"prompts ({first_line(error)}); use --method cached or naive"
+                ) from error
     if not variants or watch.grown is None:
         return hidden, watch
 
