@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from studies.dia_pangu import bases
 from studies.dia_pangu.compare import Row
 from tests import forked
 from tests.golden import ROOT
@@ -49,6 +50,19 @@ def recipes(tmp_path, monkeypatch, data_root):
     yield found, stages, tmp_path / "runs/dia_pangu"
     for name in ("studies.recipe", *(f"studies.dia_pangu.{name}" for name in RECIPES)):
         sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("go_on", [False, True])
+def test_bases_start_anew_or_go_on(go_on, monkeypatch, tmp_path):
+    stages = []
+    monkeypatch.setattr(bases, "SKIP_DONE", go_on)
+    monkeypatch.setattr(bases, "stage", lambda script, **flags: stages.append(flags))
+    monkeypatch.setattr(bases, "data", tmp_path / "data")
+    (tmp_path / "data").mkdir()
+    bases.main()
+    assert (tmp_path / "data").is_dir() == go_on and len(stages) == 4
+    for flags in stages[1:]:
+        assert (flags["overwrite"], flags.get("resume")) == ((False, "auto") if go_on else (True, None))
 
 
 @pytest.mark.slow

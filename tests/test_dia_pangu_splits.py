@@ -136,7 +136,8 @@ def test_pretraining_starts_from_training_masks(data, tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain_vit, "batches", lambda *_: iter(()))
     command = ["--data", data, "--config", small(tmp_path), "--max-steps", 1, "--batch-size", 2]
     pretrain_vit.main(arguments_of(pretrain_vit, *command, "--out", tmp_path / "a"))
-    start = ["--start", tmp_path / "a", "--contrast", 2, "--out", tmp_path / "b"]
+    # "--resume auto" begins where there is nothing to go on with.
+    start = ["--start", tmp_path / "a", "--contrast", 2, "--out", tmp_path / "b", "--resume", "auto"]
     pretrain_vit.main(arguments_of(pretrain_vit, *command, *start))
     assert seen == {"statistics": "train", "memories": "train", "train=True": "train", "train=False": "val"}
 

@@ -16,7 +16,11 @@ if [ -z "${DATA:-}" ]; then
       *" --resume auto "*) ;;
       *" --resume "*) env_fail "--resume: the small bases are not whole, so no training has begun; start the same command without --resume" ;;
     esac
-    "$PYTHON" "$ROOT/studies/dia_pangu/bases.py"
+    SKIP_DONE=1 "$PYTHON" "$ROOT/studies/dia_pangu/bases.py" || {
+      status=$?
+      echo "the small bases are not whole; the same command goes on with what is missing" >&2
+      exit $status
+    }
   fi
   LLM=${LLM:-$RUNS/dia_pangu/llm/model}
   set -- --size tiny --cache "$DATA/cache" --start "$RUNS/dia_pangu/contrast" --lr 1e-3 --batch-size 8 --accum 1 --epochs 1 "$@"

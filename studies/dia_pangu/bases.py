@@ -3,7 +3,8 @@
     python studies/dia_pangu/bases.py       SMOKE=1 for the smallest sizes, RUNS for the folder of the results
 
 builtin_model.py continues from here, and so does dia_pangu/run_train.sh when no data are given. SEED is the
-seed of the training (default 42); the data keep theirs.
+seed of the training (default 42); the data keep theirs. With SKIP_DONE=1, as run_train.sh starts it, a run
+that was stopped goes on: what is made stays, and the training that was stopped goes on at its checkpoint.
 """
 
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, whatever folder we start in
 
-from studies.recipe import DATA, RUNS, SMOKE, recipe, size, stage
+from studies.recipe import DATA, RUNS, SKIP_DONE, SMOKE, recipe, size, stage
 
 data = DATA / ("dia_pangu_smoke" if SMOKE else "dia_pangu")
 out = RUNS / "dia_pangu"
@@ -26,7 +27,8 @@ places = out / "contrast" / "places.json"
 def main():
     # Phantoms. Data seed 1: the recipe was chosen on the validation volumes of seed 0, whose test volumes
     # earlier recipes had seen.
-    shutil.rmtree(data, ignore_errors=True)
+    if not SKIP_DONE:
+        shutil.rmtree(data, ignore_errors=True)
     stage(
         "dia_pangu/make_data.py",
         out=data,
@@ -38,10 +40,11 @@ def main():
 
     # The vision part learns patch labels first, then prototypes and memories too.
     pretrain = "studies/dia_pangu/pretrain_vit.py"
-    stage(pretrain, **run, **vision, max_steps=size(1100, smoke=8), out=out / "patches")
+    begin = {**run, "overwrite": False, "resume": "auto"} if SKIP_DONE else run
+    stage(pretrain, **begin, **vision, max_steps=size(1100, smoke=8), out=out / "patches")
     stage(
         pretrain,
-        **run,
+        **begin,
         **vision,
         start=out / "patches",
         contrast=2,
@@ -53,7 +56,7 @@ def main():
     # A language model of 8 layers reads the reports alone.
     stage(
         "studies/dia_pangu/warm_llm.py",
-        **run,
+        **begin,
         places=places,
         make=8,
         width=96,

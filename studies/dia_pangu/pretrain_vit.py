@@ -26,7 +26,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from common.arguments import Parser, add_run_arguments, number, refuse
-from common.checkpoint import atomic_json, atomic_path
+from common.checkpoint import atomic_json, atomic_path, find_resume
 from common.errors import UserError
 from common.errors import run as run_script
 from common.run import describe, open_run, progress, seed_everything
@@ -255,7 +255,7 @@ def main(args):
     if args.start:
         load_start(model, args.start)
     layer.prototype.data = (frequency.T + 0.003).log()
-    if args.start and args.contrast and not args.resume:
+    if args.start and args.contrast and not (args.resume and find_resume(args.out, accelerator)):
         start_memories(layer, train_set, counted)
     set_trained(layer, bool(args.contrast))
     accelerator.print(f"{describe(model)} | {layer.n_tok} patches | {len(train_set)} volumes")
