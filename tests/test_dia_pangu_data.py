@@ -60,21 +60,16 @@ def test_cached_and_fresh_volumes_are_equal(data, tmp_path):
 def test_patch_labels_lie_where_the_finding_is(tmp_path):
     for side in ("left", "right"):
         for place in ("upper", "lower"):
-            _, bits = phantom(
-                np.random.default_rng(5), {"consolidation": {"side": side, "place": place, "size": "large"}}
-            )
+            painted = {"consolidation": {"side": side, "place": place, "size": "large"}}
+            _, bits = phantom(np.random.default_rng(5), painted)
             save_nifti(tmp_path / "m.nii.gz", bits)
-            labels = patch_labels(tmp_path / "m.nii.gz", Grid((64, 64, 16)), (8, 8, 4)).unflatten(
-                0, (8, 8, 4)
-            )
+            labels = patch_labels(tmp_path / "m.nii.gz", Grid((64, 64, 16)), (8, 8, 4))
+            labels = labels.unflatten(0, (8, 8, 4))
             dense = labels[..., FINDINGS.index("consolidation")].numpy()
             assert labels.sum() == dense.sum() > 0
             found = locate(dense, (0.1, 0.9))
-            assert found["side"] == side and (found["height"] > 0.5) == (place == "upper"), (
-                side,
-                place,
-                found,
-            )
+            right = found["side"] == side and (found["height"] > 0.5) == (place == "upper")
+            assert right, (side, place, found)
 
 
 def test_phantoms_are_a_function_of_their_seed():

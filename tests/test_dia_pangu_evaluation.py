@@ -10,12 +10,18 @@ from rouge_score import rouge_scorer
 from sklearn.metrics import precision_recall_fscore_support
 
 from dia_pangu.evaluate import nlg_eval
-from dia_pangu.evaluate.findings import calibrate, crg_score, finding_scores, macro_f1, micro_f1
+from dia_pangu.evaluate.findings import calibrate, crg_score, finding_scores, micro_f1
 from dia_pangu.src.Dataset.prompt import FINDINGS
 from studies.dia_pangu.locations import location_scores, reported
 from studies.dia_pangu.real_reports import labeler_study
 from studies.dia_pangu.real_volumes import landmarks
+from studies.recipe import options
 from tests.tiny_dia import call
+
+
+def write_csv(path, *rows):
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
 
 
 def test_f1_follows_its_definition():
@@ -44,9 +50,10 @@ def test_scores_agree_with_scikit_learn():
     assert micro_f1(truth, predicted) == pytest.approx(scores["micro"]["F1"])
 
 
-def test_a_place_that_is_not_stated_counts_as_wrong():
+@pytest.mark.parametrize("side, place", [("", ""), ("right", "lower")])
+def test_a_place_that_is_wrong_or_not_stated_counts_as_wrong(side, place):
     true = {"7": {"lung lesion": {"side": "right", "place": "upper"}}, "8": {"fracture": {"side": "left"}}}
-    found = {"7": {"lung lesion": {"side": "right", "place": ""}}, "8": {"fracture": {"side": ""}}}
+    found = {"7": {"lung lesion": {"side": "right", "place": place}}, "8": {"fracture": {"side": side}}}
     scores = location_scores(true, found)
     assert scores == {"side": {"accuracy": 0.5, "count": 2}, "place": {"accuracy": 0.0, "count": 1}}
 
@@ -70,25 +77,16 @@ def test_side_and_place_are_read_from_a_report():
     assert reported(text, "lung lesion") == {"side": "right", "place": "upper"}
     assert reported(text, "pleural effusion") == {"side": "left", "place": ""}
     assert reported("左肺下野见少量结节。", "lung lesion") == {"side": "left", "place": "lower"}
-    true, found = (
-        {"7": {"lung lesion": {"side": "right", "place": "upper"}}},
-        {"7": {"lung lesion": {"side": "right", "place": "lower"}}},
-    )
-    assert location_scores(true, found) == {
-        "side": {"accuracy": 1.0, "count": 1},
-        "place": {"accuracy": 0.0, "count": 1},
-    }
-    assert location_scores(true, {})["side"] == {"accuracy": None, "count": 0}, (
-        "an accuracy of none is no number, and NaN is no JSON"
-    )
+    # An accuracy of none is no number, and NaN is no JSON.
+    true = {"7": {"lung lesion": {"side": "right", "place": "upper"}}}
+    assert location_scores(true, {})["side"] == {"accuracy": None, "count": 0}
 
 
 def test_odd_predictions_are_scored(tmp_path):
     """Also by METEOR's jar, which waits for ever on an empty line, here without its English tables."""
     truths = ["A small nodule.", "No effusion.", "The heart is enlarged.", "Both lungs are clear.", "Edema."]
     predictions = ["", "line one\nline two", "nul\0inside", "word " * 500, "Edema."]
-    with open(tmp_path / "r.csv", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([["ID", "Ground Truth", "Pred"], *zip("abcde", truths, predictions)])
+    write_csv(tmp_path / "r.csv", ("ID", "Ground Truth", "Pred"), *zip("abcde", truths, predictions))
     arguments = ["--csv", tmp_path / "r.csv", "--out", tmp_path / "s.json", "--draws", 20, "--language", "cn"]
     done = call(nlg_eval, *arguments, log=tmp_path / "log.txt")
     assert done.returncode == 0, done.text
@@ -157,10 +155,8 @@ def test_meteor_of_any_draw_comes_from_the_counts_of_its_pairs():
 
 
 def test_missing_java_is_said(tmp_path, monkeypatch):
-    with open(tmp_path / "r.csv", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(
-            [["Ground Truth", "Pred"], ["右侧胸腔积液。", "右侧胸腔少量积液。"], ["心影增大。", "心影不大。"]]
-        )
+    rows = ("右侧胸腔积液。", "右侧胸腔少量积液。"), ("心影增大。", "心影不大。")
+    write_csv(tmp_path / "r.csv", ("Ground Truth", "Pred"), *rows)
     monkeypatch.setenv("PATH", "/nowhere")
     arguments = ["--csv", tmp_path / "r.csv", "--out", tmp_path / "s.json", "--draws", 20]
     done = call(nlg_eval, *arguments, log=tmp_path / "log.txt")
@@ -235,7 +231,7 @@ def test_a_perfect_model_has_a_macro_of_one_over_the_findings_that_occur():
     truth[:, 3] = truth[:, 8] = False
     scores = finding_scores(truth, truth)
     assert scores["macro"]["F1"] == pytest.approx(12 / 14, abs=1e-4)
-    assert scores["macro_occurring"]["F1"] == pytest.approx(1, abs=1e-4) == macro_f1(truth, truth)
+    assert scores["macro_occurring"]["F1"] == pytest.approx(1, abs=1e-4)
 
 
 TEXTS = (
@@ -261,21 +257,11 @@ def test_two_models_on_the_same_patients_are_compared_in_pairs(tmp_path):
     truths = [TEXTS[i % 6] for i in range(36)]
     worse = [truth if i % 3 else TEXTS[(i + 1) % 6] for i, truth in enumerate(truths)]
     for name, texts, order in (("a", truths, 1), ("b", worse, -1)):
-        rows = [
-            ["ID", "Ground Truth", "Pred"],
-            *[[str(i), *r] for i, r in enumerate(zip(truths, texts))][::order],
-        ]
-        with open(tmp_path / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows(rows)
-    arguments = [
-        "--csv",
-        tmp_path / "a.csv",
-        "--against",
-        tmp_path / "b.csv",
-        "--radeval",
-        tmp_path / "r.csv",
-    ]
-    arguments += ["--no-meteor", "--draws", 60, "--out", tmp_path / "s.json"]
+        rows = list(zip(range(36), truths, texts))[::order]
+        write_csv(tmp_path / f"{name}.csv", ("ID", "Ground Truth", "Pred"), *rows)
+    named = {"csv": "a.csv", "against": "b.csv", "radeval": "r.csv", "out": "s.json"}
+    arguments = options({name: tmp_path / file for name, file in named.items()})
+    arguments += ["--no-meteor", "--draws", 60]
     done = call(nlg_eval, *arguments, log=tmp_path / "log.txt")
     assert done.returncode == 0, done.text
     scores = json.loads((tmp_path / "s.json").read_text())

@@ -168,17 +168,8 @@ def test_hidden_places_leave_the_statuses_alone(data, llm):
     seen = {str(number): {name: ("left", "upper") for name in LATERAL} for number in range(1, 9)}
 
     def prompts(share, epoch=0):
-        samples = CTRGDataset(
-            data,
-            "train",
-            Grid((16, 16, 16)),
-            text,
-            flip=0.3,
-            seed=1,
-            vision=False,
-            places=seen,
-            hide_places=share,
-        )
+        options = {"flip": 0.3, "seed": 1, "vision": False, "places": seen, "hide_places": share}
+        samples = CTRGDataset(data, "train", Grid((16, 16, 16)), text, **options)
         samples.set_epoch(epoch)
         rows = [zip(sample["text"]["lang_x"], sample["text"]["labels"]) for sample in samples]
         return [
@@ -224,9 +215,6 @@ def test_pretraining_writes_places_that_training_takes(data, llm, tmp_path):
     model, text, config = load_model(tmp_path / "ft", llm)
     kept = load_file(tmp_path / "c" / "vision.safetensors")
     assert config["embedding"]["evidence_head"]
-    for name in (
-        "evidence_head.weight",
-        "evidence_vote.weight",
-        "vision_encoder.to_patch_embedding.2.weight",
-    ):
+    for name in ("evidence_head", "evidence_vote", "vision_encoder.to_patch_embedding.2"):
+        name = f"{name}.weight"
         assert torch.equal(model.embedding_layer.state_dict()[name], kept[f"embedding_layer.{name}"]), name

@@ -2,7 +2,6 @@
 
 import csv
 import gzip
-import json
 import math
 import os
 import random
@@ -29,19 +28,11 @@ from dia_pangu.src.Dataset.verdict import Verdict, judge_values
 from dia_pangu.src.Model.build import build_model, save_model
 from dia_pangu.src.report_files import Journal
 from studies.dia_pangu import ct_files
-from studies.dia_pangu.ct_files import COUNT, LPS, RAS, STEP_MM, save, series, volume
+from studies.dia_pangu.ct_files import COUNT, LPS, RAS, STEP_MM, save, screenshot, series, spoil, volume
+from studies.dia_pangu.scan_kinds import GRID, truth
 from studies.recipe import options
 from tests.tiny_dia import *  # noqa: F403  the fixture llm
 from tests.tiny_dia import SMALL, call
-
-GRID = Grid((40, 40, 24), (320.0, 320.0, 264.0))
-
-
-def truth() -> np.ndarray:
-    """HU of the chest where GRID has its voxels, (H, W, D)."""
-    axes = [(np.arange(n) + 0.5) * f / n - f / 2 for n, f in zip(GRID.size, GRID.fov_mm)]
-    h, w, d = np.meshgrid(*axes, indexing="ij")
-    return ct_files.chest_hu(np.stack([w, h, d], -1)).clip(-1000, 400)
 
 
 def wrong_by(path, **options) -> float:
@@ -374,27 +365,6 @@ def test_the_chest_is_found_among_series_localizers_and_dose_pages(tmp_path, goo
     assert wrong_by(tmp_path / "same") < good + 3
 
 
-def spoil(tag, value, only=None):
-    """Return an editor of slices that sets a tag in all slices, or in number `only`."""
-
-    def change(data, n):
-        if only is None or n == only:
-            if value is None and tag in data:
-                delattr(data, tag)
-            else:
-                setattr(data, tag, value)
-
-    return change
-
-
-def screenshot(data):
-    """Make of a slice a picture with 8 bits, whose rescale tags say that it holds HU."""
-    hu = np.frombuffer(data.PixelData, np.uint16).astype(float) - 1024
-    data.BitsAllocated = data.BitsStored = 8
-    data.HighBit, data.RescaleIntercept = 7, 0
-    data.PixelData = ((hu + 1350) / 1500 * 255).clip(0, 255).astype(np.uint8).tobytes()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "change, message",
@@ -416,7 +386,7 @@ def screenshot(data):
         (spoil("RescaleType", "Z_EFF"), "RescaleType Z_EFF"),
         (spoil("NumberOfFrames", 30), "30 frames in one file, whose places no tag tells"),
         (spoil("ModalityLUTSequence", [pydicom.Dataset()]), "ModalityLUTSequence"),
-        (lambda data, n: screenshot(data), "no HU"),
+        (screenshot, "no HU"),
         (lambda data, n: n not in (9, 10), "slices are missing"),
         (lambda data, n: n == 0, "one slice is not a volume"),
         (spoil("ImagePositionPatient", [-100.0, -124.0, -130.5 + 9 * 7], 7), "shifted against each other"),
@@ -679,7 +649,7 @@ def checkpoint(llm, tmp_path_factory):
     """A model of the sizes SMALL with random weights, which finds everything."""
     folder = tmp_path_factory.mktemp("dia_ckpt")
     torch.manual_seed(0)
-    config = {**json.loads(json.dumps(SMALL)), "thresholds": [0.0] * 14}
+    config = {**SMALL, "thresholds": [0.0] * 14}
     save_model(build_model(config, llm)[0].state_dict(), folder, config)
     return folder
 

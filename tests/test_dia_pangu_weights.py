@@ -113,21 +113,12 @@ def test_the_tokenizer_splits_as_sentencepiece_does(tmp_path):
     text = ReportText(
         tokenizer, len(tokenizer) + 3, 2
     )  # a word table larger than the tokenizer: image rows still start at V
-    ids = text.ids(text.prompt([0] * 14))
-    assert ids[:5] == [
-        1,
-        text.num_embeddings,
-        text.num_embeddings + 2,
-        text.num_embeddings + 3,
-        text.num_embeddings + 1,
-    ]
+    ids, rows = text.ids(text.prompt([0] * 14)), text.num_embeddings
+    assert ids[:5] == [1, rows, rows + 2, rows + 3, rows + 1]
 
 
 def test_a_saved_model_comes_back_unchanged(llm, tmp_path):
-    config = {
-        **json.loads(json.dumps(SMALL)),
-        "lora": {"r": 4, "alpha": 6, "dropout": 0.0, "targets": ["q_proj", "v_proj"]},
-    }
+    config = {**SMALL, "lora": {"r": 4, "alpha": 6, "dropout": 0.0, "targets": ["q_proj", "v_proj"]}}
     model, text = build_model(config, llm)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -138,11 +129,8 @@ def test_a_saved_model_comes_back_unchanged(llm, tmp_path):
         json.dumps({**config, "lora": None})
     )  # upstream's file has no such record
     again, _, found = load_model(tmp_path, llm)
-    assert (
-        found["lora"]["alpha"] == 6
-        and found["lora"]["r"] == 4
-        and found["lora"]["targets"] == ["q_proj", "v_proj"]
-    )
+    lora = found["lora"]
+    assert lora["alpha"] == 6 and lora["r"] == 4 and lora["targets"] == ["q_proj", "v_proj"]
     volume, ids = torch.rand(1, 1, 3, 16, 16, 16), torch.arange(5)[None]
     with torch.no_grad():
         batch = {

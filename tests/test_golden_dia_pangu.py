@@ -121,17 +121,9 @@ def small_embedding(config):
     """The golden files' names for the sizes that upstream fixes, as constructor arguments."""
     vit = {key: config[key] for key in ("image_size", "frames", "depth", "heads", "dim_head", "mlp_dim")}
     perceiver = {"depth": config["pdepth"], "heads": config["pheads"], "dim_head": config["pdh"]}
-    names = (
-        "num_embeddings",
-        "embedding_dim",
-        "perceiver_num",
-        "vis_dim",
-        "patch_size",
-        "frame_patch_size",
-        "n_tok",
-        "mem",
-    )
-    return MyEmbedding(**{key: config[key] for key in names}, vit=vit, perceiver=perceiver, min_temp=None)
+    names = "num_embeddings embedding_dim perceiver_num vis_dim patch_size frame_patch_size n_tok mem"
+    sizes = {key: config[key] for key in names.split()}
+    return MyEmbedding(**sizes, vit=vit, perceiver=perceiver, min_temp=None)
 
 
 def my_embedding_small(golden):
@@ -311,21 +303,9 @@ def results_(path):
     assert path.name in named, f"{path.name}: no nlg file names it, so it is never compared"
 
 
-MODULES = {
-    check.__name__: check
-    for check in (
-        vit3d,
-        posenc_learned3d,
-        posenc_2d,
-        perceiver,
-        gated_cross_attention,
-        decoder,
-        my_embedding_small,
-        my_embedding_realsize,
-        multimodal_loss,
-        volume_preprocess,
-    )
-}
+PARTS = (vit3d, posenc_learned3d, posenc_2d, perceiver, gated_cross_attention, decoder)
+WHOLES = (my_embedding_small, my_embedding_realsize, multimodal_loss, volume_preprocess)
+MODULES = {check.__name__: check for check in (*PARTS, *WHOLES)}
 FILES_OF_TEXT = {check.__name__: check for check in (text_layout, nlg_, char_tokenizer, results_)}
 
 

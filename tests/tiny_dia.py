@@ -1,8 +1,6 @@
 """What the tests of dia_pangu share: the smallest sizes, a few phantoms, a small language model of
 openPangu's class."""
 
-import json
-
 import pytest
 import torch
 
@@ -79,4 +77,4 @@ def llm(tmp_path_factory):
 def model_text(llm):
     """A report model of the sizes SMALL with random weights, and its writer of prompts."""
     torch.manual_seed(0)
-    return build_model(json.loads(json.dumps(SMALL)), llm)
+    return build_model(SMALL, llm)

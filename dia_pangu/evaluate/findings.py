@@ -91,13 +91,6 @@ def crg_score(truth, predicted) -> float:
     return float(rest / (2 * rest - (gained - (~truth & predicted).sum())))
 
 
-def macro_f1(truth, predicted) -> float:
-    """Return the mean F1 over the findings that occur in `truth`."""
-    hit, other = (truth & predicted).sum(0), (truth ^ predicted).sum(0)
-    single = hit / (hit + 0.5 * other + EPSILON)
-    return float(single[truth.any(0)].mean()) if truth.any() else 0.0
-
-
 def micro_f1(truth, predicted) -> float:
     """Return F1 over all findings and reports together; truth, predicted: bool arrays of one shape."""
     hit = (truth & predicted).sum()

@@ -21,6 +21,12 @@ from dia_pangu.src.Dataset.prompt import FINDINGS
 BLANK, PRESENT, ABSENT, UNCERTAIN = 0, 1, 2, 3
 RANK = {BLANK: 0, ABSENT: 1, UNCERTAIN: 2, PRESENT: 3}  # of two statements the one with the higher rank holds
 
+
+def both(en: str, cn: str) -> dict[str, re.Pattern]:
+    """Return a pattern for each language; case does not matter."""
+    return {"en": re.compile(en, re.I), "cn": re.compile(cn, re.I)}
+
+
 # Words that name a finding. English patterns match at word starts, Chinese ones anywhere.
 ENGLISH = {
     "enlarged cardiomediastinum": r"(?:widen\w*|enlarge\w*|broaden\w*)[^,;]*mediastin(?!\w* (?:lymph|node))|"
@@ -101,7 +107,7 @@ CHINESE = {
     r"除颤器|电极|导线|滤器|弹簧圈|骨水泥|造瘘管|人工关节|关节置换|辅助装置",
 }
 # Only where the sentence states no pneumonia these words are a finding of their own.
-WEAK = {"en": re.compile(r"shadow", re.I), "cn": re.compile(r"斑片$|片状影|片影")}
+WEAK = both(en=r"shadow", cn=r"斑片$|片状影|片影")
 
 # CT-RATE's labels that are not among the 14.
 ENGLISH_18 = {
@@ -226,216 +232,163 @@ NOT_OF_EN = {
 }
 NOT_OF = {"en": NOT_OF_EN, "cn": NOT_OF_EN | {"lung lesion": NOT_OF_EN["lung lesion"] | {"pleura"}}}
 # A word that hides another finding's word or says something else.
-IGNORE = {
-    "en": re.compile(
-        r"(?<!sub)\bpleural (?:nodul\w*|mass\w*|metasta\w*|lesion\w*|tumou?r\w*)|"
-        r"sequel\w* (?:of|from|to) (?:\w+ ){0,3}(?:infecti\w*|pneumonia)|"
-        r"(?:covid\S* )?(?:infecti\w*|pneumonia) sequel\w*|"
-        r"collapsed (?:gallbladder|bladder|stomach|bowel|vertebra\w*)|vertebra\w*[^,;.]*collaps\w*|"
-        r"mass effect|"
-        r"(?:known|(?:patient|case)s? with) (?:\w+ ){0,2}(?:cancer|carcinoma|malignanc\w*|tumou?r)|"
-        r"body mass|post.?(?:infectio|pneumoni)\w*|non.?infecti\w*|space.occupying lesion (?:was|is) not|"
-        r"infectious disease clinic|"
-        r"fractur\w*(?= (?:\w+ ){0,2}(?:wires?|catheters?|leads?|screws?|stents?|rods?|hardware)\b)",
-        re.I,
-    ),
-    "cn": re.compile(
-        r"椎体[^，。；]{0,6}不张|炎性假瘤|无名动脉|感染科|结节性甲状腺肿|转移酶|淋巴结转移|"
-        r"[肺叶]癌(?:根治|切除)?术后|(?<!叶间)(?<!裂)胸膜(?:多发)?(?:结节(?![样状]增厚)|肿块|占位|转移)|"
-        r"(?:结节|肿瘤|肿物|占位|转移瘤|气胸|积液|主动脉瘤|夹层)(?:切除|引流)?术后"
-    ),
-}
+IGNORE = both(
+    en=r"(?<!sub)\bpleural (?:nodul\w*|mass\w*|metasta\w*|lesion\w*|tumou?r\w*)|"
+    r"sequel\w* (?:of|from|to) (?:\w+ ){0,3}(?:infecti\w*|pneumonia)|"
+    r"(?:covid\S* )?(?:infecti\w*|pneumonia) sequel\w*|"
+    r"collapsed (?:gallbladder|bladder|stomach|bowel|vertebra\w*)|vertebra\w*[^,;.]*collaps\w*|"
+    r"mass effect|"
+    r"(?:known|(?:patient|case)s? with) (?:\w+ ){0,2}(?:cancer|carcinoma|malignanc\w*|tumou?r)|"
+    r"body mass|post.?(?:infectio|pneumoni)\w*|non.?infecti\w*|space.occupying lesion (?:was|is) not|"
+    r"infectious disease clinic|"
+    r"fractur\w*(?= (?:\w+ ){0,2}(?:wires?|catheters?|leads?|screws?|stents?|rods?|hardware)\b)",
+    cn=r"椎体[^，。；]{0,6}不张|炎性假瘤|无名动脉|感染科|结节性甲状腺肿|转移酶|淋巴结转移|"
+    r"[肺叶]癌(?:根治|切除)?术后|(?<!叶间)(?<!裂)胸膜(?:多发)?(?:结节(?![样状]增厚)|肿块|占位|转移)|"
+    r"(?:结节|肿瘤|肿物|占位|转移瘤|气胸|积液|主动脉瘤|夹层)(?:切除|引流)?术后",
+)
 
 # What is said of change neither denies nor doubts.
-CHANGE = {
-    "en": re.compile(
-        r"\b(?:no|without|not)\b (?:\w+ly )?(?:\w+ ){0,3}?(?:change|changed|difference|progress\w*|"
-        r"regress\w*|growth|grown|increase\w* in (?:the )?(?:size|number)|decrease\w* in (?:the )?(?:size|"
-        r"number)|enlarged since|interval (?!develop|appear|new|resol)\w+|increased since|"
-        r"decreased since)\b(?: (?:was|is|were|has been) \w+)?|"
-        r"\bnot (?:\w+ ){0,3}?(?:previous\w*|prior|before|earlier|old|on the last)\b(?: (?:seen|observed|"
-        r"present|examination\w*|CT|study))*|"
-        r"not (?:yet |fully |completely |entirely )(?:healed|resolved|resorbed|regressed)|\bnot only\b|"
-        r"\bno\b(?=[^,;.]*\b(?:other than|apart from|besides|aside from) (?:\w+ )?(?:known|previous\w*|old|"
-        r"one|single|\d))|\bno longer than\b|not well (?:seen|defined)|not clearly demarcated|"
-        r"nor? (?:\w+ )?contrast|without (?:\w+ )?contrast\w*|"
-        r"\bno (?:\w+ ){0,2}?(?:increase|decrease|reduction|enlargement|expansion|worsening|"
-        r"improvement) (?:in|of) "
-        r"(?:(?!or |and )\w+ ){0,3}?(?=nodul|mass|lesion|effusion|fluid|opacit|consolidat|pneumo|atelecta|"
-        r"o?edema|"
-        r"infiltrat|metasta|tumou?r|fractur)",
-        re.I,
-    ),
-    "cn": re.compile(
-        r"(?:较?前|与前)?[^，。；]{0,6}(?:无|未见)(?:明显|显著|著|任何|确切)?(?:变化|改变|著变|进展|吸收|"
-        r"好转)|"
-        r"(?:较前|与前|(?:结节|肿块|肿物|病灶|占位|积液|范围)[^，。；]{0,4})[^，。；]{0,4}(?:无|"
-        r"未见)(?:明显)?(?:增大|缩小|增多|减少)|"
-        r"未(?:完全|明显|见明显|充分|彻底)?(?:吸收|愈合|消散|消失|复张|闭合|好转)|"
-        r"不(?:均匀|规则|规整|光整|清楚|清晰|整齐|光滑|连续)|无明显诱因|无症状|未(?:行|扫及|包括|做)|"
-        r"(?<![较与比])(?:此前|前片|前次|既往|原片)未(?:见|显示)(?:显示)?|(?<![较与比])前片无"
-    ),
-}
-DENIED_BEFORE = {
-    "en": re.compile(
-        r"\b(?:no|not|without|free of|absence of|absent|negative for|neither|nor|never|rather than|lack of|"
-        r"resolution of|resolved|regression of|disappearance of|clearing of|removal of|removed|excludes?|"
-        r"denies|w/o|favou?r\w* (?:[^,;]*? )?over|unlikely(?= \w)|argues? against)\b",
-        re.I,
-    ),
-    "cn": re.compile(
-        r"未(?!来|能|确)|无|没有|不伴|不考虑|不支持|不像|排除|不存在|除外|阴性|已拔除|已取出|拔除|拔出|撤除"
-    ),
-}
+CHANGE = both(
+    en=r"\b(?:no|without|not)\b (?:\w+ly )?(?:\w+ ){0,3}?(?:change|changed|difference|progress\w*|"
+    r"regress\w*|growth|grown|increase\w* in (?:the )?(?:size|number)|decrease\w* in (?:the )?(?:size|"
+    r"number)|enlarged since|interval (?!develop|appear|new|resol)\w+|increased since|"
+    r"decreased since)\b(?: (?:was|is|were|has been) \w+)?|"
+    r"\bnot (?:\w+ ){0,3}?(?:previous\w*|prior|before|earlier|old|on the last)\b(?: (?:seen|observed|"
+    r"present|examination\w*|CT|study))*|"
+    r"not (?:yet |fully |completely |entirely )(?:healed|resolved|resorbed|regressed)|\bnot only\b|"
+    r"\bno\b(?=[^,;.]*\b(?:other than|apart from|besides|aside from) (?:\w+ )?(?:known|previous\w*|old|"
+    r"one|single|\d))|\bno longer than\b|not well (?:seen|defined)|not clearly demarcated|"
+    r"nor? (?:\w+ )?contrast|without (?:\w+ )?contrast\w*|"
+    r"\bno (?:\w+ ){0,2}?(?:increase|decrease|reduction|enlargement|expansion|worsening|"
+    r"improvement) (?:in|of) "
+    r"(?:(?!or |and )\w+ ){0,3}?(?=nodul|mass|lesion|effusion|fluid|opacit|consolidat|pneumo|atelecta|"
+    r"o?edema|"
+    r"infiltrat|metasta|tumou?r|fractur)",
+    cn=r"(?:较?前|与前)?[^，。；]{0,6}(?:无|未见)(?:明显|显著|著|任何|确切)?(?:变化|改变|著变|进展|吸收|"
+    r"好转)|"
+    r"(?:较前|与前|(?:结节|肿块|肿物|病灶|占位|积液|范围)[^，。；]{0,4})[^，。；]{0,4}(?:无|"
+    r"未见)(?:明显)?(?:增大|缩小|增多|减少)|"
+    r"未(?:完全|明显|见明显|充分|彻底)?(?:吸收|愈合|消散|消失|复张|闭合|好转)|"
+    r"不(?:均匀|规则|规整|光整|清楚|清晰|整齐|光滑|连续)|无明显诱因|无症状|未(?:行|扫及|包括|做)|"
+    r"(?<![较与比])(?:此前|前片|前次|既往|原片)未(?:见|显示)(?:显示)?|(?<![较与比])前片无",
+)
+DENIED_BEFORE = both(
+    en=r"\b(?:no|not|without|free of|absence of|absent|negative for|neither|nor|never|rather than|lack of|"
+    r"resolution of|resolved|regression of|disappearance of|clearing of|removal of|removed|excludes?|"
+    r"denies|w/o|favou?r\w* (?:[^,;]*? )?over|unlikely(?= \w)|argues? against)\b",
+    cn=r"未(?!来|能|确)|无|没有|不伴|不考虑|不支持|不像|排除|不存在|除外|阴性|已拔除|已取出|拔除|拔出|撤除",
+)
 # After one of these words a new statement begins, which an earlier denial does not reach.
-ANEW = {
-    "en": re.compile(
-        r"\b(?:is|are|was|were|has|have)\b[^,;]*?(?:,|\band\b|\bbut\b|\bwith\b)|"
-        r"\bthere (?:is|are|was|were)\b(?! no)|,\s*the\b|"
-        r",\s*(?:and )?(?:both|bilateral|in|left|right|small|large|a|an)\b[^,;]*\b(?:is|are|was|were)\b|"
-        r"\bother than\b|\bapart from\b|\bexcept for\b|\bdue to\b|\bsecondary to\b|\bin a patient with\b|"
-        r"\bonly\b|\b(?:with|and) (?:\w+ )?(?:recur|develop|new\b|persist|residual)",
-        re.I,
-    ),
-    "cn": re.compile(r"可见|但|而|仅见|只见|另见|(?<!未)(?<!未再)见(?!明显)|除(?=[^，。]*外)"),
-}
+ANEW = both(
+    en=r"\b(?:is|are|was|were|has|have)\b[^,;]*?(?:,|\band\b|\bbut\b|\bwith\b)|"
+    r"\bthere (?:is|are|was|were)\b(?! no)|,\s*the\b|"
+    r",\s*(?:and )?(?:both|bilateral|in|left|right|small|large|a|an)\b[^,;]*\b(?:is|are|was|were)\b|"
+    r"\bother than\b|\bapart from\b|\bexcept for\b|\bdue to\b|\bsecondary to\b|\bin a patient with\b|"
+    r"\bonly\b|\b(?:with|and) (?:\w+ )?(?:recur|develop|new\b|persist|residual)",
+    cn=r"可见|但|而|仅见|只见|另见|(?<!未)(?<!未再)见(?!明显)|除(?=[^，。]*外)",
+)
 # A finding's words may stand apart, with the denial between them.
-DENIED_INSIDE = {
-    "en": re.compile(r"\b(?:no|not|without|free of)\b|(?<!than )\bnormal\b", re.I),
-    "cn": re.compile(r"未|无|不(?!张|全|良)|正常"),
-}
-DENIED_AFTER = {
-    "en": re.compile(
-        r"^(?:(?!\b(?:is|are|was|were|seen|present|small|mild|large)\b)[\w /,])*(?::| [-–—])\s*"
-        r"(?:none|no|not|nil|absent|neg|negative)\b|^\s*\([-–—]\)|"
-        r"^[^,;]*\bin neither\b|"
-        r"^(?:(?!\b(?:is|are|was|were) (?:seen|observed|noted|present|detected|found|identified|visible|"
-        r"available)\b)[^,;])*?(?:,? (?:or|and|nor)[^;]*?)?\b(?:(?:can)?not (?:\w+ ){0,2}(?:observed|"
-        r"detected|seen|found|present|identified|shown|selected|distinguished|encountered|monitored|"
-        r"followed|noted|confirmed|widened|dilated|evident|remarkable|visible|visuali[sz]ed|"
-        r"recogni[sz]ed|demonstrated|appreciated|thickened)|(?:was|were|is|are) not|isn't|aren't|wasn't|"
-        r"weren't|absent|(?:is|are|was|were|within) (?:\w+ )?normal|(?:has|have|had|is|are|was|"
-        r"were) (?:\w+ ){0,2}(?:resolved|disappeared|cleared|removed|replaced|resorbed|withdrawn|taken out|"
-        r"explanted|regressed completely|re-?expanded|gone|drained|aspirated)|resolved|disappeared|removed|"
-        r"repaired|unremarkable|"
-        r"ruled out|"
-        r"excluded|no longer|(?:is|are|seems?|appears?) (?:\w+ )?(?:unlikely|(?:not|less) likely|improbable)|"
-        r"(?:now|fully|completely|since|lung) (?:drained|evacuated|re-?expanded))\b",
-        re.I,
-    ),
-    "cn": re.compile(
-        r"^[影灶区]?(?:吸收|消散|消退)$|"
-        r"^(?:[、及和或/][^，,；：:]*)?(?:[：:]\s*(?:无|否|阴性|未见)|[（(][-－—][)）])|"
-        r"^(?:[^，,；]{0,16}?|[^，,；]*[、及和][^，,；]*?均)(?:未见(?:明确|确切|明显)?(?:显示|显影|异常|"
-        r"征象)?$|不大|正常|消失|(?<!未)(?:已|完全|全部|"
-        r"基本)(?:被)?(?:吸收|消散|复张)|吸收消散|引流干净|阴性|拔[除出管去]|已[拔撤]|取出|移除|撤除|"
-        r"不存在|(?:除外|"
-        r"排除)$|不(?:明显|著)$|"
-        r"未显示$|未累及)"
-    ),
-}
+DENIED_INSIDE = both(
+    en=r"\b(?:no|not|without|free of)\b|(?<!than )\bnormal\b", cn=r"未|无|不(?!张|全|良)|正常"
+)
+DENIED_AFTER = both(
+    en=r"^(?:(?!\b(?:is|are|was|were|seen|present|small|mild|large)\b)[\w /,])*(?::| [-–—])\s*"
+    r"(?:none|no|not|nil|absent|neg|negative)\b|^\s*\([-–—]\)|"
+    r"^[^,;]*\bin neither\b|"
+    r"^(?:(?!\b(?:is|are|was|were) (?:seen|observed|noted|present|detected|found|identified|visible|"
+    r"available)\b)[^,;])*?(?:,? (?:or|and|nor)[^;]*?)?\b(?:(?:can)?not (?:\w+ ){0,2}(?:observed|"
+    r"detected|seen|found|present|identified|shown|selected|distinguished|encountered|monitored|"
+    r"followed|noted|confirmed|widened|dilated|evident|remarkable|visible|visuali[sz]ed|"
+    r"recogni[sz]ed|demonstrated|appreciated|thickened)|(?:was|were|is|are) not|isn't|aren't|wasn't|"
+    r"weren't|absent|(?:is|are|was|were|within) (?:\w+ )?normal|(?:has|have|had|is|are|was|"
+    r"were) (?:\w+ ){0,2}(?:resolved|disappeared|cleared|removed|replaced|resorbed|withdrawn|taken out|"
+    r"explanted|regressed completely|re-?expanded|gone|drained|aspirated)|resolved|disappeared|removed|"
+    r"repaired|unremarkable|"
+    r"ruled out|"
+    r"excluded|no longer|(?:is|are|seems?|appears?) (?:\w+ )?(?:unlikely|(?:not|less) likely|improbable)|"
+    r"(?:now|fully|completely|since|lung) (?:drained|evacuated|re-?expanded))\b",
+    cn=r"^[影灶区]?(?:吸收|消散|消退)$|"
+    r"^(?:[、及和或/][^，,；：:]*)?(?:[：:]\s*(?:无|否|阴性|未见)|[（(][-－—][)）])|"
+    r"^(?:[^，,；]{0,16}?|[^，,；]*[、及和][^，,；]*?均)(?:未见(?:明确|确切|明显)?(?:显示|显影|异常|"
+    r"征象)?$|不大|正常|消失|(?<!未)(?:已|完全|全部|"
+    r"基本)(?:被)?(?:吸收|消散|复张)|吸收消散|引流干净|阴性|拔[除出管去]|已[拔撤]|取出|移除|撤除|"
+    r"不存在|(?:除外|"
+    r"排除)$|不(?:明显|著)$|"
+    r"未显示$|未累及)",
+)
 NOT_RULED_OUT = r"(?:不|未|待|不能|无法|难以?|未能|不可)(?:完全|绝对)?(?:除外|排除)"
-DOUBT_BEFORE = {
-    "en": re.compile(
-        r"\b(?:possibl\w*|perhaps|conceivabl\w*|may|might|could|questionabl\w*|suspicio\w* (?:for|of|"
-        r"about)|suspect\w*|uncertain|"
-        r"equivocal|less likely|"
-        r"low(?:er)? (?:probability|likelihood|suspicion)|concern\w* for|rule out|"
-        r"r/o|evaluat\w* for|exclude|query|question of|differential\w*|versus|vs\.?|whether|if)\b|\?",
-        re.I,
-    ),
-    "cn": re.compile(rf"可能|疑|(?<![相类近])似|{NOT_RULED_OUT}|除外(?=.)|警惕|是否|(?:需|应|须)(?:与|和)"),
-}
-DOUBT_AFTER = {
-    "en": re.compile(
-        r"^\s*(?:\w+ )?(?:versus|vs\.?) |"
-        r"^[^,;]*?(?:\?|\b(?:can(?:not| not|'t) be (?:\w+ )?(?:excluded|ruled out)|(?:is|are|was|"
-        r"were) not (?:excluded|ruled out)|(?:is|are|was|were) (?:possible|suspected|questionable|uncertain|"
-        r"considered possible|equivocal)|(?<!that )(?<!which )(?:could|may|might) (?:not )?be\b(?! (?:due|"
-        r"related|caused|secondary|from|seen|compatible|consistent|associated))|not excluded|(?:is|"
-        r"are) in the differential|should be (?:excluded|ruled out))\b)",
-        re.I,
-    ),
-    "cn": re.compile(rf"^[^，,；]*?(?:可能|待排|{NOT_RULED_OUT}|待查|可疑|鉴别|\?|？)"),
-}
+DOUBT_BEFORE = both(
+    en=r"\b(?:possibl\w*|perhaps|conceivabl\w*|may|might|could|questionabl\w*|suspicio\w* (?:for|of|"
+    r"about)|suspect\w*|uncertain|"
+    r"equivocal|less likely|"
+    r"low(?:er)? (?:probability|likelihood|suspicion)|concern\w* for|rule out|"
+    r"r/o|evaluat\w* for|exclude|query|question of|differential\w*|versus|vs\.?|whether|if)\b|\?",
+    cn=rf"可能|疑|(?<![相类近])似|{NOT_RULED_OUT}|除外(?=.)|警惕|是否|(?:需|应|须)(?:与|和)",
+)
+DOUBT_AFTER = both(
+    en=r"^\s*(?:\w+ )?(?:versus|vs\.?) |"
+    r"^[^,;]*?(?:\?|\b(?:can(?:not| not|'t) be (?:\w+ )?(?:excluded|ruled out)|(?:is|are|was|"
+    r"were) not (?:excluded|ruled out)|(?:is|are|was|were) (?:possible|suspected|questionable|uncertain|"
+    r"considered possible|equivocal)|(?<!that )(?<!which )(?:could|may|might) (?:not )?be\b(?! (?:due|"
+    r"related|caused|secondary|from|seen|compatible|consistent|associated))|not excluded|(?:is|"
+    r"are) in the differential|should be (?:excluded|ruled out))\b)",
+    cn=rf"^[^，,；]*?(?:可能|待排|{NOT_RULED_OUT}|待查|可疑|鉴别|\?|？)",
+)
 # Masked before denial is looked for: these words doubt.
-NOT_DENIED = {
-    "en": re.compile(
-        r"can(?:not| not|'t) be (?:\w+ )?(?:excluded|ruled out)|not (?:be )?(?:excluded|ruled out)|"
-        r"(?:almost|near(?:ly)?|partial\w*|mostly|largely|incomplete\w*|subtotal)[ -](?:\w+ )?(?:resol|"
-        r"clear|regress|resorb|disappear)\w*",
-        re.I,
-    ),
-    "cn": re.compile(NOT_RULED_OUT),
-}
-HISTORY = {
-    "en": re.compile(
-        r"\b(?:history of|h/o|(?:s?he|patient|pt) (?:\w+ )?had(?= (?:\w+ ){0,3}$)|operated (?:for|due to)|"
-        r"previous(?:ly)? (?:treated|diagnosed|operated)|"
-        r"(?:resection|surgery|repair|\w+ectomy|\w+therapy) (?:of|for|due to)|resected|follow.?up (?:for|of)|"
-        r"treated for|past medical|clinical information|indication)\b",
-        re.I,
-    ),
-    "cn": re.compile(r"病史|既往(?!未)|曾有|曾患|史$"),
-}
+NOT_DENIED = both(
+    en=r"can(?:not| not|'t) be (?:\w+ )?(?:excluded|ruled out)|not (?:be )?(?:excluded|ruled out)|"
+    r"(?:almost|near(?:ly)?|partial\w*|mostly|largely|incomplete\w*|subtotal)[ -](?:\w+ )?(?:resol|"
+    r"clear|regress|resorb|disappear)\w*",
+    cn=NOT_RULED_OUT,
+)
+HISTORY = both(
+    en=r"\b(?:history of|h/o|(?:s?he|patient|pt) (?:\w+ )?had(?= (?:\w+ ){0,3}$)|operated (?:for|due to)|"
+    r"previous(?:ly)? (?:treated|diagnosed|operated)|"
+    r"(?:resection|surgery|repair|\w+ectomy|\w+therapy) (?:of|for|due to)|resected|follow.?up (?:for|of)|"
+    r"treated for|past medical|clinical information|indication)\b",
+    cn=r"病史|既往(?!未)|曾有|曾患|史$",
+)
 # A clause that says nothing but that the finding of the clause before it is still there.
-REMAINS = {
-    "en": re.compile(
-        r"\s*(?:it |they |is |are |was |were |still )*(?:persist|remain|present|seen|visible)|"
-        r"\s*(?:an? |some )?(?!no )(?:\w+ )?(?:fluid|air) (?:persists|remains)\W*$|"
-        r"\s*(?:with |leaving )?(?:an? )?(?!no )(?:\w+ )?(?:residual|remnant|residue)\W*$|"
-        r"\s*(?:and )?(?:on the (?:left|right)(?: side)?,? )?(?:there (?:is|are) )?(?:an? )?(?!no )\w+ "
-        r"(?:amount|one)(?: (?:is|was) \w+)?\W*$",
-        re.I,
-    ),
-    "cn": re.compile(
-        r"(?:[左右双对]侧|余)?(?:仍|尚|还)(?:可见|见|存在|有|残留)|[左右]侧(?:可见|见|有)?(?:[少微大]|"
-        r"中等?)量$"
-    ),
-}
+REMAINS = both(
+    en=r"\s*(?:it |they |is |are |was |were |still )*(?:persist|remain|present|seen|visible)|"
+    r"\s*(?:an? |some )?(?!no )(?:\w+ )?(?:fluid|air) (?:persists|remains)\W*$|"
+    r"\s*(?:with |leaving )?(?:an? )?(?!no )(?:\w+ )?(?:residual|remnant|residue)\W*$|"
+    r"\s*(?:and )?(?:on the (?:left|right)(?: side)?,? )?(?:there (?:is|are) )?(?:an? )?(?!no )\w+ "
+    r"(?:amount|one)(?: (?:is|was) \w+)?\W*$",
+    cn=r"(?:[左右双对]侧|余)?(?:仍|尚|还)(?:可见|见|存在|有|残留)|[左右]侧(?:可见|见|有)?(?:[少微大]|"
+    r"中等?)量$",
+)
 # A clause that says nothing but that the finding of the clause before it is there no more.
-GONE = {
-    "en": re.compile(
-        r"\s*(?:it |they |which )?(?:is |are |was |were |has |have )?(?:now |since |currently |completely )*"
-        r"(?:gone|resolved|disappeared|cleared|re-?expanded|no longer (?:seen|present|visible)|not (?:seen|"
-        r"visible|"
-        r"present)(?: (?:now|today|currently))?)\W*$",
-        re.I,
-    ),
-    "cn": re.compile(
-        r"(?:现|现已|目前|今|本次|此次|本片)[^，,；]{0,4}未(?:见|再见)?(?:明确|确切)?(?:显示|显影)?$|"
-        r"(?:较?前片?|现)?(?:已|完全|基本){1,3}(?:消失|吸收|消散)$"
-    ),
-}
-QUIET = {
-    "en": re.compile(
-        r"lungs? (?:\w+ ){0,3}(?:clear|normal)|normal chest|within normal|"
-        r"no (?:active |significant |acute )?(?:finding|abnormal|disease|cardiopulmonary|patholog)|"
-        r"heart (?:\w+ ){0,2}(?:normal|usual)",
-        re.I,
-    ),
-    "cn": re.compile(r"未见(?:明显|明确)?(?:异常|活动)|清晰|心肺膈未见|正常"),
-}
+GONE = both(
+    en=r"\s*(?:it |they |which )?(?:is |are |was |were |has |have )?(?:now |since |currently |completely )*"
+    r"(?:gone|resolved|disappeared|cleared|re-?expanded|no longer (?:seen|present|visible)|not (?:seen|"
+    r"visible|"
+    r"present)(?: (?:now|today|currently))?)\W*$",
+    cn=r"(?:现|现已|目前|今|本次|此次|本片)[^，,；]{0,4}未(?:见|再见)?(?:明确|确切)?(?:显示|显影)?$|"
+    r"(?:较?前片?|现)?(?:已|完全|基本){1,3}(?:消失|吸收|消散)$",
+)
+QUIET = both(
+    en=r"lungs? (?:\w+ ){0,3}(?:clear|normal)|normal chest|within normal|"
+    r"no (?:active |significant |acute )?(?:finding|abnormal|disease|cardiopulmonary|patholog)|"
+    r"heart (?:\w+ ){0,2}(?:normal|usual)",
+    cn=r"未见(?:明显|明确)?(?:异常|活动)|清晰|心肺膈未见|正常",
+)
 # A normal sentence about an organ is a statement that its findings are absent.
 NORMAL = {
-    "en": [
-        (
-            re.compile(
-                r"heart (?:size |contour)?[^,;]*(?:is|are|of)[^,;]*(?:normal|usual|natural)|normal heart",
-                re.I,
-            ),
-            ("cardiomegaly",),
+    "en": {
+        r"heart (?:size |contour)?[^,;]*(?:is|are|of)[^,;]*(?:normal|usual|natural)|normal heart": (
+            "cardiomegaly",
         ),
-        (re.compile(r"pleural spaces? (?:is|are) free", re.I), ("pleural effusion", "pneumothorax")),
-        (re.compile(r"ribs are intact", re.I), ("fracture",)),
-        (re.compile(r"lungs are clear", re.I), ("lung opacity", "lung lesion", "consolidation")),
-    ],
-    "cn": [
-        (re.compile(r"心(?:脏|影)[^，]*(?:不大|正常)"), ("cardiomegaly",)),
-        (re.compile(r"肋骨完整"), ("fracture",)),
-        (re.compile(r"胸膜腔未见异常"), ("pleural effusion", "pneumothorax")),
-        (re.compile(r"双肺(?:野)?清晰"), ("lung opacity", "lung lesion", "consolidation")),
-    ],
+        r"pleural spaces? (?:is|are) free": ("pleural effusion", "pneumothorax"),
+        r"ribs are intact": ("fracture",),
+        r"lungs are clear": ("lung opacity", "lung lesion", "consolidation"),
+    },
+    "cn": {
+        r"心(?:脏|影)[^，]*(?:不大|正常)": ("cardiomegaly",),
+        r"肋骨完整": ("fracture",),
+        r"胸膜腔未见异常": ("pleural effusion", "pneumothorax"),
+        r"双肺(?:野)?清晰": ("lung opacity", "lung lesion", "consolidation"),
+    },
 }
 
 
@@ -490,10 +443,9 @@ def blank(pattern: re.Pattern, text: str) -> str:
 
 
 # What may stand between two organs of which one thing is said.
-JOINED = {
-    "en": re.compile(r"\s*(?:and|or|/|-|,)\s*(?:(?:both|the|in|left|right)\s+)*"),
-    "cn": re.compile(r"\s*[、及和与或]\s*[左右双两]?侧?"),
-}
+JOINED = both(
+    en=r"\s*(?:and|or|/|-|,)\s*(?:(?:both|the|in|left|right)\s+)*", cn=r"\s*[、及和与或]\s*[左右双两]?侧?"
+)
 # What comes before an organ that a finding only touches.
 NEIGHBOUR = re.compile(
     r"\b(?:abut\w*|invad\w*|compress\w*|encas\w*|displac\w*|contact\w*|adjacent to|next to|close to)"
@@ -585,8 +537,8 @@ def label_sentence(sentence: str, language: str, names):
     found, last = [], []  # what the sentence states, and of that the clause before
     for clause in split_clauses(sentence, language):
         here = len(found)
-        for pattern, absent in NORMAL[language]:
-            if pattern.search(clause):
+        for pattern, absent in NORMAL[language].items():
+            if re.search(pattern, clause, re.I):
                 found += [(name, ABSENT, "") for name in absent if name in names]
         clause = blank(IGNORE[language], clause)
         for name in names:

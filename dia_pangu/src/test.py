@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from common.arguments import Parser, number, refuse
 from common.errors import UserError, run
 from common.llm import add_trust_argument
-from common.run import progress, seed_everything
+from common.run import one_process, progress, seed_everything
 from dia_pangu.evaluate.evidence import Backdrop, draw_evidence, locate_all
 from dia_pangu.evaluate.labeler import positives
 from dia_pangu.src.Dataset.CTRG_dataset import SPLITS, CTRGDataset, collate, raise_bad
@@ -206,12 +206,7 @@ def check_flags(args, processes: int):
             f"--control {args.control} takes the next patient of the batch; give --data and a --batch-size "
             "of at least 2"
         )
-
-    # Two processes would write one file.
-    if processes > 1:
-        raise UserError(
-            "reports are written by one process; start test.py without torchrun, or one per --split"
-        )
+    one_process(processes, "reports are written")
 
 
 def generation_options(args) -> tuple[dict, dict | None]:
@@ -279,26 +274,32 @@ def settings_of(args, config: dict) -> dict:
     return {"weights": weights_stamp(args.ckpt_path), "grid": config["grid"], **given}
 
 
+def load_reporter(args, device):
+    """Return (model, text, config) of --ckpt-path on a device."""
+    # The model, its prompt writer and its thresholds come from the folder that train.py wrote.
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    folders = args.ckpt_path, args.lang_encoder_path, args.tokenizer_path
+    model, text, config = load_model(*folders, args.trust_remote_code, args.attn, dtype, args.language)
+    if config["lora"]:  # its product is added to the weights once, not in every step of the generation
+        model.lang_model = model.lang_model.merge_and_unload()
+    return model.to(device), text, config
+
+
+def keep_failed(batch, journal, alone: bool):
+    """Tell which scans of a batch could not be read, and pass them over; a lone one ends the run."""
+    for name, path, error in batch.get("failed", ()):
+        if alone:
+            raise UserError(error)
+        journal.add(name, no_report(name, path, error))
+        print(f"no report: {error}", file=sys.stderr)
+
+
 def main(args):
     # Flags that contradict each other end the run before anything is loaded.
     accelerator = Accelerator()  # finds the device
     check_flags(args, accelerator.num_processes)
     seed_everything(args.seed)
-
-    # The model, its prompt writer and its thresholds come from the folder that train.py wrote.
-    dtype = torch.float32 if accelerator.device.type == "cpu" else torch.bfloat16
-    model, text, config = load_model(
-        args.ckpt_path,
-        args.lang_encoder_path,
-        args.tokenizer_path,
-        args.trust_remote_code,
-        args.attn,
-        dtype,
-        args.language,
-    )
-    if config["lora"]:  # its product is added to the weights once, not in every step of the generation
-        model.lang_model = model.lang_model.merge_and_unload()
-    model = model.to(accelerator.device)
+    model, text, config = load_reporter(args, accelerator.device)
 
     # Volumes are prepared as in training; the thresholds were chosen on the validation volumes.
     grid, thresholds = make_grid(config), config["thresholds"]
@@ -310,13 +311,7 @@ def main(args):
     drawn = min(args.evidence, sum(record["ms"] is not None for record in journal.records.values()))
     for batch in progress(read_batches(args, grid, config["language"], journal.records), desc="reports"):
         raise_bad(batch)  # one line that names the file, from the worker that read it
-
-        # In a list an unreadable scan is told and passed over; a lone one ends the run.
-        for name, path, error in batch.get("failed", ()):
-            if args.volume:
-                raise UserError(error)
-            journal.add(name, no_report(name, path, error))
-            print(f"no report: {error}", file=sys.stderr)
+        keep_failed(batch, journal, bool(args.volume))
         if not batch["id"]:  # none of the batch could be read
             continue
         if args.control.startswith("swap") and len(batch["id"]) < 2:

@@ -111,6 +111,28 @@ def series(folder, heights=None, cosines=(1, 0, 0, 0, 1, 0), move=(0, 0, 9.0), c
     return folder
 
 
+def spoil(tag, value, only=None):
+    """Return an editor of slices for `series` that sets a tag, or with None deletes it, in all slices or in
+    number `only`."""
+
+    def change(data, n):
+        if only is None or n == only:
+            if value is None and tag in data:
+                delattr(data, tag)
+            else:
+                setattr(data, tag, value)
+
+    return change
+
+
+def screenshot(data, n=0):
+    """Make of a slice a picture with 8 bits, whose rescale tags say that it holds HU."""
+    hu = np.frombuffer(data.PixelData, np.uint16).astype(float) - 1024
+    data.BitsAllocated = data.BitsStored = 8
+    data.HighBit, data.RescaleIntercept = 7, 0
+    data.PixelData = ((hu + 1350) / 1500 * 255).clip(0, 255).astype(np.uint8).tobytes()
+
+
 def enhanced(path) -> Path:
     """Write the chest as one enhanced multi-frame file."""
     hu = volume(noise=0).transpose(2, 1, 0)

@@ -23,7 +23,7 @@ from common.arguments import Parser
 from common.errors import UserError, run
 from dia_pangu.src.Dataset.preprocess import Grid, resample
 from dia_pangu.src.Dataset.scan import read_ct
-from studies.dia_pangu.ct_files import RAS, chest_hu, enhanced, save, series, volume
+from studies.dia_pangu.ct_files import RAS, chest_hu, enhanced, save, screenshot, series, spoil, volume
 
 GRID = Grid((40, 40, 24), (320.0, 320.0, 264.0))
 
@@ -83,13 +83,6 @@ def nifti_kinds(place: Path):
 def dicom_kinds(place: Path):
     """Yield (name, path) of DICOM series."""
 
-    def without(tag, only=None):
-        def change(data, n):
-            if only is None or n == only:
-                setattr(data, tag, None)
-
-        return change
-
     def louder(data, n):
         if n % 2:
             data.PixelData = (np.frombuffer(data.PixelData, np.uint16) + 99).astype(np.uint16).tobytes()
@@ -97,12 +90,6 @@ def dicom_kinds(place: Path):
     def numbered(data, n):
         data.AcquisitionNumber = 1 + n % 2
         louder(data, n)
-
-    def screenshot(data, n):
-        hu = np.frombuffer(data.PixelData, np.uint16).astype(float) - 1024
-        data.BitsAllocated = data.BitsStored = 8
-        data.HighBit, data.RescaleIntercept = 7, 0
-        data.PixelData = ((hu + 1350) / 1500 * 255).clip(0, 255).astype(np.uint8).tobytes()
 
     t = math.radians(20)
     twice = [k for k in range(30) for _ in range(2)]
@@ -119,9 +106,9 @@ def dicom_kinds(place: Path):
     upside_down = {"RescaleSlope": -1, "RescaleIntercept": 1024}
     yield "RescaleSlope of -1: air bright", series(place / "inverted", **upside_down)
     yield "8 bits under the rescale tags of HU", series(place / "screen", change=screenshot)
-    yield "empty RescaleSlope", series(place / "slope", change=without("RescaleSlope"))
-    yield "empty PixelSpacing", series(place / "spacing", change=without("PixelSpacing"))
-    yield "empty position in one slice", series(place / "place", change=without("ImagePositionPatient", 5))
+    yield "empty RescaleSlope", series(place / "slope", change=spoil("RescaleSlope", ""))
+    yield "empty PixelSpacing", series(place / "spacing", change=spoil("PixelSpacing", ""))
+    yield "empty position in one slice", series(place / "place", change=spoil("ImagePositionPatient", "", 5))
     yield "MR", series(place / "mr", Modality="MR")
     series(place / "many/a", SeriesInstanceUID="1.2.1", SeriesDescription="ABDOMEN")
     series(place / "many/b", SeriesInstanceUID="1.2.2", SeriesDescription="CHEST")

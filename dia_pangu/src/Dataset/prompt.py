@@ -11,38 +11,25 @@ import torch
 
 from common.errors import UserError
 
-FINDINGS = (
-    "enlarged cardiomediastinum",
-    "cardiomegaly",
-    "lung opacity",
-    "lung lesion",
-    "edema",
-    "consolidation",
-    "pneumonia",
-    "atelectasis",
-    "pneumothorax",
-    "pleural effusion",
-    "pleural other",
-    "fracture",
-    "support devices",
-    "no finding",
-)
-FINDINGS_CN = (
-    "纵隔心影增大",
-    "心脏肥大",
-    "肺部阴影",
-    "肺部病变",
-    "水肿",
-    "实变",
-    "肺炎",
-    "肺不张",
-    "气胸",
-    "胸腔积液",
-    "胸膜其他病变",
-    "骨折",
-    "支撑装置",
-    "未见异常",
-)
+# The findings, in the order of every list and table of them, and their Chinese names.
+NAMES = {
+    "enlarged cardiomediastinum": "纵隔心影增大",
+    "cardiomegaly": "心脏肥大",
+    "lung opacity": "肺部阴影",
+    "lung lesion": "肺部病变",
+    "edema": "水肿",
+    "consolidation": "实变",
+    "pneumonia": "肺炎",
+    "atelectasis": "肺不张",
+    "pneumothorax": "气胸",
+    "pleural effusion": "胸腔积液",
+    "pleural other": "胸膜其他病变",
+    "fracture": "骨折",
+    "support devices": "支撑装置",
+    "no finding": "未见异常",
+}
+FINDINGS, FINDINGS_CN = tuple(NAMES), tuple(NAMES.values())
+# What lies on one side; the heart, the mediastinum and both hila do not.
 LATERAL = (
     "lung opacity",
     "lung lesion",
@@ -53,7 +40,7 @@ LATERAL = (
     "pleural effusion",
     "pleural other",
     "fracture",
-)  # what lies on one side; the heart, the mediastinum and both hila do not
+)
 SIDES, PLACES = ("right", "left"), ("upper", "middle", "lower")
 PLACES_CN = {"right": "右", "left": "左", "upper": "上", "middle": "中", "lower": "下"}
 COLUMNS = tuple(name.replace(" ", "_") for name in FINDINGS)  # of the label csv
