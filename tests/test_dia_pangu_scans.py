@@ -285,6 +285,8 @@ def test_acquisitions_that_lie_over_each_other_are_told_apart(tmp_path, good):
 def test_two_patients_under_one_uid_are_two_series(tmp_path, capsys):
     series(tmp_path / "s", change=lambda data, n: setattr(data, "PatientID", "ab"[n // 16]))
     assert read_ct(tmp_path / "s")[0].shape[2] == 16 and "2 series" in capsys.readouterr().err
+    series(tmp_path / "t", change=spoil("PatientID", "a", 7))  # the others name none
+    assert read_ct(tmp_path / "t")[0].shape[2] == 30
 
 
 def test_stations_and_slices_turned_by_rounding_stay_together(tmp_path, good):

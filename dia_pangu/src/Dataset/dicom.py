@@ -268,9 +268,10 @@ def normal_of(part: Slice) -> np.ndarray:
 
 
 def same_series(one: Slice, other: Slice) -> bool:
-    """Return whether two slices have the same patient, series UID, modality and size."""
-    names = ("PatientID", "SeriesInstanceUID", "Modality")
-    return one.shape == other.shape and all(one.words[name] == other.words[name] for name in names)
+    """Return whether two slices have the same series UID, modality and size, and not two patients."""
+    alike = all(one.words[name] == other.words[name] for name in ("SeriesInstanceUID", "Modality"))
+    patients = {part.words["PatientID"] for part in (one, other)} - {""}
+    return one.shape == other.shape and alike and len(patients) < 2
 
 
 def same_orientation(one: Slice, other: Slice) -> bool:
