@@ -55,6 +55,18 @@ def test_the_test_launcher_finds_what_the_train_launcher_made(tmp_path):
     assert done.returncode == 0 and "data/dia_pangu_smoke" in done.stdout, done.stderr
 
 
+def test_bases_that_are_stopped_say_that_the_same_command_goes_on(tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\ncase "$*" in *bases.py*) echo "SKIP_DONE=$SKIP_DONE"; exit 130 ;; esac\n')
+    python.chmod(0o755)
+    given = {"PYTHON": str(python), "RUNS": str(tmp_path / "runs"), "DATA": "", "SMOKE": "1"}
+    done = subprocess.run(
+        ["bash", ROOT / "dia_pangu/run_train.sh"], env={**os.environ, **given}, capture_output=True, text=True
+    )
+    assert done.returncode == 130 and "SKIP_DONE=1" in done.stdout
+    assert "the same command goes on" in done.stderr
+
+
 def test_the_seeds_names_are_there():
     import dia_pangu.src.Dataset.dataset_test as of_test
     import dia_pangu.src.Dataset.dataset_train as of_train
@@ -99,24 +111,29 @@ def test_the_launcher_gives_a_large_run_what_it_needs(tmp_path):
     assert launched(tmp_path, "--start", "x.bin", checkpoint=True).count("--start") == 1
 
 
-def test_dry_run_tells_the_memory_of_the_run_that_it_plans(llm, tmp_path):
+def test_dry_run_tells_the_memory_of_the_run_that_it_plans(tmp_path):
     sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 8}
     settings = {"model_type": "PanguEmbedded", "vocab_size": 50000, "num_key_value_heads": 8, **sizes}
     (tmp_path / "config.json").write_text(json.dumps(settings))
-    weights = {}
-    for precision in ("no", "bf16"):
-        named = {"data": tmp_path, "lang_encoder_path": tmp_path, "out": tmp_path / "o"}
-        arguments = [*options(named), "--dry-run"]
-        done = call(script, *arguments, "--precision", precision, log=tmp_path / "log.txt")
+    weights, activations = {}, {}
+    named = {"data": tmp_path, "lang_encoder_path": tmp_path, "out": tmp_path / "o", "size": "tiny"}
+    for kind, more in (("no", ()), ("bf16", ()), ("saving", ("--gradient-checkpointing",))):
+        precision = "no" if kind == "no" else "bf16"
+        arguments = [*options(named), "--dry-run", "--precision", precision, *more]
+        done = call(script, *arguments, log=tmp_path / "log.txt")
+        assert done.returncode == 0 and "no text can be read" in done.text, done.text
         line = next(line for line in done.text.splitlines() if "weights (" in line)
         assert ("bf16" in line) == (precision == "bf16")
-        weights[precision] = float(line.rsplit(":", 1)[1].split()[0])
+        weights[kind] = float(line.rsplit(":", 1)[1].split()[0])
+        row = next(line for line in done.text.splitlines() if line.startswith("one GPU"))
+        activations[kind] = float(row.split()[-2])
     with torch.device("meta"):
         from transformers import AutoConfig, AutoModelForCausalLM
 
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
     frozen = sum(p.numel() for p in model.parameters())
     assert weights["no"] - weights["bf16"] == pytest.approx(2 * frozen / 2**30, abs=0.02)
+    assert activations["saving"] < activations["bf16"] < activations["no"]
 
 
 def test_thinking_and_marks_never_stand_in_a_report():
@@ -166,10 +183,7 @@ def test_marks_are_found_in_a_folder_of_openpangus_form(tmp_path):
 
 
 def test_logits_at_the_labels_give_the_loss_and_the_gradients_of_all(data, llm):
-    config = {
-        **json.loads(json.dumps(SMALL)),
-        "lora": {"r": 2, "alpha": 4, "dropout": 0.0, "targets": ["q_proj"]},
-    }
+    config = {**SMALL, "lora": {"r": 2, "alpha": 4, "dropout": 0.0, "targets": ["q_proj"]}}
     torch.manual_seed(0)
     model, text = build_model(config, llm)
     model.set_trained(TRAINED["ft"])

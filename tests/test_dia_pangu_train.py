@@ -111,7 +111,7 @@ def test_gradient_checkpointing_keeps_the_gradient_and_recomputes(llm, data):
     gradients, calls = {}, {}
     for checkpointing in (False, True):
         torch.manual_seed(0)
-        model, text = build_model(json.loads(json.dumps(SMALL)), llm)
+        model, text = build_model(SMALL, llm)
         model.set_trained(TRAINED["pre"])
         if checkpointing:
             options = {"use_reentrant": False}
@@ -166,7 +166,7 @@ def test_user_errors_are_one_line(data, llm, tmp_path):
 
 
 def test_one_scan_gives_a_report(data, llm, tmp_path):
-    model, _ = build_model(json.loads(json.dumps(SMALL)), llm)
+    model, _ = build_model(SMALL, llm)
     save_model(model.state_dict(), tmp_path / "model", SMALL)
     arguments = ["--ckpt-path", tmp_path / "model", "--lang-encoder-path", llm, "--max_new_tokens=8"]
     arguments += ["--volume", data / "volumes" / "3.nii.gz", "--out", tmp_path / "out"]
@@ -197,4 +197,4 @@ def test_the_launcher_works_from_elsewhere(data, llm, tmp_path):
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "run" / "pytorch_model.bin").is_file()
     saved = torch.load(tmp_path / "run" / "pytorch_model.bin", weights_only=True)
-    assert set(saved) == set(build_model(json.loads(json.dumps(SMALL)), llm)[0].state_dict())
+    assert set(saved) == set(build_model(SMALL, llm)[0].state_dict())

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root,
 
 import numpy as np
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from common.arguments import Parser, add_run_arguments, number, refuse
@@ -24,7 +25,7 @@ from common.checkpoint import atomic_json
 from common.errors import UserError
 from common.errors import run as run_script
 from common.llm import add_lora
-from common.memory import lines_of, table_of
+from common.memory import LiveBytes, lines_of, table_of
 from common.run import open_run, seed_everything
 from common.sharding import export_state, keep_trained, prepare
 from common.train import (
@@ -50,6 +51,7 @@ from dia_pangu.src.Model.build import (
     load_start,
     make_embedding,
     make_grid,
+    make_text,
     print_model,
     read_config,
     save_model,
@@ -61,7 +63,9 @@ from dia_pangu.src.Model.multimodality_model import (
     TRAINED,
     MultiPanguForCausalLM,
     label_count,
+    token_loss,
 )
+from dia_pangu.src.Model.pangu import load_tokenizer
 
 # What the model reads of a batch; training adds loss_reweight, where the key words weigh more.
 BATCH_KEYS = ("lang_x", "vision_x", "cls_labels", "attention_mask", "labels")
@@ -113,61 +117,115 @@ def model_config(args) -> dict:
     return config
 
 
+def first_texts(args, config, vocabulary: int) -> list[dict]:
+    """Return the texts of the first batch, or in their place some of usual length where none can be read."""
+    try:
+        folder = args.tokenizer_path or args.lang_encoder_path
+        text = make_text(load_tokenizer(folder, args.trust_remote_code), config, vocabulary)
+        places = read_places(args.places) if args.places else None
+        options = {
+            "language": config["language"],
+            "limit": args.batch_size,
+            "vision": False,
+            "places": places,
+        }
+        data = CTRGDataset(args.data, "train", make_grid(config), text, **options)
+        return [data.sample(i % len(data))["text"] for i in range(args.batch_size)]
+    except UserError as error:
+        usual = min(config["max_length"], 320)
+        print(f"no text can be read ({error}); a sample is taken to have {usual} tokens, half of them report")
+        half = usual // 2
+        return [{"lang_x": [0] * usual, "labels": [-100] * half + [0] * (usual - half)}] * args.batch_size
+
+
+def plan_step(model, vision_x, length: int, answers: int):
+    """Make the forward and backward pass of a training step on tensors without values, which `forward` would
+    look at: B samples of `length` tokens, with `answers` labels among them."""
+    layer = model.embedding_layer
+    tokens = model.encode(vision_x)
+    visual = layer.visual_tokens(tokens)
+    words = layer.weight.new_empty(len(visual), length - visual.shape[1], visual.shape[2])
+    embeds = torch.cat((words, visual.to(words.dtype)), dim=1)
+
+    # Padding and eos make the mask of the attention a matrix; logits stand at the labels alone.
+    base = (
+        model.lang_model.get_base_model() if hasattr(model.lang_model, "get_base_model") else model.lang_model
+    )
+    mask = torch.ones(len(embeds), 1, length, length, dtype=torch.bool, device=embeds.device)
+    hidden = base.get_decoder()(inputs_embeds=embeds, attention_mask=mask).last_hidden_state.flatten(0, 1)
+    logits = base.get_output_embeddings()(hidden[:answers])
+    loss = token_loss(logits, torch.zeros(answers, dtype=torch.long, device=logits.device)) / answers
+    sim = layer.similarity(tokens) / layer.temperature()
+    (loss + model.lambda_ctr * sim.flatten(0, 1).logsumexp(-1).mean()).backward()
+
+
+def fake(model, device):
+    """Give a model on the meta device fake tensors, which have a device too, and still no values."""
+    made = {}  # a tensor under two names stays one
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, old in tensors.items():
+                if old is not None and old not in made:
+                    new = torch.empty(old.shape, dtype=old.dtype, device=device)
+                    is_buffer = tensors is module._buffers
+                    made[old] = new if is_buffer else torch.nn.Parameter(new, old.requires_grad)
+                tensors[name] = made.get(old)
+
+
 def dry_run(args, config):
-    """Print the parameters, what trains, and an estimate of the memory; nothing is loaded."""
+    """Print the parameters, what trains, and the memory of the first step; no weights are loaded."""
     # On the meta device a tensor has a shape and no values, so that 8 billion parameters take no memory.
     llm_config = AutoConfig.from_pretrained(args.lang_encoder_path, trust_remote_code=args.trust_remote_code)
+    options = {"dtype": frozen_dtype(args), "attn_implementation": args.attn}
     with torch.device("meta"):
-        llm = AutoModelForCausalLM.from_config(llm_config)
+        llm = AutoModelForCausalLM.from_config(llm_config, **options)
         if config["lora"]:
             llm = add_lora(llm, **config["lora"])
-        table = llm.get_input_embeddings().weight
-        model = MultiPanguForCausalLM(llm, make_embedding(config, *table.shape))
+        model = MultiPanguForCausalLM(llm, make_embedding(config, *llm.get_input_embeddings().weight.shape))
     names = model.set_trained(args.train or TRAINED[args.stage], (*NEVER_TRAINED, *args.freeze))
     print_model(model, names)
+    ready_to_train(model, args)
 
-    # Frozen weights of the language model have the number format of the run, everything else is float32.
-    bytes_each, kind = (2, "bf16") if args.precision == "bf16" else (4, "float32")
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.lang_model.parameters() if not p.requires_grad)
-    rest = sum(p.numel() for p in model.parameters()) - frozen
+    # The first batch, and its step on this machine's device; what is made in it is counted while it lives.
+    texts = first_texts(args, config, len(model.embedding_layer.weight))
+    length = max(len(text["lang_x"]) for text in texts)
+    answers = max(1, sum(label != -100 for text in texts for label in text["labels"]))
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.precision)
+    with FakeTensorMode():
+        fake(model.train(), device)
+        vision_x = torch.empty(len(texts), 1, 3, *config["grid"]["size"], device=device)
+        with LiveBytes([vision_x, *model.parameters(), *model.buffers()]) as live:
+            with torch.autocast(device.type, kind, enabled=kind is not None):
+                plan_step(model, vision_x, length, answers)
 
-    # A volume becomes 32 tokens, so that a sample is as long as its prompt and report: a few hundred.
-    width, layers = llm_config.hidden_size, llm_config.num_hidden_layers
-    sample = min(config["max_length"], 320)
-    tokens = args.batch_size * sample
-    # About 18 widths per token and layer; with checkpointing, one per layer and one open layer.
-    widths = (layers + 18) if args.gradient_checkpointing else 18 * layers
-    activations = bytes_each * widths * width * tokens
-    # Logits and their gradient, at the positions of the report: about half of a sample.
-    logits = 4 * 2 * llm_config.vocab_size * (tokens // 2)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30
+    stored = "bf16" if args.precision == "bf16" else "float32"
+    print(f"  weights ({stored}, what trains in float32): {weights:.2f} GiB")
+    print(f"  a step has {len(texts)} samples of up to {length} tokens, {answers} of them in the reports")
+    print("\n".join(lines_of(table_of(model, live.peak, 8))))
+    print("  a plan from one step without values; a run on a GPU prints its real peak")
 
-    plan = {
-        f"weights ({kind}, what trains in float32)": bytes_each * frozen + 4 * rest,
-        "gradients of what trains": 4 * trained,
-        "AdamW state (two float32)": 8 * trained,
-        f"activations ({kind}, typical {sample} tokens a sample)": activations,
-        "logits of the report (float32)": logits,
-    }
-    for what, amount in plan.items():
-        print(f"  {what}: {amount / 2**30:.2f} GiB")
-    print(
-        f"  together {sum(plan.values()) / 2**30:.2f} GiB per process without sharding; this is an estimate, "
-        "a run on a GPU prints its real peak"
-    )
 
-    # The same for 8 processes: what each way of sharding takes.
-    model.to(torch.bfloat16 if args.precision == "bf16" else torch.float32)
-    print("\n".join(lines_of(table_of(model, 4 * trained + activations + logits, 8))))
+def frozen_dtype(args) -> torch.dtype:
+    """Return the number format of the language model's weights: frozen ones are stored as they are used."""
+    return torch.bfloat16 if args.precision == "bf16" else torch.float32
+
+
+def ready_to_train(model, args):
+    """Switch checkpointing on where it is asked for, and store what trains in float32."""
+    # Reentrant checkpointing would lose the gradient, because the inputs of the first layer need none.
+    if args.gradient_checkpointing:
+        model.lang_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # AdamW steps of 1e-5 vanish in bf16
 
 
 def make_model(args, config):
     """Return the model with its start weights, its prompt writer, and the names of what trains."""
-    # Frozen weights are stored in the precision that they are used in.
-    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    model, text = build_model(
-        config, args.lang_encoder_path, args.tokenizer_path, args.trust_remote_code, args.attn, dtype
-    )
+    folders = args.lang_encoder_path, args.tokenizer_path
+    model, text = build_model(config, *folders, args.trust_remote_code, args.attn, frozen_dtype(args))
     text.key_weight = args.key_weight
 
     # Start weights; by default of the vision part alone, because Llama's layers have the names of Pangu's.
@@ -191,13 +249,7 @@ def make_model(args, config):
         )
     if all(name.startswith("embedding_layer.") for name in names):
         refuse(args, ["llm_lr_scale"], "while nothing of the language model trains")
-
-    # Reentrant checkpointing would lose the gradient, because the inputs of the first layer need none.
-    if args.gradient_checkpointing:
-        model.lang_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()  # AdamW steps of 1e-5 vanish in bf16
+    ready_to_train(model, args)
     return model, text, names
 
 
