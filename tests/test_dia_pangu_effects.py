@@ -41,7 +41,7 @@ def world(data, llm, tmp_path_factory):
         assert done.returncode == 0, done.text
     tokenizer = make_tokenizer(["The heart is of normal size. A nodule is found in the right lung."] * 9, 400)
     make_llm(home / "other", tokenizer, "PanguEmbedded", hidden_size=32, num_attention_heads=4, bias=True)
-    config = {**json.loads(json.dumps(SMALL)), "lora": dict(zip(("r", "alpha", "dropout"), (4, 16, 0.1)))}
+    config = {**SMALL, "lora": dict(zip(("r", "alpha", "dropout"), (4, 16, 0.1)))}
     config["lora"]["targets"] = ["q_proj", "v_proj"]
     model, _ = build_model(config, llm)
     for parameter in model.parameters():
