@@ -6,8 +6,9 @@
                   above it, of which "Sample rate, 512 Hz" counts; pandas' 0, 1, 2 ...; a wristband's two
     clock         a column of seconds, milliseconds or microseconds, of dates and times, or of times of day
 
-A column of text is left out and named. A table of more than 64 nameless columns holds a series in each line
-and its label at the end (Kaggle's heart beats); name_TRAIN.tsv and name_TEST.tsv are UCR sets.
+A column of text is left out and named. A table of more than 64 nameless or numbered columns holds a series
+in each line and its label, a number or a word, at the end (Kaggle's heart beats); name_TRAIN.tsv and
+name_TEST.tsv are UCR sets.
 """
 
 import csv
@@ -90,9 +91,11 @@ def read_table(path: Path, fs=None) -> list[Recording]:
             f"{path}: column {clock} holds no times that are read; write seconds or ISO times, or pass "
             "--input-fs"
         )
-    if remarks:
-        print(f"{path}: columns of text left out: {', '.join(remarks)}", file=sys.stderr)
-    chosen = [i for i in wanted if i not in used and not (np.isnan(table[i]).all() and not names[i])]
+    empty = [i for i in wanted if np.isnan(table[i]).all()]
+    for what, left in (("of text", remarks), ("without a value", [names[i] for i in empty if names[i]])):
+        if left:
+            print(f"{path}: columns {what} left out: {', '.join(left)}", file=sys.stderr)
+    chosen = [i for i in wanted if i not in used and i not in empty]
     if not chosen:
         raise UserError(f"{path}: holds no channel of numbers{' beside its time column' if used else ''}")
     rate, plain = check_rate(rate, path, fs), {i: named_unit(names[i]) for i in chosen}
@@ -162,8 +165,9 @@ def below_device(lines: list, at: int, delimiter) -> int:
     first = first_data(lines, at, delimiter)
     above = [line for line in lines[at:first] if line.strip()] if first is not None else []
     width = len(fields(lines[first], delimiter)) if above else 0
-    counts = [sum(v != "" and is_value(v) for v in fields(line, delimiter)) for line in above]
-    title = len(above) == 2 and (len(fields(above[0], delimiter)) != width or counts[0] > counts[1] == 0)
+    row = fields(above[0], delimiter) if len(above) == 2 else []
+    setting = len(row) == 2 and bool(NUMBER.match(row[1])) and row[1] not in ("0", "1")  # "Gain,200"
+    title = len(above) == 2 and (len(row) != width or setting)
     if len(above) > 2 or title or above and states_rate(above[0], delimiter, width):
         last = lines[first - 1]
         named = len(fields(last, delimiter)) == width and not states_rate(last, delimiter, width)

@@ -445,6 +445,7 @@ CSV = {
     "index column": ",time_s,ecg\n" + "".join(f"{i},{t:.3f},{v}\n" for i, (t, v) in enumerate(ROWS)),
     "epoch": "timestamp,ecg\n" + "".join(f"{1700000000 + t:.3f},{v}\n" for t, v in ROWS),
     "text column": "time_s,ecg,note\n" + "".join(f"{t:.3f},{v},fine\n" for t, v in ROWS),
+    "empty column": "time_s,ecg,note\n" + "".join(f"{t:.3f},{v},\n" for t, v in ROWS),
     "windows": "time_s,ecg\r\n" + "".join(f"{t:.3f},{v}\r\n" for t, v in ROWS),
     "no header": "".join(f"{t:.3f},{v}\n" for t, v in ROWS),
     "day first": "Datum;ecg\n" + "".join(f"31.05.2024 10:00:{t:06.3f};{v}\n" for t, v in ROWS),
@@ -563,6 +564,7 @@ TABLES = {
     "wristband": "1595000000.0\n250.0\n" + "".join(f"{v}\n" for v in VALUES),
     "wristband, axes": "1595000000.0, 1595000000.0\n250, 250\n" + "".join(f"{v},{v}\n" for v in VALUES),
     "a word in each line": "".join(f"{t},{v},fine\n" for t, v in ROWS),
+    "numbered names with units": "t,1,2\ns,mV,mV\n" + "".join(f"{t},{v},{v}\n" for t, v in ROWS),
     "a word and numbered names": "lead,1,2,3\n" + "".join(f"V,{v},{v},{v}\n" for v in VALUES),
     "frequencies as names": "time,0.5,1.0\n" + "".join(f"{t},{v},{v}\n" for t, v in ROWS),
     "pandas": ",0,1\n" + "".join(f"{i},{v},{v}\n" for i, v in enumerate(VALUES)),
@@ -571,7 +573,8 @@ TABLES = {
 }
 CHANNELS = {"a temperature called t": "t ecg", "wristband": "c0", "wristband, axes": "c0 c1", "pandas": "0 1"}
 CHANNELS |= {"pandas without an index": "0 1 2", "one row of zero": "c0", "a word in each line": "c1"}
-CHANNELS |= {"a word and numbered names": "1 2 3", "frequencies as names": "0.5 1.0"}
+CHANNELS |= {"numbered names with units": "1 2", "a word and numbered names": "1 2 3"}
+CHANNELS |= {"frequencies as names": "0.5 1.0"}
 NO_CLOCK = ("a word and numbered names", "pandas", "pandas without an index", "one row of zero")
 
 
