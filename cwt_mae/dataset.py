@@ -479,15 +479,8 @@ def build_store(
     """
     cache = Path(cache) if cache else ROOT / "data" / "cwt_mae" / "cache"
     cache.mkdir(parents=True, exist_ok=True)
-    request = {
-        "preprocess": vars(prepare),
-        "fs": fs,
-        "part": part,
-        "min_seconds": min_seconds,
-        "skip_bad": skip_bad,
-        "annotator": annotator,
-        "version": 5,
-    }
+    request = dict(preprocess=vars(prepare), fs=fs, part=part, min_seconds=min_seconds, skip_bad=skip_bad)
+    request |= dict(annotator=annotator, version=5)
     for source in sources:  # in the words that the user gave
         if not any(map(os.path.exists, expand([source]))):
             raise UserError(f"{source}: no such file or folder; check --data")
@@ -802,14 +795,8 @@ class Filling:
         np.save(self.folder / "events.npy", table_of(self.events, kinds))
         kinds = [("record", "i4"), ("level", "S"), ("label", "S")]
         np.save(self.folder / "labels.npy", table_of(self.labels, kinds))
-        about = {
-            "skipped": self.skipped,
-            "lost": self.lost,
-            "late": self.late,
-            "slow": self.slow,
-            "recordings": self.count,
-            "chosen": dict(Counter(row[3] for row in self.rows)),
-        }
+        about = {name: getattr(self, name) for name in ("skipped", "lost", "late", "slow")}
+        about |= {"recordings": self.count, "chosen": dict(Counter(row[3] for row in self.rows))}
         (self.folder / "about.json").write_text(json.dumps(about, indent=1))
 
 

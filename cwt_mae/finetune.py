@@ -63,11 +63,8 @@ from cwt_mae.validation import only_padded
 # Sizes of the two heads that --set may change
 COT_SIZES = ("num_reasoning_tokens",)
 MLP_SIZES = ("hidden_dim", "num_res_blocks", "dropout_rate")
-HEAD_SHAPE = {
-    name: kind
-    for name, kind in shape_of(TF_MAE_Classifier).items()
-    if name in (*COT_SIZES, *MLP_SIZES, "input_dropout")
-}
+ALL_SIZES = shape_of(TF_MAE_Classifier)
+HEAD_SHAPE = {name: ALL_SIZES[name] for name in (*COT_SIZES, *MLP_SIZES, "input_dropout")}
 # How much of the drawn class frequencies validation may undo: none ... all
 TAUS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -78,29 +75,14 @@ def parse_args(argv=None):
     add_model_arguments(parser)
     add_loss_arguments(parser)
 
-    # Upstream's values but for the length: it trains 30 epochs.
-    add_run_arguments(
-        parser,
-        max_steps=1000,  # a pass over a small set is very little, so steps are the default
-        epochs=30.0,
-        batch_size=32,
-        lr=1e-4,
-        weight_decay=0.05,
-        clip=3.0,
-        seed=42,
-        log_every=50,
-        save_every=500,
-        eval_every=500,
-    )
+    # Upstream's values but for the length: it trains 30 epochs, but a pass over a small set is very little.
+    defaults = dict(batch_size=32, lr=1e-4, weight_decay=0.05, clip=3.0, seed=42, epochs=30.0, max_steps=1000)
+    add_run_arguments(parser, **defaults, log_every=50, save_every=500, eval_every=500)
 
     # Which weights end up in model.safetensors.
     selection = parser.add_argument_group("selection")
-    selection.add_argument(
-        "--select",
-        choices=("best", "last"),
-        default="best",
-        help="weights to keep: best on validation, or last",
-    )
+    which = "weights to keep: best on validation, or last"
+    selection.add_argument("--select", choices=("best", "last"), default="best", help=which)
     return parser.parse_args(argv)
 
 
@@ -377,13 +359,8 @@ def median_tokens(model, store, task, device) -> dict:
     """{record: median of its windows' middle tokens}: what a model built with compare=True compares with."""
     # No label goes in, so a test record may be compared with itself, too.
     model.to(device)
-    return median_beats(
-        lambda x, real: model.middle(x.to(device), real.to(device)).cpu(),
-        store,
-        task,
-        model.encoder_model.signal_len,
-        batch_of(model),
-    )
+    middle = lambda x, real: model.middle(x.to(device), real.to(device)).cpu()
+    return median_beats(middle, store, task, model.encoder_model.signal_len, batch_of(model))
 
 
 def batch_of(model) -> int:

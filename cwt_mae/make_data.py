@@ -30,15 +30,9 @@ RHYTHMS = ("N", "AFIB", "B", "SVTA", "VT")
 AAMI_NUMBER = {"N": 0, "A": 1, "V": 2}
 # (time from the R peak in s, width in s, height in mV) of P, Q, R, S and T; a ventricular beat is wide and
 # its T opposite
-NORMAL = np.array(
-    [
-        (-0.17, 0.022, 0.12),
-        (-0.028, 0.010, -0.12),
-        (0.0, 0.011, 1.0),
-        (0.030, 0.011, -0.22),
-        (0.25, 0.050, 0.28),
-    ]
-)
+P, Q, R = (-0.17, 0.022, 0.12), (-0.028, 0.010, -0.12), (0.0, 0.011, 1.0)
+S, T = (0.030, 0.011, -0.22), (0.25, 0.050, 0.28)
+NORMAL = np.array([P, Q, R, S, T])
 VENTRICULAR = np.array([(-0.01, 0.045, 1.2), (0.09, 0.045, -0.5), (0.28, 0.060, -0.35)])
 
 

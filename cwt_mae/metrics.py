@@ -46,12 +46,8 @@ def auroc(probabilities: np.ndarray, labels: np.ndarray) -> float:
         if len(set(labels)) < 2:
             return float("nan")
         return float(roc_auc_score(labels == 1, probabilities[:, 1]))
-    areas = [
-        roc_auc_score(labels == c, probabilities[:, c])
-        for c in range(probabilities.shape[1])
-        if 0 < (labels == c).sum() < len(labels)
-    ]
-    return float(np.mean(areas)) if areas else float("nan")
+    areas = label_areas(probabilities, labels[:, None] == np.arange(probabilities.shape[1]))
+    return float(np.nanmean(areas)) if np.isfinite(areas).any() else float("nan")
 
 
 def scores(probabilities, labels, classes: list, groups=None, resamples: int = 0) -> dict:
@@ -104,13 +100,10 @@ def best_f1(probabilities, targets) -> float:
 
 def label_areas(probabilities, targets) -> np.ndarray:
     """Area under the ROC curve of each class (C,), nan for one that always or never applies."""
-    applies = targets.sum(0)
-    return np.array(
-        [
-            roc_auc_score(targets[:, c], probabilities[:, c]) if 0 < applies[c] < len(targets) else np.nan
-            for c in range(targets.shape[1])
-        ]
-    )
+    areas = np.full(targets.shape[1], np.nan)
+    for c in np.flatnonzero(targets.any(0) & ~targets.all(0)):
+        areas[c] = roc_auc_score(targets[:, c], probabilities[:, c])
+    return areas
 
 
 def label_scores(probabilities, targets, classes: list, groups=None, resamples: int = 0) -> dict:

@@ -162,13 +162,10 @@ class RoPEAttention(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # (B, n, heads, head dim)
         if rope_cos is not None:
             q, k = (t.to(v.dtype) for t in apply_rotary_pos_emb(q, k, rope_cos, rope_sin))
-        out = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=None if attn_mask is None else attn_mask[:, None, None],
-            dropout_p=self.attn_drop if self.training else 0.0,
-        )
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        mask = None if attn_mask is None else attn_mask[:, None, None]
+        dropout = self.attn_drop if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
 
@@ -214,16 +211,8 @@ class TensorizedBlock(Block):
         rank_ratio: float = 0.5,
         norm_layer=nn.LayerNorm,
     ):
-        super().__init__(
-            dim,
-            num_heads,
-            mlp_ratio,
-            qkv_bias,
-            drop,
-            attn_drop,
-            norm_layer,
-            linear=functools.partial(TensorizedLinear, rank_ratio=rank_ratio),
-        )
+        linear = functools.partial(TensorizedLinear, rank_ratio=rank_ratio)
+        super().__init__(dim, num_heads, mlp_ratio, qkv_bias, drop, attn_drop, norm_layer, linear)
 
 
 class LeadAttention(nn.Module):
@@ -321,13 +310,8 @@ class CWT_Encoder(nn.Module):
         self.config = config
         self.legacy, self.signal_len, self.cwt_scales = legacy, signal_len, cwt_scales
         self.patch_size_time, self.patch_size_freq = patch_size_time, patch_size_freq
-        self.patch_embed = DecomposedPatchEmbed(
-            (cwt_scales, signal_len),
-            (patch_size_freq, patch_size_time),
-            3,
-            embed_dim,
-            norm_layer=nn.LayerNorm if patch_norm else None,
-        )
+        sizes, norm = (patch_size_freq, patch_size_time), nn.LayerNorm if patch_norm else None
+        self.patch_embed = DecomposedPatchEmbed((cwt_scales, signal_len), sizes, 3, embed_dim, norm)
         self.grid_size, self.num_patches = self.patch_embed.grid_size, self.patch_embed.num_patches
         self.rope_stride = rope_stride if rope_stride is not None else self.grid_size[1] if legacy else 0
         self.rope_encoder = RotaryEmbedding(embed_dim // num_heads, legacy)
@@ -369,17 +353,9 @@ class CWT_Encoder(nn.Module):
             # A missing lead has no mean and no deviation: it is a zero line, which nothing looks at.
             missing = real.sum(1, keepdim=True) < 2
             mask, x = real | missing, torch.where(missing, 0.0, x)
-        imgs = cwt_wrap(
-            x,
-            self.cwt_scales,
-            config["lowest_scale"],
-            config["scale_step"],
-            self.legacy,
-            padding=config["padding"],
-            log_scales=config["log_scales"],
-            real=mask,
-            normalize=True,
-        )
+        scales = (self.cwt_scales, config["lowest_scale"], config["scale_step"])
+        form = dict(padding=config["padding"], log_scales=config["log_scales"], normalize=True)
+        imgs = cwt_wrap(x, *scales, self.legacy, real=mask, **form)
         x = x if mask is None else torch.where(mask, x, 0.0)
         mask = torch.ones_like(x) if mask is None else mask
         count = mask.sum(1, keepdim=True)
@@ -540,14 +516,8 @@ class CWT_MAE_RoPE(CWT_Encoder):
             nn.Conv2d(width, width, kernel_size=(self.grid_size[0], 1)), nn.GELU()
         )
         self.time_pred = nn.Linear(width, self.patch_size_time)
-        for part in (
-            self.decoder_embed,
-            self.decoder_blocks,
-            self.decoder_pred_spec,
-            self.time_reducer,
-            self.time_pred,
-        ):
-            init_weights(part)
+        for name in "decoder_embed decoder_blocks decoder_pred_spec time_reducer time_pred".split():
+            init_weights(getattr(self, name))
         for tokens in (self.mask_token, self.decoder_pos_embed):
             nn.init.normal_(tokens, std=0.02)
 
@@ -681,16 +651,9 @@ class CWT_MAE_RoPE(CWT_Encoder):
         pred_spec, pred_time = self.decoder_pred_spec(features), self.predict_time(features)
         loss_spec = self.forward_loss_spec(imgs, pred_spec, mask, real)
         loss_time = self.forward_loss_time(signal, pred_time, mask, real)
-        return {
-            "loss": loss_spec + self.time_loss_weight * loss_time,
-            "loss_spec": loss_spec,
-            "loss_time": loss_time,
-            "mask": mask,
-            "pred_spec": pred_spec,
-            "pred_time": pred_time,
-            "imgs": imgs,
-            "signal": signal,
-        }
+        losses = dict(loss_spec=loss_spec, loss_time=loss_time)
+        losses["loss"] = loss_spec + self.time_loss_weight * loss_time
+        return losses | dict(mask=mask, pred_spec=pred_spec, pred_time=pred_time, imgs=imgs, signal=signal)
 
     def forward(self, x, noise=None, real=None, details: bool = False):
         """(loss, pred_spec, pred_time, imgs), as upstream; with `details` the dictionary of `forward_losses`,

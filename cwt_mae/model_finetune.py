@@ -355,12 +355,9 @@ def interpolate_pos_embed(pos_embed, old_grid, new_grid):
     if tuple(old_grid) == tuple(new_grid):
         return pos_embed
     table = pos_embed[:, 1:].float().unflatten(1, tuple(old_grid)).permute(0, 3, 1, 2)  # (1, D, H, W)
-    table = (
-        F.interpolate(table, size=tuple(new_grid), mode="bicubic", align_corners=False)
-        .flatten(2)
-        .transpose(1, 2)
-    )
-    return torch.cat([pos_embed[:, :1], table.to(pos_embed.dtype)], dim=1)
+    table = F.interpolate(table, size=tuple(new_grid), mode="bicubic", align_corners=False)
+    table = table.flatten(2).transpose(1, 2).to(pos_embed.dtype)
+    return torch.cat([pos_embed[:, :1], table], dim=1)
 
 
 def load_encoder(encoder: CWT_Encoder, tensors: dict, config: dict, source):
@@ -370,11 +367,9 @@ def load_encoder(encoder: CWT_Encoder, tensors: dict, config: dict, source):
     The position table's old grid comes from the file: from its configuration, else from the height of
     `time_reducer`, which spans it, else (weights of a classifier alone) it counts as high as the new one.
     """
-    tensors = {
-        key.removeprefix("encoder_model."): value
-        for key, value in tensors.items()
-        if not key.startswith(("head.", "feature_head.", "first_head."))
-    }
+    heads = ("head.", "feature_head.", "first_head.")
+    tensors = {key: value for key, value in tensors.items() if not key.startswith(heads)}
+    tensors = {key.removeprefix("encoder_model."): value for key, value in tensors.items()}
     rows, columns = encoder.grid_size
     height = rows
     if {"cwt_scales", "patch_size_freq"} <= set(config):
@@ -471,11 +466,8 @@ def save_model(path, model, **extra):
     tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     with atomic_path(path) as temporary:
         if Path(path).suffix == ".safetensors":
-            save_file(
-                tensors,
-                temporary,
-                metadata={"config": json.dumps(model.config), **{k: json.dumps(v) for k, v in extra.items()}},
-            )
+            about = {name: json.dumps(value) for name, value in {"config": model.config, **extra}.items()}
+            save_file(tensors, temporary, metadata=about)
         else:
             torch.save({"model": tensors, "config": model.config, **extra}, temporary)
 

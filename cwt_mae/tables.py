@@ -397,17 +397,11 @@ def times_of(path, texts: list) -> np.ndarray:
     try:
         texts = iso_dates([afternoon(text) for text in texts])
         if re.match(r"\d{4}[-/]", texts[0]):
-            stamps = [
-                datetime.fromisoformat(t.replace("/", "-").replace(",", ".").replace("Z", "+00:00"))
-                for t in texts
-            ]
+            texts = [t.replace("/", "-").replace(",", ".").replace("Z", "+00:00") for t in texts]
+            stamps = [datetime.fromisoformat(t) for t in texts]
             return np.array([(stamp - stamps[0]).total_seconds() for stamp in stamps])
-        seconds = np.array(
-            [
-                sum(float(p.replace(",", ".")) * 60.0**k for k, p in enumerate(t.split(":")[::-1]))
-                for t in texts
-            ]
-        )
+        units = ([float(part.replace(",", ".")) for part in t.split(":")[::-1]] for t in texts)
+        seconds = np.array([sum(v * 60.0**k for k, v in enumerate(row)) for row in units])
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: a time is not readable ({error}); write ISO times or seconds") from error
     return seconds + 86400 * np.cumsum(np.r_[0, np.diff(seconds) < -43200])

@@ -83,17 +83,9 @@ def parse_args(argv=None):
         default=(0.9, 0.95),
         help="AdamW's (upstream: 0.9 0.999)",
     )
-    add_run_arguments(
-        parser,
-        lr=1.5e-4,  # upstream: for any batch size
-        batch_size=256,
-        epochs=100.0,
-        weight_decay=0.05,
-        clip=3.0,
-        seed=42,
-        log_every=50,
-        eval_every=1000,
-    )
+    # The learning rate is upstream's for any batch size.
+    defaults = dict(lr=1.5e-4, batch_size=256, epochs=100.0, weight_decay=0.05, clip=3.0, seed=42)
+    add_run_arguments(parser, **defaults, log_every=50, eval_every=1000)
     # What is measured at step 0, every --eval-every steps, and at the end.
     evaluation = parser.add_argument_group("evaluation")
     evaluation.add_argument(

@@ -66,34 +66,19 @@ def draw_reconstruction(model, batch, path, title: str = "") -> np.ndarray:
     figure, axes = new_figure(4, 1, width=8.0, height=1.9, sharex=True)
     axes[0].plot(time, signal, lw=1.2, label="signal")
     axes[0].plot(time, guess, lw=1.2, label="reconstruction")
-    axes[0].fill_between(
-        time,
-        *axes[0].get_ylim(),
-        where=fraction > 0.99,
-        color="0.5",
-        alpha=0.2,
-        lw=0,
-        step="mid",
-        label="hidden at all scales",
-    )
+    grey = dict(color="0.5", alpha=0.2, lw=0, step="mid", label="hidden at all scales")
+    axes[0].fill_between(time, *axes[0].get_ylim(), where=fraction > 0.99, **grey)
     axes[0].legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, fontsize=8)
     axes[0].set_title(title, loc="right", fontsize=9)
     low, high = np.percentile(image, [1, 99])
+    form = dict(aspect="auto", origin="lower", interpolation="nearest", vmin=low, vmax=high)
     for axis, picture, label in (
         (axes[1], np.where(pixels, np.nan, image), "visible"),
         (axes[2], np.where(pixels, predicted, image), "reconstructed"),
         (axes[3], image, "original"),
     ):
         axis.set_facecolor("0.75")
-        axis.imshow(
-            picture,
-            aspect="auto",
-            origin="lower",
-            vmin=low,
-            vmax=high,
-            extent=(0, time[-1], 0, len(image)),
-            interpolation="nearest",
-        )
+        axis.imshow(picture, extent=(0, time[-1], 0, len(image)), **form)
         axis.set_ylabel(f"{label}\nscale row")
         axis.grid(False)
     axes[3].set_xlabel("seconds" if fs else "samples")

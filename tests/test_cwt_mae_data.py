@@ -49,21 +49,13 @@ def beats_npz(path, seed=0, seconds=60.0, fs=FS, subject=None, symbols="N"):
     clock = np.arange(int(seconds * fs)) / fs
     signal = 0.02 * rng.standard_normal(len(clock))
     for time, code in zip(times, codes):
-        signal += (1 if code == "N" else -1.5) * np.exp(
-            -0.5 * ((clock - time) / (0.015 if code == "N" else 0.05)) ** 2
-        )
-    extra = {} if subject is None else {"subject": subject}
-    np.savez(
-        path,
-        sig=np.round(200 * signal).astype(np.int16),
-        fs=np.int32(fs),
-        gain=np.int32(200),
-        lead="MLII",
-        ann_sample=np.r_[3, np.round(times * fs)].astype(np.int32),
-        ann_symbol=np.r_[["+"], codes],
-        ann_aux=np.array(["(N"] + [""] * len(times)),
-        **extra,
-    )
+        height, width = (1, 0.015) if code == "N" else (-1.5, 0.05)
+        signal += height * np.exp(-0.5 * ((clock - time) / width) ** 2)
+    about = dict(fs=np.int32(fs), gain=np.int32(200), lead="MLII")
+    about |= {} if subject is None else {"subject": subject}
+    notes = dict(ann_symbol=np.r_[["+"], codes], ann_aux=np.array(["(N"] + [""] * len(times)))
+    notes["ann_sample"] = np.r_[3, np.round(times * fs)].astype(np.int32)
+    np.savez(path, sig=np.round(200 * signal).astype(np.int16), **about, **notes)
     return path
 
 
@@ -434,9 +426,8 @@ def test_a_subject_on_both_sides_of_a_split_is_an_error(tmp_path, prepare):
 def test_folds_keep_subjects_together_and_spread_rare_classes(tmp_path, prepare):
     (tmp_path / "data").mkdir()
     for i in range(8):
-        beats_npz(
-            tmp_path / "data" / f"r{i}.npz", seed=i, subject=f"p{i // 2}", symbols="NNNV" if i < 4 else "N"
-        )
+        symbols = "NNNV" if i < 4 else "N"
+        beats_npz(tmp_path / "data" / f"r{i}.npz", seed=i, subject=f"p{i // 2}", symbols=symbols)
     store = store_of(tmp_path, prepare)
     task = load_task(store, "beat", 100)
     fold = fold_of(store, task, 2)

@@ -65,21 +65,15 @@ def skipped(base, variant):
 
 @pytest.mark.slow
 def test_every_option_of_train_has_its_effect(world, tmp_path):
+    few = "--batch-size 8 --windows 40 --eval-windows 16".split()
+    tenth = ("--max-steps", 0, "--epochs", 0.2)
     check_effects(
         train,
-        [
-            *RUN_BASE,
-            *world["options"],
-            *world["tiny"],
-            *"--batch-size 8 --windows 40 --eval-windows 16".split(),
-        ],
+        [*RUN_BASE, *world["options"], *world["tiny"], *few],
         {
             **RUN_FLAGS,
             "--batch-size": Effect(4, "weights"),
-            "--epochs": [
-                Effect(2, "refused"),
-                Effect(1, "weights", given=("--max-steps", 0, "--epochs", 0.2)),
-            ],
+            "--epochs": [Effect(2, "refused"), Effect(1, "weights", given=tenth)],
             "--data": six_records(world),
             "--split": Effect("ds1", "refused"),  # no record of the list DS1 is among these
             "--manifest": six_listed(world),
@@ -124,14 +118,11 @@ def test_every_option_of_finetune_has_its_effect(world, tmp_path):
     (world["folder"] / "other" / "model.safetensors").rename(other)
     split = world["folder"] / "split.json"
     split.write_text('{"train": ["s000", "s001", "s003", "s004", "s006"], "test": ["s002"]}')
+    base = f"--pretrained {world['model']} --task rhythm --folds 3 --batch-size 8 --lr 1e-3 --select last"
+    compared = (*MLP, "--center-columns", 4, "--freeze")
     check_effects(
         finetune,
-        [
-            *RUN_BASE,
-            *world["options"],
-            *f"--batch-size 8 --lr 1e-3 --pretrained {world['model']}".split(),
-            *"--task rhythm --folds 3 --select last".split(),
-        ],
+        [*RUN_BASE, *world["options"], *base.split()],
         {
             **RUN_FLAGS,
             "--batch-size": Effect(4, "weights"),
@@ -166,10 +157,7 @@ def test_every_option_of_finetune_has_its_effect(world, tmp_path):
             "--features": [Effect(False, "shape", given=BEATS), Effect(False, "refused")],
             "--amplitude": [Effect(True, "shape", given=BEATS), Effect(True, "refused")],
             "--hierarchy": [Effect(True, "shape", given=BEATS), Effect(True, "refused")],
-            "--compare": [
-                Effect(True, "shape", given=(*MLP, "--center-columns", 4, "--freeze")),
-                Effect(True, "refused"),
-            ],
+            "--compare": [Effect(True, "shape", given=compared), Effect(True, "refused")],
             "--schedule": Effect("constant", "weights"),
             "--layer-decay": [Effect(0.9, "weights"), Effect(0.9, "refused", given=("--freeze",))],
             "--label-smoothing": Effect(0.3, "weights"),
@@ -189,13 +177,10 @@ def test_every_option_of_finetune_has_its_effect(world, tmp_path):
 @pytest.mark.slow
 def test_every_option_of_the_convolutional_control_has_its_effect(world, tmp_path):
     flags = {name: effect for name, effect in RUN_FLAGS.items() if name != "--eval-every"}
+    base = "--batch-size 8 --task rhythm --model-fs 50 --signal-len 200 --resamples 0".split()
     check_effects(
         cnn,
-        [
-            *RUN_BASE,
-            *world["options"],
-            *"--batch-size 8 --task rhythm --model-fs 50 --signal-len 200 --resamples 0".split(),
-        ],
+        [*RUN_BASE, *world["options"], *base],
         {
             **flags,
             "--batch-size": Effect(4, "weights"),

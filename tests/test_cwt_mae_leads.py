@@ -125,17 +125,13 @@ def write_leads(folder, count=8, missing=()):
         fields = {}
         for name, fs in (("I", FS), ("II", 2 * FS), ("V1", FS)):
             t = np.arange(20 * fs) / fs
-            x = (
-                0.3 * rng.standard_normal(len(t))
-                + slow * np.sin(2 * np.pi * 2 * t)
-                + fast * np.sin(2 * np.pi * 8 * t)
-            )
+            x = slow * np.sin(2 * np.pi * 2 * t) + fast * np.sin(2 * np.pi * 8 * t)
+            x = x + 0.3 * rng.standard_normal(len(t))
             if name not in missing or i % 3:
                 fields |= {name: x, f"fs_{name}": fs}
         np.savez(folder / f"r{i}.npz", **fields)
-        rows.append(
-            f"r{i},p{i},{'train' if i < count - 4 else 'val' if i < count - 2 else 'test'},{slow},{fast}"
-        )
+        part = "train" if i < count - 4 else "val" if i < count - 2 else "test"
+        rows.append(f"r{i},p{i},{part},{slow},{fast}")
     (folder / "list.csv").write_text("\n".join(rows) + "\n")
     return folder
 

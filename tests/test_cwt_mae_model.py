@@ -20,20 +20,11 @@ from cwt_mae.model import (
     cwt_wrap,
 )
 from cwt_mae.model_finetune import TF_MAE_Classifier, interpolate_pos_embed, load_model, save_model
+from tests import tiny_cwt
 from tests.golden import ROOT
 
-SMALL = dict(
-    signal_len=200,
-    cwt_scales=16,
-    patch_size_time=20,
-    patch_size_freq=4,
-    embed_dim=32,
-    depth=2,
-    num_heads=4,
-    decoder_embed_dim=24,
-    decoder_depth=1,
-    decoder_num_heads=3,
-)
+SMALL = tiny_cwt.SIZES | dict(cwt_scales=16, patch_size_freq=4, embed_dim=32, depth=2, num_heads=4)
+SMALL |= dict(decoder_embed_dim=24, decoder_depth=1, decoder_num_heads=3)
 
 
 def signals(batch, length, seed=0, dtype=torch.float32):
@@ -64,17 +55,13 @@ def direct(x, num_scales, padding, lowest=0.1, step=1.0):
     scales = lowest + step * np.arange(num_scales)
     half = int(5 * scales[-1] + 1e-3)
     modes = {"reflect": {"mode": "reflect"}, "replicate": {"mode": "edge"}, "zero": {"mode": "constant"}}
-    x = np.pad(
-        x.double().numpy() - x.double().numpy().mean(1, keepdims=True),
-        ((0, 0), (half + 1, half + 1)),
-        **modes[padding],
-    )
+    x = x.double().numpy()
+    x = np.pad(x - x.mean(1, keepdims=True), ((0, 0), (half + 1, half + 1)), **modes[padding])
     rows = np.stack([x[:, 1:-1], (x[:, 2:] - x[:, :-2]) / 2, x[:, 2:] - 2 * x[:, 1:-1] + x[:, :-2]], 1)
     t = np.arange(-half, half + 1) / scales[:, None]
     kernels = 2 / (np.sqrt(3 * scales[:, None]) * np.pi**0.25 + 1e-6) * (1 - t**2) * np.exp(-(t**2) / 2)
-    return torch.from_numpy(
-        np.lib.stride_tricks.sliding_window_view(rows, 2 * half + 1, axis=2) @ kernels.T
-    ).transpose(2, 3)
+    windows = np.lib.stride_tricks.sliding_window_view(rows, 2 * half + 1, axis=2)
+    return torch.from_numpy(windows @ kernels.T).transpose(2, 3)
 
 
 # ---- front end ----
@@ -264,9 +251,8 @@ def test_default_sizes_are_the_published_ones():
     assert sum(p.numel() for p in model.parameters()) == 95_618_954 and len(model.state_dict()) == 266
     assert sum(p.numel() for p in classifier.parameters()) == 74_458_373
     assert model.blocks[0].mlp[0].rank == 384 and TensorizedLinear(24, 96).rank == 32
-    assert not [
-        key for key in classifier.state_dict() if "decoder" in key or "mask_token" in key or "time_" in key
-    ]
+    decoders = ("decoder", "mask_token", "time_")
+    assert not [key for key in classifier.state_dict() if any(word in key for word in decoders)]
 
 
 def test_rotary_scores_depend_on_the_distance_alone():
@@ -300,9 +286,8 @@ def test_count_of_hidden_patches(ratio, kept, legacy_kept):
     for legacy, expected in ((False, kept), (True, legacy_kept)):
         mask, ids_restore, ids_keep, slots = small(mask_ratio=ratio, legacy=legacy).random_masking(noise)
         assert ids_keep.shape == (2, expected) and slots is None and (mask.sum(1) == 40 - expected).all()
-        assert not mask.gather(1, ids_keep).any() and torch.equal(
-            ids_restore.sort(1)[0], torch.arange(40).expand(2, -1)
-        )
+        assert not mask.gather(1, ids_keep).any()
+        assert torch.equal(ids_restore.sort(1)[0], torch.arange(40).expand(2, -1))
 
 
 def test_column_masking_hides_whole_columns():
@@ -389,10 +374,9 @@ def test_padded_tokens_are_as_if_the_rest_was_not_there():
     """A longer window of padding must not change what the encoder says about the real patches."""
     x = signals(2, 200)
     model = small(signal_len=400)
-    same = TF_MAE_Classifier(None, 3, use_cot=False, hidden_dim=16, **{**SMALL, "signal_len": 400}).eval()
-    same.encoder_model.load_state_dict(
-        {k: v for k, v in model.state_dict().items() if k in same.encoder_model.state_dict()}
-    )
+    same = TF_MAE_Classifier(None, 3, use_cot=False, hidden_dim=16, **SMALL | {"signal_len": 400}).eval()
+    own = same.encoder_model.state_dict()
+    same.encoder_model.load_state_dict({k: v for k, v in model.state_dict().items() if k in own})
     tokens, patches = same.forward_features(x)
     short = TF_MAE_Classifier(None, 3, use_cot=False, hidden_dim=16, **SMALL).eval()
     table = same.encoder_model.pos_embed
@@ -422,9 +406,8 @@ def test_padding_changes_no_logits(use_cot):
     torch.manual_seed(0)
     model = TF_MAE_Classifier(None, 3, use_cot=use_cot, hidden_dim=16, **SMALL).eval()
     x, real = padded(signals(2, 90), 25, 200)
-    assert torch.equal(model(x, real), model(x + 50 * ~real, real)) and not torch.equal(
-        model(x, real), model(x)
-    )
+    assert torch.equal(model(x, real), model(x + 50 * ~real, real))
+    assert not torch.equal(model(x, real), model(x))
 
 
 # ---- bad input ----
@@ -503,9 +486,8 @@ def test_weights_of_upstreams_later_models_are_refused_by_name(key, wanted, tmp_
 
 def test_centre_columns_and_features_reach_the_head():
     torch.manual_seed(0)
-    model = TF_MAE_Classifier(
-        None, 3, use_cot=False, hidden_dim=16, center_columns=3, num_features=2, **SMALL
-    ).eval()
+    head = dict(use_cot=False, hidden_dim=16, center_columns=3)
+    model = TF_MAE_Classifier(None, 3, **head, num_features=2, **SMALL).eval()
     x, features = signals(2, 200), torch.randn(2, 2)
     assert model.head[0].normalized_shape == (3 * 32,)
     assert not torch.equal(model(x, features=features), model(x, features=features + 1))
@@ -519,9 +501,8 @@ def test_centre_columns_and_features_reach_the_head():
 
 def test_the_head_sees_the_difference_from_the_median_beat():
     torch.manual_seed(0)
-    model = TF_MAE_Classifier(
-        None, 3, use_cot=False, hidden_dim=16, center_columns=3, compare=True, **SMALL
-    ).eval()
+    head = dict(use_cot=False, hidden_dim=16, center_columns=3, compare=True)
+    model = TF_MAE_Classifier(None, 3, **head, **SMALL).eval()
     x = signals(4, 200)
     own = model.middle(x)
     assert own.shape == (4, 3 * 32)
@@ -566,9 +547,8 @@ def test_decoder_is_never_allocated(monkeypatch):
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_saved_models_come_back_whole_with_their_configuration(tmp_path, suffix, capsys):
     path, x, noise = tmp_path / f"model{suffix}", signals(2, 200), torch.rand(2, 40)
-    model = small(
-        log_scales=True, lowest_scale=1.0, channel_weights=(1, 0.5, 0.1), padding="replicate", mask_ratio=0.6
-    )
+    other = dict(log_scales=True, lowest_scale=1.0, channel_weights=(1, 0.5, 0.1), padding="replicate")
+    model = small(**other, mask_ratio=0.6)
     save_model(path, model)
     assert torch.equal(load_model(path)(x, noise)[0], model(x, noise)[0])
     classifier = TF_MAE_Classifier(path, 3, use_cot=False, hidden_dim=16).eval()  # sizes from the file
@@ -629,11 +609,8 @@ def test_positions_are_interpolated_on_both_axes(tmp_path, scales, length):
     for config in (source.config, None):  # ours, and an upstream file, whose time_reducer spans the grid
         torch.save({"model": source.state_dict()} | ({"config": config} if config else {}), path)
         sizes = {**SMALL, "cwt_scales": scales, "signal_len": length}
-        positions = (
-            TF_MAE_Classifier(path, 2, **sizes)
-            .encoder_model.pos_embed[0, 1:]
-            .view(scales // 4, length // 20, 32)
-        )
+        table = TF_MAE_Classifier(path, 2, **sizes).encoder_model.pos_embed[0, 1:]
+        positions = table.view(scales // 4, length // 20, 32)
         assert (positions - positions[:, :1, :1]).abs().max() < 1e-5
         assert (positions[:, 0, 0].diff() > 0).all() and abs(positions.mean() - 1.5) < 1e-5
     assert interpolate_pos_embed(source.pos_embed, (4, 10), (4, 10)) is source.pos_embed

@@ -123,18 +123,10 @@ def test_the_annotator_can_be_named(annotator, wanted, tmp_path):
         read_records(header, annotator="ecg")
 
 
-@pytest.mark.parametrize(
-    "fs, rate",
-    [
-        (249.89, 250),
-        (249.8899, 250),
-        (116.98775447, 100),
-        (100, 100.0003),
-        (360, 90),
-        (1 / 3, 0.5),
-        (999.97, 1000),
-    ],
-)
+RATES = [(249.89, 250), (249.8899, 250), (116.98775447, 100), (100, 100.0003), (360, 90), (1 / 3, 0.5)]
+
+
+@pytest.mark.parametrize("fs, rate", [*RATES, (999.97, 1000)])
 def test_nearly_equal_rates_drift_by_less_than_a_sample_in_a_day(fs, rate):
     assert abs(float(ratio_of(fs, rate)) * fs / rate - 1) * 86400 * max(fs, rate) < 1
 
@@ -153,10 +145,9 @@ def test_channels_of_one_npz_file_have_the_rates_that_it_states(tmp_path):
     assert read_records(path)[0].rates == {"ecg": 250.0, "ppg": 50.0}
     path = npz(tmp_path / "b.npz", ecg=ecg(250, 20), ppg=ecg(50, 20), fs=[250, 50])
     assert read_records(path)[0].rates == {"ecg": 250.0, "ppg": 50.0}
-    for channel, length in (("ecg", 2000), ("ppg", 2000)):
-        assert (
-            store_of(tmp_path, path, prepare=Preprocess(FS, 0, channel=channel)).records["length"] == length
-        )
+    for channel in ("ecg", "ppg"):
+        store = store_of(tmp_path, path, prepare=Preprocess(FS, 0, channel=channel))
+        assert store.records["length"] == 2000
     with pytest.raises(UserError, match="holds 3 rates for 2 channels"):
         read_records(npz(tmp_path / "c.npz", ecg=ecg(250, 20), ppg=ecg(50, 20), fs=[250, 50, 1]))
     fields = dict(ecg=ecg(250, 20), ppg=ecg(50, 20), fs=[250, 50], ann_sample=[5], ann_symbol=["N"])
@@ -316,18 +307,9 @@ def test_a_wfdb_header_may_leave_out_length_and_names(tmp_path):
 
 
 def test_words_that_an_npz_file_keeps_as_bytes_are_words(tmp_path):
-    symbols = np.array([b"N", b"V", b"N"])
-    path = npz(
-        tmp_path / "a.npz",
-        ecg=ecg(FS, 10),
-        t=np.arange(10 * FS) / FS,
-        fs=FS,
-        subject=np.array(b"p1"),
-        label=np.array(b"AFIB"),
-        ann_sample=np.array([100, 200, 300]),
-        ann_symbol=symbols,
-    )
-    record = read_records(path)[0]
+    notes = dict(ann_sample=np.array([100, 200, 300]), ann_symbol=np.array([b"N", b"V", b"N"]))
+    notes |= dict(subject=np.array(b"p1"), label=np.array(b"AFIB"), t=np.arange(10 * FS) / FS)
+    record = read_records(npz(tmp_path / "a.npz", ecg=ecg(FS, 10), fs=FS, **notes))[0]
     assert list(record.channels) == ["ecg"] and record.subject == "p1" and record.labels == {"": ["AFIB"]}
     assert [event.symbol for event in record.events] == ["N", "V", "N"]
 
@@ -680,10 +662,8 @@ def test_two_sets_in_one_folder_are_different_subjects(tmp_path):
     store = store_of(tmp_path, prepare=Preprocess(0, 0))
     assert len(set(store.records["subject"].tolist())) == len(set(store.records["name"].tolist())) == 12
     x = np.random.default_rng(0).normal(size=(3, 2, 40))  # two dimensions
-    both = npz(
-        tmp_path / "c.npz", x_train=x, y_train=[1, 2, 1], x_test=x.transpose(0, 2, 1), y_test=[1, 2, 1]
-    )
-    for record, wanted in zip(read_records(both), [*x, *x]):
+    sets = dict(x_train=x, y_train=[1, 2, 1], x_test=x.transpose(0, 2, 1), y_test=[1, 2, 1])
+    for record, wanted in zip(read_records(npz(tmp_path / "c.npz", **sets)), [*x, *x]):
         assert np.array_equal([record.channels["x0"], record.channels["x1"]], wanted)
     assert (split_parts(store) == "test").sum() == 6
 
@@ -768,9 +748,7 @@ def test_the_dicom_waveform_of_pydicom_has_its_leads(tmp_path):
         (["a/100", "b/100"], ["a/100", "b/100"]),
     ],
 )
-def test_the_same_name_in_two_folders_is_two_records_and_a_persons_folder_is_one_subject(
-    paths, subjects, tmp_path
-):
+def test_a_name_in_two_folders_is_two_records_and_a_persons_folder_one_subject(paths, subjects, tmp_path):
     for i, path in enumerate(paths):
         npz(tmp_path / "data" / f"{path}.npz", sig=ecg(FS, 10, 0.1 * i), fs=FS)
     store = store_of(tmp_path)
@@ -779,23 +757,16 @@ def test_the_same_name_in_two_folders_is_two_records_and_a_persons_folder_is_one
 
 
 def test_long_names_are_not_cut(tmp_path):
-    names = ["x" * 90 + end for end in "ab"]
+    names, lead = ["x" * 90 + end for end in "ab"], "a lead with a name of many words " * 2
     for name in names:
-        npz(
-            tmp_path / "data" / f"{name}.npz",
-            sig=ecg(FS, 10),
-            fs=FS,
-            lead="a lead with a name of many words " * 2,
-        )
+        npz(tmp_path / "data" / f"{name}.npz", sig=ecg(FS, 10), fs=FS, lead=lead)
     assert store_of(tmp_path).records["name"].astype(str).tolist() == names
 
 
 def test_the_same_record_in_two_formats_is_one_subject(tmp_path):
     npz(tmp_path / "data" / "a.npz", sig=ecg(FS, 10), fs=FS)
-    write(
-        tmp_path / "data" / "a.csv",
-        "time_s,ecg\n" + "".join(f"{i / FS},{v}\n" for i, v in enumerate(ecg(FS, 10))),
-    )
+    rows = "".join(f"{i / FS},{v}\n" for i, v in enumerate(ecg(FS, 10)))
+    write(tmp_path / "data" / "a.csv", f"time_s,ecg\n{rows}")
     store = store_of(tmp_path)
     assert store.records["name"].astype(str).tolist() == ["a.csv", "a.npz"]
     assert set(store.records["subject"].tolist()) == {b"a"}
@@ -901,9 +872,8 @@ def test_code_15_and_the_challenge_and_sleep_edf_are_known_by_their_layouts(tmp_
     assert store.records["length"].tolist() == [750] * 3 and 500 <= 400 * store.records["start"][0] < 504
     assert [row[2] for row in store.labels.tolist() if row[0] < 2] == [b"RBBB", b"AF", b"normal"]
     comments = ["Age: 74", "Sex: Male", "Dx: 426783006,59118001"]
-    record = read_records(
-        wfdb_record(tmp_path / "ch" / "A0001", {"I": ecg(500, 10)}, 500, comments=comments)
-    )[0]
+    header = wfdb_record(tmp_path / "ch" / "A0001", {"I": ecg(500, 10)}, 500, comments=comments)
+    (record,) = read_records(header)
     assert record.labels == {"": ["426783006", "59118001"]}
     sleep = tmp_path / "sleep"
     for night in (1, 2):

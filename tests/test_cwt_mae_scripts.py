@@ -75,11 +75,8 @@ def run_apart(script, options, log):
 
 def losses(out):
     """{step: logged training loss} of a run."""
-    return {
-        line["step"]: line["loss"]
-        for line in map(json.loads, (Path(out) / "log.jsonl").read_text().splitlines())
-        if "loss" in line
-    }
+    lines = map(json.loads, (Path(out) / "log.jsonl").read_text().splitlines())
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
 def same(a, b):
@@ -272,13 +269,13 @@ def test_the_launchers_go_from_data_to_scores(world, tmp_path):
     done = bash("run_train.sh", *options, cwd=cwd, **given)
     base = tmp_path / "cwt_mae/base/model.safetensors"
     assert done.returncode == 0 and base.is_file(), done.stderr
-    given |= {
-        "DATA": os.path.relpath(world["labelled"], cwd),
-        "OUT": os.path.relpath(tmp_path / "a classifier", cwd),
-        "TASK": "rhythm",
-        "SPLIT": os.path.relpath(world["split"], cwd),
-        "MODEL": os.path.relpath(base, cwd),
+    places = {
+        "DATA": world["labelled"],
+        "OUT": tmp_path / "a classifier",
+        "SPLIT": world["split"],
+        "MODEL": base,
     }
+    given |= {name: os.path.relpath(place, cwd) for name, place in places.items()} | {"TASK": "rhythm"}
     options = ["--cache", str(world["cache"]), "--max-steps", "2", "--folds", "3"]
     done = bash("run_finetune.sh", *options, cwd=cwd, **given)
     assert done.returncode == 0, done.stderr

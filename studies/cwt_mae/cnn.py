@@ -54,16 +54,8 @@ def parse_args(argv=None):
     parser = Parser(__doc__)
     add_window_arguments(parser)
     add_drawing_arguments(parser, augment=1.0, jitter=2)
-    add_run_arguments(
-        parser,
-        omit=["eval_every"],
-        max_steps=1000,
-        epochs=30.0,
-        batch_size=64,
-        lr=2e-3,
-        weight_decay=0.05,
-        save_every=0,
-    )
+    defaults = dict(max_steps=1000, epochs=30.0, batch_size=64, lr=2e-3, weight_decay=0.05, save_every=0)
+    add_run_arguments(parser, omit=["eval_every"], **defaults)
     return parser.parse_args(argv)
 
 
@@ -76,12 +68,8 @@ class SmallCNN(nn.Module):
         widths, layers, self.centred = (2 if centred else 1, 32, 48, 64), [], centred
         for before, after in zip(widths, widths[1:]):
             layers += [nn.Conv1d(before, after, 7, padding=3), nn.BatchNorm1d(after), nn.ReLU()]
-            layers += [
-                nn.Conv1d(after, after, 5, padding=2),
-                nn.BatchNorm1d(after),
-                nn.ReLU(),
-                nn.MaxPool1d(2),
-            ]
+            layers += [nn.Conv1d(after, after, 5, padding=2), nn.BatchNorm1d(after), nn.ReLU()]
+            layers += [nn.MaxPool1d(2)]
         self.body, self.columns = nn.Sequential(*layers), signal_len // 8
         joined = 64 * len(range(self.columns)[self.middle()]) if centred else 128
         self.head = nn.Sequential(

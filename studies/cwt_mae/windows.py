@@ -59,11 +59,8 @@ def split_windows(args) -> Windows:
         refuse(args, ["amplitude"], f"for --task {args.task}")
     task = load_task(store, args.task, args.signal_len, amplitude=args.amplitude)
     parts = split_parts(store, args.split)
-    train, test, validation = (
-        training_part(task, parts),
-        task.select(parts[task.items["record"]] == "test"),
-        None,
-    )
+    train, validation = training_part(task, parts), None
+    test = task.select(parts[task.items["record"]] == "test")
     if args.fold < 0:
         refuse(args, ["folds", "validate"], "without a validation part (--fold -1)")
     else:
