@@ -437,11 +437,11 @@ def training_part(task: Task, parts: np.ndarray) -> Task:
     return train
 
 
-def share_of(task: Task, share: float, seed: int) -> np.ndarray:
+def share_of(task: Task, share: float, seed: int, recordings) -> np.ndarray:
     """(windows,) bool: a share of the labels, drawn by `seed`, of each class alike, and at least one. A
-    smaller share is part of a larger one. Where a label is a record's, whole records are drawn."""
-    of_records = task.kind in ("series", "labels")
-    unit = task.items["record"] if of_records else np.arange(len(task.items))
+    smaller share is part of a larger one. Where a label is a recording's, whole recordings are drawn;
+    recordings (windows,): `Store.recordings`."""
+    unit = recordings if task.kind in ("series", "labels") else np.arange(len(task.items))
     units, first = np.unique(unit, return_index=True)
     order = np.random.default_rng(seed).permutation(len(units))
     labels, chosen = task.items["label"][first[order]], []

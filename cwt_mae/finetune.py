@@ -467,7 +467,7 @@ def make_sets(args, accelerator, preprocess: dict, signal_len: int):
         validation = DownstreamClassificationDataset(store, task.select(held_out), signal_len)
 
     # Fewer labels shorten the training set alone, so that runs with other shares are validated alike.
-    train = train.select(share_of(train, args.label_share, args.seed))
+    train = train.select(share_of(train, args.label_share, args.seed, store.recordings(train.items)))
 
     # Only the training windows are drawn by class, augmented and blended.
     train_set = DownstreamClassificationDataset(

@@ -445,12 +445,12 @@ def test_a_share_of_the_labels_holds_every_class_and_lies_within_larger_shares(k
     items = np.zeros(400, ITEMS)
     items["record"], items["label"] = records, 0 if kind == "labels" else records % 10 // 8 + (records == 99)
     task = Task(kind, ["a", "b", "c"], items, np.zeros((1, 0), np.float32))
-    shares = {share: share_of(task, share, seed=3) for share in (0.0, 0.01, 0.1, 0.5, 1.0)}
+    shares = {share: share_of(task, share, 3, records) for share in (0.0, 0.01, 0.1, 0.5, 1.0)}
     sizes = [chosen.sum() for chosen in shares.values()]
     assert sizes == sorted(sizes) and shares[1.0].all() and abs(sizes[3] - 200) <= 8
     for smaller, larger in zip(shares.values(), list(shares.values())[1:]):
         assert set(items["label"][smaller]) == set(items["label"]) and not (smaller & ~larger).any()
-    assert (shares[0.1] != share_of(task, 0.1, seed=4)).any()
+    assert (shares[0.1] != share_of(task, 0.1, 4, records)).any()
     whole = shares[0.1].reshape(-1, 4)
     assert (whole.all(1) == whole.any(1)).all() == (kind in ("series", "labels"))
 

@@ -70,7 +70,7 @@ def probes(model_path, labelled: dict, seeds) -> dict:
         x, test_x = (probe_features(model, part, "cpu") for part in sets)
         found = []
         for share in SHARES:
-            chosen = share_of(train, share, seed)
+            chosen = share_of(train, share, seed, store.recordings(train.items))
             guess = linear_probe(x[chosen], train.items["label"][chosen], test_x).argmax(1)
             found.append(macro_f1(confusion(scored.items["label"], guess, len(task.classes))))
         return found
