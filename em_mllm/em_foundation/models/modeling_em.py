@@ -97,7 +97,8 @@ class SiTMAEModelWithoutMask(SiTMAEPreTrainedModel):
 
     last_hidden_state (B, M, D) has passed the final LayerNorm; upstream skips it on the eager path (its
     module stays untrained there): apply_layernorm=False gives that. hidden_states: embedding output and each
-    layer's output, never normalised.
+    layer's output, never normalised. options: head_mask, (heads,) or (layers, heads), output_attentions and
+    output_hidden_states.
     """
 
     def __init__(self, config: SiTMAEConfig):
@@ -107,7 +108,7 @@ class SiTMAEModelWithoutMask(SiTMAEPreTrainedModel):
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
-    def needs_mask(self, h, sample_ids, head_mask, output_attentions) -> bool:
+    def needs_mask(self, h, sample_ids, head_mask=None, output_attentions=False, **_) -> bool:
         """Not where every row is one signal, nor where the variable-length kernel serves all layers."""
         config = self.config
         dropout = config.attention_probs_dropout_prob if self.training else 0.0
@@ -116,29 +117,14 @@ class SiTMAEModelWithoutMask(SiTMAEPreTrainedModel):
         return bool((sample_ids != sample_ids[:, :1]).any()) or bool((sample_ids < 0).any())
 
     def forward(
-        self,
-        samples,
-        patch_positions,
-        sample_ids_seq,
-        head_mask=None,
-        output_attentions=False,
-        output_hidden_states=False,
-        apply_layernorm=True,
-        return_dict=True,
+        self, samples, patch_positions, sample_ids_seq, apply_layernorm=True, return_dict=True, **options
     ):
         sample_ids = sample_id_matrix(sample_ids_seq, samples.shape[1], samples.device)
         h = self.embeddings.embed(samples, patch_positions)
         attn_mask = None
-        if self.needs_mask(h, sample_ids, head_mask, output_attentions):
+        if self.needs_mask(h, sample_ids, **options):
             attn_mask = gen_attn_mask(sample_ids)
-        h, states, attentions = self.encoder(
-            h,
-            attn_mask,
-            sample_ids,
-            head_mask=head_mask,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-        )
+        h, states, attentions = self.encoder(h, attn_mask, sample_ids, **options)
         out = SiTMAEModelOutput(
             last_hidden_state=self.layernorm(h) if apply_layernorm else h,
             hidden_states=states,
@@ -153,17 +139,7 @@ class SiTMAEModel(SiTMAEModelWithoutMask):
     noise: (B, M) scores as mae_scores makes them; drawn from torch's generator when absent.
     """
 
-    def forward(
-        self,
-        patches,
-        patch_positions,
-        sample_ids_seq,
-        noise=None,
-        head_mask=None,
-        output_attentions=False,
-        output_hidden_states=False,
-        return_dict=True,
-    ):
+    def forward(self, patches, patch_positions, sample_ids_seq, noise=None, return_dict=True, **options):
         sample_ids = sample_id_matrix(sample_ids_seq, patches.shape[1], patches.device)
         if noise is None:
             noise = mae_scores(sample_ids, self.config.num_special)
@@ -173,14 +149,7 @@ class SiTMAEModel(SiTMAEModelWithoutMask):
         h = self.embeddings.embed(patches, patch_positions, visible)
         h, visible_ids, ids_keep, ids_restore, mae_mask = self.embeddings.hide(h, sample_ids, noise)
         attn_mask = gen_attn_mask(visible_ids)
-        h, states, attentions = self.encoder(
-            h,
-            attn_mask,
-            visible_ids,
-            head_mask=head_mask,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-        )
+        h, states, attentions = self.encoder(h, attn_mask, visible_ids, **options)
         out = SiTMAEModelOutput(
             self.layernorm(h), mae_mask, ids_restore, ids_keep, attn_mask, states, attentions
         )
@@ -209,15 +178,7 @@ class SiTMAEDecoder(nn.Module):
             self.contrast_pred = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
         self.gradient_checkpointing = False
 
-    def forward(
-        self,
-        latent,
-        ids_keep,
-        patch_positions,
-        sample_ids,
-        output_attentions=False,
-        output_hidden_states=False,
-    ):
+    def forward(self, latent, ids_keep, patch_positions, sample_ids, **options):
         """latent (B, Kmax, D) and ids_keep (B, Kmax), which holds M at filler places -> logits (B, M, C*P).
 
         Each visible token goes to its own place, row by row. Upstream un-shuffles the padded batch instead,
@@ -232,15 +193,9 @@ class SiTMAEDecoder(nn.Module):
         checkpoint = (
             self._gradient_checkpointing_func if self.gradient_checkpointing and self.training else None
         )
+        attn_mask = gen_attn_mask(sample_ids)
         h, states, attentions = run_layers(
-            self.decoder_layers,
-            h,
-            gen_attn_mask(sample_ids),
-            sample_ids,
-            None,
-            output_attentions,
-            output_hidden_states,
-            checkpoint,
+            self.decoder_layers, h, attn_mask, sample_ids, checkpoint=checkpoint, **options
         )
         return SiTMAEDecoderOutput(self.decoder_pred(self.decoder_norm(h)), states, attentions)
 
@@ -261,7 +216,8 @@ class SiTMAEForPreTraining(SiTMAEPreTrainedModel):
     squared error joins the loss. target (B, M, C*P): what the hidden patches are to become where that is not
     `patches`, as the signal without its noise. second (B, M, C*P): with contrast_weight, another view of the
     same signals, whose visible patches are those that the first view hides, as far as mask_ratio allows; the
-    cls tokens are to find their own signal among those of the batch (InfoNCE, both ways).
+    cls tokens are to find their own signal among those of the batch (InfoNCE, both ways). options: head_mask,
+    output_attentions and output_hidden_states of the encoder.
     """
 
     def __init__(self, config: SiTMAEConfig):
@@ -279,17 +235,13 @@ class SiTMAEForPreTraining(SiTMAEPreTrainedModel):
         spectrum=None,
         target=None,
         second=None,
-        head_mask=None,
-        output_attentions=False,
-        output_hidden_states=False,
         return_dict=True,
+        **options,
     ):
         sample_ids = sample_id_matrix(sample_ids_seq, patches.shape[1], patches.device)
         if noise is None:
             noise = mae_scores(sample_ids, self.config.num_special).to(patches.device)
-        encoded = self.sit(
-            patches, patch_positions, sample_ids, noise, head_mask, output_attentions, output_hidden_states
-        )
+        encoded = self.sit(patches, patch_positions, sample_ids, noise, **options)
         logits = self.decoder(encoded.last_hidden_state, encoded.ids_keep, patch_positions, sample_ids).logits
         target = patches if target is None else target
         if self.config.norm_pix_loss:
@@ -339,7 +291,7 @@ def encoder_of(config: SiTMAEConfig):
 
 class SiTMAEHeadModel(SiTMAEPreTrainedModel):
     """The encoder `sit` with heads on its un-normalised output, as upstream. A subclass says what they
-    predict and what that costs."""
+    predict and what that costs. options: as of SiTMAEModelWithoutMask."""
 
     def predict(self, hidden_states):
         """(B, M, D) -> logits of every token."""
@@ -367,27 +319,9 @@ class SiTMAEHeadModel(SiTMAEPreTrainedModel):
             return per_token
         return self.per_signal(per_token, patch_positions, sample_ids)
 
-    def forward(
-        self,
-        samples,
-        patch_positions,
-        sample_ids_seq,
-        labels=None,
-        head_mask=None,
-        output_attentions=False,
-        output_hidden_states=False,
-        return_dict=True,
-    ):
+    def forward(self, samples, patch_positions, sample_ids_seq, labels=None, return_dict=True, **options):
         sample_ids = sample_id_matrix(sample_ids_seq, samples.shape[1], samples.device)
-        encoded = self.sit(
-            samples,
-            patch_positions,
-            sample_ids,
-            head_mask=head_mask,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            apply_layernorm=False,
-        )
+        encoded = self.sit(samples, patch_positions, sample_ids, apply_layernorm=False, **options)
         logits = self.predict(encoded.last_hidden_state)
         loss = details = None
         if labels is not None:
