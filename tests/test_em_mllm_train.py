@@ -395,17 +395,16 @@ def test_study_of_real_captures_from_files_to_questions(home, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe, results", [("first", 0), ("builtin", 5)])
+@pytest.mark.parametrize("recipe, results", [("first", 0), ("builtin", 5), ("cnn", 2), ("rates", 1)])
 def test_recipes_run_from_nothing_at_smoke_size(tmp_path, recipe, results):
     """The stages of the recipe in forks of this test's server; data and runs below tmp_path."""
-    if recipe == "builtin":
-        pytest.importorskip("rouge_score")
+    pytest.importorskip("rouge_score")
     module = importlib.import_module(f"studies.em_mllm.{recipe}")
     base, run = tmp_path / "data", tmp_path / "em_mllm"
 
     def stage(script, *arguments, threads=None, **flags):
         words = [*arguments, *options(flags)]
-        if script.endswith("make_data.py"):
+        if script.endswith("make_data.py") and "--points" not in words:
             words += ["--points", 256]
         done = forked.run_file(ROOT / script, *words)
         assert done.returncode == 0, f"{script} {words}: {done.stderr[-2000:]}"
@@ -414,16 +413,15 @@ def test_recipes_run_from_nothing_at_smoke_size(tmp_path, recipe, results):
         for name in {module.__name__, "studies.em_mllm.joint"}:
             patch.setattr(importlib.import_module(name), "stage", stage)
             patch.setattr(importlib.import_module(name), "size", lambda full, smoke: smoke)
-        patch.setattr(module, "BASE", base)
-        patch.setattr(module, "RUN", run)
-        if recipe == "builtin":
-            for name, value in {"SMOKE": True, "CORES": 1, "LABEL_STEPS": 2}.items():
+        small = {"SMOKE": True, "CORES": 1, "LABEL_STEPS": 2, "LLM_STEPS": 2}
+        for name, value in {"BASE": base, "RUN": run, "RUNS": tmp_path, **small}.items():
+            if hasattr(module, name):
                 patch.setattr(module, name, value)
-            patch.setattr(module, "LLM_STEPS", 2)
+        base.mkdir(exist_ok=True)
         module.main()
     assert len(list((run / "results").glob("*.json"))) >= results
-    model = run / ("seed-0/joint/model" if recipe == "builtin" else "base/model")
-    assert (model / "multimodal.json").is_file()
+    model = {"first": "base", "rates": "joint"}.get(recipe, "seed-0/joint")
+    assert (run / model / "model/multimodal.json").is_file()
 
 
 @pytest.mark.slow

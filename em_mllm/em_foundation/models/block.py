@@ -154,6 +154,7 @@ class SiTMAELayer(nn.Module):
 
 
 def run_layers(
+    owner,
     layers,
     hidden_states,
     attn_mask,
@@ -161,19 +162,20 @@ def run_layers(
     head_mask=None,
     output_attentions=False,
     output_hidden_states=False,
-    checkpoint=None,
 ):
     """Apply `layers` in turn; returns the output, (embedding output and every layer's) and attentions, each
     None if not asked for.
 
-    head_mask: (heads,) or (layers, heads). checkpoint: transformers' checkpointing function, or None.
+    head_mask: (heads,) or (layers, heads). owner: the module whose layers they are, which says whether
+    activations are computed again in the backward pass.
     """
     states, attentions = [hidden_states], []
     for i, layer in enumerate(layers):
         own_mask = head_mask if head_mask is None or head_mask.dim() == 1 else head_mask[i]
         arguments = (attn_mask, sample_ids, own_mask, output_attentions)
-        if checkpoint is not None:
-            hidden_states, weights = checkpoint(layer.__call__, hidden_states, *arguments)
+        if owner.gradient_checkpointing and owner.training:
+            again = owner._gradient_checkpointing_func  # transformers sets it
+            hidden_states, weights = again(layer.__call__, hidden_states, *arguments)
         else:
             hidden_states, weights = layer(hidden_states, *arguments)
         if output_hidden_states:

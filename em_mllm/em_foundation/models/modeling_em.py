@@ -86,10 +86,7 @@ class SiTMAEEncoder(nn.Module):
         self.gradient_checkpointing = False
 
     def forward(self, hidden_states, attn_mask, sample_ids, **options):
-        checkpoint = (
-            self._gradient_checkpointing_func if self.gradient_checkpointing and self.training else None
-        )
-        return run_layers(self.layer, hidden_states, attn_mask, sample_ids, checkpoint=checkpoint, **options)
+        return run_layers(self, self.layer, hidden_states, attn_mask, sample_ids, **options)
 
 
 class SiTMAEModelWithoutMask(SiTMAEPreTrainedModel):
@@ -190,13 +187,8 @@ class SiTMAEDecoder(nn.Module):
         h = self.mask_token.to(visible.dtype).expand(rows, length + 1, -1)
         h = h.scatter(1, ids_keep[..., None].expand_as(visible), visible)[:, :length]
         h = h + self.decoder_position_embeddings[patch_positions]
-        checkpoint = (
-            self._gradient_checkpointing_func if self.gradient_checkpointing and self.training else None
-        )
         attn_mask = gen_attn_mask(sample_ids)
-        h, states, attentions = run_layers(
-            self.decoder_layers, h, attn_mask, sample_ids, checkpoint=checkpoint, **options
-        )
+        h, states, attentions = run_layers(self, self.decoder_layers, h, attn_mask, sample_ids, **options)
         return SiTMAEDecoderOutput(self.decoder_pred(self.decoder_norm(h)), states, attentions)
 
 
