@@ -147,11 +147,9 @@ def _stop(signum, frame):
                 )  # process.wait() would wait for the lock of the call that we interrupt
             except ChildProcessError:
                 pass
-    print(
-        f"stopped by {signal.Signals(signum).name}; the same command without --resume starts anew",
-        file=sys.stderr,
-        flush=True,
-    )
+    again = "goes on" if SKIP_DONE else "without --resume starts anew"
+    name = signal.Signals(signum).name
+    print(f"stopped by {name}; the same command {again}", file=sys.stderr, flush=True)
     os._exit(128 + signum)
 
 

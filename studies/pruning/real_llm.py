@@ -354,7 +354,7 @@ def report(args, whole, best, found, single):
         controls |= {name: one[part]["perplexity"] for name, one in single.items()}
         write_result(
             args.out.parent,
-            f"SmolLM2-135M without {args.repair_ratio:.0%} of its layers, {part}",
+            f"{args.model.name} without {args.repair_ratio:.0%} of its layers, {part}",
             "perplexity, lower is better",
             value,
             controls,
