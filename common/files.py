@@ -52,8 +52,8 @@ def reading(path, what: str):
 
 def read_json(path, shape=None):
     """Parsed JSON file, checked against `shape` if given."""
-    with reading(path, "JSON file"):
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    with reading(path, "JSON file"):  # editors of Windows begin a file with a mark of its encoding
+        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     if shape is not None:
         check(value, shape, path)
     return value

@@ -59,7 +59,7 @@ def read_predictions(path: Path) -> dict[str, list[dict]]:
         raise UserError(f"{path}: no such file; give the predictions.jsonl that test.py wrote")
     tasks = {}
     with reading(path, "file of predictions"):
-        items = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        items = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").splitlines()]
     check(items, [{"task": str}], path)
     for item in items:
         item = {"answer": item.get("answer") or "", "model_response": item.get("text") or "", **item}

@@ -51,6 +51,13 @@ def test_a_damaged_pickle_is_one_line_that_names_it(tmp_path, content):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_json_files_of_windows_editors_are_read(tmp_path, encoding):
+    path = tmp_path / "a.json"
+    path.write_text('{"名": 1}', encoding=encoding)
+    assert files.read_json(path, {"名": int}) == {"名": 1}
+
+
 def test_the_interval_of_a_mean_is_that_of_theory():
     values = np.random.default_rng(1).normal(3.0, 2.0, 400)
     low, high = bootstrap(np.mean, values, draws=4000)
