@@ -73,22 +73,23 @@ def learn(train, test):
     )
 
 
-def by_name(folder: Path, out: Path) -> list:
-    """The question files of `folder` with the text of the right option, without its letter, as the answer.
+def by_name(pairs: list, out: Path) -> list:
+    """The question files of `pairs`, each after its .h5, with the text of the right option, without its
+    letter, as the answer.
 
     A model of this size learns to name what it reads in a hundred steps, but not which letter stands before
     which name: with the names themselves in the place of the signal, letters stayed at chance.
     """
     out.mkdir(parents=True, exist_ok=True)
     files = []
-    for task in TASKS:
-        records = json.loads((folder / f"{task}.json").read_text(encoding="utf-8"))
+    for signals, path in zip(pairs[::2], pairs[1::2]):
+        records = json.loads(path.read_text(encoding="utf-8"))
         for record in records:
             if options := parse_options(record):
                 record["answer"] = options[extract_letter(record["answer"], options)]
         text = json.dumps(records, ensure_ascii=False)
-        (out / f"{task}.json").write_text(text, encoding="utf-8")
-        files += [folder / "device.h5", out / f"{task}.json"]
+        (out / path.name).write_text(text, encoding="utf-8")
+        files += [signals, out / path.name]
     return files
 
 
@@ -100,7 +101,7 @@ def join_smollm2():
     """
     stage(
         "em_mllm/train.py",
-        task_files=by_name(VIEWS / "train", RUN / "smollm2_questions"),
+        task_files=by_name(questions(VIEWS / "train"), RUN / "smollm2_questions"),
         signal_encoder_path=RUN / "rtl433/encoder",
         llm_model_path=smollm2(),
         signal_tokens=2,
