@@ -48,7 +48,8 @@ def measure():
                 gc.collect()
                 # Frozen weights lie in a mapped file, which counts only when they have been looked at.
                 for model in arguments[0].accelerator._models:
-                    sum(float(p.detach().flatten()[::1024].sum()) for p in model.parameters())
+                    held = [getattr(p, "_local_tensor", p).detach() for p in model.parameters()]
+                    sum(float(part.flatten()[::1024].sum()) for part in held)
                 print("memory ready", resident("VmRSS"))
                 Path("/proc/self/clear_refs").write_text("5")
             first = False
