@@ -28,7 +28,7 @@ NEEDS = {"pruning": ("dia_pangu", "ft/metrics.json")}
 # What the real study of a project reads below DATA_ROOT
 FOLDERS = {"dia_pangu": "ct", "cwt_mae": "ecg", "em_mllm": "rf", "flmm": "grounding", "pruning": "ct"}
 # Minutes that the real study of a project takes on one core, from which the time left is told
-REAL_MINUTES = {"dia_pangu": 45, "cwt_mae": 30, "em_mllm": 30, "flmm": 40, "pruning": 60}
+REAL_MINUTES = {"dia_pangu": 75, "cwt_mae": 30, "em_mllm": 45, "flmm": 60, "pruning": 75}
 
 
 def parse_args():
