@@ -190,7 +190,8 @@ def dry_run(args, config):
     texts = first_texts(args, config, len(model.embedding_layer.weight))
     length = max(len(text["lang_x"]) for text in texts)
     answers = max(1, sum(label != -100 for text in texts for label in text["labels"]))
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    there = torch.accelerator.is_available()
+    device = torch.accelerator.current_accelerator() if there else torch.device("cpu")
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.precision)
     with FakeTensorMode():
         fake(model.train(), device)
