@@ -28,7 +28,23 @@ from studies.recipe import DATA, REAL, ROOT, RUNS, SKIP_DONE, SMOKE, recipe, siz
 BASE, RUN = DATA / "em_mllm" / size("", smoke="smoke"), RUNS / "em_mllm"
 VIEWS = RUN / "rtl433_views"
 TASKS = ("device", "coding", "keying")
-LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+# How SmolLM2's adapters learn to read the vectors of a frozen encoder
+READING = {
+    "align_projector": True,
+    "dtype": "bfloat16",
+    "use_lora": True,
+    "lora_r": 16,
+    "lora_dropout": 0,
+    "lora_targets": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    "freeze_signal_encoder": True,
+    "lr": 2e-3,
+    "warmup": 0.05,
+    "schedule": "cosine",
+    "batch_size": 8,
+    "log_every": 10,
+    "overwrite": True,
+}
 
 
 def questions(folder) -> list:
@@ -105,22 +121,10 @@ def join_smollm2():
         signal_encoder_path=RUN / "rtl433/encoder",
         llm_model_path=smollm2(),
         signal_tokens=2,
-        align_projector=True,
-        dtype="bfloat16",
-        use_lora=True,
-        lora_r=16,
-        lora_dropout=0,
-        lora_targets=LINEAR,
-        freeze_signal_encoder=True,
         roll=True,
-        lr=2e-3,
-        warmup=0.05,
-        schedule="cosine",
-        batch_size=8,
         max_steps=size(300, smoke=2),
-        log_every=10,
         out=RUN / "smollm2",
-        overwrite=True,
+        **READING,
     )
     for condition in ("clean", "0dB"):
         stage(

@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from studies.em_mllm.cnn import BASE, RUN
-from studies.em_mllm.real import LINEAR, by_name
+from studies.em_mllm.real import READING, by_name
 from studies.real_models import smollm2
 from studies.recipe import RUNS, recipe, size, stage
 from studies.summary import write_result
@@ -38,22 +38,10 @@ def main():
         signal_encoder_path=RUN / f"seed-{SEED}/classes/model",
         llm_model_path=smollm2(),
         signal_tokens=8,
-        align_projector=True,
-        dtype="bfloat16",
-        use_lora=True,
-        lora_r=16,
-        lora_dropout=0,
-        lora_targets=LINEAR,
-        freeze_signal_encoder=True,
-        lr=2e-3,
-        warmup=0.05,
-        schedule="cosine",
-        batch_size=8,
-        max_steps=size(300, smoke=2),
-        log_every=10,
         seed=SEED,
+        max_steps=size(300, smoke=2),
         out=JOINED,
-        overwrite=True,
+        **READING,
     )
 
     # the same questions to both: the first of each file, which hold every class
