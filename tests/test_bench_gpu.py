@@ -53,6 +53,7 @@ def test_without_a_gpu_the_table_says_so_and_the_other_steps_go_on(tmp_path):
     assert done.stdout.count("FAILED: RuntimeError: no CUDA device here") == 4
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_the_budget_is_skipped_and_named(tmp_path):
     done, results = start(tmp_path, "--dry-run", "--budget", "1", "--steps", "cwt")
     assert done.returncode == 0, done.stderr

@@ -222,6 +222,7 @@ def test_twenty_kills_at_random_moments_lose_nothing(tmp_path):
     assert (out / "last/model.safetensors").read_bytes() == (whole / "last/model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_full_disk_leaves_the_previous_checkpoint_whole(tmp_path):
     toy(tmp_path / "a", "--max-steps", "10")
     full = toy(tmp_path / "b", "--width", "1000", limit=20_000, check=False)

@@ -305,6 +305,7 @@ def test_upstreams_names_are_doors(world, tmp_path):
     assert inference.main is test.main and inference.parse_args is test.parse_args
 
 
+@pytest.mark.slow
 def test_four_epochs_make_as_many_steps_as_whole_steps_fit(world, tmp_path):
     """Three batches an epoch, two in a step: one whole step an epoch, and the loop makes all four."""
     options = "--max-steps 0 --epochs 4 --accum 2 --windows 24 --log-every 1".split()

@@ -811,6 +811,7 @@ def test_a_header_of_gigabytes_or_of_foreign_files_is_one_line_before_anything_i
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_pictures_and_frames_that_fill_the_memory_are_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("common.files.free_memory", lambda: 10**8)
     (tmp_path / "slices").mkdir()

@@ -111,6 +111,7 @@ def test_the_launcher_gives_a_large_run_what_it_needs(tmp_path):
     assert launched(tmp_path, "--start", "x.bin", checkpoint=True).count("--start") == 1
 
 
+@pytest.mark.slow
 def test_dry_run_tells_the_memory_of_the_run_that_it_plans(tmp_path):
     sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 8}
     settings = {"model_type": "PanguEmbedded", "vocab_size": 50000, "num_key_value_heads": 8, **sizes}

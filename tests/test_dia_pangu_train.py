@@ -130,6 +130,7 @@ def test_gradient_checkpointing_keeps_the_gradient_and_recomputes(llm, data):
     assert calls == {False: 1, True: 2}
 
 
+@pytest.mark.slow
 def test_dry_run_counts_the_published_parameters_without_weights(llm, tmp_path):
     folder = tmp_path / "pangu"
     folder.mkdir()
