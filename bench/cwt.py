@@ -32,7 +32,6 @@ import json
 import os
 import platform
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -47,7 +46,7 @@ import torch.nn.functional as F
 sys.path.insert(
     0, str(Path(__file__).resolve().parents[1])
 )  # repository root: every way of starting this file finds it
-from bench.measure import added_peak_mb
+from bench.measure import added_peak_mb, resident_mb
 from common.checkpoint import atomic_write
 from cwt_mae.model import create_ricker_wavelets, cwt_wrap
 
@@ -155,7 +154,7 @@ def day_mb() -> float:
     model = TF_MAE_Classifier(None, 2, **sizes, preprocess={"fs": 100.0})
     signal = np.random.default_rng(0).standard_normal(86400 * 250, dtype=np.float32)
     model.encode(signal, 250.0, tokens=False)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return resident_mb("VmHWM")
 
 
 def csv_seconds(lines: int = 1_000_000) -> dict:

@@ -10,7 +10,6 @@ bench/results/cwt_loader.json.
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -43,7 +42,7 @@ def draw(folder: str, windows: int):
             {
                 "windows_per_s": windows / (time.perf_counter() - start),
                 "own_mb": resident_mb("RssAnon") - before,
-                "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+                "peak_mb": resident_mb("VmHWM"),
             }
         )
     )

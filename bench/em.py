@@ -3,7 +3,7 @@
     python bench/em.py [--repeats 3] [--parts encoder step loading generation gpu]
 
 Every variant runs in a process of its own; `seconds` is processor time of one thread (median over the
-repeats, variants in turn), `peak_mb` the highest resident memory above that before the work (on a GPU:
+repeats, variants in turn), `peak_mb` the resident memory that the work adds at its peak (on a GPU:
 torch's peak allocation), `ratio` the other way's number divided by ours.
 
   encoder     64 signals of 128 to 4096 points: packed rows and SDPA against one padded row a signal and
@@ -27,7 +27,6 @@ Writes bench/results/em.json; parts that were not measured this time stay as the
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -46,7 +45,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from bench.measure import processor, resident_mb
+from bench.measure import added_peak_mb, processor, resident_mb
 from common.checkpoint import atomic_write
 from common.sharding import keep_trained
 from em_mllm.dataset import SignalCollator, SignalDataset
@@ -89,18 +88,16 @@ def parse_args():
     return parser.parse_args()
 
 
-def measured(work, warm=True) -> dict:
-    """Processor seconds and peak memory growth of `work`(); warm: run it once before on the side."""
-    if warm:
-        work()
-    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.process_time()
-    value = work()
-    return {
-        "seconds": time.process_time() - start,
-        "peak_mb": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) / 1024,
-        "value": value,
-    }
+def measured(work) -> dict:
+    """Processor seconds of `work`(), its value, and how much resident memory it adds at its peak."""
+    result = {}
+
+    def call():
+        start = time.process_time()
+        result["value"] = work()
+        result["seconds"] = time.process_time() - start
+
+    return {"peak_mb": added_peak_mb(call), **result}
 
 
 def encoder(variant):
@@ -133,7 +130,7 @@ def encoder(variant):
             )
         return [cls[i] for i in range(len(signals))]
 
-    return measured(work, warm=False) | {"signals": len(signals), "rows": len(rows)}
+    return measured(work) | {"signals": len(signals), "rows": len(rows)}
 
 
 def multimodal(vocabulary=32000):
@@ -186,7 +183,7 @@ def step(variant):
         model.zero_grad()
         return float(loss.detach())
 
-    return measured(work, warm=False)
+    return measured(work)
 
 
 def generation(variant):
@@ -196,8 +193,7 @@ def generation(variant):
         return measured(
             lambda: model.generate(
                 **prompt, max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0
-            ).tolist(),
-            warm=False,
+            ).tolist()
         )
 
     @torch.no_grad()
@@ -213,7 +209,7 @@ def generation(variant):
             out.append(ids[0, -64:].tolist())
         return out
 
-    return measured(work, warm=False)
+    return measured(work)
 
 
 def loading(variant):
@@ -229,7 +225,7 @@ def loading(variant):
         signals = SignalDataset([path])
         if variant != "workers":
             order = np.random.default_rng(0).permutation(count)[:2000]
-            result = measured(lambda: sum(float(signals[int(i)]["iq"][0, 0]) for i in order), warm=False)
+            result = measured(lambda: sum(float(signals[int(i)]["iq"][0, 0]) for i in order))
             return result | {"file_mb": path.stat().st_size / 1e6, "resident_mb": resident_mb()}
         rates, collate = {}, SignalCollator(SiTMAEConfig(max_seq_len=(1024, 1)))
         for workers in (0, 2, 4):
@@ -256,7 +252,7 @@ def recording(variant):
                 return len(windows(found.read(0, found.length), 1024))
             return len(strong_windows(found, 1024))
 
-        return measured(work, warm=False) | {"file_mb": path.stat().st_size / 1e6}
+        return measured(work) | {"file_mb": path.stat().st_size / 1e6}
 
 
 def options(variant):
@@ -266,7 +262,7 @@ def options(variant):
     tails = [[[10 + k, 20, 30 + k, 40, 50, 60, 70, 80] for k in range(4)] for _ in range(16)]
     if variant == "ours":
         work = lambda: [v.tolist() for v in model.option_scores(options=tails, **prompt)]
-        return measured(work, warm=False)
+        return measured(work)
 
     @torch.no_grad()
     def work():
@@ -288,7 +284,7 @@ def options(variant):
             scores.append((chosen * learned).sum(1))
         return torch.stack(scores, 1).tolist()
 
-    return measured(work, warm=False)
+    return measured(work)
 
 
 def chunks(variant):
@@ -304,7 +300,7 @@ def chunks(variant):
         signals, order = SignalFile(path), np.random.default_rng(0).permutation(4000)[:500]
         if variant == "ours":
             signals.pack()
-        return measured(lambda: float(sum(signals.read(i)[0, 0] for i in order)), warm=False)
+        return measured(lambda: float(sum(signals.read(i)[0, 0] for i in order)))
 
 
 def checkpoint(variant):
@@ -316,7 +312,7 @@ def checkpoint(variant):
     if variant == "ours":
         keep_trained(accelerator)
     with tempfile.TemporaryDirectory() as folder:
-        result = measured(lambda: accelerator.save_state(folder), warm=False)
+        result = measured(lambda: accelerator.save_state(folder))
         size = sum(p.stat().st_size for p in Path(folder).rglob("*") if p.is_file())
     return result | {"value": None, "checkpoint_mb": size / 1e6}
 
