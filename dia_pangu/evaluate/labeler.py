@@ -8,11 +8,12 @@ overrides uncertain, and uncertain overrides absent.
 
 Two label spaces: the 14 findings of the prompt, and the 18 labels of CT-RATE. A further finding needs its
 words in ENGLISH_18 and in CHINESE_18 under one name: then `label_all` reads it. In LABELS_18 too, nlg_eval.py
-scores it, and real_reports.py asks for it in the file of labels. NOT_OF_EN holds the organs that it is not
+scores it, and real_reports.py asks for it in the file of labels. NOT_OF holds the organs that it is not
 said of, NORMAL the sentences that deny it without its word.
 """
 
 import re
+import unicodedata
 from functools import lru_cache
 
 from common.errors import UserError
@@ -22,20 +23,20 @@ BLANK, PRESENT, ABSENT, UNCERTAIN = 0, 1, 2, 3
 RANK = {BLANK: 0, ABSENT: 1, UNCERTAIN: 2, PRESENT: 3}  # of two statements the one with the higher rank holds
 
 
-def both(en: str, cn: str) -> dict[str, re.Pattern]:
-    """Return a pattern for each language; case does not matter."""
-    return {"en": re.compile(en, re.I), "cn": re.compile(cn, re.I)}
+def both(en: str, cn: str) -> re.Pattern:
+    """Return one pattern for both languages, which a sentence may mix; case does not matter."""
+    return re.compile(f"(?a:{en})|{cn}", re.I)  # no Chinese character is part of an English word
 
 
 # Words that name a finding. English patterns match at word starts, Chinese ones anywhere.
 ENGLISH = {
     "enlarged cardiomediastinum": r"(?:widen\w*|enlarge\w*|broaden\w*)[^,;]*mediastin(?!\w* (?:lymph|node))|"
     r"(?:cardio)?mediastin\w*(?:(?!lymph|node)[^,;])*(?:widen|enlarge|broaden)(?!\w* lymph)|"
-    r"(?:(?<!abdominal )aort\w*|pulmonary (?:arter|trunk|conus))[^,;]*(?:dilat|ecta[st]|aneurysm|widen|"
+    r"(?:(?<!abdominal )aort\w*|pulmonary (?:arter|trunk|conus))[^,;]*\b(?:dilat|ecta[st]|aneurysm|widen|"
     r"increased|enlarge)|(?:aort|pulmonary)\w*[^;]*wider than (?:normal|usual)|"
     r"(?:dilat\w*|aneurysm\w*|ecta[st]\w*|widen\w*|enlarge\w*)[^,;]*(?:(?<!abdominal )aort|"
     r"pulmonary (?:arter|trunk))",
-    "cardiomegaly": r"cardiomegal|(?:heart|cardiac)[^,;]*(?:enlarge|increase|wide|big|broad|dilat|larger)|"
+    "cardiomegaly": r"cardiomegal|(?:heart|cardiac)[^,;]*\b(?:enlarge|increase|wide|big|broad|dilat|larger)|"
     r"(?:enlarge\w*|increase\w*|dilat\w*)[^,;]*(?:heart|cardiac|cardiothora|ventric|\batri)|"
     r"(?:left|right|both|all) (?:cardiac chamber|ventric\w*|atri\w*)[^,;]*(?:enlarge|dilat|increase)|"
     r"(?:cardiothoracic|\bCTR\b)[^,;]*(?:increase|enlarge|0[.,](?:5[1-9]|[6-9])|\b(?:5[1-9]|[6-9]\d) ?%)",
@@ -43,30 +44,32 @@ ENGLISH = {
     r"\bGGOs?\b|hazy|haze|infiltrat|airspace disease|crazy.?paving|density (?:increase|area)|"
     r"increased (?:\w+ )?attenuation|"
     r"(?:increase\w*|patchy)[^,;]*densit|tree.?in.?bud",
-    "lung lesion": r"(?:micro)?nodul(?!ar (?:\w+ )?(?:thicken|consolidat))|lesion|\bmass\b(?!-like)|masses|"
-    r"tumou?r|metasta|carcinoma|"
+    "lung lesion": r"(?:micro)?nodul(?!arity|ar (?:\w+ )?(?:thicken|consolidat))|lesion|"
+    r"\bmass\b(?!-like)|masses|tumou?r|metasta|carcinoma|"
     r"malignan(?!t (?:pleural )?effusion)|cancer|"
     r"neoplas|\bGGNs?\b|hamartoma|granulomas?\b|tuberculoma|carcinoid|aspergilloma|mycetoma|fungus ball|"
     r"cavitat|(?:walled|lung|pulmonary|lobe|air.containing) cavit(?:y|ies)",
     "edema": r"(?:pulmonary |interstitial |alveolar )?(?:edema|oedema)|interlobular septal thicken|"
     r"thicken\w* (?:of|in) (?:the )?interlobular sept",
-    "consolidation": r"consolidat",
-    "pneumonia": r"(?:broncho)?pneumoni(?!ti)|infecti|infective|inflammat(?!ory nodul)|covid",
+    "consolidation": r"consol(?:idat|\b)",
+    "pneumonia": r"(?:broncho)?pneumoni(?!ti)|infecti|infective|inflammat(?!ory nodul)|covid|PNA\b",
     "atelectasis": r"atelecta|collaps|volume loss|loss of volume",
-    "pneumothorax": r"(?:hydro|hemo|haemo)?pneumothora|"
-    r"air\b(?! broncho)[^,;]*\b(?:pleural (?:leaves|spaces?|cavit\w*)|hemithora)",
+    "pneumothorax": r"(?:hydro|hemo|haemo)?pneumothora|PTX\b|PNX\b|"
+    r"air\b(?! broncho)[^,;]*\b(?:pleural (?:leaves|spaces?|cavit\w*)|hemithora)|"
+    r"pleural (?:spaces?|cavit\w*)[^,;]*\bair\b(?! broncho)",
     "pleural effusion": r"effusions?|(?:hydro|hydropneumo|ha?emo|pyo)thora|empyema|"
-    r"pleural[^,;]*fluid|fluid[^,;]*(?:hemithora|pleura|costophrenic|fissur|thoracic cavit)",
+    r"(?:pl\w*\.? ?|b/?l )+effn?s?\b|pleural[^,;]*fluid|"
+    r"fluid[^,;]*(?:hemithora|pleura|costophrenic|fissur|thoracic cavit)",
     "pleural other": r"pleura\w*(?: and \w+)?(?:[^,;](?!effusion\b|fluid\b)){0,40}?(?:thick|plaque|calcif|"
     r"scar|adhes)|(?:thick|plaque|calcif)\w*[^,;]*(?<!sub)pleura(?!l effusion)|"
     r"effusion.thicken",
-    "fracture": r"fractur|(?:compression|wedge|crush) (?:deformit|change)|wedging of|"
+    "fracture": r"fractur|fxs?\b|(?:compression|wedge|crush) (?:deformit|change)|wedging of|"
     r"(?:vertebra\w*|\b[CTL]\d\d?\b)[^,;]*(?:wedging|wedge.shaped|height loss|loss of height)|"
     r"loss of (?:vertebral|height of)|(?:height loss|loss of height)[^,;]*(?:vertebra|\b[CTL]\d)|"
     r"broken rib|callus|rib break|cortical disruption|(?:non|mal)-?union",
     "support devices": r"catheter|pacemaker|pacing|\bpacers?\b|support (?:device|apparatus)|\btubes?\b|"
-    r"\bstent|\bwires?\b|prosthe|\bport\b|"
-    r"\bport-a-cath|cannula|(?<!after )drain(?:age|s)?\b(?! (?:vein|lymph|node))|valve replacement|"
+    r"\bstent|\bwires?\b|prosthe|\bport\b|\bport-a-cath|cannula|"
+    r"(?<!after )(?<!since )(?<!following )drain(?:age|s)?\b(?! (?:vein|lymph|node))|valve replacement|"
     r"(?:artificial|mechanical|metallic) (?:\w+ )?valve|medical material|"
     r"sternotomy|suture|clips?\b|staples?\b|implant|electrode|\bleads?\b(?= (?:tip|of|in|are|is|end|over|"
     r"proj|course))|"
@@ -76,32 +79,33 @@ ENGLISH = {
     r"\b(?:ETT|NGT|CVC|PICC|IABP|LVAD|ECMO|TAVI|TAVR)\b",
 }
 CHINESE = {
-    "enlarged cardiomediastinum": r"纵隔(?:影)?[^，,；]{0,4}(?:增宽|增大|扩大)|"
-    r"(?:(?<!腹)主动脉|肺动脉)[^，,；]{0,8}(?:增宽|增粗|扩张|瘤样|动脉瘤|夹层动脉瘤)|"
+    "enlarged cardiomediastinum": r"纵隔(?:影)?[^,;]{0,4}(?:增宽|增大|扩大)|"
+    r"(?:(?<!腹)主动脉|肺动脉)[^,;]{0,8}(?:增宽|增粗|扩张|瘤样|动脉瘤|夹层动脉瘤)|"
     r"(?:(?<!腹)主动脉|肺动脉)瘤",
-    "cardiomegaly": r"(?:心(?:脏|影|室|房|腔|胸比)|全心|[左右]心|[左右][室房])[^，,；]{0,8}(?:增大|扩大|"
+    "cardiomegaly": r"(?:心(?:脏|影|室|房|腔|胸比)|全心|[左右]心|[左右][室房])[^,;]{0,8}(?:增大|扩大|"
     r"肥大|饱满|扩张|普大|[稍略偏]大)|巨心|"
-    r"心胸比[^，,；]{0,6}?(?:0[.．](?:5[1-9]|[6-9])|(?:5[1-9]|[6-9]\d)[%％])",
+    r"心胸比[^,;]{0,6}?(?:0\.(?:5[1-9]|[6-9])|(?:5[1-9]|[6-9]\d)%)",
     "lung opacity": r"GGO|磨玻璃(?!样?(?:密度)?(?:小|微)?结节)|毛玻璃|模糊(?:阴)?影|阴影|密度增高|密度增加|"
     r"片絮|絮状|云雾状|浸润|渗出|高密度影|致密影|斑片(?!状?实变)|片状影|片影|树芽",
-    "lung lesion": r"结节(?![样状](?:增厚|实变))|GGN|软组织(?:密度)?(?:团块|肿块)?影|类圆形[^，,；]{0,6}影|"
+    "lung lesion": r"结节(?![样状](?:增厚|实变))|GGN|软组织(?:密度)?(?:团块|肿块)?影|类圆形[^,;]{0,6}影|"
     r"错构瘤|"
     r"结核[球瘤]|肉芽肿|曲[菌霉]球|类癌|(?<![乳状列胰胸腮涎])腺癌|鳞癌|小细胞癌|肿块(?!样)|肿物|病灶|占位|"
     r"空洞|"
     r"转移瘤|转移灶|转移|肿瘤|"
     r"[肺叶]癌|包块|团块",
-    "edema": r"水肿|小叶间隔[^，,；]{0,4}增厚",
-    "consolidation": r"实变",
+    "edema": r"水肿|小叶间隔[^,;]{0,4}增厚",
+    "consolidation": r"实变|实质化",
     "pneumonia": r"肺炎|炎症|感染|炎性(?![小微]?结节)",
-    "atelectasis": r"不张|(?:膨胀|含气|充气)不[全良]|膨胀欠佳",
-    "pneumothorax": r"气液?胸|胸膜?腔[^，,；]{0,4}(?:积气|气体)",
-    "pleural effusion": r"积液|胸水|液性密度|水样密度|液体|积血|脓胸|血气?胸|液气胸|气液胸",
-    "pleural other": r"胸膜[^，,；腔]{0,8}(?:增厚|肥厚|钙化|粘连|斑)",
-    "fracture": r"骨折|压缩性?(?:改变|变形)|压缩变扁|椎体?压缩|楔[形状]?(?:改变|变)|骨痂|(?:骨质|"
+    "atelectasis": r"不张|塌陷|(?:膨胀|含气|充气)不[全良]|膨胀欠佳",
+    "pneumothorax": r"气液?胸|胸膜?腔[^,;]{0,4}(?:积气|气体|气液平)",
+    "pleural effusion": r"积液|积水|胸水|液性密度|水样密度|液体|积血|脓胸|血气?胸|液气胸|气液胸|"
+    r"胸膜?腔[^,;]{0,4}气液平",
+    "pleural other": r"胸膜[^,;腔]{0,8}(?:增厚|肥厚|钙化|粘连|斑)",
+    "fracture": r"骨折|压缩性?(?:改变|变形)|压缩变扁|椎体?塌陷|椎体?压缩|楔[形状]?(?:改变|变)|骨痂|(?:骨质|"
     r"皮质)(?:不连续|中断|断裂|扭曲)|"
     r"断端|畸形愈合",
     "support devices": r"(?<!动脉)(?<!胰)(?<!胸)(?<!腺)导管|起搏器|引流管|支架|置管|内固定|插管|胃管|鼻饲管|"
-    r"PICC|ICD|输液港|人工[^，,；]{0,4}瓣|机械瓣|瓣膜?置换|瓣膜?成形|钢丝|缝线|金属夹|钛夹|吻合钉|假体|"
+    r"PICC|ICD|输液港|人工[^,;]{0,4}瓣|机械瓣|瓣膜?置换|瓣膜?成形|钢丝|缝线|金属(?:夹|固定|植入)|钛夹|吻合钉|假体|"
     r"植入物|"
     r"固定器|钢板|"
     r"除颤器|电极|导线|滤器|弹簧圈|骨水泥|造瘘管|人工关节|关节置换|辅助装置",
@@ -132,16 +136,16 @@ ENGLISH_18 = {
     r"bronch\w*[^,;]*(?:dilat|ectas)",
 }
 CHINESE_18 = {
-    "Arterial wall calcification": r"动脉[^，,；]{0,8}(?:钙化|粥样硬化)|动脉硬化",
-    "Pericardial effusion": r"心包[^，,；胸]{0,8}(?:积液|液体)",
-    "Coronary artery wall calcification": r"冠(?:状动)?脉[^，,；]{0,10}(?:钙化|硬化|斑块)",
+    "Arterial wall calcification": r"动脉[^,;]{0,8}(?:钙化|粥样硬化)|动脉硬化",
+    "Pericardial effusion": r"心包[^,;胸]{0,8}(?:积液|液体)",
+    "Coronary artery wall calcification": r"冠(?:状动)?脉[^,;]{0,10}(?:钙化|硬化|斑块)",
     "Hiatal hernia": r"食管裂孔疝|裂孔疝",
-    "Lymphadenopathy": r"淋巴结[^，,；]{0,8}(?:肿大|增大)|肿大淋巴结|增大淋巴结",
+    "Lymphadenopathy": r"淋巴结[^,;]{0,8}(?:肿大|增大)|肿大淋巴结|增大淋巴结",
     "Emphysema": r"肺气肿",
     "Pulmonary fibrotic sequela": r"纤维|条索|陈旧(?:性)?(?:病变|病灶|灶)|蜂窝|网格",
     "Mosaic attenuation pattern": r"马赛克",
-    "Peribronchial thickening": r"支气管[^，,；]{0,4}壁[^，,；]{0,4}增厚|支气管周围[^，,；]{0,4}增厚",
-    "Bronchiectasis": r"支气管[^，,；]{0,6}扩张|支扩",
+    "Peribronchial thickening": r"支气管[^,;]{0,4}壁[^,;]{0,4}增厚|支气管周围[^,;]{0,4}增厚",
+    "Bronchiectasis": r"支气管[^,;]{0,6}扩张|支扩",
 }
 # CT-RATE's label -> ours. Septal thickening is the CT sign of interstitial edema; "Medical material" is a
 # device or suture.
@@ -162,11 +166,9 @@ LABELS_18 = (
     *("Mosaic attenuation pattern", "Peribronchial thickening", "Consolidation", "Bronchiectasis"),
     "Interlobular septal thickening",
 )
-PATTERNS = {
-    "en": {name: re.compile(rf"\b(?:{p})", re.I) for name, p in (ENGLISH | ENGLISH_18).items()},
-    "cn": {name: re.compile(p) for name, p in (CHINESE | CHINESE_18).items()},
-}
-assert set(PATTERNS["en"]) == set(PATTERNS["cn"]), "every finding needs words of both languages, by one name"
+ENGLISH, CHINESE = ENGLISH | ENGLISH_18, CHINESE | CHINESE_18
+assert set(ENGLISH) == set(CHINESE), "every finding needs words of both languages, by one name"
+PATTERNS = {name: both(rf"\b(?:{words})", CHINESE[name]) for name, words in ENGLISH.items()}
 
 # Organs, as the words that name them; of two that match at one place the longer counts.
 ORGANS = {
@@ -218,19 +220,20 @@ ORGANS = {
     },
 }
 ORGANS = {
-    language: re.compile("|".join(f"(?P<{name}>{p})" for name, p in organs.items()), re.I)
-    for language, organs in ORGANS.items()
+    name: "|".join(words[name] for words in ORGANS.values() if name in words)
+    for name in ORGANS["en"] | ORGANS["cn"]
 }
+ORGANS = re.compile("|".join(f"(?P<{name}>{words})" for name, words in ORGANS.items()), re.I | re.A)
 ELSEWHERE = {"bone", "node", "breast", "thyroid", "skin", "abdomen", "head", "limb"}
 # Organs of which a finding is not said, whatever its word is. Chinese names the organ before what it says of
 # it, so that a lesion after the pleura is the pleura's; English may name a neighbour ("abutting the pleura").
-NOT_OF_EN = {
+NOT_OF = {
     **dict.fromkeys(("lung opacity", "consolidation", "pneumonia", "atelectasis", "edema"), ELSEWHERE),
     "lung lesion": ELSEWHERE | {"esophagus", "heart", "pericardium", "mediastinum"},
     "pleural effusion": (ELSEWHERE | {"pericardium", "esophagus"}) - {"bone"},
     "support devices": {"breast", "head"},
 }
-NOT_OF = {"en": NOT_OF_EN, "cn": NOT_OF_EN | {"lung lesion": NOT_OF_EN["lung lesion"] | {"pleura"}}}
+NOT_OF_CN = NOT_OF | {"lung lesion": NOT_OF["lung lesion"] | {"pleura"}}
 # A word that hides another finding's word or says something else.
 IGNORE = both(
     en=r"(?<!sub)\bpleural (?:nodul\w*|mass\w*|metasta\w*|lesion\w*|tumou?r\w*)|"
@@ -240,9 +243,9 @@ IGNORE = both(
     r"mass effect|"
     r"(?:known|(?:patient|case)s? with) (?:\w+ ){0,2}(?:cancer|carcinoma|malignanc\w*|tumou?r)|"
     r"body mass|post.?(?:infectio|pneumoni)\w*|non.?infecti\w*|space.occupying lesion (?:was|is) not|"
-    r"infectious disease clinic|"
+    r"infectious disease clinic|\w+ (?:detection|screening|protocol|search|surveillance)\b|"
     r"fractur\w*(?= (?:\w+ ){0,2}(?:wires?|catheters?|leads?|screws?|stents?|rods?|hardware)\b)",
-    cn=r"椎体[^，。；]{0,6}不张|炎性假瘤|无名动脉|感染科|结节性甲状腺肿|转移酶|淋巴结转移|"
+    cn=r"椎体[^,。;]{0,6}不张|炎性假瘤|无名动脉|感染科|结节性甲状腺肿|转移酶|淋巴结转移|"
     r"[肺叶]癌(?:根治|切除)?术后|(?<!叶间)(?<!裂)胸膜(?:多发)?(?:结节(?![样状]增厚)|肿块|占位|转移)|"
     r"(?:结节|肿瘤|肿物|占位|转移瘤|气胸|积液|主动脉瘤|夹层)(?:切除|引流)?术后",
 )
@@ -255,7 +258,12 @@ CHANGE = both(
     r"decreased since)\b(?: (?:was|is|were|has been) \w+)?|"
     r"\bnot (?:\w+ ){0,3}?(?:previous\w*|prior|before|earlier|old|on the last)\b(?: (?:seen|observed|"
     r"present|examination\w*|CT|study))*|"
-    r"not (?:yet |fully |completely |entirely )(?:healed|resolved|resorbed|regressed)|\bnot only\b|"
+    r"\bnot (?:yet |fully |completely |entirely )?(?:healed|resolved|resorbed|regressed|cleared|disappeared|"
+    r"re-?expanded)|\bnot only\b|"
+    r"\b(?:until|await\w*|pending|for|to (?:document|confirm|ensure|assess|verify|see|demonstrate|check|"
+    r"establish|show)) (?:its |the |complete |full |further |interval )*(?:resolution|clearing|regression|"
+    r"disappearance)|"
+    r"\b(?:can)?not (?:(?!no\b|seen|visible|detected)\w+ ){0,6}?(?:free of|devoid of)|"
     r"\bno\b(?=[^,;.]*\b(?:other than|apart from|besides|aside from) (?:\w+ )?(?:known|previous\w*|old|"
     r"one|single|\d))|\bno longer than\b|not well (?:seen|defined)|not clearly demarcated|"
     r"nor? (?:\w+ )?contrast|without (?:\w+ )?contrast\w*|"
@@ -264,9 +272,9 @@ CHANGE = both(
     r"(?:(?!or |and )\w+ ){0,3}?(?=nodul|mass|lesion|effusion|fluid|opacit|consolidat|pneumo|atelecta|"
     r"o?edema|"
     r"infiltrat|metasta|tumou?r|fractur)",
-    cn=r"(?:较?前|与前)?[^，。；]{0,6}(?:无|未见)(?:明显|显著|著|任何|确切)?(?:变化|改变|著变|进展|吸收|"
+    cn=r"(?:较?前|与前)?[^,。;]{0,6}(?:无|未见)(?:明显|显著|著|任何|确切)?(?:变化|改变|著变|进展|吸收|"
     r"好转)|"
-    r"(?:较前|与前|(?:结节|肿块|肿物|病灶|占位|积液|范围)[^，。；]{0,4})[^，。；]{0,4}(?:无|"
+    r"(?:较前|与前|(?:结节|肿块|肿物|病灶|占位|积液|范围)[^,。;]{0,4})[^,。;]{0,4}(?:无|"
     r"未见)(?:明显)?(?:增大|缩小|增多|减少)|"
     r"未(?:完全|明显|见明显|充分|彻底)?(?:吸收|愈合|消散|消失|复张|闭合|好转)|"
     r"不(?:均匀|规则|规整|光整|清楚|清晰|整齐|光滑|连续)|无明显诱因|无症状|未(?:行|扫及|包括|做)|"
@@ -285,7 +293,7 @@ ANEW = both(
     r",\s*(?:and )?(?:both|bilateral|in|left|right|small|large|a|an)\b[^,;]*\b(?:is|are|was|were)\b|"
     r"\bother than\b|\bapart from\b|\bexcept for\b|\bdue to\b|\bsecondary to\b|\bin a patient with\b|"
     r"\bonly\b|\b(?:with|and) (?:\w+ )?(?:recur|develop|new\b|persist|residual)",
-    cn=r"可见|但|而|仅见|只见|另见|(?<!未)(?<!未再)见(?!明显)|除(?=[^，。]*外)",
+    cn=r"可见|但|而|仅见|只见|另见|(?<!未)(?<!未再)见(?!明显)|除(?=[^,。]*外)",
 )
 # A finding's words may stand apart, with the denial between them.
 DENIED_INSIDE = both(
@@ -293,7 +301,7 @@ DENIED_INSIDE = both(
 )
 DENIED_AFTER = both(
     en=r"^(?:(?!\b(?:is|are|was|were|seen|present|small|mild|large)\b)[\w /,])*(?::| [-–—])\s*"
-    r"(?:none|no|not|nil|absent|neg|negative)\b|^\s*\([-–—]\)|"
+    r"(?:none|no|not|nil|absent|neg|negative)\b|^\s*(?:\([-–—]\)|[-–—](?=\s*(?:[,;/]|$)))|"
     r"^[^,;]*\bin neither\b|"
     r"^(?:(?!\b(?:is|are|was|were) (?:seen|observed|noted|present|detected|found|identified|visible|"
     r"available)\b)[^,;])*?(?:,? (?:or|and|nor)[^;]*?)?\b(?:(?:can)?not (?:\w+ ){0,2}(?:observed|"
@@ -308,8 +316,8 @@ DENIED_AFTER = both(
     r"excluded|no longer|(?:is|are|seems?|appears?) (?:\w+ )?(?:unlikely|(?:not|less) likely|improbable)|"
     r"(?:now|fully|completely|since|lung) (?:drained|evacuated|re-?expanded))\b",
     cn=r"^[影灶区]?(?:吸收|消散|消退)$|"
-    r"^(?:[、及和或/][^，,；：:]*)?(?:[：:]\s*(?:无|否|阴性|未见)|[（(][-－—][)）])|"
-    r"^(?:[^，,；]{0,16}?|[^，,；]*[、及和][^，,；]*?均)(?:未见(?:明确|确切|明显)?(?:显示|显影|异常|"
+    r"^(?:[、及和或/][^,;:]*)?(?::\s*(?:无|否|阴性|未见)|\([-—]\)|[-—](?=\s*$))|"
+    r"^(?:[^,;]{0,16}?|[^,;]*[、及和][^,;]*?均)(?:(?<!可)不见|未见(?:明确|确切|明显)?(?:显示|显影|异常|"
     r"征象)?$|不大|正常|消失|(?<!未)(?:已|完全|全部|"
     r"基本)(?:被)?(?:吸收|消散|复张)|吸收消散|引流干净|阴性|拔[除出管去]|已[拔撤]|取出|移除|撤除|"
     r"不存在|(?:除外|"
@@ -322,8 +330,11 @@ DOUBT_BEFORE = both(
     r"about)|suspect\w*|uncertain|"
     r"equivocal|less likely|"
     r"low(?:er)? (?:probability|likelihood|suspicion)|concern\w* for|rule out|"
-    r"r/o|evaluat\w* for|exclude|query|question of|differential\w*|versus|vs\.?|whether|if)\b|\?",
-    cn=rf"可能|疑|(?<![相类近])似|{NOT_RULED_OUT}|除外(?=.)|警惕|是否|(?:需|应|须)(?:与|和)",
+    r"r/o|(?:evaluat|screen|search|look|sensitiv|tailor|optimi[sz]|assess)\w* for|exclude|"
+    r"query|question of|differential\w*|versus|vs\.?|whether|if|"
+    r"detect(?:ion of|ing)|(?:limit|obscur|hamper|preclud|hinder)\w* (?:\w+ )*"
+    r"(?:detection|evaluation|assessment|visuali[sz]ation|exclusion) of)\b|\?",
+    cn=rf"影响|干扰|限制|不利于|遗漏|掩盖|可能|疑|(?<![相类近])似|{NOT_RULED_OUT}|除外(?=.)|警惕|是否|(?:需|应|须)(?:与|和)",
 )
 DOUBT_AFTER = both(
     en=r"^\s*(?:\w+ )?(?:versus|vs\.?) |"
@@ -332,7 +343,7 @@ DOUBT_AFTER = both(
     r"considered possible|equivocal)|(?<!that )(?<!which )(?:could|may|might) (?:not )?be\b(?! (?:due|"
     r"related|caused|secondary|from|seen|compatible|consistent|associated))|not excluded|(?:is|"
     r"are) in the differential|should be (?:excluded|ruled out))\b)",
-    cn=rf"^[^，,；]*?(?:可能|待排|{NOT_RULED_OUT}|待查|可疑|鉴别|\?|？)",
+    cn=rf"^[^,;]*?(?:可能|待排|{NOT_RULED_OUT}|待查|可疑|鉴别|(?:显示|观察|评[价估]|检出)(?:欠佳|受限|不佳|困难|不满意)|\?)",
 )
 # Masked before denial is looked for: these words doubt.
 NOT_DENIED = both(
@@ -348,9 +359,13 @@ HISTORY = both(
     r"treated for|past medical|clinical information|indication)\b",
     cn=r"病史|既往(?!未)|曾有|曾患|史$",
 )
+HISTORY_AFTER = re.compile(
+    r"[^,;]{0,4}病?史|治疗后|复查|随[访诊]|[^,;]{0,2}(?:入院|住院|[就来]诊|行[^,;]{0,4}(?:术|引流))"
+)
 # A clause that says nothing but that the finding of the clause before it is still there.
 REMAINS = both(
-    en=r"\s*(?:it |they |is |are |was |were |still )*(?:persist|remain|present|seen|visible)|"
+    en=r"\s*(?:and )?(?:the (?:left|right) (?:one )?)?"
+    r"(?:it |they |is |are |was |were |still )*(?:persist|remain|present|seen|visible)|"
     r"\s*(?:an? |some )?(?!no )(?:\w+ )?(?:fluid|air) (?:persists|remains)\W*$|"
     r"\s*(?:with |leaving )?(?:an? )?(?!no )(?:\w+ )?(?:residual|remnant|residue)\W*$|"
     r"\s*(?:and )?(?:on the (?:left|right)(?: side)?,? )?(?:there (?:is|are) )?(?:an? )?(?!no )\w+ "
@@ -364,7 +379,7 @@ GONE = both(
     r"(?:gone|resolved|disappeared|cleared|re-?expanded|no longer (?:seen|present|visible)|not (?:seen|"
     r"visible|"
     r"present)(?: (?:now|today|currently))?)\W*$",
-    cn=r"(?:现|现已|目前|今|本次|此次|本片)[^，,；]{0,4}未(?:见|再见)?(?:明确|确切)?(?:显示|显影)?$|"
+    cn=r"(?:现|现已|目前|今|本次|此次|本片)[^,;]{0,4}未(?:见|再见)?(?:明确|确切)?(?:显示|显影)?$|"
     r"(?:较?前片?|现)?(?:已|完全|基本){1,3}(?:消失|吸收|消散)$",
 )
 QUIET = both(
@@ -375,20 +390,13 @@ QUIET = both(
 )
 # A normal sentence about an organ is a statement that its findings are absent.
 NORMAL = {
-    "en": {
-        r"heart (?:size |contour)?[^,;]*(?:is|are|of)[^,;]*(?:normal|usual|natural)|normal heart": (
-            "cardiomegaly",
-        ),
-        r"pleural spaces? (?:is|are) free": ("pleural effusion", "pneumothorax"),
-        r"ribs are intact": ("fracture",),
-        r"lungs are clear": ("lung opacity", "lung lesion", "consolidation"),
-    },
-    "cn": {
-        r"心(?:脏|影)[^，]*(?:不大|正常)": ("cardiomegaly",),
-        r"肋骨完整": ("fracture",),
-        r"胸膜腔未见异常": ("pleural effusion", "pneumothorax"),
-        r"双肺(?:野)?清晰": ("lung opacity", "lung lesion", "consolidation"),
-    },
+    both(
+        en=r"heart (?:size |contour)?[^,;]*(?:is|are|of)[^,;]*(?:normal|usual|natural)|normal heart",
+        cn=r"心(?:脏|影)[^,]*(?:不大|正常)",
+    ): ("cardiomegaly",),
+    both(en=r"ribs are intact", cn=r"肋骨完整"): ("fracture",),
+    both(en=r"pleural spaces? (?:is|are) free", cn=r"胸膜腔未见异常"): ("pleural effusion", "pneumothorax"),
+    both(en=r"lungs are clear", cn=r"双肺(?:野)?清晰"): ("lung opacity", "lung lesion", "consolidation"),
 }
 
 
@@ -398,11 +406,68 @@ def language_of(text: str) -> str:
     return "cn" if 3 * chinese > len(re.findall(r"[A-Za-z]", text or "")) else "en"
 
 
-def sentences(text: str, language: str) -> list[str]:
-    """Split a text into sentences."""
-    if language == "cn":
-        return [part for part in re.split(r"[。\n]", text) if part.strip()]
-    parts = re.split(r"(?<=[^\d\W])[.!](?=\s|$)|(?<=[\d)\"])\.(?=\s|$)|\n|\"", text)
+# Traditional characters, and the simplified ones that the rules are written in.
+TRADITIONAL = str.maketrans(
+    "與兩絲雲僅體餘側動區壓雙發變葉後圍團圓塊聲復複頭實宮寬對導層應張彈異擴換斷無舊顯術機來極構樹樣殘氣沒"
+    "潤濾狀現電療確積竇類纖縱線組細織結絕維縫縮網膚腸腎腫脹膽臟腦膿節慮裝見規訪診誘質賽轉軟較輔輸還進連鄰"
+    "鑑釘鈣鈦鋼鎖錯門閉間闌陰陳隨難霧靜須顱頸頜額飽飼馬髖鱗齊滲癒黏滿條週佔徵麵幹嚥範癥徹纍脈為價響約觀評"
+    "達遺擾掃釐於徑輕續蓋",
+    "与两丝云仅体余侧动区压双发变叶后围团圆块声复复头实宫宽对导层应张弹异扩换断无旧显术机来极构树样残气没"
+    "润滤状现电疗确积窦类纤纵线组细织结绝维缝缩网肤肠肾肿胀胆脏脑脓节虑装见规访诊诱质赛转软较辅输还进连邻"
+    "鉴钉钙钛钢锁错门闭间阑阴陈随难雾静须颅颈颌额饱饲马髋鳞齐渗愈粘满条周占征面干咽范症彻累脉为价响约观评"
+    "达遗扰扫厘于径轻续盖",
+)
+# Slips of a Chinese keyboard, and the word for the pleura in Taiwan.
+SLIPS = {"末见": "未见", "积夜": "积液", "枳液": "积液", "肋膜": "胸膜"}
+# English words that are also read with one letter too many, too few, wrong, or two exchanged.
+TERMS = (
+    *(
+        "effusion",
+        "effusions",
+        "consolidation",
+        "consolidations",
+        "cardiomegaly",
+        "pneumothorax",
+        "pneumonia",
+    ),
+    *("atelectasis", "opacity", "opacities", "nodule", "nodules", "fracture", "fractures", "emphysema"),
+    *("bronchiectasis", "thickening", "lymphadenopathy", "catheter", "pacemaker", "pericardial"),
+)
+
+
+def shorter(word: str) -> set[str]:
+    """Return a word with those that have one of its letters less, but never the first."""
+    return {word} | {word[:i] + word[i + 1 :] for i in range(1, len(word))}
+
+
+MEANT = {part: term for term in TERMS for part in shorter(term)}
+
+
+@lru_cache(maxsize=65536)
+def spelled(word: str) -> str:
+    """Return the term that an English word is a slip of, or the word itself."""
+    if any(pattern.match(word) for pattern in PATTERNS.values()):
+        return word
+    return next((MEANT[part] for part in sorted(shorter(word.lower())) if part in MEANT), word)
+
+
+def plain(text: str) -> str:
+    """Return a report as the rules read it: characters of one width, simplified, with usual spelling."""
+    text = unicodedata.normalize("NFKC", text).translate(TRADITIONAL)
+    text = re.sub("|".join(SLIPS), lambda match: SLIPS[match.group()], text)
+    return re.sub("[A-Za-z]{7,}", lambda match: spelled(match.group()), text)
+
+
+def is_chinese(text: str) -> bool:
+    return re.search("[\u4e00-\u9fff]", text) is not None
+
+
+def sentences(text: str) -> list[str]:
+    """Return the sentences of a text as `plain` leaves it; a heading in brackets begins one."""
+    parts = re.split(
+        r"(?<=[^\d\W])[.!](?=\s|$)|(?<=[\d)\"])\.(?=\s|$)|[\n\"。•▪]|·\s|(?<=[\u4e00-\u9fff])\.|(?=【)",
+        plain(text),
+    )
     return [part for part in parts if part.strip()]
 
 
@@ -410,28 +475,39 @@ def sentences(text: str, language: str) -> list[str]:
 INSERTED = re.compile(
     r",(\s(?!(?:with|without|no|which|and|or|but|the|a|an|both|bilateral)\b)[^,;:]{1,40}),"
     r"(?=\s(?:is|are|was|were|has|have|appears?|remains?)\b)"
-    r"|,(\s(?:\w+ly )?(?:dilated|enlarged|widened|aneurysmal|ectatic)\W*$)",
+    r"|,(\s(?:\w+ly )?(?:dilated|enlarged|widened|aneurysmal|ectatic)\W*$)"
+    r"|, which(\s(?:is|remains|appears) (?:\w+ )?(?:dilated|enlarged|widened|thickened|collapsed)\b)",
     re.I,
 )
 
+# A Chinese size between an organ and what is said of it, and commas in a list of bare findings.
+MEASURED = re.compile(
+    r"(?:[管直内外宽横][径度])?[约为达]*\d[\d.]*\s?(?:[cm]m|厘米|毫米)\s?,\s?"
+    r"(?=(?:明显|轻度|稍|略|呈)*(?:增[宽粗大厚]|扩[张大]))"
+)
+LISTED = re.compile(
+    r"(?<=[^\d\s]),\s?(?=(?:结节|肿块|肿物|占位|实变|渗出|斑片|磨玻璃|空洞|胸?积液|气胸|骨折|不张)影?\s*(?:[,;、及或和]|$))"
+)
 
-def clauses(text: str, language: str) -> list[str]:
+
+def clauses(text: str) -> list[str]:
     """Split a text into the parts that a negation does not reach across."""
-    return [part for sentence in sentences(text, language) for part in split_clauses(sentence, language)]
+    return [part for sentence in sentences(text) for part in split_clauses(sentence)]
 
 
-def split_clauses(sentence: str, language: str) -> list[str]:
+def split_clauses(sentence: str) -> list[str]:
     """Split one sentence into clauses."""
-    if language == "cn":
-        parts = re.split(r"[；;，,]", sentence)
+    if is_chinese(sentence):
+        parts = re.split("[;,]", MEASURED.sub("", LISTED.sub("、", sentence)))
     else:
         parts = re.split(
             r";|\b(?:but|however|although|though|except|whereas|while|despite)\b|"
             r"(?<!\bof)(?<!\bin)(?<!\band)\s(?=the (?:\w+ ){1,3}(?:is|are) (?:otherwise )?(?:normal|clear|"
             r"unremarkable)\b)|"
-            r",\s+(?=(?:and )?(?:there|a|an|mild|minimal|moderate|large|massive|marked|severe|bilateral|"
-            r"with|no|without|which|now|resolved|cleared|gone|the (?:left|right|other))\b)",
-            INSERTED.sub(r" \1\2 ", sentence),
+            r",\s+(?=(?:and )?(?:there|a|an|tiny|trace|small|mild|minimal|moderate|large|massive|marked|"
+            r"severe|multiple|scattered|bilateral|with|no|without|which|now|resolved|cleared|gone|"
+            r"the (?:left|right|other))\b)",
+            INSERTED.sub(r" \1\2\3 ", sentence),
         )
     # What goes on for longer is no clause, but a list or a model that repeats itself.
     return [piece for part in parts if part and part.strip() for piece in re.findall(r"(?s).{1,700}", part)]
@@ -454,32 +530,32 @@ NEIGHBOUR = re.compile(
 )
 
 
-def joined_organs(named: list[re.Match], clause: str, language: str) -> set[str]:
+def joined_organs(named: list[re.Match], clause: str) -> set[str]:
     """Return the first of the organs `named`, in the order of their distance from a finding, with those that
     stand joined to it."""
     joined = {match.lastgroup for match in named[:1]}
     for one, two in zip(named, named[1:]):
         gap = clause[min(one.end(), two.end()) : max(one.start(), two.start())]
-        if not JOINED[language].fullmatch(gap):
+        if not JOINED.fullmatch(gap):
             break
         joined.add(two.lastgroup)
     return joined
 
 
-def organs_of(clause: str, match: re.Match, language: str, carried: str) -> set[str]:
+def organs_of(clause: str, match: re.Match, carried: str) -> set[str]:
     """Return the organs that a finding's word is said of; empty where none is named.
 
     It is inside the word, or the last organ before it with those that "and" joins to it; where a verb or a
     new noun lies between, or none stands there, the first behind it that is no mere neighbour, with those
     that are joined to it. carried: the organ of the clause before, for a clause that names none.
     """
-    inside = [m.lastgroup for m in ORGANS[language].finditer(match.group())]
-    named = list(ORGANS[language].finditer(clause))
+    inside = [m.lastgroup for m in ORGANS.finditer(match.group())]
+    named = list(ORGANS.finditer(clause))
     before = [m for m in named[::-1] if m.end() <= match.start()]
-    if inside and (language == "en" or not before):
+    if inside and (not before or not is_chinese(clause)):
         return {inside[-1]}
-    if language == "cn":
-        return joined_organs(before, clause, language) or {inside[-1] if inside else carried} - {""}
+    if is_chinese(clause):
+        return joined_organs(before, clause) or {inside[-1] if inside else carried} - {""}
     after = [m for m in named if m.start() >= match.end()]
     after = [m for m in after if not NEIGHBOUR.search(clause[match.end() : m.start()])]
     gap = clause[before[0].end() : match.start()] if before else ""
@@ -496,34 +572,43 @@ def organs_of(clause: str, match: re.Match, language: str, carried: str) -> set[
         # "Colon mass with metastases to both lungs": what is said with it is said of the lung.
         begun = begun or re.search(r"\bwith\b", gap) and near and after[0].lastgroup in ("lung", "pleura")
         if not near or not begun and re.match(r"[\s\w-]{0,14}$", gap):
-            return joined_organs(before, clause, language)
-    return joined_organs(after, clause, language) or {carried} - {""}
+            return joined_organs(before, clause)
+    return joined_organs(after, clause) or {carried} - {""}
 
 
-def is_denied(clause: str, match: re.Match, language: str) -> bool:
+# What a clause names to say where something else is, it takes for given: "no mass behind the effusion".
+GIVEN = re.compile(
+    r"\b(?:in|within|inside|behind|beneath|beyond|beside|around|near|adjacent to|next to|"
+    r"proximal to|distal to|surrounding) the "
+    r"(?!(?:\w+ )?(?:prior|previous|former|old|expected|resolved|region|area))(?:\w+ )?$",
+    re.I,
+)
+
+
+def is_denied(clause: str, match: re.Match) -> bool:
     """Return whether a clause denies what was matched in it, by words before, in or behind it."""
-    plain = blank(CHANGE[language], blank(NOT_DENIED[language], clause))
-    for word in DENIED_BEFORE[language].finditer(plain, 0, match.start()):
-        if not ANEW[language].search(plain, word.end(), match.start()):
+    masked = blank(CHANGE, blank(NOT_DENIED, clause))
+    for word in DENIED_BEFORE.finditer(masked, 0, match.start()):
+        if not ANEW.search(masked, word.end(), match.start()):
             return True
-    if DENIED_INSIDE[language].search(plain[match.start() : match.end()]):
+    if DENIED_INSIDE.search(masked[match.start() : match.end()]):
         return True
-    return bool(DENIED_AFTER[language].search(plain[match.end() :]))
+    return bool(DENIED_AFTER.search(masked[match.end() :]))
 
 
-def code_of(clause: str, match: re.Match, language: str) -> int:
+def code_of(clause: str, match: re.Match) -> int:
     """Return the code of a match by the words of history, denial and doubt around it."""
-    if HISTORY[language].search(clause[: match.start()]) or (
-        language == "cn" and re.match(r"[^，,；]{0,4}病?史|治疗后|复查|随[访诊]", clause[match.end() :])
-    ):
+    if GIVEN.search(clause[: match.start()]):
+        return PRESENT
+    if HISTORY.search(clause[: match.start()]) or HISTORY_AFTER.match(clause, match.end()):
         return BLANK
-    if is_denied(clause, match, language):
+    if is_denied(clause, match):
         return ABSENT
     before = re.split(
         r"(?<!compatible )(?<!consistent )(?<!associated )\bwith\b|伴", clause[: match.start()]
     )[-1]
     after = clause[match.end() :]
-    doubted = DOUBT_BEFORE[language].search(before) or DOUBT_AFTER[language].search(after)
+    doubted = DOUBT_BEFORE.search(before) or DOUBT_AFTER.search(after)
     return (
         UNCERTAIN
         if doubted and not re.search(r"\b(?:is|are|was|were) (?:\w+ )?confirmed\b", after)
@@ -531,44 +616,45 @@ def code_of(clause: str, match: re.Match, language: str) -> int:
     )
 
 
-def label_sentence(sentence: str, language: str, names):
-    """Yield (finding, code) for everything that one sentence states of the findings `names`."""
+def label_sentence(sentence: str):
+    """Yield (finding, code) for everything that one sentence states."""
     carried, pneumonia = "", False
     found, last = [], []  # what the sentence states, and of that the clause before
-    for clause in split_clauses(sentence, language):
+    not_of = NOT_OF_CN if is_chinese(sentence) else NOT_OF
+    for clause in split_clauses(sentence):
         here = len(found)
-        for pattern, absent in NORMAL[language].items():
-            if re.search(pattern, clause, re.I):
-                found += [(name, ABSENT, "") for name in absent if name in names]
-        clause = blank(IGNORE[language], clause)
-        for name in names:
-            for match in PATTERNS[language][name].finditer(clause):
-                organs = organs_of(clause, match, language, carried)
-                if organs and organs <= NOT_OF[language].get(name, set()):
+        for pattern, absent in NORMAL.items():
+            if pattern.search(clause):
+                found += [(name, ABSENT, "") for name in absent]
+        clause = blank(IGNORE, clause)
+        for name, pattern in PATTERNS.items():
+            for match in pattern.finditer(clause):
+                organs = organs_of(clause, match, carried)
+                if organs and organs <= not_of.get(name, set()):
                     continue
-                code = code_of(clause, match, language)
+                code = code_of(clause, match)
                 found.append((name, code, match.group()))
                 pneumonia |= name == "pneumonia" and code == PRESENT
-                if code == PRESENT and not WEAK[language].search(match.group()):
+                if code == PRESENT and not WEAK.search(match.group()):
                     break  # nothing that the clause says besides has a higher rank
-        if len(found) == here and REMAINS[language].match(clause):
+        if len(found) == here and REMAINS.match(clause):
             found += [(name, PRESENT, word) for name, code, word in last if code == ABSENT]
-        if len(found) == here and GONE[language].match(clause):
+        if len(found) == here and GONE.match(clause):
             found = [(one[0], ABSENT, one[2]) if one in last else one for one in found]
         last = found[here:] or last
-        named = [m.lastgroup for m in ORGANS[language].finditer(clause)]
+        named = [m.lastgroup for m in ORGANS.finditer(clause)]
         carried = named[-1] if named else carried
     for name, code, word in found:
-        if not (name == "lung opacity" and pneumonia and WEAK[language].search(word)):
+        if not (name == "lung opacity" and pneumonia and WEAK.search(word)):
             yield name, code
 
 
 @lru_cache(maxsize=8192)
 def label_all(text: str) -> dict:
-    """Return {finding: code} of a report for both label spaces, English or Chinese as its characters say."""
-    language, codes = language_of(text), dict.fromkeys(ENGLISH | ENGLISH_18, BLANK)
-    for sentence in sentences(text, language):
-        for name, code in label_sentence(sentence, language, codes):
+    """Return {finding: code} of a report for both label spaces."""
+    codes = dict.fromkeys(PATTERNS, BLANK)
+    for sentence in sentences(text):
+        for name, code in label_sentence(sentence):
             if RANK[code] > RANK[codes[name]]:
                 codes[name] = code
     return codes
@@ -580,8 +666,7 @@ def label_report(text: str) -> list[int]:
     codes = {name: known[name] for name in FINDINGS[:-1]}
     # "No finding" is what a report with normal statements and without any finding says.
     found = any(code in (PRESENT, UNCERTAIN) for name, code in codes.items() if name != "support devices")
-    quiet = QUIET[language_of(text)].search(text or "")
-    normal = ABSENT in codes.values() or bool(quiet)
+    normal = ABSENT in codes.values() or QUIET.search(plain(text or ""))
     none = PRESENT if normal and not found and codes["support devices"] != PRESENT else BLANK
     return [*codes.values(), none]
 

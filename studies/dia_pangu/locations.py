@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 
-from dia_pangu.evaluate.labeler import PATTERNS, clauses, language_of
+from dia_pangu.evaluate.labeler import PATTERNS, clauses
 from dia_pangu.src.Dataset.prompt import PLACES, SIDES
 
 WORDS = {
@@ -19,9 +19,8 @@ WORDS = {
 def reported(text: str, finding: str) -> dict:
     """Return the side and the place that a report's own words give to a finding; empty where it gives
     none."""
-    language = language_of(text)
-    for clause in clauses(text, language):
-        if PATTERNS[language][finding].search(clause):
+    for clause in clauses(text):
+        if PATTERNS[finding].search(clause):
             hits = {word: re.search(pattern, clause, re.I) for word, pattern in WORDS.items()}
             return {
                 "side": next((s for s in SIDES if hits[s]), ""),

@@ -268,7 +268,7 @@ MUTANTS = [
     ),
     Mutant(
         "dia_pangu/evaluate/labeler.py",
-        "    return bool(DENIED_AFTER[language].search(plain[match.end() :]))",
+        "    return bool(DENIED_AFTER.search(masked[match.end() :]))",
         "    return False",
         LABELER,
         "a negation behind the finding is not read",
@@ -375,15 +375,15 @@ MUTANTS = [
     ),
     Mutant(
         "dia_pangu/evaluate/labeler.py",
-        "                if organs and organs <= NOT_OF[language].get(name, set()):",
+        "                if organs and organs <= not_of.get(name, set()):",
         "                if False:",
         LABELER,
         "a thyroid nodule is a lung lesion",
     ),
     Mutant(
         "dia_pangu/evaluate/labeler.py",
-        "    plain = blank(CHANGE[language], blank(NOT_DENIED[language], clause))",
-        "    plain = blank(NOT_DENIED[language], clause)",
+        "    masked = blank(CHANGE, blank(NOT_DENIED, clause))",
+        "    masked = blank(NOT_DENIED, clause)",
         LABELER,
         '"no change in the nodule" denies the nodule',
     ),
