@@ -36,7 +36,8 @@ ENGLISH = {
     r"increased|enlarge)|(?:aort|pulmonary)\w*[^;]*wider than (?:normal|usual)|"
     r"(?:dilat\w*|aneurysm\w*|ecta[st]\w*|widen\w*|enlarge\w*)[^,;]*(?:(?<!abdominal )aort|"
     r"pulmonary (?:arter|trunk))",
-    "cardiomegaly": r"cardiomegal|(?:heart|cardiac)[^,;]*\b(?:enlarge|increase|wide|big|broad|dilat|larger)|"
+    "cardiomegaly": r"cardiomegal|"
+    r"(?:heart|cardiac)[^,;]*\b(?:enlarge|increase|wide|big|broad|dilat|larger|prominent)|"
     r"(?:enlarge\w*|increase\w*|dilat\w*)[^,;]*(?:heart|cardiac|cardiothora|ventric|\batri)|"
     r"(?:left|right|both|all) (?:cardiac chamber|ventric\w*|atri\w*)[^,;]*(?:enlarge|dilat|increase)|"
     r"(?:cardiothoracic|\bCTR\b)[^,;]*(?:increase|enlarge|0[.,](?:5[1-9]|[6-9])|\b(?:5[1-9]|[6-9]\d) ?%)",
@@ -108,7 +109,7 @@ CHINESE = {
     r"PICC|ICD|输液港|人工[^,;]{0,4}瓣|机械瓣|瓣膜?置换|瓣膜?成形|钢丝|缝线|金属(?:夹|固定|植入)|钛夹|吻合钉|假体|"
     r"植入物|"
     r"固定器|钢板|"
-    r"除颤器|电极|导线|滤器|弹簧圈|骨水泥|造瘘管|人工关节|关节置换|辅助装置",
+    r"除颤器|电极|导线|滤器|弹簧圈|骨水泥|造瘘管|套管|人工关节|关节置换|辅助装置",
 }
 # Only where the sentence states no pneumonia these words are a finding of their own.
 WEAK = both(en=r"shadow", cn=r"斑片$|片状影|片影")
