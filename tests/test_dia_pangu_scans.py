@@ -158,6 +158,16 @@ def test_what_fills_the_corners_is_air_and_no_sign_of_an_offset(fill, offset, no
     assert noted in " ".join(read_ct(path)[2].notes) and read_ct(path)[2].offset == offset
 
 
+@pytest.mark.parametrize("noise", [0, 20, 40])
+@pytest.mark.parametrize("offset", [1000, 1024, 2048])
+def test_air_whose_noise_is_cut_off_shows_the_right_offset(offset, noise):
+    """Stored without a sign, air's noise piles up at 0, which is 24 HU below air where 1024 was added."""
+    hu = volume() + noise * np.random.default_rng(0).normal(size=volume().shape)
+    verdict = Verdict("NIfTI")
+    judge_values(verdict, (np.rint(hu).clip(-1024) + offset).clip(0).astype(np.uint16))
+    assert verdict.values == "HU" and verdict.offset == offset
+
+
 def test_a_side_is_known_only_where_a_header_says_so(tmp_path):
     whole = volume().astype(np.int16)
     known = {"plain": save(tmp_path / "a.nii", whole)}
@@ -391,6 +401,7 @@ def test_the_chest_is_found_among_series_localizers_and_dose_pages(tmp_path, goo
         (screenshot, "no HU"),
         (lambda data, n: n not in (9, 10), "slices are missing"),
         (lambda data, n: n == 0, "one slice is not a volume"),
+        (spoil("ImagePositionPatient", [-100.0, -124.0, -130.5 + 9 * 6], 7), "side by side at one height"),
         (spoil("ImagePositionPatient", [-100.0, -124.0, -130.5 + 9 * 7], 7), "shifted against each other"),
     ],
 )
@@ -677,9 +688,9 @@ def test_a_folder_of_scans_is_reported_in_one_go_and_resumed(checkpoint, llm, tm
     names = ["1.2.840.5", "a", "b/a", "c"]
     assert sorted(row["ID"] for row in rows) == names and list(rows[0])[:2] == ["ID", "Question"]
     verdicts = {row["ID"]: row for row in table(tmp_path / "out/verdicts.csv")}
-    assert (
-        sorted(verdicts) == names and "grey levels" in verdicts["c"]["error"] and not verdicts["a"]["error"]
-    )
+    assert sorted(verdicts) == names and not verdicts["a"]["error"]
+    refused = {name for name, value in verdicts["c"].items() if value}
+    assert "grey levels" in verdicts["c"]["error"] and refused == {"ID", "path", "error"}  # nothing is known
     assert len(table(tmp_path / "out/findings.csv")) == 3 * 14
 
     # Cut short in the middle of a line: the rest is done, what was done is not done again.
@@ -707,7 +718,7 @@ def test_what_is_done_is_read_again_from_any_text_and_a_foreign_list_is_refused(
             Journal(tmp_path, {"seed": 1}, True)
 
 
-def test_scans_are_found_in_folders_and_in_a_csv(tmp_path):
+def test_scans_are_found_in_folders_and_in_a_csv(tmp_path, capsys):
     (tmp_path / "s/x").mkdir(parents=True)
     save(tmp_path / "s/x/1.nii.gz", volume())
     pictures(tmp_path / "s/7", count=3)
@@ -715,7 +726,13 @@ def test_scans_are_found_in_folders_and_in_a_csv(tmp_path):
     nibabel.save(nibabel.AnalyzeImage(volume().astype(np.int16), RAS), tmp_path / "s/y.img")
     (tmp_path / "s/notes.txt").write_text("no scan")
     (tmp_path / "s/x/loop").symlink_to(tmp_path / "s")
+    np.save(tmp_path / "s/x/2.npy", volume())
     assert [name for name, _ in find_scans(tmp_path / "s")] == ["7", "p/study", "x/1", "y"]
+    assert (
+        "2 files are no scans by their names and passed over: notes.txt, x/2.npy" in capsys.readouterr().err
+    )
+    with pytest.raises(UserError, match="2.npy: no scan by its name"):
+        read_scan(tmp_path / "s/x/2.npy")
     assert [name for name, _ in find_scans(tmp_path / "s/7")] == ["7"]
     (tmp_path / "list.csv").write_text("id,volume\nfirst,s/x/1.nii.gz\n,s/y.img\n")
     assert find_scans(tmp_path / "list.csv") == [
@@ -745,11 +762,25 @@ def test_no_side_is_named_where_it_is_unknown(checkpoint, llm, tmp_path):
         sides[name] = {row["side"] for row in table(tmp_path / name / "findings.csv")}
         assert ("unknown" in table(tmp_path / name / "verdicts.csv")[0]["side"]) == (name == "unknown")
     assert sides["known"] & {"left", "right"} and sides["unknown"] == {""}
-    plain = without_sides("A nodule in the Right lung and the LLL; both lungs.")
-    assert plain == "A nodule in the [side unknown] lung and the [side unknown]; both lungs."
-    assert "右" not in without_sides("右肺结节，双肺清晰。") and "双肺清晰" in without_sides(
-        "右肺结节，双肺清晰。"
-    )
+
+
+@pytest.mark.parametrize(
+    "report, plain",
+    [
+        (
+            "A nodule in the Right lung and the LLL; both lungs.",
+            "A nodule in the ? lung and the ?; both lungs.",
+        ),
+        ("Lingular band; right middle lobe consolidation.", "? band; ? consolidation."),
+        ("The middle lobe, Rt. base, left-sided effusion.", "The ?, ?. base, ?-sided effusion."),
+        ("右肺结节，双肺清晰。", "？肺结节，双肺清晰。"),
+        ("左侧胸腔积液，舌段实变，右肺中叶不张。", "？胸腔积液，？实变，？肺？不张。"),
+        ("右側氣胸，結節約5mm左右，長約3厘米左右。", "？氣胸，結節約5mm左右，長約3厘米左右。"),
+    ],
+)
+def test_words_that_name_a_side_are_replaced_where_sides_are_unknown(report, plain):
+    told = without_sides(report)
+    assert told.replace("[side unknown]", "?").replace("（侧别不明）", "？") == plain
 
 
 def test_heat_maps_lie_over_the_scan_and_inside_the_chest(tmp_path):

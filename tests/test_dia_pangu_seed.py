@@ -44,15 +44,26 @@ def test_a_launcher_starts_with_sh(path):
 
 
 def test_the_test_launcher_finds_what_the_train_launcher_made(tmp_path):
+    """And scores what it has written, but not scans of one's own, for which no report is there."""
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\necho "$@"\n')
     python.chmod(0o755)
     plain = {name: value for name, value in os.environ.items() if name not in ("CKPT", "DATA", "LLM", "OUT")}
     environment = {**plain, "PYTHON": str(python), "RUNS": str(tmp_path / "runs"), "SMOKE": "1"}
-    command = ["bash", ROOT / "dia_pangu/run_test.sh"]
     (tmp_path / "runs/smoke/dia_pangu/base").mkdir(parents=True)
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and "data/dia_pangu_smoke" in done.stdout, done.stderr
+
+    def told(*arguments) -> str:
+        command = ["bash", ROOT / "dia_pangu/run_test.sh", *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "data/dia_pangu_smoke" in told() and "results/dia-pangu.csv" in told()
+    for arguments in (("--out", "my reports"), ("--out=my reports",)):
+        assert "--csv my reports/dia-pangu.csv" in told(*arguments)
+    for arguments in (("--volume", "a.nii"), ("--volumes=scans", "--out", "x")):
+        assert "nlg_eval" not in told(*arguments) and "--data" not in told(*arguments)
+        assert "smoke/dia_pangu/llm/model" in told(*arguments)
 
 
 def test_bases_that_are_stopped_say_that_the_same_command_goes_on(tmp_path):

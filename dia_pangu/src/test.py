@@ -248,7 +248,7 @@ def no_report(name: str, path: str, error: str) -> dict:
     """Return the record of a scan that could not be read: a row with an empty report, and the reason."""
     # The scan keeps its row in dia-pangu.csv and verdicts.csv, so that nobody takes it for forgotten.
     row = {"ID": name, "Question": "", "Ground Truth": "", "Pred": "", "GT_labels": ""}
-    verdict = {"ID": name, "path": path, "error": error, **Verdict("", values="", side="").row()}
+    verdict = {"ID": name, "path": path, "error": error, **dict.fromkeys(Verdict("").row(), "")}
     return {"row": row, "ms": None, "findings": [], "verdict": verdict}
 
 

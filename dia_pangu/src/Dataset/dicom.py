@@ -19,18 +19,17 @@ from common.files import check_size, first_line, reading
 from dia_pangu.src.Dataset.verdict import AIR_HU, Verdict
 
 # Transfer syntax -> what decodes it; RLE and what is not compressed need nothing beside pydicom.
+JPEG_2000 = "pylibjpeg pylibjpeg-openjpeg"
 DECODERS = {
-    "1.2.840.10008.1.2.4.57": ("JPEG Lossless", "python-gdcm"),
-    "1.2.840.10008.1.2.4.70": ("JPEG Lossless", "python-gdcm"),
-    "1.2.840.10008.1.2.4.50": ("JPEG", "python-gdcm"),
-    "1.2.840.10008.1.2.4.51": ("JPEG", "python-gdcm"),
-    "1.2.840.10008.1.2.4.80": ("JPEG-LS", "pyjpegls"),
-    "1.2.840.10008.1.2.4.81": ("JPEG-LS", "pyjpegls"),
-    "1.2.840.10008.1.2.4.90": ("JPEG 2000", "pylibjpeg pylibjpeg-openjpeg"),
-    "1.2.840.10008.1.2.4.91": ("JPEG 2000", "pylibjpeg pylibjpeg-openjpeg"),
-    "1.2.840.10008.1.2.4.201": ("HTJ2K", "pylibjpeg pylibjpeg-openjpeg"),
-    "1.2.840.10008.1.2.4.202": ("HTJ2K", "pylibjpeg pylibjpeg-openjpeg"),
-    "1.2.840.10008.1.2.4.203": ("HTJ2K", "pylibjpeg pylibjpeg-openjpeg"),
+    f"1.2.840.10008.1.2.4.{number}": (name, package)
+    for name, package, numbers in (
+        ("JPEG Lossless", "python-gdcm", (57, 70)),
+        ("JPEG", "python-gdcm", (50, 51)),
+        ("JPEG-LS", "pyjpegls", (80, 81)),
+        ("JPEG 2000", JPEG_2000, (90, 91)),
+        ("HTJ2K", JPEG_2000, (201, 202, 203)),
+    )
+    for number in numbers
 }
 WRAPPED_HU = 32767  # more than any scanner's extended scale
 DICOMDIR = "1.2.840.10008.1.3.10"
@@ -400,6 +399,8 @@ def check_steps(slices: list[Slice], folder, verdict: Verdict) -> tuple[np.ndarr
     moves = np.diff([part.position for part in slices], axis=0)
     steps = np.diff(height)
     step = float(np.median(steps))
+    if steps.min() < 0.01:
+        raise UserError(f"{folder}: slices lie side by side at one height; give a folder with one of them")
     slide = (moves - steps[:, None] * normal) / steps[:, None]  # in the plane, for each mm along the normal
     usual = np.median(slide, axis=0)
     if np.abs((slide - usual) * steps[:, None]).max() > 1.5:

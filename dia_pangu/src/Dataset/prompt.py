@@ -30,17 +30,8 @@ NAMES = {
 }
 FINDINGS, FINDINGS_CN = tuple(NAMES), tuple(NAMES.values())
 # What lies on one side; the heart, the mediastinum and both hila do not.
-LATERAL = (
-    "lung opacity",
-    "lung lesion",
-    "consolidation",
-    "pneumonia",
-    "atelectasis",
-    "pneumothorax",
-    "pleural effusion",
-    "pleural other",
-    "fracture",
-)
+MIDDLE = ("enlarged cardiomediastinum", "cardiomegaly", "edema", "support devices", "no finding")
+LATERAL = tuple(name for name in FINDINGS if name not in MIDDLE)
 SIDES, PLACES = ("right", "left"), ("upper", "middle", "lower")
 PLACES_CN = {"right": "右", "left": "左", "upper": "上", "middle": "中", "lower": "下"}
 COLUMNS = tuple(name.replace(" ", "_") for name in FINDINGS)  # of the label csv
@@ -52,9 +43,13 @@ THINKING, SPEAKING = "[unused16]", "[unused17]"
 
 
 def without_sides(report: str) -> str:
-    """Return a report whose words for left and right are replaced, for a scan whose sides are unknown."""
-    report = re.sub(r"\b(?:right|left|[RL]t|[RL][UML]L|lingula)\b", "[side unknown]", report, flags=re.I)
-    return re.sub(r"左右|[左右]侧?", "（侧别不明）", report)
+    """Return a report whose words for left and right are replaced, for a scan whose sides are unknown; the
+    middle lobe and the lingula name a side too."""
+    words = r"\b(?:(?:right |left )?(?:middle lobe|lingul\w+)|right|left|[RL]t|[RL][UML]L)\b"
+    report = re.sub(words, "[side unknown]", report, flags=re.I)
+    # Behind a number 左右 means "about".
+    words = r"((?<=[\da-z米度升])左右)|左右|[左右][侧側]?|舌[叶段葉]|中[叶葉]"
+    return re.sub(words, lambda word: word[1] or "（侧别不明）", report, flags=re.I)
 
 
 def status_sentence(finding: int, status, language: str, where=()) -> str:

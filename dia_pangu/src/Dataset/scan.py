@@ -370,6 +370,11 @@ def read_scan(path, series=None) -> Scan:
         scan = scan_itk(path)
     elif lower.endswith(PICTURES):
         raise UserError(f"{path}: one picture is not a volume; give the folder of its slices")
+    elif not lower.endswith(NIFTI):
+        raise UserError(
+            f"{path}: no scan by its name (.nii, .nii.gz, .mgz, .mha, .nrrd, or a folder of DICOM files or "
+            "pictures); write an array as NIfTI, with its spacing and orientation"
+        )
     else:
         scan = scan_nifti(path)
     if series is not None and scan.verdict.format != "DICOM":

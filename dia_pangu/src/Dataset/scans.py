@@ -12,6 +12,7 @@ from dia_pangu.src.Dataset.CTRG_dataset import collate
 from dia_pangu.src.Dataset.dicom import is_dicom
 from dia_pangu.src.Dataset.preprocess import Grid, load_scan
 from dia_pangu.src.Dataset.scan import ITK, NIFTI, picture_files, scan_name
+from dia_pangu.src.Dataset.verdict import say
 
 COLUMNS = ("volume", "path", "file")  # of a csv of scans, the first that it has
 
@@ -59,7 +60,7 @@ def scans_of_folder(folder: Path) -> list[tuple[str, Path]]:
     """Return (id, path) of the scans below a folder; the folder itself may be one."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder or csv; --volumes takes the folder of the scans")
-    scans, seen = [], set()
+    scans, seen, passed = [], set(), []
 
     def walk(place: Path):
         # A link may lead back to a folder above it.
@@ -67,22 +68,25 @@ def scans_of_folder(folder: Path) -> list[tuple[str, Path]]:
             return
         seen.add(place.resolve())
         files = sorted(p for p in place.iterdir() if not p.name.startswith("."))
+        whole = [p for p in files if p.is_file() and p.suffix.lower() not in (".raw", ".zraw", ".csv")]
+        volumes = [p for p in whole if p.name.lower().endswith((*NIFTI, *ITK))]
+        loose = [p for p in whole if p not in volumes]
         # An Analyze pair is one scan.
-        volumes = [p for p in files if p.is_file() and p.name.lower().endswith((*NIFTI, *ITK))]
         volumes = [p for p in volumes if p.suffix != ".hdr" or not p.with_suffix(".img").exists()]
         scans.extend((str((p.parent / scan_name(p)).relative_to(folder)), p) for p in volumes)
-        loose = [
-            p for p in files if p.is_file() and p not in volumes and p.suffix.lower() not in (".raw", ".csv")
-        ]
         if picture_files(place) or any(p.name.upper() == "DICOMDIR" or is_dicom(p) for p in loose):
             name = str(place.relative_to(folder)) if place != folder else place.resolve().name
             scans.append((name, place))
             return
+        passed.extend(loose)
         for inner in sorted(files, key=Path.is_symlink):
             if inner.is_dir():
                 walk(inner)
 
     walk(folder)
+    if passed:
+        names = ", ".join(str(path.relative_to(folder)) for path in passed[:5])
+        say(folder, [f"{len(passed)} files are no scans by their names and passed over: {names}"])
     return scans
 
 

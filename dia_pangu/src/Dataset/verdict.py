@@ -97,6 +97,8 @@ def find_offset(values: np.ndarray, fill: float | None = None) -> float | None:
             low = np.rint(values - offset)
             near = (low > -1060) & (low < -930)
             low = low[near & other] if (near & other).any() else low[near]
+            inner = low[low > values.min() - offset]  # air's noise that is cut off piles up at the lowest
+            low = inner if 2 * len(inner) > len(low) else low
             peak = np.bincount((low + 1060).astype(int)).argmax() - 1060 if len(low) else -930
             found.append((abs(peak + 1000), offset))
     return min(found)[1] if found else None
@@ -104,7 +106,7 @@ def find_offset(values: np.ndarray, fill: float | None = None) -> float | None:
 
 def is_inverted(values: np.ndarray, offset: float | None, corner: float) -> bool:
     """Return whether values look like HU upside down: air the brightest, tissue 1000 below it, bone below
-    that. offset: of `find_offset`; corner: of `corner_value`.
+    that. offset: of `find_offset`; corner: the median of `corners`.
 
     Two peaks at this distance fit HU either way up, with tissue in the place of air. But beyond tissue there
     is bone, and beyond air nothing but padding, which fills the corners or is one value far from the others.
@@ -128,13 +130,8 @@ def is_inverted(values: np.ndarray, offset: float | None, corner: float) -> bool
     return False
 
 
-def corner_value(stored: np.ndarray) -> float:
-    """Return the median of the eight corners of a volume, where air or padding is."""
-    return float(np.median(corners(stored)))
-
-
 def corners(stored: np.ndarray) -> np.ndarray:
-    """Return the eight corners of a volume, a tenth of it along each axis."""
+    """Return the eight corners of a volume, a tenth of it along each axis, where air or padding is."""
     ends = [np.r_[: max(1, n // 10), n - max(1, n // 10) : n] for n in stored.shape]
     return stored[np.ix_(*ends)]
 
@@ -164,7 +161,7 @@ def judge_values(verdict: Verdict, stored: np.ndarray, declared: bool = False):
     low, high = float(stored.min()), float(stored.max())
     span = f"values from {low:g} to {high:g}"
     # What the voxels show beyond doubt overrules the header. Without bone, bright corners show which way up.
-    offset, corner = find_offset(values, corner_fill(stored)), corner_value(stored)
+    offset, corner = find_offset(values, corner_fill(stored)), np.median(corners(stored))
     bright = corner > low + 0.85 * (high - low)
     distinct = len(np.unique(values))
     if distinct < 3:
