@@ -50,20 +50,22 @@ def words(text: str, language: str) -> str:
     return " ".join(word for word in jieba.lcut(text.replace(" ", "")) if word.strip())
 
 
-def bleu(truths, predictions) -> tuple[list[float], list[list[float]]]:
-    """Return corpus BLEU-1 to BLEU-4 with the closest reference length, and the same per sample."""
-    scorer = BleuScorer(n=4)
+def fed(scorer, truths, predictions):
+    """Return a scorer of pycocoevalcap with the pairs of texts in it."""
     for truth, prediction in zip(truths, predictions):
         scorer += (prediction, [truth])
-    return scorer.compute_score(option="closest", verbose=0)
+    return scorer
+
+
+def bleu(truths, predictions) -> tuple[list[float], list[list[float]]]:
+    """Return corpus BLEU-1 to BLEU-4 with the closest reference length, and the same per sample."""
+    return fed(BleuScorer(n=4), truths, predictions).compute_score(option="closest", verbose=0)
 
 
 def bleu_intervals(truths, predictions, language: str, draws: int) -> dict:
     """Return the intervals of corpus BLEU-1 to BLEU-4, from draws of the reports' n-gram counts."""
-    scorer = BleuScorer(n=4)
-    for truth, prediction in zip(truths, predictions):
-        scorer += (words(prediction, language), [words(truth, language)])
-    parts = scorer.ctest
+    truths, predictions = ([words(text, language) for text in texts] for texts in (truths, predictions))
+    parts = fed(BleuScorer(n=4), truths, predictions).ctest
     lengths = np.array([[part["testlen"], part["reflen"][0]] for part in parts], float)
     correct, guess = (np.array([part[key] for part in parts], float) for key in ("correct", "guess"))
 
@@ -111,10 +113,7 @@ def rouge_l(truths, predictions) -> tuple[float, list[float]]:
 
 def cider(truths, predictions) -> tuple[float, list[float]]:
     """Return CIDEr-D with document frequencies from these references, and the value per sample."""
-    scorer = CiderScorer(n=4, sigma=6.0)
-    for truth, prediction in zip(truths, predictions):
-        scorer += (prediction, [truth])
-    score, samples = scorer.compute_score()
+    score, samples = fed(CiderScorer(n=4, sigma=6.0), truths, predictions).compute_score()
     return float(score), [float(value) for value in samples]
 
 

@@ -115,21 +115,18 @@ def main(args):
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("--data", required=True, help="folder in the CTRG format")
-    parser.add_argument("--out", required=True, help="folder to write")
-    parser.add_argument("--size", choices=SIZES, default="tiny", help="grid of the voxels")
-    parser.add_argument("--config", help="JSON file with the keys of dia_config.json, instead of --size")
-    parser.add_argument(
-        "--language", choices=LANGUAGES, help="language of the reports, instead of the configuration's (en)"
-    )
-    parser.add_argument(
-        "--preprocess", choices=PREPROCESS, help="preparation, instead of the configuration's (windows)"
-    )
-    parser.add_argument("--cache", help="folder for prepared volumes")
-    parser.add_argument("--limit", type=number(int, 0), default=0, help="use only the first samples; 0: all")
-    parser.add_argument("--pool", type=number(int, 1), default=2, help="voxels averaged along H and along W")
-    parser.add_argument("--parts", type=number(int, 1), default=100, help="principal components")
-    parser.add_argument("--seed", type=number(int, 0), default=0, help="random seed of the PCA")
+    add = parser.add_argument
+    add("--data", required=True, help="folder in the CTRG format")
+    add("--out", required=True, help="folder to write")
+    add("--size", choices=SIZES, default="tiny", help="grid of the voxels")
+    add("--config", help="JSON file with the keys of dia_config.json, instead of --size")
+    add("--language", choices=LANGUAGES, help="language of the reports, instead of the configuration's (en)")
+    add("--preprocess", choices=PREPROCESS, help="preparation, instead of the configuration's (windows)")
+    add("--cache", help="folder for prepared volumes")
+    add("--limit", type=number(int, 0), default=0, help="use only the first samples; 0: all")
+    add("--pool", type=number(int, 1), default=2, help="voxels averaged along H and along W")
+    add("--parts", type=number(int, 1), default=100, help="principal components")
+    add("--seed", type=number(int, 0), default=0, help="random seed of the PCA")
     return parser.parse_args(argv)
 
 

@@ -24,47 +24,28 @@ vision = {"size": "tiny", "cache": data / "cache"}
 places = out / "contrast" / "places.json"
 
 
+def vision_part(options: dict, steps: int, contrast_steps: int):
+    """The vision part learns patch labels first, then prototypes and memories too."""
+    pretrain = "studies/dia_pangu/pretrain_vit.py"
+    stage(pretrain, **options, max_steps=steps, out=out / "patches")
+    contrast = {"start": out / "patches", "contrast": 2, "lr": 1e-3, "max_steps": contrast_steps}
+    stage(pretrain, **options, **contrast, out=out / "contrast")
+
+
 def main():
     # Phantoms. Data seed 1: the recipe was chosen on the validation volumes of seed 0, whose test volumes
     # earlier recipes had seen.
     if not SKIP_DONE:
         shutil.rmtree(data, ignore_errors=True)
-    stage(
-        "dia_pangu/make_data.py",
-        out=data,
-        seed=1,
-        train=size(2000, smoke=48),
-        val=size(200, smoke=12),
-        test=size(300, smoke=16),
-    )
+    parts = {"train": size(2000, smoke=48), "val": size(200, smoke=12), "test": size(300, smoke=16)}
+    stage("dia_pangu/make_data.py", out=data, seed=1, **parts)
 
-    # The vision part learns patch labels first, then prototypes and memories too.
-    pretrain = "studies/dia_pangu/pretrain_vit.py"
     begin = {**run, "overwrite": False, "resume": "auto"} if SKIP_DONE else run
-    stage(pretrain, **begin, **vision, max_steps=size(1100, smoke=8), out=out / "patches")
-    stage(
-        pretrain,
-        **begin,
-        **vision,
-        start=out / "patches",
-        contrast=2,
-        lr=1e-3,
-        max_steps=size(400, smoke=4),
-        out=out / "contrast",
-    )
+    vision_part({**begin, **vision}, size(1100, smoke=8), size(400, smoke=4))
 
     # A language model of 8 layers reads the reports alone.
-    stage(
-        "studies/dia_pangu/warm_llm.py",
-        **begin,
-        places=places,
-        make=8,
-        width=96,
-        key_weight=4,
-        batch_size=8,
-        max_steps=size(1100, smoke=12),
-        out=out / "llm",
-    )
+    small = {"make": 8, "width": 96, "key_weight": 4, "batch_size": 8, "max_steps": size(1100, smoke=12)}
+    stage("studies/dia_pangu/warm_llm.py", **begin, **small, places=places, out=out / "llm")
 
 
 if __name__ == "__main__":

@@ -15,40 +15,45 @@ from studies.dia_pangu import builtin_model
 from studies.dia_pangu.bases import data, out, vision
 from studies.recipe import recipe, size, stage
 
-CONTROLS = ("none", "blank", "swap", "swap-visual")
+CONTROLS = {"blank volume": "blank", "other patient": "swap", "other patient's image tokens": "swap-visual"}
+
+
+def measured(test: dict, evidence: int, more: dict | None = None):
+    """The test volumes, once, and under controls; the baselines, which need no report model; one table.
+
+    test: flags of test.py. more: names of further folders of test.py.
+    """
+    for control in ("none", *CONTROLS.values()):
+        stage("dia_pangu/test.py", **test, control=control, evidence=evidence, out=out / f"test-{control}")
+    data = {"data": test["data"], "size": "tiny", "cache": test["cache"]}
+    stage("studies/dia_pangu/baselines.py", **data, out=out / "baselines")
+    folders = {name: out / f"test-{control}" for name, control in CONTROLS.items()} | (more or {})
+    stage(
+        "studies/dia_pangu/compare.py",
+        data=test["data"],
+        model=out / "test-none",
+        baselines=out / "baselines",
+        control=[f"{name}={folder}" for name, folder in folders.items()],
+        out=out,
+    )
 
 
 def main():
     builtin_model.main()
 
-    # The test set, once, and the same model under controls; then without side and place in the prompt.
+    # The same model also without side and place in the prompt.
     model = {"ckpt_path": out / "ft-hidden", "lang_encoder_path": out / "llm/model"}
     test = {**model, "data": data, "cache": vision["cache"], "batch_size": 50, "max_new_tokens": 120}
-    for control in CONTROLS:
-        evidence = size(6, smoke=2)
-        stage("dia_pangu/test.py", **test, control=control, evidence=evidence, out=out / f"test-{control}")
-    for control in ("none", "swap-visual"):
-        hidden = out / f"test-{control}-hidden"
-        stage("dia_pangu/test.py", **test, control=control, hide_places=True, evidence=0, out=hidden)
+    hidden = {control: out / f"test-{control}-hidden" for control in ("none", "swap-visual")}
+    for control, folder in hidden.items():
+        stage("dia_pangu/test.py", **test, control=control, hide_places=True, evidence=0, out=folder)
+    more = {
+        "no place in the prompt": hidden["none"],
+        "no place in the prompt, other patient's image tokens": hidden["swap-visual"],
+    }
+    measured(test, size(6, smoke=2), more)
     scores = out / "test-none/scores.json"
     stage("dia_pangu/evaluate/nlg_eval.py", csv=out / "test-none/dia-pangu.csv", out=scores)
-
-    # What needs no report model, and all of it in one table.
-    stage("studies/dia_pangu/baselines.py", data=data, **vision, out=out / "baselines")
-    stage(
-        "studies/dia_pangu/compare.py",
-        data=data,
-        model=out / "test-none",
-        baselines=out / "baselines",
-        control=[
-            f"blank volume={out / 'test-blank'}",
-            f"other patient={out / 'test-swap'}",
-            f"other patient's image tokens={out / 'test-swap-visual'}",
-            f"no place in the prompt={out / 'test-none-hidden'}",
-            f"no place in the prompt, other patient's image tokens={out / 'test-swap-visual-hidden'}",
-        ],
-        out=out,
-    )
 
 
 if __name__ == "__main__":

@@ -32,43 +32,18 @@ def main():
     bases.main()
 
     # Stage pre: the Perceiver alone.
-    stage(
-        train,
-        **run,
-        **model,
-        stage="pre",
-        start=out / "contrast",
-        lr=1e-3,
-        max_steps=size(20, smoke=2),
-        out=out / "pre",
-    )
+    pre = {"stage": "pre", "start": out / "contrast", "lr": 1e-3, "max_steps": size(20, smoke=2)}
+    stage(train, **run, **model, **pre, out=out / "pre")
 
     # Stage ft in short: only the way from the volume into the words trains, LoRA stays zero.
-    stage(
-        train,
-        **run,
-        **finetune,
-        lr_scheduler_type="cosine",
-        lr=1e-3,
-        train=["figure_token", "perceiver.", "fc."],
-        freeze="vision_encoder",
-        max_steps=size(60, smoke=4),
-        out=out / "ft",
-    )
+    cosine = {**finetune, "lr_scheduler_type": "cosine"}
+    parts = {"train": ["figure_token", "perceiver.", "fc."], "freeze": "vision_encoder"}
+    stage(train, **run, **cosine, **parts, lr=1e-3, max_steps=size(60, smoke=4), out=out / "ft")
 
     # Stage ft in full: LoRA trains too. Half the places are left out of the prompts, so that the image
     # tokens come to matter; the diagnosis stays as it is.
-    stage(
-        train,
-        **run,
-        **finetune,
-        lr_scheduler_type="cosine",
-        lr=2e-3,
-        hide_places=0.5,
-        freeze=diagnosis,
-        max_steps=size(600, smoke=4),
-        out=out / "ft-hidden",
-    )
+    parts = {"hide_places": 0.5, "freeze": diagnosis}
+    stage(train, **run, **cosine, **parts, lr=2e-3, max_steps=size(600, smoke=4), out=out / "ft-hidden")
 
 
 if __name__ == "__main__":

@@ -246,13 +246,12 @@ def main(args):
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("--data", required=True, help="folder of make_data.py, for attributes.json")
-    parser.add_argument("--model", required=True, help="folder that test.py wrote")
-    parser.add_argument(
-        "--control", nargs="*", default=[], metavar="NAME=FOLDER", help="further folders of test.py"
-    )
-    parser.add_argument("--baselines", required=True, help="folder of baselines.py")
-    parser.add_argument("--out", required=True, help="folder for figures/ and results/")
+    add = parser.add_argument
+    add("--data", required=True, help="folder of make_data.py, for attributes.json")
+    add("--model", required=True, help="folder that test.py wrote")
+    add("--control", nargs="*", default=[], metavar="NAME=FOLDER", help="further folders of test.py")
+    add("--baselines", required=True, help="folder of baselines.py")
+    add("--out", required=True, help="folder for figures/ and results/")
     return parser.parse_args(argv)
 
 

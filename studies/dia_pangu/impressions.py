@@ -101,16 +101,13 @@ def main(args):
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("--reports", required=True, help="JSON file of held-out reports")
-    parser.add_argument(
-        "--model", required=True, help="folder of the language model, trained on other reports"
-    )
-    parser.add_argument(
-        "--max-new-tokens", type=number(int, 1), default=90, help="longest impression, in tokens"
-    )
-    parser.add_argument("--batch-size", type=number(int, 1), default=8, help="impressions written together")
-    parser.add_argument("--limit", type=number(int, 0), default=0, help="use only the first reports; 0: all")
-    parser.add_argument("--out", type=Path, required=True, help="folder for impressions.csv and results/")
+    add = parser.add_argument
+    add("--reports", required=True, help="JSON file of held-out reports")
+    add("--model", required=True, help="folder of the language model, trained on other reports")
+    add("--max-new-tokens", type=number(int, 1), default=90, help="longest impression, in tokens")
+    add("--batch-size", type=number(int, 1), default=8, help="impressions written together")
+    add("--limit", type=number(int, 0), default=0, help="use only the first reports; 0: all")
+    add("--out", type=Path, required=True, help="folder for impressions.csv and results/")
     return parser.parse_args(argv)
 
 

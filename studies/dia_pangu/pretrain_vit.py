@@ -88,10 +88,8 @@ class PatchModel(nn.Module):
                 "probability": logits.sigmoid().amax(1).detach(),
             }
         # The pooled features are compared with the finding's own memory and with the opposite one.
-        sim = layer.similarity(tokens)
-        own_first = torch.where(cls_labels.bool()[..., None], sim, sim.flip(-1)) / layer.temperature()
-        target = own_first.new_zeros(own_first.shape[:2], dtype=torch.long)
-        ctr_loss = F.cross_entropy(own_first.flatten(0, 1), target.flatten())
+        sim = layer.own_similarity(tokens, cls_labels)
+        ctr_loss = F.cross_entropy(sim, sim.new_zeros(len(sim), dtype=torch.long))
         return {
             "loss": patch_loss + self.contrast * ctr_loss,
             "patch_loss": patch_loss,
@@ -304,28 +302,27 @@ def main(args):
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("--data", required=True, help="folder in the CTRG format with masks/")
-    parser.add_argument("--size", choices=SIZES, default="tiny", help="sizes of the vision part")
-    parser.add_argument("--config", help="JSON file with the keys of dia_config.json, instead of --size")
-    parser.add_argument(
-        "--preprocess", choices=PREPROCESS, help="preparation, instead of that of --start or of the data"
-    )
-    parser.add_argument("--cache", help="folder for prepared volumes, which makes the second epoch fast")
-    parser.add_argument("--limit", type=number(int, 0), default=0, help="use only the first volumes; 0: all")
-    parser.add_argument("--start", help="run folder of this script to start from")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--data", required=True, help="folder in the CTRG format with masks/")
+    add("--size", choices=SIZES, default="tiny", help="sizes of the vision part")
+    add("--config", help="JSON file with the keys of dia_config.json, instead of --size")
+    add("--preprocess", choices=PREPROCESS, help="preparation, instead of that of --start or of the data")
+    add("--cache", help="folder for prepared volumes, which makes the second epoch fast")
+    add("--limit", type=number(int, 0), default=0, help="use only the first volumes; 0: all")
+    add("--start", help="run folder of this script to start from")
+    add(
         "--contrast",
         type=number(float, 0),
         default=0.0,
         help="weight of the contrastive loss; 0: patch labels alone",
     )
-    parser.add_argument(
+    add(
         "--prototype-lr-scale",
         type=number(float, 0),
         default=5.0,
         help="learning rate of prototypes, memories and temperature as a multiple of --lr",
     )
-    parser.add_argument("--adam-beta2", type=number(float, 0, 1), default=0.98, help="beta 2 of AdamW")
+    add("--adam-beta2", type=number(float, 0, 1), default=0.98, help="beta 2 of AdamW")
     parser.set_defaults(language=None)  # no text is read here
     # Small batches and a high rate: the ViT of the phantoms is small.
     add_run_arguments(

@@ -15,13 +15,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, whatever folder we start in
 
 from common.errors import UserError
+from studies.dia_pangu.bases import out, vision_part
+from studies.dia_pangu.builtin import measured
+from studies.dia_pangu.builtin_model import diagnosis, lora
 from studies.real_models import smollm2
-from studies.recipe import REAL, RUNS, recipe, size, stage
+from studies.recipe import REAL, recipe, size, stage
 
-out = RUNS / "dia_pangu"
 data = out / "phantoms"
 run = {"overwrite": True, "seed": 42, "log_every": size(10, smoke=2)}
-CONTROLS = ("none", "blank", "swap", "swap-visual")
 
 
 def report_model(llm):
@@ -30,10 +31,7 @@ def report_model(llm):
     parts = {"train": size(800, smoke=24), "val": size(60, smoke=8), "test": size(60, smoke=8)}
     stage("dia_pangu/make_data.py", out=data, seed=11, **parts)
     vision = {"data": data, "size": "tiny", "cache": data / "cache", **run}
-    pretrain = "studies/dia_pangu/pretrain_vit.py"
-    stage(pretrain, **vision, max_steps=size(900, smoke=4), out=out / "patches")
-    contrast = {"start": out / "patches", "contrast": 2, "lr": 1e-3, "max_steps": size(300, smoke=2)}
-    stage(pretrain, **vision, **contrast, out=out / "contrast")
+    vision_part(vision, size(900, smoke=4), size(300, smoke=2))
 
     # Prompts name what is present alone, so that most of a sample is the report. Many small updates, and more
     # weight on the words that are copied from the prompt: with few updates the report leaves findings out.
@@ -45,11 +43,8 @@ def report_model(llm):
         lang_encoder_path=llm,
         start=out / "contrast",
         places=out / "contrast/places.json",
-        freeze=["vision_encoder", "prototype", "sample_memory", "embedding_layer.proj.", "temp"],
-        lora_r=16,
-        lora_alpha=32,
-        lora_dropout=0,
-        lora_targets=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        freeze=diagnosis,
+        **{**lora, "lora_r": 16, "lora_alpha": 32},
         key_weight=4,
         lr=1.5e-3,
         lr_scheduler_type="cosine",
@@ -63,24 +58,8 @@ def report_model(llm):
     test = {"ckpt_path": out / "ft", "lang_encoder_path": llm, "data": data, "cache": data / "cache"}
     # A small language model leaves findings out; of a few reports the one that states the diagnosis is kept.
     test |= {"candidates": 4, "temperature": 1.0, "top_k": 0}
-    for control in CONTROLS:
-        words = {"max_new_tokens": size(110, smoke=8), "batch_size": size(20, smoke=4), "evidence": 2}
-        stage("dia_pangu/test.py", **test, **words, control=control, out=out / f"test-{control}")
-    stage(
-        "studies/dia_pangu/baselines.py", data=data, size="tiny", cache=data / "cache", out=out / "baselines"
-    )
-    stage(
-        "studies/dia_pangu/compare.py",
-        data=data,
-        model=out / "test-none",
-        baselines=out / "baselines",
-        control=[
-            f"blank volume={out / 'test-blank'}",
-            f"other patient={out / 'test-swap'}",
-            f"other patient's image tokens={out / 'test-swap-visual'}",
-        ],
-        out=out,
-    )
+    words = {"max_new_tokens": size(110, smoke=8), "batch_size": size(20, smoke=4)}
+    measured({**test, **words}, evidence=2)
 
 
 def real_reports(llm, train, val):

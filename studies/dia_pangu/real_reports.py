@@ -164,11 +164,10 @@ def main(args):
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("--reports", required=True, help="JSON file of the reports to score")
-    parser.add_argument(
-        "--train-reports", help="JSON file of other reports, on which the controls are fitted"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--reports", required=True, help="JSON file of the reports to score")
+    add("--train-reports", help="JSON file of other reports, on which the controls are fitted")
+    add(
         "--language-models",
         nargs="+",
         default=[],
@@ -176,7 +175,7 @@ def parse_args(argv=None):
         help="language models to score in bits per character; the first is the result, the others its "
         "controls",
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder for results/")
+    add("--out", type=Path, required=True, help="folder for results/")
     return parser.parse_args(argv)
 
 

@@ -93,13 +93,10 @@ def main(args):
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument(
-        "--volumes", type=Path, nargs="+", required=True, help="NIfTI files and DICOM folders"
-    )
-    parser.add_argument(
-        "--segmentations", required=True, help="folder with <name>_seg.nii.gz and their labels"
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder for figures/ and results/")
+    add = parser.add_argument
+    add("--volumes", type=Path, nargs="+", required=True, help="NIfTI files and DICOM folders")
+    add("--segmentations", required=True, help="folder with <name>_seg.nii.gz and their labels")
+    add("--out", type=Path, required=True, help="folder for figures/ and results/")
     return parser.parse_args(argv)
 
 

@@ -185,9 +185,8 @@ def main(args):
     train_set, val_set, writer, phrases = make_sets(args)
     out = open_run(args.out, args, accelerator, args.resume, args.overwrite)
 
-    # Of a model with trained weights LoRA alone trains, unless --full asks for all of it, in float32.
-    # The model: an existing folder, or a small new one whose tokenizer is trained on the training reports
-    # alone.
+    # The model: a folder that is there, of which LoRA alone trains unless --full asks for all of it, or a
+    # small new one, whose tokenizer is trained on the training reports alone.
     folder = out / "checkpoints" / "start" if args.make else Path(args.lang_encoder_path)
     if args.make and not folder.is_dir():
         if accelerator.is_main_process:
@@ -257,17 +256,15 @@ def training_reports(train_set) -> list[str]:
 def parse_args(argv=None):
     parser = Parser(__doc__)
 
-    group = parser.add_argument_group("text")
-    group.add_argument("--data", help="folder in the CTRG format")
-    group.add_argument("--places", help="with --data: places.json, for prompts that name side and place")
-    group.add_argument("--reports", help="JSON file of plain reports to train on, in place of --data")
-    group.add_argument("--eval-reports", help="JSON file of other plain reports, for the perplexity")
-    group.add_argument("--limit", type=number(int, 0), default=0, help="use only the first reports; 0: all")
-    group.add_argument("--language", choices=LANGUAGES, default="en", help="language of prompts and reports")
-    group.add_argument(
-        "--max-length", type=number(int, 8), default=512, help="tokens of a text; longer ones are cut"
-    )
-    group.add_argument(
+    add = parser.add_argument_group("text").add_argument
+    add("--data", help="folder in the CTRG format")
+    add("--places", help="with --data: places.json, for prompts that name side and place")
+    add("--reports", help="JSON file of plain reports to train on, in place of --data")
+    add("--eval-reports", help="JSON file of other plain reports, for the perplexity")
+    add("--limit", type=number(int, 0), default=0, help="use only the first reports; 0: all")
+    add("--language", choices=LANGUAGES, default="en", help="language of prompts and reports")
+    add("--max-length", type=number(int, 8), default=512, help="tokens of a text; longer ones are cut")
+    add(
         "--key-weight",
         type=number(float, 0),
         default=1.0,
@@ -276,25 +273,26 @@ def parse_args(argv=None):
 
     # Either an existing model or a new small one.
     group = parser.add_argument_group("model")
-    group.add_argument("--lang-encoder-path", help="folder of the model to train on")
-    group.add_argument(
+    add = group.add_argument
+    add("--lang-encoder-path", help="folder of the model to train on")
+    add(
         "--make",
         type=number(int, 0),
         default=0,
         metavar="LAYERS",
         help="build a new small model with this many layers",
     )
-    group.add_argument("--width", type=number(int, 4), default=128, help="hidden width of the new model")
-    group.add_argument("--vocab-size", type=number(int, 1), default=700, help="tokens of the new tokenizer")
-    group.add_argument(
+    add("--width", type=number(int, 4), default=128, help="hidden width of the new model")
+    add("--vocab-size", type=number(int, 1), default=700, help="tokens of the new tokenizer")
+    add(
         "--lora-r",
         type=number(int, 1),
         default=16,
         help="rank of LoRA, which trains of a model that is given",
     )
-    group.add_argument("--full", action="store_true", help="train every weight of a model that is given")
+    add("--full", action="store_true", help="train every weight of a model that is given")
     add_trust_argument(group)
-    group.add_argument("--adam-beta2", type=number(float, 0, 1), default=0.98, help="beta 2 of AdamW")
+    add("--adam-beta2", type=number(float, 0, 1), default=0.98, help="beta 2 of AdamW")
     add_run_arguments(
         parser, lr=3e-3, weight_decay=0.0, max_steps=350, batch_size=16, accum=1, warmup=20, seed=42
     )

@@ -140,6 +140,13 @@ class MyEmbedding(nn.Module):
         )  # (14, 2, mem)
         return torch.einsum("bcd,ckd->bck", z, memory)
 
+    def own_similarity(self, tokens: torch.Tensor, cls_labels: torch.Tensor) -> torch.Tensor:
+        """Return the similarities divided by the temperature (B * 14, 2), to the memory of the finding's own
+        sign first; the contrastive loss is their cross entropy with target 0."""
+        sim = self.similarity(tokens)
+        own_first = torch.where(cls_labels.bool()[..., None], sim, sim.flip(-1))
+        return (own_first / self.temperature()).flatten(0, 1)
+
     def temperature(self) -> torch.Tensor:
         """Return the learned temperature, no smaller than `min_temp`."""
         return self.temp if self.min_temp is None else self.temp.clamp(min=self.min_temp)
@@ -179,9 +186,8 @@ class MyEmbedding(nn.Module):
         vision_x: (B, S, 3, H, W, D), or tokens: (B, S, n_tok, vis_dim) from `encode`, which saves the second
         ViT pass. text_input: (B, N) ids; V and V+1 are <image> and </image>, V+2+j is visual token j.
         cls_labels: (B, 14), 1 = present. mode "cls": return similarities (B, 14, 2); "cls_upstream": see
-        `similarity`. mode "train": return embeddings (B, N, E) and sim (B * 14, 2), the similarity to the
-        finding's own memory first, divided by the temperature; the contrastive loss is the cross entropy of
-        sim with target 0. mode None: return embeddings. key_words_query is accepted and unused, as upstream.
+        `similarity`. mode "train": return embeddings (B, N, E) and `own_similarity`. mode None: return
+        embeddings. key_words_query is accepted and unused, as upstream.
         """
         if tokens is None:
             tokens = self.encode(vision_x)
@@ -192,6 +198,4 @@ class MyEmbedding(nn.Module):
         embeds = lookup(self.weight, extra.to(self.weight.dtype), text_input)
         if mode != "train":
             return embeds
-        sim = self.similarity(tokens)
-        own_first = torch.where(cls_labels.bool()[..., None], sim, sim.flip(-1))
-        return embeds, (own_first / self.temperature()).flatten(0, 1)
+        return embeds, self.own_similarity(tokens, cls_labels)
