@@ -187,12 +187,8 @@ def draw_evidence(path, backdrop: Backdrop, maps, rows, name: str, report: str, 
         slices, heat = np.linspace(low, high, 6).astype(int), None
         if finding != "no finding":
             heat = backdrop.heat(np.asarray(maps[FINDINGS.index(finding)]), finding)
-            save_heat(
-                path.with_name(f"{path.stem}_{finding.replace(' ', '_')}.nii.gz"),
-                heat,
-                backdrop.affine,
-                finding,
-            )
+            file = path.with_name(f"{path.stem}_{finding.replace(' ', '_')}.nii.gz")
+            save_heat(file, heat, backdrop.affine, finding)
             # The slice with the strongest evidence is one of the six.
             peak = int(heat.max((0, 1)).argmax())
             slices[np.abs(slices - peak).argmin()] = peak

@@ -233,13 +233,7 @@ class CTRGDataset(Dataset):
     def drop_bad(self, workers: int = 0):
         """Read every sample once, which fills the cache, and leave out those that cannot be used."""
         # Its own generator, so that checking does not change what the training draws afterwards.
-        loader = DataLoader(
-            self,
-            batch_size=1,
-            num_workers=workers,
-            collate_fn=lambda samples: samples[0],
-            generator=torch.Generator(),
-        )
+        loader = DataLoader(self, batch_size=None, num_workers=workers, generator=torch.Generator())
         bad = {}
         for sample in progress(loader, desc=f"checking {self.split}"):
             if "error" in sample:

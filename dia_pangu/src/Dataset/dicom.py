@@ -47,9 +47,9 @@ CT_CLASSES = ("1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.2.1", "1.2.8
 FACTS = ("ImageType", "RescaleType", "SeriesNumber", "GantryDetectorTilt", "ModalityLUTSequence")
 GEOMETRY = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness")
 TAGS = [
-    *(*WORDS, *GEOMETRY, *PHASES, "Rows", "Columns", "NumberOfFrames", "RescaleSlope", "RescaleIntercept"),
-    *("RescaleType", "SharedFunctionalGroupsSequence", "ModalityLUTSequence"),
-    *("PerFrameFunctionalGroupsSequence", "PixelPaddingValue", "GantryDetectorTilt"),
+    *(*WORDS, *FACTS, *GEOMETRY, *PHASES, "Rows", "Columns", "NumberOfFrames", "RescaleSlope"),
+    *("RescaleIntercept", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
+    "PixelPaddingValue",
 ]
 CHEST = ("chest", "thorax", "thorac", "lung", "torax", "pulmo", "胸", "肺")
 ELSEWHERE = ("head", "brain", "skull", "neck", "abdomen", "pelvis", "knee", "spine", "foot", "ankle", "hand")

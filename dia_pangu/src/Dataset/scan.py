@@ -134,17 +134,12 @@ def read_nifti(path) -> tuple[np.ndarray, np.ndarray]:
     return nifti_voxels(image, path), image.affine
 
 
-def stored_sform(header) -> np.ndarray:
-    """Return the sform of a NIfTI header, also where its code switches it off."""
-    return np.array([header[f"srow_{axis}"] for axis in "xyz"], float)
-
-
 def nifti_orientation(image, verdict: Verdict):
     """Fill in whether a NIfTI, Analyze or MGH header says which side is which."""
     header = image.header
     if isinstance(image, nibabel.Nifti1Pair):
         codes = int(header["qform_code"]), int(header["sform_code"])
-        sform = stored_sform(header)
+        sform = np.array([header[f"srow_{axis}"] for axis in "xyz"], float)  # also of code 0
         if codes == (0, 0):
             unknown(verdict, "the header has no orientation (form codes 0)")
         elif codes[0] > 0 and np.isfinite(sform).all() and abs(np.linalg.det(sform[:, :3])) > 1e-9:
