@@ -338,10 +338,29 @@ def test_padding_without_its_tag_and_sign_is_air(tmp_path, good):
     assert wrong_by(folder) < good + 5
 
 
-def test_a_tilt_that_the_places_of_the_slices_do_not_show_is_named(tmp_path):
-    for tilt, named in ((18, True), (-18, True), (0, False), ("", False)):
-        folder = series(tmp_path / f"t{tilt}", GantryDetectorTilt=tilt)
-        assert named == any("GantryDetectorTilt" in note for note in read_ct(folder)[2].notes), tilt
+@pytest.mark.parametrize(
+    "tags, note",
+    [
+        ({"GantryDetectorTilt": 18}, "GantryDetectorTilt is 18"),
+        ({"GantryDetectorTilt": -18}, "GantryDetectorTilt is 18"),
+        ({"GantryDetectorTilt": 0}, ""),
+        ({"GantryDetectorTilt": ""}, ""),
+        ({"ImageType": ["DERIVED", "SECONDARY", "MIP"]}, "ImageType says MIP"),
+        ({"ImageType": ["DERIVED", "SECONDARY", "AXIAL"]}, ""),
+        ({"PixelSpacing": [0.8, 0.8]}, "28 mm wide"),
+    ],
+)
+def test_what_the_tags_make_doubtful_is_named(tags, note, tmp_path):
+    notes = read_ct(series(tmp_path / "s", **tags))[2].notes
+    assert note in " ".join(notes) if note else not notes
+
+
+def test_a_jitter_of_the_places_is_no_tilt_and_a_tilt_is_not_named_twice(tmp_path, good):
+    def jitter(data, n):
+        x, *others = data.ImagePositionPatient
+        data.ImagePositionPatient = [x + 0.4 * (n % 2), *others]
+
+    assert wrong_by(series(tmp_path / "jitter", change=jitter)) < good + 3
     t = math.radians(18)
     folder = series(tmp_path / "true", cosines=(1, 0, 0, 0, math.cos(t), math.sin(t)), GantryDetectorTilt=18)
     assert not any("GantryDetectorTilt" in note for note in read_ct(folder)[2].notes)

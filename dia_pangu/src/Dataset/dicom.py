@@ -53,6 +53,7 @@ TAGS = [
 ]
 CHEST = ("chest", "thorax", "thorac", "lung", "torax", "pulmo", "胸", "肺")
 ELSEWHERE = ("head", "brain", "skull", "neck", "abdomen", "pelvis", "knee", "spine", "foot", "ankle", "hand")
+COMPUTED = ("MIP", "MINIP", "PROJECTION", "SUBTRACT", "IODINE", "PERFUSION", "MATERIAL", "ZEFF", "VNC")
 RULES = (
     "chosen are: a chest by its words before others, original before derived images, 15 cm of length and "
     "more, then the most slices, then the first in the table"
@@ -303,7 +304,7 @@ def judge_series(series: Series) -> Series:
     words = series.words
     kinds = str(words.get("ImageType", "")).upper()
     lacking = [part for part in series.slices if part.missing()]
-    named = words["Modality"] or ("CT" if words["SOPClassUID"] in CT_CLASSES else "")
+    named = str(words["Modality"]).upper() or ("CT" if words["SOPClassUID"] in CT_CLASSES else "")
     if named != "CT":
         series.reason = f"modality {words.get('Modality') or 'not given'}; only CT is read"
     elif series.slices[0].frame is None and series.slices[0].frames > 1:
@@ -402,7 +403,11 @@ def check_steps(slices: list[Slice], folder, verdict: Verdict) -> tuple[np.ndarr
     if steps.min() < 0.01:
         raise UserError(f"{folder}: slices lie side by side at one height; give a folder with one of them")
     slide = (moves - steps[:, None] * normal) / steps[:, None]  # in the plane, for each mm along the normal
-    usual = np.median(slide, axis=0)
+    # Of slices far from each other, so that a jitter of the places is no tilt.
+    half = len(height) // 2
+    rise = (height[half:] - height[:-half])[:, None]
+    far = np.array([part.position for part in slices])
+    usual = np.median((far[half:] - far[:-half]) / rise - normal, axis=0)
     if np.abs((slide - usual) * steps[:, None]).max() > 1.5:
         raise UserError(f"{folder}: slices are shifted against each other in their plane; give one series")
     wide = steps > 1.75 * step
@@ -547,6 +552,9 @@ def build(chosen: Series, folder, verdict: Verdict) -> tuple[np.ndarray, np.ndar
     words = chosen.text()
     if any(w in words for w in ELSEWHERE) and not any(w in words for w in CHEST):
         verdict.note(f"the header speaks of another body part ({' '.join(words.split())})")
+    computed = [word for word in COMPUTED if word in str(chosen.words["ImageType"]).upper()]
+    if computed:
+        verdict.note(f"ImageType says {computed[0]}: computed from other images, no plain CT")
 
     # Geometry, from the tags alone.
     groups = same_place(split_phases(chosen.slices, verdict))

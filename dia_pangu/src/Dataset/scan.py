@@ -368,7 +368,7 @@ def read_scan(path, series=None) -> Scan:
     elif not lower.endswith(NIFTI):
         raise UserError(
             f"{path}: no scan by its name (.nii, .nii.gz, .mgz, .mha, .nrrd, or a folder of DICOM files or "
-            "pictures); write an array as NIfTI, with its spacing and orientation"
+            "pictures); unpack an archive, write an array as NIfTI with its spacing and orientation"
         )
     else:
         scan = scan_nifti(path)

@@ -245,7 +245,10 @@ def judge_chest(verdict: Verdict, hu: np.ndarray, spacing_mm):
     verdict.chest = "unclear" if litres >= min(0.15, body / 30) else "no"
     if litres >= enough > 0 and tall_mm >= tall:
         verdict.chest = "yes"
-    if verdict.chest != "yes":
+    if 0 < width_mm < 70:
+        verdict.chest = "unclear"
+        verdict.note(f"the body is {width_mm:.0f} mm wide, which no patient is; is the spacing right?")
+    elif verdict.chest != "yes":
         what = "this is no chest" if verdict.chest == "no" else "only part of a chest"
         verdict.note(f"{litres:.2f} litres of lung over {tall_mm:.0f} mm are seen: {what}")
     # A scan cuts the body off at head and feet; one that is cut off at its sides alone has other axes.
