@@ -95,9 +95,8 @@ def inside(root, name) -> Path:
     absolute path). Links below `root` are followed: the user has made them."""
     root = Path(os.path.abspath(root))
     with reading(root / name, "path"):
-        path = Path(
-            os.path.normpath(root / name)
-        )  # without "..", which would leave a linked folder backwards
+        # without "..", which would leave a linked folder backwards
+        path = Path(os.path.normpath(root / name))
         os.fsencode(path)  # refuses what no file system takes
         if "\0" in str(name):
             raise ValueError("a name cannot hold a NUL")
@@ -136,15 +135,16 @@ def check_size(path, what: str, declared: int, stored: int):
         )
 
 
-def hdf5_item(file, name: str, whole: bool = True):
+def hdf5_item(file, name: str, whole: bool = True, hops: int = 0):
     """The data set or group `name` of an open h5py.File or group, whose data lie in the file itself.
 
-    Links inside the file are followed. UserError for links and storage in other files, for links in a circle
-    and for sizes that the file cannot hold. whole: the caller reads all of it, so it has to fit in memory;
-    else one row (the first axis) has to. Raises KeyError when there is no such name.
+    Links inside the file are followed, and so are virtual data sets to what they are made of. UserError for
+    links and storage in other files, for links in a circle and for sizes that the file cannot hold. whole:
+    the caller reads all of it, so it has to fit in memory; else one row (the first axis) has to. hops: links
+    followed so far. Raises KeyError when there is no such name.
     """
-    path, item, hops = Path(file.file.filename), file, 0
-    parts = [part for part in name.split("/") if part]
+    path, item = Path(file.file.filename), file
+    parts = [part for part in name.split("/") if part not in ("", ".")]
     while parts:
         part = parts.pop(0)
         link = item.get(part, getlink=True) if isinstance(item, h5py.Group) else None
@@ -157,15 +157,25 @@ def hdf5_item(file, name: str, whole: bool = True):
             if hops > 16:
                 raise UserError(f"{path}: {name} is a link that leads to itself; store the data there")
             item = item.file if link.path.startswith("/") else item
-            parts = [p for p in link.path.split("/") if p] + parts
+            parts = [p for p in link.path.split("/") if p not in ("", ".")] + parts
             continue
         if link is None:
             raise KeyError(name)
         item = item[part]
     if isinstance(item, h5py.Dataset):
         others = [outer[0] for outer in item.external or ()]
-        if item.is_virtual:
-            others += [source.file_name for source in item.virtual_sources() if source.file_name != "."]
+        for source in item.virtual_sources() if item.is_virtual else ():
+            if source.file_name != ".":
+                others.append(source.file_name)
+                continue
+            if hops > 16:  # HDF5 itself would follow them until the stack is full
+                raise UserError(f"{path}: {name} is made of itself; store the data there")
+            try:
+                hdf5_item(item.file, source.dset_name, False, hops + 1)
+            except KeyError as error:  # also a name with a pattern in it, which could stand for anything
+                raise UserError(
+                    f"{path}: {name} is made of {source.dset_name}, which is not there"
+                ) from error
         if others:
             raise UserError(f"{path}: {name} lies in another file, {others[0]}; copy the data into this one")
         declared = math.prod(item.shape or ()) * item.dtype.itemsize

@@ -143,7 +143,9 @@ def test_hdf5_names_and_links_inside_the_file_are_followed(hdf5):
     hdf5["soft"] = h5py.SoftLink("/x")
     hdf5["group/up"] = h5py.SoftLink("/soft")
     hdf5["group/near"] = h5py.SoftLink("deep")
-    for name in ("x", "/x", "soft", "group/up"):
+    hdf5["dot"] = h5py.SoftLink("./x")
+    make_virtual(hdf5, ".", name="own")
+    for name in ("x", "/x", "./x", "soft", "group/up", "dot", "own"):
         assert hdf5_item(hdf5, name)[:].tolist() == [0, 1, 2, 3]
     assert hdf5_item(hdf5, "group/near").shape == hdf5_item(hdf5["group"], "deep").shape == (3,)
     assert isinstance(hdf5_item(hdf5, "group"), h5py.Group)
@@ -165,10 +167,34 @@ def make_external_storage(file):
     file.create_dataset("bad", (4,), "i1", external=[("b.h5", 0, 4)])
 
 
-def make_virtual(file):
+def make_virtual(file, place="b.h5", source="x", name="bad"):
     layout = h5py.VirtualLayout((4,), "f8")
-    layout[:] = h5py.VirtualSource("b.h5", "x", (4,))
-    file.create_virtual_dataset("bad", layout)
+    layout[:] = h5py.VirtualSource(place, source, (4,))
+    file.create_virtual_dataset(name, layout)
+
+
+def make_virtual_of_a_link(file):
+    file["far"] = h5py.ExternalLink("b.h5", "/x")
+    make_virtual(file, ".", "far")
+
+
+def make_virtual_of_a_virtual(file):
+    make_virtual(file, "b.h5", name="near")
+    make_virtual(file, ".", "near")
+
+
+def make_virtual_of_external_storage(file):
+    file.create_dataset("near", (4,), "f8", external=[("b.h5", 0, 32)])
+    make_virtual(file, ".", "near")
+
+
+def make_virtual_of_nothing(file):
+    make_virtual(file, ".", "missing")
+
+
+def make_virtual_circle(file):
+    make_virtual(file, ".", "other")
+    make_virtual(file, ".", "bad", name="other")
 
 
 def make_circle(file):
@@ -190,6 +216,11 @@ def make_declared_in_chunks(file):
         make_group_in_another_file,
         make_external_storage,
         make_virtual,
+        make_virtual_of_a_link,
+        make_virtual_of_a_virtual,
+        make_virtual_of_external_storage,
+        make_virtual_of_nothing,
+        make_virtual_circle,
         make_circle,
         make_declared,
         make_declared_in_chunks,
@@ -197,7 +228,7 @@ def make_declared_in_chunks(file):
 )
 def test_hdf5_items_that_lie_elsewhere_or_only_declare_their_size_are_one_line(hdf5, make):
     make(hdf5)
-    said = "lies in another file|leads to itself|bytes are stored"
+    said = "lies in another file|leads to itself|bytes are stored|made of itself|not there"
     with pytest.raises(UserError, match=f"a.h5: .*({said})") as error:
         hdf5_item(hdf5, "bad")
     assert "\n" not in str(error.value)
