@@ -30,7 +30,11 @@ env_fail() { printf 'error: %s\n' "$*" >&2; exit 2; }
 env_setup() {
   local list extra=() stamp base candidate log
   for list in "$ROOT/requirements.txt" ${ENV_EXTRA:+"$ROOT/$ENV_EXTRA"}; do extra+=(-r "$list"); done
-  if [ -n "${PYTHON:-}" ]; then return; fi
+  if [ -n "${PYTHON:-}" ]; then
+    case $PYTHON in /*) ;; */*) PYTHON=$PWD/$PYTHON ;; esac
+    command -v "$PYTHON" >/dev/null || env_fail "PYTHON=$PYTHON: no such interpreter"
+    return
+  fi
   for candidate in python python3; do
     if command -v "$candidate" >/dev/null && "$candidate" "$ROOT/common/env_check.py" "${extra[@]}" 2>/dev/null; then
       PYTHON=$(command -v "$candidate"); return

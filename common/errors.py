@@ -15,9 +15,17 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 ZIP_WRITER = ("inline_container.cc", "PytorchStreamWriter failed", "iostream error")
 
 
+# What asks a run to stop: Ctrl-C, a scheduler, a closed terminal, and Slurm before its time limit.
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
+
 class UserError(Exception):
     """Something the user can mend. The message is one line: which file or field, what is wrong, what to
     do."""
+
+    def __init__(self, message: str):
+        # A loader's worker passes an error on with its traceback, whose last line is the error.
+        super().__init__(str(message).rpartition(f"{__name__}.UserError: ")[2].strip())
 
 
 class Interrupted(Exception):
@@ -35,11 +43,8 @@ def run(main, *args):
     that lost the others because one of them ended: 75. Every other exception is a defect of ours and keeps
     its traceback.
     """
-    if os.environ.get("RANK", "0") == "0":  # the others may wait for it in a call that no handler interrupts
-        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-            if signal.getsignal(number) == signal.SIG_DFL:
-                signal.signal(number, _stop_early)
     try:
+        _settle_process()
         main(*args)
         # One of several ends here, with its process group alive: DDP's reducer, which goes after the group
         # where a script destroys that, was seen to wait for gloo for ever, in 1 of 25 runs.
@@ -67,11 +72,28 @@ def run(main, *args):
         leave("lost the other processes; the first error above says why", 75)
 
 
+def _settle_process():
+    """What every script wants of its process, before anything else."""
+    if os.environ.get("RANK", "0") == "0":  # the others may wait for it in a call that no handler interrupts
+        for number in STOPS:
+            if signal.getsignal(number) == signal.SIG_DFL:
+                signal.signal(number, _stop_early)
+    for stream in (sys.stdout, sys.stderr):  # names of files may hold what a terminal cannot show
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def catch_stops(handler) -> dict:
+    """Have `handler` called for each of STOPS; returns {signal: who had it before}. Whoever started us with
+    nohup asked that a closed terminal should not matter."""
+    caught = [n for n in STOPS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in caught}
+
+
 def _stop_early(signum, frame):
-    """End while data and model are still being prepared; what is half written is deleted on the way out."""
-    print(
-        f"{signal.Signals(signum).name} before the first step: nothing to save", file=sys.stderr, flush=True
-    )
+    """End where nothing can be saved: in preparations, or in a script that trains nothing. What is half
+    written is deleted on the way out."""
+    print(f"stopped by {signal.Signals(signum).name}; nothing to save here", file=sys.stderr, flush=True)
     sys.exit(128 + signum)
 
 

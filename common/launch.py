@@ -22,13 +22,24 @@ STOP_TIMEOUT = 1800  # seconds; a checkpoint of 84 GB takes minutes to write
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # that the launcher passes on
 
 
+def from_environment(name: str, usual: int, least: int = 0) -> int:
+    """A whole number that the environment gives; `usual` where it gives none."""
+    text = os.environ.get(name) or str(usual)
+    if not text.isdecimal() or int(text) < least:
+        raise UserError(f"{name}={text}: must be a whole number from {least} on")
+    return int(text)
+
+
 def main(script: str, *arguments: str):
-    processes, nodes = int(os.environ.get("NPROC_PER_NODE", 1)), int(os.environ.get("NNODES", 1))
-    rank = os.environ.get("NODE_RANK", "0")
-    address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "29500")
-    config, restarts = os.environ.get("ACCELERATE_CONFIG", ""), os.environ.get("MAX_RESTARTS", "0")
-    meeting = []
-    if restarts != "0":
+    if not Path(script).is_file():
+        raise UserError(f"{script}: no such script; give its path as seen from {Path.cwd()}")
+    processes, nodes = from_environment("NPROC_PER_NODE", 1, 1), from_environment("NNODES", 1, 1)
+    rank, port = from_environment("NODE_RANK", 0), from_environment("MASTER_PORT", 29500)
+    address, config = os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("ACCELERATE_CONFIG", "")
+    restarts, meeting = from_environment("MAX_RESTARTS", 0), []
+    if rank >= nodes:
+        raise UserError(f"NODE_RANK={rank}: must be below NNODES={nodes}")
+    if restarts:
         # Each start has a store of its own. In one store they would find where the processes of the start
         # before were, and wait for these.
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
@@ -52,23 +63,16 @@ def main(script: str, *arguments: str):
             )
         from accelerate.commands.launch import launch_command, launch_command_parser
 
-        options = [
-            "--config_file",
-            str(path),
-            "--num_processes",
-            str(processes * nodes),
-            "--num_machines",
-            str(nodes),
-            "--machine_rank",
-            rank,
-            "--main_process_ip",
-            address,
-            "--main_process_port",
-            port,
-            "--max_restarts",
-            restarts,
-            *meeting,
-        ]
+        options = {
+            "config_file": path,
+            "num_processes": processes * nodes,
+            "num_machines": nodes,
+            "machine_rank": rank,
+            "main_process_ip": address,
+            "main_process_port": port,
+            "max_restarts": restarts,
+        }
+        options = [f"--{name}={value}" for name, value in options.items()] + meeting
         start(lambda: launch_command(launch_command_parser().parse_args([*options, script, *arguments])))
     elif processes * nodes > 1:
         from torch.distributed.run import main as torchrun
@@ -94,7 +98,7 @@ def start(launcher):
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", SIGNALS)
-    statuses = patient_shutdown(float(os.environ.get("STOP_TIMEOUT") or STOP_TIMEOUT))
+    statuses = patient_shutdown(from_environment("STOP_TIMEOUT", STOP_TIMEOUT))
     try:
         launcher()
     except ChildFailedError as error:

@@ -47,7 +47,7 @@ def hold(out: Path):
 
 
 def _in_use(out: Path, owner: str) -> UserError:
-    return UserError(f"{out} is in use by {owner}; wait for it or choose another --out")
+    return UserError(f"{out} is in use by {owner}; wait for it or choose another folder")
 
 
 def _own(out: Path):

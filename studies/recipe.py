@@ -29,7 +29,7 @@ from pathlib import Path
 
 from common.arguments import Parser
 from common.checkpoint import atomic_write
-from common.errors import UserError, run
+from common.errors import UserError, catch_stops, run
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "data"  # what the generators and converters write
@@ -142,9 +142,8 @@ def _stop(signum, frame):
         stop_all()
         for process in list(_running):
             try:
-                os.waitpid(
-                    process.pid, 0
-                )  # process.wait() would wait for the lock of the call that we interrupt
+                # process.wait() would wait for the lock of the call that we interrupt
+                os.waitpid(process.pid, 0)
             except ChildProcessError:
                 pass
     again = "goes on" if SKIP_DONE else "without --resume starts anew"
@@ -162,6 +161,5 @@ def recipe(main, *arguments):
     """
     if not any(isinstance(argument, argparse.Namespace) for argument in arguments):
         Parser(sys.modules["__main__"].__doc__, epilog=ENVIRONMENT).parse_args()
-    signal.signal(signal.SIGTERM, _stop)
-    signal.signal(signal.SIGINT, _stop)
+    catch_stops(_stop)
     run(main, *arguments)

@@ -8,6 +8,7 @@ there.
 of DATA_ROOT, with results in RUNS/real. A second start leaves out every stage that has ended well.
 """
 
+import contextlib
 import os
 import shutil
 import signal
@@ -17,8 +18,9 @@ import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
-from common.arguments import Parser
-from common.errors import UserError, run
+from common.arguments import Parser, number
+from common.errors import UserError, catch_stops, run
+from common.lock import hold
 from studies.summary import collect, draw_curves, table, write_summary
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,9 +58,9 @@ def parse_args():
     )
     parser.add_argument(
         "--jobs",
-        type=int,
+        type=number(int, 0),
         default=0,
-        help="projects side by side, sharing the cores (default: as many as cores)",
+        help="projects side by side, sharing the cores; 0: as many as cores",
     )
     return parser.parse_args()
 
@@ -67,7 +69,6 @@ def run_project(name: str, threads: int, args, runs: Path) -> dict:
     """Run one project's recipe to its end; returns name, status, seconds, peak_mb (largest process) and
     rows."""
     log = runs / name / "run_all.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
     if not args.real:  # a real run goes on: what its stages have written stays
         shutil.rmtree(runs / name / "results", ignore_errors=True)
     environment = {
@@ -120,7 +121,7 @@ running: dict[str, subprocess.Popen] = {}
 
 
 def stop(signum, frame):
-    """Ctrl-C and SIGTERM reach every project. The prompt comes back when all have saved themselves, so that
+    """What asks to stop reaches every project. The prompt comes back when all have saved themselves, so that
     the next command finds no folder in use; a second signal does not wait for them."""
 
     def leave(*_):
@@ -128,11 +129,11 @@ def stop(signum, frame):
         print(f"stopped; the logs are {logs}; run the same command to start again", file=sys.stderr)
         os._exit(128 + signum)
 
-    signal.signal(signal.SIGINT, leave)
-    signal.signal(signal.SIGTERM, leave)
+    catch_stops(leave)
     alive = [process for process in running.values() if process.returncode is None]
     for process in alive:
-        os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+            os.killpg(process.pid, signal.SIGTERM)
 
     # the threads of run_project wait for them and take their exit statuses
     print(
@@ -164,11 +165,14 @@ def main(args):
         raise UserError(f"DATA_ROOT={data_root}: holds no {folders}; add it, or name the other projects")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     jobs = min(args.jobs or cores, len(names))
-    if jobs < 1:
-        raise UserError(f"--jobs {args.jobs}: must be at least 1")
     threads = max(1, cores // jobs)
     runs = Path(os.environ["RUNS"]) / ("real" if args.real else "")
-    runs.mkdir(parents=True, exist_ok=True)
+    for name in names:  # a second start would delete the results of the first, and end in its run folders
+        try:
+            (runs / name).mkdir(parents=True, exist_ok=True)
+            hold(runs / name)
+        except OSError as error:
+            raise UserError(f"{runs / name}: cannot write there ({error.strerror}); set RUNS") from error
     if args.real:  # before the projects start side by side, so that it is made once
         made = subprocess.run(
             [sys.executable, str(ROOT / "studies/real_models.py")], env={**os.environ, "RUNS": str(runs)}
@@ -176,8 +180,7 @@ def main(args):
         if made.returncode:
             sys.exit(made.returncode)
         print(f"about {minutes_left(names, [], jobs):.0f} minutes with {jobs} side by side")
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
+    catch_stops(stop)
     start, since, waiting, pending, done = time.monotonic(), time.time(), list(names), {}, []
     with ThreadPoolExecutor(jobs) as pool:
         while waiting or pending:
@@ -187,9 +190,8 @@ def main(args):
             ]:
                 waiting.remove(name)
                 pending[pool.submit(run_project, name, threads, args, runs)] = name
-            ready, _ = wait(
-                pending, timeout=1, return_when=FIRST_COMPLETED
-            )  # wakes up for a signal that came just before
+            # wakes up for a signal that came just before
+            ready, _ = wait(pending, timeout=1, return_when=FIRST_COMPLETED)
             for future in ready:
                 del pending[future]
                 done.append(future.result())

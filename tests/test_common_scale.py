@@ -528,11 +528,11 @@ def test_restarts_are_passed_to_torchrun(monkeypatch):
     monkeypatch.setenv("NPROC_PER_NODE", "2")
     monkeypatch.setenv("MAX_RESTARTS", "3")
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # which it sets too
-    launch.main("script.py", "--resume", "auto")
-    assert "--max_restarts=3" in seen[0] and seen[0][-3:] == ["script.py", "--resume", "auto"]
+    launch.main(__file__, "--resume", "auto")
+    assert "--max_restarts=3" in seen[0] and seen[0][-3:] == [__file__, "--resume", "auto"]
     monkeypatch.setenv("NNODES", "2")
     monkeypatch.setenv("MASTER_ADDR", "node7")
-    launch.main("script.py")
+    launch.main(__file__)
     assert "--rdzv_backend c10d --rdzv_endpoint node7:29500" in " ".join(seen[1])
 
 

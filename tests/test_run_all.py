@@ -135,7 +135,7 @@ def test_pruning_starts_when_the_model_is_there_and_not_on_an_old_one(tree):
     recipe(
         tree,
         "dia_pangu",
-        """set -e; sleep 2; [ ! -e "$RUNS/pruning" ]
+        """set -e; sleep 2; [ ! -e "$RUNS/pruning/run_all.log" ]
 touch "$RUNS/dia_pangu/ft/metrics.json"; until [ -e "$RUNS/pruning/done" ]; do sleep .1; done""",
     )
     recipe(tree, "pruning", 'touch "$RUNS/pruning/done"')
@@ -169,7 +169,7 @@ def test_results_of_an_earlier_run_are_gone_when_a_project_fails(tree):
         (["--real"], {"DATA_ROOT": "/no/such"}, "DATA_ROOT=/no/such"),
         (["--real"], {"DATA_ROOT": ""}, "DATA_ROOT is not set"),
         (["--real", "cwt_mae/"], {"DATA_ROOT": "/"}, "holds no ecg/ for cwt_mae"),
-        (["--jobs", "-1"], {}, "at least 1"),
+        (["--jobs", "-1"], {}, "at least 0"),
         (["--smok"], {}, "--smok"),  # run_all.sh itself looks for --real as it is written
     ],
 )
@@ -180,7 +180,8 @@ def test_wrong_arguments_are_one_line(tree, options, environment, said):
 
 
 @pytest.mark.slow
-def test_the_prompt_comes_back_when_the_projects_have_saved_themselves(tree):
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_the_prompt_comes_back_when_the_projects_have_saved_themselves(tree, signum):
     recipe(tree, "cwt_mae", "trap 'sleep 1; echo saved; exit 143' TERM; echo up; sleep 60 & wait")
     env = {**os.environ, "PYTHONPATH": str(tree), "RUNS": str(tree / "runs")}
     process = subprocess.Popen(
@@ -194,9 +195,13 @@ def test_the_prompt_comes_back_when_the_projects_have_saved_themselves(tree):
     log = tree / "runs/cwt_mae/run_all.log"
     while not (log.exists() and "up" in log.read_text()):
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    write_result(tree / "runs/cwt_mae", "beats", "accuracy", 0.5, {"chance": 0.1})
+    second = start(tree, "cwt_mae")  # it would delete the results of the first
+    assert second.returncode == 2 and "cwt_mae is in use by process" in second.stderr
+    assert "up" in log.read_text() and collect(tree / "runs", "cwt_mae")
+    process.send_signal(signum)
     _, error = process.communicate(timeout=20)
-    assert process.returncode == 130 and str(log) in error
+    assert process.returncode == 128 + signum and str(log) in error
     assert "saved" in log.read_text()
 
 
