@@ -1,6 +1,7 @@
 """The command line of every script: one parser, and one set of run flags with the same names everywhere."""
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -53,15 +54,11 @@ def number(kind=int, low=None, high=None):
 
     def convert(text):
         value = kind(text)
-        if not (low is None or value >= low) or not (high is None or value <= high):
-            ends = (
-                f"at least {low}"
-                if high is None
-                else f"at most {high}"
-                if low is None
-                else f"from {low} to {high}"
-            )
-            raise argparse.ArgumentTypeError(f"{text} must be {ends}")
+        if not -math.inf < value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not finite")
+        if low is not None and value < low or high is not None and value > high:
+            ends = [f"at least {low}"] * (low is not None) + [f"at most {high}"] * (high is not None)
+            raise argparse.ArgumentTypeError(f"{text} must be {' and '.join(ends)}")
         return value
 
     convert.__name__ = {int: "whole number", float: "number"}[kind]
@@ -79,70 +76,24 @@ def refuse(args, names, why: str):
             raise UserError(f"--{name.replace('_', '-')} has no effect {why}; leave it out")
 
 
-# destination: (group, upstream's names, default, type, help)
-NUMBERS = {
-    "lr": ("optimisation", ["learning-rate"], 1e-4, number(float, 0), "peak learning rate"),
-    "batch_size": (
-        "optimisation",
-        ["per-device-train-batch-size"],
-        1,
-        number(int, 1),
-        "samples per process and forward pass",
-    ),
-    "accum": (
-        "optimisation",
-        ["gradient-accumulation-steps"],
-        1,
-        number(int, 1),
-        "batches accumulated in one optimizer step",
-    ),
-    "epochs": (
-        "optimisation",
-        ["num-train-epochs"],
-        1.0,
-        number(float, 0),
-        "passes over the data; --max-steps takes their place",
-    ),
-    "max_steps": ("optimisation", ["steps"], 0, number(int, 0), "optimizer steps; 0: --epochs decides"),
-    "warmup": (
-        "optimisation",
-        ["warmup-steps"],
-        0.05,
-        number(float, 0),
-        "linear warm-up: below 1 a fraction of all steps, from 1 on a number of steps",
-    ),
-    "weight_decay": ("optimisation", [], 0.01, number(float, 0), "weight decay of AdamW"),
-    "clip": (
-        "optimisation",
-        ["max-grad-norm"],
-        1.0,
-        number(float, 0),
-        "largest norm of the gradient; 0: no clipping",
-    ),
-    "workers": (
-        "run",
-        ["dataloader-num-workers"],
-        0,
-        number(int, 0),
-        "loader processes for each training process",
-    ),
-    "seed": ("run", [], 0, number(int, 0), "random seed of the weights, the order and every other draw"),
-    "log_every": ("run", ["logging-steps"], 20, number(int, 1), "optimizer steps between log lines"),
-    "save_every": (
-        "run",
-        ["save-steps"],
-        1000,
-        number(int, 0),
-        "optimizer steps between checkpoints; 0: only at the end",
-    ),
-    "keep": ("run", ["save-total-limit"], 3, number(int, 1), "newest checkpoints to keep"),
-    "eval_every": (
-        "run",
-        ["eval-steps"],
-        0,
-        number(int, 0),
-        "optimizer steps between evaluations; 0: only at the end",
-    ),
+# {destination: (upstream's name, default, type, help)} of the two groups of flags
+OPTIMISATION = {
+    "lr": ("learning-rate", 1e-4, number(float, 0), "peak learning rate"),
+    "batch_size": ("per-device-train-batch-size", 1, number(int, 1), "samples per process and forward pass"),
+    "accum": ("gradient-accumulation-steps", 1, number(int, 1), "batches accumulated in one optimizer step"),
+    "epochs": ("num-train-epochs", 1.0, number(float, 0), "passes over the data, without --max-steps"),
+    "max_steps": ("steps", 0, number(int, 0), "optimizer steps; 0: --epochs decides"),
+    "warmup": ("warmup-steps", 0.05, number(float, 0), "steps of linear warm-up; below 1: fraction of all"),
+    "weight_decay": ("", 0.01, number(float, 0), "weight decay of AdamW"),
+    "clip": ("max-grad-norm", 1.0, number(float, 0), "largest norm of the gradient; 0: no clipping"),
+}
+RUN = {
+    "workers": ("dataloader-num-workers", 0, number(int, 0), "loader processes for each training process"),
+    "seed": ("", 0, number(int, 0, 2**32 - 1), "random seed of the weights, the order and every other draw"),
+    "log_every": ("logging-steps", 20, number(int, 1), "optimizer steps between log lines"),
+    "save_every": ("save-steps", 1000, number(int, 0), "optimizer steps between checkpoints; 0: at the end"),
+    "keep": ("save-total-limit", 3, number(int, 1), "newest checkpoints to keep"),
+    "eval_every": ("eval-steps", 0, number(int, 0), "optimizer steps between evaluations; 0: at the end"),
 }
 
 
@@ -153,20 +104,16 @@ def add_run_arguments(parser, omit=(), **defaults):
     omit: destinations that this script has no use for. defaults: its own values, by destination, such as
     lr=1e-3.
     """
-    groups = {name: parser.add_argument_group(name) for name in ("optimisation", "run")}
-    unknown = [
-        name
-        for name in (*defaults, *omit)
-        if name not in NUMBERS and name not in ("out", "precision", "resume")
-    ]
-    assert not unknown, f"no run flag is called {unknown[0]}"
-    for name, (group, others, value, kind, text) in NUMBERS.items():
-        if name not in omit:
-            names = [f"--{n}" for n in (name.replace("_", "-"), *others)]
-            groups[group].add_argument(
-                *names, dest=name, type=kind, default=defaults.get(name, value), help=text
-            )
-    _add_other_arguments(parser, *groups.values(), omit, defaults)
+    unknown = {*defaults, *omit} - {*OPTIMISATION, *RUN, "out", "precision", "resume"}
+    assert not unknown, f"no run flag is called {unknown}"
+    groups = parser.add_argument_group("optimisation"), parser.add_argument_group("run")
+    for group, flags in zip(groups, (OPTIMISATION, RUN)):
+        for name, (other, value, kind, text) in flags.items():
+            if name not in omit:
+                names = [f"--{n}" for n in (name.replace("_", "-"), other) if n]
+                value = defaults.get(name, value)
+                group.add_argument(*names, dest=name, type=kind, default=value, help=text)
+    _add_other_arguments(parser, *groups, omit, defaults)
 
 
 def _add_other_arguments(parser, optim, run, omit, defaults):

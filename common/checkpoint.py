@@ -62,11 +62,14 @@ def atomic_path(path):
         yield temporary
         for part in [*temporary.rglob("*"), temporary] if temporary.is_dir() else [temporary]:
             _sync(part)
-        if path.is_dir() and not path.is_symlink():  # a folder cannot be replaced in one call
+        if path.is_dir():  # a folder cannot be replaced in one call, nor can a link to one
             old = path.with_name(f".{path.name}.{os.getpid()}.old")
             path.rename(old)
             temporary.rename(path)
-            shutil.rmtree(old)
+            if old.is_symlink():
+                old.unlink()
+            else:
+                shutil.rmtree(old)
         else:
             os.replace(temporary, path)
         _sync(path.parent)
@@ -93,8 +96,10 @@ def atomic_dir(path):
 
 def atomic_write(path, data: str | bytes):
     """Write `data` (text as UTF-8) to `path`, whole or not at all."""
+    if isinstance(data, str):
+        data = data.encode(errors="backslashreplace")  # names of files may be no text; JSON reads them back
     with atomic_path(path) as temporary:
-        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+        temporary.write_bytes(data)
 
 
 def atomic_json(path, value):
@@ -127,6 +132,8 @@ def link(out, name: str, target):
     On a file system without links it is a text file that holds the path.
     """
     temporary, place = Path(out) / f".{name}.{os.getpid()}.tmp", os.path.relpath(target, out)
+    if (Path(out) / name).is_dir() and not (Path(out) / name).is_symlink():
+        shutil.rmtree(Path(out) / name)  # of a run that was copied with its links followed
     temporary.unlink(missing_ok=True)
     try:
         temporary.symlink_to(place)
@@ -149,6 +156,12 @@ def _crc32(path: Path) -> int:
         while block := file.read(1 << 22):
             value = zlib.crc32(block, value)
     return value
+
+
+def _steps(out) -> list[Path]:
+    """The checkpoints of a run from the oldest to the newest; copies under other names are their owner's."""
+    number = {path: path.name[5:] for path in (Path(out) / "checkpoints").glob("step-*")}
+    return sorted((path for path in number if number[path].isdecimal()), key=lambda path: int(number[path]))
 
 
 def _files(folder: Path) -> list[str]:
@@ -202,7 +215,7 @@ def save_step(accelerator, out, state: dict, keep: int = 3) -> Path:
             _sync(path)
 
     def publish():
-        (temporary / "state.json").write_text(json.dumps({**state, "files": files}, indent=1))
+        (temporary / "state.json").write_text(json.dumps({**_finite(state), "files": files}, indent=1))
         for part in (temporary / "state.json", *filter(Path.is_dir, temporary.rglob("*")), temporary):
             _sync(part)
         shutil.rmtree(final, ignore_errors=True)  # a damaged one that the run was not resumed from
@@ -210,7 +223,8 @@ def save_step(accelerator, out, state: dict, keep: int = 3) -> Path:
         _sync(folder)
         link(out, "last", final)
         best = linked(out, "best")
-        for old in sorted(folder.glob("step-*"))[:-keep]:
+        steps = _steps(out)  # later ones than this are damaged, or the run would have gone on from them
+        for old in steps[: steps.index(final) + 1][:-keep]:
             if old.resolve() != best:
                 shutil.rmtree(old)
 
@@ -239,7 +253,7 @@ def _together(accelerator, action, final: Path, out):
     if not accelerator.is_main_process:
         raise SystemExit(2)
     shutil.rmtree(final.parent / f".saving-{final.name.removeprefix('step-')}", ignore_errors=True)
-    found = next((f for f in sorted(final.parent.glob("step-*"), reverse=True) if not damage(f)), "none")
+    found = next((f for f in reversed(_steps(out)) if not damage(f)), "none")
     raise UserError(f"{final}: could not be saved ({problems[0]}); last good checkpoint: {found}")
 
 
@@ -270,7 +284,7 @@ def find_resume(out, accelerator=None) -> Path | None:
 
     With `accelerator` all processes call it: those of each machine read the files once, in equal shares.
     """
-    folders = sorted((Path(out) / "checkpoints").glob("step-*"), reverse=True)
+    folders = _steps(out)[::-1]
     part = parts = None
     if accelerator is not None:
         folders = from_main(folders)

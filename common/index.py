@@ -7,6 +7,7 @@
 A file is known by its whole path, its size and the time of its last change.
 """
 
+import contextlib
 import fcntl
 import functools
 import hashlib
@@ -18,6 +19,8 @@ import signal
 import sys
 import tarfile
 import threading
+import zipfile
+import zlib
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -159,12 +162,13 @@ def remember(make, files, about, cache) -> dict[str, np.ndarray]:
     except OSError:
         return make()
     with only_one(path):
-        if not path.is_file():
-            arrays = make()
-            with atomic_path(path) as temporary, open(temporary, "wb") as file:
-                np.savez(file, **arrays)
-        with np.load(path, allow_pickle=False) as arrays:
-            return dict(arrays)
+        with contextlib.suppress(OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
+            with np.load(path, allow_pickle=False) as arrays:
+                return dict(arrays)
+        arrays = {name: np.asarray(value) for name, value in make().items()}  # for the first time, or again
+        with atomic_path(path) as temporary, open(temporary, "wb") as file:
+            np.savez(file, **arrays)
+        return arrays
 
 
 class only_one:

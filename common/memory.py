@@ -62,9 +62,8 @@ def memory_table(weights: int, trained: int, peak: int, layer: int, root: int, g
     parts = [value // gpus for value in (gradients, states, copies * trained)]
     sharded = row(gathered, *parts)
     whole = row(weights, gradients, states, copies * trained)
-    doubled = row(
-        weights, 2 * gradients, states, copies * trained
-    )  # DDP's buckets are copies of the gradients
+    # DDP's buckets are copies of the gradients
+    doubled = row(weights, 2 * gradients, states, copies * trained)
     modes = {"one GPU": whole, "DDP": doubled}
     return modes | {f"FSDP2, {gpus} GPUs": sharded, f"ZeRO-3, {gpus} GPUs": sharded}
 

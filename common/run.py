@@ -28,25 +28,18 @@ import torch
 from tqdm import tqdm
 
 from common.checkpoint import atomic_write
-from common.errors import Interrupted, UserError, write_problem
+from common.errors import Interrupted, UserError, catch_stops, write_problem
 from common.lock import hold
 from common.together import from_all, from_main, group
 
-# what --overwrite deletes; whatever else somebody put into the folder stays
+# What --overwrite deletes: all that a training or a test leaves, so that nothing of an earlier run, such as
+# the calibration of its head, is taken for part of this one. Whatever else somebody put there stays.
 OURS = (
-    "config.json",
-    "log.jsonl",
-    "metrics.json",
-    "model.safetensors",
-    "head.safetensors",
-    "model",
-    "encoder",
-    "tb",
-    "checkpoints",
-    "figures",
-    "last",
-    "best",
-)
+    "config.json log.jsonl metrics.json results.json tb checkpoints figures last best model encoder base "
+    "model.safetensors head.safetensors vision.safetensors sam_tiny.safetensors pytorch_model.bin "
+    "dia_config.json adapter_config.json places.json calibration.json reliability.png timing.json "
+    "masks.json phrases.csv overlays per_window.csv per_record.csv"
+).split()
 
 if not torch.accelerator.is_available():  # else accelerate would run each of torchrun's processes alone
     os.environ.setdefault("ACCELERATE_USE_CPU", "true")
@@ -74,6 +67,10 @@ def open_run(out, args, accelerator, resume: bool | str = False, overwrite: bool
     if getattr(args, "dry_run", False):  # which writes nothing
         return out
 
+    try:
+        str(out).encode()  # as safetensors and TensorBoard will do
+    except UnicodeEncodeError as error:
+        raise UserError(f"{out}: is no name in UTF-8; choose another folder with --out") from error
     _refuse_private_disk(out, accelerator)
     on_main(accelerator, lambda: _open(out, args, accelerator.num_processes, resume, overwrite))
     return out
@@ -202,7 +199,7 @@ def _read_config(out: Path) -> dict:
 
 
 def _delete(out: Path, names):
-    """Delete `names` in `out`, and what an earlier deletion or save left when it was killed.
+    """Delete `names` in `out`, and what an earlier deletion, save or export left when it was killed.
 
     A folder is renamed first, so that nothing half deleted is ever resumed; config.json goes last.
     """
@@ -213,8 +210,11 @@ def _delete(out: Path, names):
         else:
             path.unlink(missing_ok=True)
 
-    for rest in (*out.glob(".deleted-*"), *out.glob("checkpoints/.saving-*")):
-        shutil.rmtree(rest, ignore_errors=True)
+    for rest in (*out.glob(".deleted-*"), *out.glob("checkpoints/.saving-*"), *out.glob(".*.*[0-9].tmp*")):
+        if rest.is_dir():
+            shutil.rmtree(rest, ignore_errors=True)
+        else:
+            rest.unlink()
 
 
 def _commit() -> str:
@@ -267,11 +267,9 @@ class Log:
 
             # behind the checkpoint that is resumed the lines come again; the last may be half a line
             if self.path.exists():
-                whole = [line for line in self.path.read_text().splitlines() if line.endswith("}")]
-                atomic_write(
-                    self.path,
-                    "".join(line + "\n" for line in whole if json.loads(line)["step"] <= resume_step),
-                )
+                lines = self.path.read_text(errors="replace").splitlines()
+                kept = (line + "\n" for line in lines if _step_of(line) <= resume_step)
+                atomic_write(self.path, "".join(kept))
 
             # Its thread would print a traceback; the next line of the log tells the error instead.
             hook = threading.excepthook
@@ -339,6 +337,14 @@ class Log:
                 tracker.finish()
 
 
+def _step_of(line: str) -> float:
+    """The step of a line of log.jsonl; infinite for one that a kill or a power cut has spoilt."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
 class StopSignal:
     """Turns Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 into a question that the loop asks after each step:
     `if stop(): save; stop.leave(path)`.
@@ -349,13 +355,7 @@ class StopSignal:
 
     def __init__(self, accelerator):
         self.accelerator, self.signum, self.at_once = accelerator, 0, ""
-
-        # whoever started us with nohup asked that a closed terminal should not matter
-        self.before = {
-            number: signal.signal(number, self._handle)
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
-        }
+        self.before = catch_stops(self._handle)
 
     def _handle(self, signum, frame):
         # A terminal's Ctrl-C arrives twice under torchrun, which passes it on: not what a user means by it.
@@ -363,7 +363,8 @@ class StopSignal:
             raise KeyboardInterrupt
 
         # only noted, unless all is saved: a handler comes in the middle of a step, which has to end first
-        self.signum, self.asked = signum, time.monotonic()
+        self.asked = self.asked if self.signum else time.monotonic()
+        self.signum = signum
         if self.at_once:
             self.leave(self.at_once)
         if self.accelerator.is_main_process:
@@ -386,7 +387,8 @@ class StopSignal:
         """End the run: the main process raises Interrupted saying where it is saved and how to resume."""
         if not self.accelerator.is_main_process:
             sys.exit(128 + self.signum)
-        raise Interrupted(f"stopped; saved {saved}; run the same command with --resume to go on", self.signum)
+        told = f"saved {saved}" if Path(saved).exists() else "nothing is to be saved before the first step"
+        raise Interrupted(f"stopped; {told}; run the same command with --resume to go on", self.signum)
 
 
 def loader_worker(worker_id: int):

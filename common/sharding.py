@@ -58,6 +58,8 @@ def settle(accelerator, clip: float, accum: int):
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
         accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
         accelerator.state.fsdp_plugin.set_state_dict_type("SHARDED_STATE_DICT")
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise UserError("--precision fp16 has no effect on a CPU; take --precision bf16")
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         config |= {"gradient_clipping": float(clip), "gradient_accumulation_steps": accum}

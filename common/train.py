@@ -203,6 +203,8 @@ def start(accelerator, args, steps: int, optimizers, evaluate=None, **state) -> 
 
     log, stop = Log(args.out, accelerator, steps, run_state["step"]), StopSignal(accelerator)
     run = Run(accelerator, args, steps, optimizers, run_state, log, stop, evaluate)
+    if args.profile and args.profile[0] >= steps:
+        raise UserError(f"--profile {args.profile[0]}:{args.profile[1]}: the last step is {steps - 1}")
     # where all steps are made and saved already, a signal has nothing to wait for
     if run.last:
         stop.at_once = str(Path(args.out) / "last")
@@ -281,9 +283,8 @@ def batches(run: Run, loader, count=None):
         # what a resumed run has seen is skipped in the sampler, without being read
         ready = iter(run.accelerator.skip_first_batches(loader, state["batch"]))
         for _ in range(state["batch"], whole, accum):
-            window = list(
-                itertools.islice(ready, accum)
-            )  # the whole step: its counts are needed before its first backward
+            # the whole step: its counts are needed before its first backward
+            window = list(itertools.islice(ready, accum))
             _profile(run)
 
             # --dry-run counts what is made from here to the end of the backward pass, in `update`; batch and
@@ -488,9 +489,10 @@ def _scores(run: Run) -> dict:
     if run.evaluate is None or not (due or owed):
         return {}
 
-    # no evaluation of weights that went wrong. A stop signal ends it, so that the checkpoint is written
-    # in time; `batches` makes up for it after --resume.
+    # No evaluation of weights that went wrong, which might be written as the best. A stop signal ends it, so
+    # that the checkpoint is written in time; `batches` makes up for it after --resume.
     look(run)
+    _look_at_weights(run)
     began = time.monotonic()
     try:
         return run.evaluate()
@@ -536,16 +538,21 @@ def finish_step(run: Run, grad=None, save: bool = False, **scores) -> Path | Non
     _look_at_weights(run)
 
     saved = save_step(accelerator, args.out, state, args.keep)
-    if asked:
-        run.stop.leave(saved)
     if run.last:
         run.stop.at_once = str(saved)
+    if asked or run.stop():  # also where the signal came within the save, which may take minutes
+        run.stop.leave(saved)
     return saved
 
 
 def _look_at_weights(run: Run):
     """Refuse to save weights that are nan or inf: the last step's loss was finite, but its update may not
-    have been."""
+    have been. With fp16 they stay finite, because steps with bad gradients are left out: all of them, once
+    the scale is below 1."""
+    scale = run.accelerator.scaler.get_scale() if run.accelerator.scaler else 1
+    if scale < 1:
+        _refuse(run, f"fp16 gradients are not finite at the scale {scale:g} either; lower --lr or take bf16")
+
     # each process looks at the part of the weights that it holds
     flags = [torch.zeros((), device=run.accelerator.device)]
     for model in run.accelerator._models:

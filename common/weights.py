@@ -11,17 +11,10 @@ from safetensors import safe_open
 from common.errors import UserError
 from common.files import first_line, read_json, reading
 
-PREFIXES = (
-    "module.",
-    "_orig_mod.",
-    "base_model.model._orig_mod.",
-)  # left by DDP and torch.compile, in any order
-NESTS = (
-    "model",
-    "state_dict",
-    "model_state_dict",
-    "module",
-)  # where training scripts put the weights in a .pth
+# left by DDP and torch.compile, in any order
+PREFIXES = ("module.", "_orig_mod.", "base_model.model._orig_mod.")
+# where training scripts put the weights in a .pth
+NESTS = ("model", "state_dict", "model_state_dict", "module")
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLES = ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin")
 
@@ -108,10 +101,12 @@ def strip_prefixes(key: str) -> str:
 
 
 def refuse_nan(key: str, value: torch.Tensor, source):
-    """UserError if a weight holds nan: one would be enough to spoil every output."""
-    if value.is_floating_point() and value.itemsize > 1 and value.numel() and value.amax().isnan():
+    """UserError if a weight holds nan or inf: one would be enough to spoil every output. (-inf has its place
+    in the masks that some models store.)"""
+    if value.is_floating_point() and value.itemsize > 1 and value.numel() and not value.amax().isfinite():
         raise UserError(
-            f"{source}: {key} holds nan; these weights come from a run that diverged or from a damaged copy"
+            f"{source}: {key} holds {value.amax()}; these weights come from a run that diverged or from a "
+            "damaged copy"
         )
 
 

@@ -107,6 +107,17 @@ def test_a_cut_write_is_not_read_back(tree, tmp_path):
     assert remember(lambda: {"x": np.ones(1)}, files, {}, tmp_path / "cache")["x"] == 1
 
 
+@pytest.mark.parametrize("harm", [b"", b"no archive", None])
+def test_a_damaged_cache_is_made_again(tree, tmp_path, harm):
+    files, cache = scan([tree], (".npz",)), tmp_path / "cache"
+    for value in (1, 2, 3):
+        found = remember(lambda value=value: {"x": np.full(1000, value)}, files, {}, cache)["x"]
+        assert (found == min(value, 2)).all()
+        if value == 1:
+            path = next(cache.glob("*.npz"))
+            path.write_bytes(path.read_bytes()[:-30] if harm is None else harm)
+
+
 def test_no_two_lists_of_files_share_a_fingerprint(tree):
     files = scan([tree], (".npz",))
     names = {fingerprint(part, about) for part in (files, files[:-1], files[1:]) for about in ({}, {"a": 1})}

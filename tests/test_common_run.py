@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,7 +19,9 @@ import psutil
 import pytest
 import torch
 
-from common.checkpoint import damage, link
+from common import launch
+from common.checkpoint import atomic_dir, atomic_json, damage, link
+from common.errors import UserError
 from common.run import StopSignal, seed_everything
 from tests import forked, toy_run
 from tests.forked import Done
@@ -256,10 +259,49 @@ def test_damaged_last_checkpoint_falls_back_to_the_one_before(tmp_path, harm):
 
 def test_the_best_checkpoint_stays_when_old_ones_go(tmp_path):
     toy(tmp_path / "a", "--max-steps", "5")
+    (tmp_path / "a/last").unlink()  # of a run that was copied with its links followed
+    shutil.copytree(tmp_path / "a/checkpoints/step-00000005", tmp_path / "a/last")
     link(tmp_path / "a", "best", tmp_path / "a/checkpoints/step-00000005")
     toy(tmp_path / "a", "--keep", "1", "--resume")
     kept = sorted(p.name for p in (tmp_path / "a/checkpoints").iterdir())
     assert kept == ["step-00000005", "step-00000020"]
+
+
+def test_a_damaged_later_checkpoint_takes_no_place_and_a_copy_is_its_owner_s(tmp_path):
+    steps = tmp_path / "a/checkpoints"
+    toy(tmp_path / "a", "--max-steps", "15")
+    shutil.copytree(steps / "step-00000005", steps / "step-00000005.mine")
+    for step in (10, 15):
+        (steps / f"step-000000{step}" / "state.json").unlink()
+    toy(tmp_path / "a", "--max-steps", "10", "--keep", "1", "--resume")
+    assert not damage(steps / "step-00000010") and (tmp_path / "a/last").resolve().name == "step-00000010"
+    toy(tmp_path / "a", "--keep", "1", "--resume")
+    assert sorted(p.name for p in steps.iterdir()) == ["step-00000005.mine", "step-00000020"]
+
+
+def test_a_log_that_a_power_cut_has_spoilt_goes_on(tmp_path):
+    toy(tmp_path / "a", "--max-steps", "5")
+    with open(tmp_path / "a/log.jsonl", "ab") as log:
+        log.write(b'\0\0\0}\n3}\n{"loss": 1.0}\n\xff}\n{"step": 6, "lo')
+    toy(tmp_path / "a", "--max-steps", "7", "--resume")
+    assert len(losses(tmp_path / "a")) == 7
+
+
+def test_an_error_of_a_loader_s_worker_is_its_own_line(tmp_path):
+    try:
+        raise UserError("x.h5: row 5 holds nan; drop it")
+    except UserError:
+        wrapped = torch._utils.ExceptionWrapper(where="in DataLoader worker process 0")
+    with pytest.raises(UserError, match="^x.h5: row 5 holds nan; drop it$"):
+        wrapped.reraise()
+
+
+def test_names_that_are_no_text_are_shown_and_kept(tmp_path):
+    out = tmp_path / os.fsdecode(b"run \xff")
+    done = toy(out, check=False)
+    assert done.returncode == 2 and "run \\udcff: is no name in UTF-8" in done.text and not out.exists()
+    atomic_json(tmp_path / "config.json", {"data": str(out)})
+    assert json.loads((tmp_path / "config.json").read_text()) == {"data": str(out)}
 
 
 def test_equal_seeds_give_equal_draws_and_ranks_differ():
@@ -293,8 +335,14 @@ def test_used_or_foreign_folder_is_refused_and_left_alone(tmp_path):
         done = toy(tmp_path / "mine", *options, check=False)
         assert done.returncode == 2 and "thesis.txt" in done.text
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+    # what a killed export left, and what belongs to the model of before
+    (tmp_path / "a/.model.77.tmp").mkdir()
+    for name in (".model.safetensors.77.tmp.safetensors", "calibration.json", "notes.txt"):
+        (tmp_path / "a" / name).touch()
     toy(tmp_path / "a", "--overwrite", "--max-steps", "7")
     assert len(losses(tmp_path / "a")) == 7
+    left = {path.name for path in (tmp_path / "a").iterdir()}
+    assert "notes.txt" in left and not [name for name in left if "tmp" in name or "calib" in name]
     (tmp_path / "killed").mkdir()
     (tmp_path / "killed/.config.json.7.tmp.json").touch()  # by a kill in the first write
     toy(tmp_path / "killed", "--max-steps", "5")
@@ -343,6 +391,32 @@ def test_two_processes_take_the_first_step_of_one(tmp_path):
     toy(tmp_path / "one", "--batch-size", "8", "--max-steps", "1")
     toy(tmp_path / "two", "--batch-size", "4", "--max-steps", "1", processes=2)
     assert_same_first_step(tmp_path / "one", tmp_path / "two")
+
+
+def test_a_folder_takes_the_place_of_a_link_and_not_of_what_it_points_to(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "model").symlink_to("mine")
+    with atomic_dir(tmp_path / "model") as folder:
+        (folder / "new").touch()
+    assert [p.name for p in (tmp_path / "model").iterdir()] == ["new"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "model"] and not any(
+        (tmp_path / "mine").iterdir()
+    )
+
+
+@pytest.mark.parametrize(
+    "name, value, script",
+    [
+        *[("NPROC_PER_NODE", value, TOY) for value in ("two", "0", "-1", "1.5")],
+        *[(name, "x", TOY) for name in ("NNODES", "NODE_RANK", "MASTER_PORT", "MAX_RESTARTS")],
+        ("NODE_RANK", "1", TOY),
+        ("HOME", "/", "nosuch.py"),
+    ],
+)
+def test_a_launch_that_cannot_be_is_one_line(monkeypatch, name, value, script):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"^{name}={value}: must be" if script == TOY else "no such script"):
+        launch.main(script)
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="a GPU is here: the files can be used")

@@ -210,6 +210,28 @@ def test_weights_that_are_not_finite_are_never_saved(toy, tmp_path):
     assert (tmp_path / "a/last").resolve().name == "step-00000015"
 
 
+def test_fp16_that_leaves_out_every_step_is_told_and_none_on_a_cpu(toy, monkeypatch):
+    with pytest.raises(UserError, match="fp16 has no effect on a CPU"):
+        toy("a", "--precision", "fp16")
+    begin = toy_run.start
+
+    def start(accelerator, *rest):
+        run = begin(accelerator, *rest)
+        accelerator.scaler = SimpleNamespace(scale=lambda loss: loss, get_scale=lambda: 0.5)
+        return run
+
+    monkeypatch.setattr(toy_run, "start", start)
+    with pytest.raises(UserError, match="fp16 gradients are not finite at the scale 0.5"):
+        toy("a")
+
+
+def test_weights_that_are_not_finite_are_never_evaluated(toy, monkeypatch):
+    # an evaluation may write the model, as the best so far
+    monkeypatch.setattr(toy_run, "watched", lambda run, loader: pytest.fail("was evaluated"))
+    with pytest.raises(UserError, match="weights are not finite after step 3"):
+        toy("a", "--wild-at", 3, "--eval-every", 3)
+
+
 class Elsewhere:
     """An accelerator that claims to be on a GPU, where nothing is looked at step by step."""
 
@@ -283,18 +305,23 @@ def test_evaluations_fall_on_their_steps_and_not_on_the_last(toy):
     assert [line["step"] for line in log if "odd" in line] == [5, 10, 15]
 
 
-@pytest.mark.parametrize("where", ["with a save", "without a save", "in the last step"])
+@pytest.mark.parametrize(
+    "where", ["with a save", "without a save", "in the last step", "in a save", "in the last save"]
+)
 def test_a_stop_is_honoured_in_the_step_it_comes_in(toy, tmp_path, monkeypatch, where):
-    step = {"with a save": 10, "without a save": 8, "in the last step": 20}[where]
-    note = toy_run.update
+    step = 8 if where == "without a save" else 20 if "last" in where else 10
+    name = "save_step" if "in" in where and "save" in where else "update"
+    module = train if name == "save_step" else toy_run
+    note = getattr(module, name)
 
-    def update(run, *rest):
-        norm = note(run, *rest)
-        if run.state["step"] == step:
+    def stopped_within(first, *rest):
+        result = note(first, *rest)
+        state = first.state if name == "update" else rest[1]
+        if state["step"] == step:
             os.kill(os.getpid(), signal.SIGTERM)
-        return norm
+        return result
 
-    monkeypatch.setattr(toy_run, "update", update)
+    monkeypatch.setattr(module, name, stopped_within)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Interrupted, match=f"step-{step:08d}.*--resume") as stopped:
         toy("a")
@@ -328,6 +355,8 @@ def test_signals_go_back_to_their_owner_after_a_run(toy):
 
 
 def test_profile_writes_a_trace_of_its_steps(toy):
+    with pytest.raises(UserError, match="--profile 5:6: the last step is 4"):
+        toy("b", "--profile", "5:6", "--max-steps", 5)
     out, _, text = toy("a", "--profile", "2:4", "--max-steps", 5)
     trace = json.loads((out / "profile-rank0.json").read_text())
     assert trace["traceEvents"] and "steps 2 to 3" in text
@@ -481,8 +510,10 @@ def test_only_what_stands_on_the_command_line_counts_as_given():
     "words, said",
     [
         (["--accum", "0"], "--gradient-accumulation-steps: 0 must be at least 1"),
-        (["--lr", "nan"], "nan must be at least 0"),
+        (["--lr", "nan"], "nan is not finite"),
         (["--lr=-1e-3"], "must be at least 0"),
+        (["--lr", "inf"], "inf is not finite"),
+        (["--epochs", "1e999"], "1e999 is not finite"),
         (["--epochs", "many"], "invalid number value: 'many'"),
         (["--batch-size", "1.5"], "invalid whole number value: '1.5'"),
         (["--profile", "9:3"], "is not of the form A:B"),

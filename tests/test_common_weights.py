@@ -158,9 +158,10 @@ def test_report_names_every_kind(tensors, capsys):
     assert torch.equal(target[0].weight, given["0.weight"])
 
 
-def test_a_nan_anywhere_in_a_weight_is_refused_and_named(tensors):
-    tensors["0.weight"][2, 1] = torch.nan
-    with pytest.raises(UserError, match="w.pth: 0.weight holds nan"):
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_nan_anywhere_in_a_weight_is_refused_and_named(tensors, bad):
+    tensors["0.weight"][2, 1] = bad
+    with pytest.raises(UserError, match=f"w.pth: 0.weight holds {bad}"):
         load_weights(model(), tensors, "w.pth")
 
 

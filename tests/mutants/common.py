@@ -123,10 +123,17 @@ MUTANTS = [
     ),
     Mutant(
         "common/train.py",
-        "    look(run)\n    _look_at_weights(run)\n",
-        "    look(run)\n",
+        "    _look_at_weights(run)\n\n    saved",
+        "    saved",
         f"{TRAIN}::test_weights_that_are_not_finite_are_never_saved",
         "weights that are not finite are saved",
+    ),
+    Mutant(
+        "common/train.py",
+        "    _look_at_weights(run)\n    began",
+        "    began",
+        f"{TRAIN}::test_weights_that_are_not_finite_are_never_evaluated",
+        "weights that are not finite are evaluated, and may be written as the best",
     ),
     Mutant(
         "common/train.py",
@@ -144,10 +151,10 @@ MUTANTS = [
     ),
     Mutant(
         "common/train.py",
-        "    if asked:\n        run.stop.leave(saved)\n",
-        "    if asked and not due:\n        run.stop.leave(saved)\n",
+        "    if asked or run.stop():  #",
+        "    if asked:  #",
         f"{TRAIN}::test_a_stop_is_honoured_in_the_step_it_comes_in",
-        "a stop signal in a step that saves anyway is forgotten",
+        "a stop signal within the last save is forgotten",
     ),
     Mutant(
         "common/train.py",
@@ -202,10 +209,10 @@ MUTANTS = [
     ),
     Mutant(
         "common/arguments.py",
-        "if not (low is None or value >= low)",
-        "if low is not None and value < low",
+        "if not -math.inf < value < math.inf:",
+        "if value == math.inf:",
         f"{TRAIN}::test_a_wrong_value_is_one_line_and_status_2",
-        "nan passes every lower bound",
+        "nan passes every bound",
     ),
     # --- the run folder
     Mutant(
@@ -224,8 +231,8 @@ MUTANTS = [
     ),
     Mutant(
         "common/run.py",
-        'json.loads(line)["step"] <= resume_step',
-        'json.loads(line)["step"] < resume_step',
+        "_step_of(line) <= resume_step",
+        "_step_of(line) < resume_step",
         f"{STOPPED}[1-15]",
         "a resumed run loses one line of its log",
     ),
@@ -260,8 +267,8 @@ MUTANTS = [
     ),
     Mutant(
         "common/checkpoint.py",
-        '    folders = sorted((Path(out) / "checkpoints").glob("step-*"), reverse=True)',
-        '    folders = sorted((Path(out) / "checkpoints").glob("step-*"))',
+        "    folders = _steps(out)[::-1]",
+        "    folders = _steps(out)",
         f"{RUN}::test_damaged_last_checkpoint_falls_back_to_the_one_before",
         "--resume goes on from the oldest checkpoint",
     ),
@@ -282,8 +289,8 @@ MUTANTS = [
     # --- weights and files of others
     Mutant(
         "common/weights.py",
-        "if value.is_floating_point() and value.itemsize > 1 and value.numel() and value.amax().isnan():",
-        "if value.is_floating_point() and value.numel() and value.flatten()[0].isnan():",
+        "and value.numel() and not value.amax().isfinite():",
+        "and value.numel() and value.flatten()[0].isnan():",
         WEIGHTS,
         "weights with a nan in their midst are loaded",
     ),
