@@ -43,9 +43,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # repository root: every way of starting this file finds it
+# repository root: every way of starting this file finds it
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.measure import added_peak_mb, resident_mb
 from common.checkpoint import atomic_write
 from cwt_mae.model import create_ricker_wavelets, cwt_wrap

@@ -18,9 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # repository root: every way of starting this file finds it
+# repository root: every way of starting this file finds it
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.measure import resident_mb
 from common.checkpoint import atomic_write
 from cwt_mae.dataset import PhysioSignalDataset, Preprocess, Store, build_store, read_records

@@ -16,9 +16,8 @@ import time
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # repository root: every way of starting this file finds it
+# repository root: every way of starting this file finds it
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from torch import nn
@@ -61,9 +60,8 @@ TINY_LLM = dict(
     eos_token_id=2,
 )
 WIDE_LLM = dict(PANGU, vocab_size=1000, num_hidden_layers=1, eos_token_id=2)
-REPORT = (
-    "A small right pleural effusion is present. The heart is of normal size. No fracture is seen. " * 5
-)  # about 100 words
+# about 100 words
+REPORT = "A small right pleural effusion is present. The heart is of normal size. No fracture is seen. " * 5
 
 
 def medians(first, second, rounds: int) -> tuple[float, float]:
@@ -78,9 +76,8 @@ def medians(first, second, rounds: int) -> tuple[float, float]:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             kept.append(time.perf_counter() - start)
-    return tuple(
-        statistics.median(kept[1:] or kept) for kept in times
-    )  # the first round warms up, unless it is the only one
+    # the first round warms up, unless it is the only one
+    return tuple(statistics.median(kept[1:] or kept) for kept in times)
 
 
 def allocated(function) -> int:
@@ -304,6 +301,7 @@ def real_stage(stage: str) -> list[dict]:
 def main(args):
     torch.manual_seed(0)
     few = max(2, args.rounds // 2)
+    # a minute on one core
     cases = {
         "embedding step": partial(embedding, args.rounds),
         "finding pooling": partial(pooling, args.rounds),
@@ -312,7 +310,7 @@ def main(args):
         "generation, per report": partial(generation, args.new_tokens),
         "training step, tiny, batch 4": partial(step, TINY_LLM, 4, few),
         "training step, one layer of openPangu's width": partial(step, WIDE_LLM, 1, 0),
-    }  # a minute on one core
+    }
     rows = []
     print(f"{'what':48s} {'upstream s':>11s} {'here s':>11s} {'ratio':>8s}")
     for name, case in cases.items():

@@ -16,9 +16,8 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # repository root: every way of starting this file finds it
+# repository root: every way of starting this file finds it
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from PIL import Image
@@ -50,9 +49,8 @@ def parse_args():
         "--rounds", type=int, default=5, help="rounds of which the least time counts (default 5)"
     )
     parser.add_argument("--gpu", action="store_true", help="also the real configurations on an accelerator")
-    parser.add_argument(
-        "--peak", choices=["eager", "rows", "sdpa"], help=argparse.SUPPRESS
-    )  # one mode in a process of its own
+    # one mode in a process of its own
+    parser.add_argument("--peak", choices=["eager", "rows", "sdpa"], help=argparse.SUPPRESS)
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "results" / "flmm.json", help="JSON to write"
     )
@@ -180,9 +178,8 @@ def bench_refiner(rounds, phrases=8):
     """k phrases of a picture: encoded once and decoded together, against one by one with encoding each
     time."""
     torch.manual_seed(0)
-    sam = SamModel(
-        SamConfig(vision_config={"image_size": 512}, prompt_encoder_config={"image_size": 512})
-    )  # SAM-B, half the side
+    # SAM-B, half the side
+    sam = SamModel(SamConfig(vision_config={"image_size": 512}, prompt_encoder_config={"image_size": 512}))
     encoder, refiner = SAMImageEncoder(sam), SAMWrapper(sam, per_phrase_pad=True)
     image, generator = Image.fromarray(make_scene(0, 0, 256)["image"]), torch.Generator().manual_seed(0)
     coarse = torch.randn(phrases, 32, 32, generator=generator)

@@ -74,9 +74,8 @@ def parse_args(argv=None):
     p.add_argument(
         "--work", type=Path, help="folder for the synthetic checkpoint (sparse); default a temporary one"
     )
-    p.add_argument(
-        "--peak-memory", type=int, metavar="CHUNK", help=argparse.SUPPRESS
-    )  # the child process of `memory`
+    # the child process of `memory`
+    p.add_argument("--peak-memory", type=int, metavar="CHUNK", help=argparse.SUPPRESS)
     return p.parse_args(argv)
 
 

@@ -259,3 +259,41 @@ def test_relative_folders_belong_to_the_caller(tmp_path):
     script = f'source "{ROOT}/common/env.sh"; echo "$DATA_ROOT|$DATA|$OUT|$RUNS|$PWD"'
     done = call("bash", "-c", script, cwd=tmp_path, DATA_ROOT="../d a", DATA="x", OUT="/abs")
     assert done.stdout.strip() == f"{tmp_path}/../d a|{tmp_path}/x|/abs|{ROOT}/runs|{tmp_path}", done.stderr
+
+
+# ---- what the READMEs say can be pasted ----
+
+SPOKEN = r"--[a-z][\w-]+|[\w./-]+\.(?:sh|py|html|txt|yaml)\b|\b[A-Z][A-Z_]{4,}\b"
+
+
+def commands(text):
+    """The lines of all shell blocks of a README, without their comments."""
+    blocks = re.findall(r"```bash\n(.*?)```", text.replace("\\\n", " "), re.S)
+    lines = (line.split("#")[0].split() for block in blocks for line in block.splitlines())
+    return [" ".join(line) for line in lines if line]
+
+
+def test_both_languages_show_the_same_commands_and_options():
+    english, chinese = (ROOT / "README.md").read_text().split("## 中文快速开始\n")
+    assert commands(chinese) == commands(english)[:2] == ["bash run_all.sh", "bash run_tests.sh"]
+    assert set(re.findall(SPOKEN, chinese)) <= set(re.findall(SPOKEN, english))
+
+
+@pytest.mark.parametrize("readme", ["README.md", "studies/README.md", *(f"{p}/README.md" for p in PROJECTS)])
+def test_every_script_that_a_readme_starts_is_there(readme):
+    text = (ROOT / readme).read_text()
+    said = [*commands(text), *re.findall(r"`([^`\n]*\b(?:python|bash|sbatch) [^`\n]*)`", text)]
+    for line in said:
+        place = ROOT / (re.match(r"\(?cd ([\w/]+) &&", line) or [0, ""])[1]
+        for script in re.findall(r"(?:python|bash|sbatch)(?: --?\S+)* ([\w./-]+\.(?:py|sh))\b", line):
+            assert (place / script).is_file() or (place / Path(readme).parent / script).is_file(), line
+
+
+def test_a_named_interpreter_may_be_relative_and_must_be_there(tmp_path):
+    (tmp_path / "python").symlink_to(shutil.which("true"))
+    done = call("bash", ROOT / "run_tests.sh", cwd=tmp_path, interpreter="./python")
+    assert done.returncode == 0, done.stderr
+    done = call("bash", ROOT / "run_all.sh", cwd=tmp_path, interpreter="bin/nosuch")
+    assert (
+        done.returncode == 2 and done.stderr == f"error: PYTHON={tmp_path}/bin/nosuch: no such interpreter\n"
+    )
