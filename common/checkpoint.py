@@ -223,8 +223,8 @@ def save_step(accelerator, out, state: dict, keep: int = 3) -> Path:
         _sync(folder)
         link(out, "last", final)
         best = linked(out, "best")
-        steps = _steps(out)  # later ones than this are damaged, or the run would have gone on from them
-        for old in steps[: steps.index(final) + 1][:-keep]:
+        # later ones are damaged, or the run would have gone on from them
+        for old in [path for path in _steps(out) if int(path.name[5:]) <= state["step"]][:-keep]:
             if old.resolve() != best:
                 shutil.rmtree(old)
 
