@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from common.errors import UserError
-from pruning.shorter import check_sources, config_head_counts, shorter
+from pruning.shorter import OTHER_LAYERS, check_sources, config_head_counts, shorter
 
 ATTENTION = ("self_attn", "attn", "attention", "self_attention", "multi_head_attention")
 # What mixes tokens: attention, and what stands in its place or beside it in hybrids.
@@ -110,16 +110,22 @@ def text_config(model):
     return plain(model).config.get_text_config(decoder=True)
 
 
+def decoder_paths(paths) -> list[str]:
+    """Those of the paths of numbered layers that are a language model's: by its name, or by no tower's name;
+    all of them where each has one (encoder.layer, of a BERT that is a decoder)."""
+    named = [path for path in paths if re.search(r"(^|\.)(lang|language)_model\.", path)]
+    return named or [path for path in paths if not OTHER_LAYERS.search(path)] or [*paths]
+
+
 def find_layers(model) -> tuple[nn.Module, str]:
     """(holder, name) such that getattr(holder, name) is the ModuleList of decoder layers."""
     model = plain(model)
     count = getattr(text_config(model), "num_hidden_layers", None)
     lists = [
-        (path, module)
+        path
         for path, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
         and len(module) == count
-        and not re.search("vision|visual|audio|perceiver", path)
         and any(child(layer, MARKS) is not None for layer in module)
     ]
     if not lists or getattr(model.config, "is_encoder_decoder", False):
@@ -127,7 +133,7 @@ def find_layers(model) -> tuple[nn.Module, str]:
             f"{type(model).__name__}: found no list of {count} decoder layers as they are known here; only "
             "decoders can be pruned"
         )
-    holder, _, name = min(lists, key=lambda found: found[0].count("."))[0].rpartition(".")
+    holder, _, name = min(decoder_paths(lists), key=lambda path: path.count(".")).rpartition(".")
     return model.get_submodule(holder), name
 
 
@@ -178,6 +184,20 @@ def query_heads(model, layer: int) -> tuple[int, int]:
 def input_width(module) -> int:
     """Input features of a Linear, LoRA Linear or Conv1D."""
     return getattr(module, "in_features", None) or module.weight.shape[0]
+
+
+def longest(model, args, option: str) -> int:
+    """The tokens of --max-tokens and its like, for a model that may have a table of positions: a default
+    gives way to its length, a number that was asked for is refused."""
+    asked, most = getattr(args, option), getattr(text_config(model), "max_position_embeddings", None)
+    tables = [*model.named_parameters(), *model.named_buffers()]
+    sizes = [len(table) for name, table in tables if table.dim() == 2 and re.search("wpe|pos(?!t)", name)]
+    if most is None or asked <= most or not any(most <= size <= most + 2 for size in sizes):
+        return asked
+    if option in args._given:
+        name = option.replace("_", "-")
+        raise UserError(f"--{name} {asked}: this model has positions for {most} tokens; give at most {most}")
+    return most
 
 
 # ---------------------------------------- taking some out in memory
@@ -236,8 +256,7 @@ def parts_of(tensor, axis: int, keep: list[int], layers: int):
 
 
 def set_field(owner, field: str, value):
-    """Set one field of a module or configuration; a class that compares fields with each other is passed
-    by."""
+    """Set one field of a module or configuration, also where a class compares fields with each other."""
     try:
         setattr(owner, field, value)
     except Exception:

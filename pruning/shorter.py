@@ -6,8 +6,7 @@ A decoder's configuration numbers its layers in many ways: lists with one entry 
 numbers (some count from 1), "the first k", "the last k", periods, dictionaries by number, names of modules
 that a quantization leaves alone. What a class derives and its file leaves out (a default period of layer
 types, say) is written down, because the derived value would be another one for the new numbers. read_back.py
-then compares the layers that come out with those that went in: a field that this file does not know is
-refused there.
+then compares the layers that come out with those that went in: an unknown field is refused there.
 """
 
 import json
@@ -25,7 +24,7 @@ from common.files import first_line
 # Under which names a configuration holds a number that most call by the first of them; a class that
 # transformers knows says its own too.
 NAMES = {
-    "num_hidden_layers": ("n_layer", "n_layers", "num_layers", "num_blocks"),
+    "num_hidden_layers": ("n_layer", "n_layers", "num_layers", "num_blocks", "decoder_layers"),
     "num_attention_heads": ("n_head", "n_heads", "num_heads"),
     "hidden_size": ("n_embd", "d_model"),
 }
@@ -60,8 +59,7 @@ LAYER_NAME = re.compile(
 )
 # Before a number, what says that it is no decoder layer's: those of an encoder of pictures, say.
 OTHER_LAYERS = re.compile(r"vision|visual|audio|image|perceiver|encoder|\bmtp")
-# Granite 4 Vision's, outside the decoder's own part: layers, and pairs of a layer of the encoder and one of
-# the decoder's.
+# Granite 4 Vision's, outside the decoder's own part: layers, and pairs of an encoder's and a decoder's.
 PICTURES = ("spatial_target_layers", "deepstack_layer_map")
 QUANTIZATION = ("quantization_config", "compression_config")
 # Files beside config.json in which quantizers say the same again.
@@ -88,11 +86,19 @@ def text_part(config: dict) -> dict:
     return config
 
 
+def unquantized(config: dict) -> dict:
+    """A config.json without what it says of a quantization, for all or in the decoder's own part."""
+    return {
+        name: unquantized(value) if name in NESTED and isinstance(value, dict) else value
+        for name, value in config.items()
+        if name not in QUANTIZATION or value is None
+    }
+
+
 def config_object(config: dict, strict: bool = False):
     """The configuration of transformers that a config.json stands for, read as from_pretrained reads it.
 
-    None where transformers knows no such model, or where the class refuses the fields; strict: the latter is
-    a UserError.
+    None where transformers knows no such model, or (strict: UserError) where its class refuses the fields.
     """
     if config.get("model_type") not in CONFIG_MAPPING:
         return None
@@ -170,13 +176,26 @@ def shorter(config: dict, keep, derived: dict, count: int) -> dict:
         **needed(derived, count),
         **{k: v for k, v in config.items() if v is not None or k not in derived},
     }
-    new = {name: renumbered(name, value, keep, count, ahead) for name, value in fields.items()}
+    fixed = fixed_lengths(config)
+    new = {name: renumbered(name, value, keep, count, ahead, fixed) for name, value in fields.items()}
     new |= periods(fields, keep, count)
     for name in keys_of(config, "num_hidden_layers"):
         if fields.get(name) == count and (name in config or name in derived):
             new[name] = len(keep)
     written = {name: value for name, value in new.items() if name in config or value != derived.get(name)}
     return {**config, **written, **names}
+
+
+def fixed_lengths(config: dict) -> dict:
+    """{list: its length} of those that a class has by default with another number of layers: as long as that,
+    they say nothing of layers (two ends of a time step, multipliers of the five parts of a Mamba)."""
+    try:
+        default = CONFIG_MAPPING[config["model_type"]]().to_dict()
+    except Exception:  # a class that is not known, or has no default
+        return {}
+    layers = default.get(config_key(default, "num_hidden_layers"))
+    lists = {name: value for name, value in default.items() if isinstance(value, (list, tuple))}
+    return {name: len(value) for name, value in lists.items() if len(value) != layers}
 
 
 def needed(derived: dict, count: int) -> dict:
@@ -194,8 +213,11 @@ def needed(derived: dict, count: int) -> dict:
     }
 
 
-def renumbered(name: str, value, keep, count: int, extra: int = 0):
-    """The value of one field after all layers but `keep` are gone; the same value where it numbers none."""
+def renumbered(name: str, value, keep, count: int, extra: int = 0, fixed=None):
+    """The value of one field after all layers but `keep` are gone; the same value where it numbers none.
+
+    extra: layers behind the last, which predict further tokens. fixed: `fixed_lengths`.
+    """
     new_of = {old: new for new, old in enumerate([*keep, *range(count, count + extra)])}
     if NO_LAYERS.search(name) or value is None or isinstance(value, bool):
         return value
@@ -214,7 +236,8 @@ def renumbered(name: str, value, keep, count: int, extra: int = 0):
         if lists_numbers(name, value, count):
             return [new_of[i - base] + base for i in value if i - base in new_of]
         # some lists go on behind the last layer: for layers that predict further tokens, or for nothing
-        if len(value) in (count, count + extra) or "layer" in name and len(value) > count:
+        long = len(value) in (count, count + extra) and len(value) != (fixed or {}).get(name)
+        if long or "layer" in name and len(value) > count:
             return [value[i] for i in keep] + list(value[count:])
     if isinstance(value, str) and "pattern" in name and len(value) == count:
         return "".join(value[i] for i in keep)
@@ -302,20 +325,28 @@ def quantized_names(value, keep, count: int, ahead: int = 0):
 
 def moved_name(name: str, keep, count: int) -> str | None:
     """A module's name, or a regular expression of names, for the new layer numbers; None where all are
-    gone."""
-    found = LAYER_NAME.search(name)
-    if found is None or not re.search(r"\d", found[2]) or OTHER_LAYERS.search(name[: found.start()]):
-        return name
-    try:
-        tries = [re.match(rf"(?:{found[2]})(?=\.)", f"{old}.") for old in range(count)]  # for (?!3\.)\d+ too
+    gone. Where an expression chooses between names, one that is gone matches nothing."""
+    ends, gone = [0], []
+
+    def moved(found):
+        before, first = name[ends[-1] : found.start()], len(ends) == 1
+        ends.append(found.end())
+        own = (first or "|" in before) and re.search(r"\d", found[2])
+        if not own or OTHER_LAYERS.search(before.rpartition("|")[2]):
+            return found[0]
+        try:
+            tries = [re.match(rf"(?:{found[2]})(?=\.)", f"{old}.") for old in range(count)]  # (?!3\.)\d+ too
+        except re.error:
+            return found[0]
         meant = [old for old, match in enumerate(tries) if match and match.end() == len(str(old))]
-    except re.error:
-        return name
-    if len(meant) == count and count > 1:
-        return name
-    new = [str(i) for i, old in enumerate(keep) if old in meant]
-    number = new[0] if len(new) == 1 else f"({'|'.join(new)})"
-    return f"{name[: found.start(2)]}{number}{name[found.end(2) :]}" if new else None
+        if len(meant) == count > 1:
+            return found[0]
+        new = [str(i) for i, old in enumerate(keep) if old in meant]
+        gone.append(not new)
+        return found[1] + (new[0] if len(new) == 1 else f"({'|'.join(new)})" if new else "(?!)")
+
+    new = LAYER_NAME.sub(moved, name)
+    return None if any(gone) and "|" not in LAYER_NAME.sub("", name) else new
 
 
 def check_sources(config, keep):
@@ -370,8 +401,7 @@ def picture_layers(config: dict, keep, count: int) -> dict:
 
 
 def shorter_generation(config: dict, keep: list[int]) -> dict:
-    """A generation_config.json for the layers `keep`: early exits count layers, and DoLa lists them by the
-    states before them."""
+    """A generation_config.json for the layers `keep`: early exits count layers, DoLa lists states before."""
     new, new_of = dict(config), {old: new for new, old in enumerate(keep)}
     if isinstance(early := config.get("assistant_early_exit"), int):
         new["assistant_early_exit"] = sum(old < early for old in keep)

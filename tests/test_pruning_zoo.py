@@ -1,11 +1,18 @@
 """Every decoder that transformers knows: pruned on disk and in memory it is the model with layers skipped."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSpeechSeq2Seq,
+)
 
 from common.errors import UserError
 from pruning.layers import decoder_layers, without_layers
@@ -22,6 +29,7 @@ IDS = torch.tensor([[5, 9, 33, 21, 7, 40, 11, 62, 3]])
 DROP = [2, 4]
 # Their modes for attention and MLP alone do not exist, or the fast methods do not apply: words that say so.
 UNSCANNED = {
+    "bert": "no MLP branch",
     "gemma3n_text": "several streams",
     "gemma4_text": "share keys and values",
     "mamba": "no MLP branch",
@@ -204,6 +212,29 @@ def test_a_model_whose_class_is_not_named_is_of_the_kind_that_takes_its_configur
         prune(tmp_path / "source", tmp_path / "again")
 
 
+@torch.no_grad()
+def test_a_tower_as_high_as_the_decoder_is_not_taken_for_it(tmp_path):
+    settings = {"encoder_config": {"num_layers": 6, "hidden_dim": 32, "num_heads": 4, "output_dim": 8}}
+    settings["projector_config"] = {
+        "model_type": "blip_2_qformer",
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "encoder_hidden_size": 32,
+    }
+    config = AutoConfig.for_model("granite_speech", **settings, text_config={**TEXT, "model_type": "granite"})
+    model = AutoModelForSpeechSeq2Seq.from_config(config).eval()
+    model.save_pretrained(tmp_path / "source")
+    folder = prune(tmp_path / "source", tmp_path / "out")
+    loaded = AutoModelForSpeechSeq2Seq.from_pretrained(folder).eval()
+    wanted = skipped(model, DROP)
+    with without_layers(model, DROP):
+        assert torch.allclose(model(input_ids=IDS).logits, wanted, atol=1e-5)
+    assert torch.allclose(loaded(input_ids=IDS).logits, wanted, atol=1e-5)
+    assert not torch.equal(model(input_ids=IDS).logits, wanted)
+
+
 def test_layers_that_features_of_pictures_are_added_to_stay(tmp_path):
     model = AutoModelForImageTextToText.from_config(AutoConfig.for_model("qwen3_vl", **SEEING["qwen3_vl"]))
     model.save_pretrained(tmp_path / "source")
@@ -256,6 +287,14 @@ def test_layers_that_pictures_name_by_number_follow_or_stay():
         (r"-:.*\.4\..*", None),
         (r"-:.*\.(?:q|k)_proj.*", r"-:.*\.(?:q|k)_proj.*"),
         (r"re:.*\.(gate|up)\..*", r"re:.*\.(gate|up)\..*"),
+        # several names in one expression
+        (r"re:.*layers\.3\.mlp.*|.*layers\.5\..*", r"re:.*layers\.2\.mlp.*|.*layers\.3\..*"),
+        (
+            r"re:(.*layers\.4\..*|.*layers\.3\.mlp\.experts\..*\.2\..*)",
+            r"re:(.*layers\.(?!)\..*|.*layers\.2\.mlp\.experts\..*\.2\..*)",
+        ),
+        (r"re:vision.layers\.3\..*|model.layers\.3\..*", r"re:vision.layers\.3\..*|model.layers\.2\..*"),
+        (r"re:lm_head|.*layers\.2\..*", r"re:lm_head|.*layers\.(?!)\..*"),
         ("model.layers.1,model.layers.2,model.layers.3", "model.layers.1,model.layers.2"),
     ],
 )
@@ -344,12 +383,16 @@ def test_lists_that_number_no_layers_stay_whatever_their_length():
     shorter = shorter_config(config, [0, 5])
     assert shorter["eos_token_id"] == [1, 2, 3, 4, 5, 6] and shorter["architectures"] == ["x"] * 6
     assert shorter["num_hidden_layers"] == 2
+    # two ends of a time step, a multiplier for each of five parts
+    parts = {"mlp_multipliers": [1.0, 2.0], "ssm_multipliers": [1.0] * 5, "time_step_limit": [0.0, 1.0]}
+    for name, count in (("mamba2", 2), ("falcon_h1", 2), ("falcon_h1", 5)):
+        own = {part: value for part, value in parts.items() if name == "falcon_h1" or part[0] == "t"}
+        written = shorter_config({"model_type": name, **BASE, "num_hidden_layers": count, **own}, [1])
+        assert {part: written[part] for part in own} == own
 
 
 @torch.no_grad()
 def test_layers_that_predict_further_tokens_are_kept_behind_the_last(tmp_path):
-    from safetensors.torch import load_file, save_file
-
     model = pruning_zoo.make("glm4_moe", ZOO["glm4_moe"])
     model.save_pretrained(tmp_path / "source")
     file = tmp_path / "source" / "model.safetensors"
@@ -397,6 +440,61 @@ def test_what_is_written_is_read_back_before_it_is_there(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="model.layers.3.mlp.up_proj.weight is missing"):
         prune(tmp_path / "source", tmp_path / "out")
     assert not list((tmp_path / "out").glob("hf_*"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("nested", [False, True])
+def test_names_of_a_quantized_folder_are_read_back_and_codes_are_no_values(nested, tmp_path, monkeypatch):
+    """Tiny FP8, as the class of its configuration takes it, or named in the decoder's own part."""
+    kind = AutoModelForImageTextToText if nested else AutoModelForCausalLM
+    config = (
+        AutoConfig.for_model("llava", **SEEING["llava"]) if nested else AutoConfig.for_model("llama", **BASE)
+    )
+    kind.from_config(config).save_pretrained(tmp_path / "source")
+    file = tmp_path / "source/model.safetensors"
+    tensors = load_file(file)
+    prefix = next(
+        key.split("layers.")[0] for key in tensors if "self_attn.q_proj" in key and "vision" not in key
+    )
+    for key in [
+        k for k in tensors if k.startswith(prefix + "layers.") and "proj" in k and "layers.1." not in k
+    ]:
+        scale = tensors[key].abs().max() / 448
+        tensors[key + "_scale_inv"] = scale.reshape(1, 1)
+        tensors[key] = (tensors[key] / scale).to(torch.float8_e4m3fn)
+    save_file(tensors, file, metadata={"format": "pt"})
+    settings = json.loads((tmp_path / "source/config.json").read_text())
+    whole = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    whole["modules_to_not_convert"] = [
+        "lm_head",
+        "vision_tower",
+        "multi_modal_projector",
+        f"{prefix}layers.1",
+    ]
+    (settings["text_config"] if nested else settings)["quantization_config"] = whole
+    (tmp_path / "source/config.json").write_text(json.dumps(settings))
+
+    folder = prune(tmp_path / "source", tmp_path / "out")
+    model, loaded = (
+        kind.from_pretrained(path, dtype=torch.float32).eval() for path in (tmp_path / "source", folder)
+    )
+    assert torch.equal(loaded(input_ids=IDS).logits, skipped(model, DROP))
+    with pytest.raises(UserError, match="--llm-dtype has no effect for a quantized model"):
+        prune(tmp_path / "source", tmp_path / "other", DROP, "--llm-dtype", "bfloat16")
+
+    original, own = prune_llm.plain_entries, f"{prefix}layers.3.mlp.up_proj.weight_scale_inv"
+    lost = "layers.3.mlp.up_proj.weight_scale_inv of the source is lost"
+
+    def another(name, *args):
+        weights, adapter = original(*args)
+        moved = [(name if key == own else key, entry) for key, entry in weights.items()]
+        return {key: entry for key, entry in moved if key}, adapter
+
+    for name, more in ((None, ";"), (own.replace("up_", "upper_"), ", and 1 more;")):
+        monkeypatch.setattr(prune_llm, "plain_entries", partial(another, name))
+        with pytest.raises(UserError, match=lost + more):
+            prune(tmp_path / "source", tmp_path / "wrong")
+        assert not list((tmp_path / "wrong").glob("hf_*"))
 
 
 @pytest.mark.slow

@@ -64,8 +64,7 @@ def layer_cost(config: dict, entries: dict, llm, context: int) -> dict:
 
     FLOPs per token: two for each value of a matrix that a token passes (layers and output head; of the
     experts those that a token is sent to), plus attention over `context` tokens. KV-cache: what must be kept
-    of `context` tokens in the weights' type: keys and values, or their latent vector (multi-head latent
-    attention).
+    of `context` tokens in the weights' type: keys and values, or the latent vector that stands for both.
     """
     text = effective(config)
     inside = {k: e for k, e in entries.items() if re.match(llm.pattern, k) and ".lora_" not in k}

@@ -121,8 +121,7 @@ def add_tokenizer(writer, folder: Path, size: int, pre: str):
 
 
 def interleaved(weight, heads: int):
-    """The rows of q or k in llama.cpp's order for Llama: the two halves of a head that rotate together lie
-    side by side."""
+    """The rows of q or k in llama.cpp's order for Llama: halves that rotate together lie side by side."""
     return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(weight.shape)
 
 

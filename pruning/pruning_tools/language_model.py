@@ -7,12 +7,11 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.files import check, read_json
-from pruning.layers import MARKS
+from pruning.layers import MARKS, decoder_paths
 from pruning.pruning_tools.shards import Checkpoint
 from pruning.shorter import OTHER_LAYERS, layer_count, prediction_layers
 
-# What a folder holds beside its weights and belongs to the model: tokenizer, processor, templates, code,
-# terms.
+# What belongs to a model in a folder beside its weights: tokenizer, processor, templates, code, terms.
 COMPANIONS = ("*.json", "*.py", "*.txt", "*.md", "*.jinja", "tokenizer*", "*.model", "*.tiktoken", "*.spm")
 COMPANIONS += ("*.vocab", "*.bpe", "LICEN[CS]E*", "NOTICE*")
 TEMPLATES = "additional_chat_templates"  # the one folder that belongs to a tokenizer
@@ -73,7 +72,7 @@ def find_language_model(keys, prefix: str | None = None, config: dict | None = N
     one, or one with a gap.
     """
     # numbered layers; those of a decoder have attention, or what stands in its place
-    numbered = re.compile(r"((?:.*?\.)?(?:layers|h|blocks)\.)(\d+)\.(\w+)")
+    numbered = re.compile(r"((?:.*?\.)?(?:layers?|h|blocks)\.)(\d+)\.(\w+)")
     found, mixed = {}, set()
     for match in filter(None, map(numbered.match, keys)):
         found.setdefault(match[1], set()).add(int(match[2]))
@@ -82,11 +81,9 @@ def find_language_model(keys, prefix: str | None = None, config: dict | None = N
     found = {name: ids for name, ids in found.items() if name in mixed}
 
     # of these the language model's
-    named = ("lang_model.", "language_model.")
-    language = [p for p in found if p.startswith(named) or ".language_model." in p]
-    others = [p for p in found if not OTHER_LAYERS.search(p)]
-    candidates = [prefix] if prefix else language or others
-    candidates = [p for p in candidates if p in found]
+    candidates = [p for p in (prefix,) if p in found] if prefix else decoder_paths(found)
+    if not (prefix or config):  # nothing says that it is more than a tower
+        candidates = [p for p in candidates if not OTHER_LAYERS.search(p)]
     count, ahead = (layer_count(config), prediction_layers(config)) if config else (None, 0)
     if len(candidates) > 1 and not prefix:  # a tower of pictures is rarely as high
         candidates = [p for p in candidates if len(found[p]) in (count, (count or 0) + ahead)] or candidates

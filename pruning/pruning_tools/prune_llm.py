@@ -15,14 +15,14 @@ holds more than a language model it writes
     adapter_config.json                                        rank, alpha and targets of LoRA
     hf_{tag}/                                                  with --hf: a folder that from_pretrained loads
 
-and from a plain language model the map and hf_{tag}/. Upstream: prune_llm_only_and_merge_{CN,EN}_cli.py with
-msmodelslim.
+and from a plain language model the map and hf_{tag}/. Upstream: prune_llm_only_and_merge_{CN,EN}_cli.py.
 """
 
 import json
 import re
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 # repository root: every way of starting this file finds it
@@ -69,12 +69,12 @@ from pruning.pruning_tools.shards import (
     write_shards,
 )
 from pruning.shorter import (
-    QUANTIZATION,
     QUANTIZATION_FILES,
     config_object,
     quantized_names,
     shorter_config,
     shorter_generation,
+    unquantized,
 )
 
 VERSIONS = ("v0112_en", "CN")
@@ -229,8 +229,7 @@ def outside_name(key: str, new_of: dict) -> str | None:
 
 
 def by_layer(key: str, entry, keep: list[int], layers: int):
-    """The entry of a tensor outside the layers; Gemma's tables with a part for each layer lose the parts of
-    the dropped ones."""
+    """The entry of a tensor outside the layers, without what Gemma's tables hold for dropped ones."""
     axis = next((axis for name, axis in PER_LAYER.items() if key.endswith(name)), None)
     if axis is None or len(keep) == layers or entry.shape[axis] % layers:
         return entry
@@ -303,29 +302,21 @@ def hf_config(config: dict, keep: list[int], unchecked: bool) -> dict:
     return shorter
 
 
-def files_beside(source: Path, llm: LanguageModel, keep: list[int]) -> dict:
+def files_beside(source: Path, keep: list[int], follow) -> dict:
     """{name: content} of the files in the folder `source` that number layers, for the kept ones: a
-    quantizer's own, and how to generate."""
-    found = {
-        name: read_json(source / name, dict)
-        for name in (*QUANTIZATION_FILES, "generation_config.json")
-        if (source / name).is_file()
-    }
-    return {
-        name: shorter_generation(content, keep)
-        if name.startswith("generation")
-        else quantized_names(content, keep, llm.layers, llm.extra)
-        for name, content in found.items()
-    }
+    quantizer's own, whose names `follow` turns into the new ones, and how to generate."""
+    rules = dict.fromkeys(QUANTIZATION_FILES, follow)
+    rules["generation_config.json"] = partial(shorter_generation, keep=keep)
+    there = {name: rule for name, rule in rules.items() if (source / name).is_file()}
+    return {name: rule(read_json(source / name, dict)) for name, rule in there.items()}
 
 
-def write_hf(folder: Path, parts: tuple, lora, files: dict, source: Path, shard_bytes: int):
-    """Write a folder that from_pretrained loads, whole or not at all; it is loaded, without its values,
-    first.
+def write_hf(folder: Path, parts: tuple, lora, files: dict, source: Path, follow, shard_bytes: int):
+    """Write a folder that from_pretrained loads, whole or not at all; it is first loaded without its values.
 
     parts: of `plain_entries`; an adapter goes to adapter/, for peft. files: {name: content}, config.json of
     `hf_config` among them. source: the folder whose other files are copied: tokenizer, processor, chat
-    template, code, licence.
+    template, code, licence. follow: of `check_folder`.
     """
     weights, adapter = parts
     dtypes = {str(e.dtype).removeprefix("torch.") for e in weights.values() if e.dtype.is_floating_point}
@@ -339,7 +330,7 @@ def write_hf(folder: Path, parts: tuple, lora, files: dict, source: Path, shard_
         for name, content in {**files, "config.json": config}.items():
             (temporary / name).write_text(json.dumps(content, indent=1, ensure_ascii=False))
         copy_companions(source, temporary)
-        read_back.check_folder(temporary, source=source)
+        read_back.check_folder(temporary, source, follow)
         if adapter:
             (temporary / "adapter").mkdir()
             write_safetensors(temporary / "adapter" / "adapter_model.safetensors", adapter)
@@ -363,8 +354,7 @@ def write_adapter_config(folder: Path, lora: Lora):
 
 
 def result_names(tag: str, version: str) -> dict[str, str]:
-    """The names of what one set of layers makes; llm_only and merged, upstream's as the map's, get an ending
-    by their format."""
+    """The names of what one set of layers makes; llm_only and merged get an ending by their format."""
     return {
         "llm_only": f"llm_only_pruned_state_{tag}_{version}_cpu",
         "merged": f"pytorch_model_pruned_{tag}_merged_clean_{version}_cpu",
@@ -410,12 +400,14 @@ def prune(checkpoint: Checkpoint, llm, lora, config, drop_layers, tag: str, args
             shutil.copyfile(settings, args.out_dir / settings.name)
 
     # folders for from_pretrained
+    keep = [*layer_id_map.values()]
+    follow = partial(quantized_names, keep=keep, count=llm.layers, ahead=llm.extra)
     for merge in hf_folders(args, llm):
         weights, adapter = plain_entries(entries, llm, lora, merge)
         parts = untied(weights, config), adapter
-        files = {"config.json": config, **files_beside(source, llm, [*layer_id_map.values()])}
+        files = {"config.json": config, **files_beside(source, keep, follow)}
         folder = results["hf" if merge else "hf_adapter"]
-        write_hf(folder, parts, lora, files, source, int(args.max_shard_gb * 1e9))
+        write_hf(folder, parts, lora, files, source, follow, int(args.max_shard_gb * 1e9))
 
     # the map, which says that all is there
     report = {
@@ -531,7 +523,8 @@ def main(args):
     llm = find_language_model(checkpoint.entries, args.layer_prefix, config)
     if config:
         check_config(source, config, llm)
-    quantized = any(name in (config or {}) for name in QUANTIZATION)
+    quantized = config is not None and unquantized(config) != config
+    quantized = quantized or any((source / name).is_file() for name in QUANTIZATION_FILES)
     if quantized:
         refuse(args, ["llm_dtype", *(f"off_{part}" for part in BRANCHES)], "for a quantized model")
     if not llm.root:

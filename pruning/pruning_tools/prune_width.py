@@ -28,7 +28,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from common.arguments import Parser, refuse
@@ -182,7 +181,7 @@ def cut_attention(attention, groups, heads: int, kv_heads: int, head_dim: int):
 def keep_in_norm(norm, size: int, index):
     """Keep these features of a norm over `size` of them, in place; a norm over others stays."""
     if getattr(norm, "weight", None) is not None and norm.weight.shape == (size,):
-        norm.weight = nn.Parameter(norm.weight[index].clone())
+        norm.weight.data = norm.weight.data[index].clone()
 
 
 @torch.no_grad()
@@ -253,15 +252,14 @@ def expert_tensors(model) -> dict:
 
 def keep_rows(linear, index):
     """Keep these output features of a Linear, in place."""
-    linear.weight = nn.Parameter(linear.weight[index].clone(), requires_grad=linear.weight.requires_grad)
-    if linear.bias is not None:
-        linear.bias = nn.Parameter(linear.bias[index].clone(), requires_grad=linear.bias.requires_grad)
+    for tensor in linear.parameters():
+        tensor.data = tensor.data[index].clone()
     linear.out_features = len(index)
 
 
 def keep_columns(linear, index):
     """Keep these input features of a Linear, in place."""
-    linear.weight = nn.Parameter(linear.weight[:, index].clone(), requires_grad=linear.weight.requires_grad)
+    linear.weight.data = linear.weight.data[:, index].clone()
     linear.in_features = len(index)
 
 
@@ -273,8 +271,7 @@ class Uses(TorchFunctionMode):
 
     Linear layers, GPT-2's Conv1D and experts stacked in one tensor are all products of inputs with a weight
     or with one slice of it; norms[name] sums |input|^power for each input feature, (slices, features) in
-    float64 on the CPU, and axis[name] says along which axis of a matrix the inputs lie. real: (B, N) bool,
-    False at padding.
+    float64 on the CPU, and axis[name] says along which axis the inputs lie. real: (B, N), False at padding.
     """
 
     PRODUCTS = {"linear": -1, "matmul": -2, "__matmul__": -2, "mm": -2, "bmm": -2, "addmm": -2, "baddbmm": -2}

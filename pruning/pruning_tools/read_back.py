@@ -3,7 +3,8 @@
 check_layers(before, after, keep)     the classes of both configurations are built: each kept layer must be,
                                       by its modules, shapes and settings, the layer that it was
 check_folder(folder)                  from_pretrained on the meta device: no tensor may be missing, left
-                                      over or of another shape
+                                      over or of another shape, but for what the source lacked or brought
+                                      already: codes and scales of a quantization
 """
 
 import contextlib
@@ -18,10 +19,11 @@ from torch import nn
 from common.errors import UserError
 from common.files import first_line, read_json
 from pruning.layers import find_layers
-from pruning.shorter import config_object
+from pruning.shorter import config_object, unquantized
 
 # Auto classes of transformers that a decoder may be in, the first where it is in none.
 KINDS = ("CausalLM", "ImageTextToText", "SpeechSeq2Seq")
+STRANGER = "has no place in it"  # of a tensor that the class does not know
 # What tells layers apart, and nothing more.
 NUMBER = re.compile(r"^((layer|block)_?(idx|id|index|number|num)|num_hidden_layers)$")
 
@@ -40,9 +42,7 @@ def model_class(config: dict):
 def build(config: dict):
     """The model of a config.json, its weights on the meta device and its buffers real; None where
     transformers does not know the model, UserError where the configuration contradicts itself."""
-    known = config_object(
-        {name: value for name, value in config.items() if name != "quantization_config"}, strict=True
-    )
+    known = config_object(unquantized(config), strict=True)
     if known is None:
         return None
     kind = model_class(config)
@@ -66,8 +66,7 @@ def quiet():
 
 
 def settings(layer: nn.Module) -> dict:
-    """What a layer is, but for its values and its number: {name: class, shape, buffer, or plain
-    attribute}."""
+    """What a layer is, but for values and number: {name: class, shape, buffer, or plain attribute}."""
     found = {}
     for path, module in layer.named_modules():
         dot = f"{path}." if path else ""
@@ -102,14 +101,13 @@ def differs(name: str, before, after, keep: list[int], count: int) -> bool:
         return before and not after
     if isinstance(before, float) and isinstance(after, float):
         return not math.isclose(before, after, rel_tol=1e-6)
-    if isinstance(before, list) and len(before) == count and isinstance(after, list):
+    if isinstance(before, list) and len(before) == count and before != after:
         before = [before[i] for i in keep]
     return type(before) is not type(after) or before != after
 
 
 def check_layers(before: dict, after: dict, keep: list[int]) -> bool:
-    """Compare the layers of two config.json: new layer i must be old layer keep[i]. UserError where it is
-    not.
+    """Compare the layers of two config.json; UserError unless each new layer i is the old layer keep[i].
 
     Returns whether it could be looked at: transformers knows the model.
     """
@@ -150,45 +148,45 @@ def shown(value) -> str:
     return f"a table of {tuple(value.shape)}" if torch.is_tensor(value) else str(value)
 
 
-def load_meta(folder, config: dict) -> tuple:
-    """(model on the meta device, what did not fit) of a folder."""
+def complaints(folder) -> tuple[type, dict]:
+    """(class, {tensor: what is wrong with it}) of a folder, loaded on the meta device.
+
+    Codes are taken for values: that needs no quantizer's package, and only names and shapes are looked at.
+    """
+    config = unquantized(read_json(folder / "config.json", dict))
     options = {"device_map": "meta", "output_loading_info": True, "ignore_mismatched_sizes": True}
     with quiet():
-        return model_class(config).from_pretrained(folder, local_files_only=True, **options)
+        model, info = model_class(config).from_pretrained(
+            folder, config=config_object(config), local_files_only=True, **options
+        )
+    found = {key: "is missing" for key in info["missing_keys"]}
+    found |= {key: f"is {tuple(a)}, not {tuple(b)}" for key, a, b in info["mismatched_keys"]}
+    return type(model), found | dict.fromkeys(info["unexpected_keys"], STRANGER)
 
 
-def strangers(folder) -> set | None:
-    """Tensors of a source that its own class has no place for, without their numbers; None where it does not
-    load, as a folder with the configuration alone."""
-    try:
-        _, info = load_meta(folder, read_json(folder / "config.json", dict))
-    except Exception:
-        return None
-    return {re.sub(r"\d+", "#", key) for key in info["unexpected_keys"]}
-
-
-def check_folder(folder, source=None) -> bool:
+def check_folder(folder, source=None, follow=list):
     """Build the model of a written folder on the meta device; UserError unless every tensor has its place.
 
-    source: the folder that was read, which may bring tensors that its class does not know; a tool makes none.
-    Returns whether it could be looked at: transformers knows the model, and needs no further package for it.
+    source: the folder that was read. It may bring tensors that its class does not know, and a quantized one
+    holds others than its class: these must be here too, and of the latter none may be lost. follow: turns a
+    list of the source's names into those of the kept layers. A model that transformers does not know passes.
     """
     config = read_json(folder / "config.json", dict)
-    if config_object(config) is None or "quantization_config" in config:
-        return False
+    if config_object(config) is None:
+        return
     try:
-        model, info = load_meta(folder, config)
+        kind, wrong = complaints(folder)
     except Exception as error:
         raise UserError(f"what was written does not load: {first_line(error)}; nothing is kept") from error
-    wrong = [f"{key} is missing" for key in sorted(info["missing_keys"])]
-    wrong += [f"{key} is {tuple(a)}, not {tuple(b)}" for key, a, b in sorted(info["mismatched_keys"])]
-    left_over = sorted(info["unexpected_keys"])
-    known = strangers(source) if left_over and source else set()
-    if known is not None:
-        wrong += [f"{key} has no place in it" for key in left_over if re.sub(r"\d+", "#", key) not in known]
-    if wrong:
-        more = f", and {len(wrong) - 1} more" if wrong[1:] else ""
+    quantized = unquantized(config) != config
+    allowed = {key for key, why in wrong.items() if quantized or source and why == STRANGER}
+    if source and (allowed or quantized):
+        with contextlib.suppress(Exception):  # a source with the configuration alone does not load
+            known = {*follow([*complaints(source)[1]])}
+            allowed &= known
+            wrong |= dict.fromkeys(known - {*wrong} if quantized else (), "of the source is lost")
+    if left := sorted(wrong.keys() - allowed):
+        more = f", and {len(left) - 1} more" if left[1:] else ""
         raise UserError(
-            f"{type(model).__name__} does not fit what is written: {wrong[0]}{more}; nothing is kept"
+            f"{kind.__name__} does not fit what is written: {left[0]} {wrong[left[0]]}{more}; nothing is kept"
         )
-    return True

@@ -68,8 +68,7 @@ class Entry:
 class Checkpoint:
     """An opened checkpoint.
 
-    entries: {key: Entry}, without the leading `module.` and `_orig_mod.`. files: where they lie. format:
-    safetensors or bin.
+    entries: {key: Entry}, without leading `module.` and `_orig_mod.`. files: where they lie.
     """
 
     path: Path
@@ -250,7 +249,7 @@ def next_data(fd: int, position: int, end: int) -> tuple[int, int]:
         return position, end  # a system without holes
 
 
-def write_shards(folder: Path, entries: dict[str, Entry], max_bytes: int, stem: str = "model"):
+def write_shards(folder: Path, entries: dict[str, Entry], max_bytes: int):
     """Write entries as transformers does.
 
     That is one `model.safetensors`, or numbered shards of at most `max_bytes` and their index.
@@ -263,15 +262,15 @@ def write_shards(folder: Path, entries: dict[str, Entry], max_bytes: int, stem: 
         shards[-1][key] = entry
         size += entry.nbytes
     if len(shards) == 1:
-        write_safetensors(folder / f"{stem}.safetensors", entries)
+        write_safetensors(folder / "model.safetensors", entries)
         return
     weight_map = {}
     for number, shard in enumerate(shards, 1):
-        name = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         write_safetensors(folder / name, shard)
         weight_map |= dict.fromkeys(shard, name)
     index = {"metadata": {"total_size": sum(e.nbytes for e in entries.values())}, "weight_map": weight_map}
-    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 
 def write_bin(path, entries: dict[str, Entry]):

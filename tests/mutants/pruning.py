@@ -382,10 +382,24 @@ MUTANTS = [
     ),
     Mutant(
         "pruning/pruning_tools/read_back.py",
-        'wrong = [f"{key} is missing" for key in sorted(info["missing_keys"])]',
-        "wrong = []",
+        'found = {key: "is missing" for key in info["missing_keys"]}',
+        "found = {}",
         "tests/test_pruning_zoo.py::test_what_is_written_is_read_back_before_it_is_there",
         "a folder with missing tensors is called done",
+    ),
+    Mutant(
+        "pruning/pruning_tools/read_back.py",
+        "known - {*wrong} if quantized else ()",
+        "()",
+        "tests/test_pruning_zoo.py::test_names_of_a_quantized_folder_are_read_back_and_codes_are_no_values",
+        "a quantized folder may lose tensors",
+    ),
+    Mutant(
+        "pruning/shorter.py",
+        "and len(value) != (fixed or {}).get(name)",
+        "",
+        "tests/test_pruning_zoo.py::test_lists_that_number_no_layers_stay_whatever_their_length",
+        "the ends of a time step are taken for two layers",
     ),
     Mutant(
         "pruning/repair.py",
