@@ -107,8 +107,7 @@ def load_report_model(ckpt, lang_model_path, prune_map=None, lora_alpha=None, lo
 
     lang_model_path: folder with config.json and tokenizer of the language model, before or after pruning; its
     weights are not read, because the checkpoint holds them. lora_alpha: where nothing beside the checkpoint
-    says it. lora_dropout: of the checkpoint's LoRA, in training. Every tensor must be there and fit; nothing
-    stays random.
+    says it. lora_dropout: of the checkpoint's LoRA, in training. Every tensor must be there and fit.
     """
     # what the checkpoint and the folder of the language model hold
     checkpoint = open_checkpoint(ckpt)
@@ -183,8 +182,7 @@ class Encoded(Dataset):
 
     Items are CTRGDataset's, with tokens (1, n_tok, vis_dim) instead of vision_x, own_statuses (the model's
     own diagnosis) and own_places (side and place that it sees, where it has an evidence head, else None). All
-    patch tokens stay in memory: use it for calibration, evaluation and short healing runs. Long runs read the
-    volumes.
+    patch tokens stay in memory: long runs of healing read the volumes instead.
     """
 
     def __init__(

@@ -11,7 +11,6 @@ _scores.json with perplexity, latency and memory. Upstream: after-pruning-tools/
 """
 
 import json
-import math
 import re
 import resource
 import sys
@@ -30,7 +29,7 @@ from common.checkpoint import atomic_csv, atomic_json
 from common.errors import UserError, run
 from common.files import reading
 from common.run import one_process, seed_everything
-from pruning.layers import decoder_layers
+from pruning.layers import decoder_layers, longest
 from pruning.pruning_tools.language_model import read_map
 from pruning.sensitivity_analyse.eval_metric import perplexity
 from pruning.sensitivity_analyse.load_model import add_pruned_arguments, check_kind, load_model, read_texts
@@ -110,7 +109,8 @@ def make_name(args) -> str:
     # upstream's test scripts say c23_28 where its pruning tool says drop23_28
     if args.tag_override:
         return args.tag_override
-    tag = args.pruned_model_path.stem
+    path = args.pruned_model_path.absolute()
+    tag = path.stem if path.is_file() else path.name  # llama-3.1 is no llama-3
     if args.prune_map_path:
         tag = read_map(args.prune_map_path).get("tag", tag)
     return tag.replace("drop", "c", 1) if args.tag_style == "c" else tag
@@ -150,8 +150,7 @@ def stream_losses(model, tokenizer, texts, window: int = 2048, piece: int | None
 
 
 def token_losses(model, ids: list[int], piece: int = 512) -> torch.Tensor:
-    """(N - 1,) float64: the loss of each token but the first, `piece` positions of float32 logits at a
-    time."""
+    """(N - 1,) float64: the loss of each token but the first, from `piece` float32 logits at a time."""
     # one token predicts nothing
     if len(ids) < 2:
         return torch.zeros(0, dtype=torch.float64)
@@ -236,13 +235,11 @@ def check(args, processes: int = 1):
 def score_texts(args, device):
     """Return (language model, its scores on --texts)."""
     model, tokenizer = load_model(args.pruned_model_path, trust_remote_code=args.trust_remote_code)
-    places, texts = zip(*list(read_texts(args.texts).items())[: args.limit or None])
+    places, texts = zip(*read_texts(args.texts, args.limit or None).items())
 
     # (rows, 2): summed loss and scored tokens, so that the mean is over tokens and not over texts
-    if args.window:
-        losses = stream_losses(model.to(device), tokenizer, texts, args.window)
-    else:
-        losses = text_losses(model.to(device), tokenizer, texts, args.max_length)
+    score, option = (stream_losses, "window") if args.window else (text_losses, "max_length")
+    losses = score(model.to(device), tokenizer, texts, longest(model, args, option))
 
     # they count among "texts" and score nothing, so it is told
     unscored = (losses[:, 1] == 0).nonzero().flatten().tolist()
@@ -382,7 +379,7 @@ def main(args):
 
 def shown(value) -> str:
     """A score for the screen: four digits behind the point where it is a number with a fraction."""
-    return f"{value:.4f}" if isinstance(value, float) and math.isfinite(value) else str(value)
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

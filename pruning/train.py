@@ -11,7 +11,6 @@ reports. With --distill the loss is mixed with the distance to the unpruned mode
 after-pruning-tools/train_pruned_{CN,EN}_cli.py, which could not start: each imports from the other's file.
 """
 
-import itertools
 import shlex
 import sys
 import time
@@ -24,7 +23,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import Dataset
 
 from common.arguments import Parser, add_run_arguments, number, refuse
 from common.checkpoint import atomic_dir, atomic_json
@@ -45,9 +43,10 @@ from common.train import (
     start,
     update,
 )
-from pruning.layers import decoder, decoder_layers, parse_drop_layers, plain, text_config
+from pruning.layers import decoder, decoder_layers, longest, parse_drop_layers, plain, text_config
 from pruning.pruning_tools import read_back
 from pruning.pruning_tools.language_model import check_lora, copy_companions, read_map
+from pruning.pruning_tools.prune_llm import VERSIONS, result_names
 from pruning.repair import REPAIRS, final_norm, repair
 from pruning.sensitivity_analyse.layer_sensitivity_scan import text_prompts
 from pruning.sensitivity_analyse.load_model import add_pruned_arguments, check_kind, load_model, read_texts
@@ -169,37 +168,24 @@ def add_healing_arguments(group):
     )
 
 
-def first_texts(path, count: int | None) -> dict[str, str]:
-    """The first `count` of `read_texts`; None: all."""
-    return dict(itertools.islice(read_texts(path).items(), count))
-
-
-class Texts(Dataset):
-    """Texts as token ids with the end-of-text token behind them; every token is scored.
+def text_rows(path, tokenizer, max_length: int, limit: int = 0, pack: bool = False) -> list[dict]:
+    """{id, ids} of the texts of a file, with the end-of-text token behind each; every token is scored.
 
     pack: join all texts and cut them every `max_length` tokens, so that no place in a batch is padding.
     """
+    # the end-of-text token is learnt too, except where the text is cut before it; some models have none
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    texts = read_texts(path, limit or None)
+    rows = {place: tokenizer(text).input_ids + end for place, text in texts.items()}
 
-    def __init__(self, path, tokenizer, max_length: int, limit: int = 0, pack: bool = False):
-        # the end-of-text token is learnt too, except where the text is cut before it; some models have none
-        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        texts = first_texts(path, limit or None)
-        rows = {place: tokenizer(text).input_ids + end for place, text in texts.items()}
-
-        # one long stream, so that a piece may begin in the middle of a text; only its last piece is short
-        if pack:
-            stream = [i for ids in rows.values() for i in ids]
-            pieces = [stream[start : start + max_length] for start in range(0, len(stream), max_length)]
-            rows = {f"{path}, piece {i}": piece for i, piece in enumerate(pieces, 1)}
-        self.rows = [{"id": place, "ids": torch.tensor(ids[:max_length])} for place, ids in rows.items()]
-        if all(len(row["ids"]) < 2 for row in self.rows):
-            raise UserError(f"{path}: no text has two tokens, so that nothing can be learnt")
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict:
-        return self.rows[index]
+    # one long stream, so that a piece may begin in the middle of a text; only its last piece is short
+    if pack:
+        stream = [i for ids in rows.values() for i in ids]
+        pieces = [stream[start : start + max_length] for start in range(0, len(stream), max_length)]
+        rows = {f"{path}, piece {i}": piece for i, piece in enumerate(pieces, 1)}
+    if all(len(ids) < 2 for ids in rows.values()):
+        raise UserError(f"{path}: no text has two tokens, so that nothing can be learnt")
+    return [{"id": place, "ids": torch.tensor(ids[:max_length])} for place, ids in rows.items()]
 
 
 def collate_texts(samples: list[dict]) -> dict:
@@ -399,19 +385,18 @@ def check_repair(args):
 
 
 def dropped_layers(args) -> list[int]:
-    """Which layers of the teacher the pruned model lacks, by --prune-map-path or the map beside its
-    folder."""
+    """The layers that the pruned model lacks, by --prune-map-path or the map beside its folder."""
     # prune_llm.py writes hf_<tag> and its map side by side
     file = args.prune_map_path
     if file is None:
-        tag = args.pruned_model_path.name.removeprefix("hf_")
-        found = sorted(args.pruned_model_path.parent.glob(f"prune_layer_map_{tag}_*_cpu.json"))
-        if len(found) != 1:
+        folder = args.pruned_model_path.absolute()
+        tag = folder.name.removeprefix("hf_")
+        maps = [folder.with_name(result_names(tag, version)["map"]) for version in VERSIONS]
+        if (file := next(filter(Path.is_file, maps), None)) is None:
             raise UserError(
                 f"{args.pruned_model_path}: no prune map beside it; name it with --prune-map-path, so that "
                 "the missing layers are known"
             )
-        file = found[0]
 
     # a map without old_layers cannot tell dropped layers behind the last kept one
     prune_map = read_map(file)
@@ -451,6 +436,7 @@ def load_text_task(args, device):
     """Return (pruned model, repaired in closed form where that is asked for, teacher or None, tokenizer)."""
     # the teacher is a whole second model in memory, so it is loaded only where something asks it
     model, tokenizer = load_model(args.pruned_model_path, trust_remote_code=args.trust_remote_code)
+    args.max_length = longest(model, args, "max_length")
     closed = [kind for kind in args.repair if kind in REPAIRS]
     teacher = None
     if args.distill or closed:
@@ -463,7 +449,7 @@ def load_text_task(args, device):
             raise UserError(
                 f"--teacher {args.teacher}: is not the model that {args.pruned_model_path} was cut from"
             )
-        texts = first_texts(args.texts, min(args.repair_texts, args.limit or args.repair_texts))
+        texts = read_texts(args.texts, min(args.repair_texts, args.limit or args.repair_texts))
         prompts = text_prompts(texts, tokenizer, args.max_length)
         repair(model.to(device), teacher.to(device), drop, closed, prompts)
 
@@ -542,10 +528,8 @@ def main(args):
         model, teacher, train_set, collate_fn, config = load_report_task(args)
     else:
         model, teacher, tokenizer = load_text_task(args, accelerator.device)
-        train_set, collate_fn = (
-            Texts(args.texts, tokenizer, args.max_length, args.limit, args.pack),
-            collate_texts,
-        )
+        train_set = text_rows(args.texts, tokenizer, args.max_length, args.limit, args.pack)
+        collate_fn = collate_texts
     # training turns tensors to float32; the result is written in the types that were read
     stored = {name: value.dtype for name, value in plain(model).state_dict().items()}
 

@@ -243,8 +243,8 @@ def test_a_closed_form_needs_to_know_what_is_missing(world, tmp_path):
 
 def test_packed_rows_hold_every_token_once_and_no_padding(world):
     _, tokenizer = train.load_model(world / "llm")
-    rows = train.Texts(world / "texts.txt", tokenizer, 16, pack=True).rows
-    apart = train.Texts(world / "texts.txt", tokenizer, 512).rows
+    rows = train.text_rows(world / "texts.txt", tokenizer, 16, pack=True)
+    apart = train.text_rows(world / "texts.txt", tokenizer, 512)
     assert torch.equal(torch.cat([r["ids"] for r in rows]), torch.cat([r["ids"] for r in apart]))
     assert all(len(row["ids"]) == 16 for row in rows[:-1])
 

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 from collections import namedtuple
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,12 +15,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from common.errors import Interrupted, UserError
 from common.tiny_llm import make_llm, make_tokenizer
 from pruning import test, train
-from pruning.layers import decoder_layers, remove_layers, without_layers
+from pruning.layers import decoder_layers, longest, remove_layers, without_layers
 from pruning.pruning_tools import count_params, prune_llm, prune_width
 from pruning.sensitivity_analyse import choose_layers, eval_metric, layer_mask, scan_methods
 from pruning.sensitivity_analyse import layer_sensitivity_scan as scanner
 from pruning.sensitivity_analyse.layer_mask import MODES, ProjHeadMaskWrapper, mask_attention_layer, masked
 from pruning.sensitivity_analyse.load_model import builtin_prompts, read_texts
+from studies.recipe import options
 from tests import pruning_zoo
 from tests.pruning_zoo import call
 
@@ -508,6 +510,7 @@ def test_the_records_are_those_of_the_prompts_that_were_asked_for(tmp_path):
         (lambda lines: ['{"text": "a"}'] * 2, "not a whole records file"),
         (lambda lines: ["layer,score_mean"], "not a whole records file"),
         (lambda lines: [], "not a whole records file"),
+        (lambda lines: [lines[0].replace('"kl"', ""), *lines[1:]], "not a whole records file"),
     ],
 )
 def test_records_that_are_not_whole_are_refused(change, message, tmp_path):
@@ -614,12 +617,42 @@ def test_bad_prompt_files_are_named(tmp_path, name, text, message):
 def test_a_text_is_a_line_of_the_file_and_keeps_its_number(tmp_path):
     lines = ["first", "", "page\fbreak and \u2028 another", " ", "last"]
     (tmp_path / "t.txt").write_text("\r\n".join(lines), encoding="utf-8")
-    (tmp_path / "t.jsonl").write_text(
+    (tmp_path / "t.JSONL").write_text(
         "\n".join(json.dumps({"text": line}, ensure_ascii=False) for line in lines), encoding="utf-8"
     )
-    for name in ("t.txt", "t.jsonl"):
+    for name in ("t.txt", "t.JSONL"):
         wanted = {f"{tmp_path / name}, line {n}": lines[n - 1] for n in (1, 3, 5)}
         assert read_texts(tmp_path / name) == wanted
+
+
+@pytest.mark.parametrize("kind, more", [("gpt2", {}), ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 64})])
+def test_texts_are_as_long_as_a_table_of_positions_at_most(kind, more, tmp_path, capsys):
+    model, texts = tmp_path / "m", tmp_path / "t.txt"
+    make_llm(model, make_tokenizer(["the lung is clear"], 300), kind, max_position_embeddings=128, **more)
+    texts.write_text("the lung is clear " * 100 + "\nthe lung")
+    words = {"pruned_model_path": model, "texts": texts}
+    call(scanner, model=model, prompts=texts, out=tmp_path / "s.csv")
+    call(test, **words, out_dir=tmp_path)
+    call(train, **words, max_steps=1, accum=1, batch_size=1, out=tmp_path / "healed")
+    window = {**words, "out_dir": tmp_path, "window": 129}
+    more = {"model": model, "prompts": texts, "max_tokens": 129, "out": tmp_path / "x.csv"}
+    longer = {**words, "max_length": 129, "out": tmp_path / "x"}
+    for script, flags in ((test, window), (scanner, more), (train, longer)):
+        with pytest.raises(UserError, match=r"129: this model has positions for 128 tokens"):
+            call(script, **flags)
+    call(test, **{**window, "window": 128})
+    rotary = make(max_position_embeddings=8)
+    args = test.parse_args(options({**words, "out_dir": tmp_path}))
+    assert longest(rotary, args, "max_length") == 512, "rotary positions go on"
+
+
+def test_results_of_names_with_a_dot_lie_apart(tmp_path):
+    assert scanner.beside(Path("scan.v1"), ".png").name == "scan.v1.png"
+    assert scanner.beside(Path("a b.csv"), ".all.csv").name == "a b.all.csv"
+    for name in ("llama-3.1", "llama-3.1.bin"):
+        (tmp_path / name).mkdir() if name.endswith("1") else (tmp_path / name).write_text("")
+        words = {"pruned_model_path": tmp_path / name, "texts": "t.txt", "out_dir": tmp_path}
+        assert test.make_name(test.parse_args(options(words))) == "llama-3.1"
 
 
 def test_a_prompt_that_is_too_short_is_named_by_file_and_line(folder, tmp_path):
@@ -640,7 +673,7 @@ def test_a_prompt_that_is_too_short_is_named_by_file_and_line(folder, tmp_path):
             call(script, **flags)
     (tmp_path / "t.txt").write_text("a\nb\n")
     with pytest.raises(UserError, match="t.txt: no text has two tokens"):
-        train.Texts(tmp_path / "t.txt", without_end(folder), 8)
+        train.text_rows(tmp_path / "t.txt", without_end(folder), 8)
 
 
 def without_end(folder):

@@ -275,11 +275,15 @@ def test_sets_that_upstream_gives_one_name_do_not_overwrite_each_other(tmp_path)
         prune(tmp_path / "hf", tmp_path / "x", *words)
 
 
-def test_a_result_whose_name_begins_alike_is_not_taken_for_this_one(tmp_path):
+def test_a_result_whose_name_begins_alike_is_not_taken_for_this_one(tmp_path, monkeypatch):
     make().save_pretrained(tmp_path / "hf")
     out = prune(tmp_path / "hf", tmp_path / "out", "--drop-layers", "0,2,3", "--tag", "drop0_2_3")
     prune(tmp_path / "hf", out, "--drop-layers", "0,2")  # drop0_2
     assert {p.name for p in out.glob("hf_*")} == {"hf_drop0_2_3", "hf_drop0_2"}
+    monkeypatch.chdir(out / "hf_drop0_2")
+    for place in (out / "hf_drop0_2", "."):
+        words = ["--pruned-model-path", str(place), "--texts", "t.txt", "--out", "o"]
+        assert train.dropped_layers(train.parse_args(words)) == [0, 2]
 
 
 def test_large_models_are_sharded_and_load(tmp_path):

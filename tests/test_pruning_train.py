@@ -229,13 +229,13 @@ def test_the_training_set_is_the_training_partition_alone(world):
 def test_a_text_is_cut_ends_with_the_end_token_and_padding_is_not_scored(tmp_path):
     tokenizer = make_tokenizer(["one two three four five"], 300)
     (tmp_path / "texts.txt").write_text("one two three four five\none\n")
-    rows = [train.Texts(tmp_path / "texts.txt", tokenizer, n)[i] for n, i in ((4, 0), (100, 1))]
+    rows = [train.text_rows(tmp_path / "texts.txt", tokenizer, n)[i] for n, i in ((4, 0), (100, 1))]
     assert len(rows[0]["ids"]) == 4 and rows[1]["ids"][-1] == tokenizer.eos_token_id
     batch = train.collate_texts(rows)
     real = len(rows[1]["ids"])
     assert (batch["labels"][1, real:] == -100).all() and (batch["labels"][1, :real] != -100).all()
     assert batch["attention_mask"].sum(1).tolist() == [4, real]
-    assert len(train.Texts(tmp_path / "texts.txt", tokenizer, 9, limit=1)) == 1
+    assert len(train.text_rows(tmp_path / "texts.txt", tokenizer, 9, limit=1)) == 1
 
 
 def test_a_sample_that_cannot_be_read_ends_the_run_with_its_line(world):

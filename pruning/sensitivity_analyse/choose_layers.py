@@ -26,6 +26,7 @@ import json
 import random
 import shlex
 import sys
+from functools import cache
 from pathlib import Path
 
 # repository root: every way of starting this file finds it
@@ -198,8 +199,7 @@ def best_window(model, prompts, count: int) -> tuple[list[int], float]:
 def search(model, prompts, count: int, width: int) -> tuple[list[int], list]:
     """Greedy (width 1) or beam search for the `count` layers without which the loss is lowest.
 
-    Returns the set and its trace [(layers so far, loss), ...]. Each step scores every next layer of a set in
-    one wavefront.
+    Returns the set and its trace [(layers so far, loss), ...]; each step of a set is one wavefront.
     """
     beam = [((), [((), None)])]
     for _ in range(count):
@@ -307,15 +307,14 @@ def choose(
 
 
 def read_records(path) -> tuple[list[dict], str]:
-    """(records of a whole scan, its first distance, which its CSV shows); UserError for a file that is cut or
-    no records file."""
+    """(records of a whole scan, its first distance, which its CSV shows); UserError for any other file."""
     try:
         header, *records = map(json.loads, Path(path).read_text(encoding="utf-8").splitlines())
         missing = header.get("prompts", 1) - len(records)
         if missing > 0 or not all({"nll", "angles", "variants"} <= record.keys() for record in records):
             raise ValueError(f"{missing} of {header.get('prompts', 1)} prompts are not scanned")
         return records, header["distances"][0]
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path}: not a whole records file of layer_sensitivity_scan.py ({error}); finish the scan with "
             "--resume"
@@ -331,12 +330,6 @@ def warn_of_ends(criterion: str, drop, layers: int):
             "masked values say little about removal; compare with --criterion perplexity or greedy",
             file=sys.stderr,
         )
-
-
-def budget(model, args, pick) -> int:
-    """`layers_for_budget` of --target-params or --target-bytes."""
-    in_bytes = args.target_bytes is not None
-    return layers_for_budget(model, args.target_bytes if in_bytes else args.target_params, in_bytes, pick)
 
 
 def check(args):
@@ -375,6 +368,8 @@ def main(args):
     counts = [layers_to_remove(layers, ratio) for ratio in args.ratio or ()] or [None]
     if args.target_seconds is not None:
         counts = [layers_for_time(model, args.target_seconds)]
+    in_bytes = args.target_bytes is not None
+    budget = model, args.target_bytes if in_bytes else args.target_params, in_bytes
 
     # which ones, by every criterion
     choices = []
@@ -382,10 +377,11 @@ def main(args):
         for seed in range(args.seeds if criterion.startswith("random") else 1):
             measured = (rows, angles, model, prompts, args.mode, args.distance or distance)
 
+            @cache  # a budget looks at the sets that it counts, and a search takes minutes
             def pick(count, criterion=criterion, seed=seed, measured=measured):
                 return choose(criterion, count, layers, *measured, seed, args.beam_width)
 
-            count = wanted or budget(model, args, lambda count, pick=pick: pick(count)[0])
+            count = wanted or layers_for_budget(*budget, lambda count, pick=pick: pick(count)[0])
             drop, why = pick(count)
             choice = {"criterion": criterion, "drop_layers": spec_of(drop), "layers_left": layers - count}
             choices.append({**choice, "why": why})

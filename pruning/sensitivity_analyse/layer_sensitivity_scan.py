@@ -29,7 +29,7 @@ from common.errors import Interrupted, UserError, run
 from common.figures import new_figure, save_figure
 from common.llm import add_trust_argument
 from common.run import one_process, progress
-from pruning.layers import decoder, decoder_layers, plain
+from pruning.layers import decoder, decoder_layers, longest, plain
 from pruning.sensitivity_analyse.eval_metric import DISTANCES
 from pruning.sensitivity_analyse.layer_mask import MODES, masked, plain_mode
 from pruning.sensitivity_analyse.load_model import builtin_prompts, load_model, read_texts
@@ -122,8 +122,7 @@ def add_prompt_arguments(group):
 def load_with_prompts(args) -> tuple:
     """Return (model, tokenizer, prompts) as --model and `add_prompt_arguments` ask for.
 
-    A prompt is a dictionary with name, input_ids (1, N) or inputs_embeds (1, N, d), and labels (1, N) where
-    only a part is scored.
+    A prompt is {name, input_ids (1, N) or inputs_embeds (1, N, d), labels (1, N) if a part alone is scored}.
     """
     accelerator = Accelerator()
     one_process(accelerator.num_processes, "layers are scanned")
@@ -147,12 +146,12 @@ def load_with_prompts(args) -> tuple:
     refuse(args, ["lang_model_path", "task_samples"], "without --task-data")
     model, tokenizer = load_model(args.model, args.dtype, args.trust_remote_code)
     texts = read_texts(args.prompts) if args.prompts else builtin_prompts()
-    return model.to(device), tokenizer, text_prompts(texts, tokenizer, args.max_tokens)
+    prompts = text_prompts(texts, tokenizer, longest(model, args, "max_tokens"))
+    return model.to(device), tokenizer, prompts
 
 
 def text_prompts(texts, tokenizer, max_tokens: int = 512) -> list[dict]:
-    """Prompts of plain texts, a list or `read_texts`, cut to `max_tokens`; one token predicts nothing and is
-    refused."""
+    """Prompts of plain texts, a list or `read_texts`, cut to `max_tokens`; UserError for one token alone."""
     prompts, placed = [], texts.items() if isinstance(texts, dict) else zip(["prompts"] * len(texts), texts)
     for place, text in placed:
         ids = tokenizer(text).input_ids[:max_tokens]
@@ -335,6 +334,11 @@ def draw(rows, path, title=""):
     save_figure(figure, path)
 
 
+def beside(out: Path, end: str) -> Path:
+    """The file beside a table that is called as it is but for its end: scan.v1 and scan.v2 are two scans."""
+    return out.with_name(out.name.removesuffix(".csv") + end)
+
+
 def write_tables(out: Path, rows, mode: str, distance: str, title: str) -> list[dict]:
     """Write <out>.csv of one mode and distance with upstream's columns, <out>.all.csv and <out>.png of all.
 
@@ -343,8 +347,8 @@ def write_tables(out: Path, rows, mode: str, distance: str, title: str) -> list[
     chosen = [r for r in rows if (r["mode"], r["distance"]) == (mode, distance)]
     hidden = {"mode", "distance"} | ({"head"} if mode != "head" else set())
     atomic_csv(out, [{name: value for name, value in r.items() if name not in hidden} for r in chosen])
-    atomic_csv(out.with_suffix(".all.csv"), rows)
-    draw(rows, out.with_suffix(".png"), title)
+    atomic_csv(beside(out, ".all.csv"), rows)
+    draw(rows, beside(out, ".png"), title)
     return chosen
 
 
@@ -369,7 +373,7 @@ def sanity_check(model, prompt, variants, kinds, method):
 
 def main(args):
     modes = [plain_mode(mode) for mode in args.mode]
-    journal = args.out.with_suffix(".records.jsonl")
+    journal = beside(args.out, ".records.jsonl")
     if journal.exists() and not (args.resume or args.overwrite):
         raise UserError(
             f"{journal}: a scan stands there; add --resume to go on with it or --overwrite to start again"
@@ -400,7 +404,7 @@ def main(args):
         head = "" if row["head"] is None else f" head {row['head']:02d},"
         print(f"Layer {row['layer']:02d},{head} mean={row['score_mean']:.6f}, std={row['score_std']:.6f}")
     print(ranking(rows))
-    print(f"wrote {args.out}, {args.out.with_suffix('.all.csv')}, {args.out.with_suffix('.png')}")
+    print(f"wrote {args.out}, {beside(args.out, '.all.csv')}, {beside(args.out, '.png')}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The model and the prompts of a scan (upstream names this file, but never published it)."""
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -78,8 +79,9 @@ def read_prompts(path) -> list[str]:
     return list(read_texts(path).values())
 
 
-def read_texts(path) -> dict[str, str]:
-    """{place: text} of a file: one text a line, or objects with the field `text` in a .jsonl file.
+def read_texts(path, count: int | None = None) -> dict[str, str]:
+    """{place: text} of the first `count` texts (None: all) of a file: one a line, or objects with the field
+    `text` in a .jsonl file.
 
     Empty ones are passed over. UserError names a line that cannot be read.
     """
@@ -88,7 +90,7 @@ def read_texts(path) -> dict[str, str]:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     texts = {}
     for number, line in enumerate(lines, 1):
-        if line.strip() and Path(path).suffix == ".jsonl":
+        if line.strip() and Path(path).suffix.lower() in (".json", ".jsonl"):
             try:
                 line = json.loads(line)["text"]
                 line.encode()  # half a pair of surrogates is no text
@@ -100,4 +102,4 @@ def read_texts(path) -> dict[str, str]:
             texts[f"{path}, line {number}"] = line
     if not texts:
         raise UserError(f"{path}: holds no prompts")
-    return texts
+    return dict(itertools.islice(texts.items(), count))

@@ -11,7 +11,6 @@ All work through hooks on the model's own modules: no architecture is written ag
 import contextlib
 import math
 from collections import defaultdict
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -125,24 +124,19 @@ def patched(module, forward):
 def pad_prompts(prompts, device) -> dict:
     """Stack prompts (1, n) or (1, n, d) with zeros on the right.
 
-    Attention is causal, so no mask is needed: the real positions never see the padding, and the rest is not
-    scored.
+    Attention is causal, so no mask is needed: no real position sees the padding, which is not scored.
     """
     key = "input_ids" if "input_ids" in prompts[0] else "inputs_embeds"
     tensors = [p[key][0].to(device) for p in prompts]
     return {key: torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True)}
 
 
-@dataclass
 class DecoderOutput(BaseModelOutputWithPastAndCrossAttentions):
-    """What any model's head may look for behind its decoder; mixtures of experts want router_logits too."""
-
-    router_logits: tuple | None = None
+    """What any model's head may look for behind its decoder: None for whatever else it hands on."""
 
     def __getattr__(self, name):
         if name.startswith("_"):
             raise AttributeError(name)
-        return None  # whatever else a model hands from its decoder to its output
 
 
 def apply_head(model, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,4 @@
-"""Recipe: which layers of dia_pangu's built-in model matter, what is lost without them, what healing brings
-back.
+"""Recipe: which layers of dia_pangu's built-in model matter, what is lost without them, and what heals.
 
     python studies/pruning/builtin.py
 

@@ -21,8 +21,7 @@ def values_and_bars(rows, metric, stage):
 
 
 def frame(ax, metric, rows):
-    """Set the y axis. Random sets without layer 0 reach perplexities of hundreds: the axis fits the
-    others."""
+    """Set the y axis. It fits all but random sets without layer 0, whose perplexities reach hundreds."""
     ax.set_ylabel(LABELS[metric])
     if metric == "f1":
         ax.set_ylim(0, 1)

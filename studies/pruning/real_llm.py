@@ -38,7 +38,7 @@ from pruning.sensitivity_analyse.load_model import builtin_prompts, load_model
 from pruning.test import stream_losses
 from studies.pruning.skills import score_skills
 from studies.pruning.tables import interval, quality
-from studies.pruning.texts import Rows, english, pieces, reports, stream
+from studies.pruning.texts import english, pieces, reports, stream
 from studies.summary import write_result
 
 CRITERIA = ("perplexity", "block_influence", "sensitivity")
@@ -261,7 +261,8 @@ def repaired(args, drop, ways, kinds, distilled: bool, streams) -> dict:
         train.set_trained(student, "full" in ways, 3 if "last" in ways else 0)
         shutil.rmtree(folder, ignore_errors=True)
         accelerator = train.make_accelerator(settings)
-        rows = Rows(pieces(kinds, tokenizer, args.heal_tokens, args.heal_steps))
+        some = pieces(kinds, tokenizer, args.heal_tokens, args.heal_steps)
+        rows = [{"id": f"piece {i}", "ids": ids} for i, ids in enumerate(some, 1)]
         teacher = teacher.requires_grad_(False) if distilled else None
         train.heal(student, rows, train.collate_texts, settings, accelerator, teacher)
         shutil.rmtree(folder, ignore_errors=True)

@@ -62,8 +62,7 @@ GENERATED = {"sums": sums, "brackets": brackets, "copying": copying}
 
 @torch.no_grad()
 def likelihood(model, tokenizer, prompt: str, answer: str) -> tuple[float, bool]:
-    """(mean log-likelihood of the answer's tokens behind the prompt, whether each is the model's first
-    choice)."""
+    """(mean log-likelihood of the answer's tokens, whether each is the model's first choice)."""
     head, whole = (tokenizer(text).input_ids for text in (prompt, prompt + answer))
     start = min(len(head), len(whole) - 1)
     ids = torch.tensor([whole], device=model.device)

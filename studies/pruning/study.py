@@ -130,8 +130,7 @@ def measure_costs(task, choices) -> dict:
 
 
 def check_on_disk(task, args, choices, evaluations) -> float:
-    """Prune the sensitivity sets on disk; return the largest difference of a test loss to the model in
-    memory."""
+    """Prune the sensitivity sets on disk; return how far test losses are from those in memory, at most."""
     wanted = list(dict.fromkeys(c["drop_layers"] for c in choices if c["criterion"] == "sensitivity"))
     tags = {spec: plain_tag(parse_drop_layers(spec)) for spec in wanted}
     command = {"ckpt": args.model, "lang_model_path": args.lang_model_path, "hf": "merged"}

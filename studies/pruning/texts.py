@@ -47,16 +47,3 @@ def pieces(kinds, tokenizer, tokens: int, count: int) -> list[torch.Tensor]:
         some = stream(texts, tokenizer, tokens * each)
         streams.append(torch.tensor(tokenizer("\n\n".join(some)).input_ids).split(tokens)[:each])
     return [piece for turn in zip(*streams) for piece in turn][:count]
-
-
-class Rows(torch.utils.data.Dataset):
-    """Pieces of token ids for `train.heal`, as train.Texts gives them."""
-
-    def __init__(self, rows: list[torch.Tensor]):
-        self.rows = rows
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        return {"id": f"piece {index + 1}", "ids": self.rows[index]}
