@@ -100,9 +100,7 @@ def plain(model):
 def refuse_quantized(model, what: str):
     """UserError for a model whose matrices hold codes instead of values."""
     if getattr(plain(model).config, "quantization_config", None) is not None:
-        raise UserError(
-            f"{what}: this model is quantized, its matrices hold no plain values; give it unquantized"
-        )
+        raise UserError(f"{what}: this model is quantized, its matrices hold codes; give it unquantized")
 
 
 def text_config(model):

@@ -33,6 +33,7 @@ EXPERTS = ("num_local_experts", "n_routed_experts", "num_experts", "moe_num_expe
 CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts", "moe_top_k")
 # Where a multimodal configuration keeps its decoder's own.
 NESTED = ("text_config", "llm_config", "language_config", "thinker_config", "language_model_config")
+NESTED += ("vlm_config",)  # of what embeds pages (ColPali)
 INDEX_LIST = re.compile(
     r"(^|_)(only_layers|layer_ids|layer_indices|layer_idxs|layers_idx|attn_idxs|moe_layers|kda_layers"
     r"|full_attn_layers|cross_attention_layers|rope_scaling_layers|global_layers|local_layers)$"

@@ -107,3 +107,5 @@ def test_words_beyond_the_tokenizer_are_padding_and_a_file_is_not_replaced_unask
     assert read.config.vocab_size == 320
     with pytest.raises(UserError, match="add --overwrite"):
         export(tmp_path / "llm", tmp_path / "m.gguf")
+    with pytest.raises(UserError, match="m.gguf: GGUF files are not pruned; give the folder"):
+        call(prune_llm, ckpt=tmp_path / "m.gguf", out_dir=tmp_path / "out", drop_layers=1)

@@ -15,10 +15,12 @@ from transformers import (
 )
 
 from common.errors import UserError
+from common.tiny_llm import make_tokenizer
+from pruning import test, train
 from pruning.layers import decoder_layers, without_layers
 from pruning.pruning_tools import count_params, prune_llm, prune_width, read_back
 from pruning.pruning_tools.language_model import find_language_model
-from pruning.sensitivity_analyse import scan_methods
+from pruning.sensitivity_analyse import layer_sensitivity_scan, scan_methods
 from pruning.sensitivity_analyse.layer_mask import masked
 from pruning.sensitivity_analyse.layer_sensitivity_scan import fingerprint
 from pruning.shorter import picture_layers, quantized_names, shorter_config, shorter_generation
@@ -210,6 +212,27 @@ def test_a_model_whose_class_is_not_named_is_of_the_kind_that_takes_its_configur
     file.write_text(json.dumps({**json.loads(file.read_text()), "architectures": ["CLIPTextModel"]}))
     with pytest.raises(UserError, match="config.json is refused by its class"):
         prune(tmp_path / "source", tmp_path / "again")
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen2_vl"])
+def test_a_model_that_sees_is_scanned_healed_and_tested_on_texts(kind, tmp_path):
+    settings = {**SEEING[kind], "text_config": {**SEEING[kind]["text_config"], "vocab_size": 320}}
+    model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(kind, **settings))
+    tokenizer = make_tokenizer(["the lung is clear"], 300)
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "source")
+    (tmp_path / "t.txt").write_text("the lung is clear\nthe heart is of normal size\n")
+    out, texts = {"out": tmp_path / "s.csv"}, {"texts": tmp_path / "t.txt"}
+    call(
+        layer_sensitivity_scan, "--sanity-check", model=tmp_path / "source", prompts=tmp_path / "t.txt", **out
+    )
+    folder = prune(tmp_path / "source", tmp_path / "out")
+    call(
+        train, pruned_model_path=folder, **texts, max_steps=1, accum=1, batch_size=1, out=tmp_path / "healed"
+    )
+    call(test, pruned_model_path=tmp_path / "healed/model", **texts, out_dir=tmp_path)
+    scores = json.loads((tmp_path / "dia-pangu-pruned_model_scores.json").read_text())
+    assert scores["layers"] == 4 and scores["perplexity"] > 1
 
 
 @torch.no_grad()

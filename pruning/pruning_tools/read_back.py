@@ -29,11 +29,15 @@ NUMBER = re.compile(r"^((layer|block)_?(idx|id|index|number|num)|num_hidden_laye
 
 
 def model_class(config: dict):
-    """The class that config.json names, or else the general one that takes its configuration: of language
-    models, or of those that also see or hear."""
+    """The class that config.json names, or else the general one that takes its configuration."""
     for name in config.get("architectures") or []:
         if isinstance(getattr(transformers, name, None), type):
             return getattr(transformers, name)
+    return general_class(config)
+
+
+def general_class(config: dict):
+    """The auto class that takes a configuration: of language models, or of those that also see or hear."""
     kinds = [getattr(transformers, f"AutoModelFor{kind}") for kind in KINDS]
     known = type(config_object(config))
     return next((kind for kind in kinds if known in kind._model_mapping), kinds[0])

@@ -87,6 +87,8 @@ def open_checkpoint(path) -> Checkpoint:
     UserError if it is missing, cut or no checkpoint.
     """
     path = Path(path)
+    if path.suffix == ".gguf":
+        raise UserError(f"{path}: GGUF files are not pruned; give the folder that this one was made of")
     files = [path] if path.is_file() else list_shards(path)
     entries = {}
     for file in files:

@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common import llm
 from common.errors import UserError
 from common.files import read_json, reading
+from pruning.pruning_tools.read_back import general_class
 
 PROMPTS = Path(__file__).with_name("prompts.jsonl")
 
@@ -44,7 +45,7 @@ def check_kind(args):
 
 
 def load_model(path, dtype: str | None = None, trust_remote_code: bool = False):
-    """Return (causal language model in eval mode, tokenizer) of a folder as transformers writes it.
+    """Return (language model in eval mode, which may see pictures too, tokenizer) of transformers' folder.
 
     dtype: "float32", "bfloat16" or "float16"; None: as stored.
     """
@@ -53,7 +54,11 @@ def load_model(path, dtype: str | None = None, trust_remote_code: bool = False):
         from pruning.report_model import load_tokenizer
     else:
         load_tokenizer = llm.load_tokenizer
-    model = llm.load_llm(path, dtype or "auto", trust_remote_code)
+    llm.check_llm(path, trust_remote_code)
+    kind = general_class(read_json(Path(path) / "config.json", dict))
+    options = {"dtype": dtype or "auto", "local_files_only": True, "trust_remote_code": trust_remote_code}
+    with reading(path, "language model"):
+        model = kind.from_pretrained(path, **options).eval()
     return model, load_tokenizer(path, trust_remote_code)
 
 
