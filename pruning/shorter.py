@@ -238,7 +238,7 @@ def renumbered(name: str, value, keep, count: int, extra: int = 0, fixed=None):
             return [new_of[i - base] + base for i in value if i - base in new_of]
         # some lists go on behind the last layer: for layers that predict further tokens, or for nothing
         long = len(value) in (count, count + extra) and len(value) != (fixed or {}).get(name)
-        if long or "layer" in name and len(value) > count:
+        if long or "layer" in name and len(value) >= count:
             return [value[i] for i in keep] + list(value[count:])
     if isinstance(value, str) and "pattern" in name and len(value) == count:
         return "".join(value[i] for i in keep)
