@@ -17,7 +17,6 @@ real_size  only with an accelerator: 34 layers x 4096 in bfloat16, random weight
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -285,34 +284,35 @@ def write_sparse(folder: Path, shapes: dict, shards: int = 4):
     )
 
 
+# Runs a script, then prints its peak memory: what the kernel tells a parent counts the parent's own, too
+WITH_PEAK = """
+import runpy, sys
+from bench.measure import resident_mb
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+print(resident_mb("VmHWM"))
+"""
+
+
 def prune_big(work):
     rows = {}
     with tempfile.TemporaryDirectory(dir=work) as folder:
-        source = Path(folder) / "source"
+        source = Path(folder).resolve() / "source"
         source.mkdir()
         write_sparse(source, pangu_shapes())
         for spec in ("23-28", "17-33"):
             start = time.perf_counter()
-            command = [
-                sys.executable,
-                ROOT / "pruning/pruning_tools/prune_llm.py",
-                "--ckpt",
-                source,
-                "--out-dir",
-                Path(folder) / "out",
-                "--drop-layers",
-                spec,
-                "--overwrite",
-            ]
-            child = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True)
-            line = child.stdout.read().strip().splitlines()[-1]
-            _, status, usage = os.wait4(child.pid, 0)
-            if status:
+            script = ROOT / "pruning/pruning_tools/prune_llm.py"
+            options = ["--ckpt", source, "--out-dir", source.parent / "out", "--drop-layers", spec]
+            command = [sys.executable, "-c", WITH_PEAK, script, *options, "--overwrite"]
+            done = subprocess.run(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+            if done.returncode:
                 raise SystemExit(f"prune_llm.py --drop-layers {spec} failed")
+            *_, what, peak = done.stdout.splitlines()
             rows[spec] = {
                 "seconds": time.perf_counter() - start,
-                "peak_megabytes": usage.ru_maxrss / 1024,
-                "what": line.split(", in ")[0],
+                "peak_megabytes": float(peak),
+                "what": what.split(", in ")[0],
             }
     print("\npruning 8.03 B values (16.1 GB of bfloat16 shards, sparse) on disk")
     for row in rows.values():

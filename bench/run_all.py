@@ -1,6 +1,6 @@
 """Measure every claim of speed and memory, and write them as one table to bench/RESULTS.md.
 
-    python bench/run_all.py                 # all benches, three times: an hour and a half on a quiet core
+    python bench/run_all.py                 # all benches, three times: fifty minutes on one core
     python bench/run_all.py cwt pruning     # some of them
     python bench/run_all.py --table         # only the table, from the numbers in bench/results/
 

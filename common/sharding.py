@@ -268,16 +268,14 @@ def _add_frozen(model, tensors: dict, folder: Path):
     if not (folder / FROZEN).is_file():
         return
     own, frozen = model.state_dict(), json.loads((folder / FROZEN).read_text())
-    noted = {key.removeprefix("module."): value for key, value in frozen.items()}
     here = _frozen(model)
-    other = next((key for key, value in noted.items() if here.get(key) != value), None)
+    other = next((key for key, value in frozen.items() if here.get(key) != value), None)
     if other is not None:
         raise UserError(
             f"{folder}: was saved over other start weights ({other} differs); resume with the language model "
-            "and "
-            "the --start that the run began with"
+            "and the --start that the run began with"
         )
-    tensors |= {key: own[key] for key in noted if key not in tensors}
+    tensors |= {key: own[key] for key in frozen if key not in tensors}
 
 
 def load_state(accelerator, folder: Path):
@@ -320,9 +318,7 @@ def _load_parts(model, optimizer, folder: Path):
 
 def _load_whole(accelerator, model, optimizers, folder: Path):
     """Load whole weights and optimizer states into a model that may be sharded."""
-    tensors = {
-        key.removeprefix("module."): value for key, value in load_file(folder / "model.safetensors").items()
-    }
+    tensors = load_file(folder / "model.safetensors")
     if not accelerator.is_fsdp2:
         _add_frozen(model, tensors, folder)
     states = [

@@ -42,6 +42,17 @@ class Noise(torch.utils.data.Dataset):
         return {"x": x, "weight": torch.tensor(1 + i % 3), "name": f"record-{i}"}
 
 
+class Gain(torch.nn.Module):
+    """One factor for all: a scalar, which FSDP2 leaves whole on every process."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x):
+        return self.factor * x
+
+
 def parse_args(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("--width", type=int, default=16, help="hidden width; large makes saving slow")
@@ -62,7 +73,7 @@ def main(args):
     open_run(args.out, args, accelerator, args.resume, args.overwrite)
     seed_everything(0)
     model = torch.nn.Sequential(
-        torch.nn.Linear(8, args.width), torch.nn.Tanh(), torch.nn.Linear(args.width, 8)
+        torch.nn.Linear(8, args.width), torch.nn.Tanh(), torch.nn.Linear(args.width, 8), Gain()
     )
     if args.compile:
         model.compile()
