@@ -1,4 +1,4 @@
-"""dia_pangu: the labeler on 1,630 sentences labelled by hand, on the templates of the phantoms, and its
+"""dia_pangu: the labeler on 1,658 sentences labelled by hand, on the templates of the phantoms, and its
 scopes."""
 
 import numpy as np

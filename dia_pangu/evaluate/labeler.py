@@ -42,16 +42,19 @@ ENGLISH = {
     r"(?:left|right|both|all) (?:cardiac chamber|ventric\w*|atri\w*)[^,;]*(?:enlarge|dilat|increase)|"
     r"(?:cardiothoracic|\bCTR\b)[^,;]*(?:increase|enlarge|0[.,](?:5[1-9]|[6-9])|\b(?:5[1-9]|[6-9]\d) ?%)",
     "lung opacity": r"opacit|opacif|(?:patchy|blurr\w*)[^,;]*shadow|ground.?glass(?! (?:density )?nodul)|"
-    r"\bGGOs?\b|hazy|haze|infiltrat|airspace disease|crazy.?paving|density (?:increase|area)|"
+    r"\bGGOs?\b|hazy|haze|infiltrat|airspace disease|crazy.?paving|"
+    r"(?<!sequelae )(?<!sequela )(?<!fibrotic )(?<!parenchymal )(?<!linear )density (?:increase|area)|"
     r"increased (?:\w+ )?attenuation|"
-    r"(?:increase\w*|patchy)[^,;]*densit|tree.?in.?bud",
-    "lung lesion": r"(?:micro)?nodul(?!arity|ar (?:\w+ )?(?:thicken|consolidat))|lesion|"
+    r"(?:increase\w*|patchy)(?![^,;]*(?:sequel|fibro|linear|fat))[^,;]*densit|tree.?in.?bud",
+    "lung lesion": r"(?:micro)?nodul"
+    r"(?!arity|ar (?:[\w-]+ ){0,3}?(?:thicken|consolidat|densit|opacit|infiltrat))|lesion|"
     r"\bmass\b(?!-like)|masses|tumou?r|metasta|carcinoma|"
     r"malignan(?!t (?:pleural )?effusion)|cancer|"
     r"neoplas|\bGGNs?\b|hamartoma|granulomas?\b|tuberculoma|carcinoid|aspergilloma|mycetoma|fungus ball|"
     r"cavitat|(?:walled|lung|pulmonary|lobe|air.containing) cavit(?:y|ies)",
-    "edema": r"(?:pulmonary |interstitial |alveolar )?(?:edema|oedema)|interlobular septal thicken|"
-    r"thicken\w* (?:of|in) (?:the )?interlobular sept",
+    "edema": r"(?:pulmonary |interstitial |alveolar )?(?:edema|oedema)|"
+    r"interlob\w* sept(?:al|a)\b[^,;]{0,24}thick|"
+    r"(?:thick|prominen)\w*[^,;]{0,40}interlobular sept",
     "consolidation": r"consol(?:idat|\b)",
     "pneumonia": r"(?:broncho)?pneumoni(?!ti)|infecti|infective|inflammat(?!ory nodul)|covid|PNA\b",
     "atelectasis": r"atelecta|collaps|volume loss|loss of volume",
@@ -176,7 +179,8 @@ ORGANS = {
     "en": {
         "lung": r"lungs?\b|pulmonary\b(?! (?:arter|trunk|conus|vein))|"
         r"(?<!thyroid )(?<!hepatic )lobes?\b(?! of the (?:thyroid|liver))|lobar|lingul\w*|"
-        r"segment\w*(?! (?:[\dIVX]+[ab]? )?(?:of|in) the (?:liver|pancreas|colon|spine|kidney))|apical|apex|"
+        r"segment\w*(?! (?:[\dIVX]+[ab]? )?(?:of|in) the (?:(?:left|right) lobe of the )?"
+        r"(?:liver|pancreas|colon|spine|kidney))(?! \d)|apical|apex|"
         r"hilum|hila\b|hilar|\b[RL][UML]L\b|parenchym\w*|subpleural|fissur\w*|perifissural|bronch\w*|basal|"
         r"bases\b|hemithora\w*|airway\w*|alveol\w*|perihilar",
         "pleura": r"pleura\w*|costophrenic|thoracic cavit\w*|(?:bilateral|left|right)(?= effusion)",
@@ -244,7 +248,8 @@ IGNORE = both(
     r"mass effect|"
     r"(?:known|(?:patient|case)s? with) (?:\w+ ){0,2}(?:cancer|carcinoma|malignanc\w*|tumou?r)|"
     r"body mass|post.?(?:infectio|pneumoni)\w*|non.?infecti\w*|space.occupying lesion (?:was|is) not|"
-    r"infectious disease clinic|\w+ (?:detection|screening|protocol|search|surveillance)\b|"
+    r"infectious disease clinic|peritone\w*[^,;.]*implants?|(?:favor of|belong to) (?:the )?implants?|"
+    r"\w+ (?:detection|screening|protocol|search|surveillance)\b|"
     r"fractur\w*(?= (?:\w+ ){0,2}(?:wires?|catheters?|leads?|screws?|stents?|rods?|hardware)\b)",
     cn=r"椎体[^,。;]{0,6}不张|炎性假瘤|无名动脉|感染科|结节性甲状腺肿|转移酶|淋巴结转移|"
     r"[肺叶]癌(?:根治|切除)?术后|(?<!叶间)(?<!裂)胸膜(?:多发)?(?:结节(?![样状]增厚)|肿块|占位|转移)|"
@@ -346,6 +351,8 @@ DOUBT_AFTER = both(
     r"are) in the differential|should be (?:excluded|ruled out))\b)",
     cn=rf"^[^,;]*?(?:可能|待排|{NOT_RULED_OUT}|待查|可疑|鉴别|(?:显示|观察|评[价估]|检出)(?:欠佳|受限|不佳|困难|不满意)|\?)",
 )
+# A question in brackets asks what a finding is, not whether it is there: "a nodule (metastasis?)".
+ASIDE = re.compile(r"\(\s*\w[^()]*\?[^()]*(?:\)|$)")
 # Masked before denial is looked for: these words doubt.
 NOT_DENIED = both(
     en=r"can(?:not| not|'t) be (?:\w+ )?(?:excluded|ruled out)|not (?:be )?(?:excluded|ruled out)|"
@@ -360,6 +367,7 @@ HISTORY = both(
     r"treated for|past medical|clinical information|indication)\b",
     cn=r"病史|既往(?!未)|曾有|曾患|史$",
 )
+SEEN = re.compile(r"\b(?:is|are|was|were) (?:\w+ )?(?:seen|observed|noted|present|detected|found)\b", re.I)
 HISTORY_AFTER = re.compile(
     r"[^,;]{0,4}病?史|治疗后|复查|随[访诊]|[^,;]{0,2}(?:入院|住院|[就来]诊|行[^,;]{0,4}(?:术|引流))"
 )
@@ -474,6 +482,7 @@ def sentences(text: str) -> list[str]:
 
 # What stands between subject and verb ("the heart, as before, is enlarged"), and a last word behind a comma.
 INSERTED = re.compile(
+    r", which [^,;]*\b(?:previous|prior|earlier|old|last)\b[^,;]*,(?=\s(?:is|are|was|were|has|have)\b)|"
     r",(\s(?!(?:with|without|no|which|and|or|but|the|a|an|both|bilateral)\b)[^,;:]{1,40}),"
     r"(?=\s(?:is|are|was|were|has|have|appears?|remains?)\b)"
     r"|,(\s(?:\w+ly )?(?:dilated|enlarged|widened|aneurysmal|ectatic)\W*$)"
@@ -601,14 +610,18 @@ def code_of(clause: str, match: re.Match) -> int:
     """Return the code of a match by the words of history, denial and doubt around it."""
     if GIVEN.search(clause[: match.start()]):
         return PRESENT
-    if HISTORY.search(clause[: match.start()]) or HISTORY_AFTER.match(clause, match.end()):
+    # "In a patient treated for pneumonia, opacities are seen": behind the comma it is no history.
+    history = HISTORY.search(clause[: match.start()])
+    if history and "," in clause[history.end() : match.start()] and SEEN.search(clause, match.end()):
+        history = None
+    if history or HISTORY_AFTER.match(clause, match.end()):
         return BLANK
     if is_denied(clause, match):
         return ABSENT
     before = re.split(
         r"(?<!compatible )(?<!consistent )(?<!associated )\bwith\b|伴", clause[: match.start()]
     )[-1]
-    after = clause[match.end() :]
+    after = ASIDE.sub("", clause[match.end() :])
     doubted = DOUBT_BEFORE.search(before) or DOUBT_AFTER.search(after)
     return (
         UNCERTAIN
