@@ -33,12 +33,10 @@ ENGLISH = {
     "enlarged cardiomediastinum": r"(?:widen\w*|enlarge\w*|broaden\w*)[^,;]*mediastin(?!\w* (?:lymph|node))|"
     r"(?:cardio)?mediastin\w*(?:(?!lymph|node)[^,;])*(?:widen|enlarge|broaden)(?!\w* lymph)|"
     r"(?:(?<!abdominal )aort\w*|pulmonary (?:arter|trunk|conus))[^,;]*\b(?:dilat|ecta[st]|aneurysm|widen|"
-    r"increased|enlarge)|(?:aort|pulmonary)\w*[^;]*wider than (?:normal|usual)|"
-    r"(?:dilat\w*|aneurysm\w*|ecta[st]\w*|widen\w*|enlarge\w*)[^,;]*(?:(?<!abdominal )aort|"
-    r"pulmonary (?:arter|trunk))",
-    "cardiomegaly": r"cardiomegal|"
-    r"(?:heart|cardiac)[^,;]*\b(?:enlarge|increase|wide|big|broad|dilat|larger|prominent)|"
-    r"(?:enlarge\w*|increase\w*|dilat\w*)[^,;]*(?:heart|cardiac|cardiothora|ventric|\batri)|"
+    r"increased|enlarge)|(?:aort|pulmonary)\w*[^;]*wider than (?:normal|usual)|(?:dilat\w*|aneurysm\w*|"
+    r"ecta[st]\w*|widen\w*|enlarge\w*)[^,;]*(?:(?<!abdominal )aort|pulmonary (?:arter|trunk))",
+    "cardiomegaly": r"cardiomegal|(?:heart|cardiac)[^,;]*\b(?:enlarge|increase|wide|big|broad|dilat|larger|"
+    r"prominent)|(?:enlarge\w*|increase\w*|dilat\w*)[^,;]*(?:heart|cardiac|cardiothora|ventric|\batri)|"
     r"(?:left|right|both|all) (?:cardiac chamber|ventric\w*|atri\w*)[^,;]*(?:enlarge|dilat|increase)|"
     r"(?:cardiothoracic|\bCTR\b)[^,;]*(?:increase|enlarge|0[.,](?:5[1-9]|[6-9])|\b(?:5[1-9]|[6-9]\d) ?%)",
     "lung opacity": r"opacit|opacif|(?:patchy|blurr\w*)[^,;]*shadow|ground.?glass(?! (?:density )?nodul)|"
@@ -46,27 +44,23 @@ ENGLISH = {
     r"(?<!sequelae )(?<!sequela )(?<!fibrotic )(?<!parenchymal )(?<!linear )density (?:increase|area)|"
     r"increased (?:\w+ )?attenuation|"
     r"(?:increase\w*|patchy)(?![^,;]*(?:sequel|fibro|linear|fat))[^,;]*densit|tree.?in.?bud",
-    "lung lesion": r"(?:micro)?nodul"
-    r"(?!arity|ar (?:[\w-]+ ){0,3}?(?:thicken|consolidat|densit|opacit|infiltrat))|lesion|"
-    r"\bmass\b(?!-like)|masses|tumou?r|metasta|carcinoma|"
-    r"malignan(?!t (?:pleural )?effusion)|cancer|"
-    r"neoplas|\bGGNs?\b|hamartoma|granulomas?\b|tuberculoma|carcinoid|aspergilloma|mycetoma|fungus ball|"
-    r"cavitat|(?:walled|lung|pulmonary|lobe|air.containing) cavit(?:y|ies)",
-    "edema": r"(?:pulmonary |interstitial |alveolar )?(?:edema|oedema)|"
-    r"interlob\w* sept(?:al|a)\b[^,;]{0,24}thick|"
-    r"(?:thick|prominen)\w*[^,;]{0,40}interlobular sept",
+    "lung lesion": r"(?:micro)?nodul(?!arity|ar (?:[\w-]+ ){0,3}?(?:thicken|consolidat|densit|opacit|"
+    r"infiltrat))|lesion|\bmass\b(?!-like)|masses|tumou?r|metasta|carcinoma|"
+    r"malignan(?!t (?:pleural )?effusion)|cancer|neoplas|\bGGNs?\b|hamartoma|granulomas?\b|tuberculoma|"
+    r"carcinoid|aspergilloma|mycetoma|fungus ball|cavitat|(?:walled|lung|pulmonary|lobe|"
+    r"air.containing) cavit(?:y|ies)",
+    "edema": r"(?:pulmonary |interstitial |alveolar )?(?:edema|oedema)|interlob\w* sept(?:al|"
+    r"a)\b[^,;]{0,24}thick|(?:thick|prominen)\w*[^,;]{0,40}interlobular sept",
     "consolidation": r"consol(?:idat|\b)",
     "pneumonia": r"(?:broncho)?pneumoni(?!ti)|infecti|infective|inflammat(?!ory nodul)|covid|PNA\b",
     "atelectasis": r"atelecta|collaps|volume loss|loss of volume",
     "pneumothorax": r"(?:hydro|hemo|haemo)?pneumothora|PTX\b|PNX\b|"
     r"air\b(?! broncho)[^,;]*\b(?:pleural (?:leaves|spaces?|cavit\w*)|hemithora)|"
     r"pleural (?:spaces?|cavit\w*)[^,;]*\bair\b(?! broncho)",
-    "pleural effusion": r"effusions?|(?:hydro|hydropneumo|ha?emo|pyo)thora|empyema|"
-    r"(?:pl\w*\.? ?|b/?l )+effn?s?\b|pleural[^,;]*fluid|"
-    r"fluid[^,;]*(?:hemithora|pleura|costophrenic|fissur|thoracic cavit)",
+    "pleural effusion": r"effusions?|(?:hydro|hydropneumo|ha?emo|pyo)thora|empyema|(?:pl(?:eural)?\.? ?|"
+    r"b/?l )+effn?s?\b|pleural[^,;]*fluid|fluid[^,;]*(?:hemithora|pleura|costophrenic|fissur|thoracic cavit)",
     "pleural other": r"pleura\w*(?: and \w+)?(?:[^,;](?!effusion\b|fluid\b)){0,40}?(?:thick|plaque|calcif|"
-    r"scar|adhes)|(?:thick|plaque|calcif)\w*[^,;]*(?<!sub)pleura(?!l effusion)|"
-    r"effusion.thicken",
+    r"scar|adhes)|(?:thick|plaque|calcif)\w*[^,;]*(?<!sub)pleura(?!l effusion)|effusion.thicken",
     "fracture": r"fractur|fxs?\b|(?:compression|wedge|crush) (?:deformit|change)|wedging of|"
     r"(?:vertebra\w*|\b[CTL]\d\d?\b)[^,;]*(?:wedging|wedge.shaped|height loss|loss of height)|"
     r"loss of (?:vertebral|height of)|(?:height loss|loss of height)[^,;]*(?:vertebra|\b[CTL]\d)|"
@@ -74,29 +68,22 @@ ENGLISH = {
     "support devices": r"catheter|pacemaker|pacing|\bpacers?\b|support (?:device|apparatus)|\btubes?\b|"
     r"\bstent|\bwires?\b|prosthe|\bport\b|\bport-a-cath|cannula|"
     r"(?<!after )(?<!since )(?<!following )drain(?:age|s)?\b(?! (?:vein|lymph|node))|valve replacement|"
-    r"(?:artificial|mechanical|metallic) (?:\w+ )?valve|medical material|"
-    r"sternotomy|suture|clips?\b|staples?\b|implant|electrode|\bleads?\b(?= (?:tip|of|in|are|is|end|over|"
-    r"proj|course))|"
-    r"\bICD\b|defibrillator|metal\w* (?:material|plate|screw)|\bplate and screw|fixation|hardware|"
-    r"tracheostomy|pigtail|loop recorder|assist device|cava\w* filter|\bcoils?\b|vertebroplast|kyphoplast|"
-    r"(?:central|venous|arterial|IJ|jugular|subclavian|PICC) line|"
-    r"\b(?:ETT|NGT|CVC|PICC|IABP|LVAD|ECMO|TAVI|TAVR)\b",
+    r"(?:artificial|mechanical|metallic) (?:\w+ )?valve|medical material|sternotomy|suture|clips?\b|"
+    r"staples?\b|implant|electrode|\bleads?\b(?= (?:tip|of|in|are|is|end|over|proj|course))|\bICD\b|"
+    r"defibrillator|metal\w* (?:material|plate|screw)|\bplate and screw|fixation|hardware|tracheostomy|"
+    r"pigtail|loop recorder|assist device|cava\w* filter|\bcoils?\b|vertebroplast|kyphoplast|(?:central|"
+    r"venous|arterial|IJ|jugular|subclavian|PICC) line|\b(?:ETT|NGT|CVC|PICC|IABP|LVAD|ECMO|TAVI|TAVR)\b",
 }
 CHINESE = {
-    "enlarged cardiomediastinum": r"纵隔(?:影)?[^,;]{0,4}(?:增宽|增大|扩大)|"
-    r"(?:(?<!腹)主动脉|肺动脉)[^,;]{0,8}(?:增宽|增粗|扩张|瘤样|动脉瘤|夹层动脉瘤)|"
-    r"(?:(?<!腹)主动脉|肺动脉)瘤",
-    "cardiomegaly": r"(?:心(?:脏|影|室|房|腔|胸比)|全心|[左右]心|[左右][室房])[^,;]{0,8}(?:增大|扩大|"
-    r"肥大|饱满|扩张|普大|[稍略偏]大)|巨心|"
-    r"心胸比[^,;]{0,6}?(?:0\.(?:5[1-9]|[6-9])|(?:5[1-9]|[6-9]\d)%)",
+    "enlarged cardiomediastinum": r"纵隔(?:影)?[^,;]{0,4}(?:增宽|增大|扩大)|(?:(?<!腹)主动脉|"
+    r"肺动脉)[^,;]{0,8}(?:增宽|增粗|扩张|瘤样|动脉瘤|夹层动脉瘤)|(?:(?<!腹)主动脉|肺动脉)瘤",
+    "cardiomegaly": r"(?:心(?:脏|影|室|房|腔|胸比)|全心|[左右]心|[左右][室房])[^,;]{0,8}(?:增大|扩大|肥大|"
+    r"饱满|扩张|普大|[稍略偏]大)|巨心|心胸比[^,;]{0,6}?(?:0\.(?:5[1-9]|[6-9])|(?:5[1-9]|[6-9]\d)%)",
     "lung opacity": r"GGO|磨玻璃(?!样?(?:密度)?(?:小|微)?结节)|毛玻璃|模糊(?:阴)?影|阴影|密度增高|密度增加|"
     r"片絮|絮状|云雾状|浸润|渗出|高密度影|致密影|斑片(?!状?实变)|片状影|片影|树芽",
     "lung lesion": r"结节(?![样状](?:增厚|实变))|GGN|软组织(?:密度)?(?:团块|肿块)?影|类圆形[^,;]{0,6}影|"
-    r"错构瘤|"
-    r"结核[球瘤]|肉芽肿|曲[菌霉]球|类癌|(?<![乳状列胰胸腮涎])腺癌|鳞癌|小细胞癌|肿块(?!样)|肿物|病灶|占位|"
-    r"空洞|"
-    r"转移瘤|转移灶|转移|肿瘤|"
-    r"[肺叶]癌|包块|团块",
+    r"错构瘤|结核[球瘤]|肉芽肿|曲[菌霉]球|类癌|(?<![乳状列胰胸腮涎])腺癌|鳞癌|小细胞癌|肿块(?!样)|肿物|病灶|"
+    r"占位|空洞|转移瘤|转移灶|转移|肿瘤|[肺叶]癌|包块|团块",
     "edema": r"水肿|小叶间隔[^,;]{0,4}增厚",
     "consolidation": r"实变|实质化",
     "pneumonia": r"肺炎|炎症|感染|炎性(?![小微]?结节)",
@@ -106,13 +93,11 @@ CHINESE = {
     r"胸膜?腔[^,;]{0,4}气液平",
     "pleural other": r"胸膜[^,;腔]{0,8}(?:增厚|肥厚|钙化|粘连|斑)",
     "fracture": r"骨折|压缩性?(?:改变|变形)|压缩变扁|椎体?塌陷|椎体?压缩|楔[形状]?(?:改变|变)|骨痂|(?:骨质|"
-    r"皮质)(?:不连续|中断|断裂|扭曲)|"
-    r"断端|畸形愈合",
+    r"皮质)(?:不连续|中断|断裂|扭曲)|断端|畸形愈合",
     "support devices": r"(?<!动脉)(?<!胰)(?<!胸)(?<!腺)导管|起搏器|引流管|支架|置管|内固定|插管|胃管|鼻饲管|"
-    r"PICC|ICD|输液港|人工[^,;]{0,4}瓣|机械瓣|瓣膜?置换|瓣膜?成形|钢丝|缝线|金属(?:夹|固定|植入)|钛夹|吻合钉|假体|"
-    r"植入物|"
-    r"固定器|钢板|"
-    r"除颤器|电极|导线|滤器|弹簧圈|骨水泥|造瘘管|套管|人工关节|关节置换|辅助装置",
+    r"PICC|ICD|输液港|人工[^,;]{0,4}瓣|机械瓣|瓣膜?置换|瓣膜?成形|钢丝|缝线|金属(?:夹|固定|植入)|钛夹|"
+    r"吻合钉|假体|植入物|固定器|钢板|除颤器|电极|导线|滤器|弹簧圈|骨水泥|造瘘管|套管|人工关节|关节置换|"
+    r"辅助装置",
 }
 # Only where the sentence states no pneumonia these words are a finding of their own.
 WEAK = both(en=r"shadow", cn=r"斑片$|片状影|片影")
@@ -124,8 +109,7 @@ ENGLISH_18 = {
     r"(?:calcif\w*|atheroscl\w*|atheroma\w*)[^;]*(?:aort|arter|vascular)|atheroscl\w*",
     "Pericardial effusion": r"pericardi\w*[ -](?:effusion|fluid)|(?:effusion|fluid)[^,;]*pericardi",
     "Coronary artery wall calcification": r"(?:coronar\w*|\bLAD\b|circumflex|RCA)[^;]*(?:calcif|atheroscl|"
-    r"atheroma|plaque)|"
-    r"(?:calcif\w*|atheroscl\w*|atheroma\w*|plaque\w*)[^;]*(?:coronar|\bLAD\b)",
+    r"atheroma|plaque)|(?:calcif\w*|atheroscl\w*|atheroma\w*|plaque\w*)[^;]*(?:coronar|\bLAD\b)",
     "Hiatal hernia": r"hiat\w*[ -]hernia|hernia\w*[^,;]*hiat|hiat\w*[^,;]*hernia|sliding[^,;]*hernia",
     "Lymphadenopathy": r"lymphadenopath|\bLAPs?\b|"
     r"(?:enlarge\w*|patholog\w*|conglomerat\w*)[^,;]*(?:lymph|nodes?)|"
@@ -179,10 +163,9 @@ ORGANS = {
     "en": {
         "lung": r"lungs?\b|pulmonary\b(?! (?:arter|trunk|conus|vein))|"
         r"(?<!thyroid )(?<!hepatic )lobes?\b(?! of the (?:thyroid|liver))|lobar|lingul\w*|"
-        r"segment\w*(?! (?:[\dIVX]+[ab]? )?(?:of|in) the (?:(?:left|right) lobe of the )?"
-        r"(?:liver|pancreas|colon|spine|kidney))(?! \d)|apical|apex|"
-        r"hilum|hila\b|hilar|\b[RL][UML]L\b|parenchym\w*|subpleural|fissur\w*|perifissural|bronch\w*|basal|"
-        r"bases\b|hemithora\w*|airway\w*|alveol\w*|perihilar",
+        r"segment\w*(?! (?:[\dIVX]+[ab]? )?(?:of|in) the (?:(?:left|right) lobe of the )?(?:liver|pancreas|"
+        r"colon|spine|kidney))(?! \d)|apical|apex|hilum|hila\b|hilar|\b[RL][UML]L\b|parenchym\w*|subpleural|"
+        r"fissur\w*|perifissural|bronch\w*|basal|bases\b|hemithora\w*|airway\w*|alveol\w*|perihilar",
         "pleura": r"pleura\w*|costophrenic|thoracic cavit\w*|(?:bilateral|left|right)(?= effusion)",
         "heart": r"heart|cardiac|ventric\w*|atri(?:al|um|a)\b|myocard\w*",
         "pericardium": r"pericardi\w*",
@@ -241,16 +224,14 @@ NOT_OF = {
 NOT_OF_CN = NOT_OF | {"lung lesion": NOT_OF["lung lesion"] | {"pleura"}}
 # A word that hides another finding's word or says something else.
 IGNORE = both(
-    en=r"(?<!sub)\bpleural (?:nodul\w*|mass\w*|metasta\w*|lesion\w*|tumou?r\w*)|"
-    r"sequel\w* (?:of|from|to) (?:\w+ ){0,3}(?:infecti\w*|pneumonia)|"
-    r"(?:covid\S* )?(?:infecti\w*|pneumonia) sequel\w*|"
-    r"collapsed (?:gallbladder|bladder|stomach|bowel|vertebra\w*)|vertebra\w*[^,;.]*collaps\w*|"
-    r"mass effect|"
-    r"(?:known|(?:patient|case)s? with) (?:\w+ ){0,2}(?:cancer|carcinoma|malignanc\w*|tumou?r)|"
-    r"body mass|post.?(?:infectio|pneumoni)\w*|non.?infecti\w*|space.occupying lesion (?:was|is) not|"
+    en=r"(?<!sub)\bpleural (?:nodul\w*|mass\w*|metasta\w*|lesion\w*|tumou?r\w*)|sequel\w* (?:of|from|"
+    r"to) (?:\w+ ){0,3}(?:infecti\w*|pneumonia)|(?:covid\S* )?(?:infecti\w*|pneumonia) sequel\w*|"
+    r"collapsed (?:gallbladder|bladder|stomach|bowel|vertebra\w*)|vertebra\w*[^,;.]*collaps\w*|mass effect|"
+    r"(?:known|(?:patient|case)s? with) (?:\w+ ){0,2}(?:cancer|carcinoma|malignanc\w*|tumou?r)|body mass|"
+    r"post.?(?:infectio|pneumoni)\w*|non.?infecti\w*|space.occupying lesion (?:was|is) not|"
     r"infectious disease clinic|peritone\w*[^,;.]*implants?|(?:favor of|belong to) (?:the )?implants?|"
-    r"\w+ (?:detection|screening|protocol|search|surveillance)\b|"
-    r"fractur\w*(?= (?:\w+ ){0,2}(?:wires?|catheters?|leads?|screws?|stents?|rods?|hardware)\b)",
+    r"\w+ (?:detection|screening|protocol|search|surveillance)\b|fractur\w*(?= (?:\w+ ){0,2}(?:wires?|"
+    r"catheters?|leads?|screws?|stents?|rods?|hardware)\b)",
     cn=r"椎体[^,。;]{0,6}不张|炎性假瘤|无名动脉|感染科|结节性甲状腺肿|转移酶|淋巴结转移|"
     r"[肺叶]癌(?:根治|切除)?术后|(?<!叶间)(?<!裂)胸膜(?:多发)?(?:结节(?![样状]增厚)|肿块|占位|转移)|"
     r"(?:结节|肿瘤|肿物|占位|转移瘤|气胸|积液|主动脉瘤|夹层)(?:切除|引流)?术后",
@@ -261,29 +242,22 @@ CHANGE = both(
     en=r"\b(?:no|without|not)\b (?:\w+ly )?(?:\w+ ){0,3}?(?:change|changed|difference|progress\w*|"
     r"regress\w*|growth|grown|increase\w* in (?:the )?(?:size|number)|decrease\w* in (?:the )?(?:size|"
     r"number)|enlarged since|interval (?!develop|appear|new|resol)\w+|increased since|"
-    r"decreased since)\b(?: (?:was|is|were|has been) \w+)?|"
-    r"\bnot (?:\w+ ){0,3}?(?:previous\w*|prior|before|earlier|old|on the last)\b(?: (?:seen|observed|"
-    r"present|examination\w*|CT|study))*|"
-    r"\bnot (?:yet |fully |completely |entirely )?(?:healed|resolved|resorbed|regressed|cleared|disappeared|"
-    r"re-?expanded)|\bnot only\b|"
-    r"\b(?:until|await\w*|pending|for|to (?:document|confirm|ensure|assess|verify|see|demonstrate|check|"
-    r"establish|show)) (?:its |the |complete |full |further |interval )*(?:resolution|clearing|regression|"
-    r"disappearance)|"
-    r"\b(?:can)?not (?:(?!no\b|seen|visible|detected)\w+ ){0,6}?(?:free of|devoid of)|"
-    r"\bno\b(?=[^,;.]*\b(?:other than|apart from|besides|aside from) (?:\w+ )?(?:known|previous\w*|old|"
-    r"one|single|\d))|\bno longer than\b|not well (?:seen|defined)|not clearly demarcated|"
-    r"nor? (?:\w+ )?contrast|without (?:\w+ )?contrast\w*|"
-    r"\bno (?:\w+ ){0,2}?(?:increase|decrease|reduction|enlargement|expansion|worsening|"
-    r"improvement) (?:in|of) "
-    r"(?:(?!or |and )\w+ ){0,3}?(?=nodul|mass|lesion|effusion|fluid|opacit|consolidat|pneumo|atelecta|"
-    r"o?edema|"
-    r"infiltrat|metasta|tumou?r|fractur)",
-    cn=r"(?:较?前|与前)?[^,。;]{0,6}(?:无|未见)(?:明显|显著|著|任何|确切)?(?:变化|改变|著变|进展|吸收|"
-    r"好转)|"
+    r"decreased since)\b(?: (?:was|is|were|has been) \w+)?|\bnot (?:\w+ ){0,3}?(?:previous\w*|prior|before|"
+    r"earlier|old|on the last)\b(?: (?:seen|observed|present|examination\w*|CT|study))*|\bnot (?:yet |"
+    r"fully |completely |entirely )?(?:healed|resolved|resorbed|regressed|cleared|disappeared|re-?expanded)|"
+    r"\bnot only\b|\b(?:until|await\w*|pending|for|to (?:document|confirm|ensure|assess|verify|see|"
+    r"demonstrate|check|establish|show)) (?:its |the |complete |full |further |interval )*(?:resolution|"
+    r"clearing|regression|disappearance)|\b(?:can)?not (?:(?!no\b|seen|visible|"
+    r"detected)\w+ ){0,6}?(?:free of|devoid of)|\bno\b(?=[^,;.]*\b(?:other than|apart from|besides|"
+    r"aside from) (?:\w+ )?(?:known|previous\w*|old|one|single|\d))|\bno longer than\b|not well (?:seen|"
+    r"defined)|not clearly demarcated|nor? (?:\w+ )?contrast|without (?:\w+ )?contrast\w*|"
+    r"\bno (?:\w+ ){0,2}?(?:increase|decrease|reduction|enlargement|expansion|worsening|improvement) (?:in|"
+    r"of) (?:(?!or |and )\w+ ){0,3}?(?=nodul|mass|lesion|effusion|fluid|opacit|consolidat|pneumo|atelecta|"
+    r"o?edema|infiltrat|metasta|tumou?r|fractur)",
+    cn=r"(?:较?前|与前)?[^,。;]{0,6}(?:无|未见)(?:明显|显著|著|任何|确切)?(?:变化|改变|著变|进展|吸收|好转)|"
     r"(?:较前|与前|(?:结节|肿块|肿物|病灶|占位|积液|范围)[^,。;]{0,4})[^,。;]{0,4}(?:无|"
-    r"未见)(?:明显)?(?:增大|缩小|增多|减少)|"
-    r"未(?:完全|明显|见明显|充分|彻底)?(?:吸收|愈合|消散|消失|复张|闭合|好转)|"
-    r"不(?:均匀|规则|规整|光整|清楚|清晰|整齐|光滑|连续)|无明显诱因|无症状|未(?:行|扫及|包括|做)|"
+    r"未见)(?:明显)?(?:增大|缩小|增多|减少)|未(?:完全|明显|见明显|充分|彻底)?(?:吸收|愈合|消散|消失|复张|"
+    r"闭合|好转)|不(?:均匀|规则|规整|光整|清楚|清晰|整齐|光滑|连续)|无明显诱因|无症状|未(?:行|扫及|包括|做)|"
     r"(?<![较与比])(?:此前|前片|前次|既往|原片)未(?:见|显示)(?:显示)?|(?<![较与比])前片无",
 )
 DENIED_BEFORE = both(
@@ -306,49 +280,40 @@ DENIED_INSIDE = both(
     en=r"\b(?:no|not|without|free of)\b|(?<!than )\bnormal\b", cn=r"未|无|不(?!张|全|良)|正常"
 )
 DENIED_AFTER = both(
-    en=r"^(?:(?!\b(?:is|are|was|were|seen|present|small|mild|large)\b)[\w /,])*(?::| [-–—])\s*"
-    r"(?:none|no|not|nil|absent|neg|negative)\b|^\s*(?:\([-–—]\)|[-–—](?=\s*(?:[,;/]|$)))|"
-    r"^[^,;]*\bin neither\b|"
+    en=r"^(?:(?!\b(?:is|are|was|were|seen|present|small|mild|large)\b)[\w /,])*(?::| [-–—])\s*(?:none|no|"
+    r"not|nil|absent|neg|negative)\b|^\s*(?:\([-–—]\)|[-–—](?=\s*(?:[,;/]|$)))|^[^,;]*\bin neither\b|"
     r"^(?:(?!\b(?:is|are|was|were) (?:seen|observed|noted|present|detected|found|identified|visible|"
-    r"available)\b)[^,;])*?(?:,? (?:or|and|nor)[^;]*?)?\b(?:(?:can)?not (?:\w+ ){0,2}(?:observed|"
-    r"detected|seen|found|present|identified|shown|selected|distinguished|encountered|monitored|"
-    r"followed|noted|confirmed|widened|dilated|evident|remarkable|visible|visuali[sz]ed|"
-    r"recogni[sz]ed|demonstrated|appreciated|thickened)|(?:was|were|is|are) not|isn't|aren't|wasn't|"
-    r"weren't|absent|(?:is|are|was|were|within) (?:\w+ )?normal|(?:has|have|had|is|are|was|"
-    r"were) (?:\w+ ){0,2}(?:resolved|disappeared|cleared|removed|replaced|resorbed|withdrawn|taken out|"
-    r"explanted|regressed completely|re-?expanded|gone|drained|aspirated)|resolved|disappeared|removed|"
-    r"repaired|unremarkable|"
-    r"ruled out|"
-    r"excluded|no longer|(?:is|are|seems?|appears?) (?:\w+ )?(?:unlikely|(?:not|less) likely|improbable)|"
-    r"(?:now|fully|completely|since|lung) (?:drained|evacuated|re-?expanded))\b",
-    cn=r"^[影灶区]?(?:吸收|消散|消退)$|"
-    r"^(?:[、及和或/][^,;:]*)?(?::\s*(?:无|否|阴性|未见)|\([-—]\)|[-—](?=\s*$))|"
-    r"^(?:[^,;]{0,16}?|[^,;]*[、及和][^,;]*?均)(?:(?<!可)不见|未见(?:明确|确切|明显)?(?:显示|显影|异常|"
-    r"征象)?$|不大|正常|消失|(?<!未)(?:已|完全|全部|"
-    r"基本)(?:被)?(?:吸收|消散|复张)|吸收消散|引流干净|阴性|拔[除出管去]|已[拔撤]|取出|移除|撤除|"
-    r"不存在|(?:除外|"
-    r"排除)$|不(?:明显|著)$|"
-    r"未显示$|未累及)",
+    r"available)\b)[^,;])*?(?:,? (?:or|and|nor)[^;]*?)?\b(?:(?:can)?not (?:\w+ ){0,2}(?:observed|detected|"
+    r"seen|found|present|identified|shown|selected|distinguished|encountered|monitored|followed|noted|"
+    r"confirmed|widened|dilated|evident|remarkable|visible|visuali[sz]ed|recogni[sz]ed|demonstrated|"
+    r"appreciated|thickened)|(?:was|were|is|are) not|isn't|aren't|wasn't|weren't|absent|(?:is|are|was|were|"
+    r"within) (?:\w+ )?normal|(?:has|have|had|is|are|was|were) (?:\w+ ){0,2}(?:resolved|disappeared|cleared|"
+    r"removed|replaced|resorbed|withdrawn|taken out|explanted|regressed completely|re-?expanded|gone|"
+    r"drained|aspirated)|resolved|disappeared|removed|repaired|unremarkable|ruled out|excluded|no longer|"
+    r"(?:is|are|seems?|appears?) (?:\w+ )?(?:unlikely|(?:not|less) likely|improbable)|(?:now|fully|"
+    r"completely|since|lung) (?:drained|evacuated|re-?expanded))\b",
+    cn=r"^[影灶区]?(?:吸收|消散|消退)$|^(?:[、及和或/][^,;:]*)?(?::\s*(?:无|否|阴性|未见)|\([-—]\)|"
+    r"[-—](?=\s*$))|^(?:[^,;]{0,16}?|[^,;]*[、及和][^,;]*?均)(?:(?<!可)不见|未见(?:明确|确切|明显)?(?:显示|"
+    r"显影|异常|征象)?$|不大|正常|消失|(?<!未)(?:已|完全|全部|基本)(?:被)?(?:吸收|消散|复张)|吸收消散|"
+    r"引流干净|阴性|拔[除出管去]|已[拔撤]|取出|移除|撤除|不存在|(?:除外|排除)$|不(?:明显|著)$|未显示$|"
+    r"未累及)",
 )
 NOT_RULED_OUT = r"(?:不|未|待|不能|无法|难以?|未能|不可)(?:完全|绝对)?(?:除外|排除)"
 DOUBT_BEFORE = both(
-    en=r"\b(?:possibl\w*|perhaps|conceivabl\w*|may|might|could|questionabl\w*|suspicio\w* (?:for|of|"
-    r"about)|suspect\w*|uncertain|"
-    r"equivocal|less likely|"
-    r"low(?:er)? (?:probability|likelihood|suspicion)|concern\w* for|rule out|"
-    r"r/o|(?:evaluat|screen|search|look|sensitiv|tailor|optimi[sz]|assess)\w* for|exclude|"
-    r"query|question of|differential\w*|versus|vs\.?|whether|if|"
-    r"detect(?:ion of|ing)|(?:limit|obscur|hamper|preclud|hinder)\w* (?:\w+ )*"
-    r"(?:detection|evaluation|assessment|visuali[sz]ation|exclusion) of)\b|\?",
+    en=r"\b(?:possibl\w*|perhaps|conceivabl\w*|may|might|could|questionabl\w*|suspicio\w* (?:for|of|about)|"
+    r"suspect\w*|uncertain|equivocal|less likely|low(?:er)? (?:probability|likelihood|suspicion)|"
+    r"concern\w* for|rule out|r/o|(?:evaluat|screen|search|look|sensitiv|tailor|optimi[sz]|assess)\w* for|"
+    r"exclude|query|question of|differential\w*|versus|vs\.?|whether|if|detect(?:ion of|ing)|(?:limit|"
+    r"obscur|hamper|preclud|hinder)\w* (?:\w+ )*(?:detection|evaluation|assessment|visuali[sz]ation|"
+    r"exclusion) of)\b|\?",
     cn=rf"影响|干扰|限制|不利于|遗漏|掩盖|可能|疑|(?<![相类近])似|{NOT_RULED_OUT}|除外(?=.)|警惕|是否|(?:需|应|须)(?:与|和)",
 )
 DOUBT_AFTER = both(
-    en=r"^\s*(?:\w+ )?(?:versus|vs\.?) |"
-    r"^[^,;]*?(?:\?|\b(?:can(?:not| not|'t) be (?:\w+ )?(?:excluded|ruled out)|(?:is|are|was|"
-    r"were) not (?:excluded|ruled out)|(?:is|are|was|were) (?:possible|suspected|questionable|uncertain|"
-    r"considered possible|equivocal)|(?<!that )(?<!which )(?:could|may|might) (?:not )?be\b(?! (?:due|"
-    r"related|caused|secondary|from|seen|compatible|consistent|associated))|not excluded|(?:is|"
-    r"are) in the differential|should be (?:excluded|ruled out))\b)",
+    en=r"^\s*(?:\w+ )?(?:versus|vs\.?) |^[^,;]*?(?:\?|\b(?:can(?:not| not|'t) be (?:\w+ )?(?:excluded|"
+    r"ruled out)|(?:is|are|was|were) not (?:excluded|ruled out)|(?:is|are|was|were) (?:possible|suspected|"
+    r"questionable|uncertain|considered possible|equivocal)|(?<!that )(?<!which )(?:could|may|"
+    r"might) (?:not )?be\b(?! (?:due|related|caused|secondary|from|seen|compatible|consistent|associated))|"
+    r"not excluded|(?:is|are) in the differential|should be (?:excluded|ruled out))\b)",
     cn=rf"^[^,;]*?(?:可能|待排|{NOT_RULED_OUT}|待查|可疑|鉴别|(?:显示|观察|评[价估]|检出)(?:欠佳|受限|不佳|困难|不满意)|\?)",
 )
 # A question in brackets asks what a finding is, not whether it is there: "a nodule (metastasis?)".
@@ -373,28 +338,25 @@ HISTORY_AFTER = re.compile(
 )
 # A clause that says nothing but that the finding of the clause before it is still there.
 REMAINS = both(
-    en=r"\s*(?:and )?(?:the (?:left|right) (?:one )?)?"
-    r"(?:it |they |is |are |was |were |still )*(?:persist|remain|present|seen|visible)|"
-    r"\s*(?:an? |some )?(?!no )(?:\w+ )?(?:fluid|air) (?:persists|remains)\W*$|"
+    en=r"\s*(?:and )?(?:the (?:left|right) (?:one )?)?(?:it |they |is |are |was |were |still )*(?:persist|"
+    r"remain|present|seen|visible)|\s*(?:an? |some )?(?!no )(?:\w+ )?(?:fluid|air) (?:persists|remains)\W*$|"
     r"\s*(?:with |leaving )?(?:an? )?(?!no )(?:\w+ )?(?:residual|remnant|residue)\W*$|"
-    r"\s*(?:and )?(?:on the (?:left|right)(?: side)?,? )?(?:there (?:is|are) )?(?:an? )?(?!no )\w+ "
-    r"(?:amount|one)(?: (?:is|was) \w+)?\W*$",
+    r"\s*(?:and )?(?:on the (?:left|right)(?: side)?,? )?(?:there (?:is|"
+    r"are) )?(?:an? )?(?!no )\w+ (?:amount|one)(?: (?:is|was) \w+)?\W*$",
     cn=r"(?:[左右双对]侧|余)?(?:仍|尚|还)(?:可见|见|存在|有|残留)|[左右]侧(?:可见|见|有)?(?:[少微大]|"
     r"中等?)量$",
 )
 # A clause that says nothing but that the finding of the clause before it is there no more.
 GONE = both(
-    en=r"\s*(?:it |they |which )?(?:is |are |was |were |has |have )?(?:now |since |currently |completely )*"
-    r"(?:gone|resolved|disappeared|cleared|re-?expanded|no longer (?:seen|present|visible)|not (?:seen|"
-    r"visible|"
-    r"present)(?: (?:now|today|currently))?)\W*$",
+    en=r"\s*(?:it |they |which )?(?:is |are |was |were |has |have )?(?:now |since |currently |"
+    r"completely )*(?:gone|resolved|disappeared|cleared|re-?expanded|no longer (?:seen|present|visible)|"
+    r"not (?:seen|visible|present)(?: (?:now|today|currently))?)\W*$",
     cn=r"(?:现|现已|目前|今|本次|此次|本片)[^,;]{0,4}未(?:见|再见)?(?:明确|确切)?(?:显示|显影)?$|"
     r"(?:较?前片?|现)?(?:已|完全|基本){1,3}(?:消失|吸收|消散)$",
 )
 QUIET = both(
-    en=r"lungs? (?:\w+ ){0,3}(?:clear|normal)|normal chest|within normal|"
-    r"no (?:active |significant |acute )?(?:finding|abnormal|disease|cardiopulmonary|patholog)|"
-    r"heart (?:\w+ ){0,2}(?:normal|usual)",
+    en=r"lungs? (?:\w+ ){0,3}(?:clear|normal)|normal chest|within normal|no (?:active |significant |"
+    r"acute )?(?:finding|abnormal|disease|cardiopulmonary|patholog)|heart (?:\w+ ){0,2}(?:normal|usual)",
     cn=r"未见(?:明显|明确)?(?:异常|活动)|清晰|心肺膈未见|正常",
 )
 # A normal sentence about an organ is a statement that its findings are absent.
@@ -513,10 +475,9 @@ def split_clauses(sentence: str) -> list[str]:
         parts = re.split(
             r";|\b(?:but|however|although|though|except|whereas|while|despite)\b|"
             r"(?<!\bof)(?<!\bin)(?<!\band)\s(?=the (?:\w+ ){1,3}(?:is|are) (?:otherwise )?(?:normal|clear|"
-            r"unremarkable)\b)|"
-            r",\s+(?=(?:and )?(?:there|a|an|tiny|trace|small|mild|minimal|moderate|large|massive|marked|"
-            r"severe|multiple|scattered|bilateral|with|no|without|which|now|resolved|cleared|gone|"
-            r"the (?:left|right|other))\b)",
+            r"unremarkable)\b)|,\s+(?=(?:and )?(?:there|a|an|tiny|trace|small|mild|minimal|moderate|large|"
+            r"massive|marked|severe|multiple|scattered|bilateral|with|no|without|which|now|resolved|cleared|"
+            r"gone|the (?:left|right|other))\b)",
             INSERTED.sub(r" \1\2\3 ", sentence),
         )
     # What goes on for longer is no clause, but a list or a model that repeats itself.
