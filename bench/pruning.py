@@ -24,7 +24,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # repository root: every way of starting this file finds it
+sys.path.insert(0, str(ROOT))  # repository root, whatever folder we start in
+__import__("common")  # says in one line where PyTorch is missing
 
 import torch
 from accelerate import Accelerator

@@ -5,10 +5,11 @@ import inspect
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root, whatever folder we start in
+__import__("common")  # says in one line where PyTorch is missing
+
 import yaml
 
-# repository root: every way of starting a script of this folder finds it
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.errors import UserError
 from common.files import check, reading
 from cwt_mae.model import CWT_Encoder, CWT_MAE_RoPE

@@ -25,13 +25,14 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root, whatever folder we start in
+__import__("common")  # says in one line where PyTorch is missing
+
 import numpy as np
 import torch
 from scipy.signal import butter, firwin, resample_poly, sosfilt, sosfilt_zi
 from torch.utils.data import Dataset
 
-# repository root: every way of starting this file finds it
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.checkpoint import atomic_dir
 from common.errors import UserError, write_problem
 from common.files import inside, reading

@@ -20,13 +20,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root, whatever folder we start in
+__import__("common")  # says in one line where PyTorch is missing
+
 import numpy as np
 import torch
 from scipy.ndimage import median_filter
 from torch.utils.data import DataLoader, Dataset
 
-# repository root: every way of starting this file finds it
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.errors import UserError
 from common.files import read_json
 from cwt_mae.dataset import Store, sample_rng

@@ -14,10 +14,11 @@ import json
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root, whatever folder we start in
+__import__("common")  # says in one line where PyTorch is missing
+
 import torch
 
-# repository root: every way of starting this file finds it
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.arguments import Parser, number
 from common.checkpoint import atomic_path
 from common.errors import UserError, run

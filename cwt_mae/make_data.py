@@ -16,11 +16,12 @@ signals are drawn, not recorded: they train nothing that should meet a patient.
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root, whatever folder we start in
+__import__("common")  # says in one line where PyTorch is missing
+
 import h5py
 import numpy as np
 
-# repository root: every way of starting this file finds it
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.arguments import Parser, number
 from common.checkpoint import atomic_dir, atomic_json
 from common.errors import run

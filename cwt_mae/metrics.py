@@ -4,14 +4,15 @@ import sys
 import warnings
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root, whatever folder we start in
+__import__("common")  # says in one line where PyTorch is missing
+
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import StandardScaler
 
-# repository root: every way of starting a script of this folder finds it
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.intervals import bootstrap
 
 

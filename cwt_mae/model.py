@@ -20,12 +20,13 @@ import math
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root, whatever folder we start in
+__import__("common")  # says in one line where PyTorch is missing
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# repository root: every way of starting a script of this folder finds it
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cwt_mae.wavelet import create_ricker_wavelets, cwt_ricker, cwt_wrap, floats  # noqa: F401
 
 # ---- parts of the transformer

@@ -5,12 +5,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root, whatever folder we start in
+__import__("common")  # says in one line where PyTorch is missing
+
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-# repository root: every way of starting a script of this folder finds it
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cwt_mae.dataset_finetune import DownstreamClassificationDataset, fold_of, load_task, training_part
 from cwt_mae.metrics import confusion, linear_probe, macro_f1
 

@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-# repository root: every way of starting this file finds it
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root, whatever folder we start in
+__import__("common")  # says in one line where PyTorch is missing
 
 from em_mllm.model import MultiModalModel  # noqa: F401
 from em_mllm.train import main, parse_args, run

@@ -261,6 +261,16 @@ def test_relative_folders_belong_to_the_caller(tmp_path):
     assert done.stdout.strip() == f"{tmp_path}/../d a|{tmp_path}/x|/abs|{ROOT}/runs|{tmp_path}", done.stderr
 
 
+@pytest.mark.parametrize("folder", [*PROJECTS, "studies"])
+def test_a_python_without_the_packages_is_told_how_to_get_them(folder):
+    # -S leaves the installed packages out; no script gets further than its first import of another package
+    scripts = [p for p in (ROOT / folder).rglob("*.py") if "sys.path.insert(0" in p.read_text()]
+    for script in scripts:
+        done = call(sys.executable, "-S", script, "--help")
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, f"{script}: {done.stderr}"
+        assert done.stderr.startswith("error: ") and ".venv/bin/activate" in done.stderr
+
+
 # ---- what the READMEs say can be pasted ----
 
 SPOKEN = r"--[a-z][\w-]+|[\w./-]+\.(?:sh|py|html|txt|yaml)\b|\b[A-Z][A-Z_]{4,}\b"

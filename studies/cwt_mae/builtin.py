@@ -10,11 +10,12 @@ import os
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, whatever folder we start in
+__import__("common")  # says in one line where PyTorch is missing
+
 import numpy as np
 from scipy.stats import t as student
 
-# repository root: every way of starting this file finds it
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common.files import read_json
 from studies.recipe import DATA, ROOT, RUNS, recipe, size, stage
 from studies.summary import write_result

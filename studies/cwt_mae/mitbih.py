@@ -14,10 +14,11 @@ came out.
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, whatever folder we start in
+__import__("common")  # says in one line where PyTorch is missing
+
 import numpy as np
 
-# repository root: every way of starting this file finds it
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common.arguments import Parser, number
 from common.errors import UserError
 from common.figures import new_figure, save_figure

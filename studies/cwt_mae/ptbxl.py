@@ -13,11 +13,12 @@ import json
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, whatever folder we start in
+__import__("common")  # says in one line where PyTorch is missing
+
 import numpy as np
 from sklearn.ensemble import RandomForestClassifier
 
-# repository root: every way of starting this file finds it
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common.arguments import Parser, number
 from common.checkpoint import atomic_dir
 from common.files import read_json

@@ -15,14 +15,15 @@ patient of eight minutes: this shows that the path works, not what it is worth.
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, whatever folder we start in
+__import__("common")  # says in one line where PyTorch is missing
+
 import numpy as np
 import torch
 from scipy.signal import butter, sosfiltfilt
 from sklearn.linear_model import RidgeCV
 from sklearn.preprocessing import StandardScaler
 
-# repository root: every way of starting this file finds it
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common.arguments import Parser, number
 from common.checkpoint import atomic_json
 from common.errors import UserError

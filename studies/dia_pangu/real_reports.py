@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, whatever folder we start in
+__import__("common")  # says in one line where PyTorch is missing
 
 import numpy as np
 import torch

@@ -7,14 +7,13 @@ The text is Python's own language reference (the topics of `help()`), which ever
 signal question resembles.
 """
 
+import math
 import sys
 from pathlib import Path
-
-# repository root: every way of starting this file finds it
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-import math
 from pydoc_data.topics import topics
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, whatever folder we start in
+__import__("common")  # says in one line where PyTorch is missing
 
 import torch
 import torch.nn.functional as F

@@ -10,8 +10,8 @@ index name them. The base is written to OUT/base.
 import sys
 from pathlib import Path
 
-# repository root: every way of starting this file finds it
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, whatever folder we start in
+__import__("common")  # says in one line where PyTorch is missing
 
 import torch
 from PIL import Image

@@ -11,8 +11,8 @@ conversion as sam_vit_l_0b3195.pth.
 import sys
 from pathlib import Path
 
-# repository root: every way of starting this file finds it
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, whatever folder we start in
+__import__("common")  # says in one line where PyTorch is missing
 
 import torch
 import torch.nn.functional as F
