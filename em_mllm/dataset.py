@@ -32,8 +32,8 @@ from em_mllm.em_foundation.utils.utils import (
     pack_sequence,
     with_special_patches,
 )
-from em_mllm.options import language, looks_like_choice, parse_options, stated_letter, wording
-from em_mllm.prepare import AS_RECORDED, SignalSpec, as_learned, check_rate, nearest_rate, prepare
+from em_mllm.options import asked, language, looks_like_choice, parse_options, stated_letter, wording
+from em_mllm.prepare import AS_RECORDED, SignalSpec, as_learned, check_done, check_rate, points_read, prepare
 from em_mllm.shards import open_signals
 from em_mllm.signal_file import DEFAULT_FS, SignalFile, cache_folder, read_json_text
 
@@ -135,10 +135,8 @@ def check_points(config, files: list[SignalFile], signal: SignalSpec):
     """Raise UserError where signals, read as `signal` says, are longer than an encoder's positions."""
     longest = (config.num_positions - config.num_special) * config.patch_size[0]
     for file in files:
-        factor = signal.factor if file.done == AS_RECORDED else 1
-        # what is brought to another rate is cut to the length of training
-        kept = not signal.resample or any(nearest_rate(signal, r / factor) is None for r in file.rates())
-        if kept and file.points // factor > longest:
+        if max(points_read(signal, file.points, rate, file.done) for rate in file.rates()) > longest:
+            factor = signal.factor if file.done == AS_RECORDED else 1
             raise UserError(
                 f"{file.path}: IQ_data has signals of {file.points} points, the encoder takes "
                 f"{longest * factor}; cut them, or pre-train an encoder with a larger max_seq_len"
@@ -213,7 +211,8 @@ def task_pairs(task_dir=None, task_files=None) -> list[tuple[Path, Path]]:
 
 
 def read_questions(path: Path) -> list[dict]:
-    """The records of a question file, with the fields that every record must have checked."""
+    """The records of a question file, with the fields that every record must have checked, and each question
+    with its options, wherever they stand."""
     records = read_json_text(path)
     if not isinstance(records, list):
         raise UserError(
@@ -229,18 +228,16 @@ def read_questions(path: Path) -> list[dict]:
             )
         if not isinstance(r.get("question"), str) or not r["question"].strip():
             raise UserError(f"{where}: question is missing or not text")
-        if not isinstance(r.get("answer"), (str, type(None))):
-            raise UserError(f"{where}: answer is a {type(r['answer']).__name__}, expected text")
-        if not isinstance(r.get("h5_path"), (str, type(None))):
-            raise UserError(
-                f"{where}: h5_path is a {type(r['h5_path']).__name__}, expected the name of a file"
-            )
+        for name in ("answer", "h5_path"):
+            if not isinstance(r.get(name), (str, type(None))):
+                raise UserError(f"{where}: {name} is a {type(r[name]).__name__}, expected text")
         index = r.get("iq_index_in_h5")
         indices = index if isinstance(index, list) else [index]
         if not indices or any(type(i) is not int for i in indices):
             raise UserError(
                 f"{where}: iq_index_in_h5 is {index!r}, expected a whole number or a list of them"
             )
+        r["question"] = asked(r)
     return records
 
 
@@ -375,10 +372,10 @@ class QuestionDataset(Dataset):
         training."""
         self.signal = signal_spec(self.files) if signal is None else signal
         check_augmentation(self.files, self.augmentation)
-        if signal is not None:
-            for file in self.files:
-                for rate in file.rates():
-                    check_rate(signal, rate, file.path, file.done)
+        for file in self.files:
+            check_done(self.signal, file.done, file.path)
+            for rate in file.rates() if signal is not None else ():
+                check_rate(signal, rate, file.path, file.done)
 
     def open_all(self, known, pair, questions) -> list[int]:
         """For each record the number of its signal file.
@@ -395,7 +392,8 @@ class QuestionDataset(Dataset):
     def open(self, known, json_path, paired, named, n) -> int:
         """Number of the signal file of one record: its own h5_path beside the json, else the paired file."""
         path = inside(json_path.parent, named) if named else paired
-        if path not in known:
+        real = path.resolve()  # one file under two names holds the same signals
+        if real not in known:
             if not path.is_file():
                 raise UserError(
                     f"{json_path}: item {n}: h5_path {named} is not in {json_path.parent}; put it there or "
@@ -404,8 +402,8 @@ class QuestionDataset(Dataset):
             self.files.append(open_signals(path, self.default_fs))
             self.files[-1].pack()
             self.files[-1].bad = self.files[-1].bad_signals()
-            known[path] = len(self.files) - 1
-        return known[path]
+            known[real] = len(self.files) - 1
+        return known[real]
 
     def look(self, path: Path, questions: list, owners: list, max_length: int, limit: int) -> dict:
         """What is known of each question before a run: why it cannot be used ("" where it can), whether it
@@ -428,15 +426,8 @@ class QuestionDataset(Dataset):
             found = inspect()
         else:
             files = scan([path, *{self.files[owner].path for owner in owners}], ("",))
-            grammar = getsource(getmodule(parse_options))  # an edition that reads otherwise looks anew
-            about = [
-                tokenizer_words(self.tokenizer),
-                self.with_answers,
-                self.chat,
-                max_length,
-                limit,
-                grammar,
-            ]
+            code = [getsource(getmodule(part)) for part in (parse_options, encode_text)]  # of this edition
+            about = [tokenizer_words(self.tokenizer), self.with_answers, self.chat, max_length, limit, *code]
             found = remember(inspect, files, about, cache_folder())
         return {name: column.tolist() for name, column in found.items()}
 

@@ -25,7 +25,7 @@ class Plain(dict):
         return self[code]
 
 
-PLAIN = Plain(str.maketrans("【】〔〕「」『』《》〈〉", "[]" * 6))
+PLAIN = Plain(str.maketrans("【】〔〕「」『』《》〈〉“”‘’", "[]" * 6 + "\"\"''"))
 
 # letters in circles, brackets and squares, each one character, and characters without width
 LETTERED = (0x24B6, 0x24D0, 0x249C, 0x1F110, 0x1F130, 0x1F150, 0x1F170)
@@ -35,19 +35,26 @@ MARKED |= dict.fromkeys(map(ord, "□☐☑☒■○◯●"), " ")  # boxes to t
 
 # Markdown and LaTeX: what begins a line with an option, a letter that stands out, text in a formula, escapes
 BEGINNING = re.compile(
-    r"(?m)^[ \t]*(?:(?:[-*+•>]|\[[ xX]?\]|\d{1,2}[.)])[ \t]*)+(?=(?:选项|[Oo]ption )?[\W_]{0,4}[A-Za-z][\W_])"
+    r"(?m)^[ \t]*(?:(?:[-*+•>]|#{1,6}|\[[ xX]?\]|\d{1,2}[.)])[ \t]*)+"
+    r"(?=(?:选项|[Oo]ption )?[\W_]{0,4}[A-Za-z][\W_])"
 )
 STANDS_OUT = re.compile(r"(?<!\w)(\*{1,3}|__|`)\(?([A-Za-z])\)?([.:：、]?)\1")
-FORMULA = re.compile(r"\$?\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}\$?")
-ESCAPED = re.compile(r"\\([()\[\].:])")
+FORMULA = re.compile(
+    r"\$?\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}\$?|\$\s*(\(?[A-Za-z]\)?[.:]?)\s*\$|\\([()\[\].:])"
+)
+SPACED = re.compile(r"\\(?:q?quad\b|[,; ]|\\)")
+CONTROL = re.compile(r"<\|[^|<>]*\|>|</?(?:s|eos|bos|pad)>")
 
 # HTML: items whose letter stands in the tag or comes from the kind of list, tags that begin a line, others
 VALUED = re.compile(
     r"(?i)<\w{1,20}\s[^<>]{0,200}?\b(?:value|id|key|label|letter)\s*=\s*[\"']?([A-Z])[\"']?(?:\s[^<>]{0,200})?/?>"
     r"(?!\s*[(\[]?\1\s*[.)\]:、])"
 )
-LETTERED_LIST = re.compile(r"(?is)<ol\s[^<>]{0,200}?type\s*=\s*[\"']?A\b[^<>]{0,200}>.*?(?:</ol\s*>|$)")
-ITEM = re.compile(r"(?i)<li(?:\s[^<>]*)?>")
+LETTERED_LIST = re.compile(
+    r"(?is)<ol\s[^<>]{0,200}?type\s*=\s*[\"']?A\b[^<>]{0,200}>.*?(?:</ol\s*>|$)"
+    r"|\\begin\{enumerate\}\s*\[[^\]]{0,40}?(?:\\Alph\*|\bA\b)[^\]]{0,40}\].*?(?:\\end\{enumerate\}|$)"
+)
+ITEM = re.compile(r"(?i)<li(?:\s[^<>]*)?>|\\item\b|\\(?:begin|end)\{enumerate\}(?:\s*\[[^\]]*\])?")
 LINE_TAG = re.compile(
     r"(?i)</?(?:br|p|div|li|ul|ol|dl|dt|dd|tr|table|tbody|thead|select|option|label|h[1-6])(?:\s[^<>]*)?/?>"
 )
@@ -60,10 +67,12 @@ FAMILIES = (
     re.compile(rf"{WORD}[(\[<{{|]\s*([A-Za-z])\s*\.?[)\]>}}|]\**"),
     re.compile(
         rf"{WORD}(?<![A-Za-z0-9])(?!(?<=[(\[])[A-Za-z]\s*\.?\))(?![A-Za-z]\.[A-Za-z]\.)([A-Za-z])\**\s*"
-        r"(?:\.?\)|[-=]>|→|[.:、,=]|['\"”’]\s*:|[-–—](?=\s))\**"
+        r"(?:\.?\)|[-=]>|→|[.:、,=]|['\"]\s*:|[-–—](?=\s))\**"
     ),
     re.compile(rf"(?:^|(?<=[\n;:]))[ \t]*{WORD}([A-Z])(?:[ \t]+|[ \t]*\n\s*)(?=\S)"),
 )
+# numbers, where a choice is asked for and there is nothing of the kind
+NUMBERED = re.compile(r"(?:[(\[]|(?<![A-Za-z0-9.]))\s*([1-9])\s*(?:[)\]、:]|\.(?!\d+\b))")
 # where there is nothing of the kind, the same behind each of at least four letters: a mark or spaces, or what
 # defines quantities, too, unless a choice is asked for
 ALONE = rf"(?<![A-Za-z0-9]){WORD}([A-Z])"
@@ -78,34 +87,47 @@ BEHIND = re.compile(
 MOST_STARTS = 64  # places at which options may begin, the last ones: so that no text takes minutes
 SENTENCE = re.compile(r"[。!！?？;；]|\.(?=\s+[A-Z\u4e00-\u9fff])|\.(?=[\u4e00-\u9fff])")
 # what follows the last option and is no part of it: behind a mark, or behind a space with more to follow
-ORDER = r"Please|Answer|Your answer|The answer|Choose|Select|Reply|Respond|Output|Give"
+ORDER = (
+    r"Please|Answer|(?:Your|The|My) (?:final |correct |best )?(?:answer|choice|option|response)|Choose|Select"
+    r"|Reply|Respond|Output|Give|ASSISTANT|Assistant|Let['’]s|Let us|Correct (?:answer|option)"
+)
 CLOSING = re.compile(
     r"(?:[\s，,;；:：。.!！?？、|]+[(（\[【]?|[(（\[【]|(?<![\u4e00-\u9fff]))\s*(?:请|注意|要求|只需|仅需|只回答|仅回答|只填|只写|只给|只选|不确定|"
-    r"只输出|直接|你的答案|您的答案|你的选择|答案|回答|选出|从中|以上|无需|不要|不用|单选|该信号是)"
-    r"|\s*[之其]?[中里]\s*(?:选|挑|任选)"
+    r"只输出|直接|[你您我]的(?:答案|选择)|(?:正确|最终)?(?:答案|选项[是为:：])|回答|选出|从中|以上|无需|不要|不用|单选|该信号是)"
+    r"|\s*[之其]?[中里]\s*(?:选|挑|任选)|[(\[]A(?:\s*[/|、,]\s*[B-Z])+[)\]]"
     rf"|[\s，,]+[(\[]?(?:{ORDER}|Only one|Which|What)(?:\s+\w|\s*:)|[(\[](?i:{ORDER}|single|only)\b|\s+哪"
     rf"|(?:[.。,，;；!?？\n]|\s[-–—])\s*(?:{ORDER}|Return|Only|Just|Explain|Provide|Write|Pick|Do not|No "
     r"(?:explanation|need|reason)s?)(?![A-Za-z])"
-    r"|(?:[,，:：;；.。?？]|\s[-–—])\s*(?i:which|what|answer|respond|reply|select|choose|哪)(?![A-Za-z])"
+    r"|(?:[,，:：;；.。?？]|\s[-–—])\s*(?i:which|what|answer|respond|reply|select|choose|given|based|哪)(?![A-Za-z])"
 )
 ENDING = re.compile(r"(?:\s+(?:or|and)|\s*(?:还是|或者|以及|或|和))\s*$")
-BRACKETS = {")": "(", "）": "（", "]": "[", "】": "【", "}": "{", "」": "「", "》": "《"}
+BRACKETS = ("(（[【{「《", ")）]】}」》")
 QUOTES = "\"'“”‘’`"
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+# fields of a record: of all options, or of one
+CHOICES = re.compile(r"(?i)(?:answer[_ ]?)?(?:choices|options|candidates)|候?备?选项|候选答案")
+EACH = re.compile(r"(?:option|choice|opt?|选项)[_ ]?([A-Ha-h])|([A-H])")
+CHOOSE = re.compile(
+    r"[四多]选一|选出|选择|选项|哪一?[项个种]|(?i:which o(?:ption|f|ne)|choose|select|pick|options?\b)"
+)
 HINT = re.compile(
-    r"四选一|多选一|选出|选择|选项|哪一[项个种]|下列|以下"
+    r"[四多]选一|选出|选择|选项|哪一[项个种]|下列|以下"
     r"|[Ww]hich (?:option|of)|[Cc]hoose|[Ss]elect|[Oo]ptions?\b"
 )
 
 
 def _clean(text: str) -> str:
-    """An option without the marks around it: separators, bold stars, a closing bracket that it did not
-    open."""
+    """An option without the marks around it: separators, bold stars, a closing bracket where it opened
+    none."""
     text = re.sub(rf"^(?:[\s:：、，,*_{QUOTES}]|[.．](?!\d))+", "", text)
     while True:
         before = text
-        text = re.sub(rf"(?:[\s;；,，、。.．|/*_?？{QUOTES}]|[①-⑳]|</?\w+>|[(（]\s*[)）])+$", "", text)
+        text = re.sub(
+            rf"(?:[\s:：;；,，、。.．|/*_?？→$\\(（\[【{QUOTES}]|[①-⑳]|</?\w+>|[(（]\s*[)）])+$", "", text
+        )
         text = ENDING.sub("", text)
-        if text and (opening := BRACKETS.get(text[-1])) and text.count(opening) < text.count(text[-1]):
+        opened, closed = (sum(map(text.count, marks)) for marks in BRACKETS)
+        if text[-1:] and text[-1] in BRACKETS[1] and opened < closed:  # intervals may be (0, 1]
             text = text[:-1]
         if text == before:
             return text
@@ -149,34 +171,36 @@ def _without_tags(text: str) -> str:
     words."""
 
     def lettered(found):
-        letters = iter("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
-        return ITEM.sub(lambda item: f"\n({next(letters, '?')}) ", found.group())
+        letters = iter(LETTERS)
+        is_item = lambda item: item.group()[:6] not in ("\\begin", "\\end{e")
+        return ITEM.sub(lambda i: f"\n({next(letters, '?')}) " if is_item(i) else "\n", found.group())
 
-    text = text.translate(MARKED)
+    text = CONTROL.sub(" ", text.translate(MARKED))
+    if "\\begin" in text or "<" in text:
+        text = LETTERED_LIST.sub(lettered, text)
     if "</A>" in text:  # <A>GFSK</A> <B>FM</B>
         text = re.sub(r"</[A-Z]>", "", re.sub(r"<([A-Z])>", r"\n(\1) ", text))
     if "<" in text:
-        text = VALUED.sub(r"\n(\1) ", LETTERED_LIST.sub(lettered, text))
+        text = VALUED.sub(r"\n(\1) ", text)
         text = INLINE_TAG.sub("", CELL_TAG.sub(" ", LINE_TAG.sub("\n", text)))
         for tag in "biu":  # where they are closed: <b> alone may be an option's letter
             if f"</{tag}>" in text:
                 text = re.sub(rf"</?{tag}(?:\s[^<>]*)?>", "", text)
-    text = ESCAPED.sub(r"\1", FORMULA.sub(r"\1", STANDS_OUT.sub(r"(\2)\3", text)))
+    text = FORMULA.sub(r"\1\2\3", STANDS_OUT.sub(r"(\2)\3", SPACED.sub(" ", text)))
     return unescape(text) if "&" in text else text
 
 
-def read_options(text: str) -> dict[str, str]:
-    """{"A": "GFSK", "B": "FM", ...} of the options in a text; empty where there are none."""
+def read_options(text: str, is_choice: bool = False) -> dict[str, str]:
+    """{"A": "GFSK", "B": "FM", ...} of the options in a text, or {"1": ...}; empty where there are none.
+    is_choice: the text holds nothing but options."""
     text = BEGINNING.sub("", _without_tags(text.replace("\\n", "\n")))  # escaped twice
-    plain, best = text.translate(PLAIN), {}
+    plain = text.translate(PLAIN)
     behind = [(letter, name) for name, letter in BEHIND.findall(plain)]
     if len(behind) > 1 and [letter for letter, _ in behind] == [chr(65 + n) for n in range(len(behind))]:
         lead = re.compile(r"^(?:还是|或者|或|和|.*(?:从|是|为|在)(?=.))")  # of the sentence, not of a name
         return {letter: lead.sub("", name) for letter, name in behind}
-    for family in FAMILIES:
-        found = _longest(text, list(family.finditer(plain)))
-        best = found if len(found) > len(best) else best
-    if best:
+    found = (_longest(text, list(family.finditer(plain))) for family in FAMILIES)
+    if best := max(found, key=len):
         return best
     marks = dict.fromkeys(re.findall(r"(?<![A-Za-z0-9])A\s*([^\w\s()])", plain))
     behind = [
@@ -185,23 +209,57 @@ def read_options(text: str) -> dict[str, str]:
         r"[ \t]+(?=[^\sa-z])",
     ]
     found = (_longest(text, list(re.finditer(ALONE + mark, plain))) for mark in behind)
-    return next((options for options in found if len(options) >= 4), {})
+    if best := next((options for options in found if len(options) >= 4), {}):
+        return best
+    text = numbers_plain(text)
+    best = _longest(text, list(NUMBERED.finditer(text.translate(PLAIN))))
+    return best if len(best) > 2 and (is_choice or CHOOSE.search(text)) else {}
+
+
+def numbers_plain(text: str) -> str:
+    """A text whose numbers in circles stand in brackets."""
+    return re.sub("[①-⑨]", lambda circled: f"({ord(circled[0]) - 0x245F})", text)
 
 
 def _longest(text: str, marks: list) -> dict[str, str]:
     """The most options that begin at one of the marks, the last of equal ones."""
     found = {}
-    starts = [start for start, mark in enumerate(marks) if mark.group(1) in "Aa"]
+    starts = [start for start, mark in enumerate(marks) if mark.group(1) in "Aa1"]
     for start in starts[-MOST_STARTS:]:
         chain = _chain(text, marks, start)
         found = chain if len(chain) >= len(found) else found
     return found
 
 
+def stated_choices(record: dict):
+    """What a record holds of its options outside the question: one field, or one for each letter."""
+    found = next((value for key, value in record.items() if value and CHOICES.fullmatch(key)), None)
+    if found is not None:
+        return found
+    each = {key: EACH.fullmatch(key) for key, value in record.items() if isinstance(value, (str, int, float))}
+    each = {(found[1] or found[2]).upper(): str(record[key]) for key, found in each.items() if found}
+    return dict(sorted(each.items())) if "A" in each and "B" in each else None
+
+
+def asked(record: dict) -> str:
+    """The text of a question with its options, which upstream puts behind it where they stand in a field of
+    their own, as in the competition's test files."""
+    question, choices = record["question"], stated_choices(record)
+    options = parse_options(record) if choices else {}
+    if not options or read_options(question) == options:
+        return question
+    shown = [f"({letter}) {name}" for letter, name in options.items()]
+    if isinstance(choices, list):  # as they are written, where they have letters
+        each = zip(choices, options.values(), shown)
+        shown = [own if isinstance(own, str) and own != name else text for own, name, text in each]
+    space = " " if re.search(r"[!-~]$", question) else ""
+    return question + space + " ".join([choices] if isinstance(choices, str) else shown)
+
+
 def parse_options(record: dict) -> dict[str, str]:
-    """{"A": "GFSK", ...} of a question record: from its field "Answer choices" (a list, an object or text),
-    or from the question; empty for an open question."""
-    choices = next((record[k] for k in ("Answer choices", "choices", "options") if record.get(k)), None)
+    """{"A": "GFSK", ...} of a question record: from its field "Answer choices" (a list, an object or text)
+    or a field for each letter, or from the question; empty for an open question."""
+    choices = stated_choices(record)
     if isinstance(choices, dict) and all(isinstance(column, list) for column in choices.values()):
         choices = [
             dict(zip(choices, row)) for row in zip(*choices.values())
@@ -212,9 +270,9 @@ def parse_options(record: dict) -> dict[str, str]:
         return dict(zip(letters, (str(name).strip() for name in choices.values())))
     if isinstance(choices, list):
         texts = [_spelled(choice) for choice in choices]
-        read = read_options("\n".join(texts))
-        return read if len(read) == len(texts) else dict(zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", texts))
-    return read_options(choices if isinstance(choices, str) else record["question"])
+        read = read_options("\n".join(texts), is_choice=True)
+        return read if len(read) == len(texts) else dict(zip(LETTERS, texts))
+    return read_options(record["question"]) if choices is None else read_options(choices, is_choice=True)
 
 
 def _spelled(choice) -> str:
@@ -229,36 +287,34 @@ def _spelled(choice) -> str:
 
 def looks_like_choice(record: dict) -> bool:
     """Whether a question asks for a letter, by its wording or its answer, whatever `parse_options` reads."""
-    if any(record.get(key) for key in ("Answer choices", "choices", "options")):
-        return True
-    answer = record.get("answer")
-    return bool(HINT.search(record["question"]) or (answer and stated_letter(answer)))
+    answer = record.get("answer") or ""
+    return bool(stated_choices(record) or HINT.search(record["question"]) or stated_letter(answer))
 
 
 # ---- answers
 
-L = r"[\"'“‘*_`(\[{<\s]*([A-Za-z])(?![A-Za-z0-9])"
+L = r"[\"'*_`(\[{<\s]*([A-Za-z])(?![A-Za-z0-9])"
 STATED = (
     re.compile(
-        rf"(?:答案|选项|应选|应该选|选择|我选|故选|所以选|选)[\])]?\s*(?:应该|应当|应)?\s*(?:是|为|：|:)?\s*(?:：|:)?{L}"
+        rf"(?:答案|选项|应选|应该选|选择|我选|故选|所以选|选)[\])\"']?\s*(?:应该|应当|应)?\s*(?:是|为|：|:)?\s*(?:：|:)?{L}"
     ),
     re.compile(
-        rf"(?i:\b(?:answer|option|choice|letter|pred|select|choose|pick)\b[\"'*_]*"
+        rf"(?i:(?<![a-z])(?:answer|ans\b\.?|option|choice|letter|pred|result|select|choose|pick)\b[\"'*_]*"
         rf"(?:\s+(?:is|would be|should be|must be))?\s*(?:[:：=]|→)?){L}"
     ),
     re.compile(r"\\boxed\s*\{\s*\(?([A-Za-z])\)?\s*\}"),
     re.compile(r"<answer>\s*\(?([A-Za-z])\)?\s*[.)]?\s*</answer>"),
     re.compile(
-        r"(?<![A-Za-z0-9])\(?([A-Z])\)?\s*(?:is|是|为|)\s*(?:(?:the|my)\s+)?(?:final\s+)?(?:correct|right|answer|best|正确|对|答案)"
+        r"(?<![A-Za-z0-9])\(?([A-Z])\)?\s*(?:is|是|为|选项|项|)\s*(?:(?:the|my)\s+)?(?:final\s+)?(?:correct|right|answer|best|正确|对|答案|√|✓)"
     ),
-    re.compile(r"(?:^|应为|应是|是|为|选|第)[\s(]*([A-Z])\)?\s*(?:选项|项)"),
+    re.compile(r"(?:^|应为|应是|是|为|选|第|对应|属于|符合)[\s(]*([A-Z])\)?\s*(?:选项|项|类)"),
 )
 # one of several letters: what stands before it, and what behind it; a comma may begin another sentence
 MAYBE = r"(?:(?:maybe|perhaps|possibly)\s+|可能是?)?"
 LONE = rf"{MAYBE}(?:option\s+|选项)?[(\[]*[A-HJ-Z](?![A-Za-z0-9])"  # I is a word
-JOIN = r"\s*(?:\b(?:and|or)\b|还是|和|或|与|及|/|&)\s*"
+JOIN = r"\s*(?:\b(?:and|or|nor)\b|还是|和|或|与|及|/|&)\s*"
 JOINED = re.compile(
-    rf"(?:(?<![A-Za-z0-9])[A-Z][)\]]*(?:{JOIN}|\s*[、,]\s*|\s+)|\b(?:and|or)\s*{MAYBE}|[和或与及、/&]\s*{MAYBE})[(\[]*$"
+    rf"(?:(?<![A-Za-z0-9])[A-Z][)\]]*(?:{JOIN}|\s*[、,]\s*|\s+)|\b(?:and|n?or)\s*{MAYBE}|[和或与及、/&]\s*{MAYBE})[(\[]*$"
 )
 JOINS = re.compile(rf"[)\]]*(?:{JOIN}{LONE}|\s*[、,]\s*{LONE}[)\]]*(?:$|[.。、,;!?]|{JOIN}))")
 NEGATED = re.compile(
@@ -266,9 +322,15 @@ NEGATED = re.compile(
 )
 
 
-def _negated(text: str, end: int) -> bool:
-    """Whether what begins at `end` is said not to be the answer."""
-    return bool(NEGATED.search(text[max(0, end - 40) : end]))
+DENIED = re.compile(
+    r"(?i)[)\]\"'*]*(?:\.\s*[^\s.,;。，；]{1,20})?\s*(?:选项|项)?\s*(?:(?:is|was)\s+)?"
+    r"(?:incorrect|wrong|false|not (?:correct|right|the)\b|不对|不正确|不符合|不成立|错|×)"
+)
+
+
+def _negated(text: str, start: int, end: int) -> bool:
+    """Whether what stands from `start` to `end` is said not to be the answer."""
+    return bool(NEGATED.search(text[max(0, start - 40) : start]) or DENIED.match(text, end))
 
 
 def _is_article(text: str, match) -> bool:
@@ -278,10 +340,7 @@ def _is_article(text: str, match) -> bool:
 
 def _said(text: str) -> str:
     """An answer in plain characters without its control tokens and what was thought before it."""
-    text = re.sub(
-        r"<\|[^|<>]*\|>|</?(?:s|eos|bos|pad)>", "", text.rpartition("</think>")[2].replace("\\n", "\n")
-    )
-    return _without_tags(text).translate(PLAIN)
+    return _without_tags(text.rpartition("</think>")[2].replace("\\n", "\n")).translate(PLAIN)
 
 
 def stated_letter(text: str) -> str | None:
@@ -292,26 +351,27 @@ def stated_letter(text: str) -> str | None:
         for match in pattern.finditer(plain):
             letter = match.group(1)
             in_words = letter.islower() and not re.fullmatch(r"[\s\"'*.)\]]*", plain[match.end(1) :])
-            if not (in_words or _is_article(plain, match) or JOINS.match(plain, match.end(1))):
+            wrong = _negated(plain, *match.span(1)) or JOINS.match(plain, match.end(1))
+            if not (in_words or wrong or _is_article(plain, match)):
                 found.append((match.start(1), letter.upper()))
     if found:
         return max(found)[1]
     brackets = {
         m.group(1).upper()
         for m in re.finditer(r"[(\[<{]\s*\**([A-Z])\**\s*[)\]>}]", plain)
-        if not _negated(plain, m.start())
+        if not _negated(plain, *m.span())
     }
     if len(brackets) == 1:
         return brackets.pop()
     alone = re.match(r"[\s\"'*_`([{]*([A-Za-z])[\s\"'*_`)\]}]*[.,:;、。!?]*(?:\s|$)", plain)
-    if alone and not brackets and not JOINS.match(plain, alone.end(1)):
+    if alone and not (brackets or _negated(plain, *alone.span(1)) or JOINS.match(plain, alone.end(1))):
         rest = plain[alone.end(1) :].strip("\"'*_`)]} \t\n.,:;、。!?")
         # a mark, the end of the line, or a reason
         marked = bool(re.match(r"[*_`\"']*\s*[.):、,\]}]|[*_`\"']*\s*\n|\s+because\b", plain[alone.end(1) :]))
         if not rest or marked and alone.group(1).isupper():
             return alone.group(1).upper()
     glued = re.match(r"\s*([A-Z])\s*[.):;,、](?=\S)(?![A-Z](?![A-Za-z0-9]))", plain)
-    return glued.group(1) if glued and not brackets else None
+    return glued.group(1) if glued and not brackets and not DENIED.match(plain, glued.end(1)) else None
 
 
 def named_option(text: str, options: dict) -> str | None:
@@ -320,7 +380,7 @@ def named_option(text: str, options: dict) -> str | None:
     named = []
     for letter, name in names.items():
         places = re.finditer(rf"(?<![a-z0-9\-]){re.escape(name)}(?![a-z0-9]|-[a-z0-9])", text)
-        if any(not _negated(text, place.start()) for place in places):
+        if any(not _negated(text, *place.span()) for place in places):
             named.append(letter)
     inner = lambda a: any(names[a] != names[b] and names[a] in names[b] for b in named)
     longest = [a for a in named if not inner(a)]
@@ -330,22 +390,33 @@ def named_option(text: str, options: dict) -> str | None:
 def extract_letter(text: str, options: dict) -> str | None:
     """The letter of `options` that `text` answers with: the one that it states, else the one alone at its
     beginning or end, else that of the one option it names; else None."""
+    if "1" in options:  # numbers are read as letters are
+        named = {chr(ord(key) + 16): name for key, name in options.items()}
+        lettered = LONE_NUMBER.sub(
+            lambda digit: chr(ord(digit[0]) + 16), numbers_plain(text).translate(PLAIN)
+        )
+        letter = extract_letter(lettered, named)
+        return letter and chr(ord(letter) - 16)
     stated = stated_letter(text)
     if stated in options:
         return stated
     plain = _said(text)
-    start = re.match(r"\s*([A-Z])\s+(\S.*)", plain, re.DOTALL)
-    if start and start.group(1) in options:
-        name = options[start.group(1)].lower()
-        if start.group(2).lower().startswith(name):
+    # a letter with its name, and what follows is a reason and no other letter
+    start = re.match(r"\W*([A-Z])\W+(.*)", plain, re.DOTALL)
+    if start and (name := options.get(start.group(1), "").translate(PLAIN).lower()):
+        rest = start.group(2)[len(name) :]
+        other = DENIED.match(rest) or re.match(rf"\w|{JOIN}|\W*[A-Z]\W", rest)
+        if start.group(2).lower().startswith(name) and not other:
             return start.group(1)
     named = named_option(text, options)
     end = re.search(r"(?:^|[\s:,=>→*\u4e00-\u9fff])([A-Z])[.。*)\]\s]*$", plain)
-    said_alone = end and not _negated(plain, end.start(1)) and not JOINED.search(plain[: end.start(1)])
+    said_alone = end and not _negated(plain, *end.span(1)) and not JOINED.search(plain[: end.start(1)])
     ended = end.group(1) if said_alone else None
     said = {named, ended if ended in options else None} - {None}
     return said.pop() if len(said) == 1 else None  # a name and a letter that differ are no answer
 
+
+LONE_NUMBER = re.compile(r"(?<![A-Za-z0-9.\-])[1-9](?![A-Za-z0-9]|\.\d| ?(?:dB|[kMG]?Hz|[nuμm]?s\b|%))")
 
 # ---- wording of answers
 

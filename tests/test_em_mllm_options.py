@@ -201,6 +201,58 @@ QUESTIONS = [
     ("A is the amplitude, B is the bandwidth, C is the carrier, D is the delay. What is it?", []),
     ("设A为幅度，B为带宽，C为载频，D为时延，该信号的调制类型是什么？", []),
     ("What are the values of A, B, C and D, or of A / B / C / D?", []),
+    ("请判断信号调制方式（A：GFSK；B：FM；C：MSK；D：2FSK）：", FOUR),
+    ("### Options\n#### A. GFSK\n#### B. FM\n#### C. MSK\n#### D. 2FSK", FOUR),
+    ("\\begin{enumerate}[A.]\n\\item GFSK\n\\item FM\n\\item MSK\n\\item 2FSK\n\\end{enumerate}", FOUR),
+    ("\\begin{enumerate}[label=(\\Alph*)]\\item GFSK\\item FM\\end{enumerate} Answer:", FOUR[:2]),
+    ("$A.$ GFSK $B.$ FM $C.$ MSK $D.$ 2FSK", FOUR),
+    ("$A$. GFSK\n$B$. FM\n$C$. MSK\n$D$. 2FSK", FOUR),
+    ("\\text{(A)} GFSK \\quad \\text{(B)} FM \\quad \\text{(C)} MSK", FOUR[:3]),
+    ("(A) GFSK \\\\ (B) FM \\\\ (C) MSK \\\\ (D) 2FSK", FOUR),
+    ("$\\mathrm{(A)}\\ \\mathrm{GFSK}\\quad \\mathrm{(B)}\\ \\mathrm{FM}$", FOUR[:2]),
+    ("Let $A$ be the amplitude and $B$ the bandwidth; what is it?", []),
+    ("Interval? A. (0, 1] B. (1, 2] C. [2, 3) D. [3, 4]", ["(0, 1]", "(1, 2]", "[2, 3)", "[3, 4]"]),
+    ("Which? (A) GFSK (B) FM (C) MSK (D) 2FSK ASSISTANT:", FOUR),
+    ("<|im_start|>user\nWhich? (A) GFSK (B) FM (C) MSK (D) 2FSK<|im_end|>", FOUR),
+    ("Options: (A) GFSK (B) FM (C) MSK (D) 2FSK Let's think step by step.", FOUR),
+    ("(A) GFSK (B) FM (C) MSK (D) 2FSK Your choice:", FOUR),
+    ("(A) GFSK (B) FM (C) MSK (D) 2FSK → ", FOUR),
+    ("选项如下：A: GFSK B: FM C: MSK D: 2FSK 正确答案是：", FOUR),
+    ("选项如下：A: GFSK B: FM C: MSK D: 2FSK 正确选项为（ ）", FOUR),
+    ("(A GFSK (B FM (C MSK (D 2FSK", FOUR),
+    ("What is the pulse width? A 1.5us B 2us C 3.5us D 10us", ["1.5us", "2us", "3.5us", "10us"]),
+    ("Which? A. GFSK B. FM C. MSK D. 2FSK (A/B/C/D)?", FOUR),
+    ("Which? A. GFSK, B. FM, C. MSK, D. 2FSK, given the sampling rate of 20 MHz?", FOUR),
+    ("请完成以下任务：1. 判断调制类型；2. 估计带宽；3. 估计信噪比", []),
+    ("Which modulation is it? Look at: 1. amplitude; 2. phase; 3. frequency.", []),
+]
+NUMBERED = [
+    "请选择调制类型：1. GFSK 2. FM 3. MSK 4. 2FSK",
+    "Which one? (1) GFSK (2) FM (3) MSK (4) 2FSK. Answer with the number.",
+    "以下哪个？\n1、GFSK\n2、FM\n3、MSK\n4、2FSK",
+    "选出：①GFSK ②FM ③MSK ④2FSK",
+    "Choose: 1) GFSK 2) FM 3) MSK 4) 2FSK",
+    "请选择：1.GFSK 2.FM 3.MSK 4.2FSK",
+    "选择：（1）GFSK（2）FM（3）MSK（4）2FSK",
+    ["1. GFSK", "2. FM", "3. MSK", "4. 2FSK"],
+]
+NUMBERS = [
+    ("2", "2"),
+    ("(2)", "2"),
+    ("答案：2", "2"),
+    ("The answer is 2.", "2"),
+    ("选项2", "2"),
+    ("2. FM", "2"),
+    ("FM", "2"),
+    ("2FSK", "4"),
+    ("第2项", "2"),
+    ("②", "2"),
+    ("正确答案是：(2) FM", "2"),
+    ("2 dB", None),
+    ("1 or 2", None),
+    ("5", None),
+    ("Option 3 because", "3"),
+    ('{"answer": 3}', "3"),
 ]
 LETTERS = [
     ("It is not FM but MSK", "C"),
@@ -355,6 +407,29 @@ LETTERS = [
     ("第B项", "B"),
     ("B\\n", "B"),
     ("The answer is B and I am sure.", "B"),
+    ("The answer is (B) FM. Option (A) is incorrect because of the filter.", "B"),
+    ("A选项不正确，B选项正确", "B"),
+    ("A. GFSK 不对；B. FM 对", "B"),
+    ("A×B√", "B"),
+    ("“B”", "B"),
+    ("不选A，选B", "B"),
+    ("答案不是B", None),
+    ('{"正确答案": "B"}', "B"),
+    ('{"result": "B"}', "B"),
+    ('{"final_answer": "B"}', "B"),
+    ('{"answer":"(B) FM"}', "B"),
+    ("The answer is $B$.", "B"),
+    ("\\boxed{\\text{(B) FM}}", "B"),
+    ("对应B选项", "B"),
+    ("该信号属于B类", "B"),
+    ("ans:b", "B"),
+    ("(B) FM, because (A) GFSK would show a Gaussian spectrum.", "B"),
+    ("(B) FM or (A) GFSK", None),
+    ("(A) GFSK, (B) FM", None),
+    ("It's neither A nor B.", None),
+    ("答案是「B」", "B"),
+    ("首先排除A，其次排除C和D，所以选B。", "B"),
+    ("Let me analyze. Option A is wrong. Option C is wrong. Therefore option B.", "B"),
 ]
 WORDINGS = [
     ("正确答案是：(B) FM", "正确答案是：({letter}) {name}"),
@@ -379,6 +454,45 @@ def test_options_are_read_in_every_wording(question, names):
 @pytest.mark.parametrize("text, letter", LETTERS)
 def test_the_letter_of_an_answer_is_read_in_every_wording(text, letter):
     assert extract_letter(text, dict(zip("ABCD", FOUR))) == letter
+
+
+@pytest.mark.parametrize("question", NUMBERED)
+def test_options_may_be_numbered_where_a_choice_is_asked_for(question):
+    record = {"question": question} if isinstance(question, str) else {"question": "?", "options": question}
+    assert parse_options(record) == dict(zip("1234", FOUR))
+
+
+@pytest.mark.parametrize("text, number", NUMBERS)
+def test_the_number_of_an_answer_is_read(text, number):
+    options = dict(zip("1234", FOUR))
+    assert extract_letter(text, options) == number
+    if number and (template := wording(text, options)):
+        assert candidate("哪一个？", number, options[number], {"zh": template}) == text
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"Answer choices": ["(A) GFSK", "(B) FM", "(C) MSK", "(D) 2FSK"]},
+        {"answer_choices": FOUR},
+        {"options": ["A. GFSK", "B. FM", "C. MSK", "D. 2FSK"]},
+        {"options": "A. GFSK B. FM C. MSK D. 2FSK"},
+        {"候选答案": FOUR},
+        dict(zip("ABCD", FOUR)),
+        {f"option_{letter}": name for letter, name in zip("abcd", FOUR)},
+    ],
+)
+@pytest.mark.parametrize("question", ["选出调制类型。", "Which one?"])
+def test_options_of_a_field_of_their_own_are_shown_to_the_model(tmp_path, fields, question):
+    """The questions of the competition's test files hold none of them."""
+    space = " " if question.isascii() else ""
+    shown = f"{question}{space}(A) GFSK (B) FM (C) MSK (D) 2FSK"
+    if "options" in fields:  # in the wording of the field
+        shown = shown.replace("(", "").replace(")", ".")
+    rows = [{"question": q, "iq_index_in_h5": 0, **fields} for q in (question, shown)]
+    records = read_questions(write_questions(tmp_path / "x.json", rows))
+    assert [record["question"] for record in records] == [shown, shown]
+    assert parse_options(records[0]) == dict(zip("ABCD", FOUR))
 
 
 @pytest.mark.parametrize(
