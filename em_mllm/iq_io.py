@@ -1,16 +1,19 @@
 """Recordings of any common format as (N, 2) float32 with their sampling rate, whole or piece by piece, and
 long ones as windows.
 
-.h5 .hdf5 (IQ_data)  .npy .npz .mat  .wav (I left, Q right)  .sigmf-meta .sigmf-data .sigmf; raw, interleaved
-I and Q: .cu8 .cs8 .cs16 .cf32 .cfile .cu16 .cs32 .cf64 .complex .complex16u .complex16s ...; .raw .iq .bin
-.dat with the name of their format. Suffixes in capital letters are the same.
+.h5 .hdf5 (IQ_data)  .npy .npz .mat  .wav (I left, Q right)  .sigmf-meta .sigmf-data .sigmf  .sdriq; raw,
+interleaved I and Q: .cu8 .cs8 .cs16 .cf32 .cfile .cu16 .cs32 .cf64 .complex .complex16u .complex16s ...; .raw
+.iq .bin .dat, whose format stands in their name, as in x_250k_cs16.bin, or is given. Suffixes in capital
+letters are the same.
 """
 
 import heapq
 import json
 import math
 import re
+import struct
 import tarfile
+import zlib
 from pathlib import Path
 
 import h5py
@@ -33,47 +36,36 @@ from em_mllm.signal_file import (
     stated_rates,
 )
 
-# interleaved I and Q: name of the format -> numpy type
-RAW = {
-    "cu8": "u1",
-    "cs8": "i1",
-    "cu16": "<u2",
-    "cs16": "<i2",
-    "cu32": "<u4",
-    "cs32": "<i4",
-    "cf32": "<f4",
-    "cf64": "<f8",
+# suffixes of interleaved I and Q, and others that mean the same; complex16u and complex16s are those of
+# Universal Radio Hacker, c8 and c16 those of the PortaPack
+RAW = ("cu8", "cs8", "cu16", "cs16", "cu32", "cs32", "cf32", "cf64")
+ALIASES = {
+    "cu8": "complex16u",
+    "cs8": "c8 sc8 complex16s",
+    "cu16": "complex32u",
+    "cs16": "c16 sc16 complex32s",
+    "cf32": "cfile fc32 complex complex64",
+    "cf64": "complex128",
 }
-# suffixes that name a format; complex16u and complex16s are those of Universal Radio Hacker
-SUFFIXES = {
-    **{f".{name}": name for name in RAW},
-    ".sc8": "cs8",
-    ".sc16": "cs16",
-    ".cfile": "cf32",
-    ".fc32": "cf32",
-    ".complex": "cf32",
-    ".complex64": "cf32",
-    ".complex128": "cf64",
-    ".complex16u": "cu8",
-    ".complex16s": "cs8",
-    ".complex32u": "cu16",
-    ".complex32s": "cs16",
-}
+SUFFIXES = {f".{name}": name for name in RAW}
+SUFFIXES |= {f".{alias}": name for name, aliases in ALIASES.items() for alias in aliases.split()}
 UNNAMED = (".raw", ".iq", ".bin", ".dat", ".data")
 SIGMF = (".sigmf-meta", ".sigmf-data", ".sigmf")
 H5 = (".h5", ".hdf5")
-FORMATS = f".h5 .hdf5 .npy .npz .mat .wav {' '.join(SIGMF)} {' '.join(SUFFIXES)} {' '.join(UNNAMED)}"
 MANY = (*H5, ".npy", ".npz", ".mat")  # formats of which a file may hold many signals
+DESCRIBED = (*MANY, ".wav", ".sdriq", *SIGMF)  # formats that say how their samples are stored
+FORMATS = " ".join((*DESCRIBED, *SUFFIXES, *UNNAMED))
 BLOCK = 2**18  # samples read at a time
 
 
 class Recording:
     """One signal of a file: `length` samples, `fs` in Hz (None if the file does not say), done (view, factor)
-    as in `SignalFile`, and `read(start, count)` -> (count, 2) float32.
+    as in `SignalFile`, and `read(start, count)` -> (count, 2) float32. stated False: fs is a default.
     """
 
-    def __init__(self, path, length: int, fs, read, done=AS_RECORDED):
+    def __init__(self, path, length: int, fs, read, done=AS_RECORDED, stated=True):
         self.path, self.length, self.fs, self._read, self.done = Path(path), length, fs, read, done
+        self.stated = stated
         if not length:
             raise UserError(f"{path}: holds no samples; was the copy cut short?")
 
@@ -116,30 +108,33 @@ def open_recording(
     suffix = path.suffix.lower()
     if not path.is_file():
         raise UserError(f"{path}: no such file; check the path")
-    if iq_format is not None and (suffix in (*MANY, ".wav", *SIGMF)):
+    if iq_format is not None and not needs_format(path):
         raise UserError(
             f"{path}: --iq-format has no effect on {suffix}, which names its format; leave it out"
         )
     if index and suffix not in MANY:
         raise UserError(f"{path}: --index {index} is past the end, a {suffix} file holds one signal")
-    if iq_format is not None or suffix in SUFFIXES:
-        return open_raw(path, raw_type(path, iq_format or SUFFIXES[suffix]))
+    known = SUFFIXES.get(suffix) or iq_format or format_in_name(path.name)
+    if known and suffix not in DESCRIBED:
+        return open_raw(path, raw_type(path, known))
     if suffix in SIGMF:
         return open_sigmf(path)
+    if suffix == ".sdriq":
+        return open_sdriq(path)
     if suffix in H5:
         file = SignalFile(path, default_fs)
         if not 0 <= index < len(file):
             raise UserError(f"{path}: --index {index} is past the end, the file holds {len(file)} signals")
         read = lambda start, count: file.read(index, start, count)
-        return Recording(path, file.points, file.rate(index), read, file.done)
+        return Recording(path, file.points, file.rate(index), read, file.done, file.fs_stated)
     if suffix == ".wav":
         return open_wav(path)
     if suffix in MANY:
         return open_arrays(path, suffix, index)
     if suffix in UNNAMED:
         raise UserError(
-            f"{path}: the suffix {suffix} does not say how the samples are stored; say it with --iq-format, "
-            f"one of {', '.join(RAW)}"
+            f"{path}: its name does not say how the samples are stored; say it with --iq-format, one of "
+            f"{', '.join(RAW)}"
         )
     raise UserError(
         f"{path}: format {suffix or '(none)'} is not known; known are {FORMATS}; say how raw samples of "
@@ -147,21 +142,23 @@ def open_recording(
     )
 
 
+def needs_format(path: Path) -> bool:
+    """Whether a file's suffix does not say how its samples are stored."""
+    return path.suffix.lower() not in (*DESCRIBED, *SUFFIXES)
+
+
 # ---- raw samples
 
 
 def raw_type(where, name: str) -> str:
     """numpy type of a raw format: a name of RAW, a suffix that means one, or SigMF's, such as ci16_be."""
-    name = name.lower().lstrip(".")
-    name = SUFFIXES.get(f".{name}", name)
-    if name in RAW:
-        return RAW[name]
-    match = re.fullmatch(r"c([fiu])(8|16|32|64)(_le|_be)?", name)
+    plain = name.lower().lstrip(".")
+    match = re.fullmatch(r"c([fius])(8|16|32|64)(_le|_be)?", SUFFIXES.get(f".{plain}", plain))
     if not match or match[1] == "f" and match[2] in ("8", "16"):
         raise UserError(
             f"{where}: the format {name!r} is not known; known are {', '.join(RAW)} and SigMF's names"
         )
-    return f"{'>' if match[3] == '_be' else '<'}{match[1]}{int(match[2]) // 8}"
+    return f"{'>' if match[3] == '_be' else '<'}{match[1].replace('s', 'i')}{int(match[2]) // 8}"
 
 
 def open_raw(path: Path, dtype: str) -> Recording:
@@ -181,11 +178,43 @@ def read_pairs(path, dtype: str, offset: int, count: int, channels: int = 2, use
     return centred(np.fromfile(path, dtype, count * channels, offset=offset).reshape(-1, channels)[:, used])
 
 
-# names of programs, in which the rate has a place of its own
-PLACED = re.compile(r"gqrx_\d{8}_\d{6}_\d+_(\d+)_fc|sigdigger_\d{8}_\d{6}Z_(\d+)_\d+_")
+def open_sdriq(path: Path) -> Recording:
+    """A recording of SDRangel: a header with rate and number of bits, and its check sum; then I, Q."""
+    with open(path, "rb") as file:
+        head = file.read(32)
+    if len(head) < 32 or zlib.crc32(head[:28]) != struct.unpack("<I", head[28:])[0]:
+        raise UserError(f"{path}: does not begin with the header of SDRangel; was the copy cut short?")
+    rate, _, _, bits, _ = struct.unpack("<IQQII", head[:28])
+    if bits not in (16, 24) or not rate:
+        raise UserError(
+            f"{path}: the header says {bits} bits at {rate} Hz, expected 16 or 24 bits above 0 Hz"
+        )
+    dtype, width = ("<i2", 4) if bits == 16 else ("<i4", 8)
+    read = lambda start, count: read_pairs(path, dtype, 32 + start * width, count)
+    return Recording(path, (path.stat().st_size - 32) // width, float(rate), read)
+
+
+# names of programs that write cf32, in which the rate has a place of its own
+PLACED = re.compile(r"gqrx_\d{8}_\d{6}_\d+_(\d+)_fc|sigdigger_\d{8}_\d{6}Z_(\d+)_\d+_float32_iq")
+# formats that stand in a name between marks, as rtl_433 reads them
+NAMED = re.compile(
+    r"(?i)(?<![A-Za-z0-9])(c[fiu](?:8|16|32|64)(?:_[bl]e)?|(?:cs|cu|sc|fc)(?:8|16|32|64)|complex\d+[us]?)"
+    r"(?![A-Za-z0-9])"
+)
+
+
+def format_in_name(name: str) -> str | None:
+    """ "cs16" from g001_433.92M_250k_cs16.bin: the format of raw samples that a file's name states, else
+    None; several are none."""
+    if PLACED.match(name):
+        return "cf32"
+    found = {found.lower() for found in NAMED.findall(name)}
+    return found.pop() if len(found) == 1 else None
+
+
 # a number, its prefix and its unit, and what says before it that it is a rate; URH writes 2_4 for 2.4
 NUMBER = re.compile(
-    r"(?:(?<![A-Za-z])((?i:fs|samp(?:le|ling)?[_-]?rate))[_=-]?|(?<![A-Za-z0-9.]))"
+    r"(?:(?<![A-Za-z])((?i:fs|sr|samp(?:le|ling)?[_-]?rate))[_=-]?|(?<![A-Za-z0-9.]))"
     r"((?<=Hz-)\d+_\d+|\d+(?:\.\d+)?(?:[eE]\d+)?) ?([kKmMgG]?)((?i:hz|sps|sa?/?s?))?(?![A-Za-z0-9])"
 )
 
@@ -267,7 +296,10 @@ def open_arrays(path: Path, suffix: str, index: int) -> Recording:
         name, x, fs = choose_array(content, path, index)
         x = two_columns(x, f"{path}: {name}", index)
     else:
-        x, fs = read_mat(path, index)
+        with reading(path, "MATLAB file"):
+            content = mat_content(path)
+        name, x, fs = choose_array(content, path, index)
+        x = two_columns(x, f"{path}: {name}", index, columns=True)
     return Recording(path, len(x), fs, lambda start, count: centred(x[start : start + count]))
 
 
@@ -342,14 +374,6 @@ def mat_content(path: Path) -> dict:
     return {k: joined(v) for k, v in content.items()}
 
 
-def read_mat(path: Path, index: int):
-    """The samples of a MATLAB file and its rate."""
-    with reading(path, "MATLAB file"):
-        content = mat_content(path)
-    name, x, fs = choose_array(content, path, index)
-    return two_columns(x, f"{path}: {name}", index, columns=True), fs
-
-
 # ---- one real channel, WAV
 
 
@@ -419,26 +443,28 @@ def open_sigmf(path: Path) -> Recording:
     else:
         meta = read_json_text(beside(path, ".sigmf-meta"))
     check(meta, META, path)
+    parts = (meta["global"], *(meta.get("captures") or []))  # in which null is as absent
+    settings, *captures = ({key: value for key, value in part.items() if value is not None} for part in parts)
     if size is None:
-        named = meta["global"].get("core:dataset")
+        named = settings.get("core:dataset")
         data = inside(path.parent, named) if named else beside(path, ".sigmf-data")
         size = data.stat().st_size if data.is_file() else 0
     if not size:
         raise UserError(f"{data}: no samples there; put the data of the SigMF recording beside its meta file")
-    settings = meta["global"]
     rate = settings.get("core:sample_rate")
     if rate is not None and not rate > 0:
         raise UserError(f"{path}: core:sample_rate is {rate!r}, expected samples per second")
     kind = settings["core:datatype"]
     dtype = raw_type(f"{path}: core:datatype", "c" + kind[1:] if kind[:1] in "rc" else kind)
     numbers = 2 if kind.startswith("c") else 1
-    channels = settings.get("core:num_channels") or 1
-    if min([channels, *(c.get("core:header_bytes", 0) + 1 for c in meta["captures"])]) < 1:
+    channels = settings.get("core:num_channels", 1)
+    if min([channels, *(c.get("core:header_bytes", 0) + 1 for c in captures)]) < 1:
         raise UserError(f"{path}: core:num_channels or core:header_bytes is below 0; mend the meta file")
     if channels > 1:
         print(f"{path}: {channels} channels; the first is read")
     width = np.dtype(dtype).itemsize * numbers * channels
-    pieces = sigmf_pieces(path, meta, base, size - (settings.get("core:trailing_bytes") or 0), width)
+    size -= settings.get("core:trailing_bytes", 0)
+    pieces = sigmf_pieces(path, captures or [{}], settings.get("core:offset", 0), base, size, width)
     length = sum(count for _, count in pieces)
     layout = (dtype, width, numbers * channels, slice(0, numbers))
     read = lambda start, count: read_pieces(data, pieces, layout, start, count)
@@ -448,10 +474,9 @@ def open_sigmf(path: Path) -> Recording:
     return Recording(path, length, None if rate is None else float(rate), read)
 
 
-def sigmf_pieces(path, meta: dict, base: int, size: int, width: int) -> list[tuple[int, int]]:
+def sigmf_pieces(path, captures, offset: int, base: int, size: int, width: int) -> list[tuple[int, int]]:
     """(first byte, number of samples) of every capture segment in the data file."""
-    captures = sorted(meta.get("captures") or [{}], key=lambda c: c.get("core:sample_start", 0))
-    offset = meta["global"].get("core:offset") or 0
+    captures = sorted(captures, key=lambda c: c.get("core:sample_start", 0))
     starts = [c.get("core:sample_start", 0) - (offset if "core:sample_start" in c else 0) for c in captures]
     headers = np.cumsum([c.get("core:header_bytes", 0) for c in captures])
     firsts = [base + start * width + int(head) for start, head in zip(starts, headers)]
@@ -537,7 +562,7 @@ def find_recordings(paths) -> list[Path]:
         if not path.is_dir():
             found.append(path)
             continue
-        known = {*SUFFIXES, *UNNAMED, *MANY, ".wav", ".sigmf-meta", ".sigmf"}
+        known = {*FORMATS.split()} - {".sigmf-data"}
         inner = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in known)
         if not inner:
             raise UserError(f"{path}: holds no recording; known are {FORMATS}")

@@ -19,33 +19,34 @@ import numpy as np
 
 from common.errors import UserError
 from common.files import npy_header, reading
-from common.index import remember, scan, tar_members
-from em_mllm.iq_io import RAW, SUFFIXES, two_columns
+from common.index import tar_members
+from em_mllm.iq_io import SUFFIXES, raw_type, two_columns
 from em_mllm.prepare import AS_RECORDED
-from em_mllm.signal_file import COLUMNS, DEFAULT_FS, SignalFile, cache_folder, centred, stated_rates
+from em_mllm.signal_file import COLUMNS, DEFAULT_FS, SignalFile, centred, stated_rates
 
 SIGNALS = (".npy", *SUFFIXES)
-LARGE = 2**20  # bytes; a shard is slower to look through than a .h5
 ABOUT = (".json", ".cls")
 
 
 def open_signals(path, default_fs=DEFAULT_FS) -> SignalFile:
-    """The signals of a .h5 or of a tar shard."""
+    """The signals of a .h5 or of a tar shard; a rate that it does not state is told."""
     kind = TarSignals if Path(path).suffix.lower() == ".tar" else SignalFile
-    return kind(path, default_fs)
+    file = kind(path, default_fs)
+    if not file.fs_stated:
+        print(f"{path}: does not state its sampling rate; taken as {default_fs:g} Hz")
+    return file
 
 
 class TarSignals(SignalFile):
     """One tar shard of signals under the interface of SignalFile; they may differ in length."""
 
+    large = 2**20  # slower to look through than a .h5
+
     def __init__(self, path, default_fs=DEFAULT_FS):
         self.path = Path(path)
         if not self.path.is_file():
             raise UserError(f"{path}: no such file; check the path")
-        if not self.remembered():
-            found = self._look_through()
-        else:
-            found = remember(self._look_through, scan([self.path], ("",)), "shard, 2", cache_folder())
+        found = self.found(self._look_through, "shard, 2")
         self._offset, self._size, self._suffix = found["offset"], found["size"], found["suffix"]
         self._points, rates = found["points"], found["fs"]
         self.count, self.points = len(self._points), int(self._points.max())
@@ -59,9 +60,6 @@ class TarSignals(SignalFile):
 
     def __getstate__(self):
         return self.__dict__
-
-    def remembered(self) -> bool:
-        return self.path.stat().st_size >= LARGE
 
     def _look_through(self) -> dict[str, np.ndarray]:
         """Place, size, length and description of every sample of the shard."""
@@ -127,7 +125,7 @@ class TarSignals(SignalFile):
         """Points of a signal, of which the header alone is read."""
         where = f"{self.path}: {name}"
         if suffix in SUFFIXES:
-            width = 2 * np.dtype(RAW[SUFFIXES[suffix]]).itemsize
+            width = 2 * np.dtype(raw_type(where, suffix)).itemsize
             if size % width or not size:
                 raise UserError(f"{where}: {size} bytes are no whole number of {width}-byte IQ pairs")
             return size // width
@@ -150,9 +148,9 @@ class TarSignals(SignalFile):
         with open(self.path, "rb") as file:  # not kept open: there may be thousands of shards
             file.seek(self._offset[index])
             content = file.read(self._size[index])
-        if (suffix := self._suffix[index]) in SUFFIXES:
-            return centred(np.frombuffer(content, RAW[SUFFIXES[suffix]]).reshape(-1, 2))
         where = f"{self.path}: signal {index}"
+        if (suffix := self._suffix[index]) in SUFFIXES:
+            return centred(np.frombuffer(content, raw_type(where, suffix)).reshape(-1, 2))
         return centred(two_columns(np.lib.format.read_array(io.BytesIO(content)), where))
 
     def column(self, name: str) -> np.ndarray:
@@ -162,15 +160,13 @@ class TarSignals(SignalFile):
             )
         return self._values[name]
 
-    def _bad_signals(self) -> dict[int, str]:
-        bad = {}
+    def _faults(self):
         for i in range(self.count):
             x = self.read(i)
             if not np.isfinite(x).all():
-                bad[i] = "holds nan or inf"
+                yield i, "holds nan or inf"
             elif not x.any():
-                bad[i] = "is all zero"
-        return bad
+                yield i, "is all zero"
 
 
 def kind_of(name: str) -> str:

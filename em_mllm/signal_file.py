@@ -28,12 +28,12 @@ from em_mllm.prepare import VIEWS
 DEFAULT_FS = 20e6  # Hz, what the seed script assumes
 HERTZ = number(float, 1, 1e12)  # type of a flag that is a sampling rate
 RATE_NAME = re.compile(
-    r"(?i)(?:f_?s|samp(?:le|ling)?[_ ]?(?:rate|freq|frequency))(?:[_ ]?(?:in[_ ])?\(?([kmg]?)(?:hz|sps)\)?)?"
+    r"(?i)(?:core:)?(?:f_?s|samp(?:le|ling)?[_ -]?(?:rate|freq|frequency)|采样率|采样频率)"
+    r"(?:[_ -]?(?:in[_ ])?[(\[（]?([kmg]?)(?:hz|sps)[)\]）]?)?"
 )
 SCALES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}
 COLUMNS = ("label", "snr", *REGRESSION_TASKS)
 BLOCK = 2**22  # values read at a time
-LARGE = 2**24  # bytes of a file from which what was found in it is remembered
 
 
 def plain_text(value) -> str:
@@ -61,7 +61,7 @@ def stated_rates(beside: dict, where, count: int | None = None) -> np.ndarray | 
     """The sampling rates in Hz under those names in `beside` that mean them, (1,) or one for each of `count`
     signals (None: of any number); None where there are none. A unit in the name counts, as in fs_khz."""
     found = {}
-    for name, match in ((name, RATE_NAME.fullmatch(name)) for name in beside):
+    for name, match in ((name, RATE_NAME.fullmatch(name.rpartition("/")[2])) for name in beside):
         value = beside[name] if match else None
         value = value[()] if isinstance(value, h5py.Dataset) else value
         if value is None:
@@ -133,6 +133,8 @@ class SignalFile:
     factor) of the rows. UserError says what is wrong.
     """
 
+    large = 2**24  # bytes of a file from which what was found in it is remembered
+
     def __init__(self, path, default_fs=DEFAULT_FS):
         self.path = Path(path)
         self._file, self._pid, self._rates = None, None, None
@@ -170,11 +172,8 @@ class SignalFile:
             raise UserError(f"{path}: IQ_data is empty, {(self.count, self.points, 2)}")
         beside = [name for name in file.keys() if name != "IQ_data" and not self._leads_out(file, name)]
         sets = {name: hdf5_item(file, name, whole=False) for name in beside}
-        sets = {
-            name: item
-            for name, item in sets.items()
-            if isinstance(item, h5py.Dataset) and item.shape is not None
-        }
+        holds = lambda item: isinstance(item, h5py.Dataset) and item.shape is not None
+        sets = {name: item for name, item in sets.items() if holds(item)}
         self.columns = {name: item.shape for name, item in sets.items() if item.shape[:1] == (self.count,)}
         for name in COLUMNS:
             if name in sets and name not in self.columns:
@@ -182,8 +181,11 @@ class SignalFile:
                 raise UserError(
                     f"{path}: {name} has {rows} rows, IQ_data {self.count}; write one row per signal"
                 )
-        beside = {**sets, **data.attrs, **file.attrs}
-        rates = stated_rates(beside, path, self.count)
+        inner = self._in_groups(file)
+        outer = {**sets, **data.attrs, **file.attrs}
+        beside = {**{name.rpartition("/")[2]: value for name, value in inner.items()}, **outer}
+        rates = stated_rates(outer, path, self.count)
+        rates = stated_rates(inner, path, self.count) if rates is None else rates
         self.fs_stated = rates is not None
         self.fs = float(default_fs) if rates is None else float(rates[0])
         self._rates = rates if self.fs_stated and len(rates) > 1 else None
@@ -201,6 +203,20 @@ class SignalFile:
         self.done = (kind, int(float(by)))
         # a chunk is read and unpacked whole, also for one row of it
         self.slow = data.chunks is not None and data.chunks[0] > 4
+
+    def _in_groups(self, file) -> dict:
+        """What the groups beside the signals say of them: {path: value} of rates and class names."""
+        found = {}
+        wanted = lambda name: name == "classes" or RATE_NAME.fullmatch(name)
+
+        def look(name, item):
+            found.update({f"{name}/{key}": value for key, value in item.attrs.items() if wanted(key)})
+            is_inner = isinstance(item, h5py.Dataset) and "/" in name
+            if is_inner and wanted(name.rpartition("/")[2]) and item.shape is not None:
+                found[name] = hdf5_item(file, name)[()]
+
+        file.visititems(look)  # which follows no link
+        return found
 
     @staticmethod
     def _leads_out(file, name: str) -> bool:
@@ -303,29 +319,28 @@ class SignalFile:
         starts = progress(range(0, self.count, rows), desc=f"reading {self.path.name}", leave=False)
         return (slice(start, min(start + rows, self.count)) for start in starts)
 
-    def remembered(self) -> bool:
-        """Whether looking through the file takes so long that what was found is kept for the next start."""
-        return self.path.stat().st_size >= LARGE
+    def found(self, look, what: str) -> dict[str, np.ndarray]:
+        """What `look` finds in the file; of a large one it is remembered for the next start."""
+        if self.path.stat().st_size < self.large:
+            return look()
+        return remember(look, scan([self.path], ("",)), what, cache_folder())
 
     def bad_signals(self) -> dict[int, str]:
         """{index: what is wrong} for signals with nan, inf or nothing but zeros; reads the file once, block
-        by block, and remembers what it found in a large one."""
+        by block."""
 
-        def find():
-            bad = self._bad_signals()
+        def look():
+            bad = dict(self._faults())
             return {"row": np.array(list(bad), int), "why": np.array(list(bad.values()), str)}
 
-        if not self.remembered():
-            return self._bad_signals()
-        found = remember(find, scan([self.path], ("",)), "bad signals, 1", cache_folder())
-        return dict(zip(found["row"].tolist(), found["why"].tolist()))
+        bad = self.found(look, "bad signals, 1")
+        return dict(zip(bad["row"].tolist(), bad["why"].tolist()))
 
-    def _bad_signals(self) -> dict[int, str]:
-        bad = {}
+    def _faults(self):
+        """Yield (index, what is wrong)."""
         for part in self._blocks():
             x = self._rows(part)
             finite = np.isfinite(x).all((1, 2))
             silent = ~np.any(x, (1, 2))
             for i in np.nonzero(~finite | silent)[0]:
-                bad[part.start + int(i)] = "is all zero" if finite[i] else "holds nan or inf"
-        return bad
+                yield part.start + int(i), "is all zero" if finite[i] else "holds nan or inf"

@@ -42,7 +42,7 @@ from em_mllm.dataset import (
     refuse_shared,
     task_pairs,
 )
-from em_mllm.iq_io import BLOCK, FORMATS, MANY, find_recordings, open_recording
+from em_mllm.iq_io import BLOCK, FORMATS, MANY, find_recordings, needs_format, open_recording
 from em_mllm.model import base_folder, load_model, read_notes
 from em_mllm.options import extract_letter, looks_like_choice, parse_options, stated_letter
 from em_mllm.prepare import SignalSpec
@@ -283,10 +283,12 @@ def check_out(out, name: str):
 
 def check_recordings(args):
     """Name a bad file before the model is loaded, and options that none of the files needs."""
-    # only a format that may hold many signals has an index
+    # only a format that may hold many signals has an index, and only some do not say how they are stored
     paths = find_recordings(args.iq)
     if not any(path.suffix.lower() in MANY for path in paths):
         refuse(args, ["index"], "on recordings that hold one signal")
+    if not any(needs_format(path) for path in paths):
+        refuse(args, ["iq_format"], "on recordings whose suffix says how they are stored")
 
     # only options have a confidence
     if not parse_options({"question": args.question}):

@@ -549,7 +549,7 @@ def test_what_was_found_in_many_questions_is_remembered(tmp_path, monkeypatch):
     """The second start equals the first without a look at questions or signals; a change is seen."""
     monkeypatch.setenv("EM_MLLM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(dataset_module, "MANY", 4)
-    monkeypatch.setattr(signal_file, "LARGE", 1)
+    monkeypatch.setattr(signal_file.SignalFile, "large", 1)
     iq = np.random.default_rng(0).normal(size=(6, 32, 2)).astype("f4")
     iq[2] = 0
     write_h5(tmp_path / "x.h5", iq, fs=1e6)

@@ -4,7 +4,9 @@ import base64
 import io
 import json
 import pickle
+import struct
 import tarfile
+import zlib
 
 import h5py
 import numpy as np
@@ -18,7 +20,14 @@ from em_mllm.convert import main as convert
 from em_mllm.convert import parse_args as convert_args
 from em_mllm.convert import read_radioml2016
 from em_mllm.dataset import QuestionDataset, read_questions, task_pairs
-from em_mllm.iq_io import find_recordings, open_recording, rate_in_name, read_iq, strong_windows
+from em_mllm.iq_io import (
+    find_recordings,
+    format_in_name,
+    open_recording,
+    rate_in_name,
+    read_iq,
+    strong_windows,
+)
 from em_mllm.signal_file import SignalFile, read_names, read_rate
 from tests.em_world import write_questions
 
@@ -62,10 +71,32 @@ def assert_same(iq, z=Z):
         ("x_2.4e6sps.cf32", 2.4e6),
         ("x_250 ksps.cf32", 250e3),
         ("symbol_rate_9600.cf32", None),
+        ("HackRF_20200101_120000_433.92MHz_8Msps.c8", 8e6),
+        ("x_fs2e6_fc433.92e6.cf32", 2e6),
+        ("usrp_sr_2M_fc_915M.sc16", 2e6),
+        ("LTE_20MHz_30.72Msps.cf32", 30.72e6),
+        ("SDRSharp_20150804_204416Z_162550000Hz_IQ.cs16", None),
     ],
 )
 def test_rates_in_names_follow_the_conventions_of_sdr_programs(name, rate):
     assert rate_in_name(name) == rate
+
+
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        ("g001_433.92M_250k_cs16.bin", "cs16"),
+        ("x.ci16_le.raw", "ci16_le"),
+        ("x-CF32.iq", "cf32"),
+        ("gqrx_20240101_120000_433920000_1800000_fc.raw", "cf32"),
+        ("sigdigger_20210101_120000Z_1000000_433920000_float32_iq.raw", "cf32"),
+        ("capture_C3.iq", None),
+        ("complex_envelope.raw", None),
+        ("cu8_to_cs16.bin", None),
+    ],
+)
+def test_a_name_may_say_how_the_samples_are_stored(name, kind):
+    assert format_in_name(name) == kind
 
 
 @pytest.mark.parametrize(
@@ -133,6 +164,14 @@ def write_h5(path, build=lambda file: None):
         ),
         (lambda f: f.create_dataset("label", data=np.array([b"FM", b"AM", b"FM"])), 20e6, ["AM", "FM"]),
         (lambda f: f.attrs.update(view=[b"iq"], view_factor="1"), 20e6, None),
+        (lambda f: f.create_group("meta").attrs.update(fs=1e6), 1e6, None),
+        (lambda f: f.create_group("a/b").create_dataset("sample_rate", data="1 MHz"), 1e6, None),
+        (lambda f: f.create_dataset("meta/fs", data=[1e6, 2e6, 3e6]), 1e6, None),
+        (lambda f: f.create_dataset("meta/classes", data=["AM", "FM"]), 20e6, ["AM", "FM"]),
+        (lambda f: (f.attrs.update(fs=1e6), f.create_dataset("raw/fs", data=2e6)), 1e6, None),
+        (lambda f: f.attrs.update({"采样率": "1 MHz"}), 1e6, None),
+        (lambda f: f.attrs.update({"core:sample_rate": 1e6}), 1e6, None),
+        (lambda f: f.attrs.update({"Fs [kHz]": 1000.0}), 1e6, None),
     ],
 )
 def test_legal_hdf5_is_read(tmp_path, build, fs, classes):
@@ -168,6 +207,7 @@ def test_labels_may_be_names_and_rates_may_differ_from_signal_to_signal(tmp_path
         (lambda f: f.attrs.update(fs=1e6 + 0j), "fs is"),
         (lambda f: f.attrs.update(fs=True), "fs is"),
         (lambda f: f.attrs.update(fs=1e6, sample_rate=2e6), "fs and sample_rate state different"),
+        (lambda f: (f.create_dataset("a/fs", data=1e6), f.create_dataset("b/fs", data=2e6)), "a/fs and b/fs"),
     ],
 )
 def test_what_cannot_be_meant_in_hdf5_is_one_line(tmp_path, build, words):
@@ -217,6 +257,8 @@ RAW = {
     ".cfile": ("<f4", 1, 0),
     ".complex": ("<f4", 1, 0),
     ".cf64": ("<f8", 1, 0),
+    ".C8": ("i1", 120, 0),
+    ".C16": ("<i2", 30000, 0),
     ".CU8": ("u1", 120, 127.5),
     ".Cf32": ("<f4", 1, 0),
 }
@@ -249,11 +291,26 @@ def test_a_suffix_that_names_no_format_is_asked_for(tmp_path, suffix):
         read_iq(path, iq_format="cs12")
 
 
+def test_a_recording_of_sdrangel_says_rate_and_bits(tmp_path):
+    for bits, dtype in ((16, "<i2"), (24, "<i4")):
+        head = struct.pack("<IQQII", 48000, 433920000, 1, bits, 0)
+        samples = (PAIR * 30000).round().astype(dtype).tobytes()
+        (tmp_path / "a.sdriq").write_bytes(head + struct.pack("<I", zlib.crc32(head)) + samples)
+        iq, fs = read_iq(tmp_path / "a.sdriq")
+        assert_same(iq)
+        assert fs == 48e3
+    (tmp_path / "a.sdriq").write_bytes(head + bytes(4) + samples)
+    with pytest.raises(UserError, match="does not begin with the header"):
+        read_iq(tmp_path / "a.sdriq")
+
+
 def test_a_format_that_a_file_names_itself_is_not_overruled(tmp_path):
     np.save(tmp_path / "a.npy", Z)
     with pytest.raises(UserError, match="--iq-format has no effect"):
         read_iq(tmp_path / "a.npy", iq_format="cs16")
     stored(*RAW[".cf32"]).tofile(tmp_path / "a.cf32")
+    with pytest.raises(UserError, match="--iq-format has no effect"):
+        read_iq(tmp_path / "a.cf32", iq_format="cs16")
     with pytest.raises(UserError, match="--index 2"):
         read_iq(tmp_path / "a.cf32", 2)
 
@@ -420,6 +477,7 @@ FIRST = [{"core:sample_start": 0}]
         (b"\x07\x00" * 1000 + BODY, [{"core:sample_start": 500}], {}),
         (BODY + b"12345678", FIRST, {"core:trailing_bytes": 8}),
         (BODY, [{"core:sample_start": 700}], {"core:offset": 700}),
+        (BODY, [{"core:sample_start": None, "core:header_bytes": None}], {"core:num_channels": None}),
         (BODY, [{"core:sample_start": 2000}, *FIRST], {}),
         ((PAIR * 30000).round().astype(">i2").tobytes(), FIRST, {"core:datatype": "ci16_be"}),
         ((PAIR * 120 + 127.5).round().astype("u1").tobytes(), FIRST, {"core:datatype": "cu8"}),
@@ -558,6 +616,17 @@ def test_a_pair_put_together_by_the_user_wins_over_what_the_questions_name(tmp_p
     write_h5(tmp_path / "texts/y.h5")
     pair = task_pairs(None, [h5, questions(tmp_path / "texts/x.json", "x.h5", "y.h5")])
     assert [f.path.name for f in QuestionDataset(pair, tokenizer).files] == ["x.h5", "y.h5"]
+
+
+def test_one_file_of_signals_under_two_names_is_one_file(tmp_path, tokenizer):
+    """Or its signals would count as others where validation is held out."""
+    write_h5(tmp_path / "x.h5")
+    (tmp_path / "y.h5").symlink_to("x.h5")
+    questions(tmp_path / "a.json", None)
+    names = (tmp_path / "x.h5", tmp_path / "y.h5", tmp_path / "../" / tmp_path.name / "x.h5")
+    pairs = task_pairs(task_files=[part for name in names for part in (name, tmp_path / "a.json")])
+    data = QuestionDataset(pairs, tokenizer)
+    assert len(data.files) == 1 and {frozenset(data.signals_of(i)) for i in range(3)} == {frozenset({(0, 0)})}
 
 
 def test_nulls_and_empty_names_in_a_question_file_are_as_absent(tmp_path, tokenizer):

@@ -90,7 +90,7 @@ def waves(count=4, points=96):
 
 
 def test_signals_of_any_layout_are_read_where_they_lie(tmp_path, monkeypatch):
-    monkeypatch.setattr("em_mllm.shards.LARGE", 0)
+    monkeypatch.setattr("em_mllm.shards.TarSignals.large", 0)
     monkeypatch.setenv("EM_MLLM_CACHE", str(tmp_path / "cache"))
     a, b, c, d = waves()
     members = {
