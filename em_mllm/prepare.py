@@ -8,6 +8,7 @@ left:
     recorded samples -> mean off -> other rate -> (augmentation in training) -> view -> scale
 """
 
+import math
 import sys
 from dataclasses import asdict, dataclass, fields, replace
 from fractions import Fraction
@@ -126,12 +127,43 @@ def check_rate(spec: SignalSpec, fs: float, name, done=AS_RECORDED):
     print(f"{name}: {fs:g} Hz is far from the rates of training ({seen} Hz); {said}", file=sys.stderr)
 
 
+def ratio(fs: float, target: float) -> Fraction:
+    """target / fs, exact to a thousandth of it."""
+    return Fraction(target / fs).limit_denominator(max(1000, round(fs / target)))
+
+
 def resample(z: np.ndarray, fs: float, target: float) -> np.ndarray:
-    """(T,) complex at `fs` to `target` Hz by a polyphase filter; the ratio is exact to a thousandth of it."""
+    """(T,) complex at `fs` to `target` Hz by a polyphase filter."""
     from scipy.signal import resample_poly
 
-    ratio = Fraction(target / fs).limit_denominator(max(1000, round(fs / target)))
-    return resample_poly(z, ratio.numerator, ratio.denominator)
+    share = ratio(fs, target)
+    return resample_poly(z, share.numerator, share.denominator)
+
+
+def points_read(spec: SignalSpec, length: int, fs: float, done=AS_RECORDED) -> int:
+    """Points that `prepare` makes of `length` samples at `fs` Hz."""
+    if tuple(done) != AS_RECORDED:
+        return length
+    near = nearest_rate(spec, fs / spec.factor) if spec.resample else None
+    if near is None:
+        return length // spec.factor
+    points = math.ceil(length * ratio(fs, near * spec.factor)) // spec.factor
+    return min(points, spec.points or points)
+
+
+def check_done(spec: SignalSpec, done, name="the signal"):
+    """Raise UserError where rows went through another view than the model reads, or kept a mean that it does
+    not know."""
+    if tuple(done) not in (AS_RECORDED, (spec.view, spec.factor)):
+        raise UserError(
+            f"{name}: the rows are of view {done[0]} x {done[1]}, the model reads {spec.view} x "
+            f"{spec.factor}; give the recorded samples"
+        )
+    if spec.remove_dc and tuple(done) != AS_RECORDED:
+        raise UserError(
+            f"{name}: --remove-dc has no effect on rows of view {done[0]} x {done[1]}; give the recorded "
+            "samples, or train without it"
+        )
 
 
 def prepare(iq, fs: float, spec: SignalSpec, done=AS_RECORDED, augment=None) -> tuple[np.ndarray, float]:
@@ -141,12 +173,8 @@ def prepare(iq, fs: float, spec: SignalSpec, done=AS_RECORDED, augment=None) -> 
     applied to the recorded samples before view and scale. Raises UserError where the rows went through
     another view than the model reads.
     """
+    check_done(spec, done)
     wanted = (spec.view, spec.factor)
-    if tuple(done) not in (AS_RECORDED, wanted):
-        raise UserError(
-            f"the rows are of view {done[0]} x {done[1]}, the model reads {wanted[0]} x {wanted[1]}; give "
-            "the recorded samples"
-        )
     iq = np.asarray(iq, np.float32)
     recorded = tuple(done) == AS_RECORDED
     if recorded and spec.remove_dc:

@@ -20,21 +20,21 @@ from common.checkpoint import atomic_path
 from common.errors import UserError
 from em_mllm.answering import ask
 from em_mllm.dataset import QuestionCollator, encode_text
-from em_mllm.iq_io import H5, find_recordings, open_recording, strong_windows
-from em_mllm.prepare import AS_RECORDED, check_rate, nearest_rate, prepare
+from em_mllm.iq_io import H5, MANY, find_recordings, needs_format, open_recording, strong_windows
+from em_mllm.prepare import AS_RECORDED, check_done, check_rate, nearest_rate, points_read, prepare
 from em_mllm.signal_file import DEFAULT_FS
 
 CANNOT_TELL = "cannot tell"
 SILENT = "(the model wrote nothing; was it trained long enough?)"
 
 
-def window_points(args, recording, spec, config) -> int | None:
+def window_points(args, recording, fs, spec, config) -> int | None:
     """Points that the encoder reads of one window: --window, else as in training; None where the recording is
     a row of a .h5, which is read whole, as in a test set."""
     longest = (config.num_positions - config.num_special) * config.patch_size[0]
-    factor = spec.factor if recording.done == AS_RECORDED else 1
-    if args.window is None and recording.path.suffix.lower() in H5 and recording.length // factor <= longest:
-        return None
+    if args.window is None and recording.path.suffix.lower() in H5:
+        if points_read(spec, recording.length, fs, recording.done) <= longest:
+            return None
     points = args.window or spec.points or min(longest, 1024)
     if not config.patch_size[0] <= points <= longest:
         raise UserError(f"--window {points}: the encoder takes {config.patch_size[0]} to {longest} points")
@@ -44,8 +44,12 @@ def window_points(args, recording, spec, config) -> int | None:
 def cut(args, path, notes, spec, config):
     """Open a recording and cut it; returns (recording, rate in Hz, [(first sample, samples)])."""
     default_fs = args.fs or notes.get("default_fs", DEFAULT_FS)
-    recording = open_recording(path, args.index, args.iq_format, default_fs)
+    # of several recordings, options are for those that need them
+    index = args.index if path.suffix.lower() in MANY else 0
+    recording = open_recording(path, index, args.iq_format if needs_format(path) else None, default_fs)
     fs = args.fs or recording.fs
+    if not recording.stated and not args.fs:
+        print(f"{path}: does not state its sampling rate; taken as {fs:g} Hz")
     if recording.fs not in (None, fs):
         print(f"{path}: states {recording.fs:g} Hz; --fs {fs:g} is taken instead")
     if fs is None and len(spec.rates) == 1:  # what else it may be, it cannot have learned
@@ -53,7 +57,8 @@ def cut(args, path, notes, spec, config):
         print(f"{path}: does not say its sampling rate; taken as that of training, say another with --fs")
     if fs is None:
         raise UserError(f"{path}: does not say its sampling rate; give it in Hz with --fs")
-    points = window_points(args, recording, spec, config)
+    check_done(spec, recording.done, path)
+    points = window_points(args, recording, fs, spec, config)
     samples, stride = points or recording.length, spec.stride or points
     if points and recording.done == AS_RECORDED:  # as many recorded samples as make `points` points
         near = nearest_rate(spec, fs / spec.factor) if spec.resample else None

@@ -29,8 +29,9 @@ from em_mllm.em_foundation.models import SiTMAEConfig, SiTMAEModelWithoutMask
 from em_mllm.em_foundation.models.modeling_cnn import cnn_config, make_encoder
 from em_mllm.em_foundation.utils.utils import signal_of
 from em_mllm.model import load_model, read_notes, save_model, set_trainable
-from em_mllm.prepare import AS_RECORDED, SignalSpec, check_rate, prepare
+from em_mllm.prepare import AS_RECORDED, SignalSpec, check_rate, points_read, prepare
 from em_mllm.recordings import CANNOT_TELL, cut, show, together
+from em_mllm.signal_file import SignalFile
 from tests.em_world import tiny_sizes, write_h5, write_questions
 
 QUESTION = "选出最符合的调制类型。(A) CW (B) 2ASK (C) BPSK"
@@ -141,6 +142,17 @@ def test_every_built_in_task_is_read_alike_in_a_test_set_and_as_a_recording(tmp_
         iq, rate = prepare(window, fs, spec, recording.done)
         assert start == 0 and np.array_equal(iq, data[row]["iq"][0]) and rate == data[row]["fs"][0]
         seen.add((fs, len(iq), rate))
+
+    # at four times the rate, so long that the encoder takes no more than what is left of it
+    write_task(tmp_path / "long", points=1500, count=2, fs=80e6)
+    if resample:
+        args = SimpleNamespace(index=1, iq_format=None, fs=None, window=None, windows=4)
+        path = tmp_path / "long/x.h5"
+        recording, fs, ((_, window),) = cut(args, path, {}, spec, SiTMAEConfig(**SIZES))
+        whole = prepare(SignalFile(path).read(1), 80e6, spec)[0]
+        assert np.array_equal(prepare(window, fs, spec, recording.done)[0], whole) and len(whole) == 128
+        assert points_read(spec, 1500, 80e6) == 128
+
     assert {length for _, length, _ in seen} == ({64, 128} if resample else {128}) and len(seen) == 3
 
 
@@ -240,6 +252,19 @@ def test_preparation_takes_the_mean_off_resamples_and_refuses_another_view():
         np.testing.assert_allclose(turned, 90e3, rtol=2e-3)
     with pytest.raises(UserError, match="polar x 8, the model reads iq x 1"):
         prepare(iq, 1e6, SignalSpec(), ("polar", 8))
+    polar = dict(view="polar", factor=8)
+    specs = [SignalSpec(points=300, rates=(1e6,), resample=True), SignalSpec(**polar)]
+    specs += [SignalSpec(points=30, rates=(1.3e5,), resample=True, **polar)]
+    for points, fs in ((100, 1e6), (101, 3e6), (100, 0.7e6), (1000, 2e6), (999, 1.234567e6)):
+        for spec in specs:
+            assert points_read(spec, points, fs) == len(prepare(np.ones((points, 2)), fs, spec)[0])
+
+
+def test_the_mean_of_rows_that_are_no_samples_is_refused(world, tmp_path):
+    """They keep what their conversion left; a raw capture asked of the model would not."""
+    with pytest.raises(UserError, match="polar/x.h5: --remove-dc has no effect on rows of view polar x 8"):
+        train(world, tmp_path / "run", "--remove-dc", data="polar")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_rate_unlike_training_is_told_in_one_line(capsys):
