@@ -35,7 +35,7 @@ from common.files import check, open_npz, read_plain_pickle, reading
 from common.run import progress
 from em_mllm.make_data import NOUN, write_questions
 from em_mllm.prepare import view
-from em_mllm.signal_file import DEFAULT_FS, HERTZ
+from em_mllm.signal_file import DEFAULT_FS, HERTZ, centred
 from em_mllm.torchsig import read_torchsig
 
 RADIOML2018 = (
@@ -188,13 +188,8 @@ def read_rtl433(path: Path, train=None) -> dict:
     iq, y, classes = content["iq"], content["y"], content["classes"]
     if iq.ndim != 3 or iq.shape[2] != 2 or iq.dtype.kind not in "uif":
         raise UserError(f"{path}: iq is {iq.shape} {iq.dtype}, expected real numbers (n, T, 2)")
-    if (
-        y.shape != (len(iq),)
-        or y.dtype.kind not in "iu"
-        or not len(y)
-        or y.min() < 0
-        or y.max() >= len(classes)
-    ):
+    numbers = y.shape == (len(iq),) and y.dtype.kind in "iu"
+    if not numbers or not len(y) or y.min() < 0 or y.max() >= len(classes):
         raise UserError(
             f"{path}: y is {y.shape} {y.dtype}, expected for each of the {len(iq)} captures the number of "
             f"one of {len(classes)} classes"
@@ -210,9 +205,8 @@ def read_rtl433(path: Path, train=None) -> dict:
         raise UserError(
             f"{path}: iq[{bad[0]}] holds nan or inf, or the same sample throughout; leave the capture out"
         )
-    content["iq"] = ((iq[..., 0] - np.float32(127.5)) + 1j * (iq[..., 1] - np.float32(127.5))).astype(
-        np.complex64
-    )
+    iq = centred(iq)
+    content["iq"] = (iq[..., 0] + 1j * iq[..., 1]).astype(np.complex64)
     content |= {"fs": float(content["fs"]), "y": content["y"].astype(int)}
     if train is not None:
         names, known = list(map(str, content["classes"])), list(map(str, train["classes"]))
@@ -259,17 +253,8 @@ def write_captures(folder: Path, views, y, meta, rng, args, choices: int, opens:
     for task, of_class in names.items():
         kinds = of_class if task == "device" else sorted(set(of_class))
         labels = [kinds.index(of_class[k]) for k in y]
-        write_questions(
-            folder / f"{task}.json",
-            kinds,
-            labels,
-            DEVICE[task],
-            "device.h5",
-            rng,
-            choices,
-            opens,
-            sentences=args.sentences,
-        )
+        about = (folder / f"{task}.json", kinds, labels, DEVICE[task], "device.h5", rng)
+        write_questions(*about, choices, opens, sentences=args.sentences)
 
 
 def copies_of(content: dict, rng, clean: bool):

@@ -16,22 +16,10 @@ from common.files import read_json
 
 MODEL_TYPES = ("fm9g", "minicpm")
 SHARED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "hidden_act",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "attention_bias",
-    "attention_dropout",
-    "initializer_range",
-)
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+    "hidden_act max_position_embeddings rms_norm_eps bos_token_id eos_token_id pad_token_id "
+    "attention_bias attention_dropout initializer_range"
+).split()
 
 
 def is_fm9g(folder) -> bool:
@@ -44,17 +32,12 @@ def is_fm9g(folder) -> bool:
 def shared_fields(config: dict) -> dict:
     """The fields that FM9G has in common with Llama and Granite; a rope_scaling entry (longrope) becomes
     rope_parameters."""
-    rope = {
-        "rope_type": "default",
-        **(config.get("rope_scaling") or {}),
-        "rope_theta": config.get("rope_theta", 10000.0),
-    }
+    rope = {"rope_type": "default", **(config.get("rope_scaling") or {})}
+    rope["rope_theta"] = config.get("rope_theta", 10000.0)
     rope["rope_type"] = rope.pop("type", rope["rope_type"])
     if rope["rope_type"] == "longrope":
-        rope.setdefault(
-            "original_max_position_embeddings",
-            config.get("original_max_position_embeddings", config.get("max_position_embeddings")),
-        )
+        name = "original_max_position_embeddings"
+        rope.setdefault(name, config.get(name, config.get("max_position_embeddings")))
     return {**{k: config[k] for k in SHARED if config.get(k) is not None}, "rope_parameters": rope}
 
 
@@ -76,13 +59,10 @@ def fold_to_llama(config: dict, tensors: dict) -> tuple[LlamaConfig, dict[str, t
     equal logits."""
     residual = config.get("scale_depth", 1) / config["num_hidden_layers"] ** 0.5
     embedding = tensors["model.embed_tokens.weight"]
-    out = {
-        k: v * residual if k.endswith(("o_proj.weight", "down_proj.weight")) else v
-        for k, v in tensors.items()
-    }
+    scaled = ("o_proj.weight", "down_proj.weight")
+    out = {k: v * residual if k.endswith(scaled) else v for k, v in tensors.items()}
     head = tensors.get("lm_head.weight", embedding)
-    out["lm_head.weight"] = head * (
-        config.get("dim_model_base", config["hidden_size"]) / config["hidden_size"]
-    )
+    share = config.get("dim_model_base", config["hidden_size"]) / config["hidden_size"]
+    out["lm_head.weight"] = head * share
     out["model.embed_tokens.weight"] = embedding * config.get("scale_emb", 1)
     return LlamaConfig(**shared_fields(config), tie_word_embeddings=False), out

@@ -116,16 +116,7 @@ def open_question(name: str, noun: tuple[str, str], rng: np.random.Generator, se
 
 
 def write_questions(
-    path: Path,
-    names,
-    labels,
-    noun,
-    h5_name: str,
-    rng,
-    choices: int,
-    opens: int,
-    answers=True,
-    sentences=False,
+    path, names, labels, noun, h5_name: str, rng, choices: int, opens: int, answers=True, sentences=False
 ):
     """The .json of one task: for signal i of class labels[i], `choices` four-choice and `opens` open
     questions."""

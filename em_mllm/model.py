@@ -232,13 +232,7 @@ class MultiModalModel(nn.Module):
         loss = None
         if target is not None:
             loss = F.cross_entropy(predicted.flatten(0, 1).float(), target.flatten(), ignore_index=-100)
-        return {
-            "loss": loss,
-            "logits": logits,
-            "labels": target,
-            "inputs_embeds": embeds,
-            "attention_mask": mask,
-        }
+        return dict(loss=loss, logits=logits, labels=target, inputs_embeds=embeds, attention_mask=mask)
 
     @torch.no_grad()
     def generate(self, iq, input_ids, attention_mask, iq_lengths=None, fs=None, signal_index=None, **options):

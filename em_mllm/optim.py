@@ -41,9 +41,7 @@ def make_optimizers(
         group["params"] = [p for p in group["params"] if p not in taken]
     optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas)]
     if matrices:
-        optimizers.append(
-            torch.optim.Muon(
-                [{"params": matrices, "peak": 10 * lr}], lr=10 * lr, weight_decay=weight_decay, momentum=0.95
-            )
-        )
+        high = 10 * lr
+        group = {"params": matrices, "peak": high}
+        optimizers.append(torch.optim.Muon([group], lr=high, weight_decay=weight_decay, momentum=0.95))
     return optimizers

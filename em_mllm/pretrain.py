@@ -188,14 +188,8 @@ def make_config(args) -> SiTMAEConfig:
         refuse(args, ["preset"], "beside --config")
 
     # None: not given, as the file or the preset says
-    own = dict(
-        patch_size=args.patch and [args.patch, 1],
-        stem=args.stem,
-        mask_ratio=args.mask_ratio,
-        norm_pix_loss=args.norm_pix_loss,
-        spectrum_weight=args.spectrum_weight,
-        contrast_weight=args.contrast_weight,
-    )
+    names = ("stem", "mask_ratio", "norm_pix_loss", "spectrum_weight", "contrast_weight")
+    own = {"patch_size": args.patch and [args.patch, 1], **{name: getattr(args, name) for name in names}}
     if args.config:
         return read_config(args.config, **own)
     try:
@@ -326,17 +320,9 @@ def read_data(args, config, room: int):
             "--contrast-weight has no effect without an augmentation, by which the two views of a signal "
             "differ; add --phase, --roll, --shift-hz or --noise-db"
         )
-    clean = args.target == "clean"
-    signals = SignalDataset(
-        signal_files(args.data),
-        (),
-        args.skip_bad,
-        args.seed,
-        augmentation,
-        clean=clean,
-        second=second,
-        learned=args.init and signal_of(args.init),
-    )
+    learned = args.init and signal_of(args.init)
+    how = dict(clean=args.target == "clean", second=second, learned=learned)
+    signals = SignalDataset(signal_files(args.data), (), args.skip_bad, args.seed, augmentation, **how)
     packed = PackedSignals(signals, config, room, args.min_points, args.seed)
     if not args.val:
         return signals, packed, None

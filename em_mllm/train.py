@@ -377,13 +377,8 @@ def make_data(args, tokenizer):
     theirs is in the training set, and they are not augmented.
     """
     # both sets are read alike, or their losses could not be compared
-    common = dict(
-        tokenizer=tokenizer,
-        max_length=args.max_length,
-        chat=args.chat_template,
-        skip_bad=args.skip_bad,
-        default_fs=args.fs,
-    )
+    common = dict(tokenizer=tokenizer, max_length=args.max_length, chat=args.chat_template)
+    common |= dict(skip_bad=args.skip_bad, default_fs=args.fs)
 
     # reading checks every question and every signal
     source = QuestionDataset(

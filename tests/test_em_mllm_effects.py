@@ -5,12 +5,14 @@ import json
 import h5py
 import numpy as np
 import pytest
+import torch
 
 import em_mllm.finetune
 import em_mllm.make_data
 import em_mllm.pretrain
 import em_mllm.train
 import studies.em_mllm.make_llm
+from common.weights import read_weights
 from tests import forked
 from tests.effects import RUN_BASE, RUN_FLAGS, Effect, check_effects
 from tests.em_world import tiny_sizes
@@ -90,11 +92,35 @@ def test_every_option_of_pretrain_has_its_effect(world, tmp_path):
 
 
 def computed_again(base, variant) -> str:
-    """For --gradient-checkpointing: the losses are the same; tests/test_em_mllm_encoder.py looks at what is
-    computed again."""
+    """For options that change how a loss is computed and not the loss; that they reach the model is the next
+    test's."""
     one, two = ([line["loss"] for line in trial.log() if "loss" in line] for trial in (base, variant))
     same = np.allclose(one, two, rtol=1e-4)
     return "" if same else "the losses differ"
+
+
+def test_checkpointing_and_attention_reach_the_model(world):
+    parts = ("--signal-encoder-path", world / "mae/encoder", "--llm-model-path", world / "llm")
+    command = ("--task-dir", "x", *parts, "--gradient-checkpointing", "--attention-type", "eager")
+    model, _ = em_mllm.train.make_model(em_mllm.train.parse_args(list(map(str, command))), [])
+    assert model.signal_encoder.config.attention_type == "eager"
+    assert model.llm.is_gradient_checkpointing and model.signal_encoder.is_gradient_checkpointing
+    command = ("--data", "x", "--out", "y", "--config", world / "sizes.json", "--gradient-checkpointing")
+    args = em_mllm.pretrain.parse_args(list(map(str, command)))
+    assert em_mllm.pretrain.make_model(args, em_mllm.pretrain.make_config(args)).is_gradient_checkpointing
+
+
+def encoder_kept(folder):
+    """For options that freeze the encoder of `folder`: it moves in the base, and not in the variant."""
+
+    def look(base, variant) -> str:
+        was = read_weights(folder / "model.safetensors")
+        name = lambda key: f"sit.{key.rpartition('/')[2].removeprefix('sit.')}"
+        moved = lambda k, value: name(k) in was and not torch.equal(value, was[name(k)])
+        one, two = (any(moved(*item) for item in t.weights().items()) for t in (base, variant))
+        return "" if one and not two else f"the encoder moves in the base: {one}, in the variant: {two}"
+
+    return look
 
 
 @pytest.mark.slow
@@ -133,7 +159,7 @@ def test_every_option_of_finetune_has_its_effect(world, tmp_path):
         ],
         "--signal-encoder-path": Effect(world / "other/encoder", "weights"),
         "--random-encoder": Effect(True, "weights"),
-        "--linear-probe": Effect(True, "weights"),
+        "--linear-probe": Effect(True, ("weights", encoder_kept(world / "mae/encoder"))),
         "--optimizer": [Effect("muon", "weights"), Effect("muon", "refused", given=("--linear-probe",))],
     }
     # a file that is refused as --test or --val is named by that option
@@ -152,7 +178,7 @@ def test_every_option_of_train_has_its_effect(world, tmp_path):
         "--task-dir": "excludes --task-files of the base: test_every_option_of_train_that_excludes_another",
         "--task-files": Effect([data / "train/modulation.h5", data / "train/modulation.json"], "weights"),
         "--val-dir": Effect(data / "val", "predictions"),
-        "--questions-per-signal": Effect(2, "weights"),
+        "--questions-per-signal": Effect(2, ("text", "weights")),
         "--noise-db": Effect([0, 5], "weights"),
         "--shift-hz": Effect(1e6, "weights"),
         "--roll": Effect(True, "weights"),
@@ -184,7 +210,7 @@ def test_every_option_of_train_has_its_effect(world, tmp_path):
         "--max-length": Effect(5, "refused"),  # every text is longer
         "--chat-template": Effect(True, "weights"),
         "--freeze-llm": Effect(True, "files"),
-        "--freeze-signal-encoder": Effect(True, "weights"),
+        "--freeze-signal-encoder": Effect(True, ("weights", encoder_kept(world / "mae/encoder"))),
         "--use-lora": Effect(True, "files"),
         "--load-in-4bit": Effect(True, "refused"),  # the language model of the base is trained
         "--lora-r": [Effect(4, "shape", given=("--use-lora",)), Effect(4, "refused")],

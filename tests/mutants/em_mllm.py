@@ -237,6 +237,20 @@ MUTANTS = [
         DATA,
         "augmentation is the same in every epoch",
     ),
+    Mutant(
+        "em_mllm/pretrain.py",
+        "    if args.gradient_checkpointing:",
+        "    if args.gradient_checkpointing and not args.data:",
+        "tests/test_em_mllm_effects.py::test_checkpointing_and_attention_reach_the_model",
+        "--gradient-checkpointing ignored",
+    ),
+    Mutant(
+        "em_mllm/dataset.py",
+        '        r["question"] = asked(r)\n',
+        "",
+        OPTIONS,
+        "options of a field of their own are not shown to the model",
+    ),
     # --- data and model
     Mutant(
         "em_mllm/dataset.py",
@@ -356,8 +370,8 @@ MUTANTS = [
     ),
     Mutant(
         "em_mllm/recordings.py",
-        "        return None",
-        "        return recording.length // factor",
+        "            return None",
+        "            return recording.length // 2",
         CONTRACT,
         "a row of a .h5 at a lower rate is cut into windows",
     ),

@@ -129,13 +129,9 @@ class SiTMAELayer(nn.Module):
 
     def __init__(self, config, hidden_size, heads, intermediate_size):
         super().__init__()
-        self.attention = SITMAE_ATTENTION_CLASSES[config.attention_type](
-            hidden_size,
-            heads,
-            config.hidden_dropout_prob,
-            config.attention_probs_dropout_prob,
-            config.qkv_bias,
-        )
+        dropout = (config.hidden_dropout_prob, config.attention_probs_dropout_prob)
+        kind = SITMAE_ATTENTION_CLASSES[config.attention_type]
+        self.attention = kind(hidden_size, heads, *dropout, config.qkv_bias)
         self.norm1 = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
         self.norm2 = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
         self.w_1 = nn.Linear(hidden_size, intermediate_size)

@@ -13,6 +13,38 @@ CHOICES = {
     "encoder": ("sit", "cnn"),
     "stem": ("patch", "overlap"),
 }
+DEFAULTS = dict(
+    hidden_size=768,
+    num_hidden_layers=12,
+    num_attention_heads=12,
+    intermediate_size=3072,
+    hidden_act="gelu",
+    hidden_dropout_prob=0.0,
+    attention_probs_dropout_prob=0.0,
+    initializer_range=0.02,
+    layer_norm_eps=1e-12,
+    max_seq_len=(4096, 1),
+    patch_size=(8, 1),
+    num_channels=2,
+    qkv_bias=True,
+    decoder_hidden_size=512,
+    decoder_num_hidden_layers=8,
+    decoder_num_attention_heads=16,
+    decoder_intermediate_size=2048,
+    mask_ratio=0.75,
+    norm_pix_loss=False,
+    use_fs=True,
+    attention_type="eager",
+    fs_unit="mhz",
+    position_init="xavier",
+    spectrum_weight=0.0,
+    contrast_weight=0.0,
+    pooling="cls",
+    encoder="sit",
+    stem="patch",
+    label_weights=None,
+    signal=None,
+)
 
 
 class SiTMAEConfig(PretrainedConfig):
@@ -38,71 +70,12 @@ class SiTMAEConfig(PretrainedConfig):
 
     model_type = "sit_mae"
 
-    def __init__(
-        self,
-        hidden_size=768,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        intermediate_size=3072,
-        hidden_act="gelu",
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        initializer_range=0.02,
-        layer_norm_eps=1e-12,
-        max_seq_len=(4096, 1),
-        patch_size=(8, 1),
-        num_channels=2,
-        qkv_bias=True,
-        decoder_hidden_size=512,
-        decoder_num_hidden_layers=8,
-        decoder_num_attention_heads=16,
-        decoder_intermediate_size=2048,
-        mask_ratio=0.75,
-        norm_pix_loss=False,
-        use_fs=True,
-        attention_type="eager",
-        fs_unit="mhz",
-        position_init="xavier",
-        spectrum_weight=0.0,
-        contrast_weight=0.0,
-        pooling="cls",
-        encoder="sit",
-        stem="patch",
-        label_weights=None,
-        signal=None,
-        **kwargs,
-    ):
-        super().__init__(**kwargs)
-        self.hidden_size = hidden_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.intermediate_size = intermediate_size
-        self.hidden_act = hidden_act
-        self.hidden_dropout_prob = hidden_dropout_prob
-        self.attention_probs_dropout_prob = attention_probs_dropout_prob
-        self.initializer_range = initializer_range
-        self.layer_norm_eps = layer_norm_eps
-        self.qkv_bias = qkv_bias
-        self.max_seq_len = [max_seq_len, 1] if isinstance(max_seq_len, int) else list(max_seq_len)
-        self.patch_size = [patch_size, 1] if isinstance(patch_size, int) else list(patch_size)
-        self.num_channels = num_channels
-        self.use_fs = use_fs
-        self.fs_unit = fs_unit
-        self.attention_type = attention_type
-        self.position_init = position_init
-        self.spectrum_weight = spectrum_weight
-        self.contrast_weight = contrast_weight
-        self.pooling = pooling
-        self.encoder = encoder
-        self.stem = stem
-        self.decoder_hidden_size = decoder_hidden_size
-        self.decoder_num_hidden_layers = decoder_num_hidden_layers
-        self.decoder_num_attention_heads = decoder_num_attention_heads
-        self.decoder_intermediate_size = decoder_intermediate_size
-        self.mask_ratio = mask_ratio
-        self.norm_pix_loss = norm_pix_loss
-        self.label_weights = label_weights
-        self.signal = signal
+    def __init__(self, **fields):
+        fields = {**DEFAULTS, **fields}
+        for name in ("max_seq_len", "patch_size"):
+            size = fields[name]
+            fields[name] = [size, 1] if isinstance(size, int) else list(size)
+        super().__init__(**fields)
         self.check()
 
     def check(self):

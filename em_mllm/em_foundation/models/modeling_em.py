@@ -259,18 +259,9 @@ class SiTMAEForPreTraining(SiTMAEPreTrainedModel):
             alike, own = one @ two.T / CONTRAST_TEMPERATURE, torch.arange(len(one), device=one.device)
             contrast_loss = (F.cross_entropy(alike, own) + F.cross_entropy(alike.T, own)) / 2
             loss = loss + self.config.contrast_weight * contrast_loss
-        out = SiTMAEForPreTrainingOutput(
-            loss,
-            hidden_loss,
-            spectrum_loss,
-            contrast_loss,
-            logits,
-            encoded.mae_mask,
-            encoded.ids_restore,
-            encoded.attn_mask,
-            encoded.hidden_states,
-            encoded.attentions,
-        )
+        names = ("mae_mask", "ids_restore", "attn_mask", "hidden_states", "attentions")
+        kept = {name: getattr(encoded, name) for name in names}
+        out = SiTMAEForPreTrainingOutput(loss, hidden_loss, spectrum_loss, contrast_loss, logits, **kept)
         return out if return_dict else out.to_tuple()
 
 
@@ -366,17 +357,8 @@ class SiTForMultiTask(SiTMAEHeadModel):
         size = config.hidden_size
         self.classifier = nn.Linear(size, config.num_labels)
         for name in REGRESSION_TASKS:
-            setattr(
-                self,
-                f"regression_head_{name}",
-                nn.Sequential(
-                    nn.Linear(size, 2 * size),
-                    nn.LayerNorm(2 * size),
-                    nn.Dropout(0.25),
-                    nn.ReLU(),
-                    nn.Linear(2 * size, 1),
-                ),
-            )
+            inner = (nn.Linear(size, 2 * size), nn.LayerNorm(2 * size), nn.Dropout(0.25), nn.ReLU())
+            setattr(self, f"regression_head_{name}", nn.Sequential(*inner, nn.Linear(2 * size, 1)))
         self.post_init()
 
     def predict(self, hidden_states):

@@ -292,11 +292,5 @@ def guess_config(tensors: dict) -> dict:
         raise UserError(
             f"the weights hold no SiT-MAE encoder (missing {error}); give the folder of the encoder"
         ) from error
-    return dict(
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=max(1, hidden // 64),
-        intermediate_size=inner,
-        max_seq_len=[points, 1],
-        patch_size=[patch, 1],
-    )
+    sizes = dict(zip(SIZES, (hidden, layers, max(1, hidden // 64), inner)))
+    return {**sizes, "max_seq_len": [points, 1], "patch_size": [patch, 1]}
