@@ -35,7 +35,7 @@ from common.files import check, open_npz, read_plain_pickle, reading
 from common.run import progress
 from em_mllm.make_data import NOUN, write_questions
 from em_mllm.prepare import view
-from em_mllm.signal_file import DEFAULT_FS, HERTZ, centred
+from em_mllm.signal_file import DEFAULT_FS, HERTZ, centred, decoded, plain_text
 from em_mllm.torchsig import read_torchsig
 
 RADIOML2018 = (
@@ -111,26 +111,23 @@ def read_radioml2016(path: Path):
         for k, v in cells.items()
     ):
         raise UserError(f"{path}: expected a dictionary of (class, SNR): array (n, 2, T)")
-    for (name, snr), signals in sorted(cells.items()):
-        yield name.decode() if isinstance(name, bytes) else name, float(snr), signals.transpose(0, 2, 1)
+    found = [(plain_text(name), float(snr), cell.transpose(0, 2, 1)) for (name, snr), cell in cells.items()]
+    yield from sorted(found, key=lambda cell: cell[:2])
 
 
 def read_radioml2018(path: Path):
     """Yields (class name, SNR in dB, signals (n, T, 2)) of a 2018.01a file: X (N, T, 2), Y one-hot (N, 24), Z
     SNR (N, 1)."""
-    try:
-        with h5py.File(path, "r") as file:
-            if any(k not in file for k in "XYZ"):
-                raise UserError(f"{path}: expected the datasets X, Y, Z (it has {', '.join(file)})")
-            label, snr = file["Y"][:].argmax(1), file["Z"][:].ravel()
-            if file["Y"].shape[1] != len(RADIOML2018):
-                raise UserError(f"{path}: Y has {file['Y'].shape[1]} classes, expected {len(RADIOML2018)}")
-            for c in range(len(RADIOML2018)):
-                for s in np.unique(snr[label == c]):
-                    rows = np.nonzero((label == c) & (snr == s))[0]
-                    yield RADIOML2018[c], float(s), file["X"][rows[0] : rows[-1] + 1][rows - rows[0]]
-    except OSError as error:
-        raise UserError(f"{path}: not a readable HDF5 file ({error}); was the download cut short?") from error
+    with reading(path, "RadioML file"), h5py.File(path, "r") as file:
+        if any(k not in file for k in "XYZ"):
+            raise UserError(f"{path}: expected the datasets X, Y, Z (it has {', '.join(file)})")
+        label, snr = file["Y"][:].argmax(1), file["Z"][:].ravel()
+        if file["Y"].shape[1] != len(RADIOML2018):
+            raise UserError(f"{path}: Y has {file['Y'].shape[1]} classes, expected {len(RADIOML2018)}")
+        for c in range(len(RADIOML2018)):
+            for s in np.unique(snr[label == c]):
+                rows = np.nonzero((label == c) & (snr == s))[0]
+                yield RADIOML2018[c], float(s), file["X"][rows[0] : rows[-1] + 1][rows - rows[0]]
 
 
 def convert_radioml(cells, out: Path, per_cell: int, fs: float, seed: int):
@@ -300,9 +297,9 @@ PLACEHOLDER = re.compile(r"[ \t]*<(?:iq_data|iq|signal|IQ)>[ \t]*")
 
 
 def read_merlin(path: Path):
-    """Yield (id, question, answer or None, list of signals (T, 2)) of every answered turn of a .jsonl."""
-    with reading(path, "file of JSON lines"), open(path, encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
+    """Yield (id, texts of `merlin_turns`, answer or None, signals [(T, 2)]) of every turn of a .jsonl."""
+    with reading(path, "file of JSON lines"), open(path, "rb") as file:
+        for number, line in enumerate(map(decoded, file), 1):
             if not line.strip():
                 continue
             where = f"{path}: line {number}"
@@ -312,8 +309,8 @@ def read_merlin(path: Path):
                 raise UserError(f"{where}: not JSON ({error}); mend the line") from error
             check(record, {"conversations": [{"from": str, "value": str}], "iq_data": list}, where)
             signals = merlin_signals(record["iq_data"], where)
-            for question, answer in merlin_turns(record["conversations"], where):
-                yield record.get("id", number - 1), question, answer, signals
+            for texts, answer in merlin_turns(record["conversations"], where):
+                yield record.get("id", number - 1), texts, answer, signals
 
 
 def merlin_signals(data, where: str) -> list[np.ndarray]:
@@ -332,8 +329,9 @@ def merlin_signals(data, where: str) -> list[np.ndarray]:
     return arrays
 
 
-def merlin_turns(conversations, where: str) -> list[tuple[str, str | None]]:
-    """(question, answer or None) of a conversation; what was said before stands before each question."""
+def merlin_turns(conversations, where: str) -> list[tuple[dict, str | None]]:
+    """({"question", "turn"}, answer or None) of a conversation: what was said before stands before each
+    question, and "turn" is the question without that, which alone says whether there are options."""
     told, turns = [], []
     for turn in conversations:
         role = ROLES.get(turn["from"].lower())
@@ -347,7 +345,7 @@ def merlin_turns(conversations, where: str) -> list[tuple[str, str | None]]:
         elif role == "human":
             if not text:
                 raise UserError(f"{where}: conversations: a turn of human holds no text; mend the line")
-            turns.append(("\n".join([*told, text]), None))
+            turns.append(({"question": "\n".join([*told, text]), **({"turn": text} if told else {})}, None))
         told.append(text)
     if not turns:
         raise UserError(f"{where}: conversations: holds no turn of human")
@@ -361,7 +359,7 @@ def convert_merlin(paths, out: Path, fs: float):
         raise UserError(f"two files are called {min(twice)}, as what is written for them; rename one")
     for path in paths:
         kept, records = {}, []
-        for name, question, answer, signals in progress(read_merlin(path), desc=path.stem):
+        for name, texts, answer, signals in progress(read_merlin(path), desc=path.stem):
             points = {len(signal) for signal in signals}
             if len(points) > 1:
                 raise UserError(
@@ -370,7 +368,7 @@ def convert_merlin(paths, out: Path, fs: float):
             store = kept.setdefault(points.pop(), [])
             rows = list(range(len(store), len(store) + len(signals)))
             store += signals
-            record = {"id": len(records), "source_id": name, "question": question}
+            record = {"id": len(records), "source_id": name, **texts}
             record |= {"answer": answer} if answer else {}
             index = rows[0] if len(rows) == 1 else rows
             records.append({**record, "iq_index_in_h5": index, "h5_path": len(signals[0])})
@@ -387,13 +385,9 @@ def convert_merlin(paths, out: Path, fs: float):
         print(f"{path.stem}: {len(records)} questions, signals of {', '.join(map(str, sorted(kept)))} points")
 
 
-UNUSED = {  # options that mean nothing for a source
-    "radioml2016": ("copies", "clean", "view", "sentences"),
-    "radioml2018": ("copies", "clean", "view", "sentences"),
-    "torchsig": ("copies", "clean", "view", "sentences"),
-    "rtl433": ("per_cell", "fs"),
-    "merlin": ("per_cell", "copies", "clean", "view", "sentences", "seed"),
-}
+# options that mean nothing for a source
+UNUSED = dict.fromkeys(("radioml2016", "radioml2018", "torchsig"), ("copies", "clean", "view", "sentences"))
+UNUSED |= {"rtl433": ("per_cell", "fs"), "merlin": (*UNUSED["torchsig"], "per_cell", "seed")}
 
 
 def main(args):

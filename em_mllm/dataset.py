@@ -103,7 +103,7 @@ class Augmentation:
         return iq
 
 
-def signal_spec(files: list[SignalFile], remove_dc=False, resample=False) -> SignalSpec:
+def signal_spec(files: list[SignalFile]) -> SignalSpec:
     """The specification of what a model learns from these training files."""
     views = {file.done for file in files} - {AS_RECORDED} or {AS_RECORDED}
     if len(views) > 1:
@@ -111,14 +111,9 @@ def signal_spec(files: list[SignalFile], remove_dc=False, resample=False) -> Sig
         raise UserError(f"the files hold views {one} x {by} and {other} x {by_other}; train on one of them")
     (kind, factor) = views.pop()
     share = {file: factor if file.done == AS_RECORDED else 1 for file in files}
-    return SignalSpec(
-        points=max(file.points // share[file] for file in files),
-        remove_dc=remove_dc,
-        view=kind,
-        factor=factor,
-        rates=tuple(sorted({rate / share[file] for file in files for rate in file.rates()})),
-        resample=resample,
-    )
+    points = max(file.points // share[file] for file in files)
+    rates = tuple(sorted({rate / share[file] for file in files for rate in file.rates()}))
+    return SignalSpec(points, view=kind, factor=factor, rates=rates)
 
 
 def check_augmentation(files: list[SignalFile], augmentation: Augmentation):
@@ -129,6 +124,13 @@ def check_augmentation(files: list[SignalFile], augmentation: Augmentation):
                 f"{file.path}: its rows are magnitude and frequency, or averages; of the augmentations only "
                 "--roll works on them, leave out the others"
             )
+
+
+def check_rates(files: list[SignalFile], signal: SignalSpec):
+    """Say of each rate of the files that is far from those that `signal` names what becomes of it."""
+    for file in files:
+        for rate in file.rates():
+            check_rate(signal, rate, file.path, file.done)
 
 
 def check_points(config, files: list[SignalFile], signal: SignalSpec):
@@ -374,8 +376,7 @@ class QuestionDataset(Dataset):
         check_augmentation(self.files, self.augmentation)
         for file in self.files:
             check_done(self.signal, file.done, file.path)
-            for rate in file.rates() if signal is not None else ():
-                check_rate(signal, rate, file.path, file.done)
+        check_rates(self.files, self.signal)
 
     def open_all(self, known, pair, questions) -> list[int]:
         """For each record the number of its signal file.
@@ -591,6 +592,7 @@ class SignalDataset(Dataset):
         self.files = [open_signals(p) for p in paths]
         self.seed, self.epoch, self.augmentation, self.skipped = seed, 0, augmentation, {}
         self.signal = as_learned(signal_spec(self.files), learned)
+        check_rates(self.files, SignalSpec.from_json(learned) if learned else self.signal)
         check_augmentation(self.files, augmentation)
         owner, index, self.columns = [], [], {name: [] for name in columns}
         for f, file in enumerate(self.files):

@@ -518,12 +518,10 @@ def read_archive(path: Path):
 # ---- windows
 
 
-def windows(
-    iq: np.ndarray, points: int, most: int = 16, below_db: float = 10.0
-) -> list[tuple[int, np.ndarray]]:
+def windows(iq: np.ndarray, points: int, most: int = 16) -> list[tuple[int, np.ndarray]]:
     """Cut samples in memory into windows, as `strong_windows` does."""
     recording = Recording("samples", len(iq), None, lambda start, count: iq[start : start + count])
-    return strong_windows(recording, points, points, most, below_db)
+    return strong_windows(recording, points, points, most)
 
 
 def strong_windows(

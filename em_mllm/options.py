@@ -258,7 +258,8 @@ def asked(record: dict) -> str:
 
 def parse_options(record: dict) -> dict[str, str]:
     """{"A": "GFSK", ...} of a question record: from its field "Answer choices" (a list, an object or text)
-    or a field for each letter, or from the question; empty for an open question."""
+    or a field for each letter, or from the question, of which "turn" is the last turn; empty for an open
+    question."""
     choices = stated_choices(record)
     if isinstance(choices, dict) and all(isinstance(column, list) for column in choices.values()):
         choices = [
@@ -272,23 +273,24 @@ def parse_options(record: dict) -> dict[str, str]:
         texts = [_spelled(choice) for choice in choices]
         read = read_options("\n".join(texts), is_choice=True)
         return read if len(read) == len(texts) else dict(zip(LETTERS, texts))
-    return read_options(record["question"]) if choices is None else read_options(choices, is_choice=True)
+    if choices is None:
+        return read_options(record.get("turn") or record["question"])
+    return read_options(choices, is_choice=True)
 
 
 def _spelled(choice) -> str:
     """One choice of a list as text: also ["A", "GFSK"], {"A": "GFSK"} and {"text": "GFSK", "label": "A"}."""
-    if not isinstance(choice, (dict, list)):
-        return str(choice)
-    parts = choice
     if isinstance(choice, dict):
-        parts = [*choice.values(), *(key for key in choice if len(key) == 1)]
-    return ". ".join(sorted(map(str, parts), key=lambda part: len(part) > 1))  # the letter first
+        choice = [*choice.values(), *(key for key in choice if len(key) == 1)]
+    if isinstance(choice, list):
+        return ". ".join(sorted(map(str, choice), key=lambda part: len(part) > 1))  # the letter first
+    return str(choice)
 
 
 def looks_like_choice(record: dict) -> bool:
     """Whether a question asks for a letter, by its wording or its answer, whatever `parse_options` reads."""
-    answer = record.get("answer") or ""
-    return bool(stated_choices(record) or HINT.search(record["question"]) or stated_letter(answer))
+    hint = HINT.search(record.get("turn") or record["question"])
+    return bool(hint or stated_choices(record) or stated_letter(record.get("answer") or ""))
 
 
 # ---- answers
@@ -350,17 +352,16 @@ def stated_letter(text: str) -> str | None:
     for pattern in STATED:
         for match in pattern.finditer(plain):
             letter = match.group(1)
-            in_words = letter.islower() and not re.fullmatch(r"[\s\"'*.)\]]*", plain[match.end(1) :])
+            in_words = letter.islower() and not re.fullmatch(r"[\s\"'*.)\]}]*", plain[match.end(1) :])
             wrong = _negated(plain, *match.span(1)) or JOINS.match(plain, match.end(1))
             if not (in_words or wrong or _is_article(plain, match)):
                 found.append((match.start(1), letter.upper()))
     if found:
         return max(found)[1]
-    brackets = {
-        m.group(1).upper()
-        for m in re.finditer(r"[(\[<{]\s*\**([A-Z])\**\s*[)\]>}]", plain)
-        if not _negated(plain, *m.span())
-    }
+    if line := re.match(r"\W*([A-Z])\W*?(?:\n|$)", plain):  # alone, whatever follows
+        return line.group(1)
+    enclosed = re.finditer(r"[(\[<{\"']\s*\**([A-Z])\**\s*[)\]>}\"']", plain)
+    brackets = {m.group(1) for m in enclosed if not _negated(plain, *m.span())}
     if len(brackets) == 1:
         return brackets.pop()
     alone = re.match(r"[\s\"'*_`([{]*([A-Za-z])[\s\"'*_`)\]}]*[.,:;、。!?]*(?:\s|$)", plain)

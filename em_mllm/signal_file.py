@@ -41,14 +41,17 @@ def plain_text(value) -> str:
 
 
 def read_json_text(path: Path):
-    """Parsed JSON of a file in UTF-8, with or without a byte-order mark, or in the Chinese encoding GBK."""
+    """Parsed JSON of a file, with or without a byte-order mark; see `decoded`."""
     with reading(path, "JSON file"):
-        content = Path(path).read_bytes()
-        try:
-            text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-        except UnicodeDecodeError:
-            text = content.decode("gb18030")
-        return json.loads(text)
+        return json.loads(decoded(Path(path).read_bytes()))
+
+
+def decoded(content: bytes) -> str:
+    """Text in UTF-8 or UTF-16, or in the Chinese encoding GBK where it is neither."""
+    try:
+        return content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except UnicodeDecodeError:
+        return content.decode("gb18030")
 
 
 def centred(x: np.ndarray) -> np.ndarray:

@@ -333,8 +333,9 @@ def write_scores(args, data, answers, metrics):
         if "coverage" in metrics:
             covered = metrics["coverage"]
             parts.append(f"answered {covered['coverage']:.1%} with accuracy {covered['accuracy'] or 0:.3f}")
-        if metrics["unread"]:
-            parts.append(f"options not read in {metrics['unread']} questions")
+        for name, what in (("unread", "options"), ("keys_unread", "true answers")):
+            if metrics[name]:
+                parts.append(f"{what} not read in {metrics[name]} questions")
         if "wrong_signal" in metrics:
             parts.append(f"with wrong signals {metrics['wrong_signal']['accuracy']:.3f}")
         print(", ".join(parts))
@@ -474,6 +475,8 @@ def main(args):
     # files; chance is the mean of 1 / options, which need not be four
     if args.out:
         metrics = score(answers, calibration) | {"skipped": data.skipped, "unread": data.unread} | extra
+        # no score holds them: the true answer names no option
+        metrics["keys_unread"] = sum(a.get("truth", "") is None for a in answers)
         choice = [1 / len(a["options"]) for a in answers if "options" in a]
         if choice:
             metrics["chance"] = float(np.mean(choice))

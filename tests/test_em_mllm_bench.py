@@ -12,8 +12,9 @@ import em_mllm.convert
 import em_mllm.em_bench
 from common.errors import UserError
 from common.tiny_llm import make_tokenizer
-from em_mllm.dataset import QuestionDataset, task_pairs
+from em_mllm.dataset import QuestionDataset, read_questions, task_pairs
 from em_mllm.em_bench import mended, published
+from em_mllm.options import looks_like_choice, parse_options
 
 CHOICE = [
     ("B", "B. FM"),
@@ -131,6 +132,17 @@ def test_lines_of_conversations_come_in_with_signals_in_the_middle_of_a_turn(tmp
     assert [len(data[i]["iq"]) for i in range(4)] == [1, 2, 1, 1] and len(data[2]["iq"][0]) == 96
     scale = np.abs(one).max()
     np.testing.assert_allclose(data[0]["iq"][0], np.array(one) / scale, atol=1e-6)
+
+
+def test_options_of_an_earlier_turn_are_none_of_a_later_one(tmp_path):
+    ask, why = "<iq_data> 哪一个？(A) FM (B) AM", "为什么？"
+    turns = [turn("human", ask), turn("gpt", "B"), turn("human", why), turn("gpt", "包络在变。")]
+    line = json.dumps({"conversations": turns, "iq_data": [[0, 1]] * 8}, ensure_ascii=False)
+    (tmp_path / "x.jsonl").write_bytes(line.encode("gbk"))
+    convert(tmp_path, tmp_path / "x.jsonl")
+    one, two = read_questions(tmp_path / "out/x.json")
+    assert parse_options(one) == {"A": "FM", "B": "AM"} and two["question"].endswith(f"B\n{why}")
+    assert parse_options(two) == {} and not looks_like_choice(two)
 
 
 @pytest.mark.parametrize(

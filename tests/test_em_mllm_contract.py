@@ -267,8 +267,10 @@ def test_the_mean_of_rows_that_are_no_samples_is_refused(world, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_rate_unlike_training_is_told_in_one_line(capsys):
+def test_a_rate_unlike_training_is_told_in_one_line(world, capsys):
     spec = SignalSpec(rates=(1e6, 2e6))
+    SignalDataset([world / "train/x.h5"], learned=spec.to_json())
+    assert "x.h5: 2e+07 Hz is far from the rates of training" in capsys.readouterr().err
     for fs in (1e6, 1.03e6, 2e6):
         check_rate(spec, fs, "a")
     assert capsys.readouterr().err == ""
@@ -527,6 +529,17 @@ def test_windows_speak_together_by_their_mean_log_likelihood():
     assert whole["answer"] == "A" and whole["agreement"] == pytest.approx(2 / 3)
     unsure = together(answers, {"temperature": 1.0, "threshold": 0.99})
     assert unsure["answer"] == CANNOT_TELL and unsure["probabilities"] == whole["probabilities"]
+
+
+def test_true_answers_that_name_no_option_are_counted(folders, tmp_path, capsys):
+    path = write_task(tmp_path / "t", count=3, questions=1) / "x.json"
+    records = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps([{**records[0], "answer": "正确答案是：(E) LFM"}, *records[1:]]))
+    task = ("--model", folders / "frozen/model", "--task-dir", path.parent, "--out", tmp_path / "out")
+    run(em_mllm.test, *task, "--max-new-tokens", 1)
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert (metrics["keys_unread"], metrics["four_choice"], metrics["questions"]) == (1, 2, 3)
+    assert "true answers not read in 1 questions" in capsys.readouterr().out
 
 
 def test_folders_of_recordings_are_asked_and_a_bad_one_is_named(folders, tmp_path, capsys):

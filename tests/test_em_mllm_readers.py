@@ -638,7 +638,8 @@ def test_nulls_and_empty_names_in_a_question_file_are_as_absent(tmp_path, tokeni
 
 
 def test_a_radioml_pickle_that_was_saved_again_is_read(tmp_path):
-    cells = {(name, np.int64(snr)): np.ones((2, 2, 8), "f4") for name in ("AM", "FM") for snr in (-4, 18)}
+    names = (np.str_("AM"), b"FM")  # of a file that two editions of Python wrote
+    cells = {(name, np.int64(snr)): np.ones((2, 2, 8), "f4") for name in names for snr in (18, -4)}
     for protocol in (2, 5):
         (tmp_path / "r.pkl").write_bytes(pickle.dumps(cells, protocol=protocol))
         read = list(read_radioml2016(tmp_path / "r.pkl"))
