@@ -179,17 +179,14 @@ def read_pairs(path, dtype: str, offset: int, count: int, channels: int = 2, use
 
 
 def open_sdriq(path: Path) -> Recording:
-    """A recording of SDRangel: a header with rate and number of bits, and its check sum; then I, Q."""
-    with open(path, "rb") as file:
+    """A recording of SDRangel: a header with rate, number of bits and its check sum; then I, Q."""
+    with reading(path, "recording of SDRangel"), open(path, "rb") as file:
         head = file.read(32)
-    if len(head) < 32 or zlib.crc32(head[:28]) != struct.unpack("<I", head[28:])[0]:
+        rate, _, _, bits, _, check_sum = struct.unpack("<IQQIII", head)
+    dtype = {16: "<i2", 24: "<i4"}.get(bits)
+    if not (rate and dtype) or check_sum != zlib.crc32(head[:28]):
         raise UserError(f"{path}: does not begin with the header of SDRangel; was the copy cut short?")
-    rate, _, _, bits, _ = struct.unpack("<IQQII", head[:28])
-    if bits not in (16, 24) or not rate:
-        raise UserError(
-            f"{path}: the header says {bits} bits at {rate} Hz, expected 16 or 24 bits above 0 Hz"
-        )
-    dtype, width = ("<i2", 4) if bits == 16 else ("<i4", 8)
+    width = 2 * np.dtype(dtype).itemsize
     read = lambda start, count: read_pairs(path, dtype, 32 + start * width, count)
     return Recording(path, (path.stat().st_size - 32) // width, float(rate), read)
 

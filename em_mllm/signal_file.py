@@ -114,8 +114,10 @@ def read_names(value, where: str) -> list[str]:
             value = [part.strip() for part in re.split(r"[,;\n]", text) if part.strip()]
     if isinstance(value, dict):  # number -> name, or name -> number
         numbered = all(re.fullmatch(r"\d+", str(k)) for k in value)
-        pairs = [(int(k), v) for k, v in value.items()] if numbered else [(v, k) for k, v in value.items()]
-        value = [name for _, name in sorted(pairs)]
+        by_number = {str(k): v for k, v in (value.items() if numbered else zip(value.values(), value))}
+        if wrong := by_number.keys() ^ set(map(str, range(len(value)))):
+            raise UserError(f"{where}: class number {min(wrong)}, expected 0 to {len(value) - 1}, each once")
+        value = [by_number[str(number)] for number in range(len(value))]
     names = [plain_text(name) for name in np.asarray(value, object).ravel().tolist()]
     if not names or len(set(names)) < len(names):
         raise UserError(f"{where}: expected a list of different class names, it holds {names[:8]}")
@@ -278,7 +280,10 @@ class SignalFile:
             raise UserError(
                 f"{self.path}: has no dataset {name} (it has {', '.join(self.columns) or 'IQ_data alone'})"
             )
-        values = self.file[name][()].reshape(self.count, -1)[:, 0]
+        values = self.file[name][()]
+        if values.size != self.count:
+            raise UserError(f"{self.path}: {name} is {values.shape}, expected one value a signal, (Num, 1)")
+        values = values.ravel()
         if values.dtype.kind not in "OSU":
             return values
         names = [plain_text(value) for value in values]

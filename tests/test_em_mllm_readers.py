@@ -218,6 +218,21 @@ def test_what_cannot_be_meant_in_hdf5_is_one_line(tmp_path, build, words):
 
 def test_class_names_of_an_object_of_numbers():
     assert read_names('{"FM": 1, "AM": 0}', "x") == ["AM", "FM"]
+    for text in (
+        '{"1": "AM", "2": "FM"}',
+        '{"AM": 1, "FM": 2}',
+        '{"AM": 0, "FM": "one"}',
+        '{"AM": 0, "FM": 0}',
+    ):
+        with pytest.raises(UserError, match="x: class number ., expected 0 to 1"):
+            read_names(text, "x")
+
+
+def test_a_column_of_several_values_a_signal_is_refused(tmp_path):
+    """Of one-hot labels the first column would be classes 0 and 1."""
+    path = write_h5(tmp_path / "x.h5", lambda file: file.create_dataset("label", data=np.eye(3)))
+    with pytest.raises(UserError, match="label is .3, 3., expected one value a signal"):
+        SignalFile(path).column("label")
 
 
 @pytest.mark.parametrize(
