@@ -251,6 +251,27 @@ MUTANTS = [
         OPTIONS,
         "options of a field of their own are not shown to the model",
     ),
+    Mutant(
+        "em_mllm/options.py",
+        " or DENIED.match(text, end))",
+        ")",
+        OPTIONS,
+        "a letter that is said to be wrong is the answer",
+    ),
+    Mutant(
+        "em_mllm/signal_file.py",
+        "rates = stated_rates(inner, path, self.count) if rates is None else rates",
+        "inner.clear()",
+        READERS,
+        "a rate in a group of the file is not read, the default stands for it",
+    ),
+    Mutant(
+        "em_mllm/prepare.py",
+        "    if spec.remove_dc and tuple(done) != AS_RECORDED:",
+        "    if spec.remove_dc and not done:",
+        CONTRACT,
+        "--remove-dc passes over rows that keep their mean",
+    ),
     # --- data and model
     Mutant(
         "em_mllm/dataset.py",
