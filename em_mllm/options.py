@@ -31,6 +31,7 @@ PLAIN = Plain(str.maketrans("【】〔〕「」『』《》〈〉“”‘’", 
 LETTERED = (0x24B6, 0x24D0, 0x249C, 0x1F110, 0x1F130, 0x1F150, 0x1F170)
 MARKED = {first + n: f"({chr(65 + n)})" for first in LETTERED for n in range(26)}
 MARKED |= dict.fromkeys((0xAD, *range(0x200B, 0x2010), *range(0x202A, 0x202F), 0x2060, 0xFE0F, 0xFEFF))
+CIRCLED = {0x2460 + n: f"({n + 1})" for n in range(9)}  # numbers
 MARKED |= dict.fromkeys(map(ord, "□☐☑☒■○◯●"), " ")  # boxes to tick
 
 # Markdown and LaTeX: what begins a line with an option, a letter that stands out, text in a formula, escapes
@@ -81,7 +82,7 @@ LEADING = re.compile(r"\s*([-=]>|[-–—=~/→])\s*(?=(\d?))")  # between a let
 
 # the letter behind the name, as in "GFSK(A)、FM(B)", with a mark behind each bracket
 BEHIND = re.compile(
-    r"([^\s、,;/:()]{1,80})\s?[(\[]\s*([A-Z])\s*[)\]](?=\s*(?:[、,;/]|或|和|还是|or\b|and\b|中|里|之|[。.?？]|$))"
+    r"([^\s、,;/:()]{1,80})\s?[(\[]\s*([A-Z])\s*[)\]](?=\s*(?:[、,;/]|或|和|还是|or\b|and\b|中|里|之|([。.?？])|$))"
 )
 
 MOST_STARTS = 64  # places at which options may begin, the last ones: so that no text takes minutes
@@ -95,7 +96,8 @@ CLOSING = re.compile(
     r"(?:[\s，,;；:：。.!！?？、|]+[(（\[【]?|[(（\[【]|(?<![\u4e00-\u9fff]))\s*(?:请|注意|要求|只需|仅需|只回答|仅回答|只填|只写|只给|只选|不确定|"
     r"只输出|直接|[你您我]的(?:答案|选择)|(?:正确|最终)?(?:答案|选项[是为:：])|回答|选出|从中|以上|无需|不要|不用|单选|该信号是)"
     r"|\s*[之其]?[中里]\s*(?:选|挑|任选)|[(\[]A(?:\s*[/|、,]\s*[B-Z])+[)\]]"
-    rf"|[\s，,]+[(\[]?(?:{ORDER}|Only one|Which|What)(?:\s+\w|\s*:)|[(\[](?i:{ORDER}|single|only)\b|\s+哪"
+    rf"|(?<!not)(?<!n't)(?<!\bno)[\s，,]+[(\[]?(?:{ORDER}|Only one|Which|What)(?:\s+\w|\s*:)"
+    rf"|[(\[](?i:{ORDER}|single|only)\b|\s+哪"
     rf"|(?:[.。,，;；!?？\n]|\s[-–—])\s*(?:{ORDER}|Return|Only|Just|Explain|Provide|Write|Pick|Do not|No "
     r"(?:explanation|need|reason)s?)(?![A-Za-z])"
     r"|(?:[,，:：;；.。?？]|\s[-–—])\s*(?i:which|what|answer|respond|reply|select|choose|given|based|哪)(?![A-Za-z])"
@@ -195,10 +197,11 @@ def read_options(text: str, is_choice: bool = False) -> dict[str, str]:
     is_choice: the text holds nothing but options."""
     text = BEGINNING.sub("", _without_tags(text.replace("\\n", "\n")))  # escaped twice
     plain = text.translate(PLAIN)
-    behind = [(letter, name) for name, letter in BEHIND.findall(plain)]
-    if len(behind) > 1 and [letter for letter, _ in behind] == [chr(65 + n) for n in range(len(behind))]:
+    behind = BEHIND.findall(plain)
+    in_order = "".join(letter for _, letter, _ in behind) == LETTERS[: len(behind)]
+    if len(behind) > 1 and in_order and not any(end for _, _, end in behind[:-1]):
         lead = re.compile(r"^(?:还是|或者|或|和|.*(?:从|是|为|在)(?=.))")  # of the sentence, not of a name
-        return {letter: lead.sub("", name) for letter, name in behind}
+        return {letter: lead.sub("", name) for name, letter, _ in behind}
     found = (_longest(text, list(family.finditer(plain))) for family in FAMILIES)
     if best := max(found, key=len):
         return best
@@ -211,14 +214,9 @@ def read_options(text: str, is_choice: bool = False) -> dict[str, str]:
     found = (_longest(text, list(re.finditer(ALONE + mark, plain))) for mark in behind)
     if best := next((options for options in found if len(options) >= 4), {}):
         return best
-    text = numbers_plain(text)
+    text = text.translate(CIRCLED)
     best = _longest(text, list(NUMBERED.finditer(text.translate(PLAIN))))
     return best if len(best) > 2 and (is_choice or CHOOSE.search(text)) else {}
-
-
-def numbers_plain(text: str) -> str:
-    """A text whose numbers in circles stand in brackets."""
-    return re.sub("[①-⑨]", lambda circled: f"({ord(circled[0]) - 0x245F})", text)
 
 
 def _longest(text: str, marks: list) -> dict[str, str]:
@@ -322,8 +320,6 @@ JOINS = re.compile(rf"[)\]]*(?:{JOIN}{LONE}|\s*[、,]\s*{LONE}[)\]]*(?:$|[.。�
 NEGATED = re.compile(
     r"(?i:不是|不选|而非|排除|\bnot|\bisn't|n't be|\brather than|\binstead of)\s*[(\[\"'*]*$"
 )
-
-
 DENIED = re.compile(
     r"(?i)[)\]\"'*]*(?:\.\s*[^\s.,;。，；]{1,20})?\s*(?:选项|项)?\s*(?:(?:is|was)\s+)?"
     r"(?:incorrect|wrong|false|not (?:correct|right|the)\b|不对|不正确|不符合|不成立|错|×)"
@@ -337,7 +333,8 @@ def _negated(text: str, start: int, end: int) -> bool:
 
 def _is_article(text: str, match) -> bool:
     """Whether the letter found is the word "a" or "I" before another word."""
-    return match.group(1) in "AaI" and bool(re.match(r"\s+[a-zA-Z]", text[match.end(1) :]))
+    reason = r"(?:because|since|as|and|but|for|which|is)\b"
+    return match.group(1) in "AaI" and bool(re.match(rf"\s+(?!{reason})[a-zA-Z]", text[match.end(1) :]))
 
 
 def _said(text: str) -> str:
@@ -394,7 +391,7 @@ def extract_letter(text: str, options: dict) -> str | None:
     if "1" in options:  # numbers are read as letters are
         named = {chr(ord(key) + 16): name for key, name in options.items()}
         lettered = LONE_NUMBER.sub(
-            lambda digit: chr(ord(digit[0]) + 16), numbers_plain(text).translate(PLAIN)
+            lambda digit: chr(ord(digit[0]) + 16), text.translate(CIRCLED).translate(PLAIN)
         )
         letter = extract_letter(lettered, named)
         return letter and chr(ord(letter) - 16)
@@ -403,11 +400,11 @@ def extract_letter(text: str, options: dict) -> str | None:
         return stated
     plain = _said(text)
     # a letter with its name, and what follows is a reason and no other letter
-    start = re.match(r"\W*([A-Z])\W+(.*)", plain, re.DOTALL)
-    if start and (name := options.get(start.group(1), "").translate(PLAIN).lower()):
-        rest = start.group(2)[len(name) :]
-        other = DENIED.match(rest) or re.match(rf"\w|{JOIN}|\W*[A-Z]\W", rest)
-        if start.group(2).lower().startswith(name) and not other:
+    start = re.match(r"\W*([A-Z])(?=\W)", plain)
+    if start and (name := options.get(start.group(1), "").translate(PLAIN)):
+        found = re.match(rf"(?i)\W+?{re.escape(name)}(?!\w)", plain[start.end() :])
+        rest = plain[start.end() + found.end() :] if found else ""
+        if found and not (DENIED.match(rest) or re.match(rf"{JOIN}|\W*[A-Z]\W", rest)):
             return start.group(1)
     named = named_option(text, options)
     end = re.search(r"(?:^|[\s:,=>→*\u4e00-\u9fff])([A-Z])[.。*)\]\s]*$", plain)

@@ -1,6 +1,7 @@
 """em_mllm: questions with options and answers to them, as they are written in Chinese and English."""
 
 import json
+from itertools import permutations, product
 
 import numpy as np
 import pytest
@@ -222,6 +223,9 @@ QUESTIONS = [
     ("(A GFSK (B FM (C MSK (D 2FSK", FOUR),
     ("What is the pulse width? A 1.5us B 2us C 3.5us D 10us", ["1.5us", "2us", "3.5us", "10us"]),
     ("Which? A. GFSK B. FM C. MSK D. 2FSK (A/B/C/D)?", FOUR),
+    ("Which? (A) BPSK (B) Cannot Answer\nAnswer with the letter.", ["BPSK", "Cannot Answer"]),
+    ("选出最符合的调制类型。(A). GFSK (B). FM", FOUR[:2]),
+    ("选出最符合的调制类型。**A.** GFSK\n**B.** FM", FOUR[:2]),
     ("Which? A. GFSK, B. FM, C. MSK, D. 2FSK, given the sampling rate of 20 MHz?", FOUR),
     ("请完成以下任务：1. 判断调制类型；2. 估计带宽；3. 估计信噪比", []),
     ("Which modulation is it? Look at: 1. amplitude; 2. phase; 3. frequency.", []),
@@ -419,6 +423,7 @@ LETTERS = [
     ('{"answer": ["B"]}', "B"),
     ('{"B": "FM"}', "B"),
     ("(B)\n\nThe others, (A), (C) and (D), are digital.", "B"),
+    ("I think the answer is A because it fits.", "A"),
     ('{"正确答案": "B"}', "B"),
     ('{"result": "B"}', "B"),
     ('{"final_answer": "B"}', "B"),
@@ -454,6 +459,31 @@ WORDINGS = [
 @pytest.mark.parametrize("question, names", QUESTIONS)
 def test_options_are_read_in_every_wording(question, names):
     assert parse_options({"question": question}) == dict(zip("ABCDEFGH", names))
+
+
+def test_marks_separators_and_closings_combine():
+    marks = "({}) （{}） {}. {}) {}、 {}: [{}] 【{}】 {}． <{}> ({}): ({}). 选项{}："
+    marks += " **{}.** **({})** $({})$ \\textbf{{{}.}}"
+    between = ["\n", " ", "; ", "；", ", ", "，", "\t", "\n\n", " | ", "<br>", " \\quad ", "\\\\ ", "。"]
+    closings = "|\n请只回答字母。| 请选择。|。请直接回答。|\n答案：|（单选）"
+    closings += "|\nAnswer:|</s>|?|\n\nLet's think step by step."
+    kinds = (FOUR, ["-10 dB", "-5 dB", "0 dB", "1.5 dB"], ["Yes", "No", "Both", "Cannot Answer"])
+    for mark, space, closing, names in product(marks.split(), between, closings.split("|"), kinds):
+        options = space.join(f"{mark.format(letter)} {name}" for letter, name in zip("ABCD", names))
+        text = f"Of in-phase (I) and quadrature (Q): 选出最符合的类型。{options}{closing}"
+        assert parse_options({"question": text}) == dict(zip("ABCD", names)), text
+
+
+def test_wordings_of_an_answer_hold_for_every_letter():
+    wordings = "{L}|({L}) {N}|{L}. {N}|{N}|The answer is {L}: {N}.|**{L}**|\\boxed{{{L}}}"
+    wordings += "|答案：{L}|故选（{L}）。|选项{L}|{O}不对，{L}对|{L}，不是{O}|排除{O}，选{L}"
+    wordings += "|The answer is {L} because it fits.|Not {O} but {L}|{L}, not {O}"
+    wordings += "|({L}) {N}, because ({O}) {M} is different.|{L}\n\n({O}) differs.|<think>{O}?</think>{N}"
+    for names in (FOUR, ["-10 dB", "-5 dB", "0 dB", "5 dB"], ["LFM", "NLFM", "BPSK", "Cannot Answer"]):
+        options = dict(zip("ABCD", names))
+        for form, (letter, other) in product(wordings.split("|"), permutations("ABCD", 2)):
+            text = form.format(L=letter, N=options[letter], O=other, M=options[other])
+            assert extract_letter(text, options) == letter, text
 
 
 @pytest.mark.parametrize("text, letter", LETTERS)
