@@ -36,8 +36,7 @@ from em_mllm.signal_file import (
     stated_rates,
 )
 
-# suffixes of interleaved I and Q, and others that mean the same; complex16u and complex16s are those of
-# Universal Radio Hacker, c8 and c16 those of the PortaPack
+# suffixes of interleaved I and Q, and others that mean the same, as of Universal Radio Hacker and PortaPack
 RAW = ("cu8", "cs8", "cu16", "cs16", "cu32", "cs32", "cf32", "cf64")
 ALIASES = {
     "cu8": "complex16u",

@@ -36,7 +36,7 @@ MARKED |= dict.fromkeys(map(ord, "□☐☑☒■○◯●"), " ")  # boxes to t
 
 # Markdown and LaTeX: what begins a line with an option, a letter that stands out, text in a formula, escapes
 BEGINNING = re.compile(
-    r"(?m)^[ \t]*(?:(?:[-*+•>]|#{1,6}|\[[ xX]?\]|\d{1,2}[.)])[ \t]*)+"
+    r"(?m)^[ \t]*(?:(?:[-*+•>]|(?<!#)#{1,6}(?!#)|\[[ xX]?\]|\d{1,2}[.)])[ \t]*)+"
     r"(?=(?:选项|[Oo]ption )?[\W_]{0,4}[A-Za-z][\W_])"
 )
 STANDS_OUT = re.compile(r"(?<!\w)(\*{1,3}|__|`)\(?([A-Za-z])\)?([.:：、]?)\1")
@@ -231,9 +231,9 @@ def _longest(text: str, marks: list) -> dict[str, str]:
 
 def stated_choices(record: dict):
     """What a record holds of its options outside the question: one field, or one for each letter."""
-    found = next((value for key, value in record.items() if value and CHOICES.fullmatch(key)), None)
-    if found is not None:
-        return found
+    for key, value in record.items():
+        if value and isinstance(value, (str, list, dict)) and CHOICES.fullmatch(key):
+            return value
     each = {key: EACH.fullmatch(key) for key, value in record.items() if isinstance(value, (str, int, float))}
     each = {(found[1] or found[2]).upper(): str(record[key]) for key, found in each.items() if found}
     return dict(sorted(each.items())) if "A" in each and "B" in each else None
@@ -266,7 +266,9 @@ def parse_options(record: dict) -> dict[str, str]:
     if isinstance(choices, dict):
         alone = [re.search(r"(?<![A-Za-z])[A-Za-z](?![A-Za-z])", str(key)) for key in choices]
         letters = [found[0].upper() if found else str(key) for found, key in zip(alone, choices)]
-        return dict(zip(letters, (str(name).strip() for name in choices.values())))
+        known = any(set(letters) <= set(kind) for kind in (LETTERS, "123456789"))
+        names = [str(name).strip() for name in choices.values()]
+        return dict(zip(letters if known and len(set(letters)) == len(names) else LETTERS, names))
     if isinstance(choices, list):
         texts = [_spelled(choice) for choice in choices]
         read = read_options("\n".join(texts), is_choice=True)

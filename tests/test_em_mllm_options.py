@@ -9,7 +9,7 @@ import pytest
 from common.tiny_llm import make_tokenizer
 from em_mllm.dataset import QuestionDataset, encode_text, read_questions, task_pairs
 from em_mllm.make_data import CHOICE, NOUN, four_choice
-from em_mllm.options import candidate, extract_letter, looks_like_choice, parse_options, wording
+from em_mllm.options import asked, candidate, extract_letter, looks_like_choice, parse_options, wording
 from em_mllm.submission import validate_submission
 from em_mllm.test import fill_unread
 from tests.em_world import write_h5, write_questions
@@ -201,6 +201,7 @@ QUESTIONS = [
     ("该信号的调制类型是（　　）。\nA. GFSK\nB. FM\nC. MSK\nD. 2FSK", FOUR),
     ("A is the amplitude, B is the bandwidth, C is the carrier, D is the delay. What is it?", []),
     ("设A为幅度，B为带宽，C为载频，D为时延，该信号的调制类型是什么？", []),
+    ("#" * 400 + " Which modulation is it?", []),  # in no time
     ("What are the values of A, B, C and D, or of A / B / C / D?", []),
     ("请判断信号调制方式（A：GFSK；B：FM；C：MSK；D：2FSK）：", FOUR),
     ("### Options\n#### A. GFSK\n#### B. FM\n#### C. MSK\n#### D. 2FSK", FOUR),
@@ -540,6 +541,8 @@ def test_options_of_a_field_of_their_own_are_shown_to_the_model(tmp_path, fields
         {"(A)": "GFSK", "(B)": "FM", "(C)": "MSK", "(D)": "2FSK"},
         "A: GFSK, B: FM, C: MSK, D: 2FSK",
         dict(zip(("Option a", "option b", "选项C", "D."), FOUR)),
+        {f"option {n}": name for n, name in enumerate(FOUR)},
+        {str(n): name for n, name in enumerate(FOUR)},
         {"text": FOUR, "label": list("ABCD")},
         {"text": FOUR},
         [{"text": name, "label": letter} for letter, name in zip("ABCD", FOUR)],
@@ -550,6 +553,13 @@ def test_options_of_a_field_of_their_own_are_shown_to_the_model(tmp_path, fields
 def test_options_of_a_field_of_their_own(choices):
     record = {"question": "Which of the plans (A) or (B)?", "Answer choices": choices}
     assert parse_options(record) == dict(zip("ABCD", FOUR))
+
+
+@pytest.mark.parametrize("choices", [4, None, "", [], {}, True, {"text": []}])
+def test_a_field_that_holds_no_options_is_passed_over(choices):
+    record = {"question": "Which? (A) FM (B) AM", "options": choices}
+    assert parse_options(record) in ({"A": "FM", "B": "AM"}, {}) and asked(record) == record["question"]
+    assert choices == {"text": []} or parse_options(record)
 
 
 @pytest.mark.parametrize("answer, template", WORDINGS)
