@@ -15,9 +15,7 @@ def add_optimizer_argument(group):
     )
 
 
-def make_optimizers(
-    model, kind: str, lr: float, weight_decay: float, betas=(0.9, 0.95)
-) -> list[torch.optim.Optimizer]:
+def make_optimizers(model, kind: str, lr: float, weight_decay: float) -> list[torch.optim.Optimizer]:
     """AdamW over all trained tensors; kind "muon": the matrices of the transformer layers go to Muon instead,
     at ten times the learning rate.
 
@@ -39,7 +37,7 @@ def make_optimizers(
     taken = set(matrices)
     for group in groups:
         group["params"] = [p for p in group["params"] if p not in taken]
-    optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas)]
+    optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.95))]
     if matrices:
         high = 10 * lr
         group = {"params": matrices, "peak": high}

@@ -49,7 +49,7 @@ def cut(args, path, notes, spec, config):
     recording = open_recording(path, index, args.iq_format if needs_format(path) else None, default_fs)
     fs = args.fs or recording.fs
     if not recording.stated and not args.fs:
-        print(f"{path}: does not state its sampling rate; taken as {fs:g} Hz")
+        print(f"{path}: does not state its sampling rate; taken as {fs:g} Hz", file=sys.stderr)
     if recording.fs not in (None, fs):
         print(f"{path}: states {recording.fs:g} Hz; --fs {fs:g} is taken instead")
     if fs is None and len(spec.rates) == 1:  # what else it may be, it cannot have learned

@@ -12,6 +12,7 @@ on, is decided as for those, to the bit, and memory does not grow with the shard
 
 import io
 import json
+import sys
 from itertools import groupby
 from pathlib import Path, PurePosixPath
 
@@ -33,7 +34,7 @@ def open_signals(path, default_fs=DEFAULT_FS) -> SignalFile:
     kind = TarSignals if Path(path).suffix.lower() == ".tar" else SignalFile
     file = kind(path, default_fs)
     if not file.fs_stated:
-        print(f"{path}: does not state its sampling rate; taken as {default_fs:g} Hz")
+        print(f"{path}: does not state its sampling rate; taken as {default_fs:g} Hz", file=sys.stderr)
     return file
 
 

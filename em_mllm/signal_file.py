@@ -37,7 +37,7 @@ BLOCK = 2**22  # values read at a time
 
 
 def plain_text(value) -> str:
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+    return decoded(value) if isinstance(value, bytes) else str(value)
 
 
 def read_json_text(path: Path):
@@ -51,7 +51,7 @@ def decoded(content: bytes) -> str:
     try:
         return content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError:
-        return content.decode("gb18030")
+        return content.decode("gb18030", "replace")
 
 
 def centred(x: np.ndarray) -> np.ndarray:
@@ -62,12 +62,14 @@ def centred(x: np.ndarray) -> np.ndarray:
 
 def stated_rates(beside: dict, where, count: int | None = None) -> np.ndarray | None:
     """The sampling rates in Hz under those names in `beside` that mean them, (1,) or one for each of `count`
-    signals (None: of any number); None where there are none. A unit in the name counts, as in fs_khz."""
+    signals (None: of any number); None where there are none. A unit in the name counts, as in fs_khz, and one
+    beside it, fs_unit or the attribute `units` of a data set."""
     found = {}
     for name, match in ((name, RATE_NAME.fullmatch(name.rpartition("/")[2])) for name in beside):
         value = beside[name] if match else None
+        around = {**beside, **{f"{name}_{k}": v for k, v in getattr(value, "attrs", {}).items()}}
         value = value[()] if isinstance(value, h5py.Dataset) else value
-        if value is None:
+        if value is None or isinstance(value, h5py.Empty):
             continue
         many = np.size(value) > 1 and count in (None, np.size(value))
         rates = np.ravel(value) if many else [value]
@@ -76,7 +78,9 @@ def stated_rates(beside: dict, where, count: int | None = None) -> np.ndarray | 
         if not (np.isfinite(rates) & (rates > 0)).all():
             raise UserError(f"{where}: {name} holds values that are no rate in Hz above 0")
         has_unit = re.search(r"(?i)hz|s/s|sps", str(value))
-        found[name] = rates * (1.0 if has_unit else SCALES[(match[1] or "").lower()])
+        unit = next((around[k] for k in (f"{name}_unit", f"{name}_units") if k in around), "")
+        prefix = match[1] or "".join(re.findall(r"(?i)^\s*([kmg])(?:hz|sps|s/s)", plain_text(unit)))
+        found[name] = rates * (1.0 if has_unit else SCALES[prefix.lower()])
     if len({tuple(np.round(rates, 3)) for rates in found.values()}) > 1:
         raise UserError(f"{where}: {' and '.join(found)} state different sampling rates; leave one of them")
     return next(iter(found.values()), None)
@@ -111,7 +115,7 @@ def read_names(value, where: str) -> list[str]:
         try:
             value = json.loads(text)
         except ValueError:
-            value = [part.strip() for part in re.split(r"[,;\n]", text) if part.strip()]
+            value = [part.strip() for part in re.split(r"[,;，；、\n]", text) if part.strip()]
     if isinstance(value, dict):  # number -> name, or name -> number
         numbered = all(re.fullmatch(r"\d+", str(k)) for k in value)
         by_number = {str(k): v for k, v in (value.items() if numbered else zip(value.values(), value))}
@@ -176,7 +180,10 @@ class SignalFile:
         if self.count == 0 or self.points == 0:
             raise UserError(f"{path}: IQ_data is empty, {(self.count, self.points, 2)}")
         beside = [name for name in file.keys() if name != "IQ_data" and not self._leads_out(file, name)]
-        sets = {name: hdf5_item(file, name, whole=False) for name in beside}
+        try:
+            sets = {name: hdf5_item(file, name, whole=False) for name in beside}
+        except KeyError as error:
+            raise UserError(f"{path}: {error.args[0]} is a link to nothing; store the data there") from error
         holds = lambda item: isinstance(item, h5py.Dataset) and item.shape is not None
         sets = {name: item for name, item in sets.items() if holds(item)}
         self.columns = {name: item.shape for name, item in sets.items() if item.shape[:1] == (self.count,)}
@@ -196,7 +203,8 @@ class SignalFile:
         self._rates = rates if self.fs_stated and len(rates) > 1 else None
         names = beside.get("classes")
         names = names[()] if isinstance(names, h5py.Dataset) else names
-        self.classes = None if names is None else read_names(names, f"{path}: classes")
+        is_absent = names is None or isinstance(names, h5py.Empty)
+        self.classes = None if is_absent else read_names(names, f"{path}: classes")
         if self.classes is None and "label" in sets and sets["label"].dtype.kind in "OSU":
             self.classes = sorted({plain_text(name) for name in sets["label"][()].ravel()})
         kind, by = (
@@ -212,13 +220,13 @@ class SignalFile:
     def _in_groups(self, file) -> dict:
         """What the groups beside the signals say of them: {path: value} of rates and class names."""
         found = {}
-        wanted = lambda name: name == "classes" or RATE_NAME.fullmatch(name)
+        wanted = lambda name: name.endswith(("classes", "_unit", "_units")) or RATE_NAME.fullmatch(name)
 
         def look(name, item):
             found.update({f"{name}/{key}": value for key, value in item.attrs.items() if wanted(key)})
             is_inner = isinstance(item, h5py.Dataset) and "/" in name
             if is_inner and wanted(name.rpartition("/")[2]) and item.shape is not None:
-                found[name] = hdf5_item(file, name)[()]
+                found[name] = hdf5_item(file, name)
 
         file.visititems(look)  # which follows no link
         return found

@@ -53,9 +53,7 @@ def root_raised_cosine(t: np.ndarray, rolloff: float) -> np.ndarray:
     return up / (np.pi * t * (1 - (4 * rolloff * t) ** 2))
 
 
-def shaped(
-    symbols: np.ndarray, n: int, sps: float, rolloff: float, delay: float, span: int = 8
-) -> np.ndarray:
+def shaped(symbols, n: int, sps: float, rolloff: float, delay: float, span: int = 8) -> np.ndarray:
     """n samples of sum_k symbols[k] h(t / sps - k - delay), h the root raised cosine; sps may be fractional.
 
     Symbol k is centred on sample (k - span + delay) * sps, so `symbols` needs n / sps + 2 * span + 2 entries.
@@ -235,9 +233,7 @@ def make_band(name: str, n: int, snr_db: float, rng, fs: float, **impairments) -
     return np.stack([y.real, y.imag], 1).astype(np.float32), info
 
 
-def make_signal(
-    name: str, n: int, snr_db: float, rng: np.random.Generator, **impairments
-) -> tuple[np.ndarray, dict]:
+def make_signal(name: str, n: int, snr_db: float, rng, **impairments) -> tuple[np.ndarray, dict]:
     """One labelled signal.
 
     Returns iq (n, 2) float32 of unit rms and its parameters: bandwidth (cycles per sample), carrier_offset,

@@ -125,11 +125,10 @@ class SiTMAEEmbeddings(nn.Module):
                 f"patches have {patches.shape[-1]} values, the encoder takes {self.projection.in_features}; "
                 "check patch_size"
             )
-        if int(patch_positions.max()) >= len(self.position_embeddings):
+        if (highest := int(patch_positions.max())) >= len(self.position_embeddings):
             raise ValueError(
-                f"position {int(patch_positions.max())} is beyond the table of "
-                f"{len(self.position_embeddings)}; "
-                f"signals longer than max_seq_len={self.config.max_seq_len[0]} points must be cut"
+                f"position {highest} is beyond the table of {len(self.position_embeddings)}; signals longer "
+                f"than max_seq_len={self.config.max_seq_len[0]} points must be cut"
             )
         patches = patches.to(self.projection.weight.dtype)
         h = self.projection(patches)

@@ -235,8 +235,7 @@ def load_encoder(model, path, quiet: bool = False):
     if found < 0.5 * len(body):
         raise UserError(
             f"{path}: holds only {found} of the encoder's {len(body)} tensors (it has "
-            f"{', '.join(list(tensors)[:3])}, "
-            f"the model {', '.join(body[:3])}); is this an encoder checkpoint?"
+            f"{', '.join([*tensors][:3])}, the model {', '.join(body[:3])}); is this an encoder checkpoint?"
         )
     return load_weights(
         model, tensors, path, min_share=0.0, convert=lambda t: converted, ignore=HEADS, quiet=quiet
@@ -257,10 +256,8 @@ def read_config(path, **overrides) -> SiTMAEConfig:
             raise UserError(f"{file}: {wrong[0]} is {fields[wrong[0]]}, no size of an encoder")
     else:
         fields = guess_config(read_weights(find_weights(path)))
-        print(
-            f"{path}: no config.json; sizes read from the weights: "
-            + ", ".join(f"{k} {v}" for k, v in fields.items())
-        )
+        sizes = ", ".join(f"{k} {v}" for k, v in fields.items())
+        print(f"{path}: no config.json; sizes read from the weights: {sizes}")
     fields |= {k: v for k, v in overrides.items() if v is not None}
     for name in ("architectures", "transformers_version", "model_type", "dtype"):
         fields.pop(name, None)
