@@ -97,7 +97,6 @@ def start(launcher):
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", SIGNALS)
     statuses = patient_shutdown(from_environment("STOP_TIMEOUT", STOP_TIMEOUT))
     try:
         launcher()
@@ -116,14 +115,19 @@ def start(launcher):
 
 
 def patient_shutdown(seconds: float) -> dict[int, int]:
-    """Let torchrun's processes take `seconds` to end after a stop signal to the launcher.
+    """Let torchrun's processes take `seconds` to end after a stop signal to the launcher, and let SIGUSR1 be
+    one.
 
     Those that hang because another one failed still get torchrun's own 30. Returns {rank: exit status},
     which is filled when they have ended.
     """
     from torch.distributed.elastic.multiprocessing.api import PContext, SignalException
 
-    close, statuses = PContext.close, {}
+    begin, close, statuses = PContext.start, PContext.close, {}
+
+    def attentive(self):
+        os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = SIGNALS  # in place of torchrun's own list
+        begin(self)
 
     def patient(self, death_sig=None, timeout=30):
         stopped = isinstance(sys.exc_info()[1], SignalException)
@@ -132,7 +136,7 @@ def patient_shutdown(seconds: float) -> dict[int, int]:
             handlers = getattr(self, "subprocess_handlers", {})
             statuses.update({rank: handler.proc.returncode for rank, handler in handlers.items()})
 
-    PContext.close = patient
+    PContext.start, PContext.close = attentive, patient
     return statuses
 
 

@@ -101,7 +101,7 @@ def test_run_directory_describes_the_run(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes, signum", [(1, signal.SIGTERM), (2, signal.SIGINT)])
+@pytest.mark.parametrize("processes, signum", [(1, signal.SIGTERM), (2, signal.SIGINT), (2, signal.SIGUSR1)])
 def test_stopped_run_says_how_to_resume_and_ends_bit_equal(tmp_path, uninterrupted, signum, processes):
     whole, folder = uninterrupted(processes)
     size = str(8 // processes)
@@ -123,6 +123,7 @@ def test_stopped_run_says_how_to_resume_and_ends_bit_equal(tmp_path, uninterrupt
     text, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signum, text
     assert "--resume" in text and "Traceback" not in text
+    assert f"{signal.Signals(signum).name}: saving after this step" in text  # and not a launcher's SIGTERM
     resumed = toy(tmp_path / "cut", "--workers", "2", "--batch-size", size, "--resume", processes=processes)
     assert final(resumed) == final(whole)
     assert losses(tmp_path / "cut") == losses(folder)

@@ -497,9 +497,15 @@ def test_processes_that_wait_for_one_are_patient(tmp_path):
 def test_after_a_stop_the_processes_have_the_time_that_a_save_takes(monkeypatch):
     from torch.distributed.elastic.multiprocessing.api import PContext, SignalException
 
-    given = []
+    given, listed = [], []
+    monkeypatch.setenv("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM")  # as torchrun sets it
+    monkeypatch.setattr(
+        PContext, "start", lambda self: listed.append(os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"])
+    )
     monkeypatch.setattr(PContext, "close", lambda self, death_sig, timeout: given.append(timeout))
     statuses = launch.patient_shutdown(1234)
+    PContext.start(None)
+    assert "SIGUSR1" in listed[0]
     ended = SimpleNamespace(subprocess_handlers={0: SimpleNamespace(proc=SimpleNamespace(returncode=143))})
     PContext.close(ended)  # another process has failed: those that wait for it are not waited for
     try:

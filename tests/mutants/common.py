@@ -286,6 +286,13 @@ MUTANTS = [
         f"{TRAIN}::test_json_holds_no_nan_and_csv_every_row",
         "metrics with nan cannot be written",
     ),
+    Mutant(
+        "common/launch.py",
+        '"SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"',
+        '"SIGTERM,SIGINT,SIGHUP,SIGQUIT"',
+        f"{SCALE}::test_after_a_stop_the_processes_have_the_time_that_a_save_takes",
+        "the launcher does not pass Slurm's signal on, and kills a save after 30 seconds",
+    ),
     # --- weights and files of others
     Mutant(
         "common/weights.py",
