@@ -100,12 +100,14 @@ def plan_steps(args, loader) -> int:
     if per_epoch < 1:
         raise UserError(
             f"{len(loader.dataset)} training samples make {len(loader)} batches of --batch-size "
-            f"{args.batch_size} per process, "
-            f"fewer than one optimizer step of --accum {args.accum}; lower one of them or give more data"
+            f"{args.batch_size} per process, fewer than one optimizer step of --accum {args.accum}; lower "
+            "one of them or give more data"
         )
 
     # what stands on the command line wins over a script's own default of the other
     by_epochs = not args.max_steps or "epochs" in args._given and "max_steps" not in args._given
+    if by_epochs and not args.epochs:
+        raise UserError("neither --max-steps nor --epochs asks for a step; give one of them")
     if by_epochs:
         return max(1, round(args.epochs * per_epoch))
     refuse(args, ["epochs"], "beside --max-steps")

@@ -63,8 +63,7 @@ def read_checkpoint(path) -> dict:
         reason = first_line(error)
         raise UserError(
             f"{path}: holds more than plain weights and is refused, because loading it could run code "
-            f"({reason}); "
-            "re-save its state dict alone where it was made"
+            f"({reason}); re-save its state dict alone where it was made"
         ) from error
     except Exception as error:  # whatever a reader of pickles stumbles over in other files
         raise UserError(f"{path}: not a readable checkpoint ({first_line(error)}); copy it again") from error
@@ -164,13 +163,9 @@ def load_weights(
     if len(report.loaded) < max(1, min_share * len(wanted)):
         raise UserError(
             f"{source} fits this model in only {len(report.loaded)} of {len(wanted)} tensors (at least "
-            f"{min_share:.0%} "
-            f"needed): the file has {', '.join(list(given)[:3])}, the model {', '.join(list(wanted)[:3])}"
-            + (
-                f"; {len(report.mismatched)} differ in shape, such as {report.mismatched[0]}"
-                if report.mismatched
-                else ""
-            )
+            f"{min_share:.0%} needed): the file has {', '.join(list(given)[:3])}, the model "
+            f"{', '.join(list(wanted)[:3])}; {len(report.mismatched)} differ in shape"
+            + (f", such as {report.mismatched[0]}" if report.mismatched else "")
         )
     model.load_state_dict({k: given[k] for k in report.loaded}, strict=False)
     if not quiet and os.environ.get("RANK", "0") == "0":  # once, however many processes

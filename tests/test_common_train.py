@@ -96,6 +96,12 @@ def test_epochs_on_the_command_line_take_the_place_of_a_default_number_of_steps(
         toy("b", "--epochs", 2, "--max-steps", 3)
 
 
+@pytest.mark.parametrize("options", [("--epochs", 0), ("--max-steps", 0, "--epochs", 0)])
+def test_a_run_without_a_step_is_refused(toy, options):
+    with pytest.raises(UserError, match="neither --max-steps nor --epochs asks for a step"):
+        toy("a", *options)
+
+
 def test_fewer_samples_than_one_step_are_refused(toy):
     with pytest.raises(UserError, match="64 training samples make 2 batches.*--accum 3"):
         toy("a", "--batch-size", 32, "--accum", 3)
