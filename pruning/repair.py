@@ -20,17 +20,7 @@ from torch import nn
 
 from common.errors import UserError
 from common.train import lr_at
-from pruning.layers import (
-    ATTENTION,
-    DOWN,
-    OUTPUT,
-    child,
-    decoder,
-    decoder_layers,
-    find_layers,
-    plain,
-    refuse_quantized,
-)
+from pruning.layers import ATTENTION, DOWN, OUTPUT, child, decoder, decoder_layers, plain, refuse_quantized
 from pruning.sensitivity_analyse.layer_mask import states_of
 
 # shares of the mean square of the MLP's output; each pulls the map to doing nothing
@@ -189,15 +179,20 @@ def scale(writers, norm, factor: float):
         parameter.data /= factor
 
 
+@torch.no_grad()
 def final_norm(model):
-    """The norm between the last layer and the output head; UserError where there is none."""
-    around = decoder(model)
-    holder, name = find_layers(model)
-    inside = {id(part) for part in getattr(holder, name).modules()}
-    norms = [m for m in around.modules() if id(m) not in inside and "norm" in type(m).__name__.lower()]
-    if not norms or not hasattr(norms[-1], "weight"):
+    """The norm that runs behind the last layer; UserError where there is none."""
+    around, layers, ran = decoder(model), list(decoder_layers(model)), []
+    watched = [module for module in around.modules() if "norm" in type(module).__name__.lower()]
+    hooks = [m.register_forward_hook(lambda module, *call: ran.append(module)) for m in watched + layers]
+    try:
+        around(input_ids=torch.zeros(1, 1, dtype=torch.long, device=plain(model).device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if ran[-1] in layers or not hasattr(ran[-1], "weight"):
         raise UserError(f"{type(plain(model)).__name__}: no final norm with a weight found")
-    return norms[-1]
+    return ran[-1]
 
 
 def copies(value):

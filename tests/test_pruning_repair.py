@@ -145,13 +145,33 @@ def test_compensation_scales_the_state_and_nothing_else(tied):
     repair.scale(*repair.writers_before(model, list(decoder_layers(model))[:3]), 1.5)
     after = model(ids).logits
     hook.remove()
-    assert torch.allclose(seen[1], 1.5 * seen[0], atol=1e-4)
+    assert torch.allclose(seen[-1], 1.5 * seen[0], atol=1e-4)
     for layer in decoder_layers(model)[3:]:  # the rest writes as strongly: then all is as it was
         layer.self_attn.o_proj.weight *= 1.5
         layer.mlp.down_proj.weight *= 1.5
     assert torch.allclose(model(ids).logits, before, atol=1e-3) and not torch.allclose(
         after, before, atol=1e-2
     )
+
+
+@pytest.mark.parametrize(
+    "kind, name",
+    [
+        ("llama", "norm"),
+        ("bloom", "ln_f"),
+        ("lfm2", "embedding_norm"),
+        ("mbart", "decoder.layer_norm"),
+        ("bert", ""),
+    ],
+)
+def test_the_final_norm_is_the_one_behind_the_layers_whatever_its_name(kind, name):
+    model = pruning_zoo.make(kind, pruning_zoo.ZOO[kind])
+    if name:
+        wanted = model.get_submodule(f"{model.base_model_prefix}.{name}")
+        assert repair.final_norm(model) is wanted and not wanted._forward_hooks
+    else:
+        with pytest.raises(UserError, match="BertLMHeadModel: no final norm"):
+            repair.final_norm(model)
 
 
 def test_an_mlp_that_is_normalised_again_is_refused():

@@ -31,7 +31,6 @@ IDS = torch.tensor([[5, 9, 33, 21, 7, 40, 11, 62, 3]])
 DROP = [2, 4]
 # Their modes for attention and MLP alone do not exist, or the fast methods do not apply: words that say so.
 UNSCANNED = {
-    "bert": "no MLP branch",
     "gemma3n_text": "several streams",
     "gemma4_text": "share keys and values",
     "mamba": "no MLP branch",
@@ -541,7 +540,7 @@ def test_with_v_off_attention_returns_the_projection_of_nothing(name):
 @pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("part", ["attention", "mlp"])
-@pytest.mark.parametrize("name", ["gpt2", "mixtral", "opt", "bloom"])
+@pytest.mark.parametrize("name", ["gpt2", "mixtral", "opt", "bloom", "bert"])
 def test_a_branch_that_is_off_on_disk_is_off_for_everyone(name, part, tmp_path):
     model = pruning_zoo.make(name, ZOO[name])
     model.save_pretrained(tmp_path / "source")

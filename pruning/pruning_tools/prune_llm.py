@@ -84,7 +84,7 @@ BRANCHES = {
     "attention": re.compile(rf"(?:{'|'.join(MIXERS)})\.(?:.+\.)?(?:{'|'.join(OUTPUT)})\.{LAST}"),
     "mlp": re.compile(
         rf"(?:{'|'.join(MLP)})\.(?:bias|(?:.+\.)?(?:{'|'.join(DOWN)}|output_linear)(?:_bias|\.{LAST})?)"
-        rf"|fc2\.{LAST}"
+        rf"|(?:fc2|output\.dense)\.{LAST}"
     ),
 }
 # --hf: whether LoRA is merged, for each folder that is written.

@@ -187,14 +187,19 @@ def fused_heads(model, layer_idx: int) -> dict:
 
 def mixers(layer) -> list:
     """The branches of a layer that mix tokens."""
-    return [part for part in children(layer, MIXERS) if part not in mlps(layer)]
+    return [addend(part) for part in children(layer, MIXERS) if part not in mlps(layer)]
 
 
 def mlps(layer) -> list:
-    """The branches of a layer that work on each token alone; Nemotron-H calls them `mixer` too."""
-    mixer = getattr(layer, "mixer", None)
+    """The branches of a layer that work on each token alone; a `mixer` in Nemotron-H, no module in BERT."""
+    mixer, own = getattr(layer, "mixer", None), addend(layer)
     alone = any(word in type(mixer).__name__ for word in ("MLP", "MoE"))
-    return children(layer, MLP) + ([mixer] if alone else [])
+    return children(layer, MLP) + [mixer] * alone + [own] * (own is not layer)
+
+
+def addend(branch):
+    """What a branch adds to the state: its last projection, where it adds its input itself (BERT's)."""
+    return getattr(getattr(branch, "output", None), "dense", branch)
 
 
 def zeros(module, args, kwargs, output):
