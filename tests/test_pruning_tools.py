@@ -21,6 +21,7 @@ from pruning import repair, train
 from pruning.layers import parse_drop_layers, refuse_quantized, spec_of, without_layers
 from pruning.pruning_tools import count_params, inspect_ckpt, prune_llm, prune_width, shards
 from pruning.sensitivity_analyse.layer_mask import masked
+from tests import pruning_zoo
 from tests.pruning_zoo import call
 
 SIZE = dict(
@@ -672,6 +673,9 @@ def test_tools_describe_before_and_after_and_find_leftovers(tmp_path, capsys):
     assert "50.0% less" in printed and "0 keys match" in printed
     call(inspect_ckpt, tmp_path / "hf", "--keys", "2")
     assert "4 layers under model.layers." in capsys.readouterr().out
+    pruning_zoo.make("bert", pruning_zoo.ZOO["bert"]).save_pretrained(tmp_path / "bert")
+    call(inspect_ckpt, tmp_path / "bert")
+    assert "6 layers under bert.encoder.layer." in capsys.readouterr().out, "its config says that it is one"
     with pytest.raises(UserError, match="regular expression"):
         call(count_params, tmp_path / "hf", "--check-layer-range", "(")
     with pytest.raises(UserError, match="--include"):

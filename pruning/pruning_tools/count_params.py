@@ -22,7 +22,7 @@ from pruning.shorter import CHOSEN, EXPERTS, config_head_counts, config_object, 
 # width in some layers, values narrower than keys, keys that are the values too.
 OWN = re.compile(r"\b(k_proj|v_proj|o_proj|out_proj|dense)\.(?:base_layer\.)?weight$")
 # What makes the keys of an attention, under the names that decoders give it.
-KEYS = re.compile(r"\b(k_proj|kv_proj|qkv_proj|qkv|c_attn|query_key_value|kv_a_proj\w*|Wqkv|wkv|W_pack)\b")
+KEYS = re.compile(r"\b(k_proj|self\.key|q?kv_proj|qkv|c_attn|query_key_value|kv_a_proj\w*|Wqkv|wkv|W_pack)\b")
 
 
 def parse_args(argv=None):

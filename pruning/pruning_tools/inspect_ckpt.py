@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common.arguments import Parser, number
 from common.errors import UserError, run
+from common.files import read_json
 from pruning.pruning_tools.language_model import find_language_model, find_lora
 from pruning.pruning_tools.shards import open_checkpoint
 
@@ -37,19 +38,16 @@ def main(args):
     prefixes = Counter(m[1] for key in entries if (m := re.match(r"(.*?)\d+\.", key)))
     for prefix, count in prefixes.most_common():
         print(f"  {count:6}  {prefix}")
+    file = checkpoint.folder / "config.json"
     try:
-        llm = find_language_model(entries)
+        llm = find_language_model(entries, config=read_json(file, dict) if file.is_file() else None)
     except UserError as error:
         print(f"decoder: {error}")
         return
     lora = find_lora(checkpoint, llm, None)
     print(f"decoder: {llm.layers} layers under {llm.prefix}")
     if lora:
-        alpha = (
-            "unknown: no adapter_config.json beside it"
-            if lora.alpha is None
-            else f"{lora.alpha:g} (adapter_config.json)"
-        )
+        alpha = "unknown (no adapter_config.json)" if lora.alpha is None else f"{lora.alpha:g}"
         print(f"LoRA: r {lora.r}, alpha {alpha}, {', '.join(lora.target_modules)}")
 
 
