@@ -307,7 +307,7 @@ STATED = (
     re.compile(r"\\boxed\s*\{\s*\(?([A-Za-z])\)?\s*\}"),
     re.compile(r"<answer>\s*\(?([A-Za-z])\)?\s*[.)]?\s*</answer>"),
     re.compile(
-        r"(?<![A-Za-z0-9])\(?([A-Z])\)?\s*(?:is|是|为|选项|项|)\s*(?:(?:the|my)\s+)?(?:final\s+)?(?:correct|right|answer|best|正确|对|答案|√|✓)"
+        r"(?<![A-Za-z0-9])\(?([A-Z])\)?\s*(?:is|是|为|选项|项|:|)\s*(?:(?:the|my)\s+)?(?:final\s+)?(?:correct|right|answer|best|正确|对|答案|√|✓)"
     ),
     re.compile(r"(?:^|应为|应是|是|为|选|第|对应|属于|符合)[\s(]*([A-Z])\)?\s*(?:选项|项|类)"),
 )
@@ -323,7 +323,7 @@ NEGATED = re.compile(
     r"(?i:不是|不选|而非|排除|\bnot|\bisn't|n't be|\brather than|\binstead of)\s*[(\[\"'*]*$"
 )
 DENIED = re.compile(
-    r"(?i)[)\]\"'*]*(?:\.\s*[^\s.,;。，；]{1,20})?\s*(?:选项|项)?\s*(?:(?:is|was)\s+)?"
+    r"(?i)[)\]\"'*:]*(?:\.\s*[^\s.,;。，；]{1,20})?\s*(?:选项|项)?\s*(?:(?:is|was)\s+)?"
     r"(?:incorrect|wrong|false|not (?:correct|right|the)\b|不对|不正确|不符合|不成立|错|×)"
 )
 

@@ -416,6 +416,7 @@ LETTERS = [
     ("A选项不正确，B选项正确", "B"),
     ("A. GFSK 不对；B. FM 对", "B"),
     ("A×B√", "B"),
+    ("A: wrong. B: right. C: wrong. D: wrong.", "B"),
     ("“B”", "B"),
     ("不选A，选B", "B"),
     ("答案不是B", None),
