@@ -111,8 +111,7 @@ def together(answers: list[dict], calibration: dict) -> dict:
 
 
 def window_line(path, start: int, fs: float, answer: dict, calibration: dict) -> dict:
-    line = {"kind": "window", "file": str(path), "start": start, "seconds": start / fs}
-    line["text"] = answer["text"]
+    line = dict(kind="window", file=str(path), start=start, seconds=start / fs, text=answer["text"])
     if "scores" in answer:
         probability = (torch.tensor(answer["scores"]) / calibration["temperature"]).softmax(0)
         shares = [round(float(p), 5) for p in probability]

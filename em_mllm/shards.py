@@ -31,8 +31,7 @@ ABOUT = (".json", ".cls")
 
 def open_signals(path, default_fs=DEFAULT_FS) -> SignalFile:
     """The signals of a .h5 or of a tar shard; a rate that it does not state is told."""
-    kind = TarSignals if Path(path).suffix.lower() == ".tar" else SignalFile
-    file = kind(path, default_fs)
+    file = (TarSignals if Path(path).suffix.lower() == ".tar" else SignalFile)(path, default_fs)
     if not file.fs_stated:
         print(f"{path}: does not state its sampling rate; taken as {default_fs:g} Hz", file=sys.stderr)
     return file

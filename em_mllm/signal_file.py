@@ -203,8 +203,8 @@ class SignalFile:
         self._rates = rates if self.fs_stated and len(rates) > 1 else None
         names = beside.get("classes")
         names = names[()] if isinstance(names, h5py.Dataset) else names
-        is_absent = names is None or isinstance(names, h5py.Empty)
-        self.classes = None if is_absent else read_names(names, f"{path}: classes")
+        absent = isinstance(names, (h5py.Empty, type(None)))
+        self.classes = None if absent else read_names(names, f"{path}: classes")
         if self.classes is None and "label" in sets and sets["label"].dtype.kind in "OSU":
             self.classes = sorted({plain_text(name) for name in sets["label"][()].ravel()})
         kind, by = (

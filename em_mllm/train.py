@@ -373,8 +373,8 @@ def inherit(args):
 def make_data(args, tokenizer):
     """Read the questions; returns (all training questions, training set, validation set).
 
-    The validation set is --val-dir, or HELD_OUT items of a seeded shuffle, at most a tenth; no signal of
-    theirs is in the training set, and they are not augmented.
+    The validation set is --val-dir, or HELD_OUT items of a seeded shuffle, at most a tenth, at least one; no
+    signal of theirs is in the training set, and they are not augmented.
     """
     # both sets are read alike, or their losses could not be compared
     common = dict(tokenizer=tokenizer, max_length=args.max_length, chat=args.chat_template)
@@ -403,9 +403,11 @@ def make_data(args, tokenizer):
     # upstream holds out the first 50 of a shuffle with seed 42; here also every other question about their
     # signals leaves the training set, or the validation loss would measure what was learned by heart
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(42)).tolist()
-    held = order[: min(HELD_OUT, len(source) // 10)]
+    held = order[: min(HELD_OUT, max(1, len(source) // 10))]
     shown = set().union(*(source.signals_of(i) for i in held))
     kept = [i for i in order[len(held) :] if shown.isdisjoint(source.signals_of(i))]
+    if not kept:
+        raise UserError("--val-dir is missing: all questions are about one signal, held out for validation")
 
     # the copy shares the questions in memory; it stays in epoch 0, so that all evaluations draw the same
     plain = copy.copy(source)

@@ -129,6 +129,21 @@ def test_questions_held_out_show_no_training_signal(data, tokenizer, questions_p
         em_mllm.train.make_data(args, tokenizer)
 
 
+def test_of_few_questions_one_is_held_out_and_of_one_signal_none_can_be(tmp_path, tokenizer):
+    """A loss over no validation question would be 0."""
+    write_h5(tmp_path / "x.h5", np.random.default_rng(0).standard_normal((3, 32, 2)))
+    args = em_mllm.train.parse_args(["--task-dir", str(tmp_path), "--signal-encoder-path", str(tmp_path)])
+    for rows, sizes in (([0, 1, 2, 0], {(1, 3), (1, 2)}), ([1, 1, 1], None)):
+        about = [{"question": "What?", "answer": "FM", "iq_index_in_h5": row} for row in rows]
+        write_questions(tmp_path / "x.json", about)
+        if sizes:
+            _, train, val = em_mllm.train.make_data(args, tokenizer)
+            assert (len(val), len(train)) in sizes
+        else:
+            with pytest.raises(UserError, match="--val-dir is missing"):
+                em_mllm.train.make_data(args, tokenizer)
+
+
 def test_labels_are_learned_from_training_files_alone(data, tmp_path, monkeypatch):
     SiTMAEForPreTraining(SiTMAEConfig(**tiny_sizes())).save_pretrained(tmp_path / "encoder")
     read, phase = {"training": set(), "train": set()}, ["training"]
