@@ -86,6 +86,7 @@ def check(function, *arguments, seconds=120):
 def _main(script, arguments, log, limit, before, cwd, environment, errors):
     """What the fork does; it ends here, with the script's exit status."""
     code = 1
+    multiprocessing.set_start_method(None, force=True)  # loaders start workers as they would without us
     gc.freeze()  # a collection would walk, and so copy, everything that the server has imported
     plt.rcParams.update({"figure.constrained_layout.use": False, "savefig.dpi": 50})  # small pictures, fast
     try:
