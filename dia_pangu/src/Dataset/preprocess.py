@@ -78,17 +78,17 @@ def upstream_image(volume: np.ndarray) -> torch.Tensor:
     """
     if volume.shape[0] < volume.shape[2]:
         volume = np.moveaxis(volume, 0, 2)
-    values = torch.from_numpy(volume.astype(np.float64)).permute(2, 0, 1)[:, None]
+    picked = np.floor(np.arange(64) * (volume.shape[2] - 1) / 63 + 0.5).astype(int)
+    picked, places = np.unique(picked, return_inverse=True)  # a short volume gives each slice several times
+    values = torch.from_numpy(volume[:, :, picked].astype(np.float64)).permute(2, 0, 1)[:, None]
     plane = F.interpolate(values, size=(512, 512), mode="bilinear", align_corners=False)[:, 0]
     if np.issubdtype(volume.dtype, np.integer):
         plane = plane.round()
-    depth = plane.shape[0]
-    picked = np.floor(np.arange(64) * (depth - 1) / 63 + 0.5).astype(int)
-    image = plane[torch.from_numpy(picked)].permute(1, 2, 0)
-    low, high = image.min(), image.max()
+    low, high = plane.min(), plane.max()
     if low == high:
         raise UserError("every voxel has the same value; an empty volume")
-    return ((image - low) / (high - low)).float().expand(3, -1, -1, -1)
+    image = ((plane - low) / (high - low)).float()[torch.from_numpy(places)]
+    return image.permute(1, 2, 0).expand(3, -1, -1, -1)
 
 
 def to_test_grid(image: torch.Tensor, size=(256, 256, 64)) -> torch.Tensor:
