@@ -3,7 +3,6 @@
 import json
 from argparse import Namespace
 
-import pytest
 import torch
 
 from common.tiny_llm import make_llm, make_tokenizer
@@ -12,9 +11,10 @@ from dia_pangu.src.Dataset.prompt import LATERAL
 from dia_pangu.src.Model.build import TINY, build_model, save_model
 from pruning.pruning_tools import prune_llm
 from studies.recipe import options
+from tests.once import once
 
 
-@pytest.fixture(scope="module")
+@once
 def world(tmp_path_factory):
     """data/, llm/ (4 layers), base/ (without LoRA), lora/ (with, alpha 16, and prompts that name places),
     pruned/ (lora without layer 2), places.json."""

@@ -9,6 +9,7 @@ from dia_pangu import make_data
 from dia_pangu.src.Dataset.prompt import status_text
 from dia_pangu.src.Model.build import build_model
 from tests import forked
+from tests.once import once
 
 __all__ = ["data", "llm", "model_text"]  # the fixtures
 SMALL = {
@@ -43,7 +44,7 @@ def call(script, *arguments, log):
     return forked.call(script, arguments, log, 240)
 
 
-@pytest.fixture(scope="module")
+@once
 def data(tmp_path_factory):
     """Phantoms in the CTRG format: 8 volumes for training, 3 for validation, 4 for the test."""
     folder = tmp_path_factory.mktemp("dia_data")
@@ -52,7 +53,7 @@ def data(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
+@once
 def llm(tmp_path_factory):
     """A small language model of openPangu's class; two layers of width 32."""
     folder = tmp_path_factory.mktemp("dia_llm") / "model"

@@ -13,7 +13,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import pytest
 import torch
 
 import cwt_mae.finetune
@@ -38,6 +37,7 @@ from common.tiny_llm import make_llm, make_tokenizer
 from dia_pangu.src.Model.build import TINY, build_model, save_model
 from flmm.models.tiny import save_base, tiny_model, tiny_sam, tiny_tokenizer
 from tests import forked
+from tests.once import once
 
 __all__ = ["cwt", "em", "grounding", "ct", "llm"]
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tests fork
@@ -61,7 +61,7 @@ def good(home, log, commands, results=()):
     return SimpleNamespace(folder=folder, commands=commands)
 
 
-@pytest.fixture(scope="module")
+@once
 def cwt(tmp_path_factory):
     """Labelled records with a split, PPG as csv, a pre-trained model and a classifier."""
     home = tmp_path_factory.mktemp("cwt")
@@ -128,7 +128,7 @@ def cwt(tmp_path_factory):
     )
 
 
-@pytest.fixture(scope="module")
+@once
 def em(tmp_path_factory):
     """Questions about signals, a pre-trained encoder, a tiny LLM, and recordings of several formats."""
     home = tmp_path_factory.mktemp("em")
@@ -229,7 +229,7 @@ def em(tmp_path_factory):
     )
 
 
-@pytest.fixture(scope="module")
+@once
 def grounding(tmp_path_factory):
     """Scenes in the PNG and RefCOCO formats, a random base, a tiny SAM and a head."""
     home = tmp_path_factory.mktemp("flmm")
@@ -294,7 +294,7 @@ def grounding(tmp_path_factory):
     )
 
 
-@pytest.fixture(scope="module")
+@once
 def ct(tmp_path_factory):
     """Phantoms in the CTRG format, a tiny language model and a checkpoint."""
     home = tmp_path_factory.mktemp("dia")
@@ -363,7 +363,7 @@ def ct(tmp_path_factory):
     )
 
 
-@pytest.fixture(scope="module")
+@once
 def llm(tmp_path_factory):
     """A tiny language model, prompts to scan it with, and a pruned copy with its map."""
     home = tmp_path_factory.mktemp("pruning")
