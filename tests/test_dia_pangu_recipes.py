@@ -24,7 +24,7 @@ def recipes(tmp_path, monkeypatch, data_root):
     (real / "volumes").mkdir(parents=True)
     for part in ("train", "val"):
         content = json.loads((data_root / f"ct/ct_reports_{part}.json").read_text())
-        content["cases"] = content["cases"][:60]
+        content["cases"] = content["cases"][:30]
         (real / f"ct_reports_{part}.json").write_text(json.dumps(content))
     for file in (data_root / "ct/volumes").glob("ts_example_3mm*"):
         (real / "volumes" / file.name).symlink_to(file)

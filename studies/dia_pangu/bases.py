@@ -19,7 +19,7 @@ from studies.recipe import DATA, RUNS, SKIP_DONE, SMOKE, recipe, size, stage
 data = DATA / ("dia_pangu_smoke" if SMOKE else "dia_pangu")
 out = RUNS / "dia_pangu"
 seed = int(os.environ.get("SEED", 42))
-run = {"data": data, "overwrite": True, "seed": seed, "log_every": size(100, smoke=4)}  # of every training
+run = {"data": data, "overwrite": True, "seed": seed, "log_every": size(100, smoke=2)}  # of every training
 vision = {"size": "tiny", "cache": data / "cache"}
 places = out / "contrast" / "places.json"
 
@@ -37,14 +37,14 @@ def main():
     # earlier recipes had seen.
     if not SKIP_DONE:
         shutil.rmtree(data, ignore_errors=True)
-    parts = {"train": size(2000, smoke=48), "val": size(200, smoke=12), "test": size(300, smoke=16)}
+    parts = {"train": size(2000, smoke=24), "val": size(200, smoke=8), "test": size(300, smoke=8)}
     stage("dia_pangu/make_data.py", out=data, seed=1, **parts)
 
     begin = {**run, "overwrite": False, "resume": "auto"} if SKIP_DONE else run
-    vision_part({**begin, **vision}, size(1100, smoke=8), size(400, smoke=4))
+    vision_part({**begin, **vision}, size(1100, smoke=4), size(400, smoke=2))
 
     # A language model of 8 layers reads the reports alone.
-    small = {"make": 8, "width": 96, "key_weight": 4, "batch_size": 8, "max_steps": size(1100, smoke=12)}
+    small = {"make": 8, "width": 96, "key_weight": 4, "batch_size": 8, "max_steps": size(1100, smoke=4)}
     stage("studies/dia_pangu/warm_llm.py", **begin, **small, places=places, out=out / "llm")
 
 

@@ -43,7 +43,8 @@ def main():
 
     # The same model also without side and place in the prompt.
     model = {"ckpt_path": out / "ft-hidden", "lang_encoder_path": out / "llm/model"}
-    test = {**model, "data": data, "cache": vision["cache"], "batch_size": 50, "max_new_tokens": 120}
+    test = {**model, "data": data, "cache": vision["cache"], "batch_size": 50}
+    test["max_new_tokens"] = size(120, smoke=8)
     hidden = {control: out / f"test-{control}-hidden" for control in ("none", "swap-visual")}
     for control, folder in hidden.items():
         stage("dia_pangu/test.py", **test, control=control, hide_places=True, evidence=0, out=folder)
@@ -53,7 +54,8 @@ def main():
     }
     measured(test, size(6, smoke=2), more)
     scores = out / "test-none/scores.json"
-    stage("dia_pangu/evaluate/nlg_eval.py", csv=out / "test-none/dia-pangu.csv", out=scores)
+    reports = {"csv": out / "test-none/dia-pangu.csv", "no_meteor": size(False, smoke=True)}
+    stage("dia_pangu/evaluate/nlg_eval.py", **reports, out=scores)
 
 
 if __name__ == "__main__":

@@ -38,12 +38,12 @@ def main():
     # Stage ft in short: only the way from the volume into the words trains, LoRA stays zero.
     cosine = {**finetune, "lr_scheduler_type": "cosine"}
     parts = {"train": ["figure_token", "perceiver.", "fc."], "freeze": "vision_encoder"}
-    stage(train, **run, **cosine, **parts, lr=1e-3, max_steps=size(60, smoke=4), out=out / "ft")
+    stage(train, **run, **cosine, **parts, lr=1e-3, max_steps=size(60, smoke=2), out=out / "ft")
 
     # Stage ft in full: LoRA trains too. Half the places are left out of the prompts, so that the image
     # tokens come to matter; the diagnosis stays as it is.
     parts = {"hide_places": 0.5, "freeze": diagnosis}
-    stage(train, **run, **cosine, **parts, lr=2e-3, max_steps=size(600, smoke=4), out=out / "ft-hidden")
+    stage(train, **run, **cosine, **parts, lr=2e-3, max_steps=size(600, smoke=2), out=out / "ft-hidden")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ out = RUNS / "pruning"
 # Sizes of the study; second_base.py repeats it with the same.
 sizes = {
     "ratio": size([0.25, 0.33, 0.5], smoke=[0.5]),
-    "test_samples": size(100, smoke=10),
+    "test_samples": size(100, smoke=8),
     "train_samples": size(320, smoke=24),
     "calibration": size(16, smoke=4),
     "heal_steps": size(30, smoke=2),
