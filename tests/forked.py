@@ -70,9 +70,8 @@ def stand_in():
 
 def _start(function, *arguments):
     imported = [name for name in sys.modules if name.split(".")[0] in ROOMS]
-    _server.set_forkserver_preload(
-        ["tests.warm", "tests.toy_run", "tests.forked", *imported]
-    )  # counts at the first start, the server's own
+    before = ["tests.warm", "tests.toy_run", "tests.forked", *imported, "tests.frozen"]
+    _server.set_forkserver_preload(before)  # counts at the first start, the server's own
     process = _server.Process(target=function, args=arguments)
     process.start()
     return process
@@ -87,7 +86,7 @@ def _main(script, arguments, log, limit, before, cwd, environment, errors):
     """What the fork does; it ends here, with the script's exit status."""
     code = 1
     multiprocessing.set_start_method(None, force=True)  # loaders start workers as they would without us
-    gc.freeze()  # a collection would walk, and so copy, everything that the server has imported
+    gc.enable()  # see tests/frozen.py
     plt.rcParams.update({"figure.constrained_layout.use": False, "savefig.dpi": 50})  # small pictures, fast
     try:
         os.environ.clear()
