@@ -9,8 +9,9 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 
 
-def golden_files(project: str) -> list:
-    """Every reference file of `project`, for `pytest.mark.parametrize`.
+def golden_files(project: str, slow: tuple = ()) -> list:
+    """Every reference file of `project`, for `pytest.mark.parametrize`; slow: beginnings of names that --fast
+    leaves out.
 
     GOLDEN_DIR set: its folder must hold this project's files, else the collection fails. Unset:
     ../shared/golden beside the repository, and one skipped test with the reason where that is absent (a
@@ -27,4 +28,7 @@ def golden_files(project: str) -> list:
                 None, marks=pytest.mark.skip(reason=f"{folder} is absent; set GOLDEN_DIR"), id="absent"
             )
         ]
-    return [pytest.param(p, id=str(p.relative_to(folder))) for p in files]
+    marks = {True: pytest.mark.slow, False: ()}
+    return [
+        pytest.param(p, id=str(p.relative_to(folder)), marks=marks[p.name.startswith(slow)]) for p in files
+    ]

@@ -70,6 +70,7 @@ def test_side_and_place_are_read_from_a_report():
     assert location_scores(true, {})["side"] == {"accuracy": None, "count": 0}
 
 
+@pytest.mark.slow
 def test_odd_predictions_are_scored(tmp_path):
     """Also by METEOR's jar, which waits for ever on an empty line, here without its English tables."""
     truths = ["A small nodule.", "No effusion.", "The heart is enlarged.", "Both lungs are clear.", "Edema."]
@@ -142,6 +143,7 @@ def test_meteor_of_any_draw_comes_from_the_counts_of_its_pairs():
     assert nlg_eval.meteor_score(counts[2:3], "cn") == 1 and nlg_eval.meteor_score(0 * counts, "en") == 0
 
 
+@pytest.mark.slow
 def test_missing_java_is_said(tmp_path, monkeypatch):
     rows = ("右侧胸腔积液。", "右侧胸腔少量积液。"), ("心影增大。", "心影不大。")
     write_csv(tmp_path / "r.csv", ("Ground Truth", "Pred"), *rows)

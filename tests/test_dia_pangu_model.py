@@ -205,6 +205,7 @@ def test_only_present_findings_have_a_place():
     assert all(row == (0, "", "") for row in told.values())
 
 
+@pytest.mark.slow
 def test_sampling_follows_its_seed_and_beams_find_more_than_greedy(data, llm, tmp_path, monkeypatch):
     torch.manual_seed(0)
     model, text = build_model(SMALL, llm)

@@ -149,6 +149,7 @@ def test_dry_run_counts_the_published_parameters_without_weights(llm, tmp_path):
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.slow
 def test_user_errors_are_one_line(data, llm, tmp_path):
     for arguments, message in (
         (["--data", tmp_path / "nowhere", "--lang-encoder-path", llm], "no such data folder"),
@@ -166,6 +167,7 @@ def test_user_errors_are_one_line(data, llm, tmp_path):
         assert "Traceback" not in done.text and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_one_scan_gives_a_report(data, llm, tmp_path):
     model, _ = build_model(SMALL, llm)
     save_model(model.state_dict(), tmp_path / "model", SMALL)

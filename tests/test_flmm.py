@@ -490,6 +490,7 @@ def test_selector_joins_neighbours_and_noun_phrases_drop_what_is_not_an_object()
 # ---- loading
 
 
+@pytest.mark.slow
 def test_noun_phrases_are_found_in_chinese_and_between_marks_of_markdown():
     text = "图中有一辆红色的汽车，旁边站着一个穿白色衬衫的男人。"
     assert noun_phrases(text) == ["红色的汽车", "白色衬衫的男人"]

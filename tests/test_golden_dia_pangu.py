@@ -309,7 +309,7 @@ MODULES = {check.__name__: check for check in (*PARTS, *WHOLES)}
 FILES_OF_TEXT = {check.__name__: check for check in (text_layout, nlg_, char_tokenizer, results_)}
 
 
-@pytest.mark.parametrize("path", golden_files("dia_pangu"))
+@pytest.mark.parametrize("path", golden_files("dia_pangu", slow=("my_embedding_realsize", "nlg_")))
 def test_reference_file_is_reproduced(path):
     checks = MODULES if path.suffix == ".safetensors" else FILES_OF_TEXT
     kinds = [kind for kind in checks if path.name.startswith(kind)]

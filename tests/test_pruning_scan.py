@@ -411,6 +411,7 @@ def test_budgets_in_bytes_and_seconds():
             choose_layers.layers_for_time(model, impossible, seconds)
 
 
+@pytest.mark.slow
 def test_the_default_is_the_loss_without_a_layer_and_the_scan_says_so(folder, tmp_path, capsys):
     out = tmp_path / "s.csv"
     call(scanner, model=folder, out=out)

@@ -89,6 +89,7 @@ def test_one_failure_does_not_stop_the_others_and_is_named(tree):
     assert "smoke 1" in (tree / "runs/cwt_mae/run_all.log").read_text()
 
 
+@pytest.mark.slow
 def test_a_real_run_starts_the_real_recipes_and_keeps_what_was_done(tree):
     (tree / "studies/real_models.py").write_text("import os\nprint('models in', os.environ['RUNS'])\n")
     bash = RESULT.format(name="cwt_mae") + 'echo "data $DATA_ROOT skip $SKIP_DONE"'
@@ -143,6 +144,7 @@ touch "$RUNS/dia_pangu/ft/metrics.json"; until [ -e "$RUNS/pruning/done" ]; do s
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_cores_are_shared_out(tree):
     cores = len(os.sched_getaffinity(0))
     recipe(tree, "pruning", 'echo "threads $OMP_NUM_THREADS "')
