@@ -38,7 +38,7 @@ def builtin():
 def draw_records() -> tuple[Path, dict]:
     """The folder of the built-in data, and which of its records are labelled and how they are split."""
     data = DATA / "cwt_mae" / size("builtin", smoke="builtin-smoke")
-    minutes = size(5, smoke=2)
+    minutes = size(5, smoke=1)
     stage("cwt_mae/make_data.py", out=data, subjects=size(30, smoke=9), seconds=60 * minutes, threads=1)
     return data, dict(data=data / "labelled", split=data / "labelled" / "split.json")
 
@@ -51,10 +51,10 @@ def pretrain(data: Path, split: Path, out: Path, **flags) -> Path:
         split=split,
         config=ROOT / "cwt_mae" / "config_small.yaml",
         model_fs=50,
-        windows=size(6400, smoke=640),
+        windows=size(6400, smoke=128),
         batch_size=64,
         lr=2e-3,
-        max_steps=size(1500, smoke=15),
+        max_steps=size(1500, smoke=3),
         eval_every=500,
         save_every=500,
         log_every=100,
@@ -81,7 +81,7 @@ def rhythms(out, model, labelled: dict):
 
     # Controls that know nothing of wavelets, and classifiers: of the trained encoder and of a random one. All
     # learn from all training subjects for a fixed number of steps; nothing is selected.
-    steps, windows = size(300, smoke=10), dict(labelled, task="rhythm", model_fs=50, signal_len=500)
+    steps, windows = size(300, smoke=3), dict(labelled, task="rhythm", model_fs=50, signal_len=500)
     stage("studies/cwt_mae/forest.py", **windows, kind="forest", out=out / "forest")
     for seed in SEEDS:
         stage("studies/cwt_mae/cnn.py", **windows, max_steps=steps, seed=seed, out=out / f"cnn-{seed}")

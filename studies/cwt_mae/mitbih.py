@@ -76,7 +76,7 @@ def trainable(folder) -> bool:
 def train(args):
     """One seed: pre-training without labels and a head on the frozen encoder; the controls with random
     weights; the CNN."""
-    out, seed, steps = args.out, args.seed, size(1000, smoke=10)
+    out, seed, steps = args.out, args.seed, size(1000, smoke=3)
     if not trainable(args.data):
         if not (out / f"final-{seed}" / "model.safetensors").is_file():
             raise UserError(
@@ -101,7 +101,7 @@ def train(args):
         probe="beat",
         batch_size=64,
         lr=2e-3,
-        max_steps=size(1500, smoke=15),
+        max_steps=size(1500, smoke=3),
         eval_every=500,
         log_every=100,
         out=base,
@@ -117,7 +117,7 @@ def train(args):
 
     # Controls: the same with random weights, and random weights that are trained for the same CPU time
     stage("cwt_mae/finetune.py", **frozen, fold=-1, random_init=True, out=out / f"final-frozen-{seed}")
-    free = dict(fold=-1, random_init=True, layer_decay=1, max_steps=size(FREE_STEPS, smoke=10))
+    free = dict(fold=-1, random_init=True, layer_decay=1, max_steps=size(FREE_STEPS, smoke=3))
     stage("cwt_mae/finetune.py", **tune, **free, out=out / f"final-random-{seed}")
     cnn = dict(WINDOW, **DRAWN, max_steps=steps)
     stage("studies/cwt_mae/cnn.py", **common, **cnn, out=out / f"final-cnn-{seed}")

@@ -19,7 +19,7 @@ from studies.em_mllm.joint import ENCODER, LLM_STEPS, join
 from studies.recipe import CORES, DATA, RUNS, SMOKE, recipe, side_by_side, size, stage
 
 BASE, RUN = DATA / "em_mllm" / size("", smoke="smoke"), RUNS / "em_mllm"
-LABEL_STEPS = size(800, smoke=8)
+LABEL_STEPS = size(800, smoke=2)
 
 
 def learn_classes(data, out, seed, **options):
@@ -44,7 +44,7 @@ def one_seed(seed: int, threads: int | None):
     """Everything that depends on the seed: data, training, its controls, tests."""
     data, run = BASE / f"seed-{seed}/data", RUN / f"seed-{seed}"
     questions = dict(task_dir=data / "train", val_dir=data / "val", threads=threads)
-    counts = size({}, smoke=dict(train=40, val=5, test=5))
+    counts = size({}, smoke=dict(train=12, val=2, test=2))
     stage("em_mllm/make_data.py", out=data, seed=100 + seed, overwrite=True, threads=threads, **counts)
 
     # the encoder learns from signals alone, then the names of their classes
@@ -54,7 +54,7 @@ def one_seed(seed: int, threads: int | None):
         val=data / "val",
         out=run / "pretrain",
         preset="tiny",
-        max_steps=size(400, smoke=8),
+        max_steps=size(400, smoke=2),
         seed=seed,
         threads=threads,
         **ENCODER,
@@ -89,7 +89,7 @@ def one_seed(seed: int, threads: int | None):
         "studies/em_mllm/baseline.py",
         train=data / "train",
         test=data / "test",
-        steps=size(300, smoke=10),
+        steps=size(300, smoke=3),
         seed=seed,
         out=run / "cnn",
         overwrite=True,

@@ -93,7 +93,7 @@ def one_seed(seed: int, data: Path) -> dict:
 
 def main():
     seeds = [int(s) for s in os.environ.get("SEEDS", size("0 1 2 3 4", smoke="0")).split()]
-    data, counts = BASE / "data", size({}, smoke=dict(train=40, val=5, test=5))
+    data, counts = BASE / "data", size({}, smoke=dict(train=12, val=2, test=5))
     stage("em_mllm/make_data.py", out=data, seed=100, overwrite=True, **counts)
     stage("studies/em_mllm/make_llm.py", out=BASE / "llm", steps=LLM_STEPS, overwrite=True)
     runs = [one_seed(seed, data) for seed in seeds]
@@ -101,7 +101,7 @@ def main():
         "studies/em_mllm/baseline.py",
         train=data / "train",
         test=data / "test",
-        steps=size(500, smoke=10),
+        steps=size(500, smoke=3),
         out=RUN / "baseline",
         overwrite=True,
     )

@@ -21,7 +21,7 @@ BASE, RUN = DATA / "em_mllm" / size("first", smoke="first_smoke"), RUNS / "em_ml
 
 def main():
     data, llm = BASE / "data", BASE / "llm"
-    counts = size(dict(train=200, val=20, test=20), smoke=dict(train=20, val=2, test=2))
+    counts = size(dict(train=200, val=20, test=20), smoke=dict(train=8, val=2, test=2))
     stage("em_mllm/make_data.py", out=data, overwrite=True, **counts)
     stage("studies/em_mllm/make_llm.py", out=llm, steps=size(800, smoke=4), overwrite=True)
     stage(

@@ -11,7 +11,7 @@ ENCODER = dict(
     log_every=100,
     overwrite=True,
 )
-LLM_STEPS = size(800, smoke=20)
+LLM_STEPS = size(800, smoke=4)
 
 
 def join(out, seed: int, encoder, llm, **options):
@@ -39,7 +39,7 @@ def join(out, seed: int, encoder, llm, **options):
         freeze_llm=True,
         freeze_signal_encoder=True,
         lr=3e-3,
-        max_steps=size(100, smoke=6),
+        max_steps=size(100, smoke=2),
         output_dir=aligned,
         **options,
     )
@@ -48,7 +48,7 @@ def join(out, seed: int, encoder, llm, **options):
         trained_dir=aligned / "model",
         optimizer="muon",
         lr=5e-4,
-        max_steps=size(250, smoke=6),
+        max_steps=size(250, smoke=2),
         output_dir=out,
         **options,
     )
