@@ -88,8 +88,9 @@ def nifti_kinds(folder):
 def test_values_units_and_axes_of_nifti_files_are_put_right_with_a_note(tmp_path, good):
     for name, path, note in nifti_kinds(tmp_path):
         assert wrong_by(path) < good + (35 if name == "oblique" else 12), name  # interpolation blurs edges
-        notes = read_ct(path)[2].notes
-        assert (note in " ".join(notes)) if note else not notes, (name, notes)
+        hu, _, verdict = read_ct(path)
+        assert hu.min() >= -1024, name  # padding is air
+        assert (note in " ".join(verdict.notes)) if note else not verdict.notes, (name, verdict.notes)
 
 
 @pytest.mark.parametrize(
@@ -781,6 +782,16 @@ def test_no_side_is_named_where_it_is_unknown(checkpoint, llm, tmp_path):
         sides[name] = {row["side"] for row in table(tmp_path / name / "findings.csv")}
         assert ("unknown" in table(tmp_path / name / "verdicts.csv")[0]["side"]) == (name == "unknown")
     assert sides["known"] & {"left", "right"} and sides["unknown"] == {""}
+
+
+def test_a_report_names_no_side_that_nobody_knows():
+    for side, told in (("known", "Left effusion."), ("unknown", "[side unknown] effusion.")):
+        verdict = Verdict("NIfTI", values="HU", side=side)
+        batch = {"id": ["a"], "verdict": [verdict], "path": ["a.nii"], "report": [""]}
+        lists = dict.fromkeys(("probability", "statuses"), [[0.0] * len(FINDINGS)])
+        made = {"reports": ["Left effusion."], "questions": [""], "places": [{}], **lists}
+        record = report_script.reported(batch, made, 0, [0.5] * len(FINDINGS), 1.0, hide=True)
+        assert record["row"]["Pred"] == told
 
 
 @pytest.mark.parametrize(
