@@ -122,6 +122,7 @@ def score(samples, features, outputs, raw=None, calibration=None):
     rows = []
     for sample, feature, output in zip(samples, features, outputs):
         # masks are compared at the size of the file (n, H, W), whatever size the base saw the picture at
+        # pixels labelled "ignore" count neither as hit nor as miss
         gt, ignore = sample["gt_masks"], sample.get("ignore")
         scores = phrase_rows(output, gt, ignore)
 
@@ -187,6 +188,7 @@ def draw(sample, output, path):
     ]
     if output["sam_pred_masks"] is not None:
         columns.append(("refined", binary_masks(output["sam_pred_masks"], size).cpu().numpy()))
+    # the colours of the phrases are those of their masks in every column
     texts = [info["text"].strip() for info in sample["mask_infos"]]
     save_image(labelled_strip(sample["image"], columns, texts), path)
 
@@ -203,6 +205,7 @@ def write_results(out, rows, **about):
     # the order of the files must not depend on how many processes shared the records, whose captions may name
     # things of one picture alike
     rows.sort(key=lambda row: (row["file"], row["phrase"], row["inter"], row["rle"]["counts"]))
+    # numbers for people and programs, masks for COCO's tools, a row a phrase for spreadsheets
     results = {**about, **summarise(rows)}
     masks = [
         {"file": row["file"], "phrase": row["phrase"], "score": row["score"], "segmentation": row.pop("rle")}
@@ -219,6 +222,7 @@ def write_results(out, rows, **about):
 
 def in_one_line(results) -> str:
     """The numbers that one looks at first."""
+    # a score is read beside what a blind guess reaches
     controls = " ".join(f"{name} {value:.3f}" for name, value in results["controls"].items())
     return (
         f"{results['split']} ({results['protocol']}): {results['phrases']} phrases, "

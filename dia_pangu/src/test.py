@@ -119,12 +119,14 @@ def keep_the_nearest(
     statuses (B, 14), prompts and tokens: what the reports were written from. The draws of a volume depend on
     the seed and on nothing else of the batch.
     """
+    # One volume at a time: most reports agree with their diagnosis and cost nothing here.
     for i, wanted in enumerate(statuses[:, :-1].tolist()):  # "no finding" is what none of the others is
 
         def differs(report: str, wanted=wanted) -> int:
             return sum(said != due for said, due in zip(positives([report])[0], wanted))
 
         if differs(reports[i]):
+            # Anew for every volume, so that its draws do not depend on its neighbours in the batch.
             torch.manual_seed(seed)
             ids = model.generate(
                 *(prompts[key][[i] * number] for key in ("lang_x", "attention_mask")),
@@ -143,6 +145,7 @@ def finding_rows(name, probability, statuses, thresholds, places) -> list[dict]:
     for c, finding in enumerate(FINDINGS):
         # A place is a claim about something present; an absent finding has none.
         side, place = places.get(finding, ("", "")) if statuses[c] else ("", "")
+        # Probability and threshold stand beside the status, so that a reader sees how near it was.
         rows.append(
             {
                 "ID": name,
@@ -172,9 +175,11 @@ def result_row(batch, made, i: int) -> dict:
 
 def captions(rows: list[dict]) -> list[tuple[str, str]]:
     """Return (finding, caption) of what is present, for the evidence picture."""
+    # What is absent has no evidence to be drawn.
     shown = []
     for row in rows[:-1]:  # "no finding" has no place
         if row["status"]:
+            # Without the evidence head there is no place, and the caption says the probability alone.
             where = f"{row['side']} {row['place']}".strip()
             caption = f"{row['finding']}: p {float(row['probability']):.2f}"
             shown.append((row["finding"], f"{caption}, {where}" if where else caption))
@@ -213,11 +218,13 @@ def check_flags(args, processes: int):
 def generation_options(args) -> tuple[dict, dict | None]:
     """Return the keyword arguments of `generate`, greedy by default, so that two runs give one report; and
     those of `keep_the_nearest`, or None."""
+    # The same volume and checkpoint give the same report, unless sampling is asked for.
     options = {
         "max_new_tokens": args.max_new_tokens,
         "num_beams": args.num_beams,
         "do_sample": args.do_sample,
     }
+    # Candidates are always sampled: a second greedy report would be the first again.
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
     if args.do_sample:  # upstream sampled
         options |= sampling
@@ -332,6 +339,7 @@ def main(args):
             batch["verdict"],
             candidates,
         )
+        # A batch has one time, which its reports share evenly.
         elapsed_ms = 1000 * (time.perf_counter() - start) / len(batch["id"])
 
         for i, name in enumerate(batch["id"]):
@@ -363,6 +371,7 @@ def draw(args, batch, maps, i: int, grid, record: dict):
 
 def show_scan(verdict: Verdict, report: str, findings: list[dict]):
     """Print the verdict and the report of one scan, and its table of findings."""
+    # How the scan was understood comes first: a wrong side or unit makes the report worthless.
     print(verdict.line())
     print(report or "(empty report)")
     for row in findings:
@@ -417,6 +426,7 @@ def parse_args(argv=None):
     series = "with --volume: series of a DICOM folder, by its number in the table or the end of its UID"
     add("--series", help=series)
 
+    # How much of it, and how much at a time.
     add("--split", choices=SPLITS, default="test", help="partition of --data")
     add("--cache", help="folder for prepared volumes")
     add("--limit", type=number(int, 0), default=0, help="report on the first volumes only; 0: all")
@@ -436,6 +446,7 @@ def parse_args(argv=None):
     hide = "leave side and place out of the prompt, so that the report takes them from the image tokens"
     add("--hide-places", action="store_true", help=hide)
 
+    # Evidence is drawn for the first volumes alone: a thousand scans need no thousand pictures.
     add("--evidence", type=number(int, 0), default=6, help="number of evidence pictures to draw")
     add("--out", type=Path, default=Path(__file__).resolve().parents[1] / "results", help="folder to write")
     return parser.parse_args(argv)

@@ -103,6 +103,7 @@ def check_flags(args):
 
 def model_config(args) -> dict:
     """Return the model's configuration as the flags say it: sizes, LoRA, evidence head."""
+    # Stage pre leaves the language model as it is; LoRA belongs to stage ft alone.
     config = read_config(args)
     if args.stage == "ft":
         config["lora"] = {
@@ -133,6 +134,7 @@ def first_texts(args, config, vocabulary: int) -> list[dict]:
         data = CTRGDataset(args.data, "train", make_grid(config), text, **options)
         return [data.sample(i % len(data))["text"] for i in range(args.batch_size)]
     except UserError as error:
+        # A plan is wanted before the data are there, too; it then says what it assumed.
         usual = min(config["max_length"], 320)
         print(f"no text can be read ({error}); a sample is taken to have {usual} tokens, half of them report")
         half = usual // 2
@@ -142,6 +144,7 @@ def first_texts(args, config, vocabulary: int) -> list[dict]:
 def plan_step(model, vision_x, length: int, answers: int):
     """Make the forward and backward pass of a training step on tensors without values, which `forward` would
     look at: B samples of `length` tokens, with `answers` labels among them."""
+    # The image tokens stand among the words, so that both make up the length.
     layer = model.embedding_layer
     tokens = model.encode(vision_x)
     visual = layer.visual_tokens(tokens)
@@ -201,6 +204,7 @@ def dry_run(args, config):
             with torch.autocast(device.type, kind, enabled=kind is not None):
                 plan_step(model, vision_x, length, answers)
 
+    # What is there before the first step, and what the step adds at its peak.
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30
     stored = "bf16" if args.precision == "bf16" else "float32"
     print(f"  weights ({stored}, what trains in float32): {weights:.2f} GiB")
@@ -265,6 +269,7 @@ def make_optimizer(model, args):
 
 def make_sets(args, config, text):
     """Return the training and the validation set; only the training prompts get flips and hidden places."""
+    # What both sets share: how volumes are prepared and prompts are written.
     options = {
         "grid": make_grid(config),
         "language": config["language"],
@@ -365,6 +370,7 @@ def main(args):
     )
     folder = open_run(args.out, args, accelerator, args.resume, args.overwrite)
 
+    # Two losses, and an optimizer for what trains of the two modules.
     optimizer = make_optimizer(model, args)
     lambda_ctr = model.lambda_ctr  # weight of the contrastive loss, upstream's 4
 
