@@ -215,6 +215,7 @@ def load_teacher(folder: Path, classes: list[str]) -> SiTMAEForClassification:
             "model/ folder of a run on these files"
         )
 
+    # it teaches and does not learn: no dropout, no gradients
     with reading(folder, "model"):
         teacher = SiTMAEForClassification.from_pretrained(folder, config=config)
     return teacher.eval().requires_grad_(False)
@@ -250,6 +251,7 @@ def make_model(args, classes: list[str], scales: dict, train: SignalDataset, *ot
     if args.encoder == "sit" and not args.random_encoder:
         load_encoder(model, args.signal_encoder_path)
 
+    # longer signals have no positions; told now, not in the middle of an epoch
     for data in (train, *others):
         check_points(config, data.files, data.signal)
 
@@ -288,6 +290,7 @@ def known_values(batch, tasks):
 def weighed(model, result, share, tasks, taught=None):
     """The loss of a batch as its share of the step, and the parts of it that are logged beside it. taught:
     the divergence from the teacher, if there is one."""
+    # labels alone where there is no teacher; several tasks are weighed by the configuration's label_weights
     if taught is not None:
         parts = {"labels": result.loss * share[0], "teacher": taught * share[0]}
         return sum(parts.values()), parts
@@ -320,6 +323,7 @@ def predict(model, data, scales, batch_size=64):
 
 def score(label, predicted, snr) -> dict:
     """Accuracy over all signals and over those of high SNR, beside the fraction of the largest class."""
+    # the largest class is what a guess without looking would say
     hit = predicted == label
     scores = {
         "accuracy": float(hit.mean()),
@@ -375,6 +379,7 @@ def save_results(args, model, train, test, classes: list[str], scales: dict):
     metrics = score(label, predicted, test.columns["snr"]) | regression_errors(values, train, test)
     atomic_json(args.out / "metrics.json", metrics)
 
+    # which classes are taken for each other
     matrix = np.zeros((len(classes), len(classes)), int)  # (truth, prediction)
     np.add.at(matrix, (label, predicted), 1)
     draw_confusion(matrix, classes, args.out / "figures" / "confusion.png", "fraction of signals")
@@ -399,6 +404,7 @@ def main(args):
     loader = make_loader(train, args, collate_fn=SignalCollator(model.config, teacher and teacher.config))
     optimizers = make_optimizers(model, args.optimizer, args.lr, args.weight_decay)
 
+    # parameters are counted before the model is compiled and wrapped
     about = describe(model)
     if args.compile:
         model.compile()
@@ -427,6 +433,7 @@ def main(args):
     for batch, share in batches(training, loader, lambda batch: known_values(batch, tasks)):
         inputs, labels = split_labels(batch, scales)
         with accelerator.accumulate(model):
+            # forward: what the labels say, and what a teacher says of the same signals without noise
             result = model(**inputs, labels=labels)
             taught = None if teacher is None else lesson(plain, teacher, result.logits, inputs, batch)
             loss, parts = weighed(plain, result, share, tasks, taught)
@@ -436,6 +443,7 @@ def main(args):
         if accelerator.sync_gradients:
             finish_step(training, grad=grad)  # validate where it is due, log, save, stop
 
+    # the model, and its scores on signals that nothing was chosen on
     if accelerator.is_main_process:
         save_results(args, plain, train, test, classes, scales)
     finish(training)

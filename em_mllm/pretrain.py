@@ -227,6 +227,7 @@ def simple_guesses(patches, sample_ids, mae_mask, special):
                 drawn = np.interp(t, known, wave[known]).reshape(-1, patch)
                 linear[r, where, channel] = torch.tensor(drawn, dtype=patches.dtype)
 
+    # zeros is what a guess reaches that knows nothing of the signal
     guesses = {"zeros": torch.zeros_like(patches), "nearest": nearest, "linear": linear}
     return {name: ((guess - patches) ** 2).mean(-1) for name, guess in guesses.items()}
 
@@ -277,6 +278,7 @@ def draw(shown, config, path, signals=4):
     patches, logits, mask, ids = shown  # of one batch, (B, M, 2 P) and (B, M)
     patch, special = config.patch_size[0], config.num_special
     pick = [(r, s) for r in range(len(ids)) for s in range(int(ids[r].max()) + 1)][:signals]
+    # the signals stand below each other, each with a scale of its own
     figure, axes = new_figure(len(pick), 1, width=9, height=1.7, sharex=False, squeeze=False)
 
     table = []
@@ -297,6 +299,7 @@ def draw(shown, config, path, signals=4):
         for t in range(len(true)):
             table.append({"signal": n, "point": t, **{name: f"{w[t]:.5f}" for name, w in waves.items()}})
 
+    # one legend is enough for all rows
     axes[0, 0].legend(ncol=3, loc="upper right", fontsize=8)
     axes[-1, 0].set_xlabel("point")
     save_figure(figure, path)
@@ -336,6 +339,7 @@ def read_data(args, config, room: int):
 
 def make_model(args, config):
     """Encoder and decoder, from random weights or from --init."""
+    # the decoder starts anew where --init holds an encoder alone
     model = SiTMAEForPreTraining(config)
     if args.init:
         load_encoder(model, args.init)
@@ -419,6 +423,7 @@ def main(args):
             )
             accelerator.backward(loss)
             grad = update(training, model, optimizers, lr_at(state["step"], steps, args.warmup))
+        # count the step, log and save where it is due, stop when asked to
         if accelerator.sync_gradients:
             finish_step(training, grad=grad)
 

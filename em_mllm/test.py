@@ -214,6 +214,7 @@ def other_signals(data: QuestionDataset, seed=0) -> dict:
     shown = np.array([(owner, indices(r)[0]) for r, owner in zip(records, data.file_of)])
     label = np.array([labels[owner][index] for owner, index in shown])
 
+    # drawn from a seed, so that two tests of a model show it the same wrong signals
     rng, swap, rows = np.random.default_rng(seed), {}, np.arange(len(records))
     for row, record in enumerate(records):
         if parse_options(record):
@@ -222,6 +223,7 @@ def other_signals(data: QuestionDataset, seed=0) -> dict:
             others = others if len(others) else rows[elsewhere]
             if len(others):
                 swap[row] = int(rng.choice(others))
+    # a control that swaps nothing would repeat the scores and look like one
     if not swap:
         raise UserError(
             "--wrong-signal has no effect: no two questions, one of them with options; leave it out"
@@ -240,6 +242,7 @@ ASKED = ("llm_model_path", "trust_remote_code", "dtype", "batch_size", "max_new_
 
 def check_options(args):
     """Refuse what is missing, what would have no effect, and an --out that holds other files."""
+    # each of the three uses has options of its own
     submits = ["submission", "team_name", "model_name"]
     if args.task_dir:
         refuse(args, ["task_files"], "beside --task-dir")
@@ -303,6 +306,7 @@ def check_recordings(args):
 
 def read_calibration(path, notes: dict) -> dict:
     """{"temperature", "threshold"} of a file that --calibrate-dir wrote; without one, nothing is doubted."""
+    # without a file only a temperature counts that an earlier edition wrote into the model's notes
     if path is None:
         return {"temperature": notes.get("temperature", 1.0)}
     return read_json(path, {"temperature": float, "threshold": float})
@@ -340,6 +344,7 @@ def write_scores(args, data, answers, metrics):
             parts.append(f"with wrong signals {metrics['wrong_signal']['accuracy']:.3f}")
         print(", ".join(parts))
 
+    # open answers are compared as texts, so their scores stand apart
     if "open" in metrics:
         values = {k: f"{v:.3f}" if isinstance(v, float) else v for k, v in metrics["open"].items()}
         print("open questions: " + ", ".join(f"{k} {v}" for k, v in values.items()))
@@ -356,12 +361,14 @@ def load(args, accelerator):
     if notes.get("load_in_4bit"):
         refuse(args, ["dtype"], "on a language model in 4-bit numbers")
 
+    # with the base that the folder names, or the one given in its place
     model, tokenizer = load_model(args.model, args.llm_model_path, args.trust_remote_code, args.dtype)
     return model.to(accelerator.device), tokenizer, notes
 
 
 def read_held(args, data: QuestionDataset, options: dict) -> QuestionDataset:
     """The questions of --calibrate-dir: all of them, about other signals than those of the test."""
+    # other signals: a threshold chosen on the test's own would flatter its coverage
     held = QuestionDataset(task_pairs(args.calibrate_dir), **options)
     refuse_shared(data.files, held.files, "--calibrate-dir", "test")
 
@@ -399,6 +406,7 @@ def fill_unread(data: QuestionDataset, answers: list[dict]) -> int:
 
 def submit(args, data, answers):
     """Write the answer file and say what it holds and what not."""
+    # every question with options gets a letter, or the whole file would be refused
     unread = fill_unread(data, answers)
     write_submission(args.submission, answers, args.team_name, args.model_name)
 
@@ -427,6 +435,7 @@ def main(args):
     # the model, and what it was trained to read
     accelerator = Accelerator()  # as many processes as torchrun started, each with the whole model
     model, tokenizer, notes = load(args, accelerator)
+    # the same signal path for a test set and for a recording: one specification, kept with the model
     spec = SignalSpec.from_json(notes.get("signal"))
     calibration = read_calibration(args.calibration, notes)
     if args.iq:
@@ -469,6 +478,7 @@ def main(args):
         control = score(answer_set(model, tokenizer, data, *how, swap=swap))
         shown = ("accuracy", "accuracy_high_snr", "valid_letters", "letters_given")
         extra["wrong_signal"] = {name: control[name] for name in shown if name in control}
+    # the other processes have sent their answers
     if not accelerator.is_main_process:
         return
 
@@ -483,6 +493,7 @@ def main(args):
         write_scores(args, data, answers, metrics)
         if args.calibrate_dir:
             atomic_json(args.out / "calibration.json", calibration)
+    # the answer file is for the competition, the scores above are for the reader
     if args.submission:
         submit(args, data, answers)
 

@@ -442,6 +442,7 @@ def make_model(args, files, signal: SignalSpec | None = None):
     than the encoder takes.
     """
     check_options(args)
+    # an earlier run brings everything along; what contradicts it was refused above
     if args.trained_dir:
         model, tokenizer = load_model(args.trained_dir, args.llm_model_path, args.trust_remote_code)
     else:

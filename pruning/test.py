@@ -250,6 +250,7 @@ def score_texts(args, device):
         count = f"{len(unscored)} of {len(losses)} {parts}"
         print(f"{count} have fewer than two tokens and are not scored{first}")
 
+    # the number of tokens stands beside the perplexity: two tokenizers cut the same text differently
     scores = {"texts": len(texts), "tokens": int(losses[:, 1].sum()), "perplexity": perplexity(losses)}
     if args.tasks:
         scores |= score_tasks(model, tokenizer, args.tasks, args.limit)
