@@ -365,6 +365,8 @@ class StopSignal:
         # only noted, unless all is saved: a handler comes in the middle of a step, which has to end first
         self.asked = self.asked if self.signum else time.monotonic()
         self.signum = signum
+        # A loader's worker that the signal ends, too, must not end the save: torch looks at each child's end.
+        self.before.setdefault(signal.SIGCHLD, signal.signal(signal.SIGCHLD, signal.SIG_DFL))
         if self.at_once:
             self.leave(self.at_once)
         if self.accelerator.is_main_process:
@@ -396,5 +398,5 @@ def loader_worker(worker_id: int):
     workers from a parent that still finishes its step. The alarm ends a worker that outlives its parent."""
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    # not ignored for good: without its parent a worker would never end; 30 s are for the step to be made
-    signal.signal(signal.SIGTERM, lambda signum, frame: signal.alarm(30))
+    # not ignored for good: without its parent a worker would never end; 5 minutes are for the step to be made
+    signal.signal(signal.SIGTERM, lambda signum, frame: signal.alarm(300))

@@ -18,11 +18,12 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from common import launch
 from common.checkpoint import atomic_dir, atomic_json, damage, link
 from common.errors import UserError
-from common.run import StopSignal, seed_everything
+from common.run import StopSignal, loader_worker, seed_everything
 from tests import forked, toy_run
 from tests.forked import Done
 from tests.parity import assert_same_first_step
@@ -295,6 +296,23 @@ def test_an_error_of_a_loader_s_worker_is_its_own_line(tmp_path):
         wrapped = torch._utils.ExceptionWrapper(where="in DataLoader worker process 0")
     with pytest.raises(UserError, match="^x.h5: row 5 holds nan; drop it$"):
         wrapped.reraise()
+
+
+def test_a_worker_that_ends_within_the_last_save_takes_nothing_with_it():
+    stop = StopSignal(SimpleNamespace(num_processes=1, is_main_process=False))
+    batches = iter(DataLoader(range(8), num_workers=1, worker_init_fn=loader_worker))
+    next(batches)
+    try:
+        for pid in (os.getpid(), batches._workers[0].pid):
+            os.kill(pid, signal.SIGTERM)  # a scheduler's, to the whole process group
+        time.sleep(0.2)
+        assert batches._workers[0].is_alive() and next(batches) == 1
+        os.kill(batches._workers[0].pid, signal.SIGKILL)  # its time is over, the save is not
+        time.sleep(0.5)
+    finally:
+        del batches
+        stop.restore()
+    assert stop()
 
 
 def test_names_that_are_no_text_are_shown_and_kept(tmp_path):

@@ -287,6 +287,13 @@ MUTANTS = [
         "metrics with nan cannot be written",
     ),
     Mutant(
+        "common/run.py",
+        "        self.before.setdefault(signal.SIGCHLD,",
+        "        0 and self.before.setdefault(signal.SIGCHLD,",
+        f"{RUN}::test_a_worker_that_ends_within_the_last_save_takes_nothing_with_it",
+        "a loader's worker that the signal ends, too, ends the save",
+    ),
+    Mutant(
         "common/launch.py",
         '"SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"',
         '"SIGTERM,SIGINT,SIGHUP,SIGQUIT"',
