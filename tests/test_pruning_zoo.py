@@ -372,6 +372,11 @@ def test_derived_types_are_written_down_where_the_file_leaves_them_to_the_class(
         ("layer_sizes", [3, 1, 2], [3, 1, 2]),
         ("head_dims", {str(i): i + 8 for i in range(6)}, {"0": 8, "1": 9, "2": 11, "3": 13}),
         ("vision_feature_layers", [1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6]),
+        (
+            "linear_attn_config",  # Kimi's, whose layers count from 1
+            {"full_attn_layers": [3, 6], "kda_layers": [1, 2, 4, 5]},
+            {"full_attn_layers": [4], "kda_layers": [1, 2, 3]},
+        ),
     ],
 )
 def test_every_way_to_number_layers_follows(field, before, after):

@@ -370,7 +370,7 @@ MUTANTS = [
         "pruning/shorter.py",
         "base = int(name in ONE_BASED)",
         "base = 0",
-        "tests/test_pruning_zoo.py",
+        "tests/test_pruning_zoo.py::test_every_way_to_number_layers_follows",
         "lists that count layers from 1 are read as if from 0",
     ),
     Mutant(
