@@ -31,7 +31,7 @@ import numpy as np
 from common.arguments import Parser, number, refuse
 from common.checkpoint import atomic_dir
 from common.errors import UserError, run
-from common.files import check, open_npz, read_plain_pickle, reading
+from common.files import check, hdf5_item, open_npz, read_plain_pickle, reading
 from common.run import progress
 from em_mllm.make_data import NOUN, write_questions
 from em_mllm.prepare import view
@@ -121,13 +121,14 @@ def read_radioml2018(path: Path):
     with reading(path, "RadioML file"), h5py.File(path, "r") as file:
         if any(k not in file for k in "XYZ"):
             raise UserError(f"{path}: expected the datasets X, Y, Z (it has {', '.join(file)})")
-        label, snr = file["Y"][:].argmax(1), file["Z"][:].ravel()
-        if file["Y"].shape[1] != len(RADIOML2018):
-            raise UserError(f"{path}: Y has {file['Y'].shape[1]} classes, expected {len(RADIOML2018)}")
+        signals, one_hot = hdf5_item(file, "X", whole=False), hdf5_item(file, "Y")[:]
+        label, snr = one_hot.argmax(1), hdf5_item(file, "Z")[:].ravel()
+        if one_hot.shape[1] != len(RADIOML2018):
+            raise UserError(f"{path}: Y has {one_hot.shape[1]} classes, expected {len(RADIOML2018)}")
         for c in range(len(RADIOML2018)):
             for s in np.unique(snr[label == c]):
                 rows = np.nonzero((label == c) & (snr == s))[0]
-                yield RADIOML2018[c], float(s), file["X"][rows[0] : rows[-1] + 1][rows - rows[0]]
+                yield RADIOML2018[c], float(s), signals[rows[0] : rows[-1] + 1][rows - rows[0]]
 
 
 def convert_radioml(cells, out: Path, per_cell: int, fs: float, seed: int):

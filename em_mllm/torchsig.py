@@ -9,6 +9,7 @@ The class may stand with the sample, with what it inherits from, or with its onl
 """
 
 import base64
+import functools
 import io
 import json
 from pathlib import Path
@@ -17,7 +18,7 @@ import h5py
 import numpy as np
 
 from common.errors import UserError
-from common.files import reading
+from common.files import hdf5_item, reading
 from common.run import progress
 from em_mllm.signal_file import plain_text, read_rate
 
@@ -34,7 +35,8 @@ def plain(value):
 
 def fields(group) -> dict:
     """{field: value} of a group of scalars."""
-    return {name: item[()] for name, item in group.items() if isinstance(item, h5py.Dataset)}
+    found = {name: hdf5_item(group, name) for name in group}
+    return {name: item[()] for name, item in found.items() if isinstance(item, h5py.Dataset)}
 
 
 def inherited(metadata, key: str) -> dict:
@@ -42,7 +44,7 @@ def inherited(metadata, key: str) -> dict:
     out, seen = {}, set()
     while key in metadata and key not in seen:
         seen.add(key)
-        out = {**fields(metadata[key]), **out}
+        out = {**fields(hdf5_item(metadata, key)), **out}
         key = plain_text(out.pop("parent_metadata_id", ""))
     return out
 
@@ -50,21 +52,25 @@ def inherited(metadata, key: str) -> dict:
 def samples(file):
     """Yield (data set with the signal, row in it or (), metadata, metadata of the components) of each
     sample."""
-    data = file.get("data")
+    item = functools.partial(hdf5_item, file, whole=False)  # no link leads out of the file
+    data = item("data") if "data" in file else None
     if isinstance(data, h5py.Dataset) and "component_offsets" in file:
-        offsets = file["component_offsets"][()]
+        offsets, of_parts, metadata = map(item, ("component_offsets", "component_metadata", "metadata"))
+        offsets = offsets[()]
         for n, (first, last) in enumerate(zip(offsets, offsets[1:])):
-            parts = [plain(json.loads(text)) for text in file["component_metadata"][first:last]]
-            yield data, n, plain(json.loads(file["metadata"][n])), parts
+            parts = [plain(json.loads(text)) for text in of_parts[first:last]]
+            yield data, n, plain(json.loads(metadata[n])), parts
     elif isinstance(data, h5py.Group) and "index" in file:
-        for n in range(len(file["index"])):
-            key = plain_text(file["index"][str(n)][()])
-            parts = file["component_signals"][key][()] if key in file["component_signals"] else []
-            parts = [inherited(file["metadata"], plain_text(part)) for part in parts]
-            yield data[key], (), inherited(file["metadata"], key), parts
+        index, of_parts, metadata = map(item, ("index", "component_signals", "metadata"))
+        for n in range(len(index)):
+            key = plain_text(hdf5_item(index, str(n))[()])
+            parts = hdf5_item(of_parts, key)[()] if key in of_parts else []
+            parts = [inherited(metadata, plain_text(part)) for part in parts]
+            yield hdf5_item(data, key), (), inherited(metadata, key), parts
     elif len(file) and all(name.isdigit() for name in file):
         for name in sorted(file, key=int):
-            yield file[name]["data"], (), {}, [fields(part) for part in file[name]["metadata"].values()]
+            parts = item(f"{name}/metadata")
+            yield item(f"{name}/data"), (), {}, [fields(hdf5_item(parts, part)) for part in parts]
     else:
         held = ", ".join(file) or "nothing"
         raise UserError(

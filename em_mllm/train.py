@@ -12,6 +12,7 @@ model.load_model read, and out/metrics.json with the validation loss. Signals st
 """
 
 import copy
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -590,7 +591,7 @@ def keep_best(args, training, model, tokenizer, source, loss: float):
     otherwise; after --patience evaluations without a lower one the run ends with this step."""
     state = training.state
     state |= {"seen_loss": loss, "seen_step": state["step"]}
-    better = state["best_loss"] is None or loss < state["best_loss"]
+    better = math.isfinite(loss) and (state["best_loss"] is None or loss < state["best_loss"])
     state["waited"] = 0 if better else state["waited"] + 1
     if better:
         state |= {"best_loss": loss, "best_step": state["step"]}
@@ -687,6 +688,8 @@ def main(args):
         keep_best(args, training, model, tokenizer, source, closing["val_loss"])
     if args.select == "last":
         write_model(args, training, model, tokenizer, source)
+    elif state["best_loss"] is None:
+        raise UserError("no validation loss is finite, so that no model is the best; take --select last")
 
     if accelerator.is_main_process:
         report(args, state, source.skipped)

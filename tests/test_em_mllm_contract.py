@@ -565,8 +565,9 @@ def test_recorded_rows_are_as_recorded(world):
 # ---- the best model, and what a checkpoint holds
 
 
-def test_the_best_weights_are_kept_and_waiting_ends_the_run(folders, tmp_path, monkeypatch):
-    losses = iter([3.0, 1.0, 2.0, 2.5, 9.0, 9.0])
+@pytest.mark.parametrize("first", [3.0, float("nan"), float("-inf")])
+def test_the_best_weights_are_kept_and_waiting_ends_the_run(folders, tmp_path, monkeypatch, first):
+    losses = iter([first, 1.0, 2.0, 2.5, 9.0, 9.0])
     monkeypatch.setattr(em_mllm.train, "validation_loss", lambda *_: next(losses))
     saved = []
 
@@ -581,10 +582,17 @@ def test_the_best_weights_are_kept_and_waiting_ends_the_run(folders, tmp_path, m
     assert (metrics["step"], metrics["best_step"], metrics["validation_loss"]) == (4, 2, 1.0)
     assert next(losses) == 9.0  # the fifth: each of the four steps was validated once
     model, _ = load_model(tmp_path / "run/model")
-    assert len(saved) == 2 and torch.equal(model.iq_tokens, saved[1])
+    assert len(saved) == 1 + np.isfinite(first) and torch.equal(model.iq_tokens, saved[-1])
     # gone on with, it stays ended
     train(folders, tmp_path / "run", *options, "--resume", max_steps=20)
     assert json.loads((tmp_path / "run/metrics.json").read_text())["step"] == 4
+
+
+def test_without_a_finite_validation_loss_no_model_is_the_best(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(em_mllm.train, "validation_loss", lambda *_: float("nan"))
+    with pytest.raises(UserError, match="no validation loss is finite.*take --select last"):
+        train(folders, tmp_path / "run", "--eval-every", 1, "--freeze-llm", max_steps=2)
+    assert not (tmp_path / "run/model").exists()
 
 
 def test_waiting_counts_from_the_lowest_loss_also_where_the_last_weights_are_kept(

@@ -16,7 +16,7 @@ from em_mllm import dataset as dataset_module
 from em_mllm import signal_file
 from em_mllm.convert import main as convert_main
 from em_mllm.convert import parse_args as convert_args
-from em_mllm.convert import read_radioml2016
+from em_mllm.convert import read_radioml2016, read_radioml2018
 from em_mllm.dataset import (
     Augmentation,
     PackedSignals,
@@ -439,6 +439,12 @@ def test_radioml2018_comes_in(tmp_path):
     assert len(file.classes) == 24 and all(
         file.read(i)[0, 0] == file.column("label")[i] for i in range(0, len(file), 7)
     )
+    for name in "XYZ":
+        with h5py.File(tmp_path / f"{name}.hdf5", "w") as file:
+            for part in "XYZ":
+                file[part] = h5py.ExternalLink("r.hdf5", part) if part == name else [[0.0]]
+        with pytest.raises(UserError, match=f"{name} lies in another file"):
+            list(read_radioml2018(tmp_path / f"{name}.hdf5"))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import pickle
+import shutil
 import struct
 import tarfile
 import zlib
@@ -29,6 +30,7 @@ from em_mllm.iq_io import (
     strong_windows,
 )
 from em_mllm.signal_file import SignalFile, read_names, read_rate
+from em_mllm.torchsig import read_torchsig
 from tests.em_world import write_questions
 
 N = 3000
@@ -743,6 +745,23 @@ def test_torchsig_files_of_every_layout_come_in(tmp_path, layout):
             z = file.read(row) @ [1, 1j]
             k = int(np.argmin([np.abs(z - signal).max() for signal in signals]))
             assert np.abs(z - signals[k]).max() < 1e-5 and names[k] == file.classes[int(label)]
+
+
+@pytest.mark.parametrize("layout", [one_group_a_sample, by_key, homogeneous])
+def test_no_part_of_a_torchsig_file_is_read_from_another_file(tmp_path, layout):
+    names = []
+    with h5py.File(tmp_path / "whole.h5", "w") as file:
+        layout(file, [Z[:64]] * 2, ["fm", "am-dsb"])
+        file.visit(names.append)
+    read = [name for name in names if not name.startswith("data/c")]  # the components' own signals are not
+    for name in read:
+        shutil.copy(tmp_path / "whole.h5", tmp_path / "data.h5")
+        with h5py.File(tmp_path / "data.h5", "a") as file:
+            del file[name]
+            file[name] = h5py.ExternalLink("whole.h5", f"/{name}")
+        with pytest.raises(UserError, match="lies in another file"):
+            read_torchsig(tmp_path / "data.h5")
+    assert len(read) >= 4
 
 
 @pytest.mark.parametrize(
