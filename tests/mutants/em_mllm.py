@@ -342,8 +342,8 @@ MUTANTS = [
     ),
     Mutant(
         "em_mllm/train.py",
-        '    better = state["best_loss"] is None or loss < state["best_loss"]',
-        '    better = state["best_loss"] is None or loss > state["best_loss"]',
+        '(state["best_loss"] is None or loss < state["best_loss"])',
+        '(state["best_loss"] is None or loss > state["best_loss"])',
         CONTRACT,
         "the worst weights are kept",
     ),
