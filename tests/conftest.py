@@ -1,3 +1,4 @@
+import gc
 import os
 import random
 import sys
@@ -51,6 +52,10 @@ def refuse_fork_after_autograd(event, _):
 
 
 sys.addaudithook(refuse_fork_after_autograd)
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what the imports have made is not walked again by every collection
 
 
 def seed(name):
