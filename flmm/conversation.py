@@ -11,6 +11,7 @@ keeping all attention.
 """
 
 import re
+from os.path import commonprefix
 
 import torch
 import torch.nn as nn
@@ -19,6 +20,7 @@ from accelerate import Accelerator
 from common.errors import UserError
 from common.weights import read_weights
 from flmm.build import load_trained
+from flmm.data.phrases import cut
 from flmm.data.samples import SampleBuilder, caption_of_phrases, encode_rle
 from flmm.data.transforms import as_picture
 from flmm.evaluation import binary_masks
@@ -38,12 +40,16 @@ BREAKS = set(
 )
 
 
-def process_noun_chunks(chunks):
-    """Noun chunks worth grounding, in the order given: no "image", no lone pronoun, none repeated or inside a
-    longer one."""
-    kept = [c for c in chunks if "image" not in c.lower() and c.lower() not in PRONOUNS]
-    kept = list(dict.fromkeys(kept))
-    return [c for c in kept if not any(c != other and c in other for other in kept)]
+def process_noun_chunks(chunks, words=str.split):
+    """Noun chunks worth grounding, in the order given: no "image", no lone pronoun, none repeated or with all
+    its `words` inside a longer one."""
+    kept = {c: words(c) for c in chunks if "image" not in c.lower() and c.lower() not in PRONOUNS}
+
+    def inside(short, long):
+        starts = range(len(long) - len(short) + 1)
+        return len(short) < len(long) and any(long[at : at + len(short)] == short for at in starts)
+
+    return [c for c, short in kept.items() if not any(inside(short, long) for long in kept.values())]
 
 
 def find_interval(intervals, index):
@@ -54,55 +60,71 @@ def find_interval(intervals, index):
 
 PICTURES = {"图", "图片", "图像", "照片", "画面"}  # the picture itself, as "image" in English
 CHINESE = re.compile(r"[\u4e00-\u9fff]")
+WORD = re.compile(r"[^\s.,;:!?()\[\]{}\"“”„«»…—–]+")
 # Markdown around words: headings, list marks and quotes at the start of a line, emphasis and code anywhere
 MARKDOWN = re.compile(r"^\s*(?:#+|[-*+>]|\d+[.)])\s+|[*_`|]+", re.MULTILINE)
 
 
-def chinese_noun_phrases(text):
+def noun_phrases(text):
+    """Noun phrases of a text, as they stand in it."""
+    return [text[start:end] for start, end in noun_spans(text)]
+
+
+def noun_spans(text):
+    """Places [(start, end)] of the noun phrases of a text: of Chinese by jieba, of English by spaCy's
+    en_core_web_sm where it is installed, else runs of words between BREAKS. Marks of Markdown end a phrase.
+    A phrase is where it was found, and is never looked for again: "the car" begins "the carpet", too."""
+    chinese, words = CHINESE.search(text), str.split
+    text = MARKDOWN.sub(lambda found: ("。" if chinese else "\n") * len(found[0]), text)
+    if chinese:
+        import jieba
+
+        spans, words = chinese_spans(text), jieba.lcut
+    else:
+        try:
+            import spacy
+
+            chunks = spacy.load("en_core_web_sm")(text).noun_chunks
+            spans = [(c.start_char, c.end_char) for c in chunks]
+        except (ImportError, OSError):
+            spans = runs_between_breaks(text)
+    places = {text[start:end]: (start, end) for start, end in reversed(spans)}  # the first of each
+    return sorted(places[chunk] for chunk in process_noun_chunks(places, words))
+
+
+def chinese_spans(text):
     """Runs of a Chinese text that end with a noun: nouns, adjectives and the 的 between them (jieba's
     tags)."""
     import jieba.posseg
 
-    chunks, run = [], []  # run: (word, first letter of its tag)
+    spans, run, at = [], [], 0  # run: (first letter of the tag, start, end) of each word
     for word, kind in [*jieba.posseg.cut(text), ("", "x")]:
+        start, at = at, at + len(word)
         if kind[0] in "anb" or kind == "vn" or word == "的" and run:
-            run.append((word, "n" if kind == "vn" else kind[0]))
+            run.append(("n" if kind == "vn" else kind[0], start, at))
             continue
-        while run and run[-1][1] != "n":  # a trailing 的 or adjective belongs to no noun
+        while run and run[-1][0] != "n":  # a trailing 的 or adjective belongs to no noun
             run.pop()
-        chunk, run = "".join(word for word, _ in run), []
-        if chunk and chunk not in PICTURES:
-            chunks.append(chunk)
-    return process_noun_chunks(chunks)
-
-
-def noun_phrases(text):
-    """Noun phrases of a text, as they stand in it: of Chinese by jieba, of English by spaCy's en_core_web_sm
-    where it is installed, else runs of words between BREAKS. Marks of Markdown end a phrase."""
-    if CHINESE.search(text):
-        return chinese_noun_phrases(MARKDOWN.sub(lambda found: "。" * len(found[0]), text))
-    text = MARKDOWN.sub(lambda found: "\n" * len(found[0]), text)
-    try:
-        import spacy
-
-        chunks = [c.text for c in spacy.load("en_core_web_sm")(text).noun_chunks]
-    except (ImportError, OSError):
-        chunks = runs_between_breaks(text)
-    return process_noun_chunks(chunks)
+        if run and text[run[0][1] : run[-1][2]] not in PICTURES:
+            spans.append((run[0][1], run[-1][2]))
+        run = []
+    return spans
 
 
 def runs_between_breaks(text):
     """Runs of words of an English text between BREAKS, articles and marks of punctuation."""
-    chunks, articles = [], ("a", "an", "the")
-    for clause in re.split(r"[.,;:!?()\"\n]+", text):
-        run = []
-        for word in [*clause.split(), "and"]:  # the last one closes the last run
-            if word.lower() in BREAKS or (run and word.lower() in articles):
-                chunks.append(" ".join(run))
-                run = []
-            if word.lower() not in BREAKS:
-                run.append(word)
-    return [chunk for chunk in chunks if chunk and chunk.lower() not in articles]
+    spans, run, articles = [], [], ("a", "an", "the")
+    for word in [*WORD.finditer(text), None]:  # the last one closes the last run
+        name = word[0].lower() if word else ""
+        breaks = name in BREAKS or not any(letter.isalnum() for letter in name)
+        gap = text[run[-1].end() : word.start()] if run and word else ""
+        if run and (breaks or name in articles or "\n" in gap or gap.strip()):
+            if len(run) > 1 or run[0][0].lower() not in articles:
+                spans.append((run[0].start(), run[-1].end()))
+            run = []
+        if not breaks:
+            run.append(word)
+    return spans
 
 
 class KeywordSelector(nn.Module):
@@ -205,7 +227,9 @@ class Grounder:
         means no more than that. Raises UserError for an empty phrase or a text without any noun phrase.
         """
         if phrases is None:
-            pieces = pieces_of(text or "")
+            if not (spans := noun_spans(text or "")):
+                raise UserError(f"no noun phrase in {text!r}; give the phrases themselves")
+            pieces = cut(text, spans)
             phrases = [piece for piece, k in pieces if k >= 0]
         else:
             phrases = [phrases] if isinstance(phrases, str) else list(phrases)
@@ -254,33 +278,19 @@ class Grounder:
         return {"answer": decode(ids).strip(), **self._masks(image, sample, texts)}
 
 
-def pieces_of(text):
-    """A text cut at its noun phrases: [(text, k)] with k = -1 between them; of two that overlap the first one
-    counts. UserError where there is none."""
-    pieces, at, count = [], 0, 0
-    for phrase in sorted(noun_phrases(text), key=text.find):
-        start = text.find(phrase, at)
-        if start >= 0:
-            pieces += [(text[at:start].strip(), -1), (phrase, count)]
-            at, count = start + len(phrase), count + 1
-    if not count:
-        raise UserError(f"no noun phrase in {text!r}; give the phrases themselves")
-    return [piece for piece in [*pieces, (text[at:].strip(), -1)] if piece[0]]
-
-
 def spans_of_noun_phrases(tokenizer, ids):
     """Token spans [(start, end)] of the noun phrases of an answer, which is given as ids; found by the text
     of the ids themselves, because re-tokenising is no identity."""
-    ends = [len(tokenizer.decode(ids[: i + 1])) for i in range(len(ids))]
-    answer, intervals = tokenizer.decode(ids), list(zip([0, *ends[:-1]], ends))
-    spans, last = [], 0
-    for phrase in sorted(noun_phrases(answer), key=answer.find):
-        at = answer.find(phrase)
-        start = find_interval(intervals, at)
-        end = max(start + 1, find_interval(intervals, at + len(phrase) - 1) + 1)
-        if start >= last:
-            spans.append((start, min(end, len(ids))))
-            last = end
+    answer = tokenizer.decode(ids)
+    # how much of the answer stands before each token; of the first bytes of a character nothing does yet
+    said = [len(commonprefix([tokenizer.decode(ids[:i]), answer])) for i in range(len(ids) + 1)]
+    intervals, spans, last = list(zip(said, said[1:])), [], 0
+    for start, end in noun_spans(answer):
+        first, final = (find_interval(intervals, at) for at in (start, end - 1))
+        first = said.index(said[first])  # with the bytes that its first character begins with
+        if first >= last:
+            spans.append((first, final + 1))
+            last = final + 1
     return spans
 
 

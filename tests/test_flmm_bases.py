@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import GptOssConfig, GptOssForCausalLM, PaliGemmaConfig, PaliGemmaForConditionalGeneration
+from transformers import GptOssConfig, GptOssForCausalLM
 
 from common.errors import UserError
 from flmm import check_base
@@ -12,9 +12,8 @@ from flmm.data.samples import SampleBuilder
 from flmm.models import attention_rows
 from flmm.models.attention_rows import NAME, AttentionRows, attended, rows_attention
 from flmm.models.frozen_base import CHAT
-from flmm.models.frozen_llava import FrozenLlava
-from flmm.models.tiny import TEXT
-from flmm.models.tiny_bases import VISION, check_tokenizer, tiny_base
+from flmm.models.tiny_bases import tiny_base
+from tests.flmm_world import paligemma
 
 
 @pytest.mark.slow
@@ -26,8 +25,23 @@ def test_every_family_passes_the_check_of_a_base(family):
     prompt = torch.tensor(base.encode_prompt())
     one = check_base.sample(base, (90, 96))
     assert len(base.generate({**one, "input_ids": prompt}, 3)) <= 3
-    wide = base.expand(one["input_ids"], one)
-    assert torch.equal(base.expand(wide, one), wide)  # what is expanded stays as it is
+
+    # what a preprocessor_config.json gives as null is as good as nothing
+    names = ("image_mean", "image_std", "size", "min_size", "min_pixels", "max_patches", "do_image_splitting")
+    published, null = (
+        base.make_processor(base.model.config, stated)(one["image"]) for stated in ({}, dict.fromkeys(names))
+    )
+    assert torch.equal(published["pixel_values"], null["pixel_values"])
+
+
+@pytest.mark.parametrize("pad", [-1, None, "<image>"])
+def test_what_a_configuration_pads_with_changes_nothing(pad):
+    base = tiny_base("llava")
+    samples = [check_base.sample(base, (64, 64), phrases) for phrases in (["a red car", "sky"], ["sky"])]
+    before = base(samples)
+    text = base.model.config.get_text_config()
+    text.pad_token_id = base.image_token_id if pad == "<image>" else pad
+    assert check_base.distance(base(samples), before, "mask_attentions") == 0
 
 
 @pytest.mark.slow
@@ -185,28 +199,7 @@ def test_a_model_with_attention_sinks_is_refused_by_its_own_call():
 
 def test_a_base_that_is_not_causal_gives_the_rows_that_it_attended(monkeypatch):
     """PaliGemma without token types: no mask is given and its modules are not causal."""
-    tokenizer = check_tokenizer("llava")
-    text = {
-        **TEXT,
-        "vocab_size": len(tokenizer),
-        "head_dim": 32,
-        "num_key_value_heads": 2,
-        "model_type": "gemma",
-    }
-    vision = dict(VISION, model_type="siglip_vision_model", image_size=64, patch_size=8, projection_dim=128)
-    config = PaliGemmaConfig(
-        text_config=text,
-        vision_config=vision,
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        projection_dim=128,
-    )
-    torch.manual_seed(0)
-
-    class FrozenPali(FrozenLlava):
-        architecture, image_text, template = "PaliGemmaForConditionalGeneration", "<image>", "plain"
-
-    model = PaliGemmaForConditionalGeneration(config)
-    base = FrozenPali(model, tokenizer, FrozenPali.make_processor(model.config, {}))
+    base = paligemma()
     gaps, own = [], AttentionRows.record
 
     def record(self, query, key, mask, scaling):

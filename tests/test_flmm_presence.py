@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 import flmm.test
 from common.errors import UserError
-from flmm.build import read_config
+from flmm.build import FAMILIES, read_config
 from flmm.conversation import Grounder
 from flmm.data.absent import KINDS, absent_phrases, exchanged, holds, nonsense
 from flmm.data.samples import SampleBuilder, caption_of_phrases
@@ -23,7 +23,7 @@ from flmm.models.mask_head.mask_refiner import SAMImageEncoder, sureness
 from flmm.models.tiny import tiny_sam
 from flmm.models.tiny_bases import tiny_base
 from flmm.scripts import calibrate
-from tests.flmm_world import make_world
+from tests.flmm_world import make_world, paligemma
 
 SMALL = {"base_channels": 4, "upsample_input": 16}
 world = pytest.fixture(make_world, scope="module", name="world")
@@ -37,10 +37,19 @@ def one_sample(base, pieces, seed=0):
 # ---- the base's own probability
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen", "smolvlm", "gemma3"])
+@pytest.mark.parametrize("family", [*FAMILIES, "paligemma2"])
 @pytest.mark.parametrize("attention", ["rows", "eager"])
 def test_log_probs_are_those_of_the_whole_model(family, attention):
-    base = tiny_base(family, attention=attention)
+    if family == "paligemma2":  # which caps its logits
+        base = paligemma(
+            "gemma2",
+            attn_logit_softcapping=None,
+            final_logit_softcapping=0.5,
+            use_bidirectional_attention=False,
+        )
+    else:
+        base = tiny_base(family)
+    base.read_attention(attention)
     samples = [
         one_sample(base, [("a", -1), ("red car", 0), ("and", -1), ("the sky", 1)]),
         one_sample(base, [("sky", 0)], 1),  # shorter: left-padded in the batch

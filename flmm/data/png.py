@@ -88,7 +88,7 @@ class PNGDataset(Dataset):
     def record(self, index):
         item = self.items[index]
         annotation = self.annotations[key(item)]
-        segments = load_segments(inside(self.pngs, annotation["file_name"]))
+        segments = load_segments(inside(self.pngs, annotation["file_name"]), colours=True)
         category = {s["id"]: s["category_id"] for s in annotation["segments_info"]}
         pieces, masks, infos = [], [], []
         for part in item["segments"]:

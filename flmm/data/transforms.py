@@ -10,6 +10,7 @@ sizes for half of all pictures.
 """
 
 import os
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -67,13 +68,14 @@ def upright(image):
         return image
 
 
-def load_segments(path):
+def load_segments(path, colours=False):
     """(H, W) int64 segment ids of a panoptic PNG (R + 256 G + 65536 B) or of a grey or palette PNG (its
-    values)."""
+    values). colours: a palette holds the colours of a panoptic PNG that a tool has made smaller."""
     with reading(path, "mask picture"), Image.open(path) as opened:
         if opened.format in ("JPEG", "MPO"):
             raise UserError(f"{path}: JPEG changes the numbers of segments; take the PNG that it was made of")
-        values = np.asarray(opened, np.int64)
+        paletted = colours and opened.mode == "P"
+        values = np.asarray(opened.convert("RGB") if paletted else opened, np.int64)
         return values if values.ndim == 2 else values[..., :3] @ np.array([1, 256, 65536])
 
 
@@ -204,11 +206,9 @@ class LlavaNextImageProcessor:
         from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
 
         canvas = select_best_resolution((image.height, image.width), self.pinpoints)
-        if 0 in fine_grid(canvas, self.patch, (image.height, image.width)):
-            raise UserError(
-                f"picture of {image.width} x {image.height} pixels: so thin that not one row of the model's "
-                "patches is left of it; crop it"
-            )
+        with fitting(image):
+            if 0 in fine_grid(canvas, self.patch, (image.height, image.width)):
+                raise ValueError("so thin that not one row of the model's patches is left of it")
         out = self.processor(image, return_tensors="pt")
         h, w = get_patch_output_size(
             np.empty((image.height, image.width, 3), np.uint8), canvas, input_data_format="channels_last"
@@ -223,6 +223,16 @@ class LlavaNextImageProcessor:
         }
 
 
+@contextmanager
+def fitting(image):
+    """Names a picture whose size the block cannot take."""
+    try:
+        yield
+    except ValueError as error:
+        text = f"picture of {image.width} x {image.height} pixels: {error}; crop it or scale it"
+        raise UserError(text) from error
+
+
 class QwenImageProcessor:
     """transformers' Qwen2-VL processor; nothing is padded, so the picture fills the grid."""
 
@@ -234,10 +244,8 @@ class QwenImageProcessor:
         self.processor = Qwen2VLImageProcessorPil(size=size, **options)
 
     def __call__(self, image):
-        try:
+        with fitting(image):
             out = self.processor(image, return_tensors="pt")
-        except ValueError as error:
-            raise UserError(f"picture of {image.width} x {image.height} pixels: {error}; crop it") from error
         h, w = (int(side) * self.processor.patch_size for side in out["image_grid_thw"][0, 1:])
         meta = _meta((h, w), (h, w), (0, 0))
         meta["scale_factor"] = (h / image.height, w / image.width)

@@ -85,7 +85,7 @@ class AttentionRows:
 # holds numbers (soft-capping, sinks, biases, chosen blocks) may change it, so it is refused.
 HARMLESS = {"dropout", "sliding_window", "position_ids", "cache_position", "position_embeddings"}
 HARMLESS |= {"past_key_values", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
-HARMLESS |= {"mm_token_type_ids", "token_type_ids", "image_sizes", "image_grid_thw"}
+HARMLESS |= {"mm_token_type_ids", "token_type_ids", "image_sizes", "image_grid_thw", "logits_to_keep"}
 
 
 def attended(module, query, key, attention_mask, is_causal=None):
@@ -108,7 +108,7 @@ def rows_attention(
     """Attention function of transformers 5: SDPA, plus `attention_rows.record` where `model(...,
     attention_rows=)` is given. UserError for a model whose attention is more than a softmax under a mask."""
     kwargs.pop("output_attentions", None)  # SDPA would warn about it
-    idle = (type(None), bool, int, str)
+    idle = (type(None), bool, str)
     if strange := [n for n, value in kwargs.items() if n not in HARMLESS and not isinstance(value, idle)]:
         raise UserError(
             f"{type(module).__name__} attends with {strange[0]}, which SDPA does not know; read this base "

@@ -25,6 +25,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from common.errors import UserError
 from common.files import reading
 from flmm.data.text import encode_parts
+from flmm.data.transforms import CLIP_MEAN, CLIP_STD
 from flmm.models.attention_rows import NAME, AttentionRows, merge_rows
 
 TEMPLATES = {  # INSTRUCTION only: upstream never adds the system text, nor a newline before the answer
@@ -56,6 +57,17 @@ def positions(attention_mask):
 def given(preprocessing, *names):
     """What a preprocessor_config.json says about some of its values; null is as good as nothing."""
     return {name: preprocessing[name] for name in names if preprocessing.get(name) is not None}
+
+
+def mean_and_std(preprocessing, mean=CLIP_MEAN, std=CLIP_STD):
+    """What pixels are normalised with, stated or the family's published values."""
+    return preprocessing.get("image_mean") or mean, preprocessing.get("image_std") or std
+
+
+def log_probs(logits, ids, rows):
+    """log p (R,) float32 of the tokens `rows` of ids (S,), whose logits (S + 1, V) begin a token earlier."""
+    logits = logits[rows.to(logits.device)].float().log_softmax(-1)
+    return logits.gather(1, ids[rows].to(logits.device)[:, None])[:, 0].to(ids.device)
 
 
 def pictures_of(sample):
@@ -333,9 +345,9 @@ class FrozenBase:
         """Model inputs of several samples, left-padded, and by how many tokens each was shifted."""
         ids = [self.expand(s["input_ids"], s) for s in samples]
         length = max(len(i) for i in ids)
-        pad = self.model.config.get_text_config().pad_token_id or 0
         shifts = [length - len(i) for i in ids]
-        padded = [F.pad(i, (k, 0), value=pad) for i, k in zip(ids, shifts)]
+        # nothing looks at the padding, so any word will do; a configuration's own may be none or the image's
+        padded = [F.pad(i, (k, 0), value=int(i[-1])) for i, k in zip(ids, shifts)]
         tokens = {
             "input_ids": torch.stack(padded).to(self.device),
             "attention_mask": torch.stack([torch.arange(length) >= k for k in shifts]).long().to(self.device),
@@ -373,7 +385,7 @@ class FrozenBase:
             columns=[self.columns_of(i, s).to(self.device) + k for i, s, k in zip(ids, samples, shifts)],
             merge=self.merge,
         )
-        hidden, before = self._run(inputs, wanted)
+        hidden, words = self._run(inputs, wanted, likelihood)
         if len(wanted.maps) != self.num_layers:
             name, got = type(self.model).__name__, len(wanted.maps)
             raise UserError(f"{name}: {got} of {self.num_layers} layers gave attention; all of a base must")
@@ -386,7 +398,7 @@ class FrozenBase:
                 "mask_ids": phrases[b].to(self.device),
             }
             if likelihood:
-                output["log_probs"] = self.log_probs(before[b], inputs["input_ids"][b, wanted.rows[b]])
+                output["log_probs"] = words[b]
             outputs.append(output)
         return outputs
 
@@ -396,43 +408,42 @@ class FrozenBase:
         tokens = [self.image_ids(p).count(self.image_token_id) for p in pictures_of(sample)]
         return columns.split(tokens)[sample.get("look", 0)]
 
-    def log_probs(self, before, tokens):
-        """log p of `tokens` (R,) given the normed states `before` them (R, d): (R,) float32."""
-        head = self.model.get_output_embeddings()
-        logits = head(before.to(head.weight.device, head.weight.dtype)).float()
-        return logits.log_softmax(-1).gather(1, tokens.to(logits.device)[:, None])[:, 0].to(self.device)
-
-    def _run(self, inputs, wanted):
-        """Fill wanted.maps; returns per layer a list of (R_b, d) hidden states of the phrase rows, and of the
-        tokens before these the last ones."""
+    def _run(self, inputs, wanted, likelihood):
+        """Fill wanted.maps; returns per layer a list of (R_b, d) hidden states of the phrase rows, and with
+        `likelihood` the log p of these tokens (R_b,) float32, else None of each."""
+        model, options = self.model.model, {}
+        if likelihood:  # by the whole model: what it makes of its logits, such as a cap, is its own
+            first = min(int(rows.min()) for rows in wanted.rows) - 1
+            model, options = self.model, {"logits_to_keep": inputs["input_ids"].shape[1] - first}
         if self.attention == "eager":
-            out = self.model.model(**inputs, output_attentions=True, output_hidden_states=True)
+            out = model(**inputs, **options, output_attentions=True, output_hidden_states=True)
             for layer in out.attentions:
                 samples = zip(layer, wanted.rows, wanted.parts, wanted.columns)
                 wanted.maps.append(
                     [merge_rows(a[:, r][..., c].float(), p, self.merge) for a, r, p, c in samples]
                 )
             states = out.hidden_states[-self.num_layers :]
-            before = [states[-1][b, r - 1] for b, r in enumerate(wanted.rows)]
-            return [[h[b, r] for b, r in enumerate(wanted.rows)] for h in states], before
-        # hooks keep the phrase rows of each layer only; the last entry is the one after the final norm
-        hidden, before, text = [], [], self.decoder
+            hidden = [[h[b, r] for b, r in enumerate(wanted.rows)] for h in states]
+        else:
+            # hooks keep the phrase rows of each layer only; the last entry is the one after the final norm
+            hidden, text = [], self.decoder
 
-        def keep(module, args, output):
-            output = output[0] if isinstance(output, tuple) else output
-            hidden.append([output[b, r.to(output.device)].to(self.device) for b, r in enumerate(wanted.rows)])
+            def keep(module, args, output):
+                output = output[0] if isinstance(output, tuple) else output
+                hidden.append(
+                    [output[b, r.to(output.device)].to(self.device) for b, r in enumerate(wanted.rows)]
+                )
 
-        def keep_before(module, args, output):
-            before.extend(output[b, r.to(output.device) - 1] for b, r in enumerate(wanted.rows))
-
-        hooks = [m.register_forward_hook(keep) for m in [*text.layers[:-1], text.norm]]
-        hooks.append(text.norm.register_forward_hook(keep_before))
-        try:
-            self.model.model(**inputs, attention_rows=wanted)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return hidden, before
+            hooks = [m.register_forward_hook(keep) for m in [*text.layers[:-1], text.norm]]
+            try:
+                out = model(**inputs, **options, attention_rows=wanted)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+        if not likelihood:
+            return hidden, [None] * len(wanted.rows)
+        samples = zip(out.logits, inputs["input_ids"], wanted.rows)
+        return hidden, [log_probs(logits, ids[first + 1 :], r - first - 1) for logits, ids, r in samples]
 
     # ---- conversation
 

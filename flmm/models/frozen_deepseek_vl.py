@@ -1,8 +1,8 @@
 """DeepSeek-VL 1.3B (SigLIP) and 7B (SigLIP + SAM-B hybrid) as frozen bases. Upstream:
 flmm/models/frozen_deepseek_vl.py."""
 
-from flmm.data.transforms import CLIP_MEAN, CLIP_STD, DeepseekImageProcessor
-from flmm.models.frozen_base import FrozenBase
+from flmm.data.transforms import DeepseekImageProcessor
+from flmm.models.frozen_base import FrozenBase, mean_and_std
 
 
 class FrozenDeepseekVL(FrozenBase):
@@ -14,9 +14,8 @@ class FrozenDeepseekVL(FrozenBase):
         high = getattr(config, "high_res_vision_config", None)
         return DeepseekImageProcessor(
             config.vision_config.image_size,
-            preprocessing.get("image_mean", CLIP_MEAN),
-            preprocessing.get("image_std", CLIP_STD),
-            preprocessing.get("min_size", 14),
+            *mean_and_std(preprocessing),
+            preprocessing.get("min_size") or 14,
             high.image_size if high else None,
         )
 

@@ -1,7 +1,7 @@
 """LLaVA-1.5 as a frozen base. Upstream: flmm/models/frozen_llava.py."""
 
-from flmm.data.transforms import CLIP_MEAN, CLIP_STD, LlavaImageProcessor
-from flmm.models.frozen_base import FrozenBase, positions
+from flmm.data.transforms import LlavaImageProcessor
+from flmm.models.frozen_base import FrozenBase, mean_and_std, positions
 
 __all__ = ["FrozenLlava", "positions"]
 
@@ -12,11 +12,7 @@ class FrozenLlava(FrozenBase):
 
     @staticmethod
     def make_processor(config, preprocessing):
-        return LlavaImageProcessor(
-            config.vision_config.image_size,
-            preprocessing.get("image_mean", CLIP_MEAN),
-            preprocessing.get("image_std", CLIP_STD),
-        )
+        return LlavaImageProcessor(config.vision_config.image_size, *mean_and_std(preprocessing))
 
     def grid(self, sample):
         patch, shape = self.model.config.vision_config.patch_size, sample["meta_data"]["padded_shape"]

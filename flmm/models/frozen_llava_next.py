@@ -9,8 +9,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-from flmm.data.transforms import CLIP_MEAN, CLIP_STD, LlavaNextImageProcessor, fine_grid
-from flmm.models.frozen_base import FrozenBase
+from flmm.data.transforms import LlavaNextImageProcessor, fine_grid
+from flmm.models.frozen_base import FrozenBase, mean_and_std
 
 
 class FrozenLlavaNext(FrozenBase):
@@ -24,8 +24,7 @@ class FrozenLlavaNext(FrozenBase):
         return LlavaNextImageProcessor(
             config.vision_config.image_size,
             config.image_grid_pinpoints,
-            preprocessing.get("image_mean", CLIP_MEAN),
-            preprocessing.get("image_std", CLIP_STD),
+            *mean_and_std(preprocessing),
             config.vision_config.patch_size,
         )
 

@@ -5,6 +5,7 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 )
 
 from flmm.data.transforms import LlavaNextImageProcessor
+from flmm.models.frozen_base import mean_and_std
 from flmm.models.frozen_llava_next import FrozenLlavaNext
 
 
@@ -25,7 +26,6 @@ class FrozenLlavaOnevision(FrozenLlavaNext):
         return LlavaOnevisionImageProcessor(
             config.vision_config.image_size,
             config.image_grid_pinpoints,
-            preprocessing.get("image_mean", half),
-            preprocessing.get("image_std", half),
+            *mean_and_std(preprocessing, half, half),
             config.vision_config.patch_size,
         )

@@ -4,6 +4,7 @@ separator after each row of tokens."""
 import torch
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 
+from flmm.data.transforms import fitting
 from flmm.models.frozen_base import FrozenBase, given
 from flmm.models.frozen_tiles import tile_sample
 
@@ -17,8 +18,11 @@ class Mistral3ImageProcessor:
         self.processor = PixtralImageProcessorPil(patch_size={"height": side, "width": side}, **options)
 
     def __call__(self, image):
-        pixels = self.processor(image, return_tensors="pt")["pixel_values"][0]
-        rows, columns = (length // self.side for length in pixels.shape[-2:])
+        with fitting(image):
+            pixels = self.processor(image, return_tensors="pt")["pixel_values"][0]
+            rows, columns = (length // self.side for length in pixels.shape[-2:])
+            if rows * columns == 1:
+                raise ValueError("it becomes a single token, which transformers' class cannot take")
         return tile_sample(pixels, (rows, columns), self.side, image)
 
 

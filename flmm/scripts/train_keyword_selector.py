@@ -35,7 +35,7 @@ from common.train import (
     update,
 )
 from flmm.build import add_config_arguments, build_base, build_dataset, read_config
-from flmm.conversation import KeywordSelector, noun_phrases
+from flmm.conversation import KeywordSelector, noun_spans
 from flmm.data.samples import SampleBuilder
 from flmm.data.text import encode_text
 
@@ -68,12 +68,12 @@ def caption_states(base, record):
     hidden_states = base([sample])[0]["hidden_states"].cpu()
 
     # A piece of the caption counts as a noun phrase when it lies inside one.
-    phrases = noun_phrases(" ".join(text.strip() for text, _ in record["pieces"]))
-    nouns, at = torch.zeros_like(wanted), 0
+    spans = noun_spans(" ".join(text.strip() for text, _ in record["pieces"]))
+    nouns, at, start = torch.zeros_like(wanted), 0, 0
     for text, _ in record["pieces"]:
-        length = len(encode_text(base.tokenizer, text))
-        nouns[at : at + length] = any(text.strip() and text.strip() in phrase for phrase in phrases)
-        at += length
+        length, end = len(encode_text(base.tokenizer, text)), start + len(text.strip())
+        nouns[at : at + length] = any(first <= start < end <= last for first, last in spans)
+        at, start = at + length, end + 1
     return {"hidden_states": hidden_states, "wanted": wanted, "nouns": nouns, "name": record["file_name"]}
 
 
