@@ -482,9 +482,6 @@ def test_selector_joins_neighbours():
     assert selector.spans(torch.zeros(3, 7, 16)) == [(0, 7)]
 
 
-# ---- loading
-
-
 class Bytes:
     """A tokenizer whose tokens are bytes, as those of rare characters are."""
 
@@ -500,10 +497,7 @@ class Bytes:
         ("the carpet under the car, a dog", ["the carpet", "the car", "a dog"]),
         ("a dog — a “cat”; an art cart with art", ["a dog", "cat", "an art cart"]),
         ("café au lait and cafe\u0301 - a red car, car", ["café au lait", "cafe\u0301", "a red car"]),
-        (
-            "## the sky\n- **A red car** on the road\n1. two dogs",
-            ["the sky", "A red car", "the road", "two dogs"],
-        ),
+        ("## the sky\n- **A red car**\n1. two dogs", ["the sky", "A red car", "two dogs"]),
         ("1. 红色的球\n2. **蓝色方块**", ["红色的球", "蓝色方块"]),
         ("一辆车和一列火车，汽车", ["一辆车", "火车", "汽车"]),
         ("图中有一辆红色的汽车，旁边站着一个穿白色衬衫的男人。汽车", ["红色的汽车", "白色衬衫的男人"]),
@@ -513,6 +507,9 @@ def test_every_noun_phrase_is_read_where_it_stands_to_its_last_byte(text, phrase
     assert noun_phrases(text) == phrases
     ids = list(text.encode())
     assert [Bytes.decode(ids[start:end]) for start, end in spans_of_noun_phrases(Bytes, ids)] == phrases
+
+
+# ---- loading
 
 
 def saved(family, folder):

@@ -164,6 +164,9 @@ def test_absent_phrases_are_absent_and_of_every_kind():
         assert not set(made[KINDS[2]].split()) & set(" ".join(here + others).split())
     assert exchanged("red", ["red"], rng) is None and len(nonsense(rng).split()) == 2
     assert holds("red circle", here) and not holds("blue circle", here)
+    # neither a full stop nor the characters before a Chinese noun make another thing of it
+    for other in ("a red car", "汽车", "“Dog”", "..."):
+        assert list(absent_phrases("x", ["the car.", "红色的汽车", "A DOG!"], [other], rng)) == [KINDS[2]]
 
 
 # ---- the whole way

@@ -1,7 +1,15 @@
 """Phrases that a picture does not hold, made from those of other pictures: what presence is calibrated on."""
 
+import re
+
 KINDS = ("another picture's", "one word exchanged", "nonsense")
 LETTERS = "bcdfgklmnprstvz", "aeiou"
+WORD = re.compile(r"[\u4e00-\u9fff]|[^\W\u4e00-\u9fff]+")  # Chinese has no blanks: each character is one
+
+
+def words_of(text: str) -> list:
+    """Words of a phrase to compare it by: without punctuation and capitals."""
+    return WORD.findall(text.lower())
 
 
 def nonsense(rng) -> str:
@@ -33,12 +41,10 @@ def absent_phrases(phrase: str, here, others, rng) -> dict:
     here: all phrases of the picture; others: those of other pictures. What has the last word, or every word,
     of a phrase of the picture in common is not taken: it may be there under that name.
     """
-    lowered = {text.lower() for text in here}
-    heads = {text.lower().split()[-1] for text in here}
-    out = {}
+    heads, out = [[], *(words_of(text)[-1:] for text in here)], {}
     for _ in range(20):
         other = str(rng.choice(others))
-        if KINDS[0] not in out and other.lower() not in lowered and other.lower().split()[-1] not in heads:
+        if KINDS[0] not in out and words_of(other)[-1:] not in heads:
             out[KINDS[0]] = other
         changed = exchanged(phrase, [other], rng)
         if KINDS[1] not in out and changed and not holds(changed, here):
@@ -48,5 +54,4 @@ def absent_phrases(phrase: str, here, others, rng) -> dict:
 
 def holds(text: str, here) -> bool:
     """Whether a phrase of `here` has all words of `text`."""
-    words = set(text.lower().split())
-    return any(words <= set(phrase.lower().split()) for phrase in here)
+    return any(set(words_of(text)) <= set(words_of(phrase)) for phrase in here)
