@@ -226,6 +226,8 @@ class Grounder:
         IoU and the base's own probability of a word of the phrase, which is higher for what is there and
         means no more than that. Raises UserError for an empty phrase or a text without any noun phrase.
         """
+        if None not in (phrases, text):
+            raise UserError("both phrases and a text are given; leave one of them out")
         if phrases is None:
             if not (spans := noun_spans(text or "")):
                 raise UserError(f"no noun phrase in {text!r}; give the phrases themselves")

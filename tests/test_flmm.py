@@ -447,6 +447,8 @@ def test_pictures_with_extreme_sides_can_be_grounded(grounder, size):
 def test_empty_phrases_are_refused(grounder, phrases):
     with pytest.raises(UserError, match="empty phrase"):
         grounder.ground(Image.new("RGB", (64, 64)), phrases)
+    with pytest.raises(UserError, match="both phrases and a text"):
+        grounder.ground(Image.new("RGB", (64, 64)), phrases, "a dog")
 
 
 def test_more_phrases_than_any_palette_has_colours():
@@ -583,12 +585,12 @@ def test_the_page_answers_with_masks_and_refuses_in_one_line(page):
     status, text = page(path="/", method="GET")
     assert status == 200 and "Masks for words" in text
     picture = png_bytes(Image.fromarray(make_scene(0, 2)["image"]))
-    status, good = page(picture, "/ground?text=red%20circle;blue")
+    status, good = page(picture, "/ground?text=red%20circle%EF%BC%9Bblue")
     assert status == 200 and good["phrases"] == ["red circle", "blue"] and len(good["masks"]) == 2
     assert good["masks"][0].startswith("data:image/png") and good["presence"] is None
     assert page(picture, "/ground?text=")[1]["answer"]
     assert "not a readable picture" in page(b"no picture")[1]["error"]
-    assert "empty phrase" in page(picture, "/ground?text=red;;")[1]["error"]
+    assert "empty phrase" in page(picture, "/ground?text=red%EF%BC%9B;")[1]["error"]
 
 
 def test_the_page_takes_pictures_of_a_sane_length_kind_and_size(page, monkeypatch):

@@ -3,14 +3,13 @@
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import GptOssConfig, GptOssForCausalLM
 
 from common.errors import UserError
 from flmm import check_base
 from flmm.build import FAMILIES
 from flmm.data.samples import SampleBuilder
 from flmm.models import attention_rows
-from flmm.models.attention_rows import NAME, AttentionRows, attended, rows_attention
+from flmm.models.attention_rows import AttentionRows, attended, rows_attention
 from flmm.models.frozen_base import CHAT
 from flmm.models.tiny_bases import tiny_base
 from tests.flmm_world import paligemma
@@ -179,22 +178,10 @@ def test_a_base_with_a_layer_without_attention_is_refused():
         base([check_base.sample(base, (64, 64))])
 
 
-def test_a_model_with_attention_sinks_is_refused_by_its_own_call():
-    config = GptOssConfig(
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        vocab_size=32,
-        num_local_experts=2,
-        num_experts_per_tok=1,
-    )
-    model = GptOssForCausalLM(config).eval()
-    model.set_attn_implementation(NAME)
-    with pytest.raises(UserError, match="GptOssAttention attends with s_aux"):
-        model(torch.zeros(1, 4, dtype=torch.long))
+def test_a_model_that_caps_its_attention_is_refused_by_its_own_call():
+    base = paligemma("gemma2", attn_logit_softcapping=5.0)
+    with pytest.raises(UserError, match="Gemma2Attention attends with softcap"):
+        base([check_base.sample(base, (90, 96))])
 
 
 def test_a_base_that_is_not_causal_gives_the_rows_that_it_attended(monkeypatch):

@@ -182,3 +182,4 @@ def test_crop_of_a_chain_of_thought_is_clipped_and_scored_offline():
     assert mask_to_crop(mask, 1.0) == [42, 2, 58, 18]  # at least 8 pixels to each side
     assert mask_to_crop(mask, 9.0) == [0, 0, 60, 40]
     assert contains("It says STOP.", "stop") == 1 and contains("go", "stop") == 0
+    assert contains("I do not know", "no") == 0 and contains("一辆红色的车", "红色。") == 1

@@ -1,15 +1,9 @@
 """Phrases that a picture does not hold, made from those of other pictures: what presence is calibrated on."""
 
-import re
+from flmm.data.text import words_of
 
 KINDS = ("another picture's", "one word exchanged", "nonsense")
 LETTERS = "bcdfgklmnprstvz", "aeiou"
-WORD = re.compile(r"[\u4e00-\u9fff]|[^\W\u4e00-\u9fff]+")  # Chinese has no blanks: each character is one
-
-
-def words_of(text: str) -> list:
-    """Words of a phrase to compare it by: without punctuation and capitals."""
-    return WORD.findall(text.lower())
 
 
 def nonsense(rng) -> str:

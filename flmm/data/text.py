@@ -16,6 +16,13 @@ from common.errors import UserError
 # written in brackets steers the model, whether or not the tokenizer calls it special.
 MARKUP = re.compile(r"^\s*(<.*>|\[.*\]|\{.*\})\s*$", re.DOTALL)
 
+WORD = re.compile(r"[\u4e00-\u9fff]|[^\W\u4e00-\u9fff]+")  # Chinese has no blanks: each character is one
+
+
+def words_of(text: str) -> list:
+    """Words of a text to compare it by: without punctuation and capitals."""
+    return WORD.findall(text.lower())
+
 
 def control_tokens(tokenizer) -> dict:
     """{id: text} of the added tokens that steer a model instead of being words; kept beside the tokenizer."""

@@ -68,7 +68,7 @@ def reply(grounder, content, text):
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         return {"error": f"not a readable picture of the kinds {', '.join(FORMATS)} ({type(error).__name__})"}
     try:
-        phrases = [phrase.strip() for phrase in text.split(";")] if text.strip() else None
+        phrases = [phrase.strip() for phrase in text.replace("；", ";").split(";")] if text.strip() else None
         result = grounder.ground(image, phrases) if phrases else grounder.converse(image)
     except UserError as error:
         return {"error": str(error)}

@@ -7,7 +7,7 @@ Versions as upstream (scripts/visual_cot): v1 asks for the most relevant object 
 grounds the question, v3 is the baseline without a crop. --resample asks again with the picture's own tokens
 inside the box instead of a crop that is encoded anew (upstream: visual_cot_resample of the Qwen fork).
 --benchmark FILE scores a list [{"image", "question", "answer"}] with a scorer that can be replaced: the
-built-in one counts an answer as right if it contains the reference.
+built-in one counts an answer as right if it has the words of the reference.
 """
 
 import json
@@ -26,7 +26,7 @@ from common.errors import UserError, run
 from common.files import inside, read_json
 from flmm.build import add_config_arguments, read_config
 from flmm.conversation import Grounder
-from flmm.data.text import encode_text
+from flmm.data.text import encode_text, words_of
 from flmm.data.transforms import load_image
 
 RELEVANT = "First think which object in this image is most relevant to the question."
@@ -54,8 +54,9 @@ def mask_to_crop(mask, scale=1.0):
 
 
 def contains(answer, reference):
-    """The offline scorer: 1 if the reference occurs in the answer, whatever the case, else 0."""
-    return float(reference.lower().strip(" .") in answer.lower())
+    """The offline scorer: 1 if the answer has the words of the reference one after another, else 0."""
+    said, wanted = (f" {' '.join(words_of(text))} " for text in (answer, reference))
+    return float(wanted in said)
 
 
 @torch.no_grad()
