@@ -440,10 +440,11 @@ def fill_by_threads(images, deviation, rows, mask, scales: tuple, points: int, n
     list(worker_threads(os.getpid()).map(functools.partial(fill, **settings), *parts, masks))
 
 
-@torch.inference_mode(False)
 def fill(images, deviation, rows, mask, bank, points: int, n: int, normalize: bool):
     """Fill images, few at a time (of long signals: few scales), in buffers that stay in the cache."""
-    with torch.no_grad():
+    # What was made in inference mode is written in it; a thread does not know the mode of another.
+    inference = images.is_inference() or deviation.is_inference()
+    with torch.inference_mode(inference), torch.no_grad():
         half, channels, length = points // 2, rows.shape[1], images.shape[3]
         spectra = row_spectra(rows, points, n).flatten(0, 1)  # (R, 2F)
         images, deviation = images.flatten(0, 1), deviation.flatten(0, 1)  # (R, S, L), (R,)

@@ -61,13 +61,6 @@ def test_second_derivatives_pass_gradgradcheck():
         assert torch.autograd.gradgradcheck(lambda x, form=form: cwt_wrap(x, 3, **form), x)
 
 
-def test_jacobians_by_both_modes_are_the_same():
-    x = signals(1, 20)
-    call = lambda x: cwt_wrap(x, 3, normalize=True)
-    forward, reverse = torch.func.jacfwd(call)(x), torch.func.jacrev(call)(x)
-    assert (forward - reverse).abs().max() < 1e-12
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_vmap_gives_what_a_batch_gives(form):
     options = dict(FORMS[form])
