@@ -45,24 +45,10 @@ def draw_records() -> tuple[Path, dict]:
 
 def pretrain(data: Path, split: Path, out: Path, **flags) -> Path:
     """Pre-train without labels on windows of 10 s, the test subjects left out; returns the model's file."""
-    stage(
-        "cwt_mae/train.py",
-        data=data,
-        split=split,
-        config=ROOT / "cwt_mae" / "config_small.yaml",
-        model_fs=50,
-        windows=size(6400, smoke=128),
-        batch_size=64,
-        lr=2e-3,
-        max_steps=size(1500, smoke=3),
-        eval_every=500,
-        save_every=500,
-        log_every=100,
-        out=out,
-        overwrite=True,
-        threads=1,
-        **flags,
-    )
+    sizes = dict(config=ROOT / "cwt_mae" / "config_small.yaml", model_fs=50, windows=size(6400, smoke=128))
+    steps = dict(batch_size=64, lr=2e-3, max_steps=size(1500, smoke=3))
+    often = dict(eval_every=500, save_every=500, log_every=100, overwrite=True, threads=1)
+    stage("cwt_mae/train.py", data=data, split=split, out=out, **sizes, **steps, **often, **flags)
     return out / "model.safetensors"
 
 
@@ -86,22 +72,10 @@ def rhythms(out, model, labelled: dict):
     for seed in SEEDS:
         stage("studies/cwt_mae/cnn.py", **windows, max_steps=steps, seed=seed, out=out / f"cnn-{seed}")
         for name, layer_decay in (("tuned", 0.75), ("random", 1)):
-            stage(
-                "cwt_mae/finetune.py",
-                **labelled,
-                pretrained=model,
-                random_init=name == "random",
-                task="rhythm",
-                fold=-1,
-                lr=1e-3,
-                layer_decay=layer_decay,
-                sampling_power=0.5,
-                augment=1,
-                max_steps=steps,
-                log_every=100,
-                seed=seed,
-                out=out / f"{name}-{seed}",
-            )
+            start = dict(pretrained=model, random_init=name == "random", layer_decay=layer_decay)
+            tuning = dict(lr=1e-3, sampling_power=0.5, augment=1, max_steps=steps, log_every=100)
+            run = dict(labelled, task="rhythm", fold=-1, seed=seed, out=out / f"{name}-{seed}")
+            stage("cwt_mae/finetune.py", **run, **start, **tuning)
             classifier = out / f"{name}-{seed}" / "model.safetensors"
             stage("cwt_mae/test.py", **labelled, model=classifier, out=out / f"{name}-{seed}-test")
 

@@ -84,22 +84,11 @@ def tuned(model_path, labelled: dict, out: Path, way: str, weights: str, share: 
     with a share of the labels."""
     common = dict(labelled, overwrite=True)
     run, random = out / f"{way}-{weights}-{share:g}-{seed}", weights == "random"
-    train = dict(
-        pretrained=model_path,
-        random_init=random,
-        freeze=way == "frozen",
-        layer_decay=None if way == "frozen" else 1 if random else 0.75,
-        task="rhythm",
-        label_share=share,
-        fold=-1,
-        lr=1e-3,
-        sampling_power=0.5,
-        augment=1,
-        max_steps=size(150, smoke=2),
-        save_every=0,
-        seed=seed,
-        out=run,
-    )
+    start = dict(pretrained=model_path, random_init=random, freeze=way == "frozen")
+    if way == "full":
+        start["layer_decay"] = 1 if random else 0.75
+    steps = dict(lr=1e-3, sampling_power=0.5, augment=1, max_steps=size(150, smoke=2), save_every=0)
+    train = dict(start, **steps, task="rhythm", label_share=share, fold=-1, seed=seed, out=run)
     finetune.main(finetune.parse_args(options(common | train)))
     score = dict(model=run / "model.safetensors", resamples=0, out=run / "test")
     test.main(test.parse_args(options(common | score)))

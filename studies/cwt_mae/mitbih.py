@@ -76,7 +76,7 @@ def trainable(folder) -> bool:
 def train(args):
     """One seed: pre-training without labels and a head on the frozen encoder; the controls with random
     weights; the CNN."""
-    out, seed, steps = args.out, args.seed, size(1000, smoke=3)
+    out, seed = args.out, args.seed
     if not trainable(args.data):
         if not (out / f"final-{seed}" / "model.safetensors").is_file():
             raise UserError(
@@ -92,25 +92,13 @@ def train(args):
 
     # Pre-training on the records of DS1
     base = out / f"pretrained-{seed}"
-    stage(
-        "cwt_mae/train.py",
-        **common,
-        **SIZES,
-        model_fs=90,
-        split="ds1",
-        probe="beat",
-        batch_size=64,
-        lr=2e-3,
-        max_steps=size(1500, smoke=3),
-        eval_every=500,
-        log_every=100,
-        out=base,
-    )
+    steps = dict(batch_size=64, lr=2e-3, max_steps=size(1500, smoke=3), eval_every=500, log_every=100)
+    stage("cwt_mae/train.py", **common, **SIZES, **steps, model_fs=90, split="ds1", probe="beat", out=base)
 
     # A head on the frozen encoder, each beat compared with the median of its record. One fold held out says
     # how well the recipe does; what is scored at the end is fitted to all of DS1.
     tune = dict(common, **HEAD, **DRAWN, **LOSS, set=HEAD_SIZES, pretrained=base / "model.safetensors")
-    frozen = dict(tune, freeze=True, compare=True, max_steps=steps)
+    frozen = dict(tune, freeze=True, compare=True, max_steps=size(1000, smoke=3))
     held_out = dict(folds=4, fold=seed % 4, select="last", eval_every=0)
     stage("cwt_mae/finetune.py", **frozen, **held_out, out=out / f"fold-{seed}")
     stage("cwt_mae/finetune.py", **frozen, fold=-1, out=out / f"final-{seed}")
@@ -119,7 +107,7 @@ def train(args):
     stage("cwt_mae/finetune.py", **frozen, fold=-1, random_init=True, out=out / f"final-frozen-{seed}")
     free = dict(fold=-1, random_init=True, layer_decay=1, max_steps=size(FREE_STEPS, smoke=3))
     stage("cwt_mae/finetune.py", **tune, **free, out=out / f"final-random-{seed}")
-    cnn = dict(WINDOW, **DRAWN, max_steps=steps)
+    cnn = dict(WINDOW, **DRAWN, max_steps=frozen["max_steps"])
     stage("studies/cwt_mae/cnn.py", **common, **cnn, out=out / f"final-cnn-{seed}")
 
 
@@ -226,6 +214,8 @@ def report(args, rows: dict, records: str):
         for name, results in rows.items()
         if len(results) > 1
     }
+    reconstruction = out / f"pretrained-{args.seeds[0]}" / "figures" / "reconstruction.png"
+    confusion = out / "final-ensemble-test" / "figures" / "confusion.png"
     controls = {name: mean[name] for name in rows if not name.startswith("pre-trained")}
     write_result(
         out.parent,
@@ -236,14 +226,8 @@ def report(args, rows: dict, records: str):
         interval=[mean_of(ours, lambda r, i=i: r["macro_f1_95"][i]) for i in (0, 1)],
         figures=[
             (out / "figures" / "test.png", "macro-F1 on the test records; a dot a seed"),
-            (
-                out / "final-ensemble-test" / "figures" / "confusion.png",
-                "test records, ensemble of the seeds",
-            ),
-            (
-                out / f"pretrained-{args.seeds[0]}" / "figures" / "reconstruction.png",
-                "pre-training: hidden, reconstructed, original",
-            ),
+            (confusion, "test records, ensemble of the seeds"),
+            (reconstruction, "pre-training: hidden, reconstructed, original"),
         ],
         note=f"Mean of {len(args.seeds)} seeds, each pre-trained and fitted on all of DS1 (standard "
         f"deviation {deviation.get('pre-trained', float('nan')):.3f}); the recipe was chosen on folds of "

@@ -150,39 +150,21 @@ def main(args):
     common = dict(data=data, seed=args.seed, overwrite=True, threads=1)
 
     # Pre-training on folds 1 to 8: the tables keep 9 and 10 out of it
-    stage(
-        "cwt_mae/train.py",
-        **common,
-        **WINDOW,
-        config=ROOT / "cwt_mae" / "config_small.yaml",
-        set=size(None, smoke=["depth=1", "embed_dim=16", "decoder_embed_dim=16"]),
-        batch_size=16,
-        lr=2e-3,
-        windows=size(1600, smoke=32),
-        max_steps=size(STEPS, smoke=3),
-        eval_windows=size(256, smoke=4),
-        log_every=50,
-        out=out / "base",
+    small = size(None, smoke=["depth=1", "embed_dim=16", "decoder_embed_dim=16"])
+    sizes = dict(
+        WINDOW, config=ROOT / "cwt_mae" / "config_small.yaml", set=small, windows=size(1600, smoke=32)
     )
+    steps = dict(batch_size=16, lr=2e-3, max_steps=size(STEPS, smoke=3), eval_windows=size(256, smoke=4))
+    stage("cwt_mae/train.py", **common, **sizes, **steps, log_every=50, out=out / "base")
 
     # Fine-tuning, chosen on fold 9; the same from random weights; both reported on fold 10
     found = {}
     for name in ("tuned", "random"):
-        stage(
-            "cwt_mae/finetune.py",
-            **common,
-            pretrained=out / "base" / "model.safetensors",
-            random_init=name == "random",
-            task="labels",
-            level=args.level,
-            head="mlp",
-            layer_decay=1 if name == "random" else 0.75,
-            lr=1e-3,
-            batch_size=16,
-            max_steps=size(200, smoke=3),
-            eval_every=size(50, smoke=3),
-            out=out / name,
-        )
+        random, base = name == "random", out / "base" / "model.safetensors"
+        start = dict(pretrained=base, random_init=random, layer_decay=1 if random else 0.75)
+        steps = dict(batch_size=16, lr=1e-3, max_steps=size(200, smoke=3), eval_every=size(50, smoke=3))
+        run = dict(common, task="labels", level=args.level, head="mlp", out=out / name)
+        stage("cwt_mae/finetune.py", **run, **start, **steps)
         model = out / name / "model.safetensors"
         scored = dict(data=data, resamples=draws, overwrite=True, threads=1, out=out / f"{name}-test")
         stage("cwt_mae/test.py", model=model, **scored)

@@ -89,23 +89,10 @@ def main(args):
     if missing:
         raise UserError(f"{missing[0]}: no such record; this study needs {', '.join(FILES)}")
     base = args.out / "base"
-    stage(
-        "cwt_mae/train.py",
-        data=files,
-        channel=LEADS,
-        config=ROOT / "cwt_mae" / "config_small.yaml",
-        model_fs=50,
-        low_hz=0.05,
-        windows=size(640, smoke=32),
-        batch_size=16,
-        lr=2e-3,
-        max_steps=size(300, smoke=4),
-        log_every=50,
-        seed=args.seed,
-        out=base,
-        overwrite=True,
-        threads=1,
-    )
+    sizes = dict(config=ROOT / "cwt_mae" / "config_small.yaml", channel=LEADS, model_fs=50, low_hz=0.05)
+    steps = dict(windows=size(640, smoke=32), batch_size=16, lr=2e-3, max_steps=size(300, smoke=4))
+    common = dict(data=files, seed=args.seed, out=base, overwrite=True, threads=1, log_every=50)
+    stage("cwt_mae/train.py", **common, **sizes, **steps)
 
     # Reference and windows
     record = read_records(files[2])[0]

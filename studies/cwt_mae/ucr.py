@@ -75,48 +75,22 @@ def main(args):
 
 def pretrain(common: dict, seed: int, length: int, patch: int, out: Path) -> Path:
     """Pre-train on all training series; returns the model's file."""
-    stage(
-        "cwt_mae/train.py",
-        **common,
-        seed=seed,
-        config=ROOT / "cwt_mae" / "config_small.yaml",
-        set=[f"signal_len={length}", f"patch_size_time={patch}"],
-        model_fs=0,
-        low_hz=0,
-        windows=640,
-        val_fraction=0,
-        batch_size=64,
-        lr=2e-3,
-        max_steps=size(300, smoke=5),
-        eval_every=0,
-        log_every=100,
-        out=out,
-    )
+    sizes = [f"signal_len={length}", f"patch_size_time={patch}"]
+    sizes = dict(config=ROOT / "cwt_mae" / "config_small.yaml", set=sizes, model_fs=0, low_hz=0)
+    steps = dict(batch_size=64, lr=2e-3, max_steps=size(300, smoke=5), eval_every=0, log_every=100)
+    stage("cwt_mae/train.py", **common, **sizes, **steps, seed=seed, windows=640, val_fraction=0, out=out)
     return out / "model.safetensors"
 
 
 def finetune(common: dict, seed: int, model: Path, kind: str, out: Path) -> float:
     """Fine-tune on all training series, from `model` or ("random") from random weights; returns the test
     accuracy."""
-    stage(
-        "cwt_mae/finetune.py",
-        **common,
-        seed=seed,
-        task="series",
-        fold=-1,
-        pretrained=model,
-        random_init=kind == "random",
-        head="mlp",
-        set=["hidden_dim=32", "num_res_blocks=0", "dropout_rate=0.2"],
-        batch_size=32,
-        lr=2e-3,
-        layer_decay=0.75 if kind == "pre-trained" else 1,
-        label_smoothing=0.05,
-        augment=1,
-        jitter=2,
-        max_steps=size(200, smoke=5),
-        out=out / f"{kind}-{seed}",
-    )
+    random = kind == "random"
+    start = dict(pretrained=model, random_init=random, layer_decay=1 if random else 0.75)
+    head = dict(head="mlp", set=["hidden_dim=32", "num_res_blocks=0", "dropout_rate=0.2"])
+    steps = dict(batch_size=32, lr=2e-3, max_steps=size(200, smoke=5), label_smoothing=0.05)
+    run = dict(common, task="series", fold=-1, seed=seed, augment=1, jitter=2, out=out / f"{kind}-{seed}")
+    stage("cwt_mae/finetune.py", **run, **start, **head, **steps)
     tested = out / f"{kind}-{seed}-test"
     stage("cwt_mae/test.py", **common, model=out / f"{kind}-{seed}" / "model.safetensors", out=tested)
     return read_json(tested / "metrics.json")["accuracy"]
