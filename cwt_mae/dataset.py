@@ -73,17 +73,12 @@ def read_records(path, fs=None, annotator: str = "") -> list[Recording]:
     if suffix not in SUFFIXES:
         raise UserError(f"{path}: unknown format {path.suffix!r}; known: {', '.join(SUFFIXES)}")
     if suffix in (".hea", ".tar"):
-        return READERS[suffix](path, fs, annotator)
+        return list(READERS[suffix](path, fs, annotator))
     records = READERS[suffix](path, fs)
     if (stages := hypnogram_of(path)) is not None:
         with reading(stages, "EDF file"):
             records[0].events += edf_events(extra("edfio", stages).read_edf(stages))
     return records
-
-
-def read_tar(path: Path, fs=None, annotator: str = "") -> list[Recording]:
-    """All recordings of a tar shard; see `tar_records`."""
-    return list(tar_records(path, fs, annotator))
 
 
 def tar_records(path: Path, fs=None, annotator: str = "", usable=lambda work, *what: work(*what)):
@@ -143,7 +138,7 @@ def unpack(path: Path, folder: str):
                 raise UserError(f"{path}: {name} cannot be unpacked ({error.strerror})") from error
 
 
-READERS = {".hea": read_wfdb, ".dcm": read_dicom, ".npz": read_npz, ".npy": read_npy, ".tar": read_tar}
+READERS = {".hea": read_wfdb, ".dcm": read_dicom, ".npz": read_npz, ".npy": read_npy, ".tar": tar_records}
 READERS |= {".ts": read_ts, ".arff": read_arff} | dict.fromkeys((".edf", ".bdf"), read_edf)
 READERS |= dict.fromkeys((".csv", ".tsv"), read_csv) | dict.fromkeys((".h5", ".hdf5"), read_hdf5)
 assert set(READERS) == set(SUFFIXES), "a format stands in SUFFIXES of layouts.py and in READERS of dataset.py"

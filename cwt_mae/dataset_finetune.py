@@ -142,7 +142,7 @@ def many_labels(store: Store, signal_len: int, classes, skip_bad: bool, level: s
 
 
 LABELS = {
-    "beat": "beat annotations (.atr, or ann_sample and ann_symbol)",
+    "beat": "at least three beats of a record (.atr, or ann_sample and ann_symbol)",
     "rhythm": "rhythm annotations such as (AFIB in ann_aux",
     "series": "a field label, or a UCR set",
 }
@@ -366,8 +366,8 @@ def split_parts(store: Store, split_file=None) -> np.ndarray:
     """(records,) str: "train", "val", "test" or "" (in no list of a split file).
 
     In this order: split_file, JSON {"train": [names], "test": [names], "val": [names]}; the parts that the
-    files themselves, a manifest or a database's tables state; a record named in DS1 is for training and any
-    other is for the test.
+    files themselves, a manifest or a database's tables state, and what has none there is in none; a record
+    named in DS1 is for training and any other is for the test.
     """
     names = np.char.decode(store.records["name"])
     if split_file:
@@ -375,7 +375,7 @@ def split_parts(store: Store, split_file=None) -> np.ndarray:
     else:
         own = np.char.decode(store.records["part"])
         ds1 = np.array([name_of(Path(name)).rpartition("/")[2] in DS1 for name in names])
-        parts = np.where(own != "", own, np.where(ds1, "train", "test"))
+        parts = own if (own != "").any() else np.where(ds1, "train", "test")
     check_parts(store, parts)
     return parts
 

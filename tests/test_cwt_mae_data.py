@@ -96,13 +96,6 @@ def test_the_same_signal_is_read_alike_from_every_format(tmp_path, prepare):
         assert np.abs(signal - signals[".npz"]).max() < 2e-4, suffix
 
 
-def test_resampling_keeps_the_frequency(tmp_path, prepare):
-    np.savez(tmp_path / "a.npz", sig=wave(fs=360, hz=7.0), fs=360)
-    signal = store_of(tmp_path, prepare, tmp_path / "a.npz").signal(0)
-    spectrum = np.abs(np.fft.rfft(signal * np.hanning(len(signal))))
-    assert abs(np.fft.rfftfreq(len(signal), 1 / 100.0)[spectrum.argmax()] - 7.0) < 0.1
-
-
 def test_a_short_record_is_normalised_before_it_is_padded(tmp_path, prepare):
     np.savez(tmp_path / "a.npz", sig=wave(seconds=3) + 50, fs=FS)
     item = PhysioSignalDataset(store_of(tmp_path, prepare, tmp_path / "a.npz"), 1000)[0]
