@@ -287,7 +287,7 @@ def read_manifest(found: Found, manifest: Path, root: Path):
     rows, about = rows_in(manifest, ["path"]), {}
     if not rows:
         raise UserError(f"{manifest}: lists no recording; add a line for each")
-    folds = parts_of(manifest, [(number, row.get("fold", "")) for number, row in rows])
+    folds = parts_of(manifest, [(f"line {number}", row.get("fold", "")) for number, row in rows])
     # A file is known by its place, with and without suffix, and by its name.
     names = {name for _, name in found.files}
     known = {os.path.abspath(place): name for path, name in found.files for place in (name_of(path), path)}
@@ -328,24 +328,23 @@ def merged(old: About | None, new: About) -> About:
     return About(new.subject or old.subject, part, new.fs or old.fs, old.labels | new.labels)
 
 
-def parts_of(manifest, folds: list[tuple[int, str]]) -> list[str]:
-    """The part of each (line, fold): by its word, or by its number."""
+def parts_of(source, folds: list[tuple[str, str]], field: str = "fold") -> list[str]:
+    """The part of each (place in the source, fold): by its word, or by its number."""
     words = [fold.strip().lower() for _, fold in folds]
     if all(word in PARTS for word in words):
         return [PARTS[word] for word in words]
     whole = re.compile(r"-?\d+(\.0*)?")
     odd = [i for i, word in enumerate(words) if word and not whole.fullmatch(word)]
     if odd:  # beside words it knows, or beside numbers
-        number, fold = folds[next((i for i in odd if words[i] not in PARTS), odd[0])]
+        place, fold = folds[next((i for i in odd if words[i] not in PARTS), odd[0])]
         raise UserError(
-            f"{manifest}: line {number}: field fold is {fold!r}, expected train, val, test, or a number in "
-            "every line"
+            f"{source}: {place}: field {field} is {fold!r}, expected train, val, test, or numbers alone"
         )
     values = [int(float(word)) if word else None for word in words]
     order = sorted(set(values) - {None})
     if len(order) < 2:
         raise UserError(
-            f"{manifest}: field fold has one value, {order[0]}; two are needed, to train and to test"
+            f"{source}: field {field} has one value, {order[0]}; two are needed, to train and to test"
         )
     names = dict.fromkeys(order, "train") | {order[-1]: "test", None: ""}
     if len(order) > 2:

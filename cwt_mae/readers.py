@@ -20,6 +20,7 @@ import numpy as np
 
 from common.errors import UserError
 from common.files import hdf5_item, open_npz, reading
+from cwt_mae.layouts import parts_of
 from cwt_mae.recording import Event, Recording, as_channel, check_rate, unique
 from cwt_mae.text import decoded, encoding_of, read_text
 
@@ -27,7 +28,10 @@ ANNOTATORS = ("atr", "qrs", "ecg", "ari", "ecg_ann", "wqrs", "epi")  # the first
 LEADS = "I II III AVR AVL AVF V1 V2 V3 V4 V5 V6".split()  # the order of 12 unnamed channels
 RATES = ("fs", "sampling_rate", "sampling_frequency", "sample_rate", "frequency", "rate", "hz")
 EDF_NOTES = ("EDF Annotations", "BDF Annotations")
-NOT_SIGNALS = ("gain", "lead", "leads", "names", "subject", "units", "label", "labels", *RATES)
+# Fields that say something about the signals: clocks, annotations, labels, and of one number the rates
+ABOUT = ("gain", "leads?", "names", "subject", r"units?|\w+_unit", "labels?", r"ann_\w+", *RATES)
+ABOUT = re.compile(rf"(?i){'|'.join(ABOUT)}|t|times?([_ ]?(stamps?|axis|s|ms|us|ns|sec|seconds))?")
+RATE_OF = re.compile(r"(?i)(fs|rate)_\w+|\w+_(fs|rate)")
 
 
 def extra(module: str, path):
@@ -180,15 +184,20 @@ def read_edf(path: Path, fs=None) -> list[Recording]:
         code = str(getattr(edf.patient, "code", "X")) if plus else "X"
     channels = {}
     for name, unit, x, rate in raw:
-        each = rate * duration  # samples of a data record
-        jumps = [
-            (round(i * each), onsets[i])
-            for i in range(1, len(onsets))
-            if abs(onsets[i] - onsets[i - 1] - duration) > 1e-6
-        ]
-        start = onsets[0] if onsets else 0.0
-        channels[name] = as_channel(x, check_rate(rate, path, fs), unit=unit, start=start, jumps=jumps)
+        jumps = edf_jumps(onsets, duration, rate)
+        channels[name] = as_channel(x, check_rate(rate, path, fs), unit=unit, jumps=jumps)
     return [Recording(path.stem, path, channels, "" if code in ("X", "") else code, events)]
+
+
+def edf_jumps(onsets: list, duration: float, rate: float) -> list[tuple[int, float]]:
+    """[(sample, its second)] of the data records that begin more than a sample off the end of those before
+    them. Onsets are rounded, and clocks drift."""
+    jumps, first = [], 0
+    for i, onset in enumerate(onsets):
+        if abs(onset - onsets[first] - (i - first) * duration) > 1 / rate:
+            jumps.append((round(i * rate * duration), onset))
+            first = i
+    return jumps
 
 
 def edf_events(edf) -> list[Event]:
@@ -237,11 +246,12 @@ def read_dicom(path: Path, fs=None) -> list[Recording]:
     with reading(path, "DICOM file"):
         data = pydicom.dcmread(path)
         groups = list(data.get("WaveformSequence", []))
-        found = [(group, data.waveform_array(i)) for i, group in enumerate(groups)]
+        multiplex = pydicom.waveforms.multiplex_array
+        found = [(data.waveform_array(i), multiplex(data, i, as_raw=True)) for i in range(len(groups))]
     if not found:
         raise UserError(f"{path}: a DICOM file without a waveform; pictures are not read here")
     records = []
-    for i, (group, x) in enumerate(found):
+    for i, (group, (x, raw)) in enumerate(zip(groups, found)):
         names, units = [], []
         for channel in group.ChannelDefinitionSequence:
             source = channel.get("ChannelSourceSequence") or [None]
@@ -251,7 +261,8 @@ def read_dicom(path: Path, fs=None) -> list[Recording]:
             unit = channel.get("ChannelSensitivityUnitsSequence") or [None]
             units.append(str(unit[0].get("CodeValue", "")) if unit[0] is not None else "")
         rate = check_rate(float(group.SamplingFrequency), path, fs)
-        channels = {n: as_channel(x[:, k], rate, unit=units[k]) for k, n in enumerate(unique(names))}
+        columns = zip(unique(names), x.T, units, raw.T)
+        channels = {n: as_channel(v, rate, unit=unit, raw=own) for n, v, unit, own in columns}
         name = str(group.get("MultiplexGroupLabel", "") or i) if len(found) > 1 else ""
         subject = str(data.get("PatientID", "") or "")
         records.append(Recording(f"{path.stem}:{name}" if i else path.stem, path, channels, subject))
@@ -298,18 +309,11 @@ def npz_arrays(path, data: dict) -> dict:
     """{channel: samples} of an npz file."""
     if "sig" in data:
         rows = list(rows_of(data["sig"], "sig", path).items())
-        given = [str(n) for n in np.atleast_1d(data["names"] if "names" in data else data.get("lead", []))]
-        names = unique(given[i] if i < len(given) else key for i, (key, _) in enumerate(rows))
+        names = named(data.get("names", data.get("lead", [])), [key for key, _ in rows])
         return dict(zip(names, (row for _, row in rows)))
     arrays = {}
     for key, array in data.items():
-        word = key.lower()
-        about = (
-            word == "t"
-            or word.startswith(("ann_", "time", "fs_", "rate_"))
-            or word.endswith(("_fs", "_rate", "_unit"))
-        )
-        if word not in map(str.lower, NOT_SIGNALS) and not about:
+        if not ABOUT.fullmatch(key) and not (np.size(array) == 1 and RATE_OF.fullmatch(key)):
             for name, row in rows_of(array, key, path).items():
                 arrays[unique([*arrays, name])[-1]] = row
     if not arrays:
@@ -318,6 +322,11 @@ def npz_arrays(path, data: dict) -> dict:
             "channel"
         )
     return arrays
+
+
+def named(given, plain: list) -> list[str]:
+    """Names of channels without doubles: the given ones as far as they go, then the plain ones."""
+    return unique([*np.atleast_1d(given), *plain[np.size(given) :]][: len(plain)])
 
 
 def unit_of(data: dict, index: int) -> str:
@@ -376,17 +385,15 @@ def npz_events(path, data: dict, channels: dict) -> list[Event]:
             f"{path}: field {key} is {places.dtype} {places.shape}, expected "
             f"{'whole' if whole else 'finite'} numbers (beats,)"
         )
-    rate = 1.0
-    if key == "ann_sample":
-        rates = {channel.fs for channel in channels.values()}
-        if "ann_fs" in data:
-            rates = {check_rate(data["ann_fs"], f"{path}: ann_fs")}
-        if len(rates) > 1:
-            raise UserError(
-                f"{path}: field ann_sample counts samples, but the channels have the rates "
-                f"{', '.join(f'{r:g}' for r in sorted(rates))} Hz; add ann_fs or give ann_seconds"
-            )
-        rate = rates.pop()
+    rates = {channel.fs for channel in channels.values()} if whole else {1.0}
+    if whole and "ann_fs" in data:
+        rates = {check_rate(data["ann_fs"], f"{path}: ann_fs")}
+    if len(rates) > 1:
+        raise UserError(
+            f"{path}: field ann_sample counts samples, but the channels have the rates "
+            f"{', '.join(f'{r:g}' for r in sorted(rates))} Hz; add ann_fs or give ann_seconds"
+        )
+    rate = rates.pop()
     symbols, texts = (data.get(k, [""] * len(places)) for k in ("ann_symbol", "ann_aux"))
     return [Event(s / rate, str(a), str(b)) for s, a, b in zip(places.tolist(), symbols, texts)]
 
@@ -445,7 +452,7 @@ def series_record(path, part: str, index: int, rows, label: str | list | None, n
     """One series of one or several dimensions (L,), called x or x0, x1 ..., without a time unit; ends where
     nothing was measured are cut off, lines go over the gaps between. label: None where there is none."""
     rows = bridged(list(rows))
-    names = names or (["x"] if len(rows) == 1 else [f"x{i}" for i in range(len(rows))])
+    names = named(names, ["x"] if len(rows) == 1 else [f"x{i}" for i in range(len(rows))])
     channels = {name: as_channel(x, 1.0) for name, x in zip(names, rows)}
     name = f"{path.stem}:{part + '-' if part else ''}{index}"
     labels = {} if label is None else {"": [label] if isinstance(label, str) else label}
@@ -471,26 +478,33 @@ def bridged(rows: list) -> list[np.ndarray]:
 
 def series_records(path: Path, data: dict, fs) -> list[Recording]:
     """npz `X` (N, T), (N, C, T) or (N, T, C) and `y` (N,), or (N, K) of zeros and ones; perhaps `fs`,
-    `names`, `subject` (N,)."""
+    `names`, `classes` (K,), `subject` and `part` (N,)."""
+
+    def each(*keys, size=None):
+        """The words of the first of these fields that there is, one for each series; "" without it."""
+        key = next((key for key in keys if key in data), None)
+        found, size = words(np.ravel(data.get(key, [""] * len(x)))), size or len(x)
+        if key and len(found) != size:
+            raise UserError(f"{path}: field {key} has {len(found)} entries, expected {size}")
+        return found
+
     key = next(k for k in ("y", "label", "labels", "target") if k in data)
     y = column_of(data[key])
     x = series_table(path, "X", data["x"], key, y)
-    names = [str(n) for n in np.atleast_1d(data.get("names", data.get("leads", [])))]
-    if not names and x.shape[1] == 12:
-        names = LEADS
+    names = data.get("names", data.get("leads", LEADS if x.shape[1] == 12 else []))
     rate = next((data[k.lower()] for k in RATES if k.lower() in data), fs)
-    subjects = next((data[k] for k in ("subject", "subjects", "groups", "patient_id") if k in data), None)
-    parts = data.get("part", data.get("split"))
+    subjects = each("subject", "subjects", "groups", "patient_id")
+    places = [(f"series {i}", word) for i, word in enumerate(each("part", "split"))]
+    parts = parts_of(path, places, "part or split")
+    classes = each("classes", size=np.shape(y)[1]) if "classes" in data and np.ndim(y) == 2 else None
     records = []
-    labels = row_labels(y, data.get("classes"))
-    for i, (rows, label) in enumerate(zip(x, labels)):
-        record = series_record(path, "" if parts is None else str(parts[i]), i, rows, label, names)
+    for i, (rows, label) in enumerate(zip(x, row_labels(y, classes))):
+        record = series_record(path, parts[i], i, rows, label, names)
         if rate is not None:
             record.series = False
             for channel in record.channels.values():
                 channel.fs = check_rate(rate, path, fs)
-        if subjects is not None:
-            record.subject = str(subjects[i])
+        record.subject = subjects[i] or record.subject
         records.append(record)
     return records
 
@@ -526,17 +540,19 @@ def read_hdf5(path: Path, fs=None) -> list[Recording]:
 
     def visit(name, item):
         plain = isinstance(item, h5py.Dataset) and item.dtype.kind in "iuf" and item.ndim in (1, 2)
-        if not plain or item.size < 2 or name.split("/")[-1] in NOT_SIGNALS:
+        if not plain or item.size < 2 or ABOUT.fullmatch(name.split("/")[-1]):
             return
         item = hdf5_item(file, name)
         group, where = item.parent, f"{path}: {name}"
         key = path.stem + (f":{group.name.strip('/')}" if group.name != "/" else "")
         subject = next((a["subject"] for a in (item.attrs, group.attrs) if "subject" in a), "")
         record = records.setdefault(key, Recording(key, path, {}, word_of(subject, path)))
-        rate, unit = check_rate(rate_of(item, file), where, fs), word_of(item.attrs.get("units", ""), path)
-        gain = float(item.attrs.get("gain", 1.0))
-        for label, row in rows_of(item[:], name.split("/")[-1], where).items():
-            record.channels[unique([*record.channels, label])[-1]] = as_channel(row, rate, gain, unit)
+        rate, rows = check_rate(rate_of(item, file), where, fs), rows_of(item[:], name.split("/")[-1], where)
+        said = {k: [word_of(v, path) for v in np.ravel(item.attrs.get(k, []))] for k in ("names", "units")}
+        names, gains = named(said["names"], list(rows)), npz_gains(where, item.attrs, list(rows))
+        for i, (label, (key, row)) in enumerate(zip(names, rows.items())):
+            label = unique([*record.channels, label])[-1]
+            record.channels[label] = as_channel(row, rate, gains[key], unit_of(said, i))
 
     with reading(path, "HDF5 file"), h5py.File(path, "r") as file:
         if "tracings" in file and hdf5_item(file, "tracings", whole=False).ndim == 3:

@@ -77,10 +77,11 @@ def valid_runs(x: np.ndarray) -> list[tuple[int, int]]:
     return list(zip(edges[::2].tolist(), edges[1::2].tolist()))
 
 
-def as_channel(x, fs: float, gain: float = 1.0, unit: str = "", start: float = 0.0, jumps=()) -> Channel:
-    """Raw samples (L,) as a channel: sentinels become nan, the rest is divided by `gain`."""
+def as_channel(x, fs: float, gain: float = 1.0, unit="", start: float = 0.0, jumps=(), raw=None) -> Channel:
+    """Raw samples (L,) as a channel: sentinels become nan, the rest is divided by `gain`. raw: the device's
+    own numbers, in which sentinels are to be seen, where x is in physical units."""
     x = np.asarray(x)
-    gone = sentinels(x)
+    gone = sentinels(x if raw is None else raw)
     if gone is not None:
         x = np.where(gone, np.nan, x.astype(np.float64 if x.dtype.itemsize > 2 else np.float32))
     channel = (x if gain == 1 else x / np.float32(gain)).view(Channel)

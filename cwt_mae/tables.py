@@ -4,11 +4,11 @@
     numbers       decimal point or comma            missing       empty, ?, nan, NA, null
     header        none, plain, quoted, after #; perhaps a line of units below it, or lines about the device
                   above it, of which "Sample rate, 512 Hz" counts; pandas' 0, 1, 2 ...; a wristband's two
-    clock         a column of seconds, milliseconds or microseconds, of dates and times, or of times of day
+    clock         a column of seconds, their parts, minutes or hours, of dates and times, or of times of day
 
-A column of text is left out and named. A table of more than 64 nameless or numbered columns holds a series
-in each line and its label, a number or a word, at the end (Kaggle's heart beats); name_TRAIN.tsv and
-name_TEST.tsv are UCR sets.
+A day may stand in a column beside its times; other text is left out and named. A table of more than 64
+nameless or numbered columns holds a series in each line and its label, a number or a word, at the end
+(Kaggle's heart beats); name_TRAIN.tsv and name_TEST.tsv are UCR sets.
 """
 
 import csv
@@ -33,16 +33,18 @@ COUNTERS = ("", "index", "sample", "samples", "sample #", "n", "no", "nr", "i", 
 COUNTERS += ("序号",)
 UNITS = {"s": 1.0, "sec": 1.0, "secs": 1.0, "second": 1.0, "seconds": 1.0, "ms": 1e-3, "msec": 1e-3}
 UNITS |= {"millis": 1e-3, "milliseconds": 1e-3, "us": 1e-6, "µs": 1e-6, "microseconds": 1e-6, "ns": 1e-9}
-UNITS |= {"秒": 1.0, "毫秒": 1e-3, "微秒": 1e-6}
+UNITS |= {"秒": 1.0, "毫秒": 1e-3, "微秒": 1e-6, "分": 60.0, "分钟": 60.0, "min": 60.0, "minutes": 60.0}
+UNITS |= {"h": 3600.0, "hours": 3600.0, "小时": 3600.0}
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$")
+DAY = re.compile(r"\d{4}[-/]\d\d?[-/]\d\d?$|\d\d?(?P<mark>[-/.])\d\d?(?P=mark)\d{4}$")
 DATE = re.compile(r"(\d{1,2})(?P<mark>[-/.])(\d{1,2})(?P=mark)(\d{4})[ T]")  # day or month first
 TIME = re.compile(
     rf"(?i)(\d{{4}}[-/]\d\d?[-/]\d\d?[T ]|{DATE.pattern})?"
     r"\d{1,2}:\d\d(:\d\d)?([.,]\d+)?( ?[AP]M|Z|[+-]\d\d:?\d\d)?$|\d{1,2}:\d\d[.,]\d+$"
 )
 RATE = re.compile(
-    r"(?i)(?:\b(?:sampl\w*[ _-]*(?:rate|freq\w*)|fs)|采样频?率)\W*?(\d+(?:\.\d+)?)\s*[\"']?"
-    r"(k?)(?:hz|hertz|赫兹?|$|[^\w.])"
+    r"(?i)(?:\b(?:sampl\w*[ _-]*(?:rate|freq\w*)|fs)|采样频?率)(?:\s*[\[(（](k?)(?:hz|hertz|赫兹?)[\])）])?"
+    r"\W*?(\d+(?:\.\d+)?)\s*[\"']?(k?)(?:hz|hertz|赫兹?|$|[^\w.])"
 )
 WIDE = 64
 
@@ -82,9 +84,10 @@ def read_table(path: Path, fs=None) -> list[Recording]:
     kinds = [kind_of(text, i) for i in range(width)]
     wanted = [i for i, kind in enumerate(kinds) if kind == "number"]
     table = dict(zip(wanted, numbers(path, text, wanted, width).T))
-    rate, start, jumps, used = clock_of(path, text, names, units, kinds, table)
+    rate, jumps, used = clock_of(path, text, names, units, kinds, table)
     rate = text.rate if rate is None else rate
-    remarks = [names[i] or f"column {i + 1}" for i, kind in enumerate(kinds) if kind == "text"]
+    remarks = [i for i, kind in enumerate(kinds) if kind in ("text", "date") and i not in used]
+    remarks = [names[i] or f"column {i + 1}" for i in remarks]
     clock = next((name for name in remarks if clock_name(name, "")[0] in CLOCKS), None)
     if clock and rate is None and fs is None:
         raise UserError(
@@ -101,7 +104,7 @@ def read_table(path: Path, fs=None) -> list[Recording]:
     rate, plain = check_rate(rate, path, fs), {i: named_unit(names[i]) for i in chosen}
     labels = unique(plain[i][0] or f"c{i}" for i in chosen)
     channels = {
-        label: as_channel(table[i], rate, unit=units[i] or plain[i][1], start=start, jumps=jumps)
+        label: as_channel(table[i], rate, unit=units[i] or plain[i][1], jumps=jumps)
         for label, i in zip(labels, chosen)
     }
     return [Recording(path.stem, path, channels)]
@@ -125,7 +128,7 @@ def split_table(path: Path) -> Text:
     at = below_device(lines, at, delimiter)
     names, units, at = header_of(lines, at, delimiter, comment)
     stated = next(filter(None, map(RATE.search, lines[:at])), None)
-    rate = float(stated[1]) * (1000 if stated[2] else 1) if stated else None
+    rate = float(stated[2]) * (1000 if stated[1] or stated[3] else 1) if stated else None
     if names is None and (wristband := wristband_rate(lines[at : at + 2], delimiter)):
         rate, at = wristband, at + 2
 
@@ -179,7 +182,7 @@ def header_of(lines: list, at: int, delimiter, comment: str) -> tuple[list | Non
     """(names of the columns or None, their units, the first line below); the last comment may hold names."""
     below = next((i for i in range(at + 1, len(lines)) if lines[i].strip()), len(lines))
     head, second = (fields(line, delimiter) for line in (lines[at], "".join(lines[below : below + 1])))
-    odd, units = words_at(head), []
+    odd, units = [i for i, v in enumerate(head) if not is_value(v)], []
     # Data may have a word, such as a label, in each line, or nothing in its place.
     alike = odd == [i for i, v in enumerate(second) if v == "" and i in odd or not is_value(v)]
     if not odd or 2 * len(odd) < len(head) and alike:
@@ -190,11 +193,6 @@ def header_of(lines: list, at: int, delimiter, comment: str) -> tuple[list | Non
     if at < len(lines) and not any(is_value(v) and v for v in second):
         units, at = [v.strip("()[] ") for v in second], at + 1
     return head, units, at
-
-
-def words_at(row: list) -> list[int]:
-    """The places of the fields that are no values."""
-    return [i for i, v in enumerate(row) if not is_value(v)]
 
 
 def counts_columns(head: list) -> bool:
@@ -219,7 +217,8 @@ def wristband_rate(lines: list, delimiter) -> float | None:
 def states_rate(line: str, delimiter, width: int) -> bool:
     """Whether a line says the rate and is none of names: it has a number, or another width than the data."""
     row = fields(line, delimiter)
-    return bool(RATE.search(line)) and (len(row) != width or any(v and is_value(v) for v in row))
+    alone = RATE.match(line.strip()) or any(v and is_value(v) for v in row)
+    return bool(RATE.search(line)) and (len(row) != width or bool(alone))
 
 
 def first_data(lines: list, at: int, delimiter) -> int | None:
@@ -243,14 +242,9 @@ def one_column(names, lines: list) -> bool:
 def find_delimiter(lines: list) -> str | None:
     """The delimiter that cuts the last of these lines into most equal rows; None: spaces."""
     tail = lines[len(lines) // 2 :][:20]
-    for delimiter in ("\t", ";", "|", ","):
-        counts = {line.count(delimiter) for line in tail}
-        if len(counts) == 1 and counts != {0}:
-            return delimiter
-    for delimiter in ("\t", ";", "|", ","):
-        if any(delimiter in line for line in tail):
-            return delimiter
-    return None
+    counts = {delimiter: {line.count(delimiter) for line in tail} for delimiter in "\t;|,"}
+    some = [delimiter for delimiter, count in counts.items() if count != {0}]
+    return next((delimiter for delimiter in some if len(counts[delimiter]) == 1), next(iter(some), None))
 
 
 def fields(line: str, delimiter) -> list[str]:
@@ -267,7 +261,7 @@ def is_value(text: str) -> bool:
 
 
 def kind_of(text: Text, column: int) -> str:
-    """ "number", "time" or "text": what the column holds in some of the lines."""
+    """ "number", "time", "date" or "text": what the column holds in some of the lines."""
     lines, seen = text.lines, []
     for line in lines[:50] + lines[len(lines) // 2 : len(lines) // 2 + 20] + lines[-20:]:
         row = fields(line, text.delimiter)
@@ -275,7 +269,8 @@ def kind_of(text: Text, column: int) -> str:
             seen.append(row[column])
     if all(NUMBER.match(v.replace(",", ".")) for v in seen):
         return "number"
-    return "time" if all(TIME.match(v) for v in seen) else "text"
+    forms = {"time": TIME, "date": DAY, "text": re.compile("")}
+    return next(kind for kind, form in forms.items() if all(map(form.match, seen)))
 
 
 def numbers(path, text: Text, columns, width: int = 0) -> np.ndarray:
@@ -303,13 +298,15 @@ def numbers(path, text: Text, columns, width: int = 0) -> np.ndarray:
 
 
 def clock_of(path, text: Text, names, units, kinds, table):
-    """(rate or None, start, jumps, columns used) of the column that holds the time, of several the first that
+    """(rate or None, jumps, columns used) of the column that holds the time, of several the first that
     rises evenly. Other clocks and counts of the lines are no signals either."""
-    clocks, used = [], set()
+    clocks, days, used = [], [], set()
     for i, name in enumerate(names):
         word, unit = clock_name(name, units[i])
         if kinds[i] == "time":
             clocks.append(i)
+        if kinds[i] == "date" and (not word or word.split(" ")[-1] in CLOCKS):
+            days.append(i)
         if kinds[i] != "number":
             continue
         even, step = evenly(table[i]), np.diff(table[i][:2]).sum()
@@ -324,12 +321,16 @@ def clock_of(path, text: Text, names, units, kinds, table):
                 "call it time_s or time_ms",
                 file=sys.stderr,
             )
-    found, problem = (None, 0.0, []), None
+    found, problem = (None, []), None
     for i in clocks:
         try:
             x, unit = table.get(i), 1.0
             if x is None:
-                x = times_of(path, column_of(text, i))
+                texts = column_of(text, i)
+                if days and re.match(r"\d\d?:", texts[0]):
+                    texts = [" ".join(pair) for pair in zip(column_of(text, days[0]), texts)]
+                    used.add(days[0])
+                x = times_of(path, texts)
             else:
                 unit = clock_unit(path, names[i], clock_name(names[i], units[i])[1], x)
             found = steps_of(path, names[i] or f"column {i + 1}", x, unit)
@@ -351,7 +352,7 @@ def clock_name(name: str, unit: str):
     )
     if found and found[2] in UNITS:
         return found[1].strip(" _"), UNITS[found[2]]
-    if text in UNITS and text != "s":
+    if text in UNITS and text not in ("s", "h", "min"):  # also names of signals and of their least values
         return "time", UNITS[text]
     return text, UNITS.get(unit.strip().lower())
 
@@ -398,6 +399,7 @@ def times_of(path, texts: list) -> np.ndarray:
         texts = iso_dates([afternoon(text) for text in texts])
         if re.match(r"\d{4}[-/]", texts[0]):
             texts = [t.replace("/", "-").replace(",", ".").replace("Z", "+00:00") for t in texts]
+            texts = [re.sub(r"(?<![\d.])(\d)(?=[-: T])", r"0\1", t) for t in texts]
             stamps = [datetime.fromisoformat(t) for t in texts]
             return np.array([(stamp - stamps[0]).total_seconds() for stamp in stamps])
         units = ([float(part.replace(",", ".")) for part in t.split(":")[::-1]] for t in texts)
@@ -428,31 +430,47 @@ def iso_dates(texts: list) -> list:
 
 
 def steps_of(path, name: str, x, unit: float):
-    """(rate in Hz, start, jumps) of a clock column: even steps but for jumps forward, which are gaps."""
+    """(rate in Hz, jumps) of a clock column: even steps but for jumps forward, which are gaps."""
     seconds = (x - x[0]) * unit
     steps = np.diff(seconds)
     rising = steps[steps > 0]
     if len(rising) and np.isfinite(seconds).all():
-        # Written with few digits, the clock stands still now and then, but never leaves a straight line by
-        # more than its last digit.
-        mean = seconds[-1] / len(steps)
-        off = np.abs(seconds - mean * np.arange(len(seconds))).max()
-        if off <= 1.01 * rising.min() <= 4.1 * mean:
-            # A whole number of Hz that all these times round is the rate; their ends alone are not exact.
-            whole = max(1, round(1 / mean))
-            fits = np.abs(seconds - np.arange(len(x)) / whole).max() <= rising.min()
-            return float(whole) if fits else 1 / mean, 0.0, []
-    if len(steps) and np.isfinite(steps).all() and steps.min() >= 0:
-        step = float(np.median(steps))
-        jumps = np.flatnonzero(steps > 1.5 * step) if step > 0 else np.arange(len(steps))
+        # A clock that stands still now and then shows its last digit; of another the numbers tell it.
+        least, step = rising.min(), float(np.median(steps))
+        digit = least if (steps == 0).any() else last_digit(x - x[0], least / unit) * unit
+        jumps = np.flatnonzero(steps > 1.5 * step)
         even = np.delete(steps, jumps)
-        if step > 0 and len(jumps) <= 0.01 * len(steps) + 1 and len(even):
-            rate = 1 / even.mean()
-            if np.abs(even - step).max() < 0.5 * step:
-                return rate, 0.0, [(int(j) + 1, float(seconds[j + 1])) for j in jumps]
+        gaps = len(jumps) <= 0.01 * len(steps) + 1 and np.abs(even - step).max() < 0.5 * step
+        if rate := even_rate(seconds, digit):
+            return rate, []
+        if gaps and steps.min() >= 0:
+            return 1 / even.mean(), [(int(j) + 1, float(seconds[j + 1])) for j in jumps]
+        if rate := even_rate(seconds, least):  # ticks that are no power of ten
+            return rate, []
     raise UserError(
         f"{path}: column {name} does not rise evenly; resample it or drop the column and pass --input-fs"
     )
+
+
+def even_rate(seconds, digit: float) -> float | None:
+    """The rate in Hz of a clock that never leaves a straight line by more than its last digit, else None. A
+    whole number of Hz that all these times round is the rate: their ends alone are not exact."""
+    count = np.arange(len(seconds))
+    mean = seconds[-1] / count[-1]
+    if not np.abs(seconds - mean * count).max() <= 1.01 * digit <= 4.1 * mean:
+        return None
+    whole = max(1, round(1 / mean))
+    return float(whole) if np.abs(seconds - count / whole).max() <= 1.01 * digit else 1 / mean
+
+
+def last_digit(x, least: float) -> float:
+    """The largest power of ten that all these numbers are multiples of; a thousandth of their least step for
+    numbers of many digits."""
+    top = np.floor(np.log10(1.01 * least))
+    for digit in 10.0 ** np.arange(top, top - 3, -1):
+        if np.abs(x / digit - np.round(x / digit)).max() < 0.01:
+            return digit
+    return 1e-3 * least
 
 
 def column_of(text: Text, column: int) -> list[str]:

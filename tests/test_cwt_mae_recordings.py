@@ -189,6 +189,27 @@ def test_data_sets_of_one_hdf5_file_have_their_own_rates(tmp_path):
     assert read_records(tmp_path / "a.h5")[0].rates == {"ecg": 250.0, "ppg": 50.0, "resp": 10.0}
 
 
+def test_what_stands_beside_the_signals_is_no_signal_and_may_say_more_of_them(tmp_path):
+    x = ecg(250, 20)
+    beside = dict.fromkeys("time t Timestamps time_s".split(), np.arange(5000)) | {"units": np.ones(2)}
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        for name, value in (beside | {"ann_sample": np.ones(3), "heart_rate": x, "time_series": x}).items():
+            file[name] = value
+        item = file.create_dataset("u", data=np.stack([200 * x, 100 * x]))
+        item.attrs.update(names=["II", "V1"], gain=[200.0, 100.0], units=["mV", "uV"])
+        file.attrs["fs"] = 250
+    channels = read_records(tmp_path / "a.h5")[0].channels
+    assert {n: c.unit for n, c in channels.items()} == {
+        "heart_rate": "",
+        "time_series": "",
+        "II": "mV",
+        "V1": "uV",
+    }
+    assert all(np.allclose(channel, x) for channel in channels.values())
+    record = read_records(npz(tmp_path / "a.npz", heart_rate=x, time_series=x, fs=250, **beside))[0]
+    assert list(record.channels) == ["heart_rate", "time_series"]
+
+
 # ---- EDF
 
 
@@ -256,6 +277,9 @@ def test_edf_with_gaps_is_cut_there_and_each_run_knows_when_it_begins(tmp_path):
         content[236:244] = count.ljust(8)
         path.write_bytes(bytes(content))
         assert [start for _, start in read_records(path)[0].channels["ECG"].runs()] == [0.0, 100.5, 1000.0]
+    for step in (1.0002, 0.99995):  # onsets are rounded, clocks drift: no gap
+        discontinuous(path, [f"{step * i:.4f}" for i in range(12)])
+        assert [len(x) for x, _ in read_records(path)[0].channels["ECG"].runs()] == [12 * 256]
 
 
 def test_an_edf_file_of_annotations_alone_is_refused_in_one_line(tmp_path):
@@ -410,13 +434,11 @@ CLOCK = np.arange(400) / 250
 VALUES = np.round(ecg(250, 1.6), 4)
 ROWS = list(zip(CLOCK, VALUES))
 CSV = {
-    "semicolon": "time;ecg\n" + "".join(f"{t:.3f};{v}\n" for t, v in ROWS),
     "tab": "Time (ms)\tecg\n" + "".join(f"{1e3 * t:.0f}\t{v}\n" for t, v in ROWS),
     "Chinese clock": "时间(毫秒),ecg\n" + "".join(f"{1e3 * t:.0f},{v}\n" for t, v in ROWS),
     "Chinese clock in seconds": "\ufeff时间（s）,备注,ecg\n" + "".join(f"{t:.3f},x,{v}\n" for t, v in ROWS),
     "Chinese count": "序号,时间_秒,ecg\n" + "".join(f"{i},{t:.3f},{v}\n" for i, (t, v) in enumerate(ROWS)),
     "decimal comma": "Zeit;ecg\n" + "".join(f"{t:.3f};{v}\n" for t, v in ROWS).replace(".", ","),
-    "quoted header": '"Elapsed time","ecg"\n' + "".join(f"{t:.3f},{v}\n" for t, v in ROWS),
     "units line": "'Elapsed time','ecg'\n'seconds','mV'\n" + "".join(f"{t:.3f},{v}\n" for t, v in ROWS),
     "comments": "# a device\n# 2024\nt,ecg\n" + "".join(f"{t:.3f},{v}\n" for t, v in ROWS),
     "header in a comment": "# time_s,ecg\n" + "".join(f"{t:.3f},{v}\n" for t, v in ROWS),
@@ -436,6 +458,9 @@ CSV = {
     "title": "ECG of a person\n\ntime_s,ecg\n" + "".join(f"{t:.3f},{v}\n" for t, v in ROWS),
     "gain line": "Gain,2.5\ntime_s,ecg\n" + "".join(f"{t:.3f},{v}\n" for t, v in ROWS),
     "Chinese device lines": "姓名,张三\n采样率,250 赫兹\n\necg\n" + "".join(f"{v}\n" for v in VALUES),
+    "rate alone": "fs=250\necg\n" + "".join(f"{v}\n" for v in VALUES),
+    "rate with its unit": "Device,X\nSampling rate (Hz),250\necg\n" + "".join(f"{v}\n" for v in VALUES),
+    "minutes": "time_min,ecg\n" + "".join(f"{t / 60:.7f},{v}\n" for t, v in ROWS),
     "rate line": "Sampling rate: 0.25 kHz\necg\n" + "".join(f"{v}\n" for v in VALUES),
     "rate cell": "Sample rate,250\ntime_s,ecg\n" + "".join(f"{t:.3f},{v}\n" for t, v in ROWS),
     "rate in the name": "time_s,ecg (fs=250 Hz)\n" + "".join(f"{t:.3f},{v}\n" for t, v in ROWS),
@@ -570,10 +595,8 @@ def test_clocks_counts_and_names_of_a_table_are_no_signals(form, tmp_path):
 
 def test_a_nameless_signal_that_rises_is_a_signal(tmp_path):
     x = np.cumsum(VALUES + 0.01)
-    (channel,) = read_records(write(tmp_path / "a.csv", "".join(f"{v}\n" for v in x)), 250)[
-        0
-    ].channels.values()
-    assert np.allclose(channel, x)
+    record = read_records(write(tmp_path / "a.csv", "".join(f"{v}\n" for v in x)), 250)[0]
+    assert list(record.channels) == ["c0"] and np.allclose(record.channels["c0"], x)
 
 
 def test_a_column_is_one_channel(tmp_path):
@@ -590,6 +613,30 @@ def test_missing_fields_and_jumps_of_the_clock_are_gaps(tmp_path):
     record = read_records(write(tmp_path / "a.csv", "time_s,ecg\n" + "\n".join(lines) + "\n"))[0]
     found = [(len(x), round(start, 3)) for x, start in record.channels["ecg"].runs()]
     assert found == [(100, 0.0), (190, 0.44), (100, 61.2)]
+
+
+@pytest.mark.parametrize("fs, digits", [(250, 3), (250, 9), (100, 2), (100, 3), (128, 6), (300, 3), (360, 4)])
+def test_lines_that_are_missing_are_gaps_however_few(fs, digits, tmp_path):
+    kept = np.delete(np.arange(3000), [500, 501, *range(2000, 2007)])
+    text = "time_s,ecg\n" + "".join(f"{i / fs:.{digits}f},{np.sin(i):.4f}\n" for i in kept)
+    channel = read_records(write(tmp_path / "a.csv", text))[0].channels["ecg"]
+    assert channel.fs == pytest.approx(fs, rel=1e-4)
+    assert [(len(x), round(start * fs)) for x, start in channel.runs()] == [
+        (500, 0),
+        (1498, 502),
+        (993, 2007),
+    ]
+
+
+@pytest.mark.parametrize("order", ["{0}-{1}-{2}", "{2}.{1}.{0}", "{0}/2/{2}"])
+def test_a_day_and_a_time_in_two_columns_are_one_clock(order, tmp_path):
+    days = np.repeat([0, 1], [250, 150]).astype("m8[D]")  # a night without a line
+    words = [
+        str(t).split("T") for t in np.datetime64("2024-02-28T23:59:59", "ms") + 4 * np.arange(400) + days
+    ]
+    text = "".join(f"{order.format(*d.split('-'))};{t};{v}\n" for (d, t), v in zip(words, VALUES))
+    channel = read_records(write(tmp_path / "a.csv", "date;time;ecg\n" + text))[0].channels["ecg"]
+    assert channel.fs == pytest.approx(250) and channel.jumps == [(250, 86401.0)]
 
 
 @pytest.mark.parametrize(
@@ -680,6 +727,19 @@ def test_npz_of_many_series_and_labels(shape, tmp_path):
     assert records[2].labels == {"": ["c"]} and records[2].subject == "v" and records[2].fs == 50
 
 
+def test_no_channel_part_subject_or_class_of_a_series_is_lost(tmp_path):
+    fields = dict(X=np.random.default_rng(0).normal(size=(3, 3, 50)), y=[0, 1, 1], subject=[1.0, 2.0, np.nan])
+    splits = ["Training", "validation", "TEST"], [0, 1, 2], [-3.0, 5.0, 7.0], ["训练", "dev", "test"]
+    for split, names in zip(splits, (["I"], ["I", "I", "I", "V"], [], "abc")):
+        records = read_records(npz(tmp_path / "a.npz", **fields, split=split, names=list(names)))
+        assert [(r.part, len(r.channels)) for r in records] == [("train", 3), ("val", 3), ("test", 3)]
+        assert [record.subject for record in records] == ["1", "2", "a:test-2"]
+    wrong = (dict(split=["train", "elsewhere", "test"]), dict(part=["train"]), dict(subject=[1, 2]))
+    for more in (*wrong, dict(y=np.eye(3), classes=["a", "b"])):
+        with pytest.raises(UserError, match=f"a.npz: .*field .*{list(more)[-1]}"):
+            read_records(npz(tmp_path / "a.npz", **fields | more))
+
+
 def test_a_label_that_is_nan_is_none(tmp_path):
     x = np.random.default_rng(0).standard_normal((3, 50))
     one = read_records(npz(tmp_path / "a.npz", X=x, y=[426783006, np.nan, 426783012.0], fs=100))
@@ -733,6 +793,12 @@ def test_the_dicom_waveform_of_pydicom_has_its_leads(tmp_path):
     assert len(record.channels) == 12 and record.seconds() == pytest.approx(10)
     store = store_of(tmp_path, record.source)
     assert store.records["channel"].tolist() == [b"II"] * len(store.records)
+    content = pytest.importorskip("pydicom").dcmread(record.source)
+    samples = np.frombuffer(content.WaveformSequence[0].WaveformData, "<i2").copy()
+    samples[1200:2400] = -32768  # of 12 leads, in the device's numbers
+    content.WaveformSequence[0].WaveformData = samples.tobytes()
+    content.save_as(tmp_path / "a.dcm")
+    assert all(len(x.runs()) == 2 for x in read_records(tmp_path / "a.dcm")[0].channels.values())
 
 
 # ---- who is it?
@@ -790,7 +856,7 @@ def test_a_manifest_states_subjects_parts_rates_and_labels(tmp_path, capsys):
     assert len(store_of(tmp_path, manifest=manifest, part="train").records) == 2
     write(manifest, "path,fold,label_AF,label_N\nx\\a.npz,1,yes,0\nx\\b,,no,T\n./x/c,2,,1.0\n")
     store = store_of(tmp_path, manifest=manifest, fs=FS)
-    assert store.records["part"].tolist() == [b"train", b"", b"test"]
+    assert split_parts(store).tolist() == ["train", "", "test"]  # no part is none, and not the test
     assert [b.decode() for _, _, b in store.labels.tolist()] == ["AF", "N", "N"]
     write(manifest, "path,fold,label\nx/a,训练集,房颤；早搏\nx/b,测试,正常、早搏\n", "gbk")
     store = store_of(tmp_path, manifest=manifest, fs=FS)
