@@ -362,8 +362,8 @@ def interpolate_pos_embed(pos_embed, old_grid, new_grid):
 
 
 def load_encoder(encoder: CWT_Encoder, tensors: dict, config: dict, source):
-    """Load the encoder's part of `tensors` and print the report; UserError if more than a tenth of it is
-    missing or any of another shape.
+    """Load the encoder's part of `tensors` and print the report; UserError if anything that is learned is
+    missing or of another shape.
 
     The position table's old grid comes from the file: from its configuration, else from the height of
     `time_reducer`, which spans it, else (weights of a classifier alone) it counts as high as the new one.
@@ -406,6 +406,11 @@ def load_encoder(encoder: CWT_Encoder, tensors: dict, config: dict, source):
         raise UserError(
             f"{source}: {key} has shape {old} in the file, {new} in the model; pass the sizes that it was "
             "trained with"
+        )
+    lost = [key for key, _ in encoder.named_parameters() if key in report.missing]
+    if lost:
+        raise UserError(
+            f"{source}: lacks {lost[0]}, which would stay random; {len(lost)} tensors are missing"
         )
 
 

@@ -587,6 +587,10 @@ def test_checkpoint_that_does_not_fit_is_an_error(tmp_path):
         TF_MAE_Classifier(path, 2, **{**SMALL, "patch_size_time": 10})
     with pytest.raises(UserError, match="fits this model in only 35 of 61"):
         TF_MAE_Classifier(path, 2, **{**SMALL, "depth": 4})  # half of it would stay random
+    deep = {k: v for k, v in small(depth=12).state_dict().items() if not k.startswith("blocks.7.")}
+    torch.save(deep, path)
+    with pytest.raises(UserError, match="other.pth: lacks blocks.7.norm1.weight, which would stay random"):
+        TF_MAE_Classifier(path, 2, **{**SMALL, "depth": 12})
     with pytest.raises(UserError, match="no such weight file"):
         TF_MAE_Classifier(tmp_path / "none.pth", 2, **SMALL)
     path.write_bytes(b"PK\x03\x04 cut short")
