@@ -50,6 +50,7 @@ def serve(path: str):
     door.bind(path)
     door.listen(64)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that answer
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as from a terminal, also where the tests run under nohup
     print("ready", flush=True)
     while sys.stdin not in select.select([door, sys.stdin], [], [])[0]:
         caller, _ = door.accept()
