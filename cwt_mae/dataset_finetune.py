@@ -411,6 +411,13 @@ def listed_parts(store: Store, split_file, names: np.ndarray) -> np.ndarray:
                 f"{split_file}: the data hold {len(listed) - len(lost)} records of {part}, but not "
                 f"{', '.join(sorted(lost)[:5])}"
             )
+    listed = [entry for part in ("train", "val", "test") for entry in lists.get(part) or []]
+    if listed and not said:
+        several = lambda texts: ", ".join(texts[:2]) + ", ..." * (len(texts) > 2)
+        raise UserError(
+            f"{split_file}: none of its {len(listed)} names ({several(listed)}) is a record of the data; "
+            f"those are called {several(list(dict.fromkeys(names.tolist())))}"
+        )
     return np.array([said.get(name, "") for name in names.tolist()], "<U5")
 
 
@@ -432,8 +439,8 @@ def training_part(task: Task, parts: np.ndarray) -> Task:
     train = task.select(parts[task.items["record"]] == "train")
     if not len(train.items):
         raise UserError(
-            f"no labelled window for task {task.kind} belongs to the training part (UCR training series, "
-            "records named in DS1); pass --split with a JSON file of the lists train and test"
+            f"no labelled window for task {task.kind} belongs to the training part (the list train of "
+            "--split, else what the data state, else records named in DS1); check --split"
         )
     return train
 

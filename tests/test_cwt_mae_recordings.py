@@ -975,6 +975,11 @@ def test_a_split_file_names_records_by_path_and_refuses_what_is_ambiguous(tmp_pa
     write(split, json.dumps({"train": ["a/100"], "test": ["a/100"]}))
     with pytest.raises(UserError, match="stands in two lists"):
         split_parts(store, split)
+    write(split, json.dumps({"train": ["s0", "s1"], "test": ["s2"]}))
+    with pytest.raises(UserError, match=r"none of its 3 names \(s0, s1, ...\) is .* a/100, b/100, ...$"):
+        split_parts(store, split)
+    write(split, json.dumps({"train": ["a/100"], "test": ["elsewhere"]}))  # read by another script
+    assert split_parts(store, split).tolist() == ["train", "", ""]
 
 
 def test_find_recordings_names_files_relative_to_what_several_sources_share(tmp_path):
