@@ -58,6 +58,10 @@ from cwt_mae.text import read_text
 ROOT = Path(__file__).resolve().parents[1]
 SHARD = 1000  # files of signals in one shard of a store, at most
 BYTES = 1 << 28  # of their bytes, about
+# The code that turns files into a store: where it has changed, they are read again. Its text is taken at the
+# import, because what is edited later does not run.
+CODE = ("dataset.py", "layouts.py", "readers.py", "recording.py", "tables.py", "text.py")
+EDITION = fingerprint((), [Path(__file__).with_name(name).read_text(encoding="utf-8") for name in CODE])
 DAY = 86400.0  # seconds over which resampling keeps every sample in its place
 
 
@@ -465,8 +469,8 @@ def build_store(
     manifest=None,
     annotator: str = "",
 ) -> Store:
-    """Read, check and resample every signal under `sources` once; later calls with unchanged files reuse the
-    result.
+    """Read, check and resample every signal under `sources` once; later calls with unchanged files and
+    readers reuse the result.
 
     part: "train" leaves out the recordings that files or tables put into another part (pre-training must not
     see them). min_seconds: shortest usable run without a gap (samples for series without a time unit).
@@ -476,7 +480,7 @@ def build_store(
     cache = Path(cache) if cache else ROOT / "data" / "cwt_mae" / "cache"
     cache.mkdir(parents=True, exist_ok=True)
     request = dict(preprocess=vars(prepare), fs=fs, part=part, min_seconds=min_seconds, skip_bad=skip_bad)
-    request |= dict(annotator=annotator, version=5)
+    request |= dict(annotator=annotator, code=EDITION)
     for source in sources:  # in the words that the user gave
         if not any(map(os.path.exists, expand([source]))):
             raise UserError(f"{source}: no such file or folder; check --data")

@@ -166,7 +166,10 @@ def check_rate(fs, source, given=None) -> float:
     """The sampling rate in Hz: from the file, else `given` (--input-fs); UserError when absent, impossible or
     contradicted."""
     if fs is None and given is None:
-        raise UserError(f"{source}: has no field fs; pass the sampling rate in Hz with --input-fs")
+        raise UserError(
+            f"{source}: has no field fs; pass the sampling rate in Hz with --input-fs; for files of "
+            "different rates the column fs of a --manifest"
+        )
     try:
         if np.asarray(fs).dtype == bool:
             raise TypeError

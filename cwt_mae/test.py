@@ -88,6 +88,8 @@ def read_card(path) -> dict:
     """What finetune.py stored beside the weights: task, classes, features, shift, tau; UserError for another
     file."""
     # Only the metadata are read here; the weights are checked when they are loaded.
+    if not Path(path).exists():
+        raise UserError(f"{path}: no such weight file; check the path")
     if Path(path).suffix != ".safetensors" or not Path(path).is_file():
         raise UserError(f"{path}: expected the model.safetensors of a finetune.py run")
     with reading(path, "weight file"), safe_open(path, "pt") as file:

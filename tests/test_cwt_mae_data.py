@@ -4,7 +4,9 @@ import io
 import json
 import os
 import pickle
+import re
 import tarfile
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -128,6 +130,17 @@ def test_a_store_is_mapped_not_read_and_made_once(tmp_path, prepare):
     made = (store.folder / "records.npy").stat().st_mtime_ns
     assert isinstance(store.signal(0).base, np.memmap) and len(pickle.dumps(store)) < 500
     assert (store_of(tmp_path, prepare, tmp_path / "a.npz").folder / "records.npy").stat().st_mtime_ns == made
+
+
+def test_signals_are_read_again_when_the_code_that_reads_them_has_changed(tmp_path, prepare, monkeypatch):
+    np.savez(tmp_path / "a.npz", sig=wave(), fs=FS)
+    before = store_of(tmp_path, prepare, tmp_path / "a.npz")
+    monkeypatch.setattr(dataset_module, "EDITION", "another")
+    after = store_of(tmp_path, prepare, tmp_path / "a.npz")
+    assert after.folder != before.folder and after.about["shards"] != before.about["shards"]
+    code = [Path(dataset_module.__file__).with_name(name).read_text() for name in dataset_module.CODE]
+    used = re.findall(r"^from cwt_mae\.(\w+) import", "\n".join(code), re.M)
+    assert set(dataset_module.CODE) == {"dataset.py", *(f"{name}.py" for name in used)}
 
 
 def test_a_cache_below_the_data_is_no_data(tmp_path, prepare):
@@ -262,7 +275,7 @@ FIELDS = {  # of bad.npz, and what the error must say
     "nan": ({"sig": X * np.nan}, "without a single measured sample"),
     "flat": ({"sig": 0 * X}, "flat line"),
     "rate": ({"sig": X, "fs": -1}, "field fs"),
-    "no-rate": ({"sig": X, "fs": None}, "--input-fs"),
+    "no-rate": ({"sig": X, "fs": None}, "--input-fs; for files of different rates the column fs of a --man"),
     "short": ({"sig": X[:5]}, "too short"),
     "annotation": ({"sig": X, "ann_sample": [10**6], "ann_symbol": ["N"]}, "ann_sample"),
     "annotation-kind": ({"sig": X, "ann_sample": ["a"], "ann_symbol": ["N"]}, "field ann_sample"),
