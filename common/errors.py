@@ -92,7 +92,8 @@ def catch_stops(handler) -> dict:
 
 def _stop_early(signum, frame):
     """End where nothing can be saved: in preparations, or in a script that trains nothing. What is half
-    written is deleted on the way out."""
+    written is deleted on the way out, which a further signal does not cut short."""
+    catch_stops(signal.SIG_IGN)
     print(f"stopped by {signal.Signals(signum).name}; nothing to save here", file=sys.stderr, flush=True)
     sys.exit(128 + signum)
 
