@@ -7,7 +7,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common/env.sh"
 case " $* " in *" --real "*)
   list=$ROOT/requirements-real.txt
-  if ! "$PYTHON" "$ROOT/common/env_check.py" -r "$list" 2>/dev/null; then
+  if [ -d "${DATA_ROOT:-}" ] && ! "$PYTHON" "$ROOT/common/env_check.py" -r "$list" 2>/dev/null; then
     packages=$(sed 's/ *#.*//' "$list" | grep . | tr '\n' ' ')
     [ "$PYTHON" = "$ROOT/.venv/bin/python" ] && "$PYTHON" -m pip install --disable-pip-version-check --no-deps -r "$list" >>"$ROOT/.venv.log" 2>&1 ||
       env_fail "--real needs the packages ${packages}in the environment of $PYTHON; bring them and install them there with: pip install --no-deps -r $list"

@@ -85,7 +85,7 @@ def run_project(name: str, threads: int, args, runs: Path) -> dict:
         process = subprocess.Popen(
             command, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
-        running[name] = process
+        running[log] = process
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     seconds = time.monotonic() - start
@@ -117,7 +117,7 @@ def minutes_left(names: list, done: list, jobs: int) -> float:
     return max([sum(left) / jobs, *left], default=0)
 
 
-running: dict[str, subprocess.Popen] = {}
+running: dict[Path, subprocess.Popen] = {}  # by log
 
 
 def stop(signum, frame):
@@ -125,7 +125,7 @@ def stop(signum, frame):
     the next command finds no folder in use; a second signal does not wait for them."""
 
     def leave(*_):
-        logs = ", ".join(f"{os.environ['RUNS']}/{name}/run_all.log" for name in running)
+        logs = ", ".join(map(str, running))
         print(f"stopped; the logs are {logs}; run the same command to start again", file=sys.stderr)
         os._exit(128 + signum)
 

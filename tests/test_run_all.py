@@ -182,25 +182,31 @@ def test_wrong_arguments_are_one_line(tree, options, environment, said):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_the_prompt_comes_back_when_the_projects_have_saved_themselves(tree, signum):
-    recipe(tree, "cwt_mae", "trap 'sleep 1; echo saved; exit 143' TERM; echo up; sleep 60 & wait")
-    env = {**os.environ, "PYTHONPATH": str(tree), "RUNS": str(tree / "runs")}
+@pytest.mark.parametrize(
+    "signum, real", [(signal.SIGINT, []), (signal.SIGTERM, ["--real"]), (signal.SIGHUP, [])]
+)
+def test_the_prompt_comes_back_when_the_projects_have_saved_themselves(tree, signum, real):
+    (tree / "studies/real_models.py").write_text("")
+    (tree / "ecg").mkdir()
+    text = "trap 'sleep 1; echo saved; exit 143' TERM; echo up; sleep 60 & wait"
+    recipe(tree, "cwt_mae", text, "real.py" if real else "builtin.py")
+    given = {"DATA_ROOT": str(tree), "PYTHONPATH": str(tree), "RUNS": str(tree / "runs")}
+    env, runs = {**os.environ, **given}, tree / "runs" / ("real" if real else "")
     process = subprocess.Popen(
-        [python(), "-m", "studies.run_all", "cwt_mae"],
+        [python(), "-m", "studies.run_all", "cwt_mae", *real],
         cwd=tree,
         env=env,
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
     )
-    log = tree / "runs/cwt_mae/run_all.log"
+    log = runs / "cwt_mae/run_all.log"
     while not (log.exists() and "up" in log.read_text()):
         time.sleep(0.05)
-    write_result(tree / "runs/cwt_mae", "beats", "accuracy", 0.5, {"chance": 0.1})
-    second = start(tree, "cwt_mae")  # it would delete the results of the first
+    write_result(runs / "cwt_mae", "beats", "accuracy", 0.5, {"chance": 0.1})
+    second = start(tree, "cwt_mae", *real, **given)  # it would delete the results of the first
     assert second.returncode == 2 and "cwt_mae is in use by process" in second.stderr
-    assert "up" in log.read_text() and collect(tree / "runs", "cwt_mae")
+    assert "up" in log.read_text() and collect(runs, "cwt_mae")
     process.send_signal(signum)
     _, error = process.communicate(timeout=20)
     assert process.returncode == 128 + signum and str(log) in error
