@@ -12,6 +12,7 @@ import json
 import math
 import re
 import struct
+import sys
 import tarfile
 import zlib
 from pathlib import Path
@@ -278,7 +279,10 @@ def two_columns(x: np.ndarray, path, index: int = 0, columns: bool = False) -> n
         return np.stack([x.real, x.imag], 1)
     if x.ndim == 2 and 2 in x.shape:
         return x if x.shape[1] == 2 else x.T
-    raise UserError(f"{path}: an array of shape {x.shape}, expected complex (N,) or real (N, 2)")
+    way_out = "; where I and Q alternate store x.reshape(-1, 2), of one real channel scipy.signal.hilbert(x)"
+    raise UserError(
+        f"{path}: an array of shape {x.shape}, expected complex (N,) or real (N, 2){way_out * (x.ndim == 1)}"
+    )
 
 
 def open_arrays(path: Path, suffix: str, index: int) -> Recording:
@@ -549,20 +553,32 @@ def strong_windows(
     return sorted(kept, key=lambda item: item[0])
 
 
-def find_recordings(paths) -> list[Path]:
-    """The files of `paths`, of which folders stand for the recordings below them, each once and sorted."""
-    found = []
+def find_recordings(paths, tell: bool = False) -> list[Path]:
+    """The files of `paths`, of which folders stand for the recordings below them, each once and sorted.
+
+    tell: say in one line a folder which of its files are passed over.
+    """
+    found, known = [], {*FORMATS.split()}
     for path in map(Path, paths):
         if not path.is_dir():
             found.append(path)
             continue
-        known = {*FORMATS.split()} - {".sigmf-data"}
-        inner = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in known)
+        files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() != ".sigmf-data")
+        inner = [p for p in files if p.suffix.lower() in known]
         if not inner:
             raise UserError(f"{path}: holds no recording; known are {FORMATS}")
         told = {described(p) for p in inner if p.suffix.lower() == ".sigmf-meta"}
         found += [p for p in inner if p not in told]
+        other = [p for p in files if p not in told and p.suffix.lower() not in known]
+        if tell and other:
+            count = f"{len(other)} file{'s' * (len(other) > 1)}"
+            print(f"{path}: left out {count} of another kind: {names_of(other)}", file=sys.stderr)
     return list(dict.fromkeys(found))
+
+
+def names_of(paths, most: int = 10) -> str:
+    """The names of files in one line, of many the first."""
+    return ", ".join(path.name for path in paths[:most]) + ", ..." * (len(paths) > most)
 
 
 def described(meta: Path) -> Path | None:

@@ -122,7 +122,10 @@ def check_rate(spec: SignalSpec, fs: float, name, done=AS_RECORDED):
     if spec.resample and done == AS_RECORDED:
         said = f"resampled to {near * factor:g} Hz"
     else:
-        said = "not resampled, answers are less certain"
+        said = (
+            "not resampled: do not trust answers or their confidence; first train on signals of this rate "
+            f"(make_data.py --fs {fs:g}), or with train.py --resample if those of training are as wide in Hz"
+        )
     seen = ", ".join(f"{rate * factor:g}" for rate in spec.rates)
     print(f"{name}: {fs:g} Hz is far from the rates of training ({seen} Hz); {said}", file=sys.stderr)
 

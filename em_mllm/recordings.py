@@ -5,8 +5,8 @@ training were (`prepare.prepare`, by the model's specification). Printed are the
 what they say together; out/answers.jsonl holds one line a window and one a recording:
 
     {"kind": "window", "file", "start", "seconds", "text", "answer", "probabilities"}
-    {"kind": "capture", "file", "samples", "fs", "windows", "answer", "confidence", "probabilities",
-     "agreement"}
+    {"kind": "capture", "file", "samples", "fs", "windows", "answer", "confidence", "calibrated",
+     "probabilities", "agreement"}
 """
 
 import json
@@ -20,11 +20,12 @@ from common.checkpoint import atomic_path
 from common.errors import UserError
 from em_mllm.answering import ask
 from em_mllm.dataset import QuestionCollator, encode_text
-from em_mllm.iq_io import H5, MANY, find_recordings, needs_format, open_recording, strong_windows
+from em_mllm.iq_io import H5, MANY, find_recordings, names_of, needs_format, open_recording, strong_windows
 from em_mllm.prepare import AS_RECORDED, check_done, check_rate, nearest_rate, points_read, prepare
 from em_mllm.signal_file import DEFAULT_FS
 
 CANNOT_TELL = "cannot tell"
+NOT_CALIBRATED = {"temperature": 1.0}
 SILENT = "(the model wrote nothing; was it trained long enough?)"
 
 
@@ -105,6 +106,7 @@ def together(answers: list[dict], calibration: dict) -> dict:
         "likeliest": best,
         "name": answers[0]["options"][best],
         "confidence": float(probability.max()),
+        "calibrated": calibration != NOT_CALIBRATED,
         "probabilities": dict(zip(letters, [round(float(p), 5) for p in probability])),
         "agreement": sum(a["likeliest"] == best for a in answers) / len(answers),
     }
@@ -128,11 +130,10 @@ def show(path, question, recording, fs, lines, whole):
         print(f"  {line['seconds']:10.6f} s  {line['text'] or SILENT}")
     if "likeliest" not in whole:
         print(f"answer: {whole['answer'] or SILENT} ({round(whole['agreement'] * count)} of {count} windows)")
-    elif whole["answer"] == CANNOT_TELL:
-        named = f"({whole['likeliest']}) {whole['name']}, confidence {whole['confidence']:.2f}"
-        print(f"answer: {CANNOT_TELL}; likeliest {named}")
-    else:
-        print(f"answer: ({whole['answer']}) {whole['name']}, confidence {whole['confidence']:.2f}")
+        return
+    unsure = f"{CANNOT_TELL}; likeliest " if whole["answer"] == CANNOT_TELL else ""
+    sure = f"confidence {whole['confidence']:.2f}" + ("" if whole["calibrated"] else ", not calibrated")
+    print(f"answer: {unsure}({whole['likeliest']}) {whole['name']}, {sure}")
 
 
 @contextmanager
@@ -149,7 +150,7 @@ def lines_to(path: Path | None):
 
 def answer_recordings(model, tokenizer, args, notes, spec, calibration):
     """Ask about every recording of --iq. One that cannot be read is named, and the others are asked."""
-    paths, bad, config = find_recordings(args.iq), 0, model.signal_encoder.config
+    paths, bad, config = find_recordings(args.iq, tell=True), [], model.signal_encoder.config
     with lines_to(args.out and args.out / "answers.jsonl") as write:
         for path in paths:
             try:
@@ -158,7 +159,7 @@ def answer_recordings(model, tokenizer, args, notes, spec, calibration):
             except UserError as error:
                 if len(paths) == 1:
                     raise
-                bad += 1
+                bad.append(path)
                 print(f"error: {error}", file=sys.stderr)
                 write({"kind": "error", "file": str(path), "error": str(error)})
                 continue
@@ -169,4 +170,5 @@ def answer_recordings(model, tokenizer, args, notes, spec, calibration):
                 write(line)
             show(path, args.question, recording, fs, lines, whole)
     if bad:
-        raise UserError(f"{bad} of {len(paths)} recordings could not be read; see above")
+        named = names_of(bad)
+        raise UserError(f"{len(bad)} of {len(paths)} recordings could not be read: {named}; see above")

@@ -5,6 +5,7 @@ refused."""
 import itertools
 import json
 import os
+import re
 import shutil
 import sys
 from types import SimpleNamespace
@@ -275,7 +276,8 @@ def test_a_rate_unlike_training_is_told_in_one_line(world, capsys):
         check_rate(spec, fs, "a")
     assert capsys.readouterr().err == ""
     check_rate(spec, 48e3, "a")
-    assert capsys.readouterr().err.count("\n") == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "do not trust" in said and "make_data.py --fs 48000" in said
 
 
 def test_waves_of_a_view_are_not_augmented(world):
@@ -514,7 +516,7 @@ def test_confidence_without_options_is_one_line(folders, tmp_path):
         assert not (tmp_path / "out").exists()
 
 
-def test_windows_speak_together_by_their_mean_log_likelihood():
+def test_windows_speak_together_by_their_mean_log_likelihood(capsys):
     answers = [
         {
             "options": {"A": "x", "B": "y"},
@@ -529,6 +531,12 @@ def test_windows_speak_together_by_their_mean_log_likelihood():
     assert whole["answer"] == "A" and whole["agreement"] == pytest.approx(2 / 3)
     unsure = together(answers, {"temperature": 1.0, "threshold": 0.99})
     assert unsure["answer"] == CANNOT_TELL and unsure["probabilities"] == whole["probabilities"]
+    lines = [{"seconds": 0.0, "text": "A"}]
+    for found in (whole, unsure):
+        show("a.cu8", "What?", SimpleNamespace(length=100), 1e6, lines, found)
+    plain, doubted = (line for line in capsys.readouterr().out.splitlines() if line.startswith("answer: "))
+    assert re.fullmatch(r"answer: \(A\) x, confidence 0\.\d\d, not calibrated", plain)
+    assert re.fullmatch(r"answer: cannot tell; likeliest \(A\) x, confidence 0\.\d\d", doubted)
 
 
 def test_true_answers_that_name_no_option_are_counted(folders, tmp_path, capsys):
@@ -549,7 +557,7 @@ def test_folders_of_recordings_are_asked_and_a_bad_one_is_named(folders, tmp_pat
         rng.standard_normal((600, 2)).astype("f4").tofile(tmp_path / "rec" / name)
     (tmp_path / "rec/c.cf32").write_bytes(b"12345")
     command = ("--model", folders / "frozen/model", "--iq", tmp_path / "rec", "--fs", 20e6, "--windows", 3)
-    with pytest.raises(UserError, match="1 of 3 recordings"):
+    with pytest.raises(UserError, match="1 of 3 recordings could not be read: c.cf32; see above"):
         run(em_mllm.test, *command, "--question", QUESTION, "--out", tmp_path / "out")
     lines = [json.loads(line) for line in open(tmp_path / "out/answers.jsonl", encoding="utf-8")]
     assert sorted(line["kind"] for line in lines) == ["capture"] * 2 + ["error"] + ["window"] * 6

@@ -590,7 +590,7 @@ def test_windows_of_a_stream_are_those_of_the_whole(tmp_path):
             assert start % stride == 0 and np.array_equal(window, x[start : start + 256])
 
 
-def test_folders_stand_for_the_recordings_below_them(tmp_path):
+def test_folders_stand_for_the_recordings_below_them(tmp_path, capsys):
     (tmp_path / "sub").mkdir()
     for name in ("b.cf32", "a.CU8", "sub/c.h5", "notes.txt", "d.sigmf-meta", "d.sigmf-data"):
         (tmp_path / name).write_bytes(b"")
@@ -598,7 +598,11 @@ def test_folders_stand_for_the_recordings_below_them(tmp_path):
     assert names == ["a.CU8", "b.cf32", "d.sigmf-meta", "c.h5"]
     sigmf(tmp_path, BODY, FIRST, **{"core:dataset": "e.cs16"})  # its samples are no recording of their own
     assert [p.name for p in find_recordings([tmp_path])] == ["a.CU8", "a.sigmf-meta", *names[1:]]
+    assert capsys.readouterr().err == ""
+    find_recordings([tmp_path], tell=True)
+    assert f"{tmp_path}: left out 1 file of another kind: notes.txt\n" == capsys.readouterr().err
     (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/only.sigmf-data").write_bytes(b"")
     with pytest.raises(UserError, match="holds no recording"):
         find_recordings([tmp_path / "empty"])
 
