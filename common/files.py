@@ -41,6 +41,8 @@ def reading(path, what: str):
         raise
     except FileNotFoundError as error:
         raise UserError(f"{error.filename or path}: no such file; check the path of the {what}") from error
+    except IsADirectoryError as error:
+        raise UserError(f"{path}: is a folder, not a readable {what}; give the file itself") from error
     except ImportError as error:
         raise UserError(f"{path}: {first_line(error)}") from error
     except Exception as error:

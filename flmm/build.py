@@ -203,7 +203,10 @@ def family_of(config):
     if family not in FAMILIES:
         raise UserError(f"base.family is {family!r}, expected one of {', '.join(FAMILIES)}")
     if not config["base"].get("path"):
-        raise UserError("base.path is missing; give a model folder or hub name with --set base.path=...")
+        raise UserError(
+            "base.path is missing; give a model folder or hub name with --set base.path=..., from Python "
+            "with read_config(path, base_path=...)"
+        )
     return FAMILIES[family]
 
 

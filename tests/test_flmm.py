@@ -326,6 +326,7 @@ def test_a_picture_may_be_a_path_an_open_picture_or_an_array(grounder, tmp_path)
     for given, reason in (
         (tmp_path / "none.png", "none.png: no such file"),
         (tmp_path / "no.png", "not a readable picture"),
+        (tmp_path, "is a folder, not a readable picture; give the file itself"),
         (np.asarray(image) / 255, r"image is ndarray of shape \(64, 64, 3\) and type float64; give a path"),
         (np.zeros((3, 64, 64), np.uint8), r"image is ndarray of shape \(3, 64, 64\)"),
         (np.zeros((0, 4), np.uint8), r"shape \(0, 4\)"),

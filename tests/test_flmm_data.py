@@ -304,7 +304,7 @@ def test_every_published_configuration_reads_and_names_a_known_family():
 
     files = sorted(Path("flmm/configs").glob("*/frozen_*_unet_sam_l_refcoco_png.yaml"))
     named = [family_of(read_config(f)) for f in files]  # no configuration that cannot run
-    assert len(named) == 15 and set(named) == set(FAMILIES.values()) - {FAMILIES["efficientnet"]}
+    assert set(named) == set(FAMILIES.values()) - {FAMILIES["efficientnet"]}
     config = read_config("flmm/configs/qwen/frozen_qwen2_5_vl_3b_instruct_unet_sam_l_refcoco_png.yaml")
     recipe = {"lr": 1e-4, "epochs": 8, "weight_decay": 0.01, "warmup": 0.03, "clip": 1.0}
     assert config["optim"] == {**recipe, "batch_size": 8, "accum": 8}

@@ -131,6 +131,18 @@ def test_a_head_is_trained_from_the_cache_scored_and_used(world, tmp_path):
     assert json.loads((tmp_path / "g.json").read_text())["phrases"] == ["a red car", "sky"]
 
 
+@pytest.mark.parametrize("steps", [4, 640])
+def test_the_demo_says_that_its_head_comes_from_a_smoke_run(tmp_path, monkeypatch, capsys, steps):
+    head = tmp_path / "flmm/head-llava-0/head.safetensors"
+    head.parent.mkdir(parents=True)
+    head.write_bytes(b"")
+    (head.parent / "metrics.json").write_text(json.dumps({"steps": steps}))
+    monkeypatch.setenv("RUNS", str(tmp_path))
+    monkeypatch.setattr(demo.Grounder, "load", lambda config, head, selector: head)
+    assert demo.load_grounder(demo.parse_args(["--image", "p.png"])) == head
+    assert ("trained for 4 steps, as --smoke does" in capsys.readouterr().err) == (steps == 4)
+
+
 def in_process(main, parse, monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
     main(parse())

@@ -57,13 +57,14 @@ def tiny_base(family, seed=0, attention="rows", **options):
 
 
 def new_model(family, tokenizer):
-    """A random model of one of the families that transformers added since the paper."""
-    if family not in CONFIGS:
+    """A random model of one of the families that transformers added since the paper, of the configuration
+    that the function of its name makes."""
+    if not (make := globals().get(family)):
         raise UserError(
             f"{family}: has no tiny configuration; write one of this name in flmm/models/tiny_bases.py, or "
             "check a model folder with --config and --base-path"
         )
-    config = CONFIGS[family](text_config(tokenizer), tokenizer.convert_tokens_to_ids)
+    config = make(text_config(tokenizer), tokenizer.convert_tokens_to_ids)
     from flmm.build import FAMILIES
 
     model = getattr(hf, FAMILIES[family].architecture)(config)
@@ -156,7 +157,3 @@ def mistral3(text, token):
         image_token_index=token("[IMG]"),
         spatial_merge_size=2,
     )
-
-
-makers = (qwen3_vl, internvl, gemma3, efficientnet, deepseek_vl_hybrid, idefics3, smolvlm, llava_onevision)
-CONFIGS = {maker.__name__: maker for maker in (*makers, mistral3)}

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 from common.arguments import Parser, refuse
 from common.checkpoint import atomic_json
 from common.errors import UserError, run
+from common.files import read_json
 from flmm.build import add_config_arguments, read_config
 from flmm.conversation import Grounder
 from flmm.data.transforms import load_image
@@ -71,6 +72,13 @@ def load_grounder(args) -> Grounder:
             "there is no --config and no --head, and the built-in study has not been run yet: give both, or "
             "run "
             "bash run_all.sh flmm first"
+        )
+    steps = read_json(head.with_name("metrics.json"), {"steps": int})["steps"]
+    if steps < 100:
+        print(
+            f"{head}: trained for {steps} steps, as --smoke does, so masks and presence mean nothing; run "
+            "bash run_all.sh flmm",
+            file=sys.stderr,
         )
     overrides = [
         f"base.path={runs / 'base-llava-0' / 'base'}",
