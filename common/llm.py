@@ -20,6 +20,8 @@ from common.files import read_json, reading
 
 # Projections that hold query, key and value one after the other (Phi, GPT-2, GPT-NeoX and Bloom).
 FUSED = ("qkv_proj", "c_attn", "query_key_value")
+# Files that hold the words of a tokenizer; tokenizer_config.json holds none.
+WORDS = ("tokenizer.*", "tokeniz*.py", "*vocab*", "*.model", "*.tiktoken", "*.spm", "*.bpe", "tekken.json")
 
 
 def add_trust_argument(parser):
@@ -83,10 +85,20 @@ def check_llm(folder, trust_remote_code: bool = False, config=None):
 
 def load_tokenizer(folder, trust_remote_code: bool = False):
     """Return the tokenizer of `folder`; UserError naming the folder when there is none that can be read."""
-    with reading(folder, "tokenizer" + ("" if trust_remote_code else " (without --trust-remote-code)")):
-        return AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=trust_remote_code
-        )
+    try:
+        with reading(folder, "tokenizer" + ("" if trust_remote_code else " (without --trust-remote-code)")):
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=trust_remote_code
+            )
+        # without its files transformers may make one of special words alone
+        if len(tokenizer) > len({*tokenizer.all_special_ids}):
+            return tokenizer
+    except UserError:
+        if any(file for pattern in WORDS for file in Path(folder).glob(pattern)):
+            raise
+    raise UserError(
+        f"{folder}: holds no tokenizer (tokenizer.json, tokenizer.model or vocab.json); copy it there"
+    )
 
 
 def linear_names(model) -> list[str]:

@@ -186,11 +186,19 @@ def input_width(module) -> int:
 
 def longest(model, args, option: str) -> int:
     """The tokens of --max-tokens and its like, for a model that may have a table of positions: a default
-    gives way to its length, a number that was asked for is refused."""
+    gives way to its length, a number that was asked for is refused. Where positions go on without a table,
+    windows beyond those of config.json are told."""
     asked, most = getattr(args, option), getattr(text_config(model), "max_position_embeddings", None)
     tables = [*model.named_parameters(), *model.named_buffers()]
     sizes = [len(table) for name, table in tables if table.dim() == 2 and re.search("wpe|pos(?!t)", name)]
-    if most is None or asked <= most or not any(most <= size <= most + 2 for size in sizes):
+    if most is None or asked <= most:
+        return asked
+    if not any(most <= size <= most + 2 for size in sizes):
+        if option == "window":
+            print(
+                f"windows of {asked} are beyond the {most} positions of config.json; the perplexity includes "
+                f"places that the model may not have learnt, compare with --window {most}"
+            )
         return asked
     if option in args._given:
         name = option.replace("_", "-")

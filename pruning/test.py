@@ -32,7 +32,13 @@ from common.run import one_process, seed_everything
 from pruning.layers import decoder_layers, longest
 from pruning.pruning_tools.language_model import read_map
 from pruning.sensitivity_analyse.eval_metric import perplexity
-from pruning.sensitivity_analyse.load_model import add_pruned_arguments, check_kind, load_model, read_texts
+from pruning.sensitivity_analyse.load_model import (
+    add_pruned_arguments,
+    check_kind,
+    check_words,
+    load_model,
+    read_texts,
+)
 
 SAMPLING = {"do_sample": True, "temperature": 0.7, "top_k": 50, "top_p": 0.95}  # upstream's
 
@@ -45,7 +51,10 @@ def parse_args(argv=None):
     # names as upstream's, so that results of both lie side by side: <prefix>_<tag>
     out = p.add_argument_group("results")
     out.add_argument("--out-dir", "--out", type=Path, required=True, help="folder of the results")
-    out.add_argument("--out-prefix", default="dia-pangu-pruned", help="first part of their names")
+    out.add_argument(
+        "--out-prefix",
+        help="first part of their names; left out: dia-pangu-pruned, of a plain language model scores",
+    )
     out.add_argument(
         "--tag-style", choices=("c", "drop"), default="drop", help="second part: c23_28 or drop23_28"
     )
@@ -235,7 +244,9 @@ def check(args, processes: int = 1):
 def score_texts(args, device):
     """Return (language model, its scores on --texts)."""
     model, tokenizer = load_model(args.pruned_model_path, trust_remote_code=args.trust_remote_code)
-    places, texts = zip(*read_texts(args.texts, args.limit or None).items())
+    placed = read_texts(args.texts, args.limit or None)
+    check_words(model, tokenizer, placed)
+    places, texts = zip(*placed.items())
 
     # (rows, 2): summed loss and scored tokens, so that the mean is over tokens and not over texts
     score, option = (stream_losses, "window") if args.window else (text_losses, "max_length")
@@ -358,7 +369,8 @@ def main(args):
     check(args, accelerator.num_processes)
     device = accelerator.device
     seed_everything(args.seed)
-    stem = args.out_dir / f"{args.out_prefix}_{make_name(args)}"
+    prefix = args.out_prefix or ("scores" if args.texts else "dia-pangu-pruned")
+    stem = args.out_dir / f"{prefix}_{make_name(args)}"
 
     # quality: perplexity of texts, or the scores of written reports
     if args.texts:

@@ -49,7 +49,13 @@ from pruning.pruning_tools.language_model import check_lora, copy_companions, re
 from pruning.pruning_tools.prune_llm import VERSIONS, result_names
 from pruning.repair import REPAIRS, final_norm, repair
 from pruning.sensitivity_analyse.layer_sensitivity_scan import text_prompts
-from pruning.sensitivity_analyse.load_model import add_pruned_arguments, check_kind, load_model, read_texts
+from pruning.sensitivity_analyse.load_model import (
+    add_pruned_arguments,
+    check_kind,
+    check_words,
+    load_model,
+    read_texts,
+)
 from pruning.sensitivity_analyse.scan_methods import apply_head
 
 TRAINED = ("lora", "last", "full")  # ways of --repair that train; the others are closed forms
@@ -437,6 +443,8 @@ def load_text_task(args, device):
     # the teacher is a whole second model in memory, so it is loaded only where something asks it
     model, tokenizer = load_model(args.pruned_model_path, trust_remote_code=args.trust_remote_code)
     args.max_length = longest(model, args, "max_length")
+    texts = read_texts(args.texts, args.limit or None)
+    check_words(model, tokenizer, texts)
     closed = [kind for kind in args.repair if kind in REPAIRS]
     teacher = None
     if args.distill or closed:
@@ -449,8 +457,8 @@ def load_text_task(args, device):
             raise UserError(
                 f"--teacher {args.teacher}: is not the model that {args.pruned_model_path} was cut from"
             )
-        texts = read_texts(args.texts, min(args.repair_texts, args.limit or args.repair_texts))
-        prompts = text_prompts(texts, tokenizer, args.max_length)
+        first = dict([*texts.items()][: args.repair_texts])
+        prompts = text_prompts(first, tokenizer, args.max_length)
         repair(model.to(device), teacher.to(device), drop, closed, prompts)
 
     if "lora" in args.repair:
@@ -523,7 +531,7 @@ def main(args):
     seed_everything(args.seed)
 
     # the pruned model, its teacher and what it trains on
-    config = tokenizer = None
+    config = None
     if args.data:
         model, teacher, train_set, collate_fn, config = load_report_task(args)
     else:
@@ -563,7 +571,7 @@ def main(args):
         if args.data:
             save_report(whole.student.state_dict(), args.out, config)
         else:
-            save_plain(whole.student, tokenizer, args.out, stored, args.pruned_model_path)
+            save_plain(whole.student, args.out, stored, args.pruned_model_path)
 
 
 def save_report(weights: dict, out: Path, config: dict):
@@ -575,11 +583,11 @@ def save_report(weights: dict, out: Path, config: dict):
     print(f"wrote {out}/pytorch_model.bin; test it with pruning/test.py --pruned-model-path {place}")
 
 
-def save_plain(model, tokenizer, out: Path, stored: dict, source: Path):
+def save_plain(model, out: Path, stored: dict, source: Path):
     """Write a healed language model as a folder that transformers loads, LoRA merged into the weights.
 
     stored: {name: type} of the tensors as they were read; they are written so, and config.json says so.
-    source: the folder that they were read from, whose licence and the like are kept.
+    source: the folder that they were read from, whose tokenizer, licence and the like are kept as they are.
     """
     # PEFT holds a wrapped matrix as NAME.base_layer; what trained in float32 is rounded back here
     lora = hasattr(model, "merge_and_unload")
@@ -591,7 +599,6 @@ def save_plain(model, tokenizer, out: Path, stored: dict, source: Path):
     # read back before the folder gets its name, so that a folder that is there can be loaded
     with atomic_dir(out / "model") as temporary:
         whole.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
         copy_companions(source, temporary)
         read_back.check_folder(temporary)
     print(f"wrote {out}/model" + (", LoRA merged into the weights" if lora else ""))

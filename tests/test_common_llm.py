@@ -18,6 +18,24 @@ def folder(tmp_path_factory):
     return path
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2", "gemma", "gpt_neox", "opt", "mistral", "phi3"])
+@pytest.mark.parametrize("settings", [None, {}, {"tokenizer_class": "PreTrainedTokenizerFast"}])
+def test_special_words_alone_are_no_tokenizer(kind, settings, tmp_path):
+    AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    if settings is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(
+        UserError, match=rf"{tmp_path}: holds no tokenizer \(tokenizer.json, .*; copy it there"
+    ):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_of_bytes_needs_no_file_of_words(tmp_path):
+    AutoConfig.for_model("llama").save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "ByT5Tokenizer"}))
+    assert load_tokenizer(tmp_path)("a b").input_ids[:3] == [100, 35, 101]
+
+
 def tiny(model_type, **config):
     sizes = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, **config}
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes))

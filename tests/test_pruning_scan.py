@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import entropy
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from common.errors import Interrupted, UserError
 from common.tiny_llm import make_llm, make_tokenizer
@@ -644,7 +644,13 @@ def test_texts_are_as_long_as_a_table_of_positions_at_most(kind, more, tmp_path,
     call(test, **{**window, "window": 128})
     rotary = make(max_position_embeddings=8)
     args = test.parse_args(options({**words, "out_dir": tmp_path}))
+    capsys.readouterr()
     assert longest(rotary, args, "max_length") == 512, "rotary positions go on"
+    assert not capsys.readouterr().out
+    for wide, told in ((8, 0), (9, 1)):
+        assert longest(rotary, test.parse_args(options({**window, "window": wide})), "window") == wide
+        told = [f"windows of {wide} are beyond the 8 positions of config.json"] * told
+        assert [line.split(";")[0] for line in capsys.readouterr().out.splitlines()] == told
 
 
 def test_results_of_names_with_a_dot_lie_apart(tmp_path):
@@ -656,25 +662,66 @@ def test_results_of_names_with_a_dot_lie_apart(tmp_path):
         assert test.make_name(test.parse_args(options(words))) == "llama-3.1"
 
 
-def test_a_prompt_that_is_too_short_is_named_by_file_and_line(folder, tmp_path):
-    (tmp_path / "t.txt").write_text("The heart is of normal size.\n\na\n")
+def test_prompts_that_are_too_short_are_left_out_and_told(folder, tmp_path, capsys):
+    (tmp_path / "t.txt").write_text("The heart is of normal size.\n\na\nThe lung is clear.\n")
     words = {"prompts": tmp_path / "t.txt", "model": folder, "out": tmp_path / "x"}
     texts = {"pruned_model_path": folder, "texts": tmp_path / "t.txt", "out": tmp_path / "x"}
     (tmp_path / "map.json").write_text(
         json.dumps({"new_layers": 4, "layer_id_map": {i: i for i in range(4)}})
     )
     repair = {"repair": "linear", "teacher": folder, "prune_map_path": tmp_path / "map.json"}
-    for script, flags in (
-        (scanner, words),
-        (choose_layers, {**words, "criterion": "greedy", "ratio": 0.5}),
-        (prune_width, {**words, "mlp_ratio": 0.5}),
-        (train, {**texts, **repair}),
-    ):
-        with pytest.raises(UserError, match="t.txt, line 3: 'a' has fewer than 2 tokens"):
-            call(script, **flags)
+    scripts = {
+        scanner: words,
+        choose_layers: {**words, "criterion": "greedy", "ratio": 0.5},
+        prune_width: {**words, "mlp_ratio": 0.5},
+        train: {**texts, **repair},
+    }
+    for i, (script, flags) in enumerate(scripts.items()):
+        call(script, **{**flags, "out": tmp_path / f"{i}"})
+        out = capsys.readouterr().out
+        assert (
+            f"1 of 3 texts have fewer than two tokens and are left out, first {tmp_path}/t.txt, line 3" in out
+        )
     (tmp_path / "t.txt").write_text("a\nb\n")
+    for script, flags in scripts.items():
+        with pytest.raises(UserError, match="t.txt, line 1: neither this text nor another has two tokens"):
+            call(script, **flags)
     with pytest.raises(UserError, match="t.txt: no text has two tokens"):
         train.text_rows(tmp_path / "t.txt", without_end(folder), 8)
+
+
+@pytest.fixture
+def grown(tmp_path):
+    """A folder of a Qwen 2 whose tokenizer lacks the end of text of its class, which transformers adds."""
+    tokenizer = make_tokenizer(builtin_prompts(), 400)
+    make_llm(tmp_path / "m", tokenizer, "qwen2", num_hidden_layers=4)
+    settings = {"tokenizer_class": "Qwen2Tokenizer", "pad_token": "<pad>"}
+    (tmp_path / "m/tokenizer_config.json").write_text(json.dumps(settings))
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "m")) == len(tokenizer) + 1
+    return tmp_path / "m"
+
+
+def test_a_word_that_the_model_has_no_row_for_is_named_with_its_text(grown, tmp_path):
+    (tmp_path / "t.txt").write_text("the lung is clear\nx <|endoftext|> y\n")
+    words = {"prompts": tmp_path / "t.txt", "model": grown, "out": tmp_path / "x"}
+    texts = {"pruned_model_path": grown, "texts": tmp_path / "t.txt", "out": tmp_path / "x"}
+    rows = len(make_tokenizer(builtin_prompts(), 400))
+    named = rf"t.txt, line 2: the word '<\|endoftext\|>' is number {rows}, the model's table has {rows} rows"
+    for script, flags in ((scanner, words), (train, texts), (test, texts), (test, {**texts, "window": 8})):
+        with pytest.raises(UserError, match=named):
+            call(script, **flags)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_tokenizer_stays_as_it_was_byte_for_byte(grown, tmp_path):
+    (tmp_path / "t.txt").write_text("the lung is clear\nthe heart is of normal size\n")
+    texts = {"texts": tmp_path / "t.txt", "max_steps": 1, "accum": 1, "batch_size": 1}
+    call(train, pruned_model_path=grown, **texts, out=tmp_path / "healed")
+    width = {"prompts": tmp_path / "t.txt", "mlp_ratio": 0.5, "out": tmp_path / "narrow"}
+    call(prune_width, model=grown, **width)
+    for folder in (tmp_path / "healed/model", tmp_path / "narrow"):
+        for file in grown.glob("*token*"):
+            assert (folder / file.name).read_bytes() == file.read_bytes(), file.name
 
 
 def without_end(folder):

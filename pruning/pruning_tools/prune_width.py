@@ -463,7 +463,7 @@ def main(args):
     check(args)
     if args.out.exists() and not args.overwrite:
         raise UserError(f"{args.out} exists; add --overwrite or choose another --out")
-    model, tokenizer, prompts = load_with_prompts(args)
+    model, prompts = load_with_prompts(args)
     refuse_quantized(model, f"--method {args.method}")
 
     # prune in memory
@@ -486,7 +486,6 @@ def main(args):
     # write a folder that transformers loads, and see that it does
     with atomic_dir(args.out) as temporary:
         model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
         copy_companions(args.lang_model_path or args.model, temporary)
         read_back.check_folder(temporary)
         about = {"method": args.method, "source": str(args.model), "kept": chosen}

@@ -358,7 +358,7 @@ def main(args):
     # what a scan measured, and the model where a criterion measures more
     records, distance = read_records(args.records) if args.records else ([], "kl")
     rows, angles = summarise(records), [record["angles"] for record in records]
-    model, _, prompts = load_with_prompts(args) if args.model else (None, None, [])
+    model, prompts = load_with_prompts(args) if args.model else (None, [])
     scanned = len(records[0]["block_influence"]) if records else 0
     layers = len(decoder_layers(model)) if model else scanned
     if scanned not in (0, layers):

@@ -32,7 +32,7 @@ from common.run import one_process, progress
 from pruning.layers import decoder, decoder_layers, longest, plain
 from pruning.sensitivity_analyse.eval_metric import DISTANCES
 from pruning.sensitivity_analyse.layer_mask import MODES, masked, plain_mode
-from pruning.sensitivity_analyse.load_model import builtin_prompts, load_model, read_texts
+from pruning.sensitivity_analyse.load_model import PROMPTS, check_words, load_model, read_texts
 from pruning.sensitivity_analyse.scan_methods import METHODS, list_variants, pad_prompts, scan_batch
 
 COLUMNS = ["mode", "layer", "head", "distance", "score_mean", "score_std", "prompt_count"]
@@ -120,7 +120,7 @@ def add_prompt_arguments(group):
 
 
 def load_with_prompts(args) -> tuple:
-    """Return (model, tokenizer, prompts) as --model and `add_prompt_arguments` ask for.
+    """Return (model, prompts) as --model and `add_prompt_arguments` ask for.
 
     A prompt is {name, input_ids (1, N) or inputs_embeds (1, N, d), labels (1, N) if a part alone is scored}.
     """
@@ -142,23 +142,29 @@ def load_with_prompts(args) -> tuple:
         prompts = list(report_model.task_prompts(model, text, samples))
         if bare := [p["name"] for p in prompts if not (p["labels"][:, 1:] != -100).any()]:
             raise UserError(f"{args.task_data}: {bare[0]}: no token of its report is scored; leave it out")
-        return model.lang_model, text.tokenizer, prompts
+        return model.lang_model, prompts
     refuse(args, ["lang_model_path", "task_samples"], "without --task-data")
     model, tokenizer = load_model(args.model, args.dtype, args.trust_remote_code)
-    texts = read_texts(args.prompts) if args.prompts else builtin_prompts()
+    texts = read_texts(args.prompts or PROMPTS)
+    check_words(model, tokenizer, texts)
     prompts = text_prompts(texts, tokenizer, longest(model, args, "max_tokens"))
-    return model.to(device), tokenizer, prompts
+    return model.to(device), prompts
 
 
 def text_prompts(texts, tokenizer, max_tokens: int = 512) -> list[dict]:
-    """Prompts of plain texts, a list or `read_texts`, cut to `max_tokens`; UserError for one token alone."""
-    prompts, placed = [], texts.items() if isinstance(texts, dict) else zip(["prompts"] * len(texts), texts)
-    for place, text in placed:
-        ids = tokenizer(text).input_ids[:max_tokens]
-        if len(ids) < 2:
-            raise UserError(f"{place}: {text!r} has fewer than 2 tokens and predicts nothing; remove it")
-        prompts.append({"name": text, "input_ids": torch.tensor([ids])})
-    return prompts
+    """Prompts of plain texts, a list or `read_texts`, cut to `max_tokens`.
+
+    One of fewer than two tokens predicts nothing: it is left out and told. UserError where all are such.
+    """
+    texts = texts if isinstance(texts, dict) else {f"text {n}": text for n, text in enumerate(texts, 1)}
+    ids = {place: tokenizer(text).input_ids[:max_tokens] for place, text in texts.items()}
+    short = [place for place, some in ids.items() if len(some) < 2]
+    if len(short) == len(ids):
+        raise UserError(f"{short[0]}: neither this text nor another has two tokens; give longer ones")
+    if short:
+        count = f"{len(short)} of {len(ids)} texts"
+        print(f"{count} have fewer than two tokens and are left out, first {short[0]}")
+    return [{"name": texts[p], "input_ids": torch.tensor([some])} for p, some in ids.items() if some[1:]]
 
 
 # ---------------------------------------- many prompts
@@ -380,7 +386,7 @@ def main(args):
         )
 
     # the model, its prompts, and everything to switch off
-    model, _, prompts = load_with_prompts(args)
+    model, prompts = load_with_prompts(args)
     variants = list_variants(model, modes)
     layers = len(decoder_layers(model))
     print(f"{layers} layers, {len(prompts)} prompts, {len(variants)} variants, {args.method}")

@@ -59,7 +59,33 @@ def load_model(path, dtype: str | None = None, trust_remote_code: bool = False):
     options = {"dtype": dtype or "auto", "local_files_only": True, "trust_remote_code": trust_remote_code}
     with reading(path, "language model"):
         model = kind.from_pretrained(path, **options).eval()
-    return model, load_tokenizer(path, trust_remote_code)
+    tokenizer = load_tokenizer(path, trust_remote_code)
+    # the end of text of the tokenizer's class, not of this model
+    if (tokenizer.eos_token_id or 0) >= table_rows(model):
+        tokenizer.eos_token = None
+    return model, tokenizer
+
+
+def table_rows(model) -> int:
+    """How many words the model has an embedding of."""
+    return len(model.get_input_embeddings().weight)
+
+
+def check_words(model, tokenizer, texts: dict[str, str]):
+    """UserError naming the first of `read_texts` that holds a word which the model has no embedding of.
+
+    transformers adds the special words of a tokenizer's class where the folder has none such.
+    """
+    rows = table_rows(model)
+    if max(tokenizer.get_vocab().values()) < rows:
+        return
+    for place, text in texts.items():
+        if beyond := [number for number in tokenizer(text).input_ids if number >= rows]:
+            word = tokenizer.convert_ids_to_tokens(beyond[0])
+            raise UserError(
+                f"{place}: the word {word!r} is number {beyond[0]}, the model's table has {rows} rows; take "
+                "it out of the text"
+            )
 
 
 def is_pangu(path) -> bool:
