@@ -55,6 +55,7 @@ from pruning.sensitivity_analyse.load_model import (
     check_words,
     load_model,
     read_texts,
+    scorable,
 )
 from pruning.sensitivity_analyse.scan_methods import apply_head
 
@@ -189,9 +190,7 @@ def text_rows(path, tokenizer, max_length: int, limit: int = 0, pack: bool = Fal
         stream = [i for ids in rows.values() for i in ids]
         pieces = [stream[start : start + max_length] for start in range(0, len(stream), max_length)]
         rows = {f"{path}, piece {i}": piece for i, piece in enumerate(pieces, 1)}
-    if all(len(ids) < 2 for ids in rows.values()):
-        raise UserError(f"{path}: no text has two tokens, so that nothing can be learnt")
-    return [{"id": place, "ids": torch.tensor(ids[:max_length])} for place, ids in rows.items()]
+    return [{"id": place, "ids": torch.tensor(ids[:max_length])} for place, ids in scorable(rows).items()]
 
 
 def collate_texts(samples: list[dict]) -> dict:

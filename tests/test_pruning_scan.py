@@ -684,10 +684,14 @@ def test_prompts_that_are_too_short_are_left_out_and_told(folder, tmp_path, caps
         )
     (tmp_path / "t.txt").write_text("a\nb\n")
     for script, flags in scripts.items():
-        with pytest.raises(UserError, match="t.txt, line 1: neither this text nor another has two tokens"):
+        with pytest.raises(UserError, match="t.txt: no text has two tokens"):
             call(script, **flags)
     with pytest.raises(UserError, match="t.txt: no text has two tokens"):
         train.text_rows(tmp_path / "t.txt", without_end(folder), 8)
+    (tmp_path / "t.txt").write_text("a\nThe lung is clear.\n")
+    assert [row["id"][-6:] for row in train.text_rows(tmp_path / "t.txt", without_end(folder), 8)] == [
+        "line 2"
+    ]
 
 
 @pytest.fixture
@@ -714,8 +718,8 @@ def test_a_word_that_the_model_has_no_row_for_is_named_with_its_text(grown, tmp_
 
 
 def test_a_tokenizer_stays_as_it_was_byte_for_byte(grown, tmp_path):
-    (tmp_path / "t.txt").write_text("the lung is clear\nthe heart is of normal size\n")
-    texts = {"texts": tmp_path / "t.txt", "max_steps": 1, "accum": 1, "batch_size": 1}
+    (tmp_path / "t.txt").write_text("the lung is clear\na\nthe heart is of normal size\n")
+    texts = {"texts": tmp_path / "t.txt", "max_steps": 2, "accum": 1, "batch_size": 1}
     call(train, pruned_model_path=grown, **texts, out=tmp_path / "healed")
     width = {"prompts": tmp_path / "t.txt", "mlp_ratio": 0.5, "out": tmp_path / "narrow"}
     call(prune_width, model=grown, **width)

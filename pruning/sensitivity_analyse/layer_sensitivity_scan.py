@@ -32,7 +32,7 @@ from common.run import one_process, progress
 from pruning.layers import decoder, decoder_layers, longest, plain
 from pruning.sensitivity_analyse.eval_metric import DISTANCES
 from pruning.sensitivity_analyse.layer_mask import MODES, masked, plain_mode
-from pruning.sensitivity_analyse.load_model import PROMPTS, check_words, load_model, read_texts
+from pruning.sensitivity_analyse.load_model import PROMPTS, check_words, load_model, read_texts, scorable
 from pruning.sensitivity_analyse.scan_methods import METHODS, list_variants, pad_prompts, scan_batch
 
 COLUMNS = ["mode", "layer", "head", "distance", "score_mean", "score_std", "prompt_count"]
@@ -152,19 +152,11 @@ def load_with_prompts(args) -> tuple:
 
 
 def text_prompts(texts, tokenizer, max_tokens: int = 512) -> list[dict]:
-    """Prompts of plain texts, a list or `read_texts`, cut to `max_tokens`.
-
-    One of fewer than two tokens predicts nothing: it is left out and told. UserError where all are such.
-    """
-    texts = texts if isinstance(texts, dict) else {f"text {n}": text for n, text in enumerate(texts, 1)}
-    ids = {place: tokenizer(text).input_ids[:max_tokens] for place, text in texts.items()}
-    short = [place for place, some in ids.items() if len(some) < 2]
-    if len(short) == len(ids):
-        raise UserError(f"{short[0]}: neither this text nor another has two tokens; give longer ones")
-    if short:
-        count = f"{len(short)} of {len(ids)} texts"
-        print(f"{count} have fewer than two tokens and are left out, first {short[0]}")
-    return [{"name": texts[p], "input_ids": torch.tensor([some])} for p, some in ids.items() if some[1:]]
+    """Prompts of plain texts, a list or `read_texts`, cut to `max_tokens`; the `scorable` ones."""
+    if not isinstance(texts, dict):
+        texts = {f"prompts, text {number}": text for number, text in enumerate(texts, 1)}
+    ids = scorable({place: tokenizer(text).input_ids[:max_tokens] for place, text in texts.items()})
+    return [{"name": texts[place], "input_ids": torch.tensor([some])} for place, some in ids.items()]
 
 
 # ---------------------------------------- many prompts

@@ -88,6 +88,21 @@ def check_words(model, tokenizer, texts: dict[str, str]):
             )
 
 
+def scorable(ids: dict) -> dict:
+    """Those of {place: token ids} with the two tokens that predict something; the others are told.
+
+    UserError, which names the file, where none has.
+    """
+    kept = {place: some for place, some in ids.items() if len(some) > 1}
+    first = next((place for place in ids if place not in kept), None)
+    if not kept:
+        raise UserError(f"{first.rpartition(', ')[0]}: no text has two tokens; give longer ones")
+    if first:
+        count = f"{len(ids) - len(kept)} of {len(ids)} texts"
+        print(f"{count} have fewer than two tokens and are left out, first {first}")
+    return kept
+
+
 def is_pangu(path) -> bool:
     """Whether a folder's model or tokenizer is openPangu's own class, which is not part of transformers."""
     marks = {"config.json": ("model_type", "PanguEmbedded")}

@@ -148,7 +148,7 @@ def apply_head(model, hidden_states: torch.Tensor) -> torch.Tensor:
     token = torch.zeros(1, 1, dtype=torch.long, device=rows.device)
     with patched(decoder(model), lambda *args, **kwargs: DecoderOutput(last_hidden_state=rows)):
         logits = model(input_ids=token, use_cache=False).logits
-    return logits.reshape(*hidden_states.shape[:-1], -1)
+    return logits.reshape(*hidden_states.shape[:-1], logits.shape[-1])
 
 
 def is_stream(part, states) -> bool:
