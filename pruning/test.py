@@ -53,7 +53,7 @@ def parse_args(argv=None):
     out.add_argument("--out-dir", "--out", type=Path, required=True, help="folder of the results")
     out.add_argument(
         "--out-prefix",
-        help="first part of their names; left out: dia-pangu-pruned, of a plain language model scores",
+        help="first part of their names; left out: dia-pangu-pruned, of a plain language model llm",
     )
     out.add_argument(
         "--tag-style", choices=("c", "drop"), default="drop", help="second part: c23_28 or drop23_28"
@@ -369,7 +369,7 @@ def main(args):
     check(args, accelerator.num_processes)
     device = accelerator.device
     seed_everything(args.seed)
-    prefix = args.out_prefix or ("scores" if args.texts else "dia-pangu-pruned")
+    prefix = args.out_prefix or ("llm" if args.texts else "dia-pangu-pruned")
     stem = args.out_dir / f"{prefix}_{make_name(args)}"
 
     # quality: perplexity of texts, or the scores of written reports

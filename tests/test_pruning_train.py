@@ -196,7 +196,7 @@ def test_plain_language_models_heal_and_test_on_texts(world, tmp_path):
     for path in (hf, tmp_path / "healed" / "model"):
         flags = {"pruned_model_path": path, "texts": texts, "out_dir": tmp_path, "tag_override": path.name}
         call(test, **flags)
-        found.append(json.loads((tmp_path / f"scores_{path.name}_scores.json").read_text()))
+        found.append(json.loads((tmp_path / f"llm_{path.name}_scores.json").read_text()))
     model, tokenizer = load_model(hf)
     losses = []
     with torch.no_grad():

@@ -230,7 +230,7 @@ def test_a_model_that_sees_is_scanned_healed_and_tested_on_texts(kind, tmp_path)
         train, pruned_model_path=folder, **texts, max_steps=1, accum=1, batch_size=1, out=tmp_path / "healed"
     )
     call(test, pruned_model_path=tmp_path / "healed/model", **texts, out_dir=tmp_path)
-    scores = json.loads((tmp_path / "scores_model_scores.json").read_text())
+    scores = json.loads((tmp_path / "llm_model_scores.json").read_text())
     assert scores["layers"] == 4 and scores["perplexity"] > 1
 
 
