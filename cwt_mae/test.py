@@ -93,14 +93,14 @@ def read_card(path) -> dict:
     if Path(path).suffix != ".safetensors" or not Path(path).is_file():
         raise UserError(f"{path}: expected the model.safetensors of a finetune.py run")
     with reading(path, "weight file"), safe_open(path, "pt") as file:
-        card = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+        stored = file.metadata() or {}
 
-    # train.py writes a file of the same name, without a task.
-    if "classes" not in card:
-        raise UserError(
-            f"{path}: holds no task and classes; expected the model.safetensors of a finetune.py run"
-        )
-    return card
+        # train.py and checkpoints have a file of the same name, without a task; a checkpoint's is no JSON.
+        if "classes" not in stored:
+            raise UserError(
+                f"{path}: holds no task and classes; expected the model.safetensors of a finetune.py run"
+            )
+        return {key: json.loads(value) for key, value in stored.items()}
 
 
 def load_models(paths, device):

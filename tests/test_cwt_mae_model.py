@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from common.errors import UserError
 from cwt_mae.model import (
@@ -20,6 +21,7 @@ from cwt_mae.model import (
     cwt_wrap,
 )
 from cwt_mae.model_finetune import TF_MAE_Classifier, interpolate_pos_embed, load_model, save_model
+from cwt_mae.test import read_card
 from tests import tiny_cwt
 from tests.golden import ROOT
 
@@ -672,3 +674,11 @@ def test_head_ignores_padding_tokens_as_if_absent():
     real = torch.arange(40).expand(2, -1) < 25
     assert (model.head(tokens, real) - model.head(tokens[:, :25])).abs().max() < 1e-5
     assert (model.head(tokens, real) - model.head(tokens)).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("stored", [{"format": "pt"}, {"note": "hello"}, None])
+def test_weights_of_another_kind_are_named_as_such_when_scored(stored, tmp_path):
+    """A checkpoint on the way has the file's name and no task."""
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors", metadata=stored)
+    with pytest.raises(UserError, match="expected the model.safetensors of a finetune.py run"):
+        read_card(tmp_path / "model.safetensors")
