@@ -2,7 +2,7 @@
 # It never changes directory: relative paths that the user gives stay relative to where the user stands.
 #
 #   PYTHON             an interpreter to use as it is, whatever it holds (default: see below)
-#   NPROC_PER_NODE     processes on this machine (default: number of GPUs, at least 1)
+#   NPROC_PER_NODE     processes on this machine (default: number of visible GPUs, at least 1)
 #   NNODES NODE_RANK MASTER_ADDR MASTER_PORT    several machines, as torchrun takes them
 #   ACCELERATE_CONFIG  fsdp2, zero2, zero3 (files in common/accelerate/) or the path of an accelerate yaml; default DDP
 #   DATA_ROOT DATA OUT RUNS GOLDEN_DIR    data and output folders; made absolute here
@@ -66,8 +66,11 @@ export PYTHON
 unset ENV_EXTRA
 
 if [ -z "${NPROC_PER_NODE:-}" ]; then
-  NPROC_PER_NODE=1
-  if command -v nvidia-smi >/dev/null; then NPROC_PER_NODE=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true); fi
+  # nvidia-smi shows every GPU of the machine, also those that CUDA_VISIBLE_DEVICES leaves to others
+  if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then gpus=${CUDA_VISIBLE_DEVICES//,/$'\n'}
+  elif command -v nvidia-smi >/dev/null; then gpus=$(nvidia-smi --list-gpus 2>/dev/null || true)
+  else gpus=; fi
+  NPROC_PER_NODE=$(printf '%s\n' "$gpus" | grep -cE '^ *(GPU|MIG-|[0-9])' || true)
   [ "$NPROC_PER_NODE" -ge 1 ] || NPROC_PER_NODE=1
 fi
 export NPROC_PER_NODE NNODES="${NNODES:-1}" NODE_RANK="${NODE_RANK:-0}" MASTER_ADDR="${MASTER_ADDR:-127.0.0.1}" MASTER_PORT="${MASTER_PORT:-29500}"

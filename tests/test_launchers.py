@@ -264,6 +264,20 @@ def test_relative_folders_belong_to_the_caller(tmp_path):
     assert done.stdout.strip() == f"{tmp_path}/../d a|{tmp_path}/x|/abs|{ROOT}/runs|{tmp_path}", done.stderr
 
 
+@pytest.mark.parametrize("visible, processes", [(None, 3), ("", 1), ("-1", 1), ("2", 1), ("0,2", 2)])
+def test_there_are_as_many_processes_as_visible_gpus(tmp_path, visible, processes):
+    (tmp_path / "nvidia-smi").write_text(
+        '#!/bin/sh\nfor i in 0 1 2; do echo "GPU $i: X (UUID: GPU-$i)"; done\n'
+    )
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    plain = {k: v for k, v in os.environ.items() if k not in ("NPROC_PER_NODE", "CUDA_VISIBLE_DEVICES")}
+    plain |= {"PYTHON": "true", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    plain |= {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    script = f'set -euo pipefail; source "{ROOT}/common/env.sh"; echo "$NPROC_PER_NODE"'
+    done = subprocess.run(["bash", "-c", script], env=plain, capture_output=True, text=True)
+    assert done.stdout == f"{processes}\n", done.stderr
+
+
 @pytest.mark.parametrize("folder", [*PROJECTS, "studies"])
 def test_a_python_without_the_packages_is_told_how_to_get_them(folder):
     # -S leaves the installed packages out; no script gets further than its first import of another package
