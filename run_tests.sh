@@ -17,5 +17,4 @@ for argument in "$@"; do
   if [ ! -e "$argument" ] && [ -e "$here/${argument%%::*}" ]; then argument=$here/$argument; fi
   paths+=("$argument")
 done
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}              # one core each: pytest-xdist fills the others
 exec "$PYTHON" -m pytest -n "${PYTEST_WORKERS:-auto}" --dist worksteal ${paths[@]+"${paths[@]}"}

@@ -1,21 +1,45 @@
+import atexit
 import gc
 import os
 import random
+import re
+import shutil
 import sys
+import tempfile
 import zlib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-os.environ["PYTHONPATH"] = str(ROOT)  # subprocesses of the tests find common/ too
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the scripts that tests start
-# The suite is one of the CPU, also where there is a GPU; bench/gpu.sh shows the GPU to the golden tests.
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
-# The launchers let a process keep the memory that it frees; a test of what a run takes has to see it go.
-for name in [name for name in os.environ if name.startswith("MALLOC_")]:
+
+# What launchers, recipes and libraries would read of the variables that a user, a scheduler, an MPI or
+# run_tests.sh has set: no test depends on it. A locale that is not installed makes every bash say so, and
+# with MALLOC_ a process keeps the memory that it frees.
+FOREIGN = (
+    "(ACCELERATE|DS|FSDP|GROUP|HF|LC|LOCAL|MALLOC|MASTER|MPI|MV2|OMPI|ROLE|SLURM|TQDM|TRANSFORMERS)_|PMI|TORCH|"
+    ".*_NUM_THREADS$|(LANG|LANGUAGE|COLUMNS|LINES|BASH_ENV|RANK|WORLD_SIZE|NODE_RANK|NNODES|ENV_EXTRA|PYTHON|"
+    "PYTHON(DEVMODE|IOENCODING|OPTIMIZE|SAFEPATH|WARNINGS)|MAX_RESTARTS|STOP_TIMEOUT|"
+    "CKPT|CONFIG|DATA|HEAD|LIMIT|LLM|LLM_MODEL_PATH|MAP|MODEL|OUT|OUTPUT_DIR|RUNS|SEEDS?|"
+    "SIGNAL_ENCODER_PATH|SKIP_DONE|SMOKE|SPLIT|TASK|TASK_DIR|TEXTS)$"
+)
+for name in [name for name in os.environ if re.match(FOREIGN, name)]:
     del os.environ[name]
-for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):  # a test that reaches for a hub fails at once
-    os.environ[name] = "1"
+
+# What earlier runs and other processes leave in the usual places of caches is none of this process's.
+caches = tempfile.mkdtemp(prefix="tests-")
+atexit.register(shutil.rmtree, caches, ignore_errors=True)
+os.environ |= {
+    "PYTHONPATH": str(ROOT),  # subprocesses of the tests find common/ too
+    "OMP_NUM_THREADS": "1",  # pytest-xdist fills the other cores
+    "NPROC_PER_NODE": "1",  # however many GPUs a launcher finds
+    "HF_HUB_OFFLINE": "1",  # a test that reaches for a hub fails at once
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_HOME": f"{caches}/huggingface",
+    "EM_MLLM_CACHE": f"{caches}/em_mllm",
+}
+# The suite is one of the CPU, also where a scheduler has given it a GPU; the plugin puts golden tests on it.
+if "bench.gpu_golden" not in sys.modules:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import numpy as np
 import pytest
@@ -24,7 +48,7 @@ import torch
 from tests.effects import bfloat16_works
 from tests.golden import SHARED
 
-torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # pytest-xdist fills the other cores
+torch.set_num_threads(1)
 
 
 class Engine:

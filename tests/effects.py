@@ -289,7 +289,7 @@ def check_effects(script, base, table, folder, out="--out"):
     def trial(options, place=None) -> Trial:
         nonlocal count
         place, count = place or folder / f"run-{count}", count + 1
-        done = forked.call(script, [*base, *options, out, place], folder / "log.txt", 600, before=watch)
+        done = forked.call(script, [*base, *options, out, place], folder / "log.txt", before=watch)
         return Trial(place, done.returncode, done.text)
 
     def base_of(given) -> Trial:

@@ -29,6 +29,7 @@ from common.figures import plt
 
 Done = collections.namedtuple("Done", "returncode text")
 
+PATIENCE = 600  # seconds after which what hangs is ended; says nothing of how fast a machine has to be
 ROOMS = ("common", "em_mllm", "cwt_mae", "flmm", "dia_pangu", "pruning")
 _server = multiprocessing.get_context("forkserver")
 
@@ -77,9 +78,9 @@ def _start(function, *arguments):
     return process
 
 
-def check(function, *arguments, seconds=120):
+def check(function, *arguments):
     """Call a module's function in a new process, which may fork; fail if it raises."""
-    assert finish(_start(function, *arguments), seconds) == 0, "the error is printed above"
+    assert finish(_start(function, *arguments)) == 0, "the error is printed above"
 
 
 def _main(script, arguments, log, limit, before, cwd, environment, errors):
@@ -102,7 +103,8 @@ def _main(script, arguments, log, limit, before, cwd, environment, errors):
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
         os.chdir(cwd)
         if limit:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+            _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
         stand_in()
         if before:
             before()
@@ -124,24 +126,22 @@ def _main(script, arguments, log, limit, before, cwd, environment, errors):
     os._exit(code)
 
 
-def finish(process, seconds=None) -> int:
-    """Wait for a process: its exit status, negative for a signal; one that takes longer than `seconds` is
-    killed.
-    """
-    process.join(seconds)
+def finish(process) -> int:
+    """Wait for a process: its exit status, negative for a signal; one that hangs is killed."""
+    process.join(PATIENCE)
     if process.is_alive():
         process.kill()
         process.join()
     return process.exitcode
 
 
-def call(script, arguments, log, seconds=120, **options) -> Done:
-    """Run a script to its end; one that takes longer than `seconds` is killed."""
-    code = finish(start(script, arguments, log, **options), seconds)
+def call(script, arguments, log, **options) -> Done:
+    """Run a script to its end."""
+    code = finish(start(script, arguments, log, **options))
     return Done(code, log.read_text(errors="replace"))
 
 
-def run_file(path, *arguments, processes=1, cwd=None, seconds=300, **environment):
+def run_file(path, *arguments, processes=1, cwd=None, **environment):
     """Do what `python path arguments` does, or torchrun with several processes, but start at once.
 
     Returns what subprocess.run would: returncode (that of the first rank that failed), stdout and stderr (of
@@ -165,6 +165,6 @@ def run_file(path, *arguments, processes=1, cwd=None, seconds=300, **environment
                 variables |= {name: str(value) for name, value in {**ranks, **meeting}.items()}
             logs = {"log": folder / f"out-{rank}", "errors": folder / f"err-{rank}"}
             started.append(start(Path(path), arguments, cwd=cwd, environment=variables, **logs))
-        codes = [finish(process, seconds) for process in started]
+        codes = [finish(process) for process in started]
         out, err = ("".join(p.read_text() for p in sorted(folder.glob(f"{k}-*"))) for k in ("out", "err"))
     return SimpleNamespace(returncode=next((code for code in codes if code), 0), stdout=out, stderr=err)

@@ -67,7 +67,7 @@ def deepspeed_3_on_cpu():
     zero(3)
 
 
-def world(script, arguments, log, processes=2, before=None, seconds=240, environment=()) -> forked.Done:
+def world(script, arguments, log, processes=2, before=None, environment=()) -> forked.Done:
     """Run a script's main on several processes of this machine; the status of the first that failed, and all
     output."""
     with socket.socket() as free:
@@ -81,7 +81,7 @@ def world(script, arguments, log, processes=2, before=None, seconds=240, environ
         place = {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
         place = place if processes > 1 or before else {}
         started.append(forked.start(script, arguments, file, before=before, environment=place))
-    codes = [forked.finish(process, seconds) for process in started]
+    codes = [forked.finish(process) for process in started]
     text = "".join(file.read_text(errors="replace") for file in logs)
     return forked.Done(next((code for code in codes if code), 0), text)
 

@@ -30,7 +30,7 @@ def test_steps_and_limits_name_the_same_things():
 def test_dry_run_measures_something_in_each_of_its_steps(tmp_path, bfloat16):
     """Three of the nine steps; `bash bench/gpu.sh --dry-run` runs them all."""
     steps = ["cwt", "pruning", "attention"]
-    done, results = start(tmp_path, "--dry-run", "--steps", *steps)
+    done, results = start(tmp_path, "--dry-run", "--budget", "3600", "--steps", *steps)
     assert done.returncode == 0, done.stderr
     for name, step in results["steps"].items():
         assert step["rows"] and "failed" not in step, (name, step)
@@ -66,8 +66,8 @@ def test_a_late_step_keeps_the_rows_that_it_has_measured(monkeypatch, tmp_path):
     row = json.dumps({"what": "a", "value": 1.0, "unit": "s"})
     script.write_text(f"import time\nprint({'ROW ' + row!r}, flush=True)\ntime.sleep(60)\n")
     monkeypatch.setattr(gpu, "__file__", str(script))
-    result = gpu.run_step("cwt", True, 3)
-    assert result["failed"] == "stopped after its 3 seconds"
+    result = gpu.run_step("cwt", True, 10)
+    assert result["failed"] == "stopped after its 10 seconds"
     assert [row["what"] for row in result["rows"]] == ["a"]
 
 

@@ -24,10 +24,9 @@ def test_special_words_alone_are_no_tokenizer(kind, settings, tmp_path):
     AutoConfig.for_model(kind).save_pretrained(tmp_path)
     if settings is not None:
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    with pytest.raises(
-        UserError, match=rf"{tmp_path}: holds no tokenizer \(tokenizer.json, .*; copy it there"
-    ):
+    with pytest.raises(UserError, match=r": holds no tokenizer \(tokenizer.json, .*; copy it there") as error:
         load_tokenizer(tmp_path)
+    assert str(error.value).startswith(f"{tmp_path}: ")
 
 
 def test_a_tokenizer_of_bytes_needs_no_file_of_words(tmp_path):

@@ -106,7 +106,7 @@ def test_run_directory_describes_the_run(tmp_path):
 def test_stopped_run_says_how_to_resume_and_ends_bit_equal(tmp_path, uninterrupted, signum, processes):
     whole, folder = uninterrupted(processes)
     size = str(8 // processes)
-    options = ["--out", str(tmp_path / "cut"), "--workers", "2", "--batch-size", size, "--pause", ".2"]
+    options = ["--out", str(tmp_path / "cut"), "--workers", "2", "--batch-size", size, "--pause", ".5"]
     process = subprocess.Popen(
         [python(), "-m", "common.launch", TOY, *options],
         cwd=ROOT,
@@ -121,7 +121,7 @@ def test_stopped_run_says_how_to_resume_and_ends_bit_equal(tmp_path, uninterrupt
     ):
         time.sleep(0.05)
     process.send_signal(signum)
-    text, _ = process.communicate(timeout=60)
+    text, _ = process.communicate(timeout=forked.PATIENCE)
     assert process.returncode == 128 + signum, text
     assert "--resume" in text and "Traceback" not in text
     assert f"{signal.Signals(signum).name}: saving after this step" in text  # and not a launcher's SIGTERM
@@ -148,7 +148,7 @@ def test_a_signal_to_one_process_stops_all_in_the_same_step(monkeypatch):
 @pytest.mark.slow
 def test_one_of_two_processes_killed_ends_both_and_the_run_goes_on(tmp_path, uninterrupted):
     whole, folder = uninterrupted(2)
-    options = ["--out", str(tmp_path / "cut"), "--batch-size", "4", "--pause", ".1"]
+    options = ["--out", str(tmp_path / "cut"), "--batch-size", "4", "--pause", ".5"]
     launcher = subprocess.Popen(
         [python(), "-m", "common.launch", TOY, *options],
         cwd=ROOT,
@@ -167,7 +167,7 @@ def test_one_of_two_processes_killed_ends_both_and_the_run_goes_on(tmp_path, uni
     ]
     assert len(ranks) == 2
     ranks[1].kill()
-    launcher.communicate(timeout=60)
+    launcher.communicate(timeout=forked.PATIENCE)
     assert launcher.returncode not in (0, 2) and not any(
         p.is_running() and p.status() != "zombie" for p in ranks
     )
@@ -188,30 +188,24 @@ def test_a_killed_process_is_started_again_and_goes_on(tmp_path, uninterrupted):
 
 @pytest.mark.slow
 def test_twenty_kills_at_random_moments_lose_nothing(tmp_path):
-    options = [
-        "--width",
-        "20000",
-        "--max-steps",
-        "200",
-    ]  # 4 MB to save every 5 steps: about half of the time goes into saving
+    # 4 MB to save every 5 steps: about half of the time goes into saving
+    options = ["--width", "20000", "--max-steps", "200"]
     whole, out, chance, in_save = tmp_path / "whole", tmp_path / "cut", random.Random(0), 0
-    start = time.monotonic()
     assert forked.finish(forked_toy(whole, *options)) == 0
-    seconds = (
-        time.monotonic() - start
-    )  # the kills together take about a third of this, however fast the machine
     for kill in range(20):
         before = max((p.name for p in out.glob("checkpoints/step-*")), default="")
         known = (out / "log.jsonl").stat().st_size if kill else 0
         process = forked_toy(out, *options, *(["--resume"] if kill else []))
-        while not (out / "log.jsonl").exists() or (out / "log.jsonl").stat().st_size == known:
+        # a few steps beyond the last kill: twenty of them do not reach the end on any machine
+        further = known + (chance.randrange(300) if kill else 0)
+        while not (out / "log.jsonl").exists() or (out / "log.jsonl").stat().st_size <= further:
             assert process.is_alive(), (tmp_path / "forked.log").read_text()
             time.sleep(0.002)
         if kill % 2:  # in a save, whatever share of the time this machine spends in them
             while process.is_alive() and not list(out.glob("checkpoints/.saving-*")):
                 time.sleep(0.001)
         else:
-            time.sleep(seconds / 30 * chance.random())
+            time.sleep(0.01 * chance.random())
         process.kill()
         assert forked.finish(process) == -signal.SIGKILL
         in_save += bool(list(out.glob("checkpoints/.saving-*")))
@@ -298,7 +292,7 @@ def test_an_error_of_a_loader_s_worker_is_its_own_line(tmp_path):
         wrapped.reraise()
 
 
-def test_a_worker_that_ends_within_the_last_save_takes_nothing_with_it():
+def outlive_a_worker():
     stop = StopSignal(SimpleNamespace(num_processes=1, is_main_process=False))
     batches = iter(DataLoader(range(8), num_workers=1, worker_init_fn=loader_worker))
     next(batches)
@@ -313,6 +307,10 @@ def test_a_worker_that_ends_within_the_last_save_takes_nothing_with_it():
         del batches
         stop.restore()
     assert stop()
+
+
+def test_a_worker_that_ends_within_the_last_save_takes_nothing_with_it():
+    forked.check(outlive_a_worker)
 
 
 def test_names_that_are_no_text_are_shown_and_kept(tmp_path):
@@ -336,8 +334,9 @@ def test_equal_seeds_give_equal_draws_and_ranks_differ():
 
 @pytest.mark.slow
 def test_second_process_on_the_same_run_is_refused(tmp_path):
-    first = forked_toy(tmp_path / "a", "--pause", "1")
+    first = forked_toy(tmp_path / "a", "--pause", "60")
     while not (tmp_path / "a/config.json").exists():
+        assert first.is_alive()
         time.sleep(0.05)
     second = toy(tmp_path / "a", "--resume", check=False)
     first.kill()
@@ -399,7 +398,7 @@ def test_two_processes_share_out_an_epoch_without_overlap(tmp_path):
     for rank, log in enumerate(logs):
         place = {**world, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         started.append(forked.start(toy_run, line, log, before=print_names, environment=place))
-    assert [forked.finish(process, 120) for process in started] == [0, 0], logs[0].read_text()
+    assert [forked.finish(process) for process in started] == [0, 0], logs[0].read_text()
     lines = [line.split()[1:] for log in logs for line in log.read_text().splitlines() if "names" in line]
     names = [name for line in lines for name in line]
     assert len(lines) == 16 and sorted(names) == sorted(f"record-{i}" for i in range(64))

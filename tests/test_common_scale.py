@@ -250,7 +250,7 @@ def test_a_stop_while_data_are_prepared_ends_the_run_cleanly(tmp_path):
         assert process.is_alive()
         time.sleep(0.05)
     process.terminate()
-    assert forked.finish(process, 60) == 143
+    assert forked.finish(process) == 143
     assert "nothing to save" in log.read_text() and "cleaned up" in log.read_text()
 
 
@@ -573,12 +573,12 @@ def test_a_slurm_job_saves_itself_before_its_limit_and_is_requeued(tmp_path, tic
     script = tmp_path / "spool.sh"  # Slurm runs a copy
     script.write_text((ROOT / "common/slurm.sh").read_text())
     job = subprocess.Popen(["bash", script, "x/train.py", "--out", "a b"], env=environment, cwd="/")
-    while len(list(tmp_path.glob("started-*"))) < nodes:
-        assert job.poll() is None
-        time.sleep(0.02)
     if requeued:
+        while len(list(tmp_path.glob("started-*"))) < nodes:
+            assert job.poll() is None
+            time.sleep(0.02)
         job.send_signal(signal.SIGUSR1)
-    assert job.wait(60) == (138 if requeued else 0)
+    assert job.wait(forked.PATIENCE) == (138 if requeued else 0)
     said = calls.read_text()
     for rank in range(nodes):
         assert f"node7 {nodes} {rank} -m common.launch x/train.py --out a b --resume auto" in said

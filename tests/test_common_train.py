@@ -25,7 +25,7 @@ from common.arguments import Parser, add_run_arguments, refuse
 from common.checkpoint import atomic_csv, atomic_json, damage
 from common.errors import Interrupted, UserError
 from common.train import lr_at, parameter_groups
-from tests import toy_run
+from tests import forked, toy_run
 from tests.quick_python import python
 from tests.sharded import world
 
@@ -344,13 +344,13 @@ def test_a_stop_after_the_last_step_ends_the_closing_evaluation_at_once(tmp_path
         stderr=subprocess.PIPE,
         text=True,
     )
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + forked.PATIENCE
     while not (tmp_path / "a/last").exists():
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.1)
     time.sleep(1)
     process.terminate()
-    _, error = process.communicate(timeout=120)
+    _, error = process.communicate(timeout=forked.PATIENCE)
     assert process.returncode == 143 and "step-00000002" in error and "--resume" in error
 
 

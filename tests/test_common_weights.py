@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 
@@ -134,7 +135,7 @@ def test_missing_file_and_empty_folder(tmp_path):
         (read_checkpoint, tmp_path / "none.pth"),
         (read_weights, tmp_path),
     ):
-        with pytest.raises(UserError, match=str(path)):
+        with pytest.raises(UserError, match=re.escape(str(path))):
             call(path)
 
 
@@ -186,10 +187,9 @@ def test_too_little_loaded_is_an_error_and_changes_nothing(tensors):
 
 def test_atomic_writes_leave_old_content_on_failure(tmp_path):
     atomic_write(tmp_path / "a.txt", "older")
-    os.link(tmp_path / "a.txt", tmp_path / "reader.txt")  # stands for a program that has it open
-    atomic_write(tmp_path / "a.txt", "old")
-    assert (tmp_path / "reader.txt").read_text() == "older"
-    (tmp_path / "reader.txt").unlink()
+    with open(tmp_path / "a.txt") as reader:
+        atomic_write(tmp_path / "a.txt", "old")
+        assert reader.read() == "older"
     with pytest.raises(ZeroDivisionError), atomic_path(tmp_path / "a.txt") as path:
         path.write_text("half")
         raise ZeroDivisionError

@@ -211,7 +211,7 @@ def bash(script, *options, cwd, **variables):
     """Start one of the room's launchers from `cwd`."""
     command = ["bash", os.path.relpath(ROOT / "cwt_mae" / script, cwd), *options]
     env = os.environ | {"PYTHON": python()} | variables
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
 
 
 @pytest.mark.slow

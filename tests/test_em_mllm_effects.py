@@ -24,7 +24,7 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("em_effects")
 
     def make(script, *arguments):
-        done = forked.call(script, arguments, folder / "log.txt", 300)
+        done = forked.call(script, arguments, folder / "log.txt")
         assert done.returncode == 0, done.text
 
     data = folder / "data"
@@ -250,5 +250,5 @@ def test_every_option_of_train_has_its_effect(world, tmp_path):
     )
     for number, (options, refused) in enumerate(cases):
         command = [*run, *options, "--out", tmp_path / f"case-{number}"]
-        done = forked.call(em_mllm.train, command, tmp_path / "log.txt", 300)
+        done = forked.call(em_mllm.train, command, tmp_path / "log.txt")
         assert done.returncode == (2 if refused else 0) and f"error: {refused}" * bool(refused) in done.text

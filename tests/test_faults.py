@@ -6,12 +6,14 @@ import json
 import os
 import signal
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from common import lock
 from common.checkpoint import damage
 from tests import forked
 from tests.worlds import *  # noqa: F403  the fixtures cwt, em, grounding, ct, llm
@@ -95,6 +97,18 @@ def slow_saves():
     os.fsync = slow
 
 
+def the_other_comes_first():
+    """In the fork: what has its folder writes nothing to it until another process has come and gone."""
+    sync = os.fsync
+
+    def patient(fd):
+        while lock._held and not Path(os.environ["OTHER_HAS_GONE"]).exists():
+            time.sleep(0.01)
+        sync(fd)
+
+    os.fsync = patient
+
+
 def clock_goes_back():
     """In the fork: the clock shows a time three years ago."""
     now = time.time
@@ -157,11 +171,13 @@ def test_damaged_last_checkpoint_and_jumping_clock_change_nothing(training, tmp_
 
 
 def test_two_runs_in_one_folder_are_kept_apart(training, tmp_path):
-    out = tmp_path / "both"
-    first = training.start(out, before=slow_saves)
-    while not (out / "config.json").exists():
-        time.sleep(0.001)
+    out, gone = tmp_path / "both", tmp_path / "gone"
+    first = training.start(out, before=the_other_comes_first, environment={"OTHER_HAS_GONE": str(gone)})
+    while not ((out / "run.lock").exists() and (out / "run.lock").read_text()):
+        assert first.is_alive(), training.log.read_text()
+        time.sleep(0.01)
     second = training.call(out, "--overwrite", log="second.txt")
+    gone.touch()
     assert forked.finish(first) == 0
     assert second.returncode == 2 and f"in use by process {first.pid}" in second.text, second.text
     same(training.whole, out)

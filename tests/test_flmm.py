@@ -48,6 +48,7 @@ from flmm.scripts.deepspeed2torch_state_dict import main as deepspeed2torch
 from flmm.scripts.demo.page import make_server
 from flmm.scripts.visual_cot import visual_cot
 from flmm.scripts.visual_cot.visual_cot import chain_of_thought, tokens_in_box, visual_cot_resample
+from tests import forked
 
 ROOT = Path(__file__).resolve().parents[1]
 ALL = ["llava", "llava_next", "deepseek_vl", "qwen"]
@@ -554,7 +555,7 @@ def page(grounder):
     threading.Thread(target=server.serve_forever, daemon=True).start()
 
     def ask(content=None, path="/ground?text=red", method="POST", **headers):
-        connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=forked.PATIENCE)
         given = {"Host": f"127.0.0.1:{server.server_port}", **headers}
         connection.putrequest(method, path, skip_host=True)
         if content is not None and "Content-Length" not in given:

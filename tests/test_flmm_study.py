@@ -70,7 +70,7 @@ def test_the_recipes_run_from_data_to_report(tmp_path, monkeypatch):
         stages.append(script)
         module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
         words = [*arguments, *studies.recipe.options(flags)]
-        done = forked.call(module, words, tmp_path / f"{len(stages)}.txt", 300)
+        done = forked.call(module, words, tmp_path / f"{len(stages)}.txt")
         assert done.returncode == 0, f"{script}: {done.text[-3000:]}"
 
     monkeypatch.setattr(studies.recipe, "SMOKE", True)

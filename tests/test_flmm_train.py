@@ -1,5 +1,6 @@
 """flmm: the scripts as a user starts them; resume, several processes, one-line errors."""
 
+import gc
 import json
 import re
 import shutil
@@ -65,6 +66,7 @@ def test_resumed_equals_uninterrupted_to_the_bit_and_two_processes_equal_one(wor
 def test_no_step_needs_more_memory_than_an_earlier_one(world, tmp_path, monkeypatch):
     """Every step sees all eight pictures; bytes are counted by the allocator, so one kept map of one phrase
     would show."""
+    gc.collect()  # what earlier tests left is not freed within a step
     steps, watch, original = [], [], trainer.lr_at
 
     def next_step(*args, **options):  # called once per optimizer step

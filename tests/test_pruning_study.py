@@ -229,7 +229,7 @@ def small(world, tmp_path, monkeypatch):
         if script == "studies/pruning/study.py":
             assert study.parse_args(words).out.parent == tmp_path / "pruning"
             return
-        done = forked.run_file(ROOT / script, *words, seconds=900)
+        done = forked.run_file(ROOT / script, *words)
         assert done.returncode == 0, f"{script} {' '.join(words)}\n{done.stderr[-3000:]}"
 
     for module in (builtin, real, second_base, builtin_model, bases):

@@ -658,6 +658,8 @@ def test_wanda_weighs_by_the_inputs_of_the_pruned_layers_before():
 @pytest.mark.slow
 def test_counting_pangu_and_its_published_drops(tmp_path, capsys, monkeypatch):
     write_sparse(tmp_path, pangu_shapes())
+    if sum(file.stat().st_blocks for file in tmp_path.iterdir()) > 1 << 21:  # of 512 bytes: one of the 16 GB
+        pytest.skip(f"the file system of {tmp_path} keeps no holes")
     set_free_disk(monkeypatch, 1e12)  # files with holes take almost none of it
     result = count_params.describe(tmp_path, count_params.parse_args([str(tmp_path)]))["total"]
     assert result["values"] == 8_030_887_936 and result["decoder layers, values"] == 34 * 199_247_872

@@ -10,6 +10,7 @@ import pytest
 
 from common.errors import UserError
 from studies import recipe
+from tests.forked import PATIENCE
 from tests.quick_python import python
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,8 +41,8 @@ def calls(tmp_path, monkeypatch):
     return tmp_path / "calls"
 
 
-def wait_for(condition, seconds=60):
-    end = time.monotonic() + seconds
+def wait_for(condition):
+    end = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < end, "did not come about"
         time.sleep(0.02)
@@ -130,7 +131,7 @@ def test_a_stop_signal_ends_the_stages_and_the_recipe(calls, tmp_path, signum):
     process = subprocess.Popen([python(), str(script)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: (calls / "waits.py").exists() or process.poll() is not None)
     process.send_signal(signum)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=PATIENCE)
     assert process.returncode == 128 + signum and f"stopped by {signal.Signals(signum).name}" in error
     assert "saved" in (calls / "waits.py").read_text()  # the stage has saved before the prompt comes back
 

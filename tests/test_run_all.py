@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from studies.summary import collect, page, write_result
+from tests.forked import PATIENCE
 from tests.quick_python import python
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -202,13 +203,14 @@ def test_the_prompt_comes_back_when_the_projects_have_saved_themselves(tree, sig
     )
     log = runs / "cwt_mae/run_all.log"
     while not (log.exists() and "up" in log.read_text()):
+        assert process.poll() is None
         time.sleep(0.05)
     write_result(runs / "cwt_mae", "beats", "accuracy", 0.5, {"chance": 0.1})
     second = start(tree, "cwt_mae", *real, **given)  # it would delete the results of the first
     assert second.returncode == 2 and "cwt_mae is in use by process" in second.stderr
     assert "up" in log.read_text() and collect(runs, "cwt_mae")
     process.send_signal(signum)
-    _, error = process.communicate(timeout=20)
+    _, error = process.communicate(timeout=PATIENCE)
     assert process.returncode == 128 + signum and str(log) in error
     assert "saved" in log.read_text()
 

@@ -41,7 +41,7 @@ SMALL = {
 
 def call(script, *arguments, log):
     """Run the main of an imported script in a fork; returns (returncode, text of stdout and stderr)."""
-    return forked.call(script, arguments, log, 240)
+    return forked.call(script, arguments, log)
 
 
 @once
