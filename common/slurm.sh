@@ -22,6 +22,8 @@ source common/env.sh
 NNODES=${SLURM_NNODES:-1} MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export NNODES MASTER_ADDR MASTER_PORT
+# srun of Slurm 22.05 and later gives one core where it is not told again.
+if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
 
 # One launcher per node. srun hands signals on to it, and it to all processes of the node.
 srun --ntasks-per-node=1 --kill-on-bad-exit=0 bash -c 'NODE_RANK=$SLURM_NODEID exec "$PYTHON" -m common.launch "$@"' \
