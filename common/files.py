@@ -120,6 +120,11 @@ def free_memory() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def cores() -> int:
+    """Processors that this process may use: a scheduler may have given it some of the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def check_size(path, what: str, declared: int, stored: int):
     """UserError when the part `what` of a file declares more bytes than its `stored` bytes hold even when
     compressed, or than fit in memory. To be asked before anything of that size is made."""

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from common.errors import UserError, run
+from common.files import cores
 
 CONFIGS = Path(__file__).parent / "accelerate"
 STOP_TIMEOUT = 1800  # seconds; a checkpoint of 84 GB takes minutes to write
@@ -45,7 +46,7 @@ def main(script: str, *arguments: str):
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
         meeting = ["--rdzv_backend", "c10d"]
     if processes > 1:  # share the cores out instead of one thread for each process
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // processes)))
     if config:
         path = CONFIGS / f"{config}.yaml" if (CONFIGS / f"{config}.yaml").is_file() else Path(config)
         if not path.is_file():

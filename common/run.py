@@ -192,7 +192,7 @@ def keep_config(out):
 def _read_config(out: Path) -> dict:
     """The description of the run in `out`; {} where there is none, or a damaged one, or that of a model."""
     try:
-        config = json.loads((out / "config.json").read_text())
+        config = json.loads((out / "config.json").read_text(encoding="utf-8"))
         return config if isinstance(config["arguments"], dict) else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}

@@ -30,6 +30,7 @@ from pathlib import Path
 from common.arguments import Parser
 from common.checkpoint import atomic_write
 from common.errors import UserError, catch_stops, run
+from common.files import cores
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "data"  # what the generators and converters write
@@ -37,7 +38,7 @@ RUNS = Path(os.environ.get("RUNS") or ROOT / "runs").resolve()
 REAL = Path(os.environ["DATA_ROOT"]).resolve() if os.environ.get("DATA_ROOT") else None
 SMOKE = bool(os.environ.get("SMOKE"))
 SKIP_DONE = bool(os.environ.get("SKIP_DONE"))
-CORES = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+CORES = int(os.environ.get("OMP_NUM_THREADS") or cores())
 
 # What --help of a recipe without options of its own says below its docstring
 ENVIRONMENT = """It takes no options; the environment says the rest: SMOKE=1 for the smallest sizes, RUNS for

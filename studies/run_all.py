@@ -20,7 +20,9 @@ from pathlib import Path
 
 from common.arguments import Parser, number
 from common.errors import UserError, catch_stops, run
+from common.files import cores
 from common.lock import hold
+from studies.recipe import RUNS
 from studies.summary import collect, draw_curves, table, write_summary
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -163,10 +165,9 @@ def main(args):
     if lacking:
         folders = " and ".join(f"{FOLDERS[p]}/ for {p}" for p in lacking)
         raise UserError(f"DATA_ROOT={data_root}: holds no {folders}; add it, or name the other projects")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    jobs = min(args.jobs or cores, len(names))
-    threads = max(1, cores // jobs)
-    runs = Path(os.environ["RUNS"]) / ("real" if args.real else "")
+    jobs = min(args.jobs or cores(), len(names))
+    threads = max(1, cores() // jobs)
+    runs = RUNS / ("real" if args.real else "")
     for name in names:  # a second start would delete the results of the first, and end in its run folders
         try:
             (runs / name).mkdir(parents=True, exist_ok=True)
@@ -204,7 +205,7 @@ def main(args):
     about = (
         f"{'smoke run (numbers mean nothing)' if args.smoke else 'full run'} on "
         f"{'real data from ' + data_root if args.real else 'built-in data'}, "
-        f"{time.strftime('%Y-%m-%d %H:%M')}, {cores} cores, {jobs} side by side, "
+        f"{time.strftime('%Y-%m-%d %H:%M')}, {cores()} cores, {jobs} side by side, "
         f"{time.monotonic() - start:.0f} s in all"
     )
     write_summary(runs, done, about)

@@ -58,7 +58,7 @@ def write_result(
 def collect(runs, project: str) -> list[dict]:
     """The result rows of one project, oldest first."""
     paths = (Path(runs) / project / "results").glob("*.json")
-    return [json.loads(p.read_text()) for p in sorted(paths, key=lambda p: p.stat().st_mtime)]
+    return [json.loads(p.read_text(encoding="utf-8")) for p in sorted(paths, key=lambda p: p.stat().st_mtime)]
 
 
 def draw_curves(runs, project: str):
@@ -95,8 +95,12 @@ def draw_curves(runs, project: str):
 
 
 def number(value) -> str:
-    """Three significant digits, no exponent for everyday sizes."""
-    return "-" if value is None else f"{value:.3f}" if abs(value) < 10 else f"{value:.4g}"
+    """Three decimals of numbers around one, else four significant digits or all before the point."""
+    if value is None:
+        return "-"
+    size = abs(value)
+    form = ".3f" if 0.01 <= size < 10 or size == 0 else ".0f" if size >= 1000 else ".4g"
+    return f"{value:{form}}"
 
 
 def measured(row: dict) -> str:

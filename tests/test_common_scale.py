@@ -158,6 +158,16 @@ def test_auto_starts_and_goes_on_with_one_command(toy):  # noqa: F811
         toy_run.parse_args(["--out", "x", "--resume", "always"])
 
 
+def test_a_resume_knows_its_arguments_where_text_is_not_utf_8(tmp_path):
+    """As in a GBK locale, in which Python reads files that do not say otherwise in another encoding."""
+    (tmp_path / "config.json").write_text('{"arguments": {"data": "数据"}}', encoding="utf-8")
+    code = "from pathlib import Path; from common.run import _read_config; print(len(_read_config(Path())))"
+    plain = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=plain, capture_output=True, text=True)
+    assert done.stdout == "1\n", done.stderr
+
+
 # --- stops
 
 
@@ -551,8 +561,8 @@ STUBS = {
     'trap \'kill -USR1 "${runs[@]}"\' USR1\nwait "${runs[@]}"; wait "${runs[@]}"\n',
     "scontrol": '#!/bin/bash\necho "$@" >>"$CALLS"\nif [ "$1" = show ]; then echo node7; fi\n',
     # stands for the launcher: a run that saves itself when it is told to, or ends
-    "python": '#!/bin/bash\necho "$MASTER_ADDR $NNODES $NODE_RANK $@" >>"$CALLS"\ntrap "exit 138" USR1\n'
-    'touch "$STARTED-$NODE_RANK"\nfor i in $(seq $TICKS); do sleep 0.1; done\n',
+    "python": '#!/bin/bash\necho "$MASTER_ADDR $NNODES $NODE_RANK of $SRUN_CPUS_PER_TASK: $@" >>"$CALLS"\n'
+    'trap "exit 138" USR1\ntouch "$STARTED-$NODE_RANK"\nfor i in $(seq $TICKS); do sleep 0.1; done\n',
 }
 
 
@@ -569,7 +579,7 @@ def test_a_slurm_job_saves_itself_before_its_limit_and_is_requeued(tmp_path, tic
     }
     environment |= {"CALLS": str(calls), "TICKS": str(ticks), "STARTED": str(tmp_path / "started")}
     environment |= {"SLURM_JOB_ID": "42", "SLURM_NNODES": str(nodes), "SLURM_JOB_NODELIST": "node[7]"}
-    environment |= {"SLURM_SUBMIT_DIR": str(ROOT)}
+    environment |= {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_CPUS_PER_TASK": "16"}
     script = tmp_path / "spool.sh"  # Slurm runs a copy
     script.write_text((ROOT / "common/slurm.sh").read_text())
     job = subprocess.Popen(["bash", script, "x/train.py", "--out", "a b"], env=environment, cwd="/")
@@ -581,7 +591,7 @@ def test_a_slurm_job_saves_itself_before_its_limit_and_is_requeued(tmp_path, tic
     assert job.wait(forked.PATIENCE) == (138 if requeued else 0)
     said = calls.read_text()
     for rank in range(nodes):
-        assert f"node7 {nodes} {rank} -m common.launch x/train.py --out a b --resume auto" in said
+        assert f"node7 {nodes} {rank} of 16: -m common.launch x/train.py --out a b --resume auto" in said
     assert ("requeue 42" in said) == requeued
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from studies.summary import collect, page, write_result
+from studies.summary import collect, number, page, write_result
 from tests.forked import PATIENCE
 from tests.quick_python import python
 
@@ -213,6 +213,21 @@ def test_the_prompt_comes_back_when_the_projects_have_saved_themselves(tree, sig
     _, error = process.communicate(timeout=PATIENCE)
     assert process.returncode == 128 + signum and str(log) in error
     assert "saved" in log.read_text()
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        (0, "0.000"),
+        (0.61, "0.610"),
+        (0.00042, "0.00042"),
+        (-9.5, "-9.500"),
+        (37.218, "37.22"),
+        (12345.6, "12346"),
+    ],
+)
+def test_small_and_large_numbers_keep_their_digits_in_the_table(value, text):
+    assert number(value) == text
 
 
 def test_result_without_control_is_refused(tmp_path):
