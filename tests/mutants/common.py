@@ -503,10 +503,17 @@ MUTANTS = [
     ),
     Mutant(
         "studies/run_all.py",
-        "    threads = max(1, cores // jobs)",
-        "    threads = cores",
+        "    threads = max(1, cores() // jobs)",
+        "    threads = cores()",
         ALL,
         "projects side by side take all cores each",
+    ),
+    Mutant(
+        "common/env.sh",
+        'if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]',
+        "if false",
+        "tests/test_launchers.py::test_there_are_as_many_processes_as_visible_gpus",
+        "a process for every GPU of the machine, also for those that are hidden",
     ),
     Mutant(
         "studies/run_all.py",
