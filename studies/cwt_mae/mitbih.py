@@ -214,6 +214,7 @@ def report(args, rows: dict, records: str):
         for name, results in rows.items()
         if len(results) > 1
     }
+    spread = f", standard deviation {deviation['pre-trained']:.3f}" if deviation else ""
     reconstruction = out / f"pretrained-{args.seeds[0]}" / "figures" / "reconstruction.png"
     confusion = out / "final-ensemble-test" / "figures" / "confusion.png"
     controls = {name: mean[name] for name in rows if not name.startswith("pre-trained")}
@@ -229,10 +230,9 @@ def report(args, rows: dict, records: str):
             (confusion, "test records, ensemble of the seeds"),
             (reconstruction, "pre-training: hidden, reconstructed, original"),
         ],
-        note=f"Mean of {len(args.seeds)} seeds, each pre-trained and fitted on all of DS1 (standard "
-        f"deviation {deviation.get('pre-trained', float('nan')):.3f}); the recipe was chosen on folds of "
-        "DS1 records. The interval is a bootstrap over the test records. Ensemble of the seeds: "
-        f"{best['macro_f1']:.3f}.",
+        note=f"Seeds {', '.join(map(str, args.seeds))}, each pre-trained and fitted on all of DS1{spread}; "
+        "the recipe was chosen on folds of DS1 records. The interval is a bootstrap over the test records. "
+        f"Ensemble of the seeds: {best['macro_f1']:.3f}.",
         details={
             "seeds": args.seeds,
             "per_seed": {name: [r["macro_f1"] for r in results] for name, results in rows.items()},
