@@ -31,8 +31,9 @@ PROJECTS = ("dia_pangu", "cwt_mae", "em_mllm", "flmm", "pruning")
 NEEDS = {"pruning": ("dia_pangu", "ft/metrics.json")}
 # What the real study of a project reads below DATA_ROOT
 FOLDERS = {"dia_pangu": "ct", "cwt_mae": "ecg", "em_mllm": "rf", "flmm": "grounding", "pruning": "ct"}
-# Minutes that the real study of a project takes on one core, from which the time left is told
-REAL_MINUTES = {"dia_pangu": 75, "cwt_mae": 30, "em_mllm": 45, "flmm": 60, "pruning": 75}
+# Minutes that the real study of a project takes on one core, from which the time left is told. The
+# longest starts first, so that none is left to run alone.
+REAL_MINUTES = {"pruning": 51, "dia_pangu": 38, "flmm": 28, "em_mllm": 27, "cwt_mae": 19}
 
 
 def parse_args():
@@ -113,9 +114,12 @@ def can_start(name: str, names: list, finished: set, runs: Path, since: float) -
     return made.is_file() and made.stat().st_mtime > since
 
 
-def minutes_left(names: list, done: list, jobs: int) -> float:
-    """Minutes that the real studies not yet done take, `jobs` side by side, by what they took on one core."""
-    left = [REAL_MINUTES[name] for name in set(names) - {d["name"] for d in done}]
+def minutes_left(waiting: list, started: dict, jobs: int) -> float:
+    """Minutes until the real studies end, `jobs` side by side, by what each takes on one core. started: when
+    those that run now began (`time.monotonic`)."""
+    now = time.monotonic()
+    left = [max(1, REAL_MINUTES[name] - (now - begin) / 60) for name, begin in started.items()]
+    left += [REAL_MINUTES[name] for name in waiting]
     return max([sum(left) / jobs, *left], default=0)
 
 
@@ -161,6 +165,8 @@ def main(args):
             "DATA_ROOT=folder bash run_all.sh --real"
         )
     names = [p for p in here if not args.projects or p in args.projects]
+    if args.real:
+        names.sort(key=REAL_MINUTES.get, reverse=True)
     lacking = [p for p in names if args.real and not (Path(data_root) / FOLDERS[p]).is_dir()]
     if lacking:
         folders = " and ".join(f"{FOLDERS[p]}/ for {p}" for p in lacking)
@@ -180,9 +186,10 @@ def main(args):
         )
         if made.returncode:
             sys.exit(made.returncode)
-        print(f"about {minutes_left(names, [], jobs):.0f} minutes with {jobs} side by side")
+        print(f"about {minutes_left(names, {}, jobs):.0f} minutes with {jobs} side by side")
     catch_stops(stop)
     start, since, waiting, pending, done = time.monotonic(), time.time(), list(names), {}, []
+    started = {}
     with ThreadPoolExecutor(jobs) as pool:
         while waiting or pending:
             finished = {d["name"] for d in done}
@@ -190,13 +197,15 @@ def main(args):
                 : jobs - len(pending)
             ]:
                 waiting.remove(name)
+                started[name] = time.monotonic()
                 pending[pool.submit(run_project, name, threads, args, runs)] = name
             # wakes up for a signal that came just before
             ready, _ = wait(pending, timeout=1, return_when=FIRST_COMPLETED)
             for future in ready:
                 del pending[future]
                 done.append(future.result())
-                if args.real and (left := minutes_left(names, done, jobs)):
+                del started[done[-1]["name"]]
+                if args.real and (left := minutes_left(waiting, started, jobs)):
                     print(f"about {left:.0f} minutes left", flush=True)
     done = [
         {**d, "curves": draw_curves(runs, d["name"])}
