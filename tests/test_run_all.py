@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from studies.run_all import REAL_MINUTES, minutes_left
 from studies.summary import collect, number, page, write_result
 from tests.forked import PATIENCE
 from tests.quick_python import python
@@ -96,12 +97,28 @@ def test_a_real_run_starts_the_real_recipes_and_keeps_what_was_done(tree):
     bash = RESULT.format(name="cwt_mae") + 'echo "data $DATA_ROOT skip $SKIP_DONE"'
     recipe(tree, "cwt_mae", bash, "real.py")
     write_result(tree / "runs/real/cwt_mae", "an earlier stage", "AUC", 0.7, {"chance": 0.5})
-    (tree / "ecg").mkdir()
-    done = start(tree, "--real", "cwt_mae", DATA_ROOT=str(tree))
+    recipe(tree, "pruning", RESULT.format(name="pruning"), "real.py")
+    for folder in ("ecg", "ct"):
+        (tree / folder).mkdir()
+    done = start(tree, "--real", "--jobs", "1", "cwt_mae", "pruning", DATA_ROOT=str(tree))
     assert done.returncode == 0, done.stderr
-    assert f"models in {tree}/runs/real" in done.stdout and "about 30 minutes" in done.stdout
+    long, short = REAL_MINUTES["pruning"], REAL_MINUTES["cwt_mae"]
+    said = [f"models in {tree}/runs/real", f"about {long + short} minutes with 1", "pruning: started"]
+    said += [f"about {short} minutes left", "cwt_mae: started", "cwt_mae: ok"]  # the longer one first
+    places = [done.stdout.index(words) for words in said]
+    assert places == sorted(places)
     assert "an earlier stage" in done.stdout and "real data from" in done.stdout
     assert f"data {tree} skip 1" in (tree / "runs/real/cwt_mae/run_all.log").read_text()
+
+
+def test_the_time_left_is_that_of_what_runs_and_waits(monkeypatch):
+    monkeypatch.setattr(time, "monotonic", lambda: 600.0)
+    pruning, flmm, cwt_mae = (REAL_MINUTES[name] for name in ("pruning", "flmm", "cwt_mae"))
+    assert minutes_left([], {}, 2) == 0
+    assert minutes_left(["flmm"], {"pruning": 0}, 1) == flmm + pruning - 10
+    assert minutes_left(["flmm", "cwt_mae"], {"pruning": 0}, 2) == (flmm + cwt_mae + pruning - 10) / 2
+    assert minutes_left([], {"pruning": 0}, 2) == pruning - 10, "one project uses one place"
+    assert minutes_left([], {"pruning": 0, "cwt_mae": -60 * 90}, 2) == pruning - 10, "late, but not below 0"
 
 
 def test_page_is_one_file_with_inline_pictures_alt_text_and_escapes(tree):
